@@ -1,0 +1,1 @@
+"""The actors of a peer: each owns its state, takes events and gives commands."""

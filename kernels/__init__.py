@@ -1,0 +1,1 @@
+"""Model mathematics: tensors in, tensors out. Knows no peer, plan or socket."""

