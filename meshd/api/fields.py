@@ -1,0 +1,126 @@
+"""The fields that chat and text completions share, and what the coordinator makes of them.
+
+A field of OpenAI's that meshd does not support is declared with the values that ask for nothing (null, an empty list,
+the default): these are accepted, any other is an error that names the field. Nothing is dropped silently. The one
+exception is `user` and its successor `safety_identifier`: labels for the provider's own books, of no effect on the answer.
+"""
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from meshd.agents.service import MeshOptions
+from meshd.clock import Clock
+from meshd.errors import InvalidRequest
+from meshd.types import SamplingParams
+
+Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+StopText = Annotated[str, Meta(min_length=1, max_length=1024)]
+
+UNSUPPORTED = "x-unsupported"
+"""Marks, in the schema, a field that only takes what asks for nothing."""
+
+NoList = Annotated[
+    Annotated[list[Any], Meta(max_length=0)] | None,
+    Meta(description="Not supported: only null or an empty list.", extra_json_schema={UNSUPPORTED: True}),
+]
+NoValue = Annotated[None, Meta(description="Not supported: only null.", extra_json_schema={UNSUPPORTED: True})]
+NotTrue = Annotated[
+    bool | None,
+    Meta(description="Not supported: only false or null.", extra_json_schema={UNSUPPORTED: True, "enum": [False, None]}),
+]
+
+_SEED_SPAN = 2**63
+
+
+class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a stream carries beside the answer."""
+
+    include_usage: bool | None = None
+    """A last chunk with the usage and no choices."""
+    include_obfuscation: NotTrue = None
+
+
+class GenerationFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is asked of an answer, whatever its prompt."""
+
+    model: Annotated[str, Meta(min_length=1, max_length=512, description="A model of GET /v1/models.")]
+    max_tokens: Annotated[Count | None, Meta(description="At least 1.")] = None
+    temperature: Annotated[
+        Annotated[float, Meta(ge=0, le=2)] | None, Meta(description="From 0 (always the likeliest token) to 2; 1 if not given.")
+    ] = None
+    top_p: Annotated[Annotated[float, Meta(gt=0, le=1)] | None, Meta(description="Over 0, up to 1 (all tokens).")] = None
+    top_k: Annotated[Annotated[int, Meta(ge=0, le=2**31 - 1)] | None, Meta(description="0: all tokens.")] = None
+    min_p: Annotated[Annotated[float, Meta(ge=0, le=1)] | None, Meta(description="From 0 (all tokens) to 1.")] = None
+    presence_penalty: Annotated[Penalty | None, Meta(description="From -2 to 2.")] = None
+    frequency_penalty: Annotated[Penalty | None, Meta(description="From -2 to 2.")] = None
+    repetition_penalty: Annotated[
+        Annotated[float, Meta(gt=0, le=10)] | None, Meta(description="Over 0, up to 10; 1: none.")
+    ] = None
+    logit_bias: Annotated[
+        dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]] | None, Meta(description="Token id to a bias from -100 to 100.")
+    ] = None
+    seed: Annotated[
+        Annotated[int, Meta(ge=-_SEED_SPAN, le=_SEED_SPAN - 1)] | None,
+        Meta(description="64 bits; the same seed gives the same answer. Answer i of n has seed + i. Random if not given."),
+    ] = None
+    stop: Annotated[
+        StopText | Annotated[list[StopText], Meta(max_length=16)] | None, Meta(description="One text, or up to 16 of them.")
+    ] = None
+    n: Annotated[Annotated[int, Meta(ge=1, le=8)] | None, Meta(description="Answers to each prompt, from 1 to 8.")] = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    ignore_eos: Annotated[bool | None, Meta(description="Go on to max_tokens, past the model's end of text.")] = None
+    mesh: Annotated[MeshOptions | None, Meta(description="Where and how the mesh is to compute the answer.")] = None
+
+    @property
+    def count(self) -> int:
+        """Answers to each prompt."""
+        return self.n or 1
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream ends with a chunk of usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def stops(self) -> tuple[str, ...]:
+        """The texts that end the answer."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def check(self) -> None:
+        """What types can't say. Raises: InvalidRequest."""
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest(
+                "`stream_options` is for streams", param="stream_options", hint="set `stream` to true or leave it out"
+            )
+        if self.stream_options is not None and self.stream_options.include_obfuscation:
+            raise unsupported("stream_options.include_obfuscation", "leave it out or send false")
+
+    def sampling(self, seed: int, logprobs: int | None) -> SamplingParams:
+        """How tokens are picked, with OpenAI's defaults."""
+        given = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "logit_bias": self.logit_bias,
+        }
+        known: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return SamplingParams(seed=seed, logprobs=logprobs, **known)
+
+    def seeds(self, clock: Clock) -> list[int]:
+        """One for each of `n` answers, 63 bits, the first as asked for or random."""
+        first = self.seed if self.seed is not None else int.from_bytes(clock.random_bytes(8), "little")
+        return [(first + index) % _SEED_SPAN for index in range(self.count)]
+
+
+def unsupported(param: str, hint: str) -> InvalidRequest:
+    """The error for a field that asks for what meshd does not do."""
+    return InvalidRequest(f"`{param}` is not supported", param=param, hint=hint)

@@ -1,0 +1,67 @@
+"""`GET /openapi.json`: OpenAPI 3.1, made from the routes and the very structs that requests are checked against."""
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from meshd import __version__
+from meshd.api.errors import ErrorBody
+from meshd.api.reply import json_response
+from meshd.api.routes import ROUTES, Route
+
+_PARAMETER = re.compile(r"{(\w+)(?::[^}]*)?}")
+_JSON = "application/json"
+
+
+async def openapi(request: web.Request) -> web.Response:
+    """The description of all routes."""
+    return json_response(document())
+
+
+@functools.cache
+def document() -> dict[str, Any]:
+    """All routes and their bodies as an OpenAPI 3.1 document."""
+    types = [ErrorBody, *(kind for route in ROUTES for kind in (route.takes, route.gives, route.streams) if kind is not None)]
+    schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    schema_of = {id(kind): schema for kind, schema in zip(types, schemas, strict=True)}
+    paths: dict[str, dict[str, Any]] = {}
+    for route in ROUTES:
+        paths.setdefault(_PARAMETER.sub(r"{\1}", route.path), {})[route.method.lower()] = _operation(route, schema_of)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "meshd", "version": __version__, "description": "One language model across many devices."},
+        "paths": paths,
+        "components": {"schemas": components, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "security": [{"key": []}, {}],
+    }
+
+
+def _operation(route: Route, schema_of: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    if route.gives is not None:
+        content[_JSON] = {"schema": schema_of[id(route.gives)]}
+    if route.streams is not None:
+        content["text/event-stream"] = {"schema": schema_of[id(route.streams)]}
+    operation: dict[str, Any] = {
+        "summary": route.summary,
+        "operationId": _operation_id(route),
+        "responses": {
+            "200": {"description": "Done", "content": content or {"text/plain": {}}},
+            "default": {"description": "An error", "content": {_JSON: {"schema": schema_of[id(ErrorBody)]}}},
+        },
+    }
+    if route.takes is not None:
+        operation["requestBody"] = {"required": True, "content": {_JSON: {"schema": schema_of[id(route.takes)]}}}
+    names: Sequence[str] = _PARAMETER.findall(route.path)
+    if names:
+        operation["parameters"] = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+    return operation
+
+
+def _operation_id(route: Route) -> str:
+    words = re.findall(r"\w+", _PARAMETER.sub(r"\1", route.path))
+    return "_".join([route.method.lower(), *words])

@@ -1,0 +1,18 @@
+"""Whole answers as JSON."""
+
+from typing import Any, Literal
+
+import msgspec
+from aiohttp import web
+
+
+class Rows(msgspec.Struct, frozen=True):
+    """A listing of the mesh; each row's keys are stable."""
+
+    data: list[dict[str, Any]]
+    object: Literal["list"] = "list"
+
+
+def json_response(body: object, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    """`body`, a struct or plain data, as JSON."""
+    return web.Response(body=msgspec.json.encode(body), status=status, headers=headers, content_type="application/json")

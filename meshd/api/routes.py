@@ -1,0 +1,48 @@
+"""Every route of the HTTP edge on one page: what serves it, what it takes and what it gives."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from meshd.agents.service import PlacementStep, PlaceRequest, PlanRequest
+from meshd.api import chat, completions, health, mesh, models
+from meshd.api.chat_shapes import ChatCompletion, ChatCompletionChunk, ChatRequest
+from meshd.api.completion_shapes import Completion, CompletionRequest
+from meshd.api.mesh import Handler
+from meshd.api.reply import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One method of one path. `takes` and `gives` are JSON bodies, `streams` is the data of one event."""
+
+    method: str
+    path: str
+    handler: Handler
+    summary: str
+    takes: type[msgspec.Struct] | None = None
+    gives: Any = None
+    streams: Any = None
+
+
+ROUTES = (
+    Route("POST", "/v1/chat/completions", chat.create, "Answer a chat", ChatRequest, ChatCompletion, ChatCompletionChunk),
+    Route("POST", "/v1/completions", completions.create, "Continue a prompt", CompletionRequest, Completion, Completion),
+    Route("GET", "/v1/models", models.listing, "The models that can answer now", gives=models.ModelList),
+    Route("GET", "/v1/models/{id:.+}", models.one, "One of them", gives=models.Model),
+    Route("GET", "/health", health.health, "Whether the daemon is alive", gives=health.Health),
+    Route("GET", "/ready", health.ready, "Whether it can answer now", gives=health.Readiness),
+    Route("GET", "/metrics", health.metrics, "Measurements in Prometheus' text form"),
+    Route("GET", "/mesh/v1/self", mesh.identity, "This peer", gives=dict[str, Any]),
+    Route("GET", "/mesh/v1/peers", mesh.rows(lambda m: m.peers()), "The cluster's peers", gives=Rows),
+    Route("GET", "/mesh/v1/links", mesh.rows(lambda m: m.links()), "This peer's links", gives=Rows),
+    Route("GET", "/mesh/v1/models", mesh.rows(lambda m: m.known_models()), "The models this mesh knows", gives=Rows),
+    Route("GET", "/mesh/v1/plans", mesh.rows(lambda m: m.plans()), "The plans in use", gives=Rows),
+    Route("GET", "/mesh/v1/sessions", mesh.rows(lambda m: m.sessions()), "The running sessions", gives=Rows),
+    Route("GET", "/mesh/v1/events", mesh.events, "Events as they happen", streams=dict[str, Any]),
+    Route("POST", "/mesh/v1/plan", mesh.plan, "What would be placed where, and why", PlanRequest, dict[str, Any]),
+    Route("POST", "/mesh/v1/place", mesh.place, "Put a model's layers on peers", PlaceRequest, streams=PlacementStep),
+    Route("POST", "/mesh/v1/unplace", mesh.unplace, "Let go of a model", mesh.UnplaceRequest, mesh.Unplaced),
+    Route("POST", "/mesh/v1/links/probe", mesh.probe_links, "Measure this peer's links", gives=Rows),
+)

@@ -1,0 +1,165 @@
+"""What a peer counts and times, for `GET /metrics`, and how it logs.
+
+Times are in seconds, sizes in bytes, as Prometheus has it. Labels take values from small sets only: this cluster's
+peers, the lanes of a link, the outcomes of a request.
+"""
+
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Literal, TextIO
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, PlatformCollector, ProcessCollector
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from meshd import __version__
+
+LogFormat = Literal["text", "json"]
+
+_TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+_HOP_S = (5e-5, 1e-4, 1.5e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1, 0.5)
+_RATIOS = (0.5, 0.67, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0)
+
+
+class Telemetry:
+    """One peer's measurements, in a registry of its own, so that several peers can share a process."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        Info("meshd_build", "The running version", registry=registry).info({"version": __version__})
+        self._ttft = Histogram("meshd_ttft_seconds", "Request to first token", buckets=_TTFT_S, registry=registry)
+        self._tpot = Histogram("meshd_tpot_seconds", "Time per output token after the first", buckets=_TPOT_S, registry=registry)
+        self._hop = Histogram(
+            "meshd_hop_seconds", "One activation, send to receive", ["peer"], buckets=_HOP_S, registry=registry
+        )
+        self._stage = Histogram(
+            "meshd_stage_seconds", "One step's compute in a stage", ["layers", "phase"], buckets=_TPOT_S, registry=registry
+        )
+        self._queue_wait = Histogram("meshd_queue_wait_seconds", "Wait for admission", buckets=_TTFT_S, registry=registry)
+        self._tokens = Counter("meshd_tokens", "Tokens of finished and running answers", ["kind"], registry=registry)
+        self._requests = Counter("meshd_requests", "HTTP requests by route and outcome", ["route", "outcome"], registry=registry)
+        self._link_bytes = Counter(
+            "meshd_link_bytes", "Bytes on links to peers", ["peer", "lane", "direction"], registry=registry
+        )
+        self._sessions = Gauge("meshd_sessions_active", "Sessions that this peer coordinates", registry=registry)
+        self._kv_free = Gauge("meshd_kv_blocks_free", "Free KV blocks of this peer", registry=registry)
+        self._prediction = Histogram(
+            "meshd_prediction_ratio", "Measured over predicted time", ["what"], buckets=_RATIOS, registry=registry
+        )
+
+    def ttft(self, seconds: float) -> None:
+        """An answer's first token came."""
+        self._ttft.observe(seconds)
+
+    def tpot(self, seconds: float) -> None:
+        """An answer ended; its mean time per output token after the first."""
+        self._tpot.observe(seconds)
+
+    def hop(self, peer: str, seconds: float) -> None:
+        """One activation's way from or to `peer`."""
+        self._hop.labels(peer).observe(seconds)
+
+    def stage_step(self, layers: str, phase: Literal["prefill", "decode"], seconds: float) -> None:
+        """A stage computed one step of its layers (`0-12`)."""
+        self._stage.labels(layers, phase).observe(seconds)
+
+    def queue_wait(self, seconds: float) -> None:
+        """A request was admitted after this wait."""
+        self._queue_wait.observe(seconds)
+
+    def tokens(self, *, prompt: int = 0, completion: int = 0) -> None:
+        """Tokens were prefilled or made."""
+        self._tokens.labels("prompt").inc(prompt)
+        self._tokens.labels("completion").inc(completion)
+
+    def request(self, route: str, outcome: str) -> None:
+        """An HTTP request ended: `ok`, `client_gone` or an error's code."""
+        self._requests.labels(route, outcome).inc()
+
+    def link_bytes(self, peer: str, lane: str, *, sent: int = 0, received: int = 0) -> None:
+        """Bytes went over one lane of the link to `peer`."""
+        self._link_bytes.labels(peer, lane, "sent").inc(sent)
+        self._link_bytes.labels(peer, lane, "received").inc(received)
+
+    def sessions_active(self, count: int) -> None:
+        """How many sessions this peer coordinates now."""
+        self._sessions.set(count)
+
+    def kv_blocks_free(self, count: int) -> None:
+        """How many KV blocks this peer has free now."""
+        self._kv_free.set(count)
+
+    def prediction(self, what: Literal["ttft", "tpot"], predicted_s: float, measured_s: float) -> None:
+        """A planner's prediction met what happened; without a prediction nothing is counted."""
+        if predicted_s > 0:
+            self._prediction.labels(what).observe(measured_s / predicted_s)
+
+    def render(self) -> bytes:
+        """Prometheus' text form of all of it, of type `content_type`."""
+        return generate_latest(self.registry)
+
+
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+def _fields(record: logging.LogRecord) -> Iterator[tuple[str, object]]:
+    yield "time", datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+    yield "level", record.levelname.lower()
+    yield "logger", record.name
+    yield "event", record.getMessage()
+    for name, value in vars(record).items():
+        if name not in _STANDARD:
+            yield name, value
+    if record.exc_info and record.exc_info[1]:
+        yield "trace", "".join(traceback.format_exception(record.exc_info[1])).rstrip()
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    if text and text.isprintable() and not any(mark in text for mark in ' "='):
+        return text
+    return json.dumps(text, ensure_ascii=not text.isprintable())
+
+
+class TextFormatter(logging.Formatter):
+    """One event, one line of key=value; a value with spaces or quotes is a JSON string."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return " ".join(f"{name}={_quoted(value)}" for name, value in _fields(record))
+
+
+class JsonFormatter(logging.Formatter):
+    """One event, one JSON object on one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps(dict(_fields(record)), default=str, ensure_ascii=False)
+
+
+_HANDLER = "meshd"
+
+
+def configure_logging(level: str = "info", log_format: LogFormat = "text", *, stream: TextIO | None = None) -> None:
+    """Log to `stream` (standard error), one line per event; fields come from `extra`. Calling it again replaces the set-up.
+
+    `level` is meshd's own; of libraries only warnings and worse are shown, unless it is `debug`. Raises: ValueError.
+    """
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise ValueError(f"{level!r} is no log level")
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.set_name(_HANDLER)
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    root = logging.getLogger()
+    for old in [old for old in root.handlers if old.get_name() == _HANDLER]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(number if number <= logging.DEBUG else max(number, logging.WARNING))
+    logging.getLogger("meshd").setLevel(number)

@@ -1,0 +1,39 @@
+"""The description is valid, whole, and that of the structs which requests are checked against."""
+
+from typing import Any
+
+import aiohttp
+import pytest
+from openapi_spec_validator import OpenAPIV31SpecValidator
+
+from meshd.api.routes import ROUTES
+
+
+@pytest.fixture
+async def document(http: aiohttp.ClientSession) -> dict[str, Any]:
+    async with http.get("/openapi.json") as response:
+        assert response.status == 200
+        return await response.json()
+
+
+async def test_it_is_valid(document: dict[str, Any]) -> None:
+    OpenAPIV31SpecValidator(document).validate()
+
+
+async def test_it_has_every_route(document: dict[str, Any]) -> None:
+    described = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
+    assert described == {(route.method, route.path.replace("{id:.+}", "{id}")) for route in ROUTES}
+    ids = [operation["operationId"] for methods in document["paths"].values() for operation in methods.values()]
+    assert len(set(ids)) == len(ids)
+
+
+async def test_it_knows_what_a_chat_takes(document: dict[str, Any]) -> None:
+    schema = document["components"]["schemas"]["ChatRequest"]
+    assert schema["additionalProperties"] is False
+    assert schema["required"] == ["model", "messages"]
+    assert schema["properties"]["temperature"]["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 2}
+    assert schema["properties"]["tools"]["x-unsupported"] is True
+    assert "/v1/chat/completions" in document["paths"]
+    content = document["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]
+    assert content["application/json"]["schema"]["$ref"].endswith("/ChatCompletion")
+    assert content["text/event-stream"]["schema"]["$ref"].endswith("/ChatCompletionChunk")

@@ -1,0 +1,110 @@
+"""Metrics and logs as their readers get them."""
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from meshd.telemetry import LogFormat, Telemetry, configure_logging
+
+
+def samples(telemetry: Telemetry) -> dict[str, float]:
+    return {
+        f"{sample.name}{sorted(sample.labels.items())}": sample.value
+        for family in text_string_to_metric_families(telemetry.render().decode())
+        for sample in family.samples
+    }
+
+
+def test_everything_counted_is_rendered() -> None:
+    telemetry = Telemetry()
+    telemetry.ttft(0.2)
+    telemetry.tpot(0.02)
+    telemetry.hop("peer", 0.0001)
+    telemetry.stage_step("0-12", "decode", 0.01)
+    telemetry.queue_wait(1.5)
+    telemetry.tokens(prompt=10, completion=3)
+    telemetry.request("/v1/models", "ok")
+    telemetry.link_bytes("peer", "bulk", sent=100, received=7)
+    telemetry.sessions_active(2)
+    telemetry.kv_blocks_free(64)
+    telemetry.prediction("tpot", 0.02, 0.03)
+    seen = samples(telemetry)
+    assert seen["meshd_ttft_seconds_sum[]"] == pytest.approx(0.2)
+    assert seen["meshd_tpot_seconds_count[]"] == 1
+    assert seen["meshd_hop_seconds_count[('peer', 'peer')]"] == 1
+    assert seen["meshd_stage_seconds_count[('layers', '0-12'), ('phase', 'decode')]"] == 1
+    assert seen["meshd_queue_wait_seconds_sum[]"] == pytest.approx(1.5)
+    assert seen["meshd_tokens_total[('kind', 'prompt')]"] == 10
+    assert seen["meshd_tokens_total[('kind', 'completion')]"] == 3
+    assert seen["meshd_requests_total[('outcome', 'ok'), ('route', '/v1/models')]"] == 1
+    assert seen["meshd_link_bytes_total[('direction', 'sent'), ('lane', 'bulk'), ('peer', 'peer')]"] == 100
+    assert seen["meshd_sessions_active[]"] == 2
+    assert seen["meshd_kv_blocks_free[]"] == 64
+    assert seen["meshd_prediction_ratio_sum[('what', 'tpot')]"] == pytest.approx(1.5)
+
+
+def test_nothing_predicted_is_no_prediction() -> None:
+    telemetry = Telemetry()
+    telemetry.prediction("ttft", 0.0, 1.0)
+    assert not any(name.startswith("meshd_prediction_ratio") for name in samples(telemetry))
+
+
+def test_peers_in_one_process_count_apart() -> None:
+    one, other = Telemetry(), Telemetry()
+    one.tokens(prompt=1)
+    assert "meshd_tokens_total[('kind', 'prompt')]" not in samples(other)
+
+
+@pytest.fixture
+def restored_logging() -> Iterator[None]:
+    root, ours = logging.getLogger(), logging.getLogger("meshd")
+    before = (list(root.handlers), root.level, ours.level)
+    yield
+    root.handlers[:], root.level, ours.level = before
+
+
+def log_lines(log_format: LogFormat, level: str = "info") -> list[str]:
+    stream = io.StringIO()
+    configure_logging(level, log_format)
+    configure_logging(level, log_format, stream=stream)
+    logger = logging.getLogger("meshd.agents.links")
+    logger.debug("not at this level")
+    logger.info("link up", extra={"peer": "abc", "rtt_ms": 1.5, "name_of_peer": 'a "b"\nc'})
+    logging.getLogger("zeroconf").info("of no interest")
+    try:
+        raise ValueError("torn\nframe")
+    except ValueError:
+        logger.exception("link failed: %s", "torn")
+    return stream.getvalue().splitlines()
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_text_logs_are_one_line_of_key_and_value_per_event() -> None:
+    up, failed = log_lines("text")
+    assert up.endswith(
+        r'level=info logger=meshd.agents.links event="link up" peer=abc rtt_ms=1.5 name_of_peer="a \"b\"\nc"'
+    )
+    assert up.startswith("time=20")
+    assert r'event="link failed: torn" trace="Traceback' in failed
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_json_logs_are_one_object_per_event() -> None:
+    up, failed = map(json.loads, log_lines("json"))
+    assert (up["event"], up["peer"], up["rtt_ms"], up["name_of_peer"]) == ("link up", "abc", 1.5, 'a "b"\nc')
+    assert failed["trace"].endswith("ValueError: torn\nframe")
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_debug_shows_libraries_too() -> None:
+    events = [json.loads(line)["event"] for line in log_lines("json", "debug")]
+    assert events == ["not at this level", "link up", "of no interest", "link failed: torn"]
+
+
+def test_an_unknown_level_is_an_error() -> None:
+    with pytest.raises(ValueError, match="loud"):
+        configure_logging("loud")
