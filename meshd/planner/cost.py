@@ -1,0 +1,118 @@
+"""Times of the parts of a plan, as pure functions of what was measured.
+
+The closed form for a Llama-style block follows GenZ (Bambhaniya et al., 2024), pipelined prefill Pipette (Yim et al., 2024), the
+price of attention elsewhere Lamina (Chen et al., 2024). A time measured on the very layers that a peer holds overrides the one
+derived from its rates. The embedding's lookup reads one row per token and is left out.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshd.planner.network import Network
+from meshd.planner.profile import PeerProfile
+from meshd.types import AttentionShard, ModelCard, ModelSpec
+
+TOKEN_MESSAGE_BYTES = 64
+"""The last stage's token on its way back to the first."""
+
+Seconds = NDArray[np.float64]
+
+
+def block_parameters(spec: ModelSpec) -> int:
+    """Weights of one block's projections: q, o, k, v and the three of the MLP."""
+    d, h = spec.hidden, spec.head_dim
+    return 2 * d * spec.heads * h + 2 * d * spec.kv_heads * h + 3 * d * spec.ffn
+
+
+def project_share(spec: ModelSpec) -> float:
+    """The part of a block's weights that lies before attention (q, k, v)."""
+    return spec.hidden * (spec.heads + 2 * spec.kv_heads) * spec.head_dim / block_parameters(spec)
+
+
+def decode_flops(spec: ModelSpec, position: int, batch: int = 1) -> int:
+    """FLOPs of one block for one decode step: every weight once per sequence, and q.K and p.V over `position` tokens."""
+    return 2 * batch * block_parameters(spec) + 4 * batch * position * spec.heads * spec.head_dim
+
+
+def prefill_flops(spec: ModelSpec, tokens: int, first: int = 0) -> int:
+    """FLOPs of one block for `tokens` tokens after `first`, causally masked (the masked half is not counted)."""
+    pairs = tokens * first + tokens * (tokens + 1) // 2
+    return 2 * tokens * block_parameters(spec) + 4 * pairs * spec.heads * spec.head_dim
+
+
+def layer_decode_s(profile: PeerProfile, card: ModelCard) -> Seconds:
+    """One token through each layer, without attention: `[layers]`, seconds."""
+    if profile.layer_decode_s is not None:
+        return np.full(card.spec.layers, profile.layer_decode_s * profile.decode_factor)
+    weights = np.asarray(card.layer_bytes, dtype=np.float64)
+    return (weights / profile.rates.decode_bytes_s + profile.rates.layer_overhead_s) * profile.decode_factor
+
+
+def attention_decode_s(profile: PeerProfile, kv_bytes: float) -> float:
+    """One token's attention in one layer over `kv_bytes` of KV."""
+    return kv_bytes / profile.rates.attention_bytes_s * profile.decode_factor
+
+
+def layer_prefill_s(profile: PeerProfile, card: ModelCard, chunk: int, first: float) -> Seconds:
+    """A chunk of `chunk` tokens after `first` others through each layer, attention included: `[layers]`, seconds."""
+    spec, rates = card.spec, profile.rates
+    attention = 4 * chunk * (first + (chunk + 1) / 2) * spec.heads * spec.head_dim / rates.prefill_flops_s
+    if profile.layer_prefill_s is not None:
+        return np.full(spec.layers, (chunk * profile.layer_prefill_s + attention) * profile.prefill_factor)
+    compute = 2 * chunk * np.asarray(card.layer_parameters, dtype=np.float64) / rates.prefill_flops_s
+    memory = np.asarray(card.layer_bytes, dtype=np.float64) / rates.decode_bytes_s
+    return (np.maximum(compute, memory) + attention + rates.layer_overhead_s) * profile.prefill_factor
+
+
+def head_s(profile: PeerProfile, card: ModelCard) -> float:
+    """Final norm, head and sampler for one token."""
+    derived = card.head_bytes / profile.rates.decode_bytes_s + profile.rates.layer_overhead_s
+    return (profile.head_s or derived) * profile.decode_factor
+
+
+def chunking(prompt_tokens: int, chunk_tokens: int) -> tuple[int, float]:
+    """(tokens per chunk, number of chunks). The number is a fraction when the last chunk is short, at least 1."""
+    chunk = max(1, min(prompt_tokens, chunk_tokens))
+    return chunk, max(1.0, prompt_tokens / chunk)
+
+
+def pipelined_s(terms: Iterable[float], periods: Iterable[float], chunks: float) -> float:
+    """Equal chunks through stages and links: the first passes all of them, the others follow at the slowest one's pace."""
+    return sum(terms) + (chunks - 1) * max(periods)
+
+
+def shard_fraction(shard: AttentionShard, spec: ModelSpec, position: int) -> float:
+    """The part of a layer's KV that the shard holds once `position` tokens are there, 0..1."""
+    first_head, last_head = shard.kv_heads or (0, spec.kv_heads)
+    first, last = shard.tokens or (0, position)
+    tokens = max(0, min(last, position) - first)
+    return (last_head - first_head) / spec.kv_heads * (tokens / position if position else 0.0)
+
+
+def shard_wire_bytes(shard: AttentionShard, spec: ModelSpec, element_bytes: int) -> tuple[int, int]:
+    """Bytes of one token and layer (to the shard: q, k, v; back: the partial output and its log-sum-exp in f32).
+
+    (2 + 2/G)·e·d of Lamina's bandwidth rule, in the shard's heads.
+    """
+    first_head, last_head = shard.kv_heads or (0, spec.kv_heads)
+    kv_heads = last_head - first_head
+    heads = kv_heads * (spec.heads // spec.kv_heads)
+    return (heads + 2 * kv_heads) * spec.head_dim * element_bytes, heads * (spec.head_dim * element_bytes + 4)
+
+
+def shard_decode_s(
+    shard: AttentionShard,
+    owner: PeerProfile,
+    holder: PeerProfile,
+    network: Network,
+    spec: ModelSpec,
+    position: int,
+    kv_token_layer_bytes: int,
+    wire_element_bytes: int,
+) -> float:
+    """One token and one layer's attention on a shard's peer, there and back again."""
+    there, back = shard_wire_bytes(shard, spec, wire_element_bytes)
+    wire = network.hop_s(owner.id, holder.id, there) + network.hop_s(holder.id, owner.id, back)
+    return wire + attention_decode_s(holder, shard_fraction(shard, spec, position) * position * kv_token_layer_bytes)

@@ -1,0 +1,28 @@
+"""Which chains of stages a search may answer with."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+TIE = 1e-9
+"""Costs that differ by less than this part are equal, and the tie-break decides."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds on the set of a chain's peers, as indices."""
+
+    least: int = 1
+    """At least so many peers."""
+    exactly: int | None = None
+    """Exactly so many."""
+    require: frozenset[int] = frozenset()
+    """All of these take part."""
+    forbid: frozenset[int] | None = None
+    """Not all of these together (to find a runner-up)."""
+
+    def allow(self, peers: Collection[int]) -> bool:
+        """Whether a chain over these peers may be the answer."""
+        chosen = frozenset(peers)
+        if len(chosen) < self.least or (self.exactly is not None and len(chosen) != self.exactly):
+            return False
+        return self.require <= chosen and (self.forbid is None or not self.forbid <= chosen)

@@ -1,0 +1,108 @@
+"""What a stage takes of its peer's memory, and what the peer has to give."""
+
+import math
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from meshd.planner.problem import PlanInput
+from meshd.planner.profile import PeerProfile
+from meshd.types import AttentionShard, StagePlan
+
+RESERVE = 0.10
+"""The part of a peer's free memory that no plan touches: allocator slack, and others on the device."""
+RUNTIME_BASE_BYTES = 64 << 20
+"""A backend's own buffers and threads, whatever it holds."""
+
+
+class MemoryUse(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes on one peer, by purpose."""
+
+    layers_bytes: int = 0
+    embedding_bytes: int = 0
+    head_bytes: int = 0
+    kv_bytes: int = 0
+    working_bytes: int = 0
+    """Activations of one prefill chunk and, on the last stage, the logits."""
+    runtime_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(getattr(self, field) for field in self.__struct_fields__)
+
+    def __add__(self, other: "MemoryUse") -> "MemoryUse":
+        return MemoryUse(**{name: getattr(self, name) + getattr(other, name) for name in self.__struct_fields__})
+
+
+def stage_memory(problem: PlanInput, stage: StagePlan) -> MemoryUse:
+    """What a stage takes on its own peer; KV that its attention shards hold elsewhere is not in it."""
+    card, layers = problem.card, stage.layers
+    first, last = layers.start == 0, layers.end == card.spec.layers
+    elsewhere = sum(shard_kv_bytes(problem, shard) for shard in stage.attention if shard.peer != stage.peer)
+    return MemoryUse(
+        layers_bytes=sum(card.layer_bytes[layers.start : layers.end]),
+        embedding_bytes=card.embedding_bytes if first else 0,
+        head_bytes=(_head_bytes(problem, shared=first) if last else 0),
+        kv_bytes=problem.kv_token_layer_bytes * problem.context * len(layers) - elsewhere,
+        working_bytes=_working_bytes(problem, last),
+        runtime_bytes=RUNTIME_BASE_BYTES,
+    )
+
+
+def shard_kv_bytes(problem: PlanInput, shard: AttentionShard) -> int:
+    """KV that an attention shard holds at the full context."""
+    spec = problem.card.spec
+    first_head, last_head = shard.kv_heads or (0, spec.kv_heads)
+    first, last = shard.tokens or (0, problem.context)
+    per_head = problem.kv_token_layer_bytes // spec.kv_heads
+    return len(shard.layers) * (last_head - first_head) * max(0, min(last, problem.context) - first) * per_head
+
+
+def memory_table(problem: PlanInput) -> NDArray[np.float64]:
+    """Bytes that layers `[a, b)` take on any peer: `[layers + 1, layers + 1]`; inf where b <= a. As `stage_memory` counts."""
+    card, count = problem.card, problem.card.spec.layers
+    per_layer = np.asarray(card.layer_bytes, dtype=np.float64) + problem.kv_token_layer_bytes * problem.context
+    total = np.concatenate(([0.0], np.cumsum(per_layer)))
+    table = total[None, :] - total[:, None] + _working_bytes(problem, last=False) + RUNTIME_BASE_BYTES
+    table[0, :] += card.embedding_bytes
+    table[:, count] += card.head_bytes + _working_bytes(problem, last=True) - _working_bytes(problem, last=False)
+    table[0, count] -= card.head_bytes - _head_bytes(problem, shared=True)
+    table[np.tril_indices(count + 1)] = np.inf
+    return table
+
+
+def capacity_bytes(problem: PlanInput, profile: PeerProfile) -> int:
+    """Free memory and what the same model holds there already: all of it for a route over resident layers; else what is idle,
+    since a new placement takes the place of an old one that no session uses.
+    """
+    held = [item for item in profile.usable_holdings if problem.resident_only or item.kv_tokens_free == item.kv_tokens_total]
+    per_token_layer = problem.kv_token_layer_bytes
+    reusable = sum(item.weight_bytes + item.kv_tokens_total * len(item.layers) * per_token_layer for item in held)
+    return max(0, profile.memory_free_bytes + reusable)
+
+
+def allowed_bytes(problem: PlanInput, profile: PeerProfile) -> float:
+    """What a plan may take there: capacity less the reserve."""
+    return capacity_bytes(problem, profile) * (1 - RESERVE)
+
+
+def missing_bytes(used_bytes: float, capacity: float) -> int:
+    """How much more free memory a peer would need, its reserve included."""
+    return max(0, math.ceil(used_bytes / (1 - RESERVE) - capacity))
+
+
+def _head_bytes(problem: PlanInput, *, shared: bool) -> int:
+    """A tied head on the first stage's peer shares the embedding's table."""
+    card = problem.card
+    if shared and card.spec.tied_head:
+        return max(0, card.head_bytes - card.embedding_bytes)
+    return card.head_bytes
+
+
+def _working_bytes(problem: PlanInput, last: bool) -> int:
+    """f32: residual, normed copy, q, k, v, attention output, gate, up and their product, for each token of a chunk."""
+    spec = problem.card.spec
+    heads = (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim
+    per_token = 3 * spec.hidden + heads + 3 * spec.ffn
+    return 4 * (problem.chunk_tokens * per_token + (spec.vocab if last else 0))

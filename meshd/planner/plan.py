@@ -1,0 +1,18 @@
+"""The plan that goes on the wire, from what the search found."""
+
+from meshd.planner.problem import PlanInput
+from meshd.planner.solve import Solution
+from meshd.types import Plan, PlanId
+
+
+def build_plan(plan_id: PlanId, problem: PlanInput, solution: Solution) -> Plan:
+    """The plan of this solution, with what it is predicted to do."""
+    return Plan(
+        id=plan_id,
+        model=problem.card.id,
+        stages=solution.stages,
+        prefill_chunk_tokens=problem.chunk_tokens,
+        context=problem.context,
+        predicted_ttft_s=solution.estimate.ttft_s,
+        predicted_tpot_s=solution.estimate.tpot_s,
+    )

@@ -1,0 +1,58 @@
+"""What is asked of the planner."""
+
+import msgspec
+
+from meshd.errors import NoPeer
+from meshd.planner.network import Network
+from meshd.planner.profile import PeerProfile
+from meshd.types import ModelCard, Objective, PeerId, StagePlan
+
+PREFILL_CHUNK_TOKENS = 128
+"""The same for every plan: the last bits of a result may depend on the chunk, and must not depend on the plan."""
+
+
+class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
+    """One question to the planner. Everything that its answer depends on is in here."""
+
+    card: ModelCard
+    profiles: tuple[PeerProfile, ...]
+    network: Network
+    context: int
+    """Tokens that KV is reserved for."""
+    objective: Objective = Objective.LATENCY
+    prompt_tokens: int = 128
+    """Of the request, or an estimate."""
+    min_peers: int = 1
+    peers: tuple[PeerId, ...] | None = None
+    """Only these may take part; None: all."""
+    stages: tuple[StagePlan, ...] | None = None
+    """Exactly these stages: nothing is searched, only checked and predicted."""
+    resident_only: bool = False
+    """True: route over layers that are resident now. False: place them anywhere."""
+    max_ttft_s: float | None = None
+    max_tpot_s: float | None = None
+    chunk_tokens: int = PREFILL_CHUNK_TOKENS
+    kv_element_bytes: int = 4
+    wire_element_bytes: int = 4
+
+    @property
+    def position(self) -> int:
+        """The mean number of tokens that a decode step attends to, if the answer fills the context."""
+        return (min(self.prompt_tokens, self.context) + self.context) // 2
+
+    @property
+    def kv_token_layer_bytes(self) -> int:
+        """K and V of one token in one layer."""
+        return self.card.kv_bytes_per_token_layer(self.kv_element_bytes)
+
+    @property
+    def activation_bytes(self) -> int:
+        """One token's hidden state on the wire."""
+        return self.card.hidden_bytes_per_token(self.wire_element_bytes)
+
+    def profile(self, peer: PeerId) -> PeerProfile:
+        """The peer's profile. Raises: NoPeer."""
+        for profile in self.profiles:
+            if profile.id == peer:
+                return profile
+        raise NoPeer(f"peer {peer[:8]} is not in the cluster now", hint="see `meshd status`")

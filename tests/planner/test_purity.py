@@ -1,0 +1,34 @@
+"""The planner neither reads a clock nor touches the world: the same question gets the same answer, here and in a simulator."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import meshd.planner
+
+ALLOWED = {
+    "collections",
+    "dataclasses",
+    "enum",
+    "functools",
+    "heapq",
+    "itertools",
+    "math",
+    "msgspec",
+    "numpy",
+    "random",
+    "re",
+    "typing",
+}
+OURS = ("meshd.planner", "meshd.types", "meshd.errors")
+MODULES = sorted(Path(meshd.planner.__path__[0]).glob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_imports_are_pure(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            assert name.startswith(OURS) or name.split(".")[0] in ALLOWED, name
