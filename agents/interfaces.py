@@ -1,0 +1,214 @@
+"""Which network interfaces peers are looked for on: every LAN, never container bridges or tunnels unless they are named.
+
+Linux says in sysfs what an interface is; names decide only where it does not (other systems, or a sysfs of another namespace).
+"""
+
+import ipaddress
+import re
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import psutil
+
+SYSFS_NET = Path("/sys/class/net")
+_ARPHRD_ETHERNET = frozenset({1, 6, 24, 32, 801, 802, 803})
+"""linux/if_arp.h: Ethernet, IEEE 802, FireWire, InfiniBand, 802.11; the others up to loopback are tunnels of some kind."""
+_ARPHRD_LOOPBACK = 772
+_LOWER_DEPTH = 4
+"""How far to look below a bridge: bridge, VLAN, bond, card."""
+
+
+class Kind(StrEnum):
+    """What an interface leads to."""
+
+    LAN = "network"
+    VIRTUAL = "virtual pair"
+    CONTAINER = "container bridge"
+    TUNNEL = "tunnel"
+    LOOPBACK = "loopback"
+
+
+_NAMES: tuple[tuple[Kind, re.Pattern[str]], ...] = (
+    (Kind.LOOPBACK, re.compile(r"lo\d*$|Loopback")),
+    (Kind.TUNNEL, re.compile(r"(tun|tap|wg|utun|zt|ppp|ipsec|gif|stf|sit|gre|ip6tnl|teql)[\d-]|zt|tailscale|nordlynx|proton")),
+    (
+        Kind.CONTAINER,
+        re.compile(r"(docker|cni|podman|virbr|lxcbr|lxdbr|incusbr|vmnet|vboxnet|cbr|bridge)\d|br-|docker_|flannel|lxc|vEthernet"),
+    ),
+    (Kind.VIRTUAL, re.compile(r"veth|cali|cilium|vnet\d|ifb\d|dummy|kube-|(awdl|llw|anpi)\d")),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interface:
+    """One interface as the system describes it."""
+
+    name: str
+    index: int
+    kind: Kind
+    up: bool
+    """Configured up, with a carrier."""
+    multicast: bool
+    networks: tuple[str, ...]
+    """IPv4 addresses with their prefix: `192.168.1.7/24`."""
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return tuple(network.partition("/")[0] for network in self.networks)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Whether an interface is used, and why or why not, for people."""
+
+    interface: Interface
+    used: bool
+    why: str
+
+
+def choose(interfaces: Iterable[Interface], named: Sequence[str] = ()) -> list[Choice]:
+    """Pick the interfaces to look for peers on.
+
+    With `named` (names or addresses), exactly those that are up. Otherwise every LAN; if there is none, virtual pairs (a container
+    whose only interface is one end of a veth), and if there is none either, loopback, so that daemons of one machine find each
+    other. Container bridges and tunnels are used only by name.
+    """
+    present = list(interfaces)
+    if named:
+        return [_by_name(interface, named) for interface in present]
+    for kind in (Kind.LAN, Kind.VIRTUAL, Kind.LOOPBACK):
+        if any(interface.kind is kind and not _trouble(interface) for interface in present):
+            return [_by_kind(interface, kind) for interface in present]
+    return [Choice(interface, False, _trouble(interface) or f"a {interface.kind.value}") for interface in present]
+
+
+def _by_name(interface: Interface, named: Sequence[str]) -> Choice:
+    if not {interface.name, *interface.addresses} & set(named):
+        return Choice(interface, False, "not among those named")
+    trouble = "" if interface.kind is Kind.LOOPBACK and interface.up else _trouble(interface)
+    return Choice(interface, not trouble, trouble or "named")
+
+
+def _by_kind(interface: Interface, best: Kind) -> Choice:
+    if trouble := _trouble(interface):
+        return Choice(interface, False, trouble)
+    if interface.kind is best:
+        return Choice(interface, True, interface.kind.value)
+    return Choice(interface, False, f"a {interface.kind.value}: used only if named")
+
+
+def _trouble(interface: Interface) -> str:
+    if not interface.up:
+        return "down"
+    if not interface.networks:
+        return "no IPv4 address"
+    if not interface.multicast and interface.kind is not Kind.LOOPBACK:
+        return "no multicast"
+    return ""
+
+
+def shortcoming(choices: Sequence[Choice], named: Sequence[str] = ()) -> tuple[str, str] | None:
+    """What a person should know of the choice: WHAT went wrong: WHY, and how to mend it. None: all is well."""
+    used = [choice.interface for choice in choices if choice.used]
+    if missing := sorted(set(named) - {name for interface in used for name in (interface.name, *interface.addresses)}):
+        why = {choice.interface.name: choice.why for choice in choices}
+        told = ", ".join(f"{name} ({why.get(name, 'not here')})" for name in missing)
+        return f"no peer is looked for on {told}", "bring it up, or name another with --interface"
+    if not used:
+        return "no peer is looked for: no network interface is up", "connect one, or name a bridge or tunnel with --interface"
+    if not named and used[0].kind is Kind.LOOPBACK:
+        message = "peers are looked for on this machine only: no network but loopback is up"
+        return message, "connect one, or name a bridge or tunnel with --interface"
+    return None
+
+
+def used_addresses(choices: Iterable[Choice]) -> list[str]:
+    """The IPv4 addresses of the interfaces in use, in order."""
+    return [address for choice in choices if choice.used for address in choice.interface.addresses]
+
+
+def nearest_first(addresses: Iterable[str], choices: Iterable[Choice]) -> tuple[str, ...]:
+    """Order a peer's addresses: those on a network that this device is on come first, else as they were."""
+    local = [ipaddress.ip_interface(network).network for choice in choices if choice.used for network in choice.interface.networks]
+    return tuple(sorted(addresses, key=lambda address: not any(ipaddress.ip_address(address) in network for network in local)))
+
+
+def present_interfaces(sysfs: Path = SYSFS_NET) -> list[Interface]:
+    """All interfaces of this device (of this network namespace), in the system's order."""
+    statistics = psutil.net_if_stats()
+    found = []
+    for name, addresses in psutil.net_if_addrs().items():
+        if (state := statistics.get(name)) is None:
+            continue
+        flags = set(filter(None, state.flags.split(",")))
+        networks = tuple(
+            str(ipaddress.ip_interface(f"{address.address}/{address.netmask or 32}"))
+            for address in addresses
+            if address.family == socket.AF_INET
+        )
+        found.append(
+            Interface(
+                name=name,
+                index=(index := _index(name)),
+                kind=kind_of(name, index, flags, sysfs),
+                up=state.isup,
+                multicast=not flags or "multicast" in flags,
+                networks=networks,
+            )
+        )
+    return found
+
+
+def kind_of(name: str, index: int, flags: set[str], sysfs: Path = SYSFS_NET) -> Kind:
+    """What an interface leads to. `flags` are psutil's (`up`, `loopback`, `pointopoint`, ...; empty where unknown)."""
+    if "loopback" in flags:
+        return Kind.LOOPBACK
+    if "pointopoint" in flags:
+        return Kind.TUNNEL
+    folder = sysfs / name
+    if _is_ours(folder, index) and (kind := _kind_in_sysfs(folder)) is not None:
+        return kind
+    return next((kind for kind, pattern in _NAMES if pattern.match(name)), Kind.LAN)
+
+
+def _index(name: str) -> int:
+    """0: it just went, or the system has no such number for it."""
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        return 0
+
+
+def _is_ours(folder: Path, index: int) -> bool:
+    """Whether sysfs speaks of this namespace's interface: after a bare setns(2) it still shows the old one's."""
+    try:
+        return int((folder / "ifindex").read_text()) == index
+    except (OSError, ValueError):
+        return False
+
+
+def _kind_in_sysfs(folder: Path) -> Kind | None:
+    """None: sysfs does not tell, so the name has to."""
+    try:
+        hardware_type = int((folder / "type").read_text())
+    except (OSError, ValueError):
+        return None
+    if hardware_type == _ARPHRD_LOOPBACK:
+        return Kind.LOOPBACK
+    if (folder / "tun_flags").exists() or hardware_type not in _ARPHRD_ETHERNET:
+        return Kind.TUNNEL
+    if _leads_to_hardware(folder, _LOWER_DEPTH):
+        return Kind.LAN
+    if (folder / "bridge").exists():
+        return Kind.CONTAINER
+    return None
+
+
+def _leads_to_hardware(folder: Path, depth: int) -> bool:
+    """A card, or a bridge, bond or VLAN with a card somewhere below: a machine's own `br0` is its LAN, `docker0` is not."""
+    if (folder / "device").exists():
+        return True
+    return depth > 0 and any(_leads_to_hardware(lower, depth - 1) for lower in folder.glob("lower_*"))

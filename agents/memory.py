@@ -1,0 +1,175 @@
+"""How much memory and how many cores this process may really have: the system's, cut down by cgroups (v1 and v2) and limits."""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+_UNLIMITED = 2**60
+"""cgroup v1 writes "none" as a number near 2^63."""
+
+
+@dataclass(frozen=True, slots=True)
+class _MemoryFiles:
+    bounds: tuple[str, ...]
+    usage: str
+    droppable: str
+    """The line of `memory.stat` with the page cache that goes first."""
+
+
+_V1 = _MemoryFiles(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
+_V2 = _MemoryFiles(("memory.max", "memory.high"), "memory.current", "inactive_file")
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """An upper bound and what is left below it, in bytes, with who sets it."""
+
+    source: str
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What this process can have, and which limit binds now."""
+
+    total_bytes: int
+    free_bytes: int
+    bound_by: str
+
+
+def measure_memory(cap_bytes: int | None = None, taken_bytes: int = 0, root: Path = Path("/")) -> Memory:
+    """The least of: the system's available memory, every cgroup's limit less its use, RLIMIT_AS, and `cap_bytes` (`--memory`).
+
+    `taken_bytes` is what meshd itself has of the cap already. `root` is where `proc` and `sys` are looked for.
+    """
+    system = psutil.virtual_memory()
+    limits = [Limit("system", system.total, system.available), *cgroup_memory_limits(root)]
+    if (address_space := _address_space_limit()) is not None:
+        limits.append(address_space)
+    if cap_bytes is not None:
+        limits.append(Limit("--memory", cap_bytes, cap_bytes - taken_bytes))
+    return least(limits)
+
+
+def least(limits: list[Limit]) -> Memory:
+    """The tightest of the limits; what is free is never below nothing."""
+    tightest = min(limits, key=lambda limit: limit.free_bytes)
+    return Memory(min(limit.total_bytes for limit in limits), max(0, tightest.free_bytes), tightest.source)
+
+
+def cgroup_memory_limits(root: Path = Path("/")) -> list[Limit]:
+    """Limits of this process's cgroup and of each one above it; page cache that can be dropped does not count as use."""
+    limits = [_memory_limit(folder, _V2) for folder in _folders(root, "memory", version=2)]
+    limits += [_memory_limit(folder, _V1) for folder in _folders(root, "memory", version=1)]
+    return [limit for limit in limits if limit is not None]
+
+
+def cgroup_cpu_limit(root: Path = Path("/")) -> float | None:
+    """Cores' worth of time that the tightest cgroup quota allows; None: no quota."""
+    quotas = [_quota(_words(folder / "cpu.max")) for folder in _folders(root, "cpu", version=2)]
+    quotas += [
+        _quota(_words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us"))
+        for folder in _folders(root, "cpu", version=1)
+    ]
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Cores this process may run on (affinity), no more than the whole cores in its cgroups' quota, at least one."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    quota = cgroup_cpu_limit(root)
+    return max(1, cores if quota is None else min(cores, int(quota)))
+
+
+def _folders(root: Path, controller: str, version: int) -> Iterator[Path]:
+    """This process's folder in a cgroup hierarchy and every one above it, up to each mount of that hierarchy."""
+    path = _own_path(root, controller, version)
+    if path is None:
+        return
+    for mounted, mount_point in _mounts(root, controller, version):
+        top = root / mount_point.lstrip("/")
+        folder = top / _below(path, mounted).strip("/")
+        while folder != top and top in folder.parents:
+            yield folder
+            folder = folder.parent
+        yield top
+
+
+def _below(path: str, mounted: str) -> str:
+    """A cgroup's path below the mount. In a container the path may be one that only the host sees: then the mount is our own."""
+    if mounted == "/":
+        return path
+    return path.removeprefix(mounted) if path.startswith(mounted) else ""
+
+
+def _own_path(root: Path, controller: str, version: int) -> str | None:
+    """From `/proc/self/cgroup` (cgroups(7)): lines of `id:controllers:path`; v2 has no controllers there."""
+    for line in _lines(root / "proc/self/cgroup"):
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if (controllers == "") if version == 2 else (controller in controllers.split(",")):
+            return path
+    return None
+
+
+def _mounts(root: Path, controller: str, version: int) -> Iterator[tuple[str, str]]:
+    """(root within the hierarchy, mount point), from `/proc/self/mountinfo` (proc(5))."""
+    for line in _lines(root / "proc/self/mountinfo"):
+        before, _, after = line.partition(" - ")
+        match before.split(), after.split():
+            case [_, _, _, mounted, mount_point, *_], ["cgroup2", *_] if version == 2:
+                yield mounted, mount_point
+            case [_, _, _, mounted, mount_point, *_], ["cgroup", _, options] if version == 1 and controller in options.split(","):
+                yield mounted, mount_point
+
+
+def _memory_limit(folder: Path, files: _MemoryFiles) -> Limit | None:
+    bounds = [bound for name in files.bounds if (bound := _number(folder / name)) is not None and bound < _UNLIMITED]
+    usage = _number(folder / files.usage)
+    if not bounds or usage is None:
+        return None
+    words = _words(folder / "memory.stat")
+    statistics = dict(zip(words[::2], words[1::2], strict=False))
+    used = max(0, usage - int(statistics.get(files.droppable, "0")))
+    return Limit(f"cgroup {folder.name}", min(bounds), min(bounds) - used)
+
+
+def _address_space_limit() -> Limit | None:
+    """RLIMIT_AS counts address space, not memory; past it every allocation fails."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    bound, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if bound == resource.RLIM_INFINITY:
+        return None
+    return Limit("ulimit -v", bound, bound - psutil.Process().memory_info().vms)
+
+
+def _quota(words: list[str]) -> float | None:
+    """`quota period` in microseconds; `max` or -1 is none."""
+    match words:
+        case [quota, period] if quota.isdecimal() and period.isdecimal() and int(period) > 0:
+            return int(quota) / int(period)
+    return None
+
+
+def _number(path: Path) -> int | None:
+    words = _words(path)
+    return int(words[0]) if words and words[0].isdecimal() else None
+
+
+def _words(path: Path) -> list[str]:
+    return " ".join(_lines(path)).split()
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,107 @@
+"""Texts that people write for settings, and what they mean: sizes, addresses, counts, names, paths.
+
+Each parser takes text and raises ValueError saying what is wrong with it.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+_NOT_BUILT_YET = frozenset({"mqtt"})
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)(B?)", re.IGNORECASE)
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+)(?::(\d{1,5}))?")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a socket listens or is dialled."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def loopback(self) -> bool:
+        """Reached from this machine alone."""
+        return self.host in {"localhost", "::1"} or self.host.startswith("127.")
+
+
+def parse_text(text: str) -> str:
+    """Anything but nothing."""
+    if not text.strip():
+        raise ValueError("it is empty")
+    return text.strip()
+
+
+def parse_size(text: str) -> int:
+    """`4GiB` and `4G` are 4 * 2**30 bytes, `4GB` is 4 * 10**9, `4096` is bytes."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no size like 4GiB")
+    number, prefix, binary, byte = match.groups()
+    base = 1000 if byte and not binary else 1024
+    size = int(float(number) * base ** " KMGT".index(prefix.upper() or " "))
+    if size <= 0:
+        raise ValueError(f"{text!r} is no size above 0")
+    return size
+
+
+def parse_address(text: str, default_port: int) -> Address:
+    """`host`, `host:port`, `[v6]:port` or `http://host:port`."""
+    match = _ADDRESS.fullmatch(text.strip().removeprefix("http://").rstrip("/"))
+    port = int(match[2]) if match and match[2] else default_port
+    if match is None or port > 65535:
+        raise ValueError(f"{text!r} is no HOST:PORT")
+    return Address(match[1].strip("[]"), port)
+
+
+def parse_name(text: str) -> str:
+    """A peer's name: it stands in `name:0-12,name:12-30`, so no comma, colon or space."""
+    if not _NAME.fullmatch(text):
+        raise ValueError(f"{text!r} is no name of letters, digits, '.', '_' and '-' (63 at most)")
+    return text
+
+
+def parse_path(text: str) -> Path:
+    """Absolute, with `~` meant as the user's home."""
+    return Path(text).expanduser().absolute()
+
+
+def parse_url(text: str) -> str:
+    """An http(s) URL, without a slash at its end."""
+    if not text.startswith(("http://", "https://")):
+        raise ValueError(f"{text!r} is no http(s) URL")
+    return text.rstrip("/")
+
+
+def address(default_port: int) -> Callable[[str], Address]:
+    """A parser of addresses whose port may be left out."""
+    return lambda text: parse_address(text, default_port)
+
+
+def count(least: int) -> Callable[[str], int]:
+    """A parser of whole numbers from `least` up."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise ValueError(f"{text!r} is no whole number from {least} up")
+        return int(text)
+
+    return parse
+
+
+def choice(*choices: str) -> Callable[[str], str]:
+    """A parser of one word out of these."""
+
+    def parse(text: str) -> str:
+        if text in choices:
+            return text
+        if text in _NOT_BUILT_YET:
+            raise ValueError(f"{text!r} is not built yet; there is {', '.join(choices)}")
+        raise ValueError(f"{text!r} is none of {', '.join(choices)}")
+
+    return parse

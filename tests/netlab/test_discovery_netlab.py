@@ -1,0 +1,165 @@
+"""mDNS between real hosts. The times are the product's promises; `pytest -s` prints what was measured."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+pytestmark = pytest.mark.netlab
+
+SCRIPT = Path(__file__).with_name("mdns_peer.py")
+FIND_S = 3.0
+"""From the last start until every peer sees every other."""
+GOODBYE_S = 1.0
+
+
+class Peer:
+    """A peer on a lab's host, and what it has said so far."""
+
+    def __init__(self, lab: Any, host: str, letter: str, cluster: str = "c1") -> None:
+        self.id = letter * 52
+        self.host = host
+        self.said: list[dict[str, Any]] = []
+        self._lab, self._cluster = lab, cluster
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, SCRIPT, self.id, self._cluster]
+        self.process = self._lab.popen(self.host, command, stdout=subprocess.PIPE, text=True)
+        self._reader = threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True)
+        self._reader.start()
+
+    def _read(self, lines: IO[str]) -> None:
+        with lines:
+            for line in lines:
+                self.said.append(json.loads(line))
+
+    def first(self, kind: str, other: "Peer | None" = None, since: float = 0.0) -> dict[str, Any] | None:
+        """What it said first of this kind (and of the other peer), from `since` on."""
+        peer = other.id if other is not None else None
+        return next((said for said in self.said if said["kind"] == kind and said.get("peer") == peer and said["at"] >= since), None)
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(10)
+        self._reader.join(10)
+
+
+def wait_for(condition: Callable[[], bool], what: str, within_s: float = 8.0) -> None:
+    end = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > end:
+            pytest.fail(f"no {what} within {within_s} s")
+        time.sleep(0.005)
+
+
+def heard_s(who: Sequence[Peer], kind: str, of: Sequence[Peer], since: float) -> float:
+    """Wait until each of `who` has said so of each of `of`; seconds from `since` to the last of it."""
+    pairs = [(one, other) for one in who for other in of if one is not other]
+    wait_for(lambda: all(one.first(kind, other, since) for one, other in pairs), f"{kind} said by all")
+    return max(float(said["at"]) - since for one, other in pairs if (said := one.first(kind, other, since)) is not None)
+
+
+def last_start(peers: Sequence[Peer]) -> float:
+    wait_for(lambda: all(peer.first("started") for peer in peers), "start")
+    return max(float(said["at"]) for peer in peers if (said := peer.first("started")) is not None)
+
+
+def find_s(peers: Sequence[Peer]) -> float:
+    """Until all have seen all, from the last start; what was seen before that start counts as seen at once."""
+    start = last_start(peers)
+    heard_s(peers, "Found", peers, 0.0)
+    seen = [
+        float(said["at"])
+        for one in peers
+        for other in peers
+        if one is not other and (said := one.first("Found", other)) is not None
+    ]
+    return max(seen) - start
+
+
+@pytest.mark.parametrize("apart_s", [0.0, 0.3, 0.7, 1.5])
+def test_all_see_all_soon_after_the_last_start(make_lab: Any, apart_s: float) -> None:
+    lab = make_lab(hosts=3)
+    peers = []
+    for host, letter in zip(lab.hosts, "abc", strict=True):
+        peers.append(Peer(lab, host, letter))
+        time.sleep(apart_s)
+    took = find_s(peers)
+    print(f"\nthree hosts, started {apart_s} s apart: all see all after {took * 1e3:.1f} ms")
+    assert took < FIND_S
+    found = peers[0].first("Found", peers[2])
+    assert found is not None
+    assert found["addresses"] == [lab.ip("h3")]
+
+
+@pytest.mark.parametrize("apart_s", [0.0, 0.7])
+def test_peers_on_one_host_see_one_another(make_lab: Any, apart_s: float) -> None:
+    lab = make_lab(hosts=1)
+    peers = []
+    for letter in "abc":
+        peers.append(Peer(lab, "h1", letter))
+        time.sleep(apart_s)
+    took = find_s(peers)
+    print(f"\none host, started {apart_s} s apart: all see all after {took * 1e3:.1f} ms")
+    assert took < FIND_S
+
+
+def test_one_that_is_told_to_stop_is_gone_within_a_second(make_lab: Any) -> None:
+    lab = make_lab(hosts=3)
+    peers = [Peer(lab, host, letter) for host, letter in zip(lab.hosts, "abc", strict=True)]
+    find_s(peers)
+    asked = time.time()
+    peers[2].stop()
+    took = heard_s(peers[:2], "Gone", peers[2:], asked)
+    print(
+        f"\ngoodbye: gone from the others after {took * 1e3:.1f} ms; the process ended after {(time.time() - asked) * 1e3:.0f} ms"
+    )
+    assert took < GOODBYE_S
+
+
+def test_one_that_comes_back_after_a_power_loss_is_heard_anew(make_lab: Any) -> None:
+    lab = make_lab(hosts=2)
+    peers = [Peer(lab, host, letter) for host, letter in zip(lab.hosts, "ab", strict=True)]
+    find_s(peers)
+    lab.kill("h2")
+    peers[1].process.wait(10)
+    lost = time.time()
+    peers[1].start()
+    took = heard_s(peers[:1], "Found", peers[1:], lost)
+    print(f"\nback after a power loss: heard {took * 1e3:.0f} ms after it was started")
+    assert took < FIND_S
+
+
+def test_a_cable_that_is_put_back_brings_the_peer_back(make_lab: Any) -> None:
+    lab = make_lab(hosts=2)
+    peers = [Peer(lab, host, letter) for host, letter in zip(lab.hosts, "ab", strict=True)]
+    find_s(peers)
+    lab.cut("h2", mode="carrier")
+    cut = time.time()
+    wait_for(lambda: peers[1].first("Notice", None, cut) is not None, "notice of the lost interface")
+    lab.heal("h2")
+    healed = time.time()
+    took = heard_s(peers[:1], "Found", peers[1:], healed)
+    print(f"\ncable put back: heard anew after {took * 1e3:.0f} ms")
+    assert took < 5.0
+
+
+def test_another_cluster_is_counted_and_not_told(make_lab: Any) -> None:
+    lab = make_lab(hosts=3)
+    peers = [Peer(lab, "h1", "a"), Peer(lab, "h2", "b"), Peer(lab, "h3", "c", cluster="c2")]
+    find_s(peers[:2])
+    last_start(peers)
+    time.sleep(0.5)
+    peers[0].stop()
+    stopped = peers[0].first("stopped")
+    assert stopped is not None
+    assert stopped["others"] == {"c2": 1}
+    assert peers[0].first("Found", peers[2]) is None
