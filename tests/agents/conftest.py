@@ -1,0 +1,15 @@
+"""Shared by the tests of the links."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from peers import Peers
+
+
+@pytest.fixture
+async def peers(tmp_path: Path) -> AsyncIterator[Peers]:
+    """Starts peers; they are stopped after the test."""
+    started = Peers(tmp_path)
+    yield started
+    await started.stop()

@@ -1,0 +1,207 @@
+"""What a client of a split model meets: answers, errors, going away, a peer that dies."""
+
+import http.client
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+from daemons import MODEL, Cluster, Daemon, make_cluster, wait_for
+
+SPLIT = "a:0-17,b:17-30"
+FACT, KNOWN = "What is 2 + 2? Answer with a number.", "4"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Iterator[Cluster]:
+    for cluster in make_cluster(tmp_path_factory.mktemp("pair"), shared_cache):
+        cluster.start("a", "b", flags=("--max-sessions", "2", "--queue-limit", "1"))
+        cluster.see_each_other()
+        yield cluster
+
+
+def chat(text: str, **fields: Any) -> dict[str, Any]:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 16}
+    return body | {"mesh": {"stages": SPLIT}} | fields
+
+
+class Stream:
+    """A raw event stream, so that a test can leave it as a client that crashes does."""
+
+    def __init__(self, daemon: Daemon, body: dict[str, Any]) -> None:
+        self.connection = http.client.HTTPConnection(daemon.api.removeprefix("http://"), timeout=60)
+        headers = {"content-type": "application/json"}
+        self.connection.request("POST", "/v1/chat/completions", json.dumps(body | {"stream": True}), headers)
+        self.response = self.connection.getresponse()
+        assert self.response.status == 200, self.response.read()
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        for line in self.response:
+            if line.startswith(b"data: {"):
+                yield json.loads(line[6:])
+            elif line.startswith(b"data: [DONE]"):
+                return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        self.response.close()
+        self.connection.close()
+
+
+def kv_tokens_held(daemon: Daemon) -> int:
+    """Over all peers, as their adverts tell."""
+    holdings = [held for row in daemon.rows("peers") for held in row["holdings"]]
+    return sum(held["kv_tokens_total"] - held["kv_tokens_free"] for held in holdings)
+
+
+def test_a_split_model_answers_and_says_how(pair: Cluster) -> None:
+    status, document, headers = pair["a"].post_raw("/v1/chat/completions", chat(FACT))
+    assert status == 200
+    assert KNOWN in document["choices"][0]["message"]["content"]
+    assert headers["x-meshd-plan"] == SPLIT
+    assert float(headers["x-meshd-predicted-tpot-ms"]) > 0
+    assert headers["x-meshd-session"]
+
+
+def test_the_other_peer_answers_the_same_without_being_told_the_split(pair: Cluster) -> None:
+    asked = chat(FACT)
+    first = pair["a"].post("/v1/chat/completions", asked)["choices"][0]["message"]["content"]
+    del asked["mesh"]
+    assert pair["b"].post("/v1/chat/completions", asked)["choices"][0]["message"]["content"] == first
+
+
+def test_streamed_and_whole_are_the_same_text(pair: Cluster) -> None:
+    body = chat("Write one sentence about tea. Use an emoji.", max_tokens=40)
+    whole = pair["a"].post("/v1/chat/completions", body)["choices"][0]
+    with Stream(pair["a"], body) as stream:
+        pieces = [choice for event in stream.events() for choice in event["choices"]]
+    assert "".join(choice["delta"].get("content") or "" for choice in pieces) == whole["message"]["content"]
+    assert pieces[-1]["finish_reason"] == whole["finish_reason"]
+
+
+def test_the_same_seed_gives_the_same_answer_and_another_one_another(pair: Cluster) -> None:
+    def text(seed: int) -> str:
+        body = chat("Tell me a story.", temperature=1.2, seed=seed, max_tokens=24)
+        content: str = pair["a"].post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
+        return content
+
+    assert text(7) == text(7)
+    assert text(7) != text(8)
+
+
+def test_a_stop_string_ends_the_answer_before_it_and_frees_the_stages(pair: Cluster) -> None:
+    text = pair["a"].post("/v1/chat/completions", chat("Count from one to ten.", max_tokens=40))["choices"][0]["message"]["content"]
+    stop = text[len(text) // 2 : len(text) // 2 + 5]
+    choice = pair["a"].post("/v1/chat/completions", chat("Count from one to ten.", max_tokens=40, stop=[stop]))["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    assert choice["message"]["content"] == text[: text.index(stop)]
+    wait_for(lambda: not pair["b"].rows("sessions"), "the stages to be free", pair["b"], within_s=5)
+
+
+def test_a_prompt_of_several_chunks_is_answered(pair: Cluster) -> None:
+    body = chat("Repeat the last word. " + "one two three four five six seven eight nine ten " * 60)
+    usage = pair["a"].post("/v1/chat/completions", body)["usage"]
+    assert usage["prompt_tokens"] > 2 * 128
+
+
+def test_over_the_context_is_a_400_that_says_so(pair: Cluster) -> None:
+    status, document, _ = pair["a"].post_raw("/v1/chat/completions", chat("hello", max_tokens=100_000))
+    assert status == 400
+    assert document["error"]["code"] == "context_length_exceeded"
+
+
+def test_an_unknown_model_is_a_404(pair: Cluster) -> None:
+    status, document, _ = pair["a"].post_raw("/v1/chat/completions", chat("hello", model="smollm2:136m"))
+    assert status == 404
+    assert document["error"]["code"] == "model_not_found"
+    assert MODEL in document["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("stages", "told"),
+    [("a:0-17", "17-30"), ("a:0-17,b:16-30", "overlap"), ("nobody:0-30", "nobody"), ("a:0-40", "out of range")],
+)
+def test_stages_that_can_not_be_are_refused_with_the_reason(pair: Cluster, stages: str, told: str) -> None:
+    status, document, _ = pair["a"].post_raw("/v1/chat/completions", chat("hello", mesh={"stages": stages}))
+    assert status in (400, 503)
+    assert told in document["error"]["message"]
+
+
+def test_a_client_that_goes_away_frees_what_it_held(pair: Cluster) -> None:
+    stream = Stream(pair["a"], chat("Tell me a very long story.", max_tokens=1500, ignore_eos=True))
+    events = stream.events()
+    for _ in range(3):
+        next(events)
+    wait_for(lambda: kv_tokens_held(pair["a"]) > 2 * 1500, "both peers to tell that KV is held", pair["a"], within_s=5)
+    stream.leave()
+    for daemon in pair.daemons.values():
+        wait_for(lambda daemon=daemon: not daemon.rows("sessions"), "no session to be left", daemon, within_s=2)
+    wait_for(lambda: kv_tokens_held(pair["a"]) == 0, "all KV to be free again", pair["a"], within_s=2)
+
+
+def test_a_queue_that_is_full_is_a_429_with_retry_after(pair: Cluster) -> None:
+    body = chat("Tell me a very long story.", max_tokens=1500, ignore_eos=True)
+    running = [Stream(pair["a"], body) for _ in range(2)]
+    waiting = threading.Thread(target=lambda: Stream(pair["a"], chat("hello")).leave())
+    waiting.start()
+    try:
+        wait_for(lambda: pair["a"].post_raw("/v1/chat/completions", chat("hello"))[0] == 429, "a 429", pair["a"], within_s=20)
+        status, document, headers = pair["a"].post_raw("/v1/chat/completions", chat("hello"))
+        assert status == 429
+        assert int(headers["retry-after"]) >= 1
+        assert document["error"]["code"] == "overloaded"
+    finally:
+        for stream in running:
+            stream.leave()
+        waiting.join()
+
+
+def test_two_answers_at_once_are_both_right(pair: Cluster) -> None:
+    questions = (FACT, "Name three colours.")
+    alone = [pair["a"].post("/v1/chat/completions", chat(text))["choices"][0]["message"]["content"] for text in questions]
+    together: dict[int, str] = {}
+
+    def ask(number: int) -> None:
+        answer = pair["ab"[number]].post("/v1/chat/completions", chat(questions[number]))
+        together[number] = answer["choices"][0]["message"]["content"]
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [together[0], together[1]] == alone
+
+
+def test_a_peer_lost_in_mid_answer_is_one_clear_error_and_the_next_request_is_served(cluster: Cluster) -> None:
+    cluster.start("a", "b")
+    cluster.see_each_other()
+    stream = Stream(cluster["a"], chat("Tell me a very long story.", max_tokens=1500, ignore_eos=True))
+    events = stream.events()
+    for _ in range(3):
+        next(events)
+    cluster["b"].kill()
+    errors = [event["error"] for event in events if "error" in event]
+    stream.leave()
+    assert len(errors) == 1
+    assert "17-30" in errors[0]["message"]
+    assert errors[0]["code"] == "peer_lost"
+    document = cluster["a"].post("/v1/chat/completions", chat(FACT, mesh={}))
+    assert KNOWN in document["choices"][0]["message"]["content"]
+
+
+def test_a_daemon_that_stops_ends_its_streams_with_an_error(cluster: Cluster) -> None:
+    cluster.start("a")
+    body = chat("Tell me a very long story.", max_tokens=1500, ignore_eos=True, mesh={})
+    with Stream(cluster["a"], body) as stream:
+        events = stream.events()
+        next(events)
+        assert cluster["a"].stop() == 0
+        assert "error" in list(events)[-1]

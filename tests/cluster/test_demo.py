@@ -1,0 +1,58 @@
+"""`meshd demo`, whole: three daemons that find one another, share the layers, answer, and are gone after it."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+
+def demo(cache: Path, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-P", "-m", "meshd", "demo", "--cache", str(cache), *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_the_demo_answers_over_three_daemons_and_leaves_nothing_behind(shared_cache: Path) -> None:
+    with demo(shared_cache, "--prompt", "What is 2+2?") as process:
+        out, err = process.communicate(timeout=110)
+    assert process.returncode == 0, err
+    assert len(re.findall(r"\w+ found \w+ \(mdns", out)) == 6
+    held = re.findall(r"(\w+) holds layers (\d+)-(\d+)", out)
+    assert {name for name, _, _ in held} == {"ash", "birch", "cedar"}
+    assert [int(start) for _, start, _ in held] == [0, *(int(end) for _, _, end in held[:-1])]
+    assert held[-1][2] == "30"
+    assert "4" in out.split(">>> What is 2+2?")[1].split("[")[0]
+    assert "tokens/s" in out
+    assert [child.name() for child in psutil.Process().children(recursive=True) if "meshd" in " ".join(child.cmdline())] == []
+
+
+def test_daemons_that_were_kept_end_with_the_demo_however_it_ends(shared_cache: Path) -> None:
+    with demo(shared_cache, "--keep") as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "meshd run" in line:
+                break
+        children = psutil.Process(process.pid).children()
+        assert len(children) == 3
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_ctrl_c_ends_the_demo_and_its_daemons(shared_cache: Path) -> None:
+    with demo(shared_cache) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "is up" in line:
+                break
+        children = psutil.Process(process.pid).children()
+        asked = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+    assert (process.returncode, "Traceback" in err) == (130, False)
+    assert time.monotonic() - asked < 10
+    assert not any(child.is_running() for child in children)

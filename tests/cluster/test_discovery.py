@@ -1,0 +1,55 @@
+"""Daemons find one another and lose one another."""
+
+import subprocess
+import sys
+import time
+
+from daemons import Cluster, wait_for
+
+
+def test_a_peer_that_stops_is_gone_within_a_second(cluster: Cluster) -> None:
+    cluster.start("a", "b")
+    cluster.see_each_other()
+    stopped = time.monotonic()
+    assert cluster["b"].stop() == 0
+    wait_for(lambda: cluster.alive(cluster["a"]) == {"a"}, "b to be gone", cluster["a"], within_s=5)
+    assert time.monotonic() - stopped < 5
+    row = next(row for row in cluster["a"].rows("peers") if row["name"] == "b")
+    assert row["state"] == "left"
+
+
+def test_a_peer_that_is_killed_is_seen_dead_and_comes_back(cluster: Cluster) -> None:
+    cluster.start("a", "b")
+    cluster.see_each_other()
+    cluster["b"].kill()
+    wait_for(lambda: cluster.alive(cluster["a"]) == {"a"}, "b to be dead", cluster["a"], within_s=5)
+    cluster.start("b")
+    cluster.see_each_other()
+
+
+def test_another_clusters_key_is_never_joined(cluster: Cluster, tmp_path_factory: object) -> None:
+    cluster.start("a")
+    stranger = Cluster(cluster.root / "other", cluster.shared)
+    stranger.root.mkdir()
+    try:
+        stranger.start("x", flags=("--peer", cluster["a"].link))
+        wait_for(
+            lambda: any(row.get("reason") for row in stranger["x"].rows("peers")),
+            "a refusal to be shown",
+            stranger["x"],
+            within_s=15,
+        )
+        assert cluster.alive(cluster["a"]) == {"a"}
+        assert stranger.alive(stranger["x"]) == {"x"}
+    finally:
+        stranger.close()
+
+
+def test_a_second_daemon_on_the_same_folder_says_who_holds_it(cluster: Cluster) -> None:
+    cluster.start("a")
+    daemon = cluster["a"]
+    command = [sys.executable, "-m", "meshd", "up", "--state", str(daemon.state), "--api", "127.0.0.1:0", "--link", "127.0.0.1:0"]
+    second = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert second.returncode == 1
+    assert str(daemon.process.pid) in second.stderr
+    assert "Traceback" not in second.stderr

