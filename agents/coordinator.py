@@ -13,7 +13,7 @@ from meshd.agents.routing import Router
 from meshd.agents.service import GenerationRequest
 from meshd.agents.text import Assembler, StopMatcher
 from meshd.clock import Clock
-from meshd.errors import ContextTooLong, InvalidRequest, Overloaded, RemoteFailure
+from meshd.errors import ContextTooLong, InvalidRequest, NoPeer, OutOfMemory, Overloaded, RemoteFailure
 from meshd.protocol.messages import Closed, Failed, Token
 from meshd.telemetry import Telemetry
 from meshd.types import ModelCard, PeerId, Plan, SessionId
@@ -24,6 +24,8 @@ _TICK_S = 0.25
 _ROOM_WAIT_S = 30.0
 """How long a request waits for KV room on its stages before it is told to come back."""
 _ROOM_RETRY_S = 0.25
+_PASSING = frozenset({OutOfMemory.code, NoPeer.code})
+"""What a stage refuses to open with when it changed since the plan was made: another session took the room, a load gave way."""
 
 
 @dataclass(slots=True)
@@ -93,7 +95,7 @@ class Coordinator:
             try:
                 await answer.open(plan)
             except RemoteFailure as error:
-                if error.remote_code != "out_of_memory":
+                if error.remote_code not in _PASSING:
                     raise
                 if self.clock.monotonic() > until:
                     raise Overloaded(f"no room for this request's context: {error.message}", retry_after_s=5.0) from error

@@ -24,7 +24,7 @@ log = logging.getLogger("meshd.links")
 MAX_LINKS = 256
 HALF_OPEN = 64
 """Accepted connections that have not said HELLO; more are closed at once."""
-HALF_OPEN_PER_HOST = 8
+HALF_OPEN_PER_HOST = 16
 
 
 class LinkMaker:

@@ -78,7 +78,9 @@ class LinkTable:
         if verdict is Verdict.REFUSE:
             return None
         if present is not None:
-            present.end("it has dialled anew")
+            known = present.agreement
+            restarted = known is not None and known.hello.incarnation != hello.incarnation
+            present.end("it has restarted" if restarted else "it has dialled anew")
         return self._begin(hello.peer, hello.link, dialled=False)
 
     def join(self, link: Link, lane: Lane, connection: Connection, agreement: Agreement) -> None:

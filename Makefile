@@ -1,0 +1,68 @@
+# Everything happens in .venv, made by the first target that needs it. Nothing is asked of the machine but Python 3.11, git and make.
+#
+# torch is installed first, at a fixed version. Where the package index offers a CPU build under that version nothing more is needed;
+# the one on pypi.org for Linux x86-64 brings several GB of CUDA, which this release does not use. To get the CPU build there:
+#   make demo TORCH='--index-url https://download.pytorch.org/whl/cpu torch==2.13.0'
+
+TORCH ?= torch==2.13.0
+MODEL ?= smollm2:135m
+PYTEST ?= -m 'not slow'
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+ENOUGH = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14 python; do \
+	"$$python" -c '$(ENOUGH)' 2>/dev/null && echo "$$python" && break; done)
+
+.PHONY: install demo test check bench fuzz wheel clean
+.DELETE_ON_ERROR:
+
+install: $(VENV)/installed
+
+demo: $(VENV)/installed
+	$(BIN)/meshd demo
+
+test: $(VENV)/installed $(VENV)/group-test
+	$(BIN)/meshd pull $(MODEL)
+	$(BIN)/pytest $(PYTEST)
+
+check: $(VENV)/installed $(VENV)/group-test $(VENV)/group-check
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/installed $(VENV)/group-test
+	$(BIN)/meshd bench
+	for figure in tests/benchmarks/bench_*.py; do echo "--- $$figure"; $(BIN)/python -P "$$figure" || exit; done
+
+fuzz: $(VENV)/installed $(VENV)/group-test
+	for target in tests/fuzz/fuzz_*.py; do echo "--- $$target"; $(BIN)/python -P "$$target" || exit; done
+
+wheel: $(VENV)/installed
+	rm -rf build dist
+	$(PIP) wheel --no-deps --wheel-dir dist .
+	rm -rf build
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/made:
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer with venv was found: install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install --upgrade "pip>=25.1"
+	touch $@
+
+$(VENV)/torch: $(VENV)/made
+	$(PIP) install $(TORCH)
+	touch $@
+
+$(VENV)/installed: pyproject.toml $(VENV)/torch
+	$(PIP) install --editable .
+	touch $@
+
+$(VENV)/group-%: pyproject.toml $(VENV)/installed
+	$(PIP) install --group $*
+	touch $@

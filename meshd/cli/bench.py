@@ -1,0 +1,94 @@
+"""`meshd bench`: what this device can do; with --mesh, what the links to the other peers can."""
+
+import asyncio
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
+
+from meshd.cli.arguments import Parser, add_client, add_json, add_settings, settings_of
+from meshd.cli.client import STREAM_SILENCE_S, daemon_of
+from meshd.cli.output import ABSENT, duration, flops, print_json, rate, size, table
+from meshd.cli.progress import Measuring
+from meshd.cli.status import links_table
+from meshd.config import Config
+
+if TYPE_CHECKING:
+    from meshd.agents.probe import ProbeResult
+
+EXAMPLE = "meshd bench --threads 2\n  meshd bench --mesh"
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("--mesh", action="store_true", help="have the daemon measure its link to every peer instead")
+    parser.add_argument("--cached", action="store_true", help="show what was measured before, if it still holds")
+    add_settings(parser, ("threads", "backend", "memory", "cache"))
+    add_json(parser)
+    add_client(parser)
+
+
+def run(args: Namespace) -> int:
+    if args.mesh:
+        links = daemon_of(args).post("/mesh/v1/links/probe", {}, timeout_s=STREAM_SILENCE_S)
+        _print(args, links, links_table(links["data"]) if links["data"] else "no links: there is no other peer")
+        return 0
+    from meshd.agents.probe import report
+
+    device = report(measure(settings_of(args).config(), refresh=not args.cached))
+    _print(args, device, render(device))
+    return 0
+
+
+def measure(config: Config, *, refresh: bool = False) -> "ProbeResult":
+    """Measure this device, or recall it; with progress. Raises: LocalFault."""
+    from meshd.agents.probe import probe
+    from meshd.clock import SystemClock
+
+    measuring = Measuring()
+    try:
+        return asyncio.run(
+            probe(
+                config.cache,
+                clock=SystemClock(),
+                threads=config.threads,
+                backend=config.backend,
+                memory_cap_bytes=config.memory_bytes,
+                refresh=refresh,
+                progress=measuring,
+            )
+        )
+    finally:
+        measuring.close()
+
+
+def render(device: dict[str, Any]) -> str:
+    """As people read it; `device` is what `meshd.agents.probe.report` gives."""
+    how = "as measured before" if device["cached"] else f"measured in {duration(device['elapsed_s'])}"
+    free, total = size(device["memory_free_bytes"]), size(device["memory_total_bytes"])
+    lines = [
+        f"{device['processor']}: {device['cores']} cores, {device['threads']} threads, {how}",
+        f"memory: {free} free of {total}, bound by {device['memory_bound_by']}",
+        f"disk: {rate(device['rates']['disk_bytes_s'])}",
+    ]
+    headers = ("BACKEND", "DECODE", "PREFILL", "ATTENTION", "MEMORY", "LAYER OVERHEAD", "")
+    return "\n".join([*lines, "", table(headers, (_backend(trial, device["backend"]) for trial in device["backends"]))])
+
+
+def _backend(trial: dict[str, Any], best: str) -> tuple[str, ...]:
+    rates = trial.get("rates")
+    if not rates:
+        return (trial["backend"], *[ABSENT] * 5, trial.get("error", ""))
+    return (
+        trial["backend"],
+        rate(rates["decode_bytes_s"]),
+        flops(rates["prefill_flops_s"]),
+        rate(rates["attention_bytes_s"]),
+        rate(rates["memory_bytes_s"]),
+        duration(rates["layer_overhead_s"]),
+        "used" if trial["backend"] == best else "",
+    )
+
+
+def _print(args: Namespace, document: Any, text: str) -> None:
+    if args.json:
+        print_json(document)
+    else:
+        print(text)

@@ -1,0 +1,74 @@
+"""`meshd chat MODEL`: a conversation."""
+
+import sys
+from argparse import Namespace
+
+from meshd.cli.answering import add_sampling, notice, request_of, stream_answer, write_out
+from meshd.cli.arguments import Parser, add_client
+from meshd.cli.client import Daemon, daemon_of
+from meshd.errors import MeshdError
+
+EXAMPLE = "meshd chat smollm2:135m"
+_HELP = "/new starts over, /quit (or Ctrl-D) leaves, Ctrl-C stops an answer"
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a model's name or reference (`meshd models`)")
+    add_sampling(parser)
+    add_client(parser)
+
+
+def run(args: Namespace) -> int:
+    daemon = daemon_of(args)
+    daemon.get("/health")
+    interactive = sys.stdin.isatty()
+    if interactive:
+        _enable_line_editing()
+        notice(_HELP)
+    messages: list[dict[str, str]] = []
+    while (line := _next_line(interactive)) not in {None, "/quit", "/exit"}:
+        if line == "/new":
+            messages.clear()
+        elif line:
+            messages = _turn(daemon, args, [*messages, {"role": "user", "content": line}], interactive)
+    return 0
+
+
+def _next_line(interactive: bool) -> str | None:
+    """None at the end of input."""
+    if not interactive:
+        line = sys.stdin.readline()
+        return line.strip() if line else None
+    try:
+        return input(">>> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+
+
+def _turn(daemon: Daemon, args: Namespace, messages: list[dict[str, str]], interactive: bool) -> list[dict[str, str]]:
+    """The conversation with the answer, as far as it came; without this turn if nothing came of it."""
+    said: list[str] = []
+
+    def hear(text: str) -> None:
+        said.append(text)
+        write_out(text)
+
+    try:
+        stream_answer(daemon, request_of(args, messages), hear)
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+    except MeshdError as error:
+        if not interactive:
+            raise
+        notice(f"meshd: {error}")
+    write_out("\n")
+    return [*messages, {"role": "assistant", "content": "".join(said)}] if said else messages[:-1]
+
+
+def _enable_line_editing() -> None:
+    try:
+        import readline  # noqa: F401  (importing it gives input() a history)
+    except ImportError:  # not on every platform
+        return

@@ -1,0 +1,178 @@
+"""`meshd demo`: three daemons on this machine find one another, share a model's layers and stream an answer."""
+
+import signal
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from meshd.cli.answering import stream_answer, write_out
+from meshd.cli.arguments import Parser, add_settings, settings_of
+from meshd.cli.bench import measure
+from meshd.cli.children import Child, Family, free_ports, wait_until
+from meshd.cli.client import Daemon
+from meshd.cli.output import duration
+from meshd.cli.place import place
+from meshd.cli.pull import fetch
+from meshd.config import Config
+
+EXAMPLE = 'meshd demo --prompt "Name three rivers."\n  meshd demo --keep'
+MODEL = "smollm2:135m"
+PROMPT = "Why is the sky blue? Answer in two sentences."
+NAMES = ("ash", "birch", "cedar")
+MAX_TOKENS = 96
+CONTEXT = 2048
+START_WITHIN_S = 120.0
+FIND_WITHIN_S = 30.0
+MEASURE_WITHIN_S = 30.0
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("--prompt", metavar="TEXT", default=PROMPT, help="the question; default: %(default)s")
+    parser.add_argument("--keep", action="store_true", help="leave the three daemons up after the answer, until Ctrl-C")
+    add_settings(parser, ("backend", "cache", "models-dir", "hf-cache", "pypi-index", "config"))
+
+
+def run(args: Namespace) -> int:
+    with _ended_by_signals(), tempfile.TemporaryDirectory(prefix="meshd-demo-") as folder:
+        fixed = {"state": folder, "threads": "1"}
+        config = settings_of(args, fixed).config()
+        fetch(config, MODEL)
+        # Measured with one thread, and kept apart from what this device's own daemon measures with all of them.
+        config = replace(config, cache=config.cache / "demo")
+        measure(config)
+        with Family(Path(folder)) as family:
+            say = _Clock().say
+            apis = _start(family, config, say)
+            _show_discovery(family.children, apis, say)
+            _show_links(apis[0], say)
+            split = _show_placement(apis[0], say)
+            _show_answer(apis[0], args.prompt, split)
+            if args.keep:
+                _keep(family.children, apis)
+    return 0
+
+
+class _Clock:
+    """Lines with the time since the start."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self._start:5.1f} s] {text}", flush=True)
+
+
+Say = Callable[[str], None]
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and a closed terminal end the demo as Ctrl-C does, its daemons first."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    ends = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = [signal.signal(number, interrupt) for number in ends]
+    try:
+        yield
+    finally:
+        for number, handler in zip(ends, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _start(family: Family, config: Config, say: Say) -> list[Daemon]:
+    """Three daemons of a cluster of their own, each with one thread; they share models and measurements."""
+    say(f"starting {', '.join(NAMES)}: three daemons, one thread each")
+    links = {name: f"127.0.0.1:{port}" for name, port in zip(NAMES, free_ports(len(NAMES)), strict=True)}
+    common = [
+        *("--key", _new_key(), "--api", "127.0.0.1:0", "--interface", "127.0.0.1"),
+        *("--threads", "1", "--backend", config.backend, "--cache", str(config.cache), "--models-dir", str(config.models_dir)),
+        *("--hf-cache", str(config.hf_cache)),
+    ]
+    for name in NAMES:
+        others = [part for other in NAMES if other != name for part in ("--peer", links[other])]
+        family.start(name, [*common, "--link", links[name], *others])
+    apis: dict[str, Daemon] = {}
+
+    def all_listen() -> bool:
+        for child in family.children:
+            if child.name not in apis and (daemon := child.daemon()):
+                apis[child.name] = daemon
+                say(f"{child.name} is up: {daemon.url}")
+        return len(apis) == len(NAMES)
+
+    wait_until(all_listen, START_WITHIN_S, "the start of three daemons")
+    return [apis[name] for name in NAMES]
+
+
+def _new_key() -> str:
+    import os
+
+    from meshd.protocol.identity import ClusterKey
+
+    return ClusterKey.generate(os.urandom).code
+
+
+def _show_discovery(children: Sequence[Child], apis: Sequence[Daemon], say: Say) -> None:
+    """Until each of them has an authenticated link to the two others."""
+    seen: set[tuple[str, str]] = set()
+
+    def all_linked() -> bool:
+        for child, daemon in zip(children, apis, strict=True):
+            for row in daemon.rows("/mesh/v1/peers"):
+                pair = child.name, row["name"]
+                if row["state"] == "alive" and row["capability"] and child.name != row["name"] and pair not in seen:
+                    seen.add(pair)
+                    say(f"{child.name} found {row['name']} ({', '.join(row['sources'])})")
+        return len(seen) == len(children) * (len(children) - 1)
+
+    wait_until(all_linked, FIND_WITHIN_S, "finding one another")
+
+
+def _show_links(daemon: Daemon, say: Say) -> None:
+    """Until every direction between any two of them is measured: a plan is only as good as that."""
+    rows: list[dict[str, Any]] = []
+
+    def all_measured() -> bool:
+        rows[:] = daemon.rows("/mesh/v1/links")
+        return len(rows) == len(NAMES) * (len(NAMES) - 1)
+
+    wait_until(all_measured, MEASURE_WITHIN_S, "measuring the links")
+    hops = sorted(row["hop_s"] for row in rows)
+    say(f"links measured both ways: one activation takes {duration(hops[0])} to {duration(hops[-1])}")
+
+
+def _show_placement(daemon: Daemon, say: Say) -> str:
+    """Over all three, split as is best for many requests at once (for one alone the planner would take one device); the split."""
+    question = {"model": MODEL, "objective": "throughput", "context": CONTEXT, "mesh": {"min_peers": len(NAMES)}}
+    plan = daemon.post("/mesh/v1/plan", question)
+    say("the plan for three devices:")
+    for line in plan["text"]:
+        print(f"{'':10}{line}")
+    split: str = plan["plan"]
+    for line in place(daemon, {"model": MODEL, "stages": split, "context": CONTEXT}):
+        say(line)
+    return split
+
+
+def _show_answer(daemon: Daemon, prompt: str, split: str) -> None:
+    print(f"\n>>> {prompt}")
+    body = {"model": MODEL, "messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": MAX_TOKENS}
+    answer = stream_answer(daemon, body | {"mesh": {"stages": split, "context": CONTEXT}}, write_out)
+    print(f"\n\n[{answer.summary()}]", flush=True)
+
+
+def _keep(children: Sequence[Child], apis: Sequence[Daemon]) -> None:
+    print("\nThe three daemons stay up until Ctrl-C. Try in another terminal:")
+    for child, daemon in zip(children, apis, strict=True):
+        print(f"  meshd status --api {daemon.url}    # {child.name}")
+    print(f'  meshd run {MODEL} "Hello" --api {apis[0].url}', flush=True)
+    while all(child.process.poll() is None for child in children):
+        time.sleep(0.2)

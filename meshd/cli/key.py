@@ -1,0 +1,105 @@
+"""`meshd key`: the cluster key, by which devices become one cluster, and the API key, by which clients are let in."""
+
+import os
+import secrets
+from argparse import Namespace
+from pathlib import Path
+
+from meshd.cli.answering import notice
+from meshd.cli.arguments import Parser, add_json, add_state, settings_of
+from meshd.cli.output import print_json
+from meshd.config import API_KEY_FILE
+from meshd.errors import StorageError
+from meshd.protocol.identity import ClusterKey, load_cluster_key, store_cluster_key
+from meshd.state import StateFolder, read_holder
+
+EXAMPLE = "meshd key show\n  meshd key join mesh-7K2Q-...\n  meshd key api"
+
+
+_DEEDS = {
+    "show": "the join code: what to type on the next device",
+    "new": "begin a new cluster, with a new key",
+    "join": "join the cluster of this code",
+    "api": "the key that clients of the HTTP API must show; made if there is none",
+}
+
+
+class _DeedParser(Parser):
+    """As argparse makes one for each deed."""
+
+    def __init__(self, *, prog: str, description: str) -> None:
+        super().__init__(prog.removeprefix("meshd "), description, EXAMPLE)
+
+
+def add_arguments(parser: Parser) -> None:
+    deeds = parser.add_subparsers(dest="deed", required=True, metavar="DEED", prog="meshd key", parser_class=_DeedParser)
+    parsers = {name: deeds.add_parser(name, help=text, description=text) for name, text in _DEEDS.items()}
+    parsers["join"].add_argument("code", metavar="CODE", help="as `meshd key show` prints it on a device of the cluster")
+    for name in ("new", "join"):
+        parsers[name].add_argument("--replace", action="store_true", help="leave the cluster whose key this folder holds")
+    parsers["api"].add_argument("--new", action="store_true", help="make another one: the old one counts no more")
+    for deed in parsers.values():
+        add_state(deed)
+        add_json(deed)
+
+
+def run(args: Namespace) -> int:
+    state: Path = settings_of(args)["state"].value
+    match args.deed:
+        case "show":
+            _print_code(_present_key(state), args.json)
+        case "new":
+            _print_code(_store(state, ClusterKey.generate(os.urandom), replace=args.replace), args.json)
+        case "join":
+            _print_code(_store(state, ClusterKey.from_code(args.code), replace=args.replace), args.json)
+        case _:
+            _print_api_key(_api_key(state, anew=args.new), args.json)
+    return 0
+
+
+def _present_key(state: Path) -> ClusterKey:
+    key = load_cluster_key(StateFolder(state))
+    if key is None:
+        hint = "`meshd up` makes one, `meshd key join CODE` takes another device's"
+        raise StorageError(f"there is no cluster key in {state} yet", hint=hint)
+    return key
+
+
+def _store(state: Path, key: ClusterKey, *, replace: bool) -> ClusterKey:
+    folder = StateFolder.open(state)
+    present = load_cluster_key(folder)
+    if present == key:
+        return key
+    if present is not None and not replace:
+        hint = "add --replace to leave that cluster, or take another folder with --state DIR"
+        raise StorageError(f"{state} holds the key of cluster {present.fingerprint}: this would replace it", hint=hint)
+    store_cluster_key(folder, key)
+    if holder := read_holder(state):
+        notice(f"the daemon that runs now (process {holder.pid}) takes it up when it is started anew")
+    return key
+
+
+def _print_code(key: ClusterKey, as_json: bool) -> None:
+    if as_json:
+        print_json({"code": key.code})
+        return
+    print(key.code)
+    notice(f"cluster {key.fingerprint}; on the next device type: meshd up --key {key.code}")
+
+
+def _api_key(state: Path, *, anew: bool) -> str:
+    folder = StateFolder.open(state)
+    present = folder.read(API_KEY_FILE)
+    if present and not anew:
+        return present.decode().strip()
+    made = secrets.token_urlsafe(24)
+    folder.write(API_KEY_FILE, f"{made}\n".encode())
+    return made
+
+
+def _print_api_key(key: str, as_json: bool) -> None:
+    if as_json:
+        print_json({"api_key": key})
+        return
+    print(key)
+    notice("clients send it as `Authorization: Bearer KEY` (OpenAI's clients: api_key); asked for from `meshd up`'s next start on")

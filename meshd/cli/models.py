@@ -1,0 +1,79 @@
+"""`meshd models`: the models that are known, on which disks they are and where their layers lie."""
+
+from argparse import Namespace
+from typing import Any
+
+from meshd.cli.answering import notice
+from meshd.cli.arguments import Parser, add_client, add_json, add_settings, settings_of
+from meshd.cli.client import daemon_of
+from meshd.cli.output import ABSENT, print_json, size, table
+from meshd.cli.pull import store_of
+from meshd.errors import Unavailable
+from meshd.models.catalogue import CATALOGUE
+from meshd.models.store import StoredModel
+
+EXAMPLE = "meshd models --json"
+
+
+def add_arguments(parser: Parser) -> None:
+    add_json(parser)
+    add_client(parser)
+    add_settings(parser, ("cache", "models-dir"))
+
+
+def run(args: Namespace) -> int:
+    settings = settings_of(args)
+    stored = store_of(settings.config()).list()
+    try:
+        mesh = daemon_of(args).rows("/mesh/v1/models")
+    except Unavailable as error:
+        if settings.named("api"):
+            raise
+        notice(f"this device's models alone: {error.message}")
+        mesh = []
+    rows = merged(stored, mesh)
+    if args.json:
+        print_json({"object": "list", "data": rows})
+    else:
+        print(table(("MODEL", "SIZE", "QUANT", "HERE", "ON DISK OF", "LAYERS HELD", "ANSWERS"), map(_cells, rows)))
+    return 0
+
+
+def merged(stored: list[StoredModel], mesh: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per model: the mesh's rows, this device's, then what the catalogue offers beside. `path`: its file here."""
+    rows = {row["name"]: {**row, "path": None} for row in mesh}
+    for model in stored:
+        known = rows.setdefault(model.name, _row(model.name, model.ref, model.id, model.size_bytes))
+        known["path"] = str(model.path)
+    for entry in CATALOGUE.values():
+        rows.setdefault(entry.name, _row(entry.name, str(entry.sources[0]), None, entry.size_bytes))
+    return list(rows.values())
+
+
+def _row(name: str, ref: str, identifier: str | None, size_bytes: int | None) -> dict[str, Any]:
+    """Of a model that the mesh does not tell of: the same keys."""
+    return {
+        "id": identifier,
+        "name": name,
+        "ref": ref,
+        "quantisation": None,
+        "layers": None,
+        "context_length": None,
+        "bytes": size_bytes,
+        "answers": False,
+        "on_disk": [],
+        "holdings": [],
+        "path": None,
+    }
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        row["name"],
+        size(row["bytes"]),
+        row["quantisation"] or ABSENT,
+        "yes" if row["path"] else "no",
+        ", ".join(row["on_disk"]) or ABSENT,
+        ", ".join(f"{held['name']}:{held['layers']}" for held in row["holdings"]) or ABSENT,
+        "yes" if row["answers"] else "no",
+    )

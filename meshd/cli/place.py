@@ -1,0 +1,49 @@
+"""`meshd place MODEL`: layers onto peers, ahead of requests."""
+
+from argparse import Namespace
+from typing import Any
+
+from meshd.cli.arguments import Parser, add_client
+from meshd.cli.client import Daemon, daemon_of
+from meshd.cli.output import layers
+from meshd.cli.progress import progress
+from meshd.errors import RemoteFailure
+
+EXAMPLE = "meshd place smollm2:135m --stages attic:0-12,desk:12-30"
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a model's name or reference")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--stages", metavar="a:0-12,b:12-30", help="which peers hold which layers; default: the planner decides")
+    how.add_argument("--min-peers", type=int, metavar="N", help="spread it over at least so many peers")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens to hold memory for")
+    add_client(parser)
+
+
+def run(args: Namespace) -> int:
+    body = {key: getattr(args, key) for key in ("model", "stages", "min_peers", "context") if getattr(args, key) is not None}
+    for holding in place(daemon_of(args), body):
+        print(holding)
+    return 0
+
+
+def place(daemon: Daemon, body: dict[str, Any]) -> list[str]:
+    """Have a model placed and show how it goes; the lines `NAME holds layers A-B` of the outcome.
+
+    Raises: RemoteFailure if a peer could not load its layers, and as `Daemon.stream`.
+    """
+    latest: dict[tuple[str, str], dict[str, Any]] = {}
+    with daemon.stream("/mesh/v1/place", body) as stream, progress() as shown:
+        for step in stream.events():
+            key = (step["name"], layers(step["layers"]))
+            latest[key] = step
+            text = " ".join(filter(None, (step["state"], step["message"])))
+            shown.update(f"{key[0]} layers {key[1]}", step["progress"], 1.0, text)
+    failed = [
+        f"{name} layers {held} {step.get('message', '')}" for (name, held), step in latest.items() if step["state"] == "failed"
+    ]
+    if failed:
+        hint = "see `meshd status` and that peer's log"
+        raise RemoteFailure(f"{body['model']} could not be placed: {'; '.join(failed)}", hint=hint)
+    return [f"{name} holds layers {held}" for name, held in sorted(latest, key=lambda key: int(key[1].split("-")[0]))]

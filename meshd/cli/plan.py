@@ -1,0 +1,39 @@
+"""`meshd plan MODEL`: what would be placed where, and how fast it would be."""
+
+from argparse import Namespace
+from typing import Any
+
+from meshd.cli.arguments import Parser, add_client, add_json
+from meshd.cli.client import daemon_of
+from meshd.cli.output import print_json
+
+EXAMPLE = 'meshd plan smollm2:135m --context 4096 --what-if "+attic ram=32GiB bw=60GB/s link=1Gbps rtt=0.3ms"'
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a model's name or reference")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens to reserve memory for; default: the model's own")
+    parser.add_argument("--objective", choices=("latency", "ttft", "throughput", "energy", "memory"), help="what to plan for")
+    parser.add_argument("--what-if", action="append", metavar='"+NAME ram=... bw=..."', help="a peer that is not here; repeatable")
+    parser.add_argument("--stages", metavar="a:0-12,b:12-30", help="predict this very split")
+    parser.add_argument("--peers", type=lambda text: text.split(","), metavar="a,b", help="only these peers may take part")
+    parser.add_argument("--min-peers", type=int, metavar="N", help="split over at least so many peers")
+    parser.add_argument("--explain", action="store_true", help="also time per stage and hop, the binding constraint, the runner-up")
+    add_json(parser)
+    add_client(parser)
+
+
+def run(args: Namespace) -> int:
+    plan = daemon_of(args).post("/mesh/v1/plan", request_of(args))
+    if args.json:
+        print_json(plan)
+        return 0
+    print("\n".join([*plan["text"], *(plan.get("explanation", ()) if args.explain else ())]))
+    return 0
+
+
+def request_of(args: Namespace) -> dict[str, Any]:
+    """The body of `POST /mesh/v1/plan`."""
+    mesh = {key: getattr(args, key) for key in ("stages", "peers", "min_peers") if getattr(args, key) is not None}
+    body = {key: getattr(args, key) for key in ("model", "context", "objective", "what_if") if getattr(args, key) is not None}
+    return body | ({"mesh": mesh} if mesh else {})

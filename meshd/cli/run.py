@@ -1,0 +1,43 @@
+"""`meshd run MODEL [PROMPT]`: one answer."""
+
+import sys
+from argparse import Namespace
+
+from meshd.cli.answering import add_sampling, notice, request_of, stream_answer, write_out
+from meshd.cli.arguments import Parser, add_client
+from meshd.cli.client import STREAM_SILENCE_S, daemon_of
+from meshd.cli.output import print_json
+from meshd.errors import InvalidRequest
+
+EXAMPLE = 'meshd run smollm2:135m "Why is the sky blue?"\n  meshd run smollm2:135m < question.txt'
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a model's name or reference (`meshd models`)")
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the question; without it, standard input")
+    add_sampling(parser)
+    parser.add_argument("--json", action="store_true", help="print the API's whole answer as one JSON document")
+    parser.add_argument("--quiet", action="store_true", help="print the answer alone, no figures after it")
+    add_client(parser)
+
+
+def run(args: Namespace) -> int:
+    body = request_of(args, [{"role": "user", "content": args.prompt or _piped()}])
+    daemon = daemon_of(args)
+    if args.json:
+        print_json(daemon.post("/v1/chat/completions", body, timeout_s=STREAM_SILENCE_S))
+        return 0
+    answer = stream_answer(daemon, body, write_out)
+    write_out("\n")
+    if not args.quiet:
+        notice(f"[{answer.summary()}]")
+    return 0
+
+
+def _piped() -> str:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise InvalidRequest("there is no prompt", hint="give one after the model or pipe it in; `meshd chat` talks")
+    text = sys.stdin.read()
+    if not text.strip():
+        raise InvalidRequest("the prompt is empty", hint="give one after the model, or pipe it in")
+    return text

