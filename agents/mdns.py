@@ -8,13 +8,11 @@ from zeroconf import DNSQuestionType, RecordUpdate, RecordUpdateListener, Zeroco
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo
 
 from meshd.agents.sources import Found
-from meshd.types import PeerId
+from meshd.types import PeerId, is_peer_id
 
 SERVICE = "_meshd._tcp.local."
 _RESOLVE_S = 10.0
 _MAX_RESOLVING = 32
-_PEER_ID_LENGTH = 52
-_PEER_ID_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz234567")
 _TXT_LIMIT_BYTES = 255
 """RFC 6763 section 6.1: one `key=value`."""
 
@@ -74,11 +72,6 @@ def from_records(instance: str, txt: Mapping[str, str | None], addresses: Sequen
         version=_printable(txt.get("version")),
         load=_printable(txt.get("load")),
     )
-
-
-def is_peer_id(text: str) -> bool:
-    """Whether it has the form of a peer's id."""
-    return len(text) == _PEER_ID_LENGTH and _PEER_ID_LETTERS.issuperset(text)
 
 
 def _clip(text: str, limit_bytes: int) -> str:

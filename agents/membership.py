@@ -7,6 +7,7 @@ seconds, so that figures that only drift (free memory, measured times) are never
 import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from logging import getLogger
 from typing import Any
 
@@ -32,8 +33,8 @@ from meshd.agents.sources import Duplicate, Found, Gone, Notice, Sighting, Sourc
 from meshd.clock import Clock
 from meshd.errors import MeshdError
 from meshd.protocol.messages import Advertise, Hello
-from meshd.types import Advert, Capability, Holding, ModelCard, PeerId
-from meshd.values import Address
+from meshd.types import Advert, Capability, Holding, ModelCard, PeerId, is_peer_id
+from meshd.values import Address, parse_address
 
 log = getLogger(__name__)
 
@@ -44,6 +45,9 @@ _SWEEP_S = 0.5
 _SUSPECT_S = 1.2
 """Two heartbeats missed; the link itself is given up at 2 s."""
 _NOTICES = 20
+_MAX_NEIGHBOURS = 64
+GOSSIP = "gossip"
+"""The source of what other peers tell."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +81,7 @@ class Membership:
     table: PeerTable = field(default_factory=PeerTable)
     notices: dict[str, str] = field(default_factory=dict)
     """Message to hint; what a person should know."""
+    _dialled: dict[PeerId, set[tuple[Address, str]]] = field(default_factory=dict)
     _revision: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -110,9 +115,14 @@ class Membership:
             holdings=self.about.holdings(),
             models=self.about.models(),
             links=self.prober.stats(),
+            neighbours=self._neighbours(),
             sessions=self.about.sessions(),
             api=self.about.api(),
         )
+
+    def _neighbours(self) -> dict[PeerId, str]:
+        met = {peer: self.links.addresses(peer) for peer in self.links.peers()[:_MAX_NEIGHBOURS]}
+        return {peer: addresses[0] for peer, addresses in met.items() if addresses}
 
     async def _publish(self) -> None:
         while True:
@@ -202,9 +212,24 @@ class Membership:
         self.on_gone(peer, reason)
 
     def _on_advertise(self, sender: PeerId, message: Advertise, payload: memoryview) -> None:
-        if message.advert.peer == sender:
-            self._apply(AdvertReceived(message.advert))
-            self.on_adverts()
+        if message.advert.peer != sender:
+            return
+        self._apply(AdvertReceived(message.advert))
+        self.on_adverts()
+        for peer, address in islice(message.advert.neighbours.items(), _MAX_NEIGHBOURS):
+            self._hear_of(peer, address)
+
+    def _hear_of(self, peer: PeerId, address: str) -> None:
+        """A peer told of another one: a hint like that of any source."""
+        known = self.table.get(peer)
+        if peer == self.about.peer or (known is not None and (known.linked or known.state is State.REFUSED)):
+            return
+        try:
+            found = parse_address(address, 0)
+        except ValueError:
+            return
+        if is_peer_id(peer) and found.port:
+            self._apply(Found(source=GOSSIP, peer=peer, addresses=(found.host,), port=found.port))
 
     def _apply(self, event: Event) -> None:
         try:
@@ -217,18 +242,22 @@ class Membership:
             return
         for command in commands:
             match command:
-                case Dial(_, addresses):
-                    for address in addresses:
-                        self.links.connect(address.host, address.port, _source_of(event))
+                case Dial(peer, addresses):
+                    self._dial(peer, addresses, event.source if isinstance(event, Found) else GOSSIP)
                 case Forget(peer):
                     self._forget(peer)
                 case Publish(peer, state, was, why):
                     self._publish_change(peer, state.value if state else "forgotten", was.value if was else "", why)
 
+    def _dial(self, peer: PeerId | None, addresses: Iterable[Address], source: str) -> None:
+        for address in addresses:
+            self.links.connect(address.host, address.port, source)
+            if peer is not None:
+                self._dialled.setdefault(peer, set()).add((address, source))
+
     def _forget(self, peer: PeerId) -> None:
-        for address in self.links.addresses(peer):
-            host, _, port = address.rpartition(":")
-            self.links.forget(host, int(port), "mdns")
+        for address, source in self._dialled.pop(peer, set()):
+            self.links.forget(address.host, address.port, source)
 
     def _publish_change(self, peer: PeerId, state: str, was: str, why: str) -> None:
         if state != was:
@@ -250,10 +279,6 @@ class Membership:
             for command in self.table.expire(self.clock.monotonic()):
                 if isinstance(command, Forget):
                     self._forget(command.peer)
-
-
-def _source_of(event: Event) -> str:
-    return event.source if isinstance(event, Found) else "mdns"
 
 
 def _refused_row(address: str, peer: str, reason: str) -> dict[str, Any]:

@@ -11,11 +11,18 @@ import msgspec
 
 PeerId = NewType("PeerId", str)
 """Lower-case base32 of SHA-256 of the peer's public key, 52 characters."""
+_PEER_ID_LENGTH = 52
+_PEER_ID_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz234567")
 SessionId = NewType("SessionId", str)
 """Random, 32 hex digits; one request's decoding state."""
 PlanId = NewType("PlanId", str)
 ModelId = NewType("ModelId", str)
 """Content, not name: the first 32 hex digits of the weights' SHA-256."""
+
+
+def is_peer_id(text: str) -> bool:
+    """Whether it has the form of a peer's id."""
+    return len(text) == _PEER_ID_LENGTH and _PEER_ID_LETTERS.issuperset(text)
 
 
 class LayerRange(msgspec.Struct, frozen=True, order=True, array_like=True):
@@ -189,6 +196,8 @@ class Advert(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[ModelCard, ...] = ()
     """Cards of what lies complete on this peer's disk."""
     links: dict[PeerId, LinkStats] = {}
+    neighbours: dict[PeerId, str] = {}
+    """`HOST:PORT` of peers that it is linked with: whoever knows one peer finds all, also where multicast does not pass."""
     sessions: int = 0
     api: str = ""
 

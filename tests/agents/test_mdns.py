@@ -1,8 +1,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshd.agents.mdns import Announcement, from_records, is_peer_id, to_info, to_txt
-from meshd.types import PeerId
+from meshd.agents.mdns import Announcement, from_records, to_info, to_txt
+from meshd.types import PeerId, is_peer_id
 
 PEER = PeerId("a" * 52)
 texts = st.text(max_size=400)

@@ -1,0 +1,94 @@
+"""HELLO: what two peers must agree on before they are linked, and which of two links between them lives. Pure."""
+
+from collections.abc import Iterable
+from enum import Enum
+
+import msgspec
+
+from meshd.errors import PeerLost, PeerRefused, ProtocolViolation
+from meshd.protocol.framing import MAX_HEADER_HARD, MAX_PAYLOAD, Limits
+from meshd.protocol.messages import FEATURES, PROTOCOL_VERSION, Error, Goodbye, Hello, Lane, Message
+from meshd.types import PeerId
+
+_LEAST = 4096
+"""No HELLO may accept less, in bytes of header: a longer one could not be answered."""
+
+
+class Agreement(msgspec.Struct, frozen=True):
+    """What holds on a connection after both HELLOs."""
+
+    hello: Hello
+    """The other side's."""
+    features: frozenset[str]
+    """What both have."""
+    limits: Limits
+    """What the other side accepts."""
+
+
+class Verdict(Enum):
+    """What becomes of a link that a peer offers while there may be one already."""
+
+    ACCEPT = "there is none yet"
+    REPLACE = "the new one takes the place of the old"
+    REFUSE = "the old one stays"
+
+
+def check_hello(message: Message, certified: PeerId, *, features: Iterable[str] = FEATURES) -> Agreement:
+    """Hold the first frame of a connection against the rules and against the peer's certificate.
+
+    Raises: ProtocolViolation if it breaks the protocol; PeerRefused if its version can't be spoken here; PeerLost if it is GOODBYE
+    or ERROR instead.
+    """
+    if isinstance(message, Goodbye):
+        raise PeerLost(message.reason)
+    if isinstance(message, Error):
+        raise PeerLost(message.message)
+    if not isinstance(message, Hello):
+        raise ProtocolViolation(f"a connection began with {type(message).__name__}, not HELLO")
+    if message.version[0] != PROTOCOL_VERSION[0]:
+        theirs, ours = (".".join(map(str, version)) for version in (message.version, PROTOCOL_VERSION))
+        raise PeerRefused(
+            f"{message.name} speaks protocol {theirs} ({message.software}) and this peer {ours}",
+            hint="install the same version of meshd on both",
+        )
+    if message.peer != certified:
+        raise ProtocolViolation("HELLO names another peer than the certificate")
+    if message.lane not in (Lane.CONTROL, Lane.BULK):
+        raise ProtocolViolation(f"HELLO names lane {message.lane}, which there is not")
+    if not _LEAST <= message.max_header <= MAX_HEADER_HARD or not 0 <= message.max_payload <= MAX_PAYLOAD:
+        raise ProtocolViolation(f"HELLO accepts headers of {message.max_header} and payloads of {message.max_payload} bytes")
+    return Agreement(message, frozenset(features) & frozenset(message.features), Limits(message.max_header, message.max_payload))
+
+
+def check_answer(answer: Hello, asked: Hello) -> None:
+    """Hold the answering side's HELLO against the one that the dialler sent. Raises: ProtocolViolation."""
+    if (answer.link, answer.lane) != (asked.link, asked.lane):
+        raise ProtocolViolation("HELLO was answered for another link or lane")
+
+
+class Present(msgspec.Struct, frozen=True, kw_only=True):
+    """The link with a peer that exists when it offers another."""
+
+    incarnation: int | None
+    """None: not told yet."""
+    dialled: bool
+    """By us."""
+    up: bool
+    silent_s: float
+
+
+def choose_link(present: Present | None, offered: Hello, own: PeerId, *, fresh_s: float) -> Verdict:
+    """Which link survives when a peer dials us while a link with it exists; both sides come to the same answer.
+
+    A side never dials a peer that it has a link with. So a peer that dials again has lost the link it dialled before; and of two
+    that are dialled at once, the one from the smaller id lives. A link that we dialled and that carried something within `fresh_s`
+    is kept: the offer was on its way when that link came up, and the peer withdraws it.
+    """
+    if present is None:
+        return Verdict.ACCEPT
+    restarted = present.incarnation is not None and present.incarnation != offered.incarnation
+    if restarted or not present.dialled:
+        return Verdict.REPLACE
+    if present.up:
+        return Verdict.REPLACE if present.silent_s > fresh_s else Verdict.REFUSE
+    return Verdict.REPLACE if offered.peer < own else Verdict.REFUSE

@@ -1,0 +1,345 @@
+"""One authenticated connection: messages over TLS 1.3 over TCP. The only file of this room that does I/O."""
+
+import asyncio
+import logging
+import socket
+import ssl
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from functools import partial
+from typing import cast
+
+from meshd.errors import InvalidRequest, MeshdError, PeerLost, PeerRefused, ProtocolViolation
+from meshd.protocol import codec
+from meshd.protocol.flow import SendQueue
+from meshd.protocol.framing import EMPTY, KIB, MIB, Frame, FrameReader, Limits, frame_head
+from meshd.protocol.identity import peer_of_certificate
+from meshd.protocol.messages import Error, Message
+from meshd.types import PeerId
+
+log = logging.getLogger("meshd.transport")
+
+Buffer = bytes | bytearray | memoryview
+Address = tuple[str, int]
+"""(host, port)"""
+
+QUEUE_BYTES = 32 * MIB
+"""What may wait to be written on one connection: two of the largest payloads."""
+_JOINED = 32 * KIB
+"""Header and payload leave in one write up to here; of a larger payload the rest is written from where it lies."""
+_PIECE = 128 * KIB
+_TRANSPORT_BYTES = 256 * KIB
+"""What may lie, encrypted, below us before we are told to pause."""
+_SHUTDOWN_S = 0.5
+
+
+class Connection(asyncio.BufferedProtocol):
+    """Frames in, messages out, and back.
+
+    `on_message(connection, message, frame)` is called for each message from within the event loop's read; it must not block.
+    `on_closed(connection, reason)` is called once. Until `attach`, one message is kept for `first`; a second closes the connection.
+    """
+
+    peer: PeerId
+    """By its certificate."""
+    remote: Address
+
+    def __init__(self, limits: Limits, now: Callable[[], float]) -> None:
+        self.accepts = Limits()
+        """What the other side accepts; its HELLO says."""
+        self.reason = ""
+        """Why it is closed; empty while it is not."""
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self._reader = FrameReader(limits, now)
+        self._queue = SendQueue(QUEUE_BYTES, _PIECE)
+        self._paused = False
+        self._first: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._gone = asyncio.Event()
+        self._on_message: Callable[[Connection, Message, Frame], None] | None = None
+        self._on_closed: Callable[[Connection, str], None] | None = None
+
+    def attach(
+        self, on_message: Callable[["Connection", Message, Frame], None], on_closed: Callable[["Connection", str], None]
+    ) -> None:
+        """From now on messages and the end go to these. Raises: PeerLost if it has closed already."""
+        if self.reason:
+            raise PeerLost(self.reason)
+        self._on_message = on_message
+        self._on_closed = on_closed
+
+    async def first(self) -> Message:
+        """The first message. Raises: PeerFault if the connection closes before."""
+        return await self._first
+
+    @property
+    def queued_bytes(self) -> int:
+        return self._queue.queued_bytes
+
+    def send(self, message: Message, payload: Buffer | None = None) -> None:
+        """Write, or queue; never waits. The payload must not change until it has left.
+
+        Raises: PeerLost if the connection is closed; Overloaded if too much waits already; InvalidRequest if it is larger than the
+        other side accepts.
+        """
+        if self.reason:
+            raise PeerLost(self.reason)
+        view = EMPTY if payload is None else memoryview(payload).cast("B")
+        header = codec.encode(message)
+        if len(header) > self.accepts.max_header or len(view) > self.accepts.max_payload:
+            raise InvalidRequest(
+                f"{type(message).__name__} takes {len(header)} bytes of header and {len(view)} of payload; "
+                f"the peer accepts {self.accepts.max_header} and {self.accepts.max_payload}"
+            )
+        head = frame_head(header, len(view))
+        joined = b"".join((head, view[:_JOINED])) if view else head
+        rest = view[_JOINED:]
+        if self._paused or self._queue:
+            self._queue.put(joined, rest)
+            return
+        self._write(joined)
+        if rest:
+            self._queue.put(rest)
+            self._pump()
+
+    def close(self, reason: str, farewell: Message | None = None) -> None:
+        """Say farewell, if it can still be said, and let what was written leave; `on_closed` hears the reason at once."""
+        if self.reason:
+            return
+        if farewell is not None:
+            try:
+                self.send(farewell)
+            except MeshdError as error:
+                log.debug("no farewell to %.8s: %s", self.peer, error)
+        self._end(reason)
+        self._transport.close()
+
+    def abort(self, reason: str) -> None:
+        """Close without waiting for anything."""
+        self._end(reason)
+        self._transport.abort()
+
+    async def closed(self) -> None:
+        """Wait until the socket is gone."""
+        await self._gone.wait()
+
+    # What the event loop calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=_TRANSPORT_BYTES)
+        self.remote = tuple(self._transport.get_extra_info("peername")[:2])
+        certificate = self._transport.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        try:
+            self.peer = peer_of_certificate(certificate or b"")
+        except PeerRefused as error:
+            self.peer = PeerId("")
+            self._fail(error)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._reader.buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self.reason:
+            return
+        self.bytes_in += nbytes
+        try:
+            for frame in self._reader.received(nbytes):
+                self._deliver(codec.decode(frame.header), frame)
+                if self.reason:
+                    return
+        except ProtocolViolation as violation:
+            self._fail(violation)
+
+    def eof_received(self) -> None:
+        try:
+            self._reader.end()
+        except ProtocolViolation as violation:
+            self._end(str(violation))
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._pump()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end(_reason(exc))
+        self._gone.set()
+
+    # Insides
+
+    def _deliver(self, message: Message, frame: Frame) -> None:
+        if self._on_message is not None:
+            self._on_message(self, message, frame)
+        elif not self._first.done():
+            self._first.set_result(message)
+        else:
+            raise ProtocolViolation(f"{type(message).__name__} before HELLO was answered")
+
+    def _write(self, data: Buffer) -> None:
+        self.bytes_out += len(data)
+        self._transport.write(data)
+
+    def _pump(self) -> None:
+        while self._queue and not self._paused and not self.reason:
+            self._write(self._queue.take())
+
+    def _fail(self, error: MeshdError) -> None:
+        if not self._first.done():
+            self._first.set_exception(error)
+            self._first.exception()
+        self.close(str(error), Error(code=error.code, message=error.message))
+
+    def _end(self, reason: str) -> None:
+        if self.reason:
+            return
+        self.reason = reason
+        self._queue.clear()
+        if not self._first.done():
+            self._first.set_exception(PeerLost(reason))
+            self._first.exception()
+        if self._on_closed is not None:
+            self._on_closed(self, reason)
+
+
+def _reason(error: Exception | None) -> str:
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed: {error.reason or error}"
+    return f"the connection broke: {error}" if error else "the other side closed the connection"
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets that listen on every address of `host`. Port 0: a free one. Raises: OSError."""
+    infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, address in dict.fromkeys(infos):
+            listener = socket.socket(family, kind, protocol)
+            sockets.append(listener)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.bind((address[0], port, *address[2:]))
+            listener.listen(128)
+            listener.setblocking(False)
+            port = port or listener.getsockname()[1]
+    except OSError:
+        for listener in sockets:
+            listener.close()
+        raise
+    return sockets
+
+
+async def accept(
+    raw: socket.socket, context: ssl.SSLContext, *, limits: Limits, now: Callable[[], float], handshake_s: float
+) -> Connection:
+    """Make an accepted socket a connection. Raises: PeerRefused if TLS fails; PeerLost if the other side goes away.
+
+    Cancel: the socket is closed.
+    """
+    connection = Connection(limits, now)
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    try:
+        await _handshake(
+            connection,
+            raw,
+            asyncio.get_running_loop().connect_accepted_socket(
+                lambda: connection, raw, ssl=context, ssl_handshake_timeout=handshake_s, ssl_shutdown_timeout=_SHUTDOWN_S
+            ),
+        )
+    except ConnectionResetError as error:
+        # asyncio's TLS sends no alert when it rejects a certificate, it just goes.
+        raise PeerRefused("it broke off the TLS handshake, as a peer of another cluster does") from error
+    except OSError as error:
+        raise _handshake_failure(error) from error
+    return connection
+
+
+async def dial(
+    address: Address,
+    context: ssl.SSLContext,
+    *,
+    limits: Limits,
+    now: Callable[[], float],
+    connect_s: float,
+    handshake_s: float,
+) -> Connection:
+    """Connect to the first of the host's addresses that answers.
+
+    Raises: PeerRefused if TLS fails there; PeerLost if none answers in time. Cancel: nothing stays open.
+    """
+    raw = await _connect(address, connect_s)
+    connection = Connection(limits, now)
+    try:
+        await _handshake(
+            connection,
+            raw,
+            asyncio.get_running_loop().create_connection(
+                lambda: connection,
+                sock=raw,
+                ssl=context,
+                server_hostname="",
+                ssl_handshake_timeout=handshake_s,
+                ssl_shutdown_timeout=_SHUTDOWN_S,
+            ),
+        )
+    except OSError as error:
+        raise _handshake_failure(error) from error
+    return connection
+
+
+async def _handshake(connection: Connection, raw: socket.socket, connecting: Coroutine[object, object, object]) -> None:
+    """Cancel: the handshake is made to fail, since asyncio forgets a TLS transport that is cancelled within it."""
+    task = asyncio.ensure_future(connecting)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.add_done_callback(partial(_abandon, connection))
+        with suppress(OSError):
+            raw.shutdown(socket.SHUT_RDWR)
+        await asyncio.wait([task])
+        raise
+
+
+def _abandon(connection: Connection, connecting: asyncio.Future[object]) -> None:
+    if connecting.exception() is None:
+        connection.abort("cancelled")
+
+
+async def _connect(address: Address, connect_s: float) -> socket.socket:
+    """`connect_s` is for each of the host's addresses."""
+    loop = asyncio.get_running_loop()
+    host, port = address
+    failure = "its name has no address"
+    try:
+        infos = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise PeerLost(f"{host} is not known: {getattr(error, 'strerror', None) or error}") from error
+    for family, kind, protocol, _, resolved in infos:
+        raw = socket.socket(family, kind, protocol)
+        try:
+            raw.setblocking(False)
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            async with asyncio.timeout(connect_s):
+                await loop.sock_connect(raw, resolved)
+        except OSError as error:
+            raw.close()
+            failure = error.strerror or "no answer in time"
+        except BaseException:
+            raw.close()
+            raise
+        else:
+            return raw
+    raise PeerLost(f"{host}:{port} can't be reached: {failure}")
+
+
+def _handshake_failure(error: Exception) -> MeshdError:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return PeerRefused("its certificate is not of this cluster", hint="join it with this cluster's code: `meshd up --key CODE`")
+    if isinstance(error, ssl.SSLError):
+        if "ALERT" in (error.reason or ""):
+            return PeerRefused("it refuses our certificate: it is of another cluster")
+        return PeerRefused(f"it does not speak TLS 1.3 as meshd does: {error.reason or error}")
+    return PeerLost(f"the TLS handshake broke off: {error}")

@@ -1,0 +1,267 @@
+"""Writes the golden frames: NUMBER_NAME.bin is a frame byte for byte, NUMBER_NAME.json says what is in it.
+
+Run it after a message was changed on purpose, and read the difference before you commit it:
+
+    python tests/protocol/golden/generate.py
+"""
+
+import json
+from pathlib import Path
+
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from meshd.protocol.codec import encode
+from meshd.protocol.framing import frame_head
+from meshd.protocol.identity import ClusterKey, peer_id
+from meshd.protocol.messages import (
+    Activation,
+    Advertise,
+    Close,
+    Closed,
+    Credit,
+    Error,
+    Failed,
+    FetchHeader,
+    Goodbye,
+    HeaderData,
+    Heartbeat,
+    HeartbeatAck,
+    Hello,
+    Message,
+    Open,
+    Opened,
+    Place,
+    Placed,
+    Probe,
+    ProbeAck,
+    Prompt,
+    Renew,
+    Taken,
+    Token,
+    Unplace,
+    Unplaced,
+)
+from meshd.types import (
+    Advert,
+    AttentionShard,
+    Capability,
+    Holding,
+    LayerRange,
+    LinkStats,
+    ModelCard,
+    ModelId,
+    ModelSpec,
+    PeerId,
+    Plan,
+    PlanId,
+    Rates,
+    SamplingParams,
+    SessionId,
+    StagePlan,
+    TokenLogprobs,
+)
+
+ALICE, BOB = PeerId("a" * 52), PeerId("b" * 52)
+SESSION = SessionId("0123456789abcdef" * 2)
+MODEL = ModelId("fedcba9876543210" * 2)
+SPEC = ModelSpec(
+    architecture="llama",
+    layers=2,
+    hidden=4,
+    heads=2,
+    kv_heads=1,
+    head_dim=2,
+    ffn=8,
+    vocab=16,
+    context_length=64,
+    rope_theta=10000.0,
+    norm_eps=1e-5,
+    tied_head=True,
+)
+CARD = ModelCard(
+    id=MODEL,
+    name="tiny:2l",
+    ref="file:/models/tiny.gguf",
+    quantisation="Q4_1",
+    spec=SPEC,
+    layer_bytes=(120, 120),
+    embedding_bytes=40,
+    head_bytes=48,
+    layer_parameters=(192, 192),
+    head_parameters=64,
+    end_of_sequence=(2,),
+    created=1_700_000_000,
+)
+RATES = Rates(
+    decode_bytes_s=1e10,
+    prefill_flops_s=5e10,
+    memory_bytes_s=2e10,
+    attention_bytes_s=8e9,
+    disk_bytes_s=1e9,
+    layer_overhead_s=2e-5,
+)
+CAPABILITY = Capability(
+    backend="torch",
+    processor="x86_64",
+    threads=4,
+    memory_total_bytes=8 << 30,
+    memory_free_bytes=6 << 30,
+    rates=RATES,
+)
+PLAN = Plan(
+    id=PlanId("p1"),
+    model=MODEL,
+    stages=(
+        StagePlan(peer=ALICE, layers=LayerRange(0, 1)),
+        StagePlan(
+            peer=BOB,
+            layers=LayerRange(1, 2),
+            attention=(AttentionShard(peer=ALICE, layers=LayerRange(1, 2), kv_heads=(0, 1), tokens=(0, 32)),),
+        ),
+    ),
+    prefill_chunk_tokens=16,
+    context=64,
+    predicted_ttft_s=0.25,
+    predicted_tpot_s=0.0625,
+)
+ADVERT = Advert(
+    peer=ALICE,
+    name="kitchen",
+    incarnation=7,
+    revision=3,
+    version="0.1.0",
+    capability=CAPABILITY,
+    holdings=(Holding(model=MODEL, layers=LayerRange(0, 1), state="active", weight_bytes=120, kv_tokens_total=64),),
+    models=(CARD,),
+    links={BOB: LinkStats(rtt_s=0.0005, bandwidth_bytes_s=1.25e8, hop_s=0.00025)},
+    api="127.0.0.1:6374",
+)
+SAMPLES: tuple[tuple[Message, bytes], ...] = (
+    (
+        Hello(
+            version=(1, 0),
+            features=("f32",),
+            software="meshd/0.1.0",
+            peer=ALICE,
+            name="küche",
+            incarnation=7,
+            link=0x0123456789ABCDEF,
+            lane=1,
+            max_header=65536,
+            max_payload=16777216,
+            port=6375,
+        ),
+        b"",
+    ),
+    (Error(request=9, code="does_not_fit", message="no room", hint="free memory", session=SESSION), b""),
+    (Heartbeat(sequence=1, sent_ns=123_456_789_012), b""),
+    (HeartbeatAck(sequence=1, sent_ns=123_456_789_012), b""),
+    (Goodbye(reason="this peer stops"), b""),
+    (Probe(request=3, echo=True), bytes(range(16))),
+    (ProbeAck(request=3, received_bytes=16, receive_s=0.0), bytes(range(16))),
+    (Advertise(advert=ADVERT), b""),
+    (FetchHeader(request=4, model=MODEL), b""),
+    (HeaderData(request=4, card=CARD, sha256="00" * 32), b"GGUF\x03\x00\x00\x00"),
+    (Place(request=5, model=MODEL, ref=CARD.ref, layers=LayerRange(0, 1), kv_tokens=64, deadline_ms=60_000), b""),
+    (Placed(request=5, layers=LayerRange(0, 1), kv_tokens=64), b""),
+    (Unplace(request=6, model=MODEL), b""),
+    (Unplaced(request=6, freed_bytes=120), b""),
+    (
+        Open(
+            request=8,
+            session=SESSION,
+            epoch=1,
+            plan=PLAN,
+            stage=1,
+            coordinator=ALICE,
+            prompt_tokens=5,
+            max_tokens=8,
+            sampling=SamplingParams(temperature=0.5, seed=42, logit_bias={3: -1.5}, logprobs=2),
+            lease_ms=15_000,
+            credit=8,
+        ),
+        b"",
+    ),
+    (Opened(request=8, session=SESSION, epoch=1, blocks=2), b""),
+    (Prompt(session=SESSION, epoch=1, step=0, position=0, tokens=2, last=True), b"\x01\x00\x00\x00\x07\x00\x00\x00"),
+    (
+        Activation(
+            session=SESSION,
+            epoch=1,
+            step=0,
+            stage=1,
+            position=0,
+            tokens=1,
+            hidden=4,
+            dtype="f32",
+            sample=True,
+            deadline_ms=2_000,
+            compute_ns=1_500_000,
+            ids=(1, 7),
+        ),
+        b"\x00\x00\x80\x3f\x00\x00\x00\x40\x00\x00\x40\x40\x00\x00\x80\xc0",
+    ),
+    (
+        Token(
+            session=SESSION,
+            epoch=1,
+            step=0,
+            index=0,
+            token=11,
+            logprobs=TokenLogprobs(-0.25, ((11, -0.25), (3, -1.75))),
+            final=True,
+            finish="stop",
+        ),
+        b"",
+    ),
+    (Credit(session=SESSION, epoch=1, index=16), b""),
+    (Renew(session=SESSION, epoch=1, lease_ms=15_000), b""),
+    (Failed(session=SESSION, epoch=1, step=3, stage=1, code="out_of_memory", message="no block is free"), b""),
+    (Close(session=SESSION, epoch=1, reason="done"), b""),
+    (Closed(session=SESSION, epoch=1, freed_blocks=2), b""),
+    (Taken(session=SESSION, epoch=1, step=0, stage=1), b""),
+)
+
+
+def _identity_vector() -> dict[str, str]:
+    key = ClusterKey(bytes(range(32)))
+    peer_seed = bytes(range(32, 64))
+    public = Ed25519PrivateKey.from_private_bytes(peer_seed).public_key()
+    return {
+        "cluster_key": key.secret.hex(),
+        "join_code": key.code,
+        "authority_seed": key.authority.private_bytes_raw().hex(),
+        "authority_public": key.authority.public_key().public_bytes_raw().hex(),
+        "fingerprint": key.fingerprint,
+        "authority_certificate": key.certificate.public_bytes(Encoding.DER).hex(),
+        "peer_seed": peer_seed.hex(),
+        "peer_public": public.public_bytes_raw().hex(),
+        "peer_id": peer_id(public),
+        "peer_certificate": key.certify(public).public_bytes(Encoding.DER).hex(),
+    }
+
+
+def main() -> None:
+    """Write all anew."""
+    folder = Path(__file__).parent
+    (folder / "identity.json").write_text(json.dumps(_identity_vector(), indent=1) + "\n")
+    for stale in [*folder.glob("*.bin"), *folder.glob("[0-9]*.json")]:
+        stale.unlink()
+    for message, payload in SAMPLES:
+        header = encode(message)
+        stem = f"{message.number:02}_{type(message).__name__.lower()}"
+        (folder / f"{stem}.bin").write_bytes(frame_head(header, len(payload)) + payload)
+        described = {
+            "number": message.number,
+            "name": type(message).__name__,
+            "header_bytes": len(header),
+            "payload_hex": payload.hex(),
+            "body": msgspec.to_builtins(message, str_keys=True),
+        }
+        (folder / f"{stem}.json").write_text(json.dumps(described, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Golden frames: the wire does not change by accident, and an independent msgpack implementation reads it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from frames import read_frames
+
+from meshd.protocol.codec import decode, encode
+from meshd.protocol.framing import Limits, frame_head
+from meshd.protocol.messages import REGISTRY
+
+GOLDEN = Path(__file__).parent / "golden"
+STEMS = sorted(path.stem for path in GOLDEN.glob("[0-9]*.json"))
+
+
+def load(stem: str) -> tuple[dict[str, Any], bytes]:
+    return json.loads((GOLDEN / f"{stem}.json").read_text()), (GOLDEN / f"{stem}.bin").read_bytes()
+
+
+def test_every_message_has_a_golden_frame() -> None:
+    assert sorted(load(stem)[0]["number"] for stem in STEMS) == sorted(REGISTRY)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_what_is_described_is_written_byte_for_byte(stem: str) -> None:
+    described, frame = load(stem)
+    message = msgspec.json.decode(json.dumps(described["body"]), type=REGISTRY[described["number"]])
+    payload = bytes.fromhex(described["payload_hex"])
+    assert frame_head(encode(message), len(payload)) + payload == frame
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_a_golden_frame_is_read_as_described(stem: str) -> None:
+    described, frame = load(stem)
+    (read,), violation = read_frames(frame, Limits())
+    assert violation is None
+    message = decode(read.header)
+    assert type(message).__name__ == described["name"]
+    assert json.loads(msgspec.json.encode(message)) == described["body"]
+    assert read.payload.hex() == described["payload_hex"]
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_another_msgpack_reads_the_same_message(stem: str) -> None:
+    described, frame = load(stem)
+    header = frame[8 : 8 + described["header_bytes"]]
+    message_type = REGISTRY[described["number"]]
+    number, body = msgspec.msgpack.decode(header, type=tuple[int, msgspec.Raw])
+    assert number == described["number"]
+    assert msgspec.msgpack.decode(body, type=message_type) == decode(header)
+    assert msgspec.msgpack.encode((number, decode(header))) == header

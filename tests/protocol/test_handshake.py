@@ -1,0 +1,89 @@
+"""What HELLO must say, and which of two links lives."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from meshd.errors import PeerLost, PeerRefused, ProtocolViolation
+from meshd.protocol.framing import Limits
+from meshd.protocol.handshake import Present, Verdict, check_answer, check_hello, choose_link
+from meshd.protocol.messages import Error, Goodbye, Heartbeat, Hello
+from meshd.types import PeerId
+
+SMALL, LARGE = PeerId("a" * 52), PeerId("b" * 52)
+
+
+def hello(**changes: Any) -> Hello:
+    greeting = Hello(
+        version=(1, 0),
+        features=("f32",),
+        software="meshd/0",
+        peer=SMALL,
+        name="a",
+        incarnation=1,
+        link=5,
+        lane=0,
+        max_header=65536,
+        max_payload=1 << 24,
+        port=6375,
+    )
+    return msgspec.structs.replace(greeting, **changes)
+
+
+def test_peers_agree_on_what_both_have() -> None:
+    agreement = check_hello(hello(features=("f32", "int8"), max_header=8192), SMALL, features=("f32", "bf16"))
+    assert agreement.features == {"f32"}
+    assert agreement.limits == Limits(8192, 1 << 24)
+
+
+def test_a_higher_minor_version_is_welcome_and_another_major_is_not() -> None:
+    check_hello(hello(version=(1, 9)), SMALL)
+    with pytest.raises(PeerRefused, match=r"2\.0"):
+        check_hello(hello(version=(2, 0)), SMALL)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"peer": LARGE}, {"lane": 2}, {"lane": -1}, {"max_header": 100}, {"max_header": 1 << 21}, {"max_payload": 1 << 25}],
+)
+def test_a_hello_that_lies_is_a_violation(changes: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolViolation):
+        check_hello(hello(**changes), SMALL)
+
+
+def test_a_connection_begins_with_hello_or_ends() -> None:
+    with pytest.raises(ProtocolViolation):
+        check_hello(Heartbeat(sequence=1, sent_ns=1), SMALL)
+    with pytest.raises(PeerLost, match="there is a link"):
+        check_hello(Goodbye(reason="there is a link already"), SMALL)
+    with pytest.raises(PeerLost, match="no"):
+        check_hello(Error(code="overloaded", message="no room"), SMALL)
+
+
+def test_the_answer_repeats_link_and_lane() -> None:
+    check_answer(hello(), hello())
+    for changes in ({"link": 6}, {"lane": 1}):
+        with pytest.raises(ProtocolViolation):
+            check_answer(hello(**changes), hello())
+
+
+def test_the_table_of_two_links() -> None:
+    def verdict(peer: PeerId, own: PeerId, **present: Any) -> Verdict:
+        given = {"incarnation": 1, "dialled": True, "up": True, "silent_s": 0.2} | present
+        return choose_link(Present(**given), hello(peer=peer), own, fresh_s=1.0)
+
+    assert choose_link(None, hello(), LARGE, fresh_s=1.0) is Verdict.ACCEPT
+    for own, peer in ((SMALL, LARGE), (LARGE, SMALL)):
+        assert verdict(peer, own, incarnation=2) is Verdict.REPLACE
+        assert verdict(peer, own, dialled=False) is Verdict.REPLACE
+        assert verdict(peer, own) is Verdict.REFUSE
+        assert verdict(peer, own, silent_s=1.5) is Verdict.REPLACE
+    assert verdict(SMALL, LARGE, up=False, incarnation=None) is Verdict.REPLACE
+    assert verdict(LARGE, SMALL, up=False, incarnation=None) is Verdict.REFUSE
+
+
+def test_of_two_links_dialled_at_once_both_sides_keep_the_same_one() -> None:
+    begun = Present(incarnation=None, dialled=True, up=False, silent_s=0.0)
+    assert choose_link(begun, hello(peer=LARGE), SMALL, fresh_s=1.0) is Verdict.REFUSE
+    assert choose_link(begun, hello(peer=SMALL), LARGE, fresh_s=1.0) is Verdict.REPLACE

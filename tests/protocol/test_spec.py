@@ -1,0 +1,133 @@
+"""SPEC.md says what the code does: every message, every struct, every constant."""
+
+import json
+import re
+import types
+import typing
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+import meshd.types
+from meshd.agents import dispatch, link, linktable
+from meshd.protocol import framing, handshake, messages
+from meshd.protocol.messages import REGISTRY, Message, Reply, Request
+
+SPEC = (Path(messages.__file__).parent / "SPEC.md").read_text()
+ROWS = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in SPEC.splitlines() if line.startswith("|")]
+IDENTITY = json.loads((Path(__file__).parent / "golden" / "identity.json").read_text())
+
+
+def type_text(annotation: Any) -> str:
+    """A field's type in the notation of SPEC.md."""
+    if isinstance(annotation, typing.NewType):
+        return annotation.__name__
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is tuple:
+        return f"[{type_text(inner[0])}]" if inner[-1] is Ellipsis else f"[{', '.join(map(type_text, inner))}]"
+    if origin is dict:
+        return f"{{{type_text(inner[0])}: {type_text(inner[1])}}}"
+    if origin in (types.UnionType, typing.Union):
+        (known,) = [part for part in inner if part is not type(None)]
+        return f"{type_text(known)}?"
+    return str(annotation.__name__)
+
+
+def fields_text(struct: type[msgspec.Struct]) -> str:
+    """All fields in order, with the defaults of those that may be missing."""
+    hints = typing.get_type_hints(struct)
+    shown = []
+    for field in msgspec.structs.fields(struct):
+        text = f"{field.name}: {type_text(hints[field.name])}"
+        if field.default_factory is not msgspec.NODEFAULT:
+            text += f" = {json.dumps(field.default_factory())}"
+        elif field.default is not msgspec.NODEFAULT:
+            text += f" = {json.dumps(msgspec.to_builtins(field.default))}"
+        shown.append(text)
+    return "`" + ", ".join(shown) + "`"
+
+
+def name_text(message: type[Message]) -> str:
+    """`HeartbeatAck` is called HEARTBEAT_ACK."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", message.__name__).upper()
+
+
+def kind_text(message: type[Message]) -> str:
+    return "request" if issubclass(message, Request) else "reply" if issubclass(message, Reply) else "message"
+
+
+def nested_structs() -> dict[str, type[msgspec.Struct]]:
+    """The structs that messages carry, by name."""
+    found: dict[str, type[msgspec.Struct]] = {}
+
+    def look(annotation: Any) -> None:
+        for part in typing.get_args(annotation):
+            look(part)
+        if isinstance(annotation, type) and issubclass(annotation, msgspec.Struct) and annotation.__name__ not in found:
+            found[annotation.__name__] = annotation
+            for hint in typing.get_type_hints(annotation).values():
+                look(hint)
+
+    for message in REGISTRY.values():
+        for field in msgspec.structs.fields(message):
+            look(typing.get_type_hints(message)[field.name])
+    return found
+
+
+def test_the_table_of_messages_is_the_code() -> None:
+    told = {row[0]: row[1:5] for row in ROWS if row[0].isdecimal()}
+    assert told == {
+        str(number): (name_text(message), kind_text(message), message.default_lane.name.lower(), fields_text(message))
+        for number, message in REGISTRY.items()
+    }
+
+
+def test_the_table_of_structs_is_the_code() -> None:
+    structs = nested_structs()
+    told = {row[0]: row[1:3] for row in ROWS if row[0] in structs}
+    assert told == {
+        name: ("array" if struct.__struct_config__.array_like else "map", fields_text(struct)) for name, struct in structs.items()
+    }
+
+
+def test_every_message_is_explained() -> None:
+    for message in REGISTRY.values():
+        name = name_text(message)
+        assert len(re.findall(rf"\b{name}\b", SPEC)) >= 2, f"{name} stands in the table only"
+
+
+@pytest.mark.parametrize("value", IDENTITY.values(), ids=IDENTITY.keys())
+def test_the_test_vector_is_told(value: str) -> None:
+    assert value in re.sub(r"\n", "", SPEC)
+
+
+def test_the_constants_are_the_code() -> None:
+    timing = linktable.Timing()
+    major, minor = messages.PROTOCOL_VERSION
+    for said in (
+        f"Version `[{major}, {minor}]`",
+        f"{framing.MAX_HEADER} bytes",
+        f"{framing.MAX_HEADER_HARD} bytes",
+        f"{framing.MAX_PAYLOAD} bytes",
+        f"at least {handshake._LEAST}",
+        f"every {timing.heartbeat_s:g} s",
+        f"for {timing.silence_s:g} s",
+        f"within {timing.handshake_s:g} s",
+        f"{dispatch.MAX_TASKS} requests",
+        f"larger than {link._SMALL_ACTIVATION} bytes",
+    ):
+        assert said in SPEC, said
+
+
+def test_the_features_are_told() -> None:
+    for feature in messages.FEATURES:
+        assert f"`{feature}`" in SPEC
+
+
+def test_the_values_of_enumerations_are_told() -> None:
+    for value in [*meshd.types.FinishReason]:
+        assert isinstance(value, Enum)
+        assert f"`{value.value}`" in SPEC

@@ -1,0 +1,200 @@
+"""Connections over real sockets: back-pressure, limits, one reason for each end."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from meshd.errors import InvalidRequest, Overloaded, PeerLost, PeerRefused, ProtocolViolation
+from meshd.protocol import transport
+from meshd.protocol.framing import MIB, Frame, Limits, frame_head
+from meshd.protocol.identity import ClusterKey, Identity, load_identity
+from meshd.protocol.messages import Credit, Goodbye, Heartbeat, Message, Probe
+from meshd.protocol.transport import Connection
+from meshd.state import StateFolder
+
+WAIT_S = 5.0
+KEY = ClusterKey(bytes(32))
+
+
+@pytest.fixture
+def identities(tmp_path: Path) -> Callable[..., Identity]:
+    def make(name: str, key: ClusterKey = KEY) -> Identity:
+        return load_identity(StateFolder.open(tmp_path / name), key, lambda count: name.encode().ljust(count, b"."))
+
+    return make
+
+
+@asynccontextmanager
+async def pair(alice: Identity, bob: Identity, limits: Limits | None = None) -> AsyncIterator[tuple[Connection, Connection]]:
+    """What Alice dialled and what Bob accepted."""
+    (listener,) = transport.listen("127.0.0.1", 0)
+    loop = asyncio.get_running_loop()
+
+    async def accepted() -> Connection:
+        raw, _ = await loop.sock_accept(listener)
+        return await transport.accept(raw, bob.server, limits=limits or Limits(), now=time.monotonic, handshake_s=1.0)
+
+    try:
+        dialled = transport.dial(
+            ("127.0.0.1", listener.getsockname()[1]),
+            alice.client,
+            limits=limits or Limits(),
+            now=time.monotonic,
+            connect_s=1.0,
+            handshake_s=1.0,
+        )
+        ends = await asyncio.gather(dialled, accepted(), return_exceptions=True)
+        for end in ends:
+            if isinstance(end, BaseException):
+                raise end
+        here, there = ends
+        assert isinstance(here, Connection)
+        assert isinstance(there, Connection)
+        yield here, there
+        for connection in (here, there):
+            connection.abort("the test is over")
+        async with asyncio.timeout(WAIT_S):
+            await here.closed()
+            await there.closed()
+    finally:
+        listener.close()
+
+
+class Ear:
+    """What a connection was told."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.messages: asyncio.Queue[tuple[Message, memoryview]] = asyncio.Queue()
+        self.ends: asyncio.Queue[str] = asyncio.Queue()
+        connection.attach(self.hear, lambda connection, reason: self.ends.put_nowait(reason))
+
+    def hear(self, connection: Connection, message: Message, frame: Frame) -> None:
+        self.messages.put_nowait((message, frame.payload))
+
+    async def message(self) -> tuple[Message, memoryview]:
+        async with asyncio.timeout(WAIT_S):
+            return await self.messages.get()
+
+    async def end(self) -> str:
+        async with asyncio.timeout(WAIT_S):
+            return await self.ends.get()
+
+
+async def test_both_ends_know_each_other_by_certificate(identities: Callable[..., Identity]) -> None:
+    alice, bob = identities("alice"), identities("bob")
+    async with pair(alice, bob) as (here, there):
+        assert (here.peer, there.peer) == (bob.peer, alice.peer)
+        here.send(Goodbye(reason="hello"))
+        async with asyncio.timeout(WAIT_S):
+            assert await there.first() == Goodbye(reason="hello")
+
+
+async def test_another_clusters_certificate_is_refused(identities: Callable[..., Identity]) -> None:
+    with pytest.raises(PeerRefused, match="not of this cluster"):
+        async with pair(identities("alice"), identities("bob", ClusterKey(b"x" * 32))):
+            pass
+
+
+async def test_nobody_there_is_told_in_time() -> None:
+    (listener,) = transport.listen("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    listener.close()
+    for host, said in (("127.0.0.1", "can't be reached"), ("no host " * 40, "not known")):
+        with pytest.raises(PeerLost, match=said):
+            await transport.dial(
+                (host, port),
+                None,
+                limits=Limits(),
+                now=time.monotonic,
+                connect_s=0.5,
+                handshake_s=0.5,  # type: ignore[arg-type]
+            )
+
+
+async def test_what_waits_for_a_slow_reader_is_bounded_and_arrives(identities: Callable[..., Identity]) -> None:
+    async with pair(identities("alice"), identities("bob")) as (here, there):
+        ear = Ear(there)
+        there._transport.pause_reading()
+        payload = bytes(4 * MIB)
+        sent = 0
+        while here.queued_bytes + len(payload) < transport.QUEUE_BYTES:
+            here.send(Probe(request=sent), payload)
+            sent += 1
+        with pytest.raises(Overloaded):
+            here.send(Probe(request=sent), bytes(16 * MIB))
+        there._transport.resume_reading()
+        for request in range(sent):
+            message, data = await ear.message()
+            assert (message, len(data)) == (Probe(request=request), len(payload))
+        assert here.queued_bytes == 0
+
+
+async def test_messages_that_the_other_side_does_not_accept_are_not_sent(identities: Callable[..., Identity]) -> None:
+    async with pair(identities("alice"), identities("bob"), Limits(4096, 1000)) as (here, there):
+        here.accepts = Limits(4096, 1000)
+        with pytest.raises(InvalidRequest):
+            here.send(Goodbye(reason="x" * 5000))
+        with pytest.raises(InvalidRequest):
+            here.send(Probe(request=1), bytes(1001))
+        ear = Ear(there)
+        here.accepts = Limits()
+        here.send(Probe(request=1), bytes(1001))
+        assert "1000 are allowed" in await ear.end()
+
+
+async def test_a_violation_ends_the_connection_with_one_reason(identities: Callable[..., Identity]) -> None:
+    async with pair(identities("alice"), identities("bob")) as (here, there):
+        ear, own = Ear(there), Ear(here)
+        here._transport.write(frame_head(b"\xc1", 0))
+        assert "msgpack" in await ear.end()
+        told, _ = await own.message()
+        assert getattr(told, "code", "") == "protocol_violation"
+        await own.end()
+        assert ear.ends.empty()
+        with pytest.raises(PeerLost):
+            there.send(Credit(session="s", epoch=1, index=1))
+        with pytest.raises(PeerLost):
+            there.attach(ear.hear, lambda connection, reason: None)
+
+
+async def test_a_stream_that_ends_within_a_frame_says_so(identities: Callable[..., Identity]) -> None:
+    async with pair(identities("alice"), identities("bob")) as (here, there):
+        ear = Ear(there)
+        here._transport.write(frame_head(b"123456", 10)[:-2])
+        here.close("half a frame is enough")
+        assert "within a frame" in await ear.end()
+
+
+async def test_a_second_message_before_the_first_is_taken_is_a_violation(identities: Callable[..., Identity]) -> None:
+    async with pair(identities("alice"), identities("bob")) as (here, there):
+        for sequence in range(2):
+            here.send(Heartbeat(sequence=sequence, sent_ns=0))
+        async with asyncio.timeout(WAIT_S):
+            await there.closed()
+        assert "before HELLO was answered" in there.reason
+
+
+async def test_who_waits_for_the_first_message_hears_of_the_end(identities: Callable[..., Identity]) -> None:
+    async with pair(identities("alice"), identities("bob")) as (here, there):
+        here._transport.write(frame_head(b"\xc1", 0))
+        with pytest.raises(ProtocolViolation):
+            await there.first()
+
+
+async def test_a_farewell_is_heard(identities: Callable[..., Identity]) -> None:
+    async with pair(identities("alice"), identities("bob")) as (here, there):
+        ear = Ear(there)
+        here.close("done", Goodbye(reason="bye"))
+        assert (await ear.message())[0] == Goodbye(reason="bye")
+        assert await ear.end() == "the other side closed the connection"
+
+
+async def test_a_free_port_is_the_same_on_every_address() -> None:
+    listeners = transport.listen("localhost", 0)
+    assert len({listener.getsockname()[1] for listener in listeners}) == 1
+    for listener in listeners:
+        listener.close()
