@@ -14,7 +14,7 @@ from meshd.agents.service import Finished, TextDelta
 from meshd.agents.text import Assembler
 from meshd.clock import Clock
 from meshd.errors import MeshdError, PeerFault, PeerLost, RemoteFailure
-from meshd.protocol.messages import Close, Credit, Failed, Message, Open, Opened, Prompt, Renew, Token
+from meshd.protocol.messages import Close, Credit, Error, Failed, Message, Open, Opened, Prompt, Renew, Token
 from meshd.types import FinishReason, PeerId, Plan, SamplingParams, SessionId
 
 log = getLogger(__name__)
@@ -166,6 +166,11 @@ class Answer:
         lost = message.code == PeerLost.code
         error = PeerLost(text, hint="ask again") if lost else RemoteFailure(text, remote_code=message.code, hint="ask again")
         self._apply(fsm.StageFailed(message.epoch, message.stage, error))
+
+    def on_error(self, message: Error) -> None:
+        """A peer answered a message of this session with ERROR."""
+        error = RemoteFailure(message.message, remote_code=message.code, hint="ask again")
+        self._apply(fsm.StageFailed(self.machine.epoch, 0, error))
 
     def on_peer_gone(self, peer: PeerId, reason: str) -> None:
         self._apply(fsm.PeerGone(peer, f"{self.names(peer)}: {reason}"))

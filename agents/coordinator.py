@@ -14,7 +14,7 @@ from meshd.agents.service import GenerationRequest
 from meshd.agents.text import Assembler, StopMatcher
 from meshd.clock import Clock
 from meshd.errors import ContextTooLong, InvalidRequest, NoPeer, OutOfMemory, Overloaded, RemoteFailure
-from meshd.protocol.messages import Closed, Failed, Token
+from meshd.protocol.messages import Closed, Error, Failed, Token
 from meshd.telemetry import Telemetry
 from meshd.types import ModelCard, PeerId, Plan, SessionId
 
@@ -157,6 +157,12 @@ class Coordinator:
         answer = self.answers.get(message.session)
         if answer is not None and answer.plan is not None and sender in answer.plan.peers:
             answer.on_failed(message)
+
+    def on_error(self, sender: PeerId, message: Error) -> None:
+        """A stage's peer could not take what this coordinator sent it."""
+        answer = self.answers.get(message.session) if message.session is not None else None
+        if answer is not None and answer.plan is not None and sender in answer.plan.peers:
+            answer.on_error(message)
 
     def on_peer_gone(self, peer: PeerId, reason: str) -> None:
         """A link is down: sessions that ran through it can't go on."""

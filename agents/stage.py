@@ -20,7 +20,7 @@ from meshd.agents.holdings import Holdings
 from meshd.agents.links import Links
 from meshd.agents.steps import Active, StepInput, StepOutput, StepQueue, compute_step
 from meshd.clock import Clock
-from meshd.errors import InvalidRequest, MeshdError, NoPeer, PeerLost, ProtocolViolation
+from meshd.errors import InvalidRequest, MeshdError, NoPeer, PeerLost, ProtocolViolation, RemoteFailure
 from meshd.kernels.sampler import Sampler
 from meshd.kernels.wire import encode
 from meshd.protocol.messages import (
@@ -28,6 +28,7 @@ from meshd.protocol.messages import (
     Close,
     Closed,
     Credit,
+    Error,
     Failed,
     Message,
     Open,
@@ -274,6 +275,12 @@ class StageHost:
             neighbours = {active.peer_of((active.open.stage + offset) % stages) for offset in (-1, 1)}
             if peer in neighbours and peer != self.me:
                 self._fail(active, active.machine.next_number, PeerLost(f"the link with its neighbour is down: {reason}"))
+
+    def on_error(self, sender: PeerId, message: Error) -> None:
+        """A peer could not take what this stage sent it."""
+        for active in [active for (session, _), active in self._active.items() if session == message.session]:
+            if sender in active.open.plan.peers:
+                self._fail(active, active.machine.next_number, RemoteFailure(message.message, remote_code=message.code))
 
     def _fail(self, active: Active, number: int, error: MeshdError) -> None:
         if active.machine.state is fsm.State.ENDED:

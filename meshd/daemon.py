@@ -37,7 +37,7 @@ from meshd.errors import ConfigError
 from meshd.kernels.backend import make_backend
 from meshd.models.store import Store
 from meshd.protocol.identity import ClusterKey, Identity, load_cluster_key, load_identity, store_cluster_key
-from meshd.protocol.messages import PROTOCOL_VERSION, Token
+from meshd.protocol.messages import PROTOCOL_VERSION, Error, Token
 from meshd.state import StateFolder, StateLock, lock_state
 from meshd.telemetry import Telemetry
 from meshd.types import Capability, PeerId
@@ -233,6 +233,7 @@ class Peer:
         for agent in (self.library, self.stages, self.placement, self.membership, self.coordinator):
             agent.register()
         self.links.register(Token, self._on_token)
+        self.links.register(Error, self._on_error)
         port = self.links.bind()
         self.membership.link_address = f"{self._config.link.host}:{port}"
         if self._identity.notice:
@@ -301,6 +302,15 @@ class Peer:
         """The first stage starts its next step before the client is served: the pipeline must not wait for it."""
         self.stages.on_token(sender, message, payload)
         self.coordinator.on_token(sender, message, payload)
+
+    def _on_error(self, sender: PeerId, message: Error, payload: memoryview) -> None:
+        """Not a reply to a request: what a peer could not take. It ends the session that it belongs to."""
+        if message.request:
+            return  # a reply that came too late
+        log.warning("%s (%.8s) says: %s (%s)", self.membership.name_of(sender), sender, message.message, message.code)
+        if message.session is not None:
+            self.stages.on_error(sender, message)
+            self.coordinator.on_error(sender, message)
 
     def _on_gone(self, peer: PeerId, reason: str) -> None:
         self.coordinator.on_peer_gone(peer, reason)
