@@ -1,0 +1,141 @@
+"""Paged KV: one pool of blocks per peer and model, for all layers that it holds.
+
+A block is `block_tokens` tokens in every layer of the pool, so a session needs one table for all layers. Address space is taken at
+once; the system commits memory page by page, when a token is first written there.
+"""
+
+import mmap
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from meshd.errors import LocalFault, OutOfMemory
+from meshd.types import LayerRange, ModelSpec
+
+F32 = npt.NDArray[np.float32]
+BLOCK_TOKENS = 32
+"""Whole blocks are what attention reads, so another size than a multiple of 32 changes the last bits (`attention.py`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTable:
+    """The blocks of one session, in the order of its tokens."""
+
+    id: int
+    """Names the table in its pool."""
+    blocks: tuple[int, ...]
+    block_tokens: int
+    contiguous: bool
+    """The blocks follow one another, so that reading needs no copy."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that it has room for."""
+        return len(self.blocks) * self.block_tokens
+
+
+class KVPool:
+    """K and V of `layers`, each `[block, token, kv_head, head_dim]` float32.
+
+    `allocate` and `free` may be called from any thread, `write` and `read` from the one that computes.
+    """
+
+    def __init__(self, spec: ModelSpec, layers: LayerRange, blocks: int, block_tokens: int = BLOCK_TOKENS) -> None:
+        """Raises: OutOfMemory if the system refuses the address space."""
+        self.layers = layers
+        self.blocks = blocks
+        self.block_tokens = block_tokens
+        shape = (len(layers), 2, blocks * block_tokens, spec.kv_heads, spec.head_dim)
+        self.bytes = 4 * int(np.prod(shape))
+        # An anonymous mapping, since numpy asks for huge pages, which would commit 2 MiB per layer for the first token.
+        try:
+            mapping = mmap.mmap(-1, max(self.bytes, 1))
+        except (OSError, OverflowError) as error:
+            raise OutOfMemory(f"no room for {self.bytes} bytes of KV: {error}", hint="lower the context or --memory") from error
+        self._slots: F32 = np.frombuffer(mapping, np.float32, count=self.bytes // 4).reshape(shape)
+        self._free = set(range(blocks))
+        self._live: dict[int, BlockTable] = {}
+        self._next_id = 0
+        self._lock = threading.Lock()
+
+    @property
+    def blocks_free(self) -> int:
+        return len(self._free)
+
+    def allocate(self, tokens: int) -> BlockTable:
+        """Room for `tokens` (at least 1), in one run of blocks if there is one. Raises: OutOfMemory; then nothing changed."""
+        count = -(-max(tokens, 1) // self.block_tokens)
+        with self._lock:
+            if count > len(self._free):
+                raise OutOfMemory(
+                    f"no KV for {tokens} tokens: {count} blocks needed, {len(self._free)} of {self.blocks} free",
+                    hint="wait for a session to end, or ask for a shorter context",
+                )
+            chosen = _choose(sorted(self._free), count)
+            self._free.difference_update(chosen)
+            table = BlockTable(self._next_id, chosen, self.block_tokens, chosen[-1] - chosen[0] == count - 1)
+            self._next_id += 1
+            self._live[table.id] = table
+            return table
+
+    def free(self, table: BlockTable) -> int:
+        """Give the blocks back; how many. Idempotent: a table that is not live frees nothing."""
+        with self._lock:
+            if self._live.get(table.id) is not table:
+                return 0
+            del self._live[table.id]
+            self._free.update(table.blocks)
+            return len(table.blocks)
+
+    def write(self, layer: int, table: BlockTable, start: int, k: F32, v: F32) -> None:
+        """Store `[tokens, kv_heads, head_dim]` at positions from `start` on.
+
+        Raises: LocalFault outside the table or the layers, or if a value is not finite: whole blocks are read, and a mask does not
+        stop NaN from reaching whoever has the block next.
+        """
+        end = start + len(k)
+        self._check(layer, table, end)
+        if not (np.isfinite(k).all() and np.isfinite(v).all()):
+            raise LocalFault(
+                f"layer {layer} can't go on at position {start}: its K or V is not finite", hint="check the model file"
+            )
+        slots = self._slots[layer - self.layers.start]
+        where = self._where(table, start, end)
+        slots[0, where] = k
+        slots[1, where] = v
+
+    def read(self, layer: int, table: BlockTable, tokens: int) -> tuple[F32, F32]:
+        """K and V of the blocks that hold the first `tokens` positions, `[whole blocks, kv_heads, head_dim]` each.
+
+        A view if the blocks are contiguous, else a copy of the same shape and strides, so that what is computed on it has the same
+        bits wherever the blocks lie. Slots not yet written are finite. Raises: LocalFault outside the table or the layers.
+        """
+        self._check(layer, table, tokens)
+        slots = self._slots[layer - self.layers.start]
+        where = self._where(table, 0, tokens + -tokens % self.block_tokens)
+        return slots[0, where], slots[1, where]
+
+    def _where(self, table: BlockTable, start: int, end: int) -> slice | npt.NDArray[np.int64]:
+        """The slots of positions `[start, end)`."""
+        if table.contiguous:
+            first = table.blocks[0] * self.block_tokens
+            return slice(first + start, first + end)
+        positions = np.arange(start, end)
+        blocks = np.asarray(table.blocks)
+        return blocks[positions // self.block_tokens] * self.block_tokens + positions % self.block_tokens
+
+    def _check(self, layer: int, table: BlockTable, end: int) -> None:
+        if layer not in self.layers:
+            raise LocalFault(f"layer {layer} has no KV here: the pool holds {self.layers}")
+        if end > table.capacity:
+            raise LocalFault(f"position {end - 1} is outside its block table: it has room for {table.capacity} tokens")
+
+
+def _choose(free: list[int], count: int) -> tuple[int, ...]:
+    """The first run of `count` among the ascending `free` blocks, else the lowest ones."""
+    for first in range(len(free) - count + 1):
+        if free[first + count - 1] - free[first] == count - 1:
+            return tuple(free[first : first + count])
+    return tuple(free[:count])

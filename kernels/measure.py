@@ -1,0 +1,189 @@
+"""What this device can do with a backend, measured on made-up weights of the kind that it will serve."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from meshd.kernels.backend import Backend, LoadedLayers, Segment, make_backend
+from meshd.kernels.kv import KVPool
+from meshd.kernels.quant import F32
+from meshd.kernels.workers import Workers
+from meshd.types import LayerRange, ModelSpec, Tensor
+
+CHUNK_TOKENS = 128
+LONG_CONTEXT = 2048
+SMALL_LAYERS, LARGE_LAYERS = 8, 2
+BANDWIDTH_BYTES = 64 << 20
+"""Read by each thread: more than most caches hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Rates of one backend with one thread count. Bytes of weights are counted as stored in the model's file."""
+
+    decode_bytes_s: float
+    prefill_flops_s: float
+    memory_bytes_s: float
+    attention_bytes_s: float
+    layer_overhead_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SyntheticWeights:
+    """A weight source whose layers are random Q4_1."""
+
+    spec: ModelSpec
+    seed: int = 0
+
+    def tensor(self, name: str) -> Tensor:
+        shape = tensor_shape(self.spec, name)
+        if len(shape) == 1:
+            return Tensor(name, "F32", shape, memoryview(np.ones(shape, np.float32).tobytes()))
+        rng = np.random.default_rng((self.seed, *name.encode()))
+        return Tensor(name, "Q4_1", shape, memoryview(random_q4_1(rng, int(np.prod(shape)) // 32)))
+
+    def __contains__(self, name: str) -> bool:
+        return name != "rope_freqs.weight"
+
+
+def tensor_shape(spec: ModelSpec, name: str) -> tuple[int, ...]:
+    """The shape of a Llama tensor by its GGUF name. Raises: KeyError."""
+    part = name.split(".")[-2]
+    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "attn_q": (queries, spec.hidden),
+        "attn_k": (keys, spec.hidden),
+        "attn_v": (keys, spec.hidden),
+        "attn_output": (spec.hidden, queries),
+        "ffn_gate": (spec.ffn, spec.hidden),
+        "ffn_up": (spec.ffn, spec.hidden),
+        "ffn_down": (spec.hidden, spec.ffn),
+        "token_embd": (spec.vocab, spec.hidden),
+        "output": (spec.vocab, spec.hidden),
+    }
+    return (spec.hidden,) if part.endswith("norm") else shapes[part]
+
+
+def random_q4_1(rng: np.random.Generator, blocks: int) -> bytes:
+    """Blocks of weights around zero, up to about 0.1."""
+    raw = rng.integers(0, 256, (blocks, 20), np.uint8)
+    raw[:, :4] = np.array([0.0125, -0.1], np.float16).view(np.uint8)
+    return raw.tobytes()
+
+
+def measure(backend_name: str, threads: int, budget_s: float) -> Measured:
+    """Time the backend for about `budget_s` seconds, loading aside. Raises: ConfigError, OutOfMemory."""
+    backend = make_backend(backend_name, threads)
+    small = _Rig(backend, _spec(hidden=512, ffn=1536), SMALL_LAYERS)
+    large = _Rig(backend, _spec(hidden=2048, ffn=5632), LARGE_LAYERS)
+    reader = BandwidthReader(threads)
+    try:
+        works = [
+            lambda: small.step(0, 1),
+            lambda: large.step(0, 1),
+            lambda: large.step(LONG_CONTEXT - 1, 1),
+            lambda: large.step(0, CHUNK_TOKENS),
+            reader.read,
+        ]
+        small_s, large_s, long_s, chunk_s, read_s = medians_s(works, budget_s)
+    finally:
+        small.close()
+        large.close()
+    small_s = small_s / SMALL_LAYERS
+    large_s, long_s, chunk_s = (seconds / LARGE_LAYERS for seconds in (large_s, long_s, chunk_s))
+    memory = reader.bytes / read_s
+    # Noise may make the large step no slower than the small one; then its plain rate is the best guess.
+    decode = (large.layer_bytes - small.layer_bytes) / max(large_s - small_s, large_s / 2)
+    attention_s = max(long_s - large_s, large.kv_bytes(LONG_CONTEXT) / memory)
+    return Measured(
+        decode_bytes_s=decode,
+        prefill_flops_s=2 * large.layer_parameters * CHUNK_TOKENS / chunk_s,
+        memory_bytes_s=memory,
+        attention_bytes_s=large.kv_bytes(LONG_CONTEXT) / attention_s,
+        layer_overhead_s=max(small_s - small.layer_bytes / decode, 0.0),
+    )
+
+
+class BandwidthReader:
+    """Reads memory with some threads at once."""
+
+    def __init__(self, threads: int) -> None:
+        self._arrays = [np.ones(BANDWIDTH_BYTES // 4, np.float32) for _ in range(threads)]
+        self._workers = Workers(threads)
+
+    @property
+    def bytes(self) -> int:
+        return sum(array.nbytes for array in self._arrays)
+
+    def read(self) -> None:
+        self._workers.map(np.max, self._arrays)
+
+
+def medians_s(works: Sequence[Callable[[], object]], budget_s: float) -> list[float]:
+    """The median time of each, in turns, so that a busy moment hits all alike; at least one round after one that does not count."""
+    times: list[list[float]] = [[] for _ in works]
+    end = time.perf_counter() + budget_s
+    for work in works:
+        work()
+    while not times[0] or time.perf_counter() < end:
+        for work, taken in zip(works, times, strict=True):
+            start = time.perf_counter()
+            work()
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in times]
+
+
+class _Rig:
+    """Some layers with KV, ready to be timed."""
+
+    def __init__(self, backend: Backend, spec: ModelSpec, layers: int) -> None:
+        self._spec = spec
+        whole = LayerRange(0, layers)
+        self._loaded: LoadedLayers = backend.load(spec, whole, SyntheticWeights(spec), embedding=False, head=False)
+        self._stage = self._loaded.stage(whole)
+        self._kv = KVPool(spec, whole, blocks=LONG_CONTEXT // 32)
+        self._table = self._kv.allocate(LONG_CONTEXT)
+        filled: F32 = np.full((LONG_CONTEXT, spec.kv_heads, spec.head_dim), 0.5, np.float32)
+        self._hidden = np.random.default_rng(0).standard_normal((CHUNK_TOKENS, spec.hidden), dtype=np.float32)
+        for layer in whole:
+            self._kv.write(layer, self._table, 0, filled, filled)
+
+    @property
+    def layer_parameters(self) -> int:
+        spec = self._spec
+        return spec.hidden * spec.head_dim * (2 * spec.heads + 2 * spec.kv_heads) + 3 * spec.hidden * spec.ffn
+
+    @property
+    def layer_bytes(self) -> int:
+        return self.layer_parameters * 20 // 32
+
+    def kv_bytes(self, tokens: int) -> int:
+        return 8 * tokens * self._spec.kv_heads * self._spec.head_dim
+
+    def step(self, start: int, tokens: int) -> None:
+        """All layers over `tokens` tokens from position `start` on."""
+        segments = [Segment(self._table, start, tokens)]
+        self._stage.forward(self._hidden[:tokens], segments, self._kv)
+
+    def close(self) -> None:
+        self._loaded.close()
+
+
+def _spec(hidden: int, ffn: int) -> ModelSpec:
+    return ModelSpec(
+        architecture="llama",
+        layers=16,
+        hidden=hidden,
+        heads=hidden // 64,
+        kv_heads=hidden // 256,
+        head_dim=64,
+        ffn=ffn,
+        vocab=32,
+        context_length=LONG_CONTEXT,
+        rope_theta=10000.0,
+        norm_eps=1e-5,
+        tied_head=True,
+    )

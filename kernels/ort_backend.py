@@ -1,0 +1,185 @@
+"""The fast path on CPUs: onnxruntime, one session from each attention to the next.
+
+Precision: weights as in the file (4- or 8-bit codes, float32 scales); a product quantises its activations to int8 by block, as
+llama.cpp does, and sums in float32. Everything else is float32. Bits depend neither on where stages are cut nor on how tokens are
+put together to chunks and batches nor on threads: the tests hold it, on x86-64 with AVX-512.
+
+Threads: each session has a pool of its own, whose idle threads spin for a tenth of a millisecond at most. SmolLM2-135M on two
+cores, ms per token without head, one daemon with two threads and three daemons that share its layers: 12 and 14; never spinning 15
+and 16; onnxruntime's own choice (spins for a millisecond and more) 12 and 20; its process-wide pool, whose spinning can't be set
+from Python, 10 and 25.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import onnxruntime as ort  # type: ignore[import-untyped]
+
+from meshd.errors import LocalFault
+from meshd.kernels.attention import LocalAttention
+from meshd.kernels.backend import F32, Positions, Progress, Projected, WeightSource
+from meshd.kernels.forward import CutStage
+from meshd.kernels.heap import return_freed_memory
+from meshd.kernels.llama import LlamaWeights
+from meshd.kernels.ort_graph import Piece, head_piece, mix_piece, mix_project_piece, project_piece
+from meshd.kernels.rope import Rope
+from meshd.kernels.workers import Workers
+from meshd.types import LayerRange, ModelSpec, Tensor
+
+SPIN_US = 100
+"""How long an idle thread of a session's pool waits before it sleeps."""
+
+Maker = Callable[[LlamaWeights, int], Piece]
+
+
+def open_session(piece: Piece, threads: int) -> ort.InferenceSession:
+    """A session that owns its weights, packed; the piece may go after."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # see ort_graph
+    options.enable_cpu_mem_arena = False
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    values = [ort.OrtValue.ortvalue_from_numpy_with_onnx_type(w.value, w.kind) for w in piece.weights.values()]
+    options.add_external_initializers(list(piece.weights), values)
+    return ort.InferenceSession(piece.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+class OrtStage(CutStage):
+    """Layers as sessions: one before the first attention, one between every two, one after the last."""
+
+    def __init__(self, loaded: "OrtLayers", layers: LayerRange, embedding: Tensor | None) -> None:
+        super().__init__(loaded.spec, layers, embedding, loaded.attend)
+        self._loaded = loaded
+        self._first = loaded.session(project_piece, layers.start)
+        self._between = {layer: loaded.session(mix_project_piece, layer) for layer in range(layers.start, layers.end - 1)}
+        self._last = loaded.session(mix_piece, layers.end - 1)
+
+    def project(self, hidden: F32, positions: Positions) -> Projected:
+        qk, v = self._first.run(("qk", "v"), {"hidden": hidden, **self._rotation(positions)})
+        return self._projected(qk, v, hidden)
+
+    def mix_project(self, layer: int, mixed: F32, residual: F32, positions: Positions) -> Projected:
+        inputs = {"mixed": mixed.reshape(len(mixed), -1), "residual": residual, **self._rotation(positions)}
+        hidden, qk, v = self._between[layer].run(("hidden", "qk", "v"), inputs)
+        return self._projected(qk, v, hidden)
+
+    def mix(self, mixed: F32, residual: F32) -> F32:
+        hidden: F32 = self._last.run(("hidden",), {"mixed": mixed.reshape(len(mixed), -1), "residual": residual})[0]
+        return hidden
+
+    def logits(self, hidden: F32) -> F32:
+        logits: F32 = self._loaded.head().run(("logits",), {"hidden": np.ascontiguousarray(hidden)})[0]
+        return logits
+
+    def _rotation(self, positions: Positions) -> dict[str, F32]:
+        cos, sin = self._loaded.rope.rows(positions)
+        return {"cos": cos, "sin": sin}
+
+    def _projected(self, qk: F32, v: F32, residual: F32) -> Projected:
+        spec, tokens = self._spec, len(qk)
+        width = spec.heads * spec.head_dim
+        q = np.ascontiguousarray(qk[:, :width]).reshape(tokens, spec.heads, spec.head_dim)
+        k = np.ascontiguousarray(qk[:, width:]).reshape(tokens, spec.kv_heads, spec.head_dim)
+        return Projected(q, k, v.reshape(k.shape), residual)
+
+
+class OrtLayers:
+    """Sessions over a run of layers. Those at the border of an inner stage are opened when it is first asked for."""
+
+    def __init__(self, weights: LlamaWeights, layers: LayerRange, embedding: bool, workers: Workers) -> None:
+        weights.check_architecture()
+        self.spec = weights.spec
+        self.rope: Rope = weights.rope()
+        self.attend = LocalAttention(workers)
+        self._layers = layers
+        self._threads = workers.threads
+        self._weights = weights
+        self._embedding = weights.embedding() if embedding else None
+        self._sessions: dict[tuple[Maker, int], ort.InferenceSession] = {}
+        self._head: ort.InferenceSession | None = None
+        self._bytes = 0
+        self._closed = False
+
+    @property
+    def layers(self) -> LayerRange:
+        return self._layers
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._bytes
+
+    def open(self, head: bool, progress: Progress | None) -> None:
+        """Read all weights of the whole range. Raises: ModelFileError."""
+        done, total = 0, len(self._layers) + 1 + head
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            if progress:
+                progress(done / total)
+
+        self.session(project_piece, self._layers.start)
+        step()
+        for layer in self._layers:
+            self.session(mix_piece if layer == self._layers.end - 1 else mix_project_piece, layer)
+            step()
+        if head:
+            self._head = self._open(head_piece(self._weights))
+            step()
+        return_freed_memory()
+
+    def session(self, maker: Maker, layer: int) -> ort.InferenceSession:
+        """The session of one piece, opened if it is not yet."""
+        key = maker, layer
+        if key not in self._sessions:
+            self._sessions[key] = self._open(maker(self._weights, layer))
+        return self._sessions[key]
+
+    def head(self) -> ort.InferenceSession:
+        """Raises: LocalFault if it was not loaded."""
+        if self._head is None:
+            raise LocalFault(f"layers {self._layers} were loaded without the head")
+        return self._head
+
+    def stage(self, layers: LayerRange) -> OrtStage:
+        if self._closed or layers not in self._layers:
+            raise LocalFault(f"layers {layers} are not loaded: {'none' if self._closed else self._layers} are")
+        return OrtStage(self, layers, self._embedding)
+
+    def close(self) -> None:
+        self._closed = True
+        self._sessions.clear()
+        self._head = self._embedding = None
+        self._bytes = 0
+        return_freed_memory()
+
+    def _open(self, piece: Piece) -> ort.InferenceSession:
+        self._bytes += piece.bytes
+        return open_session(piece, self._threads)
+
+
+class OrtBackend:
+    """onnxruntime on the CPU."""
+
+    name = "onnxruntime"
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._workers = Workers(threads)
+
+    def load(
+        self,
+        spec: ModelSpec,
+        layers: LayerRange,
+        weights: WeightSource,
+        *,
+        embedding: bool,
+        head: bool,
+        progress: Progress | None = None,
+    ) -> OrtLayers:
+        loaded = OrtLayers(LlamaWeights(spec, weights), layers, embedding, self._workers)
+        loaded.open(head, progress)
+        return loaded

@@ -1,0 +1,42 @@
+"""The plain form of each kernel, in numpy: what the fast forms are tested against."""
+
+import numpy as np
+import numpy.typing as npt
+
+F32 = npt.NDArray[np.float32]
+
+
+def rms_norm(x: F32, weight: F32, eps: float) -> F32:
+    """`[tokens, hidden]` (https://arxiv.org/abs/1910.07467)."""
+    scaled: F32 = x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + np.float32(eps)) * weight
+    return scaled
+
+
+def rotate(x: F32, cos: F32, sin: F32) -> F32:
+    """`[tokens, heads, head_dim]` by `[tokens, head_dim / 2]`, pairs interleaved."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    c, s = cos[:, None], sin[:, None]
+    return np.stack([even * c - odd * s, even * s + odd * c], axis=-1).reshape(x.shape)
+
+
+def swiglu(gate: F32, up: F32) -> F32:
+    """`silu(gate) * up` (https://arxiv.org/abs/2002.05202)."""
+    activated: F32 = gate / (1 + np.exp(-gate)) * up
+    return activated
+
+
+def attend_part(q: F32, k: F32, v: F32, mask: npt.NDArray[np.bool_]) -> tuple[F32, F32]:
+    """`q` `[tokens, heads, head_dim]`, `k` and `v` `[keys, kv_heads, head_dim]`, `mask` `[tokens, keys]` true where seen.
+
+    Returns o `[tokens, heads, head_dim]` and lse `[tokens, heads]`; a token that sees nothing gets 0 and -inf.
+    """
+    group = q.shape[1] // k.shape[1]
+    scores = np.einsum("thd,khd->thk", q, k.repeat(group, axis=1)) / np.sqrt(np.float32(q.shape[2]))
+    scores = np.where(mask[:, None, :], scores, -np.inf)
+    top = np.max(scores, axis=-1, initial=-np.inf)
+    finite = np.where(np.isfinite(top), top, 0)
+    weights = np.exp(scores - finite[..., None])
+    total = weights.sum(axis=-1)
+    o = np.einsum("thk,khd->thd", weights, v.repeat(group, axis=1)) / np.where(total > 0, total, 1)[..., None]
+    with np.errstate(divide="ignore"):
+        return o.astype(np.float32), (np.log(total) + finite).astype(np.float32)

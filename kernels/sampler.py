@@ -1,0 +1,132 @@
+"""Picks the next token. The draw is keyed by (seed, position), so any peer that holds the same logits picks the same token.
+
+Order: repetition penalty (prompt and answer, as in CTRL, https://arxiv.org/abs/1909.05858), presence and frequency penalty (answer
+only) and logit bias as OpenAI defines them, temperature, top_k, top_p (https://arxiv.org/abs/1904.09751), min_p
+(https://arxiv.org/abs/2407.01082). Among equals the lowest id comes first.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from meshd.errors import InvalidRequest, LocalFault
+from meshd.types import SamplingParams, TokenLogprobs
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int64]
+
+
+class Sampler:
+    """Sampling state of one session: its parameters and the tokens so far."""
+
+    def __init__(self, params: SamplingParams, prompt_ids: Iterable[int] = ()) -> None:
+        self._params = params
+        self._seen = set(prompt_ids)
+        self._counts: dict[int, int] = {}
+
+    @property
+    def needs_prompt(self) -> bool:
+        """The prompt's tokens matter: to the repetition penalty alone."""
+        return self._params.repetition_penalty != 1
+
+    def observe_prompt(self, ids: Iterable[int]) -> None:
+        """Some of the prompt's tokens, in any order, any number of times."""
+        self._seen.update(ids)
+
+    def accept(self, token: int) -> None:
+        """The token joins the answer."""
+        self._seen.add(token)
+        self._counts[token] = self._counts.get(token, 0) + 1
+
+    def pick(self, logits: F32, position: int) -> tuple[int, TokenLogprobs | None]:
+        """The token for `position` from `logits` `[vocab]`, with its logprobs if they were asked for.
+
+        Raises: LocalFault if a logit is not finite, InvalidRequest if logit_bias names a token outside the vocabulary.
+        """
+        if not np.isfinite(logits).all():
+            raise LocalFault(f"no token can be picked at {position}: the logits hold NaN or infinity", hint="check the model file")
+        scores = self._adjust(logits)
+        token = int(scores.argmax()) if self._params.temperature == 0 else _draw(scores, self._params, position)
+        return token, None if self._params.logprobs is None else _logprobs(logits, token, self._params.logprobs)
+
+    def _adjust(self, logits: F32) -> F32:
+        """Penalties and bias; `logits` itself if there are none."""
+        params = self._params
+        penalised = self._counts if params.presence_penalty or params.frequency_penalty else {}
+        repeated = self._seen if self.needs_prompt else set()
+        if not (penalised or repeated or params.logit_bias):
+            return logits
+        scores = logits.copy()
+        if repeated:
+            ids = np.fromiter(repeated, np.int64)
+            values = scores[ids]
+            scores[ids] = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+        for token, count in penalised.items():
+            scores[token] -= params.presence_penalty + params.frequency_penalty * count
+        for token, bias in params.logit_bias.items():
+            if not 0 <= token < len(scores):
+                raise InvalidRequest(f"logit_bias names token {token}: the vocabulary has {len(scores)}", param="logit_bias")
+            scores[token] += bias
+        return scores
+
+
+def _draw(scores: F32, params: SamplingParams, position: int) -> int:
+    """Inverse transform over the candidates in the order of their ids."""
+    scaled = scores.astype(np.float64) / params.temperature
+    weights = np.exp(scaled - scaled.max())
+    ids = _candidates(weights, params)
+    chances = weights if ids is None else weights[ids]
+    sums = np.cumsum(chances)
+    index = int(np.searchsorted(sums, uniform(params.seed, position) * sums[-1], side="right"))
+    index = min(index, len(sums) - 1)
+    return index if ids is None else int(ids[index])
+
+
+def uniform(seed: int, position: int) -> float:
+    """In [0, 1): Philox4x64 (https://doi.org/10.1145/2063384.2063405), key `seed` modulo 2^64, counter `position`."""
+    raw = np.random.Philox(key=seed % (1 << 64), counter=position << 64).random_raw()
+    return (int(raw) >> 11) * 2.0**-53
+
+
+def _candidates(weights: F64, params: SamplingParams) -> Ids | None:
+    """Ids that top_k, top_p and min_p leave, ascending; None: all."""
+    ids: Ids | None = None
+    if 0 < params.top_k < len(weights):
+        ids = np.sort(_largest(weights, params.top_k))
+    if params.top_p < 1:
+        ids = _nucleus(weights, params.top_p) if ids is None else ids[_nucleus(weights[ids], params.top_p)]
+    if params.min_p > 0:  # as a share of the largest weight, which is 1
+        ids = np.flatnonzero(weights >= params.min_p) if ids is None else ids[weights[ids] >= params.min_p]
+    return None if ids is None else np.sort(ids)
+
+
+def _nucleus(weights: F64, top_p: float) -> Ids:
+    """The fewest likeliest whose share of the weight is at least `top_p`; at least one."""
+    sums = np.cumsum(np.sort(weights)[::-1])
+    return _largest(weights, int(np.searchsorted(sums, top_p * sums[-1])) + 1)
+
+
+def _largest(values: npt.NDArray[np.floating], count: int) -> Ids:
+    """Ids of the `count` largest values, in no order; among equals at the border the lowest ids."""
+    if count >= len(values):
+        return np.arange(len(values))
+    if count == 0:
+        return np.arange(0)
+    border = np.partition(values, len(values) - count)[len(values) - count]
+    above = np.flatnonzero(values > border)
+    return np.concatenate([above, np.flatnonzero(values == border)[: count - len(above)]])
+
+
+def _descending(values: npt.NDArray[np.floating], ids: Ids) -> Ids:
+    return ids[np.lexsort((ids, -values[ids]))]
+
+
+def _logprobs(logits: F32, token: int, count: int) -> TokenLogprobs:
+    """Log-softmax of the raw logits."""
+    wide = logits.astype(np.float64)
+    top = wide.max()
+    wide -= top + np.log(np.exp(wide - top).sum())
+    likeliest = _descending(wide, _largest(wide, count))
+    return TokenLogprobs(float(wide[token]), tuple((int(id_), float(wide[id_])) for id_ in likeliest))

@@ -1,0 +1,245 @@
+"""The reference backend: plain torch, exact weights.
+
+Precision: a product dequantises a block of rows to float32 and multiplies in float32, so its only error is rounding; nothing but
+that block is ever held in full precision. Activations stay float32.
+
+Threads: a prefill chunk's products are shared out by rows. A single token's are too small for that and use one thread. Bits do not
+depend on how many there are.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from meshd.errors import LocalFault
+from meshd.kernels.attention import LocalAttention
+from meshd.kernels.backend import F32, Positions, Progress, Projected, WeightSource
+from meshd.kernels.forward import CutStage
+from meshd.kernels.heap import return_freed_memory
+from meshd.kernels.llama import LlamaWeights
+from meshd.kernels.quant import BlockMatrix, DenseMatrix, Matrix
+from meshd.kernels.rope import Rope
+from meshd.kernels.torch_ops import rms_norm, rotate, to_tensor
+from meshd.kernels.workers import Workers
+from meshd.types import LayerRange, ModelSpec, Tensor
+
+ROWS = 512
+"""Rows dequantised at a time: a block of them stays in the cache (256 to 512 measured best)."""
+PARALLEL_WORK = 16 << 20
+"""Multiplications: below this, a hand-over to a second thread costs more than it saves."""
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+"""`[tokens, columns]` to `[tokens, rows]`."""
+
+
+class BlockProduct:
+    """`x @ w.T` with quantised w, as `x @ (scale * code).T + blocksum(x) @ (shift - scale * zero).T`.
+
+    The columns of a block of nibbles stand even ones first, as they come out of their bytes; x is put in that order.
+    """
+
+    def __init__(self, matrix: BlockMatrix, workers: Workers) -> None:
+        self._workers = workers
+        self._columns = matrix.shape[1]
+        self._bits, self._block = matrix.bits, matrix.block
+        shift = matrix.shift
+        if matrix.bits == 4:
+            shift = (0 if shift is None else shift) - matrix.scale * matrix.zero
+        codes = matrix.codes if matrix.bits == 4 else (matrix.codes ^ 0x80).view(np.int8)  # 8 bits become signed, zero 0
+        self._codes = torch.from_numpy(codes)  # [rows, blocks, block * bits / 8]
+        self._scale = torch.from_numpy(matrix.scale).unsqueeze(-1)  # [rows, blocks, 1]
+        self._shift = None if shift is None else torch.from_numpy(shift)  # [rows, blocks]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        blocks = x.view(len(x), -1, self._block)
+        sums = blocks.sum(2)
+        if self._bits == 4:
+            blocks = torch.cat([blocks[..., 0::2], blocks[..., 1::2]], dim=-1)
+        ordered = blocks.reshape(x.shape)
+
+        def part(first: int) -> torch.Tensor:
+            rows = slice(first, first + ROWS)
+            y = ordered @ self._dequantise(rows).T
+            return y if self._shift is None else y.addmm_(sums, self._shift[rows].T)
+
+        return torch.cat(share(self._workers, part, range(0, len(self._codes), ROWS), x.numel() * len(self._codes)), dim=1)
+
+    def _dequantise(self, rows: slice) -> torch.Tensor:
+        """`scale * code` of some rows: `[rows, columns]`, columns in the product's order."""
+        codes, scale = self._codes[rows], self._scale[rows]
+        if self._bits == 4:
+            half = self._block // 2
+            weights = scale.new_empty(*codes.shape[:2], self._block)
+            weights[..., :half] = codes & 15
+            weights[..., half:] = codes >> 4
+        else:
+            weights = codes.to(scale.dtype)
+        return weights.mul_(scale).view(len(codes), self._columns)
+
+
+def share(workers: Workers, part: Callable[[int], torch.Tensor], starts: Sequence[int], work: int) -> list[torch.Tensor]:
+    """The parts of a product; by several threads if there is enough to do."""
+    return workers.map(part, starts) if work >= PARALLEL_WORK else [part(start) for start in starts]
+
+
+class DenseProduct:
+    """`x @ w.T` with w as stored, widened a block of rows at a time."""
+
+    def __init__(self, matrix: DenseMatrix, workers: Workers) -> None:
+        self._workers = workers
+        values = torch.from_numpy(matrix.values.copy())
+        self._values = values.view(torch.bfloat16) if matrix.values.dtype == np.uint16 else values
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        def part(first: int) -> torch.Tensor:
+            return x @ self._values[first : first + ROWS].to(x.dtype).T
+
+        return torch.cat(share(self._workers, part, range(0, len(self._values), ROWS), x.numel() * len(self._values)), dim=1)
+
+
+class Layer:
+    """One layer's weights and its two halves, before and after attention."""
+
+    def __init__(self, weights: LlamaWeights, layer: int, workers: Workers) -> None:
+        self._workers = workers
+        self._eps = weights.spec.norm_eps
+        self._attention_norm = torch.from_numpy(weights.attention_norm(layer))
+        self._ffn_norm = torch.from_numpy(weights.ffn_norm(layer))
+        self.bytes = 0
+        self._qkv = self._product(weights.qkv(layer))
+        self._output = self._product(weights.attention_output(layer))
+        self._gate_up = self._product(weights.gate_up(layer))
+        self._down = self._product(weights.down(layer))
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[tokens, hidden]` to Q, K and V side by side, not yet rotated."""
+        return self._qkv(rms_norm(hidden, self._attention_norm, self._eps))
+
+    def mix(self, mixed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """`[tokens, heads * head_dim]` and the residual to the layer's result `[tokens, hidden]`."""
+        hidden = residual + self._output(mixed)
+        gate, up = self._gate_up(rms_norm(hidden, self._ffn_norm, self._eps)).chunk(2, dim=-1)
+        return hidden + self._down(torch.nn.functional.silu(gate) * up)
+
+    def _product(self, matrices: tuple[Matrix, ...]) -> Product:
+        self.bytes += sum(matrix.bytes for matrix in matrices)
+        return make_product(matrices, self._workers)
+
+
+def make_product(matrices: tuple[Matrix, ...], workers: Workers) -> Product:
+    """The product with matrices laid end to end."""
+    products: list[Product] = [
+        BlockProduct(m, workers) if isinstance(m, BlockMatrix) else DenseProduct(m, workers) for m in matrices
+    ]
+    if len(products) == 1:
+        return products[0]
+    return lambda x: torch.cat([product(x) for product in products], dim=1)
+
+
+class Head:
+    """Final norm and output head."""
+
+    def __init__(self, weights: LlamaWeights, workers: Workers) -> None:
+        matrices = weights.head()
+        self._eps = weights.spec.norm_eps
+        self._norm = torch.from_numpy(weights.output_norm())
+        self._product = make_product(matrices, workers)
+        self.bytes = sum(matrix.bytes for matrix in matrices)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._product(rms_norm(hidden, self._norm, self._eps))
+
+
+class TorchStage(CutStage):
+    """Layers as plain torch expressions."""
+
+    def __init__(self, loaded: "TorchLayers", layers: LayerRange) -> None:
+        super().__init__(loaded.spec, layers, loaded.embedding, loaded.attend)
+        self._loaded = loaded
+
+    def project(self, hidden: F32, positions: Positions) -> Projected:
+        return self._projected(self._layers.start, to_tensor(hidden), positions)
+
+    def mix_project(self, layer: int, mixed: F32, residual: F32, positions: Positions) -> Projected:
+        return self._projected(layer + 1, self._mixed(layer, mixed, residual), positions)
+
+    def mix(self, mixed: F32, residual: F32) -> F32:
+        return self._mixed(self._layers.end - 1, mixed, residual).numpy()
+
+    def logits(self, hidden: F32) -> F32:
+        if self._loaded.head is None:
+            raise LocalFault(f"layers {self._layers} were loaded without the head")
+        return self._loaded.head(to_tensor(hidden)).numpy()
+
+    def _mixed(self, layer: int, mixed: F32, residual: F32) -> torch.Tensor:
+        return self._loaded.parts[layer].mix(to_tensor(mixed).view(len(mixed), -1), to_tensor(residual))
+
+    def _projected(self, layer: int, hidden: torch.Tensor, positions: Positions) -> Projected:
+        spec, tokens = self._spec, len(hidden)
+        heads = self._loaded.parts[layer].project(hidden).view(tokens, -1, spec.head_dim)
+        cos, sin = (torch.from_numpy(rows).unsqueeze(1) for rows in self._loaded.rope.rows(positions))
+        q, k, v = torch.split(heads, [spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
+        return Projected(rotate(q, cos, sin).numpy(), rotate(k, cos, sin).numpy(), v.contiguous().numpy(), hidden.numpy())
+
+
+@dataclass(slots=True)
+class TorchLayers:
+    """Layers as torch tensors; any run of them is a stage at no further cost."""
+
+    spec: ModelSpec
+    layers: LayerRange
+    rope: Rope
+    attend: LocalAttention
+    embedding: Tensor | None
+    parts: dict[int, Layer]
+    head: Head | None
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(part.bytes for part in self.parts.values()) + (self.head.bytes if self.head else 0)
+
+    def stage(self, layers: LayerRange) -> TorchStage:
+        if layers not in self.layers or not self.parts:
+            raise LocalFault(f"layers {layers} are not loaded: {self.layers if self.parts else 'none'} are")
+        return TorchStage(self, layers)
+
+    def close(self) -> None:
+        self.parts.clear()
+        self.head = self.embedding = None
+        return_freed_memory()
+
+
+class TorchBackend:
+    """Plain torch on the CPU."""
+
+    name = "torch"
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._workers = Workers(threads)
+
+    def load(
+        self,
+        spec: ModelSpec,
+        layers: LayerRange,
+        weights: WeightSource,
+        *,
+        embedding: bool,
+        head: bool,
+        progress: Progress | None = None,
+    ) -> TorchLayers:
+        source = LlamaWeights(spec, weights)
+        source.check_architecture()
+        parts: dict[int, Layer] = {}
+        for layer in layers:
+            parts[layer] = Layer(source, layer, self._workers)
+            if progress:
+                progress(len(parts) / (len(layers) + head))
+        output = Head(source, self._workers) if head else None
+        if progress and head:
+            progress(1.0)
+        table = source.embedding() if embedding else None
+        return_freed_memory()
+        return TorchLayers(spec, layers, source.rope(), LocalAttention(self._workers), table, parts, output)

@@ -1,0 +1,176 @@
+"""Blocks are given out once, come back whole, and hold what was written."""
+
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from tiny_llama import tiny_spec
+
+from meshd.errors import LocalFault, OutOfMemory
+from meshd.kernels.kv import BlockTable, KVPool
+from meshd.types import LayerRange
+
+LAYERS = LayerRange(2, 4)
+BLOCKS, BLOCK_TOKENS = 12, 4
+
+
+def make_pool(blocks: int = BLOCKS) -> KVPool:
+    return KVPool(tiny_spec(), LAYERS, blocks, BLOCK_TOKENS)
+
+
+def rows(count: int, mark: float) -> np.ndarray:
+    return np.arange(count * 64, dtype=np.float32).reshape(count, 2, 32) + np.float32(mark)
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Sessions come, write, and go in any order."""
+
+    tables: Bundle[BlockTable] = Bundle("tables")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = make_pool()
+        self.live: dict[int, BlockTable] = {}
+        self.written: dict[int, int] = {}
+
+    @rule(target=tables, tokens=st.integers(1, 30))
+    def allocate(self, tokens: int):  # noqa: ANN201 - hypothesis' own type is private
+        needed = -(-tokens // BLOCK_TOKENS)
+        if needed > self.pool.blocks_free:
+            with pytest.raises(OutOfMemory):
+                self.pool.allocate(tokens)
+            return multiple()
+        table = self.pool.allocate(tokens)
+        assert table.capacity >= tokens
+        self.live[table.id] = table
+        return table
+
+    @rule(table=tables, data=st.data())
+    def write(self, table: BlockTable, data: st.DataObject) -> None:
+        if table.id in self.live:
+            start = data.draw(st.integers(0, table.capacity - 1))
+            count = data.draw(st.integers(1, table.capacity - start))
+            everything = rows(table.capacity, table.id)
+            for layer in LAYERS:
+                self.pool.write(layer, table, 0, everything + layer, -everything)
+                self.pool.write(layer, table, start, everything[start : start + count] + layer, -everything[start : start + count])
+            self.written[table.id] = table.capacity
+
+    @rule(table=consumes(tables))
+    def free(self, table: BlockTable) -> None:
+        expected = len(table.blocks) if table.id in self.live else 0
+        assert self.pool.free(table) == expected
+        assert self.pool.free(table) == 0
+        self.live.pop(table.id, None)
+        self.written.pop(table.id, None)
+
+    @rule(table=tables)
+    def free_and_keep_the_name(self, table: BlockTable) -> None:
+        self.pool.free(table)
+        self.live.pop(table.id, None)
+        self.written.pop(table.id, None)
+
+    @invariant()
+    def no_block_is_lost_or_shared(self) -> None:
+        held = [block for table in self.live.values() for block in table.blocks]
+        assert len(held) == len(set(held)) == BLOCKS - self.pool.blocks_free
+        assert all(0 <= block < BLOCKS for block in held)
+
+    @invariant()
+    def what_was_written_is_read(self) -> None:
+        for id_, tokens in self.written.items():
+            for layer in LAYERS:
+                k, v = self.pool.read(layer, self.live[id_], tokens)
+                assert len(k) == len(v) == tokens
+                assert np.array_equal(k, rows(tokens, id_) + layer)
+                assert np.array_equal(v, -rows(tokens, id_))
+
+
+TestPool = PoolMachine.TestCase
+
+
+def test_a_run_of_blocks_is_preferred_and_read_without_a_copy() -> None:
+    pool = make_pool()
+    small, _, rest = pool.allocate(4), pool.allocate(4), pool.allocate(4)
+    pool.free(small)
+    table = pool.allocate(12)
+    assert table.contiguous
+    assert table.blocks[0] > rest.blocks[0]
+    k, _ = pool.read(2, table, 10)
+    assert k.base is not None
+    pool.write(2, table, 3, rows(1, 7), rows(1, 7))
+    assert np.array_equal(k[3], rows(1, 7)[0])
+
+
+def test_scattered_blocks_look_like_contiguous_ones() -> None:
+    pool = make_pool()
+    held = [pool.allocate(4) for _ in range(BLOCKS)]
+    for table in held[::2]:
+        pool.free(table)
+    scattered = pool.allocate(20)
+    assert not scattered.contiguous
+    pool.write(3, scattered, 0, rows(20, 1), rows(20, 2))
+    k, v = pool.read(3, scattered, 18)
+    assert np.array_equal(k, rows(20, 1))
+    assert np.array_equal(v, rows(20, 2))
+    assert k.flags.c_contiguous
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_refused(bad: float) -> None:
+    """It would outlive its session in the block."""
+    pool = make_pool()
+    table, spoilt = pool.allocate(4), rows(3, 0)
+    spoilt[1, 1, 5] = bad
+    for k, v in ((spoilt, rows(3, 0)), (rows(3, 0), spoilt)):
+        with pytest.raises(LocalFault, match="layer 2 can't go on at position 1: its K or V is not finite"):
+            pool.write(2, table, 1, k, v)
+    assert all(np.isfinite(part).all() for part in pool.read(2, table, 4))
+
+
+def test_too_much_is_refused_and_changes_nothing() -> None:
+    pool = make_pool()
+    pool.allocate(40)
+    with pytest.raises(OutOfMemory, match="3 blocks needed, 2 of 12 free"):
+        pool.allocate(12)
+    assert pool.blocks_free == 2
+
+
+def test_a_table_of_another_pool_frees_nothing() -> None:
+    pool, other = make_pool(), make_pool()
+    pool.allocate(4)
+    assert pool.free(other.allocate(4)) == 0
+    assert pool.blocks_free == BLOCKS - 1
+
+
+def test_positions_and_layers_outside_are_refused() -> None:
+    pool = make_pool()
+    table = pool.allocate(8)
+    with pytest.raises(LocalFault, match="room for 8 tokens"):
+        pool.write(2, table, 7, rows(2, 0), rows(2, 0))
+    with pytest.raises(LocalFault, match="room for 8 tokens"):
+        pool.read(2, table, 9)
+    with pytest.raises(LocalFault, match="layer 4"):
+        pool.read(4, table, 1)
+
+
+def test_bytes_are_two_per_value_of_k_and_v() -> None:
+    assert make_pool().bytes == BLOCKS * BLOCK_TOKENS * 2 * 2 * 2 * 32 * 4
+
+
+def test_memory_is_committed_when_it_is_used() -> None:
+    """Four gigabytes of address space, of which a session takes a few pages."""
+    import psutil
+
+    before = psutil.Process().memory_info().rss
+    pool = KVPool(tiny_spec(), LAYERS, blocks=(4 << 30) // (32 * 1024), block_tokens=32)
+    assert pool.bytes == 4 << 30
+    table = pool.allocate(64)
+    for layer in LAYERS:
+        pool.write(layer, table, 0, rows(64, 0), rows(64, 0))
+    assert psutil.Process().memory_info().rss - before < 64 << 20
+
+
+def test_more_than_the_address_space_is_out_of_memory() -> None:
+    with pytest.raises(OutOfMemory, match="bytes of KV"):
+        make_pool(blocks=1 << 44)

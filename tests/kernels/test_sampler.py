@@ -1,0 +1,173 @@
+"""Which token is picked, and that it is the same everywhere."""
+
+import collections
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshd.errors import InvalidRequest, LocalFault
+from meshd.kernels.sampler import Sampler, uniform
+from meshd.types import SamplingParams
+
+LOGITS = np.array([1.0, 3.0, 2.0, 3.0, -1.0, 0.5], np.float32)
+
+
+def pick(logits: np.ndarray = LOGITS, position: int = 0, **params: object) -> int:
+    return Sampler(SamplingParams(**params)).pick(np.asarray(logits, np.float32), position)[0]
+
+
+def drawn(count: int = 2000, logits: np.ndarray = LOGITS, **params: object) -> collections.Counter[int]:
+    sampler = Sampler(SamplingParams(**params))
+    return collections.Counter(sampler.pick(logits, position)[0] for position in range(count))
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits.astype(np.float64) - logits.max())
+    return weights / weights.sum()
+
+
+def test_greedy_takes_the_largest_and_of_equals_the_lowest_id() -> None:
+    assert pick(temperature=0) == 1
+
+
+def test_draws_follow_the_distribution() -> None:
+    counts = drawn(20000, temperature=0.7, seed=5)
+    expected = softmax(LOGITS / 0.7)
+    for token, chance in enumerate(expected):
+        assert abs(counts[token] / 20000 - chance) < 4 * math.sqrt(chance * (1 - chance) / 20000) + 1e-9
+
+
+def test_a_draw_depends_on_seed_and_position_alone() -> None:
+    one = [pick(position=p, seed=42) for p in range(50)]
+    assert one == [pick(position=p, seed=42) for p in range(50)]
+    assert one != [pick(position=p, seed=43) for p in range(50)]
+    late = Sampler(SamplingParams(seed=42))
+    assert [late.pick(LOGITS, p)[0] for p in (49, 7)] == [one[49], one[7]]
+
+
+def test_the_generator_is_the_same_on_every_device() -> None:
+    """Golden values: a change of generator would part peers of two versions."""
+    assert [round(uniform(0, 0), 12), round(uniform(1, 2), 12), round(uniform(-1, 1 << 20), 12)] == [
+        0.011546754286,
+        0.94567752206,
+        0.533316924119,
+    ]
+
+
+def test_neighbouring_positions_and_seeds_are_independent() -> None:
+    values = [uniform(seed, position) for seed in range(30) for position in range(30)]
+    assert len(set(values)) == 900
+    assert abs(np.mean(values) - 0.5) < 0.05
+
+
+def test_top_k_keeps_the_likeliest_and_of_equals_the_lowest_ids() -> None:
+    assert set(drawn(top_k=1, temperature=2.0)) == {1}
+    assert set(drawn(top_k=2)) == {1, 3}
+    assert set(drawn(top_k=3)) == {1, 2, 3}
+    assert set(drawn(top_k=2, logits=np.zeros(6, np.float32))) == {0, 1}
+    assert len(drawn(top_k=100, temperature=3.0)) == 6
+
+
+def test_top_p_keeps_the_fewest_that_reach_it() -> None:
+    share = softmax(LOGITS)
+    assert set(drawn(top_p=float(share[1]) * 0.99)) == {1}
+    assert set(drawn(top_p=float(share[1]) * 1.01)) == {1, 3}
+    assert set(drawn(top_p=1e-9)) == {1}
+
+
+def test_top_p_counts_within_top_k() -> None:
+    assert set(drawn(top_k=2, top_p=0.4)) == {1}
+    assert set(drawn(top_k=2, top_p=0.6)) == {1, 3}
+
+
+def test_min_p_is_relative_to_the_likeliest() -> None:
+    assert set(drawn(min_p=0.9)) == {1, 3}
+    assert set(drawn(min_p=math.exp(-1.01))) == {1, 2, 3}
+    assert set(drawn(min_p=1.0)) == {1, 3}
+
+
+@given(
+    seed=st.integers(0, 1000),
+    vocab=st.integers(1, 1500),
+    top_p=st.sampled_from([0.1, 0.5, 0.9, 0.999]),
+    temperature=st.sampled_from([0.3, 1.0, 5.0]),
+)
+@settings(deadline=None, max_examples=60)
+def test_top_p_is_the_plain_definition(seed: int, vocab: int, top_p: float, temperature: float) -> None:
+    logits = np.random.default_rng(seed).standard_normal(vocab).astype(np.float32)
+    chances = softmax(logits.astype(np.float64) / temperature)
+    order = np.lexsort((np.arange(vocab), -chances))
+    kept = order[: int(np.searchsorted(np.cumsum(chances[order]), top_p)) + 1]
+    assert set(drawn(30, logits, top_p=top_p, temperature=temperature, seed=seed)) <= set(kept.tolist())
+
+
+def test_presence_and_frequency_count_the_answer_only() -> None:
+    sampler = Sampler(SamplingParams(temperature=0, presence_penalty=0.4, frequency_penalty=0.7), prompt_ids=[1, 1])
+    picks = []
+    for position in range(4):
+        picks.append(sampler.pick(LOGITS, position)[0])
+        sampler.accept(picks[-1])
+    assert picks == [1, 3, 2, 1]
+
+
+def test_repetition_counts_prompt_and_answer_once() -> None:
+    sampler = Sampler(SamplingParams(temperature=0, repetition_penalty=2.0))
+    assert sampler.needs_prompt
+    sampler.observe_prompt([1, 1])
+    sampler.observe_prompt([4])
+    assert sampler.pick(LOGITS, 0)[0] == 3
+    sampler.accept(3)
+    assert sampler.pick(LOGITS, 1)[0] == 2
+    negative = Sampler(SamplingParams(temperature=0, repetition_penalty=2.0), prompt_ids=[0])
+    assert negative.pick(np.array([-1.0, -1.5], np.float32), 0)[0] == 1
+    assert not Sampler(SamplingParams()).needs_prompt
+
+
+def test_bias_is_added() -> None:
+    assert pick(temperature=0, logit_bias={4: 100.0}) == 4
+    assert pick(temperature=0, logit_bias={1: -100.0}) == 3
+    with pytest.raises(InvalidRequest, match="logit_bias names token 6"):
+        pick(logit_bias={6: 1.0})
+
+
+def test_inputs_are_left_as_they_are() -> None:
+    logits = LOGITS.copy()
+    logits.flags.writeable = False
+    sampler = Sampler(SamplingParams(repetition_penalty=1.3, logprobs=2, logit_bias={1: 1.0}), prompt_ids=[1])
+    sampler.pick(logits, 0)
+    assert np.array_equal(logits, LOGITS)
+
+
+def test_logprobs_are_those_before_temperature_and_filters() -> None:
+    sampler = Sampler(SamplingParams(temperature=0.1, top_k=1, logit_bias={0: 50.0}, logprobs=3))
+    token, logprobs = sampler.pick(LOGITS, 0)
+    expected = np.log(softmax(LOGITS))
+    assert token == 0
+    assert logprobs is not None
+    assert logprobs.chosen == pytest.approx(expected[0])
+    assert [id_ for id_, _ in logprobs.top] == [1, 3, 2]
+    assert [value for _, value in logprobs.top] == pytest.approx([expected[1], expected[3], expected[2]])
+
+
+def test_logprobs_of_the_chosen_alone() -> None:
+    logprobs = Sampler(SamplingParams(temperature=0, logprobs=0)).pick(LOGITS, 0)[1]
+    assert logprobs is not None
+    assert logprobs.top == ()
+    assert Sampler(SamplingParams()).pick(LOGITS, 0)[1] is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_broken_logits_are_an_error(bad: float, temperature: float) -> None:
+    logits = LOGITS.copy()
+    logits[2] = bad
+    with pytest.raises(LocalFault, match="at 7: the logits hold NaN or infinity"):
+        Sampler(SamplingParams(temperature=temperature)).pick(logits, 7)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e6])
+def test_extreme_temperatures_are_finite(temperature: float) -> None:
+    assert 0 <= pick(temperature=temperature, top_p=0.9) < 6
