@@ -125,6 +125,9 @@ class Dialler:
                 target.note = "this peer itself" if target.peer == self._own else ""
             except MeshdError as error:
                 target.note = str(error)
+            except Exception as error:
+                log.exception("dialling %s:%d failed in a way that was not foreseen", *target.address)
+                target.note = f"not foreseen: {error}"
             if target.peer is None or (link := self._table.get(target.peer)) is None:
                 target.failures += 1
             else:

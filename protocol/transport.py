@@ -301,6 +301,11 @@ async def _handshake(connection: Connection, raw: socket.socket, connecting: Cor
             raw.shutdown(socket.SHUT_RDWR)
         await asyncio.wait([task])
         raise
+    finally:
+        if not isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop):
+            # uvloop's transport owns the descriptor now, but does not always say so to `raw`, whose finaliser would then close a
+            # descriptor that has become another connection's.
+            raw.detach()
 
 
 def _abandon(connection: Connection, connecting: asyncio.Future[object]) -> None:

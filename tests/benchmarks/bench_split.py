@@ -69,7 +69,8 @@ def measure(cluster: Cluster, tokens: int, rounds: int) -> None:
 
 def ask(cluster: Cluster, stages: str, tokens: int) -> tuple[float, float]:
     """(measured, predicted) TPOT in seconds, the measured one as the coordinator saw it."""
-    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "mesh": {"stages": stages}}
+    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    body |= {"mesh": {"stages": stages}}
     before = tpot_total(cluster)
     status, document, headers = cluster["a"].post_raw("/v1/completions", body)
     if status != 200:

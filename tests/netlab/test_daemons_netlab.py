@@ -87,7 +87,7 @@ def test_three_daemons_find_one_another_and_never_a_stranger(three: tuple[Any, l
     time.sleep(FIND_S)
     assert not [event for _, event in stranger.events() if "is alive" in event]
     assert not [event for host in hosts for _, event in host.events() if "peer h4" in event]
-    print(f"\nfound: every peer linked with every other {1000 * max(found_s, 0):.0f} ms after the last was up; a stranger is not joined")
+    print(f"\nfound: all linked with all {1000 * max(found_s, 0):.0f} ms after the last was up; a stranger is not joined")
     assert found_s < FIND_S
 
 
@@ -104,6 +104,6 @@ def test_a_daemon_that_stops_or_is_cut_off_is_gone_soon(three: tuple[Any, list[H
     lab.heal("h2")
     healed = time.time()
     back_s = when_all(hosts[:2], hosts[:2], "alive", healed) - healed
-    print(f"\ngone: {1000 * left_s:.0f} ms after SIGTERM, {1000 * dead_s:.0f} ms after a silent cut; back {back_s:.1f} s after it healed")
+    print(f"\ngone: {1000 * left_s:.0f} ms after SIGTERM, {1000 * dead_s:.0f} ms after a silent cut; back {back_s:.1f} s after that")
     assert left_s < LEFT_S
     assert dead_s < CUT_S
