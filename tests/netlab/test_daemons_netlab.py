@@ -104,6 +104,6 @@ def test_a_daemon_that_stops_or_is_cut_off_is_gone_soon(three: tuple[Any, list[H
     lab.heal("h2")
     healed = time.time()
     back_s = when_all(hosts[:2], hosts[:2], "alive", healed) - healed
-    print(f"\ngone: {1000 * left_s:.0f} ms after SIGTERM, {1000 * dead_s:.0f} ms after a silent cut; back {back_s:.1f} s after that")
+    print(f"\ngone: {1000 * left_s:.0f} ms after SIGTERM, {1000 * dead_s:.0f} ms after a silent cut; back in {back_s:.1f} s")
     assert left_s < LEFT_S
     assert dead_s < CUT_S
