@@ -83,11 +83,11 @@ class Link:
         if self.gone.is_set():
             return
         self.gone.set()
-        for lane, connection in self.lanes.items():
+        for connection in self.lanes.values():
             if farewell is None:
                 connection.abort(reason)
             else:
-                connection.close(reason, farewell if lane is Lane.CONTROL else None)
+                connection.close(reason, farewell)  # on both: either may be the first that the other side sees closing
         self._on_end(self, reason, on_purpose or farewell is not None)
 
     async def closed(self) -> None:

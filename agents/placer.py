@@ -127,15 +127,15 @@ class Placer:
         """Steps as the adverts tell them, until every peer has answered."""
         told: dict[StagePlan, PlacementStep] = {}
         while True:
-            finished = all(task.done() for task in running.values())
+            waiting = [task for task in running.values() if not task.done()]
             for stage, task in running.items():
                 step = self._step(card, stage, task)
                 if told.get(stage) != step:
                     told[stage] = step
                     yield step
-            if finished:
+            if not waiting:
                 return
-            await asyncio.wait(running.values(), timeout=_PROGRESS_S, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waiting, timeout=_PROGRESS_S, return_when=asyncio.FIRST_COMPLETED)
 
     def _step(self, card: ModelCard, stage: StagePlan, task: "asyncio.Task[None]") -> PlacementStep:
         step = PlacementStep(peer=stage.peer, name=self.names(stage.peer), layers=stage.layers, state="loading", progress=0.0)

@@ -1,6 +1,5 @@
 """The check step of a fresh load: it must compute something finite, and how long it takes is what the planner will use."""
 
-import statistics
 import time
 
 import numpy as np
@@ -12,14 +11,14 @@ from meshd.kernels.backend import Segment, Stage
 from meshd.kernels.kv import BlockTable, KVPool
 
 _PREFILL_TOKENS = 32
-_DECODE_STEPS = 8
+_DECODE_STEPS = 16
 
 
 def warm_up(load: Load) -> None:
     """Prefill a few tokens and decode some more, on the compute thread; sets the load's measured times.
 
-    The first step pays for what backends build lazily, so times are medians of the later ones. Raises: ModelFileError if what comes
-    out is not finite; OutOfMemory.
+    The first step pays for what backends build lazily, and whatever else the device does only ever adds to a time: so each is the
+    least of several. Raises: ModelFileError if what comes out is not finite; OutOfMemory.
     """
     assert load.weights is not None
     assert load.pool is not None
@@ -28,13 +27,14 @@ def warm_up(load: Load) -> None:
     try:
         hidden = _hidden(load, stage, _PREFILL_TOKENS)
         _run(stage, pool, hidden, table, 0)
-        load.layer_prefill_s = _run(stage, pool, hidden, table, 0)[1] / (_PREFILL_TOKENS * len(load.layers))
+        prefill_s = min(_run(stage, pool, hidden, table, 0)[1] for _ in range(3))
+        load.layer_prefill_s = prefill_s / (_PREFILL_TOKENS * len(load.layers))
         times, out = [], hidden
         for step in range(_DECODE_STEPS):
             out, seconds = _run(stage, pool, hidden[step : step + 1], table, _PREFILL_TOKENS + step)
             times.append(seconds)
         _check_finite(load, out)
-        load.layer_decode_s = statistics.median(times) / len(load.layers)
+        load.layer_decode_s = min(times) / len(load.layers)
         if load.layers.end == load.card.spec.layers:
             load.head_s = _head(load, stage, out)
     finally:
@@ -57,12 +57,12 @@ def _run(
 
 def _head(load: Load, stage: Stage, hidden: npt.NDArray[np.float32]) -> float:
     times = []
-    for _ in range(3):
+    for _ in range(5):
         began = time.perf_counter()
         logits = stage.logits(hidden[-1:])
         times.append(time.perf_counter() - began)
     _check_finite(load, logits)
-    return statistics.median(times)
+    return min(times)
 
 
 def _check_finite(load: Load, values: npt.NDArray[np.float32]) -> None:

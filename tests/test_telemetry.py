@@ -74,7 +74,7 @@ def log_lines(log_format: LogFormat, level: str = "info") -> list[str]:
     logger = logging.getLogger("meshd.agents.links")
     logger.debug("not at this level")
     logger.info("link up", extra={"peer": "abc", "rtt_ms": 1.5, "name_of_peer": 'a "b"\nc'})
-    logging.getLogger("zeroconf").info("of no interest")
+    logging.getLogger("some.library").info("of no interest")
     try:
         raise ValueError("torn\nframe")
     except ValueError:

@@ -15,7 +15,7 @@ def shared_cache() -> Path:
     from meshd.config import Settings
 
     cache: Path = Settings()["cache"].value
-    command = [sys.executable, "-m", "meshd", "pull", MODEL, "--cache", str(cache)]
+    command = [sys.executable, "-P", "-m", "meshd", "pull", MODEL, "--cache", str(cache)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode:
         pytest.fail(f"the model can't be fetched: {done.stderr}")

@@ -44,6 +44,8 @@ def five(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     for cluster in make_cluster(tmp_path_factory.mktemp(request.param), shared_cache):
         cluster.start("a", "b", "c", "d", "e", flags=("--backend", request.param))
         cluster.see_each_other()
+        for stages in SPLITS.values():
+            cluster.place("a", stages=stages, context=1024)
         yield cluster
 
 

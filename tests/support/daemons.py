@@ -85,7 +85,7 @@ class Cluster:
     def _spawn(self, name: str, flags: tuple[str, ...], discovery: str) -> Daemon:
         state = self.root / name
         log = self.root / f"{name}.log"
-        command = [sys.executable, "-m", "meshd", "up", "--name", name, "--state", str(state), "--api", "127.0.0.1:0"]
+        command = [sys.executable, "-P", "-m", "meshd", "up", "--name", name, "--state", str(state), "--api", "127.0.0.1:0"]
         command += ["--link", "127.0.0.1:0", "--threads", "1", "--cache", str(self.shared), "--discovery", discovery]
         if self.daemons:
             first = next(iter(self.daemons.values()))
@@ -96,7 +96,7 @@ class Cluster:
         return Daemon(name, state, process, log)
 
     def key(self, daemon: Daemon) -> str:
-        command = [sys.executable, "-m", "meshd", "key", "show", "--json", "--state", str(daemon.state)]
+        command = [sys.executable, "-P", "-m", "meshd", "key", "show", "--json", "--state", str(daemon.state)]
         code: str = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout)["code"]
         return code
 
