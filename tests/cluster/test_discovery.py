@@ -48,7 +48,8 @@ def test_another_clusters_key_is_never_joined(cluster: Cluster, tmp_path_factory
 def test_a_second_daemon_on_the_same_folder_says_who_holds_it(cluster: Cluster) -> None:
     cluster.start("a")
     daemon = cluster["a"]
-    command = [sys.executable, "-P", "-m", "meshd", "up", "--state", str(daemon.state), "--api", "127.0.0.1:0", "--link", "127.0.0.1:0"]
+    command = [sys.executable, "-P", "-m", "meshd", "up", "--state", str(daemon.state)]
+    command += ["--api", "127.0.0.1:0", "--link", "127.0.0.1:0"]
     second = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert second.returncode == 1
     assert str(daemon.process.pid) in second.stderr
