@@ -28,7 +28,7 @@ from meshd.agents.peer_events import (
     Publish,
     State,
 )
-from meshd.agents.peers import IllegalTransition, PeerTable
+from meshd.agents.peers import IllegalTransition, PeerTable, stranger_row
 from meshd.agents.sources import Duplicate, Found, Gone, Notice, Sighting, Source
 from meshd.clock import Clock
 from meshd.errors import MeshdError
@@ -281,24 +281,7 @@ class Membership:
                     self._forget(command.peer)
 
 
-def _refused_row(address: str, peer: str, reason: str) -> dict[str, Any]:
+def _refused_row(address: str, peer: str, why: str) -> dict[str, Any]:
     host, colon, port = address.rpartition(":")
-    known = {"host": host if colon else address, "port": int(port) if colon and port.isdecimal() else 0, "source": "link"}
-    return {
-        "peer": peer,
-        "name": address,
-        "state": "refused",
-        "why": reason,
-        "addresses": [known],
-        "version": "",
-        "protocol": "",
-        "incarnation": 0,
-        "first_seen_s": None,
-        "last_seen_s": None,
-        "since_s": None,
-        "capability": None,
-        "holdings": [],
-        "models": [],
-        "sessions": 0,
-        "api": "",
-    }
+    known = Address(host, int(port)) if colon and port.isdecimal() else Address(address, 0)
+    return stranger_row(known, "link", State.REFUSED, why, peer)

@@ -365,13 +365,17 @@ def _row(peer: Peer, now: float) -> dict[str, Any]:
 
 def _row_of_address(known: StaticAddress) -> dict[str, Any]:
     state = State.FOUND if known.refused_at is None else State.REFUSED
-    address = [{"host": known.address.host, "port": known.address.port, "source": "static"}]
+    return stranger_row(known.address, "static", state, known.why or "being dialled")
+
+
+def stranger_row(address: Address, source: str, state: State, why: str, peer: str = "") -> dict[str, Any]:
+    """A row for who was never linked with: only an address, and perhaps an id, is known."""
     return {
-        "peer": "",
-        "name": str(known.address),
+        "peer": peer,
+        "name": str(address),
         "state": state.value,
-        "why": known.why or "being dialled",
-        "addresses": address,
+        "why": why,
+        "addresses": [{"host": address.host, "port": address.port, "source": source}],
         "version": "",
         "protocol": "",
         "incarnation": 0,
