@@ -89,7 +89,7 @@ class Coordinator:
         """Plan and open; wait for room if the stages are full of others' sessions."""
         until = entered + _ROOM_WAIT_S
         while True:
-            plan = await self.router.plan_for(card, request.mesh, prompt_tokens=len(work.prompt), max_tokens=work.max_tokens)
+            plan = await self._plan(request, card, work, until)
             answer = self._answer(request, text, work)
             self.answers[answer.session] = answer
             try:
@@ -109,6 +109,16 @@ class Coordinator:
             finally:
                 if answer.ended:
                     self.answers.pop(answer.session, None)
+
+    async def _plan(self, request: GenerationRequest, card: ModelCard, work: Work, until: float) -> Plan:
+        """A plan, as soon as other answers leave room for its KV. Raises: as `Router.plan_for`."""
+        while True:
+            try:
+                return await self.router.plan_for(card, request.mesh, prompt_tokens=len(work.prompt), max_tokens=work.max_tokens)
+            except Overloaded:
+                if self.clock.monotonic() > until:
+                    raise
+                await self.clock.sleep(_ROOM_RETRY_S)
 
     def _answer(self, request: GenerationRequest, text: ModelText, work: Work) -> Answer:
         return Answer(

@@ -185,6 +185,24 @@ def test_two_answers_at_once_are_both_right(pair: Cluster) -> None:
     assert [together[0], together[1]] == alone
 
 
+def test_a_request_waits_for_the_room_that_another_takes(cluster: Cluster) -> None:
+    cluster.start("a", flags=("--memory", "450MiB"))
+    whole = chat("Tell me a very long story.", mesh={"context": 4096}, max_tokens=None, ignore_eos=True)
+    with Stream(cluster["a"], whole) as stream:
+        next(stream.events())
+        replies: list[int] = []
+
+        def ask() -> None:
+            replies.append(cluster["a"].post_raw("/v1/chat/completions", whole | {"stop": [" "]})[0])
+
+        waiting = threading.Thread(target=ask)
+        waiting.start()
+        waiting.join(1.0)
+        assert replies == []
+    waiting.join(30)
+    assert replies == [200]
+
+
 def test_a_peer_lost_in_mid_answer_is_one_clear_error_and_the_next_request_is_served(cluster: Cluster) -> None:
     cluster.start("a", "b")
     cluster.see_each_other()
