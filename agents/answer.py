@@ -57,9 +57,6 @@ class Answer:
     last_token_at: float = 0.0
     progress_at: float = field(init=False)
     renewed_at: float = field(init=False)
-    compute_s: float = 0.0
-    """Of the decode steps, over all stages."""
-    decoded: int = 0
     read: int = 0
     """Answer tokens that the client's side has taken."""
     _inbox: deque[fsm.EmitToken | fsm.EmitEnd] = field(default_factory=deque)
@@ -151,9 +148,6 @@ class Answer:
         self.progress_at = self.last_token_at = now
         if self.first_token_at is None:
             self.first_token_at = now
-        else:
-            self.compute_s += message.compute_ns / 1e9
-            self.decoded += 1
         finish = FinishReason(message.finish) if message.final else None
         self._apply(fsm.TokenArrived(message.epoch, message.index, message.token, message.logprobs, finish))
 

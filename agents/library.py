@@ -54,7 +54,6 @@ class ModelText:
 class Library:
     """Models known to this peer: on its disk, or told by others."""
 
-    me: PeerId
     links: Links
     store: Store
     adverts: Callable[[], Iterable[Advert]]

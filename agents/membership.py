@@ -75,8 +75,6 @@ class Membership:
     clock: Clock
     bus: EventBus
     on_gone: Callable[[PeerId, str], None]
-    on_adverts: Callable[[], None]
-    """Some peer's advert has changed."""
     link_address: str = ""
     table: PeerTable = field(default_factory=PeerTable)
     notices: dict[str, str] = field(default_factory=dict)
@@ -138,7 +136,6 @@ class Membership:
             advert = self.own_advert()
             for peer in self.links.peers():
                 self._tell(peer, advert)
-            self.on_adverts()
 
     def _tell(self, peer: PeerId, advert: Advert) -> None:
         try:
@@ -215,7 +212,6 @@ class Membership:
         if message.advert.peer != sender:
             return
         self._apply(AdvertReceived(message.advert))
-        self.on_adverts()
         for peer, address in islice(message.advert.neighbours.items(), _MAX_NEIGHBOURS):
             self._hear_of(peer, address)
 

@@ -39,7 +39,6 @@ class _Key:
 class Placement:
     """Owns this peer's loads."""
 
-    me: PeerId
     links: Links
     library: Library
     holdings: Holdings

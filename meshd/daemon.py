@@ -155,7 +155,6 @@ class Peer:
             on_notice=lambda text: self.membership.notice(text),
         )
         self.library = Library(
-            me=identity.peer,
             links=self.links,
             store=Store(config.models_dir, config.hf_cache, index_url=config.pypi_index, clock=clock),
             adverts=lambda: self.membership.table.adverts(),
@@ -172,7 +171,6 @@ class Peer:
             on_change=self._sessions_changed,
         )
         self.placement = Placement(
-            me=identity.peer,
             links=self.links,
             library=self.library,
             holdings=self.holdings,
@@ -199,7 +197,6 @@ class Peer:
             clock=clock,
             bus=self.bus,
             on_gone=self._on_gone,
-            on_adverts=lambda: None,
         )
         names, adverts = self.membership.name_of, self.membership.adverts
         self.placer = Placer(links=self.links, library=self.library, adverts=adverts, names=names, clock=clock)
