@@ -22,9 +22,14 @@ class Admission:
     def waiting(self) -> int:
         return len(self._queue)
 
+    @property
+    def free(self) -> bool:
+        """Whether `enter` would not wait."""
+        return self.running < self._limit and not self._queue
+
     async def enter(self) -> None:
         """Wait for a ticket. Raises: Overloaded if the queue is full or the wait too long. Cancel: leaves the queue."""
-        if self.running < self._limit and not self._queue:
+        if self.free:
             self.running += 1
             return
         if len(self._queue) >= self._waiting_limit:

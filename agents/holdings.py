@@ -36,6 +36,10 @@ class Load:
     weights: LoadedLayers | None = None
     pool: KVPool | None = None
     sessions: int = 0
+    standby: bool = False
+    """Here for when another peer is lost; it gives way to any load that is not."""
+    pinned: bool = False
+    """Somebody said that it is to lie here."""
     layer_decode_s: float | None = None
     layer_prefill_s: float | None = None
     head_s: float | None = None
@@ -44,6 +48,16 @@ class Load:
     def reserved_bytes(self) -> int:
         """Weights and KV, whether touched yet or not."""
         return self.weight_bytes + self.kv_tokens * self.card.kv_bytes_per_token_layer() * len(self.layers)
+
+    @property
+    def in_use(self) -> bool:
+        """A session computes on it, or keeps KV in it."""
+        return self.sessions > 0 or (self.pool is not None and self.pool.blocks_free < self.pool.blocks)
+
+    @property
+    def gives_way(self) -> bool:
+        """A standby copy that nobody needs now."""
+        return self.standby and self.state is LoadState.ACTIVE and not self.in_use
 
     @property
     def untouched_bytes(self) -> int:
@@ -71,6 +85,8 @@ class Load:
             layer_decode_s=self.layer_decode_s,
             layer_prefill_s=self.layer_prefill_s,
             head_s=self.head_s,
+            standby=self.standby,
+            pinned=self.pinned,
         )
 
 

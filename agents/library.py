@@ -9,9 +9,10 @@ from logging import getLogger
 
 from meshd.agents.links import Links
 from meshd.agents.service import ChatMessage
-from meshd.errors import InvalidRequest, MeshdError, NoPeer, ProtocolViolation, UnknownModel
+from meshd.errors import InvalidRequest, MeshdError, ModelFileError, NoPeer, PeerFault, ProtocolViolation, UnknownModel
 from meshd.models.cards import card_from_gguf
 from meshd.models.gguf import GgufFile
+from meshd.models.partial import HEADER_INDEX, PartialCopy
 from meshd.models.progress import PullPhase, PullProgress
 from meshd.models.store import Store, StoredModel
 from meshd.models.template import ChatTemplate, template_from_gguf
@@ -23,6 +24,7 @@ from meshd.types import Advert, ModelCard, ModelId, PeerId
 log = getLogger(__name__)
 
 _HEADER_TIMEOUT_S = 20.0
+_MAX_HEARD = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,11 @@ class Library:
     """Of the live peers, this one's not needed."""
     on_change: Callable[[], None]
     local: dict[ModelId, ModelCard] = field(default_factory=dict)
+    """Of the files that are here as a whole."""
+    partial: dict[ModelId, ModelCard] = field(default_factory=dict)
+    """Of the models of which some tensors are here."""
+    _heard: dict[ModelId, ModelCard] = field(default_factory=dict)
+    """Told by peers that may have gone since."""
     _texts: dict[ModelId, asyncio.Task[ModelText]] = field(default_factory=dict)
 
     def register(self) -> None:
@@ -68,6 +75,7 @@ class Library:
 
     async def refresh(self) -> None:
         """Read the cards of what lies on this disk. A broken file is told in the log and left out."""
+        self.partial = await asyncio.to_thread(self._read_partial)
         cards = await asyncio.to_thread(self._read_local)
         if cards != self.local:
             self.local = cards
@@ -82,17 +90,66 @@ class Library:
                 log.warning("model %s is left out: %s", stored.name, error)
         return cards
 
+    def _read_partial(self) -> dict[ModelId, ModelCard]:
+        cards: dict[ModelId, ModelCard] = {}
+        for copy in self.store.partials.list():
+            try:
+                cards[copy.about.id] = self.partial.get(copy.about.id) or card_of_copy(copy)
+            except MeshdError as error:
+                log.info("the partial copy of %s is left out: %s", copy.about.name, error)
+        return cards
+
     def _card_of(self, stored: StoredModel) -> ModelCard:
         with self.store.open(stored) as file:
             return card_from_gguf(file, name=stored.name, ref=stored.ref, model_id=stored.id, created=stored.created)
 
     def cards(self) -> dict[ModelId, ModelCard]:
-        """All known models, this disk's first."""
-        known = dict(self.local)
-        for advert in self.adverts():
+        """All known models, this disk's first; those too whose file has gone with its peer, as long as others hold layers of it."""
+        adverts = list(self.adverts())
+        for advert in adverts:
             for card in advert.models:
-                known.setdefault(card.id, card)
-        return known
+                self._hear(card)
+        told = {card.id for advert in adverts for card in advert.models}
+        told |= {held.model for advert in adverts for held in advert.holdings}
+        heard = {model: card for model, card in self._heard.items() if model in told}
+        return {**self.local, **{model: card for model, card in (heard | self.partial).items() if model not in self.local}}
+
+    def card_here(self, model: ModelId) -> ModelCard | None:
+        """Of a model that is on this disk, as a whole or in part."""
+        return self.local.get(model) or self.partial.get(model)
+
+    def now_whole(self, card: ModelCard) -> None:
+        """A model's file is here, where it was not or only in part."""
+        self.partial.pop(card.id, None)
+        if self.local.get(card.id) != card:
+            self.local[card.id] = card
+            self.on_change()
+
+    def now_gone(self, model: ModelId) -> None:
+        """A model's file was removed by someone else."""
+        if self.local.pop(model, None) is not None:
+            self.on_change()
+
+    def open(self, card: ModelCard) -> GgufFile:
+        """The file, or what is here of it. Blocks. Raises: ModelFileError, StorageError."""
+        file = self._file_of(card.id)
+        if file is None:
+            raise ModelFileError(f"the file of {card.name} has gone from this disk")
+        return file
+
+    def _file_of(self, model: ModelId) -> GgufFile | None:
+        stored = self.store.get(model)
+        if stored is not None:
+            return self.store.open(stored)
+        copy = self.store.partials.get(model)
+        return copy.open() if copy is not None and HEADER_INDEX in copy.have else None
+
+    def _hear(self, card: ModelCard) -> None:
+        if self._heard.get(card.id) != card:
+            self._heard.pop(card.id, None)
+            self._heard[card.id] = card
+            if len(self._heard) > _MAX_HEARD:
+                del self._heard[next(iter(self._heard))]
 
     def find(self, name: str) -> ModelCard:
         """By name, reference or id. Raises: UnknownModel with the nearest names."""
@@ -111,8 +168,7 @@ class Library:
         card = self.local.get(stored.id)
         if card is None:
             card = await asyncio.to_thread(self._card_of, stored)
-            self.local[card.id] = card
-            self.on_change()
+            self.now_whole(card)
         return card
 
     async def text(self, card: ModelCard) -> ModelText:
@@ -124,38 +180,61 @@ class Library:
         return await asyncio.shield(task)
 
     async def _load_text(self, card: ModelCard) -> ModelText:
-        stored = self.store.get(card.id)
-        if stored is not None:
-            return await asyncio.to_thread(self._text_of_file, card, stored)
+        text = await asyncio.to_thread(self._text_here, card)
+        if text is not None:
+            return text
         header = await self._fetch_header(card)
         return await asyncio.to_thread(_text_of, card, GgufFile.from_header(header))
 
-    def _text_of_file(self, card: ModelCard, stored: StoredModel) -> ModelText:
-        with self.store.open(stored) as file:
+    def _text_here(self, card: ModelCard) -> ModelText | None:
+        file = self._file_of(card.id)
+        if file is None:
+            return None
+        with file:
             return _text_of(card, file)
 
     async def _fetch_header(self, card: ModelCard) -> bytes:
-        holders = [advert.peer for advert in self.adverts() if any(known.id == card.id for known in advert.models)]
-        for peer in holders:
-            reply, payload = await self.links.request(
-                peer, FetchHeader(request=self.links.next_request(), model=card.id), timeout_s=_HEADER_TIMEOUT_S
-            )
-            data = bytes(payload)
-            if not isinstance(reply, HeaderData) or hashlib.sha256(data).hexdigest() != reply.sha256:
-                raise ProtocolViolation(f"the header of {card.name} arrived torn")
-            return data
-        raise NoPeer(f"no live peer has the file of {card.name}", hint=f"fetch it with `meshd pull {card.ref}`")
+        """From the first peer that can give it: one that has the file, else one that holds layers. Raises: NoPeer, PeerFault."""
+        failure: MeshdError = NoPeer(f"no live peer has the file of {card.name}", hint=f"fetch it with `meshd pull {card.ref}`")
+        for peer in holders_of(card.id, self.adverts()):
+            try:
+                return await self._ask_header(peer, card)
+            except PeerFault as error:
+                failure = error
+        raise failure
+
+    async def _ask_header(self, peer: PeerId, card: ModelCard) -> bytes:
+        question = FetchHeader(request=self.links.next_request(), model=card.id)
+        reply, payload = await self.links.request(peer, question, timeout_s=_HEADER_TIMEOUT_S)
+        data = bytes(payload)
+        if not isinstance(reply, HeaderData) or hashlib.sha256(data).hexdigest() != reply.sha256:
+            raise ProtocolViolation(f"the header of {card.name} arrived torn")
+        return data
 
     async def _on_fetch_header(self, sender: PeerId, message: FetchHeader, payload: memoryview) -> tuple[HeaderData, bytes]:
-        card, stored = self.local.get(message.model), self.store.get(message.model)
-        if card is None or stored is None:
+        card = self.card_here(message.model)
+        if card is None:
             raise UnknownModel("this peer does not have that model's file")
-        data = await asyncio.to_thread(self._header_of, stored)
+        data = await asyncio.to_thread(self._header_of, card)
         return HeaderData(request=message.request, card=card, sha256=hashlib.sha256(data).hexdigest()), data
 
-    def _header_of(self, stored: StoredModel) -> bytes:
-        with self.store.open(stored) as file:
+    def _header_of(self, card: ModelCard) -> bytes:
+        with self.open(card) as file:
             return bytes(file.header_bytes())
+
+
+def holders_of(model: ModelId, adverts: Iterable[Advert]) -> list[PeerId]:
+    """Peers that have the file, then those that hold layers and so may have a part of it."""
+    known = list(adverts)
+    whole = [advert.peer for advert in known if any(card.id == model for card in advert.models)]
+    part = [advert.peer for advert in known if any(held.model == model for held in advert.holdings)]
+    return list(dict.fromkeys(whole + part))
+
+
+def card_of_copy(copy: PartialCopy) -> ModelCard:
+    """Raises: ModelFileError, StorageError."""
+    about = copy.about
+    return card_from_gguf(copy.header(), name=about.name, ref=about.ref, model_id=about.id, created=about.created)
 
 
 def _text_of(card: ModelCard, file: GgufFile) -> ModelText:

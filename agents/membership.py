@@ -63,6 +63,7 @@ class Self:
     models: Callable[[], tuple[ModelCard, ...]]
     sessions: Callable[[], int]
     api: Callable[[], str]
+    draining: Callable[[], bool]
 
 
 @dataclass(slots=True)
@@ -116,6 +117,7 @@ class Membership:
             neighbours=self._neighbours(),
             sessions=self.about.sessions(),
             api=self.about.api(),
+            draining=self.about.draining(),
         )
 
     def _neighbours(self) -> dict[PeerId, str]:
@@ -148,6 +150,10 @@ class Membership:
     def adverts(self) -> list[Advert]:
         """Of all live peers, our own first: what plans are made from."""
         return [self.own_advert(), *self.table.adverts()]
+
+    def suspects(self) -> list[Advert]:
+        """Of peers that are silent while their link stands: nothing new for them, but what they hold is not lost yet."""
+        return [peer.advert for peer in self.table.linked() if peer.state is State.SUSPECT and peer.advert is not None]
 
     def name_of(self, peer: PeerId) -> str:
         """What people call a peer; the beginning of its id if it is not known."""

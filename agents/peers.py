@@ -360,6 +360,7 @@ def _row(peer: Peer, now: float) -> dict[str, Any]:
         "models": [card.name for card in advert.models] if advert else [],
         "sessions": advert.sessions if advert else 0,
         "api": advert.api if advert else "",
+        "draining": advert.draining if advert else False,
     }
 
 
@@ -387,4 +388,5 @@ def stranger_row(address: Address, source: str, state: State, why: str, peer: st
         "models": [],
         "sessions": 0,
         "api": "",
+        "draining": False,
     }

@@ -15,8 +15,9 @@ from meshd.agents.holdings import Holdings, Load, LoadState
 from meshd.agents.library import Library
 from meshd.agents.links import Links
 from meshd.agents.warmup import warm_up
+from meshd.agents.weights import Weights
 from meshd.clock import Clock
-from meshd.errors import MeshdError, ModelFileError, OutOfMemory
+from meshd.errors import MeshdError, ModelFileError, OutOfMemory, Unavailable
 from meshd.kernels.backend import Backend, LoadedLayers
 from meshd.kernels.kv import BLOCK_TOKENS, KVPool
 from meshd.models.gguf import GgufFile
@@ -26,7 +27,7 @@ from meshd.types import LayerRange, ModelCard, ModelId, PeerId
 log = getLogger(__name__)
 
 _PULL_SHARE = 0.5
-"""Of the progress bar, when the file must be fetched first."""
+"""Of the progress bar, for what must be fetched first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class Placement:
 
     links: Links
     library: Library
+    weights: Weights
     holdings: Holdings
     backend: Backend
     compute: ComputeThread
@@ -48,6 +50,8 @@ class Placement:
     free_bytes: Callable[[], int]
     """What may still be reserved."""
     on_change: Callable[[], None]
+    draining: Callable[[], bool] = lambda: False
+    """This peer is about to leave: it loads nothing more."""
     _loading: dict[_Key, asyncio.Task[Load]] = field(default_factory=dict)
     _files: dict[int, GgufFile] = field(default_factory=dict)
 
@@ -74,28 +78,56 @@ class Placement:
 
         Raises: UnknownModel, DownloadError, StorageError, ModelFileError, OutOfMemory. Cancel: others who wait for it go on.
         """
-        present = self.holdings.find(wanted.model, wanted.layers)
-        if present is not None and present.kv_tokens >= wanted.kv_tokens:
+        present = self._present(wanted)
+        if present is not None:
+            self._settle(present, wanted)
             return present
+        if self.draining():
+            raise Unavailable("this peer is about to leave and takes no more layers", hint="place them on another")
         key = _Key(wanted.model, wanted.layers)
         task = self._loading.get(key)
         if task is None:
             task = asyncio.get_running_loop().create_task(self._load(wanted), name=f"load {wanted.layers}")
             self._loading[key] = task
             task.add_done_callback(lambda _: self._loading.pop(key, None))
-        return await asyncio.shield(task)
+        load = await asyncio.shield(task)
+        self._settle(load, wanted)
+        return load
+
+    def _present(self, wanted: Place) -> Load | None:
+        """An active load that does, one that is no standby copy first."""
+        fitting = [
+            load
+            for load in self.holdings.of(wanted.model)
+            if load.state is LoadState.ACTIVE and wanted.layers in load.layers and load.kv_tokens >= wanted.kv_tokens
+        ]
+        return max(fitting, key=lambda load: (not load.standby, load.pool.blocks_free if load.pool else 0), default=None)
+
+    def _settle(self, load: Load, wanted: Place) -> None:
+        """Have a load be what the latest wish for it says; what was once wanted for itself is no standby copy any more."""
+        before = load.standby, load.pinned
+        load.standby = load.standby and wanted.standby
+        load.pinned = load.pinned or wanted.pinned
+        if (load.standby, load.pinned) != before:
+            self.on_change()
 
     async def _load(self, wanted: Place) -> Load:
         loop = asyncio.get_running_loop()
         card = await self._fetch(wanted)
         if wanted.layers not in card.layers:
             raise ModelFileError(f"{card.name} has layers {card.layers}, not {wanted.layers}")
-        load = Load(card, wanted.layers, _whole_blocks(wanted.kv_tokens), _weights_of(card, wanted.layers))
+        load = Load(
+            card,
+            wanted.layers,
+            _whole_blocks(wanted.kv_tokens),
+            _weights_of(card, wanted.layers),
+            standby=wanted.standby,
+            pinned=wanted.pinned,
+        )
         self._make_room(load)
         self.holdings.loads.append(load)
         try:
-            load.progress = _PULL_SHARE
-            self.on_change()
+            await self._fill(load, wanted.ref)
 
             def progress(share: float) -> None:
                 load.progress = _PULL_SHARE + share * (1 - _PULL_SHARE)
@@ -117,21 +149,24 @@ class Placement:
         return load
 
     async def _fetch(self, wanted: Place) -> ModelCard:
-        """The card of a file that is on this disk and is the one that was meant."""
+        """The card of a model that is on this disk, or at a peer, and is the one that was meant."""
         known = self.library.local.get(wanted.model)
-        if known is not None:
-            return known
-        card = await self.library.pull(wanted.ref, lambda share: None)
-        if card.id != wanted.model:
-            raise ModelFileError(f"{wanted.ref} is another file here ({card.id}) than at the peer that asks ({wanted.model})")
-        return card
+        return known if known is not None else await self.weights.card(wanted.model, wanted.ref)
+
+    async def _fill(self, load: Load, ref: str) -> None:
+        """Have on this disk what `_read` will read."""
+
+        def progress(share: float) -> None:
+            load.progress = share * _PULL_SHARE
+            self.on_change()
+
+        progress(0.0)
+        await self.weights.fill(load.card, ref, load.layers, progress)
+        progress(1.0)
 
     def _read(self, load: Load, progress: Callable[[float], None]) -> None:
         """On a worker thread: map the file and build the stage's weights and its KV pool."""
-        stored = self.library.store.get(load.card.id)
-        if stored is None:
-            raise ModelFileError(f"the file of {load.card.name} has gone from this disk")
-        file = self.library.store.open(stored)
+        file = self.library.open(load.card)
         self._files[id(load)] = file
         layers = load.layers
         load.weights = self.backend.load(
@@ -146,12 +181,13 @@ class Placement:
         load.pool = KVPool(load.card.spec, layers, load.kv_tokens // BLOCK_TOKENS, BLOCK_TOKENS)
 
     def _make_room(self, load: Load) -> None:
-        """Check the reservation before any memory is taken; idle loads of the same model give way."""
-        for other in self.holdings.of(load.card.id):
+        """Check the reservation before any memory is taken. Idle standby copies give way, then idle loads of the same model; for
+        a standby copy nothing does.
+        """
+        for other in [] if load.standby else self._in_the_way(load):
             if self.free_bytes() >= load.reserved_bytes:
                 return
-            if other.state is LoadState.ACTIVE and other.sessions == 0:
-                self._release(other)
+            self._release(other)
         free = self.free_bytes()
         if free < load.reserved_bytes:
             missing = load.reserved_bytes - free
@@ -161,17 +197,24 @@ class Placement:
                 hint="fewer layers on this peer, a smaller context, or a higher --memory",
             )
 
+    def _in_the_way(self, load: Load) -> list[Load]:
+        """Loads that may be let go for this one, the dearest last."""
+        standby = [other for other in self.holdings if other.gives_way]
+        same = [other for other in self.holdings.of(load.card.id) if other.state is LoadState.ACTIVE and not other.in_use]
+        return standby + [other for other in same if not other.standby]
+
     def _retire_covered(self, new: Load) -> None:
         """Older loads whose layers all lie in the new one serve their sessions to the end, then go."""
         for load in self.holdings.of(new.card.id):
-            if load is not new and load.layers in new.layers and load.state is LoadState.ACTIVE:
+            dearer = new.standby and not load.standby
+            if load is not new and load.layers in new.layers and load.state is LoadState.ACTIVE and not dearer:
                 load.state = LoadState.DRAINING
         self.sweep()
 
     def sweep(self) -> None:
         """Release draining loads that no session uses any more. Called whenever a session ends."""
         for load in list(self.holdings):
-            if load.state is LoadState.DRAINING and load.sessions == 0:
+            if load.state is LoadState.DRAINING and not load.in_use:
                 self._release(load)
 
     def _release(self, load: Load) -> None:

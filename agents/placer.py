@@ -1,7 +1,7 @@
 """Places a model over the mesh: asks the planner where, tells the peers, and says how far they are."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -9,18 +9,17 @@ import msgspec
 
 from meshd.agents.library import Library
 from meshd.agents.links import Links
-from meshd.agents.questions import problem_of
+from meshd.agents.questions import USUAL_CONTEXT, problem_of, repair_question
 from meshd.agents.service import MeshOptions, PlacementStep
 from meshd.clock import Clock
-from meshd.errors import DoesNotFit
+from meshd.errors import DoesNotFit, MeshdError
 from meshd.planner.memory import allowed_bytes, stage_memory
 from meshd.planner.problem import PlanInput
+from meshd.planner.repair import repair
 from meshd.planner.solve import Solution, solve
 from meshd.protocol.messages import Place, Unplace, Unplaced
-from meshd.types import Advert, Holding, LayerRange, ModelCard, ModelId, PeerId, StagePlan
+from meshd.types import Advert, Holding, LayerRange, ModelCard, ModelId, Objective, PeerId, StagePlan
 
-_USUAL_CONTEXT = 16_384
-"""KV is placed for this context at most, unless a request asks for more."""
 _LEAST_CONTEXT = 512
 _SESSIONS_OF_KV = 4
 """Whole contexts that a placement holds room for, where memory allows."""
@@ -29,6 +28,8 @@ _DEADLINE_S = 3600.0
 _UNPLACE_S = 10.0
 _PROGRESS_S = 0.2
 _ADVERTISED_S = 5.0
+_REPAIR_TRIES = 3
+"""Times that a repair looks for other peers when some that it asked could not load."""
 
 
 @dataclass(slots=True)
@@ -49,28 +50,73 @@ class Placer:
         """
         problem, solution = self._solve(card, mesh, context)
         loop = asyncio.get_running_loop()
-        running = {stage: loop.create_task(self._ask(card, stage, self._kv_tokens(problem, stage))) for stage in solution.stages}
+        wanted = {stage: self._kv_tokens(problem, stage) for stage in solution.stages}
+        pinned = _is_wish(mesh)
+        running = {stage: loop.create_task(self._ask(card, stage, tokens, pinned=pinned)) for stage, tokens in wanted.items()}
         try:
             async with aclosing(self._watch(card, running)) as steps:
                 async for step in steps:
                     yield step
             for task in running.values():
                 task.result()
-            await self._advertised(card.id, solution.stages)
+            await self._advertised(card.id, wanted)
         finally:
             for task in running.values():
                 task.cancel()
             await asyncio.gather(*running.values(), return_exceptions=True)
 
-    async def _advertised(self, model: ModelId, stages: tuple[StagePlan, ...]) -> None:
-        """Wait until the adverts tell what the replies did: routes are planned from adverts. Gives up after a while."""
+    async def repair(
+        self,
+        card: ModelCard,
+        missing: Sequence[LayerRange],
+        *,
+        kv_tokens: int,
+        least_tokens: int | None = None,
+        avoid: Collection[PeerId] = (),
+        among: Collection[PeerId] | None = None,
+    ) -> tuple[StagePlan, ...]:
+        """Load just these layers, beside all that is there, on the peers that do it best; what was loaded where.
+
+        With KV for `kv_tokens`; if memory is short, for half of that and so on, down to `least_tokens`. Only peers that are in
+        `among` (None: any), not in `avoid`, and not about to leave. One that can't load is replaced by another.
+
+        Raises: NoPeer, DoesNotFit, and what the last peer asked could not do. Cancel: peers that have begun finish their part.
+        """
+        shunned, waiting = set(avoid), tuple(missing)
+        placed: list[StagePlan] = []
+        failure: MeshdError | None = None
+        for _ in range(_REPAIR_TRIES):
+            question = repair_question(card, self.adverts(), avoid=shunned, among=among)
+            # On a thread: among many peers the search takes longer than a heartbeat may be late.
+            stages, tokens = await asyncio.to_thread(_where, question, waiting, kv_tokens, least_tokens or kv_tokens, failure)
+            asks = (self._ask(card, stage, tokens) for stage in stages)
+            results = dict(zip(stages, await asyncio.gather(*asks, return_exceptions=True), strict=True))
+            loaded = [stage for stage in stages if results[stage] is None]
+            await self._advertised(card.id, dict.fromkeys(loaded, tokens))
+            placed += loaded
+            waiting = tuple(stage.layers for stage in stages if stage not in loaded)
+            if not waiting:
+                return tuple(sorted(placed, key=lambda stage: stage.layers))
+            failure = _failure_of(results)
+            shunned |= {stage.peer for stage in stages if stage not in loaded}
+        assert failure is not None
+        raise failure
+
+    async def _advertised(self, model: ModelId, stages: Mapping[StagePlan, int]) -> None:
+        """Wait until the adverts tell what the replies did: routes are planned from adverts. Gives up after a while.
+
+        `stages`: with the tokens that each has KV for.
+        """
         until = self.clock.monotonic() + _ADVERTISED_S
-        while self.clock.monotonic() < until and not all(self._active(model, stage) for stage in stages):
+        while self.clock.monotonic() < until and not all(self._active(model, stage, kv) for stage, kv in stages.items()):
             await self.clock.sleep(_PROGRESS_S / 10)
 
-    def _active(self, model: ModelId, stage: StagePlan) -> bool:
+    def _active(self, model: ModelId, stage: StagePlan, kv_tokens: int) -> bool:
         return any(
-            holding.model == model and holding.state == "active" and stage.layers in holding.layers
+            holding.model == model
+            and holding.state == "active"
+            and stage.layers in holding.layers
+            and holding.kv_tokens_total >= kv_tokens
             for advert in self.adverts()
             if advert.peer == stage.peer
             for holding in advert.holdings
@@ -92,7 +138,7 @@ class Placer:
 
     def _solve(self, card: ModelCard, mesh: MeshOptions, context: int | None) -> tuple[PlanInput, Solution]:
         """Halve a context that nobody asked for until it fits."""
-        wanted = max(context or 0, min(card.spec.context_length, _USUAL_CONTEXT))
+        wanted = max(context or 0, min(card.spec.context_length, USUAL_CONTEXT))
         while True:
             problem = problem_of(card, self.adverts(), mesh, context=wanted)
             try:
@@ -112,7 +158,7 @@ class Placer:
         more = int(spare // max(1, used.kv_bytes))
         return problem.context * (1 + max(0, min(_SESSIONS_OF_KV - 1, more)))
 
-    async def _ask(self, card: ModelCard, stage: StagePlan, kv_tokens: int) -> None:
+    async def _ask(self, card: ModelCard, stage: StagePlan, kv_tokens: int, *, pinned: bool = False) -> None:
         request = Place(
             request=self.links.next_request(),
             model=card.id,
@@ -120,6 +166,7 @@ class Placer:
             layers=stage.layers,
             kv_tokens=kv_tokens,
             deadline_ms=int(_DEADLINE_S * 1000),
+            pinned=pinned,
         )
         await self.links.request(stage.peer, request, timeout_s=_DEADLINE_S)
 
@@ -156,3 +203,32 @@ class Placer:
             if holding.model == model and holding.layers == layers
         )
         return next(held, None)
+
+
+def _is_wish(mesh: MeshOptions) -> bool:
+    """Whether somebody wants it so, and not only as it is quickest: what is quicker later does not count then."""
+    quickest = mesh.objective in (None, Objective.LATENCY)
+    return mesh.stages is not None or mesh.min_peers is not None or mesh.peers is not None or not quickest
+
+
+def _failure_of(results: Mapping[StagePlan, BaseException | None]) -> MeshdError:
+    """Why a peer could not load. Raises what is no such reason."""
+    failures = [result for result in results.values() if result is not None]
+    for failure in failures:
+        if not isinstance(failure, MeshdError):
+            raise failure
+    assert isinstance(failures[-1], MeshdError)
+    return failures[-1]
+
+
+def _where(
+    question: PlanInput, missing: tuple[LayerRange, ...], kv_tokens: int, least_tokens: int, failure: MeshdError | None
+) -> tuple[tuple[StagePlan, ...], int]:
+    """Where to load, and with KV for how many tokens. Raises: NoPeer, DoesNotFit; because of `failure`, if there was one."""
+    while True:
+        try:
+            return repair(question, missing, kv_tokens=kv_tokens), kv_tokens
+        except DoesNotFit as error:
+            if kv_tokens <= least_tokens:
+                raise error from failure
+            kv_tokens = max(least_tokens, kv_tokens // 2)

@@ -9,7 +9,8 @@ from meshd.agents.placer import Placer
 from meshd.agents.routing import Router
 from meshd.agents.service import MeshOptions
 from meshd.clock import Clock
-from meshd.errors import MeshdError, Unavailable, UsageError
+from meshd.errors import MeshdError, Unavailable, UnknownModel, UsageError
+from meshd.types import ModelCard
 
 log = getLogger(__name__)
 
@@ -56,7 +57,7 @@ class Preload:
         while True:
             try:
                 self.doing, self.fetched = f"fetching {ref}", 0.0
-                card = await self.library.pull(ref, self._progress)
+                card = await self._card(ref)
                 self.doing = f"placing {card.name}"
                 if not self.router.covered(card):
                     async for _ in self.placer.place(card, MeshOptions()):
@@ -72,6 +73,13 @@ class Preload:
                     told = str(error)
                     log.warning("%s is not placed yet: %s", ref, error)
                 await self.clock.sleep(error.retry_after_s if isinstance(error, Unavailable) else _RETRY_S)
+
+    async def _card(self, ref: str) -> ModelCard:
+        """What the mesh has need not come from outside."""
+        try:
+            return self.library.find(ref)
+        except UnknownModel:
+            return await self.library.pull(ref, self._progress)
 
     def _progress(self, share: float) -> None:
         self.fetched = share

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Protocol
 
 import msgspec
 
+from meshd.errors import MeshdError
 from meshd.types import FinishReason, LayerRange, ModelCard, Objective, PeerId, SamplingParams, SessionId
 
 
@@ -19,6 +20,8 @@ class MeshOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     objective: Objective | None = None
     context: Annotated[int, msgspec.Meta(ge=1)] | None = None
     """Tokens to reserve KV for."""
+    mirror: bool | None = None
+    """Keep a copy of the KV on other peers; None: as the daemon is set (`--mirror`)."""
 
 
 class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,6 +43,12 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     mesh: MeshOptions = MeshOptions()
+    background: bool = False
+    """Goes on without a reader. Otherwise the answer is suspended, and its memory freed, when its last reader leaves."""
+    store: bool = True
+    """Keep the record for a while after the end, so that it can be read again."""
+    edge: bytes = b""
+    """What the edge needs to show this answer on any peer: opaque to the rooms below, kept with the record."""
 
 
 class TokenText(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,8 +96,31 @@ class Generation(Protocol):
     @property
     def predicted_tpot_s(self) -> float: ...
 
+    @property
+    def edge(self) -> bytes:
+        """As the request gave it."""
+        ...
+
+    @property
+    def status(self) -> str:
+        """`queued` (no token yet), `in_progress`, `suspended` (can be resumed), `completed`, `failed` or `cancelled`."""
+        ...
+
+    @property
+    def error(self) -> MeshdError | None:
+        """Why it is suspended or failed."""
+        ...
+
     def events(self) -> AsyncIterator[TextDelta | Finished]:
-        """Deltas, then one Finished. Raises: PeerFault, Unavailable when the answer can't go on."""
+        """All deltas from the first on, those made already at once, then one Finished.
+
+        May be called several times, also after the end: the sequence is always the same. Raises: PeerFault, Unavailable when the
+        answer can't go on now (it can be resumed); Cancelled when it was ended, or taken over by another peer.
+        """
+        ...
+
+    def so_far(self) -> tuple[tuple[TextDelta, ...], Finished | None]:
+        """What `events` would give at once."""
         ...
 
     async def cancel(self) -> None:
@@ -105,6 +137,21 @@ class Coordinator(Protocol):
         Returns once the session is admitted and its plan known. Raises: UnknownModel, InvalidRequest, ContextTooLong,
         Overloaded, NotReady, DoesNotFit, NoPeer, PeerFault. Cancel: nothing stays reserved.
         """
+        ...
+
+    async def resume(self, session: SessionId) -> Generation:
+        """Go on with an answer here, wherever in the mesh it runs or its record lies; also one that has ended.
+
+        Raises: UnknownSession; as `generate` if it must be planned anew and can't.
+        """
+        ...
+
+    async def look(self, session: SessionId) -> Generation:
+        """An answer as it stands, without taking it over. Raises: UnknownSession."""
+        ...
+
+    async def end(self, session: SessionId, *, forget: bool = False) -> None:
+        """Cancel an answer wherever it runs; with `forget`, delete its record too. Raises: UnknownSession."""
         ...
 
     def models(self) -> list[ModelCard]:
@@ -179,6 +226,27 @@ class Mesh(Protocol):
 
     async def unplace(self, model: str) -> int:
         """Bytes freed, over all peers."""
+        ...
+
+    async def drain(self, peer: str, *, undo: bool = False, timeout_s: float = 60.0) -> dict[str, Any]:
+        """Have a peer take no new work and move away what it has: `{"peer", "name", "sessions_left"}`.
+
+        Raises: NoPeer, PeerFault.
+        """
+        ...
+
+    async def migrate(self, session: str, target: str, source: str | None = None) -> dict[str, Any]:
+        """Move a session's stages (all, or those at `source`) to another peer: `{"session", "plan", "pause_ms"}`.
+
+        Raises: UnknownSession, NoPeer, InvalidRequest, PeerFault; then it serves on where it was.
+        """
+        ...
+
+    async def story(self, session: str) -> list[dict[str, Any]]:
+        """What happened to a session, in order, told by all peers: `{"at_s", "peer", "name", "what", ...}`.
+
+        Raises: UnknownSession.
+        """
         ...
 
     async def probe_links(self) -> list[dict[str, Any]]:

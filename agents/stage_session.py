@@ -1,11 +1,12 @@
 """One session's part on the peer that runs one of its stages, as a pure state machine: events in, commands out.
 
-It decides which step is next, what a repeat means, when to wait for credit or for the next stage, and when memory may go. It never
-sees a tensor: what a step carries and what it made are opaque to it.
+It decides which step is next, what a repeat means, when to wait for credit or for the next stage, what of the kept outputs goes out
+before anything is computed, and when memory may go. It never sees a tensor: what a step carries and what it made are opaque to it.
 
+    OPEN --Resumed--> IDLE, WAITING or COMPUTING                      (only in a later epoch; a first one begins in IDLE)
     IDLE --StepArrived--> COMPUTING --StepComputed--> IDLE            (or the next step of the inbox)
     IDLE --StepArrived beyond credit or window--> WAITING --CreditGranted, StepTaken--> COMPUTING
-    any --Ended--> ENDED; the KV is freed when no step is computing on it
+    any --Ended--> ENDED; the KV may go when no step is computing on it
 """
 
 from collections import deque
@@ -15,12 +16,14 @@ from enum import Enum
 from typing import Any
 
 PREFILL_WINDOW = 4
-"""Prefill steps that may be computed here and not yet begun by the next stage."""
+"""Prefill steps that may be sent on and not yet begun by the next stage."""
 
 
 class State(Enum):
     """Where a session stands on this stage."""
 
+    OPEN = "open"
+    """Its coordinator has not told yet where to go on."""
     IDLE = "idle"
     WAITING = "waiting"
     COMPUTING = "computing"
@@ -33,21 +36,33 @@ class IllegalTransition(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One unit of work: tokens `[position, position + tokens)`."""
+    """One unit of work: tokens `[position, position + tokens)`. Its position names it."""
 
-    number: int
     position: int
     tokens: int
     sample: bool
     """The last stage picks a token after it."""
     prefill: bool
+    """Its tokens were known when the epoch began."""
     index: int = 0
     """Decode: the answer token that this step will make."""
     data: object = None
     """Token ids or hidden states."""
 
+    @property
+    def end(self) -> int:
+        return self.position + self.tokens
+
 
 # Events
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """Every stage of the epoch is open: compute from `start` on; the next stage wants outputs from `send_from` on."""
+
+    start: int
+    send_from: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +72,7 @@ class StepArrived:
 
 @dataclass(frozen=True, slots=True)
 class StepComputed:
-    number: int
+    position: int
     output: object
 
 
@@ -65,7 +80,7 @@ class StepComputed:
 class StepTaken:
     """The next stage began this prefill step."""
 
-    number: int
+    position: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +90,29 @@ class CreditGranted:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """Closed by the coordinator, or its lease ran out."""
+    """Closed by the coordinator, failed, or its lease ran out."""
 
     reason: str
 
 
-Event = StepArrived | StepComputed | StepTaken | CreditGranted | Ended
+Event = Resumed | StepArrived | StepComputed | StepTaken | CreditGranted | Ended
 
 # Commands
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """What is there counts up to `start`; what lies beyond is computed anew."""
+
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """Send kept outputs of tokens `[position, position + tokens)` to the next stage."""
+
+    position: int
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +122,11 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """Send what a step made: an activation to the next stage, or a token."""
+    """Send what a step made: an activation to the next stage, without its first `skip` tokens, or a token."""
 
     step: Step
     output: object
+    skip: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,28 +138,48 @@ class Reject:
 
 
 @dataclass(frozen=True, slots=True)
+class Refuse:
+    """It can't go on from there: the coordinator is told."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Free:
     """Nothing computes on the session's KV any more."""
 
     reason: str
 
 
-Command = Compute | Deliver | Reject | Free
+Command = Begin | Replay | Compute | Deliver | Reject | Refuse | Free
 
 
 @dataclass(slots=True)
 class StageSession:
     """State of one session on one stage. Only `handle` changes it."""
 
-    prompt_tokens: int
+    known_tokens: int
+    """The prompt, and what of the answer was there when the epoch began."""
     max_tokens: int
+    """Of prompt and answer together: what KV is reserved for."""
     credit: int
     first: bool
     """This is stage 0, which takes its decode steps from TOKEN and obeys CREDIT."""
     last: bool
     state: State = State.IDLE
-    next_number: int = 0
+    held: int = 0
+    """Positions whose KV was here when it opened."""
+    kept_from: int = 0
+    """Outputs of `[kept_from, kept_to)` were kept when it opened."""
+    kept_to: int = 0
+    chunk_tokens: int = 1
+    """Of one replayed step."""
     next_position: int = 0
+    send_from: int = 0
+    """The next stage has what comes before."""
+    sent_to: int = 0
+    """And what comes before this has been sent to it."""
+    replay_to: int = 0
     inbox: deque[Step] = field(default_factory=deque)
     computing: Step | None = None
     untaken: set[int] = field(default_factory=set)
@@ -148,23 +199,32 @@ class StageSession:
         """Invariants that hold between events; tests call it after each."""
         if self.state is State.COMPUTING and self.computing is None:
             raise AssertionError("computing, but no step")
-        if self.state in (State.IDLE, State.WAITING) and self.computing is not None:
+        if self.state in (State.OPEN, State.IDLE, State.WAITING) and self.computing is not None:
             raise AssertionError("a step computes unnoticed")
-        if (self.state is State.WAITING) != bool(self.inbox) and self.state in (State.IDLE, State.WAITING):
+        if self.state in (State.IDLE, State.WAITING) and (self.state is State.WAITING) != bool(self.inbox or self.replaying):
             raise AssertionError("steps wait unnoticed, or none do")
-        if len(self.inbox) > self.prompt_tokens + 1:
+        if self.state is State.COMPUTING and self.replaying:
+            raise AssertionError("computes before what was kept has gone out")
+        if len(self.inbox) > (PREFILL_WINDOW if self.state is State.OPEN else self.known_tokens + 1):
             raise AssertionError("the inbox is past its bound")
-        if self.next_position > self.prompt_tokens + self.max_tokens:
+        if self.next_position > self.max_tokens:
             raise AssertionError("steps past the reservation")
+
+    @property
+    def replaying(self) -> bool:
+        """Kept outputs wait to be sent."""
+        return self.sent_to < self.replay_to
 
     def _admit(self, step: Step) -> str:
         """Why this step can't be next; empty if it can."""
-        if step.number != self.next_number:
-            return f"step {step.number} came where {self.next_number} was due"
         if step.position != self.next_position:
-            return f"position {step.position} came where {self.next_position} was due"
-        if step.tokens < 1 or step.position + step.tokens > self.prompt_tokens + self.max_tokens:
-            return f"{step.tokens} tokens at {step.position} are past the {self.prompt_tokens + self.max_tokens} reserved"
+            return f"step {step.position} came where {self.next_position} was due"
+        if step.tokens < 1 or step.end > self.max_tokens:
+            return f"{step.tokens} tokens at {step.position} are past the {self.max_tokens} reserved"
+        if step.prefill and step.end > self.known_tokens:
+            return f"{step.tokens} tokens at {step.position} are past the {self.known_tokens} known"
+        if step.sample and step.end < self.known_tokens:
+            return f"a token is asked for at {step.end}, where it is known"
         return ""
 
     def _runnable(self, step: Step) -> bool:
@@ -173,46 +233,96 @@ class StageSession:
         return not self.first or step.index < self.credit
 
     def _next(self) -> list[Command]:
-        """Start what the inbox holds, if it may start."""
-        if not self.inbox:
+        """Send on what was kept, then start what the inbox holds, as far as it may go now."""
+        commands = self._replay() if self.replaying else []
+        if not (self.inbox or self.replaying):
             self.state = State.IDLE
-            return []
-        if not self._runnable(self.inbox[0]):
+        elif self.replaying or not self._runnable(self.inbox[0]):
             self.state = State.WAITING
-            return []
-        self.computing = self.inbox.popleft()
-        self.state = State.COMPUTING
-        return [Compute(self.computing)]
+        else:
+            self.computing = self.inbox.popleft()
+            self.state = State.COMPUTING
+            commands.append(Compute(self.computing))
+        return commands
+
+    def _replay(self) -> list[Command]:
+        commands: list[Command] = []
+        while self.replaying and len(self.untaken) < PREFILL_WINDOW:
+            tokens = min(self.chunk_tokens, self.replay_to - self.sent_to)
+            commands.append(Replay(self.sent_to, tokens))
+            self.untaken.add(self.sent_to)
+            self.sent_to += tokens
+        return commands
+
+    def _can_resume(self, event: Resumed) -> str:
+        """Why it can't go on from there; empty if it can."""
+        if not 0 <= event.start <= self.held:
+            return f"KV of {self.held} tokens is here: it can't start at {event.start}"
+        if event.start >= self.known_tokens or not 0 <= event.send_from < self.known_tokens:
+            return f"{self.known_tokens} tokens are known: it can't start at {event.start} and send from {event.send_from}"
+        kept = self.kept_from <= event.send_from and event.start <= self.kept_to
+        if not self.last and not kept and event.send_from < event.start:
+            return f"outputs {self.kept_from} to {self.kept_to} are kept, not those from {event.send_from} to {event.start}"
+        return ""
+
+    def _deliver(self, step: Step, output: object) -> list[Command]:
+        """What goes out of a computed step: all but what the next stage has."""
+        skip = 0 if self.last else max(0, min(step.tokens, self.send_from - step.position))
+        return [Deliver(step, output, skip)] if skip < step.tokens else []
+
+
+def _resumed(session: StageSession, event: Resumed) -> list[Command]:
+    reason = session._can_resume(event)
+    if reason:
+        return [Refuse(reason)]
+    session.next_position = event.start
+    session.send_from = session.sent_to = event.send_from
+    session.replay_to = 0 if session.last else event.start
+    early, session.inbox = session.inbox, deque()
+    commands: list[Command] = [Begin(event.start), *session._next()]
+    for step in early:
+        commands += _step_arrived(session, StepArrived(step))
+    return commands
+
+
+def _step_early(session: StageSession, event: StepArrived) -> list[Command]:
+    """The stage before was told to go on a little sooner: what it may send untaken is kept."""
+    if len(session.inbox) >= PREFILL_WINDOW:
+        return [Reject(event.step, f"more than {PREFILL_WINDOW} steps came before RESUME")]
+    session.inbox.append(event.step)
+    return []
 
 
 def _step_arrived(session: StageSession, event: StepArrived) -> list[Command]:
     step = event.step
-    if step.number < session.next_number:
-        if session.done is not None and step.number == session.done.number:
-            return [Deliver(session.done, session.done_output)]
+    if step.position < session.next_position:
+        if session.done is not None and step.position == session.done.position:
+            return session._deliver(session.done, session.done_output)
         return []  # an old repeat, or one that is under way: its answer went or will go out
     reason = session._admit(step)
     if reason:
         return [Reject(step, reason)]
-    session.next_number = step.number + 1
-    session.next_position = step.position + step.tokens
+    session.next_position = step.end
     session.inbox.append(step)
     return session._next() if session.state is State.IDLE else []
 
 
 def _step_computed(session: StageSession, event: StepComputed) -> list[Command]:
     step = session.computing
-    if step is None or step.number != event.number:
-        raise IllegalTransition(f"step {event.number} was computed where {step and step.number} was under way")
+    if step is None or step.position != event.position:
+        raise IllegalTransition(f"step {event.position} was computed where {step and step.position} was under way")
     session.computing = None
     session.done, session.done_output = step, event.output
-    if step.prefill and not session.last:
-        session.untaken.add(step.number)
-    return [Deliver(step, event.output), *session._next()]
+    commands = session._deliver(step, event.output)
+    if commands:
+        session.sent_to = step.end
+        if step.prefill and not session.last:
+            session.untaken.add(max(step.position, session.send_from))
+    return [*commands, *session._next()]
 
 
 def _step_taken(session: StageSession, event: StepTaken) -> list[Command]:
-    session.untaken = {number for number in session.untaken if number > event.number}
+    session.untaken = {position for position in session.untaken if position > event.position}
     return session._next() if session.state is State.WAITING else []
 
 
@@ -225,6 +335,7 @@ def _ended(session: StageSession, event: Ended) -> list[Command]:
     session.state, session.reason = State.ENDED, event.reason
     session.inbox.clear()
     session.done_output = None
+    session.replay_to = 0
     return [] if session.computing is not None else [Free(event.reason)]
 
 
@@ -238,22 +349,19 @@ def _ignore(session: StageSession, event: Event) -> list[Command]:
 
 
 TRANSITIONS: dict[tuple[State, type[Any]], Callable[[StageSession, Any], list[Command]]] = {
-    (State.IDLE, StepArrived): _step_arrived,
-    (State.IDLE, StepTaken): _step_taken,
-    (State.IDLE, CreditGranted): _credit_granted,
-    (State.IDLE, Ended): _ended,
-    (State.WAITING, StepArrived): _step_arrived,
-    (State.WAITING, StepTaken): _step_taken,
-    (State.WAITING, CreditGranted): _credit_granted,
-    (State.WAITING, Ended): _ended,
-    (State.COMPUTING, StepArrived): _step_arrived,
-    (State.COMPUTING, StepComputed): _step_computed,
-    (State.COMPUTING, StepTaken): _step_taken,
-    (State.COMPUTING, CreditGranted): _credit_granted,
-    (State.COMPUTING, Ended): _ended,
+    (State.OPEN, Resumed): _resumed,
+    (State.OPEN, StepArrived): _step_early,
+    (State.OPEN, StepTaken): _ignore,
+    (State.OPEN, CreditGranted): _credit_granted,
+    (State.OPEN, Ended): _ended,
     (State.ENDED, StepComputed): _computed_after_end,
-    (State.ENDED, StepArrived): _ignore,
-    (State.ENDED, StepTaken): _ignore,
-    (State.ENDED, CreditGranted): _ignore,
-    (State.ENDED, Ended): _ignore,
+    (State.COMPUTING, StepComputed): _step_computed,
 }
+for _state in (State.IDLE, State.WAITING, State.COMPUTING):
+    TRANSITIONS[_state, StepArrived] = _step_arrived
+    TRANSITIONS[_state, StepTaken] = _step_taken
+    TRANSITIONS[_state, CreditGranted] = _credit_granted
+    TRANSITIONS[_state, Ended] = _ended
+    TRANSITIONS[_state, Resumed] = _ignore  # a repeat
+for _event in (Resumed, StepArrived, StepTaken, CreditGranted, Ended):
+    TRANSITIONS[State.ENDED, _event] = _ignore

@@ -1,12 +1,15 @@
-"""What people and their tools see of the mesh from this peer. Rows are JSON-ready; their keys are public."""
+"""What people and their tools see of the mesh from this peer, and ask of it. Rows are JSON-ready; their keys are public."""
 
+import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
+from meshd.agents.answer import Answer
 from meshd.agents.coordinator import Coordinator
+from meshd.agents.drain import Drainer
 from meshd.agents.events import EventBus
 from meshd.agents.library import Library
 from meshd.agents.membership import Membership
@@ -15,14 +18,19 @@ from meshd.agents.questions import problem_of
 from meshd.agents.routing import Router
 from meshd.agents.service import MeshOptions, PlacementStep, PlaceRequest, PlanRequest
 from meshd.agents.stage import StageHost
-from meshd.errors import UnknownModel
+from meshd.agents.storyteller import Storyteller
+from meshd.errors import InvalidRequest, UnknownModel, UnknownSession
 from meshd.planner.explain import explain
+from meshd.planner.profile import profiles_from_adverts
 from meshd.planner.solve import solve
+from meshd.planner.stages import resolve_peer
 from meshd.planner.whatif import with_what_if
-from meshd.types import Advert, ModelCard
+from meshd.types import Advert, ModelCard, ModelId, PeerId, Plan, SessionId
 
 _PROBE_CONTEXT = 4096
 """`meshd plan` without --context, for models with a longer one."""
+_WHOLE_ID = re.compile(r"(?:.*[-_])?([0-9a-f]{32})")
+"""A session's id, or that of an answer, which ends with it."""
 
 
 @dataclass(slots=True)
@@ -35,6 +43,8 @@ class MeshView:
     placer: Placer
     coordinator: Coordinator
     stages: StageHost
+    drainer: Drainer
+    storyteller: Storyteller
     bus: EventBus
     about: Callable[[], dict[str, Any]]
     """This peer's own facts."""
@@ -91,20 +101,12 @@ class MeshView:
     def sessions(self) -> list[dict[str, Any]]:
         """The answers that this peer coordinates, and the stages that it runs for others."""
         cards = self.library.cards()
-        own = [
-            {
-                "id": answer.session,
-                "role": "coordinator",
-                "model": cards[answer.plan.model].name if answer.plan and answer.plan.model in cards else "",
-                "state": answer.machine.state.value,
-                "tokens": len(answer.machine.tokens),
-                "prompt_tokens": answer.prompt_tokens,
-                "epoch": answer.machine.epoch,
-                "plan": answer.plan_header,
-            }
-            for answer in self.coordinator.answers.values()
-        ]
-        return own + self.stages.rows(lambda model: cards[model].name if model in cards else "")
+
+        def name_of(model: ModelId) -> str:
+            return cards[model].name if model in cards else ""
+
+        own = [self._session_row(answer, name_of) for answer in self.coordinator.answers.values()]
+        return own + self.stages.rows(name_of)
 
     def events(self) -> AsyncIterator[dict[str, Any]]:
         """See `service.Mesh.events`."""
@@ -131,6 +133,22 @@ class MeshView:
         """See `service.Mesh.unplace`."""
         return await self.placer.unplace(self.library.find(model).id)
 
+    async def drain(self, peer: str, *, undo: bool = False, timeout_s: float = 60.0) -> dict[str, Any]:
+        """See `service.Mesh.drain`."""
+        target = self._peer(peer, "peer")
+        left = await self.drainer.drain(target, undo, timeout_s)
+        return {"peer": target, "name": self.membership.name_of(target), "sessions_left": left}
+
+    async def migrate(self, session: str, target: str, source: str | None = None) -> dict[str, Any]:
+        """See `service.Mesh.migrate`."""
+        known, to = self._session(session), self._peer(target, "target")
+        moved = await self.coordinator.move(known, to, self._peer(source, "source") if source is not None else None)
+        return {"session": known, "plan": self._header(moved.plan), "pause_ms": 1000 * moved.pause_s}
+
+    async def story(self, session: str) -> list[dict[str, Any]]:
+        """See `service.Mesh.story`."""
+        return await self.storyteller.collect(self._session(session))
+
     async def probe_links(self) -> list[dict[str, Any]]:
         """See `service.Mesh.probe_links`."""
         await self.membership.probe_links()
@@ -142,6 +160,48 @@ class MeshView:
             return self.library.find(model)
         except UnknownModel:
             return await self.library.pull(model, lambda share: None)
+
+    def _peer(self, text: str, param: str) -> PeerId:
+        """The peer of this name, or of an id that begins so. Raises: NoPeer, InvalidRequest."""
+        return resolve_peer(text, profiles_from_adverts(self.membership.adverts(), ModelId("")), param=param)
+
+    def _session(self, text: str) -> SessionId:
+        """The session of a whole id, or the only one here whose id begins so. Raises: UnknownSession, InvalidRequest."""
+        if whole := _WHOLE_ID.fullmatch(text):
+            return SessionId(whole[1])
+        here = {*self.coordinator.answers, *self.coordinator.kept, *(row["id"] for row in self.stages.rows(str))}
+        matches = sorted(session for session in here if text and session.startswith(text))
+        if not matches:
+            raise UnknownSession(f"no session here has an id that begins with {text!r}", hint="write the whole id")
+        if len(matches) > 1:
+            several = f"{text!r} means several sessions: {', '.join(matches)}"
+            raise InvalidRequest(several, param="session", hint="write more of the id")
+        return SessionId(matches[0])
+
+    def _header(self, plan: Plan) -> str:
+        return ",".join(f"{self.membership.name_of(stage.peer)}:{stage.layers}" for stage in plan.stages)
+
+    def _session_row(self, answer: Answer, name_of: Callable[[ModelId], str]) -> dict[str, Any]:
+        return {
+            "id": answer.session,
+            "role": "coordinator",
+            "model": name_of(answer.card.id),
+            "state": answer.machine.state.value,
+            "tokens": len(answer.machine.tokens),
+            "prompt_tokens": answer.prompt_tokens,
+            "epoch": answer.machine.epoch,
+            "plan": answer.plan_header,
+            "method": answer.recoveries[-1].method if answer.recoveries else "",
+            "recoveries": [
+                {"epoch": each.epoch, "method": each.method, "reason": each.reason, "pause_ms": 1000 * each.pause_s}
+                for each in answer.recoveries
+            ],
+            "mirrors": [
+                {"stage": stage, "peer": peer, "name": self.membership.name_of(peer), "held": held}
+                for stage, (peer, held) in answer.mirrors.items()
+            ],
+            "deputy": self.coordinator.journalist.deputy_of(answer.session),
+        }
 
     def _model_row(self, card: ModelCard, adverts: list[Advert]) -> dict[str, Any]:
         return {
@@ -201,4 +261,5 @@ def _advertised(advert: Advert) -> dict[str, Any]:
         "models": [card.name for card in advert.models],
         "sessions": advert.sessions,
         "api": advert.api,
+        "draining": advert.draining,
     }

@@ -39,7 +39,8 @@ class BlockTable:
 class KVPool:
     """K and V of `layers`, each `[block, token, kv_head, head_dim]` float32.
 
-    `allocate` and `free` may be called from any thread, `write` and `read` from the one that computes.
+    `allocate` and `free` may be called from any thread, `write` and `read` from the one that computes. `copy_out` and `copy_in` may
+    be called from another one for positions that no step computes on meanwhile: those before a step's first, or of another table.
     """
 
     def __init__(self, spec: ModelSpec, layers: LayerRange, blocks: int, block_tokens: int = BLOCK_TOKENS) -> None:
@@ -48,6 +49,8 @@ class KVPool:
         self.blocks = blocks
         self.block_tokens = block_tokens
         shape = (len(layers), 2, blocks * block_tokens, spec.kv_heads, spec.head_dim)
+        self.layer_bytes = 4 * 2 * spec.kv_heads * spec.head_dim
+        """K and V of one token in one layer."""
         self.bytes = 4 * int(np.prod(shape))
         # An anonymous mapping, since numpy asks for huge pages, which would commit 2 MiB per layer for the first token.
         try:
@@ -116,6 +119,38 @@ class KVPool:
         slots = self._slots[layer - self.layers.start]
         where = self._where(table, 0, tokens + -tokens % self.block_tokens)
         return slots[0, where], slots[1, where]
+
+    def copy_out(self, layers: LayerRange, table: BlockTable, start: int, end: int) -> F32:
+        """KV of positions `[start, end)` as `[layers, 2, tokens, kv_heads, head_dim]`, a copy.
+
+        Raises: LocalFault outside the table or the layers.
+        """
+        self._check_copy(layers, table, start, end)
+        first = layers.start - self.layers.start
+        where = self._where(table, start, end)
+        return np.ascontiguousarray(self._slots[first : first + len(layers), :, where], "<f4")
+
+    def copy_in(self, layers: LayerRange, table: BlockTable, start: int, values: memoryview) -> None:
+        """Store what `copy_out` gave, as little-endian bytes, at positions from `start` on.
+
+        Raises: LocalFault outside the table or the layers, for a torn piece, or if a value is not finite; then nothing is stored.
+        """
+        size = len(layers) * self.layer_bytes
+        if not size or not len(values) or len(values) % size:
+            raise LocalFault(f"{len(values)} bytes are no whole tokens of KV in layers {layers}: each has {size}")
+        tokens = len(values) // size
+        self._check_copy(layers, table, start, start + tokens)
+        given = np.frombuffer(values, "<f4").reshape(len(layers), 2, tokens, *self._slots.shape[3:])
+        if not np.isfinite(given).all():
+            raise LocalFault(f"KV of positions {start} to {start + tokens - 1} is not finite")
+        first = layers.start - self.layers.start
+        self._slots[first : first + len(layers), :, self._where(table, start, start + tokens)] = given
+
+    def _check_copy(self, layers: LayerRange, table: BlockTable, start: int, end: int) -> None:
+        if not layers or layers not in self.layers:
+            raise LocalFault(f"layers {layers} have no KV here: the pool holds {self.layers}")
+        if not 0 <= start < end <= table.capacity:
+            raise LocalFault(f"positions {start} to {end - 1} are outside their table, which has room for {table.capacity} tokens")
 
     def _where(self, table: BlockTable, start: int, end: int) -> slice | npt.NDArray[np.int64]:
         """The slots of positions `[start, end)`."""

@@ -18,22 +18,20 @@ F64 = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
 
+def needs_known(params: SamplingParams, answered: int) -> bool:
+    """The tokens that are there already matter: the prompt's to the repetition penalty alone, the answer's to all penalties."""
+    return params.repetition_penalty != 1 or bool(answered and (params.presence_penalty or params.frequency_penalty))
+
+
 class Sampler:
     """Sampling state of one session: its parameters and the tokens so far."""
 
-    def __init__(self, params: SamplingParams, prompt_ids: Iterable[int] = ()) -> None:
+    def __init__(self, params: SamplingParams, prompt_ids: Iterable[int] = (), answer_ids: Iterable[int] = ()) -> None:
         self._params = params
         self._seen = set(prompt_ids)
         self._counts: dict[int, int] = {}
-
-    @property
-    def needs_prompt(self) -> bool:
-        """The prompt's tokens matter: to the repetition penalty alone."""
-        return self._params.repetition_penalty != 1
-
-    def observe_prompt(self, ids: Iterable[int]) -> None:
-        """Some of the prompt's tokens, in any order, any number of times."""
-        self._seen.update(ids)
+        for token in answer_ids:
+            self.accept(token)
 
     def accept(self, token: int) -> None:
         """The token joins the answer."""
@@ -55,7 +53,7 @@ class Sampler:
         """Penalties and bias; `logits` itself if there are none."""
         params = self._params
         penalised = self._counts if params.presence_penalty or params.frequency_penalty else {}
-        repeated = self._seen if self.needs_prompt else set()
+        repeated = self._seen if params.repetition_penalty != 1 else set()
         if not (penalised or repeated or params.logit_bias):
             return logits
         scores = logits.copy()

@@ -12,7 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from meshd.errors import ConfigError
-from meshd.values import Address, address, choice, count, parse_name, parse_path, parse_size, parse_text, parse_url
+from meshd.values import (
+    Address,
+    address,
+    choice,
+    count,
+    parse_name,
+    parse_path,
+    parse_seconds,
+    parse_size,
+    parse_switch,
+    parse_text,
+    parse_url,
+)
 
 API_PORT = 6374
 LINK_PORT = 6375
@@ -43,8 +55,13 @@ class Config:
     models: tuple[str, ...]
     """References to have placed from the start."""
     roles: tuple[str, ...]
+    copies: int
+    """Peers that hold each placed layer, where memory allows; 1: no standby copies."""
+    mirror: bool
     max_sessions: int
     queue_limit: int
+    drain_timeout: float
+    """Seconds that a daemon which is to stop waits for what runs on it; 0: it leaves at once."""
     state: Path
     cache: Path
     models_dir: Path
@@ -67,6 +84,8 @@ class Setting:
     metavar: str = "VALUE"
     many: bool = False
     """May be repeated; commas separate too."""
+    switch: bool = False
+    """On or off; the bare flag is on."""
     field: str = ""
     """`Config`'s field, where it isn't the name with underscores; `config` has none."""
     fallbacks: tuple[tuple[str, str], ...] = ()
@@ -114,7 +133,7 @@ class Value:
             return "(set)"
         if isinstance(self.value, tuple):
             return [str(item) for item in self.value]
-        return self.value if isinstance(self.value, int | str | None) else str(self.value)
+        return self.value if isinstance(self.value, int | float | str | None) else str(self.value)
 
 
 class Settings:
@@ -224,8 +243,8 @@ def _known_key(key: str, path: Path) -> str:
 
 def _file_value(key: str, value: object, path: Path) -> RawValue:
     items = value if isinstance(value, list) else [value]
-    if any(isinstance(item, bool) or not isinstance(item, int | float | str) for item in items):
-        raise ConfigError(f"setting {key} (from file {path}) is wrong: {value!r} is no text, number or list of them")
+    if any(not isinstance(item, int | float | str) for item in items):
+        raise ConfigError(f"setting {key} (from file {path}) is wrong: {value!r} is no text, number, true, false or list of them")
     return [str(item) for item in items] if isinstance(value, list) else str(value)
 
 
@@ -311,8 +330,30 @@ SETTINGS: tuple[Setting, ...] = (
         default=("compute", "attention", "storage"),
         help="what this peer offers the others",
     ),
+    Setting(
+        name="copies",
+        metavar="N",
+        parse=count(1),
+        default=2,
+        help="peers that hold each placed layer, where memory allows: a lost one is replaced at once; 1 is no standby copies",
+    ),
+    Setting(
+        name="mirror",
+        metavar="on|off",
+        parse=parse_switch,
+        switch=True,
+        default=False,
+        help="keep a copy of every session's KV on another peer that holds the layers",
+    ),
     Setting(name="max-sessions", metavar="N", parse=count(1), default=8, help="answers made at once"),
     Setting(name="queue-limit", metavar="N", parse=count(0), default=64, help="requests that may wait; more get 429"),
+    Setting(
+        name="drain-timeout",
+        metavar="SECONDS",
+        parse=parse_seconds,
+        default=10.0,
+        help="how long a daemon that is told to stop waits for what runs on it to end or move away; 0 leaves at once",
+    ),
     Setting(
         name="state",
         metavar="DIR",

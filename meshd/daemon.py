@@ -13,23 +13,35 @@ from meshd import __version__
 from meshd.agents.admission import Admission
 from meshd.agents.compute import ComputeThread
 from meshd.agents.coordinator import Coordinator
+from meshd.agents.deputy import Deputy
 from meshd.agents.discovery import MdnsDiscovery, StaticPeers
+from meshd.agents.drain import Drainer
 from meshd.agents.events import EventBus
 from meshd.agents.holdings import Holdings
+from meshd.agents.journal import Journalist
+from meshd.agents.keeper import Keeper
 from meshd.agents.library import Library
 from meshd.agents.linkprobe import LinkProber
 from meshd.agents.links import Links, LinkSettings
+from meshd.agents.locator import Locator
 from meshd.agents.mdns import Announcement
 from meshd.agents.membership import Membership, Self
 from meshd.agents.memory import measure_memory
+from meshd.agents.mover import Mover
 from meshd.agents.placement import Placement
 from meshd.agents.placer import Placer
 from meshd.agents.preload import Preload
 from meshd.agents.probe import ProbeResult, Progress, probe
+from meshd.agents.rescue import Rescuer
 from meshd.agents.routing import Router
 from meshd.agents.sources import Source
 from meshd.agents.stage import StageHost
+from meshd.agents.story import Story
+from meshd.agents.storyteller import Storyteller
 from meshd.agents.view import MeshView
+from meshd.agents.weight_server import Pace, WeightServer
+from meshd.agents.weight_sources import WeightSources
+from meshd.agents.weights import Weights
 from meshd.api.app import Server, create_app, serve
 from meshd.clock import Clock, SystemClock
 from meshd.config import Config, require_guarded_api
@@ -45,6 +57,8 @@ from meshd.types import Capability, PeerId
 log = getLogger(__name__)
 
 _QUEUE_WAIT_S = 60.0
+_OUTPUTS_BYTES = 128 << 20
+"""For outputs of stages that are kept to be sent again."""
 _MEMORY_LOOK_S = 1.0
 """How old the figure of free memory may be: a look costs some file reads."""
 
@@ -71,8 +85,10 @@ async def run_daemon(
     stop: asyncio.Event,
     on_ready: Callable[[DaemonInfo], None] = lambda info: None,
     on_progress: Progress = lambda what, fraction: None,
+    on_waiting: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Be a peer until `stop` is set, then leave: running answers get an error, the others a goodbye, within a second.
+    """Be a peer until `stop` is set, then leave: wait for what runs (`--drain-timeout`; `on_waiting` hears what for), then answers
+    that still run get an error, the others a goodbye, within a second.
 
     Raises: ConfigError, StorageError (the folder is in use), LocalFault (the device can't be measured). Cancel: as `stop`.
     """
@@ -106,6 +122,7 @@ async def run_daemon(
                 )
             )
             await stop.wait()
+            await peer.drainer.leave(config.drain_timeout, on_waiting)
 
 
 def _cluster_key(config: Config, folder: StateFolder, clock: Clock) -> tuple[ClusterKey, bool]:
@@ -139,6 +156,7 @@ class Peer:
         self._available = float("-inf"), 0
         self._mdns: MdnsDiscovery | None = None
         self.bus = EventBus(clock)
+        self.story = Story(clock)
         self.telemetry = Telemetry()
         self.compute = ComputeThread()
         capability = measured.capability
@@ -168,17 +186,42 @@ class Peer:
             compute=self.compute,
             clock=clock,
             telemetry=self.telemetry,
+            story=self.story,
+            outputs_limit_bytes=_OUTPUTS_BYTES,
+            peer_linked=lambda peer: peer in self.links.peers(),
             on_change=self._sessions_changed,
+        )
+        self.drainer = Drainer(
+            links=self.links,
+            clock=clock,
+            stages=lambda: self.stages.sessions,
+            answers=lambda: len(self.coordinator.answers),
+            on_change=lambda: self.membership.changed(),
+        )
+        self.weight_server = WeightServer(
+            self.links,
+            self.library,
+            Pace(clock, busy=lambda: self.stages.sessions > 0, link_stats=self.prober.stats),
+        )
+        weight_sources = WeightSources(
+            me=identity.peer,
+            links=self.links,
+            adverts=lambda: self.membership.table.adverts(),
+            names=lambda peer: self.membership.name_of(peer),
+            clock=clock,
+            link_stats=self.prober.stats,
         )
         self.placement = Placement(
             links=self.links,
             library=self.library,
+            weights=Weights(self.links, self.library, weight_sources, clock),
             holdings=self.holdings,
             backend=make_backend(capability.backend, capability.threads),
             compute=self.compute,
             clock=clock,
             free_bytes=self._free_bytes,
-            on_change=lambda: self.membership.changed(),
+            on_change=self._loads_changed,
+            draining=lambda: self.drainer.draining,
         )
         self.membership = Membership(
             about=Self(
@@ -191,6 +234,7 @@ class Peer:
                 models=lambda: tuple(self.library.local.values()),
                 sessions=lambda: self.stages.sessions,
                 api=lambda: self._api_address,
+                draining=lambda: self.drainer.draining,
             ),
             links=self.links,
             prober=self.prober,
@@ -200,20 +244,69 @@ class Peer:
         )
         names, adverts = self.membership.name_of, self.membership.adverts
         self.placer = Placer(links=self.links, library=self.library, adverts=adverts, names=names, clock=clock)
-        self.router = Router(me=identity.peer, library=self.library, placer=self.placer, adverts=adverts)
+        self.router = Router(
+            me=identity.peer,
+            library=self.library,
+            placer=self.placer,
+            adverts=adverts,
+            suspects=self.membership.suspects,
+        )
         self.preload = Preload(config.models, self.library, self.placer, self.router, clock)
+        self.journalist = Journalist(identity.peer, self.links, clock, adverts)
+        self.deputy = Deputy(
+            self.links,
+            clock,
+            on_orphan=lambda record: self.coordinator.take_over(record),
+            on_dropped=self.journalist.on_dropped,
+        )
+        self.locator = Locator(
+            identity.peer,
+            self.links,
+            self.deputy,
+            own=lambda session: self.coordinator.own(session),
+            release=lambda session: self.coordinator.release(session),
+            finish=lambda session, forget: self.coordinator.finish(session, forget),
+        )
+        rescuer = Rescuer(
+            self.links,
+            self.router,
+            adverts,
+            clock,
+            config.mirror,
+            take=lambda session: self.locator.fetch(session, take=True),
+        )
         self.coordinator = Coordinator(
             me=identity.peer,
             links=self.links,
             library=self.library,
             router=self.router,
             admission=Admission(running=config.max_sessions, waiting=config.queue_limit, wait_s=_QUEUE_WAIT_S),
+            rescuer=rescuer,
+            mover=Mover(rescuer, self.router, adverts, clock),
+            journalist=self.journalist,
+            deputy=self.deputy,
+            locator=self.locator,
             clock=clock,
             telemetry=self.telemetry,
+            story=self.story,
             names=names,
             readiness_of=self.preload.readiness,
+            leaving=lambda: self.drainer.leaving,
         )
+        self.keeper = Keeper(
+            me=identity.peer,
+            links=self.links,
+            adverts=adverts,
+            suspects=self.membership.suspects,
+            cards=self.library.cards,
+            names=names,
+            clock=clock,
+            copies=config.copies,
+        )
+        self.storyteller = Storyteller(identity.peer, self.links, self.story, clock, names)
         self.view = MeshView(
+            drainer=self.drainer,
+            storyteller=self.storyteller,
             membership=self.membership,
             library=self.library,
             router=self.router,
@@ -227,7 +320,19 @@ class Peer:
     @asynccontextmanager
     async def serving(self, lock: StateLock) -> AsyncIterator[Server]:
         """Be up inside the block. On leaving: clients get their error, the other peers a goodbye, memory is freed."""
-        for agent in (self.library, self.stages, self.placement, self.membership, self.coordinator):
+        registered = (
+            self.library,
+            self.weight_server,
+            self.stages,
+            self.placement,
+            self.membership,
+            self.coordinator,
+            self.deputy,
+            self.locator,
+            self.drainer,
+            self.storyteller,
+        )
+        for agent in registered:
             agent.register()
         self.links.register(Token, self._on_token)
         self.links.register(Error, self._on_error)
@@ -249,7 +354,10 @@ class Peer:
                         self.prober.run(),
                         self.stages.run(),
                         self.coordinator.run(),
+                        self.journalist.run(),
+                        self.deputy.run(),
                         self.preload.run(),
+                        self.keeper.run(),
                     )
                 ]
                 lock.announce(self._api_address)
@@ -262,14 +370,15 @@ class Peer:
                         task.cancel()
         finally:
             await self.placement.close()
+            await self.weight_server.close()
             self.compute.close()
 
     async def _leave(self, server: Server) -> None:
         """Tell clients and peers, clients first: their error must not be that of a peer that is already gone."""
+        self.journalist.flush()
+        self.coordinator.leave()
         await server.aclose()
         await self.router.close()
-        for answer in list(self.coordinator.answers.values()):
-            await answer.cancel()
         await self.links.close("this peer stops")
 
     def _sources(self, port: int) -> list[Source]:
@@ -312,11 +421,18 @@ class Peer:
     def _on_gone(self, peer: PeerId, reason: str) -> None:
         self.coordinator.on_peer_gone(peer, reason)
         self.stages.on_peer_gone(peer, reason)
+        self.journalist.on_peer_gone(peer)
+        self.deputy.on_peer_gone(peer)
+        self.keeper.changed()
 
     def _sessions_changed(self) -> None:
         self.placement.sweep()
         blocks = sum(load.pool.blocks_free for load in self.holdings if load.pool is not None)
         self.telemetry.kv_blocks_free(blocks)
+        self.membership.changed()
+
+    def _loads_changed(self) -> None:
+        self._available = float("-inf"), 0  # what a load took or gave back counts at once
         self.membership.changed()
 
     def _free_bytes(self) -> int:

@@ -5,6 +5,7 @@ MeshdError                      code, message, hint; never raised itself
  |   +- InvalidRequest          a field is wrong (param names it)
  |   +- ContextTooLong          prompt and answer exceed the model's context
  |   +- UnknownModel            no such model; nearest names in the hint
+ |   +- UnknownSession          no such answer, or its record is gone
  |   +- ConfigError             a setting is wrong
  +- Unavailable                 right, but not now (retry_after_s says when)
  |   +- Overloaded              a queue is full
@@ -15,6 +16,7 @@ MeshdError                      code, message, hint; never raised itself
  |   +- ProtocolViolation       its bytes break the protocol: the link closes
  |   +- PeerLost                it is gone, or silent for too long
  |   +- RemoteFailure           it answered ERROR
+ |   +- Superseded              another coordinator goes on with the session
  +- LocalFault                  this device failed
      +- StorageError            disk full, file torn, folder held by another
      +- DownloadError           a source could not be read
@@ -68,6 +70,12 @@ class UnknownModel(UsageError):
     """No model has this name."""
 
     code = "model_not_found"
+
+
+class UnknownSession(UsageError):
+    """No live peer coordinates this session or keeps its record."""
+
+    code = "session_not_found"
 
 
 class ConfigError(UsageError):
@@ -150,6 +158,12 @@ class RemoteFailure(PeerFault):
     def __init__(self, message: str, *, remote_code: str = "", hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.remote_code = remote_code
+
+
+class Superseded(PeerFault):
+    """The session has another coordinator, or is in a later epoch than the sender knows."""
+
+    code = "superseded"
 
 
 class LocalFault(MeshdError):

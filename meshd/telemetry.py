@@ -51,9 +51,20 @@ class Telemetry:
         )
         self._sessions = Gauge("meshd_sessions_active", "Sessions that this peer coordinates", registry=registry)
         self._kv_free = Gauge("meshd_kv_blocks_free", "Free KV blocks of this peer", registry=registry)
+        self._recovery = Histogram(
+            "meshd_recovery_pause_seconds",
+            "From the last token before a change of plan to the first after it",
+            ["method"],
+            buckets=_TTFT_S,
+            registry=registry,
+        )
         self._prediction = Histogram(
             "meshd_prediction_ratio", "Measured over predicted time", ["what"], buckets=_RATIOS, registry=registry
         )
+
+    def recovery(self, method: str, pause_s: float) -> None:
+        """An answer went on after a change of plan."""
+        self._recovery.labels(method).observe(pause_s)
 
     def ttft(self, seconds: float) -> None:
         """An answer's first token came."""

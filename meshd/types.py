@@ -181,6 +181,10 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
     """Measured: one layer, per token of a prefill chunk."""
     head_s: float | None = None
     """Measured: final norm, head and sampler for one token."""
+    standby: bool = False
+    """Loaded to take over when a peer is lost; new sessions are not routed to it while others hold the layers."""
+    pinned: bool = False
+    """Somebody said that these layers are to lie here."""
 
 
 class Advert(msgspec.Struct, frozen=True, kw_only=True):
@@ -200,6 +204,8 @@ class Advert(msgspec.Struct, frozen=True, kw_only=True):
     """`HOST:PORT` of peers that it is linked with: whoever knows one peer finds all, also where multicast does not pass."""
     sessions: int = 0
     api: str = ""
+    draining: bool = False
+    """It is about to leave: takes no new work, and what runs on it moves away."""
 
 
 class AttentionShard(msgspec.Struct, frozen=True, kw_only=True):
@@ -220,6 +226,8 @@ class StagePlan(msgspec.Struct, frozen=True, kw_only=True):
     layers: LayerRange
     attention: tuple[AttentionShard, ...] = ()
     """Empty: the stage's own peer holds all KV."""
+    mirror: PeerId | None = None
+    """Holds these layers too, and gets a copy of the stage's KV as it grows."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ from pathlib import Path
 _NOT_BUILT_YET = frozenset({"mqtt"})
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)(B?)", re.IGNORECASE)
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+)(?::(\d{1,5}))?")
+_SWITCHES = {word: on for on, words in ((True, "on yes true 1"), (False, "off no false 0")) for word in words.split()}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -92,6 +93,25 @@ def count(least: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def parse_seconds(text: str) -> float:
+    """A time from 0 up."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(f"{text!r} is no number of seconds from 0 up")
+    return seconds
+
+
+def parse_switch(text: str) -> bool:
+    """`on` or `off`, as it is written anywhere."""
+    switched = _SWITCHES.get(text.strip().lower())
+    if switched is None:
+        raise ValueError(f"{text!r} is neither on nor off")
+    return switched
 
 
 def choice(*choices: str) -> Callable[[str], str]:

@@ -15,6 +15,20 @@ Who sends what to whom, for one session:
     coordinator --RENEW--> every stage's peer           (the lease)
     any stage --FAILED--> coordinator
     coordinator --CLOSE--> every stage's peer           --CLOSED--> coordinator
+
+A later epoch (after a loss, or to move a stage) resumes what is there:
+
+    coordinator --OPEN(resume)--> every stage's peer    --OPENED(held, outputs kept)--> coordinator
+    coordinator --RESUME(start, send_from)--> every stage's peer
+    coordinator --PROMPT--> first stage                 (the known tokens from its start on)
+    stage i --ACTIVATION--> stage i+1                   (kept outputs from send_from to start, then as computed)
+
+A copy of a stage's KV on another peer (a mirror, or a move that prepares):
+
+    coordinator --MIRROR(target)--> stage's peer
+    stage's peer --KV_OFFER--> target                   --KV_ACCEPTED(held)--> stage's peer
+    stage's peer --KV_BLOCKS--> target                  --KV_STORED(held)--> stage's peer
+    stage's peer --MIRRORED(held, filled)--> coordinator
 """
 
 from collections.abc import Callable
@@ -35,7 +49,7 @@ from meshd.types import (
     TokenLogprobs,
 )
 
-PROTOCOL_VERSION = (1, 0)
+PROTOCOL_VERSION = (2, 0)
 """(major, minor): peers of another major version refuse each other; a higher minor only adds."""
 
 FEATURES: frozenset[str] = frozenset({"f32"})
@@ -195,6 +209,11 @@ class Place(Request, frozen=True, kw_only=True):
     layers: LayerRange
     kv_tokens: int
     deadline_ms: int
+    standby: bool = False
+    """A copy for when another peer is lost: it takes no other load's memory and gives its own to any that is not one. A wish
+    for the same layers that is none turns it into an ordinary load."""
+    pinned: bool = False
+    """Somebody said where these layers are to lie: they are not placed elsewhere because that would be faster."""
 
 
 @_message(33)
@@ -242,6 +261,13 @@ class Open(Request, frozen=True, kw_only=True):
     lease_ms: int
     credit: int
     """Answer tokens that may be made before the first CREDIT."""
+    answered: int = 0
+    """Answer tokens that are known already. The payload, for the last stage: `i32[prompt_tokens + answered]`, all known tokens,
+    where its sampler needs them."""
+    resume: bool = False
+    """Keep what an older epoch left here for these layers, tell of it in OPENED, and wait for RESUME."""
+    handed_over: bool = False
+    """The coordinator before this one gave the session away: it may be linked here still."""
 
 
 @_message(49)
@@ -249,6 +275,13 @@ class Opened(Reply, frozen=True, kw_only=True):
     session: SessionId
     epoch: int
     blocks: int
+    held: int = 0
+    """Positions whose KV lies here, from 0 on."""
+    mirrored: bool = False
+    """What is held came as a copy from another peer."""
+    kept_from: int = 0
+    """Positions `[kept_from, kept_to)`: outputs of these layers that are kept and can be sent again."""
+    kept_to: int = 0
 
 
 @_message(50)
@@ -256,10 +289,10 @@ class Prompt(SessionMessage, frozen=True, kw_only=True):
     """Payload: token ids, `i32[tokens]`. One prefill chunk for the first stage."""
 
     step: int
-    position: int
+    """Of its first token: a step's number is its position."""
     tokens: int
     last: bool
-    """The chunk that ends the prompt: the last stage samples after it."""
+    """The chunk that ends the known tokens: the last stage samples after it."""
     deadline_ms: int = 0
 
 
@@ -270,7 +303,6 @@ class Activation(SessionMessage, frozen=True, kw_only=True):
     step: int
     stage: int
     """The stage that is to compute on it."""
-    position: int
     tokens: int
     hidden: int
     dtype: str
@@ -279,8 +311,6 @@ class Activation(SessionMessage, frozen=True, kw_only=True):
     """Time left for the step when it was sent; 0: none."""
     compute_ns: int = 0
     """Spent computing so far in this step, for telemetry."""
-    ids: tuple[int, ...] = ()
-    """The prompt's tokens in this chunk, when the last stage's penalties need them."""
 
 
 @_message(52)
@@ -321,6 +351,8 @@ class Failed(SessionMessage, frozen=True, kw_only=True):
     stage: int
     code: str
     message: str
+    blame: PeerId | None = None
+    """Who is at fault, as far as the sender can tell."""
 
 
 @_message(56)
@@ -341,3 +373,255 @@ class Taken(SessionMessage, frozen=True, kw_only=True):
 
     step: int
     stage: int
+
+
+@_message(59)
+class Resume(SessionMessage, frozen=True, kw_only=True):
+    """All stages of a later epoch are open: go on. What the receiver has of the session for no stage of the epoch is freed."""
+
+    stage: int
+    start: int
+    """Position of the first token that this stage computes; its KV up to there is valid."""
+    send_from: int
+    """The next stage wants outputs from this position on: those before `start` are sent from what was kept."""
+
+
+@_message(60)
+class Mirror(SessionMessage, frozen=True, kw_only=True):
+    """Copy the KV of a stage to another peer as it grows, behind live traffic."""
+
+    stage: int
+    target: PeerId | None
+    """None: stop."""
+    eager: bool = False
+    """Send each token's KV as soon as the last one is stored (a move), not by the block (a mirror)."""
+
+
+@_message(61)
+class Mirrored(SessionMessage, frozen=True, kw_only=True):
+    """How far a copy is: when it catches up, when it fails, and every 0.5 s until then."""
+
+    stage: int
+    target: PeerId
+    held: int
+    filled: int
+    """Positions that the stage itself has."""
+    error: str = ""
+    """The copy can't go on, and why; the stage serves on."""
+
+
+@_message(62)
+class KvOffer(Request, frozen=True, kw_only=True):
+    """Reserve KV for a copy of a session's layers; the receiver must hold these layers. A repeat answers the same."""
+
+    session: SessionId
+    epoch: int
+    coordinator: PeerId
+    model: ModelId
+    layers: LayerRange
+    tokens: int
+    """To reserve."""
+    lease_ms: int
+    valid: int = 0
+    """What lies at the receiver beyond this position may be of other tokens: it is sent again."""
+
+
+@_message(63)
+class KvAccepted(Reply, frozen=True, kw_only=True):
+    held: int
+    """Positions that lie there already."""
+
+
+@_message(64)
+class KvBlocks(SessionMessage, frozen=True, kw_only=True):
+    """Payload: KV of positions `[position, position + tokens)`, f32 `[layers, 2, tokens, kv_heads, head_dim]`."""
+
+    default_lane: ClassVar[Lane] = Lane.BULK
+    layers: LayerRange
+    position: int
+    tokens: int
+
+
+@_message(65)
+class KvStored(SessionMessage, frozen=True, kw_only=True):
+    layers: LayerRange
+    held: int
+    error: str = ""
+    """The copy is not kept here any more, and why."""
+
+
+@_message(66)
+class Whereabouts(Request, frozen=True, kw_only=True):
+    """How far is this session at the receiver? Asked when nothing came for too long."""
+
+    session: SessionId
+    epoch: int
+
+
+@_message(67)
+class WhereaboutsAre(Reply, frozen=True, kw_only=True):
+    """Of each stage of the session at the sender."""
+
+    stages: tuple[tuple[int, int, int, float], ...]
+    """(stage, position due next, positions sent on, seconds that the present step computes)."""
+
+
+# --- the journal: a session survives its coordinator -------------------------------------------------------------------
+
+
+@_message(80)
+class Journal(Request, frozen=True, kw_only=True):
+    """Keep this session's record, whole. Payload: the record (msgpack). The receiver is its deputy now."""
+
+    default_lane: ClassVar[Lane] = Lane.BULK
+    session: SessionId
+    epoch: int
+
+
+@_message(81)
+class Journaled(Reply, frozen=True, kw_only=True):
+    session: SessionId
+
+
+@_message(82)
+class JournalTokens(SessionMessage, frozen=True, kw_only=True):
+    """The answer's tokens from `index` on, and its end if it has come."""
+
+    index: int
+    tokens: tuple[tuple[int, TokenLogprobs | None], ...]
+    finish: str = ""
+
+
+@_message(83)
+class JournalDrop(SessionMessage, frozen=True, kw_only=True):
+    """From the coordinator: the record is not needed any more. From a deputy: it does not have the record, or not all of it."""
+
+
+@_message(84)
+class FindSession(Request, frozen=True, kw_only=True):
+    """Do you coordinate this session, or keep its record?"""
+
+    session: SessionId
+
+
+@_message(85)
+class SessionFound(Reply, frozen=True, kw_only=True):
+    coordinates: bool
+    keeps: bool
+    epoch: int = 0
+    tokens: int = 0
+
+
+@_message(86)
+class FetchSession(Request, frozen=True, kw_only=True):
+    """Asks for a session's record; with `take` the receiver stops coordinating it and the sender goes on."""
+
+    session: SessionId
+    take: bool = False
+
+
+@_message(87)
+class SessionData(Reply, frozen=True, kw_only=True):
+    """Payload: the record (msgpack)."""
+
+    default_lane: ClassVar[Lane] = Lane.BULK
+    session: SessionId
+    epoch: int
+
+
+@_message(88)
+class EndSession(Request, frozen=True, kw_only=True):
+    """Cancel a session that the receiver coordinates; with `forget` its record goes too."""
+
+    session: SessionId
+    forget: bool = False
+
+
+@_message(89)
+class SessionEnded(Reply, frozen=True, kw_only=True):
+    known: bool
+
+
+@_message(90)
+class FetchStory(Request, frozen=True, kw_only=True):
+    """What happened to a session at the receiver?"""
+
+    session: SessionId
+
+
+@_message(91)
+class StoryData(Reply, frozen=True, kw_only=True):
+    """Payload: JSON list of `{"at": monotonic seconds, "what": str, ...}`, oldest first."""
+
+    default_lane: ClassVar[Lane] = Lane.BULK
+    now: float
+    """The sender's clock when it answered: with half the round trip it places the events in the asker's time."""
+
+
+@_message(92)
+class Move(Request, frozen=True, kw_only=True):
+    """Asks the coordinator of a session to move all its stages at one peer (None: any) to another."""
+
+    session: SessionId
+    target: PeerId
+    source: PeerId | None = None
+
+
+@_message(93)
+class Moved(Reply, frozen=True, kw_only=True):
+    pause_s: float
+    """Between the last token before the change of plan and the first one after it."""
+    plan: Plan
+
+
+# --- leaving -----------------------------------------------------------------------------------------------------------
+
+
+@_message(36)
+class Drain(Request, frozen=True, kw_only=True):
+    """Take no new work and let what runs move away; the reply comes when nothing is left, or at the deadline."""
+
+    deadline_ms: int
+    undo: bool = False
+
+
+@_message(37)
+class Drained(Reply, frozen=True, kw_only=True):
+    sessions_left: int
+
+
+# --- weights from peer to peer -----------------------------------------------------------------------------------------
+
+
+@_message(40)
+class FetchManifest(Request, frozen=True, kw_only=True):
+    """Which tensors of a model lie at the receiver?"""
+
+    model: ModelId
+
+
+@_message(41)
+class ManifestData(Reply, frozen=True, kw_only=True):
+    """Payload: the manifest (msgpack): where each tensor lies in the file, its SHA-256, and whether the sender has it."""
+
+    default_lane: ClassVar[Lane] = Lane.BULK
+    card: ModelCard
+    sha256: str
+    """Of the payload."""
+
+
+@_message(42)
+class FetchWeights(Request, frozen=True, kw_only=True):
+    """Bytes `[offset, offset + length)` of a model's file, all of them in tensors that the receiver has."""
+
+    model: ModelId
+    offset: int
+    length: int
+
+
+@_message(43)
+class WeightData(Reply, frozen=True, kw_only=True):
+    """Payload: the bytes."""
+
+    default_lane: ClassVar[Lane] = Lane.BULK
+    offset: int

@@ -27,6 +27,8 @@ _SAMPLES = {
     "LEVEL": "debug",
     "FORMAT": "json",
     "URL": "http://index/simple",
+    "on|off": "on",
+    "SECONDS": "2.5",
 }
 """A right value by metavar."""
 
@@ -55,6 +57,7 @@ def test_defaults_are_the_contracts(tmp_path: Path) -> None:
     assert config.memory_bytes is None
     assert config.key is None
     assert config.threads == 0
+    assert (config.copies, config.mirror, config.drain_timeout) == (2, False, 10.0)
 
 
 def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(tmp_path: Path) -> None:
@@ -82,9 +85,10 @@ def test_repeated_and_comma_separated_values_are_one_list(tmp_path: Path) -> Non
 
 
 def test_the_file_may_hold_numbers_lists_and_either_spelling(tmp_path: Path) -> None:
-    config = _file(tmp_path, 'threads = 3\npeer = ["a:1"]\nlog-level = "debug"\nmax_sessions = 2\n')
+    config = _file(tmp_path, 'threads = 3\npeer = ["a:1"]\nlog-level = "debug"\nmax_sessions = 2\nmirror = true\n')
     loaded = load_config({"config": config, "state": str(tmp_path)}, {})
     assert (loaded.threads, loaded.peers, loaded.log_level, loaded.max_sessions) == (3, (Address("a", 1),), "debug", 2)
+    assert loaded.mirror
 
 
 @pytest.mark.parametrize(
@@ -115,6 +119,9 @@ def test_a_missing_file_matters_only_if_it_was_named(tmp_path: Path, monkeypatch
         ({"memory": "4 potatoes"}, {}, "setting memory (from flag --memory) is wrong: '4 potatoes' is no size"),
         ({}, {"MESHD_THREADS": "-1"}, "setting threads (from environment MESHD_THREADS) is wrong: '-1' is no whole number from 0"),
         ({"discovery": ["mqtt"]}, {}, "'mqtt' is not built yet"),
+        ({"copies": "0"}, {}, "setting copies (from flag --copies) is wrong: '0' is no whole number from 1"),
+        ({"mirror": "maybe"}, {}, "'maybe' is neither on nor off"),
+        ({"drain-timeout": "-1"}, {}, "'-1' is no number of seconds"),
         ({}, {"MESHD_API": "127.0.0.1:99999"}, "setting api (from environment MESHD_API)"),
     ],
 )

@@ -2,7 +2,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshd.values import Address, choice, count, parse_address, parse_name, parse_path, parse_size, parse_url
+from meshd.values import (
+    Address,
+    choice,
+    count,
+    parse_address,
+    parse_name,
+    parse_path,
+    parse_seconds,
+    parse_size,
+    parse_switch,
+    parse_url,
+)
 
 
 @pytest.mark.parametrize(
@@ -88,3 +99,24 @@ def test_a_url_needs_its_scheme() -> None:
     assert parse_url("https://index/simple/") == "https://index/simple"
     with pytest.raises(ValueError, match="URL"):
         parse_url("index/simple")
+
+
+@pytest.mark.parametrize(("text", "on"), [("on", True), ("True", True), ("1", True), ("off", False), ("no", False), ("0", False)])
+def test_a_switch_is_on_or_off_however_it_is_written(text: str, on: bool) -> None:
+    assert parse_switch(text) is on
+
+
+@pytest.mark.parametrize("text", ["", "maybe", "2"])
+def test_what_is_no_switch_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="neither on nor off"):
+        parse_switch(text)
+
+
+@pytest.mark.parametrize("text", ["", "-1", "nan", "inf", "soon"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="no number of seconds"):
+        parse_seconds(text)
+
+
+def test_a_time_is_in_seconds() -> None:
+    assert [parse_seconds(text) for text in ("0", "2.5", "10")] == [0.0, 2.5, 10.0]

@@ -1,73 +1,40 @@
-"""The answers to one request, run at once, as one sequence of events; and their common parts in OpenAI's shapes."""
+"""The answers to one request while they run: started, or taken up again, and let go of when their reader leaves."""
 
 import asyncio
-import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
 from urllib.parse import quote
 
 import msgspec
 from aiohttp import web
 
-from meshd import __version__
-from meshd.agents.service import Coordinator, Finished, Generation, GenerationRequest, TextDelta, TokenText
+from meshd.agents.service import Coordinator, Finished, Generation, GenerationRequest, TextDelta
+from meshd.api.errors import KEPT, Kept
+from meshd.api.kept import AnyForm, encode_form
 from meshd.api.merge import closing, merged
-from meshd.api.services import SERVICES, Services
-from meshd.errors import Cancelled, InvalidRequest
-from meshd.types import FinishReason
+from meshd.api.services import SERVICES
+from meshd.errors import InvalidRequest
 
 GENERATION_HEADERS = web.RequestKey("generation_headers", dict[str, str])
 """Where a request keeps the headers of its answer, once admitted."""
 
-FinishName = Literal["stop", "length"]
 
+@dataclass(frozen=True, slots=True)
+class Running:
+    """The answers to one request."""
 
-class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of all answers together; each prompt counts once."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class Head(msgspec.Struct, frozen=True, kw_only=True):
-    """What every object of one request has in common."""
-
+    form: AnyForm
     id: str
-    created: int
-    model: str
-    system_fingerprint: str
+    events: AsyncIterator[tuple[int, TextDelta | Finished]]
+    """With each answer's index; interleaved as they come."""
+    generation: Generation | None = None
+    """Of a single answer."""
 
-
-@dataclass(slots=True)
-class Collected:
-    """One whole answer."""
-
-    text: list[str] = field(default_factory=list)
-    tokens: list[TokenText] = field(default_factory=list)
-    finish: FinishName = "stop"
-
-
-@dataclass(slots=True)
-class Tally:
-    """Counts the tokens of a request's answers; `count` answers belong to one prompt."""
-
-    count: int
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-    def add(self, index: int, finished: Finished) -> None:
-        """Answer `index` is done."""
-        self.completion_tokens += finished.completion_tokens
-        if index % self.count == 0:
-            self.prompt_tokens += finished.prompt_tokens
-
-    def usage(self) -> Usage:
-        """All so far."""
-        total = self.prompt_tokens + self.completion_tokens
-        return Usage(prompt_tokens=self.prompt_tokens, completion_tokens=self.completion_tokens, total_tokens=total)
+    @property
+    def failed(self) -> bool:
+        """Whether it can't be gone on with anywhere."""
+        return self.generation is not None and self.generation.status == "failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,27 +42,62 @@ class _Admitted:
     generation: Generation
 
 
-def head(services: Services, prefix: str, model: str) -> dict[str, Any]:
-    """The fields of `Head`: a new id, the time, the model by its own name, the fingerprint of its weights and this version."""
-    card = next((card for card in services.coordinator.models() if model in (card.name, card.id, card.ref)), None)
-    weights = card.id if card else model
-    return {
-        "id": f"{prefix}-{services.clock.random_bytes(16).hex()}",
-        "created": int(services.clock.wall()),
-        "model": card.name if card else model,
-        "system_fingerprint": f"fp_{hashlib.sha256(f'{__version__}:{weights}'.encode()).hexdigest()[:10]}",
-    }
+@asynccontextmanager
+async def started(
+    request: web.Request, form: AnyForm, wanted: Sequence[GenerationRequest], *, known: bool
+) -> AsyncIterator[Running]:
+    """Run all `wanted`. Leaving the block, whatever the reason, lets go of what still runs.
+
+    A single answer is suspended by that, if the client knows its id (`known`) and its record is kept. Several are cancelled.
+    Raises: as Coordinator.generate; Cancelled, when an answer was ended from elsewhere. Cancel: as leaving.
+    """
+    if len(wanted) == 1:
+        generation = await generate(request, form, wanted[0])
+        async with reading(request, form, generation, known=known) as running:
+            yield running
+    else:
+        async with _several(request, form, wanted) as running:
+            yield running
+
+
+async def generate(request: web.Request, form: AnyForm, wanted: GenerationRequest) -> Generation:
+    """Start a single answer that any peer can show. Raises: as Coordinator.generate. Cancel: nothing stays reserved."""
+    coordinator = request.app[SERVICES].coordinator
+    whole = msgspec.structs.replace(wanted, store=form.store, background=form.background, edge=encode_form(form))
+    generation = await coordinator.generate(whole)
+    show(request, generation)
+    return generation
 
 
 @asynccontextmanager
-async def answers(
-    request: web.Request, wanted: Sequence[GenerationRequest]
-) -> AsyncIterator[AsyncIterator[tuple[int, TextDelta | Finished]]]:
-    """Run all `wanted`; the block gets their events with each answer's index, interleaved as they come.
+async def reading(request: web.Request, form: AnyForm, generation: Generation, *, known: bool = True) -> AsyncIterator[Running]:
+    """Read a single answer from its beginning. Leaving the block: as `started`."""
+    work = request.app[SERVICES].work
+    answer_id = form.prefix + generation.session
+    if form.store:
+        request[KEPT] = Kept(answer_id, generation)
+    try:
+        async with closing(_events(generation)) as events:
+            yield Running(form, answer_id, events, generation)
+    except asyncio.CancelledError:
+        # At a shutdown the client is told the id. Whoever leaves before can't ask for what it has never heard of.
+        if not known and not work.closing:
+            await generation.cancel()
+        raise
+    finally:
+        if not form.store:
+            await generation.cancel()
 
-    The block begins when all are admitted, or the first has text. Leaving it, whatever the reason, cancels what still
-    runs. Cancel: the same. Raises: as Coordinator.generate; Cancelled, when an answer was ended from elsewhere.
-    """
+
+async def _events(generation: Generation) -> AsyncGenerator[tuple[int, TextDelta | Finished], None]:
+    async with closing(generation.events()) as events:
+        async for event in events:
+            yield 0, event
+
+
+@asynccontextmanager
+async def _several(request: web.Request, form: AnyForm, wanted: Sequence[GenerationRequest]) -> AsyncIterator[Running]:
+    """The block begins when all are admitted, or the first has text."""
     services = request.app[SERVICES]
     if len(wanted) > services.limits.answers:
         raise InvalidRequest(f"{len(wanted)} answers are too many for one request", param="prompt", hint="send fewer prompts")
@@ -111,14 +113,14 @@ async def answers(
             if len(admitted) == len(wanted):
                 break
         request[GENERATION_HEADERS] = _headers(admitted)
-        yield _deltas(early, events)
+        yield Running(form, f"{form.prefix}{services.clock.random_bytes(16).hex()}", _deltas(early, events))
 
 
 async def _answer(
     coordinator: Coordinator, wanted: GenerationRequest, slots: asyncio.Semaphore
 ) -> AsyncGenerator[_Admitted | TextDelta | Finished, None]:
     async with slots:
-        generation = await coordinator.generate(wanted)
+        generation = await coordinator.generate(msgspec.structs.replace(wanted, store=False))
         try:
             yield _Admitted(generation)
             async with closing(generation.events()) as events:
@@ -138,33 +140,9 @@ async def _deltas(
             yield index, event
 
 
-def finish_name(finished: Finished) -> FinishName:
-    """OpenAI's word for why an answer ended. Raises: Cancelled, if it was not its own end."""
-    match finished.reason:
-        case FinishReason.STOP:
-            return "stop"
-        case FinishReason.LENGTH:
-            return "length"
-        case _:
-            raise Cancelled("the answer was cut short: its session was ended", hint="send the request again")
-
-
-async def collect(events: AsyncIterator[tuple[int, TextDelta | Finished]], count: int, tally: Tally) -> list[Collected]:
-    """All `count` answers, whole and in order."""
-    whole = [Collected() for _ in range(count)]
-    async for index, event in events:
-        if isinstance(event, Finished):
-            whole[index].finish = finish_name(event)
-            tally.add(index, event)
-        else:
-            whole[index].text.append(event.text)
-            whole[index].tokens.extend(event.tokens)
-    return whole
-
-
-def shown(logprob: float) -> float:
-    """A logprob as OpenAI shows it: JSON has no infinity, -9999 stands for it."""
-    return max(logprob, -9999.0)
+def show(request: web.Request, generation: Generation) -> None:
+    """Have the headers of the request's answer name this session and its plan."""
+    request[GENERATION_HEADERS] = _headers({0: generation})
 
 
 def _headers(admitted: Mapping[int, Generation]) -> dict[str, str]:

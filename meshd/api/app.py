@@ -9,7 +9,7 @@ from aiohttp.typedefs import Handler
 
 from meshd.agents.service import Coordinator, Mesh
 from meshd.api.answers import GENERATION_HEADERS
-from meshd.api.errors import problem
+from meshd.api.errors import told
 from meshd.api.guard import guard
 from meshd.api.openapi import openapi
 from meshd.api.routes import ROUTES
@@ -52,9 +52,9 @@ async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamRe
         outcome = "client_gone"
         raise
     except Exception as error:
-        told = problem(error, request.path)
-        outcome = told.name
-        response = told.response()
+        problem = told(request, error)
+        outcome = problem.name
+        response = problem.response()
     finally:
         _note(request, outcome)
     return response

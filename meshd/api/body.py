@@ -1,4 +1,4 @@
-"""A request's body as a typed struct; what is wrong with it is said by field."""
+"""A request's body, or its query, as a typed struct; what is wrong with it is said by field."""
 
 import asyncio
 import functools
@@ -39,6 +39,22 @@ def decode_body(data: bytes, shape: type[T]) -> T:
         raise InvalidRequest(f"the body is not JSON: {error}", hint="send one JSON object in UTF-8") from None
 
 
+def read_query(request: web.Request, shape: type[T]) -> T:
+    """The query's parameters, their texts taken for what `shape` wants; lists as `name=a&name=b` or `name[]=a`.
+
+    Raises: InvalidRequest.
+    """
+    values: dict[str, str | list[str]] = {}
+    for key in request.query:
+        name = key.removesuffix("[]")
+        found = request.query.getall(key)
+        values[name] = found if _is_list(shape, name) or len(found) > 1 else found[0]
+    try:
+        return msgspec.convert(values, shape, strict=False)
+    except msgspec.ValidationError as error:
+        raise _field_error(str(error), shape) from None
+
+
 @functools.cache
 def _decoder(shape: type[msgspec.Struct]) -> msgspec.json.Decoder[msgspec.Struct]:
     return msgspec.json.Decoder(shape)
@@ -56,15 +72,21 @@ def _field_error(text: str, shape: type[msgspec.Struct]) -> InvalidRequest:
     if not param:
         return InvalidRequest(f"the body is wrong: {what}", hint="send one JSON object")
     root = re.split(r"[.\[]", param)[0]
-    schema = _properties(shape).get(root, {})
+    schema = properties_of(shape).get(root, {})
     hint = schema.get("description", "see /openapi.json for its type")
     if UNSUPPORTED in schema:
         return unsupported(root, hint)
     return InvalidRequest(f"`{param}` is wrong: {what}", param=param, hint=hint)
 
 
+def _is_list(shape: type[msgspec.Struct], name: str) -> bool:
+    schema = properties_of(shape).get(name, {})
+    return any(kind.get("type") == "array" for kind in schema.get("anyOf", [schema]))
+
+
 @functools.cache
-def _properties(shape: type[msgspec.Struct]) -> dict[str, dict[str, Any]]:
+def properties_of(shape: type[msgspec.Struct]) -> dict[str, dict[str, Any]]:
+    """The JSON schema of each field."""
     _, components = msgspec.json.schema_components([shape])
     properties: dict[str, dict[str, Any]] = components[shape.__name__]["properties"]
     return properties

@@ -6,15 +6,10 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from meshd.agents.service import ChatMessage, GenerationRequest, MeshOptions
-from meshd.api.answers import FinishName, Head, Usage
-from meshd.api.fields import UNSUPPORTED, Count, GenerationFields, NoList, NotTrue, NoValue, unsupported
+from meshd.api.fields import UNSUPPORTED, Count, GenerationFields, NoList, NoValue, neutral, unsupported
+from meshd.api.parts import FinishName, Head, TokenLogprob, Usage
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest
-
-
-def _neutral(*values: str) -> Meta:
-    allowed = ", ".join(f'"{value}"' for value in values)
-    return Meta(description=f"Not supported: only null or {allowed}.", extra_json_schema={UNSUPPORTED: True})
 
 
 class TextPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -62,25 +57,31 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fi
     ] = None
     safety_identifier: str | None = None
     audio: NoValue = None
-    function_call: Annotated[Literal["none", "auto"] | None, _neutral("none", "auto")] = None
+    function_call: Annotated[Literal["none", "auto"] | None, neutral("none", "auto")] = None
     functions: NoList = None
     metadata: NoValue = None
-    modalities: Annotated[list[Literal["text"]] | None, _neutral("text")] = None
+    modalities: Annotated[list[Literal["text"]] | None, neutral("text")] = None
     moderation: NoValue = None
     parallel_tool_calls: bool | None = None
     prediction: NoValue = None
     prompt_cache_key: NoValue = None
     prompt_cache_options: NoValue = None
     prompt_cache_retention: NoValue = None
-    reasoning_effort: Annotated[Literal["none"] | None, _neutral("none")] = None
+    reasoning_effort: Annotated[Literal["none"] | None, neutral("none")] = None
     response_format: Annotated[
         ResponseFormat | None, Meta(description='Only null or {"type": "text"}.', extra_json_schema={UNSUPPORTED: True})
     ] = None
-    service_tier: Annotated[Literal["auto", "default"] | None, _neutral("auto", "default")] = None
-    store: NotTrue = None
-    tool_choice: Annotated[Literal["none", "auto"] | None, _neutral("none", "auto")] = None
+    service_tier: Annotated[Literal["auto", "default"] | None, neutral("auto", "default")] = None
+    store: Annotated[
+        bool | None,
+        Meta(
+            description="Only false or null; with false, a stream that broke off can't be gone on with.",
+            extra_json_schema={UNSUPPORTED: True, "enum": [False, None]},
+        ),
+    ] = None
+    tool_choice: Annotated[Literal["none", "auto"] | None, neutral("none", "auto")] = None
     tools: NoList = None
-    verbosity: Annotated[Literal["medium"] | None, _neutral("medium")] = None
+    verbosity: Annotated[Literal["medium"] | None, neutral("medium")] = None
     web_search_options: NoValue = None
 
     def check(self) -> None:
@@ -112,23 +113,6 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fi
             )
             for seed in self.seeds(clock)
         ]
-
-
-class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
-    """A likely token."""
-
-    token: str
-    logprob: float
-    bytes: tuple[int, ...] | None
-
-
-class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
-    """The chosen token, with the likeliest ones in its place."""
-
-    token: str
-    logprob: float
-    bytes: tuple[int, ...] | None
-    top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(msgspec.Struct, frozen=True, kw_only=True):

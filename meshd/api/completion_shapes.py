@@ -6,8 +6,8 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from meshd.agents.service import GenerationRequest, MeshOptions
-from meshd.api.answers import FinishName, Head, Usage
 from meshd.api.fields import UNSUPPORTED, GenerationFields, TokenId
+from meshd.api.parts import FinishName, Head, Usage
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest
 

@@ -2,22 +2,26 @@
 
 | error                                   | status | type                  |
 |-----------------------------------------|--------|-----------------------|
-| UnknownModel                            | 404    | invalid_request_error |
+| UnknownModel, UnknownSession            | 404    | invalid_request_error |
 | UsageError                              | 400    | invalid_request_error |
 | Overloaded                              | 429    | rate_limit_error      |
 | Unavailable, OutOfMemory, Cancelled     | 503    | server_error          |
 | PeerFault, DownloadError                | 502    | server_error          |
 | all other                               | 500    | server_error          |
 
-`code` is the error's own stable code. Every `Unavailable` carries Retry-After.
+`code` is the error's own stable code. Every `Unavailable` carries Retry-After. If the answer that failed can be gone on
+with, the message says how.
 """
 
 import logging
 import math
+from dataclasses import dataclass
 
 import msgspec
 from aiohttp import web
 
+from meshd.agents.service import Generation
+from meshd.api.parts import ENDED
 from meshd.errors import (
     Cancelled,
     ContextTooLong,
@@ -29,6 +33,7 @@ from meshd.errors import (
     PeerFault,
     Unavailable,
     UnknownModel,
+    UnknownSession,
     UsageError,
 )
 
@@ -74,6 +79,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
 
 _STATUS: dict[type[BaseException], int] = {
     UnknownModel: 404,
+    UnknownSession: 404,
     UsageError: 400,
     Overloaded: 429,
     Unavailable: 503,
@@ -92,23 +98,49 @@ _HTTP_CODES = {
     413: "body_too_large",
 }
 
-_PROMPT_FIELDS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
+_PROMPT_FIELDS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/responses": "input"}
 
 
-def problem(error: BaseException, path: str = "") -> Problem:
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """An answer whose record is kept: after an error, or elsewhere, its stream may be gone on with."""
+
+    id: str
+    generation: Generation
+
+    def way_on(self, last: int = -1) -> str:
+        """What a client does that has the events up to `last`; nothing, if the answer has ended."""
+        if self.generation.status in ENDED:
+            return ""
+        after = f"&starting_after={last}" if last >= 0 else ""
+        return f"go on with GET /v1/responses/{self.id}?stream=true{after} at any peer"
+
+
+KEPT = web.RequestKey("kept", Kept)
+"""Where a request keeps the answer that it shows, if that can be gone on with."""
+
+
+def told(request: web.Request, error: BaseException, last: int = -1) -> Problem:
+    """How the error is told to this client, that has the events up to `last`."""
+    kept = request.get(KEPT)
+    return problem(error, request.path, kept.way_on(last) if kept else "")
+
+
+def problem(error: BaseException, path: str = "", way_on: str = "") -> Problem:
     """How the error is told to the client of the route `path`; an unforeseen one is logged and told without its insides."""
     if isinstance(error, MeshdError):
-        return _meshd_problem(error, path)
+        return _meshd_problem(error, path, way_on)
     if isinstance(error, web.HTTPException):
         return _http_problem(error, path)
     logger.error("unforeseen error", extra={"path": path}, exc_info=error)
     return _problem(500, "this peer failed: an unforeseen error, see its log", code="internal_error")
 
 
-def _meshd_problem(error: MeshdError, path: str) -> Problem:
+def _meshd_problem(error: MeshdError, path: str, way_on: str) -> Problem:
     status = next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), 500)
     headers = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))} if isinstance(error, Unavailable) else {}
-    return _problem(status, str(error), code=error.code, param=_param(error, path), headers=headers)
+    message = f"{error}; {way_on}" if way_on else str(error)
+    return _problem(status, message, code=error.code, param=_param(error, path), headers=headers)
 
 
 def _param(error: MeshdError, path: str) -> str | None:

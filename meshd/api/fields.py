@@ -1,4 +1,4 @@
-"""The fields that chat and text completions share, and what the coordinator makes of them.
+"""The fields that the routes share, and what the coordinator makes of them.
 
 A field of OpenAI's that meshd does not support is declared with the values that ask for nothing (null, an empty list,
 the default): these are accepted, any other is an error that names the field. Nothing is dropped silently. The one
@@ -36,19 +36,29 @@ NotTrue = Annotated[
 _SEED_SPAN = 2**63
 
 
+def neutral(*values: str) -> Meta:
+    """For a field that only takes these values, which ask for nothing."""
+    allowed = ", ".join(f'"{value}"' for value in values)
+    return Meta(description=f"Not supported: only null or {allowed}.", extra_json_schema={UNSUPPORTED: True})
+
+
 class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a stream carries beside the answer."""
 
-    include_usage: bool | None = None
-    """A last chunk with the usage and no choices."""
     include_obfuscation: NotTrue = None
 
 
-class GenerationFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is asked of an answer, whatever its prompt."""
+class ChunkOptions(StreamOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a stream of chunks carries beside the answer."""
+
+    include_usage: bool | None = None
+    """A last chunk with the usage and no choices."""
+
+
+class AnswerFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every route takes, whatever its prompt."""
 
     model: Annotated[str, Meta(min_length=1, max_length=512, description="A model of GET /v1/models.")]
-    max_tokens: Annotated[Count | None, Meta(description="At least 1.")] = None
     temperature: Annotated[
         Annotated[float, Meta(ge=0, le=2)] | None, Meta(description="From 0 (always the likeliest token) to 2; 1 if not given.")
     ] = None
@@ -70,22 +80,11 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     stop: Annotated[
         StopText | Annotated[list[StopText], Meta(max_length=16)] | None, Meta(description="One text, or up to 16 of them.")
     ] = None
-    n: Annotated[Annotated[int, Meta(ge=1, le=8)] | None, Meta(description="Answers to each prompt, from 1 to 8.")] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
     ignore_eos: Annotated[bool | None, Meta(description="Go on to max_tokens, past the model's end of text.")] = None
     mesh: Annotated[MeshOptions | None, Meta(description="Where and how the mesh is to compute the answer.")] = None
-
-    @property
-    def count(self) -> int:
-        """Answers to each prompt."""
-        return self.n or 1
-
-    @property
-    def include_usage(self) -> bool:
-        """Whether the stream ends with a chunk of usage."""
-        return bool(self.stream_options and self.stream_options.include_usage)
 
     def stops(self) -> tuple[str, ...]:
         """The texts that end the answer."""
@@ -115,9 +114,32 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         known: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return SamplingParams(seed=seed, logprobs=logprobs, **known)
 
+    def first_seed(self, clock: Clock) -> int:
+        """63 bits, as asked for or random."""
+        seed = self.seed if self.seed is not None else int.from_bytes(clock.random_bytes(8), "little")
+        return seed % _SEED_SPAN
+
+
+class GenerationFields(AnswerFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What chats and text completions share."""
+
+    max_tokens: Annotated[Count | None, Meta(description="At least 1.")] = None
+    n: Annotated[Annotated[int, Meta(ge=1, le=8)] | None, Meta(description="Answers to each prompt, from 1 to 8.")] = None
+    stream_options: ChunkOptions | None = None
+
+    @property
+    def count(self) -> int:
+        """Answers to each prompt."""
+        return self.n or 1
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream ends with a chunk of usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
     def seeds(self, clock: Clock) -> list[int]:
-        """One for each of `n` answers, 63 bits, the first as asked for or random."""
-        first = self.seed if self.seed is not None else int.from_bytes(clock.random_bytes(8), "little")
+        """One for each of `n` answers, the first as asked for or random."""
+        first = self.first_seed(clock)
         return [(first + index) % _SEED_SPAN for index in range(self.count)]
 
 

@@ -1,7 +1,7 @@
 """`/mesh/v1/*`: what the monitor and the command line read and ask."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from aiohttp import web
@@ -28,6 +28,46 @@ class Unplaced(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     freed_bytes: int
     """Over all peers."""
+
+
+class DrainRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What POST /mesh/v1/drain asks."""
+
+    peer: str
+    """Its name, or an unambiguous beginning of its id."""
+    undo: bool = False
+    """Have it take work again."""
+    timeout_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 60.0
+    """How long to wait for its sessions to move away. It goes on draining after that."""
+
+
+class Drained(msgspec.Struct, frozen=True, kw_only=True):
+    """A peer drains, or takes work again."""
+
+    peer: str
+    name: str
+    sessions_left: int
+    """Stages of running sessions that it still computes; 0: it can be stopped without anybody noticing."""
+
+
+class MigrateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What POST /mesh/v1/migrate asks."""
+
+    session: str
+    target: str
+    """A peer's name, or an unambiguous beginning of its id."""
+    source: str | None = None
+    """Move only what it computes there; null: all stages."""
+
+
+class Migrated(msgspec.Struct, frozen=True, kw_only=True):
+    """A session was moved."""
+
+    session: str
+    plan: str
+    """`name:0-12,name:12-30`, as it is now."""
+    pause_ms: float
+    """From the last token before the move to the first one after it."""
 
 
 def rows(read: Callable[[Mesh], list[dict[str, Any]]]) -> Handler:
@@ -84,6 +124,31 @@ async def unplace(request: web.Request) -> web.Response:
     services = request.app[SERVICES]
     async with services.work.interruptible():
         return json_response(Unplaced(model=asked.model, freed_bytes=await services.mesh.unplace(asked.model)))
+
+
+async def drain(request: web.Request) -> web.Response:
+    """Move away what runs on a peer."""
+    asked = await read_body(request, DrainRequest)
+    services = request.app[SERVICES]
+    async with services.work.interruptible():
+        drained = await services.mesh.drain(asked.peer, undo=asked.undo, timeout_s=asked.timeout_s)
+    return json_response(msgspec.convert(drained, Drained))
+
+
+async def migrate(request: web.Request) -> web.Response:
+    """Move a session's stages to another peer."""
+    asked = await read_body(request, MigrateRequest)
+    services = request.app[SERVICES]
+    async with services.work.interruptible():
+        migrated = await services.mesh.migrate(asked.session, asked.target, asked.source)
+    return json_response(msgspec.convert(migrated, Migrated))
+
+
+async def story(request: web.Request) -> web.Response:
+    """What happened to a session."""
+    services = request.app[SERVICES]
+    async with services.work.interruptible():
+        return json_response(Rows(await services.mesh.story(request.match_info["id"])))
 
 
 async def probe_links(request: web.Request) -> web.Response:

@@ -9,6 +9,7 @@ import msgspec
 from aiohttp import web
 
 from meshd import __version__
+from meshd.api.body import properties_of
 from meshd.api.errors import ErrorBody
 from meshd.api.reply import json_response
 from meshd.api.routes import ROUTES, Route
@@ -25,7 +26,7 @@ async def openapi(request: web.Request) -> web.Response:
 @functools.cache
 def document() -> dict[str, Any]:
     """All routes and their bodies as an OpenAPI 3.1 document."""
-    types = [ErrorBody, *(kind for route in ROUTES for kind in (route.takes, route.gives, route.streams) if kind is not None)]
+    types = [ErrorBody, *(kind for route in ROUTES for part in (route.takes, route.gives, route.streams) for kind in _kinds(part))]
     schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     schema_of = {id(kind): schema for kind, schema in zip(types, schemas, strict=True)}
     paths: dict[str, dict[str, Any]] = {}
@@ -43,9 +44,9 @@ def document() -> dict[str, Any]:
 def _operation(route: Route, schema_of: dict[int, dict[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     if route.gives is not None:
-        content[_JSON] = {"schema": schema_of[id(route.gives)]}
+        content[_JSON] = {"schema": _any_of(route.gives, schema_of)}
     if route.streams is not None:
-        content["text/event-stream"] = {"schema": schema_of[id(route.streams)]}
+        content["text/event-stream"] = {"schema": _any_of(route.streams, schema_of)}
     operation: dict[str, Any] = {
         "summary": route.summary,
         "operationId": _operation_id(route),
@@ -56,10 +57,28 @@ def _operation(route: Route, schema_of: dict[int, dict[str, Any]]) -> dict[str, 
     }
     if route.takes is not None:
         operation["requestBody"] = {"required": True, "content": {_JSON: {"schema": schema_of[id(route.takes)]}}}
-    names: Sequence[str] = _PARAMETER.findall(route.path)
-    if names:
-        operation["parameters"] = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+    if parameters := _parameters(route):
+        operation["parameters"] = parameters
     return operation
+
+
+def _kinds(part: Any) -> tuple[Any, ...]:
+    """Several bodies stand as a tuple."""
+    return part if isinstance(part, tuple) else () if part is None else (part,)
+
+
+def _any_of(part: Any, schema_of: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    schemas = [schema_of[id(kind)] for kind in _kinds(part)]
+    return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+
+
+def _parameters(route: Route) -> list[dict[str, Any]]:
+    names: Sequence[str] = _PARAMETER.findall(route.path)
+    query = properties_of(route.query) if route.query is not None else {}
+    return [
+        *({"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names),
+        *({"name": name, "in": "query", "schema": schema} for name, schema in query.items()),
+    ]
 
 
 def _operation_id(route: Route) -> str:

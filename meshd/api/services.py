@@ -39,6 +39,11 @@ class Work:
         self._scopes: set[asyncio.Timeout] = set()
         self._closing = False
 
+    @property
+    def closing(self) -> bool:
+        """Whether `interrupt` was called."""
+        return self._closing
+
     @asynccontextmanager
     async def interruptible(self) -> AsyncIterator[None]:
         """Run the block until it ends or `interrupt` is called. Raises: Cancelled, in the latter case."""

@@ -1,7 +1,8 @@
 """Answers as server-sent events (WHATWG HTML, section 9.2), the way OpenAI's clients read them.
 
-Each event is one `data:` line of JSON; `data: [DONE]` ends a stream that went well. One that fails ends with
-`data: {"error": ...}` in its place, which OpenAI's clients raise as an APIError.
+Each event is one `data:` line of JSON, with an `id:` line if it has a number to go on after, and an `event:` line if it has a
+name. `data: [DONE]` ends a stream that went well. One that fails ends with `data: {"error": ...}` in its place, which OpenAI's
+clients raise as an APIError. Streams of `/v1/responses` are ended by an event of their own instead, well or not.
 """
 
 import asyncio
@@ -10,7 +11,8 @@ from collections.abc import Awaitable, Callable
 import msgspec
 from aiohttp import web
 
-from meshd.api.errors import problem
+from meshd.api.errors import Problem, told
+from meshd.api.forms import Event, error_event
 from meshd.api.merge import beside
 from meshd.api.services import SERVICES
 
@@ -31,6 +33,11 @@ class EventStream:
         self._limits = request.app[SERVICES].limits
         self._clock = request.app[SERVICES].clock
         self.response = web.StreamResponse(headers=_HEADERS)
+        self.last = -1
+        """Number of the last event that the client has."""
+        self.says_done = True
+        self.failure: Callable[[Problem], Event] = error_event
+        """Makes the last event of a stream that failed."""
 
     async def open(self) -> None:
         """Send status and headers while there is no event yet."""
@@ -38,7 +45,17 @@ class EventStream:
 
     async def send(self, item: object) -> None:
         """One event, as JSON. Raises: ConnectionError, when the client is gone or stuck."""
-        await self._write(b"data: " + msgspec.json.encode(item) + b"\n\n")
+        await self.put(Event(item))
+
+    async def put(self, event: Event) -> None:
+        """One event, unless the client has it already. Raises: ConnectionError, when the client is gone or stuck."""
+        if event.number is not None and event.number <= self.last:
+            return
+        name = f"event: {event.name}\n" if event.name else ""
+        number = f"id: {event.number}\n" if event.number is not None else ""
+        await self._write(f"{name}{number}data: ".encode() + msgspec.json.encode(event.body) + b"\n\n")
+        if event.number is not None:
+            self.last = event.number
 
     async def comment(self, text: str) -> None:
         """What clients skip."""
@@ -46,14 +63,15 @@ class EventStream:
 
     async def done(self) -> None:
         """The end of a stream that went well."""
-        await self._write(b"data: [DONE]\n\n")
+        if self.says_done:
+            await self._write(b"data: [DONE]\n\n")
         await self.response.write_eof()
 
     async def fail(self, error: Exception) -> None:
         """The end of one that did not."""
-        told = problem(error, self._request.path)
-        self._request[OUTCOME] = told.name
-        await self._write(b"data: " + told.body() + b"\n\n")
+        problem = told(self._request, error, self.last)
+        self._request[OUTCOME] = problem.name
+        await self.put(self.failure(problem))
         await self.response.write_eof()
 
     async def keep_alive(self) -> None:

@@ -24,8 +24,11 @@ VERBS = {
     "plan": "what would be placed where, and how fast it would be",
     "place": "put a model's layers on peers ahead of requests",
     "unplace": "let go of a model's layers on every peer",
+    "drain": "move away what runs on a peer, before it is stopped",
+    "migrate": "move a running answer to another peer",
     "bench": "measure this device, or every link",
     "key": "the cluster key: how another device joins",
+    "debug": "what happened to a session, told by all peers",
     "config": "every setting, its value and where it came from",
 }
 INTERRUPTED = 130

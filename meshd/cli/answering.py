@@ -12,7 +12,7 @@ from meshd.errors import NotReady
 
 READY_WITHIN_S = 600.0
 _FIELDS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
-_MESH_FIELDS = ("stages", "peers", "min_peers", "objective", "context")
+_MESH_FIELDS = ("stages", "peers", "min_peers", "objective", "context", "mirror")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +59,9 @@ def add_sampling(parser: ArgumentParser) -> None:
     parser.add_argument("--min-peers", type=int, metavar="N", help="split over at least so many peers")
     parser.add_argument("--objective", choices=("latency", "ttft", "throughput", "energy", "memory"), help="what to plan for")
     parser.add_argument("--context", type=int, metavar="N", help="tokens to reserve memory for")
+    parser.add_argument(
+        "--mirror", action="store_true", default=None, help="keep a copy of the answer's KV on another peer: a loss costs less time"
+    )
 
 
 def request_of(args: Namespace, messages: list[dict[str, str]]) -> dict[str, Any]:

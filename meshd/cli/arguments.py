@@ -33,6 +33,8 @@ def add_settings(parser: ArgumentParser, names: Iterable[str]) -> None:
 
 def _add_setting(parser: ArgumentParser, setting: Setting) -> None:
     options: dict[str, Any] = {"action": "append"} if setting.many else {}
+    if setting.switch:
+        options |= {"nargs": "?", "const": "on"}
     parser.add_argument(
         f"--{setting.name}",
         dest=_destination(setting),
@@ -44,9 +46,19 @@ def _add_setting(parser: ArgumentParser, setting: Setting) -> None:
 
 
 def _help(setting: Setting) -> str:
-    many = isinstance(setting.default, tuple)
-    default = ",".join(map(str, setting.default)) if many else "" if setting.default is None else str(setting.default)
+    default = _shown(setting.default)
     return f"{setting.help}{f'; default: {default}' if default else ''} [{setting.variable}]"
+
+
+def _shown(default: object) -> str:
+    match default:
+        case None:
+            return ""
+        case bool():
+            return "on" if default else "off"
+        case tuple():
+            return ",".join(map(str, default))
+    return str(default)
 
 
 def _destination(setting: Setting) -> str:

@@ -25,4 +25,6 @@ def run(args: Namespace) -> int:
 
 
 def _shown(plain: object) -> str:
+    if isinstance(plain, bool):
+        return "on" if plain else "off"
     return ",".join(plain) or ABSENT if isinstance(plain, list) else ABSENT if plain is None else str(plain)

@@ -1,4 +1,5 @@
-"""`meshd demo`: three daemons on this machine find one another, share a model's layers and stream an answer."""
+"""`meshd demo`: three daemons on this machine find one another, share a model's layers and stream an answer; then the same question
+once more, and one of them is killed in mid-answer."""
 
 import signal
 import tempfile
@@ -7,11 +8,12 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from meshd.cli.answering import stream_answer, write_out
+from meshd.cli.answering import Answer, stream_answer, write_out
 from meshd.cli.arguments import Parser, add_settings, settings_of
 from meshd.cli.bench import measure
 from meshd.cli.children import Child, Family, free_ports, wait_until
@@ -20,6 +22,7 @@ from meshd.cli.output import duration
 from meshd.cli.place import place
 from meshd.cli.pull import fetch
 from meshd.config import Config
+from meshd.errors import NotReady, RemoteFailure
 
 EXAMPLE = 'meshd demo --prompt "Name three rivers."\n  meshd demo --keep'
 MODEL = "smollm2:135m"
@@ -30,11 +33,14 @@ CONTEXT = 2048
 START_WITHIN_S = 120.0
 FIND_WITHIN_S = 30.0
 MEASURE_WITHIN_S = 30.0
+STANDBY_WITHIN_S = 30.0
+KILL_AFTER = 8
+"""Pieces of text."""
 
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", default=PROMPT, help="the question; default: %(default)s")
-    parser.add_argument("--keep", action="store_true", help="leave the three daemons up after the answer, until Ctrl-C")
+    parser.add_argument("--keep", action="store_true", help="leave the daemons that are left up after the answers, until Ctrl-C")
     add_settings(parser, ("backend", "cache", "models-dir", "hf-cache", "pypi-index", "config"))
 
 
@@ -52,9 +58,11 @@ def run(args: Namespace) -> int:
             _show_discovery(family.children, apis, say)
             _show_links(apis[0], say)
             split = _show_placement(apis[0], say)
-            _show_answer(apis[0], args.prompt, split)
+            _show_standby(apis[0], say)
+            whole = _show_answer(apis[0], args.prompt, split)
+            _show_loss(family.children[-1], apis[0], args.prompt, split, whole, say)
             if args.keep:
-                _keep(family.children, apis)
+                _keep(family.children[:-1], apis[:-1])
     return 0
 
 
@@ -162,15 +170,61 @@ def _show_placement(daemon: Daemon, say: Say) -> str:
     return split
 
 
-def _show_answer(daemon: Daemon, prompt: str, split: str) -> None:
-    print(f"\n>>> {prompt}")
+def _question(prompt: str, split: str) -> dict[str, Any]:
     body = {"model": MODEL, "messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": MAX_TOKENS}
-    answer = stream_answer(daemon, body | {"mesh": {"stages": split, "context": CONTEXT}}, write_out)
-    print(f"\n\n[{answer.summary()}]", flush=True)
+    return body | {"mesh": {"stages": split, "context": CONTEXT}}
+
+
+def _show_answer(daemon: Daemon, prompt: str, split: str) -> Answer:
+    print(f"\n>>> {prompt}")
+    answer = stream_answer(daemon, _question(prompt, split), write_out)
+    print(f"\n\n[{answer.summary()}]\n", flush=True)
+    return answer
+
+
+def _show_standby(daemon: Daemon, say: Say) -> None:
+    """Until every layer lies on two devices, as far as memory allows."""
+    rows: list[dict[str, Any]] = []
+
+    def all_twice() -> bool:
+        held = [held for row in daemon.rows("/mesh/v1/peers") for held in row["holdings"] if held["state"] == "active"]
+        rows[:] = [held for held in held if held["standby"]]
+        return {held["layers"] for held in held if not held["standby"]} <= {held["layers"] for held in rows}
+
+    try:
+        wait_until(all_twice, STANDBY_WITHIN_S, "standby copies")
+    except NotReady:
+        say("not every layer has a standby copy: memory is short; a lost one is loaded again")
+    else:
+        say(f"every layer lies on a second device too: standby copies of {', '.join(sorted(held['layers'] for held in rows))}")
+
+
+def _show_loss(victim: Child, daemon: Daemon, prompt: str, split: str, whole: Answer, say: Say) -> None:
+    """The same question; after a few words, the last stage's daemon is killed."""
+    say(f"the same question again, and {victim.name} is killed in mid-answer")
+    print(f"\n>>> {prompt}")
+    times: list[float] = []
+
+    def write(text: str) -> None:
+        times.append(time.monotonic())
+        write_out(text)
+        if len(times) == KILL_AFTER:
+            victim.process.kill()
+            write_out(f" [{victim.name} killed] ")
+
+    answer = stream_answer(daemon, _question(prompt, split), write)
+    if len(times) < KILL_AFTER:
+        print(f"\n\n[too short an answer to lose a peer in: ask for more than {KILL_AFTER} words]", flush=True)
+        return
+    pause_s = max((after - before for before, after in pairwise(times)), default=0.0)
+    same = "the same answer as before, word for word" if answer.text == whole.text else "NOT the same answer as before"
+    print(f"\n\n[{same}; the longest pause was {duration(pause_s)}]", flush=True)
+    if answer.text != whole.text:
+        raise RemoteFailure("the answer changed when a peer was lost", hint="please report this")
 
 
 def _keep(children: Sequence[Child], apis: Sequence[Daemon]) -> None:
-    print("\nThe three daemons stay up until Ctrl-C. Try in another terminal:")
+    print("\nThe two others stay up until Ctrl-C. Try in another terminal:")
     for child, daemon in zip(children, apis, strict=True):
         print(f"  meshd status --api {daemon.url}    # {child.name}")
     print(f'  meshd run {MODEL} "Hello" --api {apis[0].url}', flush=True)

@@ -11,6 +11,8 @@ from meshd.cli.output import ABSENT, duration, flops, plural, print_json, rate, 
 EXAMPLE = "meshd status --json"
 LISTS = ("peers", "links", "models", "sessions")
 Row = Mapping[str, Any]
+_RECOVERIES = 3
+"""Of one session, shown; `--json` has all, with their reasons."""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -71,7 +73,7 @@ def _peer(row: Row, me: str, models: Mapping[str, str]) -> tuple[str, ...]:
     known = (
         row["name"] + (" (this)" if row["id"] == me else ""),
         short_id(row["id"]) or ABSENT,
-        row["state"],
+        row["state"] + (", draining" if row.get("draining") else ""),
         ",".join(row["addresses"]) or ABSENT,
     )
     holds = ", ".join(_holding(held, models) for held in row["holdings"]) or ABSENT
@@ -90,8 +92,10 @@ def _peer(row: Row, me: str, models: Mapping[str, str]) -> tuple[str, ...]:
 
 def _holding(held: Row, models: Mapping[str, str]) -> str:
     name = models.get(held["model"], short_id(held["model"]))
-    doing = {"warm": "", "active": "", "loading": f" (loading {100 * held['progress']:.0f} %)"}
-    return f"{name} {held['layers']}" + doing.get(held["state"], f" ({held['state']})")
+    ready = "standby" if held.get("standby") else ""
+    doing = {"warm": ready, "active": ready, "loading": f"loading {100 * held['progress']:.0f} %"}
+    state = doing.get(held["state"], held["state"])
+    return f"{name} {held['layers']}" + (f" ({state})" if state else "")
 
 
 def _link(row: Row) -> tuple[str, ...]:
@@ -105,9 +109,18 @@ def _link(row: Row) -> tuple[str, ...]:
 
 
 def _sessions(rows: Sequence[Row]) -> str:
-    headers = ("SESSION", "ROLE", "MODEL", "STATE", "TOKENS", "PLAN")
+    headers = ("SESSION", "ROLE", "MODEL", "STATE", "TOKENS", "PLAN", "MIRRORED", "RECOVERED")
     return table(headers, map(_session, rows))
 
 
 def _session(row: Row) -> tuple[str, ...]:
-    return tuple(str(row.get(key) or ABSENT) for key in ("id", "role", "model", "state", "tokens", "plan"))
+    known = (str(row.get(key) or ABSENT) for key in ("id", "role", "model", "state", "tokens", "plan"))
+    mirrors = ", ".join(f"stage {copy['stage']} at {copy['name']}" for copy in row.get("mirrors", ()))
+    return (*known, mirrors or ABSENT, _recovered(row.get("recoveries", ())))
+
+
+def _recovered(changes: Sequence[Row]) -> str:
+    """The latest changes of plan, and how many there were before."""
+    shown = [f"{change['method']} {duration(change['pause_ms'] / 1e3)}" for change in changes[-_RECOVERIES:]]
+    more = len(changes) - len(shown)
+    return ", ".join([f"{more} more", *shown] if more else shown) or ABSENT

@@ -57,7 +57,9 @@ async def _serve(config: Config, *, stop_with_stdin: bool) -> int:
         stopping.can_wait = True
         _tell(info)
 
-    daemon = asyncio.ensure_future(run_daemon(config, stop=stopping.asked, on_ready=ready, on_progress=measuring))
+    daemon = asyncio.ensure_future(
+        run_daemon(config, stop=stopping.asked, on_ready=ready, on_progress=measuring, on_waiting=_tell_waiting)
+    )
     stopping.watch(daemon, stdin=stop_with_stdin)
     try:
         await daemon
@@ -98,6 +100,11 @@ class _Stopping:
         self.asked.set()
         if not self.can_wait:
             daemon.cancel()
+
+
+def _tell_waiting(text: str) -> None:
+    with contextlib.suppress(OSError):  # whoever read it may be gone
+        print(f"meshd: {text}; a second signal leaves at once", flush=True)
 
 
 def _tell(info: "DaemonInfo") -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from filelock import FileLock, Timeout
+
 from meshd.errors import StorageError
 
 CHUNK_BYTES = 1 << 20
@@ -88,3 +90,16 @@ def replace_durably(finished: Path, final: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def try_lock(lock: FileLock) -> bool:
+    """Whether the lock is now ours. Raises: StorageError if its file can't be made."""
+    path = Path(lock.lock_file)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    except OSError as error:
+        raise storage_error(path, error) from error
+    return True

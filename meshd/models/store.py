@@ -2,25 +2,30 @@
 
     ROOT/index.json          what is here
     ROOT/<model id>.gguf     a model that meshd fetched: there only when it is whole and checked
+    ROOT/<model id>.sums     the hash of each of its tensors, once another peer has asked for them
     ROOT/partial/<source>/   one source's pull: its lock, and what has arrived
+    ROOT/parts/<model id>/   a copy of some of a model's tensors, from other peers: see `meshd.models.partial`
 
 Several processes may use one folder. A lock is the operating system's, so one whose owner died is free.
 """
 
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from meshd.clock import Clock, SystemClock
 from meshd.errors import DownloadError, MeshdError, ModelFileError, UsageError
 from meshd.models.catalogue import FileSource, HubSource, ModelRef, PackageSource, Source, resolve, unknown
-from meshd.models.files import forget, replace_durably, sha256_of, size_of, stamp_of, storage_error
+from meshd.models.files import Stamp, forget, replace_durably, sha256_of, size_of, stamp_of, storage_error, try_lock
 from meshd.models.gguf import GgufFile
 from meshd.models.index import Index, StoredModel
+from meshd.models.manifest import Manifest, layout_of, read_manifest, sum_up, write_manifest
+from meshd.models.partial import PartialCopy
+from meshd.models.partials import Partials
 from meshd.models.progress import Meter, PullPhase, PullProgress, Tell, in_thread
 from meshd.types import ModelId
 
@@ -45,6 +50,8 @@ class Store:
         """`hf_cache` None is Hugging Face's standard cache, `hf_endpoint` None its own site. Nothing is written until a pull."""
         self._root = root
         self._index = Index(root)
+        self.partials = Partials(root / "parts", clock or SystemClock())
+        """What is here of models that are not here as a whole."""
         self._hf_cache = hf_cache
         self._index_url = index_url
         self._hf_endpoint = hf_endpoint
@@ -74,7 +81,7 @@ class Store:
 
         Raises: UnknownModel, StorageError.
         """
-        freed = self._remove_partial(name)
+        freed = self._remove_partial(name) + self.partials.remove(name)
         with self._index.changing() as models:
             gone = [model for model in models.values() if model.is_called(name)]
             if not gone and not freed:
@@ -82,6 +89,7 @@ class Store:
             for model in gone:
                 del models[model.name]
             kept = {model.path for model in models.values()}
+            freed += sum(forget(self._sums(model.id)) for model in gone if model.path not in kept)
             return freed + sum(forget(model.path) for model in gone if not model.in_place and model.path not in kept)
 
     def _remove_partial(self, name: str) -> int:
@@ -93,10 +101,53 @@ class Store:
         freed = 0
         for folder in filter(Path.is_dir, map(self._partial, sources)):
             lock = FileLock(folder / "lock")
-            if _try(lock):
+            if try_lock(lock):
                 freed += sum(forget(path) for path in folder.iterdir() if path.name != "lock")
                 lock.release()
         return freed
+
+    def manifest(self, model: StoredModel, advance: Callable[[int], None]) -> Manifest:
+        """The hash of each tensor of a model: as written down, else computed now and written down. Blocks.
+
+        Raises: ModelFileError, StorageError.
+        """
+        path = self._sums(model.id)
+        known = read_manifest(path)
+        if known is not None and known.size == model.size_bytes and stamp_of(model.path) == model.stamp:
+            return known
+        with self.open(model) as file:
+            known = sum_up(model.path, layout_of(file.tensors, model.size_bytes), advance)
+        write_manifest(path, known)
+        return known
+
+    def adopt(self, copy: PartialCopy, advance: Callable[[int], None]) -> StoredModel:
+        """Make a partial copy that has all parts an ordinary model, once its hash is right. By its filler alone; blocks.
+
+        Raises: ModelFileError if together they are another file: the copy is gone then. StorageError.
+        """
+        about, sha256 = copy.about, sha256_of(copy.path, advance)
+        whole = self._path_of(sha256)
+        try:
+            if _model_id(sha256) != about.id:
+                copy.discard()
+                raise ModelFileError(f"what was put together of {about.name} is another file: its sha256 is {sha256}")
+            write_manifest(self._sums(about.id), about.manifest)
+            model = StoredModel(
+                name=about.name,
+                ref=about.ref,
+                id=about.id,
+                sha256=sha256,
+                path=whole,
+                in_place=False,
+                stamp=_stamp(copy.path),
+                created=about.created,
+            )
+            self._record(model)  # before the file has its name: stopped between the two, this is done again
+            replace_durably(copy.path, whole)
+            copy.discard()
+        except OSError as error:
+            raise storage_error(whole, error) from error
+        return model
 
     async def pull(self, ref: str, progress: Tell = lambda _: None) -> StoredModel:
         """Have a model here: found, or fetched from the first of its sources that works.
@@ -182,10 +233,10 @@ class Store:
     def _path_of(self, sha256: str) -> Path:
         return self._root / f"{_model_id(sha256)}.gguf"
 
+    def _sums(self, model: ModelId) -> Path:
+        return self._root / f"{model}.sums"
+
     def _stored(self, wanted: ModelRef, source: Source, path: Path, sha256: str, *, in_place: bool) -> StoredModel:
-        stamp = stamp_of(path)
-        if stamp is None:
-            raise ModelFileError(f"{path} is gone: something removed it just after it was checked", hint="pull it again")
         return StoredModel(
             name=wanted.name,
             ref=str(source),
@@ -193,7 +244,7 @@ class Store:
             sha256=sha256,
             path=path,
             in_place=in_place,
-            stamp=stamp,
+            stamp=_stamp(path),
             created=int(self._clock.wall()),
         )
 
@@ -206,7 +257,7 @@ class Store:
         """This source's folder, for one pull at a time over all processes; meanwhile the other's bytes are told."""
         folder = self._partial(source)
         lock = FileLock(folder / "lock")
-        while not _try(lock):
+        while not try_lock(lock):
             arrived = sum(map(size_of, folder.iterdir()))
             meter.begin(PullPhase.WAITING, source=source, done=arrived, message="another process pulls it")
             await self._clock.sleep(_LOCK_POLL_S)
@@ -216,17 +267,11 @@ class Store:
             lock.release()
 
 
-def _try(lock: FileLock) -> bool:
-    """Whether the lock is now ours. Raises: StorageError if its file can't be made."""
-    path = Path(lock.lock_file)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        return False
-    except OSError as error:
-        raise storage_error(path, error) from error
-    return True
+def _stamp(path: Path) -> Stamp:
+    stamp = stamp_of(path)
+    if stamp is None:
+        raise ModelFileError(f"{path} is gone: something removed it just after it was checked", hint="pull it again")
+    return stamp
 
 
 def _check(wanted: ModelRef, source: Source, path: Path, sha256: str) -> None:

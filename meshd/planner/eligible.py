@@ -66,6 +66,8 @@ def _reason(problem: PlanInput, profile: PeerProfile) -> str:
         return "the request does not name it"
     if "compute" not in profile.roles:
         return "its role leaves out compute"
+    if profile.draining:
+        return "it is about to leave"
     if not profile.measured:
         return "its rates are not measured yet"
     if problem.resident_only and not profile.usable_holdings:

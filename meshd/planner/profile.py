@@ -1,7 +1,7 @@
 """What the planner knows of one peer: only what was measured."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import msgspec
@@ -19,7 +19,7 @@ class PeerProfile(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     rates: Rates
     memory_free_bytes: int
-    """What meshd may still take there, beside what it holds already."""
+    """What meshd may still take there, beside what it holds already; idle standby copies of other models are in it."""
     threads: int = 1
     roles: tuple[str, ...] = ("compute", "attention", "storage")
     power_w: float | None = None
@@ -30,6 +30,10 @@ class PeerProfile(msgspec.Struct, frozen=True, kw_only=True):
     prefill_factor: float = 1.0
     hypothetical: bool = False
     """A what-if peer: not here, so not measured."""
+    draining: bool = False
+    """About to leave: takes no new work."""
+    stored: bool = False
+    """The model's file lies complete on its disk."""
 
     @property
     def measured(self) -> bool:
@@ -66,21 +70,33 @@ class PeerProfile(msgspec.Struct, frozen=True, kw_only=True):
         return float(sum(layers * seconds for layers, seconds in known) / sum(layers for layers, _ in known))
 
 
+def gives_way(held: Holding) -> bool:
+    """A standby copy that no session uses: it goes when an ordinary load needs its memory."""
+    return held.standby and held.state == USABLE_STATE and held.kv_tokens_free == held.kv_tokens_total
+
+
 def profiles_from_adverts(adverts: Iterable[Advert], model: ModelId) -> tuple[PeerProfile, ...]:
     """Profiles for planning `model`, ordered by name, then id."""
-    profiles = [_profile(advert, model) for advert in adverts]
+    known = list(adverts)
+    kv_bytes = {card.id: card.kv_bytes_per_token_layer() for advert in known for card in advert.models}
+    profiles = [_profile(advert, model, kv_bytes) for advert in known]
     return tuple(sorted(profiles, key=lambda profile: (profile.name, profile.id)))
 
 
-def _profile(advert: Advert, model: ModelId) -> PeerProfile:
+def _profile(advert: Advert, model: ModelId, kv_bytes: Mapping[ModelId, int]) -> PeerProfile:
+    """`kv_bytes`: of one token in one layer."""
     capability = advert.capability
+    yielding = (held for held in advert.holdings if held.model != model and gives_way(held))
     return PeerProfile(
         id=advert.peer,
         name=advert.name,
         rates=capability.rates,
-        memory_free_bytes=capability.memory_free_bytes,
+        memory_free_bytes=capability.memory_free_bytes
+        + sum(held.weight_bytes + held.kv_tokens_total * len(held.layers) * kv_bytes.get(held.model, 0) for held in yielding),
         threads=capability.threads,
         roles=capability.roles,
         power_w=capability.power_w,
         holdings=tuple(held for held in advert.holdings if held.model == model),
+        draining=advert.draining,
+        stored=any(card.id == model for card in advert.models),
     )

@@ -72,6 +72,8 @@ def check_stages(stages: Sequence[StagePlan], problem: PlanInput) -> None:
             raise InvalidRequest(f"stages use {profile.name}, which `peers` leaves out", param="stages")
         if not profile.measured:
             raise NoPeer(f"the rates of {profile.name} are not measured yet", hint="try again in a few seconds")
+        if profile.draining:
+            raise NoPeer(f"{profile.name} is about to leave and takes no new work", hint="name another peer")
     for stage in stages:
         check_shards(stage, problem.card.spec, problem.context)
 

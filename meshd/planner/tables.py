@@ -42,9 +42,15 @@ class Tables:
     @cached_property
     def decode(self) -> Array:
         """Seconds of a stage for one token."""
+        decode: Array = self.decode_anywhere + self.possible
+        return decode
+
+    @cached_property
+    def decode_anywhere(self) -> Array:
+        """Likewise, whether the peer may take the stage or not."""
         card, kv = self.problem.card, self.problem.position * self.problem.kv_token_layer_bytes
         layers = np.stack([cost.layer_decode_s(peer, card) + cost.attention_decode_s(peer, kv) for peer in self.peers])
-        return self._with_head(_spans(layers)) + self.possible
+        return self._with_head(spans(layers))
 
     @cached_property
     def chunk(self) -> Array:
@@ -52,7 +58,7 @@ class Tables:
         tokens, count = cost.chunking(self.problem.prompt_tokens, self.problem.chunk_tokens)
         first = mean_chunk_start(tokens, count)
         layers = np.stack([cost.layer_prefill_s(peer, self.problem.card, tokens, first) for peer in self.peers])
-        return _spans(layers) + self.possible
+        return spans(layers) + self.possible
 
     @cached_property
     def first_chunk(self) -> Array:
@@ -72,20 +78,20 @@ class Tables:
     @cached_property
     def hop(self) -> Array:
         """Seconds of one token's activation between two peers: `[peers, peers]`."""
-        return self._links(self.problem.activation_bytes)
+        return self.links(self.problem.activation_bytes)
 
     @cached_property
     def chunk_hop(self) -> Array:
         """Seconds of a prefill chunk's activations."""
         tokens, _ = cost.chunking(self.problem.prompt_tokens, self.problem.chunk_tokens)
-        return self._links(tokens * self.problem.activation_bytes)
+        return self.links(tokens * self.problem.activation_bytes)
 
     @cached_property
     def back(self) -> Array:
         """Seconds of the token's way from the last stage to the first."""
-        return self._links(cost.TOKEN_MESSAGE_BYTES)
+        return self.links(cost.TOKEN_MESSAGE_BYTES)
 
-    def _links(self, size_bytes: int) -> Array:
+    def links(self, size_bytes: int) -> Array:
         network = self.problem.network
         return np.array([[network.hop_s(one.id, other.id, size_bytes) for other in self.peers] for one in self.peers])
 
@@ -107,7 +113,7 @@ def mean_chunk_start(tokens: int, chunks: float) -> float:
     return tokens * (chunks - 1) / 2
 
 
-def _spans(layers: Array) -> Array:
+def spans(layers: Array) -> Array:
     """Sums over `[a, b)`: `[peers, layers]` to `[peers, cuts, cuts]`; inf where b <= a."""
     peers, count = layers.shape
     total = np.concatenate([np.zeros((peers, 1)), np.cumsum(layers, axis=1)], axis=1)

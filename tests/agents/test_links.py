@@ -26,7 +26,7 @@ def place(request: int, tokens: int = 64) -> Place:
 
 
 def activation(step: int, elements: int) -> Activation:
-    return Activation(session="s", epoch=1, step=step, stage=1, position=step, tokens=1, hidden=elements, dtype="f32", sample=False)
+    return Activation(session="s", epoch=1, step=step, stage=1, tokens=1, hidden=elements, dtype="f32", sample=False)
 
 
 async def test_one_dials_and_both_have_the_link(peers: Peers) -> None:

@@ -8,13 +8,13 @@ from meshd.agents.steps import StepQueue
 
 
 def step(number: int, *, prefill: bool) -> Step:
-    return Step(number, number, 1, False, prefill)
+    return Step(number, 1, False, prefill)
 
 
 def drained(queue: StepQueue) -> list[tuple[int, bool]]:
     taken = []
     while (job := queue.take()) is not None:
-        taken.append((job[1].number, job[1].prefill))
+        taken.append((job[1].position, job[1].prefill))
     return taken
 
 

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from meshd.api.body import decode_body
 from meshd.api.chat_shapes import ChatRequest
 from meshd.api.completion_shapes import CompletionRequest
+from meshd.api.response_request import ResponseRequest
 from meshd.clock import SystemClock
 from meshd.errors import InvalidRequest
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
 COMPLETION = {"model": "m", "prompt": "x"}
+RESPONSE = {"model": "m", "input": "x"}
 json_values = st.one_of(
     st.none(),
     st.booleans(),
@@ -26,7 +28,7 @@ json_values = st.one_of(
 )
 
 
-def wrong_field(body: dict[str, Any], shape: type[ChatRequest] | type[CompletionRequest]) -> str | None:
+def wrong_field(body: dict[str, Any], shape: type[ChatRequest] | type[CompletionRequest] | type[ResponseRequest]) -> str | None:
     """The field that an error names; "" if the body is fine."""
     try:
         decode_body(msgspec.json.encode(body), shape).wanted(SystemClock())
@@ -51,6 +53,13 @@ def test_any_value_of_a_field_of_a_chat(field: str, value: object) -> None:
 @given(field=st.sampled_from(CompletionRequest.__struct_fields__), value=json_values)
 def test_any_value_of_a_field_of_a_completion(field: str, value: object) -> None:
     named = wrong_field(COMPLETION | {field: value}, CompletionRequest)
+    assert named is not None
+    assert named == "" or named.startswith(field)
+
+
+@given(field=st.sampled_from(ResponseRequest.__struct_fields__), value=json_values)
+def test_any_value_of_a_field_of_a_response(field: str, value: object) -> None:
+    named = wrong_field(RESPONSE | {field: value}, ResponseRequest)
     assert named is not None
     assert named == "" or named.startswith(field)
 

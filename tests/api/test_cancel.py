@@ -21,15 +21,16 @@ async def post(server: Server, path: str, body: dict[str, Any]) -> asyncio.Strea
     return writer
 
 
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("reset", [False, True], ids=["fin", "reset"])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("model", ["prefills", "endless"])
 async def test_an_answer_ends_when_its_client_closes(
-    server: Server, coordinator: Any, telemetry: Any, model: str, stream: bool, reset: bool
+    server: Server, coordinator: Any, telemetry: Any, model: str, stream: bool, reset: bool, count: int
 ) -> None:
-    body = CHAT | {"model": model, "stream": stream, "n": 2, "max_tokens": 4000}
+    body = CHAT | {"model": model, "stream": stream, "n": count, "max_tokens": 4000}
     writer = await post(server, "/v1/chat/completions", body)
-    await coordinator.until(lambda c: c.running == 2)
+    await coordinator.until(lambda c: c.running == count)
     if reset:
         linger_none = struct.pack("ii", 1, 0)
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_none)

@@ -5,6 +5,9 @@ from typing import Any
 import aiohttp
 import pytest
 
+SESSION = "5e" * 16
+"""That the mesh of these tests runs."""
+
 
 @pytest.mark.parametrize("name", ["peers", "links", "models", "plans", "sessions"])
 async def test_listings(http: aiohttp.ClientSession, name: str) -> None:
@@ -67,3 +70,41 @@ async def test_unplace(http: aiohttp.ClientSession) -> None:
 async def test_probe_links(http: aiohttp.ClientSession) -> None:
     async with http.post("/mesh/v1/links/probe") as response:
         assert await response.json() == {"object": "list", "data": [{"peer": "q" * 52, "rtt_s": 0.001}]}
+
+
+async def test_drain(http: aiohttp.ClientSession) -> None:
+    async with http.post("/mesh/v1/drain", json={"peer": "there"}) as response:
+        assert await response.json() == {"peer": "q" * 52, "name": "there", "sessions_left": 0}
+    async with http.post("/mesh/v1/drain", json={"peer": "there", "timeout_s": 0.5}) as response:
+        assert (await response.json())["sessions_left"] == 2
+    async with http.post("/mesh/v1/drain", json={"peer": "there", "timeout_s": 0.5, "undo": True}) as response:
+        assert (await response.json())["sessions_left"] == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [({"peer": "nobody"}, 503, None), ({}, 400, "peer"), ({"peer": "there", "timeout_s": -1}, 400, "timeout_s")],
+)
+async def test_drain_is_refused(http: aiohttp.ClientSession, body: dict[str, Any], status: int, param: str | None) -> None:
+    async with http.post("/mesh/v1/drain", json=body) as response:
+        assert response.status == status
+        assert (await response.json())["error"]["param"] == param
+
+
+async def test_migrate(http: aiohttp.ClientSession) -> None:
+    async with http.post("/mesh/v1/migrate", json={"session": SESSION, "target": "there", "source": "attic"}) as response:
+        assert await response.json() == {"session": SESSION, "plan": "attic:0-1,there:1-2", "pause_ms": 1.5}
+    async with http.post("/mesh/v1/migrate", json={"session": "0" * 32, "target": "there"}) as response:
+        assert response.status == 404
+        assert (await response.json())["error"]["code"] == "session_not_found"
+    async with http.post("/mesh/v1/migrate", json={"session": SESSION, "target": "there", "source": "there"}) as response:
+        assert response.status == 400
+        assert (await response.json())["error"]["param"] == "source"
+
+
+async def test_story(http: aiohttp.ClientSession) -> None:
+    async with http.get(f"/mesh/v1/sessions/{SESSION}/story") as response:
+        body = await response.json()
+    assert body["data"] == [{"at_s": 0.0, "peer": "p" * 52, "name": "here", "what": "planned", "epoch": 1}]
+    async with http.get(f"/mesh/v1/sessions/{'0' * 32}/story") as response:
+        assert response.status == 404

@@ -37,3 +37,16 @@ async def test_it_knows_what_a_chat_takes(document: dict[str, Any]) -> None:
     content = document["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]
     assert content["application/json"]["schema"]["$ref"].endswith("/ChatCompletion")
     assert content["text/event-stream"]["schema"]["$ref"].endswith("/ChatCompletionChunk")
+
+
+async def test_it_knows_how_an_answer_is_read_again(document: dict[str, Any]) -> None:
+    operation = document["paths"]["/v1/responses/{id}"]["get"]
+    assert {(one["name"], one["in"]) for one in operation["parameters"]} == {
+        ("id", "path"), ("stream", "query"), ("starting_after", "query"), ("include", "query"), ("include_obfuscation", "query"),
+    }  # fmt: skip
+    content = operation["responses"]["200"]["content"]
+    assert [one["$ref"].rpartition("/")[2] for one in content["application/json"]["schema"]["anyOf"]] == [
+        "Response", "ChatCompletion", "Completion",
+    ]  # fmt: skip
+    events = document["paths"]["/v1/responses"]["post"]["responses"]["200"]["content"]["text/event-stream"]["schema"]
+    assert "response.output_text.delta" in events["discriminator"]["mapping"]

@@ -21,13 +21,14 @@ async def test_a_chat_stream_byte_for_byte(http: aiohttp.ClientSession) -> None:
         text = await response.text()
     events = text.split("\n\n")
     assert re.fullmatch(
-        r'data: {"id":"chatcmpl-[0-9a-f]{32}","created":\d{10},"model":"words","system_fingerprint":"fp_[0-9a-f]{10}",'
+        r'id: 0\ndata: {"id":"chatcmpl-[0-9a-f]{32}","created":\d{10},"model":"words","system_fingerprint":"fp_[0-9a-f]{10}",'
         r'"object":"chat.completion.chunk","choices":\[{"index":0,"delta":{"role":"assistant","content":"","refusal":null},'
         r'"logprobs":null,"finish_reason":null}\],"service_tier":"default"}',
         events[0],
     )
-    assert '"delta":{"content":" answers"},"logprobs":null,"finish_reason":null' in events[1]
+    assert '"delta":{"content":" große"},"logprobs":null,"finish_reason":null' in events[1]
     assert '"delta":{},"logprobs":null,"finish_reason":"length"' in events[2]
+    assert [event.split("\n")[0] for event in events[:3]] == ["id: 0", "id: 1", "id: 2"]
     assert events[3:] == ["data: [DONE]", ""]
 
 
@@ -77,9 +78,9 @@ class TestKeepAlive:
 
     async def test_comments_come_while_the_prompt_is_read(self, http: aiohttp.ClientSession) -> None:
         async with http.post("/v1/chat/completions", json=CHAT | {"model": "prefills"}) as response:
-            lines = [await response.content.readline() for _ in range(6)]
-        assert lines[0].startswith(b"data: ")
-        assert lines[2:6] == [b": keep-alive\n", b"\n"] * 2
+            lines = [await response.content.readline() for _ in range(7)]
+        assert lines[1].startswith(b"data: ")
+        assert lines[3:7] == [b": keep-alive\n", b"\n"] * 2
 
 
 class TestSlowReader:

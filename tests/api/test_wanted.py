@@ -9,6 +9,7 @@ from meshd.agents.service import ChatMessage, GenerationRequest, MeshOptions
 from meshd.api.body import decode_body
 from meshd.api.chat_shapes import ChatRequest
 from meshd.api.completion_shapes import CompletionRequest
+from meshd.api.response_request import LOGPROBS, ResponseRequest
 from meshd.clock import SystemClock
 from meshd.types import Objective, SamplingParams
 
@@ -28,6 +29,12 @@ def completion(**fields: Any) -> list[GenerationRequest]:
     return decode_body(msgspec.json.encode(body), CompletionRequest).wanted(FixedClock())
 
 
+def response(**fields: Any) -> GenerationRequest:
+    body = {"model": "m", "input": "hello"} | fields
+    [one] = decode_body(msgspec.json.encode(body), ResponseRequest).wanted(FixedClock())
+    return one
+
+
 def test_defaults_are_openais() -> None:
     [one] = chat()
     assert one == GenerationRequest(
@@ -36,6 +43,7 @@ def test_defaults_are_openais() -> None:
     [one] = completion()
     assert one.prompt == "hello"
     assert one.max_tokens == 16
+    assert response() == chat()[0]
 
 
 def test_everything_is_passed_on() -> None:
@@ -45,9 +53,9 @@ def test_everything_is_passed_on() -> None:
     }  # fmt: skip
     mesh = {"stages": "a:0-1", "peers": ["a"], "min_peers": 1, "objective": "memory", "context": 128}
     logprobs = {"logprobs": True, "top_logprobs": 2}
-    [one] = chat(
-        **sampling, **logprobs, logit_bias={"5": -100}, stop="end", max_completion_tokens=9, ignore_eos=True, mesh=mesh
-    )
+    fields = sampling | {"logit_bias": {"5": -100}, "stop": "end", "ignore_eos": True, "mesh": mesh}
+    [one] = chat(**fields, **logprobs, max_completion_tokens=9)
+    assert response(**fields, include=[LOGPROBS], top_logprobs=2, max_output_tokens=9) == one
     assert one.sampling == SamplingParams(**sampling, logit_bias={5: -100.0}, logprobs=2)
     assert (one.max_tokens, one.stop, one.ignore_eos) == (9, ("end",), True)
     assert one.mesh == MeshOptions(stages="a:0-1", peers=("a",), min_peers=1, objective=Objective.MEMORY, context=128)
@@ -58,6 +66,22 @@ def test_content_parts_are_joined_and_a_developer_is_the_system() -> None:
     messages = [{"role": "developer", "content": parts, "name": "x"}, {"role": "assistant", "content": "c", "refusal": None}]
     [one] = chat(messages=messages)
     assert one.prompt == (ChatMessage(role="system", content="a b", name="x"), ChatMessage(role="assistant", content="c"))
+
+
+def test_the_input_of_a_response_is_a_chat() -> None:
+    parts = [{"type": "input_text", "text": "a "}, {"type": "input_text", "text": "b"}]
+    answer = {"type": "message", "id": "msg_1", "status": "completed", "role": "assistant",
+              "content": [{"type": "output_text", "text": "c", "annotations": [], "logprobs": []}]}  # fmt: skip
+    one = response(instructions="d", input=[{"role": "developer", "content": parts}, answer, {"role": "user", "content": "e"}])
+    assert one.prompt == tuple(
+        ChatMessage(role=role, content=content)
+        for role, content in (("system", "d"), ("system", "a b"), ("assistant", "c"), ("user", "e"))
+    )
+
+
+def test_the_logprobs_of_a_response() -> None:
+    assert response(include=[LOGPROBS]).sampling.logprobs == 0
+    assert response(include=[], top_logprobs=0).sampling.logprobs is None
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,6 @@ def _activation(step: int, payload_bytes: int) -> Activation:
         epoch=1,
         step=step,
         stage=1,
-        position=step,
         tokens=1,
         hidden=payload_bytes // 4,
         dtype="f32",

@@ -88,7 +88,10 @@ def test_debug_adds_the_traceback(meshd: Meshd, monkeypatch: pytest.MonkeyPatch)
     assert "Traceback" in meshd("status", "--api", "http://127.0.0.1:1").stderr
 
 
-@pytest.mark.parametrize("words", [("status",), ("config",), ("run", "m", "hello"), ("--help",), ("plan", "m"), ("up", "--help")])
+@pytest.mark.parametrize(
+    "words",
+    [("status",), ("config",), ("run", "m", "hello"), ("--help",), ("plan", "m"), ("up", "--help"), ("debug", "story", "s")],
+)
 def test_a_client_starts_without_the_heavy_libraries(tmp_path: Path, words: tuple[str, ...]) -> None:
     code = (
         "import sys, meshd.cli\n"

@@ -90,6 +90,25 @@ def test_status_says_who_holds_what_and_why_one_is_left_out(meshd: Meshd, api: A
     assert any("decoding" in line and "coordinator" in line for line in lines)
 
 
+def test_status_shows_who_leaves_what_is_in_reserve_and_what_was_recovered(status: dict[str, Any]) -> None:
+    held = [_holding("0-12"), _holding("12-20") | {"standby": True}, _holding("20-30", "loading", 0.5) | {"standby": True}]
+    status["peers"][1] |= {"draining": True, "holdings": held}
+    changes = [("replay", 310.0), ("mirror", 120.0), ("kept", 2.5), ("prefill", 2100.0)]
+    status["sessions"][0] |= {
+        "recoveries": [{"epoch": 2, "method": method, "pause_ms": pause_ms, "reason": "x"} for method, pause_ms in changes],
+        "method": "prefill",
+        "mirrors": [{"stage": 1, "peer": "c", "name": "cedar", "held": 96}],
+    }
+    status["sessions"].append({"id": "2", "role": "stage 1", "model": "m", "state": "active", "tokens": 1, "plan": "0-12"})
+    lines = render(status).splitlines()
+    birch = next(line for line in lines if line.startswith("birch "))
+    assert "alive, draining" in birch
+    assert birch.endswith("smollm2:135m 0-12, smollm2:135m 12-20 (standby), smollm2:135m 20-30 (loading 50 %)")
+    own, other = lines[-2:]
+    assert own.endswith("ash:0-12  stage 1 at cedar  1 more, mirror 120 ms, kept 2.5 ms, prefill 2.1 s")
+    assert other.split()[-2:] == ["-", "-"]
+
+
 def test_a_lone_peer_shows_no_empty_tables(status: dict[str, Any]) -> None:
     text = render({**status, "peers": status["peers"][:1], "links": [], "sessions": []})
     assert "ROUND TRIP" not in text

@@ -154,6 +154,69 @@ def test_positions_and_layers_outside_are_refused() -> None:
         pool.read(4, table, 1)
 
 
+def filled(pool: KVPool, table: BlockTable, tokens: int) -> None:
+    for layer in LAYERS:
+        pool.write(layer, table, 0, rows(tokens, layer), -rows(tokens, layer))
+
+
+def scattered(pool: KVPool, tokens: int) -> BlockTable:
+    held = [pool.allocate(BLOCK_TOKENS) for _ in range(BLOCKS)]
+    for table in held[::2]:
+        pool.free(table)
+    return pool.allocate(tokens)
+
+
+@pytest.mark.parametrize("part", [LAYERS, LayerRange(3, 4)])
+@pytest.mark.parametrize(("start", "end"), [(0, 20), (3, 9), (7, 8)])
+def test_a_copy_in_another_pool_reads_alike(part: LayerRange, start: int, end: int) -> None:
+    pool, other = make_pool(), KVPool(tiny_spec(), part, BLOCKS, BLOCK_TOKENS)
+    table, copy = scattered(pool, 20), other.allocate(20)
+    filled(pool, table, 20)
+    values = pool.copy_out(part, table, start, end)
+    assert values.shape == (len(part), 2, end - start, 2, 32)
+    assert values.nbytes == (end - start) * len(part) * pool.layer_bytes
+    other.copy_in(part, copy, start, values.data.cast("B"))
+    for layer in part:
+        for there, here in zip(pool.read(layer, table, 20), other.read(layer, copy, 20), strict=True):
+            assert np.array_equal(there[start:end], here[start:end])
+            assert not here[:start].any()
+            assert not here[end:].any()
+
+
+def test_a_copy_out_does_not_change_with_the_pool() -> None:
+    pool = make_pool()
+    table = pool.allocate(4)
+    filled(pool, table, 4)
+    values = pool.copy_out(LAYERS, table, 0, 2)
+    before = values.copy()
+    pool.write(2, table, 0, rows(4, 99), rows(4, 99))
+    assert np.array_equal(values, before)
+
+
+def test_a_copy_that_does_not_fit_is_refused_and_changes_nothing() -> None:
+    pool = make_pool()
+    table = pool.allocate(8)
+    filled(pool, table, 8)
+    size = len(LAYERS) * pool.layer_bytes
+    nan = np.full(size, np.nan, "<f4").data.cast("B")[:size]
+    for layers, start, values, told in (
+        (LAYERS, 0, memoryview(bytes(size - 4)), "no whole tokens"),
+        (LAYERS, 0, memoryview(b""), "no whole tokens"),
+        (LAYERS, 7, memoryview(bytes(2 * size)), "room for 8 tokens"),
+        (LAYERS, -1, memoryview(bytes(size)), "room for 8 tokens"),
+        (LayerRange(2, 2), 0, memoryview(bytes(size)), "no whole tokens"),
+        (LayerRange(1, 3), 0, memoryview(bytes(size)), "no KV here"),
+        (LAYERS, 0, nan, "not finite"),
+    ):
+        with pytest.raises(LocalFault, match=told):
+            pool.copy_in(layers, table, start, values)
+    for layers, start, end in ((LAYERS, 5, 9), (LAYERS, -1, 3), (LAYERS, 4, 4), (LayerRange(3, 5), 0, 1)):
+        with pytest.raises(LocalFault):
+            pool.copy_out(layers, table, start, end)
+    for layer in LAYERS:
+        assert np.array_equal(pool.read(layer, table, 8)[0], rows(8, layer))
+
+
 def test_bytes_are_two_per_value_of_k_and_v() -> None:
     assert make_pool().bytes == BLOCKS * BLOCK_TOKENS * 2 * 2 * 2 * 32 * 4
 

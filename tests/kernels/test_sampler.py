@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshd.errors import InvalidRequest, LocalFault
-from meshd.kernels.sampler import Sampler, uniform
+from meshd.kernels.sampler import Sampler, needs_known, uniform
 from meshd.types import SamplingParams
 
 LOGITS = np.array([1.0, 3.0, 2.0, 3.0, -1.0, 0.5], np.float32)
@@ -114,16 +114,38 @@ def test_presence_and_frequency_count_the_answer_only() -> None:
 
 
 def test_repetition_counts_prompt_and_answer_once() -> None:
-    sampler = Sampler(SamplingParams(temperature=0, repetition_penalty=2.0))
-    assert sampler.needs_prompt
-    sampler.observe_prompt([1, 1])
-    sampler.observe_prompt([4])
+    sampler = Sampler(SamplingParams(temperature=0, repetition_penalty=2.0), prompt_ids=[1, 1, 4])
     assert sampler.pick(LOGITS, 0)[0] == 3
     sampler.accept(3)
     assert sampler.pick(LOGITS, 1)[0] == 2
     negative = Sampler(SamplingParams(temperature=0, repetition_penalty=2.0), prompt_ids=[0])
     assert negative.pick(np.array([-1.0, -1.5], np.float32), 0)[0] == 1
-    assert not Sampler(SamplingParams()).needs_prompt
+
+
+def test_an_answer_that_is_there_counts_as_if_it_had_been_picked() -> None:
+    params = SamplingParams(temperature=0, presence_penalty=0.4, frequency_penalty=0.7, repetition_penalty=1.5)
+    one = Sampler(params, prompt_ids=[2])
+    picks = []
+    for position in range(6):
+        picks.append(one.pick(LOGITS, position)[0])
+        one.accept(picks[-1])
+    for there in range(6):
+        other = Sampler(params, prompt_ids=[2], answer_ids=picks[:there])
+        assert other.pick(LOGITS, there)[0] == picks[there]
+
+
+@pytest.mark.parametrize(
+    ("params", "answered", "needed"),
+    [
+        ({}, 9, False),
+        ({"repetition_penalty": 1.1}, 0, True),
+        ({"presence_penalty": 1.0}, 0, False),
+        ({"presence_penalty": 1.0}, 1, True),
+        ({"frequency_penalty": -1.0}, 1, True),
+    ],
+)
+def test_known_tokens_are_needed_where_a_penalty_looks_back(params: dict[str, float], answered: int, needed: bool) -> None:
+    assert needs_known(SamplingParams(**params), answered) is needed
 
 
 def test_bias_is_added() -> None:

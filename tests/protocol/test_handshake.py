@@ -8,7 +8,7 @@ import pytest
 from meshd.errors import PeerLost, PeerRefused, ProtocolViolation
 from meshd.protocol.framing import Limits
 from meshd.protocol.handshake import Present, Verdict, check_answer, check_hello, choose_link
-from meshd.protocol.messages import Error, Goodbye, Heartbeat, Hello
+from meshd.protocol.messages import PROTOCOL_VERSION, Error, Goodbye, Heartbeat, Hello
 from meshd.types import PeerId
 
 SMALL, LARGE = PeerId("a" * 52), PeerId("b" * 52)
@@ -16,7 +16,7 @@ SMALL, LARGE = PeerId("a" * 52), PeerId("b" * 52)
 
 def hello(**changes: Any) -> Hello:
     greeting = Hello(
-        version=(1, 0),
+        version=PROTOCOL_VERSION,
         features=("f32",),
         software="meshd/0",
         peer=SMALL,
@@ -38,9 +38,11 @@ def test_peers_agree_on_what_both_have() -> None:
 
 
 def test_a_higher_minor_version_is_welcome_and_another_major_is_not() -> None:
-    check_hello(hello(version=(1, 9)), SMALL)
-    with pytest.raises(PeerRefused, match=r"2\.0"):
-        check_hello(hello(version=(2, 0)), SMALL)
+    major, _ = PROTOCOL_VERSION
+    check_hello(hello(version=(major, 9)), SMALL)
+    for other in (major - 1, major + 1):
+        with pytest.raises(PeerRefused, match=rf"{other}\.0"):
+            check_hello(hello(version=(other, 0)), SMALL)
 
 
 @pytest.mark.parametrize(

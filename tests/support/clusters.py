@@ -7,7 +7,7 @@ from typing import Any
 from meshd.planner.network import Network
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import PeerProfile
-from meshd.types import Holding, LayerRange, LinkStats, ModelCard, ModelId, ModelSpec, PeerId, Rates
+from meshd.types import Advert, Capability, Holding, LayerRange, LinkStats, ModelCard, ModelId, ModelSpec, PeerId, Rates
 
 MODEL = ModelId("5a" * 16)
 
@@ -55,6 +55,7 @@ def make_peer(
     overhead_s: float = 20e-6,
     holdings: tuple[Holding, ...] = (),
     roles: tuple[str, ...] = ("compute", "attention", "storage"),
+    draining: bool = False,
 ) -> PeerProfile:
     rates = Rates(
         decode_bytes_s=decode_gb_s * 1e9,
@@ -72,17 +73,28 @@ def make_peer(
         power_w=power_w,
         holdings=holdings,
         roles=roles,
+        draining=draining,
     )
 
 
-def make_holding(start: int, end: int, *, kv_tokens: int = 4096, state: str = "active", **measured: float) -> Holding:
+def make_holding(
+    start: int,
+    end: int,
+    *,
+    kv_tokens: int = 4096,
+    free: int | None = None,
+    state: str = "active",
+    standby: bool = False,
+    **measured: float,
+) -> Holding:
     return Holding(
         model=MODEL,
         layers=LayerRange(start, end),
         state=state,
         weight_bytes=(end - start) * 2_212_000,
         kv_tokens_total=kv_tokens,
-        kv_tokens_free=kv_tokens,
+        kv_tokens_free=kv_tokens if free is None else free,
+        standby=standby,
         **measured,
     )
 
@@ -103,6 +115,45 @@ def make_problem(
         context=context,
         **fields,
     )
+
+
+def make_advert(
+    peer: PeerProfile,
+    others: Sequence[PeerProfile] = (),
+    *,
+    stored: bool = True,
+    card: ModelCard | None = None,
+    hop_s: float = 100e-6,
+    bandwidth: float = 1.25e8,
+) -> Advert:
+    """What this peer would advertise, with its links to the others."""
+    stats = LinkStats(rtt_s=2 * hop_s, bandwidth_bytes_s=bandwidth, hop_s=hop_s)
+    return Advert(
+        peer=peer.id,
+        name=peer.name,
+        incarnation=1,
+        revision=1,
+        version="0",
+        capability=Capability(
+            backend="none",
+            processor="none",
+            threads=peer.threads,
+            memory_total_bytes=8 << 30,
+            memory_free_bytes=peer.memory_free_bytes,
+            rates=peer.rates,
+            roles=peer.roles,
+            power_w=peer.power_w,
+        ),
+        holdings=peer.holdings,
+        models=(card or make_card(),) if stored else (),
+        links={other.id: stats for other in others if other.id != peer.id},
+        draining=peer.draining,
+    )
+
+
+def make_adverts(*peers: PeerProfile, **fields: Any) -> list[Advert]:
+    """Of peers that are all linked alike."""
+    return [make_advert(peer, peers, **fields) for peer in peers]
 
 
 def random_links(rng: random.Random, peers: Sequence[PeerProfile], *, measured: float = 1.0) -> Network:

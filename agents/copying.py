@@ -1,0 +1,249 @@
+"""A copy of a stage's KV on another peer, as the stage's peer sees it: a pure state machine, events in and commands out.
+
+KV only grows at its end, so a copy is a number: the positions that the target holds. Pieces are sent in order, a few of them
+unacknowledged, and again from where the target stands if it did not take them.
+
+    OFFERED --Accepted--> BEHIND --Stored near the end--> LEVEL --Grown by a block--> BEHIND
+    any --Failed, Stopped--> ENDED
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+_UNACKNOWLEDGED = 2
+"""Pieces on the way: one is written while the next one travels."""
+_EAGER_LAG = 4
+"""Positions that an eager copy may lack to count as level: what one step more would compute again."""
+_MOST_REFUSED = 3
+_PATIENCE_TICKS = 20
+"""Ticks without an acknowledgement after which the target counts as lost."""
+
+
+class State(Enum):
+    """How far the copy is."""
+
+    OFFERED = "offered"
+    BEHIND = "behind"
+    LEVEL = "level"
+    ENDED = "ended"
+
+
+class IllegalTransition(RuntimeError):
+    """A bug of ours: this event can't come in this state."""
+
+
+# Events
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The target has room, and holds this much already."""
+
+    held: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """The stage has KV of so many positions now."""
+
+    filled: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The target took a piece (or not): it holds this much now."""
+
+    held: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hurried:
+    """The copy is wanted level with each token, or by the block again."""
+
+    eager: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked:
+    """Some time has passed: twice a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """Not wanted any more, or the stage has ended."""
+
+
+Event = Accepted | Grown | Stored | Hurried | Ticked | Failed | Stopped
+
+# Commands
+
+
+@dataclass(frozen=True, slots=True)
+class SendPiece:
+    """Send KV of positions `[position, position + tokens)`."""
+
+    position: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Tell the coordinator how far the copy is, or why it can't go on."""
+
+    held: int
+    filled: int
+    error: str = ""
+
+
+Command = SendPiece | Report
+
+
+@dataclass(slots=True)
+class Copying:
+    """State of one copy. Only `handle` changes it."""
+
+    filled: int
+    piece_tokens: int
+    """As many as a piece may carry."""
+    block_tokens: int
+    eager: bool = False
+    state: State = State.OFFERED
+    held: int = 0
+    sent: int = 0
+    on_the_way: int = 0
+    flushing: bool = False
+    """Everything that is there is to be sent, less than a block too."""
+    quiet_ticks: int = 0
+    refused: int = 0
+    """Pieces that the target did not take, one after another."""
+
+    def handle(self, event: Event) -> list[Command]:
+        """Apply one event. Raises: IllegalTransition, with nothing changed."""
+        transition = TRANSITIONS.get((self.state, type(event)))
+        if transition is None:
+            raise IllegalTransition(f"{type(event).__name__} in state {self.state.value}")
+        return transition(self, event)
+
+    def validate(self) -> None:
+        """Invariants that hold between events; tests call it after each."""
+        if not 0 <= self.on_the_way <= _UNACKNOWLEDGED:
+            raise AssertionError("too many pieces on the way")
+        if self.state in (State.BEHIND, State.LEVEL) and not self.held <= self.sent <= self.filled:
+            raise AssertionError("more is held than was sent, or sent than is there")
+        if self.state is State.BEHIND and not (self.on_the_way or self.lag < self.block_tokens):
+            raise AssertionError("nothing is on the way, though the copy is behind")
+        if self.state is State.LEVEL and self.lag >= self.block_tokens:
+            raise AssertionError("the copy is behind unnoticed")
+
+    @property
+    def lag(self) -> int:
+        return self.filled - self.held
+
+    def _pump(self) -> list[Command]:
+        if self.filled - self.sent >= (1 if self.eager else self.block_tokens):
+            self.flushing = True
+        commands: list[Command] = []
+        while self.flushing and self.sent < self.filled and self.on_the_way < _UNACKNOWLEDGED:
+            tokens = min(self.piece_tokens, self.filled - self.sent)
+            commands.append(SendPiece(self.sent, tokens))
+            self.sent += tokens
+            self.on_the_way += 1
+        if self.sent == self.filled:
+            self.flushing = False
+        return commands
+
+    def _look(self) -> list[Command]:
+        """Whether the copy has caught up, or has fallen behind."""
+        if self.state is State.BEHIND and self.lag < (_EAGER_LAG if self.eager else self.block_tokens):
+            self.state = State.LEVEL
+            return [Report(self.held, self.filled)]
+        if self.state is State.LEVEL and self.lag >= self.block_tokens:
+            self.state = State.BEHIND
+        return []
+
+
+def _accepted(copy: Copying, event: Accepted) -> list[Command]:
+    copy.state = State.BEHIND
+    copy.held = copy.sent = max(0, min(event.held, copy.filled))
+    copy.flushing = True
+    copy.quiet_ticks = 0
+    return [*copy._look(), *copy._pump()]
+
+
+def _grown_before(copy: Copying, event: Grown) -> list[Command]:
+    copy.filled = event.filled
+    return []
+
+
+def _grown(copy: Copying, event: Grown) -> list[Command]:
+    copy.filled = event.filled
+    if not copy.on_the_way:
+        copy.quiet_ticks = 0
+    return [*copy._look(), *copy._pump()]
+
+
+def _stored(copy: Copying, event: Stored) -> list[Command]:
+    copy.on_the_way = max(0, copy.on_the_way - 1)
+    if event.held > copy.held:
+        copy.quiet_ticks = copy.refused = 0
+    copy.held = max(0, min(event.held, copy.sent))
+    if not copy.on_the_way and copy.held < copy.sent:
+        copy.sent, copy.flushing = copy.held, True  # a piece was not taken: again from there
+        copy.refused += 1
+        if copy.refused > _MOST_REFUSED:
+            return _failed(copy, Failed("the target takes nothing"))
+    return [*copy._look(), *copy._pump()]
+
+
+def _hurried(copy: Copying, event: Hurried) -> list[Command]:
+    copy.eager = event.eager
+    if copy.state is State.OFFERED:
+        return []
+    copy.state = State.BEHIND  # whoever asks is told when it is level by the new measure
+    return [*copy._look(), *copy._pump()]
+
+
+def _ticked(copy: Copying, event: Ticked) -> list[Command]:
+    if copy.on_the_way or copy.state is State.OFFERED:
+        copy.quiet_ticks += 1
+        if copy.quiet_ticks > _PATIENCE_TICKS:
+            return _failed(copy, Failed("the target takes nothing"))
+    return [Report(copy.held, copy.filled)] if copy.state is State.BEHIND else []
+
+
+def _failed(copy: Copying, event: Failed) -> list[Command]:
+    copy.state = State.ENDED
+    return [Report(copy.held, copy.filled, event.reason)]
+
+
+def _stopped(copy: Copying, event: Stopped) -> list[Command]:
+    copy.state = State.ENDED
+    return []
+
+
+def _ignore(copy: Copying, event: Event) -> list[Command]:
+    return []
+
+
+TRANSITIONS: dict[tuple[State, type[Any]], Callable[[Copying, Any], list[Command]]] = {
+    (State.OFFERED, Accepted): _accepted,
+    (State.OFFERED, Grown): _grown_before,
+    (State.OFFERED, Stored): _ignore,  # of a copy before this one
+}
+for _state in (State.BEHIND, State.LEVEL):
+    TRANSITIONS[_state, Grown] = _grown
+    TRANSITIONS[_state, Stored] = _stored
+for _state in (State.OFFERED, State.BEHIND, State.LEVEL):
+    TRANSITIONS[_state, Hurried] = _hurried
+    TRANSITIONS[_state, Ticked] = _ticked
+    TRANSITIONS[_state, Failed] = _failed
+    TRANSITIONS[_state, Stopped] = _stopped
+for _event in (Accepted, Grown, Stored, Hurried, Ticked, Failed, Stopped):
+    TRANSITIONS[State.ENDED, _event] = _ignore

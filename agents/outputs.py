@@ -1,0 +1,109 @@
+"""What stages sent on, kept for as long as there is room: a stage that takes the next one's place computes on it again."""
+
+from bisect import bisect_left, bisect_right
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from meshd.errors import LocalFault
+
+F32 = npt.NDArray[np.float32]
+
+_PART_BYTES = 160
+"""What keeping one more array costs beside its values."""
+_TRIM_SHARE = 8
+"""A log that fills the room alone loses this part of it at once, not a step at a time."""
+
+
+@dataclass(slots=True, eq=False)
+class OutputLog:
+    """One session's outputs of one stage: positions `[kept_from, kept_to)`, in the arrays that were computed."""
+
+    kept_to: int = 0
+    pinned: bool = False
+    """It was offered to the coordinator: it stays until it has been sent or is not wanted."""
+    starts: list[int] = field(default_factory=list)
+    parts: list[F32] = field(default_factory=list)
+
+    @property
+    def kept_from(self) -> int:
+        return self.starts[0] if self.starts else self.kept_to
+
+    def rows(self, start: int, end: int) -> F32:
+        """Outputs of `[start, end)`. Raises: LocalFault if they are not all kept."""
+        if not self.kept_from <= start < end <= self.kept_to:
+            raise LocalFault(f"outputs {self.kept_from} to {self.kept_to} are kept, not those from {start} to {end}")
+        first = bisect_right(self.starts, start) - 1
+        chosen: list[F32] = []
+        for place in range(first, bisect_left(self.starts, end)):
+            at = self.starts[place]
+            chosen.append(self.parts[place][max(0, start - at) : end - at])
+        return chosen[0] if len(chosen) == 1 else np.concatenate(chosen)
+
+
+@dataclass(slots=True)
+class Outputs:
+    """All logs of this peer, in a budget of bytes. When it is full, the log that was not used for longest goes first."""
+
+    limit_bytes: int
+    used_bytes: int = 0
+    _logs: "OrderedDict[int, OutputLog]" = field(default_factory=OrderedDict)
+
+    def open(self) -> OutputLog:
+        """A new log, empty."""
+        log = OutputLog()
+        self._logs[id(log)] = log
+        return log
+
+    def append(self, log: OutputLog, position: int, hidden: F32) -> None:
+        """Keep the outputs of a step, without a copy: they must not change. What would leave a gap begins the log anew."""
+        if position != log.kept_to:
+            self._clear(log)
+            log.kept_to = position
+        log.starts.append(position)
+        log.parts.append(hidden)
+        log.kept_to = position + len(hidden)
+        self.used_bytes += _size(hidden)
+        self._logs.move_to_end(id(log))
+        if self.used_bytes > self.limit_bytes:
+            self._make_room(log)
+
+    def cut(self, log: OutputLog, end: int) -> None:
+        """Forget what was kept from `end` on."""
+        while log.parts and log.starts[-1] >= end:
+            self.used_bytes -= _size(log.parts.pop())
+            log.starts.pop()
+        if log.parts and log.kept_to > end:
+            last = log.parts[-1]
+            log.parts[-1] = last[: end - log.starts[-1]].copy()  # a view would hold all of it
+            self.used_bytes -= last.nbytes - log.parts[-1].nbytes
+        log.kept_to = min(log.kept_to, end)
+
+    def drop(self, log: OutputLog) -> None:
+        """Forget a log. Idempotent."""
+        if self._logs.pop(id(log), None) is not None:
+            self._clear(log)
+
+    def _make_room(self, newest: OutputLog) -> None:
+        for log in list(self._logs.values()):
+            if self.used_bytes <= self.limit_bytes:
+                return
+            if log is not newest and not log.pinned:
+                self._clear(log)
+        goal = self.limit_bytes - self.limit_bytes // _TRIM_SHARE
+        count = 0
+        while self.used_bytes > goal and count < len(newest.parts):
+            self.used_bytes -= _size(newest.parts[count])
+            count += 1
+        del newest.parts[:count], newest.starts[:count]
+
+    def _clear(self, log: OutputLog) -> None:
+        self.used_bytes -= sum(map(_size, log.parts))
+        log.parts.clear()
+        log.starts.clear()
+
+
+def _size(part: F32) -> int:
+    return part.nbytes + _PART_BYTES

@@ -1,0 +1,133 @@
+"""What the objects and events of every kind of answer have in common."""
+
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import msgspec
+
+from meshd.agents.service import Finished, TextDelta, TokenText
+from meshd.errors import Cancelled
+from meshd.types import FinishReason
+
+FinishName = Literal["stop", "length"]
+
+ENDED = frozenset({"completed", "failed", "cancelled"})
+"""`Generation.status` of an answer that can't be gone on with."""
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens of all answers together; each prompt counts once."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Head(msgspec.Struct, frozen=True, kw_only=True):
+    """What every object of one request has in common."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
+class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """A likely token."""
+
+    token: str
+    logprob: float
+    bytes: tuple[int, ...] | None
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """The chosen token, with the likeliest ones in its place."""
+
+    token: str
+    logprob: float
+    bytes: tuple[int, ...] | None
+    top_logprobs: list[TopLogprob]
+
+
+@dataclass(slots=True)
+class Collected:
+    """One whole answer, or what there is of it."""
+
+    text: list[str] = field(default_factory=list)
+    tokens: list[TokenText] = field(default_factory=list)
+    finish: FinishName = "stop"
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing of it yet."""
+        return not (self.tokens or any(self.text))
+
+    def add(self, delta: TextDelta) -> None:
+        """The next piece."""
+        self.text.append(delta.text)
+        self.tokens.extend(delta.tokens)
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts the tokens of a request's answers; `per_prompt` answers belong to one prompt."""
+
+    per_prompt: int
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    ended: int = 0
+    """Answers."""
+
+    def add(self, index: int, finished: Finished) -> None:
+        """Answer `index` is done."""
+        self.ended += 1
+        self.completion_tokens += finished.completion_tokens
+        if index % self.per_prompt == 0:
+            self.prompt_tokens += finished.prompt_tokens
+
+    def usage(self) -> Usage:
+        """All so far."""
+        total = self.prompt_tokens + self.completion_tokens
+        return Usage(prompt_tokens=self.prompt_tokens, completion_tokens=self.completion_tokens, total_tokens=total)
+
+
+def finish_name(finished: Finished) -> FinishName:
+    """OpenAI's word for why an answer ended. Raises: Cancelled, if it was not its own end."""
+    match finished.reason:
+        case FinishReason.STOP:
+            return "stop"
+        case FinishReason.LENGTH:
+            return "length"
+        case _:
+            raise Cancelled("the answer was cut short: its session was ended", hint="send the request again")
+
+
+async def collect(events: AsyncIterator[tuple[int, TextDelta | Finished]], count: int, tally: Tally) -> list[Collected]:
+    """All `count` answers, whole and in order. Raises: as `events`; Cancelled."""
+    whole = [Collected() for _ in range(count)]
+    async for index, event in events:
+        if isinstance(event, Finished):
+            whole[index].finish = finish_name(event)
+            tally.add(index, event)
+        else:
+            whole[index].add(event)
+    return whole
+
+
+def shown(logprob: float) -> float:
+    """A logprob as OpenAI shows it: JSON has no infinity, -9999 stands for it."""
+    return max(logprob, -9999.0)
+
+
+def shown_tokens(tokens: Iterable[TokenText]) -> list[TokenLogprob]:
+    """Tokens with their logprobs, as chats and responses show them."""
+    return [
+        TokenLogprob(
+            token=one.token,
+            logprob=shown(one.logprob),
+            bytes=one.bytes,
+            top_logprobs=[TopLogprob(token=top.token, logprob=shown(top.logprob), bytes=top.bytes) for top in one.top],
+        )
+        for one in tokens
+    ]

@@ -1,0 +1,65 @@
+"""`meshd debug story SESSION`: what happened to a session, in order, told by all peers."""
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from meshd.cli.arguments import Parser, add_client, add_json
+from meshd.cli.client import daemon_of
+from meshd.cli.output import print_json, short_id, table
+from meshd.types import is_peer_id
+
+EXAMPLE = "meshd debug story 10d4a1b2"
+Row = Mapping[str, Any]
+_OWN = ("at_s", "peer", "name", "what")
+
+
+class _DeedParser(Parser):
+    """As argparse makes one for each deed."""
+
+    def __init__(self, *, prog: str, description: str) -> None:
+        super().__init__(prog.removeprefix("meshd "), description, EXAMPLE)
+
+
+def add_arguments(parser: Parser) -> None:
+    deeds = parser.add_subparsers(dest="deed", required=True, metavar="DEED", prog="meshd debug", parser_class=_DeedParser)
+    text = "what happened to a session, in order, told by all peers"
+    story = deeds.add_parser("story", help=text, description=text)
+    story.add_argument("session", metavar="SESSION", help="its id, or that of its answer; of a running one the beginning will do")
+    add_json(story)
+    add_client(story)
+
+
+def run(args: Namespace) -> int:
+    rows = daemon_of(args).rows(f"/mesh/v1/sessions/{quote(args.session, safe='')}/story")
+    if args.json:
+        print_json({"object": "list", "data": rows})
+    else:
+        print(render(rows))
+    return 0
+
+
+def render(rows: Sequence[Row]) -> str:
+    """As people read it: seconds since the first line, who tells, and what."""
+    names = {row["peer"]: row["name"] for row in rows}
+    return table(("TIME", "PEER", "WHAT"), ((f"{row['at_s']:.3f} s", row["name"], _what(row, names)) for row in rows))
+
+
+def _what(row: Row, names: Mapping[str, str]) -> str:
+    facts = ", ".join(f"{key} {_fact(value, names)}" for key, value in row.items() if key not in _OWN and value not in ("", None))
+    return f"{row['what']}: {facts}" if facts else row["what"]
+
+
+def _fact(value: object, names: Mapping[str, str]) -> str:
+    """On one line, however it came: others wrote it. Peers by their names."""
+    match value:
+        case float():
+            return f"{value:.6g}"
+        case list():
+            return "[" + "; ".join(_fact(part, names) for part in value) + "]"
+        case dict():
+            return " ".join(f"{key} {_fact(part, names)}" for key, part in value.items())
+        case str() if is_peer_id(value):
+            return names.get(value, short_id(value))
+    return " ".join(str(value).split())

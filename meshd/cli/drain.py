@@ -1,0 +1,58 @@
+"""`meshd drain PEER`: have a peer take no new work, and wait until what runs on it has moved away."""
+
+import time
+from argparse import Namespace
+from typing import Any
+
+from meshd.cli.arguments import Parser, add_client
+from meshd.cli.client import ANSWER_S, Daemon, daemon_of
+from meshd.cli.output import plural
+from meshd.cli.progress import progress
+from meshd.errors import Unavailable
+
+EXAMPLE = "meshd drain attic\n  meshd drain attic --undo"
+_STEP_S = 1.0
+"""Each request waits this long at most, and the first one not at all, so that the sessions that are left can be shown."""
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("peer", metavar="PEER", help="a peer's name, or the beginning of its id")
+    parser.add_argument("--undo", action="store_true", help="have it take work again")
+    parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for its sessions; default: 60")
+    add_client(parser)
+
+
+def run(args: Namespace) -> int:
+    daemon = daemon_of(args)
+    if args.undo:
+        print(f"{_ask(daemon, args.peer, undo=True)['name']} takes work again")
+        return 0
+    name = _drain(daemon, args.peer, args.timeout)
+    print(f"{name} is drained: nothing runs on it and it takes no new work; stop it, or `meshd drain {name} --undo`")
+    return 0
+
+
+def _drain(daemon: Daemon, peer: str, timeout_s: float) -> str:
+    """The peer's name, once nothing runs on it. Raises: Unavailable at the time-out, and as `Daemon.post`."""
+    until = time.monotonic() + timeout_s
+    most, wait_s, left_s = 1, 0.0, timeout_s
+    with progress() as shown:
+        while True:
+            row = _ask(daemon, peer, undo=False, timeout_s=wait_s)
+            name: str = row["name"]
+            left = row["sessions_left"]
+            most = max(most, left)
+            shown.update(f"draining {name}", most - left, most, f"{plural(left, 'session')} left")
+            if not left:
+                return name
+            if left_s <= 0:
+                hint = "it goes on draining: wait with a longer --timeout, or take it back with --undo"
+                raise Unavailable(f"{name} is not drained after {timeout_s:g} s: {plural(left, 'session')} left there", hint=hint)
+            left_s = max(0.0, until - time.monotonic())
+            wait_s = min(_STEP_S, left_s)
+
+
+def _ask(daemon: Daemon, peer: str, *, undo: bool, timeout_s: float = 0.0) -> dict[str, Any]:
+    body = {"peer": peer, "undo": undo, "timeout_s": timeout_s}
+    row: dict[str, Any] = daemon.post("/mesh/v1/drain", body, timeout_s=timeout_s + ANSWER_S)
+    return row

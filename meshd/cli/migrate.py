@@ -1,0 +1,28 @@
+"""`meshd migrate SESSION PEER`: move a running answer to another peer, without a stop."""
+
+from argparse import Namespace
+
+from meshd.cli.arguments import Parser, add_client
+from meshd.cli.client import STREAM_SILENCE_S, daemon_of
+from meshd.cli.output import duration, short_id
+from meshd.cli.progress import progress
+
+EXAMPLE = "meshd migrate 10d4a1b2 attic --from desk"
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("session", metavar="SESSION", help="its id, as `meshd status` shows it, or the beginning of that")
+    parser.add_argument("peer", metavar="PEER", help="where it is to go: a peer's name, or the beginning of its id")
+    parser.add_argument("--from", dest="source", metavar="PEER", help="move only what this peer computes; default: all of it")
+    add_client(parser)
+
+
+def run(args: Namespace) -> int:
+    body = {"session": args.session, "target": args.peer} | ({"source": args.source} if args.source else {})
+    name = f"moving {short_id(args.session)}"
+    with progress() as shown:
+        shown.update(name, 0.0, None, f"to {args.peer}")
+        moved = daemon_of(args).post("/mesh/v1/migrate", body, timeout_s=STREAM_SILENCE_S)
+        shown.update(name, 1.0, 1.0, f"to {args.peer}")
+    print(f"{moved['session']} runs on {moved['plan']}: a pause of {duration(moved['pause_ms'] / 1e3)}")
+    return 0

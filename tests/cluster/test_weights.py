@@ -1,0 +1,176 @@
+"""Peers with empty disks and no way to the model's own source become useful by themselves: their layers come from other peers."""
+
+import json
+import re
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from daemons import MODEL, Cluster, Daemon
+
+pytestmark = pytest.mark.timeout(300)  # up to five daemons are started one after the other, each with an empty disk
+
+NOWHERE = "http://127.0.0.1:9/simple"
+"""No package index listens there."""
+PROMPT = "Once upon a time, in a small village by the sea,"
+HEADER_BYTES, EMBEDDING_BYTES, LAYER_BYTES = 1_785_664, 30_081_024, 2_216_448
+
+
+def start_empty(cluster: Cluster, *names: str) -> None:
+    """Daemons without a model and without a source for one; how fast this machine is, they know."""
+    for name in names:
+        folders = ("--models-dir", str(models_of(cluster, name)), "--hf-cache", str(cluster.root / "hf"))
+        cluster.start(name, flags=(*folders, "--pypi-index", NOWHERE))
+
+
+def models_of(cluster: Cluster, name: str) -> Path:
+    return cluster.root / f"models-{name}"
+
+
+def start_with_file(cluster: Cluster, shared_cache: Path, name: str) -> None:
+    """A daemon with a file of its own, so that its sums are made anew."""
+    models = models_of(cluster, name)
+    models.mkdir()
+    for path in (shared_cache / "models").glob("*.gguf"):
+        (models / path.name).symlink_to(path)
+    index = (shared_cache / "models" / "index.json").read_text()
+    (models / "index.json").write_text(index.replace(str(shared_cache / "models"), str(models)))
+    cluster.start(name, flags=("--models-dir", str(models), "--pypi-index", NOWHERE))
+
+
+def disk_bytes(cluster: Cluster, name: str) -> int:
+    """What a sparse file really takes."""
+    files = list(models_of(cluster, name).glob("parts/*/file.gguf"))
+    return sum(path.stat().st_blocks * 512 for path in files)
+
+
+def remembered(cluster: Cluster, name: str) -> int:
+    """Tensors that it would not fetch again after a crash."""
+    return sum(len(path.read_bytes().splitlines()) for path in models_of(cluster, name).glob("parts/*/have"))
+
+
+def fetches(daemon: Daemon) -> list[tuple[int, int]]:
+    """(bytes that came, bytes that were here) of each fetch, as its log tells."""
+    found = re.findall(r"(\d+) bytes of \S+ came in .*?; (\d+) were here", daemon.log.read_text())
+    return [(int(came), int(here)) for came, here in found]
+
+
+def answer(daemon: Daemon, stages: str) -> str:
+    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "mesh": {"stages": stages}}
+    status, document, headers = daemon.post_raw("/v1/completions", body)
+    assert status == 200, document
+    assert headers["x-meshd-plan"] == stages
+    text: str = document["choices"][0]["text"]
+    return text
+
+
+def place_in_background(cluster: Cluster, at: str, stages: str) -> tuple[threading.Thread, list[str]]:
+    """The thread that asks for it, and what is told in the end."""
+    told: list[str] = []
+    body = json.dumps({"model": MODEL, "stages": stages, "context": 512}).encode()
+    asked = urllib.request.Request(cluster[at].api + "/mesh/v1/place", body, {"content-type": "application/json"})
+
+    def ask() -> None:
+        with urllib.request.urlopen(asked, timeout=120) as stream:
+            told.append(stream.read().decode())
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    return thread, told
+
+
+def test_peers_without_file_or_source_get_their_layers_and_answer_alike(cluster: Cluster, shared_cache: Path) -> None:
+    start_with_file(cluster, shared_cache, "a")
+    start_empty(cluster, "b", "c")
+    cluster.see_each_other()
+    cluster.place("a", stages="a:0-30", context=512)
+    alone = answer(cluster["a"], "a:0-30")
+    cluster.place("b", stages="b:0-12,c:12-30", context=512)
+    for name in "abc":
+        assert answer(cluster[name], "b:0-12,c:12-30") == alone
+    both = HEADER_BYTES + EMBEDDING_BYTES
+    for name, size in (("b", both + 12 * LAYER_BYTES), ("c", both + 2304 + 18 * LAYER_BYTES)):
+        assert sum(came for came, _ in fetches(cluster[name])) == size
+        assert size <= disk_bytes(cluster, name) < size + 4_000_000
+        assert not list(models_of(cluster, name).glob("*.gguf"))
+    cluster["a"].kill()
+    for name in "bc":
+        assert answer(cluster[name], "b:0-12,c:12-30") == alone
+    cluster["b"].kill()
+    del cluster.daemons["a"], cluster.daemons["b"]
+    start_empty(cluster, "b")
+    cluster.see_each_other("b", "c")
+    cluster.place("b", stages="b:0-12,c:12-30", context=512)
+    assert answer(cluster["b"], "b:0-12,c:12-30") == alone
+    assert len(fetches(cluster["b"])) == 2
+    cluster.place("c", stages="c:0-30", context=512)
+    assert answer(cluster["c"], "c:0-30") == alone
+    assert [path.stat().st_size for path in models_of(cluster, "c").glob("*.gguf")] == [98_362_432]
+
+
+def test_a_peer_killed_while_it_fetches_goes_on_from_there(cluster: Cluster, shared_cache: Path) -> None:
+    start_with_file(cluster, shared_cache, "a")
+    start_empty(cluster, "b")
+    cluster.see_each_other()
+    thread, _ = place_in_background(cluster, "a", "a:0-1,b:1-30")
+    wait_until(lambda: remembered(cluster, "b") > 60)
+    [shown] = [row["holdings"] for row in cluster["b"].rows("peers") if row["name"] == "b"]
+    cluster["b"].kill()
+    thread.join()
+    assert [(held["layers"], held["state"]) for held in shown] == [("1-30", "loading")]
+    assert 0 < shown[0]["progress"] < 0.5
+    assert len(fetches(cluster["b"])) == 1, "it was killed too late"
+    start_empty(cluster, "b")
+    cluster.see_each_other()
+    cluster.place("a", stages="a:0-1,b:1-30", context=512)
+    _, (came, here) = fetches(cluster["b"])
+    assert here >= HEADER_BYTES + 10_000_000
+    assert came + here == HEADER_BYTES + EMBEDDING_BYTES + 2304 + 29 * LAYER_BYTES
+    cluster.place("a", stages="a:0-30", context=512)
+    assert answer(cluster["b"], "a:0-1,b:1-30") == answer(cluster["b"], "a:0-30")
+
+
+def test_a_source_killed_while_it_gives_is_made_up_for_by_another(cluster: Cluster, shared_cache: Path) -> None:
+    for name in "ab":
+        start_with_file(cluster, shared_cache, name)
+    start_empty(cluster, "c")
+    cluster.see_each_other()
+    thread, told = place_in_background(cluster, "a", "a:0-1,c:1-30")
+    wait_until(lambda: disk_bytes(cluster, "c") > 20_000_000)
+    cluster["b"].kill()
+    assert disk_bytes(cluster, "c") < 90_000_000
+    thread.join()
+    assert "data: [DONE]" in told[0]
+    log = cluster["c"].log.read_text()
+    assert re.search(r"b \(\w+\) gives no more weights", log)
+    assert re.search(r"came in .*from a, \d+ from b|came in .*from b, \d+ from a", log)
+    cluster.place("a", stages="a:0-30", context=512)
+    assert answer(cluster["a"], "a:0-1,c:1-30") == answer(cluster["a"], "a:0-30")
+
+
+def test_without_any_source_there_is_one_clear_error_soon(cluster: Cluster, shared_cache: Path) -> None:
+    start_with_file(cluster, shared_cache, "a")
+    start_empty(cluster, "b")
+    cluster.see_each_other()
+    thread, told = place_in_background(cluster, "b", "b:0-30")
+    wait_until(lambda: disk_bytes(cluster, "b") > 10_000_000)
+    began = time.monotonic()
+    cluster["a"].kill()
+    thread.join()
+    assert time.monotonic() - began < 30
+    assert told[0].count('"error"') == 1
+    assert "no live peer can give" in told[0]
+    assert "127.0.0.1:9" in told[0]
+    assert [row["holdings"] for row in cluster["b"].rows("peers") if row["name"] == "b"] == [[]]
+
+
+def wait_until(condition: Callable[[], object], within_s: float = 60.0) -> None:
+    """Closely: the next moment may be too late."""
+    until = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > until:
+            pytest.fail("it did not begin")
+        time.sleep(0.002)
