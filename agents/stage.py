@@ -94,7 +94,8 @@ class StageHost:
     _mirrors_in: MirrorsIn = field(init=False)
     _active: dict[tuple[SessionId, int], Active] = field(default_factory=dict)
     _ready: StepQueue = field(default_factory=StepQueue)
-    _busy: bool = False
+    _computing_since: float | None = None
+    """When the present step, of whatever session, began."""
 
     def __post_init__(self) -> None:
         self._caches = Caches(Outputs(self.outputs_limit_bytes))
@@ -393,14 +394,10 @@ class StageHost:
             self._unpin(active)
 
     def _on_whereabouts(self, sender: PeerId, message: Whereabouts, payload: memoryview) -> WhereaboutsAre:
-        now = self.clock.monotonic()
+        since = self._computing_since
+        computing_s = self.clock.monotonic() - since if since is not None else 0.0
         stages = [
-            (
-                active.open.stage,
-                active.machine.next_position,
-                active.machine.sent_to,
-                now - active.computing_since if active.computing_since is not None else 0.0,
-            )
+            (active.open.stage, active.machine.next_position, active.machine.sent_to, computing_s)
             for active in self._active.values()
             if active.open.session == message.session and active.open.epoch == message.epoch
         ]
@@ -530,18 +527,17 @@ class StageHost:
     # The loop: one step at a time, decodes first
 
     def _pump(self) -> None:
-        while not self._busy and (job := self._ready.take()) is not None:
+        while self._computing_since is None and (job := self._ready.take()) is not None:
             active, step = job
             if active.machine.computing is not step:
                 continue
             if active.machine.state is fsm.State.ENDED:
                 self._apply(active, fsm.StepComputed(step.position, None))
                 continue
-            self._busy = True
+            self._computing_since = self.clock.monotonic()
             if step.prefill and active.open.stage > 0:
                 taken = Taken(session=active.open.session, epoch=active.open.epoch, step=step.position, stage=active.open.stage)
                 self._send(active.peer_of(active.open.stage - 1), taken)
-            active.computing_since = self.clock.monotonic()
             self.compute.submit(
                 partial(compute_step, active, step),
                 partial(self._computed, active, step),
@@ -549,8 +545,7 @@ class StageHost:
             )
 
     def _computed(self, active: Active, step: fsm.Step, output: StepOutput) -> None:
-        self._busy = False
-        active.computing_since = None
+        self._computing_since = None
         cache = active.cache
         if active.machine.state is not fsm.State.ENDED:
             cache.filled = step.end
@@ -564,8 +559,7 @@ class StageHost:
         self.telemetry.stage_step(str(active.stage.layers), "prefill" if step.prefill else "decode", output.stage_s)
 
     def _compute_failed(self, active: Active, step: fsm.Step, error: Exception) -> None:
-        self._busy = False
-        active.computing_since = None
+        self._computing_since = None
         blame = active.source_of(step) if isinstance(error, ProtocolViolation) else self.me
         if not isinstance(error, MeshdError):
             log.exception("session %s stage %d: computing failed", active.open.session, active.open.stage, exc_info=error)

@@ -57,7 +57,6 @@ class Active:
     table: BlockTable
     sampler: Sampler
     machine: fsm.StageSession
-    computing_since: float | None = None
 
     @property
     def key(self) -> tuple[SessionId, int]:

@@ -20,9 +20,11 @@ _LEAST_STEP_S = 3.0
 _PATIENCE = 20.0
 """And this many times its prediction."""
 _HARD_STEP_S = 60.0
-"""A stage that has had a step for this long, busy or not, does not make it any more."""
+"""A stage that has had a step for this long, busy with others or not, does not make it any more."""
 _ASK_S = 1.0
 _AGAIN_S = 0.3
+_REST_S = 1.0
+"""After a look that found nothing stuck."""
 _UNREAD_S = 30.0
 """An answer that nobody reads, and that is no background one, is suspended after this."""
 
@@ -36,6 +38,7 @@ class Where:
     sent: int
     """Positions that it has sent on."""
     computing_s: float
+    """For how long its peer has computed the present step, of whatever session."""
 
 
 @dataclass(slots=True)
@@ -64,10 +67,10 @@ class Watch:
             answer.overdue(f"{answer.around.names(silent)} is silent", silent)
             return
         predicted = plan.predicted_tpot_s if state is fsm.State.DECODING else plan.predicted_ttft_s
-        late = now - answer.progress_at > max(_LEAST_STEP_S, _PATIENCE * predicted)
-        if late and state is not fsm.State.OPENING and answer.session not in self._asking:
+        limit = max(_LEAST_STEP_S, _PATIENCE * predicted)
+        if now - answer.progress_at > limit and state is not fsm.State.OPENING and answer.session not in self._asking:
             self._asking.add(answer.session)
-            answer.spawn(self._find_out(answer)).add_done_callback(lambda _: self._asking.discard(answer.session))
+            answer.spawn(self._find_out(answer, limit)).add_done_callback(lambda _: self._asking.discard(answer.session))
 
     def _silent(self, answer: Answer) -> PeerId | None:
         """A peer of the plan that is linked, but was not heard for too long."""
@@ -80,7 +83,7 @@ class Watch:
                 return stage.peer
         return None
 
-    async def _find_out(self, answer: Answer) -> None:
+    async def _find_out(self, answer: Answer, limit: float) -> None:
         """Ask every stage twice. What has not moved in between is stuck."""
         epoch, progress = answer.machine.epoch, answer.progress_at
         before = await self._ask(answer, epoch)
@@ -93,9 +96,10 @@ class Watch:
             return
         assert isinstance(before, list)
         late = self.clock.monotonic() - progress
-        found = stuck_at(before, after, answer.machine.known, patient=late < _HARD_STEP_S)
+        found = stuck_at(before, after, answer.machine.known, limit_s=limit if late < _HARD_STEP_S else 0.0)
         if found is None:
-            return  # something moves: ask again later
+            await self.clock.sleep(_REST_S)
+            return
         reason, stage = found
         blame = answer.plan.stages[stage].peer if stage is not None else None
         answer.overdue(f"{late:.1f} s without a token: {reason}", blame)
@@ -116,8 +120,8 @@ class Watch:
         return answer.plan.stages[missing[0]].peer if missing else [told[number] for number in sorted(told)]
 
 
-def stuck_at(before: Sequence[Where], after: Sequence[Where], known: int, *, patient: bool) -> tuple[str, int | None] | None:
-    """(why, the stage at fault if it is known), or None while something moves or, being patient, a stage is busy.
+def stuck_at(before: Sequence[Where], after: Sequence[Where], known: int, *, limit_s: float) -> tuple[str, int | None] | None:
+    """(why, the stage at fault if it is known), or None while something moves, or a stage is busy with a step for up to `limit_s`.
 
     `known`: tokens of prompt and answer that the coordinator has.
     """
@@ -125,7 +129,8 @@ def stuck_at(before: Sequence[Where], after: Sequence[Where], known: int, *, pat
         return None
     for number, where in enumerate(after):
         if where.sent < where.due:
-            return None if patient else (f"stage {number} has had the same step for too long", number)
+            stuck = where.computing_s >= limit_s
+            return (f"stage {number}'s peer computes the same step for {where.computing_s:.1f} s", number) if stuck else None
         if number and where.due < after[number - 1].sent:
             return f"what stage {number - 1} sent did not reach stage {number}", number
     if after[-1].sent >= known:

@@ -463,7 +463,7 @@ class WhereaboutsAre(Reply, frozen=True, kw_only=True):
     """Of each stage of the session at the sender."""
 
     stages: tuple[tuple[int, int, int, float], ...]
-    """(stage, position due next, positions sent on, seconds that the present step computes)."""
+    """(stage, position due next, positions sent on, seconds that the sender's present step, of whatever session, computes)."""
 
 
 # --- the journal: a session survives its coordinator -------------------------------------------------------------------
