@@ -323,6 +323,13 @@ class Answer:
             self._distrust(message.blame)
         self._apply(fsm.StageFailed(message.epoch, message.stage, error, message.blame))
 
+    def on_garbage(self, epoch: int, sender: PeerId, what: str) -> None:
+        """A stage sent what can't be."""
+        if epoch == self.machine.epoch:
+            self._distrust(sender)
+        error = PeerFault(f"{self.around.names(sender)} sent {what}")
+        self._apply(fsm.StageFailed(epoch, len(self.plan.stages) - 1 if self.plan else 0, error, sender))
+
     def on_error(self, sender: PeerId, message: Error) -> None:
         """A peer answered a message of this session with ERROR."""
         error = RemoteFailure(message.message, remote_code=message.code)

@@ -348,8 +348,12 @@ class Coordinator:
     def on_token(self, sender: PeerId, message: Token, payload: memoryview) -> None:
         """The last stage's pick, for the client."""
         answer = self.answers.get(message.session)
-        if answer is not None and answer.plan is not None and answer.plan.peers[-1] == sender:
+        if answer is None or answer.plan is None or answer.plan.peers[-1] != sender:
+            return
+        if 0 <= message.token < answer.card.spec.vocab:
             answer.on_token(message)
+        else:
+            answer.on_garbage(message.epoch, sender, f"token {message.token}, of a vocabulary of {answer.card.spec.vocab}")
 
     def _on_failed(self, sender: PeerId, message: Failed, payload: memoryview) -> None:
         answer = self.answers.get(message.session)

@@ -390,7 +390,8 @@ def _token_arrived(session: Session, event: TokenArrived) -> list[Command]:
     if event.index < len(session.tokens):
         return []  # a repeat: the client saw it already
     if event.index > len(session.tokens):
-        return session._recover(f"token {len(session.tokens)} of the answer was lost on the way")
+        last = session.plan.peers[-1] if session.plan is not None else None
+        return session._recover(f"token {len(session.tokens)} of the answer was lost on the way", avoid=last)
     session.state = State.DECODING
     session.attempts = 0
     session.lost.clear()

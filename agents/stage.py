@@ -379,8 +379,10 @@ class StageHost:
             return
         if sender != active.peer_of(len(active.open.plan.stages) - 1):
             log.warning("session %s: TOKEN from %.8s, which is not its last stage", message.session, sender)
-            return
-        self._apply(active, fsm.StepArrived(token_step(active, message)))
+        elif not 0 <= message.token < active.load.card.spec.vocab:
+            self._fail(active, message.step, ProtocolViolation(f"token {message.token} is outside the vocabulary"), sender)
+        else:
+            self._apply(active, fsm.StepArrived(token_step(active, message)))
 
     def _on_credit(self, sender: PeerId, message: Credit, payload: memoryview) -> None:
         active = self._of(sender, message, stage=0, source="coordinator")

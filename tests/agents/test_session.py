@@ -107,6 +107,7 @@ def test_a_gap_in_the_tokens_asks_for_another_plan() -> None:
     session = in_state(State.DECODING)
     (command,) = session.handle(machine.TokenArrived(1, 5, 8))
     assert isinstance(command, machine.Replan)
+    assert command.avoid == {B}, "the last stage's word can't be right"
     assert session.tokens == [7]
 
 

@@ -26,6 +26,7 @@ from meshd.protocol.messages import (
     Mirrored,
     Prompt,
     Resume,
+    Token,
     Taken,
     Whereabouts,
 )
@@ -383,6 +384,16 @@ async def test_a_step_that_can_not_be_is_the_senders_fault(
     (failed,) = a.told(Failed)
     assert failed.blame == a.id
     assert told in failed.message
+
+
+@pytest.mark.parametrize("token", [-1, 2**30])
+async def test_a_token_outside_the_vocabulary_is_its_senders_fault(mesh: StageMesh, token: int) -> None:
+    a, b = mesh.start("a"), mesh.start("b")
+    session = driver(mesh, a)
+    await session.open((a, "0-2"), (b, "2-4"))
+    b.links.send(a.id, Token(session=SESSION, epoch=1, step=5, index=0, token=token))
+    await session.until(lambda: a.told(Failed))
+    assert a.told(Failed)[0].blame == b.id
 
 
 async def test_a_resume_that_can_not_be_is_the_coordinators_fault(mesh: StageMesh) -> None:
