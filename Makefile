@@ -7,6 +7,7 @@
 TORCH ?= torch==2.13.0
 MODEL ?= smollm2:135m
 PYTEST ?= -m 'not slow'
+CHAOS ?= --seed 1 --peers 5 --clients 4 --faults 200
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +17,7 @@ ENOUGH = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14 python; do \
 	"$$python" -c '$(ENOUGH)' 2>/dev/null && echo "$$python" && break; done)
 
-.PHONY: install demo test check bench fuzz wheel clean
+.PHONY: install demo test check bench chaos fuzz wheel clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -36,6 +37,9 @@ check: $(VENV)/installed $(VENV)/group-test $(VENV)/group-check
 bench: $(VENV)/installed $(VENV)/group-test
 	$(BIN)/meshd bench
 	for figure in tests/benchmarks/bench_*.py; do echo "--- $$figure"; $(BIN)/python -P "$$figure" || exit; done
+
+chaos: $(VENV)/installed $(VENV)/group-test
+	$(BIN)/python -P tests/chaos/run.py $(CHAOS)
 
 fuzz: $(VENV)/installed $(VENV)/group-test
 	for target in tests/fuzz/fuzz_*.py; do echo "--- $$target"; $(BIN)/python -P "$$target" || exit; done

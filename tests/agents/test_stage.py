@@ -26,8 +26,8 @@ from meshd.protocol.messages import (
     Mirrored,
     Prompt,
     Resume,
-    Token,
     Taken,
+    Token,
     Whereabouts,
 )
 from meshd.types import LayerRange

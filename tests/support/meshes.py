@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,9 +192,15 @@ class Mesh:
         self.wait(first.up, f"{first.name} to be up", first)
         for host in others:
             host.start()
-        everyone = set(self.hosts)
+        self.wait_until_all_see()
+
+    def wait_until_all_see(self) -> None:
+        """Until each has links with all others. Raises: MeshBroken."""
         for host in self:
-            self.wait(lambda host=host: host.sees() >= everyone, f"{host.name} to see all others", host)
+            self.wait(partial(self._sees_all, host), f"{host.name} to see all others", host)
+
+    def _sees_all(self, host: Host) -> bool:
+        return host.sees() >= set(self.hosts)
 
     def wait(self, condition: Callable[[], object], what: str, host: Host, within_s: float = START_S) -> None:
         """Raises: MeshBroken, with the end of the host's log."""
