@@ -11,7 +11,7 @@ import msgspec
 from meshd.agents.admission import Admission
 from meshd.agents.answer import Answer, Around, Recovered
 from meshd.agents.deputy import Deputy
-from meshd.agents.journal import Journalist
+from meshd.agents.journal import Journalists
 from meshd.agents.library import Library
 from meshd.agents.links import Links
 from meshd.agents.locator import Locator
@@ -33,6 +33,8 @@ log = getLogger(__name__)
 _TICK_S = 0.1
 _LOOK_AROUND_S = 1.0
 """How often running answers are compared with what the mesh could do for them now."""
+_SETTLE_S = 0.5
+"""A link that only broke is back by then, and its coordinator with it."""
 _KEPT = 256
 _KEPT_S = 600.0
 """How many answers that do not run are kept for later readers, and how long."""
@@ -49,7 +51,7 @@ class Coordinator:
     admission: Admission
     rescuer: Rescuer
     mover: Mover
-    journalist: Journalist
+    journal: Journalists
     deputy: Deputy
     locator: Locator
     clock: Clock
@@ -216,9 +218,7 @@ class Coordinator:
         answer = self.answers.get(session) or self.kept.get(session)
         if answer is None:
             return await self._take(session)
-        if not answer.running and not answer.ended:
-            await self._revive(answer)
-        return answer
+        return answer if answer.running or answer.ended else await self._revive(answer)
 
     async def look(self, session: SessionId) -> Answer:
         """See `service.Coordinator.look`."""
@@ -243,12 +243,12 @@ class Coordinator:
         if answer is not None:
             answer.release()
             self.kept.pop(session, None)
-            self.journalist.release(session)
+            self.journal.release(session)
 
     def leave(self) -> None:
         """This peer stops: what has a deputy is left to it, stages and all; the rest is suspended or ends."""
         for answer in list(self.answers.values()):
-            if answer.record.store and self.journalist.deputy_of(answer.session) is not None:
+            if answer.record.store and self.journal.deputies_of(answer.session):
                 answer.release("this peer stops")
             else:
                 answer.suspend()
@@ -261,7 +261,7 @@ class Coordinator:
         answer.end()
         if forget:
             self.kept.pop(session, None)
-            self.journalist.end(session, "cancelled", keep=False)
+            self.journal.end(session, "cancelled", keep=False)
         return True
 
     async def _take(self, session: SessionId) -> Answer:
@@ -270,10 +270,10 @@ class Coordinator:
         answer = await self._restore(record)
         if answer.ended:
             self._keep(answer)
+            self._own(answer)
             return answer
         answer.handed_over = True
-        await self._revive(answer)
-        return answer
+        return await self._revive(answer)
 
     async def _restore(self, record: SessionRecord) -> Answer:
         card = self._card(record.model)
@@ -288,11 +288,22 @@ class Coordinator:
             raise UnknownModel(f"no live peer has the model {model} of this session", hint="start one that has its file")
         return card
 
-    async def _revive(self, answer: Answer) -> None:
-        """Run a suspended answer."""
-        await self._admit(lambda: answer)
-        self.deputy.forget(answer.session)
+    async def _revive(self, answer: Answer) -> Answer:
+        """Run a suspended answer; the one that runs, if another reader was quicker."""
+        await self.admission.enter()
+        present = self.answers.get(answer.session)
+        if present is not None or answer.running or answer.ended:
+            self.admission.leave(0.0)
+            return present or answer
+        self._run(answer, self.clock.monotonic())
+        self._own(answer)
         answer.resume()
+        return answer
+
+    def _own(self, answer: Answer) -> None:
+        """From now on this peer answers for it: its record must lie elsewhere too, and no more among those of others."""
+        self.deputy.forget(answer.session)
+        self._journal(answer)
 
     def take_over(self, record: SessionRecord) -> None:
         """The coordinator of an answer whose record lies here is gone."""
@@ -301,13 +312,16 @@ class Coordinator:
         task.add_done_callback(self._tasks.discard)
 
     async def _take_over(self, record: SessionRecord) -> None:
-        if record.suspended:
-            return
+        await self.clock.sleep(_SETTLE_S)
+        if record.coordinator in self.links.peers():
+            return  # only the link had broken
         try:
-            if not await self.locator.is_heir(record) or record.session in self.answers:
+            if record.session in self.answers or not (record.finish or await self.locator.is_heir(record)):
                 return
             answer = await self._restore(self.deputy.record(record.session) or record)
-            if answer.ended:
+            if answer.ended or record.suspended:
+                self._keep(answer)
+                self._own(answer)
                 return
             last = self.names(record.coordinator)
             log.info("session %s: taking over from %s, at token %d", record.session, last, len(answer.tokens))
@@ -385,7 +399,7 @@ class Coordinator:
         self.rescuer.keep_mirrors(answer)
 
     def _on_new_token(self, answer: Answer, index: int, token: int, logprobs: TokenLogprobs | None) -> None:
-        self.journalist.token(answer.session, index, token, logprobs)
+        self.journal.token(answer.session, index, token, logprobs)
 
     def _on_recovered(self, answer: Answer, recovered: Recovered) -> None:
         self.telemetry.recovery(recovered.method, recovered.pause_s)
@@ -399,11 +413,11 @@ class Coordinator:
         self.answers.pop(answer.session, None)
         self.admission.leave(self.clock.monotonic() - since)
         if answer.released:
-            self.journalist.release(answer.session)
+            self.journal.release(answer.session)
         elif answer.ended:
             if answer.record.store:
                 self._keep(answer)
-            self.journalist.end(answer.session, answer.snapshot().finish, keep=answer.record.store)
+            self.journal.end(answer.session, answer.snapshot().finish, keep=answer.record.store)
         else:
             self._keep(answer)
             self._journal(answer)
@@ -411,7 +425,7 @@ class Coordinator:
 
     def _journal(self, answer: Answer) -> None:
         """Have a deputy know all of it."""
-        self.journalist.begin(answer.session, answer.snapshot, lambda: answer.plan.peers if answer.plan else ())
+        self.journal.begin(answer.session, answer.snapshot, lambda: answer.plan.peers if answer.plan else ())
 
     def _keep(self, answer: Answer) -> None:
         """Oldest go first."""
@@ -427,7 +441,7 @@ class Coordinator:
 
     def _forget(self, answer: Answer) -> None:
         self.kept.pop(answer.session, None)
-        self.journalist.end(answer.session, "", keep=False)
+        self.journal.end(answer.session, "", keep=False)
 
     def _count(self, answer: Answer) -> None:
         made = len(answer.tokens) - len(answer.record.tokens)

@@ -24,7 +24,7 @@ _SWEEP_S = 5.0
 class Deputy:
     """Owns the records that lie here for others.
 
-    `on_orphan(record)` hears of each unfinished session whose coordinator's link is down. `on_dropped(peer, session)` is for this
+    `on_orphan(record)` hears of each session whose coordinator's link is down. `on_dropped(peer, session)` is for this
     peer's own Journalist: another deputy says that it does not have the session's record, or not all of it.
     """
 
@@ -63,8 +63,8 @@ class Deputy:
         self.store.forget(session)
 
     def on_peer_gone(self, peer: PeerId) -> None:
-        """A link is down: the unfinished sessions of that coordinator are orphans."""
-        for record in self.store.unfinished_of(peer):
+        """A link is down: the sessions of that coordinator are orphans, those that ended too while they are kept."""
+        for record in self.store.records_of(peer):
             self.on_orphan(record)
 
     def _on_journal(self, sender: PeerId, message: Journal, payload: memoryview) -> Journaled:

@@ -132,7 +132,16 @@ class _Drops:
 class Journalist:
     """Owns what is on its way to deputies."""
 
-    def __init__(self, me: PeerId, links: Links, clock: Clock, adverts: Callable[[], list[Advert]]) -> None:
+    def __init__(
+        self,
+        me: PeerId,
+        links: Links,
+        clock: Clock,
+        adverts: Callable[[], list[Advert]],
+        taken: Callable[[SessionId], Collection[PeerId]] = lambda session: (),
+    ) -> None:
+        """`taken`: who has this session's record by other means, and is no deputy for it here."""
+        self._taken = taken
         self._me = me
         self._links = links
         self._clock = clock
@@ -152,6 +161,11 @@ class Journalist:
         """Who keeps this session's record; None while nobody does."""
         entry = self._entries.get(session)
         return entry.deputy if entry is not None and entry.kept else None
+
+    def chosen_for(self, session: SessionId) -> PeerId | None:
+        """Who keeps this session's record, or is asked to."""
+        entry = self._entries.get(session)
+        return entry.deputy if entry is not None else None
 
     # What the coordinator tells
 
@@ -353,7 +367,8 @@ class Journalist:
                 self._send_message(entry)
 
     def _choose(self, entry: _Entry) -> PeerId | None:
-        return choose_deputy(self._me, self._adverts(), entry.plan_peers(), entry.avoid, entry.deputy)
+        avoid = {*entry.avoid, *self._taken(entry.session)}
+        return choose_deputy(self._me, self._adverts(), entry.plan_peers(), avoid, entry.deputy)
 
     def _trim_ended(self) -> None:
         ended = [entry for entry in self._entries.values() if entry.finish]
@@ -365,6 +380,69 @@ class Journalist:
         del self._entries[entry.session]
         self._due.pop(entry, None)
         self._unsent.pop(entry, None)
+
+
+class Journalists:
+    """Two deputies for every session: its coordinator and one of them may be lost at once. To its users it is one Journalist."""
+
+    def __init__(self, me: PeerId, links: Links, clock: Clock, adverts: Callable[[], list[Advert]]) -> None:
+        first = Journalist(me, links, clock, adverts, lambda session: self._chosen(1, session))
+        second = Journalist(me, links, clock, adverts, lambda session: self._chosen(0, session))
+        self._each = (first, second)
+
+    def __len__(self) -> int:
+        return max(map(len, self._each))
+
+    def _chosen(self, of: int, session: SessionId) -> tuple[PeerId, ...]:
+        deputy = self._each[of].chosen_for(session)
+        return (deputy,) if deputy is not None else ()
+
+    def deputies_of(self, session: SessionId) -> list[PeerId]:
+        """Who keeps this session's record now."""
+        return [deputy for journalist in self._each if (deputy := journalist.deputy_of(session)) is not None]
+
+    def begin(
+        self, session: SessionId, record: Callable[[], SessionRecord], plan_peers: Callable[[], tuple[PeerId, ...]]
+    ) -> None:
+        """See `Journalist.begin`."""
+        for journalist in self._each:
+            journalist.begin(session, record, plan_peers)
+
+    def token(self, session: SessionId, index: int, token: int, logprobs: TokenLogprobs | None) -> None:
+        """See `Journalist.token`."""
+        for journalist in self._each:
+            journalist.token(session, index, token, logprobs)
+
+    def end(self, session: SessionId, finish: str, *, keep: bool) -> None:
+        """See `Journalist.end`."""
+        for journalist in self._each:
+            journalist.end(session, finish, keep=keep)
+
+    def release(self, session: SessionId) -> None:
+        """See `Journalist.release`."""
+        for journalist in self._each:
+            journalist.release(session)
+
+    def on_peer_gone(self, peer: PeerId) -> None:
+        """See `Journalist.on_peer_gone`."""
+        for journalist in self._each:
+            journalist.on_peer_gone(peer)
+
+    def on_dropped(self, peer: PeerId, session: SessionId) -> None:
+        """See `Journalist.on_dropped`."""
+        for journalist in self._each:
+            journalist.on_dropped(peer, session)
+
+    def flush(self) -> None:
+        """See `Journalist.flush`."""
+        for journalist in self._each:
+            journalist.flush()
+
+    async def run(self) -> None:
+        """See `Journalist.run`."""
+        async with asyncio.TaskGroup() as tasks:
+            for journalist in self._each:
+                tasks.create_task(journalist.run())
 
 
 def choose_deputy(

@@ -58,9 +58,9 @@ class JournalStore:
         kept = self._kept.get(session)
         return kept.record() if kept is not None else None
 
-    def unfinished_of(self, coordinator: PeerId) -> list[SessionRecord]:
+    def records_of(self, coordinator: PeerId) -> list[SessionRecord]:
         """What this coordinator would leave behind."""
-        return [kept.record() for kept in self._kept.values() if kept.head.coordinator == coordinator and not kept.head.finish]
+        return [kept.record() for kept in self._kept.values() if kept.head.coordinator == coordinator]
 
     def keep(self, record: SessionRecord, now: float) -> None:
         """Take a whole record. Raises: InvalidRequest (another coordinator has it, or a later epoch); Overloaded (no room)."""

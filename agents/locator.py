@@ -67,6 +67,10 @@ class Locator:
             raise _unknown(session)
         return max(found, key=lambda each: each.rank).peer
 
+    async def elsewhere(self, session: SessionId) -> bool:
+        """Whether another peer coordinates it."""
+        return any(found.coordinates for found in await self._ask_all(session, _HEIR_S, 0.0))
+
     async def fetch(self, session: SessionId, *, take: bool) -> SessionRecord:
         """The record, from who knows it best. With `take` the caller goes on with the session, and no one else does.
 

@@ -20,6 +20,7 @@ log = getLogger(__name__)
 _RETRY_S = 0.25
 _ROOM_WAIT_S = 30.0
 """How long a request waits for KV room on its stages before it is told to come back."""
+_UNNOTICED_S = 0.4
 _LOADING_WAIT_S = 120.0
 """How long a running answer waits for lost layers to be loaded elsewhere."""
 _NO_PLAN_WAIT_S = 3.0
@@ -42,6 +43,8 @@ class Rescuer:
     """Mirror where the request doesn't say."""
     take: Callable[[SessionId], Awaitable[SessionRecord]]
     """Have another coordinator give a session up to this peer."""
+    elsewhere: Callable[[SessionId], Awaitable[bool]]
+    """Whether another peer coordinates it."""
 
     def replan(self, answer: Answer, command: fsm.Replan) -> None:
         """Find a plan for an answer that lost its own; a later loss makes the search begin anew."""
@@ -103,16 +106,22 @@ class Rescuer:
                 return answer.planned(found.plan)
 
     async def _reclaim(self, answer: Answer) -> bool:
-        """Stages obey another coordinator, which took this peer for lost: ask for the session back if its reader is here."""
-        if not answer.readers:
-            answer.release()
-            return False
-        try:
-            record = await self.take(answer.session)
-        except MeshdError as error:
-            answer.plan_failed(error)
-            return False
-        answer.reclaim(record, record.epoch + TAKEOVER_EPOCHS)
+        """A stage obeys another coordinator, whether that lives or not; whether to go on here.
+
+        Who took this peer for lost gives the session back if its reader is here. A stage that has not noticed yet that its
+        coordinator is lost will soon.
+        """
+        if await self.elsewhere(answer.session):
+            if not answer.readers:
+                answer.release()
+                return False
+            try:
+                record = await self.take(answer.session)
+            except MeshdError as error:
+                answer.plan_failed(error)
+                return False
+            answer.reclaim(record, record.epoch + TAKEOVER_EPOCHS)
+        await self.clock.sleep(_UNNOTICED_S)
         return answer.running
 
     def need(self, answer: Answer, lost: frozenset[PeerId] = frozenset(), avoid: frozenset[PeerId] = frozenset()) -> Need:

@@ -353,6 +353,7 @@ def _planned(session: Session, event: Planned) -> list[Command]:
     session.attempts += 1
     session.plan = event.plan
     session.epoch += 1
+    session.credit = max(session.credit, len(session.tokens) + 1)  # going on samples one token, client or not
     session.opened = {}
     session.holders.update(event.plan.peers)
     session.state = State.OPENING

@@ -201,12 +201,15 @@ class StageHost:
         if message.epoch < kept.epoch:
             raise Superseded(f"epoch {message.epoch} is past: session {message.session} is in {kept.epoch}")
         if sender != kept.coordinator:
-            gone = message.handed_over or not (kept.coordinator == self.me or self.peer_linked(kept.coordinator))
+            gone = message.handed_over or not self._lives(kept.coordinator)
             if not gone or message.epoch == kept.epoch:
                 raise Superseded(f"session {message.session} is coordinated by {kept.coordinator}, which is there")
         layers = message.plan.stages[message.stage].layers
         if any(cache.epoch == message.epoch and cache.layers == layers and not cache.source for cache in kept.caches):
             raise InvalidRequest(f"stage {message.stage} has failed in epoch {message.epoch}", hint="open a later one")
+
+    def _lives(self, coordinator: PeerId) -> bool:
+        return coordinator == self.me or self.peer_linked(coordinator)
 
     def _sampler(self, message: Open, payload: memoryview) -> Sampler:
         """With the tokens that are known, where they matter."""
@@ -354,9 +357,9 @@ class StageHost:
         kept = self._caches.get(message.session)
         if kept is not None:
             if message.epoch < kept.epoch:
-                raise InvalidRequest(f"epoch {message.epoch} is past: session {message.session} is in {kept.epoch}")
-            if message.epoch == kept.epoch and message.coordinator != kept.coordinator:
-                raise InvalidRequest(f"session {message.session} is coordinated by {kept.coordinator}")
+                raise Superseded(f"epoch {message.epoch} is past: session {message.session} is in {kept.epoch}")
+            if message.coordinator != kept.coordinator and (message.epoch == kept.epoch or self._lives(kept.coordinator)):
+                raise Superseded(f"session {message.session} is coordinated by {kept.coordinator}")
             self._end_before(message.session, message.epoch, "a new epoch")
         return self._caches.enter(message.session, message.coordinator, message.epoch, self._expiry(message.lease_ms))
 

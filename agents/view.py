@@ -200,7 +200,7 @@ class MeshView:
                 {"stage": stage, "peer": peer, "name": self.membership.name_of(peer), "held": held}
                 for stage, (peer, held) in answer.mirrors.items()
             ],
-            "deputy": self.coordinator.journalist.deputy_of(answer.session),
+            "deputies": self.coordinator.journal.deputies_of(answer.session),
         }
 
     def _model_row(self, card: ModelCard, adverts: list[Advert]) -> dict[str, Any]:

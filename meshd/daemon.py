@@ -18,7 +18,7 @@ from meshd.agents.discovery import MdnsDiscovery, StaticPeers
 from meshd.agents.drain import Drainer
 from meshd.agents.events import EventBus
 from meshd.agents.holdings import Holdings
-from meshd.agents.journal import Journalist
+from meshd.agents.journal import Journalists
 from meshd.agents.keeper import Keeper
 from meshd.agents.library import Library
 from meshd.agents.linkprobe import LinkProber
@@ -252,12 +252,12 @@ class Peer:
             suspects=self.membership.suspects,
         )
         self.preload = Preload(config.models, self.library, self.placer, self.router, clock)
-        self.journalist = Journalist(identity.peer, self.links, clock, adverts)
+        self.journal = Journalists(identity.peer, self.links, clock, adverts)
         self.deputy = Deputy(
             self.links,
             clock,
             on_orphan=lambda record: self.coordinator.take_over(record),
-            on_dropped=self.journalist.on_dropped,
+            on_dropped=self.journal.on_dropped,
         )
         self.locator = Locator(
             identity.peer,
@@ -274,6 +274,7 @@ class Peer:
             clock,
             config.mirror,
             take=lambda session: self.locator.fetch(session, take=True),
+            elsewhere=lambda session: self.locator.elsewhere(session),
         )
         self.coordinator = Coordinator(
             me=identity.peer,
@@ -283,7 +284,7 @@ class Peer:
             admission=Admission(running=config.max_sessions, waiting=config.queue_limit, wait_s=_QUEUE_WAIT_S),
             rescuer=rescuer,
             mover=Mover(rescuer, self.router, adverts, clock),
-            journalist=self.journalist,
+            journal=self.journal,
             deputy=self.deputy,
             locator=self.locator,
             clock=clock,
@@ -354,7 +355,7 @@ class Peer:
                         self.prober.run(),
                         self.stages.run(),
                         self.coordinator.run(),
-                        self.journalist.run(),
+                        self.journal.run(),
                         self.deputy.run(),
                         self.preload.run(),
                         self.keeper.run(),
@@ -375,7 +376,7 @@ class Peer:
 
     async def _leave(self, server: Server) -> None:
         """Tell clients and peers, clients first: their error must not be that of a peer that is already gone."""
-        self.journalist.flush()
+        self.journal.flush()
         self.coordinator.leave()
         await server.aclose()
         await self.router.close()
@@ -421,7 +422,7 @@ class Peer:
     def _on_gone(self, peer: PeerId, reason: str) -> None:
         self.coordinator.on_peer_gone(peer, reason)
         self.stages.on_peer_gone(peer, reason)
-        self.journalist.on_peer_gone(peer)
+        self.journal.on_peer_gone(peer)
         self.deputy.on_peer_gone(peer)
         self.keeper.changed()
 

@@ -6,7 +6,7 @@ import pytest
 from journals import Answer, HandClock, Keeper, Keepers, S, advert, answer, record
 from peers import Peers
 
-from meshd.agents.journal import BATCH_TOKENS, Batch, choose_deputy
+from meshd.agents.journal import BATCH_TOKENS, Batch, Journalist, choose_deputy
 from meshd.agents.journal_store import size_of
 from meshd.agents.record import encode_record
 from meshd.errors import RemoteFailure
@@ -222,7 +222,7 @@ async def test_a_suspended_answer_stays_unfinished_and_can_go_on(keepers: Keeper
         session.make(3)
         session.end("")
         await keepers.until(lambda: b.kept() == 3)
-        assert b.deputy.store.unfinished_of(a.id) == [session.record]
+        assert b.deputy.store.records_of(a.id) == [session.record]
         for _ in range(15):
             await keepers.clock.move(60.0)
             await keepers.until(lambda: a.journalist.deputy_of(S) == b.id)
@@ -312,15 +312,39 @@ async def test_many_sessions_change_their_deputy_together(keepers: Keepers) -> N
 # The deputy
 
 
-async def test_the_unfinished_answers_of_a_lost_coordinator_are_orphans(keepers: Keepers) -> None:
+async def test_the_answers_of_a_lost_coordinator_are_orphans_those_that_ended_too(keepers: Keepers) -> None:
     async with keepers.linked("a", "b") as (a, b):
         running, ended = a.answer(tokens=3), a.answer(SessionId("ended"))
         ended.end()
-        await keepers.until(lambda: len(b.deputy.store) == 2 and b.deputy.store.unfinished_of(a.id) == [running.record])
+        await keepers.until(lambda: [bool(known.finish) for known in b.deputy.store.records_of(a.id)] == [False, True])
         await a.peer.links.close("it goes")
-        await keepers.until(lambda: bool(b.orphans))
-        assert b.orphans == [running.record]
-        assert b.deputy.record(SessionId("ended")) is not None
+        await keepers.until(lambda: len(b.orphans) == 2)
+        assert b.orphans[0] == running.record
+        assert b.orphans[1].session == "ended"
+
+
+class _Spare:
+    """Of one more journalist at a peer: who has the record by the first one."""
+
+    def __init__(self, keeper: Keeper) -> None:
+        self.keeper = keeper
+
+    def __call__(self, session: SessionId) -> list[PeerId]:
+        chosen = self.keeper.journalist.chosen_for(session)
+        return [chosen] if chosen is not None else []
+
+
+async def test_a_second_deputy_is_another_peer(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b", "c") as (a, b, c):
+        running = a.answer(tokens=1)
+        await keepers.until(lambda: a.journalist.deputy_of(S) is not None)
+        second = Journalist(a.id, a.peer.links, keepers.clock, a._adverts, _Spare(a))
+        async with asyncio.TaskGroup() as tasks:
+            task = tasks.create_task(second.run())
+            second.begin(S, lambda: running.record, lambda: ())
+            await keepers.until(lambda: second.deputy_of(S) is not None)
+            task.cancel()
+        assert {a.journalist.deputy_of(S), second.deputy_of(S)} == {b.id, c.id}
 
 
 async def test_only_a_records_own_coordinator_may_send_it(keepers: Keepers) -> None:

@@ -68,7 +68,7 @@ def view(asked: Asked) -> MeshView:
         answers={FIRST: _answer(FIRST)},
         kept={SECOND: _answer(SECOND)},
         move=asked.move,
-        journalist=SimpleNamespace(deputy_of=lambda session: DESK),
+        journal=SimpleNamespace(deputies_of=lambda session: [DESK]),
     )
     parts = {
         "membership": SimpleNamespace(adverts=lambda: [advert(peer, name=name) for peer, name in names.items()], name_of=names.get),
@@ -143,6 +143,6 @@ def test_a_sessions_row_tells_how_it_was_recovered(view: MeshView) -> None:
             {"epoch": 3, "method": "kept", "reason": "moved to desk", "pause_ms": 2.0},
         ],
         "mirrors": [{"stage": 1, "peer": ATTIC, "name": "attic", "held": 96}],
-        "deputy": DESK,
+        "deputies": [DESK],
     }
     assert staged == {"id": STAGED, "role": "stage 1"}

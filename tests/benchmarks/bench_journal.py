@@ -1,0 +1,78 @@
+"""What the journal and the KV mirror cost: tokens/s with and without, in rounds that alternate in one run.
+
+    python tests/benchmarks/bench_journal.py [--rounds 8] [--tokens 256]
+
+All on this machine, one thread a daemon. Journal: the whole model on one peer, once in a mesh of its own, where there is nobody to
+keep the journal, and once in a mesh of two, where the other peer is its deputy; what else a second peer costs (heartbeats, adverts)
+is in that figure too. Mirror: an answer over two peers with the third one keeping a copy of its KV, against the same without; both
+are journalled. The machine's cores are shared by all of these daemons, which on real devices they are not.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from meshes import MODEL, Mesh, MeshBroken, pull_model, running
+from sites import LocalSite
+from streams import Streaming, of_length
+
+PROMPT = 64
+WHOLE, SPLIT = "h1:0-30", "h1:0-15,h2:15-30"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=256)
+    options = parser.parse_args()
+    pull_model()
+    print(f"{MODEL}, {options.tokens} tokens greedy, {options.rounds} rounds, {os.cpu_count()} cores of", end=" ")
+    print(f"{platform.processor() or platform.machine()}, load {os.getloadavg()[0]:.1f}")
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        alone, two, three = (
+            stack.enter_context(running(LocalSite(peers), Path(folder, str(peers)), flags=("--copies", "1"))) for peers in (1, 2, 3)
+        )
+        context = 2 * (PROMPT + options.tokens)
+        for mesh in (alone, two):
+            mesh.place("h1", WHOLE, context)
+        for stages in (SPLIT, "h3:0-15,h2:15-30", "h1:0-15,h3:15-30"):
+            three.place("h1", stages, context)
+
+        def speed(mesh: Mesh, how: dict[str, Any]) -> float:
+            answer = Streaming(mesh.site, "h1", of_length(PROMPT, options.tokens), how).end()
+            copied = sum(line["what"] == "mirror caught up" for line in mesh.story(answer.session))
+            if bool(copied) != how.get("mirror", False):
+                raise MeshBroken(f"asked for {how}, but {copied} copies caught up:\n{mesh.told_story(answer.session)}")
+            return (len(answer.times) - 1) / (answer.times[-1] - answer.times[0])
+
+        compare("journal", options.rounds, lambda: speed(alone, {"stages": WHOLE}), lambda: speed(two, {"stages": WHOLE}))
+        plain, mirrored = ({"stages": SPLIT, "mirror": mirror} for mirror in (False, True))
+        compare("mirror", options.rounds, lambda: speed(three, plain), lambda: speed(three, mirrored))
+
+
+def compare(name: str, rounds: int, without: Callable[[], float], with_it: Callable[[], float]) -> None:
+    """One of each to warm up, then pairs; the first of a pair changes."""
+    without(), with_it()
+    pairs = []
+    for number in range(rounds):
+        first, second = (without, with_it) if number % 2 else (with_it, without)
+        one, other = first(), second()
+        pairs.append((one, other) if number % 2 else (other, one))
+    plain, full = (statistics.median(values) for values in zip(*pairs, strict=True))
+    ratios = sorted(with_speed / plain_speed for plain_speed, with_speed in pairs)
+    cost = 100 * (1 - statistics.median(ratios))
+    print(f"{name:8} without {plain:7.2f} tokens/s, with {full:7.2f}: costs {cost:.1f} %", end=" ")
+    print(f"(paired median; pairs from {100 * (1 - ratios[-1]):.1f} to {100 * (1 - ratios[0]):.1f} %)", flush=True)
+
+
+if __name__ == "__main__":
+    main()

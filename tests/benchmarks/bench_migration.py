@@ -1,0 +1,75 @@
+"""The pause when a running answer is moved to another peer, against one decode step, at several lengths of context.
+
+    python tests/benchmarks/bench_migration.py [--rounds 5] [--contexts 256,1024,4096]
+
+Three peers on this machine, one thread each; an answer runs over two of them, and its second stage is moved to the third. The pause
+is from the last token before the change of plan to the first one after it: as the coordinator tells, and as the client sees it (its
+longest gap around the move). A step is the median of the 16 before. Every answer must be the one that was not moved.
+"""
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from meshes import MODEL, Mesh, MeshBroken, pull_model, running
+from sites import LocalSite
+from streams import Streaming, of_length, quantile, step_s
+
+BEFORE, ANSWER = 24, 96
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--contexts", default="256,1024,4096", help="tokens known when the move begins")
+    options = parser.parse_args()
+    contexts = [int(part) for part in options.contexts.split(",")]
+    pull_model()
+    print(f"{MODEL}, 3 peers of one thread each on one machine, {options.rounds} rounds, {os.cpu_count()} cores of", end=" ")
+    print(f"{platform.processor() or platform.machine()}, load {os.getloadavg()[0]:.1f}; times in ms")
+    print(f"{'context':>8} {'step':>7} {'pause p50':>10} {'steps':>6} {'longest':>8} {'steps':>6} {'at client':>10} {'steps':>6}")
+    with tempfile.TemporaryDirectory() as folder, running(LocalSite(3), Path(folder)) as mesh:
+        for context in contexts:
+            measure(mesh, context, options.rounds)
+
+
+def measure(mesh: Mesh, context: int, rounds: int) -> None:
+    door, second, third = mesh.site.names
+    spec = of_length(context - BEFORE, ANSWER)
+    for name in (second, third):
+        mesh.place(door, f"{door}:0-15,{name}:15-30", context + 2 * ANSWER)
+    calm = Streaming(mesh.site, door, spec, {"stages": f"{door}:0-15,{second}:15-30"}).end()
+    steps: list[float] = []
+    told: list[float] = []
+    seen: list[float] = []
+    for _ in range(rounds):
+        second, third = third, second
+        running_one = Streaming(mesh.site, door, spec, {"stages": f"{door}:0-15,{second}:15-30"})
+        running_one.wait_for(BEFORE)
+        began = time.monotonic()
+        asked = {"session": running_one.answer.session, "source": second, "target": third}
+        moved = mesh[door].post("/mesh/v1/migrate", asked)
+        over = time.monotonic()
+        answer = running_one.end()
+        if wrong := answer.same_as(calm):
+            raise MeshBroken(f"session {answer.session} went on wrongly: {wrong}\n{mesh.told_story(answer.session)}")
+        if third not in moved["plan"]:
+            raise MeshBroken(f"it was not moved to {third}: {moved}")
+        steps.append(1000 * step_s(answer, began))
+        told.append(moved["pause_ms"])
+        seen.append(1000 * max(b - a for a, b in pairwise(answer.times) if b > began and a < over + 0.5))
+    step = quantile(steps, 0.5)
+    pause, longest, client = quantile(told, 0.5), max(told), quantile(seen, 0.5)
+    shown = f"{pause:10.1f} {pause / step:6.2f} {longest:8.1f} {longest / step:6.2f} {client:10.1f} {client / step:6.2f}"
+    print(f"{context:8} {step:7.1f} {shown}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

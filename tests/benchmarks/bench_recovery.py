@@ -1,0 +1,144 @@
+"""The pause when a peer is lost in mid-answer: from the fault to the next token at the client. Three hosts on one LAN; needs root.
+
+    python tests/benchmarks/bench_recovery.py [--rounds 10] [--context 1000]
+
+An answer runs over all three, a third of the layers each. The second one, or the third in turns, is killed (-9), with and without
+a mirror of its KV, or frozen (SIGSTOP); one of the others, which holds a standby copy of its layers (`--copies 2`), goes on. The
+client asks the first peer, the coordinator. The pause is the client's longest wait for a token from the fault on. Beside it: how
+long a fresh prefill of the same context takes until its first token, over the same three peers. Every answer must be the calm one.
+"""
+
+import argparse
+import os
+import platform
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from meshes import MODEL, Mesh, MeshBroken, pull_model, running
+from sites import LabSite, find_netlab
+from streams import Answer, Spec, Streaming, longest_gap_s, of_length, quantile
+
+LAN = ("1gbit", "100us")
+PARTS = ("0-10", "10-20", "20-30")
+ANSWER, BEFORE = 96, 32
+"""Tokens of an answer, and of it before the fault."""
+FAULTS = {
+    "kill -9, replay": (signal.SIGKILL, False),
+    "kill -9, mirror": (signal.SIGKILL, True),
+    "freeze, replay": (signal.SIGSTOP, False),
+    "freeze, mirror": (signal.SIGSTOP, True),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--context", type=int, default=1000, help="tokens known when the fault comes")
+    options = parser.parse_args()
+    netlab = find_netlab()
+    if isinstance(netlab, str):
+        print(f"not measured: {netlab}")
+        return
+    pull_model()
+    with tempfile.TemporaryDirectory() as folder:
+        site = LabSite(netlab, 3)
+        for name in site.names:
+            site.shape(name, *LAN)
+        with running(site, Path(folder), flags=("--copies", "2")) as mesh:
+            Bench(mesh, options.context).run(options.rounds)
+
+
+class Bench:
+    """Rounds of faults; who is struck changes with each."""
+
+    def __init__(self, mesh: Mesh, context: int) -> None:
+        self._mesh = mesh
+        self._context = context
+        self._door, *self._others = mesh.site.names
+        self._parts = dict(zip(mesh.site.names, PARTS, strict=True))
+        self._stages = ",".join(f"{name}:{layers}" for name, layers in self._parts.items())
+        self._spec = of_length(context - BEFORE, ANSWER)
+        self._calm: Answer | None = None
+        self._steps: list[float] = []
+        self._prefills: list[float] = []
+        self._methods: dict[str, Counter[str]] = {name: Counter() for name in FAULTS}
+
+    def run(self, rounds: int) -> None:
+        pauses: dict[str, list[float]] = {name: [] for name in FAULTS}
+        self._mesh.place(self._door, self._stages, self._context + 2 * ANSWER)
+        self._calm = self._ask(self._spec).end()
+        for _ in range(rounds):
+            for name in FAULTS:
+                victim = self._ready()
+                self._prefills.append(self._prefill())
+                pauses[name].append(self._strike(victim, name))
+        self._tell(rounds, pauses)
+
+    def _tell(self, rounds: int, pauses: dict[str, list[float]]) -> None:
+        print(f"{MODEL}, {self._context} tokens of context, {rounds} rounds, 3 peers of one thread, {LAN[0]}, {LAN[1]} each way,")
+        print(f"{os.cpu_count()} cores of {platform.processor() or platform.machine()}, load {os.getloadavg()[0]:.1f} at the end")
+        print(f"{'':18} {'p50':>8} {'p99':>8} {'longest':>8}  went on by")
+        for name, values in [*pauses.items(), ("(fresh prefill)", self._prefills), ("(decode step)", self._steps)]:
+            shown = " ".join(f"{1000 * quantile(values, share):5.0f} ms" for share in (0.5, 0.99, 1.0))
+            how = ", ".join(f"{method} {count}" for method, count in self._methods.get(name, Counter()).items())
+            print(f"{name:18} {shown}  {how}")
+
+    def _ask(self, spec: Spec, *, mirror: bool = False) -> Streaming:
+        return Streaming(self._mesh.site, self._door, spec, {"stages": self._stages, "mirror": mirror})
+
+    def _ready(self) -> str:
+        """Wait until all is as at the start, and the next victim's layers lie elsewhere too. Who it is."""
+        self._others.reverse()
+        victim = self._others[0]
+        door = self._mesh[self._door]
+        self._mesh.wait_until_all_see()
+        self._mesh.place(self._door, self._stages, self._context + 2 * ANSWER)
+
+        def copied() -> bool:
+            rows = [row for row in door.rows_or_none("peers") if row["name"] != victim]
+            return any(_holds(held, self._parts[victim]) for row in rows for held in row["holdings"])
+
+        self._mesh.wait(copied, f"a copy of layers {self._parts[victim]}", door)
+        self._mesh.wait(lambda: not any(host.rows("sessions") for host in self._mesh), "the last answer to be over", door)
+        return victim
+
+    def _prefill(self) -> float:
+        """All that is known when the fault comes, computed from nothing."""
+        answer = self._ask(of_length(self._context, 2)).end()
+        return answer.times[0] - answer.asked_at
+
+    def _strike(self, victim: str, fault: str) -> float:
+        number, mirror = FAULTS[fault]
+        running = self._ask(self._spec, mirror=mirror)
+        running.wait_for(BEFORE)
+        at = time.monotonic()
+        self._mesh[victim].signal(number)
+        answer = running.end()
+        assert self._calm is not None
+        if told := answer.same_as(self._calm):
+            raise MeshBroken(f"session {answer.session} went on wrongly: {told}\n{self._mesh.told_story(answer.session)}")
+        self._methods[fault].update(row["method"] for row in self._mesh.story(answer.session) if row["what"] == "goes on")
+        self._steps += [later - earlier for earlier, later in pairwise(answer.times[:BEFORE])]
+        if number is signal.SIGSTOP:
+            self._mesh[victim].signal(signal.SIGCONT)
+        else:
+            self._mesh[victim].gone(10)
+            self._mesh[victim].start()
+        return longest_gap_s(answer, at)
+
+
+def _holds(held: dict[str, Any], layers: str) -> bool:
+    (start, end), (first, last) = ((int(edge) for edge in text.split("-")) for text in (held["layers"], layers))
+    return bool(held["state"] == "active" and start <= first and end >= last)
+
+
+if __name__ == "__main__":
+    main()

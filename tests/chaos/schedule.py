@@ -1,0 +1,88 @@
+"""Which faults come, in what order and how hard: made of the seed alone. Whom they hit is seen when they strike."""
+
+import enum
+import random
+from dataclasses import dataclass
+
+
+class Kind(enum.Enum):
+    """What goes wrong, as the table names it."""
+
+    KILL = "kill -9"
+    COORDINATOR = "kill -9 of the coordinator"
+    POWER = "power loss"
+    FREEZE = "freeze"
+    PARTITION = "silent partition"
+    ONE_WAY = "one-way cut"
+    SLOW = "link 100 times slower"
+    GARBAGE = "garbage"
+    DRAIN = "SIGTERM (drain)"
+    TWO = "two in a row"
+    DURING = "loss during recovery"
+    REPLACEMENT = "loss of the replacement"
+    PREFILL = "loss during prefill"
+    MIGRATE = "migration (no fault)"
+
+
+NETWORK = frozenset({Kind.POWER, Kind.PARTITION, Kind.ONE_WAY, Kind.SLOW})
+"""Need hosts with links of their own."""
+DOUBLE = frozenset({Kind.TWO, Kind.DURING, Kind.REPLACEMENT})
+"""Take two peers. Those that coordinate are spared: an answer whose coordinator and deputy die at once is lost by design."""
+_EITHER = frozenset({Kind.POWER, Kind.FREEZE, Kind.PARTITION, Kind.ONE_WAY, Kind.SLOW, Kind.DRAIN})
+"""May hit a coordinator as well as a stage."""
+_COORDINATOR_SHARE = 0.35
+GARBAGES = ("nan", "size", "vocabulary", "torn")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One of them."""
+
+    number: int
+    kind: Kind
+    coordinator: bool
+    """It strikes a coordinator of a running answer, else a stage of one."""
+    seconds: float
+    """How long it lasts, or until the peer is started again."""
+    delay_s: float
+    """From the first blow to the second, where there are two; for prefill from its begin to the blow."""
+    mode: str
+    """Which direction is cut, what garbage it is."""
+    pick: float
+    """0 to 1: which of the candidates."""
+
+    @property
+    def label(self) -> str:
+        return self.kind.value + (" of a coordinator" if self.coordinator and self.kind is not Kind.COORDINATOR else "")
+
+
+def make_schedule(seed: int, count: int, *, network: bool) -> list[Fault]:
+    """`count` faults, all kinds as often as one another, with a migration after each round of them."""
+    rng = random.Random(seed)
+    kinds = [kind for kind in Kind if kind is not Kind.MIGRATE and (network or kind not in NETWORK)]
+    schedule: list[Fault] = []
+    faults = 0
+    while faults < count:
+        rng.shuffle(kinds)
+        for kind in [*kinds[: count - faults], Kind.MIGRATE]:
+            faults += kind is not Kind.MIGRATE
+            schedule.append(_fault(len(schedule) + 1, kind, rng))
+    return schedule
+
+
+def _fault(number: int, kind: Kind, rng: random.Random) -> Fault:
+    coordinator = rng.random() < _COORDINATOR_SHARE
+    lasts = rng.uniform(3.0, 8.0)
+    delay_s = {Kind.DURING: rng.uniform(0.05, 0.3), Kind.TWO: rng.uniform(1.0, 3.0)}.get(kind, rng.uniform(0.05, 0.6))
+    direction, garbage, pick = rng.choice(("in", "out")), rng.choice(GARBAGES), rng.random()
+    modes = {Kind.ONE_WAY: direction, Kind.GARBAGE: garbage, Kind.PARTITION: "silent"}
+    seconds = rng.uniform(1.0, 3.0) if kind not in _EITHER | {Kind.GARBAGE} else lasts
+    return Fault(
+        number=number,
+        kind=kind,
+        coordinator=kind is Kind.COORDINATOR or (kind in _EITHER and coordinator),
+        seconds=seconds,
+        delay_s=delay_s,
+        mode=modes.get(kind, ""),
+        pick=pick,
+    )

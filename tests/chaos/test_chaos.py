@@ -1,0 +1,107 @@
+"""The chaos run's short form, and that its own judgement can tell right from wrong."""
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from streams import Answer, Interrupted, Spec
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from clients import Asked, make_specs
+from faults import Struck
+from schedule import DOUBLE, NETWORK, Kind, make_schedule
+from verdict import Reading, leaks, pause_s
+
+RUN = Path(__file__).with_name("run.py")
+SPEC = Spec("one", "/v1/completions", {})
+
+
+@pytest.mark.timeout(600)
+def test_a_short_chaos_run_ends_every_answer_as_a_calm_mesh_does() -> None:
+    command = [sys.executable, "-P", str(RUN), "--seed", "20", "--faults", "12", "--short", "--minutes", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-3000:]
+
+
+def test_a_schedule_is_its_seeds_and_has_all_kinds_alike() -> None:
+    schedule = make_schedule(7, 200, network=True)
+    assert schedule == make_schedule(7, 200, network=True)
+    assert schedule != make_schedule(8, 200, network=True)
+    counts = Counter(fault.kind for fault in schedule if fault.kind is not Kind.MIGRATE)
+    assert counts.total() == 200
+    assert set(counts) == set(Kind) - {Kind.MIGRATE}
+    assert max(counts.values()) - min(counts.values()) <= 1
+    assert not {fault.kind for fault in make_schedule(7, 50, network=False)} & NETWORK
+    assert not any(fault.coordinator for fault in schedule if fault.kind in DOUBLE)
+
+
+def test_requests_are_of_every_route_and_kind_of_sampling() -> None:
+    specs = make_specs(3, 18, (64, 200))
+    assert specs == make_specs(3, 18, (64, 200))
+    assert {spec.path for spec in specs} == {"/v1/completions", "/v1/chat/completions", "/v1/responses"}
+    assert {bool(spec.body.get("seed")) for spec in specs} == {True, False}
+    assert any("repetition_penalty" in spec.body for spec in specs)
+    assert {"logprobs" in spec.body or "include" in spec.body for spec in specs} == {True, False}
+
+
+def chunk(text: str, finish: str | None = None) -> dict[str, Any]:
+    logprobs = {"tokens": [text], "token_logprobs": [-0.5], "top_logprobs": None}
+    return {"id": "cmpl-1", "choices": [{"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish}]}
+
+
+def answer_of(*events: tuple[int, str]) -> Answer:
+    answer = Answer(SPEC)
+    for at, (number, text) in enumerate(events):
+        answer.take(number, chunk(text), float(at))
+    answer.ended = True
+    return answer
+
+
+CALM = answer_of((1, "a"), (2, "b"), (3, "c"))
+
+
+def test_the_same_answer_is_the_same_however_long_it_took() -> None:
+    assert answer_of((1, "a"), (2, "b"), (3, "c")).same_as(CALM) == []
+
+
+@pytest.mark.parametrize(
+    ("events", "told"),
+    [
+        (((1, "a"), (2, "x"), (3, "c")), "wrong at 1"),
+        (((1, "a"), (2, "c")), "lost at 1"),
+        (((1, "a"), (2, "a"), (3, "b"), (4, "c")), "repeated at 1"),
+        (((1, "a"), (2, "b")), "2 for 3"),
+        (((1, "a"), (2, "b"), (2, "b"), (3, "c")), "1 events repeated"),
+        (((1, "a"), (2, "b"), (4, "c")), "1 events left out"),
+    ],
+)
+def test_what_differs_is_told(events: tuple[tuple[int, str], ...], told: str) -> None:
+    assert told in "; ".join(answer_of(*events).same_as(CALM))
+
+
+def test_an_error_event_interrupts() -> None:
+    with pytest.raises(Interrupted, match="peer_lost: gone"):
+        Answer(SPEC).take(None, {"error": {"code": "peer_lost", "message": "gone"}}, 0.0)
+
+
+def test_a_pause_counts_from_the_fault_to_the_next_token() -> None:
+    (fault,) = [fault for fault in make_schedule(1, 12, network=False) if fault.kind is Kind.KILL][:1]
+    answer = answer_of(*((number, "a") for number in range(4)))
+    answer.times = [10.0, 11.0, 14.0, 30.0]
+    assert pause_s(Asked(answer), Struck(fault, 11.5, {}, over_at=12.0)) == 16.0
+    assert pause_s(Asked(answer), Struck(fault, 11.5, {}, over_at=8.0)) == 2.5
+    assert pause_s(Asked(answer), Struck(fault, 31.0, {}, over_at=32.0)) is None
+
+
+def test_what_is_left_behind_is_told() -> None:
+    calm = Reading(sessions=0, kv_tokens_held=0, blocks_free=9, sockets=14, resident_bytes=300 << 20, loads=(), layers=0)
+    loaded = Reading(sessions=0, kv_tokens_held=0, blocks_free=9, sockets=14, resident_bytes=600 << 20, loads=("0-30",), layers=30)
+    assert leaks({"h1": calm, "h2": loaded}, {"h1": loaded, "h2": calm}) == []
+    left = Reading(sessions=1, kv_tokens_held=32, blocks_free=8, sockets=20, resident_bytes=900 << 20, loads=("0-30",), layers=30)
+    told = "; ".join(leaks({"h1": calm, "h2": loaded}, {"h1": left}))
+    assert all(part in told for part in ("1 sessions", "32 KV tokens", "20 sockets", "900 MiB"))

@@ -1,0 +1,106 @@
+"""An answer over two of four hosts when one of them falls silent: it goes on, and is the calm one. `pytest -s` prints pauses."""
+
+import http.client
+import signal
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import Any
+
+import pytest
+from meshes import Mesh, pull_model, running
+from sites import LabSite
+from streams import Answer, Interrupted, Spec, Streaming, go_on, longest_gap_s, of_length
+
+pytestmark = [pytest.mark.netlab, pytest.mark.timeout(300)]
+
+SPEC = of_length(256, 64)
+BEFORE = 16
+CONTEXT = 1024
+WITHIN_S = 10.0
+"""What a test on a busy machine waits for the next token; the benchmark measures."""
+LEASE_S = 12.0
+"""After that, what a lost coordinator had reserved is free; and a little more."""
+Act = Callable[[Mesh, str], object]
+
+
+@pytest.fixture(scope="module")
+def mesh(netlab: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    pull_model()
+    with running(LabSite(netlab, 4), tmp_path_factory.mktemp("mesh")) as mesh:
+        yield mesh
+
+
+@pytest.fixture(scope="module")
+def calm(mesh: Mesh) -> Answer:
+    return Streaming(mesh.site, "h1", SPEC, {"stages": "h1:0-15,h2:15-30"}).end()
+
+
+def begin(mesh: Mesh, spec: Spec = SPEC, **how: object) -> Streaming:
+    begun = Streaming(mesh.site, "h1", spec, {"stages": "h1:0-15,h2:15-30", **how}, silence_s=30)
+    begun.wait_for(BEFORE)
+    return begun
+
+
+def lose_power(mesh: Mesh, name: str) -> None:
+    mesh.site.cut(name, "silent")
+    mesh[name].kill()
+
+
+def power_on(mesh: Mesh, name: str) -> None:
+    mesh.site.heal(name)
+    mesh[name].start()
+
+
+FAULTS: dict[str, tuple[Act, Act]] = {
+    "power": (lose_power, power_on),
+    "freeze": (lambda mesh, name: mesh[name].signal(signal.SIGSTOP), lambda mesh, name: mesh[name].signal(signal.SIGCONT)),
+    "partition": (lambda mesh, name: mesh.site.cut(name, "silent"), lambda mesh, name: mesh.site.heal(name)),
+    "deaf": (lambda mesh, name: mesh.site.cut(name, "in"), lambda mesh, name: mesh.site.heal(name)),
+    "mute": (lambda mesh, name: mesh.site.cut(name, "out"), lambda mesh, name: mesh.site.heal(name)),
+}
+
+
+@pytest.mark.parametrize("mirror", [False, True], ids=["replay", "mirror"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_answer_goes_on_when_a_host_falls_silent(mesh: Mesh, calm: Answer, fault: str, *, mirror: bool) -> None:
+    strike, mend = FAULTS[fault]
+    begun = begin(mesh, mirror=mirror)
+    at = time.monotonic()
+    strike(mesh, "h2")
+    try:
+        answer = begun.end()
+    finally:
+        mend(mesh, "h2")
+        mesh.wait_until_all_see()
+    assert answer.same_as(calm) == [], mesh.told_story(answer.session)
+    pause_s = longest_gap_s(answer, at)
+    print(f"\n{fault}: a pause of {1000 * pause_s:.0f} ms")
+    assert pause_s < WITHIN_S
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_client_whose_coordinator_falls_silent_goes_on_at_another_peer(mesh: Mesh, calm: Answer, fault: str) -> None:
+    strike, mend = FAULTS[fault]
+    begun = begin(mesh)
+    strike(mesh, "h1")
+    try:
+        time.sleep(4)  # a client that waits so long for a token asks elsewhere
+        answer = deepcopy(begun.answer)
+        _resume(mesh, "h3", answer)
+    finally:
+        mend(mesh, "h1")
+        mesh.wait_until_all_see()
+    assert answer.same_as(calm) == [], mesh.told_story(answer.session)
+    mesh.wait(lambda: not any(host.rows("sessions") for host in mesh), "nothing to be left on any peer", mesh["h1"], LEASE_S)
+
+
+def _resume(mesh: Mesh, at: str, answer: Answer) -> None:
+    """Read the rest of what another reader began; that one hears nothing any more."""
+    until = time.monotonic() + 20
+    while not answer.ended:
+        assert time.monotonic() < until, f"{answer.session} can't be gone on with at {at}"
+        try:
+            go_on(mesh.site, at, answer, silence_s=10)
+        except (Interrupted, OSError, http.client.HTTPException):
+            time.sleep(0.2)

@@ -1,0 +1,130 @@
+"""The toy model: any split gives the reference's tokens, and any damage to the KV other ones."""
+
+import random
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from sim.toy import CONTEXT, HIDDEN, Expected, Meter, PlainModel, Speed, ToyBackend, random_prompt, reference, toy_card
+
+from meshd.kernels.backend import Segment
+from meshd.kernels.kv import KVPool
+from meshd.kernels.sampler import Sampler
+from meshd.types import LayerRange, SamplingParams
+
+CARD = toy_card()
+
+
+class Split:
+    """The model over stages, fed by hand."""
+
+    def __init__(self, cuts: Sequence[int]) -> None:
+        self.meter = Meter()
+        loaded = ToyBackend(self.meter, Speed()).load(CARD.spec, LayerRange(0, 6), None, embedding=True, head=True)  # type: ignore[arg-type]
+        borders = [0, *cuts, 6]
+        self.stages = [loaded.stage(LayerRange(*border)) for border in pairwise(borders)]
+        self.pools = [KVPool(CARD.spec, stage.layers, CONTEXT // 32) for stage in self.stages]
+        self.tables = [pool.allocate(CONTEXT) for pool in self.pools]
+        self.position = 0
+
+    def feed(self, ids: Sequence[int]) -> np.ndarray:
+        hidden = self.stages[0].embed(np.array(ids, np.int32))
+        for stage, pool, table in zip(self.stages, self.pools, self.tables, strict=True):
+            hidden = stage.forward(hidden, [Segment(table, self.position, len(ids))], pool)
+        self.position += len(ids)
+        return self.stages[-1].logits(hidden[-1:])[0]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_split_and_any_chunks_give_the_same_tokens(seed: int) -> None:
+    rng = random.Random(seed)
+    prompt = random_prompt(rng, 200)
+    sampling = SamplingParams(temperature=rng.choice([0, 1.0]), repetition_penalty=1.2, seed=seed, logprobs=1)
+    expected = reference(6, prompt, sampling, 30, ignore_eos=True)
+    split = Split(sorted(rng.sample(range(1, 6), rng.randint(0, 4))))
+    sampler = Sampler(sampling, prompt)
+    rest, tokens = list(prompt), []
+    while rest:
+        size = rng.randint(1, 64)
+        logits = split.feed(rest[:size])
+        rest = rest[size:]
+    while len(tokens) < 30:
+        token, _ = sampler.pick(logits, split.position)
+        sampler.accept(token)
+        tokens.append(token)
+        logits = split.feed([token])
+    assert tuple(tokens) == expected.tokens
+    assert split.meter.spent_s > 0
+
+
+def test_one_token_and_many_are_the_same_mathematics() -> None:
+    one, many, plain = Split([2]), Split([3]), PlainModel(6)
+    ids = random_prompt(random.Random(3), 60)
+    for token in ids:
+        one_logits = one.feed([token])
+        plain.feed(token)
+    assert (one_logits == many.feed(ids)).all()
+    assert (one_logits == plain.logits()).all()
+
+
+@pytest.mark.parametrize("layer", range(6))
+@pytest.mark.parametrize("position", [0, 17, 39])
+@pytest.mark.parametrize("part", range(4))
+def test_every_value_of_kv_counts(layer: int, position: int, part: int) -> None:
+    ids = random_prompt(random.Random(1), 200)[:40] + (1,) * 40
+    intact, hurt = Split([]), Split([])
+    intact.feed(ids[:40])
+    hurt.feed(ids[:40])
+    slots = hurt.pools[0]._slots[layer, part // 2]
+    first = hurt.tables[0].blocks[0] * 32
+    slots[first + position, 0, part % 2] += 1
+    assert (intact.feed(ids[40:41]) != hurt.feed(ids[40:41])).any()
+
+
+def _swap(pool: KVPool) -> None:
+    """Two positions of one layer change places."""
+    pool._slots[2][:, [5, 6]] = pool._slots[2][:, [6, 5]]
+
+
+def _stale(pool: KVPool) -> None:
+    """One block of one layer is another one's."""
+    pool._slots[1][:, 32:64] = pool._slots[1][:, 0:32]
+
+
+def _lost(pool: KVPool) -> None:
+    pool._slots[4][:, 32:64] = 0
+
+
+@pytest.mark.parametrize("damage", [_swap, _stale, _lost])
+def test_damage_shows(damage: Callable[[KVPool], None]) -> None:
+    ids = tuple(random.Random(2).randrange(64) for _ in range(70))
+    intact, hurt = Split([]), Split([])
+    intact.feed(ids)
+    hurt.feed(ids)
+    damage(hurt.pools[0])
+    assert (intact.feed([3]) != hurt.feed([3])).any()
+
+
+def test_steps_out_of_order_show() -> None:
+    right, wrong = Split([]), Split([])
+    right.feed([1, 2, 3])
+    for position, token in ((0, 1), (2, 3), (1, 2)):
+        wrong.position = position
+        wrong.feed([token])
+    wrong.position = 3
+    assert (right.feed([4]) != wrong.feed([4])).any()
+
+
+def test_the_reference_stops() -> None:
+    ends = {_reference(seed).finish for seed in range(40)}
+    assert ends == {"stop", "length"}
+
+
+def _reference(seed: int) -> Expected:
+    return reference(6, (seed % 64, 1), SamplingParams(seed=seed), 40)
+
+
+def test_it_is_small_enough_to_be_exact() -> None:
+    assert CARD.spec.hidden == HIDDEN
+    assert 4093 * 4093 < 2**24

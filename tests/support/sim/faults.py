@@ -1,0 +1,293 @@
+"""What goes wrong, drawn from the seed."""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sim.network import Harsh
+
+if TYPE_CHECKING:
+    from sim.peer import SimPeer
+    from sim.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    at: float
+    kind: str
+    lasts_s: float
+    chance: float
+    """Picks the victim among those that are possible then."""
+
+    def __str__(self) -> str:
+        return f"{self.kind} at {self.at:.2f} for {self.lasts_s:.2f} s"
+
+
+Inject = Callable[["World", Fault], Awaitable[None]]
+_KINDS: dict[str, Inject] = {}
+_LASTS: dict[str, tuple[float, float]] = {}
+
+
+def _fault(kind: str, shortest_s: float, longest_s: float) -> Callable[[Inject], Inject]:
+    def register(inject: Inject) -> Inject:
+        _KINDS[kind], _LASTS[kind] = inject, (shortest_s, longest_s)
+        return inject
+
+    return register
+
+
+def kinds() -> tuple[str, ...]:
+    return tuple(_KINDS)
+
+
+def make_faults(rng: random.Random, count: int, within_s: float, only: tuple[str, ...] | None = None) -> list[Fault]:
+    """Some come close after one another: a loss during recovery is an ordinary thing."""
+    faults: list[Fault] = []
+    for _ in range(count):
+        close = faults and rng.random() < 0.35
+        at = faults[-1].at + rng.uniform(0, 2.5) if close else rng.uniform(0, within_s)
+        kind = rng.choice(only or kinds())
+        faults.append(Fault(at, kind, rng.uniform(*_LASTS[kind]), rng.random()))
+    return sorted(faults, key=lambda fault: fault.at)
+
+
+async def inject(world: "World", fault: Fault) -> None:
+    """From its beginning to its end."""
+    await asyncio.sleep(fault.at)
+    await _KINDS[fault.kind](world, fault)
+
+
+def _pick(world: "World", fault: Fault) -> "SimPeer | None":
+    """A peer that lives and to which nothing is being done, busy ones first: half of the time one that is in a session."""
+    free = [peer for peer in world.peers.values() if peer.life is not None and peer.id not in world.troubled]
+    if len(free) < 2:
+        return None
+    busy = [peer for peer in free if world.is_busy(peer)]
+    chosen = busy if busy and fault.chance < 0.7 else free
+    return chosen[int(fault.chance * 1000) % len(chosen)]
+
+
+async def _process_fault(
+    world: "World",
+    fault: Fault,
+    begin: Callable[["SimPeer"], None],
+    end: Callable[["SimPeer"], None],
+    wish: "SimPeer | None" = None,
+) -> None:
+    peer = wish or _pick(world, fault)
+    if peer is None:
+        return
+    world.trouble(peer, fault.kind)
+    begin(peer)
+    await asyncio.sleep(fault.lasts_s)
+    end(peer)
+    world.well_again(peer, fault.kind)
+
+
+def _start(peer: "SimPeer") -> None:
+    if peer.life is None:
+        peer.start()
+
+
+@_fault("kill", 0.3, 20.0)
+async def _kill(world: "World", fault: Fault) -> None:
+    await _process_fault(world, fault, lambda peer: world.kill(peer), lambda peer: world.start(peer))
+
+
+@_fault("kill coordinator", 0.3, 20.0)
+async def _kill_coordinator(world: "World", fault: Fault) -> None:
+    free = [peer for peer in world.peers.values() if peer.life is not None and peer.id not in world.troubled]
+    coordinators = [peer for peer in free if world.coordinates(peer)]
+    if coordinators and len(free) > 1:
+        victim = coordinators[int(fault.chance * 1000) % len(coordinators)]
+        await _process_fault(world, fault, lambda peer: world.kill(peer), lambda peer: world.start(peer), victim)
+
+
+@_fault("power cut", 0.3, 20.0)
+async def _power_cut(world: "World", fault: Fault) -> None:
+    await _process_fault(world, fault, lambda peer: world.kill(peer, silently=True), lambda peer: world.start(peer))
+
+
+@_fault("freeze", 0.2, 12.0)
+async def _freeze(world: "World", fault: Fault) -> None:
+    await _process_fault(world, fault, lambda peer: peer.freeze(), lambda peer: peer.thaw())
+
+
+@_fault("stall", 1.0, 30.0)
+async def _stall(world: "World", fault: Fault) -> None:
+    """Its compute thread hangs; its links are fine."""
+    lives = {}
+
+    def begin(peer: "SimPeer") -> None:
+        lives[peer.id] = peer.life
+        if peer.life is not None:
+            peer.life.compute.stall()
+
+    def end(peer: "SimPeer") -> None:
+        life = lives[peer.id]
+        if life is not None and not life.dead:
+            life.compute.go_on()
+
+    await _process_fault(world, fault, begin, end)
+
+
+@_fault("slow peer", 1.0, 10.0)
+async def _slow_peer(world: "World", fault: Fault) -> None:
+    factor = 10 ** (1 + fault.chance)
+    await _process_fault(world, fault, lambda peer: peer.set_slow(factor), lambda peer: peer.set_slow(1.0))
+
+
+@_fault("garbage", 0.5, 5.0)
+async def _garbage(world: "World", fault: Fault) -> None:
+    def set_garbage(peer: "SimPeer", garbage: str) -> None:
+        peer.spec.speed.garbage = garbage
+
+    await _process_fault(world, fault, lambda peer: set_garbage(peer, "nan"), lambda peer: set_garbage(peer, ""))
+
+
+@_fault("leave", 0.5, 15.0)
+async def _leave(world: "World", fault: Fault) -> None:
+    """SIGTERM, and a start some time later."""
+    peer = _pick(world, fault)
+    if peer is None:
+        return
+    world.trouble(peer, fault.kind)
+    await world.stop(peer)
+    await asyncio.sleep(fault.lasts_s)
+    world.start(peer)
+    world.well_again(peer, fault.kind)
+
+
+def _pair(world: "World", fault: Fault) -> tuple["SimPeer", "SimPeer"] | None:
+    free = [peer for peer in world.peers.values() if peer.id not in world.troubled]
+    if len(free) < 2:
+        return None
+    first = free.pop(int(fault.chance * 1000) % len(free))
+    return first, free[int(fault.chance * 7919) % len(free)]
+
+
+async def _pair_fault(
+    world: "World",
+    fault: Fault,
+    begin: Callable[["SimPeer", "SimPeer"], None],
+    end: Callable[["SimPeer", "SimPeer"], None],
+) -> None:
+    pair = _pair(world, fault)
+    if pair is None:
+        return
+    for peer in pair:
+        world.trouble(peer, fault.kind)
+    begin(*pair)
+    await asyncio.sleep(fault.lasts_s)
+    end(*pair)
+    for peer in pair:
+        world.well_again(peer, fault.kind)
+
+
+@_fault("partition", 0.2, 15.0)
+async def _partition(world: "World", fault: Fault) -> None:
+    """Silent, both ways, between two."""
+
+    def begin(one: "SimPeer", other: "SimPeer") -> None:
+        world.network.cut(one.id, other.id)
+        world.network.cut(other.id, one.id)
+
+    def end(one: "SimPeer", other: "SimPeer") -> None:
+        world.network.heal(one.id, other.id)
+        world.network.heal(other.id, one.id)
+
+    await _pair_fault(world, fault, begin, end)
+
+
+@_fault("one-way cut", 0.2, 15.0)
+async def _one_way(world: "World", fault: Fault) -> None:
+    await _pair_fault(
+        world,
+        fault,
+        lambda one, other: world.network.cut(one.id, other.id),
+        lambda one, other: world.network.heal(one.id, other.id),
+    )
+
+
+@_fault("isolate", 0.2, 15.0)
+async def _isolate(world: "World", fault: Fault) -> None:
+    """One peer is cut off from all others, silently."""
+
+    def others(peer: "SimPeer") -> list["SimPeer"]:
+        return [other for other in world.peers.values() if other is not peer]
+
+    cut: list[SimPeer] = []
+
+    def begin(peer: "SimPeer") -> None:
+        cut.extend(other for other in others(peer) if other.id not in world.troubled)
+        for other in cut:
+            world.network.cut(peer.id, other.id)
+            world.network.cut(other.id, peer.id)
+
+    def end(peer: "SimPeer") -> None:
+        for other in cut:
+            world.network.heal(peer.id, other.id)
+            world.network.heal(other.id, peer.id)
+
+    await _process_fault(world, fault, begin, end)
+
+
+@_fault("reset", 0.0, 0.1)
+async def _reset(world: "World", fault: Fault) -> None:
+    await _pair_fault(world, fault, lambda one, other: world.network.break_link(one.id, other.id), lambda one, other: None)
+
+
+@_fault("slow link", 1.0, 10.0)
+async def _slow_link(world: "World", fault: Fault) -> None:
+    """A hundred times slower."""
+
+    def set_slow(one: "SimPeer", other: "SimPeer", slow: float) -> None:
+        world.network.path(one.id, other.id).slow = slow
+        world.network.path(other.id, one.id).slow = slow
+
+    await _pair_fault(world, fault, lambda one, other: set_slow(one, other, 100.0), lambda one, other: set_slow(one, other, 1.0))
+
+
+@_fault("drain", 0.5, 8.0)
+async def _drain(world: "World", fault: Fault) -> None:
+    """It is asked to let what runs on it move away, and then to take work again."""
+    peer = _pick(world, fault)
+    if peer is None or peer.life is None:
+        return
+    world.trouble(peer, fault.kind)
+    life = peer.life
+    await world.do(life, life.drainer.drain(life.spec.id, False, fault.lasts_s), fault.lasts_s)
+    if not life.dead:
+        await world.do(life, life.drainer.drain(life.spec.id, True, 1.0), 2.0)
+    world.well_again(peer, fault.kind)
+
+
+@_fault("move", 0.0, 0.1)
+async def _move(world: "World", fault: Fault) -> None:
+    """Somebody has a running answer moved; that hurts nobody."""
+    running = [
+        (peer.life, session)
+        for peer in world.peers.values()
+        if peer.life is not None and not peer.frozen
+        for session in peer.life.coordinator.answers
+    ]
+    if running:
+        life, session = running[int(fault.chance * 1000) % len(running)]
+        target = list(world.peers)[int(fault.chance * 7919) % len(world.peers)]
+        world.injected += 1
+        world.trace.note("move", life.spec.name, session[:6], world.names[target])
+        await world.do(life, life.coordinator.move(session, target, None), 30.0)
+
+
+@_fault("harsh network", 0.5, 5.0)
+async def _harsh(world: "World", fault: Fault) -> None:
+    """Single messages are lost, repeated and overtaken, all over. TCP loses none and lives on: such links are reset after."""
+    world.trouble_all(fault.kind)
+    level = fault.chance * 0.05
+    world.network.harsh = Harsh(drop=level, repeat=level, reorder=level)
+    await asyncio.sleep(fault.lasts_s)
+    world.network.harsh = Harsh()
+    world.network.break_lossy()
+    world.all_well_again(fault.kind)

@@ -1,0 +1,116 @@
+"""What clients ask, and what they must get."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from meshd.agents.service import GenerationRequest, MeshOptions
+from meshd.types import FinishReason, ModelCard, SamplingParams
+from sim.toy import Expected, letter, random_prompt, reference
+
+
+@dataclass(slots=True)
+class Wish:
+    """One request, and how its client behaves."""
+
+    number: int
+    request: GenerationRequest
+    expected: Expected
+    text: str
+    """All that the client may ever see, stop string cut off."""
+    finish: FinishReason
+    completion_tokens: int
+    starts_at: float
+    patience_s: float
+    """It goes to another peer when nothing comes for so long."""
+    reads_s: float = 0.0
+    """How long the client takes for each delta."""
+    leaves_at: int | None = None
+    """It goes away after this many deltas."""
+    stays_away_s: float = 0.0
+    cancels_at: int | None = None
+    seen: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    """Deltas in order: text, and token ids if logprobs were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How much is asked."""
+
+    requests: int
+    within_s: float
+    prompt: int = 150
+    answer: int = 60
+
+
+def make_wishes(rng: random.Random, cards: Sequence[ModelCard], load: Load) -> list[Wish]:
+    """In the order of their start."""
+    starts = sorted(rng.uniform(0, load.within_s) for _ in range(load.requests))
+    return [make_wish(rng, cards, load, number, start) for number, start in enumerate(starts)]
+
+
+def make_wish(rng: random.Random, cards: Sequence[ModelCard], load: Load, number: int, start: float) -> Wish:
+    """One request, and its answer by the reference."""
+    card = cards[0] if len(cards) == 1 else rng.choice(cards)
+    prompt = random_prompt(rng, load.prompt if rng.random() < 0.8 else 8)
+    sampling = _sampling(rng)
+    max_tokens = rng.randint(1, load.answer)
+    ignore_eos = rng.random() < 0.5
+    expected = reference(card.spec.layers, prompt, sampling, max_tokens, ignore_eos=ignore_eos)
+    letters = [letter(token) for token in expected.tokens]
+    if expected.finish == "stop":
+        letters.pop()
+    stop: tuple[str, ...] = ()
+    if len(letters) > 4 and rng.random() < 0.2:
+        at = rng.randrange(len(letters) - 1)
+        stop = ("".join(letters[at : at + 2]),)
+    text = "".join(letters)
+    finish, completion = FinishReason(expected.finish), len(expected.tokens)
+    if stop and stop[0] in text:
+        cut = text.index(stop[0])
+        text, finish, completion = text[:cut], FinishReason.STOP, cut + len(stop[0])
+    leaves = rng.randrange(1, 20) if rng.random() < 0.15 else None
+    return Wish(
+        number=number,
+        request=GenerationRequest(
+            model=card.name,
+            prompt=prompt,
+            sampling=sampling,
+            max_tokens=max_tokens,
+            stop=stop,
+            ignore_eos=ignore_eos,
+            background=rng.random() < 0.2,
+            mesh=MeshOptions(mirror=rng.choice([None, None, True])),
+        ),
+        expected=expected,
+        text=text,
+        finish=finish,
+        completion_tokens=completion,
+        starts_at=start,
+        patience_s=rng.choice([5.0, 15.0, 75.0]),
+        reads_s=rng.choice([0.0, 0.0, 0.0, 0.005, 0.05]),
+        leaves_at=leaves,
+        stays_away_s=rng.choice([0.2, 2.0, 8.0]),
+        cancels_at=rng.randrange(1, 20) if rng.random() < 0.05 else None,
+    )
+
+
+def _sampling(rng: random.Random) -> SamplingParams:
+    seed = rng.getrandbits(32)
+    kind = rng.randrange(4)
+    logprobs = rng.choice([None, None, 2])
+    if kind == 0:
+        return SamplingParams(temperature=0, seed=seed, logprobs=logprobs)
+    if kind == 1:
+        return SamplingParams(temperature=1.0, seed=seed, logprobs=logprobs)
+    if kind == 2:
+        return SamplingParams(
+            temperature=0.8,
+            top_p=0.9,
+            top_k=20,
+            presence_penalty=0.6,
+            frequency_penalty=0.3,
+            seed=seed,
+            logprobs=logprobs,
+        )
+    return SamplingParams(temperature=1.1, repetition_penalty=1.3, seed=seed, logit_bias={5: 2.0}, logprobs=logprobs)
