@@ -15,12 +15,12 @@ from meshd.errors import PeerLost
 from meshd.protocol import transport
 from meshd.protocol.codec import encode
 from meshd.protocol.framing import Limits, frame_head
-from meshd.protocol.messages import Credit, Error, Goodbye, Heartbeat, Hello, Lane, Message
+from meshd.protocol.messages import PROTOCOL_VERSION, Credit, Error, Goodbye, Heartbeat, Hello, Lane, Message
 
 
 def hello_of(peer: Peer, /, **changes: Any) -> Hello:
     greeting = Hello(
-        version=(1, 0),
+        version=PROTOCOL_VERSION,
         features=("f32",),
         software="other/1",
         peer=peer.id,
@@ -101,13 +101,13 @@ async def test_an_unknown_message_is_answered_and_the_link_lives(peers: Peers) -
 
 async def test_another_major_version_is_refused_told_and_shown(peers: Peers) -> None:
     target, other = peers.start("t"), peers.start("o")
-    connection, answer = await greet(other, target, version=(2, 0), software="meshd/9")
+    connection, answer = await greet(other, target, version=(PROTOCOL_VERSION[0] + 1, 0), software="meshd/9")
     assert isinstance(answer, Hello)
-    assert answer.version == (1, 0)
+    assert answer.version == PROTOCOL_VERSION
     await connection.closed()
     (row,) = target.links.refusals()
     assert (row["address"], row["peer"]) == ("127.0.0.1", other.id)
-    assert "protocol 2.0 (meshd/9)" in row["reason"]
+    assert f"protocol {PROTOCOL_VERSION[0] + 1}.0 (meshd/9)" in row["reason"]
     assert len(target.notices) == 1
     assert target.story == []
 
