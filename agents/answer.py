@@ -10,18 +10,20 @@ from dataclasses import dataclass, field
 from logging import getLogger
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from meshd.agents import session as fsm
 from meshd.agents.library import ModelText
 from meshd.agents.links import Links
-from meshd.agents.record import SessionRecord
+from meshd.agents.record import AnswerToken, SessionRecord
 from meshd.agents.recovery import Held, method_of
 from meshd.agents.service import Finished, TextDelta
 from meshd.agents.story import Story
 from meshd.agents.text import Assembler, StopMatcher
 from meshd.clock import Clock
 from meshd.errors import Cancelled, MeshdError, PeerFault, PeerLost, RemoteFailure
+from meshd.kernels.sampler import needs_known
 from meshd.protocol.messages import Close, Credit, Error, Failed, Message, Open, Opened, Prompt, Renew, Resume, Token
 from meshd.types import FinishReason, ModelCard, PeerId, Plan, SessionId, TokenLogprobs
 
@@ -29,6 +31,7 @@ log = getLogger(__name__)
 
 LEASE_S = 10.0
 RENEW_S = 3.0
+_DISTRUST_S = 30.0
 OPEN_TIMEOUT_S = 5.0
 """A stage only reserves memory that is there: whoever takes longer is not to be waited for."""
 
@@ -89,7 +92,7 @@ class Answer:
     """Stage of the present plan -> who has a copy of its KV, and how many positions of it."""
     distrusted: dict[PeerId, float] = field(default_factory=dict)
     """Peers that were at fault in this session, and until when they get no part of it."""
-    tokens: list[tuple[int, TokenLogprobs | None]] = field(default_factory=list)
+    tokens: list[AnswerToken] = field(default_factory=list)
     _assembler: Assembler = field(init=False)
     _deltas: list[TextDelta] = field(default_factory=list)
     _finished: Finished | None = None
@@ -141,9 +144,15 @@ class Answer:
         """The record's, or what its tokens say: its coordinator may have gone before it told the end."""
         if self.record.finish:
             return FinishReason(self.record.finish)
-        if self._assembler.stopped or (self.tokens and self._ends(self.tokens[-1][0])):
+        if self._assembler.stopped:
             return FinishReason.STOP
-        return FinishReason.LENGTH if len(self.tokens) == self.record.max_tokens else None
+        return self._finish_at(len(self.tokens) - 1, self.tokens[-1][0]) if self.tokens else None
+
+    def _finish_at(self, index: int, token: int) -> FinishReason | None:
+        """Whether the answer ends with this token, as its last stage tells it too."""
+        if self._ends(token):
+            return FinishReason.STOP
+        return FinishReason.LENGTH if index + 1 == self.record.max_tokens else None
 
     # What it is
 
@@ -169,8 +178,7 @@ class Answer:
 
     @property
     def plan_header(self) -> str:
-        stages = self.plan.stages if self.plan else ()
-        return ",".join(f"{self.around.names(stage.peer)}:{stage.layers}" for stage in stages)
+        return header_of(self.plan, self.around.names) if self.plan else ""
 
     @property
     def running(self) -> bool:
@@ -217,23 +225,11 @@ class Answer:
 
     def snapshot(self) -> SessionRecord:
         """The record as of now."""
-        record = self.record
         finish = self._finished.reason.value if self._finished else self.machine.finish.value if self.machine.finish else ""
-        return type(record)(
-            session=record.session,
-            model=record.model,
+        return msgspec.structs.replace(
+            self.record,
             coordinator=self.around.me,
             epoch=self.machine.epoch,
-            prompt=record.prompt,
-            max_tokens=record.max_tokens,
-            sampling=record.sampling,
-            ignore_eos=record.ignore_eos,
-            stop=record.stop,
-            mesh=record.mesh,
-            background=record.background,
-            store=record.store,
-            edge=record.edge,
-            created=record.created,
             plan=self.machine.rooted,
             tokens=tuple(self.tokens),
             finish=finish,
@@ -267,13 +263,8 @@ class Answer:
     def reclaim(self, record: SessionRecord, used: int) -> None:
         """Another peer had gone on with it up to this record, in epochs up to `used`, and gave it back."""
         self.handed_over = True
-        tokens = tuple((token, logprobs, self._finish_at(record, index)) for index, (token, logprobs) in enumerate(record.tokens))
+        tokens = tuple((token, logprobs, self._finish_at(index, token)) for index, (token, logprobs) in enumerate(record.tokens))
         self._apply(fsm.Reclaimed(used, tokens))
-
-    def _finish_at(self, record: SessionRecord, index: int) -> FinishReason | None:
-        if self._ends(record.tokens[index][0]):
-            return FinishReason.STOP
-        return FinishReason.LENGTH if index + 1 == record.max_tokens else None
 
     def overdue(self, reason: str, blame: PeerId | None) -> None:
         """Nothing came for too long, and who is to blame, if that is known."""
@@ -319,22 +310,21 @@ class Answer:
         where = self.around.names(plan.stages[message.stage].peer) if plan and message.stage < len(plan.stages) else "a peer"
         text = f"{where} could not go on: {message.message}"
         error = PeerLost(text) if message.code == PeerLost.code else RemoteFailure(text, remote_code=message.code)
-        if message.epoch == self.machine.epoch:
-            self._distrust(message.blame)
-        self._apply(fsm.StageFailed(message.epoch, message.stage, error, message.blame))
+        self._failed(message.epoch, message.stage, error, message.blame)
 
     def on_garbage(self, epoch: int, sender: PeerId, what: str) -> None:
-        """A stage sent what can't be."""
-        if epoch == self.machine.epoch:
-            self._distrust(sender)
+        """The last stage sent what can't be."""
         error = PeerFault(f"{self.around.names(sender)} sent {what}")
-        self._apply(fsm.StageFailed(epoch, len(self.plan.stages) - 1 if self.plan else 0, error, sender))
+        self._failed(epoch, len(self.plan.stages) - 1 if self.plan else 0, error, sender)
 
     def on_error(self, sender: PeerId, message: Error) -> None:
         """A peer answered a message of this session with ERROR."""
-        error = RemoteFailure(message.message, remote_code=message.code)
-        self._distrust(sender)
-        self._apply(fsm.StageFailed(self.machine.epoch, 0, error, sender))
+        self._failed(self.machine.epoch, 0, RemoteFailure(message.message, remote_code=message.code), sender)
+
+    def _failed(self, epoch: int, stage: int, error: MeshdError, blame: PeerId | None) -> None:
+        if epoch == self.machine.epoch:
+            self._distrust(blame)
+        self._apply(fsm.StageFailed(epoch, stage, error, blame))
 
     def on_peer_gone(self, peer: PeerId, reason: str) -> None:
         """The link with it is down."""
@@ -448,10 +438,7 @@ class Answer:
 
     def _ids_for(self, plan: Plan, stage: int) -> memoryview | None:
         """All known tokens, for a last stage whose penalties look back on them."""
-        sampling = self.record.sampling
-        looks_back = sampling.repetition_penalty != 1 or (
-            self.tokens and (sampling.presence_penalty or sampling.frequency_penalty)
-        )
+        looks_back = needs_known(self.record.sampling, len(self.tokens))
         return self._known_ids().data.cast("B") if looks_back and stage == len(plan.stages) - 1 else None
 
     def _known_ids(self) -> "np.ndarray[Any, np.dtype[np.int32]]":
@@ -600,4 +587,6 @@ class Answer:
         self._changed = asyncio.Event()
 
 
-_DISTRUST_S = 30.0
+def header_of(plan: Plan, names: Callable[[PeerId], str]) -> str:
+    """`name:0-12,name:12-30`."""
+    return ",".join(f"{names(stage.peer)}:{stage.layers}" for stage in plan.stages)

@@ -12,7 +12,7 @@ from itertools import islice
 from logging import getLogger
 
 from meshd.agents.links import Links
-from meshd.agents.record import SessionRecord, encode_record
+from meshd.agents.record import AnswerToken, SessionRecord, encode_record
 from meshd.clock import Clock
 from meshd.errors import MeshdError
 from meshd.protocol.messages import Journal, JournalDrop, JournalTokens
@@ -42,8 +42,6 @@ _RELEASED_S = 60.0
 _MOVED_S = 10.0
 """Likewise after another deputy was asked."""
 _MAX_DROPS = 1024
-
-AnswerToken = tuple[int, TokenLogprobs | None]
 
 
 @dataclass(slots=True)

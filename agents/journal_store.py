@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from meshd.agents.record import SessionRecord
+from meshd.agents.record import AnswerToken, SessionRecord
 from meshd.errors import InvalidRequest, Overloaded
 from meshd.protocol.messages import JournalTokens
-from meshd.types import PeerId, SessionId, TokenLogprobs
+from meshd.types import PeerId, SessionId
 
 MAX_RECORDS = 256
 MAX_BYTES = 64 * 2**20
@@ -24,8 +24,6 @@ _PROMPT_TOKEN_BYTES = 40
 _TOKEN_BYTES = 128
 _LOGPROBS_BYTES = 160
 _TOP_BYTES = 160
-
-AnswerToken = tuple[int, TokenLogprobs | None]
 
 
 @dataclass(slots=True)

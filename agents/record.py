@@ -6,6 +6,8 @@ from meshd.agents.service import MeshOptions
 from meshd.errors import ProtocolViolation
 from meshd.types import ModelId, PeerId, Plan, SamplingParams, SessionId, TokenLogprobs
 
+AnswerToken = tuple[int, TokenLogprobs | None]
+
 
 class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The request as it was understood, and the tokens so far. The same record gives the same answer anywhere."""
@@ -29,7 +31,7 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds since the epoch, by the first coordinator."""
     plan: Plan | None = None
     """The last one that ran: where KV may still lie."""
-    tokens: tuple[tuple[int, TokenLogprobs | None], ...] = ()
+    tokens: tuple[AnswerToken, ...] = ()
     finish: str = ""
     """Empty while it runs or is suspended."""
     suspended: bool = False

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from meshd.agents.answer import Answer
+from meshd.agents.answer import Answer, header_of
 from meshd.agents.coordinator import Coordinator
 from meshd.agents.drain import Drainer
 from meshd.agents.events import EventBus
@@ -25,7 +25,7 @@ from meshd.planner.profile import profiles_from_adverts
 from meshd.planner.solve import solve
 from meshd.planner.stages import resolve_peer
 from meshd.planner.whatif import with_what_if
-from meshd.types import Advert, ModelCard, ModelId, PeerId, Plan, SessionId
+from meshd.types import Advert, ModelCard, ModelId, PeerId, SessionId
 
 _PROBE_CONTEXT = 4096
 """`meshd plan` without --context, for models with a longer one."""
@@ -143,7 +143,7 @@ class MeshView:
         """See `service.Mesh.migrate`."""
         known, to = self._session(session), self._peer(target, "target")
         moved = await self.coordinator.move(known, to, self._peer(source, "source") if source is not None else None)
-        return {"session": known, "plan": self._header(moved.plan), "pause_ms": 1000 * moved.pause_s}
+        return {"session": known, "plan": header_of(moved.plan, self.membership.name_of), "pause_ms": 1000 * moved.pause_s}
 
     async def story(self, session: str) -> list[dict[str, Any]]:
         """See `service.Mesh.story`."""
@@ -177,9 +177,6 @@ class MeshView:
             several = f"{text!r} means several sessions: {', '.join(matches)}"
             raise InvalidRequest(several, param="session", hint="write more of the id")
         return SessionId(matches[0])
-
-    def _header(self, plan: Plan) -> str:
-        return ",".join(f"{self.membership.name_of(stage.peer)}:{stage.layers}" for stage in plan.stages)
 
     def _session_row(self, answer: Answer, name_of: Callable[[ModelId], str]) -> dict[str, Any]:
         return {
