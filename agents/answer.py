@@ -362,6 +362,7 @@ class Answer:
                 self._opened()
             case fsm.Replan():
                 self._reason = command.reason
+                self.touch()
                 self.around.story.note(self.session, "lost", reason=command.reason, tokens=len(self.tokens))
                 self.around.on_replan(self, command)
             case fsm.GrantCredit(epoch, peer, index):
@@ -387,7 +388,7 @@ class Answer:
                 self.opened.exception()  # told to whoever waits; nobody may
             else:
                 self.opened.cancel()
-        self._tell_readers()
+        self.touch()
         self.around.on_end(self)
 
     def _opened(self) -> None:
@@ -397,6 +398,7 @@ class Answer:
 
     def _open_stages(self, command: fsm.OpenStages) -> None:
         self.progress_at = self.around.clock.monotonic()
+        self.touch()
         self.around.story.note(self.session, "planned", epoch=command.epoch, plan=self.plan_header, tokens=command.answered)
         for stage in range(len(command.plan.stages)):
             self.spawn(self._open_stage(command, stage))
@@ -514,7 +516,7 @@ class Answer:
         if self._assembler.stopped and self._finished is None:
             self._finish(FinishReason.STOP)
             self._apply(fsm.StopMatched())
-        self._tell_readers()
+        self.touch()
 
     def _push(self, token: int, logprobs: TokenLogprobs | None, *, end_of_sequence: bool) -> None:
         if self._assembler.stopped:
@@ -582,7 +584,12 @@ class Answer:
         if self.record.background:
             self._read_up_to(len(self.machine.tokens))
 
-    def _tell_readers(self) -> None:
+    async def changed(self) -> None:
+        """Wait until there is a token more, another plan, an end, or a `touch`."""
+        await self._changed.wait()
+
+    def touch(self) -> None:
+        """Wake whoever waits for a change."""
         self._changed.set()
         self._changed = asyncio.Event()
 

@@ -121,7 +121,7 @@ class Caches:
             return self.reserve(kept, load, layers, tokens)
         cache = self._add(kept, SessionCache(best.room, layers, kept.epoch, min(best.filled, valid)))
         for other in idle:
-            if other.room is not best.room or other.layers.end <= layers.start or layers.end <= other.layers.start:
+            if other.room is not best.room or not other.layers.overlaps(layers):
                 continue
             if other.layers in layers:
                 self.drop(kept, other)

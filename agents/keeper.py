@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from logging import getLogger
 
 from meshd.agents.links import Links
+from meshd.agents.placer import ask_to_place
 from meshd.agents.upkeep import Ledger, Mesh, Wish, decide, grow, orphans
 from meshd.clock import Clock
 from meshd.errors import MeshdError
-from meshd.protocol.messages import Place, Unplace
+from meshd.protocol.messages import Unplace
 from meshd.types import Advert, ModelCard, ModelId, PeerId
 
 log = getLogger(__name__)
@@ -23,8 +24,6 @@ _STAND_IN_S = 6.0
 """A wish that stays unmet for so long is asked for by the next peer in line too."""
 _GROW_S = 10.0
 _AT_ONCE = 8
-_DEADLINE_S = 3600.0
-"""A download over a slow line may be part of a load."""
 _LET_GO_S = 10.0
 _BACK_OFF_S = 5.0
 _LONGEST_BACK_OFF_S = 300.0
@@ -135,19 +134,11 @@ class Keeper:
     async def _place(self, wish: Wish, card: ModelCard) -> None:
         what = f"{'a copy of ' if wish.standby else ''}layers {wish.layers} of {card.name} on {self.names(wish.peer)}"
         log.info("asking for %s", what)
-        request = Place(
-            request=self.links.next_request(),
-            model=wish.model,
-            ref=card.ref,
-            layers=wish.layers,
-            kv_tokens=wish.kv_tokens,
-            deadline_ms=int(_DEADLINE_S * 1000),
-            standby=wish.standby,
-            pinned=wish.pinned,
-        )
         key = wish.peer, wish.model
         try:
-            await self.links.request(wish.peer, request, timeout_s=_DEADLINE_S)
+            await ask_to_place(
+                self.links, wish.peer, card, wish.layers, wish.kv_tokens, standby=wish.standby, pinned=wish.pinned
+            )
         except MeshdError as error:
             times = self._refusals[key].times if key in self._refusals else 0
             wait_s = min(_LONGEST_BACK_OFF_S, _BACK_OFF_S * 2**times)

@@ -4,7 +4,9 @@ The change itself is that of a recovery with nothing lost (`agents.session`), so
 serving: until the new epoch runs, it keeps the KV. The stages of copying are Llumnix's (https://arxiv.org/abs/2406.03243).
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from logging import getLogger
@@ -25,7 +27,6 @@ _COPY_S = 120.0
 """For the KV to be copied."""
 _CHANGE_S = 15.0
 """For the new plan to make its first token."""
-_POLL_S = 0.002
 _AGAIN_S = 5.0
 _NEAR_TOKENS = 16
 """A copy this close behind is caught up by computing."""
@@ -86,12 +87,13 @@ class Mover:
         assert answer.plan is not None
         for copy in copies:
             self._ask(answer, epoch, copy.stage, copy.target)
-        until = self.clock.monotonic() + _COPY_S
-        while answer.machine.epoch == epoch and self.clock.monotonic() < until:
-            near = all(copy.caught_up or copy.error for copy in copies)
-            if near and answer.machine.state is not fsm.State.PREFILLING:
-                return
-            await self.clock.sleep(_POLL_S)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_COPY_S):
+                while answer.machine.epoch == epoch:
+                    near = all(copy.caught_up or copy.error for copy in copies)
+                    if near and answer.machine.state is not fsm.State.PREFILLING:
+                        return
+                    await answer.changed()
 
     def _ask(self, answer: Answer, epoch: int, stage: int, target: PeerId) -> None:
         assert answer.plan is not None
@@ -101,14 +103,15 @@ class Mover:
 
     async def _first_token(self, answer: Answer, plan: Plan) -> float:
         epoch = answer.machine.epoch
-        until = self.clock.monotonic() + _CHANGE_S
-        while self.clock.monotonic() < until and answer.running:
-            done = [change for change in answer.recoveries if change.epoch >= epoch]
-            if done and answer.plan is not None and answer.plan.id == plan.id:
-                return done[0].pause_s
-            if done:
-                raise PeerFault(f"the move failed, and the session goes on elsewhere: {done[0].reason}")
-            await self.clock.sleep(_POLL_S)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CHANGE_S):
+                while answer.running:
+                    done = [change for change in answer.recoveries if change.epoch >= epoch]
+                    if done and answer.plan is not None and answer.plan.id == plan.id:
+                        return done[0].pause_s
+                    if done:
+                        raise PeerFault(f"the move failed, and the session goes on elsewhere: {done[0].reason}")
+                    await answer.changed()
         if answer.machine.state is fsm.State.FINISHED:
             return 0.0
         raise PeerFault("the move was cut short: the session ended, or made no token in time")
@@ -119,11 +122,15 @@ class Mover:
             if (copy.stage, copy.target) == (message.stage, message.target):
                 copy.error = message.error
                 copy.caught_up = message.filled - message.held <= _NEAR_TOKENS
+                answer.touch()
 
     # Moves that nobody asked for
 
     def look_for_better(self, answers: list[Answer]) -> None:
         """Move answers off peers that leave, and to plans that have become worth it since the mesh changed."""
+        if not answers:
+            self._seen.clear()
+            return
         adverts = self.adverts()
         draining = frozenset(advert.peer for advert in adverts if advert.draining)
         shape = hash(tuple(sorted(_shape(advert) for advert in adverts)))

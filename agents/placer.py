@@ -9,20 +9,17 @@ import msgspec
 
 from meshd.agents.library import Library
 from meshd.agents.links import Links
-from meshd.agents.questions import USUAL_CONTEXT, problem_of, repair_question
+from meshd.agents.questions import CONTEXTS_OF_KV, LEAST_CONTEXT, USUAL_CONTEXT, problem_of, repair_question
 from meshd.agents.service import MeshOptions, PlacementStep
 from meshd.clock import Clock
 from meshd.errors import DoesNotFit, MeshdError
 from meshd.planner.memory import allowed_bytes, stage_memory
 from meshd.planner.problem import PlanInput
-from meshd.planner.repair import repair
+from meshd.planner.repair import repair_within
 from meshd.planner.solve import Solution, solve
 from meshd.protocol.messages import Place, Unplace, Unplaced
 from meshd.types import Advert, Holding, LayerRange, ModelCard, ModelId, Objective, PeerId, StagePlan
 
-_LEAST_CONTEXT = 512
-_SESSIONS_OF_KV = 4
-"""Whole contexts that a placement holds room for, where memory allows."""
 _DEADLINE_S = 3600.0
 """A download over a slow line may be part of it."""
 _UNPLACE_S = 10.0
@@ -145,7 +142,7 @@ class Placer:
                 return problem, solve(problem)
             except DoesNotFit:
                 smaller = max(context or 0, wanted // 2)
-                if smaller < _LEAST_CONTEXT or smaller == wanted:
+                if smaller < LEAST_CONTEXT or smaller == wanted:
                     raise
                 wanted = smaller
 
@@ -156,19 +153,10 @@ class Placer:
         used = stage_memory(problem, stage)
         spare = allowed_bytes(problem, profile) - used.total_bytes
         more = int(spare // max(1, used.kv_bytes))
-        return problem.context * (1 + max(0, min(_SESSIONS_OF_KV - 1, more)))
+        return problem.context * (1 + max(0, min(CONTEXTS_OF_KV - 1, more)))
 
     async def _ask(self, card: ModelCard, stage: StagePlan, kv_tokens: int, *, pinned: bool = False) -> None:
-        request = Place(
-            request=self.links.next_request(),
-            model=card.id,
-            ref=card.ref,
-            layers=stage.layers,
-            kv_tokens=kv_tokens,
-            deadline_ms=int(_DEADLINE_S * 1000),
-            pinned=pinned,
-        )
-        await self.links.request(stage.peer, request, timeout_s=_DEADLINE_S)
+        await ask_to_place(self.links, stage.peer, card, stage.layers, kv_tokens, pinned=pinned)
 
     async def _watch(self, card: ModelCard, running: dict[StagePlan, "asyncio.Task[None]"]) -> AsyncGenerator[PlacementStep, None]:
         """Steps as the adverts tell them, until every peer has answered."""
@@ -205,6 +193,23 @@ class Placer:
         return next(held, None)
 
 
+async def ask_to_place(
+    links: Links, peer: PeerId, card: ModelCard, layers: LayerRange, kv_tokens: int, *, standby: bool = False, pinned: bool = False
+) -> None:
+    """Have a peer load layers; until they are active there. Raises: PeerFault. Cancel: the peer finishes what it has begun."""
+    request = Place(
+        request=links.next_request(),
+        model=card.id,
+        ref=card.ref,
+        layers=layers,
+        kv_tokens=kv_tokens,
+        deadline_ms=int(_DEADLINE_S * 1000),
+        standby=standby,
+        pinned=pinned,
+    )
+    await links.request(peer, request, timeout_s=_DEADLINE_S)
+
+
 def _is_wish(mesh: MeshOptions) -> bool:
     """Whether somebody wants it so, and not only as it is quickest: what is quicker later does not count then."""
     quickest = mesh.objective in (None, Objective.LATENCY)
@@ -225,10 +230,7 @@ def _where(
     question: PlanInput, missing: tuple[LayerRange, ...], kv_tokens: int, least_tokens: int, failure: MeshdError | None
 ) -> tuple[tuple[StagePlan, ...], int]:
     """Where to load, and with KV for how many tokens. Raises: NoPeer, DoesNotFit; because of `failure`, if there was one."""
-    while True:
-        try:
-            return repair(question, missing, kv_tokens=kv_tokens), kv_tokens
-        except DoesNotFit as error:
-            if kv_tokens <= least_tokens:
-                raise error from failure
-            kv_tokens = max(least_tokens, kv_tokens // 2)
+    try:
+        return repair_within(question, missing, kv_tokens=kv_tokens, least_tokens=least_tokens)
+    except DoesNotFit as error:
+        raise error from failure

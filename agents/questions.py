@@ -15,6 +15,10 @@ from meshd.types import Advert, ModelCard, Objective, PeerId
 
 USUAL_CONTEXT = 16_384
 """KV is placed for this context at most, unless a request asks for more."""
+LEAST_CONTEXT = 512
+"""And for this one at least, however short memory is."""
+CONTEXTS_OF_KV = 4
+"""Whole contexts that a placement holds room for, where memory allows."""
 
 
 def problem_of(

@@ -22,7 +22,7 @@ from meshd.planner.problem import PlanInput
 from meshd.planner.profile import PeerProfile, profiles_from_adverts
 from meshd.planner.refill import STAGE_S, Credit, Refill, reserve, reserved
 from meshd.planner.resume import pause_s
-from meshd.types import Advert, Holding, LayerRange, ModelCard, PeerId, StagePlan
+from meshd.types import Advert, Holding, LayerRange, ModelCard, PeerId, StagePlan, ranges_of
 
 MAX_STAGES = 64
 """Of one plan."""
@@ -264,10 +264,3 @@ def _own(profile: PeerProfile, need: Need, surviving: frozenset[int], allowed: A
             yield msgspec.structs.replace(
                 held, layers=layers, state="active", standby=False, kv_tokens_total=need.context, kv_tokens_free=need.context
             )
-
-
-def ranges_of(layers: list[int]) -> tuple[LayerRange, ...]:
-    """Layers in order as ranges."""
-    starts = [layer for place, layer in enumerate(layers) if place == 0 or layers[place - 1] != layer - 1]
-    ends = [layer + 1 for place, layer in enumerate(layers) if place + 1 == len(layers) or layers[place + 1] != layer + 1]
-    return tuple(LayerRange(start, end) for start, end in zip(starts, ends, strict=True))

@@ -148,6 +148,8 @@ class Rescuer:
         plan = answer.plan
         if not wanted or plan is None or answer.machine.state not in (fsm.State.PREFILLING, fsm.State.DECODING):
             return
+        if len(answer.mirrors) == len(plan.stages):
+            return
         for number, stage in enumerate(mirror_targets(plan, self.adverts()).stages):
             if stage.mirror is None or number in answer.mirrors:
                 continue

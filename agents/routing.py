@@ -11,7 +11,7 @@ from meshd.agents.library import Library
 from meshd.agents.placer import Placer
 from meshd.agents.questions import problem_of
 from meshd.agents.recovery import Need, Recovery
-from meshd.agents.replan import Allowed, Candidate, Scene, Shortage, ranges_of, scene_of
+from meshd.agents.replan import Allowed, Candidate, Scene, Shortage, scene_of
 from meshd.agents.service import MeshOptions
 from meshd.errors import DoesNotFit, InvalidRequest, MeshdError, NoPeer, NotReady, Overloaded, PeerFault, RemoteFailure
 from meshd.planner.estimate import estimate
@@ -21,7 +21,7 @@ from meshd.planner.problem import PlanInput
 from meshd.planner.profile import USABLE_STATE
 from meshd.planner.refill import reserve, reserved
 from meshd.planner.solve import Solution, solve
-from meshd.types import Advert, Holding, LayerRange, ModelCard, ModelId, Objective, PeerId, Plan, PlanId, StagePlan
+from meshd.types import Advert, Holding, LayerRange, ModelCard, ModelId, Objective, PeerId, Plan, PlanId, StagePlan, ranges_of
 
 log = getLogger(__name__)
 
@@ -209,9 +209,12 @@ class Router:
         """Raises: NoPeer."""
         return scene_of(card, self.adverts(), mesh, need, self.me, allowed)
 
-    def _resident(self, card: ModelCard, mesh: MeshOptions, need: Need, allowed: Allowed) -> Recovery | None:
+    def _resident(
+        self, card: ModelCard, mesh: MeshOptions, need: Need, allowed: Allowed, silent: Sequence[Advert] = ()
+    ) -> Recovery | None:
+        """Over what is there; over peers that are `silent` just now too."""
         try:
-            scene = self._scene(card, mesh, need, allowed)
+            scene = scene_of(card, [*self.adverts(), *silent], mesh, need, self.me, allowed)
         except NoPeer:
             return None
         found = scene.best()
@@ -221,12 +224,7 @@ class Router:
         """Over peers that are to be avoided too, and those that are silent just now."""
         silent = self.suspects()
         need = replace(need, avoid=need.avoid.union(advert.peer for advert in silent))
-        try:
-            scene = scene_of(card, [*self.adverts(), *silent], mesh, need, self.me, Allowed(leaving=True, avoided=True))
-        except NoPeer:
-            return None
-        found = scene.best()
-        return None if found is None else self._recovery(scene, found)
+        return self._resident(card, mesh, need, Allowed(leaving=True, avoided=True), silent)
 
     def _recovery(self, scene: Scene, found: Candidate) -> Recovery:
         solution = Solution(stages=found.stages, estimate=found.estimate, objective=Objective.LATENCY, method="given")

@@ -167,7 +167,7 @@ class StageHost:
         sampler = self._sampler(message, payload)
         kept = self._caches.get(message.session)
         if kept is not None:
-            self._check_epoch(kept, sender, message)
+            self._check_epoch(kept, message)
             self._end_before(message.session, message.epoch, "a new epoch")
             if not message.resume:
                 self._caches.drop_where(kept, lambda cache: cache.epoch < message.epoch)
@@ -196,20 +196,20 @@ class StageHost:
         if stages[message.stage].attention:
             raise InvalidRequest("this peer does not hold attention shards for others", hint="plan without them")
 
-    def _check_epoch(self, kept: Kept, sender: PeerId, message: Open) -> None:
-        """A session has one coordinator at a time; another one takes over with a higher epoch, when the first one is gone."""
-        if message.epoch < kept.epoch:
-            raise Superseded(f"epoch {message.epoch} is past: session {message.session} is in {kept.epoch}")
-        if sender != kept.coordinator:
-            gone = message.handed_over or not self._lives(kept.coordinator)
-            if not gone or message.epoch == kept.epoch:
-                raise Superseded(f"session {message.session} is coordinated by {kept.coordinator}, which is there")
+    def _check_epoch(self, kept: Kept, message: Open) -> None:
+        self._check_coordinator(kept, message.coordinator, message.epoch, handed_over=message.handed_over)
         layers = message.plan.stages[message.stage].layers
         if any(cache.epoch == message.epoch and cache.layers == layers and not cache.source for cache in kept.caches):
             raise InvalidRequest(f"stage {message.stage} has failed in epoch {message.epoch}", hint="open a later one")
 
-    def _lives(self, coordinator: PeerId) -> bool:
-        return coordinator == self.me or self.peer_linked(coordinator)
+    def _check_coordinator(self, kept: Kept, coordinator: PeerId, epoch: int, *, handed_over: bool = False) -> None:
+        """A session has one coordinator at a time; another one takes over with a higher epoch, when the first one is gone."""
+        if epoch < kept.epoch:
+            raise Superseded(f"epoch {epoch} is past: session {kept.session} is in {kept.epoch}")
+        if coordinator != kept.coordinator:
+            gone = handed_over or not (kept.coordinator == self.me or self.peer_linked(kept.coordinator))
+            if not gone or epoch == kept.epoch:
+                raise Superseded(f"session {kept.session} is coordinated by {kept.coordinator}, which is there")
 
     def _sampler(self, message: Open, payload: memoryview) -> Sampler:
         """With the tokens that are known, where they matter."""
@@ -356,10 +356,7 @@ class StageHost:
         """The session's entry for an offer. Its stages of older epochs end: the epoch of the offer runs."""
         kept = self._caches.get(message.session)
         if kept is not None:
-            if message.epoch < kept.epoch:
-                raise Superseded(f"epoch {message.epoch} is past: session {message.session} is in {kept.epoch}")
-            if message.coordinator != kept.coordinator and (message.epoch == kept.epoch or self._lives(kept.coordinator)):
-                raise Superseded(f"session {message.session} is coordinated by {kept.coordinator}")
+            self._check_coordinator(kept, message.coordinator, message.epoch)
             self._end_before(message.session, message.epoch, "a new epoch")
         return self._caches.enter(message.session, message.coordinator, message.epoch, self._expiry(message.lease_ms))
 

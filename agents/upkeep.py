@@ -10,25 +10,21 @@ from itertools import chain
 
 import msgspec
 
-from meshd.agents.questions import problem_of, repair_question
+from meshd.agents.questions import CONTEXTS_OF_KV, LEAST_CONTEXT, problem_of, repair_question
 from meshd.agents.service import MeshOptions
 from meshd.errors import DoesNotFit, MeshdError, NoPeer
 from meshd.planner.eligible import exclusions
 from meshd.planner.memory import allowed_bytes, stage_memory
 from meshd.planner.network import Network
 from meshd.planner.problem import PlanInput
-from meshd.planner.repair import repair
+from meshd.planner.repair import repair_within
 from meshd.planner.solve import Solution, solve
-from meshd.types import Advert, Holding, LayerRange, ModelCard, ModelId, PeerId, StagePlan
+from meshd.types import Advert, Holding, LayerRange, ModelCard, ModelId, PeerId, StagePlan, ranges_of
 
 HELD = frozenset({"loading", "warm", "active"})
 """States of a holding that serves, or soon will."""
 _STAYS_FREE = 0.5
 """Of the memory that a peer offers, beside a standby copy."""
-_LEAST_TOKENS = 512
-"""Lost layers are placed anew with less KV than they had, down to this, if memory is short."""
-_CONTEXTS_OF_KV = 4
-"""Whole contexts that a placement usually has room for."""
 _GAIN = 0.10
 """By how much a placement must be predicted to be faster before it is worth the loading."""
 
@@ -197,7 +193,7 @@ class _Upkeep:
         if there.issuperset(card.layers) or not (there | gone).issuperset(card.layers):
             return
         for piece in lost:
-            runs = _runs(set(piece.layers) - there)
+            runs = ranges_of(set(piece.layers) - there)
             there.update(piece.layers)
             if runs:
                 self._place(card, runs, piece)
@@ -205,12 +201,12 @@ class _Upkeep:
     def _place(self, card: ModelCard, runs: tuple[LayerRange, ...], piece: Piece) -> None:
         """On peers that serve nothing else of the model, if a whole context fits there; else wherever it does."""
         serving = {peer for peer, _ in _holdings(self._staying(), card.id)}
-        whole_context = max(_LEAST_TOKENS, piece.kv_tokens // _CONTEXTS_OF_KV)
+        whole_context = max(LEAST_CONTEXT, piece.kv_tokens // CONTEXTS_OF_KV)
         try:
             stages, kv_tokens = self._fitted(card, runs, piece.kv_tokens, whole_context, avoid=serving)
         except (DoesNotFit, NoPeer):
             try:
-                stages, kv_tokens = self._fitted(card, runs, piece.kv_tokens, _LEAST_TOKENS)
+                stages, kv_tokens = self._fitted(card, runs, piece.kv_tokens, LEAST_CONTEXT)
             except (DoesNotFit, NoPeer) as error:
                 self._missing.append(f"{card.name} has lost layers {', '.join(map(str, runs))}: {error.message}")
                 return
@@ -223,13 +219,7 @@ class _Upkeep:
         """Stages, and the tokens of KV that they have room for. Raises: DoesNotFit, NoPeer."""
         unfit = {peer for peer, model in self._mesh.refused if model == card.id} | set(self._mesh.suspects) | set(avoid)
         question = repair_question(card, list(self._adverts.values()), avoid=unfit)
-        while True:
-            try:
-                return repair(question, runs, kv_tokens=kv_tokens), kv_tokens
-            except DoesNotFit:
-                if kv_tokens <= least_tokens:
-                    raise
-                kv_tokens = max(least_tokens, kv_tokens // 2)
+        return repair_within(question, runs, kv_tokens=kv_tokens, least_tokens=least_tokens)
 
     def _copy(self, card: ModelCard) -> None:
         """Standby copies of every stage that would leave a gap: whole stages, so that a lost one is made good by one peer."""
@@ -262,7 +252,7 @@ class _Upkeep:
             held = [held for held in advert.holdings if held.model == card.id and held.state != "failed"]
             if peer in excluded or peer in self._mesh.suspects or (peer, card.id) in self._mesh.refused:
                 continue
-            if any(_overlap(layers, other.layers) for other in held):
+            if any(layers.overlaps(other.layers) for other in held):
                 continue
             free = advert.capability.memory_free_bytes
             stays = free - _needed(card, peer, layers, kv_tokens)
@@ -322,17 +312,6 @@ def _present(adverts: Iterable[Advert], states: Collection[str]) -> set[ModelId]
 
 def _layers(holdings: Iterable[Holding]) -> set[int]:
     return {layer for held in holdings for layer in held.layers}
-
-
-def _runs(layers: Collection[int]) -> tuple[LayerRange, ...]:
-    """Layers as contiguous ranges."""
-    starts = [layer for layer in sorted(layers) if layer - 1 not in layers]
-    ends = [layer + 1 for layer in sorted(layers) if layer + 1 not in layers]
-    return tuple(map(LayerRange, starts, ends))
-
-
-def _overlap(one: LayerRange, other: LayerRange) -> bool:
-    return one.start < other.end and other.start < one.end
 
 
 def _needed(card: ModelCard, peer: PeerId, layers: LayerRange, kv_tokens: int) -> int:

@@ -3,7 +3,7 @@
 Units stand in the names (`_bytes`, `_s`, `_ms`, `_bytes_s`); layer ranges are half-open.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from enum import StrEnum
 from typing import NewType, Self
 
@@ -53,8 +53,20 @@ class LayerRange(msgspec.Struct, frozen=True, order=True, array_like=True):
             return self.start <= other.start and other.end <= self.end
         return isinstance(other, int) and self.start <= other < self.end
 
+    def overlaps(self, other: "LayerRange") -> bool:
+        """Whether they have a layer in common."""
+        return self.start < other.end and other.start < self.end
+
     def __str__(self) -> str:
         return f"{self.start}-{self.end}"
+
+
+def ranges_of(layers: Collection[int]) -> tuple[LayerRange, ...]:
+    """Layers as ranges, in order."""
+    known = set(layers)
+    starts = [layer for layer in sorted(known) if layer - 1 not in known]
+    ends = [layer + 1 for layer in sorted(known) if layer + 1 not in known]
+    return tuple(map(LayerRange, starts, ends))
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -37,6 +37,19 @@ def repair(problem: PlanInput, missing: Sequence[LayerRange], *, kv_tokens: int)
     return tuple(stages)
 
 
+def repair_within(
+    problem: PlanInput, missing: Sequence[LayerRange], *, kv_tokens: int, least_tokens: int
+) -> tuple[tuple[StagePlan, ...], int]:
+    """As `repair`, with KV for half as many tokens and so on, down to `least_tokens`, where memory is short; and for how many."""
+    while True:
+        try:
+            return repair(problem, missing, kv_tokens=kv_tokens), kv_tokens
+        except DoesNotFit:
+            if kv_tokens <= least_tokens:
+                raise
+            kv_tokens = max(least_tokens, kv_tokens // 2)
+
+
 def candidates(problem: PlanInput) -> tuple[PeerProfile, ...]:
     """The peers that may take layers, ordered by name, then id. Raises: NoPeer if there are none."""
     excluded = exclusions(problem)

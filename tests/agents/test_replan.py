@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshd.agents.recovery import Need, expected_held, method_of, resume_positions
-from meshd.agents.replan import Allowed, Candidate, Scene, ranges_of, scene_of
+from meshd.agents.replan import Allowed, Candidate, Scene, scene_of
 from meshd.agents.service import MeshOptions
-from meshd.types import Advert, Holding, LayerRange, PeerId, Plan, PlanId, StagePlan
+from meshd.types import Advert, Holding, LayerRange, PeerId, Plan, PlanId, StagePlan, ranges_of
 
 LAYERS = 12
 CONTEXT = 512
