@@ -5,9 +5,9 @@
 `reference.py`.
 
 A token's bits do not depend on how many tokens are computed with it, so that a prompt read in any chunks, or read again after a
-loss, goes on with the same tokens. MKL picks its way of summing by the shape of a product; in the shapes that are left here (as
-many keys for a token as it would have alone, `_fewest_rows` to 32 rows) it was found to sum alike, over 120 pairs of head size and
-group.
+loss, goes on with the same tokens. Torch's kernel leaves the sums to MKL, which picks its way by the shape of a product, otherwise
+on every processor. So a token sees as many keys as it would alone, and is computed in blocks whose rows
+are found, by trying, to have the bits of a full one (`_exact_rows`).
 """
 
 from collections.abc import Sequence
@@ -30,6 +30,8 @@ Part = tuple[F32, F32]
 KEY_STEP = 32
 MOST_ROWS = 32
 """What torch's kernel takes as one block of queries."""
+_KEYS_TRIED = 1024
+"""Two of its blocks of keys: the second one is added to the first."""
 PARALLEL_WORK = 4 << 20
 """Query elements times keys: below this, a hand-over to a second thread (0.1 to 0.2 ms) costs more than it saves."""
 
@@ -44,76 +46,84 @@ def attend_part(q: F32, k: F32, v: F32, first: int | None = None) -> Part:
     """
     if not len(k):
         return np.zeros_like(q), np.full(q.shape[:2], -np.inf, np.float32)
-    calls = [_flash_few(*few) for few in _split(q, k, v, first)]
-    return _by_token([o for o, _ in calls], q.shape), _by_token([lse for _, lse in calls], q.shape[:2])
+    runs = [_flash_run(*run) for run in _runs(q, k, v, first)]
+    return _joined([o for o, _ in runs]), _joined([lse for _, lse in runs])
 
 
 def attend(q: F32, k: F32, v: F32, first: int) -> F32:
     """`attend_part` over all keys up to each token, without its lse."""
-    return _by_token([_flash_few(*few)[0] for few in _split(q, k, v, first)], q.shape)
+    return _joined([_flash_run(*run)[0] for run in _runs(q, k, v, first)])
 
 
-def _split(q: F32, k: F32, v: F32, first: int | None) -> list[tuple[F32, F32, F32, int | None]]:
-    """The arguments of each call."""
-    tokens = len(q)
-    if tokens == 1:
-        return [(q, k, v, first)]
-    cuts = _cuts(tokens, max(1, MOST_ROWS // (q.shape[1] // k.shape[1])), first or 0)
-    return [(q[a:b], k, v, None if first is None else first + a) for a, b in pairwise(cuts)]
+def _runs(q: F32, k: F32, v: F32, first: int | None) -> list[tuple[F32, F32, F32, int | None]]:
+    """The arguments of each call: a chunk is cut at every step of keys, so that a token reads as many as it would alone."""
+    if first is None:
+        return [(q, k, v, None)]
+    edges = [0, *range(KEY_STEP - first % KEY_STEP, len(q), KEY_STEP), len(q)]
+    return [(q[a:b], k, v, first + a) for a, b in pairwise(edges)]
 
 
-def _cuts(tokens: int, at_once: int, first: int) -> list[int]:
-    """Where to cut a chunk: at every step of keys, so that a token reads as many as it would alone, and by what a call takes."""
-    steps = [0, *range(KEY_STEP - first % KEY_STEP, tokens, KEY_STEP), tokens]
-    return [i for a, b in pairwise(steps) for i in range(a, b, at_once)] + [tokens]
+def _joined(runs: Sequence[torch.Tensor]) -> F32:
+    return (runs[0] if len(runs) == 1 else torch.cat(list(runs))).numpy()
 
 
-def _flash_few(q: F32, k: F32, v: F32, first: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """As many tokens as one call takes: o `[tokens, kv_heads, group, head_dim]`, lse `[tokens, kv_heads, group]`.
+def _flash_run(q: F32, k: F32, v: F32, first: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens that read the same keys, in one call: o `[tokens, heads, head_dim]`, lse `[tokens, heads]`.
 
-    The query group is folded into the rows, so that K and V are read once for all heads that share them.
+    The query group is folded into the rows, so that K and V are read once for all heads that share them. The tokens are laid out
+    as blocks of equal size, the last one filled up with copies.
     """
     tokens, heads, head_dim = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
-    rows = tokens * group
     length = len(k) if first is None else min(-(-(first + tokens) // KEY_STEP) * KEY_STEP, len(k))
-    keys, values = to_tensor(k[:length]).transpose(0, 1).unsqueeze(0), to_tensor(v[:length]).transpose(0, 1).unsqueeze(0)
-    queries = to_tensor(q).view(tokens, kv_heads, group, head_dim).transpose(0, 1).reshape(1, kv_heads, rows, head_dim)
-    mask = torch.zeros(1, length) if first is None else _mask(first, tokens, group, length)
-    copies = -(-_fewest_rows(head_dim) // rows)
-    if copies > 1:
-        queries = queries.repeat(1, 1, copies, 1)
-        mask = mask.repeat(copies, 1) if len(mask) > 1 else mask
-    o, lse = _flash(queries, keys, values, attn_mask=mask.expand(1, 1, rows * copies, length))
-    if copies > 1:
-        o, lse = o[:, :, :rows], lse[:, :, :rows]
-    return o.view(kv_heads, tokens, group, head_dim).transpose(0, 1), lse.view(kv_heads, tokens, group).transpose(0, 1)
+    blocks, at_once = _layout(tokens, group, head_dim)
+    rows = at_once * group
+    queries = to_tensor(q)
+    if spare := blocks * at_once - tokens:
+        queries = torch.cat([queries, queries[-1:].expand(spare, heads, head_dim)])
+    queries = queries.view(blocks, at_once, kv_heads, group, head_dim).transpose(1, 2).reshape(blocks, kv_heads, rows, head_dim)
+    keys, values = (to_tensor(part[:length]).transpose(0, 1).expand(blocks, kv_heads, length, head_dim) for part in (k, v))
+    mask = _mask(first, tokens, group, blocks, at_once, length).expand(blocks, 1, rows, length)
+    o, lse = _flash(queries, keys, values, attn_mask=mask)
+    o = o.view(blocks, kv_heads, at_once, group, head_dim).transpose(1, 2).reshape(blocks * at_once, heads, head_dim)
+    lse = lse.view(blocks, kv_heads, at_once, group).transpose(1, 2).reshape(blocks * at_once, heads)
+    return o[:tokens], lse[:tokens]
 
 
-def _by_token(calls: Sequence[torch.Tensor], shape: tuple[int, ...]) -> F32:
-    """The calls' tokens under one another."""
-    whole = calls[0] if len(calls) == 1 else torch.cat(list(calls))
-    return whole.reshape(shape).numpy()
+def _layout(tokens: int, group: int, head_dim: int) -> tuple[int, int]:
+    """Blocks of a call, and tokens in each: no more rows than the kernel takes at once, and enough for a full block's bits."""
+    most = max(1, MOST_ROWS // group)
+    blocks = -(-tokens // most)
+    least = -(-tokens // blocks)
+    exact = _exact_rows(head_dim)
+    return blocks, next((size for size in range(least, most) if exact[size * group] >= least * group), most)
 
 
-def _mask(first: int, tokens: int, group: int, length: int) -> torch.Tensor:
-    """What is added to the scores: `[tokens * group, length]`, or one row for all if there is one token."""
-    if tokens == 1:
-        return _row(first, length)
-    last_seen = torch.arange(first, first + tokens)[:, None]
-    return torch.where(torch.arange(length) <= last_seen, 0.0, -torch.inf).repeat_interleave(group, 0)
+@lru_cache(maxsize=8)
+def _mask(first: int | None, tokens: int, group: int, blocks: int, at_once: int, length: int) -> torch.Tensor:
+    """What is added to the scores: `[blocks, 1, rows, length]`, or one row for all. Kept, since every layer asks for the same."""
+    if first is None:
+        return torch.zeros(1, length)
+    last_seen = first + torch.arange(1 if tokens == 1 else blocks * at_once).clamp(max=tokens - 1)[:, None]
+    mask = torch.where(torch.arange(length) <= last_seen, 0.0, -torch.inf)
+    return mask if tokens == 1 else mask.repeat_interleave(group, 0).view(blocks, 1, at_once * group, length)
 
 
-@lru_cache(maxsize=16)
-def _row(last_seen: int, length: int) -> torch.Tensor:
-    """Kept, since every layer of a decode step asks for the same."""
-    return torch.where(torch.arange(length) <= last_seen, 0.0, -torch.inf)[None]
+@lru_cache
+def _exact_rows(head_dim: int) -> tuple[int, ...]:
+    """How many rows, from the first on, have the bits of a full block, in blocks of 0 to `MOST_ROWS`. Takes 0.1 s."""
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, size, head_dim, generator=random) for size in (MOST_ROWS, _KEYS_TRIED, _KEYS_TRIED))
 
+    def tried(rows: int) -> torch.Tensor:
+        mask = torch.zeros(1, 1, rows, _KEYS_TRIED)
+        lengths = range(KEY_STEP, _KEYS_TRIED + 1, KEY_STEP)
+        calls = (_flash(q[:, :, :rows], k[:, :, :n], v[:, :, :n], attn_mask=mask[..., :n])[0][0, 0] for n in lengths)
+        return torch.stack(list(calls), 1)  # [rows, lengths, head_dim]
 
-def _fewest_rows(head_dim: int) -> int:
-    """With fewer, MKL takes another way than for a full block."""
-    return 3 if head_dim <= 64 else head_dim // 16
+    full = tried(MOST_ROWS)
+    return 0, *(int((tried(rows) == full[:rows]).flatten(1).all(1).long().cumprod(0).sum()) for rows in range(1, MOST_ROWS + 1))
 
 
 def merge(parts: Sequence[Part]) -> Part:

@@ -9,6 +9,7 @@ from meshd.errors import InvalidRequest, LocalFault
 from meshd.kernels.backend import F32, Attend, Ids, Positions, Projected, Segment
 from meshd.kernels.kv import KVPool
 from meshd.kernels.quant import dequantise_rows
+from meshd.kernels.workers import one_thread
 from meshd.types import LayerRange, ModelSpec, Tensor
 
 
@@ -36,6 +37,7 @@ class CutStage(ABC):
 
     def forward(self, hidden: F32, segments: Sequence[Segment], kv: KVPool, attend: Attend | None = None) -> F32:
         """All layers over a step. Raises: LocalFault if `hidden` is not as large as the segments say, or KV is not finite."""
+        one_thread()
         positions = step_positions(segments)
         if hidden.shape != (len(positions), self._spec.hidden):
             expected = f"{len(positions)} x {self._spec.hidden}"

@@ -22,7 +22,7 @@ from meshd.kernels.llama import LlamaWeights
 from meshd.kernels.quant import BlockMatrix, DenseMatrix, Matrix
 from meshd.kernels.rope import Rope
 from meshd.kernels.torch_ops import rms_norm, rotate, to_tensor
-from meshd.kernels.workers import Workers
+from meshd.kernels.workers import Workers, one_thread
 from meshd.types import LayerRange, ModelSpec, Tensor
 
 ROWS = 512
@@ -171,6 +171,7 @@ class TorchStage(CutStage):
     def logits(self, hidden: F32) -> F32:
         if self._loaded.head is None:
             raise LocalFault(f"layers {self._layers} were loaded without the head")
+        one_thread()
         return self._loaded.head(to_tensor(hidden)).numpy()
 
     def _mixed(self, layer: int, mixed: F32, residual: F32) -> torch.Tensor:

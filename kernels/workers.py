@@ -5,6 +5,7 @@ of the speed, and beside two other busy processes a product took more than ten t
 on the number of its threads, and so would the last bits.
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +17,23 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+_told = threading.local()
+"""Torch and MKL keep the number of their threads apart for each of ours."""
+
+
+def one_thread() -> None:
+    """Have torch keep to one thread in the calling thread, which is about to compute."""
+    if not hasattr(_told, "once"):
+        torch.set_num_threads(1)
+        _told.once = True
+
+
 class Workers:
     """`threads` threads, the caller's included."""
 
     def __init__(self, threads: int) -> None:
-        torch.set_num_threads(1)
         self.threads = threads
-        self._pool = ThreadPoolExecutor(threads - 1, "kernels") if threads > 1 else None
+        self._pool = ThreadPoolExecutor(threads - 1, "kernels", one_thread) if threads > 1 else None
 
     def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """`work` of every item, in their order. Whoever is free takes the next, so a thread that wakes late holds nobody up."""

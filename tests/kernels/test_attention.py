@@ -62,7 +62,8 @@ def test_any_split_of_the_keys_merges_to_the_whole(shape: tuple[int, int, int, i
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "group", "head_dim"), [(3, 3, 64), (2, 1, 64), (2, 4, 128), (1, 8, 32), (2, 2, 80), (1, 40, 64)]
+    ("kv_heads", "group", "head_dim"),
+    [(3, 3, 64), (2, 1, 64), (2, 4, 128), (1, 8, 32), (2, 2, 80), (1, 40, 64), (1, 5, 96), (1, 7, 64), (1, 13, 32), (1, 17, 256)],
 )
 def test_a_token_has_the_same_bits_in_any_chunk(kv_heads: int, group: int, head_dim: int) -> None:
     tokens = 150

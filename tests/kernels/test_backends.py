@@ -1,6 +1,7 @@
 """What every backend must do, the same tests for each."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -158,6 +159,14 @@ def test_bits_do_not_depend_on_the_number_of_threads(name: str, model: TinyLlama
         results.append((hidden.tobytes(), chain.logits(hidden).tobytes()))
         layers.close()
     assert results[0] == results[1]
+
+
+def test_bits_do_not_depend_on_the_calling_thread(loaded: LoadedLayers) -> None:
+    """A daemon loads on one thread and computes on another; torch counts its own threads for each of them."""
+    chain = whole(loaded)
+    with ThreadPoolExecutor(1) as other:
+        elsewhere = other.submit(chain.run, IDS, CHUNKS).result()
+    assert elsewhere.tobytes() == chain.run(IDS, CHUNKS).tobytes()
 
 
 def test_inputs_are_left_as_they_are(loaded: LoadedLayers) -> None:
