@@ -61,6 +61,10 @@ class Keeper:
     _told: tuple[str, ...] = ()
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
+    def note(self, advert: Advert) -> None:
+        """A peer tells what it holds."""
+        self._ledger.note(advert)
+
     def changed(self) -> None:
         """Somebody came or went: look soon."""
         self._changed.set()

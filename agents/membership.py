@@ -68,13 +68,14 @@ class Self:
 
 @dataclass(slots=True)
 class Membership:
-    """Owns the table. `on_gone` hears of every peer whose link is down."""
+    """Owns the table. `on_advert` hears of every advert of another peer, `on_gone` of every peer whose link is down."""
 
     about: Self
     links: Links
     prober: LinkProber
     clock: Clock
     bus: EventBus
+    on_advert: Callable[[Advert], None]
     on_gone: Callable[[PeerId, str], None]
     link_address: str = ""
     table: PeerTable = field(default_factory=PeerTable)
@@ -218,6 +219,7 @@ class Membership:
         if message.advert.peer != sender:
             return
         self._apply(AdvertReceived(message.advert))
+        self.on_advert(message.advert)
         for peer, address in islice(message.advert.neighbours.items(), _MAX_NEIGHBOURS):
             self._hear_of(peer, address)
 

@@ -59,16 +59,27 @@ class Ledger:
         self.let_go: set[ModelId] = set()
         """Models that were unplaced, while standby copies of them are still about."""
         self._held: dict[tuple[PeerId, int], dict[ModelId, set[Piece]]] = {}
+        self._unplaced: set[ModelId] = set()
+        """Let go of by somebody since the last look."""
+
+    def note(self, advert: Advert) -> None:
+        """Take in one advert as it comes: what was loaded and lost between two looks is lost too."""
+        pieces = _pieces(advert)
+        before = self._held.get((advert.peer, advert.incarnation), {})
+        self._unplaced |= before.keys() - pieces.keys()
+        self._held[advert.peer, advert.incarnation] = pieces
 
     def look(self, adverts: Iterable[Advert]) -> None:
         """Take in the adverts of all peers with a standing link; one that restarted has lost what it held."""
         known = list(adverts)
+        for advert in known:
+            self.note(advert)
         now = {(advert.peer, advert.incarnation): _pieces(advert) for advert in known}
         for peer, pieces in self._held.items():
             if peer not in now:
                 for model, taken in pieces.items():
                     self.lost.setdefault(model, set()).update(taken)
-        unplaced = {model for peer, pieces in self._held.items() if peer in now for model in pieces.keys() - now[peer].keys()}
+        unplaced, self._unplaced = self._unplaced, set()
         served = {model for pieces in now.values() for model in pieces}
         self.let_go = ((self.let_go | unplaced) - served) & _present(known, HELD)
         self._held = now

@@ -240,6 +240,7 @@ class Peer:
             prober=self.prober,
             clock=clock,
             bus=self.bus,
+            on_advert=lambda advert: self.keeper.note(advert),
             on_gone=self._on_gone,
         )
         names, adverts = self.membership.name_of, self.membership.adverts

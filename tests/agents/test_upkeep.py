@@ -217,6 +217,24 @@ def test_a_restarted_peer_has_lost_what_it_held() -> None:
     assert ledger.lost == {MODEL: {Piece(LayerRange(17, 30), KV)}}
 
 
+def test_what_was_loaded_and_lost_between_two_looks_is_lost() -> None:
+    ledger = Ledger()
+    ledger.look([advert("a"), advert("b")])
+    ledger.note(advert("b", held(17, 30)))
+    ledger.look([advert("a", held(0, 17))])
+    assert ledger.lost == {MODEL: {Piece(LayerRange(17, 30), KV)}}
+
+
+def test_what_was_loaded_and_unplaced_between_two_looks_is_not_lost() -> None:
+    ledger = Ledger()
+    ledger.look([advert("a", held(0, 17)), advert("b")])
+    ledger.note(advert("b", held(17, 30)))
+    ledger.note(advert("b"))
+    ledger.look([advert("a", held(0, 17)), advert("b")])
+    ledger.look([advert("a", held(0, 17))])
+    assert not ledger.lost
+
+
 def test_a_loss_is_made_good_once_the_layers_are_active_elsewhere() -> None:
     ledger = Ledger()
     ledger.look([advert("a", held(0, 17)), advert("b", held(17, 30))])

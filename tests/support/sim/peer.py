@@ -4,7 +4,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
@@ -40,7 +40,7 @@ from meshd.agents.story import Story
 from meshd.agents.storyteller import Storyteller
 from meshd.kernels.kv import BlockTable
 from meshd.protocol.messages import Error, Token
-from meshd.types import Capability, LayerRange, ModelCard, ModelId, PeerId, Plan, Rates
+from meshd.types import Advert, Capability, LayerRange, ModelCard, ModelId, PeerId, Plan, Rates
 from sim.compute import SimCompute
 from sim.loop import Owner, SimClock, SimLoop
 from sim.network import SimLinks, SimNetwork, SimProber
@@ -163,9 +163,11 @@ class CountingRouter(Router):
         search = super()._route
         return self._timed(lambda: search(card, mesh, context, prompt_tokens))
 
-    def _resident(self, card: ModelCard, mesh: MeshOptions, need: Need, allowed: Allowed) -> Recovery | None:
+    def _resident(
+        self, card: ModelCard, mesh: MeshOptions, need: Need, allowed: Allowed, silent: Sequence[Advert] = ()
+    ) -> Recovery | None:
         search = super()._resident
-        return self._timed(lambda: search(card, mesh, need, allowed))
+        return self._timed(lambda: search(card, mesh, need, allowed, silent))
 
     async def plan_for(self, card: ModelCard, mesh: MeshOptions, *, prompt_tokens: int, max_tokens: int) -> Plan:
         self.plans += 1
@@ -307,6 +309,7 @@ class Life:
             prober=self.prober,
             clock=clock,
             bus=self.bus,
+            on_advert=lambda advert: self.keeper.note(advert),
             on_gone=self._on_gone,
         )
         names, adverts = self.membership.name_of, self.membership.adverts
