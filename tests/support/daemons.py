@@ -71,6 +71,7 @@ class Cluster:
     shared: Path
     """Model store and cached measurements, the same for all clusters of this run."""
     daemons: dict[str, Daemon] = field(default_factory=dict)
+    _key: str = ""
 
     def __getitem__(self, name: str) -> Daemon:
         return self.daemons[name]
@@ -91,7 +92,8 @@ class Cluster:
         if self.daemons:
             first = next(iter(self.daemons.values()))
             wait_for(lambda: self._address_of(first), f"{first.name} to be up", first)
-            command += ["--key", self.key(first), "--peer", first.link]
+            self._key = self._key or self.key(first)
+            command += ["--key", self._key, "--peer", first.link]
         with log.open("a") as output:
             process = subprocess.Popen([*command, *flags], stdout=output, stderr=output, stdin=subprocess.DEVNULL, text=True)
         return Daemon(name, state, process, log)
