@@ -247,6 +247,13 @@ class Answer:
         """There is none now."""
         self._apply(fsm.PlanFailed(error))
 
+    def hold(self, index: int | None) -> None:
+        """Make no answer token from `index` on, before the plan changes; None: go on as before."""
+        if self.plan is not None and self.machine.state is fsm.State.DECODING:
+            credit = self.machine.credit if index is None else min(index, self.machine.credit)
+            message = Credit(session=self.session, epoch=self.machine.epoch, index=credit, hold=index is not None)
+            self.send(self.plan.stages[0].peer, message)
+
     def resume(self) -> None:
         """Go on, if it is suspended."""
         if self.machine.state is fsm.State.SUSPENDED:

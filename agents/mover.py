@@ -28,8 +28,10 @@ _COPY_S = 120.0
 _CHANGE_S = 15.0
 """For the new plan to make its first token."""
 _AGAIN_S = 5.0
-_NEAR_TOKENS = 16
-"""A copy this close behind is caught up by computing."""
+_NEAR_TOKENS = 4
+"""A copy this close behind is level: the rest comes while the last step ends, or is computed."""
+_LAST_STEP_S = 5.0
+"""For the step that is under way to end."""
 _LEAST_REMAINING = 32
 """An answer that ends sooner is not worth moving."""
 
@@ -75,12 +77,15 @@ class Mover:
         try:
             answer.around.story.note(answer.session, "move begins", reason=reason, copies=len(copies))
             await self._copy(answer, epoch, copies)
+            await self._end_step(answer, epoch)
             if answer.machine.epoch != epoch or answer.machine.state is not fsm.State.DECODING:
                 raise PeerFault("its plan changed for another reason meanwhile", hint="try again")
             answer.planned(plan, reason)
             return await self._first_token(answer, plan)
         finally:
             del self._moving[answer.session]
+            if answer.machine.epoch == epoch:
+                answer.hold(None)
 
     async def _copy(self, answer: Answer, epoch: int, copies: list[_Copy]) -> None:
         """Until every copy is near. One that fails is left to be computed at the target."""
@@ -93,6 +98,17 @@ class Mover:
                     near = all(copy.caught_up or copy.error for copy in copies)
                     if near and answer.machine.state is not fsm.State.PREFILLING:
                         return
+                    await answer.changed()
+
+    async def _end_step(self, answer: Answer, epoch: int) -> None:
+        """Let the step under way be the last under this plan: another one would be computed in vain, and waited for."""
+        if answer.waits_for_client:
+            return
+        last = len(answer.machine.tokens) + 1
+        answer.hold(last)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_STEP_S):
+                while answer.machine.epoch == epoch and answer.running and len(answer.machine.tokens) < last:
                     await answer.changed()
 
     def _ask(self, answer: Answer, epoch: int, stage: int, target: PeerId) -> None:

@@ -387,7 +387,7 @@ class StageHost:
     def _on_credit(self, sender: PeerId, message: Credit, payload: memoryview) -> None:
         active = self._of(sender, message, stage=0, source="coordinator")
         if active is not None:
-            self._apply(active, fsm.CreditGranted(message.index))
+            self._apply(active, fsm.CreditGranted(message.index, message.hold))
 
     def _on_taken(self, sender: PeerId, message: Taken, payload: memoryview) -> None:
         active = self._of(sender, message, stage=message.stage - 1, source=message.stage)

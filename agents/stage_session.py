@@ -86,6 +86,8 @@ class StepTaken:
 @dataclass(frozen=True, slots=True)
 class CreditGranted:
     index: int
+    hold: bool = False
+    """No more than that, whatever was granted before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +329,7 @@ def _step_taken(session: StageSession, event: StepTaken) -> list[Command]:
 
 
 def _credit_granted(session: StageSession, event: CreditGranted) -> list[Command]:
-    session.credit = max(session.credit, event.index)
+    session.credit = event.index if event.hold else max(session.credit, event.index)
     return session._next() if session.state is State.WAITING else []
 
 

@@ -334,6 +334,8 @@ class Credit(SessionMessage, frozen=True, kw_only=True):
     """Answer tokens up to `index` (exclusive) may be made."""
 
     index: int
+    hold: bool = False
+    """No more than these, whatever was granted before: the plan is about to change."""
 
 
 @_message(54)

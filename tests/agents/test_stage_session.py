@@ -135,6 +135,17 @@ def test_decoding_waits_for_credit_on_the_first_stage_only() -> None:
             assert session.handle(machine.CreditGranted(2)) == [machine.Compute(decode(PROMPT))]
 
 
+def test_a_hold_takes_credit_back_until_the_next_grant() -> None:
+    session = fresh(first=True, last=True, credit=64)
+    for position in range(PROMPT):
+        session.handle(machine.StepArrived(prefill(position)))
+        session.handle(machine.StepComputed(position, "out"))
+    session.handle(machine.CreditGranted(1, hold=True))
+    assert session.handle(machine.StepArrived(decode(PROMPT))) == []
+    assert session.state is State.WAITING
+    assert session.handle(machine.CreditGranted(64)) == [machine.Compute(decode(PROMPT))]
+
+
 def test_memory_is_freed_only_when_nothing_computes_on_it() -> None:
     session = in_state(State.COMPUTING)
     assert session.handle(machine.Ended("closed")) == []

@@ -1,6 +1,6 @@
 """The pause when a peer is lost in mid-answer: from the fault to the next token at the client. Three hosts on one LAN; needs root.
 
-    python tests/benchmarks/bench_recovery.py [--rounds 10] [--context 1000]
+    python tests/benchmarks/bench_recovery.py [--rounds 10] [--context 1000] [--threads 1]
 
 An answer runs over all three, a third of the layers each. The second one, or the third in turns, is killed (-9), with and without
 a mirror of its KV, or frozen (SIGSTOP); one of the others, which holds a standby copy of its layers (`--copies 2`), goes on. The
@@ -42,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--context", type=int, default=1000, help="tokens known when the fault comes")
+    parser.add_argument("--threads", type=int, default=1, help="of each peer; `meshd up` takes one for each core")
     options = parser.parse_args()
     netlab = find_netlab()
     if isinstance(netlab, str):
@@ -52,7 +53,7 @@ def main() -> None:
         site = LabSite(netlab, 3)
         for name in site.names:
             site.shape(name, *LAN)
-        with running(site, Path(folder), flags=("--copies", "2")) as mesh:
+        with running(site, Path(folder), flags=("--copies", "2"), threads=options.threads) as mesh:
             Bench(mesh, options.context).run(options.rounds)
 
 
@@ -83,7 +84,8 @@ class Bench:
         self._tell(rounds, pauses)
 
     def _tell(self, rounds: int, pauses: dict[str, list[float]]) -> None:
-        print(f"{MODEL}, {self._context} tokens of context, {rounds} rounds, 3 peers of one thread, {LAN[0]}, {LAN[1]} each way,")
+        peers = f"3 peers of {self._mesh.threads} thread{'s' * (self._mesh.threads > 1)}"
+        print(f"{MODEL}, {self._context} tokens of context, {rounds} rounds, {peers}, {LAN[0]}, {LAN[1]} each way,")
         print(f"{os.cpu_count()} cores of {platform.processor() or platform.machine()}, load {os.getloadavg()[0]:.1f} at the end")
         print(f"{'':18} {'p50':>8} {'p99':>8} {'longest':>8}  went on by")
         for name, values in [*pauses.items(), ("(fresh prefill)", self._prefills), ("(decode step)", self._steps)]:

@@ -166,6 +166,7 @@ class Mesh:
     flags: Sequence[str] = ()
     entry: Sequence[str] = ("-m", "meshd")
     """How a daemon is run: the module, or a script that runs it."""
+    threads: int = 1
     cache: Path = field(default_factory=lambda: Path(Settings()["cache"].value))
     hosts: dict[str, Host] = field(default_factory=dict)
 
@@ -175,7 +176,7 @@ class Mesh:
         for name in self.site.names:
             command = [sys.executable, "-P", *self.entry, "up", "--stop-with-stdin", "--name", name]
             command += ["--state", str(self.root / name), "--config", os.devnull, "--key", key, "--api-key", API_KEY]
-            command += ["--cache", str(self.cache), "--threads", "1", "--backend", "onnxruntime"]
+            command += ["--cache", str(self.cache), "--threads", str(self.threads), "--backend", "onnxruntime"]
             command += [*self.site.flags(name), *self.flags]
             self.hosts[name] = Host(name, self.site, self.root, command)
 
@@ -245,10 +246,12 @@ class Mesh:
 
 
 @contextlib.contextmanager
-def running(site: Site, root: Path, flags: Sequence[str] = (), entry: Sequence[str] = ("-m", "meshd")) -> Iterator[Mesh]:
+def running(
+    site: Site, root: Path, flags: Sequence[str] = (), entry: Sequence[str] = ("-m", "meshd"), threads: int = 1
+) -> Iterator[Mesh]:
     """A mesh that is up, and ended afterwards, its site too."""
     try:
-        mesh = Mesh(site, root, flags, entry)
+        mesh = Mesh(site, root, flags, entry, threads)
         try:
             mesh.start()
             yield mesh
