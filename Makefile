@@ -27,7 +27,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed $(VENV)/group-test
 	$(BIN)/meshd pull $(MODEL)
-	$(BIN)/pytest $(PYTEST)
+	$(BIN)/pytest -n 2 --dist loadgroup $(PYTEST)
 
 check: $(VENV)/installed $(VENV)/group-test $(VENV)/group-check
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from logging import getLogger
 
 from meshd.agents import session as fsm
@@ -48,12 +49,20 @@ class Rescuer:
 
     def replan(self, answer: Answer, command: fsm.Replan) -> None:
         """Find a plan for an answer that lost its own; a later loss makes the search begin anew."""
-        work = self._recover(answer, command) if answer.machine.begun else self._again(answer)
-        answer.search(work)
+        work = partial(self._recover, answer, command) if answer.machine.begun else partial(self._again, answer)
+        answer.search(self._to_its_end(answer, work))
 
     def start(self, answer: Answer) -> None:
         """Find the first plan of an answer."""
-        answer.search(self._first(answer))
+        answer.search(self._to_its_end(answer, partial(self._first, answer)))
+
+    async def _to_its_end(self, answer: Answer, search: Callable[[], Awaitable[None]]) -> None:
+        """An answer whose search ended for a reason that nobody foresaw fails, since it would wait for ever."""
+        try:
+            await search()
+        except Exception as error:
+            log.exception("session %s: looking for a plan failed", answer.session)
+            answer.plan_failed(MeshdError(f"looking for a plan failed: {error}"))
 
     async def _first(self, answer: Answer) -> None:
         """A plan, as soon as other answers leave room for its KV."""
