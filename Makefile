@@ -8,6 +8,8 @@ TORCH ?= torch==2.13.0
 MODEL ?= smollm2:135m
 PYTEST ?= -m 'not slow'
 CHAOS ?= --seed 1 --peers 5 --clients 4 --faults 200
+SIM ?= --seeds 0..2000 --faults 6
+FUZZ ?= --seconds 60
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +19,7 @@ ENOUGH = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14 python; do \
 	"$$python" -c '$(ENOUGH)' 2>/dev/null && echo "$$python" && break; done)
 
-.PHONY: install demo test check bench chaos fuzz wheel clean
+.PHONY: install demo test check bench bench-short chaos sim fuzz wheel clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -38,11 +40,25 @@ bench: $(VENV)/installed $(VENV)/group-test
 	$(BIN)/meshd bench
 	for figure in tests/benchmarks/bench_*.py; do echo "--- $$figure"; $(BIN)/python -P "$$figure" || exit; done
 
+# The short form of each figure: it tells that it runs, not how fast.
+bench-short: FIGURE = $(BIN)/python -P tests/benchmarks/bench
+bench-short: $(VENV)/installed $(VENV)/group-test
+	$(FIGURE)_planner.py --clusters 1
+	$(FIGURE)_hop.py --count 200
+	$(FIGURE)_kernels.py --backend onnxruntime --threads 1 --context 128
+	$(FIGURE)_split.py --rounds 1 --tokens 16
+	$(FIGURE)_journal.py --rounds 1 --tokens 32
+	$(FIGURE)_migration.py --rounds 1 --contexts 256
+	$(FIGURE)_recovery.py --rounds 1 --context 256
+
+sim: $(VENV)/installed $(VENV)/group-test
+	$(BIN)/python -P tests/sim/run.py $(SIM)
+
 chaos: $(VENV)/installed $(VENV)/group-test
 	$(BIN)/python -P tests/chaos/run.py $(CHAOS)
 
 fuzz: $(VENV)/installed $(VENV)/group-test
-	for target in tests/fuzz/fuzz_*.py; do echo "--- $$target"; $(BIN)/python -P "$$target" || exit; done
+	for target in tests/fuzz/fuzz_*.py; do echo "--- $$target"; $(BIN)/python -P "$$target" $(FUZZ) || exit; done
 
 wheel: $(VENV)/installed
 	rm -rf build dist

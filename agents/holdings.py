@@ -43,6 +43,8 @@ class Load:
     layer_decode_s: float | None = None
     layer_prefill_s: float | None = None
     head_s: float | None = None
+    steady: bool = True
+    """A token has the same bits whichever others are computed with it: an answer goes on after a loss as it would have."""
 
     @property
     def reserved_bytes(self) -> int:

@@ -144,6 +144,12 @@ class Placement:
             raise ModelFileError(f"loading layers {wanted.layers} of {card.name} failed: {error}") from error
         load.state, load.progress = LoadState.ACTIVE, 1.0
         log.info("layers %s of %s are active: %d MB of weights", load.layers, card.name, load.weight_bytes // 10**6)
+        if not load.steady:
+            log.warning(
+                "%s on this processor computes a token otherwise among others than alone, in the last bits: an answer that goes on "
+                "after a loss may differ from one that was not struck",
+                self.backend.name,
+            )
         self._retire_covered(load)
         self.on_change()
         return load
