@@ -156,7 +156,8 @@ def test_it_finds_a_step_that_is_computed_twice(monkeypatch: pytest.MonkeyPatch)
         machine.next_position = event.step.position
         return right(machine, event)
 
-    monkeypatch.setitem(stage_session.TRANSITIONS, (stage_session.State.IDLE, stage_session.StepArrived), wrong)
+    for state in (stage_session.State.IDLE, stage_session.State.WAITING, stage_session.State.COMPUTING):
+        monkeypatch.setitem(stage_session.TRANSITIONS, (state, stage_session.StepArrived), wrong)
     assert finds("reference", REPEATS)
 
 
