@@ -81,9 +81,8 @@ def same(cluster: Cluster, prompts: tuple[str, ...], tokens: int) -> None:
         list(pool.map(one, range(len(prompts))))
 
 
-def test_short_answers_are_the_same_on_one_two_and_five_peers(five: Cluster, request: pytest.FixtureRequest) -> None:
-    reference = "torch" in request.node.callspec.id  # a fifth as fast
-    same(five, (PROMPTS[0], LONG) if reference else (*PROMPTS[:2], LONG), tokens=10 if reference else 24)
+def test_short_answers_are_the_same_on_one_two_and_five_peers(five: Cluster) -> None:
+    same(five, (*PROMPTS[:2], LONG), tokens=24)
 
 
 def test_penalties_are_the_same_on_one_two_and_five_peers(five: Cluster) -> None:

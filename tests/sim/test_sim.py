@@ -149,16 +149,18 @@ def test_it_finds_a_token_that_is_given_twice(monkeypatch: pytest.MonkeyPatch) -
     assert finds("reference", REPEATS)
 
 
-def test_it_finds_a_step_that_is_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("states", "seeds"), [(("IDLE",), 100), (("IDLE", "WAITING", "COMPUTING"), 25)], ids=["idle", "any"])
+def test_it_finds_a_step_that_is_computed_twice(monkeypatch: pytest.MonkeyPatch, states: tuple[str, ...], seeds: int) -> None:
+    """At rest alone a repeat does harm in one run of some thirty."""
     right = stage_session._step_arrived
 
     def wrong(machine: stage_session.StageSession, event: stage_session.StepArrived) -> list[stage_session.Command]:
         machine.next_position = event.step.position
         return right(machine, event)
 
-    for state in (stage_session.State.IDLE, stage_session.State.WAITING, stage_session.State.COMPUTING):
-        monkeypatch.setitem(stage_session.TRANSITIONS, (state, stage_session.StepArrived), wrong)
-    assert finds("reference", REPEATS)
+    for state in states:
+        monkeypatch.setitem(stage_session.TRANSITIONS, (stage_session.State[state], stage_session.StepArrived), wrong)
+    assert finds("reference", REPEATS, seeds)
 
 
 def test_it_finds_a_sampler_that_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
