@@ -6,6 +6,7 @@ the same sequence of deltas.
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
 from logging import getLogger
 from typing import Any
@@ -591,9 +592,12 @@ class Answer:
         if self.record.background:
             self._read_up_to(len(self.machine.tokens))
 
-    async def changed(self) -> None:
-        """Wait until there is a token more, another plan, an end, or a `touch`."""
-        await self._changed.wait()
+    async def until(self, condition: Callable[[], object], within_s: float) -> None:
+        """Wait until it holds, or the time is over. Looked at with each token, plan, end and `touch`."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while not condition():
+                    await self._changed.wait()
 
     def touch(self) -> None:
         """Wake whoever waits for a change."""

@@ -4,15 +4,13 @@ The change itself is that of a recovery with nothing lost (`agents.session`), so
 serving: until the new epoch runs, it keeps the KV. The stages of copying are Llumnix's (https://arxiv.org/abs/2406.03243).
 """
 
-import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from logging import getLogger
 
 from meshd.agents import session as fsm
-from meshd.agents.answer import Answer
+from meshd.agents.answer import Answer, Recovered
 from meshd.agents.rescue import Rescuer
 from meshd.agents.routing import Router
 from meshd.agents.service import MeshOptions
@@ -92,13 +90,12 @@ class Mover:
         assert answer.plan is not None
         for copy in copies:
             self._ask(answer, epoch, copy.stage, copy.target)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_COPY_S):
-                while answer.machine.epoch == epoch:
-                    near = all(copy.caught_up or copy.error for copy in copies)
-                    if near and answer.machine.state is not fsm.State.PREFILLING:
-                        return
-                    await answer.changed()
+
+        def near() -> bool:
+            level = all(copy.caught_up or copy.error for copy in copies)
+            return answer.machine.epoch != epoch or (level and answer.machine.state is not fsm.State.PREFILLING)
+
+        await answer.until(near, _COPY_S)
 
     async def _end_step(self, answer: Answer, epoch: int) -> None:
         """Let the step under way be the last under this plan: another one would be computed in vain, and waited for."""
@@ -106,10 +103,8 @@ class Mover:
             return
         last = len(answer.machine.tokens) + 1
         answer.hold(last)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_LAST_STEP_S):
-                while answer.machine.epoch == epoch and answer.running and len(answer.machine.tokens) < last:
-                    await answer.changed()
+        machine = answer.machine
+        await answer.until(lambda: machine.epoch != epoch or not answer.running or len(machine.tokens) >= last, _LAST_STEP_S)
 
     def _ask(self, answer: Answer, epoch: int, stage: int, target: PeerId) -> None:
         assert answer.plan is not None
@@ -119,15 +114,15 @@ class Mover:
 
     async def _first_token(self, answer: Answer, plan: Plan) -> float:
         epoch = answer.machine.epoch
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_CHANGE_S):
-                while answer.running:
-                    done = [change for change in answer.recoveries if change.epoch >= epoch]
-                    if done and answer.plan is not None and answer.plan.id == plan.id:
-                        return done[0].pause_s
-                    if done:
-                        raise PeerFault(f"the move failed, and the session goes on elsewhere: {done[0].reason}")
-                    await answer.changed()
+
+        def done() -> list[Recovered]:
+            return [change for change in answer.recoveries if change.epoch >= epoch]
+
+        await answer.until(lambda: done() or not answer.running, _CHANGE_S)
+        if answer.running and (changes := done()):
+            if answer.plan is not None and answer.plan.id == plan.id:
+                return changes[0].pause_s
+            raise PeerFault(f"the move failed, and the session goes on elsewhere: {changes[0].reason}")
         if answer.machine.state is fsm.State.FINISHED:
             return 0.0
         raise PeerFault("the move was cut short: the session ended, or made no token in time")

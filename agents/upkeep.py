@@ -74,7 +74,7 @@ class Ledger:
         known = list(adverts)
         for advert in known:
             self.note(advert)
-        now = {(advert.peer, advert.incarnation): _pieces(advert) for advert in known}
+        now = {(advert.peer, advert.incarnation): self._held[advert.peer, advert.incarnation] for advert in known}
         for peer, pieces in self._held.items():
             if peer not in now:
                 for model, taken in pieces.items():

@@ -6,8 +6,8 @@
 
 A token's bits do not depend on how many tokens are computed with it, so that a prompt read in any chunks, or read again after a
 loss, goes on with the same tokens. Torch's kernel leaves the sums to MKL, which picks its way by the shape of a product, otherwise
-on every processor. So a token sees as many keys as it would alone, and is computed in blocks whose rows
-are found, by trying, to have the bits of a full one (`_exact_rows`).
+on every processor. So a token sees as many keys as it would alone, and is computed in blocks whose rows are found, by trying, to
+have the bits of a full one (`_exact_rows`).
 """
 
 from collections.abc import Sequence

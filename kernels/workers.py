@@ -32,6 +32,7 @@ class Workers:
     """`threads` threads, the caller's included."""
 
     def __init__(self, threads: int) -> None:
+        one_thread()
         self.threads = threads
         self._pool = ThreadPoolExecutor(threads - 1, "kernels", one_thread) if threads > 1 else None
 
