@@ -21,7 +21,8 @@ from meshd.planner.tables import Tables, spans
 from meshd.types import Holding, LayerRange, PeerId, StagePlan
 
 STAGE_S = 400e-6
-"""What a stage costs at each token beside its layers and its link, since two threads are woken for it; measured 0.3 to 0.8 ms."""
+"""What a stage costs at each token beside its layers and its link, since two threads are woken for it: half of the 0.8 ms that
+`bench_split.py` shows for a second stage, so that only plans that are close are decided by it."""
 _BACK_PEERS = 32
 """Among more peers the token's way back is left out of the search: it is the smallest term, and the dearest to count."""
 
