@@ -25,6 +25,9 @@ from meshd.values import Address
 
 RECHECK_S = 2.0
 """How often interfaces are looked at anew."""
+_AGAIN_S = 1.0
+"""Until a second announcement (RFC 6762 section 8.3). Others' zeroconf drops a packet that it heard within 0.8 s: one that came
+back at once after a power loss would be taken for its former self."""
 _LOAD_EVERY_S = 10.0
 """A changed load summary is announced at most this often."""
 _WOKEN_S = 5.0
@@ -127,6 +130,8 @@ class MdnsDiscovery:
             probe(zc, self._info())
             await (await zeroconf.async_register_service(self._info(), cooperating_responders=True))
             self._say("mdns", None)
+            await self._clock.sleep(_AGAIN_S)
+            await (await zeroconf.async_update_service(self._info()))
             while True:
                 await self._wait_for_change(zeroconf)
                 await browser.async_cancel()

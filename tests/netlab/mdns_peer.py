@@ -1,7 +1,11 @@
-"""One peer's mDNS and nothing else, in a host of a lab: PEER CLUSTER. Prints each sighting as a line of JSON; SIGTERM ends it."""
+"""One peer's mDNS and nothing else, in a host of a lab: PEER CLUSTER [LIFE_S]. Prints each sighting as a line of JSON.
+
+SIGTERM ends it. With LIFE_S it is killed after so many seconds, and is back at once.
+"""
 
 import asyncio
 import json
+import os
 import signal
 import sys
 import time
@@ -31,5 +35,18 @@ async def main(peer: str, cluster: str) -> None:
     say("stopped", others=mdns.other_clusters())
 
 
+def lose_a_life(life_s: float) -> None:
+    """Return in a child, and here as soon as the child has been killed."""
+    first = os.fork()
+    if first:
+        time.sleep(life_s)
+        os.kill(first, signal.SIGKILL)
+        os.waitpid(first, 0)
+        say("lost")
+
+
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
+    peer, cluster, *life_s = sys.argv[1:]
+    for each in life_s:
+        lose_a_life(float(each))
+    asyncio.run(main(peer, cluster))

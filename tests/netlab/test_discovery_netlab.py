@@ -23,15 +23,16 @@ GOODBYE_S = 1.0
 class Peer:
     """A peer on a lab's host, and what it has said so far."""
 
-    def __init__(self, lab: Any, host: str, letter: str, cluster: str = "c1") -> None:
+    def __init__(self, lab: Any, host: str, letter: str, cluster: str = "c1", life_s: float | None = None) -> None:
         self.id = letter * 52
         self.host = host
         self.said: list[dict[str, Any]] = []
-        self._lab, self._cluster = lab, cluster
+        self._lab = lab
+        self._arguments = [cluster] if life_s is None else [cluster, str(life_s)]
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, SCRIPT, self.id, self._cluster]
+        command = [sys.executable, SCRIPT, self.id, *self._arguments]
         self.process = self._lab.popen(self.host, command, stdout=subprocess.PIPE, text=True)
         self._reader = threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True)
         self._reader.start()
@@ -135,6 +136,21 @@ def test_one_that_comes_back_after_a_power_loss_is_heard_anew(make_lab: Any) -> 
     peers[1].start()
     took = heard_s(peers[:1], "Found", peers[1:], lost)
     print(f"\nback after a power loss: heard {took * 1e3:.0f} ms after it was started")
+    assert took < FIND_S
+
+
+@pytest.mark.parametrize("life_s", [0.05, 0.2])
+def test_one_that_is_back_at_once_is_heard_anew(make_lab: Any, life_s: float) -> None:
+    """Its announcements are the same to the last bit as those of its former life, a moment ago."""
+    lab = make_lab(hosts=2)
+    peers = [Peer(lab, "h1", "a")]
+    last_start(peers)
+    peers.append(Peer(lab, "h2", "b", life_s=life_s))
+    wait_for(lambda: peers[1].first("lost") is not None, "loss")
+    lost = peers[1].first("lost")
+    assert lost is not None
+    took = heard_s(peers[:1], "Found", peers[1:], lost["at"])
+    print(f"\nback at once: heard {took * 1e3:.0f} ms after it was lost")
     assert took < FIND_S
 
 
