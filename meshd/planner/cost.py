@@ -21,7 +21,7 @@ Seconds = NDArray[np.float64]
 
 
 def block_parameters(spec: ModelSpec) -> int:
-    """Weights of one block's projections that a token meets: q, o, k, v and the three of the MLP, or of the experts it is sent to."""
+    """Weights of one block that a token meets: q, o, k, v and the three of the MLP, or of the experts that it is sent to."""
     return _attention_parameters(spec) + 3 * spec.hidden * spec.ffn * (spec.experts_used or 1)
 
 
