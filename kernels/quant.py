@@ -27,6 +27,7 @@ __all__ = [
     "load_matrix",
     "load_stacked",
     "loaded_bytes",
+    "parts",
     "stack",
     "unpack_codes",
     "widen_bf16",
@@ -47,11 +48,11 @@ KINDS = (*_FLOATS, *BLOCK_KINDS)
 
 
 def dequantise(tensor: Tensor) -> F32:
-    """All of a tensor as float32, of the tensor's shape; F32 as a view. Raises: ModelFileError for a wrong kind, size or weight."""
+    """All of a tensor as float32, of its shape; F32 as a view. Raises: ModelFileError for a wrong kind, size or weight."""
     kind = _kind(tensor)
     if kind is None:
         _check_bits(tensor)
-        return _widened(_float_view(tensor))
+        return np.require(_widened(_float_view(tensor)), requirements="A")
     blocks = _blocks(tensor, kind)
     values = np.empty((len(blocks), kind.weights), np.float32)
     for part in _parts(len(blocks), kind):
@@ -103,6 +104,16 @@ def expert(tensor: Tensor, index: int) -> Tensor:
     if rest:
         raise _broken(tensor)
     return Tensor(f"{tensor.name}[{index}]", tensor.kind, tensor.shape[1:], tensor.data[index * size : (index + 1) * size])
+
+
+def parts(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor cut in rows of one block, CHUNK weights at a time, not copied. Raises: ModelFileError."""
+    kind = _kind(tensor)
+    weights, size = (1, _bits(tensor).itemsize) if kind is None else (kind.weights, kind.size)
+    count = prod(tensor.shape) // weights if kind is None else len(_blocks(tensor, kind))
+    for start in range(0, count, CHUNK // weights):
+        blocks = min(CHUNK // weights, count - start)
+        yield Tensor(tensor.name, tensor.kind, (blocks, weights), tensor.data[start * size : (start + blocks) * size])
 
 
 def check_finite(tensor: Tensor) -> None:
@@ -193,7 +204,7 @@ def _parts(blocks: int, kind: BlockKind) -> Iterator[slice]:
 
 def _load_floats(tensor: Tensor) -> DenseMatrix:
     _check_bits(tensor)
-    return DenseMatrix(_float_view(tensor))
+    return DenseMatrix(np.require(_float_view(tensor), requirements="A"))
 
 
 def _float_view(tensor: Tensor) -> Floats:
@@ -216,11 +227,11 @@ def _check_bits(tensor: Tensor) -> None:
 
 
 def _bits(tensor: Tensor) -> npt.NDArray[np.unsignedinteger]:
-    """A float tensor's bits in one row; where they lie if that is aligned. Raises: ModelFileError if the size is wrong."""
+    """A float tensor's bits in one row, where they lie, aligned or not. Raises: ModelFileError if the size is wrong."""
     unsigned = np.dtype(_FLOATS[tensor.kind][0])
     if tensor.data.nbytes != prod(tensor.shape) * unsigned.itemsize or not tensor.data:
         raise _broken(tensor)
-    return np.require(np.frombuffer(tensor.data, unsigned), requirements="A")
+    return np.frombuffer(tensor.data, unsigned)
 
 
 def _blocks(tensor: Tensor, kind: BlockKind) -> U8:

@@ -262,10 +262,14 @@ def test_floats_are_not_copied_unless_they_lie_askew(kind: str) -> None:
     matrix = load_matrix(tensor)
     assert isinstance(matrix, DenseMatrix)
     assert np.shares_memory(matrix.values, np.frombuffer(tensor.data, np.uint8))
-    askew = load_matrix(Tensor("x", kind, (ROWS, COLUMNS), memoryview(b"-" + bytes(tensor.data))[1:]))
-    assert isinstance(askew, DenseMatrix)
-    assert askew.values.flags.aligned
-    assert np.array_equal(values_of(askew), values)
+    askew = Tensor("x", kind, (ROWS, COLUMNS), memoryview(b"-" + bytes(tensor.data))[1:])
+    copied = load_matrix(askew)
+    assert isinstance(copied, DenseMatrix)
+    assert copied.values.flags.aligned
+    assert dequantise(askew).flags.aligned
+    assert np.array_equal(values_of(copied), values)
+    assert np.array_equal(dequantise(askew), values)
+    assert np.array_equal(dequantise_rows(askew, np.array([2])), values[[2]])
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q5_1", "Q6_K", "MXFP4"])
