@@ -11,7 +11,7 @@ from meshd.types import ModelCard, ModelId, ModelSpec
 ARCHITECTURES = ("llama",)
 """Those that the backends compute."""
 
-_END_OF_ANSWER = frozenset(
+END_OF_ANSWER = frozenset(
     {"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>", "<|return|>"}
 )
 """Control tokens that end an answer in one model family or another, whether or not the metadata says so."""
@@ -52,9 +52,11 @@ def end_of_sequence(metadata: Mapping[str, MetadataValue]) -> tuple[int, ...]:
     tokens = metadata.get("tokenizer.ggml.tokens", ())
     types = metadata.get("tokenizer.ggml.token_type", ())
     found = {value for key in _END_KEYS if isinstance(value := metadata.get(f"tokenizer.ggml.{key}"), int)}
+    listed = metadata.get("meshd.eos_token_ids", ())
+    found.update(value for value in (listed if isinstance(listed, tuple) else ()) if isinstance(value, int))
     if isinstance(tokens, tuple) and isinstance(types, tuple):
         pairs = enumerate(zip(tokens, types, strict=False))
-        found.update(index for index, (token, kind) in pairs if kind == CONTROL_TOKEN and token in _END_OF_ANSWER)
+        found.update(index for index, (token, kind) in pairs if kind == CONTROL_TOKEN and token in END_OF_ANSWER)
     return tuple(sorted(found))
 
 

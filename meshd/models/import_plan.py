@@ -1,0 +1,99 @@
+"""How a Hugging Face folder becomes a GGUF file: which of its tensors makes which, and what is done to it on the way.
+
+A transform is a list of steps parted by `|`, done from left to right to each source:
+
+    add_one                        every weight plus 1, in float32 (Gemma's norms)
+    rope_interleave:HEADS          rows of Q or K from half-split to interleaved pairs, as llama.cpp's `llama` architecture has them
+    transpose                      the last two axes swapped
+    gate_up_split:N                half N (0 or 1) of the first axis
+    slice:AXIS:START:STOP:STEP     as numpy's, an empty field being None
+
+All but `add_one` are views: no byte is copied until it is written.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from meshd.errors import ModelFileError
+from meshd.models.gguf_header import MetadataValue
+
+Array = npt.NDArray[Any]
+PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ImportTensor:
+    """One tensor of the GGUF file to be."""
+
+    name: str
+    """GGUF's, e.g. `blk.0.attn_q.weight`."""
+    sources: tuple[str, ...]
+    """Hugging Face's names: one, or several to be stacked along a new first axis (experts)."""
+    shape: tuple[int, ...]
+    """Row-major, after the transform and the stacking."""
+    transform: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ImportPlan:
+    """All of it but the text side."""
+
+    metadata: dict[str, MetadataValue]
+    """The architecture's keys."""
+    tensors: tuple[ImportTensor, ...] = field(default=())
+
+
+def adds_one(transform: str) -> bool:
+    """Whether the values change, not only their places."""
+    return "add_one" in transform.split("|")
+
+
+def view_of(array: Array, transform: str) -> Array:
+    """The array whose elements, in row-major order, are the transformed tensor's; its own shape may have more axes.
+
+    Raises: ModelFileError for a step that does not fit the array, or is none.
+    """
+    try:
+        for step in filter(None, transform.split("|")):
+            array = _step(array, *step.split(":"))
+    except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:
+        raise ModelFileError(f"transform {transform!r} does not fit shape {array.shape}: {error}") from error
+    return array
+
+
+def _step(array: Array, name: str, *given: str) -> Array:
+    match name, given:
+        case "add_one", ():
+            return array
+        case "transpose", ():
+            return array.swapaxes(-2, -1)
+        case "rope_interleave", (heads,):
+            rows, *rest = array.shape
+            return array.reshape(int(heads), 2, rows // int(heads) // 2, *rest).swapaxes(1, 2)
+        case "gate_up_split", (half,):
+            middle, rest = divmod(array.shape[0], 2)
+            if rest or half not in ("0", "1"):
+                raise ValueError("it has no such half")
+            return array[middle:] if half == "1" else array[:middle]
+        case "slice", (axis, start, stop, step):
+            cut = slice(*(int(bound) if bound else None for bound in (start, stop, step)))
+            return array[(slice(None),) * (int(axis) % array.ndim) + (cut,)]
+        case _:
+            raise ValueError(f"{name} with {len(given)} numbers is no step")
+
+
+def pieces(view: Array) -> Iterator[Array]:
+    """A view's elements in row-major order, flat, a megabyte at a time."""
+    if view.nbytes <= PIECE_BYTES or view.ndim == 0:
+        yield np.ascontiguousarray(view).reshape(-1)
+    elif view.nbytes // len(view) > PIECE_BYTES:
+        for part in view:
+            yield from pieces(part)
+    else:
+        rows = max(1, PIECE_BYTES * len(view) // view.nbytes)
+        for first in range(0, len(view), rows):
+            yield np.ascontiguousarray(view[first : first + rows]).reshape(-1)
