@@ -6,6 +6,7 @@ from typing import Any
 from meshd.errors import ModelFileError
 from meshd.models.gguf_header import MetadataValue
 from meshd.models.import_plan import ImportPlan, ImportTensor
+from meshd.models.json_files import shown
 
 _LAYER = {
     "input_layernorm.weight": ("attn_norm.weight", ""),
@@ -32,7 +33,7 @@ def plan_import(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, tupl
     """
     kind = config.get("model_type")
     if kind != "llama":
-        raise ModelFileError(f"the model can't be imported: its model_type {str(kind)[:80]!r} is not among llama")
+        raise ModelFileError(f"the model can't be imported: its model_type {shown(kind)} is not among llama")
     heads, layers = _count(config, "num_attention_heads"), _count(config, "num_hidden_layers")
     kv_heads = _count(config, "num_key_value_heads", heads)
     hidden = _count(config, "hidden_size")
@@ -64,7 +65,7 @@ def plan_import(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, tupl
         if prefix != "model" or part not in _LAYER or not layer.isdecimal() or int(layer) >= layers:
             if part == "self_attn.rotary_emb.inv_freq":
                 continue
-            raise ModelFileError(f"the model can't be imported: tensor {name!r} has no place in {kind}")
+            raise ModelFileError(f"the model can't be imported: tensor {shown(name)} has no place in {kind}")
         target, transform = _LAYER[part]
         planned.append(ImportTensor(f"blk.{layer}.{target}", (name,), shape, transform.format(heads=heads, kv_heads=kv_heads)))
     return ImportPlan(metadata, tuple(planned))
@@ -73,14 +74,14 @@ def plan_import(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, tupl
 def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = default if config.get(key) is None else config[key]
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
-        raise ModelFileError(f"config.json can't be used: {key} is {str(value)[:40]}, no positive integer")
+        raise ModelFileError(f"config.json can't be used: {key} is {shown(value)}, no positive integer")
     return value
 
 
 def _number(config: Mapping[str, Any], key: str) -> float:
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-        raise ModelFileError(f"config.json can't be used: {key} is {str(value)[:40]}, no positive number")
+        raise ModelFileError(f"config.json can't be used: {key} is {shown(value)}, no positive number")
     return float(value)
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from meshd.errors import ModelFileError
 from meshd.models.folder_text import TEXT_FILES
-from meshd.models.json_files import read_json, texts
+from meshd.models.json_files import read_json, shown, texts
 
 INDEX = "model.safetensors.index.json"
 MAX_PARTS = 1024
+_SHARD = re.compile(r"[\w+ -][\w.+ -]{0,200}\.safetensors", re.ASCII)
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -64,8 +65,8 @@ def weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
             raise ModelFileError(f"{index} can't be used: its weight_map is no object of file names")
         shards = sorted(set(where.values()))
         for shard in shards:
-            if not shard.endswith(".safetensors") or {"/", "\\", "\0"} & set(shard):
-                raise ModelFileError(f"{index} can't be used: {shard[:80]!r} is no name of a safetensors file beside it")
+            if not _SHARD.fullmatch(shard):
+                raise ModelFileError(f"{index} can't be used: {shown(shard)} is no name of a safetensors file beside it")
             if not (folder / shard).is_file():
                 raise ModelFileError(f"{folder / shard} is missing: {INDEX} names it", hint="fetch the folder again")
         return [folder / shard for shard in shards], where

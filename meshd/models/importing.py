@@ -24,7 +24,7 @@ from meshd.models.gguf_writer import Chunk, GgufOut, OutTensor
 from meshd.models.huggingface import plan_import
 from meshd.models.import_files import files_of, parts_of
 from meshd.models.import_plan import Array, ImportTensor, adds_one, pieces, view_of
-from meshd.models.json_files import read_json
+from meshd.models.json_files import read_json, shown
 from meshd.models.quantise import BLOCK, quantise
 from meshd.models.quants import QUANTS
 from meshd.models.safetensors_file import SafetensorsFolder
@@ -80,15 +80,16 @@ def _converted(
     dtypes = set()
     for source in tensor.sources:
         if source not in known:
-            raise ModelFileError(f"tensor {source!r} is missing, of which {tensor.name} is made")
+            raise ModelFileError(f"tensor {shown(source)} is missing, of which {tensor.name} is made")
         dtypes.add(known[source][0])
+    first = shown(tensor.sources[0])
     if odd := dtypes - set(_DENSE):
-        raise ModelFileError(f"tensor {tensor.sources[0]!r} can't be used: its type {min(odd)} is not among {', '.join(_DENSE)}")
+        raise ModelFileError(f"tensor {first} can't be used: its type {min(odd)} is not among {', '.join(_DENSE)}")
     views = [view_of(weights.array(source), tensor.transform) for source in tensor.sources]
     inner = tensor.shape[1:] if len(views) > 1 else tensor.shape
     if (len(views) > 1 and tensor.shape[0] != len(views)) or any(view.size != math.prod(inner) for view in views):
         shape = known[tensor.sources[0]][1]
-        raise ModelFileError(f"tensor {tensor.sources[0]!r} can't be used: {shape} does not make {tensor.name} {tensor.shape}")
+        raise ModelFileError(f"tensor {first} can't be used: {shape} does not make {tensor.name} {tensor.shape}")
     given = dtypes.pop() if len(dtypes) == 1 else "F32"
     kind = _kind_for(tensor.name, tensor.shape, "F32" if adds_one(tensor.transform) else given, quant)
     change = partial(_chunks, tensor, [(view, known[source][0]) for view, source in zip(views, tensor.sources, strict=True)], kind)

@@ -41,13 +41,18 @@ def parse_object(data: bytes, name: str, *, most_items: int = MAX_ITEMS) -> dict
         found = dict(pairs)
         if len(found) < len(pairs):
             seen: set[str] = set()
-            fail(f"{next(key for key, _ in pairs if key in seen or seen.add(key))!r} is there twice")  # type: ignore[func-returns-value]
+            for key, _ in pairs:
+                if key in seen:
+                    fail(f"{shown(key)} is there twice")
+                seen.add(key)
         return found
 
     if sum(map(data.count, (b",", b"[", b"{"))) > most_items:
         fail(f"its JSON has more than {most_items:,} items")
     try:
-        found = json.loads(data, object_pairs_hook=unique)
+        found = json.loads(data.decode(), object_pairs_hook=unique)
+        if b"\\u" in data:
+            json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no text: nobody could write it down
     except RecursionError:
         fail("its JSON is nested too deep")
     except ValueError as error:
@@ -55,6 +60,11 @@ def parse_object(data: bytes, name: str, *, most_items: int = MAX_ITEMS) -> dict
     if not isinstance(found, dict):
         fail("its JSON is no object")
     return found
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: short, and in characters that can be written."""
+    return ascii(str(value)[:100])
 
 
 def whole_number(value: Any, most: int) -> int | None:

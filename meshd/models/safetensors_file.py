@@ -19,7 +19,7 @@ import numpy.typing as npt
 from meshd.errors import ModelFileError
 from meshd.models.gguf_header import MAX_TENSORS
 from meshd.models.import_files import INDEX, weight_files
-from meshd.models.json_files import parse_object, texts, whole_number
+from meshd.models.json_files import parse_object, shown, texts, whole_number
 
 MAX_HEADER_BYTES = 32 << 20
 _MAX_ITEMS = 12 * MAX_TENSORS
@@ -107,11 +107,11 @@ def parse_header(data: mmap.mmap | bytes, name: str) -> Mapping[str, Extent]:
             if info.offset != end:
                 what = "overlaps" if info.offset < end else "leaves a gap after"
                 raise _Wrong(tensor, f"it {what} {before}")
-            end, before = info.offset + info.nbytes, f"tensor {tensor!r}"
+            end, before = info.offset + info.nbytes, f"tensor {shown(tensor)}"
             if end > size:
                 raise _Wrong(tensor, f"it ends at byte {end:,} of a file of {size:,}")
     except _Wrong as wrong:
-        fail(f"tensor {wrong.tensor[:_MAX_NAME]!r}: {wrong.why}")
+        fail(f"tensor {shown(wrong.tensor)}: {wrong.why}")
     if end != size:
         fail(f"{size - end:,} bytes after {before} belong to nothing")
     return MappingProxyType(dict(rows))
@@ -138,7 +138,7 @@ def _extent(tensor: str, entry: Any, start: int) -> Extent:
         raise _Wrong(tensor, "it is not told by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _Wrong(tensor, f"its type {str(dtype)[:40]!r} is unknown here")
+        raise _Wrong(tensor, f"its type {shown(dtype)} is unknown here")
     if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS or any(whole_number(n, _MAX_EXTENT) is None for n in shape):
         raise _Wrong(tensor, f"its shape is no list of at most {_MAX_DIMENSIONS} sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or any(whole_number(n, _MAX_EXTENT) is None for n in offsets):
@@ -168,11 +168,11 @@ class SafetensorsFolder:
                 opened.append(SafetensorsFile.open(path))
                 for tensor in opened[-1].tensors:
                     if tensor in by_tensor:
-                        raise ModelFileError(f"{path} can't be used: tensor {tensor!r} is in {by_tensor[tensor].name} too")
+                        raise ModelFileError(f"{path} can't be used: tensor {shown(tensor)} is in {by_tensor[tensor].name} too")
                     by_tensor[tensor] = opened[-1]
             for tensor, shard in promised.items():
                 if tensor not in by_tensor or by_tensor[tensor].name != str(folder / shard):
-                    raise ModelFileError(f"{folder / shard} can't be used: it has no tensor {tensor!r}, which {INDEX} says it has")
+                    raise ModelFileError(f"{folder / shard} can't be used: it has no tensor {shown(tensor)}, which {INDEX} says")
         except ModelFileError:
             for file in opened:
                 file.close()
