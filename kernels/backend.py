@@ -47,6 +47,23 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionRule:
+    """How a layer's scores are made, and which of them count."""
+
+    scale: float | None = None
+    """What q.k is multiplied by; None: 1 / sqrt(head_dim)."""
+    window: int = 0
+    """A token sees itself and `window - 1` before it; 0: all."""
+    soft_cap: float = 0.0
+    """Scores become `cap tanh(score / cap)`; 0: they stay."""
+    sinks: F32 | None = None
+    """`[heads]`: a score for each head that takes part in the softmax and gives nothing."""
+
+
+PLAIN = AttentionRule()
+
+
+@dataclass(frozen=True, slots=True)
 class Projected:
     """What a layer hands to attention, and what it keeps for after."""
 
@@ -54,6 +71,7 @@ class Projected:
     k: F32  # [tokens, kv_heads, head_dim], rotated
     v: F32  # [tokens, kv_heads, head_dim]
     residual: F32  # [tokens, hidden]
+    rule: AttentionRule = PLAIN
 
 
 Attend = Callable[[int, Projected, Sequence[Segment], KVPool], F32]

@@ -33,7 +33,8 @@ class CutStage(ABC):
         vocab = self._embedding.shape[0]
         if len(ids) and not 0 <= ids.min() <= ids.max() < vocab:
             raise InvalidRequest(f"a token id is outside the vocabulary: it has {vocab} tokens", param="prompt")
-        return dequantise_rows(self._embedding, ids)
+        rows = dequantise_rows(self._embedding, ids)
+        return rows if self._spec.embedding_scale == 1.0 else rows * np.float32(self._spec.embedding_scale)
 
     def forward(self, hidden: F32, segments: Sequence[Segment], kv: KVPool, attend: Attend | None = None) -> F32:
         """All layers over a step. Raises: LocalFault if `hidden` is not as large as the segments say, or KV is not finite."""

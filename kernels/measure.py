@@ -11,6 +11,7 @@ from meshd.kernels.backend import Backend, LoadedLayers, Segment, make_backend
 from meshd.kernels.kv import KVPool
 from meshd.kernels.quant import F32
 from meshd.kernels.workers import Workers
+from meshd.tensors import ROPE_FACTORS, tensor_shape
 from meshd.types import LayerRange, ModelSpec, Tensor
 
 CHUNK_TOKENS = 128
@@ -46,25 +47,7 @@ class SyntheticWeights:
         return Tensor(name, "Q4_1", shape, memoryview(random_q4_1(rng, int(np.prod(shape)) // 32)))
 
     def __contains__(self, name: str) -> bool:
-        return name != "rope_freqs.weight"
-
-
-def tensor_shape(spec: ModelSpec, name: str) -> tuple[int, ...]:
-    """The shape of a Llama tensor by its GGUF name. Raises: KeyError."""
-    part = name.split(".")[-2]
-    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "attn_q": (queries, spec.hidden),
-        "attn_k": (keys, spec.hidden),
-        "attn_v": (keys, spec.hidden),
-        "attn_output": (spec.hidden, queries),
-        "ffn_gate": (spec.ffn, spec.hidden),
-        "ffn_up": (spec.ffn, spec.hidden),
-        "ffn_down": (spec.hidden, spec.ffn),
-        "token_embd": (spec.vocab, spec.hidden),
-        "output": (spec.vocab, spec.hidden),
-    }
-    return (spec.hidden,) if part.endswith("norm") else shapes[part]
+        return name not in ROPE_FACTORS
 
 
 def random_q4_1(rng: np.random.Generator, blocks: int) -> bytes:

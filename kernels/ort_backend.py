@@ -20,16 +20,25 @@ from meshd.kernels.attention import LocalAttention
 from meshd.kernels.backend import F32, Positions, Progress, Projected, WeightSource
 from meshd.kernels.forward import CutStage
 from meshd.kernels.heap import return_freed_memory
-from meshd.kernels.llama import LlamaWeights
-from meshd.kernels.ort_graph import Piece, head_piece, mix_piece, mix_project_piece, project_piece
-from meshd.kernels.rope import Rope
+from meshd.kernels.network import NetworkWeights, mixed_experts
+from meshd.kernels.ort_graph import (
+    ACCURACY_F32,
+    ACCURACY_INT8,
+    Piece,
+    expert_piece,
+    head_piece,
+    mix_piece,
+    mix_project_piece,
+    project_piece,
+    route_piece,
+)
 from meshd.kernels.workers import Workers
 from meshd.types import LayerRange, ModelSpec, Tensor
 
 SPIN_US = 100
 """How long an idle thread of a session's pool waits before it sleeps."""
 
-Maker = Callable[[LlamaWeights, int], Piece]
+Maker = Callable[[NetworkWeights, int, int], Piece]
 
 
 def open_session(piece: Piece, threads: int) -> ort.InferenceSession:
@@ -48,57 +57,69 @@ def open_session(piece: Piece, threads: int) -> ort.InferenceSession:
 
 
 class OrtStage(CutStage):
-    """Layers as sessions: one before the first attention, one between every two, one after the last."""
+    """Layers as sessions: one before the first attention, one between every two, one after the last; with experts, more."""
 
     def __init__(self, loaded: "OrtLayers", layers: LayerRange, embedding: Tensor | None) -> None:
         super().__init__(loaded.spec, layers, embedding, loaded.attend)
         self._loaded = loaded
-        self._first = loaded.session(project_piece, layers.start)
-        self._between = {layer: loaded.session(mix_project_piece, layer) for layer in range(layers.start, layers.end - 1)}
-        self._last = loaded.session(mix_piece, layers.end - 1)
+        loaded.prepare(layers)
 
     def project(self, hidden: F32, positions: Positions) -> Projected:
-        qk, v = self._first.run(("qk", "v"), {"hidden": hidden, **self._rotation(positions)})
-        return self._projected(qk, v, hidden)
+        layer = self._layers.start
+        session = self._loaded.session(project_piece, layer)
+        q, k, v = session.run(("q", "k", "v"), {"hidden": hidden, **self._rotation(layer, positions)})
+        return self._projected(layer, q, k, v, hidden)
 
     def mix_project(self, layer: int, mixed: F32, residual: F32, positions: Positions) -> Projected:
-        inputs = {"mixed": mixed.reshape(len(mixed), -1), "residual": residual, **self._rotation(positions)}
-        hidden, qk, v = self._between[layer].run(("hidden", "qk", "v"), inputs)
-        return self._projected(qk, v, hidden)
+        inputs = {"mixed": mixed.reshape(len(mixed), -1), "residual": residual}
+        rotation = self._rotation(layer + 1, positions)
+        if self._spec.experts:
+            hidden = self._loaded.routed(layer, inputs)
+            q, k, v = self._loaded.session(project_piece, layer + 1).run(("q", "k", "v"), {"hidden": hidden, **rotation})
+        else:
+            session = self._loaded.session(mix_project_piece, layer)
+            hidden, q, k, v = session.run(("hidden", "q", "k", "v"), inputs | rotation)
+        return self._projected(layer + 1, q, k, v, hidden)
 
     def mix(self, mixed: F32, residual: F32) -> F32:
-        hidden: F32 = self._last.run(("hidden",), {"mixed": mixed.reshape(len(mixed), -1), "residual": residual})[0]
+        inputs = {"mixed": mixed.reshape(len(mixed), -1), "residual": residual}
+        if self._spec.experts:
+            return self._loaded.routed(self._layers.end - 1, inputs)
+        hidden: F32 = self._loaded.session(mix_piece, self._layers.end - 1).run(("hidden",), inputs)[0]
         return hidden
 
     def logits(self, hidden: F32) -> F32:
         logits: F32 = self._loaded.head().run(("logits",), {"hidden": np.ascontiguousarray(hidden)})[0]
         return logits
 
-    def _rotation(self, positions: Positions) -> dict[str, F32]:
-        cos, sin = self._loaded.rope.rows(positions)
+    def _rotation(self, layer: int, positions: Positions) -> dict[str, F32]:
+        rope = self._loaded.ropes[layer]
+        if rope is None:
+            return {}
+        cos, sin = rope.rows(positions)
         return {"cos": cos, "sin": sin}
 
-    def _projected(self, qk: F32, v: F32, residual: F32) -> Projected:
-        spec, tokens = self._spec, len(qk)
-        width = spec.heads * spec.head_dim
-        q = np.ascontiguousarray(qk[:, :width]).reshape(tokens, spec.heads, spec.head_dim)
-        k = np.ascontiguousarray(qk[:, width:]).reshape(tokens, spec.kv_heads, spec.head_dim)
-        return Projected(q, k, v.reshape(k.shape), residual)
+    def _projected(self, layer: int, q: F32, k: F32, v: F32, residual: F32) -> Projected:
+        q, k, v = (x.reshape(len(x), -1, self._spec.head_dim) for x in (q, k, v))
+        return Projected(q, k, v, residual, self._loaded.rules[layer])
 
 
 class OrtLayers:
     """Sessions over a run of layers. Those at the border of an inner stage are opened when it is first asked for."""
 
-    def __init__(self, weights: LlamaWeights, layers: LayerRange, embedding: bool, workers: Workers) -> None:
-        weights.check_architecture()
+    def __init__(self, weights: NetworkWeights, layers: LayerRange, embedding: bool, workers: Workers, accuracy: int) -> None:
+        weights.check()
         self.spec = weights.spec
-        self.rope: Rope = weights.rope()
+        self.ropes = weights.ropes()
+        self.rules = {layer: weights.rule(layer) for layer in layers}
         self.attend = LocalAttention(workers)
         self._layers = layers
-        self._threads = workers.threads
+        self._workers = workers
+        self._accuracy = accuracy
         self._weights = weights
         self._embedding = weights.embedding() if embedding else None
         self._sessions: dict[tuple[Maker, int], ort.InferenceSession] = {}
+        self._experts: dict[int, list[ort.InferenceSession]] = {}
         self._head: ort.InferenceSession | None = None
         self._bytes = 0
         self._closed = False
@@ -121,22 +142,53 @@ class OrtLayers:
             if progress:
                 progress(done / total)
 
-        self.session(project_piece, self._layers.start)
-        step()
-        for layer in self._layers:
-            self.session(mix_piece if layer == self._layers.end - 1 else mix_project_piece, layer)
-            step()
+        self.prepare(self._layers, step)
         if head:
-            self._head = self._open(head_piece(self._weights))
+            self._head = self._open(head_piece(self._weights, self._accuracy))
             step()
         return_freed_memory()
+
+    def prepare(self, layers: LayerRange, step: Callable[[], None] = lambda: None) -> None:
+        """Open what a stage over `layers` needs and is not open yet; `step` is called len(layers) + 1 times."""
+        self.session(project_piece, layers.start)
+        step()
+        for layer in layers:
+            last = layer == layers.end - 1
+            if self.spec.experts:
+                self._open_experts(layer)
+                if not last:
+                    self.session(project_piece, layer + 1)
+            else:
+                self.session(mix_piece if last else mix_project_piece, layer)
+            step()
 
     def session(self, maker: Maker, layer: int) -> ort.InferenceSession:
         """The session of one piece, opened if it is not yet."""
         key = maker, layer
         if key not in self._sessions:
-            self._sessions[key] = self._open(maker(self._weights, layer))
+            self._sessions[key] = self._open(maker(self._weights, layer, self._accuracy))
         return self._sessions[key]
+
+    def routed(self, layer: int, inputs: dict[str, F32]) -> F32:
+        """A layer with experts from its attention's result on: `[tokens, hidden]`."""
+        hidden, normed, scores = self.session(route_piece, layer).run(("hidden", "normed", "scores"), inputs)
+        experts = self._experts[layer]
+
+        def expert(index: int, rows: F32) -> F32:
+            out: F32 = experts[index].run(("hidden",), {"normed": rows})[0]
+            return out
+
+        out = mixed_experts(normed, scores, self.spec.experts_used, expert, self._workers)
+        result: F32 = hidden + out * np.float32(self.spec.residual_scale)
+        return result
+
+    def _open_experts(self, layer: int) -> None:
+        """Each expert computes on one thread: several of them share out the threads."""
+        if layer in self._experts:
+            return
+        self.session(route_piece, layer)
+        pieces = (expert_piece(self.spec, expert, self._accuracy) for expert in self._weights.experts(layer))
+        self._experts[layer] = [self._open(piece, 1) for piece in pieces]
 
     def head(self) -> ort.InferenceSession:
         """Raises: LocalFault if it was not loaded."""
@@ -152,13 +204,14 @@ class OrtLayers:
     def close(self) -> None:
         self._closed = True
         self._sessions.clear()
+        self._experts.clear()
         self._head = self._embedding = None
         self._bytes = 0
         return_freed_memory()
 
-    def _open(self, piece: Piece) -> ort.InferenceSession:
+    def _open(self, piece: Piece, threads: int | None = None) -> ort.InferenceSession:
         self._bytes += piece.bytes
-        return open_session(piece, self._threads)
+        return open_session(piece, threads or self._workers.threads)
 
 
 class OrtBackend:
@@ -166,8 +219,10 @@ class OrtBackend:
 
     name = "onnxruntime"
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, *, exact: bool = False) -> None:
+        """`exact`: activations stay float32 in products, which is several times slower."""
         self.threads = threads
+        self._accuracy = ACCURACY_F32 if exact else ACCURACY_INT8
         self._workers = Workers(threads)
 
     def load(
@@ -180,6 +235,6 @@ class OrtBackend:
         head: bool,
         progress: Progress | None = None,
     ) -> OrtLayers:
-        loaded = OrtLayers(LlamaWeights(spec, weights), layers, embedding, self._workers)
+        loaded = OrtLayers(NetworkWeights(spec, weights), layers, embedding, self._workers, self._accuracy)
         loaded.open(head, progress)
         return loaded

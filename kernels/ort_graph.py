@@ -12,12 +12,14 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from meshd.kernels.llama import LlamaWeights
-from meshd.kernels.quant import F32, BlockMatrix, DenseMatrix, Matrix
+from meshd.kernels.network import Expert, Linear, NetworkWeights
+from meshd.kernels.quant import F32, BlockMatrix, DenseMatrix
+from meshd.kernels.torch_ops import CLAMP, CLAMPED_SLOPE
+from meshd.types import ModelSpec
 
 MS = "com.microsoft"
-ACCURACY_INT8 = 4
-"""Activations are quantised to int8, one scale for each block of the weights; sums are float32."""
+ACCURACY_F32, ACCURACY_INT8 = 1, 4
+"""Of products: in float32, or with activations quantised to int8, one scale for each block of the weights; sums are float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class Piece:
 class Graph:
     """A graph in the making. Methods add operators and return the names of their results."""
 
+    accuracy: int = ACCURACY_INT8
     nodes: list[NodeProto] = field(default_factory=list)
     constants: list[TensorProto] = field(default_factory=list)
     weights: dict[str, Weight] = field(default_factory=dict)
@@ -76,16 +79,26 @@ class Graph:
     def norm(self, x: str, weight: F32, eps: float) -> str:
         return self.node("SimplifiedLayerNormalization", x, self.constant(weight), epsilon=eps, axis=-1)
 
-    def product(self, x: str, matrices: tuple[Matrix, ...]) -> str:
-        """`x @ w.T`, matrices laid end to end."""
-        parts = [self._block_product(x, m) if isinstance(m, BlockMatrix) else self._dense_product(x, m) for m in matrices]
-        return parts[0] if len(parts) == 1 else self.node("Concat", *parts, axis=-1)
+    def product(self, x: str, linear: Linear) -> str:
+        """`x @ w.T + bias`, matrices laid end to end."""
+        parts = [self._block_product(x, m) if isinstance(m, BlockMatrix) else self._dense_product(x, m) for m in linear.matrices]
+        y = parts[0] if len(parts) == 1 else self.node("Concat", *parts, axis=-1)
+        return y if linear.bias is None else self.node("Add", y, self.constant(linear.bias))
+
+    def scaled(self, x: str, factor: float) -> str:
+        return x if factor == 1.0 else self.node("Mul", x, self.constant(np.array(factor, np.float32)))
+
+    def split(self, x: str, *sizes: int) -> list[str]:
+        """Pieces of the last axis."""
+        names = [f"Split_{len(self.nodes)}_{index}" for index in range(len(sizes))]
+        self.node("Split", x, self.constant(np.array(sizes)), outputs=tuple(names), axis=-1)
+        return names
 
     def _block_product(self, x: str, matrix: BlockMatrix) -> str:
         """The integer product on codes and scales; shifts act on the sums of x over each block, in float32."""
         rows, columns = matrix.shape
         inputs = x, self.weight(matrix.codes), self.weight(matrix.scale)
-        attributes = {"K": columns, "N": rows, "bits": matrix.bits, "block_size": matrix.block, "accuracy_level": ACCURACY_INT8}
+        attributes = {"K": columns, "N": rows, "bits": matrix.bits, "block_size": matrix.block, "accuracy_level": self.accuracy}
         y = self.node("MatMulNBits", *inputs, domain=MS, outputs=(), **attributes)
         if matrix.shift is None:
             return y
@@ -101,67 +114,140 @@ class Graph:
         return self.node("Gemm", x, weight, transB=1)
 
 
-def project_piece(weights: LlamaWeights, layer: int) -> Piece:
-    """(hidden, cos, sin) -> qk, v."""
-    graph = Graph()
+def project_piece(weights: NetworkWeights, layer: int, accuracy: int) -> Piece:
+    """(hidden, cos, sin) -> q, k, v."""
+    graph = Graph(accuracy)
     _project(graph, weights, layer, "hidden")
-    return _piece(graph, weights, ["hidden", "cos", "sin"], ["qk", "v"])
+    return _piece(graph, weights.spec, ["hidden", *_turn(weights.spec, layer)], ["q", "k", "v"])
 
 
-def mix_project_piece(weights: LlamaWeights, layer: int) -> Piece:
-    """(mixed, residual, cos, sin) -> hidden, qk, v: `layer` after its attention, layer + 1 before its own."""
-    graph = Graph()
+def mix_project_piece(weights: NetworkWeights, layer: int, accuracy: int) -> Piece:
+    """(mixed, residual, cos, sin) -> hidden, q, k, v: `layer` after its attention, layer + 1 before its own."""
+    graph = Graph(accuracy)
     _project(graph, weights, layer + 1, _mix(graph, weights, layer))
-    return _piece(graph, weights, ["mixed", "residual", "cos", "sin"], ["hidden", "qk", "v"])
+    return _piece(graph, weights.spec, ["mixed", "residual", *_turn(weights.spec, layer + 1)], ["hidden", "q", "k", "v"])
 
 
-def mix_piece(weights: LlamaWeights, layer: int) -> Piece:
+def mix_piece(weights: NetworkWeights, layer: int, accuracy: int) -> Piece:
     """(mixed, residual) -> hidden."""
-    graph = Graph()
+    graph = Graph(accuracy)
     _mix(graph, weights, layer)
-    return _piece(graph, weights, ["mixed", "residual"], ["hidden"])
+    return _piece(graph, weights.spec, ["mixed", "residual"], ["hidden"])
 
 
-def head_piece(weights: LlamaWeights) -> Piece:
+def route_piece(weights: NetworkWeights, layer: int, accuracy: int) -> Piece:
+    """(mixed, residual) -> hidden, normed, scores: a layer with experts, up to the choice of these."""
+    graph = Graph(accuracy)
+    hidden, normed = _after_attention(graph, weights, layer)
+    scores = graph.product(normed, weights.router(layer))
+    for name, value in {"hidden": hidden, "normed": normed, "scores": scores}.items():
+        graph.node("Identity", value, outputs=(name,))
+    return _piece(graph, weights.spec, ["mixed", "residual"], ["hidden", "normed", "scores"])
+
+
+def expert_piece(spec: ModelSpec, expert: Expert, accuracy: int) -> Piece:
+    """(normed) -> hidden: one expert's MLP."""
+    graph = Graph(accuracy)
+    graph.node("Identity", _mlp(graph, spec, "normed", expert.gate_up, expert.down), outputs=("hidden",))
+    return _piece(graph, spec, ["normed"], ["hidden"])
+
+
+def head_piece(weights: NetworkWeights, accuracy: int) -> Piece:
     """(hidden) -> logits."""
-    graph = Graph()
-    logits = graph.product(graph.norm("hidden", weights.output_norm(), weights.spec.norm_eps), weights.head())
+    graph, spec = Graph(accuracy), weights.spec
+    logits = graph.product(graph.norm("hidden", weights.output_norm(), spec.norm_eps), weights.head())
+    logits = graph.scaled(logits, spec.logit_scale)
+    if spec.logit_soft_cap:
+        logits = graph.scaled(graph.node("Tanh", graph.scaled(logits, 1 / spec.logit_soft_cap)), spec.logit_soft_cap)
     graph.node("Identity", logits, outputs=("logits",))
-    return _piece(graph, weights, ["hidden"], ["logits"])
+    return _piece(graph, spec, ["hidden"], ["logits"])
 
 
-def _project(graph: Graph, weights: LlamaWeights, layer: int, hidden: str) -> None:
-    """Norm, QKV, rope. Q and K are rotated as one array, heads side by side."""
+def _turn(spec: ModelSpec, layer: int) -> list[str]:
+    return ["cos", "sin"] if spec.is_rotated(layer) else []
+
+
+def _project(graph: Graph, weights: NetworkWeights, layer: int, hidden: str) -> None:
+    """Norm, QKV, norms of Q and K, rope. Q and K are rotated as one array, heads side by side."""
     spec = weights.spec
-    rotated = spec.heads + spec.kv_heads
-    qkv = graph.product(graph.norm(hidden, weights.attention_norm(layer), spec.norm_eps), weights.qkv(layer))
-    sizes = graph.constant(np.array([rotated * spec.head_dim, spec.kv_heads * spec.head_dim]))
-    qk = graph.node("Split", qkv, sizes, outputs=("qk_plain", "v"), axis=-1)
+    normed = graph.norm(hidden, weights.norm(layer, "attn_norm"), spec.norm_eps) if spec.pre_norm else hidden
+    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    qkv = graph.product(normed, weights.qkv(layer))
+    norms = weights.qk_norms(layer)
+    if norms is None:
+        qk, v = graph.split(qkv, queries + keys, keys)
+    else:
+        q, k, v = graph.split(qkv, queries, keys, keys)
+        normed_q, normed_k = (_head_norm(graph, spec, part, norm) for part, norm in zip((q, k), norms, strict=True))
+        qk = graph.node("Concat", normed_q, normed_k, axis=-1)
+    if spec.is_rotated(layer):
+        qk = _rotate(graph, spec, qk)
+    graph.node("Split", qk, graph.constant(np.array([queries, keys])), outputs=("q", "k"), axis=-1)
+    graph.node("Identity", v, outputs=("v",))
+
+
+def _head_norm(graph: Graph, spec: ModelSpec, x: str, weight: F32) -> str:
+    """Each head by itself, or all of them together."""
+    if spec.qk_norm == "all":
+        return graph.norm(x, weight, spec.norm_eps)
+    heads = graph.node("Reshape", x, graph.constant(np.array([0, -1, spec.head_dim])))
+    return graph.node("Flatten", graph.norm(heads, weight, spec.norm_eps), axis=1)
+
+
+def _rotate(graph: Graph, spec: ModelSpec, qk: str) -> str:
     axis, first = graph.constant(np.array([0])), graph.constant(np.array([0]))
     batch = graph.node("Unsqueeze", qk, axis)
-    turned = graph.node("RotaryEmbedding", batch, first, "cos", "sin", domain=MS, interleaved=1, num_heads=rotated)
-    graph.node("Squeeze", turned, axis, outputs=("qk",))
+    attributes = {"interleaved": int(not spec.rope_halves), "num_heads": spec.heads + spec.kv_heads}
+    if spec.rope_dim:
+        attributes["rotary_embedding_dim"] = spec.rope_dim
+    turned = graph.node("RotaryEmbedding", batch, first, "cos", "sin", domain=MS, outputs=(), **attributes)
+    return graph.node("Squeeze", turned, axis)
 
 
-def _mix(graph: Graph, weights: LlamaWeights, layer: int) -> str:
-    """Output projection, residual, norm, SwiGLU, residual."""
+def _after_attention(graph: Graph, weights: NetworkWeights, layer: int) -> tuple[str, str]:
+    """Output projection, norm, residual; and the norm before the MLP. Returns the residual and the MLP's input."""
     spec = weights.spec
-    hidden = graph.node("Add", graph.product("mixed", weights.attention_output(layer)), "residual")
-    normed = graph.norm(hidden, weights.ffn_norm(layer), spec.norm_eps)
-    gate_up = graph.product(normed, weights.gate_up(layer))
-    gate = graph.node("Split", gate_up, graph.constant(np.array([spec.ffn, spec.ffn])), outputs=("gate", "up"), axis=-1)
-    activated = graph.node("Mul", graph.node("QuickGelu", gate, domain=MS, alpha=1.0), "up")
-    return graph.node("Add", graph.product(activated, weights.down(layer)), hidden, outputs=("hidden",))
+    change = graph.product("mixed", weights.attention_output(layer))
+    if spec.post_norm:
+        change = graph.norm(change, weights.norm(layer, "post_attention_norm"), spec.norm_eps)
+    hidden = graph.node("Add", graph.scaled(change, spec.residual_scale), "residual")
+    return hidden, graph.norm(hidden, weights.norm(layer, spec.ffn_norm), spec.norm_eps) if spec.pre_norm else hidden
 
 
-def _piece(graph: Graph, weights: LlamaWeights, inputs: list[str], outputs: list[str]) -> Piece:
+def _mix(graph: Graph, weights: NetworkWeights, layer: int) -> str:
+    """A layer without experts from its attention's result on."""
     spec = weights.spec
+    hidden, normed = _after_attention(graph, weights, layer)
+    change = _mlp(graph, spec, normed, weights.gate_up(layer), weights.down(layer))
+    if spec.post_norm:
+        change = graph.norm(change, weights.norm(layer, "post_ffw_norm"), spec.norm_eps)
+    return graph.node("Add", graph.scaled(change, spec.residual_scale), hidden, outputs=("hidden",))
+
+
+def _mlp(graph: Graph, spec: ModelSpec, x: str, gate_up: Linear, down: Linear) -> str:
+    gate, up = graph.split(graph.product(x, gate_up), spec.ffn, spec.ffn)
+    match spec.activation:
+        case "silu":
+            gate = graph.node("QuickGelu", gate, domain=MS, outputs=(), alpha=1.0)
+        case "gelu_tanh":
+            gate = graph.node("FastGelu", gate, domain=MS)
+        case "clamped":
+            low, high, one = (graph.constant(np.array(value, np.float32)) for value in (-CLAMP, CLAMP, 1.0))
+            gate = graph.node("QuickGelu", graph.node("Min", gate, high), domain=MS, outputs=(), alpha=CLAMPED_SLOPE)
+            up = graph.node("Add", graph.node("Clip", up, low, high), one)
+    return graph.product(graph.node("Mul", gate, up), down)
+
+
+def _piece(graph: Graph, spec: ModelSpec, inputs: list[str], outputs: list[str]) -> Piece:
+    turned = (spec.rope_dim or spec.head_dim) // 2
     widths = {
         "mixed": spec.heads * spec.head_dim,
-        "cos": spec.head_dim // 2,
-        "sin": spec.head_dim // 2,
-        "qk": (spec.heads + spec.kv_heads) * spec.head_dim,
+        "cos": turned,
+        "sin": turned,
+        "q": spec.heads * spec.head_dim,
+        "k": spec.kv_heads * spec.head_dim,
         "v": spec.kv_heads * spec.head_dim,
+        "scores": spec.experts,
         "logits": spec.vocab,
     }
 

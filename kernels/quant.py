@@ -1,146 +1,258 @@
-"""GGUF's block kinds: unpack, dequantise, and the one form that both backends compute on.
+"""Reads weights: to float32, or to the form that both backends compute on.
 
-Layouts after ggml's `ggml-common.h` (https://github.com/ggml-org/ggml): a row of weights is a run of blocks, each with its own
-scale (and offset). `w = scale * (code - zero) + shift` holds for every kind here, exactly.
+A weight that is NaN or infinite is found when its tensor is read: it would silently make every answer NaN.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
 
 from meshd.errors import ModelFileError
+from meshd.kernels.blocks import BLOCK_KINDS, F32, U8, BlockKind
+from meshd.kernels.matrix import BlockMatrix, DenseMatrix, Matrix, stack, unpack_codes
 from meshd.types import Tensor
 
-F32 = npt.NDArray[np.float32]
-U8 = npt.NDArray[np.uint8]
-I64 = npt.NDArray[np.int64]
+__all__ = [
+    "F32",
+    "KINDS",
+    "BlockMatrix",
+    "DenseMatrix",
+    "Matrix",
+    "check_finite",
+    "dequantise",
+    "dequantise_rows",
+    "expert",
+    "load_matrix",
+    "load_stacked",
+    "loaded_bytes",
+    "parts",
+    "stack",
+    "unpack_codes",
+    "widen_bf16",
+]
 
+CHUNK = 1 << 18
+"""Weights unpacked at a time: what they need beside the result stays in the cache, and under 4 MB."""
 
-@dataclass(frozen=True, slots=True)
-class BlockMatrix:
-    """Quantised `[rows, columns]`: `w[n, k] = scale[n, b] * (code[n, k] - zero) + shift[n, b]` with `b = k // block`."""
-
-    bits: int
-    """4 or 8."""
-    block: int
-    codes: U8
-    """`[rows, blocks, block * bits / 8]`; 4-bit codes in pairs, the even column in the low half."""
-    scale: F32
-    """`[rows, blocks]`."""
-    shift: F32 | None
-    """`[rows, blocks]`; None: all zero."""
-
-    @property
-    def zero(self) -> int:
-        """The code of a zero weight (without shift): 8 or 128."""
-        return 1 << (self.bits - 1)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        rows, blocks = self.scale.shape
-        return rows, blocks * self.block
-
-    @property
-    def bytes(self) -> int:
-        return self.codes.nbytes + self.scale.nbytes + (0 if self.shift is None else self.shift.nbytes)
-
-
-@dataclass(frozen=True, slots=True)
-class DenseMatrix:
-    """`[rows, columns]` in full or half precision; BF16 as the upper half of a float32, in uint16."""
-
-    values: npt.NDArray[np.float32] | npt.NDArray[np.float16] | npt.NDArray[np.uint16]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        rows, columns = self.values.shape
-        return rows, columns
-
-    @property
-    def bytes(self) -> int:
-        return self.values.nbytes
-
-
-Matrix = BlockMatrix | DenseMatrix
-
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """How a kind lies in memory: `weights` in `size` bytes, and what makes values of such blocks."""
-
-    weights: int
-    size: int
-    values: Callable[[U8], F32]
-    """`[n, size]` to `[n, weights]`."""
-    matrix: Callable[[U8, int], Matrix]
-    """(`[n, size]`, rows) to the form that is computed on."""
+Floats = npt.NDArray[np.float32] | npt.NDArray[np.float16] | npt.NDArray[np.uint16]
+_FLOATS: dict[str, tuple[type[np.unsignedinteger], int]] = {
+    "F32": (np.uint32, 0x7F800000),
+    "F16": (np.uint16, 0x7C00),
+    "BF16": (np.uint16, 0x7F80),
+}
+"""(the type that holds its bits, infinity's)."""
+KINDS = (*_FLOATS, *BLOCK_KINDS)
+"""All that can be read."""
 
 
 def dequantise(tensor: Tensor) -> F32:
-    """All of a tensor as float32, of the tensor's shape. Raises: ModelFileError for a kind or size that is wrong."""
-    layout = _layout(tensor)
-    return layout.values(_blocks(tensor, layout)).reshape(tensor.shape)
+    """All of a tensor as float32, of its shape; F32 as a view. Raises: ModelFileError for a wrong kind, size or weight."""
+    kind = _kind(tensor)
+    if kind is None:
+        _check_bits(tensor)
+        return np.require(_widened(_float_view(tensor)), requirements="A")
+    blocks = _blocks(tensor, kind)
+    values = np.empty((len(blocks), kind.weights), np.float32)
+    for part in _parts(len(blocks), kind):
+        _unpack(tensor, kind, blocks[part], values[part])
+    return values.reshape(tensor.shape)
 
 
 def dequantise_rows(tensor: Tensor, rows: npt.NDArray[np.integer]) -> F32:
     """`tensor[rows]` of a `[rows, columns]` tensor: only these rows are read. Raises: ModelFileError."""
-    layout = _layout(tensor)
+    kind = _kind(tensor)
     height, width = _matrix_shape(tensor)
-    blocks = _blocks(tensor, layout).reshape(height, width // layout.weights, layout.size)
-    return layout.values(blocks[rows].reshape(-1, layout.size)).reshape(len(rows), width)
+    if kind is None:
+        values = _widened(_float_view(tensor)[rows])
+        if not np.isfinite(values).all():
+            raise _not_finite(tensor)
+        return values
+    blocks = _blocks(tensor, kind).reshape(height, -1, kind.size)[rows].reshape(-1, kind.size)
+    values = np.empty((len(blocks), kind.weights), np.float32)
+    _unpack(tensor, kind, blocks, values)
+    return values.reshape(len(rows), width)
 
 
 def load_matrix(tensor: Tensor) -> Matrix:
     """A `[rows, columns]` tensor in the form that is computed on; a quantised one stays so. Raises: ModelFileError."""
-    layout = _layout(tensor)
-    rows, _ = _matrix_shape(tensor)
-    return layout.matrix(_blocks(tensor, layout), rows)
+    return load_stacked([tensor])[0]
 
 
-def stack(matrices: Sequence[Matrix]) -> tuple[Matrix, ...]:
-    """Matrices of equal width under one another: one matrix if they are alike, else they stay as they are."""
-    first = matrices[0]
-    if not isinstance(first, BlockMatrix):
-        return tuple(matrices)
-    alike: list[BlockMatrix] = [m for m in matrices if isinstance(m, BlockMatrix) and _form(m) == _form(first)]
-    if len(alike) < len(matrices):
-        return tuple(matrices)
-    shift = None if first.shift is None else np.concatenate([m.shift for m in alike if m.shift is not None])
-    codes, scale = np.concatenate([m.codes for m in alike]), np.concatenate([m.scale for m in alike])
-    return (BlockMatrix(first.bits, first.block, codes, scale, shift),)
+def load_stacked(tensors: Sequence[Tensor]) -> tuple[Matrix, ...]:
+    """`[rows, columns]` tensors under one another: one matrix if their forms and widths are alike, else one for each.
+
+    Memory is taken once, for the result. Raises: ModelFileError.
+    """
+    for tensor in tensors:
+        _matrix_shape(tensor)
+    kinds = [_kind(tensor) for tensor in tensors]
+    blocked = [kind for kind in kinds if kind is not None]
+    forms = {(kind.bits, kind.group, kind.minimum is None, tensor.shape[1]) for kind, tensor in zip(blocked, tensors, strict=False)}
+    if len(blocked) == len(tensors) and len(forms) == 1:
+        return (_load_blocks(tensors, blocked),)
+    pairs = zip(tensors, kinds, strict=True)
+    return tuple(_load_floats(tensor) if kind is None else _load_blocks([tensor], [kind]) for tensor, kind in pairs)
 
 
-def unpack_codes(matrix: BlockMatrix) -> U8:
-    """`[rows, columns]`, one code a byte."""
-    if matrix.bits == 8:
-        return matrix.codes.reshape(matrix.shape)
-    pairs = np.stack([matrix.codes & 15, matrix.codes >> 4], axis=-1)
-    return pairs.reshape(matrix.shape)
+def expert(tensor: Tensor, index: int) -> Tensor:
+    """One matrix `[rows, columns]` of a tensor `[experts, rows, columns]`, not copied. Raises: ModelFileError."""
+    if len(tensor.shape) != 3 or not 0 <= index < tensor.shape[0]:
+        raise ModelFileError(f"tensor {tensor.name} of shape {tensor.shape} has no expert {index}")
+    size, rest = divmod(tensor.data.nbytes, tensor.shape[0])
+    if rest:
+        raise _broken(tensor)
+    return Tensor(f"{tensor.name}[{index}]", tensor.kind, tensor.shape[1:], tensor.data[index * size : (index + 1) * size])
 
 
-def _form(matrix: BlockMatrix) -> tuple[int, int, bool]:
-    return matrix.bits, matrix.block, matrix.shift is None
+def parts(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor cut in rows of one block, CHUNK weights at a time, not copied. Raises: ModelFileError."""
+    kind = _kind(tensor)
+    weights, size = (1, _bits(tensor).itemsize) if kind is None else (kind.weights, kind.size)
+    count = prod(tensor.shape) // weights if kind is None else len(_blocks(tensor, kind))
+    for start in range(0, count, CHUNK // weights):
+        blocks = min(CHUNK // weights, count - start)
+        yield Tensor(tensor.name, tensor.kind, (blocks, weights), tensor.data[start * size : (start + blocks) * size])
 
 
-def _layout(tensor: Tensor) -> _Layout:
-    layout = _LAYOUTS.get(tensor.kind)
-    if layout is None:
+def check_finite(tensor: Tensor) -> None:
+    """Look for NaN and infinite weights without unpacking them. Raises: ModelFileError if there are, or the tensor is torn."""
+    kind = _kind(tensor)
+    if kind is None:
+        _check_bits(tensor)
+        return
+    blocks = _blocks(tensor, kind)
+    for part in _parts(len(blocks), kind):
+        _scales(tensor, kind, blocks[part])
+
+
+def loaded_bytes(kind: str, shape: tuple[int, ...]) -> int:
+    """What `load_matrix` takes for a tensor, beside the file. Raises: KeyError for an unknown kind."""
+    if kind in _FLOATS:
+        return 0
+    block = BLOCK_KINDS[kind]
+    per_group = block.group * block.bits // 8 + 4 * (1 if block.minimum is None else 2)
+    return prod(shape) // block.group * per_group
+
+
+def widen_bf16(bits: npt.NDArray[np.uint16]) -> F32:
+    """The upper half of a float32 to the float32."""
+    wide = bits.astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
+
+
+def _load_blocks(tensors: Sequence[Tensor], kinds: Sequence[BlockKind]) -> BlockMatrix:
+    """Tensors of one form and width."""
+    first = kinds[0]
+    views = [_blocks(tensor, kind) for tensor, kind in zip(tensors, kinds, strict=True)]
+    rows, groups = sum(tensor.shape[0] for tensor in tensors), tensors[0].shape[1] // first.group
+    codes = np.empty((rows, groups, first.group * first.bits // 8), np.uint8)
+    scale = np.empty((rows, groups), np.float32)
+    shift = None if first.minimum is None else np.empty_like(scale)
+    start = 0
+    for tensor, kind, blocks in zip(tensors, kinds, views, strict=True):
+        under = slice(start, start + tensor.shape[0])
+        _fill(tensor, kind, blocks, codes[under], scale[under], None if shift is None else shift[under])
+        start += tensor.shape[0]
+    return BlockMatrix(first.bits, first.group, codes, scale, shift)
+
+
+def _fill(tensor: Tensor, kind: BlockKind, blocks: U8, codes: U8, scale: F32, shift: F32 | None) -> None:
+    """Blocks to the form's arrays, a part at a time."""
+    flat_codes, flat_scale = codes.reshape(len(blocks), -1), scale.reshape(len(blocks), -1)
+    for part in _parts(len(blocks), kind):
+        scales, minima = _scales(tensor, kind, blocks[part])
+        flat_scale[part] = scales
+        if shift is not None and minima is not None:
+            shift.reshape(len(blocks), -1)[part] = minima + kind.middle * scales
+        unpacked = kind.codes(blocks[part])
+        if kind.bits == 4:
+            pairs = unpacked.view("<u2")  # the even code below, the odd one above
+            flat_codes[part] = (pairs | (pairs >> np.uint16(4))).astype(np.uint8)
+        else:
+            np.add(unpacked, np.uint8(128 - kind.middle), out=flat_codes[part])
+
+
+def _unpack(tensor: Tensor, kind: BlockKind, blocks: U8, values: F32) -> None:
+    """Blocks to weights `[n, weights]`."""
+    scales, minima = _scales(tensor, kind, blocks)
+    values[:] = kind.codes(blocks)
+    if minima is None:
+        values -= kind.middle
+    groups = values.reshape(len(blocks), -1, kind.group)
+    groups *= scales[:, :, None]
+    if minima is not None:
+        groups += minima[:, :, None]
+
+
+def _scales(tensor: Tensor, kind: BlockKind, blocks: U8) -> tuple[F32, F32 | None]:
+    """(scales, minima), each `[n, groups]`. Raises: ModelFileError if one is not finite."""
+    with np.errstate(invalid="ignore"):  # infinity times a zero
+        scales = kind.scale(blocks)
+        minima = None if kind.minimum is None else kind.minimum(blocks)
+    if not np.isfinite(scales).all() or (minima is not None and not np.isfinite(minima).all()):
+        raise _not_finite(tensor)
+    return scales, minima
+
+
+def _parts(blocks: int, kind: BlockKind) -> Iterator[slice]:
+    step = CHUNK // kind.weights
+    return (slice(start, start + step) for start in range(0, blocks, step))
+
+
+def _load_floats(tensor: Tensor) -> DenseMatrix:
+    _check_bits(tensor)
+    return DenseMatrix(np.require(_float_view(tensor), requirements="A"))
+
+
+def _float_view(tensor: Tensor) -> Floats:
+    """A float tensor where it lies, of its shape; BF16's bits in uint16."""
+    kind = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[tensor.kind]
+    return _bits(tensor).view(kind).reshape(tensor.shape)
+
+
+def _widened(values: Floats) -> F32:
+    return widen_bf16(values.view(np.uint16)) if values.dtype == np.uint16 else values.astype(np.float32, copy=False)
+
+
+def _check_bits(tensor: Tensor) -> None:
+    """Raises: ModelFileError if a float is NaN or infinite: if all bits of its exponent are set."""
+    bits, infinity = _bits(tensor), _FLOATS[tensor.kind][1]
+    for start in range(0, len(bits), CHUNK):
+        exponents = bits[start : start + CHUNK] & bits.dtype.type(infinity)
+        if exponents.max() == infinity:
+            raise _not_finite(tensor)
+
+
+def _bits(tensor: Tensor) -> npt.NDArray[np.unsignedinteger]:
+    """A float tensor's bits in one row, where they lie, aligned or not. Raises: ModelFileError if the size is wrong."""
+    unsigned = np.dtype(_FLOATS[tensor.kind][0])
+    if tensor.data.nbytes != prod(tensor.shape) * unsigned.itemsize or not tensor.data:
+        raise _broken(tensor)
+    return np.frombuffer(tensor.data, unsigned)
+
+
+def _blocks(tensor: Tensor, kind: BlockKind) -> U8:
+    """`[n, size]`. Raises: ModelFileError if the size does not fit the shape."""
+    count = prod(tensor.shape) // kind.weights
+    if tensor.shape[-1] % kind.weights or tensor.data.nbytes != count * kind.size or not count:
+        raise _broken(tensor)
+    return np.frombuffer(tensor.data, np.uint8).reshape(count, kind.size)
+
+
+def _kind(tensor: Tensor) -> BlockKind | None:
+    """None: floats. Raises: ModelFileError for a kind that is not known here."""
+    if tensor.kind in _FLOATS:
+        return None
+    kind = BLOCK_KINDS.get(tensor.kind)
+    if kind is None:
         raise ModelFileError(
             f"tensor {tensor.name} can't be read: its kind {tensor.kind} is unknown here",
-            hint=f"use a model file with weights in {', '.join(_LAYOUTS)}",
+            hint=f"use a model file with weights in {', '.join(KINDS)}",
         )
-    return layout
-
-
-def _blocks(tensor: Tensor, layout: _Layout) -> U8:
-    """`[n, size]`, checked against the shape."""
-    data = np.frombuffer(tensor.data, np.uint8)
-    count, rest = divmod(int(np.prod(tensor.shape)), layout.weights)
-    if rest or tensor.shape[-1] % layout.weights or len(data) != count * layout.size:
-        raise ModelFileError(f"tensor {tensor.name} is broken: {len(data)} bytes do not make {tensor.kind} of shape {tensor.shape}")
-    return data.reshape(count, layout.size)
+    return kind
 
 
 def _matrix_shape(tensor: Tensor) -> tuple[int, int]:
@@ -149,81 +261,15 @@ def _matrix_shape(tensor: Tensor) -> tuple[int, int]:
     return tensor.shape[0], tensor.shape[1]
 
 
-def _half(blocks: U8, first: int) -> F32:
-    """The float16 at byte `first` of each block: `[n, 1]`."""
-    return np.ascontiguousarray(blocks[:, first : first + 2]).view(np.float16).astype(np.float32)
+def _broken(tensor: Tensor) -> ModelFileError:
+    return ModelFileError(
+        f"tensor {tensor.name} is broken: {tensor.data.nbytes} bytes do not make {tensor.kind} of shape {tensor.shape}",
+        hint="the file is damaged: fetch it again",
+    )
 
 
-def _nibbles(packed: U8) -> U8:
-    """ggml's order, low halves first: `[n, 16]` to `[n, 32]`."""
-    return np.concatenate([packed & 15, packed >> 4], axis=1)
-
-
-def _pair(codes: U8) -> U8:
-    """One code a byte to two, the even one in the low half."""
-    paired: U8 = codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))
-    return paired
-
-
-def _plain(values: F32, rows: int) -> F32:
-    """Per-block values `[n, 1]` to `[rows, blocks]`."""
-    return np.ascontiguousarray(values.reshape(rows, -1))
-
-
-def _bf16(blocks: U8) -> npt.NDArray[np.uint16]:
-    return np.ascontiguousarray(blocks).view(np.uint16)
-
-
-def widen_bf16(bits: npt.NDArray[np.uint16]) -> F32:
-    """The upper half of a float32 to the float32."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def _q4_0_matrix(blocks: U8, rows: int) -> BlockMatrix:
-    codes = _pair(_nibbles(blocks[:, 2:]))
-    return BlockMatrix(4, 32, codes.reshape(rows, -1, 16), _plain(_half(blocks, 0), rows), None)
-
-
-def _q4_1_matrix(blocks: U8, rows: int) -> BlockMatrix:
-    """`d q + m = d (q - 8) + (m + 8 d)`."""
-    codes = _pair(_nibbles(blocks[:, 4:]))
-    scale, minimum = _half(blocks, 0), _half(blocks, 2)
-    return BlockMatrix(4, 32, codes.reshape(rows, -1, 16), _plain(scale, rows), _plain(minimum + 8 * scale, rows))
-
-
-def _q8_0_matrix(blocks: U8, rows: int) -> BlockMatrix:
-    codes = blocks[:, 2:] ^ np.uint8(0x80)  # a signed code + 128
-    return BlockMatrix(8, 32, codes.reshape(rows, -1, 32), _plain(_half(blocks, 0), rows), None)
-
-
-def _q6_k_codes(blocks: U8) -> tuple[U8, F32]:
-    """Codes 0..63 `[n, 256]` and scales `[n, 16]`, one for 16 weights."""
-    low, high = blocks[:, :128].reshape(-1, 2, 64), blocks[:, 128:192].reshape(-1, 2, 32)
-    four = np.concatenate([low & 15, low >> 4], axis=2)  # [n, 2, 128]
-    two = np.concatenate([(high >> shift) & 3 for shift in (0, 2, 4, 6)], axis=2)
-    codes = (four | (two << 4)).reshape(-1, 256)
-    scales = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8).astype(np.float32)
-    return codes, scales * _half(blocks, 208)
-
-
-def _q6_k_values(blocks: U8) -> F32:
-    codes, scales = _q6_k_codes(blocks)
-    return ((codes.astype(np.float32) - 32).reshape(-1, 16, 16) * scales[:, :, None]).reshape(-1, 256)
-
-
-def _q6_k_matrix(blocks: U8, rows: int) -> BlockMatrix:
-    codes, scales = _q6_k_codes(blocks)
-    return BlockMatrix(8, 16, (codes + np.uint8(96)).reshape(rows, -1, 16), _plain(scales, rows), None)
-
-
-_LAYOUTS: dict[str, _Layout] = {
-    "F32": _Layout(1, 4, lambda b: b.view(np.float32), lambda b, rows: DenseMatrix(b.view(np.float32).reshape(rows, -1))),
-    "F16": _Layout(
-        1, 2, lambda b: b.view(np.float16).astype(np.float32), lambda b, rows: DenseMatrix(b.view(np.float16).reshape(rows, -1))
-    ),
-    "BF16": _Layout(1, 2, lambda b: widen_bf16(_bf16(b)), lambda b, rows: DenseMatrix(_bf16(b).reshape(rows, -1))),
-    "Q4_0": _Layout(32, 18, lambda b: _half(b, 0) * (_nibbles(b[:, 2:]).astype(np.float32) - 8), _q4_0_matrix),
-    "Q4_1": _Layout(32, 20, lambda b: _half(b, 0) * _nibbles(b[:, 4:]).astype(np.float32) + _half(b, 2), _q4_1_matrix),
-    "Q8_0": _Layout(32, 34, lambda b: _half(b, 0) * b[:, 2:].view(np.int8).astype(np.float32), _q8_0_matrix),
-    "Q6_K": _Layout(256, 210, _q6_k_values, _q6_k_matrix),
-}
+def _not_finite(tensor: Tensor) -> ModelFileError:
+    return ModelFileError(
+        f"tensor {tensor.name} can't be computed with: some of its weights are NaN or infinite",
+        hint="the file is damaged: fetch it again",
+    )

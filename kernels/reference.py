@@ -25,13 +25,19 @@ def swiglu(gate: F32, up: F32) -> F32:
     return activated
 
 
-def attend_part(q: F32, k: F32, v: F32, mask: npt.NDArray[np.bool_]) -> tuple[F32, F32]:
+def attend_part(
+    q: F32, k: F32, v: F32, mask: npt.NDArray[np.bool_], *, scale: float | None = None, soft_cap: float = 0.0
+) -> tuple[F32, F32]:
     """`q` `[tokens, heads, head_dim]`, `k` and `v` `[keys, kv_heads, head_dim]`, `mask` `[tokens, keys]` true where seen.
+
+    `scale` None is 1 / sqrt(head_dim); `soft_cap` makes `cap tanh(score / cap)` of the scores (Gemma 2, https://arxiv.org/abs/2408.00118).
 
     Returns o `[tokens, heads, head_dim]` and lse `[tokens, heads]`; a token that sees nothing gets 0 and -inf.
     """
     group = q.shape[1] // k.shape[1]
-    scores = np.einsum("thd,khd->thk", q, k.repeat(group, axis=1)) / np.sqrt(np.float32(q.shape[2]))
+    scores = np.einsum("thd,khd->thk", q, k.repeat(group, axis=1)) * np.float32(scale or q.shape[2] ** -0.5)
+    if soft_cap:
+        scores = np.float32(soft_cap) * np.tanh(scores / np.float32(soft_cap))
     scores = np.where(mask[:, None, :], scores, -np.inf)
     top = np.max(scores, axis=-1, initial=-np.inf)
     finite = np.where(np.isfinite(top), top, 0)

@@ -18,11 +18,12 @@ from meshd.kernels.attention import LocalAttention
 from meshd.kernels.backend import F32, Positions, Progress, Projected, WeightSource
 from meshd.kernels.forward import CutStage
 from meshd.kernels.heap import return_freed_memory
-from meshd.kernels.llama import LlamaWeights
-from meshd.kernels.quant import BlockMatrix, DenseMatrix, Matrix
+from meshd.kernels.network import Linear, NetworkWeights, mixed_experts
+from meshd.kernels.quant import BlockMatrix, DenseMatrix
 from meshd.kernels.rope import Rope
-from meshd.kernels.torch_ops import rms_norm, rotate, to_tensor
+from meshd.kernels.torch_ops import gated, rms_norm, rotate, soft_capped, to_tensor
 from meshd.kernels.workers import Workers, one_thread
+from meshd.tensors import norm_names
 from meshd.types import LayerRange, ModelSpec, Tensor
 
 ROWS = 512
@@ -99,57 +100,105 @@ class DenseProduct:
         return torch.cat(share(self._workers, part, range(0, len(self._values), ROWS), x.numel() * len(self._values)), dim=1)
 
 
+def make_product(linear: Linear, workers: Workers) -> Product:
+    """The product with matrices laid end to end, and its bias."""
+    products: list[Product] = [
+        BlockProduct(m, workers) if isinstance(m, BlockMatrix) else DenseProduct(m, workers) for m in linear.matrices
+    ]
+    if len(products) == 1 and linear.bias is None:
+        return products[0]
+    bias = 0 if linear.bias is None else torch.from_numpy(linear.bias)
+    return lambda x: torch.cat([product(x) for product in products], dim=1) + bias
+
+
+class Mlp:
+    """A gated MLP."""
+
+    def __init__(self, gate_up: Linear, down: Linear, activation: str, workers: Workers) -> None:
+        self._gate_up, self._down = make_product(gate_up, workers), make_product(down, workers)
+        self._activation = activation
+        self.bytes = gate_up.bytes + down.bytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._down(gated(self._gate_up(x), self._activation))
+
+
+class Experts:
+    """Several MLPs, of which each token meets the few that a router likes best."""
+
+    def __init__(self, weights: NetworkWeights, layer: int, workers: Workers) -> None:
+        router = weights.router(layer)
+        self._router = make_product(router, workers)
+        self._used = weights.spec.experts_used
+        activation = weights.spec.activation
+        self._experts = [Mlp(expert.gate_up, expert.down, activation, workers) for expert in weights.experts(layer)]
+        self.bytes = router.bytes + sum(expert.bytes for expert in self._experts)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        def expert(index: int, rows: F32) -> F32:
+            return self._experts[index](to_tensor(rows)).numpy()
+
+        return torch.from_numpy(mixed_experts(x.numpy(), self._router(x).numpy(), self._used, expert))
+
+
 class Layer:
     """One layer's weights and its two halves, before and after attention."""
 
-    def __init__(self, weights: LlamaWeights, layer: int, workers: Workers) -> None:
-        self._workers = workers
-        self._eps = weights.spec.norm_eps
-        self._attention_norm = torch.from_numpy(weights.attention_norm(layer))
-        self._ffn_norm = torch.from_numpy(weights.ffn_norm(layer))
-        self.bytes = 0
-        self._qkv = self._product(weights.qkv(layer))
-        self._output = self._product(weights.attention_output(layer))
-        self._gate_up = self._product(weights.gate_up(layer))
-        self._down = self._product(weights.down(layer))
+    def __init__(self, weights: NetworkWeights, layer: int, workers: Workers) -> None:
+        spec = weights.spec
+        self._spec = spec
+        self._norms = {name: torch.from_numpy(weights.norm(layer, name)) for name in norm_names(spec)}
+        self._qk_norms = weights.qk_norms(layer)
+        qkv, output = weights.qkv(layer), weights.attention_output(layer)
+        self._qkv, self._output = make_product(qkv, workers), make_product(output, workers)
+        self._mlp: Mlp | Experts = (
+            Experts(weights, layer, workers)
+            if spec.experts
+            else Mlp(weights.gate_up(layer), weights.down(layer), spec.activation, workers)
+        )
+        self.rule = weights.rule(layer)
+        self.bytes = qkv.bytes + output.bytes + self._mlp.bytes
 
-    def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[tokens, hidden]` to Q, K and V side by side, not yet rotated."""
-        return self._qkv(rms_norm(hidden, self._attention_norm, self._eps))
+    def project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`[tokens, hidden]` to Q, K and V `[tokens, heads, head_dim]`, not yet rotated."""
+        spec = self._spec
+        queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        q, k, v = torch.split(self._qkv(self._normed(hidden, "attn_norm")), [queries, keys, keys], dim=1)
+        heads = [part.reshape(len(hidden), -1, spec.head_dim) for part in (q, k, v)]
+        if self._qk_norms is not None:
+            of_q, of_k = map(torch.from_numpy, self._qk_norms)
+            normed = (heads[0], heads[1]) if spec.qk_norm == "head" else (q, k)
+            for index, (part, weight) in enumerate(zip(normed, (of_q, of_k), strict=True)):
+                heads[index] = rms_norm(part, weight, spec.norm_eps).view(heads[index].shape)
+        return heads[0], heads[1], heads[2]
 
     def mix(self, mixed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """`[tokens, heads * head_dim]` and the residual to the layer's result `[tokens, hidden]`."""
-        hidden = residual + self._output(mixed)
-        gate, up = self._gate_up(rms_norm(hidden, self._ffn_norm, self._eps)).chunk(2, dim=-1)
-        return hidden + self._down(torch.nn.functional.silu(gate) * up)
+        hidden = self._added(residual, self._normed(self._output(mixed), "post_attention_norm", self._spec.post_norm))
+        out = self._mlp(self._normed(hidden, self._spec.ffn_norm))
+        return self._added(hidden, self._normed(out, "post_ffw_norm", self._spec.post_norm))
 
-    def _product(self, matrices: tuple[Matrix, ...]) -> Product:
-        self.bytes += sum(matrix.bytes for matrix in matrices)
-        return make_product(matrices, self._workers)
+    def _added(self, residual: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        scale = self._spec.residual_scale
+        return residual + (change if scale == 1.0 else change * scale)
 
-
-def make_product(matrices: tuple[Matrix, ...], workers: Workers) -> Product:
-    """The product with matrices laid end to end."""
-    products: list[Product] = [
-        BlockProduct(m, workers) if isinstance(m, BlockMatrix) else DenseProduct(m, workers) for m in matrices
-    ]
-    if len(products) == 1:
-        return products[0]
-    return lambda x: torch.cat([product(x) for product in products], dim=1)
+    def _normed(self, x: torch.Tensor, name: str, wanted: bool | None = None) -> torch.Tensor:
+        return rms_norm(x, self._norms[name], self._spec.norm_eps) if (self._spec.pre_norm if wanted is None else wanted) else x
 
 
 class Head:
     """Final norm and output head."""
 
-    def __init__(self, weights: LlamaWeights, workers: Workers) -> None:
-        matrices = weights.head()
-        self._eps = weights.spec.norm_eps
+    def __init__(self, weights: NetworkWeights, workers: Workers) -> None:
+        head = weights.head()
+        self._spec = weights.spec
         self._norm = torch.from_numpy(weights.output_norm())
-        self._product = make_product(matrices, workers)
-        self.bytes = sum(matrix.bytes for matrix in matrices)
+        self._product = make_product(head, workers)
+        self.bytes = head.bytes
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._product(rms_norm(hidden, self._norm, self._eps))
+        logits = self._product(rms_norm(hidden, self._norm, self._spec.norm_eps))
+        return soft_capped(logits * self._spec.logit_scale, self._spec.logit_soft_cap)
 
 
 class TorchStage(CutStage):
@@ -178,11 +227,13 @@ class TorchStage(CutStage):
         return self._loaded.parts[layer].mix(to_tensor(mixed).view(len(mixed), -1), to_tensor(residual))
 
     def _projected(self, layer: int, hidden: torch.Tensor, positions: Positions) -> Projected:
-        spec, tokens = self._spec, len(hidden)
-        heads = self._loaded.parts[layer].project(hidden).view(tokens, -1, spec.head_dim)
-        cos, sin = (torch.from_numpy(rows).unsqueeze(1) for rows in self._loaded.rope.rows(positions))
-        q, k, v = torch.split(heads, [spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
-        return Projected(rotate(q, cos, sin).numpy(), rotate(k, cos, sin).numpy(), v.contiguous().numpy(), hidden.numpy())
+        part, rope = self._loaded.parts[layer], self._loaded.ropes[layer]
+        q, k, v = part.project(hidden)
+        if rope is not None:
+            cos, sin = (torch.from_numpy(rows).unsqueeze(1) for rows in rope.rows(positions))
+            q, k = (rotate(x, cos, sin, halves=self._spec.rope_halves) for x in (q, k))
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        return Projected(q.numpy(), k.numpy(), v.numpy(), hidden.numpy(), part.rule)
 
 
 @dataclass(slots=True)
@@ -191,7 +242,7 @@ class TorchLayers:
 
     spec: ModelSpec
     layers: LayerRange
-    rope: Rope
+    ropes: list[Rope | None]
     attend: LocalAttention
     embedding: Tensor | None
     parts: dict[int, Layer]
@@ -231,8 +282,8 @@ class TorchBackend:
         head: bool,
         progress: Progress | None = None,
     ) -> TorchLayers:
-        source = LlamaWeights(spec, weights)
-        source.check_architecture()
+        source = NetworkWeights(spec, weights)
+        source.check()
         parts: dict[int, Layer] = {}
         for layer in layers:
             parts[layer] = Layer(source, layer, self._workers)
@@ -243,4 +294,4 @@ class TorchBackend:
             progress(1.0)
         table = source.embedding() if embedding else None
         return_freed_memory()
-        return TorchLayers(spec, layers, source.rope(), LocalAttention(self._workers), table, parts, output)
+        return TorchLayers(spec, layers, source.ropes(), LocalAttention(self._workers), table, parts, output)

@@ -69,8 +69,22 @@ def ranges_of(layers: Collection[int]) -> tuple[LayerRange, ...]:
     return tuple(map(LayerRange, starts, ends))
 
 
-class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a Llama-style network computes, in its config's own terms."""
+class RopeScaling(msgspec.Struct, frozen=True, kw_only=True):
+    """How rotations are stretched for long contexts."""
+
+    kind: str
+    """`linear` or `yarn` (https://arxiv.org/abs/2309.00071). Factors per frequency lie among the weights."""
+    factor: float
+    original_context: int = 0
+    """Tokens that the model saw before it was stretched (YaRN)."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    whole_bounds: bool = True
+    """YaRN's ramp begins and ends at whole frequencies."""
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a decoder-only network computes, in its config's own terms. What is left out is as in Llama."""
 
     architecture: str
     layers: int
@@ -79,12 +93,69 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     kv_heads: int
     head_dim: int
     ffn: int
+    """Width of the MLP; of one expert where there are several."""
     vocab: int
     context_length: int
     rope_theta: float
     norm_eps: float
     tied_head: bool
     """The output head is the embedding table."""
+
+    rope_dim: int = 0
+    """How many of a head's dimensions turn; 0: all."""
+    rope_halves: bool = False
+    """A pair is one dimension of each half (GPT-NeoX) instead of two neighbours."""
+    rope_theta_windowed: float = 0.0
+    """Of layers with a window, which are never stretched then; 0: as the others."""
+    rope_scaling: RopeScaling | None = None
+    rope_magnitude: float = 1.0
+    """Rotated vectors get this much longer."""
+    unrotated_every: int = 0
+    """Each layer of this number has no rotation (SmolLM3); 0: none."""
+
+    window: int = 0
+    """A token sees itself and so many less one before it; 0: all."""
+    windowed: tuple[bool, ...] = ()
+    """Layers that have the window; empty: all."""
+    attention_scale: float = 0.0
+    """What scores are multiplied by; 0: 1 / sqrt(head_dim)."""
+    attention_soft_cap: float = 0.0
+    """Scores become `cap tanh(score / cap)`; 0: they stay."""
+    sinks: bool = False
+    """Each head has a score that takes its share of the softmax and gives nothing (gpt-oss)."""
+    qk_norm: str = ""
+    """`head`: each head of Q and K is normed by itself, `all`: all heads together."""
+
+    pre_norm: bool = True
+    """Attention and MLP get normed input."""
+    post_norm: bool = False
+    """What attention and MLP give is normed before it is added."""
+    ffn_norm: str = "ffn_norm"
+    """GGUF's name of the norm before the MLP."""
+    biases: tuple[str, ...] = ()
+    """GGUF's names of the projections that have one."""
+    fused: tuple[str, ...] = ()
+    """`attn_qkv`: Q, K and V are one tensor; `ffn_up`: gate and up are one."""
+    activation: str = "silu"
+    """Of the MLP's gate: `silu`, `gelu_tanh`, or `clamped` (gpt-oss)."""
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    """What attention and MLP give is multiplied by this before it is added."""
+    logit_scale: float = 1.0
+    logit_soft_cap: float = 0.0
+
+    experts: int = 0
+    """0: one MLP."""
+    experts_used: int = 0
+    """For each token."""
+
+    def window_of(self, layer: int) -> int:
+        """How many tokens a token of this layer sees; 0: all."""
+        return self.window if not self.windowed or self.windowed[layer] else 0
+
+    def is_rotated(self, layer: int) -> bool:
+        """Whether Q and K of this layer turn with the position."""
+        return not self.unrotated_every or (layer + 1) % self.unrotated_every != 0
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,7 +174,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     head_bytes: int
     """Final norm and output head; with a tied head it counts the table again, since the last stage needs it too."""
     layer_parameters: tuple[int, ...]
-    """Weights of each layer, counted; 2 FLOPs per parameter and token."""
+    """Weights of each layer that one token meets, counted; 2 FLOPs per parameter and token."""
     head_parameters: int
     end_of_sequence: tuple[int, ...]
     """Token ids that end an answer."""

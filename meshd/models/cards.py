@@ -5,11 +5,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from meshd.errors import ModelFileError
+from meshd.models.architectures import spec_from_metadata
 from meshd.models.gguf import GgufFile, MetadataValue, TensorInfo
+from meshd.tensors import EXPERT_PROJECTIONS, ROPE_FACTORS, UNUSED, border_shapes, layer_shapes, rope_shape
 from meshd.types import ModelCard, ModelId, ModelSpec
-
-ARCHITECTURES = ("llama",)
-"""Those that the backends compute."""
 
 END_OF_ANSWER = frozenset(
     {"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>", "<|return|>"}
@@ -18,7 +17,7 @@ END_OF_ANSWER = frozenset(
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 CONTROL_TOKEN = 3
 """GGUF's `tokenizer.ggml.token_type` of tokens that are no text."""
-_UNSUPPORTED_HINT = "meshd can't run this model yet; try smollm2:135m"
+_UNSUPPORTED_HINT = "meshd can't run this model yet; README says which it can"
 
 
 def card_from_gguf(file: GgufFile, *, name: str, ref: str, model_id: ModelId, created: int = 0) -> ModelCard:
@@ -27,20 +26,20 @@ def card_from_gguf(file: GgufFile, *, name: str, ref: str, model_id: ModelId, cr
     Raises: ModelFileError for an architecture that is not known here, and for a file whose tensors are not those that its
     metadata promises.
     """
-    spec = _spec(file)
+    spec = spec_from_metadata(file.name, file.metadata, file.tensors)
     _check_tensors(file, spec)
-    layers = [[file.tensors[f"blk.{layer}.{part}"] for part in _layer_shapes(spec)] for layer in range(spec.layers)]
+    layers = [{part: file.tensors[f"blk.{layer}.{part}"] for part in layer_shapes(spec)} for layer in range(spec.layers)]
     head = _head_tensors(file)
     return ModelCard(
         id=model_id,
         name=name,
         ref=ref,
-        quantisation=_quantisation(info for layer in layers for info in layer),
+        quantisation=_quantisation(info for layer in layers for info in layer.values()),
         spec=spec,
-        layer_bytes=tuple(_bytes(layer) for layer in layers),
+        layer_bytes=tuple(_bytes(layer.values()) for layer in layers),
         embedding_bytes=file.tensors["token_embd.weight"].nbytes,
         head_bytes=_bytes(head),
-        layer_parameters=tuple(_parameters(layer) for layer in layers),
+        layer_parameters=tuple(_used_parameters(layer, spec) for layer in layers),
         head_parameters=_parameters(head),
         end_of_sequence=end_of_sequence(file.metadata),
         created=created,
@@ -60,113 +59,21 @@ def end_of_sequence(metadata: Mapping[str, MetadataValue]) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def _spec(file: GgufFile) -> ModelSpec:
-    keys = _Keys(file)
-    architecture = keys.architecture()
-    heads = keys.count("attention.head_count")
-    hidden = keys.count("embedding_length")
-    kv_heads = keys.count("attention.head_count_kv", heads)
-    head_dim = keys.count("attention.key_length", hidden // heads)
-    keys.must_be("attention.value_length", head_dim)
-    keys.must_be("rope.dimension_count", head_dim)
-    keys.must_be("rope.scaling.type", "none")
-    if heads % kv_heads:
-        raise keys.wrong("attention.head_count_kv", f"{heads} heads do not share {kv_heads} evenly")
-    return ModelSpec(
-        architecture=architecture,
-        layers=keys.count("block_count"),
-        hidden=hidden,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        ffn=keys.count("feed_forward_length"),
-        vocab=_vocabulary(file),
-        context_length=keys.count("context_length"),
-        rope_theta=keys.positive("rope.freq_base", 10000.0),
-        norm_eps=keys.positive("attention.layer_norm_rms_epsilon"),
-        tied_head="output.weight" not in file,
-    )
-
-
-class _Keys:
-    """An architecture's metadata, checked as it is read."""
-
-    def __init__(self, file: GgufFile) -> None:
-        self._file = file
-        self._prefix = ""
-
-    def architecture(self) -> str:
-        architecture = self._file.metadata.get("general.architecture")
-        if architecture not in ARCHITECTURES:
-            raise ModelFileError(
-                f"{self._file.name} can't be run: its architecture {architecture!r} is not among {', '.join(ARCHITECTURES)}",
-                hint=_UNSUPPORTED_HINT,
-            )
-        self._prefix = f"{architecture}."
-        return str(architecture)
-
-    def count(self, key: str, default: int | None = None) -> int:
-        value = self._file.metadata.get(self._prefix + key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.wrong(key, "it is missing" if value is None else f"{value!r} is no positive integer")
-        return value
-
-    def positive(self, key: str, default: float | None = None) -> float:
-        value = self._file.metadata.get(self._prefix + key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise self.wrong(key, "it is missing" if value is None else f"{value!r} is no positive number")
-        return float(value)
-
-    def must_be(self, key: str, expected: int | str) -> None:
-        value = self._file.metadata.get(self._prefix + key, expected)
-        if value != expected:
-            raise self.wrong(key, f"{value!r} is not {expected!r}, all that can be run yet")
-
-    def wrong(self, key: str, why: str) -> ModelFileError:
-        return ModelFileError(f"{self._file.name} can't be run: metadata key {self._prefix + key!r}: {why}", hint=_UNSUPPORTED_HINT)
-
-
-def _vocabulary(file: GgufFile) -> int:
-    table = file.tensors.get("token_embd.weight")
-    if table is None or len(table.shape) != 2:
-        raise ModelFileError(f"{file.name} can't be run: it has no embedding table token_embd.weight")
-    return table.shape[0]
-
-
 def _check_tensors(file: GgufFile, spec: ModelSpec) -> None:
     """Exactly the tensors of this architecture: a bias or an expert left out would give wrong answers without a word."""
     if spec.layers > len(file.tensors):
         raise ModelFileError(f"{file.name} can't be run: it has {len(file.tensors)} tensors for {spec.layers} layers")
-    expected = _shapes(spec)
-    if odd := sorted(expected.keys() ^ file.tensors.keys()):
+    expected = border_shapes(spec)
+    for layer in range(spec.layers):
+        expected |= {f"blk.{layer}.{part}": shape for part, shape in layer_shapes(spec).items()}
+    factors = [name for name in ROPE_FACTORS if name in file.tensors]
+    expected |= dict.fromkeys(factors[:1], rope_shape(spec))
+    if odd := sorted(expected.keys() ^ (file.tensors.keys() - set(UNUSED))):
         problem = "is missing" if odd[0] in expected else "has no place in this architecture here"
         raise ModelFileError(f"{file.name} can't be run: tensor {odd[0]} {problem}", hint=_UNSUPPORTED_HINT)
     for name, shape in expected.items():
         if file.tensors[name].shape != shape:
             raise ModelFileError(f"{file.name} can't be run: tensor {name} has shape {file.tensors[name].shape}, not {shape}")
-
-
-def _shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    shapes = {f"blk.{layer}.{part}": shape for layer in range(spec.layers) for part, shape in _layer_shapes(spec).items()}
-    shapes |= {"token_embd.weight": (spec.vocab, spec.hidden), "output_norm.weight": (spec.hidden,)}
-    if not spec.tied_head:
-        shapes["output.weight"] = (spec.vocab, spec.hidden)
-    return shapes
-
-
-def _layer_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    return {
-        "attn_norm.weight": (spec.hidden,),
-        "attn_q.weight": (queries, spec.hidden),
-        "attn_k.weight": (keys, spec.hidden),
-        "attn_v.weight": (keys, spec.hidden),
-        "attn_output.weight": (spec.hidden, queries),
-        "ffn_norm.weight": (spec.hidden,),
-        "ffn_gate.weight": (spec.ffn, spec.hidden),
-        "ffn_up.weight": (spec.ffn, spec.hidden),
-        "ffn_down.weight": (spec.hidden, spec.ffn),
-    }
 
 
 def _head_tensors(file: GgufFile) -> list[TensorInfo]:
@@ -184,6 +91,13 @@ def _quantisation(tensors: Iterable[TensorInfo]) -> str:
 
 def _bytes(tensors: Iterable[TensorInfo]) -> int:
     return sum(info.nbytes for info in tensors)
+
+
+def _used_parameters(layer: Mapping[str, TensorInfo], spec: ModelSpec) -> int:
+    """Of a layer's weights, those that one token meets: of experts, the few that are chosen for it."""
+    experts = [info for part, info in layer.items() if part.partition(".")[0] in EXPERT_PROJECTIONS]
+    every = _parameters(layer.values()) - _parameters(experts)
+    return every + _parameters(experts) * spec.experts_used // spec.experts if spec.experts else every
 
 
 def _parameters(tensors: Iterable[TensorInfo]) -> int:

@@ -36,6 +36,8 @@ class ImportTensor:
     shape: tuple[int, ...]
     """Row-major, after the transform and the stacking."""
     transform: str = ""
+    values: tuple[float, ...] = ()
+    """What it holds, as F32, where it has no source."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,9 @@ def _converted(
     tensor: ImportTensor, weights: SafetensorsFolder, known: Mapping[str, tuple[str, tuple[int, ...]]], quant: str | None
 ) -> OutTensor:
     """Checked against its sources; nothing is read yet."""
+    if not tensor.sources:
+        values = np.array(tensor.values, "<f4")
+        return OutTensor(tensor.name, "F32", tensor.shape, lambda: [values])
     dtypes = set()
     for source in tensor.sources:
         if source not in known:

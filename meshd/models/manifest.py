@@ -18,6 +18,7 @@ import msgspec
 from meshd.errors import ModelFileError, StorageError
 from meshd.models.files import CHUNK_BYTES, replace_durably, size_of, storage_error
 from meshd.models.gguf_header import MAX_ALIGNMENT, MAX_HEADER_BYTES, MAX_TENSOR_NAME_BYTES, MAX_TENSORS, TensorInfo
+from meshd.tensors import ROPE_FACTORS
 from meshd.types import LayerRange, ModelSpec
 
 HEADER = ""
@@ -179,7 +180,7 @@ def check_layout(manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> None:
 
 def tensors_of(spec: ModelSpec, layers: LayerRange, *, embedding: bool, head: bool, names: Iterable[str]) -> frozenset[str]:
     """Which of a file's tensors a backend reads for these layers. `names`: all that the file has."""
-    wanted = {"rope_freqs.weight"}
+    wanted = set(ROPE_FACTORS)
     if embedding:
         wanted.add("token_embd.weight")
     if head:

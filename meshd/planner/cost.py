@@ -21,9 +21,19 @@ Seconds = NDArray[np.float64]
 
 
 def block_parameters(spec: ModelSpec) -> int:
-    """Weights of one block's projections: q, o, k, v and the three of the MLP."""
+    """Weights of one block that a token meets: q, o, k, v and the three of the MLP, or of the experts that it is sent to."""
+    return _attention_parameters(spec) + 3 * spec.hidden * spec.ffn * (spec.experts_used or 1)
+
+
+def met_share(spec: ModelSpec) -> float:
+    """The part of a block's weights that one token meets: all, unless there are experts."""
+    every = _attention_parameters(spec) + 3 * spec.hidden * spec.ffn * (spec.experts or 1)
+    return block_parameters(spec) / every
+
+
+def _attention_parameters(spec: ModelSpec) -> int:
     d, h = spec.hidden, spec.head_dim
-    return 2 * d * spec.heads * h + 2 * d * spec.kv_heads * h + 3 * d * spec.ffn
+    return 2 * d * spec.heads * h + 2 * d * spec.kv_heads * h
 
 
 def project_share(spec: ModelSpec) -> float:
@@ -46,7 +56,7 @@ def layer_decode_s(profile: PeerProfile, card: ModelCard) -> Seconds:
     """One token through each layer, without attention: `[layers]`, seconds."""
     if profile.layer_decode_s is not None:
         return np.full(card.spec.layers, profile.layer_decode_s * profile.decode_factor)
-    weights = np.asarray(card.layer_bytes, dtype=np.float64)
+    weights = np.asarray(card.layer_bytes, dtype=np.float64) * met_share(card.spec)
     return (weights / profile.rates.decode_bytes_s + profile.rates.layer_overhead_s) * profile.decode_factor
 
 

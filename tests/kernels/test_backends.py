@@ -2,7 +2,9 @@
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from steps import Chain
@@ -12,7 +14,7 @@ from meshd.errors import InvalidRequest, LocalFault, ModelFileError
 from meshd.kernels import attention, torch_backend
 from meshd.kernels.backend import Backend, LoadedLayers, Projected, Segment, make_backend
 from meshd.kernels.kv import KVPool
-from meshd.types import LayerRange, Tensor
+from meshd.types import LayerRange, RopeScaling, Tensor
 
 IDS = np.random.default_rng(1).integers(0, 320, 24).tolist()
 CHUNKS = [7, 9, 1, 1, 5, 1]
@@ -232,7 +234,11 @@ def test_a_tensor_of_another_shape_is_named(backend: Backend, model: TinyLlama) 
         backend.load(model.spec, LayerRange(0, 2), Wrong(model.spec), embedding=False, head=False)
 
 
-def test_another_architecture_is_refused(backend: Backend) -> None:
-    spec = tiny_spec(architecture="mamba")
+ODD = [{"activation": "relu"}, {"qk_norm": "each"}, {"rope_scaling": RopeScaling(kind="ntk", factor=2.0)}]
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_what_another_peer_may_know_and_this_one_does_not_is_refused(backend: Backend, odd: dict[str, Any]) -> None:
+    spec = msgspec.structs.replace(tiny_spec(architecture="mamba"), **odd)
     with pytest.raises(ModelFileError, match="mamba"):
         backend.load(spec, LayerRange(0, 1), TinyLlama(spec), embedding=False, head=False)

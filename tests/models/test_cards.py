@@ -71,8 +71,10 @@ WRONG: dict[str, tuple[str, tuple[int, Any] | None, str]] = {
     "uneven heads": ("llama.attention.head_count_kv", (U32, 3), "evenly"),
     "no epsilon": ("llama.attention.layer_norm_rms_epsilon", None, "epsilon"),
     "epsilon": ("llama.attention.layer_norm_rms_epsilon", (F32, float("nan")), "epsilon"),
-    "scaled rope": ("llama.rope.scaling.type", (STRING, "yarn"), "scaling"),
-    "partial rope": ("llama.rope.dimension_count", (U32, 2), "dimension_count"),
+    "scaled rope": ("llama.rope.scaling.type", (STRING, "ntk"), "scaling"),
+    "too much rope": ("llama.rope.dimension_count", (U32, 32), "dimension_count"),
+    "odd rope": ("llama.rope.dimension_count", (U32, 3), "dimension_count"),
+    "rope base": ("llama.rope.freq_base", (F32, 0.0), "freq_base"),
 }
 
 
@@ -88,7 +90,7 @@ def test_what_can_not_be_run_is_refused_by_name(make_llama: Callable[..., Any], 
 
 
 def test_a_tensor_that_would_be_left_out_is_refused(make_llama: Callable[..., Any]) -> None:
-    for extra in ("blk.0.attn_q.bias", "rope_freqs.weight", "blk.0.ffn_gate_exps.weight"):
+    for extra in ("blk.0.attn_q_norm.weight", "blk.1.attn_q.bias", "rope_freqs.weight", "blk.0.ffn_gate_exps.weight"):
         maker = make_llama()
         maker.tensors[extra] = (8,)
         with pytest.raises(ModelFileError, match=extra):

@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from meshd.kernels import reference
-from meshd.kernels.measure import tensor_shape
-from meshd.kernels.rope import Rope
+from meshd.kernels.rope import rope_of
+from meshd.tensors import ROPE_FACTORS, tensor_shape
 from meshd.types import ModelSpec, Tensor
 
 F32 = npt.NDArray[np.float32]
@@ -42,7 +42,7 @@ class TinyLlama:
     made: dict[str, Tensor] = field(default_factory=dict)
 
     def __contains__(self, name: str) -> bool:
-        return name != "rope_freqs.weight" and not (self.spec.tied_head and name == "output.weight")
+        return name not in ROPE_FACTORS and not (self.spec.tied_head and name == "output.weight")
 
     def tensor(self, name: str) -> Tensor:
         if name not in self.made:
@@ -100,7 +100,7 @@ class PlainLlama:
             return self.weights.dense(f"blk.{layer}.{part}.weight")
 
         normed = reference.rms_norm(x, w("attn_norm"), spec.norm_eps)
-        cos, sin = Rope(spec.head_dim, spec.rope_theta).rows(np.arange(len(x)))
+        cos, sin = rope_of(spec).rows(np.arange(len(x)))
         q = reference.rotate((normed @ w("attn_q").T).reshape(len(x), spec.heads, -1), cos, sin)
         k = reference.rotate((normed @ w("attn_k").T).reshape(len(x), spec.kv_heads, -1), cos, sin)
         v = (normed @ w("attn_v").T).reshape(len(x), spec.kv_heads, -1)

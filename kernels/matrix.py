@@ -1,0 +1,91 @@
+"""The form of a weight matrix that both backends compute on.
+
+A quantised matrix stays quantised. Its form is that of onnxruntime's MatMulNBits: 4- or 8-bit codes in groups of 16 or 32 with a
+float32 scale each (with float32 activations the operator takes no other), and where the kind has minima a float32 shift for each
+group, which acts on the sums of the activations. Bits for a weight, in the file and in this form:
+
+| kind | Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | Q4_K | Q5_K | Q6_K | IQ4_NL | MXFP4 |
+|---|---|---|---|---|---|---|---|---|---|---|
+| file | 4.5 | 5 | 5.5 | 6 | 8.5 | 4.5 | 5.5 | 6.56 | 4.5 | 4.25 |
+| here | 5 | 6 | 9 | 10 | 9 | 6 | 10 | 10 | 9 | 9 |
+
+The operator knows codes of 2, 4 and 8 bits and no tables: five and six bits, and the tables of IQ4_NL and MXFP4, take eight.
+
+Every weight is kept exactly but for the shift `minimum + middle * scale`, which float32 rounds: by 2^-24 of the largest weight that
+the group's codes can express at most, since the shift itself is one of those weights. F32, F16 and BF16 are views of the file.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from meshd.kernels.blocks import F32, U8
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMatrix:
+    """Quantised `[rows, columns]`: `w[n, k] = scale[n, b] * (code[n, k] - zero) + shift[n, b]` with `b = k // block`."""
+
+    bits: int
+    """4 or 8."""
+    block: int
+    codes: U8
+    """`[rows, blocks, block * bits / 8]`; 4-bit codes in pairs, the even column in the low half."""
+    scale: F32
+    """`[rows, blocks]`."""
+    shift: F32 | None
+    """`[rows, blocks]`; None: all zero."""
+
+    @property
+    def zero(self) -> int:
+        """The code of a zero weight (without shift): 8 or 128."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, blocks = self.scale.shape
+        return rows, blocks * self.block
+
+    @property
+    def bytes(self) -> int:
+        return self.codes.nbytes + self.scale.nbytes + (0 if self.shift is None else self.shift.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class DenseMatrix:
+    """`[rows, columns]` in full or half precision; BF16 as the upper half of a float32, in uint16."""
+
+    values: npt.NDArray[np.float32] | npt.NDArray[np.float16] | npt.NDArray[np.uint16]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.values.shape
+        return rows, columns
+
+    @property
+    def bytes(self) -> int:
+        return self.values.nbytes
+
+
+Matrix = BlockMatrix | DenseMatrix
+
+
+def stack(matrices: Sequence[Matrix]) -> tuple[Matrix, ...]:
+    """Matrices under one another: one copy if all are quantised and alike, else they stay as they are. See `load_stacked`."""
+    alike = [m for m in matrices if isinstance(m, BlockMatrix)]
+    if len(alike) < len(matrices) or len({(m.bits, m.block, m.shift is None, m.shape[1]) for m in alike}) > 1:
+        return tuple(matrices)
+    first = alike[0]
+    shift = None if first.shift is None else np.concatenate([m.shift for m in alike if m.shift is not None])
+    codes, scale = np.concatenate([m.codes for m in alike]), np.concatenate([m.scale for m in alike])
+    return (BlockMatrix(first.bits, first.block, codes, scale, shift),)
+
+
+def unpack_codes(matrix: BlockMatrix) -> U8:
+    """`[rows, columns]`, one code a byte."""
+    if matrix.bits == 8:
+        return matrix.codes.reshape(matrix.shape)
+    pairs = np.stack([matrix.codes & 15, matrix.codes >> 4], axis=-1)
+    return pairs.reshape(matrix.shape)

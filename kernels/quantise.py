@@ -1,0 +1,126 @@
+"""Weights of any kind to GGUF blocks of eight or four bits: what is done at load on demand.
+
+Eight bits are Q8_0, to the bit as ggml makes it. Four are Q4_1 with a searched scale and minimum: it is computed in the same form
+as Q4_K, whose scales have only six bits each, and its rows need be whole blocks of 32 only. RMS error in % of the weights' RMS, on
+random weights, normal and with heavy tails (Student's t, 5 degrees of freedom):
+
+| | Q4_0 | Q4_0, searched | Q4_1 | Q4_K, searched | Q4_1, searched | Q8_0 |
+|---|---|---|---|---|---|---|
+| normal | 8.60 | 8.11 | 7.82 | 7.29 | 7.18 | 0.54 |
+| heavy tails | 10.78 | 10.31 | 8.99 | 8.42 | 8.25 | 0.68 |
+"""
+
+from collections.abc import Mapping
+from math import prod
+from types import MappingProxyType
+
+import numpy as np
+
+from meshd.errors import ModelFileError
+from meshd.kernels.blocks import BLOCK_KINDS, F32, U8, BlockKind
+from meshd.kernels.quant import dequantise, parts
+from meshd.types import Tensor
+
+QUANTS: Mapping[str, str] = MappingProxyType({"q8": "Q8_0", "q4": "Q4_1"})
+"""What a user asks for to the kind that it gets."""
+BLOCK = 32
+"""Weights in a block of either."""
+SPARE = (2.0, 1.0, 0.0, -1.0)
+"""Scales that are tried: those by which the block's span takes so many levels more than there are. 0 finds a grid again."""
+REFITS = 2
+"""How often scale and minimum are fitted anew to the codes that the best so far gives."""
+
+
+def kind_for(shape: tuple[int, ...], quant: str) -> str | None:
+    """The kind that a tensor gets; None: it stays as it is, since it is no matrix or its rows are no whole blocks.
+
+    Raises: KeyError if `quant` is none of QUANTS.
+    """
+    kind = QUANTS[quant]
+    return kind if len(shape) > 1 and shape[-1] % BLOCK == 0 else None
+
+
+def requantise(tensor: Tensor, kind: str) -> Tensor:
+    """A tensor in Q8_0 or Q4_1; little is held beside the result. Its rows must be whole blocks.
+
+    Raises: ModelFileError if the tensor can't be read, or its weights are not finite or too large for a float16 scale.
+    """
+    if tensor.shape[-1] % BLOCK:
+        raise ModelFileError(f"tensor {tensor.name} can't be quantised: rows of {tensor.shape[-1]} are not whole blocks of {BLOCK}")
+    quantise = {"Q8_0": quantise_q8_0, "Q4_1": quantise_q4_1}[kind]
+    made = np.empty((prod(tensor.shape) // BLOCK, BLOCK_KINDS[kind].size), np.uint8)
+    start = 0
+    for part in parts(tensor):
+        weights = dequantise(part).reshape(-1, BLOCK)
+        blocks = made[start : start + len(weights)]
+        blocks[:] = quantise(weights)
+        start += len(weights)
+        if not _is_finite(BLOCK_KINDS[kind], blocks):
+            raise ModelFileError(f"tensor {tensor.name} can't be quantised: some of its weights are too large for {kind}")
+    return Tensor(tensor.name, kind, tensor.shape, made.reshape(-1).data)
+
+
+def quantise_q8_0(weights: F32) -> U8:
+    """`[n, 32]` to blocks; where a weight is too large, the scale is infinite. Halves round away from zero."""
+    scale = abs(weights).max(axis=1, keepdims=True) / np.float32(127)
+    codes = weights * _inverse(scale)
+    whole = np.trunc(codes)
+    whole += np.trunc(2 * (codes - whole))
+    return np.concatenate([_half_bytes(scale), whole.astype(np.int8).view(np.uint8)], axis=1)
+
+
+def quantise_q4_1(weights: F32) -> U8:
+    """`[n, 32]` to blocks; where a weight is too large, the scale or the minimum is infinite."""
+    x = np.ascontiguousarray(weights.T)  # [32, n]: sums over a block run along memory
+    lowest = x.min(axis=0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        scale, minimum = _fit(x - lowest, 15)
+        scales, minima = _half_bytes(scale[:, None]), _half_bytes((minimum + lowest)[:, None])
+        scale, minimum = (half.view(np.float16)[:, 0].astype(np.float32) for half in (scales, minima))
+        codes = _codes(x, scale, minimum, 15, np.empty_like(x)).astype(np.uint8).T
+    return np.concatenate([scales, minima, codes[:, :16] | codes[:, 16:] << np.uint8(4)], axis=1)
+
+
+def _fit(x: F32, levels: int) -> tuple[F32, F32]:
+    """(scale, minimum) for each column of `[32, n]`, none below zero, with the least squares of errors among those tried."""
+    middle = x.max(axis=0) / 2
+    total = x.sum(axis=0)
+    best, scale, minimum = np.zeros_like(total), 2 * middle / levels, np.zeros_like(total)
+    codes = np.empty_like(x)
+    for attempt in (*SPARE, *[None] * REFITS):
+        tried = scale if attempt is None else 2 * middle / np.float32(levels + attempt)
+        start = minimum if attempt is None else middle - tried * np.float32(levels / 2)
+        _codes(x, tried, start, levels, codes)
+        sums, squares, products = codes.sum(axis=0), np.einsum("ij,ij->j", codes, codes), np.einsum("ij,ij->j", codes, x)
+        spread, common = BLOCK * squares - sums * sums, BLOCK * products - total * sums
+        slope = np.where(spread > 0, common / np.maximum(spread, 1), 0)
+        gain = common * slope  # by how much (32-fold) the line through the codes lowers the sum of squares
+        better = gain > best
+        best = np.where(better, gain, best)
+        scale, minimum = np.where(better, slope, scale), np.where(better, (total - slope * sums) / BLOCK, minimum)
+    return scale, minimum
+
+
+def _codes(x: F32, scale: F32, minimum: F32, levels: int, out: F32) -> F32:
+    """The nearest code of each weight, into `out`."""
+    np.subtract(x, minimum, out=out)
+    np.multiply(out, _inverse(scale), out=out)
+    np.rint(out, out=out)
+    return np.clip(out, 0, levels, out=out)
+
+
+def _inverse(scale: F32) -> F32:
+    """1 / scale; 0 where that would be infinite: such weights are far below what a float16 scale can express."""
+    inverse: F32 = np.divide(1, scale, out=np.zeros_like(scale), where=scale >= np.finfo(np.float32).tiny)
+    return inverse
+
+
+def _half_bytes(values: F32) -> U8:
+    """`[n, 1]` to float16 `[n, 2]`; infinite if too large."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16).view(np.uint8)
+
+
+def _is_finite(kind: BlockKind, blocks: U8) -> bool:
+    """Whether all scales and minima are."""
+    return bool(np.isfinite(kind.scale(blocks)).all() and (kind.minimum is None or np.isfinite(kind.minimum(blocks)).all()))

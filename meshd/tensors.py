@@ -1,0 +1,67 @@
+"""Names and shapes of a network's tensors, as GGUF has them (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
+
+from meshd.types import ModelSpec
+
+Shapes = dict[str, tuple[int, ...]]
+
+ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight")
+"""Divide the frequencies of a rotation; a file has one of them at most."""
+UNUSED = ("rope_factors_long.weight",)
+"""For contexts longer than the model was first trained on, with which it answers otherwise from the first token on."""
+EXPERT_PROJECTIONS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+
+
+def projections(spec: ModelSpec) -> Shapes:
+    """Matrices of one layer by their short names, `[out, in]`; those of experts have one more axis in front."""
+    hidden, ffn = spec.hidden, spec.ffn
+    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    shapes: Shapes = {"attn_output": (hidden, queries)}
+    if "attn_qkv" in spec.fused:
+        shapes["attn_qkv"] = (queries + 2 * keys, hidden)
+    else:
+        shapes |= {"attn_q": (queries, hidden), "attn_k": (keys, hidden), "attn_v": (keys, hidden)}
+    if spec.experts:
+        wide, narrow = (spec.experts, ffn, hidden), (spec.experts, hidden, ffn)
+        return shapes | {"ffn_gate_inp": (spec.experts, hidden)} | dict(zip(EXPERT_PROJECTIONS, (wide, wide, narrow), strict=True))
+    if "ffn_up" in spec.fused:
+        return shapes | {"ffn_up": (2 * ffn, hidden), "ffn_down": (hidden, ffn)}
+    return shapes | {"ffn_gate": (ffn, hidden), "ffn_up": (ffn, hidden), "ffn_down": (hidden, ffn)}
+
+
+def norm_names(spec: ModelSpec) -> list[str]:
+    """The norms of a layer over the hidden state."""
+    return ["attn_norm", spec.ffn_norm] * spec.pre_norm + ["post_attention_norm", "post_ffw_norm"] * spec.post_norm
+
+
+def layer_shapes(spec: ModelSpec) -> Shapes:
+    """All tensors of one layer, without `blk.N.`."""
+    matrices = projections(spec)
+    shapes: Shapes = {f"{name}.weight": shape for name, shape in matrices.items()}
+    shapes |= {f"{name}.bias": matrices[name][:-1] for name in spec.biases}
+    shapes |= {f"{name}.weight": (spec.hidden,) for name in norm_names(spec)}
+    if spec.qk_norm:
+        one = spec.qk_norm == "head"
+        shapes["attn_q_norm.weight"] = (spec.head_dim * (1 if one else spec.heads),)
+        shapes["attn_k_norm.weight"] = (spec.head_dim * (1 if one else spec.kv_heads),)
+    if spec.sinks:
+        shapes["attn_sinks.weight"] = (spec.heads,)
+    return shapes
+
+
+def border_shapes(spec: ModelSpec) -> Shapes:
+    """The tensors of no layer."""
+    shapes: Shapes = {"token_embd.weight": (spec.vocab, spec.hidden), "output_norm.weight": (spec.hidden,)}
+    return shapes if spec.tied_head else shapes | {"output.weight": (spec.vocab, spec.hidden)}
+
+
+def rope_shape(spec: ModelSpec) -> tuple[int, ...]:
+    """Of a file's factors for its rotations."""
+    return ((spec.rope_dim or spec.head_dim) // 2,)
+
+
+def tensor_shape(spec: ModelSpec, name: str) -> tuple[int, ...]:
+    """Of any tensor of a model. Raises: KeyError."""
+    if name in ROPE_FACTORS:
+        return rope_shape(spec)
+    block, _, rest = name.partition(".")
+    return layer_shapes(spec)[rest.partition(".")[2]] if block == "blk" else border_shapes(spec)[name]
