@@ -246,4 +246,5 @@ def _fraction(step: PullProgress) -> float:
     """Of a pull; what its size is not known of counts as not begun."""
     if step.phase is PullPhase.DONE:
         return 1.0
-    return step.done_bytes / step.total_bytes if step.phase is PullPhase.DOWNLOADING and step.total_bytes else 0.0
+    counted = step.phase in (PullPhase.DOWNLOADING, PullPhase.IMPORTING)
+    return step.done_bytes / step.total_bytes if counted and step.total_bytes else 0.0

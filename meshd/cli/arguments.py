@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from meshd.config import SETTINGS, RawValue, Setting, Settings
+from meshd.models.catalogue import quantised, resolve
+from meshd.models.quants import QUANTS
 
 
 class Parser(ArgumentParser):
@@ -82,6 +84,21 @@ def add_client(parser: ArgumentParser) -> None:
         "--api", dest="setting_api", metavar="URL", help="the daemon's HTTP API; default: the local one [MESHD_API]"
     )
     add_settings(parser, ("api-key", "state", "config"))
+
+
+def add_quant(parser: ArgumentParser) -> None:
+    """For a verb whose `model` may have to be fetched."""
+    parser.add_argument(
+        "--quant",
+        choices=sorted(QUANTS),
+        help="quantise the large weights of an hf: or file: model as it is imported; the same as REF+q4 or REF+q8",
+    )
+
+
+def model_of(args: Namespace) -> str:
+    """The model that `model` and `--quant` name; a path is taken from where the command runs. Raises: InvalidRequest."""
+    ref = quantised(args.model, args.quant)
+    return resolve(ref).name if ref.startswith("file:") else ref
 
 
 def add_json(parser: ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from typing import Any
 
-from meshd.cli.arguments import Parser, add_client
+from meshd.cli.arguments import Parser, add_client, add_quant, model_of
 from meshd.cli.client import Daemon, daemon_of
 from meshd.cli.output import layers
 from meshd.cli.progress import progress
@@ -14,6 +14,7 @@ EXAMPLE = "meshd place smollm2:135m --stages attic:0-12,desk:12-30"
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model's name or reference")
+    add_quant(parser)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--stages", metavar="a:0-12,b:12-30", help="which peers hold which layers; default: the planner decides")
     how.add_argument("--min-peers", type=int, metavar="N", help="spread it over at least so many peers")
@@ -22,7 +23,8 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> int:
-    body = {key: getattr(args, key) for key in ("model", "stages", "min_peers", "context") if getattr(args, key) is not None}
+    body = {key: getattr(args, key) for key in ("stages", "min_peers", "context") if getattr(args, key) is not None}
+    body["model"] = model_of(args)
     for holding in place(daemon_of(args), body):
         print(holding)
     return 0

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from typing import Any
 
-from meshd.cli.arguments import Parser, add_client, add_json
+from meshd.cli.arguments import Parser, add_client, add_json, add_quant, model_of
 from meshd.cli.client import daemon_of
 from meshd.cli.output import print_json
 
@@ -12,6 +12,7 @@ EXAMPLE = 'meshd plan smollm2:135m --context 4096 --what-if "+attic ram=32GiB bw
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model's name or reference")
+    add_quant(parser)
     parser.add_argument("--context", type=int, metavar="N", help="tokens to reserve memory for; default: the model's own")
     parser.add_argument("--objective", choices=("latency", "ttft", "throughput", "energy", "memory"), help="what to plan for")
     parser.add_argument("--what-if", action="append", metavar='"+NAME ram=... bw=..."', help="a peer that is not here; repeatable")
@@ -35,5 +36,5 @@ def run(args: Namespace) -> int:
 def request_of(args: Namespace) -> dict[str, Any]:
     """The body of `POST /mesh/v1/plan`."""
     mesh = {key: getattr(args, key) for key in ("stages", "peers", "min_peers") if getattr(args, key) is not None}
-    body = {key: getattr(args, key) for key in ("model", "context", "objective", "what_if") if getattr(args, key) is not None}
-    return body | ({"mesh": mesh} if mesh else {})
+    body = {key: getattr(args, key) for key in ("context", "objective", "what_if") if getattr(args, key) is not None}
+    return body | {"model": model_of(args)} | ({"mesh": mesh} if mesh else {})

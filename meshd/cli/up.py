@@ -7,13 +7,15 @@ import signal
 import sys
 import threading
 from argparse import Namespace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from meshd import __version__
-from meshd.cli.arguments import Parser, add_settings, settings_of
+from meshd.cli.arguments import Parser, add_quant, add_settings, settings_of
 from meshd.cli.output import duration, flops, rate, short_id, size
 from meshd.cli.progress import Measuring
 from meshd.config import SETTINGS, Config, require_guarded_api
+from meshd.models.catalogue import quantised
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,11 +27,13 @@ EXAMPLE = "meshd up               (the first device: it prints the next line)\n 
 
 def add_arguments(parser: Parser) -> None:
     add_settings(parser, (setting.name for setting in SETTINGS))
+    add_quant(parser)
     parser.add_argument("--stop-with-stdin", action="store_true", help="stop when standard input ends (for a parent process)")
 
 
 def run(args: Namespace) -> int:
     config = settings_of(args).config()
+    config = replace(config, models=tuple(quantised(model, args.quant) for model in config.models))
     require_guarded_api(config)
     from meshd.telemetry import configure_logging
 

@@ -10,7 +10,7 @@ from meshd.models.gguf import GgufFile, MetadataValue, TensorInfo
 from meshd.tensors import EXPERT_PROJECTIONS, ROPE_FACTORS, UNUSED, border_shapes, layer_shapes, rope_shape
 from meshd.types import ModelCard, ModelId, ModelSpec
 
-_END_OF_ANSWER = frozenset(
+END_OF_ANSWER = frozenset(
     {"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>", "<|return|>"}
 )
 """Control tokens that end an answer in one model family or another, whether or not the metadata says so."""
@@ -51,9 +51,11 @@ def end_of_sequence(metadata: Mapping[str, MetadataValue]) -> tuple[int, ...]:
     tokens = metadata.get("tokenizer.ggml.tokens", ())
     types = metadata.get("tokenizer.ggml.token_type", ())
     found = {value for key in _END_KEYS if isinstance(value := metadata.get(f"tokenizer.ggml.{key}"), int)}
+    listed = metadata.get("meshd.eos_token_ids", ())
+    found.update(value for value in (listed if isinstance(listed, tuple) else ()) if isinstance(value, int))
     if isinstance(tokens, tuple) and isinstance(types, tuple):
         pairs = enumerate(zip(tokens, types, strict=False))
-        found.update(index for index, (token, kind) in pairs if kind == CONTROL_TOKEN and token in _END_OF_ANSWER)
+        found.update(index for index, (token, kind) in pairs if kind == CONTROL_TOKEN and token in END_OF_ANSWER)
     return tuple(sorted(found))
 
 

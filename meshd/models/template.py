@@ -15,7 +15,8 @@ Message: TypeAlias = Mapping[str, str]
 
 MAX_SOURCE_CHARACTERS = 256 << 10
 MAX_PROMPT_CHARACTERS = 16 << 20
-_RENDER_ERRORS = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError)
+_RENDER_ERRORS = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError, NameError)
+"""A number that is too large becomes the name `inf` in what jinja2 compiles: so NameError."""
 
 
 class ChatTemplate:

@@ -3,6 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
+from hf_folders import write_folder
 from http_api import Api
 
 from meshd.cli.models import merged
@@ -27,16 +28,17 @@ def _stored(name: str) -> StoredModel:
 
 def test_models_lists_where_the_layers_lie(meshd: Meshd, api: Api) -> None:
     api.answer("GET", "/mesh/v1/models", {"object": "list", "data": [ROW]})
-    header, line = meshd("models", "--api", api.url).stdout.splitlines()
+    header, line, *others = meshd("models", "--api", api.url).stdout.splitlines()
     assert header.split() == ["MODEL", "SIZE", "QUANT", "HERE", "ON", "DISK", "OF", "LAYERS", "HELD", "ANSWERS"]
     assert line.split() == ["smollm2:135m", "91.6", "MiB", "Q4_1", "no", "ash,", "birch", "ash:0-12,", "birch:12-30", "yes"]
+    assert [other.split()[0] for other in others] == ["gemma3:270m"]
 
 
 def test_models_without_a_daemon_are_this_devices_and_the_catalogues(meshd: Meshd, monkeypatch: object) -> None:
     outcome = meshd("models", "--json")
     document = json.loads(outcome.stdout)
     assert document["object"] == "list"
-    assert [row["name"] for row in document["data"]] == ["smollm2:135m"]
+    assert [row["name"] for row in document["data"]] == ["smollm2:135m", "gemma3:270m"]
     assert set(document["data"][0]) == {*ROW, "path"}
     assert "no daemon answers" in outcome.stderr
 
@@ -47,7 +49,9 @@ def test_a_daemon_that_was_named_must_answer(meshd: Meshd) -> None:
 
 def test_a_model_here_and_in_the_mesh_is_one_row() -> None:
     rows = merged([_stored("smollm2:135m"), _stored("own")], [ROW])
-    assert [(row["name"], row["path"]) for row in rows] == [("smollm2:135m", "/smollm2:135m.gguf"), ("own", "/own.gguf")]
+    assert [(row["name"], row["path"]) for row in rows] == [
+        ("smollm2:135m", "/smollm2:135m.gguf"), ("own", "/own.gguf"), ("gemma3:270m", None),
+    ]  # fmt: skip
     assert rows[0]["holdings"] == ROW["holdings"]
 
 
@@ -56,6 +60,16 @@ def test_pulling_what_nobody_knows_names_the_nearest(meshd: Meshd) -> None:
     assert outcome.returncode == 1
     assert "nearest: smollm2:135m" in outcome.stderr
     assert outcome.stderr.count("\n") == 1
+
+
+def test_a_folder_is_pulled_quantised_listed_and_removed(meshd: Meshd, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "hf")
+    assert "+q4 is here: " in meshd("pull", f"file:{folder}", "--quant", "q4").stdout
+    assert f"file:{folder}+q4" in meshd("models").stdout
+    assert "is removed: " in meshd("rm", f"file:{folder}+q4").stdout
+    outcome = meshd("pull", "smollm2:135m", "--quant", "q4")
+    assert outcome.returncode == 2
+    assert "can't be quantised" in outcome.stderr
 
 
 def test_a_file_that_is_no_model_is_not_taken(meshd: Meshd, tmp_path: Path) -> None:

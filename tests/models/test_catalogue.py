@@ -14,6 +14,10 @@ def test_a_short_name_has_several_sources_and_one_hash() -> None:
     assert len(entry.sha256) == 64
 
 
+def test_weights_under_terms_of_their_own_say_so() -> None:
+    assert "ai.google.dev/gemma/terms" in resolve("gemma3:270m").licence
+
+
 def test_every_source_of_the_catalogue_can_be_written_and_read_back() -> None:
     for entry in CATALOGUE.values():
         for source in entry.sources:

