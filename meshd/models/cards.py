@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from meshd.errors import ModelFileError
 from meshd.models.gguf import GgufFile, MetadataValue, TensorInfo
+from meshd.models.tokenizer_document import huggingface_json
 from meshd.types import ModelCard, ModelId, ModelSpec
 
 ARCHITECTURES = ("llama",)
@@ -48,10 +49,12 @@ def card_from_gguf(file: GgufFile, *, name: str, ref: str, model_id: ModelId, cr
 
 
 def end_of_sequence(metadata: Mapping[str, MetadataValue]) -> tuple[int, ...]:
-    """Token ids that end an answer, in order."""
+    """Token ids that end an answer, in order. Raises: ModelFileError for a `tokenizer.json` that can't be read."""
+    found = {value for key in _END_KEYS if isinstance(value := metadata.get(f"tokenizer.ggml.{key}"), int)}
+    if (document := huggingface_json(metadata)) is not None:
+        return tuple(sorted(found.union(token.id for token in document.added if token.special and token.content in _END_OF_ANSWER)))
     tokens = metadata.get("tokenizer.ggml.tokens", ())
     types = metadata.get("tokenizer.ggml.token_type", ())
-    found = {value for key in _END_KEYS if isinstance(value := metadata.get(f"tokenizer.ggml.{key}"), int)}
     if isinstance(tokens, tuple) and isinstance(types, tuple):
         pairs = enumerate(zip(tokens, types, strict=False))
         found.update(index for index, (token, kind) in pairs if kind == CONTROL_TOKEN and token in _END_OF_ANSWER)
