@@ -16,15 +16,11 @@ Message: TypeAlias = Mapping[str, Any]
 
 MAX_SOURCE_CHARACTERS = 256 << 10
 MAX_PROMPT_CHARACTERS = 16 << 20
-<<<<<<< HEAD
 _RENDER_ERRORS = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError, NameError)
 """A number that is too large becomes the name `inf` in what jinja2 compiles: so NameError."""
-=======
-_RENDER_ERRORS = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError)
 _OWN_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"})
 _WITH_TOOLS = "tokenizer.chat_template.tool_use"
 """GGUF's name for the template of a conversation with tools, where a model has one of its own for that."""
->>>>>>> ed7c4fab29c7d9d5918b2a4cb99288641fec631a
 
 
 class ChatTemplate:
