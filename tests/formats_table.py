@@ -48,7 +48,8 @@ def written(readme: str, made: str) -> str:
 
 def main() -> int:
     results = Results()
-    status = pytest.main(["-q", "-m", "", "-k", "is_exact", "-p", "no:cacheprovider", str(ROOT / "tests/kernels/test_formats.py")], [results])
+    target = str(ROOT / "tests/kernels/test_formats.py")
+    status = pytest.main(["-q", "-m", "", "-k", "is_exact", "-p", "no:cacheprovider", target], [results])
     readme = ROOT / "README.md"
     readme.write_text(written(readme.read_text(), table(results.of)))
     passed = sum(outcome == "passed" for outcome in results.of.values())
