@@ -38,7 +38,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 """GGUF's `general.architecture` -> fields of `ModelSpec` that no metadata tells."""
 
-WINDOW_PATTERNS = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2}
+WINDOW_PATTERNS = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2, "olmo2": 4}
 """Of so many layers, the last sees everything; of other architectures, none does."""
 _BIASES = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 _UNSUPPORTED_HINT = "meshd can't run this model yet; README says which it can"
@@ -107,7 +107,7 @@ def _rope(keys: "_Keys", head_dim: int) -> dict[str, Any]:
         "rope_dim": 0 if turned == head_dim else turned,
         "rope_magnitude": keys.positive("rope.scaling.attn_factor", 1.0),
     }
-    if windowed := keys.positive("rope.freq_base_swa", 0.0):
+    if windowed := keys.positive("rope.freq_base_swa", found["rope_theta"] if keys.architecture == "olmo2" else 0.0):
         found["rope_theta_windowed"] = windowed
     kind, factor = keys.text("rope.scaling.type", "none"), keys.positive("rope.scaling.factor", 1.0)
     if kind not in ("none", "linear", "yarn", "longrope"):

@@ -61,6 +61,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family("phi3", settings=_SILU),
     "granite": Family("granite", interleaved=True, keys=_GRANITE, settings=_SILU),
     "olmo2": Family("olmo2", parts=_AFTER, settings=_SILU),
+    "olmo3": Family("olmo2", parts=_AFTER, settings=_SILU),
     "gpt_oss": Family("gpt-oss", parts=_AFTER, settings=_SILU | {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}),
 }
 """`model_type` -> family."""

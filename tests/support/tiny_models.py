@@ -60,6 +60,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3, longrope": ("Phi3Config", {"rope_parameters": _LONG, "original_max_position_embeddings": 128}),
     "granite": ("GraniteConfig", _GRANITE),
     "olmo2": ("Olmo2Config", {}),
+    "olmo3": (
+        "Olmo3Config",
+        {"sliding_window": 9, "rope_parameters": {"full_attention": _YARN, "sliding_attention": {"rope_type": "default"}}},
+    ),
     "qwen3moe": ("Qwen3MoeConfig", _EXPERTS | {"head_dim": 32, "moe_intermediate_size": 32, "norm_topk_prob": True}),
     "mixtral": ("MixtralConfig", _EXPERTS),
     "gpt-oss": ("GptOssConfig", _EXPERTS | {"head_dim": 32, "sliding_window": 9}),
