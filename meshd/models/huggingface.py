@@ -159,7 +159,8 @@ def _window(config: Config) -> dict[str, MetadataValue]:
     window: dict[str, MetadataValue] = {"attention.sliding_window": config.count("sliding_window")}
     types = config.get("layer_types")
     if types is not None:
-        if not isinstance(types, list) or len(types) != layers or not set(types) <= {"sliding_attention", "full_attention"}:
+        known = ("sliding_attention", "full_attention")
+        if not isinstance(types, list) or len(types) != layers or any(kind not in known for kind in types):
             raise ModelFileError(f"config.json can't be used: layer_types are not {layers} of sliding_attention and full_attention")
         pattern = tuple(kind == "sliding_attention" for kind in types)
         return window | {"attention.sliding_window_pattern": pattern} if any(pattern) else {}

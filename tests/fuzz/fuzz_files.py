@@ -27,6 +27,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
@@ -35,11 +36,14 @@ from hf_folders import CONFIG, save, tokenizer_json
 
 from meshd.errors import MeshdError, ModelFileError
 from meshd.kernels.quant import dequantise, load_matrix
+from meshd.models.architectures import spec_from_metadata
 from meshd.models.cards import card_from_gguf
 from meshd.models.gguf import GgufFile
-from meshd.models.gguf_header import KINDS
+from meshd.models.gguf_header import KINDS, TensorInfo
 from meshd.models.gguf_writer import GgufOut, OutTensor
+from meshd.models.huggingface import plan_import
 from meshd.models.importing import import_to
+from meshd.models.safetensors_file import SafetensorsFolder
 from meshd.models.template import template_from_gguf
 from meshd.models.tokenizer_files import tokenizer_from_gguf
 from meshd.types import ModelId
@@ -142,6 +146,26 @@ def small_folder(root: Path) -> Seeds:
     return {path.name: path.read_bytes() for path in root.iterdir()}
 
 
+_ROPE = {"rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+CONFIGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"rope_parameters": _ROPE | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+    {"rope_scaling": _ROPE | {"type": "yarn", "beta_fast": 32.0, "attention_factor": 1.0}, "model_type": "qwen3"},
+    {"rope_scaling": _ROPE | {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}, "model_type": "phi3"},
+    {"model_type": "mistral", "sliding_window": 8, "layer_types": ["sliding_attention"], "use_sliding_window": True},
+    {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32},
+    {
+        "model_type": "gemma3",
+        "text_config": {
+            **CONFIG, "query_pre_attn_scalar": 24, "sliding_window": 8, "rope_local_base_freq": 1e4, "sliding_window_pattern": 2,
+            "final_logit_softcapping": 30.0, "rope_parameters": {"sliding_attention": {"rope_theta": 1e4}},
+        },
+    },
+    {"model_type": "granite", "attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.4},
+)  # fmt: skip
+"""What config.json says otherwise, before it is mutated. Tensors of most are not there: that is found last."""
+
+
 # --- mutation ----------------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +244,25 @@ def mutate_safetensors(dice: random.Random, data: bytes) -> bytes:
     return said.to_bytes(8, "little") + header + data[8 + length :]
 
 
+_VALUES = (
+    None, -1, 0, 1, 2.5, 1e308, float("inf"), float("nan"), True, False, "x", "", [], {}, [[1]], [None], {"a": 1}, 1 << 31, 1 << 64,
+    10**400, ["full_attention"], "yarn", "gemma2", 1e-300, "full_attention", {"rope_type": ["yarn"]},
+)  # fmt: skip
+
+
+def mutate_values(dice: random.Random, config: dict[str, Any]) -> dict[str, Any]:
+    """Some values of a configuration, at any depth, become something else."""
+    changed = json.loads(json.dumps(config))
+    for _ in range(dice.choice((1, 1, 2, 3))):
+        place = changed
+        key = dice.choice(list(place))
+        while isinstance(place[key], dict | list) and place[key] and dice.random() < 0.7:
+            place = place[key]
+            key = dice.choice(list(place)) if isinstance(place, dict) else dice.randrange(len(place))
+        place[key] = dice.choice(_VALUES)
+    return changed
+
+
 def plant_nan(dice: random.Random, data: bytes) -> bytes:
     """A weight of a safetensors file that is no number, in BF16 and in F32."""
     start = 8 + int.from_bytes(data[:8], "little")
@@ -255,12 +298,14 @@ class Fuzzer:
         folder = root / "hf"
         folder.mkdir()
         self._folder, self._seeds = folder, small_folder(folder)
+        with SafetensorsFolder.open(folder) as opened:
+            self._shapes = opened.tensors
         self._gguf = small_gguf()
         self._parts = {f"m-0000{part + 1}-of-00002.gguf": small_gguf(part) for part in range(2)}
         self._target = root / "made.gguf"
         self._kinds: dict[str, tuple[int, Callable[[random.Random], Callable[[], None]]]] = {
             "gguf": (5, self._case_gguf), "safetensors": (4, self._case_safetensors), "json": (2, self._case_json),
-            "split": (1, self._case_split), "nan": (1, self._case_nan),
+            "split": (1, self._case_split), "nan": (1, self._case_nan), "plan": (2, self._case_plan),
         }  # fmt: skip
         self.told: Counter[str] = Counter()
         self._changed: set[str] = set()
@@ -325,9 +370,24 @@ class Fuzzer:
         return lambda: self._import(self._folder, quant)
 
     def _case_json(self, dice: random.Random) -> Callable[[], None]:
-        name = dice.choice([name for name in self._seeds if name.endswith(".json")])
-        self._change(name, mutate_json(dice, self._seeds[name]))
+        others = [name for name in self._seeds if name.endswith(".json")]
+        name = dice.choice(("config.json", dice.choice(others)))
+        data = self._seeds[name]
+        if name == "config.json":
+            data = json.dumps(json.loads(data) | dice.choice(CONFIGS)).encode()
+        self._change(name, mutate_json(dice, data))
         return lambda: self._import(self._folder)
+
+    def _case_plan(self, dice: random.Random) -> Callable[[], None]:
+        seed = json.loads(self._seeds["config.json"]) | dice.choice(CONFIGS)
+        config = mutate_values(dice, seed)
+
+        def use() -> None:
+            plan = plan_import(config, self._shapes)
+            infos = {tensor.name: TensorInfo("F32", tensor.shape, 0, 0) for tensor in plan.tensors}
+            spec_from_metadata("x", plan.metadata, infos)
+
+        return use
 
     def _case_split(self, dice: random.Random) -> Callable[[], None]:
         broken = dice.choice(list(self._parts))
