@@ -1,6 +1,6 @@
 """The text side of a Hugging Face folder, as metadata of the GGUF file that it becomes.
 
-    tokenizer.huggingface.json          all of tokenizer.json, as it is
+    tokenizer.huggingface.json          all of tokenizer.json, without the spaces between its items: Gemma's is 33 MB with them
     tokenizer.chat_template             from chat_template.jinja, chat_template.json or tokenizer_config.json, in this order
     tokenizer.ggml.bos_token_id         from config.json or generation_config.json
     tokenizer.ggml.eos_token_id         the first token that ends an answer, tokenizer.ggml.eot_token_id the second
@@ -19,7 +19,7 @@ from meshd.models.gguf_header import MetadataValue
 from meshd.models.json_files import read_bytes, read_json, whole_number
 
 MAX_TOKENIZER_BYTES = 48 << 20
-"""Gemma's takes 33 MB; the header that it becomes part of may have 64."""
+"""Of tokenizer.json as it lies; the header that it becomes part of may have 64."""
 MAX_TEMPLATE_BYTES = 1 << 20
 _MAX_TOKEN_ID = (1 << 31) - 1
 TEXT_FILES = (
@@ -78,7 +78,8 @@ def _tokenizer(folder: Path) -> tuple[str, list[_Added]]:
         raise ModelFileError(f"{folder} can't be used: it has no tokenizer.json{beside}", hint=hint)
     data = read_bytes(path, most_bytes=MAX_TOKENIZER_BYTES)
     try:
-        return data.decode(), msgspec.json.decode(data, type=_Tokenizer).added_tokens
+        added = msgspec.json.decode(data, type=_Tokenizer).added_tokens
+        return msgspec.json.format(data, indent=-1).decode(), added
     except (UnicodeDecodeError, msgspec.DecodeError, RecursionError) as error:
         raise ModelFileError(f"{path} can't be used: {error}", hint="the file is damaged: fetch it again") from error
 

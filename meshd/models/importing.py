@@ -101,9 +101,9 @@ def _converted(
 
 def _kind_for(name: str, shape: tuple[int, ...], given: str, quant: str | None) -> str:
     """The kind that a dense tensor gets."""
-    if len(shape) < 2 or name.endswith(_ROUTER):
+    if len(shape) < 2 or name.endswith(_ROUTER) or not name.endswith(".weight"):
         return "F32"
-    if quant is None or shape[-1] % BLOCK or not name.endswith(".weight"):
+    if quant is None or shape[-1] % BLOCK:
         return given
     return QUANTS["q8"] if name in _FINE else QUANTS[quant]
 

@@ -11,6 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import tokenizers
 from hf_folders import CONFIG, FFN, HEADS, HIDDEN, KV_HEADS, VOCAB, save, weights, write_folder
 from tiny_gguf import write_gguf as write_with_library
 
@@ -76,7 +77,9 @@ def test_a_folder_becomes_a_file_that_others_read_too(tmp_path: Path, dtype: str
     for name, (kind, values) in tensors.items():
         assert kind == (dtype if wanted[name].ndim == 2 else "F32")
         np.testing.assert_array_equal(values.reshape(wanted[name].shape), wanted[name])
-    assert reader.get_field("tokenizer.huggingface.json").contents() == (folder / "tokenizer.json").read_text()
+    tokenizer = reader.get_field("tokenizer.huggingface.json").contents()
+    assert json.loads(tokenizer) == json.loads((folder / "tokenizer.json").read_text())
+    assert tokenizers.Tokenizer.from_str(tokenizer).encode("AB").tokens == ["A", "B"]
     assert reader.get_field("llama.rope.freq_base").contents() == 10000.0
     with GgufFile.open(target) as file:
         text = {key: file.metadata[key] for key in file.metadata if "token" in key and "json" not in key}
