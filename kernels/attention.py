@@ -53,14 +53,18 @@ def attend_part(q: F32, k: F32, v: F32, first: int | None = None, rule: Attentio
 def attend(q: F32, k: F32, v: F32, first: int, rule: AttentionRule = PLAIN) -> F32:
     """`attend_part` over all keys up to each token, sinks included, without its lse."""
     runs = [_run(*run, rule) for run in _runs(q, k, v, first, rule.window)]
-    if rule.sinks is not None:
-        runs = [(with_sinks(o, lse, rule.sinks), lse) for o, lse in runs]
-    return _joined([o for o, _ in runs])
+    o = _joined([o for o, _ in runs])
+    return o if rule.sinks is None else with_sinks((o, _joined([lse for _, lse in runs])), rule.sinks)
 
 
-def with_sinks(o: torch.Tensor, lse: torch.Tensor, sinks: F32) -> torch.Tensor:
-    """What is left of a whole attention's `o` when each head's sink has had its share."""
-    return o * torch.sigmoid(lse - to_tensor(sinks))[..., None]
+def with_sinks(part: Part, sinks: F32) -> F32:
+    """What is left of a whole attention's o when each head's sink `[heads]` has had its share.
+
+    numpy's exponential, unlike torch's, gives a number the same bits wherever it lies in its array.
+    """
+    o, lse = part
+    left: F32 = o / (1 + np.exp(sinks - lse))[..., None]
+    return left
 
 
 def _runs(q: F32, k: F32, v: F32, first: int | None, window: int) -> list[tuple[F32, F32, F32, int | None]]:

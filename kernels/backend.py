@@ -158,8 +158,12 @@ class Backend(Protocol):
         ...
 
 
+EXACT = "-exact"
+"""After a backend's name: with activations in full precision. `torch` always has them."""
+
+
 def available_backends() -> tuple[str, ...]:
-    """Those whose library is installed, fastest first. Imports none of them."""
+    """Those whose library is installed, fastest first, without exact forms. Imports none of them."""
     from importlib.util import find_spec
 
     libraries = {"onnxruntime": ("onnxruntime", "onnx", "torch"), "torch": ("torch",)}
@@ -173,7 +177,8 @@ def make_backend(name: str, threads: int) -> Backend:
     """
     if threads < 1:
         raise ConfigError(f"{threads} threads can't compute: at least one is needed", hint="set --threads to 1 or more")
-    if name not in available_backends():
+    plain = name.removesuffix(EXACT) if name == f"onnxruntime{EXACT}" else name
+    if plain not in available_backends():
         known = ", ".join(available_backends()) or "none"
         raise ConfigError(f"no backend {name!r} here: installed are {known}", hint="choose one of them, or install its library")
     if name == "torch":
@@ -182,4 +187,4 @@ def make_backend(name: str, threads: int) -> Backend:
         return TorchBackend(threads)
     from meshd.kernels.ort_backend import OrtBackend
 
-    return OrtBackend(threads)
+    return OrtBackend(threads, exact=name != plain)

@@ -15,7 +15,6 @@ Every weight is kept exactly but for the shift `minimum + middle * scale`, which
 the group's codes can express at most, since the shift itself is one of those weights. F32, F16 and BF16 are views of the file.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,17 +69,6 @@ class DenseMatrix:
 
 
 Matrix = BlockMatrix | DenseMatrix
-
-
-def stack(matrices: Sequence[Matrix]) -> tuple[Matrix, ...]:
-    """Matrices under one another: one copy if all are quantised and alike, else they stay as they are. See `load_stacked`."""
-    alike = [m for m in matrices if isinstance(m, BlockMatrix)]
-    if len(alike) < len(matrices) or len({(m.bits, m.block, m.shift is None, m.shape[1]) for m in alike}) > 1:
-        return tuple(matrices)
-    first = alike[0]
-    shift = None if first.shift is None else np.concatenate([m.shift for m in alike if m.shift is not None])
-    codes, scale = np.concatenate([m.codes for m in alike]), np.concatenate([m.scale for m in alike])
-    return (BlockMatrix(first.bits, first.block, codes, scale, shift),)
 
 
 def unpack_codes(matrix: BlockMatrix) -> U8:

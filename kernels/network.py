@@ -7,7 +7,7 @@ import numpy as np
 
 from meshd.errors import ModelFileError
 from meshd.kernels.backend import AttentionRule, WeightSource
-from meshd.kernels.quant import F32, Matrix, dequantise, load_matrix, stack
+from meshd.kernels.quant import F32, Matrix, check_finite, dequantise, expert, load_matrix, load_stacked
 from meshd.kernels.rope import Rope, rope_of
 from meshd.kernels.workers import Workers
 from meshd.tensors import ROPE_FACTORS, tensor_shape
@@ -82,7 +82,9 @@ class NetworkWeights:
 
     def embedding(self) -> Tensor:
         """`[vocab, hidden]`, as it lies in the file."""
-        return self._tensor("token_embd.weight")
+        table = self._tensor("token_embd.weight")
+        check_finite(table)
+        return table
 
     def norm(self, layer: int, name: str) -> F32:
         """`attn_norm`, `post_ffw_norm` and so on."""
@@ -121,10 +123,10 @@ class NetworkWeights:
         tensors = {part: self._tensor(f"blk.{layer}.{name}.weight") for part, name in names.items()}
         biases = {part: self._vector(f"blk.{layer}.{name}.bias") for part, name in names.items() if name in self.spec.biases}
         for index in range(self.spec.experts):
-            gate, up, down = (load_matrix(_expert(tensors[part], index)) for part in names)
+            gate, up, down = (expert(tensors[part], index) for part in names)
             wide = np.concatenate([biases["gate"][index], biases["up"][index]]) if "gate" in biases else None
             narrow = biases["down"][index].copy() if "down" in biases else None
-            yield Expert(Linear(stack([gate, up]), wide), Linear((down,), narrow))
+            yield Expert(Linear(load_stacked([gate, up]), wide), Linear((load_matrix(down),), narrow))
 
     def output_norm(self) -> F32:
         return self._vector("output_norm.weight")
@@ -135,7 +137,7 @@ class NetworkWeights:
 
     def _linear(self, layer: int, *names: str) -> Linear:
         """Projections under one another."""
-        matrices = stack([load_matrix(self._tensor(f"blk.{layer}.{name}.weight")) for name in names])
+        matrices = load_stacked([self._tensor(f"blk.{layer}.{name}.weight") for name in names])
         if not set(names) & set(self.spec.biases):
             return Linear(matrices)
         parts = [
@@ -157,10 +159,10 @@ class NetworkWeights:
         return dequantise(self._tensor(name)).copy()
 
 
-def mixed_experts(x: F32, scores: F32, used: int, expert: Callable[[int, F32], F32], workers: Workers | None = None) -> F32:
+def mixed_experts(x: F32, scores: F32, used: int, mlp: Callable[[int, F32], F32], workers: Workers | None = None) -> F32:
     """What experts make of `x` `[tokens, hidden]`: the mean over each token's `used` best by the softmax of their scores.
 
-    `scores` is `[tokens, experts]`. `expert` computes one expert's MLP over the rows that chose it; `workers` compute several at
+    `scores` is `[tokens, experts]`. `mlp` computes one expert's over the rows that chose it; `workers` compute several at
     once. A token's bits do not depend on who else is there: its terms are added in the order of its own choice.
     """
     chosen = np.argsort(-scores, axis=1, kind="stable")[:, :used]
@@ -171,7 +173,7 @@ def mixed_experts(x: F32, scores: F32, used: int, expert: Callable[[int, F32], F
 
     def fill(index: int) -> None:
         rows, places = np.nonzero(chosen == index)
-        terms[places, rows] = expert(index, x[rows])
+        terms[places, rows] = mlp(index, x[rows])
 
     indices = [int(index) for index in np.unique(chosen)]
     if workers is None:
@@ -183,9 +185,3 @@ def mixed_experts(x: F32, scores: F32, used: int, expert: Callable[[int, F32], F
     for place in range(1, used):
         out += terms[place] * shares[:, place : place + 1]
     return out
-
-
-def _expert(tensor: Tensor, index: int) -> Tensor:
-    """One matrix of `[experts, rows, columns]`, where it lies."""
-    size = len(tensor.data) // tensor.shape[0]
-    return Tensor(tensor.name, tensor.kind, tensor.shape[1:], tensor.data[index * size : (index + 1) * size])

@@ -17,7 +17,7 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 
 from meshd.errors import LocalFault
 from meshd.kernels.attention import LocalAttention
-from meshd.kernels.backend import F32, Positions, Progress, Projected, WeightSource
+from meshd.kernels.backend import EXACT, F32, Positions, Progress, Projected, WeightSource
 from meshd.kernels.forward import CutStage
 from meshd.kernels.heap import return_freed_memory
 from meshd.kernels.network import NetworkWeights, mixed_experts
@@ -217,10 +217,9 @@ class OrtLayers:
 class OrtBackend:
     """onnxruntime on the CPU."""
 
-    name = "onnxruntime"
-
     def __init__(self, threads: int, *, exact: bool = False) -> None:
         """`exact`: activations stay float32 in products, which is several times slower."""
+        self.name = f"onnxruntime{EXACT}" if exact else "onnxruntime"
         self.threads = threads
         self._accuracy = ACCURACY_F32 if exact else ACCURACY_INT8
         self._workers = Workers(threads)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from meshd.errors import ModelFileError
 from meshd.kernels.blocks import BLOCK_KINDS, F32, U8, BlockKind
-from meshd.kernels.matrix import BlockMatrix, DenseMatrix, Matrix, stack, unpack_codes
+from meshd.kernels.matrix import BlockMatrix, DenseMatrix, Matrix, unpack_codes
 from meshd.types import Tensor
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "load_stacked",
     "loaded_bytes",
     "parts",
-    "stack",
     "unpack_codes",
     "widen_bf16",
 ]

@@ -35,6 +35,9 @@ RawValue = str | Sequence[str]
 """As flags, environment and file give it: text, or a list of texts for a setting that may be repeated."""
 
 
+EXACT_BACKEND = "onnxruntime-exact"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """One peer's settings, resolved; `SETTINGS` says what each one is."""
@@ -52,6 +55,8 @@ class Config:
     threads: int
     """0: one for each core that this process may use."""
     backend: str
+    exact: bool
+    """Activations stay in full precision."""
     models: tuple[str, ...]
     """References to have placed from the start."""
     roles: tuple[str, ...]
@@ -69,6 +74,12 @@ class Config:
     pypi_index: str
     log_level: str
     log_format: str
+
+
+    @property
+    def wanted_backend(self) -> str:
+        """The kernels' name of it: torch is exact as it is."""
+        return EXACT_BACKEND if self.exact and self.backend != "torch" else self.backend
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,6 +323,14 @@ SETTINGS: tuple[Setting, ...] = (
         parse=choice("auto", "torch", "onnxruntime"),
         default="auto",
         help="auto (the fastest that the probe finds), torch or onnxruntime",
+    ),
+    Setting(
+        name="exact",
+        metavar="on|off",
+        parse=parse_switch,
+        switch=True,
+        default=False,
+        help="compute with activations in full precision, several times slower; for all peers of a cluster or none",
     ),
     Setting(
         name="model",

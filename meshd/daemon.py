@@ -102,7 +102,7 @@ async def run_daemon(
             config.cache,
             clock=clock,
             threads=config.threads,
-            backend=config.backend,
+            backend=config.wanted_backend,
             memory_cap_bytes=config.memory_bytes,
             roles=config.roles,
             progress=on_progress,

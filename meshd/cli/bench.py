@@ -20,7 +20,7 @@ EXAMPLE = "meshd bench --threads 2\n  meshd bench --mesh"
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("--mesh", action="store_true", help="have the daemon measure its link to every peer instead")
     parser.add_argument("--cached", action="store_true", help="show what was measured before, if it still holds")
-    add_settings(parser, ("threads", "backend", "memory", "cache"))
+    add_settings(parser, ("threads", "backend", "exact", "memory", "cache"))
     add_json(parser)
     add_client(parser)
 
@@ -49,7 +49,7 @@ def measure(config: Config, *, refresh: bool = False) -> "ProbeResult":
                 config.cache,
                 clock=SystemClock(),
                 threads=config.threads,
-                backend=config.backend,
+                backend=config.wanted_backend,
                 memory_cap_bytes=config.memory_bytes,
                 refresh=refresh,
                 progress=measuring,

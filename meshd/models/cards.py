@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from meshd.errors import ModelFileError
 from meshd.models.architectures import spec_from_metadata
 from meshd.models.gguf import GgufFile, MetadataValue, TensorInfo
+from meshd.models.tokenizer_document import huggingface_json
 from meshd.tensors import EXPERT_PROJECTIONS, ROPE_FACTORS, UNUSED, border_shapes, layer_shapes, rope_shape
 from meshd.types import ModelCard, ModelId, ModelSpec
 
@@ -47,12 +48,15 @@ def card_from_gguf(file: GgufFile, *, name: str, ref: str, model_id: ModelId, cr
 
 
 def end_of_sequence(metadata: Mapping[str, MetadataValue]) -> tuple[int, ...]:
-    """Token ids that end an answer, in order."""
+    """Token ids that end an answer, in order. Raises: ModelFileError for a `tokenizer.json` that can't be read."""
+    found = {value for key in _END_KEYS if isinstance(value := metadata.get(f"tokenizer.ggml.{key}"), int)}
+    listed = metadata.get("meshd.eos_token_ids")
+    if isinstance(listed, tuple):  # of a folder, whose import has looked for all of them
+        return tuple(sorted(found.union(value for value in listed if isinstance(value, int))))
+    if (document := huggingface_json(metadata)) is not None:
+        return tuple(sorted(found.union(token.id for token in document.added if token.special and token.content in END_OF_ANSWER)))
     tokens = metadata.get("tokenizer.ggml.tokens", ())
     types = metadata.get("tokenizer.ggml.token_type", ())
-    found = {value for key in _END_KEYS if isinstance(value := metadata.get(f"tokenizer.ggml.{key}"), int)}
-    listed = metadata.get("meshd.eos_token_ids", ())
-    found.update(value for value in (listed if isinstance(listed, tuple) else ()) if isinstance(value, int))
     if isinstance(tokens, tuple) and isinstance(types, tuple):
         pairs = enumerate(zip(tokens, types, strict=False))
         found.update(index for index, (token, kind) in pairs if kind == CONTROL_TOKEN and token in END_OF_ANSWER)

@@ -117,7 +117,7 @@ def plan_import(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, Shap
         raise ModelFileError(f"the model can't be imported: its model_type {str(kind)[:80]!r} is not among {known}")
     for key, expected in family.settings.items():
         if config.get(key, expected) not in (expected, None):
-            raise ModelFileError(f"the model can't be imported: {key} is {str(config[key])[:80]}, not {expected} as is known for {kind}")
+            raise ModelFileError(f"the model can't be imported: {key} is {str(config[key])[:80]}, known is only {expected}")
     checked = Config(config)
     metadata, extra = _metadata(checked, family)
     return ImportPlan(metadata, (*_Namer(family, checked).named(tensors), *extra))

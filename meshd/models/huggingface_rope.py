@@ -50,7 +50,7 @@ def rope_import(config: Config, head_dim: int) -> tuple[Keys, tuple[ImportTensor
         factors = {length: scaling.numbers(f"{length}_factor", turned // 2) for length in ("short", "long")}
         tensors = tuple(_factors(f"rope_factors_{length}.weight", values) for length, values in factors.items())
         return keys | {"rope.scaling.type": "longrope"}, tensors
-    raise ModelFileError(f"the model can't be imported: rope scaling {str(kind)[:40]!r} is not among linear, llama3, yarn, longrope")
+    raise ModelFileError(f"the model can't be imported: rope scaling {str(kind)[:40]!r} is none of linear, llama3, yarn, longrope")
 
 
 def _attention_factor(scaling: Config, usual: float) -> float:
@@ -67,7 +67,7 @@ def _factors(name: str, values: tuple[float, ...]) -> ImportTensor:
 
 
 def _llama3(scaling: Config, turned: int, theta: float) -> tuple[float, ...]:
-    """What divides each frequency: slow ones by the factor, fast ones by 1 (Llama 3.1, `transformers`' `modeling_rope_utils.py`)."""
+    """What divides each frequency: the factor for slow ones, 1 for fast ones (Llama 3.1, after `transformers`)."""
     factor, context = scaling.number("factor"), scaling.number("original_max_position_embeddings", 8192)
     low, high = scaling.number("low_freq_factor", 1.0), scaling.number("high_freq_factor", 4.0)
     if low >= high:

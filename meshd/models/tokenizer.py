@@ -1,27 +1,16 @@
-"""Text to token ids and back, for byte-level BPE vocabularies (GPT-2's kind, which Llama 3, Qwen and SmolLM share)."""
+"""Text to token ids and back, for byte-level BPE (GPT-2's kind: Llama 3, Qwen, SmolLM) and SentencePiece BPE (Llama 2, Gemma)."""
 
 import codecs
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import tokenizers
 
 from meshd.errors import InvalidRequest
+from meshd.models.control import ControlTokens, unused_character
+from meshd.models.spelling import byte_level
 from meshd.models.template import ChatTemplate, Message
-
-_NONCHARACTERS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))
-"""Unicode keeps these for use inside a program; no text has a meaning for them."""
-
-
-def _byte_of() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable ones as themselves, the others as the characters from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_of()
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +18,16 @@ class Vocabulary:
     """Tokens by id, and which of them are no ordinary text."""
 
     tokens: Sequence[str]
-    """As the vocabulary spells them: one character per byte."""
+    """As the vocabulary spells them."""
     control: Mapping[str, int]
     """Tokens that steer the model; text never becomes one unless it is asked to."""
-    verbatim: frozenset[int]
-    """Tokens spelt as they read: the control tokens, and those that the model's makers added."""
+    verbatim: frozenset[int] = frozenset()
+    """Tokens spelt as they read, whatever `spelling` says."""
+    spelling: Callable[[str], bytes] = byte_level
+    takes_left: frozenset[str] = frozenset()
+    """Control tokens that swallow the white space before them."""
+    takes_right: frozenset[str] = frozenset()
+    """Control tokens that swallow the white space after them."""
 
 
 class Tokenizer:
@@ -44,21 +38,30 @@ class Tokenizer:
         bpe: tokenizers.Tokenizer,
         vocabulary: Vocabulary,
         *,
+        later: tokenizers.Tokenizer | None = None,
         bos: int | None = None,
         eos: int | None = None,
         prefix: tuple[int, ...] = (),
         suffix: tuple[int, ...] = (),
+        leading_space: bool = False,
     ) -> None:
-        """`bpe` splits plain text and must not know control tokens; `prefix` and `suffix` are what `add_special` adds."""
+        """`bpe` splits plain text and must not know control tokens.
+
+        `later` does so for text after a control token, where that differs. `prefix` and `suffix` are what `add_special` adds.
+        `leading_space`: `bpe` puts a space before a text, so that `decode` takes one away.
+        """
         self._bpe = bpe
+        self._later = later or bpe
         self._vocabulary = vocabulary
         self._control_ids = frozenset(vocabulary.control.values())
-        longest_first = sorted(vocabulary.control, key=len, reverse=True)
-        self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._control = ControlTokens(
+            vocabulary.control, takes_left=vocabulary.takes_left, takes_right=vocabulary.takes_right
+        )
         self.bos = bos
         self.eos = eos
         self._prefix = prefix
         self._suffix = suffix
+        self.leading_space = leading_space
 
     def __len__(self) -> int:
         """How many token ids there are."""
@@ -69,73 +72,92 @@ class Tokenizer:
 
         `add_special` puts what the model expects around a text (often BOS, often nothing). With `parse_special`, control tokens
         spelt out in the text become themselves; otherwise they are text like any other. Raises: InvalidRequest for text that
-        UTF-8 can't hold (a lone surrogate).
+        UTF-8 can't hold (a lone surrogate), and for what the vocabulary's patterns can't cut.
         """
-        ids = list(self._encode_parts(text)) if parse_special else self._encode_plain(text)
+        ids = list(self._encode_parts(text)) if parse_special else self._encode_plain(text, self._bpe)
         return [*self._prefix, *ids, *self._suffix] if add_special else ids
 
-    def encode_chat(self, template: ChatTemplate, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation. Control tokens come from the template alone: those that a message spells out stay text.
+    def encode_chat(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[int]:
+        """Token ids of a conversation. Control tokens come from the template alone: those that its input spells out stay text.
 
-        In each message a character that no text uses is put inside every such spelling, so that it is not found in the rendered
-        prompt, and taken out again before the text around it is encoded. Raises: InvalidRequest.
+        In every text of the input, however deep, a character that no text uses is put inside each such spelling, so that it is
+        not found in the rendered prompt, and taken out again before the text around it is encoded. Raises: InvalidRequest.
         """
-        guard = _unused(messages)
-        guarded = [{key: self._guarded(value, guard) for key, value in message.items()} for message in messages]
-        prompt = template.render(guarded, add_generation_prompt=add_generation_prompt)
+        given = (list(messages), None if tools is None else list(tools), variables)
+        guard = unused_character(given)
+        turns, functions, others = self._control.broken(given, guard)
+        prompt = template.render(turns, tools=functions, add_generation_prompt=add_generation_prompt, **others)
         return list(self._encode_parts(prompt, guard))
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """The text of tokens; bytes that are no UTF-8 are shown as U+FFFD."""
-        return b"".join(self.shown_bytes(id_, skip_special) for id_ in ids).decode("utf-8", errors="replace")
+        text = b"".join(self.shown_bytes(id_, skip_special) for id_ in ids).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self.leading_space else text
 
     def token_bytes(self, id_: int) -> bytes:
         """What a token stands for: often no whole character. A control token's is its name; an unknown id's is empty."""
         if not 0 <= id_ < len(self._vocabulary.tokens):
             return b""
         token = self._vocabulary.tokens[id_]
-        if id_ in self._vocabulary.verbatim:
-            return token.encode()
-        return b"".join(_spelt(character) for character in token)
+        return token.encode() if id_ in self._vocabulary.verbatim else self._vocabulary.spelling(token)
 
     def is_control(self, id_: int) -> bool:
         """Whether a token steers the model rather than standing for text."""
         return id_ in self._control_ids
 
-    def stream(self, *, skip_special: bool = True) -> "StreamDecoder":
-        """A decoder for one answer's tokens as they come."""
-        return StreamDecoder(self, skip_special)
+    def stream(self, *, skip_special: bool = True, after: int | None = None) -> "StreamDecoder":
+        """A decoder for one answer's tokens as they come.
+
+        `after` is the token before the answer. Where that is text, the answer goes on with it: a space that it begins with
+        parts two words, and is kept. Otherwise what is streamed is what `decode` gives.
+        """
+        goes_on = after is not None and not self.is_control(after)
+        return StreamDecoder(self, skip_special, takes_space=self.leading_space and not goes_on)
 
     def shown_bytes(self, id_: int, skip_special: bool) -> bytes:
         """What a reader is to see of a token."""
         return b"" if skip_special and id_ in self._control_ids else self.token_bytes(id_)
 
-    def _encode_plain(self, text: str) -> list[int]:
+    def _encode_plain(self, text: str, bpe: tokenizers.Tokenizer) -> list[int]:
+        if not text:
+            return []
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"the text can't be encoded: {error.reason} at character {error.start}") from error
-        return self._bpe.encode(text, add_special_tokens=False).ids
+        try:
+            return bpe.encode(text, add_special_tokens=False).ids
+        except BaseException as error:
+            if not is_library_error(error):
+                raise
+            raise InvalidRequest(f"the text can't be encoded: the tokenizer's patterns fail on it ({error})") from error
 
     def _encode_parts(self, text: str, guard: str = "") -> Iterator[int]:
         """Control tokens as themselves, what lies between them as plain text without the guard."""
-        position = 0
-        for match in self._control_pattern.finditer(text):
-            yield from self._encode_plain(_without(text[position : match.start()], guard))
-            yield self._vocabulary.control[match[0]]
-            position = match.end()
-        yield from self._encode_plain(_without(text[position:], guard))
-
-    def _guarded(self, text: str, guard: str) -> str:
-        return self._control_pattern.sub(lambda match: match[0][:1] + guard + match[0][1:], text)
+        position, bpe = 0, self._bpe
+        for found in self._control.find(text):
+            yield from self._encode_plain(_without(text[position : found.start], guard), bpe)
+            yield self._vocabulary.control[found.token]
+            position, bpe = found.end, self._later
+        yield from self._encode_plain(_without(text[position:], guard), bpe)
 
 
 class StreamDecoder:
     """Turns one answer's tokens into text of whole characters."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool, *, takes_space: bool = False) -> None:
+        """`takes_space`: a space that the text begins with is not shown."""
         self._tokenizer = tokenizer
         self._skip_special = skip_special
+        self._takes_space = takes_space
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, id_: int) -> str:
@@ -143,7 +165,11 @@ class StreamDecoder:
 
         Bytes that can't begin or continue any character become U+FFFD, as in `Tokenizer.decode`.
         """
-        return self._decoder.decode(self._tokenizer.shown_bytes(id_, self._skip_special))
+        text = self._decoder.decode(self._tokenizer.shown_bytes(id_, self._skip_special))
+        if text and self._takes_space:
+            self._takes_space = False
+            return text.removeprefix(" ")
+        return text
 
     def flush(self) -> str:
         """Ends the answer. A character that its end cut in pieces is dropped, so that nothing broken is shown."""
@@ -151,18 +177,9 @@ class StreamDecoder:
         return ""
 
 
-def _spelt(character: str) -> bytes:
-    byte = _BYTE_OF.get(character)
-    return character.encode() if byte is None else bytes((byte,))
-
-
-def _unused(messages: Sequence[Message]) -> str:
-    """A character that is in no message."""
-    used = set().union(*(value for message in messages for value in message.values()))
-    guard = next((character for character in _NONCHARACTERS if character not in used), None)
-    if guard is None:
-        raise InvalidRequest("the messages can't be encoded: they use every one of Unicode's noncharacters", param="messages")
-    return guard
+def is_library_error(error: BaseException) -> bool:
+    """Whether the tokenizers library raised it: that knows bare Exception, and panics that are no Exception at all."""
+    return isinstance(error, Exception) or type(error).__module__.startswith("pyo3")
 
 
 def _without(text: str, guard: str) -> str:

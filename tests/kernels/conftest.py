@@ -6,15 +6,15 @@ import pytest
 from tiny_llama import TinyLlama, tiny_spec
 
 from meshd.config import Settings
-from meshd.kernels.backend import Backend, LoadedLayers, available_backends, make_backend
+from meshd.kernels.backend import EXACT, Backend, LoadedLayers, available_backends, make_backend
 from meshd.models.gguf import GgufFile
 from meshd.models.store import Store
 from meshd.types import LayerRange
 
 
-@pytest.fixture(scope="session", params=["torch", "onnxruntime"])
+@pytest.fixture(scope="session", params=["torch", "onnxruntime", "onnxruntime-exact"])
 def backend(request: pytest.FixtureRequest) -> Backend:
-    assert request.param in available_backends()
+    assert request.param.removesuffix(EXACT) in available_backends()
     return make_backend(request.param, threads=2)
 
 

@@ -1,6 +1,7 @@
 """The fast forms against the plain ones, and parts against the whole."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ from hypothesis import strategies as st
 from tiny_llama import tiny_spec
 
 from meshd.kernels import attention, reference
-from meshd.kernels.attention import LocalAttention, attend_part, merge
-from meshd.kernels.backend import Projected, Segment
+from meshd.kernels.attention import LocalAttention, attend, attend_part, merge, with_sinks
+from meshd.kernels.backend import PLAIN, AttentionRule, Projected, Segment
 from meshd.kernels.kv import KVPool
 from meshd.kernels.workers import Workers
 from meshd.types import LayerRange
@@ -48,6 +49,53 @@ def test_a_chunk_sees_the_past_and_itself_up_to_each_token(shape: tuple[int, int
     np.testing.assert_allclose(attend_part(q, k, v, past)[0], reference.attend_part(q, k, v, mask)[0], **TOLERANCE)
 
 
+rules = st.builds(
+    AttentionRule,
+    scale=st.sampled_from([None, 0.3]),
+    window=st.sampled_from([0, 1, 5, 32, 33, 60]),
+    soft_cap=st.sampled_from([0.0, 3.0]),
+)
+
+
+def plain(q: np.ndarray, k: np.ndarray, v: np.ndarray, first: int, rule: AttentionRule) -> attention.Part:
+    """Token i stands at key first + i."""
+    at, keys = first + np.arange(len(q))[:, None], np.arange(len(k))
+    mask = (keys <= at) & ((keys > at - rule.window) | (rule.window == 0))
+    return reference.attend_part(q, k, v, mask, scale=rule.scale, soft_cap=rule.soft_cap)
+
+
+@given(shape=shapes, first=st.integers(-20, 90), keys=st.integers(0, 70), rule=rules, seed=st.integers(0, 99))
+@settings(deadline=None)
+def test_a_part_by_any_rule_is_the_plain_form(
+    shape: tuple[int, int, int, int], first: int, keys: int, rule: AttentionRule, seed: int
+) -> None:
+    """Also one that lies before the tokens' windows, or behind the tokens."""
+    q, k, v = made_qkv(seed, shape, keys)
+    for got, right in zip(attend_part(q, k, v, first, rule), plain(q, k, v, first, rule), strict=True):
+        np.testing.assert_allclose(got, right, **TOLERANCE)
+
+
+@given(shape=shapes, cuts=st.lists(st.integers(0, 60), max_size=4), head=st.integers(0, 3), rule=rules, seed=st.integers(0, 99))
+@settings(deadline=None)
+def test_any_split_of_heads_and_tokens_is_the_whole(
+    shape: tuple[int, int, int, int], cuts: list[int], head: int, rule: AttentionRule, seed: int
+) -> None:
+    tokens, kv_heads, group, _ = shape
+    q, k, v = made_qkv(seed, shape, 60)
+    first, head = 60 - tokens, min(head, kv_heads)
+    sinks = made(seed + 3, kv_heads * group)
+
+    def heads(a: int, b: int) -> np.ndarray:
+        own = q[:, a * group : b * group]
+        parts = [attend_part(own, k[c:d, a:b], v[c:d, a:b], first - c, rule) for c, d in itertools.pairwise([0, *sorted(cuts), 60])]
+        return with_sinks(merge(parts), sinks[a * group : b * group])
+
+    split = np.concatenate([heads(a, b) for a, b in ((0, head), (head, kv_heads)) if a < b], axis=1)
+    np.testing.assert_allclose(split, attend(q, k, v, first, replace(rule, sinks=sinks)), **TOLERANCE)
+    o, lse = plain(q, k, v, first, rule)
+    np.testing.assert_allclose(split, o * np.exp(lse - np.logaddexp(lse, sinks))[..., None], **TOLERANCE)
+
+
 @given(shape=shapes, cuts=st.lists(st.integers(0, 60), max_size=5), seed=st.integers(0, 99))
 @settings(deadline=None)
 def test_any_split_of_the_keys_merges_to_the_whole(shape: tuple[int, int, int, int], cuts: list[int], seed: int) -> None:
@@ -68,10 +116,11 @@ def test_any_split_of_the_keys_merges_to_the_whole(shape: tuple[int, int, int, i
 def test_a_token_has_the_same_bits_in_any_chunk(kv_heads: int, group: int, head_dim: int) -> None:
     tokens = 150
     q, k, v = made_qkv(5, (tokens, kv_heads, group, head_dim), 640)
-    whole = attend_part(q, k, v, 450)[0]
-    for size in (1, 2, 7, 11, 32, 64):
-        chunks = [attend_part(q[i : i + size], k, v, 450 + i)[0] for i in range(0, tokens, size)]
-        assert np.concatenate(chunks).tobytes() == whole.tobytes()
+    for rule in (PLAIN, AttentionRule(window=50), AttentionRule(window=64, soft_cap=5.0, sinks=made(8, kv_heads * group))):
+        whole = attend(q, k, v, 450, rule)
+        for size in (1, 2, 7, 11, 32, 64):
+            chunks = [attend(q[i : i + size], k, v, 450 + i, rule) for i in range(0, tokens, size)]
+            assert np.concatenate(chunks).tobytes() == whole.tobytes()
 
 
 def test_nothing_to_see_is_no_weight() -> None:

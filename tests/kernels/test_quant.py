@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 
 from meshd.errors import ModelFileError
 from meshd.kernels.blocks import BLOCK_KINDS
+from meshd.kernels.network import Linear
 from meshd.kernels.ort_backend import open_session
 from meshd.kernels.ort_graph import MS, Graph, Piece
 from meshd.kernels.quant import (
@@ -26,7 +27,6 @@ from meshd.kernels.quant import (
     load_matrix,
     load_stacked,
     loaded_bytes,
-    stack,
     unpack_codes,
     widen_bf16,
 )
@@ -87,12 +87,8 @@ def values_of(matrix: Matrix) -> np.ndarray:
 
 def ort_product(matrices: tuple[Matrix, ...], x: np.ndarray, level: int) -> np.ndarray:
     """`x @ w.T` by the graph of the onnxruntime backend, with int8 (4) or float32 (1) activations."""
-    graph = Graph()
-    graph.node("Identity", graph.product("x", matrices), outputs=("y",))
-    for node in graph.nodes:
-        for attribute in node.attribute:
-            if node.domain == MS and attribute.name == "accuracy_level":
-                attribute.i = level
+    graph = Graph(level)
+    graph.node("Identity", graph.product("x", Linear(matrices)), outputs=("y",))
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tokens", None]) for name in ("x", "y")]
     body = helper.make_graph(graph.nodes, "product", values[:1], values[1:], graph.constants)
     model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid(MS, 1)], ir_version=9)
@@ -151,7 +147,7 @@ def test_both_backends_products_are_right(kind: str) -> None:
     right = x.astype(np.float64) @ values.T.astype(np.float64)
     spread = abs(x).astype(np.float64) @ abs(values.T).astype(np.float64)
     slack = 1e-5 * spread
-    assert (abs(make_product((matrix,), Workers(1))(torch.from_numpy(x)).numpy() - right) <= slack).all()
+    assert (abs(make_product(Linear((matrix,)), Workers(1))(torch.from_numpy(x)).numpy() - right) <= slack).all()
     assert (abs(ort_product((matrix,), x, 1) - right) <= slack).all()
     if isinstance(matrix, BlockMatrix):
         rounded = ort_product((matrix,), x, 4)
@@ -168,7 +164,7 @@ def test_products_of_unlike_matrices_are_laid_end_to_end() -> None:
     assert len(matrices) == 3
     x = np.random.default_rng(1).standard_normal((2, COLUMNS), dtype=np.float32)
     right = x @ np.concatenate(values).T
-    np.testing.assert_allclose(make_product(matrices, Workers(1))(torch.from_numpy(x)).numpy(), right, rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(make_product(Linear(matrices), Workers(1))(torch.from_numpy(x)).numpy(), right, rtol=1e-4, atol=1e-2)
     np.testing.assert_allclose(ort_product(matrices, x, 1), right, rtol=1e-4, atol=1e-2)
 
 
@@ -176,16 +172,12 @@ def test_products_of_unlike_matrices_are_laid_end_to_end() -> None:
 def test_matrices_of_one_form_become_one(kinds: tuple[str, ...]) -> None:
     tensors, values = zip(*(random_tensor(kind, rows=2 + at) for at, kind in enumerate(kinds)), strict=True)
     (loaded,) = load_stacked(tensors)
-    (stacked,) = stack([load_matrix(tensor) for tensor in tensors])
-    for matrix in (loaded, stacked):
-        np.testing.assert_allclose(values_of(matrix), np.concatenate(values), rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(values_of(loaded), np.concatenate(values), rtol=1e-5, atol=1e-3)
 
 
 def test_unlike_matrices_stay_apart() -> None:
     tensors = [random_tensor(kind)[0] for kind in ("Q4_1", "Q4_0", "F16")]
-    matrices = [load_matrix(tensor) for tensor in tensors]
-    assert stack(matrices) == tuple(matrices)
-    assert len(stack(matrices[::-1])) == len(load_stacked(tensors)) == len(load_stacked(tensors[::-1])) == 3
+    assert len(load_stacked(tensors)) == len(load_stacked(tensors[::-1])) == 3
     assert len(load_stacked([random_tensor("Q4_1")[0], random_tensor("Q4_1", columns=256)[0]])) == 2
 
 

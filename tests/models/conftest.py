@@ -155,6 +155,42 @@ def smollm2(smollm2_path: Path) -> GgufFile:
     return GgufFile.open(smollm2_path)
 
 
+@pytest.fixture(scope="session")
+def smollm2_json(smollm2: GgufFile) -> str:
+    """The same vocabulary as the `tokenizers` library itself writes it."""
+    tokens, merges = smollm2.metadata["tokenizer.ggml.tokens"], smollm2.metadata["tokenizer.ggml.merges"]
+    assert isinstance(tokens, tuple)
+    assert isinstance(merges, tuple)
+    document = {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+        "added_tokens": [
+            {"id": id_, "content": tokens[id_], "special": True}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            for id_ in range(17)
+        ],
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Digits", "individual_digits": True},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+            ],
+        },
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
+        },
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+            "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+            "vocab": {token: id_ for id_, token in enumerate(tokens)}, "merges": list(merges),
+        },
+    }
+    return json.dumps(document)
+
+
 class HastyClock:
     """No pause takes time; those asked for are kept."""
 

@@ -51,5 +51,5 @@ def test_another_msgpack_reads_the_same_message(stem: str) -> None:
     number, body = msgspec.msgpack.decode(header, type=tuple[int, msgspec.Raw])
     assert number == described["number"]
     assert msgspec.msgpack.decode(body, type=message_type) == decode(header)
-    again = msgspec.msgpack.encode((number, decode(header)))  # it gives a map that leaves out fields a longer head: compared as values
+    again = msgspec.msgpack.encode((number, decode(header)))  # maps that leave out fields get a longer head: compared as values
     assert msgspec.msgpack.decode(again) == msgspec.msgpack.decode(header)

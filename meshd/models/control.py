@@ -1,0 +1,95 @@
+"""Finds control tokens that are spelt out in a text, and keeps those that a client writes from becoming tokens."""
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from meshd.errors import InvalidRequest
+
+_NONCHARACTERS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))
+"""Unicode keeps these for use inside a program; no text has a meaning for them."""
+_MAX_DEPTH = 64
+_SPACES = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+"""Unicode's property White_Space, which the tokenizers library goes by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A token in a text, with the white space that it swallows."""
+
+    token: str
+    start: int
+    end: int
+
+
+class ControlTokens:
+    """Some tokens, found in texts: the longest at each place, none inside another. A vocabulary may have thousands."""
+
+    def __init__(self, tokens: Collection[str], *, takes_left: Collection[str] = (), takes_right: Collection[str] = ()) -> None:
+        """The last two: those that swallow the white space before and after them."""
+        self._tokens = frozenset(tokens)
+        self._takes_left = frozenset(takes_left)
+        self._takes_right = frozenset(takes_right)
+        lengths: dict[str, set[int]] = {}
+        for token in self._tokens:
+            lengths.setdefault(token[0], set()).add(len(token))
+        self._lengths = {first: sorted(found, reverse=True) for first, found in lengths.items()}
+        self._first = re.compile(f"[{re.escape(''.join(lengths))}]" if lengths else r"(?!)")
+
+    def find(self, text: str) -> Iterator[Found]:
+        """From left to right."""
+        done, position = 0, 0
+        while first := self._first.search(text, position):
+            position = first.start()
+            token = self._at(text, position)
+            if token is None:
+                position += 1
+                continue
+            start, position = position, position + len(token)
+            if token in self._takes_left:
+                start = done + len(text[done:start].rstrip(_SPACES))
+            if token in self._takes_right:
+                position = len(text) - len(text[position:].lstrip(_SPACES))
+            done = position
+            yield Found(token, start, position)
+
+    def _at(self, text: str, position: int) -> str | None:
+        spelt = (text[position : position + length] for length in self._lengths[text[position]])
+        return next((candidate for candidate in spelt if candidate in self._tokens), None)
+
+    def broken(self, given: Any, mark: str) -> Any:
+        """Texts, lists and dicts as they are, but with `mark` after the first character of each of these tokens' spellings."""
+        if isinstance(given, str):
+            pieces, position = [], 0
+            for found in self.find(given):
+                at = given.index(found.token, found.start) + 1
+                pieces += [given[position:at], mark]
+                position = at
+            return "".join((*pieces, given[position:]))
+        if isinstance(given, Mapping):
+            return {self.broken(key, mark): self.broken(value, mark) for key, value in given.items()}
+        return [self.broken(item, mark) for item in given] if isinstance(given, list | tuple) else given
+
+
+def unused_character(given: Any) -> str:
+    """One that is in no text of messages, tools and the like. Raises: InvalidRequest."""
+    used: set[str] = set()
+    for text in _texts(given, _MAX_DEPTH):
+        used.update(text)
+    unused = next((character for character in _NONCHARACTERS if character not in used), None)
+    if unused is None:
+        raise InvalidRequest("the messages can't be encoded: they use every one of Unicode's noncharacters", param="messages")
+    return unused
+
+
+def _texts(given: Any, depth: int) -> Iterator[str]:
+    if isinstance(given, str):
+        yield given
+        return
+    if not isinstance(given, Mapping | list | tuple):
+        return
+    if not depth:
+        raise InvalidRequest(f"the messages can't be encoded: they are nested more than {_MAX_DEPTH} deep", param="messages")
+    for item in (*given.keys(), *given.values()) if isinstance(given, Mapping) else given:
+        yield from _texts(item, depth - 1)

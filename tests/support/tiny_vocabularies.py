@@ -1,0 +1,80 @@
+"""Small vocabularies, trained on the spot, as the metadata of a GGUF file would tell them."""
+
+import io
+import json
+from typing import Any
+
+import sentencepiece
+import tokenizers
+from odd_strings import odd_strings
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+PLAIN = (
+    "The quick brown fox doesn't jump over 1234567 lazy dogs; it's 10:30, and THEY'RE sleeping.\n"
+    "    return x\r\n\r\n\t\tif (a == b) {\n"
+)
+CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+ADDED = ("<table>", "<tool_call>", "</think>")
+WHOLE = frozenset({"the", "Hello", "ĠHello", "aBCd"})
+"""Tokens that no merge makes."""
+
+
+def byte_level(pre: str) -> dict[str, Any]:
+    """Byte-level BPE whose merges go over every border between words, so that only `pre` keeps them apart."""
+    trained = tokenizers.Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trained.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=6000, initial_alphabet=alphabet, max_token_length=12, show_progress=False)
+    texts = [text for text in odd_strings(3000, seed=7) if not any(token in text for token in CONTROL + ADDED)]
+    trained.train_from_iterator([*texts, *[PLAIN] * 200], trainer)
+    state: dict[str, Any] = json.loads(trained.to_str())["model"]
+    tokens = sorted(WHOLE | state["vocab"].keys())
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": (*tokens, *CONTROL, *ADDED),
+        "tokenizer.ggml.token_type": (1,) * len(tokens) + (3,) * len(CONTROL) + (4,) * len(ADDED),
+        "tokenizer.ggml.merges": tuple(" ".join(pair) for pair in state["merges"] if "".join(pair) not in WHOLE),
+        "tokenizer.ggml.eos_token_id": len(tokens),
+    }
+
+
+def spm(*, spaced: bool, added: tuple[str, ...] = ()) -> tuple[dict[str, Any], sentencepiece.SentencePieceProcessor]:
+    """SentencePiece BPE with byte fallback, and the library's own reading of the same model."""
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text.replace("\0", "") for text in odd_strings(3000, seed=7)] + [PLAIN] * 50),
+        model_writer=written,
+        model_type="bpe",
+        vocab_size=2500,
+        byte_fallback=True,
+        character_coverage=0.98,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=spaced,
+        allow_whitespace_only_pieces=True,
+        user_defined_symbols=list(added),
+        control_symbols=list(CONTROL),
+        minloglevel=2,
+        num_threads=1,
+    )
+    model = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+    pieces = [model.IdToPiece(id_) for id_ in range(model.vocab_size())]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tuple(pieces),
+        "tokenizer.ggml.scores": tuple(model.GetScore(id_) for id_ in range(len(pieces))),
+        "tokenizer.ggml.token_type": tuple(4 if piece in added else _type(model, id_) for id_, piece in enumerate(pieces)),
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.add_space_prefix": spaced,
+    }
+    return metadata, model
+
+
+def _type(model: sentencepiece.SentencePieceProcessor, id_: int) -> int:
+    if model.IsUnknown(id_):
+        return 2
+    return 3 if model.IsControl(id_) else 6 if model.IsByte(id_) else 1
