@@ -78,8 +78,8 @@ Seeds = dict[str, bytes]
 # --- the models that are mutated ---------------------------------------------------------------------------------------
 
 
-def small_gguf(part: int | None = None) -> bytes:
-    """A llama of one layer with weights of many kinds; or one of two parts of it."""
+def small_gguf(part: int | None = None, *, pieces: bool = False) -> bytes:
+    """A llama of one layer with weights of many kinds; or one of two parts of it. `pieces`: its tokens are SentencePiece's."""
     hidden, ffn, vocab = 256, 32, 32
     rng = np.random.default_rng(0)
     known = {name: (weights, size) for name, weights, size in KINDS.values()}
@@ -111,6 +111,14 @@ def small_gguf(part: int | None = None) -> bytes:
         "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.add_bos_token": True,
         "tokenizer.chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}", "general.tags": ("a", "b"),
     }  # fmt: skip
+    if pieces:
+        metadata |= {
+            "tokenizer.ggml.model": "llama", "tokenizer.ggml.unknown_token_id": 2, "tokenizer.ggml.add_space_prefix": True,
+            "tokenizer.ggml.tokens": ("<s>", "</s>", "<unk>", "<0x21>", "<0xE2>", "\u2581", "\u2581a", *letters[:23], '!"', "  "),
+            "tokenizer.ggml.scores": tuple(-float(index) for index in range(vocab)),
+            "tokenizer.ggml.token_type": (3, 3, 2, 6, 6, *[1] * (vocab - 6), 4),
+        }  # fmt: skip
+        del metadata["tokenizer.ggml.merges"]
     if part is not None:
         split = {"split.no": part, "split.count": 2, "split.tensors.count": len(tensors)}
         metadata = metadata | split if part == 0 else dict(split)
@@ -300,7 +308,7 @@ class Fuzzer:
         self._folder, self._seeds = folder, small_folder(folder)
         with SafetensorsFolder.open(folder) as opened:
             self._shapes = opened.tensors
-        self._gguf = small_gguf()
+        self._gguf = (small_gguf(), small_gguf(pieces=True))
         self._parts = {f"m-0000{part + 1}-of-00002.gguf": small_gguf(part) for part in range(2)}
         self._target = root / "made.gguf"
         self._kinds: dict[str, tuple[int, Callable[[random.Random], Callable[[], None]]]] = {
@@ -312,8 +320,11 @@ class Fuzzer:
 
     def check_seeds(self) -> None:
         """What is whole is used without complaint: else nothing of this tests anything."""
-        (self._root / "x.gguf").write_bytes(self._gguf)
-        use_gguf(self._root / "x.gguf")
+        for data in self._gguf:
+            (self._root / "x.gguf").write_bytes(data)
+            use_gguf(self._root / "x.gguf")
+            with GgufFile.open(self._root / "x.gguf") as file:
+                tokenizer_from_gguf(file.metadata)
         for name, data in self._parts.items():
             (self._root / name).write_bytes(data)
         self._import(self._root / next(iter(self._parts)))
@@ -360,7 +371,7 @@ class Fuzzer:
 
     def _case_gguf(self, dice: random.Random) -> Callable[[], None]:
         path = self._root / "x.gguf"
-        path.write_bytes(mutate_binary(dice, self._gguf, 2200))
+        path.write_bytes(mutate_binary(dice, dice.choice(self._gguf), 2600))
         return lambda: use_gguf(path)
 
     def _case_safetensors(self, dice: random.Random) -> Callable[[], None]:

@@ -91,6 +91,27 @@ def test_a_folder_becomes_a_file_that_others_read_too(tmp_path: Path, dtype: str
     assert (card.spec.hidden, card.spec.ffn, card.spec.vocab, card.end_of_sequence) == (HIDDEN, FFN, VOCAB, (2, 3))
 
 
+def test_templates_are_found_where_the_makers_put_them(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "hf")
+
+    def found() -> dict[str, Any]:
+        imported(folder, tmp_path / "made.gguf")
+        with GgufFile.open(tmp_path / "made.gguf") as file:
+            return {key[24:]: value for key, value in file.metadata.items() if key.startswith("tokenizer.chat_template")}
+
+    named = [{"name": name, "template": f"{name}!"} for name in ("default", "tool_use", "rag")]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": [*named, 3, {"name": []}]}))
+    assert found() == {"": "default!", "tool_use": "tool_use!"}
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "from json"}))
+    assert found() == {"": "from json"}
+    (folder / "chat_template.jinja").write_text("from jinja")
+    assert found() == {"": "from jinja"}
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    assert found() == {}
+
+
 @pytest.mark.parametrize(("quant", "kind", "error"), [("q8", "Q8_0", 0.01), ("q4", "Q4_1", 0.09)])
 def test_a_folder_is_quantised_as_it_is_imported(tmp_path: Path, quant: str, kind: str, error: float) -> None:
     imported(write_folder(tmp_path / "hf", dtype="BF16"), tmp_path / "made.gguf", quant)
