@@ -95,8 +95,8 @@ def _converted(
         raise ModelFileError(f"tensor {first} can't be used: {shape} does not make {tensor.name} {tensor.shape}")
     given = dtypes.pop() if len(dtypes) == 1 else "F32"
     kind = _kind_for(tensor.name, tensor.shape, "F32" if adds_one(tensor.transform) else given, quant)
-    change = partial(_chunks, tensor, [(view, known[source][0]) for view, source in zip(views, tensor.sources, strict=True)], kind)
-    return OutTensor(tensor.name, kind, tensor.shape, change)
+    read = [(view, known[source][0], partial(weights.drop, source)) for view, source in zip(views, tensor.sources, strict=True)]
+    return OutTensor(tensor.name, kind, tensor.shape, partial(_chunks, tensor, read, kind))
 
 
 def _kind_for(name: str, shape: tuple[int, ...], given: str, quant: str | None) -> str:
@@ -108,10 +108,11 @@ def _kind_for(name: str, shape: tuple[int, ...], given: str, quant: str | None) 
     return QUANTS["q8"] if name in _FINE else QUANTS[quant]
 
 
-def _chunks(tensor: ImportTensor, views: Sequence[tuple[Array, str]], kind: str) -> Iterator[Chunk]:
-    for view, dtype in views:
+def _chunks(tensor: ImportTensor, views: Sequence[tuple[Array, str, Callable[[], None]]], kind: str) -> Iterator[Chunk]:
+    for view, dtype, drop in views:
         for piece in pieces(view):
             yield _changed(piece, dtype, kind, one_more=adds_one(tensor.transform), name=tensor.name)
+        drop()
 
 
 def _changed(piece: Array, dtype: str, kind: str, *, one_more: bool, name: str) -> Array:
