@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from meshd.errors import ModelFileError
+from meshd.errors import ModelFileError, StorageError
 from meshd.models.cards import END_OF_ANSWER
-from meshd.models.files import CHUNK_BYTES, forget, need_space, storage_error
+from meshd.models.files import CHUNK_BYTES, forget, need_space
 from meshd.models.folder_text import text_metadata
 from meshd.models.gguf import GgufFile
 from meshd.models.gguf_header import MetadataValue
@@ -52,7 +52,8 @@ def import_to(
                 sha256 = out.write(file, advance)
             whole = True
         except OSError as error:
-            raise storage_error(target, error) from error
+            why = f"{target} can't be written: {error.strerror or error}"
+            raise StorageError(why, hint="free some disk and pull again: the import begins anew") from error
         finally:
             if not whole:
                 forget(target)

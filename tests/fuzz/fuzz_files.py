@@ -3,8 +3,8 @@
     python tests/fuzz/fuzz_files.py [--seconds 60 | --count N] [--seed N] [--first CASE]
 
 Held to: a GGUF file, a split one and a Hugging Face folder give a model or one MeshdError; within seconds; in the memory of the
-file and a fixed bound; with no file or mapping left open and nothing half made on the disk; and a weight of a folder that is no
-number is always told.
+file and a fixed bound; with no file or mapping left open and nothing half made on the disk; and a weight that is no number is told,
+always.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from meshd.kernels.quant import dequantise, load_matrix
 from meshd.models.architectures import spec_from_metadata
 from meshd.models.cards import card_from_gguf
 from meshd.models.gguf import GgufFile
-from meshd.models.gguf_header import KINDS, TensorInfo
+from meshd.models.gguf_header import KINDS, TensorInfo, parse_header
 from meshd.models.gguf_writer import GgufOut, OutTensor
 from meshd.models.huggingface import plan_import
 from meshd.models.importing import import_to
@@ -278,6 +278,20 @@ def plant_nan(dice: random.Random, data: bytes) -> bytes:
     return data[:at] + b"\xff\xff\xff\xff" + data[at + 4 :]
 
 
+_SCALES = {"F32": (4, 0), "F16": (2, 0), "BF16": (2, 0), "Q4_0": (18, 0), "Q4_1": (20, 2), "Q8_0": (34, 0), "Q6_K": (210, 208)}
+"""Kind -> (bytes of a block, where in it a half lies that makes its weights)."""
+
+
+def plant_nan_in_gguf(dice: random.Random, data: bytes) -> tuple[bytes, str]:
+    """A block of weights that are no numbers, and its tensor's name."""
+    header = parse_header(memoryview(data), name="seed", file_bytes=len(data))
+    name, info = dice.choice(list(header.tensors.items()))
+    size, within = _SCALES[info.kind]
+    at = info.offset + dice.randrange(info.nbytes // size) * size + within
+    width = 4 if info.kind == "F32" else 2
+    return data[:at] + b"\xff" * width + data[at + width :], name
+
+
 # --- what is done with a file ------------------------------------------------------------------------------------------
 
 
@@ -314,6 +328,7 @@ class Fuzzer:
         self._kinds: dict[str, tuple[int, Callable[[random.Random], Callable[[], None]]]] = {
             "gguf": (5, self._case_gguf), "safetensors": (4, self._case_safetensors), "json": (2, self._case_json),
             "split": (1, self._case_split), "nan": (1, self._case_nan), "plan": (2, self._case_plan),
+            "gguf nan": (1, self._case_gguf_nan),
         }  # fmt: skip
         self.told: Counter[str] = Counter()
         self._changed: set[str] = set()
@@ -418,6 +433,24 @@ class Fuzzer:
                     raise
                 raise AssertionError(f"a weight that is no number is told as {error}") from error
             raise AssertionError("a weight that is no number went through")
+
+        return use
+
+    def _case_gguf_nan(self, dice: random.Random) -> Callable[[], None]:
+        path = self._root / "x.gguf"
+        data, name = plant_nan_in_gguf(dice, self._gguf[0])
+        path.write_bytes(data)
+
+        def use() -> None:
+            with GgufFile.open(path) as file:
+                tensor = file.tensor(name)
+                try:
+                    load_matrix(tensor) if len(tensor.shape) == 2 else dequantise(tensor)
+                except ModelFileError as error:
+                    if name in error.message:
+                        raise
+                    raise AssertionError(f"a weight of {name} that is no number is told as {error}") from error
+            raise AssertionError(f"a weight of {name} that is no number was loaded")
 
         return use
 

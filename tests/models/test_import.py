@@ -3,6 +3,8 @@
 import asyncio
 import io
 import json
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -377,6 +379,40 @@ async def test_an_import_that_is_stopped_or_finds_no_room_leaves_nothing(
     with pytest.raises(StorageError, match="too little room"):
         await store.pull(f"file:{folder}")
     assert list((tmp_path / "models").rglob("*.gguf")) == []
+
+
+FULL = """
+import asyncio, resource, sys
+from pathlib import Path
+from meshd.errors import MeshdError
+from meshd.models.store import Store
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    asyncio.run(Store(Path(sys.argv[1])).pull("file:" + sys.argv[2]))
+except MeshdError as error:
+    print(error.code, error)
+"""
+
+
+def test_a_disk_that_fills_up_is_told_and_left_as_it_was(store: Store, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "hf")
+    command = [sys.executable, "-c", FULL, str(tmp_path / "models"), str(folder)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert told.startswith("storage_error ")
+    assert "model.gguf can't be written" in told
+    assert list((tmp_path / "models").rglob("*.gguf")) == []
+    assert store.list() == []
+
+
+async def test_what_a_killed_import_left_is_removed_or_made_anew(store: Store, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "hf")
+    model = await store.pull(f"file:{folder}")
+    (partial,) = (tmp_path / "models" / "partial").iterdir()
+    (partial / "model.gguf").write_bytes(b"half")
+    assert store.remove(f"file:{folder}") == model.size_bytes + 4
+    (partial / "model.gguf").write_bytes(b"half")
+    assert (await store.pull(f"file:{folder}")).id == model.id
+    assert [path.name for path in partial.iterdir() if path.name != "lock"] == []
 
 
 async def test_a_split_file_is_pulled_by_any_of_its_parts(store: Store, tmp_path: Path, whole: Path) -> None:
