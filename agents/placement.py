@@ -175,13 +175,18 @@ class Placement:
         file = self.library.open(load.card)
         self._files[id(load)] = file
         layers = load.layers
+
+        def read(share: float) -> None:
+            file.let_go_of_pages()  # the backend has its own form of what it read
+            progress(share)
+
         load.weights = self.backend.load(
             load.card.spec,
             layers,
             file,
             embedding=layers.start == 0,
             head=layers.end == load.card.spec.layers,
-            progress=progress,
+            progress=read,
         )
         load.weight_bytes = load.weights.weight_bytes
         load.pool = KVPool(load.card.spec, layers, load.kv_tokens // BLOCK_TOKENS, BLOCK_TOKENS)

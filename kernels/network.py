@@ -7,7 +7,7 @@ import numpy as np
 
 from meshd.errors import ModelFileError
 from meshd.kernels.backend import AttentionRule, WeightSource
-from meshd.kernels.quant import F32, Matrix, check_finite, dequantise, expert, load_matrix, load_stacked
+from meshd.kernels.quant import F32, Matrix, check_finite, dequantise, expert, load_matrix, load_stacked, some_rows
 from meshd.kernels.rope import Rope, rope_of
 from meshd.kernels.workers import Workers
 from meshd.tensors import ROPE_FACTORS, tensor_shape
@@ -131,9 +131,11 @@ class NetworkWeights:
     def output_norm(self) -> F32:
         return self._vector("output_norm.weight")
 
-    def head(self) -> Linear:
-        """`[vocab, hidden]`; the embedding table where the head is tied to it."""
-        return Linear((load_matrix(self._tensor("token_embd.weight" if self.spec.tied_head else "output.weight")),))
+    def head(self, rows: int | None = None) -> Iterator[Linear]:
+        """`[vocab, hidden]`, the embedding table where the head is tied to it; in parts of so many rows, or whole."""
+        tensor = self._tensor("token_embd.weight" if self.spec.tied_head else "output.weight")
+        for first in range(0, self.spec.vocab, rows or self.spec.vocab):
+            yield Linear((load_matrix(some_rows(tensor, first, first + rows if rows else self.spec.vocab)),))
 
     def _linear(self, layer: int, *names: str) -> Linear:
         """Projections under one another."""

@@ -26,7 +26,8 @@ from meshd.kernels.ort_graph import (
     ACCURACY_INT8,
     Piece,
     expert_piece,
-    head_piece,
+    head_parts,
+    head_pieces,
     mix_piece,
     mix_project_piece,
     project_piece,
@@ -37,6 +38,9 @@ from meshd.types import LayerRange, ModelSpec, Tensor
 
 SPIN_US = 100
 """How long an idle thread of a session's pool waits before it sleeps."""
+
+TRIM_BYTES = 64 << 20
+"""Weights after whose packing the heap is trimmed: the forms they were packed from are let go one by one."""
 
 Maker = Callable[[NetworkWeights, int, int], Piece]
 
@@ -89,8 +93,9 @@ class OrtStage(CutStage):
         return hidden
 
     def logits(self, hidden: F32) -> F32:
-        logits: F32 = self._loaded.head().run(("logits",), {"hidden": np.ascontiguousarray(hidden)})[0]
-        return logits
+        inputs = {"hidden": np.ascontiguousarray(hidden)}
+        parts: list[F32] = [session.run(("logits",), inputs)[0] for session in self._loaded.head()]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
     def _rotation(self, layer: int, positions: Positions) -> dict[str, F32]:
         rope = self._loaded.ropes[layer]
@@ -120,8 +125,8 @@ class OrtLayers:
         self._embedding = weights.embedding() if embedding else None
         self._sessions: dict[tuple[Maker, int], ort.InferenceSession] = {}
         self._experts: dict[int, list[ort.InferenceSession]] = {}
-        self._head: ort.InferenceSession | None = None
-        self._bytes = 0
+        self._head: list[ort.InferenceSession] = []
+        self._bytes = self._freed = 0
         self._closed = False
 
     @property
@@ -134,7 +139,8 @@ class OrtLayers:
 
     def open(self, head: bool, progress: Progress | None) -> None:
         """Read all weights of the whole range. Raises: ModelFileError."""
-        done, total = 0, len(self._layers) + 1 + head
+        parts = head_parts(self.spec) if head else 0
+        done, total = 0, len(self._layers) + 1 + parts
 
         def step() -> None:
             nonlocal done
@@ -144,8 +150,10 @@ class OrtLayers:
 
         self.prepare(self._layers, step)
         if head:
-            self._head = self._open(head_piece(self._weights, self._accuracy))
-            step()
+            for piece in head_pieces(self._weights, self._accuracy):
+                self._head.append(self._open(piece))
+                del piece  # before the next is made
+                step()
         return_freed_memory()
 
     def prepare(self, layers: LayerRange, step: Callable[[], None] = lambda: None) -> None:
@@ -187,12 +195,12 @@ class OrtLayers:
         if layer in self._experts:
             return
         self.session(route_piece, layer)
-        pieces = (expert_piece(self.spec, expert, self._accuracy) for expert in self._weights.experts(layer))
-        self._experts[layer] = [self._open(piece, 1) for piece in pieces]
+        made = (expert_piece(self.spec, expert, self._accuracy) for expert in self._weights.experts(layer))
+        self._experts[layer] = [self._open(piece, 1) for piece in made]
 
-    def head(self) -> ort.InferenceSession:
-        """Raises: LocalFault if it was not loaded."""
-        if self._head is None:
+    def head(self) -> list[ort.InferenceSession]:
+        """The parts of the vocabulary, in order. Raises: LocalFault if it was not loaded."""
+        if not self._head:
             raise LocalFault(f"layers {self._layers} were loaded without the head")
         return self._head
 
@@ -205,13 +213,19 @@ class OrtLayers:
         self._closed = True
         self._sessions.clear()
         self._experts.clear()
-        self._head = self._embedding = None
+        self._head.clear()
+        self._embedding = None
         self._bytes = 0
         return_freed_memory()
 
     def _open(self, piece: Piece, threads: int | None = None) -> ort.InferenceSession:
         self._bytes += piece.bytes
-        return open_session(piece, threads or self._workers.threads)
+        self._freed += piece.bytes
+        session = open_session(piece, threads or self._workers.threads)
+        if self._freed > TRIM_BYTES:
+            self._freed = 0
+            return_freed_memory()
+        return session
 
 
 class OrtBackend:

@@ -5,7 +5,7 @@ nothing is fused in the middle of a stage that is not fused at its border: this 
 Operators outside ONNX's own set are documented in onnxruntime's `docs/ContribOperators.md`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +18,7 @@ from meshd.kernels.torch_ops import CLAMP, CLAMPED_SLOPE
 from meshd.types import ModelSpec
 
 MS = "com.microsoft"
+HEAD_PART_WEIGHTS = 16 << 20
 ACCURACY_F32, ACCURACY_INT8 = 1, 4
 """Of products: in float32, or with activations quantised to int8, one scale for each block of the weights; sums are float32."""
 
@@ -152,10 +153,24 @@ def expert_piece(spec: ModelSpec, expert: Expert, accuracy: int) -> Piece:
     return _piece(graph, spec, ["normed"], ["hidden"])
 
 
-def head_piece(weights: NetworkWeights, accuracy: int) -> Piece:
-    """(hidden) -> logits."""
+def head_pieces(weights: NetworkWeights, accuracy: int) -> Iterator[Piece]:
+    """(hidden) -> logits of some of the vocabulary: packing a large table at once would take as much again, twice."""
+    for part in weights.head(_head_rows(weights.spec)):
+        yield _head_piece(weights, part, accuracy)
+
+
+def head_parts(spec: ModelSpec) -> int:
+    """How many pieces there are."""
+    return -(-spec.vocab // _head_rows(spec))
+
+
+def _head_rows(spec: ModelSpec) -> int:
+    return max(1, HEAD_PART_WEIGHTS // spec.hidden)
+
+
+def _head_piece(weights: NetworkWeights, part: Linear, accuracy: int) -> Piece:
     graph, spec = Graph(accuracy), weights.spec
-    logits = graph.product(graph.norm("hidden", weights.output_norm(), spec.norm_eps), weights.head())
+    logits = graph.product(graph.norm("hidden", weights.output_norm(), spec.norm_eps), part)
     logits = graph.scaled(logits, spec.logit_scale)
     if spec.logit_soft_cap:
         logits = graph.scaled(graph.node("Tanh", graph.scaled(logits, 1 / spec.logit_soft_cap)), spec.logit_soft_cap)
@@ -240,7 +255,7 @@ def _mlp(graph: Graph, spec: ModelSpec, x: str, gate_up: Linear, down: Linear) -
 
 def _piece(graph: Graph, spec: ModelSpec, inputs: list[str], outputs: list[str]) -> Piece:
     turned = (spec.rope_dim or spec.head_dim) // 2
-    widths = {
+    widths: dict[str, int | str] = {
         "mixed": spec.heads * spec.head_dim,
         "cos": turned,
         "sin": turned,
@@ -248,7 +263,7 @@ def _piece(graph: Graph, spec: ModelSpec, inputs: list[str], outputs: list[str])
         "k": spec.kv_heads * spec.head_dim,
         "v": spec.kv_heads * spec.head_dim,
         "scores": spec.experts,
-        "logits": spec.vocab,
+        "logits": "vocabulary",
     }
 
     def values(names: Iterable[str]) -> list[ValueInfoProto]:

@@ -28,6 +28,7 @@ __all__ = [
     "load_stacked",
     "loaded_bytes",
     "parts",
+    "some_rows",
     "unpack_codes",
     "widen_bf16",
 ]
@@ -103,6 +104,14 @@ def expert(tensor: Tensor, index: int) -> Tensor:
     if rest:
         raise _broken(tensor)
     return Tensor(f"{tensor.name}[{index}]", tensor.kind, tensor.shape[1:], tensor.data[index * size : (index + 1) * size])
+
+
+def some_rows(tensor: Tensor, first: int, last: int) -> Tensor:
+    """Rows `[first, last)` of a matrix, where they lie; a last row beyond the end is the end."""
+    rows, columns = _matrix_shape(tensor)
+    last = min(last, rows)
+    size = len(tensor.data) // rows
+    return Tensor(tensor.name, tensor.kind, (last - first, columns), tensor.data[first * size : last * size])
 
 
 def parts(tensor: Tensor) -> Iterator[Tensor]:

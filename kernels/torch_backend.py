@@ -190,7 +190,7 @@ class Head:
     """Final norm and output head."""
 
     def __init__(self, weights: NetworkWeights, workers: Workers) -> None:
-        head = weights.head()
+        (head,) = weights.head()
         self._spec = weights.spec
         self._norm = torch.from_numpy(weights.output_norm())
         self._product = make_product(head, workers)

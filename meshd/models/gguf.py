@@ -70,6 +70,11 @@ class GgufFile:
             raise ModelFileError(f"tensor {name!r} of {self.name} can't be read: its file is not open here")
         return Tensor(name, info.kind, info.shape, self._data[info.offset : info.offset + info.nbytes])
 
+    def let_go_of_pages(self) -> None:
+        """Have the system take back the memory of what was read; it is read anew when it is touched."""
+        if self._mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapping.madvise(mmap.MADV_DONTNEED)
+
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
 
