@@ -94,6 +94,8 @@ _STACKED = {
     "mlp.experts.down_proj_bias": (("ffn_down_exps.bias", ""),),
 }
 """gpt-oss: all experts in one tensor, gate and up by turns."""
+_PACKED = re.compile(r"mlp\.experts\.(gate_up_proj|down_proj)_(blocks|scales)")
+"""gpt-oss in MXFP4."""
 _EXPERT = re.compile(r"(?:mlp|block_sparse_moe)\.experts\.(\d{1,5})\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
 _EXPERT_PARTS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
 _OUTSIDE = {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
@@ -213,12 +215,24 @@ class _Namer:
         if expert := _EXPERT.fullmatch(part):
             self._experts[f"blk.{layer}.ffn_{_EXPERT_PARTS[expert[2]]}_exps.weight"][int(expert[1])] = name, shape
             return []
+        if packed := _PACKED.fullmatch(part):
+            return self._packed(layer, name, packed[1], shape) if packed[2] == "blocks" else []
         if part in _STACKED:
+            if len(shape) != (2 if part.endswith("bias") else 3):
+                raise self._misplaced(name)
             return [ImportTensor(f"blk.{layer}.{target}", (name,), _after(shape, steps), steps) for target, steps in _STACKED[part]]
         target = self._parts.get(part, "")
         if not target:
             raise self._misplaced(name)
         return [ImportTensor(f"blk.{layer}.{target}", (name,), shape, self._shift(part) or self._turn(target))]
+
+    def _packed(self, layer: int, name: str, part: str, shape: Shape) -> list[ImportTensor]:
+        """MXFP4 as gpt-oss comes: rows of blocks, so no transpose."""
+        if len(shape) != 4:
+            raise self._misplaced(name)
+        sources, weights = (name, name.removesuffix("blocks") + "scales"), (*shape[:-2], shape[-2] * 32)
+        steps = [(target, turn.replace("transpose", "mxfp4")) for target, turn in _STACKED[f"mlp.experts.{part}"]]
+        return [ImportTensor(f"blk.{layer}.{target}", sources, _after(weights, turn), turn) for target, turn in steps]
 
     def _shift(self, part: str) -> str:
         return "add_one" if self._family.norms_less_one and part.endswith("norm.weight") else ""
@@ -228,9 +242,7 @@ class _Namer:
         return f"rope_interleave:{heads}" if heads else ""
 
     def _misplaced(self, name: str) -> ModelFileError:
-        hint = "take its GGUF file instead" if name.endswith(("_blocks", "_scales")) else ""
-        why = f"the model can't be imported: tensor {name[:200]!r} has no place in {self._family.architecture}"
-        return ModelFileError(why, hint=hint)
+        return ModelFileError(f"the model can't be imported: tensor {name[:200]!r} has no place in {self._family.architecture}")
 
 
 def _after(shape: Shape, steps: str) -> Shape:

@@ -23,7 +23,7 @@ from meshd.models.gguf_header import MetadataValue
 from meshd.models.gguf_writer import Chunk, GgufOut, OutTensor
 from meshd.models.huggingface import plan_import
 from meshd.models.import_files import files_of, parts_of
-from meshd.models.import_plan import Array, ImportTensor, adds_one, pieces, view_of
+from meshd.models.import_plan import Array, ImportTensor, adds_one, is_mxfp4, mxfp4_blocks, pieces, view_of
 from meshd.models.json_files import read_json, shown
 from meshd.models.quantise import BLOCK, quantise
 from meshd.models.quants import QUANTS
@@ -81,6 +81,8 @@ def _converted(
     if not tensor.sources:
         values = np.array(tensor.values, "<f4")
         return OutTensor(tensor.name, "F32", tensor.shape, lambda: [values])
+    if is_mxfp4(tensor.transform):
+        return _packed(tensor, weights, known)
     dtypes = set()
     for source in tensor.sources:
         if source not in known:
@@ -98,6 +100,27 @@ def _converted(
     kind = _kind_for(tensor.name, tensor.shape, "F32" if adds_one(tensor.transform) else given, quant)
     read = [(view, known[source][0], partial(weights.drop, source)) for view, source in zip(views, tensor.sources, strict=True)]
     return OutTensor(tensor.name, kind, tensor.shape, partial(_chunks, tensor, read, kind))
+
+
+def _packed(
+    tensor: ImportTensor, weights: SafetensorsFolder, known: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> OutTensor:
+    """Blocks and scales of MXFP4, which stay so; an expert at a time."""
+    if missing := [source for source in tensor.sources if known.get(source, ("", ()))[0] != "U8"]:
+        raise ModelFileError(f"tensor {shown(missing[0])}, of which {tensor.name} is made, is missing or no U8")
+    nibbles, scales = (view_of(weights.array(source), tensor.transform) for source in tensor.sources)
+    made = (*nibbles.shape[:-2], nibbles.shape[-2] * 32) if nibbles.ndim > 2 else ()
+    if nibbles.shape != (*scales.shape, 16) or made != tensor.shape:
+        shapes = " and ".join(str(known[source][1]) for source in tensor.sources)
+        raise ModelFileError(f"tensor {shown(tensor.sources[0])} can't be used: {shapes} do not make {tensor.name} {tensor.shape}")
+
+    def chunks() -> Iterator[Chunk]:
+        try:
+            yield from map(mxfp4_blocks, nibbles, scales)
+        except ValueError as error:
+            raise ModelFileError(f"tensor {tensor.name} can't be used: {error}", hint="the model is broken") from error
+
+    return OutTensor(tensor.name, "MXFP4", tensor.shape, chunks)
 
 
 def _kind_for(name: str, shape: tuple[int, ...], given: str, quant: str | None) -> str:

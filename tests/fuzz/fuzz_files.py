@@ -23,7 +23,7 @@ import traceback
 import tracemalloc
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -36,16 +36,17 @@ from hf_folders import CONFIG, save, tokenizer_json
 
 from meshd.errors import MeshdError, ModelFileError
 from meshd.kernels.quant import dequantise, load_matrix
-from meshd.models.architectures import spec_from_metadata
+from meshd.models.architectures import ARCHITECTURES, spec_from_metadata
 from meshd.models.cards import card_from_gguf
 from meshd.models.gguf import GgufFile
-from meshd.models.gguf_header import KINDS, TensorInfo, parse_header
+from meshd.models.gguf_header import KINDS, MetadataValue, TensorInfo, parse_header
 from meshd.models.gguf_writer import GgufOut, OutTensor
 from meshd.models.huggingface import plan_import
 from meshd.models.importing import import_to
-from meshd.models.safetensors_file import SafetensorsFolder
+from meshd.models.safetensors_file import DTYPES, SafetensorsFolder
 from meshd.models.template import template_from_gguf
 from meshd.models.tokenizer_files import tokenizer_from_gguf
+from meshd.tensors import border_shapes, layer_shapes, rope_shape
 from meshd.types import ModelId
 
 CASE_S = 10
@@ -169,7 +170,13 @@ CONFIGS: tuple[dict[str, Any], ...] = (
             "final_logit_softcapping": 30.0, "rope_parameters": {"sliding_attention": {"rope_theta": 1e4}},
         },
     },
+    {"model_type": "gpt_oss", "num_local_experts": 2, "num_experts_per_tok": 1, "swiglu_limit": 7.0},
     {"model_type": "granite", "attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.4},
+)  # fmt: skip
+_PARTS = (
+    "mlp.experts.0.w1.weight", "mlp.experts.1.up_proj.weight", "mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj_bias",
+    "mlp.experts.down_proj_blocks", "mlp.experts.down_proj_scales", "mlp.experts.gate_up_proj_blocks", "self_attn.sinks",
+    "self_attn.qkv_proj.weight", "mlp.gate.weight", "self_attn.q_norm.weight", "self_attn.q_proj.bias",
 )  # fmt: skip
 """What config.json says otherwise, before it is mutated. Tensors of most are not there: that is found last."""
 
@@ -258,6 +265,18 @@ _VALUES = (
 )  # fmt: skip
 
 
+_KEYS = (
+    "attention.sliding_window", "attention.sliding_window_pattern", "expert_count", "expert_used_count", "rope.scaling.type",
+    "rope.scaling.factor", "rope.scaling.attn_factor", "rope.freq_base_swa", "attention.scale", "logit_scale",
+    "rope.dimension_count", "rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast", "final_logit_softcapping",
+    "expert_feed_forward_length",
+)  # fmt: skip
+_GGUF_VALUES: tuple[MetadataValue, ...] = (
+    0, 1, 2, 3, 8, 31, 32, 64, -1, (1 << 32) - 1, (1 << 64) - 1, 0.0, 1e-45, 0.5, 4.0, 3e38, float("nan"), float("inf"), True,
+    "yarn", "linear", "longrope", "", "x", (), (True,), (1, 2), ("a",), ((1,), (2,)),
+)  # fmt: skip
+
+
 def mutate_values(dice: random.Random, config: dict[str, Any]) -> dict[str, Any]:
     """Some values of a configuration, at any depth, become something else."""
     changed = json.loads(json.dumps(config))
@@ -268,6 +287,17 @@ def mutate_values(dice: random.Random, config: dict[str, Any]) -> dict[str, Any]
             place = place[key]
             key = dice.choice(list(place)) if isinstance(place, dict) else dice.randrange(len(place))
         place[key] = dice.choice(_VALUES)
+    return changed
+
+
+def mutate_metadata(dice: random.Random, metadata: Mapping[str, MetadataValue]) -> dict[str, MetadataValue]:
+    """A GGUF header's metadata, often of another architecture, with some other values."""
+    before = str(metadata["general.architecture"])
+    after = dice.choice((before, dice.choice(tuple(ARCHITECTURES))))
+    changed = {key.replace(f"{before}.", f"{after}.", 1): value for key, value in metadata.items()}
+    changed["general.architecture"] = after
+    for _ in range(dice.randrange(4)):
+        changed[dice.choice((*changed, *(f"{after}.{key}" for key in _KEYS)))] = dice.choice(_GGUF_VALUES)
     return changed
 
 
@@ -407,11 +437,19 @@ class Fuzzer:
     def _case_plan(self, dice: random.Random) -> Callable[[], None]:
         seed = json.loads(self._seeds["config.json"]) | dice.choice(CONFIGS)
         config = mutate_values(dice, seed)
+        shapes = dict(self._shapes)
+        for _ in range(dice.choice((0, 0, 1, 3))):
+            name = dice.choice((*shapes, *(f"model.layers.{dice.choice((0, 0, 1, 10**7))}.{part}" for part in _PARTS)))
+            shapes[name] = dice.choice(tuple(DTYPES)), tuple(dice.choices((0, 1, 2, 16, 32, 1 << 59), k=dice.randrange(6)))
 
         def use() -> None:
-            plan = plan_import(config, self._shapes)
+            plan = plan_import(config, shapes)
             infos = {tensor.name: TensorInfo("F32", tensor.shape, 0, 0) for tensor in plan.tensors}
-            spec_from_metadata("x", plan.metadata, infos)
+            metadata = mutate_metadata(dice, plan.metadata) if dice.random() < 0.7 else plan.metadata
+            spec = spec_from_metadata("x", metadata, infos)
+            layer_shapes(spec)
+            border_shapes(spec)
+            rope_shape(spec)
 
         return use
 
