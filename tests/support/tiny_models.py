@@ -77,10 +77,11 @@ class TinyModel:
     arrays: dict[str, np.ndarray]
 
     @classmethod
-    def make(cls, name: str, folder: Path) -> "TinyModel":
+    def make(cls, name: str, folder: Path, **sizes: Any) -> "TinyModel":
+        """`sizes` go before those of the table."""
         torch.manual_seed(0)
         kind, settings = MODELS[name]
-        config = getattr(transformers, kind)(**(SMALL | settings))
+        config = getattr(transformers, kind)(**(SMALL | settings | sizes))
         config._attn_implementation = "eager"
         reference = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
         with torch.no_grad():

@@ -1,0 +1,91 @@
+"""Every kind of weights in every architecture: exact against `transformers` on the same weights dequantised by the `gguf` package.
+
+`make formats` runs all of it and writes the table in README from what passed.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from quantisers import quantised
+from safetensors.numpy import save_file
+from steps import Chain
+from tiny_models import TinyModel
+
+from meshd.kernels.backend import make_backend
+from meshd.kernels.quant import KINDS
+from meshd.models.architectures import ARCHITECTURES
+from meshd.models.import_plan import view_of
+from meshd.types import LayerRange, Tensor
+
+IDS = np.random.default_rng(3).integers(3, 160, 24).tolist()
+SIZES = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}
+"""Whole blocks of 256, as the K kinds need them."""
+LARGEST = 1e-3
+OWN: dict[str, dict[str, Any]] = {
+    "qwen3moe": {"moe_intermediate_size": 256},
+    "gemma3": {"layer_types": ["sliding_attention", "full_attention"]},
+}
+PAIRS = [(architecture, kind) for architecture in ARCHITECTURES for kind in KINDS]
+ALONG = sorted({(a, KINDS[at % len(KINDS)]) for at, a in enumerate(ARCHITECTURES)} | {("llama", kind) for kind in KINDS})
+"""Each architecture and each kind at least once: what `make test` runs."""
+
+
+class Weights(TinyModel):
+    """A model with its matrices in one kind."""
+
+    kind: str
+    made: dict[str, Tensor]
+
+    def quantise(self, kind: str) -> None:
+        """And put what the blocks say back into the folder, in place, whatever turned or cut the tensor on its way."""
+        self.kind, self.made = kind, {}
+        self.arrays = {name: array.copy() for name, array in self.arrays.items()}
+        for each in self.plan.tensors:
+            plain = super().tensor(each.name)
+            if len(each.shape) < 2 or each.name.endswith((".bias", "ffn_gate_inp.weight")) or kind == "F32":
+                self.made[each.name] = plain
+                continue
+            values = np.frombuffer(plain.data, np.float32).reshape(-1, each.shape[-1])
+            raw = np.ascontiguousarray(quantised(values, kind))
+            back = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind]).reshape(each.shape)
+            self.made[each.name] = Tensor(each.name, kind, each.shape, memoryview(raw.tobytes()))
+            for source, part in zip(each.sources, back if len(each.sources) > 1 else [back], strict=True):
+                view = view_of(self.arrays[source], each.transform)
+                view[...] = part.reshape(view.shape)
+        save_file(self.arrays, self.folder / "model.safetensors", {"format": "pt"})
+        self.reference = transformers.AutoModelForCausalLM.from_pretrained(self.folder, attn_implementation="eager").eval()
+
+    def tensor(self, name: str) -> Tensor:
+        return self.made[name]
+
+
+def logits(weights: Weights, backend: str) -> np.ndarray:
+    layers = make_backend(backend, 1).load(weights.spec, LayerRange(0, 2), weights, embedding=True, head=True)
+    chain = Chain.of(weights.spec, [layers.stage(layers.layers)])
+    found = chain.logits(chain.run(IDS, [len(IDS)]))
+    layers.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"), [pytest.param(*pair, marks=() if pair in ALONG else pytest.mark.slow) for pair in PAIRS]
+)
+def test_a_kind_in_an_architecture_is_exact(tmp_path: Path, architecture: str, kind: str) -> None:
+    weights = Weights.make(architecture, tmp_path, **SIZES, **OWN.get(architecture, {}))
+    assert isinstance(weights, Weights)
+    weights.quantise(kind)
+    with torch.no_grad():
+        right = weights.reference(torch.tensor([IDS]), use_cache=False).logits[0].numpy()
+    for backend in ("torch", "onnxruntime-exact"):
+        assert abs(logits(weights, backend) - right).max() < LARGEST, backend
+    fast = logits(weights, "onnxruntime")
+    if kind in ("F32", "F16", "BF16"):
+        assert abs(fast - right).max() < LARGEST
+    else:
+        errors = np.linalg.norm(fast - right, axis=1) / np.linalg.norm(right, axis=1)
+        assert np.median(errors) < 0.1, "activations of 8 bits cost more than they may"  # a few tokens may go to another expert
