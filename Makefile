@@ -5,7 +5,7 @@
 #   make demo TORCH='--index-url https://download.pytorch.org/whl/cpu torch==2.13.0'
 
 TORCH ?= torch==2.13.0
-MODEL ?= smollm2:135m
+MODELS ?= smollm2:135m gemma3:270m
 PYTEST ?= -m 'not slow'
 CHAOS ?= --seed 1 --peers 5 --clients 4 --faults 200
 SIM ?= --seeds 0..2000 --faults 6
@@ -19,7 +19,7 @@ ENOUGH = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14 python; do \
 	"$$python" -c '$(ENOUGH)' 2>/dev/null && echo "$$python" && break; done)
 
-.PHONY: install demo test check bench bench-short chaos sim fuzz wheel clean
+.PHONY: install demo test check formats bench bench-short chaos sim fuzz wheel clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -28,13 +28,17 @@ demo: $(VENV)/installed
 	$(BIN)/meshd demo
 
 test: $(VENV)/installed $(VENV)/group-test
-	$(BIN)/meshd pull $(MODEL)
+	for model in $(MODELS); do $(BIN)/meshd pull $$model || exit; done
 	$(BIN)/pytest -n 2 --dist loadgroup $(PYTEST)
 
 check: $(VENV)/installed $(VENV)/group-test $(VENV)/group-check
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# README's table of formats and architectures, from the tests that ran.
+formats: $(VENV)/installed $(VENV)/group-test
+	$(BIN)/python -P tests/formats_table.py
 
 bench: $(VENV)/installed $(VENV)/group-test
 	$(BIN)/meshd bench

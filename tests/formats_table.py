@@ -1,0 +1,61 @@
+"""Runs every kind of weights in every architecture (`tests/kernels/test_formats.py`) and writes README's table from what passed.
+
+    python -P tests/formats_table.py
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from meshd.kernels.quant import KINDS
+from meshd.models.architectures import ARCHITECTURES
+from meshd.models.huggingface import FAMILIES
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- formats: written by `make formats` -->", "<!-- formats end -->"
+
+
+class Results:
+    """What became of each pair."""
+
+    def __init__(self) -> None:
+        self.of: dict[tuple[str, str], str] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        match = re.search(r"is_exact\[(.+)-(\w+)\]$", report.nodeid)
+        if match and (report.when == "call" or report.failed):
+            self.of[match[1], match[2]] = report.outcome
+
+
+def table(results: dict[tuple[str, str], str]) -> str:
+    """Markdown: a row for each architecture. Other outcomes than `passed`, and what did not run, stand there by name."""
+    rows = [("architecture", "folders of `model_type`", *KINDS), ("---",) * (2 + len(KINDS))]
+    for architecture in ARCHITECTURES:
+        families = ", ".join(kind for kind, family in FAMILIES.items() if family.architecture == architecture)
+        cells = (results.get((architecture, kind), "not run") for kind in KINDS)
+        rows.append((architecture, families, *("yes" if cell == "passed" else cell for cell in cells)))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def written(readme: str, made: str) -> str:
+    """README with this table in its place."""
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{made}{END}{after}"
+
+
+def main() -> int:
+    results = Results()
+    target = str(ROOT / "tests/kernels/test_formats.py")
+    status = pytest.main(["-q", "-m", "", "-k", "is_exact", "-p", "no:cacheprovider", target], [results])
+    readme = ROOT / "README.md"
+    readme.write_text(written(readme.read_text(), table(results.of)))
+    passed = sum(outcome == "passed" for outcome in results.of.values())
+    print(f"README.md: {passed} of {len(KINDS) * len(ARCHITECTURES)} pairs passed")
+    return int(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
