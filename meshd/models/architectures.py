@@ -12,6 +12,7 @@ import msgspec
 
 from meshd.errors import ModelFileError
 from meshd.models.gguf_header import MetadataValue, TensorInfo
+from meshd.tensors import projections
 from meshd.types import ModelSpec, RopeScaling
 
 _QWEN: dict[str, Any] = {"rope_halves": True}
@@ -59,6 +60,8 @@ def spec_from_metadata(name: str, metadata: Mapping[str, MetadataValue], tensors
     if heads % kv_heads:
         raise keys.wrong("attention.head_count_kv", f"{heads} heads do not share {kv_heads} evenly")
     layers, experts = keys.count("block_count"), keys.count("expert_count", 0)
+    if layers > len(tensors):  # before anything is made for each of them
+        raise ModelFileError(f"{name} can't be run: it has {len(tensors)} tensors for {layers} layers")
     fields: dict[str, Any] = {
         "architecture": keys.architecture,
         "layers": layers,
@@ -85,7 +88,10 @@ def spec_from_metadata(name: str, metadata: Mapping[str, MetadataValue], tensors
     fields["biases"] = tuple(dict.fromkeys((*fields.get("biases", ()), *biases)))
     if fields["experts_used"] > experts:
         raise keys.wrong("expert_used_count", f"{fields['experts_used']} of {experts} experts can't be used")
-    return _ended_at_factors(ModelSpec(**fields), keys, tensors)
+    spec = ModelSpec(**fields)
+    if alone := [part for part in spec.biases if part not in projections(spec)]:
+        raise ModelFileError(f"{name} can't be run: {keys.architecture} has a bias {alone[0]}, for which it has no matrix here")
+    return _ended_at_factors(spec, keys, tensors)
 
 
 def _usual_scale(architecture: str, layers: int, hidden: int, heads: int) -> float:

@@ -1,7 +1,8 @@
 """The text side of a Hugging Face folder, as metadata of the GGUF file that it becomes.
 
-    tokenizer.huggingface.json          all of tokenizer.json, as it is
+    tokenizer.huggingface.json          all of tokenizer.json, without the spaces between its items: Gemma's is 33 MB with them
     tokenizer.chat_template             from chat_template.jinja, chat_template.json or tokenizer_config.json, in this order
+    tokenizer.chat_template.tool_use    where tokenizer_config.json has one of its own for conversations with tools
     tokenizer.ggml.bos_token_id         from config.json or generation_config.json
     tokenizer.ggml.eos_token_id         the first token that ends an answer, tokenizer.ggml.eot_token_id the second
     meshd.eos_token_ids                 all of them, in order
@@ -19,9 +20,10 @@ from meshd.models.gguf_header import MetadataValue
 from meshd.models.json_files import read_bytes, read_json, whole_number
 
 MAX_TOKENIZER_BYTES = 48 << 20
-"""Gemma's takes 33 MB; the header that it becomes part of may have 64."""
+"""Of tokenizer.json as it lies; the header that it becomes part of may have 64."""
 MAX_TEMPLATE_BYTES = 1 << 20
 _MAX_TOKEN_ID = (1 << 31) - 1
+_TEMPLATE = "tokenizer.chat_template"
 TEXT_FILES = (
     "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "chat_template.json",
 )
@@ -65,9 +67,7 @@ def text_metadata(folder: Path, config: Mapping[str, Any], end_of_answer: frozen
     for key in ("add_bos_token", "add_eos_token"):
         if isinstance(value := options.get(key), bool):
             found[f"tokenizer.ggml.{key}"] = value
-    if template := _template(folder, options):
-        found["tokenizer.chat_template"] = template
-    return found
+    return found | _templates(folder, options)
 
 
 def _tokenizer(folder: Path) -> tuple[str, list[_Added]]:
@@ -78,24 +78,30 @@ def _tokenizer(folder: Path) -> tuple[str, list[_Added]]:
         raise ModelFileError(f"{folder} can't be used: it has no tokenizer.json{beside}", hint=hint)
     data = read_bytes(path, most_bytes=MAX_TOKENIZER_BYTES)
     try:
-        return data.decode(), msgspec.json.decode(data, type=_Tokenizer).added_tokens
+        added = msgspec.json.decode(data, type=_Tokenizer).added_tokens
+        return msgspec.json.format(data, indent=-1).decode(), added
     except (UnicodeDecodeError, msgspec.DecodeError, RecursionError) as error:
         raise ModelFileError(f"{path} can't be used: {error}", hint="the file is damaged: fetch it again") from error
 
 
-def _template(folder: Path, options: Mapping[str, Any]) -> str:
-    """Empty: the model has none."""
+def _templates(folder: Path, options: Mapping[str, Any]) -> dict[str, MetadataValue]:
+    """The template for a conversation, and the one for a conversation with tools where that is another; by GGUF's names."""
     plain = folder / "chat_template.jinja"
     if plain.is_file():
         try:
-            return read_bytes(plain, most_bytes=MAX_TEMPLATE_BYTES).decode()
+            return {_TEMPLATE: read_bytes(plain, most_bytes=MAX_TEMPLATE_BYTES).decode()}
         except UnicodeDecodeError as error:
             raise ModelFileError(f"{plain} can't be used: it is not UTF-8 ({error.reason})") from error
     given = _optional(folder / "chat_template.json").get("chat_template", options.get("chat_template"))
-    if isinstance(given, list):  # several, by name
-        named = {item.get("name"): item.get("template") for item in given if isinstance(item, dict)}
-        given = named.get("default")
-    return given if isinstance(given, str) else ""
+    if isinstance(given, str):
+        return {_TEMPLATE: given}
+    listed = [item for item in given if isinstance(item, dict)] if isinstance(given, list) else []
+    keys = {"default": _TEMPLATE, "tool_use": f"{_TEMPLATE}.tool_use"}
+    return {
+        keys[item["name"]]: item["template"]
+        for item in listed
+        if item.get("name") in ("default", "tool_use") and isinstance(item.get("template"), str)
+    }
 
 
 def _optional(path: Path) -> dict[str, Any]:

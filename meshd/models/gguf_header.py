@@ -18,8 +18,10 @@ MetadataValue: TypeAlias = bool | int | float | str | tuple["MetadataValue", ...
 MAX_HEADER_BYTES = 64 << 20
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 16
-MAX_ARRAY_VALUES = 1 << 22
+MAX_ARRAY_VALUES = 1 << 21
 """Of all arrays of a file together; a vocabulary of 262,144 with merges takes 1.3 million."""
+MAX_NESTED = 1 << 12
+"""Arrays in an array: nobody writes them, and they are read one by one."""
 MAX_KEY_BYTES = (1 << 16) - 1
 MAX_TENSOR_NAME_BYTES = 128
 MAX_ARRAY_DEPTH = 2
@@ -185,7 +187,7 @@ class _Reader:
         if depth == 0:
             self.fail(f"arrays are nested more than {MAX_ARRAY_DEPTH} deep")
         kind, count = self._number("I"), self._number("Q")
-        self._bound(count, self._values_left, "array values", each=self._size(kind))
+        self._bound(count, MAX_NESTED if kind == _ARRAY else self._values_left, "array values", each=self._size(kind))
         self._values_left -= count
         if kind == _STRING:
             return self._strings(count)

@@ -95,6 +95,8 @@ _STACKED = {
     "mlp.experts.down_proj_bias": (("ffn_down_exps.bias", ""),),
 }
 """gpt-oss: all experts in one tensor, gate and up by turns."""
+_PACKED = re.compile(r"mlp\.experts\.(gate_up_proj|down_proj)_(blocks|scales)")
+"""gpt-oss in MXFP4."""
 _EXPERT = re.compile(r"(?:mlp|block_sparse_moe)\.experts\.(\d{1,5})\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
 _EXPERT_PARTS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
 _OUTSIDE = {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
@@ -160,7 +162,8 @@ def _window(config: Config) -> dict[str, MetadataValue]:
     window: dict[str, MetadataValue] = {"attention.sliding_window": config.count("sliding_window")}
     types = config.get("layer_types")
     if types is not None:
-        if not isinstance(types, list) or len(types) != layers or not set(types) <= {"sliding_attention", "full_attention"}:
+        known = ("sliding_attention", "full_attention")
+        if not isinstance(types, list) or len(types) != layers or any(kind not in known for kind in types):
             raise ModelFileError(f"config.json can't be used: layer_types are not {layers} of sliding_attention and full_attention")
         pattern = tuple(kind == "sliding_attention" for kind in types)
         return window | {"attention.sliding_window_pattern": pattern} if any(pattern) else {}
@@ -213,12 +216,24 @@ class _Namer:
         if expert := _EXPERT.fullmatch(part):
             self._experts[f"blk.{layer}.ffn_{_EXPERT_PARTS[expert[2]]}_exps.weight"][int(expert[1])] = name, shape
             return []
+        if packed := _PACKED.fullmatch(part):
+            return self._packed(layer, name, packed[1], shape) if packed[2] == "blocks" else []
         if part in _STACKED:
+            if len(shape) != (2 if part.endswith("bias") else 3):
+                raise self._misplaced(name)
             return [ImportTensor(f"blk.{layer}.{target}", (name,), _after(shape, steps), steps) for target, steps in _STACKED[part]]
         target = self._parts.get(part, "")
         if not target:
             raise self._misplaced(name)
         return [ImportTensor(f"blk.{layer}.{target}", (name,), shape, self._shift(part) or self._turn(target))]
+
+    def _packed(self, layer: int, name: str, part: str, shape: Shape) -> list[ImportTensor]:
+        """MXFP4 as gpt-oss comes: rows of blocks, so no transpose."""
+        if len(shape) != 4:
+            raise self._misplaced(name)
+        sources, weights = (name, name.removesuffix("blocks") + "scales"), (*shape[:-2], shape[-2] * 32)
+        steps = [(target, turn.replace("transpose", "mxfp4")) for target, turn in _STACKED[f"mlp.experts.{part}"]]
+        return [ImportTensor(f"blk.{layer}.{target}", sources, _after(weights, turn), turn) for target, turn in steps]
 
     def _shift(self, part: str) -> str:
         return "add_one" if self._family.norms_less_one and part.endswith("norm.weight") else ""
@@ -228,9 +243,7 @@ class _Namer:
         return f"rope_interleave:{heads}" if heads else ""
 
     def _misplaced(self, name: str) -> ModelFileError:
-        hint = "take its GGUF file instead" if name.endswith(("_blocks", "_scales")) else ""
-        why = f"the model can't be imported: tensor {name[:200]!r} has no place in {self._family.architecture}"
-        return ModelFileError(why, hint=hint)
+        return ModelFileError(f"the model can't be imported: tensor {name[:200]!r} has no place in {self._family.architecture}")
 
 
 def _after(shape: Shape, steps: str) -> Shape:

@@ -35,6 +35,8 @@ def rope_import(config: Config, head_dim: int) -> tuple[Keys, tuple[ImportTensor
         return keys, (_factors("rope_freqs.weight", _llama3(scaling, turned, theta)),)
     context = config.count("max_position_embeddings")
     original = scaling.count("original_max_position_embeddings", config.count("original_max_position_embeddings", context))
+    if original < 2:
+        raise ModelFileError("config.json can't be used: original_max_position_embeddings is less than 2")
     factor = scaling.number("factor", max(1.0, context / original))
     keys |= {"rope.scaling.original_context_length": original, "rope.scaling.factor": factor}
     if kind == "yarn":

@@ -7,6 +7,7 @@ A transform is a list of steps parted by `|`, done from left to right to each so
     transpose                      the last two axes swapped
     gate_up_split:N                half N (0 or 1) of the first axis
     slice:AXIS:START:STOP:STEP     as numpy's, an empty field being None
+    mxfp4                          the two sources are gpt-oss's blocks of nibbles `[..., blocks, 16]` and scales `[..., blocks]`
 
 All but `add_one` are views: no byte is copied until it is written.
 """
@@ -54,6 +55,24 @@ def adds_one(transform: str) -> bool:
     return "add_one" in transform.split("|")
 
 
+def is_mxfp4(transform: str) -> bool:
+    """Whether the sources are MXFP4's blocks and scales."""
+    return transform.split("|")[0] == "mxfp4"
+
+
+def mxfp4_blocks(nibbles: Array, scales: Array) -> Array:
+    """Bytes of ggml's blocks, flat: the scale, then weights 0 to 15 in the low halves and 16 to 31 in the high ones.
+
+    Hugging Face has weights 0 and 1 in the first byte, 2 and 3 in the second. Raises: ValueError for a scale that is no number.
+    """
+    packed = np.ascontiguousarray(nibbles).reshape(-1, 16)
+    exponents = np.ascontiguousarray(scales).reshape(-1, 1)
+    if (exponents == 0xFF).any():  # of 8-bit exponents, the one that is no number
+        raise ValueError("a scale is no number")
+    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(-1, 32)
+    return np.concatenate([exponents, codes[:, :16] | codes[:, 16:] << 4], axis=1).reshape(-1)
+
+
 def view_of(array: Array, transform: str) -> Array:
     """The array whose elements, in row-major order, are the transformed tensor's; its own shape may have more axes.
 
@@ -69,7 +88,7 @@ def view_of(array: Array, transform: str) -> Array:
 
 def _step(array: Array, name: str, *given: str) -> Array:
     match name, given:
-        case "add_one", ():
+        case ("add_one" | "mxfp4"), ():
             return array
         case "transpose", ():
             return array.swapaxes(-2, -1)

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
-from meshd.errors import ModelFileError
+from meshd.errors import ModelFileError, StorageError
 from meshd.models.cards import END_OF_ANSWER
-from meshd.models.files import CHUNK_BYTES, forget, need_space, storage_error
+from meshd.models.files import CHUNK_BYTES, forget, need_space
 from meshd.models.folder_text import text_metadata
 from meshd.models.gguf import GgufFile
 from meshd.models.gguf_header import MetadataValue
 from meshd.models.gguf_writer import Chunk, GgufOut, OutTensor
 from meshd.models.huggingface import plan_import
 from meshd.models.import_files import files_of, parts_of
-from meshd.models.import_plan import Array, ImportTensor, adds_one, pieces, view_of
+from meshd.models.import_plan import Array, ImportTensor, adds_one, is_mxfp4, mxfp4_blocks, pieces, view_of
 from meshd.models.json_files import read_json, shown
 from meshd.models.quantise import BLOCK, quantise
 from meshd.models.quants import QUANTS
@@ -52,7 +52,8 @@ def import_to(
                 sha256 = out.write(file, advance)
             whole = True
         except OSError as error:
-            raise storage_error(target, error) from error
+            why = f"{target} can't be written: {error.strerror or error}"
+            raise StorageError(why, hint="free some disk and pull again: the import begins anew") from error
         finally:
             if not whole:
                 forget(target)
@@ -80,6 +81,8 @@ def _converted(
     if not tensor.sources:
         values = np.array(tensor.values, "<f4")
         return OutTensor(tensor.name, "F32", tensor.shape, lambda: [values])
+    if is_mxfp4(tensor.transform):
+        return _packed(tensor, weights, known)
     dtypes = set()
     for source in tensor.sources:
         if source not in known:
@@ -95,23 +98,45 @@ def _converted(
         raise ModelFileError(f"tensor {first} can't be used: {shape} does not make {tensor.name} {tensor.shape}")
     given = dtypes.pop() if len(dtypes) == 1 else "F32"
     kind = _kind_for(tensor.name, tensor.shape, "F32" if adds_one(tensor.transform) else given, quant)
-    change = partial(_chunks, tensor, [(view, known[source][0]) for view, source in zip(views, tensor.sources, strict=True)], kind)
-    return OutTensor(tensor.name, kind, tensor.shape, change)
+    read = [(view, known[source][0], partial(weights.drop, source)) for view, source in zip(views, tensor.sources, strict=True)]
+    return OutTensor(tensor.name, kind, tensor.shape, partial(_chunks, tensor, read, kind))
+
+
+def _packed(
+    tensor: ImportTensor, weights: SafetensorsFolder, known: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> OutTensor:
+    """Blocks and scales of MXFP4, which stay so; an expert at a time."""
+    if missing := [source for source in tensor.sources if known.get(source, ("", ()))[0] != "U8"]:
+        raise ModelFileError(f"tensor {shown(missing[0])}, of which {tensor.name} is made, is missing or no U8")
+    nibbles, scales = (view_of(weights.array(source), tensor.transform) for source in tensor.sources)
+    made = (*nibbles.shape[:-2], nibbles.shape[-2] * 32) if nibbles.ndim > 2 else ()
+    if nibbles.shape != (*scales.shape, 16) or made != tensor.shape:
+        shapes = " and ".join(str(known[source][1]) for source in tensor.sources)
+        raise ModelFileError(f"tensor {shown(tensor.sources[0])} can't be used: {shapes} do not make {tensor.name} {tensor.shape}")
+
+    def chunks() -> Iterator[Chunk]:
+        try:
+            yield from map(mxfp4_blocks, nibbles, scales)
+        except ValueError as error:
+            raise ModelFileError(f"tensor {tensor.name} can't be used: {error}", hint="the model is broken") from error
+
+    return OutTensor(tensor.name, "MXFP4", tensor.shape, chunks)
 
 
 def _kind_for(name: str, shape: tuple[int, ...], given: str, quant: str | None) -> str:
     """The kind that a dense tensor gets."""
-    if len(shape) < 2 or name.endswith(_ROUTER):
+    if len(shape) < 2 or name.endswith(_ROUTER) or not name.endswith(".weight"):
         return "F32"
-    if quant is None or shape[-1] % BLOCK or not name.endswith(".weight"):
+    if quant is None or shape[-1] % BLOCK:
         return given
     return QUANTS["q8"] if name in _FINE else QUANTS[quant]
 
 
-def _chunks(tensor: ImportTensor, views: Sequence[tuple[Array, str]], kind: str) -> Iterator[Chunk]:
-    for view, dtype in views:
+def _chunks(tensor: ImportTensor, views: Sequence[tuple[Array, str, Callable[[], None]]], kind: str) -> Iterator[Chunk]:
+    for view, dtype, drop in views:
         for piece in pieces(view):
             yield _changed(piece, dtype, kind, one_more=adds_one(tensor.transform), name=tensor.name)
+        drop()
 
 
 def _changed(piece: Array, dtype: str, kind: str, *, one_more: bool, name: str) -> Array:

@@ -78,6 +78,13 @@ class SafetensorsFile:
         flat = np.frombuffer(self._mapping, DTYPES[info.dtype], math.prod(info.shape), info.offset)
         return flat.reshape(info.shape)
 
+    def drop(self, name: str) -> None:
+        """A tensor has been read: its pages need not stay in memory. It can be read again."""
+        info = self.tensors[name]
+        if info.nbytes and hasattr(mmap, "MADV_DONTNEED"):
+            start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
+            self._mapping.madvise(mmap.MADV_DONTNEED, start, info.offset + info.nbytes - start)
+
     def close(self) -> None:
         """Idempotent."""
         with contextlib.suppress(BufferError):  # views are still out there: the mapping goes with the last of them
@@ -187,6 +194,10 @@ class SafetensorsFolder:
     def array(self, name: str) -> npt.NDArray[Any]:
         """See `SafetensorsFile.array`."""
         return self._files[name].array(name)
+
+    def drop(self, name: str) -> None:
+        """See `SafetensorsFile.drop`."""
+        self._files[name].drop(name)
 
     def close(self) -> None:
         """Idempotent."""

@@ -11,6 +11,8 @@ from meshd.models.gguf_header import MetadataValue
 HUGGINGFACE_KEY = "tokenizer.huggingface.json"
 """GGUF's key for a whole `tokenizer.json`: where a file has it, it says all, and the lists of tokens may be missing."""
 MAX_BYTES = 64 << 20
+MAX_ITEMS = 1 << 22
+"""Commas and brackets: what a text comes to in memory is bound by them. Gemma's has 1.8 million."""
 MAX_ID = 1 << 21
 """Four times the largest vocabulary known."""
 _HINT = "meshd can't read this model's text yet; try smollm2:135m"
@@ -48,6 +50,8 @@ class TokenizerDocument:
         self.text = text
         if len(text) > MAX_BYTES:
             raise self.wrong(f"can't be used: it is larger than {MAX_BYTES} bytes")
+        if sum(map(text.count, ",[{")) > MAX_ITEMS:
+            raise self.wrong(f"can't be used: its JSON has more than {MAX_ITEMS:,} items")
         try:
             self.content: dict[str, Any] = json.loads(text)
             self.added = [AddedToken.of(token) for token in self.content["added_tokens"] or ()]

@@ -16,6 +16,11 @@ from meshd.models.spelling import WORD_START, sentencepiece
 from meshd.models.tokenizer import Tokenizer, Vocabulary, is_library_error
 from meshd.models.tokenizer_keys import BYTE, CONTROL, UNKNOWN, USER_DEFINED, TokenizerKeys, wrong
 
+MAX_PIECE = 512
+MAX_CHARACTERS = 1 << 23
+MAX_MERGES = 1 << 20
+"""A piece is cut in two everywhere, and each cut that makes a merge is kept: a file's size bounds neither. Gemma's 262,144 pieces
+have 1.5 million characters, at most 31 each, and make half a million merges."""
 _WITHOUT_RIGHT_SPACE = {"phi3": frozenset({"<unk>", "<s>", "<|endoftext|>"})}
 """Architectures whose control tokens swallow the white space after them, and those that do not. No key says so."""
 
@@ -55,6 +60,8 @@ def merges_of(pieces: Iterable[str], scores: Mapping[str, float]) -> list[tuple[
 
     `scores` are in the order of the vocabulary, which decides between pieces that are alike in all this.
     """
+    if max(map(len, scores), default=0) > MAX_PIECE or sum(map(len, scores)) > MAX_CHARACTERS:
+        raise wrong("tokens", f"a piece has more than {MAX_PIECE} characters, or all have more than {MAX_CHARACTERS:,}")
     known = frozenset(pieces)
     merges: list[tuple[str, str]] = []
     best_first = sorted(scores, key=scores.__getitem__, reverse=True)
@@ -66,6 +73,8 @@ def merges_of(pieces: Iterable[str], scores: Mapping[str, float]) -> list[tuple[
             if (left := piece[:at]) in known and (right := piece[at:]) in known
         ]
         merges += sorted(cuts, key=_lengths, reverse=True) if len(cuts) > 1 else cuts
+        if len(merges) > MAX_MERGES:
+            raise wrong("tokens", f"its pieces are made of one another in more than {MAX_MERGES:,} ways")
     return merges
 
 

@@ -3,8 +3,8 @@
     python tests/fuzz/fuzz_files.py [--seconds 60 | --count N] [--seed N] [--first CASE]
 
 Held to: a GGUF file, a split one and a Hugging Face folder give a model or one MeshdError; within seconds; in the memory of the
-file and a fixed bound; with no file or mapping left open and nothing half made on the disk; and a weight of a folder that is no
-number is always told.
+file and a fixed bound; with no file or mapping left open and nothing half made on the disk; and a weight that is no number is told,
+always.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import random
 import resource
 import shutil
 import signal
-import struct
 import sys
 import tempfile
 import time
@@ -30,18 +29,32 @@ from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-import numpy as np
-from hf_folders import CONFIG, save, tokenizer_json
+from bad_files import (
+    CONFIGS,
+    PARTS,
+    mutate_binary,
+    mutate_json,
+    mutate_metadata,
+    mutate_safetensors,
+    mutate_values,
+    plant_nan,
+    plant_nan_in_gguf,
+    small_folder,
+    small_gguf,
+)
 
 from meshd.errors import MeshdError, ModelFileError
 from meshd.kernels.quant import dequantise, load_matrix
+from meshd.models.architectures import spec_from_metadata
 from meshd.models.cards import card_from_gguf
 from meshd.models.gguf import GgufFile
-from meshd.models.gguf_header import KINDS
-from meshd.models.gguf_writer import GgufOut, OutTensor
+from meshd.models.gguf_header import TensorInfo
+from meshd.models.huggingface import plan_import
 from meshd.models.importing import import_to
+from meshd.models.safetensors_file import DTYPES, SafetensorsFolder
 from meshd.models.template import template_from_gguf
 from meshd.models.tokenizer_files import tokenizer_from_gguf
+from meshd.tensors import border_shapes, layer_shapes, rope_shape
 from meshd.types import ModelId
 
 CASE_S = 10
@@ -53,178 +66,9 @@ TRACED_FACTOR = 24
 TRACE_EVERY = 40
 LOOK_EVERY = 500
 
-_EDGES = (
-    0, 1, 2, 3, 31, 32, 33, 255, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32, 1 << 40, 1 << 62, 1 << 63, (1 << 64) - 1,
-)  # fmt: skip
-_JSON = (
-    b"null", b"-1", b"0", b"1", b"2.5", b"1e999", b"-1e-999", b"NaN", b"Infinity", b"true", b'"x"', b"[]", b"{}", b"9" * 25,
-    b"9" * 6000, b"[[1]]",
-    b'"\\ud800"', b'"F16"', b'"BF16"', b'"I64"', b'"F4"', b'"F64"', b'"U8"', b"4294967296", b"18446744073709551615",
-)  # fmt: skip
-
 
 class Hang(BaseException):
     """A case took too long; no handler in the tested code may take it for an ordinary error."""
-
-
-Seeds = dict[str, bytes]
-"""File name -> content of one model that is whole."""
-
-
-# --- the models that are mutated ---------------------------------------------------------------------------------------
-
-
-def small_gguf(part: int | None = None) -> bytes:
-    """A llama of one layer with weights of many kinds; or one of two parts of it."""
-    hidden, ffn, vocab = 256, 32, 32
-    rng = np.random.default_rng(0)
-    known = {name: (weights, size) for name, weights, size in KINDS.values()}
-    shapes = {
-        "token_embd.weight": (vocab, hidden, "Q8_0"), "output_norm.weight": (hidden, "F32"),
-        "output.weight": (vocab, hidden, "Q6_K"),
-        "blk.0.attn_norm.weight": (hidden, "F32"), "blk.0.attn_q.weight": (hidden, hidden, "Q4_1"),
-        "blk.0.attn_k.weight": (hidden // 2, hidden, "Q4_0"), "blk.0.attn_v.weight": (hidden // 2, hidden, "Q6_K"),
-        "blk.0.attn_output.weight": (hidden, hidden, "Q4_0"), "blk.0.ffn_norm.weight": (hidden, "F32"),
-        "blk.0.ffn_gate.weight": (ffn, hidden, "BF16"), "blk.0.ffn_up.weight": (ffn, hidden, "F16"),
-        "blk.0.ffn_down.weight": (hidden, ffn, "F32"),
-    }  # fmt: skip
-    tensors = []
-    for name, (*shape, kind) in shapes.items():
-        weights, size = known[str(kind)]
-        count = int(np.prod([int(n) for n in shape]))
-        if kind == "F32":
-            data = rng.standard_normal(count, dtype=np.float32).tobytes()
-        else:  # halves of small numbers: a scale of nearly any block stays finite
-            data = (rng.integers(0, 1 << 13, count // weights * size // 2, dtype=np.uint16)).tobytes()
-        tensors.append(OutTensor(name, str(kind), tuple(int(n) for n in shape), lambda data=data: [data]))
-    letters = [chr(0x21 + index) for index in range(vocab - 4)]
-    metadata = {
-        "general.architecture": "llama", "llama.block_count": 1, "llama.context_length": 64, "llama.embedding_length": hidden,
-        "llama.feed_forward_length": ffn, "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.rope.freq_base": 10000.0, "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": ("<s>", "</s>", *letters, '!"', '"#'),
-        "tokenizer.ggml.token_type": (3, 3, *[1] * (vocab - 2)), "tokenizer.ggml.merges": ('! "', '" #'),
-        "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.add_bos_token": True,
-        "tokenizer.chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}", "general.tags": ("a", "b"),
-    }  # fmt: skip
-    if part is not None:
-        split = {"split.no": part, "split.count": 2, "split.tensors.count": len(tensors)}
-        metadata = metadata | split if part == 0 else dict(split)
-        tensors = tensors[:6] if part == 0 else tensors[6:]
-    with tempfile.TemporaryFile() as file:
-        GgufOut(metadata, tensors, "seed").write(file, lambda _: None)
-        file.seek(0)
-        return file.read()
-
-
-def small_folder(root: Path) -> Seeds:
-    """A Hugging Face folder of two shards."""
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8, "vocab_size": 32}
-    rng = np.random.default_rng(0)
-    shapes = {"model.embed_tokens": (32, 32), "model.norm": (32,), "lm_head": (32, 32)} | {
-        f"model.layers.0.{name}": shape
-        for name, shape in {
-            "input_layernorm": (32,), "self_attn.q_proj": (32, 32), "self_attn.k_proj": (16, 32), "self_attn.v_proj": (16, 32),
-            "self_attn.o_proj": (32, 32), "post_attention_layernorm": (32,), "mlp.gate_proj": (32, 32), "mlp.up_proj": (32, 32),
-            "mlp.down_proj": (32, 32),
-        }.items()
-    }  # fmt: skip
-    made = {f"{name}.weight": rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
-    where = {name: f"model-0000{1 + index % 2}-of-00002.safetensors" for index, name in enumerate(made)}
-    for shard, dtype in ((1, "BF16"), (2, "F32")):
-        name = f"model-0000{shard}-of-00002.safetensors"
-        save(root / name, {key: value for key, value in made.items() if where[key] == name}, dtype)
-    (root / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    (root / "config.json").write_text(json.dumps(CONFIG | sizes))
-    (root / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 3]}))
-    (root / "tokenizer.json").write_text(tokenizer_json())
-    (root / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "chat_template": "{{ messages }}"}))
-    return {path.name: path.read_bytes() for path in root.iterdir()}
-
-
-# --- mutation ----------------------------------------------------------------------------------------------------------
-
-
-def mutate_binary(dice: random.Random, data: bytes, header: int) -> bytes:
-    """Some faults, most of them in the first `header` bytes."""
-    broken = bytearray(data)
-    for _ in range(dice.choice((1, 1, 1, 2, 4))):
-        reach = min(len(broken), header if dice.random() < 0.9 else len(broken))
-        if reach < 16:
-            return bytes(broken)
-        at = dice.randrange(reach)
-        match dice.randrange(9):
-            case 0:
-                broken[at] ^= 1 << dice.randrange(8)
-            case 1:
-                del broken[dice.randrange(len(broken)) :]
-            case 2:
-                del broken[at : at + dice.randint(1, 40)]
-            case 3:
-                broken[at:at] = dice.randbytes(dice.randint(1, 40))
-            case 4:  # a piece of the file somewhere else in it
-                start = dice.randrange(reach)
-                broken[at : at + dice.choice((0, 8, 40))] = broken[start : start + dice.randint(1, 200)]
-            case 5:
-                struct.pack_into("<Q", broken, min(at, len(broken) - 8), dice.choice(_EDGES))
-            case 6:
-                struct.pack_into("<I", broken, min(at, len(broken) - 4), dice.choice(_EDGES) & 0xFFFFFFFF)
-            case _:  # a number that is there, a little or very different: a count, a length, a kind or an offset
-                _lie(dice, broken, at, reach)
-    return bytes(broken)
-
-
-def _lie(dice: random.Random, broken: bytearray, at: int, reach: int) -> None:
-    found = broken.find(bytes(6), at, reach)
-    if found < 2 or found + 6 > len(broken) - 8:
-        return
-    start = found - 2 if broken[found - 2] else found - 1
-    value = int.from_bytes(broken[start : start + 8], "little")
-    changed = dice.choice((value + dice.choice((-1, 1, 32, -32)), value * 2, value << 32, dice.choice(_EDGES), dice.randrange(48)))
-    broken[start : start + 8] = (changed & ((1 << 64) - 1)).to_bytes(8, "little")
-
-
-def mutate_json(dice: random.Random, data: bytes) -> bytes:
-    """Some faults in a JSON text: most leave it JSON."""
-    broken = data
-    for _ in range(dice.choice((1, 1, 2, 4))):
-        spots = [at for at, byte in enumerate(broken) if byte in b':,[{"'] or [0]
-        at = dice.choice(spots)
-        end = min((found for mark in b",]}" if (found := broken.find(bytes((mark,)), at + 1)) > 0), default=len(broken))
-        match dice.randrange(8):
-            case 0 | 1:  # another value
-                broken = broken[: at + 1] + dice.choice(_JSON) + broken[end:]
-            case 2:  # an item twice
-                broken = broken[:end] + b"," + broken[at + 1 : end] + broken[end:]
-            case 3:
-                broken = broken[: at + 1] + dice.choice((b"[", b'{"a":')) * dice.choice((3, 900, 20_000)) + broken[at + 1 :]
-            case 4:
-                broken = broken[: at + 1] + broken[end:]
-            case 5:
-                broken = broken[: dice.randrange(len(broken) + 1)]
-            case 6:
-                word = dice.choice((b"0", b"1", b"32", b"F32", b"BF16", b"weight", b"model"))
-                broken = broken.replace(word, dice.choice(_JSON), 1)
-            case _:
-                broken = mutate_binary(dice, broken, len(broken))
-    return broken
-
-
-def mutate_safetensors(dice: random.Random, data: bytes) -> bytes:
-    """The header as JSON, with its length put right most of the time; or the bytes."""
-    length = int.from_bytes(data[:8], "little")
-    if dice.random() < 0.3:
-        return mutate_binary(dice, data, 8 + length)
-    header = mutate_json(dice, data[8 : 8 + length])
-    said = len(header) if dice.random() < 0.8 else dice.choice(_EDGES)
-    return said.to_bytes(8, "little") + header + data[8 + length :]
-
-
-def plant_nan(dice: random.Random, data: bytes) -> bytes:
-    """A weight of a safetensors file that is no number, in BF16 and in F32."""
-    start = 8 + int.from_bytes(data[:8], "little")
-    at = start + 4 * dice.randrange((len(data) - start) // 4)
-    return data[:at] + b"\xff\xff\xff\xff" + data[at + 4 :]
 
 
 # --- what is done with a file ------------------------------------------------------------------------------------------
@@ -255,20 +99,26 @@ class Fuzzer:
         folder = root / "hf"
         folder.mkdir()
         self._folder, self._seeds = folder, small_folder(folder)
-        self._gguf = small_gguf()
+        with SafetensorsFolder.open(folder) as opened:
+            self._shapes = opened.tensors
+        self._gguf = (small_gguf(), small_gguf(pieces=True))
         self._parts = {f"m-0000{part + 1}-of-00002.gguf": small_gguf(part) for part in range(2)}
         self._target = root / "made.gguf"
         self._kinds: dict[str, tuple[int, Callable[[random.Random], Callable[[], None]]]] = {
             "gguf": (5, self._case_gguf), "safetensors": (4, self._case_safetensors), "json": (2, self._case_json),
-            "split": (1, self._case_split), "nan": (1, self._case_nan),
+            "split": (1, self._case_split), "nan": (1, self._case_nan), "plan": (2, self._case_plan),
+            "gguf nan": (1, self._case_gguf_nan),
         }  # fmt: skip
         self.told: Counter[str] = Counter()
         self._changed: set[str] = set()
 
     def check_seeds(self) -> None:
         """What is whole is used without complaint: else nothing of this tests anything."""
-        (self._root / "x.gguf").write_bytes(self._gguf)
-        use_gguf(self._root / "x.gguf")
+        for data in self._gguf:
+            (self._root / "x.gguf").write_bytes(data)
+            use_gguf(self._root / "x.gguf")
+            with GgufFile.open(self._root / "x.gguf") as file:
+                tokenizer_from_gguf(file.metadata)
         for name, data in self._parts.items():
             (self._root / name).write_bytes(data)
         self._import(self._root / next(iter(self._parts)))
@@ -315,7 +165,7 @@ class Fuzzer:
 
     def _case_gguf(self, dice: random.Random) -> Callable[[], None]:
         path = self._root / "x.gguf"
-        path.write_bytes(mutate_binary(dice, self._gguf, 2200))
+        path.write_bytes(mutate_binary(dice, dice.choice(self._gguf), 2600))
         return lambda: use_gguf(path)
 
     def _case_safetensors(self, dice: random.Random) -> Callable[[], None]:
@@ -325,9 +175,32 @@ class Fuzzer:
         return lambda: self._import(self._folder, quant)
 
     def _case_json(self, dice: random.Random) -> Callable[[], None]:
-        name = dice.choice([name for name in self._seeds if name.endswith(".json")])
-        self._change(name, mutate_json(dice, self._seeds[name]))
+        others = [name for name in self._seeds if name.endswith(".json")]
+        name = dice.choice(("config.json", dice.choice(others)))
+        data = self._seeds[name]
+        if name == "config.json":
+            data = json.dumps(json.loads(data) | dice.choice(CONFIGS)).encode()
+        self._change(name, mutate_json(dice, data))
         return lambda: self._import(self._folder)
+
+    def _case_plan(self, dice: random.Random) -> Callable[[], None]:
+        seed = json.loads(self._seeds["config.json"]) | dice.choice(CONFIGS)
+        config = mutate_values(dice, seed)
+        shapes = dict(self._shapes)
+        for _ in range(dice.choice((0, 0, 1, 3))):
+            name = dice.choice((*shapes, *(f"model.layers.{dice.choice((0, 0, 1, 10**7))}.{part}" for part in PARTS)))
+            shapes[name] = dice.choice(tuple(DTYPES)), tuple(dice.choices((0, 1, 2, 16, 32, 1 << 59), k=dice.randrange(6)))
+
+        def use() -> None:
+            plan = plan_import(config, shapes)
+            infos = {tensor.name: TensorInfo("F32", tensor.shape, 0, 0) for tensor in plan.tensors}
+            metadata = mutate_metadata(dice, plan.metadata) if dice.random() < 0.7 else plan.metadata
+            spec = spec_from_metadata("x", metadata, infos)
+            layer_shapes(spec)
+            border_shapes(spec)
+            rope_shape(spec)
+
+        return use
 
     def _case_split(self, dice: random.Random) -> Callable[[], None]:
         broken = dice.choice(list(self._parts))
@@ -347,6 +220,24 @@ class Fuzzer:
                     raise
                 raise AssertionError(f"a weight that is no number is told as {error}") from error
             raise AssertionError("a weight that is no number went through")
+
+        return use
+
+    def _case_gguf_nan(self, dice: random.Random) -> Callable[[], None]:
+        path = self._root / "x.gguf"
+        data, name = plant_nan_in_gguf(dice, self._gguf[0])
+        path.write_bytes(data)
+
+        def use() -> None:
+            with GgufFile.open(path) as file:
+                tensor = file.tensor(name)
+                try:
+                    load_matrix(tensor) if len(tensor.shape) == 2 else dequantise(tensor)
+                except ModelFileError as error:
+                    if name in error.message:
+                        raise
+                    raise AssertionError(f"a weight of {name} that is no number is told as {error}") from error
+            raise AssertionError(f"a weight of {name} that is no number was loaded")
 
         return use
 

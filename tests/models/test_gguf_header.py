@@ -67,6 +67,7 @@ LIES: dict[str, tuple[dict[str, Any], str]] = {
     "array length": ({"key_count": 1, "raw_keys": text("k") + struct.pack("<IIQ", 9, 0, HUGE)}, "'k'"),
     "string array length": ({"key_count": 1, "raw_keys": text("k") + struct.pack("<IIQ", 9, 8, 1 << 21)}, "'k'"),
     "string in an array": ({"key_count": 1, "raw_keys": text("k") + struct.pack("<IIQQ", 9, 8, 1, HUGE)}, "'k'"),
+    "many arrays in one": ({"key_count": 1, "raw_keys": text("k") + struct.pack("<IIQ", 9, 9, 5000) + bytes(60_000)}, "the 4096"),
     "arrays nested": ({"key_count": 1, "raw_keys": text("k") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 3}, "'k'"),
     "value type": ({"key_count": 1, "raw_keys": text("k") + struct.pack("<I", 13) + bytes(8)}, "'k'"),
     "array value type": ({"key_count": 1, "raw_keys": text("k") + struct.pack("<IIQ", 9, 77, 1) + bytes(8)}, "'k'"),
@@ -105,7 +106,7 @@ def test_a_lie_is_named_and_costs_nothing(make_gguf: Any, lie: str) -> None:
 
 
 def test_array_values_are_bounded_over_all_arrays_together(make_gguf: Any) -> None:
-    array = struct.pack("<IIQ", 9, 0, 3 << 20) + bytes(3 << 20)
+    array = struct.pack("<IIQ", 9, 0, 3 << 19) + bytes(3 << 19)
     with pytest.raises(ModelFileError, match=r"'second'.*array values"):
         parse(make_gguf(key_count=2, raw_keys=text("first") + array + text("second") + array).build())
 

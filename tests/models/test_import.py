@@ -3,6 +3,8 @@
 import asyncio
 import io
 import json
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import safetensors.numpy
+import tokenizers
 from hf_folders import CONFIG, FFN, HEADS, HIDDEN, KV_HEADS, VOCAB, save, weights, write_folder
 from tiny_gguf import write_gguf as write_with_library
 
@@ -76,7 +80,9 @@ def test_a_folder_becomes_a_file_that_others_read_too(tmp_path: Path, dtype: str
     for name, (kind, values) in tensors.items():
         assert kind == (dtype if wanted[name].ndim == 2 else "F32")
         np.testing.assert_array_equal(values.reshape(wanted[name].shape), wanted[name])
-    assert reader.get_field("tokenizer.huggingface.json").contents() == (folder / "tokenizer.json").read_text()
+    tokenizer = reader.get_field("tokenizer.huggingface.json").contents()
+    assert json.loads(tokenizer) == json.loads((folder / "tokenizer.json").read_text())
+    assert tokenizers.Tokenizer.from_str(tokenizer).encode("AB").tokens == ["A", "B"]
     assert reader.get_field("llama.rope.freq_base").contents() == 10000.0
     with GgufFile.open(target) as file:
         text = {key: file.metadata[key] for key in file.metadata if "token" in key and "json" not in key}
@@ -86,6 +92,27 @@ def test_a_folder_becomes_a_file_that_others_read_too(tmp_path: Path, dtype: str
         "meshd.eos_token_ids": (2, 3), "tokenizer.ggml.add_bos_token": True, "tokenizer.chat_template": "{{ messages }}",
     }  # fmt: skip
     assert (card.spec.hidden, card.spec.ffn, card.spec.vocab, card.end_of_sequence) == (HIDDEN, FFN, VOCAB, (2, 3))
+
+
+def test_templates_are_found_where_the_makers_put_them(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "hf")
+
+    def found() -> dict[str, Any]:
+        imported(folder, tmp_path / "made.gguf")
+        with GgufFile.open(tmp_path / "made.gguf") as file:
+            return {key[24:]: value for key, value in file.metadata.items() if key.startswith("tokenizer.chat_template")}
+
+    named = [{"name": name, "template": f"{name}!"} for name in ("default", "tool_use", "rag")]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": [*named, 3, {"name": []}]}))
+    assert found() == {"": "default!", "tool_use": "tool_use!"}
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "from json"}))
+    assert found() == {"": "from json"}
+    (folder / "chat_template.jinja").write_text("from jinja")
+    assert found() == {"": "from jinja"}
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    assert found() == {}
 
 
 @pytest.mark.parametrize(("quant", "kind", "error"), [("q8", "Q8_0", 0.01), ("q4", "Q4_1", 0.09)])
@@ -209,6 +236,64 @@ def test_transforms_are_views(transform: str, change: Callable[[np.ndarray], np.
 def test_a_transform_that_does_not_fit_is_told(transform: str) -> None:
     with pytest.raises(ModelFileError, match="does not fit shape"):
         view_of(np.zeros((8, 6), np.float32), transform)
+
+
+def _gpt_oss(folder: Path, experts: int = 3) -> dict[str, np.ndarray]:
+    """A folder of one layer with experts in MXFP4, and their weights by GGUF's names."""
+    rng = np.random.default_rng(2)
+    hidden, ffn = 64, 32
+    config = CONFIG | {
+        "model_type": "gpt_oss", "num_hidden_layers": 1, "num_local_experts": experts, "num_experts_per_tok": 2,
+        "sliding_window": 8, "hidden_act": "silu", "intermediate_size": ffn,
+    }  # fmt: skip
+    write_folder(folder, config=config)
+    tensors = {name: value for name, value in weights().items() if "mlp" not in name and "layers.1" not in name}
+    tensors |= {"model.layers.0.mlp.router.weight": np.ones((experts, hidden), np.float32)}
+    values = {}
+    for part, rows, columns in (("gate_up_proj", 2 * ffn, hidden), ("down_proj", hidden, ffn)):
+        nibbles = rng.integers(0, 256, (experts, rows, columns // 32, 16), dtype=np.uint8)
+        scales = rng.integers(118, 128, (experts, rows, columns // 32), dtype=np.uint8)
+        tensors |= {f"model.layers.0.mlp.experts.{part}_blocks": nibbles, f"model.layers.0.mlp.experts.{part}_scales": scales}
+        codes = np.stack([nibbles & 15, nibbles >> 4], axis=-1).reshape(experts, rows, columns // 32, 32)
+        table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+        signed = np.where(codes & 8, -table[codes & 7], table[codes & 7])
+        values[part] = np.ldexp(signed, scales[..., None].astype(np.int32) - 127).reshape(experts, rows, columns)
+    save(folder / "model.safetensors", tensors)
+    gate_up = values["gate_up_proj"]
+    return {"ffn_gate_exps": gate_up[:, 0::2], "ffn_up_exps": gate_up[:, 1::2], "ffn_down_exps": values["down_proj"]}
+
+
+@pytest.mark.parametrize("quant", [None, "q4"])
+def test_experts_in_mxfp4_stay_so(tmp_path: Path, quant: str | None) -> None:
+    wanted = _gpt_oss(tmp_path / "hf")
+    imported(tmp_path / "hf", tmp_path / "made.gguf", quant)
+    _, tensors = read_back(tmp_path / "made.gguf")
+    for name, values in wanted.items():
+        kind, found = tensors[f"blk.0.{name}.weight"]
+        assert kind == "MXFP4"
+        np.testing.assert_array_equal(found.reshape(values.shape), values)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda made: made.update({"down_proj_scales": np.full((3, 64, 1), 255, np.uint8)}), r"ffn_down_exps\..* scale is no"),
+        (lambda made: made.update({"down_proj_scales": np.zeros((3, 64), np.uint8)}), r"down_proj_blocks' .*\(3, 64, 1, 16\)"),
+        (lambda made: made.update({"down_proj_scales": np.zeros((3, 64, 1), np.int8)}), "down_proj_scales'.* missing or no U8"),
+        (lambda made: made.pop("down_proj_scales"), "down_proj_scales'.* missing or no U8"),
+        (lambda made: made.update({"down_proj_blocks": np.zeros((3, 16), np.uint8)}), "down_proj_blocks' has no place"),
+        (lambda made: made.update({"gate_up_proj": np.zeros(8, np.float32)}), "gate_up_proj' has no place"),
+    ],
+)
+def test_mxfp4_that_does_not_fit_is_told(tmp_path: Path, change: Callable[[dict[str, np.ndarray]], Any], why: str) -> None:
+    _gpt_oss(tmp_path / "hf")
+    prefix = "model.layers.0.mlp.experts."
+    made = safetensors.numpy.load_file(tmp_path / "hf" / "model.safetensors")
+    experts = {name.removeprefix(prefix): made.pop(name) for name in list(made) if name.startswith(prefix)}
+    change(experts)
+    save(tmp_path / "hf" / "model.safetensors", made | {prefix + name: value for name, value in experts.items()})
+    with pytest.raises(ModelFileError, match=why):
+        imported(tmp_path / "hf", tmp_path / "made.gguf")
 
 
 def test_pieces_are_small_and_in_order() -> None:
@@ -353,6 +438,40 @@ async def test_an_import_that_is_stopped_or_finds_no_room_leaves_nothing(
     with pytest.raises(StorageError, match="too little room"):
         await store.pull(f"file:{folder}")
     assert list((tmp_path / "models").rglob("*.gguf")) == []
+
+
+FULL = """
+import asyncio, resource, sys
+from pathlib import Path
+from meshd.errors import MeshdError
+from meshd.models.store import Store
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    asyncio.run(Store(Path(sys.argv[1])).pull("file:" + sys.argv[2]))
+except MeshdError as error:
+    print(error.code, error)
+"""
+
+
+def test_a_disk_that_fills_up_is_told_and_left_as_it_was(store: Store, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "hf")
+    command = [sys.executable, "-c", FULL, str(tmp_path / "models"), str(folder)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert told.startswith("storage_error ")
+    assert "model.gguf can't be written" in told
+    assert list((tmp_path / "models").rglob("*.gguf")) == []
+    assert store.list() == []
+
+
+async def test_what_a_killed_import_left_is_removed_or_made_anew(store: Store, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "hf")
+    model = await store.pull(f"file:{folder}")
+    (partial,) = (tmp_path / "models" / "partial").iterdir()
+    (partial / "model.gguf").write_bytes(b"half")
+    assert store.remove(f"file:{folder}") == model.size_bytes + 4
+    (partial / "model.gguf").write_bytes(b"half")
+    assert (await store.pull(f"file:{folder}")).id == model.id
+    assert [path.name for path in partial.iterdir() if path.name != "lock"] == []
 
 
 async def test_a_split_file_is_pulled_by_any_of_its_parts(store: Store, tmp_path: Path, whole: Path) -> None:

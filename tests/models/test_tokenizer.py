@@ -204,3 +204,26 @@ def test_an_added_token_is_spelt_as_it_reads() -> None:
 def test_a_broken_vocabulary_is_refused_by_name(key: str, wrong: object, named: str) -> None:
     with pytest.raises(ModelFileError, match=named):
         tokenizer_from_gguf(BASE | {f"tokenizer.ggml.{key}": wrong})
+
+
+@pytest.mark.parametrize(
+    ("pieces", "why"),
+    [
+        (["a", "b" * 600], "more than 512 characters"),
+        (["a", *(f"{number:07}" * 60 for number in range(25_000))], "all have more than 8,388,608"),
+        (["a" * length + end for end in "abcdefghijklmnopqrstuvwxyz" for length in range(400)], "in more than 1,048,576 ways"),
+    ],
+    ids=["long", "many", "of one another"],
+)
+def test_pieces_that_would_take_hours_or_gigabytes_are_refused(pieces: list[str], why: str) -> None:
+    metadata = {
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tuple(pieces), "tokenizer.ggml.token_type": (1,) * len(pieces),
+        "tokenizer.ggml.scores": tuple(-float(rank) for rank in range(len(pieces))),
+    }  # fmt: skip
+    with pytest.raises(ModelFileError, match=why):
+        tokenizer_from_gguf(metadata)
+
+
+def test_a_tokenizer_json_of_very_many_items_is_refused() -> None:
+    with pytest.raises(ModelFileError, match="more than 4,194,304 items"):
+        tokenizer_from_gguf({"tokenizer.huggingface.json": '{"model": [' + "[]," * 2_200_000 + "[]]}"})
