@@ -136,6 +136,10 @@ def resolve(ref: str) -> ModelRef:
     if not rest or len(ref) > _MAX_LENGTH or "\0" in ref:
         raise InvalidRequest(f"model reference {ref[:_MAX_LENGTH]!r} can't be read", param="model", hint=_FORMS)
     source = _source(scheme, rest)
+    for entry in CATALOGUE.values():
+        for known in entry.sources:
+            if str(known) == str(source):  # of which more is known: its parts, its hash
+                return msgspec.structs.replace(entry, name=str(source), sources=(known,))
     return ModelRef(name=str(source), sources=(source,))
 
 

@@ -22,7 +22,9 @@ def test_every_source_of_the_catalogue_can_be_written_and_read_back() -> None:
     for entry in CATALOGUE.values():
         for source in entry.sources:
             again = resolve(str(source)).sources[0]
-            assert str(again) == str(source)
+            assert again == source
+            assert resolve(str(source)).name == str(source)
+            assert resolve(str(source)).sha256 == entry.sha256
 
 
 @pytest.mark.parametrize(
