@@ -158,6 +158,8 @@ class Backend(Protocol):
         ...
 
 
+ACCELERATED = ("torch-cuda", "torch-mps")
+"""The reference backend with its products on an accelerator."""
 EXACT = "-exact"
 """After a backend's name: with activations in full precision. `torch` always has them."""
 
@@ -177,14 +179,14 @@ def make_backend(name: str, threads: int) -> Backend:
     """
     if threads < 1:
         raise ConfigError(f"{threads} threads can't compute: at least one is needed", hint="set --threads to 1 or more")
-    plain = name.removesuffix(EXACT) if name == f"onnxruntime{EXACT}" else name
+    plain = name.partition("-")[0] if name in (f"onnxruntime{EXACT}", *ACCELERATED) else name
     if plain not in available_backends():
         known = ", ".join(available_backends()) or "none"
         raise ConfigError(f"no backend {name!r} here: installed are {known}", hint="choose one of them, or install its library")
-    if name == "torch":
+    if name.startswith("torch"):
         from meshd.kernels.torch_backend import TorchBackend
 
-        return TorchBackend(threads)
+        return TorchBackend(threads, name.partition("-")[2] or "cpu")
     from meshd.kernels.ort_backend import OrtBackend
 
     return OrtBackend(threads, exact=name != plain)

@@ -7,13 +7,15 @@ Threads: a prefill chunk's products are shared out by rows. A single token's are
 depend on how many there are.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from meshd.errors import LocalFault
+from meshd.errors import ConfigError, LocalFault
 from meshd.kernels.attention import LocalAttention
 from meshd.kernels.backend import F32, Positions, Progress, Projected, WeightSource
 from meshd.kernels.forward import CutStage
@@ -35,23 +37,54 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 """`[tokens, columns]` to `[tokens, rows]`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where tensors lie and what computes on them: this code is the same for the CPU, CUDA and Apple's MPS."""
+
+    name: str
+    """torch's: `cpu`, `cuda` or `mps`."""
+    workers: Workers
+    """Threads of the CPU; another device needs none."""
+
+    def hold(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        """Weights, of whatever type; on the CPU a view."""
+        return torch.from_numpy(array).to(self.name)
+
+    def take(self, array: F32) -> torch.Tensor:
+        """Activations from the interface."""
+        return to_tensor(array).to(self.name)
+
+    def give(self, tensor: torch.Tensor) -> F32:
+        """Activations to the interface."""
+        return tensor.contiguous().cpu().numpy()
+
+    def rows_at_once(self) -> int:
+        return ROWS if self.name == "cpu" else ROWS * 16
+
+    def share(self, part: Callable[[int], torch.Tensor], rows: int, work: int) -> torch.Tensor:
+        """A product of so many rows from its parts; by several threads if there is enough to do."""
+        starts = range(0, rows, self.rows_at_once())
+        parallel = self.name == "cpu" and work >= PARALLEL_WORK
+        return torch.cat(self.workers.map(part, starts) if parallel else [part(start) for start in starts], dim=1)
+
+
 class BlockProduct:
     """`x @ w.T` with quantised w, as `x @ (scale * code).T + blocksum(x) @ (shift - scale * zero).T`.
 
     The columns of a block of nibbles stand even ones first, as they come out of their bytes; x is put in that order.
     """
 
-    def __init__(self, matrix: BlockMatrix, workers: Workers) -> None:
-        self._workers = workers
+    def __init__(self, matrix: BlockMatrix, device: Device) -> None:
+        self._device = device
         self._columns = matrix.shape[1]
         self._bits, self._block = matrix.bits, matrix.block
         shift = matrix.shift
         if matrix.bits == 4:
             shift = (0 if shift is None else shift) - matrix.scale * matrix.zero
         codes = matrix.codes if matrix.bits == 4 else (matrix.codes ^ 0x80).view(np.int8)  # 8 bits become signed, zero 0
-        self._codes = torch.from_numpy(codes)  # [rows, blocks, block * bits / 8]
-        self._scale = torch.from_numpy(matrix.scale).unsqueeze(-1)  # [rows, blocks, 1]
-        self._shift = None if shift is None else torch.from_numpy(shift)  # [rows, blocks]
+        self._codes = device.hold(codes)  # [rows, blocks, block * bits / 8]
+        self._scale = device.hold(matrix.scale).unsqueeze(-1)  # [rows, blocks, 1]
+        self._shift = None if shift is None else device.hold(shift)  # [rows, blocks]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         blocks = x.view(len(x), -1, self._block)
@@ -61,11 +94,11 @@ class BlockProduct:
         ordered = blocks.reshape(x.shape)
 
         def part(first: int) -> torch.Tensor:
-            rows = slice(first, first + ROWS)
+            rows = slice(first, first + self._device.rows_at_once())
             y = ordered @ self._dequantise(rows).T
             return y if self._shift is None else y.addmm_(sums, self._shift[rows].T)
 
-        return torch.cat(share(self._workers, part, range(0, len(self._codes), ROWS), x.numel() * len(self._codes)), dim=1)
+        return self._device.share(part, len(self._codes), x.numel() * len(self._codes))
 
     def _dequantise(self, rows: slice) -> torch.Tensor:
         """`scale * code` of some rows: `[rows, columns]`, columns in the product's order."""
@@ -80,42 +113,37 @@ class BlockProduct:
         return weights.mul_(scale).view(len(codes), self._columns)
 
 
-def share(workers: Workers, part: Callable[[int], torch.Tensor], starts: Sequence[int], work: int) -> list[torch.Tensor]:
-    """The parts of a product; by several threads if there is enough to do."""
-    return workers.map(part, starts) if work >= PARALLEL_WORK else [part(start) for start in starts]
-
-
 class DenseProduct:
     """`x @ w.T` with w as stored, widened a block of rows at a time."""
 
-    def __init__(self, matrix: DenseMatrix, workers: Workers) -> None:
-        self._workers = workers
+    def __init__(self, matrix: DenseMatrix, device: Device) -> None:
+        self._device = device
         values = torch.from_numpy(matrix.values.copy())
-        self._values = values.view(torch.bfloat16) if matrix.values.dtype == np.uint16 else values
+        self._values = (values.view(torch.bfloat16) if matrix.values.dtype == np.uint16 else values).to(device.name)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         def part(first: int) -> torch.Tensor:
-            return x @ self._values[first : first + ROWS].to(x.dtype).T
+            return x @ self._values[first : first + self._device.rows_at_once()].to(x.dtype).T
 
-        return torch.cat(share(self._workers, part, range(0, len(self._values), ROWS), x.numel() * len(self._values)), dim=1)
+        return self._device.share(part, len(self._values), x.numel() * len(self._values))
 
 
-def make_product(linear: Linear, workers: Workers) -> Product:
+def make_product(linear: Linear, device: Device) -> Product:
     """The product with matrices laid end to end, and its bias."""
     products: list[Product] = [
-        BlockProduct(m, workers) if isinstance(m, BlockMatrix) else DenseProduct(m, workers) for m in linear.matrices
+        BlockProduct(m, device) if isinstance(m, BlockMatrix) else DenseProduct(m, device) for m in linear.matrices
     ]
     if len(products) == 1 and linear.bias is None:
         return products[0]
-    bias = 0 if linear.bias is None else torch.from_numpy(linear.bias)
+    bias = 0 if linear.bias is None else device.hold(linear.bias)
     return lambda x: torch.cat([product(x) for product in products], dim=1) + bias
 
 
 class Mlp:
     """A gated MLP."""
 
-    def __init__(self, gate_up: Linear, down: Linear, activation: str, workers: Workers) -> None:
-        self._gate_up, self._down = make_product(gate_up, workers), make_product(down, workers)
+    def __init__(self, gate_up: Linear, down: Linear, activation: str, device: Device) -> None:
+        self._gate_up, self._down = make_product(gate_up, device), make_product(down, device)
         self._activation = activation
         self.bytes = gate_up.bytes + down.bytes
 
@@ -126,35 +154,37 @@ class Mlp:
 class Experts:
     """Several MLPs, of which each token meets the few that a router likes best."""
 
-    def __init__(self, weights: NetworkWeights, layer: int, workers: Workers) -> None:
+    def __init__(self, weights: NetworkWeights, layer: int, device: Device) -> None:
         router = weights.router(layer)
-        self._router = make_product(router, workers)
+        self._device = device
+        self._router = make_product(router, device)
         self._used = weights.spec.experts_used
         activation = weights.spec.activation
-        self._experts = [Mlp(expert.gate_up, expert.down, activation, workers) for expert in weights.experts(layer)]
+        self._experts = [Mlp(expert.gate_up, expert.down, activation, device) for expert in weights.experts(layer)]
         self.bytes = router.bytes + sum(expert.bytes for expert in self._experts)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         def expert(index: int, rows: F32) -> F32:
-            return self._experts[index](to_tensor(rows)).numpy()
+            return self._device.give(self._experts[index](self._device.take(rows)))
 
-        return torch.from_numpy(mixed_experts(x.numpy(), self._router(x).numpy(), self._used, expert))
+        device = self._device
+        return device.take(mixed_experts(device.give(x), device.give(self._router(x)), self._used, expert))
 
 
 class Layer:
     """One layer's weights and its two halves, before and after attention."""
 
-    def __init__(self, weights: NetworkWeights, layer: int, workers: Workers) -> None:
+    def __init__(self, weights: NetworkWeights, layer: int, device: Device) -> None:
         spec = weights.spec
         self._spec = spec
-        self._norms = {name: torch.from_numpy(weights.norm(layer, name)) for name in norm_names(spec)}
-        self._qk_norms = weights.qk_norms(layer)
+        self._norms = {name: device.hold(weights.norm(layer, name)) for name in norm_names(spec)}
+        self._qk_norms = [device.hold(norm) for norm in weights.qk_norms(layer) or ()]
         qkv, output = weights.qkv(layer), weights.attention_output(layer)
-        self._qkv, self._output = make_product(qkv, workers), make_product(output, workers)
+        self._qkv, self._output = make_product(qkv, device), make_product(output, device)
         self._mlp: Mlp | Experts = (
-            Experts(weights, layer, workers)
+            Experts(weights, layer, device)
             if spec.experts
-            else Mlp(weights.gate_up(layer), weights.down(layer), spec.activation, workers)
+            else Mlp(weights.gate_up(layer), weights.down(layer), spec.activation, device)
         )
         self.rule = weights.rule(layer)
         self.bytes = qkv.bytes + output.bytes + self._mlp.bytes
@@ -165,10 +195,9 @@ class Layer:
         queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
         q, k, v = torch.split(self._qkv(self._normed(hidden, "attn_norm")), [queries, keys, keys], dim=1)
         heads = [part.reshape(len(hidden), -1, spec.head_dim) for part in (q, k, v)]
-        if self._qk_norms is not None:
-            of_q, of_k = map(torch.from_numpy, self._qk_norms)
+        if self._qk_norms:
             normed = (heads[0], heads[1]) if spec.qk_norm == "head" else (q, k)
-            for index, (part, weight) in enumerate(zip(normed, (of_q, of_k), strict=True)):
+            for index, (part, weight) in enumerate(zip(normed, self._qk_norms, strict=True)):
                 heads[index] = rms_norm(part, weight, spec.norm_eps).view(heads[index].shape)
         return heads[0], heads[1], heads[2]
 
@@ -189,11 +218,11 @@ class Layer:
 class Head:
     """Final norm and output head."""
 
-    def __init__(self, weights: NetworkWeights, workers: Workers) -> None:
+    def __init__(self, weights: NetworkWeights, device: Device) -> None:
         (head,) = weights.head()
         self._spec = weights.spec
-        self._norm = torch.from_numpy(weights.output_norm())
-        self._product = make_product(head, workers)
+        self._norm = device.hold(weights.output_norm())
+        self._product = make_product(head, device)
         self.bytes = head.bytes
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -207,33 +236,35 @@ class TorchStage(CutStage):
     def __init__(self, loaded: "TorchLayers", layers: LayerRange) -> None:
         super().__init__(loaded.spec, layers, loaded.embedding, loaded.attend)
         self._loaded = loaded
+        self._device = loaded.device
 
     def project(self, hidden: F32, positions: Positions) -> Projected:
-        return self._projected(self._layers.start, to_tensor(hidden), positions)
+        return self._projected(self._layers.start, self._device.take(hidden), positions)
 
     def mix_project(self, layer: int, mixed: F32, residual: F32, positions: Positions) -> Projected:
         return self._projected(layer + 1, self._mixed(layer, mixed, residual), positions)
 
     def mix(self, mixed: F32, residual: F32) -> F32:
-        return self._mixed(self._layers.end - 1, mixed, residual).numpy()
+        return self._device.give(self._mixed(self._layers.end - 1, mixed, residual))
 
     def logits(self, hidden: F32) -> F32:
         if self._loaded.head is None:
             raise LocalFault(f"layers {self._layers} were loaded without the head")
         one_thread()
-        return self._loaded.head(to_tensor(hidden)).numpy()
+        return self._device.give(self._loaded.head(self._device.take(hidden)))
 
     def _mixed(self, layer: int, mixed: F32, residual: F32) -> torch.Tensor:
-        return self._loaded.parts[layer].mix(to_tensor(mixed).view(len(mixed), -1), to_tensor(residual))
+        device = self._device
+        return self._loaded.parts[layer].mix(device.take(mixed).view(len(mixed), -1), device.take(residual))
 
     def _projected(self, layer: int, hidden: torch.Tensor, positions: Positions) -> Projected:
         part, rope = self._loaded.parts[layer], self._loaded.ropes[layer]
         q, k, v = part.project(hidden)
         if rope is not None:
-            cos, sin = (torch.from_numpy(rows).unsqueeze(1) for rows in rope.rows(positions))
+            cos, sin = (self._device.hold(rows).unsqueeze(1) for rows in rope.rows(positions))
             q, k = (rotate(x, cos, sin, halves=self._spec.rope_halves) for x in (q, k))
-        q, k, v = (x.contiguous() for x in (q, k, v))
-        return Projected(q.numpy(), k.numpy(), v.numpy(), hidden.numpy(), part.rule)
+        give = self._device.give
+        return Projected(give(q), give(k), give(v), give(hidden), part.rule)
 
 
 @dataclass(slots=True)
@@ -242,6 +273,7 @@ class TorchLayers:
 
     spec: ModelSpec
     layers: LayerRange
+    device: Device
     ropes: list[Rope | None]
     attend: LocalAttention
     embedding: Tensor | None
@@ -264,13 +296,17 @@ class TorchLayers:
 
 
 class TorchBackend:
-    """Plain torch on the CPU."""
+    """Plain torch, on the CPU or an accelerator. Attention and KV stay on the CPU."""
 
-    name = "torch"
-
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, device: str = "cpu") -> None:
+        """`device` is torch's name of it. Raises: ConfigError if it is not to be had."""
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("torch sees no CUDA device here", hint="a torch built with CUDA, and a driver that it can use")
+        if device == "mps" and not torch.backends.mps.is_available():
+            raise ConfigError("torch sees no MPS device here", hint="a Mac with an Apple processor")
+        self.name = "torch" if device == "cpu" else f"torch-{device}"
         self.threads = threads
-        self._workers = Workers(threads)
+        self._device = Device(device, Workers(threads))
 
     def load(
         self,
@@ -286,12 +322,12 @@ class TorchBackend:
         source.check()
         parts: dict[int, Layer] = {}
         for layer in layers:
-            parts[layer] = Layer(source, layer, self._workers)
+            parts[layer] = Layer(source, layer, self._device)
             if progress:
                 progress(len(parts) / (len(layers) + head))
-        output = Head(source, self._workers) if head else None
+        output = Head(source, self._device) if head else None
         if progress and head:
             progress(1.0)
         table = source.embedding() if embedding else None
         return_freed_memory()
-        return TorchLayers(spec, layers, source.ropes(), LocalAttention(self._workers), table, parts, output)
+        return TorchLayers(spec, layers, self._device, source.ropes(), LocalAttention(self._device.workers), table, parts, output)

@@ -79,7 +79,7 @@ class Config:
     @property
     def wanted_backend(self) -> str:
         """The kernels' name of it: torch is exact as it is."""
-        return EXACT_BACKEND if self.exact and self.backend != "torch" else self.backend
+        return EXACT_BACKEND if self.exact and not self.backend.startswith("torch") else self.backend
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,9 +320,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         name="backend",
         metavar="NAME",
-        parse=choice("auto", "torch", "onnxruntime"),
+        parse=choice("auto", "torch", "torch-cuda", "torch-mps", "onnxruntime"),
         default="auto",
-        help="auto (the fastest that the probe finds), torch or onnxruntime",
+        help="auto (the faster of the next two), onnxruntime, torch, or torch on an accelerator: torch-cuda, torch-mps",
     ),
     Setting(
         name="exact",

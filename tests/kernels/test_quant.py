@@ -30,7 +30,7 @@ from meshd.kernels.quant import (
     unpack_codes,
     widen_bf16,
 )
-from meshd.kernels.torch_backend import make_product
+from meshd.kernels.torch_backend import Device, make_product
 from meshd.kernels.workers import Workers
 from meshd.types import Tensor
 
@@ -147,7 +147,7 @@ def test_both_backends_products_are_right(kind: str) -> None:
     right = x.astype(np.float64) @ values.T.astype(np.float64)
     spread = abs(x).astype(np.float64) @ abs(values.T).astype(np.float64)
     slack = 1e-5 * spread
-    assert (abs(make_product(Linear((matrix,)), Workers(1))(torch.from_numpy(x)).numpy() - right) <= slack).all()
+    assert (abs(make_product(Linear((matrix,)), Device("cpu", Workers(1)))(torch.from_numpy(x)).numpy() - right) <= slack).all()
     assert (abs(ort_product((matrix,), x, 1) - right) <= slack).all()
     if isinstance(matrix, BlockMatrix):
         rounded = ort_product((matrix,), x, 4)
@@ -164,7 +164,8 @@ def test_products_of_unlike_matrices_are_laid_end_to_end() -> None:
     assert len(matrices) == 3
     x = np.random.default_rng(1).standard_normal((2, COLUMNS), dtype=np.float32)
     right = x @ np.concatenate(values).T
-    np.testing.assert_allclose(make_product(Linear(matrices), Workers(1))(torch.from_numpy(x)).numpy(), right, rtol=1e-4, atol=1e-2)
+    product = make_product(Linear(matrices), Device("cpu", Workers(1)))
+    np.testing.assert_allclose(product(torch.from_numpy(x)).numpy(), right, rtol=1e-4, atol=1e-2)
     np.testing.assert_allclose(ort_product(matrices, x, 1), right, rtol=1e-4, atol=1e-2)
 
 
