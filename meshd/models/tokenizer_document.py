@@ -24,10 +24,8 @@ class AddedToken:
     id: int
     content: str
     special: bool
-    single_word: bool
     lstrip: bool
     rstrip: bool
-    normalized: bool
 
     @classmethod
     def of(cls, token: Mapping[str, Any]) -> "AddedToken":
@@ -35,8 +33,7 @@ class AddedToken:
         id_, content = token["id"], token["content"]
         if isinstance(id_, bool) or not isinstance(id_, int) or not 0 <= id_ < MAX_ID or not isinstance(content, str):
             raise ValueError(f"the added token {str(token)[:80]} has no usable id or content")
-        flags = ("special", "single_word", "lstrip", "rstrip", "normalized")
-        return cls(id_, content, *(bool(token.get(flag, False)) for flag in flags))
+        return cls(id_, content, *(bool(token.get(flag, False)) for flag in ("special", "lstrip", "rstrip")))
 
 
 class TokenizerDocument:
@@ -71,7 +68,7 @@ class TokenizerDocument:
 
     def steps(self, role: str, parts: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
         """The steps of the `decoder` or the `pre_tokenizer` (or of `parts`, its like): each sequence, then what it is made of."""
-        waiting = [parts or self.content.get(role) or {"type": "none"}]
+        waiting = [parts or self.content.get(role) or {"type": "Sequence"}]
         while waiting:
             step = waiting.pop()
             yield step
