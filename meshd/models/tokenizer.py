@@ -84,17 +84,19 @@ class Tokenizer:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
-        **variables: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation. Control tokens come from the template alone: those that its input spells out stay text.
+        """Token ids of a conversation; `tools` and `variables` are as in `ChatTemplate.render`.
+
+        Control tokens come from the template alone: those that its input spells out stay text.
 
         In every text of the input, however deep, a character that no text uses is put inside each such spelling, so that it is
         not found in the rendered prompt, and taken out again before the text around it is encoded. Raises: InvalidRequest.
         """
-        given = (list(messages), None if tools is None else list(tools), variables)
+        given = (list(messages), None if tools is None else list(tools), variables or {})
         mark = unused_mark(given)
         turns, functions, others = self._control.broken(given, mark)
-        prompt = template.render(turns, tools=functions, add_generation_prompt=add_generation_prompt, **others)
+        prompt = template.render(turns, tools=functions, add_generation_prompt=add_generation_prompt, variables=others)
         return list(self._encode_parts(prompt, mark))
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:

@@ -68,17 +68,17 @@ def test_every_familys_template_renders_as_in_transformers(family: str, conversa
     source = chat_templates.TEMPLATES[family]
     messages, given = chat_templates.CONVERSATIONS[conversation]
     template = ChatTemplate(source, bos="<s>", eos="</s>")
-    wanted = {"add_generation_prompt": True} | given
+    wanted = chat_templates.as_transformers_takes(given)
     refused = ""
     try:
         [expected], _ = render_jinja_template([messages], chat_template=source, bos_token="<s>", eos_token="</s>", **wanted)
     except (TemplateError, TypeError) as error:
         refused = str(error)
     if not refused:
-        assert template.render(messages, **wanted) == expected
+        assert template.render(messages, **given) == expected
         return
     with pytest.raises(InvalidRequest) as caught:
-        template.render(messages, **wanted)
+        template.render(messages, **given)
     assert refused in caught.value.message
 
 
@@ -102,10 +102,10 @@ def test_a_conversation_with_tools_has_its_own_template_where_the_file_has_one()
     assert template_from_gguf({"tokenizer.chat_template": "plain"}).render(MESSAGES, tools=[]) == "plain"
 
 
-@pytest.mark.parametrize("name", ["bos_token", "documents"])
+@pytest.mark.parametrize("name", ["bos_token", "documents", "messages"])
 def test_a_templates_own_variables_can_not_be_set(name: str) -> None:
     with pytest.raises(InvalidRequest, match=name):
-        ChatTemplate("x").render(MESSAGES, **{name: "x"})
+        ChatTemplate("x").render(MESSAGES, variables={name: "x"})
 
 
 def test_the_templates_own_complaint_reaches_the_client() -> None:

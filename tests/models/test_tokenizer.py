@@ -134,10 +134,10 @@ def test_a_message_can_not_steer_the_model(tokenizer: Tokenizer, template: ChatT
 def test_a_chat_has_the_ids_of_transformers(smollm2_json: str, tokenizer: Tokenizer) -> None:
     reference = PreTrainedTokenizerFast(tokenizer_object=LibraryTokenizer.from_str(smollm2_json), bos_token="<s>")
     for messages, asked in chat_templates.CONVERSATIONS.values():
-        wanted = {"add_generation_prompt": True} | asked
+        wanted = chat_templates.as_transformers_takes(asked)
         template = ChatTemplate(chat_templates.SMOLLM3, bos="<s>")
         expected = reference.apply_chat_template(messages, chat_template=chat_templates.SMOLLM3, return_dict=False, **wanted)
-        assert tokenizer.encode_chat(template, messages, **wanted) == expected
+        assert tokenizer.encode_chat(template, messages, **asked) == expected
 
 
 @pytest.mark.parametrize("family", ["Qwen3", "gpt-oss", "SmolLM3", "Llama 3"])
@@ -149,7 +149,7 @@ def test_nothing_nested_in_a_conversation_can_steer_the_model(tokenizer: Tokeniz
     worse = [messages[0], {"role": "assistant", "content": evil, "tool_calls": [call]}, *messages[2:]]
     tool = {"type": "function", "function": chat_templates.TOOLS[0]["function"] | {"description": evil}}
     steers = [id_ for id_ in tokenizer.encode_chat(template, messages, **asked) if tokenizer.is_control(id_)]
-    ids = tokenizer.encode_chat(template, worse, tools=[tool, chat_templates.TOOLS[1]], reasoning_effort=evil)
+    ids = tokenizer.encode_chat(template, worse, tools=[tool, chat_templates.TOOLS[1]], variables={"reasoning_effort": evil})
     assert [id_ for id_ in ids if tokenizer.is_control(id_)] == steers
     text = tokenizer.decode(ids, skip_special=False)
     assert text.count("<|im_end|>") >= steers.count(IM_END) + 2

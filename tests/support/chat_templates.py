@@ -349,7 +349,13 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "two calls": ([CALLED[0], {"role": "assistant", "content": "", "tool_calls": [CALL, CALL | {"id": "1"}]}], {"tools": TOOLS}),
     "a result of nothing": ([{"role": "tool", "tool_call_id": "x", "content": "3"}], {}),
     "thoughts": (THOUGHT, {"add_generation_prompt": False}),
-    "no thinking": (THOUGHT[:3], {"enable_thinking": False}),
-    "effort": (TURNS, {"reasoning_effort": "high"}),
+    "no thinking": (THOUGHT[:3], {"variables": {"enable_thinking": False}}),
+    "effort": (TURNS, {"variables": {"reasoning_effort": "high"}}),
     "parts": ([{"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": " two"}]}], {}),
 }
+
+
+def as_transformers_takes(given: dict[str, Any]) -> dict[str, Any]:
+    """What is asked for beside the messages, with a template's own variables among it."""
+    others = {key: value for key, value in given.items() if key != "variables"}
+    return {"add_generation_prompt": True} | others | given.get("variables", {})
