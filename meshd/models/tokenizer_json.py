@@ -1,7 +1,6 @@
 """The tokenizer that a `tokenizer.json` describes."""
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -47,13 +46,13 @@ def tokenizer_of(document: TokenizerDocument, around: Around = NOTHING_SAID) -> 
         eos=around.eos,
         prefix=prefix,
         suffix=suffix,
-        leading_space="Strip" in document.kinds("decoder"),
+        leading_space="Strip" in document.kinds(document.decoder),
     )
 
 
 def _vocabulary(document: TokenizerDocument, tokens: list[str]) -> Vocabulary:
     control = [token for token in document.added if token.special and token.content]
-    byte_spelt = "ByteLevel" in document.kinds("decoder")
+    byte_spelt = "ByteLevel" in document.kinds(document.decoder)
     return Vocabulary(
         tokens=tokens,
         control={token.content: token.id for token in control},
@@ -95,15 +94,15 @@ def _surroundings(document: TokenizerDocument, bpe: tokenizers.Tokenizer) -> tup
 
 def _later(document: TokenizerDocument, bpe: tokenizers.Tokenizer) -> tokenizers.Tokenizer | None:
     """For text after a control token, where a space is put before the first text only. None: there is no difference."""
-    pre_tokenizer = copy.deepcopy(document.content.get("pre_tokenizer"))
-    marks = [step for step in document.steps("pre_tokenizer", pre_tokenizer) if step["type"] == "Metaspace"]
+    pre_tokenizer = copy.deepcopy(document.pre_tokenizer)
+    marks = [step for step in document.steps(pre_tokenizer) if step["type"] == "Metaspace"]
     first = [step for step in marks if step.get("prepend_scheme") == "first"]
     if not first:
         return None
     for step in first:
         step["prepend_scheme"] = "never"
         step.pop("add_prefix_space", None)
-    later = _loaded(document, json.dumps(document.content | {"pre_tokenizer": pre_tokenizer}))
+    later = _loaded(document, document.with_pre_tokenizer(pre_tokenizer))
     later.model = bpe.model  # one vocabulary in memory
     later.encode_special_tokens = True
     return later

@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from meshd.models.tokenizer_document import HUGGINGFACE_KEY, MAX_ID
 from meshd.models.tokenizer_files import tokenizer_from_gguf, tokenizer_from_json
 from meshd.models.tokenizer_spm import merges_of
 
-STRINGS = odd_strings(1500, seed=9)
+STRINGS = odd_strings(700, seed=9)
 TO_SPACES = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
 MARKED = normalizers.Replace(" ", "▁")
 
@@ -157,6 +158,7 @@ def test_neither_truncation_nor_chance_changes_a_text(pieces: library_models.BPE
     assert read(json.dumps(document)).encode("the quick brown fox", add_special=False) == expected
 
 
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 TINY: dict[str, Any] = {
     "version": "1.0", "truncation": None, "padding": None,
     "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
@@ -228,6 +230,24 @@ def test_ids_that_the_vocabulary_has_not_are_refused() -> None:
     assert read(json.dumps(TINY), bos_token_id=0).encode("ab", add_special=True) == [0, 1, 2]
     with pytest.raises(ModelFileError, match="no token 5"):
         read(json.dumps(TINY), eos_token_id=5)
+
+
+def test_a_control_token_of_great_length_is_refused() -> None:
+    document = copy.deepcopy(TINY)
+    document["added_tokens"].append({"id": 5, "content": "<" * 257, "special": True} | dict.fromkeys(FLAGS, False))
+    with pytest.raises(ModelFileError, match="257 characters"):
+        read(json.dumps(document))
+
+
+def test_thousands_of_control_tokens_are_found_soon() -> None:
+    document = copy.deepcopy(TINY)
+    for id_ in range(5, 6000):
+        document["added_tokens"].append({"id": id_, "content": f"<unused{id_}>", "special": True} | dict.fromkeys(FLAGS, False))
+    tokenizer = read(json.dumps(document))
+    started = time.process_time()
+    ids = tokenizer.encode("<unused7>" + "<" * 50_000 + "<unused5999>", add_special=False, parse_special=True)
+    assert (ids[0], ids[-1]) == (7, 5999)
+    assert time.process_time() - started < 5
 
 
 def test_a_pattern_that_never_ends_is_given_up() -> None:
