@@ -111,7 +111,7 @@ class Answer:
         self.started = self.progress_at = self.renewed_at = self.unread_since = self.ended_at = now
         self.machine = fsm.Session(self.record.session, len(self.record.prompt))
         self._assembler = Assembler(
-            decoder=self.text.tokenizer.stream(),
+            decoder=self.text.tokenizer.stream(after=self.record.prompt[-1] if self.record.prompt else None),
             vocabulary=self.text.tokenizer,
             stops=StopMatcher(self.record.stop),
             with_logprobs=self.record.sampling.logprobs is not None,

@@ -147,7 +147,7 @@ class Coordinator:
         card = self.library.find(request.model)
         text = await self.library.text(card)
         # On another thread: a long prompt, or a template that loops, must not hold up the heartbeats.
-        prompt = await asyncio.to_thread(text.tokens_of, request.prompt)
+        prompt = await asyncio.to_thread(text.tokens_of, request.prompt, request.template)
         record = self._record(request, card, prompt)
         answer = await self._admit(lambda: Answer(record, card, text, self._around))
         self.rescuer.start(answer)

@@ -2,10 +2,11 @@
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from logging import getLogger
+from typing import Any
 
 from meshd.agents.links import Links
 from meshd.agents.service import ChatMessage
@@ -35,21 +36,23 @@ class ModelText:
     tokenizer: Tokenizer
     template: ChatTemplate | None
 
-    def tokens_of(self, prompt: tuple[ChatMessage, ...] | str | tuple[int, ...]) -> tuple[int, ...]:
-        """Token ids of any kind of prompt. Raises: InvalidRequest."""
+    def tokens_of(
+        self, prompt: tuple[ChatMessage, ...] | str | tuple[int, ...], variables: Mapping[str, Any] | None = None
+    ) -> tuple[int, ...]:
+        """Token ids of any kind of prompt; `variables` are for a chat's template. Raises: InvalidRequest."""
         if isinstance(prompt, str):
             return tuple(self.tokenizer.encode(prompt, add_special=True, parse_special=True))
         if all(isinstance(part, int) for part in prompt):
             return tuple(part for part in prompt if isinstance(part, int))
-        return self._chat(tuple(part for part in prompt if isinstance(part, ChatMessage)))
+        return self._chat(tuple(part for part in prompt if isinstance(part, ChatMessage)), variables)
 
-    def _chat(self, messages: tuple[ChatMessage, ...]) -> tuple[int, ...]:
+    def _chat(self, messages: tuple[ChatMessage, ...], variables: Mapping[str, Any] | None) -> tuple[int, ...]:
         if self.template is None:
             raise InvalidRequest(
                 f"{self.card.name} has no chat template", param="messages", hint="use /v1/completions with a text prompt"
             )
         turns = [{"role": message.role, "content": message.content} for message in messages]
-        return tuple(self.tokenizer.encode_chat(self.template, turns))
+        return tuple(self.tokenizer.encode_chat(self.template, turns, variables=variables))
 
 
 @dataclass(slots=True)

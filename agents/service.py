@@ -37,6 +37,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     prompt: tuple[ChatMessage, ...] | str | tuple[int, ...]
+    template: dict[str, Any] = {}
+    """What a chat sets of the variables that the model's template asks for, such as `enable_thinking`."""
     sampling: SamplingParams = SamplingParams()
     max_tokens: int | None = None
     """None: what the context leaves."""

@@ -56,6 +56,10 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fi
         Annotated[int, Meta(ge=0, le=20)] | None, Meta(description="From 0 to 20; needs `logprobs`.")
     ] = None
     safety_identifier: str | None = None
+    chat_template_kwargs: Annotated[
+        dict[str, Any] | None,
+        Meta(description="Variables of the model's chat template, such as `enable_thinking`; unknown ones do nothing."),
+    ] = None
     audio: NoValue = None
     function_call: Annotated[Literal["none", "auto"] | None, neutral("none", "auto")] = None
     functions: NoList = None
@@ -105,6 +109,7 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fi
             GenerationRequest(
                 model=self.model,
                 prompt=prompt,
+                template=self.chat_template_kwargs or {},
                 sampling=self.sampling(seed, logprobs),
                 max_tokens=self.max_completion_tokens or self.max_tokens,
                 stop=self.stops(),

@@ -15,6 +15,8 @@ END_OF_ANSWER = frozenset(
     {"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>", "<|return|>"}
 )
 """Control tokens that end an answer in one model family or another, whether or not the metadata says so."""
+EOS_TOKEN_IDS = "meshd.eos_token_ids"
+"""Our own key, where a model has more of them than GGUF has keys for."""
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 CONTROL_TOKEN = 3
 """GGUF's `tokenizer.ggml.token_type` of tokens that are no text."""
@@ -50,9 +52,9 @@ def card_from_gguf(file: GgufFile, *, name: str, ref: str, model_id: ModelId, cr
 def end_of_sequence(metadata: Mapping[str, MetadataValue]) -> tuple[int, ...]:
     """Token ids that end an answer, in order. Raises: ModelFileError for a `tokenizer.json` that can't be read."""
     found = {value for key in _END_KEYS if isinstance(value := metadata.get(f"tokenizer.ggml.{key}"), int)}
-    listed = metadata.get("meshd.eos_token_ids")
+    listed = metadata.get(EOS_TOKEN_IDS)
     if isinstance(listed, tuple):  # of a folder, whose import has looked for all of them
-        return tuple(sorted(found.union(value for value in listed if isinstance(value, int))))
+        return tuple(sorted(found.union(id_ for id_ in listed if isinstance(id_, int))))
     if (document := huggingface_json(metadata)) is not None:
         return tuple(sorted(found.union(token.id for token in document.added if token.special and token.content in END_OF_ANSWER)))
     tokens = metadata.get("tokenizer.ggml.tokens", ())

@@ -5,11 +5,13 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from meshd.errors import InvalidRequest
+from meshd.errors import InvalidRequest, ModelFileError
 
-_NONCHARACTERS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))
-"""Unicode keeps these for use inside a program; no text has a meaning for them."""
+_MARKS = tuple(chr(code) for code in range(0xA500, 0xA60C))
+"""Letters of the Vai script: printable and without case, so that templates pass them on as they are, in Python's `repr` too."""
 _MAX_DEPTH = 64
+MAX_CHARACTERS = 256
+"""Of a control token: each length that one has is tried wherever one may begin."""
 _SPACES = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 """Unicode's property White_Space, which the tokenizers library goes by."""
 
@@ -27,10 +29,12 @@ class ControlTokens:
     """Some tokens, found in texts: the longest at each place, none inside another. A vocabulary may have thousands."""
 
     def __init__(self, tokens: Collection[str], *, takes_left: Collection[str] = (), takes_right: Collection[str] = ()) -> None:
-        """The last two: those that swallow the white space before and after them."""
+        """The last two: those that swallow the white space before and after them. Raises: ModelFileError."""
         self._tokens = frozenset(tokens)
         self._takes_left = frozenset(takes_left)
         self._takes_right = frozenset(takes_right)
+        if (longest := max(map(len, self._tokens), default=0)) > MAX_CHARACTERS:
+            raise ModelFileError(f"the tokenizer can't be used: a control token has {longest} characters, over {MAX_CHARACTERS}")
         lengths: dict[str, set[int]] = {}
         for token in self._tokens:
             lengths.setdefault(token[0], set()).add(len(token))
@@ -72,15 +76,24 @@ class ControlTokens:
         return [self.broken(item, mark) for item in given] if isinstance(given, list | tuple) else given
 
 
-def unused_character(given: Any) -> str:
-    """One that is in no text of messages, tools and the like. Raises: InvalidRequest."""
-    used: set[str] = set()
-    for text in _texts(given, _MAX_DEPTH):
-        used.update(text)
-    unused = next((character for character in _NONCHARACTERS if character not in used), None)
-    if unused is None:
-        raise InvalidRequest("the messages can't be encoded: they use every one of Unicode's noncharacters", param="messages")
-    return unused
+def unused_mark(given: Any) -> str:
+    """A character that is in no text of messages, tools and the like. Raises: InvalidRequest."""
+    texts = list(_texts(given, _MAX_DEPTH))
+    used = set().union(*texts)
+    unused = (mark for mark in _MARKS if mark not in used and not any(_escaped(mark) in text for text in texts))
+    if (mark := next(unused, None)) is None:
+        raise InvalidRequest("the messages can't be encoded: they use every letter of the Vai script", param="messages")
+    return mark
+
+
+def without(text: str, mark: str) -> str:
+    """The text before it was marked; a template may have made it ASCII since."""
+    return text.replace(mark, "").replace(_escaped(mark), "") if mark else text
+
+
+def _escaped(mark: str) -> str:
+    """As JSON has it in ASCII."""
+    return f"\\u{ord(mark):04x}"
 
 
 def _texts(given: Any, depth: int) -> Iterator[str]:

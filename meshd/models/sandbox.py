@@ -6,74 +6,38 @@ beforehand is left out (formatting with widths, padding, inheritance, recursive 
 """
 
 import json
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from string import Formatter
 from typing import Any, NoReturn
 
 from jinja2 import TemplateRuntimeError, nodes, pass_context
 from jinja2.ext import Extension, loopcontrols
-from jinja2.filters import FILTERS
+from jinja2.filters import FILTERS, do_indent
 from jinja2.parser import Parser
-from jinja2.runtime import Context, Macro
+from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-MAX_WORK = 64 << 20
-"""Units of one rendering: a character made costs 1."""
-STEP = 256
-"""Units of a loop turn or a call."""
-MAX_SECONDS = 1.0
-MAX_INTEGER_BITS = 4096
+from meshd.models.sandbox_budget import (
+    STEP,
+    Budget,
+    BudgetContext,
+    TemplateLimit,
+    binop_price,
+    joined_size,
+    length,
+    replaced_size,
+    spend_on_method,
+)
 
 _CHEAP_FILTERS = frozenset({"abs", "attr", "count", "d", "default", "first", "float", "int", "last", "length", "round"})
 _LIST_FILTERS = frozenset(
     {"dictsort", "items", "list", "map", "max", "min", "reject", "rejectattr", "reverse", "select", "selectattr", "sort", "unique"}
 )
 _TEXT_FILTERS = frozenset({"capitalize", "lower", "string", "title", "trim", "upper"})
-_UNPRICED_METHODS = frozenset({"center", "expandtabs", "format", "format_map", "ljust", "rjust", "translate", "zfill"})
-
-
-class TemplateLimit(TemplateRuntimeError):
-    """The template asks for more than a rendering may cost, or for what the sandbox leaves out."""
-
-
-class Budget:
-    """What one rendering may still cost."""
-
-    def __init__(self) -> None:
-        self._left = MAX_WORK
-        self._deadline = time.monotonic() + MAX_SECONDS
-
-    def spend(self, units: int) -> None:
-        self._left -= units
-        if self._left < 0 or time.monotonic() > self._deadline:
-            raise TemplateLimit("it takes more work than a chat template may")
-
-    def spend_on_items(self, value: object) -> None:
-        """The price of a list of a value's items. What has no length is made turn by turn of something that was paid for."""
-        self.spend(8 * len(value) if isinstance(value, Sized) else STEP)
-
-    def spend_on(self, value: object) -> None:
-        """The price of turning a value into text."""
-        if isinstance(value, str):
-            self.spend(len(value))
-            return
-        waiting = [value]
-        while waiting:
-            item = waiting.pop()
-            self.spend(len(item) * 8 + 8 if isinstance(item, str | Mapping | list | tuple) else 8)
-            if isinstance(item, Mapping):
-                waiting.extend((*item.keys(), *item.values()))
-            elif isinstance(item, list | tuple):
-                waiting.extend(item)
-
-
-class BudgetContext(Context):
-    """One rendering's variables, and what it may still cost."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.budget = Budget()
+_UNPRICED_METHODS = frozenset({"center", "expandtabs", "format_map", "ljust", "rjust", "translate", "zfill"})
+_WIDEST_INDENT = 16
+"""Characters, of JSON and of text."""
 
 
 class GenerationTag(Extension):
@@ -105,7 +69,7 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         self.filters = {name: FILTERS[name] for name in _CHEAP_FILTERS}
         self.filters |= {name: _priced(FILTERS[name], Budget.spend_on_items) for name in _LIST_FILTERS}
         self.filters |= {name: _priced(FILTERS[name], Budget.spend_on) for name in _TEXT_FILTERS}
-        self.filters |= {"join": _join, "replace": _replace, "safe": _same, "tojson": _to_json}
+        self.filters |= {"indent": _indent, "join": _join, "replace": _replace, "safe": _same, "tojson": _to_json}
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree: nodes.Template = _Pricer().visit(super()._parse(source, name, filename))
@@ -117,53 +81,44 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         return super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """None: `is_safe_attribute` refuses them, so nothing needs wrapping."""
-        return None
+        """For `str.format`, one that fills in values as they are; `is_safe_attribute` refuses `format_map`."""
+        text = getattr(value, "__self__", None)
+        if not isinstance(text, str) or getattr(value, "__name__", "") != "format":
+            return None
+
+        @pass_context
+        def filled(context: BudgetContext, *args: object, **named: object) -> str:
+            return "".join(_fill(context.budget, text, args, named))
+
+        return filled
 
     def call(self, context: BudgetContext, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         context.budget.spend(STEP)
         if isinstance(obj, Macro):
             context.budget.spend_on((*args, *kwargs.values()))
         elif isinstance(owner := getattr(obj, "__self__", None), str):
-            _spend_on_method(context.budget, owner, obj.__name__, args)
+            spend_on_method(context.budget, owner, obj.__name__, args)
         return super().call(context, obj, *args, **kwargs)
 
     def call_binop(self, context: BudgetContext, operator: str, left: Any, right: Any) -> Any:  # type: ignore[override]
-        context.budget.spend(_binop_price(operator, left, right))
+        context.budget.spend(binop_price(operator, left, right))
         return super().call_binop(context, operator, left, right)
 
 
-def _spend_on_method(budget: Budget, text: str, method: str, args: tuple[Any, ...]) -> None:
-    budget.spend(len(text))
-    if method == "replace" and len(args) >= 2:
-        budget.spend(_replaced_size(text, str(args[0]), str(args[1])))
-    elif method == "join" and args:
-        budget.spend(_joined_size(text, args[0]))
-
-
-def _binop_price(operator: str, left: object, right: object) -> int:
-    if operator == "%" and isinstance(left, str):
-        raise TemplateLimit("it formats text with %, which the sandbox leaves out")
-    if isinstance(left, int) and isinstance(right, int):
-        bits = {"*": left.bit_length() + right.bit_length(), "**": left.bit_length() * max(right, 0)}.get(operator, 0)
-        if bits > MAX_INTEGER_BITS:
-            raise TemplateLimit("it computes a number that is too large")
-        return 1
-    if operator == "*":
-        return _length(left) * right if isinstance(right, int) else left * _length(right) if isinstance(left, int) else 1
-    return _length(left) + _length(right)
-
-
-def _length(value: object) -> int:
-    return len(value) if isinstance(value, str) else 8 * len(value) if isinstance(value, list | tuple) else 1
-
-
-def _replaced_size(text: str, old: str, new: str) -> int:
-    return len(text) + text.count(old) * len(new)
-
-
-def _joined_size(separator: str, items: object) -> int:
-    return len(separator) * len(items) if isinstance(items, str | list | tuple | Mapping) else 0
+def _fill(budget: Budget, text: str, args: tuple[object, ...], named: Mapping[str, object]) -> Iterator[str]:
+    """The parts of a formatted text. Widths and attributes are left out."""
+    count = 0
+    for literal, field, width, conversion in Formatter().parse(text):
+        yield literal
+        if field is None:
+            continue
+        if width or conversion or not (field.isalnum() or field == ""):
+            raise TemplateLimit("it formats text with more than plain fields, which the sandbox leaves out")
+        value = named[field] if field and not field.isdigit() else args[int(field or count)]
+        count += 1
+        budget.spend_on(value)
+        budget.spend(STEP)
+        yield str(value)
 
 
 def _priced(plain: Callable[..., Any], pay: Callable[[Budget, object], None]) -> Callable[..., Any]:
@@ -194,7 +149,7 @@ def _same(value: object) -> object:
 def _join(context: BudgetContext, value: Iterable[Any], d: str = "", attribute: str | None = None) -> str:
     items = [context.environment.getattr(item, attribute) if attribute else item for item in value]
     context.budget.spend_on(items)
-    context.budget.spend(_joined_size(str(d), items))
+    context.budget.spend(joined_size(str(d), items))
     return str(d).join(map(str, items))
 
 
@@ -202,8 +157,16 @@ def _join(context: BudgetContext, value: Iterable[Any], d: str = "", attribute: 
 def _replace(context: BudgetContext, value: object, old: str, new: str, count: int = -1) -> str:
     context.budget.spend_on(value)
     text = str(value)
-    context.budget.spend(_replaced_size(text, old, new))
+    context.budget.spend(replaced_size(text, old, new))
     return text.replace(old, new, count)
+
+
+@pass_context
+def _indent(context: BudgetContext, value: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    if (width if isinstance(width, int) else len(width)) > _WIDEST_INDENT:
+        raise TemplateLimit(f"it indents text by more than {_WIDEST_INDENT}")
+    context.budget.spend(len(value) + _WIDEST_INDENT * len(value.splitlines()))
+    return do_indent(value, width, first, blank)
 
 
 @pass_context
@@ -216,7 +179,7 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """As in transformers: characters stay as they are, and nothing is escaped for HTML."""
-    if indent is not None and not 0 <= indent <= 16:
+    if indent is not None and not 0 <= indent <= _WIDEST_INDENT:
         raise TemplateLimit(f"it indents JSON by {indent}")
     context.budget.spend_on(value)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
@@ -237,7 +200,7 @@ def _concatenate(context: BudgetContext, *values: object) -> str:
 
 @pass_context
 def _slice(context: BudgetContext, value: Any, start: Any, stop: Any, step: Any) -> Any:
-    context.budget.spend(_length(value))
+    context.budget.spend(length(value))
     return value[start:stop:step]
 
 

@@ -51,14 +51,15 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
-        **variables: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt, with the model's control tokens spelt out.
 
         `tools` are functions as JSON Schema describes them, `variables` what else a template asks for (`enable_thinking`).
         Raises: InvalidRequest, with the template's own words.
         """
-        if taken := sorted(_OWN_VARIABLES & variables.keys()):
+        others = variables or {}
+        if taken := sorted(_OWN_VARIABLES & others.keys()):
             raise InvalidRequest(f"a chat template's variable {taken[0]!r} can't be set", param="chat_template_kwargs")
         given = {
             "messages": list(messages),
@@ -70,7 +71,7 @@ class ChatTemplate:
         parts = []
         left = MAX_PROMPT_CHARACTERS
         try:
-            for part in template.generate(self._tokens | variables | given):
+            for part in template.generate(self._tokens | dict(others) | given):
                 left -= len(part)
                 if left < 0:
                     raise ValueError(f"the prompt is longer than {MAX_PROMPT_CHARACTERS} characters")

@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 
 from meshd.errors import InvalidRequest
-from meshd.models.control import ControlTokens, unused_character
+from meshd.models.control import ControlTokens, unused_mark, without
 from meshd.models.spelling import byte_level
 from meshd.models.template import ChatTemplate, Message
 
@@ -84,18 +84,20 @@ class Tokenizer:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
-        **variables: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation. Control tokens come from the template alone: those that its input spells out stay text.
+        """Token ids of a conversation; `tools` and `variables` are as in `ChatTemplate.render`.
+
+        Control tokens come from the template alone: those that its input spells out stay text.
 
         In every text of the input, however deep, a character that no text uses is put inside each such spelling, so that it is
         not found in the rendered prompt, and taken out again before the text around it is encoded. Raises: InvalidRequest.
         """
-        given = (list(messages), None if tools is None else list(tools), variables)
-        guard = unused_character(given)
-        turns, functions, others = self._control.broken(given, guard)
-        prompt = template.render(turns, tools=functions, add_generation_prompt=add_generation_prompt, **others)
-        return list(self._encode_parts(prompt, guard))
+        given = (list(messages), None if tools is None else list(tools), variables or {})
+        mark = unused_mark(given)
+        turns, functions, others = self._control.broken(given, mark)
+        prompt = template.render(turns, tools=functions, add_generation_prompt=add_generation_prompt, variables=others)
+        return list(self._encode_parts(prompt, mark))
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """The text of tokens; bytes that are no UTF-8 are shown as U+FFFD."""
@@ -140,14 +142,14 @@ class Tokenizer:
                 raise
             raise InvalidRequest(f"the text can't be encoded: the tokenizer's patterns fail on it ({error})") from error
 
-    def _encode_parts(self, text: str, guard: str = "") -> Iterator[int]:
-        """Control tokens as themselves, what lies between them as plain text without the guard."""
+    def _encode_parts(self, text: str, mark: str = "") -> Iterator[int]:
+        """Control tokens as themselves, what lies between them as plain text without the mark."""
         position, bpe = 0, self._bpe
         for found in self._control.find(text):
-            yield from self._encode_plain(_without(text[position : found.start], guard), bpe)
+            yield from self._encode_plain(without(text[position : found.start], mark), bpe)
             yield self._vocabulary.control[found.token]
             position, bpe = found.end, self._later
-        yield from self._encode_plain(_without(text[position:], guard), bpe)
+        yield from self._encode_plain(without(text[position:], mark), bpe)
 
 
 class StreamDecoder:
@@ -180,7 +182,3 @@ class StreamDecoder:
 def is_library_error(error: BaseException) -> bool:
     """Whether the tokenizers library raised it: that knows bare Exception, and panics that are no Exception at all."""
     return isinstance(error, Exception) or type(error).__module__.startswith("pyo3")
-
-
-def _without(text: str, guard: str) -> str:
-    return text.replace(guard, "") if guard else text

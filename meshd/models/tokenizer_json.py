@@ -1,6 +1,6 @@
 """The tokenizer that a `tokenizer.json` describes."""
 
-import json
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ import tokenizers
 
 from meshd.models.spelling import byte_level, sentencepiece
 from meshd.models.tokenizer import Tokenizer, Vocabulary, is_library_error
-from meshd.models.tokenizer_document import MAX_ID, AddedToken, TokenizerDocument
+from meshd.models.tokenizer_document import MAX_ID, TokenizerDocument
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +46,13 @@ def tokenizer_of(document: TokenizerDocument, around: Around = NOTHING_SAID) -> 
         eos=around.eos,
         prefix=prefix,
         suffix=suffix,
-        leading_space="Strip" in document.kinds("decoder"),
+        leading_space="Strip" in document.kinds(document.decoder),
     )
 
 
 def _vocabulary(document: TokenizerDocument, tokens: list[str]) -> Vocabulary:
     control = [token for token in document.added if token.special and token.content]
-    byte_spelt = "ByteLevel" in document.kinds("decoder")
+    byte_spelt = "ByteLevel" in document.kinds(document.decoder)
     return Vocabulary(
         tokens=tokens,
         control={token.content: token.id for token in control},
@@ -79,6 +79,9 @@ def _tokens(document: TokenizerDocument, bpe: tokenizers.Tokenizer) -> list[str]
     tokens = [""] * (largest + 1)
     for token, id_ in ids.items():
         tokens[id_] = token
+    for added in document.added:
+        if ids.get(added.content) != added.id:
+            raise document.wrong(f"can't be used: its added token {added.content[:80]!r} is not token {added.id}")
     return tokens
 
 
@@ -91,33 +94,18 @@ def _surroundings(document: TokenizerDocument, bpe: tokenizers.Tokenizer) -> tup
 
 def _later(document: TokenizerDocument, bpe: tokenizers.Tokenizer) -> tokenizers.Tokenizer | None:
     """For text after a control token, where a space is put before the first text only. None: there is no difference."""
-    steps = json.loads(json.dumps(document.content.get("pre_tokenizer")))
-    first = [step for step in document.steps("pre_tokenizer", steps) if step["type"] == "Metaspace"]
-    first = [step for step in first if step.get("prepend_scheme") == "first"]
+    pre_tokenizer = copy.deepcopy(document.pre_tokenizer)
+    marks = [step for step in document.steps(pre_tokenizer) if step["type"] == "Metaspace"]
+    first = [step for step in marks if step.get("prepend_scheme") == "first"]
     if not first:
         return None
     for step in first:
         step["prepend_scheme"] = "never"
         step.pop("add_prefix_space", None)
-    model = {"type": "BPE", "vocab": {}, "merges": []}
-    steps_alone = {"version": "1.0", "added_tokens": [], "pre_tokenizer": steps, "model": model}
-    later = tokenizers.Tokenizer(bpe.model)  # one vocabulary in memory
-    if bpe.normalizer is not None:
-        later.normalizer = bpe.normalizer
-    later.pre_tokenizer = _loaded(document, json.dumps(steps_alone)).pre_tokenizer
-    later.add_tokens([_for_library(token) for token in document.added if not token.special])
+    later = _loaded(document, document.with_pre_tokenizer(pre_tokenizer))
+    later.model = bpe.model  # one vocabulary in memory
+    later.encode_special_tokens = True
     return later
-
-
-def _for_library(token: AddedToken) -> tokenizers.AddedToken:
-    return tokenizers.AddedToken(
-        token.content,
-        single_word=token.single_word,
-        lstrip=token.lstrip,
-        rstrip=token.rstrip,
-        normalized=token.normalized,
-        special=token.special,
-    )
 
 
 def _safely(document: TokenizerDocument, call: Callable[[], Any]) -> Any:

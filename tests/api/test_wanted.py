@@ -11,6 +11,7 @@ from meshd.api.chat_shapes import ChatRequest
 from meshd.api.completion_shapes import CompletionRequest
 from meshd.api.response_request import LOGPROBS, ResponseRequest
 from meshd.clock import SystemClock
+from meshd.errors import InvalidRequest
 from meshd.types import Objective, SamplingParams
 
 
@@ -44,6 +45,14 @@ def test_defaults_are_openais() -> None:
     assert one.prompt == "hello"
     assert one.max_tokens == 16
     assert response() == chat()[0]
+
+
+def test_a_templates_variables_are_passed_on() -> None:
+    [one] = chat(chat_template_kwargs={"enable_thinking": False, "deep": [{"x": None}]})
+    assert one.template == {"enable_thinking": False, "deep": [{"x": None}]}
+    assert chat(chat_template_kwargs=None) == chat()
+    with pytest.raises(InvalidRequest, match="chat_template_kwargs"):
+        chat(chat_template_kwargs=["enable_thinking"])
 
 
 def test_everything_is_passed_on() -> None:

@@ -156,6 +156,15 @@ def smollm2(smollm2_path: Path) -> GgufFile:
 
 
 @pytest.fixture(scope="session")
+def gemma3() -> GgufFile:
+    """The real model, where someone has pulled it."""
+    stored = Store(Settings()["models-dir"].value).get("gemma3:270m")
+    if stored is None:
+        pytest.skip("meshd pull gemma3:270m")
+    return GgufFile.open(stored.path)
+
+
+@pytest.fixture(scope="session")
 def smollm2_json(smollm2: GgufFile) -> str:
     """The same vocabulary as the `tokenizers` library itself writes it."""
     tokens, merges = smollm2.metadata["tokenizer.ggml.tokens"], smollm2.metadata["tokenizer.ggml.merges"]

@@ -1,10 +1,13 @@
-"""Chat templates, honest and hostile."""
+"""Chat templates, honest and hostile. The measure of the honest ones is transformers' own renderer."""
 
 import time
 import tracemalloc
 from datetime import datetime
 
+import chat_templates
 import pytest
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from meshd.errors import InvalidRequest, ModelFileError
 from meshd.models.gguf import GgufFile
@@ -48,6 +51,8 @@ def test_a_long_conversation_is_within_the_bounds(smollm2: GgufFile) -> None:
         ("{% generation %}said{% endgeneration %}", "said"),
         ("{{ 'a-b'.replace('-', '+') }}{{ 'a,b' | replace(',', ';') }}{{ ','.join(['x', 'y']) }}", "a+ba;bx,y"),
         ("{{ 'a' + 'b' * 2 }} {{ 2 * 3 + 2 ** 3 }} {{ 7 % 4 }} {{ [1] + [2] }} {{ 'a b'.split()[1] }}", "abb 14 3 [1, 2] b"),
+        ("{{ 'a\\n\\nb' | indent }}{{ 'a\\nb' | indent(1, true) }}", "a\n\n    b a\n b"),
+        ("{{ '{}{}{{'.format(7, 'é') }}{{ '{x}{0}'.format(1, x=[]) }}", "7é{[]1"),
         ("{{ tools is none and documents is none }}{{ nothing is defined }}{{ nothing }}", "TrueFalse"),
         ("{% for k, v in dict(a=1).items() %}{{ k ~ v }}{% endfor %}{{ 'a' in ['a', 'b'] }}{{ (1, 'x')[1] }}", "a1Truex"),
         ("{{ [3, 1, 2] | sort | list }}{{ {'k': 1}.items() | list }}{{ {'b': 1} | dictsort }}", "[1, 2, 3][('k', 1)][('b', 1)]"),
@@ -55,6 +60,52 @@ def test_a_long_conversation_is_within_the_bounds(smollm2: GgufFile) -> None:
 )
 def test_what_chat_templates_use_works(source: str, expected: str) -> None:
     assert render(source) == expected
+
+
+@pytest.mark.parametrize("conversation", chat_templates.CONVERSATIONS)
+@pytest.mark.parametrize("family", chat_templates.TEMPLATES)
+def test_every_familys_template_renders_as_in_transformers(family: str, conversation: str) -> None:
+    source = chat_templates.TEMPLATES[family]
+    messages, given = chat_templates.CONVERSATIONS[conversation]
+    template = ChatTemplate(source, bos="<s>", eos="</s>")
+    wanted = chat_templates.as_transformers_takes(given)
+    refused = ""
+    try:
+        [expected], _ = render_jinja_template([messages], chat_template=source, bos_token="<s>", eos_token="</s>", **wanted)
+    except (TemplateError, TypeError) as error:
+        refused = str(error)
+    if not refused:
+        assert template.render(messages, **given) == expected
+        return
+    with pytest.raises(InvalidRequest) as caught:
+        template.render(messages, **given)
+    assert refused in caught.value.message
+
+
+def test_most_conversations_are_not_refused() -> None:
+    refused = 0
+    for source in chat_templates.TEMPLATES.values():
+        template = ChatTemplate(source)
+        for messages, given in chat_templates.CONVERSATIONS.values():
+            try:
+                assert template.render(messages, **given)
+            except InvalidRequest:
+                refused += 1
+    assert refused < len(chat_templates.TEMPLATES) * len(chat_templates.CONVERSATIONS) / 4
+
+
+def test_a_conversation_with_tools_has_its_own_template_where_the_file_has_one() -> None:
+    metadata = {"tokenizer.chat_template": "plain", "tokenizer.chat_template.tool_use": "{{ tools | length }} tools"}
+    template = template_from_gguf(metadata)
+    assert template.render(MESSAGES) == "plain"
+    assert template.render(MESSAGES, tools=chat_templates.TOOLS) == "2 tools"
+    assert template_from_gguf({"tokenizer.chat_template": "plain"}).render(MESSAGES, tools=[]) == "plain"
+
+
+@pytest.mark.parametrize("name", ["bos_token", "documents", "messages"])
+def test_a_templates_own_variables_can_not_be_set(name: str) -> None:
+    with pytest.raises(InvalidRequest, match=name):
+        ChatTemplate("x").render(MESSAGES, variables={name: "x"})
 
 
 def test_the_templates_own_complaint_reaches_the_client() -> None:
@@ -129,6 +180,10 @@ HOSTILE = {
     "format width": "{{ '{:>999999999}'.format(3) }}",
     "format by subscript": "{{ ''['format_map']({}) }}",
     "format by filter": "{{ '{:>999999999}' | attr('format') }}{{ ('{:>999999999}' | attr('format'))(3) }}",
+    "format attribute": "{{ '{0.x}'.format(3) }}{{ '{a[0]}'.format(a=[3]) }}",
+    "format to a great length": "{{ ('{0}' * 99999).format('x' * 99999) }}",
+    "indent": "{{ 'a\\nb' | indent(10**9) }}",
+    "indent by a text": "{{ 'a\\nb' | indent('x' * 99) }}",
     "padding": "{{ 'a'.ljust(10**9) }}",
     "JSON indent": "{{ [[[1]]] | tojson(indent=10**9) }}",
     "date width": "{{ strftime_now('%0999999999d') }}",

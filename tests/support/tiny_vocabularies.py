@@ -2,11 +2,13 @@
 
 import io
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import sentencepiece
 import tokenizers
 from odd_strings import odd_strings
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 PLAIN = (
@@ -72,6 +74,26 @@ def spm(*, spaced: bool, added: tuple[str, ...] = ()) -> tuple[dict[str, Any], s
         "tokenizer.ggml.add_space_prefix": spaced,
     }
     return metadata, model
+
+
+def model_of(metadata: Mapping[str, Any]) -> sentencepiece.SentencePieceProcessor:
+    """The library's reading of a vocabulary that puts no space before a text."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    unknown = metadata["tokenizer.ggml.unknown_token_id"]
+    rows = zip(*(metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type", "scores")), strict=True)
+    for id_, (token, type_, score) in enumerate(rows):
+        added = type_ == 4
+        piece = token.replace(" ", "▁") if added else token
+        proto.pieces.add(piece=piece, score=0.0 if added else score, type=2 if id_ == unknown else type_)
+    proto.trainer_spec.model_type = proto.trainer_spec.BPE
+    proto.trainer_spec.byte_fallback = True
+    for role in ("bos", "eos", "unk", "pad"):
+        name = {"unk": "unknown", "pad": "padding"}.get(role, role)
+        setattr(proto.trainer_spec, f"{role}_id", metadata[f"tokenizer.ggml.{name}_token_id"])
+    proto.normalizer_spec.name = "identity"
+    proto.normalizer_spec.add_dummy_prefix = False
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
 
 
 def _type(model: sentencepiece.SentencePieceProcessor, id_: int) -> int:

@@ -340,7 +340,7 @@ class ToyStream:
 class ToyTokenizer:
     """What answers use of a tokenizer: one letter for each token."""
 
-    def stream(self) -> ToyStream:
+    def stream(self, *, after: int | None = None) -> ToyStream:
         return ToyStream()
 
     def token_bytes(self, token: int) -> bytes:
