@@ -52,9 +52,8 @@ def card_from_gguf(file: GgufFile, *, name: str, ref: str, model_id: ModelId, cr
 def end_of_sequence(metadata: Mapping[str, MetadataValue]) -> tuple[int, ...]:
     """Token ids that end an answer, in order. Raises: ModelFileError for a `tokenizer.json` that can't be read."""
     found = {value for key in _END_KEYS if isinstance(value := metadata.get(f"tokenizer.ggml.{key}"), int)}
-    listed = metadata.get(EOS_TOKEN_IDS)
-    if isinstance(listed, tuple):  # of a folder, whose import has looked for all of them
-        return tuple(sorted(found.union(id_ for id_ in listed if isinstance(id_, int))))
+    if isinstance(several := metadata.get(EOS_TOKEN_IDS), tuple):
+        found.update(id_ for id_ in several if isinstance(id_, int))
     if (document := huggingface_json(metadata)) is not None:
         return tuple(sorted(found.union(token.id for token in document.added if token.special and token.content in END_OF_ANSWER)))
     tokens = metadata.get("tokenizer.ggml.tokens", ())

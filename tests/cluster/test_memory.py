@@ -57,8 +57,9 @@ def card_of(shared_cache: Path, model: str) -> ModelCard:
 
 @pytest.mark.parametrize("model", ["smollm2:135m", "gemma3:270m"])
 def test_a_stage_takes_a_quarter_more_than_its_weights_and_kv(cluster: Cluster, shared_cache: Path, model: str) -> None:
-    """And 400 MB for Python, torch and onnxruntime. A tied table counts for both ends, as in plans. The tokenizer is at the peer that
-    is asked, not at the stage.
+    """And 400 MB for Python, torch and onnxruntime. A tied table counts for both ends, as in plans.
+
+    The tokenizer is at the peer that is asked, not at the stage.
     """
     card = card_of(shared_cache, model)
     weights = sum(card.layer_bytes) + card.embedding_bytes + card.head_bytes
