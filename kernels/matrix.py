@@ -71,6 +71,24 @@ class DenseMatrix:
 Matrix = BlockMatrix | DenseMatrix
 
 
+def centred(matrix: BlockMatrix) -> tuple[U8, F32]:
+    """A code of zero for each group in place of `zero`, packed as the codes are, and the shifts `[rows, blocks]` that then remain.
+
+    They are half a scale at most where a group has weights on both sides of zero. The integer product then works on the weights as
+    they are, not on their distances from the middle of their range, so that rounded activations err less: by a tenth for Q4_1.
+    """
+    assert matrix.shift is not None
+    with np.errstate(over="ignore"):  # beside a scale near zero a shift is far
+        wanted = np.divide(matrix.shift, matrix.scale, out=np.zeros_like(matrix.scale), where=matrix.scale != 0)
+    zero = np.clip(np.rint(matrix.zero - wanted), 0, 2 * matrix.zero - 1)
+    shift = matrix.shift + matrix.scale * (zero - matrix.zero)
+    codes = zero.astype(np.uint8)
+    if matrix.bits == 4:
+        codes = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
+        codes = codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))
+    return np.ascontiguousarray(codes), shift
+
+
 def unpack_codes(matrix: BlockMatrix) -> U8:
     """`[rows, columns]`, one code a byte."""
     if matrix.bits == 8:

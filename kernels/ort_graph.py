@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
+from meshd.kernels.matrix import centred
 from meshd.kernels.network import Expert, Linear, NetworkWeights
 from meshd.kernels.quant import F32, BlockMatrix, DenseMatrix
 from meshd.kernels.torch_ops import CLAMP, CLAMPED_SLOPE
@@ -98,14 +99,15 @@ class Graph:
     def _block_product(self, x: str, matrix: BlockMatrix) -> str:
         """The integer product on codes and scales; shifts act on the sums of x over each block, in float32."""
         rows, columns = matrix.shape
-        inputs = x, self.weight(matrix.codes), self.weight(matrix.scale)
+        inputs = [x, self.weight(matrix.codes), self.weight(matrix.scale)]
         attributes = {"K": columns, "N": rows, "bits": matrix.bits, "block_size": matrix.block, "accuracy_level": self.accuracy}
-        y = self.node("MatMulNBits", *inputs, domain=MS, outputs=(), **attributes)
         if matrix.shift is None:
-            return y
+            return self.node("MatMulNBits", *inputs, domain=MS, outputs=(), **attributes)
+        zero, shift = centred(matrix)
+        y = self.node("MatMulNBits", *inputs, self.weight(zero), domain=MS, outputs=(), **attributes)
         blocks = self.node("Reshape", x, self.constant(np.array([-1, columns // matrix.block, matrix.block])))
         sums = self.node("ReduceSum", blocks, self.constant(np.array([2])), keepdims=0)
-        return self.node("Gemm", sums, self.weight(np.ascontiguousarray(matrix.shift.T)), y)
+        return self.node("Gemm", sums, self.weight(np.ascontiguousarray(shift.T)), y)
 
     def _dense_product(self, x: str, matrix: DenseMatrix) -> str:
         kind = TensorProto.BFLOAT16 if matrix.values.dtype == np.uint16 else None

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 
 from meshd.errors import ModelFileError
 from meshd.kernels.blocks import BLOCK_KINDS
+from meshd.kernels.matrix import centred
 from meshd.kernels.network import Linear
 from meshd.kernels.ort_backend import open_session
 from meshd.kernels.ort_graph import MS, Graph, Piece
@@ -139,6 +140,23 @@ def test_the_form_for_computing_rounds_nothing_but_the_shift(kind: str, wild: bo
     assert (abs(values_of(matrix).reshape(exact.shape) - exact) <= 2.0**-24 * widest).all()
 
 
+@pytest.mark.parametrize("wild", [False, True])
+@pytest.mark.parametrize("kind", ["Q4_1", "Q5_1", "Q4_K", "Q5_K"])
+def test_zeros_of_their_own_leave_the_weights_and_little_shift(kind: str, wild: bool) -> None:
+    tensor, values = random_tensor(kind, rows=64, wild=wild)
+    matrix = load_matrix(tensor)
+    packed, shift = centred(matrix)
+    zero = packed if matrix.bits == 8 else np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
+    codes = unpack_codes(matrix).astype(np.float64).reshape(*matrix.scale.shape, matrix.block)
+    found = matrix.scale[..., None] * (codes - zero[..., None]) + shift[..., None]
+    right = values.astype(np.float64).reshape(found.shape)
+    widest = abs(matrix.shift) + abs(matrix.scale) * 2 * matrix.zero
+    assert (abs(found - right) <= 2.0**-22 * widest[..., None]).all()
+    both_sides = (right.min(axis=2) <= 0) & (right.max(axis=2) >= 0)
+    assert both_sides.any()
+    assert (abs(shift) <= 0.5 * abs(matrix.scale) + 2.0**-22 * widest)[both_sides].all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_backends_products_are_right(kind: str) -> None:
     tensor, values = random_tensor(kind, rows=40)
@@ -151,10 +169,10 @@ def test_both_backends_products_are_right(kind: str) -> None:
     assert (abs(ort_product((matrix,), x, 1) - right) <= slack).all()
     if isinstance(matrix, BlockMatrix):
         rounded = ort_product((matrix,), x, 4)
-        centred = values_of(BlockMatrix(matrix.bits, matrix.block, matrix.codes, matrix.scale, None))
+        shift = 0 if matrix.shift is None else np.repeat(centred(matrix)[1], matrix.block, axis=1)
         groups = abs(x).reshape(3, -1, matrix.block).max(axis=2)
         half_step = np.repeat(groups / 127 / 2, matrix.block, axis=1)
-        assert (abs(rounded - right) <= half_step @ abs(centred).T * 1.001 + slack).all()
+        assert (abs(rounded - right) <= half_step @ abs(values - shift).T * 1.001 + slack).all()
         assert np.array_equal(rounded[:1], ort_product((matrix,), x[:1], 4)), "a token's bits depend on those beside it"
 
 
