@@ -5,7 +5,7 @@ nothing is fused in the middle of a stage that is not fused at its border: this 
 Operators outside ONNX's own set are documented in onnxruntime's `docs/ContribOperators.md`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +22,16 @@ MS = "com.microsoft"
 HEAD_PART_WEIGHTS = 16 << 20
 ACCURACY_F32, ACCURACY_INT8 = 1, 4
 """Of products: in float32, or with activations quantised to int8, one scale for each block of the weights; sums are float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """How products are computed."""
+
+    level: int
+    """ACCURACY_F32 or ACCURACY_INT8."""
+    zeros: bool
+    """Groups of kinds with minima have zero points: rounded activations err less. Of no use where they are exact."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +59,7 @@ class Piece:
 class Graph:
     """A graph in the making. Methods add operators and return the names of their results."""
 
-    accuracy: int = ACCURACY_INT8
+    precision: Precision
     nodes: list[NodeProto] = field(default_factory=list)
     constants: list[TensorProto] = field(default_factory=list)
     weights: dict[str, Weight] = field(default_factory=dict)
@@ -100,11 +110,15 @@ class Graph:
         """The integer product on codes and scales; shifts act on the sums of x over each block, in float32."""
         rows, columns = matrix.shape
         inputs = [x, self.weight(matrix.codes), self.weight(matrix.scale)]
-        attributes = {"K": columns, "N": rows, "bits": matrix.bits, "block_size": matrix.block, "accuracy_level": self.accuracy}
-        if matrix.shift is None:
-            return self.node("MatMulNBits", *inputs, domain=MS, outputs=(), **attributes)
-        zero, shift = centred(matrix)
-        y = self.node("MatMulNBits", *inputs, self.weight(zero), domain=MS, outputs=(), **attributes)
+        attributes = {"K": columns, "N": rows, "bits": matrix.bits, "block_size": matrix.block}
+        attributes["accuracy_level"] = self.precision.level
+        shift = matrix.shift
+        if shift is not None and self.precision.zeros:
+            zero, shift = centred(matrix)
+            inputs.append(self.weight(zero))
+        y = self.node("MatMulNBits", *inputs, domain=MS, outputs=(), **attributes)
+        if shift is None:
+            return y
         blocks = self.node("Reshape", x, self.constant(np.array([-1, columns // matrix.block, matrix.block])))
         sums = self.node("ReduceSum", blocks, self.constant(np.array([2])), keepdims=0)
         return self.node("Gemm", sums, self.weight(np.ascontiguousarray(shift.T)), y)
@@ -117,30 +131,30 @@ class Graph:
         return self.node("Gemm", x, weight, transB=1)
 
 
-def project_piece(weights: NetworkWeights, layer: int, accuracy: int) -> Piece:
+def project_piece(weights: NetworkWeights, layer: int, precision: Precision) -> Piece:
     """(hidden, cos, sin) -> q, k, v."""
-    graph = Graph(accuracy)
+    graph = Graph(precision)
     _project(graph, weights, layer, "hidden")
     return _piece(graph, weights.spec, ["hidden", *_turn(weights.spec, layer)], ["q", "k", "v"])
 
 
-def mix_project_piece(weights: NetworkWeights, layer: int, accuracy: int) -> Piece:
+def mix_project_piece(weights: NetworkWeights, layer: int, precision: Precision) -> Piece:
     """(mixed, residual, cos, sin) -> hidden, q, k, v: `layer` after its attention, layer + 1 before its own."""
-    graph = Graph(accuracy)
+    graph = Graph(precision)
     _project(graph, weights, layer + 1, _mix(graph, weights, layer))
     return _piece(graph, weights.spec, ["mixed", "residual", *_turn(weights.spec, layer + 1)], ["hidden", "q", "k", "v"])
 
 
-def mix_piece(weights: NetworkWeights, layer: int, accuracy: int) -> Piece:
+def mix_piece(weights: NetworkWeights, layer: int, precision: Precision) -> Piece:
     """(mixed, residual) -> hidden."""
-    graph = Graph(accuracy)
+    graph = Graph(precision)
     _mix(graph, weights, layer)
     return _piece(graph, weights.spec, ["mixed", "residual"], ["hidden"])
 
 
-def route_piece(weights: NetworkWeights, layer: int, accuracy: int) -> Piece:
+def route_piece(weights: NetworkWeights, layer: int, precision: Precision) -> Piece:
     """(mixed, residual) -> hidden, normed, scores: a layer with experts, up to the choice of these."""
-    graph = Graph(accuracy)
+    graph = Graph(precision)
     hidden, normed = _after_attention(graph, weights, layer)
     scores = graph.product(normed, weights.router(layer))
     for name, value in {"hidden": hidden, "normed": normed, "scores": scores}.items():
@@ -148,17 +162,17 @@ def route_piece(weights: NetworkWeights, layer: int, accuracy: int) -> Piece:
     return _piece(graph, weights.spec, ["mixed", "residual"], ["hidden", "normed", "scores"])
 
 
-def expert_piece(spec: ModelSpec, expert: Expert, accuracy: int) -> Piece:
+def expert_piece(spec: ModelSpec, expert: Expert, precision: Precision) -> Piece:
     """(normed) -> hidden: one expert's MLP."""
-    graph = Graph(accuracy)
+    graph = Graph(precision)
     graph.node("Identity", _mlp(graph, spec, "normed", expert.gate_up, expert.down), outputs=("hidden",))
     return _piece(graph, spec, ["normed"], ["hidden"])
 
 
-def head_pieces(weights: NetworkWeights, accuracy: int) -> Iterator[Piece]:
+def head_pieces(weights: NetworkWeights, precision: Precision) -> Iterator[Piece]:
     """(hidden) -> logits of some of the vocabulary: packing a large table at once would take as much again, twice."""
     for part in weights.head(_head_rows(weights.spec)):
-        yield _head_piece(weights, part, accuracy)
+        yield _head_piece(weights, part, precision)
 
 
 def head_parts(spec: ModelSpec) -> int:
@@ -170,14 +184,21 @@ def _head_rows(spec: ModelSpec) -> int:
     return max(1, HEAD_PART_WEIGHTS // spec.hidden)
 
 
-def _head_piece(weights: NetworkWeights, part: Linear, accuracy: int) -> Piece:
-    graph, spec = Graph(accuracy), weights.spec
+def _head_piece(weights: NetworkWeights, part: Linear, precision: Precision) -> Piece:
+    graph, spec = Graph(precision), weights.spec
     logits = graph.product(graph.norm("hidden", weights.output_norm(), spec.norm_eps), part)
     logits = graph.scaled(logits, spec.logit_scale)
     if spec.logit_soft_cap:
         logits = graph.scaled(graph.node("Tanh", graph.scaled(logits, 1 / spec.logit_soft_cap)), spec.logit_soft_cap)
     graph.node("Identity", logits, outputs=("logits",))
     return _piece(graph, spec, ["hidden"], ["logits"])
+
+
+def product_piece(linear: Linear, precision: Precision) -> Piece:
+    """(x) -> y: a product alone."""
+    graph = Graph(precision)
+    graph.node("Identity", graph.product("x", linear), outputs=("y",))
+    return _made(graph, {"x": linear.matrices[0].shape[1]}, {"y": sum(matrix.shape[0] for matrix in linear.matrices)})
 
 
 def _turn(spec: ModelSpec, layer: int) -> list[str]:
@@ -268,8 +289,14 @@ def _piece(graph: Graph, spec: ModelSpec, inputs: list[str], outputs: list[str])
         "logits": "vocabulary",
     }
 
-    def values(names: Iterable[str]) -> list[ValueInfoProto]:
-        return [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tokens", widths.get(name, spec.hidden)]) for name in names]
+    return _made(graph, *({name: widths.get(name, spec.hidden) for name in names} for names in (inputs, outputs)))
+
+
+def _made(graph: Graph, inputs: dict[str, int | str], outputs: dict[str, int | str]) -> Piece:
+    """`inputs` and `outputs` with the width of each."""
+
+    def values(widths: dict[str, int | str]) -> list[ValueInfoProto]:
+        return [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tokens", width]) for name, width in widths.items()]
 
     body = helper.make_graph(graph.nodes, "piece", values(inputs), values(outputs), graph.constants)
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid(MS, 1)]

@@ -12,8 +12,9 @@ from meshd.models.store import Store
 from meshd.types import LayerRange
 
 
-@pytest.fixture(scope="session", params=["torch", "onnxruntime", "onnxruntime-exact"])
+@pytest.fixture(scope="session", params=["torch", "onnxruntime"])
 def backend(request: pytest.FixtureRequest) -> Backend:
+    """Tests that are about precision ask for `onnxruntime-exact` too."""
     assert request.param.removesuffix(EXACT) in available_backends()
     return make_backend(request.param, threads=2)
 

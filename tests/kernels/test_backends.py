@@ -18,6 +18,7 @@ from meshd.types import LayerRange, RopeScaling, Tensor
 
 IDS = np.random.default_rng(1).integers(0, 320, 24).tolist()
 CHUNKS = [7, 9, 1, 1, 5, 1]
+ALL = ["torch", "onnxruntime", "onnxruntime-exact"]
 ERROR = {"torch": 1e-5, "onnxruntime-exact": 1e-5, "onnxruntime": 0.03}
 """Of the reference's own size: rounding in float32; activations of 8 bits."""
 
@@ -31,6 +32,7 @@ def cut(loaded: LoadedLayers, borders: tuple[int, ...]) -> Chain:
     return Chain.of(tiny_spec(), [loaded.stage(LayerRange(a, b)) for a, b in itertools.pairwise(edges)])
 
 
+@pytest.mark.parametrize("backend", ALL, indirect=True)
 @pytest.mark.parametrize("borders", [c for n in (1, 2, 3) for c in itertools.combinations((1, 2, 3), n)])
 def test_any_cut_of_what_is_loaded_gives_the_same_bits(loaded: LoadedLayers, borders: tuple[int, ...]) -> None:
     one, many = whole(loaded), cut(loaded, borders)
@@ -63,6 +65,7 @@ def test_overlapping_ranges_serve_the_same_bits(backend: Backend, model: TinyLla
     overlap.close()
 
 
+@pytest.mark.parametrize("backend", ALL, indirect=True)
 def test_it_agrees_with_plain_numpy(backend: Backend, loaded: LoadedLayers, model: TinyLlama) -> None:
     plain, chain = PlainLlama(model), whole(loaded)
     expected, got = plain.hidden(np.array(IDS)), chain.run(IDS, CHUNKS)
@@ -71,6 +74,7 @@ def test_it_agrees_with_plain_numpy(backend: Backend, loaded: LoadedLayers, mode
     assert np.linalg.norm(chain.logits(got) - logits) < ERROR[backend.name] * np.linalg.norm(logits)
 
 
+@pytest.mark.parametrize("backend", ALL, indirect=True)
 @pytest.mark.parametrize(
     "kinds",
     [

@@ -4,7 +4,7 @@ import pytest
 from fidelity import ROWS, Fidelity, compare, stage_rows, windows
 from originals import F32, Original
 
-from meshd.kernels.backend import Backend
+from meshd.kernels.backend import EXACT, Backend
 from meshd.models.cards import card_from_gguf
 from meshd.models.gguf import GgufFile
 from meshd.types import LayerRange, ModelId
@@ -27,6 +27,7 @@ def original(smollm2: GgufFile, ids: list[int]) -> list[F32]:
     return list(Original(smollm2).rows(ids, ROWS))
 
 
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime", f"onnxruntime{EXACT}"], indirect=True)
 def test_logits_are_the_makers(backend: Backend, smollm2: GgufFile, ids: list[int], original: list[F32]) -> None:
     """With exact activations to the last rounding; on the fast path as near as int8 activations come."""
     spec = card_from_gguf(smollm2, name="smollm2", ref="file:smollm2", model_id=ModelId("0" * 32)).spec

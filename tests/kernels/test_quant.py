@@ -8,14 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
 
 from meshd.errors import ModelFileError
+from meshd.kernels import ort_backend
 from meshd.kernels.blocks import BLOCK_KINDS
 from meshd.kernels.matrix import centred
 from meshd.kernels.network import Linear
-from meshd.kernels.ort_backend import open_session
-from meshd.kernels.ort_graph import MS, Graph, Piece
+from meshd.kernels.ort_backend import open_session, zeros_are_right
+from meshd.kernels.ort_graph import Piece, Precision, product_piece
 from meshd.kernels.quant import (
     KINDS,
     BlockMatrix,
@@ -86,14 +86,9 @@ def values_of(matrix: Matrix) -> np.ndarray:
     return (weights if matrix.shift is None else weights + matrix.shift[..., None]).reshape(matrix.shape)
 
 
-def ort_product(matrices: tuple[Matrix, ...], x: np.ndarray, level: int) -> np.ndarray:
+def ort_product(matrices: tuple[Matrix, ...], x: np.ndarray, level: int, *, zeros: bool = True) -> np.ndarray:
     """`x @ w.T` by the graph of the onnxruntime backend, with int8 (4) or float32 (1) activations."""
-    graph = Graph(level)
-    graph.node("Identity", graph.product("x", Linear(matrices)), outputs=("y",))
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tokens", None]) for name in ("x", "y")]
-    body = helper.make_graph(graph.nodes, "product", values[:1], values[1:], graph.constants)
-    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid(MS, 1)], ir_version=9)
-    result: np.ndarray = open_session(Piece(model, graph.weights), 1).run(("y",), {"x": x})[0]
+    result: np.ndarray = open_session(product_piece(Linear(matrices), Precision(level, zeros)), 1).run(("y",), {"x": x})[0]
     return result
 
 
@@ -157,8 +152,9 @@ def test_zeros_of_their_own_leave_the_weights_and_little_shift(kind: str, wild: 
     assert (abs(shift) <= 0.5 * abs(matrix.scale) + 2.0**-22 * widest)[both_sides].all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_both_backends_products_are_right(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "zeros"), [(kind, zeros) for kind in KINDS for zeros in (True, False)])
+def test_both_backends_products_are_right(kind: str, zeros: bool) -> None:
+    """`zeros` False: as on processors where products with zero points are wrong."""
     tensor, values = random_tensor(kind, rows=40)
     matrix = load_matrix(tensor)
     x = np.random.default_rng(1).standard_normal((3, COLUMNS), dtype=np.float32)
@@ -166,14 +162,31 @@ def test_both_backends_products_are_right(kind: str) -> None:
     spread = abs(x).astype(np.float64) @ abs(values.T).astype(np.float64)
     slack = 1e-5 * spread
     assert (abs(make_product(Linear((matrix,)), Device("cpu", Workers(1)))(torch.from_numpy(x)).numpy() - right) <= slack).all()
-    assert (abs(ort_product((matrix,), x, 1) - right) <= slack).all()
+    assert (abs(ort_product((matrix,), x, 1, zeros=zeros) - right) <= slack).all()
     if isinstance(matrix, BlockMatrix):
-        rounded = ort_product((matrix,), x, 4)
-        shift = 0 if matrix.shift is None else np.repeat(centred(matrix)[1], matrix.block, axis=1)
+        rounded = ort_product((matrix,), x, 4, zeros=zeros)
+        shift = 0 if matrix.shift is None else np.repeat(centred(matrix)[1] if zeros else matrix.shift, matrix.block, axis=1)
         groups = abs(x).reshape(3, -1, matrix.block).max(axis=2)
         half_step = np.repeat(groups / 127 / 2, matrix.block, axis=1)
         assert (abs(rounded - right) <= half_step @ abs(values - shift).T * 1.001 + slack).all()
-        assert np.array_equal(rounded[:1], ort_product((matrix,), x[:1], 4)), "a token's bits depend on those beside it"
+        alone = ort_product((matrix,), x[:1], 4, zeros=zeros)
+        assert np.array_equal(rounded[:1], alone), "a token's bits depend on those beside it"
+
+
+def test_a_processor_with_wrong_products_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As onnxruntime's are for a single token where there is AVX2 alone."""
+
+    class Wrong:
+        def __init__(self, piece: Piece, threads: int) -> None:
+            self._right = open_session(piece, threads)
+
+        def run(self, names: tuple[str, ...], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+            (y,) = self._right.run(names, inputs)
+            return [y * np.float32(0.6)] if len(y) == 1 else [y]
+
+    assert zeros_are_right.__wrapped__()
+    monkeypatch.setattr(ort_backend, "open_session", Wrong)
+    assert not zeros_are_right.__wrapped__()
 
 
 def test_products_of_unlike_matrices_are_laid_end_to_end() -> None:
