@@ -3,8 +3,9 @@
     tokenizer.huggingface.json          all of tokenizer.json, without the spaces between its items: Gemma's is 33 MB with them
     tokenizer.chat_template             from chat_template.jinja, chat_template.json or tokenizer_config.json, in this order
     tokenizer.chat_template.tool_use    where tokenizer_config.json has one of its own for conversations with tools
-    tokenizer.ggml.bos_token_id         from config.json or generation_config.json
-    tokenizer.ggml.eos_token_id         the first token that ends an answer, tokenizer.ggml.eot_token_id the second
+    tokenizer.ggml.bos_token_id         from tokenizer_config.json, config.json or generation_config.json
+    tokenizer.ggml.eos_token_id         the first token that ends an answer (tokenizer_config.json's, which templates mean, goes
+                                        before the others), tokenizer.ggml.eot_token_id the second
     meshd.eos_token_ids                 all of them, in order
     tokenizer.ggml.add_bos_token        where tokenizer_config.json says so; add_eos_token likewise
 """
@@ -54,11 +55,12 @@ def text_metadata(folder: Path, config: Mapping[str, Any], end_of_answer: frozen
     generation = _optional(folder / "generation_config.json")
     options = _optional(folder / "tokenizer_config.json")
     found: dict[str, MetadataValue] = {"tokenizer.huggingface.json": text}
-    begins = _ids(config, "bos_token_id") or _ids(generation, "bos_token_id")
+    begins = _spelt(options, "bos_token", added) or _ids(config, "bos_token_id") or _ids(generation, "bos_token_id")
     if begins:
         found["tokenizer.ggml.bos_token_id"] = begins[0]
     named = [token.id for token in added if token.special and token.content in end_of_answer]
-    ends = list(dict.fromkeys([*_ids(generation, "eos_token_id"), *_ids(config, "eos_token_id"), *named]))
+    told = [*_spelt(options, "eos_token", added), *_ids(generation, "eos_token_id"), *_ids(config, "eos_token_id")]
+    ends = list(dict.fromkeys([*told, *named]))
     if ends:
         found["tokenizer.ggml.eos_token_id"] = ends[0]
         found["meshd.eos_token_ids"] = tuple(ends)
@@ -102,6 +104,13 @@ def _templates(folder: Path, options: Mapping[str, Any]) -> dict[str, MetadataVa
         for item in listed
         if item.get("name") in ("default", "tool_use") and isinstance(item.get("template"), str)
     }
+
+
+def _spelt(options: Mapping[str, Any], key: str, added: list[_Added]) -> list[int]:
+    """A token that tokenizer_config.json names by its text, as chat templates do; empty if it names none that there is."""
+    value = options.get(key)
+    text = value.get("content") if isinstance(value, dict) else value
+    return [token.id for token in added if token.content == text][:1]
 
 
 def _optional(path: Path) -> dict[str, Any]:

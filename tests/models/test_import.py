@@ -115,6 +115,16 @@ def test_templates_are_found_where_the_makers_put_them(tmp_path: Path) -> None:
     assert found() == {}
 
 
+@pytest.mark.parametrize("named", ["<|im_end|>", {"content": "<|im_end|>", "lstrip": False}])
+def test_the_end_that_templates_mean_goes_first(tmp_path: Path, named: object) -> None:
+    folder = write_folder(tmp_path / "hf")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": named, "bos_token": "</s>"}))
+    imported(folder, tmp_path / "made.gguf")
+    with GgufFile.open(tmp_path / "made.gguf") as file:
+        found = [file.metadata[f"tokenizer.ggml.{key}_token_id"] for key in ("bos", "eos", "eot")]
+        assert (found, file.metadata["meshd.eos_token_ids"]) == ([2, 3, 2], (3, 2))
+
+
 @pytest.mark.parametrize(("quant", "kind", "error"), [("q8", "Q8_0", 0.01), ("q4", "Q4_1", 0.09)])
 def test_a_folder_is_quantised_as_it_is_imported(tmp_path: Path, quant: str, kind: str, error: float) -> None:
     imported(write_folder(tmp_path / "hf", dtype="BF16"), tmp_path / "made.gguf", quant)
