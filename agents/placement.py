@@ -266,6 +266,6 @@ def _whole_blocks(tokens: int) -> int:
 
 
 def _weights_of(card: ModelCard, layers: LayerRange) -> int:
-    total = sum(card.layer_bytes[layer] for layer in layers)
+    total = sum(card.held_layer_bytes[layer] for layer in layers)
     total += card.embedding_bytes if layers.start == 0 else 0
-    return total + (card.head_bytes if layers.end == card.spec.layers else 0)
+    return total + (card.held_head_bytes if layers.end == card.spec.layers else 0)

@@ -4,6 +4,13 @@ from meshd.types import ModelSpec
 
 Shapes = dict[str, tuple[int, ...]]
 
+HELD_BITS = {
+    "F32": 32.0, "F16": 16.0, "BF16": 16.0, "Q4_0": 7.0, "Q4_1": 8.13, "Q5_0": 11.0, "Q5_1": 12.25, "Q8_0": 11.0, "Q4_K": 8.13,
+    "Q5_K": 12.25, "Q6_K": 14.0, "IQ4_NL": 11.0, "MXFP4": 11.0,
+}  # fmt: skip
+"""What a weight of each kind takes in memory once a backend has it, in bits: measured from outside on a matrix of 67 million in
+onnxruntime 1.32. It packs codes, scales and their sums, and keeps the scales; torch's form is smaller."""
+
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight")
 """Divide the frequencies of a rotation; a file has one of them at most."""
 UNUSED = ("rope_factors_long.weight",)

@@ -179,10 +179,24 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     end_of_sequence: tuple[int, ...]
     """Token ids that end an answer."""
     created: int = 0
+    layer_memory_bytes: tuple[int, ...] = ()
+    """What each layer takes in memory; empty: as stored."""
+    head_memory_bytes: int = 0
+    """What the head takes in memory; 0: as stored. The embedding is read from its file, row by row."""
 
     @property
     def layers(self) -> LayerRange:
         return LayerRange(0, self.spec.layers)
+
+    @property
+    def held_layer_bytes(self) -> tuple[int, ...]:
+        """Memory of each layer, in order."""
+        return self.layer_memory_bytes or self.layer_bytes
+
+    @property
+    def held_head_bytes(self) -> int:
+        """Memory of the head."""
+        return self.head_memory_bytes or self.head_bytes
 
     def kv_bytes_per_token_layer(self, element_bytes: int = 4) -> int:
         """K and V of one token in one layer."""

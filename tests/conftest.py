@@ -3,6 +3,7 @@
 import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 pytest.register_assert_rewrite("daemons", "openai_suite")
@@ -10,6 +11,9 @@ pytest.register_assert_rewrite("daemons", "openai_suite")
 # Run by nohup or as a shell's background job, these are ignored, which the processes that tests start would inherit and respect.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # how long an example takes says nothing on a busy machine
+hypothesis.settings.load_profile("untimed")
 
 ONE_AFTER_ANOTHER = {"cluster": "daemons", "chaos": "hosts", "netlab": "hosts"}
 """Folders whose tests run real daemons: two of them at once on two cores are enough (`pytest -n 2 --dist loadgroup`)."""

@@ -8,7 +8,7 @@ from meshd.errors import ModelFileError
 from meshd.models.architectures import spec_from_metadata
 from meshd.models.gguf import GgufFile, MetadataValue, TensorInfo
 from meshd.models.tokenizer_document import huggingface_json
-from meshd.tensors import EXPERT_PROJECTIONS, ROPE_FACTORS, UNUSED, border_shapes, layer_shapes, rope_shape
+from meshd.tensors import EXPERT_PROJECTIONS, HELD_BITS, ROPE_FACTORS, UNUSED, border_shapes, layer_shapes, rope_shape
 from meshd.types import ModelCard, ModelId, ModelSpec
 
 END_OF_ANSWER = frozenset(
@@ -46,6 +46,8 @@ def card_from_gguf(file: GgufFile, *, name: str, ref: str, model_id: ModelId, cr
         head_parameters=_parameters(head),
         end_of_sequence=end_of_sequence(file.metadata),
         created=created,
+        layer_memory_bytes=tuple(_held_bytes(layer.values()) for layer in layers),
+        head_memory_bytes=_held_bytes(head),
     )
 
 
@@ -96,6 +98,10 @@ def _quantisation(tensors: Iterable[TensorInfo]) -> str:
 
 def _bytes(tensors: Iterable[TensorInfo]) -> int:
     return sum(info.nbytes for info in tensors)
+
+
+def _held_bytes(tensors: Iterable[TensorInfo]) -> int:
+    return math.ceil(sum(math.prod(info.shape) * HELD_BITS.get(info.kind, 32.0) / 8 for info in tensors))
 
 
 def _used_parameters(layer: Mapping[str, TensorInfo], spec: ModelSpec) -> int:

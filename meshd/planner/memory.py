@@ -41,7 +41,7 @@ def stage_memory(problem: PlanInput, stage: StagePlan) -> MemoryUse:
     first, last = layers.start == 0, layers.end == card.spec.layers
     elsewhere = sum(shard_kv_bytes(problem, shard) for shard in stage.attention if shard.peer != stage.peer)
     return MemoryUse(
-        layers_bytes=sum(card.layer_bytes[layers.start : layers.end]),
+        layers_bytes=sum(card.held_layer_bytes[layers.start : layers.end]),
         embedding_bytes=card.embedding_bytes if first else 0,
         head_bytes=(_head_bytes(problem, shared=first) if last else 0),
         kv_bytes=problem.kv_token_layer_bytes * problem.context * len(layers) - elsewhere,
@@ -62,12 +62,12 @@ def shard_kv_bytes(problem: PlanInput, shard: AttentionShard) -> int:
 def memory_table(problem: PlanInput) -> NDArray[np.float64]:
     """Bytes that layers `[a, b)` take on any peer: `[layers + 1, layers + 1]`; inf where b <= a. As `stage_memory` counts."""
     card, count = problem.card, problem.card.spec.layers
-    per_layer = np.asarray(card.layer_bytes, dtype=np.float64) + problem.kv_token_layer_bytes * problem.context
+    per_layer = np.asarray(card.held_layer_bytes, dtype=np.float64) + problem.kv_token_layer_bytes * problem.context
     total = np.concatenate(([0.0], np.cumsum(per_layer)))
     table = total[None, :] - total[:, None] + _working_bytes(problem, last=False) + RUNTIME_BASE_BYTES
     table[0, :] += card.embedding_bytes
-    table[:, count] += card.head_bytes + _working_bytes(problem, last=True) - _working_bytes(problem, last=False)
-    table[0, count] -= card.head_bytes - _head_bytes(problem, shared=True)
+    table[:, count] += card.held_head_bytes + _working_bytes(problem, last=True) - _working_bytes(problem, last=False)
+    table[0, count] -= card.held_head_bytes - _head_bytes(problem, shared=True)
     table[np.tril_indices(count + 1)] = np.inf
     return table
 
@@ -96,8 +96,8 @@ def _head_bytes(problem: PlanInput, *, shared: bool) -> int:
     """A tied head on the first stage's peer shares the embedding's table."""
     card = problem.card
     if shared and card.spec.tied_head:
-        return max(0, card.head_bytes - card.embedding_bytes)
-    return card.head_bytes
+        return max(0, card.held_head_bytes - card.embedding_bytes)
+    return card.held_head_bytes
 
 
 def _working_bytes(problem: PlanInput, last: bool) -> int:

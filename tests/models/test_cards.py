@@ -6,6 +6,7 @@ import pytest
 from meshd.errors import ModelFileError
 from meshd.models.cards import card_from_gguf
 from meshd.models.gguf import GgufFile
+from meshd.tensors import HELD_BITS
 from meshd.types import LayerRange, ModelCard, ModelId
 
 ID = ModelId("0" * 32)
@@ -29,6 +30,8 @@ def test_the_real_models_card(smollm2: GgufFile) -> None:
     weights = sum(info.nbytes for info in smollm2.tensors.values())
     assert sum(card.layer_bytes) + card.head_bytes == weights
     assert card.layers == LayerRange(0, 30)
+    assert sum(card.held_layer_bytes) == pytest.approx(106_191_360 * HELD_BITS["Q4_1"] / 8, rel=0.01)
+    assert card.held_head_bytes == pytest.approx(49152 * 576 * HELD_BITS["Q8_0"] / 8, rel=0.01)
 
 
 def test_a_head_of_its_own_is_counted_instead_of_the_table(make_llama: Callable[..., Any]) -> None:
