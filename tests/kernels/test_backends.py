@@ -11,7 +11,7 @@ from steps import Chain
 from tiny_llama import PlainLlama, TinyLlama, tiny_spec
 
 from meshd.errors import InvalidRequest, LocalFault, ModelFileError
-from meshd.kernels import attention, torch_backend
+from meshd.kernels import attention, torch_products
 from meshd.kernels.backend import Backend, LoadedLayers, Projected, Segment, make_backend
 from meshd.kernels.kv import KVPool
 from meshd.types import LayerRange, RopeScaling, Tensor
@@ -155,8 +155,8 @@ def test_attention_can_be_computed_elsewhere(loaded: LoadedLayers) -> None:
 def test_bits_do_not_depend_on_the_number_of_threads(name: str, model: TinyLlama, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor on whether a piece of work was large enough to be shared out."""
     monkeypatch.setattr(attention, "PARALLEL_WORK", 0)
-    monkeypatch.setattr(torch_backend, "PARALLEL_WORK", 0)
-    monkeypatch.setattr(torch_backend, "ROWS", 64)
+    monkeypatch.setattr(torch_products, "PARALLEL_WORK", 0)
+    monkeypatch.setattr(torch_products, "ROWS", 64)
     results = []
     for threads in (1, 3):
         layers = make_backend(name, threads).load(model.spec, LayerRange(0, 4), model, embedding=True, head=True)

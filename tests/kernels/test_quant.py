@@ -31,7 +31,7 @@ from meshd.kernels.quant import (
     unpack_codes,
     widen_bf16,
 )
-from meshd.kernels.torch_backend import Device, make_product
+from meshd.kernels.torch_products import Device, make_product
 from meshd.kernels.workers import Workers
 from meshd.types import Tensor
 
