@@ -12,6 +12,7 @@ own: every position counts, with all before it in its window as its context. Per
 
 import argparse
 import contextlib
+import math
 import resource
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
+import numpy as np
 import psutil
 from fidelity import ROWS, Fidelity, compare, stage_rows, windows
 from llama_peer import LlamaCpp
@@ -138,8 +140,10 @@ def report(kind: str, found: dict[str, Fidelity]) -> None:
         )
     if {FAST, "llama.cpp"} <= found.keys():
         ours, theirs = found[FAST], found["llama.cpp"]
+        apart = np.subtract(ours.hits, theirs.hits, dtype=float)
+        error = 100 * apart.std() / math.sqrt(len(apart))  # of the mean, position by position
         verdicts = {
-            f"top token {100 * (ours.top_share - theirs.top_share):+.2f} points": ours.top_share >= theirs.top_share - TOP_MARGIN,
+            f"top token {100 * apart.mean():+.2f} points (error {error:.2f})": ours.top_share >= theirs.top_share - TOP_MARGIN,
             f"KL {ours.divergence / theirs.divergence:.3f} times": ours.divergence <= DIVERGENCE_MARGIN * theirs.divergence,
             f"perplexity {ours.perplexity / theirs.perplexity - 1:+.3%}": ours.perplexity <= DIVERGENCE_MARGIN * theirs.perplexity,
         }

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +57,8 @@ def stage_rows(stage: Stage, spec: ModelSpec, ids: Sequence[int], at_once: int =
 class Fidelity:
     """Sums over the positions compared so far."""
 
-    positions: int = 0
-    same_top: int = 0
+    hits: list[bool] = field(default_factory=list)
+    """Whether the top token is the same, at each position."""
     divergence: float = 0.0
     """KL(original || this), in nats."""
     surprise: float = 0.0
@@ -70,12 +70,19 @@ class Fidelity:
     def add(self, original: F32, expected: torch.Tensor, rows: F32, following: Sequence[int]) -> None:
         """`[n, vocab]` each, `expected` the original's log-probabilities; `following`: the tokens after, fewer at the end."""
         found = log_probabilities(rows)
-        self.positions += len(rows)
-        self.same_top += int((original.argmax(-1) == rows.argmax(-1)).sum())
+        self.hits += (original.argmax(-1) == rows.argmax(-1)).tolist()
         self.largest = max(self.largest, float(np.abs(original - rows).max()))
         self.surprise -= float(found[torch.arange(len(following)), torch.tensor(following)].sum())
         self.predicted += len(following)
         self.divergence += float((expected - found).mul_(expected.exp()).sum())
+
+    @property
+    def positions(self) -> int:
+        return len(self.hits)
+
+    @property
+    def same_top(self) -> int:
+        return sum(self.hits)
 
     @property
     def top_share(self) -> float:
