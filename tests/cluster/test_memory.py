@@ -55,7 +55,7 @@ def card_of(shared_cache: Path, model: str) -> ModelCard:
         return card_from_gguf(file, name=model, ref=stored.ref, model_id=stored.id)
 
 
-@pytest.mark.parametrize("model", ["smollm2:135m", "gemma3:270m"])
+@pytest.mark.parametrize("model", [pytest.param("smollm2:135m", marks=pytest.mark.slow), "gemma3:270m"])
 def test_a_stage_takes_a_quarter_more_than_its_weights_and_kv(cluster: Cluster, shared_cache: Path, model: str) -> None:
     """And 400 MB for Python, torch and onnxruntime. A tied table counts for both ends, as in plans.
 

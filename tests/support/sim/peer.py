@@ -93,6 +93,9 @@ class SimFile:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def let_go_of_pages(self) -> None:
+        """It has none."""
+
     def close(self) -> None:
         pass
 
