@@ -99,7 +99,8 @@ class Scene:
                 continue
             candidate = self.judge(stages, moved=True)
             gain = present - candidate.estimate.tpot_s
-            saved = gain * self._ahead - candidate.pause_s - sum(seconds for _, seconds in self._copies(stages).values())
+            a_token = gain - (len(stages) - len(old)) * STAGE_S
+            saved = a_token * self._ahead - candidate.pause_s - sum(seconds for _, seconds in self._copies(stages).values())
             if gain >= LEAST_GAIN * present and saved > most:
                 best, most = candidate, saved
         return best
