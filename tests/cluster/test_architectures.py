@@ -16,8 +16,6 @@ TOKENS = 16
 WORDS = ["<unk>", "<s>", "</s>", *(a + b for a in "abcdefg" for b in "abcdefghijklmnopqrstuvwxyz")][:160]
 """Each token another two letters, so that the answer's text tells its tokens."""
 STAGES = "b:0-1,a:1-3,c:3-4"
-SHORT = {"gemma3", "gpt-oss"}
-"""In `make test`; the others take a minute."""
 
 
 def tokenizer_of(words: list[str]) -> tokenizers.Tokenizer:
@@ -59,7 +57,7 @@ def expected(model: TinyModel) -> list[int]:
     return ids[len(PROMPT) :]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in SHORT else pytest.mark.slow) for name in MODELS])
+@pytest.mark.parametrize("name", MODELS)
 def test_three_peers_answer_as_transformers_does(three: Cluster, tmp_path: Path, name: str) -> None:
     model = TinyModel.make(name, tmp_path)
     (tmp_path / "tokenizer.json").write_text(tokenizer_of(WORDS).to_str())
