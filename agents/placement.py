@@ -188,7 +188,7 @@ class Placement:
             head=layers.end == load.card.spec.layers,
             progress=read,
         )
-        load.weight_bytes = load.weights.weight_bytes
+        load.weight_bytes = max(load.weight_bytes, load.weights.weight_bytes)  # what was reserved holds what packing adds
         load.pool = KVPool(load.card.spec, layers, load.kv_tokens // BLOCK_TOKENS, BLOCK_TOKENS)
 
     def _make_room(self, load: Load) -> None:
