@@ -35,10 +35,6 @@ class Expert:
     down: Linear
     """`[hidden, ffn]`."""
 
-    @property
-    def bytes(self) -> int:
-        return self.gate_up.bytes + self.down.bytes
-
 
 @dataclass(frozen=True, slots=True)
 class NetworkWeights:

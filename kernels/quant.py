@@ -26,8 +26,6 @@ __all__ = [
     "expert",
     "load_matrix",
     "load_stacked",
-    "loaded_bytes",
-    "parts",
     "some_rows",
     "unpack_codes",
     "widen_bf16",
@@ -114,16 +112,6 @@ def some_rows(tensor: Tensor, first: int, last: int) -> Tensor:
     return Tensor(tensor.name, tensor.kind, (last - first, columns), tensor.data[first * size : last * size])
 
 
-def parts(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor cut in rows of one block, CHUNK weights at a time, not copied. Raises: ModelFileError."""
-    kind = _kind(tensor)
-    weights, size = (1, _bits(tensor).itemsize) if kind is None else (kind.weights, kind.size)
-    count = prod(tensor.shape) // weights if kind is None else len(_blocks(tensor, kind))
-    for start in range(0, count, CHUNK // weights):
-        blocks = min(CHUNK // weights, count - start)
-        yield Tensor(tensor.name, tensor.kind, (blocks, weights), tensor.data[start * size : (start + blocks) * size])
-
-
 def check_finite(tensor: Tensor) -> None:
     """Look for NaN and infinite weights without unpacking them. Raises: ModelFileError if there are, or the tensor is torn."""
     kind = _kind(tensor)
@@ -133,15 +121,6 @@ def check_finite(tensor: Tensor) -> None:
     blocks = _blocks(tensor, kind)
     for part in _parts(len(blocks), kind):
         _scales(tensor, kind, blocks[part])
-
-
-def loaded_bytes(kind: str, shape: tuple[int, ...]) -> int:
-    """What `load_matrix` takes for a tensor, beside the file. Raises: KeyError for an unknown kind."""
-    if kind in _FLOATS:
-        return 0
-    block = BLOCK_KINDS[kind]
-    per_group = block.group * block.bits // 8 + 4 * (1 if block.minimum is None else 2)
-    return prod(shape) // block.group * per_group
 
 
 def widen_bf16(bits: npt.NDArray[np.uint16]) -> F32:

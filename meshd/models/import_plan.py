@@ -5,7 +5,6 @@ A transform is a list of steps parted by `|`, done from left to right to each so
     add_one                        every weight plus 1, in float32 (Gemma's norms)
     rope_interleave:HEADS          rows of Q or K from half-split to interleaved pairs, as llama.cpp's `llama` architecture has them
     transpose                      the last two axes swapped
-    gate_up_split:N                half N (0 or 1) of the first axis
     slice:AXIS:START:STOP:STEP     as numpy's, an empty field being None
     mxfp4                          the two sources are gpt-oss's blocks of nibbles `[..., blocks, 16]` and scales `[..., blocks]`
 
@@ -95,11 +94,6 @@ def _step(array: Array, name: str, *given: str) -> Array:
         case "rope_interleave", (heads,):
             rows, *rest = array.shape
             return array.reshape(int(heads), 2, rows // int(heads) // 2, *rest).swapaxes(1, 2)
-        case "gate_up_split", (half,):
-            middle, rest = divmod(array.shape[0], 2)
-            if rest or half not in ("0", "1"):
-                raise ValueError("it has no such half")
-            return array[middle:] if half == "1" else array[:middle]
         case "slice", (axis, start, stop, step):
             cut = slice(*(int(bound) if bound else None for bound in (start, stop, step)))
             return array[(slice(None),) * (int(axis) % array.ndim) + (cut,)]
