@@ -2,12 +2,13 @@
 
 import codecs
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import tokenizers
 
-from meshd.errors import InvalidRequest
+from meshd.errors import InvalidRequest, MeshdError
 from meshd.models.control import ControlTokens, unused_mark, without
 from meshd.models.spelling import byte_level
 from meshd.models.template import ChatTemplate, Message
@@ -135,12 +136,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"the text can't be encoded: {error.reason} at character {error.start}") from error
-        try:
+        with library_errors(lambda why: InvalidRequest(f"the text can't be encoded: the tokenizer's patterns fail on it ({why})")):
             return bpe.encode(text, add_special_tokens=False).ids
-        except BaseException as error:
-            if not is_library_error(error):
-                raise
-            raise InvalidRequest(f"the text can't be encoded: the tokenizer's patterns fail on it ({error})") from error
 
     def _encode_parts(self, text: str, mark: str = "") -> Iterator[int]:
         """Control tokens as themselves, what lies between them as plain text without the mark."""
@@ -179,6 +176,15 @@ class StreamDecoder:
         return ""
 
 
-def is_library_error(error: BaseException) -> bool:
-    """Whether the tokenizers library raised it: that knows bare Exception, and panics that are no Exception at all."""
-    return isinstance(error, Exception) or type(error).__module__.startswith("pyo3")
+@contextmanager
+def library_errors(told: Callable[[str], MeshdError]) -> Iterator[None]:
+    """Tell whatever the tokenizers library raises within as the error made of its text.
+
+    It raises bare Exception, and panics that are no Exception at all.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and not type(error).__module__.startswith("pyo3"):
+            raise
+        raise told(str(error)) from error

@@ -74,7 +74,7 @@ class TokenizerDocument:
             self._check_decoder()
             self.kinds(self.pre_tokenizer)
         except (LookupError, TypeError, AttributeError) as error:
-            raise self.wrong(f"is no usable tokenizer.json: {type(error).__name__}: {error}") from error
+            raise self.unusable(f"{type(error).__name__}: {error}") from error
 
     def text_of(self, id_: int) -> str:
         """A token's text; empty for an id that has none. Raises: ModelFileError."""
@@ -105,11 +105,15 @@ class TokenizerDocument:
         """The error for a document that can't be used."""
         return ModelFileError(f"{self.name} {why}", hint=hint)
 
+    def unusable(self, why: str) -> ModelFileError:
+        """The error for a document that can't be read."""
+        return self.wrong(f"is no usable tokenizer.json: {why}")
+
     def _read(self, type_: type[_Read]) -> _Read:
         try:
             return msgspec.json.decode(self.text, type=type_)
         except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
-            raise self.wrong(f"is no usable tokenizer.json: {error}") from error
+            raise self.unusable(str(error)) from error
 
     def _check_model(self, model: _Model) -> None:
         kind = model.type or ("BPE" if model.merges is not UNSET else None)

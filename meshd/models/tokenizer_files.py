@@ -9,7 +9,7 @@ from tokenizers import AddedToken, models
 from meshd.errors import ModelFileError
 from meshd.models.gguf_header import MetadataValue
 from meshd.models.pretokenizers import cut_named
-from meshd.models.tokenizer import Tokenizer, Vocabulary, is_library_error
+from meshd.models.tokenizer import Tokenizer, Vocabulary, library_errors
 from meshd.models.tokenizer_document import MAX_BYTES, TokenizerDocument, huggingface_json
 from meshd.models.tokenizer_json import Around, tokenizer_of
 from meshd.models.tokenizer_keys import CONTROL, UNKNOWN, USER_DEFINED, TokenizerKeys, wrong
@@ -81,9 +81,5 @@ def _byte_level(metadata: Mapping[str, MetadataValue]) -> Tokenizer:
 def _bpe(tokens: tuple[str, ...], merges: tuple[str, ...], *, whole_words: bool) -> tokenizers.Tokenizer:
     ids = {token: id_ for id_, token in enumerate(tokens)}
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    try:
+    with library_errors(lambda why: wrong("merges", why)):
         return tokenizers.Tokenizer(models.BPE(ids, pairs, ignore_merges=whole_words))
-    except BaseException as error:
-        if not is_library_error(error):
-            raise
-        raise wrong("merges", str(error)) from error

@@ -1,14 +1,12 @@
 """The tokenizer that a `tokenizer.json` describes."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import tokenizers
 
 from meshd.models.spelling import byte_level, sentencepiece
-from meshd.models.tokenizer import Tokenizer, Vocabulary, is_library_error
+from meshd.models.tokenizer import Tokenizer, Vocabulary, library_errors
 from meshd.models.tokenizer_document import MAX_ID, TokenizerDocument
 
 
@@ -64,7 +62,8 @@ def _vocabulary(document: TokenizerDocument, tokens: list[str]) -> Vocabulary:
 
 
 def _loaded(document: TokenizerDocument, text: str) -> tokenizers.Tokenizer:
-    bpe: tokenizers.Tokenizer = _safely(document, lambda: tokenizers.Tokenizer.from_str(text))
+    with library_errors(document.unusable):
+        bpe: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(text)
     bpe.no_truncation()
     bpe.no_padding()
     bpe.model.dropout = None  # it would make every encoding another
@@ -87,7 +86,8 @@ def _tokens(document: TokenizerDocument, bpe: tokenizers.Tokenizer) -> list[str]
 
 def _surroundings(document: TokenizerDocument, bpe: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What the post-processor puts before and after a text."""
-    around = _safely(document, lambda: bpe.encode("a", add_special_tokens=True))
+    with library_errors(document.unusable):
+        around = bpe.encode("a", add_special_tokens=True)
     text = [at for at, special in enumerate(around.special_tokens_mask) if not special] or [len(around.ids)]
     return tuple(around.ids[: text[0]]), tuple(around.ids[text[-1] + 1 :])
 
@@ -106,13 +106,3 @@ def _later(document: TokenizerDocument, bpe: tokenizers.Tokenizer) -> tokenizers
     later.model = bpe.model  # one vocabulary in memory
     later.encode_special_tokens = True
     return later
-
-
-def _safely(document: TokenizerDocument, call: Callable[[], Any]) -> Any:
-    """Raises: ModelFileError for all that the library raises."""
-    try:
-        return call()
-    except BaseException as error:
-        if not is_library_error(error):
-            raise
-        raise document.wrong(f"is no usable tokenizer.json: {error}") from error

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, models, normalizers
 from meshd.errors import ModelFileError
 from meshd.models.gguf_header import MetadataValue
 from meshd.models.spelling import WORD_START, sentencepiece
-from meshd.models.tokenizer import Tokenizer, Vocabulary, is_library_error
+from meshd.models.tokenizer import Tokenizer, Vocabulary, library_errors
 from meshd.models.tokenizer_keys import BYTE, CONTROL, UNKNOWN, USER_DEFINED, TokenizerKeys, wrong
 
 MAX_PIECE = 512
@@ -98,12 +98,8 @@ def _ranked(pieces: Sequence[str], types: Sequence[MetadataValue], scores: Seque
 def _bpe(pieces: Sequence[str], scores: Mapping[str, float], unknown: str | None) -> tokenizers.Tokenizer:
     vocabulary = {piece: id_ for id_, piece in enumerate(pieces)}
     merges = merges_of(pieces, scores)
-    try:
+    with library_errors(lambda why: ModelFileError(f"the tokenizer can't be used: {why}")):
         return tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    except BaseException as error:
-        if not is_library_error(error):
-            raise
-        raise ModelFileError(f"the tokenizer can't be used: {error}") from error
 
 
 def _normalizer(spaced: bool) -> normalizers.Normalizer:
