@@ -6,6 +6,7 @@ models' own code in `transformers`.
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -15,32 +16,51 @@ from meshd.models.gguf_header import MetadataValue, TensorInfo
 from meshd.tensors import projections
 from meshd.types import ModelSpec, RopeScaling
 
-_QWEN: dict[str, Any] = {"rope_halves": True}
-_GEMMA: dict[str, Any] = {"rope_halves": True, "post_norm": True, "activation": "gelu_tanh"}
 
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": {},  # Llama 1 to 3, Mistral, Mixtral, SmolLM2
-    "smollm3": {"unrotated_every": 4},
-    "qwen2": _QWEN | {"biases": ("attn_q", "attn_k", "attn_v")},
-    "qwen3": _QWEN | {"qk_norm": "head"},
-    "qwen3moe": _QWEN | {"qk_norm": "head"},
-    "gemma2": _GEMMA,
-    "gemma3": _GEMMA | {"qk_norm": "head", "rope_theta_windowed": 10000.0},
-    "phi3": {"rope_halves": True, "fused": ("attn_qkv", "ffn_up")},
-    "granite": {},
-    "olmo2": {"rope_halves": True, "qk_norm": "all", "pre_norm": False, "post_norm": True},
-    "gpt-oss": {
-        "rope_halves": True,
-        "sinks": True,
-        "activation": "clamped",
-        "ffn_norm": "post_attention_norm",
-        "biases": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
-    },
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """What no metadata tells of a network, as far as it is otherwise than Llama's."""
+
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `ModelSpec`."""
+    window_pattern: int = 0
+    """Of so many layers the last sees everything, where the model has a window and no pattern of its own; 0: none does."""
+    stretches_windowed: bool = True
+    """Rotations of layers with a window are stretched as the others' are."""
+    whole_bounds: bool = True
+    """YaRN's ramp begins and ends at whole frequencies."""
+    scaled_embedding: bool = False
+    """By the square root of its width."""
+    unlike_layers: int = 0
+    """How many layers its largest model has, whose scores are scaled by the width of a head that it does not have."""
+
+
+_HALVES: dict[str, Any] = {"rope_halves": True}
+_GEMMA = _HALVES | {"post_norm": True, "activation": "gelu_tanh"}
+_GEMMA_3 = _GEMMA | {"qk_norm": "head", "rope_theta_windowed": 10000.0}
+_OLMO = _HALVES | {"qk_norm": "all", "pre_norm": False, "post_norm": True}
+_GPT_OSS = _HALVES | {
+    "sinks": True,
+    "activation": "clamped",
+    "ffn_norm": "post_attention_norm",
+    "biases": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
 }
-"""GGUF's `general.architecture` -> fields of `ModelSpec` that no metadata tells."""
 
-WINDOW_PATTERNS = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2, "olmo2": 4}
-"""Of so many layers, the last sees everything; of other architectures, none does."""
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture(),  # Llama 1 to 3, Mistral, Mixtral, SmolLM2
+    "smollm3": Architecture(spec={"unrotated_every": 4}),
+    "qwen2": Architecture(spec=_HALVES | {"biases": ("attn_q", "attn_k", "attn_v")}),
+    "qwen3": Architecture(spec=_HALVES | {"qk_norm": "head"}),
+    "qwen3moe": Architecture(spec=_HALVES | {"qk_norm": "head"}),
+    "gemma2": Architecture(spec=_GEMMA, window_pattern=2, scaled_embedding=True, unlike_layers=46),
+    "gemma3": Architecture(spec=_GEMMA_3, window_pattern=6, scaled_embedding=True, unlike_layers=62),
+    "phi3": Architecture(spec=_HALVES | {"fused": ("attn_qkv", "ffn_up")}),
+    "granite": Architecture(),
+    "olmo2": Architecture(spec=_OLMO, window_pattern=4, stretches_windowed=False),  # OLMo 3 too
+    "gpt-oss": Architecture(spec=_GPT_OSS, window_pattern=2, whole_bounds=False),
+}
+"""By GGUF's `general.architecture`."""
+
 _BIASES = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 _UNSUPPORTED_HINT = "meshd can't run this model yet; README says which it can"
 
@@ -51,6 +71,7 @@ def spec_from_metadata(name: str, metadata: Mapping[str, MetadataValue], tensors
     Raises: ModelFileError for an architecture that is not known here, and for metadata that make no network.
     """
     keys = _Keys(name, metadata)
+    about = ARCHITECTURES[keys.architecture]
     table = tensors.get("token_embd.weight")
     if table is None or len(table.shape) != 2:
         raise ModelFileError(f"{name} can't be run: it has no embedding table token_embd.weight")
@@ -74,16 +95,16 @@ def spec_from_metadata(name: str, metadata: Mapping[str, MetadataValue], tensors
         "context_length": keys.count("context_length"),
         "norm_eps": keys.positive("attention.layer_norm_rms_epsilon"),
         "tied_head": "output.weight" not in tensors,
-        "attention_scale": keys.positive("attention.scale", _usual_scale(keys.architecture, layers, hidden, heads)),
+        "attention_scale": keys.positive("attention.scale", (hidden // heads) ** -0.5 if layers == about.unlike_layers else 0.0),
         "attention_soft_cap": keys.positive("attn_logit_softcapping", 0.0),
         "logit_soft_cap": keys.positive("final_logit_softcapping", 0.0),
-        "embedding_scale": keys.positive("embedding_scale", _usual_embedding_scale(keys.architecture, hidden)),
+        "embedding_scale": keys.positive("embedding_scale", math.sqrt(hidden) if about.scaled_embedding else 1.0),
         "residual_scale": keys.positive("residual_scale", 1.0),
         "logit_scale": 1 / keys.positive("logit_scale", 1.0),
         "experts": experts,
         "experts_used": keys.count("expert_used_count") if experts else 0,
     }
-    fields |= ARCHITECTURES[keys.architecture] | _rope(keys, head_dim) | _window(keys, layers)
+    fields |= {**about.spec} | _rope(keys, about, head_dim) | _window(keys, about, layers)
     biases = (part for part in _BIASES if f"blk.0.{part}.bias" in tensors)
     fields["biases"] = tuple(dict.fromkeys((*fields.get("biases", ()), *biases)))
     if fields["experts_used"] > experts:
@@ -94,17 +115,7 @@ def spec_from_metadata(name: str, metadata: Mapping[str, MetadataValue], tensors
     return _ended_at_factors(spec, keys, tensors)
 
 
-def _usual_scale(architecture: str, layers: int, hidden: int, heads: int) -> float:
-    """Gemma's largest models scale scores by the width of a head that they do not have; no key says so."""
-    largest = {"gemma2": 46, "gemma3": 62}
-    return (hidden // heads) ** -0.5 if largest.get(architecture) == layers else 0.0
-
-
-def _usual_embedding_scale(architecture: str, hidden: int) -> float:
-    return math.sqrt(hidden) if architecture.startswith("gemma") else 1.0
-
-
-def _rope(keys: "_Keys", head_dim: int) -> dict[str, Any]:
+def _rope(keys: "_Keys", about: Architecture, head_dim: int) -> dict[str, Any]:
     turned = keys.count("rope.dimension_count", head_dim)
     if turned > head_dim or turned % 2:
         raise keys.wrong("rope.dimension_count", f"{turned} of {head_dim} dimensions can't be turned in pairs")
@@ -113,7 +124,7 @@ def _rope(keys: "_Keys", head_dim: int) -> dict[str, Any]:
         "rope_dim": 0 if turned == head_dim else turned,
         "rope_magnitude": keys.positive("rope.scaling.attn_factor", 1.0),
     }
-    if windowed := keys.positive("rope.freq_base_swa", found["rope_theta"] if keys.architecture == "olmo2" else 0.0):
+    if windowed := keys.positive("rope.freq_base_swa", 0.0 if about.stretches_windowed else found["rope_theta"]):
         found["rope_theta_windowed"] = windowed
     kind, factor = keys.text("rope.scaling.type", "none"), keys.positive("rope.scaling.factor", 1.0)
     if kind not in ("none", "linear", "yarn", "longrope"):
@@ -125,16 +136,16 @@ def _rope(keys: "_Keys", head_dim: int) -> dict[str, Any]:
             original_context=keys.count("rope.scaling.original_context_length", 0 if kind == "linear" else None),
             beta_fast=keys.positive("rope.scaling.yarn_beta_fast", 32.0),
             beta_slow=keys.positive("rope.scaling.yarn_beta_slow", 1.0),
-            whole_bounds=keys.architecture != "gpt-oss",
+            whole_bounds=about.whole_bounds,
         )
         if kind == "yarn":
             found["rope_magnitude"] *= 0.1 * math.log(factor) + 1
     return found
 
 
-def _window(keys: "_Keys", layers: int) -> dict[str, Any]:
+def _window(keys: "_Keys", about: Architecture, layers: int) -> dict[str, Any]:
     window = keys.count("attention.sliding_window", 0)
-    pattern = keys.metadata.get(keys.full("attention.sliding_window_pattern"), WINDOW_PATTERNS.get(keys.architecture, 0))
+    pattern = keys.metadata.get(keys.full("attention.sliding_window_pattern"), about.window_pattern)
     if not window:
         return {"rope_theta_windowed": 0.0}
     if isinstance(pattern, tuple):
