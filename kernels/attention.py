@@ -21,8 +21,8 @@ import torch
 
 from meshd.kernels.backend import PLAIN, AttentionRule, Projected, Segment
 from meshd.kernels.kv import KVPool
-from meshd.kernels.torch_ops import to_tensor
-from meshd.kernels.workers import Workers
+from meshd.kernels.threads import Workers
+from meshd.kernels.torch.ops import to_tensor
 
 F32 = npt.NDArray[np.float32]
 Part = tuple[F32, F32]

@@ -184,9 +184,9 @@ def make_backend(name: str, threads: int) -> Backend:
         known = ", ".join(available_backends()) or "none"
         raise ConfigError(f"no backend {name!r} here: installed are {known}", hint="choose one of them, or install its library")
     if name.startswith("torch"):
-        from meshd.kernels.torch_backend import TorchBackend
+        from meshd.kernels.torch.backend import TorchBackend
 
         return TorchBackend(threads, name.partition("-")[2] or "cpu")
-    from meshd.kernels.ort_backend import OrtBackend
+    from meshd.kernels.ort.backend import OrtBackend
 
     return OrtBackend(threads, exact=name != plain)

@@ -8,8 +8,8 @@ import numpy as np
 from meshd.errors import InvalidRequest, LocalFault
 from meshd.kernels.backend import F32, Attend, Ids, Positions, Projected, Segment
 from meshd.kernels.kv import KVPool
-from meshd.kernels.quant import dequantise_rows
-from meshd.kernels.workers import one_thread
+from meshd.kernels.threads import one_thread
+from meshd.kernels.weights.load import dequantise_rows
 from meshd.types import LayerRange, ModelSpec, Tensor
 
 

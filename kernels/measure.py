@@ -9,8 +9,8 @@ import numpy as np
 
 from meshd.kernels.backend import Backend, LoadedLayers, Segment, make_backend
 from meshd.kernels.kv import KVPool
-from meshd.kernels.quant import F32
-from meshd.kernels.workers import Workers
+from meshd.kernels.threads import Workers
+from meshd.kernels.weights.load import F32
 from meshd.tensors import ROPE_FACTORS, tensor_shape
 from meshd.types import LayerRange, ModelSpec, Tensor
 

@@ -10,44 +10,44 @@ from typing import Any
 import msgspec
 
 from meshd import __version__
-from meshd.agents.admission import Admission
-from meshd.agents.compute import ComputeThread
-from meshd.agents.coordinator import Coordinator
-from meshd.agents.deputy import Deputy
-from meshd.agents.discovery import MdnsDiscovery, StaticPeers
-from meshd.agents.drain import Drainer
-from meshd.agents.events import EventBus
-from meshd.agents.holdings import Holdings
-from meshd.agents.journal import Journalists
-from meshd.agents.keeper import Keeper
-from meshd.agents.library import Library
-from meshd.agents.linkprobe import LinkProber
-from meshd.agents.links import Links, LinkSettings
-from meshd.agents.locator import Locator
-from meshd.agents.mdns import Announcement
-from meshd.agents.membership import Membership, Self
-from meshd.agents.memory import measure_memory
-from meshd.agents.mover import Mover
-from meshd.agents.placement import Placement
-from meshd.agents.placer import Placer
-from meshd.agents.preload import Preload
-from meshd.agents.probe import ProbeResult, Progress, probe
-from meshd.agents.rescue import Rescuer
-from meshd.agents.routing import Router
-from meshd.agents.sources import Source
-from meshd.agents.stage import StageHost
-from meshd.agents.story import Story
-from meshd.agents.storyteller import Storyteller
-from meshd.agents.view import MeshView
-from meshd.agents.weight_server import Pace, WeightServer
-from meshd.agents.weight_sources import WeightSources
-from meshd.agents.weights import Weights
-from meshd.api.app import Server, create_app, serve
+from meshd.agents.admin.story_collector import Storyteller
+from meshd.agents.admin.view import MeshView
+from meshd.agents.device.memory import measure_memory
+from meshd.agents.device.probe import ProbeResult, Progress, probe
+from meshd.agents.links.links import Links, LinkSettings
+from meshd.agents.links.probe import LinkProber
+from meshd.agents.membership.mdns import MdnsDiscovery, StaticPeers
+from meshd.agents.membership.mdns_records import Announcement
+from meshd.agents.membership.membership import Membership, Self
+from meshd.agents.membership.sources import Source
+from meshd.agents.observe.events import EventBus
+from meshd.agents.observe.story import Story
+from meshd.agents.placement.client import Placer
+from meshd.agents.placement.keeper import Keeper
+from meshd.agents.placement.loader import Placement
+from meshd.agents.placement.loads import Holdings
+from meshd.agents.placement.model_library import Library
+from meshd.agents.placement.preload import Preload
+from meshd.agents.placement.weights.provider import Weights
+from meshd.agents.placement.weights.serve import Pace, WeightServer
+from meshd.agents.placement.weights.sources import WeightSources
+from meshd.agents.session.admission import Admission
+from meshd.agents.session.coordinator import Coordinator
+from meshd.agents.session.journal.deputy import Deputy
+from meshd.agents.session.journal.locator import Locator
+from meshd.agents.session.journal.writer import Journalists
+from meshd.agents.session.plan.drain import Drainer
+from meshd.agents.session.plan.move import Mover
+from meshd.agents.session.plan.retry import Rescuer
+from meshd.agents.session.plan.route import Router
+from meshd.agents.stage.compute import ComputeThread
+from meshd.agents.stage.host import StageHost
+from meshd.api.http.app import Server, create_app, serve
 from meshd.clock import Clock, SystemClock
 from meshd.config import Config, require_guarded_api
 from meshd.errors import ConfigError
 from meshd.kernels.backend import make_backend
-from meshd.models.store import Store
+from meshd.models.store.store import Store
 from meshd.protocol.identity import ClusterKey, Identity, load_cluster_key, load_identity, store_cluster_key
 from meshd.protocol.messages import PROTOCOL_VERSION, Error, Token
 from meshd.state import StateFolder, StateLock, lock_state

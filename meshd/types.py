@@ -328,7 +328,7 @@ class StagePlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """Who does what for one session: the compact form of the DAG (`meshd.planner.dag` draws it out)."""
+    """Who does what for one session: the compact form of the DAG (`meshd.planner.model.dag` draws it out)."""
 
     id: PlanId
     model: ModelId

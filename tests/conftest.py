@@ -6,7 +6,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-pytest.register_assert_rewrite("daemons", "openai_suite")
+pytest.register_assert_rewrite("real_daemons", "fake_api")
 
 # Run by nohup or as a shell's background job, these are ignored, which the processes that tests start would inherit and respect.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from meshd.kernels.quant import KINDS
+from meshd.kernels.weights.load import KINDS
 from meshd.models.architectures import ARCHITECTURES
-from meshd.models.huggingface import FAMILIES
+from meshd.models.importing.huggingface import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- formats: written by `make formats` -->", "<!-- formats end -->"

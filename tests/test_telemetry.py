@@ -71,7 +71,7 @@ def log_lines(log_format: LogFormat, level: str = "info") -> list[str]:
     stream = io.StringIO()
     configure_logging(level, log_format)
     configure_logging(level, log_format, stream=stream)
-    logger = logging.getLogger("meshd.agents.links")
+    logger = logging.getLogger("meshd.agents.links.links")
     logger.debug("not at this level")
     logger.info("link up", extra={"peer": "abc", "rtt_ms": 1.5, "name_of_peer": 'a "b"\nc'})
     logging.getLogger("some.library").info("of no interest")
@@ -86,7 +86,7 @@ def log_lines(log_format: LogFormat, level: str = "info") -> list[str]:
 def test_text_logs_are_one_line_of_key_and_value_per_event() -> None:
     up, failed = log_lines("text")
     assert up.endswith(
-        r'level=info logger=meshd.agents.links event="link up" peer=abc rtt_ms=1.5 name_of_peer="a \"b\"\nc"'
+        r'level=info logger=meshd.agents.links.links event="link up" peer=abc rtt_ms=1.5 name_of_peer="a \"b\"\nc"'
     )
     assert up.startswith("time=20")
     assert r'event="link failed: torn" trace="Traceback' in failed

@@ -5,8 +5,8 @@ from typing import Literal
 import msgspec
 from aiohttp import web
 
-from meshd.api.reply import json_response
-from meshd.api.services import SERVICES
+from meshd.api.http.reply import json_response
+from meshd.api.http.services import SERVICES
 
 RETRY_AFTER_S = 1
 

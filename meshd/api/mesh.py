@@ -7,11 +7,11 @@ import msgspec
 from aiohttp import web
 
 from meshd.agents.service import Mesh, PlaceRequest, PlanRequest
-from meshd.api.body import read_body
-from meshd.api.merge import closing
-from meshd.api.reply import Rows, json_response
-from meshd.api.services import SERVICES
-from meshd.api.sse import EventStream, respond
+from meshd.api.http.body import read_body
+from meshd.api.http.merge import closing
+from meshd.api.http.reply import Rows, json_response
+from meshd.api.http.services import SERVICES
+from meshd.api.http.sse import EventStream, respond
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

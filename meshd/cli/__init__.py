@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Protocol, cast
 
 from meshd import __version__
-from meshd.cli.arguments import Parser
+from meshd.cli.support.arguments import Parser
 from meshd.config import debug_wanted
 from meshd.errors import ConfigError, InvalidRequest, MeshdError
 

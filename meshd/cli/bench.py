@@ -4,15 +4,15 @@ import asyncio
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
-from meshd.cli.arguments import Parser, add_client, add_json, add_settings, settings_of
-from meshd.cli.client import STREAM_SILENCE_S, daemon_of
-from meshd.cli.output import ABSENT, duration, flops, print_json, rate, size, table
-from meshd.cli.progress import Measuring
 from meshd.cli.status import links_table
+from meshd.cli.support.arguments import Parser, add_client, add_json, add_settings, settings_of
+from meshd.cli.support.client import STREAM_SILENCE_S, daemon_of
+from meshd.cli.support.output import ABSENT, duration, flops, print_json, rate, size, table
+from meshd.cli.support.progress import Measuring
 from meshd.config import Config
 
 if TYPE_CHECKING:
-    from meshd.agents.probe import ProbeResult
+    from meshd.agents.device.probe import ProbeResult
 
 EXAMPLE = "meshd bench --threads 2\n  meshd bench --mesh"
 
@@ -30,7 +30,7 @@ def run(args: Namespace) -> int:
         links = daemon_of(args).post("/mesh/v1/links/probe", {}, timeout_s=STREAM_SILENCE_S)
         _print(args, links, links_table(links["data"]) if links["data"] else "no links: there is no other peer")
         return 0
-    from meshd.agents.probe import report
+    from meshd.agents.device.probe import report
 
     device = report(measure(settings_of(args).config(), refresh=not args.cached))
     _print(args, device, render(device))
@@ -39,7 +39,7 @@ def run(args: Namespace) -> int:
 
 def measure(config: Config, *, refresh: bool = False) -> "ProbeResult":
     """Measure this device, or recall it; with progress. Raises: LocalFault."""
-    from meshd.agents.probe import probe
+    from meshd.agents.device.probe import probe
     from meshd.clock import SystemClock
 
     measuring = Measuring()
@@ -60,7 +60,7 @@ def measure(config: Config, *, refresh: bool = False) -> "ProbeResult":
 
 
 def render(device: dict[str, Any]) -> str:
-    """As people read it; `device` is what `meshd.agents.probe.report` gives."""
+    """As people read it; `device` is what `meshd.agents.device.probe.report` gives."""
     how = "as measured before" if device["cached"] else f"measured in {duration(device['elapsed_s'])}"
     free, total = size(device["memory_free_bytes"]), size(device["memory_total_bytes"])
     lines = [

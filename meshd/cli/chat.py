@@ -3,9 +3,9 @@
 import sys
 from argparse import Namespace
 
-from meshd.cli.answering import add_sampling, notice, request_of, stream_answer, write_out
-from meshd.cli.arguments import Parser, add_client
-from meshd.cli.client import Daemon, daemon_of
+from meshd.cli.support.answering import add_sampling, notice, request_of, stream_answer, write_out
+from meshd.cli.support.arguments import Parser, add_client
+from meshd.cli.support.client import Daemon, daemon_of
 from meshd.errors import MeshdError
 
 EXAMPLE = "meshd chat smollm2:135m"

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from meshd.cli.arguments import Parser, add_client, add_json
-from meshd.cli.client import daemon_of
-from meshd.cli.output import print_json, short_id, table
+from meshd.cli.support.arguments import Parser, add_client, add_json
+from meshd.cli.support.client import daemon_of
+from meshd.cli.support.output import print_json, short_id, table
 from meshd.types import is_peer_id
 
 EXAMPLE = "meshd debug story 10d4a1b2"

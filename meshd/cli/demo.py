@@ -13,14 +13,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from meshd.cli.answering import Answer, stream_answer, write_out
-from meshd.cli.arguments import Parser, add_settings, settings_of
 from meshd.cli.bench import measure
-from meshd.cli.children import Child, Family, free_ports, wait_until
-from meshd.cli.client import Daemon
-from meshd.cli.output import duration
 from meshd.cli.place import place
 from meshd.cli.pull import fetch
+from meshd.cli.support.answering import Answer, stream_answer, write_out
+from meshd.cli.support.arguments import Parser, add_settings, settings_of
+from meshd.cli.support.children import Child, Family, free_ports, wait_until
+from meshd.cli.support.client import Daemon
+from meshd.cli.support.output import duration
 from meshd.config import Config
 from meshd.errors import NotReady, RemoteFailure
 

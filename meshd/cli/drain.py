@@ -4,10 +4,10 @@ import time
 from argparse import Namespace
 from typing import Any
 
-from meshd.cli.arguments import Parser, add_client
-from meshd.cli.client import ANSWER_S, Daemon, daemon_of
-from meshd.cli.output import plural
-from meshd.cli.progress import progress
+from meshd.cli.support.arguments import Parser, add_client
+from meshd.cli.support.client import ANSWER_S, Daemon, daemon_of
+from meshd.cli.support.output import plural
+from meshd.cli.support.progress import progress
 from meshd.errors import Unavailable
 
 EXAMPLE = "meshd drain attic\n  meshd drain attic --undo"

@@ -5,9 +5,9 @@ import secrets
 from argparse import Namespace
 from pathlib import Path
 
-from meshd.cli.answering import notice
-from meshd.cli.arguments import Parser, add_json, add_state, settings_of
-from meshd.cli.output import print_json
+from meshd.cli.support.answering import notice
+from meshd.cli.support.arguments import Parser, add_json, add_state, settings_of
+from meshd.cli.support.output import print_json
 from meshd.config import API_KEY_FILE
 from meshd.errors import StorageError
 from meshd.protocol.identity import ClusterKey, load_cluster_key, store_cluster_key

@@ -2,10 +2,10 @@
 
 from argparse import Namespace
 
-from meshd.cli.arguments import Parser, add_client
-from meshd.cli.client import STREAM_SILENCE_S, daemon_of
-from meshd.cli.output import duration, short_id
-from meshd.cli.progress import progress
+from meshd.cli.support.arguments import Parser, add_client
+from meshd.cli.support.client import STREAM_SILENCE_S, daemon_of
+from meshd.cli.support.output import duration, short_id
+from meshd.cli.support.progress import progress
 
 EXAMPLE = "meshd migrate 10d4a1b2 attic --from desk"
 

@@ -3,14 +3,14 @@
 from argparse import Namespace
 from typing import Any
 
-from meshd.cli.answering import notice
-from meshd.cli.arguments import Parser, add_client, add_json, add_settings, settings_of
-from meshd.cli.client import daemon_of
-from meshd.cli.output import ABSENT, print_json, size, table
 from meshd.cli.pull import store_of
+from meshd.cli.support.answering import notice
+from meshd.cli.support.arguments import Parser, add_client, add_json, add_settings, settings_of
+from meshd.cli.support.client import daemon_of
+from meshd.cli.support.output import ABSENT, print_json, size, table
 from meshd.errors import Unavailable
-from meshd.models.catalogue import CATALOGUE
-from meshd.models.store import StoredModel
+from meshd.models.store.catalogue import CATALOGUE
+from meshd.models.store.store import StoredModel
 
 EXAMPLE = "meshd models --json"
 

@@ -3,10 +3,10 @@
 from argparse import Namespace
 from typing import Any
 
-from meshd.cli.arguments import Parser, add_client, add_quant, model_of
-from meshd.cli.client import Daemon, daemon_of
-from meshd.cli.output import layers
-from meshd.cli.progress import progress
+from meshd.cli.support.arguments import Parser, add_client, add_quant, model_of
+from meshd.cli.support.client import Daemon, daemon_of
+from meshd.cli.support.output import layers
+from meshd.cli.support.progress import progress
 from meshd.errors import RemoteFailure
 
 EXAMPLE = "meshd place smollm2:135m --stages attic:0-12,desk:12-30"

@@ -3,9 +3,9 @@
 from argparse import Namespace
 from typing import Any
 
-from meshd.cli.arguments import Parser, add_client, add_json, add_quant, model_of
-from meshd.cli.client import daemon_of
-from meshd.cli.output import print_json
+from meshd.cli.support.arguments import Parser, add_client, add_json, add_quant, model_of
+from meshd.cli.support.client import daemon_of
+from meshd.cli.support.output import print_json
 
 EXAMPLE = 'meshd plan smollm2:135m --context 4096 --what-if "+attic ram=32GiB bw=60GB/s link=1Gbps rtt=0.3ms"'
 

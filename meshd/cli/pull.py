@@ -3,13 +3,13 @@
 import asyncio
 from argparse import Namespace
 
-from meshd.cli.arguments import Parser, add_quant, add_settings, model_of, settings_of
-from meshd.cli.output import size
-from meshd.cli.progress import progress
+from meshd.cli.support.arguments import Parser, add_quant, add_settings, model_of, settings_of
+from meshd.cli.support.output import size
+from meshd.cli.support.progress import progress
 from meshd.config import Config
-from meshd.models.catalogue import CATALOGUE
-from meshd.models.progress import PullPhase, PullProgress
-from meshd.models.store import Store, StoredModel
+from meshd.models.store.catalogue import CATALOGUE
+from meshd.models.store.progress import PullPhase, PullProgress
+from meshd.models.store.store import Store, StoredModel
 
 EXAMPLE = "meshd pull smollm2:135m\n  meshd pull hf:ORG/NAME:FILE.gguf\n  meshd pull file:FOLDER --quant q4"
 

@@ -2,9 +2,9 @@
 
 from argparse import Namespace
 
-from meshd.cli.arguments import Parser, add_settings, settings_of
-from meshd.cli.output import size
 from meshd.cli.pull import store_of
+from meshd.cli.support.arguments import Parser, add_settings, settings_of
+from meshd.cli.support.output import size
 
 EXAMPLE = "meshd rm smollm2:135m"
 

@@ -3,10 +3,10 @@
 import sys
 from argparse import Namespace
 
-from meshd.cli.answering import add_sampling, notice, request_of, stream_answer, write_out
-from meshd.cli.arguments import Parser, add_client
-from meshd.cli.client import STREAM_SILENCE_S, daemon_of
-from meshd.cli.output import print_json
+from meshd.cli.support.answering import add_sampling, notice, request_of, stream_answer, write_out
+from meshd.cli.support.arguments import Parser, add_client
+from meshd.cli.support.client import STREAM_SILENCE_S, daemon_of
+from meshd.cli.support.output import print_json
 from meshd.errors import InvalidRequest
 
 EXAMPLE = 'meshd run smollm2:135m "Why is the sky blue?"\n  meshd run smollm2:135m < question.txt'

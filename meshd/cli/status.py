@@ -4,9 +4,9 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from meshd.cli.arguments import Parser, add_client, add_json
-from meshd.cli.client import Daemon, daemon_of
-from meshd.cli.output import ABSENT, duration, flops, plural, print_json, rate, short_id, size, table
+from meshd.cli.support.arguments import Parser, add_client, add_json
+from meshd.cli.support.client import Daemon, daemon_of
+from meshd.cli.support.output import ABSENT, duration, flops, plural, print_json, rate, short_id, size, table
 
 EXAMPLE = "meshd status --json"
 LISTS = ("peers", "links", "models", "sessions")

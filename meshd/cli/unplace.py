@@ -2,9 +2,9 @@
 
 from argparse import Namespace
 
-from meshd.cli.arguments import Parser, add_client
-from meshd.cli.client import STREAM_SILENCE_S, daemon_of
-from meshd.cli.output import size
+from meshd.cli.support.arguments import Parser, add_client
+from meshd.cli.support.client import STREAM_SILENCE_S, daemon_of
+from meshd.cli.support.output import size
 
 EXAMPLE = "meshd unplace smollm2:135m"
 

@@ -11,11 +11,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from meshd import __version__
-from meshd.cli.arguments import Parser, add_quant, add_settings, settings_of
-from meshd.cli.output import duration, flops, rate, short_id, size
-from meshd.cli.progress import Measuring
+from meshd.cli.support.arguments import Parser, add_quant, add_settings, settings_of
+from meshd.cli.support.output import duration, flops, rate, short_id, size
+from meshd.cli.support.progress import Measuring
 from meshd.config import SETTINGS, Config, require_guarded_api
-from meshd.models.catalogue import quantised
+from meshd.models.store.catalogue import quantised
 
 if TYPE_CHECKING:
     from collections.abc import Callable

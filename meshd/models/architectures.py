@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from meshd.errors import ModelFileError
-from meshd.models.gguf_header import MetadataValue, TensorInfo
+from meshd.models.files.gguf_header import MetadataValue, TensorInfo
 from meshd.tensors import projections
 from meshd.types import ModelSpec, RopeScaling
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from meshd.errors import ModelFileError
 from meshd.models.architectures import spec_from_metadata
-from meshd.models.gguf import GgufFile, MetadataValue, TensorInfo
-from meshd.models.tokenizer_document import huggingface_json
+from meshd.models.files.gguf import GgufFile, MetadataValue, TensorInfo
+from meshd.models.text.tokenizer.document import huggingface_json
 from meshd.tensors import EXPERT_PROJECTIONS, HELD_BITS, ROPE_FACTORS, UNUSED, border_shapes, layer_shapes, rope_shape
 from meshd.types import ModelCard, ModelId, ModelSpec
 

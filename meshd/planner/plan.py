@@ -1,7 +1,7 @@
 """The plan that goes on the wire, from what the search found."""
 
 from meshd.planner.problem import PlanInput
-from meshd.planner.solve import Solution
+from meshd.planner.search.solve import Solution
 from meshd.types import Plan, PlanId
 
 

@@ -26,7 +26,7 @@ class PeerProfile(msgspec.Struct, frozen=True, kw_only=True):
     holdings: tuple[Holding, ...] = ()
     """Of the model that is planned, in any state."""
     decode_factor: float = 1.0
-    """Measured over predicted decode time, from real traffic (`meshd.planner.calibrate`)."""
+    """Measured over predicted decode time, from real traffic (`meshd.planner.model.calibrate`)."""
     prefill_factor: float = 1.0
     hypothetical: bool = False
     """A what-if peer: not here, so not measured."""

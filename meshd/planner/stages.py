@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from meshd.errors import InvalidRequest, NoPeer
-from meshd.planner.dag import check_shards
+from meshd.planner.model.dag import check_shards
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import PeerProfile
 from meshd.types import LayerRange, PeerId, StagePlan

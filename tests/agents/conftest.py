@@ -4,7 +4,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from peers import Peers
+
+from in_process.peers import Peers
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import aiohttp
 import msgspec
 import pytest
 from openai import AsyncOpenAI
-from words import WordsCoordinator
 
+from fake_api.words import WordsCoordinator
 from meshd.agents.service import PlacementStep, PlaceRequest, PlanRequest
-from meshd.api.app import Server, create_app, serve
-from meshd.api.services import Limits
+from meshd.api.http.app import Server, create_app, serve
+from meshd.api.http.services import Limits
 from meshd.clock import SystemClock
 from meshd.errors import InvalidRequest, NoPeer, PeerLost, UnknownModel, UnknownSession
 from meshd.telemetry import Telemetry

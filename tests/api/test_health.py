@@ -6,7 +6,7 @@ import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from meshd.api.app import Server, create_app, serve
+from meshd.api.http.app import Server, create_app, serve
 from meshd.clock import SystemClock
 from meshd.errors import ConfigError
 from meshd.telemetry import Telemetry

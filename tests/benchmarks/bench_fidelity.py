@@ -6,8 +6,9 @@
 `file` is the file as it is; for any other kind its dequantised weights are quantised anew, all matrices alike (those whose rows are
 no whole blocks of the kind become Q8_0), and are judged against what they then are. `--llama-python`: an interpreter that has
 `llama_cpp`, whose logits are then measured beside ours, and whose quantisers make Q4_K, Q5_K, Q6_K and IQ4_NL (see
-tests/support/llama_peer.py). The text lies in tests/support/real_text.txt and is read in windows of `--context` tokens, each on its
-own: every position counts, with all before it in its window as its context. Perplexity is over the text's own next tokens.
+tests/lib/reference/llama_peer.py). The text lies in tests/lib/reference/real_text.txt and is read in windows of `--context` tokens,
+each on its own: every position counts, with all before it in its window as its context. Perplexity
+is over the text's own next tokens.
 """
 
 import argparse
@@ -20,23 +21,23 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "lib"))
 
 import numpy as np
 import psutil
-from fidelity import ROWS, Fidelity, compare, stage_rows, windows
-from llama_peer import LlamaCpp
-from originals import F32, Original
-from requantise import requantise
 
 from meshd.config import Settings
 from meshd.errors import ModelFileError
-from meshd.kernels import quant
 from meshd.kernels.backend import EXACT, LoadedLayers, make_backend
+from meshd.kernels.weights import load as quant
 from meshd.models.cards import card_from_gguf
-from meshd.models.gguf import GgufFile
-from meshd.models.store import Store
+from meshd.models.files.gguf import GgufFile
+from meshd.models.store.store import Store
 from meshd.types import LayerRange, ModelId, ModelSpec
+from reference.fidelity import ROWS, Fidelity, compare, stage_rows, windows
+from reference.llama_peer import LlamaCpp
+from reference.originals import F32, Original
+from reference.requantise import requantise
 
 KINDS = ("file", *(kind for kind in quant.KINDS if kind != "F32"))
 FAST = "onnxruntime"

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from meshd.agents.links import Links, LinkSettings
+from meshd.agents.links.links import Links, LinkSettings
 from meshd.clock import SystemClock
 from meshd.protocol.identity import ClusterKey, load_identity
 from meshd.protocol.messages import Activation, Hello

@@ -19,11 +19,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "lib"))
 
-from meshes import MODEL, Mesh, MeshBroken, pull_model, running
-from sites import LocalSite
-from streams import Streaming, of_length
+from real_daemons.mesh import MODEL, Mesh, MeshBroken, pull_model, running
+from real_daemons.sites import LocalSite
+from real_daemons.streams import Streaming, of_length
 
 PROMPT = 64
 WHOLE, SPLIT = "h1:0-30", "h1:0-15,h2:15-30"

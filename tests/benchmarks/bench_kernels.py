@@ -18,7 +18,7 @@ from meshd.kernels.kv import KVPool
 from meshd.kernels.measure import SyntheticWeights, measure
 from meshd.kernels.sampler import Sampler
 from meshd.models.cards import card_from_gguf
-from meshd.models.gguf import GgufFile
+from meshd.models.files.gguf import GgufFile
 from meshd.types import LayerRange, ModelId, ModelSpec, SamplingParams
 
 SMOLLM2 = ModelSpec(

@@ -16,11 +16,11 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "lib"))
 
-from meshes import MODEL, Mesh, MeshBroken, pull_model, running
-from sites import LocalSite
-from streams import Streaming, of_length, quantile, step_s
+from real_daemons.mesh import MODEL, Mesh, MeshBroken, pull_model, running
+from real_daemons.sites import LocalSite
+from real_daemons.streams import Streaming, of_length, quantile, step_s
 
 BEFORE, ANSWER = 24, 96
 

@@ -14,20 +14,19 @@ from pathlib import Path
 
 import msgspec
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "lib"))
 
-from clusters import make_card, make_peer, make_problem, random_links
-
+from in_process.clusters import make_card, make_peer, make_problem, random_links
 from meshd.errors import DoesNotFit
-from meshd.planner.chains import exact_search
-from meshd.planner.eligible import eligible
-from meshd.planner.limits import Limits
-from meshd.planner.memory import memory_table
-from meshd.planner.objectives import cheapest
-from meshd.planner.orders import HeuristicSearch
+from meshd.planner.model.memory import memory_table
+from meshd.planner.model.tables import Tables
 from meshd.planner.problem import PlanInput
-from meshd.planner.solve import solve
-from meshd.planner.tables import Tables
+from meshd.planner.search.chains import exact_search
+from meshd.planner.search.eligible import eligible
+from meshd.planner.search.limits import Limits
+from meshd.planner.search.objectives import cheapest
+from meshd.planner.search.orders import HeuristicSearch
+from meshd.planner.search.solve import solve
 from meshd.types import Objective
 
 PEERS = (3, 5, 8, 10, 20, 50)

@@ -20,11 +20,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "lib"))
 
-from meshes import MODEL, Mesh, MeshBroken, pull_model, running
-from sites import LabSite, find_netlab
-from streams import Answer, Spec, Streaming, longest_gap_s, of_length, quantile
+from real_daemons.mesh import MODEL, Mesh, MeshBroken, pull_model, running
+from real_daemons.sites import LabSite, find_netlab
+from real_daemons.streams import Answer, Spec, Streaming, longest_gap_s, of_length, quantile
 
 LAN = ("1gbit", "100us")
 PARTS = ("0-10", "10-20", "20-30")

@@ -15,11 +15,10 @@ import tempfile
 import urllib.request
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-
-from daemons import MODEL, Cluster
+sys.path.insert(0, str(Path(__file__).parents[1] / "lib"))
 
 from meshd.config import Settings
+from real_daemons.cluster import MODEL, Cluster
 
 PLANS = {"one peer": "a:0-30", "two peers": "a:0-15,b:15-30"}
 PROMPT = "Once upon a time, in a small village by the sea,"

@@ -22,16 +22,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "lib"))
 
-from clients import Asked, Crowd, make_long, make_specs, stages_over, with_stop
-from faults import DRAIN_S, FAST, Storm, Struck
-from meshes import Mesh, MeshBroken, pull_model, running
-from schedule import Fault, make_schedule
-from sites import make_site
-from streams import Answer, Spec, ask
-from verdict import Reading, leaks, longest, read_all, table, usual_gap_s
+from chaos.clients import Asked, Crowd, make_long, make_specs, stages_over, with_stop
+from chaos.faults import DRAIN_S, FAST, Storm, Struck
+from chaos.schedule import Fault, make_schedule
+from chaos.verdict import Reading, leaks, longest, read_all, table, usual_gap_s
+from real_daemons.mesh import Mesh, MeshBroken, pull_model, running
+from real_daemons.sites import make_site
+from real_daemons.streams import Answer, Spec, ask
 
 _REST_S = 15.0
 _CALM_S = 3.0
@@ -210,7 +209,7 @@ def _run(options: argparse.Namespace, folder: Path) -> list[str]:
     where = f"{options.peers} hosts in network namespaces" if not why_not else f"processes only, links are left alone: {why_not}"
     print(f"seed {options.seed}: {options.peers} peers, {options.clients} clients, {options.faults} faults; {where}", flush=True)
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before the start, one thread a daemon", flush=True)
-    script = str(Path(__file__).with_name("garbage_daemon.py"))
+    script = str(Path(__file__).parents[1] / "lib/chaos/garbage_daemon.py")
     with running(site, folder, flags=("--drain-timeout", f"{DRAIN_S:.0f}"), entry=(script,)) as mesh:
         if site.has_network:
             for name in site.names:

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from streams import Answer, Interrupted, Spec
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from clients import Asked, make_specs
-from faults import Struck
-from schedule import DOUBLE, NETWORK, Kind, make_schedule
-from verdict import Reading, leaks, pause_s
+from chaos.clients import Asked, make_specs
+from chaos.faults import Struck
+from chaos.schedule import DOUBLE, NETWORK, Kind, make_schedule
+from chaos.verdict import Reading, leaks, pause_s
+from real_daemons.streams import Answer, Interrupted, Spec
 
 RUN = Path(__file__).with_name("run.py")
 SPEC = Spec("one", "/v1/completions", {})

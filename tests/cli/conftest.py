@@ -5,8 +5,8 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
-from http_api import Api, serve
 
+from fake_api.rows_server import Api, serve
 from meshd.cli import main
 
 

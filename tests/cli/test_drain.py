@@ -4,8 +4,8 @@ from subprocess import CompletedProcess
 
 import pytest
 from aiohttp import web
-from http_api import Api
 
+from fake_api.rows_server import Api
 from meshd.cli import drain
 
 Meshd = Callable[..., CompletedProcess[str]]

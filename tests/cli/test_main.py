@@ -10,8 +10,8 @@ from subprocess import CompletedProcess
 
 import pytest
 from aiohttp import web
-from http_api import Api
 
+from fake_api.rows_server import Api
 from meshd import __version__
 from meshd.cli import VERBS
 

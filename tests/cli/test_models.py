@@ -3,13 +3,12 @@ from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
-from hf_folders import write_folder
-from http_api import Api
-
+from fake_api.rows_server import Api
 from meshd.cli.models import merged
-from meshd.models.files import Stamp
-from meshd.models.store import StoredModel
+from meshd.models.files.disk import Stamp
+from meshd.models.store.store import StoredModel
 from meshd.types import ModelId
+from tiny.hf_folders import write_folder
 
 Meshd = Callable[..., CompletedProcess[str]]
 ROW = {

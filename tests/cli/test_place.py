@@ -2,7 +2,7 @@ import json
 from collections.abc import Callable
 from subprocess import CompletedProcess
 
-from http_api import Api
+from fake_api.rows_server import Api
 
 Meshd = Callable[..., CompletedProcess[str]]
 

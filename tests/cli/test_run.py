@@ -4,7 +4,8 @@ from collections.abc import Callable
 from subprocess import CompletedProcess
 
 import pytest
-from http_api import Api
+
+from fake_api.rows_server import Api
 
 Meshd = Callable[..., CompletedProcess[str]]
 CHAT = "/v1/chat/completions"

@@ -4,8 +4,8 @@ from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
-from http_api import Api
 
+from fake_api.rows_server import Api
 from meshd.cli.status import render
 
 Meshd = Callable[..., CompletedProcess[str]]

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from daemons import MODEL, Cluster, make_cluster
+
+from real_daemons.cluster import MODEL, Cluster, make_cluster
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
-from daemons import MODEL, Cluster, Daemon, make_cluster, wait_for
+
+from real_daemons.cluster import MODEL, Cluster, Daemon, make_cluster, wait_for
 
 SPLIT = "a:0-17,b:17-30"
 FACT, KNOWN = "What is 2 + 2? Answer with a number.", "4"

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from daemons import Cluster, make_cluster
-from tiny_models import MODELS, TinyModel
 from tokenizers import decoders, models, pre_tokenizers
+
+from real_daemons.cluster import Cluster, make_cluster
+from tiny.models import MODELS, TinyModel
 
 PROMPT = np.random.default_rng(2).integers(3, 160, 40).tolist()
 TOKENS = 16

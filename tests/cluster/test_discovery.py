@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 
-from daemons import Cluster, wait_for
+from real_daemons.cluster import Cluster, wait_for
 
 
 def test_a_peer_that_stops_is_gone_within_a_second(cluster: Cluster) -> None:

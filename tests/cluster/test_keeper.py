@@ -4,7 +4,7 @@ import threading
 import time
 from typing import Any
 
-from daemons import MODEL, Cluster, Daemon, wait_for
+from real_daemons.cluster import MODEL, Cluster, Daemon, wait_for
 
 SPLIT = "a:0-17,b:17-30"
 

@@ -2,7 +2,7 @@
 
 import shutil
 
-from daemons import MODEL, Cluster, wait_for
+from real_daemons.cluster import MODEL, Cluster, wait_for
 
 
 def test_a_copied_state_folder_becomes_a_peer_of_its_own_and_says_so(cluster: Cluster) -> None:

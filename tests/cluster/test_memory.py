@@ -10,12 +10,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from daemons import Cluster
 
 from meshd.models.cards import card_from_gguf
-from meshd.models.gguf import GgufFile
-from meshd.models.store import Store
+from meshd.models.files.gguf import GgufFile
+from meshd.models.store.store import Store
 from meshd.types import ModelCard
+from real_daemons.cluster import Cluster
 
 CONTEXT = 1024
 SLACK_BYTES = 400e6

@@ -4,9 +4,10 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from daemons import MODEL, make_cluster
 from openai import AsyncOpenAI
-from openai_suite import *  # noqa: F403
+
+from fake_api.openai_suite import *  # noqa: F403
+from real_daemons.cluster import MODEL, make_cluster
 
 
 @pytest.fixture(scope="module")

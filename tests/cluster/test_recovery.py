@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from meshes import Mesh, pull_model, running
-from sites import LocalSite
-from streams import Answer, Interrupted, Spec, ask, go_on
+
+from real_daemons.mesh import Mesh, pull_model, running
+from real_daemons.sites import LocalSite
+from real_daemons.streams import Answer, Interrupted, Spec, ask, go_on
 
 COORDINATOR, FIRST, SECOND, SPARE = "h1", "h2", "h3", "h4"
 STAGES = f"{FIRST}:0-14,{SECOND}:14-30"

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from daemons import MODEL, Cluster, make_cluster
+
+from real_daemons.cluster import MODEL, Cluster, make_cluster
 
 SPLITS = {
     "one": "a:0-30",

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from daemons import MODEL, Cluster, Daemon
+
+from real_daemons.cluster import MODEL, Cluster, Daemon
 
 pytestmark = pytest.mark.timeout(300)  # up to five daemons are started one after the other, each with an empty disk
 

@@ -27,9 +27,22 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "lib"))
 
-from bad_files import (
+from meshd.errors import MeshdError, ModelFileError
+from meshd.kernels.weights.load import dequantise, load_matrix
+from meshd.models.architectures import spec_from_metadata
+from meshd.models.cards import card_from_gguf
+from meshd.models.files.gguf import GgufFile
+from meshd.models.files.gguf_header import TensorInfo
+from meshd.models.files.safetensors_file import DTYPES, SafetensorsFolder
+from meshd.models.importing.huggingface import plan_import
+from meshd.models.importing.import_model import import_to
+from meshd.models.text.template import template_from_gguf
+from meshd.models.text.tokenizer.files import tokenizer_from_gguf
+from meshd.tensors import border_shapes, layer_shapes, rope_shape
+from meshd.types import ModelId
+from tiny.bad_files import (
     CONFIGS,
     PARTS,
     mutate_binary,
@@ -42,20 +55,6 @@ from bad_files import (
     small_folder,
     small_gguf,
 )
-
-from meshd.errors import MeshdError, ModelFileError
-from meshd.kernels.quant import dequantise, load_matrix
-from meshd.models.architectures import spec_from_metadata
-from meshd.models.cards import card_from_gguf
-from meshd.models.gguf import GgufFile
-from meshd.models.gguf_header import TensorInfo
-from meshd.models.huggingface import plan_import
-from meshd.models.importing import import_to
-from meshd.models.safetensors_file import DTYPES, SafetensorsFolder
-from meshd.models.template import template_from_gguf
-from meshd.models.tokenizer_files import tokenizer_from_gguf
-from meshd.tensors import border_shapes, layer_shapes, rope_shape
-from meshd.types import ModelId
 
 CASE_S = 10
 DATA_BYTES = 192 << 20

@@ -18,10 +18,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "lib"))
 
-from peers import KEY, QUICK, Peers
-
+from in_process.peers import KEY, QUICK, Peers
 from meshd.errors import PeerFault, ProtocolViolation
 from meshd.protocol import transport
 from meshd.protocol.codec import Unknown, decode, encode

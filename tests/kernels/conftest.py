@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 
 import pytest
-from tiny_llama import TinyLlama, tiny_spec
 
 from meshd.config import Settings
 from meshd.kernels.backend import EXACT, Backend, LoadedLayers, available_backends, make_backend
-from meshd.models.gguf import GgufFile
-from meshd.models.store import Store
+from meshd.models.files.gguf import GgufFile
+from meshd.models.store.store import Store
 from meshd.types import LayerRange
+from tiny.llama import TinyLlama, tiny_spec
 
 
 @pytest.fixture(scope="session", params=["torch", "onnxruntime"])

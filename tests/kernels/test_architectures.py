@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
-from steps import Chain
-from tiny_models import MODELS, TinyModel
 
 from meshd.errors import ModelFileError
 from meshd.kernels.backend import Backend, LoadedLayers, Segment
 from meshd.kernels.kv import KVPool
 from meshd.models.architectures import ARCHITECTURES
-from meshd.models.huggingface import FAMILIES, plan_import
+from meshd.models.importing.huggingface import FAMILIES, plan_import
 from meshd.types import LayerRange, Tensor
+from tiny.models import MODELS, TinyModel
+from tiny.steps import Chain
 
 IDS = np.random.default_rng(1).integers(3, 160, 70).tolist()
 CHUNKS = [33, 1, 1, 17, 18]

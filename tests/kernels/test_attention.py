@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_llama import tiny_spec
 
 from meshd.kernels import attention, reference
 from meshd.kernels.attention import LocalAttention, attend, attend_part, merge, with_sinks
 from meshd.kernels.backend import PLAIN, AttentionRule, Projected, Segment
 from meshd.kernels.kv import KVPool
-from meshd.kernels.workers import Workers
+from meshd.kernels.threads import Workers
 from meshd.types import LayerRange
+from tiny.llama import tiny_spec
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 shapes = st.tuples(st.integers(1, 20), st.integers(1, 3), st.integers(1, 4), st.sampled_from([8, 32, 64]))

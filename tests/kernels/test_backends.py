@@ -7,14 +7,15 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from steps import Chain
-from tiny_llama import PlainLlama, TinyLlama, tiny_spec
 
 from meshd.errors import InvalidRequest, LocalFault, ModelFileError
-from meshd.kernels import attention, torch_products
+from meshd.kernels import attention
 from meshd.kernels.backend import Backend, LoadedLayers, Projected, Segment, make_backend
 from meshd.kernels.kv import KVPool
+from meshd.kernels.torch import products as torch_products
 from meshd.types import LayerRange, RopeScaling, Tensor
+from tiny.llama import PlainLlama, TinyLlama, tiny_spec
+from tiny.steps import Chain
 
 IDS = np.random.default_rng(1).integers(0, 320, 24).tolist()
 CHUNKS = [7, 9, 1, 1, 5, 1]

@@ -1,13 +1,13 @@
 """The real model's logits against the same weights in `transformers` in float32: the short form of `bench_fidelity.py`."""
 
 import pytest
-from fidelity import ROWS, Fidelity, compare, stage_rows, windows
-from originals import F32, Original
 
 from meshd.kernels.backend import EXACT, Backend
 from meshd.models.cards import card_from_gguf
-from meshd.models.gguf import GgufFile
+from meshd.models.files.gguf import GgufFile
 from meshd.types import LayerRange, ModelId
+from reference.fidelity import ROWS, Fidelity, compare, stage_rows, windows
+from reference.originals import F32, Original
 
 POSITIONS = 200
 FAST_TOP, FAST_DIVERGENCE, FAST_PERPLEXITY = 0.92, 3.5e-3, 0.015

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from quantisers import quantised
 from safetensors.numpy import save_file
-from steps import Chain
-from tiny_models import TinyModel
 
 from meshd.kernels.backend import make_backend
-from meshd.kernels.quant import KINDS
+from meshd.kernels.weights.load import KINDS
 from meshd.models.architectures import ARCHITECTURES
-from meshd.models.import_plan import view_of
+from meshd.models.importing.plan import view_of
 from meshd.types import LayerRange, Tensor
+from reference.quantisers import quantised
+from tiny.models import TinyModel
+from tiny.steps import Chain
 
 IDS = np.random.default_rng(3).integers(3, 160, 24).tolist()
 SIZES = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
-from tiny_llama import tiny_spec
 
 from meshd.errors import LocalFault, OutOfMemory
 from meshd.kernels.kv import BlockTable, KVPool
 from meshd.types import LayerRange
+from tiny.llama import tiny_spec
 
 LAYERS = LayerRange(2, 4)
 BLOCKS, BLOCK_TOKENS = 12, 4

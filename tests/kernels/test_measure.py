@@ -4,13 +4,13 @@ import time
 
 import numpy as np
 import pytest
-from tiny_llama import tiny_spec
 
 from meshd.errors import ConfigError
 from meshd.kernels.backend import available_backends, make_backend
 from meshd.kernels.measure import SyntheticWeights, measure, medians_s
-from meshd.kernels.quant import dequantise
+from meshd.kernels.weights.load import dequantise
 from meshd.types import LayerRange
+from tiny.llama import tiny_spec
 
 
 @pytest.mark.parametrize("name", available_backends())

@@ -9,10 +9,10 @@ import time
 import numpy as np
 import psutil
 import pytest
-from tiny_llama import tiny_spec
 
 from meshd.kernels.backend import LoadedLayers, Segment, available_backends
 from meshd.kernels.kv import KVPool
+from tiny.llama import tiny_spec
 
 _LOAD = """
 import gc, json, sys

@@ -5,7 +5,7 @@ import torch
 
 from meshd.kernels import reference
 from meshd.kernels.rope import Rope, plain_frequencies
-from meshd.kernels.torch_ops import rms_norm, rotate
+from meshd.kernels.torch.ops import rms_norm, rotate
 
 
 def test_scores_depend_on_distance_alone() -> None:

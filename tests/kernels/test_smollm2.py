@@ -5,12 +5,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from steps import Chain
 
 from meshd.kernels.backend import Backend, LoadedLayers
 from meshd.models.cards import card_from_gguf
-from meshd.models.gguf import GgufFile
+from meshd.models.files.gguf import GgufFile
 from meshd.types import LayerRange, ModelId, ModelSpec
+from tiny.steps import Chain
 
 PROMPT = ("The", "Ġcapital", "Ġof", "ĠFrance", "Ġis")
 ANSWER = ("ĠParis", ".")

@@ -17,8 +17,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from meshd.config import Settings
-from meshd.models.gguf import GgufFile
-from meshd.models.store import Store
+from meshd.models.files.gguf import GgufFile
+from meshd.models.store.store import Store
 
 U32, F32, BOOL, STRING, ARRAY, U64 = 4, 6, 7, 8, 9, 10
 _FORMATS = {U32: "<I", F32: "<f", BOOL: "<?", U64: "<Q"}

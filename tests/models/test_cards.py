@@ -5,7 +5,7 @@ import pytest
 
 from meshd.errors import ModelFileError
 from meshd.models.cards import card_from_gguf
-from meshd.models.gguf import GgufFile
+from meshd.models.files.gguf import GgufFile
 from meshd.tensors import HELD_BITS
 from meshd.types import LayerRange, ModelCard, ModelId
 

@@ -10,9 +10,9 @@ import signal
 import sys
 import time
 
-from meshd.agents.discovery import MdnsDiscovery
-from meshd.agents.mdns import Announcement
-from meshd.agents.sources import Sighting
+from meshd.agents.membership.mdns import MdnsDiscovery
+from meshd.agents.membership.mdns_records import Announcement
+from meshd.agents.membership.sources import Sighting
 from meshd.clock import SystemClock
 from meshd.types import PeerId
 

@@ -8,9 +8,10 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
-from meshes import Mesh, pull_model, running
-from sites import LabSite
-from streams import Answer, Interrupted, Spec, Streaming, go_on, longest_gap_s, of_length
+
+from real_daemons.mesh import Mesh, pull_model, running
+from real_daemons.sites import LabSite
+from real_daemons.streams import Answer, Interrupted, Spec, Streaming, go_on, longest_gap_s, of_length
 
 pytestmark = [pytest.mark.netlab, pytest.mark.timeout(300)]
 

@@ -1,7 +1,7 @@
 import msgspec
 import pytest
-from clusters import make_peer
 
+from in_process.clusters import make_peer
 from meshd.planner.network import UNMEASURED_BANDWIDTH_BYTES_S, UNMEASURED_HOP_S, Network
 from meshd.planner.profile import profiles_from_adverts
 from meshd.types import Advert, Capability, Holding, LayerRange, LinkStats, ModelId, PeerId, Rates

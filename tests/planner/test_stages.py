@@ -1,7 +1,7 @@
 import msgspec
 import pytest
-from clusters import make_peer, make_problem
 
+from in_process.clusters import make_peer, make_problem
 from meshd.errors import InvalidRequest, NoPeer
 from meshd.planner.profile import PeerProfile
 from meshd.planner.stages import check_cover, check_stages, parse_stages, resolve_peer, stages_text

@@ -1,10 +1,10 @@
 """However a stream is chunked the frames are the same, and no stream makes the reader do more than say so."""
 
 import pytest
-from frames import read_frames
 from hypothesis import given
 from hypothesis import strategies as st
 
+from in_process.frames import read_frames
 from meshd.errors import ProtocolViolation
 from meshd.protocol.framing import KIB, MIB, FrameReader, Limits, frame_head
 

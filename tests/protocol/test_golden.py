@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from frames import read_frames
 
+from in_process.frames import read_frames
 from meshd.protocol.codec import decode, encode
 from meshd.protocol.framing import Limits, frame_head
 from meshd.protocol.messages import REGISTRY

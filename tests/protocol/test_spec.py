@@ -12,7 +12,9 @@ import msgspec
 import pytest
 
 import meshd.types
-from meshd.agents import dispatch, link, linktable
+from meshd.agents.links import link
+from meshd.agents.links import rpc as dispatch
+from meshd.agents.links import table as linktable
 from meshd.protocol import framing, handshake, messages
 from meshd.protocol.messages import REGISTRY, Message, Reply, Request
 

@@ -5,6 +5,7 @@ import random
 import time
 
 import pytest
+
 from sim.loop import Owner, SimLoop, Stuck
 
 

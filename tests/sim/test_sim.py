@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from meshd.agents.session import session
+from meshd.agents.session.admission import Admission
+from meshd.agents.stage import session as stage_session
+from meshd.agents.stage.kv import Caches, Room
+from meshd.kernels.kv import KVPool
+from meshd.kernels.sampler import Sampler
 from sim.faults import kinds
 from sim.options import Options, replay
 from sim.world import Outcome, World
-
-from meshd.agents import session, stage_session
-from meshd.agents.admission import Admission
-from meshd.agents.caches import Caches, Room
-from meshd.kernels.kv import KVPool
-from meshd.kernels.sampler import Sampler
 
 ROOT = Path(__file__).parents[2]
 EACH = 10
@@ -164,7 +165,7 @@ def test_it_finds_a_step_that_is_computed_twice(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_it_finds_a_sampler_that_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meshd.agents.stage.Sampler", lambda params, *known: Sampler(params))
+    monkeypatch.setattr("meshd.agents.stage.host.Sampler", lambda params, *known: Sampler(params))
     assert finds("not the reference's", USUAL)
 
 
@@ -196,7 +197,7 @@ def test_it_finds_an_answer_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> 
         return right(machine, event) if event.finish is None else []
 
     monkeypatch.setitem(session.TRANSITIONS, (session.State.DECODING, session.TokenArrived), wrong)
-    monkeypatch.setattr("meshd.agents.watch.Watch.look", lambda watch, answer, now: answer.renew(now))
+    monkeypatch.setattr("meshd.agents.session.stall.Watch.look", lambda watch, answer, now: answer.renew(now))
     assert finds("not ended", QUIET)
 
 

@@ -6,12 +6,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from sim.toy import CONTEXT, HIDDEN, Expected, Meter, PlainModel, Speed, ToyBackend, random_prompt, reference, toy_card
 
 from meshd.kernels.backend import Segment
 from meshd.kernels.kv import KVPool
 from meshd.kernels.sampler import Sampler
 from meshd.types import LayerRange, SamplingParams
+from sim.toy import CONTEXT, HIDDEN, Expected, Meter, PlainModel, Speed, ToyBackend, random_prompt, reference, toy_card
 
 CARD = toy_card()
 

@@ -1,0 +1,120 @@
+"""What happened to a session, told by all peers in one order: each tells what it noted, and the asker puts it in its own time."""
+
+import asyncio
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from meshd.agents.links.links import Links
+from meshd.agents.observe.story import Story
+from meshd.clock import Clock
+from meshd.errors import MeshdError, ProtocolViolation, UnknownSession
+from meshd.protocol.messages import FetchStory, StoryData
+from meshd.types import PeerId, SessionId
+
+_ANSWER_S = 2.0
+_MAX_BYTES = 2**20
+"""Of one peer's story."""
+_MAX_LINES = 1024
+_OURS = ("at_s", "peer", "name", "what")
+"""Keys of a line; a fact of the same name stands beside them with an underscore."""
+
+Lines = list[dict[str, Any]]
+
+
+@dataclass(slots=True)
+class Storyteller:
+    """Tells this peer's part, and collects the others'."""
+
+    me: PeerId
+    links: Links
+    story: Story
+    clock: Clock
+    names: Callable[[PeerId], str]
+
+    def register(self) -> None:
+        """Answer those who ask for a session's story."""
+        self.links.register(FetchStory, self._on_fetch)
+
+    async def collect(self, session: SessionId) -> Lines:
+        """All peers' lines in order: `at_s` (since the first), `peer`, `name`, `what`, and the facts. Raises: UnknownSession.
+
+        Clocks are compared by one round trip to each peer: lines of two peers that are closer than half of it may stand in the
+        wrong order. Who gave no answer is named at the end.
+        """
+        told: dict[PeerId, Lines] = {self.me: self.story.lines(session)}
+        silent: dict[PeerId, str] = {}
+
+        async def ask(peer: PeerId) -> None:
+            try:
+                told[peer] = await self._ask(peer, session)
+            except MeshdError as error:
+                silent[peer] = error.message
+
+        async with asyncio.TaskGroup() as group:
+            for peer in self.links.peers():
+                group.create_task(ask(peer))
+        now = self.clock.monotonic()
+        lines = merge(told, self.names)
+        if not lines:
+            raise UnknownSession(f"no live peer tells of session {session}", hint="each peer remembers its latest 512 sessions")
+        first = lines[0]["at"]
+        missing = [
+            {"at": now, "peer": peer, "name": self.names(peer), "what": "gave no answer", "why": why}
+            for peer, why in silent.items()
+        ]
+        return [{"at_s": line.pop("at") - first, **line} for line in [*lines, *missing]]
+
+    async def _ask(self, peer: PeerId, session: SessionId) -> Lines:
+        asked = self.clock.monotonic()
+        reply, payload = await self.links.request(
+            peer, lambda number: FetchStory(request=number, session=session), timeout_s=_ANSWER_S
+        )
+        answered = self.clock.monotonic()
+        if not isinstance(reply, StoryData):
+            raise ProtocolViolation(f"FETCH_STORY was answered with {type(reply).__name__}")
+        return in_our_time(decode_lines(payload), theirs=reply.now, ours=(asked + answered) / 2)
+
+    def _on_fetch(self, sender: PeerId, message: FetchStory, payload: memoryview) -> tuple[StoryData, bytes]:
+        lines = self.story.lines(message.session)
+        return StoryData(request=message.request, now=self.clock.monotonic()), msgspec.json.encode(lines)
+
+
+def decode_lines(payload: bytes | memoryview) -> Lines:
+    """What a peer tells. Raises: ProtocolViolation."""
+    if len(payload) > _MAX_BYTES:
+        raise ProtocolViolation(f"a story of {len(payload)} bytes is too long to be true")
+    try:
+        lines = msgspec.json.decode(payload, type=list[dict[str, Any]])
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolViolation(f"a story arrived torn: {error}") from error
+    if len(lines) > _MAX_LINES or not all(_is_line(line) for line in lines):
+        raise ProtocolViolation("a story's lines are not what they should be")
+    return lines
+
+
+def _is_line(line: dict[str, Any]) -> bool:
+    at = line.get("at")
+    return isinstance(at, int | float) and math.isfinite(at) and isinstance(line.get("what"), str)
+
+
+def in_our_time(lines: Lines, *, theirs: float, ours: float) -> Lines:
+    """Lines by a clock that showed `theirs` when ours showed `ours`."""
+    return [{**line, "at": line["at"] - theirs + ours} for line in lines]
+
+
+def merge(told: dict[PeerId, Lines], names: Callable[[PeerId], str]) -> Lines:
+    """Everybody's lines by time; those of one peer stay in their order."""
+    lines = [
+        {**_facts(line), "at": line["at"], "peer": peer, "name": names(peer), "what": line["what"]}
+        for peer, own in told.items()
+        for line in own
+    ]
+    return sorted(lines, key=lambda line: line["at"])
+
+
+def _facts(line: dict[str, Any]) -> dict[str, Any]:
+    return {f"{key}_" if key in _OURS else key: value for key, value in line.items() if key not in ("at", "what")}

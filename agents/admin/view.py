@@ -1,0 +1,262 @@
+"""What people and their tools see of the mesh from this peer, and ask of it. Rows are JSON-ready; their keys are public."""
+
+import re
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from meshd.agents.admin.story_collector import Storyteller
+from meshd.agents.membership.membership import Membership
+from meshd.agents.observe.events import EventBus
+from meshd.agents.placement.client import Placer
+from meshd.agents.placement.model_library import Library
+from meshd.agents.placement.plan_input import problem_of
+from meshd.agents.service import MeshOptions, PlacementStep, PlaceRequest, PlanRequest
+from meshd.agents.session.answer import Answer, header_of
+from meshd.agents.session.coordinator import Coordinator
+from meshd.agents.session.plan.drain import Drainer
+from meshd.agents.session.plan.route import Router
+from meshd.agents.stage.host import StageHost
+from meshd.errors import InvalidRequest, UnknownModel, UnknownSession
+from meshd.planner.explain.explain import explain
+from meshd.planner.explain.whatif import with_what_if
+from meshd.planner.profile import profiles_from_adverts
+from meshd.planner.search.solve import solve
+from meshd.planner.stages import resolve_peer
+from meshd.types import Advert, ModelCard, ModelId, PeerId, SessionId
+
+_PROBE_CONTEXT = 4096
+"""`meshd plan` without --context, for models with a longer one."""
+_WHOLE_ID = re.compile(r"(?:.*[-_])?([0-9a-f]{32})")
+"""A session's id, or that of an answer, which ends with it."""
+
+
+@dataclass(slots=True)
+class MeshView:
+    """Implements `service.Mesh`."""
+
+    membership: Membership
+    library: Library
+    router: Router
+    placer: Placer
+    coordinator: Coordinator
+    stages: StageHost
+    drainer: Drainer
+    storyteller: Storyteller
+    bus: EventBus
+    about: Callable[[], dict[str, Any]]
+    """This peer's own facts."""
+
+    def identity(self) -> dict[str, Any]:
+        """See `service.Mesh.identity`."""
+        return self.about()
+
+    def peers(self) -> list[dict[str, Any]]:
+        """This peer first, then the others as the table has them."""
+        return [_own_row(self.membership.own_advert(), self.membership.link_address), *map(_peer_row, self.membership.rows())]
+
+    def links(self) -> list[dict[str, Any]]:
+        """Every measured direction that a live peer advertises."""
+        return [
+            {
+                "source": advert.peer,
+                "target": target,
+                "source_name": advert.name,
+                "target_name": self.membership.name_of(target),
+                **msgspec.to_builtins(stats),
+            }
+            for advert in self.membership.adverts()
+            for target, stats in advert.links.items()
+        ]
+
+    def known_models(self) -> list[dict[str, Any]]:
+        """Every model that some live peer has on disk or in memory."""
+        adverts = self.membership.adverts()
+        return [self._model_row(card, adverts) for card in self.library.cards().values()]
+
+    def plans(self) -> list[dict[str, Any]]:
+        """The plans of the answers that this peer coordinates now."""
+        return [
+            {
+                "id": answer.plan.id,
+                "session": answer.session,
+                "model": answer.plan.model,
+                "epoch": answer.machine.epoch,
+                "plan": answer.plan_header,
+                "stages": [
+                    {"peer": stage.peer, "name": self.membership.name_of(stage.peer), "layers": str(stage.layers)}
+                    for stage in answer.plan.stages
+                ],
+                "context": answer.plan.context,
+                "predicted_ttft_s": answer.plan.predicted_ttft_s,
+                "predicted_tpot_s": answer.plan.predicted_tpot_s,
+                "measured_tpot_s": answer.measured_tpot_s,
+            }
+            for answer in self.coordinator.answers.values()
+            if answer.plan is not None
+        ]
+
+    def sessions(self) -> list[dict[str, Any]]:
+        """The answers that this peer coordinates, and the stages that it runs for others."""
+        cards = self.library.cards()
+
+        def name_of(model: ModelId) -> str:
+            return cards[model].name if model in cards else ""
+
+        own = [self._session_row(answer, name_of) for answer in self.coordinator.answers.values()]
+        return own + self.stages.rows(name_of)
+
+    def events(self) -> AsyncIterator[dict[str, Any]]:
+        """See `service.Mesh.events`."""
+        return self.bus.subscribe()
+
+    async def plan(self, request: PlanRequest) -> dict[str, Any]:
+        """See `service.Mesh.plan`."""
+        card = await self._card(request.model)
+        mesh = msgspec.structs.replace(request.mesh, objective=request.mesh.objective or request.objective)
+        context = request.context or mesh.context or min(card.spec.context_length, _PROBE_CONTEXT)
+        problem = problem_of(card, self.membership.adverts(), mesh, context=context)
+        profiles, network = with_what_if(request.what_if, problem.profiles, problem.network)
+        problem = msgspec.structs.replace(problem, profiles=profiles, network=network)
+        return explain(problem, solve(problem))
+
+    async def place(self, request: PlaceRequest) -> AsyncIterator[PlacementStep]:
+        """See `service.Mesh.place`."""
+        card = await self._card(request.model)
+        mesh = MeshOptions(stages=request.stages, min_peers=request.min_peers, objective=request.objective)
+        async for step in self.placer.place(card, mesh, context=request.context):
+            yield step
+
+    async def unplace(self, model: str) -> int:
+        """See `service.Mesh.unplace`."""
+        return await self.placer.unplace(self.library.find(model).id)
+
+    async def drain(self, peer: str, *, undo: bool = False, timeout_s: float = 60.0) -> dict[str, Any]:
+        """See `service.Mesh.drain`."""
+        target = self._peer(peer, "peer")
+        left = await self.drainer.drain(target, undo, timeout_s)
+        return {"peer": target, "name": self.membership.name_of(target), "sessions_left": left}
+
+    async def migrate(self, session: str, target: str, source: str | None = None) -> dict[str, Any]:
+        """See `service.Mesh.migrate`."""
+        known, to = self._session(session), self._peer(target, "target")
+        moved = await self.coordinator.move(known, to, self._peer(source, "source") if source is not None else None)
+        return {"session": known, "plan": header_of(moved.plan, self.membership.name_of), "pause_ms": 1000 * moved.pause_s}
+
+    async def story(self, session: str) -> list[dict[str, Any]]:
+        """See `service.Mesh.story`."""
+        return await self.storyteller.collect(self._session(session))
+
+    async def probe_links(self) -> list[dict[str, Any]]:
+        """See `service.Mesh.probe_links`."""
+        await self.membership.probe_links()
+        return self.links()
+
+    async def _card(self, model: str) -> ModelCard:
+        """Of a known model, or of a reference that is fetched first."""
+        try:
+            return self.library.find(model)
+        except UnknownModel:
+            return await self.library.pull(model, lambda share: None)
+
+    def _peer(self, text: str, param: str) -> PeerId:
+        """The peer of this name, or of an id that begins so. Raises: NoPeer, InvalidRequest."""
+        return resolve_peer(text, profiles_from_adverts(self.membership.adverts(), ModelId("")), param=param)
+
+    def _session(self, text: str) -> SessionId:
+        """The session of a whole id, or the only one here whose id begins so. Raises: UnknownSession, InvalidRequest."""
+        if whole := _WHOLE_ID.fullmatch(text):
+            return SessionId(whole[1])
+        here = {*self.coordinator.answers, *self.coordinator.kept, *(row["id"] for row in self.stages.rows(str))}
+        matches = sorted(session for session in here if text and session.startswith(text))
+        if not matches:
+            raise UnknownSession(f"no session here has an id that begins with {text!r}", hint="write the whole id")
+        if len(matches) > 1:
+            several = f"{text!r} means several sessions: {', '.join(matches)}"
+            raise InvalidRequest(several, param="session", hint="write more of the id")
+        return SessionId(matches[0])
+
+    def _session_row(self, answer: Answer, name_of: Callable[[ModelId], str]) -> dict[str, Any]:
+        return {
+            "id": answer.session,
+            "role": "coordinator",
+            "model": name_of(answer.card.id),
+            "state": answer.machine.state.value,
+            "tokens": len(answer.machine.tokens),
+            "prompt_tokens": answer.prompt_tokens,
+            "epoch": answer.machine.epoch,
+            "plan": answer.plan_header,
+            "method": answer.recoveries[-1].method if answer.recoveries else "",
+            "recoveries": [
+                {"epoch": each.epoch, "method": each.method, "reason": each.reason, "pause_ms": 1000 * each.pause_s}
+                for each in answer.recoveries
+            ],
+            "mirrors": [
+                {"stage": stage, "peer": peer, "name": self.membership.name_of(peer), "held": held}
+                for stage, (peer, held) in answer.mirrors.items()
+            ],
+            "deputies": self.coordinator.journal.deputies_of(answer.session),
+        }
+
+    def _model_row(self, card: ModelCard, adverts: list[Advert]) -> dict[str, Any]:
+        return {
+            "id": card.id,
+            "name": card.name,
+            "ref": card.ref,
+            "quantisation": card.quantisation,
+            "layers": card.spec.layers,
+            "context_length": card.spec.context_length,
+            "bytes": sum(card.layer_bytes) + card.embedding_bytes + (0 if card.spec.tied_head else card.head_bytes),
+            "answers": self.router.covered(card),
+            "on_disk": [advert.name for advert in adverts if any(known.id == card.id for known in advert.models)],
+            "holdings": [
+                {"peer": advert.peer, "name": advert.name, **msgspec.to_builtins(held), "layers": str(held.layers)}
+                for advert in adverts
+                for held in advert.holdings
+                if held.model == card.id
+            ],
+        }
+
+
+def _own_row(advert: Advert, address: str) -> dict[str, Any]:
+    return {
+        "id": advert.peer,
+        "name": advert.name,
+        "state": "alive",
+        "reason": "",
+        "addresses": [address],
+        "sources": ["self"],
+        "version": advert.version,
+        "incarnation": advert.incarnation,
+        **_advertised(advert),
+    }
+
+
+def _peer_row(row: dict[str, Any]) -> dict[str, Any]:
+    """The table's row under the public names."""
+    hosts = row.pop("addresses")
+    public = {
+        "id": row.pop("peer"),
+        "name": row.pop("name"),
+        "state": row.pop("state"),
+        "reason": row.pop("why"),
+        "addresses": list(dict.fromkeys(f"{known['host']}:{known['port']}" for known in hosts)),
+        "sources": list(dict.fromkeys(known["source"] for known in hosts)),
+    }
+    for held in row["holdings"]:
+        held["layers"] = "-".join(map(str, held["layers"]))
+    return public | row
+
+
+def _advertised(advert: Advert) -> dict[str, Any]:
+    holdings = [msgspec.to_builtins(held) | {"layers": str(held.layers)} for held in advert.holdings]
+    return {
+        "capability": msgspec.to_builtins(advert.capability),
+        "holdings": holdings,
+        "models": [card.name for card in advert.models],
+        "sessions": advert.sessions,
+        "api": advert.api,
+        "draining": advert.draining,
+    }

@@ -1,0 +1,246 @@
+"""What this device can do, measured in less than 15 s and remembered: nothing is advertised that was not measured here.
+
+Each backend is measured in a process of its own (`python -m meshd.agents.device.probe BACKEND THREADS BUDGET_S`), so that the
+daemon's thread pools and memory stay clean, and a backend that hangs or crashes costs its own measurement only. Free memory is not
+remembered but looked at each time.
+"""
+
+import asyncio
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+import meshd
+from meshd.agents.device.hardware import EnergyMeter, disk_read_rate, processor_name
+from meshd.agents.device.memory import Memory, measure_memory, usable_cores
+from meshd.agents.device.probe_record import FORMAT, Key, Record, Trial, load_record, measuring_alone, save_record
+from meshd.clock import Clock
+from meshd.errors import LocalFault, StorageError
+from meshd.types import Capability, Rates
+
+AUTO = "auto"
+LIMIT_S = 13.0
+"""For everything, the loading of libraries included; backends share what the disk leaves of it."""
+DEADLINE_S = 60.0
+"""For the first backend: where the libraries alone take long to load, the device is measured all the same."""
+_LEAST_DEADLINE_S = 5.0
+"""For the others: one that takes longer than this when the time is up is the slower one anyhow."""
+_PACKING_S = 1.5
+"""What a backend takes to load the weights it is measured with."""
+_LEAST_MEASURING_S = 1.0
+_SOFTWARE = ("numpy", "onnxruntime", "torch")
+
+Progress = Callable[[str, float], None]
+"""(what is being measured now, how far in 0..1)"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeResult:
+    """What is advertised, and how it came about."""
+
+    capability: Capability
+    memory: Memory
+    cores: int
+    trials: tuple[Trial, ...]
+    cached: bool
+    elapsed_s: float
+
+
+async def probe(
+    folder: Path,
+    *,
+    clock: Clock,
+    threads: int = 0,
+    backend: str = AUTO,
+    memory_cap_bytes: int | None = None,
+    roles: Sequence[str] = ("compute", "attention", "storage"),
+    refresh: bool = False,
+    progress: Progress = lambda _what, _fraction: None,
+) -> ProbeResult:
+    """Measure this device, or recall what was measured with the same hardware, software and settings.
+
+    `folder` is where it is remembered, and whose disk is measured; daemons of one machine may share it. `threads` 0 is one per
+    usable core; `backend` `auto` takes the fastest. Raises: LocalFault if no backend could be measured, StorageError. Cancel:
+    nothing goes on, nothing is remembered.
+    """
+    start = clock.monotonic()
+    cores = usable_cores()
+    key = _key(cores, threads or cores, _available() if backend == AUTO else (backend,))
+    recalled = None if refresh else load_record(folder, key)
+    record = recalled or await _measure_alone(key, folder, clock, progress, refresh=refresh)
+    progress("done", 1.0)
+    memory = measure_memory(memory_cap_bytes)
+    return ProbeResult(
+        capability=_capability(record, memory, tuple(roles)),
+        memory=memory,
+        cores=cores,
+        trials=record.trials,
+        cached=recalled is not None,
+        elapsed_s=clock.monotonic() - start,
+    )
+
+
+def report(result: ProbeResult) -> dict[str, Any]:
+    """For `meshd bench`: JSON-ready, stable keys; `rates` are what is advertised."""
+    capability = result.capability
+    return {
+        "processor": capability.processor,
+        "cores": result.cores,
+        "threads": capability.threads,
+        "backend": capability.backend,
+        "rates": msgspec.to_builtins(capability.rates),
+        "memory_total_bytes": capability.memory_total_bytes,
+        "memory_free_bytes": capability.memory_free_bytes,
+        "memory_bound_by": result.memory.bound_by,
+        "power_w": capability.power_w,
+        "backends": msgspec.to_builtins(result.trials),
+        "measured_at": capability.measured_at,
+        "cached": result.cached,
+        "elapsed_s": result.elapsed_s,
+    }
+
+
+def _available() -> tuple[str, ...]:
+    from meshd.kernels.backend import available_backends
+
+    return available_backends()
+
+
+def _key(cores: int, threads: int, backends: tuple[str, ...]) -> Key:
+    software = {"meshd": meshd.__version__, "python": platform.python_version()}
+    for name in _SOFTWARE:
+        try:
+            software[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return Key(
+        format=FORMAT,
+        machine=platform.machine(),
+        processor=processor_name(),
+        memory_bytes=psutil.virtual_memory().total,
+        cores=cores,
+        threads=threads,
+        backends=backends,
+        software=software,
+    )
+
+
+def _capability(record: Record, memory: Memory, roles: tuple[str, ...]) -> Capability:
+    best = _best(record.trials)
+    assert best.rates is not None
+    return Capability(
+        backend=best.backend,
+        processor=record.key.processor,
+        threads=record.key.threads,
+        memory_total_bytes=memory.total_bytes,
+        memory_free_bytes=memory.free_bytes,
+        rates=msgspec.structs.replace(best.rates, disk_bytes_s=record.disk_bytes_s),
+        roles=roles,
+        power_w=best.power_w,
+        measured_at=record.measured_at,
+    )
+
+
+def _best(trials: Sequence[Trial]) -> Trial:
+    """Raises: LocalFault if none has rates."""
+    best = min(trials, key=lambda trial: trial.layer_s, default=None)
+    if best is None or best.rates is None:
+        reasons = "; ".join(f"{trial.backend}: {trial.error}" for trial in trials) or "no backend is installed"
+        raise LocalFault(f"this device's speed can't be measured: {reasons}", hint="mend that, then try `meshd bench`")
+    return best
+
+
+async def _measure_alone(key: Key, folder: Path, clock: Clock, progress: Progress, *, refresh: bool) -> Record:
+    """Measure when no other daemon does, unless that one's measurement is what was wanted."""
+    progress("waiting", 0.0)
+    try:
+        async with measuring_alone(folder, clock, DEADLINE_S):
+            if not refresh and (record := load_record(folder, key)) is not None:
+                return record
+            record = await _measure(key, folder, clock, progress)
+            save_record(folder, record)
+            return record
+    except OSError as error:
+        raise StorageError(f"{folder} can't be used to measure this device: {error.strerror}", hint="make room there") from error
+
+
+async def _measure(key: Key, folder: Path, clock: Clock, progress: Progress) -> Record:
+    """Measure everything, one after the other. Raises: LocalFault, OSError."""
+    start = clock.monotonic()
+    progress("disk", 0.0)
+    disk_bytes_s = await asyncio.to_thread(disk_read_rate, folder)
+    trials: list[Trial] = []
+    for done, backend in enumerate(key.backends):
+        progress(backend, (done + 0.5) / (len(key.backends) + 0.5))
+        left_s = LIMIT_S - (clock.monotonic() - start)
+        measured = any(trial.rates is not None for trial in trials)
+        deadline_s = max(left_s, _LEAST_DEADLINE_S) if measured else DEADLINE_S
+        trials.append(await _try(backend, key.threads, left_s / (len(key.backends) - done), deadline_s))
+    _best(trials)
+    return Record(key=key, trials=tuple(trials), disk_bytes_s=disk_bytes_s, measured_at=clock.wall())
+
+
+async def _try(backend: str, threads: int, budget_s: float, deadline_s: float) -> Trial:
+    """Measure one backend in its own process. Cancel: the process is killed."""
+    meter = EnergyMeter()
+    arguments = ("-m", "meshd.agents.device.probe", backend, str(threads), str(budget_s))
+    # from meshd's own folder, where it can be imported and a stray file of the user's shadows nothing
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *arguments,
+        cwd=Path(meshd.__file__).parent.parent,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(deadline_s):
+            output, complaints = await process.communicate()
+    except TimeoutError:
+        return Trial(backend=backend, error=f"no result after {deadline_s:.0f} s")
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    return read_trial(backend, process.returncode or 0, output, complaints, meter.mean_w())
+
+
+def read_trial(backend: str, status: int, output: bytes, complaints: bytes, power_w: float | None) -> Trial:
+    """What a measuring process left: the last line it printed are the rates, or the last it complained is why not."""
+    try:
+        rates = msgspec.json.decode((output.splitlines() or [b""])[-1], type=Rates)
+    except msgspec.DecodeError:
+        lines = complaints.decode(errors="replace").strip().splitlines()
+        return Trial(backend=backend, error=lines[-1] if lines else f"its process ended with status {status}")
+    return Trial(backend=backend, rates=rates, power_w=power_w)
+
+
+def main(backend: str, threads: int, budget_s: float) -> None:
+    """The measuring process: prints its rates as one line of JSON. What loading takes comes off the budget."""
+    from meshd.kernels.backend import make_backend
+    from meshd.kernels.measure import measure
+
+    make_backend(backend, threads)
+    loading_s = time.time() - psutil.Process().create_time()
+    measured = measure(backend, threads, max(_LEAST_MEASURING_S, budget_s - loading_s - _PACKING_S))
+    rates = Rates(
+        decode_bytes_s=measured.decode_bytes_s,
+        prefill_flops_s=measured.prefill_flops_s,
+        memory_bytes_s=measured.memory_bytes_s,
+        attention_bytes_s=measured.attention_bytes_s,
+        disk_bytes_s=0.0,
+        layer_overhead_s=measured.layer_overhead_s,
+    )
+    print(msgspec.json.encode(rates).decode(), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))

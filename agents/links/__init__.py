@@ -1,0 +1,1 @@
+"""One authenticated pair of connections with each peer."""

@@ -1,0 +1,161 @@
+"""The addresses where a peer may be, and the patience to try them: one task per address, with back-off."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+from meshd.agents.links.link import Link
+from meshd.agents.links.table import LinkTable
+from meshd.clock import Clock
+from meshd.errors import MeshdError
+from meshd.protocol.transport import Address
+from meshd.types import PeerId
+
+log = logging.getLogger("meshd.links")
+STATIC = "static"
+"""The source of addresses that a person gave; they are tried for ever."""
+MAX_TARGETS = 256
+_FIRST_S = 0.2
+_LONGEST_S = 5.0
+_RECENT_LONGEST_S = 0.25
+_RECENT_S = 120.0
+_LIVED_S = 5.0
+_OWN_S = 60.0
+"""Our own address is tried again after this long: it may become another peer's."""
+
+
+class TargetRow(TypedDict):
+    """An address and what came of it."""
+
+    address: str
+    sources: list[str]
+    peer: PeerId | None
+    note: str
+    """Why there is no link; empty: there is one, or it was not tried yet."""
+
+
+@dataclass(slots=True)
+class _Target:
+    address: Address
+    sources: set[str]
+    peer: PeerId | None = None
+    failures: int = 0
+    linked_at: float | None = None
+    note: str = ""
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+
+
+def back_off_s(failures: int, longest_s: float, chance: float) -> float:
+    """Seconds to wait after so many failures in a row; `chance` in [0, 1) spreads peers that failed together."""
+    return min(longest_s, _FIRST_S * 2.0 ** min(failures - 1, 10)) * (0.5 + chance / 2)
+
+
+class Dialler:
+    """Pursues every address until it is forgotten: dials, rests while the peer there is linked, dials again."""
+
+    def __init__(self, dial: Callable[[Address], Awaitable[PeerId]], own: PeerId, table: LinkTable, clock: Clock) -> None:
+        self._dial = dial
+        self._own = own
+        self._table = table
+        self._clock = clock
+        self._targets: dict[Address, _Target] = {}
+        self._group: asyncio.TaskGroup | None = None
+
+    def connect(self, address: Address, source: str) -> None:
+        """Someone may be there: dial at once, also if it is known and waits for its turn."""
+        target = self._targets.get(address)
+        if target is None:
+            if len(self._targets) >= MAX_TARGETS:
+                log.warning("%s:%d is not tried: %d addresses are already", *address, MAX_TARGETS)
+                return
+            target = self._targets[address] = _Target(address, set())
+            self._start(target)
+        target.sources.add(source)
+        target.wake.set()
+
+    def forget(self, address: Address, source: str) -> None:
+        """This source no longer tells of the address; without any it is dialled no more. A link that is up stays."""
+        target = self._targets.get(address)
+        if target is None or source == STATIC:
+            return
+        target.sources.discard(source)
+        if not target.sources:
+            del self._targets[address]
+            if target.task is not None:
+                target.task.cancel()
+
+    def start(self, group: asyncio.TaskGroup) -> None:
+        """Pursue all, in tasks of this group."""
+        self._group = group
+        for target in self._targets.values():
+            self._start(target)
+
+    def stop(self) -> None:
+        """Pursue none any more."""
+        self._group = None
+        for target in self._targets.values():
+            if target.task is not None:
+                target.task.cancel()
+                target.task = None
+
+    def rows(self) -> list[TargetRow]:
+        """Every address, in the order they were told."""
+        return [
+            TargetRow(
+                address=f"{target.address[0]}:{target.address[1]}",
+                sources=sorted(target.sources),
+                peer=target.peer,
+                note=target.note,
+            )
+            for target in self._targets.values()
+        ]
+
+    def _start(self, target: _Target) -> None:
+        if self._group is not None:
+            target.task = self._group.create_task(self._pursue(target), name=f"dial {target.address[0]}:{target.address[1]}")
+
+    async def _pursue(self, target: _Target) -> None:
+        while True:
+            target.wake.clear()
+            try:
+                target.peer = await self._dial(target.address)
+                target.note = "this peer itself" if target.peer == self._own else ""
+            except MeshdError as error:
+                target.note = str(error)
+            except Exception as error:
+                log.exception("dialling %s:%d failed in a way that was not foreseen", *target.address)
+                target.note = f"not foreseen: {error}"
+            if target.peer is None or (link := self._table.get(target.peer)) is None:
+                target.failures += 1
+            else:
+                await link.gone.wait()
+                self._ended(target, link)
+            if target.failures:
+                await self._rest(target)
+
+    def _ended(self, target: _Target, link: Link) -> None:
+        """A link that lived is dialled anew at once, one that broke as soon as it was up is not."""
+        now = self._clock.monotonic()
+        target.failures = 0 if link.lived_s(now) >= _LIVED_S else target.failures + 1
+        if link.lived_s(now):
+            target.linked_at = now
+
+    async def _rest(self, target: _Target) -> None:
+        wait_s = _OWN_S if target.peer == self._own else back_off_s(target.failures, self._longest_s(target), self._chance())
+        try:
+            async with asyncio.timeout(wait_s):
+                await target.wake.wait()
+        except TimeoutError:
+            return
+        target.failures = 0
+
+    def _longest_s(self, target: _Target) -> float:
+        """A peer that was linked a moment ago is likely to come back: it is looked for often."""
+        recent = target.linked_at is not None and self._clock.monotonic() - target.linked_at < _RECENT_S
+        return _RECENT_LONGEST_S if recent else _LONGEST_S
+
+    def _chance(self) -> float:
+        return int.from_bytes(self._clock.random_bytes(4), "big") / 2**32

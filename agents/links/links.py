@@ -1,0 +1,316 @@
+"""The links of this peer with all others: one authenticated pair of connections each, found, kept alive and found again.
+
+Everything runs in one event loop. Handlers are called from within its read and must not block; one that takes time returns an
+awaitable.
+"""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypedDict
+
+import meshd
+from meshd.agents.links.dial import Dialler, TargetRow
+from meshd.agents.links.link import Link
+from meshd.agents.links.log import LinkLog, RefusalRow
+from meshd.agents.links.open import LinkMaker
+from meshd.agents.links.rpc import Dispatcher, Handler, M, to_view
+from meshd.agents.links.table import LinkTable, OnDown, OnUp, Timing
+from meshd.clock import Clock
+from meshd.errors import ConfigError, Overloaded, PeerLost
+from meshd.protocol import transport
+from meshd.protocol.framing import MAX_HEADER, MAX_PAYLOAD
+from meshd.protocol.identity import Identity
+from meshd.protocol.messages import FEATURES, PROTOCOL_VERSION, Goodbye, Hello, Lane, Message, Reply, Request
+from meshd.protocol.transport import Address, Buffer
+from meshd.types import PeerId
+
+log = logging.getLogger("meshd.links")
+_CLOSE_S = 0.9
+_ADDRESSES_PER_PEER = 16
+_MAX_LOCAL = 4096
+"""Messages to oneself that may wait for the event loop."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkSettings:
+    """Where links listen, and their timing."""
+
+    host: str = "0.0.0.0"
+    port: int = 6375
+    """0: a free one."""
+    timing: Timing = field(default_factory=Timing)
+
+
+class LinkRow(TypedDict):
+    """One link, for people and for `meshd status --json`."""
+
+    peer: PeerId
+    name: str
+    address: str
+    addresses: list[str]
+    dialled: bool
+    up_s: float
+    rtt_ms: float | None
+    rtt_min_ms: float | None
+    queued_bytes: int
+    bytes_in: int
+    bytes_out: int
+    software: str
+    features: list[str]
+
+
+class Links:
+    """The actor that owns all links.
+
+    `on_up(peer, hello, address)` comes before the first message of a link, `on_down(peer, reason)` after its last; a peer that
+    restarts goes down and up. `on_notice(text)` tells what a person should see: a copied identity, a version that doesn't match.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        name: str,
+        incarnation: int,
+        settings: LinkSettings,
+        clock: Clock,
+        on_up: OnUp,
+        on_down: OnDown,
+        on_notice: Callable[[str], None],
+    ) -> None:
+        self.id = identity.peer
+        self._settings = settings
+        self._clock = clock
+        self._linklog = LinkLog(clock)
+        self._dispatcher = Dispatcher(self.send, self._linklog)
+        self._table = LinkTable(self.id, self._dispatcher, clock, self._linklog, settings.timing, on_up, on_down)
+        self._maker = LinkMaker(
+            identity, _greeting(self.id, name, incarnation), self._table, clock, self._linklog, on_notice, self._met
+        )
+        self._dialler = Dialler(self._maker.dial, self.id, self._table, clock)
+        self._addresses: dict[PeerId, dict[Address, None]] = {}
+        self._listeners: list[socket.socket] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stop = asyncio.Event()
+        self._local = 0
+
+    # What other actors use
+
+    def register(self, message_type: type[M], handler: Handler[M]) -> None:
+        """Have messages of this type given to `handler(peer, message, payload)`.
+
+        It returns None, a Reply, or (Reply, payload), or an awaitable of these, which then runs as a task. A MeshdError that it
+        raises is sent as ERROR. The payload's memory belongs to the handler. Raises: ValueError if there is a handler already.
+        """
+        self._dispatcher.register(message_type, handler)
+
+    def send(self, peer: PeerId, message: Message, payload: Buffer | None = None) -> None:
+        """Send now or as soon as the socket takes it; never waits. To oneself it goes through the same handlers, in order.
+
+        The payload must not change afterwards. Raises: PeerLost, Overloaded, InvalidRequest (larger than the peer accepts).
+        """
+        if peer == self.id:
+            self._send_local(message, payload)
+            return
+        link = self._table.get(peer)
+        if link is None or not link.up:
+            raise PeerLost(f"{peer:.8} is not linked with this peer")
+        link.send(message, payload)
+
+    async def request(
+        self,
+        peer: PeerId,
+        message: Request | Callable[[int], Request],
+        payload: Buffer | None = None,
+        *,
+        timeout_s: float,
+    ) -> tuple[Reply, memoryview]:
+        """Send a request (or what makes one of a number) and wait for its reply and the reply's payload.
+
+        Raises: RemoteFailure if it answers ERROR; PeerLost if the link ends or nothing comes in time; Overloaded, InvalidRequest.
+        Cancel: a late reply is dropped.
+        """
+        return await self._dispatcher.request(peer, message, payload, timeout_s)
+
+    def next_request(self) -> int:
+        """A request number that was not used yet."""
+        return self._dispatcher.next_request()
+
+    def connect(self, host: str, port: int, source: str) -> None:
+        """Someone may be there: dial now and, with back-off, until the source forgets it. Source `static`: for ever."""
+        self._dialler.connect((host, port), source)
+
+    def forget(self, host: str, port: int, source: str) -> None:
+        """The source does not advertise this address any more."""
+        self._dialler.forget((host, port), source)
+
+    # What people see
+
+    def peers(self) -> list[PeerId]:
+        """Those that are linked now."""
+        return [link.peer for link in self._table if link.up]
+
+    def silence_s(self, peer: PeerId) -> float:
+        """How long nothing has come from a peer that is linked; infinite if it is not."""
+        link = self._table.get(peer)
+        return self._clock.monotonic() - link.heard if link is not None and link.up else float("inf")
+
+    def addresses(self, peer: PeerId) -> list[str]:
+        """Every address at which this peer was met, oldest first."""
+        return [f"{host}:{port}" for host, port in self._addresses.get(peer, ())]
+
+    def rows(self) -> list[LinkRow]:
+        """The links that are up."""
+        return [self._row(link) for link in self._table if link.up]
+
+    def refusals(self) -> list[RefusalRow]:
+        """Who was not linked with, and why; the latest 64."""
+        return self._linklog.rows()
+
+    def targets(self) -> list[TargetRow]:
+        """The addresses that are pursued, and why those without a link have none."""
+        return self._dialler.rows()
+
+    # Life
+
+    def bind(self) -> int:
+        """Begin to listen; the port. Raises: ConfigError if that is not possible."""
+        if not self._listeners:
+            host, port = self._settings.host, self._settings.port
+            try:
+                self._listeners = transport.listen(host, port)
+            except OSError as error:
+                raise ConfigError(
+                    f"links can't listen on {host}:{port}: {error.strerror or error}", hint="choose another with --link HOST:PORT"
+                ) from error
+            self._maker.listens_on(self._listeners[0].getsockname()[1])
+        return self._maker.greeting.port
+
+    async def run(self) -> None:
+        """Own all links until `close`. Raises: ConfigError as `bind`. Cancel: all connections are aborted."""
+        self.bind()
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._dispatcher.group = group
+                for listener in self._listeners:
+                    self._own(group.create_task(self._listen(group, listener)))
+                self._own(group.create_task(self._beat()))
+                self._dialler.start(group)
+                await self._stop.wait()
+                self._cancel_tasks()
+        finally:
+            self._dispatcher.group = None
+            for link in self._table:
+                link.end("this peer stops", on_purpose=True)
+            for listener in self._listeners:
+                listener.close()
+
+    async def close(self, reason: str) -> None:
+        """Say GOODBYE on every link and end `run`, within a second."""
+        self._dialler.stop()
+        links = list(self._table)
+        for link in links:
+            link.end(reason, Goodbye(reason=reason))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_S):
+                for link in links:
+                    await link.closed()
+        for link in links:
+            for connection in link.lanes.values():
+                connection.abort(reason)
+        self._stop.set()
+
+    async def _listen(self, group: asyncio.TaskGroup, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                raw, remote = await loop.sock_accept(listener)
+            except OSError as error:
+                self._linklog.warn("accept", "connections can't be accepted: %s", error)
+                await self._clock.sleep(self._settings.timing.heartbeat_s)
+            else:
+                task = group.create_task(self._maker.welcome(raw, remote[:2]))
+                task.add_done_callback(partial(_close_unwelcomed, raw))
+                self._own(task)
+
+    async def _beat(self) -> None:
+        while True:
+            await self._clock.sleep(self._settings.timing.heartbeat_s)
+            self._table.check()
+
+    def _own(self, task: asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _cancel_tasks(self) -> None:
+        self._dialler.stop()
+        self._dispatcher.cancel_tasks()
+        for task in self._tasks:
+            task.cancel()
+
+    # Insides
+
+    def _send_local(self, message: Message, payload: Buffer | None) -> None:
+        if self._local >= _MAX_LOCAL:
+            raise Overloaded(f"{_MAX_LOCAL} messages of this peer to itself wait already", retry_after_s=0.1)
+        self._local += 1
+        asyncio.get_running_loop().call_soon(self._deliver_local, message, to_view(payload))
+
+    def _deliver_local(self, message: Message, payload: memoryview) -> None:
+        self._local -= 1
+        self._dispatcher.deliver(self.id, message, payload)
+
+    def _met(self, peer: PeerId, address: Address) -> None:
+        known = self._addresses.setdefault(peer, {})
+        if len(known) < _ADDRESSES_PER_PEER:
+            known[address] = None
+
+    def _row(self, link: Link) -> LinkRow:
+        assert link.agreement is not None
+        hello = link.agreement.hello
+        host, port = link.lanes[Lane.CONTROL].remote
+        return LinkRow(
+            peer=link.peer,
+            name=hello.name,
+            address=f"{host}:{port}",
+            addresses=self.addresses(link.peer),
+            dialled=link.dialled,
+            up_s=self._clock.monotonic() - link.up_since,
+            rtt_ms=_ms(link.rtt_mean_s),
+            rtt_min_ms=_ms(link.rtt_min_s),
+            queued_bytes=link.queued_bytes,
+            bytes_in=sum(connection.bytes_in for connection in link.lanes.values()),
+            bytes_out=sum(connection.bytes_out for connection in link.lanes.values()),
+            software=hello.software,
+            features=sorted(link.agreement.features),
+        )
+
+
+def _greeting(own: PeerId, name: str, incarnation: int) -> Hello:
+    return Hello(
+        version=PROTOCOL_VERSION,
+        features=tuple(sorted(FEATURES)),
+        software=f"meshd/{meshd.__version__}",
+        peer=own,
+        name=name,
+        incarnation=incarnation,
+        link=0,
+        lane=Lane.CONTROL,
+        max_header=MAX_HEADER,
+        max_payload=MAX_PAYLOAD,
+        port=0,
+    )
+
+
+def _close_unwelcomed(raw: socket.socket, welcome: asyncio.Task[None]) -> None:
+    """A task that is cancelled before its first step closes nothing itself."""
+    if welcome.cancelled():
+        raw.close()
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e3

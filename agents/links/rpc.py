@@ -1,0 +1,175 @@
+"""Messages to handlers, and requests to their replies: what links do above their connections."""
+
+import asyncio
+import inspect
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from meshd.agents.links.log import LinkLog
+from meshd.errors import MeshdError, Overloaded, PeerLost, RemoteFailure
+from meshd.protocol.codec import Unknown
+from meshd.protocol.framing import EMPTY
+from meshd.protocol.messages import Error, Message, Reply, Request
+from meshd.protocol.transport import Buffer
+from meshd.types import PeerId
+
+log = logging.getLogger("meshd.links")
+
+M = TypeVar("M", bound=Message)
+Answer = Reply | tuple[Reply, Buffer] | None
+Handler = Callable[[PeerId, M, memoryview], Answer | Awaitable[Answer]]
+Send = Callable[[PeerId, Message, Buffer | None], None]
+
+MAX_TASKS = 256
+"""Asynchronous handlers that may run at once; further requests are answered `overloaded`."""
+MAX_REQUESTS = 1024
+"""Own requests that may wait for their reply at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    peer: PeerId
+    reply: asyncio.Future[tuple[Reply, memoryview]]
+
+
+class Dispatcher:
+    """Calls the handler of each message and sends what it answers; wakes who waits for a reply.
+
+    Handlers run from within the event loop's read; one that returns an awaitable goes on as a task of its own.
+    """
+
+    def __init__(self, send: Send, linklog: LinkLog) -> None:
+        self._send = send
+        self._linklog = linklog
+        self._handlers: dict[type[Message], Handler[Any]] = {}
+        self._waiting: dict[int, _Waiting] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._last_request = 0
+        self.group: asyncio.TaskGroup | None = None
+        """Owns the tasks of asynchronous handlers; set while the links run."""
+
+    def register(self, message_type: type[M], handler: Handler[M]) -> None:
+        """Have messages of this type handled. Raises: ValueError if they are already."""
+        if message_type in self._handlers:
+            raise ValueError(f"{message_type.__name__} has a handler already")
+        self._handlers[message_type] = handler
+
+    def next_request(self) -> int:
+        """A request number that this peer has not used."""
+        self._last_request += 1
+        return self._last_request
+
+    def deliver(self, peer: PeerId, message: Message, payload: memoryview) -> None:
+        """Hand a message to its handler, or to who waits for it."""
+        if isinstance(message, Reply) and self._resolve(peer, message, payload):
+            return
+        handler = self._handlers.get(type(message))
+        if handler is None:
+            self._unhandled(peer, message)
+            return
+        try:
+            answer = handler(peer, message, payload)
+        except Exception as error:
+            self._failed(peer, message, error)
+            return
+        if answer is None or isinstance(answer, Reply | tuple):
+            self._answer(peer, message, answer)
+        else:
+            self._spawn(peer, message, answer)
+
+    async def request(
+        self, peer: PeerId, message: Request | Callable[[int], Request], payload: Buffer | None, timeout_s: float
+    ) -> tuple[Reply, memoryview]:
+        """Send and wait for the reply.
+
+        Raises: RemoteFailure, PeerLost (time-out too), Overloaded, InvalidRequest. Cancel: a late reply is dropped.
+        """
+        asked = message if isinstance(message, Request) else message(self.next_request())
+        if len(self._waiting) >= MAX_REQUESTS:
+            raise Overloaded(f"{MAX_REQUESTS} requests to peers wait for their reply already")
+        waiting = _Waiting(peer, asyncio.get_running_loop().create_future())
+        self._waiting[asked.request] = waiting
+        try:
+            self._send(peer, asked, payload)
+            async with asyncio.timeout(timeout_s):
+                reply, data = await waiting.reply
+        except TimeoutError as error:
+            raise PeerLost(f"{peer:.8} gave no answer to {type(asked).__name__} within {timeout_s:g} s") from error
+        finally:
+            del self._waiting[asked.request]
+        if isinstance(reply, Error):
+            raise RemoteFailure(reply.message, remote_code=reply.code, hint=reply.hint)
+        return reply, data
+
+    def peer_lost(self, peer: PeerId, reason: str) -> None:
+        """Fail what waits for this peer."""
+        for waiting in self._waiting.values():
+            if waiting.peer == peer and not waiting.reply.done():
+                waiting.reply.set_exception(PeerLost(reason))
+
+    def cancel_tasks(self) -> None:
+        """End all asynchronous handlers."""
+        for task in self._tasks:
+            task.cancel()
+
+    def _resolve(self, peer: PeerId, reply: Reply, payload: memoryview) -> bool:
+        waiting = self._waiting.get(reply.request)
+        if waiting is None or waiting.peer != peer:
+            return False
+        if not waiting.reply.done():
+            waiting.reply.set_result((reply, payload))
+        return True
+
+    def _spawn(self, peer: PeerId, message: Message, answer: Awaitable[Answer]) -> None:
+        if self.group is None or len(self._tasks) >= MAX_TASKS:
+            if inspect.iscoroutine(answer):
+                answer.close()
+            self._failed(peer, message, Overloaded(f"{len(self._tasks)} requests of peers are under way already"))
+            return
+        task = self.group.create_task(self._finish(peer, message, answer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _finish(self, peer: PeerId, message: Message, answer: Awaitable[Answer]) -> None:
+        try:
+            self._answer(peer, message, await answer)
+        except Exception as error:
+            self._failed(peer, message, error)
+
+    def _answer(self, peer: PeerId, message: Message, answer: Answer) -> None:
+        if answer is not None:
+            reply, payload = answer if isinstance(answer, tuple) else (answer, None)
+            self._try_send(peer, reply, payload)
+
+    def _failed(self, peer: PeerId, message: Message, error: Exception) -> None:
+        if not isinstance(error, MeshdError):
+            log.error("handling %s of %.8s failed", type(message).__name__, peer, exc_info=error)
+            error = MeshdError(f"{type(message).__name__} could not be handled: {error!r}")
+        elif isinstance(message, Error):
+            return
+        request = message.request if isinstance(message, Request) else 0
+        session = getattr(message, "session", None)
+        self._try_send(peer, Error(request=request, code=error.code, message=error.message, hint=error.hint, session=session), None)
+
+    def _unhandled(self, peer: PeerId, message: Message) -> None:
+        if isinstance(message, Unknown | Request):
+            number = message.number_of if isinstance(message, Unknown) else message.number
+            text = f"message {number} is not handled here"
+            self._try_send(peer, Error(request=message.request, code="unknown_message", message=text, number_of=number), None)
+        elif isinstance(message, Error) and message.request == 0:
+            self._linklog.warn(f"error {peer} {message.code}", "%.8s: %s (%s)", peer, message.message, message.code)
+        else:
+            log.debug("%s of %.8s has no handler", type(message).__name__, peer)
+
+    def _try_send(self, peer: PeerId, reply: Reply, payload: Buffer | None) -> None:
+        try:
+            self._send(peer, reply, payload)
+        except MeshdError as error:
+            log.debug("%s to %.8s not sent: %s", type(reply).__name__, peer, error)
+
+
+def to_view(payload: Buffer | None) -> memoryview:
+    """A payload as its receiver sees it."""
+    return EMPTY if payload is None else memoryview(payload).cast("B")

@@ -1,0 +1,190 @@
+"""The links of a peer, at most one with each other peer: how they come up, what keeps them alive, how they end."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from meshd.agents.links.link import Link
+from meshd.agents.links.log import LinkLog
+from meshd.agents.links.rpc import Dispatcher
+from meshd.clock import Clock
+from meshd.errors import MeshdError, ProtocolViolation
+from meshd.protocol.framing import Frame
+from meshd.protocol.handshake import Agreement, Verdict, choose_link
+from meshd.protocol.messages import Goodbye, Heartbeat, HeartbeatAck, Hello, Lane, Message, Probe, ProbeAck
+from meshd.protocol.transport import Address, Connection
+from meshd.types import PeerId
+
+log = logging.getLogger("meshd.links")
+LEFT = "it left"
+"""How the reason begins when a peer said goodbye: no fault."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """When a link counts as lost, in seconds."""
+
+    heartbeat_s: float = 0.5
+    silence_s: float = 2.0
+    handshake_s: float = 5.0
+    """For TLS, HELLO and the second lane, each."""
+    connect_s: float = 1.0
+    """For TCP to one address."""
+
+
+OnUp = Callable[[PeerId, Hello, Address], None]
+OnDown = Callable[[PeerId, str], None]
+
+
+class LinkTable:
+    """Owns every Link. A link is announced with `on_up` before its first message, and with `on_down` after its last."""
+
+    def __init__(
+        self, own: PeerId, dispatcher: Dispatcher, clock: Clock, linklog: LinkLog, timing: Timing, on_up: OnUp, on_down: OnDown
+    ) -> None:
+        self.own = own
+        self.timing = timing
+        self._dispatcher = dispatcher
+        self._now = clock.monotonic
+        self._linklog = linklog
+        self._on_up = on_up
+        self._on_down = on_down
+        self._links: dict[PeerId, Link] = {}
+        self._checked = clock.monotonic()
+
+    def __len__(self) -> int:
+        return len(self._links)
+
+    def __iter__(self) -> Iterator[Link]:
+        return iter(tuple(self._links.values()))
+
+    def get(self, peer: PeerId) -> Link | None:
+        """The link with a peer, up or not yet."""
+        return self._links.get(peer)
+
+    # A link comes up
+
+    def dialled(self, peer: PeerId, number: int) -> Link:
+        """Begin a link that we dial; there must be none with this peer."""
+        return self._begin(peer, number, dialled=True)
+
+    def offered(self, agreement: Agreement) -> Link | None:
+        """Begin a link that a peer dialled; None if the one that is there stays."""
+        hello = agreement.hello
+        present = self._links.get(hello.peer)
+        fresh_s = 2 * self.timing.heartbeat_s
+        verdict = choose_link(present.present(self._now()) if present else None, hello, self.own, fresh_s=fresh_s)
+        if verdict is Verdict.REFUSE:
+            return None
+        if present is not None:
+            known = present.agreement
+            restarted = known is not None and known.hello.incarnation != hello.incarnation
+            present.end("it has restarted" if restarted else "it has dialled anew")
+        return self._begin(hello.peer, hello.link, dialled=False)
+
+    def join(self, link: Link, lane: Lane, connection: Connection, agreement: Agreement) -> None:
+        """Add a lane. Raises: PeerLost if its connection has closed already."""
+        link.agreement = agreement
+        connection.accepts = agreement.limits
+        connection.attach(partial(self._received, link), lambda _, reason: link.end(reason))
+        link.lanes[lane] = connection
+
+    def bring_up(self, link: Link) -> None:
+        """Both sides have both lanes."""
+        assert link.agreement is not None
+        link.up = True
+        link.heard = link.up_since = self._now()
+        hello = link.agreement.hello
+        remote = link.lanes[Lane.CONTROL].remote
+        address = remote if link.dialled else (remote[0], hello.port)
+        log.info("linked with %s (%.8s) at %s:%d", hello.name, link.peer, *address)
+        _tell(partial(self._on_up, link.peer, hello, address))
+
+    def _begin(self, peer: PeerId, number: int, *, dialled: bool) -> Link:
+        link = Link(peer, number, dialled=dialled, now=self._now(), on_end=self._ended)
+        self._links[peer] = link
+        return link
+
+    def _ended(self, link: Link, reason: str, on_purpose: bool) -> None:
+        if self._links.get(link.peer) is link:
+            del self._links[link.peer]
+        if not link.up:
+            return
+        link.up = False
+        if on_purpose:
+            log.info("the link with %.8s has ended: %s", link.peer, reason)
+        else:
+            self._linklog.warn(f"down {link.peer} {reason}", "the link with %.8s is down: %s", link.peer, reason)
+        self._dispatcher.peer_lost(link.peer, reason)
+        _tell(partial(self._on_down, link.peer, reason))
+
+    # What keeps it alive
+
+    def check(self) -> None:
+        """Once per heartbeat: send one to each peer, and end the links that were silent for too long.
+
+        If it is we who were late, every peer gets one more interval: what it sent may still lie unread.
+        """
+        now = self._now()
+        stalled = now - self._checked > 2 * self.timing.heartbeat_s
+        self._checked = now
+        for link in self:
+            if stalled:
+                link.heard = max(link.heard, now - self.timing.silence_s + self.timing.heartbeat_s)
+            self._check(link, now)
+
+    def _check(self, link: Link, now: float) -> None:
+        if not link.up:
+            if now - link.born > 3 * self.timing.handshake_s:
+                link.end("it did not come up in time")
+        elif now - link.heard >= self.timing.silence_s:
+            link.end(f"silent for {now - link.heard:.1f} s")
+        else:
+            _try(partial(link.beat, now))
+
+    # What comes in
+
+    def _received(self, link: Link, connection: Connection, message: Message, frame: Frame) -> None:
+        link.heard = self._now()
+        if not link.up:
+            if link.dialled or not link.joined:
+                raise ProtocolViolation(f"{type(message).__name__} before the link was up")
+            # The dialler speaks only once it has both lanes: from here on both sides have the link.
+            self.bring_up(link)
+        if message.number > ProbeAck.number or not self._link_message(link, message, frame):
+            self._dispatcher.deliver(link.peer, message, frame.payload)
+
+    def _link_message(self, link: Link, message: Message, frame: Frame) -> bool:
+        """Handle what is about the link itself; False: it is for the dispatcher."""
+        match message:
+            case Heartbeat():
+                _try(partial(link.send, HeartbeatAck(sequence=message.sequence, sent_ns=message.sent_ns)))
+            case HeartbeatAck():
+                link.beat_answered(message, link.heard)
+            case Goodbye():
+                link.end(f"{LEFT}: {message.reason}", on_purpose=True)
+            case Hello():
+                raise ProtocolViolation("HELLO on a link that is up")
+            case Probe():
+                answer = ProbeAck(request=message.request, received_bytes=len(frame.payload), receive_s=frame.receive_s)
+                _try(partial(link.send, answer, frame.payload if message.echo else None))
+            case _:
+                return False
+        return True
+
+
+def _try(send: Callable[[], None]) -> None:
+    """What can't be sent now is repeated by its nature."""
+    try:
+        send()
+    except MeshdError as error:
+        log.debug("not sent: %s", error)
+
+
+def _tell(listener: Callable[[], None]) -> None:
+    """A listener's fault is not the link's."""
+    try:
+        listener()
+    except Exception:
+        log.exception("a listener of the links failed")

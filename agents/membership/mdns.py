@@ -1,0 +1,242 @@
+"""How peers of a cluster find one another: mDNS on the LAN, and the list that a person gives. Both are hints for the links.
+
+What mDNS shows to anyone who listens: the instance name is the peer's id, the SRV record has the link's port, and TXT carries the
+cluster's public fingerprint, protocol and software version, the device's name and a load summary. Nothing else.
+
+Speed. RFC 6762 has a responder probe before it announces (zeroconf takes 1.2 s for it) unless it knows by other means that its name
+is unique (section 8.1): here the name is the hash of a public key, so it announces at once. One probe is sent all the same, because
+it is the one question that everyone answers immediately; a newcomer so knows all others within milliseconds.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from zeroconf import Error as ZeroconfError
+from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
+
+from meshd.agents.membership.interfaces import (
+    Choice,
+    Interface,
+    choose,
+    nearest_first,
+    present_interfaces,
+    shortcoming,
+    used_addresses,
+)
+from meshd.agents.membership.mdns_records import Announcement, Ear, Resolver, browse, probe, to_info
+from meshd.agents.membership.sources import Duplicate, Found, Gone, Notice, OnSighting
+from meshd.clock import Clock
+from meshd.types import PeerId
+from meshd.values import Address
+
+RECHECK_S = 2.0
+"""How often interfaces are looked at anew."""
+_AGAIN_S = 1.0
+"""Until a second announcement (RFC 6762 section 8.3). Others' zeroconf drops a packet that it heard within 0.8 s: one that came
+back at once after a power loss would be taken for its former self."""
+_LOAD_EVERY_S = 10.0
+"""A changed load summary is announced at most this often."""
+_WOKEN_S = 5.0
+"""The wall clock ran ahead of the monotonic one by this much between two looks: the device slept."""
+_MAX_PEERS = 256
+"""Remembered of each kind (own cluster, others): a flood of made-up records costs no more than this."""
+_ANY_HOST = frozenset({"", "0.0.0.0", "::"})
+_T = TypeVar("_T")
+
+
+class StaticPeers:
+    """The peers named by `--peer`. Their names are passed on as they are, so that every dial resolves them anew."""
+
+    def __init__(self, peers: Sequence[Address], on_sighting: OnSighting, *, clock: Clock, every_s: float = 5.0) -> None:
+        self._peers = tuple(peers)
+        self._on_sighting = on_sighting
+        self._clock = clock
+        self._every_s = every_s
+
+    async def run(self) -> None:
+        """Name every peer now and every `every_s` again: whoever was lost is dialled anew."""
+        while True:
+            for peer in self._peers:
+                self._on_sighting(Found(source="static", peer=None, addresses=(peer.host,), port=peer.port))
+            await self._clock.sleep(self._every_s)
+
+
+class MdnsDiscovery:
+    """Advertises this peer and listens for others, on every usable interface or on those named."""
+
+    def __init__(
+        self,
+        announcement: Announcement,
+        on_sighting: OnSighting,
+        *,
+        clock: Clock,
+        interfaces: Sequence[str] = (),
+        host: str = "0.0.0.0",
+        scan: Callable[[], list[Interface]] = present_interfaces,
+    ) -> None:
+        """`interfaces` are names or addresses. `host` is where links listen: if that is one address, only it is advertised."""
+        self._announcement = announcement
+        self._on_sighting = on_sighting
+        self._clock = clock
+        self._host = "" if host in _ANY_HOST else host
+        self._named = tuple(interfaces) or ((self._host,) if self._host else ())
+        self._scan = scan
+        self._choices: list[Choice] = []
+        self._own_addresses: set[str] = set()
+        self._others: dict[PeerId, str] = {}
+        self._present: dict[PeerId, Found] = {}
+        self._load = self._announced_load = ""
+        self._said: dict[str, tuple[str, str] | None] = {}
+
+    @property
+    def interfaces(self) -> list[Choice]:
+        """Every interface with whether it is used and why, as of the last look."""
+        return list(self._choices)
+
+    def other_clusters(self) -> dict[str, int]:
+        """Peers seen that are of another cluster, counted by its fingerprint."""
+        counts: dict[str, int] = {}
+        for cluster in self._others.values():
+            counts[cluster] = counts.get(cluster, 0) + 1
+        return counts
+
+    def set_load(self, load: str) -> None:
+        """A summary for people; a change is announced within 10 s or so."""
+        self._load = load
+
+    async def run(self) -> None:
+        """Advertise and listen. Without permission or multicast it says so and tries again. Cancel: goodbye, in 0.3 s."""
+        while True:
+            self._look()
+            try:
+                zeroconf = AsyncZeroconf(interfaces=self._addresses())
+            except OSError as error:
+                self._say("mdns", _failure(error))
+            else:
+                await self._serve(zeroconf)
+            await self._clock.sleep(RECHECK_S)
+
+    async def _serve(self, zeroconf: AsyncZeroconf) -> None:
+        """Until cancelled, or until mDNS fails."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                await self._advertise_and_listen(zeroconf, tasks)
+        except* (OSError, ZeroconfError) as group:
+            self._say("mdns", _failure(group.exceptions[0]))
+        finally:
+            await zeroconf.async_close()
+
+    async def _advertise_and_listen(self, zeroconf: AsyncZeroconf, tasks: asyncio.TaskGroup) -> None:
+        zc = zeroconf.zeroconf
+        # before the first await: what comes in before there is an ear is cached, and never told again
+        zc.async_add_listener(Ear(Resolver(zc, tasks, self._tell).heard, self._gone), None)
+        browser = browse(zc)
+        try:
+            await zc.async_wait_for_start()
+            probe(zc, self._info())
+            await (await zeroconf.async_register_service(self._info(), cooperating_responders=True))
+            self._say("mdns", None)
+            await self._clock.sleep(_AGAIN_S)
+            await (await zeroconf.async_update_service(self._info()))
+            while True:
+                await self._wait_for_change(zeroconf)
+                await browser.async_cancel()
+                browser = browse(zc)
+                probe(zc, self._info())
+        finally:
+            await browser.async_cancel()
+
+    async def _wait_for_change(self, zeroconf: AsyncZeroconf) -> None:
+        """Keep the load up to date until the device has moved or woken; then tell others where it is now."""
+        since = self._clock.monotonic()
+        while True:
+            before, slept = self._choices, self._clock.wall() - self._clock.monotonic()
+            await self._clock.sleep(RECHECK_S)
+            self._look()
+            slept = self._clock.wall() - self._clock.monotonic() - slept
+            if slept > _WOKEN_S or _bound(before) != _bound(self._choices):
+                return await self._move(zeroconf, before)
+            if self._load != self._announced_load and self._clock.monotonic() - since >= _LOAD_EVERY_S:
+                since = self._clock.monotonic()
+                await (await zeroconf.async_update_service(self._info()))
+
+    async def _move(self, zeroconf: AsyncZeroconf, before: list[Choice]) -> None:
+        """Announce on what interfaces there are now. One that came back under its old address needs a new socket too."""
+        announcing = await zeroconf.async_update_service(self._info())
+        kept = {address for _, _, address in _bound(before) & _bound(self._choices)}
+        await zeroconf.async_update_interfaces([address for address in self._addresses() if address in kept])
+        await zeroconf.async_update_interfaces(self._addresses())
+        await announcing
+
+    def _look(self) -> None:
+        self._choices = choose(self._scan(), self._named)
+        self._own_addresses.update(self._addresses())
+        self._say("interfaces", shortcoming(self._choices, self._named))
+
+    def _addresses(self) -> list[str]:
+        addresses = used_addresses(self._choices)
+        return [self._host] if self._host in addresses else addresses
+
+    def _info(self) -> AsyncServiceInfo:
+        """What is announced now."""
+        self._announced_load = self._load
+        return to_info(self._announcement, self._load, self._addresses())
+
+    def _tell(self, found: Found) -> None:
+        peer = found.peer
+        if peer == self._announcement.peer:
+            self._tell_of_duplicate(found)
+        elif peer is not None and found.cluster != self._announcement.cluster:
+            self._gone(peer)
+            _remember(self._others, peer, found.cluster)
+        elif peer is not None:
+            self._others.pop(peer, None)
+            found = replace(found, addresses=nearest_first(found.addresses, self._choices))
+            _remember(self._present, peer, found)
+            self._on_sighting(found)
+
+    def _tell_of_duplicate(self, found: Found) -> None:
+        """Our own records come back to us; those with another address or port are of a daemon that took our identity along."""
+        foreign = tuple(address for address in found.addresses if address not in self._own_addresses)
+        if foreign or found.port != self._announcement.port:
+            addresses = foreign or found.addresses
+            self._on_sighting(Duplicate(source="mdns", peer=self._announcement.peer, addresses=addresses, port=found.port))
+
+    def _gone(self, instance: str) -> None:
+        peer = PeerId(instance)
+        self._others.pop(peer, None)
+        if self._present.pop(peer, None) is not None:
+            self._on_sighting(Gone(source="mdns", peer=peer))
+
+    def _say(self, about: str, trouble: tuple[str, str] | None) -> None:
+        """Once, until it changes."""
+        if trouble != self._said.get(about):
+            self._said[about] = trouble
+            if trouble is not None:
+                message, hint = trouble
+                self._on_sighting(Notice(source="mdns", message=message, hint=hint))
+
+
+def _failure(error: Exception) -> tuple[str, str]:
+    hint = "free UDP port 5353, or let its owner share it; peers named by --peer are dialled all the same"
+    return f"peers on the LAN can't be looked for by mDNS: {error}", hint
+
+
+def _bound(choices: Sequence[Choice]) -> set[tuple[int, str, str]]:
+    """What sockets are bound to: when this changes they have to be opened anew."""
+    return {
+        (choice.interface.index, choice.interface.name, address)
+        for choice in choices
+        if choice.used
+        for address in choice.interface.addresses
+    }
+
+
+def _remember(memory: dict[PeerId, _T], peer: PeerId, value: _T) -> None:
+    """The oldest is forgotten when there are too many."""
+    memory.pop(peer, None)
+    memory[peer] = value
+    if len(memory) > _MAX_PEERS:
+        del memory[next(iter(memory))]

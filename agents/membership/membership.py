@@ -1,0 +1,291 @@
+"""The cluster as this peer lives it: feeds the table of peers, does what it commands, and tells the others of us.
+
+Every peer keeps the newest advert of every other. What changes here is told to all within a tenth of a second, and again every few
+seconds, so that figures that only drift (free memory, measured times) are never old.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+from logging import getLogger
+from typing import Any
+
+from meshd.agents.links.links import Links
+from meshd.agents.links.probe import LinkProber
+from meshd.agents.links.table import LEFT
+from meshd.agents.membership.peer_events import (
+    AdvertReceived,
+    Dial,
+    Event,
+    Forget,
+    GoodbyeReceived,
+    HeartbeatMissed,
+    HeartbeatReceived,
+    LinkDown,
+    LinkUp,
+    Publish,
+    State,
+)
+from meshd.agents.membership.sources import Duplicate, Found, Gone, Notice, Sighting, Source
+from meshd.agents.membership.table import IllegalTransition, PeerTable, stranger_row
+from meshd.agents.observe.events import EventBus
+from meshd.clock import Clock
+from meshd.errors import MeshdError
+from meshd.protocol.messages import Advertise, Hello
+from meshd.types import Advert, Capability, Holding, ModelCard, PeerId, is_peer_id
+from meshd.values import Address, parse_address
+
+log = getLogger(__name__)
+
+_GATHER_S = 0.05
+"""Changes within this time are told in one advert."""
+_REPEAT_S = 5.0
+_SWEEP_S = 0.5
+_SUSPECT_S = 1.2
+"""Two heartbeats missed; the link itself is given up at 2 s."""
+_NOTICES = 20
+_MAX_NEIGHBOURS = 64
+GOSSIP = "gossip"
+"""The source of what other peers tell."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Self:
+    """What this peer tells of itself; the functions give the present state."""
+
+    peer: PeerId
+    name: str
+    incarnation: int
+    version: str
+    capability: Callable[[], Capability]
+    holdings: Callable[[], tuple[Holding, ...]]
+    models: Callable[[], tuple[ModelCard, ...]]
+    sessions: Callable[[], int]
+    api: Callable[[], str]
+    draining: Callable[[], bool]
+
+
+@dataclass(slots=True)
+class Membership:
+    """Owns the table. `on_advert` hears of every advert of another peer, `on_gone` of every peer whose link is down."""
+
+    about: Self
+    links: Links
+    prober: LinkProber
+    clock: Clock
+    bus: EventBus
+    on_advert: Callable[[Advert], None]
+    on_gone: Callable[[PeerId, str], None]
+    link_address: str = ""
+    table: PeerTable = field(default_factory=PeerTable)
+    notices: dict[str, str] = field(default_factory=dict)
+    """Message to hint; what a person should know."""
+    _dialled: dict[PeerId, set[tuple[Address, str]]] = field(default_factory=dict)
+    _revision: int = 0
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def register(self) -> None:
+        """Take adverts from the links."""
+        self.links.register(Advertise, self._on_advertise)
+
+    async def run(self, sources: Iterable[Source]) -> None:
+        """Look for peers and tell them of us. Cancel: sources say goodbye."""
+        async with asyncio.TaskGroup() as tasks:
+            for source in sources:
+                tasks.create_task(source.run(), name=type(source).__name__)
+            tasks.create_task(self._publish(), name="adverts")
+            tasks.create_task(self._sweep(), name="sweep")
+
+    # What others are told
+
+    def changed(self) -> None:
+        """Something that the advert tells has changed: tell it soon."""
+        self._changed.set()
+
+    def own_advert(self) -> Advert:
+        """As of now."""
+        return Advert(
+            peer=self.about.peer,
+            name=self.about.name,
+            incarnation=self.about.incarnation,
+            revision=self._revision,
+            version=self.about.version,
+            capability=self.about.capability(),
+            holdings=self.about.holdings(),
+            models=self.about.models(),
+            links=self.prober.stats(),
+            neighbours=self._neighbours(),
+            sessions=self.about.sessions(),
+            api=self.about.api(),
+            draining=self.about.draining(),
+        )
+
+    def _neighbours(self) -> dict[PeerId, str]:
+        met = {peer: self.links.addresses(peer) for peer in self.links.peers()[:_MAX_NEIGHBOURS]}
+        return {peer: addresses[0] for peer, addresses in met.items() if addresses}
+
+    async def _publish(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(_REPEAT_S):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+            else:
+                await self.clock.sleep(_GATHER_S)
+            self._changed.clear()
+            self._revision += 1
+            advert = self.own_advert()
+            for peer in self.links.peers():
+                self._tell(peer, advert)
+
+    def _tell(self, peer: PeerId, advert: Advert) -> None:
+        try:
+            self.links.send(peer, Advertise(advert=advert))
+        except MeshdError as error:
+            log.debug("advert to %.8s not sent: %s", peer, error)
+
+    # What we know of others
+
+    def adverts(self) -> list[Advert]:
+        """Of all live peers, our own first: what plans are made from."""
+        return [self.own_advert(), *self.table.adverts()]
+
+    def suspects(self) -> list[Advert]:
+        """Of peers that are silent while their link stands: nothing new for them, but what they hold is not lost yet."""
+        return [peer.advert for peer in self.table.linked() if peer.state is State.SUSPECT and peer.advert is not None]
+
+    def name_of(self, peer: PeerId) -> str:
+        """What people call a peer; the beginning of its id if it is not known."""
+        if peer == self.about.peer:
+            return self.about.name
+        known = self.table.get(peer)
+        return known.name if known is not None and known.name else peer[:8]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The table's rows, and one for each address that was refused and has no peer in the table."""
+        rows = self.table.rows(self.clock.monotonic())
+        shown = {row["peer"] for row in rows} | {f"{known['host']}:{known['port']}" for row in rows for known in row["addresses"]}
+        refused = [row for row in self.links.refusals() if row["address"] not in shown and (row["peer"] or "") not in shown]
+        return rows + [_refused_row(row["address"], row["peer"] or "", row["reason"]) for row in refused]
+
+    async def probe_links(self) -> None:
+        """Measure the links to all peers anew, one after another."""
+        for peer in self.links.peers():
+            await self.prober.probe(peer)
+        self.changed()
+
+    def notice(self, message: str, hint: str = "") -> None:
+        """Something that a person should know; the newest are kept for `meshd status`."""
+        if message not in self.notices:
+            log.warning("%s%s", message, f"; {hint}" if hint else "")
+        self.notices.pop(message, None)
+        self.notices[message] = hint
+        while len(self.notices) > _NOTICES:
+            del self.notices[next(iter(self.notices))]
+
+    # Events
+
+    def on_sighting(self, sighting: Sighting) -> None:
+        """A source says something."""
+        match sighting:
+            case Found() | Gone():
+                self._apply(sighting)
+            case Duplicate():
+                self.notice(
+                    f"another daemon at {', '.join(sighting.addresses)} has this peer's identity: its state folder was copied",
+                    "remove identity.key from the copy and start it again",
+                )
+            case Notice():
+                self.notice(sighting.message, sighting.hint)
+
+    def on_up(self, peer: PeerId, hello: Hello, address: tuple[str, int]) -> None:
+        """A link stands."""
+        dialled = Address(*address)
+        version = hello.software.removeprefix("meshd/")
+        self._apply(LinkUp(peer, hello.incarnation, hello.name, version, dialled))
+        self._tell(peer, self.own_advert())
+        self.prober.link_up(peer)
+
+    def on_down(self, peer: PeerId, reason: str) -> None:
+        """A link is down."""
+        left = reason.startswith(LEFT)
+        self._apply(GoodbyeReceived(peer, reason) if left else LinkDown(peer, reason))
+        self.prober.link_down(peer)
+        self.on_gone(peer, reason)
+
+    def _on_advertise(self, sender: PeerId, message: Advertise, payload: memoryview) -> None:
+        if message.advert.peer != sender:
+            return
+        self._apply(AdvertReceived(message.advert))
+        self.on_advert(message.advert)
+        for peer, address in islice(message.advert.neighbours.items(), _MAX_NEIGHBOURS):
+            self._hear_of(peer, address)
+
+    def _hear_of(self, peer: PeerId, address: str) -> None:
+        """A peer told of another one: a hint like that of any source."""
+        known = self.table.get(peer)
+        if peer == self.about.peer or (known is not None and (known.linked or known.state is State.REFUSED)):
+            return
+        try:
+            found = parse_address(address, 0)
+        except ValueError:
+            return
+        if is_peer_id(peer) and found.port:
+            self._apply(Found(source=GOSSIP, peer=peer, addresses=(found.host,), port=found.port))
+
+    def _apply(self, event: Event) -> None:
+        try:
+            commands = self.table.apply(event, self.clock.monotonic())
+        except MeshdError as error:
+            self.notice(error.message, error.hint)
+            return
+        except IllegalTransition:
+            log.exception("the table of peers refused an event")
+            return
+        for command in commands:
+            match command:
+                case Dial(peer, addresses):
+                    self._dial(peer, addresses, event.source if isinstance(event, Found) else GOSSIP)
+                case Forget(peer):
+                    self._forget(peer)
+                case Publish(peer, state, was, why):
+                    self._publish_change(peer, state.value if state else "forgotten", was.value if was else "", why)
+
+    def _dial(self, peer: PeerId | None, addresses: Iterable[Address], source: str) -> None:
+        for address in addresses:
+            self.links.connect(address.host, address.port, source)
+            if peer is not None:
+                self._dialled.setdefault(peer, set()).add((address, source))
+
+    def _forget(self, peer: PeerId) -> None:
+        for address, source in self._dialled.pop(peer, set()):
+            self.links.forget(address.host, address.port, source)
+
+    def _publish_change(self, peer: PeerId, state: str, was: str, why: str) -> None:
+        if state != was:
+            log.info("peer %s (%.8s) is %s%s", self.name_of(peer), peer, state, f": {why}" if why else "")
+        self.bus.publish("peer", peer=peer, name=self.name_of(peer), state=state, was=was, reason=why)
+
+    def _suspect(self) -> None:
+        """A peer that missed heartbeats gets no new work while its link still stands."""
+        for known in self.table.linked():
+            if self.links.silence_s(known.id) > _SUSPECT_S:
+                self._apply(HeartbeatMissed(known.id))
+            elif known.state is State.SUSPECT:
+                self._apply(HeartbeatReceived(known.id))
+
+    async def _sweep(self) -> None:
+        while True:
+            await self.clock.sleep(_SWEEP_S)
+            self._suspect()
+            for command in self.table.expire(self.clock.monotonic()):
+                if isinstance(command, Forget):
+                    self._forget(command.peer)
+
+
+def _refused_row(address: str, peer: str, why: str) -> dict[str, Any]:
+    host, colon, port = address.rpartition(":")
+    known = Address(host, int(port)) if colon and port.isdecimal() else Address(address, 0)
+    return stranger_row(known, "link", State.REFUSED, why, peer)

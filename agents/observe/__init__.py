@@ -1,0 +1,1 @@
+"""What happens on this peer, for those who watch."""

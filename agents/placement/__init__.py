@@ -1,0 +1,1 @@
+"""Which weights are on which peers, and how they get there."""

@@ -1,0 +1,236 @@
+"""Places a model over the mesh: asks the planner where, tells the peers, and says how far they are."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import msgspec
+
+from meshd.agents.links.links import Links
+from meshd.agents.placement.model_library import Library
+from meshd.agents.placement.plan_input import CONTEXTS_OF_KV, LEAST_CONTEXT, USUAL_CONTEXT, problem_of, repair_question
+from meshd.agents.service import MeshOptions, PlacementStep
+from meshd.clock import Clock
+from meshd.errors import DoesNotFit, MeshdError
+from meshd.planner.model.memory import allowed_bytes, stage_memory
+from meshd.planner.problem import PlanInput
+from meshd.planner.search.repair import repair_within
+from meshd.planner.search.solve import Solution, solve
+from meshd.protocol.messages import Place, Unplace, Unplaced
+from meshd.types import Advert, Holding, LayerRange, ModelCard, ModelId, Objective, PeerId, StagePlan
+
+_DEADLINE_S = 3600.0
+"""A download over a slow line may be part of it."""
+_UNPLACE_S = 10.0
+_PROGRESS_S = 0.2
+_ADVERTISED_S = 5.0
+_REPAIR_TRIES = 3
+"""Times that a repair looks for other peers when some that it asked could not load."""
+
+
+@dataclass(slots=True)
+class Placer:
+    """Any peer can place a model on any others."""
+
+    links: Links
+    library: Library
+    adverts: Callable[[], list[Advert]]
+    names: Callable[[PeerId], str]
+    clock: Clock
+
+    async def place(self, card: ModelCard, mesh: MeshOptions, *, context: int | None = None) -> AsyncGenerator[PlacementStep, None]:
+        """Load the model where the planner, or `mesh.stages`, says; the steps of every peer as they change.
+
+        `context` None: the usual one, or less if memory allows no more. Raises: InvalidRequest, NoPeer, DoesNotFit, and what a peer
+        could not do. Cancel: peers that have begun finish their part.
+        """
+        problem, solution = self._solve(card, mesh, context)
+        loop = asyncio.get_running_loop()
+        wanted = {stage: self._kv_tokens(problem, stage) for stage in solution.stages}
+        pinned = _is_wish(mesh)
+        running = {stage: loop.create_task(self._ask(card, stage, tokens, pinned=pinned)) for stage, tokens in wanted.items()}
+        try:
+            async with aclosing(self._watch(card, running)) as steps:
+                async for step in steps:
+                    yield step
+            for task in running.values():
+                task.result()
+            await self._advertised(card.id, wanted)
+        finally:
+            for task in running.values():
+                task.cancel()
+            await asyncio.gather(*running.values(), return_exceptions=True)
+
+    async def repair(
+        self,
+        card: ModelCard,
+        missing: Sequence[LayerRange],
+        *,
+        kv_tokens: int,
+        least_tokens: int | None = None,
+        avoid: Collection[PeerId] = (),
+        among: Collection[PeerId] | None = None,
+    ) -> tuple[StagePlan, ...]:
+        """Load just these layers, beside all that is there, on the peers that do it best; what was loaded where.
+
+        With KV for `kv_tokens`; if memory is short, for half of that and so on, down to `least_tokens`. Only peers that are in
+        `among` (None: any), not in `avoid`, and not about to leave. One that can't load is replaced by another.
+
+        Raises: NoPeer, DoesNotFit, and what the last peer asked could not do. Cancel: peers that have begun finish their part.
+        """
+        shunned, waiting = set(avoid), tuple(missing)
+        placed: list[StagePlan] = []
+        failure: MeshdError | None = None
+        for _ in range(_REPAIR_TRIES):
+            question = repair_question(card, self.adverts(), avoid=shunned, among=among)
+            # On a thread: among many peers the search takes longer than a heartbeat may be late.
+            stages, tokens = await asyncio.to_thread(_where, question, waiting, kv_tokens, least_tokens or kv_tokens, failure)
+            asks = (self._ask(card, stage, tokens) for stage in stages)
+            results = dict(zip(stages, await asyncio.gather(*asks, return_exceptions=True), strict=True))
+            loaded = [stage for stage in stages if results[stage] is None]
+            await self._advertised(card.id, dict.fromkeys(loaded, tokens))
+            placed += loaded
+            waiting = tuple(stage.layers for stage in stages if stage not in loaded)
+            if not waiting:
+                return tuple(sorted(placed, key=lambda stage: stage.layers))
+            failure = _failure_of(results)
+            shunned |= {stage.peer for stage in stages if stage not in loaded}
+        assert failure is not None
+        raise failure
+
+    async def _advertised(self, model: ModelId, stages: Mapping[StagePlan, int]) -> None:
+        """Wait until the adverts tell what the replies did: routes are planned from adverts. Gives up after a while.
+
+        `stages`: with the tokens that each has KV for.
+        """
+        until = self.clock.monotonic() + _ADVERTISED_S
+        while self.clock.monotonic() < until and not all(self._active(model, stage, kv) for stage, kv in stages.items()):
+            await self.clock.sleep(_PROGRESS_S / 10)
+
+    def _active(self, model: ModelId, stage: StagePlan, kv_tokens: int) -> bool:
+        return any(
+            holding.model == model
+            and holding.state == "active"
+            and stage.layers in holding.layers
+            and holding.kv_tokens_total >= kv_tokens
+            for advert in self.adverts()
+            if advert.peer == stage.peer
+            for holding in advert.holdings
+        )
+
+    async def unplace(self, model: ModelId) -> int:
+        """Have every live peer let go of a model; bytes that get free. Raises: PeerFault."""
+        holders = [advert.peer for advert in self.adverts() if any(held.model == model for held in advert.holdings)]
+        freed = 0
+        for peer in holders:
+            request = Unplace(request=self.links.next_request(), model=model)
+            reply, _ = await self.links.request(peer, request, timeout_s=_UNPLACE_S)
+            freed += reply.freed_bytes if isinstance(reply, Unplaced) else 0
+        return freed
+
+    def progress(self, model: ModelId) -> float:
+        """Of the loads under way for a model, the least; 1 if there are none."""
+        return min((held.progress for advert in self.adverts() for held in advert.holdings if held.model == model), default=1.0)
+
+    def _solve(self, card: ModelCard, mesh: MeshOptions, context: int | None) -> tuple[PlanInput, Solution]:
+        """Halve a context that nobody asked for until it fits."""
+        wanted = max(context or 0, min(card.spec.context_length, USUAL_CONTEXT))
+        while True:
+            problem = problem_of(card, self.adverts(), mesh, context=wanted)
+            try:
+                return problem, solve(problem)
+            except DoesNotFit:
+                smaller = max(context or 0, wanted // 2)
+                if smaller < LEAST_CONTEXT or smaller == wanted:
+                    raise
+                wanted = smaller
+
+    def _kv_tokens(self, problem: PlanInput, stage: StagePlan) -> int:
+        """Room for several whole contexts, if the peer has it."""
+        profile = problem.profile(stage.peer)
+        assert profile is not None
+        used = stage_memory(problem, stage)
+        spare = allowed_bytes(problem, profile) - used.total_bytes
+        more = int(spare // max(1, used.kv_bytes))
+        return problem.context * (1 + max(0, min(CONTEXTS_OF_KV - 1, more)))
+
+    async def _ask(self, card: ModelCard, stage: StagePlan, kv_tokens: int, *, pinned: bool = False) -> None:
+        await ask_to_place(self.links, stage.peer, card, stage.layers, kv_tokens, pinned=pinned)
+
+    async def _watch(self, card: ModelCard, running: dict[StagePlan, "asyncio.Task[None]"]) -> AsyncGenerator[PlacementStep, None]:
+        """Steps as the adverts tell them, until every peer has answered."""
+        told: dict[StagePlan, PlacementStep] = {}
+        while True:
+            waiting = [task for task in running.values() if not task.done()]
+            for stage, task in running.items():
+                step = self._step(card, stage, task)
+                if told.get(stage) != step:
+                    told[stage] = step
+                    yield step
+            if not waiting:
+                return
+            await asyncio.wait(waiting, timeout=_PROGRESS_S, return_when=asyncio.FIRST_COMPLETED)
+
+    def _step(self, card: ModelCard, stage: StagePlan, task: "asyncio.Task[None]") -> PlacementStep:
+        step = PlacementStep(peer=stage.peer, name=self.names(stage.peer), layers=stage.layers, state="loading", progress=0.0)
+        if not task.done():
+            held = self._holding(card.id, stage.peer, stage.layers)
+            return step if held is None else msgspec.structs.replace(step, state=held.state, progress=held.progress)
+        error = None if task.cancelled() else task.exception()
+        if error is not None or task.cancelled():
+            return msgspec.structs.replace(step, state="failed", message=str(error or "cancelled"))
+        return msgspec.structs.replace(step, state="active", progress=1.0)
+
+    def _holding(self, model: ModelId, peer: PeerId, layers: LayerRange) -> Holding | None:
+        held = (
+            holding
+            for advert in self.adverts()
+            if advert.peer == peer
+            for holding in advert.holdings
+            if holding.model == model and holding.layers == layers
+        )
+        return next(held, None)
+
+
+async def ask_to_place(
+    links: Links, peer: PeerId, card: ModelCard, layers: LayerRange, kv_tokens: int, *, standby: bool = False, pinned: bool = False
+) -> None:
+    """Have a peer load layers; until they are active there. Raises: PeerFault. Cancel: the peer finishes what it has begun."""
+    request = Place(
+        request=links.next_request(),
+        model=card.id,
+        ref=card.ref,
+        layers=layers,
+        kv_tokens=kv_tokens,
+        deadline_ms=int(_DEADLINE_S * 1000),
+        standby=standby,
+        pinned=pinned,
+    )
+    await links.request(peer, request, timeout_s=_DEADLINE_S)
+
+
+def _is_wish(mesh: MeshOptions) -> bool:
+    """Whether somebody wants it so, and not only as it is quickest: what is quicker later does not count then."""
+    quickest = mesh.objective in (None, Objective.LATENCY)
+    return mesh.stages is not None or mesh.min_peers is not None or mesh.peers is not None or not quickest
+
+
+def _failure_of(results: Mapping[StagePlan, BaseException | None]) -> MeshdError:
+    """Why a peer could not load. Raises what is no such reason."""
+    failures = [result for result in results.values() if result is not None]
+    for failure in failures:
+        if not isinstance(failure, MeshdError):
+            raise failure
+    assert isinstance(failures[-1], MeshdError)
+    return failures[-1]
+
+
+def _where(
+    question: PlanInput, missing: tuple[LayerRange, ...], kv_tokens: int, least_tokens: int, failure: MeshdError | None
+) -> tuple[tuple[StagePlan, ...], int]:
+    """Where to load, and with KV for how many tokens. Raises: NoPeer, DoesNotFit; because of `failure`, if there was one."""
+    try:
+        return repair_within(question, missing, kv_tokens=kv_tokens, least_tokens=least_tokens)
+    except DoesNotFit as error:
+        raise error from failure

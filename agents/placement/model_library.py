@@ -1,0 +1,253 @@
+"""Which models this peer can speak for: cards by name, and the text side (tokenizer, template) of each."""
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from logging import getLogger
+from typing import Any
+
+from meshd.agents.links.links import Links
+from meshd.agents.service import ChatMessage
+from meshd.errors import InvalidRequest, MeshdError, ModelFileError, NoPeer, PeerFault, ProtocolViolation, UnknownModel
+from meshd.models.cards import card_from_gguf
+from meshd.models.files.gguf import GgufFile
+from meshd.models.store.partial_copy import HEADER_INDEX, PartialCopy
+from meshd.models.store.progress import PullPhase, PullProgress
+from meshd.models.store.store import Store, StoredModel
+from meshd.models.text.template import ChatTemplate, template_from_gguf
+from meshd.models.text.tokenizer.files import tokenizer_from_gguf
+from meshd.models.text.tokenizer.tokenizer import Tokenizer
+from meshd.protocol.messages import FetchHeader, HeaderData
+from meshd.types import Advert, ModelCard, ModelId, PeerId
+
+log = getLogger(__name__)
+
+_HEADER_TIMEOUT_S = 20.0
+_MAX_HEARD = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ModelText:
+    """A model's text side."""
+
+    card: ModelCard
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+
+    def tokens_of(
+        self, prompt: tuple[ChatMessage, ...] | str | tuple[int, ...], variables: Mapping[str, Any] | None = None
+    ) -> tuple[int, ...]:
+        """Token ids of any kind of prompt; `variables` are for a chat's template. Raises: InvalidRequest."""
+        if isinstance(prompt, str):
+            return tuple(self.tokenizer.encode(prompt, add_special=True, parse_special=True))
+        if all(isinstance(part, int) for part in prompt):
+            return tuple(part for part in prompt if isinstance(part, int))
+        return self._chat(tuple(part for part in prompt if isinstance(part, ChatMessage)), variables)
+
+    def _chat(self, messages: tuple[ChatMessage, ...], variables: Mapping[str, Any] | None) -> tuple[int, ...]:
+        if self.template is None:
+            raise InvalidRequest(
+                f"{self.card.name} has no chat template", param="messages", hint="use /v1/completions with a text prompt"
+            )
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        return tuple(self.tokenizer.encode_chat(self.template, turns, variables=variables))
+
+
+@dataclass(slots=True)
+class Library:
+    """Models known to this peer: on its disk, or told by others."""
+
+    links: Links
+    store: Store
+    adverts: Callable[[], Iterable[Advert]]
+    """Of the live peers, this one's not needed."""
+    on_change: Callable[[], None]
+    local: dict[ModelId, ModelCard] = field(default_factory=dict)
+    """Of the files that are here as a whole."""
+    partial: dict[ModelId, ModelCard] = field(default_factory=dict)
+    """Of the models of which some tensors are here."""
+    _heard: dict[ModelId, ModelCard] = field(default_factory=dict)
+    """Told by peers that may have gone since."""
+    _texts: dict[ModelId, asyncio.Task[ModelText]] = field(default_factory=dict)
+
+    def register(self) -> None:
+        """Answer other coordinators' questions."""
+        self.links.register(FetchHeader, self._on_fetch_header)
+
+    async def refresh(self) -> None:
+        """Read the cards of what lies on this disk. A broken file is told in the log and left out."""
+        self.partial = await asyncio.to_thread(self._read_partial)
+        cards = await asyncio.to_thread(self._read_local)
+        if cards != self.local:
+            self.local = cards
+            self.on_change()
+
+    def _read_local(self) -> dict[ModelId, ModelCard]:
+        cards: dict[ModelId, ModelCard] = {}
+        for stored in self.store.list():
+            try:
+                cards.setdefault(stored.id, self.local.get(stored.id) or self._card_of(stored))
+            except MeshdError as error:
+                log.warning("model %s is left out: %s", stored.name, error)
+        return cards
+
+    def _read_partial(self) -> dict[ModelId, ModelCard]:
+        cards: dict[ModelId, ModelCard] = {}
+        for copy in self.store.partials.list():
+            try:
+                cards[copy.about.id] = self.partial.get(copy.about.id) or card_of_copy(copy)
+            except MeshdError as error:
+                log.info("the partial copy of %s is left out: %s", copy.about.name, error)
+        return cards
+
+    def _card_of(self, stored: StoredModel) -> ModelCard:
+        with self.store.open(stored) as file:
+            return card_from_gguf(file, name=stored.name, ref=stored.ref, model_id=stored.id, created=stored.created)
+
+    def cards(self) -> dict[ModelId, ModelCard]:
+        """All known models, this disk's first; those too whose file has gone with its peer, as long as others hold layers of it."""
+        adverts = list(self.adverts())
+        for advert in adverts:
+            for card in advert.models:
+                self._hear(card)
+        told = {card.id for advert in adverts for card in advert.models}
+        told |= {held.model for advert in adverts for held in advert.holdings}
+        heard = {model: card for model, card in self._heard.items() if model in told}
+        return {**self.local, **{model: card for model, card in (heard | self.partial).items() if model not in self.local}}
+
+    def card_here(self, model: ModelId) -> ModelCard | None:
+        """Of a model that is on this disk, as a whole or in part."""
+        return self.local.get(model) or self.partial.get(model)
+
+    def now_whole(self, card: ModelCard) -> None:
+        """A model's file is here, where it was not or only in part."""
+        self.partial.pop(card.id, None)
+        if self.local.get(card.id) != card:
+            self.local[card.id] = card
+            self.on_change()
+
+    def now_gone(self, model: ModelId) -> None:
+        """A model's file was removed by someone else."""
+        if self.local.pop(model, None) is not None:
+            self.on_change()
+
+    def open(self, card: ModelCard) -> GgufFile:
+        """The file, or what is here of it. Blocks. Raises: ModelFileError, StorageError."""
+        file = self._file_of(card.id)
+        if file is None:
+            raise ModelFileError(f"the file of {card.name} has gone from this disk")
+        return file
+
+    def _file_of(self, model: ModelId) -> GgufFile | None:
+        stored = self.store.get(model)
+        if stored is not None:
+            return self.store.open(stored)
+        copy = self.store.partials.get(model)
+        return copy.open() if copy is not None and HEADER_INDEX in copy.have else None
+
+    def _hear(self, card: ModelCard) -> None:
+        if self._heard.get(card.id) != card:
+            self._heard.pop(card.id, None)
+            self._heard[card.id] = card
+            if len(self._heard) > _MAX_HEARD:
+                del self._heard[next(iter(self._heard))]
+
+    def find(self, name: str) -> ModelCard:
+        """By name, reference or id. Raises: UnknownModel with the nearest names."""
+        cards = self.cards()
+        for card in cards.values():
+            if name in (card.name, card.ref, card.id):
+                return card
+        names = [card.name for card in cards.values()]
+        near = get_close_matches(name, names, n=3, cutoff=0.4) or sorted(names)[:5]
+        hint = f"nearest: {', '.join(near)}" if near else "fetch one with `meshd pull` or place one with `meshd place`"
+        raise UnknownModel(f"the model {name!r} does not exist in this mesh", hint=hint)
+
+    async def pull(self, ref: str, progress: Callable[[float], None]) -> ModelCard:
+        """The card of a model that is now on this disk. Raises: UnknownModel, DownloadError, StorageError."""
+        stored = self.store.get(ref) or await self.store.pull(ref, lambda step: progress(_fraction(step)))
+        card = self.local.get(stored.id)
+        if card is None:
+            card = await asyncio.to_thread(self._card_of, stored)
+            self.now_whole(card)
+        return card
+
+    async def text(self, card: ModelCard) -> ModelText:
+        """Tokenizer and template, from this disk or from a peer that has the file; made once. Raises: NoPeer, PeerFault."""
+        task = self._texts.get(card.id)
+        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+            task = asyncio.get_running_loop().create_task(self._load_text(card), name=f"text of {card.name}")
+            self._texts[card.id] = task
+        return await asyncio.shield(task)
+
+    async def _load_text(self, card: ModelCard) -> ModelText:
+        text = await asyncio.to_thread(self._text_here, card)
+        if text is not None:
+            return text
+        header = await self._fetch_header(card)
+        return await asyncio.to_thread(_text_of, card, GgufFile.from_header(header))
+
+    def _text_here(self, card: ModelCard) -> ModelText | None:
+        file = self._file_of(card.id)
+        if file is None:
+            return None
+        with file:
+            return _text_of(card, file)
+
+    async def _fetch_header(self, card: ModelCard) -> bytes:
+        """From the first peer that can give it: one that has the file, else one that holds layers. Raises: NoPeer, PeerFault."""
+        failure: MeshdError = NoPeer(f"no live peer has the file of {card.name}", hint=f"fetch it with `meshd pull {card.ref}`")
+        for peer in holders_of(card.id, self.adverts()):
+            try:
+                return await self._ask_header(peer, card)
+            except PeerFault as error:
+                failure = error
+        raise failure
+
+    async def _ask_header(self, peer: PeerId, card: ModelCard) -> bytes:
+        question = FetchHeader(request=self.links.next_request(), model=card.id)
+        reply, payload = await self.links.request(peer, question, timeout_s=_HEADER_TIMEOUT_S)
+        data = bytes(payload)
+        if not isinstance(reply, HeaderData) or hashlib.sha256(data).hexdigest() != reply.sha256:
+            raise ProtocolViolation(f"the header of {card.name} arrived torn")
+        return data
+
+    async def _on_fetch_header(self, sender: PeerId, message: FetchHeader, payload: memoryview) -> tuple[HeaderData, bytes]:
+        card = self.card_here(message.model)
+        if card is None:
+            raise UnknownModel("this peer does not have that model's file")
+        data = await asyncio.to_thread(self._header_of, card)
+        return HeaderData(request=message.request, card=card, sha256=hashlib.sha256(data).hexdigest()), data
+
+    def _header_of(self, card: ModelCard) -> bytes:
+        with self.open(card) as file:
+            return bytes(file.header_bytes())
+
+
+def holders_of(model: ModelId, adverts: Iterable[Advert]) -> list[PeerId]:
+    """Peers that have the file, then those that hold layers and so may have a part of it."""
+    known = list(adverts)
+    whole = [advert.peer for advert in known if any(card.id == model for card in advert.models)]
+    part = [advert.peer for advert in known if any(held.model == model for held in advert.holdings)]
+    return list(dict.fromkeys(whole + part))
+
+
+def card_of_copy(copy: PartialCopy) -> ModelCard:
+    """Raises: ModelFileError, StorageError."""
+    about = copy.about
+    return card_from_gguf(copy.header(), name=about.name, ref=about.ref, model_id=about.id, created=about.created)
+
+
+def _text_of(card: ModelCard, file: GgufFile) -> ModelText:
+    template = template_from_gguf(file.metadata) if "tokenizer.chat_template" in file.metadata else None
+    return ModelText(card, tokenizer_from_gguf(file.metadata), template)
+
+
+def _fraction(step: PullProgress) -> float:
+    """Of a pull; what its size is not known of counts as not begun."""
+    if step.phase is PullPhase.DONE:
+        return 1.0
+    counted = step.phase in (PullPhase.DOWNLOADING, PullPhase.IMPORTING)
+    return step.done_bytes / step.total_bytes if counted and step.total_bytes else 0.0

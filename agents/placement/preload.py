@@ -1,0 +1,85 @@
+"""Models that `meshd up --model` asks for: fetched and placed in the background, tried again until they fit."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from logging import getLogger
+
+from meshd.agents.placement.client import Placer
+from meshd.agents.placement.model_library import Library
+from meshd.agents.service import MeshOptions
+from meshd.agents.session.plan.route import Router
+from meshd.clock import Clock
+from meshd.errors import MeshdError, Unavailable, UnknownModel, UsageError
+from meshd.types import ModelCard
+
+log = getLogger(__name__)
+
+_GATHER_S = 3.0
+"""Others that start now are found within this time; placing sooner would leave them out."""
+_RETRY_S = 5.0
+
+
+@dataclass(slots=True)
+class Preload:
+    """Owns the list and its progress, which `/ready` tells."""
+
+    wanted: Sequence[str]
+    library: Library
+    placer: Placer
+    router: Router
+    clock: Clock
+    done: int = 0
+    fetched: float = 0.0
+    doing: str = ""
+
+    async def run(self) -> None:
+        """Place one after the other. What fails for now is tried again; what can't ever be is told and left out."""
+        if not self.wanted:
+            return
+        await self.clock.sleep(_GATHER_S)
+        for ref in self.wanted:
+            await self._place(ref)
+            self.done += 1
+        self.doing = ""
+
+    def readiness(self) -> tuple[bool, float, str]:
+        """See `service.Coordinator.readiness`."""
+        if self.done == len(self.wanted):
+            return True, 1.0, ""
+        return (
+            False,
+            (self.done + 0.5 * self.fetched) / len(self.wanted),
+            self.doing or f"waiting for peers to place {self.wanted[0]}",
+        )
+
+    async def _place(self, ref: str) -> None:
+        told = ""
+        while True:
+            try:
+                self.doing, self.fetched = f"fetching {ref}", 0.0
+                card = await self._card(ref)
+                self.doing = f"placing {card.name}"
+                if not self.router.covered(card):
+                    async for _ in self.placer.place(card, MeshOptions()):
+                        pass
+                log.info("%s can answer", card.name)
+                return
+            except UsageError as error:
+                log.error("%s is not placed: %s", ref, error)
+                return
+            except MeshdError as error:
+                self.doing = str(error)
+                if str(error) != told:
+                    told = str(error)
+                    log.warning("%s is not placed yet: %s", ref, error)
+                await self.clock.sleep(error.retry_after_s if isinstance(error, Unavailable) else _RETRY_S)
+
+    async def _card(self, ref: str) -> ModelCard:
+        """What the mesh has need not come from outside."""
+        try:
+            return self.library.find(ref)
+        except UnknownModel:
+            return await self.library.pull(ref, self._progress)
+
+    def _progress(self, share: float) -> None:
+        self.fetched = share

@@ -1,0 +1,1 @@
+"""Weight tensors fetched from and served to other peers."""

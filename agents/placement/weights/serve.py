@@ -1,0 +1,184 @@
+"""Gives weights to peers that lack them: which tensors lie here, their sums, and their bytes; slowly while answers are being made.
+
+What is given is a whole model's file, or the parts of one that came from other peers and were checked.
+"""
+
+import asyncio
+import os
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+
+from meshd.agents.links.links import Links
+from meshd.agents.placement.model_library import Library
+from meshd.agents.placement.weights.chunks import PIECE_BYTES
+from meshd.clock import Clock
+from meshd.errors import InvalidRequest, NotReady, Overloaded, UnknownModel
+from meshd.models.files.disk import Stamp, stamp_of
+from meshd.models.files.manifest import Manifest, Offer, encode_offer
+from meshd.models.store.partial_copy import HEADER_INDEX, PartialCopy, read_piece
+from meshd.models.store.progress import Meter, PullPhase
+from meshd.models.store.store import StoredModel
+from meshd.protocol.messages import FetchManifest, FetchWeights, ManifestData, WeightData
+from meshd.types import LinkStats, ModelId, PeerId
+
+SHARE = 0.3
+"""Of the links' measured bandwidth, while sessions run here."""
+_UNMEASURED_BYTES_S = 10e6
+_LONGEST_WAIT_S = 10.0
+"""A piece that would have to wait for longer is refused; the asker comes back."""
+_SUMS_WAIT_S = 2.0
+_SUMS_NICE = 10
+_MAX_OPEN = 64
+
+
+@dataclass(slots=True)
+class Pace:
+    """Spreads what is given, to all peers together, so that live activations always find the links free."""
+
+    clock: Clock
+    busy: Callable[[], bool]
+    """Whether sessions run here."""
+    link_stats: Callable[[], dict[PeerId, LinkStats]]
+    _free_at: float = 0.0
+
+    async def wait(self, peer: PeerId, size_bytes: int) -> None:
+        """Until this much may be sent to a peer. Raises: Overloaded if that would take too long."""
+        now = self.clock.monotonic()
+        if not self.busy():
+            self._free_at = now
+            return
+        begin = max(now, self._free_at)
+        if begin - now > _LONGEST_WAIT_S:
+            raise Overloaded("weights are given slowly while sessions run here", retry_after_s=1.0)
+        stats = self.link_stats().get(peer)
+        self._free_at = begin + size_bytes / (SHARE * (stats.bandwidth_bytes_s if stats else _UNMEASURED_BYTES_S))
+        if begin > now:
+            await self.clock.sleep(begin - now)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """What was found to read from: a whole file as long as its stamp is the same, or a copy as long as it tells the same."""
+
+    path: Path
+    size: int
+    stamp: Stamp | None = None
+    copy: PartialCopy | None = None
+
+    def is_fresh(self) -> bool:
+        return self.copy.is_fresh() if self.copy is not None else self.stamp == stamp_of(self.path)
+
+    def check(self, offset: int, end: int) -> None:
+        """Raises: InvalidRequest unless all these bytes are here."""
+        here = end <= self.size if self.copy is None else self.copy.covers(offset, end)
+        if not here:
+            raise InvalidRequest(f"bytes {offset} to {end} of this model are not here")
+
+
+@dataclass(slots=True)
+class WeightServer:
+    """Answers FETCH MANIFEST and FETCH WEIGHTS."""
+
+    links: Links
+    library: Library
+    pace: Pace
+    _sums: dict[ModelId, asyncio.Task[Manifest]] = field(default_factory=dict)
+    _opened: dict[ModelId, _Opened] = field(default_factory=dict)
+
+    def register(self) -> None:
+        """Take the questions from the links."""
+        self.links.register(FetchManifest, self._on_fetch_manifest)
+        self.links.register(FetchWeights, self._on_fetch_weights)
+
+    async def close(self) -> None:
+        """Stop the sums that are being made."""
+        for task in self._sums.values():
+            task.cancel()
+        await asyncio.gather(*self._sums.values(), return_exceptions=True)
+
+    async def _on_fetch_manifest(self, sender: PeerId, message: FetchManifest, payload: memoryview) -> tuple[ManifestData, bytes]:
+        offer = await self._offer(message.model)
+        card = self.library.card_here(message.model)
+        if card is None:
+            raise UnknownModel("this peer has nothing of that model")
+        data = encode_offer(offer)
+        return ManifestData(request=message.request, card=card, sha256=sha256(data).hexdigest()), data
+
+    async def _offer(self, model: ModelId) -> Offer:
+        stored = await asyncio.to_thread(self.library.store.get, model)
+        if stored is not None:
+            return Offer(await self._sums_of(stored))
+        copy = await asyncio.to_thread(self.library.store.partials.get, model)
+        if copy is None or HEADER_INDEX not in copy.have:
+            raise UnknownModel("this peer has nothing of that model")
+        return Offer(copy.about.manifest, tuple(sorted(copy.have)))
+
+    async def _sums_of(self, stored: StoredModel) -> Manifest:
+        """Made once for each model, and kept. Raises: NotReady while they are being made."""
+        task = self._sums.get(stored.id)
+        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+            task = asyncio.get_running_loop().create_task(self._make_sums(stored), name=f"sums of {stored.name}")
+            self._sums[stored.id] = task
+        done, _ = await asyncio.wait([task], timeout=_SUMS_WAIT_S)
+        if not done:
+            raise NotReady(f"the tensors of {stored.name} are being hashed here", retry_after_s=0.5)
+        return task.result()
+
+    async def _make_sums(self, stored: StoredModel) -> Manifest:
+        """Cancel: the thread stops at its next chunk, and is waited for."""
+        meter = Meter(stored.name, lambda step: None)
+        meter.begin(PullPhase.CHECKING, total=stored.size_bytes)
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(1, thread_name_prefix="sums", initializer=_be_nice) as thread:
+            work = loop.run_in_executor(thread, partial(self.library.store.manifest, stored, meter.advance))
+            try:
+                return await asyncio.shield(work)
+            except asyncio.CancelledError:
+                meter.stop()
+                await asyncio.wait([work])
+                work.exception()
+                raise
+
+    async def _on_fetch_weights(self, sender: PeerId, message: FetchWeights, payload: memoryview) -> tuple[WeightData, bytes]:
+        if message.offset < 0 or not 0 < message.length <= PIECE_BYTES:
+            raise InvalidRequest(f"{message.length} bytes can't be asked for at once: 1 to {PIECE_BYTES} can", param="length")
+        await self.pace.wait(sender, message.length)
+        data = await asyncio.to_thread(self._read, message.model, message.offset, message.length)
+        return WeightData(request=message.request, offset=message.offset), data
+
+    def _read(self, model: ModelId, offset: int, length: int) -> bytes:
+        opened = self._opened.get(model)
+        if opened is None or not opened.is_fresh():
+            opened = self._open(model)
+        opened.check(offset, offset + length)
+        return read_piece(opened.path, offset, length)
+
+    def _open(self, model: ModelId) -> _Opened:
+        """Find the file, and check it if it was touched. Raises: UnknownModel, ModelFileError, StorageError."""
+        stored = self.library.store.get(model)
+        if stored is not None:
+            stamp = stamp_of(stored.path)
+            if stamp != stored.stamp:
+                self.library.store.open(stored).close()
+            opened = _Opened(stored.path, stored.size_bytes, stamp=stamp)
+        else:
+            copy = self.library.store.partials.get(model)
+            if copy is None:
+                raise UnknownModel("this peer has nothing of that model")
+            opened = _Opened(copy.path, copy.about.manifest.size, copy=copy)
+        if len(self._opened) >= _MAX_OPEN:
+            self._opened.clear()
+        self._opened[model] = opened
+        return opened
+
+
+def _be_nice() -> None:
+    """Behind whatever computes answers."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _SUMS_NICE)

@@ -1,0 +1,1 @@
+"""Requests on the peer that took them."""

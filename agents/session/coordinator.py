@@ -1,0 +1,466 @@
+"""Requests on the peer that took them, or took them over: tokenise, admit, start, watch until the end, keep for later readers."""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from logging import getLogger
+
+import msgspec
+
+from meshd.agents.links.links import Links
+from meshd.agents.observe.story import Story
+from meshd.agents.placement.model_library import Library
+from meshd.agents.service import GenerationRequest
+from meshd.agents.session.admission import Admission
+from meshd.agents.session.answer import Answer, Around, Recovered
+from meshd.agents.session.journal.deputy import Deputy
+from meshd.agents.session.journal.locator import Locator
+from meshd.agents.session.journal.record import SessionRecord
+from meshd.agents.session.journal.writer import Journalists
+from meshd.agents.session.plan.move import Mover
+from meshd.agents.session.plan.retry import TAKEOVER_EPOCHS, Rescuer
+from meshd.agents.session.plan.route import Router
+from meshd.agents.session.stall import Watch
+from meshd.clock import Clock
+from meshd.errors import ContextTooLong, InvalidRequest, MeshdError, Unavailable, UnknownModel, UnknownSession
+from meshd.protocol.messages import Closed, Error, Failed, Mirrored, Move, Moved, Token
+from meshd.telemetry import Telemetry
+from meshd.types import ModelCard, ModelId, PeerId, SessionId, TokenLogprobs
+
+log = getLogger(__name__)
+
+_TICK_S = 0.1
+_LOOK_AROUND_S = 1.0
+"""How often running answers are compared with what the mesh could do for them now."""
+_SETTLE_S = 0.5
+"""A link that only broke is back by then, and its coordinator with it."""
+_KEPT = 256
+_KEPT_S = 600.0
+"""How many answers that do not run are kept for later readers, and how long."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Coordinator:
+    """Implements `service.Coordinator` (with `models` and `readiness` from the library and the router)."""
+
+    me: PeerId
+    links: Links
+    library: Library
+    router: Router
+    admission: Admission
+    rescuer: Rescuer
+    mover: Mover
+    journal: Journalists
+    deputy: Deputy
+    locator: Locator
+    clock: Clock
+    telemetry: Telemetry
+    story: Story
+    names: Callable[[PeerId], str]
+    readiness_of: Callable[[], tuple[bool, float, str]]
+    leaving: Callable[[], bool]
+    """This peer is told to stop: it waits for what runs, and takes nothing new."""
+    answers: dict[SessionId, Answer] = field(default_factory=dict)
+    """Those that run."""
+    kept: OrderedDict[SessionId, Answer] = field(default_factory=OrderedDict)
+    """Those that ended or are suspended, for later readers."""
+    _answerable: frozenset[ModelId] = frozenset()
+    """Models that could answer at the last look."""
+    _admitted: dict[SessionId, float] = field(default_factory=dict)
+    """Since when an answer has its ticket."""
+    _tasks: set["asyncio.Task[None]"] = field(default_factory=set)
+    _watch: Watch = field(init=False)
+    _around: Around = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._watch = Watch(self.links, self.clock, self.me)
+        self._around = Around(
+            me=self.me,
+            links=self.links,
+            clock=self.clock,
+            story=self.story,
+            names=self.names,
+            on_replan=self.rescuer.replan,
+            on_opened=self._on_opened,
+            on_token=self._on_new_token,
+            on_recovered=self._on_recovered,
+            on_end=self._on_end,
+        )
+
+    def register(self) -> None:
+        """Take the messages that stages send to their coordinator. TOKEN goes to the first stage too: the daemon shares it out."""
+        self.links.register(Failed, self._on_failed)
+        self.links.register(Closed, lambda sender, message, payload: None)
+        self.links.register(Mirrored, self._on_mirrored)
+        self.links.register(Move, self._on_move)
+
+    async def run(self) -> None:
+        """Renew leases, watch deadlines, move what should move. Cancel: every session is closed on its stages."""
+        looked = 0.0
+        try:
+            while True:
+                await self.clock.sleep(_TICK_S)
+                now = self.clock.monotonic()
+                for answer in list(self.answers.values()):
+                    self._watch.look(answer, now)
+                self._expire(now)
+                if now - looked > _LOOK_AROUND_S:
+                    looked = now
+                    await self._look_around()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            for answer in list(self.answers.values()):
+                await answer.cancel()
+
+    async def _look_around(self) -> None:
+        answers = list(self.answers.values())
+        for answer in answers:
+            self.rescuer.keep_mirrors(answer)
+        self.mover.look_for_better(answers)
+        await self._try_again()
+
+    async def _try_again(self) -> None:
+        """Background answers that found no plan: nobody asks for them, so they are tried again when the mesh has changed."""
+        models = frozenset(card.id for card in self.router.answerable())
+        changed, self._answerable = models - self._answerable, models
+        for answer in list(self.kept.values()):
+            waits = answer.record.background and answer.status == "suspended"
+            if waits and answer.record.model in changed and self.admission.free:
+                await self._revive(answer)
+
+    def models(self) -> list[ModelCard]:
+        """See `service.Coordinator.models`."""
+        return self.router.answerable()
+
+    def readiness(self) -> tuple[bool, float, str]:
+        """See `service.Coordinator.readiness`."""
+        return self.readiness_of()
+
+    # New answers
+
+    async def generate(self, request: GenerationRequest) -> Answer:
+        """See `service.Coordinator.generate`."""
+        if self.leaving():
+            raise Unavailable("this peer is about to stop", hint="ask another one")
+        card = self.library.find(request.model)
+        text = await self.library.text(card)
+        # On another thread: a long prompt, or a template that loops, must not hold up the heartbeats.
+        prompt = await asyncio.to_thread(text.tokens_of, request.prompt, request.template)
+        record = self._record(request, card, prompt)
+        answer = await self._admit(lambda: Answer(record, card, text, self._around))
+        self.rescuer.start(answer)
+        try:
+            await answer.opened
+        except asyncio.CancelledError:
+            await answer.cancel()
+            raise
+        log.info("session %s: %s, %d prompt tokens, over %s", answer.session, card.name, len(prompt), answer.plan_header)
+        return answer
+
+    async def _admit(self, make: Callable[[], Answer]) -> Answer:
+        asked = self.clock.monotonic()
+        await self.admission.enter()
+        now = self.clock.monotonic()
+        self.telemetry.queue_wait(now - asked)
+        try:
+            answer = make()
+        except BaseException:
+            self.admission.leave(0.0)
+            raise
+        self._run(answer, now)
+        return answer
+
+    def _run(self, answer: Answer, since: float) -> None:
+        self.kept.pop(answer.session, None)
+        self.answers[answer.session] = answer
+        self._admitted[answer.session] = since
+        self.telemetry.sessions_active(len(self.answers))
+
+    def _record(self, request: GenerationRequest, card: ModelCard, prompt: tuple[int, ...]) -> SessionRecord:
+        """The request as it is understood. Raises: ContextTooLong, InvalidRequest."""
+        if not prompt:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        if max(prompt) >= card.spec.vocab or min(prompt) < 0:
+            raise InvalidRequest(f"token ids go from 0 to {card.spec.vocab - 1}", param="prompt")
+        context = request.mesh.context or card.spec.context_length
+        if context > card.spec.context_length:
+            raise InvalidRequest(f"the model's context is {card.spec.context_length} tokens, not {context}", param="mesh.context")
+        room = context - len(prompt)
+        wanted = request.max_tokens if request.max_tokens is not None else room
+        if room < 1 or wanted > room:
+            asked = f"{len(prompt)} in the prompt" + (f" and {wanted} for the answer" if request.max_tokens is not None else "")
+            raise ContextTooLong(
+                f"this model's context is {context} tokens, and {asked} are more", hint="shorten the prompt or max_tokens"
+            )
+        return SessionRecord(
+            session=SessionId(self.clock.random_bytes(16).hex()),
+            model=card.id,
+            coordinator=self.me,
+            epoch=0,
+            prompt=prompt,
+            max_tokens=wanted,
+            sampling=request.sampling,
+            ignore_eos=request.ignore_eos,
+            stop=request.stop,
+            mesh=request.mesh,
+            background=request.background,
+            store=request.store,
+            edge=request.edge,
+            created=self.clock.wall(),
+        )
+
+    # Answers that are there already
+
+    async def resume(self, session: SessionId) -> Answer:
+        """See `service.Coordinator.resume`."""
+        answer = self.answers.get(session) or self.kept.get(session)
+        if answer is None:
+            return await self._take(session)
+        return answer if answer.running or answer.ended else await self._revive(answer)
+
+    async def look(self, session: SessionId) -> Answer:
+        """See `service.Coordinator.look`."""
+        answer = self.answers.get(session) or self.kept.get(session)
+        if answer is not None:
+            return answer
+        return await self._restore(await self.locator.fetch(session, take=False))
+
+    async def end(self, session: SessionId, *, forget: bool = False) -> None:
+        """See `service.Coordinator.end`."""
+        if forget or not self.finish(session, forget):
+            await self.locator.end(session, forget=forget)  # which ends it here too
+
+    def own(self, session: SessionId) -> SessionRecord | None:
+        """The record of an answer that this peer coordinates or keeps."""
+        answer = self.answers.get(session) or self.kept.get(session)
+        return answer.snapshot() if answer is not None else None
+
+    def release(self, session: SessionId) -> None:
+        """Another peer goes on with this answer: its stages stay as they are."""
+        answer = self.answers.get(session) or self.kept.get(session)
+        if answer is not None:
+            answer.release()
+            self.kept.pop(session, None)
+            self.journal.release(session)
+
+    def leave(self) -> None:
+        """This peer stops: what has a deputy is left to it, stages and all; the rest is suspended or ends."""
+        for answer in list(self.answers.values()):
+            if answer.record.store and self.journal.deputies_of(answer.session):
+                answer.release("this peer stops")
+            else:
+                answer.suspend()
+
+    def finish(self, session: SessionId, forget: bool) -> bool:
+        """Cancel an answer of this peer, and forget it if asked; whether there was one."""
+        answer = self.answers.get(session) or self.kept.get(session)
+        if answer is None:
+            return False
+        answer.end()
+        if forget:
+            self.kept.pop(session, None)
+            self.journal.end(session, "cancelled", keep=False)
+        return True
+
+    async def _take(self, session: SessionId) -> Answer:
+        """Go on here with an answer of another peer."""
+        record = await self.locator.fetch(session, take=True)
+        answer = await self._restore(record)
+        if answer.ended:
+            self._keep(answer)
+            self._own(answer)
+            return answer
+        answer.handed_over = True
+        return await self._revive(answer)
+
+    async def _restore(self, record: SessionRecord) -> Answer:
+        card = self._card(record.model)
+        text = await self.library.text(card)
+        return Answer(
+            msgspec.structs.replace(record, epoch=record.epoch + TAKEOVER_EPOCHS, coordinator=self.me), card, text, self._around
+        )
+
+    def _card(self, model: ModelId) -> ModelCard:
+        card = self.library.cards().get(model)
+        if card is None:
+            raise UnknownModel(f"no live peer has the model {model} of this session", hint="start one that has its file")
+        return card
+
+    async def _revive(self, answer: Answer) -> Answer:
+        """Run a suspended answer; the one that runs, if another reader was quicker."""
+        await self.admission.enter()
+        present = self.answers.get(answer.session)
+        if present is not None or answer.running or answer.ended:
+            self.admission.leave(0.0)
+            return present or answer
+        self._run(answer, self.clock.monotonic())
+        self._own(answer)
+        answer.resume()
+        return answer
+
+    def _own(self, answer: Answer) -> None:
+        """From now on this peer answers for it: its record must lie elsewhere too, and no more among those of others."""
+        self.deputy.forget(answer.session)
+        self._journal(answer)
+
+    def take_over(self, record: SessionRecord) -> None:
+        """The coordinator of an answer whose record lies here is gone."""
+        task = asyncio.get_running_loop().create_task(self._take_over(record), name=f"take over {record.session}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _take_over(self, record: SessionRecord) -> None:
+        await self.clock.sleep(_SETTLE_S)
+        if record.coordinator in self.links.peers():
+            return  # only the link had broken
+        try:
+            if record.session in self.answers or not (record.finish or await self.locator.is_heir(record)):
+                return
+            answer = await self._restore(self.deputy.record(record.session) or record)
+            if answer.ended or record.suspended:
+                self._keep(answer)
+                self._own(answer)
+                return
+            last = self.names(record.coordinator)
+            log.info("session %s: taking over from %s, at token %d", record.session, last, len(answer.tokens))
+            self.story.note(record.session, "taken over", coordinator=last, tokens=len(answer.tokens))
+            await self._revive(answer)
+        except MeshdError as error:
+            log.warning("session %s was not taken over: %s", record.session, error)
+
+    # Moves
+
+    async def move(self, session: SessionId, target: PeerId, source: PeerId | None) -> Moved:
+        """Move an answer's stages, wherever it is coordinated. Raises: UnknownSession, InvalidRequest, NoPeer, PeerFault."""
+        answer = self.answers.get(session)
+        if answer is None:
+            coordinator = await self.locator.coordinator_of(session)
+            reply, _ = await self.links.request(
+                coordinator,
+                Move(request=self.links.next_request(), session=session, target=target, source=source),
+                timeout_s=150.0,
+            )
+            assert isinstance(reply, Moved)
+            return reply
+        return await self._move(0, answer, target, source)
+
+    async def _move(self, request: int, answer: Answer, target: PeerId, source: PeerId | None) -> Moved:
+        pause_s = await self.mover.move(answer, target, source)
+        assert answer.plan is not None
+        return Moved(request=request, pause_s=pause_s, plan=answer.plan)
+
+    async def _on_move(self, sender: PeerId, message: Move, payload: memoryview) -> Moved:
+        answer = self.answers.get(message.session)
+        if answer is None:
+            raise UnknownSession(f"session {message.session} is not coordinated here")
+        return await self._move(message.request, answer, message.target, message.source)
+
+    # What the network tells
+
+    def on_token(self, sender: PeerId, message: Token, payload: memoryview) -> None:
+        """The last stage's pick, for the client."""
+        answer = self.answers.get(message.session)
+        if answer is None or answer.plan is None or answer.plan.peers[-1] != sender:
+            return
+        if 0 <= message.token < answer.card.spec.vocab:
+            answer.on_token(message)
+        else:
+            answer.on_garbage(message.epoch, sender, f"token {message.token}, of a vocabulary of {answer.card.spec.vocab}")
+
+    def _on_failed(self, sender: PeerId, message: Failed, payload: memoryview) -> None:
+        answer = self.answers.get(message.session)
+        if answer is not None and answer.plan is not None and sender in answer.plan.peers:
+            answer.on_failed(message)
+
+    def _on_mirrored(self, sender: PeerId, message: Mirrored, payload: memoryview) -> None:
+        answer = self.answers.get(message.session)
+        if answer is not None and answer.plan is not None and sender in answer.plan.peers:
+            self.rescuer.on_mirrored(answer, message)
+            self.mover.on_mirrored(answer, message)
+
+    def on_error(self, sender: PeerId, message: Error) -> None:
+        """A stage's peer could not take what this coordinator sent it."""
+        answer = self.answers.get(message.session) if message.session is not None else None
+        if answer is not None and answer.plan is not None and sender in answer.plan.peers:
+            answer.on_error(sender, message)
+
+    def on_peer_gone(self, peer: PeerId, reason: str) -> None:
+        """A link is down: sessions that ran through it need another plan."""
+        for answer in list(self.answers.values()):
+            answer.on_peer_gone(peer, reason)
+
+    # What answers tell
+
+    def _on_opened(self, answer: Answer) -> None:
+        """A plan runs: the journal must know it, and mirrors start."""
+        self._journal(answer)
+        self.rescuer.keep_mirrors(answer)
+
+    def _on_new_token(self, answer: Answer, index: int, token: int, logprobs: TokenLogprobs | None) -> None:
+        self.journal.token(answer.session, index, token, logprobs)
+
+    def _on_recovered(self, answer: Answer, recovered: Recovered) -> None:
+        self.telemetry.recovery(recovered.method, recovered.pause_s)
+        pause_ms = 1000 * recovered.pause_s
+        log.info("session %s goes on (%s) after %.0f ms: %s", answer.session, recovered.method, pause_ms, recovered.reason)
+
+    def _on_end(self, answer: Answer) -> None:
+        since = self._admitted.pop(answer.session, None)
+        if since is None:
+            return
+        self.answers.pop(answer.session, None)
+        self.admission.leave(self.clock.monotonic() - since)
+        if answer.released:
+            self.journal.release(answer.session)
+        elif answer.ended:
+            if answer.record.store:
+                self._keep(answer)
+            self.journal.end(answer.session, answer.snapshot().finish, keep=answer.record.store)
+        else:
+            self._keep(answer)
+            self._journal(answer)
+        self._count(answer)
+
+    def _journal(self, answer: Answer) -> None:
+        """Have a deputy know all of it."""
+        self.journal.begin(answer.session, answer.snapshot, lambda: answer.plan.peers if answer.plan else ())
+
+    def _keep(self, answer: Answer) -> None:
+        """Oldest go first."""
+        self.kept[answer.session] = answer
+        self.kept.move_to_end(answer.session)
+        while len(self.kept) > _KEPT:
+            self._forget(next(iter(self.kept.values())))
+
+    def _expire(self, now: float) -> None:
+        for answer in list(self.kept.values()):
+            if now - answer.ended_at > _KEPT_S and not answer.readers:
+                self._forget(answer)
+
+    def _forget(self, answer: Answer) -> None:
+        self.kept.pop(answer.session, None)
+        self.journal.end(answer.session, "", keep=False)
+
+    def _count(self, answer: Answer) -> None:
+        made = len(answer.tokens) - len(answer.record.tokens)
+        self.telemetry.sessions_active(len(self.answers))
+        self.telemetry.tokens(prompt=answer.prompt_tokens, completion=made)
+        if answer.ttft_s and answer.plan is not None and not answer.recoveries:
+            self.telemetry.ttft(answer.ttft_s)
+            self.telemetry.prediction("ttft", answer.plan.predicted_ttft_s, answer.ttft_s)
+        if answer.measured_tpot_s and answer.plan is not None:
+            self.telemetry.tpot(answer.measured_tpot_s)
+            if not answer.recoveries:
+                self.telemetry.prediction("tpot", answer.predicted_tpot_s, answer.measured_tpot_s)
+        log.info(
+            "session %s %s: %d tokens, ttft %.0f ms, tpot %.1f ms (predicted %.1f), %d recoveries",
+            answer.session,
+            answer.status,
+            made,
+            1000 * answer.ttft_s,
+            1000 * answer.measured_tpot_s,
+            1000 * answer.predicted_tpot_s,
+            len(answer.recoveries),
+        )

@@ -1,0 +1,1 @@
+"""Session records kept by deputies, so that a session outlives its coordinator."""

@@ -1,0 +1,462 @@
+"""The coordinator's side of the journal: each session's record lies with one other peer too, its deputy, in case this one is lost.
+
+A new deputy gets the whole record and says that it keeps it. After that it gets only tokens, in batches that nobody acknowledges:
+the link keeps them in order, and a deputy that misses some, or has no room, says JOURNAL_DROP and the record goes out whole again.
+A token costs an append, a batch one small message, and one timer serves all sessions.
+"""
+
+import asyncio
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+from logging import getLogger
+
+from meshd.agents.links.links import Links
+from meshd.agents.session.journal.record import AnswerToken, SessionRecord, encode_record
+from meshd.clock import Clock
+from meshd.errors import MeshdError
+from meshd.protocol.messages import Journal, JournalDrop, JournalTokens
+from meshd.types import Advert, PeerId, SessionId, TokenLogprobs
+
+log = getLogger(__name__)
+
+BATCH_TOKENS = 16
+BATCH_S = 0.25
+_CARE_S = 1.0
+"""How often those without a deputy look for one."""
+_RENEW_S = 120.0
+"""An unfinished record that nothing was added to is confirmed this often; deputies forget what they hear nothing of."""
+_ANSWER_S = 5.0
+_AVOID_S = 10.0
+"""A peer that refused a record is not asked for this long."""
+_AGAIN_S = 1.0
+"""And one that had it, and has it no more, this long."""
+_AT_ONCE = 8
+"""Whole records that may be under way: a lost deputy leaves many, and they must not crowd the link."""
+_MESSAGE_TOKENS = 128
+"""In one message: with 20 logprobs each they still fit its header."""
+_KEEP_ENDED_S = 600.0
+_MAX_ENDED = 256
+_RELEASED_S = 60.0
+"""After another peer took a session, its new deputy has long had the record."""
+_MOVED_S = 10.0
+"""Likewise after another deputy was asked."""
+_MAX_DROPS = 1024
+
+
+@dataclass(slots=True)
+class Batch:
+    """The answer's tokens that the deputy does not have yet. Pure."""
+
+    sent: int = 0
+    """Tokens that it has, or that are on their way to it."""
+    pending: list[AnswerToken] = field(default_factory=list)
+
+    def add(self, index: int, token: AnswerToken) -> bool:
+        """Take the token with this index; a repeat changes nothing. False: one is missing in between."""
+        due = self.sent + len(self.pending)
+        if index == due:
+            self.pending.append(token)
+        return index <= due
+
+    def take(self) -> tuple[int, tuple[AnswerToken, ...]]:
+        """The next tokens for one message, with the index of the first; they count as sent."""
+        index, tokens = self.sent, tuple(islice(self.pending, _MESSAGE_TOKENS))
+        del self.pending[: len(tokens)]
+        self.sent += len(tokens)
+        return index, tokens
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    session: SessionId
+    record: Callable[[], SessionRecord]
+    plan_peers: Callable[[], tuple[PeerId, ...]]
+    epoch: int = 0
+    finish: str = ""
+    ended_at: float = 0.0
+    deputy: PeerId | None = None
+    kept: bool = False
+    """The deputy says so; before, tokens wait."""
+    batch: Batch = field(default_factory=Batch)
+    told: str = ""
+    """The answer's end as the deputy knows it."""
+    told_at: float = 0.0
+    turn: int = 0
+    """Rises whenever the whole record is to go out: what an older turn still waits for counts no more."""
+    avoid: dict[PeerId, float] = field(default_factory=dict)
+    """Until when."""
+
+
+class _Drops:
+    """Records that lie somewhere for nothing: their keepers are told, when it is time and when they can be reached."""
+
+    def __init__(self, links: Links, clock: Clock) -> None:
+        self._links = links
+        self._clock = clock
+        self._due: dict[tuple[PeerId, SessionId], tuple[float, int]] = {}
+        """(not before, epoch)"""
+
+    def add(self, peer: PeerId, session: SessionId, epoch: int, after_s: float = 0.0) -> None:
+        """Tell it, now if that can be."""
+        self._due.pop((peer, session), None)
+        self._due[peer, session] = self._clock.monotonic() + after_s, epoch
+        while len(self._due) > _MAX_DROPS:
+            del self._due[next(iter(self._due))]
+        if not after_s:
+            self._send(peer, session, epoch)
+
+    def revoke(self, peer: PeerId, session: SessionId) -> None:
+        """It is to keep the record after all."""
+        self._due.pop((peer, session), None)
+
+    def send_due(self, now: float) -> None:
+        """To be called now and then."""
+        for (peer, session), (due, epoch) in list(self._due.items()):
+            if now - due > _KEEP_ENDED_S:
+                del self._due[peer, session]  # it has forgotten by itself
+            elif due <= now:
+                self._send(peer, session, epoch)
+
+    def _send(self, peer: PeerId, session: SessionId, epoch: int) -> None:
+        try:
+            self._links.send(peer, JournalDrop(session=session, epoch=epoch))
+        except MeshdError as error:
+            log.debug("session %s: %.8s still keeps its record: %s", session, peer, error)
+        else:
+            self._due.pop((peer, session), None)
+
+
+class Journalist:
+    """Owns what is on its way to deputies."""
+
+    def __init__(
+        self,
+        me: PeerId,
+        links: Links,
+        clock: Clock,
+        adverts: Callable[[], list[Advert]],
+        taken: Callable[[SessionId], Collection[PeerId]] = lambda session: (),
+    ) -> None:
+        """`taken`: who has this session's record by other means, and is no deputy for it here."""
+        self._taken = taken
+        self._me = me
+        self._links = links
+        self._clock = clock
+        self._adverts = adverts
+        self._entries: dict[SessionId, _Entry] = {}
+        self._unsent: dict[_Entry, None] = {}
+        """Kept ones with tokens that wait for the timer."""
+        self._due: dict[_Entry, None] = {}
+        """Those whose whole record is to go out."""
+        self._wake = asyncio.Event()
+        self._drops = _Drops(links, clock)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def deputy_of(self, session: SessionId) -> PeerId | None:
+        """Who keeps this session's record; None while nobody does."""
+        entry = self._entries.get(session)
+        return entry.deputy if entry is not None and entry.kept else None
+
+    def chosen_for(self, session: SessionId) -> PeerId | None:
+        """Who keeps this session's record, or is asked to."""
+        entry = self._entries.get(session)
+        return entry.deputy if entry is not None else None
+
+    # What the coordinator tells
+
+    def begin(
+        self, session: SessionId, record: Callable[[], SessionRecord], plan_peers: Callable[[], tuple[PeerId, ...]]
+    ) -> None:
+        """Keep this session's record with a deputy from now on; again at each new plan, which the record names.
+
+        `record` gives all that is known of the session at the time.
+        """
+        entry = self._entries.get(session)
+        if entry is None:
+            entry = self._entries[session] = _Entry(session, record, plan_peers)
+        else:
+            entry.record, entry.plan_peers, entry.finish = record, plan_peers, ""
+        self._hand_over(entry)
+
+    def token(self, session: SessionId, index: int, token: int, logprobs: TokenLogprobs | None) -> None:
+        """One more token of the answer. Costs an append."""
+        entry = self._entries.get(session)
+        if entry is None or entry.deputy is None:
+            return  # the whole record will tell it
+        if not entry.batch.add(index, (token, logprobs)):
+            self._lose(entry)
+        elif entry.kept:
+            if len(entry.batch.pending) >= BATCH_TOKENS:
+                self._send(entry)
+            else:
+                self._unsent[entry] = None
+
+    def end(self, session: SessionId, finish: str, *, keep: bool) -> None:
+        """The answer has ended, or is suspended (no `finish`). `keep`: the deputy still tells of it; otherwise it forgets it."""
+        entry = self._entries.get(session)
+        if entry is None:
+            return
+        if not keep:
+            del self._entries[session]
+            self._leave(entry)
+            return
+        entry.finish, entry.ended_at = finish, self._clock.monotonic()
+        self._send(entry)
+        self._trim_ended()
+
+    def release(self, session: SessionId) -> None:
+        """Another peer has taken the session over: its deputy's record goes too, once the new coordinator surely has one."""
+        entry = self._entries.pop(session, None)
+        if entry is not None:
+            self._leave(entry, _RELEASED_S)
+
+    def on_peer_gone(self, peer: PeerId) -> None:
+        """A link is down: whoever had its deputy there gets another one at once."""
+        for entry in list(self._entries.values()):
+            if entry.deputy == peer:
+                self._lose(entry)
+
+    def on_dropped(self, peer: PeerId, session: SessionId) -> None:
+        """A deputy does not have the record, or not all of it."""
+        entry = self._entries.get(session)
+        if entry is not None and entry.deputy == peer and entry.kept:
+            self._lose(entry, _AGAIN_S)
+
+    def flush(self) -> None:
+        """Send what waits for the timer."""
+        for entry in list(self._unsent):
+            self._send(entry)
+
+    async def run(self) -> None:
+        """Send what waits. Ends only by being cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(_AT_ONCE):
+                tasks.create_task(self._hand_over_due(), name="journal")
+            tasks.create_task(self._tick(), name="journal timer")
+
+    # Whole records
+
+    def _hand_over(self, entry: _Entry) -> None:
+        """Have the whole record sent, to the present deputy if there is no reason for another one."""
+        entry.kept = False
+        entry.turn += 1
+        self._unsent.pop(entry, None)
+        self._due[entry] = None
+        self._wake.set()
+
+    def _lose(self, entry: _Entry, avoid_s: float = 0.0) -> None:
+        """The deputy has not all of it: start anew."""
+        if entry.deputy is not None and avoid_s:
+            entry.avoid[entry.deputy] = self._clock.monotonic() + avoid_s
+        self._leave(entry)
+        self._hand_over(entry)
+
+    def _leave(self, entry: _Entry, drop_after_s: float = 0.0) -> None:
+        """Be without a deputy."""
+        peer, entry.deputy = entry.deputy, None
+        entry.kept = False
+        entry.turn += 1
+        self._due.pop(entry, None)
+        self._unsent.pop(entry, None)
+        if peer is not None:
+            self._drops.add(peer, entry.session, entry.epoch, drop_after_s)
+
+    async def _hand_over_due(self) -> None:
+        while True:
+            while (entry := self._next_due()) is not None:
+                await self._hand_over_one(entry)
+            self._wake.clear()
+            await self._wake.wait()
+
+    def _next_due(self) -> _Entry | None:
+        """Running answers first."""
+        entry = next((entry for entry in self._due if not entry.finish), None) or next(iter(self._due), None)
+        if entry is not None:
+            del self._due[entry]
+        return entry
+
+    async def _hand_over_one(self, entry: _Entry) -> None:
+        now = self._clock.monotonic()
+        entry.avoid = {peer: until for peer, until in entry.avoid.items() if until > now}
+        peer = self._choose(entry) or entry.deputy
+        if peer is None:
+            return  # the timer tries again
+        if entry.deputy not in (None, peer):
+            self._leave(entry, _MOVED_S)
+        entry.deputy = peer
+        turn, record = entry.turn, entry.record()
+        entry.epoch, entry.batch = record.epoch, Batch(sent=len(record.tokens))
+        self._drops.revoke(peer, entry.session)
+        try:
+            await self._links.request(
+                peer,
+                lambda number: Journal(request=number, session=record.session, epoch=record.epoch),
+                encode_record(record),
+                timeout_s=_ANSWER_S,
+            )
+        except MeshdError as error:
+            log.debug("session %s: %.8s does not keep its record: %s", entry.session, peer, error)
+            if entry.turn == turn:
+                self._lose(entry, _AVOID_S)
+            return
+        if entry.turn != turn:
+            self._kept_for_nothing(entry.session, peer, record.epoch)
+            return
+        entry.kept, entry.told, entry.told_at = True, record.finish, self._clock.monotonic()
+        entry.finish = record.finish or entry.finish
+        self._send(entry)
+
+    def _kept_for_nothing(self, session: SessionId, peer: PeerId, epoch: int) -> None:
+        """Its answer came when the record had gone elsewhere, or was forgotten."""
+        present = self._entries.get(session)
+        if present is None or present.deputy != peer:
+            self._drops.add(peer, session, epoch)
+
+    # Tokens
+
+    def _send(self, entry: _Entry) -> None:
+        """Tell the deputy what it does not know yet."""
+        if not entry.kept:
+            return
+        self._unsent.pop(entry, None)
+        while entry.kept and (entry.batch.pending or entry.told != entry.finish):
+            self._send_message(entry)
+
+    def _send_message(self, entry: _Entry) -> None:
+        assert entry.deputy is not None
+        index, tokens = entry.batch.take()
+        finish = "" if entry.batch.pending else entry.finish
+        message = JournalTokens(session=entry.session, epoch=entry.epoch, index=index, tokens=tokens, finish=finish)
+        try:
+            self._links.send(entry.deputy, message)
+        except MeshdError as error:
+            log.debug("session %s: its journal goes no further at %.8s: %s", entry.session, entry.deputy, error)
+            self._lose(entry, _AVOID_S)
+            return
+        entry.told, entry.told_at = finish, self._clock.monotonic()
+
+    # The timer
+
+    async def _tick(self) -> None:
+        cared = self._clock.monotonic()
+        while True:
+            await self._clock.sleep(BATCH_S)
+            self.flush()
+            now = self._clock.monotonic()
+            if now - cared >= _CARE_S:
+                cared = now
+                self._care(now)
+
+    def _care(self, now: float) -> None:
+        """Deputies for those without one, or with one that leaves; signs of life; an end for what ended long ago."""
+        self._drops.send_due(now)
+        if not self._entries:
+            return
+        leaving = {advert.peer for advert in self._adverts() if advert.draining}
+        for entry in list(self._entries.values()):
+            if entry.finish and now - entry.ended_at > _KEEP_ENDED_S:
+                self._retire(entry)
+            elif entry.deputy is None or (entry.kept and entry.deputy in leaving and self._choose(entry) is not None):
+                self._hand_over(entry)
+            elif entry.kept and not entry.finish and now - entry.told_at > _RENEW_S:
+                self._send_message(entry)
+
+    def _choose(self, entry: _Entry) -> PeerId | None:
+        avoid = {*entry.avoid, *self._taken(entry.session)}
+        return choose_deputy(self._me, self._adverts(), entry.plan_peers(), avoid, entry.deputy)
+
+    def _trim_ended(self) -> None:
+        ended = [entry for entry in self._entries.values() if entry.finish]
+        for entry in ended[: max(0, len(ended) - _MAX_ENDED)]:
+            self._retire(entry)
+
+    def _retire(self, entry: _Entry) -> None:
+        """Care no more; the deputy forgets it by itself."""
+        del self._entries[entry.session]
+        self._due.pop(entry, None)
+        self._unsent.pop(entry, None)
+
+
+class Journalists:
+    """Two deputies for every session: its coordinator and one of them may be lost at once. To its users it is one Journalist."""
+
+    def __init__(self, me: PeerId, links: Links, clock: Clock, adverts: Callable[[], list[Advert]]) -> None:
+        first = Journalist(me, links, clock, adverts, lambda session: self._chosen(1, session))
+        second = Journalist(me, links, clock, adverts, lambda session: self._chosen(0, session))
+        self._each = (first, second)
+
+    def __len__(self) -> int:
+        return max(map(len, self._each))
+
+    def _chosen(self, of: int, session: SessionId) -> tuple[PeerId, ...]:
+        deputy = self._each[of].chosen_for(session)
+        return (deputy,) if deputy is not None else ()
+
+    def deputies_of(self, session: SessionId) -> list[PeerId]:
+        """Who keeps this session's record now."""
+        return [deputy for journalist in self._each if (deputy := journalist.deputy_of(session)) is not None]
+
+    def begin(
+        self, session: SessionId, record: Callable[[], SessionRecord], plan_peers: Callable[[], tuple[PeerId, ...]]
+    ) -> None:
+        """See `Journalist.begin`."""
+        for journalist in self._each:
+            journalist.begin(session, record, plan_peers)
+
+    def token(self, session: SessionId, index: int, token: int, logprobs: TokenLogprobs | None) -> None:
+        """See `Journalist.token`."""
+        for journalist in self._each:
+            journalist.token(session, index, token, logprobs)
+
+    def end(self, session: SessionId, finish: str, *, keep: bool) -> None:
+        """See `Journalist.end`."""
+        for journalist in self._each:
+            journalist.end(session, finish, keep=keep)
+
+    def release(self, session: SessionId) -> None:
+        """See `Journalist.release`."""
+        for journalist in self._each:
+            journalist.release(session)
+
+    def on_peer_gone(self, peer: PeerId) -> None:
+        """See `Journalist.on_peer_gone`."""
+        for journalist in self._each:
+            journalist.on_peer_gone(peer)
+
+    def on_dropped(self, peer: PeerId, session: SessionId) -> None:
+        """See `Journalist.on_dropped`."""
+        for journalist in self._each:
+            journalist.on_dropped(peer, session)
+
+    def flush(self) -> None:
+        """See `Journalist.flush`."""
+        for journalist in self._each:
+            journalist.flush()
+
+    async def run(self) -> None:
+        """See `Journalist.run`."""
+        async with asyncio.TaskGroup() as tasks:
+            for journalist in self._each:
+                tasks.create_task(journalist.run())
+
+
+def choose_deputy(
+    me: PeerId,
+    adverts: Iterable[Advert],
+    plan_peers: Collection[PeerId],
+    avoid: Collection[PeerId],
+    present: PeerId | None = None,
+) -> PeerId | None:
+    """Of the live peers that stay: one outside the plan, so that no fault takes both, the present one, or else the nearest.
+
+    None: there is none.
+    """
+    known = {advert.peer: advert for advert in adverts}
+    own = known.get(me)
+    near = own.links if own is not None else {}
+    candidates = [peer for peer, advert in known.items() if peer != me and not advert.draining and peer not in avoid]
+    rtt_s = {peer: near[peer].rtt_s if peer in near else float("inf") for peer in candidates}
+    return min(candidates, key=lambda peer: (peer in plan_peers, peer != present, rtt_s[peer], peer), default=None)

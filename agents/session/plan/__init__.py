@@ -1,0 +1,1 @@
+"""Which plan a session runs under, and every change of it."""

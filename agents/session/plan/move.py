@@ -1,0 +1,229 @@
+"""Moves running sessions to other peers: copies their KV while they decode, then changes the plan between two tokens.
+
+The change itself is that of a recovery with nothing lost (`agents.session`), so a move that fails at any point leaves the source
+serving: until the new epoch runs, it keeps the KV. The stages of copying are Llumnix's (https://arxiv.org/abs/2406.03243).
+"""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+from logging import getLogger
+
+from meshd.agents.service import MeshOptions
+from meshd.agents.session import session as fsm
+from meshd.agents.session.answer import Answer, Recovered
+from meshd.agents.session.plan.retry import Rescuer
+from meshd.agents.session.plan.route import Router
+from meshd.clock import Clock
+from meshd.errors import InvalidRequest, MeshdError, NoPeer, PeerFault
+from meshd.protocol.messages import Mirror, Mirrored
+from meshd.types import Advert, LayerRange, PeerId, Plan, SessionId
+
+log = getLogger(__name__)
+
+_COPY_S = 120.0
+"""For the KV to be copied."""
+_CHANGE_S = 15.0
+"""For the new plan to make its first token."""
+_AGAIN_S = 5.0
+_NEAR_TOKENS = 4
+"""A copy this close behind is level: the rest comes while the last step ends, or is computed."""
+_LAST_STEP_S = 5.0
+"""For the step that is under way to end."""
+_LEAST_REMAINING = 32
+"""An answer that ends sooner is not worth moving."""
+
+
+@dataclass(slots=True)
+class _Copy:
+    stage: int
+    target: PeerId
+    caught_up: bool = False
+    error: str = ""
+
+
+@dataclass(slots=True)
+class Mover:
+    """Moves this coordinator's answers."""
+
+    rescuer: Rescuer
+    router: Router
+    adverts: Callable[[], list[Advert]]
+    clock: Clock
+    _moving: dict[SessionId, list[_Copy]] = field(default_factory=dict)
+    _seen: dict[SessionId, int] = field(default_factory=dict)
+    """Session -> what the mesh looked like when a better plan was last looked for."""
+    _looking: set[SessionId] = field(default_factory=set)
+    _not_before: dict[SessionId, float] = field(default_factory=dict)
+    """When one that could not be moved is looked at again."""
+
+    async def move(self, answer: Answer, target: PeerId, source: PeerId | None) -> float:
+        """Move all stages, or those at `source`, to `target`; the pause in seconds. Raises: InvalidRequest, NoPeer, PeerFault."""
+        if answer.plan is None or answer.machine.state not in (fsm.State.PREFILLING, fsm.State.DECODING):
+            raise InvalidRequest(f"session {answer.session} is {answer.machine.state.value}: only a running one can move")
+        plan = self.router.with_target(answer.card, answer.plan, target, source)
+        return await self.change(answer, plan, f"moved to {answer.around.names(target)}")
+
+    async def change(self, answer: Answer, plan: Plan, reason: str) -> float:
+        """Have a running answer go on under another plan. Raises: InvalidRequest, PeerFault; then it goes on as it can."""
+        if answer.session in self._moving:
+            raise InvalidRequest(f"session {answer.session} is being moved already")
+        old = answer.plan
+        assert old is not None
+        epoch = answer.machine.epoch
+        copies = self._moving[answer.session] = _copies(old, plan)
+        try:
+            answer.around.story.note(answer.session, "move begins", reason=reason, copies=len(copies))
+            await self._copy(answer, epoch, copies)
+            await self._end_step(answer, epoch)
+            if answer.machine.epoch != epoch or answer.machine.state is not fsm.State.DECODING:
+                raise PeerFault("its plan changed for another reason meanwhile", hint="try again")
+            answer.planned(plan, reason)
+            return await self._first_token(answer, plan)
+        finally:
+            del self._moving[answer.session]
+            if answer.machine.epoch == epoch:
+                answer.hold(None)
+
+    async def _copy(self, answer: Answer, epoch: int, copies: list[_Copy]) -> None:
+        """Until every copy is near. One that fails is left to be computed at the target."""
+        assert answer.plan is not None
+        for copy in copies:
+            self._ask(answer, epoch, copy.stage, copy.target)
+
+        def near() -> bool:
+            level = all(copy.caught_up or copy.error for copy in copies)
+            return answer.machine.epoch != epoch or (level and answer.machine.state is not fsm.State.PREFILLING)
+
+        await answer.until(near, _COPY_S)
+
+    async def _end_step(self, answer: Answer, epoch: int) -> None:
+        """Let the step under way be the last under this plan: another one would be computed in vain, and waited for."""
+        if answer.waits_for_client:
+            return
+        last = len(answer.machine.tokens) + 1
+        answer.hold(last)
+        machine = answer.machine
+        await answer.until(lambda: machine.epoch != epoch or not answer.running or len(machine.tokens) >= last, _LAST_STEP_S)
+
+    def _ask(self, answer: Answer, epoch: int, stage: int, target: PeerId) -> None:
+        assert answer.plan is not None
+        answer.machine.holders.add(target)
+        message = Mirror(session=answer.session, epoch=epoch, stage=stage, target=target, eager=True)
+        answer.send(answer.plan.stages[stage].peer, message)
+
+    async def _first_token(self, answer: Answer, plan: Plan) -> float:
+        epoch = answer.machine.epoch
+
+        def done() -> list[Recovered]:
+            return [change for change in answer.recoveries if change.epoch >= epoch]
+
+        await answer.until(lambda: done() or not answer.running, _CHANGE_S)
+        if answer.running and (changes := done()):
+            if answer.plan is not None and answer.plan.id == plan.id:
+                return changes[0].pause_s
+            raise PeerFault(f"the move failed, and the session goes on elsewhere: {changes[0].reason}")
+        if answer.machine.state is fsm.State.FINISHED:
+            return 0.0
+        raise PeerFault("the move was cut short: the session ended, or made no token in time")
+
+    def on_mirrored(self, answer: Answer, message: Mirrored) -> None:
+        """A stage tells how far a copy is."""
+        for copy in self._moving.get(answer.session, ()):
+            if (copy.stage, copy.target) == (message.stage, message.target):
+                copy.error = message.error
+                copy.caught_up = message.filled - message.held <= _NEAR_TOKENS
+                answer.touch()
+
+    # Moves that nobody asked for
+
+    def look_for_better(self, answers: list[Answer]) -> None:
+        """Move answers off peers that leave, and to plans that have become worth it since the mesh changed."""
+        if not answers:
+            self._seen.clear()
+            return
+        adverts = self.adverts()
+        draining = frozenset(advert.peer for advert in adverts if advert.draining)
+        shape = hash(tuple(sorted(_shape(advert) for advert in adverts)))
+        self._seen = {answer.session: self._seen.get(answer.session, shape) for answer in answers}
+        now = self.clock.monotonic()
+        self._not_before = {session: until for session, until in self._not_before.items() if until > now}
+        for answer in answers:
+            plan = answer.plan
+            if plan is None or answer.machine.state is not fsm.State.DECODING:
+                continue
+            if answer.session in self._looking or answer.session in self._not_before:
+                continue
+            if leaving := draining.intersection(plan.peers):
+                self._begin(answer, partial(self._leave, answer, plan, leaving))
+            elif self._seen[answer.session] != shape:
+                self._seen[answer.session] = shape
+                self._begin(answer, partial(self._improve, answer))
+
+    async def _leave(self, answer: Answer, plan: Plan, leaving: frozenset[PeerId]) -> None:
+        away = await self._away(answer, plan, leaving)
+        if leaving.intersection(away.peers):
+            raise NoPeer("no other peer can hold its layers")
+        names = ", ".join(map(answer.around.names, sorted(leaving)))
+        await self._change_and_say(answer, away, f"{names} leaves")
+
+    async def _improve(self, answer: Answer) -> None:
+        if answer.record.max_tokens - len(answer.tokens) < _LEAST_REMAINING:
+            return
+        better = self.router.better(answer.card, answer.record.mesh, self.rescuer.need(answer))
+        if better is not None:
+            await self._change_and_say(answer, better.plan, "a better plan")
+
+    async def _away(self, answer: Answer, plan: Plan, leaving: frozenset[PeerId]) -> Plan:
+        """The same cuts without those who leave, since KV can be copied then; any plan without them if that can't be."""
+        for source in sorted(leaving):
+            others = [advert.peer for advert in self.adverts() if _may_take(advert, answer.record.mesh)]
+            moved = [there for target in others if (there := self._with_target(answer, plan, target, source)) is not None]
+            if not moved:
+                found = await self.router.recover(answer.card, answer.record.mesh, self.rescuer.need(answer, avoid=leaving))
+                return found.plan
+            plan = min(moved, key=lambda plan: plan.predicted_tpot_s)
+        return plan
+
+    def _with_target(self, answer: Answer, plan: Plan, target: PeerId, source: PeerId) -> Plan | None:
+        try:
+            return self.router.with_target(answer.card, plan, target, source)
+        except MeshdError:
+            return None
+
+    def _begin(self, answer: Answer, work: Callable[[], Awaitable[None]]) -> None:
+        """One look at a time for each answer; it ends with the answer."""
+        self._looking.add(answer.session)
+        answer.spawn(self._quietly(answer, work)).add_done_callback(lambda _: self._looking.discard(answer.session))
+
+    async def _quietly(self, answer: Answer, work: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await work()
+        except MeshdError as error:
+            self._not_before[answer.session] = self.clock.monotonic() + _AGAIN_S
+            log.info("session %s stays where it is: %s", answer.session, error)
+
+    async def _change_and_say(self, answer: Answer, plan: Plan, reason: str) -> None:
+        pause_s = await self.change(answer, plan, reason)
+        log.info("session %s moved (%s), pause %.1f ms", answer.session, reason, 1000 * pause_s)
+
+
+def _copies(old: Plan, new: Plan) -> list[_Copy]:
+    """Which stages' KV the new plan wants at which peers: one copy each where a new stage lies within an old one."""
+    wanted: dict[tuple[int, PeerId], _Copy] = {}
+    for stage in new.stages:
+        for number, before in enumerate(old.stages):
+            if stage.layers in before.layers and stage.peer != before.peer:
+                wanted.setdefault((number, stage.peer), _Copy(number, stage.peer))
+    return list(wanted.values())
+
+
+def _may_take(advert: Advert, mesh: MeshOptions) -> bool:
+    """Whether it stays, and the request lets it take part."""
+    named = mesh.peers is None or any(name == advert.name or advert.peer.startswith(name) for name in mesh.peers)
+    return named and not advert.draining
+
+
+def _shape(advert: Advert) -> tuple[str, bool, tuple[tuple[str, LayerRange, str], ...]]:
+    held = tuple(sorted((holding.model, holding.layers, holding.state) for holding in advert.holdings))
+    return advert.peer, advert.draining, held

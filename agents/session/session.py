@@ -1,0 +1,536 @@
+"""One request on the peer that coordinates it, as a pure state machine: events in, commands out.
+
+House rules of this file: no I/O, no clock, no text. It knows tokens, peers and the plan. `TRANSITIONS` is the whole truth about
+which event may come in which state; an event that is not in the table raises and changes nothing. Events of an older epoch are
+dropped before the table is asked, because the network may deliver them late.
+
+    NEW --Planned--> OPENING --all StageOpened--> PREFILLING --TokenArrived--> DECODING --the last token--> FINISHED
+    any of these --a loss--> RECOVERING --Planned, one epoch later--> OPENING
+    running --Planned--> OPENING, one epoch later (a move)
+    RECOVERING --no plan is possible--> SUSPENDED --ResumeRequested--> RECOVERING
+    running --its reader left--> SUSPENDED
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from meshd.agents.session.plan.resume import Held, Resumption, resume_positions
+from meshd.errors import MeshdError, PeerLost
+from meshd.types import FinishReason, PeerId, Plan, SessionId, TokenLogprobs
+
+NOTHING = Held(0)
+
+
+class State(Enum):
+    """Where a session stands."""
+
+    NEW = "new"
+    OPENING = "opening"
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+    RECOVERING = "recovering"
+    """It waits for a plan to go on with."""
+    SUSPENDED = "suspended"
+    """Nothing runs; it can be resumed."""
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+TERMINAL = frozenset({State.FINISHED, State.FAILED, State.CANCELLED})
+RUNNING = frozenset({State.OPENING, State.PREFILLING, State.DECODING, State.RECOVERING})
+
+
+class IllegalTransition(RuntimeError):
+    """A bug of ours: this event can't come in this state."""
+
+
+# Events: what happened.
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan was chosen: the first one, one after a loss, or a better one. Its epoch is one higher than the last."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class PlanFailed:
+    """No plan is possible now."""
+
+    error: MeshdError
+
+
+@dataclass(frozen=True, slots=True)
+class StageOpened:
+    epoch: int
+    stage: int
+    held: Held = NOTHING
+    """What lies there already."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageFailed:
+    """A stage refused to open, or can't go on."""
+
+    epoch: int
+    stage: int
+    error: MeshdError
+    blame: PeerId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenArrived:
+    epoch: int
+    index: int
+    token: int
+    logprobs: TokenLogprobs | None = None
+    finish: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokensRead:
+    """The client's side has taken all answer tokens before `index`."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopMatched:
+    """The text reached a stop string."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerGone:
+    peer: PeerId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeadlinePassed:
+    """Nothing came for too long."""
+
+    reason: str
+    blame: PeerId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Suspend:
+    """Nobody reads it now: let go of everything but the tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeRequested:
+    """Somebody wants to read on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """Another peer coordinates it from now on, with the stages as they are."""
+
+    error: MeshdError
+
+
+@dataclass(frozen=True, slots=True)
+class Reclaimed:
+    """Another peer had gone on with it, and gave it back."""
+
+    used: int
+    """The highest epoch that it can have used."""
+    tokens: tuple[tuple[int, TokenLogprobs | None, FinishReason | None], ...]
+    """All of the answer's."""
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRequested:
+    pass
+
+
+Event = (
+    Planned
+    | PlanFailed
+    | StageOpened
+    | StageFailed
+    | TokenArrived
+    | TokensRead
+    | StopMatched
+    | PeerGone
+    | DeadlinePassed
+    | Suspend
+    | ResumeRequested
+    | Released
+    | Reclaimed
+    | CancelRequested
+)
+
+# Commands: what the actor is to do.
+
+
+@dataclass(frozen=True, slots=True)
+class OpenStages:
+    epoch: int
+    plan: Plan
+    credit: int
+    answered: int
+    """Answer tokens that are known."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeStages:
+    """All are open; each goes on from its position."""
+
+    epoch: int
+    plan: Plan
+    held: tuple[Held, ...]
+    positions: tuple[Resumption, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SendPrompt:
+    """The known tokens from `start` on, to the first stage."""
+
+    epoch: int
+    plan: Plan
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Replan:
+    """Find a plan to go on with: `lost` peers' KV is gone, peers to `avoid` are not to be trusted now."""
+
+    reason: str
+    lost: frozenset[PeerId]
+    avoid: frozenset[PeerId]
+
+
+@dataclass(frozen=True, slots=True)
+class EmitToken:
+    index: int
+    token: int
+    logprobs: TokenLogprobs | None
+    finish: FinishReason | None
+    """STOP: an end-of-sequence token, which has no text."""
+
+
+@dataclass(frozen=True, slots=True)
+class GrantCredit:
+    epoch: int
+    peer: PeerId
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class CloseStages:
+    epoch: int
+    peers: tuple[PeerId, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EmitSuspended:
+    """Nothing follows until it is resumed. None: its reader left."""
+
+    error: MeshdError | None
+
+
+@dataclass(frozen=True, slots=True)
+class EmitEnd:
+    """Nothing follows. `error` only with ERROR, and when another peer took over."""
+
+    reason: FinishReason
+    error: MeshdError | None = None
+
+
+Command = (
+    OpenStages | ResumeStages | SendPrompt | Replan | EmitToken | GrantCredit | CloseStages | EmitSuspended | EmitEnd
+)
+
+CREDIT_TOKENS = 64
+"""How far decoding may run ahead of the client."""
+MAX_ATTEMPTS = 12
+"""Changes of plan without a token between them; then the session is suspended."""
+
+
+@dataclass(slots=True)
+class Session:
+    """State of one session. Only `handle` changes it.
+
+    One that is taken over starts in SUSPENDED with the tokens, plan and epoch of its record.
+    """
+
+    id: SessionId
+    prompt_tokens: int
+    state: State = State.NEW
+    epoch: int = 0
+    plan: Plan | None = None
+    opened: dict[int, Held] = field(default_factory=dict)
+    """Stages of this epoch that are open."""
+    tokens: list[int] = field(default_factory=list)
+    credit: int = CREDIT_TOKENS
+    holders: set[PeerId] = field(default_factory=set)
+    """Peers where something of this session may lie."""
+    lost: set[PeerId] = field(default_factory=set)
+    """Peers that went since the last token."""
+    avoid: set[PeerId] = field(default_factory=set)
+    """Peers that were at fault since the last token."""
+    attempts: int = 0
+    rooted: Plan | None = None
+    """The last plan that ran: where KV lies now."""
+    finish: FinishReason | None = None
+    error: MeshdError | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Something of it ran: later epochs go on with what is still there."""
+        return self.rooted is not None or bool(self.tokens)
+
+    @property
+    def known(self) -> int:
+        """Tokens of prompt and answer."""
+        return self.prompt_tokens + len(self.tokens)
+
+    def handle(self, event: Event) -> list[Command]:
+        """Apply one event. Raises: IllegalTransition, with nothing changed."""
+        if self._stale(event):
+            return []
+        transition = TRANSITIONS.get((self.state, type(event)))
+        if transition is None:
+            raise IllegalTransition(f"session {self.id}: {type(event).__name__} in state {self.state.value}")
+        return transition(self, event)
+
+    def validate(self) -> None:
+        """Invariants that hold between events; tests call it after each."""
+        if self.plan is None and self.state in (State.OPENING, State.PREFILLING, State.DECODING):
+            raise AssertionError("it runs without a plan")
+        if (self.state in TERMINAL) != (self.finish is not None):
+            raise AssertionError("a reason to end and the state disagree")
+        if len(self.tokens) > self.credit:
+            raise AssertionError("more tokens than credit")
+        if self.plan is not None and not set(self.opened) <= set(range(len(self.plan.stages))):
+            raise AssertionError("a stage opened that is not in the plan")
+        if self.attempts > MAX_ATTEMPTS and self.begun:
+            raise AssertionError("it tries without end")
+        if self.state not in RUNNING and self.holders:
+            raise AssertionError("peers hold something for nothing")
+
+    def _stale(self, event: Event) -> bool:
+        epoch = getattr(event, "epoch", self.epoch)
+        return isinstance(epoch, int) and epoch != self.epoch
+
+    def _close(self, reason: str) -> list[Command]:
+        """Let go of everything that lies on peers."""
+        peers, self.holders = tuple(sorted(self.holders)), set()
+        return [CloseStages(self.epoch, peers, reason)] if peers else []
+
+    def _end(self, state: State, reason: FinishReason, error: MeshdError | None = None) -> list[Command]:
+        self.state, self.finish, self.error = state, reason, error
+        return [*self._close(reason.value), EmitEnd(reason, error)]
+
+    def _suspend(self, error: MeshdError | None) -> list[Command]:
+        self.state, self.error = State.SUSPENDED, error
+        commands = self._close("suspended")
+        self.epoch += 1  # what is still under way is of the past
+        return [*commands, EmitSuspended(error)]
+
+    def _recover(self, reason: str, *, lost: PeerId | None = None, avoid: PeerId | None = None) -> list[Command]:
+        """After a loss: another plan, or an end to trying."""
+        if lost is not None:
+            self.lost.add(lost)
+            self.holders.discard(lost)
+        if avoid is not None:
+            self.avoid.add(avoid)
+        self.state = State.RECOVERING
+        return [Replan(reason, frozenset(self.lost), frozenset(self.avoid))]
+
+
+def _planned(session: Session, event: Planned) -> list[Command]:
+    if session.begun and session.attempts >= MAX_ATTEMPTS:
+        error = session.error or PeerLost(f"{session.attempts} plans in a row failed", hint="resume it later")
+        return session._suspend(error)
+    session.attempts += 1
+    session.plan = event.plan
+    session.epoch += 1
+    session.credit = max(session.credit, len(session.tokens) + 1)  # going on samples one token, client or not
+    session.opened = {}
+    session.holders.update(event.plan.peers)
+    session.state = State.OPENING
+    return [OpenStages(session.epoch, event.plan, session.credit, len(session.tokens))]
+
+
+def _plan_failed(session: Session, event: PlanFailed) -> list[Command]:
+    if session.begun:
+        return session._suspend(event.error)
+    return session._end(State.FAILED, FinishReason.ERROR, event.error)
+
+
+def _stage_opened(session: Session, event: StageOpened) -> list[Command]:
+    plan = session.plan
+    assert plan is not None
+    session.opened[event.stage] = event.held
+    if len(session.opened) < len(plan.stages):
+        return []
+    session.state, session.rooted = State.PREFILLING, plan
+    if session.epoch == 1:
+        return [SendPrompt(session.epoch, plan, 0)]
+    held = tuple(session.opened[stage] for stage in range(len(plan.stages)))
+    positions = resume_positions(held, session.known)
+    dropped = tuple(sorted(session.holders.difference(plan.peers)))
+    session.holders.difference_update(dropped)
+    commands: list[Command] = [CloseStages(session.epoch - 1, dropped, "not in the new plan")] if dropped else []
+    return [
+        *commands,
+        ResumeStages(session.epoch, plan, held, positions),
+        SendPrompt(session.epoch, plan, positions[0].start),
+    ]
+
+
+def _token_arrived(session: Session, event: TokenArrived) -> list[Command]:
+    if event.index < len(session.tokens):
+        return []  # a repeat: the client saw it already
+    if event.index > len(session.tokens):
+        last = session.plan.peers[-1] if session.plan is not None else None
+        return session._recover(f"token {len(session.tokens)} of the answer was lost on the way", avoid=last)
+    session.state = State.DECODING
+    session.attempts = 0
+    session.lost.clear()
+    session.avoid.clear()
+    return _emit(session, event)
+
+
+def _token_in_recovery(session: Session, event: TokenArrived) -> list[Command]:
+    """Made before the loss, and as good as any: one less to make again."""
+    return _emit(session, event) if event.index == len(session.tokens) < session.credit else []
+
+
+def _emit(session: Session, event: TokenArrived) -> list[Command]:
+    session.tokens.append(event.token)
+    commands: list[Command] = [EmitToken(event.index, event.token, event.logprobs, event.finish)]
+    if event.finish is not None:
+        commands += session._end(State.FINISHED, event.finish)
+    return commands
+
+
+def _tokens_read(session: Session, event: TokensRead) -> list[Command]:
+    wanted = event.index + CREDIT_TOKENS
+    if wanted - session.credit < CREDIT_TOKENS // 2:
+        return []  # half a window at a time: a message for each token would cost more than it bounds
+    session.credit = wanted
+    if session.plan is None or session.state is State.RECOVERING:
+        return []  # the next OPEN tells it
+    return [GrantCredit(session.epoch, session.plan.stages[0].peer, wanted)]
+
+
+def _stop_matched(session: Session, event: StopMatched) -> list[Command]:
+    return session._end(State.FINISHED, FinishReason.STOP)
+
+
+def _stage_failed(session: Session, event: StageFailed) -> list[Command]:
+    session.error = event.error
+    return session._recover(event.error.message, avoid=event.blame)
+
+
+def _failed_in_recovery(session: Session, event: StageFailed) -> list[Command]:
+    return []  # each neighbour of a lost stage tells of it; the first was enough
+
+
+def _peer_gone(session: Session, event: PeerGone) -> list[Command]:
+    session.lost.add(event.peer)
+    if session.plan is None or event.peer not in session.plan.peers:
+        session.holders.discard(event.peer)
+        return []
+    layers = ", ".join(str(stage.layers) for stage in session.plan.stages if stage.peer == event.peer)
+    session.error = PeerLost(f"the peer that held layers {layers} was lost: {event.reason}")
+    return session._recover(session.error.message, lost=event.peer)
+
+
+def _peer_gone_in_recovery(session: Session, event: PeerGone) -> list[Command]:
+    """The plan that is being made may count on it: make another."""
+    return session._recover(event.reason, lost=event.peer)
+
+
+def _deadline_passed(session: Session, event: DeadlinePassed) -> list[Command]:
+    session.error = PeerLost(f"no token came in time: {event.reason}")
+    return session._recover(event.reason, avoid=event.blame)
+
+
+def _suspend(session: Session, event: Suspend) -> list[Command]:
+    return session._suspend(None)
+
+
+def _resume(session: Session, event: ResumeRequested) -> list[Command]:
+    session.attempts, session.error = 0, None
+    session.avoid.clear()
+    return session._recover("resumed")
+
+
+def _released(session: Session, event: Released) -> list[Command]:
+    session.holders.clear()
+    return session._end(State.CANCELLED, FinishReason.CANCELLED, event.error)
+
+
+def _reclaimed(session: Session, event: Reclaimed) -> list[Command]:
+    session.epoch = max(session.epoch, event.used)
+    commands: list[Command] = []
+    for index in range(len(session.tokens), len(event.tokens)):
+        token, logprobs, finish = event.tokens[index]
+        session.credit = max(session.credit, index + 1)
+        commands += _emit(session, TokenArrived(session.epoch, index, token, logprobs, finish))
+        if finish is not None:
+            break
+    return commands
+
+
+def _cancel(session: Session, event: CancelRequested) -> list[Command]:
+    return session._end(State.CANCELLED, FinishReason.CANCELLED)
+
+
+def _ignore(session: Session, event: Event) -> list[Command]:
+    return []
+
+
+TRANSITIONS: dict[tuple[State, type[Any]], Callable[[Session, Any], list[Command]]] = {
+    (State.NEW, Planned): _planned,
+    (State.NEW, PlanFailed): _plan_failed,
+    (State.NEW, PeerGone): _peer_gone,
+    (State.NEW, CancelRequested): _cancel,
+    (State.NEW, Suspend): _cancel,
+    (State.OPENING, StageOpened): _stage_opened,
+    (State.OPENING, StageFailed): _stage_failed,
+    (State.OPENING, DeadlinePassed): _deadline_passed,
+    (State.PREFILLING, Planned): _planned,
+    (State.PREFILLING, StageFailed): _stage_failed,
+    (State.PREFILLING, TokenArrived): _token_arrived,
+    (State.PREFILLING, DeadlinePassed): _deadline_passed,
+    (State.DECODING, Planned): _planned,
+    (State.DECODING, StageFailed): _stage_failed,
+    (State.DECODING, TokenArrived): _token_arrived,
+    (State.DECODING, StopMatched): _stop_matched,
+    (State.DECODING, DeadlinePassed): _deadline_passed,
+    (State.RECOVERING, Planned): _planned,
+    (State.RECOVERING, PlanFailed): _plan_failed,
+    (State.RECOVERING, Reclaimed): _reclaimed,
+    (State.RECOVERING, StageOpened): _ignore,
+    (State.RECOVERING, StageFailed): _failed_in_recovery,
+    (State.RECOVERING, TokenArrived): _token_in_recovery,
+    (State.RECOVERING, StopMatched): _stop_matched,
+    (State.RECOVERING, PeerGone): _peer_gone_in_recovery,
+    (State.RECOVERING, DeadlinePassed): _ignore,
+    (State.SUSPENDED, ResumeRequested): _resume,
+    (State.SUSPENDED, CancelRequested): _cancel,
+    (State.SUSPENDED, Released): _released,
+}
+for _state in RUNNING:
+    TRANSITIONS.setdefault((_state, PeerGone), _peer_gone)
+    TRANSITIONS[_state, TokensRead] = _tokens_read
+    TRANSITIONS[_state, Suspend] = _suspend
+    TRANSITIONS[_state, ResumeRequested] = _ignore
+    TRANSITIONS[_state, Released] = _released
+    TRANSITIONS[_state, CancelRequested] = _cancel
+# After the end, and while nothing runs, the network may still deliver; the client may still read.
+for _state in (*TERMINAL, State.SUSPENDED):
+    for _event in Event.__args__:
+        if _event is not Planned:
+            TRANSITIONS.setdefault((_state, _event), _ignore)

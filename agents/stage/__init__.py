@@ -1,0 +1,1 @@
+"""This peer's part in the sessions that run through it."""

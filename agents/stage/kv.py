@@ -1,0 +1,181 @@
+"""What of each session lies on this peer: KV and kept outputs, for the stage that runs and for those that may follow it.
+
+KV outlives the stage that computed it: a later epoch's stage of the same session takes over what is there, whole or for some of its
+layers. Two stages over different layers of one load may share one table, since its blocks cover all layers of the load.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from meshd.agents.placement.loads import Load
+from meshd.agents.stage.outputs import OutputLog, Outputs
+from meshd.errors import NoPeer
+from meshd.kernels.kv import BlockTable, KVPool
+from meshd.types import LayerRange, ModelId, PeerId, SessionId
+
+
+@dataclass(slots=True, eq=False)
+class Room:
+    """KV blocks of one session in one load. They are free again when nobody uses them: no cache, and no step under way."""
+
+    load: Load
+    pool: KVPool
+    table: BlockTable
+    users: int = 0
+
+    def enter(self) -> None:
+        """Count one user more; the load stays as long as one is there."""
+        if not self.users:
+            self.load.sessions += 1
+        self.users += 1
+
+    def leave(self) -> None:
+        """Count one user less."""
+        self.users -= 1
+        if not self.users:
+            self.pool.free(self.table)
+            self.load.sessions -= 1
+
+
+@dataclass(slots=True, eq=False)
+class SessionCache:
+    """KV of a session for some layers, and the outputs after the last of them as far as they are kept."""
+
+    room: Room
+    layers: LayerRange
+    epoch: int
+    filled: int = 0
+    """KV of positions `[0, filled)` is valid."""
+    settled: int = 0
+    """Of these, `[0, settled)` was there before the epoch began."""
+    source: PeerId | None = None
+    """Who copies KV to here; None: a stage computes it."""
+    mirrored: bool = False
+    """What is there when the epoch opens came as a copy."""
+    spared: int = 0
+    """The epoch that left it here as a copy, though it was not offered again in it; 0: none yet."""
+    log: OutputLog | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Kept:
+    """All that is here of one session."""
+
+    session: SessionId
+    coordinator: PeerId
+    epoch: int
+    """The newest that was opened here."""
+    expires: float
+    """The lease, for everything of the session."""
+    caches: list[SessionCache] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Caches:
+    """Of all sessions on this peer."""
+
+    outputs: Outputs
+    _kept: dict[SessionId, Kept] = field(default_factory=dict)
+
+    def get(self, session: SessionId) -> Kept | None:
+        return self._kept.get(session)
+
+    def __iter__(self) -> Iterator[Kept]:
+        return iter(list(self._kept.values()))
+
+    def enter(self, session: SessionId, coordinator: PeerId, epoch: int, expires: float) -> Kept:
+        """The session's entry, which belongs to this coordinator and this epoch from now on."""
+        kept = self._kept.get(session)
+        if kept is None:
+            kept = self._kept[session] = Kept(session, coordinator, epoch, expires)
+        kept.coordinator, kept.epoch, kept.expires = coordinator, epoch, max(kept.expires, expires)
+        return kept
+
+    def reserve(self, kept: Kept, load: Load | None, layers: LayerRange, tokens: int) -> SessionCache:
+        """Empty room for `tokens`. Raises: NoPeer without a load that is ready, OutOfMemory."""
+        if load is None or load.weights is None or load.pool is None:
+            raise NoPeer(f"layers {layers} of this model are not here", hint="place them first")
+        room = Room(load, load.pool, load.pool.allocate(tokens))
+        return self._add(kept, SessionCache(room, layers, kept.epoch))
+
+    def adopt(self, kept: Kept, model: ModelId, layers: LayerRange, tokens: int) -> SessionCache | None:
+        """What an older epoch left for these layers, as a cache of the present one; the older one stays until it is dropped."""
+        fitting = [cache for cache in kept.caches if cache.epoch < kept.epoch and _fits(cache, model, layers, tokens)]
+        best = max(fitting, key=lambda cache: (cache.filled, cache.source is None), default=None)
+        if best is None:
+            return None
+        mirrored = best.mirrored or best.source is not None
+        return self._add(kept, SessionCache(best.room, layers, kept.epoch, best.filled, mirrored=mirrored))
+
+    def take_log(self, kept: Kept, cache: SessionCache) -> None:
+        """Give a cache the outputs that an older one of the session kept after the same layer, or an empty log."""
+        logs = [other.log for other in kept.caches if other.log is not None and other.layers.end == cache.layers.end]
+        cache.log = max(logs, key=lambda log: log.kept_to, default=None) or self.outputs.open()
+
+    def mirror(self, kept: Kept, load: Load | None, model: ModelId, layers: LayerRange, tokens: int, valid: int) -> SessionCache:
+        """Room for a copy, with what is here of it already, up to `valid`. Raises: NoPeer, OutOfMemory."""
+        idle = [cache for cache in kept.caches if not self._stage_uses(kept, cache.room)]
+        fitting = [cache for cache in idle if _fits(cache, model, layers, tokens)]
+        best = max(fitting, key=lambda cache: cache.filled, default=None)
+        if best is None:
+            return self.reserve(kept, load, layers, tokens)
+        cache = self._add(kept, SessionCache(best.room, layers, kept.epoch, min(best.filled, valid)))
+        for other in idle:
+            if other.room is not best.room or not other.layers.overlaps(layers):
+                continue
+            if other.layers in layers:
+                self.drop(kept, other)
+            else:
+                other.filled = min(other.filled, cache.filled)  # the copy is about to write there
+        return cache
+
+    def settle(self, kept: Kept, epoch: int) -> None:
+        """An epoch runs: let go of what is older, but for copies, which get this one epoch to be offered again."""
+
+        def unwanted(cache: SessionCache) -> bool:
+            if cache.epoch >= epoch:
+                return False
+            if cache.source is None or self._stage_uses(kept, cache.room) or cache.spared not in (0, epoch):
+                return True
+            cache.spared = epoch
+            return False
+
+        self.drop_where(kept, unwanted)
+
+    def _stage_uses(self, kept: Kept, room: Room) -> bool:
+        """Somebody beside the caches: a stage that runs, or a step of one that has ended."""
+        return room.users > sum(cache.room is room for cache in kept.caches)
+
+    def drop(self, kept: Kept, cache: SessionCache) -> None:
+        """Let go of a cache, and of the session if it was the last one."""
+        kept.caches.remove(cache)
+        log, cache.log = cache.log, None
+        if log is not None and not any(other.log is log for other in kept.caches):
+            self.outputs.drop(log)
+        cache.room.leave()
+        self.forget_if_empty(kept)
+
+    def drop_where(self, kept: Kept, unwanted: Callable[[SessionCache], bool]) -> int:
+        """Let go of some caches; the blocks that are or will be free by it."""
+        going = [cache for cache in kept.caches if unwanted(cache)]
+        rooms = {id(cache.room): cache.room for cache in going}
+        for cache in going:
+            self.drop(kept, cache)
+        staying = {id(cache.room) for cache in kept.caches}
+        return sum(len(room.table.blocks) for key, room in rooms.items() if key not in staying)
+
+    def forget_if_empty(self, kept: Kept) -> None:
+        """Forget a session of which nothing is left."""
+        if not kept.caches and self._kept.get(kept.session) is kept:
+            del self._kept[kept.session]
+
+    def _add(self, kept: Kept, cache: SessionCache) -> SessionCache:
+        cache.room.enter()
+        kept.caches.append(cache)
+        return cache
+
+
+def _fits(cache: SessionCache, model: ModelId, layers: LayerRange, tokens: int) -> bool:
+    load = cache.room.load
+    ready = load.weights is not None and load.pool is cache.room.pool
+    return ready and load.card.id == model and layers in cache.layers and cache.room.table.capacity >= tokens

@@ -1,0 +1,238 @@
+"""Copies of KV between peers: a stage's to another peer as it grows, and those of other peers' stages that are kept here."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from logging import getLogger
+
+from meshd.agents.links.links import Links
+from meshd.agents.observe.story import Story
+from meshd.agents.placement.loads import Holdings
+from meshd.agents.stage import mirror_copy as fsm
+from meshd.agents.stage.kv import Caches, Kept, SessionCache
+from meshd.agents.stage.scheduler import Active
+from meshd.errors import InvalidRequest, MeshdError, ProtocolViolation
+from meshd.protocol.messages import KvAccepted, KvBlocks, KvOffer, KvStored, Mirror, Mirrored
+from meshd.types import LayerRange, PeerId, SessionId
+
+log = getLogger(__name__)
+
+_PIECE_BYTES = 256 << 10
+"""Reading a piece holds up the event loop, and sending it the lane: a larger one would show in the hops of decode steps."""
+_MOST_COPIES = 4
+"""Of one stage at once: a mirror, and moves that prepare."""
+_OFFER_S = 5.0
+
+
+@dataclass(slots=True, eq=False)
+class _Copy:
+    active: Active
+    target: PeerId
+    machine: fsm.Copying
+
+
+@dataclass(slots=True)
+class MirrorsOut:
+    """Copies of this peer's stages on others. Each ends with its stage."""
+
+    me: PeerId
+    links: Links
+    story: Story
+    _copies: dict[tuple[SessionId, int], dict[PeerId, _Copy]] = field(default_factory=dict)
+
+    def mirror(self, active: Active, message: Mirror) -> Awaitable[None] | None:
+        """Begin, hurry or stop, as MIRROR asks; the awaitable makes the offer, where one is needed."""
+        if message.target is None:
+            self.stop(active)
+            return None
+        copies = self._copies.get(active.key, {})
+        known = copies.get(message.target)
+        if known is not None:
+            self._apply(known, fsm.Hurried(message.eager))
+            return None
+        copy = _Copy(active, message.target, _machine(active, eager=message.eager))
+        if message.target == self.me or len(copies) >= _MOST_COPIES:
+            reason = "it is the stage's own peer" if message.target == self.me else f"{_MOST_COPIES} copies are under way already"
+            self._apply(copy, fsm.Failed(reason))
+            return None
+        self._copies.setdefault(active.key, {})[message.target] = copy
+        self._note(copy, "mirror begun", eager=message.eager)
+        return self._offer(copy)
+
+    def grown(self, active: Active) -> None:
+        """The stage has KV of more positions."""
+        if copies := self._copies.get(active.key):
+            for copy in list(copies.values()):
+                self._apply(copy, fsm.Grown(active.cache.filled))
+
+    def stop(self, active: Active) -> None:
+        """All copies of this stage end where they are."""
+        for copy in self._copies.pop(active.key, {}).values():
+            self._apply(copy, fsm.Stopped())
+
+    def tick(self) -> None:
+        """Twice a second."""
+        for copy in self._all():
+            self._apply(copy, fsm.Ticked())
+
+    def on_peer_gone(self, peer: PeerId, reason: str) -> None:
+        """What was copied to this peer is not any more."""
+        for copy in self._all():
+            if copy.target == peer:
+                self._apply(copy, fsm.Failed(f"the link with it is down: {reason}"))
+
+    def on_stored(self, sender: PeerId, message: KvStored, payload: memoryview) -> None:
+        """A target took a piece, or can't."""
+        for copy in self._all():
+            opened = copy.active.open
+            copied = opened.session, opened.epoch, copy.active.stage.layers, copy.target
+            if copied == (message.session, message.epoch, message.layers, sender):
+                self._apply(copy, fsm.Failed(message.error) if message.error else fsm.Stored(message.held))
+
+    def _all(self) -> list[_Copy]:
+        return [copy for copies in self._copies.values() for copy in copies.values()]
+
+    async def _offer(self, copy: _Copy) -> None:
+        opened, cache = copy.active.open, copy.active.cache
+
+        def offer(request: int) -> KvOffer:
+            return KvOffer(
+                request=request,
+                session=opened.session,
+                epoch=opened.epoch,
+                coordinator=opened.coordinator,
+                model=opened.plan.model,
+                layers=cache.layers,
+                tokens=opened.prompt_tokens + opened.max_tokens,
+                lease_ms=opened.lease_ms,
+                valid=cache.settled,
+            )
+
+        try:
+            reply, _ = await self.links.request(copy.target, offer, timeout_s=_OFFER_S)
+            if not isinstance(reply, KvAccepted):
+                raise ProtocolViolation(f"KV_OFFER was answered with {type(reply).__name__}")
+        except MeshdError as error:
+            self._apply(copy, fsm.Failed(str(error)))
+        else:
+            self._apply(copy, fsm.Accepted(reply.held))
+
+    def _apply(self, copy: _Copy, event: fsm.Event) -> None:
+        before = copy.machine.state
+        for command in copy.machine.handle(event):
+            match command:
+                case fsm.SendPiece(position, tokens):
+                    self._send_piece(copy, position, tokens)
+                case fsm.Report(held, filled, error):
+                    self._report(copy, held, filled, error)
+        if before is fsm.State.BEHIND and copy.machine.state is fsm.State.LEVEL:
+            self._note(copy, "mirror caught up", held=copy.machine.held)
+
+    def _send_piece(self, copy: _Copy, position: int, tokens: int) -> None:
+        if copy.machine.state is fsm.State.ENDED:
+            return  # the piece before this one could not be sent
+        opened, cache = copy.active.open, copy.active.cache
+        blocks = KvBlocks(session=opened.session, epoch=opened.epoch, layers=cache.layers, position=position, tokens=tokens)
+        try:
+            values = cache.room.pool.copy_out(cache.layers, cache.room.table, position, position + tokens)
+            self.links.send(copy.target, blocks, values.data.cast("B"))
+        except MeshdError as error:
+            self._apply(copy, fsm.Failed(str(error)))
+
+    def _report(self, copy: _Copy, held: int, filled: int, error: str) -> None:
+        opened = copy.active.open
+        if error:
+            log.warning("session %s stage %d: no copy at %.8s: %s", opened.session, opened.stage, copy.target, error)
+            self._note(copy, "mirror failed", reason=error)
+            copies = self._copies.get(copy.active.key, {})
+            if copies.get(copy.target) is copy:
+                del copies[copy.target]
+        told = Mirrored(
+            session=opened.session,
+            epoch=opened.epoch,
+            stage=opened.stage,
+            target=copy.target,
+            held=held,
+            filled=filled,
+            error=error,
+        )
+        try:
+            self.links.send(opened.coordinator, told)
+        except MeshdError as lost:
+            log.debug("MIRRORED to %.8s not sent: %s", opened.coordinator, lost)
+
+    def _note(self, copy: _Copy, what: str, **facts: object) -> None:
+        self.story.note(copy.active.open.session, what, stage=copy.active.open.stage, target=copy.target, **facts)
+
+
+def _machine(active: Active, *, eager: bool) -> fsm.Copying:
+    cache = active.cache
+    piece = _PIECE_BYTES // (len(cache.layers) * cache.room.pool.layer_bytes)
+    return fsm.Copying(cache.filled, max(1, piece), cache.room.pool.block_tokens, eager)
+
+
+@dataclass(slots=True)
+class MirrorsIn:
+    """Copies of other peers' stages that are kept here."""
+
+    links: Links
+    holdings: Holdings
+    caches: Caches
+    story: Story
+    admit: Callable[[KvOffer], Kept]
+    """The session's entry for the offer's epoch; raises InvalidRequest if the session is past it."""
+    on_change: Callable[[], None]
+
+    def on_offer(self, sender: PeerId, message: KvOffer, payload: memoryview) -> KvAccepted:
+        """Reserve room for a copy, or tell what is there of it."""
+        if message.tokens < 1 or len(message.layers) < 1:
+            raise InvalidRequest("a copy needs layers and tokens")
+        kept = self.admit(message)
+        cache = _find(kept, sender, message.layers, message.epoch)
+        if cache is None:
+            load = self.holdings.find(message.model, message.layers)
+            try:
+                cache = self.caches.mirror(kept, load, message.model, message.layers, message.tokens, message.valid)
+            finally:
+                self.caches.forget_if_empty(kept)
+            cache.source = sender
+            self.story.note(message.session, "mirror kept", layers=str(message.layers), source=sender, held=cache.filled)
+            self.on_change()
+        return KvAccepted(request=message.request, held=cache.filled)
+
+    def on_blocks(self, sender: PeerId, message: KvBlocks, payload: memoryview) -> None:
+        """Take a piece, if it is the next one or one that is there."""
+        kept = self.caches.get(message.session)
+        cache = _find(kept, sender, message.layers, message.epoch) if kept is not None else None
+        held, error = 0, "no copy is kept here"
+        if kept is not None and cache is not None:
+            error = self._store(kept, cache, message, payload)
+            held = cache.filled
+        told = KvStored(session=message.session, epoch=message.epoch, layers=message.layers, held=held, error=error)
+        try:
+            self.links.send(sender, told)
+        except MeshdError as lost:
+            log.debug("KV_STORED to %.8s not sent: %s", sender, lost)
+
+    def _store(self, kept: Kept, cache: SessionCache, message: KvBlocks, payload: memoryview) -> str:
+        """Why the copy can't go on; empty if it can."""
+        room = cache.room
+        if message.position > cache.filled:
+            return ""  # a piece before this one was lost: the answer tells from where on
+        try:
+            if message.tokens < 1 or len(payload) != message.tokens * len(cache.layers) * room.pool.layer_bytes:
+                raise ProtocolViolation(f"KV_BLOCKS is torn: {len(payload)} bytes for {message.tokens} tokens")
+            room.pool.copy_in(cache.layers, room.table, message.position, payload)
+        except MeshdError as error:
+            log.warning("session %s: the copy from %.8s ends: %s", kept.session, cache.source, error)
+            self.caches.drop(kept, cache)
+            self.on_change()
+            return str(error)
+        cache.filled = message.position + message.tokens
+        return ""
+
+
+def _find(kept: Kept, source: PeerId, layers: LayerRange, epoch: int) -> SessionCache | None:
+    for cache in kept.caches:
+        if cache.source == source and cache.layers == layers and cache.epoch == epoch:
+            return cache
+    return None

@@ -1,0 +1,219 @@
+"""The reference backend: plain torch, exact weights.
+
+Precision: a product dequantises a block of rows to float32 and multiplies in float32, so its only error is rounding; nothing but
+that block is ever held in full precision. Activations stay float32.
+
+Threads: a prefill chunk's products are shared out by rows. A single token's are too small for that and use one thread. Bits do not
+depend on how many there are.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from meshd.errors import ConfigError, LocalFault
+from meshd.kernels.attention import LocalAttention
+from meshd.kernels.backend import F32, Positions, Progress, Projected, WeightSource
+from meshd.kernels.forward import CutStage
+from meshd.kernels.heap import return_freed_memory
+from meshd.kernels.rope import Rope
+from meshd.kernels.threads import Workers, one_thread
+from meshd.kernels.torch.ops import gated, rms_norm, rotate, soft_capped
+from meshd.kernels.torch.products import Device, make_product
+from meshd.kernels.weights.layers import Linear, NetworkWeights, mixed_experts
+from meshd.tensors import norm_names
+from meshd.types import LayerRange, ModelSpec, Tensor
+
+
+class Mlp:
+    """A gated MLP."""
+
+    def __init__(self, gate_up: Linear, down: Linear, activation: str, device: Device) -> None:
+        self._gate_up, self._down = make_product(gate_up, device), make_product(down, device)
+        self._activation = activation
+        self.bytes = gate_up.bytes + down.bytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._down(gated(self._gate_up(x), self._activation))
+
+
+class Experts:
+    """Several MLPs, of which each token meets the few that a router likes best."""
+
+    def __init__(self, weights: NetworkWeights, layer: int, device: Device) -> None:
+        router = weights.router(layer)
+        self._device = device
+        self._router = make_product(router, device)
+        self._used = weights.spec.experts_used
+        activation = weights.spec.activation
+        self._experts = [Mlp(expert.gate_up, expert.down, activation, device) for expert in weights.experts(layer)]
+        self.bytes = router.bytes + sum(expert.bytes for expert in self._experts)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        def expert(index: int, rows: F32) -> F32:
+            return self._device.give(self._experts[index](self._device.take(rows)))
+
+        device = self._device
+        return device.take(mixed_experts(device.give(x), device.give(self._router(x)), self._used, expert))
+
+
+class Layer:
+    """One layer's weights and its two halves, before and after attention."""
+
+    def __init__(self, weights: NetworkWeights, layer: int, device: Device) -> None:
+        spec = weights.spec
+        self._spec = spec
+        self._norms = {name: device.hold(weights.norm(layer, name)) for name in norm_names(spec)}
+        self._qk_norms = [device.hold(norm) for norm in weights.qk_norms(layer) or ()]
+        qkv, output = weights.qkv(layer), weights.attention_output(layer)
+        self._qkv, self._output = make_product(qkv, device), make_product(output, device)
+        self._mlp: Mlp | Experts = (
+            Experts(weights, layer, device)
+            if spec.experts
+            else Mlp(weights.gate_up(layer), weights.down(layer), spec.activation, device)
+        )
+        self.rule = weights.rule(layer)
+        self.bytes = qkv.bytes + output.bytes + self._mlp.bytes
+
+    def project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`[tokens, hidden]` to Q, K and V `[tokens, heads, head_dim]`, not yet rotated."""
+        spec = self._spec
+        queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        q, k, v = torch.split(self._qkv(self._normed(hidden, "attn_norm")), [queries, keys, keys], dim=1)
+        heads = [part.reshape(len(hidden), -1, spec.head_dim) for part in (q, k, v)]
+        if self._qk_norms:
+            normed = (heads[0], heads[1]) if spec.qk_norm == "head" else (q, k)
+            for index, (part, weight) in enumerate(zip(normed, self._qk_norms, strict=True)):
+                heads[index] = rms_norm(part, weight, spec.norm_eps).view(heads[index].shape)
+        return heads[0], heads[1], heads[2]
+
+    def mix(self, mixed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """`[tokens, heads * head_dim]` and the residual to the layer's result `[tokens, hidden]`."""
+        hidden = self._added(residual, self._normed(self._output(mixed), "post_attention_norm", self._spec.post_norm))
+        out = self._mlp(self._normed(hidden, self._spec.ffn_norm))
+        return self._added(hidden, self._normed(out, "post_ffw_norm", self._spec.post_norm))
+
+    def _added(self, residual: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        scale = self._spec.residual_scale
+        return residual + (change if scale == 1.0 else change * scale)
+
+    def _normed(self, x: torch.Tensor, name: str, wanted: bool | None = None) -> torch.Tensor:
+        return rms_norm(x, self._norms[name], self._spec.norm_eps) if (self._spec.pre_norm if wanted is None else wanted) else x
+
+
+class Head:
+    """Final norm and output head."""
+
+    def __init__(self, weights: NetworkWeights, device: Device) -> None:
+        (head,) = weights.head()
+        self._spec = weights.spec
+        self._norm = device.hold(weights.output_norm())
+        self._product = make_product(head, device)
+        self.bytes = head.bytes
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self._product(rms_norm(hidden, self._norm, self._spec.norm_eps))
+        return soft_capped(logits * self._spec.logit_scale, self._spec.logit_soft_cap)
+
+
+class TorchStage(CutStage):
+    """Layers as plain torch expressions."""
+
+    def __init__(self, loaded: "TorchLayers", layers: LayerRange) -> None:
+        super().__init__(loaded.spec, layers, loaded.embedding, loaded.attend)
+        self._loaded = loaded
+        self._device = loaded.device
+
+    def project(self, hidden: F32, positions: Positions) -> Projected:
+        return self._projected(self._layers.start, self._device.take(hidden), positions)
+
+    def mix_project(self, layer: int, mixed: F32, residual: F32, positions: Positions) -> Projected:
+        return self._projected(layer + 1, self._mixed(layer, mixed, residual), positions)
+
+    def mix(self, mixed: F32, residual: F32) -> F32:
+        return self._device.give(self._mixed(self._layers.end - 1, mixed, residual))
+
+    def logits(self, hidden: F32) -> F32:
+        if self._loaded.head is None:
+            raise LocalFault(f"layers {self._layers} were loaded without the head")
+        one_thread()
+        return self._device.give(self._loaded.head(self._device.take(hidden)))
+
+    def _mixed(self, layer: int, mixed: F32, residual: F32) -> torch.Tensor:
+        device = self._device
+        return self._loaded.parts[layer].mix(device.take(mixed).view(len(mixed), -1), device.take(residual))
+
+    def _projected(self, layer: int, hidden: torch.Tensor, positions: Positions) -> Projected:
+        part, rope = self._loaded.parts[layer], self._loaded.ropes[layer]
+        q, k, v = part.project(hidden)
+        if rope is not None:
+            cos, sin = (self._device.hold(rows).unsqueeze(1) for rows in rope.rows(positions))
+            q, k = (rotate(x, cos, sin, halves=self._spec.rope_halves) for x in (q, k))
+        give = self._device.give
+        return Projected(give(q), give(k), give(v), give(hidden), part.rule)
+
+
+@dataclass(slots=True)
+class TorchLayers:
+    """Layers as torch tensors; any run of them is a stage at no further cost."""
+
+    spec: ModelSpec
+    layers: LayerRange
+    device: Device
+    ropes: list[Rope | None]
+    attend: LocalAttention
+    embedding: Tensor | None
+    parts: dict[int, Layer]
+    head: Head | None
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(part.bytes for part in self.parts.values()) + (self.head.bytes if self.head else 0)
+
+    def stage(self, layers: LayerRange) -> TorchStage:
+        if layers not in self.layers or not self.parts:
+            raise LocalFault(f"layers {layers} are not loaded: {self.layers if self.parts else 'none'} are")
+        return TorchStage(self, layers)
+
+    def close(self) -> None:
+        self.parts.clear()
+        self.head = self.embedding = None
+        return_freed_memory()
+
+
+class TorchBackend:
+    """Plain torch, on the CPU or an accelerator. Attention and KV stay on the CPU."""
+
+    def __init__(self, threads: int, device: str = "cpu") -> None:
+        """`device` is torch's name of it. Raises: ConfigError if it is not to be had."""
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("torch sees no CUDA device here", hint="a torch built with CUDA, and a driver that it can use")
+        if device == "mps" and not torch.backends.mps.is_available():
+            raise ConfigError("torch sees no MPS device here", hint="a Mac with an Apple processor")
+        self.name = "torch" if device == "cpu" else f"torch-{device}"
+        self.threads = threads
+        self._device = Device(device, Workers(threads))
+
+    def load(
+        self,
+        spec: ModelSpec,
+        layers: LayerRange,
+        weights: WeightSource,
+        *,
+        embedding: bool,
+        head: bool,
+        progress: Progress | None = None,
+    ) -> TorchLayers:
+        source = NetworkWeights(spec, weights)
+        source.check()
+        parts: dict[int, Layer] = {}
+        for layer in layers:
+            parts[layer] = Layer(source, layer, self._device)
+            if progress:
+                progress(len(parts) / (len(layers) + head))
+        output = Head(source, self._device) if head else None
+        if progress and head:
+            progress(1.0)
+        table = source.embedding() if embedding else None
+        return_freed_memory()
+        return TorchLayers(spec, layers, self._device, source.ropes(), LocalAttention(self._device.workers), table, parts, output)

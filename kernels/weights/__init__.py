@@ -1,0 +1,1 @@
+"""Weights as matrices that a backend computes on."""

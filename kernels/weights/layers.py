@@ -1,0 +1,185 @@
+"""A network's weights by their GGUF names, checked against the model's dimensions."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from meshd.errors import ModelFileError
+from meshd.kernels.backend import AttentionRule, WeightSource
+from meshd.kernels.rope import Rope, rope_of
+from meshd.kernels.threads import Workers
+from meshd.kernels.weights.load import F32, Matrix, check_finite, dequantise, expert, load_matrix, load_stacked, some_rows
+from meshd.tensors import ROPE_FACTORS, tensor_shape
+from meshd.types import ModelSpec, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A projection: one matrix `[out, in]`, or several to be laid end to end where their kinds differ; perhaps a bias `[out]`."""
+
+    matrices: tuple[Matrix, ...]
+    bias: F32 | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(matrix.bytes for matrix in self.matrices) + (0 if self.bias is None else self.bias.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """One MLP of several."""
+
+    gate_up: Linear
+    """`[2 * ffn, hidden]`."""
+    down: Linear
+    """`[hidden, ffn]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkWeights:
+    """Reads what a layer needs; each method raises ModelFileError for a tensor that is missing, broken or of another shape."""
+
+    spec: ModelSpec
+    source: WeightSource
+
+    def check(self) -> None:
+        """Raises: ModelFileError for a network that can't be computed."""
+        spec = self.spec
+        if spec.heads % spec.kv_heads:
+            raise ModelFileError(f"{spec.heads} heads can't share {spec.kv_heads} KV heads: no whole number each")
+        kind = spec.rope_scaling.kind if spec.rope_scaling else "linear"
+        known = ("silu", "gelu_tanh", "clamped"), ("", "head", "all"), ("linear", "yarn")
+        if any(value not in values for value, values in zip((spec.activation, spec.qk_norm, kind), known, strict=True)):
+            raise ModelFileError(
+                f"this model can't be computed: its architecture {spec.architecture!r} is not known here",
+                hint="all peers need a meshd that knows it",
+            )
+
+    def ropes(self) -> list[Rope | None]:
+        """The rotations of each layer; layers with the same ones share them. None: the layer does not turn."""
+        spec = self.spec
+        factors = next((self._vector(name) for name in ROPE_FACTORS if name in self.source), None)
+        full = rope_of(spec, factors)
+        windowed = rope_of(spec, factors, windowed=True) if spec.rope_theta_windowed else full
+        return [
+            (windowed if spec.window_of(layer) else full) if spec.is_rotated(layer) else None for layer in range(spec.layers)
+        ]
+
+    def rule(self, layer: int) -> AttentionRule:
+        """How this layer attends."""
+        spec = self.spec
+        return AttentionRule(
+            scale=spec.attention_scale or spec.head_dim**-0.5,
+            window=spec.window_of(layer),
+            soft_cap=spec.attention_soft_cap,
+            sinks=self._vector(f"blk.{layer}.attn_sinks.weight") if spec.sinks else None,
+        )
+
+    def embedding(self) -> Tensor:
+        """`[vocab, hidden]`, as it lies in the file."""
+        table = self._tensor("token_embd.weight")
+        check_finite(table)
+        return table
+
+    def norm(self, layer: int, name: str) -> F32:
+        """`attn_norm`, `post_ffw_norm` and so on."""
+        return self._vector(f"blk.{layer}.{name}.weight")
+
+    def qkv(self, layer: int) -> Linear:
+        """`[(heads + 2 kv_heads) * head_dim, hidden]`."""
+        fused = "attn_qkv" in self.spec.fused
+        return self._linear(layer, *(("attn_qkv",) if fused else ("attn_q", "attn_k", "attn_v")))
+
+    def qk_norms(self, layer: int) -> tuple[F32, F32] | None:
+        """For Q and for K: `[head_dim]` each, or `[heads * head_dim]` and `[kv_heads * head_dim]`."""
+        if not self.spec.qk_norm:
+            return None
+        return self.norm(layer, "attn_q_norm"), self.norm(layer, "attn_k_norm")
+
+    def attention_output(self, layer: int) -> Linear:
+        """`[hidden, heads * head_dim]`."""
+        return self._linear(layer, "attn_output")
+
+    def gate_up(self, layer: int) -> Linear:
+        """`[2 * ffn, hidden]`."""
+        return self._linear(layer, *(("ffn_up",) if "ffn_up" in self.spec.fused else ("ffn_gate", "ffn_up")))
+
+    def down(self, layer: int) -> Linear:
+        """`[hidden, ffn]`."""
+        return self._linear(layer, "ffn_down")
+
+    def router(self, layer: int) -> Linear:
+        """`[experts, hidden]`."""
+        return self._linear(layer, "ffn_gate_inp")
+
+    def experts(self, layer: int) -> Iterator[Expert]:
+        """One after another, so that no more than one is held beside the backend's own."""
+        names = {"gate": "ffn_gate_exps", "up": "ffn_up_exps", "down": "ffn_down_exps"}
+        tensors = {part: self._tensor(f"blk.{layer}.{name}.weight") for part, name in names.items()}
+        biases = {part: self._vector(f"blk.{layer}.{name}.bias") for part, name in names.items() if name in self.spec.biases}
+        for index in range(self.spec.experts):
+            gate, up, down = (expert(tensors[part], index) for part in names)
+            wide = np.concatenate([biases["gate"][index], biases["up"][index]]) if "gate" in biases else None
+            narrow = biases["down"][index].copy() if "down" in biases else None
+            yield Expert(Linear(load_stacked([gate, up]), wide), Linear((load_matrix(down),), narrow))
+
+    def output_norm(self) -> F32:
+        return self._vector("output_norm.weight")
+
+    def head(self, rows: int | None = None) -> Iterator[Linear]:
+        """`[vocab, hidden]`, the embedding table where the head is tied to it; in parts of so many rows, or whole."""
+        tensor = self._tensor("token_embd.weight" if self.spec.tied_head else "output.weight")
+        for first in range(0, self.spec.vocab, rows or self.spec.vocab):
+            yield Linear((load_matrix(some_rows(tensor, first, first + rows if rows else self.spec.vocab)),))
+
+    def _linear(self, layer: int, *names: str) -> Linear:
+        """Projections under one another."""
+        matrices = load_stacked([self._tensor(f"blk.{layer}.{name}.weight") for name in names])
+        if not set(names) & set(self.spec.biases):
+            return Linear(matrices)
+        parts = [
+            self._vector(f"blk.{layer}.{name}.bias")
+            if name in self.spec.biases
+            else np.zeros(tensor_shape(self.spec, f"blk.{layer}.{name}.weight")[0], np.float32)
+            for name in names
+        ]
+        return Linear(matrices, np.concatenate(parts))
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor, shape = self.source.tensor(name), tensor_shape(self.spec, name)
+        if tensor.shape != shape:
+            raise ModelFileError(f"tensor {name} has shape {tensor.shape}: the model's dimensions ask for {shape}")
+        return tensor
+
+    def _vector(self, name: str) -> F32:
+        """A copy of its own, since torch can't hold a view of a read-only file."""
+        return dequantise(self._tensor(name)).copy()
+
+
+def mixed_experts(x: F32, scores: F32, used: int, mlp: Callable[[int, F32], F32], workers: Workers | None = None) -> F32:
+    """What experts make of `x` `[tokens, hidden]`: the mean over each token's `used` best by the softmax of their scores.
+
+    `scores` is `[tokens, experts]`. `mlp` computes one expert's over the rows that chose it; `workers` compute several at
+    once. A token's bits do not depend on who else is there: its terms are added in the order of its own choice.
+    """
+    chosen = np.argsort(-scores, axis=1, kind="stable")[:, :used]
+    best = np.take_along_axis(scores, chosen, axis=1)
+    shares = np.exp(best - best[:, :1])
+    shares /= shares.sum(axis=1, keepdims=True)
+    terms = np.empty((used, *x.shape), np.float32)
+
+    def fill(index: int) -> None:
+        rows, places = np.nonzero(chosen == index)
+        terms[places, rows] = mlp(index, x[rows])
+
+    indices = [int(index) for index in np.unique(chosen)]
+    if workers is None:
+        for index in indices:
+            fill(index)
+    else:
+        workers.map(fill, indices)
+    out: F32 = terms[0] * shares[:, :1]
+    for place in range(1, used):
+        out += terms[place] * shares[:, place : place + 1]
+    return out

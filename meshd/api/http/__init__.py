@@ -1,0 +1,1 @@
+"""The HTTP server: routes, bodies, errors, event streams, access."""

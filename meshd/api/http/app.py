@@ -1,0 +1,113 @@
+"""The HTTP edge of one peer, composed; and the server that it runs in."""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from meshd.agents.service import Coordinator, Mesh
+from meshd.api.http.errors import told
+from meshd.api.http.guard import guard
+from meshd.api.http.openapi import openapi
+from meshd.api.http.routes import ROUTES
+from meshd.api.http.services import SERVICES, Limits, Services
+from meshd.api.http.sse import OUTCOME
+from meshd.api.openai.answers import GENERATION_HEADERS
+from meshd.clock import Clock
+from meshd.errors import ConfigError
+from meshd.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
+
+
+def create_app(
+    coordinator: Coordinator,
+    mesh: Mesh,
+    telemetry: Telemetry,
+    *,
+    api_key: str | None,
+    clock: Clock,
+    limits: Limits | None = None,
+) -> web.Application:
+    """All routes over these services. Without `api_key` only programs of this machine are answered (see `guard`)."""
+    limits = limits or Limits()
+    app = web.Application(middlewares=[_answer_errors, guard(api_key)], client_max_size=limits.body_bytes)
+    app[SERVICES] = Services(coordinator, mesh, telemetry, clock, limits)
+    for route in ROUTES:
+        app.router.add_route(route.method, route.path, route.handler)
+    app.router.add_get("/openapi.json", openapi)
+    app.on_response_prepare.append(_add_headers)
+    return app
+
+
+@web.middleware
+async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    outcome = "ok"
+    try:
+        response = await handler(request)
+        outcome = request.get(OUTCOME, outcome)
+    except (asyncio.CancelledError, ConnectionError):
+        outcome = "client_gone"
+        raise
+    except Exception as error:
+        problem = told(request, error)
+        outcome = problem.name
+        response = problem.response()
+    finally:
+        _note(request, outcome)
+    return response
+
+
+def _note(request: web.Request, outcome: str) -> None:
+    resource = request.match_info.route.resource
+    route = resource.canonical if resource is not None else "unknown"
+    request.app[SERVICES].telemetry.request(route, outcome)
+    logger.debug("answered", extra={"method": request.method, "route": route, "outcome": outcome})
+
+
+async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["x-request-id"] = f"req_{request.app[SERVICES].clock.random_bytes(16).hex()}"
+    response.headers.update(request.get(GENERATION_HEADERS, {}))
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server."""
+
+    runner: web.AppRunner
+    host: str
+    port: int
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port it listens on; the port is a real one even if 0 was asked for."""
+        return self.host, self.port
+
+    @property
+    def url(self) -> str:
+        """`http://127.0.0.1:6374`."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    async def aclose(self) -> None:
+        """Stop listening, let running answers end with an error, close all connections; within a second. Idempotent."""
+        app = self.runner.app
+        app[SERVICES].work.interrupt()
+        await self.runner.cleanup()
+
+
+async def serve(app: web.Application, host: str, port: int) -> Server:
+    """Listen on `host:port` (0: a free one). A client that goes away cancels its handler. Raises: ConfigError."""
+    runner = web.AppRunner(
+        app, handler_cancellation=True, access_log=None, shutdown_timeout=app[SERVICES].limits.shutdown_s, handle_signals=False
+    )
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except OSError as error:
+        await runner.cleanup()
+        raise ConfigError(f"can't listen on {host}:{port}: {error.strerror}", hint="choose another address with --api") from error
+    bound = runner.addresses[0]
+    return Server(runner, bound[0], bound[1])

@@ -1,0 +1,92 @@
+"""A request's body, or its query, as a typed struct; what is wrong with it is said by field."""
+
+import asyncio
+import functools
+import re
+from typing import Any, TypeVar, cast
+
+import msgspec
+from aiohttp import web
+
+from meshd.api.http.services import SERVICES
+from meshd.api.openai.fields import UNSUPPORTED, unsupported
+from meshd.errors import InvalidRequest
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+_AT = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`$")
+_UNKNOWN = re.compile(r"unknown field `(?P<field>.*)`", re.DOTALL)
+_MISSING = re.compile(r"missing required field `(?P<field>.*)`")
+
+
+async def read_body(request: web.Request, shape: type[T]) -> T:
+    """The body decoded. Raises: InvalidRequest, HTTPRequestEntityTooLarge, HTTPRequestTimeout."""
+    try:
+        async with asyncio.timeout(request.app[SERVICES].limits.body_s):
+            data = await request.read()
+    except TimeoutError:
+        raise web.HTTPRequestTimeout(text="the body did not arrive in time: send it without a pause") from None
+    return decode_body(data, shape)
+
+
+def decode_body(data: bytes, shape: type[T]) -> T:
+    """`data` as `shape`: strict, no unknown fields. Raises: InvalidRequest, `param` naming the first field that is wrong."""
+    try:
+        return cast("T", _decoder(shape).decode(data))
+    except msgspec.ValidationError as error:
+        raise _field_error(str(error), shape) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidRequest(f"the body is not JSON: {error}", hint="send one JSON object in UTF-8") from None
+
+
+def read_query(request: web.Request, shape: type[T]) -> T:
+    """The query's parameters, their texts taken for what `shape` wants; lists as `name=a&name=b` or `name[]=a`.
+
+    Raises: InvalidRequest.
+    """
+    values: dict[str, str | list[str]] = {}
+    for key in request.query:
+        name = key.removesuffix("[]")
+        found = request.query.getall(key)
+        values[name] = found if _is_list(shape, name) or len(found) > 1 else found[0]
+    try:
+        return msgspec.convert(values, shape, strict=False)
+    except msgspec.ValidationError as error:
+        raise _field_error(str(error), shape) from None
+
+
+@functools.cache
+def _decoder(shape: type[msgspec.Struct]) -> msgspec.json.Decoder[msgspec.Struct]:
+    return msgspec.json.Decoder(shape)
+
+
+def _field_error(text: str, shape: type[msgspec.Struct]) -> InvalidRequest:
+    at = _AT.search(text)
+    path = at["path"].replace("[...]", "") if at else ""
+    what = _AT.sub("", text)
+    named = _UNKNOWN.search(what) or _MISSING.search(what)
+    param = ".".join(part for part in (path, named["field"] if named else "") if part)
+    if named:
+        reason = "is not known here" if _UNKNOWN.search(what) else "is required"
+        return InvalidRequest(f"`{param}` {reason}", param=param, hint="see /openapi.json for all fields")
+    if not param:
+        return InvalidRequest(f"the body is wrong: {what}", hint="send one JSON object")
+    root = re.split(r"[.\[]", param)[0]
+    schema = properties_of(shape).get(root, {})
+    hint = schema.get("description", "see /openapi.json for its type")
+    if UNSUPPORTED in schema:
+        return unsupported(root, hint)
+    return InvalidRequest(f"`{param}` is wrong: {what}", param=param, hint=hint)
+
+
+def _is_list(shape: type[msgspec.Struct], name: str) -> bool:
+    schema = properties_of(shape).get(name, {})
+    return any(kind.get("type") == "array" for kind in schema.get("anyOf", [schema]))
+
+
+@functools.cache
+def properties_of(shape: type[msgspec.Struct]) -> dict[str, dict[str, Any]]:
+    """The JSON schema of each field."""
+    _, components = msgspec.json.schema_components([shape])
+    properties: dict[str, dict[str, Any]] = components[shape.__name__]["properties"]
+    return properties

@@ -1,0 +1,86 @@
+"""`GET /openapi.json`: OpenAPI 3.1, made from the routes and the very structs that requests are checked against."""
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from meshd import __version__
+from meshd.api.http.body import properties_of
+from meshd.api.http.errors import ErrorBody
+from meshd.api.http.reply import json_response
+from meshd.api.http.routes import ROUTES, Route
+
+_PARAMETER = re.compile(r"{(\w+)(?::[^}]*)?}")
+_JSON = "application/json"
+
+
+async def openapi(request: web.Request) -> web.Response:
+    """The description of all routes."""
+    return json_response(document())
+
+
+@functools.cache
+def document() -> dict[str, Any]:
+    """All routes and their bodies as an OpenAPI 3.1 document."""
+    types = [ErrorBody, *(kind for route in ROUTES for part in (route.takes, route.gives, route.streams) for kind in _kinds(part))]
+    schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    schema_of = {id(kind): schema for kind, schema in zip(types, schemas, strict=True)}
+    paths: dict[str, dict[str, Any]] = {}
+    for route in ROUTES:
+        paths.setdefault(_PARAMETER.sub(r"{\1}", route.path), {})[route.method.lower()] = _operation(route, schema_of)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "meshd", "version": __version__, "description": "One language model across many devices."},
+        "paths": paths,
+        "components": {"schemas": components, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "security": [{"key": []}, {}],
+    }
+
+
+def _operation(route: Route, schema_of: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    if route.gives is not None:
+        content[_JSON] = {"schema": _any_of(route.gives, schema_of)}
+    if route.streams is not None:
+        content["text/event-stream"] = {"schema": _any_of(route.streams, schema_of)}
+    operation: dict[str, Any] = {
+        "summary": route.summary,
+        "operationId": _operation_id(route),
+        "responses": {
+            "200": {"description": "Done", "content": content or {"text/plain": {}}},
+            "default": {"description": "An error", "content": {_JSON: {"schema": schema_of[id(ErrorBody)]}}},
+        },
+    }
+    if route.takes is not None:
+        operation["requestBody"] = {"required": True, "content": {_JSON: {"schema": schema_of[id(route.takes)]}}}
+    if parameters := _parameters(route):
+        operation["parameters"] = parameters
+    return operation
+
+
+def _kinds(part: Any) -> tuple[Any, ...]:
+    """Several bodies stand as a tuple."""
+    return part if isinstance(part, tuple) else () if part is None else (part,)
+
+
+def _any_of(part: Any, schema_of: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    schemas = [schema_of[id(kind)] for kind in _kinds(part)]
+    return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+
+
+def _parameters(route: Route) -> list[dict[str, Any]]:
+    names: Sequence[str] = _PARAMETER.findall(route.path)
+    query = properties_of(route.query) if route.query is not None else {}
+    return [
+        *({"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names),
+        *({"name": name, "in": "query", "schema": schema} for name, schema in query.items()),
+    ]
+
+
+def _operation_id(route: Route) -> str:
+    words = re.findall(r"\w+", _PARAMETER.sub(r"\1", route.path))
+    return "_".join([route.method.lower(), *words])

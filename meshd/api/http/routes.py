@@ -1,0 +1,70 @@
+"""Every route of the HTTP edge on one page: what serves it, what it takes and what it gives."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from meshd.agents.service import PlacementStep, PlaceRequest, PlanRequest
+from meshd.api import health, mesh
+from meshd.api.http.reply import Rows
+from meshd.api.mesh import Handler
+from meshd.api.openai import models
+from meshd.api.openai.chat import handler as chat
+from meshd.api.openai.chat.schemas import ChatCompletion, ChatCompletionChunk, ChatRequest
+from meshd.api.openai.completions import handler as completions
+from meshd.api.openai.completions.schemas import Completion, CompletionRequest
+from meshd.api.openai.responses import handler as responses
+from meshd.api.openai.responses.request import ResponseRequest
+from meshd.api.openai.responses.schemas import AnyStreamEvent, Deleted, Response
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One method of one path. `takes` and `gives` are JSON bodies, `streams` is the data of one event: of several, one of them."""
+
+    method: str
+    path: str
+    handler: Handler
+    summary: str
+    takes: type[msgspec.Struct] | None = None
+    gives: Any = None
+    streams: Any = None
+    query: type[msgspec.Struct] | None = None
+
+
+ROUTES = (
+    Route("POST", "/v1/chat/completions", chat.create, "Answer a chat", ChatRequest, ChatCompletion, ChatCompletionChunk),
+    Route("POST", "/v1/completions", completions.create, "Continue a prompt", CompletionRequest, Completion, Completion),
+    Route("POST", "/v1/responses", responses.create, "Answer, also in the background", ResponseRequest, Response, AnyStreamEvent),
+    Route(
+        "GET",
+        "/v1/responses/{id}",
+        responses.retrieve,
+        "An answer of any of these routes as it stands, or its stream from any event on; a running chat or text is waited for",
+        gives=(Response, ChatCompletion, Completion),
+        streams=(AnyStreamEvent, ChatCompletionChunk, Completion),
+        query=responses.RetrieveQuery,
+    ),
+    Route("DELETE", "/v1/responses/{id}", responses.delete, "End an answer and forget it", gives=Deleted),
+    Route("POST", "/v1/responses/{id}/cancel", responses.cancel, "End an answer in the background", gives=Response),
+    Route("GET", "/v1/models", models.listing, "The models that can answer now", gives=models.ModelList),
+    Route("GET", "/v1/models/{id:.+}", models.one, "One of them", gives=models.Model),
+    Route("GET", "/health", health.health, "Whether the daemon is alive", gives=health.Health),
+    Route("GET", "/ready", health.ready, "Whether it can answer now", gives=health.Readiness),
+    Route("GET", "/metrics", health.metrics, "Measurements in Prometheus' text form"),
+    Route("GET", "/mesh/v1/self", mesh.identity, "This peer", gives=dict[str, Any]),
+    Route("GET", "/mesh/v1/peers", mesh.rows(lambda m: m.peers()), "The cluster's peers", gives=Rows),
+    Route("GET", "/mesh/v1/links", mesh.rows(lambda m: m.links()), "This peer's links", gives=Rows),
+    Route("GET", "/mesh/v1/models", mesh.rows(lambda m: m.known_models()), "The models this mesh knows", gives=Rows),
+    Route("GET", "/mesh/v1/plans", mesh.rows(lambda m: m.plans()), "The plans in use", gives=Rows),
+    Route("GET", "/mesh/v1/sessions", mesh.rows(lambda m: m.sessions()), "The running sessions", gives=Rows),
+    Route("GET", "/mesh/v1/events", mesh.events, "Events as they happen", streams=dict[str, Any]),
+    Route("POST", "/mesh/v1/plan", mesh.plan, "What would be placed where, and why", PlanRequest, dict[str, Any]),
+    Route("POST", "/mesh/v1/place", mesh.place, "Put a model's layers on peers", PlaceRequest, streams=PlacementStep),
+    Route("POST", "/mesh/v1/unplace", mesh.unplace, "Let go of a model", mesh.UnplaceRequest, mesh.Unplaced),
+    Route("GET", "/mesh/v1/sessions/{id}/story", mesh.story, "What happened to a session, told by all peers", gives=Rows),
+    Route("POST", "/mesh/v1/drain", mesh.drain, "Move away what runs on a peer", mesh.DrainRequest, mesh.Drained),
+    Route("POST", "/mesh/v1/migrate", mesh.migrate, "Move a session to another peer", mesh.MigrateRequest, mesh.Migrated),
+    Route("POST", "/mesh/v1/links/probe", mesh.probe_links, "Measure this peer's links", gives=Rows),
+)

@@ -1,0 +1,117 @@
+"""Answers as server-sent events (WHATWG HTML, section 9.2), the way OpenAI's clients read them.
+
+Each event is one `data:` line of JSON, with an `id:` line if it has a number to go on after, and an `event:` line if it has a
+name. `data: [DONE]` ends a stream that went well. One that fails ends with `data: {"error": ...}` in its place, which OpenAI's
+clients raise as an APIError. Streams of `/v1/responses` are ended by an event of their own instead, well or not.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import msgspec
+from aiohttp import web
+
+from meshd.api.http.errors import Problem, told
+from meshd.api.http.merge import beside
+from meshd.api.http.services import SERVICES
+from meshd.api.openai.renderers import Event, error_event
+
+OUTCOME = web.RequestKey("outcome", str)
+"""Where a request keeps the code of an error that came too late for its status."""
+
+_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class EventStream:
+    """One response as events. Its status and headers go out with the first of them.
+
+    Writes wait for the client to read (at most some 128 KiB lie between); one that doesn't for `write_s` is cut off.
+    """
+
+    def __init__(self, request: web.Request) -> None:
+        self._request = request
+        self._limits = request.app[SERVICES].limits
+        self._clock = request.app[SERVICES].clock
+        self.response = web.StreamResponse(headers=_HEADERS)
+        self.last = -1
+        """Number of the last event that the client has."""
+        self.says_done = True
+        self.failure: Callable[[Problem], Event] = error_event
+        """Makes the last event of a stream that failed."""
+
+    async def open(self) -> None:
+        """Send status and headers while there is no event yet."""
+        await self.comment("open")
+
+    async def send(self, item: object) -> None:
+        """One event, as JSON. Raises: ConnectionError, when the client is gone or stuck."""
+        await self.put(Event(item))
+
+    async def put(self, event: Event) -> None:
+        """One event, unless the client has it already. Raises: ConnectionError, when the client is gone or stuck."""
+        if event.number is not None and event.number <= self.last:
+            return
+        name = f"event: {event.name}\n" if event.name else ""
+        number = f"id: {event.number}\n" if event.number is not None else ""
+        await self._write(f"{name}{number}data: ".encode() + msgspec.json.encode(event.body) + b"\n\n")
+        if event.number is not None:
+            self.last = event.number
+
+    async def comment(self, text: str) -> None:
+        """What clients skip."""
+        await self._write(f": {text}\n\n".encode())
+
+    async def done(self) -> None:
+        """The end of a stream that went well."""
+        if self.says_done:
+            await self._write(b"data: [DONE]\n\n")
+        await self.response.write_eof()
+
+    async def fail(self, error: Exception) -> None:
+        """The end of one that did not."""
+        problem = told(self._request, error, self.last)
+        self._request[OUTCOME] = problem.name
+        await self.put(self.failure(problem))
+        await self.response.write_eof()
+
+    async def keep_alive(self) -> None:
+        """A comment now and then, once the stream is open, lest a proxy think it dead."""
+        while True:
+            await self._clock.sleep(self._limits.keep_alive_s)
+            if self.response.prepared:
+                try:
+                    await self.comment("keep-alive")
+                except ConnectionError:
+                    return
+
+    async def _write(self, data: bytes) -> None:
+        try:
+            async with asyncio.timeout(self._limits.write_s) as deadline:
+                await self.response.prepare(self._request)
+                await self.response.write(data)
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            if self._request.transport is not None:
+                self._request.transport.abort()
+            raise ConnectionResetError("the client does not read its stream") from None
+
+
+async def respond(request: web.Request, produce: Callable[[EventStream], Awaitable[None]]) -> web.StreamResponse:
+    """Stream what `produce` sends. An error before the stream is open is raised, one after it is the last event.
+
+    Raises: what `produce` raises; ConnectionError.
+    """
+    stream = EventStream(request)
+    async with beside(stream.keep_alive()):
+        try:
+            async with request.app[SERVICES].work.interruptible():
+                await produce(stream)
+                await stream.done()
+        except ConnectionError:
+            raise
+        except Exception as error:
+            if not stream.response.prepared:
+                raise
+            await stream.fail(error)
+    return stream.response

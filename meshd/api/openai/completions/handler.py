@@ -1,0 +1,26 @@
+"""`POST /v1/completions`."""
+
+from aiohttp import web
+
+from meshd.api.http.body import read_body
+from meshd.api.http.services import SERVICES
+from meshd.api.openai.completions.renderer import CompletionForm
+from meshd.api.openai.completions.schemas import CompletionRequest
+from meshd.api.openai.renderers import model_fields
+from meshd.api.openai.showing import answer
+
+
+async def create(request: web.Request) -> web.StreamResponse:
+    """Continue a prompt or several, whole or as a stream."""
+    services = request.app[SERVICES]
+    body = await read_body(request, CompletionRequest)
+    wanted = body.wanted(services.clock)
+    form = CompletionForm(
+        **model_fields(services, body.model),
+        answers=len(wanted),
+        per_prompt=body.count,
+        logprobs=body.logprobs,
+        include_usage=body.include_usage,
+        echoes=tuple(body.echoes()),
+    )
+    return await answer(request, form, wanted, stream=bool(body.stream))

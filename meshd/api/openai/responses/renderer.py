@@ -1,0 +1,183 @@
+"""How `/v1/responses` shows an answer."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+from meshd.agents.service import Finished, Generation, TextDelta
+from meshd.api.http.errors import Kept, Problem, problem
+from meshd.api.openai.parts import Collected, Tally, Usage, finish_name, shown_tokens
+from meshd.api.openai.renderers import Event, Form
+from meshd.api.openai.responses import schemas as shapes
+from meshd.errors import MeshdError
+from meshd.types import FinishReason
+
+_ENDS: dict[FinishReason, shapes.ResponseStatus] = {
+    FinishReason.STOP: "completed",
+    FinishReason.LENGTH: "incomplete",
+    FinishReason.CANCELLED: "cancelled",
+    FinishReason.ERROR: "failed",
+}
+_STATUSES: dict[str, shapes.ResponseStatus] = {
+    "queued": "queued", "in_progress": "in_progress", "suspended": "in_progress", "completed": "completed",
+    "cancelled": "cancelled", "failed": "failed",
+}  # fmt: skip
+
+
+class ResponseForm(Form, frozen=True, kw_only=True, tag="response"):
+    """What a response shows of its request."""
+
+    asked: shapes.Asked
+    logprobs: bool
+
+    prefix: ClassVar[str] = "resp_"
+    object_name: ClassVar[str] = "response"
+    says_done: ClassVar[bool] = False
+
+    def writer(self, answer_id: str) -> "ResponseWriter":
+        """For a stream."""
+        return ResponseWriter(self, answer_id)
+
+    def whole(self, answer_id: str, answers: Sequence[Collected], usage: Usage) -> shapes.Response:
+        """The answer at its end."""
+        [answer] = answers
+        return self.response(answer_id, "completed" if answer.finish == "stop" else "incomplete", answer, usage=usage)
+
+    def standing(self, generation: Generation) -> shapes.Response:
+        """The answer as it stands.
+
+        One that can't go on now, but later, is shown as failed: whoever polls must be told, and its error says how to go on.
+        """
+        deltas, finished = generation.so_far()
+        answer, tally = Collected(), Tally(1)
+        for delta in deltas:
+            answer.add(delta)
+        error = generation.error
+        if finished is not None:
+            tally.add(0, finished)
+            status = _ENDS[finished.reason]
+        else:
+            status = "failed" if error is not None else _STATUSES[generation.status]
+        return self.response(
+            self.prefix + generation.session,
+            status,
+            answer if finished or not answer.empty else None,
+            usage=tally.usage() if finished else None,
+            error=self._error(generation, error) if error is not None and finished is None else None,
+        )
+
+    def _error(self, generation: Generation, error: MeshdError) -> shapes.ResponseError:
+        return _error_of(problem(error, way_on=Kept(self.prefix + generation.session, generation).way_on()))
+
+    def response(
+        self,
+        answer_id: str,
+        status: shapes.ResponseStatus,
+        answer: Collected | None = None,
+        *,
+        usage: Usage | None = None,
+        error: shapes.ResponseError | None = None,
+    ) -> shapes.Response:
+        """The object."""
+        asked: dict[str, Any] = {name: getattr(self.asked, name) for name in self.asked.__struct_fields__}
+        return shapes.Response(
+            **asked,
+            id=answer_id,
+            created_at=self.created,
+            status=status,
+            background=self.background,
+            error=error,
+            incomplete_details=shapes.IncompleteDetails() if status == "incomplete" else None,
+            model=self.model,
+            output=[self.message(answer_id, status, answer)] if answer is not None else [],
+            usage=shapes.ResponseUsage.of(usage) if usage is not None else None,
+            store=self.store,
+        )
+
+    def message(self, answer_id: str, status: shapes.ResponseStatus, answer: Collected) -> shapes.OutputMessage:
+        """What it says so far."""
+        said: Literal["in_progress", "completed", "incomplete"]
+        said = "completed" if status == "completed" else "in_progress" if status in ("queued", "in_progress") else "incomplete"
+        return shapes.OutputMessage(id=self.item_id(answer_id), status=said, content=[self.text(answer)])
+
+    def text(self, answer: Collected) -> shapes.OutputText:
+        """Its only part."""
+        return shapes.OutputText(text="".join(answer.text), logprobs=shown_tokens(answer.tokens) if self.logprobs else [])
+
+    def item_id(self, answer_id: str) -> str:
+        """Of its only message."""
+        return f"msg_{answer_id.removeprefix(self.prefix)}"
+
+
+class ResponseWriter:
+    """The object twice, the message as it grows, all of it once more, and the object at its end."""
+
+    def __init__(self, form: ResponseForm, answer_id: str) -> None:
+        self._form = form
+        self._id = answer_id
+        self._content = {"item_id": form.item_id(answer_id)}
+        self._answer = Collected()
+        self._opened = False
+        self._next = 0
+
+    def begin(self) -> list[Event]:
+        """See `Writer.begin`."""
+        first = self._form.response(self._id, "queued" if self._form.background else "in_progress")
+        return [
+            self._event(shapes.Created, response=first),
+            self._event(shapes.InProgress, response=self._form.response(self._id, "in_progress")),
+        ]
+
+    def take(self, index: int, item: TextDelta | Finished) -> list[Event]:
+        """See `Writer.take`."""
+        match item:
+            case Finished():
+                self._answer.finish = finish_name(item)
+                return [*self._open(), *self._close(item)]
+            case TextDelta(text=text, tokens=tokens) if text or tokens:
+                self._answer.add(item)
+                logprobs = shown_tokens(tokens) if self._form.logprobs else []
+                return [*self._open(), self._event(shapes.TextDelta, **self._content, delta=text, logprobs=logprobs)]
+        return []
+
+    def fail(self, told: Problem, last: int, *, for_good: bool) -> Event:
+        """See `Writer.fail`."""
+        if for_good:
+            error = _error_of(told)
+            answer = None if self._answer.empty else self._answer
+            return self._event(shapes.Failed, response=self._form.response(self._id, "failed", answer, error=error))
+        detail = told.detail
+        # Not a number of its own: who goes on after it is to get the event that would have come here.
+        error_event = shapes.ErrorEvent(sequence_number=max(last, 0), code=detail.code, message=detail.message, param=detail.param)
+        return Event(error_event, name="error")
+
+    def _open(self) -> list[Event]:
+        if self._opened:
+            return []
+        self._opened = True
+        message = shapes.OutputMessage(id=self._content["item_id"], status="in_progress", content=[])
+        return [
+            self._event(shapes.ItemAdded, item=message),
+            self._event(shapes.PartAdded, **self._content, part=shapes.OutputText(text="")),
+        ]
+
+    def _close(self, finished: Finished) -> list[Event]:
+        tally = Tally(1)
+        tally.add(0, finished)
+        response = self._form.whole(self._id, [self._answer], tally.usage())
+        [message] = response.output
+        [part] = message.content
+        kind = shapes.Completed if response.status == "completed" else shapes.Incomplete
+        return [
+            self._event(shapes.TextDone, **self._content, text=part.text, logprobs=part.logprobs),
+            self._event(shapes.PartDone, **self._content, part=part),
+            self._event(shapes.ItemDone, item=message),
+            self._event(kind, response=response),
+        ]
+
+    def _event(self, kind: type[shapes.StreamEvent], **fields: Any) -> Event:
+        number, self._next = self._next, self._next + 1
+        return Event(kind(sequence_number=number, **fields), number, str(kind.__struct_config__.tag))
+
+
+def _error_of(told: Problem) -> shapes.ResponseError:
+    return shapes.ResponseError(message=told.detail.message, type=told.detail.code)

@@ -1,0 +1,233 @@
+"""The objects and events of `/v1/responses`, field for field as OpenAI has them."""
+
+from typing import Any, Literal
+
+import msgspec
+
+from meshd.api.openai.parts import TokenLogprob, Usage
+
+ResponseStatus = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
+
+
+class OutputText(msgspec.Struct, frozen=True, kw_only=True):
+    """The text of an answer."""
+
+    type: Literal["output_text"] = "output_text"
+    text: str
+    annotations: list[Any] = []
+    logprobs: list[TokenLogprob] = []
+
+
+class OutputMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """The assistant's turn."""
+
+    id: str
+    type: Literal["message"] = "message"
+    status: Literal["in_progress", "completed", "incomplete"]
+    role: Literal["assistant"] = "assistant"
+    content: list[OutputText]
+
+
+class ResponseError(msgspec.Struct, frozen=True, kw_only=True):
+    """Why there is no more of an answer. `type` is the code that other routes tell."""
+
+    code: Literal["server_error"] = "server_error"
+    message: str
+    type: str | None
+    param: str | None = None
+
+
+class IncompleteDetails(msgspec.Struct, frozen=True, kw_only=True):
+    """Why an answer ended before its own end."""
+
+    reason: Literal["max_output_tokens"] = "max_output_tokens"
+
+
+class InputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
+    """None of them is cached."""
+
+    cached_tokens: int = 0
+    cache_write_tokens: int = 0
+
+
+class OutputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
+    """None of them is apart from the text."""
+
+    reasoning_tokens: int = 0
+
+
+class ResponseUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens of an answer."""
+
+    input_tokens: int
+    input_tokens_details: InputTokensDetails = InputTokensDetails()
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails = OutputTokensDetails()
+    total_tokens: int
+
+    @classmethod
+    def of(cls, usage: Usage) -> "ResponseUsage":
+        """In this route's words."""
+        return cls(input_tokens=usage.prompt_tokens, output_tokens=usage.completion_tokens, total_tokens=usage.total_tokens)
+
+
+class ReasoningShown(msgspec.Struct, frozen=True, kw_only=True):
+    """None."""
+
+    effort: None = None
+    summary: None = None
+
+
+class FormatShown(msgspec.Struct, frozen=True, kw_only=True):
+    """Plain text."""
+
+    type: Literal["text"] = "text"
+
+
+class TextShown(msgspec.Struct, frozen=True, kw_only=True):
+    """How the text is."""
+
+    format: FormatShown = FormatShown()
+    verbosity: Literal["medium"] = "medium"
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """What a response shows of its request."""
+
+    instructions: str | None
+    max_output_tokens: int | None
+    metadata: dict[str, str]
+    parallel_tool_calls: bool
+    safety_identifier: str | None
+    temperature: float
+    tool_choice: Literal["none", "auto"]
+    top_logprobs: int
+    top_p: float
+    user: str | None
+
+
+class Response(Asked, frozen=True, kw_only=True):
+    """An answer as it stands."""
+
+    id: str
+    object: Literal["response"] = "response"
+    created_at: int
+    status: ResponseStatus
+    background: bool
+    error: ResponseError | None = None
+    incomplete_details: IncompleteDetails | None = None
+    model: str
+    output: list[OutputMessage]
+    usage: ResponseUsage | None = None
+    max_tool_calls: None = None
+    previous_response_id: None = None
+    prompt_cache_key: None = None
+    reasoning: ReasoningShown = ReasoningShown()
+    service_tier: Literal["default"] = "default"
+    store: bool
+    text: TextShown = TextShown()
+    tools: list[Any] = []
+    truncation: Literal["disabled"] = "disabled"
+
+
+class Deleted(msgspec.Struct, frozen=True, kw_only=True):
+    """An answer's record is gone."""
+
+    id: str
+    object: str
+    deleted: Literal[True] = True
+
+
+class StreamEvent(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
+    """An event of a streamed response."""
+
+    sequence_number: int
+    """From 0. Go on after it with `starting_after`."""
+
+
+class WholeEvent(StreamEvent, frozen=True, kw_only=True):
+    """One that shows the whole object."""
+
+    response: Response
+
+
+class Created(WholeEvent, frozen=True, kw_only=True, tag="response.created"):
+    """The first event."""
+
+
+class InProgress(WholeEvent, frozen=True, kw_only=True, tag="response.in_progress"):
+    """The second event."""
+
+
+class Completed(WholeEvent, frozen=True, kw_only=True, tag="response.completed"):
+    """The last event of an answer that came to its end."""
+
+
+class Incomplete(WholeEvent, frozen=True, kw_only=True, tag="response.incomplete"):
+    """The last event of one that reached `max_output_tokens`."""
+
+
+class Failed(WholeEvent, frozen=True, kw_only=True, tag="response.failed"):
+    """The last event of one that can't be gone on with."""
+
+
+class ItemAdded(StreamEvent, frozen=True, kw_only=True, tag="response.output_item.added"):
+    """The answer's message begins."""
+
+    output_index: int = 0
+    item: OutputMessage
+
+
+class ItemDone(StreamEvent, frozen=True, kw_only=True, tag="response.output_item.done"):
+    """The answer's message, whole."""
+
+    output_index: int = 0
+    item: OutputMessage
+
+
+class ContentEvent(StreamEvent, frozen=True, kw_only=True):
+    """One of the message's only part."""
+
+    item_id: str
+    output_index: int = 0
+    content_index: int = 0
+
+
+class PartAdded(ContentEvent, frozen=True, kw_only=True, tag="response.content_part.added"):
+    """Its text begins."""
+
+    part: OutputText
+
+
+class TextDelta(ContentEvent, frozen=True, kw_only=True, tag="response.output_text.delta"):
+    """More of its text."""
+
+    delta: str
+    logprobs: list[TokenLogprob]
+
+
+class TextDone(ContentEvent, frozen=True, kw_only=True, tag="response.output_text.done"):
+    """All of its text."""
+
+    text: str
+    logprobs: list[TokenLogprob]
+
+
+class PartDone(ContentEvent, frozen=True, kw_only=True, tag="response.content_part.done"):
+    """Its text, whole."""
+
+    part: OutputText
+
+
+class ErrorEvent(StreamEvent, frozen=True, kw_only=True, tag="error"):
+    """The stream breaks off, after the event of this number, and may be gone on with there."""
+
+    code: str | None
+    message: str
+    param: str | None
+
+
+AnyStreamEvent = (
+    Created | InProgress | ItemAdded | PartAdded | TextDelta | TextDone | PartDone | ItemDone | Completed | Incomplete | Failed
+    | ErrorEvent
+)  # fmt: skip

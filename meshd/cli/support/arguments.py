@@ -1,0 +1,106 @@
+"""What the verbs' arguments have in common. Flags that are settings come from the one table in `meshd.config`."""
+
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+from meshd.config import SETTINGS, RawValue, Setting, Settings
+from meshd.models.importing.quants import QUANTS
+from meshd.models.store.catalogue import quantised, resolve
+
+
+class Parser(ArgumentParser):
+    """An argument parser whose help ends with an example and whose errors are one line."""
+
+    def __init__(self, verb: str, summary: str, example: str) -> None:
+        super().__init__(
+            prog=f"meshd {verb}".strip(),
+            description=summary[:1].upper() + summary[1:] + ".",
+            epilog=f"example:\n  {example}",
+            formatter_class=RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"meshd: wrong usage of `{self.prog}`: {message}; see `{self.prog} --help`\n")
+
+
+def add_settings(parser: ArgumentParser, names: Iterable[str]) -> None:
+    """One flag for each of these settings; what is not given stays None."""
+    wanted = set(names)
+    for setting in SETTINGS:
+        if setting.name in wanted:
+            _add_setting(parser, setting)
+
+
+def _add_setting(parser: ArgumentParser, setting: Setting) -> None:
+    options: dict[str, Any] = {"action": "append"} if setting.many else {}
+    if setting.switch:
+        options |= {"nargs": "?", "const": "on"}
+    parser.add_argument(
+        f"--{setting.name}",
+        dest=_destination(setting),
+        metavar=setting.metavar,
+        default=None,
+        help=_help(setting).replace("%", "%%"),
+        **options,
+    )
+
+
+def _help(setting: Setting) -> str:
+    default = _shown(setting.default)
+    return f"{setting.help}{f'; default: {default}' if default else ''} [{setting.variable}]"
+
+
+def _shown(default: object) -> str:
+    match default:
+        case None:
+            return ""
+        case bool():
+            return "on" if default else "off"
+        case tuple():
+            return ",".join(map(str, default))
+    return str(default)
+
+
+def _destination(setting: Setting) -> str:
+    return "setting_" + setting.name.replace("-", "_")
+
+
+def settings_of(args: Namespace, fixed: Mapping[str, RawValue] | None = None) -> Settings:
+    """The settings as this command's flags, the environment and the file give them; `fixed` ones count as flags."""
+    flags: dict[str, RawValue | None] = {setting.name: getattr(args, _destination(setting), None) for setting in SETTINGS}
+    return Settings({**flags, **(fixed or {})})
+
+
+def add_state(parser: ArgumentParser) -> None:
+    """For every verb: whose state, and which config file."""
+    add_settings(parser, ("state", "config"))
+
+
+def add_client(parser: ArgumentParser) -> None:
+    """For a verb that talks to a daemon: which one, and with what key."""
+    parser.add_argument(
+        "--api", dest="setting_api", metavar="URL", help="the daemon's HTTP API; default: the local one [MESHD_API]"
+    )
+    add_settings(parser, ("api-key", "state", "config"))
+
+
+def add_quant(parser: ArgumentParser) -> None:
+    """For a verb whose `model` may have to be fetched."""
+    parser.add_argument(
+        "--quant",
+        choices=sorted(QUANTS),
+        help="quantise the large weights of an hf: or file: model as it is imported; the same as REF+q4 or REF+q8",
+    )
+
+
+def model_of(args: Namespace) -> str:
+    """The model that `model` and `--quant` name; a path is taken from where the command runs. Raises: InvalidRequest."""
+    ref = quantised(args.model, args.quant)
+    return resolve(ref).name if ref.startswith("file:") else ref
+
+
+def add_json(parser: ArgumentParser) -> None:
+    """For a verb that lists something."""
+    parser.add_argument("--json", action="store_true", help="print one JSON document")

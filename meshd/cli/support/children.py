@@ -1,0 +1,124 @@
+"""Daemons as child processes of this one. They end with it, however it ends."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from meshd.cli.support.client import Daemon, url_of
+from meshd.config import API_PORT, clean_environment
+from meshd.errors import NotReady, RemoteFailure
+from meshd.state import read_holder
+from meshd.values import parse_address
+
+POLL_S = 0.05
+STOP_WITHIN_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """One daemon of ours."""
+
+    name: str
+    state: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def log(self) -> Path:
+        return self.state.with_suffix(".log")
+
+    def daemon(self) -> Daemon | None:
+        """Its API; None while it does not listen yet. Raises: RemoteFailure if it has ended."""
+        if self.process.poll() is not None:
+            raise RemoteFailure(f"{self.name} did not stay up (exit status {self.process.returncode}): {self._last_words()}")
+        holder = read_holder(self.state)
+        address = parse_address(holder.api, API_PORT) if holder and holder.api else None
+        return Daemon(url_of(address)) if address and address.port else None
+
+    def _last_words(self) -> str:
+        lines = self.log.read_text(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+
+
+class Family:
+    """Starts daemons and, on leaving the block, stops every one that runs."""
+
+    def __init__(self, folder: Path) -> None:
+        """State folders and logs go below `folder`."""
+        self.children: list[Child] = []
+        self._folder = folder
+
+    def start(self, name: str, flags: Sequence[str]) -> Child:
+        """`meshd up` with these flags. Its standard input is a pipe that we never write to: when we are gone, it ends."""
+        state = self._folder / name
+        state.mkdir(mode=0o700)
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "meshd",
+            "up",
+            "--stop-with-stdin",
+            "--config",
+            os.devnull,
+            "--name",
+            name,
+            "--state",
+            str(state),
+            *flags,
+        ]
+        with state.with_suffix(".log").open("wb") as log:
+            process = subprocess.Popen(
+                [*command, "--name", name, "--state", str(state), *flags],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=clean_environment(),
+                start_new_session=True,
+            )
+        child = Child(name, state, process)
+        self.children.append(child)
+        return child
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End all at once: asked to first, killed if that does not help."""
+        for child in self.children:
+            child.process.terminate()
+        give_up = time.monotonic() + STOP_WITHIN_S
+        for child in self.children:
+            try:
+                child.process.wait(max(0.0, give_up - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.process.kill()
+                child.process.wait()
+            if child.process.stdin:
+                child.process.stdin.close()
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports of the loopback address that nobody listens on now."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [opened.getsockname()[1] for opened in sockets]
+
+
+def wait_until(done: Callable[[], bool], within_s: float, what: str) -> None:
+    """Look every POLL_S. Raises: NotReady if it takes longer."""
+    give_up = time.monotonic() + within_s
+    while not done():
+        if time.monotonic() > give_up:
+            raise NotReady(f"{what} did not come about within {within_s:.0f} s")
+        time.sleep(POLL_S)

@@ -1,0 +1,200 @@
+"""A daemon's HTTP API as the verbs see it. On the standard library's client: it starts ten times faster than aiohttp."""
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from typing import Any
+from urllib.parse import urlsplit
+
+from meshd.cli.support.arguments import settings_of
+from meshd.config import API_PORT, Settings
+from meshd.errors import ConfigError, MeshdError, NotReady, Overloaded, RemoteFailure, Unavailable, UnknownModel
+from meshd.values import Address, parse_address
+
+CONNECT_S = 5.0
+ANSWER_S = 30.0
+STREAM_SILENCE_S = 600.0
+_MAX_DOCUMENT_BYTES = 64 * 2**20
+_MAX_EVENT_BYTES = 8 * 2**20
+
+
+class Stream:
+    """A running answer: its headers, and the data of its server-sent events until `[DONE]`."""
+
+    def __init__(self, response: HTTPResponse, url: str) -> None:
+        self.headers = _headers(response)
+        self._response = response
+        self._url = url
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Raises: RemoteFailure for an error event, Unavailable when the stream breaks off."""
+        for data in self._data():
+            if data == "[DONE]":
+                return
+            event = json.loads(data)
+            if isinstance(event, dict) and "error" in event:
+                raise _failure(0, event, self.headers)
+            yield event
+        raise Unavailable(f"the daemon at {self._url} broke off in mid-answer", hint="ask again; `meshd status` shows who is left")
+
+    def _data(self) -> Iterator[str]:
+        lines: list[str] = []
+        while line := self._line():
+            text = line.decode(errors="replace").rstrip("\r\n")
+            if text.startswith("data:"):
+                lines.append(text[5:].removeprefix(" "))
+            elif not text and lines:
+                yield "\n".join(lines)
+                lines = []
+
+    def _line(self) -> bytes:
+        try:
+            line = self._response.readline(_MAX_EVENT_BYTES)
+        except (OSError, HTTPException) as error:
+            raise _unreachable(self._url, error) from None
+        return line
+
+
+class Daemon:
+    """One daemon, by the address of its API."""
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        """`url` is `http(s)://host[:port]`. Raises: ConfigError."""
+        parts = urlsplit(url)
+        try:
+            port = parts.port
+        except ValueError:
+            port = -1
+        if parts.scheme not in {"http", "https"} or not parts.hostname or port == -1:
+            raise ConfigError(f"setting api is wrong: {url!r} is no URL like http://127.0.0.1:{API_PORT}")
+        self.url = url.rstrip("/")
+        self._connection_type = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+        self._host, self._port = parts.hostname, port
+        self._prefix = parts.path.rstrip("/")
+        self._headers = {"accept": "application/json", "content-type": "application/json"}
+        if api_key:
+            self._headers["authorization"] = f"Bearer {api_key}"
+
+    def get(self, path: str, *, timeout_s: float = ANSWER_S) -> Any:
+        """The JSON document at `path`. Raises: Unavailable, RemoteFailure and what the daemon says."""
+        return self._document("GET", path, None, timeout_s)
+
+    def rows(self, path: str) -> list[dict[str, Any]]:
+        """The `data` of a list."""
+        rows: list[dict[str, Any]] = self.get(path)["data"]
+        return rows
+
+    def post(self, path: str, body: Mapping[str, Any], *, timeout_s: float = ANSWER_S) -> Any:
+        """The JSON document that answers `body`. Raises: as `get`."""
+        return self._document("POST", path, body, timeout_s)
+
+    @contextmanager
+    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[Stream]:
+        """The event stream that answers `body`. Leaving the block ends it, and the daemon stops its work. Raises: as `get`."""
+        with self._exchange("POST", path, body, STREAM_SILENCE_S) as response:
+            yield Stream(response, self.url)
+
+    def _document(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> Any:
+        with self._exchange(method, path, body, timeout_s) as response:
+            try:
+                return json.loads(response.read(_MAX_DOCUMENT_BYTES) or b"null")
+            except (OSError, HTTPException) as error:
+                raise _unreachable(self.url, error) from None
+            except ValueError:
+                raise RemoteFailure(f"what answers at {self.url}{path} is no meshd: it sent no JSON", hint="check --api") from None
+
+    @contextmanager
+    def _exchange(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> Iterator[HTTPResponse]:
+        connection = self._connection_type(self._host, self._port, timeout=CONNECT_S)
+        try:
+            response = self._request(connection, method, path, body, timeout_s)
+            if response.status >= 400:
+                raise _failure(response.status, _json_or_none(response), _headers(response))
+            yield response
+        finally:
+            connection.close()
+
+    def _request(
+        self, connection: HTTPConnection, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float
+    ) -> HTTPResponse:
+        try:
+            connection.connect()
+            connection.sock.settimeout(timeout_s)
+            payload = None if body is None else json.dumps(body).encode()
+            connection.request(method, self._prefix + path, payload, self._headers)
+            return connection.getresponse()
+        except (OSError, HTTPException) as error:
+            raise _unreachable(self.url, error) from None
+
+
+def daemon_of(args: Namespace) -> Daemon:
+    """The daemon that this command is about. Raises: ConfigError."""
+    settings = settings_of(args)
+    return Daemon(api_url(settings), settings["api-key"].value)
+
+
+def api_url(settings: Settings) -> str:
+    """`--api` or `MESHD_API` if given, else where the daemon of this state folder listens, else the configured address."""
+    named = settings.named("api")
+    if named is not None and named.startswith("https://"):
+        return named
+    if named is None and (running := running_api(settings)):
+        return running
+    address: Address = settings["api"].value
+    return url_of(address)
+
+
+def running_api(settings: Settings) -> str | None:
+    """Where the daemon that holds the state folder listens; None if none runs."""
+    from meshd.state import read_holder
+
+    holder = read_holder(settings["state"].value)
+    return url_of(parse_address(holder.api, API_PORT)) if holder and holder.api else None
+
+
+def url_of(address: Address) -> str:
+    """How this machine reaches an API that listens on `address`."""
+    anywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+    return f"http://{Address(anywhere.get(address.host, address.host), address.port)}"
+
+
+def _unreachable(url: str, error: Exception) -> Unavailable:
+    if isinstance(error, TimeoutError):
+        return Unavailable(f"the daemon at {url} gives no answer: it timed out", hint="see its log, or start it anew")
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return Unavailable(f"no daemon answers at {url}: {reason}", hint="start one with `meshd up`, or name it with --api")
+
+
+def _headers(response: HTTPResponse) -> dict[str, str]:
+    return {name.lower(): value for name, value in response.getheaders()}
+
+
+def _json_or_none(response: HTTPResponse) -> Any:
+    try:
+        return json.loads(response.read(_MAX_DOCUMENT_BYTES))
+    except (OSError, HTTPException, ValueError):
+        return None
+
+
+def _failure(status: int, document: Any, headers: Mapping[str, str]) -> MeshdError:
+    """The daemon's own error, as the class that stands for its code."""
+    error = document.get("error") if isinstance(document, dict) else None
+    fields = error if isinstance(error, dict) else {}
+    message = str(fields.get("message") or f"the daemon answered with HTTP status {status}")
+    code = str(fields.get("code") or "")
+    if status == 401:
+        return RemoteFailure(message, remote_code=code, hint="give the key with --api-key or MESHD_API_KEY")
+    waits: dict[str, type[Unavailable]] = {"overloaded": Overloaded, "model_loading": NotReady}
+    if code in waits:
+        return waits[code](message, retry_after_s=_seconds(headers.get("retry-after")))
+    return UnknownModel(message) if code == "model_not_found" else RemoteFailure(message, remote_code=code)
+
+
+def _seconds(text: str | None) -> float:
+    """Of a Retry-After header; 1 if it has none."""
+    try:
+        return float(text or 1.0)
+    except ValueError:
+        return 1.0

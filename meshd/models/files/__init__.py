@@ -1,0 +1,1 @@
+"""Model files as they are on disk: GGUF, safetensors, JSON."""

@@ -1,0 +1,1 @@
+"""Hugging Face folders and split files become one GGUF file."""

@@ -1,0 +1,200 @@
+"""Hugging Face folders and split GGUF files, made into the one form that the house knows: a single GGUF file.
+
+Memory: the headers and some megabytes for the piece of a tensor that is at hand. What is imported gives the same bytes, and so the
+same id, on every device. With a quantisation, matrices become Q8_0 or Q4_1 (`quants.QUANTS`), the embedding and the head Q8_0
+always, for they are what errors show in most; norms, biases and routers are float32. A matrix whose rows are no whole blocks stays
+as it is.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from meshd.errors import ModelFileError, StorageError
+from meshd.models.cards import END_OF_ANSWER
+from meshd.models.files.disk import CHUNK_BYTES, forget, need_space
+from meshd.models.files.gguf import GgufFile
+from meshd.models.files.gguf_header import MetadataValue
+from meshd.models.files.gguf_writer import Chunk, GgufOut, OutTensor
+from meshd.models.files.json_files import read_json, shown
+from meshd.models.files.safetensors_file import SafetensorsFolder
+from meshd.models.importing.huggingface import plan_import
+from meshd.models.importing.plan import Array, ImportTensor, adds_one, is_mxfp4, mxfp4_blocks, pieces, view_of
+from meshd.models.importing.quantise import BLOCK, quantise
+from meshd.models.importing.quants import QUANTS
+from meshd.models.importing.source_files import files_of, parts_of
+from meshd.models.importing.text_metadata import text_metadata
+
+_FINE = ("token_embd.weight", "output.weight")
+_ROUTER = ".ffn_gate_inp.weight"
+_DENSE = ("F32", "F16", "BF16")
+
+
+def import_to(
+    target: Path, path: Path, quant: str | None, begin: Callable[[int], None], advance: Callable[[int], None]
+) -> str:
+    """Make one GGUF file of a folder, or of a model's parts; its sha256. `begin` hears of all bytes, `advance` of each piece.
+
+    Raises: ModelFileError, StorageError, and what `advance` raises; then there is no `target`.
+    """
+    with ExitStack() as opened:
+        metadata, tensors = (_of_folder if path.is_dir() else _of_parts)(path, quant, opened)
+        out = GgufOut(metadata, tensors, str(path))
+        need_space(target.parent, out.size)
+        begin(out.size)
+        whole = False
+        try:
+            with target.open("wb") as file:
+                sha256 = out.write(file, advance)
+            whole = True
+        except OSError as error:
+            why = f"{target} can't be written: {error.strerror or error}"
+            raise StorageError(why, hint="free some disk and pull again: the import begins anew") from error
+        finally:
+            if not whole:
+                forget(target)
+    return sha256
+
+
+def _of_folder(folder: Path, quant: str | None, opened: ExitStack) -> tuple[dict[str, MetadataValue], list[OutTensor]]:
+    files_of(folder)
+    config = read_json(folder / "config.json")
+    weights = opened.enter_context(SafetensorsFolder.open(folder))
+    known = weights.tensors
+    try:
+        plan = plan_import(config, known)
+        tensors = [_converted(tensor, weights, known, quant) for tensor in plan.tensors]
+    except ModelFileError as error:
+        raise ModelFileError(f"{folder}: {error.message}", hint=error.hint) from error
+    text = text_metadata(folder, config, END_OF_ANSWER)
+    return {**plan.metadata, **text, **_version(tensors)}, tensors
+
+
+def _converted(
+    tensor: ImportTensor, weights: SafetensorsFolder, known: Mapping[str, tuple[str, tuple[int, ...]]], quant: str | None
+) -> OutTensor:
+    """Checked against its sources; nothing is read yet."""
+    if not tensor.sources:
+        values = np.array(tensor.values, "<f4")
+        return OutTensor(tensor.name, "F32", tensor.shape, lambda: [values])
+    if is_mxfp4(tensor.transform):
+        return _packed(tensor, weights, known)
+    dtypes = set()
+    for source in tensor.sources:
+        if source not in known:
+            raise ModelFileError(f"tensor {shown(source)} is missing, of which {tensor.name} is made")
+        dtypes.add(known[source][0])
+    first = shown(tensor.sources[0])
+    if odd := dtypes - set(_DENSE):
+        raise ModelFileError(f"tensor {first} can't be used: its type {min(odd)} is not among {', '.join(_DENSE)}")
+    views = [view_of(weights.array(source), tensor.transform) for source in tensor.sources]
+    inner = tensor.shape[1:] if len(views) > 1 else tensor.shape
+    if (len(views) > 1 and tensor.shape[0] != len(views)) or any(view.size != math.prod(inner) for view in views):
+        shape = known[tensor.sources[0]][1]
+        raise ModelFileError(f"tensor {first} can't be used: {shape} does not make {tensor.name} {tensor.shape}")
+    given = dtypes.pop() if len(dtypes) == 1 else "F32"
+    kind = _kind_for(tensor.name, tensor.shape, "F32" if adds_one(tensor.transform) else given, quant)
+    read = [(view, known[source][0], partial(weights.drop, source)) for view, source in zip(views, tensor.sources, strict=True)]
+    return OutTensor(tensor.name, kind, tensor.shape, partial(_chunks, tensor, read, kind))
+
+
+def _packed(
+    tensor: ImportTensor, weights: SafetensorsFolder, known: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> OutTensor:
+    """Blocks and scales of MXFP4, which stay so; an expert at a time."""
+    if missing := [source for source in tensor.sources if known.get(source, ("", ()))[0] != "U8"]:
+        raise ModelFileError(f"tensor {shown(missing[0])}, of which {tensor.name} is made, is missing or no U8")
+    nibbles, scales = (view_of(weights.array(source), tensor.transform) for source in tensor.sources)
+    made = (*nibbles.shape[:-2], nibbles.shape[-2] * 32) if nibbles.ndim > 2 else ()
+    if nibbles.shape != (*scales.shape, 16) or made != tensor.shape:
+        shapes = " and ".join(str(known[source][1]) for source in tensor.sources)
+        raise ModelFileError(f"tensor {shown(tensor.sources[0])} can't be used: {shapes} do not make {tensor.name} {tensor.shape}")
+
+    def chunks() -> Iterator[Chunk]:
+        try:
+            yield from map(mxfp4_blocks, nibbles, scales)
+        except ValueError as error:
+            raise ModelFileError(f"tensor {tensor.name} can't be used: {error}", hint="the model is broken") from error
+
+    return OutTensor(tensor.name, "MXFP4", tensor.shape, chunks)
+
+
+def _kind_for(name: str, shape: tuple[int, ...], given: str, quant: str | None) -> str:
+    """The kind that a dense tensor gets."""
+    if len(shape) < 2 or name.endswith(_ROUTER) or not name.endswith(".weight"):
+        return "F32"
+    if quant is None or shape[-1] % BLOCK:
+        return given
+    return QUANTS["q8"] if name in _FINE else QUANTS[quant]
+
+
+def _chunks(tensor: ImportTensor, views: Sequence[tuple[Array, str, Callable[[], None]]], kind: str) -> Iterator[Chunk]:
+    for view, dtype, drop in views:
+        for piece in pieces(view):
+            yield _changed(piece, dtype, kind, one_more=adds_one(tensor.transform), name=tensor.name)
+        drop()
+
+
+def _changed(piece: Array, dtype: str, kind: str, *, one_more: bool, name: str) -> Array:
+    """Flat values of one kind to another. Raises: ModelFileError for a weight that is no finite number."""
+    same = dtype == kind and not one_more
+    if same and dtype == "BF16":
+        finite = bool((piece & 0x7F80 != 0x7F80).all())
+        wide = piece
+    else:
+        wide = (piece.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else piece
+        finite = bool(np.isfinite(wide).all())
+    if not finite:
+        raise ModelFileError(f"tensor {name} can't be used: a weight is no finite number", hint="the model is broken")
+    if same:
+        return wide
+    wide = wide.astype(np.float32, copy=False)
+    if one_more:
+        wide = wide + np.float32(1)
+    if kind == "F32":
+        return wide
+    try:
+        return quantise(wide, kind)
+    except ValueError as error:
+        raise ModelFileError(f"tensor {name} can't be quantised: {error}") from error
+
+
+def _of_parts(path: Path, quant: str | None, opened: ExitStack) -> tuple[dict[str, MetadataValue], list[OutTensor]]:
+    """Metadata as in the first part, tensors one part after the other."""
+    paths = parts_of(path)
+    tensors: list[OutTensor] = []
+    metadata: dict[str, MetadataValue] = {}
+    total: MetadataValue = None  # type: ignore[assignment]
+    for number, part in enumerate(paths):
+        file = opened.enter_context(GgufFile.open(part))
+        if len(paths) > 1 and (file.metadata.get("split.no"), file.metadata.get("split.count")) != (number, len(paths)):
+            raise ModelFileError(f"{part} can't be used: its metadata doesn't say that it is part {number + 1} of {len(paths)}")
+        if number == 0:
+            metadata = {key: value for key, value in file.metadata.items() if not key.startswith("split.")}
+            total = file.metadata.get("split.tensors.count", 0)
+        for name, info in file.tensors.items():
+            kind = _kind_for(name, info.shape, info.kind, quant) if quant and info.kind in _DENSE else info.kind
+            tensors.append(OutTensor(name, kind, info.shape, partial(_copied, file, name, kind)))
+    if len(paths) > 1 and total != len(tensors):
+        raise ModelFileError(f"{path} can't be used: its parts have {len(tensors)} tensors, and the first says {total}")
+    return {**metadata, **_version(tensors)}, tensors
+
+
+def _copied(file: GgufFile, name: str, kind: str) -> Iterator[Chunk]:
+    tensor = file.tensor(name)
+    if tensor.kind != kind:
+        values = np.frombuffer(tensor.data, {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[tensor.kind])
+        for piece in pieces(values):
+            yield _changed(piece, tensor.kind, kind, one_more=False, name=name)
+    else:
+        for start in range(0, len(tensor.data), CHUNK_BYTES):
+            yield tensor.data[start : start + CHUNK_BYTES]
+
+
+def _version(tensors: Sequence[OutTensor]) -> dict[str, MetadataValue]:
+    """GGUF asks for the version of its block layouts where there are blocks."""
+    return {"general.quantization_version": 2} if any(tensor.kind not in _DENSE for tensor in tensors) else {}

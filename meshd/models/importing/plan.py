@@ -1,0 +1,114 @@
+"""How a Hugging Face folder becomes a GGUF file: which of its tensors makes which, and what is done to it on the way.
+
+A transform is a list of steps parted by `|`, done from left to right to each source:
+
+    add_one                        every weight plus 1, in float32 (Gemma's norms)
+    rope_interleave:HEADS          rows of Q or K from half-split to interleaved pairs, as llama.cpp's `llama` architecture has them
+    transpose                      the last two axes swapped
+    slice:AXIS:START:STOP:STEP     as numpy's, an empty field being None
+    mxfp4                          the two sources are gpt-oss's blocks of nibbles `[..., blocks, 16]` and scales `[..., blocks]`
+
+All but `add_one` are views: no byte is copied until it is written.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from meshd.errors import ModelFileError
+from meshd.models.files.gguf_header import MetadataValue
+
+Array = npt.NDArray[Any]
+PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ImportTensor:
+    """One tensor of the GGUF file to be."""
+
+    name: str
+    """GGUF's, e.g. `blk.0.attn_q.weight`."""
+    sources: tuple[str, ...]
+    """Hugging Face's names: one, or several to be stacked along a new first axis (experts)."""
+    shape: tuple[int, ...]
+    """Row-major, after the transform and the stacking."""
+    transform: str = ""
+    values: tuple[float, ...] = ()
+    """What it holds, as F32, where it has no source."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImportPlan:
+    """All of it but the text side."""
+
+    metadata: dict[str, MetadataValue]
+    """The architecture's keys."""
+    tensors: tuple[ImportTensor, ...] = field(default=())
+
+
+def adds_one(transform: str) -> bool:
+    """Whether the values change, not only their places."""
+    return "add_one" in transform.split("|")
+
+
+def is_mxfp4(transform: str) -> bool:
+    """Whether the sources are MXFP4's blocks and scales."""
+    return transform.split("|")[0] == "mxfp4"
+
+
+def mxfp4_blocks(nibbles: Array, scales: Array) -> Array:
+    """Bytes of ggml's blocks, flat: the scale, then weights 0 to 15 in the low halves and 16 to 31 in the high ones.
+
+    Hugging Face has weights 0 and 1 in the first byte, 2 and 3 in the second. Raises: ValueError for a scale that is no number.
+    """
+    packed = np.ascontiguousarray(nibbles).reshape(-1, 16)
+    exponents = np.ascontiguousarray(scales).reshape(-1, 1)
+    if (exponents == 0xFF).any():  # of 8-bit exponents, the one that is no number
+        raise ValueError("a scale is no number")
+    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(-1, 32)
+    return np.concatenate([exponents, codes[:, :16] | codes[:, 16:] << 4], axis=1).reshape(-1)
+
+
+def view_of(array: Array, transform: str) -> Array:
+    """The array whose elements, in row-major order, are the transformed tensor's; its own shape may have more axes.
+
+    Raises: ModelFileError for a step that does not fit the array, or is none.
+    """
+    try:
+        for step in filter(None, transform.split("|")):
+            array = _step(array, *step.split(":"))
+    except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:
+        raise ModelFileError(f"transform {transform!r} does not fit shape {array.shape}: {error}") from error
+    return array
+
+
+def _step(array: Array, name: str, *given: str) -> Array:
+    match name, given:
+        case ("add_one" | "mxfp4"), ():
+            return array
+        case "transpose", ():
+            return array.swapaxes(-2, -1)
+        case "rope_interleave", (heads,):
+            rows, *rest = array.shape
+            return array.reshape(int(heads), 2, rows // int(heads) // 2, *rest).swapaxes(1, 2)
+        case "slice", (axis, start, stop, step):
+            cut = slice(*(int(bound) if bound else None for bound in (start, stop, step)))
+            return array[(slice(None),) * (int(axis) % array.ndim) + (cut,)]
+        case _:
+            raise ValueError(f"{name} with {len(given)} numbers is no step")
+
+
+def pieces(view: Array) -> Iterator[Array]:
+    """A view's elements in row-major order, flat, a megabyte at a time."""
+    if view.nbytes <= PIECE_BYTES or view.ndim == 0:
+        yield np.ascontiguousarray(view).reshape(-1)
+    elif view.nbytes // len(view) > PIECE_BYTES:
+        for part in view:
+            yield from pieces(part)
+    else:
+        rows = max(1, PIECE_BYTES * len(view) // view.nbytes)
+        for first in range(0, len(view), rows):
+            yield np.ascontiguousarray(view[first : first + rows]).reshape(-1)

@@ -1,0 +1,124 @@
+"""The text side of a Hugging Face folder, as metadata of the GGUF file that it becomes.
+
+    tokenizer.huggingface.json          all of tokenizer.json, without the spaces between its items: Gemma's is 33 MB with them
+    tokenizer.chat_template             from chat_template.jinja, chat_template.json or tokenizer_config.json, in this order
+    tokenizer.chat_template.tool_use    where tokenizer_config.json has one of its own for conversations with tools
+    tokenizer.ggml.bos_token_id         from tokenizer_config.json, config.json or generation_config.json
+    tokenizer.ggml.eos_token_id         the first token that ends an answer (tokenizer_config.json's, which templates mean, goes
+                                        before the others), tokenizer.ggml.eot_token_id the second
+    meshd.eos_token_ids                 all of them, in order
+    tokenizer.ggml.add_bos_token        where tokenizer_config.json says so; add_eos_token likewise
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from meshd.errors import ModelFileError
+from meshd.models.files.gguf_header import MetadataValue
+from meshd.models.files.json_files import read_bytes, read_json, whole_number
+
+MAX_TOKENIZER_BYTES = 48 << 20
+"""Of tokenizer.json as it lies; the header that it becomes part of may have 64."""
+MAX_TEMPLATE_BYTES = 1 << 20
+_MAX_TOKEN_ID = (1 << 31) - 1
+_TEMPLATE = "tokenizer.chat_template"
+TEXT_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "chat_template.json",
+)
+"""What is read here beside config.json."""
+
+
+class _Added(msgspec.Struct, frozen=True):
+    """A token beside the vocabulary."""
+
+    id: int
+    content: str
+    special: bool = False
+
+
+class _Tokenizer(msgspec.Struct, frozen=True):
+    """The part of tokenizer.json that is looked at."""
+
+    model: msgspec.Raw
+    added_tokens: list[_Added] = []
+
+
+def text_metadata(folder: Path, config: Mapping[str, Any], end_of_answer: frozenset[str]) -> dict[str, MetadataValue]:
+    """`end_of_answer`: names of control tokens that end an answer, whether or not a configuration says so.
+
+    Raises: ModelFileError.
+    """
+    text, added = _tokenizer(folder)
+    generation = _optional(folder / "generation_config.json")
+    options = _optional(folder / "tokenizer_config.json")
+    found: dict[str, MetadataValue] = {"tokenizer.huggingface.json": text}
+    begins = _spelt(options, "bos_token", added) or _ids(config, "bos_token_id") or _ids(generation, "bos_token_id")
+    if begins:
+        found["tokenizer.ggml.bos_token_id"] = begins[0]
+    named = [token.id for token in added if token.special and token.content in end_of_answer]
+    told = [*_spelt(options, "eos_token", added), *_ids(generation, "eos_token_id"), *_ids(config, "eos_token_id")]
+    ends = list(dict.fromkeys([*told, *named]))
+    if ends:
+        found["tokenizer.ggml.eos_token_id"] = ends[0]
+        found["meshd.eos_token_ids"] = tuple(ends)
+    if len(ends) > 1:
+        found["tokenizer.ggml.eot_token_id"] = ends[1]
+    for key in ("add_bos_token", "add_eos_token"):
+        if isinstance(value := options.get(key), bool):
+            found[f"tokenizer.ggml.{key}"] = value
+    return found | _templates(folder, options)
+
+
+def _tokenizer(folder: Path) -> tuple[str, list[_Added]]:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        hint = "write it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        beside = ", only a tokenizer.model, which isn't read" if (folder / "tokenizer.model").is_file() else ""
+        raise ModelFileError(f"{folder} can't be used: it has no tokenizer.json{beside}", hint=hint)
+    data = read_bytes(path, most_bytes=MAX_TOKENIZER_BYTES)
+    try:
+        added = msgspec.json.decode(data, type=_Tokenizer).added_tokens
+        return msgspec.json.format(data, indent=-1).decode(), added
+    except (UnicodeDecodeError, msgspec.DecodeError, RecursionError) as error:
+        raise ModelFileError(f"{path} can't be used: {error}", hint="the file is damaged: fetch it again") from error
+
+
+def _templates(folder: Path, options: Mapping[str, Any]) -> dict[str, MetadataValue]:
+    """The template for a conversation, and the one for a conversation with tools where that is another; by GGUF's names."""
+    plain = folder / "chat_template.jinja"
+    if plain.is_file():
+        try:
+            return {_TEMPLATE: read_bytes(plain, most_bytes=MAX_TEMPLATE_BYTES).decode()}
+        except UnicodeDecodeError as error:
+            raise ModelFileError(f"{plain} can't be used: it is not UTF-8 ({error.reason})") from error
+    given = _optional(folder / "chat_template.json").get("chat_template", options.get("chat_template"))
+    if isinstance(given, str):
+        return {_TEMPLATE: given}
+    listed = [item for item in given if isinstance(item, dict)] if isinstance(given, list) else []
+    keys = {"default": _TEMPLATE, "tool_use": f"{_TEMPLATE}.tool_use"}
+    return {
+        keys[item["name"]]: item["template"]
+        for item in listed
+        if item.get("name") in ("default", "tool_use") and isinstance(item.get("template"), str)
+    }
+
+
+def _spelt(options: Mapping[str, Any], key: str, added: list[_Added]) -> list[int]:
+    """A token that tokenizer_config.json names by its text, as chat templates do; empty if it names none that there is."""
+    value = options.get(key)
+    text = value.get("content") if isinstance(value, dict) else value
+    return [token.id for token in added if token.content == text][:1]
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _ids(config: Mapping[str, Any], key: str) -> list[int]:
+    """One token or a list of them; what is no token is left out."""
+    value = config.get(key)
+    found = (whole_number(item, _MAX_TOKEN_ID) for item in (value if isinstance(value, list) else [value]))
+    return [item for item in found if item is not None]

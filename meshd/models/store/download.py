@@ -1,0 +1,138 @@
+"""HTTP downloads that resume where they stopped. The system's certificate store and proxy settings are honoured."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+from yarl import URL
+
+from meshd.clock import Clock
+from meshd.errors import DownloadError
+from meshd.models.files.disk import CHUNK_BYTES, forget, size_of, storage_error
+from meshd.models.store.progress import Meter, in_thread
+
+MAX_ATTEMPTS = 64
+MAX_ATTEMPTS_WITHOUT_PROGRESS = 4
+_FIRST_PAUSE_S = 0.5
+_LONGEST_PAUSE_S = 8.0
+_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=60)
+_NETWORK_ERRORS = (aiohttp.ClientError, TimeoutError, ConnectionError)
+_RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+class _Again(Exception):
+    """This attempt failed in a way that another may not."""
+
+
+@asynccontextmanager
+async def http_session() -> AsyncIterator[aiohttp.ClientSession]:
+    """For one pull."""
+    async with aiohttp.ClientSession(
+        timeout=_TIMEOUT, trust_env=True, read_bufsize=CHUNK_BYTES, headers={"Accept-Encoding": "identity"}
+    ) as session:
+        yield session
+
+
+async def read_small(session: aiohttp.ClientSession, url: str, *, accept: str, most_bytes: int, clock: Clock) -> bytes:
+    """A document of at most `most_bytes`. Raises: DownloadError."""
+    why = ""
+    for attempt in range(MAX_ATTEMPTS_WITHOUT_PROGRESS):
+        if attempt:
+            await clock.sleep(_pause(attempt))
+        try:
+            async with session.get(url, headers={"Accept": accept}) as response:
+                _check_status(response)
+                body = await _read_at_most(response, most_bytes)
+                if response.content_type != accept:
+                    raise _failed(url, f"it answers {response.content_type}, not {accept}")
+                return body
+        except (_Again, *_NETWORK_ERRORS) as error:
+            why = _reason(error)
+    raise _failed(url, why)
+
+
+async def download(
+    session: aiohttp.ClientSession, url: str, path: Path, *, size_bytes: int | None, most_bytes: int, meter: Meter, clock: Clock
+) -> None:
+    """Fetch a file to `path`, going on after what is there already.
+
+    A connection that breaks is made again, with pauses, as long as bytes keep coming. The caller checks the hash. Raises:
+    DownloadError, StorageError. Cancel: what has arrived stays, for the next time.
+    """
+    fruitless, why = 0, ""
+    for _ in range(MAX_ATTEMPTS):
+        have = size_of(path)
+        if size_bytes is not None and have == size_bytes:
+            return
+        if fruitless:
+            await clock.sleep(_pause(fruitless))
+        try:
+            await _attempt(session, url, path, have, size_bytes if size_bytes is not None else most_bytes, meter)
+            if size_bytes is None or size_of(path) == size_bytes:
+                return
+            why = "it ended early"
+        except (_Again, *_NETWORK_ERRORS) as error:
+            why = _reason(error)
+        fruitless = 0 if size_of(path) > have else fruitless + 1
+        if fruitless == MAX_ATTEMPTS_WITHOUT_PROGRESS:
+            break
+    raise _failed(url, why)
+
+
+async def _attempt(session: aiohttp.ClientSession, url: str, path: Path, have: int, most_bytes: int, meter: Meter) -> None:
+    async with session.get(url, headers={"Range": f"bytes={have}-"} if have else {}) as response:
+        if have and response.status == 416:
+            forget(path)
+            raise _Again("it has no such range")
+        _check_status(response)
+        resumed = response.status == 206
+        if resumed and response.headers.get("Content-Range", "").partition("-")[0] != f"bytes {have}":
+            forget(path)
+            raise _Again("it sent another range than was asked for")
+        start = have if resumed else 0
+        meter.restart(start)
+        await _save(response, path, start, most_bytes, meter)
+
+
+async def _save(response: aiohttp.ClientResponse, path: Path, start: int, most_bytes: int, meter: Meter) -> None:
+    try:
+        with path.open("ab" if start else "wb") as file:
+            async for chunk in response.content.iter_chunked(CHUNK_BYTES):
+                start += len(chunk)
+                if start > most_bytes:
+                    raise _failed(str(response.url), f"it sends more than the {most_bytes:,} bytes announced")
+                await in_thread(meter, file.write, chunk)
+                meter.advance(len(chunk))
+    except _NETWORK_ERRORS:
+        raise
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+async def _read_at_most(response: aiohttp.ClientResponse, most_bytes: int) -> bytes:
+    body = bytearray()
+    async for chunk in response.content.iter_chunked(CHUNK_BYTES):
+        body += chunk
+        if len(body) > most_bytes:
+            raise _failed(str(response.url), f"it sends more than {most_bytes:,} bytes")
+    return bytes(body)
+
+
+def _check_status(response: aiohttp.ClientResponse) -> None:
+    if response.status in _RETRIED:
+        raise _Again(f"HTTP status {response.status}")
+    if response.status not in (200, 206):
+        raise _failed(str(response.url), f"HTTP status {response.status}")
+
+
+def _pause(attempt: int) -> float:
+    return min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * float(1 << (attempt - 1)))
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _failed(url: str, why: str) -> DownloadError:
+    return DownloadError(f"{URL(url).with_user(None)} can't be read: {why}", hint="is the network up, and the address right?")

@@ -1,0 +1,117 @@
+"""A model's chat template: messages to the prompt that the model was trained on."""
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, TypeAlias
+
+from jinja2 import Template, TemplateError
+
+from meshd.errors import InvalidRequest, ModelFileError
+from meshd.models.files.gguf_header import MetadataValue
+from meshd.models.text.sandbox import BoundedSandbox
+from meshd.models.text.tokenizer.document import HUGGINGFACE_KEY, huggingface_json
+
+Message: TypeAlias = Mapping[str, Any]
+"""`role`, `content` (text, or a list of parts), and what else a template may look for, such as `tool_calls`."""
+
+MAX_SOURCE_CHARACTERS = 256 << 10
+MAX_PROMPT_CHARACTERS = 16 << 20
+_RENDER_ERRORS = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError, NameError)
+"""A number that is too large becomes the name `inf` in what jinja2 compiles: so NameError."""
+_OWN_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"})
+_WITH_TOOLS = "tokenizer.chat_template.tool_use"
+"""GGUF's name for the template of a conversation with tools, where a model has one of its own for that."""
+
+
+class ChatTemplate:
+    """A compiled template, rendered in a sandbox that bounds its work. Safe to share between threads."""
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        bos: str = "",
+        eos: str = "",
+        with_tools: str | None = None,
+        now: Callable[[], datetime] = datetime.now,
+    ) -> None:
+        """`bos` and `eos` are the tokens' texts, `with_tools` the source for conversations with tools, where it is another.
+
+        Raises: ModelFileError for a source that is no template.
+        """
+        self._environment = BoundedSandbox()
+        self._environment.globals["strftime_now"] = lambda form: _formatted(now(), form)
+        self._tokens = {"bos_token": bos, "eos_token": eos}
+        self._template = self._compiled(source)
+        self._with_tools = self._template if with_tools is None else self._compiled(with_tools)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt, with the model's control tokens spelt out.
+
+        `tools` are functions as JSON Schema describes them, `variables` what else a template asks for (`enable_thinking`).
+        Raises: InvalidRequest, with the template's own words.
+        """
+        others = variables or {}
+        if taken := sorted(_OWN_VARIABLES & others.keys()):
+            raise InvalidRequest(f"a chat template's variable {taken[0]!r} can't be set", param="chat_template_kwargs")
+        given = {
+            "messages": list(messages),
+            "tools": None if tools is None else list(tools),
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        template = self._template if tools is None else self._with_tools
+        parts = []
+        left = MAX_PROMPT_CHARACTERS
+        try:
+            for part in template.generate(self._tokens | dict(others) | given):
+                left -= len(part)
+                if left < 0:
+                    raise ValueError(f"the prompt is longer than {MAX_PROMPT_CHARACTERS} characters")
+                parts.append(part)
+        except _RENDER_ERRORS as error:
+            why = str(error) or type(error).__name__
+            raise InvalidRequest(f"the model's chat template refuses these messages: {why}", param="messages") from error
+        return "".join(parts)
+
+    def _compiled(self, source: str) -> Template:
+        if len(source) > MAX_SOURCE_CHARACTERS:
+            raise ModelFileError(f"the chat template can't be used: it is longer than {MAX_SOURCE_CHARACTERS} characters")
+        try:
+            return self._environment.from_string(source)
+        except (TemplateError, RecursionError, SyntaxError, ValueError) as error:
+            raise ModelFileError(f"the chat template can't be used: {error}") from error
+
+
+def template_from_gguf(metadata: Mapping[str, MetadataValue], *, now: Callable[[], datetime] = datetime.now) -> ChatTemplate:
+    """The template that a GGUF file carries. Raises: InvalidRequest if it has none, ModelFileError if it is broken."""
+    source, with_tools = metadata.get("tokenizer.chat_template"), metadata.get(_WITH_TOOLS)
+    if not isinstance(source, str):
+        raise InvalidRequest(
+            "this model can't chat: its file has no chat template", param="messages", hint="send a prompt to /v1/completions"
+        )
+    bos, eos = _token_texts(metadata, "bos_token_id", "eos_token_id")
+    return ChatTemplate(source, bos=bos, eos=eos, with_tools=with_tools if isinstance(with_tools, str) else None, now=now)
+
+
+def _token_texts(metadata: Mapping[str, MetadataValue], *keys: str) -> list[str]:
+    """Of the tokens that have these roles; empty where the file names none."""
+    ids = [metadata.get(f"tokenizer.ggml.{key}") for key in keys]
+    if HUGGINGFACE_KEY in metadata and (document := huggingface_json(metadata)) is not None:
+        return [document.text_of(id_) if isinstance(id_, int) else "" for id_ in ids]
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    known = tokens if isinstance(tokens, tuple) else ()
+    return [str(known[id_]) if isinstance(id_, int) and 0 <= id_ < len(known) else "" for id_ in ids]
+
+
+def _formatted(moment: datetime, form: str) -> str:
+    if len(form) > 64 or any(character.isdigit() for character in form):
+        raise ValueError("strftime_now takes a short format without widths")
+    return moment.strftime(form)

@@ -1,0 +1,1 @@
+"""Tokenizers, from GGUF metadata and from `tokenizer.json`."""

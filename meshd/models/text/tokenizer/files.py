@@ -1,0 +1,85 @@
+"""Tokenizers as model files describe them: GGUF metadata, or Hugging Face's `tokenizer.json`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, models
+
+from meshd.errors import ModelFileError
+from meshd.models.files.gguf_header import MetadataValue
+from meshd.models.text.tokenizer.document import MAX_BYTES, TokenizerDocument, huggingface_json
+from meshd.models.text.tokenizer.gguf_keys import CONTROL, UNKNOWN, USER_DEFINED, TokenizerKeys, wrong
+from meshd.models.text.tokenizer.huggingface import Around, tokenizer_of
+from meshd.models.text.tokenizer.pretokenizers import cut_named
+from meshd.models.text.tokenizer.sentencepiece import spm_from_gguf
+from meshd.models.text.tokenizer.tokenizer import Tokenizer, Vocabulary, library_errors
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, MetadataValue]) -> Tokenizer:
+    """Rebuild the tokenizer that a GGUF file describes. Raises: ModelFileError."""
+    if (document := huggingface_json(metadata)) is not None:
+        return tokenizer_of(document, _around(metadata))
+    match metadata.get("tokenizer.ggml.model"):
+        case "gpt2":
+            return _byte_level(metadata)
+        case "llama":
+            return spm_from_gguf(metadata)
+        case kind:
+            raise ModelFileError(
+                f"tokenizer kind {kind!r} can't be used: only gpt2 (byte-level BPE) and llama (SentencePiece BPE) are known",
+                hint="meshd can't read this model's text yet; try smollm2:135m",
+            )
+
+
+def tokenizer_from_json(path: Path) -> Tokenizer:
+    """Read a `tokenizer.json`. Which tokens begin and end a text it tells only by its post-processor. Raises: ModelFileError."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ModelFileError(f"{path} can't be used: it is larger than {MAX_BYTES} bytes")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ModelFileError(f"{path} can't be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ModelFileError(f"{path} is no usable tokenizer.json: it is not UTF-8 ({error.reason})") from error
+    return tokenizer_of(TokenizerDocument(text, str(path)))
+
+
+def _around(metadata: Mapping[str, MetadataValue]) -> Around:
+    keys = TokenizerKeys(metadata)
+    ids = [keys.token(key, 1 << 32) for key in ("bos_token_id", "eos_token_id")]
+    adds = [None if keys.get(key) is None else keys.flag(key, False) for key in ("add_bos_token", "add_eos_token")]
+    return Around(*ids, *adds)  # type: ignore[arg-type]  # two of each
+
+
+def _byte_level(metadata: Mapping[str, MetadataValue]) -> Tokenizer:
+    keys = TokenizerKeys(metadata)
+    tokens = keys.tokens()
+    types = keys.types(len(tokens))
+    cut = cut_named(keys.get("pre"))
+    bpe = _bpe(tokens, keys.strings("merges"), whole_words=cut.whole_words)
+    if (normalizer := cut.normalizer()) is not None:
+        bpe.normalizer = normalizer
+    bpe.pre_tokenizer = cut.pre_tokenizer()
+    added = (tokens[id_] for id_, type_ in enumerate(types) if type_ == USER_DEFINED and tokens[id_])
+    bpe.add_tokens([AddedToken(token, normalized=False) for token in added])
+    bos, eos = (keys.token(key, len(tokens)) for key in ("bos_token_id", "eos_token_id"))
+    return Tokenizer(
+        bpe,
+        Vocabulary(
+            tokens=tokens,
+            control={token: id_ for id_, token in enumerate(tokens) if types[id_] in (CONTROL, UNKNOWN) and token},
+            verbatim=frozenset(id_ for id_, type_ in enumerate(types) if type_ in (CONTROL, UNKNOWN, USER_DEFINED)),
+        ),
+        bos=bos,
+        eos=eos,
+        prefix=(bos,) if bos is not None and keys.flag("add_bos_token", cut.begins) else (),
+        suffix=(eos,) if eos is not None and keys.flag("add_eos_token", False) else (),
+    )
+
+
+def _bpe(tokens: tuple[str, ...], merges: tuple[str, ...], *, whole_words: bool) -> tokenizers.Tokenizer:
+    ids = {token: id_ for id_, token in enumerate(tokens)}
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    with library_errors(lambda why: wrong("merges", why)):
+        return tokenizers.Tokenizer(models.BPE(ids, pairs, ignore_merges=whole_words))

@@ -1,0 +1,108 @@
+"""The tokenizer that a `tokenizer.json` describes."""
+
+import copy
+from dataclasses import dataclass
+
+import tokenizers
+
+from meshd.models.text.tokenizer.document import MAX_ID, TokenizerDocument
+from meshd.models.text.tokenizer.spelling import byte_level, sentencepiece
+from meshd.models.text.tokenizer.tokenizer import Tokenizer, Vocabulary, library_errors
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What stands around a text, where a model file says more of it than its `tokenizer.json`. None: it does not."""
+
+    bos: int | None = None
+    eos: int | None = None
+    add_bos: bool | None = None
+    add_eos: bool | None = None
+
+
+NOTHING_SAID = Around()
+
+
+def tokenizer_of(document: TokenizerDocument, around: Around = NOTHING_SAID) -> Tokenizer:
+    """Raises: ModelFileError."""
+    bpe = _loaded(document, document.text)
+    tokens = _tokens(document, bpe)
+    for id_ in (around.bos, around.eos):
+        if id_ is not None and not 0 <= id_ < len(tokens):
+            raise document.wrong(f"has no token {id_}, which the model's metadata names")
+    prefix, suffix = _surroundings(document, bpe)
+    if around.add_bos is not None and around.bos is not None:
+        prefix = (around.bos,) if around.add_bos else ()
+    if around.add_eos is not None and around.eos is not None:
+        suffix = (around.eos,) if around.add_eos else ()
+    bpe.encode_special_tokens = True
+    return Tokenizer(
+        bpe,
+        _vocabulary(document, tokens),
+        later=_later(document, bpe),
+        bos=around.bos,
+        eos=around.eos,
+        prefix=prefix,
+        suffix=suffix,
+        leading_space="Strip" in document.kinds(document.decoder),
+    )
+
+
+def _vocabulary(document: TokenizerDocument, tokens: list[str]) -> Vocabulary:
+    control = [token for token in document.added if token.special and token.content]
+    byte_spelt = "ByteLevel" in document.kinds(document.decoder)
+    return Vocabulary(
+        tokens=tokens,
+        control={token.content: token.id for token in control},
+        verbatim=frozenset(token.id for token in document.added) if byte_spelt else frozenset(),
+        spelling=byte_level if byte_spelt else sentencepiece,
+        takes_left=frozenset(token.content for token in control if token.lstrip),
+        takes_right=frozenset(token.content for token in control if token.rstrip),
+    )
+
+
+def _loaded(document: TokenizerDocument, text: str) -> tokenizers.Tokenizer:
+    with library_errors(document.unusable):
+        bpe: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(text)
+    bpe.no_truncation()
+    bpe.no_padding()
+    bpe.model.dropout = None  # it would make every encoding another
+    return bpe
+
+
+def _tokens(document: TokenizerDocument, bpe: tokenizers.Tokenizer) -> list[str]:
+    ids = bpe.get_vocab(with_added_tokens=True)
+    largest = max(ids.values(), default=-1)
+    if largest >= MAX_ID:
+        raise document.wrong(f"can't be used: its token id {largest} is over {MAX_ID - 1}")
+    tokens = [""] * (largest + 1)
+    for token, id_ in ids.items():
+        tokens[id_] = token
+    for added in document.added:
+        if ids.get(added.content) != added.id:
+            raise document.wrong(f"can't be used: its added token {added.content[:80]!r} is not token {added.id}")
+    return tokens
+
+
+def _surroundings(document: TokenizerDocument, bpe: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the post-processor puts before and after a text."""
+    with library_errors(document.unusable):
+        around = bpe.encode("a", add_special_tokens=True)
+    text = [at for at, special in enumerate(around.special_tokens_mask) if not special] or [len(around.ids)]
+    return tuple(around.ids[: text[0]]), tuple(around.ids[text[-1] + 1 :])
+
+
+def _later(document: TokenizerDocument, bpe: tokenizers.Tokenizer) -> tokenizers.Tokenizer | None:
+    """For text after a control token, where a space is put before the first text only. None: there is no difference."""
+    pre_tokenizer = copy.deepcopy(document.pre_tokenizer)
+    marks = [step for step in document.steps(pre_tokenizer) if step["type"] == "Metaspace"]
+    first = [step for step in marks if step.get("prepend_scheme") == "first"]
+    if not first:
+        return None
+    for step in first:
+        step["prepend_scheme"] = "never"
+        step.pop("add_prefix_space", None)
+    later = _loaded(document, document.with_pre_tokenizer(pre_tokenizer))
+    later.model = bpe.model  # one vocabulary in memory
+    later.encode_special_tokens = True
+    return later

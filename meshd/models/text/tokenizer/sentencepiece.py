@@ -1,0 +1,112 @@
+"""SentencePiece's BPE, which GGUF files call `llama`: pieces with scores, and bytes for what no piece covers.
+
+There is no list of merges: two neighbours become one where that is a piece, the highest score first. The tokenizers library wants
+them listed, so they are listed here in the order in which transformers lists them when it converts such a model.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+
+import tokenizers
+from tokenizers import AddedToken, models, normalizers
+
+from meshd.errors import ModelFileError
+from meshd.models.files.gguf_header import MetadataValue
+from meshd.models.text.tokenizer.gguf_keys import BYTE, CONTROL, UNKNOWN, USER_DEFINED, TokenizerKeys, wrong
+from meshd.models.text.tokenizer.spelling import WORD_START, sentencepiece
+from meshd.models.text.tokenizer.tokenizer import Tokenizer, Vocabulary, library_errors
+
+MAX_PIECE = 512
+MAX_CHARACTERS = 1 << 23
+MAX_MERGES = 1 << 20
+"""A piece is cut in two everywhere, and each cut that makes a merge is kept: a file's size bounds neither. Gemma's 262,144 pieces
+have 1.5 million characters, at most 31 each, and make half a million merges."""
+_WITHOUT_RIGHT_SPACE = {"phi3": frozenset({"<unk>", "<s>", "<|endoftext|>"})}
+"""Architectures whose control tokens swallow the white space after them, and those that do not. No key says so."""
+
+
+def spm_from_gguf(metadata: Mapping[str, MetadataValue]) -> Tokenizer:
+    """Rebuild the tokenizer of a file whose `tokenizer.ggml.model` is `llama`. Raises: ModelFileError."""
+    keys = TokenizerKeys(metadata)
+    if keys.flag("remove_extra_whitespaces", False):
+        raise wrong("remove_extra_whitespaces", "true is not supported")
+    tokens = keys.tokens()
+    types, scores = keys.types(len(tokens)), keys.scores(len(tokens))
+    pieces = [_piece(token, type_) for token, type_ in zip(tokens, types, strict=True)]
+    if len(set(pieces)) != len(pieces):
+        raise wrong("tokens", "it has a run of spaces twice")
+    unknown = keys.token("unknown_token_id", len(tokens))
+    spaced = keys.flag("add_space_prefix", True)
+    control = {token: id_ for id_, token in enumerate(tokens) if types[id_] in (CONTROL, UNKNOWN) and token}
+    added = {piece for id_, piece in enumerate(pieces) if types[id_] == USER_DEFINED and piece}
+    takes_right = _takes_right(metadata, control.keys() | added)
+    bpe = _bpe(pieces, _ranked(pieces, types, scores), None if unknown is None else tokens[unknown])
+    bpe.normalizer = _normalizer(spaced)
+    bpe.add_tokens([AddedToken(token, normalized=False, rstrip=token in takes_right) for token in sorted(added)])
+    bos, eos = (keys.token(key, len(tokens)) for key in ("bos_token_id", "eos_token_id"))
+    return Tokenizer(
+        bpe,
+        Vocabulary(tokens=pieces, control=control, spelling=sentencepiece, takes_right=takes_right & control.keys()),
+        bos=bos,
+        eos=eos,
+        prefix=(bos,) if bos is not None and keys.flag("add_bos_token", True) else (),
+        suffix=(eos,) if eos is not None and keys.flag("add_eos_token", False) else (),
+        leading_space=spaced,
+    )
+
+
+def merges_of(pieces: Iterable[str], scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """All pairs of pieces that make a piece which has a score: the highest score first, then the longest left part.
+
+    `scores` are in the order of the vocabulary, which decides between pieces that are alike in all this.
+    """
+    if max(map(len, scores), default=0) > MAX_PIECE or sum(map(len, scores)) > MAX_CHARACTERS:
+        raise wrong("tokens", f"a piece has more than {MAX_PIECE} characters, or all have more than {MAX_CHARACTERS:,}")
+    known = frozenset(pieces)
+    merges: list[tuple[str, str]] = []
+    best_first = sorted(scores, key=scores.__getitem__, reverse=True)
+    for _, alike in groupby(best_first, scores.__getitem__):
+        cuts = [
+            (left, right)
+            for piece in alike
+            for at in range(len(piece) - 1, 0, -1)
+            if (left := piece[:at]) in known and (right := piece[at:]) in known
+        ]
+        merges += sorted(cuts, key=_lengths, reverse=True) if len(cuts) > 1 else cuts
+        if len(merges) > MAX_MERGES:
+            raise wrong("tokens", f"its pieces are made of one another in more than {MAX_MERGES:,} ways")
+    return merges
+
+
+def _lengths(cut: tuple[str, str]) -> tuple[int, int]:
+    return len(cut[0]), len(cut[1])
+
+
+def _piece(token: str, type_: MetadataValue) -> str:
+    """A run of spaces that the makers added is found after spaces have got their mark, and before all other merges."""
+    return WORD_START * len(token) if type_ == USER_DEFINED and not token.strip(f" {WORD_START}") else token
+
+
+def _ranked(pieces: Sequence[str], types: Sequence[MetadataValue], scores: Sequence[float]) -> dict[str, float]:
+    """The score of each piece that text can become: no control token, however it is spelt."""
+    first = max(scores, default=0.0) + 1
+    ranked = {piece: scores[id_] for id_, piece in enumerate(pieces) if types[id_] not in (UNKNOWN, CONTROL, BYTE, USER_DEFINED)}
+    runs = (piece for id_, piece in enumerate(pieces) if types[id_] == USER_DEFINED and not piece.strip(WORD_START))
+    return ranked | dict.fromkeys(runs, first)
+
+
+def _bpe(pieces: Sequence[str], scores: Mapping[str, float], unknown: str | None) -> tokenizers.Tokenizer:
+    vocabulary = {piece: id_ for id_, piece in enumerate(pieces)}
+    merges = merges_of(pieces, scores)
+    with library_errors(lambda why: ModelFileError(f"the tokenizer can't be used: {why}")):
+        return tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+
+
+def _normalizer(spaced: bool) -> normalizers.Normalizer:
+    mark = normalizers.Replace(" ", WORD_START)
+    return normalizers.Sequence([normalizers.Prepend(WORD_START), mark]) if spaced else mark
+
+
+def _takes_right(metadata: Mapping[str, MetadataValue], special: Iterable[str]) -> frozenset[str]:
+    others = _WITHOUT_RIGHT_SPACE.get(str(metadata.get("general.architecture")))
+    return frozenset() if others is None else frozenset(special) - others

@@ -1,0 +1,164 @@
+"""Why this plan: each reason is another question, asked of the same solver."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import msgspec
+
+from meshd.errors import MeshdError
+from meshd.planner.explain.units import show_bytes, show_value
+from meshd.planner.model.estimate import Estimate, estimate, peer_memory
+from meshd.planner.model.memory import capacity_bytes, memory_table, missing_bytes
+from meshd.planner.problem import PlanInput
+from meshd.planner.search.eligible import eligible, exclusions
+from meshd.planner.search.limits import Limits
+from meshd.planner.search.solve import Solution, objective_value, search
+from meshd.types import LayerRange, Objective, PeerId, StagePlan
+
+WORTH_TELLING = 0.01
+"""A constraint binds if lifting it makes the objective better by this part at least."""
+UNLIMITED_BYTES = 1 << 50
+
+
+class Alone(msgspec.Struct, frozen=True, kw_only=True):
+    """What one device would do by itself."""
+
+    peer: PeerId
+    name: str
+    missing_bytes: int
+    """0: the whole model fits there."""
+    estimate: Estimate
+
+
+class Binding(msgspec.Struct, frozen=True, kw_only=True):
+    """What keeps the plan from being better."""
+
+    constraint: str
+    """`memory`, `min_peers`, `peers`, `stages`, `resident_only`; `compute` or `network` when it is just the time they take."""
+    reason: str
+    value_if_lifted: float | None = None
+
+
+class LeftOut(msgspec.Struct, frozen=True, kw_only=True):
+    """A peer that is not in the plan."""
+
+    peer: PeerId
+    name: str
+    reason: str
+    value_with_it: float | None = None
+
+
+def alone(problem: PlanInput) -> tuple[Alone, ...]:
+    """Each device by itself, wherever the layers lie now; those that can hold the model first, the best of them foremost."""
+    free = msgspec.structs.replace(problem, resident_only=False, stages=None, peers=None, min_peers=1)
+    excluded = exclusions(free)
+    whole = LayerRange(0, problem.card.spec.layers)
+    rows = []
+    for profile in problem.profiles:
+        if profile.id in excluded:
+            continue
+        predicted = estimate(free, (StagePlan(peer=profile.id, layers=whole),))
+        use = predicted.memory[0]
+        missing = missing_bytes(use.use.total_bytes, use.capacity_bytes)
+        rows.append(Alone(peer=profile.id, name=profile.name, missing_bytes=missing, estimate=predicted))
+    return tuple(sorted(rows, key=lambda row: (row.missing_bytes, objective_value(row.estimate, problem.objective), row.name)))
+
+
+def runner_up(problem: PlanInput, solution: Solution) -> Solution | None:
+    """The best plan that does without one of the chosen peers at least; None: there is none, or the stages were given."""
+    if solution.method == "given":
+        return None
+    places = {profile.id: place for place, profile in enumerate(eligible(problem))}
+    return search(problem, Limits(forbid=frozenset(places[peer] for peer in solution.peers)))
+
+
+def bindings(problem: PlanInput, solution: Solution) -> tuple[Binding, ...]:
+    """The constraints that cost something, each with what lifting it alone would give; else the largest part of the time."""
+    found = []
+    for name, reason, lifted in _lifted(problem):
+        better = _search(lifted)
+        if better is not None and better.value < solution.value * (1 - WORTH_TELLING):
+            reason = reason or f"memory of {_overfull(problem, better)}"
+            told = f"{reason}: {show_value(problem.objective, better.value)} without it"
+            found.append(Binding(constraint=name, reason=told, value_if_lifted=better.value))
+    return tuple(found) or (_largest(solution.estimate),)
+
+
+def left_out(problem: PlanInput, solution: Solution) -> tuple[LeftOut, ...]:
+    """Every peer that the plan does not use, and why."""
+    used = {memory.peer for memory in solution.estimate.memory}
+    excluded = exclusions(problem)
+    rows = []
+    for profile in problem.profiles:
+        if profile.id in used:
+            continue
+        reason, value = excluded.get(profile.id, ""), None
+        if not reason:
+            reason, value = _not_chosen(problem, solution, profile.id)
+        rows.append(LeftOut(peer=profile.id, name=profile.name, reason=reason, value_with_it=value))
+    return tuple(rows)
+
+
+def _lifted(problem: PlanInput) -> Iterator[tuple[str, str, PlanInput]]:
+    """The question without each of its constraints: (name, reason, question)."""
+    change = msgspec.structs.replace
+    if problem.stages is not None:
+        yield "stages", "the request names the stages", change(problem, stages=None)
+        return
+    if problem.min_peers > 1:
+        yield "min_peers", f"at least {problem.min_peers} peers are asked for", change(problem, min_peers=1)
+    if problem.peers is not None:
+        yield "peers", "only the named peers may take part", change(problem, peers=None)
+    if problem.resident_only:
+        yield "resident_only", "only layers that are resident now are used", change(problem, resident_only=False)
+    elif problem.objective is not Objective.MEMORY:
+        roomy = tuple(change(profile, memory_free_bytes=UNLIMITED_BYTES) for profile in problem.profiles)
+        yield "memory", "", change(problem, profiles=roomy)
+
+
+def _overfull(problem: PlanInput, better: Solution) -> str:
+    """The peers that a plan which was made without memory limits asks too much of."""
+    used = peer_memory(problem, better.stages)
+    return ", ".join(problem.profile(row.peer).name for row in used if missing_bytes(row.use.total_bytes, row.capacity_bytes))
+
+
+def _search(problem: PlanInput) -> Solution | None:
+    try:
+        return search(problem, Limits())
+    except MeshdError:
+        return None
+
+
+def _largest(predicted: Estimate) -> Binding:
+    """The largest part of a token's time."""
+    parts = [(stage.decode_s, "compute", f"computing layers {stage.layers} on {stage.name}") for stage in predicted.stages]
+    names = {stage.peer: stage.name for stage in predicted.stages}
+    parts += [
+        (hop.decode_s, "network", f"the hop {names[hop.source]} -> {names[hop.target]}")
+        for hop in (*predicted.hops, predicted.back)
+    ]
+    seconds, constraint, what = max(parts)
+    return Binding(constraint=constraint, reason=f"{what} takes {seconds / predicted.tpot_s:.0%} of a token's time")
+
+
+def _not_chosen(problem: PlanInput, solution: Solution, peer: PeerId) -> tuple[str, float | None]:
+    """Why a peer that may take layers got none: (reason, the best value of the plan's peers together with it)."""
+    if solution.method == "given":
+        return "the request names the stages", None
+    room, least = _least_memory(problem, peer)
+    if room < least and not problem.resident_only:
+        return f"it has room for no layer: {show_bytes(room)} may be used, the smallest stage takes {show_bytes(least)}", None
+    together = msgspec.structs.replace(problem, peers=(*solution.peers, peer))
+    place = next(index for index, profile in enumerate(eligible(together)) if profile.id == peer)
+    found = search(together, replace(Limits(), require=frozenset({place})))
+    if found is None:
+        return "no chain of stages with it and the chosen peers fits", None
+    value = show_value(problem.objective, found.value)
+    if found.value <= solution.value * (1 + WORTH_TELLING):
+        return f"it would not help: {value} with it, {show_value(problem.objective, solution.value)} without", found.value
+    return f"it would slow the plan down: {value} with it, {show_value(problem.objective, solution.value)} without", found.value
+
+
+def _least_memory(problem: PlanInput, peer: PeerId) -> tuple[int, int]:
+    """(what a plan may take of the peer, the smallest stage), both as free memory with the reserve."""
+    return capacity_bytes(problem, problem.profile(peer)), missing_bytes(float(memory_table(problem).min()), 0)

@@ -1,0 +1,132 @@
+"""When nothing fits: how many bytes are missing, where, and what would help."""
+
+import msgspec
+import numpy as np
+
+from meshd.errors import DoesNotFit, MeshdError, NotReady, Overloaded
+from meshd.planner.explain.units import show_bytes
+from meshd.planner.model.estimate import peer_memory
+from meshd.planner.model.memory import RESERVE, capacity_bytes, missing_bytes
+from meshd.planner.model.tables import Tables
+from meshd.planner.problem import PlanInput
+from meshd.planner.search.chains import Costs, Run
+from meshd.planner.search.eligible import eligible
+from meshd.planner.search.limits import Limits
+from meshd.planner.search.select import search_for
+from meshd.types import Holding, StagePlan
+
+_LATER = "ask for a smaller context, or try again when other requests have ended"
+SMALLEST_CONTEXT = 64
+"""No smaller context is offered as a way out."""
+
+
+def does_not_fit(problem: PlanInput) -> MeshdError:
+    """Why no plan was found, to be raised."""
+    if problem.resident_only:
+        return _not_resident(problem)
+    runs, tables, missing = _least_overflow(problem, problem.context)
+    where = ", ".join(f"{tables.peers[run.peer].name} {show_bytes(size)}" for run, size in zip(runs, missing, strict=True) if size)
+    card = problem.card
+    return DoesNotFit(
+        f"{card.name} with a context of {problem.context} does not fit: {show_bytes(sum(missing))} of memory are missing"
+        f" on the {len(tables.peers)} peers that can take layers (best try: {where})",
+        missing_bytes=sum(missing),
+        hint=_hint(problem),
+    )
+
+
+def missing_total_bytes(problem: PlanInput) -> int:
+    """Free memory that is missing, over all peers, for the placement that lacks least; 0 if one fits."""
+    return sum(_least_overflow(problem, problem.context)[2])
+
+
+def check_given(problem: PlanInput, stages: tuple[StagePlan, ...]) -> None:
+    """Whether given stages fit. Raises: DoesNotFit; with `resident_only` NotReady, Overloaded."""
+    if problem.resident_only:
+        _check_resident(problem, stages)
+        return
+    short = [(use.peer, missing_bytes(use.use.total_bytes, use.capacity_bytes)) for use in peer_memory(problem, stages)]
+    short = [(peer, size) for peer, size in short if size]
+    if short:
+        names = {profile.id: profile.name for profile in problem.profiles}
+        where = ", ".join(f"{names[peer]} lacks {show_bytes(size)}" for peer, size in short)
+        raise DoesNotFit(
+            f"these stages do not fit at a context of {problem.context}: {where}",
+            missing_bytes=sum(size for _, size in short),
+            hint="give that peer fewer layers, or ask for a smaller context",
+        )
+
+
+def _least_overflow(problem: PlanInput, context: int) -> tuple[tuple[Run, ...], Tables, list[int]]:
+    """The placement that lacks the least free memory in total, and what each of its peers lacks."""
+    asked = msgspec.structs.replace(problem, context=context, prompt_tokens=min(problem.prompt_tokens, context))
+    tables = Tables(asked, eligible(asked))
+    room = np.array([capacity_bytes(asked, peer) for peer in tables.peers], dtype=np.float64)
+    over = np.ceil(np.maximum(0.0, tables.memory[None] / (1 - RESERVE) - room[:, None, None]))
+    count = len(tables.peers)
+    chain = search_for(count)(Costs(over, np.zeros((count, count))), Limits(least=asked.min_peers))
+    runs = chain.runs if chain else ()
+    missing = [missing_bytes(float(tables.memory[run.start, run.end]), room[run.peer]) for run in runs]
+    return runs, tables, missing
+
+
+def _hint(problem: PlanInput) -> str:
+    context = problem.context // 2
+    while context >= SMALLEST_CONTEXT:
+        if not any(_least_overflow(problem, context)[2]):
+            return f"a context of {context} fits; or start `meshd up` on another device"
+        context //= 2
+    return "start `meshd up` on another device, or take a smaller model"
+
+
+def _not_resident(problem: PlanInput) -> MeshdError:
+    """With routes over resident layers only: layers that lie nowhere, or KV that is taken."""
+    card, count = problem.card, problem.card.spec.layers
+    peers = eligible(problem)
+    covered = {layer for peer in peers for held in peer.usable_holdings for layer in held.layers}
+    absent = [layer for layer in range(count) if layer not in covered]
+    if absent:
+        return NotReady(
+            f"{card.name} cannot answer yet: layers {_runs(absent)} are resident on no peer", progress=1 - len(absent) / count
+        )
+    if not _route_if_idle(problem, context=1):
+        wanted = f" of {problem.min_peers} peers or more" if problem.min_peers > 1 else ""
+        return NotReady(f"{card.name} cannot answer yet: its resident layers make no chain{wanted} with one run per peer")
+    if not _route_if_idle(problem, context=problem.context):
+        return NotReady(f"{card.name} cannot answer yet: it was placed with KV for fewer than {problem.context} tokens")
+    free = ", ".join(f"{peer.name} {max(held.kv_tokens_free for held in peer.usable_holdings)}" for peer in peers)
+    return Overloaded(
+        f"no route over the resident layers of {card.name} has KV free for {problem.context} tokens (free: {free})",
+        hint=_LATER,
+    )
+
+
+def _route_if_idle(problem: PlanInput, context: int) -> bool:
+    """Whether the resident layers can be chained with KV for so many tokens, if no other session held any."""
+    idle = tuple(msgspec.structs.replace(profile, holdings=tuple(map(_idle, profile.holdings))) for profile in problem.profiles)
+    asked = msgspec.structs.replace(problem, profiles=idle, context=context, prompt_tokens=1)
+    tables = Tables(asked, eligible(asked))
+    links = np.zeros((len(tables.peers), len(tables.peers)))
+    return search_for(len(tables.peers))(Costs(tables.possible, links), Limits(least=problem.min_peers)) is not None
+
+
+def _idle(held: Holding) -> Holding:
+    return msgspec.structs.replace(held, kv_tokens_free=held.kv_tokens_total)
+
+
+def _check_resident(problem: PlanInput, stages: tuple[StagePlan, ...]) -> None:
+    for stage in stages:
+        profile = problem.profile(stage.peer)
+        holders = [held for held in profile.usable_holdings if stage.layers in held.layers]
+        if not holders:
+            raise NotReady(f"{profile.name} does not hold layers {stage.layers} of {problem.card.name} yet")
+        if max(held.kv_tokens_total for held in holders) < problem.context:
+            raise NotReady(f"{profile.name} holds layers {stage.layers} with KV for fewer than {problem.context} tokens")
+        if max(held.kv_tokens_free for held in holders) < problem.context:
+            raise Overloaded(f"{profile.name} has no KV free for {problem.context} tokens", hint=_LATER)
+
+
+def _runs(layers: list[int]) -> str:
+    starts = [layer for layer in layers if layer - 1 not in layers]
+    ends = [layer + 1 for layer in layers if layer + 1 not in layers]
+    return ", ".join(f"{start}-{end}" for start, end in zip(starts, ends, strict=True))

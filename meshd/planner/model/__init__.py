@@ -1,0 +1,1 @@
+"""What a plan costs: times, bytes and memory, from measurements."""

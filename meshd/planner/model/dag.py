@@ -1,0 +1,194 @@
+"""The plan drawn out: `embed -> (project -> attend... -> mix)* -> head`, for one decode step.
+
+The token's way back from the head to the embedding of the next step would close a circle: it is no edge, and in no path.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from itertools import pairwise, product
+
+import msgspec
+
+from meshd.errors import InvalidRequest
+from meshd.planner.model import cost
+from meshd.planner.problem import PlanInput
+from meshd.types import AttentionShard, LayerRange, ModelSpec, PeerId, StagePlan
+
+
+class NodeKind(StrEnum):
+    """What a node computes."""
+
+    EMBED = "embed"
+    PROJECT = "project"
+    """Norm, q, k, v."""
+    ATTEND = "attend"
+    """Attention over the KV of some heads and tokens."""
+    MIX = "mix"
+    """Merge of the attention's parts, output projection, MLP."""
+    HEAD = "head"
+
+
+class Node(msgspec.Struct, frozen=True, kw_only=True):
+    """One piece of work on one peer."""
+
+    id: int
+    """Its place in `Dag.nodes`, which is a topological order."""
+    kind: NodeKind
+    peer: PeerId
+    layer: int | None = None
+    kv_heads: tuple[int, int] | None = None
+    """ATTEND: `[first, last)`."""
+    tokens: tuple[int, int] | None = None
+    """ATTEND: `[first, last)`."""
+    seconds: float = 0.0
+    """Predicted for one token."""
+
+
+class Edge(msgspec.Struct, frozen=True, kw_only=True):
+    """What one node hands to another."""
+
+    source: int
+    target: int
+    bytes_per_token: int
+    seconds: float
+    """0 on one peer."""
+
+
+class Dag(msgspec.Struct, frozen=True):
+    """Nodes in topological order, and edges."""
+
+    nodes: tuple[Node, ...]
+    edges: tuple[Edge, ...]
+
+    def critical_path_s(self) -> float:
+        """The longest path, nodes and edges: TPOT less the token's way back."""
+        done: dict[int, float] = {}
+        entering: dict[int, list[Edge]] = {}
+        for edge in self.edges:
+            entering.setdefault(edge.target, []).append(edge)
+        for node in self.nodes:
+            ready = max((done[edge.source] + edge.seconds for edge in entering.get(node.id, ())), default=0.0)
+            done[node.id] = ready + node.seconds
+        return max(done.values())
+
+
+def draw(problem: PlanInput, stages: Sequence[StagePlan]) -> Dag:
+    """The DAG of these stages, with predicted times. Raises: InvalidRequest when shards do not cover a layer exactly; NoPeer."""
+    for stage in stages:
+        check_shards(stage, problem.card.spec, problem.context)
+    return _Drawing(problem).draw(stages)
+
+
+def validate(dag: Dag, spec: ModelSpec, context: int) -> None:
+    """Every node after those it needs, every layer once, attention complete. Raises: InvalidRequest."""
+    if [node.id for node in dag.nodes] != list(range(len(dag.nodes))):
+        raise _wrong("its nodes are not numbered in order")
+    if any(not 0 <= edge.source < edge.target < len(dag.nodes) for edge in dag.edges):
+        raise _wrong("an edge goes backwards: it has a cycle")
+    reached = {0, *(edge.target for edge in dag.edges)}
+    if len(reached) != len(dag.nodes):
+        raise _wrong("a node is fed by no other")
+    kinds = Counter((node.kind, node.layer) for node in dag.nodes if node.kind is not NodeKind.ATTEND)
+    layers = range(spec.layers)
+    once = [(NodeKind.EMBED, None), (NodeKind.HEAD, None), *product((NodeKind.PROJECT, NodeKind.MIX), layers)]
+    if kinds != Counter(once):
+        raise _wrong("a layer is missing or computed twice")
+    for layer in layers:
+        parts = [(node.kv_heads, node.tokens) for node in dag.nodes if node.kind is NodeKind.ATTEND and node.layer == layer]
+        _check_tiling(parts, spec.kv_heads, context, layer)
+
+
+def check_shards(stage: StagePlan, spec: ModelSpec, context: int) -> None:
+    """A layer has no shards (its stage holds all KV) or shards that cover its heads and tokens exactly. Raises: InvalidRequest."""
+    for shard in stage.attention:
+        if shard.layers not in stage.layers or not len(shard.layers):
+            raise _wrong(f"attention layers {shard.layers} are not in the stage's layers {stage.layers}")
+    for layer in sorted({layer for shard in stage.attention for layer in shard.layers}):
+        parts = [(shard.kv_heads, shard.tokens) for shard in stage.attention if layer in shard.layers]
+        _check_tiling(parts, spec.kv_heads, context, layer)
+
+
+Span = tuple[int, int]
+
+
+def _check_tiling(parts: Iterable[tuple[Span | None, Span | None]], kv_heads: int, context: int, layer: int) -> None:
+    tiles = [(heads or (0, kv_heads), tokens or (0, context)) for heads, tokens in parts]
+    for (first_head, last_head), (first, last) in tiles:
+        if not (0 <= first_head < last_head <= kv_heads and 0 <= first < last <= context):
+            raise _wrong(f"layer {layer}'s attention has a part outside its {kv_heads} KV heads and {context} tokens")
+    head_cuts = sorted({0, kv_heads, *(head for heads, _ in tiles for head in heads)})
+    token_cuts = sorted({0, context, *(token for _, tokens in tiles for token in tokens)})
+    for (head, _), (token, _) in product(pairwise(head_cuts), pairwise(token_cuts)):
+        owners = sum(heads[0] <= head < heads[1] and tokens[0] <= token < tokens[1] for heads, tokens in tiles)
+        if owners != 1:
+            what = "covered by no part" if owners == 0 else f"covered {owners} times"
+            raise _wrong(f"layer {layer}'s attention: KV head {head} from token {token} on is {what}")
+
+
+class _Drawing:
+    """Nodes and edges as they are drawn."""
+
+    def __init__(self, problem: PlanInput) -> None:
+        self._problem, self._spec = problem, problem.card.spec
+        self._nodes: list[Node] = []
+        self._edges: list[Edge] = []
+
+    def draw(self, stages: Sequence[StagePlan]) -> Dag:
+        last = self._node(NodeKind.EMBED, stages[0].peer)
+        for stage in stages:
+            times = cost.layer_decode_s(self._problem.profile(stage.peer), self._problem.card)
+            for layer in stage.layers:
+                last = self._layer(stage, layer, float(times[layer]), last)
+        profile = self._problem.profile(stages[-1].peer)
+        head = self._node(NodeKind.HEAD, profile.id, seconds=cost.head_s(profile, self._problem.card))
+        self._edge(last, head, self._problem.activation_bytes)
+        return Dag(tuple(self._nodes), tuple(self._edges))
+
+    def _layer(self, stage: StagePlan, layer: int, seconds: float, before: Node) -> Node:
+        share, hidden = cost.project_share(self._spec), self._problem.activation_bytes
+        project = self._node(NodeKind.PROJECT, stage.peer, layer, seconds=seconds * share)
+        self._edge(before, project, hidden)
+        parts = [(shard, self._attend(shard, layer)) for shard in _shards(stage, layer)]
+        for shard, attend in parts:
+            self._edge(project, attend, cost.shard_wire_bytes(shard, self._spec, self._problem.wire_element_bytes)[0])
+        mix = self._node(NodeKind.MIX, stage.peer, layer, seconds=seconds * (1 - share))
+        self._edge(project, mix, hidden)
+        for shard, attend in parts:
+            self._edge(attend, mix, cost.shard_wire_bytes(shard, self._spec, self._problem.wire_element_bytes)[1])
+        return mix
+
+    def _attend(self, shard: AttentionShard, layer: int) -> Node:
+        position = self._problem.position
+        kv = cost.shard_fraction(shard, self._spec, position) * position * self._problem.kv_token_layer_bytes
+        seconds = cost.attention_decode_s(self._problem.profile(shard.peer), kv)
+        heads, tokens = shard.kv_heads or (0, self._spec.kv_heads), shard.tokens or (0, self._problem.context)
+        return self._node(NodeKind.ATTEND, shard.peer, layer, kv_heads=heads, tokens=tokens, seconds=seconds)
+
+    def _node(
+        self,
+        kind: NodeKind,
+        peer: PeerId,
+        layer: int | None = None,
+        *,
+        kv_heads: Span | None = None,
+        tokens: Span | None = None,
+        seconds: float = 0.0,
+    ) -> Node:
+        node = Node(id=len(self._nodes), kind=kind, peer=peer, layer=layer, kv_heads=kv_heads, tokens=tokens, seconds=seconds)
+        self._nodes.append(node)
+        return node
+
+    def _edge(self, source: Node, target: Node, size: int) -> None:
+        seconds = self._problem.network.hop_s(source.peer, target.peer, size)
+        self._edges.append(Edge(source=source.id, target=target.id, bytes_per_token=size, seconds=seconds))
+
+
+def _shards(stage: StagePlan, layer: int) -> list[AttentionShard]:
+    """The layer's shards; one on the stage's own peer if it has none."""
+    whole = AttentionShard(peer=stage.peer, layers=LayerRange(layer, layer + 1))
+    return [shard for shard in stage.attention if layer in shard.layers] or [whole]
+
+
+def _wrong(message: str) -> InvalidRequest:
+    return InvalidRequest(f"this plan is not sound: {message}", param="attention")

@@ -1,0 +1,123 @@
+"""The terms of every possible stage and hop, as the arrays that the searches add up. Cuts are 0..layers; `[a, b)` is entry a, b."""
+
+from functools import cached_property
+
+import numpy as np
+
+from meshd.planner.model import cost
+from meshd.planner.model.memory import allowed_bytes, capacity_bytes, memory_table
+from meshd.planner.problem import PlanInput
+from meshd.planner.profile import PeerProfile
+from meshd.planner.search.chains import Array
+
+
+class Tables:
+    """For one question and the peers that may be in its answer, each table made when it is first asked for."""
+
+    def __init__(self, problem: PlanInput, peers: tuple[PeerProfile, ...]) -> None:
+        self.problem = problem
+        self.peers = peers
+
+    @cached_property
+    def memory(self) -> Array:
+        """Bytes of a stage, the same on every peer: `[cuts, cuts]`."""
+        return memory_table(self.problem)
+
+    @cached_property
+    def possible(self) -> Array:
+        """0 where a peer may take the stage, inf where it may not: `[peers, cuts, cuts]`."""
+        if self.problem.resident_only:
+            allowed = np.stack([self._resident(peer) for peer in self.peers])
+        else:
+            room = np.array([allowed_bytes(self.problem, peer) for peer in self.peers])
+            allowed = self.memory[None] <= room[:, None, None]
+        return np.where(allowed, 0.0, np.inf)
+
+    @cached_property
+    def share(self) -> Array:
+        """The part of each peer's capacity that a stage takes."""
+        room = np.array([max(1, capacity_bytes(self.problem, peer)) for peer in self.peers], dtype=np.float64)
+        return self.memory[None] / room[:, None, None] + self.possible
+
+    @cached_property
+    def decode(self) -> Array:
+        """Seconds of a stage for one token."""
+        decode: Array = self.decode_anywhere + self.possible
+        return decode
+
+    @cached_property
+    def decode_anywhere(self) -> Array:
+        """Likewise, whether the peer may take the stage or not."""
+        card, kv = self.problem.card, self.problem.position * self.problem.kv_token_layer_bytes
+        layers = np.stack([cost.layer_decode_s(peer, card) + cost.attention_decode_s(peer, kv) for peer in self.peers])
+        return self._with_head(spans(layers))
+
+    @cached_property
+    def chunk(self) -> Array:
+        """Seconds of a stage for one prefill chunk."""
+        tokens, count = cost.chunking(self.problem.prompt_tokens, self.problem.chunk_tokens)
+        first = mean_chunk_start(tokens, count)
+        layers = np.stack([cost.layer_prefill_s(peer, self.problem.card, tokens, first) for peer in self.peers])
+        return spans(layers) + self.possible
+
+    @cached_property
+    def first_chunk(self) -> Array:
+        """Seconds that a stage adds to the time to first token with a single chunk: the head samples once, after the last one."""
+        return self._with_head(self.chunk.copy())
+
+    @cached_property
+    def energy(self) -> Array:
+        """Joules of a stage for one token."""
+        joules: Array = self.decode * self.power[:, None, None]
+        return joules
+
+    @cached_property
+    def power(self) -> Array:
+        return np.array([peer.power_w if peer.power_w is not None else np.nan for peer in self.peers])
+
+    @cached_property
+    def hop(self) -> Array:
+        """Seconds of one token's activation between two peers: `[peers, peers]`."""
+        return self.links(self.problem.activation_bytes)
+
+    @cached_property
+    def chunk_hop(self) -> Array:
+        """Seconds of a prefill chunk's activations."""
+        tokens, _ = cost.chunking(self.problem.prompt_tokens, self.problem.chunk_tokens)
+        return self.links(tokens * self.problem.activation_bytes)
+
+    @cached_property
+    def back(self) -> Array:
+        """Seconds of the token's way from the last stage to the first."""
+        return self.links(cost.TOKEN_MESSAGE_BYTES)
+
+    def links(self, size_bytes: int) -> Array:
+        network = self.problem.network
+        return np.array([[network.hop_s(one.id, other.id, size_bytes) for other in self.peers] for one in self.peers])
+
+    def _with_head(self, table: Array) -> Array:
+        table[:, :, -1] += np.array([cost.head_s(peer, self.problem.card) for peer in self.peers])[:, None]
+        return table
+
+    def _resident(self, peer: PeerProfile) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+        cuts = self.problem.card.spec.layers + 1
+        allowed = np.zeros((cuts, cuts), dtype=bool)
+        for held in peer.usable_holdings:
+            if held.kv_tokens_free >= self.problem.context:
+                allowed[held.layers.start : held.layers.end + 1, held.layers.start : held.layers.end + 1] = True
+        return np.triu(allowed, 1)
+
+
+def mean_chunk_start(tokens: int, chunks: float) -> float:
+    """How many tokens lie before a chunk, on average over the prompt's chunks."""
+    return tokens * (chunks - 1) / 2
+
+
+def spans(layers: Array) -> Array:
+    """Sums over `[a, b)`: `[peers, layers]` to `[peers, cuts, cuts]`; inf where b <= a."""
+    peers, count = layers.shape
+    total = np.concatenate([np.zeros((peers, 1)), np.cumsum(layers, axis=1)], axis=1)
+    table: Array = total[:, None, :] - total[:, :, None]
+    low = np.tril_indices(count + 1)
+    table[:, low[0], low[1]] = np.inf
+    return table

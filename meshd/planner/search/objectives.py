@@ -1,0 +1,131 @@
+"""The objectives, each as one or more searches for a chain.
+
+LATENCY and ENERGY add up their terms. THROUGHPUT and MEMORY count the largest term; among chains that are equal in that and
+in their number of peers, the one of least TPOT. TTFT is both: Σ terms + (chunks - 1) · the slowest term.
+"""
+
+import heapq
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+
+from meshd.planner.model import cost
+from meshd.planner.model.tables import Tables
+from meshd.planner.search.chains import Array, Chain, Costs, Search
+from meshd.planner.search.limits import TIE, Limits
+from meshd.types import Objective
+
+
+def cheapest(tables: Tables, objective: Objective, limits: Limits, search: Search) -> Chain | None:
+    """The best chain by this objective, in its own unit (s, J, or a share of memory). None: nothing fits."""
+    if objective is Objective.TTFT:
+        return _least_ttft(tables, limits, search)
+    if objective is Objective.ENERGY:
+        return search(Costs(tables.energy, tables.power[:, None] * tables.hop, tables.power[:, None] * tables.back), limits)
+    if objective is Objective.THROUGHPUT:
+        return _quickest_of_equals(Costs(tables.decode, tables.hop, tables.back, worst=True), tables, limits, search)
+    if objective is Objective.MEMORY:
+        free = np.zeros_like(tables.hop)
+        return _quickest_of_equals(Costs(tables.share, free, worst=True), tables, limits, search)
+    return search(_latency(tables), limits)
+
+
+def _latency(tables: Tables) -> Costs:
+    return Costs(tables.decode, tables.hop, tables.back)
+
+
+def _quickest_of_equals(costs: Costs, tables: Tables, limits: Limits, search: Search) -> Chain | None:
+    """The least largest term; then, of the chains no worse in it and of as few peers, that of least TPOT."""
+    best = search(costs, limits)
+    if best is None:
+        return None
+    top = best.value * (1 + TIE)
+    quick = Costs(
+        _no_more(tables.decode, costs.stage, top),
+        _no_more(tables.hop, costs.link, top),
+        tables.back if costs.back is None else _no_more(tables.back, costs.back, top),
+    )
+    found = search(quick, replace(limits, exactly=len(best.runs)))
+    return best if found is None else Chain(best.value, found.runs)
+
+
+def _no_more(values: Array, bounded: Array, top: float) -> Array:
+    return np.where(bounded <= top, values, np.inf)
+
+
+def _least_ttft(tables: Tables, limits: Limits, search: Search) -> Chain | None:
+    _, chunks = cost.chunking(tables.problem.prompt_tokens, tables.problem.chunk_tokens)
+    whole = Costs(tables.first_chunk, tables.chunk_hop)
+    if chunks == 1:
+        return search(whole, limits)
+    return _Pipelined(whole, tables.chunk, chunks - 1, limits, search).best()
+
+
+class _Pipelined:
+    """Least Σ terms + following · slowest term, by searches under a bound on the slowest.
+
+    Let A(T) be the least sum with no term above T. A falls as T rises, so between two bounds lo < hi nothing is better than
+    A(hi) + following · lo: an interval with a worse bound than the best so far is dropped, any other is halved over the values that
+    terms really have. Exact if the search is.
+    """
+
+    def __init__(self, whole: Costs, chunk: Array, following: float, limits: Limits, search: Search) -> None:
+        self._whole, self._chunk, self._following = whole, chunk, following
+        self._limits, self._search = limits, search
+        self._best: Chain | None = None
+        terms = np.concatenate([chunk[np.isfinite(chunk)], whole.link[~np.eye(whole.peers, dtype=bool)]])
+        self._terms: Array = np.unique(terms)
+
+    def best(self) -> Chain | None:
+        tightest = self._search(Costs(self._chunk, self._whole.link, worst=True), self._limits)
+        if tightest is None:
+            return None
+        least, high = self._index(tightest.value), len(self._terms) - 1
+        self._try(least)
+        floor, slowest = self._try(high)
+        waiting = [(self._bound(floor, least), least, slowest - 1, floor)]
+        while waiting:
+            bound, low, high, floor = heapq.heappop(waiting)
+            if low > high or self._hopeless(bound):
+                continue
+            middle = (low + high) // 2
+            found, slowest = self._try(middle)
+            for part in ((low, slowest - 1, max(found, floor)), (middle + 1, high, floor)):
+                if part[0] <= part[1]:
+                    heapq.heappush(waiting, (self._bound(part[2], part[0]), *part))
+        return self._best
+
+    def _try(self, index: int) -> tuple[float, int]:
+        """Search with no term above the index-th: (the least sum, the index of that chain's slowest term)."""
+        top = float(self._terms[index])
+        costs = Costs(_no_more(self._whole.stage, self._chunk, top), _no_more(self._whole.link, self._whole.link, top))
+        found = self._search(costs, self._limits)
+        if found is None:
+            return np.inf, index
+        slowest = max(
+            [float(self._chunk[run]) for run in found.runs]
+            + [float(self._whole.link[one.peer, other.peer]) for one, other in pairwise(found.runs)]
+        )
+        self._keep(Chain(found.value + self._following * slowest, found.runs))
+        return found.value, self._index(slowest)
+
+    def _keep(self, chain: Chain) -> None:
+        best = self._best
+        if best is not None and abs(chain.value - best.value) <= TIE * best.value:
+            self._best = min(best, chain, key=_order)
+        elif best is None or chain.value < best.value:
+            self._best = chain
+
+    def _hopeless(self, bound: float) -> bool:
+        return not np.isfinite(bound) or (self._best is not None and bound >= self._best.value * (1 - TIE))
+
+    def _bound(self, floor: float, index: int) -> float:
+        return floor + self._following * float(self._terms[index])
+
+    def _index(self, value: float) -> int:
+        return int(np.searchsorted(self._terms, value))
+
+
+def _order(chain: Chain) -> tuple[int, tuple[int, ...]]:
+    return len(chain.runs), tuple(run.peer for run in chain.runs)

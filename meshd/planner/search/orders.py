@@ -1,0 +1,245 @@
+"""The heuristic for more peers than every order of them can be tried for.
+
+For one given order of the peers, the cheapest chain that keeps it (any peer may be skipped) is found exactly by a dynamic program
+over peers and cuts. The search walks over orders: a few greedy ones first, then Pipette's moves (insert, swap, reverse a segment),
+and then the exact search over the best chain's peers together with each handful of the others, until no handful helps. All is
+counted, not timed, and drawn from a fixed seed: the same question gets the same answer.
+"""
+
+import random
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+
+from meshd.planner.search.chains import Array, Chain, Costs, Run, exact_search, prepend, runs_by_length
+from meshd.planner.search.limits import TIE, Limits
+
+ORDERS_TRIED = 120
+"""Orders walked over in one question to the planner."""
+HANDFULS_TRIED = 60
+"""Exact searches over the best chain and a handful of other peers."""
+HANDFUL = 7
+"""Peers in such a search."""
+
+Order = tuple[int, ...]
+
+
+class HeuristicSearch:
+    """A `Search` for one question. Remembers its best orders, so that later calls with other costs start from them."""
+
+    def __init__(self) -> None:
+        self._random = random.Random(0)
+        self._elite: list[Order] = []
+        self._orders_left = ORDERS_TRIED
+        self._handfuls_left = HANDFULS_TRIED
+
+    def __call__(self, costs: Costs, limits: Limits) -> Chain | None:
+        """A cheap chain within the limits, or None when none was found."""
+        orders = list(dict.fromkeys([*self._elite, *_greedy_orders(costs)])) if not self._elite else self._elite
+        best: Chain | None = None
+        for order in orders:
+            best = _cheaper(best, best_in_order(costs, order, limits))
+        best = self._walk(costs, limits, best, orders[0])
+        best = self._handfuls(costs, limits, best)
+        if best is not None:
+            self._elite = [_first(best, costs.peers), *self._elite[:3]]
+        return best
+
+    def _walk(self, costs: Costs, limits: Limits, best: Chain | None, start: Order) -> Chain | None:
+        one_way = replace(costs, back=None)
+        steps = self._orders_left // 2
+        self._orders_left -= steps
+        order = _first(best, costs.peers) if best else start
+        for _ in range(steps):
+            moved = _move(order, self._random)
+            found = best_in_order(one_way, moved, limits)
+            if found is None:
+                continue
+            found = Chain(chain_value(costs, found.runs), found.runs)
+            if best is None or found.value <= best.value * (1 + TIE):
+                best, order = _cheaper(best, found), moved
+        return best
+
+    def _handfuls(self, costs: Costs, limits: Limits, best: Chain | None) -> Chain | None:
+        improved = True
+        while improved and best is not None and len(best.runs) < HANDFUL:
+            improved = False
+            inside = [run.peer for run in best.runs]
+            outside = [peer for peer in _by_speed(costs) if peer not in inside]
+            room = HANDFUL - len(inside)
+            for first in range(0, len(outside), room):
+                if self._handfuls_left == 0:
+                    return best
+                self._handfuls_left -= 1
+                found = _search_among(costs, limits, sorted(inside + outside[first : first + room]))
+                if found is not None and found.value < best.value * (1 - TIE):
+                    best, improved = found, True
+                    break
+        return best
+
+
+def best_in_order(costs: Costs, order: Order, limits: Limits) -> Chain | None:
+    """The cheapest chain whose peers come in this order; exact. None: there is none."""
+    if limits.forbid is None:
+        return _InOrder(costs, order, limits).best()
+    best: Chain | None = None
+    for peer in sorted(limits.forbid):
+        without = tuple(other for other in order if other != peer)
+        best = _cheaper(best, _InOrder(costs, without, replace(limits, forbid=None)).best())
+    return best
+
+
+def chain_value(costs: Costs, runs: tuple[Run, ...]) -> float:
+    """What a chain costs."""
+    terms = [float(costs.stage[run]) for run in runs]
+    terms += [float(costs.link[one.peer, other.peer]) for one, other in pairwise(runs)]
+    if costs.back is not None:
+        terms.append(float(costs.back[runs[-1].peer, runs[0].peer]))
+    return max(terms) if costs.worst else sum(terms)
+
+
+class _InOrder:
+    """`tails[t, q, e, c]`: the best chain over layers [c, L) that starts at the order's t-th peer and ends at its e-th.
+
+    q + 1 is the number of peers in it; the last q stands for "or more", unless the limits ask for an exact number.
+    """
+
+    def __init__(self, costs: Costs, order: Order, limits: Limits) -> None:
+        self._costs, self._order = costs, order
+        self._counts = limits.exactly or limits.least
+        self._or_more = limits.exactly is None
+        self._required = [place for place, peer in enumerate(order) if peer in limits.require]
+        self._complete = limits.require <= set(order)
+        ends = 1 if costs.back is None else len(order)
+        self._tails = np.full((len(order), self._counts, ends, costs.layers + 1), np.inf)
+        self._fill()
+
+    def best(self) -> Chain | None:
+        if not self._order or not self._complete:
+            return None
+        whole = self._tails[:, -1, :, 0].copy()
+        if self._costs.back is not None:
+            whole = self._costs.join(whole, self._costs.back[np.ix_(self._order, self._order)].T)
+        if self._required:
+            whole[self._required[0] + 1 :] = np.inf
+        place, end = np.unravel_index(np.argmin(whole), whole.shape)
+        value = float(whole[place, end])
+        if not np.isfinite(value):
+            return None
+        return Chain(value, tuple(self._trace(int(place), int(end))))
+
+    def _fill(self) -> None:
+        runs = runs_by_length(self._costs)
+        for place in reversed(range(len(self._order))):
+            peer, tails = self._order[place], self._tails[place]
+            if self._may_end(place):
+                tails[0, 0 if tails.shape[1] == 1 else place] = self._costs.stage[peer, :, -1]
+            onward = self._onward(place)
+            if onward is None:
+                continue
+            longer = prepend(self._costs, peer, runs[peer], onward.min(axis=0))
+            np.minimum(tails[1:], longer[:-1], out=tails[1:])
+            if self._or_more:
+                np.minimum(tails[-1], longer[-1], out=tails[-1])
+
+    def _may_end(self, place: int) -> bool:
+        return not self._required or place >= self._required[-1]
+
+    def _onward(self, place: int) -> Array | None:
+        """Hop and tail from the peer at `place` to each that may follow: `[followers, counts, ends, cuts]`."""
+        stop = next((needed for needed in self._required if needed > place), len(self._order) - 1)
+        if stop == place:
+            return None
+        followers = list(self._order[place + 1 : stop + 1])
+        link = self._costs.link[self._order[place]][followers]
+        return self._costs.join(link[:, None, None, None], self._tails[place + 1 : stop + 1])
+
+    def _trace(self, place: int, end: int) -> list[Run]:
+        costs, count, start, runs = self._costs, self._counts - 1, 0, []
+        while True:
+            peer = self._order[place]
+            stop = self._ending(place, count, end, start)
+            onward = self._onward(place)
+            if onward is not None:
+                counts = [before for before in (count - 1, count) if before >= 0 and (before < count or self._saturated(count))]
+                values = costs.join(costs.stage[peer, start][None, None, :], onward[:, counts, end])
+                if values.size and values.min() < stop:
+                    follower, which, cut = np.unravel_index(np.argmin(values), values.shape)
+                    runs.append(Run(peer, start, int(cut)))
+                    place, count, start = place + 1 + int(follower), counts[int(which)], int(cut)
+                    continue
+            return [*runs, Run(peer, start, costs.layers)]
+
+    def _saturated(self, count: int) -> bool:
+        return self._or_more and count == self._counts - 1
+
+    def _ending(self, place: int, count: int, end: int, start: int) -> float:
+        here = self._tails.shape[2] == 1 or end == place
+        if not here or count > 0 or not self._may_end(place):
+            return float("inf")
+        return float(self._costs.stage[self._order[place], start, -1])
+
+
+def _greedy_orders(costs: Costs) -> list[Order]:
+    """Fast peers first; roomy peers first; and, from each of the five fastest, always the one that is nearest by link."""
+    speed = _by_speed(costs)
+    room = np.isfinite(costs.stage).any(axis=1).sum(axis=1)
+    orders = [tuple(speed), tuple(sorted(speed, key=lambda peer: -room[peer]))]
+    for start in speed[:5]:
+        order, left = [start], [peer for peer in speed if peer != start]
+        while left:
+            nearest = min(left, key=lambda peer: costs.link[order[-1], peer])
+            order.append(nearest)
+            left.remove(nearest)
+        orders.append(tuple(order))
+    return orders
+
+
+def _by_speed(costs: Costs) -> list[int]:
+    lengths = np.arange(costs.layers + 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        per_layer = costs.stage / (lengths[None, None, :] - lengths[None, :, None])
+    cheapest = np.where(np.isfinite(costs.stage), per_layer, np.inf).min(axis=(1, 2))
+    return sorted(range(costs.peers), key=lambda peer: cheapest[peer])
+
+
+def _move(order: Order, rng: random.Random) -> Order:
+    one, other = sorted(rng.sample(range(len(order)), 2))
+    moved = list(order)
+    kind = rng.randrange(4)
+    if kind == 0:
+        moved.insert(one, moved.pop(other))
+    elif kind == 1:
+        moved.insert(other, moved.pop(one))
+    elif kind == 2:
+        moved[one], moved[other] = moved[other], moved[one]
+    else:
+        moved[one : other + 1] = reversed(moved[one : other + 1])
+    return tuple(moved)
+
+
+def _search_among(costs: Costs, limits: Limits, peers: list[int]) -> Chain | None:
+    if not limits.require <= set(peers):
+        return None
+    grid = np.ix_(peers, peers)
+    part = Costs(costs.stage[peers], costs.link[grid], None if costs.back is None else costs.back[grid], costs.worst)
+    place = {peer: index for index, peer in enumerate(peers)}
+    forbid = frozenset(place[peer] for peer in limits.forbid) if limits.forbid and limits.forbid <= set(peers) else None
+    found = exact_search(part, replace(limits, require=frozenset(place[peer] for peer in limits.require), forbid=forbid))
+    return found and Chain(found.value, tuple(Run(peers[run.peer], run.start, run.end) for run in found.runs))
+
+
+def _first(chain: Chain, peers: int) -> Order:
+    """An order that starts with the chain's own."""
+    used = [run.peer for run in chain.runs]
+    return tuple(used + [peer for peer in range(peers) if peer not in used])
+
+
+def _cheaper(one: Chain | None, other: Chain | None) -> Chain | None:
+    """The better of two: by cost, then by number of peers; the first if equal."""
+    if one is None or other is None:
+        return one or other
+    if abs(one.value - other.value) <= TIE * one.value:
+        return other if len(other.runs) < len(one.runs) else one
+    return other if other.value < one.value else one

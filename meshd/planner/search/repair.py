@@ -1,0 +1,135 @@
+"""Where to load layers that lie nowhere any more, or not often enough: as little as is missing, beside all that is there."""
+
+import math
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from meshd.errors import DoesNotFit, NoPeer
+from meshd.planner.explain.units import show_bytes
+from meshd.planner.model.memory import RESERVE, memory_table, stage_memory
+from meshd.planner.model.tables import Tables
+from meshd.planner.network import UNMEASURED_BANDWIDTH_BYTES_S
+from meshd.planner.problem import PlanInput
+from meshd.planner.profile import PeerProfile
+from meshd.planner.search.chains import Array, Costs
+from meshd.planner.search.eligible import exclusions
+from meshd.planner.search.limits import Limits
+from meshd.planner.search.select import search_for
+from meshd.types import LayerRange, StagePlan
+
+TOKENS_AHEAD = 256
+"""A load serves at least so many tokens: what it computes slowly counts so often against what it loads slowly."""
+
+
+def repair(problem: PlanInput, missing: Sequence[LayerRange], *, kv_tokens: int) -> tuple[StagePlan, ...]:
+    """Stages that together are `missing`, each with KV for `kv_tokens`, in memory that is free now: nothing gives way for them.
+
+    The peers that load and decode them quickest are taken, and of these the emptiest. Raises: NoPeer, DoesNotFit.
+    """
+    peers = candidates(problem)
+    stages: list[StagePlan] = []
+    for layers in missing:
+        found = _Run(problem, peers, layers, kv_tokens).search()
+        stages += found
+        peers = tuple(_after(problem, peer, found, kv_tokens) for peer in peers)
+    return tuple(stages)
+
+
+def repair_within(
+    problem: PlanInput, missing: Sequence[LayerRange], *, kv_tokens: int, least_tokens: int
+) -> tuple[tuple[StagePlan, ...], int]:
+    """As `repair`, with KV for half as many tokens and so on, down to `least_tokens`, where memory is short; and for how many."""
+    while True:
+        try:
+            return repair(problem, missing, kv_tokens=kv_tokens), kv_tokens
+        except DoesNotFit:
+            if kv_tokens <= least_tokens:
+                raise
+            kv_tokens = max(least_tokens, kv_tokens // 2)
+
+
+def candidates(problem: PlanInput) -> tuple[PeerProfile, ...]:
+    """The peers that may take layers, ordered by name, then id. Raises: NoPeer if there are none."""
+    excluded = exclusions(problem)
+    peers = [profile for profile in problem.profiles if profile.id not in excluded]
+    if not peers:
+        wanted = [profile for profile in problem.profiles if problem.peers is None or profile.id in problem.peers]
+        why = "; ".join(f"{profile.name}: {excluded[profile.id]}" for profile in wanted)
+        raise NoPeer("no live peer can take layers" + (f" ({why})" if why else ""), hint="start `meshd up` on another device")
+    return tuple(sorted(peers, key=lambda profile: (profile.name, profile.id)))
+
+
+class _Run:
+    """One missing run of layers."""
+
+    def __init__(self, problem: PlanInput, peers: tuple[PeerProfile, ...], layers: LayerRange, kv_tokens: int) -> None:
+        self._problem, self._peers, self._layers, self._kv_tokens = problem, peers, layers, kv_tokens
+        self._tables = Tables(problem, peers)
+        self._memory = memory_table(msgspec.structs.replace(problem, context=kv_tokens))
+        self._room = np.array([peer.memory_free_bytes * (1 - RESERVE) for peer in peers])
+
+    def search(self) -> tuple[StagePlan, ...]:
+        cuts = slice(self._layers.start, self._layers.end + 1)
+        stage = (self._load_s() + TOKENS_AHEAD * self._tables.decode_anywhere)[:, cuts, cuts]
+        memory, room = self._memory[None, cuts, cuts], self._room[:, None, None]
+        fullness = np.minimum(1.0, memory[0, 0, -1] / np.maximum(1.0, room))  # by the whole run: no reason to cut it up
+        stage = np.where(memory <= room, stage * (1 + fullness), np.inf)
+        stage[:, 0, :] += self._ways(self._layers.start - 1, towards=True)[:, None]
+        stage[:, :, -1] += self._ways(self._layers.end, towards=False)[:, None]
+        chain = search_for(len(self._peers))(Costs(stage, TOKENS_AHEAD * self._tables.hop), Limits())
+        if chain is None:
+            raise self._does_not_fit()
+        first = self._layers.start
+        return tuple(
+            StagePlan(peer=self._peers[run.peer].id, layers=LayerRange(first + run.start, first + run.end)) for run in chain.runs
+        )
+
+    def _load_s(self) -> Array:
+        """Seconds until a stage's weights are in memory: from its disk, or over the best link from a peer that has them."""
+        card, count = self._problem.card, self._problem.card.spec.layers
+        sizes = np.concatenate(([0.0], np.cumsum(np.asarray(card.layer_bytes, dtype=np.float64))))
+        weights = sizes[None, :] - sizes[:, None]
+        weights[0, :] += card.embedding_bytes
+        weights[:, count] += card.head_bytes
+        speeds = np.array([self._load_bytes_s(peer) for peer in self._peers])
+        seconds: Array = np.maximum(0.0, weights)[None] / speeds[:, None, None]
+        return seconds
+
+    def _load_bytes_s(self, peer: PeerProfile) -> float:
+        disk = peer.rates.disk_bytes_s
+        disk = disk if math.isfinite(disk) and disk > 0 else UNMEASURED_BANDWIDTH_BYTES_S
+        if peer.stored:
+            return disk
+        network = self._problem.network
+        sources = [other.id for other in self._problem.profiles if other.id != peer.id and (other.stored or other.holdings)]
+        links = [network.link(source, peer.id).bandwidth_bytes_s for source in sources]
+        return min(disk, max(links, default=UNMEASURED_BANDWIDTH_BYTES_S))
+
+    def _ways(self, layer: int, *, towards: bool) -> Array:
+        """The hop between each peer and the nearest one that holds a neighbouring layer; 0 where there is none."""
+        problem = self._problem
+        holders = [peer.id for peer in problem.profiles if any(layer in held.layers for held in peer.usable_holdings)]
+        ways = [[(other, peer.id) if towards else (peer.id, other) for other in holders] for peer in self._peers]
+        hops = [[problem.network.hop_s(*way, problem.activation_bytes) for way in row] for row in ways]
+        return TOKENS_AHEAD * np.array([min(row, default=0.0) for row in hops])
+
+    def _does_not_fit(self) -> DoesNotFit:
+        layers, needed = self._layers, float(self._memory[self._layers.start, self._layers.end])
+        best = int(np.argmax(self._room))
+        room = float(self._room[best])
+        return DoesNotFit(
+            f"layers {layers} of {self._problem.card.name} fit nowhere: they need {show_bytes(needed)} with KV for"
+            f" {self._kv_tokens} tokens, and the most that a live peer may take is {show_bytes(room)} ({self._peers[best].name})",
+            missing_bytes=max(1, math.ceil(needed - room)),
+            hint="start `meshd up` on another device, or allow more `--memory`",
+        )
+
+
+def _after(problem: PlanInput, peer: PeerProfile, stages: Sequence[StagePlan], kv_tokens: int) -> PeerProfile:
+    """The peer with these stages loaded."""
+    asked = msgspec.structs.replace(problem, context=kv_tokens)
+    taken = sum(stage_memory(asked, stage).total_bytes for stage in stages if stage.peer == peer.id)
+    left = peer.memory_free_bytes - math.ceil(taken / (1 - RESERVE))  # so that the reserve stays as large as it was
+    return msgspec.structs.replace(peer, memory_free_bytes=max(0, left))

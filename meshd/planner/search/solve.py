@@ -1,0 +1,131 @@
+"""The planner's answer to one question: which stages, on which peers, in which order."""
+
+from dataclasses import replace
+
+import msgspec
+
+from meshd.errors import ContextTooLong, InvalidRequest, Unavailable
+from meshd.planner.explain.shortfall import check_given, does_not_fit
+from meshd.planner.model.estimate import Estimate, estimate
+from meshd.planner.model.tables import Tables
+from meshd.planner.problem import PlanInput
+from meshd.planner.profile import PeerProfile
+from meshd.planner.search.chains import Chain
+from meshd.planner.search.eligible import check_power, eligible
+from meshd.planner.search.limits import Limits
+from meshd.planner.search.objectives import cheapest
+from meshd.planner.search.select import EXACT_PEERS, search_for
+from meshd.planner.stages import check_stages
+from meshd.types import LayerRange, Objective, PeerId, StagePlan
+
+
+class Solution(msgspec.Struct, frozen=True, kw_only=True):
+    """The stages and what they are predicted to do."""
+
+    stages: tuple[StagePlan, ...]
+    estimate: Estimate
+    objective: Objective
+    method: str
+    """`exact`, `heuristic`, or `given` (the request named the stages)."""
+
+    @property
+    def value(self) -> float:
+        """What the objective makes least: s (TPOT, TTFT, or period), J per token, or a share of memory."""
+        return objective_value(self.estimate, self.objective)
+
+    @property
+    def peers(self) -> tuple[PeerId, ...]:
+        return tuple(stage.peer for stage in self.stages)
+
+
+def objective_value(predicted: Estimate, objective: Objective) -> float:
+    """An estimate by one objective; energy that is not known is infinite."""
+    values = {
+        Objective.LATENCY: predicted.tpot_s,
+        Objective.TTFT: predicted.ttft_s,
+        Objective.THROUGHPUT: predicted.period_s,
+        Objective.MEMORY: predicted.memory_share,
+        Objective.ENERGY: float("inf") if predicted.energy_j is None else predicted.energy_j,
+    }
+    return values[objective]
+
+
+def solve(problem: PlanInput) -> Solution:
+    """The best plan for the question; the same question gets the same answer.
+
+    Exact up to `EXACT_PEERS` peers, else by `meshd.planner.search.orders`. Equal plans: fewer peers first, then names. With time
+    limits that the objective's own best plan breaks, the plan of least TPOT or TTFT is taken if it keeps them.
+
+    Raises: InvalidRequest, ContextTooLong, NoPeer; DoesNotFit when no plan fits in memory; with `resident_only` NotReady when
+    layers lie nowhere and Overloaded when only room for KV is missing; Unavailable when no plan keeps the time limits.
+    """
+    _check(problem)
+    if problem.stages is not None:
+        found = _given(problem, problem.stages)
+        return _within_limits(problem, (found,))
+    solution = search(problem, Limits())
+    if solution is None:
+        raise does_not_fit(problem)
+    if _keeps_limits(problem, solution):
+        return solution
+    others = (search(msgspec.structs.replace(problem, objective=other), Limits()) for other in (Objective.LATENCY, Objective.TTFT))
+    return _within_limits(problem, (solution, *(other for other in others if other is not None)))
+
+
+def search(problem: PlanInput, limits: Limits) -> Solution | None:
+    """The best plan within extra limits (peers by their place in `eligible(problem)`), or None. Raises as `eligible` does."""
+    peers = eligible(problem)
+    limits = replace(limits, least=max(limits.least, problem.min_peers))
+    chain = cheapest(Tables(problem, peers), problem.objective, limits, search_for(len(peers)))
+    if chain is None:
+        return None
+    stages = _stages(chain, peers)
+    return Solution(
+        stages=stages,
+        estimate=estimate(problem, stages),
+        objective=problem.objective,
+        method="exact" if len(peers) <= EXACT_PEERS else "heuristic",
+    )
+
+
+def _check(problem: PlanInput) -> None:
+    longest = problem.card.spec.context_length
+    if problem.context > longest:
+        raise ContextTooLong(
+            f"context {problem.context} is too long: {problem.card.name} has {longest} tokens", hint=f"ask for {longest} or less"
+        )
+    if problem.context < 1 or problem.prompt_tokens < 1:
+        raise InvalidRequest("context and prompt must have at least one token", param="context")
+
+
+def _given(problem: PlanInput, stages: tuple[StagePlan, ...]) -> Solution:
+    check_stages(stages, problem)
+    if problem.objective is Objective.ENERGY:
+        named = {stage.peer for stage in stages}
+        check_power([profile for profile in problem.profiles if profile.id in named])
+    check_given(problem, stages)
+    return Solution(stages=stages, estimate=estimate(problem, stages), objective=problem.objective, method="given")
+
+
+def _stages(chain: Chain, peers: tuple[PeerProfile, ...]) -> tuple[StagePlan, ...]:
+    return tuple(StagePlan(peer=peers[run.peer].id, layers=LayerRange(run.start, run.end)) for run in chain.runs)
+
+
+def _keeps_limits(problem: PlanInput, solution: Solution) -> bool:
+    longest = (problem.max_ttft_s, solution.estimate.ttft_s), (problem.max_tpot_s, solution.estimate.tpot_s)
+    return all(limit is None or seconds <= limit for limit, seconds in longest)
+
+
+def _within_limits(problem: PlanInput, solutions: tuple[Solution, ...]) -> Solution:
+    """The first solution that keeps the time limits. Raises: Unavailable."""
+    for solution in solutions:
+        if _keeps_limits(problem, solution):
+            return solution
+    limits = (("TTFT", problem.max_ttft_s), ("TPOT", problem.max_tpot_s))
+    asked = " and ".join(f"{name} {limit * 1e3:.4g} ms" for name, limit in limits if limit is not None)
+    ttft = min(solution.estimate.ttft_s for solution in solutions)
+    tpot = min(solution.estimate.tpot_s for solution in solutions)
+    raise Unavailable(
+        f"no plan keeps {asked}: the best predicted are TTFT {ttft * 1e3:.4g} ms and TPOT {tpot * 1e3:.4g} ms",
+        hint="allow more time, or add a faster device",
+    )

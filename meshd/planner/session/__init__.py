@@ -1,0 +1,1 @@
+"""Times and stages for a session that is already running."""

@@ -1,0 +1,58 @@
+"""Times of going on with a session under another plan, from the same measurements as `cost`."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from meshd.planner.model import cost
+from meshd.planner.model.cost import Seconds
+from meshd.planner.model.tables import mean_chunk_start
+from meshd.planner.problem import PlanInput
+from meshd.planner.profile import PeerProfile
+from meshd.types import PeerId, StagePlan
+
+CONTROL_BYTES = 1024
+"""OPEN, OPENED, RESUME: small messages."""
+_CONTROL_HOPS = 3
+"""OPEN there, OPENED back, RESUME there."""
+
+
+def compute_s(problem: PlanInput, profile: PeerProfile, first: int, last: int) -> Seconds:
+    """Positions `[first, last)` through each layer, in chunks; a single one as a step of decoding: `[layers]`, seconds."""
+    tokens = last - first
+    if tokens <= 0:
+        return np.zeros(problem.card.spec.layers)
+    if tokens == 1:
+        return cost.layer_decode_s(profile, problem.card) + cost.attention_decode_s(profile, last * problem.kv_token_layer_bytes)
+    chunk, chunks = cost.chunking(tokens, problem.chunk_tokens)
+    return cost.layer_prefill_s(profile, problem.card, chunk, first + mean_chunk_start(chunk, chunks)) * chunks
+
+
+def pause_s(problem: PlanInput, stages: Sequence[StagePlan], starts: Sequence[int], known: int, coordinator: PeerId) -> float:
+    """From the choice of this plan to its first token, if each stage computes `[start, known)`.
+
+    What a stage computes it is sent by the one before it. The stages work at the same time: the first chunk passes all of them,
+    then the slowest stage or link sets the pace.
+    """
+    first_chunks: list[float] = []
+    wholes: list[float] = []
+    for stage, start in zip(stages, starts, strict=True):
+        profile, span = problem.profile(stage.peer), slice(stage.layers.start, stage.layers.end)
+        end = min(known, start + problem.chunk_tokens)
+        first_chunks.append(float(compute_s(problem, profile, start, end)[span].sum()))
+        wholes.append(float(compute_s(problem, profile, start, known)[span].sum()))
+    for (one, other), start in zip(pairwise(stages), starts[1:], strict=True):
+        link, size = problem.network.link(one.peer, other.peer), problem.activation_bytes
+        first_chunks.append(link.hop_s(size * min(problem.chunk_tokens, known - start)))
+        wholes.append(link.hop_s(size * (known - start)))
+    rest = max(whole - first for whole, first in zip(wholes, first_chunks, strict=True))
+    head = cost.head_s(problem.profile(stages[-1].peer), problem.card)
+    return _opening_s(problem, stages, coordinator) + sum(first_chunks) + max(0.0, rest) + head
+
+
+def _opening_s(problem: PlanInput, stages: Sequence[StagePlan], coordinator: PeerId) -> float:
+    """Until all stages are open and told to go on, and the token's way to the coordinator."""
+    network = problem.network
+    farthest = max(network.hop_s(coordinator, stage.peer, CONTROL_BYTES) for stage in stages)
+    return _CONTROL_HOPS * farthest + network.hop_s(stages[-1].peer, coordinator, cost.TOKEN_MESSAGE_BYTES)

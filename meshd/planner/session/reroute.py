@@ -1,0 +1,140 @@
+"""The cheapest stages for layers of a session that is under way, over what is resident: quick to go on with, quick from then on.
+
+A stage costs what it must compute again before the next token, and then its part of every token that is expected to follow.
+"""
+
+from collections.abc import Iterable
+from functools import cached_property
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from meshd.planner.model import cost
+from meshd.planner.model.tables import Tables, spans
+from meshd.planner.problem import PlanInput
+from meshd.planner.profile import USABLE_STATE, PeerProfile
+from meshd.planner.search.chains import Array
+from meshd.planner.search.cover import Gap, cover
+from meshd.planner.search.eligible import exclusions
+from meshd.planner.session.pause import compute_s
+from meshd.types import Holding, LayerRange, PeerId, StagePlan
+
+STAGE_S = 400e-6
+"""What a stage costs at each token beside its layers and its link, since two threads are woken for it: half of the 0.8 ms that
+`bench_split.py` shows for a second stage, so that only plans that are close are decided by it."""
+_BACK_PEERS = 32
+"""Among more peers the token's way back is left out of the search: it is the smallest term, and the dearest to count."""
+
+
+class Credit(NamedTuple):
+    """KV of a session that lies on a peer: `held` positions of some layers."""
+
+    peer: PeerId
+    layers: LayerRange
+    held: int
+
+
+class Refill:
+    """For one question (`prompt_tokens` are the tokens known so far), with some tokens ahead."""
+
+    def __init__(self, problem: PlanInput, tokens_ahead: int, credit: Iterable[Credit] = ()) -> None:
+        excluded = exclusions(problem)
+        peers = [profile for profile in problem.profiles if profile.id not in excluded]
+        self.peers: tuple[PeerProfile, ...] = tuple(sorted(peers, key=lambda profile: (profile.name, profile.id)))
+        self._problem, self._ahead, self._credit = problem, tokens_ahead, tuple(credit)
+        self._tables = Tables(problem, self.peers)
+
+    def whole(self, *, under_way: bool = True) -> tuple[StagePlan, ...] | None:
+        """The best route over all layers; with `under_way` False, as if nothing had to be computed again."""
+        if not self.peers:
+            return None
+        stage, link = (self._stage, self._link) if under_way else (self._pace, self._hop)
+        back = self._ahead * self._tables.back if len(self.peers) <= _BACK_PEERS else None
+        return self._cover(Gap(stage, link, back=back), 0)
+
+    def fill(self, layers: LayerRange, before: PeerId | None, after: PeerId | None) -> tuple[StagePlan, ...] | None:
+        """The best cover of these layers, between what computes the layers before and after them.
+
+        At the model's ends these are the peers of the last and the first stage, for the token's way back. None: not known.
+        """
+        if not self.peers:
+            return None
+        cuts = slice(layers.start, layers.end + 1)
+        first, last = layers.start == 0, layers.end == self._problem.card.spec.layers
+        comes = None if before is None else self._ways(before, towards=True, token=first)
+        goes = None if after is None else self._ways(after, towards=False, token=last)
+        return self._cover(Gap(self._stage[:, cuts, cuts], self._link, comes, goes), layers.start)
+
+    def _cover(self, gap: Gap, first: int) -> tuple[StagePlan, ...] | None:
+        chain = cover(gap)
+        if chain is None:
+            return None
+        return tuple(
+            StagePlan(peer=self.peers[run.peer].id, layers=LayerRange(first + run.start, first + run.end)) for run in chain.runs
+        )
+
+    @cached_property
+    def _pace(self) -> Array:
+        """Seconds of a stage for the tokens ahead: `[peers, cuts, cuts]`."""
+        pace: Array = self._ahead * (self._tables.decode + STAGE_S)
+        return pace
+
+    @cached_property
+    def _stage(self) -> Array:
+        """And for what it must compute again first."""
+        again = self._computed(0)
+        places = {peer.id: place for place, peer in enumerate(self.peers)}
+        for credit in self._credit:
+            place = places.get(credit.peer)
+            if place is not None:
+                part = slice(credit.layers.start, credit.layers.end + 1)
+                less = self._computed(min(credit.held, self._problem.prompt_tokens - 1), self.peers[place])
+                again[place, part, part] = np.minimum(again[place, part, part], less[0, part, part])
+        return self._pace + again
+
+    def _computed(self, held: int, peer: PeerProfile | None = None) -> Array:
+        known = self._problem.prompt_tokens
+        peers = self.peers if peer is None else (peer,)
+        return spans(np.stack([compute_s(self._problem, one, held, known) for one in peers]))
+
+    @cached_property
+    def _hop(self) -> Array:
+        hop: Array = self._ahead * self._tables.hop
+        return hop
+
+    @cached_property
+    def _link(self) -> Array:
+        """Hops ahead, and the hidden states of all known tokens once."""
+        link: Array = self._hop + self._tables.links(self._problem.prompt_tokens * self._problem.activation_bytes)
+        return link
+
+    def _ways(self, other: PeerId, *, towards: bool, token: bool) -> Array:
+        """Between a given peer and each: `towards` them from it, or from them to it; of tokens, or of hidden states."""
+        pairs = [(other, peer.id) if towards else (peer.id, other) for peer in self.peers]
+        links = [self._problem.network.link(source, target) for source, target in pairs]
+        if token:
+            return self._ahead * np.array([link.hop_s(cost.TOKEN_MESSAGE_BYTES) for link in links])
+        size = self._problem.activation_bytes
+        return np.array([self._ahead * link.hop_s(size) + link.hop_s(size * self._problem.prompt_tokens) for link in links])
+
+
+def reserve(problem: PlanInput, stages: Iterable[StagePlan]) -> PlanInput | None:
+    """The question once these stages have their KV; None if there is no room for all of them at a time."""
+    profiles = {profile.id: profile for profile in problem.profiles}
+    for stage in stages:
+        holdings = reserved(profiles[stage.peer].holdings, stage.layers, problem.context)
+        if holdings is None:
+            return None
+        profiles[stage.peer] = msgspec.structs.replace(profiles[stage.peer], holdings=holdings)
+    return msgspec.structs.replace(problem, profiles=tuple(profiles.values()))
+
+
+def reserved(holdings: tuple[Holding, ...], layers: LayerRange, tokens: int) -> tuple[Holding, ...] | None:
+    """The holdings once a stage has its KV in the one where it fits most closely; None if there is no room."""
+    fitting = [held for held in holdings if held.state == USABLE_STATE and layers in held.layers and held.kv_tokens_free >= tokens]
+    if not fitting:
+        return None
+    chosen = min(fitting, key=lambda held: held.kv_tokens_free)
+    left = msgspec.structs.replace(chosen, kv_tokens_free=chosen.kv_tokens_free - tokens)
+    return tuple(left if held is chosen else held for held in holdings)

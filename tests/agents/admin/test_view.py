@@ -1,0 +1,148 @@
+"""What is asked of the mesh by people: names become peers, beginnings of ids become sessions."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from in_process.journals import advert
+from meshd.agents.admin.view import MeshView
+from meshd.agents.session.answer import Recovered
+from meshd.errors import InvalidRequest, NoPeer, UnknownSession
+from meshd.protocol.messages import Moved
+from meshd.types import LayerRange, ModelId, PeerId, Plan, PlanId, SessionId, StagePlan
+
+ATTIC, DESK = PeerId("attic" * 10 + "aa"), PeerId("desk" * 13)
+FIRST, SECOND = SessionId("aa11" * 8), SessionId("aa22" * 8)
+STAGED = SessionId("bb33" * 8)
+PLAN = Plan(
+    id=PlanId("p"),
+    model=ModelId("m"),
+    stages=(StagePlan(peer=ATTIC, layers=LayerRange(0, 12)), StagePlan(peer=DESK, layers=LayerRange(12, 30))),
+    prefill_chunk_tokens=64,
+    context=128,
+)
+
+
+@dataclass
+class Asked:
+    """The agents behind the view, who keep what they were asked."""
+
+    calls: list[tuple[Any, ...]] = field(default_factory=list)
+
+    async def drain(self, peer: PeerId, undo: bool, timeout_s: float) -> int:
+        self.calls.append((peer, undo, timeout_s))
+        return 3
+
+    async def move(self, session: SessionId, target: PeerId, source: PeerId | None) -> Moved:
+        self.calls.append((session, target, source))
+        return Moved(request=0, pause_s=0.25, plan=PLAN)
+
+    async def collect(self, session: SessionId) -> list[dict[str, Any]]:
+        self.calls.append((session,))
+        return [{"what": "planned"}]
+
+
+def _answer(session: SessionId) -> SimpleNamespace:
+    return SimpleNamespace(
+        session=session,
+        card=SimpleNamespace(id=ModelId("m")),
+        machine=SimpleNamespace(state=SimpleNamespace(value="decoding"), tokens=[1, 2], epoch=3),
+        prompt_tokens=7,
+        plan_header="attic:0-12,desk:12-30",
+        recoveries=[Recovered(2, "replay", "desk: silent", 0.31), Recovered(3, "kept", "moved to desk", 0.002)],
+        mirrors={1: (ATTIC, 96)},
+    )
+
+
+@pytest.fixture
+def asked() -> Asked:
+    return Asked()
+
+
+@pytest.fixture
+def view(asked: Asked) -> MeshView:
+    names = {ATTIC: "attic", DESK: "desk"}
+    coordinator = SimpleNamespace(
+        answers={FIRST: _answer(FIRST)},
+        kept={SECOND: _answer(SECOND)},
+        move=asked.move,
+        journal=SimpleNamespace(deputies_of=lambda session: [DESK]),
+    )
+    parts = {
+        "membership": SimpleNamespace(adverts=lambda: [advert(peer, name=name) for peer, name in names.items()], name_of=names.get),
+        "library": SimpleNamespace(cards=lambda: {ModelId("m"): SimpleNamespace(name="smollm2")}),
+        "router": None,
+        "placer": None,
+        "coordinator": coordinator,
+        "stages": SimpleNamespace(rows=lambda name_of: [{"id": STAGED, "role": "stage 1"}]),
+        "drainer": SimpleNamespace(drain=asked.drain),
+        "storyteller": SimpleNamespace(collect=asked.collect),
+        "bus": None,
+        "about": dict,
+    }
+    return MeshView(**cast("dict[str, Any]", parts))
+
+
+async def test_a_peer_is_drained_by_its_name_or_the_beginning_of_its_id(view: MeshView, asked: Asked) -> None:
+    assert await view.drain("desk", timeout_s=5.0) == {"peer": DESK, "name": "desk", "sessions_left": 3}
+    await view.drain("attica", undo=True, timeout_s=1.0)
+    assert asked.calls == [(DESK, False, 5.0), (ATTIC, True, 1.0)]
+    with pytest.raises(NoPeer, match="attic, desk"):
+        await view.drain("cellar")
+
+
+async def test_a_session_is_moved_to_a_peer(view: MeshView, asked: Asked) -> None:
+    moved = await view.migrate(FIRST, "desk")
+    assert moved == {"session": FIRST, "plan": "attic:0-12,desk:12-30", "pause_ms": 250.0}
+    await view.migrate("aa11", "desk", "attic")
+    assert asked.calls == [(FIRST, DESK, None), (FIRST, DESK, ATTIC)]
+    with pytest.raises(NoPeer):
+        await view.migrate(FIRST, "desk", "cellar")
+
+
+@pytest.mark.parametrize(
+    ("text", "session"),
+    [
+        (FIRST, FIRST),
+        (f"resp_{FIRST}", FIRST),
+        (f"chatcmpl-{SECOND}", SECOND),
+        ("aa2", SECOND),
+        ("b", STAGED),
+        ("cc44" * 8, SessionId("cc44" * 8)),
+    ],
+)
+async def test_a_session_goes_by_its_id_its_answers_id_or_the_beginning(
+    view: MeshView, asked: Asked, text: str, session: SessionId
+) -> None:
+    assert await view.story(text) == [{"what": "planned"}]
+    assert asked.calls == [(session,)]
+
+
+@pytest.mark.parametrize(("text", "error"), [("cc", UnknownSession), ("", UnknownSession), ("aa", InvalidRequest)])
+async def test_what_means_no_session_or_several_is_refused(view: MeshView, text: str, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        await view.story(text)
+
+
+def test_a_sessions_row_tells_how_it_was_recovered(view: MeshView) -> None:
+    own, staged = view.sessions()
+    assert own == {
+        "id": FIRST,
+        "role": "coordinator",
+        "model": "smollm2",
+        "state": "decoding",
+        "tokens": 2,
+        "prompt_tokens": 7,
+        "epoch": 3,
+        "plan": "attic:0-12,desk:12-30",
+        "method": "kept",
+        "recoveries": [
+            {"epoch": 2, "method": "replay", "reason": "desk: silent", "pause_ms": 310.0},
+            {"epoch": 3, "method": "kept", "reason": "moved to desk", "pause_ms": 2.0},
+        ],
+        "mirrors": [{"stage": 1, "peer": ATTIC, "name": "attic", "held": 96}],
+        "deputies": [DESK],
+    }
+    assert staged == {"id": STAGED, "role": "stage 1"}

@@ -1,0 +1,223 @@
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+
+from meshd.agents.device import probe as probing
+from meshd.agents.device.probe import probe, read_trial, report
+from meshd.agents.device.probe_record import CACHE_FILE, FORMAT, Key, Record, Trial, load_record, measuring_alone, save_record
+from meshd.clock import SystemClock
+from meshd.errors import LocalFault, StorageError
+from meshd.types import Rates
+
+CLOCK = SystemClock()
+KEY = Key(
+    format=FORMAT,
+    machine="x86_64",
+    processor="cpu",
+    memory_bytes=8,
+    cores=2,
+    threads=2,
+    backends=("torch",),
+    software={"torch": "2"},
+)
+
+
+def rates(decode_bytes_s: float = 1e9, layer_overhead_s: float = 1e-4) -> Rates:
+    return Rates(
+        decode_bytes_s=decode_bytes_s,
+        prefill_flops_s=1e10,
+        memory_bytes_s=1e10,
+        attention_bytes_s=1e9,
+        disk_bytes_s=0.0,
+        layer_overhead_s=layer_overhead_s,
+    )
+
+
+def record(key: Key = KEY) -> Record:
+    return Record(key=key, trials=(Trial(backend="torch", rates=rates()),), disk_bytes_s=5e8, measured_at=1.0)
+
+
+@dataclass
+class Trials:
+    """Stands where the measuring processes are."""
+
+    results: dict[str, Trial]
+    asked: int = 0
+
+    async def __call__(self, backend: str, threads: int, budget_s: float, deadline_s: float) -> Trial:
+        self.asked += 1
+        assert 0 < budget_s < 15
+        return self.results[backend]
+
+
+@pytest.fixture
+def trials(monkeypatch: pytest.MonkeyPatch) -> Trials:
+    trials = Trials(
+        {"onnxruntime": Trial(backend="onnxruntime", rates=rates(2e9)), "torch": Trial(backend="torch", rates=rates(1e9))}
+    )
+    monkeypatch.setattr(probing, "_try", trials)
+    monkeypatch.setattr(probing, "_available", lambda: ("onnxruntime", "torch"))
+    monkeypatch.setattr(probing, "disk_read_rate", lambda _folder: 5e8)
+    return trials
+
+
+def test_what_was_saved_is_recalled_for_the_same_key_only(tmp_path: Path) -> None:
+    save_record(tmp_path, record())
+    assert load_record(tmp_path, KEY) == record()
+    assert load_record(tmp_path, msgspec.structs.replace(KEY, threads=1)) is None
+    assert load_record(tmp_path, msgspec.structs.replace(KEY, software={"torch": "3"})) is None
+
+
+def test_settings_that_alternate_are_remembered_side_by_side_and_bounded(tmp_path: Path) -> None:
+    keys = [msgspec.structs.replace(KEY, threads=threads) for threads in range(1, 20)]
+    for key in keys:
+        save_record(tmp_path, record(key))
+        save_record(tmp_path, record(key))
+    known = [key.threads for key in keys if load_record(tmp_path, key) is not None]
+    assert known == list(range(12, 20))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'[{"key": {}}]', b"\xff\xfe", b"null"])
+def test_a_torn_or_foreign_cache_remembers_nothing_and_is_written_anew(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / CACHE_FILE
+    file.write_bytes(content)
+    file.chmod(0o600)
+    assert load_record(tmp_path, KEY) is None
+    save_record(tmp_path, record())
+    assert load_record(tmp_path, KEY) == record()
+    assert [each.name for each in tmp_path.iterdir()] == [CACHE_FILE]
+
+
+async def test_the_fastest_backend_is_advertised_with_its_own_figures(tmp_path: Path, trials: Trials) -> None:
+    result = await probe(tmp_path, clock=CLOCK, threads=2, memory_cap_bytes=2**30, roles=("compute",))
+    capability = result.capability
+    assert (capability.backend, capability.threads, capability.roles) == ("onnxruntime", 2, ("compute",))
+    assert capability.rates == msgspec.structs.replace(rates(2e9), disk_bytes_s=5e8)
+    assert capability.memory_free_bytes <= 2**30
+    assert not result.cached
+
+
+async def test_overhead_counts_when_backends_are_compared(tmp_path: Path, trials: Trials) -> None:
+    trials.results["onnxruntime"] = Trial(backend="onnxruntime", rates=rates(2e9, layer_overhead_s=0.1))
+    assert (await probe(tmp_path, clock=CLOCK)).capability.backend == "torch"
+
+
+async def test_a_second_start_recalls_and_a_refresh_measures(tmp_path: Path, trials: Trials) -> None:
+    first = await probe(tmp_path, clock=CLOCK)
+    again = await probe(tmp_path, clock=CLOCK)
+    assert trials.asked == 2
+    assert again.cached
+    assert again.capability.rates == first.capability.rates
+    await probe(tmp_path, clock=CLOCK, refresh=True)
+    assert trials.asked == 4
+    await probe(tmp_path, clock=CLOCK, threads=1)
+    assert trials.asked == 6
+
+
+async def test_daemons_that_start_together_measure_once(tmp_path: Path, trials: Trials) -> None:
+    results = await asyncio.gather(*(probe(tmp_path / "new", clock=CLOCK) for _ in range(3)))
+    assert trials.asked == 2
+    assert len({result.capability.rates for result in results}) == 1
+
+
+async def test_one_that_never_ends_measuring_does_not_hold_up_others_for_good(tmp_path: Path) -> None:
+    async with measuring_alone(tmp_path, CLOCK, 1.0), asyncio.timeout(5.0), measuring_alone(tmp_path, CLOCK, 0.0):
+        pass
+
+
+async def test_a_backend_that_fails_leaves_the_other(tmp_path: Path, trials: Trials) -> None:
+    trials.results["onnxruntime"] = Trial(backend="onnxruntime", error="no such instruction")
+    result = await probe(tmp_path, clock=CLOCK)
+    assert result.capability.backend == "torch"
+    assert report(result)["backends"][0]["error"] == "no such instruction"
+
+
+async def test_if_none_can_be_measured_it_says_why_and_remembers_nothing(tmp_path: Path, trials: Trials) -> None:
+    for name in trials.results:
+        trials.results[name] = Trial(backend=name, error="broken")
+    with pytest.raises(LocalFault, match="onnxruntime: broken; torch: broken"):
+        await probe(tmp_path, clock=CLOCK)
+    assert not (tmp_path / CACHE_FILE).exists()
+
+
+async def test_a_folder_that_cannot_be_used_is_an_error_that_names_it(tmp_path: Path, trials: Trials) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file/below"):
+        await probe(tmp_path / "file/below", clock=CLOCK)
+
+
+async def test_progress_names_what_is_measured_and_goes_up(tmp_path: Path, trials: Trials) -> None:
+    told: list[tuple[str, float]] = []
+    await probe(tmp_path, clock=CLOCK, progress=lambda what, fraction: told.append((what, fraction)))
+    assert [what for what, _ in told] == ["waiting", "disk", "onnxruntime", "torch", "done"]
+    assert [fraction for _, fraction in told] == sorted(fraction for _, fraction in told)
+
+
+async def test_the_report_has_stable_keys_and_is_json(tmp_path: Path, trials: Trials) -> None:
+    made = report(await probe(tmp_path, clock=CLOCK))
+    assert list(made) == [
+        "processor",
+        "cores",
+        "threads",
+        "backend",
+        "rates",
+        "memory_total_bytes",
+        "memory_free_bytes",
+        "memory_bound_by",
+        "power_w",
+        "backends",
+        "measured_at",
+        "cached",
+        "elapsed_s",
+    ]
+    assert msgspec.json.decode(msgspec.json.encode(made))["rates"]["disk_bytes_s"] == 5e8
+
+
+def test_a_process_that_chatters_is_read_by_its_last_line() -> None:
+    output = b"a library's greeting\n" + msgspec.json.encode(rates()) + b"\n"
+    assert read_trial("torch", 0, output, b"warning\n", 12.0) == Trial(backend="torch", rates=rates(), power_w=12.0)
+
+
+@pytest.mark.parametrize(
+    ("status", "output", "complaints", "error"),
+    [
+        (1, b"", b"Traceback ...\nImportError: no torch\n", "ImportError: no torch"),
+        (-9, b"", b"", "its process ended with status -9"),
+        (0, b"not json\n", b"", "its process ended with status 0"),
+    ],
+)
+def test_a_process_that_fails_tells_why(status: int, output: bytes, complaints: bytes, error: str) -> None:
+    assert read_trial("torch", status, output, complaints, None) == Trial(backend="torch", error=error)
+
+
+async def test_a_real_process_reports_its_error() -> None:
+    trial = await probing._try("abacus", 1, 1.0, 30.0)
+    assert trial.rates is None
+    assert "abacus" in trial.error
+
+
+async def test_a_process_that_hangs_is_ended_at_the_deadline() -> None:
+    trial = await probing._try("torch", 1, 30.0, 0.05)
+    assert trial.error == "no result after 0 s"
+
+
+async def test_cancelling_ends_the_process() -> None:
+    task = asyncio.create_task(probing._try("torch", 1, 30.0, 30.0))
+    await asyncio.sleep(0.2)
+    measuring = psutil.Process().children()
+    assert measuring
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert not any(process.is_running() for process in measuring)
+
+
+async def test_a_real_backend_is_measured() -> None:
+    trial = await probing._try("onnxruntime", 1, 1.0, 60.0)
+    assert trial.error == ""
+    assert trial.rates is not None
+    assert min(msgspec.structs.astuple(msgspec.structs.replace(trial.rates, disk_bytes_s=1.0, layer_overhead_s=1.0))) > 0

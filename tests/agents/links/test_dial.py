@@ -1,0 +1,83 @@
+"""How long a peer is waited for, and what is dialled when."""
+
+import asyncio
+from itertools import pairwise
+
+import pytest
+
+from meshd.agents.links.dial import MAX_TARGETS, Dialler, back_off_s
+from meshd.agents.links.log import LinkLog
+from meshd.agents.links.rpc import Dispatcher
+from meshd.agents.links.table import LinkTable, Timing
+from meshd.clock import SystemClock
+from meshd.errors import PeerLost
+from meshd.protocol.transport import Address
+from meshd.types import PeerId
+
+OWN = PeerId("a" * 52)
+
+
+def test_the_back_off_grows_from_a_fifth_of_a_second_to_its_limit() -> None:
+    waits = [back_off_s(failures, 5.0, 1.0) for failures in range(1, 30)]
+    assert waits[0] == pytest.approx(0.2)
+    assert waits[-1] == 5.0
+    assert all(before <= after for before, after in pairwise(waits))
+    assert back_off_s(3, 5.0, 0.0) == pytest.approx(0.4)
+    assert back_off_s(2000, 0.5, 1.0) == 0.5
+
+
+@pytest.fixture
+def table() -> LinkTable:
+    clock = SystemClock()
+    linklog = LinkLog(clock)
+    dispatcher = Dispatcher(lambda peer, message, payload: None, linklog)
+    return LinkTable(OWN, dispatcher, clock, linklog, Timing(), lambda *_: None, lambda *_: None)
+
+
+class Telephone:
+    """Nobody answers; says when it was dialled."""
+
+    def __init__(self) -> None:
+        self.calls: asyncio.Queue[Address] = asyncio.Queue()
+
+    async def dial(self, address: Address) -> PeerId:
+        self.calls.put_nowait(address)
+        raise PeerLost("nobody answers")
+
+
+async def test_a_hint_dials_at_once_what_waits_for_its_turn(table: LinkTable) -> None:
+    telephone = Telephone()
+    dialler = Dialler(telephone.dial, OWN, table, SystemClock())
+    dialler.connect(("h", 1), "mdns")
+    async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+        dialler.start(group)
+        for _ in range(5):
+            await telephone.calls.get()
+            await asyncio.sleep(0)
+            dialler.connect(("h", 1), "mdns")
+        await telephone.calls.get()
+        dialler.stop()
+    (row,) = dialler.rows()
+    assert row["note"] == "nobody answers"
+
+
+async def test_without_a_source_an_address_is_not_dialled(table: LinkTable) -> None:
+    telephone = Telephone()
+    dialler = Dialler(telephone.dial, OWN, table, SystemClock())
+    async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+        dialler.start(group)
+        for source in ("mdns", "mqtt"):
+            dialler.connect(("h", 1), source)
+        await telephone.calls.get()
+        dialler.forget(("h", 1), "mdns")
+        assert len(dialler.rows()) == 1
+        dialler.forget(("h", 1), "mqtt")
+        assert dialler.rows() == []
+        dialler.forget(("h", 1), "mqtt")
+
+
+def test_the_addresses_are_bounded(table: LinkTable) -> None:
+    dialler = Dialler(Telephone().dial, OWN, table, SystemClock())
+    for port in range(MAX_TARGETS + 10):
+        dialler.connect(("h", port), "mdns")
+    assert len(dialler.rows()) == MAX_TARGETS

@@ -1,0 +1,366 @@
+"""Links between real peers on loopback: up, used, attacked, cut and up again."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from in_process.peers import QUICK, WAIT_S, Peer, Peers, until
+from meshd.agents.links.table import LEFT
+from meshd.errors import InvalidRequest, NotReady, Overloaded, PeerLost, RemoteFailure
+from meshd.protocol.framing import MIB
+from meshd.protocol.identity import ClusterKey
+from meshd.protocol.messages import Activation, Credit, Message, Place, Placed, Unplace
+from meshd.types import LayerRange, PeerId
+
+
+async def linked(*all_peers: Peer) -> None:
+    await until(lambda: all(len(peer.links.peers()) == len(all_peers) - 1 for peer in all_peers))
+
+
+def place(request: int, tokens: int = 64) -> Place:
+    return Place(request=request, model="m", ref="file:x", layers=LayerRange(0, 2), kv_tokens=tokens, deadline_ms=1000)
+
+
+def activation(step: int, elements: int) -> Activation:
+    return Activation(session="s", epoch=1, step=step, stage=1, tokens=1, hidden=elements, dtype="f32", sample=False)
+
+
+async def test_one_dials_and_both_have_the_link(peers: Peers) -> None:
+    a, b = peers.start("a"), peers.start("b")
+    a.dial(b)
+    assert (await a.next_up(), await b.next_up()) == (b.id, a.id)
+    assert (a.story, b.story) == (["up b"], ["up a"])
+    (row,) = a.links.rows()
+    assert (row["peer"], row["name"], row["dialled"], row["features"]) == (b.id, "b", True, ["f32"])
+    assert a.links.addresses(b.id) == [f"127.0.0.1:{b.port}"]
+    assert b.links.addresses(a.id) == [f"127.0.0.1:{a.port}"]
+    await until(lambda: a.links.rows()[0]["rtt_min_ms"] is not None)
+
+
+async def test_five_peers_that_all_dial_all_have_one_link_each_and_lose_none(peers: Peers) -> None:
+    five = [peers.start(f"p{number}") for number in range(5)]
+    for peer in five:
+        for other in five:
+            peer.dial(other)
+    await linked(*five)
+    for peer in five:
+        assert len(peer.links.rows()) == 4
+        assert not any(told.startswith("down") for told in peer.story), peer.story
+        assert peer.notices == []
+
+
+async def test_a_peer_at_two_addresses_has_one_link_and_both_addresses(peers: Peers) -> None:
+    a, b = peers.start("a"), peers.start("b", host="0.0.0.0")
+    a.dial(b, "127.0.0.1")
+    a.dial(b, "127.0.0.2")
+    await until(lambda: len(a.links.addresses(b.id)) == 2)
+    assert a.links.peers() == [b.id]
+    assert a.story == ["up b"]
+
+
+async def test_messages_arrive_in_order_with_their_payloads(peers: Peers) -> None:
+    a, b = peers.start("a"), peers.start("b")
+    got: list[tuple[int, bytes]] = []
+    for peer in (a, b):
+        peer.links.register(Activation, lambda sender, message, payload: got.append((message.step, bytes(payload))))
+    a.dial(b)
+    await a.next_up()
+    sizes = [0, 4, 8192, 65536, 40_000, 8]
+    for target in (b.id, a.id):
+        got.clear()
+        for step, size in enumerate(sizes):
+            a.links.send(target, activation(step, size // 4), bytes([step]) * size)
+        await until(lambda: len(got) == len(sizes))
+        assert got == [(step, bytes([step]) * size) for step, size in enumerate(sizes)]
+
+
+async def test_large_payloads_arrive_whole_and_do_not_delay_small_ones(peers: Peers) -> None:
+    a, b = peers.start("a"), peers.start("b")
+    got: list[str] = []
+    payload = bytes(range(256)) * (15 * MIB // 256)
+    intact: list[bool] = []
+
+    def on_activation(sender: PeerId, message: Activation, data: memoryview) -> None:
+        got.append("large")
+        intact.append(data == payload)
+
+    b.links.register(Activation, on_activation)
+    b.links.register(Credit, lambda sender, message, data: got.append("small"))
+    a.dial(b)
+    await a.next_up()
+    a.links.send(b.id, activation(0, len(payload) // 4), payload)
+    a.links.send(b.id, Credit(session="s", epoch=1, index=1))
+    await until(lambda: len(got) == 2)
+    assert got == ["small", "large"]
+    assert intact == [True]
+
+
+async def test_requests_are_answered_at_once_or_later_or_with_a_payload(peers: Peers) -> None:
+    a, b = peers.start("a"), peers.start("b")
+
+    async def on_place(sender: PeerId, message: Place, payload: memoryview) -> tuple[Placed, memoryview]:
+        await asyncio.sleep(0)
+        return Placed(request=message.request, layers=message.layers, kv_tokens=message.kv_tokens), payload
+
+    b.links.register(Place, on_place)
+    a.links.register(Place, lambda sender, message, payload: Placed(request=message.request, layers=message.layers, kv_tokens=7))
+    a.dial(b)
+    await a.next_up()
+    reply, payload = await a.links.request(b.id, place, b"data", timeout_s=WAIT_S)
+    assert isinstance(reply, Placed)
+    assert (reply.layers, reply.kv_tokens, bytes(payload)) == (LayerRange(0, 2), 64, b"data")
+    reply, _ = await b.links.request(a.id, place(b.links.next_request()), timeout_s=WAIT_S)
+    assert reply.kv_tokens == 7
+    reply, _ = await a.links.request(a.id, place, timeout_s=WAIT_S)
+    assert reply.kv_tokens == 7
+
+
+async def test_what_a_handler_raises_is_answered_with_its_code(peers: Peers) -> None:
+    a, b = peers.start("a"), peers.start("b")
+
+    def busy(sender: PeerId, message: Message, payload: memoryview) -> None:
+        raise NotReady("the model is loading", progress=0.5)
+
+    async def broken(sender: PeerId, message: Message, payload: memoryview) -> None:
+        raise ZeroDivisionError
+
+    b.links.register(Place, busy)
+    b.links.register(Unplace, broken)
+    a.dial(b)
+    await a.next_up()
+    with pytest.raises(RemoteFailure, match="loading") as raised:
+        await a.links.request(b.id, place, timeout_s=WAIT_S)
+    assert raised.value.remote_code == "model_loading"
+    with pytest.raises(RemoteFailure) as raised:
+        await a.links.request(b.id, lambda number: Unplace(request=number, model="m"), timeout_s=WAIT_S)
+    assert raised.value.remote_code == "internal_error"
+    with pytest.raises(RemoteFailure) as raised:
+        await b.links.request(a.id, place, timeout_s=WAIT_S)
+    assert raised.value.remote_code == "unknown_message"
+    assert a.links.peers() == [b.id]
+
+
+async def test_a_request_ends_with_its_time_or_with_its_peer(peers: Peers) -> None:
+    a, b = peers.start("a"), peers.start("b")
+    asked = asyncio.Event()
+
+    async def never(sender: PeerId, message: Place, payload: memoryview) -> None:
+        asked.set()
+        await asyncio.Event().wait()
+
+    b.links.register(Place, never)
+    a.dial(b)
+    await a.next_up()
+    with pytest.raises(PeerLost, match=r"within 0\.05 s"):
+        await a.links.request(b.id, place, timeout_s=0.05)
+    asked.clear()
+    waiting = asyncio.ensure_future(a.links.request(b.id, place, timeout_s=WAIT_S))
+    async with asyncio.timeout(WAIT_S):
+        await asked.wait()
+    await b.stop()
+    with pytest.raises(PeerLost, match=LEFT):
+        await waiting
+    with pytest.raises(PeerLost):
+        a.links.send(b.id, Credit(session="s", epoch=1, index=1))
+
+
+async def test_too_large_a_message_is_the_senders_fault(peers: Peers) -> None:
+    a, b = peers.start("a"), peers.start("b")
+    a.dial(b)
+    await a.next_up()
+    with pytest.raises(InvalidRequest, match="accepts"):
+        a.links.send(b.id, activation(0, 0), bytes(17 * MIB))
+    assert a.links.peers() == [b.id]
+
+
+async def test_a_goodbye_is_heard_at_once_and_closing_takes_less_than_a_second(peers: Peers) -> None:
+    a, b, c = peers.start("a"), peers.start("b"), peers.start("c")
+    for peer in (b, c):
+        a.dial(peer)
+    await linked_to(a, b, c)
+    began = time.monotonic()
+    await a.stop()
+    assert time.monotonic() - began < 1.0
+    for peer in (b, c):
+        lost, reason = await peer.next_down()
+        assert lost == a.id
+        assert reason.startswith(LEFT)
+
+
+async def linked_to(hub: Peer, *others: Peer) -> None:
+    await until(lambda: len(hub.links.peers()) == len(others) and all(peer.links.peers() == [hub.id] for peer in others))
+
+
+async def test_a_restarted_peer_takes_its_old_place(peers: Peers) -> None:
+    a, b = peers.start("a"), peers.start("b")
+    b.dial(a)
+    await a.next_up()
+    again = peers.start("b", incarnation=2)
+    again.dial(a)
+    await until(lambda: a.story == ["up b", "down: it has restarted", "up b"])
+    assert a.links.peers() == [again.id]
+
+
+async def test_a_stranger_is_refused_and_visible(peers: Peers) -> None:
+    a, stranger = peers.start("a"), peers.start("s", key=ClusterKey(b"x" * 32))
+    stranger.dial(a)
+    await until(lambda: bool(a.links.refusals()) and bool(stranger.links.refusals()))
+    (row,) = a.links.refusals()
+    assert row["address"] == "127.0.0.1"
+    assert "cluster" in row["reason"]
+    assert "not of this cluster" in stranger.links.refusals()[0]["reason"]
+    assert "not of this cluster" in stranger.links.targets()[0]["note"]
+    assert a.story == stranger.story == []
+
+
+async def test_the_own_address_is_no_peer_and_a_copied_identity_is_told(peers: Peers) -> None:
+    a = peers.start("a")
+    a.dial(a)
+    await until(lambda: a.links.targets()[0]["note"] == "this peer itself")
+    assert a.notices == []
+    copy = peers.start("a2", folder="a", incarnation=2)
+    copy.dial(a)
+    await until(lambda: bool(a.notices) and bool(copy.notices))
+    assert "state folder was copied" in a.notices[0]
+    assert a.story == copy.story == []
+
+
+async def test_a_peer_that_is_forgotten_is_not_dialled(peers: Peers) -> None:
+    a, b = peers.start("a"), peers.start("b")
+    a.dial(b, source="mdns")
+    await a.next_up()
+    a.links.forget("127.0.0.1", b.port, "mdns")
+    assert a.links.peers() == [b.id]
+    assert a.links.targets() == []
+    a.links.connect("127.0.0.1", b.port, "static")
+    a.links.forget("127.0.0.1", b.port, "static")
+    assert a.links.targets()[0]["sources"] == ["static"]
+
+
+def _send_many(sender: Peer, receiver: Peer, payload: bytes) -> None:
+    for step in range(64):
+        sender.links.send(receiver.id, activation(step, 0), payload)
+
+
+class Cable:
+    """A TCP relay that can go silent, as a pulled cable does: nothing passes and nobody is told."""
+
+    def __init__(self) -> None:
+        self.whole = asyncio.Event()
+        self.whole.set()
+        self._relays: set[asyncio.Task[None]] = set()
+
+    @asynccontextmanager
+    async def to(self, port: int) -> AsyncIterator[int]:
+        def plugged(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            self._relays.add(asyncio.create_task(self._relay(port, reader, writer)))
+
+        server = await asyncio.start_server(plugged, "127.0.0.1", 0)
+        try:
+            yield server.sockets[0].getsockname()[1]
+        finally:
+            server.close()
+            for relay in self._relays:
+                relay.cancel()
+            await asyncio.gather(*self._relays, return_exceptions=True)
+
+    async def _relay(self, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        ends = [writer]
+        try:
+            await self.whole.wait()
+            there, back = await asyncio.open_connection("127.0.0.1", port)
+            ends.append(back)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._pump(reader, back))
+                group.create_task(self._pump(there, writer))
+        finally:
+            for end in ends:
+                end.transport.abort()
+            await asyncio.gather(*(end.wait_closed() for end in ends), return_exceptions=True)
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            if self.whole.is_set():
+                writer.write(data)
+        await self.whole.wait()
+        raise ConnectionResetError
+
+
+async def test_a_silent_cut_is_noticed_and_the_link_comes_back(peers: Peers) -> None:
+    a, b = peers.start("a", timing=QUICK), peers.start("b", timing=QUICK)
+    cable = Cable()
+    async with cable.to(b.port) as port:
+        a.links.connect("127.0.0.1", port, "static")
+        await a.next_up()
+        await b.next_up()
+        cable.whole.clear()
+        for peer in (a, b):
+            _, reason = await peer.next_down()
+            assert reason.startswith("silent for")
+        cable.whole.set()
+        assert await a.next_up() == b.id
+        assert await b.next_up() == a.id
+        await a.stop()
+        await b.stop()
+
+
+async def test_a_reader_that_is_too_slow_makes_the_sender_overloaded_not_larger(peers: Peers) -> None:
+    a, b = peers.start("a", timing=QUICK), peers.start("b", timing=QUICK)
+    cable = Cable()
+    async with cable.to(b.port) as port:
+        a.links.connect("127.0.0.1", port, "static")
+        await a.next_up()
+        payload = bytes(8 * MIB)
+        with pytest.raises(Overloaded):
+            _send_many(a, b, payload)
+        assert a.links.rows()[0]["queued_bytes"] <= 32 * MIB
+        await a.stop()
+        await b.stop()
+
+
+async def test_connections_that_say_nothing_are_closed(peers: Peers) -> None:
+    a = peers.start("a", timing=QUICK)
+    streams = [await asyncio.open_connection("127.0.0.1", a.port) for _ in range(20)]
+    began = time.monotonic()
+    for reader, writer in streams:
+        async with asyncio.timeout(WAIT_S):
+            assert await reader.read() == b""
+            writer.close()
+            await writer.wait_closed()
+    assert time.monotonic() - began < 4 * QUICK.handshake_s
+    b = peers.start("b")
+    b.dial(a)
+    await a.next_up()
+
+
+async def test_what_does_not_speak_tls_is_refused(peers: Peers) -> None:
+    a = peers.start("a")
+    reader, writer = await asyncio.open_connection("127.0.0.1", a.port)
+    writer.write(b"GET / HTTP/1.1\r\n\r\n")
+    async with asyncio.timeout(WAIT_S):
+        await reader.read()
+        writer.close()
+        await writer.wait_closed()
+    await until(lambda: bool(a.links.refusals()))
+    assert "does not speak TLS" in a.links.refusals()[0]["reason"]
+
+
+def test_all_of_it_works_on_uvloop_too(tmp_path: Path) -> None:
+    uvloop = pytest.importorskip("uvloop")
+
+    async def scenario() -> None:
+        peers = Peers(tmp_path)
+        try:
+            await test_requests_are_answered_at_once_or_later_or_with_a_payload(peers)
+            await test_large_payloads_arrive_whole_and_do_not_delay_small_ones(Peers(tmp_path / "large"))
+            await test_a_stranger_is_refused_and_visible(Peers(tmp_path / "stranger"))
+            await test_a_silent_cut_is_noticed_and_the_link_comes_back(Peers(tmp_path / "cut"))
+        finally:
+            await peers.stop()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(scenario())

@@ -1,0 +1,234 @@
+"""Real mDNS on loopback; every test has clusters and peers of its own, so that tests running beside it do not matter."""
+
+import asyncio
+import base64
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import pytest
+from zeroconf.asyncio import AsyncZeroconf
+
+from meshd.agents.membership.interfaces import Interface, Kind, present_interfaces
+from meshd.agents.membership.mdns import MdnsDiscovery, StaticPeers
+from meshd.agents.membership.mdns_records import Announcement
+from meshd.agents.membership.sources import Duplicate, Found, Gone, Notice, Sighting
+from meshd.clock import SystemClock
+from meshd.types import PeerId
+from meshd.values import Address
+
+HERE = "127.0.0.1"
+
+
+class QuickClock(SystemClock):
+    """Waits are a fiftieth of what they are asked to be."""
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds / 50)
+
+    def monotonic(self) -> float:
+        return super().monotonic() * 50
+
+
+class Seen:
+    """What one discovery told."""
+
+    def __init__(self) -> None:
+        self.sightings: list[Sighting] = []
+        self._told = asyncio.Event()
+
+    def __call__(self, sighting: Sighting) -> None:
+        self.sightings.append(sighting)
+        self._told.set()
+
+    async def until(self, wanted: Callable[[Sighting], bool], within_s: float = 3.0) -> Sighting:
+        async with asyncio.timeout(within_s):
+            while True:
+                for sighting in self.sightings:
+                    if wanted(sighting):
+                        return sighting
+                self._told.clear()
+                await self._told.wait()
+
+    async def found(self, peer: PeerId, within_s: float = 3.0) -> Found:
+        sighting = await self.until(lambda each: isinstance(each, Found) and each.peer == peer, within_s)
+        assert isinstance(sighting, Found)
+        return sighting
+
+
+def random_letters() -> str:
+    return base64.b32encode(os.urandom(35)).decode().lower()[:52]
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(3.0):
+        while not condition():  # noqa: ASYNC110  what is looked at has no event to wait for
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def cluster() -> str:
+    return random_letters()[:16]
+
+
+def announce(cluster: str, name: str = "a", port: int = 7001) -> Announcement:
+    return Announcement(peer=PeerId(random_letters()), cluster=cluster, name=name, port=port, protocol="1.0", version="0.1.0")
+
+
+@asynccontextmanager
+async def running(
+    announcement: Announcement,
+    *,
+    clock: SystemClock | None = None,
+    scan: Callable[[], list[Interface]] = present_interfaces,
+) -> AsyncIterator[tuple[MdnsDiscovery, Seen]]:
+    seen = Seen()
+    mdns = MdnsDiscovery(announcement, seen, clock=clock or SystemClock(), interfaces=[HERE], scan=scan)
+    task = asyncio.create_task(mdns.run())
+    try:
+        yield mdns, seen
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.result()
+
+
+async def test_peers_of_a_cluster_find_each_other(cluster: str) -> None:
+    one, two = announce(cluster, "desk", 7001), announce(cluster, "attic", 7002)
+    async with running(one) as (_, seen_by_one), running(two) as (_, seen_by_two):
+        found = await seen_by_one.found(two.peer)
+        assert found == Found(
+            source="mdns",
+            peer=two.peer,
+            addresses=(HERE,),
+            port=7002,
+            name="attic",
+            cluster=cluster,
+            protocol="1.0",
+            version="0.1.0",
+            load="",
+        )
+        assert (await seen_by_two.found(one.peer)).name == "desk"
+
+
+async def test_one_who_comes_later_finds_those_that_are_there(cluster: str) -> None:
+    one, two = announce(cluster), announce(cluster)
+    async with running(one) as (_, seen_by_one):
+        await asyncio.sleep(0.6)
+        async with running(two) as (_, seen_by_two):
+            await seen_by_two.found(one.peer, within_s=1.0)
+            await seen_by_one.found(two.peer, within_s=1.0)
+
+
+async def test_a_goodbye_is_seen_within_a_second(cluster: str) -> None:
+    one, two = announce(cluster), announce(cluster)
+    async with running(one) as (_, seen):
+        async with running(two):
+            await seen.found(two.peer)
+        gone = await seen.until(lambda each: isinstance(each, Gone), within_s=1.0)
+        assert gone == Gone(source="mdns", peer=two.peer)
+
+
+async def test_peers_of_another_cluster_are_counted_and_told_to_nobody(cluster: str) -> None:
+    ours, theirs, ours_too = announce(cluster), announce(other := random_letters()[:16]), announce(cluster)
+    async with running(ours) as (mdns, seen), running(theirs):
+        async with running(ours_too):
+            await seen.found(ours_too.peer)
+            await eventually(lambda: other in mdns.other_clusters())
+        assert mdns.other_clusters()[other] == 1
+        assert {each.peer for each in seen.sightings if isinstance(each, Found)} == {ours_too.peer}
+
+
+async def test_ones_own_records_are_no_news(cluster: str) -> None:
+    one, two = announce(cluster), announce(cluster)
+    async with running(one) as (_, seen), running(two):
+        await seen.found(two.peer)
+        assert {each.peer for each in seen.sightings if isinstance(each, Found | Duplicate)} == {two.peer}
+
+
+async def test_a_copied_identity_is_reported(cluster: str) -> None:
+    original = announce(cluster, port=7001)
+    async with running(original) as (_, seen), running(replace(original, port=7002)):
+        told = await seen.until(lambda each: isinstance(each, Duplicate))
+        assert told == Duplicate(source="mdns", peer=original.peer, addresses=(HERE,), port=7002)
+
+
+async def test_a_change_of_load_is_told(cluster: str) -> None:
+    one, two = announce(cluster), announce(cluster)
+    async with running(one) as (_, seen), running(two, clock=QuickClock()) as (mdns, _):
+        await seen.found(two.peer)
+        mdns.set_load("2 sessions")
+        await seen.until(lambda each: isinstance(each, Found) and each.load == "2 sessions")
+
+
+async def test_an_interface_that_comes_later_is_used_then(cluster: str) -> None:
+    present: list[Interface] = []
+    one, two = announce(cluster), announce(cluster)
+    async with running(one) as (_, seen), running(two, clock=QuickClock(), scan=lambda: present) as (mdns, told):
+        notice = await told.until(lambda each: isinstance(each, Notice))
+        assert isinstance(notice, Notice)
+        assert "no peer is looked for on 127.0.0.1 (not here)" in notice.message
+        assert not [each for each in seen.sightings if isinstance(each, Found)]
+        present.append(
+            Interface(name="lo", index=1, kind=Kind.LOOPBACK, up=True, multicast=False, networks=("127.0.0.1/8",)),
+        )
+        await seen.found(two.peer)
+        await told.found(one.peer)
+        assert [choice.used for choice in mdns.interfaces] == [True]
+
+
+async def test_without_leave_to_open_the_port_it_says_so_once_and_tries_again(
+    cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals = iter(range(3))
+
+    def refused_at_first(interfaces: list[str]) -> AsyncZeroconf:
+        if next(refusals, None) is not None:
+            raise PermissionError(13, "Permission denied")
+        return AsyncZeroconf(interfaces=interfaces)
+
+    one, two = announce(cluster), announce(cluster)
+    async with running(one) as (_, seen):
+        await asyncio.sleep(0)
+        monkeypatch.setattr("meshd.agents.membership.mdns.AsyncZeroconf", refused_at_first)
+        async with running(two, clock=QuickClock()) as (_, told):
+            await seen.found(two.peer)
+            notices = [each.message for each in told.sightings if isinstance(each, Notice)]
+            assert len(notices) == 1
+            assert "Permission denied" in notices[0]
+
+
+async def test_static_peers_are_named_again_and_again_by_name() -> None:
+    seen = Seen()
+    source = StaticPeers([Address("attic.lan", 6375), Address("10.0.0.2", 7000)], seen, clock=QuickClock())
+    task = asyncio.create_task(source.run())
+    try:
+        await eventually(lambda: len(seen.sightings) >= 6)
+    finally:
+        task.cancel()
+    first = Found(source="static", peer=None, addresses=("attic.lan",), port=6375)
+    assert seen.sightings[0] == seen.sightings[2] == seen.sightings[4] == first
+    assert seen.sightings[1] == Found(source="static", peer=None, addresses=("10.0.0.2",), port=7000)
+
+
+class WakingClock(QuickClock):
+    """Its wall clock jumps by what the device slept."""
+
+    slept_s = 0.0
+
+    def wall(self) -> float:
+        return self.monotonic() + self.slept_s
+
+
+async def test_after_a_sleep_it_announces_itself_anew(cluster: str) -> None:
+    one, two, clock = announce(cluster), announce(cluster), WakingClock()
+    async with running(one) as (_, seen), running(two, clock=clock):
+        await seen.found(two.peer)
+        # zeroconf takes a packet that comes again within 0.8 s for an echo
+        await asyncio.sleep(1.5)
+        before = len(seen.sightings)
+        clock.slept_s = 3600.0
+        await eventually(lambda: len(seen.sightings) > before)
+        assert isinstance(seen.sightings[-1], Found)

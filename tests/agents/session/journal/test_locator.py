@@ -1,0 +1,196 @@
+"""Who has a session, and how it changes hands, over real links."""
+
+import asyncio
+
+import pytest
+
+from in_process.journals import Keeper, Keepers, S, record
+from in_process.peers import QUICK, Peers
+from meshd.agents.session.journal.record import SessionRecord
+from meshd.errors import UnknownSession
+from meshd.protocol.messages import FetchSession, FindSession, SessionFound
+from meshd.types import PeerId, SessionId
+
+
+@pytest.fixture
+def keepers(peers: Peers) -> Keepers:
+    return Keepers(peers)
+
+
+def keep(keeper: Keeper, coordinator: PeerId, **fields: object) -> None:
+    """Have a record lie at a peer as it would have come."""
+    keeper.deputy.store.keep(record(coordinator=coordinator, **fields), keeper.clock.now)  # type: ignore[arg-type]
+
+
+async def test_a_running_session_is_taken_from_its_coordinator_which_lets_go(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b", "c") as (a, _, c):
+        session = a.answer(tokens=5)
+        await keepers.until(lambda: a.journalist.deputy_of(S) is not None)
+        session.make(3)
+        assert await c.locator.coordinator_of(S) == a.id
+        assert await c.locator.fetch(S, take=False) == session.record
+        assert a.released == []
+        assert await c.locator.fetch(S, take=True) == session.record
+        assert a.released == [S]
+        with pytest.raises(UnknownSession):
+            await c.locator.coordinator_of(S)
+
+
+async def test_when_its_coordinator_is_gone_the_deputy_with_most_tokens_gives_it(keepers: Keepers) -> None:
+    other = SessionId("07" * 16)
+    async with keepers.linked("a", "b", "c", "d") as (a, b, c, d):
+        for session, less, more in ((S, b, c), (other, c, b)):
+            keep(less, a.id, session=session, tokens=3)
+            keep(more, a.id, session=session, tokens=5)
+        await a.peer.links.close("it goes")
+        await keepers.until(lambda: a.id not in d.peer.links.peers())
+        for session, keeper in ((S, c), (other, b)):
+            assert len((await d.locator.fetch(session, take=True)).tokens) == 5
+            known = keeper.deputy.record(session)
+            assert known is not None
+            assert known.coordinator == d.id
+
+
+async def test_a_later_epoch_counts_more_than_whoever_believes_to_coordinate(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b", "c") as (a, b, c):
+        a.answer(tokens=9, epoch=1)
+        keep(b, PeerId("x"), tokens=4, epoch=1001)
+        await keepers.until(lambda: a.journalist.deputy_of(S) is not None)
+        taken = await c.locator.fetch(S, take=True)
+        assert (taken.epoch, len(taken.tokens)) == (1001, 4)
+        assert a.released == []
+
+
+async def test_a_record_that_lies_here_is_used_unless_another_knows_more(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b") as (a, b):
+        keep(a, PeerId("x"), tokens=2)
+        assert len((await a.locator.fetch(S, take=True)).tokens) == 2
+        keep(b, PeerId("x"), tokens=3)
+        assert len((await a.locator.fetch(S, take=True)).tokens) == 3
+
+
+async def test_a_session_that_nobody_knows_is_unknown(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b") as (a, _):
+        with pytest.raises(UnknownSession):
+            await a.locator.fetch(S, take=True)
+        with pytest.raises(UnknownSession):
+            await a.locator.end(S, forget=True)
+
+
+async def test_the_next_best_gives_it_when_the_best_one_dies_meanwhile(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b", "c") as (a, b, c):
+        keep(b, PeerId("x"), tokens=3)
+        asked: list[SessionId] = []
+
+        def dying(session: SessionId) -> SessionRecord:
+            asked.append(session)
+            if len(asked) == 2:
+                for link in a.peer.links._table:
+                    link.end("it dies")
+            return record(coordinator=a.id, tokens=7)
+
+        a.locator.own = dying
+        assert len((await c.locator.fetch(S, take=False)).tokens) == 3
+        assert len(asked) == 2
+
+
+async def test_who_is_silent_is_not_waited_for_once_the_coordinator_is_found(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b") as (a, b):
+        a.answer(tokens=1)
+        silent = keepers.peers.start("silent")
+        hanging = asyncio.Event()
+
+        async def never(sender: PeerId, message: FindSession, payload: memoryview) -> None:
+            await hanging.wait()
+
+        silent.links.register(FindSession, never)
+        b.peer.dial(silent)
+        await keepers.until(lambda: silent.id in b.peer.links.peers())
+        async with asyncio.timeout(1.5):
+            assert len((await b.locator.fetch(S, take=False)).tokens) == 1
+        hanging.set()
+
+
+# Orphans
+
+
+async def test_an_orphan_falls_to_the_one_that_knows_most_of_it(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b", "c", timing=QUICK) as (a, b, c):
+        keep(b, a.id, tokens=5)
+        keep(c, a.id, tokens=3)
+        await a.peer.links.close("it goes")
+        await keepers.until(lambda: bool(b.orphans and c.orphans))
+        assert await b.locator.is_heir(b.orphans[0])
+        assert not await c.locator.is_heir(c.orphans[0])
+
+
+async def test_of_equals_exactly_one_is_the_heir(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b", "c") as (a, b, c):
+        known = record(coordinator=PeerId("x"), tokens=3)
+        for keeper in (a, b, c):
+            keep(keeper, PeerId("x"), tokens=3)
+        assert sorted([await keeper.locator.is_heir(known) for keeper in (a, b, c)]) == [False, False, True]
+
+
+async def test_what_runs_elsewhere_has_ended_or_was_taken_is_no_orphan(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b") as (a, b):
+        known = record(coordinator=PeerId("x"), tokens=3)
+        keep(b, PeerId("x"), tokens=3)
+        assert await b.locator.is_heir(known)
+        a.answer(tokens=3, epoch=1001)
+        assert not await b.locator.is_heir(known)
+        del a.answers[S]
+        b.deputy.hand_to(S, a.id)
+        assert not await b.locator.is_heir(known)
+        b.deputy.forget(S)
+        assert not await b.locator.is_heir(known)
+        keep(b, PeerId("x"), tokens=3, finish="stop")
+        assert not await b.locator.is_heir(known)
+
+
+# The end
+
+
+async def test_ending_reaches_the_coordinator_and_every_record(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b", "c") as (a, b, c):
+        a.answer(tokens=2)
+        await keepers.until(lambda: a.journalist.deputy_of(S) is not None)
+        await c.locator.end(S, forget=False)
+        assert a.ended == [(S, False)]
+        kept = [keeper.deputy.record(S) for keeper in (b, c) if keeper.deputy.record(S) is not None]
+        assert [known.finish for known in kept if known is not None] == ["cancelled"]
+        await c.locator.end(S, forget=True)
+        assert a.ended[-1] == (S, True)
+        assert b.deputy.record(S) is None
+        assert c.deputy.record(S) is None
+
+
+async def test_an_orphan_can_be_ended_too(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b") as (a, b):
+        keep(b, PeerId("x"), tokens=2)
+        await a.locator.end(S, forget=False)
+        known = b.deputy.record(S)
+        assert known is not None
+        assert known.finish == "cancelled"
+
+
+async def test_who_asks_is_told_what_is_there(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b") as (a, b):
+
+        async def found() -> tuple[bool, bool, int, int]:
+            reply, _ = await b.peer.links.request(a.id, lambda number: FindSession(request=number, session=S), timeout_s=5)
+            assert isinstance(reply, SessionFound)
+            return reply.coordinates, reply.keeps, reply.epoch, reply.tokens
+
+        assert await found() == (False, False, 0, 0)
+        keep(a, PeerId("x"), tokens=4, epoch=2)
+        assert await found() == (False, True, 2, 4)
+        a.answer(tokens=6, epoch=3)
+        assert await found() == (True, False, 3, 6)
+        keep(a, PeerId("y"), tokens=5, epoch=1003)
+        assert await found() == (False, True, 1003, 5)
+        _, payload = await b.peer.links.request(
+            a.id, lambda number: FetchSession(request=number, session=S, take=True), timeout_s=5
+        )
+        assert payload
+        assert a.released == []

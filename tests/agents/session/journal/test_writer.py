@@ -1,0 +1,392 @@
+"""A coordinator's journal and its deputies, over real links."""
+
+import asyncio
+
+import pytest
+
+from in_process.journals import Answer, HandClock, Keeper, Keepers, S, advert, answer, record
+from in_process.peers import Peers
+from meshd.agents.session.journal.record import encode_record
+from meshd.agents.session.journal.store import size_of
+from meshd.agents.session.journal.writer import BATCH_TOKENS, Batch, Journalist, choose_deputy
+from meshd.errors import RemoteFailure
+from meshd.protocol.codec import encode
+from meshd.protocol.framing import MAX_HEADER
+from meshd.protocol.messages import Journal, JournalDrop, Journaled, JournalTokens
+from meshd.types import Advert, PeerId, SessionId, TokenLogprobs
+
+ME, NEAR, FAR, STAGE = (PeerId(name) for name in ("me", "near", "far", "stage"))
+RTT_S = {NEAR: 0.001, FAR: 0.1, STAGE: 0.0001}
+
+
+@pytest.fixture
+def keepers(peers: Peers) -> Keepers:
+    return Keepers(peers)
+
+
+def others(*names: PeerId, draining: PeerId | None = None) -> list[Advert]:
+    return [advert(ME, RTT_S), *(advert(name, draining=name == draining) for name in names)]
+
+
+# Who
+
+
+def test_the_deputy_is_outside_the_plan_then_near() -> None:
+    assert choose_deputy(ME, others(STAGE, FAR, NEAR), (ME, STAGE), ()) == NEAR
+    assert choose_deputy(ME, others(STAGE, FAR), (ME, STAGE), ()) == FAR
+    assert choose_deputy(ME, others(STAGE), (ME, STAGE), ()) == STAGE
+    assert choose_deputy(ME, others(), (ME,), ()) is None
+
+
+def test_who_leaves_or_refused_is_no_deputy() -> None:
+    assert choose_deputy(ME, others(FAR, NEAR, draining=NEAR), (), ()) == FAR
+    assert choose_deputy(ME, others(FAR, NEAR), (), {NEAR}) == FAR
+    assert choose_deputy(ME, others(NEAR), (), {NEAR}) is None
+
+
+def test_the_present_deputy_stays_unless_it_comes_into_the_plan() -> None:
+    assert choose_deputy(ME, others(FAR, NEAR), (), (), FAR) == FAR
+    assert choose_deputy(ME, others(FAR, NEAR), (FAR,), (), FAR) == NEAR
+    assert choose_deputy(ME, others(FAR, NEAR, draining=FAR), (), (), FAR) == NEAR
+
+
+# Batches
+
+
+def test_a_batch_takes_each_token_once_and_in_order() -> None:
+    batch = Batch(sent=2)
+    assert all(batch.add(index, (100 + index, None)) for index in (0, 1, 2, 2, 3, 1))
+    assert not batch.add(5, (105, None))
+    assert batch.take() == (2, answer(4, 2))
+    assert batch.take() == (4, ())
+    assert batch.add(3, (0, None))
+    assert batch.add(4, (104, None))
+    assert batch.take() == (4, answer(5, 4))
+
+
+def test_a_batch_goes_out_in_messages_that_fit() -> None:
+    top = tuple((200_000 + rank, -1.23456789 * rank) for rank in range(20))
+    batch = Batch()
+    for index in range(300):
+        assert batch.add(index, (200_000, TokenLogprobs(-1.5, top)))
+    sizes = []
+    while batch.pending:
+        _, tokens = batch.take()
+        sizes.append(len(tokens))
+        message = JournalTokens(session=S, epoch=1, index=0, tokens=tokens)
+        assert len(encode(message)) <= MAX_HEADER
+    assert sum(sizes) == 300
+
+
+# From end to end
+
+
+async def test_the_record_goes_to_one_deputy_and_its_tokens_follow_in_batches(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b", "c") as (a, b, c):
+        a.rtt_s = {b.id: 0.1, c.id: 0.001}
+        session = a.answer(tokens=2)
+        await keepers.until(lambda: c.kept() == 2)
+        assert a.journalist.deputy_of(S) == c.id
+        assert b.kept() is None
+        session.make(BATCH_TOKENS - 1)
+        await keepers.clock.move(0.1)
+        assert c.kept() == 2
+        session.make(1)
+        await keepers.until(lambda: c.kept() == 2 + BATCH_TOKENS)
+        session.make(3)
+        await keepers.clock.move(0.25)
+        await keepers.until(lambda: c.kept() == 5 + BATCH_TOKENS)
+        session.make(1)
+        session.end("length")
+        await keepers.until(lambda: c.deputy.record(S) == session.record)
+
+
+async def test_tokens_made_while_the_record_is_on_its_way_are_not_lost(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b") as (a, b):
+        session = a.answer()
+        session.make(5)
+        await keepers.clock.move(0)
+        session.make(300)
+        session.end()
+        await keepers.until(lambda: b.deputy.record(S) == session.record)
+
+
+async def test_a_lost_deputy_is_replaced_at_once_by_one_that_gets_everything(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b", "c") as (a, b, c):
+        a.rtt_s = {b.id: 0.001, c.id: 0.1}
+        session = a.answer()
+        await keepers.until(lambda: a.journalist.deputy_of(S) == b.id)
+        session.make(7)
+        await b.peer.links.close("it goes")
+        await keepers.until(lambda: c.kept() == 7)
+        session.make(BATCH_TOKENS)
+        await keepers.until(lambda: c.kept() == 7 + BATCH_TOKENS)
+
+
+async def test_without_any_other_peer_it_waits_for_one(peers: Peers) -> None:
+    clock = HandClock()
+    a = Keeper(peers.start("a"), clock)
+    life = asyncio.create_task(a.live())
+    session = a.answer()
+    session.make(40)
+    await clock.move(5.0)
+    assert a.journalist.deputy_of(S) is None
+    b = Keeper(peers.start("b"), clock)
+    a.peer.dial(b.peer)
+    await a.peer.next_up()
+    await clock.move(1.25)
+    await Keepers(peers).until(lambda: b.kept() == 40)
+    life.cancel()
+    await asyncio.gather(life, return_exceptions=True)
+
+
+async def test_a_gap_is_mended_with_the_whole_record(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b") as (a, b):
+        session = a.answer(tokens=2)
+        await keepers.until(lambda: b.kept() == 2)
+        b.deputy.store.forget(S)
+        session.make(BATCH_TOKENS)
+        await keepers.until(lambda: a.journalist.deputy_of(S) is None)
+        await keepers.clock.move(2.25)
+        await keepers.until(lambda: b.kept() == 2 + BATCH_TOKENS)
+
+
+async def test_a_peer_that_refuses_is_not_asked_again_for_a_while(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b", "c") as (a, b, c):
+        a.rtt_s = {b.id: 0.001, c.id: 0.1}
+        b.deputy.store.max_records = 0
+        a.answer()
+        await keepers.until(lambda: a.journalist.deputy_of(S) == c.id)
+        b.deputy.store.max_records = 256
+        await c.peer.links.close("it goes")
+        await keepers.until(lambda: a.journalist.deputy_of(S) is None)
+        await keepers.clock.move(5.0)
+        assert b.kept() is None
+        await keepers.clock.move(6.0)
+        await keepers.until(lambda: b.kept() == 0)
+
+
+async def test_a_new_plan_keeps_the_deputy_unless_it_is_in_it(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b", "c") as (a, b, c):
+        a.rtt_s = {b.id: 0.001, c.id: 0.1}
+        session = a.answer()
+        await keepers.until(lambda: b.kept() == 0)
+        session.make(3)
+        session.replan(a.id)
+        await keepers.until(lambda: b.kept() == 3)
+        known = b.deputy.record(S)
+        assert known is not None
+        assert known.epoch == 2
+        session.replan(a.id, b.id)
+        await keepers.until(lambda: c.kept() == 3)
+        await keepers.clock.move(11.0)
+        await keepers.until(lambda: b.kept() is None)
+        session.make(BATCH_TOKENS)
+        await keepers.until(lambda: c.kept() == 3 + BATCH_TOKENS)
+
+
+async def test_a_deputy_that_leaves_hands_the_record_over_first(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b", "c") as (a, b, c):
+        a.rtt_s = {b.id: 0.001, c.id: 0.1}
+        a.answer(tokens=4)
+        await keepers.until(lambda: b.kept() == 4)
+        a.draining.add(b.id)
+        await keepers.clock.move(1.25)
+        await keepers.until(lambda: c.kept() == 4)
+        assert b.kept() == 4
+        await keepers.clock.move(11.0)
+        await keepers.until(lambda: b.kept() is None)
+        a.draining.add(c.id)
+        await keepers.clock.move(5.0)
+        assert c.kept() == 4
+
+
+async def test_what_is_not_kept_is_dropped_at_the_deputy_too(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b") as (a, b):
+        session = a.answer()
+        await keepers.until(lambda: b.kept() == 0)
+        session.end(keep=False)
+        await keepers.until(lambda: b.kept() is None)
+        assert len(a.journalist) == 0
+        at_once = a.answer(SessionId("short"))
+        await keepers.clock.move(0)
+        at_once.end(keep=False)
+        await keepers.clock.move(0)
+        await keepers.until(lambda: b.kept(SessionId("short")) is None and len(b.deputy.store) == 0)
+
+
+async def test_a_suspended_answer_stays_unfinished_and_can_go_on(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b") as (a, b):
+        session = a.answer()
+        await keepers.until(lambda: b.kept() == 0)
+        session.make(3)
+        session.end("")
+        await keepers.until(lambda: b.kept() == 3)
+        assert b.deputy.store.records_of(a.id) == [session.record]
+        for _ in range(15):
+            await keepers.clock.move(60.0)
+            await keepers.until(lambda: a.journalist.deputy_of(S) == b.id)
+        assert b.kept() == 3
+        session.replan(a.id)
+        session.make(BATCH_TOKENS)
+        session.end()
+        await keepers.until(lambda: b.deputy.record(S) == session.record)
+
+
+async def test_ended_answers_are_looked_after_for_ten_minutes(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b", "c") as (a, b, c):
+        a.rtt_s = {b.id: 0.001, c.id: 0.1}
+        session = a.answer()
+        session.end()
+        await keepers.until(lambda: b.deputy.record(S) == session.record)
+        await b.peer.links.close("it goes")
+        await keepers.until(lambda: c.deputy.record(S) == session.record)
+        await keepers.clock.move(700.0)
+        assert len(a.journalist) == 0
+        assert c.kept() is None
+
+
+async def test_an_answer_that_another_peer_took_is_dropped_a_little_later(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b") as (a, b):
+        a.answer(tokens=3)
+        await keepers.until(lambda: b.kept() == 3)
+        a.journalist.release(S)
+        await keepers.clock.move(30.0)
+        assert b.kept() == 3
+        await keepers.clock.move(31.0)
+        await keepers.until(lambda: b.kept() is None)
+
+
+async def test_an_answer_that_comes_back_keeps_its_record(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b") as (a, b):
+        session = a.answer(tokens=3)
+        await keepers.until(lambda: b.kept() == 3)
+        a.journalist.release(S)
+        await keepers.clock.move(30.0)
+        session.make(2)
+        session.replan(a.id)
+        await keepers.until(lambda: b.kept() == 5)
+        await keepers.clock.move(90.0)
+        session.make(BATCH_TOKENS)
+        await keepers.until(lambda: b.kept() == 5 + BATCH_TOKENS)
+
+
+async def test_a_peer_that_comes_to_keep_a_record_too_late_is_told_to_drop_it(keepers: Keepers) -> None:
+    async with keepers.linked("a") as (a,):
+        slow = keepers.peers.start("slow")
+        heard: list[str] = []
+        kept = asyncio.Event()
+
+        async def on_journal(sender: PeerId, message: Journal, payload: memoryview) -> Journaled:
+            heard.append("journal")
+            await kept.wait()
+            heard.append("kept")
+            return Journaled(request=message.request, session=message.session)
+
+        slow.links.register(Journal, on_journal)
+        slow.links.register(JournalDrop, lambda sender, message, payload: heard.append("drop"))
+        a.peer.dial(slow)
+        await keepers.until(lambda: slow.id in a.peer.links.peers())
+        session = a.answer()
+        await keepers.until(lambda: heard == ["journal"])
+        session.end(keep=False)
+        await keepers.until(lambda: heard == ["journal", "drop"])
+        kept.set()
+        await keepers.until(lambda: heard == ["journal", "drop", "kept", "drop"])
+
+
+async def test_many_sessions_change_their_deputy_together(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b", "c") as (a, b, c):
+        a.rtt_s = {b.id: 0.001, c.id: 0.1}
+        running: list[Answer] = [a.answer(SessionId(f"{number}"), tokens=number) for number in range(100)]
+        await keepers.until(lambda: len(b.deputy.store) == 100)
+        await b.peer.links.close("it goes")
+        for session in running:
+            session.make(2)
+        await keepers.clock.move(0.25)
+        await keepers.until(lambda: len(c.deputy.store) == 100)
+        await keepers.clock.move(0.25)
+        await keepers.until(lambda: all(c.deputy.record(session.record.session) == session.record for session in running))
+
+
+# The deputy
+
+
+async def test_the_answers_of_a_lost_coordinator_are_orphans_those_that_ended_too(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b") as (a, b):
+        running, ended = a.answer(tokens=3), a.answer(SessionId("ended"))
+        ended.end()
+        await keepers.until(lambda: [bool(known.finish) for known in b.deputy.store.records_of(a.id)] == [False, True])
+        await a.peer.links.close("it goes")
+        await keepers.until(lambda: len(b.orphans) == 2)
+        assert b.orphans[0] == running.record
+        assert b.orphans[1].session == "ended"
+
+
+class _Spare:
+    """Of one more journalist at a peer: who has the record by the first one."""
+
+    def __init__(self, keeper: Keeper) -> None:
+        self.keeper = keeper
+
+    def __call__(self, session: SessionId) -> list[PeerId]:
+        chosen = self.keeper.journalist.chosen_for(session)
+        return [chosen] if chosen is not None else []
+
+
+async def test_a_second_deputy_is_another_peer(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b", "c") as (a, b, c):
+        running = a.answer(tokens=1)
+        await keepers.until(lambda: a.journalist.deputy_of(S) is not None)
+        second = Journalist(a.id, a.peer.links, keepers.clock, a._adverts, _Spare(a))
+        async with asyncio.TaskGroup() as tasks:
+            task = tasks.create_task(second.run())
+            second.begin(S, lambda: running.record, lambda: ())
+            await keepers.until(lambda: second.deputy_of(S) is not None)
+            task.cancel()
+        assert {a.journalist.deputy_of(S), second.deputy_of(S)} == {b.id, c.id}
+
+
+async def test_only_a_records_own_coordinator_may_send_it(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b", "c") as (a, b, c):
+        known = record(coordinator=a.id, tokens=2)
+
+        async def journal(sender: Keeper, payload: bytes, session: SessionId = S) -> None:
+            await sender.peer.links.request(
+                b.id, lambda number: Journal(request=number, session=session, epoch=1), payload, timeout_s=5
+            )
+
+        for payload in (encode_record(known), b"torn", b"\0" * (9 * 2**20)):
+            with pytest.raises(RemoteFailure):
+                await journal(c, payload)
+        with pytest.raises(RemoteFailure):
+            await journal(a, encode_record(known), SessionId("other"))
+        await journal(a, encode_record(known))
+        await journal(a, encode_record(known))
+        c.peer.links.send(b.id, JournalTokens(session=S, epoch=1, index=2, tokens=((9, None),), finish="stop"))
+        c.peer.links.send(b.id, JournalDrop(session=S, epoch=1))
+        with pytest.raises(RemoteFailure):
+            await journal(c, encode_record(record(coordinator=c.id, tokens=2)))
+        assert b.deputy.record(S) == known
+
+
+async def test_a_deputy_without_room_is_left_for_another(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b", "c") as (a, b, c):
+        a.rtt_s = {b.id: 0.001, c.id: 0.1}
+        session = a.answer()
+        await keepers.until(lambda: b.kept() == 0)
+        b.deputy.store.max_bytes = size_of(record(tokens=10))
+        session.make(BATCH_TOKENS)
+        await keepers.until(lambda: c.kept() == BATCH_TOKENS)
+        assert b.kept() is None
+        assert b.deputy.store.size == 0
+
+
+async def test_a_deputy_forgets_what_nobody_speaks_of(keepers: Keepers) -> None:
+    async with keepers.linked("a", "b") as (a, b):
+        a.answer()
+        await keepers.until(lambda: b.kept() == 0)
+        await a.peer.links.close("it goes")
+        await keepers.until(lambda: bool(b.orphans))
+        await keepers.clock.move(610.0)
+        assert b.kept() is None

@@ -1,0 +1,271 @@
+"""The session's machine: every transition walked, invariants after each event."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshd.agents.session import session as machine
+from meshd.agents.session.plan.resume import Held, Resumption
+from meshd.agents.session.session import CREDIT_TOKENS, MAX_ATTEMPTS, TERMINAL, TRANSITIONS, IllegalTransition, Session, State
+from meshd.errors import Cancelled, DoesNotFit, OutOfMemory
+from meshd.types import FinishReason, LayerRange, ModelId, PeerId, Plan, PlanId, SessionId, StagePlan
+
+PROMPT = 10
+A, B, C = PeerId("a"), PeerId("b"), PeerId("c")
+
+
+def plan_of(*stages: tuple[PeerId, int, int]) -> Plan:
+    return Plan(
+        id=PlanId("-".join(peer for peer, _, _ in stages)),
+        model=ModelId("m"),
+        stages=tuple(StagePlan(peer=peer, layers=LayerRange(start, end)) for peer, start, end in stages),
+        prefill_chunk_tokens=128,
+        context=64,
+    )
+
+
+PLAN = plan_of((A, 0, 2), (B, 2, 5))
+WITHOUT_B = plan_of((A, 0, 2), (C, 2, 5))
+
+EVENTS: dict[type, machine.Event] = {
+    machine.Planned: machine.Planned(PLAN),
+    machine.PlanFailed: machine.PlanFailed(DoesNotFit("layers 2-5 lie nowhere")),
+    machine.StageOpened: machine.StageOpened(1, 0),
+    machine.StageFailed: machine.StageFailed(1, 0, OutOfMemory("no room"), B),
+    machine.TokenArrived: machine.TokenArrived(1, 0, 7),
+    machine.TokensRead: machine.TokensRead(1),
+    machine.StopMatched: machine.StopMatched(),
+    machine.PeerGone: machine.PeerGone(B, "killed"),
+    machine.DeadlinePassed: machine.DeadlinePassed("silence", B),
+    machine.Suspend: machine.Suspend(),
+    machine.ResumeRequested: machine.ResumeRequested(),
+    machine.Released: machine.Released(Cancelled("taken over")),
+    machine.Reclaimed: machine.Reclaimed(1000, ((7, None, None), (8, None, None))),
+    machine.CancelRequested: machine.CancelRequested(),
+}
+
+
+def in_state(state: State) -> Session:
+    session = Session(SessionId("s"), PROMPT)
+    paths: dict[State, list[machine.Event]] = {
+        State.NEW: [],
+        State.OPENING: [machine.Planned(PLAN)],
+        State.PREFILLING: [machine.Planned(PLAN), machine.StageOpened(1, 0), machine.StageOpened(1, 1)],
+    }
+    paths[State.DECODING] = [*paths[State.PREFILLING], machine.TokenArrived(1, 0, 7)]
+    paths[State.RECOVERING] = [*paths[State.DECODING], machine.PeerGone(B, "killed")]
+    paths[State.SUSPENDED] = [*paths[State.DECODING], machine.Suspend()]
+    paths[State.FINISHED] = [*paths[State.PREFILLING], machine.TokenArrived(1, 0, 7, None, FinishReason.LENGTH)]
+    paths[State.FAILED] = [machine.PlanFailed(DoesNotFit("too large"))]
+    paths[State.CANCELLED] = [*paths[State.DECODING], machine.CancelRequested()]
+    for event in paths[state]:
+        session.handle(event)
+        session.validate()
+    assert session.state is state
+    return session
+
+
+@pytest.mark.parametrize("state", list(State))
+@pytest.mark.parametrize("kind", list(EVENTS), ids=lambda kind: kind.__name__)
+def test_every_pair_of_state_and_event_is_a_transition_or_raises_and_changes_nothing(state: State, kind: type) -> None:
+    session = in_state(state)
+    before = repr(session)
+    event = EVENTS[kind]
+    stale = getattr(event, "epoch", session.epoch) != session.epoch
+    if stale:
+        assert session.handle(event) == []
+        assert repr(session) == before
+    elif (state, kind) in TRANSITIONS:
+        session.handle(event)
+        session.validate()
+    else:
+        with pytest.raises(IllegalTransition):
+            session.handle(event)
+        assert repr(session) == before
+
+
+def test_the_prompt_goes_out_when_the_last_stage_has_opened() -> None:
+    session = Session(SessionId("s"), PROMPT)
+    assert session.handle(machine.Planned(PLAN)) == [machine.OpenStages(1, PLAN, CREDIT_TOKENS, 0)]
+    assert session.handle(machine.StageOpened(1, 1)) == []
+    assert session.handle(machine.StageOpened(1, 0)) == [machine.SendPrompt(1, PLAN, 0)]
+
+
+def test_a_message_of_an_older_epoch_is_dropped() -> None:
+    session = in_state(State.DECODING)
+    assert session.handle(machine.TokenArrived(0, 1, 9)) == []
+    assert session.tokens == [7]
+
+
+def test_a_repeated_token_is_emitted_once() -> None:
+    session = in_state(State.DECODING)
+    assert session.handle(machine.TokenArrived(1, 0, 7)) == []
+    assert session.handle(machine.TokenArrived(1, 1, 8)) == [machine.EmitToken(1, 8, None, None)]
+
+
+def test_a_gap_in_the_tokens_asks_for_another_plan() -> None:
+    session = in_state(State.DECODING)
+    (command,) = session.handle(machine.TokenArrived(1, 5, 8))
+    assert isinstance(command, machine.Replan)
+    assert command.avoid == {B}, "the last stage's word can't be right"
+    assert session.tokens == [7]
+
+
+def test_after_a_loss_the_answer_goes_on_one_epoch_later_from_what_is_held() -> None:
+    session = in_state(State.DECODING)
+    (replan,) = session.handle(machine.PeerGone(B, "killed"))
+    assert isinstance(replan, machine.Replan)
+    assert replan.lost == {B}
+    assert "2-5" in replan.reason
+    assert session.handle(machine.Planned(WITHOUT_B)) == [machine.OpenStages(2, WITHOUT_B, CREDIT_TOKENS, 1)]
+    assert session.handle(machine.StageOpened(1, 0)) == []  # of the old epoch
+    session.handle(machine.StageOpened(2, 0, Held(10, False, 0, 10)))
+    held = (Held(10, False, 0, 10), Held(0))
+    assert session.handle(machine.StageOpened(2, 1, Held(0))) == [
+        machine.ResumeStages(2, WITHOUT_B, held, (Resumption(10, 0), Resumption(0, 10))),
+        machine.SendPrompt(2, WITHOUT_B, 10),
+    ]
+    assert session.handle(machine.TokenArrived(2, 1, 8)) == [machine.EmitToken(1, 8, None, None)]
+
+
+def test_a_peer_that_is_left_out_of_the_new_plan_is_told_once_the_new_one_is_open() -> None:
+    session = in_state(State.DECODING)
+    session.handle(machine.DeadlinePassed("silence", B))
+    session.handle(machine.Planned(WITHOUT_B))
+    session.handle(machine.StageOpened(2, 0))
+    commands = session.handle(machine.StageOpened(2, 1))
+    assert commands[0] == machine.CloseStages(1, (B,), "not in the new plan")
+
+
+def test_a_token_made_before_the_loss_still_counts() -> None:
+    session = in_state(State.RECOVERING)
+    assert session.handle(machine.TokenArrived(1, 1, 8)) == [machine.EmitToken(1, 8, None, None)]
+    assert session.state is State.RECOVERING
+
+
+def test_a_second_loss_while_planning_makes_another_plan_without_both() -> None:
+    session = in_state(State.RECOVERING)
+    (replan,) = session.handle(machine.PeerGone(C, "killed too"))
+    assert isinstance(replan, machine.Replan)
+    assert replan.lost == {B, C}
+
+
+def test_a_replacement_that_fails_to_open_is_avoided_next() -> None:
+    session = in_state(State.RECOVERING)
+    session.handle(machine.Planned(WITHOUT_B))
+    (replan,) = session.handle(machine.StageFailed(2, 1, OutOfMemory("full"), C))
+    assert isinstance(replan, machine.Replan)
+    assert replan.avoid == {C}
+
+
+def test_without_any_plan_it_is_suspended_with_the_reason_and_resumes_later() -> None:
+    session = in_state(State.RECOVERING)
+    error = DoesNotFit("layers 2-5 lie nowhere")
+    commands = session.handle(machine.PlanFailed(error))
+    assert commands == [machine.CloseStages(1, (A,), "suspended"), machine.EmitSuspended(error)]
+    (replan,) = session.handle(machine.ResumeRequested())
+    assert isinstance(replan, machine.Replan)
+    session.handle(machine.Planned(PLAN))
+    assert session.epoch > 2
+    assert session.tokens == [7]
+
+
+def test_a_move_is_a_change_of_plan_with_nothing_lost() -> None:
+    session = in_state(State.DECODING)
+    (open_stages,) = session.handle(machine.Planned(WITHOUT_B))
+    assert isinstance(open_stages, machine.OpenStages)
+    assert session.state is State.OPENING
+    (replan,) = session.handle(machine.StageFailed(2, 1, OutOfMemory("full"), C))
+    assert isinstance(replan, machine.Replan)
+    assert session.rooted == PLAN, "the source still has all KV"
+
+
+def test_trying_has_an_end() -> None:
+    session = in_state(State.RECOVERING)
+    for _ in range(MAX_ATTEMPTS):
+        session.handle(machine.Planned(WITHOUT_B))
+        session.handle(machine.StageFailed(session.epoch, 1, OutOfMemory("full"), C))
+    commands = session.handle(machine.Planned(WITHOUT_B))
+    assert session.state is State.SUSPENDED
+    assert isinstance(commands[-1], machine.EmitSuspended)
+    assert isinstance(commands[-1].error, OutOfMemory)
+
+
+def test_whoever_takes_over_finds_the_stages_open() -> None:
+    session = in_state(State.DECODING)
+    commands = session.handle(EVENTS[machine.Released])
+    assert not any(isinstance(command, machine.CloseStages) for command in commands)
+    assert session.state is State.CANCELLED
+
+
+def test_what_another_coordinator_made_meanwhile_is_emitted_once_and_its_epochs_are_past() -> None:
+    session = in_state(State.RECOVERING)
+    assert session.handle(EVENTS[machine.Reclaimed]) == [machine.EmitToken(1, 8, None, None)]
+    session.handle(machine.Planned(WITHOUT_B))
+    assert session.epoch == 1001
+
+
+def test_the_loss_of_a_peer_outside_the_plan_changes_nothing() -> None:
+    session = in_state(State.DECODING)
+    assert session.handle(machine.PeerGone(C, "killed")) == []
+    assert session.state is State.DECODING
+
+
+def test_credit_grows_half_a_window_at_a_time() -> None:
+    session = in_state(State.DECODING)
+    granted = [command for read in range(1, CREDIT_TOKENS + 1) for command in session.handle(machine.TokensRead(read))]
+    assert granted == [
+        machine.GrantCredit(1, A, CREDIT_TOKENS + CREDIT_TOKENS // 2),
+        machine.GrantCredit(1, A, 2 * CREDIT_TOKENS),
+    ]
+
+
+def test_credit_that_grows_without_a_plan_is_told_by_the_next_open() -> None:
+    session = in_state(State.RECOVERING)
+    assert session.handle(machine.TokensRead(CREDIT_TOKENS)) == []
+    (command,) = session.handle(machine.Planned(WITHOUT_B))
+    assert isinstance(command, machine.OpenStages)
+    assert command.credit == 2 * CREDIT_TOKENS
+
+
+def test_an_end_is_emitted_once_whatever_comes_after() -> None:
+    session = in_state(State.FINISHED)
+    for kind, event in EVENTS.items():
+        if kind is not machine.Planned:
+            assert session.handle(event) == []
+
+
+PLANS = st.sampled_from([PLAN, WITHOUT_B, plan_of((C, 0, 5)), plan_of((A, 0, 2), (A, 2, 5))])
+
+
+@given(st.lists(st.sampled_from([*EVENTS.values(), *[EVENTS[machine.StageOpened]] * 6]), max_size=60), st.data())
+def test_invariants_hold_under_any_order_of_events(events: list[machine.Event], data: st.DataObject) -> None:
+    session = Session(SessionId("s"), PROMPT)
+    emitted: list[int] = []
+    epochs: list[int] = []
+    ends = 0
+    for event in events:
+        match event:
+            case machine.TokenArrived():
+                if len(session.tokens) >= session.credit:
+                    continue  # stage 0 obeys the credit
+                event = machine.TokenArrived(session.epoch, data.draw(st.integers(0, len(session.tokens) + 1)), 7)
+            case machine.Planned():
+                event = machine.Planned(data.draw(PLANS))
+            case machine.StageOpened():
+                stages = len(session.plan.stages) if session.plan else 1
+                held = Held(data.draw(st.integers(0, 20)))
+                event = machine.StageOpened(session.epoch, data.draw(st.integers(0, stages - 1)), held)
+            case machine.StageFailed():
+                event = machine.StageFailed(session.epoch, 0, OutOfMemory("no room"), data.draw(st.sampled_from([None, A, B])))
+        try:
+            commands = session.handle(event)
+        except IllegalTransition:
+            continue
+        session.validate()
+        epochs.append(session.epoch)
+        emitted += [command.index for command in commands if isinstance(command, machine.EmitToken)]
+        ends += sum(isinstance(command, machine.EmitEnd) for command in commands)
+    assert emitted == list(range(len(emitted)))
+    assert epochs == sorted(epochs)
+    assert ends == (session.state in TERMINAL)

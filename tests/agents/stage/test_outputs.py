@@ -1,0 +1,128 @@
+"""Kept outputs: what goes in comes out, in one budget, and the newest positions stay in one piece."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshd.agents.stage.outputs import OutputLog, Outputs
+from meshd.errors import LocalFault
+
+WIDTH = 16
+
+
+def hidden(start: int, tokens: int, mark: float = 0) -> np.ndarray:
+    return np.repeat(np.arange(start, start + tokens, dtype=np.float32)[:, None], WIDTH, 1) + np.float32(mark)
+
+
+def kept(log: OutputLog) -> tuple[int, int]:
+    return log.kept_from, log.kept_to
+
+
+def filled(outputs: Outputs, *sizes: int) -> OutputLog:
+    log = outputs.open()
+    for size in sizes:
+        outputs.append(log, log.kept_to, hidden(log.kept_to, size))
+    return log
+
+
+def test_any_range_of_what_was_kept_is_given_back() -> None:
+    log = filled(Outputs(1 << 20), 5, 1, 1, 7, 1)
+    for start in range(15):
+        for end in range(start + 1, 16):
+            assert np.array_equal(log.rows(start, end), hidden(start, end - start))
+    for start, end in ((0, 16), (-1, 3), (4, 4), (5, 4)):
+        with pytest.raises(LocalFault):
+            log.rows(start, end)
+
+
+def test_a_whole_step_is_given_back_without_a_copy() -> None:
+    outputs = Outputs(1 << 20)
+    log, part = outputs.open(), hidden(0, 4)
+    outputs.append(log, 0, part)
+    assert log.rows(1, 4).base is part
+
+
+def test_a_gap_begins_the_log_anew() -> None:
+    outputs = Outputs(1 << 20)
+    log = filled(outputs, 5)
+    outputs.append(log, 7, hidden(7, 2))
+    assert kept(log) == (7, 9)
+    outputs.drop(log)
+    assert outputs.used_bytes == 0
+
+
+@pytest.mark.parametrize("end", [0, 1, 5, 6, 9, 12, 20])
+def test_what_is_cut_off_can_be_computed_anew(end: int) -> None:
+    outputs = Outputs(1 << 20)
+    log = filled(outputs, 5, 1, 6)
+    outputs.cut(log, end)
+    assert kept(log) == (0, min(end, 12))
+    outputs.append(log, end, hidden(end, 3, mark=0.5))
+    assert kept(log) == (0 if end <= 12 else 20, end + 3)
+    assert np.array_equal(log.rows(end, end + 3), hidden(end, 3, mark=0.5))
+    outputs.drop(log)
+    outputs.drop(log)
+    assert outputs.used_bytes == 0
+
+
+def test_when_it_is_full_the_log_that_was_not_used_for_longest_goes() -> None:
+    outputs = Outputs(10_000)
+    first, second = filled(outputs, 40), filled(outputs, 40)
+    outputs.append(first, 40, hidden(40, 1))
+    third = filled(outputs, 70)
+    assert kept(first) == (0, 41)
+    assert kept(second) == (40, 40)
+    assert kept(third) == (0, 70)
+    outputs.append(second, 40, hidden(40, 1))
+    assert kept(second) == (40, 41), "it begins anew where its stage is"
+
+
+def test_a_pinned_log_stays() -> None:
+    outputs = Outputs(10_000)
+    first, second = filled(outputs, 40), filled(outputs, 40)
+    first.pinned = True
+    filled(outputs, 80)
+    assert kept(first) == (0, 40)
+    assert kept(second) == (40, 40)
+
+
+def test_a_log_that_fills_the_room_alone_loses_its_beginning() -> None:
+    outputs = Outputs(10_000)
+    log = filled(outputs, *[1] * 200)
+    assert log.kept_to == 200
+    assert 150 < log.kept_from < 190
+    assert np.array_equal(log.rows(log.kept_from, 200), hidden(log.kept_from, 200 - log.kept_from))
+
+
+def test_a_step_larger_than_the_room_is_not_kept() -> None:
+    outputs = Outputs(1000)
+    log = filled(outputs, 100)
+    assert kept(log) == (100, 100)
+    assert outputs.used_bytes == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["append", "cut", "gap", "drop"]), st.integers(1, 30)), max_size=60))
+def test_the_budget_is_kept_and_every_byte_is_counted(actions: list[tuple[int, str, int]]) -> None:
+    outputs = Outputs(6000)
+    logs = [outputs.open() for _ in range(4)]
+    for which, action, size in actions:
+        log = logs[which]
+        if action == "append":
+            outputs.append(log, log.kept_to, hidden(log.kept_to, size))
+        elif action == "gap":
+            outputs.append(log, log.kept_to + size, hidden(log.kept_to + size, size))
+        elif action == "cut":
+            outputs.cut(log, max(0, log.kept_to - size))
+        else:
+            outputs.drop(log)
+            logs[which] = outputs.open()
+        assert outputs.used_bytes <= 6000
+        assert outputs.used_bytes == sum(part.nbytes + 160 for log in logs for part in log.parts)
+        for log in logs:
+            assert 0 <= log.kept_from <= log.kept_to
+            if log.parts:
+                assert np.array_equal(log.rows(*kept(log))[:, 0], np.arange(*kept(log)))
+    for log in logs:
+        outputs.drop(log)
+    assert outputs.used_bytes == 0

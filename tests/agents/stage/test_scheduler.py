@@ -1,0 +1,40 @@
+"""Which ready step is next: decodes first, prefill never starved, first come first served."""
+
+from types import SimpleNamespace
+from typing import Any
+
+from meshd.agents.stage.scheduler import StepQueue
+from meshd.agents.stage.session import Step
+
+
+def step(number: int, *, prefill: bool) -> Step:
+    return Step(number, 1, False, prefill)
+
+
+def drained(queue: StepQueue) -> list[tuple[int, bool]]:
+    taken = []
+    while (job := queue.take()) is not None:
+        taken.append((job[1].position, job[1].prefill))
+    return taken
+
+
+def test_decodes_go_first_each_in_order() -> None:
+    queue, active = StepQueue(), SimpleNamespace()
+    some: Any = active
+    for number, prefill in ((0, True), (1, False), (2, True), (3, False)):
+        queue.put(some, step(number, prefill=prefill))
+    assert drained(queue) == [(1, False), (3, False), (0, True), (2, True)]
+
+
+def test_a_prefill_has_its_turn_after_eight_decodes() -> None:
+    queue = StepQueue()
+    some: Any = SimpleNamespace()
+    queue.put(some, step(0, prefill=True))
+    for number in range(1, 20):
+        queue.put(some, step(number, prefill=False))
+    assert [number for number, prefill in drained(queue) if prefill] == [0]
+    queue.put(some, step(0, prefill=True))
+    for number in range(1, 20):
+        queue.put(some, step(number, prefill=False))
+    order = [prefill for _, prefill in drained(queue)]
+    assert order.index(True) <= 8

@@ -1,0 +1,69 @@
+"""Bodies: any bytes are either a request or an error that says where."""
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshd.api.http.body import decode_body
+from meshd.api.openai.chat.schemas import ChatRequest
+from meshd.api.openai.completions.schemas import CompletionRequest
+from meshd.api.openai.responses.request import ResponseRequest
+from meshd.clock import SystemClock
+from meshd.errors import InvalidRequest
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+COMPLETION = {"model": "m", "prompt": "x"}
+RESPONSE = {"model": "m", "input": "x"}
+json_values = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=8),
+    st.lists(st.integers() | st.text(max_size=4), max_size=3),
+    st.dictionaries(st.text(max_size=4), st.integers() | st.text(max_size=4), max_size=3),
+)
+
+
+def wrong_field(body: dict[str, Any], shape: type[ChatRequest] | type[CompletionRequest] | type[ResponseRequest]) -> str | None:
+    """The field that an error names; "" if the body is fine."""
+    try:
+        decode_body(msgspec.json.encode(body), shape).wanted(SystemClock())
+    except InvalidRequest as error:
+        return error.param
+    return ""
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes(data: bytes) -> None:
+    with pytest.raises(InvalidRequest):
+        decode_body(data, ChatRequest)
+
+
+@given(field=st.sampled_from(ChatRequest.__struct_fields__), value=json_values)
+def test_any_value_of_a_field_of_a_chat(field: str, value: object) -> None:
+    named = wrong_field(CHAT | {field: value}, ChatRequest)
+    assert named is not None
+    assert named == "" or named.startswith(field)
+
+
+@given(field=st.sampled_from(CompletionRequest.__struct_fields__), value=json_values)
+def test_any_value_of_a_field_of_a_completion(field: str, value: object) -> None:
+    named = wrong_field(COMPLETION | {field: value}, CompletionRequest)
+    assert named is not None
+    assert named == "" or named.startswith(field)
+
+
+@given(field=st.sampled_from(ResponseRequest.__struct_fields__), value=json_values)
+def test_any_value_of_a_field_of_a_response(field: str, value: object) -> None:
+    named = wrong_field(RESPONSE | {field: value}, ResponseRequest)
+    assert named is not None
+    assert named == "" or named.startswith(field)
+
+
+@given(field=st.text(min_size=1, max_size=12).filter(lambda name: name not in ChatRequest.__struct_fields__))
+def test_any_other_field(field: str) -> None:
+    assert wrong_field(CHAT | {field: 1}, ChatRequest)

@@ -1,0 +1,116 @@
+"""Several iterators as one: order, limits, errors and closing."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from meshd.api.http.merge import beside, closing, merged
+
+
+async def count(to: int, log: list[str], name: str) -> AsyncIterator[int]:
+    try:
+        for number in range(to):
+            log.append(f"{name}{number}")
+            yield number
+    finally:
+        log.append(f"{name} closed")
+
+
+async def fail_after(to: int) -> AsyncIterator[int]:
+    for number in range(to):
+        yield number
+    raise ValueError("after all")
+
+
+async def test_each_source_keeps_its_order_and_all_is_there() -> None:
+    async with merged([count(5, [], "a"), count(7, [], "b"), count(0, [], "c")]) as items:
+        got = [item async for item in items]
+    assert [number for index, number in got if index == 0] == list(range(5))
+    assert [number for index, number in got if index == 1] == list(range(7))
+    assert len(got) == 12
+
+
+async def test_an_error_comes_after_what_its_source_gave() -> None:
+    async with merged([fail_after(3)]) as items:
+        assert [await anext(items) for _ in range(3)] == [(0, 0), (0, 1), (0, 2)]
+        with pytest.raises(ValueError, match="after all"):
+            await anext(items)
+
+
+async def test_a_quick_source_does_not_keep_out_the_others() -> None:
+    async with merged([count(10**9, [], "a"), count(10**9, [], "b")], limit=4) as items:
+        indices = [(await anext(items))[0] for _ in range(100)]
+    assert indices.count(0) == pytest.approx(50, abs=8)
+
+
+async def test_an_error_closes_the_other_sources() -> None:
+    log: list[str] = []
+    with pytest.raises(ValueError, match="after all"):  # noqa: PT012
+        async with merged([count(10**9, log, "a"), fail_after(3)], limit=2) as items:
+            async for _ in items:
+                pass
+    assert log[-1] == "a closed"
+
+
+async def test_a_reader_that_stops_closes_the_sources_and_they_never_ran_far_ahead() -> None:
+    log: list[str] = []
+    async with merged([count(10**9, log, "a")], limit=4) as items:
+        await anext(items)
+        await asyncio.sleep(0)
+    assert log[-1] == "a closed"
+    assert len(log) <= 1 + 4 + 2 + 1
+
+
+async def test_the_blocks_own_error_comes_out_as_it_is() -> None:
+    log: list[str] = []
+    with pytest.raises(KeyError):  # noqa: PT012
+        async with merged([count(10**9, log, "a")]) as items:
+            await anext(items)
+            raise KeyError
+    assert log[-1] == "a closed"
+
+
+async def test_cancelling_the_reader_closes_the_sources() -> None:
+    log: list[str] = []
+    started = asyncio.Event()
+
+    async def read() -> None:
+        async with merged([count(10**9, log, "a")], limit=1) as items:
+            async for _ in items:
+                started.set()
+                await asyncio.Event().wait()
+
+    task = asyncio.create_task(read())
+    await started.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert log[-1] == "a closed"
+
+
+async def test_a_task_beside_a_block_ends_with_it() -> None:
+    ended = asyncio.Event()
+
+    async def companion() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async with beside(companion()):
+        await asyncio.sleep(0)
+        assert not ended.is_set()
+    assert ended.is_set()
+
+
+async def test_closing_takes_iterators_that_can_not_be_closed() -> None:
+    class One:
+        def __aiter__(self) -> "One":
+            return self
+
+        async def __anext__(self) -> int:
+            raise StopAsyncIteration
+
+    async with closing(One()) as items:
+        assert [item async for item in items] == []

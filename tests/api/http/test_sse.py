@@ -1,0 +1,116 @@
+"""Event streams as they lie on the wire: opening, keep-alive, back-pressure, the end."""
+
+import asyncio
+import re
+from typing import Any
+
+import aiohttp
+import pytest
+
+from meshd.api.http.app import Server
+from meshd.api.http.services import Limits
+
+CHAT = {"model": "words", "messages": [{"role": "user", "content": "hello"}], "stream": True, "max_tokens": 4}
+
+
+async def test_a_chat_stream_byte_for_byte(http: aiohttp.ClientSession) -> None:
+    async with http.post("/v1/chat/completions", json=CHAT | {"max_tokens": 1, "temperature": 0}) as response:
+        assert response.status == 200
+        assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+        assert response.headers["Cache-Control"] == "no-cache"
+        text = await response.text()
+    events = text.split("\n\n")
+    assert re.fullmatch(
+        r'id: 0\ndata: {"id":"chatcmpl-[0-9a-f]{32}","created":\d{10},"model":"words","system_fingerprint":"fp_[0-9a-f]{10}",'
+        r'"object":"chat.completion.chunk","choices":\[{"index":0,"delta":{"role":"assistant","content":"","refusal":null},'
+        r'"logprobs":null,"finish_reason":null}\],"service_tier":"default"}',
+        events[0],
+    )
+    assert '"delta":{"content":" große"},"logprobs":null,"finish_reason":null' in events[1]
+    assert '"delta":{},"logprobs":null,"finish_reason":"length"' in events[2]
+    assert [event.split("\n")[0] for event in events[:3]] == ["id: 0", "id: 1", "id: 2"]
+    assert events[3:] == ["data: [DONE]", ""]
+
+
+async def test_usage_is_null_but_in_the_last_chunk(http: aiohttp.ClientSession, events_of: Any) -> None:
+    for path, prompt in (("/v1/chat/completions", {}), ("/v1/completions", {"prompt": "hello"})):
+        body = {name: value for name, value in CHAT.items() if path.endswith("chat/completions") or name != "messages"}
+        async with http.post(path, json=body | prompt | {"stream_options": {"include_usage": True}}) as response:
+            *chunks, last, done = await events_of(response)
+        assert done == "[DONE]"
+        assert all(chunk["usage"] is None for chunk in chunks)
+        assert last["choices"] == []
+        assert set(last["usage"]) == {"prompt_tokens", "completion_tokens", "total_tokens"}
+    async with http.post("/v1/chat/completions", json=CHAT) as response:
+        assert not any("usage" in chunk for chunk in await events_of(response))
+
+
+async def test_nothing_is_sent_before_admission(http: aiohttp.ClientSession, coordinator: Any) -> None:
+    asking = asyncio.create_task(http.post("/v1/chat/completions", json=CHAT | {"model": "queued"}))
+    await coordinator.until(lambda c: c.waiting == 1)
+    assert not asking.done()
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+
+
+async def test_headers_come_with_admission(http: aiohttp.ClientSession) -> None:
+    for path, prompt in (("/v1/chat/completions", {"messages": CHAT["messages"]}), ("/v1/completions", {"prompt": "hello"})):
+        async with http.post(path, json={"model": "prefills", "stream": True} | prompt) as response:
+            assert response.status == 200
+            assert len(response.headers["x-meshd-session"]) == 32
+
+
+async def test_several_answers_start_before_all_are_admitted(http: aiohttp.ClientSession, coordinator: Any, events_of: Any) -> None:
+    """More prompts than may run at once: the later ones are admitted as the first end."""
+    body = {"model": "words", "prompt": [f"p{i}" for i in range(20)], "stream": True, "max_tokens": 2}
+    async with http.post("/v1/completions", json=body) as response:
+        assert len(response.headers["x-meshd-session"].split(",")) <= 8
+        events = await events_of(response)
+    finished = sorted(event["choices"][0]["index"] for event in events[:-1] if event["choices"][0]["finish_reason"])
+    assert finished == list(range(20))
+    assert coordinator.running == 0
+
+
+class TestKeepAlive:
+    @pytest.fixture
+    def limits(self) -> Limits:
+        return Limits(keep_alive_s=0.01)
+
+    async def test_comments_come_while_the_prompt_is_read(self, http: aiohttp.ClientSession) -> None:
+        async with http.post("/v1/chat/completions", json=CHAT | {"model": "prefills"}) as response:
+            lines = [await response.content.readline() for _ in range(7)]
+        assert lines[1].startswith(b"data: ")
+        assert lines[3:7] == [b": keep-alive\n", b"\n"] * 2
+
+
+class TestSlowReader:
+    @pytest.fixture
+    def limits(self) -> Limits:
+        return Limits(write_s=0.2)
+
+    async def test_a_client_that_reads_nothing_stops_its_answer_and_is_let_go(
+        self, server: Server, coordinator: Any, telemetry: Any
+    ) -> None:
+        _, writer = await asyncio.open_connection(*server.address, limit=1024)
+        body = b'{"model": "endless", "prompt": "x", "stream": true, "max_tokens": 4000, "n": 8, "logprobs": 20}'
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        await coordinator.until(lambda c: c.running == 8)
+        await coordinator.until(lambda c: c.running == 0, within_s=10)
+        await server.aclose()
+        assert telemetry.registry.get_sample_value(
+            "meshd_requests_total", {"route": "/v1/completions", "outcome": "client_gone"}
+        )
+        writer.close()
+
+
+async def test_closing_ends_streams_with_an_error_event_within_a_second(http: aiohttp.ClientSession, server: Server) -> None:
+    chat = http.post("/v1/chat/completions", json=CHAT | {"model": "prefills"})
+    async with chat as answer, http.get("/mesh/v1/events") as events:
+        await answer.content.readline()
+        await events.content.readline()
+        async with asyncio.timeout(1):
+            await server.aclose()
+        for stream in (answer, events):
+            rest = await stream.text()
+            assert '"code":"cancelled"' in rest
+            assert "[DONE]" not in rest

@@ -1,0 +1,3 @@
+"""OpenAI's own client against the edge alone."""
+
+from fake_api.openai_suite import *  # noqa: F403

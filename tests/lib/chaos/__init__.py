@@ -1,0 +1,1 @@
+"""Clients, faults and verdicts of a chaos run."""

@@ -1,0 +1,77 @@
+"""`meshd` as it is, until SIGUSR1: then what its stages send is garbage for some seconds, as the file DIR/garbage says.
+
+    python tests/lib/chaos/garbage_daemon.py up --state DIR ...
+
+`{"kind": "nan" | "size" | "vocabulary" | "torn", "seconds": 4}`. Only what goes over links is spoilt, not what the peer tells
+itself.
+"""
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from meshd.agents.links.links import Links
+from meshd.cli import main
+from meshd.protocol.messages import Activation, KvBlocks, Lane, Message, Token
+from meshd.types import PeerId
+
+_real_send = Links.send
+_TORN_EVERY_S = 1.0
+
+
+class _Garbage:
+    """Stands in for `Links.send` while it lasts."""
+
+    def __init__(self, kind: str, seconds: float) -> None:
+        self._kind = kind
+        self._until = time.monotonic() + seconds
+        self._torn_at = 0.0
+
+    def begin(self) -> None:
+        def send(links: Links, peer: PeerId, message: Message, payload: Any = None) -> None:
+            if time.monotonic() > self._until:
+                Links.send = _real_send  # type: ignore[method-assign]
+            elif peer != links.id:
+                message, payload = self._spoil(links, peer, message, payload)
+            _real_send(links, peer, message, payload)
+
+        Links.send = send  # type: ignore[method-assign, assignment]
+
+    def _spoil(self, links: Links, peer: PeerId, message: Message, payload: Any) -> tuple[Message, Any]:
+        match self._kind, message:
+            case "nan", Activation() | KvBlocks():
+                return message, np.full(len(payload) // 4, np.nan, np.float32).data.cast("B")
+            case "nan", Token():
+                return msgspec.structs.replace(message, token=-1), payload
+            case "size", Activation():
+                return message, bytes(memoryview(payload).cast("B")[: memoryview(payload).nbytes // 2])
+            case "size", Token():
+                return msgspec.structs.replace(message, index=message.index + 7), payload
+            case "vocabulary", Activation():
+                return msgspec.structs.replace(message, hidden=message.hidden + 1), payload
+            case "vocabulary", Token():
+                return msgspec.structs.replace(message, token=2**30), payload
+            case "torn", Activation() | Token() if time.monotonic() > self._torn_at + _TORN_EVERY_S:
+                self._torn_at = time.monotonic()
+                link = links._table.get(peer)
+                if link is not None and Lane.CONTROL in link.lanes:
+                    link.lanes[Lane.CONTROL]._transport.write(b"\xff" * 97)
+        return message, payload
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    state = Path(sys.argv[sys.argv.index("--state") + 1])
+    told = json.loads((state / "garbage").read_text())
+    _Garbage(told["kind"], told["seconds"]).begin()
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGUSR1, _on_signal)
+    sys.exit(main())

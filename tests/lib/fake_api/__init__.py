@@ -1,0 +1,1 @@
+"""Servers and suites for tests of the HTTP API and its clients."""

@@ -1,0 +1,1 @@
+"""Real agents of several peers in one process."""

@@ -1,0 +1,60 @@
+"""Adverts of made-up peers that hold layers of a made-up model."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from in_process.clusters import make_card, make_holding
+from meshd.types import Advert, Capability, Holding, LinkStats, PeerId, Rates
+
+CARD = make_card(30)
+KV = 2048
+PLENTY = 4 << 30
+LINK = LinkStats(rtt_s=2e-4, bandwidth_bytes_s=1e8, hop_s=1e-4)
+
+
+def advert(
+    name: str,
+    *holdings: Holding,
+    memory: int = PLENTY,
+    gb_s: float = 10.0,
+    others: Sequence[str] = "abcde",
+    roles: tuple[str, ...] = ("compute",),
+    incarnation: int = 1,
+    draining: bool = False,
+) -> Advert:
+    """A peer with so much free memory beside what it holds, and links with `others`."""
+    rates = Rates(
+        decode_bytes_s=gb_s * 1e9,
+        prefill_flops_s=gb_s * 1e10,
+        memory_bytes_s=gb_s * 1e9,
+        attention_bytes_s=gb_s * 1e9,
+        disk_bytes_s=1e9,
+        layer_overhead_s=2e-5,
+    )
+    return Advert(
+        peer=PeerId(name),
+        name=name,
+        incarnation=incarnation,
+        revision=1,
+        version="",
+        capability=Capability(
+            backend="torch",
+            processor="",
+            threads=1,
+            memory_total_bytes=2 * memory,
+            memory_free_bytes=memory,
+            rates=rates,
+            roles=roles,
+        ),
+        holdings=holdings,
+        models=(CARD,),
+        links={PeerId(other): LINK for other in others if other != name},
+        draining=draining,
+    )
+
+
+def held(start: int, end: int, **fields: Any) -> Holding:
+    """Layers that lie on a peer, active unless told otherwise."""
+    return msgspec.structs.replace(make_holding(start, end, kv_tokens=fields.pop("kv_tokens", KV)), **fields)

@@ -1,0 +1,107 @@
+"""Peers with real identities and sockets, in one process."""
+
+import asyncio
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from meshd.agents.links.links import Links, LinkSettings
+from meshd.agents.links.table import Timing
+from meshd.clock import SystemClock
+from meshd.protocol.identity import ClusterKey, Identity, load_identity
+from meshd.protocol.messages import Hello
+from meshd.protocol.transport import Address
+from meshd.state import StateFolder
+from meshd.types import PeerId
+
+KEY = ClusterKey(bytes(32))
+SLOW = Timing()
+QUICK = Timing(heartbeat_s=0.05, silence_s=0.4, handshake_s=0.5, connect_s=0.2)
+WAIT_S = 5.0
+
+
+@dataclass
+class Peer:
+    """A peer whose links run, and what they told."""
+
+    links: Links
+    identity: Identity
+    port: int
+    task: asyncio.Task[None]
+    ups: asyncio.Queue[PeerId] = field(default_factory=asyncio.Queue)
+    downs: asyncio.Queue[tuple[PeerId, str]] = field(default_factory=asyncio.Queue)
+    story: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def id(self) -> PeerId:
+        return self.identity.peer
+
+    def dial(self, other: "Peer", host: str = "127.0.0.1", source: str = "static") -> None:
+        self.links.connect(host, other.port, source)
+
+    async def next_up(self) -> PeerId:
+        async with asyncio.timeout(WAIT_S):
+            return await self.ups.get()
+
+    async def next_down(self) -> tuple[PeerId, str]:
+        async with asyncio.timeout(WAIT_S):
+            return await self.downs.get()
+
+    async def stop(self) -> None:
+        await self.links.close("the test is over")
+        await self.task
+
+
+class Peers:
+    """Starts peers in the running event loop, and stops them all."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._started: list[Peer] = []
+
+    def start(
+        self,
+        name: str,
+        *,
+        key: ClusterKey = KEY,
+        timing: Timing = SLOW,
+        incarnation: int = 1,
+        folder: str = "",
+        host: str = "127.0.0.1",
+    ) -> Peer:
+        identity = load_identity(StateFolder.open(self._root / (folder or name)), key, os.urandom)
+        links = Links(
+            identity,
+            name,
+            incarnation,
+            LinkSettings(host=host, port=0, timing=timing),
+            SystemClock(),
+            on_up=lambda peer, hello, address: self._up(started, peer, hello, address),
+            on_down=lambda peer, reason: self._down(started, peer, reason),
+            on_notice=lambda text: started.notices.append(text),
+        )
+        port = links.bind()
+        started = Peer(links, identity, port, asyncio.get_running_loop().create_task(links.run()))
+        self._started.append(started)
+        return started
+
+    async def stop(self) -> None:
+        for peer in self._started:
+            await peer.stop()
+
+    def _up(self, started: Peer, peer: PeerId, hello: Hello, address: Address) -> None:
+        started.story.append(f"up {hello.name}")
+        started.ups.put_nowait(peer)
+
+    def _down(self, started: Peer, peer: PeerId, reason: str) -> None:
+        started.story.append(f"down: {reason}")
+        started.downs.put_nowait((peer, reason))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what has no event of its own."""
+    async with asyncio.timeout(WAIT_S):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)

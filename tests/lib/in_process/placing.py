@@ -1,0 +1,92 @@
+"""A router over a made-up cluster: its peers advertise, and load what they are asked to."""
+
+import asyncio
+from typing import Any, cast
+
+import msgspec
+
+from in_process.clusters import make_adverts
+from meshd.agents.links.links import Links
+from meshd.agents.placement.client import Placer
+from meshd.agents.placement.model_library import Library
+from meshd.agents.session.plan.route import Router
+from meshd.clock import SystemClock
+from meshd.errors import RemoteFailure
+from meshd.planner.profile import PeerProfile
+from meshd.protocol.messages import Message, Place, Placed, Request
+from meshd.types import Advert, Holding, PeerId
+
+
+class Cluster:
+    """Stands for the links and the peer table of one peer."""
+
+    def __init__(self, *peers: PeerProfile, **fields: Any) -> None:
+        self.adverts = {advert.peer: advert for advert in make_adverts(*peers, **fields)}
+        self.suspects: list[Advert] = []
+        self.asked: list[tuple[PeerId, Place]] = []
+        self.refusing: dict[PeerId, str] = {}
+        self.load_s = 0.0
+        self.tell_s = 0.0
+        """Until what was loaded is advertised."""
+        self._requests = 0
+        names = {peer.id: peer.name for peer in peers}
+        self.placer = Placer(
+            links=cast("Links", self),
+            library=cast("Library", None),
+            adverts=self.live,
+            names=lambda peer: names.get(peer, peer[:8]),
+            clock=SystemClock(),
+        )
+        self.router = Router(
+            me=peers[0].id, library=cast("Library", None), placer=self.placer, adverts=self.live, suspects=lambda: self.suspects
+        )
+
+    def live(self) -> list[Advert]:
+        return list(self.adverts.values())
+
+    def lose(self, *names: str) -> frozenset[PeerId]:
+        """These peers are gone."""
+        gone = frozenset(PeerId(f"{name}-id") for name in names)
+        for peer in gone:
+            del self.adverts[peer]
+        return gone
+
+    def change(self, name: str, **fields: Any) -> None:
+        """Something else in a peer's advert."""
+        peer = PeerId(f"{name}-id")
+        self.adverts[peer] = msgspec.structs.replace(self.adverts[peer], **fields)
+
+    # What the placer needs of the links
+
+    def next_request(self) -> int:
+        self._requests += 1
+        return self._requests
+
+    async def request(self, peer: PeerId, message: Request, *, timeout_s: float) -> tuple[Message, memoryview]:
+        assert isinstance(message, Place)
+        self.asked.append((peer, message))
+        if peer in self.refusing:
+            raise RemoteFailure("no more", remote_code=self.refusing[peer])
+        advert = self.adverts[peer]
+        self.adverts[peer] = msgspec.structs.replace(advert, holdings=(*advert.holdings, _holding(message, "loading")))
+        await asyncio.sleep(self.load_s)
+        if self.tell_s:
+            asyncio.get_running_loop().call_later(self.tell_s, self._loaded, peer, message)
+        else:
+            self._loaded(peer, message)
+        return Placed(request=message.request, layers=message.layers, kv_tokens=message.kv_tokens), memoryview(b"")
+
+    def _loaded(self, peer: PeerId, wanted: Place) -> None:
+        advert = self.adverts[peer]
+        self.adverts[peer] = msgspec.structs.replace(advert, holdings=(*advert.holdings[:-1], _holding(wanted, "active")))
+
+
+def _holding(wanted: Place, state: str) -> Holding:
+    return Holding(
+        model=wanted.model,
+        layers=wanted.layers,
+        state=state,
+        progress=1.0 if state == "active" else 0.5,
+        kv_tokens_total=wanted.kv_tokens,
+        kv_tokens_free=wanted.kv_tokens,
+    )

@@ -1,0 +1,223 @@
+"""Where daemons of a test run: hosts in network namespaces, or processes of this machine.
+
+Either way they are started, struck and reached alike.
+"""
+
+import ctypes
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+_BESIDE = Path(__file__).resolve().parents[3].parent / "shared/netlab/netlab.py"
+"""Beside the repository, unless MESHD_NETLAB names another place."""
+_API_PORT, _LINK_PORT = 6374, 6375
+_CLONE_NEWNET = 0x40000000
+_RUN_S = 60.0
+
+
+def find_netlab() -> Any:
+    """The module that makes hosts, or a text that says why it can't be used."""
+    path = Path(os.environ.get("MESHD_NETLAB", _BESIDE))
+    if not path.is_file():
+        return f"no netlab at {path} (MESHD_NETLAB names another)"
+    if os.geteuid() != 0:
+        return "netlab needs root"
+    if (module := sys.modules.get("netlab")) is not None:
+        return module
+    spec = importlib.util.spec_from_file_location("netlab", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class Site(Protocol):
+    """Names of peers, and what can be done to each."""
+
+    names: tuple[str, ...]
+    has_network: bool
+    """Links can be cut and slowed, each by itself."""
+
+    def flags(self, name: str) -> list[str]:
+        """Where a daemon listens and how it finds the others."""
+        ...
+
+    def popen(self, name: str, command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]": ...
+
+    def run(self, name: str, command: Sequence[str]) -> str:
+        """A command in a peer's host, to its end; what it says."""
+        ...
+
+    def api(self, name: str) -> str:
+        """A daemon's API as seen in its own host."""
+        ...
+
+    def connect(self, name: str, timeout_s: float, *, inside: bool = False) -> socket.socket:
+        """To a daemon's API: over the network, or from within its own host, which no cut hinders. Raises: OSError."""
+        ...
+
+    def cut(self, name: str, mode: str) -> None:
+        """`silent`, `in` or `out`: frames vanish, nobody is told."""
+        ...
+
+    def heal(self, name: str) -> None: ...
+
+    def shape(self, name: str, rate: str, delay: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class LabSite:
+    """A host for each peer, and one more for the clients."""
+
+    has_network = True
+
+    def __init__(self, netlab: Any, peers: int) -> None:
+        self._lab = netlab.Lab(hosts=peers + 1)
+        self._lab.up()
+        *names, self._client = self._lab.hosts
+        self.names = tuple(names)
+        self._change = threading.Lock()
+
+    def flags(self, name: str) -> list[str]:
+        return ["--api", f"0.0.0.0:{_API_PORT}", "--link", f"0.0.0.0:{_LINK_PORT}"]
+
+    def popen(self, name: str, command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
+        with log.open("ab") as output:
+            process: subprocess.Popen[bytes] = self._lab.popen(
+                name, list(command), stdin=subprocess.PIPE, stdout=output, stderr=output, env=_environment()
+            )
+        return process
+
+    def run(self, name: str, command: Sequence[str]) -> str:
+        done = self._lab.run(name, list(command), timeout=_RUN_S, env=_environment())
+        return str(done.stdout) + str(done.stderr)
+
+    def api(self, name: str) -> str:
+        return f"http://127.0.0.1:{_API_PORT}"
+
+    def connect(self, name: str, timeout_s: float, *, inside: bool = False) -> socket.socket:
+        address = "127.0.0.1" if inside else self._lab.ip(name)
+        with _within(f"/run/netns/{self._lab.ns(name if inside else self._client)}"):
+            return socket.create_connection((address, _API_PORT), timeout_s)
+
+    def cut(self, name: str, mode: str) -> None:
+        with self._change:
+            self._lab.cut(name, mode)
+
+    def heal(self, name: str) -> None:
+        with self._change:
+            self._lab.heal(name)
+
+    def shape(self, name: str, rate: str, delay: str) -> None:
+        with self._change:
+            self._lab.shape(name, rate=rate, delay=delay)
+
+    def close(self) -> None:
+        self._lab.down()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class LocalSite:
+    """Processes on the loopback address: they can be killed, frozen and stopped, their links are all one."""
+
+    has_network = False
+
+    def __init__(self, peers: int) -> None:
+        self.names = tuple(f"h{number + 1}" for number in range(peers))
+        ports = _free_ports(2 * peers)
+        self._api = dict(zip(self.names, ports[:peers], strict=True))
+        self._link = dict(zip(self.names, ports[peers:], strict=True))
+
+    def flags(self, name: str) -> list[str]:
+        others = [part for other, port in self._link.items() if other != name for part in ("--peer", f"127.0.0.1:{port}")]
+        where = ["--api", f"127.0.0.1:{self._api[name]}", "--link", f"127.0.0.1:{self._link[name]}"]
+        return [*where, "--discovery", "static", *others]
+
+    def popen(self, name: str, command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
+        with log.open("ab") as output:
+            return subprocess.Popen(
+                list(command), stdin=subprocess.PIPE, stdout=output, stderr=output, env=_environment(), start_new_session=True
+            )
+
+    def run(self, name: str, command: Sequence[str]) -> str:
+        done = subprocess.run(list(command), capture_output=True, text=True, timeout=_RUN_S, env=_environment(), check=False)
+        return done.stdout + done.stderr
+
+    def api(self, name: str) -> str:
+        return f"http://127.0.0.1:{self._api[name]}"
+
+    def connect(self, name: str, timeout_s: float, *, inside: bool = False) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self._api[name]), timeout_s)
+
+    def cut(self, name: str, mode: str) -> None:
+        raise NotImplementedError("processes of one machine have no links of their own")
+
+    def heal(self, name: str) -> None:
+        """Nothing was cut."""
+
+    def shape(self, name: str, rate: str, delay: str) -> None:
+        raise NotImplementedError("processes of one machine have no links of their own")
+
+    def close(self) -> None:
+        """Nothing is left of it."""
+
+
+def make_site(peers: int) -> tuple[Site, str]:
+    """Hosts if that is possible, else processes and the reason."""
+    netlab = find_netlab()
+    if isinstance(netlab, str):
+        return LocalSite(peers), netlab
+    return LabSite(netlab, peers), ""
+
+
+def strike(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
+    """A signal to a daemon, if it still runs."""
+    with suppress(ProcessLookupError):
+        process.send_signal(number)
+
+
+@contextmanager
+def _within(namespace: str) -> Iterator[None]:
+    """This thread's new sockets belong to another network namespace meanwhile."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def enter(descriptor: int) -> None:
+        if libc.setns(descriptor, _CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"can't enter {namespace}")
+
+    with open("/proc/thread-self/ns/net") as home, open(namespace) as other:
+        enter(other.fileno())
+        try:
+            yield
+        finally:
+            enter(home.fileno())
+
+
+def _free_ports(count: int) -> list[int]:
+    opened = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in opened]
+    for one in opened:
+        one.close()
+    return ports
+
+
+def _environment() -> dict[str, str]:
+    """Without this user's own settings of meshd; where its caches and models lie is a setting, not a habit."""
+    kept = {"MESHD_CACHE", "MESHD_MODELS_DIR", "MESHD_HF_CACHE"}
+    return {name: value for name, value in os.environ.items() if not name.startswith("MESHD_") or name in kept}

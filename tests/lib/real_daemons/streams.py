@@ -1,0 +1,279 @@
+"""Answers as a client reads them: streamed, timed event by event, and gone on with at another peer when a connection breaks."""
+
+import contextlib
+import http.client
+import json
+import math
+import random
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from real_daemons.mesh import MODEL, MeshBroken, http_to
+from real_daemons.sites import Site
+
+_PREFIX = {"/v1/chat/completions": "chatcmpl-", "/v1/completions": "cmpl-", "/v1/responses": "resp_"}
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """One request, whatever peer it is sent to."""
+
+    name: str
+    path: str
+    body: dict[str, Any]
+
+
+class Refused(Exception):
+    """Answered with an error in place of a stream."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(f"{status} {code}: {message}")
+        self.status, self.code = status, code
+
+
+class Interrupted(Exception):
+    """The stream ended with an error event, or without its end."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """As shown with logprobs asked for."""
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...]
+
+
+@dataclass(slots=True)
+class Answer:
+    """What a client has of one answer, over all the streams in which it came."""
+
+    spec: Spec
+    session: str = ""
+    last_event: int | None = None
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    finish: str = ""
+    completion_tokens: int | None = None
+    ended: bool = False
+    plan: str = ""
+    asked_at: float = 0.0
+    begun_at: float = 0.0
+    """When the status line came: the session is open."""
+    times: list[float] = field(default_factory=list)
+    """When each event with text or tokens came."""
+    repeated: int = 0
+    """Events whose number was had already."""
+    skipped: int = 0
+    """Numbers that were left out."""
+
+    @property
+    def id(self) -> str:
+        """As its events carry it; what to resume with."""
+        return _PREFIX[self.spec.path] + self.session
+
+    def same_as(self, calm: "Answer") -> list[str]:
+        """How it differs from the fault-free answer: nothing, or a line for each thing."""
+        told = [f"{self.repeated} events repeated"] * bool(self.repeated) + [f"{self.skipped} events left out"] * bool(self.skipped)
+        if self.tokens != calm.tokens:
+            told.append(f"tokens differ: {_difference(self.tokens, calm.tokens)}")
+        if self.text != calm.text:
+            told.append(f"text differs: {_difference(list(self.text), list(calm.text))}")
+        if self.finish != calm.finish:
+            told.append(f"it ended by {self.finish!r}, not {calm.finish!r}")
+        if self.completion_tokens != calm.completion_tokens:
+            told.append(f"{self.completion_tokens} completion tokens are told, not {calm.completion_tokens}")
+        return told
+
+    def take(self, number: int | None, event: dict[str, Any], at: float) -> None:
+        """One event of the stream. Raises: Interrupted, if it is an error."""
+        if event.get("error"):
+            raise Interrupted(str(event["error"].get("code")), str(event["error"].get("message")))
+        if number is not None and not self._is_next(number):
+            return
+        if "type" in event:
+            self._take_response(event, at)
+        else:
+            self._take_chunk(event, at)
+
+    def _is_next(self, number: int) -> bool:
+        if self.last_event is not None:
+            if number <= self.last_event:
+                self.repeated += 1
+                return False
+            self.skipped += number - self.last_event - 1
+        self.last_event = number
+        return True
+
+    def _take_chunk(self, event: dict[str, Any], at: float) -> None:
+        if event.get("usage"):
+            self.completion_tokens = event["usage"]["completion_tokens"]
+        for choice in event["choices"]:
+            piece = choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+            self._add(piece, _tokens_of(choice.get("logprobs")), at)
+            self.finish = choice["finish_reason"] or self.finish
+
+    def _take_response(self, event: dict[str, Any], at: float) -> None:
+        match event["type"]:
+            case "response.output_text.delta":
+                self._add(event["delta"], [_token(one) for one in event.get("logprobs") or ()], at)
+            case "response.completed" | "response.incomplete":
+                response = event["response"]
+                self.finish = response["status"]
+                self.completion_tokens = response["usage"]["output_tokens"]
+                self.ended = True
+            case "response.failed" | "error":
+                error = event.get("response", event).get("error") or event
+                raise Interrupted(str(error.get("code")), str(error.get("message")))
+
+    def _add(self, piece: str, tokens: list[Token], at: float) -> None:
+        if piece or tokens:
+            self.text += piece
+            self.tokens.extend(tokens)
+            self.times.append(at)
+
+
+def ask(site: Site, at: str, answer: Answer, mesh: dict[str, Any], *, silence_s: float) -> None:
+    """Send the request and read its answer to the end. Raises: Refused, Interrupted, OSError, HTTPException."""
+    answer.asked_at = time.monotonic()
+    body = answer.spec.body | {"stream": True, "mesh": mesh}
+    _read(site, at, "POST", answer.spec.path, body, answer, silence_s)
+
+
+def go_on(site: Site, at: str, answer: Answer, *, silence_s: float) -> None:
+    """Resume an answer at any peer after the last event that came. Raises: as `ask`."""
+    after = "" if answer.last_event is None else f"&starting_after={answer.last_event}"
+    _read(site, at, "GET", f"/v1/responses/{answer.id}?stream=true{after}", None, answer, silence_s)
+
+
+def _read(site: Site, at: str, method: str, path: str, body: Any, answer: Answer, silence_s: float) -> None:
+    connection, response = http_to(site, at, method, path, body, timeout_s=silence_s)
+    with contextlib.closing(connection):
+        if response.status != 200:
+            error = _error_of(response.read())
+            raise Refused(response.status, str(error.get("code")), str(error.get("message")))
+        answer.begun_at = answer.begun_at or time.monotonic()
+        answer.session = response.headers.get("x-meshd-session") or answer.session
+        answer.plan = response.headers.get("x-meshd-plan") or answer.plan
+        for number, event in _events(response):
+            if event is None:
+                answer.ended = True
+            else:
+                answer.take(number, event, time.monotonic())
+            if answer.ended:
+                return
+    raise Interrupted("torn", "the stream ended without its end")
+
+
+def _events(response: http.client.HTTPResponse) -> Iterator[tuple[int | None, dict[str, Any] | None]]:
+    """(number, event) of each; None for `[DONE]`. Raises: OSError when nothing comes for too long."""
+    number: int | None = None
+    while line := response.readline():
+        name, _, value = line.decode().rstrip("\r\n").partition(": ")
+        if name == "id":
+            number = int(value)
+        elif name == "data":
+            yield (number, None) if value == "[DONE]" else (number, json.loads(value))
+            number = None
+
+
+def _tokens_of(logprobs: Any) -> list[Token]:
+    """From either route's shape."""
+    if not logprobs:
+        return []
+    if "content" in logprobs:
+        return [_token(one) for one in logprobs["content"]]
+    tops = logprobs["top_logprobs"] or [{}] * len(logprobs["tokens"])
+    return [
+        Token(text, logprob, tuple(sorted(top.items())))
+        for text, logprob, top in zip(logprobs["tokens"], logprobs["token_logprobs"], tops, strict=True)
+    ]
+
+
+def _token(shown: dict[str, Any]) -> Token:
+    return Token(shown["token"], shown["logprob"], tuple((top["token"], top["logprob"]) for top in shown.get("top_logprobs") or ()))
+
+
+def _error_of(data: bytes) -> dict[str, Any]:
+    try:
+        error: dict[str, Any] = json.loads(data)["error"]
+    except (ValueError, KeyError, TypeError):
+        return {"code": "unreadable", "message": data[:200].decode(errors="replace")}
+    return error
+
+
+def _difference(got: list[Any], wanted: list[Any]) -> str:
+    for index, (one, other) in enumerate(zip(got, wanted, strict=False)):
+        if one != other:
+            kind = "wrong"
+            if got[index : index + 8] == wanted[index + 1 : index + 9]:
+                kind = "lost"
+            elif got[index + 1 : index + 9] == wanted[index : index + 8]:
+                kind = "repeated"
+            return f"{kind} at {index}: {one!r} for {other!r}"
+    return f"{len(got)} for {len(wanted)}"
+
+
+class Streaming:
+    """An answer that a thread of its own reads, while something is done to the mesh."""
+
+    def __init__(self, site: Site, at: str, spec: Spec, mesh: dict[str, Any], *, silence_s: float = 60.0) -> None:
+        self.answer = Answer(spec)
+        self.error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(site, at, mesh, silence_s), daemon=True)
+        self._thread.start()
+
+    def _run(self, site: Site, at: str, mesh: dict[str, Any], silence_s: float) -> None:
+        try:
+            ask(site, at, self.answer, mesh, silence_s=silence_s)
+        except (Refused, Interrupted, OSError, http.client.HTTPException) as error:
+            self.error = error
+
+    def wait_for(self, tokens: int, within_s: float = 60.0) -> None:
+        """Until so many have come. Raises: MeshBroken, if they don't."""
+        until = time.monotonic() + within_s
+        while len(self.answer.times) < tokens:
+            if time.monotonic() > until or not self._thread.is_alive():
+                raise MeshBroken(f"{len(self.answer.times)} of {tokens} tokens came: {self.error or self.answer.finish}")
+            time.sleep(0.001)
+
+    def end(self, within_s: float = 120.0) -> Answer:
+        """The whole answer. Raises: MeshBroken, if it does not come."""
+        self._thread.join(within_s)
+        if self.error is not None or not self.answer.ended:
+            raise MeshBroken(f"session {self.answer.session} did not end well: {self.error}")
+        return self.answer
+
+
+def longest_gap_s(answer: Answer, at: float) -> float:
+    """The longest wait for a token from this instant on. The first ones may have been on their way already."""
+    return max(later - max(earlier, at) for earlier, later in pairwise(answer.times) if later > at)
+
+
+def step_s(answer: Answer, before: float, steps: int = 16) -> float:
+    """The median time between two tokens, over the last steps before an instant."""
+    times = [time for time in answer.times if time <= before][-steps - 1 :]
+    return statistics.median(later - earlier for earlier, later in pairwise(times))
+
+
+def of_length(tokens: int, answer_tokens: int, seed: int = 0) -> Spec:
+    """A greedy request whose prompt has exactly so many tokens; each token of its answer is an event of its own."""
+    rng = random.Random(f"{tokens} {seed}")
+    prompt = [rng.randrange(1000, 30000) for _ in range(tokens)]
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": answer_tokens, "temperature": 0, "ignore_eos": True, "logprobs": 0}
+    return Spec(f"{tokens} tokens", "/v1/completions", body)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value that this share of them does not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]

@@ -1,0 +1,1 @@
+"""What a model should compute: transformers, gguf and llama.cpp."""

@@ -1,0 +1,123 @@
+"""The compute thread in virtual time: one job after another, each as long as the toy model says, the peer's slowness included."""
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Callable
+from contextvars import copy_context
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from sim.loop import SimLoop
+from sim.toy import Meter, Speed
+
+T = TypeVar("T")
+_LATEST_START_S = 0.0002
+_MAX_JOBS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    work: Callable[[], Any]
+    done: Callable[[Any], None]
+    failed: Callable[[Exception], None]
+
+
+class SimCompute:
+    """Implements what agents use of `meshd.agents.stage.compute.ComputeThread`.
+
+    The work itself happens at one moment of its time: what its caller does before that (free its memory, say) it sees, what comes
+    after it does not.
+    """
+
+    def __init__(self, loop: SimLoop, rng: random.Random, meter: Meter, speed: Speed) -> None:
+        self.jobs = 0
+        self.stalled = False
+        """The thread hangs in its job; the event loop lives."""
+        self._loop = loop
+        self._rng = rng
+        self._meter = meter
+        self._waiting: deque[_Job] = deque()
+        self._running: _Job | None = None
+        self._speed = speed
+        self._kept: Callable[[], None] | None = None
+        self._context = copy_context()
+        """The peer's: others stall it and let it go on."""
+        self._due: tuple[asyncio.TimerHandle, float, Callable[[], None]] | None = None
+        """When the present job comes back, and how slow the peer was when that was reckoned."""
+
+    def submit(self, work: Callable[[], T], done: Callable[[T], None], failed: Callable[[Exception], None]) -> None:
+        assert len(self._waiting) < _MAX_JOBS, "the compute thread's queue grows without bound"
+        self._waiting.append(_Job(work, done, failed))
+        self._next()
+
+    async def call(self, work: Callable[[], T]) -> T:
+        future: asyncio.Future[T] = self._loop.create_future()
+
+        def done(result: T) -> None:
+            if not future.done():
+                future.set_result(result)
+
+        def failed(error: Exception) -> None:
+            if not future.done():
+                future.set_exception(error)
+
+        self.submit(work, done, failed)
+        return await future
+
+    def works(self) -> list[Callable[[], Any]]:
+        """What waits and what is under way."""
+        running = [self._running] if self._running is not None else []
+        return [job.work for job in (*running, *self._waiting)]
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        self._waiting.clear()
+
+    def stall(self) -> None:
+        self.stalled = True
+
+    def go_on(self) -> None:
+        """After a stall: the job that hung comes back now."""
+        self.stalled = False
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            self._loop.call_soon(kept, context=self._context)
+
+    def _next(self) -> None:
+        if self._running is None and self._waiting:
+            self._running = self._waiting.popleft()
+            self._loop.call_later(self._rng.random() * _LATEST_START_S, self._run, self._running)
+
+    def _run(self, job: _Job) -> None:
+        if self.stalled:
+            self._kept = lambda: self._run(job)
+            return
+        before = self._meter.spent_s
+        callback: Callable[[Any], None]
+        result: Any
+        try:
+            result = job.work()
+            callback = job.done
+        except Exception as error:
+            result, callback = error, job.failed
+        self.jobs += 1
+        took_s = self._meter.spent_s - before
+        self._wait(took_s, self._speed.slow, lambda: self._finished(callback, result))
+
+    def _wait(self, seconds: float, slow: float, then: Callable[[], None]) -> None:
+        self._due = self._loop.call_later(seconds, then, context=self._context), slow, then
+
+    def speed_changed(self) -> None:
+        """What is left of the present job goes at the new speed."""
+        if self._due is not None and not self._due[0].cancelled() and self._due[0].when() > self._loop.time():
+            timer, slow, then = self._due
+            timer.cancel()
+            self._wait((timer.when() - self._loop.time()) * self._speed.slow / slow, self._speed.slow, then)
+
+    def _finished(self, callback: Callable[[Any], None], result: Any) -> None:
+        if self.stalled:
+            self._kept = lambda: self._finished(callback, result)
+            return
+        self._running = None
+        self._next()
+        callback(result)

@@ -1,0 +1,1 @@
+"""Texts and templates that are hard to get right."""

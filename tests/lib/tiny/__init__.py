@@ -1,0 +1,1 @@
+"""Small random models, files and folders, made in the test."""

@@ -1,0 +1,132 @@
+"""The safetensors reader, against files that the library wrote and headers that lie."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from meshd.errors import ModelFileError
+from meshd.models.files.safetensors_file import SafetensorsFile, SafetensorsFolder, parse_header
+from tiny.hf_folders import save, weights, write_folder
+
+ROW = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+
+
+def file_of(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(raw) if length is None else length).to_bytes(8, "little") + raw + data
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_what_the_library_writes_is_read_back_without_a_copy(tmp_path: Path, dtype: str) -> None:
+    path, made = tmp_path / "x.safetensors", weights(dtype)
+    save(path, made, dtype)
+    file = SafetensorsFile.open(path)
+    for name, value in made.items():
+        expected = (value.view(np.uint32) >> 16).astype(np.uint16) if dtype == "BF16" else value
+        array = file.array(name)
+        assert file.tensors[name].dtype == dtype
+        assert not array.flags.owndata
+        assert not array.flags.writeable
+        np.testing.assert_array_equal(array, expected)
+    file.close()
+    assert array.shape == made[name].shape  # views outlive the file
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "its header of 0 bytes"),
+        (b"\0" * 8, "its header of 0 bytes"),
+        (b"\xff" * 64, "is not within its 64 bytes"),
+        (file_of({"a": ROW}, bytes(16), length=1 << 20), "is not within"),
+        (file_of(b"[]" + b" " * 8), "no object"),
+        (file_of(b"\xff{}"), "can't be read"),
+        (file_of(b'{"a":' * 5000), "nested too deep|can't be read"),
+        (file_of(b"[" * 100_000), "nested too deep"),
+        (file_of(b'{"a":' + b"1," * 1_000_000 + b"}"), "more than 786,432 items"),
+        (file_of(b'{"a": 1, "a": 2}'), "'a' is there twice"),
+        (file_of({"a": 3}), "tensor 'a': it is not told by"),
+        (file_of({"a": ROW | {"more": 1}}, bytes(16)), "tensor 'a': it is not told by"),
+        (file_of({"a": ROW | {"dtype": "F4"}}, bytes(16)), "tensor 'a': its type 'F4'"),
+        (file_of({"a": ROW | {"dtype": ["F32"]}}, bytes(16)), "tensor 'a': its type"),
+        (file_of({"a": ROW | {"shape": [2, -2]}}, bytes(16)), "tensor 'a': its shape"),
+        (file_of({"a": ROW | {"shape": [2.0, 2]}}, bytes(16)), "tensor 'a': its shape"),
+        (file_of({"a": ROW | {"shape": [True, 4]}}, bytes(16)), "tensor 'a': its shape"),
+        (file_of({"a": ROW | {"shape": [1 << 62, 1 << 62]}}, bytes(16)), "tensor 'a': its shape"),
+        (file_of({"a": ROW | {"shape": [1 << 40, 1 << 40]}}, bytes(16)), "tensor 'a': its extent of 16 bytes"),
+        (file_of({"a": ROW | {"shape": [1] * 9}}, bytes(16)), "tensor 'a': its shape"),
+        (file_of({"a": ROW | {"data_offsets": [16, 0]}}, bytes(16)), "tensor 'a': its extent"),
+        (file_of({"a": ROW | {"data_offsets": [-16, 0]}}, bytes(16)), "tensor 'a': its data_offsets"),
+        (file_of({"a": ROW | {"data_offsets": [0]}}, bytes(16)), "tensor 'a': its data_offsets"),
+        (file_of({"a": ROW}, bytes(15)), "tensor 'a': it ends at byte"),
+        (file_of({"a": ROW}, bytes(17)), "1 bytes after tensor 'a' belong to nothing"),
+        (file_of({"a": ROW, "b": ROW | {"data_offsets": [8, 24]}}, bytes(24)), "tensor 'b': it overlaps tensor 'a'"),
+        (file_of({"a": ROW, "b": ROW | {"data_offsets": [20, 36]}}, bytes(36)), "tensor 'b': it leaves a gap after tensor 'a'"),
+        (file_of({"__metadata__": {"a": 3}}), "__metadata__"),
+        (file_of({"x" * 600: ROW}, bytes(16)), "longer than"),
+        (file_of({"a": ROW | {"shape": [int("9" * 30)]}}, bytes(16)), "tensor 'a': its shape"),
+    ],
+)  # fmt: skip
+def test_a_header_that_lies_is_told_by_file_and_tensor(data: bytes, why: str) -> None:
+    with pytest.raises(ModelFileError, match=why) as caught:
+        parse_header(data, "x.safetensors")
+    assert caught.value.message.startswith("x.safetensors can't be used: ")
+    assert len(caught.value.message) < 1000
+
+
+def test_metadata_and_empty_tensors_are_fine() -> None:
+    header = {"__metadata__": {"format": "pt"}, "a": ROW, "none": {"dtype": "F32", "shape": [0, 3], "data_offsets": [0, 0]}}
+    assert list(parse_header(file_of(header, bytes(16)), "x")) == ["none", "a"]
+
+
+def test_shards_are_one_folder(tmp_path: Path) -> None:
+    write_folder(tmp_path, shards=3)
+    with SafetensorsFolder.open(tmp_path) as folder:
+        for name, value in weights().items():
+            assert folder.tensors[name] == ("F32", value.shape)
+            np.testing.assert_array_equal(folder.array(name), value)
+
+
+def _map(index: dict[str, Any], name: str) -> dict[str, Any]:
+    return index | {"weight_map": index["weight_map"] | {"lm_head.weight": name}}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda index: _map(index, "../model-00001-of-00002.safetensors"), "no name of a safetensors file beside it"),
+        (lambda index: _map(index, "/etc/passwd"), "no name of a safetensors file beside it"),
+        (lambda index: _map(index, "gone.safetensors"), r"gone\.safetensors is missing"),
+        (lambda index: {"weight_map": index["weight_map"] | {"odd": "model-00001-of-00002.safetensors"}}, "has no tensor 'odd'"),
+        (lambda index: _map(index, "model-00002-of-00002.safetensors"), "has no tensor 'lm_head.weight'"),
+        (lambda index: {"weight_map": {}}, "weight_map"),
+        (lambda index: {"weight_map": {"a": 3}}, "weight_map"),
+    ],
+)
+def test_an_index_that_lies_is_told(tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], why: str) -> None:
+    write_folder(tmp_path, shards=2)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps(change(json.loads(index.read_text()))))
+    with pytest.raises(ModelFileError, match=why):
+        SafetensorsFolder.open(tmp_path)
+
+
+def test_a_tensor_in_two_shards_and_shards_without_an_index_are_told(tmp_path: Path) -> None:
+    write_folder(tmp_path, shards=2)
+    save(tmp_path / "model-00002-of-00002.safetensors", weights())
+    with pytest.raises(ModelFileError, match=r"is in .*00001-of-00002\.safetensors too"):
+        SafetensorsFolder.open(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(ModelFileError, match=r"2 safetensors files and no model\.safetensors\.index"):
+        SafetensorsFolder.open(tmp_path)
+
+
+def test_pickles_are_never_read(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
+    with pytest.raises(ModelFileError, match="no safetensors file") as caught:
+        SafetensorsFolder.open(tmp_path)
+    assert "pytorch_model.bin is a pickle" in caught.value.hint

@@ -1,0 +1,114 @@
+"""Quantising at import, and the makers of test weights in every kind."""
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshd.kernels.weights.load import dequantise
+from meshd.models.importing.quantise import quantise
+from meshd.models.importing.quants import QUANTS
+from meshd.types import Tensor
+from reference.quantisers import quantised
+
+
+def tensor_of(values: np.ndarray, kind: str = "F32") -> Tensor:
+    raw = quantised(values.reshape(-1, values.shape[-1]), kind)
+    return Tensor("some.weight", kind, values.shape, memoryview(raw.tobytes()))
+
+
+def requantised(values: np.ndarray, kind: str) -> Tensor:
+    return Tensor("some.weight", kind, values.shape, memoryview(quantise(values, kind).tobytes()))
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(3).standard_normal(shape, dtype=np.float32) * np.float32(0.02)
+
+
+def error(made: Tensor, values: np.ndarray) -> float:
+    """RMS, as a part of the weights' RMS."""
+    return float(np.sqrt(np.mean(np.square(dequantise(made) - values)) / np.mean(np.square(values))))
+
+
+@given(st.integers(1, 20), st.integers(1, 5), st.integers(-30, 15), st.integers(0, 1 << 32))
+@settings(max_examples=60, deadline=None)
+def test_eight_bits_are_ggmls_to_the_bit(rows: int, blocks: int, exponent: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    values = np.ldexp(rng.standard_normal((rows, 32 * blocks)), exponent).astype(np.float32)
+    values[rng.random(values.shape) < 0.3] = 0
+    values[0, :32] = np.arange(32) - 127  # with the next line, codes at halves
+    values[0, 31] = 254
+    right = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0).tobytes()
+    made = requantised(values, "Q8_0")
+    assert (made.kind, made.shape, bytes(made.data)) == ("Q8_0", values.shape, right)
+
+
+def test_four_bits_lie_nearer_than_those_of_plain_rounding() -> None:
+    values = normal(512, 512)
+    searched = error(requantised(values, "Q4_1"), values)
+    assert searched < 0.0725
+    for kind, gain in (("Q4_0", 0.86), ("Q4_1", 0.93), ("Q4_K", 0.95)):
+        assert searched < gain * error(tensor_of(values, kind), values), kind
+
+
+@given(st.integers(0, 1 << 32), st.floats(-20, 8), st.floats(-2, 2))
+@settings(max_examples=60, deadline=None)
+def test_four_bits_never_lie_further_than_those_of_plain_rounding(seed: int, exponent: float, offset: float) -> None:
+    """Of any block by more than what float16 makes of scale and minimum."""
+    values = np.random.default_rng(seed).standard_normal((64, 32)).astype(np.float32) + np.float32(offset)
+    values *= np.float32(2.0**exponent)
+    both = requantised(values, "Q4_1"), tensor_of(values, "Q4_1")
+    searched, plain = (np.square(dequantise(made) - values).sum(axis=1) for made in both)
+    rounding = 2.0**-11 * 2 * abs(values).max(axis=1) + 2.0**-25 * 16
+    assert (np.sqrt(searched) <= np.sqrt(plain) + np.sqrt(32) * rounding).all()
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_what_lies_on_a_grid_is_found_again(quant: str) -> None:
+    rng = np.random.default_rng(5)
+    steps = rng.integers(0, 16, (40, 64)) if quant == "q4" else rng.integers(-127, 128, (40, 64))
+    top = 15 if quant == "q4" else 127
+    steps[:, ::32], steps[:, 1::32] = top, 0 if quant == "q4" else -top
+    values = (steps * 0.25 - (3.5 if quant == "q4" else 0)).astype(np.float32)
+    values[3] = 0.75 if quant == "q4" else 0  # one of a kind
+    assert np.array_equal(dequantise(requantised(values, QUANTS[quant])), values)
+
+
+@pytest.mark.parametrize(("quant", "value"), [("q8", 1e7), ("q8", -3e38), ("q4", -7e4), ("q4", 2e6), ("q4", 3e38)])
+def test_weights_too_large_for_a_half_precision_scale_are_named(quant: str, value: float) -> None:
+    values = normal(3, 64)
+    values[1, 40] = value
+    values[2, 3] = -value
+    with pytest.raises(ValueError, match="too large for Q"):
+        requantised(values, QUANTS[quant])
+
+
+def test_weights_too_small_for_a_scale_become_zero() -> None:
+    values = np.full((1, 64), 1e-40, np.float32)
+    values[0, :32] = 1e-12
+    for kind in QUANTS.values():
+        assert not dequantise(requantised(values, kind)).any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"),
+    {
+        "Q4_0": 0.09,
+        "Q4_1": 0.08,
+        "Q5_0": 0.045,
+        "Q5_1": 0.04,
+        "Q8_0": 0.006,
+        "Q4_K": 0.08,
+        "Q5_K": 0.04,
+        "Q6_K": 0.02,
+        "IQ4_NL": 0.085,
+        "MXFP4": 0.13,
+    }.items(),
+)
+def test_the_makers_of_test_weights_are_right(kind: str, most: float) -> None:
+    values = normal(64, 512)
+    values[5, :256] = 0
+    made = tensor_of(values, kind)
+    assert 0.3 * most < error(made, values) < most
+    assert not dequantise(made)[5, :256].any()

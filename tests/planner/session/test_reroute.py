@@ -1,0 +1,126 @@
+"""What going on elsewhere costs, and where it costs least."""
+
+import random
+from itertools import pairwise, product
+
+import pytest
+
+from in_process.clusters import make_holding, make_network, make_peer, make_problem, random_links
+from meshd.planner.model.estimate import estimate
+from meshd.planner.problem import PlanInput
+from meshd.planner.session.pause import compute_s, pause_s
+from meshd.planner.session.reroute import Credit, Refill, reserve, reserved
+from meshd.types import LayerRange, PeerId, StagePlan
+
+A, B, C = (make_peer(name, holdings=(make_holding(0, 30),)) for name in "abc")
+
+
+def stages(text: str) -> tuple[StagePlan, ...]:
+    parts = (part.split(":") for part in text.split(","))
+    return tuple(StagePlan(peer=PeerId(f"{name}-id"), layers=LayerRange.parse(layers)) for name, layers in parts)
+
+
+def problem_of(*peers: object, known: int = 300, **fields: object) -> PlanInput:
+    return make_problem(*peers, prompt_tokens=known, resident_only=True, **fields)  # type: ignore[arg-type]
+
+
+def test_what_is_computed_adds_up_chunk_by_chunk() -> None:
+    problem = problem_of(A)
+    whole = compute_s(problem, A, 0, 384)
+    parts = sum(compute_s(problem, A, first, first + 128) for first in (0, 128, 256))
+    assert whole == pytest.approx(parts)
+    assert compute_s(problem, A, 128, 384).sum() < whole.sum()
+    assert compute_s(problem, A, 10, 10).sum() == 0
+
+
+def test_a_single_token_is_a_step_of_decoding() -> None:
+    problem = problem_of(A, context=599)
+    predicted = estimate(problem_of(A, known=599, context=599), stages("a:0-30")).stages[0]
+    assert compute_s(problem, A, 598, 599).sum() == pytest.approx(predicted.decode_s - predicted.head_s)
+
+
+def test_a_fresh_prefill_takes_as_long_as_the_time_to_first_token() -> None:
+    problem = problem_of(A, known=384)
+    assert pause_s(problem, stages("a:0-30"), [0], 384, A.id) == pytest.approx(estimate(problem, stages("a:0-30")).ttft_s)
+    split = stages("a:0-15,b:15-30")
+    two = problem_of(A, B, known=384)
+    opening = pause_s(two, split, [383, 383], 384, A.id)
+    assert estimate(two, split).ttft_s == pytest.approx(pause_s(two, split, [0, 0], 384, A.id), abs=opening)
+
+
+def test_the_less_is_computed_again_the_shorter_the_pause() -> None:
+    problem = problem_of(A, B, C)
+    three = stages("a:0-10,b:10-20,c:20-30")
+    pauses = [pause_s(problem, three, starts, 300, A.id) for starts in ([299, 299, 299], [299, 250, 299], [299, 0, 299], [0, 0, 0])]
+    assert pauses == sorted(pauses)
+    assert pauses[0] < pauses[2] / 5
+
+
+def test_sending_kept_outputs_takes_time_too() -> None:
+    slow = problem_of(A, B, network=make_network([A, B], bandwidth=1e6))
+    two = stages("a:0-15,b:15-30")
+    pause = pause_s(slow, two, [299, 0], 300, A.id)
+    assert pause > 300 * slow.activation_bytes / 1e6
+
+
+def test_the_cheapest_cover_of_a_gap_is_found() -> None:
+    rng = random.Random(3)
+    for _ in range(20):
+        peers = [
+            make_peer(
+                name, decode_gb_s=10 ** rng.uniform(0, 2), prefill_gflops=10 ** rng.uniform(1, 3), holdings=(make_holding(8, 22),)
+            )
+            for name in "xyz"
+        ]
+        problem = problem_of(A, B, *peers, network=random_links(rng, [A, B, *peers]), peers=tuple(peer.id for peer in peers))
+        found = Refill(problem, 50).fill(LayerRange(10, 20), A.id, B.id)
+        assert found is not None
+        others = [stages(f"{one.name}:10-{cut},{two.name}:{cut}-20") for one, two, cut in product(peers, peers, range(11, 20))]
+        others += [stages(f"{one.name}:10-20") for one in peers]
+        cheapest = min(_serial_s(problem, other, 50) for other in others)
+        assert _serial_s(problem, found, 50) <= cheapest * (1 + 1e-9)
+
+
+def _serial_s(problem: PlanInput, gap: tuple[StagePlan, ...], ahead: int) -> float:
+    """What `fill` makes least, counted by hand."""
+    whole = (*stages("a:0-10"), *gap, *stages("b:20-30"))
+    predicted = estimate(problem, whole)
+    decode = sum(part.decode_s for part in predicted.stages[1:-1]) + sum(hop.decode_s for hop in predicted.hops)
+    known = problem.prompt_tokens
+    again = sum(
+        compute_s(problem, problem.profile(stage.peer), 0, known)[stage.layers.start : stage.layers.end].sum() for stage in gap
+    )
+    sends = sum(problem.network.hop_s(one.peer, other.peer, known * problem.activation_bytes) for one, other in pairwise(whole))
+    return float(ahead * (decode + len(gap) * 50e-6) + again + sends)
+
+
+def test_kv_that_lies_there_draws_the_stage() -> None:
+    slower = make_peer("b", decode_gb_s=9.0, holdings=(make_holding(0, 30),))
+    problem = problem_of(A, slower)
+    assert Refill(problem, 10).whole() == stages("a:0-30")
+    assert Refill(problem, 10, [Credit(slower.id, LayerRange(0, 30), 299)]).whole() == stages("b:0-30")
+    assert Refill(problem, 10, [Credit(slower.id, LayerRange(0, 30), 299)]).whole(under_way=False) == stages("a:0-30")
+    assert Refill(problem, 10, [Credit(PeerId("gone"), LayerRange(0, 30), 299)]).whole() == stages("a:0-30")
+
+
+def test_without_anyone_there_is_nothing() -> None:
+    problem = problem_of(A, peers=())
+    assert Refill(problem, 10).whole() is None
+    assert Refill(problem, 10).fill(LayerRange(0, 3), None, None) is None
+    assert Refill(problem_of(make_peer("d", holdings=(make_holding(0, 20),))), 10).whole() is None
+
+
+def test_room_is_reserved_where_it_fits_most_closely() -> None:
+    roomy, tight = make_holding(0, 30, free=4096), make_holding(5, 15, free=600)
+    assert reserved((roomy, tight), LayerRange(5, 10), 512) == (roomy, make_holding(5, 15, free=88))
+    assert reserved((roomy, tight), LayerRange(5, 16), 512) == (make_holding(0, 30, free=3584), tight)
+    assert reserved((tight, make_holding(0, 30, state="loading")), LayerRange(5, 16), 512) is None
+
+
+def test_stages_that_share_a_holding_need_room_for_each() -> None:
+    problem = problem_of(make_peer("a", holdings=(make_holding(0, 30, free=1100),)))
+    two, three = stages("a:0-10,a:10-30"), stages("a:0-10,a:10-20,a:20-30")
+    left = reserve(problem, two)
+    assert left is not None
+    assert left.profiles[0].holdings[0].kv_tokens_free == 1100 - 2 * 512
+    assert reserve(problem, three) is None
