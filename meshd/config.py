@@ -75,7 +75,6 @@ class Config:
     log_level: str
     log_format: str
 
-
     @property
     def wanted_backend(self) -> str:
         """The kernels' name of it: torch is exact as it is."""

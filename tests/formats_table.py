@@ -1,6 +1,6 @@
 """Runs every kind of weights in every architecture (`tests/kernels/test_formats.py`) and writes README's table from what passed.
 
-    python -P tests/formats_table.py
+python -P tests/formats_table.py
 """
 
 import re

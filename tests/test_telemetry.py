@@ -85,9 +85,7 @@ def log_lines(log_format: LogFormat, level: str = "info") -> list[str]:
 @pytest.mark.usefixtures("restored_logging")
 def test_text_logs_are_one_line_of_key_and_value_per_event() -> None:
     up, failed = log_lines("text")
-    assert up.endswith(
-        r'level=info logger=meshd.agents.links.links event="link up" peer=abc rtt_ms=1.5 name_of_peer="a \"b\"\nc"'
-    )
+    assert up.endswith(r'level=info logger=meshd.agents.links.links event="link up" peer=abc rtt_ms=1.5 name_of_peer="a \"b\"\nc"')
     assert up.startswith("time=20")
     assert r'event="link failed: torn" trace="Traceback' in failed
 

@@ -140,9 +140,7 @@ class Keeper:
         log.info("asking for %s", what)
         key = wish.peer, wish.model
         try:
-            await ask_to_place(
-                self.links, wish.peer, card, wish.layers, wish.kv_tokens, standby=wish.standby, pinned=wish.pinned
-            )
+            await ask_to_place(self.links, wish.peer, card, wish.layers, wish.kv_tokens, standby=wish.standby, pinned=wish.pinned)
         except MeshdError as error:
             times = self._refusals[key].times if key in self._refusals else 0
             wait_s = min(_LONGEST_BACK_OFF_S, _BACK_OFF_S * 2**times)

@@ -244,9 +244,7 @@ class EmitEnd:
     error: MeshdError | None = None
 
 
-Command = (
-    OpenStages | ResumeStages | SendPrompt | Replan | EmitToken | GrantCredit | CloseStages | EmitSuspended | EmitEnd
-)
+Command = OpenStages | ResumeStages | SendPrompt | Replan | EmitToken | GrantCredit | CloseStages | EmitSuspended | EmitEnd
 
 CREDIT_TOKENS = 64
 """How far decoding may run ahead of the client."""

@@ -510,9 +510,7 @@ class StageHost:
         message = activation_of(active, position, tokens, width, sample=sample, compute_ns=compute_ns)
         self._pass_on(active, position, active.peer_of(message.stage), message, encode(hidden, message.dtype))
 
-    def _pass_on(
-        self, active: Active, position: int, peer: PeerId, message: Message, payload: memoryview | None = None
-    ) -> None:
+    def _pass_on(self, active: Active, position: int, peer: PeerId, message: Message, payload: memoryview | None = None) -> None:
         """Send what the session can't go on without."""
         try:
             self.links.send(peer, message, payload)

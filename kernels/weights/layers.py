@@ -62,9 +62,7 @@ class NetworkWeights:
         factors = next((self._vector(name) for name in ROPE_FACTORS if name in self.source), None)
         full = rope_of(spec, factors)
         windowed = rope_of(spec, factors, windowed=True) if spec.rope_theta_windowed else full
-        return [
-            (windowed if spec.window_of(layer) else full) if spec.is_rotated(layer) else None for layer in range(spec.layers)
-        ]
+        return [(windowed if spec.window_of(layer) else full) if spec.is_rotated(layer) else None for layer in range(spec.layers)]
 
     def rule(self, layer: int) -> AttentionRule:
         """How this layer attends."""

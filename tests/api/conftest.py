@@ -108,9 +108,7 @@ def api_key() -> str | None:
 
 
 @pytest.fixture
-async def server(
-    coordinator: WordsCoordinator, telemetry: Telemetry, limits: Limits, api_key: str | None
-) -> AsyncIterator[Server]:
+async def server(coordinator: WordsCoordinator, telemetry: Telemetry, limits: Limits, api_key: str | None) -> AsyncIterator[Server]:
     app = create_app(coordinator, WordsMesh(), telemetry, api_key=api_key, clock=SystemClock(), limits=limits)
     server = await serve(app, "127.0.0.1", 0)
     yield server

@@ -47,9 +47,7 @@ def test_what_does_not_move_in_time_fails_the_command_and_says_what_next(meshd: 
     assert "--undo" in outcome.stderr
 
 
-def test_no_request_waits_longer_than_the_time_that_is_left(
-    meshd: Meshd, api: Api, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_request_waits_longer_than_the_time_that_is_left(meshd: Meshd, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     _left(api, 3)
     now = iter([100.0, 100.0, 101.0, 101.75, 102.5])
     monkeypatch.setattr(drain, "time", type("Time", (), {"monotonic": staticmethod(lambda: next(now))}))

@@ -77,4 +77,3 @@ def test_a_stage_takes_a_quarter_more_than_its_weights_and_kv(cluster: Cluster, 
     at_rest = psutil.Process(stage).memory_info().rss
     print(json.dumps({"model": model, "allowed": allowed, "loading": loading.most, "running": running.most, "rest": at_rest}))
     assert max(loading.most, running.most, at_rest) <= allowed
-

@@ -93,9 +93,15 @@ def llama(layers: int = 2, hidden: int = 8, heads: int = 2, kv_heads: int = 1, f
     """A model of the llama architecture, much too small to say anything."""
     head_dim = hidden // heads
     parts: dict[str, tuple[int, ...]] = {
-        "attn_norm": (hidden,), "attn_q": (hidden, hidden), "attn_k": (hidden, kv_heads * head_dim),
-        "attn_v": (hidden, kv_heads * head_dim), "attn_output": (hidden, hidden), "ffn_norm": (hidden,),
-        "ffn_gate": (hidden, ffn), "ffn_up": (hidden, ffn), "ffn_down": (ffn, hidden),
+        "attn_norm": (hidden,),
+        "attn_q": (hidden, hidden),
+        "attn_k": (hidden, kv_heads * head_dim),
+        "attn_v": (hidden, kv_heads * head_dim),
+        "attn_output": (hidden, hidden),
+        "ffn_norm": (hidden,),
+        "ffn_gate": (hidden, ffn),
+        "ffn_up": (hidden, ffn),
+        "ffn_down": (ffn, hidden),
     }
     return GgufMaker(
         metadata={
@@ -171,7 +177,10 @@ def smollm2_json(smollm2: GgufFile) -> str:
     assert isinstance(tokens, tuple)
     assert isinstance(merges, tuple)
     document = {
-        "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "normalizer": None,
         "added_tokens": [
             {"id": id_, "content": tokens[id_], "special": True}
             | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -192,9 +201,16 @@ def smollm2_json(smollm2: GgufFile) -> str:
         },
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-            "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-            "vocab": {token: id_ for id_, token in enumerate(tokens)}, "merges": list(merges),
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {token: id_ for id_, token in enumerate(tokens)},
+            "merges": list(merges),
         },
     }
     return json.dumps(document)

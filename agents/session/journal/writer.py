@@ -167,9 +167,7 @@ class Journalist:
 
     # What the coordinator tells
 
-    def begin(
-        self, session: SessionId, record: Callable[[], SessionRecord], plan_peers: Callable[[], tuple[PeerId, ...]]
-    ) -> None:
+    def begin(self, session: SessionId, record: Callable[[], SessionRecord], plan_peers: Callable[[], tuple[PeerId, ...]]) -> None:
         """Keep this session's record with a deputy from now on; again at each new plan, which the record names.
 
         `record` gives all that is known of the session at the time.
@@ -399,9 +397,7 @@ class Journalists:
         """Who keeps this session's record now."""
         return [deputy for journalist in self._each if (deputy := journalist.deputy_of(session)) is not None]
 
-    def begin(
-        self, session: SessionId, record: Callable[[], SessionRecord], plan_peers: Callable[[], tuple[PeerId, ...]]
-    ) -> None:
+    def begin(self, session: SessionId, record: Callable[[], SessionRecord], plan_peers: Callable[[], tuple[PeerId, ...]]) -> None:
         """See `Journalist.begin`."""
         for journalist in self._each:
             journalist.begin(session, record, plan_peers)

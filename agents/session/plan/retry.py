@@ -163,9 +163,7 @@ class Rescuer:
             if stage.mirror is None or number in answer.mirrors:
                 continue
             answer.mirrored(number, stage.mirror, 0)
-            answer.send(
-                stage.peer, Mirror(session=answer.session, epoch=answer.machine.epoch, stage=number, target=stage.mirror)
-            )
+            answer.send(stage.peer, Mirror(session=answer.session, epoch=answer.machine.epoch, stage=number, target=stage.mirror))
 
     def on_mirrored(self, answer: Answer, message: Mirrored) -> None:
         """A stage tells how far the copy of its KV is."""

@@ -67,9 +67,7 @@ class AnswerFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     min_p: Annotated[Annotated[float, Meta(ge=0, le=1)] | None, Meta(description="From 0 (all tokens) to 1.")] = None
     presence_penalty: Annotated[Penalty | None, Meta(description="From -2 to 2.")] = None
     frequency_penalty: Annotated[Penalty | None, Meta(description="From -2 to 2.")] = None
-    repetition_penalty: Annotated[
-        Annotated[float, Meta(gt=0, le=10)] | None, Meta(description="Over 0, up to 10; 1: none.")
-    ] = None
+    repetition_penalty: Annotated[Annotated[float, Meta(gt=0, le=10)] | None, Meta(description="Over 0, up to 10; 1: none.")] = None
     logit_bias: Annotated[
         dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]] | None, Meta(description="Token id to a bias from -100 to 100.")
     ] = None

@@ -29,8 +29,22 @@ _MAX_EXTENT = 1 << 60
 
 DTYPES: Mapping[str, npt.DTypeLike] = MappingProxyType(
     {
-        "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
-        "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?", "F8_E4M3": "u1", "F8_E5M2": "u1", "F8_E8M0": "u1",
+        "F64": "<f8",
+        "F32": "<f4",
+        "F16": "<f2",
+        "BF16": "<u2",
+        "I64": "<i8",
+        "I32": "<i4",
+        "I16": "<i2",
+        "I8": "i1",
+        "U64": "<u8",
+        "U32": "<u4",
+        "U16": "<u2",
+        "U8": "u1",
+        "BOOL": "?",
+        "F8_E4M3": "u1",
+        "F8_E5M2": "u1",
+        "F8_E8M0": "u1",
     }
 )
 """As numpy sees them; it knows neither BF16 nor 8-bit floats, whose bits are given."""

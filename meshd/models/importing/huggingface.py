@@ -53,9 +53,7 @@ FAMILIES: dict[str, Family] = {
     "smollm3": Family("smollm3", interleaved=True, settings=_SILU | {"no_rope_layer_interval": 4}),
     "qwen2": Family("qwen2", settings=_SILU),
     "qwen3": Family("qwen3", settings=_SILU),
-    "qwen3_moe": Family(
-        "qwen3moe", settings=_SILU | {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
-    ),
+    "qwen3_moe": Family("qwen3moe", settings=_SILU | {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}),
     "gemma2": Family("gemma2", norms_less_one=True, keys=_CAPS, parts=_AFTER, settings=_GELU),
     "gemma3_text": Family("gemma3", norms_less_one=True, keys=_CAPS, parts=_AFTER, settings=_GELU),
     "phi3": Family("phi3", settings=_SILU),

@@ -34,9 +34,7 @@ _ROUTER = ".ffn_gate_inp.weight"
 _DENSE = ("F32", "F16", "BF16")
 
 
-def import_to(
-    target: Path, path: Path, quant: str | None, begin: Callable[[int], None], advance: Callable[[int], None]
-) -> str:
+def import_to(target: Path, path: Path, quant: str | None, begin: Callable[[int], None], advance: Callable[[int], None]) -> str:
     """Make one GGUF file of a folder, or of a model's parts; its sha256. `begin` hears of all bytes, `advance` of each piece.
 
     Raises: ModelFileError, StorageError, and what `advance` raises; then there is no `target`.
@@ -102,9 +100,7 @@ def _converted(
     return OutTensor(tensor.name, kind, tensor.shape, partial(_chunks, tensor, read, kind))
 
 
-def _packed(
-    tensor: ImportTensor, weights: SafetensorsFolder, known: Mapping[str, tuple[str, tuple[int, ...]]]
-) -> OutTensor:
+def _packed(tensor: ImportTensor, weights: SafetensorsFolder, known: Mapping[str, tuple[str, tuple[int, ...]]]) -> OutTensor:
     """Blocks and scales of MXFP4, which stay so; an expert at a time."""
     if missing := [source for source in tensor.sources if known.get(source, ("", ()))[0] != "U8"]:
         raise ModelFileError(f"tensor {shown(missing[0])}, of which {tensor.name} is made, is missing or no U8")

@@ -87,7 +87,7 @@ def view_of(array: Array, transform: str) -> Array:
 
 def _step(array: Array, name: str, *given: str) -> Array:
     match name, given:
-        case ("add_one" | "mxfp4"), ():
+        case (("add_one" | "mxfp4"), ()):
             return array
         case "transpose", ():
             return array.swapaxes(-2, -1)

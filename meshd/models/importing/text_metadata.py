@@ -1,13 +1,13 @@
 """The text side of a Hugging Face folder, as metadata of the GGUF file that it becomes.
 
-    tokenizer.huggingface.json          all of tokenizer.json, without the spaces between its items: Gemma's is 33 MB with them
-    tokenizer.chat_template             from chat_template.jinja, chat_template.json or tokenizer_config.json, in this order
-    tokenizer.chat_template.tool_use    where tokenizer_config.json has one of its own for conversations with tools
-    tokenizer.ggml.bos_token_id         from tokenizer_config.json, config.json or generation_config.json
-    tokenizer.ggml.eos_token_id         the first token that ends an answer (tokenizer_config.json's, which templates mean, goes
-                                        before the others), tokenizer.ggml.eot_token_id the second
-    meshd.eos_token_ids                 all of them, in order
-    tokenizer.ggml.add_bos_token        where tokenizer_config.json says so; add_eos_token likewise
+tokenizer.huggingface.json          all of tokenizer.json, without the spaces between its items: Gemma's is 33 MB with them
+tokenizer.chat_template             from chat_template.jinja, chat_template.json or tokenizer_config.json, in this order
+tokenizer.chat_template.tool_use    where tokenizer_config.json has one of its own for conversations with tools
+tokenizer.ggml.bos_token_id         from tokenizer_config.json, config.json or generation_config.json
+tokenizer.ggml.eos_token_id         the first token that ends an answer (tokenizer_config.json's, which templates mean, goes
+                                    before the others), tokenizer.ggml.eot_token_id the second
+meshd.eos_token_ids                 all of them, in order
+tokenizer.ggml.add_bos_token        where tokenizer_config.json says so; add_eos_token likewise
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,11 @@ MAX_TEMPLATE_BYTES = 1 << 20
 _MAX_TOKEN_ID = (1 << 31) - 1
 _TEMPLATE = "tokenizer.chat_template"
 TEXT_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "chat_template.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
 )
 """What is read here beside config.json."""
 

@@ -97,9 +97,7 @@ class TestSlowReader:
         await coordinator.until(lambda c: c.running == 8)
         await coordinator.until(lambda c: c.running == 0, within_s=10)
         await server.aclose()
-        assert telemetry.registry.get_sample_value(
-            "meshd_requests_total", {"route": "/v1/completions", "outcome": "client_gone"}
-        )
+        assert telemetry.registry.get_sample_value("meshd_requests_total", {"route": "/v1/completions", "outcome": "client_gone"})
         writer.close()
 
 

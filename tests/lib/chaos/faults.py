@@ -86,9 +86,7 @@ class Storm:
     def _wait_for_calm(self, victims: int) -> None:
         """Enough peers are well, and the answers have got over the last fault."""
         settled_by = time.monotonic() + _SETTLE_S
-        while time.monotonic() < self._last_at + _SPACING_S or (
-            self.crowd.stalled(_STALLED_S) and time.monotonic() < settled_by
-        ):
+        while time.monotonic() < self._last_at + _SPACING_S or (self.crowd.stalled(_STALLED_S) and time.monotonic() < settled_by):
             time.sleep(0.05)
         until = time.monotonic() + _STOP_S + _BACK_S + 30
         while len(self.well()) - victims < WELL_AT_LEAST:

@@ -52,7 +52,11 @@ async def test_chat_stream_helper_accumulates_the_answer(openai_client: AsyncOpe
 
 async def test_stream_ends_with_usage_when_asked(openai_client: AsyncOpenAI, model: str) -> None:
     stream = await openai_client.chat.completions.create(
-        model=model, messages=MESSAGES, max_tokens=5, stream=True, stream_options={"include_usage": True},
+        model=model,
+        messages=MESSAGES,
+        max_tokens=5,
+        stream=True,
+        stream_options={"include_usage": True},
         extra_body={"ignore_eos": True},
     )
     chunks = [chunk async for chunk in stream]

@@ -25,9 +25,7 @@ CAPABILITY = Capability(
     threads=1,
     memory_total_bytes=1,
     memory_free_bytes=1,
-    rates=Rates(
-        decode_bytes_s=1, prefill_flops_s=1, memory_bytes_s=1, attention_bytes_s=1, disk_bytes_s=1, layer_overhead_s=0
-    ),
+    rates=Rates(decode_bytes_s=1, prefill_flops_s=1, memory_bytes_s=1, attention_bytes_s=1, disk_bytes_s=1, layer_overhead_s=0),
 )
 
 

@@ -308,7 +308,7 @@ TOOLS: list[dict[str, Any]] = [
         "type": "function",
         "function": {
             "name": "get_weather",
-            "description": "Weather of a <city>\nnow & \"here\"",
+            "description": 'Weather of a <city>\nnow & "here"',
             "parameters": {
                 "type": "object",
                 "properties": {

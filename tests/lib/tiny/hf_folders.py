@@ -12,9 +12,20 @@ from tokenizers import models, pre_tokenizers
 
 HIDDEN, FFN, VOCAB, HEADS, KV_HEADS = 64, 96, 64, 4, 2
 CONFIG: dict[str, Any] = {
-    "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": 2, "num_attention_heads": HEADS,
-    "num_key_value_heads": KV_HEADS, "head_dim": HIDDEN // HEADS, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0, "vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": [2, 3], "tie_word_embeddings": False,
+    "model_type": "llama",
+    "hidden_size": HIDDEN,
+    "intermediate_size": FFN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": HIDDEN // HEADS,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "vocab_size": VOCAB,
+    "bos_token_id": 1,
+    "eos_token_id": [2, 3],
+    "tie_word_embeddings": False,
 }
 
 
@@ -23,15 +34,23 @@ def weights(dtype: str = "F32", layers: int = 2, seed: int = 0) -> dict[str, np.
     rng = np.random.default_rng(seed)
     kv = HIDDEN // HEADS * KV_HEADS
     shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN),
+        "model.embed_tokens.weight": (VOCAB, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+        "lm_head.weight": (VOCAB, HIDDEN),
     }
     for layer in range(layers):
         shapes |= {
             f"model.layers.{layer}.{name}.weight": shape
             for name, shape in {
-                "input_layernorm": (HIDDEN,), "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (kv, HIDDEN),
-                "self_attn.v_proj": (kv, HIDDEN), "self_attn.o_proj": (HIDDEN, HIDDEN), "post_attention_layernorm": (HIDDEN,),
-                "mlp.gate_proj": (FFN, HIDDEN), "mlp.up_proj": (FFN, HIDDEN), "mlp.down_proj": (HIDDEN, FFN),
+                "input_layernorm": (HIDDEN,),
+                "self_attn.q_proj": (HIDDEN, HIDDEN),
+                "self_attn.k_proj": (kv, HIDDEN),
+                "self_attn.v_proj": (kv, HIDDEN),
+                "self_attn.o_proj": (HIDDEN, HIDDEN),
+                "post_attention_layernorm": (HIDDEN,),
+                "mlp.gate_proj": (FFN, HIDDEN),
+                "mlp.up_proj": (FFN, HIDDEN),
+                "mlp.down_proj": (HIDDEN, FFN),
             }.items()
         }
     made = {name: rng.standard_normal(shape, dtype=np.float32) * np.float32(0.05) for name, shape in shapes.items()}

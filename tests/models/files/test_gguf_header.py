@@ -38,8 +38,17 @@ def test_every_value_type_is_read(make_gguf: Any) -> None:
     raw = b"".join(
         text(f"k{kind}") + struct.pack("<I", kind) + struct.pack("<" + code, number)
         for kind, code, number in [
-            (0, "B", 255), (1, "b", -1), (2, "H", 65535), (3, "h", -2), (4, "I", 7), (5, "i", -3), (6, "f", 0.5),
-            (7, "?", True), (10, "Q", 1 << 63), (11, "q", -4), (12, "d", 0.25),
+            (0, "B", 255),
+            (1, "b", -1),
+            (2, "H", 65535),
+            (3, "h", -2),
+            (4, "I", 7),
+            (5, "i", -3),
+            (6, "f", 0.5),
+            (7, "?", True),
+            (10, "Q", 1 << 63),
+            (11, "q", -4),
+            (12, "d", 0.25),
         ]
     )
     nested = text("n") + struct.pack("<IIQ", 9, 9, 1) + struct.pack("<IQ", 8, 2) + text("é") + text("")

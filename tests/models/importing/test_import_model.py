@@ -240,9 +240,7 @@ def test_transforms_are_views(transform: str, change: Callable[[np.ndarray], np.
     np.testing.assert_array_equal(np.concatenate(list(pieces(view))), change(array).reshape(-1))
 
 
-@pytest.mark.parametrize(
-    "transform", ["slice:0:1", "rope_interleave:0", "rope_interleave:5", "slice:0:x::", "odd", "transpose:1"]
-)
+@pytest.mark.parametrize("transform", ["slice:0:1", "rope_interleave:0", "rope_interleave:5", "slice:0:x::", "odd", "transpose:1"])
 def test_a_transform_that_does_not_fit_is_told(transform: str) -> None:
     with pytest.raises(ModelFileError, match="does not fit shape"):
         view_of(np.zeros((8, 6), np.float32), transform)

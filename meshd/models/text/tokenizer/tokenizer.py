@@ -55,9 +55,7 @@ class Tokenizer:
         self._later = later or bpe
         self._vocabulary = vocabulary
         self._control_ids = frozenset(vocabulary.control.values())
-        self._control = ControlTokens(
-            vocabulary.control, takes_left=vocabulary.takes_left, takes_right=vocabulary.takes_right
-        )
+        self._control = ControlTokens(vocabulary.control, takes_left=vocabulary.takes_left, takes_right=vocabulary.takes_right)
         self.bos = bos
         self.eos = eos
         self._prefix = prefix

@@ -160,7 +160,9 @@ def test_neither_truncation_nor_chance_changes_a_text(pieces: library_models.BPE
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 TINY: dict[str, Any] = {
-    "version": "1.0", "truncation": None, "padding": None,
+    "version": "1.0",
+    "truncation": None,
+    "padding": None,
     "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
     "added_tokens": [
         {"id": 0, "content": "<s>", "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -169,15 +171,23 @@ TINY: dict[str, Any] = {
     "post_processor": {
         "type": "TemplateProcessing",
         "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [], "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+        "pair": [],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
     },
     "decoder": {
         "type": "Sequence",
         "decoders": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}],
     },
     "model": {
-        "type": "BPE", "dropout": None, "unk_token": "<s>", "continuing_subword_prefix": None, "end_of_word_suffix": None,
-        "fuse_unk": True, "byte_fallback": True, "ignore_merges": False, "vocab": {"<s>": 0, "a": 1, "b": 2, "ab": 3, "▁": 4},
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": "<s>",
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": True,
+        "ignore_merges": False,
+        "vocab": {"<s>": 0, "a": 1, "b": 2, "ab": 3, "▁": 4},
         "merges": [["a", "b"]],
     },
 }

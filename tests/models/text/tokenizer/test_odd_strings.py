@@ -51,8 +51,12 @@ def of_gguf(*, architecture: str = "llama", whole_words: bool = False) -> Make:
 
     def make(metadata: Mapping[str, Any]) -> PreTrainedTokenizerBase:
         named = {
-            "tokenizer_type": "tokenizer.ggml.model", "pre_tokenizer_type": "tokenizer.ggml.pre", "tokens": "tokenizer.ggml.tokens",
-            "token_type": "tokenizer.ggml.token_type", "merges": "tokenizer.ggml.merges", "scores": "tokenizer.ggml.scores",
+            "tokenizer_type": "tokenizer.ggml.model",
+            "pre_tokenizer_type": "tokenizer.ggml.pre",
+            "tokens": "tokenizer.ggml.tokens",
+            "token_type": "tokenizer.ggml.token_type",
+            "merges": "tokenizer.ggml.merges",
+            "scores": "tokenizer.ggml.scores",
         }
         backend, _ = convert_gguf_tokenizer(architecture, {name: metadata[key] for name, key in named.items() if key in metadata})
         if whole_words:
