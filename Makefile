@@ -33,6 +33,7 @@ test: $(VENV)/installed $(VENV)/group-test
 
 check: $(VENV)/installed $(VENV)/group-test $(VENV)/group-check
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

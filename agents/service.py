@@ -197,7 +197,7 @@ class PlacementStep(msgspec.Struct, frozen=True, kw_only=True):
     message: str = ""
 
 
-class Mesh(Protocol):
+class ClusterService(Protocol):
     """What the monitor and the command line read. Rows are JSON-ready dicts with stable keys."""
 
     def identity(self) -> dict[str, Any]:

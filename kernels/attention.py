@@ -176,7 +176,7 @@ def _exact_rows(head_dim: int, capped: bool) -> tuple[int, ...]:
     return 0, *(int((tried(rows) == full[:rows]).flatten(1).all(1).long().cumprod(0).sum()) for rows in range(1, MOST_ROWS + 1))
 
 
-def merge(parts: Sequence[Part]) -> Part:
+def merge_parts(parts: Sequence[Part]) -> Part:
     """One part of several over disjoint keys. Empty parts count nothing; if all are, so is the result."""
     if len(parts) == 1:
         return parts[0]

@@ -15,7 +15,7 @@ from meshd.errors import ConfigError
 from meshd.values import (
     Address,
     address,
-    choice,
+    choice_of,
     count,
     parse_name,
     parse_path,
@@ -295,7 +295,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         name="discovery",
         metavar="mdns,static",
-        parse=choice("mdns", "static"),
+        parse=choice_of("mdns", "static"),
         many=True,
         default=("mdns", "static"),
         help="how peers are found",
@@ -319,7 +319,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         name="backend",
         metavar="NAME",
-        parse=choice("auto", "torch", "torch-cuda", "torch-mps", "onnxruntime"),
+        parse=choice_of("auto", "torch", "torch-cuda", "torch-mps", "onnxruntime"),
         default="auto",
         help="auto (the faster of the next two), onnxruntime, torch, or torch on an accelerator: torch-cuda, torch-mps",
     ),
@@ -343,7 +343,7 @@ SETTINGS: tuple[Setting, ...] = (
         name="role",
         field="roles",
         metavar="compute,attention,storage",
-        parse=choice("compute", "attention", "storage"),
+        parse=choice_of("compute", "attention", "storage"),
         many=True,
         default=("compute", "attention", "storage"),
         help="what this peer offers the others",
@@ -419,11 +419,11 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         name="log-level",
         metavar="LEVEL",
-        parse=choice("debug", "info", "warning", "error"),
+        parse=choice_of("debug", "info", "warning", "error"),
         default="info",
         help="debug, info, warning or error",
     ),
-    Setting(name="log-format", metavar="FORMAT", parse=choice("text", "json"), default="text", help="text or json"),
+    Setting(name="log-format", metavar="FORMAT", parse=choice_of("text", "json"), default="text", help="text or json"),
 )
 _BY_NAME = {setting.name: setting for setting in SETTINGS}
 

@@ -10,35 +10,35 @@ from typing import Any
 import msgspec
 
 from meshd import __version__
-from meshd.agents.admin.story_collector import Storyteller
-from meshd.agents.admin.view import MeshView
+from meshd.agents.admin.story_collector import StoryCollector
+from meshd.agents.admin.view import ClusterView
 from meshd.agents.device.memory import measure_memory
 from meshd.agents.device.probe import ProbeResult, Progress, probe
 from meshd.agents.links.links import Links, LinkSettings
 from meshd.agents.links.probe import LinkProber
 from meshd.agents.membership.mdns import MdnsDiscovery, StaticPeers
 from meshd.agents.membership.mdns_records import Announcement
-from meshd.agents.membership.membership import Membership, Self
+from meshd.agents.membership.membership import Membership, SelfDescription
 from meshd.agents.membership.sources import Source
 from meshd.agents.observe.events import EventBus
 from meshd.agents.observe.story import Story
-from meshd.agents.placement.client import Placer
+from meshd.agents.placement.client import PlacementClient
 from meshd.agents.placement.keeper import Keeper
-from meshd.agents.placement.loader import Placement
-from meshd.agents.placement.loads import Holdings
-from meshd.agents.placement.model_library import Library
+from meshd.agents.placement.loader import Loader
+from meshd.agents.placement.loads import ResidentModels
+from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.preload import Preload
-from meshd.agents.placement.weights.provider import Weights
-from meshd.agents.placement.weights.serve import Pace, WeightServer
+from meshd.agents.placement.weights.provider import WeightProvider
+from meshd.agents.placement.weights.serve import RateLimiter, WeightServer
 from meshd.agents.placement.weights.sources import WeightSources
 from meshd.agents.session.admission import Admission
 from meshd.agents.session.coordinator import Coordinator
 from meshd.agents.session.journal.deputy import Deputy
 from meshd.agents.session.journal.locator import Locator
-from meshd.agents.session.journal.writer import Journalists
+from meshd.agents.session.journal.writer import JournalWriters
 from meshd.agents.session.plan.drain import Drainer
 from meshd.agents.session.plan.move import Mover
-from meshd.agents.session.plan.retry import Rescuer
+from meshd.agents.session.plan.retry import PlanRetrier
 from meshd.agents.session.plan.route import Router
 from meshd.agents.stage.compute import ComputeThread
 from meshd.agents.stage.host import StageHost
@@ -160,7 +160,7 @@ class Peer:
         self.telemetry = Telemetry()
         self.compute = ComputeThread()
         capability = measured.capability
-        self.holdings = Holdings(capability.rates.attention_bytes_s)
+        self.holdings = ResidentModels(capability.rates.attention_bytes_s)
         incarnation = int.from_bytes(clock.random_bytes(8), "big") >> 1
         self.links = Links(
             identity,
@@ -172,7 +172,7 @@ class Peer:
             on_down=lambda peer, reason: self.membership.on_down(peer, reason),
             on_notice=lambda text: self.membership.notice(text),
         )
-        self.library = Library(
+        self.library = ModelLibrary(
             links=self.links,
             store=Store(config.models_dir, config.hf_cache, index_url=config.pypi_index, clock=clock),
             adverts=lambda: self.membership.table.adverts(),
@@ -201,7 +201,7 @@ class Peer:
         self.weight_server = WeightServer(
             self.links,
             self.library,
-            Pace(clock, busy=lambda: self.stages.sessions > 0, link_stats=self.prober.stats),
+            RateLimiter(clock, busy=lambda: self.stages.sessions > 0, link_stats=self.prober.stats),
         )
         weight_sources = WeightSources(
             me=identity.peer,
@@ -211,10 +211,10 @@ class Peer:
             clock=clock,
             link_stats=self.prober.stats,
         )
-        self.placement = Placement(
+        self.placement = Loader(
             links=self.links,
             library=self.library,
-            weights=Weights(self.links, self.library, weight_sources, clock),
+            weights=WeightProvider(self.links, self.library, weight_sources, clock),
             holdings=self.holdings,
             backend=make_backend(capability.backend, capability.threads),
             compute=self.compute,
@@ -224,7 +224,7 @@ class Peer:
             draining=lambda: self.drainer.draining,
         )
         self.membership = Membership(
-            about=Self(
+            about=SelfDescription(
                 peer=identity.peer,
                 name=config.name,
                 incarnation=incarnation,
@@ -244,7 +244,7 @@ class Peer:
             on_gone=self._on_gone,
         )
         names, adverts = self.membership.name_of, self.membership.adverts
-        self.placer = Placer(links=self.links, library=self.library, adverts=adverts, names=names, clock=clock)
+        self.placer = PlacementClient(links=self.links, library=self.library, adverts=adverts, names=names, clock=clock)
         self.router = Router(
             me=identity.peer,
             library=self.library,
@@ -253,7 +253,7 @@ class Peer:
             suspects=self.membership.suspects,
         )
         self.preload = Preload(config.models, self.library, self.placer, self.router, clock)
-        self.journal = Journalists(identity.peer, self.links, clock, adverts)
+        self.journal = JournalWriters(identity.peer, self.links, clock, adverts)
         self.deputy = Deputy(
             self.links,
             clock,
@@ -268,7 +268,7 @@ class Peer:
             release=lambda session: self.coordinator.release(session),
             finish=lambda session, forget: self.coordinator.finish(session, forget),
         )
-        rescuer = Rescuer(
+        rescuer = PlanRetrier(
             self.links,
             self.router,
             adverts,
@@ -305,8 +305,8 @@ class Peer:
             clock=clock,
             copies=config.copies,
         )
-        self.storyteller = Storyteller(identity.peer, self.links, self.story, clock, names)
-        self.view = MeshView(
+        self.storyteller = StoryCollector(identity.peer, self.links, self.story, clock, names)
+        self.view = ClusterView(
             drainer=self.drainer,
             storyteller=self.storyteller,
             membership=self.membership,

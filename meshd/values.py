@@ -114,7 +114,7 @@ def parse_switch(text: str) -> bool:
     return switched
 
 
-def choice(*choices: str) -> Callable[[str], str]:
+def choice_of(*choices: str) -> Callable[[str], str]:
     """A parser of one word out of these."""
 
     def parse(text: str) -> str:

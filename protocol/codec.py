@@ -19,7 +19,7 @@ _MAX_TEXT = 32_768
 _U64 = 1 << 64
 
 
-class Unknown(Message, frozen=True, kw_only=True):
+class UnknownMessage(Message, frozen=True, kw_only=True):
     """A message whose number this build does not know; it is answered with ERROR."""
 
     number_of: int
@@ -37,12 +37,12 @@ def encode(message: Message) -> bytes:
 
 
 def decode(header: bytes | memoryview) -> Message:
-    """The message of a header; `Unknown` if its number is. Raises: ProtocolViolation for anything else that is not one."""
+    """The message of a header; `UnknownMessage` if its number is. Raises: ProtocolViolation for anything else that is not one."""
     number, body = _unpack(header)
     message_type = REGISTRY.get(number)
     if message_type is None:
         request = body.get("request", 0)
-        return Unknown(number_of=number, request=request if _is_request_number(request) else 0)
+        return UnknownMessage(number_of=number, request=request if _is_request_number(request) else 0)
     try:
         return msgspec.convert(body, message_type)
     except (msgspec.ValidationError, OverflowError) as error:

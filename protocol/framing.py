@@ -25,7 +25,7 @@ _SCRATCH = 32 * KIB
 EMPTY = memoryview(b"")
 
 
-class Limits(msgspec.Struct, frozen=True):
+class FrameLimits(msgspec.Struct, frozen=True):
     """The largest header and payload, in bytes, that a side accepts."""
 
     max_header: int = MAX_HEADER
@@ -48,7 +48,7 @@ class FrameReader:
     same. After a ProtocolViolation nothing more can be read.
     """
 
-    def __init__(self, limits: Limits, now: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, limits: FrameLimits, now: Callable[[], float] = time.perf_counter) -> None:
         self.limits = limits
         self._now = now
         self._scratch = memoryview(bytearray(_SCRATCH))

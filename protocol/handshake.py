@@ -6,7 +6,7 @@ from enum import Enum
 import msgspec
 
 from meshd.errors import PeerLost, PeerRefused, ProtocolViolation
-from meshd.protocol.framing import MAX_HEADER_HARD, MAX_PAYLOAD, Limits
+from meshd.protocol.framing import MAX_HEADER_HARD, MAX_PAYLOAD, FrameLimits
 from meshd.protocol.messages import FEATURES, PROTOCOL_VERSION, Error, Goodbye, Hello, Lane, Message
 from meshd.types import PeerId
 
@@ -14,18 +14,18 @@ _LEAST = 4096
 """No HELLO may accept less, in bytes of header: a longer one could not be answered."""
 
 
-class Agreement(msgspec.Struct, frozen=True):
+class HelloAgreement(msgspec.Struct, frozen=True):
     """What holds on a connection after both HELLOs."""
 
     hello: Hello
     """The other side's."""
     features: frozenset[str]
     """What both have."""
-    limits: Limits
+    limits: FrameLimits
     """What the other side accepts."""
 
 
-class Verdict(Enum):
+class LinkChoice(Enum):
     """What becomes of a link that a peer offers while there may be one already."""
 
     ACCEPT = "there is none yet"
@@ -33,7 +33,7 @@ class Verdict(Enum):
     REFUSE = "the old one stays"
 
 
-def check_hello(message: Message, certified: PeerId, *, features: Iterable[str] = FEATURES) -> Agreement:
+def check_hello(message: Message, certified: PeerId, *, features: Iterable[str] = FEATURES) -> HelloAgreement:
     """Hold the first frame of a connection against the rules and against the peer's certificate.
 
     Raises: ProtocolViolation if it breaks the protocol; PeerRefused if its version can't be spoken here; PeerLost if it is GOODBYE
@@ -57,7 +57,9 @@ def check_hello(message: Message, certified: PeerId, *, features: Iterable[str] 
         raise ProtocolViolation(f"HELLO names lane {message.lane}, which there is not")
     if not _LEAST <= message.max_header <= MAX_HEADER_HARD or not 0 <= message.max_payload <= MAX_PAYLOAD:
         raise ProtocolViolation(f"HELLO accepts headers of {message.max_header} and payloads of {message.max_payload} bytes")
-    return Agreement(message, frozenset(features) & frozenset(message.features), Limits(message.max_header, message.max_payload))
+    return HelloAgreement(
+        message, frozenset(features) & frozenset(message.features), FrameLimits(message.max_header, message.max_payload)
+    )
 
 
 def check_answer(answer: Hello, asked: Hello) -> None:
@@ -66,7 +68,7 @@ def check_answer(answer: Hello, asked: Hello) -> None:
         raise ProtocolViolation("HELLO was answered for another link or lane")
 
 
-class Present(msgspec.Struct, frozen=True, kw_only=True):
+class ExistingLink(msgspec.Struct, frozen=True, kw_only=True):
     """The link with a peer that exists when it offers another."""
 
     incarnation: int | None
@@ -77,7 +79,7 @@ class Present(msgspec.Struct, frozen=True, kw_only=True):
     silent_s: float
 
 
-def choose_link(present: Present | None, offered: Hello, own: PeerId, *, fresh_s: float) -> Verdict:
+def choose_link(present: ExistingLink | None, offered: Hello, own: PeerId, *, fresh_s: float) -> LinkChoice:
     """Which link survives when a peer dials us while a link with it exists; both sides come to the same answer.
 
     A side never dials a peer that it has a link with. So a peer that dials again has lost the link it dialled before; and of two
@@ -85,10 +87,10 @@ def choose_link(present: Present | None, offered: Hello, own: PeerId, *, fresh_s
     is kept: the offer was on its way when that link came up, and the peer withdraws it.
     """
     if present is None:
-        return Verdict.ACCEPT
+        return LinkChoice.ACCEPT
     restarted = present.incarnation is not None and present.incarnation != offered.incarnation
     if restarted or not present.dialled:
-        return Verdict.REPLACE
+        return LinkChoice.REPLACE
     if present.up:
-        return Verdict.REPLACE if present.silent_s > fresh_s else Verdict.REFUSE
-    return Verdict.REPLACE if offered.peer < own else Verdict.REFUSE
+        return LinkChoice.REPLACE if present.silent_s > fresh_s else LinkChoice.REFUSE
+    return LinkChoice.REPLACE if offered.peer < own else LinkChoice.REFUSE

@@ -453,7 +453,7 @@ class KvStored(SessionMessage, frozen=True, kw_only=True):
 
 
 @_message(66)
-class Whereabouts(Request, frozen=True, kw_only=True):
+class FetchProgress(Request, frozen=True, kw_only=True):
     """How far is this session at the receiver? Asked when nothing came for too long."""
 
     session: SessionId
@@ -461,7 +461,7 @@ class Whereabouts(Request, frozen=True, kw_only=True):
 
 
 @_message(67)
-class WhereaboutsAre(Reply, frozen=True, kw_only=True):
+class ProgressData(Reply, frozen=True, kw_only=True):
     """Of each stage of the session at the sender."""
 
     stages: tuple[tuple[int, int, int, float], ...]

@@ -12,7 +12,7 @@ from typing import cast
 from meshd.errors import InvalidRequest, MeshdError, PeerLost, PeerRefused, ProtocolViolation
 from meshd.protocol import codec
 from meshd.protocol.flow import SendQueue
-from meshd.protocol.framing import EMPTY, KIB, MIB, Frame, FrameReader, Limits, frame_head
+from meshd.protocol.framing import EMPTY, KIB, MIB, Frame, FrameLimits, FrameReader, frame_head
 from meshd.protocol.identity import peer_of_certificate
 from meshd.protocol.messages import Error, Message
 from meshd.types import PeerId
@@ -44,8 +44,8 @@ class Connection(asyncio.BufferedProtocol):
     """By its certificate."""
     remote: Address
 
-    def __init__(self, limits: Limits, now: Callable[[], float]) -> None:
-        self.accepts = Limits()
+    def __init__(self, limits: FrameLimits, now: Callable[[], float]) -> None:
+        self.accepts = FrameLimits()
         """What the other side accepts; its HELLO says."""
         self.reason = ""
         """Why it is closed; empty while it is not."""
@@ -233,7 +233,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
 
 
 async def accept(
-    raw: socket.socket, context: ssl.SSLContext, *, limits: Limits, now: Callable[[], float], handshake_s: float
+    raw: socket.socket, context: ssl.SSLContext, *, limits: FrameLimits, now: Callable[[], float], handshake_s: float
 ) -> Connection:
     """Make an accepted socket a connection. Raises: PeerRefused if TLS fails; PeerLost if the other side goes away.
 
@@ -261,7 +261,7 @@ async def dial(
     address: Address,
     context: ssl.SSLContext,
     *,
-    limits: Limits,
+    limits: FrameLimits,
     now: Callable[[], float],
     connect_s: float,
     handshake_s: float,

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from meshd.values import (
     Address,
-    choice,
+    choice_of,
     count,
     parse_address,
     parse_name,
@@ -82,12 +82,12 @@ def test_a_count_below_its_least_is_refused() -> None:
 
 def test_a_choice_says_what_there_is() -> None:
     with pytest.raises(ValueError, match="none of mdns, static"):
-        choice("mdns", "static")("dns")
+        choice_of("mdns", "static")("dns")
 
 
 def test_what_is_known_but_not_built_is_told_so() -> None:
     with pytest.raises(ValueError, match="not built yet"):
-        choice("mdns", "static")("mqtt")
+        choice_of("mdns", "static")("mqtt")
 
 
 def test_a_path_is_absolute_and_knows_home() -> None:

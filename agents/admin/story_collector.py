@@ -26,7 +26,7 @@ Lines = list[dict[str, Any]]
 
 
 @dataclass(slots=True)
-class Storyteller:
+class StoryCollector:
     """Tells this peer's part, and collects the others'."""
 
     me: PeerId
@@ -58,7 +58,7 @@ class Storyteller:
             for peer in self.links.peers():
                 group.create_task(ask(peer))
         now = self.clock.monotonic()
-        lines = merge(told, self.names)
+        lines = merge_stories(told, self.names)
         if not lines:
             raise UnknownSession(f"no live peer tells of session {session}", hint="each peer remembers its latest 512 sessions")
         first = lines[0]["at"]
@@ -76,7 +76,7 @@ class Storyteller:
         answered = self.clock.monotonic()
         if not isinstance(reply, StoryData):
             raise ProtocolViolation(f"FETCH_STORY was answered with {type(reply).__name__}")
-        return in_our_time(decode_lines(payload), theirs=reply.now, ours=(asked + answered) / 2)
+        return to_local_time(decode_lines(payload), theirs=reply.now, ours=(asked + answered) / 2)
 
     def _on_fetch(self, sender: PeerId, message: FetchStory, payload: memoryview) -> tuple[StoryData, bytes]:
         lines = self.story.lines(message.session)
@@ -101,12 +101,12 @@ def _is_line(line: dict[str, Any]) -> bool:
     return isinstance(at, int | float) and math.isfinite(at) and isinstance(line.get("what"), str)
 
 
-def in_our_time(lines: Lines, *, theirs: float, ours: float) -> Lines:
+def to_local_time(lines: Lines, *, theirs: float, ours: float) -> Lines:
     """Lines by a clock that showed `theirs` when ours showed `ours`."""
     return [{**line, "at": line["at"] - theirs + ours} for line in lines]
 
 
-def merge(told: dict[PeerId, Lines], names: Callable[[PeerId], str]) -> Lines:
+def merge_stories(told: dict[PeerId, Lines], names: Callable[[PeerId], str]) -> Lines:
     """Everybody's lines by time; those of one peer stay in their order."""
     lines = [
         {**_facts(line), "at": line["at"], "peer": peer, "name": names(peer), "what": line["what"]}

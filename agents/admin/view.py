@@ -7,12 +7,12 @@ from typing import Any
 
 import msgspec
 
-from meshd.agents.admin.story_collector import Storyteller
+from meshd.agents.admin.story_collector import StoryCollector
 from meshd.agents.membership.membership import Membership
 from meshd.agents.observe.events import EventBus
-from meshd.agents.placement.client import Placer
-from meshd.agents.placement.model_library import Library
-from meshd.agents.placement.plan_input import problem_of
+from meshd.agents.placement.client import PlacementClient
+from meshd.agents.placement.model_library import ModelLibrary
+from meshd.agents.placement.plan_input import plan_input_of
 from meshd.agents.service import MeshOptions, PlacementStep, PlaceRequest, PlanRequest
 from meshd.agents.session.answer import Answer, header_of
 from meshd.agents.session.coordinator import Coordinator
@@ -34,17 +34,17 @@ _WHOLE_ID = re.compile(r"(?:.*[-_])?([0-9a-f]{32})")
 
 
 @dataclass(slots=True)
-class MeshView:
+class ClusterView:
     """Implements `service.Mesh`."""
 
     membership: Membership
-    library: Library
+    library: ModelLibrary
     router: Router
-    placer: Placer
+    placer: PlacementClient
     coordinator: Coordinator
     stages: StageHost
     drainer: Drainer
-    storyteller: Storyteller
+    storyteller: StoryCollector
     bus: EventBus
     about: Callable[[], dict[str, Any]]
     """This peer's own facts."""
@@ -117,7 +117,7 @@ class MeshView:
         card = await self._card(request.model)
         mesh = msgspec.structs.replace(request.mesh, objective=request.mesh.objective or request.objective)
         context = request.context or mesh.context or min(card.spec.context_length, _PROBE_CONTEXT)
-        problem = problem_of(card, self.membership.adverts(), mesh, context=context)
+        problem = plan_input_of(card, self.membership.adverts(), mesh, context=context)
         profiles, network = with_what_if(request.what_if, problem.profiles, problem.network)
         problem = msgspec.structs.replace(problem, profiles=profiles, network=network)
         return explain(problem, solve(problem))

@@ -25,7 +25,7 @@ _V2 = _MemoryFiles(("memory.max", "memory.high"), "memory.current", "inactive_fi
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
+class MemoryLimit:
     """An upper bound and what is left below it, in bytes, with who sets it."""
 
     source: str
@@ -34,7 +34,7 @@ class Limit:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class MemoryBudget:
     """What this process can have, and which limit binds now."""
 
     total_bytes: int
@@ -42,27 +42,27 @@ class Memory:
     bound_by: str
 
 
-def measure_memory(cap_bytes: int | None = None, taken_bytes: int = 0, root: Path = Path("/")) -> Memory:
+def measure_memory(cap_bytes: int | None = None, taken_bytes: int = 0, root: Path = Path("/")) -> MemoryBudget:
     """The least of: the system's available memory, every cgroup's limit less its use, RLIMIT_AS, and `cap_bytes` (`--memory`).
 
     `taken_bytes` is what meshd itself has of the cap already. `root` is where `proc` and `sys` are looked for.
     """
     system = psutil.virtual_memory()
-    limits = [Limit("system", system.total, system.available), *cgroup_memory_limits(root)]
+    limits = [MemoryLimit("system", system.total, system.available), *cgroup_memory_limits(root)]
     if (address_space := _address_space_limit()) is not None:
         limits.append(address_space)
     if cap_bytes is not None:
-        limits.append(Limit("--memory", cap_bytes, cap_bytes - taken_bytes))
-    return least(limits)
+        limits.append(MemoryLimit("--memory", cap_bytes, cap_bytes - taken_bytes))
+    return tightest(limits)
 
 
-def least(limits: list[Limit]) -> Memory:
+def tightest(limits: list[MemoryLimit]) -> MemoryBudget:
     """The tightest of the limits; what is free is never below nothing."""
     tightest = min(limits, key=lambda limit: limit.free_bytes)
-    return Memory(min(limit.total_bytes for limit in limits), max(0, tightest.free_bytes), tightest.source)
+    return MemoryBudget(min(limit.total_bytes for limit in limits), max(0, tightest.free_bytes), tightest.source)
 
 
-def cgroup_memory_limits(root: Path = Path("/")) -> list[Limit]:
+def cgroup_memory_limits(root: Path = Path("/")) -> list[MemoryLimit]:
     """Limits of this process's cgroup and of each one above it; page cache that can be dropped does not count as use."""
     limits = [_memory_limit(folder, _V2) for folder in _folders(root, "memory", version=2)]
     limits += [_memory_limit(folder, _V1) for folder in _folders(root, "memory", version=1)]
@@ -128,7 +128,7 @@ def _mounts(root: Path, controller: str, version: int) -> Iterator[tuple[str, st
                 yield mounted, mount_point
 
 
-def _memory_limit(folder: Path, files: _MemoryFiles) -> Limit | None:
+def _memory_limit(folder: Path, files: _MemoryFiles) -> MemoryLimit | None:
     bounds = [bound for name in files.bounds if (bound := _number(folder / name)) is not None and bound < _UNLIMITED]
     usage = _number(folder / files.usage)
     if not bounds or usage is None:
@@ -136,10 +136,10 @@ def _memory_limit(folder: Path, files: _MemoryFiles) -> Limit | None:
     words = _words(folder / "memory.stat")
     statistics = dict(zip(words[::2], words[1::2], strict=False))
     used = max(0, usage - int(statistics.get(files.droppable, "0")))
-    return Limit(f"cgroup {folder.name}", min(bounds), min(bounds) - used)
+    return MemoryLimit(f"cgroup {folder.name}", min(bounds), min(bounds) - used)
 
 
-def _address_space_limit() -> Limit | None:
+def _address_space_limit() -> MemoryLimit | None:
     """RLIMIT_AS counts address space, not memory; past it every allocation fails."""
     if sys.platform == "win32":
         return None
@@ -148,7 +148,7 @@ def _address_space_limit() -> Limit | None:
     bound, _ = resource.getrlimit(resource.RLIMIT_AS)
     if bound == resource.RLIM_INFINITY:
         return None
-    return Limit("ulimit -v", bound, bound - psutil.Process().memory_info().vms)
+    return MemoryLimit("ulimit -v", bound, bound - psutil.Process().memory_info().vms)
 
 
 def _quota(words: list[str]) -> float | None:

@@ -20,8 +20,8 @@ import psutil
 
 import meshd
 from meshd.agents.device.hardware import EnergyMeter, disk_read_rate, processor_name
-from meshd.agents.device.memory import Memory, measure_memory, usable_cores
-from meshd.agents.device.probe_record import FORMAT, Key, Record, Trial, load_record, measuring_alone, save_record
+from meshd.agents.device.memory import MemoryBudget, measure_memory, usable_cores
+from meshd.agents.device.probe_record import FORMAT, BackendTrial, ProbeKey, ProbeRecord, load_record, measuring_alone, save_record
 from meshd.clock import Clock
 from meshd.errors import LocalFault, StorageError
 from meshd.types import Capability, Rates
@@ -47,9 +47,9 @@ class ProbeResult:
     """What is advertised, and how it came about."""
 
     capability: Capability
-    memory: Memory
+    memory: MemoryBudget
     cores: int
-    trials: tuple[Trial, ...]
+    trials: tuple[BackendTrial, ...]
     cached: bool
     elapsed_s: float
 
@@ -114,14 +114,14 @@ def _available() -> tuple[str, ...]:
     return available_backends()
 
 
-def _key(cores: int, threads: int, backends: tuple[str, ...]) -> Key:
+def _key(cores: int, threads: int, backends: tuple[str, ...]) -> ProbeKey:
     software = {"meshd": meshd.__version__, "python": platform.python_version()}
     for name in _SOFTWARE:
         try:
             software[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return Key(
+    return ProbeKey(
         format=FORMAT,
         machine=platform.machine(),
         processor=processor_name(),
@@ -133,7 +133,7 @@ def _key(cores: int, threads: int, backends: tuple[str, ...]) -> Key:
     )
 
 
-def _capability(record: Record, memory: Memory, roles: tuple[str, ...]) -> Capability:
+def _capability(record: ProbeRecord, memory: MemoryBudget, roles: tuple[str, ...]) -> Capability:
     best = _best(record.trials)
     assert best.rates is not None
     return Capability(
@@ -149,7 +149,7 @@ def _capability(record: Record, memory: Memory, roles: tuple[str, ...]) -> Capab
     )
 
 
-def _best(trials: Sequence[Trial]) -> Trial:
+def _best(trials: Sequence[BackendTrial]) -> BackendTrial:
     """Raises: LocalFault if none has rates."""
     best = min(trials, key=lambda trial: trial.layer_s, default=None)
     if best is None or best.rates is None:
@@ -158,7 +158,7 @@ def _best(trials: Sequence[Trial]) -> Trial:
     return best
 
 
-async def _measure_alone(key: Key, folder: Path, clock: Clock, progress: Progress, *, refresh: bool) -> Record:
+async def _measure_alone(key: ProbeKey, folder: Path, clock: Clock, progress: Progress, *, refresh: bool) -> ProbeRecord:
     """Measure when no other daemon does, unless that one's measurement is what was wanted."""
     progress("waiting", 0.0)
     try:
@@ -172,12 +172,12 @@ async def _measure_alone(key: Key, folder: Path, clock: Clock, progress: Progres
         raise StorageError(f"{folder} can't be used to measure this device: {error.strerror}", hint="make room there") from error
 
 
-async def _measure(key: Key, folder: Path, clock: Clock, progress: Progress) -> Record:
+async def _measure(key: ProbeKey, folder: Path, clock: Clock, progress: Progress) -> ProbeRecord:
     """Measure everything, one after the other. Raises: LocalFault, OSError."""
     start = clock.monotonic()
     progress("disk", 0.0)
     disk_bytes_s = await asyncio.to_thread(disk_read_rate, folder)
-    trials: list[Trial] = []
+    trials: list[BackendTrial] = []
     for done, backend in enumerate(key.backends):
         progress(backend, (done + 0.5) / (len(key.backends) + 0.5))
         left_s = LIMIT_S - (clock.monotonic() - start)
@@ -185,10 +185,10 @@ async def _measure(key: Key, folder: Path, clock: Clock, progress: Progress) -> 
         deadline_s = max(left_s, _LEAST_DEADLINE_S) if measured else DEADLINE_S
         trials.append(await _try(backend, key.threads, left_s / (len(key.backends) - done), deadline_s))
     _best(trials)
-    return Record(key=key, trials=tuple(trials), disk_bytes_s=disk_bytes_s, measured_at=clock.wall())
+    return ProbeRecord(key=key, trials=tuple(trials), disk_bytes_s=disk_bytes_s, measured_at=clock.wall())
 
 
-async def _try(backend: str, threads: int, budget_s: float, deadline_s: float) -> Trial:
+async def _try(backend: str, threads: int, budget_s: float, deadline_s: float) -> BackendTrial:
     """Measure one backend in its own process. Cancel: the process is killed."""
     meter = EnergyMeter()
     arguments = ("-m", "meshd.agents.device.probe", backend, str(threads), str(budget_s))
@@ -205,7 +205,7 @@ async def _try(backend: str, threads: int, budget_s: float, deadline_s: float) -
         async with asyncio.timeout(deadline_s):
             output, complaints = await process.communicate()
     except TimeoutError:
-        return Trial(backend=backend, error=f"no result after {deadline_s:.0f} s")
+        return BackendTrial(backend=backend, error=f"no result after {deadline_s:.0f} s")
     finally:
         if process.returncode is None:
             process.kill()
@@ -213,14 +213,14 @@ async def _try(backend: str, threads: int, budget_s: float, deadline_s: float) -
     return read_trial(backend, process.returncode or 0, output, complaints, meter.mean_w())
 
 
-def read_trial(backend: str, status: int, output: bytes, complaints: bytes, power_w: float | None) -> Trial:
+def read_trial(backend: str, status: int, output: bytes, complaints: bytes, power_w: float | None) -> BackendTrial:
     """What a measuring process left: the last line it printed are the rates, or the last it complained is why not."""
     try:
         rates = msgspec.json.decode((output.splitlines() or [b""])[-1], type=Rates)
     except msgspec.DecodeError:
         lines = complaints.decode(errors="replace").strip().splitlines()
-        return Trial(backend=backend, error=lines[-1] if lines else f"its process ended with status {status}")
-    return Trial(backend=backend, rates=rates, power_w=power_w)
+        return BackendTrial(backend=backend, error=lines[-1] if lines else f"its process ended with status {status}")
+    return BackendTrial(backend=backend, rates=rates, power_w=power_w)
 
 
 def main(backend: str, threads: int, budget_s: float) -> None:

@@ -24,7 +24,7 @@ _TYPICAL_LAYER_BYTES = 16 * 2**20
 """A layer of a 1B model in 4 bits: backends are compared by it."""
 
 
-class Trial(msgspec.Struct, frozen=True, kw_only=True):
+class BackendTrial(msgspec.Struct, frozen=True, kw_only=True):
     """One backend's measurement, or why there is none. The disk is measured apart: `disk_bytes_s` is 0 here."""
 
     backend: str
@@ -40,7 +40,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
         return _TYPICAL_LAYER_BYTES / self.rates.decode_bytes_s + self.rates.layer_overhead_s
 
 
-class Key(msgspec.Struct, frozen=True, kw_only=True):
+class ProbeKey(msgspec.Struct, frozen=True, kw_only=True):
     """What a measurement holds for: if any of this changes it is made anew."""
 
     format: int
@@ -53,30 +53,30 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     software: dict[str, str]
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True):
+class ProbeRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A device's measurement."""
 
-    key: Key
-    trials: tuple[Trial, ...]
+    key: ProbeKey
+    trials: tuple[BackendTrial, ...]
     disk_bytes_s: float
     measured_at: float
 
 
-def load_record(folder: Path, key: Key) -> Record | None:
+def load_record(folder: Path, key: ProbeKey) -> ProbeRecord | None:
     """The measurement that holds for `key`, if it is remembered; a file that is torn or of another format remembers nothing."""
     return next((record for record in _read(folder) if record.key == key), None)
 
 
-def save_record(folder: Path, record: Record) -> None:
+def save_record(folder: Path, record: ProbeRecord) -> None:
     """Remember it, in the place of one with the same key. Raises: StorageError."""
     others = [other for other in _read(folder) if other.key != record.key]
     content = msgspec.json.encode([record, *others][:_KEPT])
     StateFolder(folder).write(CACHE_FILE, msgspec.json.format(content))
 
 
-def _read(folder: Path) -> list[Record]:
+def _read(folder: Path) -> list[ProbeRecord]:
     try:
-        return msgspec.json.decode(StateFolder(folder).read(CACHE_FILE) or b"[]", type=list[Record])
+        return msgspec.json.decode(StateFolder(folder).read(CACHE_FILE) or b"[]", type=list[ProbeRecord])
     except (StorageError, msgspec.DecodeError):
         return []
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from meshd.errors import PeerLost
 from meshd.protocol.framing import KIB
-from meshd.protocol.handshake import Agreement, Present
+from meshd.protocol.handshake import ExistingLink, HelloAgreement
 from meshd.protocol.messages import Activation, Heartbeat, HeartbeatAck, Lane, Message
 from meshd.protocol.transport import Buffer, Connection
 from meshd.types import PeerId
@@ -29,7 +29,7 @@ class Link:
         self.heard = now
         self.up = False
         self.up_since = 0.0
-        self.agreement: Agreement | None = None
+        self.agreement: HelloAgreement | None = None
         self.rtt_min_s: float | None = None
         self.rtt_mean_s: float | None = None
         self.gone = asyncio.Event()
@@ -50,10 +50,10 @@ class Link:
         """How long it has been, or was, up."""
         return now - self.up_since if self.up_since else 0.0
 
-    def present(self, now: float) -> Present:
+    def present(self, now: float) -> ExistingLink:
         """What decides between this link and another one with the same peer."""
         incarnation = self.agreement.hello.incarnation if self.agreement else None
-        return Present(incarnation=incarnation, dialled=self.dialled, up=self.up, silent_s=now - self.heard)
+        return ExistingLink(incarnation=incarnation, dialled=self.dialled, up=self.up, silent_s=now - self.heard)
 
     def send(self, message: Message, payload: Buffer | None = None) -> None:
         """Send on the message's lane. Raises: PeerLost, Overloaded, InvalidRequest."""

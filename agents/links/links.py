@@ -17,7 +17,7 @@ import meshd
 from meshd.agents.links.dial import Dialler, TargetRow
 from meshd.agents.links.link import Link
 from meshd.agents.links.log import LinkLog, RefusalRow
-from meshd.agents.links.open import LinkMaker
+from meshd.agents.links.open import LinkOpener
 from meshd.agents.links.rpc import Dispatcher, Handler, M, to_view
 from meshd.agents.links.table import LinkTable, OnDown, OnUp, Timing
 from meshd.clock import Clock
@@ -88,7 +88,7 @@ class Links:
         self._linklog = LinkLog(clock)
         self._dispatcher = Dispatcher(self.send, self._linklog)
         self._table = LinkTable(self.id, self._dispatcher, clock, self._linklog, settings.timing, on_up, on_down)
-        self._maker = LinkMaker(
+        self._maker = LinkOpener(
             identity, _greeting(self.id, name, incarnation), self._table, clock, self._linklog, on_notice, self._met
         )
         self._dialler = Dialler(self._maker.dial, self.id, self._table, clock)

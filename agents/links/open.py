@@ -13,8 +13,8 @@ from meshd.agents.links.table import LinkTable
 from meshd.clock import Clock
 from meshd.errors import MeshdError, PeerLost, PeerRefused, ProtocolViolation
 from meshd.protocol import transport
-from meshd.protocol.framing import Limits
-from meshd.protocol.handshake import Agreement, check_answer, check_hello
+from meshd.protocol.framing import FrameLimits
+from meshd.protocol.handshake import HelloAgreement, check_answer, check_hello
 from meshd.protocol.identity import Identity
 from meshd.protocol.messages import Goodbye, Hello, Lane
 from meshd.protocol.transport import Address, Connection
@@ -27,7 +27,7 @@ HALF_OPEN = 64
 HALF_OPEN_PER_HOST = 16
 
 
-class LinkMaker:
+class LinkOpener:
     """Dials and accepts; what fails is kept in the link log."""
 
     def __init__(
@@ -48,7 +48,7 @@ class LinkMaker:
         self._linklog = linklog
         self._on_notice = on_notice
         self._on_met = on_met
-        self._limits = Limits(greeting.max_header, greeting.max_payload)
+        self._limits = FrameLimits(greeting.max_header, greeting.max_payload)
         self._half_open: Counter[str] = Counter()
 
     def listens_on(self, port: int) -> None:
@@ -115,7 +115,7 @@ class LinkMaker:
             link.end(str(error) or "given up")
             raise
 
-    async def _greet(self, connection: Connection, lane: Lane, number: int) -> Agreement:
+    async def _greet(self, connection: Connection, lane: Lane, number: int) -> HelloAgreement:
         asked = self._hello(lane, number)
         connection.send(asked)
         try:
@@ -168,7 +168,7 @@ class LinkMaker:
                 connection.abort(str(error) or "it did not say HELLO in time")
                 raise
 
-    def _admit(self, connection: Connection, agreement: Agreement) -> None:
+    def _admit(self, connection: Connection, agreement: HelloAgreement) -> None:
         hello = agreement.hello
         answer = self._hello(Lane(hello.lane), hello.link)
         if hello.peer == self._identity.peer:
@@ -180,7 +180,7 @@ class LinkMaker:
         else:
             self._admit_control(connection, agreement, answer)
 
-    def _admit_control(self, connection: Connection, agreement: Agreement, answer: Hello) -> None:
+    def _admit_control(self, connection: Connection, agreement: HelloAgreement, answer: Hello) -> None:
         crowded = len(self._table) >= MAX_LINKS and self._table.get(connection.peer) is None
         link = None if crowded else self._table.offered(agreement)
         if link is None:
@@ -191,7 +191,7 @@ class LinkMaker:
         connection.send(answer)
         self._on_met(connection.peer, (connection.remote[0], agreement.hello.port))
 
-    def _admit_bulk(self, connection: Connection, agreement: Agreement, answer: Hello) -> None:
+    def _admit_bulk(self, connection: Connection, agreement: HelloAgreement, answer: Hello) -> None:
         link = self._table.get(connection.peer)
         if link is None or link.dialled or link.joined or link.number != agreement.hello.link:
             connection.close("no link waits for it", Goodbye(reason="no link waits for this lane"))

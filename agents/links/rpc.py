@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from meshd.agents.links.log import LinkLog
 from meshd.errors import MeshdError, Overloaded, PeerLost, RemoteFailure
-from meshd.protocol.codec import Unknown
+from meshd.protocol.codec import UnknownMessage
 from meshd.protocol.framing import EMPTY
 from meshd.protocol.messages import Error, Message, Reply, Request
 from meshd.protocol.transport import Buffer
@@ -154,8 +154,8 @@ class Dispatcher:
         self._try_send(peer, Error(request=request, code=error.code, message=error.message, hint=error.hint, session=session), None)
 
     def _unhandled(self, peer: PeerId, message: Message) -> None:
-        if isinstance(message, Unknown | Request):
-            number = message.number_of if isinstance(message, Unknown) else message.number
+        if isinstance(message, UnknownMessage | Request):
+            number = message.number_of if isinstance(message, UnknownMessage) else message.number
             text = f"message {number} is not handled here"
             self._try_send(peer, Error(request=message.request, code="unknown_message", message=text, number_of=number), None)
         elif isinstance(message, Error) and message.request == 0:

@@ -11,7 +11,7 @@ from meshd.agents.links.rpc import Dispatcher
 from meshd.clock import Clock
 from meshd.errors import MeshdError, ProtocolViolation
 from meshd.protocol.framing import Frame
-from meshd.protocol.handshake import Agreement, Verdict, choose_link
+from meshd.protocol.handshake import HelloAgreement, LinkChoice, choose_link
 from meshd.protocol.messages import Goodbye, Heartbeat, HeartbeatAck, Hello, Lane, Message, Probe, ProbeAck
 from meshd.protocol.transport import Address, Connection
 from meshd.types import PeerId
@@ -69,13 +69,13 @@ class LinkTable:
         """Begin a link that we dial; there must be none with this peer."""
         return self._begin(peer, number, dialled=True)
 
-    def offered(self, agreement: Agreement) -> Link | None:
+    def offered(self, agreement: HelloAgreement) -> Link | None:
         """Begin a link that a peer dialled; None if the one that is there stays."""
         hello = agreement.hello
         present = self._links.get(hello.peer)
         fresh_s = 2 * self.timing.heartbeat_s
         verdict = choose_link(present.present(self._now()) if present else None, hello, self.own, fresh_s=fresh_s)
-        if verdict is Verdict.REFUSE:
+        if verdict is LinkChoice.REFUSE:
             return None
         if present is not None:
             known = present.agreement
@@ -83,7 +83,7 @@ class LinkTable:
             present.end("it has restarted" if restarted else "it has dialled anew")
         return self._begin(hello.peer, hello.link, dialled=False)
 
-    def join(self, link: Link, lane: Lane, connection: Connection, agreement: Agreement) -> None:
+    def join(self, link: Link, lane: Lane, connection: Connection, agreement: HelloAgreement) -> None:
         """Add a lane. Raises: PeerLost if its connection has closed already."""
         link.agreement = agreement
         connection.accepts = agreement.limits

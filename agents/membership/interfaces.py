@@ -21,7 +21,7 @@ _LOWER_DEPTH = 4
 """How far to look below a bridge: bridge, VLAN, bond, card."""
 
 
-class Kind(StrEnum):
+class InterfaceKind(StrEnum):
     """What an interface leads to."""
 
     LAN = "network"
@@ -31,14 +31,17 @@ class Kind(StrEnum):
     LOOPBACK = "loopback"
 
 
-_NAMES: tuple[tuple[Kind, re.Pattern[str]], ...] = (
-    (Kind.LOOPBACK, re.compile(r"lo\d*$|Loopback")),
-    (Kind.TUNNEL, re.compile(r"(tun|tap|wg|utun|zt|ppp|ipsec|gif|stf|sit|gre|ip6tnl|teql)[\d-]|zt|tailscale|nordlynx|proton")),
+_NAMES: tuple[tuple[InterfaceKind, re.Pattern[str]], ...] = (
+    (InterfaceKind.LOOPBACK, re.compile(r"lo\d*$|Loopback")),
     (
-        Kind.CONTAINER,
+        InterfaceKind.TUNNEL,
+        re.compile(r"(tun|tap|wg|utun|zt|ppp|ipsec|gif|stf|sit|gre|ip6tnl|teql)[\d-]|zt|tailscale|nordlynx|proton"),
+    ),
+    (
+        InterfaceKind.CONTAINER,
         re.compile(r"(docker|cni|podman|virbr|lxcbr|lxdbr|incusbr|vmnet|vboxnet|cbr|bridge)\d|br-|docker_|flannel|lxc|vEthernet"),
     ),
-    (Kind.VIRTUAL, re.compile(r"veth|cali|cilium|vnet\d|ifb\d|dummy|kube-|(awdl|llw|anpi)\d")),
+    (InterfaceKind.VIRTUAL, re.compile(r"veth|cali|cilium|vnet\d|ifb\d|dummy|kube-|(awdl|llw|anpi)\d")),
 )
 
 
@@ -48,7 +51,7 @@ class Interface:
 
     name: str
     index: int
-    kind: Kind
+    kind: InterfaceKind
     up: bool
     """Configured up, with a carrier."""
     multicast: bool
@@ -61,7 +64,7 @@ class Interface:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class InterfaceChoice:
     """Whether an interface is used, and why or why not, for people."""
 
     interface: Interface
@@ -69,7 +72,7 @@ class Choice:
     why: str
 
 
-def choose(interfaces: Iterable[Interface], named: Sequence[str] = ()) -> list[Choice]:
+def choose_interfaces(interfaces: Iterable[Interface], named: Sequence[str] = ()) -> list[InterfaceChoice]:
     """Pick the interfaces to look for peers on.
 
     With `named` (names or addresses), exactly those that are up. Otherwise every LAN; if there is none, virtual pairs (a container
@@ -79,25 +82,25 @@ def choose(interfaces: Iterable[Interface], named: Sequence[str] = ()) -> list[C
     present = list(interfaces)
     if named:
         return [_by_name(interface, named) for interface in present]
-    for kind in (Kind.LAN, Kind.VIRTUAL, Kind.LOOPBACK):
+    for kind in (InterfaceKind.LAN, InterfaceKind.VIRTUAL, InterfaceKind.LOOPBACK):
         if any(interface.kind is kind and not _trouble(interface) for interface in present):
             return [_by_kind(interface, kind) for interface in present]
-    return [Choice(interface, False, _trouble(interface) or f"a {interface.kind.value}") for interface in present]
+    return [InterfaceChoice(interface, False, _trouble(interface) or f"a {interface.kind.value}") for interface in present]
 
 
-def _by_name(interface: Interface, named: Sequence[str]) -> Choice:
+def _by_name(interface: Interface, named: Sequence[str]) -> InterfaceChoice:
     if not {interface.name, *interface.addresses} & set(named):
-        return Choice(interface, False, "not among those named")
-    trouble = "" if interface.kind is Kind.LOOPBACK and interface.up else _trouble(interface)
-    return Choice(interface, not trouble, trouble or "named")
+        return InterfaceChoice(interface, False, "not among those named")
+    trouble = "" if interface.kind is InterfaceKind.LOOPBACK and interface.up else _trouble(interface)
+    return InterfaceChoice(interface, not trouble, trouble or "named")
 
 
-def _by_kind(interface: Interface, best: Kind) -> Choice:
+def _by_kind(interface: Interface, best: InterfaceKind) -> InterfaceChoice:
     if trouble := _trouble(interface):
-        return Choice(interface, False, trouble)
+        return InterfaceChoice(interface, False, trouble)
     if interface.kind is best:
-        return Choice(interface, True, interface.kind.value)
-    return Choice(interface, False, f"a {interface.kind.value}: used only if named")
+        return InterfaceChoice(interface, True, interface.kind.value)
+    return InterfaceChoice(interface, False, f"a {interface.kind.value}: used only if named")
 
 
 def _trouble(interface: Interface) -> str:
@@ -105,12 +108,12 @@ def _trouble(interface: Interface) -> str:
         return "down"
     if not interface.networks:
         return "no IPv4 address"
-    if not interface.multicast and interface.kind is not Kind.LOOPBACK:
+    if not interface.multicast and interface.kind is not InterfaceKind.LOOPBACK:
         return "no multicast"
     return ""
 
 
-def shortcoming(choices: Sequence[Choice], named: Sequence[str] = ()) -> tuple[str, str] | None:
+def choice_warning(choices: Sequence[InterfaceChoice], named: Sequence[str] = ()) -> tuple[str, str] | None:
     """What a person should know of the choice: WHAT went wrong: WHY, and how to mend it. None: all is well."""
     used = [choice.interface for choice in choices if choice.used]
     if missing := sorted(set(named) - {name for interface in used for name in (interface.name, *interface.addresses)}):
@@ -119,18 +122,18 @@ def shortcoming(choices: Sequence[Choice], named: Sequence[str] = ()) -> tuple[s
         return f"no peer is looked for on {told}", "bring it up, or name another with --interface"
     if not used:
         return "no peer is looked for: no network interface is up", "connect one, or name a bridge or tunnel with --interface"
-    if not named and used[0].kind is Kind.LOOPBACK:
+    if not named and used[0].kind is InterfaceKind.LOOPBACK:
         message = "peers are looked for on this machine only: no network but loopback is up"
         return message, "connect one, or name a bridge or tunnel with --interface"
     return None
 
 
-def used_addresses(choices: Iterable[Choice]) -> list[str]:
+def used_addresses(choices: Iterable[InterfaceChoice]) -> list[str]:
     """The IPv4 addresses of the interfaces in use, in order."""
     return [address for choice in choices if choice.used for address in choice.interface.addresses]
 
 
-def nearest_first(addresses: Iterable[str], choices: Iterable[Choice]) -> tuple[str, ...]:
+def nearest_first(addresses: Iterable[str], choices: Iterable[InterfaceChoice]) -> tuple[str, ...]:
     """Order a peer's addresses: those on a network that this device is on come first, else as they were."""
     local = [ipaddress.ip_interface(network).network for choice in choices if choice.used for network in choice.interface.networks]
     return tuple(sorted(addresses, key=lambda address: not any(ipaddress.ip_address(address) in network for network in local)))
@@ -153,7 +156,7 @@ def present_interfaces(sysfs: Path = SYSFS_NET) -> list[Interface]:
             Interface(
                 name=name,
                 index=(index := _index(name)),
-                kind=kind_of(name, index, flags, sysfs),
+                kind=interface_kind(name, index, flags, sysfs),
                 up=state.isup,
                 multicast=not flags or "multicast" in flags,
                 networks=networks,
@@ -162,16 +165,16 @@ def present_interfaces(sysfs: Path = SYSFS_NET) -> list[Interface]:
     return found
 
 
-def kind_of(name: str, index: int, flags: set[str], sysfs: Path = SYSFS_NET) -> Kind:
+def interface_kind(name: str, index: int, flags: set[str], sysfs: Path = SYSFS_NET) -> InterfaceKind:
     """What an interface leads to. `flags` are psutil's (`up`, `loopback`, `pointopoint`, ...; empty where unknown)."""
     if "loopback" in flags:
-        return Kind.LOOPBACK
+        return InterfaceKind.LOOPBACK
     if "pointopoint" in flags:
-        return Kind.TUNNEL
+        return InterfaceKind.TUNNEL
     folder = sysfs / name
     if _is_ours(folder, index) and (kind := _kind_in_sysfs(folder)) is not None:
         return kind
-    return next((kind for kind, pattern in _NAMES if pattern.match(name)), Kind.LAN)
+    return next((kind for kind, pattern in _NAMES if pattern.match(name)), InterfaceKind.LAN)
 
 
 def _index(name: str) -> int:
@@ -190,20 +193,20 @@ def _is_ours(folder: Path, index: int) -> bool:
         return False
 
 
-def _kind_in_sysfs(folder: Path) -> Kind | None:
+def _kind_in_sysfs(folder: Path) -> InterfaceKind | None:
     """None: sysfs does not tell, so the name has to."""
     try:
         hardware_type = int((folder / "type").read_text())
     except (OSError, ValueError):
         return None
     if hardware_type == _ARPHRD_LOOPBACK:
-        return Kind.LOOPBACK
+        return InterfaceKind.LOOPBACK
     if (folder / "tun_flags").exists() or hardware_type not in _ARPHRD_ETHERNET:
-        return Kind.TUNNEL
+        return InterfaceKind.TUNNEL
     if _leads_to_hardware(folder, _LOWER_DEPTH):
-        return Kind.LAN
+        return InterfaceKind.LAN
     if (folder / "bridge").exists():
-        return Kind.CONTAINER
+        return InterfaceKind.CONTAINER
     return None
 
 

@@ -17,16 +17,16 @@ from zeroconf import Error as ZeroconfError
 from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
 from meshd.agents.membership.interfaces import (
-    Choice,
     Interface,
-    choose,
+    InterfaceChoice,
+    choice_warning,
+    choose_interfaces,
     nearest_first,
     present_interfaces,
-    shortcoming,
     used_addresses,
 )
-from meshd.agents.membership.mdns_records import Announcement, Ear, Resolver, browse, probe, to_info
-from meshd.agents.membership.sources import Duplicate, Found, Gone, Notice, OnSighting
+from meshd.agents.membership.mdns_records import Announcement, PointerListener, Resolver, browse, probe, to_info
+from meshd.agents.membership.sources import DuplicateIdentity, OnSighting, PeerFound, PeerWithdrawn, SourceNotice
 from meshd.clock import Clock
 from meshd.types import PeerId
 from meshd.values import Address
@@ -59,7 +59,7 @@ class StaticPeers:
         """Name every peer now and every `every_s` again: whoever was lost is dialled anew."""
         while True:
             for peer in self._peers:
-                self._on_sighting(Found(source="static", peer=None, addresses=(peer.host,), port=peer.port))
+                self._on_sighting(PeerFound(source="static", peer=None, addresses=(peer.host,), port=peer.port))
             await self._clock.sleep(self._every_s)
 
 
@@ -83,15 +83,15 @@ class MdnsDiscovery:
         self._host = "" if host in _ANY_HOST else host
         self._named = tuple(interfaces) or ((self._host,) if self._host else ())
         self._scan = scan
-        self._choices: list[Choice] = []
+        self._choices: list[InterfaceChoice] = []
         self._own_addresses: set[str] = set()
         self._others: dict[PeerId, str] = {}
-        self._present: dict[PeerId, Found] = {}
+        self._present: dict[PeerId, PeerFound] = {}
         self._load = self._announced_load = ""
         self._said: dict[str, tuple[str, str] | None] = {}
 
     @property
-    def interfaces(self) -> list[Choice]:
+    def interfaces(self) -> list[InterfaceChoice]:
         """Every interface with whether it is used and why, as of the last look."""
         return list(self._choices)
 
@@ -131,7 +131,7 @@ class MdnsDiscovery:
     async def _advertise_and_listen(self, zeroconf: AsyncZeroconf, tasks: asyncio.TaskGroup) -> None:
         zc = zeroconf.zeroconf
         # before the first await: what comes in before there is an ear is cached, and never told again
-        zc.async_add_listener(Ear(Resolver(zc, tasks, self._tell).heard, self._gone), None)
+        zc.async_add_listener(PointerListener(Resolver(zc, tasks, self._tell).heard, self._gone), None)
         browser = browse(zc)
         try:
             await zc.async_wait_for_start()
@@ -162,7 +162,7 @@ class MdnsDiscovery:
                 since = self._clock.monotonic()
                 await (await zeroconf.async_update_service(self._info()))
 
-    async def _move(self, zeroconf: AsyncZeroconf, before: list[Choice]) -> None:
+    async def _move(self, zeroconf: AsyncZeroconf, before: list[InterfaceChoice]) -> None:
         """Announce on what interfaces there are now. One that came back under its old address needs a new socket too."""
         announcing = await zeroconf.async_update_service(self._info())
         kept = {address for _, _, address in _bound(before) & _bound(self._choices)}
@@ -171,9 +171,9 @@ class MdnsDiscovery:
         await announcing
 
     def _look(self) -> None:
-        self._choices = choose(self._scan(), self._named)
+        self._choices = choose_interfaces(self._scan(), self._named)
         self._own_addresses.update(self._addresses())
-        self._say("interfaces", shortcoming(self._choices, self._named))
+        self._say("interfaces", choice_warning(self._choices, self._named))
 
     def _addresses(self) -> list[str]:
         addresses = used_addresses(self._choices)
@@ -184,7 +184,7 @@ class MdnsDiscovery:
         self._announced_load = self._load
         return to_info(self._announcement, self._load, self._addresses())
 
-    def _tell(self, found: Found) -> None:
+    def _tell(self, found: PeerFound) -> None:
         peer = found.peer
         if peer == self._announcement.peer:
             self._tell_of_duplicate(found)
@@ -197,18 +197,18 @@ class MdnsDiscovery:
             _remember(self._present, peer, found)
             self._on_sighting(found)
 
-    def _tell_of_duplicate(self, found: Found) -> None:
+    def _tell_of_duplicate(self, found: PeerFound) -> None:
         """Our own records come back to us; those with another address or port are of a daemon that took our identity along."""
         foreign = tuple(address for address in found.addresses if address not in self._own_addresses)
         if foreign or found.port != self._announcement.port:
             addresses = foreign or found.addresses
-            self._on_sighting(Duplicate(source="mdns", peer=self._announcement.peer, addresses=addresses, port=found.port))
+            self._on_sighting(DuplicateIdentity(source="mdns", peer=self._announcement.peer, addresses=addresses, port=found.port))
 
     def _gone(self, instance: str) -> None:
         peer = PeerId(instance)
         self._others.pop(peer, None)
         if self._present.pop(peer, None) is not None:
-            self._on_sighting(Gone(source="mdns", peer=peer))
+            self._on_sighting(PeerWithdrawn(source="mdns", peer=peer))
 
     def _say(self, about: str, trouble: tuple[str, str] | None) -> None:
         """Once, until it changes."""
@@ -216,7 +216,7 @@ class MdnsDiscovery:
             self._said[about] = trouble
             if trouble is not None:
                 message, hint = trouble
-                self._on_sighting(Notice(source="mdns", message=message, hint=hint))
+                self._on_sighting(SourceNotice(source="mdns", message=message, hint=hint))
 
 
 def _failure(error: Exception) -> tuple[str, str]:
@@ -224,7 +224,7 @@ def _failure(error: Exception) -> tuple[str, str]:
     return f"peers on the LAN can't be looked for by mDNS: {error}", hint
 
 
-def _bound(choices: Sequence[Choice]) -> set[tuple[int, str, str]]:
+def _bound(choices: Sequence[InterfaceChoice]) -> set[tuple[int, str, str]]:
     """What sockets are bound to: when this changes they have to be opened anew."""
     return {
         (choice.interface.index, choice.interface.name, address)

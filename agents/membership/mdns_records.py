@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from zeroconf import DNSQuestionType, RecordUpdate, RecordUpdateListener, Zeroconf
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo
 
-from meshd.agents.membership.sources import Found
+from meshd.agents.membership.sources import PeerFound
 from meshd.types import PeerId, is_peer_id
 
 SERVICE = "_meshd._tcp.local."
@@ -56,12 +56,12 @@ def to_info(announcement: Announcement, load: str, addresses: Sequence[str]) -> 
     )
 
 
-def from_records(instance: str, txt: Mapping[str, str | None], addresses: Sequence[str], port: int) -> Found | None:
+def from_records(instance: str, txt: Mapping[str, str | None], addresses: Sequence[str], port: int) -> PeerFound | None:
     """Read what some device, perhaps a hostile one, put into its records. None: not a peer's."""
     cluster = _printable(txt.get("cluster"))
     if not is_peer_id(instance) or not cluster or not addresses or not 0 < port < 65536:
         return None
-    return Found(
+    return PeerFound(
         source="mdns",
         peer=PeerId(instance),
         addresses=tuple(addresses),
@@ -96,7 +96,7 @@ def probe(zc: Zeroconf, info: AsyncServiceInfo) -> None:
 
 
 def browse(zc: Zeroconf) -> AsyncServiceBrowser:
-    """Ask for peers in 0.02 to 0.12 s, after 1, 4 and 9 s more, and when records grow old. The `Ear` hears what comes."""
+    """Ask for peers in 0.02 to 0.12 s, after 1, 4 and 9 s more, and when records grow old. `PointerListener` gets the answers."""
     return AsyncServiceBrowser(zc, SERVICE, handlers=[_ignore], question_type=DNSQuestionType.QM)
 
 
@@ -104,7 +104,7 @@ def _ignore(**_change: object) -> None:
     """A browser must have a handler; its changes leave out what is merely heard again."""
 
 
-class Ear(RecordUpdateListener):
+class PointerListener(RecordUpdateListener):
     """Hears every pointer to a peer, repeats too: a peer that comes back with the same records is news to its links."""
 
     def __init__(self, heard: Callable[[str], None], gone: Callable[[str], None]) -> None:
@@ -132,7 +132,7 @@ class Ear(RecordUpdateListener):
 class Resolver:
     """From a peer's instance name to its records: from what came along with the pointer, else by asking."""
 
-    def __init__(self, zc: Zeroconf, tasks: asyncio.TaskGroup, tell: Callable[[Found], None]) -> None:
+    def __init__(self, zc: Zeroconf, tasks: asyncio.TaskGroup, tell: Callable[[PeerFound], None]) -> None:
         self._zc = zc
         self._tasks = tasks
         self._tell = tell

@@ -18,17 +18,17 @@ from meshd.agents.membership.peer_events import (
     AdvertReceived,
     Dial,
     Event,
-    Forget,
     GoodbyeReceived,
     HeartbeatMissed,
     HeartbeatReceived,
     LinkDown,
     LinkUp,
-    Publish,
-    State,
+    PeerState,
+    PublishChange,
+    StopDialling,
 )
-from meshd.agents.membership.sources import Duplicate, Found, Gone, Notice, Sighting, Source
-from meshd.agents.membership.table import IllegalTransition, PeerTable, stranger_row
+from meshd.agents.membership.sources import DuplicateIdentity, PeerFound, PeerWithdrawn, Sighting, Source, SourceNotice
+from meshd.agents.membership.table import IllegalTransition, PeerTable, unlinked_row
 from meshd.agents.observe.events import EventBus
 from meshd.clock import Clock
 from meshd.errors import MeshdError
@@ -51,7 +51,7 @@ GOSSIP = "gossip"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Self:
+class SelfDescription:
     """What this peer tells of itself; the functions give the present state."""
 
     peer: PeerId
@@ -70,7 +70,7 @@ class Self:
 class Membership:
     """Owns the table. `on_advert` hears of every advert of another peer, `on_gone` of every peer whose link is down."""
 
-    about: Self
+    about: SelfDescription
     links: Links
     prober: LinkProber
     clock: Clock
@@ -154,7 +154,7 @@ class Membership:
 
     def suspects(self) -> list[Advert]:
         """Of peers that are silent while their link stands: nothing new for them, but what they hold is not lost yet."""
-        return [peer.advert for peer in self.table.linked() if peer.state is State.SUSPECT and peer.advert is not None]
+        return [peer.advert for peer in self.table.linked() if peer.state is PeerState.SUSPECT and peer.advert is not None]
 
     def name_of(self, peer: PeerId) -> str:
         """What people call a peer; the beginning of its id if it is not known."""
@@ -190,14 +190,14 @@ class Membership:
     def on_sighting(self, sighting: Sighting) -> None:
         """A source says something."""
         match sighting:
-            case Found() | Gone():
+            case PeerFound() | PeerWithdrawn():
                 self._apply(sighting)
-            case Duplicate():
+            case DuplicateIdentity():
                 self.notice(
                     f"another daemon at {', '.join(sighting.addresses)} has this peer's identity: its state folder was copied",
                     "remove identity.key from the copy and start it again",
                 )
-            case Notice():
+            case SourceNotice():
                 self.notice(sighting.message, sighting.hint)
 
     def on_up(self, peer: PeerId, hello: Hello, address: tuple[str, int]) -> None:
@@ -226,14 +226,14 @@ class Membership:
     def _hear_of(self, peer: PeerId, address: str) -> None:
         """A peer told of another one: a hint like that of any source."""
         known = self.table.get(peer)
-        if peer == self.about.peer or (known is not None and (known.linked or known.state is State.REFUSED)):
+        if peer == self.about.peer or (known is not None and (known.linked or known.state is PeerState.REFUSED)):
             return
         try:
             found = parse_address(address, 0)
         except ValueError:
             return
         if is_peer_id(peer) and found.port:
-            self._apply(Found(source=GOSSIP, peer=peer, addresses=(found.host,), port=found.port))
+            self._apply(PeerFound(source=GOSSIP, peer=peer, addresses=(found.host,), port=found.port))
 
     def _apply(self, event: Event) -> None:
         try:
@@ -247,10 +247,10 @@ class Membership:
         for command in commands:
             match command:
                 case Dial(peer, addresses):
-                    self._dial(peer, addresses, event.source if isinstance(event, Found) else GOSSIP)
-                case Forget(peer):
+                    self._dial(peer, addresses, event.source if isinstance(event, PeerFound) else GOSSIP)
+                case StopDialling(peer):
                     self._forget(peer)
-                case Publish(peer, state, was, why):
+                case PublishChange(peer, state, was, why):
                     self._publish_change(peer, state.value if state else "forgotten", was.value if was else "", why)
 
     def _dial(self, peer: PeerId | None, addresses: Iterable[Address], source: str) -> None:
@@ -273,7 +273,7 @@ class Membership:
         for known in self.table.linked():
             if self.links.silence_s(known.id) > _SUSPECT_S:
                 self._apply(HeartbeatMissed(known.id))
-            elif known.state is State.SUSPECT:
+            elif known.state is PeerState.SUSPECT:
                 self._apply(HeartbeatReceived(known.id))
 
     async def _sweep(self) -> None:
@@ -281,11 +281,11 @@ class Membership:
             await self.clock.sleep(_SWEEP_S)
             self._suspect()
             for command in self.table.expire(self.clock.monotonic()):
-                if isinstance(command, Forget):
+                if isinstance(command, StopDialling):
                     self._forget(command.peer)
 
 
 def _refused_row(address: str, peer: str, why: str) -> dict[str, Any]:
     host, colon, port = address.rpartition(":")
     known = Address(host, int(port)) if colon and port.isdecimal() else Address(address, 0)
-    return stranger_row(known, "link", State.REFUSED, why, peer)
+    return unlinked_row(known, "link", PeerState.REFUSED, why, peer)

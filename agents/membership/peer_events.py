@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from enum import Enum
 
-from meshd.agents.membership.sources import Found, Gone
+from meshd.agents.membership.sources import PeerFound, PeerWithdrawn
 from meshd.types import Advert, PeerId
 from meshd.values import Address
 
 
-class State(Enum):
+class PeerState(Enum):
     """Where a peer stands."""
 
     FOUND = "found"
@@ -24,10 +24,10 @@ class State(Enum):
     """It said goodbye."""
 
 
-LINKED = frozenset({State.ALIVE, State.SUSPECT})
+LINKED = frozenset({PeerState.ALIVE, PeerState.SUSPECT})
 
 
-# Events: what happened. `Found` and `Gone` of the sources are events too.
+# Events: what happened. `PeerFound` and `PeerWithdrawn` of the sources are events too.
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class DialFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class HandshakeRefused:
     """The handshake failed for good: another cluster's key, another protocol, revoked, or it is this very peer."""
 
     peer: PeerId | None
@@ -97,24 +97,24 @@ class GoodbyeReceived:
 
 
 @dataclass(frozen=True, slots=True)
-class Expired:
+class RetentionExpired:
     """Nothing was heard of a peer without a link for so long that it need not be shown any more."""
 
     peer: PeerId
 
 
 Event = (
-    Found
-    | Gone
+    PeerFound
+    | PeerWithdrawn
     | LinkUp
     | LinkDown
     | DialFailed
-    | Refused
+    | HandshakeRefused
     | AdvertReceived
     | HeartbeatReceived
     | HeartbeatMissed
     | GoodbyeReceived
-    | Expired
+    | RetentionExpired
 )
 
 
@@ -123,27 +123,27 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Dial:
-    """Try these addresses in order, now, and with back-off until a link stands or `Forget` comes. Idempotent."""
+    """Try these addresses in order, now, and with back-off until a link stands or `StopDialling` comes. Idempotent."""
 
     peer: PeerId | None
     addresses: tuple[Address, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Forget:
+class StopDialling:
     """Dial this peer no more."""
 
     peer: PeerId
 
 
 @dataclass(frozen=True, slots=True)
-class Publish:
+class PublishChange:
     """Tell who is interested (planner, event stream): the peer's state or advert changed. `state` None: it is forgotten."""
 
     peer: PeerId
-    state: State | None
-    was: State | None
+    state: PeerState | None
+    was: PeerState | None
     why: str
 
 
-Command = Dial | Forget | Publish
+Command = Dial | StopDialling | PublishChange

@@ -8,7 +8,7 @@ from meshd.types import PeerId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class PeerFound:
     """A peer of this cluster may be reached here. Said again when it is heard again, so a listener must not mind repeats.
 
     It is a hint, never a proof: only the authenticated link says who answers.
@@ -33,7 +33,7 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gone:
+class PeerWithdrawn:
     """The source no longer vouches for the peer: it said goodbye, or its record ran out."""
 
     source: str
@@ -41,7 +41,7 @@ class Gone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Duplicate:
+class DuplicateIdentity:
     """Another daemon advertises this very peer's id: a copied state folder."""
 
     source: str
@@ -51,7 +51,7 @@ class Duplicate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Notice:
+class SourceNotice:
     """Something a person should know: WHAT went wrong: WHY, and how to mend it. The source goes on."""
 
     source: str
@@ -59,7 +59,7 @@ class Notice:
     hint: str = ""
 
 
-Sighting = Found | Gone | Duplicate | Notice
+Sighting = PeerFound | PeerWithdrawn | DuplicateIdentity | SourceNotice
 OnSighting = Callable[[Sighting], None]
 
 

@@ -18,18 +18,18 @@ from meshd.agents.membership.peer_events import (
     Dial,
     DialFailed,
     Event,
-    Expired,
-    Forget,
     GoodbyeReceived,
+    HandshakeRefused,
     HeartbeatMissed,
     HeartbeatReceived,
     LinkDown,
     LinkUp,
-    Publish,
-    Refused,
-    State,
+    PeerState,
+    PublishChange,
+    RetentionExpired,
+    StopDialling,
 )
-from meshd.agents.membership.sources import Found, Gone
+from meshd.agents.membership.sources import PeerFound, PeerWithdrawn
 from meshd.errors import Overloaded
 from meshd.types import Advert, PeerId
 from meshd.values import Address
@@ -37,7 +37,12 @@ from meshd.values import Address
 MAX_PEERS = 256
 MAX_ADDRESSES = 16
 """Of one peer."""
-RETENTION_S: Mapping[State, float] = {State.FOUND: 60.0, State.DEAD: 600.0, State.REFUSED: 600.0, State.LEFT: 60.0}
+RETENTION_S: Mapping[PeerState, float] = {
+    PeerState.FOUND: 60.0,
+    PeerState.DEAD: 600.0,
+    PeerState.REFUSED: 600.0,
+    PeerState.LEFT: 60.0,
+}
 """How long a peer without a link, and without a source that vouches for it, is still shown."""
 REFUSED_RETRY_S = 30.0
 """A static address that refused is dialled again after this: its key may have been mended."""
@@ -45,74 +50,74 @@ _INCARNATIONS = 4
 """Past ones remembered, to notice one that comes back."""
 _TWIN = "two devices use its identity: a state folder was copied"
 
-TRANSITIONS: Mapping[State | None, Mapping[type, State | None]] = {
+TRANSITIONS: Mapping[PeerState | None, Mapping[type, PeerState | None]] = {
     None: {
-        Found: State.FOUND,
-        Gone: None,
-        LinkUp: State.ALIVE,
+        PeerFound: PeerState.FOUND,
+        PeerWithdrawn: None,
+        LinkUp: PeerState.ALIVE,
         DialFailed: None,
-        Refused: State.REFUSED,
+        HandshakeRefused: PeerState.REFUSED,
     },
-    State.FOUND: {
-        Found: State.FOUND,
-        Gone: State.LEFT,
-        LinkUp: State.ALIVE,
-        DialFailed: State.FOUND,
-        Refused: State.REFUSED,
-        Expired: None,
+    PeerState.FOUND: {
+        PeerFound: PeerState.FOUND,
+        PeerWithdrawn: PeerState.LEFT,
+        LinkUp: PeerState.ALIVE,
+        DialFailed: PeerState.FOUND,
+        HandshakeRefused: PeerState.REFUSED,
+        RetentionExpired: None,
     },
-    State.ALIVE: {
-        Found: State.ALIVE,
-        Gone: State.ALIVE,
-        LinkUp: State.ALIVE,
-        LinkDown: State.DEAD,
-        DialFailed: State.ALIVE,
-        Refused: State.ALIVE,
-        AdvertReceived: State.ALIVE,
-        HeartbeatReceived: State.ALIVE,
-        HeartbeatMissed: State.SUSPECT,
-        GoodbyeReceived: State.LEFT,
+    PeerState.ALIVE: {
+        PeerFound: PeerState.ALIVE,
+        PeerWithdrawn: PeerState.ALIVE,
+        LinkUp: PeerState.ALIVE,
+        LinkDown: PeerState.DEAD,
+        DialFailed: PeerState.ALIVE,
+        HandshakeRefused: PeerState.ALIVE,
+        AdvertReceived: PeerState.ALIVE,
+        HeartbeatReceived: PeerState.ALIVE,
+        HeartbeatMissed: PeerState.SUSPECT,
+        GoodbyeReceived: PeerState.LEFT,
     },
-    State.SUSPECT: {
-        Found: State.SUSPECT,
-        Gone: State.SUSPECT,
-        LinkUp: State.ALIVE,
-        LinkDown: State.DEAD,
-        DialFailed: State.SUSPECT,
-        Refused: State.SUSPECT,
-        AdvertReceived: State.ALIVE,
-        HeartbeatReceived: State.ALIVE,
-        HeartbeatMissed: State.SUSPECT,
-        GoodbyeReceived: State.LEFT,
+    PeerState.SUSPECT: {
+        PeerFound: PeerState.SUSPECT,
+        PeerWithdrawn: PeerState.SUSPECT,
+        LinkUp: PeerState.ALIVE,
+        LinkDown: PeerState.DEAD,
+        DialFailed: PeerState.SUSPECT,
+        HandshakeRefused: PeerState.SUSPECT,
+        AdvertReceived: PeerState.ALIVE,
+        HeartbeatReceived: PeerState.ALIVE,
+        HeartbeatMissed: PeerState.SUSPECT,
+        GoodbyeReceived: PeerState.LEFT,
     },
-    State.DEAD: {
-        Found: State.DEAD,
-        Gone: State.DEAD,
-        LinkUp: State.ALIVE,
-        DialFailed: State.DEAD,
-        Refused: State.REFUSED,
-        Expired: None,
+    PeerState.DEAD: {
+        PeerFound: PeerState.DEAD,
+        PeerWithdrawn: PeerState.DEAD,
+        LinkUp: PeerState.ALIVE,
+        DialFailed: PeerState.DEAD,
+        HandshakeRefused: PeerState.REFUSED,
+        RetentionExpired: None,
     },
-    State.REFUSED: {
-        Found: State.REFUSED,
-        Gone: State.LEFT,
-        LinkUp: State.ALIVE,
-        DialFailed: State.REFUSED,
-        Refused: State.REFUSED,
-        Expired: None,
+    PeerState.REFUSED: {
+        PeerFound: PeerState.REFUSED,
+        PeerWithdrawn: PeerState.LEFT,
+        LinkUp: PeerState.ALIVE,
+        DialFailed: PeerState.REFUSED,
+        HandshakeRefused: PeerState.REFUSED,
+        RetentionExpired: None,
     },
-    State.LEFT: {
-        Found: State.FOUND,
-        Gone: State.LEFT,
-        LinkUp: State.ALIVE,
-        LinkDown: State.LEFT,
-        DialFailed: State.LEFT,
-        Refused: State.REFUSED,
-        AdvertReceived: State.LEFT,
-        HeartbeatReceived: State.LEFT,
-        HeartbeatMissed: State.LEFT,
-        GoodbyeReceived: State.LEFT,
-        Expired: None,
+    PeerState.LEFT: {
+        PeerFound: PeerState.FOUND,
+        PeerWithdrawn: PeerState.LEFT,
+        LinkUp: PeerState.ALIVE,
+        LinkDown: PeerState.LEFT,
+        DialFailed: PeerState.LEFT,
+        HandshakeRefused: PeerState.REFUSED,
+        AdvertReceived: PeerState.LEFT,
+        HeartbeatReceived: PeerState.LEFT,
+        HeartbeatMissed: PeerState.LEFT,
+        GoodbyeReceived: PeerState.LEFT,
+        RetentionExpired: None,
     },
 }
 """state -> event -> state; None is a peer that the table does not hold. After a goodbye its link may still say a word or two."""
@@ -123,7 +128,7 @@ class IllegalTransition(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class KnownAddress:
     """An address, and who named it: a source, or `link`."""
 
     address: Address
@@ -135,7 +140,7 @@ class Peer:
     """All that is known of one peer."""
 
     id: PeerId
-    state: State
+    state: PeerState
     first_seen: float
     last_seen: float
     since: float
@@ -147,7 +152,7 @@ class Peer:
     protocol: str = ""
     incarnation: int = 0
     past: tuple[int, ...] = ()
-    addresses: tuple[Known, ...] = ()
+    addresses: tuple[KnownAddress, ...] = ()
     advert: Advert | None = None
 
     @property
@@ -186,7 +191,7 @@ class PeerTable:
 
     def adverts(self) -> list[Advert]:
         """The newest advert of each peer that is ALIVE: what a plan may count on."""
-        return [peer.advert for peer in self._peers.values() if peer.state is State.ALIVE and peer.advert is not None]
+        return [peer.advert for peer in self._peers.values() if peer.state is PeerState.ALIVE and peer.advert is not None]
 
     def apply(self, event: Event, now: float) -> list[Command]:
         """Take one event. Raises: IllegalTransition (nothing changed); Overloaded (the table is full of linked peers)."""
@@ -202,7 +207,7 @@ class PeerTable:
             return []
         if after_state is None:
             del self._peers[event.peer]
-            return [Forget(event.peer), Publish(event.peer, None, state, "")]
+            return [StopDialling(event.peer), PublishChange(event.peer, None, state, "")]
         dropped = self._make_room(event) if before is None else []
         after = _after(before or _newcomer(event.peer, now), event, after_state, now)
         self._peers[event.peer] = after
@@ -213,7 +218,10 @@ class PeerTable:
     def expire(self, now: float) -> list[Command]:
         """Drop whoever was long not heard of; to be called now and then."""
         return [
-            command for peer in list(self._peers.values()) if _is_over(peer, now) for command in self.apply(Expired(peer.id), now)
+            command
+            for peer in list(self._peers.values())
+            if _is_over(peer, now)
+            for command in self.apply(RetentionExpired(peer.id), now)
         ]
 
     def rows(self, now: float) -> list[dict[str, Any]]:
@@ -228,18 +236,18 @@ class PeerTable:
         idle = [peer for peer in self._peers.values() if not peer.linked]
         if not idle:
             raise Overloaded(f"peer {event.peer} can't be taken in: {len(self._peers)} are linked", hint="split the cluster in two")
-        oldest = min(idle, key=lambda peer: (peer.state is State.FOUND, peer.last_seen))
+        oldest = min(idle, key=lambda peer: (peer.state is PeerState.FOUND, peer.last_seen))
         del self._peers[oldest.id]
-        return [Forget(oldest.id), Publish(oldest.id, None, oldest.state, "the table is full")]
+        return [StopDialling(oldest.id), PublishChange(oldest.id, None, oldest.state, "the table is full")]
 
     def _apply_to_address(self, event: Event, now: float) -> list[Command]:
         """Events of which no peer is known, only an address."""
         match event:
-            case Found():
+            case PeerFound():
                 return self._dial_static(Address(event.addresses[0], event.port), now)
             case DialFailed():
                 self._note(event.address, event.reason, None)
-            case Refused(address=Address() as address):
+            case HandshakeRefused(address=Address() as address):
                 self._note(address, event.reason, now)
         return []
 
@@ -260,17 +268,17 @@ class PeerTable:
 
 
 def _newcomer(peer: PeerId, now: float) -> Peer:
-    return Peer(id=peer, state=State.FOUND, first_seen=now, last_seen=now, since=now)
+    return Peer(id=peer, state=PeerState.FOUND, first_seen=now, last_seen=now, since=now)
 
 
-def _after(peer: Peer, event: Event, state: State, now: float) -> Peer:
+def _after(peer: Peer, event: Event, state: PeerState, now: float) -> Peer:
     """The peer after an event that the table allows."""
     if state is not peer.state:
         peer = replace(peer, state=state, since=now, why="")
     match event:
-        case Found():
+        case PeerFound():
             return _found(peer, event, now)
-        case Gone():
+        case PeerWithdrawn():
             return replace(peer, addresses=tuple(known for known in peer.addresses if known.source != event.source))
         case LinkUp():
             return _linked(peer, event, now)
@@ -280,16 +288,16 @@ def _after(peer: Peer, event: Event, state: State, now: float) -> Peer:
             return replace(peer, last_seen=now, advert=event.advert if keep else peer.advert)
         case HeartbeatReceived():
             return replace(peer, last_seen=now)
-        case HeartbeatMissed() if peer.state is State.SUSPECT:
+        case HeartbeatMissed() if peer.state is PeerState.SUSPECT:
             return replace(peer, why="silent")
-        case LinkDown() | GoodbyeReceived() | DialFailed() | Refused() if not peer.linked:
+        case LinkDown() | GoodbyeReceived() | DialFailed() | HandshakeRefused() if not peer.linked:
             return replace(peer, why=event.reason)
     return peer
 
 
-def _found(peer: Peer, event: Found, now: float) -> Peer:
+def _found(peer: Peer, event: PeerFound, now: float) -> Peer:
     """A source's new list replaces its old one. What the link says of itself counts for more than a hint."""
-    addresses = [Known(Address(host, event.port), event.source) for host in event.addresses]
+    addresses = [KnownAddress(Address(host, event.port), event.source) for host in event.addresses]
     others = [known for known in peer.addresses if known.source != event.source]
     peer = replace(peer, addresses=tuple([*addresses, *others][:MAX_ADDRESSES]), protocol=event.protocol, last_seen=now)
     return peer if peer.linked else replace(peer, name=event.name or peer.name, version=event.version or peer.version)
@@ -312,31 +320,31 @@ def _linked(peer: Peer, event: LinkUp, now: float) -> Peer:
     )
 
 
-def _with_link(addresses: Iterable[Known], event: LinkUp) -> tuple[Known, ...]:
+def _with_link(addresses: Iterable[KnownAddress], event: LinkUp) -> tuple[KnownAddress, ...]:
     """Where the link was reached, or may be, comes after what the sources say, and only the latest counts."""
     known = [each for each in addresses if each.source != "link"]
     link = event.dialled or event.listens
     if link is not None and all(each.address != link for each in known):
-        known = [*known[: MAX_ADDRESSES - 1], Known(link, "link")]
+        known = [*known[: MAX_ADDRESSES - 1], KnownAddress(link, "link")]
     return tuple(known)
 
 
 def _commands(before: Peer | None, after: Peer, event: Event) -> list[Command]:
     commands: list[Command] = []
     was = before.state if before is not None else None
-    if not after.linked and after.addresses and isinstance(event, Found | LinkDown) and after.state is not State.LEFT:
+    if not after.linked and after.addresses and isinstance(event, PeerFound | LinkDown) and after.state is not PeerState.LEFT:
         commands.append(Dial(after.id, tuple(known.address for known in after.addresses)))
-    refused = isinstance(event, Refused) and after.state is State.REFUSED
-    if refused or (after.state is State.LEFT and was is not State.LEFT):
-        commands.append(Forget(after.id))
+    refused = isinstance(event, HandshakeRefused) and after.state is PeerState.REFUSED
+    if refused or (after.state is PeerState.LEFT and was is not PeerState.LEFT):
+        commands.append(StopDialling(after.id))
     changed = before is None or (was, before.advert, before.why) != (after.state, after.advert, after.why)
     if changed:
-        commands.append(Publish(after.id, after.state, was, after.why))
+        commands.append(PublishChange(after.id, after.state, was, after.why))
     return commands
 
 
 def _is_over(peer: Peer, now: float) -> bool:
-    if peer.linked or (peer.state is State.FOUND and peer.addresses):
+    if peer.linked or (peer.state is PeerState.FOUND and peer.addresses):
         return False
     return now - max(peer.last_seen, peer.since) > RETENTION_S[peer.state]
 
@@ -365,11 +373,11 @@ def _row(peer: Peer, now: float) -> dict[str, Any]:
 
 
 def _row_of_address(known: StaticAddress) -> dict[str, Any]:
-    state = State.FOUND if known.refused_at is None else State.REFUSED
-    return stranger_row(known.address, "static", state, known.why or "being dialled")
+    state = PeerState.FOUND if known.refused_at is None else PeerState.REFUSED
+    return unlinked_row(known.address, "static", state, known.why or "being dialled")
 
 
-def stranger_row(address: Address, source: str, state: State, why: str, peer: str = "") -> dict[str, Any]:
+def unlinked_row(address: Address, source: str, state: PeerState, why: str, peer: str = "") -> dict[str, Any]:
     """A row for who was never linked with: only an address, and perhaps an id, is known."""
     return {
         "peer": peer,

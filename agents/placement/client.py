@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import msgspec
 
 from meshd.agents.links.links import Links
-from meshd.agents.placement.model_library import Library
-from meshd.agents.placement.plan_input import CONTEXTS_OF_KV, LEAST_CONTEXT, USUAL_CONTEXT, problem_of, repair_question
+from meshd.agents.placement.model_library import ModelLibrary
+from meshd.agents.placement.plan_input import CONTEXTS_OF_KV, LEAST_CONTEXT, USUAL_CONTEXT, plan_input_of, repair_input
 from meshd.agents.service import MeshOptions, PlacementStep
 from meshd.clock import Clock
 from meshd.errors import DoesNotFit, MeshdError
@@ -30,11 +30,11 @@ _REPAIR_TRIES = 3
 
 
 @dataclass(slots=True)
-class Placer:
+class PlacementClient:
     """Any peer can place a model on any others."""
 
     links: Links
-    library: Library
+    library: ModelLibrary
     adverts: Callable[[], list[Advert]]
     names: Callable[[PeerId], str]
     clock: Clock
@@ -83,7 +83,7 @@ class Placer:
         placed: list[StagePlan] = []
         failure: MeshdError | None = None
         for _ in range(_REPAIR_TRIES):
-            question = repair_question(card, self.adverts(), avoid=shunned, among=among)
+            question = repair_input(card, self.adverts(), avoid=shunned, among=among)
             # On a thread: among many peers the search takes longer than a heartbeat may be late.
             stages, tokens = await asyncio.to_thread(_where, question, waiting, kv_tokens, least_tokens or kv_tokens, failure)
             asks = (self._ask(card, stage, tokens) for stage in stages)
@@ -137,7 +137,7 @@ class Placer:
         """Halve a context that nobody asked for until it fits."""
         wanted = max(context or 0, min(card.spec.context_length, USUAL_CONTEXT))
         while True:
-            problem = problem_of(card, self.adverts(), mesh, context=wanted)
+            problem = plan_input_of(card, self.adverts(), mesh, context=wanted)
             try:
                 return problem, solve(problem)
             except DoesNotFit:
@@ -156,7 +156,7 @@ class Placer:
         return problem.context * (1 + max(0, min(CONTEXTS_OF_KV - 1, more)))
 
     async def _ask(self, card: ModelCard, stage: StagePlan, kv_tokens: int, *, pinned: bool = False) -> None:
-        await ask_to_place(self.links, stage.peer, card, stage.layers, kv_tokens, pinned=pinned)
+        await request_place(self.links, stage.peer, card, stage.layers, kv_tokens, pinned=pinned)
 
     async def _watch(self, card: ModelCard, running: dict[StagePlan, "asyncio.Task[None]"]) -> AsyncGenerator[PlacementStep, None]:
         """Steps as the adverts tell them, until every peer has answered."""
@@ -193,7 +193,7 @@ class Placer:
         return next(held, None)
 
 
-async def ask_to_place(
+async def request_place(
     links: Links, peer: PeerId, card: ModelCard, layers: LayerRange, kv_tokens: int, *, standby: bool = False, pinned: bool = False
 ) -> None:
     """Have a peer load layers; until they are active there. Raises: PeerFault. Cancel: the peer finishes what it has begun."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from logging import getLogger
 
 from meshd.agents.links.links import Links
-from meshd.agents.placement.client import ask_to_place
-from meshd.agents.placement.policy import Ledger, Mesh, Wish, decide, grow, orphans
+from meshd.agents.placement.client import request_place
+from meshd.agents.placement.policy import ClusterState, HoldingHistory, LoadRequest, decide, grow, orphaned_copies
 from meshd.clock import Clock
 from meshd.errors import MeshdError
 from meshd.protocol.messages import Unplace
@@ -50,10 +50,10 @@ class Keeper:
     names: Callable[[PeerId], str]
     clock: Clock
     copies: int
-    _ledger: Ledger = field(default_factory=Ledger)
-    _wanted: dict[Wish, float] = field(default_factory=dict)
+    _ledger: HoldingHistory = field(default_factory=HoldingHistory)
+    _wanted: dict[LoadRequest, float] = field(default_factory=dict)
     """Since when; until it is met."""
-    _asked: dict[Wish, "asyncio.Task[None]"] = field(default_factory=dict)
+    _asked: dict[LoadRequest, "asyncio.Task[None]"] = field(default_factory=dict)
     _refusals: dict[tuple[PeerId, ModelId], _Refusal] = field(default_factory=dict)
     _grown: dict[ModelId, frozenset[PeerId]] = field(default_factory=dict)
     """Peers that were there when a model's placement was last compared with a new one."""
@@ -100,7 +100,7 @@ class Keeper:
         if self.me not in in_line:
             self._wanted.clear()
             return
-        mesh = Mesh(
+        mesh = ClusterState(
             adverts=[*alive, *suspects],
             cards=cards,
             lost={model: frozenset(pieces) for model, pieces in self._ledger.lost.items()},
@@ -129,18 +129,18 @@ class Keeper:
 
     # Loads
 
-    def _ask(self, wish: Wish, card: ModelCard) -> None:
+    def _ask(self, wish: LoadRequest, card: ModelCard) -> None:
         if wish not in self._asked and len(self._asked) < _AT_ONCE:
             task = asyncio.get_running_loop().create_task(self._place(wish, card), name=f"keep {wish.layers}")
             self._asked[wish] = task
             task.add_done_callback(lambda _: self._asked.pop(wish, None))
 
-    async def _place(self, wish: Wish, card: ModelCard) -> None:
+    async def _place(self, wish: LoadRequest, card: ModelCard) -> None:
         what = f"{'a copy of ' if wish.standby else ''}layers {wish.layers} of {card.name} on {self.names(wish.peer)}"
         log.info("asking for %s", what)
         key = wish.peer, wish.model
         try:
-            await ask_to_place(self.links, wish.peer, card, wish.layers, wish.kv_tokens, standby=wish.standby, pinned=wish.pinned)
+            await request_place(self.links, wish.peer, card, wish.layers, wish.kv_tokens, standby=wish.standby, pinned=wish.pinned)
         except MeshdError as error:
             times = self._refusals[key].times if key in self._refusals else 0
             wait_s = min(_LONGEST_BACK_OFF_S, _BACK_OFF_S * 2**times)
@@ -151,7 +151,7 @@ class Keeper:
         self.changed()
 
     async def _let_go(self, alive: list[Advert]) -> None:
-        for peer, model in orphans(alive, self._ledger.let_go):
+        for peer, model in orphaned_copies(alive, self._ledger.let_go):
             try:
                 await self.links.request(peer, Unplace(request=self.links.next_request(), model=model), timeout_s=_LET_GO_S)
             except MeshdError as error:

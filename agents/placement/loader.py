@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from logging import getLogger
 
 from meshd.agents.links.links import Links
-from meshd.agents.placement.loads import Holdings, Load, LoadState
-from meshd.agents.placement.model_library import Library
+from meshd.agents.placement.loads import LoadState, ResidentLayers, ResidentModels
+from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.warmup import warm_up
-from meshd.agents.placement.weights.provider import Weights
+from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.agents.stage.compute import ComputeThread
 from meshd.clock import Clock
 from meshd.errors import MeshdError, ModelFileError, OutOfMemory, Unavailable
@@ -37,13 +37,13 @@ class _Key:
 
 
 @dataclass(slots=True)
-class Placement:
+class Loader:
     """Owns this peer's loads."""
 
     links: Links
-    library: Library
-    weights: Weights
-    holdings: Holdings
+    library: ModelLibrary
+    weights: WeightProvider
+    holdings: ResidentModels
     backend: Backend
     compute: ComputeThread
     clock: Clock
@@ -52,7 +52,7 @@ class Placement:
     on_change: Callable[[], None]
     draining: Callable[[], bool] = lambda: False
     """This peer is about to leave: it loads nothing more."""
-    _loading: dict[_Key, asyncio.Task[Load]] = field(default_factory=dict)
+    _loading: dict[_Key, asyncio.Task[ResidentLayers]] = field(default_factory=dict)
     _files: dict[int, GgufFile] = field(default_factory=dict)
 
     def register(self) -> None:
@@ -73,7 +73,7 @@ class Placement:
             load = await self.place(message)
         return Placed(request=message.request, layers=load.layers, kv_tokens=load.kv_tokens)
 
-    async def place(self, wanted: Place) -> Load:
+    async def place(self, wanted: Place) -> ResidentLayers:
         """An active load with these layers and room for that many tokens. The same wish twice is one load.
 
         Raises: UnknownModel, DownloadError, StorageError, ModelFileError, OutOfMemory. Cancel: others who wait for it go on.
@@ -94,7 +94,7 @@ class Placement:
         self._settle(load, wanted)
         return load
 
-    def _present(self, wanted: Place) -> Load | None:
+    def _present(self, wanted: Place) -> ResidentLayers | None:
         """An active load that does, one that is no standby copy first."""
         fitting = [
             load
@@ -103,7 +103,7 @@ class Placement:
         ]
         return max(fitting, key=lambda load: (not load.standby, load.pool.blocks_free if load.pool else 0), default=None)
 
-    def _settle(self, load: Load, wanted: Place) -> None:
+    def _settle(self, load: ResidentLayers, wanted: Place) -> None:
         """Have a load be what the latest wish for it says; what was once wanted for itself is no standby copy any more."""
         before = load.standby, load.pinned
         load.standby = load.standby and wanted.standby
@@ -111,12 +111,12 @@ class Placement:
         if (load.standby, load.pinned) != before:
             self.on_change()
 
-    async def _load(self, wanted: Place) -> Load:
+    async def _load(self, wanted: Place) -> ResidentLayers:
         loop = asyncio.get_running_loop()
         card = await self._fetch(wanted)
         if wanted.layers not in card.layers:
             raise ModelFileError(f"{card.name} has layers {card.layers}, not {wanted.layers}")
-        load = Load(
+        load = ResidentLayers(
             card,
             wanted.layers,
             _whole_blocks(wanted.kv_tokens),
@@ -159,7 +159,7 @@ class Placement:
         known = self.library.local.get(wanted.model)
         return known if known is not None else await self.weights.card(wanted.model, wanted.ref)
 
-    async def _fill(self, load: Load, ref: str) -> None:
+    async def _fill(self, load: ResidentLayers, ref: str) -> None:
         """Have on this disk what `_read` will read."""
 
         def progress(share: float) -> None:
@@ -170,7 +170,7 @@ class Placement:
         await self.weights.fill(load.card, ref, load.layers, progress)
         progress(1.0)
 
-    def _read(self, load: Load, progress: Callable[[float], None]) -> None:
+    def _read(self, load: ResidentLayers, progress: Callable[[float], None]) -> None:
         """On a worker thread: map the file and build the stage's weights and its KV pool."""
         file = self.library.open(load.card)
         self._files[id(load)] = file
@@ -191,7 +191,7 @@ class Placement:
         load.weight_bytes = max(load.weight_bytes, load.weights.weight_bytes)  # what was reserved holds what packing adds
         load.pool = KVPool(load.card.spec, layers, load.kv_tokens // BLOCK_TOKENS, BLOCK_TOKENS)
 
-    def _make_room(self, load: Load) -> None:
+    def _make_room(self, load: ResidentLayers) -> None:
         """Check the reservation before any memory is taken. Idle standby copies give way, then idle loads of the same model; for
         a standby copy nothing does.
         """
@@ -208,13 +208,13 @@ class Placement:
                 hint="fewer layers on this peer, a smaller context, or a higher --memory",
             )
 
-    def _in_the_way(self, load: Load) -> list[Load]:
+    def _in_the_way(self, load: ResidentLayers) -> list[ResidentLayers]:
         """Loads that may be let go for this one, the dearest last."""
         standby = [other for other in self.holdings if other.gives_way]
         same = [other for other in self.holdings.of(load.card.id) if other.state is LoadState.ACTIVE and not other.in_use]
         return standby + [other for other in same if not other.standby]
 
-    def _retire_covered(self, new: Load) -> None:
+    def _retire_covered(self, new: ResidentLayers) -> None:
         """Older loads whose layers all lie in the new one serve their sessions to the end, then go."""
         for load in self.holdings.of(new.card.id):
             dearer = new.standby and not load.standby
@@ -228,7 +228,7 @@ class Placement:
             if load.state is LoadState.DRAINING and not load.in_use:
                 self._release(load)
 
-    def _release(self, load: Load) -> None:
+    def _release(self, load: ResidentLayers) -> None:
         if load in self.holdings.loads:
             self.holdings.loads.remove(load)
         weights, load.weights, load.pool = load.weights, None, None

@@ -23,7 +23,7 @@ class LoadState(Enum):
 
 
 @dataclass(slots=True)
-class Load:
+class ResidentLayers:
     """One contiguous run of layers in memory."""
 
     card: ModelCard
@@ -93,27 +93,27 @@ class Load:
 
 
 @dataclass(slots=True)
-class Holdings:
+class ResidentModels:
     """All loads of this peer. Only `agents.placement` adds and removes; the stage host looks up and counts sessions."""
 
     attention_bytes_s: float
     """As probed: to tell a step's attention from the rest of its time."""
-    loads: list[Load] = field(default_factory=list)
+    loads: list[ResidentLayers] = field(default_factory=list)
 
-    def __iter__(self) -> Iterator[Load]:
+    def __iter__(self) -> Iterator[ResidentLayers]:
         return iter(self.loads)
 
-    def find(self, model: ModelId, layers: LayerRange) -> Load | None:
+    def find(self, model: ModelId, layers: LayerRange) -> ResidentLayers | None:
         """The active load that can serve these layers: the one with the most free KV."""
         fitting = [
             load for load in self.loads if load.card.id == model and layers in load.layers and load.state is LoadState.ACTIVE
         ]
         return max(fitting, key=lambda load: load.pool.blocks_free if load.pool is not None else 0, default=None)
 
-    def of(self, model: ModelId) -> list[Load]:
+    def of(self, model: ModelId) -> list[ResidentLayers]:
         return [load for load in self.loads if load.card.id == model]
 
-    def observe_decode(self, load: Load, layers: int, position: int, seconds: float) -> None:
+    def observe_decode(self, load: ResidentLayers, layers: int, position: int, seconds: float) -> None:
         """One decode step over some layers of a load, with `position` tokens of KV to read."""
         kv_bytes = position * load.card.kv_bytes_per_token_layer() * layers
         load.observe_decode(layers, max(0.0, seconds - kv_bytes / self.attention_bytes_s))

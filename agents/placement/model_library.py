@@ -56,7 +56,7 @@ class ModelText:
 
 
 @dataclass(slots=True)
-class Library:
+class ModelLibrary:
     """Models known to this peer: on its disk, or told by others."""
 
     links: Links

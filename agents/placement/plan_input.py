@@ -21,7 +21,7 @@ CONTEXTS_OF_KV = 4
 """Whole contexts that a placement holds room for, where memory allows."""
 
 
-def problem_of(
+def plan_input_of(
     card: ModelCard,
     adverts: list[Advert],
     mesh: MeshOptions,
@@ -51,7 +51,7 @@ def problem_of(
     )
 
 
-def repair_question(
+def repair_input(
     card: ModelCard, adverts: list[Advert], *, avoid: Collection[PeerId] = (), among: Collection[PeerId] | None = None
 ) -> PlanInput:
     """What is asked when layers are loaded beside what is there: of all peers but those in `avoid`, or of those in `among` only."""

@@ -10,7 +10,7 @@ from itertools import chain
 
 import msgspec
 
-from meshd.agents.placement.plan_input import CONTEXTS_OF_KV, LEAST_CONTEXT, problem_of, repair_question
+from meshd.agents.placement.plan_input import CONTEXTS_OF_KV, LEAST_CONTEXT, plan_input_of, repair_input
 from meshd.agents.service import MeshOptions
 from meshd.errors import DoesNotFit, MeshdError, NoPeer
 from meshd.planner.model.memory import allowed_bytes, stage_memory
@@ -30,7 +30,7 @@ _GAIN = 0.10
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Wish:
+class LoadRequest:
     """Layers to be loaded on a peer; or, if they lie there as a standby copy and this is none, to be one no more."""
 
     peer: PeerId
@@ -42,7 +42,7 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Piece:
+class ServedLayers:
     """Layers that a peer held to serve with."""
 
     layers: LayerRange
@@ -50,15 +50,15 @@ class Piece:
     pinned: bool = False
 
 
-class Ledger:
+class HoldingHistory:
     """What lay where at the last look, so that a loss can be told from a model that was let go."""
 
     def __init__(self) -> None:
-        self.lost: dict[ModelId, set[Piece]] = {}
+        self.lost: dict[ModelId, set[ServedLayers]] = {}
         """What went with its peer and is not served by another yet, of models that are still active somewhere."""
         self.let_go: set[ModelId] = set()
         """Models that were unplaced, while standby copies of them are still about."""
-        self._held: dict[tuple[PeerId, int], dict[ModelId, set[Piece]]] = {}
+        self._held: dict[tuple[PeerId, int], dict[ModelId, set[ServedLayers]]] = {}
         self._unplaced: set[ModelId] = set()
         """Let go of by somebody since the last look."""
 
@@ -97,19 +97,19 @@ class Ledger:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mesh:
+class ClusterState:
     """All that a decision depends on."""
 
     adverts: Sequence[Advert]
     """Of the live peers and of the suspects."""
     cards: Mapping[ModelId, ModelCard]
-    lost: Mapping[ModelId, Collection[Piece]] = field(default_factory=dict)
+    lost: Mapping[ModelId, Collection[ServedLayers]] = field(default_factory=dict)
     let_go: Collection[ModelId] = ()
     suspects: Collection[PeerId] = ()
     """They keep what they hold and get nothing new."""
     refused: Collection[tuple[PeerId, ModelId]] = ()
     """Who could not load something of a model lately."""
-    pending: Sequence[Wish] = ()
+    pending: Sequence[LoadRequest] = ()
     """Asked for and not answered yet."""
     copies: int = 2
 
@@ -118,16 +118,16 @@ class Mesh:
 class Decision:
     """What to ask for, and what can't be had."""
 
-    wishes: tuple[Wish, ...]
+    wishes: tuple[LoadRequest, ...]
     missing: tuple[str, ...]
 
 
-def decide(mesh: Mesh) -> Decision:
+def decide(mesh: ClusterState) -> Decision:
     """What the models that are active somewhere need: first that all layers are served, then that none hangs on one peer."""
-    return _Upkeep(mesh).decide()
+    return _Policy(mesh).decide()
 
 
-def orphans(adverts: Iterable[Advert], let_go: Collection[ModelId]) -> list[tuple[PeerId, ModelId]]:
+def orphaned_copies(adverts: Iterable[Advert], let_go: Collection[ModelId]) -> list[tuple[PeerId, ModelId]]:
     """Who still holds a standby copy of a model that was unplaced: it was being loaded at that time."""
     return [
         (advert.peer, model)
@@ -136,7 +136,7 @@ def orphans(adverts: Iterable[Advert], let_go: Collection[ModelId]) -> list[tupl
     ]
 
 
-def grow(card: ModelCard, adverts: Sequence[Advert]) -> list[Wish]:
+def grow(card: ModelCard, adverts: Sequence[Advert]) -> list[LoadRequest]:
     """What to load so that new sessions of a model are clearly faster; nothing if somebody said where its layers are to lie.
 
     Compared by what all devices measured alike when they started: times taken on loaded layers are there for some of them only.
@@ -147,10 +147,12 @@ def grow(card: ModelCard, adverts: Sequence[Advert]) -> list[Wish]:
         return []
     kv_tokens = min(held.kv_tokens_total for held in serving)
     context = min(kv_tokens, card.spec.context_length)
-    question = problem_of(card, [_as_new(advert) for advert in staying], MeshOptions(), context=context)
+    question = plan_input_of(card, [_as_new(advert) for advert in staying], MeshOptions(), context=context)
     try:
         better = solve(question)
-        now = solve(problem_of(card, [_at_rest(advert) for advert in staying], MeshOptions(), context=context, resident_only=True))
+        now = solve(
+            plan_input_of(card, [_at_rest(advert) for advert in staying], MeshOptions(), context=context, resident_only=True)
+        )
     except MeshdError:
         return []
     if better.estimate.tpot_s > (1 - _GAIN) * now.estimate.tpot_s:
@@ -158,13 +160,13 @@ def grow(card: ModelCard, adverts: Sequence[Advert]) -> list[Wish]:
     return [wish for wish in _wishes_of(question, better, kv_tokens) if not _serves(staying, wish)]
 
 
-class _Upkeep:
+class _Policy:
     """One decision being made: every wish is taken as met by those after it."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: ClusterState) -> None:
         self._mesh = mesh
         self._adverts = {advert.peer: advert for advert in sorted(mesh.adverts, key=lambda advert: advert.peer)}
-        self._wishes: list[Wish] = []
+        self._wishes: list[LoadRequest] = []
         self._missing: list[str] = []
         for wish in mesh.pending:
             self._meet(wish)
@@ -181,12 +183,12 @@ class _Upkeep:
     def _staying(self) -> list[Advert]:
         return [advert for advert in self._adverts.values() if not advert.draining]
 
-    def _lost(self, card: ModelCard) -> list[Piece]:
+    def _lost(self, card: ModelCard) -> list[ServedLayers]:
         """What went with its peer, and what will."""
         leaving = (_pieces(advert).get(card.id, ()) for advert in self._adverts.values() if advert.draining)
         return sorted({*self._mesh.lost.get(card.id, ()), *chain.from_iterable(leaving)})
 
-    def _promote(self, card: ModelCard, lost: Sequence[Piece]) -> None:
+    def _promote(self, card: ModelCard, lost: Sequence[ServedLayers]) -> None:
         """Standby copies of layers that nobody else serves any more take over."""
         holdings = _holdings(self._staying(), card.id)
         bare = set(card.layers) - _layers(held for _, held in holdings if not held.standby)
@@ -195,9 +197,9 @@ class _Upkeep:
             if bare.intersection(held.layers):
                 bare.difference_update(held.layers)
                 pinned = any(piece.pinned for piece in lost if set(piece.layers).intersection(held.layers))
-                self._wish(Wish(peer, card.id, held.layers, held.kv_tokens_total, pinned=pinned))
+                self._wish(LoadRequest(peer, card.id, held.layers, held.kv_tokens_total, pinned=pinned))
 
-    def _repair(self, card: ModelCard, lost: Sequence[Piece]) -> None:
+    def _repair(self, card: ModelCard, lost: Sequence[ServedLayers]) -> None:
         """Place lost layers anew, if the model is whole again then: what is being unplaced is not."""
         there = _layers(held for _, held in _holdings(self._staying(), card.id))
         gone = {layer for piece in lost for layer in piece.layers}
@@ -209,7 +211,7 @@ class _Upkeep:
             if runs:
                 self._place(card, runs, piece)
 
-    def _place(self, card: ModelCard, runs: tuple[LayerRange, ...], piece: Piece) -> None:
+    def _place(self, card: ModelCard, runs: tuple[LayerRange, ...], piece: ServedLayers) -> None:
         """On peers that serve nothing else of the model, if a whole context fits there; else wherever it does."""
         serving = {peer for peer, _ in _holdings(self._staying(), card.id)}
         whole_context = max(LEAST_CONTEXT, piece.kv_tokens // CONTEXTS_OF_KV)
@@ -222,14 +224,14 @@ class _Upkeep:
                 self._missing.append(f"{card.name} has lost layers {', '.join(map(str, runs))}: {error.message}")
                 return
         for stage in stages:
-            self._wish(Wish(stage.peer, card.id, stage.layers, kv_tokens, pinned=piece.pinned))
+            self._wish(LoadRequest(stage.peer, card.id, stage.layers, kv_tokens, pinned=piece.pinned))
 
     def _fitted(
         self, card: ModelCard, runs: tuple[LayerRange, ...], kv_tokens: int, least_tokens: int, avoid: Collection[PeerId] = ()
     ) -> tuple[tuple[StagePlan, ...], int]:
         """Stages, and the tokens of KV that they have room for. Raises: DoesNotFit, NoPeer."""
         unfit = {peer for peer, model in self._mesh.refused if model == card.id} | set(self._mesh.suspects) | set(avoid)
-        question = repair_question(card, list(self._adverts.values()), avoid=unfit)
+        question = repair_input(card, list(self._adverts.values()), avoid=unfit)
         return repair_within(question, runs, kv_tokens=kv_tokens, least_tokens=least_tokens)
 
     def _copy(self, card: ModelCard) -> None:
@@ -250,13 +252,13 @@ class _Upkeep:
                 target = self._roomiest(card, layers, tokens[layers])
                 if target is None:
                     break
-                self._wish(Wish(target, card.id, layers, tokens[layers], standby=True))
+                self._wish(LoadRequest(target, card.id, layers, tokens[layers], standby=True))
                 for layer in layers:
                     holders[layer].add(target)
 
     def _roomiest(self, card: ModelCard, layers: LayerRange, kv_tokens: int) -> PeerId | None:
         """Who has the most room, out of those that would lose no other stage of the model as well if there are any."""
-        excluded = exclusions(problem_of(card, list(self._adverts.values()), MeshOptions(), context=kv_tokens))
+        excluded = exclusions(plan_input_of(card, list(self._adverts.values()), MeshOptions(), context=kv_tokens))
         fitting = []
         for advert in self._staying():
             peer = advert.peer
@@ -271,17 +273,17 @@ class _Upkeep:
                 fitting.append((any(not other.standby for other in held), -free, peer))
         return min(fitting)[2] if fitting else None
 
-    def _wish(self, wish: Wish) -> None:
+    def _wish(self, wish: LoadRequest) -> None:
         self._wishes.append(wish)
         self._meet(wish)
 
-    def _meet(self, wish: Wish) -> None:
+    def _meet(self, wish: LoadRequest) -> None:
         card, advert = self._mesh.cards.get(wish.model), self._adverts.get(wish.peer)
         if card is not None and advert is not None:
-            self._adverts[wish.peer] = met(advert, wish, card)
+            self._adverts[wish.peer] = apply_request(advert, wish, card)
 
 
-def met(advert: Advert, wish: Wish, card: ModelCard) -> Advert:
+def apply_request(advert: Advert, wish: LoadRequest, card: ModelCard) -> Advert:
     """What a peer would advertise once it has begun to load what it is asked for."""
     for place, held in enumerate(advert.holdings):
         if held.model == wish.model and held.layers == wish.layers and held.state in HELD:
@@ -304,12 +306,12 @@ def met(advert: Advert, wish: Wish, card: ModelCard) -> Advert:
     return msgspec.structs.replace(advert, capability=capability, holdings=(*advert.holdings, new))
 
 
-def _pieces(advert: Advert) -> dict[ModelId, set[Piece]]:
+def _pieces(advert: Advert) -> dict[ModelId, set[ServedLayers]]:
     """What a peer serves with, or soon will."""
-    pieces: dict[ModelId, set[Piece]] = {}
+    pieces: dict[ModelId, set[ServedLayers]] = {}
     for held in advert.holdings:
         if held.state in HELD and not held.standby:
-            pieces.setdefault(held.model, set()).add(Piece(held.layers, held.kv_tokens_total, held.pinned))
+            pieces.setdefault(held.model, set()).add(ServedLayers(held.layers, held.kv_tokens_total, held.pinned))
     return pieces
 
 
@@ -354,18 +356,18 @@ def _at_rest(advert: Advert) -> Advert:
     return msgspec.structs.replace(advert, holdings=holdings)
 
 
-def _wishes_of(question: PlanInput, solution: Solution, kv_tokens: int) -> list[Wish]:
+def _wishes_of(question: PlanInput, solution: Solution, kv_tokens: int) -> list[LoadRequest]:
     """A placement's stages, with KV as the model has it now where memory allows."""
     wishes = []
     for stage in solution.stages:
         spare = allowed_bytes(question, question.profile(stage.peer)) - stage_memory(question, stage).total_bytes
         more = int(spare // (question.kv_token_layer_bytes * len(stage.layers)))
         tokens = min(kv_tokens, question.context + max(0, more))
-        wishes.append(Wish(stage.peer, question.card.id, stage.layers, tokens))
+        wishes.append(LoadRequest(stage.peer, question.card.id, stage.layers, tokens))
     return wishes
 
 
-def _serves(adverts: Iterable[Advert], wish: Wish) -> bool:
+def _serves(adverts: Iterable[Advert], wish: LoadRequest) -> bool:
     return any(
         peer == wish.peer and wish.layers in held.layers and not held.standby and held.kv_tokens_total >= wish.kv_tokens
         for peer, held in _holdings(adverts, wish.model)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from logging import getLogger
 
-from meshd.agents.placement.client import Placer
-from meshd.agents.placement.model_library import Library
+from meshd.agents.placement.client import PlacementClient
+from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.service import MeshOptions
 from meshd.agents.session.plan.route import Router
 from meshd.clock import Clock
@@ -24,8 +24,8 @@ class Preload:
     """Owns the list and its progress, which `/ready` tells."""
 
     wanted: Sequence[str]
-    library: Library
-    placer: Placer
+    library: ModelLibrary
+    placer: PlacementClient
     router: Router
     clock: Clock
     done: int = 0

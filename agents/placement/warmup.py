@@ -5,7 +5,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from meshd.agents.placement.loads import Load
+from meshd.agents.placement.loads import ResidentLayers
 from meshd.errors import ModelFileError
 from meshd.kernels.backend import Segment, Stage
 from meshd.kernels.kv import BlockTable, KVPool
@@ -16,7 +16,7 @@ _COMPARED = 4
 """Tokens that are computed by themselves too."""
 
 
-def warm_up(load: Load) -> None:
+def warm_up(load: ResidentLayers) -> None:
     """Prefill a few tokens and decode some more, on the compute thread; sets what is measured of the load.
 
     The first step pays for what backends build lazily, and whatever else the device does only ever adds to a time: so each is the
@@ -52,7 +52,7 @@ def _is_steady(
     return all((_run(stage, pool, hidden[at : at + 1], table, at)[0] == together[at]).all() for at in alone)
 
 
-def _hidden(load: Load, stage: Stage, tokens: int) -> npt.NDArray[np.float32]:
+def _hidden(load: ResidentLayers, stage: Stage, tokens: int) -> npt.NDArray[np.float32]:
     if load.layers.start == 0:
         return stage.embed(np.arange(tokens, dtype=np.int32) % load.card.spec.vocab)
     return np.random.Generator(np.random.Philox(0)).standard_normal((tokens, load.card.spec.hidden), dtype=np.float32)
@@ -66,7 +66,7 @@ def _run(
     return out, time.perf_counter() - began
 
 
-def _head(load: Load, stage: Stage, hidden: npt.NDArray[np.float32]) -> float:
+def _head(load: ResidentLayers, stage: Stage, hidden: npt.NDArray[np.float32]) -> float:
     times = []
     for _ in range(5):
         began = time.perf_counter()
@@ -76,6 +76,6 @@ def _head(load: Load, stage: Stage, hidden: npt.NDArray[np.float32]) -> float:
     return min(times)
 
 
-def _check_finite(load: Load, values: npt.NDArray[np.float32]) -> None:
+def _check_finite(load: ResidentLayers, values: npt.NDArray[np.float32]) -> None:
     if not np.isfinite(values).all():
         raise ModelFileError(f"layers {load.layers} of {load.card.name} compute values that are not finite: the weights are broken")

@@ -20,7 +20,7 @@ from meshd.agents.placement.model_library import ModelText
 from meshd.agents.service import Finished, TextDelta
 from meshd.agents.session import session as fsm
 from meshd.agents.session.journal.record import AnswerToken, SessionRecord
-from meshd.agents.session.plan.resume import Held, method_of
+from meshd.agents.session.plan.resume import StageHeld, method_of
 from meshd.agents.session.text import Assembler, StopMatcher
 from meshd.clock import Clock
 from meshd.errors import Cancelled, MeshdError, PeerFault, PeerLost, RemoteFailure
@@ -38,7 +38,7 @@ OPEN_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Around:
+class AnswerContext:
     """What every answer of a peer needs of that peer."""
 
     me: PeerId
@@ -76,7 +76,7 @@ class Answer:
     record: SessionRecord
     card: ModelCard
     text: ModelText
-    around: Around
+    around: AnswerContext
     machine: fsm.Session = field(init=False)
     handed_over: bool = False
     """Its last coordinator gave it up to this peer."""
@@ -124,7 +124,7 @@ class Answer:
         if not (self.record.tokens or self.record.epoch):
             return
         machine = self.machine
-        machine.state, machine.epoch = fsm.State.SUSPENDED, self.record.epoch
+        machine.state, machine.epoch = fsm.SessionState.SUSPENDED, self.record.epoch
         machine.plan = machine.rooted = self.record.plan
         for token, logprobs in self.record.tokens:
             machine.tokens.append(token)
@@ -133,9 +133,9 @@ class Answer:
         machine.credit += len(machine.tokens)
         finish = self._restored_finish()
         if finish is FinishReason.CANCELLED:
-            machine.state, machine.finish = fsm.State.CANCELLED, finish
+            machine.state, machine.finish = fsm.SessionState.CANCELLED, finish
         elif finish is not None:
-            machine.state, machine.finish = fsm.State.FINISHED, finish
+            machine.state, machine.finish = fsm.SessionState.FINISHED, finish
             self._finish(finish)
 
     def _ends(self, token: int) -> bool:
@@ -183,7 +183,7 @@ class Answer:
 
     @property
     def running(self) -> bool:
-        return self.machine.state in fsm.RUNNING or self.machine.state is fsm.State.NEW
+        return self.machine.state in fsm.RUNNING or self.machine.state is fsm.SessionState.NEW
 
     @property
     def ended(self) -> bool:
@@ -193,10 +193,10 @@ class Answer:
     def status(self) -> str:
         """See `service.Generation.status`."""
         names = {
-            fsm.State.SUSPENDED: "suspended",
-            fsm.State.FINISHED: "completed",
-            fsm.State.FAILED: "failed",
-            fsm.State.CANCELLED: "cancelled",
+            fsm.SessionState.SUSPENDED: "suspended",
+            fsm.SessionState.FINISHED: "completed",
+            fsm.SessionState.FAILED: "failed",
+            fsm.SessionState.CANCELLED: "cancelled",
         }
         if self.released:
             return "suspended"
@@ -205,11 +205,11 @@ class Answer:
     @property
     def released(self) -> bool:
         """It goes on at another peer."""
-        return self.machine.state is fsm.State.CANCELLED and self.machine.error is not None
+        return self.machine.state is fsm.SessionState.CANCELLED and self.machine.error is not None
 
     @property
     def error(self) -> MeshdError | None:
-        over = self.machine.state in (fsm.State.SUSPENDED, fsm.State.FAILED) or self.released
+        over = self.machine.state in (fsm.SessionState.SUSPENDED, fsm.SessionState.FAILED) or self.released
         return self.machine.error if over else None
 
     @property
@@ -234,7 +234,7 @@ class Answer:
             plan=self.machine.rooted,
             tokens=tuple(self.tokens),
             finish=finish,
-            suspended=self.machine.state is fsm.State.SUSPENDED,
+            suspended=self.machine.state is fsm.SessionState.SUSPENDED,
         )
 
     # What its coordinator does
@@ -250,14 +250,14 @@ class Answer:
 
     def hold(self, index: int | None) -> None:
         """Make no answer token from `index` on, before the plan changes; None: go on as before."""
-        if self.plan is not None and self.machine.state is fsm.State.DECODING:
+        if self.plan is not None and self.machine.state is fsm.SessionState.DECODING:
             credit = self.machine.credit if index is None else min(index, self.machine.credit)
             message = Credit(session=self.session, epoch=self.machine.epoch, index=credit, hold=index is not None)
             self.send(self.plan.stages[0].peer, message)
 
     def resume(self) -> None:
         """Go on, if it is suspended."""
-        if self.machine.state is fsm.State.SUSPENDED:
+        if self.machine.state is fsm.SessionState.SUSPENDED:
             now = self.around.clock.monotonic()
             self.started = self.progress_at = self.renewed_at = self.unread_since = now
             self.first_token_at = None
@@ -425,7 +425,7 @@ class Answer:
                 self._distrust(peer)
             self._apply(fsm.StageFailed(epoch, stage, error, peer))
         else:
-            self._apply(fsm.StageOpened(epoch, stage, Held(reply.held, reply.mirrored, reply.kept_from, reply.kept_to)))
+            self._apply(fsm.StageOpened(epoch, stage, StageHeld(reply.held, reply.mirrored, reply.kept_from, reply.kept_to)))
 
     def _open(self, command: fsm.OpenStages, stage: int) -> Open:
         return Open(

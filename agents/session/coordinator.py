@@ -10,18 +10,18 @@ import msgspec
 
 from meshd.agents.links.links import Links
 from meshd.agents.observe.story import Story
-from meshd.agents.placement.model_library import Library
+from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.service import GenerationRequest
 from meshd.agents.session.admission import Admission
-from meshd.agents.session.answer import Answer, Around, Recovered
+from meshd.agents.session.answer import Answer, AnswerContext, Recovered
 from meshd.agents.session.journal.deputy import Deputy
 from meshd.agents.session.journal.locator import Locator
 from meshd.agents.session.journal.record import SessionRecord
-from meshd.agents.session.journal.writer import Journalists
+from meshd.agents.session.journal.writer import JournalWriters
 from meshd.agents.session.plan.move import Mover
-from meshd.agents.session.plan.retry import TAKEOVER_EPOCHS, Rescuer
+from meshd.agents.session.plan.retry import TAKEOVER_EPOCHS, PlanRetrier
 from meshd.agents.session.plan.route import Router
-from meshd.agents.session.stall import Watch
+from meshd.agents.session.stall import StallWatch
 from meshd.clock import Clock
 from meshd.errors import ContextTooLong, InvalidRequest, MeshdError, Unavailable, UnknownModel, UnknownSession
 from meshd.protocol.messages import Closed, Error, Failed, Mirrored, Move, Moved, Token
@@ -46,12 +46,12 @@ class Coordinator:
 
     me: PeerId
     links: Links
-    library: Library
+    library: ModelLibrary
     router: Router
     admission: Admission
-    rescuer: Rescuer
+    rescuer: PlanRetrier
     mover: Mover
-    journal: Journalists
+    journal: JournalWriters
     deputy: Deputy
     locator: Locator
     clock: Clock
@@ -70,12 +70,12 @@ class Coordinator:
     _admitted: dict[SessionId, float] = field(default_factory=dict)
     """Since when an answer has its ticket."""
     _tasks: set["asyncio.Task[None]"] = field(default_factory=set)
-    _watch: Watch = field(init=False)
-    _around: Around = field(init=False)
+    _watch: StallWatch = field(init=False)
+    _around: AnswerContext = field(init=False)
 
     def __post_init__(self) -> None:
-        self._watch = Watch(self.links, self.clock, self.me)
-        self._around = Around(
+        self._watch = StallWatch(self.links, self.clock, self.me)
+        self._around = AnswerContext(
             me=self.me,
             links=self.links,
             clock=self.clock,

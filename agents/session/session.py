@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from meshd.agents.session.plan.resume import Held, Resumption, resume_positions
+from meshd.agents.session.plan.resume import ResumePoint, StageHeld, resume_positions
 from meshd.errors import MeshdError, PeerLost
 from meshd.types import FinishReason, PeerId, Plan, SessionId, TokenLogprobs
 
-NOTHING = Held(0)
+NOTHING = StageHeld(0)
 
 
-class State(Enum):
+class SessionState(Enum):
     """Where a session stands."""
 
     NEW = "new"
@@ -39,8 +39,8 @@ class State(Enum):
     CANCELLED = "cancelled"
 
 
-TERMINAL = frozenset({State.FINISHED, State.FAILED, State.CANCELLED})
-RUNNING = frozenset({State.OPENING, State.PREFILLING, State.DECODING, State.RECOVERING})
+TERMINAL = frozenset({SessionState.FINISHED, SessionState.FAILED, SessionState.CANCELLED})
+RUNNING = frozenset({SessionState.OPENING, SessionState.PREFILLING, SessionState.DECODING, SessionState.RECOVERING})
 
 
 class IllegalTransition(RuntimeError):
@@ -68,7 +68,7 @@ class PlanFailed:
 class StageOpened:
     epoch: int
     stage: int
-    held: Held = NOTHING
+    held: StageHeld = NOTHING
     """What lies there already."""
 
 
@@ -184,8 +184,8 @@ class ResumeStages:
 
     epoch: int
     plan: Plan
-    held: tuple[Held, ...]
-    positions: tuple[Resumption, ...]
+    held: tuple[StageHeld, ...]
+    positions: tuple[ResumePoint, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,10 +261,10 @@ class Session:
 
     id: SessionId
     prompt_tokens: int
-    state: State = State.NEW
+    state: SessionState = SessionState.NEW
     epoch: int = 0
     plan: Plan | None = None
-    opened: dict[int, Held] = field(default_factory=dict)
+    opened: dict[int, StageHeld] = field(default_factory=dict)
     """Stages of this epoch that are open."""
     tokens: list[int] = field(default_factory=list)
     credit: int = CREDIT_TOKENS
@@ -301,7 +301,7 @@ class Session:
 
     def validate(self) -> None:
         """Invariants that hold between events; tests call it after each."""
-        if self.plan is None and self.state in (State.OPENING, State.PREFILLING, State.DECODING):
+        if self.plan is None and self.state in (SessionState.OPENING, SessionState.PREFILLING, SessionState.DECODING):
             raise AssertionError("it runs without a plan")
         if (self.state in TERMINAL) != (self.finish is not None):
             raise AssertionError("a reason to end and the state disagree")
@@ -323,12 +323,12 @@ class Session:
         peers, self.holders = tuple(sorted(self.holders)), set()
         return [CloseStages(self.epoch, peers, reason)] if peers else []
 
-    def _end(self, state: State, reason: FinishReason, error: MeshdError | None = None) -> list[Command]:
+    def _end(self, state: SessionState, reason: FinishReason, error: MeshdError | None = None) -> list[Command]:
         self.state, self.finish, self.error = state, reason, error
         return [*self._close(reason.value), EmitEnd(reason, error)]
 
     def _suspend(self, error: MeshdError | None) -> list[Command]:
-        self.state, self.error = State.SUSPENDED, error
+        self.state, self.error = SessionState.SUSPENDED, error
         commands = self._close("suspended")
         self.epoch += 1  # what is still under way is of the past
         return [*commands, EmitSuspended(error)]
@@ -340,7 +340,7 @@ class Session:
             self.holders.discard(lost)
         if avoid is not None:
             self.avoid.add(avoid)
-        self.state = State.RECOVERING
+        self.state = SessionState.RECOVERING
         return [Replan(reason, frozenset(self.lost), frozenset(self.avoid))]
 
 
@@ -354,14 +354,14 @@ def _planned(session: Session, event: Planned) -> list[Command]:
     session.credit = max(session.credit, len(session.tokens) + 1)  # going on samples one token, client or not
     session.opened = {}
     session.holders.update(event.plan.peers)
-    session.state = State.OPENING
+    session.state = SessionState.OPENING
     return [OpenStages(session.epoch, event.plan, session.credit, len(session.tokens))]
 
 
 def _plan_failed(session: Session, event: PlanFailed) -> list[Command]:
     if session.begun:
         return session._suspend(event.error)
-    return session._end(State.FAILED, FinishReason.ERROR, event.error)
+    return session._end(SessionState.FAILED, FinishReason.ERROR, event.error)
 
 
 def _stage_opened(session: Session, event: StageOpened) -> list[Command]:
@@ -370,7 +370,7 @@ def _stage_opened(session: Session, event: StageOpened) -> list[Command]:
     session.opened[event.stage] = event.held
     if len(session.opened) < len(plan.stages):
         return []
-    session.state, session.rooted = State.PREFILLING, plan
+    session.state, session.rooted = SessionState.PREFILLING, plan
     if session.epoch == 1:
         return [SendPrompt(session.epoch, plan, 0)]
     held = tuple(session.opened[stage] for stage in range(len(plan.stages)))
@@ -391,7 +391,7 @@ def _token_arrived(session: Session, event: TokenArrived) -> list[Command]:
     if event.index > len(session.tokens):
         last = session.plan.peers[-1] if session.plan is not None else None
         return session._recover(f"token {len(session.tokens)} of the answer was lost on the way", avoid=last)
-    session.state = State.DECODING
+    session.state = SessionState.DECODING
     session.attempts = 0
     session.lost.clear()
     session.avoid.clear()
@@ -407,7 +407,7 @@ def _emit(session: Session, event: TokenArrived) -> list[Command]:
     session.tokens.append(event.token)
     commands: list[Command] = [EmitToken(event.index, event.token, event.logprobs, event.finish)]
     if event.finish is not None:
-        commands += session._end(State.FINISHED, event.finish)
+        commands += session._end(SessionState.FINISHED, event.finish)
     return commands
 
 
@@ -416,13 +416,13 @@ def _tokens_read(session: Session, event: TokensRead) -> list[Command]:
     if wanted - session.credit < CREDIT_TOKENS // 2:
         return []  # half a window at a time: a message for each token would cost more than it bounds
     session.credit = wanted
-    if session.plan is None or session.state is State.RECOVERING:
+    if session.plan is None or session.state is SessionState.RECOVERING:
         return []  # the next OPEN tells it
     return [GrantCredit(session.epoch, session.plan.stages[0].peer, wanted)]
 
 
 def _stop_matched(session: Session, event: StopMatched) -> list[Command]:
-    return session._end(State.FINISHED, FinishReason.STOP)
+    return session._end(SessionState.FINISHED, FinishReason.STOP)
 
 
 def _stage_failed(session: Session, event: StageFailed) -> list[Command]:
@@ -466,7 +466,7 @@ def _resume(session: Session, event: ResumeRequested) -> list[Command]:
 
 def _released(session: Session, event: Released) -> list[Command]:
     session.holders.clear()
-    return session._end(State.CANCELLED, FinishReason.CANCELLED, event.error)
+    return session._end(SessionState.CANCELLED, FinishReason.CANCELLED, event.error)
 
 
 def _reclaimed(session: Session, event: Reclaimed) -> list[Command]:
@@ -482,43 +482,43 @@ def _reclaimed(session: Session, event: Reclaimed) -> list[Command]:
 
 
 def _cancel(session: Session, event: CancelRequested) -> list[Command]:
-    return session._end(State.CANCELLED, FinishReason.CANCELLED)
+    return session._end(SessionState.CANCELLED, FinishReason.CANCELLED)
 
 
 def _ignore(session: Session, event: Event) -> list[Command]:
     return []
 
 
-TRANSITIONS: dict[tuple[State, type[Any]], Callable[[Session, Any], list[Command]]] = {
-    (State.NEW, Planned): _planned,
-    (State.NEW, PlanFailed): _plan_failed,
-    (State.NEW, PeerGone): _peer_gone,
-    (State.NEW, CancelRequested): _cancel,
-    (State.NEW, Suspend): _cancel,
-    (State.OPENING, StageOpened): _stage_opened,
-    (State.OPENING, StageFailed): _stage_failed,
-    (State.OPENING, DeadlinePassed): _deadline_passed,
-    (State.PREFILLING, Planned): _planned,
-    (State.PREFILLING, StageFailed): _stage_failed,
-    (State.PREFILLING, TokenArrived): _token_arrived,
-    (State.PREFILLING, DeadlinePassed): _deadline_passed,
-    (State.DECODING, Planned): _planned,
-    (State.DECODING, StageFailed): _stage_failed,
-    (State.DECODING, TokenArrived): _token_arrived,
-    (State.DECODING, StopMatched): _stop_matched,
-    (State.DECODING, DeadlinePassed): _deadline_passed,
-    (State.RECOVERING, Planned): _planned,
-    (State.RECOVERING, PlanFailed): _plan_failed,
-    (State.RECOVERING, Reclaimed): _reclaimed,
-    (State.RECOVERING, StageOpened): _ignore,
-    (State.RECOVERING, StageFailed): _failed_in_recovery,
-    (State.RECOVERING, TokenArrived): _token_in_recovery,
-    (State.RECOVERING, StopMatched): _stop_matched,
-    (State.RECOVERING, PeerGone): _peer_gone_in_recovery,
-    (State.RECOVERING, DeadlinePassed): _ignore,
-    (State.SUSPENDED, ResumeRequested): _resume,
-    (State.SUSPENDED, CancelRequested): _cancel,
-    (State.SUSPENDED, Released): _released,
+TRANSITIONS: dict[tuple[SessionState, type[Any]], Callable[[Session, Any], list[Command]]] = {
+    (SessionState.NEW, Planned): _planned,
+    (SessionState.NEW, PlanFailed): _plan_failed,
+    (SessionState.NEW, PeerGone): _peer_gone,
+    (SessionState.NEW, CancelRequested): _cancel,
+    (SessionState.NEW, Suspend): _cancel,
+    (SessionState.OPENING, StageOpened): _stage_opened,
+    (SessionState.OPENING, StageFailed): _stage_failed,
+    (SessionState.OPENING, DeadlinePassed): _deadline_passed,
+    (SessionState.PREFILLING, Planned): _planned,
+    (SessionState.PREFILLING, StageFailed): _stage_failed,
+    (SessionState.PREFILLING, TokenArrived): _token_arrived,
+    (SessionState.PREFILLING, DeadlinePassed): _deadline_passed,
+    (SessionState.DECODING, Planned): _planned,
+    (SessionState.DECODING, StageFailed): _stage_failed,
+    (SessionState.DECODING, TokenArrived): _token_arrived,
+    (SessionState.DECODING, StopMatched): _stop_matched,
+    (SessionState.DECODING, DeadlinePassed): _deadline_passed,
+    (SessionState.RECOVERING, Planned): _planned,
+    (SessionState.RECOVERING, PlanFailed): _plan_failed,
+    (SessionState.RECOVERING, Reclaimed): _reclaimed,
+    (SessionState.RECOVERING, StageOpened): _ignore,
+    (SessionState.RECOVERING, StageFailed): _failed_in_recovery,
+    (SessionState.RECOVERING, TokenArrived): _token_in_recovery,
+    (SessionState.RECOVERING, StopMatched): _stop_matched,
+    (SessionState.RECOVERING, PeerGone): _peer_gone_in_recovery,
+    (SessionState.RECOVERING, DeadlinePassed): _ignore,
+    (SessionState.SUSPENDED, ResumeRequested): _resume,
+    (SessionState.SUSPENDED, CancelRequested): _cancel,
+    (SessionState.SUSPENDED, Released): _released,
 }
 for _state in RUNNING:
     TRANSITIONS.setdefault((_state, PeerGone), _peer_gone)
@@ -528,7 +528,7 @@ for _state in RUNNING:
     TRANSITIONS[_state, Released] = _released
     TRANSITIONS[_state, CancelRequested] = _cancel
 # After the end, and while nothing runs, the network may still deliver; the client may still read.
-for _state in (*TERMINAL, State.SUSPENDED):
+for _state in (*TERMINAL, SessionState.SUSPENDED):
     for _event in Event.__args__:
         if _event is not Planned:
             TRANSITIONS.setdefault((_state, _event), _ignore)

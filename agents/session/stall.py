@@ -8,7 +8,7 @@ from meshd.agents.session import session as fsm
 from meshd.agents.session.answer import Answer
 from meshd.clock import Clock
 from meshd.errors import MeshdError
-from meshd.protocol.messages import Whereabouts, WhereaboutsAre
+from meshd.protocol.messages import FetchProgress, ProgressData
 from meshd.types import PeerId, SessionId
 
 SILENT_S = 1.2
@@ -30,7 +30,7 @@ _UNREAD_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Where:
+class StageWhereabouts:
     """One stage's word on a session."""
 
     due: int
@@ -42,7 +42,7 @@ class Where:
 
 
 @dataclass(slots=True)
-class Watch:
+class StallWatch:
     """Looks at every answer of this peer, several times a second."""
 
     links: Links
@@ -58,24 +58,24 @@ class Watch:
             answer.suspend()
         state = answer.machine.state
         plan = answer.plan
-        if plan is None or state not in (fsm.State.OPENING, fsm.State.PREFILLING, fsm.State.DECODING):
+        if plan is None or state not in (fsm.SessionState.OPENING, fsm.SessionState.PREFILLING, fsm.SessionState.DECODING):
             return
-        if answer.waits_for_client and state is fsm.State.DECODING:
+        if answer.waits_for_client and state is fsm.SessionState.DECODING:
             answer.progress_at = now
         silent = self._silent(answer)
         if silent is not None and now - answer.progress_at > _QUIET_S:
             answer.overdue(f"{answer.around.names(silent)} is silent", silent)
             return
-        predicted = plan.predicted_tpot_s if state is fsm.State.DECODING else plan.predicted_ttft_s
+        predicted = plan.predicted_tpot_s if state is fsm.SessionState.DECODING else plan.predicted_ttft_s
         limit = max(_LEAST_STEP_S, _PATIENCE * predicted)
-        if now - answer.progress_at > limit and state is not fsm.State.OPENING and answer.session not in self._asking:
+        if now - answer.progress_at > limit and state is not fsm.SessionState.OPENING and answer.session not in self._asking:
             self._asking.add(answer.session)
             answer.spawn(self._find_out(answer, limit)).add_done_callback(lambda _: self._asking.discard(answer.session))
 
     def _silent(self, answer: Answer) -> PeerId | None:
         """A peer of the plan that is linked, but was not heard for too long."""
         assert answer.plan is not None
-        waiting = answer.machine.state is fsm.State.OPENING
+        waiting = answer.machine.state is fsm.SessionState.OPENING
         for number, stage in enumerate(answer.plan.stages):
             if stage.peer == self.me or (waiting and number in answer.machine.opened):
                 continue
@@ -104,23 +104,25 @@ class Watch:
         blame = answer.plan.stages[stage].peer if stage is not None else None
         answer.overdue(f"{late:.1f} s without a token: {reason}", blame)
 
-    async def _ask(self, answer: Answer, epoch: int) -> list[Where] | PeerId:
+    async def _ask(self, answer: Answer, epoch: int) -> list[StageWhereabouts] | PeerId:
         """Each stage's word, in order; or the peer that gave none."""
         assert answer.plan is not None
-        told: dict[int, Where] = {}
+        told: dict[int, StageWhereabouts] = {}
         for peer in dict.fromkeys(answer.plan.peers):
-            question = Whereabouts(request=self.links.next_request(), session=answer.session, epoch=epoch)
+            question = FetchProgress(request=self.links.next_request(), session=answer.session, epoch=epoch)
             try:
                 reply, _ = await self.links.request(peer, question, timeout_s=_ASK_S)
             except MeshdError:
                 return peer
-            if isinstance(reply, WhereaboutsAre):
-                told |= {stage: Where(due, sent, computing) for stage, due, sent, computing in reply.stages}
+            if isinstance(reply, ProgressData):
+                told |= {stage: StageWhereabouts(due, sent, computing) for stage, due, sent, computing in reply.stages}
         missing = [number for number in range(len(answer.plan.stages)) if number not in told]
         return answer.plan.stages[missing[0]].peer if missing else [told[number] for number in sorted(told)]
 
 
-def stuck_at(before: Sequence[Where], after: Sequence[Where], known: int, *, limit_s: float) -> tuple[str, int | None] | None:
+def stuck_at(
+    before: Sequence[StageWhereabouts], after: Sequence[StageWhereabouts], known: int, *, limit_s: float
+) -> tuple[str, int | None] | None:
     """(why, the stage at fault if it is known), or None while something moves, or a stage is busy with a step for up to `limit_s`.
 
     `known`: tokens of prompt and answer that the coordinator has.

@@ -17,16 +17,16 @@ import numpy.typing as npt
 
 from meshd.agents.links.links import Links
 from meshd.agents.observe.story import Story
-from meshd.agents.placement.loads import Holdings
+from meshd.agents.placement.loads import ResidentModels
 from meshd.agents.stage import session as fsm
 from meshd.agents.stage.compute import ComputeThread
-from meshd.agents.stage.kv import Caches, Kept, SessionCache
-from meshd.agents.stage.mirror import MirrorsIn, MirrorsOut
+from meshd.agents.stage.kv import KvCache, SessionKv, StageKv
+from meshd.agents.stage.mirror import IncomingMirrors, OutgoingMirrors
 from meshd.agents.stage.outputs import Outputs
 from meshd.agents.stage.scheduler import (
-    Active,
+    ActiveStage,
+    Scheduler,
     StepOutput,
-    StepQueue,
     activation_of,
     activation_step,
     compute_step,
@@ -46,6 +46,7 @@ from meshd.protocol.messages import (
     Credit,
     Error,
     Failed,
+    FetchProgress,
     KvBlocks,
     KvOffer,
     KvStored,
@@ -54,14 +55,13 @@ from meshd.protocol.messages import (
     Mirrored,
     Open,
     Opened,
+    ProgressData,
     Prompt,
     Renew,
     Resume,
     SessionMessage,
     Taken,
     Token,
-    Whereabouts,
-    WhereaboutsAre,
 )
 from meshd.telemetry import Telemetry
 from meshd.types import ModelId, PeerId, SessionId
@@ -79,7 +79,7 @@ class StageHost:
 
     me: PeerId
     links: Links
-    holdings: Holdings
+    holdings: ResidentModels
     compute: ComputeThread
     clock: Clock
     telemetry: Telemetry
@@ -89,18 +89,18 @@ class StageHost:
     peer_linked: Callable[[PeerId], bool]
     on_change: Callable[[], None]
     """Something that the advert tells has changed."""
-    _caches: Caches = field(init=False)
-    _mirrors_out: MirrorsOut = field(init=False)
-    _mirrors_in: MirrorsIn = field(init=False)
-    _active: dict[tuple[SessionId, int], Active] = field(default_factory=dict)
-    _ready: StepQueue = field(default_factory=StepQueue)
+    _caches: KvCache = field(init=False)
+    _mirrors_out: OutgoingMirrors = field(init=False)
+    _mirrors_in: IncomingMirrors = field(init=False)
+    _active: dict[tuple[SessionId, int], ActiveStage] = field(default_factory=dict)
+    _ready: Scheduler = field(default_factory=Scheduler)
     _computing_since: float | None = None
     """When the present step, of whatever session, began."""
 
     def __post_init__(self) -> None:
-        self._caches = Caches(Outputs(self.outputs_limit_bytes))
-        self._mirrors_out = MirrorsOut(self.me, self.links, self.story)
-        self._mirrors_in = MirrorsIn(self.links, self.holdings, self._caches, self.story, self._admit_copy, self.on_change)
+        self._caches = KvCache(Outputs(self.outputs_limit_bytes))
+        self._mirrors_out = OutgoingMirrors(self.me, self.links, self.story)
+        self._mirrors_in = IncomingMirrors(self.links, self.holdings, self._caches, self.story, self._admit_copy, self.on_change)
 
     def register(self) -> None:
         """Take the session messages from the links."""
@@ -112,7 +112,7 @@ class StageHost:
         self.links.register(Taken, self._on_taken)
         self.links.register(Renew, self._on_renew)
         self.links.register(Close, self._on_close)
-        self.links.register(Whereabouts, self._on_whereabouts)
+        self.links.register(FetchProgress, self._on_fetch_progress)
         self.links.register(Mirror, self._on_mirror)
         self.links.register(KvStored, self._mirrors_out.on_stored)
         self.links.register(KvOffer, self._mirrors_in.on_offer)
@@ -196,13 +196,13 @@ class StageHost:
         if stages[message.stage].attention:
             raise InvalidRequest("this peer does not hold attention shards for others", hint="plan without them")
 
-    def _check_epoch(self, kept: Kept, message: Open) -> None:
+    def _check_epoch(self, kept: SessionKv, message: Open) -> None:
         self._check_coordinator(kept, message.coordinator, message.epoch, handed_over=message.handed_over)
         layers = message.plan.stages[message.stage].layers
         if any(cache.epoch == message.epoch and cache.layers == layers and not cache.source for cache in kept.caches):
             raise InvalidRequest(f"stage {message.stage} has failed in epoch {message.epoch}", hint="open a later one")
 
-    def _check_coordinator(self, kept: Kept, coordinator: PeerId, epoch: int, *, handed_over: bool = False) -> None:
+    def _check_coordinator(self, kept: SessionKv, coordinator: PeerId, epoch: int, *, handed_over: bool = False) -> None:
         """A session has one coordinator at a time; another one takes over with a higher epoch, when the first one is gone."""
         if epoch < kept.epoch:
             raise Superseded(f"epoch {epoch} is past: session {kept.session} is in {kept.epoch}")
@@ -222,7 +222,7 @@ class StageHost:
         ids = token_ids(payload, message.prompt_tokens + message.answered, loads[0].card.spec.vocab).tolist()
         return Sampler(message.sampling, ids[: message.prompt_tokens], ids[message.prompt_tokens :])
 
-    def _reserve(self, message: Open, sampler: Sampler) -> Active:
+    def _reserve(self, message: Open, sampler: Sampler) -> ActiveStage:
         layers = message.plan.stages[message.stage].layers
         last = message.stage == len(message.plan.stages) - 1
         tokens = message.prompt_tokens + message.max_tokens
@@ -237,7 +237,7 @@ class StageHost:
             self._caches.take_log(kept, cache)
         return self._make(message, cache, sampler, last=last)
 
-    def _make(self, message: Open, cache: SessionCache, sampler: Sampler, *, last: bool) -> Active:
+    def _make(self, message: Open, cache: StageKv, sampler: Sampler, *, last: bool) -> ActiveStage:
         room, kept_outputs = cache.room, cache.log
         assert room.load.weights is not None
         machine = fsm.StageSession(
@@ -246,7 +246,7 @@ class StageHost:
             credit=message.credit,
             first=message.stage == 0,
             last=last,
-            state=fsm.State.OPEN if message.resume else fsm.State.IDLE,
+            state=fsm.StageState.OPEN if message.resume else fsm.StageState.IDLE,
             held=cache.filled,
             chunk_tokens=message.plan.prefill_chunk_tokens,
         )
@@ -254,15 +254,15 @@ class StageHost:
             machine.kept_from, machine.kept_to = kept_outputs.kept_from, kept_outputs.kept_to
             kept_outputs.pinned = message.resume
         room.enter()
-        return Active(message, room.load, room.load.weights.stage(cache.layers), cache, room.table, sampler, machine)
+        return ActiveStage(message, room.load, room.load.weights.stage(cache.layers), cache, room.table, sampler, machine)
 
     def _on_resume(self, sender: PeerId, message: Resume, payload: memoryview) -> None:
         active = self._of(sender, message, stage=message.stage, source="coordinator")
         if active is not None:
-            self._apply(active, fsm.Resumed(message.start, message.send_from))
+            self._apply(active, fsm.StageResumed(message.start, message.send_from))
             self._unpin(active)
 
-    def _begin(self, active: Active, start: int) -> None:
+    def _begin(self, active: ActiveStage, start: int) -> None:
         """All stages of the epoch are open: what none of them uses may go, and what lies beyond the start counts no more."""
         cache, epoch = active.cache, active.open.epoch
         cache.filled = cache.settled = start
@@ -304,7 +304,7 @@ class StageHost:
             self.story.note(message.session, "closed", epoch=message.epoch, reason=message.reason)
         self._send(sender, Closed(session=message.session, epoch=message.epoch, freed_blocks=freed))
 
-    def _forget(self, kept: Kept, epoch: int, reason: str) -> int:
+    def _forget(self, kept: SessionKv, epoch: int, reason: str) -> int:
         """Let go of what is here of a session up to an epoch; the blocks that are or will be free."""
         self._end_before(kept.session, epoch + 1, reason)
         freed = self._caches.drop_where(kept, lambda cache: cache.epoch <= epoch)
@@ -316,15 +316,15 @@ class StageHost:
             if active.open.epoch < epoch:
                 self._end(active, reason)
 
-    def _end(self, active: Active, reason: str) -> None:
+    def _end(self, active: ActiveStage, reason: str) -> None:
         """No more steps; KV and outputs stay, and its blocks as long as a step is under way."""
         if self._active.get(active.key) is active:
             del self._active[active.key]
         self._mirrors_out.stop(active)
-        self._apply(active, fsm.Ended(reason))
+        self._apply(active, fsm.StageEnded(reason))
         self._unpin(active)
 
-    def _unpin(self, active: Active) -> None:
+    def _unpin(self, active: ActiveStage) -> None:
         """Once its kept outputs are sent, or not wanted, they are as good as others."""
         if active.cache.log is not None and not active.machine.replaying:
             active.cache.log.pinned = False
@@ -336,7 +336,7 @@ class StageHost:
 
     def _on_mirror(self, sender: PeerId, message: Mirror, payload: memoryview) -> Awaitable[None] | None:
         active = self._of(sender, message, stage=message.stage, source="coordinator")
-        if active is not None and active.machine.state is not fsm.State.OPEN:
+        if active is not None and active.machine.state is not fsm.StageState.OPEN:
             return self._mirrors_out.mirror(active, message)
         if message.target is not None:
             error = "the stage does not run here"
@@ -352,7 +352,7 @@ class StageHost:
             self._send(sender, told)
         return None
 
-    def _admit_copy(self, message: KvOffer) -> Kept:
+    def _admit_copy(self, message: KvOffer) -> SessionKv:
         """The session's entry for an offer. Its stages of older epochs end: the epoch of the offer runs."""
         kept = self._caches.get(message.session)
         if kept is not None:
@@ -395,7 +395,7 @@ class StageHost:
             self._apply(active, fsm.StepTaken(message.step))
             self._unpin(active)
 
-    def _on_whereabouts(self, sender: PeerId, message: Whereabouts, payload: memoryview) -> WhereaboutsAre:
+    def _on_fetch_progress(self, sender: PeerId, message: FetchProgress, payload: memoryview) -> ProgressData:
         since = self._computing_since
         computing_s = self.clock.monotonic() - since if since is not None else 0.0
         stages = [
@@ -403,9 +403,9 @@ class StageHost:
             for active in self._active.values()
             if active.open.session == message.session and active.open.epoch == message.epoch
         ]
-        return WhereaboutsAre(request=message.request, stages=tuple(sorted(stages)))
+        return ProgressData(request=message.request, stages=tuple(sorted(stages)))
 
-    def _of(self, sender: PeerId, message: SessionMessage, *, stage: int, source: int | str) -> Active | None:
+    def _of(self, sender: PeerId, message: SessionMessage, *, stage: int, source: int | str) -> ActiveStage | None:
         """The stage that this message is for, if it is of its epoch and from whom the plan says."""
         active = self._active.get((message.session, stage))
         if active is None or active.open.epoch != message.epoch:
@@ -416,33 +416,33 @@ class StageHost:
             return None
         return active
 
-    def _peer_at(self, active: Active, stage: int) -> PeerId | None:
+    def _peer_at(self, active: ActiveStage, stage: int) -> PeerId | None:
         return active.peer_of(stage) if 0 <= stage < len(active.open.plan.stages) else None
 
     # The machine's commands
 
-    def _apply(self, active: Active, event: fsm.Event) -> None:
+    def _apply(self, active: ActiveStage, event: fsm.Event) -> None:
         for command in active.machine.handle(event):
             match command:
                 case fsm.Compute(step):
                     self._ready.put(active, step)
                 case fsm.Deliver(step, output, skip):
                     self._deliver(active, step, output, skip)
-                case fsm.Begin(start):
+                case fsm.BeginAt(start):
                     self._begin(active, start)
                 case fsm.Replay(position, tokens):
                     self._replay(active, position, tokens)
-                case fsm.Reject(step, reason):
+                case fsm.RejectStep(step, reason):
                     error = ProtocolViolation(f"stage {active.open.stage} can't take the step: {reason}")
                     self._fail(active, step.position, error, active.source_of(step))
-                case fsm.Refuse(reason):
+                case fsm.RefuseResume(reason):
                     error = ProtocolViolation(f"stage {active.open.stage} can't go on as told: {reason}")
                     self._fail(active, active.machine.next_position, error, active.open.coordinator)
-                case fsm.Free(reason):
+                case fsm.FreeKv(reason):
                     self._free(active, reason)
         self._pump()
 
-    def _free(self, active: Active, reason: str) -> None:
+    def _free(self, active: ActiveStage, reason: str) -> None:
         active.cache.room.leave()
         log.debug("session %s stage %d ended: %s", active.open.session, active.open.stage, reason)
         self.on_change()
@@ -464,9 +464,9 @@ class StageHost:
                 error = RemoteFailure(message.message, remote_code=message.code)
                 self._fail(active, active.machine.next_position, error, sender)
 
-    def _fail(self, active: Active, position: int, error: MeshdError, blame: PeerId) -> None:
+    def _fail(self, active: ActiveStage, position: int, error: MeshdError, blame: PeerId) -> None:
         """Tell the coordinator and take no more steps. What is here stays, for the epoch that follows."""
-        if active.machine.state is fsm.State.ENDED:
+        if active.machine.state is fsm.StageState.ENDED:
             return
         log.warning("session %s stage %d failed: %s", active.open.session, active.open.stage, error)
         self.story.note(
@@ -484,7 +484,7 @@ class StageHost:
         self._send(active.open.coordinator, failed)
         self._end(active, error.message)
 
-    def _deliver(self, active: Active, step: fsm.Step, output: object, skip: int) -> None:
+    def _deliver(self, active: ActiveStage, step: fsm.Step, output: object, skip: int) -> None:
         assert isinstance(output, StepOutput)
         if output.hidden is not None:
             hidden = output.hidden[skip:] if skip else output.hidden
@@ -494,7 +494,7 @@ class StageHost:
             for peer in dict.fromkeys((active.peer_of(0), active.open.coordinator)):
                 self._pass_on(active, step.position, peer, message)
 
-    def _replay(self, active: Active, position: int, tokens: int) -> None:
+    def _replay(self, active: ActiveStage, position: int, tokens: int) -> None:
         assert active.cache.log is not None
         try:
             hidden = active.cache.log.rows(position, position + tokens)
@@ -504,13 +504,15 @@ class StageHost:
             self._send_activation(active, position, hidden, sample=False, compute_ns=0)
 
     def _send_activation(
-        self, active: Active, position: int, hidden: npt.NDArray[np.float32], *, sample: bool, compute_ns: int
+        self, active: ActiveStage, position: int, hidden: npt.NDArray[np.float32], *, sample: bool, compute_ns: int
     ) -> None:
         tokens, width = hidden.shape
         message = activation_of(active, position, tokens, width, sample=sample, compute_ns=compute_ns)
         self._pass_on(active, position, active.peer_of(message.stage), message, encode(hidden, message.dtype))
 
-    def _pass_on(self, active: Active, position: int, peer: PeerId, message: Message, payload: memoryview | None = None) -> None:
+    def _pass_on(
+        self, active: ActiveStage, position: int, peer: PeerId, message: Message, payload: memoryview | None = None
+    ) -> None:
         """Send what the session can't go on without."""
         try:
             self.links.send(peer, message, payload)
@@ -531,7 +533,7 @@ class StageHost:
             active, step = job
             if active.machine.computing is not step:
                 continue
-            if active.machine.state is fsm.State.ENDED:
+            if active.machine.state is fsm.StageState.ENDED:
                 self._apply(active, fsm.StepComputed(step.position, None))
                 continue
             self._computing_since = self.clock.monotonic()
@@ -544,13 +546,13 @@ class StageHost:
                 partial(self._compute_failed, active, step),
             )
 
-    def _computed(self, active: Active, step: fsm.Step, output: StepOutput) -> None:
+    def _computed(self, active: ActiveStage, step: fsm.Step, output: StepOutput) -> None:
         self._computing_since = None
         cache = active.cache
-        if active.machine.state is not fsm.State.ENDED:
+        if active.machine.state is not fsm.StageState.ENDED:
             cache.filled = step.end
         self._apply(active, fsm.StepComputed(step.position, output))  # first: the next stage waits for it
-        if active.machine.state is not fsm.State.ENDED:
+        if active.machine.state is not fsm.StageState.ENDED:
             if cache.log is not None and output.hidden is not None:
                 self._caches.outputs.append(cache.log, step.position, output.hidden)
             self._mirrors_out.grown(active)
@@ -558,7 +560,7 @@ class StageHost:
             self.holdings.observe_decode(active.load, len(active.stage.layers), step.position, output.forward_s)
         self.telemetry.stage_step(str(active.stage.layers), "prefill" if step.prefill else "decode", output.stage_s)
 
-    def _compute_failed(self, active: Active, step: fsm.Step, error: Exception) -> None:
+    def _compute_failed(self, active: ActiveStage, step: fsm.Step, error: Exception) -> None:
         self._computing_since = None
         blame = active.source_of(step) if isinstance(error, ProtocolViolation) else self.me
         if not isinstance(error, MeshdError):
@@ -568,7 +570,7 @@ class StageHost:
         self._apply(active, fsm.StepComputed(step.position, None))
 
 
-def _mirror_row(kept: Kept, cache: SessionCache, name_of: Callable[[ModelId], str]) -> dict[str, Any]:
+def _mirror_row(kept: SessionKv, cache: StageKv, name_of: Callable[[ModelId], str]) -> dict[str, Any]:
     return {
         "id": kept.session,
         "role": f"mirror {cache.layers}",

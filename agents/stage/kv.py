@@ -7,7 +7,7 @@ layers. Two stages over different layers of one load may share one table, since 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from meshd.agents.placement.loads import Load
+from meshd.agents.placement.loads import ResidentLayers
 from meshd.agents.stage.outputs import OutputLog, Outputs
 from meshd.errors import NoPeer
 from meshd.kernels.kv import BlockTable, KVPool
@@ -15,10 +15,10 @@ from meshd.types import LayerRange, ModelId, PeerId, SessionId
 
 
 @dataclass(slots=True, eq=False)
-class Room:
+class KvLease:
     """KV blocks of one session in one load. They are free again when nobody uses them: no cache, and no step under way."""
 
-    load: Load
+    load: ResidentLayers
     pool: KVPool
     table: BlockTable
     users: int = 0
@@ -38,10 +38,10 @@ class Room:
 
 
 @dataclass(slots=True, eq=False)
-class SessionCache:
+class StageKv:
     """KV of a session for some layers, and the outputs after the last of them as far as they are kept."""
 
-    room: Room
+    room: KvLease
     layers: LayerRange
     epoch: int
     filled: int = 0
@@ -58,7 +58,7 @@ class SessionCache:
 
 
 @dataclass(slots=True, eq=False)
-class Kept:
+class SessionKv:
     """All that is here of one session."""
 
     session: SessionId
@@ -67,59 +67,61 @@ class Kept:
     """The newest that was opened here."""
     expires: float
     """The lease, for everything of the session."""
-    caches: list[SessionCache] = field(default_factory=list)
+    caches: list[StageKv] = field(default_factory=list)
 
 
 @dataclass(slots=True)
-class Caches:
+class KvCache:
     """Of all sessions on this peer."""
 
     outputs: Outputs
-    _kept: dict[SessionId, Kept] = field(default_factory=dict)
+    _kept: dict[SessionId, SessionKv] = field(default_factory=dict)
 
-    def get(self, session: SessionId) -> Kept | None:
+    def get(self, session: SessionId) -> SessionKv | None:
         return self._kept.get(session)
 
-    def __iter__(self) -> Iterator[Kept]:
+    def __iter__(self) -> Iterator[SessionKv]:
         return iter(list(self._kept.values()))
 
-    def enter(self, session: SessionId, coordinator: PeerId, epoch: int, expires: float) -> Kept:
+    def enter(self, session: SessionId, coordinator: PeerId, epoch: int, expires: float) -> SessionKv:
         """The session's entry, which belongs to this coordinator and this epoch from now on."""
         kept = self._kept.get(session)
         if kept is None:
-            kept = self._kept[session] = Kept(session, coordinator, epoch, expires)
+            kept = self._kept[session] = SessionKv(session, coordinator, epoch, expires)
         kept.coordinator, kept.epoch, kept.expires = coordinator, epoch, max(kept.expires, expires)
         return kept
 
-    def reserve(self, kept: Kept, load: Load | None, layers: LayerRange, tokens: int) -> SessionCache:
+    def reserve(self, kept: SessionKv, load: ResidentLayers | None, layers: LayerRange, tokens: int) -> StageKv:
         """Empty room for `tokens`. Raises: NoPeer without a load that is ready, OutOfMemory."""
         if load is None or load.weights is None or load.pool is None:
             raise NoPeer(f"layers {layers} of this model are not here", hint="place them first")
-        room = Room(load, load.pool, load.pool.allocate(tokens))
-        return self._add(kept, SessionCache(room, layers, kept.epoch))
+        room = KvLease(load, load.pool, load.pool.allocate(tokens))
+        return self._add(kept, StageKv(room, layers, kept.epoch))
 
-    def adopt(self, kept: Kept, model: ModelId, layers: LayerRange, tokens: int) -> SessionCache | None:
+    def adopt(self, kept: SessionKv, model: ModelId, layers: LayerRange, tokens: int) -> StageKv | None:
         """What an older epoch left for these layers, as a cache of the present one; the older one stays until it is dropped."""
         fitting = [cache for cache in kept.caches if cache.epoch < kept.epoch and _fits(cache, model, layers, tokens)]
         best = max(fitting, key=lambda cache: (cache.filled, cache.source is None), default=None)
         if best is None:
             return None
         mirrored = best.mirrored or best.source is not None
-        return self._add(kept, SessionCache(best.room, layers, kept.epoch, best.filled, mirrored=mirrored))
+        return self._add(kept, StageKv(best.room, layers, kept.epoch, best.filled, mirrored=mirrored))
 
-    def take_log(self, kept: Kept, cache: SessionCache) -> None:
+    def take_log(self, kept: SessionKv, cache: StageKv) -> None:
         """Give a cache the outputs that an older one of the session kept after the same layer, or an empty log."""
         logs = [other.log for other in kept.caches if other.log is not None and other.layers.end == cache.layers.end]
         cache.log = max(logs, key=lambda log: log.kept_to, default=None) or self.outputs.open()
 
-    def mirror(self, kept: Kept, load: Load | None, model: ModelId, layers: LayerRange, tokens: int, valid: int) -> SessionCache:
+    def mirror(
+        self, kept: SessionKv, load: ResidentLayers | None, model: ModelId, layers: LayerRange, tokens: int, valid: int
+    ) -> StageKv:
         """Room for a copy, with what is here of it already, up to `valid`. Raises: NoPeer, OutOfMemory."""
         idle = [cache for cache in kept.caches if not self._stage_uses(kept, cache.room)]
         fitting = [cache for cache in idle if _fits(cache, model, layers, tokens)]
         best = max(fitting, key=lambda cache: cache.filled, default=None)
         if best is None:
             return self.reserve(kept, load, layers, tokens)
-        cache = self._add(kept, SessionCache(best.room, layers, kept.epoch, min(best.filled, valid)))
+        cache = self._add(kept, StageKv(best.room, layers, kept.epoch, min(best.filled, valid)))
         for other in idle:
             if other.room is not best.room or not other.layers.overlaps(layers):
                 continue
@@ -129,10 +131,10 @@ class Caches:
                 other.filled = min(other.filled, cache.filled)  # the copy is about to write there
         return cache
 
-    def settle(self, kept: Kept, epoch: int) -> None:
+    def settle(self, kept: SessionKv, epoch: int) -> None:
         """An epoch runs: let go of what is older, but for copies, which get this one epoch to be offered again."""
 
-        def unwanted(cache: SessionCache) -> bool:
+        def unwanted(cache: StageKv) -> bool:
             if cache.epoch >= epoch:
                 return False
             if cache.source is None or self._stage_uses(kept, cache.room) or cache.spared not in (0, epoch):
@@ -142,11 +144,11 @@ class Caches:
 
         self.drop_where(kept, unwanted)
 
-    def _stage_uses(self, kept: Kept, room: Room) -> bool:
+    def _stage_uses(self, kept: SessionKv, room: KvLease) -> bool:
         """Somebody beside the caches: a stage that runs, or a step of one that has ended."""
         return room.users > sum(cache.room is room for cache in kept.caches)
 
-    def drop(self, kept: Kept, cache: SessionCache) -> None:
+    def drop(self, kept: SessionKv, cache: StageKv) -> None:
         """Let go of a cache, and of the session if it was the last one."""
         kept.caches.remove(cache)
         log, cache.log = cache.log, None
@@ -155,7 +157,7 @@ class Caches:
         cache.room.leave()
         self.forget_if_empty(kept)
 
-    def drop_where(self, kept: Kept, unwanted: Callable[[SessionCache], bool]) -> int:
+    def drop_where(self, kept: SessionKv, unwanted: Callable[[StageKv], bool]) -> int:
         """Let go of some caches; the blocks that are or will be free by it."""
         going = [cache for cache in kept.caches if unwanted(cache)]
         rooms = {id(cache.room): cache.room for cache in going}
@@ -164,18 +166,18 @@ class Caches:
         staying = {id(cache.room) for cache in kept.caches}
         return sum(len(room.table.blocks) for key, room in rooms.items() if key not in staying)
 
-    def forget_if_empty(self, kept: Kept) -> None:
+    def forget_if_empty(self, kept: SessionKv) -> None:
         """Forget a session of which nothing is left."""
         if not kept.caches and self._kept.get(kept.session) is kept:
             del self._kept[kept.session]
 
-    def _add(self, kept: Kept, cache: SessionCache) -> SessionCache:
+    def _add(self, kept: SessionKv, cache: StageKv) -> StageKv:
         cache.room.enter()
         kept.caches.append(cache)
         return cache
 
 
-def _fits(cache: SessionCache, model: ModelId, layers: LayerRange, tokens: int) -> bool:
+def _fits(cache: StageKv, model: ModelId, layers: LayerRange, tokens: int) -> bool:
     load = cache.room.load
     ready = load.weights is not None and load.pool is cache.room.pool
     return ready and load.card.id == model and layers in cache.layers and cache.room.table.capacity >= tokens

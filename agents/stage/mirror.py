@@ -6,10 +6,10 @@ from logging import getLogger
 
 from meshd.agents.links.links import Links
 from meshd.agents.observe.story import Story
-from meshd.agents.placement.loads import Holdings
+from meshd.agents.placement.loads import ResidentModels
 from meshd.agents.stage import mirror_copy as fsm
-from meshd.agents.stage.kv import Caches, Kept, SessionCache
-from meshd.agents.stage.scheduler import Active
+from meshd.agents.stage.kv import KvCache, SessionKv, StageKv
+from meshd.agents.stage.scheduler import ActiveStage
 from meshd.errors import InvalidRequest, MeshdError, ProtocolViolation
 from meshd.protocol.messages import KvAccepted, KvBlocks, KvOffer, KvStored, Mirror, Mirrored
 from meshd.types import LayerRange, PeerId, SessionId
@@ -25,13 +25,13 @@ _OFFER_S = 5.0
 
 @dataclass(slots=True, eq=False)
 class _Copy:
-    active: Active
+    active: ActiveStage
     target: PeerId
-    machine: fsm.Copying
+    machine: fsm.MirrorCopy
 
 
 @dataclass(slots=True)
-class MirrorsOut:
+class OutgoingMirrors:
     """Copies of this peer's stages on others. Each ends with its stage."""
 
     me: PeerId
@@ -39,7 +39,7 @@ class MirrorsOut:
     story: Story
     _copies: dict[tuple[SessionId, int], dict[PeerId, _Copy]] = field(default_factory=dict)
 
-    def mirror(self, active: Active, message: Mirror) -> Awaitable[None] | None:
+    def mirror(self, active: ActiveStage, message: Mirror) -> Awaitable[None] | None:
         """Begin, hurry or stop, as MIRROR asks; the awaitable makes the offer, where one is needed."""
         if message.target is None:
             self.stop(active)
@@ -47,38 +47,38 @@ class MirrorsOut:
         copies = self._copies.get(active.key, {})
         known = copies.get(message.target)
         if known is not None:
-            self._apply(known, fsm.Hurried(message.eager))
+            self._apply(known, fsm.EagernessChanged(message.eager))
             return None
         copy = _Copy(active, message.target, _machine(active, eager=message.eager))
         if message.target == self.me or len(copies) >= _MOST_COPIES:
             reason = "it is the stage's own peer" if message.target == self.me else f"{_MOST_COPIES} copies are under way already"
-            self._apply(copy, fsm.Failed(reason))
+            self._apply(copy, fsm.CopyFailed(reason))
             return None
         self._copies.setdefault(active.key, {})[message.target] = copy
         self._note(copy, "mirror begun", eager=message.eager)
         return self._offer(copy)
 
-    def grown(self, active: Active) -> None:
+    def grown(self, active: ActiveStage) -> None:
         """The stage has KV of more positions."""
         if copies := self._copies.get(active.key):
             for copy in list(copies.values()):
-                self._apply(copy, fsm.Grown(active.cache.filled))
+                self._apply(copy, fsm.KvGrown(active.cache.filled))
 
-    def stop(self, active: Active) -> None:
+    def stop(self, active: ActiveStage) -> None:
         """All copies of this stage end where they are."""
         for copy in self._copies.pop(active.key, {}).values():
-            self._apply(copy, fsm.Stopped())
+            self._apply(copy, fsm.CopyStopped())
 
     def tick(self) -> None:
         """Twice a second."""
         for copy in self._all():
-            self._apply(copy, fsm.Ticked())
+            self._apply(copy, fsm.TimePassed())
 
     def on_peer_gone(self, peer: PeerId, reason: str) -> None:
         """What was copied to this peer is not any more."""
         for copy in self._all():
             if copy.target == peer:
-                self._apply(copy, fsm.Failed(f"the link with it is down: {reason}"))
+                self._apply(copy, fsm.CopyFailed(f"the link with it is down: {reason}"))
 
     def on_stored(self, sender: PeerId, message: KvStored, payload: memoryview) -> None:
         """A target took a piece, or can't."""
@@ -86,7 +86,7 @@ class MirrorsOut:
             opened = copy.active.open
             copied = opened.session, opened.epoch, copy.active.stage.layers, copy.target
             if copied == (message.session, message.epoch, message.layers, sender):
-                self._apply(copy, fsm.Failed(message.error) if message.error else fsm.Stored(message.held))
+                self._apply(copy, fsm.CopyFailed(message.error) if message.error else fsm.BlocksStored(message.held))
 
     def _all(self) -> list[_Copy]:
         return [copy for copies in self._copies.values() for copy in copies.values()]
@@ -112,23 +112,23 @@ class MirrorsOut:
             if not isinstance(reply, KvAccepted):
                 raise ProtocolViolation(f"KV_OFFER was answered with {type(reply).__name__}")
         except MeshdError as error:
-            self._apply(copy, fsm.Failed(str(error)))
+            self._apply(copy, fsm.CopyFailed(str(error)))
         else:
-            self._apply(copy, fsm.Accepted(reply.held))
+            self._apply(copy, fsm.OfferAccepted(reply.held))
 
     def _apply(self, copy: _Copy, event: fsm.Event) -> None:
         before = copy.machine.state
         for command in copy.machine.handle(event):
             match command:
-                case fsm.SendPiece(position, tokens):
+                case fsm.SendBlocks(position, tokens):
                     self._send_piece(copy, position, tokens)
-                case fsm.Report(held, filled, error):
+                case fsm.ReportProgress(held, filled, error):
                     self._report(copy, held, filled, error)
-        if before is fsm.State.BEHIND and copy.machine.state is fsm.State.LEVEL:
+        if before is fsm.MirrorState.BEHIND and copy.machine.state is fsm.MirrorState.LEVEL:
             self._note(copy, "mirror caught up", held=copy.machine.held)
 
     def _send_piece(self, copy: _Copy, position: int, tokens: int) -> None:
-        if copy.machine.state is fsm.State.ENDED:
+        if copy.machine.state is fsm.MirrorState.ENDED:
             return  # the piece before this one could not be sent
         opened, cache = copy.active.open, copy.active.cache
         blocks = KvBlocks(session=opened.session, epoch=opened.epoch, layers=cache.layers, position=position, tokens=tokens)
@@ -136,7 +136,7 @@ class MirrorsOut:
             values = cache.room.pool.copy_out(cache.layers, cache.room.table, position, position + tokens)
             self.links.send(copy.target, blocks, values.data.cast("B"))
         except MeshdError as error:
-            self._apply(copy, fsm.Failed(str(error)))
+            self._apply(copy, fsm.CopyFailed(str(error)))
 
     def _report(self, copy: _Copy, held: int, filled: int, error: str) -> None:
         opened = copy.active.open
@@ -164,21 +164,21 @@ class MirrorsOut:
         self.story.note(copy.active.open.session, what, stage=copy.active.open.stage, target=copy.target, **facts)
 
 
-def _machine(active: Active, *, eager: bool) -> fsm.Copying:
+def _machine(active: ActiveStage, *, eager: bool) -> fsm.MirrorCopy:
     cache = active.cache
     piece = _PIECE_BYTES // (len(cache.layers) * cache.room.pool.layer_bytes)
-    return fsm.Copying(cache.filled, max(1, piece), cache.room.pool.block_tokens, eager)
+    return fsm.MirrorCopy(cache.filled, max(1, piece), cache.room.pool.block_tokens, eager)
 
 
 @dataclass(slots=True)
-class MirrorsIn:
+class IncomingMirrors:
     """Copies of other peers' stages that are kept here."""
 
     links: Links
-    holdings: Holdings
-    caches: Caches
+    holdings: ResidentModels
+    caches: KvCache
     story: Story
-    admit: Callable[[KvOffer], Kept]
+    admit: Callable[[KvOffer], SessionKv]
     """The session's entry for the offer's epoch; raises InvalidRequest if the session is past it."""
     on_change: Callable[[], None]
 
@@ -213,7 +213,7 @@ class MirrorsIn:
         except MeshdError as lost:
             log.debug("KV_STORED to %.8s not sent: %s", sender, lost)
 
-    def _store(self, kept: Kept, cache: SessionCache, message: KvBlocks, payload: memoryview) -> str:
+    def _store(self, kept: SessionKv, cache: StageKv, message: KvBlocks, payload: memoryview) -> str:
         """Why the copy can't go on; empty if it can."""
         room = cache.room
         if message.position > cache.filled:
@@ -231,7 +231,7 @@ class MirrorsIn:
         return ""
 
 
-def _find(kept: Kept, source: PeerId, layers: LayerRange, epoch: int) -> SessionCache | None:
+def _find(kept: SessionKv, source: PeerId, layers: LayerRange, epoch: int) -> StageKv | None:
     for cache in kept.caches:
         if cache.source == source and cache.layers == layers and cache.epoch == epoch:
             return cache

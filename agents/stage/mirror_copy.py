@@ -21,7 +21,7 @@ _PATIENCE_TICKS = 20
 """Ticks without an acknowledgement after which the target counts as lost."""
 
 
-class State(Enum):
+class MirrorState(Enum):
     """How far the copy is."""
 
     OFFERED = "offered"
@@ -38,55 +38,55 @@ class IllegalTransition(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Accepted:
+class OfferAccepted:
     """The target has room, and holds this much already."""
 
     held: int
 
 
 @dataclass(frozen=True, slots=True)
-class Grown:
+class KvGrown:
     """The stage has KV of so many positions now."""
 
     filled: int
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class BlocksStored:
     """The target took a piece (or not): it holds this much now."""
 
     held: int
 
 
 @dataclass(frozen=True, slots=True)
-class Hurried:
+class EagernessChanged:
     """The copy is wanted level with each token, or by the block again."""
 
     eager: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Ticked:
+class TimePassed:
     """Some time has passed: twice a second."""
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class CopyFailed:
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Stopped:
+class CopyStopped:
     """Not wanted any more, or the stage has ended."""
 
 
-Event = Accepted | Grown | Stored | Hurried | Ticked | Failed | Stopped
+Event = OfferAccepted | KvGrown | BlocksStored | EagernessChanged | TimePassed | CopyFailed | CopyStopped
 
 # Commands
 
 
 @dataclass(frozen=True, slots=True)
-class SendPiece:
+class SendBlocks:
     """Send KV of positions `[position, position + tokens)`."""
 
     position: int
@@ -94,7 +94,7 @@ class SendPiece:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ReportProgress:
     """Tell the coordinator how far the copy is, or why it can't go on."""
 
     held: int
@@ -102,11 +102,11 @@ class Report:
     error: str = ""
 
 
-Command = SendPiece | Report
+Command = SendBlocks | ReportProgress
 
 
 @dataclass(slots=True)
-class Copying:
+class MirrorCopy:
     """State of one copy. Only `handle` changes it."""
 
     filled: int
@@ -114,7 +114,7 @@ class Copying:
     """As many as a piece may carry."""
     block_tokens: int
     eager: bool = False
-    state: State = State.OFFERED
+    state: MirrorState = MirrorState.OFFERED
     held: int = 0
     sent: int = 0
     on_the_way: int = 0
@@ -135,11 +135,11 @@ class Copying:
         """Invariants that hold between events; tests call it after each."""
         if not 0 <= self.on_the_way <= _UNACKNOWLEDGED:
             raise AssertionError("too many pieces on the way")
-        if self.state in (State.BEHIND, State.LEVEL) and not self.held <= self.sent <= self.filled:
+        if self.state in (MirrorState.BEHIND, MirrorState.LEVEL) and not self.held <= self.sent <= self.filled:
             raise AssertionError("more is held than was sent, or sent than is there")
-        if self.state is State.BEHIND and not (self.on_the_way or self.lag < self.block_tokens):
+        if self.state is MirrorState.BEHIND and not (self.on_the_way or self.lag < self.block_tokens):
             raise AssertionError("nothing is on the way, though the copy is behind")
-        if self.state is State.LEVEL and self.lag >= self.block_tokens:
+        if self.state is MirrorState.LEVEL and self.lag >= self.block_tokens:
             raise AssertionError("the copy is behind unnoticed")
 
     @property
@@ -152,7 +152,7 @@ class Copying:
         commands: list[Command] = []
         while self.flushing and self.sent < self.filled and self.on_the_way < _UNACKNOWLEDGED:
             tokens = min(self.piece_tokens, self.filled - self.sent)
-            commands.append(SendPiece(self.sent, tokens))
+            commands.append(SendBlocks(self.sent, tokens))
             self.sent += tokens
             self.on_the_way += 1
         if self.sent == self.filled:
@@ -161,35 +161,35 @@ class Copying:
 
     def _look(self) -> list[Command]:
         """Whether the copy has caught up, or has fallen behind."""
-        if self.state is State.BEHIND and self.lag < (_EAGER_LAG if self.eager else self.block_tokens):
-            self.state = State.LEVEL
-            return [Report(self.held, self.filled)]
-        if self.state is State.LEVEL and self.lag >= self.block_tokens:
-            self.state = State.BEHIND
+        if self.state is MirrorState.BEHIND and self.lag < (_EAGER_LAG if self.eager else self.block_tokens):
+            self.state = MirrorState.LEVEL
+            return [ReportProgress(self.held, self.filled)]
+        if self.state is MirrorState.LEVEL and self.lag >= self.block_tokens:
+            self.state = MirrorState.BEHIND
         return []
 
 
-def _accepted(copy: Copying, event: Accepted) -> list[Command]:
-    copy.state = State.BEHIND
+def _accepted(copy: MirrorCopy, event: OfferAccepted) -> list[Command]:
+    copy.state = MirrorState.BEHIND
     copy.held = copy.sent = max(0, min(event.held, copy.filled))
     copy.flushing = True
     copy.quiet_ticks = 0
     return [*copy._look(), *copy._pump()]
 
 
-def _grown_before(copy: Copying, event: Grown) -> list[Command]:
+def _grown_before(copy: MirrorCopy, event: KvGrown) -> list[Command]:
     copy.filled = event.filled
     return []
 
 
-def _grown(copy: Copying, event: Grown) -> list[Command]:
+def _grown(copy: MirrorCopy, event: KvGrown) -> list[Command]:
     copy.filled = event.filled
     if not copy.on_the_way:
         copy.quiet_ticks = 0
     return [*copy._look(), *copy._pump()]
 
 
-def _stored(copy: Copying, event: Stored) -> list[Command]:
+def _stored(copy: MirrorCopy, event: BlocksStored) -> list[Command]:
     copy.on_the_way = max(0, copy.on_the_way - 1)
     if event.held > copy.held:
         copy.quiet_ticks = copy.refused = 0
@@ -198,52 +198,52 @@ def _stored(copy: Copying, event: Stored) -> list[Command]:
         copy.sent, copy.flushing = copy.held, True  # a piece was not taken: again from there
         copy.refused += 1
         if copy.refused > _MOST_REFUSED:
-            return _failed(copy, Failed("the target takes nothing"))
+            return _failed(copy, CopyFailed("the target takes nothing"))
     return [*copy._look(), *copy._pump()]
 
 
-def _hurried(copy: Copying, event: Hurried) -> list[Command]:
+def _hurried(copy: MirrorCopy, event: EagernessChanged) -> list[Command]:
     copy.eager = event.eager
-    if copy.state is State.OFFERED:
+    if copy.state is MirrorState.OFFERED:
         return []
-    copy.state = State.BEHIND  # whoever asks is told when it is level by the new measure
+    copy.state = MirrorState.BEHIND  # whoever asks is told when it is level by the new measure
     return [*copy._look(), *copy._pump()]
 
 
-def _ticked(copy: Copying, event: Ticked) -> list[Command]:
-    if copy.on_the_way or copy.state is State.OFFERED:
+def _ticked(copy: MirrorCopy, event: TimePassed) -> list[Command]:
+    if copy.on_the_way or copy.state is MirrorState.OFFERED:
         copy.quiet_ticks += 1
         if copy.quiet_ticks > _PATIENCE_TICKS:
-            return _failed(copy, Failed("the target takes nothing"))
-    return [Report(copy.held, copy.filled)] if copy.state is State.BEHIND else []
+            return _failed(copy, CopyFailed("the target takes nothing"))
+    return [ReportProgress(copy.held, copy.filled)] if copy.state is MirrorState.BEHIND else []
 
 
-def _failed(copy: Copying, event: Failed) -> list[Command]:
-    copy.state = State.ENDED
-    return [Report(copy.held, copy.filled, event.reason)]
+def _failed(copy: MirrorCopy, event: CopyFailed) -> list[Command]:
+    copy.state = MirrorState.ENDED
+    return [ReportProgress(copy.held, copy.filled, event.reason)]
 
 
-def _stopped(copy: Copying, event: Stopped) -> list[Command]:
-    copy.state = State.ENDED
+def _stopped(copy: MirrorCopy, event: CopyStopped) -> list[Command]:
+    copy.state = MirrorState.ENDED
     return []
 
 
-def _ignore(copy: Copying, event: Event) -> list[Command]:
+def _ignore(copy: MirrorCopy, event: Event) -> list[Command]:
     return []
 
 
-TRANSITIONS: dict[tuple[State, type[Any]], Callable[[Copying, Any], list[Command]]] = {
-    (State.OFFERED, Accepted): _accepted,
-    (State.OFFERED, Grown): _grown_before,
-    (State.OFFERED, Stored): _ignore,  # of a copy before this one
+TRANSITIONS: dict[tuple[MirrorState, type[Any]], Callable[[MirrorCopy, Any], list[Command]]] = {
+    (MirrorState.OFFERED, OfferAccepted): _accepted,
+    (MirrorState.OFFERED, KvGrown): _grown_before,
+    (MirrorState.OFFERED, BlocksStored): _ignore,  # of a copy before this one
 }
-for _state in (State.BEHIND, State.LEVEL):
-    TRANSITIONS[_state, Grown] = _grown
-    TRANSITIONS[_state, Stored] = _stored
-for _state in (State.OFFERED, State.BEHIND, State.LEVEL):
-    TRANSITIONS[_state, Hurried] = _hurried
-    TRANSITIONS[_state, Ticked] = _ticked
-    TRANSITIONS[_state, Failed] = _failed
-    TRANSITIONS[_state, Stopped] = _stopped
-for _event in (Accepted, Grown, Stored, Hurried, Ticked, Failed, Stopped):
-    TRANSITIONS[State.ENDED, _event] = _ignore
+for _state in (MirrorState.BEHIND, MirrorState.LEVEL):
+    TRANSITIONS[_state, KvGrown] = _grown
+    TRANSITIONS[_state, BlocksStored] = _stored
+for _state in (MirrorState.OFFERED, MirrorState.BEHIND, MirrorState.LEVEL):
+    TRANSITIONS[_state, EagernessChanged] = _hurried
+    TRANSITIONS[_state, TimePassed] = _ticked
+    TRANSITIONS[_state, CopyFailed] = _failed
+    TRANSITIONS[_state, CopyStopped] = _stopped
+for _event in (OfferAccepted, KvGrown, BlocksStored, EagernessChanged, TimePassed, CopyFailed, CopyStopped):
+    TRANSITIONS[MirrorState.ENDED, _event] = _ignore

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from meshd.agents.placement.loads import Load
+from meshd.agents.placement.loads import ResidentLayers
 from meshd.agents.stage import session as fsm
-from meshd.agents.stage.kv import SessionCache
+from meshd.agents.stage.kv import StageKv
 from meshd.errors import LocalFault, MeshdError, ProtocolViolation
 from meshd.kernels.backend import Segment, Stage
 from meshd.kernels.kv import BlockTable
@@ -47,13 +47,13 @@ class StepOutput:
 
 
 @dataclass(slots=True, eq=False)
-class Active:
+class ActiveStage:
     """A session's stage on this peer."""
 
     open: Open
-    load: Load
+    load: ResidentLayers
     stage: Stage
-    cache: SessionCache
+    cache: StageKv
     table: BlockTable
     sampler: Sampler
     machine: fsm.StageSession
@@ -90,7 +90,7 @@ class Active:
         )
 
 
-def prompt_step(active: Active, message: Prompt, payload: memoryview) -> fsm.Step:
+def prompt_step(active: ActiveStage, message: Prompt, payload: memoryview) -> fsm.Step:
     """Raises: ProtocolViolation if its ids are torn or outside the vocabulary."""
     ids = token_ids(payload, message.tokens, active.load.card.spec.vocab)
     return fsm.Step(message.step, message.tokens, message.last, True, data=StepInput(ids))
@@ -106,7 +106,7 @@ def token_ids(payload: memoryview, tokens: int, vocab: int) -> npt.NDArray[np.in
     return ids
 
 
-def activation_step(active: Active, message: Activation, payload: memoryview) -> fsm.Step:
+def activation_step(active: ActiveStage, message: Activation, payload: memoryview) -> fsm.Step:
     """An activation as a step of the stage that it is for."""
     return fsm.Step(
         message.step,
@@ -118,13 +118,13 @@ def activation_step(active: Active, message: Activation, payload: memoryview) ->
     )
 
 
-def token_step(active: Active, message: Token) -> fsm.Step:
+def token_step(active: ActiveStage, message: Token) -> fsm.Step:
     """The last stage's pick as the first stage's next step."""
     ids = np.array([message.token], dtype=np.int32)
     return fsm.Step(active.open.prompt_tokens + message.index, 1, True, False, index=message.index + 1, data=StepInput(ids))
 
 
-def activation_of(active: Active, position: int, tokens: int, hidden: int, *, sample: bool, compute_ns: int) -> Activation:
+def activation_of(active: ActiveStage, position: int, tokens: int, hidden: int, *, sample: bool, compute_ns: int) -> Activation:
     """What goes to the next stage, without its payload."""
     return Activation(
         session=active.open.session,
@@ -139,7 +139,7 @@ def activation_of(active: Active, position: int, tokens: int, hidden: int, *, sa
     )
 
 
-def token_of(active: Active, step: fsm.Step, output: StepOutput, token: int) -> Token:
+def token_of(active: ActiveStage, step: fsm.Step, output: StepOutput, token: int) -> Token:
     """What goes to the first stage and to the coordinator."""
     index = step.end - active.open.prompt_tokens
     finish = ""
@@ -161,21 +161,21 @@ def token_of(active: Active, step: fsm.Step, output: StepOutput, token: int) -> 
 
 
 @dataclass(slots=True)
-class StepQueue:
+class Scheduler:
     """Steps that are ready: decodes first, then prefill, each first come first served.
 
     A session has one step here at most: the queue is as long as there are sessions, and each waits for one step of every other.
     """
 
-    _decodes: deque[tuple[Active, fsm.Step]] = field(default_factory=deque)
-    _prefills: deque[tuple[Active, fsm.Step]] = field(default_factory=deque)
+    _decodes: deque[tuple[ActiveStage, fsm.Step]] = field(default_factory=deque)
+    _prefills: deque[tuple[ActiveStage, fsm.Step]] = field(default_factory=deque)
     _decodes_in_row: int = 0
 
-    def put(self, active: Active, step: fsm.Step) -> None:
+    def put(self, active: ActiveStage, step: fsm.Step) -> None:
         """A step that may be computed now."""
         (self._prefills if step.prefill else self._decodes).append((active, step))
 
-    def take(self) -> tuple[Active, fsm.Step] | None:
+    def take(self) -> tuple[ActiveStage, fsm.Step] | None:
         """The next one; prefill has its turn after some decodes, so that a new session is never starved by running ones."""
         if self._prefills and (not self._decodes or self._decodes_in_row >= _DECODES_PER_PREFILL):
             self._decodes_in_row = 0
@@ -186,7 +186,7 @@ class StepQueue:
         return self._decodes.popleft()
 
 
-def compute_step(active: Active, step: fsm.Step) -> StepOutput:
+def compute_step(active: ActiveStage, step: fsm.Step) -> StepOutput:
     """One step, on the compute thread.
 
     Raises: ProtocolViolation if what came in is torn or not finite, LocalFault if what goes out is not.
@@ -213,7 +213,7 @@ def compute_step(active: Active, step: fsm.Step) -> StepOutput:
     return StepOutput(None if active.last else out, token, logprobs, before_ns + spent_ns, forward_s, spent_ns / 1e9)
 
 
-def _forward(active: Active, step: fsm.Step, hidden: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _forward(active: ActiveStage, step: fsm.Step, hidden: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     segment = Segment(table=active.table, start=step.position, tokens=step.tokens)
     out = active.stage.forward(hidden, [segment], active.cache.room.pool)
     # Nothing gets lost on the way through the layers: what is not finite when it comes in is not when it goes out.
@@ -222,7 +222,7 @@ def _forward(active: Active, step: fsm.Step, hidden: npt.NDArray[np.float32]) ->
     return out
 
 
-def _sample(active: Active, step: fsm.Step, hidden: npt.NDArray[np.float32]) -> tuple[int | None, TokenLogprobs | None]:
+def _sample(active: ActiveStage, step: fsm.Step, hidden: npt.NDArray[np.float32]) -> tuple[int | None, TokenLogprobs | None]:
     if not step.sample:
         return None, None
     logits = active.stage.logits(hidden[-1:])[0]

@@ -19,7 +19,7 @@ PREFILL_WINDOW = 4
 """Prefill steps that may be sent on and not yet begun by the next stage."""
 
 
-class State(Enum):
+class StageState(Enum):
     """Where a session stands on this stage."""
 
     OPEN = "open"
@@ -58,7 +58,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Resumed:
+class StageResumed:
     """Every stage of the epoch is open: compute from `start` on; the next stage wants outputs from `send_from` on."""
 
     start: int
@@ -91,19 +91,19 @@ class CreditGranted:
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class StageEnded:
     """Closed by the coordinator, failed, or its lease ran out."""
 
     reason: str
 
 
-Event = Resumed | StepArrived | StepComputed | StepTaken | CreditGranted | Ended
+Event = StageResumed | StepArrived | StepComputed | StepTaken | CreditGranted | StageEnded
 
 # Commands
 
 
 @dataclass(frozen=True, slots=True)
-class Begin:
+class BeginAt:
     """What is there counts up to `start`; what lies beyond is computed anew."""
 
     start: int
@@ -132,7 +132,7 @@ class Deliver:
 
 
 @dataclass(frozen=True, slots=True)
-class Reject:
+class RejectStep:
     """The step can't be: the coordinator is told."""
 
     step: Step
@@ -140,20 +140,20 @@ class Reject:
 
 
 @dataclass(frozen=True, slots=True)
-class Refuse:
+class RefuseResume:
     """It can't go on from there: the coordinator is told."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Free:
+class FreeKv:
     """Nothing computes on the session's KV any more."""
 
     reason: str
 
 
-Command = Begin | Replay | Compute | Deliver | Reject | Refuse | Free
+Command = BeginAt | Replay | Compute | Deliver | RejectStep | RefuseResume | FreeKv
 
 
 @dataclass(slots=True)
@@ -168,7 +168,7 @@ class StageSession:
     first: bool
     """This is stage 0, which takes its decode steps from TOKEN and obeys CREDIT."""
     last: bool
-    state: State = State.IDLE
+    state: StageState = StageState.IDLE
     held: int = 0
     """Positions whose KV was here when it opened."""
     kept_from: int = 0
@@ -199,15 +199,17 @@ class StageSession:
 
     def validate(self) -> None:
         """Invariants that hold between events; tests call it after each."""
-        if self.state is State.COMPUTING and self.computing is None:
+        if self.state is StageState.COMPUTING and self.computing is None:
             raise AssertionError("computing, but no step")
-        if self.state in (State.OPEN, State.IDLE, State.WAITING) and self.computing is not None:
+        if self.state in (StageState.OPEN, StageState.IDLE, StageState.WAITING) and self.computing is not None:
             raise AssertionError("a step computes unnoticed")
-        if self.state in (State.IDLE, State.WAITING) and (self.state is State.WAITING) != bool(self.inbox or self.replaying):
+        if self.state in (StageState.IDLE, StageState.WAITING) and (self.state is StageState.WAITING) != bool(
+            self.inbox or self.replaying
+        ):
             raise AssertionError("steps wait unnoticed, or none do")
-        if self.state is State.COMPUTING and self.replaying:
+        if self.state is StageState.COMPUTING and self.replaying:
             raise AssertionError("computes before what was kept has gone out")
-        if len(self.inbox) > (PREFILL_WINDOW if self.state is State.OPEN else self.known_tokens + 1):
+        if len(self.inbox) > (PREFILL_WINDOW if self.state is StageState.OPEN else self.known_tokens + 1):
             raise AssertionError("the inbox is past its bound")
         if self.next_position > self.max_tokens:
             raise AssertionError("steps past the reservation")
@@ -238,12 +240,12 @@ class StageSession:
         """Send on what was kept, then start what the inbox holds, as far as it may go now."""
         commands = self._replay() if self.replaying else []
         if not (self.inbox or self.replaying):
-            self.state = State.IDLE
+            self.state = StageState.IDLE
         elif self.replaying or not self._runnable(self.inbox[0]):
-            self.state = State.WAITING
+            self.state = StageState.WAITING
         else:
             self.computing = self.inbox.popleft()
-            self.state = State.COMPUTING
+            self.state = StageState.COMPUTING
             commands.append(Compute(self.computing))
         return commands
 
@@ -256,7 +258,7 @@ class StageSession:
             self.sent_to += tokens
         return commands
 
-    def _can_resume(self, event: Resumed) -> str:
+    def _can_resume(self, event: StageResumed) -> str:
         """Why it can't go on from there; empty if it can."""
         if not 0 <= event.start <= self.held:
             return f"KV of {self.held} tokens is here: it can't start at {event.start}"
@@ -273,15 +275,15 @@ class StageSession:
         return [Deliver(step, output, skip)] if skip < step.tokens else []
 
 
-def _resumed(session: StageSession, event: Resumed) -> list[Command]:
+def _resumed(session: StageSession, event: StageResumed) -> list[Command]:
     reason = session._can_resume(event)
     if reason:
-        return [Refuse(reason)]
+        return [RefuseResume(reason)]
     session.next_position = event.start
     session.send_from = session.sent_to = event.send_from
     session.replay_to = 0 if session.last else event.start
     early, session.inbox = session.inbox, deque()
-    commands: list[Command] = [Begin(event.start), *session._next()]
+    commands: list[Command] = [BeginAt(event.start), *session._next()]
     for step in early:
         commands += _step_arrived(session, StepArrived(step))
     return commands
@@ -290,7 +292,7 @@ def _resumed(session: StageSession, event: Resumed) -> list[Command]:
 def _step_early(session: StageSession, event: StepArrived) -> list[Command]:
     """The stage before was told to go on a little sooner: what it may send untaken is kept."""
     if len(session.inbox) >= PREFILL_WINDOW:
-        return [Reject(event.step, f"more than {PREFILL_WINDOW} steps came before RESUME")]
+        return [RejectStep(event.step, f"more than {PREFILL_WINDOW} steps came before RESUME")]
     session.inbox.append(event.step)
     return []
 
@@ -303,10 +305,10 @@ def _step_arrived(session: StageSession, event: StepArrived) -> list[Command]:
         return []  # an old repeat, or one that is under way: its answer went or will go out
     reason = session._admit(step)
     if reason:
-        return [Reject(step, reason)]
+        return [RejectStep(step, reason)]
     session.next_position = step.end
     session.inbox.append(step)
-    return session._next() if session.state is State.IDLE else []
+    return session._next() if session.state is StageState.IDLE else []
 
 
 def _step_computed(session: StageSession, event: StepComputed) -> list[Command]:
@@ -325,45 +327,45 @@ def _step_computed(session: StageSession, event: StepComputed) -> list[Command]:
 
 def _step_taken(session: StageSession, event: StepTaken) -> list[Command]:
     session.untaken = {position for position in session.untaken if position > event.position}
-    return session._next() if session.state is State.WAITING else []
+    return session._next() if session.state is StageState.WAITING else []
 
 
 def _credit_granted(session: StageSession, event: CreditGranted) -> list[Command]:
     session.credit = event.index if event.hold else max(session.credit, event.index)
-    return session._next() if session.state is State.WAITING else []
+    return session._next() if session.state is StageState.WAITING else []
 
 
-def _ended(session: StageSession, event: Ended) -> list[Command]:
-    session.state, session.reason = State.ENDED, event.reason
+def _ended(session: StageSession, event: StageEnded) -> list[Command]:
+    session.state, session.reason = StageState.ENDED, event.reason
     session.inbox.clear()
     session.done_output = None
     session.replay_to = 0
-    return [] if session.computing is not None else [Free(event.reason)]
+    return [] if session.computing is not None else [FreeKv(event.reason)]
 
 
 def _computed_after_end(session: StageSession, event: StepComputed) -> list[Command]:
     session.computing = None
-    return [Free(session.reason)]
+    return [FreeKv(session.reason)]
 
 
 def _ignore(session: StageSession, event: Event) -> list[Command]:
     return []
 
 
-TRANSITIONS: dict[tuple[State, type[Any]], Callable[[StageSession, Any], list[Command]]] = {
-    (State.OPEN, Resumed): _resumed,
-    (State.OPEN, StepArrived): _step_early,
-    (State.OPEN, StepTaken): _ignore,
-    (State.OPEN, CreditGranted): _credit_granted,
-    (State.OPEN, Ended): _ended,
-    (State.ENDED, StepComputed): _computed_after_end,
-    (State.COMPUTING, StepComputed): _step_computed,
+TRANSITIONS: dict[tuple[StageState, type[Any]], Callable[[StageSession, Any], list[Command]]] = {
+    (StageState.OPEN, StageResumed): _resumed,
+    (StageState.OPEN, StepArrived): _step_early,
+    (StageState.OPEN, StepTaken): _ignore,
+    (StageState.OPEN, CreditGranted): _credit_granted,
+    (StageState.OPEN, StageEnded): _ended,
+    (StageState.ENDED, StepComputed): _computed_after_end,
+    (StageState.COMPUTING, StepComputed): _step_computed,
 }
-for _state in (State.IDLE, State.WAITING, State.COMPUTING):
+for _state in (StageState.IDLE, StageState.WAITING, StageState.COMPUTING):
     TRANSITIONS[_state, StepArrived] = _step_arrived
     TRANSITIONS[_state, StepTaken] = _step_taken
     TRANSITIONS[_state, CreditGranted] = _credit_granted
-    TRANSITIONS[_state, Ended] = _ended
-    TRANSITIONS[_state, Resumed] = _ignore  # a repeat
-for _event in (Resumed, StepArrived, StepTaken, CreditGranted, Ended):
-    TRANSITIONS[State.ENDED, _event] = _ignore
+    TRANSITIONS[_state, StageEnded] = _ended
+    TRANSITIONS[_state, StageResumed] = _ignore  # a repeat
+for _event in (StageResumed, StepArrived, StepTaken, CreditGranted, StageEnded):
+    TRANSITIONS[StageState.ENDED, _event] = _ignore

@@ -36,7 +36,7 @@ from meshd.kernels.ort.graph import (
     route_piece,
 )
 from meshd.kernels.threads import Workers
-from meshd.kernels.weights.layers import Linear, NetworkWeights, mixed_experts
+from meshd.kernels.weights.layers import NetworkWeights, Projection, mixed_experts
 from meshd.kernels.weights.matrices import BlockMatrix, unpack_codes
 from meshd.types import LayerRange, ModelSpec, Tensor
 
@@ -77,7 +77,7 @@ def zeros_are_right() -> bool:
         x = rng.standard_normal((5, 256), dtype=np.float32)
         shifts = np.repeat(matrix.shift, 32, axis=1) if matrix.shift is not None else 0
         right = x @ ((unpack_codes(matrix).astype(np.float32) - matrix.zero) * np.float32(0.01) + shifts).T
-        session = open_session(product_piece(Linear((matrix,)), Precision(ACCURACY_INT8, zeros=True)), 1)
+        session = open_session(product_piece(Projection((matrix,)), Precision(ACCURACY_INT8, zeros=True)), 1)
         for tokens in (1, 5):
             got = session.run(("y",), {"x": x[:tokens]})[0]
             if np.linalg.norm(got - right[:tokens]) > 0.05 * np.linalg.norm(right[:tokens]):

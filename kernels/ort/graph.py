@@ -13,7 +13,7 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from meshd.kernels.torch.ops import CLAMP, CLAMPED_SLOPE
-from meshd.kernels.weights.layers import Expert, Linear, NetworkWeights
+from meshd.kernels.weights.layers import Expert, NetworkWeights, Projection
 from meshd.kernels.weights.load import F32, BlockMatrix, DenseMatrix
 from meshd.kernels.weights.matrices import centred
 from meshd.types import ModelSpec
@@ -91,7 +91,7 @@ class Graph:
     def norm(self, x: str, weight: F32, eps: float) -> str:
         return self.node("SimplifiedLayerNormalization", x, self.constant(weight), epsilon=eps, axis=-1)
 
-    def product(self, x: str, linear: Linear) -> str:
+    def product(self, x: str, linear: Projection) -> str:
         """`x @ w.T + bias`, matrices laid end to end."""
         parts = [self._block_product(x, m) if isinstance(m, BlockMatrix) else self._dense_product(x, m) for m in linear.matrices]
         y = parts[0] if len(parts) == 1 else self.node("Concat", *parts, axis=-1)
@@ -184,7 +184,7 @@ def _head_rows(spec: ModelSpec) -> int:
     return max(1, HEAD_PART_WEIGHTS // spec.hidden)
 
 
-def _head_piece(weights: NetworkWeights, part: Linear, precision: Precision) -> Piece:
+def _head_piece(weights: NetworkWeights, part: Projection, precision: Precision) -> Piece:
     graph, spec = Graph(precision), weights.spec
     logits = graph.product(graph.norm("hidden", weights.output_norm(), spec.norm_eps), part)
     logits = graph.scaled(logits, spec.logit_scale)
@@ -194,7 +194,7 @@ def _head_piece(weights: NetworkWeights, part: Linear, precision: Precision) -> 
     return _piece(graph, spec, ["hidden"], ["logits"])
 
 
-def product_piece(linear: Linear, precision: Precision) -> Piece:
+def product_piece(linear: Projection, precision: Precision) -> Piece:
     """(x) -> y: a product alone."""
     graph = Graph(precision)
     graph.node("Identity", graph.product("x", linear), outputs=("y",))
@@ -262,7 +262,7 @@ def _mix(graph: Graph, weights: NetworkWeights, layer: int) -> str:
     return graph.node("Add", graph.scaled(change, spec.residual_scale), hidden, outputs=("hidden",))
 
 
-def _mlp(graph: Graph, spec: ModelSpec, x: str, gate_up: Linear, down: Linear) -> str:
+def _mlp(graph: Graph, spec: ModelSpec, x: str, gate_up: Projection, down: Projection) -> str:
     gate, up = graph.split(graph.product(x, gate_up), spec.ffn, spec.ffn)
     match spec.activation:
         case "silu":

@@ -20,7 +20,7 @@ from meshd.kernels.rope import Rope
 from meshd.kernels.threads import Workers, one_thread
 from meshd.kernels.torch.ops import gated, rms_norm, rotate, soft_capped
 from meshd.kernels.torch.products import Device, make_product
-from meshd.kernels.weights.layers import Linear, NetworkWeights, mixed_experts
+from meshd.kernels.weights.layers import NetworkWeights, Projection, mixed_experts
 from meshd.tensors import norm_names
 from meshd.types import LayerRange, ModelSpec, Tensor
 
@@ -28,7 +28,7 @@ from meshd.types import LayerRange, ModelSpec, Tensor
 class Mlp:
     """A gated MLP."""
 
-    def __init__(self, gate_up: Linear, down: Linear, activation: str, device: Device) -> None:
+    def __init__(self, gate_up: Projection, down: Projection, activation: str, device: Device) -> None:
         self._gate_up, self._down = make_product(gate_up, device), make_product(down, device)
         self._activation = activation
         self.bytes = gate_up.bytes + down.bytes

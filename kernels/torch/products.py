@@ -11,7 +11,7 @@ import torch
 from meshd.kernels.backend import F32
 from meshd.kernels.threads import Workers
 from meshd.kernels.torch.ops import to_tensor
-from meshd.kernels.weights.layers import Linear
+from meshd.kernels.weights.layers import Projection
 from meshd.kernels.weights.load import BlockMatrix, DenseMatrix
 
 ROWS = 512
@@ -114,7 +114,7 @@ class DenseProduct:
         return self._device.share(part, len(self._values), x.numel() * len(self._values))
 
 
-def make_product(linear: Linear, device: Device) -> Product:
+def make_product(linear: Projection, device: Device) -> Product:
     """The product with matrices laid end to end, and its bias."""
     products: list[Product] = [
         BlockProduct(m, device) if isinstance(m, BlockMatrix) else DenseProduct(m, device) for m in linear.matrices

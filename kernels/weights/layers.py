@@ -15,7 +15,7 @@ from meshd.types import ModelSpec, Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
+class Projection:
     """A projection: one matrix `[out, in]`, or several to be laid end to end where their kinds differ; perhaps a bias `[out]`."""
 
     matrices: tuple[Matrix, ...]
@@ -30,9 +30,9 @@ class Linear:
 class Expert:
     """One MLP of several."""
 
-    gate_up: Linear
+    gate_up: Projection
     """`[2 * ffn, hidden]`."""
-    down: Linear
+    down: Projection
     """`[hidden, ffn]`."""
 
 
@@ -84,7 +84,7 @@ class NetworkWeights:
         """`attn_norm`, `post_ffw_norm` and so on."""
         return self._vector(f"blk.{layer}.{name}.weight")
 
-    def qkv(self, layer: int) -> Linear:
+    def qkv(self, layer: int) -> Projection:
         """`[(heads + 2 kv_heads) * head_dim, hidden]`."""
         fused = "attn_qkv" in self.spec.fused
         return self._linear(layer, *(("attn_qkv",) if fused else ("attn_q", "attn_k", "attn_v")))
@@ -95,19 +95,19 @@ class NetworkWeights:
             return None
         return self.norm(layer, "attn_q_norm"), self.norm(layer, "attn_k_norm")
 
-    def attention_output(self, layer: int) -> Linear:
+    def attention_output(self, layer: int) -> Projection:
         """`[hidden, heads * head_dim]`."""
         return self._linear(layer, "attn_output")
 
-    def gate_up(self, layer: int) -> Linear:
+    def gate_up(self, layer: int) -> Projection:
         """`[2 * ffn, hidden]`."""
         return self._linear(layer, *(("ffn_up",) if "ffn_up" in self.spec.fused else ("ffn_gate", "ffn_up")))
 
-    def down(self, layer: int) -> Linear:
+    def down(self, layer: int) -> Projection:
         """`[hidden, ffn]`."""
         return self._linear(layer, "ffn_down")
 
-    def router(self, layer: int) -> Linear:
+    def router(self, layer: int) -> Projection:
         """`[experts, hidden]`."""
         return self._linear(layer, "ffn_gate_inp")
 
@@ -120,29 +120,29 @@ class NetworkWeights:
             gate, up, down = (expert(tensors[part], index) for part in names)
             wide = np.concatenate([biases["gate"][index], biases["up"][index]]) if "gate" in biases else None
             narrow = biases["down"][index].copy() if "down" in biases else None
-            yield Expert(Linear(load_stacked([gate, up]), wide), Linear((load_matrix(down),), narrow))
+            yield Expert(Projection(load_stacked([gate, up]), wide), Projection((load_matrix(down),), narrow))
 
     def output_norm(self) -> F32:
         return self._vector("output_norm.weight")
 
-    def head(self, rows: int | None = None) -> Iterator[Linear]:
+    def head(self, rows: int | None = None) -> Iterator[Projection]:
         """`[vocab, hidden]`, the embedding table where the head is tied to it; in parts of so many rows, or whole."""
         tensor = self._tensor("token_embd.weight" if self.spec.tied_head else "output.weight")
         for first in range(0, self.spec.vocab, rows or self.spec.vocab):
-            yield Linear((load_matrix(some_rows(tensor, first, first + rows if rows else self.spec.vocab)),))
+            yield Projection((load_matrix(some_rows(tensor, first, first + rows if rows else self.spec.vocab)),))
 
-    def _linear(self, layer: int, *names: str) -> Linear:
+    def _linear(self, layer: int, *names: str) -> Projection:
         """Projections under one another."""
         matrices = load_stacked([self._tensor(f"blk.{layer}.{name}.weight") for name in names])
         if not set(names) & set(self.spec.biases):
-            return Linear(matrices)
+            return Projection(matrices)
         parts = [
             self._vector(f"blk.{layer}.{name}.bias")
             if name in self.spec.biases
             else np.zeros(tensor_shape(self.spec, f"blk.{layer}.{name}.weight")[0], np.float32)
             for name in names
         ]
-        return Linear(matrices, np.concatenate(parts))
+        return Projection(matrices, np.concatenate(parts))
 
     def _tensor(self, name: str) -> Tensor:
         tensor, shape = self.source.tensor(name), tensor_shape(self.spec, name)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import msgspec
 from aiohttp import web
 
-from meshd.agents.service import Mesh, PlaceRequest, PlanRequest
+from meshd.agents.service import ClusterService, PlaceRequest, PlanRequest
 from meshd.api.http.body import read_body
 from meshd.api.http.merge import closing
 from meshd.api.http.reply import Rows, json_response
@@ -70,7 +70,7 @@ class Migrated(msgspec.Struct, frozen=True, kw_only=True):
     """From the last token before the move to the first one after it."""
 
 
-def rows(read: Callable[[Mesh], list[dict[str, Any]]]) -> Handler:
+def rows(read: Callable[[ClusterService], list[dict[str, Any]]]) -> Handler:
     """A handler that lists what `read` finds."""
 
     async def listing(request: web.Request) -> web.Response:

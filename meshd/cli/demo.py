@@ -16,9 +16,9 @@ from typing import Any
 from meshd.cli.bench import measure
 from meshd.cli.place import place
 from meshd.cli.pull import fetch
-from meshd.cli.support.answering import Answer, stream_answer, write_out
+from meshd.cli.support.answering import AnswerSummary, stream_answer, write_out
 from meshd.cli.support.arguments import Parser, add_settings, settings_of
-from meshd.cli.support.children import Child, Family, free_ports, wait_until
+from meshd.cli.support.children import ChildDaemon, ChildDaemons, free_ports, wait_until
 from meshd.cli.support.client import Daemon
 from meshd.cli.support.output import duration
 from meshd.config import Config
@@ -52,7 +52,7 @@ def run(args: Namespace) -> int:
         # Measured with one thread, and kept apart from what this device's own daemon measures with all of them.
         config = replace(config, cache=config.cache / "demo")
         measure(config)
-        with Family(Path(folder)) as family:
+        with ChildDaemons(Path(folder)) as family:
             say = _Clock().say
             apis = _start(family, config, say)
             _show_discovery(family.children, apis, say)
@@ -95,7 +95,7 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _start(family: Family, config: Config, say: Say) -> list[Daemon]:
+def _start(family: ChildDaemons, config: Config, say: Say) -> list[Daemon]:
     """Three daemons of a cluster of their own, each with one thread; they share models and measurements."""
     say(f"starting {', '.join(NAMES)}: three daemons, one thread each")
     links = {name: f"127.0.0.1:{port}" for name, port in zip(NAMES, free_ports(len(NAMES)), strict=True)}
@@ -128,7 +128,7 @@ def _new_key() -> str:
     return ClusterKey.generate(os.urandom).code
 
 
-def _show_discovery(children: Sequence[Child], apis: Sequence[Daemon], say: Say) -> None:
+def _show_discovery(children: Sequence[ChildDaemon], apis: Sequence[Daemon], say: Say) -> None:
     """Until each of them has an authenticated link to the two others."""
     seen: set[tuple[str, str]] = set()
 
@@ -175,7 +175,7 @@ def _question(prompt: str, split: str) -> dict[str, Any]:
     return body | {"mesh": {"stages": split, "context": CONTEXT}}
 
 
-def _show_answer(daemon: Daemon, prompt: str, split: str) -> Answer:
+def _show_answer(daemon: Daemon, prompt: str, split: str) -> AnswerSummary:
     print(f"\n>>> {prompt}")
     answer = stream_answer(daemon, _question(prompt, split), write_out)
     print(f"\n\n[{answer.summary()}]\n", flush=True)
@@ -199,7 +199,7 @@ def _show_standby(daemon: Daemon, say: Say) -> None:
         say(f"every layer lies on a second device too: standby copies of {', '.join(sorted(held['layers'] for held in rows))}")
 
 
-def _show_loss(victim: Child, daemon: Daemon, prompt: str, split: str, whole: Answer, say: Say) -> None:
+def _show_loss(victim: ChildDaemon, daemon: Daemon, prompt: str, split: str, whole: AnswerSummary, say: Say) -> None:
     """The same question; after a few words, the last stage's daemon is killed."""
     say(f"the same question again, and {victim.name} is killed in mid-answer")
     print(f"\n>>> {prompt}")
@@ -223,7 +223,7 @@ def _show_loss(victim: Child, daemon: Daemon, prompt: str, split: str, whole: An
         raise RemoteFailure("the answer changed when a peer was lost", hint="please report this")
 
 
-def _keep(children: Sequence[Child], apis: Sequence[Daemon]) -> None:
+def _keep(children: Sequence[ChildDaemon], apis: Sequence[Daemon]) -> None:
     print("\nThe two others stay up until Ctrl-C. Try in another terminal:")
     for child, daemon in zip(children, apis, strict=True):
         print(f"  meshd status --api {daemon.url}    # {child.name}")

@@ -12,7 +12,7 @@ from openai import AsyncOpenAI
 from fake_api.words import WordsCoordinator
 from meshd.agents.service import PlacementStep, PlaceRequest, PlanRequest
 from meshd.api.http.app import Server, create_app, serve
-from meshd.api.http.services import Limits
+from meshd.api.http.services import ClientLimits
 from meshd.clock import SystemClock
 from meshd.errors import InvalidRequest, NoPeer, PeerLost, UnknownModel, UnknownSession
 from meshd.telemetry import Telemetry
@@ -98,8 +98,8 @@ def telemetry() -> Telemetry:
 
 
 @pytest.fixture
-def limits() -> Limits:
-    return Limits()
+def limits() -> ClientLimits:
+    return ClientLimits()
 
 
 @pytest.fixture
@@ -108,7 +108,9 @@ def api_key() -> str | None:
 
 
 @pytest.fixture
-async def server(coordinator: WordsCoordinator, telemetry: Telemetry, limits: Limits, api_key: str | None) -> AsyncIterator[Server]:
+async def server(
+    coordinator: WordsCoordinator, telemetry: Telemetry, limits: ClientLimits, api_key: str | None
+) -> AsyncIterator[Server]:
     app = create_app(coordinator, WordsMesh(), telemetry, api_key=api_key, clock=SystemClock(), limits=limits)
     server = await serve(app, "127.0.0.1", 0)
     yield server

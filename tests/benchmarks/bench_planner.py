@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "lib"))
 from in_process.clusters import make_card, make_peer, make_problem, random_links
 from meshd.errors import DoesNotFit
 from meshd.planner.model.memory import memory_table
-from meshd.planner.model.tables import Tables
+from meshd.planner.model.tables import CostTables
 from meshd.planner.problem import PlanInput
 from meshd.planner.search.chains import exact_search
 from meshd.planner.search.eligible import eligible
-from meshd.planner.search.limits import Limits
+from meshd.planner.search.limits import SearchLimits
 from meshd.planner.search.objectives import cheapest
 from meshd.planner.search.orders import HeuristicSearch
 from meshd.planner.search.solve import solve
@@ -80,8 +80,8 @@ def timed(problem: PlanInput, objective: Objective) -> float:
 
 def gap(problem: PlanInput, objective: Objective) -> float:
     """How much worse the heuristic's answer is, as a part of the exact one's."""
-    tables = Tables(problem, eligible(problem))
-    exact, found = (cheapest(tables, objective, Limits(), search) for search in (exact_search, HeuristicSearch()))
+    tables = CostTables(problem, eligible(problem))
+    exact, found = (cheapest(tables, objective, SearchLimits(), search) for search in (exact_search, HeuristicSearch()))
     if exact is None or found is None:
         sys.exit("this cluster was to fit")
     return found.value / exact.value - 1

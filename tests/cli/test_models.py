@@ -5,7 +5,7 @@ from subprocess import CompletedProcess
 
 from fake_api.rows_server import Api
 from meshd.cli.models import merged
-from meshd.models.files.disk import Stamp
+from meshd.models.files.disk import FileStamp
 from meshd.models.store.store import StoredModel
 from meshd.types import ModelId
 from tiny.hf_folders import write_folder
@@ -21,7 +21,7 @@ ROW = {
 def _stored(name: str) -> StoredModel:
     return StoredModel(
         name=name, ref=f"file:/{name}", id=ModelId("x"), sha256="y", path=Path(f"/{name}.gguf"), in_place=True,
-        stamp=Stamp(5, 0, 0), created=0,
+        stamp=FileStamp(5, 0, 0), created=0,
     )  # fmt: skip
 
 

@@ -23,14 +23,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "lib"))
 from in_process.peers import KEY, QUICK, Peers
 from meshd.errors import PeerFault, ProtocolViolation
 from meshd.protocol import transport
-from meshd.protocol.codec import Unknown, decode, encode
-from meshd.protocol.framing import EMPTY, KIB, MIB, FrameReader, Limits
+from meshd.protocol.codec import UnknownMessage, decode, encode
+from meshd.protocol.framing import EMPTY, KIB, MIB, FrameLimits, FrameReader
 from meshd.protocol.identity import Identity, load_identity
 from meshd.protocol.messages import FEATURES, PROTOCOL_VERSION, Heartbeat, Hello, Lane, Message
 from meshd.state import StateFolder
 
 GOLDEN = Path(__file__).parents[1] / "protocol" / "golden"
-LIMITS = Limits(64 * KIB, MIB)
+LIMITS = FrameLimits(64 * KIB, MIB)
 _EDGES = (0, 1, 7, 8, 0x7F, 0x80, 0xC0, 0xC1, 0xD9, 0xDB, 0xDC, 0xDD, 0xDE, 0xDF, 0xFF)
 
 
@@ -83,7 +83,7 @@ def fuzz_reader(dice: random.Random, frames: list[bytes]) -> None:
     # Compared as text: not-a-number differs from itself.
     assert repr(whole) == repr(chunked), "chunking changes what is read"
     for message, _ in whole[0]:
-        if not isinstance(message, Unknown):
+        if not isinstance(message, UnknownMessage):
             assert repr(decode(encode(message))) == repr(message), "what was read is not written back"
 
 
@@ -94,7 +94,7 @@ async def attack(dice: random.Random, frames: list[bytes], hostile: Identity, po
     with suppress(PeerFault, TimeoutError):
         for lane in Lane:
             connection = await transport.dial(
-                ("127.0.0.1", port), hostile.client, limits=Limits(), now=time.monotonic, connect_s=1.0, handshake_s=1.0
+                ("127.0.0.1", port), hostile.client, limits=FrameLimits(), now=time.monotonic, connect_s=1.0, handshake_s=1.0
             )
             lanes.append(connection)
             if dice.random() < 0.1:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshd.kernels import attention, reference
-from meshd.kernels.attention import LocalAttention, attend, attend_part, merge, with_sinks
+from meshd.kernels.attention import LocalAttention, attend, attend_part, merge_parts, with_sinks
 from meshd.kernels.backend import PLAIN, AttentionRule, Projected, Segment
 from meshd.kernels.kv import KVPool
 from meshd.kernels.threads import Workers
@@ -88,7 +88,7 @@ def test_any_split_of_heads_and_tokens_is_the_whole(
     def heads(a: int, b: int) -> np.ndarray:
         own = q[:, a * group : b * group]
         parts = [attend_part(own, k[c:d, a:b], v[c:d, a:b], first - c, rule) for c, d in itertools.pairwise([0, *sorted(cuts), 60])]
-        return with_sinks(merge(parts), sinks[a * group : b * group])
+        return with_sinks(merge_parts(parts), sinks[a * group : b * group])
 
     split = np.concatenate([heads(a, b) for a, b in ((0, head), (head, kv_heads)) if a < b], axis=1)
     np.testing.assert_allclose(split, attend(q, k, v, first, replace(rule, sinks=sinks)), **TOLERANCE)
@@ -104,7 +104,7 @@ def test_any_split_of_the_keys_merges_to_the_whole(shape: tuple[int, int, int, i
     edges = [0, *sorted(cuts), 60]
     parts = [attend_part(q, k[a:b], v[a:b]) for a, b in itertools.pairwise(edges)]
     whole_o, whole_lse = attend_part(q, k, v)
-    o, lse = merge(parts)
+    o, lse = merge_parts(parts)
     np.testing.assert_allclose(o, whole_o, **TOLERANCE)
     np.testing.assert_allclose(lse, whole_lse, **TOLERANCE)
 
@@ -128,14 +128,14 @@ def test_nothing_to_see_is_no_weight() -> None:
     o, lse = attend_part(q, empty, empty)
     assert np.all(o == 0)
     assert np.all(np.isneginf(lse))
-    merged_o, merged_lse = merge([(o, lse), (o, lse)])
+    merged_o, merged_lse = merge_parts([(o, lse), (o, lse)])
     assert np.all(merged_o == 0)
     assert np.all(np.isneginf(merged_lse))
 
 
 def test_large_scores_do_not_overflow() -> None:
     q, k, v = made(0, 1, 2, 8) * 100, made(1, 9, 2, 8) * 100, made(2, 9, 2, 8)
-    o, lse = merge([attend_part(q, k[:4], v[:4]), attend_part(q, k[4:], v[4:])])
+    o, lse = merge_parts([attend_part(q, k[:4], v[:4]), attend_part(q, k[4:], v[4:])])
     plain_o, plain_lse = reference.attend_part(q, k, v, np.ones((1, 9), bool))
     np.testing.assert_allclose(o, plain_o, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(lse, plain_lse, rtol=1e-5)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshd.errors import InvalidRequest, ProtocolViolation
-from meshd.protocol.codec import Unknown, decode, encode
+from meshd.protocol.codec import UnknownMessage, decode, encode
 from meshd.protocol.messages import Credit, Error, Heartbeat, Open, Placed, Token
 from meshd.types import LayerRange, Plan, SamplingParams, TokenLogprobs
 
@@ -46,8 +46,8 @@ def test_a_field_that_an_older_writer_does_not_send_has_its_default() -> None:
 
 
 def test_an_unknown_number_is_kept_with_its_request() -> None:
-    assert decode(msgpack.packb([999, {"request": 7, "x": [1]}])) == Unknown(number_of=999, request=7)
-    assert decode(msgpack.packb([999, {"request": "seven"}])) == Unknown(number_of=999)
+    assert decode(msgpack.packb([999, {"request": 7, "x": [1]}])) == UnknownMessage(number_of=999, request=7)
+    assert decode(msgpack.packb([999, {"request": "seven"}])) == UnknownMessage(number_of=999)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_any_msgpack_is_a_message_or_a_violation(number: int, body: object) -> N
         message = decode(msgpack.packb([number, body]))
     except ProtocolViolation:
         return
-    assert decode(encode(message)) == message or isinstance(message, Unknown)
+    assert decode(encode(message)) == message or isinstance(message, UnknownMessage)
 
 
 @given(index=st.integers(-(2**63), 2**64 - 1))

@@ -6,11 +6,11 @@ from hypothesis import strategies as st
 
 from in_process.frames import read_frames
 from meshd.errors import ProtocolViolation
-from meshd.protocol.framing import KIB, MIB, FrameReader, Limits, frame_head
+from meshd.protocol.framing import KIB, MIB, FrameLimits, FrameReader, frame_head
 
 Frames = list[tuple[bytes, bytes]]
 
-SMALL = Limits(max_header=64, max_payload=100_000)
+SMALL = FrameLimits(max_header=64, max_payload=100_000)
 frames_of = st.lists(st.tuples(st.binary(min_size=1, max_size=64), st.binary(max_size=200)), max_size=8)
 chunkings = st.lists(st.integers(1, 300), min_size=1, max_size=40)
 
@@ -92,7 +92,7 @@ def test_memory_is_bounded_by_one_frame(stream: bytes, sizes: list[int]) -> None
 
 def test_a_header_larger_than_the_scratch_buffer_is_read() -> None:
     frames = [(b"h" * (200 * KIB), b"p" * 10), (b"k", b"")]
-    read, violation = read_frames(stream_of(frames), Limits(max_header=MIB, max_payload=100), (1000,))
+    read, violation = read_frames(stream_of(frames), FrameLimits(max_header=MIB, max_payload=100), (1000,))
     assert violation is None
     assert [(frame.header, bytes(frame.payload)) for frame in read] == frames
 

@@ -9,7 +9,7 @@ import pytest
 
 from in_process.frames import read_frames
 from meshd.protocol.codec import decode, encode
-from meshd.protocol.framing import Limits, frame_head
+from meshd.protocol.framing import FrameLimits, frame_head
 from meshd.protocol.messages import REGISTRY
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -35,7 +35,7 @@ def test_what_is_described_is_written_byte_for_byte(stem: str) -> None:
 @pytest.mark.parametrize("stem", STEMS)
 def test_a_golden_frame_is_read_as_described(stem: str) -> None:
     described, frame = load(stem)
-    (read,), violation = read_frames(frame, Limits())
+    (read,), violation = read_frames(frame, FrameLimits())
     assert violation is None
     message = decode(read.header)
     assert type(message).__name__ == described["name"]

@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from meshd.errors import PeerLost, PeerRefused, ProtocolViolation
-from meshd.protocol.framing import Limits
-from meshd.protocol.handshake import Present, Verdict, check_answer, check_hello, choose_link
+from meshd.protocol.framing import FrameLimits
+from meshd.protocol.handshake import ExistingLink, LinkChoice, check_answer, check_hello, choose_link
 from meshd.protocol.messages import PROTOCOL_VERSION, Error, Goodbye, Heartbeat, Hello
 from meshd.types import PeerId
 
@@ -34,7 +34,7 @@ def hello(**changes: Any) -> Hello:
 def test_peers_agree_on_what_both_have() -> None:
     agreement = check_hello(hello(features=("f32", "int8"), max_header=8192), SMALL, features=("f32", "bf16"))
     assert agreement.features == {"f32"}
-    assert agreement.limits == Limits(8192, 1 << 24)
+    assert agreement.limits == FrameLimits(8192, 1 << 24)
 
 
 def test_a_higher_minor_version_is_welcome_and_another_major_is_not() -> None:
@@ -71,21 +71,21 @@ def test_the_answer_repeats_link_and_lane() -> None:
 
 
 def test_the_table_of_two_links() -> None:
-    def verdict(peer: PeerId, own: PeerId, **present: Any) -> Verdict:
+    def verdict(peer: PeerId, own: PeerId, **present: Any) -> LinkChoice:
         given = {"incarnation": 1, "dialled": True, "up": True, "silent_s": 0.2} | present
-        return choose_link(Present(**given), hello(peer=peer), own, fresh_s=1.0)
+        return choose_link(ExistingLink(**given), hello(peer=peer), own, fresh_s=1.0)
 
-    assert choose_link(None, hello(), LARGE, fresh_s=1.0) is Verdict.ACCEPT
+    assert choose_link(None, hello(), LARGE, fresh_s=1.0) is LinkChoice.ACCEPT
     for own, peer in ((SMALL, LARGE), (LARGE, SMALL)):
-        assert verdict(peer, own, incarnation=2) is Verdict.REPLACE
-        assert verdict(peer, own, dialled=False) is Verdict.REPLACE
-        assert verdict(peer, own) is Verdict.REFUSE
-        assert verdict(peer, own, silent_s=1.5) is Verdict.REPLACE
-    assert verdict(SMALL, LARGE, up=False, incarnation=None) is Verdict.REPLACE
-    assert verdict(LARGE, SMALL, up=False, incarnation=None) is Verdict.REFUSE
+        assert verdict(peer, own, incarnation=2) is LinkChoice.REPLACE
+        assert verdict(peer, own, dialled=False) is LinkChoice.REPLACE
+        assert verdict(peer, own) is LinkChoice.REFUSE
+        assert verdict(peer, own, silent_s=1.5) is LinkChoice.REPLACE
+    assert verdict(SMALL, LARGE, up=False, incarnation=None) is LinkChoice.REPLACE
+    assert verdict(LARGE, SMALL, up=False, incarnation=None) is LinkChoice.REFUSE
 
 
 def test_of_two_links_dialled_at_once_both_sides_keep_the_same_one() -> None:
-    begun = Present(incarnation=None, dialled=True, up=False, silent_s=0.0)
-    assert choose_link(begun, hello(peer=LARGE), SMALL, fresh_s=1.0) is Verdict.REFUSE
-    assert choose_link(begun, hello(peer=SMALL), LARGE, fresh_s=1.0) is Verdict.REPLACE
+    begun = ExistingLink(incarnation=None, dialled=True, up=False, silent_s=0.0)
+    assert choose_link(begun, hello(peer=LARGE), SMALL, fresh_s=1.0) is LinkChoice.REFUSE
+    assert choose_link(begun, hello(peer=SMALL), LARGE, fresh_s=1.0) is LinkChoice.REPLACE

@@ -10,7 +10,7 @@ import pytest
 
 from meshd.errors import InvalidRequest, Overloaded, PeerLost, PeerRefused, ProtocolViolation
 from meshd.protocol import transport
-from meshd.protocol.framing import MIB, Frame, Limits, frame_head
+from meshd.protocol.framing import MIB, Frame, FrameLimits, frame_head
 from meshd.protocol.identity import ClusterKey, Identity, load_identity
 from meshd.protocol.messages import Credit, Goodbye, Heartbeat, Message, Probe
 from meshd.protocol.transport import Connection
@@ -29,20 +29,20 @@ def identities(tmp_path: Path) -> Callable[..., Identity]:
 
 
 @asynccontextmanager
-async def pair(alice: Identity, bob: Identity, limits: Limits | None = None) -> AsyncIterator[tuple[Connection, Connection]]:
+async def pair(alice: Identity, bob: Identity, limits: FrameLimits | None = None) -> AsyncIterator[tuple[Connection, Connection]]:
     """What Alice dialled and what Bob accepted."""
     (listener,) = transport.listen("127.0.0.1", 0)
     loop = asyncio.get_running_loop()
 
     async def accepted() -> Connection:
         raw, _ = await loop.sock_accept(listener)
-        return await transport.accept(raw, bob.server, limits=limits or Limits(), now=time.monotonic, handshake_s=1.0)
+        return await transport.accept(raw, bob.server, limits=limits or FrameLimits(), now=time.monotonic, handshake_s=1.0)
 
     try:
         dialled = transport.dial(
             ("127.0.0.1", listener.getsockname()[1]),
             alice.client,
-            limits=limits or Limits(),
+            limits=limits or FrameLimits(),
             now=time.monotonic,
             connect_s=1.0,
             handshake_s=1.0,
@@ -108,7 +108,7 @@ async def test_nobody_there_is_told_in_time() -> None:
             await transport.dial(
                 (host, port),
                 None,
-                limits=Limits(),
+                limits=FrameLimits(),
                 now=time.monotonic,
                 connect_s=0.5,
                 handshake_s=0.5,  # type: ignore[arg-type]
@@ -134,14 +134,14 @@ async def test_what_waits_for_a_slow_reader_is_bounded_and_arrives(identities: C
 
 
 async def test_messages_that_the_other_side_does_not_accept_are_not_sent(identities: Callable[..., Identity]) -> None:
-    async with pair(identities("alice"), identities("bob"), Limits(4096, 1000)) as (here, there):
-        here.accepts = Limits(4096, 1000)
+    async with pair(identities("alice"), identities("bob"), FrameLimits(4096, 1000)) as (here, there):
+        here.accepts = FrameLimits(4096, 1000)
         with pytest.raises(InvalidRequest):
             here.send(Goodbye(reason="x" * 5000))
         with pytest.raises(InvalidRequest):
             here.send(Probe(request=1), bytes(1001))
         ear = Ear(there)
-        here.accepts = Limits()
+        here.accepts = FrameLimits()
         here.send(Probe(request=1), bytes(1001))
         assert "1000 are allowed" in await ear.end()
 

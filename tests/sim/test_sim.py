@@ -14,7 +14,7 @@ import pytest
 from meshd.agents.session import session
 from meshd.agents.session.admission import Admission
 from meshd.agents.stage import session as stage_session
-from meshd.agents.stage.kv import Caches, Room
+from meshd.agents.stage.kv import KvCache, KvLease
 from meshd.kernels.kv import KVPool
 from meshd.kernels.sampler import Sampler
 from sim.faults import kinds
@@ -127,15 +127,15 @@ def test_it_finds_kv_in_the_wrong_place(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_it_finds_kv_that_counts_though_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Caches.adopt
+    right = KvCache.adopt
 
-    def wrong(caches: Caches, *given: Any) -> Any:
+    def wrong(caches: KvCache, *given: Any) -> Any:
         cache = right(caches, *given)
         if cache is not None and cache.filled < cache.room.table.capacity - 1:
             cache.filled += 1
         return cache
 
-    monkeypatch.setattr(Caches, "adopt", wrong)
+    monkeypatch.setattr(KvCache, "adopt", wrong)
     assert finds("not the reference's", USUAL)
 
 
@@ -143,10 +143,10 @@ def test_it_finds_a_token_that_is_given_twice(monkeypatch: pytest.MonkeyPatch) -
     def wrong(machine: session.Session, event: session.TokenArrived) -> list[session.Command]:
         machine.tokens.append(event.token)
         return [session.EmitToken(event.index, event.token, event.logprobs, event.finish)] + (
-            machine._end(session.State.FINISHED, event.finish) if event.finish else []
+            machine._end(session.SessionState.FINISHED, event.finish) if event.finish else []
         )
 
-    monkeypatch.setitem(session.TRANSITIONS, (session.State.DECODING, session.TokenArrived), wrong)
+    monkeypatch.setitem(session.TRANSITIONS, (session.SessionState.DECODING, session.TokenArrived), wrong)
     assert finds("reference", REPEATS)
 
 
@@ -160,7 +160,7 @@ def test_it_finds_a_step_that_is_computed_twice(monkeypatch: pytest.MonkeyPatch,
         return right(machine, event)
 
     for state in states:
-        monkeypatch.setitem(stage_session.TRANSITIONS, (stage_session.State[state], stage_session.StepArrived), wrong)
+        monkeypatch.setitem(stage_session.TRANSITIONS, (stage_session.StageState[state], stage_session.StepArrived), wrong)
     assert finds("reference", REPEATS, seeds)
 
 
@@ -175,12 +175,12 @@ def test_it_finds_blocks_that_leak(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_finds_blocks_that_are_freed_under_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(room: Room) -> None:
+    def wrong(room: KvLease) -> None:
         room.users -= 1
         room.pool.free(room.table)
         room.load.sessions -= not room.users
 
-    monkeypatch.setattr(Room, "leave", wrong)
+    monkeypatch.setattr(KvLease, "leave", wrong)
     assert finds("are in use", USUAL)
 
 
@@ -191,22 +191,22 @@ def test_it_finds_a_ticket_that_is_not_given_back(monkeypatch: pytest.MonkeyPatc
 
 
 def test_it_finds_an_answer_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = session.TRANSITIONS[session.State.DECODING, session.TokenArrived]
+    right = session.TRANSITIONS[session.SessionState.DECODING, session.TokenArrived]
 
     def wrong(machine: session.Session, event: session.TokenArrived) -> list[session.Command]:
         return right(machine, event) if event.finish is None else []
 
-    monkeypatch.setitem(session.TRANSITIONS, (session.State.DECODING, session.TokenArrived), wrong)
-    monkeypatch.setattr("meshd.agents.session.stall.Watch.look", lambda watch, answer, now: answer.renew(now))
+    monkeypatch.setitem(session.TRANSITIONS, (session.SessionState.DECODING, session.TokenArrived), wrong)
+    monkeypatch.setattr("meshd.agents.session.stall.StallWatch.look", lambda watch, answer, now: answer.renew(now))
     assert finds("not ended", QUIET)
 
 
 def test_it_finds_an_epoch_that_falls(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = session.TRANSITIONS[session.State.RECOVERING, session.Planned]
+    right = session.TRANSITIONS[session.SessionState.RECOVERING, session.Planned]
 
     def wrong(machine: session.Session, event: session.Planned) -> list[session.Command]:
         machine.epoch = 0
         return right(machine, event)
 
-    monkeypatch.setitem(session.TRANSITIONS, (session.State.RECOVERING, session.Planned), wrong)
+    monkeypatch.setitem(session.TRANSITIONS, (session.SessionState.RECOVERING, session.Planned), wrong)
     assert finds("back to", USUAL)

@@ -26,7 +26,7 @@ LATE_S = 1.0
 """A piece that has not come for so long is asked of another source too, when there is nothing else to ask for."""
 
 
-class State(Enum):
+class ChunkState(Enum):
     """Of a unit."""
 
     WANTED = "wanted"
@@ -35,11 +35,11 @@ class State(Enum):
     HERE = "here"
 
 
-TRANSITIONS: dict[State, frozenset[State]] = {
-    State.WANTED: frozenset({State.COMING}),
-    State.COMING: frozenset({State.CHECKING, State.WANTED}),
-    State.CHECKING: frozenset({State.HERE, State.WANTED}),
-    State.HERE: frozenset(),
+TRANSITIONS: dict[ChunkState, frozenset[ChunkState]] = {
+    ChunkState.WANTED: frozenset({ChunkState.COMING}),
+    ChunkState.COMING: frozenset({ChunkState.CHECKING, ChunkState.WANTED}),
+    ChunkState.CHECKING: frozenset({ChunkState.HERE, ChunkState.WANTED}),
+    ChunkState.HERE: frozenset(),
 }
 
 
@@ -48,7 +48,7 @@ class IllegalTransition(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Chunk:
     """Bytes to ask for; `round` rises when a unit is fetched anew, so that what comes late is known."""
 
     unit: int
@@ -58,7 +58,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class FileRange:
     """Consecutive parts that lie one after the other in the file."""
 
     parts: tuple[int, ...]
@@ -67,20 +67,20 @@ class Span:
 
 
 @dataclass(slots=True)
-class Unit:
+class RangeTransfer:
     """One span on its way."""
 
     number: int
-    span: Span
-    state: State = State.WANTED
+    span: FileRange
+    state: ChunkState = ChunkState.WANTED
     round: int = 0
     owner: PeerId | None = None
     alone: bool = False
     """All of it must come from its owner."""
     stale: bool = False
     """It begins anew once nothing of it is being written."""
-    todo: deque[Piece] = field(default_factory=deque)
-    flying: dict[Piece, dict[PeerId, float]] = field(default_factory=dict)
+    todo: deque[Chunk] = field(default_factory=deque)
+    flying: dict[Chunk, dict[PeerId, float]] = field(default_factory=dict)
     """Asked of whom, and when."""
     writing: int = 0
     written: int = 0
@@ -94,7 +94,7 @@ class Unit:
         """All pieces are to be asked for."""
         end = self.span.offset + self.span.length
         self.todo = deque(
-            Piece(self.number, self.round, offset, min(PIECE_BYTES, end - offset))
+            Chunk(self.number, self.round, offset, min(PIECE_BYTES, end - offset))
             for offset in range(self.span.offset, end, PIECE_BYTES)
         )
         self.flying.clear()
@@ -104,15 +104,15 @@ class Unit:
         self.stale = False
 
 
-def spans_of(parts: Sequence[Part], wanted: Iterable[int]) -> list[Span]:
+def file_ranges(parts: Sequence[Part], wanted: Iterable[int]) -> list[FileRange]:
     """Put wanted parts together, in the file's order. None reaches over a layer's end: who holds some layers has whole spans."""
-    spans: list[Span] = []
+    spans: list[FileRange] = []
     for index in sorted(wanted):
         part, last = parts[index], spans[-1] if spans else None
         if last is not None and _joins(parts[last.parts[-1]], part) and last.length + part.length <= UNIT_BYTES:
-            spans[-1] = Span((*last.parts, index), last.offset, last.length + part.length)
+            spans[-1] = FileRange((*last.parts, index), last.offset, last.length + part.length)
         else:
-            spans.append(Span((index,), part.offset, part.length))
+            spans.append(FileRange((index,), part.offset, part.length))
     return spans
 
 
@@ -121,17 +121,17 @@ def _joins(before: Part, part: Part) -> bool:
     return before.end == part.offset and layer is not None and layer_of(before.name) == layer
 
 
-class Pieces:
+class ChunkSchedule:
     """All units of one fetch, and the sources that are there."""
 
-    def __init__(self, spans: Iterable[Span]) -> None:
-        self.units = [Unit(number, span) for number, span in enumerate(spans)]
+    def __init__(self, spans: Iterable[FileRange]) -> None:
+        self.units = [RangeTransfer(number, span) for number, span in enumerate(spans)]
         for unit in self.units:
             unit.renew()
         self._open = dict(enumerate(self.units))
         self._have: dict[PeerId, frozenset[int] | None] = {}
         self._asked: Counter[PeerId] = Counter()
-        self._own: dict[PeerId, Unit] = {}
+        self._own: dict[PeerId, RangeTransfer] = {}
 
     @property
     def done(self) -> bool:
@@ -161,12 +161,12 @@ class Pieces:
         self._own.pop(source, None)
         for unit in self._open.values():
             self._take_back(unit, source)
-            if unit.state is State.COMING and source in unit.givers and (lied or (unit.alone and unit.owner == source)):
+            if unit.state is ChunkState.COMING and source in unit.givers and (lied or (unit.alone and unit.owner == source)):
                 self._anew(unit)
             elif unit.owner == source:
                 unit.owner = None
 
-    def next(self, source: PeerId, now: float) -> Piece | None:
+    def next(self, source: PeerId, now: float) -> Chunk | None:
         """What this source should be asked for now, if anything."""
         if source not in self._have or self._asked[source] >= IN_FLIGHT:
             return None
@@ -174,13 +174,13 @@ class Pieces:
         if piece is None:
             return None
         unit = self.units[piece.unit]
-        if unit.state is State.WANTED:
-            self._move(unit, State.COMING)
+        if unit.state is ChunkState.WANTED:
+            self._move(unit, ChunkState.COMING)
         unit.flying.setdefault(piece, {})[source] = now
         self._asked[source] += 1
         return piece
 
-    def accept(self, source: PeerId, piece: Piece) -> bool:
+    def accept(self, source: PeerId, piece: Chunk) -> bool:
         """A source has answered; whether its bytes are to be written: they are not if another was quicker."""
         unit = self.units[piece.unit]
         self._answered(source)
@@ -191,12 +191,12 @@ class Pieces:
         unit.writing += 1
         return True
 
-    def give_back(self, source: PeerId, piece: Piece) -> None:
+    def give_back(self, source: PeerId, piece: Chunk) -> None:
         """A source could not answer this time."""
         self._answered(source)
         self._return(self.units[piece.unit], piece, source)
 
-    def written(self, piece: Piece) -> Unit | None:
+    def written(self, piece: Chunk) -> RangeTransfer | None:
         """Its bytes are on the disk; the unit, if that was the last of it: it must be checked now."""
         unit = self.units[piece.unit]
         unit.writing -= 1
@@ -204,18 +204,18 @@ class Pieces:
         if unit.stale:
             self._anew(unit)
         elif unit.written == unit.pieces:
-            self._move(unit, State.CHECKING)
+            self._move(unit, ChunkState.CHECKING)
             return unit
         return None
 
-    def right(self, unit: Unit) -> None:
+    def right(self, unit: RangeTransfer) -> None:
         """All its parts have the sums that they must have."""
-        self._move(unit, State.HERE)
+        self._move(unit, ChunkState.HERE)
         del self._open[unit.number]
         for source in [source for source, own in self._own.items() if own is unit]:
             del self._own[source]
 
-    def wrong(self, unit: Unit) -> PeerId | None:
+    def wrong(self, unit: RangeTransfer) -> PeerId | None:
         """One has not. It comes anew, from one source alone; who gave it, if that was one."""
         givers = list(unit.givers)
         unit.alone = True
@@ -226,30 +226,30 @@ class Pieces:
         """Raises: AssertionError if the books don't balance."""
         asked: Counter[PeerId] = Counter()
         for unit in self.units:
-            if unit.state is State.HERE:
+            if unit.state is ChunkState.HERE:
                 assert unit.number not in self._open
                 continue
             assert self._open[unit.number] is unit
             assert len(unit.todo) + len(unit.flying) + unit.writing + unit.written == unit.pieces
             assert unit.writing >= 0
-            assert unit.state is not State.WANTED or len(unit.todo) == unit.pieces
-            assert unit.state is not State.CHECKING or unit.written == unit.pieces
+            assert unit.state is not ChunkState.WANTED or len(unit.todo) == unit.pieces
+            assert unit.state is not ChunkState.CHECKING or unit.written == unit.pieces
             for piece, askers in unit.flying.items():
                 assert askers
                 assert piece.round == unit.round
                 asked.update(askers.keys())
                 assert not unit.alone or askers.keys() == {unit.owner}
-            assert not unit.alone or unit.givers <= {unit.owner} or unit.state is State.CHECKING
+            assert not unit.alone or unit.givers <= {unit.owner} or unit.state is ChunkState.CHECKING
         assert all(self._asked[source] >= count for source, count in asked.items())
         assert asked.keys() <= self._have.keys()
 
     # Insides
 
-    def _may(self, source: PeerId, unit: Unit) -> bool:
+    def _may(self, source: PeerId, unit: RangeTransfer) -> bool:
         have = self._have[source]
         return have is None or have.issuperset(unit.span.parts)
 
-    def _fresh(self, source: PeerId) -> Piece | None:
+    def _fresh(self, source: PeerId) -> Chunk | None:
         """Of its own unit, else of one that nobody has, else the last one of another's that has most left to ask for."""
         own = self._own.get(source)
         if own is not None and own.owner == source and own.todo and not own.stale:
@@ -263,7 +263,7 @@ class Pieces:
         fullest = max((unit for unit in possible if not unit.alone), key=lambda unit: len(unit.todo), default=None)
         return fullest.todo.pop() if fullest is not None else None
 
-    def _late(self, source: PeerId, now: float) -> Piece | None:
+    def _late(self, source: PeerId, now: float) -> Chunk | None:
         for unit in self._open.values():
             if unit.alone or unit.stale or not self._may(source, unit):
                 continue
@@ -276,27 +276,27 @@ class Pieces:
         if self._asked[source] > 0:
             self._asked[source] -= 1
 
-    def _take_back(self, unit: Unit, source: PeerId) -> None:
+    def _take_back(self, unit: RangeTransfer, source: PeerId) -> None:
         for piece in list(unit.flying):
             self._return(unit, piece, source)
 
-    def _return(self, unit: Unit, piece: Piece, source: PeerId) -> None:
+    def _return(self, unit: RangeTransfer, piece: Chunk, source: PeerId) -> None:
         askers = unit.flying.get(piece, {})
         if askers.pop(source, None) is not None and not askers:
             del unit.flying[piece]
             unit.todo.append(piece)
 
-    def _anew(self, unit: Unit) -> None:
+    def _anew(self, unit: RangeTransfer) -> None:
         """Bytes of the old round that are being written must be there before those of the new one come."""
         if unit.writing:
             unit.stale = True
             return
-        if unit.state is not State.WANTED:
-            self._move(unit, State.WANTED)
+        if unit.state is not ChunkState.WANTED:
+            self._move(unit, ChunkState.WANTED)
         unit.round += 1
         unit.renew()
 
-    def _move(self, unit: Unit, state: State) -> None:
+    def _move(self, unit: RangeTransfer, state: ChunkState) -> None:
         if state not in TRANSITIONS[unit.state]:
             raise IllegalTransition(f"unit {unit.number}: {unit.state.value} to {state.value}")
         unit.state = state

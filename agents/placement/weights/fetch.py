@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from logging import getLogger
 
 from meshd.agents.links.links import Links
-from meshd.agents.placement.weights.chunks import IN_FLIGHT, Piece, Pieces, Unit
+from meshd.agents.placement.weights.chunks import IN_FLIGHT, Chunk, ChunkSchedule, RangeTransfer
 from meshd.agents.placement.weights.sources import WeightSources
 from meshd.clock import Clock
 from meshd.errors import LocalFault, MeshdError, ModelFileError, NoPeer, Overloaded, ProtocolViolation, RemoteFailure
 from meshd.models.store.partial_copy import PartialCopy
-from meshd.models.store.progress import Meter, in_thread
+from meshd.models.store.progress import ProgressMeter, in_thread
 from meshd.protocol.messages import FetchWeights, WeightData
 from meshd.types import PeerId
 
@@ -31,20 +31,20 @@ _FLUSH_BYTES = 16 << 20
 _FLUSH_S = 1.0
 
 
-class OtherFile(NoPeer):
+class ManifestConflict(NoPeer):
     """Peers have another file under this model's id than the one of which parts are here."""
 
 
 @dataclass(slots=True)
-class Fetch:
+class WeightFetch:
     """Fills a copy that is open for writing. `run` once."""
 
     links: Links
     sources: WeightSources
     clock: Clock
     copy: PartialCopy
-    pieces: Pieces
-    meter: Meter
+    pieces: ChunkSchedule
+    meter: ProgressMeter
     gave: Counter[PeerId] = field(default_factory=Counter)
     """Bytes that each source brought."""
     refused: set[PeerId] = field(default_factory=set)
@@ -84,7 +84,7 @@ class Fetch:
             if self._asking or not missing:
                 hopeful = self.clock.monotonic()
             elif self.clock.monotonic() - hopeful > _PATIENCE_S:
-                kind = OtherFile if self.refused else NoPeer
+                kind = ManifestConflict if self.refused else NoPeer
                 raise kind(f"no live peer can give {self._named(missing)} of {self.copy.about.name}")
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_S):
@@ -161,7 +161,7 @@ class Fetch:
             elif self.pieces.accept(peer, piece):
                 await self._take(peer, piece, data)
 
-    async def _take(self, peer: PeerId, piece: Piece, data: memoryview) -> None:
+    async def _take(self, peer: PeerId, piece: Chunk, data: memoryview) -> None:
         self.gave[peer] += len(data)
         await in_thread(self.meter, self.copy.write, piece.offset, data)
         self.meter.advance(len(data))
@@ -169,7 +169,7 @@ class Fetch:
         if unit is not None:
             await self._check(unit)
 
-    async def _ask(self, peer: PeerId, piece: Piece) -> memoryview | None:
+    async def _ask(self, peer: PeerId, piece: Chunk) -> memoryview | None:
         """The bytes; None: the source is busy. Raises: PeerFault."""
         question = FetchWeights(
             request=self.links.next_request(), model=self.copy.about.id, offset=piece.offset, length=piece.length
@@ -184,7 +184,7 @@ class Fetch:
             raise ProtocolViolation(f"{len(data)} bytes of weights came, where {piece.length} were asked for")
         return data
 
-    async def _check(self, unit: Unit) -> None:
+    async def _check(self, unit: RangeTransfer) -> None:
         """What came is trusted only if its sums are right; else it is known who lied, or will be the next time."""
         wrong = await in_thread(self.meter, self._first_wrong, unit)
         if wrong is None:
@@ -200,7 +200,7 @@ class Fetch:
             self.sources.ban(liar, f"it gave wrong bytes for {wrong or 'the header'} of {self.copy.about.name}")
             self.pieces.leave(liar, lied=True)
 
-    def _first_wrong(self, unit: Unit) -> str | None:
+    def _first_wrong(self, unit: RangeTransfer) -> str | None:
         parts = self.copy.about.manifest.parts
         wrong = (index for index in unit.span.parts if not self.copy.is_right(index, lambda count: self.meter.advance(0)))
         return next((parts[index].name for index in wrong), None)

@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from logging import getLogger
 
 from meshd.agents.links.links import Links
-from meshd.agents.placement.model_library import Library, card_of_copy
-from meshd.agents.placement.weights.chunks import Pieces, spans_of
-from meshd.agents.placement.weights.fetch import Fetch, OtherFile
+from meshd.agents.placement.model_library import ModelLibrary, card_of_copy
+from meshd.agents.placement.weights.chunks import ChunkSchedule, file_ranges
+from meshd.agents.placement.weights.fetch import ManifestConflict, WeightFetch
 from meshd.agents.placement.weights.sources import MAX_SOURCES, WeightSources
 from meshd.clock import Clock
 from meshd.errors import DownloadError, MeshdError, ModelFileError, NoPeer, PeerFault, UsageError
 from meshd.models.files.manifest import HEADER, tensors_of
 from meshd.models.store.partial_copy import PartialCopy
-from meshd.models.store.progress import Meter, PullPhase, PullProgress, in_thread
+from meshd.models.store.progress import ProgressMeter, PullPhase, PullProgress, in_thread
 from meshd.types import LayerRange, ModelCard, ModelId, PeerId
 
 log = getLogger(__name__)
@@ -33,11 +33,11 @@ Progress = Callable[[float], None]
 
 
 @dataclass(slots=True)
-class Weights:
+class WeightProvider:
     """Has weights on this disk."""
 
     links: Links
-    library: Library
+    library: ModelLibrary
     sources: WeightSources
     clock: Clock
 
@@ -107,7 +107,7 @@ class Weights:
         )
         try:
             givers = await self._fetch(copy, names, progress)
-        except OtherFile:
+        except ManifestConflict:
             log.warning("what is here of %s is not what the peers have now: it is fetched anew", card.name)
             await asyncio.to_thread(copy.discard)
             copy, _ = await self._begin(card.id)
@@ -118,7 +118,7 @@ class Weights:
     async def _fetch(self, copy: PartialCopy, names: Iterable[str], progress: Progress) -> frozenset[PeerId]:
         """Have these tensors in the copy; who gave them. Raises: NoPeer, ModelFileError, StorageError."""
         about, parts = copy.about, copy.about.manifest.parts
-        meter = Meter(about.name, _teller(progress))
+        meter = ProgressMeter(about.name, _teller(progress))
         try:
             await in_thread(meter, copy.begin, lambda count: meter.advance(0))
             had = copy.bytes_here
@@ -129,7 +129,7 @@ class Weights:
             self.library.store.partials.need_space(size)
             meter.begin(PullPhase.DOWNLOADING, total=size)
             began = self.clock.monotonic()
-            fetch = Fetch(self.links, self.sources, self.clock, copy, Pieces(spans_of(parts, missing)), meter)
+            fetch = WeightFetch(self.links, self.sources, self.clock, copy, ChunkSchedule(file_ranges(parts, missing)), meter)
             await fetch.run()
             took = self.clock.monotonic() - began
             await in_thread(meter, copy.grow)
@@ -141,7 +141,7 @@ class Weights:
 
     async def _adopt(self, copy: PartialCopy, card: ModelCard, givers: Iterable[PeerId]) -> None:
         """Nothing is missing any more: an ordinary model now. Raises: ModelFileError if it is not the one; StorageError."""
-        meter = Meter(card.name, lambda step: None)
+        meter = ProgressMeter(card.name, lambda step: None)
         meter.begin(PullPhase.CHECKING, total=copy.about.manifest.size)
         try:
             stored = await in_thread(meter, self.library.store.adopt, copy, meter.advance)

@@ -15,14 +15,14 @@ from hashlib import sha256
 from pathlib import Path
 
 from meshd.agents.links.links import Links
-from meshd.agents.placement.model_library import Library
+from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.weights.chunks import PIECE_BYTES
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest, NotReady, Overloaded, UnknownModel
-from meshd.models.files.disk import Stamp, stamp_of
+from meshd.models.files.disk import FileStamp, stamp_of
 from meshd.models.files.manifest import Manifest, Offer, encode_offer
 from meshd.models.store.partial_copy import HEADER_INDEX, PartialCopy, read_piece
-from meshd.models.store.progress import Meter, PullPhase
+from meshd.models.store.progress import ProgressMeter, PullPhase
 from meshd.models.store.store import StoredModel
 from meshd.protocol.messages import FetchManifest, FetchWeights, ManifestData, WeightData
 from meshd.types import LinkStats, ModelId, PeerId
@@ -38,7 +38,7 @@ _MAX_OPEN = 64
 
 
 @dataclass(slots=True)
-class Pace:
+class RateLimiter:
     """Spreads what is given, to all peers together, so that live activations always find the links free."""
 
     clock: Clock
@@ -68,7 +68,7 @@ class _Opened:
 
     path: Path
     size: int
-    stamp: Stamp | None = None
+    stamp: FileStamp | None = None
     copy: PartialCopy | None = None
 
     def is_fresh(self) -> bool:
@@ -86,8 +86,8 @@ class WeightServer:
     """Answers FETCH MANIFEST and FETCH WEIGHTS."""
 
     links: Links
-    library: Library
-    pace: Pace
+    library: ModelLibrary
+    pace: RateLimiter
     _sums: dict[ModelId, asyncio.Task[Manifest]] = field(default_factory=dict)
     _opened: dict[ModelId, _Opened] = field(default_factory=dict)
 
@@ -132,7 +132,7 @@ class WeightServer:
 
     async def _make_sums(self, stored: StoredModel) -> Manifest:
         """Cancel: the thread stops at its next chunk, and is waited for."""
-        meter = Meter(stored.name, lambda step: None)
+        meter = ProgressMeter(stored.name, lambda step: None)
         meter.begin(PullPhase.CHECKING, total=stored.size_bytes)
         loop = asyncio.get_running_loop()
         with ThreadPoolExecutor(1, thread_name_prefix="sums", initializer=_be_nice) as thread:

@@ -10,7 +10,7 @@ from meshd.agents.links.links import Links
 from meshd.clock import Clock
 from meshd.errors import MeshdError, ModelFileError, NoPeer, NotReady, PeerLost, ProtocolViolation, RemoteFailure, UnknownModel
 from meshd.models.files.manifest import Offer, decode_offer
-from meshd.models.store.partial_copy import About
+from meshd.models.store.partial_copy import CopyInfo
 from meshd.protocol.messages import FetchManifest, ManifestData
 from meshd.types import Advert, LinkStats, ModelId, PeerId
 
@@ -29,11 +29,11 @@ _MAX_NAME = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class SourceAnswer:
     """One source's answer."""
 
     offer: Offer
-    about: About
+    about: CopyInfo
     digest: str
     """Of the manifest."""
 
@@ -82,7 +82,7 @@ class WeightSources:
             return False
         return until is not None
 
-    async def ask(self, peer: PeerId, model: ModelId) -> Said:
+    async def ask(self, peer: PeerId, model: ModelId) -> SourceAnswer:
         """What a source has; waits while it hashes its file. Raises: PeerFault, Overloaded; ModelFileError if it makes no sense."""
         until = self.clock.monotonic() + _SUMS_S
         while True:
@@ -100,10 +100,10 @@ class WeightSources:
             raise ProtocolViolation("the list of tensors arrived torn, or is of another model")
         offer = await asyncio.to_thread(decode_offer, payload)
         card = reply.card
-        about = About(model, card.name[:_MAX_NAME], card.ref[:_MAX_NAME], card.created, offer.manifest)
-        return Said(offer, about, offer.manifest.digest)
+        about = CopyInfo(model, card.name[:_MAX_NAME], card.ref[:_MAX_NAME], card.created, offer.manifest)
+        return SourceAnswer(offer, about, offer.manifest.digest)
 
-    async def agreed(self, model: ModelId) -> tuple[About, frozenset[PeerId]]:
+    async def agreed(self, model: ModelId) -> tuple[CopyInfo, frozenset[PeerId]]:
         """What a copy is to be made of, and who says so: complete peers count first, since the others only repeat.
 
         Raises: NoPeer if nobody has anything; ModelFileError if as many say one thing as another.
@@ -127,11 +127,11 @@ class WeightSources:
         agreeing = {peer: one.about for peer, one in said.items() if one.digest == best}
         return next(iter(agreeing.values())), frozenset(agreeing)
 
-    async def _ask_all(self, model: ModelId, peers: list[PeerId]) -> dict[PeerId, Said]:
+    async def _ask_all(self, model: ModelId, peers: list[PeerId]) -> dict[PeerId, SourceAnswer]:
         """All answers that come within a short time of the first."""
         loop = asyncio.get_running_loop()
         asked = {loop.create_task(self._try(peer, model), name=f"ask {peer:.8} for weights"): peer for peer in peers}
-        said: dict[PeerId, Said] = {}
+        said: dict[PeerId, SourceAnswer] = {}
         pending = set(asked)
         until: float | None = None
         try:
@@ -147,7 +147,7 @@ class WeightSources:
             await asyncio.gather(*pending, return_exceptions=True)
         return {peer: said[peer] for peer in peers if peer in said}
 
-    async def _try(self, peer: PeerId, model: ModelId) -> Said | None:
+    async def _try(self, peer: PeerId, model: ModelId) -> SourceAnswer | None:
         try:
             return await self.ask(peer, model)
         except ModelFileError as error:

@@ -23,7 +23,7 @@ _ROUNDS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class SessionLocation:
     """What one peer knows of a session."""
 
     peer: PeerId
@@ -89,7 +89,7 @@ class Locator:
         kept = self.deputy.record(session)
         if kept is None or kept.finish or kept.coordinator != record.coordinator:
             return False  # another peer took it from here meanwhile, or its client ended it
-        mine = Found(self.me, False, kept.epoch, len(kept.tokens))
+        mine = SessionLocation(self.me, False, kept.epoch, len(kept.tokens))
         return all(found.rank <= mine.rank for found in [*self._known_here(session), *await self._ask_all(session, _HEIR_S)])
 
     async def end(self, session: SessionId, *, forget: bool) -> None:
@@ -109,16 +109,16 @@ class Locator:
         if not any(known):
             raise _unknown(session)
 
-    async def _find(self, session: SessionId) -> list[Found]:
+    async def _find(self, session: SessionId) -> list[SessionLocation]:
         return [*self._known_here(session), *await self._ask_all(session, _FIND_S, _GRACE_S)]
 
-    def _known_here(self, session: SessionId) -> list[Found]:
+    def _known_here(self, session: SessionId) -> list[SessionLocation]:
         record, coordinates = self._best(session)
-        return [Found(self.me, coordinates, record.epoch, len(record.tokens))] if record is not None else []
+        return [SessionLocation(self.me, coordinates, record.epoch, len(record.tokens))] if record is not None else []
 
-    async def _ask_all(self, session: SessionId, within_s: float, grace_s: float | None = None) -> list[Found]:
+    async def _ask_all(self, session: SessionId, within_s: float, grace_s: float | None = None) -> list[SessionLocation]:
         """Those who know it, of those who answer in time; once the coordinator has, the others have `grace_s` more."""
-        found: list[Found] = []
+        found: list[SessionLocation] = []
         loop = asyncio.get_running_loop()
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s) as deadline, asyncio.TaskGroup() as group:
@@ -135,7 +135,7 @@ class Locator:
                     group.create_task(ask(peer))
         return found
 
-    async def _ask(self, peer: PeerId, session: SessionId) -> Found | None:
+    async def _ask(self, peer: PeerId, session: SessionId) -> SessionLocation | None:
         try:
             reply, _ = await self.links.request(
                 peer, lambda number: FindSession(request=number, session=session), timeout_s=_FIND_S
@@ -144,7 +144,7 @@ class Locator:
             return None
         if not isinstance(reply, SessionFound) or not (reply.coordinates or reply.keeps):
             return None
-        return Found(peer, reply.coordinates, reply.epoch, reply.tokens)
+        return SessionLocation(peer, reply.coordinates, reply.epoch, reply.tokens)
 
     async def _fetch_from(self, peer: PeerId, session: SessionId, take: bool) -> SessionRecord:
         if peer == self.me:

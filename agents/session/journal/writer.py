@@ -45,7 +45,7 @@ _MAX_DROPS = 1024
 
 
 @dataclass(slots=True)
-class Batch:
+class PendingTokens:
     """The answer's tokens that the deputy does not have yet. Pure."""
 
     sent: int = 0
@@ -78,7 +78,7 @@ class _Entry:
     deputy: PeerId | None = None
     kept: bool = False
     """The deputy says so; before, tokens wait."""
-    batch: Batch = field(default_factory=Batch)
+    batch: PendingTokens = field(default_factory=PendingTokens)
     told: str = ""
     """The answer's end as the deputy knows it."""
     told_at: float = 0.0
@@ -127,7 +127,7 @@ class _Drops:
             self._due.pop((peer, session), None)
 
 
-class Journalist:
+class JournalWriter:
     """Owns what is on its way to deputies."""
 
     def __init__(
@@ -286,7 +286,7 @@ class Journalist:
             self._leave(entry, _MOVED_S)
         entry.deputy = peer
         turn, record = entry.turn, entry.record()
-        entry.epoch, entry.batch = record.epoch, Batch(sent=len(record.tokens))
+        entry.epoch, entry.batch = record.epoch, PendingTokens(sent=len(record.tokens))
         self._drops.revoke(peer, entry.session)
         try:
             await self._links.request(
@@ -378,12 +378,12 @@ class Journalist:
         self._unsent.pop(entry, None)
 
 
-class Journalists:
+class JournalWriters:
     """Two deputies for every session: its coordinator and one of them may be lost at once. To its users it is one Journalist."""
 
     def __init__(self, me: PeerId, links: Links, clock: Clock, adverts: Callable[[], list[Advert]]) -> None:
-        first = Journalist(me, links, clock, adverts, lambda session: self._chosen(1, session))
-        second = Journalist(me, links, clock, adverts, lambda session: self._chosen(0, session))
+        first = JournalWriter(me, links, clock, adverts, lambda session: self._chosen(1, session))
+        second = JournalWriter(me, links, clock, adverts, lambda session: self._chosen(0, session))
         self._each = (first, second)
 
     def __len__(self) -> int:
@@ -398,42 +398,42 @@ class Journalists:
         return [deputy for journalist in self._each if (deputy := journalist.deputy_of(session)) is not None]
 
     def begin(self, session: SessionId, record: Callable[[], SessionRecord], plan_peers: Callable[[], tuple[PeerId, ...]]) -> None:
-        """See `Journalist.begin`."""
+        """See `JournalWriter.begin`."""
         for journalist in self._each:
             journalist.begin(session, record, plan_peers)
 
     def token(self, session: SessionId, index: int, token: int, logprobs: TokenLogprobs | None) -> None:
-        """See `Journalist.token`."""
+        """See `JournalWriter.token`."""
         for journalist in self._each:
             journalist.token(session, index, token, logprobs)
 
     def end(self, session: SessionId, finish: str, *, keep: bool) -> None:
-        """See `Journalist.end`."""
+        """See `JournalWriter.end`."""
         for journalist in self._each:
             journalist.end(session, finish, keep=keep)
 
     def release(self, session: SessionId) -> None:
-        """See `Journalist.release`."""
+        """See `JournalWriter.release`."""
         for journalist in self._each:
             journalist.release(session)
 
     def on_peer_gone(self, peer: PeerId) -> None:
-        """See `Journalist.on_peer_gone`."""
+        """See `JournalWriter.on_peer_gone`."""
         for journalist in self._each:
             journalist.on_peer_gone(peer)
 
     def on_dropped(self, peer: PeerId, session: SessionId) -> None:
-        """See `Journalist.on_dropped`."""
+        """See `JournalWriter.on_dropped`."""
         for journalist in self._each:
             journalist.on_dropped(peer, session)
 
     def flush(self) -> None:
-        """See `Journalist.flush`."""
+        """See `JournalWriter.flush`."""
         for journalist in self._each:
             journalist.flush()
 
     async def run(self) -> None:
-        """See `Journalist.run`."""
+        """See `JournalWriter.run`."""
         async with asyncio.TaskGroup() as tasks:
             for journalist in self._each:
                 tasks.create_task(journalist.run())

@@ -15,13 +15,13 @@ import msgspec
 
 from meshd.agents.placement.plan_input import named_peers
 from meshd.agents.service import MeshOptions
-from meshd.agents.session.plan.resume import Held, Need, expected_held, method_of, resume_positions
+from meshd.agents.session.plan.resume import RecoveryRequest, StageHeld, expected_held, method_of, resume_positions
 from meshd.planner.model.estimate import Estimate, estimate
 from meshd.planner.network import Network
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import PeerProfile, profiles_from_adverts
 from meshd.planner.session.pause import pause_s
-from meshd.planner.session.reroute import STAGE_S, Credit, Refill, reserve, reserved
+from meshd.planner.session.reroute import STAGE_S, HeldKv, Reroute, reserve_all, reserve_in
 from meshd.types import Advert, Holding, LayerRange, ModelCard, PeerId, StagePlan, ranges_of
 
 MAX_STAGES = 64
@@ -38,7 +38,7 @@ Stages = tuple[StagePlan, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Allowed:
+class PeerRules:
     """Who may take layers of the session beside those that have them."""
 
     standby: bool = True
@@ -62,7 +62,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Shortage:
+class LayerShortage:
     """Layers that nobody can take now."""
 
     missing: tuple[LayerRange, ...]
@@ -72,12 +72,12 @@ class Shortage:
 
 
 @dataclass(frozen=True)
-class Scene:
+class CandidateSearch:
     """One session's need, and the peers as this session may use them."""
 
     problem: PlanInput
     """Over what is resident; what the session has reserved counts as free."""
-    need: Need
+    need: RecoveryRequest
     surviving: frozenset[int]
     """Stages of the old plan whose KV is still there."""
     me: PeerId
@@ -110,7 +110,7 @@ class Scene:
         known = self.need.known
         held = list(expected_held(self.need, stages, self.surviving))
         for place in self._copies(stages) if moved else ():
-            held[place] = Held(known - 1, mirrored=True)
+            held[place] = StageHeld(known - 1, mirrored=True)
         resumptions = resume_positions(held, known)
         pause = pause_s(self.problem, stages, [resumption.start for resumption in resumptions], known, self.me)
         predicted = estimate(self.problem, stages)
@@ -122,7 +122,7 @@ class Scene:
             cost_s=pause + self._ahead * (predicted.tpot_s + len(stages) * STAGE_S),
         )
 
-    def shortage(self) -> Shortage:
+    def shortage(self) -> LayerShortage:
         """The layers for want of which there is no plan."""
         kept = [layer for number in self.surviving for layer in self._old[number].layers]
         free, total = set(kept), set(kept)
@@ -131,7 +131,7 @@ class Scene:
             free.update(held.layers if held.kv_tokens_free >= self.need.context else ())
         every = self.problem.card.layers
         busy = [layer for layer in every if layer in total and layer not in free]
-        return Shortage(ranges_of([layer for layer in every if layer not in total]), ranges_of(busy))
+        return LayerShortage(ranges_of([layer for layer in every if layer not in total]), ranges_of(busy))
 
     @property
     def _old(self) -> Stages:
@@ -144,16 +144,16 @@ class Scene:
         return max(1, min(self.need.context - self.need.known, max(_AHEAD_TOKENS, answered)))
 
     @cached_property
-    def _refill(self) -> Refill:
+    def _refill(self) -> Reroute:
         return self._refill_of(self.problem)
 
-    def _refill_of(self, problem: PlanInput) -> Refill:
-        credit = [Credit(self._old[number].peer, self._old[number].layers, self.need.known) for number in self.surviving]
-        credit += [Credit(peer, self._old[number].layers, held) for number, (peer, held) in self.need.copies.items()]
-        return Refill(problem, self._ahead, credit)
+    def _refill_of(self, problem: PlanInput) -> Reroute:
+        credit = [HeldKv(self._old[number].peer, self._old[number].layers, self.need.known) for number in self.surviving]
+        credit += [HeldKv(peer, self._old[number].layers, held) for number, (peer, held) in self.need.copies.items()]
+        return Reroute(problem, self._ahead, credit)
 
     def _possible(self, stages: Stages | None) -> TypeGuard[Stages]:
-        return stages is not None and len(stages) <= MAX_STAGES and reserve(self.problem, stages) is not None
+        return stages is not None and len(stages) <= MAX_STAGES and reserve_all(self.problem, stages) is not None
 
     def _patches(self) -> Iterator[Stages | None]:
         """What survives, and a cover of the rest; and the same with the copies where they lie."""
@@ -191,7 +191,7 @@ class Scene:
             stages += found
             gaps -= len(numbers)
             if gaps:
-                charged = reserve(problem, found)
+                charged = reserve_all(problem, found)
                 if charged is None:
                     return None
                 problem, refill = charged, self._refill_of(charged)
@@ -213,10 +213,12 @@ class Scene:
 
     def _holds(self, peer: PeerId, layers: LayerRange) -> bool:
         holdings = (profile.usable_holdings for profile in self._refill.peers if profile.id == peer)
-        return any(reserved(held, layers, self.need.context) is not None for held in holdings)
+        return any(reserve_in(held, layers, self.need.context) is not None for held in holdings)
 
 
-def scene_of(card: ModelCard, adverts: Sequence[Advert], mesh: MeshOptions, need: Need, me: PeerId, allowed: Allowed) -> Scene:
+def candidate_search(
+    card: ModelCard, adverts: Sequence[Advert], mesh: MeshOptions, need: RecoveryRequest, me: PeerId, allowed: PeerRules
+) -> CandidateSearch:
     """The scene as the adverts tell it. Raises: NoPeer when none of the peers that the request names is here."""
     profiles = profiles_from_adverts(adverts, card.id)
     surviving = frozenset(_surviving(profiles, need))
@@ -229,10 +231,10 @@ def scene_of(card: ModelCard, adverts: Sequence[Advert], mesh: MeshOptions, need
         peers=named_peers(mesh, profiles),
         resident_only=True,
     )
-    return Scene(problem, need, surviving, me)
+    return CandidateSearch(problem, need, surviving, me)
 
 
-def _surviving(profiles: Sequence[PeerProfile], need: Need) -> Iterator[int]:
+def _surviving(profiles: Sequence[PeerProfile], need: RecoveryRequest) -> Iterator[int]:
     """A peer that started anew, or let go of the layers, has lost the KV even if nobody noticed yet."""
     gone = need.lost | need.avoid
     here = {profile.id: profile.holdings for profile in profiles if profile.id not in gone}
@@ -245,14 +247,14 @@ def _serving(holdings: Sequence[Holding], layers: LayerRange) -> Holding | None:
     return next((held for held in holdings if held.state in _SERVING and layers in held.layers), None)
 
 
-def _as_usable(profile: PeerProfile, need: Need, surviving: frozenset[int], allowed: Allowed) -> PeerProfile:
+def _as_usable(profile: PeerProfile, need: RecoveryRequest, surviving: frozenset[int], allowed: PeerRules) -> PeerProfile:
     """What the session has reserved on the peer is free to it; the rest, if the peer may take more."""
     shut = (profile.id in need.avoid and not allowed.avoided) or (profile.draining and not allowed.leaving)
     free = [] if shut else [held for held in profile.holdings if allowed.standby or not held.standby]
     return msgspec.structs.replace(profile, holdings=(*free, *_own(profile, need, surviving, allowed)), draining=False)
 
 
-def _own(profile: PeerProfile, need: Need, surviving: frozenset[int], allowed: Allowed) -> Iterator[Holding]:
+def _own(profile: PeerProfile, need: RecoveryRequest, surviving: frozenset[int], allowed: PeerRules) -> Iterator[Holding]:
     if need.old is None:
         return
     avoided = allowed.avoided and profile.id in need.avoid - need.lost

@@ -12,7 +12,7 @@ from logging import getLogger
 from meshd.agents.service import MeshOptions
 from meshd.agents.session import session as fsm
 from meshd.agents.session.answer import Answer, Recovered
-from meshd.agents.session.plan.retry import Rescuer
+from meshd.agents.session.plan.retry import PlanRetrier
 from meshd.agents.session.plan.route import Router
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest, MeshdError, NoPeer, PeerFault
@@ -46,7 +46,7 @@ class _Copy:
 class Mover:
     """Moves this coordinator's answers."""
 
-    rescuer: Rescuer
+    rescuer: PlanRetrier
     router: Router
     adverts: Callable[[], list[Advert]]
     clock: Clock
@@ -59,7 +59,7 @@ class Mover:
 
     async def move(self, answer: Answer, target: PeerId, source: PeerId | None) -> float:
         """Move all stages, or those at `source`, to `target`; the pause in seconds. Raises: InvalidRequest, NoPeer, PeerFault."""
-        if answer.plan is None or answer.machine.state not in (fsm.State.PREFILLING, fsm.State.DECODING):
+        if answer.plan is None or answer.machine.state not in (fsm.SessionState.PREFILLING, fsm.SessionState.DECODING):
             raise InvalidRequest(f"session {answer.session} is {answer.machine.state.value}: only a running one can move")
         plan = self.router.with_target(answer.card, answer.plan, target, source)
         return await self.change(answer, plan, f"moved to {answer.around.names(target)}")
@@ -76,7 +76,7 @@ class Mover:
             answer.around.story.note(answer.session, "move begins", reason=reason, copies=len(copies))
             await self._copy(answer, epoch, copies)
             await self._end_step(answer, epoch)
-            if answer.machine.epoch != epoch or answer.machine.state is not fsm.State.DECODING:
+            if answer.machine.epoch != epoch or answer.machine.state is not fsm.SessionState.DECODING:
                 raise PeerFault("its plan changed for another reason meanwhile", hint="try again")
             answer.planned(plan, reason)
             return await self._first_token(answer, plan)
@@ -93,7 +93,7 @@ class Mover:
 
         def near() -> bool:
             level = all(copy.caught_up or copy.error for copy in copies)
-            return answer.machine.epoch != epoch or (level and answer.machine.state is not fsm.State.PREFILLING)
+            return answer.machine.epoch != epoch or (level and answer.machine.state is not fsm.SessionState.PREFILLING)
 
         await answer.until(near, _COPY_S)
 
@@ -123,7 +123,7 @@ class Mover:
             if answer.plan is not None and answer.plan.id == plan.id:
                 return changes[0].pause_s
             raise PeerFault(f"the move failed, and the session goes on elsewhere: {changes[0].reason}")
-        if answer.machine.state is fsm.State.FINISHED:
+        if answer.machine.state is fsm.SessionState.FINISHED:
             return 0.0
         raise PeerFault("the move was cut short: the session ended, or made no token in time")
 
@@ -150,7 +150,7 @@ class Mover:
         self._not_before = {session: until for session, until in self._not_before.items() if until > now}
         for answer in answers:
             plan = answer.plan
-            if plan is None or answer.machine.state is not fsm.State.DECODING:
+            if plan is None or answer.machine.state is not fsm.SessionState.DECODING:
                 continue
             if answer.session in self._looking or answer.session in self._not_before:
                 continue

@@ -20,7 +20,7 @@ PREFILL = "prefill"
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class StageHeld:
     """What one stage of a new plan has of the session, as its OPENED tells."""
 
     held: int
@@ -33,7 +33,7 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Resumption:
+class ResumePoint:
     """Where one stage goes on."""
 
     start: int
@@ -42,7 +42,7 @@ class Resumption:
     """The first position whose output the next stage wants: those before `start` come from what was kept."""
 
 
-def resume_positions(held: Sequence[Held], known: int) -> tuple[Resumption, ...]:
+def resume_positions(held: Sequence[StageHeld], known: int) -> tuple[ResumePoint, ...]:
     """Where each stage starts, so that all have positions `[0, known)` when the last one samples, and as little as possible is
     computed again.
 
@@ -52,19 +52,19 @@ def resume_positions(held: Sequence[Held], known: int) -> tuple[Resumption, ...]
     if known < 1 or not held:
         raise ValueError(f"{len(held)} stages and {known} known tokens: there is nothing to go on with")
     wanted = known - 1  # by the sampler, which comes after the last stage
-    positions: list[Resumption] = []
+    positions: list[ResumePoint] = []
     for place in range(len(held) - 1, -1, -1):
         have = held[place]
         start = max(0, min(have.held, known - 1))
         if start > wanted:
             kept_to = max(have.kept_to, wanted) if have.kept_from <= wanted else wanted
             start = min(start, kept_to)
-        positions.append(Resumption(start, wanted))
+        positions.append(ResumePoint(start, wanted))
         wanted = start
     return tuple(reversed(positions))
 
 
-def method_of(held: Sequence[Held], resumptions: Sequence[Resumption], known: int) -> str:
+def method_of(held: Sequence[StageHeld], resumptions: Sequence[ResumePoint], known: int) -> str:
     """The most expensive thing that has to be done: `kept`, `mirror`, `replay` or `prefill`."""
     if not any(have.held for have in held):
         return PREFILL
@@ -78,7 +78,7 @@ def method_of(held: Sequence[Held], resumptions: Sequence[Resumption], known: in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Need:
+class RecoveryRequest:
     """What a plan to go on with has to do."""
 
     old: Plan | None
@@ -107,7 +107,7 @@ class Need:
 
 
 @dataclass(frozen=True, slots=True)
-class Recovery:
+class RecoveryPlan:
     """A plan to go on with."""
 
     plan: Plan
@@ -117,7 +117,7 @@ class Recovery:
     """To the next token."""
 
 
-def expected_held(need: Need, stages: Sequence[StagePlan], surviving: Collection[int]) -> tuple[Held, ...]:
+def expected_held(need: RecoveryRequest, stages: Sequence[StagePlan], surviving: Collection[int]) -> tuple[StageHeld, ...]:
     """What the stages of a new plan will tell, as far as can be known before they are asked.
 
     `surviving`: the stages of the old plan whose KV is still there.
@@ -125,15 +125,15 @@ def expected_held(need: Need, stages: Sequence[StagePlan], surviving: Collection
     return tuple(_expected(need, stage, surviving) for stage in stages)
 
 
-def _expected(need: Need, stage: StagePlan, surviving: Collection[int]) -> Held:
+def _expected(need: RecoveryRequest, stage: StagePlan, surviving: Collection[int]) -> StageHeld:
     if need.old is None:
-        return Held(0)
-    best, before = Held(0), need.old.stages
+        return StageHeld(0)
+    best, before = StageHeld(0), need.old.stages
     for number, (peer, held) in need.copies.items():
         if peer == stage.peer and number < len(before) and stage.layers in before[number].layers and held > best.held:
-            best = Held(held, mirrored=True)
+            best = StageHeld(held, mirrored=True)
     for number in surviving:
         if before[number].peer == stage.peer and stage.layers in before[number].layers:
             same_end = stage.layers.end == before[number].layers.end
-            best = Held(need.known - 1, kept_to=need.known - 1 if same_end else 0)
+            best = StageHeld(need.known - 1, kept_to=need.known - 1 if same_end else 0)
     return best

@@ -9,7 +9,7 @@ from meshd.agents.links.links import Links
 from meshd.agents.session import session as fsm
 from meshd.agents.session.answer import Answer
 from meshd.agents.session.journal.record import SessionRecord
-from meshd.agents.session.plan.resume import Need
+from meshd.agents.session.plan.resume import RecoveryRequest
 from meshd.agents.session.plan.route import Router, mirror_targets
 from meshd.clock import Clock
 from meshd.errors import DoesNotFit, MeshdError, NoPeer, NotReady, OutOfMemory, Overloaded, PeerFault, RemoteFailure, Superseded
@@ -33,7 +33,7 @@ _PASSING = frozenset({OutOfMemory.code, NoPeer.code, Overloaded.code})
 
 
 @dataclass(slots=True)
-class Rescuer:
+class PlanRetrier:
     """Answers the machine's question for a plan."""
 
     links: Links
@@ -133,13 +133,15 @@ class Rescuer:
         await self.clock.sleep(_UNNOTICED_S)
         return answer.running
 
-    def need(self, answer: Answer, lost: frozenset[PeerId] = frozenset(), avoid: frozenset[PeerId] = frozenset()) -> Need:
+    def need(
+        self, answer: Answer, lost: frozenset[PeerId] = frozenset(), avoid: frozenset[PeerId] = frozenset()
+    ) -> RecoveryRequest:
         """What a plan to go on with has to do."""
         old = answer.machine.rooted
         now = self.clock.monotonic()
         linked = {answer.around.me, *self.links.peers()}
         distrusted = {peer for peer, until in answer.distrusted.items() if until > now}
-        return Need(
+        return RecoveryRequest(
             old=old,
             lost=lost | frozenset(peer for peer in (old.peers if old else ()) if peer not in linked),
             avoid=avoid | distrusted,
@@ -155,7 +157,7 @@ class Rescuer:
         """Have the KV of every stage of a running answer copied to a peer that could take over, where there is one."""
         wanted = answer.record.mesh.mirror if answer.record.mesh.mirror is not None else self.mirror
         plan = answer.plan
-        if not wanted or plan is None or answer.machine.state not in (fsm.State.PREFILLING, fsm.State.DECODING):
+        if not wanted or plan is None or answer.machine.state not in (fsm.SessionState.PREFILLING, fsm.SessionState.DECODING):
             return
         if len(answer.mirrors) == len(plan.stages):
             return

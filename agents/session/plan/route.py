@@ -7,12 +7,12 @@ from logging import getLogger
 
 import msgspec
 
-from meshd.agents.placement.client import Placer
-from meshd.agents.placement.model_library import Library
-from meshd.agents.placement.plan_input import problem_of
+from meshd.agents.placement.client import PlacementClient
+from meshd.agents.placement.model_library import ModelLibrary
+from meshd.agents.placement.plan_input import plan_input_of
 from meshd.agents.service import MeshOptions
-from meshd.agents.session.plan.candidates import Allowed, Candidate, Scene, Shortage, scene_of
-from meshd.agents.session.plan.resume import Need, Recovery
+from meshd.agents.session.plan.candidates import Candidate, CandidateSearch, LayerShortage, PeerRules, candidate_search
+from meshd.agents.session.plan.resume import RecoveryPlan, RecoveryRequest
 from meshd.errors import DoesNotFit, InvalidRequest, MeshdError, NoPeer, NotReady, Overloaded, PeerFault, RemoteFailure
 from meshd.planner.model.estimate import estimate
 from meshd.planner.network import Network
@@ -20,7 +20,7 @@ from meshd.planner.plan import build_plan
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import USABLE_STATE
 from meshd.planner.search.solve import Solution, solve
-from meshd.planner.session.reroute import reserve, reserved
+from meshd.planner.session.reroute import reserve_all, reserve_in
 from meshd.types import Advert, Holding, LayerRange, ModelCard, ModelId, Objective, PeerId, Plan, PlanId, StagePlan, ranges_of
 
 log = getLogger(__name__)
@@ -31,7 +31,7 @@ _COMING_S = 600.0
 """How long layers that others asked for are waited for."""
 _POLL_S = 0.02
 _COMING = frozenset({"loading", "warm"})
-_ANYONE = Allowed(leaving=True)
+_ANYONE = PeerRules(leaving=True)
 _MIRROR_BYTES = 1 << 20
 """Of KV, to compare links by."""
 
@@ -41,8 +41,8 @@ class Router:
     """Makes plans for requests on this peer."""
 
     me: PeerId
-    library: Library
-    placer: Placer
+    library: ModelLibrary
+    placer: PlacementClient
     adverts: Callable[[], list[Advert]]
     """Of the live peers, this one's too."""
     suspects: Callable[[], list[Advert]] = list
@@ -70,7 +70,7 @@ class Router:
         """A plan in which a peer may run several stages, from loads that don't touch: quicker than placing, where it is allowed."""
         if mesh.stages is not None or (mesh.min_peers or 1) > 1:
             return None
-        need = Need(
+        need = RecoveryRequest(
             old=None,
             lost=frozenset(),
             avoid=frozenset(),
@@ -81,13 +81,13 @@ class Router:
         found = self._resident(card, mesh, need, _ANYONE)
         return None if found is None else found.plan
 
-    async def recover(self, card: ModelCard, mesh: MeshOptions, need: Need) -> Recovery:
+    async def recover(self, card: ModelCard, mesh: MeshOptions, need: RecoveryRequest) -> RecoveryPlan:
         """The cheapest way to go on with a session: over what is resident; else over what is loaded for it.
 
         Of the request's wishes only `peers` still counts. Raises: DoesNotFit, NoPeer; NotReady while lost layers are being loaded;
         Overloaded while other sessions take the KV.
         """
-        found = self._resident(card, mesh, need, Allowed()) or self._resident(card, mesh, need, _ANYONE)
+        found = self._resident(card, mesh, need, PeerRules()) or self._resident(card, mesh, need, _ANYONE)
         if found is not None:
             return found
         try:
@@ -101,12 +101,12 @@ class Router:
                 raise self._told(error, need) from error
         return found
 
-    def better(self, card: ModelCard, mesh: MeshOptions, need: Need) -> Recovery | None:
+    def better(self, card: ModelCard, mesh: MeshOptions, need: RecoveryRequest) -> RecoveryPlan | None:
         """For a session that runs: a plan that is worth the move, if there is one. A request that named its stages keeps them."""
         if mesh.stages is not None or mesh.objective not in (None, Objective.LATENCY):
             return None
         try:
-            scene = self._scene(card, mesh, need, Allowed(standby=False))
+            scene = self._scene(card, mesh, need, PeerRules(standby=False))
         except NoPeer:
             return None
         found = scene.better(mesh.min_peers or 1)
@@ -119,7 +119,7 @@ class Router:
         about to leave, or has no room.
         """
         moving = [stage for stage in plan.stages if stage.peer != target and source in (None, stage.peer)]
-        problem = problem_of(card, self.adverts(), MeshOptions(), context=plan.context, resident_only=True, leaving=True)
+        problem = plan_input_of(card, self.adverts(), MeshOptions(), context=plan.context, resident_only=True, leaving=True)
         self._check_target(problem, moving, target, source)
         stages = tuple(StagePlan(peer=target if stage in moving else stage.peer, layers=stage.layers) for stage in plan.stages)
         predicted = estimate(problem, stages)
@@ -144,7 +144,7 @@ class Router:
             text = f"{name} does not hold layers {_listed(absent)} of {problem.card.name}"
             raise InvalidRequest(text, param="target", hint="place them there first")
         moved = [StagePlan(peer=target, layers=stage.layers) for stage in moving if stage.mirror != target]
-        if reserve(problem, moved) is None:
+        if reserve_all(problem, moved) is None:
             raise NoPeer(f"{name} has no KV free for {problem.context} tokens", hint="try again when other sessions have ended")
 
     def answerable(self) -> list[ModelCard]:
@@ -179,7 +179,7 @@ class Router:
         failure: MeshdError | None = None
         for standby, leaving in _widening(card.id, adverts):
             try:
-                problem = problem_of(
+                problem = plan_input_of(
                     card,
                     adverts,
                     mesh,
@@ -205,36 +205,36 @@ class Router:
 
     # Sessions that lost their plan
 
-    def _scene(self, card: ModelCard, mesh: MeshOptions, need: Need, allowed: Allowed) -> Scene:
+    def _scene(self, card: ModelCard, mesh: MeshOptions, need: RecoveryRequest, allowed: PeerRules) -> CandidateSearch:
         """Raises: NoPeer."""
-        return scene_of(card, self.adverts(), mesh, need, self.me, allowed)
+        return candidate_search(card, self.adverts(), mesh, need, self.me, allowed)
 
     def _resident(
-        self, card: ModelCard, mesh: MeshOptions, need: Need, allowed: Allowed, silent: Sequence[Advert] = ()
-    ) -> Recovery | None:
+        self, card: ModelCard, mesh: MeshOptions, need: RecoveryRequest, allowed: PeerRules, silent: Sequence[Advert] = ()
+    ) -> RecoveryPlan | None:
         """Over what is there; over peers that are `silent` just now too."""
         try:
-            scene = scene_of(card, [*self.adverts(), *silent], mesh, need, self.me, allowed)
+            scene = candidate_search(card, [*self.adverts(), *silent], mesh, need, self.me, allowed)
         except NoPeer:
             return None
         found = scene.best()
         return None if found is None else self._recovery(scene, found)
 
-    def _last_resort(self, card: ModelCard, mesh: MeshOptions, need: Need) -> Recovery | None:
+    def _last_resort(self, card: ModelCard, mesh: MeshOptions, need: RecoveryRequest) -> RecoveryPlan | None:
         """Over peers that are to be avoided too, and those that are silent just now."""
         silent = self.suspects()
         need = replace(need, avoid=need.avoid.union(advert.peer for advert in silent))
-        return self._resident(card, mesh, need, Allowed(leaving=True, avoided=True), silent)
+        return self._resident(card, mesh, need, PeerRules(leaving=True, avoided=True), silent)
 
-    def _recovery(self, scene: Scene, found: Candidate) -> Recovery:
+    def _recovery(self, scene: CandidateSearch, found: Candidate) -> RecoveryPlan:
         solution = Solution(stages=found.stages, estimate=found.estimate, objective=Objective.LATENCY, method="given")
-        return Recovery(build_plan(self._next_id(), scene.problem, solution), found.method, found.pause_s)
+        return RecoveryPlan(build_plan(self._next_id(), scene.problem, solution), found.method, found.pause_s)
 
     def _next_id(self) -> PlanId:
         self._plans += 1
         return PlanId(f"{self.me[:8]}-{self._plans}")
 
-    async def _mend(self, card: ModelCard, mesh: MeshOptions, need: Need) -> None:
+    async def _mend(self, card: ModelCard, mesh: MeshOptions, need: RecoveryRequest) -> None:
         """Have the layers loaded for want of which a session can't go on."""
         scene = self._scene(card, mesh, need, _ANYONE)
         shortage = scene.shortage()
@@ -244,7 +244,7 @@ class Router:
         what = f"layers {_listed(shortage.missing)} of {card.name} are being loaded"
         await self._shared(card, key, what, lambda: self._load(scene, shortage.missing))
 
-    async def _load(self, scene: Scene, missing: tuple[LayerRange, ...]) -> None:
+    async def _load(self, scene: CandidateSearch, missing: tuple[LayerRange, ...]) -> None:
         """What others have begun to load is waited for, the rest is asked for."""
         card, need, among = scene.problem.card, scene.need, scene.problem.peers
         coming = self._coming(card.id, need)
@@ -265,7 +265,7 @@ class Router:
         while clock.monotonic() < until and not coming.isdisjoint(self._coming(card.id, need)):
             await clock.sleep(_POLL_S)
 
-    def _coming(self, model: ModelId, need: Need) -> set[int]:
+    def _coming(self, model: ModelId, need: RecoveryRequest) -> set[int]:
         """Layers that are being loaded, with enough KV, on peers that may be used."""
         return {
             layer
@@ -276,7 +276,7 @@ class Router:
             for layer in held.layers
         }
 
-    def _told(self, error: MeshdError, need: Need) -> MeshdError:
+    def _told(self, error: MeshdError, need: RecoveryRequest) -> MeshdError:
         """The error with who is missing."""
         gone = {"lost": need.lost, "avoided": need.avoid - need.lost}
         names = [f"{what}: {', '.join(sorted(map(self.placer.names, peers)))}" for what, peers in gone.items() if peers]
@@ -332,7 +332,7 @@ def mirror_targets(plan: Plan, adverts: list[Advert]) -> Plan:
                 peer,
             )
             for peer, holdings in here.items()
-            if peer != stage.peer and reserved(holdings, stage.layers, plan.context) is not None
+            if peer != stage.peer and reserve_in(holdings, stage.layers, plan.context) is not None
         ]
         mirror = min(fitting)[-1] if fitting else None
         if mirror is not None:
@@ -342,7 +342,7 @@ def mirror_targets(plan: Plan, adverts: list[Advert]) -> Plan:
 
 
 def _take(here: dict[PeerId, tuple[Holding, ...]], peer: PeerId, layers: LayerRange, tokens: int) -> None:
-    left = reserved(here.get(peer, ()), layers, tokens)
+    left = reserve_in(here.get(peer, ()), layers, tokens)
     if left is not None:
         here[peer] = left
 
@@ -360,7 +360,7 @@ def _widening(model: ModelId, adverts: list[Advert]) -> Iterator[tuple[bool, boo
         yield True, True
 
 
-def _short(card: ModelCard, need: Need, shortage: Shortage) -> MeshdError:
+def _short(card: ModelCard, need: RecoveryRequest, shortage: LayerShortage) -> MeshdError:
     if shortage.busy:
         return Overloaded(f"layers {_listed(shortage.busy)} of {card.name} have no KV free for {need.context} tokens now")
     if shortage.missing:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from meshd.agents.service import Coordinator, Mesh
-from meshd.api.http.errors import told
+from meshd.agents.service import ClusterService, Coordinator
+from meshd.api.http.errors import problem_for_client
 from meshd.api.http.guard import guard
 from meshd.api.http.openapi import openapi
 from meshd.api.http.routes import ROUTES
-from meshd.api.http.services import SERVICES, Limits, Services
+from meshd.api.http.services import SERVICES, ClientLimits, Services
 from meshd.api.http.sse import OUTCOME
 from meshd.api.openai.answers import GENERATION_HEADERS
 from meshd.clock import Clock
@@ -24,15 +24,15 @@ logger = logging.getLogger(__name__)
 
 def create_app(
     coordinator: Coordinator,
-    mesh: Mesh,
+    mesh: ClusterService,
     telemetry: Telemetry,
     *,
     api_key: str | None,
     clock: Clock,
-    limits: Limits | None = None,
+    limits: ClientLimits | None = None,
 ) -> web.Application:
     """All routes over these services. Without `api_key` only programs of this machine are answered (see `guard`)."""
-    limits = limits or Limits()
+    limits = limits or ClientLimits()
     app = web.Application(middlewares=[_answer_errors, guard(api_key)], client_max_size=limits.body_bytes)
     app[SERVICES] = Services(coordinator, mesh, telemetry, clock, limits)
     for route in ROUTES:
@@ -52,7 +52,7 @@ async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamRe
         outcome = "client_gone"
         raise
     except Exception as error:
-        problem = told(request, error)
+        problem = problem_for_client(request, error)
         outcome = problem.name
         response = problem.response()
     finally:

@@ -56,7 +56,7 @@ class ErrorBody(msgspec.Struct, frozen=True):
     error: ErrorDetail
 
 
-class Problem(msgspec.Struct, frozen=True, kw_only=True):
+class HttpProblem(msgspec.Struct, frozen=True, kw_only=True):
     """An error as HTTP tells it."""
 
     status: int
@@ -102,7 +102,7 @@ _PROMPT_FIELDS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class KeptAnswer:
     """An answer whose record is kept: after an error, or elsewhere, its stream may be gone on with."""
 
     id: str
@@ -116,17 +116,17 @@ class Kept:
         return f"go on with GET /v1/responses/{self.id}?stream=true{after} at any peer"
 
 
-KEPT = web.RequestKey("kept", Kept)
+KEPT = web.RequestKey("kept", KeptAnswer)
 """Where a request keeps the answer that it shows, if that can be gone on with."""
 
 
-def told(request: web.Request, error: BaseException, last: int = -1) -> Problem:
+def problem_for_client(request: web.Request, error: BaseException, last: int = -1) -> HttpProblem:
     """How the error is told to this client, that has the events up to `last`."""
     kept = request.get(KEPT)
     return problem(error, request.path, kept.way_on(last) if kept else "")
 
 
-def problem(error: BaseException, path: str = "", way_on: str = "") -> Problem:
+def problem(error: BaseException, path: str = "", way_on: str = "") -> HttpProblem:
     """How the error is told to the client of the route `path`; an unforeseen one is logged and told without its insides."""
     if isinstance(error, MeshdError):
         return _meshd_problem(error, path, way_on)
@@ -136,7 +136,7 @@ def problem(error: BaseException, path: str = "", way_on: str = "") -> Problem:
     return _problem(500, "this peer failed: an unforeseen error, see its log", code="internal_error")
 
 
-def _meshd_problem(error: MeshdError, path: str, way_on: str) -> Problem:
+def _meshd_problem(error: MeshdError, path: str, way_on: str) -> HttpProblem:
     status = next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), 500)
     headers = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))} if isinstance(error, Unavailable) else {}
     message = f"{error}; {way_on}" if way_on else str(error)
@@ -155,7 +155,7 @@ def _param(error: MeshdError, path: str) -> str | None:
             return None
 
 
-def _http_problem(error: web.HTTPException, path: str) -> Problem:
+def _http_problem(error: web.HTTPException, path: str) -> HttpProblem:
     messages = {
         404: f"no route {path}: see /openapi.json for all routes",
         405: f"{path} does not take this method: see the Allow header",
@@ -168,7 +168,7 @@ def _http_problem(error: web.HTTPException, path: str) -> Problem:
 
 def _problem(
     status: int, message: str, *, code: str | None, param: str | None = None, headers: dict[str, str] | None = None
-) -> Problem:
+) -> HttpProblem:
     kind = "rate_limit_error" if status == 429 else "server_error" if status >= 500 else "invalid_request_error"
     detail = ErrorDetail(message=message, type=kind, param=param, code=code)
-    return Problem(status=status, detail=detail, headers=headers or {})
+    return HttpProblem(status=status, detail=detail, headers=headers or {})

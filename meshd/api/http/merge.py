@@ -44,7 +44,7 @@ class _Ended:
 
 
 @asynccontextmanager
-async def merged(sources: Sequence[AsyncIterator[T]], *, limit: int = 16) -> AsyncIterator[AsyncIterator[tuple[int, T]]]:
+async def merge_iterators(sources: Sequence[AsyncIterator[T]], *, limit: int = 16) -> AsyncIterator[AsyncIterator[tuple[int, T]]]:
     """All sources' items as they come, each with its source's index; a source's error is raised in its turn.
 
     A source waits while `limit` of its items do. Leaving the block, whatever the reason, closes all sources.

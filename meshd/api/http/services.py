@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
-from meshd.agents.service import Coordinator, Mesh
+from meshd.agents.service import ClusterService, Coordinator
 from meshd.clock import Clock
 from meshd.errors import Cancelled
 from meshd.telemetry import Telemetry
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ClientLimits:
     """What one client may cost."""
 
     body_bytes: int = 8 * 2**20
@@ -32,7 +32,7 @@ class Limits:
     """For running answers to write their error when the server closes."""
 
 
-class Work:
+class InFlightRequests:
     """The requests being answered, so that a shutdown can end each with an error in place of a cut connection."""
 
     def __init__(self) -> None:
@@ -73,11 +73,11 @@ class Services:
     """The rooms below, as the handlers see them."""
 
     coordinator: Coordinator
-    mesh: Mesh
+    mesh: ClusterService
     telemetry: Telemetry
     clock: Clock
-    limits: Limits = Limits()
-    work: Work = field(default_factory=Work)
+    limits: ClientLimits = ClientLimits()
+    work: InFlightRequests = field(default_factory=InFlightRequests)
 
 
 SERVICES = web.AppKey("services", Services)

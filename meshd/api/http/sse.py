@@ -11,10 +11,10 @@ from collections.abc import Awaitable, Callable
 import msgspec
 from aiohttp import web
 
-from meshd.api.http.errors import Problem, told
+from meshd.api.http.errors import HttpProblem, problem_for_client
 from meshd.api.http.merge import beside
 from meshd.api.http.services import SERVICES
-from meshd.api.openai.renderers import Event, error_event
+from meshd.api.openai.renderers import StreamedEvent, error_event
 
 OUTCOME = web.RequestKey("outcome", str)
 """Where a request keeps the code of an error that came too late for its status."""
@@ -36,7 +36,7 @@ class EventStream:
         self.last = -1
         """Number of the last event that the client has."""
         self.says_done = True
-        self.failure: Callable[[Problem], Event] = error_event
+        self.failure: Callable[[HttpProblem], StreamedEvent] = error_event
         """Makes the last event of a stream that failed."""
 
     async def open(self) -> None:
@@ -45,9 +45,9 @@ class EventStream:
 
     async def send(self, item: object) -> None:
         """One event, as JSON. Raises: ConnectionError, when the client is gone or stuck."""
-        await self.put(Event(item))
+        await self.put(StreamedEvent(item))
 
-    async def put(self, event: Event) -> None:
+    async def put(self, event: StreamedEvent) -> None:
         """One event, unless the client has it already. Raises: ConnectionError, when the client is gone or stuck."""
         if event.number is not None and event.number <= self.last:
             return
@@ -69,7 +69,7 @@ class EventStream:
 
     async def fail(self, error: Exception) -> None:
         """The end of one that did not."""
-        problem = told(self._request, error, self.last)
+        problem = problem_for_client(self._request, error, self.last)
         self._request[OUTCOME] = problem.name
         await self.put(self.failure(problem))
         await self.response.write_eof()

@@ -10,10 +10,10 @@ import msgspec
 from aiohttp import web
 
 from meshd.agents.service import Coordinator, Finished, Generation, GenerationRequest, TextDelta
-from meshd.api.http.errors import KEPT, Kept
-from meshd.api.http.merge import closing, merged
+from meshd.api.http.errors import KEPT, KeptAnswer
+from meshd.api.http.merge import closing, merge_iterators
 from meshd.api.http.services import SERVICES
-from meshd.api.openai.kept import AnyForm, encode_form
+from meshd.api.openai.kept import AnyForm, encode_renderer
 from meshd.errors import InvalidRequest
 
 GENERATION_HEADERS = web.RequestKey("generation_headers", dict[str, str])
@@ -21,7 +21,7 @@ GENERATION_HEADERS = web.RequestKey("generation_headers", dict[str, str])
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class RunningAnswers:
     """The answers to one request."""
 
     form: AnyForm
@@ -45,7 +45,7 @@ class _Admitted:
 @asynccontextmanager
 async def started(
     request: web.Request, form: AnyForm, wanted: Sequence[GenerationRequest], *, known: bool
-) -> AsyncIterator[Running]:
+) -> AsyncIterator[RunningAnswers]:
     """Run all `wanted`. Leaving the block, whatever the reason, lets go of what still runs.
 
     A single answer is suspended by that, if the client knows its id (`known`) and its record is kept. Several are cancelled.
@@ -63,22 +63,24 @@ async def started(
 async def generate(request: web.Request, form: AnyForm, wanted: GenerationRequest) -> Generation:
     """Start a single answer that any peer can show. Raises: as Coordinator.generate. Cancel: nothing stays reserved."""
     coordinator = request.app[SERVICES].coordinator
-    whole = msgspec.structs.replace(wanted, store=form.store, background=form.background, edge=encode_form(form))
+    whole = msgspec.structs.replace(wanted, store=form.store, background=form.background, edge=encode_renderer(form))
     generation = await coordinator.generate(whole)
     show(request, generation)
     return generation
 
 
 @asynccontextmanager
-async def reading(request: web.Request, form: AnyForm, generation: Generation, *, known: bool = True) -> AsyncIterator[Running]:
+async def reading(
+    request: web.Request, form: AnyForm, generation: Generation, *, known: bool = True
+) -> AsyncIterator[RunningAnswers]:
     """Read a single answer from its beginning. Leaving the block: as `started`."""
     work = request.app[SERVICES].work
     answer_id = form.prefix + generation.session
     if form.store:
-        request[KEPT] = Kept(answer_id, generation)
+        request[KEPT] = KeptAnswer(answer_id, generation)
     try:
         async with closing(_events(generation)) as events:
-            yield Running(form, answer_id, events, generation)
+            yield RunningAnswers(form, answer_id, events, generation)
     except asyncio.CancelledError:
         # At a shutdown the client is told the id. Whoever leaves before can't ask for what it has never heard of.
         if not known and not work.closing:
@@ -96,13 +98,13 @@ async def _events(generation: Generation) -> AsyncGenerator[tuple[int, TextDelta
 
 
 @asynccontextmanager
-async def _several(request: web.Request, form: AnyForm, wanted: Sequence[GenerationRequest]) -> AsyncIterator[Running]:
+async def _several(request: web.Request, form: AnyForm, wanted: Sequence[GenerationRequest]) -> AsyncIterator[RunningAnswers]:
     """The block begins when all are admitted, or the first has text."""
     services = request.app[SERVICES]
     if len(wanted) > services.limits.answers:
         raise InvalidRequest(f"{len(wanted)} answers are too many for one request", param="prompt", hint="send fewer prompts")
     slots = asyncio.Semaphore(services.limits.answers_at_once)
-    async with merged([_answer(services.coordinator, one, slots) for one in wanted]) as events:
+    async with merge_iterators([_answer(services.coordinator, one, slots) for one in wanted]) as events:
         admitted: dict[int, Generation] = {}
         early: list[tuple[int, TextDelta | Finished]] = []
         async for index, event in events:
@@ -113,7 +115,7 @@ async def _several(request: web.Request, form: AnyForm, wanted: Sequence[Generat
             if len(admitted) == len(wanted):
                 break
         request[GENERATION_HEADERS] = _headers(admitted)
-        yield Running(form, f"{form.prefix}{services.clock.random_bytes(16).hex()}", _deltas(early, events))
+        yield RunningAnswers(form, f"{form.prefix}{services.clock.random_bytes(16).hex()}", _deltas(early, events))
 
 
 async def _answer(

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from msgspec import UNSET, UnsetType
 
 from meshd.agents.service import Finished, TextDelta, TokenText
-from meshd.api.http.errors import Problem
-from meshd.api.openai.parts import FinishName, Tally, Usage, finish_name
-from meshd.api.openai.renderers import Event, Form, error_event
+from meshd.api.http.errors import HttpProblem
+from meshd.api.openai.parts import FinishName, Usage, UsageCounter, finish_name
+from meshd.api.openai.renderers import Renderer, StreamedEvent, error_event
 
 
-class ChunkForm(Form, frozen=True, kw_only=True):
+class ChunkRenderer(Renderer, frozen=True, kw_only=True):
     """A form of a stream of chunks."""
 
     include_usage: bool
@@ -21,30 +21,30 @@ class ChunkForm(Form, frozen=True, kw_only=True):
 class ChunkWriter(ABC):
     """Pieces as they come, each answer's end, and the usage if asked for."""
 
-    def __init__(self, form: ChunkForm, answer_id: str) -> None:
+    def __init__(self, form: ChunkRenderer, answer_id: str) -> None:
         self._answers = form.answers
         self._include_usage = form.include_usage
         self._head = form.head(answer_id)
         self._numbers = form.numbers()
-        self._tally = Tally(form.per_prompt)
+        self._tally = UsageCounter(form.per_prompt)
 
     @abstractmethod
-    def begin(self) -> list[Event]:
+    def begin(self) -> list[StreamedEvent]:
         """See `Writer.begin`."""
 
     @abstractmethod
-    def piece(self, index: int, text: str, tokens: Sequence[TokenText]) -> Event:
+    def piece(self, index: int, text: str, tokens: Sequence[TokenText]) -> StreamedEvent:
         """More of answer `index`."""
 
     @abstractmethod
-    def last(self, index: int, finish: FinishName) -> Event:
+    def last(self, index: int, finish: FinishName) -> StreamedEvent:
         """Its end."""
 
     @abstractmethod
     def chunk(self, choices: list[object], usage: Usage | UnsetType | None) -> object:
         """The body of an event."""
 
-    def take(self, index: int, item: TextDelta | Finished) -> list[Event]:
+    def take(self, index: int, item: TextDelta | Finished) -> list[StreamedEvent]:
         """See `Writer.take`."""
         match item:
             case Finished():
@@ -55,15 +55,15 @@ class ChunkWriter(ABC):
                 return [self.piece(index, text, tokens)]
         return []
 
-    def fail(self, told: Problem, last: int, *, for_good: bool) -> Event:
+    def fail(self, told: HttpProblem, last: int, *, for_good: bool) -> StreamedEvent:
         """See `Writer.fail`."""
         return error_event(told)
 
-    def event(self, choice: object) -> Event:
+    def event(self, choice: object) -> StreamedEvent:
         """The next chunk, of this choice."""
-        return Event(self.chunk([choice], None if self._include_usage else UNSET), next(self._numbers))
+        return StreamedEvent(self.chunk([choice], None if self._include_usage else UNSET), next(self._numbers))
 
-    def _usage(self) -> list[Event]:
+    def _usage(self) -> list[StreamedEvent]:
         if not self._include_usage or self._tally.ended < self._answers:
             return []
-        return [Event(self.chunk([], self._tally.usage()), next(self._numbers))]
+        return [StreamedEvent(self.chunk([], self._tally.usage()), next(self._numbers))]

@@ -4,19 +4,19 @@ import re
 
 import msgspec
 
-from meshd.api.openai.chat.renderer import ChatForm
-from meshd.api.openai.completions.renderer import CompletionForm
-from meshd.api.openai.responses.renderer import ResponseForm
+from meshd.api.openai.chat.renderer import ChatRenderer
+from meshd.api.openai.completions.renderer import CompletionRenderer
+from meshd.api.openai.responses.renderer import ResponseRenderer
 from meshd.errors import UnknownSession
 from meshd.types import SessionId
 
-AnyForm = ChatForm | CompletionForm | ResponseForm
+AnyForm = ChatRenderer | CompletionRenderer | ResponseRenderer
 
 _ID = re.compile("(resp_|chatcmpl-|cmpl-)([0-9a-f]{32})")
 _decoder: msgspec.msgpack.Decoder[AnyForm] = msgspec.msgpack.Decoder(AnyForm)
 
 
-def encode_form(form: AnyForm) -> bytes:
+def encode_renderer(form: AnyForm) -> bytes:
     """For `GenerationRequest.edge`."""
     return msgspec.msgpack.encode(form)
 
@@ -29,7 +29,7 @@ def session_of(answer_id: str) -> SessionId:
     return SessionId(match[2])
 
 
-def decode_form(edge: bytes, answer_id: str) -> AnyForm:
+def decode_renderer(edge: bytes, answer_id: str) -> AnyForm:
     """Of the answer with this id. Raises: UnknownSession, if its record is of another kind, or not to be read."""
     try:
         form = _decoder.decode(edge)

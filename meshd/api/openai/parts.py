@@ -24,7 +24,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     total_tokens: int
 
 
-class Head(msgspec.Struct, frozen=True, kw_only=True):
+class ObjectHeader(msgspec.Struct, frozen=True, kw_only=True):
     """What every object of one request has in common."""
 
     id: str
@@ -51,7 +51,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(slots=True)
-class Collected:
+class CollectedAnswer:
     """One whole answer, or what there is of it."""
 
     text: list[str] = field(default_factory=list)
@@ -70,7 +70,7 @@ class Collected:
 
 
 @dataclass(slots=True)
-class Tally:
+class UsageCounter:
     """Counts the tokens of a request's answers; `per_prompt` answers belong to one prompt."""
 
     per_prompt: int
@@ -103,9 +103,11 @@ def finish_name(finished: Finished) -> FinishName:
             raise Cancelled("the answer was cut short: its session was ended", hint="send the request again")
 
 
-async def collect(events: AsyncIterator[tuple[int, TextDelta | Finished]], count: int, tally: Tally) -> list[Collected]:
+async def collect(
+    events: AsyncIterator[tuple[int, TextDelta | Finished]], count: int, tally: UsageCounter
+) -> list[CollectedAnswer]:
     """All `count` answers, whole and in order. Raises: as `events`; Cancelled."""
-    whole = [Collected() for _ in range(count)]
+    whole = [CollectedAnswer() for _ in range(count)]
     async for index, event in events:
         if isinstance(event, Finished):
             whole[index].finish = finish_name(event)

@@ -14,11 +14,11 @@ import msgspec
 
 from meshd import __version__
 from meshd.agents.service import Finished, TextDelta
-from meshd.api.http.errors import ErrorBody, Problem
+from meshd.api.http.errors import ErrorBody, HttpProblem
 from meshd.api.http.services import Services
 
 
-class Event(msgspec.Struct, frozen=True):
+class StreamedEvent(msgspec.Struct, frozen=True):
     """One event of a stream."""
 
     body: object
@@ -28,23 +28,23 @@ class Event(msgspec.Struct, frozen=True):
     """Of its `event:` line."""
 
 
-class Writer(Protocol):
+class EventWriter(Protocol):
     """Makes the events of one request: the same answers give the same events, whenever and wherever."""
 
-    def begin(self) -> list[Event]:
+    def begin(self) -> list[StreamedEvent]:
         """Those before all answers."""
         ...
 
-    def take(self, index: int, item: TextDelta | Finished) -> list[Event]:
+    def take(self, index: int, item: TextDelta | Finished) -> list[StreamedEvent]:
         """Those of the next piece, or the end, of answer `index`. Raises: Cancelled, if that is not its own end."""
         ...
 
-    def fail(self, told: Problem, last: int, *, for_good: bool) -> Event:
+    def fail(self, told: HttpProblem, last: int, *, for_good: bool) -> StreamedEvent:
         """The last one of a stream that breaks off after event `last`; `for_good`: the answer can't go on anywhere."""
         ...
 
 
-class Form(msgspec.Struct, frozen=True, kw_only=True, tag_field="form"):
+class Renderer(msgspec.Struct, frozen=True, kw_only=True, tag_field="form"):
     """What all forms have. The id of a single answer is its session's, after the prefix."""
 
     created: int
@@ -72,9 +72,9 @@ class Form(msgspec.Struct, frozen=True, kw_only=True, tag_field="form"):
         return itertools.count() if self.answers == 1 else itertools.repeat(None)
 
 
-def error_event(told: Problem) -> Event:
+def error_event(told: HttpProblem) -> StreamedEvent:
     """What ends a stream that failed."""
-    return Event(ErrorBody(told.detail))
+    return StreamedEvent(ErrorBody(told.detail))
 
 
 def model_fields(services: Services, model: str) -> dict[str, Any]:

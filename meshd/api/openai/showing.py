@@ -10,9 +10,9 @@ from meshd.agents.service import GenerationRequest
 from meshd.api.http.reply import json_response
 from meshd.api.http.services import SERVICES
 from meshd.api.http.sse import EventStream, respond
-from meshd.api.openai.answers import Running, started
+from meshd.api.openai.answers import RunningAnswers, started
 from meshd.api.openai.kept import AnyForm
-from meshd.api.openai.parts import Tally, collect
+from meshd.api.openai.parts import UsageCounter, collect
 
 _BREATH = 64
 """Events of a replay, which come without a wait, between two turns of the loop."""
@@ -24,15 +24,17 @@ async def answer(request: web.Request, form: AnyForm, wanted: Sequence[Generatio
     return await streamed(request, source) if stream else await whole(request, source)
 
 
-async def whole(request: web.Request, source: AbstractAsyncContextManager[Running]) -> web.StreamResponse:
+async def whole(request: web.Request, source: AbstractAsyncContextManager[RunningAnswers]) -> web.StreamResponse:
     """All answers as one JSON object, at their end."""
     async with request.app[SERVICES].work.interruptible(), source as running:
-        tally = Tally(running.form.per_prompt)
+        tally = UsageCounter(running.form.per_prompt)
         answers = await collect(running.events, running.form.answers, tally)
         return json_response(running.form.whole(running.id, answers, tally.usage()))
 
 
-async def streamed(request: web.Request, source: AbstractAsyncContextManager[Running], *, after: int = -1) -> web.StreamResponse:
+async def streamed(
+    request: web.Request, source: AbstractAsyncContextManager[RunningAnswers], *, after: int = -1
+) -> web.StreamResponse:
     """The events after number `after`, as they come."""
 
     async def produce(stream: EventStream) -> None:
@@ -43,7 +45,7 @@ async def streamed(request: web.Request, source: AbstractAsyncContextManager[Run
     return await respond(request, produce)
 
 
-async def _write(stream: EventStream, running: Running) -> None:
+async def _write(stream: EventStream, running: RunningAnswers) -> None:
     writer = running.form.writer(running.id)
     stream.says_done = running.form.says_done
     stream.failure = lambda problem: writer.fail(problem, stream.last, for_good=running.failed)

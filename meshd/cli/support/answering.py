@@ -16,7 +16,7 @@ _MESH_FIELDS = ("stages", "peers", "min_peers", "objective", "context", "mirror"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class AnswerSummary:
     """What came of a request, as its client saw it."""
 
     text: str
@@ -73,7 +73,7 @@ def request_of(args: Namespace, messages: list[dict[str, str]]) -> dict[str, Any
     return body | ({"mesh": mesh} if mesh else {})
 
 
-def stream_answer(daemon: Daemon, body: Mapping[str, Any], write: Callable[[str], object]) -> Answer:
+def stream_answer(daemon: Daemon, body: Mapping[str, Any], write: Callable[[str], object]) -> AnswerSummary:
     """Ask, hand each piece of text to `write` as it comes, and tell how it went.
 
     Waits while the model is still being placed, for READY_WITHIN_S at most. Raises: as `Daemon.stream`.
@@ -92,7 +92,7 @@ def stream_answer(daemon: Daemon, body: Mapping[str, Any], write: Callable[[str]
             time.sleep(min(max(wait.retry_after_s, 0.2), 10.0))
 
 
-def _read(stream: Stream, write: Callable[[str], object], asked: float) -> Answer:
+def _read(stream: Stream, write: Callable[[str], object], asked: float) -> AnswerSummary:
     first = last = 0.0
     pieces: list[str] = []
     finish, usage = "", {"prompt_tokens": 0, "completion_tokens": 0}
@@ -105,7 +105,7 @@ def _read(stream: Stream, write: Callable[[str], object], asked: float) -> Answe
                 first = first or last
                 pieces.append(text)
                 write(text)
-    return Answer(
+    return AnswerSummary(
         text="".join(pieces),
         finish=finish,
         plan=stream.headers.get("x-meshd-plan", ""),

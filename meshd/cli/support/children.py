@@ -23,7 +23,7 @@ STOP_WITHIN_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Child:
+class ChildDaemon:
     """One daemon of ours."""
 
     name: str
@@ -47,15 +47,15 @@ class Child:
         return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
 
 
-class Family:
+class ChildDaemons:
     """Starts daemons and, on leaving the block, stops every one that runs."""
 
     def __init__(self, folder: Path) -> None:
         """State folders and logs go below `folder`."""
-        self.children: list[Child] = []
+        self.children: list[ChildDaemon] = []
         self._folder = folder
 
-    def start(self, name: str, flags: Sequence[str]) -> Child:
+    def start(self, name: str, flags: Sequence[str]) -> ChildDaemon:
         """`meshd up` with these flags. Its standard input is a pipe that we never write to: when we are gone, it ends."""
         state = self._folder / name
         state.mkdir(mode=0o700)
@@ -83,7 +83,7 @@ class Family:
                 env=clean_environment(),
                 start_new_session=True,
             )
-        child = Child(name, state, process)
+        child = ChildDaemon(name, state, process)
         self.children.append(child)
         return child
 

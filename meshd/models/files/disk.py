@@ -17,7 +17,7 @@ _MARGIN_BYTES = 16 << 20
 """Left free on the disk, for everyone else."""
 
 
-class Stamp(NamedTuple):
+class FileStamp(NamedTuple):
     """Tells a file that was not touched, without reading it."""
 
     size_bytes: int
@@ -25,7 +25,7 @@ class Stamp(NamedTuple):
     inode: int
 
 
-def stamp_of(path: Path) -> Stamp | None:
+def stamp_of(path: Path) -> FileStamp | None:
     """None: there is no such file, or it is a folder or device."""
     try:
         status = path.stat()
@@ -33,7 +33,7 @@ def stamp_of(path: Path) -> Stamp | None:
         return None
     if not stat.S_ISREG(status.st_mode):
         return None
-    return Stamp(status.st_size, status.st_mtime_ns, status.st_ino)
+    return FileStamp(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 def origin_of(paths: Iterable[Path]) -> str:
@@ -48,7 +48,7 @@ def size_of(path: Path) -> int:
     return stamp.size_bytes if stamp else 0
 
 
-def forget(path: Path) -> int:
+def remove_file(path: Path) -> int:
     """Remove a file if it is there; the bytes freed. Raises: OSError."""
     freed = size_of(path)
     path.unlink(missing_ok=True)

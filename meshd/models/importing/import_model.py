@@ -16,7 +16,7 @@ import numpy as np
 
 from meshd.errors import ModelFileError, StorageError
 from meshd.models.cards import END_OF_ANSWER
-from meshd.models.files.disk import CHUNK_BYTES, forget, need_space
+from meshd.models.files.disk import CHUNK_BYTES, need_space, remove_file
 from meshd.models.files.gguf import GgufFile
 from meshd.models.files.gguf_header import MetadataValue
 from meshd.models.files.gguf_writer import Chunk, GgufOut, OutTensor
@@ -54,7 +54,7 @@ def import_to(target: Path, path: Path, quant: str | None, begin: Callable[[int]
             raise StorageError(why, hint="free some disk and pull again: the import begins anew") from error
         finally:
             if not whole:
-                forget(target)
+                remove_file(target)
     return sha256
 
 

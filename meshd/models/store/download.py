@@ -9,8 +9,8 @@ from yarl import URL
 
 from meshd.clock import Clock
 from meshd.errors import DownloadError
-from meshd.models.files.disk import CHUNK_BYTES, forget, size_of, storage_error
-from meshd.models.store.progress import Meter, in_thread
+from meshd.models.files.disk import CHUNK_BYTES, remove_file, size_of, storage_error
+from meshd.models.store.progress import ProgressMeter, in_thread
 
 MAX_ATTEMPTS = 64
 MAX_ATTEMPTS_WITHOUT_PROGRESS = 4
@@ -53,7 +53,14 @@ async def read_small(session: aiohttp.ClientSession, url: str, *, accept: str, m
 
 
 async def download(
-    session: aiohttp.ClientSession, url: str, path: Path, *, size_bytes: int | None, most_bytes: int, meter: Meter, clock: Clock
+    session: aiohttp.ClientSession,
+    url: str,
+    path: Path,
+    *,
+    size_bytes: int | None,
+    most_bytes: int,
+    meter: ProgressMeter,
+    clock: Clock,
 ) -> None:
     """Fetch a file to `path`, going on after what is there already.
 
@@ -80,22 +87,22 @@ async def download(
     raise _failed(url, why)
 
 
-async def _attempt(session: aiohttp.ClientSession, url: str, path: Path, have: int, most_bytes: int, meter: Meter) -> None:
+async def _attempt(session: aiohttp.ClientSession, url: str, path: Path, have: int, most_bytes: int, meter: ProgressMeter) -> None:
     async with session.get(url, headers={"Range": f"bytes={have}-"} if have else {}) as response:
         if have and response.status == 416:
-            forget(path)
+            remove_file(path)
             raise _Again("it has no such range")
         _check_status(response)
         resumed = response.status == 206
         if resumed and response.headers.get("Content-Range", "").partition("-")[0] != f"bytes {have}":
-            forget(path)
+            remove_file(path)
             raise _Again("it sent another range than was asked for")
         start = have if resumed else 0
         meter.restart(start)
         await _save(response, path, start, most_bytes, meter)
 
 
-async def _save(response: aiohttp.ClientResponse, path: Path, start: int, most_bytes: int, meter: Meter) -> None:
+async def _save(response: aiohttp.ClientResponse, path: Path, start: int, most_bytes: int, meter: ProgressMeter) -> None:
     try:
         with path.open("ab" if start else "wb") as file:
             async for chunk in response.content.iter_chunked(CHUNK_BYTES):

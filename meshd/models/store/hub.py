@@ -8,10 +8,10 @@ from meshd.models.files.disk import need_space, storage_error
 from meshd.models.importing.source_files import INDEX, split_names
 from meshd.models.importing.text_metadata import TEXT_FILES
 from meshd.models.store.catalogue import HubSource
-from meshd.models.store.progress import Meter, PullPhase
+from meshd.models.store.progress import ProgressMeter, PullPhase
 
 
-def fetch_from_hub(source: HubSource, *, cache: Path | None, endpoint: str | None, meter: Meter) -> Path:
+def fetch_from_hub(source: HubSource, *, cache: Path | None, endpoint: str | None, meter: ProgressMeter) -> Path:
     """The file in the cache, fetched if it is not there; a download that stopped goes on. `cache` None is the standard one.
 
     Of a split file it is the first part, with the others beside it; of safetensors the folder that they lie in.
@@ -31,7 +31,7 @@ def fetch_from_hub(source: HubSource, *, cache: Path | None, endpoint: str | Non
         raise _failed(source, error) from error
 
 
-def _fetch(source: HubSource, cache: Path | None, endpoint: str | None, meter: Meter) -> Path:
+def _fetch(source: HubSource, cache: Path | None, endpoint: str | None, meter: ProgressMeter) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -89,7 +89,7 @@ def _weights(files: list[str]) -> list[str]:
     return usual or files
 
 
-def _bar(meter: Meter) -> type[Any]:
+def _bar(meter: ProgressMeter) -> type[Any]:
     """A progress bar, as the library wants one, that draws nothing and tells the meter."""
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 

@@ -8,7 +8,7 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from meshd.errors import StorageError
-from meshd.models.files.disk import Stamp, replace_durably, stamp_of, storage_error
+from meshd.models.files.disk import FileStamp, replace_durably, stamp_of, storage_error
 from meshd.types import ModelId
 
 _LOCK_S = 5.0
@@ -27,7 +27,7 @@ class StoredModel(msgspec.Struct, frozen=True, kw_only=True):
     path: Path
     in_place: bool
     """The file is the user's or another tool's: it is never removed."""
-    stamp: Stamp
+    stamp: FileStamp
     created: int
     """When it was pulled, in seconds since the epoch."""
     origin: str = ""

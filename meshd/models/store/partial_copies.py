@@ -10,7 +10,7 @@ from filelock import FileLock
 from meshd.clock import Clock
 from meshd.errors import StorageError, UnknownModel
 from meshd.models.files.disk import need_space, storage_error, try_lock
-from meshd.models.store.partial_copy import About, PartialCopy
+from meshd.models.store.partial_copy import CopyInfo, PartialCopy
 from meshd.types import ModelId
 
 _LOCK_POLL_S = 0.2
@@ -33,7 +33,7 @@ class Partials:
         """The copy of a model, if there is one. Raises: StorageError."""
         return PartialCopy.load(self._root / model) if _MODEL_ID.fullmatch(model) else None
 
-    def begin(self, about: About) -> PartialCopy:
+    def begin(self, about: CopyInfo) -> PartialCopy:
         """An empty copy, in place of one that is there. Inside `filling` alone. Raises: StorageError."""
         self.need_space(about.manifest.parts[0].length)
         return PartialCopy.create(self._root / about.id, about)

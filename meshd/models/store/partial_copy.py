@@ -22,7 +22,7 @@ from typing import Self
 import msgspec
 
 from meshd.errors import ModelFileError, StorageError
-from meshd.models.files.disk import Stamp, forget, replace_durably, size_of, stamp_of, storage_error
+from meshd.models.files.disk import FileStamp, remove_file, replace_durably, size_of, stamp_of, storage_error
 from meshd.models.files.gguf import GgufFile
 from meshd.models.files.manifest import Manifest, check, check_layout, sha256_within
 from meshd.types import ModelId, Tensor
@@ -33,7 +33,7 @@ HEADER_INDEX = 0
 _FILE, _ABOUT, _HAVE = "file.gguf", "about", "have"
 
 
-class About(msgspec.Struct, frozen=True):
+class CopyInfo(msgspec.Struct, frozen=True):
     """Of a partial copy, as its folder tells."""
 
     id: ModelId
@@ -59,12 +59,12 @@ class PartialFile(GgufFile):
 class PartialCopy:
     """One folder. It is filled by one at a time, who holds its lock; many may read."""
 
-    def __init__(self, folder: Path, about: About, have: set[int]) -> None:
+    def __init__(self, folder: Path, about: CopyInfo, have: set[int]) -> None:
         self.about = about
         self.have = have
         """Indices of the parts that are here and right."""
         self._folder = folder
-        self._stamps: tuple[Stamp | None, ...] = ()
+        self._stamps: tuple[FileStamp | None, ...] = ()
         self._doubtful: frozenset[int] = frozenset()
         self._mended = True
         self._file: int | None = None
@@ -77,7 +77,7 @@ class PartialCopy:
         """What is in a folder; None if that is nothing, or nothing that can be used. Raises: StorageError."""
         stamps = _stamps(folder)
         try:
-            about = msgspec.msgpack.decode((folder / _ABOUT).read_bytes(), type=About)
+            about = msgspec.msgpack.decode((folder / _ABOUT).read_bytes(), type=CopyInfo)
             check(about.manifest)
             lines = (folder / _HAVE).read_bytes()
         except FileNotFoundError:
@@ -92,7 +92,7 @@ class PartialCopy:
         return copy if copy._believe(lines) else None
 
     @classmethod
-    def create(cls, folder: Path, about: About) -> Self:
+    def create(cls, folder: Path, about: CopyInfo) -> Self:
         """Begin a copy in place of what is there; there is room for its header alone until `grow`. Raises: StorageError."""
         copy = cls(folder, about, set())
         try:
@@ -225,10 +225,10 @@ class PartialCopy:
     def discard(self) -> int:
         """Remove the copy; the bytes of disk that were in use. Whoever has it mapped keeps it. Raises: OSError."""
         freed = self.bytes_here
-        forget(self._folder / _ABOUT)
-        forget(self._folder / _HAVE)
+        remove_file(self._folder / _ABOUT)
+        remove_file(self._folder / _HAVE)
         with suppress(PermissionError):  # Windows: it is mapped; the next copy begins with it
-            forget(self.path)
+            remove_file(self.path)
         return freed
 
     # Insides
@@ -270,7 +270,7 @@ class PartialCopy:
         replace_durably(written, self._folder / name)
 
 
-def _stamps(folder: Path) -> tuple[Stamp | None, ...]:
+def _stamps(folder: Path) -> tuple[FileStamp | None, ...]:
     return tuple(stamp_of(folder / name) for name in (_ABOUT, _HAVE))
 
 

@@ -50,7 +50,7 @@ class PullProgress(msgspec.Struct, frozen=True, kw_only=True):
 Tell = Callable[[PullProgress], None]
 
 
-class Meter:
+class ProgressMeter:
     """Counts bytes and tells them, at most ten times a second, on the event loop that made it."""
 
     def __init__(self, model: str, tell: Tell) -> None:
@@ -107,7 +107,7 @@ class Meter:
             self._loop.call_soon_threadsafe(self._tell, self._state)
 
 
-async def in_thread(meter: Meter, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+async def in_thread(meter: ProgressMeter, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
     """Run a function that works file by file or chunk by chunk and calls `meter.advance` between.
 
     Cancel: the function is stopped at its next chunk and waited for, so that nothing writes once this has returned.

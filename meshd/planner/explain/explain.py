@@ -4,7 +4,15 @@ from typing import Any
 
 import msgspec
 
-from meshd.planner.explain.reasons import Alone, Binding, LeftOut, alone, bindings, left_out, runner_up
+from meshd.planner.explain.reasons import (
+    BindingConstraint,
+    ExcludedPeer,
+    SingleDevice,
+    bindings,
+    excluded_peers,
+    runner_up,
+    single_devices,
+)
 from meshd.planner.explain.units import show_bytes, show_rate, show_seconds, show_value
 from meshd.planner.model.estimate import Estimate, HopEstimate, PeerMemory, StageEstimate
 from meshd.planner.problem import PlanInput
@@ -18,7 +26,7 @@ def explain(problem: PlanInput, solution: Solution) -> dict[str, Any]:
     """A JSON-ready account of the plan.
 
     `text` are the lines that answer "what, how fast, how full"; `explanation` those that answer "why". The rest is the same as
-    data: `stages`, `hops`, `memory`, `predicted`, `alone`, `split_is_slower`, `binding`, `runner_up`, `left_out`. The reasons are
+    data: `stages`, `hops`, `memory`, `predicted`, `alone`, `split_is_slower`, `binding`, `runner_up`, `left_out`. Reasons are
     further searches, so this takes several times as long as `solve`.
     """
     account = _Account(problem, solution)
@@ -49,14 +57,14 @@ class _Account:
 
     def __init__(self, problem: PlanInput, solution: Solution) -> None:
         self.problem, self.solution = problem, solution
-        self.alone: tuple[Alone, ...] = alone(problem)
-        self.bindings: tuple[Binding, ...] = bindings(problem, solution)
-        self.left_out: tuple[LeftOut, ...] = left_out(problem, solution)
+        self.alone: tuple[SingleDevice, ...] = single_devices(problem)
+        self.bindings: tuple[BindingConstraint, ...] = bindings(problem, solution)
+        self.left_out: tuple[ExcludedPeer, ...] = excluded_peers(problem, solution)
         self.runner_up = runner_up(problem, solution)
         self.names = {profile.id: profile.name for profile in problem.profiles}
 
     @property
-    def faster_alone(self) -> Alone | None:
+    def faster_alone(self) -> SingleDevice | None:
         """The device that would make tokens faster by itself than the plan's several do together."""
         fitting = [row for row in self.alone if not row.missing_bytes]
         best = min(fitting, key=lambda row: row.estimate.tpot_s, default=None)
@@ -198,7 +206,7 @@ def _stage_row(stage: StageEstimate) -> dict[str, Any]:
     }
 
 
-def _alone_row(row: Alone) -> dict[str, Any]:
+def _alone_row(row: SingleDevice) -> dict[str, Any]:
     return {"peer": row.peer, "name": row.name, "missing_bytes": row.missing_bytes, "predicted": _predicted(row.estimate)}
 
 

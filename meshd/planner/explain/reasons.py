@@ -11,7 +11,7 @@ from meshd.planner.model.estimate import Estimate, estimate, peer_memory
 from meshd.planner.model.memory import capacity_bytes, memory_table, missing_bytes
 from meshd.planner.problem import PlanInput
 from meshd.planner.search.eligible import eligible, exclusions
-from meshd.planner.search.limits import Limits
+from meshd.planner.search.limits import SearchLimits
 from meshd.planner.search.solve import Solution, objective_value, search
 from meshd.types import LayerRange, Objective, PeerId, StagePlan
 
@@ -20,7 +20,7 @@ WORTH_TELLING = 0.01
 UNLIMITED_BYTES = 1 << 50
 
 
-class Alone(msgspec.Struct, frozen=True, kw_only=True):
+class SingleDevice(msgspec.Struct, frozen=True, kw_only=True):
     """What one device would do by itself."""
 
     peer: PeerId
@@ -30,7 +30,7 @@ class Alone(msgspec.Struct, frozen=True, kw_only=True):
     estimate: Estimate
 
 
-class Binding(msgspec.Struct, frozen=True, kw_only=True):
+class BindingConstraint(msgspec.Struct, frozen=True, kw_only=True):
     """What keeps the plan from being better."""
 
     constraint: str
@@ -39,7 +39,7 @@ class Binding(msgspec.Struct, frozen=True, kw_only=True):
     value_if_lifted: float | None = None
 
 
-class LeftOut(msgspec.Struct, frozen=True, kw_only=True):
+class ExcludedPeer(msgspec.Struct, frozen=True, kw_only=True):
     """A peer that is not in the plan."""
 
     peer: PeerId
@@ -48,7 +48,7 @@ class LeftOut(msgspec.Struct, frozen=True, kw_only=True):
     value_with_it: float | None = None
 
 
-def alone(problem: PlanInput) -> tuple[Alone, ...]:
+def single_devices(problem: PlanInput) -> tuple[SingleDevice, ...]:
     """Each device by itself, wherever the layers lie now; those that can hold the model first, the best of them foremost."""
     free = msgspec.structs.replace(problem, resident_only=False, stages=None, peers=None, min_peers=1)
     excluded = exclusions(free)
@@ -60,7 +60,7 @@ def alone(problem: PlanInput) -> tuple[Alone, ...]:
         predicted = estimate(free, (StagePlan(peer=profile.id, layers=whole),))
         use = predicted.memory[0]
         missing = missing_bytes(use.use.total_bytes, use.capacity_bytes)
-        rows.append(Alone(peer=profile.id, name=profile.name, missing_bytes=missing, estimate=predicted))
+        rows.append(SingleDevice(peer=profile.id, name=profile.name, missing_bytes=missing, estimate=predicted))
     return tuple(sorted(rows, key=lambda row: (row.missing_bytes, objective_value(row.estimate, problem.objective), row.name)))
 
 
@@ -69,10 +69,10 @@ def runner_up(problem: PlanInput, solution: Solution) -> Solution | None:
     if solution.method == "given":
         return None
     places = {profile.id: place for place, profile in enumerate(eligible(problem))}
-    return search(problem, Limits(forbid=frozenset(places[peer] for peer in solution.peers)))
+    return search(problem, SearchLimits(forbid=frozenset(places[peer] for peer in solution.peers)))
 
 
-def bindings(problem: PlanInput, solution: Solution) -> tuple[Binding, ...]:
+def bindings(problem: PlanInput, solution: Solution) -> tuple[BindingConstraint, ...]:
     """The constraints that cost something, each with what lifting it alone would give; else the largest part of the time."""
     found = []
     for name, reason, lifted in _lifted(problem):
@@ -80,11 +80,11 @@ def bindings(problem: PlanInput, solution: Solution) -> tuple[Binding, ...]:
         if better is not None and better.value < solution.value * (1 - WORTH_TELLING):
             reason = reason or f"memory of {_overfull(problem, better)}"
             told = f"{reason}: {show_value(problem.objective, better.value)} without it"
-            found.append(Binding(constraint=name, reason=told, value_if_lifted=better.value))
+            found.append(BindingConstraint(constraint=name, reason=told, value_if_lifted=better.value))
     return tuple(found) or (_largest(solution.estimate),)
 
 
-def left_out(problem: PlanInput, solution: Solution) -> tuple[LeftOut, ...]:
+def excluded_peers(problem: PlanInput, solution: Solution) -> tuple[ExcludedPeer, ...]:
     """Every peer that the plan does not use, and why."""
     used = {memory.peer for memory in solution.estimate.memory}
     excluded = exclusions(problem)
@@ -95,7 +95,7 @@ def left_out(problem: PlanInput, solution: Solution) -> tuple[LeftOut, ...]:
         reason, value = excluded.get(profile.id, ""), None
         if not reason:
             reason, value = _not_chosen(problem, solution, profile.id)
-        rows.append(LeftOut(peer=profile.id, name=profile.name, reason=reason, value_with_it=value))
+        rows.append(ExcludedPeer(peer=profile.id, name=profile.name, reason=reason, value_with_it=value))
     return tuple(rows)
 
 
@@ -124,12 +124,12 @@ def _overfull(problem: PlanInput, better: Solution) -> str:
 
 def _search(problem: PlanInput) -> Solution | None:
     try:
-        return search(problem, Limits())
+        return search(problem, SearchLimits())
     except MeshdError:
         return None
 
 
-def _largest(predicted: Estimate) -> Binding:
+def _largest(predicted: Estimate) -> BindingConstraint:
     """The largest part of a token's time."""
     parts = [(stage.decode_s, "compute", f"computing layers {stage.layers} on {stage.name}") for stage in predicted.stages]
     names = {stage.peer: stage.name for stage in predicted.stages}
@@ -138,7 +138,7 @@ def _largest(predicted: Estimate) -> Binding:
         for hop in (*predicted.hops, predicted.back)
     ]
     seconds, constraint, what = max(parts)
-    return Binding(constraint=constraint, reason=f"{what} takes {seconds / predicted.tpot_s:.0%} of a token's time")
+    return BindingConstraint(constraint=constraint, reason=f"{what} takes {seconds / predicted.tpot_s:.0%} of a token's time")
 
 
 def _not_chosen(problem: PlanInput, solution: Solution, peer: PeerId) -> tuple[str, float | None]:
@@ -150,7 +150,7 @@ def _not_chosen(problem: PlanInput, solution: Solution, peer: PeerId) -> tuple[s
         return f"it has room for no layer: {show_bytes(room)} may be used, the smallest stage takes {show_bytes(least)}", None
     together = msgspec.structs.replace(problem, peers=(*solution.peers, peer))
     place = next(index for index, profile in enumerate(eligible(together)) if profile.id == peer)
-    found = search(together, replace(Limits(), require=frozenset({place})))
+    found = search(together, replace(SearchLimits(), require=frozenset({place})))
     if found is None:
         return "no chain of stages with it and the chosen peers fits", None
     value = show_value(problem.objective, found.value)

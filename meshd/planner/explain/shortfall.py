@@ -7,11 +7,11 @@ from meshd.errors import DoesNotFit, MeshdError, NotReady, Overloaded
 from meshd.planner.explain.units import show_bytes
 from meshd.planner.model.estimate import peer_memory
 from meshd.planner.model.memory import RESERVE, capacity_bytes, missing_bytes
-from meshd.planner.model.tables import Tables
+from meshd.planner.model.tables import CostTables
 from meshd.planner.problem import PlanInput
-from meshd.planner.search.chains import Costs, Run
+from meshd.planner.search.chains import ChainCosts, LayerRun
 from meshd.planner.search.eligible import eligible
-from meshd.planner.search.limits import Limits
+from meshd.planner.search.limits import SearchLimits
 from meshd.planner.search.select import search_for
 from meshd.types import Holding, StagePlan
 
@@ -57,14 +57,14 @@ def check_given(problem: PlanInput, stages: tuple[StagePlan, ...]) -> None:
         )
 
 
-def _least_overflow(problem: PlanInput, context: int) -> tuple[tuple[Run, ...], Tables, list[int]]:
+def _least_overflow(problem: PlanInput, context: int) -> tuple[tuple[LayerRun, ...], CostTables, list[int]]:
     """The placement that lacks the least free memory in total, and what each of its peers lacks."""
     asked = msgspec.structs.replace(problem, context=context, prompt_tokens=min(problem.prompt_tokens, context))
-    tables = Tables(asked, eligible(asked))
+    tables = CostTables(asked, eligible(asked))
     room = np.array([capacity_bytes(asked, peer) for peer in tables.peers], dtype=np.float64)
     over = np.ceil(np.maximum(0.0, tables.memory[None] / (1 - RESERVE) - room[:, None, None]))
     count = len(tables.peers)
-    chain = search_for(count)(Costs(over, np.zeros((count, count))), Limits(least=asked.min_peers))
+    chain = search_for(count)(ChainCosts(over, np.zeros((count, count))), SearchLimits(least=asked.min_peers))
     runs = chain.runs if chain else ()
     missing = [missing_bytes(float(tables.memory[run.start, run.end]), room[run.peer]) for run in runs]
     return runs, tables, missing
@@ -105,9 +105,9 @@ def _route_if_idle(problem: PlanInput, context: int) -> bool:
     """Whether the resident layers can be chained with KV for so many tokens, if no other session held any."""
     idle = tuple(msgspec.structs.replace(profile, holdings=tuple(map(_idle, profile.holdings))) for profile in problem.profiles)
     asked = msgspec.structs.replace(problem, profiles=idle, context=context, prompt_tokens=1)
-    tables = Tables(asked, eligible(asked))
+    tables = CostTables(asked, eligible(asked))
     links = np.zeros((len(tables.peers), len(tables.peers)))
-    return search_for(len(tables.peers))(Costs(tables.possible, links), Limits(least=problem.min_peers)) is not None
+    return search_for(len(tables.peers))(ChainCosts(tables.possible, links), SearchLimits(least=problem.min_peers)) is not None
 
 
 def _idle(held: Holding) -> Holding:

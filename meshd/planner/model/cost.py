@@ -25,7 +25,7 @@ def block_parameters(spec: ModelSpec) -> int:
     return _attention_parameters(spec) + 3 * spec.hidden * spec.ffn * (spec.experts_used or 1)
 
 
-def met_share(spec: ModelSpec) -> float:
+def active_weight_share(spec: ModelSpec) -> float:
     """The part of a block's weights that one token meets: all, unless there are experts."""
     every = _attention_parameters(spec) + 3 * spec.hidden * spec.ffn * (spec.experts or 1)
     return block_parameters(spec) / every
@@ -56,7 +56,7 @@ def layer_decode_s(profile: PeerProfile, card: ModelCard) -> Seconds:
     """One token through each layer, without attention: `[layers]`, seconds."""
     if profile.layer_decode_s is not None:
         return np.full(card.spec.layers, profile.layer_decode_s * profile.decode_factor)
-    weights = np.asarray(card.layer_bytes, dtype=np.float64) * met_share(card.spec)
+    weights = np.asarray(card.layer_bytes, dtype=np.float64) * active_weight_share(card.spec)
     return (weights / profile.rates.decode_bytes_s + profile.rates.layer_overhead_s) * profile.decode_factor
 
 

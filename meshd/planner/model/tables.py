@@ -11,7 +11,7 @@ from meshd.planner.profile import PeerProfile
 from meshd.planner.search.chains import Array
 
 
-class Tables:
+class CostTables:
     """For one question and the peers that may be in its answer, each table made when it is first asked for."""
 
     def __init__(self, problem: PlanInput, peers: tuple[PeerProfile, ...]) -> None:
@@ -50,7 +50,7 @@ class Tables:
         """Likewise, whether the peer may take the stage or not."""
         card, kv = self.problem.card, self.problem.position * self.problem.kv_token_layer_bytes
         layers = np.stack([cost.layer_decode_s(peer, card) + cost.attention_decode_s(peer, kv) for peer in self.peers])
-        return self._with_head(spans(layers))
+        return self._with_head(range_sums(layers))
 
     @cached_property
     def chunk(self) -> Array:
@@ -58,7 +58,7 @@ class Tables:
         tokens, count = cost.chunking(self.problem.prompt_tokens, self.problem.chunk_tokens)
         first = mean_chunk_start(tokens, count)
         layers = np.stack([cost.layer_prefill_s(peer, self.problem.card, tokens, first) for peer in self.peers])
-        return spans(layers) + self.possible
+        return range_sums(layers) + self.possible
 
     @cached_property
     def first_chunk(self) -> Array:
@@ -113,7 +113,7 @@ def mean_chunk_start(tokens: int, chunks: float) -> float:
     return tokens * (chunks - 1) / 2
 
 
-def spans(layers: Array) -> Array:
+def range_sums(layers: Array) -> Array:
     """Sums over `[a, b)`: `[peers, layers]` to `[peers, cuts, cuts]`; inf where b <= a."""
     peers, count = layers.shape
     total = np.concatenate([np.zeros((peers, 1)), np.cumsum(layers, axis=1)], axis=1)

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from meshd.planner.search.limits import TIE, Limits
+from meshd.planner.search.limits import TIE, SearchLimits
 
 Array = NDArray[np.float64]
 Numbers = NDArray[np.int64]
@@ -27,7 +27,7 @@ SMALL = 60_000
 
 
 @dataclass(frozen=True, slots=True)
-class Costs:
+class ChainCosts:
     """The terms of a chain. inf: not possible."""
 
     stage: Array
@@ -53,7 +53,7 @@ class Costs:
         return joined
 
 
-class Run(NamedTuple):
+class LayerRun(NamedTuple):
     """Layers `[start, end)` on a peer (its index)."""
 
     peer: int
@@ -65,16 +65,16 @@ class Chain(NamedTuple):
     """A whole chain and what it costs."""
 
     value: float
-    runs: tuple[Run, ...]
+    runs: tuple[LayerRun, ...]
 
 
 class Search(Protocol):
     """Finds the cheapest chain. The exact search and the heuristic one look alike."""
 
-    def __call__(self, costs: Costs, limits: Limits) -> Chain | None: ...
+    def __call__(self, costs: ChainCosts, limits: SearchLimits) -> Chain | None: ...
 
 
-def exact_search(costs: Costs, limits: Limits) -> Chain | None:
+def exact_search(costs: ChainCosts, limits: SearchLimits) -> Chain | None:
     """The cheapest chain; among equals the one of fewest peers, then of the lowest peer indices. None: there is none."""
     tails = _Tails(costs)
     floor = relaxed_bound(costs)
@@ -89,7 +89,7 @@ def exact_search(costs: Costs, limits: Limits) -> Chain | None:
     return tails.pick(best) if np.isfinite(best) else None
 
 
-def relaxed_bound(costs: Costs) -> float:
+def relaxed_bound(costs: ChainCosts) -> float:
     """No chain costs less than this: peers may repeat, links are free."""
     cheapest = costs.stage.min(axis=0)
     bound = np.zeros(costs.layers + 1)
@@ -98,7 +98,7 @@ def relaxed_bound(costs: Costs) -> float:
     return float(bound[0])
 
 
-def _at_least(costs: Costs, floor: float, size: int) -> float:
+def _at_least(costs: ChainCosts, floor: float, size: int) -> float:
     """No chain of `size` peers or more costs less."""
     if size == 1:
         return floor
@@ -108,7 +108,7 @@ def _at_least(costs: Costs, floor: float, size: int) -> float:
     return max(floor, hop, back) if costs.worst else floor + (size - 1) * hop + back
 
 
-def runs_by_length(costs: Costs) -> list[list[tuple[int, Array]]]:
+def runs_by_length(costs: ChainCosts) -> list[list[tuple[int, Array]]]:
     """Per peer: (length, cost of `[c, c + length)` for every c), for each length that is possible anywhere."""
     table = []
     for stage in costs.stage:
@@ -117,7 +117,7 @@ def runs_by_length(costs: Costs) -> list[list[tuple[int, Array]]]:
     return table
 
 
-def prepend(costs: Costs, peer: int, runs: list[tuple[int, Array]], onward: Array) -> Array:
+def prepend(costs: ChainCosts, peer: int, runs: list[tuple[int, Array]], onward: Array) -> Array:
     """The best run of the peer before each tail: `[..., cuts]` of tails to `[..., cuts]` of longer ones."""
     cuts = costs.layers + 1
     if onward.size * cuts <= SMALL:
@@ -133,7 +133,7 @@ def prepend(costs: Costs, peer: int, runs: list[tuple[int, Array]], onward: Arra
 class _Tails:
     """The table of the module's docstring, filled by size of set. Peer i is bit n-1-i, so a larger number is a lower set."""
 
-    def __init__(self, costs: Costs) -> None:
+    def __init__(self, costs: ChainCosts) -> None:
         self._costs = costs
         self._ends = 1 if costs.back is None else costs.peers
         self._bit = 1 << np.arange(costs.peers - 1, -1, -1)
@@ -143,7 +143,7 @@ class _Tails:
         self._tables: list[Array] = []
         self._wholes: list[Array] = []
 
-    def grow(self, limits: Limits) -> float:
+    def grow(self, limits: SearchLimits) -> float:
         """Fill the sets of one peer more than the last; the least cost among them of a whole chain that the limits allow."""
         peers = range(self._costs.peers)
         members = list(combinations(peers, len(self._tables) + 1))
@@ -183,7 +183,7 @@ class _Tails:
                 np.minimum(onward, costs.join(costs.link[peer, other], self._tables[-1][shorter, other]), out=onward)
         table[having, peer] = prepend(costs, peer, self._runs[peer], onward)
 
-    def _walk(self, members: int, peer: int, ends: Numbers) -> list[Run]:
+    def _walk(self, members: int, peer: int, ends: Numbers) -> list[LayerRun]:
         """The runs of the best chain over these peers; of those that end at one of `ends`, the one of the lowest peers."""
         costs, start, runs = self._costs, 0, []
         while members != self._bit[peer]:
@@ -195,6 +195,6 @@ class _Tails:
             following = int(np.flatnonzero(close.any(axis=(1, 2)))[0])
             cut = int(np.flatnonzero(close[following].any(axis=0))[0])
             ends = ends[close[following, :, cut]]
-            runs.append(Run(peer, start, cut))
+            runs.append(LayerRun(peer, start, cut))
             peer, start = following, cut
-        return [*runs, Run(peer, start, costs.layers)]
+        return [*runs, LayerRun(peer, start, costs.layers)]

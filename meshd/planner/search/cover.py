@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meshd.planner.search.chains import Array, Chain, Run
+from meshd.planner.search.chains import Array, Chain, LayerRun
 
 
 @dataclass(frozen=True, slots=True)
-class Gap:
+class CoverCosts:
     """The terms of a chain over some layers, cuts counted from the first of them. All are added up; inf: not possible."""
 
     stage: Array
@@ -31,7 +31,7 @@ class Gap:
     """`[peers, peers]`: from the last stage to the first; None: does not count."""
 
 
-def cover(gap: Gap) -> Chain | None:
+def cover(gap: CoverCosts) -> Chain | None:
     """The cheapest chain, among equals that of the lowest peers and the longest runs; None: some layer has nobody."""
     peers, cuts = gap.stage.shape[:2]
     ends = np.zeros((peers, 1)) if gap.after is None else gap.after[:, None]
@@ -50,15 +50,15 @@ def cover(gap: Gap) -> Chain | None:
     return Chain(float(whole[first]), tuple(_walk(gap, tails, onward, first)))
 
 
-def _walk(gap: Gap, tails: Array, onward: Array, peer: int) -> list[Run]:
+def _walk(gap: CoverCosts, tails: Array, onward: Array, peer: int) -> list[LayerRun]:
     last = len(tails) - 1
     seen_from = 0 if gap.back is None else peer
-    runs: list[Run] = []
+    runs: list[LayerRun] = []
     cut = 0
     while True:
         rest = gap.stage[peer, cut, cut + 1 :] + onward[cut + 1 :, peer, seen_from]
         end = last - int(np.argmin(rest[::-1]))
-        runs.append(Run(peer, cut, end))
+        runs.append(LayerRun(peer, cut, end))
         if end == last:
             return runs
         peer, cut = int(np.argmin(gap.link[peer] + tails[end, :, seen_from])), end

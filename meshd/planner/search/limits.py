@@ -8,7 +8,7 @@ TIE = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class SearchLimits:
     """Bounds on the set of a chain's peers, as indices."""
 
     least: int = 1

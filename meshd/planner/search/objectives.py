@@ -11,37 +11,37 @@ from itertools import pairwise
 import numpy as np
 
 from meshd.planner.model import cost
-from meshd.planner.model.tables import Tables
-from meshd.planner.search.chains import Array, Chain, Costs, Search
-from meshd.planner.search.limits import TIE, Limits
+from meshd.planner.model.tables import CostTables
+from meshd.planner.search.chains import Array, Chain, ChainCosts, Search
+from meshd.planner.search.limits import TIE, SearchLimits
 from meshd.types import Objective
 
 
-def cheapest(tables: Tables, objective: Objective, limits: Limits, search: Search) -> Chain | None:
+def cheapest(tables: CostTables, objective: Objective, limits: SearchLimits, search: Search) -> Chain | None:
     """The best chain by this objective, in its own unit (s, J, or a share of memory). None: nothing fits."""
     if objective is Objective.TTFT:
         return _least_ttft(tables, limits, search)
     if objective is Objective.ENERGY:
-        return search(Costs(tables.energy, tables.power[:, None] * tables.hop, tables.power[:, None] * tables.back), limits)
+        return search(ChainCosts(tables.energy, tables.power[:, None] * tables.hop, tables.power[:, None] * tables.back), limits)
     if objective is Objective.THROUGHPUT:
-        return _quickest_of_equals(Costs(tables.decode, tables.hop, tables.back, worst=True), tables, limits, search)
+        return _quickest_of_equals(ChainCosts(tables.decode, tables.hop, tables.back, worst=True), tables, limits, search)
     if objective is Objective.MEMORY:
         free = np.zeros_like(tables.hop)
-        return _quickest_of_equals(Costs(tables.share, free, worst=True), tables, limits, search)
+        return _quickest_of_equals(ChainCosts(tables.share, free, worst=True), tables, limits, search)
     return search(_latency(tables), limits)
 
 
-def _latency(tables: Tables) -> Costs:
-    return Costs(tables.decode, tables.hop, tables.back)
+def _latency(tables: CostTables) -> ChainCosts:
+    return ChainCosts(tables.decode, tables.hop, tables.back)
 
 
-def _quickest_of_equals(costs: Costs, tables: Tables, limits: Limits, search: Search) -> Chain | None:
+def _quickest_of_equals(costs: ChainCosts, tables: CostTables, limits: SearchLimits, search: Search) -> Chain | None:
     """The least largest term; then, of the chains no worse in it and of as few peers, that of least TPOT."""
     best = search(costs, limits)
     if best is None:
         return None
     top = best.value * (1 + TIE)
-    quick = Costs(
+    quick = ChainCosts(
         _no_more(tables.decode, costs.stage, top),
         _no_more(tables.hop, costs.link, top),
         tables.back if costs.back is None else _no_more(tables.back, costs.back, top),
@@ -54,9 +54,9 @@ def _no_more(values: Array, bounded: Array, top: float) -> Array:
     return np.where(bounded <= top, values, np.inf)
 
 
-def _least_ttft(tables: Tables, limits: Limits, search: Search) -> Chain | None:
+def _least_ttft(tables: CostTables, limits: SearchLimits, search: Search) -> Chain | None:
     _, chunks = cost.chunking(tables.problem.prompt_tokens, tables.problem.chunk_tokens)
-    whole = Costs(tables.first_chunk, tables.chunk_hop)
+    whole = ChainCosts(tables.first_chunk, tables.chunk_hop)
     if chunks == 1:
         return search(whole, limits)
     return _Pipelined(whole, tables.chunk, chunks - 1, limits, search).best()
@@ -70,7 +70,7 @@ class _Pipelined:
     terms really have. Exact if the search is.
     """
 
-    def __init__(self, whole: Costs, chunk: Array, following: float, limits: Limits, search: Search) -> None:
+    def __init__(self, whole: ChainCosts, chunk: Array, following: float, limits: SearchLimits, search: Search) -> None:
         self._whole, self._chunk, self._following = whole, chunk, following
         self._limits, self._search = limits, search
         self._best: Chain | None = None
@@ -78,7 +78,7 @@ class _Pipelined:
         self._terms: Array = np.unique(terms)
 
     def best(self) -> Chain | None:
-        tightest = self._search(Costs(self._chunk, self._whole.link, worst=True), self._limits)
+        tightest = self._search(ChainCosts(self._chunk, self._whole.link, worst=True), self._limits)
         if tightest is None:
             return None
         least, high = self._index(tightest.value), len(self._terms) - 1
@@ -99,7 +99,7 @@ class _Pipelined:
     def _try(self, index: int) -> tuple[float, int]:
         """Search with no term above the index-th: (the least sum, the index of that chain's slowest term)."""
         top = float(self._terms[index])
-        costs = Costs(_no_more(self._whole.stage, self._chunk, top), _no_more(self._whole.link, self._whole.link, top))
+        costs = ChainCosts(_no_more(self._whole.stage, self._chunk, top), _no_more(self._whole.link, self._whole.link, top))
         found = self._search(costs, self._limits)
         if found is None:
             return np.inf, index

@@ -12,8 +12,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from meshd.planner.search.chains import Array, Chain, Costs, Run, exact_search, prepend, runs_by_length
-from meshd.planner.search.limits import TIE, Limits
+from meshd.planner.search.chains import Array, Chain, ChainCosts, LayerRun, exact_search, prepend, runs_by_length
+from meshd.planner.search.limits import TIE, SearchLimits
 
 ORDERS_TRIED = 120
 """Orders walked over in one question to the planner."""
@@ -34,7 +34,7 @@ class HeuristicSearch:
         self._orders_left = ORDERS_TRIED
         self._handfuls_left = HANDFULS_TRIED
 
-    def __call__(self, costs: Costs, limits: Limits) -> Chain | None:
+    def __call__(self, costs: ChainCosts, limits: SearchLimits) -> Chain | None:
         """A cheap chain within the limits, or None when none was found."""
         orders = list(dict.fromkeys([*self._elite, *_greedy_orders(costs)])) if not self._elite else self._elite
         best: Chain | None = None
@@ -46,7 +46,7 @@ class HeuristicSearch:
             self._elite = [_first(best, costs.peers), *self._elite[:3]]
         return best
 
-    def _walk(self, costs: Costs, limits: Limits, best: Chain | None, start: Order) -> Chain | None:
+    def _walk(self, costs: ChainCosts, limits: SearchLimits, best: Chain | None, start: Order) -> Chain | None:
         one_way = replace(costs, back=None)
         steps = self._orders_left // 2
         self._orders_left -= steps
@@ -61,7 +61,7 @@ class HeuristicSearch:
                 best, order = _cheaper(best, found), moved
         return best
 
-    def _handfuls(self, costs: Costs, limits: Limits, best: Chain | None) -> Chain | None:
+    def _handfuls(self, costs: ChainCosts, limits: SearchLimits, best: Chain | None) -> Chain | None:
         improved = True
         while improved and best is not None and len(best.runs) < HANDFUL:
             improved = False
@@ -79,7 +79,7 @@ class HeuristicSearch:
         return best
 
 
-def best_in_order(costs: Costs, order: Order, limits: Limits) -> Chain | None:
+def best_in_order(costs: ChainCosts, order: Order, limits: SearchLimits) -> Chain | None:
     """The cheapest chain whose peers come in this order; exact. None: there is none."""
     if limits.forbid is None:
         return _InOrder(costs, order, limits).best()
@@ -90,7 +90,7 @@ def best_in_order(costs: Costs, order: Order, limits: Limits) -> Chain | None:
     return best
 
 
-def chain_value(costs: Costs, runs: tuple[Run, ...]) -> float:
+def chain_value(costs: ChainCosts, runs: tuple[LayerRun, ...]) -> float:
     """What a chain costs."""
     terms = [float(costs.stage[run]) for run in runs]
     terms += [float(costs.link[one.peer, other.peer]) for one, other in pairwise(runs)]
@@ -105,7 +105,7 @@ class _InOrder:
     q + 1 is the number of peers in it; the last q stands for "or more", unless the limits ask for an exact number.
     """
 
-    def __init__(self, costs: Costs, order: Order, limits: Limits) -> None:
+    def __init__(self, costs: ChainCosts, order: Order, limits: SearchLimits) -> None:
         self._costs, self._order = costs, order
         self._counts = limits.exactly or limits.least
         self._or_more = limits.exactly is None
@@ -155,7 +155,7 @@ class _InOrder:
         link = self._costs.link[self._order[place]][followers]
         return self._costs.join(link[:, None, None, None], self._tails[place + 1 : stop + 1])
 
-    def _trace(self, place: int, end: int) -> list[Run]:
+    def _trace(self, place: int, end: int) -> list[LayerRun]:
         costs, count, start, runs = self._costs, self._counts - 1, 0, []
         while True:
             peer = self._order[place]
@@ -166,10 +166,10 @@ class _InOrder:
                 values = costs.join(costs.stage[peer, start][None, None, :], onward[:, counts, end])
                 if values.size and values.min() < stop:
                     follower, which, cut = np.unravel_index(np.argmin(values), values.shape)
-                    runs.append(Run(peer, start, int(cut)))
+                    runs.append(LayerRun(peer, start, int(cut)))
                     place, count, start = place + 1 + int(follower), counts[int(which)], int(cut)
                     continue
-            return [*runs, Run(peer, start, costs.layers)]
+            return [*runs, LayerRun(peer, start, costs.layers)]
 
     def _saturated(self, count: int) -> bool:
         return self._or_more and count == self._counts - 1
@@ -181,7 +181,7 @@ class _InOrder:
         return float(self._costs.stage[self._order[place], start, -1])
 
 
-def _greedy_orders(costs: Costs) -> list[Order]:
+def _greedy_orders(costs: ChainCosts) -> list[Order]:
     """Fast peers first; roomy peers first; and, from each of the five fastest, always the one that is nearest by link."""
     speed = _by_speed(costs)
     room = np.isfinite(costs.stage).any(axis=1).sum(axis=1)
@@ -196,7 +196,7 @@ def _greedy_orders(costs: Costs) -> list[Order]:
     return orders
 
 
-def _by_speed(costs: Costs) -> list[int]:
+def _by_speed(costs: ChainCosts) -> list[int]:
     lengths = np.arange(costs.layers + 1)
     with np.errstate(invalid="ignore", divide="ignore"):
         per_layer = costs.stage / (lengths[None, None, :] - lengths[None, :, None])
@@ -219,15 +219,15 @@ def _move(order: Order, rng: random.Random) -> Order:
     return tuple(moved)
 
 
-def _search_among(costs: Costs, limits: Limits, peers: list[int]) -> Chain | None:
+def _search_among(costs: ChainCosts, limits: SearchLimits, peers: list[int]) -> Chain | None:
     if not limits.require <= set(peers):
         return None
     grid = np.ix_(peers, peers)
-    part = Costs(costs.stage[peers], costs.link[grid], None if costs.back is None else costs.back[grid], costs.worst)
+    part = ChainCosts(costs.stage[peers], costs.link[grid], None if costs.back is None else costs.back[grid], costs.worst)
     place = {peer: index for index, peer in enumerate(peers)}
     forbid = frozenset(place[peer] for peer in limits.forbid) if limits.forbid and limits.forbid <= set(peers) else None
     found = exact_search(part, replace(limits, require=frozenset(place[peer] for peer in limits.require), forbid=forbid))
-    return found and Chain(found.value, tuple(Run(peers[run.peer], run.start, run.end) for run in found.runs))
+    return found and Chain(found.value, tuple(LayerRun(peers[run.peer], run.start, run.end) for run in found.runs))
 
 
 def _first(chain: Chain, peers: int) -> Order:

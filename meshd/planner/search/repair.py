@@ -9,13 +9,13 @@ import numpy as np
 from meshd.errors import DoesNotFit, NoPeer
 from meshd.planner.explain.units import show_bytes
 from meshd.planner.model.memory import RESERVE, memory_table, stage_memory
-from meshd.planner.model.tables import Tables
+from meshd.planner.model.tables import CostTables
 from meshd.planner.network import UNMEASURED_BANDWIDTH_BYTES_S
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import PeerProfile
-from meshd.planner.search.chains import Array, Costs
+from meshd.planner.search.chains import Array, ChainCosts
 from meshd.planner.search.eligible import exclusions
-from meshd.planner.search.limits import Limits
+from meshd.planner.search.limits import SearchLimits
 from meshd.planner.search.select import search_for
 from meshd.types import LayerRange, StagePlan
 
@@ -66,7 +66,7 @@ class _Run:
 
     def __init__(self, problem: PlanInput, peers: tuple[PeerProfile, ...], layers: LayerRange, kv_tokens: int) -> None:
         self._problem, self._peers, self._layers, self._kv_tokens = problem, peers, layers, kv_tokens
-        self._tables = Tables(problem, peers)
+        self._tables = CostTables(problem, peers)
         self._memory = memory_table(msgspec.structs.replace(problem, context=kv_tokens))
         self._room = np.array([peer.memory_free_bytes * (1 - RESERVE) for peer in peers])
 
@@ -78,7 +78,7 @@ class _Run:
         stage = np.where(memory <= room, stage * (1 + fullness), np.inf)
         stage[:, 0, :] += self._ways(self._layers.start - 1, towards=True)[:, None]
         stage[:, :, -1] += self._ways(self._layers.end, towards=False)[:, None]
-        chain = search_for(len(self._peers))(Costs(stage, TOKENS_AHEAD * self._tables.hop), Limits())
+        chain = search_for(len(self._peers))(ChainCosts(stage, TOKENS_AHEAD * self._tables.hop), SearchLimits())
         if chain is None:
             raise self._does_not_fit()
         first = self._layers.start

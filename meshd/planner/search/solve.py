@@ -7,12 +7,12 @@ import msgspec
 from meshd.errors import ContextTooLong, InvalidRequest, Unavailable
 from meshd.planner.explain.shortfall import check_given, does_not_fit
 from meshd.planner.model.estimate import Estimate, estimate
-from meshd.planner.model.tables import Tables
+from meshd.planner.model.tables import CostTables
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import PeerProfile
 from meshd.planner.search.chains import Chain
 from meshd.planner.search.eligible import check_power, eligible
-from meshd.planner.search.limits import Limits
+from meshd.planner.search.limits import SearchLimits
 from meshd.planner.search.objectives import cheapest
 from meshd.planner.search.select import EXACT_PEERS, search_for
 from meshd.planner.stages import check_stages
@@ -63,20 +63,22 @@ def solve(problem: PlanInput) -> Solution:
     if problem.stages is not None:
         found = _given(problem, problem.stages)
         return _within_limits(problem, (found,))
-    solution = search(problem, Limits())
+    solution = search(problem, SearchLimits())
     if solution is None:
         raise does_not_fit(problem)
     if _keeps_limits(problem, solution):
         return solution
-    others = (search(msgspec.structs.replace(problem, objective=other), Limits()) for other in (Objective.LATENCY, Objective.TTFT))
+    others = (
+        search(msgspec.structs.replace(problem, objective=other), SearchLimits()) for other in (Objective.LATENCY, Objective.TTFT)
+    )
     return _within_limits(problem, (solution, *(other for other in others if other is not None)))
 
 
-def search(problem: PlanInput, limits: Limits) -> Solution | None:
+def search(problem: PlanInput, limits: SearchLimits) -> Solution | None:
     """The best plan within extra limits (peers by their place in `eligible(problem)`), or None. Raises as `eligible` does."""
     peers = eligible(problem)
     limits = replace(limits, least=max(limits.least, problem.min_peers))
-    chain = cheapest(Tables(problem, peers), problem.objective, limits, search_for(len(peers)))
+    chain = cheapest(CostTables(problem, peers), problem.objective, limits, search_for(len(peers)))
     if chain is None:
         return None
     stages = _stages(chain, peers)

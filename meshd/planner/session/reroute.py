@@ -11,11 +11,11 @@ import msgspec
 import numpy as np
 
 from meshd.planner.model import cost
-from meshd.planner.model.tables import Tables, spans
+from meshd.planner.model.tables import CostTables, range_sums
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import USABLE_STATE, PeerProfile
 from meshd.planner.search.chains import Array
-from meshd.planner.search.cover import Gap, cover
+from meshd.planner.search.cover import CoverCosts, cover
 from meshd.planner.search.eligible import exclusions
 from meshd.planner.session.pause import compute_s
 from meshd.types import Holding, LayerRange, PeerId, StagePlan
@@ -27,7 +27,7 @@ _BACK_PEERS = 32
 """Among more peers the token's way back is left out of the search: it is the smallest term, and the dearest to count."""
 
 
-class Credit(NamedTuple):
+class HeldKv(NamedTuple):
     """KV of a session that lies on a peer: `held` positions of some layers."""
 
     peer: PeerId
@@ -35,15 +35,15 @@ class Credit(NamedTuple):
     held: int
 
 
-class Refill:
+class Reroute:
     """For one question (`prompt_tokens` are the tokens known so far), with some tokens ahead."""
 
-    def __init__(self, problem: PlanInput, tokens_ahead: int, credit: Iterable[Credit] = ()) -> None:
+    def __init__(self, problem: PlanInput, tokens_ahead: int, credit: Iterable[HeldKv] = ()) -> None:
         excluded = exclusions(problem)
         peers = [profile for profile in problem.profiles if profile.id not in excluded]
         self.peers: tuple[PeerProfile, ...] = tuple(sorted(peers, key=lambda profile: (profile.name, profile.id)))
         self._problem, self._ahead, self._credit = problem, tokens_ahead, tuple(credit)
-        self._tables = Tables(problem, self.peers)
+        self._tables = CostTables(problem, self.peers)
 
     def whole(self, *, under_way: bool = True) -> tuple[StagePlan, ...] | None:
         """The best route over all layers; with `under_way` False, as if nothing had to be computed again."""
@@ -51,7 +51,7 @@ class Refill:
             return None
         stage, link = (self._stage, self._link) if under_way else (self._pace, self._hop)
         back = self._ahead * self._tables.back if len(self.peers) <= _BACK_PEERS else None
-        return self._cover(Gap(stage, link, back=back), 0)
+        return self._cover(CoverCosts(stage, link, back=back), 0)
 
     def fill(self, layers: LayerRange, before: PeerId | None, after: PeerId | None) -> tuple[StagePlan, ...] | None:
         """The best cover of these layers, between what computes the layers before and after them.
@@ -64,9 +64,9 @@ class Refill:
         first, last = layers.start == 0, layers.end == self._problem.card.spec.layers
         comes = None if before is None else self._ways(before, towards=True, token=first)
         goes = None if after is None else self._ways(after, towards=False, token=last)
-        return self._cover(Gap(self._stage[:, cuts, cuts], self._link, comes, goes), layers.start)
+        return self._cover(CoverCosts(self._stage[:, cuts, cuts], self._link, comes, goes), layers.start)
 
-    def _cover(self, gap: Gap, first: int) -> tuple[StagePlan, ...] | None:
+    def _cover(self, gap: CoverCosts, first: int) -> tuple[StagePlan, ...] | None:
         chain = cover(gap)
         if chain is None:
             return None
@@ -96,7 +96,7 @@ class Refill:
     def _computed(self, held: int, peer: PeerProfile | None = None) -> Array:
         known = self._problem.prompt_tokens
         peers = self.peers if peer is None else (peer,)
-        return spans(np.stack([compute_s(self._problem, one, held, known) for one in peers]))
+        return range_sums(np.stack([compute_s(self._problem, one, held, known) for one in peers]))
 
     @cached_property
     def _hop(self) -> Array:
@@ -119,18 +119,18 @@ class Refill:
         return np.array([self._ahead * link.hop_s(size) + link.hop_s(size * self._problem.prompt_tokens) for link in links])
 
 
-def reserve(problem: PlanInput, stages: Iterable[StagePlan]) -> PlanInput | None:
+def reserve_all(problem: PlanInput, stages: Iterable[StagePlan]) -> PlanInput | None:
     """The question once these stages have their KV; None if there is no room for all of them at a time."""
     profiles = {profile.id: profile for profile in problem.profiles}
     for stage in stages:
-        holdings = reserved(profiles[stage.peer].holdings, stage.layers, problem.context)
+        holdings = reserve_in(profiles[stage.peer].holdings, stage.layers, problem.context)
         if holdings is None:
             return None
         profiles[stage.peer] = msgspec.structs.replace(profiles[stage.peer], holdings=holdings)
     return msgspec.structs.replace(problem, profiles=tuple(profiles.values()))
 
 
-def reserved(holdings: tuple[Holding, ...], layers: LayerRange, tokens: int) -> tuple[Holding, ...] | None:
+def reserve_in(holdings: tuple[Holding, ...], layers: LayerRange, tokens: int) -> tuple[Holding, ...] | None:
     """The holdings once a stage has its KV in the one where it fits most closely; None if there is no room."""
     fitting = [held for held in holdings if held.state == USABLE_STATE and layers in held.layers and held.kv_tokens_free >= tokens]
     if not fitting:

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from in_process.journals import advert
-from meshd.agents.admin.view import MeshView
+from meshd.agents.admin.view import ClusterView
 from meshd.agents.session.answer import Recovered
 from meshd.errors import InvalidRequest, NoPeer, UnknownSession
 from meshd.protocol.messages import Moved
@@ -62,7 +62,7 @@ def asked() -> Asked:
 
 
 @pytest.fixture
-def view(asked: Asked) -> MeshView:
+def view(asked: Asked) -> ClusterView:
     names = {ATTIC: "attic", DESK: "desk"}
     coordinator = SimpleNamespace(
         answers={FIRST: _answer(FIRST)},
@@ -82,10 +82,10 @@ def view(asked: Asked) -> MeshView:
         "bus": None,
         "about": dict,
     }
-    return MeshView(**cast("dict[str, Any]", parts))
+    return ClusterView(**cast("dict[str, Any]", parts))
 
 
-async def test_a_peer_is_drained_by_its_name_or_the_beginning_of_its_id(view: MeshView, asked: Asked) -> None:
+async def test_a_peer_is_drained_by_its_name_or_the_beginning_of_its_id(view: ClusterView, asked: Asked) -> None:
     assert await view.drain("desk", timeout_s=5.0) == {"peer": DESK, "name": "desk", "sessions_left": 3}
     await view.drain("attica", undo=True, timeout_s=1.0)
     assert asked.calls == [(DESK, False, 5.0), (ATTIC, True, 1.0)]
@@ -93,7 +93,7 @@ async def test_a_peer_is_drained_by_its_name_or_the_beginning_of_its_id(view: Me
         await view.drain("cellar")
 
 
-async def test_a_session_is_moved_to_a_peer(view: MeshView, asked: Asked) -> None:
+async def test_a_session_is_moved_to_a_peer(view: ClusterView, asked: Asked) -> None:
     moved = await view.migrate(FIRST, "desk")
     assert moved == {"session": FIRST, "plan": "attic:0-12,desk:12-30", "pause_ms": 250.0}
     await view.migrate("aa11", "desk", "attic")
@@ -114,19 +114,19 @@ async def test_a_session_is_moved_to_a_peer(view: MeshView, asked: Asked) -> Non
     ],
 )
 async def test_a_session_goes_by_its_id_its_answers_id_or_the_beginning(
-    view: MeshView, asked: Asked, text: str, session: SessionId
+    view: ClusterView, asked: Asked, text: str, session: SessionId
 ) -> None:
     assert await view.story(text) == [{"what": "planned"}]
     assert asked.calls == [(session,)]
 
 
 @pytest.mark.parametrize(("text", "error"), [("cc", UnknownSession), ("", UnknownSession), ("aa", InvalidRequest)])
-async def test_what_means_no_session_or_several_is_refused(view: MeshView, text: str, error: type[Exception]) -> None:
+async def test_what_means_no_session_or_several_is_refused(view: ClusterView, text: str, error: type[Exception]) -> None:
     with pytest.raises(error):
         await view.story(text)
 
 
-def test_a_sessions_row_tells_how_it_was_recovered(view: MeshView) -> None:
+def test_a_sessions_row_tells_how_it_was_recovered(view: ClusterView) -> None:
     own, staged = view.sessions()
     assert own == {
         "id": FIRST,

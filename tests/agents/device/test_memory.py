@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from meshd.agents.device.memory import Limit, cgroup_cpu_limit, cgroup_memory_limits, least, measure_memory, usable_cores
+from meshd.agents.device.memory import MemoryLimit, cgroup_cpu_limit, cgroup_memory_limits, measure_memory, tightest, usable_cores
 
 GIB = 2**30
 V1_NONE = 9223372036854771712
@@ -54,15 +54,15 @@ def test_every_level_of_cgroup_v2_counts(tree: Tree) -> None:
     tree.v2("user.slice/app.slice", 4 * GIB, 3 * GIB)
     tree.v2("user.slice", 8 * GIB, 3 * GIB)
     assert cgroup_memory_limits(tree.root) == [
-        Limit("cgroup app.slice", 4 * GIB, GIB),
-        Limit("cgroup user.slice", 8 * GIB, 5 * GIB),
+        MemoryLimit("cgroup app.slice", 4 * GIB, GIB),
+        MemoryLimit("cgroup user.slice", 8 * GIB, 5 * GIB),
     ]
 
 
 def test_memory_high_counts_as_a_limit_and_cache_that_can_go_does_not_count_as_use(tree: Tree) -> None:
     tree.processes("0::/meshd", V2_MOUNT)
     tree.v2("meshd", 4 * GIB, 3 * GIB, cache=2 * GIB, high=2 * GIB)
-    assert cgroup_memory_limits(tree.root) == [Limit("cgroup meshd", 2 * GIB, GIB)]
+    assert cgroup_memory_limits(tree.root) == [MemoryLimit("cgroup meshd", 2 * GIB, GIB)]
 
 
 def test_inside_a_container_the_mount_is_our_own_group(tree: Tree) -> None:
@@ -84,8 +84,8 @@ def test_every_level_of_cgroup_v1_counts(tree: Tree) -> None:
     tree.v1("jobs", 2 * GIB, GIB)
     tree.v1("", V1_NONE, GIB)
     assert cgroup_memory_limits(tree.root) == [
-        Limit("cgroup one", 3 * GIB, 2 * GIB),
-        Limit("cgroup jobs", 2 * GIB, GIB),
+        MemoryLimit("cgroup one", 3 * GIB, 2 * GIB),
+        MemoryLimit("cgroup jobs", 2 * GIB, GIB),
     ]
 
 
@@ -119,12 +119,18 @@ def test_a_system_without_proc_has_no_limits(tmp_path: Path) -> None:
 
 
 def test_the_tightest_limit_binds() -> None:
-    memory = least([Limit("system", 16 * GIB, 5 * GIB), Limit("cgroup a", 4 * GIB, 3 * GIB), Limit("--memory", 8 * GIB, 8 * GIB)])
+    memory = tightest(
+        [
+            MemoryLimit("system", 16 * GIB, 5 * GIB),
+            MemoryLimit("cgroup a", 4 * GIB, 3 * GIB),
+            MemoryLimit("--memory", 8 * GIB, 8 * GIB),
+        ]
+    )
     assert (memory.total_bytes, memory.free_bytes, memory.bound_by) == (4 * GIB, 3 * GIB, "cgroup a")
 
 
 def test_nothing_is_less_than_no_memory() -> None:
-    assert least([Limit("cgroup a", GIB, -GIB)]).free_bytes == 0
+    assert tightest([MemoryLimit("cgroup a", GIB, -GIB)]).free_bytes == 0
 
 
 def test_a_cap_binds_less_what_is_taken_of_it(tmp_path: Path) -> None:

@@ -8,13 +8,22 @@ import pytest
 
 from meshd.agents.device import probe as probing
 from meshd.agents.device.probe import probe, read_trial, report
-from meshd.agents.device.probe_record import CACHE_FILE, FORMAT, Key, Record, Trial, load_record, measuring_alone, save_record
+from meshd.agents.device.probe_record import (
+    CACHE_FILE,
+    FORMAT,
+    BackendTrial,
+    ProbeKey,
+    ProbeRecord,
+    load_record,
+    measuring_alone,
+    save_record,
+)
 from meshd.clock import SystemClock
 from meshd.errors import LocalFault, StorageError
 from meshd.types import Rates
 
 CLOCK = SystemClock()
-KEY = Key(
+KEY = ProbeKey(
     format=FORMAT,
     machine="x86_64",
     processor="cpu",
@@ -37,18 +46,18 @@ def rates(decode_bytes_s: float = 1e9, layer_overhead_s: float = 1e-4) -> Rates:
     )
 
 
-def record(key: Key = KEY) -> Record:
-    return Record(key=key, trials=(Trial(backend="torch", rates=rates()),), disk_bytes_s=5e8, measured_at=1.0)
+def record(key: ProbeKey = KEY) -> ProbeRecord:
+    return ProbeRecord(key=key, trials=(BackendTrial(backend="torch", rates=rates()),), disk_bytes_s=5e8, measured_at=1.0)
 
 
 @dataclass
 class Trials:
     """Stands where the measuring processes are."""
 
-    results: dict[str, Trial]
+    results: dict[str, BackendTrial]
     asked: int = 0
 
-    async def __call__(self, backend: str, threads: int, budget_s: float, deadline_s: float) -> Trial:
+    async def __call__(self, backend: str, threads: int, budget_s: float, deadline_s: float) -> BackendTrial:
         self.asked += 1
         assert 0 < budget_s < 15
         return self.results[backend]
@@ -57,7 +66,10 @@ class Trials:
 @pytest.fixture
 def trials(monkeypatch: pytest.MonkeyPatch) -> Trials:
     trials = Trials(
-        {"onnxruntime": Trial(backend="onnxruntime", rates=rates(2e9)), "torch": Trial(backend="torch", rates=rates(1e9))}
+        {
+            "onnxruntime": BackendTrial(backend="onnxruntime", rates=rates(2e9)),
+            "torch": BackendTrial(backend="torch", rates=rates(1e9)),
+        }
     )
     monkeypatch.setattr(probing, "_try", trials)
     monkeypatch.setattr(probing, "_available", lambda: ("onnxruntime", "torch"))
@@ -102,7 +114,7 @@ async def test_the_fastest_backend_is_advertised_with_its_own_figures(tmp_path: 
 
 
 async def test_overhead_counts_when_backends_are_compared(tmp_path: Path, trials: Trials) -> None:
-    trials.results["onnxruntime"] = Trial(backend="onnxruntime", rates=rates(2e9, layer_overhead_s=0.1))
+    trials.results["onnxruntime"] = BackendTrial(backend="onnxruntime", rates=rates(2e9, layer_overhead_s=0.1))
     assert (await probe(tmp_path, clock=CLOCK)).capability.backend == "torch"
 
 
@@ -130,7 +142,7 @@ async def test_one_that_never_ends_measuring_does_not_hold_up_others_for_good(tm
 
 
 async def test_a_backend_that_fails_leaves_the_other(tmp_path: Path, trials: Trials) -> None:
-    trials.results["onnxruntime"] = Trial(backend="onnxruntime", error="no such instruction")
+    trials.results["onnxruntime"] = BackendTrial(backend="onnxruntime", error="no such instruction")
     result = await probe(tmp_path, clock=CLOCK)
     assert result.capability.backend == "torch"
     assert report(result)["backends"][0]["error"] == "no such instruction"
@@ -138,7 +150,7 @@ async def test_a_backend_that_fails_leaves_the_other(tmp_path: Path, trials: Tri
 
 async def test_if_none_can_be_measured_it_says_why_and_remembers_nothing(tmp_path: Path, trials: Trials) -> None:
     for name in trials.results:
-        trials.results[name] = Trial(backend=name, error="broken")
+        trials.results[name] = BackendTrial(backend=name, error="broken")
     with pytest.raises(LocalFault, match="onnxruntime: broken; torch: broken"):
         await probe(tmp_path, clock=CLOCK)
     assert not (tmp_path / CACHE_FILE).exists()
@@ -179,7 +191,7 @@ async def test_the_report_has_stable_keys_and_is_json(tmp_path: Path, trials: Tr
 
 def test_a_process_that_chatters_is_read_by_its_last_line() -> None:
     output = b"a library's greeting\n" + msgspec.json.encode(rates()) + b"\n"
-    assert read_trial("torch", 0, output, b"warning\n", 12.0) == Trial(backend="torch", rates=rates(), power_w=12.0)
+    assert read_trial("torch", 0, output, b"warning\n", 12.0) == BackendTrial(backend="torch", rates=rates(), power_w=12.0)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +203,7 @@ def test_a_process_that_chatters_is_read_by_its_last_line() -> None:
     ],
 )
 def test_a_process_that_fails_tells_why(status: int, output: bytes, complaints: bytes, error: str) -> None:
-    assert read_trial("torch", status, output, complaints, None) == Trial(backend="torch", error=error)
+    assert read_trial("torch", status, output, complaints, None) == BackendTrial(backend="torch", error=error)
 
 
 async def test_a_real_process_reports_its_error() -> None:

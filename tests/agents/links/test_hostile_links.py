@@ -14,7 +14,7 @@ from meshd.agents.links.open import HALF_OPEN_PER_HOST
 from meshd.errors import PeerLost
 from meshd.protocol import transport
 from meshd.protocol.codec import encode
-from meshd.protocol.framing import Limits, frame_head
+from meshd.protocol.framing import FrameLimits, frame_head
 from meshd.protocol.messages import PROTOCOL_VERSION, Credit, Error, Goodbye, Heartbeat, Hello, Lane, Message
 
 
@@ -38,7 +38,9 @@ def hello_of(peer: Peer, /, **changes: Any) -> Hello:
 async def connect(peer: Peer, target: Peer) -> transport.Connection:
     """A bare connection with the peer's certificate; nothing is said yet."""
     address = ("127.0.0.1", target.port)
-    return await transport.dial(address, peer.identity.client, limits=Limits(), now=time.monotonic, connect_s=1.0, handshake_s=1.0)
+    return await transport.dial(
+        address, peer.identity.client, limits=FrameLimits(), now=time.monotonic, connect_s=1.0, handshake_s=1.0
+    )
 
 
 async def greet(peer: Peer, target: Peer, /, **changes: Any) -> tuple[transport.Connection, Message]:

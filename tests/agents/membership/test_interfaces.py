@@ -4,14 +4,14 @@ from pathlib import Path
 import pytest
 
 from meshd.agents.membership.interfaces import (
-    Choice,
     Interface,
-    Kind,
-    choose,
-    kind_of,
+    InterfaceChoice,
+    InterfaceKind,
+    choice_warning,
+    choose_interfaces,
+    interface_kind,
     nearest_first,
     present_interfaces,
-    shortcoming,
     used_addresses,
 )
 
@@ -20,17 +20,17 @@ ETHERNET, LOOPBACK, NONE, PPP, WIFI_MONITOR = "1", "772", "65534", "512", "803"
 
 
 def interface(
-    name: str, kind: Kind = Kind.LAN, *, up: bool = True, multicast: bool = True, at: str = "192.168.1.7/24"
+    name: str, kind: InterfaceKind = InterfaceKind.LAN, *, up: bool = True, multicast: bool = True, at: str = "192.168.1.7/24"
 ) -> Interface:
     networks = (at,) if at else ()
     return Interface(name=name, index=INDEX, kind=kind, up=up, multicast=multicast, networks=networks)
 
 
-def used(choices: list[Choice]) -> set[str]:
+def used(choices: list[InterfaceChoice]) -> set[str]:
     return {choice.interface.name for choice in choices if choice.used}
 
 
-def why(choices: list[Choice], name: str) -> str:
+def why(choices: list[InterfaceChoice], name: str) -> str:
     return next(choice.why for choice in choices if choice.interface.name == name)
 
 
@@ -51,26 +51,26 @@ def device(sysfs: Path, name: str, hardware_type: str = ETHERNET, *extra: str, i
 @pytest.mark.parametrize(
     ("name", "hardware_type", "extra", "kind"),
     [
-        ("enp3s0", ETHERNET, ("device/",), Kind.LAN),
-        ("eth0", ETHERNET, (), Kind.LAN),
-        ("wlan0", WIFI_MONITOR, ("device/",), Kind.LAN),
-        ("lo", LOOPBACK, (), Kind.LOOPBACK),
-        ("docker0", ETHERNET, ("bridge/",), Kind.CONTAINER),
-        ("br-2f1c9e0d7a11", ETHERNET, ("bridge/",), Kind.CONTAINER),
-        ("anybridge", ETHERNET, ("bridge/",), Kind.CONTAINER),
-        ("veth12ab", ETHERNET, (), Kind.VIRTUAL),
-        ("tun0", NONE, ("tun_flags",), Kind.TUNNEL),
-        ("vpn", NONE, ("tun_flags",), Kind.TUNNEL),
-        ("tap3", ETHERNET, ("tun_flags",), Kind.TUNNEL),
-        ("homelink", NONE, (), Kind.TUNNEL),
-        ("ppp0", PPP, (), Kind.TUNNEL),
+        ("enp3s0", ETHERNET, ("device/",), InterfaceKind.LAN),
+        ("eth0", ETHERNET, (), InterfaceKind.LAN),
+        ("wlan0", WIFI_MONITOR, ("device/",), InterfaceKind.LAN),
+        ("lo", LOOPBACK, (), InterfaceKind.LOOPBACK),
+        ("docker0", ETHERNET, ("bridge/",), InterfaceKind.CONTAINER),
+        ("br-2f1c9e0d7a11", ETHERNET, ("bridge/",), InterfaceKind.CONTAINER),
+        ("anybridge", ETHERNET, ("bridge/",), InterfaceKind.CONTAINER),
+        ("veth12ab", ETHERNET, (), InterfaceKind.VIRTUAL),
+        ("tun0", NONE, ("tun_flags",), InterfaceKind.TUNNEL),
+        ("vpn", NONE, ("tun_flags",), InterfaceKind.TUNNEL),
+        ("tap3", ETHERNET, ("tun_flags",), InterfaceKind.TUNNEL),
+        ("homelink", NONE, (), InterfaceKind.TUNNEL),
+        ("ppp0", PPP, (), InterfaceKind.TUNNEL),
     ],
 )
 def test_sysfs_tells_what_an_interface_leads_to(
-    tmp_path: Path, name: str, hardware_type: str, extra: tuple[str, ...], kind: Kind
+    tmp_path: Path, name: str, hardware_type: str, extra: tuple[str, ...], kind: InterfaceKind
 ) -> None:
     device(tmp_path, name, hardware_type, *extra)
-    assert kind_of(name, INDEX, {"up", "multicast"}, tmp_path) is kind
+    assert interface_kind(name, INDEX, {"up", "multicast"}, tmp_path) is kind
 
 
 def test_a_bridge_over_a_card_is_the_lan_even_by_a_container_bridges_name(tmp_path: Path) -> None:
@@ -79,65 +79,65 @@ def test_a_bridge_over_a_card_is_the_lan_even_by_a_container_bridges_name(tmp_pa
     card = device(tmp_path, "enp1s0", ETHERNET, "device/", index=9)
     (bridge / "lower_bond0").symlink_to(bond)
     (bond / "lower_enp1s0").symlink_to(card)
-    assert kind_of("br-lan", INDEX, set(), tmp_path) is Kind.LAN
+    assert interface_kind("br-lan", INDEX, set(), tmp_path) is InterfaceKind.LAN
 
 
 def test_a_bridge_over_containers_alone_is_theirs(tmp_path: Path) -> None:
     bridge = device(tmp_path, "br0", ETHERNET, "bridge/")
     (bridge / "lower_veth1").symlink_to(device(tmp_path, "veth1", index=8))
-    assert kind_of("br0", INDEX, set(), tmp_path) is Kind.CONTAINER
+    assert interface_kind("br0", INDEX, set(), tmp_path) is InterfaceKind.CONTAINER
 
 
 def test_interfaces_that_are_their_own_lower_end_the_search(tmp_path: Path) -> None:
     bridge = device(tmp_path, "br0", ETHERNET, "bridge/")
     (bridge / "lower_br0").symlink_to(bridge)
-    assert kind_of("br0", INDEX, set(), tmp_path) is Kind.CONTAINER
+    assert interface_kind("br0", INDEX, set(), tmp_path) is InterfaceKind.CONTAINER
 
 
 def test_a_sysfs_of_another_namespace_is_not_believed(tmp_path: Path) -> None:
     device(tmp_path, "eth0", NONE, "tun_flags", index=INDEX + 1)
-    assert kind_of("eth0", INDEX, {"up"}, tmp_path) is Kind.LAN
+    assert interface_kind("eth0", INDEX, {"up"}, tmp_path) is InterfaceKind.LAN
 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("en0", Kind.LAN),
-        ("Ethernet 2", Kind.LAN),
-        ("wlp2s0", Kind.LAN),
-        ("zero", Kind.LAN),
-        ("tundra", Kind.LAN),
-        ("utun4", Kind.TUNNEL),
-        ("tailscale0", Kind.TUNNEL),
-        ("zt7nnig26", Kind.TUNNEL),
-        ("wg-home", Kind.TUNNEL),
-        ("virbr0", Kind.CONTAINER),
-        ("podman1", Kind.CONTAINER),
-        ("bridge100", Kind.CONTAINER),
-        ("vEthernet (WSL)", Kind.CONTAINER),
-        ("awdl0", Kind.VIRTUAL),
-        ("lo0", Kind.LOOPBACK),
-        ("Loopback Pseudo-Interface 1", Kind.LOOPBACK),
+        ("en0", InterfaceKind.LAN),
+        ("Ethernet 2", InterfaceKind.LAN),
+        ("wlp2s0", InterfaceKind.LAN),
+        ("zero", InterfaceKind.LAN),
+        ("tundra", InterfaceKind.LAN),
+        ("utun4", InterfaceKind.TUNNEL),
+        ("tailscale0", InterfaceKind.TUNNEL),
+        ("zt7nnig26", InterfaceKind.TUNNEL),
+        ("wg-home", InterfaceKind.TUNNEL),
+        ("virbr0", InterfaceKind.CONTAINER),
+        ("podman1", InterfaceKind.CONTAINER),
+        ("bridge100", InterfaceKind.CONTAINER),
+        ("vEthernet (WSL)", InterfaceKind.CONTAINER),
+        ("awdl0", InterfaceKind.VIRTUAL),
+        ("lo0", InterfaceKind.LOOPBACK),
+        ("Loopback Pseudo-Interface 1", InterfaceKind.LOOPBACK),
     ],
 )
-def test_without_sysfs_the_name_decides(tmp_path: Path, name: str, kind: Kind) -> None:
-    assert kind_of(name, INDEX, set(), tmp_path) is kind
+def test_without_sysfs_the_name_decides(tmp_path: Path, name: str, kind: InterfaceKind) -> None:
+    assert interface_kind(name, INDEX, set(), tmp_path) is kind
 
 
 def test_flags_go_before_names(tmp_path: Path) -> None:
-    assert kind_of("eth5", INDEX, {"up", "pointopoint"}, tmp_path) is Kind.TUNNEL
-    assert kind_of("dummy", INDEX, {"loopback"}, tmp_path) is Kind.LOOPBACK
+    assert interface_kind("eth5", INDEX, {"up", "pointopoint"}, tmp_path) is InterfaceKind.TUNNEL
+    assert interface_kind("dummy", INDEX, {"loopback"}, tmp_path) is InterfaceKind.LOOPBACK
 
 
 def test_every_lan_is_used_and_the_rest_left_out_with_a_reason() -> None:
-    choices = choose(
+    choices = choose_interfaces(
         [
-            interface("lo", Kind.LOOPBACK, at="127.0.0.1/8"),
+            interface("lo", InterfaceKind.LOOPBACK, at="127.0.0.1/8"),
             interface("eth0"),
             interface("wlan0"),
-            interface("docker0", Kind.CONTAINER),
-            interface("tailscale0", Kind.TUNNEL),
-            interface("veth1", Kind.VIRTUAL),
+            interface("docker0", InterfaceKind.CONTAINER),
+            interface("tailscale0", InterfaceKind.TUNNEL),
+            interface("veth1", InterfaceKind.VIRTUAL),
             interface("eth1", up=False),
             interface("eth2", at=""),
             interface("eth3", multicast=False),
@@ -146,47 +146,51 @@ def test_every_lan_is_used_and_the_rest_left_out_with_a_reason() -> None:
     assert used(choices) == {"eth0", "wlan0"}
     assert why(choices, "docker0") == "a container bridge: used only if named"
     assert (why(choices, "eth1"), why(choices, "eth2"), why(choices, "eth3")) == ("down", "no IPv4 address", "no multicast")
-    assert shortcoming(choices) is None
+    assert choice_warning(choices) is None
 
 
 def test_a_container_whose_only_interface_is_a_veth_uses_it() -> None:
-    choices = choose([interface("lo", Kind.LOOPBACK, at="127.0.0.1/8"), interface("veth0", Kind.VIRTUAL)])
+    choices = choose_interfaces(
+        [interface("lo", InterfaceKind.LOOPBACK, at="127.0.0.1/8"), interface("veth0", InterfaceKind.VIRTUAL)]
+    )
     assert used(choices) == {"veth0"}
 
 
 def test_loopback_is_the_last_resort_and_says_so() -> None:
-    choices = choose([interface("lo", Kind.LOOPBACK, multicast=False, at="127.0.0.1/8"), interface("docker0", Kind.CONTAINER)])
+    choices = choose_interfaces(
+        [interface("lo", InterfaceKind.LOOPBACK, multicast=False, at="127.0.0.1/8"), interface("docker0", InterfaceKind.CONTAINER)]
+    )
     assert used(choices) == {"lo"}
-    told = shortcoming(choices)
+    told = choice_warning(choices)
     assert told is not None
     assert "this machine only" in told[0]
 
 
 def test_with_nothing_up_nothing_is_used() -> None:
-    choices = choose([interface("eth0", up=False), interface("wg0", Kind.TUNNEL)])
+    choices = choose_interfaces([interface("eth0", up=False), interface("wg0", InterfaceKind.TUNNEL)])
     assert used(choices) == set()
-    told = shortcoming(choices)
+    told = choice_warning(choices)
     assert told is not None
     assert "no network interface is up" in told[0]
 
 
 @pytest.mark.parametrize("named", ["wg0", "10.0.0.3"])
 def test_a_named_tunnel_is_used_alone(named: str) -> None:
-    choices = choose([interface("eth0"), interface("wg0", Kind.TUNNEL, at="10.0.0.3/24")], [named])
+    choices = choose_interfaces([interface("eth0"), interface("wg0", InterfaceKind.TUNNEL, at="10.0.0.3/24")], [named])
     assert used(choices) == {"wg0"}
-    assert shortcoming(choices, [named]) is None
+    assert choice_warning(choices, [named]) is None
 
 
 def test_a_named_interface_that_is_missing_or_down_is_told() -> None:
-    choices = choose([interface("eth0"), interface("eth1", up=False)], ["eth1", "eth9"])
+    choices = choose_interfaces([interface("eth0"), interface("eth1", up=False)], ["eth1", "eth9"])
     assert used(choices) == set()
-    told = shortcoming(choices, ["eth1", "eth9"])
+    told = choice_warning(choices, ["eth1", "eth9"])
     assert told is not None
     assert told[0] == "no peer is looked for on eth1 (down), eth9 (not here)"
 
 
 def test_addresses_on_our_own_networks_come_first() -> None:
-    choices = choose([interface("eth0", at="192.168.1.7/24"), interface("wlan0", at="10.1.0.2/16")])
+    choices = choose_interfaces([interface("eth0", at="192.168.1.7/24"), interface("wlan0", at="10.1.0.2/16")])
     assert used_addresses(choices) == ["192.168.1.7", "10.1.0.2"]
     assert nearest_first(["172.17.0.1", "10.1.9.9", "8.8.8.8", "192.168.1.20"], choices) == (
         "10.1.9.9",
@@ -197,6 +201,6 @@ def test_addresses_on_our_own_networks_come_first() -> None:
 
 
 def test_this_device_has_a_loopback_with_its_address() -> None:
-    loopback = [each for each in present_interfaces() if each.kind is Kind.LOOPBACK]
+    loopback = [each for each in present_interfaces() if each.kind is InterfaceKind.LOOPBACK]
     assert any("127.0.0.1" in each.addresses for each in loopback)
     assert all(each.index == socket.if_nametoindex(each.name) for each in loopback)

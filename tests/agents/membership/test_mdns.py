@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 from zeroconf.asyncio import AsyncZeroconf
 
-from meshd.agents.membership.interfaces import Interface, Kind, present_interfaces
+from meshd.agents.membership.interfaces import Interface, InterfaceKind, present_interfaces
 from meshd.agents.membership.mdns import MdnsDiscovery, StaticPeers
 from meshd.agents.membership.mdns_records import Announcement
-from meshd.agents.membership.sources import Duplicate, Found, Gone, Notice, Sighting
+from meshd.agents.membership.sources import DuplicateIdentity, PeerFound, PeerWithdrawn, Sighting, SourceNotice
 from meshd.clock import SystemClock
 from meshd.types import PeerId
 from meshd.values import Address
@@ -51,9 +51,9 @@ class Seen:
                 self._told.clear()
                 await self._told.wait()
 
-    async def found(self, peer: PeerId, within_s: float = 3.0) -> Found:
-        sighting = await self.until(lambda each: isinstance(each, Found) and each.peer == peer, within_s)
-        assert isinstance(sighting, Found)
+    async def found(self, peer: PeerId, within_s: float = 3.0) -> PeerFound:
+        sighting = await self.until(lambda each: isinstance(each, PeerFound) and each.peer == peer, within_s)
+        assert isinstance(sighting, PeerFound)
         return sighting
 
 
@@ -99,7 +99,7 @@ async def test_peers_of_a_cluster_find_each_other(cluster: str) -> None:
     one, two = announce(cluster, "desk", 7001), announce(cluster, "attic", 7002)
     async with running(one) as (_, seen_by_one), running(two) as (_, seen_by_two):
         found = await seen_by_one.found(two.peer)
-        assert found == Found(
+        assert found == PeerFound(
             source="mdns",
             peer=two.peer,
             addresses=(HERE,),
@@ -127,8 +127,8 @@ async def test_a_goodbye_is_seen_within_a_second(cluster: str) -> None:
     async with running(one) as (_, seen):
         async with running(two):
             await seen.found(two.peer)
-        gone = await seen.until(lambda each: isinstance(each, Gone), within_s=1.0)
-        assert gone == Gone(source="mdns", peer=two.peer)
+        gone = await seen.until(lambda each: isinstance(each, PeerWithdrawn), within_s=1.0)
+        assert gone == PeerWithdrawn(source="mdns", peer=two.peer)
 
 
 async def test_peers_of_another_cluster_are_counted_and_told_to_nobody(cluster: str) -> None:
@@ -138,21 +138,21 @@ async def test_peers_of_another_cluster_are_counted_and_told_to_nobody(cluster: 
             await seen.found(ours_too.peer)
             await eventually(lambda: other in mdns.other_clusters())
         assert mdns.other_clusters()[other] == 1
-        assert {each.peer for each in seen.sightings if isinstance(each, Found)} == {ours_too.peer}
+        assert {each.peer for each in seen.sightings if isinstance(each, PeerFound)} == {ours_too.peer}
 
 
 async def test_ones_own_records_are_no_news(cluster: str) -> None:
     one, two = announce(cluster), announce(cluster)
     async with running(one) as (_, seen), running(two):
         await seen.found(two.peer)
-        assert {each.peer for each in seen.sightings if isinstance(each, Found | Duplicate)} == {two.peer}
+        assert {each.peer for each in seen.sightings if isinstance(each, PeerFound | DuplicateIdentity)} == {two.peer}
 
 
 async def test_a_copied_identity_is_reported(cluster: str) -> None:
     original = announce(cluster, port=7001)
     async with running(original) as (_, seen), running(replace(original, port=7002)):
-        told = await seen.until(lambda each: isinstance(each, Duplicate))
-        assert told == Duplicate(source="mdns", peer=original.peer, addresses=(HERE,), port=7002)
+        told = await seen.until(lambda each: isinstance(each, DuplicateIdentity))
+        assert told == DuplicateIdentity(source="mdns", peer=original.peer, addresses=(HERE,), port=7002)
 
 
 async def test_a_change_of_load_is_told(cluster: str) -> None:
@@ -160,19 +160,19 @@ async def test_a_change_of_load_is_told(cluster: str) -> None:
     async with running(one) as (_, seen), running(two, clock=QuickClock()) as (mdns, _):
         await seen.found(two.peer)
         mdns.set_load("2 sessions")
-        await seen.until(lambda each: isinstance(each, Found) and each.load == "2 sessions")
+        await seen.until(lambda each: isinstance(each, PeerFound) and each.load == "2 sessions")
 
 
 async def test_an_interface_that_comes_later_is_used_then(cluster: str) -> None:
     present: list[Interface] = []
     one, two = announce(cluster), announce(cluster)
     async with running(one) as (_, seen), running(two, clock=QuickClock(), scan=lambda: present) as (mdns, told):
-        notice = await told.until(lambda each: isinstance(each, Notice))
-        assert isinstance(notice, Notice)
+        notice = await told.until(lambda each: isinstance(each, SourceNotice))
+        assert isinstance(notice, SourceNotice)
         assert "no peer is looked for on 127.0.0.1 (not here)" in notice.message
-        assert not [each for each in seen.sightings if isinstance(each, Found)]
+        assert not [each for each in seen.sightings if isinstance(each, PeerFound)]
         present.append(
-            Interface(name="lo", index=1, kind=Kind.LOOPBACK, up=True, multicast=False, networks=("127.0.0.1/8",)),
+            Interface(name="lo", index=1, kind=InterfaceKind.LOOPBACK, up=True, multicast=False, networks=("127.0.0.1/8",)),
         )
         await seen.found(two.peer)
         await told.found(one.peer)
@@ -195,7 +195,7 @@ async def test_without_leave_to_open_the_port_it_says_so_once_and_tries_again(
         monkeypatch.setattr("meshd.agents.membership.mdns.AsyncZeroconf", refused_at_first)
         async with running(two, clock=QuickClock()) as (_, told):
             await seen.found(two.peer)
-            notices = [each.message for each in told.sightings if isinstance(each, Notice)]
+            notices = [each.message for each in told.sightings if isinstance(each, SourceNotice)]
             assert len(notices) == 1
             assert "Permission denied" in notices[0]
 
@@ -208,9 +208,9 @@ async def test_static_peers_are_named_again_and_again_by_name() -> None:
         await eventually(lambda: len(seen.sightings) >= 6)
     finally:
         task.cancel()
-    first = Found(source="static", peer=None, addresses=("attic.lan",), port=6375)
+    first = PeerFound(source="static", peer=None, addresses=("attic.lan",), port=6375)
     assert seen.sightings[0] == seen.sightings[2] == seen.sightings[4] == first
-    assert seen.sightings[1] == Found(source="static", peer=None, addresses=("10.0.0.2",), port=7000)
+    assert seen.sightings[1] == PeerFound(source="static", peer=None, addresses=("10.0.0.2",), port=7000)
 
 
 class WakingClock(QuickClock):
@@ -231,4 +231,4 @@ async def test_after_a_sleep_it_announces_itself_anew(cluster: str) -> None:
         before = len(seen.sightings)
         clock.slept_s = 3600.0
         await eventually(lambda: len(seen.sightings) > before)
-        assert isinstance(seen.sightings[-1], Found)
+        assert isinstance(seen.sightings[-1], PeerFound)

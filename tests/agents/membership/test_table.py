@@ -13,18 +13,18 @@ from meshd.agents.membership.peer_events import (
     Dial,
     DialFailed,
     Event,
-    Expired,
-    Forget,
     GoodbyeReceived,
+    HandshakeRefused,
     HeartbeatMissed,
     HeartbeatReceived,
     LinkDown,
     LinkUp,
-    Publish,
-    Refused,
-    State,
+    PeerState,
+    PublishChange,
+    RetentionExpired,
+    StopDialling,
 )
-from meshd.agents.membership.sources import Found, Gone
+from meshd.agents.membership.sources import PeerFound, PeerWithdrawn
 from meshd.agents.membership.table import (
     MAX_ADDRESSES,
     REFUSED_RETRY_S,
@@ -45,8 +45,10 @@ RATES = Rates(
 CAPABILITY = Capability(backend="torch", processor="cpu", threads=2, memory_total_bytes=8, memory_free_bytes=4, rates=RATES)
 
 
-def found(peer: PeerId | None = ANN, *hosts: str, source: str = "mdns", port: int = 6375) -> Found:
-    return Found(source=source, peer=peer, addresses=hosts or (HOME.host,), port=port, name="desk", version="0.1.0", protocol="1.0")
+def found(peer: PeerId | None = ANN, *hosts: str, source: str = "mdns", port: int = 6375) -> PeerFound:
+    return PeerFound(
+        source=source, peer=peer, addresses=hosts or (HOME.host,), port=port, name="desk", version="0.1.0", protocol="1.0"
+    )
 
 
 def advert(peer: PeerId = ANN, incarnation: int = 1, revision: int = 1) -> Advert:
@@ -59,36 +61,36 @@ def link_up(peer: PeerId = ANN, incarnation: int = 1, dialled: Address | None = 
 
 EVENTS: list[Event] = [
     found(),
-    Gone(source="mdns", peer=ANN),
+    PeerWithdrawn(source="mdns", peer=ANN),
     link_up(),
     LinkDown(ANN, "connection reset"),
     DialFailed(ANN, HOME, "connection refused"),
-    Refused(ANN, HOME, "another key"),
+    HandshakeRefused(ANN, HOME, "another key"),
     AdvertReceived(advert()),
     HeartbeatReceived(ANN),
     HeartbeatMissed(ANN),
     GoodbyeReceived(ANN, "stopped"),
-    Expired(ANN),
+    RetentionExpired(ANN),
 ]
-WAY_TO: dict[State | None, list[Event]] = {
+WAY_TO: dict[PeerState | None, list[Event]] = {
     None: [],
-    State.FOUND: [found()],
-    State.ALIVE: [found(), link_up()],
-    State.SUSPECT: [found(), link_up(), HeartbeatMissed(ANN)],
-    State.DEAD: [found(), link_up(), LinkDown(ANN, "connection reset")],
-    State.REFUSED: [found(), Refused(ANN, HOME, "another key")],
-    State.LEFT: [found(), link_up(), GoodbyeReceived(ANN, "stopped")],
+    PeerState.FOUND: [found()],
+    PeerState.ALIVE: [found(), link_up()],
+    PeerState.SUSPECT: [found(), link_up(), HeartbeatMissed(ANN)],
+    PeerState.DEAD: [found(), link_up(), LinkDown(ANN, "connection reset")],
+    PeerState.REFUSED: [found(), HandshakeRefused(ANN, HOME, "another key")],
+    PeerState.LEFT: [found(), link_up(), GoodbyeReceived(ANN, "stopped")],
 }
 
 
-def table_at(state: State | None) -> PeerTable:
+def table_at(state: PeerState | None) -> PeerTable:
     table = PeerTable()
     for event in WAY_TO[state]:
         table.apply(event, 1.0)
     return table
 
 
-def state_of(table: PeerTable, peer: PeerId = ANN) -> State | None:
+def state_of(table: PeerTable, peer: PeerId = ANN) -> PeerState | None:
     known = table.get(peer)
     return known.state if known is not None else None
 
@@ -100,7 +102,7 @@ def commands_of(commands: list[Command], kind: type) -> list[Command]:
 @pytest.mark.parametrize(
     ("state", "event"), list(itertools.product(WAY_TO, EVENTS)), ids=lambda each: getattr(each, "name", type(each).__name__)
 )
-def test_every_event_in_every_state_does_what_the_table_says(state: State | None, event: Event) -> None:
+def test_every_event_in_every_state_does_what_the_table_says(state: PeerState | None, event: Event) -> None:
     table = table_at(state)
     assert state_of(table) is state
     before = table.get(ANN)
@@ -115,62 +117,62 @@ def test_every_event_in_every_state_does_what_the_table_says(state: State | None
 
 
 def test_the_table_speaks_of_every_state_and_event() -> None:
-    assert set(TRANSITIONS) == set(WAY_TO) == {None, *State}
+    assert set(TRANSITIONS) == set(WAY_TO) == {None, *PeerState}
     assert {event for following in TRANSITIONS.values() for event in following} == {type(event) for event in EVENTS}
 
 
 def test_a_peer_that_is_found_is_dialled_at_all_its_addresses() -> None:
     commands = PeerTable().apply(found(ANN, HOME.host, AWAY.host), 1.0)
-    assert commands == [Dial(ANN, (HOME, AWAY)), Publish(ANN, State.FOUND, None, "")]
+    assert commands == [Dial(ANN, (HOME, AWAY)), PublishChange(ANN, PeerState.FOUND, None, "")]
 
 
 def test_a_linked_peer_is_not_dialled_however_often_it_is_heard() -> None:
-    assert table_at(State.ALIVE).apply(found(), 2.0) == []
+    assert table_at(PeerState.ALIVE).apply(found(), 2.0) == []
 
 
-@pytest.mark.parametrize("state", [State.FOUND, State.DEAD, State.REFUSED, State.LEFT])
-def test_one_without_a_link_is_dialled_as_soon_as_it_is_heard(state: State) -> None:
+@pytest.mark.parametrize("state", [PeerState.FOUND, PeerState.DEAD, PeerState.REFUSED, PeerState.LEFT])
+def test_one_without_a_link_is_dialled_as_soon_as_it_is_heard(state: PeerState) -> None:
     assert commands_of(table_at(state).apply(found(), 2.0), Dial)
 
 
 def test_a_broken_link_is_dialled_at_once_and_says_why() -> None:
-    table = table_at(State.ALIVE)
+    table = table_at(PeerState.ALIVE)
     commands = table.apply(LinkDown(ANN, "connection reset"), 2.0)
-    assert commands == [Dial(ANN, (HOME,)), Publish(ANN, State.DEAD, State.ALIVE, "connection reset")]
+    assert commands == [Dial(ANN, (HOME,)), PublishChange(ANN, PeerState.DEAD, PeerState.ALIVE, "connection reset")]
 
 
 def test_one_that_left_is_dialled_no_more() -> None:
-    commands = table_at(State.ALIVE).apply(GoodbyeReceived(ANN, "stopped"), 2.0)
-    assert commands == [Forget(ANN), Publish(ANN, State.LEFT, State.ALIVE, "stopped")]
+    commands = table_at(PeerState.ALIVE).apply(GoodbyeReceived(ANN, "stopped"), 2.0)
+    assert commands == [StopDialling(ANN), PublishChange(ANN, PeerState.LEFT, PeerState.ALIVE, "stopped")]
 
 
 def test_refused_is_dialled_no_more_and_says_why() -> None:
-    table = table_at(State.FOUND)
-    assert commands_of(table.apply(Refused(ANN, HOME, "another key"), 2.0), Forget) == [Forget(ANN)]
+    table = table_at(PeerState.FOUND)
+    assert commands_of(table.apply(HandshakeRefused(ANN, HOME, "another key"), 2.0), StopDialling) == [StopDialling(ANN)]
     assert table.rows(2.0)[0]["why"] == "another key"
 
 
 def test_one_that_refused_is_tried_again_when_it_is_heard_again() -> None:
-    table = table_at(State.REFUSED)
+    table = table_at(PeerState.REFUSED)
     assert table.apply(found(), 2.0) == [Dial(ANN, (HOME,))]
-    assert table.apply(Refused(ANN, HOME, "another key"), 3.0) == [Forget(ANN)]
+    assert table.apply(HandshakeRefused(ANN, HOME, "another key"), 3.0) == [StopDialling(ANN)]
 
 
 def test_found_but_unreachable_says_why() -> None:
-    table = table_at(State.FOUND)
+    table = table_at(PeerState.FOUND)
     table.apply(DialFailed(ANN, HOME, "no route to host"), 2.0)
     assert (table.rows(2.0)[0]["state"], table.rows(2.0)[0]["why"]) == ("found", "no route to host")
 
 
 def test_silence_makes_a_suspect_and_a_word_an_alive_one() -> None:
-    table = table_at(State.ALIVE)
-    assert table.apply(HeartbeatMissed(ANN), 2.0) == [Publish(ANN, State.SUSPECT, State.ALIVE, "silent")]
+    table = table_at(PeerState.ALIVE)
+    assert table.apply(HeartbeatMissed(ANN), 2.0) == [PublishChange(ANN, PeerState.SUSPECT, PeerState.ALIVE, "silent")]
     assert table.apply(HeartbeatMissed(ANN), 2.5) == []
-    assert table.apply(HeartbeatReceived(ANN), 3.0) == [Publish(ANN, State.ALIVE, State.SUSPECT, "")]
+    assert table.apply(HeartbeatReceived(ANN), 3.0) == [PublishChange(ANN, PeerState.ALIVE, PeerState.SUSPECT, "")]
 
 
 def test_a_suspect_is_not_planned_with() -> None:
-    table = table_at(State.ALIVE)
+    table = table_at(PeerState.ALIVE)
     table.apply(AdvertReceived(advert()), 2.0)
     assert table.adverts() == [advert()]
     table.apply(HeartbeatMissed(ANN), 3.0)
@@ -179,8 +181,8 @@ def test_a_suspect_is_not_planned_with() -> None:
 
 
 def test_only_a_newer_revision_of_the_present_incarnation_counts() -> None:
-    table = table_at(State.ALIVE)
-    assert table.apply(AdvertReceived(advert(revision=2)), 2.0) == [Publish(ANN, State.ALIVE, State.ALIVE, "")]
+    table = table_at(PeerState.ALIVE)
+    assert table.apply(AdvertReceived(advert(revision=2)), 2.0) == [PublishChange(ANN, PeerState.ALIVE, PeerState.ALIVE, "")]
     assert table.apply(AdvertReceived(advert(revision=1)), 3.0) == []
     assert table.apply(AdvertReceived(advert(incarnation=9, revision=5)), 3.0) == []
     assert table.adverts() == [advert(revision=2)]
@@ -189,7 +191,7 @@ def test_only_a_newer_revision_of_the_present_incarnation_counts() -> None:
 
 
 def test_a_restarted_peer_starts_without_its_old_advert() -> None:
-    table = table_at(State.ALIVE)
+    table = table_at(PeerState.ALIVE)
     table.apply(AdvertReceived(advert(revision=7)), 2.0)
     table.apply(link_up(incarnation=2), 3.0)
     assert table.adverts() == []
@@ -198,7 +200,7 @@ def test_a_restarted_peer_starts_without_its_old_advert() -> None:
 
 
 def test_a_link_that_comes_back_keeps_the_advert() -> None:
-    table = table_at(State.ALIVE)
+    table = table_at(PeerState.ALIVE)
     table.apply(AdvertReceived(advert()), 2.0)
     table.apply(LinkDown(ANN, "connection reset"), 3.0)
     assert table.adverts() == []
@@ -207,7 +209,7 @@ def test_a_link_that_comes_back_keeps_the_advert() -> None:
 
 
 def test_two_daemons_with_one_identity_are_told_from_a_restart() -> None:
-    table = table_at(State.ALIVE)
+    table = table_at(PeerState.ALIVE)
     table.apply(link_up(incarnation=2), 2.0)
     assert table.rows(2.0)[0]["why"] == ""
     table.apply(link_up(incarnation=1), 3.0)
@@ -225,13 +227,13 @@ def test_a_peer_seen_on_two_addresses_shows_both_with_their_sources() -> None:
 
 
 def test_a_sources_new_addresses_replace_its_old_ones() -> None:
-    table = table_at(State.FOUND)
+    table = table_at(PeerState.FOUND)
     assert commands_of(table.apply(found(ANN, AWAY.host), 2.0), Dial) == [Dial(ANN, (AWAY,))]
 
 
 def test_a_source_that_takes_its_word_back_leaves_a_linked_peer_alone() -> None:
-    table = table_at(State.ALIVE)
-    assert table.apply(Gone(source="mdns", peer=ANN), 2.0) == []
+    table = table_at(PeerState.ALIVE)
+    assert table.apply(PeerWithdrawn(source="mdns", peer=ANN), 2.0) == []
     assert table.rows(2.0)[0]["addresses"] == []
 
 
@@ -260,21 +262,21 @@ def test_a_static_address_is_dialled_until_a_peer_answers_there() -> None:
 def test_a_static_address_that_refuses_is_tried_seldom() -> None:
     table, static = PeerTable(), found(None, "attic.lan", source="static")
     table.apply(static, 1.0)
-    table.apply(Refused(None, Address("attic.lan", 6375), "another cluster's key"), 2.0)
+    table.apply(HandshakeRefused(None, Address("attic.lan", 6375), "another cluster's key"), 2.0)
     assert table.apply(static, 3.0) == []
     assert (table.rows(3.0)[0]["state"], table.rows(3.0)[0]["why"]) == ("refused", "another cluster's key")
     assert commands_of(table.apply(static, 2.0 + REFUSED_RETRY_S), Dial)
 
 
 def test_what_was_long_not_heard_of_is_dropped() -> None:
-    table = table_at(State.DEAD)
-    assert table.expire(RETENTION_S[State.DEAD]) == []
-    assert table.expire(RETENTION_S[State.DEAD] + 2.0) == [Forget(ANN), Publish(ANN, None, State.DEAD, "")]
+    table = table_at(PeerState.DEAD)
+    assert table.expire(RETENTION_S[PeerState.DEAD]) == []
+    assert table.expire(RETENTION_S[PeerState.DEAD] + 2.0) == [StopDialling(ANN), PublishChange(ANN, None, PeerState.DEAD, "")]
     assert len(table) == 0
 
 
 def test_what_is_linked_or_vouched_for_is_never_dropped() -> None:
-    alive, vouched = table_at(State.ALIVE), table_at(State.FOUND)
+    alive, vouched = table_at(PeerState.ALIVE), table_at(PeerState.FOUND)
     assert alive.expire(1e9) == vouched.expire(1e9) == []
 
 
@@ -284,14 +286,14 @@ def test_a_full_table_drops_the_oldest_dead_and_refuses_when_all_are_linked() ->
     table.apply(LinkDown(ANN, "gone"), 1.0)
     table.apply(link_up(BOB), 2.0)
     commands = table.apply(link_up(PeerId("cat")), 3.0)
-    assert Forget(ANN) in commands
+    assert StopDialling(ANN) in commands
     with pytest.raises(Overloaded):
         table.apply(link_up(PeerId("dan")), 4.0)
     assert {peer.id for peer in table.linked()} == {BOB, PeerId("cat")}
 
 
 def test_rows_are_json_with_the_same_keys_whatever_is_known() -> None:
-    table = table_at(State.ALIVE)
+    table = table_at(PeerState.ALIVE)
     table.apply(AdvertReceived(advert()), 2.0)
     table.apply(found(BOB), 3.0)
     table.apply(found(None, "attic.lan", source="static"), 3.0)
@@ -328,9 +330,9 @@ class Membership(RuleBasedStateMachine):
         for command in commands:
             if isinstance(command, Dial) and command.peer is not None:
                 self.dialling.add(command.peer)
-            elif isinstance(command, Forget):
+            elif isinstance(command, StopDialling):
                 self.dialling.discard(command.peer)
-            elif isinstance(command, Publish):
+            elif isinstance(command, PublishChange):
                 assert command.state is state_of(self.table, command.peer)
 
     @rule(peer=peers, hosts=st.lists(st.sampled_from(["10.0.0.1", "10.0.0.2", "10.0.0.3"]), min_size=1, unique=True))
@@ -345,25 +347,29 @@ class Membership(RuleBasedStateMachine):
     def an_advert_comes(self, peer: PeerId, incarnation: int, revision: int) -> None:
         self.take(AdvertReceived(advert(peer, incarnation, revision)))
 
-    @rule(peer=peers, kind=st.sampled_from([HeartbeatReceived, HeartbeatMissed, Expired]))
-    def time_tells(self, peer: PeerId, kind: type[HeartbeatReceived | HeartbeatMissed | Expired]) -> None:
+    @rule(peer=peers, kind=st.sampled_from([HeartbeatReceived, HeartbeatMissed, RetentionExpired]))
+    def time_tells(self, peer: PeerId, kind: type[HeartbeatReceived | HeartbeatMissed | RetentionExpired]) -> None:
         self.take(kind(peer))
 
     @rule(peer=peers, kind=st.sampled_from([LinkDown, GoodbyeReceived]))
     def a_link_ends(self, peer: PeerId, kind: type[LinkDown | GoodbyeReceived]) -> None:
         self.take(kind(peer, "over"))
 
-    @rule(peer=peers, kind=st.sampled_from([DialFailed, Refused]))
-    def a_dial_fails(self, peer: PeerId, kind: type[DialFailed | Refused]) -> None:
+    @rule(peer=peers, kind=st.sampled_from([DialFailed, HandshakeRefused]))
+    def a_dial_fails(self, peer: PeerId, kind: type[DialFailed | HandshakeRefused]) -> None:
         self.take(kind(peer, HOME, "no"))
 
     @rule(peer=peers)
     def a_source_takes_it_back(self, peer: PeerId) -> None:
-        self.take(Gone(source="mdns", peer=peer))
+        self.take(PeerWithdrawn(source="mdns", peer=peer))
 
     @rule(
         event=st.sampled_from(
-            [found(None, "attic", source="static"), DialFailed(None, Address("attic", 6375), "no"), Refused(None, None, "no")]
+            [
+                found(None, "attic", source="static"),
+                DialFailed(None, Address("attic", 6375), "no"),
+                HandshakeRefused(None, None, "no"),
+            ]
         )
     )
     def something_happens_to_an_address(self, event: Event) -> None:
@@ -373,7 +379,7 @@ class Membership(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         for command in self.table.expire(self.now):
-            if isinstance(command, Forget):
+            if isinstance(command, StopDialling):
                 self.dialling.discard(command.peer)
 
     @invariant()
@@ -385,18 +391,18 @@ class Membership(RuleBasedStateMachine):
         for each in self.table.adverts():
             known = self.table.get(each.peer)
             assert known is not None
-            assert known.state is State.ALIVE
+            assert known.state is PeerState.ALIVE
             assert known.incarnation == each.incarnation
 
     @invariant()
     def nobody_who_left_or_is_forgotten_is_dialled(self) -> None:
-        assert all(state_of(self.table, peer) not in {State.LEFT, None} for peer in self.dialling)
+        assert all(state_of(self.table, peer) not in {PeerState.LEFT, None} for peer in self.dialling)
 
     @invariant()
     def who_is_lost_and_can_be_reached_is_dialled(self) -> None:
         for peer in PEERS:
             known = self.table.get(peer)
-            if known is not None and known.state in {State.FOUND, State.DEAD} and known.addresses:
+            if known is not None and known.state in {PeerState.FOUND, PeerState.DEAD} and known.addresses:
                 assert known.id in self.dialling
 
     @invariant()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from in_process.journals import HandClock, Keepers, S
 from in_process.peers import Peers
-from meshd.agents.admin.story_collector import decode_lines, in_our_time, merge
+from meshd.agents.admin.story_collector import decode_lines, merge_stories, to_local_time
 from meshd.agents.observe.story import Story
 from meshd.errors import ProtocolViolation, UnknownSession
 from meshd.types import PeerId, SessionId
@@ -100,7 +100,7 @@ def test_a_story_is_checked_as_it_arrives(payload: bytes) -> None:
 
 
 def test_lines_are_put_where_they_happened() -> None:
-    moved = in_our_time([{"at": 900.0, "what": "x"}, {"at": 901.0, "what": "y"}], theirs=910.0, ours=20.0)
+    moved = to_local_time([{"at": 900.0, "what": "x"}, {"at": 901.0, "what": "y"}], theirs=910.0, ours=20.0)
     assert moved == [{"at": 10.0, "what": "x"}, {"at": 11.0, "what": "y"}]
 
 
@@ -109,7 +109,7 @@ def test_the_order_of_one_peers_lines_is_kept(noted: list[tuple[str, float]]) ->
     told: dict[PeerId, list[dict[str, object]]] = {}
     for number, (peer, at) in enumerate(sorted(noted, key=lambda each: each[1])):
         told.setdefault(PeerId(peer), []).append({"at": at, "what": f"{number}"})
-    lines = merge(told, str)
+    lines = merge_stories(told, str)
     assert len(lines) == len(noted)
     assert all(math.isfinite(line["at"]) for line in lines)
     assert [line["at"] for line in lines] == sorted(line["at"] for line in lines)

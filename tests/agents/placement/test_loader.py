@@ -9,10 +9,10 @@ import pytest
 
 from in_process.clusters import make_card
 from in_process.peers import Peers
-from meshd.agents.placement.loader import Placement
-from meshd.agents.placement.loads import Holdings, Load, LoadState
-from meshd.agents.placement.model_library import Library
-from meshd.agents.placement.weights.provider import Weights
+from meshd.agents.placement.loader import Loader
+from meshd.agents.placement.loads import LoadState, ResidentLayers, ResidentModels
+from meshd.agents.placement.model_library import ModelLibrary
+from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.agents.placement.weights.sources import WeightSources
 from meshd.agents.stage.compute import ComputeThread
 from meshd.clock import SystemClock
@@ -38,15 +38,15 @@ def card_of(number: int) -> ModelCard:
 CARDS = [card_of(number) for number in range(2)]
 
 
-class FromMemory(Placement):
+class FromMemory(Loader):
     """Reads weights from a made-up model instead of a file on a disk."""
 
     __slots__ = ("broken",)
 
-    async def _fill(self, load: Load, ref: str) -> None:
+    async def _fill(self, load: ResidentLayers, ref: str) -> None:
         """Nothing has to come to this disk."""
 
-    def _read(self, load: Load, progress: Callable[[float], None]) -> None:
+    def _read(self, load: ResidentLayers, progress: Callable[[float], None]) -> None:
         source = TinyLlama(SPEC, kinds={"token_embd": "Q8_0"})
         if load.card.name in getattr(self, "broken", ()):
             raise ModelFileError("torn")
@@ -61,7 +61,7 @@ class Placing:
     def __init__(self, placement: FromMemory, budget: list[int], draining: list[bool]) -> None:
         self.placement, self.budget, self.draining = placement, budget, draining
 
-    async def load(self, start: int, end: int, *, model: int = 0, kv_tokens: int = KV, **how: bool) -> Load:
+    async def load(self, start: int, end: int, *, model: int = 0, kv_tokens: int = KV, **how: bool) -> ResidentLayers:
         return await self.placement.place(wish(start, end, model=model, kv_tokens=kv_tokens, **how))
 
     def room_for(self, *loads: tuple[int, int]) -> None:
@@ -87,15 +87,15 @@ def sized(start: int, end: int, kv_tokens: int = KV) -> int:
 @pytest.fixture
 async def place(peers: Peers, tmp_path: Path) -> AsyncIterator[Placing]:
     links = peers.start("a").links
-    library = Library(links=links, store=Store(tmp_path), adverts=list, on_change=lambda: None)
+    library = ModelLibrary(links=links, store=Store(tmp_path), adverts=list, on_change=lambda: None)
     library.local |= {card.id: card for card in CARDS}
-    holdings, budget, draining = Holdings(attention_bytes_s=1e9), [1 << 30], [False]
+    holdings, budget, draining = ResidentModels(attention_bytes_s=1e9), [1 << 30], [False]
     compute = ComputeThread()
     sources = WeightSources(links.id, links, adverts=list, names=str, clock=SystemClock(), link_stats=dict)
     placement = FromMemory(
         links=links,
         library=library,
-        weights=Weights(links, library, sources, SystemClock()),
+        weights=WeightProvider(links, library, sources, SystemClock()),
         holdings=holdings,
         backend=make_backend("torch", 1),
         compute=compute,

@@ -12,30 +12,41 @@ from hypothesis import strategies as st
 
 from in_process.adverts import CARD, KV, advert, held
 from in_process.clusters import MODEL, make_card, make_problem
-from meshd.agents.placement.policy import HELD, Decision, Ledger, Mesh, Piece, Wish, decide, grow, met, orphans
+from meshd.agents.placement.policy import (
+    HELD,
+    ClusterState,
+    Decision,
+    HoldingHistory,
+    LoadRequest,
+    ServedLayers,
+    apply_request,
+    decide,
+    grow,
+    orphaned_copies,
+)
 from meshd.planner.model.memory import stage_memory
 from meshd.planner.profile import profiles_from_adverts
 from meshd.types import Advert, Holding, LayerRange, ModelCard, ModelId, PeerId, StagePlan
 
 
 def decided(*adverts: Advert, cards: Sequence[ModelCard] = (CARD,), **fields: Any) -> Decision:
-    return decide(Mesh(adverts=adverts, cards={card.id: card for card in cards}, **fields))
+    return decide(ClusterState(adverts=adverts, cards={card.id: card for card in cards}, **fields))
 
 
-def lost(*ranges: tuple[int, int]) -> dict[Any, list[Piece]]:
-    return {MODEL: [Piece(LayerRange(*layers), KV) for layers in ranges]}
+def lost(*ranges: tuple[int, int]) -> dict[Any, list[ServedLayers]]:
+    return {MODEL: [ServedLayers(LayerRange(*layers), KV) for layers in ranges]}
 
 
 def wishes(decision: Decision) -> list[tuple[str, str, bool]]:
     return [(wish.peer, str(wish.layers), wish.standby) for wish in decision.wishes]
 
 
-def loaded(adverts: Sequence[Advert], asked: Sequence[Wish], cards: Sequence[ModelCard] = (CARD,)) -> list[Advert]:
+def loaded(adverts: Sequence[Advert], asked: Sequence[LoadRequest], cards: Sequence[ModelCard] = (CARD,)) -> list[Advert]:
     """The adverts once every wish is met."""
     by_peer = {advert.peer: advert for advert in adverts}
     by_model = {card.id: card for card in cards}
     for wish in asked:
-        after = met(by_peer[wish.peer], wish, by_model[wish.model])
+        after = apply_request(by_peer[wish.peer], wish, by_model[wish.model])
         ready = tuple(msgspec.structs.replace(each, state="active") for each in after.holdings)
         by_peer[wish.peer] = msgspec.structs.replace(after, holdings=ready)
     return list(by_peer.values())
@@ -146,8 +157,8 @@ def test_idle_copies_of_another_model_are_free_memory_to_a_placement() -> None:
 
 def test_the_copy_of_a_lost_stage_takes_over() -> None:
     mesh = advert("a", held(0, 17)), advert("c", held(17, 30, standby=True))
-    decision = decided(*mesh, lost={MODEL: [Piece(LayerRange(17, 30), KV, pinned=True)]}, copies=1)
-    assert decision.wishes == (Wish(PeerId("c"), MODEL, LayerRange(17, 30), KV, standby=False, pinned=True),)
+    decision = decided(*mesh, lost={MODEL: [ServedLayers(LayerRange(17, 30), KV, pinned=True)]}, copies=1)
+    assert decision.wishes == (LoadRequest(PeerId("c"), MODEL, LayerRange(17, 30), KV, standby=False, pinned=True),)
 
 
 def test_lost_layers_without_a_copy_are_placed_anew() -> None:
@@ -162,7 +173,7 @@ def test_only_what_is_missing_of_a_lost_stage_is_placed_anew() -> None:
 
 def test_lost_layers_are_placed_with_less_kv_if_memory_is_short() -> None:
     mesh = advert("a", held(0, 17), memory=0), advert("c", memory=260 << 20)
-    (wish,) = decided(*mesh, lost={MODEL: [Piece(LayerRange(17, 30), 65_536)]}, copies=1).wishes
+    (wish,) = decided(*mesh, lost={MODEL: [ServedLayers(LayerRange(17, 30), 65_536)]}, copies=1).wishes
     assert 512 <= wish.kv_tokens < 65_536
 
 
@@ -204,29 +215,29 @@ def test_a_model_that_was_let_go_is_not_kept() -> None:
 
 
 def test_a_peer_that_is_gone_has_lost_what_it_held() -> None:
-    ledger = Ledger()
+    ledger = HoldingHistory()
     ledger.look([advert("a", held(0, 17)), advert("b", held(17, 30, pinned=True))])
     ledger.look([advert("a", held(0, 17))])
-    assert ledger.lost == {MODEL: {Piece(LayerRange(17, 30), KV, pinned=True)}}
+    assert ledger.lost == {MODEL: {ServedLayers(LayerRange(17, 30), KV, pinned=True)}}
 
 
 def test_a_restarted_peer_has_lost_what_it_held() -> None:
-    ledger = Ledger()
+    ledger = HoldingHistory()
     ledger.look([advert("a", held(0, 17)), advert("b", held(17, 30))])
     ledger.look([advert("a", held(0, 17)), advert("b", incarnation=2)])
-    assert ledger.lost == {MODEL: {Piece(LayerRange(17, 30), KV)}}
+    assert ledger.lost == {MODEL: {ServedLayers(LayerRange(17, 30), KV)}}
 
 
 def test_what_was_loaded_and_lost_between_two_looks_is_lost() -> None:
-    ledger = Ledger()
+    ledger = HoldingHistory()
     ledger.look([advert("a"), advert("b")])
     ledger.note(advert("b", held(17, 30)))
     ledger.look([advert("a", held(0, 17))])
-    assert ledger.lost == {MODEL: {Piece(LayerRange(17, 30), KV)}}
+    assert ledger.lost == {MODEL: {ServedLayers(LayerRange(17, 30), KV)}}
 
 
 def test_what_was_loaded_and_unplaced_between_two_looks_is_not_lost() -> None:
-    ledger = Ledger()
+    ledger = HoldingHistory()
     ledger.look([advert("a", held(0, 17)), advert("b")])
     ledger.note(advert("b", held(17, 30)))
     ledger.note(advert("b"))
@@ -236,7 +247,7 @@ def test_what_was_loaded_and_unplaced_between_two_looks_is_not_lost() -> None:
 
 
 def test_a_loss_is_made_good_once_the_layers_are_active_elsewhere() -> None:
-    ledger = Ledger()
+    ledger = HoldingHistory()
     ledger.look([advert("a", held(0, 17)), advert("b", held(17, 30))])
     ledger.look([advert("a", held(0, 17)), advert("c", held(17, 30, state="loading"))])
     assert ledger.lost
@@ -247,7 +258,7 @@ def test_a_loss_is_made_good_once_the_layers_are_active_elsewhere() -> None:
 
 
 def test_what_was_unplaced_is_not_lost() -> None:
-    ledger = Ledger()
+    ledger = HoldingHistory()
     ledger.look([advert("a", held(0, 17)), advert("b", held(17, 30))])
     ledger.look([advert("b", held(17, 30))])
     ledger.look([advert("b")])
@@ -256,26 +267,26 @@ def test_what_was_unplaced_is_not_lost() -> None:
 
 
 def test_a_copy_that_was_being_loaded_when_its_model_was_unplaced_is_an_orphan() -> None:
-    ledger = Ledger()
+    ledger = HoldingHistory()
     ledger.look([advert("a", held(0, 30)), advert("b", held(0, 30, standby=True, state="loading"))])
     ledger.look([advert("a"), advert("b", held(0, 30, standby=True, state="loading"))])
     after = [advert("a"), advert("b", held(0, 30, standby=True))]
     ledger.look(after)
     assert ledger.let_go == {MODEL}
-    assert orphans(after, ledger.let_go) == [("b", MODEL)]
+    assert orphaned_copies(after, ledger.let_go) == [("b", MODEL)]
     ledger.look([advert("a"), advert("b")])
     assert not ledger.let_go
 
 
 def test_a_copy_whose_original_died_is_no_orphan() -> None:
-    ledger = Ledger()
+    ledger = HoldingHistory()
     ledger.look([advert("a", held(0, 30)), advert("b", held(0, 30, standby=True))])
     ledger.look([advert("b", held(0, 30, standby=True))])
     assert not ledger.let_go
 
 
 def test_a_model_that_is_placed_again_is_no_longer_let_go() -> None:
-    ledger = Ledger()
+    ledger = HoldingHistory()
     copy = advert("b", held(0, 30, standby=True))
     ledger.look([advert("a", held(0, 30)), copy])
     ledger.look([advert("a"), copy])
@@ -313,7 +324,7 @@ def test_what_is_no_reason_to_place_a_model_anew(adverts: list[Advert]) -> None:
 
 
 @st.composite
-def meshes(draw_from: st.DrawFn) -> Mesh:
+def meshes(draw_from: st.DrawFn) -> ClusterState:
     rng = random.Random(draw_from(st.integers(0, 2**32)))
     card = make_card(rng.randrange(2, 13))
     count = card.spec.layers
@@ -322,8 +333,8 @@ def meshes(draw_from: st.DrawFn) -> Mesh:
         holdings = [_random_holding(rng, count) for _ in range(rng.choice([0, 1, 1, 2]))]
         memory = int(10 ** rng.uniform(7.5, 9.7))
         adverts.append(advert(name, *holdings, memory=memory, draining=rng.random() < 0.15))
-    pieces = {Piece(_random_holding(rng, count).layers, 2048, rng.random() < 0.2) for _ in range(rng.randrange(3))}
-    return Mesh(
+    pieces = {ServedLayers(_random_holding(rng, count).layers, 2048, rng.random() < 0.2) for _ in range(rng.randrange(3))}
+    return ClusterState(
         adverts=adverts,
         cards={MODEL: card},
         lost={MODEL: pieces} if pieces else {},
@@ -342,18 +353,18 @@ def _random_holding(rng: random.Random, count: int) -> Holding:
     )
 
 
-def _bytes(card: ModelCard, wish: Wish) -> int:
+def _bytes(card: ModelCard, wish: LoadRequest) -> int:
     weights = sum(card.layer_bytes[wish.layers.start : wish.layers.end])
     return weights + wish.kv_tokens * len(wish.layers) * card.kv_bytes_per_token_layer()
 
 
-def _is_new(mesh: Mesh, wish: Wish) -> bool:
+def _is_new(mesh: ClusterState, wish: LoadRequest) -> bool:
     holdings = next(advert.holdings for advert in mesh.adverts if advert.peer == wish.peer)
     return not any(each.layers == wish.layers and each.state in HELD for each in holdings)
 
 
 @given(meshes())
-def test_nothing_is_placed_where_memory_does_not_allow_it(mesh: Mesh) -> None:
+def test_nothing_is_placed_where_memory_does_not_allow_it(mesh: ClusterState) -> None:
     card = mesh.cards[MODEL]
     for each in mesh.adverts:
         free = each.capability.memory_free_bytes
@@ -367,7 +378,7 @@ def test_nothing_is_placed_where_memory_does_not_allow_it(mesh: Mesh) -> None:
 
 
 @given(meshes())
-def test_no_layer_is_loaded_twice_on_a_peer_nor_on_one_that_should_get_none(mesh: Mesh) -> None:
+def test_no_layer_is_loaded_twice_on_a_peer_nor_on_one_that_should_get_none(mesh: ClusterState) -> None:
     new = [wish for wish in decide(mesh).wishes if _is_new(mesh, wish)]
     by_peer = {each.peer: each for each in mesh.adverts}
     for number, wish in enumerate(new):
@@ -380,7 +391,7 @@ def test_no_layer_is_loaded_twice_on_a_peer_nor_on_one_that_should_get_none(mesh
 
 
 @given(meshes())
-def test_once_the_wishes_are_met_there_are_soon_no_more(mesh: Mesh) -> None:
+def test_once_the_wishes_are_met_there_are_soon_no_more(mesh: ClusterState) -> None:
     cards = list(mesh.cards.values())
     for _ in range(3):
         asked = decide(mesh).wishes
@@ -389,7 +400,7 @@ def test_once_the_wishes_are_met_there_are_soon_no_more(mesh: Mesh) -> None:
 
 
 @given(meshes(), st.randoms())
-def test_the_same_adverts_give_the_same_wishes_in_any_order(mesh: Mesh, rng: random.Random) -> None:
+def test_the_same_adverts_give_the_same_wishes_in_any_order(mesh: ClusterState, rng: random.Random) -> None:
     shuffled = list(mesh.adverts)
     rng.shuffle(shuffled)
     assert decide(replace(mesh, adverts=shuffled)) == decide(mesh)

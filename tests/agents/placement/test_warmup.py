@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from in_process.clusters import make_card
-from meshd.agents.placement.loads import Load
+from meshd.agents.placement.loads import ResidentLayers
 from meshd.agents.placement.warmup import warm_up
 from meshd.kernels.backend import F32, LoadedLayers, Segment, Stage, make_backend
 from meshd.kernels.kv import KVPool
@@ -39,7 +39,7 @@ def test_whether_a_token_has_the_same_bits_alone_is_found_out(steady: bool) -> N
     model = TinyLlama(spec, kinds={"token_embd": "Q8_0"})
     loaded = make_backend("onnxruntime", 1).load(spec, layers, model, embedding=True, head=False)
     card = msgspec.structs.replace(make_card(spec.layers), spec=spec)
-    load = Load(card, layers, kv_tokens=64, weight_bytes=0)
+    load = ResidentLayers(card, layers, kv_tokens=64, weight_bytes=0)
     load.weights = loaded if steady else Unsteady(loaded)
     load.pool = KVPool(spec, layers, blocks=2)
     warm_up(load)

@@ -5,8 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshd.agents.session import session as machine
-from meshd.agents.session.plan.resume import Held, Resumption
-from meshd.agents.session.session import CREDIT_TOKENS, MAX_ATTEMPTS, TERMINAL, TRANSITIONS, IllegalTransition, Session, State
+from meshd.agents.session.plan.resume import ResumePoint, StageHeld
+from meshd.agents.session.session import (
+    CREDIT_TOKENS,
+    MAX_ATTEMPTS,
+    TERMINAL,
+    TRANSITIONS,
+    IllegalTransition,
+    Session,
+    SessionState,
+)
 from meshd.errors import Cancelled, DoesNotFit, OutOfMemory
 from meshd.types import FinishReason, LayerRange, ModelId, PeerId, Plan, PlanId, SessionId, StagePlan
 
@@ -45,19 +53,19 @@ EVENTS: dict[type, machine.Event] = {
 }
 
 
-def in_state(state: State) -> Session:
+def in_state(state: SessionState) -> Session:
     session = Session(SessionId("s"), PROMPT)
-    paths: dict[State, list[machine.Event]] = {
-        State.NEW: [],
-        State.OPENING: [machine.Planned(PLAN)],
-        State.PREFILLING: [machine.Planned(PLAN), machine.StageOpened(1, 0), machine.StageOpened(1, 1)],
+    paths: dict[SessionState, list[machine.Event]] = {
+        SessionState.NEW: [],
+        SessionState.OPENING: [machine.Planned(PLAN)],
+        SessionState.PREFILLING: [machine.Planned(PLAN), machine.StageOpened(1, 0), machine.StageOpened(1, 1)],
     }
-    paths[State.DECODING] = [*paths[State.PREFILLING], machine.TokenArrived(1, 0, 7)]
-    paths[State.RECOVERING] = [*paths[State.DECODING], machine.PeerGone(B, "killed")]
-    paths[State.SUSPENDED] = [*paths[State.DECODING], machine.Suspend()]
-    paths[State.FINISHED] = [*paths[State.PREFILLING], machine.TokenArrived(1, 0, 7, None, FinishReason.LENGTH)]
-    paths[State.FAILED] = [machine.PlanFailed(DoesNotFit("too large"))]
-    paths[State.CANCELLED] = [*paths[State.DECODING], machine.CancelRequested()]
+    paths[SessionState.DECODING] = [*paths[SessionState.PREFILLING], machine.TokenArrived(1, 0, 7)]
+    paths[SessionState.RECOVERING] = [*paths[SessionState.DECODING], machine.PeerGone(B, "killed")]
+    paths[SessionState.SUSPENDED] = [*paths[SessionState.DECODING], machine.Suspend()]
+    paths[SessionState.FINISHED] = [*paths[SessionState.PREFILLING], machine.TokenArrived(1, 0, 7, None, FinishReason.LENGTH)]
+    paths[SessionState.FAILED] = [machine.PlanFailed(DoesNotFit("too large"))]
+    paths[SessionState.CANCELLED] = [*paths[SessionState.DECODING], machine.CancelRequested()]
     for event in paths[state]:
         session.handle(event)
         session.validate()
@@ -65,9 +73,9 @@ def in_state(state: State) -> Session:
     return session
 
 
-@pytest.mark.parametrize("state", list(State))
+@pytest.mark.parametrize("state", list(SessionState))
 @pytest.mark.parametrize("kind", list(EVENTS), ids=lambda kind: kind.__name__)
-def test_every_pair_of_state_and_event_is_a_transition_or_raises_and_changes_nothing(state: State, kind: type) -> None:
+def test_every_pair_of_state_and_event_is_a_transition_or_raises_and_changes_nothing(state: SessionState, kind: type) -> None:
     session = in_state(state)
     before = repr(session)
     event = EVENTS[kind]
@@ -92,19 +100,19 @@ def test_the_prompt_goes_out_when_the_last_stage_has_opened() -> None:
 
 
 def test_a_message_of_an_older_epoch_is_dropped() -> None:
-    session = in_state(State.DECODING)
+    session = in_state(SessionState.DECODING)
     assert session.handle(machine.TokenArrived(0, 1, 9)) == []
     assert session.tokens == [7]
 
 
 def test_a_repeated_token_is_emitted_once() -> None:
-    session = in_state(State.DECODING)
+    session = in_state(SessionState.DECODING)
     assert session.handle(machine.TokenArrived(1, 0, 7)) == []
     assert session.handle(machine.TokenArrived(1, 1, 8)) == [machine.EmitToken(1, 8, None, None)]
 
 
 def test_a_gap_in_the_tokens_asks_for_another_plan() -> None:
-    session = in_state(State.DECODING)
+    session = in_state(SessionState.DECODING)
     (command,) = session.handle(machine.TokenArrived(1, 5, 8))
     assert isinstance(command, machine.Replan)
     assert command.avoid == {B}, "the last stage's word can't be right"
@@ -112,24 +120,24 @@ def test_a_gap_in_the_tokens_asks_for_another_plan() -> None:
 
 
 def test_after_a_loss_the_answer_goes_on_one_epoch_later_from_what_is_held() -> None:
-    session = in_state(State.DECODING)
+    session = in_state(SessionState.DECODING)
     (replan,) = session.handle(machine.PeerGone(B, "killed"))
     assert isinstance(replan, machine.Replan)
     assert replan.lost == {B}
     assert "2-5" in replan.reason
     assert session.handle(machine.Planned(WITHOUT_B)) == [machine.OpenStages(2, WITHOUT_B, CREDIT_TOKENS, 1)]
     assert session.handle(machine.StageOpened(1, 0)) == []  # of the old epoch
-    session.handle(machine.StageOpened(2, 0, Held(10, False, 0, 10)))
-    held = (Held(10, False, 0, 10), Held(0))
-    assert session.handle(machine.StageOpened(2, 1, Held(0))) == [
-        machine.ResumeStages(2, WITHOUT_B, held, (Resumption(10, 0), Resumption(0, 10))),
+    session.handle(machine.StageOpened(2, 0, StageHeld(10, False, 0, 10)))
+    held = (StageHeld(10, False, 0, 10), StageHeld(0))
+    assert session.handle(machine.StageOpened(2, 1, StageHeld(0))) == [
+        machine.ResumeStages(2, WITHOUT_B, held, (ResumePoint(10, 0), ResumePoint(0, 10))),
         machine.SendPrompt(2, WITHOUT_B, 10),
     ]
     assert session.handle(machine.TokenArrived(2, 1, 8)) == [machine.EmitToken(1, 8, None, None)]
 
 
 def test_a_peer_that_is_left_out_of_the_new_plan_is_told_once_the_new_one_is_open() -> None:
-    session = in_state(State.DECODING)
+    session = in_state(SessionState.DECODING)
     session.handle(machine.DeadlinePassed("silence", B))
     session.handle(machine.Planned(WITHOUT_B))
     session.handle(machine.StageOpened(2, 0))
@@ -138,20 +146,20 @@ def test_a_peer_that_is_left_out_of_the_new_plan_is_told_once_the_new_one_is_ope
 
 
 def test_a_token_made_before_the_loss_still_counts() -> None:
-    session = in_state(State.RECOVERING)
+    session = in_state(SessionState.RECOVERING)
     assert session.handle(machine.TokenArrived(1, 1, 8)) == [machine.EmitToken(1, 8, None, None)]
-    assert session.state is State.RECOVERING
+    assert session.state is SessionState.RECOVERING
 
 
 def test_a_second_loss_while_planning_makes_another_plan_without_both() -> None:
-    session = in_state(State.RECOVERING)
+    session = in_state(SessionState.RECOVERING)
     (replan,) = session.handle(machine.PeerGone(C, "killed too"))
     assert isinstance(replan, machine.Replan)
     assert replan.lost == {B, C}
 
 
 def test_a_replacement_that_fails_to_open_is_avoided_next() -> None:
-    session = in_state(State.RECOVERING)
+    session = in_state(SessionState.RECOVERING)
     session.handle(machine.Planned(WITHOUT_B))
     (replan,) = session.handle(machine.StageFailed(2, 1, OutOfMemory("full"), C))
     assert isinstance(replan, machine.Replan)
@@ -159,7 +167,7 @@ def test_a_replacement_that_fails_to_open_is_avoided_next() -> None:
 
 
 def test_without_any_plan_it_is_suspended_with_the_reason_and_resumes_later() -> None:
-    session = in_state(State.RECOVERING)
+    session = in_state(SessionState.RECOVERING)
     error = DoesNotFit("layers 2-5 lie nowhere")
     commands = session.handle(machine.PlanFailed(error))
     assert commands == [machine.CloseStages(1, (A,), "suspended"), machine.EmitSuspended(error)]
@@ -171,48 +179,48 @@ def test_without_any_plan_it_is_suspended_with_the_reason_and_resumes_later() ->
 
 
 def test_a_move_is_a_change_of_plan_with_nothing_lost() -> None:
-    session = in_state(State.DECODING)
+    session = in_state(SessionState.DECODING)
     (open_stages,) = session.handle(machine.Planned(WITHOUT_B))
     assert isinstance(open_stages, machine.OpenStages)
-    assert session.state is State.OPENING
+    assert session.state is SessionState.OPENING
     (replan,) = session.handle(machine.StageFailed(2, 1, OutOfMemory("full"), C))
     assert isinstance(replan, machine.Replan)
     assert session.rooted == PLAN, "the source still has all KV"
 
 
 def test_trying_has_an_end() -> None:
-    session = in_state(State.RECOVERING)
+    session = in_state(SessionState.RECOVERING)
     for _ in range(MAX_ATTEMPTS):
         session.handle(machine.Planned(WITHOUT_B))
         session.handle(machine.StageFailed(session.epoch, 1, OutOfMemory("full"), C))
     commands = session.handle(machine.Planned(WITHOUT_B))
-    assert session.state is State.SUSPENDED
+    assert session.state is SessionState.SUSPENDED
     assert isinstance(commands[-1], machine.EmitSuspended)
     assert isinstance(commands[-1].error, OutOfMemory)
 
 
 def test_whoever_takes_over_finds_the_stages_open() -> None:
-    session = in_state(State.DECODING)
+    session = in_state(SessionState.DECODING)
     commands = session.handle(EVENTS[machine.Released])
     assert not any(isinstance(command, machine.CloseStages) for command in commands)
-    assert session.state is State.CANCELLED
+    assert session.state is SessionState.CANCELLED
 
 
 def test_what_another_coordinator_made_meanwhile_is_emitted_once_and_its_epochs_are_past() -> None:
-    session = in_state(State.RECOVERING)
+    session = in_state(SessionState.RECOVERING)
     assert session.handle(EVENTS[machine.Reclaimed]) == [machine.EmitToken(1, 8, None, None)]
     session.handle(machine.Planned(WITHOUT_B))
     assert session.epoch == 1001
 
 
 def test_the_loss_of_a_peer_outside_the_plan_changes_nothing() -> None:
-    session = in_state(State.DECODING)
+    session = in_state(SessionState.DECODING)
     assert session.handle(machine.PeerGone(C, "killed")) == []
-    assert session.state is State.DECODING
+    assert session.state is SessionState.DECODING
 
 
 def test_credit_grows_half_a_window_at_a_time() -> None:
-    session = in_state(State.DECODING)
+    session = in_state(SessionState.DECODING)
     granted = [command for read in range(1, CREDIT_TOKENS + 1) for command in session.handle(machine.TokensRead(read))]
     assert granted == [
         machine.GrantCredit(1, A, CREDIT_TOKENS + CREDIT_TOKENS // 2),
@@ -221,7 +229,7 @@ def test_credit_grows_half_a_window_at_a_time() -> None:
 
 
 def test_credit_that_grows_without_a_plan_is_told_by_the_next_open() -> None:
-    session = in_state(State.RECOVERING)
+    session = in_state(SessionState.RECOVERING)
     assert session.handle(machine.TokensRead(CREDIT_TOKENS)) == []
     (command,) = session.handle(machine.Planned(WITHOUT_B))
     assert isinstance(command, machine.OpenStages)
@@ -229,7 +237,7 @@ def test_credit_that_grows_without_a_plan_is_told_by_the_next_open() -> None:
 
 
 def test_an_end_is_emitted_once_whatever_comes_after() -> None:
-    session = in_state(State.FINISHED)
+    session = in_state(SessionState.FINISHED)
     for kind, event in EVENTS.items():
         if kind is not machine.Planned:
             assert session.handle(event) == []
@@ -254,7 +262,7 @@ def test_invariants_hold_under_any_order_of_events(events: list[machine.Event], 
                 event = machine.Planned(data.draw(PLANS))
             case machine.StageOpened():
                 stages = len(session.plan.stages) if session.plan else 1
-                held = Held(data.draw(st.integers(0, 20)))
+                held = StageHeld(data.draw(st.integers(0, 20)))
                 event = machine.StageOpened(session.epoch, data.draw(st.integers(0, stages - 1)), held)
             case machine.StageFailed():
                 event = machine.StageFailed(session.epoch, 0, OutOfMemory("no room"), data.draw(st.sampled_from([None, A, B])))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from in_process.stage_mesh import SESSION, Driver, StageMesh, StagePeer
-from meshd.agents.stage.session import State
+from meshd.agents.stage.session import StageState
 from meshd.errors import RemoteFailure
 from meshd.kernels.backend import LoadedLayers, make_backend
 from meshd.protocol.messages import (
@@ -19,6 +19,7 @@ from meshd.protocol.messages import (
     Close,
     Closed,
     Failed,
+    FetchProgress,
     KvBlocks,
     KvOffer,
     KvStored,
@@ -27,7 +28,6 @@ from meshd.protocol.messages import (
     Resume,
     Taken,
     Token,
-    Whereabouts,
 )
 from meshd.types import LayerRange
 from tiny.llama import TinyLlama, tiny_spec
@@ -315,11 +315,11 @@ async def test_a_stage_answers_where_it_is(mesh: StageMesh) -> None:
     session.credit = 10
     await session.begin((a, "0-2"), (b, "2-4"))
     await session.made(10)
-    await session.until(lambda: a.host._active[SESSION, 0].machine.state is State.WAITING)
+    await session.until(lambda: a.host._active[SESSION, 0].machine.state is StageState.WAITING)
 
     async def where(peer: StagePeer, epoch: int) -> tuple[Any, ...]:
-        def asking(request: int) -> Whereabouts:
-            return Whereabouts(request=request, session=SESSION, epoch=epoch)
+        def asking(request: int) -> FetchProgress:
+            return FetchProgress(request=request, session=SESSION, epoch=epoch)
 
         return (await a.links.request(peer.id, asking, timeout_s=1))[0].stages
 

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
-from meshd.agents.stage.scheduler import StepQueue
+from meshd.agents.stage.scheduler import Scheduler
 from meshd.agents.stage.session import Step
 
 
@@ -11,7 +11,7 @@ def step(number: int, *, prefill: bool) -> Step:
     return Step(number, 1, False, prefill)
 
 
-def drained(queue: StepQueue) -> list[tuple[int, bool]]:
+def drained(queue: Scheduler) -> list[tuple[int, bool]]:
     taken = []
     while (job := queue.take()) is not None:
         taken.append((job[1].position, job[1].prefill))
@@ -19,7 +19,7 @@ def drained(queue: StepQueue) -> list[tuple[int, bool]]:
 
 
 def test_decodes_go_first_each_in_order() -> None:
-    queue, active = StepQueue(), SimpleNamespace()
+    queue, active = Scheduler(), SimpleNamespace()
     some: Any = active
     for number, prefill in ((0, True), (1, False), (2, True), (3, False)):
         queue.put(some, step(number, prefill=prefill))
@@ -27,7 +27,7 @@ def test_decodes_go_first_each_in_order() -> None:
 
 
 def test_a_prefill_has_its_turn_after_eight_decodes() -> None:
-    queue = StepQueue()
+    queue = Scheduler()
     some: Any = SimpleNamespace()
     queue.put(some, step(0, prefill=True))
     for number in range(1, 20):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshd.agents.stage import session as machine
-from meshd.agents.stage.session import PREFILL_WINDOW, TRANSITIONS, IllegalTransition, StageSession, State, Step
+from meshd.agents.stage.session import PREFILL_WINDOW, TRANSITIONS, IllegalTransition, StageSession, StageState, Step
 
 PROMPT = 8
 ROOM = PROMPT + 16
@@ -29,35 +29,35 @@ def fresh(*, first: bool = True, last: bool = False, credit: int = 4) -> StageSe
 def reopened(**changes: Any) -> StageSession:
     """A later epoch: the KV and the outputs of all known tokens but the last one are there."""
     given = {"held": PROMPT - 1, "kept_from": 0, "kept_to": PROMPT - 1, "chunk_tokens": 2, "first": False, "last": False, **changes}
-    return StageSession(known_tokens=PROMPT, max_tokens=ROOM, credit=4, state=State.OPEN, **given)
+    return StageSession(known_tokens=PROMPT, max_tokens=ROOM, credit=4, state=StageState.OPEN, **given)
 
 
-def in_state(state: State) -> StageSession:
-    session = reopened() if state is State.OPEN else fresh()
-    if state is State.COMPUTING:
+def in_state(state: StageState) -> StageSession:
+    session = reopened() if state is StageState.OPEN else fresh()
+    if state is StageState.COMPUTING:
         session.handle(machine.StepArrived(prefill(0)))
-    if state is State.WAITING:
+    if state is StageState.WAITING:
         for position in range(PREFILL_WINDOW):
             session.handle(machine.StepArrived(prefill(position)))
             session.handle(machine.StepComputed(position, "out"))
         session.handle(machine.StepArrived(prefill(PREFILL_WINDOW)))
-    if state is State.ENDED:
-        session.handle(machine.Ended("closed"))
+    if state is StageState.ENDED:
+        session.handle(machine.StageEnded("closed"))
     assert session.state is state
     return session
 
 
 EVENTS: dict[type, machine.Event] = {
-    machine.Resumed: machine.Resumed(PROMPT - 1, PROMPT - 1),
+    machine.StageResumed: machine.StageResumed(PROMPT - 1, PROMPT - 1),
     machine.StepTaken: machine.StepTaken(0),
     machine.CreditGranted: machine.CreditGranted(9),
-    machine.Ended: machine.Ended("closed"),
+    machine.StageEnded: machine.StageEnded("closed"),
 }
 
 
-@pytest.mark.parametrize("state", list(State))
+@pytest.mark.parametrize("state", list(StageState))
 @pytest.mark.parametrize("kind", [*EVENTS, machine.StepArrived, machine.StepComputed], ids=lambda k: k.__name__)
-def test_every_pair_of_state_and_event_is_a_transition_or_raises_and_changes_nothing(state: State, kind: type) -> None:
+def test_every_pair_of_state_and_event_is_a_transition_or_raises_and_changes_nothing(state: StageState, kind: type) -> None:
     session = in_state(state)
     computing = session.computing.position if session.computing else 0
     arrived, computed = machine.StepArrived(prefill(session.next_position)), machine.StepComputed(computing, "out")
@@ -73,7 +73,7 @@ def test_every_pair_of_state_and_event_is_a_transition_or_raises_and_changes_not
 
 
 def test_a_step_that_is_not_under_way_can_not_be_computed() -> None:
-    session = in_state(State.COMPUTING)
+    session = in_state(StageState.COMPUTING)
     with pytest.raises(IllegalTransition, match="step 3 was computed where 0"):
         session.handle(machine.StepComputed(3, "out"))
 
@@ -104,13 +104,13 @@ def test_a_repeat_of_a_step_under_way_is_computed_once() -> None:
 def test_a_step_that_can_not_be_next_is_rejected(step: Step, told: str) -> None:
     session = fresh()
     (rejected,) = session.handle(machine.StepArrived(step))
-    assert isinstance(rejected, machine.Reject)
+    assert isinstance(rejected, machine.RejectStep)
     assert told in rejected.reason
     assert session.next_position == 0
 
 
 def test_prefill_waits_until_the_next_stage_has_taken_a_step() -> None:
-    session = in_state(State.WAITING)
+    session = in_state(StageState.WAITING)
     assert session.handle(machine.StepTaken(0)) == [machine.Compute(prefill(PREFILL_WINDOW))]
 
 
@@ -119,7 +119,7 @@ def test_the_last_stage_does_not_wait_for_a_next_one() -> None:
     for position in range(PREFILL_WINDOW + 2):
         session.handle(machine.StepArrived(prefill(position)))
         session.handle(machine.StepComputed(position, "out"))
-    assert session.state is State.IDLE
+    assert session.state is StageState.IDLE
 
 
 def test_decoding_waits_for_credit_on_the_first_stage_only() -> None:
@@ -142,15 +142,15 @@ def test_a_hold_takes_credit_back_until_the_next_grant() -> None:
         session.handle(machine.StepComputed(position, "out"))
     session.handle(machine.CreditGranted(1, hold=True))
     assert session.handle(machine.StepArrived(decode(PROMPT))) == []
-    assert session.state is State.WAITING
+    assert session.state is StageState.WAITING
     assert session.handle(machine.CreditGranted(64)) == [machine.Compute(decode(PROMPT))]
 
 
 def test_memory_is_freed_only_when_nothing_computes_on_it() -> None:
-    session = in_state(State.COMPUTING)
-    assert session.handle(machine.Ended("closed")) == []
-    assert session.handle(machine.StepComputed(0, "out")) == [machine.Free("closed")]
-    assert in_state(State.IDLE).handle(machine.Ended("closed")) == [machine.Free("closed")]
+    session = in_state(StageState.COMPUTING)
+    assert session.handle(machine.StageEnded("closed")) == []
+    assert session.handle(machine.StepComputed(0, "out")) == [machine.FreeKv("closed")]
+    assert in_state(StageState.IDLE).handle(machine.StageEnded("closed")) == [machine.FreeKv("closed")]
 
 
 # A later epoch
@@ -158,15 +158,15 @@ def test_memory_is_freed_only_when_nothing_computes_on_it() -> None:
 
 def test_with_all_kv_here_only_the_newest_token_is_computed() -> None:
     session = reopened()
-    assert session.handle(machine.Resumed(7, 7)) == [machine.Begin(7)]
+    assert session.handle(machine.StageResumed(7, 7)) == [machine.BeginAt(7)]
     assert session.handle(machine.StepArrived(prefill(7, sample=True))) == [machine.Compute(prefill(7, sample=True))]
 
 
 def test_kept_outputs_go_out_in_chunks_within_the_window_before_anything_is_computed() -> None:
     session = reopened(kept_to=7)
     session.chunk_tokens = 1
-    commands = session.handle(machine.Resumed(7, 1))
-    assert commands == [machine.Begin(7), *(machine.Replay(position, 1) for position in (1, 2, 3, 4))]
+    commands = session.handle(machine.StageResumed(7, 1))
+    assert commands == [machine.BeginAt(7), *(machine.Replay(position, 1) for position in (1, 2, 3, 4))]
     assert session.handle(machine.StepArrived(prefill(7, sample=True))) == []
     session.validate()
     assert session.handle(machine.StepTaken(1)) == [machine.Replay(5, 1)]
@@ -174,8 +174,8 @@ def test_kept_outputs_go_out_in_chunks_within_the_window_before_anything_is_comp
 
 
 def test_the_last_chunk_of_a_replay_ends_where_computing_starts() -> None:
-    assert reopened().handle(machine.Resumed(7, 2)) == [
-        machine.Begin(7),
+    assert reopened().handle(machine.StageResumed(7, 2)) == [
+        machine.BeginAt(7),
         machine.Replay(2, 2),
         machine.Replay(4, 2),
         machine.Replay(6, 1),
@@ -184,7 +184,7 @@ def test_the_last_chunk_of_a_replay_ends_where_computing_starts() -> None:
 
 def test_what_the_next_stage_has_is_computed_and_not_sent() -> None:
     session = reopened()
-    session.handle(machine.Resumed(0, 5))
+    session.handle(machine.StageResumed(0, 5))
     for step, sent in ((prefill(0, tokens=4), None), (prefill(4, tokens=3), 1), (prefill(7, sample=True), 0)):
         session.handle(machine.StepArrived(step))
         commands = session.handle(machine.StepComputed(step.position, "out"))
@@ -196,7 +196,7 @@ def test_what_the_next_stage_has_is_computed_and_not_sent() -> None:
 
 def test_the_last_stage_samples_whatever_it_is_told_to_send_from() -> None:
     session = reopened(last=True)
-    session.handle(machine.Resumed(6, 7))
+    session.handle(machine.StageResumed(6, 7))
     session.handle(machine.StepArrived(prefill(6, tokens=2, sample=True)))
     step = prefill(6, tokens=2, sample=True)
     assert session.handle(machine.StepComputed(6, "out")) == [machine.Deliver(step, "out", 0)]
@@ -215,8 +215,8 @@ def test_the_last_stage_samples_whatever_it_is_told_to_send_from() -> None:
     ],
 )
 def test_it_goes_on_only_from_where_it_can(changes: dict[str, int], start: int, send_from: int, told: str) -> None:
-    (refused,) = reopened(**changes).handle(machine.Resumed(start, send_from))
-    assert isinstance(refused, machine.Refuse)
+    (refused,) = reopened(**changes).handle(machine.StageResumed(start, send_from))
+    assert isinstance(refused, machine.RefuseResume)
     assert told in refused.reason
 
 
@@ -225,24 +225,24 @@ def test_steps_that_come_before_resume_wait_for_it_and_are_bounded() -> None:
     for position in range(3, 3 + PREFILL_WINDOW):
         assert session.handle(machine.StepArrived(prefill(position))) == []
     (rejected,) = session.handle(machine.StepArrived(prefill(7)))
-    assert isinstance(rejected, machine.Reject)
+    assert isinstance(rejected, machine.RejectStep)
     session.validate()
-    assert session.handle(machine.Resumed(3, 3)) == [machine.Begin(3), machine.Compute(prefill(3))]
+    assert session.handle(machine.StageResumed(3, 3)) == [machine.BeginAt(3), machine.Compute(prefill(3))]
     assert [step.position for step in session.inbox] == [4, 5, 6]
 
 
 def test_an_early_step_from_elsewhere_than_the_start_is_rejected_at_resume() -> None:
     session = reopened()
     session.handle(machine.StepArrived(prefill(5)))
-    begun, rejected = session.handle(machine.Resumed(3, 3))
-    assert begun == machine.Begin(3)
-    assert isinstance(rejected, machine.Reject)
+    begun, rejected = session.handle(machine.StageResumed(3, 3))
+    assert begun == machine.BeginAt(3)
+    assert isinstance(rejected, machine.RejectStep)
 
 
 def test_a_second_resume_changes_nothing() -> None:
     session = reopened()
-    session.handle(machine.Resumed(7, 7))
-    assert session.handle(machine.Resumed(0, 0)) == []
+    session.handle(machine.StageResumed(7, 7))
+    assert session.handle(machine.StageResumed(0, 0)) == []
     assert session.next_position == 7
 
 
@@ -262,7 +262,7 @@ def test_steps_are_computed_once_and_in_order_and_memory_is_freed_once(
         position = session.next_position
         step = prefill(position) if position < PROMPT else decode(position)
         event: machine.Event
-        if action == "next" and position < ROOM and session.state is not State.OPEN:
+        if action == "next" and position < ROOM and session.state is not StageState.OPEN:
             event = machine.StepArrived(step)
         elif action == "repeat" and position > start:
             event = machine.StepArrived(prefill(position - 1) if position <= PROMPT else decode(position - 1))
@@ -273,23 +273,23 @@ def test_steps_are_computed_once_and_in_order_and_memory_is_freed_once(
         elif action == "credit":
             event = machine.CreditGranted(session.credit + 1)
         elif action == "end":
-            event = machine.Ended("closed")
+            event = machine.StageEnded("closed")
         elif action == "resume" and resumed is not None:
-            event = machine.Resumed(start, send_from)
+            event = machine.StageResumed(start, send_from)
         else:
             continue
         for command in session.handle(event):
-            assert not isinstance(command, machine.Reject | machine.Refuse)
+            assert not isinstance(command, machine.RejectStep | machine.RefuseResume)
             if isinstance(command, machine.Compute):
                 computed.append(command.step.position)
             if isinstance(command, machine.Replay):
                 sent.append((command.position, command.position + command.tokens))
             if isinstance(command, machine.Deliver) and action != "repeat":
                 sent.append((command.step.position + command.skip, command.step.end))
-            freed += isinstance(command, machine.Free)
+            freed += isinstance(command, machine.FreeKv)
         session.validate()
     assert computed == list(range(start, start + len(computed)))
-    assert freed == (session.state is State.ENDED and session.computing is None)
+    assert freed == (session.state is StageState.ENDED and session.computing is None)
     if not last and sent:
         assert sent[0][0] == max(send_from, 0)
         assert all(end == begin for (_, end), (begin, _) in itertools.pairwise(sent)), "a gap, or sent twice"

@@ -9,7 +9,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from meshd.api.http.errors import problem
-from meshd.api.http.services import Limits
+from meshd.api.http.services import ClientLimits
 from meshd.errors import ConfigError, MeshdError, OutOfMemory, StorageError
 
 CHAT = {"model": "words", "messages": [{"role": "user", "content": "hello"}]}
@@ -204,8 +204,8 @@ async def test_wrong_method(http: aiohttp.ClientSession) -> None:
 
 class TestSmallLimits:
     @pytest.fixture
-    def limits(self) -> Limits:
-        return Limits(body_bytes=1000, body_s=0.05)
+    def limits(self) -> ClientLimits:
+        return ClientLimits(body_bytes=1000, body_s=0.05)
 
     async def test_a_body_too_large(self, http: aiohttp.ClientSession) -> None:
         async with http.post("/v1/chat/completions", data=b" " * 5000) as response:

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from meshd.api.http.merge import beside, closing, merged
+from meshd.api.http.merge import beside, closing, merge_iterators
 
 
 async def count(to: int, log: list[str], name: str) -> AsyncIterator[int]:
@@ -24,7 +24,7 @@ async def fail_after(to: int) -> AsyncIterator[int]:
 
 
 async def test_each_source_keeps_its_order_and_all_is_there() -> None:
-    async with merged([count(5, [], "a"), count(7, [], "b"), count(0, [], "c")]) as items:
+    async with merge_iterators([count(5, [], "a"), count(7, [], "b"), count(0, [], "c")]) as items:
         got = [item async for item in items]
     assert [number for index, number in got if index == 0] == list(range(5))
     assert [number for index, number in got if index == 1] == list(range(7))
@@ -32,14 +32,14 @@ async def test_each_source_keeps_its_order_and_all_is_there() -> None:
 
 
 async def test_an_error_comes_after_what_its_source_gave() -> None:
-    async with merged([fail_after(3)]) as items:
+    async with merge_iterators([fail_after(3)]) as items:
         assert [await anext(items) for _ in range(3)] == [(0, 0), (0, 1), (0, 2)]
         with pytest.raises(ValueError, match="after all"):
             await anext(items)
 
 
 async def test_a_quick_source_does_not_keep_out_the_others() -> None:
-    async with merged([count(10**9, [], "a"), count(10**9, [], "b")], limit=4) as items:
+    async with merge_iterators([count(10**9, [], "a"), count(10**9, [], "b")], limit=4) as items:
         indices = [(await anext(items))[0] for _ in range(100)]
     assert indices.count(0) == pytest.approx(50, abs=8)
 
@@ -47,7 +47,7 @@ async def test_a_quick_source_does_not_keep_out_the_others() -> None:
 async def test_an_error_closes_the_other_sources() -> None:
     log: list[str] = []
     with pytest.raises(ValueError, match="after all"):  # noqa: PT012
-        async with merged([count(10**9, log, "a"), fail_after(3)], limit=2) as items:
+        async with merge_iterators([count(10**9, log, "a"), fail_after(3)], limit=2) as items:
             async for _ in items:
                 pass
     assert log[-1] == "a closed"
@@ -55,7 +55,7 @@ async def test_an_error_closes_the_other_sources() -> None:
 
 async def test_a_reader_that_stops_closes_the_sources_and_they_never_ran_far_ahead() -> None:
     log: list[str] = []
-    async with merged([count(10**9, log, "a")], limit=4) as items:
+    async with merge_iterators([count(10**9, log, "a")], limit=4) as items:
         await anext(items)
         await asyncio.sleep(0)
     assert log[-1] == "a closed"
@@ -65,7 +65,7 @@ async def test_a_reader_that_stops_closes_the_sources_and_they_never_ran_far_ahe
 async def test_the_blocks_own_error_comes_out_as_it_is() -> None:
     log: list[str] = []
     with pytest.raises(KeyError):  # noqa: PT012
-        async with merged([count(10**9, log, "a")]) as items:
+        async with merge_iterators([count(10**9, log, "a")]) as items:
             await anext(items)
             raise KeyError
     assert log[-1] == "a closed"
@@ -76,7 +76,7 @@ async def test_cancelling_the_reader_closes_the_sources() -> None:
     started = asyncio.Event()
 
     async def read() -> None:
-        async with merged([count(10**9, log, "a")], limit=1) as items:
+        async with merge_iterators([count(10**9, log, "a")], limit=1) as items:
             async for _ in items:
                 started.set()
                 await asyncio.Event().wait()

@@ -8,7 +8,7 @@ import aiohttp
 import pytest
 
 from meshd.api.http.app import Server
-from meshd.api.http.services import Limits
+from meshd.api.http.services import ClientLimits
 
 CHAT = {"model": "words", "messages": [{"role": "user", "content": "hello"}], "stream": True, "max_tokens": 4}
 
@@ -73,8 +73,8 @@ async def test_several_answers_start_before_all_are_admitted(http: aiohttp.Clien
 
 class TestKeepAlive:
     @pytest.fixture
-    def limits(self) -> Limits:
-        return Limits(keep_alive_s=0.01)
+    def limits(self) -> ClientLimits:
+        return ClientLimits(keep_alive_s=0.01)
 
     async def test_comments_come_while_the_prompt_is_read(self, http: aiohttp.ClientSession) -> None:
         async with http.post("/v1/chat/completions", json=CHAT | {"model": "prefills"}) as response:
@@ -85,8 +85,8 @@ class TestKeepAlive:
 
 class TestSlowReader:
     @pytest.fixture
-    def limits(self) -> Limits:
-        return Limits(write_s=0.2)
+    def limits(self) -> ClientLimits:
+        return ClientLimits(write_s=0.2)
 
     async def test_a_client_that_reads_nothing_stops_its_answer_and_is_let_go(
         self, server: Server, coordinator: Any, telemetry: Any

@@ -16,7 +16,7 @@ from meshd.kernels.ort.graph import Piece, Precision, product_piece
 from meshd.kernels.threads import Workers
 from meshd.kernels.torch.products import Device, make_product
 from meshd.kernels.weights.kinds import BLOCK_KINDS
-from meshd.kernels.weights.layers import Linear
+from meshd.kernels.weights.layers import Projection
 from meshd.kernels.weights.load import (
     KINDS,
     BlockMatrix,
@@ -91,7 +91,7 @@ def values_of(matrix: Matrix) -> np.ndarray:
 
 def ort_product(matrices: tuple[Matrix, ...], x: np.ndarray, level: int, *, zeros: bool = True) -> np.ndarray:
     """`x @ w.T` by the graph of the onnxruntime backend, with int8 (4) or float32 (1) activations."""
-    result: np.ndarray = open_session(product_piece(Linear(matrices), Precision(level, zeros)), 1).run(("y",), {"x": x})[0]
+    result: np.ndarray = open_session(product_piece(Projection(matrices), Precision(level, zeros)), 1).run(("y",), {"x": x})[0]
     return result
 
 
@@ -164,7 +164,7 @@ def test_both_backends_products_are_right(kind: str, zeros: bool) -> None:
     right = x.astype(np.float64) @ values.T.astype(np.float64)
     spread = abs(x).astype(np.float64) @ abs(values.T).astype(np.float64)
     slack = 1e-5 * spread
-    assert (abs(make_product(Linear((matrix,)), Device("cpu", Workers(1)))(torch.from_numpy(x)).numpy() - right) <= slack).all()
+    assert (abs(make_product(Projection((matrix,)), Device("cpu", Workers(1)))(torch.from_numpy(x)).numpy() - right) <= slack).all()
     assert (abs(ort_product((matrix,), x, 1, zeros=zeros) - right) <= slack).all()
     if isinstance(matrix, BlockMatrix):
         rounded = ort_product((matrix,), x, 4, zeros=zeros)
@@ -198,7 +198,7 @@ def test_products_of_unlike_matrices_are_laid_end_to_end() -> None:
     assert len(matrices) == 3
     x = np.random.default_rng(1).standard_normal((2, COLUMNS), dtype=np.float32)
     right = x @ np.concatenate(values).T
-    product = make_product(Linear(matrices), Device("cpu", Workers(1)))
+    product = make_product(Projection(matrices), Device("cpu", Workers(1)))
     np.testing.assert_allclose(product(torch.from_numpy(x)).numpy(), right, rtol=1e-4, atol=1e-2)
     np.testing.assert_allclose(ort_product(matrices, x, 1), right, rtol=1e-4, atol=1e-2)
 

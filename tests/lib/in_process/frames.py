@@ -3,10 +3,12 @@
 from collections.abc import Iterable
 
 from meshd.errors import ProtocolViolation
-from meshd.protocol.framing import Frame, FrameReader, Limits
+from meshd.protocol.framing import Frame, FrameLimits, FrameReader
 
 
-def read_frames(stream: bytes, limits: Limits, sizes: Iterable[int] = (65536,)) -> tuple[list[Frame], ProtocolViolation | None]:
+def read_frames(
+    stream: bytes, limits: FrameLimits, sizes: Iterable[int] = (65536,)
+) -> tuple[list[Frame], ProtocolViolation | None]:
     """Read a stream `sizes` bytes at a time (the last size repeats): the frames, and the fault that ended it, if one did."""
     reader = FrameReader(limits)
     frames: list[Frame] = []

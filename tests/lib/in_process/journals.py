@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import msgspec
 
 from in_process.peers import SLOW, Peer, Peers, until
-from meshd.agents.admin.story_collector import Storyteller
+from meshd.agents.admin.story_collector import StoryCollector
 from meshd.agents.links.table import Timing
 from meshd.agents.observe.story import Story
 from meshd.agents.session.journal.deputy import Deputy
 from meshd.agents.session.journal.locator import Locator
 from meshd.agents.session.journal.record import SessionRecord
-from meshd.agents.session.journal.writer import Journalist
+from meshd.agents.session.journal.writer import JournalWriter
 from meshd.types import Advert, Capability, LinkStats, ModelId, PeerId, Rates, SamplingParams, SessionId, TokenLogprobs
 
 S = SessionId("5e" * 16)
@@ -107,7 +107,7 @@ def advert(peer: PeerId, rtt_s: dict[PeerId, float] | None = None, *, name: str 
 class Answer:
     """A running session as its coordinator has it."""
 
-    journalist: Journalist
+    journalist: JournalWriter
     record: SessionRecord
     plan: tuple[PeerId, ...] = ()
 
@@ -137,10 +137,10 @@ class Keeper:
 
     peer: Peer
     clock: HandClock
-    journalist: Journalist = field(init=False)
+    journalist: JournalWriter = field(init=False)
     deputy: Deputy = field(init=False)
     locator: Locator = field(init=False)
-    storyteller: Storyteller = field(init=False)
+    storyteller: StoryCollector = field(init=False)
     answers: dict[SessionId, Answer] = field(default_factory=dict)
     orphans: list[SessionRecord] = field(default_factory=list)
     released: list[SessionId] = field(default_factory=list)
@@ -151,10 +151,10 @@ class Keeper:
 
     def __post_init__(self) -> None:
         links, me = self.peer.links, self.peer.id
-        self.journalist = Journalist(me, links, self.clock, self._adverts)
+        self.journalist = JournalWriter(me, links, self.clock, self._adverts)
         self.deputy = Deputy(links, self.clock, on_orphan=self.orphans.append, on_dropped=self.journalist.on_dropped)
         self.locator = Locator(me, links, self.deputy, own=self._own, release=self._release, finish=self._finish)
-        self.storyteller = Storyteller(me, links, Story(self.clock), self.clock, names=lambda peer: peer[:4])
+        self.storyteller = StoryCollector(me, links, Story(self.clock), self.clock, names=lambda peer: peer[:4])
         for agent in (self.deputy, self.locator, self.storyteller):
             agent.register()
 

@@ -7,8 +7,8 @@ import msgspec
 
 from in_process.clusters import make_adverts
 from meshd.agents.links.links import Links
-from meshd.agents.placement.client import Placer
-from meshd.agents.placement.model_library import Library
+from meshd.agents.placement.client import PlacementClient
+from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.session.plan.route import Router
 from meshd.clock import SystemClock
 from meshd.errors import RemoteFailure
@@ -30,15 +30,19 @@ class Cluster:
         """Until what was loaded is advertised."""
         self._requests = 0
         names = {peer.id: peer.name for peer in peers}
-        self.placer = Placer(
+        self.placer = PlacementClient(
             links=cast("Links", self),
-            library=cast("Library", None),
+            library=cast("ModelLibrary", None),
             adverts=self.live,
             names=lambda peer: names.get(peer, peer[:8]),
             clock=SystemClock(),
         )
         self.router = Router(
-            me=peers[0].id, library=cast("Library", None), placer=self.placer, adverts=self.live, suspects=lambda: self.suspects
+            me=peers[0].id,
+            library=cast("ModelLibrary", None),
+            placer=self.placer,
+            adverts=self.live,
+            suspects=lambda: self.suspects,
         )
 
     def live(self) -> list[Advert]:

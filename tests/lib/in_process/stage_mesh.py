@@ -11,8 +11,8 @@ import numpy as np
 from meshd.agents.links.log import LinkLog
 from meshd.agents.links.rpc import Dispatcher, to_view
 from meshd.agents.observe.story import Story
-from meshd.agents.placement.loads import Holdings, Load, LoadState
-from meshd.agents.session.plan.resume import Held, Resumption, resume_positions
+from meshd.agents.placement.loads import LoadState, ResidentLayers, ResidentModels
+from meshd.agents.session.plan.resume import ResumePoint, StageHeld, resume_positions
 from meshd.agents.stage.compute import ComputeThread
 from meshd.agents.stage.host import StageHost
 from meshd.clock import SystemClock
@@ -90,7 +90,7 @@ class StagePeer:
     """A stage host with one load, and what a coordinator there would hear."""
 
     links: MemoryLinks
-    holdings: Holdings
+    holdings: ResidentModels
     compute: ComputeThread
     host: StageHost
     heard: list[tuple[PeerId, Message]] = field(default_factory=list)
@@ -101,7 +101,7 @@ class StagePeer:
         return self.links.id
 
     @property
-    def load(self) -> Load:
+    def load(self) -> ResidentLayers:
         return self.holdings.loads[0]
 
     @property
@@ -154,8 +154,8 @@ class StageMesh:
         links = MemoryLinks(PeerId(name * 52), self)
         held, compute = LayerRange.parse(layers), ComputeThread()
         pool = KVPool(self.spec, held, blocks)
-        load = Load(card_of(self.spec), held, blocks * 32, 0, LoadState.ACTIVE, 1.0, weights=self.weights, pool=pool)
-        holdings = Holdings(1e9, [load])
+        load = ResidentLayers(card_of(self.spec), held, blocks * 32, 0, LoadState.ACTIVE, 1.0, weights=self.weights, pool=pool)
+        holdings = ResidentModels(1e9, [load])
         host = StageHost(
             me=links.id,
             links=links,  # type: ignore[arg-type]
@@ -224,7 +224,7 @@ class Driver:
         self.mirrors: dict[int, StagePeer] = {}
         self.plan: Plan | None = None
         self.opens: list[Opened] = []
-        self.positions: tuple[Resumption, ...] = ()
+        self.positions: tuple[ResumePoint, ...] = ()
         self._changed = asyncio.Event()
         at.listeners.append(self._hear)
 
@@ -296,7 +296,7 @@ class Driver:
 
     def resume(self) -> None:
         """RESUME and the known tokens, from what the stages hold."""
-        held = [Held(told.held, told.mirrored, told.kept_from, told.kept_to) for told in self.opens]
+        held = [StageHeld(told.held, told.mirrored, told.kept_from, told.kept_to) for told in self.opens]
         self.positions = resume_positions(held, self.known)
         for stage, position in enumerate(self.positions):
             self.send(stage, Resume, stage=stage, start=position.start, send_from=position.send_from)

@@ -7,21 +7,21 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, SelfDescription, TypeVar, cast
 
 import msgspec
 
-from meshd.agents.admin.story_collector import Storyteller
+from meshd.agents.admin.story_collector import StoryCollector
 from meshd.agents.links.rpc import MAX_REQUESTS, MAX_TASKS
 from meshd.agents.membership.membership import Membership
-from meshd.agents.membership.membership import Self as About
+from meshd.agents.membership.membership import SelfDescription as About
 from meshd.agents.observe.events import EventBus
 from meshd.agents.observe.story import Story
-from meshd.agents.placement.client import Placer
+from meshd.agents.placement.client import PlacementClient
 from meshd.agents.placement.keeper import Keeper
-from meshd.agents.placement.loader import Placement
-from meshd.agents.placement.loads import Holdings, Load
-from meshd.agents.placement.model_library import Library, ModelText
+from meshd.agents.placement.loader import Loader
+from meshd.agents.placement.loads import ResidentLayers, ResidentModels
+from meshd.agents.placement.model_library import ModelLibrary, ModelText
 from meshd.agents.service import MeshOptions
 from meshd.agents.session.admission import Admission
 from meshd.agents.session.answer import Answer, Recovered
@@ -29,15 +29,15 @@ from meshd.agents.session.coordinator import Coordinator
 from meshd.agents.session.journal.deputy import Deputy
 from meshd.agents.session.journal.locator import Locator
 from meshd.agents.session.journal.store import MAX_RECORDS
-from meshd.agents.session.journal.writer import Journalists
-from meshd.agents.session.plan.candidates import Allowed
+from meshd.agents.session.journal.writer import JournalWriters
+from meshd.agents.session.plan.candidates import PeerRules
 from meshd.agents.session.plan.drain import Drainer
 from meshd.agents.session.plan.move import Mover
-from meshd.agents.session.plan.resume import Need, Recovery
-from meshd.agents.session.plan.retry import Rescuer
+from meshd.agents.session.plan.resume import RecoveryPlan, RecoveryRequest
+from meshd.agents.session.plan.retry import PlanRetrier
 from meshd.agents.session.plan.route import Router
 from meshd.agents.stage.host import StageHost
-from meshd.agents.stage.scheduler import Active
+from meshd.agents.stage.scheduler import ActiveStage
 from meshd.kernels.kv import BlockTable
 from meshd.protocol.messages import Error, Token
 from meshd.types import Advert, Capability, LayerRange, ModelCard, ModelId, PeerId, Plan, Rates
@@ -87,7 +87,7 @@ class SimFile:
     def __contains__(self, name: str) -> bool:
         return False
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> SelfDescription:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -116,7 +116,7 @@ class SimStore:
         return SimFile()
 
 
-class SimLibrary(Library):
+class SimLibrary(ModelLibrary):
     """The library over files that are not read."""
 
     async def refresh(self) -> None:
@@ -130,7 +130,7 @@ class SimLibrary(Library):
 
 
 class SimWeights:
-    """What a placement uses of `meshd.agents.placement.weights.provider.Weights`: all is on the disk; reading takes a while."""
+    """What a placement uses of `meshd.agents.placement.weights.provider.WeightProvider`: everything is on disk."""
 
     def __init__(self, cards: tuple[ModelCard, ...], clock: SimClock, rng: random.Random) -> None:
         self._cards = {card.id: card for card in cards}
@@ -167,8 +167,8 @@ class CountingRouter(Router):
         return self._timed(lambda: search(card, mesh, context, prompt_tokens))
 
     def _resident(
-        self, card: ModelCard, mesh: MeshOptions, need: Need, allowed: Allowed, silent: Sequence[Advert] = ()
-    ) -> Recovery | None:
+        self, card: ModelCard, mesh: MeshOptions, need: RecoveryRequest, allowed: PeerRules, silent: Sequence[Advert] = ()
+    ) -> RecoveryPlan | None:
         search = super()._resident
         return self._timed(lambda: search(card, mesh, need, allowed, silent))
 
@@ -176,11 +176,11 @@ class CountingRouter(Router):
         self.plans += 1
         return await super().plan_for(card, mesh, prompt_tokens=prompt_tokens, max_tokens=max_tokens)
 
-    async def recover(self, card: ModelCard, mesh: MeshOptions, need: Need) -> Recovery:
+    async def recover(self, card: ModelCard, mesh: MeshOptions, need: RecoveryRequest) -> RecoveryPlan:
         self.recoveries += 1
         return await super().recover(card, mesh, need)
 
-    def better(self, card: ModelCard, mesh: MeshOptions, need: Need) -> Recovery | None:
+    def better(self, card: ModelCard, mesh: MeshOptions, need: RecoveryRequest) -> RecoveryPlan | None:
         self.recoveries += 1
         search = super().better
         return self._timed(lambda: search(card, mesh, need))
@@ -242,7 +242,7 @@ class Life:
         )
         me = spec.id
         self.bus = EventBus(clock)
-        self.holdings = Holdings(self.capability.rates.attention_bytes_s)
+        self.holdings = ResidentModels(self.capability.rates.attention_bytes_s)
         links = SimLinks(
             network,
             owner,
@@ -283,7 +283,7 @@ class Life:
             on_change=lambda: self.membership.changed(),
         )
         weights: Any = SimWeights(cards, clock, random.Random(rng.random()))
-        self.placement = Placement(
+        self.placement = Loader(
             links=self.links,
             library=self.library,
             holdings=self.holdings,
@@ -316,11 +316,11 @@ class Life:
             on_gone=self._on_gone,
         )
         names, adverts = self.membership.name_of, self.membership.adverts
-        self.placer = Placer(links=self.links, library=self.library, adverts=adverts, names=names, clock=clock)
+        self.placer = PlacementClient(links=self.links, library=self.library, adverts=adverts, names=names, clock=clock)
         self.router = CountingRouter(
             me=me, library=self.library, placer=self.placer, adverts=adverts, suspects=self.membership.suspects
         )
-        self.journal = Journalists(me, self.links, clock, adverts)
+        self.journal = JournalWriters(me, self.links, clock, adverts)
         self.deputy = Deputy(
             self.links,
             clock,
@@ -335,7 +335,7 @@ class Life:
             release=lambda session: self.coordinator.release(session),
             finish=lambda session, forget: self.coordinator.finish(session, forget),
         )
-        self.rescuer = Rescuer(
+        self.rescuer = PlanRetrier(
             self.links,
             self.router,
             adverts,
@@ -373,7 +373,7 @@ class Life:
             clock=clock,
             copies=spec.copies,
         )
-        self.storyteller = Storyteller(me, self.links, self.story, clock, names)
+        self.storyteller = StoryCollector(me, self.links, self.story, clock, names)
 
     async def run(self) -> None:
         """Be up until cancelled."""
@@ -430,20 +430,20 @@ class Life:
 
     # What the checks look at
 
-    def tables(self, load: Load) -> list[BlockTable]:
+    def tables(self, load: ResidentLayers) -> list[BlockTable]:
         """Of all KV that somebody uses in this load: what is kept of sessions, and what a step is under way on."""
         rooms = {id(cache.room): cache.room for kept in self.stages._caches for cache in kept.caches}
         for active in (*self.stages._active.values(), *self._computing()):
             rooms[id(active.cache.room)] = active.cache.room
         return [room.table for room in rooms.values() if room.load is load]
 
-    def _computing(self) -> Iterator[Active]:
+    def _computing(self) -> Iterator[ActiveStage]:
         """Stages that have ended, perhaps, while a step of theirs waits or computes."""
         for active, step in (*self.stages._ready._decodes, *self.stages._ready._prefills):
             if active.machine.computing is step:
                 yield active
         for work in self.compute.works():
-            if isinstance(work, partial) and work.args and isinstance(work.args[0], Active):
+            if isinstance(work, partial) and work.args and isinstance(work.args[0], ActiveStage):
                 yield work.args[0]
 
     def queues(self) -> list[tuple[str, int, int]]:

@@ -31,7 +31,7 @@ from meshd.models.files.manifest import (
     tensors_of,
 )
 from meshd.models.store.partial_copies import Partials
-from meshd.models.store.partial_copy import About, PartialCopy
+from meshd.models.store.partial_copy import CopyInfo, PartialCopy
 from meshd.models.store.store import Store
 from meshd.types import LayerRange, ModelId, Tensor
 from tiny.gguf_file import write_gguf
@@ -50,9 +50,9 @@ def manifest_of(path: Path) -> Manifest:
         return sum_up(path, layout_of(file.tensors, path.stat().st_size), QUIET)
 
 
-def about(path: Path) -> About:
+def about(path: Path) -> CopyInfo:
     identifier = ModelId(hashlib.sha256(path.read_bytes()).hexdigest()[:32])
-    return About(identifier, "tiny", "pypi:tiny==1", 1700, manifest_of(path))
+    return CopyInfo(identifier, "tiny", "pypi:tiny==1", 1700, manifest_of(path))
 
 
 def bring(copy: PartialCopy, source: Path, indices: list[int], *, flush: bool = True) -> None:

@@ -6,13 +6,13 @@ from itertools import combinations, pairwise, product
 import numpy as np
 import pytest
 
-from meshd.planner.search.chains import Array, Run
-from meshd.planner.search.cover import Gap, cover
+from meshd.planner.search.chains import Array, LayerRun
+from meshd.planner.search.cover import CoverCosts, cover
 
 RANDOM_GAPS = 150
 
 
-def random_gap(rng: random.Random, peers: int, layers: int) -> Gap:
+def random_gap(rng: random.Random, peers: int, layers: int) -> CoverCosts:
     source = np.random.default_rng(rng.randrange(1 << 30))
     stage = source.uniform(0.1, 5, (peers, layers + 1, layers + 1))
     stage[source.uniform(size=stage.shape) < 0.4] = np.inf
@@ -23,10 +23,10 @@ def random_gap(rng: random.Random, peers: int, layers: int) -> Gap:
 
     link = source.uniform(0, 3, (peers, peers))
     np.fill_diagonal(link, 0.0)
-    return Gap(stage, link, sometimes(peers), sometimes(peers), sometimes(peers, peers))
+    return CoverCosts(stage, link, sometimes(peers), sometimes(peers), sometimes(peers, peers))
 
 
-def price(gap: Gap, runs: list[Run]) -> float:
+def price(gap: CoverCosts, runs: list[LayerRun]) -> float:
     total = sum(float(gap.stage[run]) for run in runs)
     total += sum(float(gap.link[one.peer, other.peer]) for one, other in pairwise(runs))
     total += 0.0 if gap.before is None else float(gap.before[runs[0].peer])
@@ -34,13 +34,13 @@ def price(gap: Gap, runs: list[Run]) -> float:
     return total + (0.0 if gap.back is None else float(gap.back[runs[-1].peer, runs[0].peer]))
 
 
-def every_chain(peers: int, layers: int) -> list[list[Run]]:
+def every_chain(peers: int, layers: int) -> list[list[LayerRun]]:
     chains = []
     for inner in product([False, True], repeat=layers - 1):
         cuts = [0, *(cut for cut, taken in enumerate(inner, start=1) if taken), layers]
         spans = list(pairwise(cuts))
         places = product(range(peers), repeat=len(spans))
-        chains += [[Run(peer, *span) for peer, span in zip(chosen, spans, strict=True)] for chosen in places]
+        chains += [[LayerRun(peer, *span) for peer, span in zip(chosen, spans, strict=True)] for chosen in places]
     return chains
 
 
@@ -66,15 +66,15 @@ def test_equal_chains_go_to_the_first_peer_in_one_run() -> None:
     stage = np.full((2, 4, 4), np.inf)
     for start, end in combinations(range(4), 2):
         stage[:, start, end] = end - start
-    chain = cover(Gap(stage, np.zeros((2, 2))))
+    chain = cover(CoverCosts(stage, np.zeros((2, 2))))
     assert chain is not None
-    assert chain.runs == (Run(0, 0, 3),)
+    assert chain.runs == (LayerRun(0, 0, 3),)
 
 
 def test_a_peer_may_come_again() -> None:
     stage = np.full((2, 4, 4), np.inf)
     stage[0, 0, 1] = stage[0, 2, 3] = stage[1, 1, 2] = 1.0
-    chain = cover(Gap(stage, np.ones((2, 2)) - np.eye(2)))
+    chain = cover(CoverCosts(stage, np.ones((2, 2)) - np.eye(2)))
     assert chain is not None
-    assert chain.runs == (Run(0, 0, 1), Run(1, 1, 2), Run(0, 2, 3))
+    assert chain.runs == (LayerRun(0, 0, 1), LayerRun(1, 1, 2), LayerRun(0, 2, 3))
     assert chain.value == 5.0

@@ -12,11 +12,11 @@ import pytest
 from in_process.clusters import make_card, make_network, make_peer, make_problem, random_problem
 from meshd.errors import DoesNotFit
 from meshd.planner.model.estimate import estimate
-from meshd.planner.model.tables import Tables
+from meshd.planner.model.tables import CostTables
 from meshd.planner.problem import PlanInput
-from meshd.planner.search.chains import Chain, Costs, Search, exact_search
+from meshd.planner.search.chains import Chain, ChainCosts, Search, exact_search
 from meshd.planner.search.eligible import eligible
-from meshd.planner.search.limits import Limits
+from meshd.planner.search.limits import SearchLimits
 from meshd.planner.search.objectives import cheapest
 from meshd.planner.search.orders import HeuristicSearch, best_in_order, chain_value
 from meshd.planner.search.select import EXACT_PEERS
@@ -24,20 +24,20 @@ from meshd.planner.search.solve import solve
 from meshd.types import Objective
 
 LIMITS = (
-    Limits(),
-    Limits(least=2),
-    Limits(least=3),
-    Limits(exactly=2),
-    Limits(require=frozenset({1})),
-    Limits(require=frozenset({0, 3}), least=3),
-    Limits(forbid=frozenset({0})),
-    Limits(forbid=frozenset({1, 2})),
-    Limits(forbid=frozenset({0, 2}), require=frozenset({2})),
-    Limits(exactly=2, forbid=frozenset({0, 1})),
+    SearchLimits(),
+    SearchLimits(least=2),
+    SearchLimits(least=3),
+    SearchLimits(exactly=2),
+    SearchLimits(require=frozenset({1})),
+    SearchLimits(require=frozenset({0, 3}), least=3),
+    SearchLimits(forbid=frozenset({0})),
+    SearchLimits(forbid=frozenset({1, 2})),
+    SearchLimits(forbid=frozenset({0, 2}), require=frozenset({2})),
+    SearchLimits(exactly=2, forbid=frozenset({0, 1})),
 )
 
 
-def random_costs(rng: random.Random, peers: int, layers: int, *, back: bool, worst: bool) -> Costs:
+def random_costs(rng: random.Random, peers: int, layers: int, *, back: bool, worst: bool) -> ChainCosts:
     draw = np.random.default_rng(rng.randrange(1 << 30))
     stage = draw.uniform(1, 9, (peers, layers + 1, layers + 1)) * (draw.uniform(size=(peers, 1, 1)) + 0.2)
     stage[draw.uniform(size=stage.shape) < 0.3] = np.inf
@@ -45,7 +45,7 @@ def random_costs(rng: random.Random, peers: int, layers: int, *, back: bool, wor
     ways = [draw.uniform(0, 3, (peers, peers)) for _ in range(2)]
     for way in ways:
         np.fill_diagonal(way, 0.0)
-    return Costs(stage, ways[0], ways[1] if back else None, worst)
+    return ChainCosts(stage, ways[0], ways[1] if back else None, worst)
 
 
 @pytest.mark.parametrize("back", [True, False])
@@ -68,7 +68,7 @@ def test_the_best_of_all_orders_is_the_exact_answer(back: bool, worst: bool) -> 
     assert found > 15
 
 
-def assert_sound(costs: Costs, chain: Chain, limits: Limits) -> None:
+def assert_sound(costs: ChainCosts, chain: Chain, limits: SearchLimits) -> None:
     peers = [run.peer for run in chain.runs]
     assert len(set(peers)) == len(peers)
     assert limits.allow(peers)
@@ -77,7 +77,7 @@ def assert_sound(costs: Costs, chain: Chain, limits: Limits) -> None:
 
 
 def value(problem: PlanInput, search: Search) -> float:
-    chain = cheapest(Tables(problem, eligible(problem)), problem.objective, Limits(least=problem.min_peers), search)
+    chain = cheapest(CostTables(problem, eligible(problem)), problem.objective, SearchLimits(least=problem.min_peers), search)
     return np.inf if chain is None else chain.value
 
 

@@ -9,7 +9,7 @@ from in_process.clusters import make_holding, make_network, make_peer, make_prob
 from meshd.planner.model.estimate import estimate
 from meshd.planner.problem import PlanInput
 from meshd.planner.session.pause import compute_s, pause_s
-from meshd.planner.session.reroute import Credit, Refill, reserve, reserved
+from meshd.planner.session.reroute import HeldKv, Reroute, reserve_all, reserve_in
 from meshd.types import LayerRange, PeerId, StagePlan
 
 A, B, C = (make_peer(name, holdings=(make_holding(0, 30),)) for name in "abc")
@@ -73,7 +73,7 @@ def test_the_cheapest_cover_of_a_gap_is_found() -> None:
             for name in "xyz"
         ]
         problem = problem_of(A, B, *peers, network=random_links(rng, [A, B, *peers]), peers=tuple(peer.id for peer in peers))
-        found = Refill(problem, 50).fill(LayerRange(10, 20), A.id, B.id)
+        found = Reroute(problem, 50).fill(LayerRange(10, 20), A.id, B.id)
         assert found is not None
         others = [stages(f"{one.name}:10-{cut},{two.name}:{cut}-20") for one, two, cut in product(peers, peers, range(11, 20))]
         others += [stages(f"{one.name}:10-20") for one in peers]
@@ -97,30 +97,30 @@ def _serial_s(problem: PlanInput, gap: tuple[StagePlan, ...], ahead: int) -> flo
 def test_kv_that_lies_there_draws_the_stage() -> None:
     slower = make_peer("b", decode_gb_s=9.0, holdings=(make_holding(0, 30),))
     problem = problem_of(A, slower)
-    assert Refill(problem, 10).whole() == stages("a:0-30")
-    assert Refill(problem, 10, [Credit(slower.id, LayerRange(0, 30), 299)]).whole() == stages("b:0-30")
-    assert Refill(problem, 10, [Credit(slower.id, LayerRange(0, 30), 299)]).whole(under_way=False) == stages("a:0-30")
-    assert Refill(problem, 10, [Credit(PeerId("gone"), LayerRange(0, 30), 299)]).whole() == stages("a:0-30")
+    assert Reroute(problem, 10).whole() == stages("a:0-30")
+    assert Reroute(problem, 10, [HeldKv(slower.id, LayerRange(0, 30), 299)]).whole() == stages("b:0-30")
+    assert Reroute(problem, 10, [HeldKv(slower.id, LayerRange(0, 30), 299)]).whole(under_way=False) == stages("a:0-30")
+    assert Reroute(problem, 10, [HeldKv(PeerId("gone"), LayerRange(0, 30), 299)]).whole() == stages("a:0-30")
 
 
 def test_without_anyone_there_is_nothing() -> None:
     problem = problem_of(A, peers=())
-    assert Refill(problem, 10).whole() is None
-    assert Refill(problem, 10).fill(LayerRange(0, 3), None, None) is None
-    assert Refill(problem_of(make_peer("d", holdings=(make_holding(0, 20),))), 10).whole() is None
+    assert Reroute(problem, 10).whole() is None
+    assert Reroute(problem, 10).fill(LayerRange(0, 3), None, None) is None
+    assert Reroute(problem_of(make_peer("d", holdings=(make_holding(0, 20),))), 10).whole() is None
 
 
 def test_room_is_reserved_where_it_fits_most_closely() -> None:
     roomy, tight = make_holding(0, 30, free=4096), make_holding(5, 15, free=600)
-    assert reserved((roomy, tight), LayerRange(5, 10), 512) == (roomy, make_holding(5, 15, free=88))
-    assert reserved((roomy, tight), LayerRange(5, 16), 512) == (make_holding(0, 30, free=3584), tight)
-    assert reserved((tight, make_holding(0, 30, state="loading")), LayerRange(5, 16), 512) is None
+    assert reserve_in((roomy, tight), LayerRange(5, 10), 512) == (roomy, make_holding(5, 15, free=88))
+    assert reserve_in((roomy, tight), LayerRange(5, 16), 512) == (make_holding(0, 30, free=3584), tight)
+    assert reserve_in((tight, make_holding(0, 30, state="loading")), LayerRange(5, 16), 512) is None
 
 
 def test_stages_that_share_a_holding_need_room_for_each() -> None:
     problem = problem_of(make_peer("a", holdings=(make_holding(0, 30, free=1100),)))
     two, three = stages("a:0-10,a:10-30"), stages("a:0-10,a:10-20,a:20-30")
-    left = reserve(problem, two)
+    left = reserve_all(problem, two)
     assert left is not None
     assert left.profiles[0].holdings[0].kv_tokens_free == 1100 - 2 * 512
-    assert reserve(problem, three) is None
+    assert reserve_all(problem, three) is None

@@ -4,7 +4,7 @@ from aiohttp import web
 
 from meshd.api.http.body import read_body
 from meshd.api.http.services import SERVICES
-from meshd.api.openai.chat.renderer import ChatForm
+from meshd.api.openai.chat.renderer import ChatRenderer
 from meshd.api.openai.chat.schemas import ChatRequest
 from meshd.api.openai.renderers import model_fields
 from meshd.api.openai.showing import answer
@@ -15,7 +15,7 @@ async def create(request: web.Request) -> web.StreamResponse:
     services = request.app[SERVICES]
     body = await read_body(request, ChatRequest)
     wanted = body.wanted(services.clock)
-    form = ChatForm(
+    form = ChatRenderer(
         **model_fields(services, body.model),
         store=body.store is not False,
         answers=len(wanted),

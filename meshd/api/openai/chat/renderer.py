@@ -15,12 +15,12 @@ from meshd.api.openai.chat.schemas import (
     ChunkChoice,
     Delta,
 )
-from meshd.api.openai.chunks import ChunkForm, ChunkWriter
-from meshd.api.openai.parts import Collected, FinishName, Usage, shown_tokens
-from meshd.api.openai.renderers import Event
+from meshd.api.openai.chunks import ChunkRenderer, ChunkWriter
+from meshd.api.openai.parts import CollectedAnswer, FinishName, Usage, shown_tokens
+from meshd.api.openai.renderers import StreamedEvent
 
 
-class ChatForm(ChunkForm, frozen=True, kw_only=True, tag="chat"):
+class ChatRenderer(ChunkRenderer, frozen=True, kw_only=True, tag="chat"):
     """What a chat asked to be shown."""
 
     logprobs: bool
@@ -32,7 +32,7 @@ class ChatForm(ChunkForm, frozen=True, kw_only=True, tag="chat"):
         """For a stream."""
         return ChatWriter(self, answer_id)
 
-    def whole(self, answer_id: str, answers: Sequence[Collected], usage: Usage) -> ChatCompletion:
+    def whole(self, answer_id: str, answers: Sequence[CollectedAnswer], usage: Usage) -> ChatCompletion:
         """All answers in one object."""
         choices = [
             ChatChoice(
@@ -53,20 +53,20 @@ class ChatForm(ChunkForm, frozen=True, kw_only=True, tag="chat"):
 class ChatWriter(ChunkWriter):
     """Begins with the role of each answer."""
 
-    def __init__(self, form: ChatForm, answer_id: str) -> None:
+    def __init__(self, form: ChatRenderer, answer_id: str) -> None:
         super().__init__(form, answer_id)
         self._form = form
 
-    def begin(self) -> list[Event]:
+    def begin(self) -> list[StreamedEvent]:
         """See `Writer.begin`."""
         role = Delta(role="assistant", content="", refusal=None)
         return [self.event(ChunkChoice(index=index, delta=role)) for index in range(self._form.answers)]
 
-    def piece(self, index: int, text: str, tokens: Sequence[TokenText]) -> Event:
+    def piece(self, index: int, text: str, tokens: Sequence[TokenText]) -> StreamedEvent:
         """See `ChunkWriter.piece`."""
         return self.event(ChunkChoice(index=index, delta=Delta(content=text), logprobs=self._form.shown_logprobs(tokens)))
 
-    def last(self, index: int, finish: FinishName) -> Event:
+    def last(self, index: int, finish: FinishName) -> StreamedEvent:
         """See `ChunkWriter.last`."""
         return self.event(ChunkChoice(index=index, delta=Delta(), finish_reason=finish))
 

@@ -7,7 +7,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from meshd.agents.service import ChatMessage, GenerationRequest, MeshOptions
 from meshd.api.openai.fields import UNSUPPORTED, Count, GenerationFields, NoList, NoValue, neutral, unsupported
-from meshd.api.openai.parts import FinishName, Head, TokenLogprob, Usage
+from meshd.api.openai.parts import FinishName, ObjectHeader, TokenLogprob, Usage
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest
 
@@ -143,7 +143,7 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishName
 
 
-class ChatCompletion(Head, frozen=True, kw_only=True):
+class ChatCompletion(ObjectHeader, frozen=True, kw_only=True):
     """All answers to one request."""
 
     object: Literal["chat.completion"] = "chat.completion"
@@ -169,7 +169,7 @@ class ChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishName | None = None
 
 
-class ChatCompletionChunk(Head, frozen=True, kw_only=True):
+class ChatCompletionChunk(ObjectHeader, frozen=True, kw_only=True):
     """One event of a streamed answer. With `include_usage` the last one has usage and no choices, the others null."""
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"

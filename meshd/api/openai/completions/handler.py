@@ -4,7 +4,7 @@ from aiohttp import web
 
 from meshd.api.http.body import read_body
 from meshd.api.http.services import SERVICES
-from meshd.api.openai.completions.renderer import CompletionForm
+from meshd.api.openai.completions.renderer import CompletionRenderer
 from meshd.api.openai.completions.schemas import CompletionRequest
 from meshd.api.openai.renderers import model_fields
 from meshd.api.openai.showing import answer
@@ -15,7 +15,7 @@ async def create(request: web.Request) -> web.StreamResponse:
     services = request.app[SERVICES]
     body = await read_body(request, CompletionRequest)
     wanted = body.wanted(services.clock)
-    form = CompletionForm(
+    form = CompletionRenderer(
         **model_fields(services, body.model),
         answers=len(wanted),
         per_prompt=body.count,

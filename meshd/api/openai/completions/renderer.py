@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 from msgspec import UnsetType
 
 from meshd.agents.service import TokenText
-from meshd.api.openai.chunks import ChunkForm, ChunkWriter
+from meshd.api.openai.chunks import ChunkRenderer, ChunkWriter
 from meshd.api.openai.completions.schemas import Completion, CompletionChoice, CompletionLogprobs
-from meshd.api.openai.parts import Collected, FinishName, Usage, shown
-from meshd.api.openai.renderers import Event
+from meshd.api.openai.parts import CollectedAnswer, FinishName, Usage, shown
+from meshd.api.openai.renderers import StreamedEvent
 
 
-class CompletionForm(ChunkForm, frozen=True, kw_only=True, tag="completion"):
+class CompletionRenderer(ChunkRenderer, frozen=True, kw_only=True, tag="completion"):
     """What a completion asked to be shown."""
 
     logprobs: int | None
@@ -30,7 +30,7 @@ class CompletionForm(ChunkForm, frozen=True, kw_only=True, tag="completion"):
         """For a stream."""
         return CompletionWriter(self, answer_id)
 
-    def whole(self, answer_id: str, answers: Sequence[Collected], usage: Usage) -> Completion:
+    def whole(self, answer_id: str, answers: Sequence[CollectedAnswer], usage: Usage) -> Completion:
         """All answers in one object."""
         choices = [
             CompletionChoice(
@@ -47,22 +47,22 @@ class CompletionForm(ChunkForm, frozen=True, kw_only=True, tag="completion"):
 class CompletionWriter(ChunkWriter):
     """Begins with the echo of each prompt, if asked for."""
 
-    def __init__(self, form: CompletionForm, answer_id: str) -> None:
+    def __init__(self, form: CompletionRenderer, answer_id: str) -> None:
         super().__init__(form, answer_id)
         self._form = form
         self._logprobs = [_Logprobs(form.logprobs) for _ in range(form.answers)]
 
-    def begin(self) -> list[Event]:
+    def begin(self) -> list[StreamedEvent]:
         """See `Writer.begin`."""
         echoes = ((index, self._form.echo(index)) for index in range(self._form.answers))
         return [self.piece(index, echo, ()) for index, echo in echoes if echo]
 
-    def piece(self, index: int, text: str, tokens: Sequence[TokenText]) -> Event:
+    def piece(self, index: int, text: str, tokens: Sequence[TokenText]) -> StreamedEvent:
         """See `ChunkWriter.piece`."""
         logprobs = self._logprobs[index].next(tokens) if tokens else None
         return self.event(CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=None))
 
-    def last(self, index: int, finish: FinishName) -> Event:
+    def last(self, index: int, finish: FinishName) -> StreamedEvent:
         """See `ChunkWriter.last`."""
         return self.event(CompletionChoice(index=index, text="", logprobs=None, finish_reason=finish))
 

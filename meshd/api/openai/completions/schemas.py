@@ -7,7 +7,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from meshd.agents.service import GenerationRequest, MeshOptions
 from meshd.api.openai.fields import UNSUPPORTED, GenerationFields, TokenId
-from meshd.api.openai.parts import FinishName, Head, Usage
+from meshd.api.openai.parts import FinishName, ObjectHeader, Usage
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest
 
@@ -105,7 +105,7 @@ class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishName | None
 
 
-class Completion(Head, frozen=True, kw_only=True):
+class Completion(ObjectHeader, frozen=True, kw_only=True):
     """All answers to one request, or one event of them. With `include_usage` the last event has usage and no choices."""
 
     object: Literal["text_completion"] = "text_completion"

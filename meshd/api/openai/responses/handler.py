@@ -12,14 +12,14 @@ from meshd.agents.service import Generation
 from meshd.api.http.body import read_body, read_query
 from meshd.api.http.reply import json_response
 from meshd.api.http.services import SERVICES
-from meshd.api.openai.answers import Running, generate, reading, show
+from meshd.api.openai.answers import RunningAnswers, generate, reading, show
 from meshd.api.openai.fields import NotTrue, unsupported
-from meshd.api.openai.kept import AnyForm, decode_form, session_of
+from meshd.api.openai.kept import AnyForm, decode_renderer, session_of
 from meshd.api.openai.parts import ENDED
 from meshd.api.openai.renderers import model_fields
-from meshd.api.openai.responses.renderer import ResponseForm
+from meshd.api.openai.responses.renderer import ResponseRenderer
 from meshd.api.openai.responses.request import LOGPROBS, Include, ResponseRequest
-from meshd.api.openai.responses.schemas import Asked, Deleted
+from meshd.api.openai.responses.schemas import Deleted, RequestEcho
 from meshd.api.openai.showing import answer, streamed, whole
 from meshd.errors import InvalidRequest
 
@@ -44,7 +44,7 @@ class RetrieveQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     def check_for(self, form: AnyForm) -> None:
         """Whether this answer can be shown so. Raises: InvalidRequest."""
-        if self.include and not (isinstance(form, ResponseForm) and form.logprobs):
+        if self.include and not (isinstance(form, ResponseRenderer) and form.logprobs):
             raise InvalidRequest(
                 f"`include` asks for {LOGPROBS}, but none were made", param="include", hint="ask for them at its creation"
             )
@@ -84,7 +84,7 @@ async def retrieve(request: web.Request) -> web.StreamResponse:
     query.check_for(form)
     if query.stream:
         return await streamed(request, _resumed(request, form), after=after)
-    if not isinstance(form, ResponseForm):
+    if not isinstance(form, ResponseRenderer):
         return await whole(request, _resumed(request, form))
     show(request, generation)
     return json_response(form.standing(generation))
@@ -93,7 +93,7 @@ async def retrieve(request: web.Request) -> web.StreamResponse:
 async def cancel(request: web.Request) -> web.Response:
     """End an answer in the background; one that is over stays as it is."""
     generation, form = await _look(request)
-    if not (isinstance(form, ResponseForm) and form.background):
+    if not (isinstance(form, ResponseRenderer) and form.background):
         raise InvalidRequest(
             "only an answer that was created with `background` can be cancelled", hint="close its stream, or delete it"
         )
@@ -113,7 +113,7 @@ async def delete(request: web.Request) -> web.Response:
     async with services.work.interruptible():
         await services.coordinator.end(generation.session, forget=True)
     show(request, generation)
-    name = "response" if isinstance(form, ResponseForm) else f"{form.object_name}.deleted"
+    name = "response" if isinstance(form, ResponseRenderer) else f"{form.object_name}.deleted"
     return json_response(Deleted(id=request.match_info["id"], object=name))
 
 
@@ -123,11 +123,11 @@ async def _look(request: web.Request) -> tuple[Generation, AnyForm]:
     services = request.app[SERVICES]
     async with services.work.interruptible():
         generation = await services.coordinator.look(session_of(answer_id))
-    return generation, decode_form(generation.edge, answer_id)
+    return generation, decode_renderer(generation.edge, answer_id)
 
 
 @asynccontextmanager
-async def _resumed(request: web.Request, form: AnyForm) -> AsyncIterator[Running]:
+async def _resumed(request: web.Request, form: AnyForm) -> AsyncIterator[RunningAnswers]:
     """The answer that the path names, going on here. Raises: as Coordinator.resume."""
     generation = await request.app[SERVICES].coordinator.resume(session_of(request.match_info["id"]))
     show(request, generation)
@@ -135,13 +135,13 @@ async def _resumed(request: web.Request, form: AnyForm) -> AsyncIterator[Running
         yield running
 
 
-def _form_of(body: ResponseRequest, request: web.Request) -> ResponseForm:
-    return ResponseForm(
+def _form_of(body: ResponseRequest, request: web.Request) -> ResponseRenderer:
+    return ResponseRenderer(
         **model_fields(request.app[SERVICES], body.model),
         store=body.stored,
         background=bool(body.background),
         logprobs=body.logprobs,
-        asked=Asked(
+        asked=RequestEcho(
             instructions=body.instructions,
             max_output_tokens=body.max_output_tokens,
             metadata=body.metadata or {},

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from meshd.agents.service import Finished, Generation, TextDelta
-from meshd.api.http.errors import Kept, Problem, problem
-from meshd.api.openai.parts import Collected, Tally, Usage, finish_name, shown_tokens
-from meshd.api.openai.renderers import Event, Form
+from meshd.api.http.errors import HttpProblem, KeptAnswer, problem
+from meshd.api.openai.parts import CollectedAnswer, Usage, UsageCounter, finish_name, shown_tokens
+from meshd.api.openai.renderers import Renderer, StreamedEvent
 from meshd.api.openai.responses import schemas as shapes
 from meshd.errors import MeshdError
 from meshd.types import FinishReason
@@ -23,10 +23,10 @@ _STATUSES: dict[str, shapes.ResponseStatus] = {
 }  # fmt: skip
 
 
-class ResponseForm(Form, frozen=True, kw_only=True, tag="response"):
+class ResponseRenderer(Renderer, frozen=True, kw_only=True, tag="response"):
     """What a response shows of its request."""
 
-    asked: shapes.Asked
+    asked: shapes.RequestEcho
     logprobs: bool
 
     prefix: ClassVar[str] = "resp_"
@@ -37,7 +37,7 @@ class ResponseForm(Form, frozen=True, kw_only=True, tag="response"):
         """For a stream."""
         return ResponseWriter(self, answer_id)
 
-    def whole(self, answer_id: str, answers: Sequence[Collected], usage: Usage) -> shapes.Response:
+    def whole(self, answer_id: str, answers: Sequence[CollectedAnswer], usage: Usage) -> shapes.Response:
         """The answer at its end."""
         [answer] = answers
         return self.response(answer_id, "completed" if answer.finish == "stop" else "incomplete", answer, usage=usage)
@@ -48,7 +48,7 @@ class ResponseForm(Form, frozen=True, kw_only=True, tag="response"):
         One that can't go on now, but later, is shown as failed: whoever polls must be told, and its error says how to go on.
         """
         deltas, finished = generation.so_far()
-        answer, tally = Collected(), Tally(1)
+        answer, tally = CollectedAnswer(), UsageCounter(1)
         for delta in deltas:
             answer.add(delta)
         error = generation.error
@@ -66,13 +66,13 @@ class ResponseForm(Form, frozen=True, kw_only=True, tag="response"):
         )
 
     def _error(self, generation: Generation, error: MeshdError) -> shapes.ResponseError:
-        return _error_of(problem(error, way_on=Kept(self.prefix + generation.session, generation).way_on()))
+        return _error_of(problem(error, way_on=KeptAnswer(self.prefix + generation.session, generation).way_on()))
 
     def response(
         self,
         answer_id: str,
         status: shapes.ResponseStatus,
-        answer: Collected | None = None,
+        answer: CollectedAnswer | None = None,
         *,
         usage: Usage | None = None,
         error: shapes.ResponseError | None = None,
@@ -93,13 +93,13 @@ class ResponseForm(Form, frozen=True, kw_only=True, tag="response"):
             store=self.store,
         )
 
-    def message(self, answer_id: str, status: shapes.ResponseStatus, answer: Collected) -> shapes.OutputMessage:
+    def message(self, answer_id: str, status: shapes.ResponseStatus, answer: CollectedAnswer) -> shapes.OutputMessage:
         """What it says so far."""
         said: Literal["in_progress", "completed", "incomplete"]
         said = "completed" if status == "completed" else "in_progress" if status in ("queued", "in_progress") else "incomplete"
         return shapes.OutputMessage(id=self.item_id(answer_id), status=said, content=[self.text(answer)])
 
-    def text(self, answer: Collected) -> shapes.OutputText:
+    def text(self, answer: CollectedAnswer) -> shapes.OutputText:
         """Its only part."""
         return shapes.OutputText(text="".join(answer.text), logprobs=shown_tokens(answer.tokens) if self.logprobs else [])
 
@@ -111,15 +111,15 @@ class ResponseForm(Form, frozen=True, kw_only=True, tag="response"):
 class ResponseWriter:
     """The object twice, the message as it grows, all of it once more, and the object at its end."""
 
-    def __init__(self, form: ResponseForm, answer_id: str) -> None:
+    def __init__(self, form: ResponseRenderer, answer_id: str) -> None:
         self._form = form
         self._id = answer_id
         self._content = {"item_id": form.item_id(answer_id)}
-        self._answer = Collected()
+        self._answer = CollectedAnswer()
         self._opened = False
         self._next = 0
 
-    def begin(self) -> list[Event]:
+    def begin(self) -> list[StreamedEvent]:
         """See `Writer.begin`."""
         first = self._form.response(self._id, "queued" if self._form.background else "in_progress")
         return [
@@ -127,7 +127,7 @@ class ResponseWriter:
             self._event(shapes.InProgress, response=self._form.response(self._id, "in_progress")),
         ]
 
-    def take(self, index: int, item: TextDelta | Finished) -> list[Event]:
+    def take(self, index: int, item: TextDelta | Finished) -> list[StreamedEvent]:
         """See `Writer.take`."""
         match item:
             case Finished():
@@ -136,21 +136,21 @@ class ResponseWriter:
             case TextDelta(text=text, tokens=tokens) if text or tokens:
                 self._answer.add(item)
                 logprobs = shown_tokens(tokens) if self._form.logprobs else []
-                return [*self._open(), self._event(shapes.TextDelta, **self._content, delta=text, logprobs=logprobs)]
+                return [*self._open(), self._event(shapes.OutputTextDelta, **self._content, delta=text, logprobs=logprobs)]
         return []
 
-    def fail(self, told: Problem, last: int, *, for_good: bool) -> Event:
+    def fail(self, told: HttpProblem, last: int, *, for_good: bool) -> StreamedEvent:
         """See `Writer.fail`."""
         if for_good:
             error = _error_of(told)
             answer = None if self._answer.empty else self._answer
-            return self._event(shapes.Failed, response=self._form.response(self._id, "failed", answer, error=error))
+            return self._event(shapes.ResponseFailed, response=self._form.response(self._id, "failed", answer, error=error))
         detail = told.detail
         # Not a number of its own: who goes on after it is to get the event that would have come here.
         error_event = shapes.ErrorEvent(sequence_number=max(last, 0), code=detail.code, message=detail.message, param=detail.param)
-        return Event(error_event, name="error")
+        return StreamedEvent(error_event, name="error")
 
-    def _open(self) -> list[Event]:
+    def _open(self) -> list[StreamedEvent]:
         if self._opened:
             return []
         self._opened = True
@@ -160,8 +160,8 @@ class ResponseWriter:
             self._event(shapes.PartAdded, **self._content, part=shapes.OutputText(text="")),
         ]
 
-    def _close(self, finished: Finished) -> list[Event]:
-        tally = Tally(1)
+    def _close(self, finished: Finished) -> list[StreamedEvent]:
+        tally = UsageCounter(1)
         tally.add(0, finished)
         response = self._form.whole(self._id, [self._answer], tally.usage())
         [message] = response.output
@@ -174,10 +174,10 @@ class ResponseWriter:
             self._event(kind, response=response),
         ]
 
-    def _event(self, kind: type[shapes.StreamEvent], **fields: Any) -> Event:
+    def _event(self, kind: type[shapes.StreamEvent], **fields: Any) -> StreamedEvent:
         number, self._next = self._next, self._next + 1
-        return Event(kind(sequence_number=number, **fields), number, str(kind.__struct_config__.tag))
+        return StreamedEvent(kind(sequence_number=number, **fields), number, str(kind.__struct_config__.tag))
 
 
-def _error_of(told: Problem) -> shapes.ResponseError:
+def _error_of(told: HttpProblem) -> shapes.ResponseError:
     return shapes.ResponseError(message=told.detail.message, type=told.detail.code)

@@ -91,7 +91,7 @@ class TextShown(msgspec.Struct, frozen=True, kw_only=True):
     verbosity: Literal["medium"] = "medium"
 
 
-class Asked(msgspec.Struct, frozen=True, kw_only=True):
+class RequestEcho(msgspec.Struct, frozen=True, kw_only=True):
     """What a response shows of its request."""
 
     instructions: str | None
@@ -106,7 +106,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     user: str | None
 
 
-class Response(Asked, frozen=True, kw_only=True):
+class Response(RequestEcho, frozen=True, kw_only=True):
     """An answer as it stands."""
 
     id: str
@@ -167,7 +167,7 @@ class Incomplete(WholeEvent, frozen=True, kw_only=True, tag="response.incomplete
     """The last event of one that reached `max_output_tokens`."""
 
 
-class Failed(WholeEvent, frozen=True, kw_only=True, tag="response.failed"):
+class ResponseFailed(WholeEvent, frozen=True, kw_only=True, tag="response.failed"):
     """The last event of one that can't be gone on with."""
 
 
@@ -199,7 +199,7 @@ class PartAdded(ContentEvent, frozen=True, kw_only=True, tag="response.content_p
     part: OutputText
 
 
-class TextDelta(ContentEvent, frozen=True, kw_only=True, tag="response.output_text.delta"):
+class OutputTextDelta(ContentEvent, frozen=True, kw_only=True, tag="response.output_text.delta"):
     """More of its text."""
 
     delta: str
@@ -228,6 +228,6 @@ class ErrorEvent(StreamEvent, frozen=True, kw_only=True, tag="error"):
 
 
 AnyStreamEvent = (
-    Created | InProgress | ItemAdded | PartAdded | TextDelta | TextDone | PartDone | ItemDone | Completed | Incomplete | Failed
+    Created | InProgress | ItemAdded | PartAdded | OutputTextDelta | TextDone | PartDone | ItemDone | Completed | Incomplete | ResponseFailed
     | ErrorEvent
 )  # fmt: skip

@@ -17,7 +17,7 @@ _SPACES = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B)))
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ControlTokenMatch:
     """A token in a text, with the white space that it swallows."""
 
     token: str
@@ -41,7 +41,7 @@ class ControlTokens:
         self._lengths = {first: sorted(found, reverse=True) for first, found in lengths.items()}
         self._first = re.compile(f"[{re.escape(''.join(lengths))}]" if lengths else r"(?!)")
 
-    def find(self, text: str) -> Iterator[Found]:
+    def find(self, text: str) -> Iterator[ControlTokenMatch]:
         """From left to right."""
         done, position = 0, 0
         while first := self._first.search(text, position):
@@ -56,7 +56,7 @@ class ControlTokens:
             if token in self._takes_right:
                 position = len(text) - len(text[position:].lstrip(_SPACES))
             done = position
-            yield Found(token, start, position)
+            yield ControlTokenMatch(token, start, position)
 
     def _at(self, text: str, position: int) -> str | None:
         spelt = (text[position : position + length] for length in self._lengths[text[position]])

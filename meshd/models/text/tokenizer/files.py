@@ -10,8 +10,8 @@ from meshd.errors import ModelFileError
 from meshd.models.files.gguf_header import MetadataValue
 from meshd.models.text.tokenizer.document import MAX_BYTES, TokenizerDocument, huggingface_json
 from meshd.models.text.tokenizer.gguf_keys import CONTROL, UNKNOWN, USER_DEFINED, TokenizerKeys, wrong
-from meshd.models.text.tokenizer.huggingface import Around, tokenizer_of
-from meshd.models.text.tokenizer.pretokenizers import cut_named
+from meshd.models.text.tokenizer.huggingface import AffixTokens, tokenizer_of
+from meshd.models.text.tokenizer.pretokenizers import pretokenizer_named
 from meshd.models.text.tokenizer.sentencepiece import spm_from_gguf
 from meshd.models.text.tokenizer.tokenizer import Tokenizer, Vocabulary, library_errors
 
@@ -45,18 +45,18 @@ def tokenizer_from_json(path: Path) -> Tokenizer:
     return tokenizer_of(TokenizerDocument(text, str(path)))
 
 
-def _around(metadata: Mapping[str, MetadataValue]) -> Around:
+def _around(metadata: Mapping[str, MetadataValue]) -> AffixTokens:
     keys = TokenizerKeys(metadata)
     ids = [keys.token(key, 1 << 32) for key in ("bos_token_id", "eos_token_id")]
     adds = [None if keys.get(key) is None else keys.flag(key, False) for key in ("add_bos_token", "add_eos_token")]
-    return Around(*ids, *adds)  # type: ignore[arg-type]  # two of each
+    return AffixTokens(*ids, *adds)  # type: ignore[arg-type]  # two of each
 
 
 def _byte_level(metadata: Mapping[str, MetadataValue]) -> Tokenizer:
     keys = TokenizerKeys(metadata)
     tokens = keys.tokens()
     types = keys.types(len(tokens))
-    cut = cut_named(keys.get("pre"))
+    cut = pretokenizer_named(keys.get("pre"))
     bpe = _bpe(tokens, keys.strings("merges"), whole_words=cut.whole_words)
     if (normalizer := cut.normalizer()) is not None:
         bpe.normalizer = normalizer

@@ -11,7 +11,7 @@ from meshd.models.text.tokenizer.tokenizer import Tokenizer, Vocabulary, library
 
 
 @dataclass(frozen=True, slots=True)
-class Around:
+class AffixTokens:
     """What stands around a text, where a model file says more of it than its `tokenizer.json`. None: it does not."""
 
     bos: int | None = None
@@ -20,10 +20,10 @@ class Around:
     add_eos: bool | None = None
 
 
-NOTHING_SAID = Around()
+NOTHING_SAID = AffixTokens()
 
 
-def tokenizer_of(document: TokenizerDocument, around: Around = NOTHING_SAID) -> Tokenizer:
+def tokenizer_of(document: TokenizerDocument, around: AffixTokens = NOTHING_SAID) -> Tokenizer:
     """Raises: ModelFileError."""
     bpe = _loaded(document, document.text)
     tokens = _tokens(document, bpe)

@@ -30,7 +30,7 @@ _LLAMA_CPP_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class PretokenizerRule:
     """One way to cut text into words."""
 
     patterns: tuple[str, ...]
@@ -53,22 +53,22 @@ class Cut:
 
 
 _CUTS = {
-    Cut((_GPT2,)): "gpt-2 phi-2 exaone4 granite-docling",
-    Cut((_GPT2,), composed=True): "olmo mpt",
-    Cut((_ONE_DIGIT, _GPT2)): "smollm starcoder refact codeshell exaone",
-    Cut((_ONE_DIGIT, _GPT2), composed=True): "command-r",
-    Cut((_CL100K,), whole_words=True, begins=True): "llama-bpe llama3 llama-v3 falcon3 pixtral lfm2",
-    Cut((_CL100K,)): "dbrx smaug-bpe",
-    Cut((_QWEN2,), composed=True): "qwen2 deepseek-r1-qwen megrez",
-    Cut((_QWEN35,), composed=True): "qwen35",
-    Cut((_O200K,)): "gpt-4o llama4 kanana2",
-    Cut((_TEKKEN,), whole_words=True, begins=True): "tekken",
-    Cut(_LLAMA_CPP_DEFAULT): "default",
+    PretokenizerRule((_GPT2,)): "gpt-2 phi-2 exaone4 granite-docling",
+    PretokenizerRule((_GPT2,), composed=True): "olmo mpt",
+    PretokenizerRule((_ONE_DIGIT, _GPT2)): "smollm starcoder refact codeshell exaone",
+    PretokenizerRule((_ONE_DIGIT, _GPT2), composed=True): "command-r",
+    PretokenizerRule((_CL100K,), whole_words=True, begins=True): "llama-bpe llama3 llama-v3 falcon3 pixtral lfm2",
+    PretokenizerRule((_CL100K,)): "dbrx smaug-bpe",
+    PretokenizerRule((_QWEN2,), composed=True): "qwen2 deepseek-r1-qwen megrez",
+    PretokenizerRule((_QWEN35,), composed=True): "qwen35",
+    PretokenizerRule((_O200K,)): "gpt-4o llama4 kanana2",
+    PretokenizerRule((_TEKKEN,), whole_words=True, begins=True): "tekken",
+    PretokenizerRule(_LLAMA_CPP_DEFAULT): "default",
 }
 _BY_NAME = {name: cut for cut, names in _CUTS.items() for name in names.split()}
 
 
-def cut_named(pre: MetadataValue | None) -> Cut:
+def pretokenizer_named(pre: MetadataValue | None) -> PretokenizerRule:
     """The cut that a GGUF file names. Raises: ModelFileError for one that is not known, or missing."""
     if isinstance(pre, str) and pre in _BY_NAME:
         return _BY_NAME[pre]

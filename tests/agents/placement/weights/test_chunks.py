@@ -10,12 +10,12 @@ from meshd.agents.placement.weights.chunks import (
     PIECE_BYTES,
     TRANSITIONS,
     UNIT_BYTES,
+    Chunk,
+    ChunkSchedule,
+    ChunkState,
+    FileRange,
     IllegalTransition,
-    Piece,
-    Pieces,
-    Span,
-    State,
-    spans_of,
+    file_ranges,
 )
 from meshd.models.files.manifest import Part
 from meshd.types import PeerId
@@ -31,11 +31,11 @@ def parts_of(sizes: dict[str, int]) -> list[Part]:
     return parts
 
 
-def spans(*sizes: int) -> list[Span]:
-    return [Span((number,), 10 * UNIT_BYTES * number, size) for number, size in enumerate(sizes)]
+def spans(*sizes: int) -> list[FileRange]:
+    return [FileRange((number,), 10 * UNIT_BYTES * number, size) for number, size in enumerate(sizes)]
 
 
-def bring(pieces: Pieces, source: PeerId, piece: Piece | None) -> object:
+def bring(pieces: ChunkSchedule, source: PeerId, piece: Chunk | None) -> object:
     """A piece comes and is written; the unit, if it must be checked."""
     assert piece is not None
     assert pieces.accept(source, piece)
@@ -48,30 +48,30 @@ def bring(pieces: Pieces, source: PeerId, piece: Piece | None) -> object:
 
 def test_parts_of_one_layer_that_lie_side_by_side_are_one_span() -> None:
     parts = parts_of({"": 100, "token_embd.weight": 50, "blk.0.a": 10, "blk.0.b": 20, "blk.1.a": 10, "output_norm.weight": 5})
-    assert [span.parts for span in spans_of(parts, range(6))] == [(0,), (1,), (2, 3), (4,), (5,)]
-    assert [(span.offset, span.length) for span in spans_of(parts, {2, 3})] == [(150, 30)]
-    assert [span.parts for span in spans_of(parts, {3})] == [(3,)]
+    assert [span.parts for span in file_ranges(parts, range(6))] == [(0,), (1,), (2, 3), (4,), (5,)]
+    assert [(span.offset, span.length) for span in file_ranges(parts, {2, 3})] == [(150, 30)]
+    assert [span.parts for span in file_ranges(parts, {3})] == [(3,)]
 
 
 def test_a_span_has_no_hole_and_is_bounded() -> None:
     parts = parts_of({"blk.0.a": 10, "blk.0.b": 20, "blk.0.c": 30, "blk.0.d": UNIT_BYTES - 10, "blk.0.e": 2 * UNIT_BYTES})
-    assert [span.parts for span in spans_of(parts, {0, 2, 3, 4})] == [(0,), (2,), (3,), (4,)]
-    assert [span.parts for span in spans_of(parts, {0, 1, 2, 3, 4})] == [(0, 1, 2), (3,), (4,)]
+    assert [span.parts for span in file_ranges(parts, {0, 2, 3, 4})] == [(0,), (2,), (3,), (4,)]
+    assert [span.parts for span in file_ranges(parts, {0, 1, 2, 3, 4})] == [(0, 1, 2), (3,), (4,)]
 
 
 # One source
 
 
 def test_a_unit_is_asked_for_in_order_two_pieces_at_a_time() -> None:
-    pieces = Pieces(spans(2 * PIECE_BYTES + 5))
+    pieces = ChunkSchedule(spans(2 * PIECE_BYTES + 5))
     pieces.join(A, None)
     first, second = pieces.next(A, 0), pieces.next(A, 0)
-    assert first == Piece(0, 0, 0, PIECE_BYTES)
-    assert second == Piece(0, 0, PIECE_BYTES, PIECE_BYTES)
+    assert first == Chunk(0, 0, 0, PIECE_BYTES)
+    assert second == Chunk(0, 0, PIECE_BYTES, PIECE_BYTES)
     assert pieces.next(A, 0) is None
     assert bring(pieces, A, second) is None
     third = pieces.next(A, 0)
-    assert third == Piece(0, 0, 2 * PIECE_BYTES, 5)
+    assert third == Chunk(0, 0, 2 * PIECE_BYTES, 5)
     assert bring(pieces, A, first) is None
     unit = bring(pieces, A, third)
     assert unit is pieces.units[0]
@@ -82,7 +82,7 @@ def test_a_unit_is_asked_for_in_order_two_pieces_at_a_time() -> None:
 
 
 def test_a_source_that_is_not_there_is_asked_for_nothing() -> None:
-    pieces = Pieces(spans(5))
+    pieces = ChunkSchedule(spans(5))
     assert pieces.next(A, 0) is None
     pieces.join(A, None)
     piece = pieces.next(A, 0)
@@ -94,7 +94,7 @@ def test_a_source_that_is_not_there_is_asked_for_nothing() -> None:
 
 
 def test_a_source_is_asked_for_what_it_has() -> None:
-    pieces = Pieces(spans(5, 5, 5))
+    pieces = ChunkSchedule(spans(5, 5, 5))
     pieces.join(A, [1])
     assert pieces.unoffered() == {0, 2}
     piece = pieces.next(A, 0)
@@ -103,11 +103,11 @@ def test_a_source_is_asked_for_what_it_has() -> None:
     assert pieces.next(A, 0) is None
     pieces.join(A, [1, 2])
     assert pieces.unoffered() == {0}
-    assert pieces.next(A, 0) == Piece(2, 0, 20 * UNIT_BYTES, 5)
+    assert pieces.next(A, 0) == Chunk(2, 0, 20 * UNIT_BYTES, 5)
 
 
 def test_what_a_busy_source_gives_back_is_asked_for_again() -> None:
-    pieces = Pieces(spans(5))
+    pieces = ChunkSchedule(spans(5))
     pieces.join(A, None)
     piece = pieces.next(A, 0)
     assert piece is not None
@@ -120,7 +120,7 @@ def test_what_a_busy_source_gives_back_is_asked_for_again() -> None:
 
 
 def test_sources_take_units_of_their_own_and_then_of_the_slower_ones() -> None:
-    pieces = Pieces(spans(4 * PIECE_BYTES, PIECE_BYTES))
+    pieces = ChunkSchedule(spans(4 * PIECE_BYTES, PIECE_BYTES))
     pieces.join(A, None)
     pieces.join(B, None)
     slow = pieces.next(A, 0)
@@ -131,12 +131,12 @@ def test_sources_take_units_of_their_own_and_then_of_the_slower_ones() -> None:
     pieces.right(pieces.units[1]) if bring(pieces, B, quick) else None
     helped = [pieces.next(B, 0), pieces.next(B, 0)]
     assert [piece.offset // PIECE_BYTES for piece in helped if piece] == [3, 2]
-    assert pieces.next(A, 0) == Piece(0, 0, PIECE_BYTES, PIECE_BYTES)
+    assert pieces.next(A, 0) == Chunk(0, 0, PIECE_BYTES, PIECE_BYTES)
     pieces.validate()
 
 
 def test_a_piece_that_does_not_come_is_asked_of_another_and_the_first_to_bring_it_counts() -> None:
-    pieces = Pieces(spans(5))
+    pieces = ChunkSchedule(spans(5))
     pieces.join(A, None)
     pieces.join(B, None)
     piece = pieces.next(A, 0)
@@ -152,7 +152,7 @@ def test_a_piece_that_does_not_come_is_asked_of_another_and_the_first_to_bring_i
 
 
 def test_what_a_source_that_goes_was_asked_for_is_asked_of_others() -> None:
-    pieces = Pieces(spans(3 * PIECE_BYTES))
+    pieces = ChunkSchedule(spans(3 * PIECE_BYTES))
     pieces.join(A, None)
     pieces.join(B, None)
     bring(pieces, A, pieces.next(A, 0))
@@ -163,16 +163,16 @@ def test_what_a_source_that_goes_was_asked_for_is_asked_of_others() -> None:
 
 
 def test_a_wrong_unit_of_one_giver_names_the_liar() -> None:
-    pieces = Pieces(spans(5))
+    pieces = ChunkSchedule(spans(5))
     pieces.join(A, None)
     bring(pieces, A, pieces.next(A, 0))
     assert pieces.wrong(pieces.units[0]) == A
     pieces.validate()
-    assert pieces.next(A, 0) == Piece(0, 1, 0, 5)
+    assert pieces.next(A, 0) == Chunk(0, 1, 0, 5)
 
 
 def test_a_wrong_unit_of_two_givers_comes_anew_from_one_alone() -> None:
-    pieces = Pieces(spans(2 * PIECE_BYTES))
+    pieces = ChunkSchedule(spans(2 * PIECE_BYTES))
     pieces.join(A, None)
     pieces.join(B, None)
     bring(pieces, A, pieces.next(A, 0))
@@ -186,18 +186,18 @@ def test_a_wrong_unit_of_two_givers_comes_anew_from_one_alone() -> None:
 
 
 def test_of_a_source_that_lied_nothing_unchecked_is_kept() -> None:
-    pieces = Pieces(spans(3 * PIECE_BYTES, 3 * PIECE_BYTES))
+    pieces = ChunkSchedule(spans(3 * PIECE_BYTES, 3 * PIECE_BYTES))
     pieces.join(A, None)
     bring(pieces, A, pieces.next(A, 0))
     pieces.leave(A, lied=True)
     pieces.validate()
-    assert pieces.units[0].state is State.WANTED
+    assert pieces.units[0].state is ChunkState.WANTED
     assert pieces.units[0].round == 1
 
 
 def test_a_unit_begins_anew_only_when_nothing_of_it_is_being_written() -> None:
     """Else the old bytes could come to lie over the new ones."""
-    pieces = Pieces(spans(3 * PIECE_BYTES))
+    pieces = ChunkSchedule(spans(3 * PIECE_BYTES))
     pieces.join(A, None)
     pieces.join(B, None)
     one, other = pieces.next(A, 0), pieces.next(B, 0)
@@ -220,9 +220,9 @@ def test_a_unit_begins_anew_only_when_nothing_of_it_is_being_written() -> None:
 
 
 def test_every_transition_that_is_not_in_the_table_is_refused() -> None:
-    for state in State:
-        for target in State:
-            pieces = Pieces(spans(5))
+    for state in ChunkState:
+        for target in ChunkState:
+            pieces = ChunkSchedule(spans(5))
             pieces.units[0].state = state
             if target in TRANSITIONS[state]:
                 pieces._move(pieces.units[0], target)
@@ -238,12 +238,12 @@ class World:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         sizes = [self.rng.choice([5, PIECE_BYTES, 3 * PIECE_BYTES + 1, 7 * PIECE_BYTES]) for _ in range(self.rng.randrange(1, 8))]
-        self.pieces = Pieces(spans(*sizes))
+        self.pieces = ChunkSchedule(spans(*sizes))
         self.honest = [A, B]
         self.liar = C if self.rng.random() < 0.5 else None
         self.banned: set[PeerId] = set()
-        self.asked: list[tuple[PeerId, Piece]] = []
-        self.writing: list[tuple[PeerId, Piece]] = []
+        self.asked: list[tuple[PeerId, Chunk]] = []
+        self.writing: list[tuple[PeerId, Chunk]] = []
         self.checking: list[int] = []
         self.disk: dict[tuple[int, int], PeerId] = {}
         self.trusted: set[int] = set()

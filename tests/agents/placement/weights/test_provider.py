@@ -16,13 +16,13 @@ import msgspec
 import pytest
 
 from in_process.peers import WAIT_S, Peer, Peers, until
-from meshd.agents.placement.model_library import Library
+from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.weights import fetch as weight_fetch
 from meshd.agents.placement.weights import serve as weight_server
 from meshd.agents.placement.weights import sources as weight_sources
 from meshd.agents.placement.weights.chunks import PIECE_BYTES
-from meshd.agents.placement.weights.provider import Weights
-from meshd.agents.placement.weights.serve import SHARE, Pace, WeightServer
+from meshd.agents.placement.weights.provider import WeightProvider
+from meshd.agents.placement.weights.serve import SHARE, RateLimiter, WeightServer
 from meshd.agents.placement.weights.sources import WeightSources
 from meshd.clock import SystemClock
 from meshd.errors import DownloadError, ModelFileError, Overloaded, RemoteFailure, StorageError
@@ -78,10 +78,10 @@ class Site:
     name: str
     peer: Peer
     store: Store
-    library: Library
+    library: ModelLibrary
     server: Server
     sources: WeightSources
-    weights: Weights
+    weights: WeightProvider
     holdings: tuple[Holding, ...] = ()
     bandwidths: dict[PeerId, float] = field(default_factory=dict)
     alive: bool = True
@@ -140,12 +140,12 @@ class Sites:
         clock = SystemClock()
         peer = self.peers.start(name)
         store = Store(self.root / f"models-{name}", self.root / "hf", index_url="http://127.0.0.1:9/simple")
-        library = Library(links=peer.links, store=store, adverts=lambda: self.adverts(name), on_change=lambda: None)
-        server = Server(peer.links, library, Pace(clock, busy=lambda: False, link_stats=dict))
+        library = ModelLibrary(links=peer.links, store=store, adverts=lambda: self.adverts(name), on_change=lambda: None)
+        server = Server(peer.links, library, RateLimiter(clock, busy=lambda: False, link_stats=dict))
         sources = WeightSources(
             me=peer.id, links=peer.links, adverts=lambda: self.adverts(name), names=self.name_of, clock=clock, link_stats=dict
         )
-        site = Site(name, peer, store, library, server, sources, Weights(peer.links, library, sources, clock))
+        site = Site(name, peer, store, library, server, sources, WeightProvider(peer.links, library, sources, clock))
         library.register()
         server.register()
         others = [other for other in self.all.values() if other.alive]
@@ -345,11 +345,11 @@ async def test_after_a_restart_what_is_here_is_known(sites: Sites) -> None:
     card = await sites.have_file(a)
     await b.fill(card, 2, 4)
     await a.die()
-    again = Library(links=b.peer.links, store=Store(sites.root / "models-b"), adverts=list, on_change=lambda: None)
+    again = ModelLibrary(links=b.peer.links, store=Store(sites.root / "models-b"), adverts=list, on_change=lambda: None)
     await again.refresh()
     assert again.local == {}
     assert again.cards() == {card.id: card}
-    anew = Weights(b.peer.links, again, b.sources, SystemClock())
+    anew = WeightProvider(b.peer.links, again, b.sources, SystemClock())
     assert await anew.card(card.id, REF) == card
     await anew.fill(card, REF, LayerRange(2, 4), b.shares.append)
     with pytest.raises(DownloadError):
@@ -668,7 +668,7 @@ class PacedClock(SystemClock):
 async def test_what_is_given_while_sessions_run_is_a_share_of_the_link() -> None:
     clock, running = PacedClock(), True
     links = {PeerId("b"): LinkStats(rtt_s=0.001, bandwidth_bytes_s=1e6), PeerId("c"): LinkStats(rtt_s=0.001, bandwidth_bytes_s=4e6)}
-    pace = Pace(clock, busy=lambda: running, link_stats=lambda: links)
+    pace = RateLimiter(clock, busy=lambda: running, link_stats=lambda: links)
     for _ in range(21):
         await pace.wait(PeerId("b"), 100_000)
     took = clock.now - 100.0
@@ -684,7 +684,7 @@ async def test_what_is_given_while_sessions_run_is_a_share_of_the_link() -> None
 
 
 async def test_whoever_would_wait_for_long_is_sent_away() -> None:
-    pace = Pace(PacedClock(), busy=lambda: True, link_stats=dict)
+    pace = RateLimiter(PacedClock(), busy=lambda: True, link_stats=dict)
     pace.clock.sleep = asyncio.sleep  # type: ignore[method-assign]
     waiting = [asyncio.create_task(pace.wait(PeerId("b"), PIECE_BYTES)) for _ in range(400)]
     done, pending = await asyncio.wait(waiting, timeout=0.05)
@@ -706,7 +706,7 @@ async def test_a_busy_source_is_asked_again(sites: Sites, monkeypatch: pytest.Mo
             refusals -= 1
             raise Overloaded("busy")
 
-    monkeypatch.setattr(Pace, "wait", lambda self, peer, size_bytes: wait(peer, size_bytes))
+    monkeypatch.setattr(RateLimiter, "wait", lambda self, peer, size_bytes: wait(peer, size_bytes))
     await b.fill(card, 0, 1)
     assert refusals == 0
     check_tensors(b, sites, card, 0, 1)

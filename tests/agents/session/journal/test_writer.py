@@ -8,7 +8,7 @@ from in_process.journals import Answer, HandClock, Keeper, Keepers, S, advert, a
 from in_process.peers import Peers
 from meshd.agents.session.journal.record import encode_record
 from meshd.agents.session.journal.store import size_of
-from meshd.agents.session.journal.writer import BATCH_TOKENS, Batch, Journalist, choose_deputy
+from meshd.agents.session.journal.writer import BATCH_TOKENS, JournalWriter, PendingTokens, choose_deputy
 from meshd.errors import RemoteFailure
 from meshd.protocol.codec import encode
 from meshd.protocol.framing import MAX_HEADER
@@ -54,7 +54,7 @@ def test_the_present_deputy_stays_unless_it_comes_into_the_plan() -> None:
 
 
 def test_a_batch_takes_each_token_once_and_in_order() -> None:
-    batch = Batch(sent=2)
+    batch = PendingTokens(sent=2)
     assert all(batch.add(index, (100 + index, None)) for index in (0, 1, 2, 2, 3, 1))
     assert not batch.add(5, (105, None))
     assert batch.take() == (2, answer(4, 2))
@@ -66,7 +66,7 @@ def test_a_batch_takes_each_token_once_and_in_order() -> None:
 
 def test_a_batch_goes_out_in_messages_that_fit() -> None:
     top = tuple((200_000 + rank, -1.23456789 * rank) for rank in range(20))
-    batch = Batch()
+    batch = PendingTokens()
     for index in range(300):
         assert batch.add(index, (200_000, TokenLogprobs(-1.5, top)))
     sizes = []
@@ -338,7 +338,7 @@ async def test_a_second_deputy_is_another_peer(keepers: Keepers) -> None:
     async with keepers.linked("a", "b", "c") as (a, b, c):
         running = a.answer(tokens=1)
         await keepers.until(lambda: a.journalist.deputy_of(S) is not None)
-        second = Journalist(a.id, a.peer.links, keepers.clock, a._adverts, _Spare(a))
+        second = JournalWriter(a.id, a.peer.links, keepers.clock, a._adverts, _Spare(a))
         async with asyncio.TaskGroup() as tasks:
             task = tasks.create_task(second.run())
             second.begin(S, lambda: running.record, lambda: ())

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from in_process.clusters import MODEL, make_advert, make_card, make_holding, make_peer
 from meshd.agents.service import MeshOptions
-from meshd.agents.session.plan.candidates import Allowed, Candidate, Scene, scene_of
-from meshd.agents.session.plan.resume import Need, expected_held, method_of, resume_positions
+from meshd.agents.session.plan.candidates import Candidate, CandidateSearch, PeerRules, candidate_search
+from meshd.agents.session.plan.resume import RecoveryRequest, expected_held, method_of, resume_positions
 from meshd.types import Advert, Holding, LayerRange, PeerId, Plan, PlanId, StagePlan, ranges_of
 
 LAYERS = 12
@@ -49,12 +49,12 @@ def random_adverts(rng: random.Random, old: tuple[StagePlan, ...], peers: list[P
 
 
 @st.composite
-def scenes(draw: st.DrawFn) -> tuple[Scene, list[Advert], Allowed]:
+def scenes(draw: st.DrawFn) -> tuple[CandidateSearch, list[Advert], PeerRules]:
     rng = random.Random(draw(st.integers(0, 1 << 30)))
     peers = [PeerId(f"p{number}-id") for number in range(rng.randrange(1, 6))]
     old = random_stages(rng, peers)
     adverts = random_adverts(rng, old, peers)
-    need = Need(
+    need = RecoveryRequest(
         old=Plan(id=PlanId("old"), model=MODEL, stages=old, prefill_chunk_tokens=128, context=CONTEXT),
         lost=frozenset(peer for peer in peers if rng.random() < 0.4),
         avoid=frozenset(peer for peer in peers if rng.random() < 0.2),
@@ -64,11 +64,11 @@ def scenes(draw: st.DrawFn) -> tuple[Scene, list[Advert], Allowed]:
         mirrors={number: (rng.choice(peers), rng.randrange(512)) for number in range(len(old)) if rng.random() < 0.6},
     )
     adverts = [advert for advert in adverts if advert.peer not in need.lost or rng.random() < 0.3]
-    allowed = Allowed(standby=rng.random() < 0.8, leaving=rng.random() < 0.3, avoided=rng.random() < 0.3)
-    return scene_of(CARD, adverts, MeshOptions(), need, PeerId("p0-id"), allowed), adverts, allowed
+    allowed = PeerRules(standby=rng.random() < 0.8, leaving=rng.random() < 0.3, avoided=rng.random() < 0.3)
+    return candidate_search(CARD, adverts, MeshOptions(), need, PeerId("p0-id"), allowed), adverts, allowed
 
 
-def usable(scene: Scene, adverts: list[Advert], allowed: Allowed) -> Iterator[tuple[PeerId, Holding]]:
+def usable(scene: CandidateSearch, adverts: list[Advert], allowed: PeerRules) -> Iterator[tuple[PeerId, Holding]]:
     """Where layers may be taken by the rules, reservations of the session aside."""
     for advert in adverts:
         if (advert.draining and not allowed.leaving) or (advert.peer in scene.need.avoid and not allowed.avoided):
@@ -78,7 +78,7 @@ def usable(scene: Scene, adverts: list[Advert], allowed: Allowed) -> Iterator[tu
                 yield advert.peer, held
 
 
-def has_own(scene: Scene, stage: StagePlan, allowed: Allowed) -> bool:
+def has_own(scene: CandidateSearch, stage: StagePlan, allowed: PeerRules) -> bool:
     """Whether the session has reserved these layers there."""
     need = scene.need
     assert need.old is not None
@@ -91,7 +91,7 @@ def has_own(scene: Scene, stage: StagePlan, allowed: Allowed) -> bool:
 
 @settings(max_examples=400, deadline=None)
 @given(scenes())
-def test_every_plan_is_whole_and_stays_within_the_rules(drawn: tuple[Scene, list[Advert], Allowed]) -> None:
+def test_every_plan_is_whole_and_stays_within_the_rules(drawn: tuple[CandidateSearch, list[Advert], PeerRules]) -> None:
     scene, adverts, allowed = drawn
     found = scene.best()
     if found is None:
@@ -111,7 +111,7 @@ def test_every_plan_is_whole_and_stays_within_the_rules(drawn: tuple[Scene, list
 
 @settings(max_examples=400, deadline=None)
 @given(scenes())
-def test_there_is_a_plan_unless_layers_or_room_are_missing(drawn: tuple[Scene, list[Advert], Allowed]) -> None:
+def test_there_is_a_plan_unless_layers_or_room_are_missing(drawn: tuple[CandidateSearch, list[Advert], PeerRules]) -> None:
     scene, adverts, allowed = drawn
     short = scene.shortage()
     if scene.best() is not None:
@@ -124,7 +124,7 @@ def test_there_is_a_plan_unless_layers_or_room_are_missing(drawn: tuple[Scene, l
 
 @settings(max_examples=200, deadline=None)
 @given(scenes())
-def test_a_survivor_keeps_its_stage_or_the_change_pays(drawn: tuple[Scene, list[Advert], Allowed]) -> None:
+def test_a_survivor_keeps_its_stage_or_the_change_pays(drawn: tuple[CandidateSearch, list[Advert], PeerRules]) -> None:
     scene, _, _ = drawn
     found = scene.best()
     assert scene.need.old is not None
@@ -137,7 +137,7 @@ def test_a_survivor_keeps_its_stage_or_the_change_pays(drawn: tuple[Scene, list[
 
 @settings(max_examples=200, deadline=None)
 @given(scenes())
-def test_a_better_plan_is_clearly_better(drawn: tuple[Scene, list[Advert], Allowed]) -> None:
+def test_a_better_plan_is_clearly_better(drawn: tuple[CandidateSearch, list[Advert], PeerRules]) -> None:
     scene, _, _ = drawn
     found: Candidate | None = scene.better(1)
     assert scene.need.old is not None

@@ -11,9 +11,9 @@ from meshd.agents.session.plan.resume import (
     MIRROR,
     PREFILL,
     REPLAY,
-    Held,
-    Need,
-    Resumption,
+    RecoveryRequest,
+    ResumePoint,
+    StageHeld,
     expected_held,
     method_of,
     resume_positions,
@@ -24,16 +24,17 @@ A, B, C, D = (PeerId(name) for name in "abcd")
 
 
 @st.composite
-def situations(draw: st.DrawFn, longest: int = 40) -> tuple[list[Held], int]:
+def situations(draw: st.DrawFn, longest: int = 40) -> tuple[list[StageHeld], int]:
     known = draw(st.integers(1, longest))
     position = st.integers(0, known + 2)  # a stage may have gone on past what the coordinator has heard of
     held = [
-        Held(draw(position), draw(st.booleans()), *sorted((draw(position), draw(position)))) for _ in range(draw(st.integers(1, 5)))
+        StageHeld(draw(position), draw(st.booleans()), *sorted((draw(position), draw(position))))
+        for _ in range(draw(st.integers(1, 5)))
     ]
     return held, known
 
 
-def sent(have: Held, resumption: Resumption, known: int) -> list[int] | None:
+def sent(have: StageHeld, resumption: ResumePoint, known: int) -> list[int] | None:
     """The positions that a stage sends on, in order; None if it would have to send what it does not have."""
     from_log = range(resumption.send_from, resumption.start)
     if from_log and not (have.kept_from <= from_log.start and from_log.stop <= have.kept_to):
@@ -43,7 +44,7 @@ def sent(have: Held, resumption: Resumption, known: int) -> list[int] | None:
 
 @settings(max_examples=500, deadline=None)
 @given(situations())
-def test_every_stage_gets_each_input_once_from_its_start_to_the_end(situation: tuple[list[Held], int]) -> None:
+def test_every_stage_gets_each_input_once_from_its_start_to_the_end(situation: tuple[list[StageHeld], int]) -> None:
     held, known = situation
     resumptions = resume_positions(held, known)
     assert len(resumptions) == len(held)
@@ -55,7 +56,7 @@ def test_every_stage_gets_each_input_once_from_its_start_to_the_end(situation: t
 
 @settings(max_examples=500, deadline=None)
 @given(situations())
-def test_no_stage_starts_past_its_kv_and_all_compute_the_last_token(situation: tuple[list[Held], int]) -> None:
+def test_no_stage_starts_past_its_kv_and_all_compute_the_last_token(situation: tuple[list[StageHeld], int]) -> None:
     held, known = situation
     for have, resumption in zip(held, resume_positions(held, known), strict=True):
         assert 0 <= resumption.start <= min(have.held, known - 1)
@@ -63,79 +64,79 @@ def test_no_stage_starts_past_its_kv_and_all_compute_the_last_token(situation: t
 
 @settings(max_examples=200, deadline=None)
 @given(situations(longest=5))
-def test_nothing_is_computed_that_any_other_choice_would_spare(situation: tuple[list[Held], int]) -> None:
+def test_nothing_is_computed_that_any_other_choice_would_spare(situation: tuple[list[StageHeld], int]) -> None:
     held, known = situation
     least = [resumption.start for resumption in resume_positions(held, known)]
     for starts in product(*(range(min(have.held, known - 1) + 1) for have in held)):
         wanted = [*starts[1:], known - 1]
-        choice = [Resumption(start, send_from) for start, send_from in zip(starts, wanted, strict=True)]
+        choice = [ResumePoint(start, send_from) for start, send_from in zip(starts, wanted, strict=True)]
         if all(sent(have, each, known) is not None for have, each in zip(held, choice, strict=True)):
             assert all(start <= latest for start, latest in zip(starts, least, strict=True))
 
 
-def starts(held: list[Held], known: int) -> list[int]:
+def starts(held: list[StageHeld], known: int) -> list[int]:
     return [resumption.start for resumption in resume_positions(held, known)]
 
 
-def method(held: list[Held], known: int) -> str:
+def method(held: list[StageHeld], known: int) -> str:
     return method_of(held, resume_positions(held, known), known)
 
 
-def survivor(known: int, *, kept: bool = True) -> Held:
-    return Held(known - 1, kept_to=known - 1 if kept else 0)
+def survivor(known: int, *, kept: bool = True) -> StageHeld:
+    return StageHeld(known - 1, kept_to=known - 1 if kept else 0)
 
 
 def test_a_replacement_is_fed_from_what_the_stage_before_it_kept() -> None:
-    held = [survivor(100), Held(0), survivor(100)]
-    assert resume_positions(held, 100) == (Resumption(99, 0), Resumption(0, 99), Resumption(99, 99))
+    held = [survivor(100), StageHeld(0), survivor(100)]
+    assert resume_positions(held, 100) == (ResumePoint(99, 0), ResumePoint(0, 99), ResumePoint(99, 99))
     assert method(held, 100) == REPLAY
 
 
 def test_without_kept_outputs_the_stages_before_compute_again_too() -> None:
-    held = [survivor(100), survivor(100, kept=False), Held(0)]
+    held = [survivor(100), survivor(100, kept=False), StageHeld(0)]
     assert starts(held, 100) == [99, 0, 0]
     assert method(held, 100) == REPLAY
-    assert starts([survivor(100, kept=False), survivor(100, kept=False), Held(0)], 100) == [0, 0, 0]
+    assert starts([survivor(100, kept=False), survivor(100, kept=False), StageHeld(0)], 100) == [0, 0, 0]
 
 
 def test_kept_outputs_that_lost_their_beginning_or_their_end() -> None:
-    assert starts([Held(99, kept_from=10, kept_to=99), Held(0)], 100) == [0, 0]
-    assert starts([Held(99, kept_from=10, kept_to=99), Held(20)], 100) == [99, 20]
-    assert starts([Held(99, kept_from=0, kept_to=60), Held(20)], 100) == [60, 20]
-    assert starts([Held(99, kept_from=0, kept_to=10), Held(20)], 100) == [20, 20]
+    assert starts([StageHeld(99, kept_from=10, kept_to=99), StageHeld(0)], 100) == [0, 0]
+    assert starts([StageHeld(99, kept_from=10, kept_to=99), StageHeld(20)], 100) == [99, 20]
+    assert starts([StageHeld(99, kept_from=0, kept_to=60), StageHeld(20)], 100) == [60, 20]
+    assert starts([StageHeld(99, kept_from=0, kept_to=10), StageHeld(20)], 100) == [20, 20]
 
 
 def test_the_first_stage_is_replaced_from_the_tokens_alone() -> None:
-    held = [Held(0), survivor(100), survivor(100)]
-    assert resume_positions(held, 100)[0] == Resumption(0, 99)
+    held = [StageHeld(0), survivor(100), survivor(100)]
+    assert resume_positions(held, 100)[0] == ResumePoint(0, 99)
     assert method(held, 100) == REPLAY
 
 
 def test_methods() -> None:
     assert method([survivor(100), survivor(100)], 100) == KEPT
-    assert method([Held(0), Held(0)], 100) == PREFILL
-    assert method([Held(0)], 1) == PREFILL
-    assert method([survivor(100), Held(99, mirrored=True)], 100) == MIRROR
-    assert method([survivor(100), Held(80, mirrored=True)], 100) == MIRROR, (
+    assert method([StageHeld(0), StageHeld(0)], 100) == PREFILL
+    assert method([StageHeld(0)], 1) == PREFILL
+    assert method([survivor(100), StageHeld(99, mirrored=True)], 100) == MIRROR
+    assert method([survivor(100), StageHeld(80, mirrored=True)], 100) == MIRROR, (
         "the copy's last positions are computed from kept outputs"
     )
-    assert method([survivor(100), Held(0, mirrored=True)], 100) == REPLAY
-    assert method([survivor(100), Held(80, mirrored=True), Held(0)], 100) == REPLAY
-    assert method([Held(50), Held(0)], 100) == PREFILL, "what is held is of no use without kept outputs"
+    assert method([survivor(100), StageHeld(0, mirrored=True)], 100) == REPLAY
+    assert method([survivor(100), StageHeld(80, mirrored=True), StageHeld(0)], 100) == REPLAY
+    assert method([StageHeld(50), StageHeld(0)], 100) == PREFILL, "what is held is of no use without kept outputs"
 
 
 def test_what_peers_tell_is_taken_with_care() -> None:
-    assert starts([Held(-5), Held(10**9)], 100) == [0, 99]
+    assert starts([StageHeld(-5), StageHeld(10**9)], 100) == [0, 99]
     with pytest.raises(ValueError, match="nothing to go on with"):
         resume_positions([], 3)
     with pytest.raises(ValueError, match="nothing to go on with"):
-        resume_positions([Held(0)], 0)
+        resume_positions([StageHeld(0)], 0)
 
 
 def test_what_a_new_plan_is_expected_to_find() -> None:
     stages = tuple(StagePlan(peer=peer, layers=LayerRange(start, start + 10)) for peer, start in ((A, 0), (B, 10), (C, 20)))
     old = Plan(id=PlanId("1"), model=ModelId("m"), stages=stages, prefill_chunk_tokens=128, context=64)
-    need = Need(
+    need = RecoveryRequest(
         old=old,
         lost=frozenset({B}),
         avoid=frozenset(),
@@ -151,4 +152,9 @@ def test_what_a_new_plan_is_expected_to_find() -> None:
         StagePlan(peer=C, layers=LayerRange(20, 25)),
         StagePlan(peer=A, layers=LayerRange(25, 30)),
     ]
-    assert expected_held(need, new, {0, 2}) == (Held(19, kept_to=19), Held(17, mirrored=True), Held(19), Held(0))
+    assert expected_held(need, new, {0, 2}) == (
+        StageHeld(19, kept_to=19),
+        StageHeld(17, mirrored=True),
+        StageHeld(19),
+        StageHeld(0),
+    )

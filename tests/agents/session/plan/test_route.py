@@ -11,7 +11,7 @@ from in_process.placing import Cluster
 from meshd.agents.service import MeshOptions
 from meshd.agents.session.plan import route as routing
 from meshd.agents.session.plan.candidates import MAX_STAGES
-from meshd.agents.session.plan.resume import KEPT, MIRROR, PREFILL, REPLAY, Need, Recovery
+from meshd.agents.session.plan.resume import KEPT, MIRROR, PREFILL, REPLAY, RecoveryPlan, RecoveryRequest
 from meshd.agents.session.plan.route import mirror_targets
 from meshd.errors import DoesNotFit, InvalidRequest, NoPeer, NotReady, Overloaded, RemoteFailure
 from meshd.types import LayerRange, LinkStats, ModelId, Objective, PeerId, Plan, PlanId, StagePlan
@@ -37,16 +37,16 @@ def text_of(plan: Plan) -> str:
     return ",".join(f"{stage.peer.removesuffix('-id')}:{stage.layers}" for stage in plan.stages)
 
 
-def need(old: str | None, lost: frozenset[PeerId] = frozenset(), **fields: Any) -> Need:
+def need(old: str | None, lost: frozenset[PeerId] = frozenset(), **fields: Any) -> RecoveryRequest:
     given: dict[str, Any] = {"avoid": frozenset(), "prompt_tokens": 200, "max_tokens": 312, "known": 300}
-    return Need(old=None if old is None else plan_of(old), lost=lost, **given | fields)
+    return RecoveryRequest(old=None if old is None else plan_of(old), lost=lost, **given | fields)
 
 
 def ids(*names: str) -> frozenset[PeerId]:
     return frozenset(PeerId(f"{name}-id") for name in names)
 
 
-async def recovered(cluster: Cluster, wanted: Need, mesh: MeshOptions = ANY) -> Recovery:
+async def recovered(cluster: Cluster, wanted: RecoveryRequest, mesh: MeshOptions = ANY) -> RecoveryPlan:
     found = await cluster.router.recover(CARD, mesh, wanted)
     assert [layer for stage in found.plan.stages for layer in stage.layers] == list(CARD.layers)
     return found
@@ -467,7 +467,7 @@ async def test_a_model_with_nothing_left_takes_the_place_of_what_is_idle() -> No
 # A running session, and better plans
 
 
-def moved(cluster: Cluster, old: str, mesh: MeshOptions = ANY, **fields: Any) -> Recovery | None:
+def moved(cluster: Cluster, old: str, mesh: MeshOptions = ANY, **fields: Any) -> RecoveryPlan | None:
     return cluster.router.better(CARD, mesh, need(old, **fields))
 
 
