@@ -19,7 +19,7 @@ ENOUGH = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14 python; do \
 	"$$python" -c '$(ENOUGH)' 2>/dev/null && echo "$$python" && break; done)
 
-.PHONY: install demo test check formats bench bench-short chaos sim fuzz wheel clean
+.PHONY: install demo test check diagrams formats bench bench-short chaos sim fuzz wheel clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -36,6 +36,10 @@ check: $(VENV)/installed $(VENV)/group-test $(VENV)/group-check
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# docs/state-machines.md, from the tables of the state machines.
+diagrams: $(VENV)/installed
+	$(BIN)/python -P tests/diagrams.py
 
 # README's table of formats and architectures, from the tests that ran.
 formats: $(VENV)/installed $(VENV)/group-test

@@ -4,18 +4,14 @@ House rules of this file: no I/O, no clock, no text. It knows tokens, peers and 
 which event may come in which state; an event that is not in the table raises and changes nothing. Events of an older epoch are
 dropped before the table is asked, because the network may deliver them late.
 
-    NEW --Planned--> OPENING --all StageOpened--> PREFILLING --TokenArrived--> DECODING --the last token--> FINISHED
-    any of these --a loss--> RECOVERING --Planned, one epoch later--> OPENING
-    running --Planned--> OPENING, one epoch later (a move)
-    RECOVERING --no plan is possible--> SUSPENDED --ResumeRequested--> RECOVERING
-    running --its reader left--> SUSPENDED
+`docs/state-machines.md` has the diagram, which is made from the table.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from meshd.agents.machine import Machine, Transition
 from meshd.agents.session.plan.resume import ResumePoint, StageHeld, resume_positions
 from meshd.errors import MeshdError, PeerLost
 from meshd.types import FinishReason, PeerId, Plan, SessionId, TokenLogprobs
@@ -41,10 +37,6 @@ class SessionState(Enum):
 
 TERMINAL = frozenset({SessionState.FINISHED, SessionState.FAILED, SessionState.CANCELLED})
 RUNNING = frozenset({SessionState.OPENING, SessionState.PREFILLING, SessionState.DECODING, SessionState.RECOVERING})
-
-
-class IllegalTransition(RuntimeError):
-    """A bug of ours: this event can't come in this state."""
 
 
 # Events: what happened.
@@ -253,7 +245,7 @@ MAX_ATTEMPTS = 12
 
 
 @dataclass(slots=True)
-class Session:
+class Session(Machine[Event, Command]):
     """State of one session. Only `handle` changes it.
 
     One that is taken over starts in SUSPENDED with the tokens, plan and epoch of its record.
@@ -290,15 +282,6 @@ class Session:
         """Tokens of prompt and answer."""
         return self.prompt_tokens + len(self.tokens)
 
-    def handle(self, event: Event) -> list[Command]:
-        """Apply one event. Raises: IllegalTransition, with nothing changed."""
-        if self._stale(event):
-            return []
-        transition = TRANSITIONS.get((self.state, type(event)))
-        if transition is None:
-            raise IllegalTransition(f"session {self.id}: {type(event).__name__} in state {self.state.value}")
-        return transition(self, event)
-
     def validate(self) -> None:
         """Invariants that hold between events; tests call it after each."""
         if self.plan is None and self.state in (SessionState.OPENING, SessionState.PREFILLING, SessionState.DECODING):
@@ -314,7 +297,10 @@ class Session:
         if self.state not in RUNNING and self.holders:
             raise AssertionError("peers hold something for nothing")
 
-    def _stale(self, event: Event) -> bool:
+    def title(self) -> str:
+        return f"session {self.id}"
+
+    def is_stale(self, event: Event) -> bool:
         epoch = getattr(event, "epoch", self.epoch)
         return isinstance(epoch, int) and epoch != self.epoch
 
@@ -489,46 +475,56 @@ def _ignore(session: Session, event: Event) -> list[Command]:
     return []
 
 
-TRANSITIONS: dict[tuple[SessionState, type[Any]], Callable[[Session, Any], list[Command]]] = {
-    (SessionState.NEW, Planned): _planned,
-    (SessionState.NEW, PlanFailed): _plan_failed,
-    (SessionState.NEW, PeerGone): _peer_gone,
-    (SessionState.NEW, CancelRequested): _cancel,
-    (SessionState.NEW, Suspend): _cancel,
-    (SessionState.OPENING, StageOpened): _stage_opened,
-    (SessionState.OPENING, StageFailed): _stage_failed,
-    (SessionState.OPENING, DeadlinePassed): _deadline_passed,
-    (SessionState.PREFILLING, Planned): _planned,
-    (SessionState.PREFILLING, StageFailed): _stage_failed,
-    (SessionState.PREFILLING, TokenArrived): _token_arrived,
-    (SessionState.PREFILLING, DeadlinePassed): _deadline_passed,
-    (SessionState.DECODING, Planned): _planned,
-    (SessionState.DECODING, StageFailed): _stage_failed,
-    (SessionState.DECODING, TokenArrived): _token_arrived,
-    (SessionState.DECODING, StopMatched): _stop_matched,
-    (SessionState.DECODING, DeadlinePassed): _deadline_passed,
-    (SessionState.RECOVERING, Planned): _planned,
-    (SessionState.RECOVERING, PlanFailed): _plan_failed,
-    (SessionState.RECOVERING, Reclaimed): _reclaimed,
-    (SessionState.RECOVERING, StageOpened): _ignore,
-    (SessionState.RECOVERING, StageFailed): _failed_in_recovery,
-    (SessionState.RECOVERING, TokenArrived): _token_in_recovery,
-    (SessionState.RECOVERING, StopMatched): _stop_matched,
-    (SessionState.RECOVERING, PeerGone): _peer_gone_in_recovery,
-    (SessionState.RECOVERING, DeadlinePassed): _ignore,
-    (SessionState.SUSPENDED, ResumeRequested): _resume,
-    (SessionState.SUSPENDED, CancelRequested): _cancel,
-    (SessionState.SUSPENDED, Released): _released,
+_opens = Transition(_planned, (SessionState.OPENING, SessionState.SUSPENDED))
+_ignored = Transition(_ignore)
+_loses_a_stage = Transition(_stage_failed, (SessionState.RECOVERING,))
+_loses_a_peer = Transition(_peer_gone, (SessionState.RECOVERING,))
+_is_overdue = Transition(_deadline_passed, (SessionState.RECOVERING,))
+_is_cancelled = Transition(_cancel, (SessionState.CANCELLED,))
+_stops = Transition(_stop_matched, (SessionState.FINISHED,))
+_takes_a_token = Transition(_token_arrived, (SessionState.DECODING, SessionState.RECOVERING, SessionState.FINISHED))
+
+TRANSITIONS: dict[tuple[Enum, type[Any]], Transition] = {
+    (SessionState.NEW, Planned): Transition(_planned, (SessionState.OPENING,)),
+    (SessionState.NEW, PlanFailed): Transition(_plan_failed, (SessionState.FAILED,)),
+    (SessionState.NEW, PeerGone): Transition(_peer_gone),
+    (SessionState.NEW, CancelRequested): _is_cancelled,
+    (SessionState.NEW, Suspend): _is_cancelled,
+    (SessionState.OPENING, StageOpened): Transition(_stage_opened, (SessionState.PREFILLING,)),
+    (SessionState.OPENING, StageFailed): _loses_a_stage,
+    (SessionState.OPENING, DeadlinePassed): _is_overdue,
+    (SessionState.PREFILLING, Planned): _opens,
+    (SessionState.PREFILLING, StageFailed): _loses_a_stage,
+    (SessionState.PREFILLING, TokenArrived): _takes_a_token,
+    (SessionState.PREFILLING, DeadlinePassed): _is_overdue,
+    (SessionState.DECODING, Planned): _opens,
+    (SessionState.DECODING, StageFailed): _loses_a_stage,
+    (SessionState.DECODING, TokenArrived): _takes_a_token,
+    (SessionState.DECODING, StopMatched): _stops,
+    (SessionState.DECODING, DeadlinePassed): _is_overdue,
+    (SessionState.RECOVERING, Planned): _opens,
+    (SessionState.RECOVERING, PlanFailed): Transition(_plan_failed, (SessionState.SUSPENDED, SessionState.FAILED)),
+    (SessionState.RECOVERING, Reclaimed): Transition(_reclaimed, (SessionState.FINISHED,)),
+    (SessionState.RECOVERING, StageOpened): _ignored,
+    (SessionState.RECOVERING, StageFailed): Transition(_failed_in_recovery),
+    (SessionState.RECOVERING, TokenArrived): Transition(_token_in_recovery, (SessionState.FINISHED,)),
+    (SessionState.RECOVERING, StopMatched): _stops,
+    (SessionState.RECOVERING, PeerGone): Transition(_peer_gone_in_recovery),
+    (SessionState.RECOVERING, DeadlinePassed): _ignored,
+    (SessionState.SUSPENDED, ResumeRequested): Transition(_resume, (SessionState.RECOVERING,)),
+    (SessionState.SUSPENDED, CancelRequested): _is_cancelled,
+    (SessionState.SUSPENDED, Released): Transition(_released, (SessionState.CANCELLED,)),
 }
 for _state in RUNNING:
-    TRANSITIONS.setdefault((_state, PeerGone), _peer_gone)
-    TRANSITIONS[_state, TokensRead] = _tokens_read
-    TRANSITIONS[_state, Suspend] = _suspend
-    TRANSITIONS[_state, ResumeRequested] = _ignore
-    TRANSITIONS[_state, Released] = _released
-    TRANSITIONS[_state, CancelRequested] = _cancel
+    TRANSITIONS.setdefault((_state, PeerGone), _loses_a_peer)
+    TRANSITIONS[_state, TokensRead] = Transition(_tokens_read)
+    TRANSITIONS[_state, Suspend] = Transition(_suspend, (SessionState.SUSPENDED,))
+    TRANSITIONS[_state, ResumeRequested] = _ignored
+    TRANSITIONS[_state, Released] = Transition(_released, (SessionState.CANCELLED,))
+    TRANSITIONS[_state, CancelRequested] = _is_cancelled
 # After the end, and while nothing runs, the network may still deliver; the client may still read.
 for _state in (*TERMINAL, SessionState.SUSPENDED):
     for _event in Event.__args__:
         if _event is not Planned:
-            TRANSITIONS.setdefault((_state, _event), _ignore)
+            TRANSITIONS.setdefault((_state, _event), _ignored)
+Session.table = TRANSITIONS

@@ -7,10 +7,11 @@ unacknowledged, and again from where the target stands if it did not take them.
     any --Failed, Stopped--> ENDED
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
+
+from meshd.agents.machine import Machine, Transition
 
 _UNACKNOWLEDGED = 2
 """Pieces on the way: one is written while the next one travels."""
@@ -28,10 +29,6 @@ class MirrorState(Enum):
     BEHIND = "behind"
     LEVEL = "level"
     ENDED = "ended"
-
-
-class IllegalTransition(RuntimeError):
-    """A bug of ours: this event can't come in this state."""
 
 
 # Events
@@ -106,7 +103,7 @@ Command = SendBlocks | ReportProgress
 
 
 @dataclass(slots=True)
-class MirrorCopy:
+class MirrorCopy(Machine[Event, Command]):
     """State of one copy. Only `handle` changes it."""
 
     filled: int
@@ -123,13 +120,6 @@ class MirrorCopy:
     quiet_ticks: int = 0
     refused: int = 0
     """Pieces that the target did not take, one after another."""
-
-    def handle(self, event: Event) -> list[Command]:
-        """Apply one event. Raises: IllegalTransition, with nothing changed."""
-        transition = TRANSITIONS.get((self.state, type(event)))
-        if transition is None:
-            raise IllegalTransition(f"{type(event).__name__} in state {self.state.value}")
-        return transition(self, event)
 
     def validate(self) -> None:
         """Invariants that hold between events; tests call it after each."""
@@ -232,18 +222,21 @@ def _ignore(copy: MirrorCopy, event: Event) -> list[Command]:
     return []
 
 
-TRANSITIONS: dict[tuple[MirrorState, type[Any]], Callable[[MirrorCopy, Any], list[Command]]] = {
-    (MirrorState.OFFERED, OfferAccepted): _accepted,
-    (MirrorState.OFFERED, KvGrown): _grown_before,
-    (MirrorState.OFFERED, BlocksStored): _ignore,  # of a copy before this one
+_ignored = Transition(_ignore)
+
+TRANSITIONS: dict[tuple[Enum, type[Any]], Transition] = {
+    (MirrorState.OFFERED, OfferAccepted): Transition(_accepted, (MirrorState.BEHIND, MirrorState.LEVEL)),
+    (MirrorState.OFFERED, KvGrown): Transition(_grown_before),
+    (MirrorState.OFFERED, BlocksStored): _ignored,  # of a copy before this one
 }
 for _state in (MirrorState.BEHIND, MirrorState.LEVEL):
-    TRANSITIONS[_state, KvGrown] = _grown
-    TRANSITIONS[_state, BlocksStored] = _stored
+    TRANSITIONS[_state, KvGrown] = Transition(_grown, (MirrorState.BEHIND, MirrorState.LEVEL))
+    TRANSITIONS[_state, BlocksStored] = Transition(_stored, (MirrorState.BEHIND, MirrorState.LEVEL, MirrorState.ENDED))
 for _state in (MirrorState.OFFERED, MirrorState.BEHIND, MirrorState.LEVEL):
-    TRANSITIONS[_state, EagernessChanged] = _hurried
-    TRANSITIONS[_state, TimePassed] = _ticked
-    TRANSITIONS[_state, CopyFailed] = _failed
-    TRANSITIONS[_state, CopyStopped] = _stopped
+    TRANSITIONS[_state, EagernessChanged] = Transition(_hurried, (MirrorState.BEHIND, MirrorState.LEVEL))
+    TRANSITIONS[_state, TimePassed] = Transition(_ticked, (MirrorState.ENDED,))
+    TRANSITIONS[_state, CopyFailed] = Transition(_failed, (MirrorState.ENDED,))
+    TRANSITIONS[_state, CopyStopped] = Transition(_stopped, (MirrorState.ENDED,))
 for _event in (OfferAccepted, KvGrown, BlocksStored, EagernessChanged, TimePassed, CopyFailed, CopyStopped):
-    TRANSITIONS[MirrorState.ENDED, _event] = _ignore
+    TRANSITIONS[MirrorState.ENDED, _event] = _ignored
+MirrorCopy.table = TRANSITIONS

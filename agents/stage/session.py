@@ -10,10 +10,11 @@ before anything is computed, and when memory may go. It never sees a tensor: wha
 """
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
+
+from meshd.agents.machine import IllegalTransition, Machine, Transition
 
 PREFILL_WINDOW = 4
 """Prefill steps that may be sent on and not yet begun by the next stage."""
@@ -28,10 +29,6 @@ class StageState(Enum):
     WAITING = "waiting"
     COMPUTING = "computing"
     ENDED = "ended"
-
-
-class IllegalTransition(RuntimeError):
-    """A bug of ours: this event can't come in this state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +154,7 @@ Command = BeginAt | Replay | Compute | Deliver | RejectStep | RefuseResume | Fre
 
 
 @dataclass(slots=True)
-class StageSession:
+class StageSession(Machine[Event, Command]):
     """State of one session on one stage. Only `handle` changes it."""
 
     known_tokens: int
@@ -189,13 +186,6 @@ class StageSession:
     """The newest finished step and what it made: a repeat is answered from here."""
     done_output: object = None
     reason: str = ""
-
-    def handle(self, event: Event) -> list[Command]:
-        """Apply one event. Raises: IllegalTransition, with nothing changed."""
-        transition = TRANSITIONS.get((self.state, type(event)))
-        if transition is None:
-            raise IllegalTransition(f"{type(event).__name__} in state {self.state.value}")
-        return transition(self, event)
 
     def validate(self) -> None:
         """Invariants that hold between events; tests call it after each."""
@@ -352,20 +342,26 @@ def _ignore(session: StageSession, event: Event) -> list[Command]:
     return []
 
 
-TRANSITIONS: dict[tuple[StageState, type[Any]], Callable[[StageSession, Any], list[Command]]] = {
-    (StageState.OPEN, StageResumed): _resumed,
-    (StageState.OPEN, StepArrived): _step_early,
-    (StageState.OPEN, StepTaken): _ignore,
-    (StageState.OPEN, CreditGranted): _credit_granted,
-    (StageState.OPEN, StageEnded): _ended,
-    (StageState.ENDED, StepComputed): _computed_after_end,
-    (StageState.COMPUTING, StepComputed): _step_computed,
+_ignored = Transition(_ignore)
+_ends = Transition(_ended, (StageState.ENDED,))
+
+TRANSITIONS: dict[tuple[Enum, type[Any]], Transition] = {
+    (StageState.OPEN, StageResumed): Transition(_resumed, (StageState.IDLE, StageState.WAITING, StageState.COMPUTING)),
+    (StageState.OPEN, StepArrived): Transition(_step_early),
+    (StageState.OPEN, StepTaken): _ignored,
+    (StageState.OPEN, CreditGranted): Transition(_credit_granted),
+    (StageState.OPEN, StageEnded): _ends,
+    (StageState.ENDED, StepComputed): Transition(_computed_after_end),
+    (StageState.COMPUTING, StepComputed): Transition(_step_computed, (StageState.IDLE, StageState.WAITING)),
 }
 for _state in (StageState.IDLE, StageState.WAITING, StageState.COMPUTING):
-    TRANSITIONS[_state, StepArrived] = _step_arrived
-    TRANSITIONS[_state, StepTaken] = _step_taken
-    TRANSITIONS[_state, CreditGranted] = _credit_granted
-    TRANSITIONS[_state, StageEnded] = _ended
-    TRANSITIONS[_state, StageResumed] = _ignore  # a repeat
+    _starts = (StageState.WAITING, StageState.COMPUTING) if _state is StageState.IDLE else ()
+    _goes_on = (StageState.IDLE, StageState.COMPUTING) if _state is StageState.WAITING else ()
+    TRANSITIONS[_state, StepArrived] = Transition(_step_arrived, _starts)
+    TRANSITIONS[_state, StepTaken] = Transition(_step_taken, _goes_on)
+    TRANSITIONS[_state, CreditGranted] = Transition(_credit_granted, _goes_on)
+    TRANSITIONS[_state, StageEnded] = _ends
+    TRANSITIONS[_state, StageResumed] = _ignored  # a repeat
 for _event in (StageResumed, StepArrived, StepTaken, CreditGranted, StageEnded):
-    TRANSITIONS[StageState.ENDED, _event] = _ignore
+    TRANSITIONS[StageState.ENDED, _event] = _ignored
+StageSession.table = TRANSITIONS

@@ -6,11 +6,13 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from meshd.agents.machine import Transition
 from meshd.agents.session import session
 from meshd.agents.session.admission import Admission
 from meshd.agents.stage import session as stage_session
@@ -116,6 +118,13 @@ def finds(saying: str, options: Options, seeds: int = 25) -> bool:
     return any(saying in World(seed, options).run().failure for seed in range(seeds))
 
 
+def set_action(
+    monkeypatch: pytest.MonkeyPatch, table: dict[Any, Transition], row: tuple[Any, Any], action: Callable[..., Any]
+) -> None:
+    """Plant a fault: another action in one row of a machine's table."""
+    monkeypatch.setitem(table, row, replace(table[row], action=action))
+
+
 def test_it_finds_kv_in_the_wrong_place(monkeypatch: pytest.MonkeyPatch) -> None:
     right = KVPool.write
 
@@ -146,7 +155,7 @@ def test_it_finds_a_token_that_is_given_twice(monkeypatch: pytest.MonkeyPatch) -
             machine._end(session.SessionState.FINISHED, event.finish) if event.finish else []
         )
 
-    monkeypatch.setitem(session.TRANSITIONS, (session.SessionState.DECODING, session.TokenArrived), wrong)
+    set_action(monkeypatch, session.TRANSITIONS, (session.SessionState.DECODING, session.TokenArrived), wrong)
     assert finds("reference", REPEATS)
 
 
@@ -160,7 +169,7 @@ def test_it_finds_a_step_that_is_computed_twice(monkeypatch: pytest.MonkeyPatch,
         return right(machine, event)
 
     for state in states:
-        monkeypatch.setitem(stage_session.TRANSITIONS, (stage_session.StageState[state], stage_session.StepArrived), wrong)
+        set_action(monkeypatch, stage_session.TRANSITIONS, (stage_session.StageState[state], stage_session.StepArrived), wrong)
     assert finds("reference", REPEATS, seeds)
 
 
@@ -191,22 +200,22 @@ def test_it_finds_a_ticket_that_is_not_given_back(monkeypatch: pytest.MonkeyPatc
 
 
 def test_it_finds_an_answer_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = session.TRANSITIONS[session.SessionState.DECODING, session.TokenArrived]
+    right = session.TRANSITIONS[session.SessionState.DECODING, session.TokenArrived].action
 
     def wrong(machine: session.Session, event: session.TokenArrived) -> list[session.Command]:
         return right(machine, event) if event.finish is None else []
 
-    monkeypatch.setitem(session.TRANSITIONS, (session.SessionState.DECODING, session.TokenArrived), wrong)
+    set_action(monkeypatch, session.TRANSITIONS, (session.SessionState.DECODING, session.TokenArrived), wrong)
     monkeypatch.setattr("meshd.agents.session.stall.StallWatch.look", lambda watch, answer, now: answer.renew(now))
     assert finds("not ended", QUIET)
 
 
 def test_it_finds_an_epoch_that_falls(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = session.TRANSITIONS[session.SessionState.RECOVERING, session.Planned]
+    right = session.TRANSITIONS[session.SessionState.RECOVERING, session.Planned].action
 
     def wrong(machine: session.Session, event: session.Planned) -> list[session.Command]:
         machine.epoch = 0
         return right(machine, event)
 
-    monkeypatch.setitem(session.TRANSITIONS, (session.SessionState.RECOVERING, session.Planned), wrong)
+    set_action(monkeypatch, session.TRANSITIONS, (session.SessionState.RECOVERING, session.Planned), wrong)
     assert finds("back to", USUAL)

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meshd.agents.machine import IllegalTransition
 from meshd.agents.session import session as machine
 from meshd.agents.session.plan.resume import ResumePoint, StageHeld
 from meshd.agents.session.session import (
@@ -11,7 +12,6 @@ from meshd.agents.session.session import (
     MAX_ATTEMPTS,
     TERMINAL,
     TRANSITIONS,
-    IllegalTransition,
     Session,
     SessionState,
 )

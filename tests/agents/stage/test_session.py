@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meshd.agents.machine import IllegalTransition
 from meshd.agents.stage import session as machine
-from meshd.agents.stage.session import PREFILL_WINDOW, TRANSITIONS, IllegalTransition, StageSession, StageState, Step
+from meshd.agents.stage.session import PREFILL_WINDOW, TRANSITIONS, StageSession, StageState, Step
 
 PROMPT = 8
 ROOM = PROMPT + 16

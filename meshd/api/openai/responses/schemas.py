@@ -228,6 +228,6 @@ class ErrorEvent(StreamEvent, frozen=True, kw_only=True, tag="error"):
 
 
 AnyStreamEvent = (
-    Created | InProgress | ItemAdded | PartAdded | OutputTextDelta | TextDone | PartDone | ItemDone | Completed | Incomplete | ResponseFailed
-    | ErrorEvent
+    Created | InProgress | ItemAdded | PartAdded | OutputTextDelta | TextDone | PartDone | ItemDone
+    | Completed | Incomplete | ResponseFailed | ErrorEvent
 )  # fmt: skip

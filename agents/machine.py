@@ -1,0 +1,109 @@
+"""The base of all state machines: one table, one way in, a story, and a diagram that is made from the table.
+
+A machine is pure: events in, commands out, no I/O and no clock. Its table names for every state the events that may come in it,
+what each does, and which states may follow. An event that is not in the table raises and changes nothing.
+"""
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar, Generic, TypeVar
+
+EventT = TypeVar("EventT")
+CommandT = TypeVar("CommandT")
+
+STORY_LINES = 16
+"""Changes of state that a machine remembers: a session that recovers goes through three, so this is some five recoveries."""
+
+
+class IllegalTransition(RuntimeError):
+    """A bug of ours: this event cannot come in this state. Nothing was changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """What one event does in one state."""
+
+    action: Callable[[Any, Any], list[Any]]
+    """(machine, event) -> commands."""
+    to: tuple[Enum, ...] = ()
+    """States that may follow, besides the present one."""
+
+
+Table = Mapping[tuple[Enum, type[Any]], Transition]
+"""(state, type of event) -> transition."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One line of a machine's story."""
+
+    event: str
+    before: Enum
+    after: Enum
+
+    def __str__(self) -> str:
+        return f"{self.before.value} -{self.event}-> {self.after.value}"
+
+
+class Machine(Generic[EventT, CommandT]):
+    """A state machine. A subclass has a field `state` and sets `table`; only `handle` changes it."""
+
+    __slots__ = ("story",)
+    table: ClassVar[Table]
+    state: Any
+    story: deque[Change]
+    """The latest changes of state, oldest first: an illegal event is reported with them."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> "Machine[EventT, CommandT]":
+        machine = super().__new__(cls)
+        machine.story = deque(maxlen=STORY_LINES)
+        return machine
+
+    def handle(self, event: EventT) -> list[CommandT]:
+        """Apply one event.
+
+        Raises: IllegalTransition, with nothing changed; AssertionError if the action went to a state that its row does not name.
+        """
+        if self.is_stale(event):
+            return []
+        before = self.state
+        transition = self.table.get((before, type(event)))
+        if transition is None:
+            raise IllegalTransition(f"{self.title()}: {type(event).__name__} in state {before.value}{self._told()}")
+        commands = transition.action(self, event)
+        if self.state is not before:
+            change = Change(type(event).__name__, before, self.state)
+            if self.state not in transition.to:
+                raise AssertionError(f"{self.title()}: {change} is not in its table")
+            self.story.append(change)
+        return commands
+
+    def validate(self) -> None:
+        """Check the invariants that hold between events; tests call it after each. Raises: AssertionError."""
+
+    def is_stale(self, event: EventT) -> bool:
+        """Whether the event belongs to something that is over: it is dropped before the table is asked."""
+        return False
+
+    def title(self) -> str:
+        """What this machine is called in errors."""
+        return type(self).__name__
+
+    def _told(self) -> str:
+        return f" (after {', '.join(map(str, self.story))})" if self.story else ""
+
+
+def diagram(table: Table, initial: Enum) -> str:
+    """Draw a table as a Mermaid state diagram: one arrow for each pair of states, labelled with the events that lead along it."""
+    arrows: dict[tuple[str, str], list[str]] = {}
+    for (state, event), transition in table.items():
+        for after in transition.to:
+            if after is not state:
+                arrows.setdefault((state.value, after.value), []).append(event.__name__)
+    order = [state.value for state in type(initial)]
+    lines = ["stateDiagram-v2", f"    [*] --> {initial.value}"]
+    for before, after in sorted(arrows, key=lambda arrow: (order.index(arrow[0]), order.index(arrow[1]))):
+        lines.append(f"    {before} --> {after}: {', '.join(sorted(arrows[before, after]))}")
+    return "\n".join(lines)

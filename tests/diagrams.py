@@ -1,0 +1,41 @@
+"""Writes docs/state-machines.md: one diagram for each state machine, made from its table.
+
+python -P tests/diagrams.py
+"""
+
+from pathlib import Path
+
+from meshd.agents.machine import diagram
+from meshd.agents.session import session
+from meshd.agents.stage import mirror_copy
+from meshd.agents.stage import session as stage_session
+
+PAGE = Path(__file__).resolve().parents[1] / "docs/state-machines.md"
+
+MACHINES = (
+    ("A session, on the peer that coordinates it", "agents/session/session.py", session.TRANSITIONS, session.SessionState.NEW),
+    (
+        "A session's stage, on the peer that computes it",
+        "agents/stage/session.py",
+        stage_session.TRANSITIONS,
+        stage_session.StageState.IDLE,
+    ),
+    (
+        "A copy of a stage's KV on another peer",
+        "agents/stage/mirror_copy.py",
+        mirror_copy.TRANSITIONS,
+        mirror_copy.MirrorState.OFFERED,
+    ),
+)
+
+
+def page() -> str:
+    """The whole page."""
+    parts = ["# State machines", "", "Made from the tables by `make diagrams`; a test compares the two. Do not edit by hand."]
+    for title, path, table, initial in MACHINES:
+        parts += ["", f"## {title}", "", f"`{path}`", "", "```mermaid", diagram(table, initial), "```"]
+    return "\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
