@@ -103,7 +103,6 @@ def diagram(table: Table, initial: Enum) -> str:
             if after is not state:
                 arrows.setdefault((state.value, after.value), []).append(event.__name__)
     order = [state.value for state in type(initial)]
-    lines = ["stateDiagram-v2", f"    [*] --> {initial.value}"]
-    for before, after in sorted(arrows, key=lambda arrow: (order.index(arrow[0]), order.index(arrow[1]))):
-        lines.append(f"    {before} --> {after}: {', '.join(sorted(arrows[before, after]))}")
-    return "\n".join(lines)
+    in_order = sorted(arrows, key=lambda arrow: (order.index(arrow[0]), order.index(arrow[1])))
+    drawn = [f"    {before} --> {after}: {', '.join(sorted(arrows[before, after]))}" for before, after in in_order]
+    return "\n".join(["stateDiagram-v2", f"    [*] --> {initial.value}", *drawn])

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, SelfDescription, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import msgspec
 
@@ -87,7 +87,7 @@ class SimFile:
     def __contains__(self, name: str) -> bool:
         return False
 
-    def __enter__(self) -> SelfDescription:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
