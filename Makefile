@@ -1,7 +1,7 @@
 # Everything happens in .venv, made by the first target that needs it. Nothing is asked of the machine but Python 3.11, git and make.
 #
 # torch is installed first, at a fixed version. Where the package index offers a CPU build under that version nothing more is needed;
-# the one on pypi.org for Linux x86-64 brings several GB of CUDA, which this release does not use. To get the CPU build there:
+# the one on the default index for Linux x86-64 brings several GB of CUDA, which this release does not use. To get the CPU build there:
 #   make demo TORCH='--index-url https://download.pytorch.org/whl/cpu torch==2.13.0'
 
 TORCH ?= torch==2.13.0

@@ -12,6 +12,7 @@ import msgspec
 from meshd import __version__
 from meshd.agents.admin.story_collector import StoryCollector
 from meshd.agents.admin.view import ClusterView
+from meshd.agents.device.compute import ComputeThread
 from meshd.agents.device.memory import measure_memory
 from meshd.agents.device.probe import ProbeResult, Progress, probe
 from meshd.agents.links.links import Links, LinkSettings
@@ -40,7 +41,6 @@ from meshd.agents.session.plan.drain import Drainer
 from meshd.agents.session.plan.move import Mover
 from meshd.agents.session.plan.retry import PlanRetrier
 from meshd.agents.session.plan.route import Router
-from meshd.agents.stage.compute import ComputeThread
 from meshd.agents.stage.host import StageHost
 from meshd.api.http.app import Server, create_app, serve
 from meshd.clock import Clock, SystemClock
@@ -252,7 +252,7 @@ class Peer:
             adverts=adverts,
             suspects=self.membership.suspects,
         )
-        self.preload = Preload(config.models, self.library, self.placer, self.router, clock)
+        self.preload = Preload(config.models, self.library, self.placer, self.router.covered, clock)
         self.journal = JournalWriters(identity.peer, self.links, clock, adverts)
         self.deputy = Deputy(
             self.links,

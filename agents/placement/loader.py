@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from logging import getLogger
 
+from meshd.agents.device.compute import ComputeThread
 from meshd.agents.links.links import Links
 from meshd.agents.placement.loads import LoadState, ResidentLayers, ResidentModels
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.warmup import warm_up
 from meshd.agents.placement.weights.provider import WeightProvider
-from meshd.agents.stage.compute import ComputeThread
 from meshd.clock import Clock
 from meshd.errors import MeshdError, ModelFileError, OutOfMemory, Unavailable
 from meshd.kernels.backend import Backend, LoadedLayers

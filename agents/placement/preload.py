@@ -1,13 +1,12 @@
 """Models that `meshd up --model` asks for: fetched and placed in the background, tried again until they fit."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from logging import getLogger
 
 from meshd.agents.placement.client import PlacementClient
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.service import MeshOptions
-from meshd.agents.session.plan.route import Router
 from meshd.clock import Clock
 from meshd.errors import MeshdError, Unavailable, UnknownModel, UsageError
 from meshd.types import ModelCard
@@ -26,7 +25,8 @@ class Preload:
     wanted: Sequence[str]
     library: ModelLibrary
     placer: PlacementClient
-    router: Router
+    covered: Callable[[ModelCard], bool]
+    """Whether every layer of a model is served by some live peer."""
     clock: Clock
     done: int = 0
     fetched: float = 0.0
@@ -59,7 +59,7 @@ class Preload:
                 self.doing, self.fetched = f"fetching {ref}", 0.0
                 card = await self._card(ref)
                 self.doing = f"placing {card.name}"
-                if not self.router.covered(card):
+                if not self.covered(card):
                     async for _ in self.placer.place(card, MeshOptions()):
                         pass
                 log.info("%s can answer", card.name)

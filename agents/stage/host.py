@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from meshd.agents.device.compute import ComputeThread
 from meshd.agents.links.links import Links
 from meshd.agents.observe.story import Story
 from meshd.agents.placement.loads import ResidentModels
 from meshd.agents.stage import session as fsm
-from meshd.agents.stage.compute import ComputeThread
 from meshd.agents.stage.kv import KvCache, SessionKv, StageKv
 from meshd.agents.stage.mirror import IncomingMirrors, OutgoingMirrors
 from meshd.agents.stage.outputs import Outputs

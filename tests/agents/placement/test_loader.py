@@ -9,12 +9,12 @@ import pytest
 
 from in_process.clusters import make_card
 from in_process.peers import Peers
+from meshd.agents.device.compute import ComputeThread
 from meshd.agents.placement.loader import Loader
 from meshd.agents.placement.loads import LoadState, ResidentLayers, ResidentModels
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.agents.placement.weights.sources import WeightSources
-from meshd.agents.stage.compute import ComputeThread
 from meshd.clock import SystemClock
 from meshd.errors import ModelFileError, OutOfMemory, RemoteFailure, Unavailable
 from meshd.kernels.backend import make_backend

@@ -24,7 +24,7 @@ class _Job:
 
 
 class SimCompute:
-    """Implements what agents use of `meshd.agents.stage.compute.ComputeThread`.
+    """Implements what agents use of `meshd.agents.device.compute.ComputeThread`.
 
     The work itself happens at one moment of its time: what its caller does before that (free its memory, say) it sees, what comes
     after it does not.
