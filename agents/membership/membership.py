@@ -14,6 +14,7 @@ from typing import Any
 from meshd.agents.links.links import Links
 from meshd.agents.links.probe import LinkProber
 from meshd.agents.links.table import LEFT
+from meshd.agents.machine import IllegalTransition
 from meshd.agents.membership.peer_events import (
     AdvertReceived,
     Dial,
@@ -28,7 +29,7 @@ from meshd.agents.membership.peer_events import (
     StopDialling,
 )
 from meshd.agents.membership.sources import DuplicateIdentity, PeerFound, PeerWithdrawn, Sighting, Source, SourceNotice
-from meshd.agents.membership.table import IllegalTransition, PeerTable, unlinked_row
+from meshd.agents.membership.table import PeerTable, unlinked_row
 from meshd.agents.observe.events import EventBus
 from meshd.clock import Clock
 from meshd.errors import MeshdError

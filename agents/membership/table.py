@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from meshd.agents.machine import IllegalTransition
 from meshd.agents.membership.peer_events import (
     LINKED,
     AdvertReceived,
@@ -121,10 +122,6 @@ TRANSITIONS: Mapping[PeerState | None, Mapping[type, PeerState | None]] = {
     },
 }
 """state -> event -> state; None is a peer that the table does not hold. After a goodbye its link may still say a word or two."""
-
-
-class IllegalTransition(RuntimeError):
-    """A bug of ours: this event can't come in this state."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from meshd.agents.machine import IllegalTransition
 from meshd.models.files.manifest import Part, layer_of
 from meshd.types import PeerId
 
@@ -41,10 +42,6 @@ TRANSITIONS: dict[ChunkState, frozenset[ChunkState]] = {
     ChunkState.CHECKING: frozenset({ChunkState.HERE, ChunkState.WANTED}),
     ChunkState.HERE: frozenset(),
 }
-
-
-class IllegalTransition(RuntimeError):
-    """A bug of ours."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -379,7 +379,7 @@ class JournalWriter:
 
 
 class JournalWriters:
-    """Two deputies for every session: its coordinator and one of them may be lost at once. To its users it is one Journalist."""
+    """Two deputies for every session: its coordinator and one of them may be lost at once. To its users it is one JournalWriter."""
 
     def __init__(self, me: PeerId, links: Links, clock: Clock, adverts: Callable[[], list[Advert]]) -> None:
         first = JournalWriter(me, links, clock, adverts, lambda session: self._chosen(1, session))

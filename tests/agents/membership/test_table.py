@@ -6,6 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from meshd.agents.machine import IllegalTransition
 from meshd.agents.membership.peer_events import (
     LINKED,
     AdvertReceived,
@@ -30,7 +31,6 @@ from meshd.agents.membership.table import (
     REFUSED_RETRY_S,
     RETENTION_S,
     TRANSITIONS,
-    IllegalTransition,
     PeerTable,
 )
 from meshd.errors import Overloaded

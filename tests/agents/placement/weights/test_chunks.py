@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from meshd.agents.machine import IllegalTransition
 from meshd.agents.placement.weights.chunks import (
     IN_FLIGHT,
     LATE_S,
@@ -14,7 +15,6 @@ from meshd.agents.placement.weights.chunks import (
     ChunkSchedule,
     ChunkState,
     FileRange,
-    IllegalTransition,
     file_ranges,
 )
 from meshd.models.files.manifest import Part
