@@ -12,6 +12,8 @@ from typing import IO, Any
 
 import pytest
 
+from meshd.agents.membership.sources import PeerFound, PeerWithdrawn, Sighting, SourceNotice
+
 pytestmark = pytest.mark.netlab
 
 SCRIPT = Path(__file__).with_name("mdns_peer.py")
@@ -42,9 +44,10 @@ class Peer:
             for line in lines:
                 self.said.append(json.loads(line))
 
-    def first(self, kind: str, other: "Peer | None" = None, since: float = 0.0) -> dict[str, Any] | None:
-        """What it said first of this kind (and of the other peer), from `since` on."""
+    def first(self, kind: str | type[Sighting], other: "Peer | None" = None, since: float = 0.0) -> dict[str, Any] | None:
+        """The first line of this kind (and about the other peer), from `since` on."""
         peer = other.id if other is not None else None
+        kind = kind if isinstance(kind, str) else kind.__name__
         return next((said for said in self.said if said["kind"] == kind and said.get("peer") == peer and said["at"] >= since), None)
 
     def stop(self) -> None:
@@ -61,10 +64,10 @@ def wait_for(condition: Callable[[], bool], what: str, within_s: float = 8.0) ->
         time.sleep(0.005)
 
 
-def heard_s(who: Sequence[Peer], kind: str, of: Sequence[Peer], since: float) -> float:
+def heard_s(who: Sequence[Peer], kind: type[Sighting], of: Sequence[Peer], since: float) -> float:
     """Wait until each of `who` has said so of each of `of`; seconds from `since` to the last of it."""
     pairs = [(one, other) for one in who for other in of if one is not other]
-    wait_for(lambda: all(one.first(kind, other, since) for one, other in pairs), f"{kind} said by all")
+    wait_for(lambda: all(one.first(kind, other, since) for one, other in pairs), f"{kind.__name__} printed by all")
     return max(float(said["at"]) - since for one, other in pairs if (said := one.first(kind, other, since)) is not None)
 
 
@@ -76,12 +79,12 @@ def last_start(peers: Sequence[Peer]) -> float:
 def find_s(peers: Sequence[Peer]) -> float:
     """Until all have seen all, from the last start; what was seen before that start counts as seen at once."""
     start = last_start(peers)
-    heard_s(peers, "Found", peers, 0.0)
+    heard_s(peers, PeerFound, peers, 0.0)
     seen = [
         float(said["at"])
         for one in peers
         for other in peers
-        if one is not other and (said := one.first("Found", other)) is not None
+        if one is not other and (said := one.first(PeerFound, other)) is not None
     ]
     return max(seen) - start
 
@@ -96,7 +99,7 @@ def test_all_see_all_soon_after_the_last_start(make_lab: Any, apart_s: float) ->
     took = find_s(peers)
     print(f"\nthree hosts, started {apart_s} s apart: all see all after {took * 1e3:.1f} ms")
     assert took < FIND_S
-    found = peers[0].first("Found", peers[2])
+    found = peers[0].first(PeerFound, peers[2])
     assert found is not None
     assert found["addresses"] == [lab.ip("h3")]
 
@@ -119,7 +122,7 @@ def test_one_that_is_told_to_stop_is_gone_within_a_second(make_lab: Any) -> None
     find_s(peers)
     asked = time.time()
     peers[2].stop()
-    took = heard_s(peers[:2], "Gone", peers[2:], asked)
+    took = heard_s(peers[:2], PeerWithdrawn, peers[2:], asked)
     print(
         f"\ngoodbye: gone from the others after {took * 1e3:.1f} ms; the process ended after {(time.time() - asked) * 1e3:.0f} ms"
     )
@@ -134,7 +137,7 @@ def test_one_that_comes_back_after_a_power_loss_is_heard_anew(make_lab: Any) -> 
     peers[1].process.wait(10)
     lost = time.time()
     peers[1].start()
-    took = heard_s(peers[:1], "Found", peers[1:], lost)
+    took = heard_s(peers[:1], PeerFound, peers[1:], lost)
     print(f"\nback after a power loss: heard {took * 1e3:.0f} ms after it was started")
     assert took < FIND_S
 
@@ -149,7 +152,7 @@ def test_one_that_is_back_at_once_is_heard_anew(make_lab: Any, life_s: float) ->
     wait_for(lambda: peers[1].first("lost") is not None, "loss")
     lost = peers[1].first("lost")
     assert lost is not None
-    took = heard_s(peers[:1], "Found", peers[1:], lost["at"])
+    took = heard_s(peers[:1], PeerFound, peers[1:], lost["at"])
     print(f"\nback at once: heard {took * 1e3:.0f} ms after it was lost")
     assert took < FIND_S
 
@@ -160,10 +163,10 @@ def test_a_cable_that_is_put_back_brings_the_peer_back(make_lab: Any) -> None:
     find_s(peers)
     lab.cut("h2", mode="carrier")
     cut = time.time()
-    wait_for(lambda: peers[1].first("Notice", None, cut) is not None, "notice of the lost interface")
+    wait_for(lambda: peers[1].first(SourceNotice, None, cut) is not None, "notice of the lost interface")
     lab.heal("h2")
     healed = time.time()
-    took = heard_s(peers[:1], "Found", peers[1:], healed)
+    took = heard_s(peers[:1], PeerFound, peers[1:], healed)
     print(f"\ncable put back: heard anew after {took * 1e3:.0f} ms")
     assert took < 5.0
 
@@ -178,4 +181,4 @@ def test_another_cluster_is_counted_and_not_told(make_lab: Any) -> None:
     stopped = peers[0].first("stopped")
     assert stopped is not None
     assert stopped["others"] == {"c2": 1}
-    assert peers[0].first("Found", peers[2]) is None
+    assert peers[0].first(PeerFound, peers[2]) is None
