@@ -63,7 +63,6 @@ class SelfDescription:
     holdings: Callable[[], tuple[Holding, ...]]
     models: Callable[[], tuple[ModelCard, ...]]
     sessions: Callable[[], int]
-    api: Callable[[], str]
     draining: Callable[[], bool]
 
 
@@ -79,6 +78,8 @@ class Membership:
     on_advert: Callable[[Advert], None]
     on_gone: Callable[[PeerId, str], None]
     link_address: str = ""
+    api_address: str = ""
+    """Both are known once the sockets are bound."""
     table: PeerTable = field(default_factory=PeerTable)
     notices: dict[str, str] = field(default_factory=dict)
     """Message to hint; what a person should know."""
@@ -118,7 +119,7 @@ class Membership:
             links=self.prober.stats(),
             neighbours=self._neighbours(),
             sessions=self.about.sessions(),
-            api=self.about.api(),
+            api=self.api_address,
             draining=self.about.draining(),
         )
 
@@ -161,8 +162,7 @@ class Membership:
         """What people call a peer; the beginning of its id if it is not known."""
         if peer == self.about.peer:
             return self.about.name
-        known = self.table.get(peer)
-        return known.name if known is not None and known.name else peer[:8]
+        return self.table.name_of(peer)
 
     def rows(self) -> list[dict[str, Any]]:
         """The table's rows, and one for each address that was refused and has no peer in the table."""

@@ -182,6 +182,11 @@ class PeerTable:
         """What is known of the peer, if anything."""
         return self._peers.get(peer)
 
+    def name_of(self, peer: PeerId) -> str:
+        """The name of a peer; the beginning of its id if its name is unknown."""
+        known = self._peers.get(peer)
+        return known.name if known is not None and known.name else peer[:8]
+
     def linked(self) -> list[Peer]:
         """Those with a standing link, suspects too."""
         return [peer for peer in self._peers.values() if peer.linked]

@@ -1,9 +1,9 @@
 """Where a session is: who coordinates it, who keeps its record, and how another peer comes to go on with it."""
 
 import asyncio
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from meshd.agents.links.links import Links
 from meshd.agents.session.journal.deputy import Deputy
@@ -37,23 +37,31 @@ class SessionLocation:
         return self.epoch, self.coordinates, self.tokens, self.peer
 
 
+class SessionOwner(Protocol):
+    """The coordinator's side of the locator."""
+
+    def own(self, session: SessionId) -> SessionRecord | None:
+        """The record of a session that this peer coordinates, or did and still retains."""
+
+    def release(self, session: SessionId) -> None:
+        """Stop coordinating a session and leave its stages open."""
+
+    def finish(self, session: SessionId, forget: bool) -> bool:
+        """End a session. Returns: whether it was known here."""
+
+
 @dataclass(slots=True)
 class Locator:
-    """Asks the linked peers, and answers them; owns nothing.
-
-    `own(session)` is the record of a session that this peer coordinates, or did and still retains; `release(session)` makes it stop
-    and leave the stages open; `finish(session, forget)` ends it, and tells whether it was known.
-    """
+    """Asks the linked peers, and answers them; owns nothing."""
 
     me: PeerId
     links: Links
     deputy: Deputy
-    own: Callable[[SessionId], SessionRecord | None]
-    release: Callable[[SessionId], None]
-    finish: Callable[[SessionId, bool], bool]
+    _sessions: SessionOwner = field(init=False)
 
-    def register(self) -> None:
-        """Answer those who look for a session."""
+    def register(self, sessions: SessionOwner) -> None:
+        """Answer those who look for a session; `sessions` are those of this peer."""
+        self._sessions = sessions
         self.links.register(FindSession, self._on_find)
         self.links.register(FetchSession, self._on_fetch)
         self.links.register(EndSession, self._on_end)
@@ -184,20 +192,20 @@ class Locator:
         if record is None:
             raise _unknown(session)
         if take and coordinates and to != self.me:
-            self.release(session)
+            self._sessions.release(session)
         if take:
             self.deputy.hand_to(session, to)
         return record
 
     def _best(self, session: SessionId) -> tuple[SessionRecord | None, bool]:
         """The latest record here, and whether this peer coordinates it."""
-        own, kept = self.own(session), self.deputy.record(session)
+        own, kept = self._sessions.own(session), self.deputy.record(session)
         if own is not None and (kept is None or kept.epoch <= own.epoch):
             return own, True
         return kept, False
 
     def _end_here(self, session: SessionId, forget: bool) -> bool:
-        finished = self.finish(session, forget)
+        finished = self._sessions.finish(session, forget)
         return self.deputy.end(session, FinishReason.CANCELLED.value, forget=forget) or finished
 
 

@@ -26,8 +26,6 @@ class Drainer:
     clock: Clock
     stages: Callable[[], int]
     """Of running sessions on this peer, whoever coordinates them."""
-    answers: Callable[[], int]
-    """Running ones that this peer coordinates."""
     on_change: Callable[[], None]
     """The advert tells another thing now."""
     leaving: bool = False
@@ -55,25 +53,26 @@ class Drainer:
             raise PeerFault(f"DRAIN was answered with {type(reply).__name__}")
         return reply.sessions_left
 
-    async def leave(self, timeout_s: float, tell: Callable[[str], None]) -> None:
-        """Until nothing runs here any more, or the time is over. `tell` hears what is waited for."""
+    async def leave(self, timeout_s: float, on_waiting: Callable[[str], None], *, answers: Callable[[], int]) -> None:
+        """Take no new work and wait until nothing runs here any more, or until the time is over.
+
+        `answers` returns how many running sessions this peer coordinates; `on_waiting` gets one line that says what is waited for.
+        """
         self.leaving = True
-        if not self._waits_for() or timeout_s <= 0:
+
+        def running() -> str:
+            return _in_words((answers(), "answer"), (self.stages(), "stage"))
+
+        if not running() or timeout_s <= 0:
             return
         self.on_change()
         began = self.clock.monotonic()
-        text = f"waiting up to {timeout_s:g} s for {self._waits_for()} to end or move away"
+        text = f"waiting up to {timeout_s:g} s for {running()} to end or move away"
         log.info("%s", text)
-        tell(text)
-        await self._until(lambda: not self._waits_for(), began + timeout_s)
-        left = self._waits_for()
+        on_waiting(text)
+        await self._until(lambda: not running(), began + timeout_s)
+        left = running()
         log.info("leaving after %.1f s: %s", self.clock.monotonic() - began, f"{left} cut off" if left else "nothing runs here now")
-
-    def _waits_for(self) -> str:
-        """In words; empty if nothing runs."""
-        parts = [(self.answers(), "answer"), (self.stages(), "stage")]
-        told = [f"{count} {what}{'s' if count > 1 else ''}" for count, what in parts if count]
-        return " and ".join(told)
 
     async def _on_drain(self, sender: PeerId, message: Drain, payload: memoryview) -> Drained:
         asked = not message.undo
@@ -89,3 +88,8 @@ class Drainer:
     async def _until(self, done: Callable[[], bool], until: float) -> None:
         while not done() and self.clock.monotonic() < until:
             await self.clock.sleep(_LOOK_S)
+
+
+def _in_words(*counts: tuple[int, str]) -> str:
+    """Like "1 answer and 2 stages"; empty if there are none."""
+    return " and ".join(f"{count} {what}{'s' if count > 1 else ''}" for count, what in counts if count)

@@ -153,10 +153,11 @@ class Keeper:
         links, me = self.peer.links, self.peer.id
         self.journalist = JournalWriter(me, links, self.clock, self._adverts)
         self.deputy = Deputy(links, self.clock, on_orphan=self.orphans.append, on_dropped=self.journalist.on_dropped)
-        self.locator = Locator(me, links, self.deputy, own=self._own, release=self._release, finish=self._finish)
+        self.locator = Locator(me, links, self.deputy)
         self.storyteller = StoryCollector(me, links, Story(self.clock), self.clock, names=lambda peer: peer[:4])
-        for agent in (self.deputy, self.locator, self.storyteller):
+        for agent in (self.deputy, self.storyteller):
             agent.register()
+        self.locator.register(self)
 
     @property
     def id(self) -> PeerId:
@@ -179,16 +180,16 @@ class Keeper:
         others = [advert(peer, draining=peer in self.draining) for peer in self.peer.links.peers()]
         return [advert(self.id, self.rtt_s), *others]
 
-    def _own(self, session: SessionId) -> SessionRecord | None:
+    def own(self, session: SessionId) -> SessionRecord | None:
         made = self.answers.get(session)
         return made.record if made is not None else None
 
-    def _release(self, session: SessionId) -> None:
+    def release(self, session: SessionId) -> None:
         self.released.append(session)
         del self.answers[session]
         self.journalist.release(session)
 
-    def _finish(self, session: SessionId, forget: bool) -> bool:
+    def finish(self, session: SessionId, forget: bool) -> bool:
         self.ended.append((session, forget))
         return session in self.answers
 

@@ -1,45 +1,28 @@
-"""One simulated peer: the real agents over the simulated network, clock and compute. Composed as `meshd.daemon.Peer` does it."""
+"""One simulated peer: the real agents, composed over the simulated network, clock and compute."""
 
 import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
-import msgspec
-
-from meshd.agents.admin.story_collector import StoryCollector
 from meshd.agents.links.rpc import MAX_REQUESTS, MAX_TASKS
-from meshd.agents.membership.membership import Membership
-from meshd.agents.membership.membership import SelfDescription as About
-from meshd.agents.observe.events import EventBus
-from meshd.agents.observe.story import Story
-from meshd.agents.placement.client import PlacementClient
-from meshd.agents.placement.keeper import Keeper
-from meshd.agents.placement.loader import Loader
-from meshd.agents.placement.loads import ResidentLayers, ResidentModels
+from meshd.agents.membership.table import PeerTable
+from meshd.agents.placement.loads import ResidentLayers
 from meshd.agents.placement.model_library import ModelLibrary, ModelText
 from meshd.agents.service import MeshOptions
-from meshd.agents.session.admission import Admission
 from meshd.agents.session.answer import Answer, Recovered
 from meshd.agents.session.coordinator import Coordinator
-from meshd.agents.session.journal.deputy import Deputy
-from meshd.agents.session.journal.locator import Locator
 from meshd.agents.session.journal.store import MAX_RECORDS
-from meshd.agents.session.journal.writer import JournalWriters
 from meshd.agents.session.plan.candidates import PeerRules
-from meshd.agents.session.plan.drain import Drainer
-from meshd.agents.session.plan.move import Mover
 from meshd.agents.session.plan.resume import RecoveryPlan, RecoveryRequest
-from meshd.agents.session.plan.retry import PlanRetrier
 from meshd.agents.session.plan.route import Router
-from meshd.agents.stage.host import StageHost
 from meshd.agents.stage.scheduler import ActiveStage
+from meshd.compose import Parts, PeerSettings, PeerSignals, compose
 from meshd.kernels.kv import BlockTable
-from meshd.protocol.messages import Error, Token
 from meshd.types import Advert, Capability, LayerRange, ModelCard, ModelId, PeerId, Plan, Rates
 from sim.compute import SimCompute
 from sim.loop import Owner, SimClock, SimLoop
@@ -197,10 +180,7 @@ class CountingCoordinator(Coordinator):
 
 
 class Life:
-    """One incarnation: all agents of one peer, wired to one another. Must be made in its owner's context."""
-
-    membership: Membership
-    coordinator: CountingCoordinator
+    """One incarnation of a peer. Must be constructed in its owner's context."""
 
     def __init__(
         self,
@@ -224,204 +204,67 @@ class Life:
         self.clock = clock = SimClock(loop, random.Random(rng.random()))
         self.incarnation = int.from_bytes(clock.random_bytes(8), "big") >> 1
         self.compute = SimCompute(loop, random.Random(rng.random()), meter, spec.speed)
-        self.telemetry = cast("Any", NoTelemetry())
-        self.capability = Capability(
-            backend="toy",
-            processor="sim",
-            threads=1,
-            memory_total_bytes=spec.memory_bytes,
-            memory_free_bytes=spec.memory_bytes,
-            rates=Rates(
-                decode_bytes_s=50 * MIB / spec.speed.token_layer_s,
-                prefill_flops_s=25 * MIB / (spec.speed.token_layer_s * spec.speed.prefill_share),
-                memory_bytes_s=1e10,
-                attention_bytes_s=1e9,
-                disk_bytes_s=1e9,
-                layer_overhead_s=1e-5,
-            ),
+        signals, table = PeerSignals(), PeerTable()
+        self.links = SimLinks(
+            network, owner, spec.id, spec.name, self.incarnation, clock, on_up=signals.link_up, on_down=signals.link_down
         )
-        me = spec.id
-        self.bus = EventBus(clock)
-        self.holdings = ResidentModels(self.capability.rates.attention_bytes_s)
-        links = SimLinks(
-            network,
-            owner,
-            me,
-            spec.name,
-            self.incarnation,
-            clock,
-            on_up=lambda peer, hello, address: self.membership.on_up(peer, hello, address),
-            on_down=lambda peer, reason: self.membership.on_down(peer, reason),
-        )
-        self.links = cast("Any", links)
-        self.library = SimLibrary(
-            links=self.links,
-            store=SimStore(cards),  # type: ignore[arg-type]
-            adverts=lambda: self.membership.table.adverts(),
-            on_change=lambda: self.membership.changed(),
-        )
-        self.prober = cast("Any", SimProber(links, network, clock, on_change=lambda: self.membership.changed()))
-        compute: Any = self.compute
-        self.story = Story(clock)
-        self.stages = StageHost(
-            me=me,
-            links=self.links,
-            holdings=self.holdings,
-            compute=compute,
-            clock=clock,
-            telemetry=self.telemetry,
-            story=self.story,
-            outputs_limit_bytes=spec.outputs_bytes,
-            peer_linked=lambda peer: peer in self.links.peers(),
-            on_change=self._sessions_changed,
-        )
-        self.drainer = Drainer(
-            links=self.links,
-            clock=clock,
-            stages=lambda: self.stages.sessions,
-            answers=lambda: len(self.coordinator.answers),
-            on_change=lambda: self.membership.changed(),
-        )
+        links: Any = self.links
+        prober: Any = SimProber(self.links, network, clock, on_change=signals.changed)
+        store: Any = SimStore(cards)
         weights: Any = SimWeights(cards, clock, random.Random(rng.random()))
-        self.placement = Loader(
-            links=self.links,
-            library=self.library,
-            holdings=self.holdings,
-            backend=cast("Any", ToyBackend(meter, spec.speed)),
-            compute=compute,
-            clock=clock,
-            free_bytes=self._free_bytes,
-            on_change=lambda: self.membership.changed(),
-            draining=lambda: self.drainer.draining,
-            weights=weights,
-        )
-        self.membership = Membership(
-            about=About(
-                peer=me,
+        backend: Any = ToyBackend(meter, spec.speed)
+        compute: Any = self.compute
+        self.agents = compose(
+            Parts(
+                me=spec.id,
                 name=spec.name,
-                incarnation=self.incarnation,
                 version="sim",
-                capability=self._capability,
-                holdings=lambda: tuple(load.holding() for load in self.holdings),
-                models=lambda: tuple(self.library.local.values()),
-                sessions=lambda: self.stages.sessions,
-                api=lambda: "",
-                draining=lambda: self.drainer.draining,
-            ),
-            links=self.links,
-            prober=self.prober,
-            clock=clock,
-            bus=self.bus,
-            on_advert=lambda advert: self.keeper.note(advert),
-            on_gone=self._on_gone,
+                incarnation=self.incarnation,
+                settings=PeerSettings(
+                    copies=spec.copies,
+                    max_sessions=MAX_SESSIONS,
+                    queue_limit=QUEUE_LIMIT,
+                    queue_wait_s=QUEUE_WAIT_S,
+                    outputs_limit_bytes=spec.outputs_bytes,
+                ),
+                signals=signals,
+                clock=clock,
+                telemetry=cast("Any", NoTelemetry()),
+                capability=_capability(spec),
+                measure_free_bytes=lambda: spec.memory_bytes,
+                backend=backend,
+                compute=compute,
+                links=links,
+                prober=prober,
+                table=table,
+                library=SimLibrary(links=links, store=store, adverts=table.adverts, on_change=signals.changed),
+                weights=weights,
+                router=CountingRouter,
+                coordinator=CountingCoordinator,
+            )
         )
-        names, adverts = self.membership.name_of, self.membership.adverts
-        self.placer = PlacementClient(links=self.links, library=self.library, adverts=adverts, names=names, clock=clock)
-        self.router = CountingRouter(
-            me=me, library=self.library, placer=self.placer, adverts=adverts, suspects=self.membership.suspects
-        )
-        self.journal = JournalWriters(me, self.links, clock, adverts)
-        self.deputy = Deputy(
-            self.links,
-            clock,
-            on_orphan=lambda record: self.coordinator.take_over(record),
-            on_dropped=self.journal.on_dropped,
-        )
-        self.locator = Locator(
-            me,
-            self.links,
-            self.deputy,
-            own=lambda session: self.coordinator.own(session),
-            release=lambda session: self.coordinator.release(session),
-            finish=lambda session, forget: self.coordinator.finish(session, forget),
-        )
-        self.rescuer = PlanRetrier(
-            self.links,
-            self.router,
-            adverts,
-            clock,
-            False,
-            take=lambda session: self.locator.fetch(session, take=True),
-            elsewhere=lambda session: self.locator.elsewhere(session),
-        )
-        self.coordinator = CountingCoordinator(
-            me=me,
-            links=self.links,
-            library=self.library,
-            router=self.router,
-            admission=Admission(running=MAX_SESSIONS, waiting=QUEUE_LIMIT, wait_s=QUEUE_WAIT_S),
-            rescuer=self.rescuer,
-            mover=Mover(self.rescuer, self.router, adverts, clock),
-            journal=self.journal,
-            deputy=self.deputy,
-            locator=self.locator,
-            clock=clock,
-            telemetry=self.telemetry,
-            story=self.story,
-            names=names,
-            readiness_of=lambda: (True, 1.0, ""),
-            leaving=lambda: self.drainer.leaving,
-        )
+        self.stages = self.agents.stages
+        self.holdings = self.agents.holdings
+        self.drainer = self.agents.drainer
+        self.router = cast("CountingRouter", self.agents.router)
+        self.coordinator = cast("CountingCoordinator", self.agents.coordinator)
         self.coordinator.methods = Counter()
-        self.keeper = Keeper(
-            me=me,
-            links=self.links,
-            adverts=adverts,
-            suspects=self.membership.suspects,
-            cards=self.library.cards,
-            names=names,
-            clock=clock,
-            copies=spec.copies,
-        )
-        self.storyteller = StoryCollector(me, self.links, self.story, clock, names)
 
     async def run(self) -> None:
         """Be up until cancelled."""
-        for agent in (
-            self.library,
-            self.stages,
-            self.placement,
-            self.membership,
-            self.coordinator,
-            self.deputy,
-            self.locator,
-            self.drainer,
-            self.storyteller,
-        ):
-            agent.register()
-        self.links.register(Token, self._on_token)
-        self.links.register(Error, self._on_error)
-        await self.library.refresh()
-        running: tuple[Coroutine[Any, Any, None], ...] = (
-            self.links.run(),
-            self.membership.run([]),
-            self.prober.run(),
-            self.stages.run(),
-            self.coordinator.run(),
-            self.journal.run(),
-            self.deputy.run(),
-            self.keeper.run(),
-        )
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for coroutine in running:
-                    tasks.create_task(coroutine)
-        finally:
-            await self.placement.close()
-            self.compute.close()
+        self.agents.register()
+        await self.agents.library.refresh()
+        async with self.agents.running([]):
+            await asyncio.Event().wait()
 
     async def leave(self) -> None:
         """As a daemon does on SIGTERM."""
         self.leaving = True
-        await self.drainer.leave(DRAIN_S, lambda text: None)
-        self.journal.flush()
-        self.coordinator.leave()
-        await self._close_connections()
-        await self.router.close()
-        await self.links.close("this peer stops")
+        await self.agents.drain(DRAIN_S, lambda text: None)
+        await self.agents.leave(self._close_connections)
 
     async def _close_connections(self) -> None:
-        """Of clients: their handlers are cancelled, as the HTTP server does it."""
+        """Cancel the handlers of clients' connections, as the HTTP server does."""
         handlers = [handler for handler in self.handlers if not handler.done()]
         for handler in handlers:
             handler.cancel()
@@ -454,9 +297,9 @@ class Life:
             ("kept answers", len(coordinator.kept), 256),
             ("requests of peers", len(links._tasks), MAX_TASKS),
             ("own requests", len(links._waiting), MAX_REQUESTS),
-            ("journal entries", len(self.journal), MAX_SESSIONS + QUEUE_LIMIT + 2 * 256),
+            ("journal entries", len(self.agents.journal), MAX_SESSIONS + QUEUE_LIMIT + 2 * 256),
             ("steps that are ready", len(self.stages._ready._decodes) + len(self.stages._ready._prefills), 4 * MAX_SESSIONS),
-            ("records of others", len(self.deputy.store), MAX_RECORDS),
+            ("records of others", len(self.agents.deputy.store), MAX_RECORDS),
             ("bytes of kept outputs", self.stages._caches.outputs.used_bytes, self.spec.outputs_bytes),
         ]
         rows += [("tasks of an answer", len(answer._tasks), 64) for answer in coordinator.answers.values()]
@@ -483,34 +326,23 @@ class Life:
         """Those that are not done, by what they run."""
         return Counter(str(getattr(task.get_coro(), "__qualname__", task)) for task in self.owner.tasks.values() if not task.done())
 
-    # Callbacks
 
-    def _on_token(self, sender: PeerId, message: Token, payload: memoryview) -> None:
-        self.stages.on_token(sender, message, payload)
-        self.coordinator.on_token(sender, message, payload)
-
-    def _on_error(self, sender: PeerId, message: Error, payload: memoryview) -> None:
-        if message.request or message.session is None:
-            return
-        self.stages.on_error(sender, message)
-        self.coordinator.on_error(sender, message)
-
-    def _on_gone(self, peer: PeerId, reason: str) -> None:
-        self.coordinator.on_peer_gone(peer, reason)
-        self.stages.on_peer_gone(peer, reason)
-        self.journal.on_peer_gone(peer)
-        self.deputy.on_peer_gone(peer)
-        self.keeper.changed()
-
-    def _sessions_changed(self) -> None:
-        self.placement.sweep()
-        self.membership.changed()
-
-    def _free_bytes(self) -> int:
-        return max(0, self.spec.memory_bytes - self.holdings.reserved_bytes)
-
-    def _capability(self) -> Capability:
-        return msgspec.structs.replace(self.capability, memory_free_bytes=self._free_bytes())
+def _capability(spec: PeerSpec) -> Capability:
+    return Capability(
+        backend="toy",
+        processor="sim",
+        threads=1,
+        memory_total_bytes=spec.memory_bytes,
+        memory_free_bytes=spec.memory_bytes,
+        rates=Rates(
+            decode_bytes_s=50 * MIB / spec.speed.token_layer_s,
+            prefill_flops_s=25 * MIB / (spec.speed.token_layer_s * spec.speed.prefill_share),
+            memory_bytes_s=1e10,
+            attention_bytes_s=1e9,
+            disk_bytes_s=1e9,
+            layer_overhead_s=1e-5,
+        ),
+    )
 
 
 class SimPeer:

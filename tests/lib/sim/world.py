@@ -379,7 +379,7 @@ class World:
 
         async def place() -> None:
             for card in self.cards:
-                async for _ in first.placer.place(card, MeshOptions(min_peers=self.rng_cluster.choice([1, 2, 2, 3]))):
+                async for _ in first.agents.placer.place(card, MeshOptions(min_peers=self.rng_cluster.choice([1, 2, 2, 3]))):
                     pass
 
         task = self.loop.create_task(place(), context=first.owner.context())

@@ -77,7 +77,7 @@ async def test_a_session_that_nobody_knows_is_unknown(keepers: Keepers) -> None:
             await a.locator.end(S, forget=True)
 
 
-async def test_the_next_best_gives_it_when_the_best_one_dies_meanwhile(keepers: Keepers) -> None:
+async def test_the_next_best_gives_it_when_the_best_one_dies_meanwhile(keepers: Keepers, monkeypatch: pytest.MonkeyPatch) -> None:
     async with keepers.linked("a", "b", "c") as (a, b, c):
         keep(b, PeerId("x"), tokens=3)
         asked: list[SessionId] = []
@@ -89,7 +89,7 @@ async def test_the_next_best_gives_it_when_the_best_one_dies_meanwhile(keepers: 
                     link.end("it dies")
             return record(coordinator=a.id, tokens=7)
 
-        a.locator.own = dying
+        monkeypatch.setattr(a, "own", dying)
         assert len((await c.locator.fetch(S, take=False)).tokens) == 3
         assert len(asked) == 2
 

@@ -27,7 +27,6 @@ def drainer_of(peer: Peer, work: Work) -> Drainer:
         links=peer.links,
         clock=SystemClock(),
         stages=lambda: work.stages,
-        answers=lambda: work.answers,
         on_change=lambda: work.changes.append(drainer.draining),
     )
     drainer.register()
@@ -102,7 +101,7 @@ async def test_leaving_takes_no_time_when_nothing_runs(peers: Peers) -> None:
     drainer = drainer_of(peers.start("a"), Work())
     told: list[str] = []
     began = time.monotonic()
-    await drainer.leave(10.0, told.append)
+    await drainer.leave(10.0, told.append, answers=lambda: 0)
     assert time.monotonic() - began < 0.05
     assert told == []
     assert drainer.leaving
@@ -112,7 +111,7 @@ async def test_leaving_waits_for_own_answers_and_for_stages_and_says_so(peers: P
     work = Work(stages=1, answers=2)
     drainer = drainer_of(peers.start("a"), work)
     told: list[str] = []
-    leaving = asyncio.create_task(drainer.leave(10.0, told.append))
+    leaving = asyncio.create_task(drainer.leave(10.0, told.append, answers=lambda: work.answers))
     await until(lambda: bool(told))
     assert told == ["waiting up to 10 s for 2 answers and 1 stage to end or move away"]
     assert work.changes == [True]
@@ -125,15 +124,15 @@ async def test_leaving_waits_for_own_answers_and_for_stages_and_says_so(peers: P
 
 @pytest.mark.parametrize("timeout_s", [0.0, 0.1])
 async def test_leaving_waits_no_longer_than_it_may(peers: Peers, timeout_s: float) -> None:
-    drainer = drainer_of(peers.start("a"), Work(answers=1))
+    drainer = drainer_of(peers.start("a"), Work())
     began = time.monotonic()
-    await drainer.leave(timeout_s, lambda text: None)
+    await drainer.leave(timeout_s, lambda text: None, answers=lambda: 1)
     assert timeout_s <= time.monotonic() - began < timeout_s + 0.5
 
 
 async def test_who_leaves_can_not_be_told_to_stay(peers: Peers) -> None:
     peer = peers.start("a")
     drainer = drainer_of(peer, Work())
-    await drainer.leave(0.0, lambda text: None)
+    await drainer.leave(0.0, lambda text: None, answers=lambda: 0)
     await drainer.drain(peer.id, True, 1.0)
     assert drainer.draining

@@ -1,0 +1,392 @@
+"""Composes the agents of one peer: the daemon's over a device and its network, the simulator's over simulated ones."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from logging import getLogger
+
+import msgspec
+
+from meshd.agents.admin.story_collector import StoryCollector
+from meshd.agents.device.compute import ComputeThread
+from meshd.agents.links.links import Links
+from meshd.agents.links.probe import LinkProber
+from meshd.agents.membership.membership import Membership, SelfDescription
+from meshd.agents.membership.sources import Source
+from meshd.agents.membership.table import PeerTable
+from meshd.agents.observe.events import EventBus
+from meshd.agents.observe.story import Story
+from meshd.agents.placement.client import PlacementClient
+from meshd.agents.placement.free_memory import FreeMemory
+from meshd.agents.placement.keeper import Keeper
+from meshd.agents.placement.loader import Loader
+from meshd.agents.placement.loads import ResidentModels
+from meshd.agents.placement.model_library import ModelLibrary
+from meshd.agents.placement.preload import Preload
+from meshd.agents.placement.weights.provider import WeightProvider
+from meshd.agents.placement.weights.serve import RateLimiter, WeightServer
+from meshd.agents.session.admission import Admission
+from meshd.agents.session.coordinator import Coordinator
+from meshd.agents.session.journal.deputy import Deputy
+from meshd.agents.session.journal.locator import Locator
+from meshd.agents.session.journal.record import SessionRecord
+from meshd.agents.session.journal.writer import JournalWriters
+from meshd.agents.session.plan.drain import Drainer
+from meshd.agents.session.plan.move import Mover
+from meshd.agents.session.plan.retry import PlanRetrier
+from meshd.agents.session.plan.route import Router
+from meshd.agents.stage.host import StageHost
+from meshd.clock import Clock
+from meshd.kernels.backend import Backend
+from meshd.protocol.messages import Error, Hello, Token
+from meshd.signals import Signal
+from meshd.telemetry import Telemetry
+from meshd.types import Advert, Capability, PeerId
+
+log = getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSignals:
+    """What agents announce to agents that are constructed after them."""
+
+    link_up: Signal[PeerId, Hello, tuple[str, int]] = field(default_factory=Signal)
+    link_down: Signal[PeerId, str] = field(default_factory=Signal)
+    notice: Signal[str] = field(default_factory=Signal)
+    """A person should see this."""
+    peer_gone: Signal[PeerId, str] = field(default_factory=Signal)
+    """A peer's link is down, and the table of peers knows it."""
+    advert_received: Signal[Advert] = field(default_factory=Signal)
+    changed: Signal[()] = field(default_factory=Signal[()])
+    """Something in this peer's advert changed."""
+    sessions_changed: Signal[()] = field(default_factory=Signal[()])
+    """A stage session opened or closed here."""
+    layers_changed: Signal[()] = field(default_factory=Signal[()])
+    """Layers were loaded or freed here."""
+    orphaned: Signal[SessionRecord] = field(default_factory=Signal)
+    """The coordinator of a session whose record is kept here is gone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerSettings:
+    """What a person may set, and the bounds of a peer's queues."""
+
+    models: tuple[str, ...] = ()
+    """To be placed from the start."""
+    mirror: bool = False
+    copies: int
+    """Of each layer, that the keeper keeps resident in the cluster."""
+    max_sessions: int
+    queue_limit: int
+    queue_wait_s: float
+    outputs_limit_bytes: int
+    """For outputs of stages that are kept to be sent again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a peer stands on; the simulator replaces the device, the network and the files."""
+
+    me: PeerId
+    name: str
+    version: str
+    incarnation: int
+    settings: PeerSettings
+    signals: PeerSignals
+    """Those given to `links`, `prober` and `library` too."""
+    clock: Clock
+    telemetry: Telemetry
+    capability: Capability
+    """As measured at the start."""
+    measure_free_bytes: Callable[[], int]
+    """Memory that is free now, in bytes."""
+    backend: Backend
+    compute: ComputeThread
+    links: Links
+    prober: LinkProber
+    table: PeerTable
+    library: ModelLibrary
+    weights: WeightProvider
+    router: type[Router] = Router
+    coordinator: type[Coordinator] = Coordinator
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """All agents of one peer."""
+
+    bus: EventBus
+    story: Story
+    holdings: ResidentModels
+    compute: ComputeThread
+    links: Links
+    prober: LinkProber
+    library: ModelLibrary
+    stages: StageHost
+    drainer: Drainer
+    membership: Membership
+    loader: Loader
+    weight_server: WeightServer
+    placer: PlacementClient
+    router: Router
+    preload: Preload
+    journal: JournalWriters
+    deputy: Deputy
+    locator: Locator
+    coordinator: Coordinator
+    keeper: Keeper
+    story_collector: StoryCollector
+
+    def register(self) -> None:
+        """Take every message from the links."""
+        for agent in (
+            self.library,
+            self.weight_server,
+            self.stages,
+            self.loader,
+            self.membership,
+            self.coordinator,
+            self.deputy,
+            self.drainer,
+            self.story_collector,
+        ):
+            agent.register()
+        self.locator.register(self.coordinator)
+        self.links.register(Token, self._on_token)
+        self.links.register(Error, self._on_error)
+
+    @asynccontextmanager
+    async def running(self, sources: Iterable[Source]) -> AsyncIterator[None]:
+        """Run all agents inside the block; on leaving it they are cancelled and their memory is freed."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                running = [
+                    tasks.create_task(coroutine)
+                    for coroutine in (
+                        self.links.run(),
+                        self.membership.run(sources),
+                        self.prober.run(),
+                        self.stages.run(),
+                        self.coordinator.run(),
+                        self.journal.run(),
+                        self.deputy.run(),
+                        self.preload.run(),
+                        self.keeper.run(),
+                    )
+                ]
+                try:
+                    yield
+                finally:
+                    for task in running:
+                        task.cancel()
+        finally:
+            await self.loader.close()
+            await self.weight_server.close()
+            self.compute.close()
+
+    async def leave(self, close_clients: Callable[[], Awaitable[None]]) -> None:
+        """Hand sessions over and say goodbye. Clients go first: they must not see the error of a peer that is already gone."""
+        self.journal.flush()
+        self.coordinator.leave()
+        await close_clients()
+        await self.router.close()
+        await self.links.close("this peer stops")
+
+    async def drain(self, timeout_s: float, on_waiting: Callable[[str], None]) -> None:
+        """Take no new work, and wait until what runs here has ended or moved away, or until the time is over."""
+        await self.drainer.leave(timeout_s, on_waiting, answers=lambda: len(self.coordinator.answers))
+
+    def _on_token(self, sender: PeerId, message: Token, payload: memoryview) -> None:
+        # Stages first: the first stage starts its next step before the client is served, so that the pipeline does not wait.
+        self.stages.on_token(sender, message, payload)
+        self.coordinator.on_token(sender, message, payload)
+
+    def _on_error(self, sender: PeerId, message: Error, payload: memoryview) -> None:
+        if message.request:
+            return  # the reply to a request that is no longer waited for
+        log.warning("%s (%.8s) reports: %s (%s)", self.membership.name_of(sender), sender, message.message, message.code)
+        if message.session is not None:
+            self.stages.on_error(sender, message)
+            self.coordinator.on_error(sender, message)
+
+
+def compose(parts: Parts) -> Peer:
+    """Construct a peer's agents and connect them. Must be called inside the event loop."""
+    signals, settings, clock, links, library = parts.signals, parts.settings, parts.clock, parts.links, parts.library
+    story, bus = Story(clock), EventBus(clock)
+    holdings = ResidentModels(parts.capability.rates.attention_bytes_s)
+    memory = FreeMemory(parts.capability.memory_free_bytes, holdings, parts.measure_free_bytes, clock)
+    stages = _stages(parts, holdings, story)
+    drainer = Drainer(links=links, clock=clock, stages=lambda: stages.sessions, on_change=signals.changed)
+    loader = _loader(parts, holdings, memory, drainer)
+    membership = _membership(parts, holdings, memory, stages, drainer, bus)
+    names, adverts = membership.name_of, membership.adverts
+    placer = PlacementClient(links=links, library=library, adverts=adverts, names=names, clock=clock)
+    router = parts.router(me=parts.me, library=library, placer=placer, adverts=adverts, suspects=membership.suspects)
+    preload = Preload(settings.models, library, placer, router.covered, clock)
+    journal = JournalWriters(parts.me, links, clock, adverts)
+    deputy = Deputy(links, clock, on_orphan=signals.orphaned, on_dropped=journal.on_dropped)
+    locator = Locator(parts.me, links, deputy)
+    coordinator = _coordinator(parts, router, preload, journal, deputy, locator, membership, drainer, story)
+    keeper = Keeper(
+        me=parts.me,
+        links=links,
+        adverts=adverts,
+        suspects=membership.suspects,
+        cards=library.cards,
+        names=names,
+        clock=clock,
+        copies=settings.copies,
+    )
+    peer = Peer(
+        bus=bus,
+        story=story,
+        holdings=holdings,
+        compute=parts.compute,
+        links=links,
+        prober=parts.prober,
+        library=library,
+        stages=stages,
+        drainer=drainer,
+        membership=membership,
+        loader=loader,
+        weight_server=WeightServer(
+            links, library, RateLimiter(clock, busy=lambda: stages.sessions > 0, link_stats=parts.prober.stats)
+        ),
+        placer=placer,
+        router=router,
+        preload=preload,
+        journal=journal,
+        deputy=deputy,
+        locator=locator,
+        coordinator=coordinator,
+        keeper=keeper,
+        story_collector=StoryCollector(parts.me, links, story, clock, names),
+    )
+    _subscribe(parts, memory, peer)
+    return peer
+
+
+def _stages(parts: Parts, holdings: ResidentModels, story: Story) -> StageHost:
+    links = parts.links
+    return StageHost(
+        me=parts.me,
+        links=links,
+        holdings=holdings,
+        compute=parts.compute,
+        clock=parts.clock,
+        telemetry=parts.telemetry,
+        story=story,
+        outputs_limit_bytes=parts.settings.outputs_limit_bytes,
+        peer_linked=lambda peer: peer in links.peers(),
+        on_change=parts.signals.sessions_changed,
+    )
+
+
+def _loader(parts: Parts, holdings: ResidentModels, memory: FreeMemory, drainer: Drainer) -> Loader:
+    return Loader(
+        links=parts.links,
+        library=parts.library,
+        weights=parts.weights,
+        holdings=holdings,
+        backend=parts.backend,
+        compute=parts.compute,
+        clock=parts.clock,
+        free_bytes=memory.free_bytes,
+        on_change=parts.signals.layers_changed,
+        draining=lambda: drainer.draining,
+    )
+
+
+def _membership(
+    parts: Parts, holdings: ResidentModels, memory: FreeMemory, stages: StageHost, drainer: Drainer, bus: EventBus
+) -> Membership:
+    return Membership(
+        about=SelfDescription(
+            peer=parts.me,
+            name=parts.name,
+            incarnation=parts.incarnation,
+            version=parts.version,
+            capability=lambda: msgspec.structs.replace(parts.capability, memory_free_bytes=memory.free_bytes()),
+            holdings=lambda: tuple(resident.holding() for resident in holdings),
+            models=lambda: tuple(parts.library.local.values()),
+            sessions=lambda: stages.sessions,
+            draining=lambda: drainer.draining,
+        ),
+        links=parts.links,
+        prober=parts.prober,
+        clock=parts.clock,
+        bus=bus,
+        on_advert=parts.signals.advert_received,
+        on_gone=parts.signals.peer_gone,
+        table=parts.table,
+    )
+
+
+def _coordinator(
+    parts: Parts,
+    router: Router,
+    preload: Preload,
+    journal: JournalWriters,
+    deputy: Deputy,
+    locator: Locator,
+    membership: Membership,
+    drainer: Drainer,
+    story: Story,
+) -> Coordinator:
+    settings, clock, adverts = parts.settings, parts.clock, membership.adverts
+    retrier = PlanRetrier(
+        parts.links,
+        router,
+        adverts,
+        clock,
+        settings.mirror,
+        take=partial(locator.fetch, take=True),
+        elsewhere=locator.elsewhere,
+    )
+    return parts.coordinator(
+        me=parts.me,
+        links=parts.links,
+        library=parts.library,
+        router=router,
+        admission=Admission(running=settings.max_sessions, waiting=settings.queue_limit, wait_s=settings.queue_wait_s),
+        rescuer=retrier,
+        mover=Mover(retrier, router, adverts, clock),
+        journal=journal,
+        deputy=deputy,
+        locator=locator,
+        clock=clock,
+        telemetry=parts.telemetry,
+        story=story,
+        names=membership.name_of,
+        readiness_of=preload.readiness,
+        leaving=lambda: drainer.leaving,
+    )
+
+
+def _subscribe(parts: Parts, memory: FreeMemory, peer: Peer) -> None:
+    signals, membership = parts.signals, peer.membership
+
+    def count_free_blocks() -> None:
+        pools = [resident.pool for resident in peer.holdings if resident.pool is not None]
+        parts.telemetry.kv_blocks_free(sum(pool.blocks_free for pool in pools))
+
+    def peer_gone(gone: PeerId, reason: str) -> None:
+        # The coordinator first: it starts the recovery, which the work of the others must not delay.
+        peer.coordinator.on_peer_gone(gone, reason)
+        peer.stages.on_peer_gone(gone, reason)
+        peer.journal.on_peer_gone(gone)
+        peer.deputy.on_peer_gone(gone)
+        peer.keeper.changed()
+
+    signals.link_up.subscribe(membership.on_up)
+    signals.link_down.subscribe(membership.on_down)
+    signals.notice.subscribe(membership.notice)
+    signals.peer_gone.subscribe(peer_gone)
+    signals.advert_received.subscribe(peer.keeper.note)
+    signals.changed.subscribe(membership.changed)
+    signals.sessions_changed.subscribe(peer.loader.sweep, count_free_blocks, membership.changed)
+    signals.layers_changed.subscribe(memory.forget, membership.changed)
+    signals.orphaned.subscribe(peer.coordinator.take_over)
