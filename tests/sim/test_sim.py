@@ -174,7 +174,7 @@ def test_it_finds_a_step_that_is_computed_twice(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_it_finds_a_sampler_that_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meshd.agents.stage.host.Sampler", lambda params, *known: Sampler(params))
+    monkeypatch.setattr("meshd.agents.stage.opening.Sampler", lambda params, *known: Sampler(params))
     assert finds("not the reference's", USUAL)
 
 

@@ -459,9 +459,9 @@ async def test_a_past_epoch_and_a_stage_that_failed_are_refused(mesh: StageMesh)
     session.epoch = 2
     assert "epoch 3 is past" in await refused(session, (b, "0-4"))
     session.epoch = 6
-    b.host._fail(stage_of(b), 0, RemoteFailure("a test", remote_code="test"), a.id)
+    b.host._runner.fail(stage_of(b), 0, RemoteFailure("a test", remote_code="test"), a.id)
     assert (await session.open_stage(0, resume=True)).held == 0
-    b.host._fail(stage_of(b), 0, RemoteFailure("a test", remote_code="test"), a.id)
+    b.host._runner.fail(stage_of(b), 0, RemoteFailure("a test", remote_code="test"), a.id)
     with pytest.raises(RemoteFailure, match="has failed in epoch 6"):
         await session.open_stage(0, resume=True)
     await session.close(b)

@@ -37,7 +37,7 @@ from meshd.agents.session.plan.resume import RecoveryPlan, RecoveryRequest
 from meshd.agents.session.plan.retry import PlanRetrier
 from meshd.agents.session.plan.route import Router
 from meshd.agents.stage.host import StageHost
-from meshd.agents.stage.scheduler import ActiveStage
+from meshd.agents.stage.steps import ActiveStage
 from meshd.kernels.kv import BlockTable
 from meshd.protocol.messages import Error, Token
 from meshd.types import Advert, Capability, LayerRange, ModelCard, ModelId, PeerId, Plan, Rates

@@ -1,18 +1,16 @@
-"""Copies of KV between peers: a stage's to another peer as it grows, and those of other peers' stages that are kept here."""
+"""Copies of this peer's stages on other peers."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from logging import getLogger
 
 from meshd.agents.links.links import Links
 from meshd.agents.observe.story import Story
-from meshd.agents.placement.loads import ResidentModels
-from meshd.agents.stage import mirror_copy as fsm
-from meshd.agents.stage.kv import KvCache, SessionKv, StageKv
-from meshd.agents.stage.scheduler import ActiveStage
-from meshd.errors import InvalidRequest, MeshdError, ProtocolViolation
+from meshd.agents.stage.mirror import copy as fsm
+from meshd.agents.stage.steps import ActiveStage
+from meshd.errors import MeshdError, ProtocolViolation
 from meshd.protocol.messages import KvAccepted, KvBlocks, KvOffer, KvStored, Mirror, Mirrored
-from meshd.types import LayerRange, PeerId, SessionId
+from meshd.types import PeerId, SessionId
 
 log = getLogger(__name__)
 
@@ -168,71 +166,3 @@ def _machine(active: ActiveStage, *, eager: bool) -> fsm.MirrorCopy:
     cache = active.cache
     piece = _PIECE_BYTES // (len(cache.layers) * cache.room.pool.layer_bytes)
     return fsm.MirrorCopy(cache.filled, max(1, piece), cache.room.pool.block_tokens, eager)
-
-
-@dataclass(slots=True)
-class IncomingMirrors:
-    """Copies of other peers' stages that are kept here."""
-
-    links: Links
-    holdings: ResidentModels
-    caches: KvCache
-    story: Story
-    admit: Callable[[KvOffer], SessionKv]
-    """The session's entry for the offer's epoch; raises InvalidRequest if the session is past it."""
-    on_change: Callable[[], None]
-
-    def on_offer(self, sender: PeerId, message: KvOffer, payload: memoryview) -> KvAccepted:
-        """Reserve room for a copy, or tell what is there of it."""
-        if message.tokens < 1 or len(message.layers) < 1:
-            raise InvalidRequest("a copy needs layers and tokens")
-        kept = self.admit(message)
-        cache = _find(kept, sender, message.layers, message.epoch)
-        if cache is None:
-            load = self.holdings.find(message.model, message.layers)
-            try:
-                cache = self.caches.mirror(kept, load, message.model, message.layers, message.tokens, message.valid)
-            finally:
-                self.caches.forget_if_empty(kept)
-            cache.source = sender
-            self.story.note(message.session, "mirror kept", layers=str(message.layers), source=sender, held=cache.filled)
-            self.on_change()
-        return KvAccepted(request=message.request, held=cache.filled)
-
-    def on_blocks(self, sender: PeerId, message: KvBlocks, payload: memoryview) -> None:
-        """Take a piece, if it is the next one or one that is there."""
-        kept = self.caches.get(message.session)
-        cache = _find(kept, sender, message.layers, message.epoch) if kept is not None else None
-        held, error = 0, "no copy is kept here"
-        if kept is not None and cache is not None:
-            error = self._store(kept, cache, message, payload)
-            held = cache.filled
-        told = KvStored(session=message.session, epoch=message.epoch, layers=message.layers, held=held, error=error)
-        try:
-            self.links.send(sender, told)
-        except MeshdError as lost:
-            log.debug("KV_STORED to %.8s not sent: %s", sender, lost)
-
-    def _store(self, kept: SessionKv, cache: StageKv, message: KvBlocks, payload: memoryview) -> str:
-        """Why the copy can't go on; empty if it can."""
-        room = cache.room
-        if message.position > cache.filled:
-            return ""  # a piece before this one was lost: the answer tells from where on
-        try:
-            if message.tokens < 1 or len(payload) != message.tokens * len(cache.layers) * room.pool.layer_bytes:
-                raise ProtocolViolation(f"KV_BLOCKS is torn: {len(payload)} bytes for {message.tokens} tokens")
-            room.pool.copy_in(cache.layers, room.table, message.position, payload)
-        except MeshdError as error:
-            log.warning("session %s: the copy from %.8s ends: %s", kept.session, cache.source, error)
-            self.caches.drop(kept, cache)
-            self.on_change()
-            return str(error)
-        cache.filled = message.position + message.tokens
-        return ""
-
-
-def _find(kept: SessionKv, source: PeerId, layers: LayerRange, epoch: int) -> StageKv | None:
-    for cache in kept.caches:
-        if cache.source == source and cache.layers == layers and cache.epoch == epoch:
-            return cache
-    return None

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshd.agents.machine import IllegalTransition
-from meshd.agents.stage import mirror_copy as machine
-from meshd.agents.stage.mirror_copy import TRANSITIONS, MirrorCopy, MirrorState, ReportProgress, SendBlocks
+from meshd.agents.stage.mirror import copy as machine
+from meshd.agents.stage.mirror.copy import TRANSITIONS, MirrorCopy, MirrorState, ReportProgress, SendBlocks
 
 
 def fresh(filled: int = 100, *, eager: bool = False, piece: int = 40) -> MirrorCopy:
