@@ -31,7 +31,7 @@ class StageSender:
         """Send a step's activation without its first `skip` tokens, or its token."""
         if output.hidden is not None:
             hidden = output.hidden[skip:] if skip else output.hidden
-            self._send_activation(active, step.position + skip, hidden, sample=step.sample, compute_ns=output.compute_ns)
+            self._send_activation(active, step.position + skip, hidden, sample=step.sample)
         elif output.token is not None:
             message = _token(active, step, output, output.token)
             for peer in dict.fromkeys((active.peer_of(0), active.open.coordinator)):
@@ -45,16 +45,14 @@ class StageSender:
         except MeshdError as error:
             self.fail(active, position, error, self.me)
         else:
-            self._send_activation(active, position, hidden, sample=False, compute_ns=0)
+            self._send_activation(active, position, hidden, sample=False)
 
     def taken(self, active: ActiveStage, step: Step) -> None:
         """Report to the stage before that this prefill step begins: it may send one more."""
         message = Taken(session=active.open.session, epoch=active.open.epoch, step=step.position, stage=active.open.stage)
         notify(self.links, active.peer_of(active.open.stage - 1), message)
 
-    def _send_activation(
-        self, active: ActiveStage, position: int, hidden: npt.NDArray[np.float32], *, sample: bool, compute_ns: int
-    ) -> None:
+    def _send_activation(self, active: ActiveStage, position: int, hidden: npt.NDArray[np.float32], *, sample: bool) -> None:
         tokens, width = hidden.shape
         message = Activation(
             session=active.open.session,
@@ -65,7 +63,6 @@ class StageSender:
             hidden=width,
             dtype=active.open.plan.wire_dtype,
             sample=sample,
-            compute_ns=compute_ns,
         )
         self._send_or_fail(active, position, active.peer_of(message.stage), message, encode(hidden, message.dtype))
 
@@ -103,5 +100,4 @@ def _token(active: ActiveStage, step: Step, output: StepOutput, token: int) -> T
         logprobs=output.logprobs,
         final=bool(finish),
         finish=finish,
-        compute_ns=output.compute_ns,
     )
