@@ -93,7 +93,7 @@ class StageHost:
         self._runner = StageRunner(
             me=me,
             links=links,
-            resident=self.holdings,
+            residents=self.holdings,
             compute=self.compute,
             clock=self.clock,
             telemetry=self.telemetry,
@@ -150,7 +150,7 @@ class StageHost:
             return
         if sender != active.peer_of(len(active.open.plan.stages) - 1):
             log.warning("session %s: TOKEN from %.8s, which is not its last stage", message.session, sender)
-        elif not 0 <= message.token < active.load.card.spec.vocab:
+        elif not 0 <= message.token < active.resident.card.spec.vocab:
             error = ProtocolViolation(f"token {message.token} is outside the vocabulary")
             self._runner.fail(active, message.step, error, sender)
         else:

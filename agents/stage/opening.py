@@ -21,7 +21,7 @@ class StageOpener:
     """Answers OPEN."""
 
     me: PeerId
-    resident: ResidentModels
+    residents: ResidentModels
     story: Story
     caches: KvCache
     leases: SessionLeases
@@ -80,7 +80,7 @@ class StageOpener:
         last = message.stage == len(message.plan.stages) - 1
         if not last or not needs_known(message.sampling, message.answered):
             return Sampler(message.sampling)
-        resident = self.resident.of(message.plan.model)
+        resident = self.residents.of(message.plan.model)
         if not resident:
             raise NoPeer("this peer has no layers of this model in memory", hint="place it first")
         ids = token_ids(payload, message.prompt_tokens + message.answered, resident[0].card.spec.vocab).tolist()
@@ -95,7 +95,7 @@ class StageOpener:
         try:
             cache = self.caches.adopt(session_kv, message.plan.model, layers, tokens) if message.resume else None
             if cache is None:
-                cache = self.caches.reserve(session_kv, self.resident.find(message.plan.model, layers), layers, tokens)
+                cache = self.caches.reserve(session_kv, self.residents.find(message.plan.model, layers), layers, tokens)
         finally:
             self.caches.forget_if_empty(session_kv)
         if not last:
@@ -104,8 +104,8 @@ class StageOpener:
 
 
 def _active_stage(message: Open, cache: StageKv, sampler: Sampler, *, last: bool) -> ActiveStage:
-    room, outputs = cache.room, cache.log
-    assert room.load.weights is not None
+    lease, outputs = cache.lease, cache.log
+    assert lease.resident.weights is not None
     machine = fsm.StageSession(
         known_tokens=message.prompt_tokens + message.answered,
         max_tokens=message.prompt_tokens + message.max_tokens,
@@ -119,5 +119,5 @@ def _active_stage(message: Open, cache: StageKv, sampler: Sampler, *, last: bool
     if outputs is not None:
         machine.kept_from, machine.kept_to = outputs.kept_from, outputs.kept_to
         outputs.pinned = message.resume
-    room.enter()
-    return ActiveStage(message, room.load, room.load.weights.stage(cache.layers), cache, room.table, sampler, machine)
+    lease.acquire()
+    return ActiveStage(message, lease.resident, lease.resident.weights.stage(cache.layers), cache, lease.table, sampler, machine)

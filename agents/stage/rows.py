@@ -34,11 +34,11 @@ def _mirror_row(session_kv: SessionKv, cache: StageKv, name_of: Callable[[ModelI
     return {
         "id": session_kv.session,
         "role": f"mirror {cache.layers}",
-        "model": name_of(cache.room.load.card.id),
+        "model": name_of(cache.lease.resident.card.id),
         "state": "kept",
         "tokens": cache.filled,
         "prompt_tokens": 0,
         "epoch": cache.epoch,
         "plan": str(cache.layers),
-        "blocks": len(cache.room.table.blocks),
+        "blocks": len(cache.lease.table.blocks),
     }

@@ -33,7 +33,7 @@ class StageRunner:
 
     me: PeerId
     links: Links
-    resident: ResidentModels
+    residents: ResidentModels
     compute: ComputeThread
     clock: Clock
     telemetry: Telemetry
@@ -127,7 +127,7 @@ class StageRunner:
         self.unpin(active)
 
     def _free(self, active: ActiveStage, reason: str) -> None:
-        active.cache.room.leave()
+        active.cache.lease.release()
         log.debug("session %s stage %d ended: %s", active.open.session, active.open.stage, reason)
         self.on_change()
 
@@ -159,7 +159,7 @@ class StageRunner:
                 self.caches.outputs.append(cache.log, step.position, output.hidden)
             self.mirrors.grown(active)
         if not step.prefill:
-            self.resident.observe_decode(active.load, len(active.stage.layers), step.position, output.forward_s)
+            self.residents.observe_decode(active.resident, len(active.stage.layers), step.position, output.forward_s)
         self.telemetry.stage_step(str(active.stage.layers), "prefill" if step.prefill else "decode", output.stage_s)
 
     def _compute_failed(self, active: ActiveStage, step: fsm.Step, error: Exception) -> None:

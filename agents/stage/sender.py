@@ -87,7 +87,7 @@ def notify(links: Links, peer: PeerId, message: Message) -> None:
 def _token(active: ActiveStage, step: Step, output: StepOutput, token: int) -> Token:
     index = step.end - active.open.prompt_tokens
     finish = ""
-    if token in active.load.card.end_of_sequence and not active.open.ignore_eos:
+    if token in active.resident.card.end_of_sequence and not active.open.ignore_eos:
         finish = FinishReason.STOP.value
     elif index + 1 == active.open.max_tokens:
         finish = FinishReason.LENGTH.value

@@ -45,7 +45,7 @@ class ActiveStage:
     """A session's stage on this peer."""
 
     open: Open
-    load: ResidentLayers
+    resident: ResidentLayers
     stage: Stage
     cache: StageKv
     table: BlockTable
@@ -86,7 +86,7 @@ class ActiveStage:
 
 def prompt_step(active: ActiveStage, message: Prompt, payload: memoryview) -> fsm.Step:
     """Raises: ProtocolViolation if its ids are torn or outside the vocabulary."""
-    ids = token_ids(payload, message.tokens, active.load.card.spec.vocab)
+    ids = token_ids(payload, message.tokens, active.resident.card.spec.vocab)
     return fsm.Step(message.step, message.tokens, message.last, True, data=StepInput(ids))
 
 
@@ -127,7 +127,7 @@ def compute_step(active: ActiveStage, step: fsm.Step) -> StepOutput:
     given = step.data
     assert isinstance(given, StepInput)
     if given.activation is not None and given.payload is not None:
-        hidden = decode(given.payload, given.activation.dtype, given.activation.tokens, active.load.card.spec.hidden)
+        hidden = decode(given.payload, given.activation.dtype, given.activation.tokens, active.resident.card.spec.hidden)
     else:
         assert given.ids is not None
         hidden = active.stage.embed(given.ids)
@@ -145,7 +145,7 @@ def compute_step(active: ActiveStage, step: fsm.Step) -> StepOutput:
 
 def _forward(active: ActiveStage, step: fsm.Step, hidden: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     segment = Segment(table=active.table, start=step.position, tokens=step.tokens)
-    out = active.stage.forward(hidden, [segment], active.cache.room.pool)
+    out = active.stage.forward(hidden, [segment], active.cache.lease.pool)
     # Nothing gets lost on the way through the layers: what is not finite when it comes in is not when it goes out.
     if not active.last and not np.isfinite(out).all():
         raise LocalFault(f"layers {active.stage.layers} made hidden states that are not finite", hint="check the model file")

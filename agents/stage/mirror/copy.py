@@ -107,14 +107,14 @@ class MirrorCopy(Machine[Event, Command]):
     """State of one copy. Only `handle` changes it."""
 
     filled: int
-    piece_tokens: int
+    chunk_tokens: int
     """As many as a piece may carry."""
     block_tokens: int
     eager: bool = False
     state: MirrorState = MirrorState.OFFERED
     held: int = 0
     sent: int = 0
-    on_the_way: int = 0
+    in_flight: int = 0
     flushing: bool = False
     """Everything that is there is to be sent, less than a block too."""
     quiet_ticks: int = 0
@@ -123,11 +123,11 @@ class MirrorCopy(Machine[Event, Command]):
 
     def validate(self) -> None:
         """Invariants that hold between events; tests call it after each."""
-        if not 0 <= self.on_the_way <= _UNACKNOWLEDGED:
+        if not 0 <= self.in_flight <= _UNACKNOWLEDGED:
             raise AssertionError("too many pieces on the way")
         if self.state in (MirrorState.BEHIND, MirrorState.LEVEL) and not self.held <= self.sent <= self.filled:
             raise AssertionError("more is held than was sent, or sent than is there")
-        if self.state is MirrorState.BEHIND and not (self.on_the_way or self.lag < self.block_tokens):
+        if self.state is MirrorState.BEHIND and not (self.in_flight or self.lag < self.block_tokens):
             raise AssertionError("nothing is on the way, though the copy is behind")
         if self.state is MirrorState.LEVEL and self.lag >= self.block_tokens:
             raise AssertionError("the copy is behind unnoticed")
@@ -140,16 +140,16 @@ class MirrorCopy(Machine[Event, Command]):
         if self.filled - self.sent >= (1 if self.eager else self.block_tokens):
             self.flushing = True
         commands: list[Command] = []
-        while self.flushing and self.sent < self.filled and self.on_the_way < _UNACKNOWLEDGED:
-            tokens = min(self.piece_tokens, self.filled - self.sent)
+        while self.flushing and self.sent < self.filled and self.in_flight < _UNACKNOWLEDGED:
+            tokens = min(self.chunk_tokens, self.filled - self.sent)
             commands.append(SendBlocks(self.sent, tokens))
             self.sent += tokens
-            self.on_the_way += 1
+            self.in_flight += 1
         if self.sent == self.filled:
             self.flushing = False
         return commands
 
-    def _look(self) -> list[Command]:
+    def _caught_up_or_behind(self) -> list[Command]:
         """Whether the copy has caught up, or has fallen behind."""
         if self.state is MirrorState.BEHIND and self.lag < (_EAGER_LAG if self.eager else self.block_tokens):
             self.state = MirrorState.LEVEL
@@ -164,7 +164,7 @@ def _accepted(copy: MirrorCopy, event: OfferAccepted) -> list[Command]:
     copy.held = copy.sent = max(0, min(event.held, copy.filled))
     copy.flushing = True
     copy.quiet_ticks = 0
-    return [*copy._look(), *copy._pump()]
+    return [*copy._caught_up_or_behind(), *copy._pump()]
 
 
 def _grown_before(copy: MirrorCopy, event: KvGrown) -> list[Command]:
@@ -174,34 +174,34 @@ def _grown_before(copy: MirrorCopy, event: KvGrown) -> list[Command]:
 
 def _grown(copy: MirrorCopy, event: KvGrown) -> list[Command]:
     copy.filled = event.filled
-    if not copy.on_the_way:
+    if not copy.in_flight:
         copy.quiet_ticks = 0
-    return [*copy._look(), *copy._pump()]
+    return [*copy._caught_up_or_behind(), *copy._pump()]
 
 
 def _stored(copy: MirrorCopy, event: BlocksStored) -> list[Command]:
-    copy.on_the_way = max(0, copy.on_the_way - 1)
+    copy.in_flight = max(0, copy.in_flight - 1)
     if event.held > copy.held:
         copy.quiet_ticks = copy.refused = 0
     copy.held = max(0, min(event.held, copy.sent))
-    if not copy.on_the_way and copy.held < copy.sent:
+    if not copy.in_flight and copy.held < copy.sent:
         copy.sent, copy.flushing = copy.held, True  # a piece was not taken: again from there
         copy.refused += 1
         if copy.refused > _MOST_REFUSED:
             return _failed(copy, CopyFailed("the target takes nothing"))
-    return [*copy._look(), *copy._pump()]
+    return [*copy._caught_up_or_behind(), *copy._pump()]
 
 
-def _hurried(copy: MirrorCopy, event: EagernessChanged) -> list[Command]:
+def _eagerness_changed(copy: MirrorCopy, event: EagernessChanged) -> list[Command]:
     copy.eager = event.eager
     if copy.state is MirrorState.OFFERED:
         return []
     copy.state = MirrorState.BEHIND  # whoever asks is told when it is level by the new measure
-    return [*copy._look(), *copy._pump()]
+    return [*copy._caught_up_or_behind(), *copy._pump()]
 
 
 def _ticked(copy: MirrorCopy, event: TimePassed) -> list[Command]:
-    if copy.on_the_way or copy.state is MirrorState.OFFERED:
+    if copy.in_flight or copy.state is MirrorState.OFFERED:
         copy.quiet_ticks += 1
         if copy.quiet_ticks > _PATIENCE_TICKS:
             return _failed(copy, CopyFailed("the target takes nothing"))
@@ -233,7 +233,7 @@ for _state in (MirrorState.BEHIND, MirrorState.LEVEL):
     TRANSITIONS[_state, KvGrown] = Transition(_grown, (MirrorState.BEHIND, MirrorState.LEVEL))
     TRANSITIONS[_state, BlocksStored] = Transition(_stored, (MirrorState.BEHIND, MirrorState.LEVEL, MirrorState.ENDED))
 for _state in (MirrorState.OFFERED, MirrorState.BEHIND, MirrorState.LEVEL):
-    TRANSITIONS[_state, EagernessChanged] = Transition(_hurried, (MirrorState.BEHIND, MirrorState.LEVEL))
+    TRANSITIONS[_state, EagernessChanged] = Transition(_eagerness_changed, (MirrorState.BEHIND, MirrorState.LEVEL))
     TRANSITIONS[_state, TimePassed] = Transition(_ticked, (MirrorState.ENDED,))
     TRANSITIONS[_state, CopyFailed] = Transition(_failed, (MirrorState.ENDED,))
     TRANSITIONS[_state, CopyStopped] = Transition(_stopped, (MirrorState.ENDED,))

@@ -20,7 +20,7 @@ class IncomingMirrors:
     """Copies of other peers' stages that are kept here."""
 
     links: Links
-    holdings: ResidentModels
+    residents: ResidentModels
     caches: KvCache
     story: Story
     admit: Callable[[KvOffer], SessionKv]
@@ -31,14 +31,14 @@ class IncomingMirrors:
         """Reserve room for a copy, or tell what is there of it."""
         if message.tokens < 1 or len(message.layers) < 1:
             raise InvalidRequest("a copy needs layers and tokens")
-        kept = self.admit(message)
-        cache = _find(kept, sender, message.layers, message.epoch)
+        session_kv = self.admit(message)
+        cache = _find(session_kv, sender, message.layers, message.epoch)
         if cache is None:
-            load = self.holdings.find(message.model, message.layers)
+            resident = self.residents.find(message.model, message.layers)
             try:
-                cache = self.caches.mirror(kept, load, message.model, message.layers, message.tokens, message.valid)
+                cache = self.caches.mirror(session_kv, resident, message.model, message.layers, message.tokens, message.valid)
             finally:
-                self.caches.forget_if_empty(kept)
+                self.caches.forget_if_empty(session_kv)
             cache.source = sender
             self.story.note(message.session, "mirror kept", layers=str(message.layers), source=sender, held=cache.filled)
             self.on_change()
@@ -46,38 +46,38 @@ class IncomingMirrors:
 
     def on_blocks(self, sender: PeerId, message: KvBlocks, payload: memoryview) -> None:
         """Take a piece, if it is the next one or one that is there."""
-        kept = self.caches.get(message.session)
-        cache = _find(kept, sender, message.layers, message.epoch) if kept is not None else None
+        session_kv = self.caches.get(message.session)
+        cache = _find(session_kv, sender, message.layers, message.epoch) if session_kv is not None else None
         held, error = 0, "no copy is kept here"
-        if kept is not None and cache is not None:
-            error = self._store(kept, cache, message, payload)
+        if session_kv is not None and cache is not None:
+            error = self._store(session_kv, cache, message, payload)
             held = cache.filled
-        told = KvStored(session=message.session, epoch=message.epoch, layers=message.layers, held=held, error=error)
+        stored = KvStored(session=message.session, epoch=message.epoch, layers=message.layers, held=held, error=error)
         try:
-            self.links.send(sender, told)
-        except MeshdError as lost:
-            log.debug("KV_STORED to %.8s not sent: %s", sender, lost)
+            self.links.send(sender, stored)
+        except MeshdError as unsent:
+            log.debug("KV_STORED to %.8s not sent: %s", sender, unsent)
 
-    def _store(self, kept: SessionKv, cache: StageKv, message: KvBlocks, payload: memoryview) -> str:
+    def _store(self, session_kv: SessionKv, cache: StageKv, message: KvBlocks, payload: memoryview) -> str:
         """Why the copy can't go on; empty if it can."""
-        room = cache.room
+        lease = cache.lease
         if message.position > cache.filled:
             return ""  # a piece before this one was lost: the answer tells from where on
         try:
-            if message.tokens < 1 or len(payload) != message.tokens * len(cache.layers) * room.pool.layer_bytes:
+            if message.tokens < 1 or len(payload) != message.tokens * len(cache.layers) * lease.pool.layer_bytes:
                 raise ProtocolViolation(f"KV_BLOCKS is torn: {len(payload)} bytes for {message.tokens} tokens")
-            room.pool.copy_in(cache.layers, room.table, message.position, payload)
+            lease.pool.copy_in(cache.layers, lease.table, message.position, payload)
         except MeshdError as error:
-            log.warning("session %s: the copy from %.8s ends: %s", kept.session, cache.source, error)
-            self.caches.drop(kept, cache)
+            log.warning("session %s: the copy from %.8s ends: %s", session_kv.session, cache.source, error)
+            self.caches.drop(session_kv, cache)
             self.on_change()
             return str(error)
         cache.filled = message.position + message.tokens
         return ""
 
 
-def _find(kept: SessionKv, source: PeerId, layers: LayerRange, epoch: int) -> StageKv | None:
-    for cache in kept.caches:
+def _find(session_kv: SessionKv, source: PeerId, layers: LayerRange, epoch: int) -> StageKv | None:
+    for cache in session_kv.caches:
         if cache.source == source and cache.layers == layers and cache.epoch == epoch:
             return cache
     return None

@@ -14,7 +14,7 @@ from meshd.types import PeerId, SessionId
 
 log = getLogger(__name__)
 
-_PIECE_BYTES = 256 << 10
+_CHUNK_BYTES = 256 << 10
 """Reading a piece holds up the event loop, and sending it the lane: a larger one would show in the hops of decode steps."""
 _MOST_COPIES = 4
 """Of one stage at once: a mirror, and moves that prepare."""
@@ -119,19 +119,19 @@ class OutgoingMirrors:
         for command in copy.machine.handle(event):
             match command:
                 case fsm.SendBlocks(position, tokens):
-                    self._send_piece(copy, position, tokens)
+                    self._send_chunk(copy, position, tokens)
                 case fsm.ReportProgress(held, filled, error):
                     self._report(copy, held, filled, error)
         if before is fsm.MirrorState.BEHIND and copy.machine.state is fsm.MirrorState.LEVEL:
             self._note(copy, "mirror caught up", held=copy.machine.held)
 
-    def _send_piece(self, copy: _Copy, position: int, tokens: int) -> None:
+    def _send_chunk(self, copy: _Copy, position: int, tokens: int) -> None:
         if copy.machine.state is fsm.MirrorState.ENDED:
             return  # the piece before this one could not be sent
         opened, cache = copy.active.open, copy.active.cache
         blocks = KvBlocks(session=opened.session, epoch=opened.epoch, layers=cache.layers, position=position, tokens=tokens)
         try:
-            values = cache.room.pool.copy_out(cache.layers, cache.room.table, position, position + tokens)
+            values = cache.lease.pool.copy_out(cache.layers, cache.lease.table, position, position + tokens)
             self.links.send(copy.target, blocks, values.data.cast("B"))
         except MeshdError as error:
             self._apply(copy, fsm.CopyFailed(str(error)))
@@ -144,7 +144,7 @@ class OutgoingMirrors:
             copies = self._copies.get(copy.active.key, {})
             if copies.get(copy.target) is copy:
                 del copies[copy.target]
-        told = Mirrored(
+        mirrored = Mirrored(
             session=opened.session,
             epoch=opened.epoch,
             stage=opened.stage,
@@ -154,9 +154,9 @@ class OutgoingMirrors:
             error=error,
         )
         try:
-            self.links.send(opened.coordinator, told)
-        except MeshdError as lost:
-            log.debug("MIRRORED to %.8s not sent: %s", opened.coordinator, lost)
+            self.links.send(opened.coordinator, mirrored)
+        except MeshdError as unsent:
+            log.debug("MIRRORED to %.8s not sent: %s", opened.coordinator, unsent)
 
     def _note(self, copy: _Copy, what: str, **facts: object) -> None:
         self.story.note(copy.active.open.session, what, stage=copy.active.open.stage, target=copy.target, **facts)
@@ -164,5 +164,5 @@ class OutgoingMirrors:
 
 def _machine(active: ActiveStage, *, eager: bool) -> fsm.MirrorCopy:
     cache = active.cache
-    piece = _PIECE_BYTES // (len(cache.layers) * cache.room.pool.layer_bytes)
-    return fsm.MirrorCopy(cache.filled, max(1, piece), cache.room.pool.block_tokens, eager)
+    chunk_tokens = _CHUNK_BYTES // (len(cache.layers) * cache.lease.pool.layer_bytes)
+    return fsm.MirrorCopy(cache.filled, max(1, chunk_tokens), cache.lease.pool.block_tokens, eager)
