@@ -7,14 +7,14 @@ from meshd.agents.stage.session import Step
 from meshd.agents.stage.steps import ActiveStage
 
 _DECODES_PER_PREFILL = 8
-"""Decodes that may go first before one waiting prefill step has its turn."""
+"""Decode steps in a row while a prefill step waits."""
 
 
 @dataclass(slots=True)
 class Scheduler:
-    """Steps that are ready: decodes first, then prefill, each first come first served.
+    """Steps that are ready: decodes before prefills, each first come first served.
 
-    A session has one step here at most: the queue is as long as there are sessions, and each waits for one step of every other.
+    A session has one step here at most, so the queue is no longer than the number of sessions.
     """
 
     _decodes: deque[tuple[ActiveStage, Step]] = field(default_factory=deque)
@@ -22,11 +22,14 @@ class Scheduler:
     _decodes_in_row: int = 0
 
     def put(self, active: ActiveStage, step: Step) -> None:
-        """A step that may be computed now."""
+        """Queue a step."""
         (self._prefills if step.prefill else self._decodes).append((active, step))
 
     def take(self) -> tuple[ActiveStage, Step] | None:
-        """The next one; prefill has its turn after some decodes, so that a new session is never starved by running ones."""
+        """Take the next step. A prefill goes after some decodes, so that running sessions never starve a new one.
+
+        Returns: None if no step is ready.
+        """
         if self._prefills and (not self._decodes or self._decodes_in_row >= _DECODES_PER_PREFILL):
             self._decodes_in_row = 0
             return self._prefills.popleft()

@@ -29,15 +29,15 @@ class StepInput:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What a step made."""
+    """The output of a step."""
 
     hidden: npt.NDArray[np.float32] | None
     token: int | None
     logprobs: TokenLogprobs | None
     forward_s: float
-    """Of this stage, without sampler and head."""
+    """Time in this stage's layers, without head and sampler."""
     stage_s: float
-    """Of this stage, all of it."""
+    """Time in this stage, with head and sampler."""
 
 
 @dataclass(slots=True, eq=False)
@@ -64,13 +64,13 @@ class ActiveStage:
         return self.open.stage == len(self.open.plan.stages) - 1
 
     def source_of(self, step: fsm.Step) -> PeerId:
-        """Who sent what a step computes on."""
+        """The peer that sent the step's input."""
         if self.open.stage:
             return self.peer_of(self.open.stage - 1)
         return self.open.coordinator if step.prefill else self.peer_of(len(self.open.plan.stages) - 1)
 
     def opened(self, request: int) -> Opened:
-        """What the coordinator is told of it."""
+        """The answer to OPEN."""
         machine = self.machine
         return Opened(
             request=request,
@@ -85,23 +85,23 @@ class ActiveStage:
 
 
 def prompt_step(active: ActiveStage, message: Prompt, payload: memoryview) -> fsm.Step:
-    """Raises: ProtocolViolation if its ids are torn or outside the vocabulary."""
+    """Make a step of PROMPT. Raises: ProtocolViolation if its ids are torn or outside the vocabulary."""
     ids = token_ids(payload, message.tokens, active.resident.card.spec.vocab)
     return fsm.Step(message.step, message.tokens, message.last, True, data=StepInput(ids))
 
 
 def token_ids(payload: memoryview, tokens: int, vocab: int) -> npt.NDArray[np.int32]:
-    """Token ids as they travel. Raises: ProtocolViolation for another count, or one outside the vocabulary."""
+    """Decode token ids. Raises: ProtocolViolation for another count than `tokens`, or for an id outside the vocabulary."""
     if len(payload) != 4 * tokens:
-        raise ProtocolViolation(f"{tokens} token ids were told of, and {len(payload)} bytes came")
+        raise ProtocolViolation(f"{tokens} token ids need {4 * tokens} bytes, but {len(payload)} came")
     ids = np.frombuffer(payload, dtype="<i4")
     if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) < vocab):
-        raise ProtocolViolation("token ids came that are outside the vocabulary")
+        raise ProtocolViolation("some token ids are outside the vocabulary")
     return ids
 
 
 def activation_step(active: ActiveStage, message: Activation, payload: memoryview) -> fsm.Step:
-    """An activation as a step of the stage that it is for."""
+    """Make a step of ACTIVATION."""
     return fsm.Step(
         message.step,
         message.tokens,
@@ -113,15 +113,15 @@ def activation_step(active: ActiveStage, message: Activation, payload: memoryvie
 
 
 def token_step(active: ActiveStage, message: Token) -> fsm.Step:
-    """The last stage's pick as the first stage's next step."""
+    """Make the first stage's next step of the last stage's token."""
     ids = np.array([message.token], dtype=np.int32)
     return fsm.Step(active.open.prompt_tokens + message.index, 1, True, False, index=message.index + 1, data=StepInput(ids))
 
 
 def compute_step(active: ActiveStage, step: fsm.Step) -> StepOutput:
-    """One step, on the compute thread.
+    """Compute one step, on the compute thread.
 
-    Raises: ProtocolViolation if what came in is torn or not finite, LocalFault if what goes out is not.
+    Raises: ProtocolViolation if the input is torn or not finite, LocalFault if only the output is not finite.
     """
     started = time.perf_counter()
     given = step.data
@@ -138,7 +138,7 @@ def compute_step(active: ActiveStage, step: fsm.Step) -> StepOutput:
     except MeshdError as error:
         if np.isfinite(hidden).all():
             raise
-        raise ProtocolViolation("the hidden states that came are not finite") from error
+        raise ProtocolViolation("the hidden states received are not finite") from error
     stage_s = time.perf_counter() - started
     return StepOutput(None if active.last else out, token, logprobs, forward_s, stage_s)
 
@@ -146,7 +146,7 @@ def compute_step(active: ActiveStage, step: fsm.Step) -> StepOutput:
 def _forward(active: ActiveStage, step: fsm.Step, hidden: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     segment = Segment(table=active.table, start=step.position, tokens=step.tokens)
     out = active.stage.forward(hidden, [segment], active.cache.lease.pool)
-    # Nothing gets lost on the way through the layers: what is not finite when it comes in is not when it goes out.
+    # A value that is not finite stays so through all layers, so the output is checked alone, and the input only if it fails.
     if not active.last and not np.isfinite(out).all():
         raise LocalFault(f"layers {active.stage.layers} made hidden states that are not finite", hint="check the model file")
     return out

@@ -1,7 +1,7 @@
 """A copy of a stage's KV on another peer, as the stage's peer sees it: a pure state machine, events in and commands out.
 
-KV only grows at its end, so a copy is a number: the positions that the target holds. Pieces are sent in order, a few of them
-unacknowledged, and again from where the target stands if it did not take them.
+KV only grows at its end, so the state of a copy is a number: the positions that the target holds. Chunks are sent in order, a few
+of them unacknowledged, and again from the target's position if it did not store them.
 
     OFFERED --Accepted--> BEHIND --Stored near the end--> LEVEL --Grown by a block--> BEHIND
     any --Failed, Stopped--> ENDED
@@ -14,9 +14,9 @@ from typing import Any
 from meshd.agents.machine import Machine, Transition
 
 _UNACKNOWLEDGED = 2
-"""Pieces on the way: one is written while the next one travels."""
+"""Chunks in flight: one is written while the next one travels."""
 _EAGER_LAG = 4
-"""Positions that an eager copy may lack to count as level: what one step more would compute again."""
+"""Positions that an eager copy may lack and still count as level: one step computes them again."""
 _MOST_REFUSED = 3
 _PATIENCE_TICKS = 20
 """Ticks without an acknowledgement after which the target counts as lost."""
@@ -31,33 +31,30 @@ class MirrorState(Enum):
     ENDED = "ended"
 
 
-# Events
-
-
 @dataclass(frozen=True, slots=True)
 class OfferAccepted:
-    """The target has room, and holds this much already."""
+    """The target has reserved KV and holds this many positions already."""
 
     held: int
 
 
 @dataclass(frozen=True, slots=True)
 class KvGrown:
-    """The stage has KV of so many positions now."""
+    """The stage has KV of this many positions now."""
 
     filled: int
 
 
 @dataclass(frozen=True, slots=True)
 class BlocksStored:
-    """The target took a piece (or not): it holds this much now."""
+    """The target answered a chunk, stored or not: it holds this many positions now."""
 
     held: int
 
 
 @dataclass(frozen=True, slots=True)
 class EagernessChanged:
-    """The copy is wanted level with each token, or by the block again."""
+    """The copy must follow each token (eager), or each block."""
 
     eager: bool
 
@@ -74,12 +71,10 @@ class CopyFailed:
 
 @dataclass(frozen=True, slots=True)
 class CopyStopped:
-    """Not wanted any more, or the stage has ended."""
+    """The coordinator wants no copy any more, or the stage has ended."""
 
 
 Event = OfferAccepted | KvGrown | BlocksStored | EagernessChanged | TimePassed | CopyFailed | CopyStopped
-
-# Commands
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +87,7 @@ class SendBlocks:
 
 @dataclass(frozen=True, slots=True)
 class ReportProgress:
-    """Tell the coordinator how far the copy is, or why it can't go on."""
+    """Report to the coordinator how far the copy is, or why it ended."""
 
     held: int
     filled: int
@@ -108,7 +103,7 @@ class MirrorCopy(Machine[Event, Command]):
 
     filled: int
     chunk_tokens: int
-    """As many as a piece may carry."""
+    """Positions that one message may carry."""
     block_tokens: int
     eager: bool = False
     state: MirrorState = MirrorState.OFFERED
@@ -116,21 +111,21 @@ class MirrorCopy(Machine[Event, Command]):
     sent: int = 0
     in_flight: int = 0
     flushing: bool = False
-    """Everything that is there is to be sent, less than a block too."""
+    """Send everything, even if it is less than a block."""
     quiet_ticks: int = 0
     refused: int = 0
-    """Pieces that the target did not take, one after another."""
+    """Chunks in a row that the target did not store."""
 
     def validate(self) -> None:
         """Invariants that hold between events; tests call it after each."""
         if not 0 <= self.in_flight <= _UNACKNOWLEDGED:
-            raise AssertionError("too many pieces on the way")
+            raise AssertionError("too many chunks in flight")
         if self.state in (MirrorState.BEHIND, MirrorState.LEVEL) and not self.held <= self.sent <= self.filled:
-            raise AssertionError("more is held than was sent, or sent than is there")
+            raise AssertionError("the target holds more than was sent, or more was sent than the stage has")
         if self.state is MirrorState.BEHIND and not (self.in_flight or self.lag < self.block_tokens):
-            raise AssertionError("nothing is on the way, though the copy is behind")
+            raise AssertionError("nothing is in flight, though the copy is behind")
         if self.state is MirrorState.LEVEL and self.lag >= self.block_tokens:
-            raise AssertionError("the copy is behind unnoticed")
+            raise AssertionError("the copy is level, though it lacks a block")
 
     @property
     def lag(self) -> int:
@@ -149,8 +144,8 @@ class MirrorCopy(Machine[Event, Command]):
             self.flushing = False
         return commands
 
-    def _caught_up_or_behind(self) -> list[Command]:
-        """Whether the copy has caught up, or has fallen behind."""
+    def _update_state(self) -> list[Command]:
+        """Change the state if the copy has caught up or fallen behind."""
         if self.state is MirrorState.BEHIND and self.lag < (_EAGER_LAG if self.eager else self.block_tokens):
             self.state = MirrorState.LEVEL
             return [ReportProgress(self.held, self.filled)]
@@ -164,7 +159,7 @@ def _accepted(copy: MirrorCopy, event: OfferAccepted) -> list[Command]:
     copy.held = copy.sent = max(0, min(event.held, copy.filled))
     copy.flushing = True
     copy.quiet_ticks = 0
-    return [*copy._caught_up_or_behind(), *copy._pump()]
+    return [*copy._update_state(), *copy._pump()]
 
 
 def _grown_before(copy: MirrorCopy, event: KvGrown) -> list[Command]:
@@ -176,7 +171,7 @@ def _grown(copy: MirrorCopy, event: KvGrown) -> list[Command]:
     copy.filled = event.filled
     if not copy.in_flight:
         copy.quiet_ticks = 0
-    return [*copy._caught_up_or_behind(), *copy._pump()]
+    return [*copy._update_state(), *copy._pump()]
 
 
 def _stored(copy: MirrorCopy, event: BlocksStored) -> list[Command]:
@@ -185,26 +180,26 @@ def _stored(copy: MirrorCopy, event: BlocksStored) -> list[Command]:
         copy.quiet_ticks = copy.refused = 0
     copy.held = max(0, min(event.held, copy.sent))
     if not copy.in_flight and copy.held < copy.sent:
-        copy.sent, copy.flushing = copy.held, True  # a piece was not taken: again from there
+        copy.sent, copy.flushing = copy.held, True  # a chunk was not stored: send again from there
         copy.refused += 1
         if copy.refused > _MOST_REFUSED:
-            return _failed(copy, CopyFailed("the target takes nothing"))
-    return [*copy._caught_up_or_behind(), *copy._pump()]
+            return _failed(copy, CopyFailed("the target stores nothing"))
+    return [*copy._update_state(), *copy._pump()]
 
 
 def _eagerness_changed(copy: MirrorCopy, event: EagernessChanged) -> list[Command]:
     copy.eager = event.eager
     if copy.state is MirrorState.OFFERED:
         return []
-    copy.state = MirrorState.BEHIND  # whoever asks is told when it is level by the new measure
-    return [*copy._caught_up_or_behind(), *copy._pump()]
+    copy.state = MirrorState.BEHIND  # reported again once it is level by the new measure
+    return [*copy._update_state(), *copy._pump()]
 
 
 def _ticked(copy: MirrorCopy, event: TimePassed) -> list[Command]:
     if copy.in_flight or copy.state is MirrorState.OFFERED:
         copy.quiet_ticks += 1
         if copy.quiet_ticks > _PATIENCE_TICKS:
-            return _failed(copy, CopyFailed("the target takes nothing"))
+            return _failed(copy, CopyFailed("the target stores nothing"))
     return [ReportProgress(copy.held, copy.filled)] if copy.state is MirrorState.BEHIND else []
 
 
@@ -227,7 +222,7 @@ _ignored = Transition(_ignore)
 TRANSITIONS: dict[tuple[Enum, type[Any]], Transition] = {
     (MirrorState.OFFERED, OfferAccepted): Transition(_accepted, (MirrorState.BEHIND, MirrorState.LEVEL)),
     (MirrorState.OFFERED, KvGrown): Transition(_grown_before),
-    (MirrorState.OFFERED, BlocksStored): _ignored,  # of a copy before this one
+    (MirrorState.OFFERED, BlocksStored): _ignored,  # the answer to an earlier copy
 }
 for _state in (MirrorState.BEHIND, MirrorState.LEVEL):
     TRANSITIONS[_state, KvGrown] = Transition(_grown, (MirrorState.BEHIND, MirrorState.LEVEL))

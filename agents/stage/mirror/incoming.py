@@ -17,18 +17,21 @@ log = getLogger(__name__)
 
 @dataclass(slots=True)
 class IncomingMirrors:
-    """Copies of other peers' stages that are kept here."""
+    """Stores KV that other peers copy to this one."""
 
     links: Links
     residents: ResidentModels
     caches: KvCache
     story: Story
     admit: Callable[[KvOffer], SessionKv]
-    """The session's entry for the offer's epoch; raises InvalidRequest if the session is past it."""
+    """Makes the session's entry for the offer's epoch; raises Superseded if the session is past it."""
     on_change: Callable[[], None]
 
     def on_offer(self, sender: PeerId, message: KvOffer, payload: memoryview) -> KvAccepted:
-        """Reserve room for a copy, or tell what is there of it."""
+        """Reserve KV for a copy. A repeated offer gets the same copy.
+
+        Raises: InvalidRequest, Superseded, NoPeer, OutOfMemory.
+        """
         if message.tokens < 1 or len(message.layers) < 1:
             raise InvalidRequest("a copy needs layers and tokens")
         session_kv = self.admit(message)
@@ -45,10 +48,10 @@ class IncomingMirrors:
         return KvAccepted(request=message.request, held=cache.filled)
 
     def on_blocks(self, sender: PeerId, message: KvBlocks, payload: memoryview) -> None:
-        """Take a piece, if it is the next one or one that is there."""
+        """Store a chunk, unless one before it is missing, and answer with the positions held."""
         session_kv = self.caches.get(message.session)
         cache = _find(session_kv, sender, message.layers, message.epoch) if session_kv is not None else None
-        held, error = 0, "no copy is kept here"
+        held, error = 0, "this peer keeps no such copy"
         if session_kv is not None and cache is not None:
             error = self._store(session_kv, cache, message, payload)
             held = cache.filled
@@ -59,10 +62,10 @@ class IncomingMirrors:
             log.debug("KV_STORED to %.8s not sent: %s", sender, unsent)
 
     def _store(self, session_kv: SessionKv, cache: StageKv, message: KvBlocks, payload: memoryview) -> str:
-        """Why the copy can't go on; empty if it can."""
+        """Store a chunk. Returns: why the copy ended; empty if it continues."""
         lease = cache.lease
         if message.position > cache.filled:
-            return ""  # a piece before this one was lost: the answer tells from where on
+            return ""  # a chunk before this one was lost: the answer names the position to send from
         try:
             if message.tokens < 1 or len(payload) != message.tokens * len(cache.layers) * lease.pool.layer_bytes:
                 raise ProtocolViolation(f"KV_BLOCKS is torn: {len(payload)} bytes for {message.tokens} tokens")

@@ -15,9 +15,9 @@ from meshd.types import PeerId, SessionId
 log = getLogger(__name__)
 
 _CHUNK_BYTES = 256 << 10
-"""Reading a piece holds up the event loop, and sending it the lane: a larger one would show in the hops of decode steps."""
+"""Reading a chunk blocks the event loop, and sending it blocks the lane: a larger one would delay decode steps."""
 _MOST_COPIES = 4
-"""Of one stage at once: a mirror, and moves that prepare."""
+"""Copies of one stage at once: a mirror, and moves in preparation."""
 _OFFER_S = 5.0
 
 
@@ -38,7 +38,10 @@ class OutgoingMirrors:
     _copies: dict[tuple[SessionId, int], dict[PeerId, _Copy]] = field(default_factory=dict)
 
     def mirror(self, active: ActiveStage, message: Mirror) -> Awaitable[None] | None:
-        """Begin, hurry or stop, as MIRROR asks; the awaitable makes the offer, where one is needed."""
+        """Begin a copy, change its eagerness, or stop all copies of the stage, as MIRROR asks.
+
+        Returns: an awaitable that makes the offer; None if none is needed.
+        """
         if message.target is None:
             self.stop(active)
             return None
@@ -49,7 +52,11 @@ class OutgoingMirrors:
             return None
         copy = _Copy(active, message.target, _machine(active, eager=message.eager))
         if message.target == self.me or len(copies) >= _MOST_COPIES:
-            reason = "it is the stage's own peer" if message.target == self.me else f"{_MOST_COPIES} copies are under way already"
+            reason = (
+                "the target is the stage's own peer"
+                if message.target == self.me
+                else f"the stage has {_MOST_COPIES} copies already"
+            )
             self._apply(copy, fsm.CopyFailed(reason))
             return None
         self._copies.setdefault(active.key, {})[message.target] = copy
@@ -57,29 +64,29 @@ class OutgoingMirrors:
         return self._offer(copy)
 
     def grown(self, active: ActiveStage) -> None:
-        """The stage has KV of more positions."""
+        """Continue the stage's copies after its KV has grown."""
         if copies := self._copies.get(active.key):
             for copy in list(copies.values()):
                 self._apply(copy, fsm.KvGrown(active.cache.filled))
 
     def stop(self, active: ActiveStage) -> None:
-        """All copies of this stage end where they are."""
+        """End all copies of this stage where they are."""
         for copy in self._copies.pop(active.key, {}).values():
             self._apply(copy, fsm.CopyStopped())
 
     def tick(self) -> None:
-        """Twice a second."""
+        """Advance the copies' timeouts. Called twice a second."""
         for copy in self._all():
             self._apply(copy, fsm.TimePassed())
 
     def on_peer_gone(self, peer: PeerId, reason: str) -> None:
-        """What was copied to this peer is not any more."""
+        """Fail the copies on a peer that is gone."""
         for copy in self._all():
             if copy.target == peer:
                 self._apply(copy, fsm.CopyFailed(f"the link with it is down: {reason}"))
 
     def on_stored(self, sender: PeerId, message: KvStored, payload: memoryview) -> None:
-        """A target took a piece, or can't."""
+        """Take a target's answer to a chunk."""
         for copy in self._all():
             opened = copy.active.open
             copied = opened.session, opened.epoch, copy.active.stage.layers, copy.target
@@ -127,7 +134,7 @@ class OutgoingMirrors:
 
     def _send_chunk(self, copy: _Copy, position: int, tokens: int) -> None:
         if copy.machine.state is fsm.MirrorState.ENDED:
-            return  # the piece before this one could not be sent
+            return  # the chunk before this one could not be sent
         opened, cache = copy.active.open, copy.active.cache
         blocks = KvBlocks(session=opened.session, epoch=opened.epoch, layers=cache.layers, position=position, tokens=tokens)
         try:
