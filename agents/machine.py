@@ -1,6 +1,6 @@
-"""The base of all state machines: one table, one way in, a story, and a diagram that is made from the table.
+"""The base of all state machines: one table, `handle` as the only way in, a story, and a diagram drawn from the table.
 
-A machine is pure: events in, commands out, no I/O and no clock. Its table names for every state the events that may come in it,
+A machine is pure: events in, commands out, no I/O and no clock. For every state its table names the events that may come,
 what each does, and which states may follow. An event that is not in the table raises and changes nothing.
 """
 
@@ -18,7 +18,7 @@ STORY_LINES = 16
 
 
 class IllegalTransition(RuntimeError):
-    """A bug of ours: this event cannot come in this state. Nothing was changed."""
+    """A bug in meshd: this event cannot come in this state. Nothing was changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +64,14 @@ class Machine(Generic[EventT, CommandT]):
     def handle(self, event: EventT) -> list[CommandT]:
         """Apply one event.
 
-        Raises: IllegalTransition, with nothing changed; AssertionError if the action went to a state that its row does not name.
+        Raises: IllegalTransition, with nothing changed; AssertionError if the action entered a state that its row does not name.
         """
         if self.is_stale(event):
             return []
         before = self.state
         transition = self.table.get((before, type(event)))
         if transition is None:
-            raise IllegalTransition(f"{self.title()}: {type(event).__name__} in state {before.value}{self._told()}")
+            raise IllegalTransition(f"{self.title()}: {type(event).__name__} in state {before.value}{self._history()}")
         commands = transition.action(self, event)
         if self.state is not before:
             change = Change(type(event).__name__, before, self.state)
@@ -84,14 +84,14 @@ class Machine(Generic[EventT, CommandT]):
         """Check the invariants that hold between events; tests call it after each. Raises: AssertionError."""
 
     def is_stale(self, event: EventT) -> bool:
-        """Whether the event belongs to something that is over: it is dropped before the table is asked."""
+        """Whether the event belongs to something that is over: `handle` drops it before it looks into the table."""
         return False
 
     def title(self) -> str:
-        """What this machine is called in errors."""
+        """The machine's name in errors."""
         return type(self).__name__
 
-    def _told(self) -> str:
+    def _history(self) -> str:
         return f" (after {', '.join(map(str, self.story))})" if self.story else ""
 
 

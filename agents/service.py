@@ -1,4 +1,4 @@
-"""What the HTTP edge sees of a peer: the coordinator's and the mesh's interface, without the agents' insides."""
+"""The interfaces of a peer that the HTTP API uses: answers (`Coordinator`) and the cluster (`ClusterService`)."""
 
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Protocol
@@ -33,24 +33,24 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One answer that is asked for. A chat becomes a prompt by the model's own template."""
+    """A request for one answer. The model's own template turns a chat into a prompt."""
 
     model: str
     prompt: tuple[ChatMessage, ...] | str | tuple[int, ...]
     template: dict[str, Any] = {}
-    """What a chat sets of the variables that the model's template asks for, such as `enable_thinking`."""
+    """Variables for the model's chat template, such as `enable_thinking`."""
     sampling: SamplingParams = SamplingParams()
     max_tokens: int | None = None
-    """None: what the context leaves."""
+    """None: as many as the context leaves."""
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     mesh: MeshOptions = MeshOptions()
     background: bool = False
-    """Goes on without a reader. Otherwise the answer is suspended, and its memory freed, when its last reader leaves."""
+    """Continue without a reader. Otherwise the answer is suspended, and its memory freed, when its last reader leaves."""
     store: bool = True
     """Keep the record for a while after the end, so that it can be read again."""
     edge: bytes = b""
-    """What the edge needs to show this answer on any peer: opaque to the rooms below, kept with the record."""
+    """What the API needs to show this answer on any peer: opaque to the agents, kept with the record."""
 
 
 class TokenText(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,11 +64,11 @@ class TokenText(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TextDelta(msgspec.Struct, frozen=True, kw_only=True):
-    """Text that is now certain: whole characters, no part of a stop string. May be empty if only tokens came."""
+    """Text that can't change any more: whole characters, no part of a stop string. Empty if only tokens came."""
 
     text: str
     tokens: tuple[TokenText, ...] = ()
-    """With logprobs asked for: the tokens made since the last delta."""
+    """With logprobs requested: the tokens made since the last delta."""
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,15 +114,17 @@ class Generation(Protocol):
         ...
 
     def events(self) -> AsyncIterator[TextDelta | Finished]:
-        """All deltas from the first on, those made already at once, then one Finished.
+        """Yield all deltas from the first on, those made already at once, then one Finished.
 
-        May be called several times, also after the end: the sequence is always the same. Raises: PeerFault, Unavailable when the
-        answer can't go on now (it can be resumed); Cancelled when it was ended, or taken over by another peer.
+        May be called several times, also after the end: the sequence is always the same.
+
+        Raises: PeerFault, Unavailable when the answer can't continue now (it can be resumed); Cancelled when it was ended, or
+        taken over by another peer.
         """
         ...
 
     def so_far(self) -> tuple[tuple[TextDelta, ...], Finished | None]:
-        """What `events` would give at once."""
+        """The events that `events` would yield at once."""
         ...
 
     async def cancel(self) -> None:
@@ -136,20 +138,21 @@ class Coordinator(Protocol):
     async def generate(self, request: GenerationRequest) -> Generation:
         """Tokenise, plan and open a session.
 
-        Returns once the session is admitted and its plan known. Raises: UnknownModel, InvalidRequest, ContextTooLong,
+        Returns: once the session is admitted and its plan known.
+        Raises: UnknownModel, InvalidRequest, ContextTooLong,
         Overloaded, NotReady, DoesNotFit, NoPeer, PeerFault. Cancel: nothing stays reserved.
         """
         ...
 
     async def resume(self, session: SessionId) -> Generation:
-        """Go on with an answer here, wherever in the mesh it runs or its record lies; also one that has ended.
+        """Continue an answer on this peer, wherever in the cluster it runs or its record is kept; also one that has ended.
 
         Raises: UnknownSession; as `generate` if it must be planned anew and can't.
         """
         ...
 
     async def look(self, session: SessionId) -> Generation:
-        """An answer as it stands, without taking it over. Raises: UnknownSession."""
+        """Return an answer as it stands, without taking it over. Raises: UnknownSession."""
         ...
 
     async def end(self, session: SessionId, *, forget: bool = False) -> None:
@@ -157,27 +160,27 @@ class Coordinator(Protocol):
         ...
 
     def models(self) -> list[ModelCard]:
-        """Those that can answer now."""
+        """Models that can answer now."""
         ...
 
     def readiness(self) -> tuple[bool, float, str]:
-        """(ready, progress 0..1, what it waits for): not ready while a model asked for with `--model` still loads."""
+        """Returns: (ready, progress 0..1, what it waits for). Not ready while a model given with `--model` still loads."""
         ...
 
 
 class PlanRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `meshd plan` and `POST /mesh/v1/plan` ask."""
+    """The request of `meshd plan` and `POST /mesh/v1/plan`."""
 
     model: str
     context: int | None = None
     objective: Objective = Objective.LATENCY
     what_if: tuple[str, ...] = ()
-    """Peers that are not here: `+name ram=32GiB bw=60GB/s link=1Gbps rtt=0.3ms`."""
+    """Peers to add that do not exist: `+name ram=32GiB bw=60GB/s link=1Gbps rtt=0.3ms`."""
     mesh: MeshOptions = MeshOptions()
 
 
 class PlaceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `meshd place` and `POST /mesh/v1/place` ask."""
+    """The request of `meshd place` and `POST /mesh/v1/place`."""
 
     model: str
     stages: str | None = None
@@ -198,7 +201,7 @@ class PlacementStep(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClusterService(Protocol):
-    """What the monitor and the command line read. Rows are JSON-ready dicts with stable keys."""
+    """What the monitor and the command line use. Rows are JSON-ready dicts with stable keys."""
 
     def identity(self) -> dict[str, Any]:
         """This peer: id, name, version, cluster fingerprint, addresses, uptime, notices."""
@@ -215,42 +218,45 @@ class ClusterService(Protocol):
     def sessions(self) -> list[dict[str, Any]]: ...
 
     def events(self) -> AsyncIterator[dict[str, Any]]:
-        """`{"type": ..., "at": ..., ...}` as things happen; a slow reader loses the oldest and is told how many."""
+        """`{"type": ..., "at": ..., ...}` as things happen. A slow reader loses the oldest events and gets their number."""
         ...
 
     async def plan(self, request: PlanRequest) -> dict[str, Any]:
-        """What would be placed where, with predictions and reasons."""
+        """Compute what would be placed where, with predictions and reasons."""
         ...
 
     def place(self, request: PlaceRequest) -> AsyncIterator[PlacementStep]:
-        """Load layers where the planner, or the request, says; ends when all are active. Raises as `generate` does."""
+        """Load layers where the planner or the request puts them; ends when all are active. Raises: as `generate`."""
         ...
 
     async def unplace(self, model: str) -> int:
-        """Bytes freed, over all peers."""
+        """Unload a model on all peers. Returns: bytes freed."""
         ...
 
     async def drain(self, peer: str, *, undo: bool = False, timeout_s: float = 60.0) -> dict[str, Any]:
-        """Have a peer take no new work and move away what it has: `{"peer", "name", "sessions_left"}`.
+        """Stop new work on a peer and move its sessions away.
 
+        Returns: `{"peer", "name", "sessions_left"}`.
         Raises: NoPeer, PeerFault.
         """
         ...
 
     async def migrate(self, session: str, target: str, source: str | None = None) -> dict[str, Any]:
-        """Move a session's stages (all, or those at `source`) to another peer: `{"session", "plan", "pause_ms"}`.
+        """Move a session's stages (all, or those at `source`) to another peer. If it fails, the session runs on where it was.
 
-        Raises: UnknownSession, NoPeer, InvalidRequest, PeerFault; then it serves on where it was.
+        Returns: `{"session", "plan", "pause_ms"}`.
+        Raises: UnknownSession, NoPeer, InvalidRequest, PeerFault.
         """
         ...
 
     async def story(self, session: str) -> list[dict[str, Any]]:
-        """What happened to a session, in order, told by all peers: `{"at_s", "peer", "name", "what", ...}`.
+        """What all peers noted about a session, in order.
 
+        Returns: lines `{"at_s", "peer", "name", "what", ...}`.
         Raises: UnknownSession.
         """
         ...
 
     async def probe_links(self) -> list[dict[str, Any]]:
-        """Measure every link of this peer anew; the rows of `links()`."""
+        """Measure every link of this peer anew. Returns: the rows of `links()`."""
         ...

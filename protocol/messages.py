@@ -309,8 +309,6 @@ class Activation(SessionMessage, frozen=True, kw_only=True):
     sample: bool
     deadline_ms: int = 0
     """Time left for the step when it was sent; 0: none."""
-    compute_ns: int = 0
-    """Spent computing so far in this step, for telemetry."""
 
 
 @_message(52)
@@ -326,7 +324,6 @@ class Token(SessionMessage, frozen=True, kw_only=True):
     final: bool = False
     finish: str = ""
     """`stop` (end of sequence) or `length`, if final."""
-    compute_ns: int = 0
 
 
 @_message(53)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from meshd.agents.machine import diagram
 from meshd.agents.session import session
-from meshd.agents.stage import mirror_copy
 from meshd.agents.stage import session as stage_session
+from meshd.agents.stage.mirror import copy as mirror_copy
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/state-machines.md"
 
@@ -22,7 +22,7 @@ MACHINES = (
     ),
     (
         "A copy of a stage's KV on another peer",
-        "agents/stage/mirror_copy.py",
+        "agents/stage/mirror/copy.py",
         mirror_copy.TRANSITIONS,
         mirror_copy.MirrorState.OFFERED,
     ),

@@ -1,1 +1,1 @@
-"""What people and their tools see of the cluster, and ask of it."""
+"""The admin interface: what people and tools read about the cluster, and the operations they start."""

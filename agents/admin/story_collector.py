@@ -1,4 +1,4 @@
-"""What happened to a session, told by all peers in one order: each tells what it noted, and the asker puts it in its own time."""
+"""Collects what all peers noted about a session, in one order. Each peer sends its lines; the asker converts their times."""
 
 import asyncio
 import math
@@ -17,17 +17,17 @@ from meshd.types import PeerId, SessionId
 
 _ANSWER_S = 2.0
 _MAX_BYTES = 2**20
-"""Of one peer's story."""
+"""Size limit of one peer's story."""
 _MAX_LINES = 1024
-_OURS = ("at_s", "peer", "name", "what")
-"""Keys of a line; a fact of the same name stands beside them with an underscore."""
+_RESERVED = ("at_s", "peer", "name", "what")
+"""Keys of every line; a fact of the same name gets an underscore."""
 
 Lines = list[dict[str, Any]]
 
 
 @dataclass(slots=True)
 class StoryCollector:
-    """Tells this peer's part, and collects the others'."""
+    """Sends this peer's lines to those who ask, and collects the other peers'."""
 
     me: PeerId
     links: Links
@@ -36,21 +36,25 @@ class StoryCollector:
     names: Callable[[PeerId], str]
 
     def register(self) -> None:
-        """Answer those who ask for a session's story."""
+        """Answer FETCH_STORY."""
         self.links.register(FetchStory, self._on_fetch)
 
     async def collect(self, session: SessionId) -> Lines:
-        """All peers' lines in order: `at_s` (since the first), `peer`, `name`, `what`, and the facts. Raises: UnknownSession.
+        """Collect all peers' lines.
 
-        Clocks are compared by one round trip to each peer: lines of two peers that are closer than half of it may stand in the
-        wrong order. Who gave no answer is named at the end.
+        Clocks are compared by one round trip to each peer: lines of two peers that are closer in time than half of it may come in
+        the wrong order.
+
+        Returns: lines in order, with `at_s` (seconds since the first), `peer`, `name`, `what` and the facts; then one line for
+        each peer that gave no answer.
+        Raises: UnknownSession.
         """
-        told: dict[PeerId, Lines] = {self.me: self.story.lines(session)}
+        stories: dict[PeerId, Lines] = {self.me: self.story.lines(session)}
         silent: dict[PeerId, str] = {}
 
         async def ask(peer: PeerId) -> None:
             try:
-                told[peer] = await self._ask(peer, session)
+                stories[peer] = await self._ask(peer, session)
             except MeshdError as error:
                 silent[peer] = error.message
 
@@ -58,9 +62,9 @@ class StoryCollector:
             for peer in self.links.peers():
                 group.create_task(ask(peer))
         now = self.clock.monotonic()
-        lines = merge_stories(told, self.names)
+        lines = merge_stories(stories, self.names)
         if not lines:
-            raise UnknownSession(f"no live peer tells of session {session}", hint="each peer remembers its latest 512 sessions")
+            raise UnknownSession(f"no live peer has notes on session {session}", hint="each peer remembers its latest 512 sessions")
         first = lines[0]["at"]
         missing = [
             {"at": now, "peer": peer, "name": self.names(peer), "what": "gave no answer", "why": why}
@@ -84,15 +88,15 @@ class StoryCollector:
 
 
 def decode_lines(payload: bytes | memoryview) -> Lines:
-    """What a peer tells. Raises: ProtocolViolation."""
+    """Decode and check the lines of another peer. Raises: ProtocolViolation."""
     if len(payload) > _MAX_BYTES:
-        raise ProtocolViolation(f"a story of {len(payload)} bytes is too long to be true")
+        raise ProtocolViolation(f"a story has {len(payload)} bytes: at most {_MAX_BYTES} are allowed")
     try:
         lines = msgspec.json.decode(payload, type=list[dict[str, Any]])
     except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolViolation(f"a story arrived torn: {error}") from error
+        raise ProtocolViolation(f"a story is not a list of JSON objects: {error}") from error
     if len(lines) > _MAX_LINES or not all(_is_line(line) for line in lines):
-        raise ProtocolViolation("a story's lines are not what they should be")
+        raise ProtocolViolation(f"a story has more than {_MAX_LINES} lines, or a line without `at` and `what`")
     return lines
 
 
@@ -102,19 +106,19 @@ def _is_line(line: dict[str, Any]) -> bool:
 
 
 def to_local_time(lines: Lines, *, theirs: float, ours: float) -> Lines:
-    """Lines by a clock that showed `theirs` when ours showed `ours`."""
+    """Convert lines from a clock that showed `theirs` when this peer's clock showed `ours`."""
     return [{**line, "at": line["at"] - theirs + ours} for line in lines]
 
 
-def merge_stories(told: dict[PeerId, Lines], names: Callable[[PeerId], str]) -> Lines:
-    """Everybody's lines by time; those of one peer stay in their order."""
+def merge_stories(stories: dict[PeerId, Lines], names: Callable[[PeerId], str]) -> Lines:
+    """Merge all peers' lines by time; lines of the same time stay in their order."""
     lines = [
         {**_facts(line), "at": line["at"], "peer": peer, "name": names(peer), "what": line["what"]}
-        for peer, own in told.items()
+        for peer, own in stories.items()
         for line in own
     ]
     return sorted(lines, key=lambda line: line["at"])
 
 
 def _facts(line: dict[str, Any]) -> dict[str, Any]:
-    return {f"{key}_" if key in _OURS else key: value for key, value in line.items() if key not in ("at", "what")}
+    return {f"{key}_" if key in _RESERVED else key: value for key, value in line.items() if key not in ("at", "what")}

@@ -1,4 +1,4 @@
-"""What people and their tools see of the mesh from this peer, and ask of it. Rows are JSON-ready; their keys are public."""
+"""The cluster as seen from this peer, and the operations on it. Rows are JSON-ready; their keys are public."""
 
 import re
 from collections.abc import AsyncIterator, Callable
@@ -28,14 +28,14 @@ from meshd.planner.stages import resolve_peer
 from meshd.types import Advert, ModelCard, ModelId, PeerId, SessionId
 
 _PROBE_CONTEXT = 4096
-"""`meshd plan` without --context, for models with a longer one."""
+"""Context of `meshd plan` without --context, for models with a longer one."""
 _WHOLE_ID = re.compile(r"(?:.*[-_])?([0-9a-f]{32})")
-"""A session's id, or that of an answer, which ends with it."""
+"""A session's id, or an answer's id, which ends with the session's."""
 
 
 @dataclass(slots=True)
 class ClusterView:
-    """Implements `service.Mesh`."""
+    """Implements `service.ClusterService`."""
 
     membership: Membership
     library: ModelLibrary
@@ -50,7 +50,7 @@ class ClusterView:
     """This peer's own facts."""
 
     def identity(self) -> dict[str, Any]:
-        """See `service.Mesh.identity`."""
+        """See `service.ClusterService.identity`."""
         return self.about()
 
     def peers(self) -> list[dict[str, Any]]:
@@ -109,11 +109,11 @@ class ClusterView:
         return own + self.stages.rows(name_of)
 
     def events(self) -> AsyncIterator[dict[str, Any]]:
-        """See `service.Mesh.events`."""
+        """See `service.ClusterService.events`."""
         return self.bus.subscribe()
 
     async def plan(self, request: PlanRequest) -> dict[str, Any]:
-        """See `service.Mesh.plan`."""
+        """See `service.ClusterService.plan`."""
         card = await self._card(request.model)
         mesh = msgspec.structs.replace(request.mesh, objective=request.mesh.objective or request.objective)
         context = request.context or mesh.context or min(card.spec.context_length, _PROBE_CONTEXT)
@@ -123,50 +123,50 @@ class ClusterView:
         return explain(problem, solve(problem))
 
     async def place(self, request: PlaceRequest) -> AsyncIterator[PlacementStep]:
-        """See `service.Mesh.place`."""
+        """See `service.ClusterService.place`."""
         card = await self._card(request.model)
         mesh = MeshOptions(stages=request.stages, min_peers=request.min_peers, objective=request.objective)
         async for step in self.placer.place(card, mesh, context=request.context):
             yield step
 
     async def unplace(self, model: str) -> int:
-        """See `service.Mesh.unplace`."""
+        """See `service.ClusterService.unplace`."""
         return await self.placer.unplace(self.library.find(model).id)
 
     async def drain(self, peer: str, *, undo: bool = False, timeout_s: float = 60.0) -> dict[str, Any]:
-        """See `service.Mesh.drain`."""
+        """See `service.ClusterService.drain`."""
         target = self._peer(peer, "peer")
         left = await self.drainer.drain(target, undo, timeout_s)
         return {"peer": target, "name": self.membership.name_of(target), "sessions_left": left}
 
     async def migrate(self, session: str, target: str, source: str | None = None) -> dict[str, Any]:
-        """See `service.Mesh.migrate`."""
+        """See `service.ClusterService.migrate`."""
         known, to = self._session(session), self._peer(target, "target")
         moved = await self.coordinator.move(known, to, self._peer(source, "source") if source is not None else None)
         return {"session": known, "plan": header_of(moved.plan, self.membership.name_of), "pause_ms": 1000 * moved.pause_s}
 
     async def story(self, session: str) -> list[dict[str, Any]]:
-        """See `service.Mesh.story`."""
+        """See `service.ClusterService.story`."""
         return await self.storyteller.collect(self._session(session))
 
     async def probe_links(self) -> list[dict[str, Any]]:
-        """See `service.Mesh.probe_links`."""
+        """See `service.ClusterService.probe_links`."""
         await self.membership.probe_links()
         return self.links()
 
     async def _card(self, model: str) -> ModelCard:
-        """Of a known model, or of a reference that is fetched first."""
+        """The card of a known model, or of a reference that is fetched first."""
         try:
             return self.library.find(model)
         except UnknownModel:
             return await self.library.pull(model, lambda share: None)
 
     def _peer(self, text: str, param: str) -> PeerId:
-        """The peer of this name, or of an id that begins so. Raises: NoPeer, InvalidRequest."""
+        """Find a peer by its name or the beginning of its id. Raises: NoPeer, InvalidRequest."""
         return resolve_peer(text, profiles_from_adverts(self.membership.adverts(), ModelId("")), param=param)
 
     def _session(self, text: str) -> SessionId:
-        """The session of a whole id, or the only one here whose id begins so. Raises: UnknownSession, InvalidRequest."""
+        """Find a session by its whole id, or by the beginning of one that is known here. Raises: UnknownSession, InvalidRequest."""
         if whole := _WHOLE_ID.fullmatch(text):
             return SessionId(whole[1])
         here = {*self.coordinator.answers, *self.coordinator.kept, *(row["id"] for row in self.stages.rows(str))}
@@ -174,7 +174,7 @@ class ClusterView:
         if not matches:
             raise UnknownSession(f"no session here has an id that begins with {text!r}", hint="write the whole id")
         if len(matches) > 1:
-            several = f"{text!r} means several sessions: {', '.join(matches)}"
+            several = f"{text!r} matches several sessions: {', '.join(matches)}"
             raise InvalidRequest(several, param="session", hint="write more of the id")
         return SessionId(matches[0])
 
@@ -235,7 +235,7 @@ def _own_row(advert: Advert, address: str) -> dict[str, Any]:
 
 
 def _peer_row(row: dict[str, Any]) -> dict[str, Any]:
-    """The table's row under the public names."""
+    """Convert a row of the peer table to the public keys."""
     hosts = row.pop("addresses")
     public = {
         "id": row.pop("peer"),

@@ -1,4 +1,4 @@
-"""What happens on this peer, for whoever watches: bounded for each reader, so a slow one holds up nobody."""
+"""Events of this peer, for its watchers. Each reader has a bounded queue, so a slow one blocks nobody."""
 
 import asyncio
 from collections import deque
@@ -7,17 +7,18 @@ from typing import Any
 
 from meshd.clock import Clock
 
-_KEPT = 256
+_QUEUE_LIMIT = 256
+"""Events that wait for one reader; beyond it the oldest are dropped and counted."""
 
 
 class _Reader:
     def __init__(self) -> None:
-        self.waiting: deque[dict[str, Any]] = deque(maxlen=_KEPT)
+        self.waiting: deque[dict[str, Any]] = deque(maxlen=_QUEUE_LIMIT)
         self.lost = 0
         self.wake = asyncio.Event()
 
     def push(self, event: dict[str, Any]) -> None:
-        if len(self.waiting) == _KEPT:
+        if len(self.waiting) == _QUEUE_LIMIT:
             self.lost += 1
         self.waiting.append(event)
         self.wake.set()
@@ -31,14 +32,14 @@ class EventBus:
         self._readers: set[_Reader] = set()
 
     def publish(self, kind: str, **fields: object) -> None:
-        """`{"type": kind, "at": seconds since the epoch, ...}` to every reader."""
+        """Send `{"type": kind, "at": seconds since the Unix epoch, ...}` to every reader."""
         if self._readers:
             event = {"type": kind, "at": self._clock.wall(), **fields}
             for reader in self._readers:
                 reader.push(event)
 
     async def subscribe(self) -> AsyncGenerator[dict[str, Any], None]:
-        """Events from now on. A reader that fell behind is told how many it lost. Cancel: unsubscribes."""
+        """Yield events from now on. A reader that fell behind gets a `lost` event with their number. Cancel: unsubscribes."""
         reader = _Reader()
         self._readers.add(reader)
         try:

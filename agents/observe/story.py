@@ -1,4 +1,4 @@
-"""What happened to each session on this peer, for `meshd debug story`: a few lines a session, the oldest sessions dropped first."""
+"""What happened to each session on this peer, for `meshd debug story`: a bounded number of lines for the newest sessions."""
 
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from meshd.types import SessionId
 
 _SESSIONS = 512
 _LINES = 256
-"""Of one session; the oldest go first, and how many is told."""
+"""Lines of one session. The oldest are dropped first, and counted."""
 
 
 @dataclass(slots=True)
@@ -20,25 +20,25 @@ class _Lines:
 
 @dataclass(slots=True)
 class Story:
-    """Bounded notes on sessions, in this peer's monotonic time."""
+    """Bounded notes on sessions, stamped with this peer's monotonic time."""
 
     clock: Clock
     _sessions: OrderedDict[SessionId, _Lines] = field(default_factory=OrderedDict)
 
     def note(self, session: SessionId, what: str, **facts: object) -> None:
-        """`{"at": monotonic seconds, "what": what, **facts}`; facts must be JSON-ready."""
-        kept = self._sessions.get(session)
-        if kept is None:
-            kept = self._sessions[session] = _Lines()
+        """Add the line `{"at": monotonic seconds, "what": what, **facts}`. Facts must be JSON-ready."""
+        notes = self._sessions.get(session)
+        if notes is None:
+            notes = self._sessions[session] = _Lines()
             while len(self._sessions) > _SESSIONS:
                 self._sessions.popitem(last=False)
-        kept.dropped += len(kept.lines) == _LINES
-        kept.lines.append({"at": self.clock.monotonic(), "what": what, **facts})
+        notes.dropped += len(notes.lines) == _LINES
+        notes.lines.append({"at": self.clock.monotonic(), "what": what, **facts})
 
     def lines(self, session: SessionId) -> list[dict[str, Any]]:
-        """Oldest first; empty if nothing is known."""
-        kept = self._sessions.get(session)
-        if kept is None:
+        """The session's lines, oldest first; empty if nothing is known."""
+        notes = self._sessions.get(session)
+        if notes is None:
             return []
-        missing = [{"at": kept.lines[0]["at"], "what": "dropped", "lines": kept.dropped}] if kept.dropped else []
-        return [*missing, *kept.lines]
+        missing = [{"at": notes.lines[0]["at"], "what": "dropped", "lines": notes.dropped}] if notes.dropped else []
+        return [*missing, *notes.lines]

@@ -1,7 +1,7 @@
-"""What of each session lies on this peer: KV and kept outputs, for the stage that runs and for those that may follow it.
+"""KV and kept outputs of each session on this peer, for the stage that runs and for the stages of later epochs.
 
-KV outlives the stage that computed it: a later epoch's stage of the same session takes over what is there, whole or for some of its
-layers. Two stages over different layers of one load may share one table, since its blocks cover all layers of the load.
+KV outlives the stage that computed it: a later epoch's stage of the same session takes it over, for all or some of its layers. Two
+stages over different layers may share one table, since its blocks cover all layers that are resident together.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,168 +16,180 @@ from meshd.types import LayerRange, ModelId, PeerId, SessionId
 
 @dataclass(slots=True, eq=False)
 class KvLease:
-    """KV blocks of one session in one load. They are free again when nobody uses them: no cache, and no step under way."""
+    """KV blocks of one session in one pool, used by caches and by stages until their last step ends. The last user frees them."""
 
-    load: ResidentLayers
+    resident: ResidentLayers
     pool: KVPool
     table: BlockTable
     users: int = 0
 
-    def enter(self) -> None:
-        """Count one user more; the load stays as long as one is there."""
+    def acquire(self) -> None:
+        """Add a user. The layers stay in memory as long as there is one."""
         if not self.users:
-            self.load.sessions += 1
+            self.resident.sessions += 1
         self.users += 1
 
-    def leave(self) -> None:
-        """Count one user less."""
+    def release(self) -> None:
+        """Remove a user; the last one frees the blocks."""
         self.users -= 1
         if not self.users:
             self.pool.free(self.table)
-            self.load.sessions -= 1
+            self.resident.sessions -= 1
 
 
 @dataclass(slots=True, eq=False)
 class StageKv:
-    """KV of a session for some layers, and the outputs after the last of them as far as they are kept."""
+    """KV of a session for some layers, and those outputs of the last of them that are kept."""
 
-    room: KvLease
+    lease: KvLease
     layers: LayerRange
     epoch: int
     filled: int = 0
     """KV of positions `[0, filled)` is valid."""
     settled: int = 0
-    """Of these, `[0, settled)` was there before the epoch began."""
+    """KV of `[0, settled)` was valid before the epoch began."""
     source: PeerId | None = None
-    """Who copies KV to here; None: a stage computes it."""
+    """The peer that copies KV to this one. None: a stage here computes it."""
     mirrored: bool = False
-    """What is there when the epoch opens came as a copy."""
+    """The KV that was valid when the epoch opened came as a copy."""
     spared: int = 0
-    """The epoch that left it here as a copy, though it was not offered again in it; 0: none yet."""
+    """Epoch in which this copy was kept although the source did not offer it again. 0: never."""
     log: OutputLog | None = None
 
 
 @dataclass(slots=True, eq=False)
 class SessionKv:
-    """All that is here of one session."""
+    """Everything that this peer keeps of one session."""
 
     session: SessionId
     coordinator: PeerId
     epoch: int
-    """The newest that was opened here."""
+    """The newest epoch that was opened here."""
     expires: float
-    """The lease, for everything of the session."""
+    """When the lease on everything of the session ends."""
     caches: list[StageKv] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class KvCache:
-    """Of all sessions on this peer."""
+    """KV and kept outputs of all sessions on this peer."""
 
     outputs: Outputs
-    _kept: dict[SessionId, SessionKv] = field(default_factory=dict)
+    _sessions: dict[SessionId, SessionKv] = field(default_factory=dict)
 
     def get(self, session: SessionId) -> SessionKv | None:
-        return self._kept.get(session)
+        return self._sessions.get(session)
 
     def __iter__(self) -> Iterator[SessionKv]:
-        return iter(list(self._kept.values()))
+        return iter(list(self._sessions.values()))
 
     def enter(self, session: SessionId, coordinator: PeerId, epoch: int, expires: float) -> SessionKv:
-        """The session's entry, which belongs to this coordinator and this epoch from now on."""
-        kept = self._kept.get(session)
-        if kept is None:
-            kept = self._kept[session] = SessionKv(session, coordinator, epoch, expires)
-        kept.coordinator, kept.epoch, kept.expires = coordinator, epoch, max(kept.expires, expires)
-        return kept
+        """Find or make the session's entry and assign it to this coordinator and epoch."""
+        session_kv = self._sessions.get(session)
+        if session_kv is None:
+            session_kv = self._sessions[session] = SessionKv(session, coordinator, epoch, expires)
+        session_kv.coordinator, session_kv.epoch, session_kv.expires = coordinator, epoch, max(session_kv.expires, expires)
+        return session_kv
 
-    def reserve(self, kept: SessionKv, load: ResidentLayers | None, layers: LayerRange, tokens: int) -> StageKv:
-        """Empty room for `tokens`. Raises: NoPeer without a load that is ready, OutOfMemory."""
-        if load is None or load.weights is None or load.pool is None:
-            raise NoPeer(f"layers {layers} of this model are not here", hint="place them first")
-        room = KvLease(load, load.pool, load.pool.allocate(tokens))
-        return self._add(kept, StageKv(room, layers, kept.epoch))
+    def reserve(self, session_kv: SessionKv, resident: ResidentLayers | None, layers: LayerRange, tokens: int) -> StageKv:
+        """Reserve empty KV for `tokens`.
 
-    def adopt(self, kept: SessionKv, model: ModelId, layers: LayerRange, tokens: int) -> StageKv | None:
-        """What an older epoch left for these layers, as a cache of the present one; the older one stays until it is dropped."""
-        fitting = [cache for cache in kept.caches if cache.epoch < kept.epoch and _fits(cache, model, layers, tokens)]
+        Raises: NoPeer if the layers are not ready in memory, OutOfMemory.
+        """
+        if resident is None or resident.weights is None or resident.pool is None:
+            raise NoPeer(f"this peer does not have layers {layers} of this model in memory", hint="place them first")
+        lease = KvLease(resident, resident.pool, resident.pool.allocate(tokens))
+        return self._add(session_kv, StageKv(lease, layers, session_kv.epoch))
+
+    def adopt(self, session_kv: SessionKv, model: ModelId, layers: LayerRange, tokens: int) -> StageKv | None:
+        """Take over the KV that an older epoch left for these layers. The older cache stays until it is dropped.
+
+        Returns: a cache of the present epoch on the same blocks; None if no KV fits.
+        """
+        fitting = [cache for cache in session_kv.caches if cache.epoch < session_kv.epoch and _fits(cache, model, layers, tokens)]
         best = max(fitting, key=lambda cache: (cache.filled, cache.source is None), default=None)
         if best is None:
             return None
         mirrored = best.mirrored or best.source is not None
-        return self._add(kept, StageKv(best.room, layers, kept.epoch, best.filled, mirrored=mirrored))
+        return self._add(session_kv, StageKv(best.lease, layers, session_kv.epoch, best.filled, mirrored=mirrored))
 
-    def take_log(self, kept: SessionKv, cache: StageKv) -> None:
+    def take_log(self, session_kv: SessionKv, cache: StageKv) -> None:
         """Give a cache the outputs that an older one of the session kept after the same layer, or an empty log."""
-        logs = [other.log for other in kept.caches if other.log is not None and other.layers.end == cache.layers.end]
+        logs = [other.log for other in session_kv.caches if other.log is not None and other.layers.end == cache.layers.end]
         cache.log = max(logs, key=lambda log: log.kept_to, default=None) or self.outputs.open()
 
     def mirror(
-        self, kept: SessionKv, load: ResidentLayers | None, model: ModelId, layers: LayerRange, tokens: int, valid: int
+        self, session_kv: SessionKv, resident: ResidentLayers | None, model: ModelId, layers: LayerRange, tokens: int, valid: int
     ) -> StageKv:
-        """Room for a copy, with what is here of it already, up to `valid`. Raises: NoPeer, OutOfMemory."""
-        idle = [cache for cache in kept.caches if not self._stage_uses(kept, cache.room)]
+        """Reserve KV for a copy, or continue with KV of the session that is here already, up to position `valid`.
+
+        Raises: NoPeer, OutOfMemory.
+        """
+        idle = [cache for cache in session_kv.caches if not self._stage_uses(session_kv, cache.lease)]
         fitting = [cache for cache in idle if _fits(cache, model, layers, tokens)]
         best = max(fitting, key=lambda cache: cache.filled, default=None)
         if best is None:
-            return self.reserve(kept, load, layers, tokens)
-        cache = self._add(kept, StageKv(best.room, layers, kept.epoch, min(best.filled, valid)))
+            return self.reserve(session_kv, resident, layers, tokens)
+        cache = self._add(session_kv, StageKv(best.lease, layers, session_kv.epoch, min(best.filled, valid)))
         for other in idle:
-            if other.room is not best.room or not other.layers.overlaps(layers):
+            if other.lease is not best.lease or not other.layers.overlaps(layers):
                 continue
             if other.layers in layers:
-                self.drop(kept, other)
+                self.drop(session_kv, other)
             else:
-                other.filled = min(other.filled, cache.filled)  # the copy is about to write there
+                other.filled = min(other.filled, cache.filled)  # the copy overwrites the blocks from there on
         return cache
 
-    def settle(self, kept: SessionKv, epoch: int) -> None:
-        """An epoch runs: let go of what is older, but for copies, which get this one epoch to be offered again."""
+    def settle(self, session_kv: SessionKv, epoch: int) -> None:
+        """Drop the caches of epochs before `epoch`, which now runs. A copy stays one epoch more: its source may offer it again."""
 
         def unwanted(cache: StageKv) -> bool:
             if cache.epoch >= epoch:
                 return False
-            if cache.source is None or self._stage_uses(kept, cache.room) or cache.spared not in (0, epoch):
+            if cache.source is None or self._stage_uses(session_kv, cache.lease) or cache.spared not in (0, epoch):
                 return True
             cache.spared = epoch
             return False
 
-        self.drop_where(kept, unwanted)
+        self.drop_where(session_kv, unwanted)
 
-    def _stage_uses(self, kept: SessionKv, room: KvLease) -> bool:
-        """Somebody beside the caches: a stage that runs, or a step of one that has ended."""
-        return room.users > sum(cache.room is room for cache in kept.caches)
+    def _stage_uses(self, session_kv: SessionKv, lease: KvLease) -> bool:
+        """Whether a stage uses the blocks beside the caches: one that runs, or one that has ended during a step."""
+        return lease.users > sum(cache.lease is lease for cache in session_kv.caches)
 
-    def drop(self, kept: SessionKv, cache: StageKv) -> None:
-        """Let go of a cache, and of the session if it was the last one."""
-        kept.caches.remove(cache)
+    def drop(self, session_kv: SessionKv, cache: StageKv) -> None:
+        """Drop a cache, and the session if it was the last one."""
+        session_kv.caches.remove(cache)
         log, cache.log = cache.log, None
-        if log is not None and not any(other.log is log for other in kept.caches):
+        if log is not None and not any(other.log is log for other in session_kv.caches):
             self.outputs.drop(log)
-        cache.room.leave()
-        self.forget_if_empty(kept)
+        cache.lease.release()
+        self.forget_if_empty(session_kv)
 
-    def drop_where(self, kept: SessionKv, unwanted: Callable[[StageKv], bool]) -> int:
-        """Let go of some caches; the blocks that are or will be free by it."""
-        going = [cache for cache in kept.caches if unwanted(cache)]
-        rooms = {id(cache.room): cache.room for cache in going}
+    def drop_where(self, session_kv: SessionKv, unwanted: Callable[[StageKv], bool]) -> int:
+        """Drop some caches.
+
+        Returns: the number of blocks that are free now, or will be when the running step ends.
+        """
+        going = [cache for cache in session_kv.caches if unwanted(cache)]
+        leases = {id(cache.lease): cache.lease for cache in going}
         for cache in going:
-            self.drop(kept, cache)
-        staying = {id(cache.room) for cache in kept.caches}
-        return sum(len(room.table.blocks) for key, room in rooms.items() if key not in staying)
+            self.drop(session_kv, cache)
+        staying = {id(cache.lease) for cache in session_kv.caches}
+        return sum(len(lease.table.blocks) for key, lease in leases.items() if key not in staying)
 
-    def forget_if_empty(self, kept: SessionKv) -> None:
-        """Forget a session of which nothing is left."""
-        if not kept.caches and self._kept.get(kept.session) is kept:
-            del self._kept[kept.session]
+    def forget_if_empty(self, session_kv: SessionKv) -> None:
+        """Forget the session if nothing of it is kept."""
+        if not session_kv.caches and self._sessions.get(session_kv.session) is session_kv:
+            del self._sessions[session_kv.session]
 
-    def _add(self, kept: SessionKv, cache: StageKv) -> StageKv:
-        cache.room.enter()
-        kept.caches.append(cache)
+    def _add(self, session_kv: SessionKv, cache: StageKv) -> StageKv:
+        cache.lease.acquire()
+        session_kv.caches.append(cache)
         return cache
 
 
 def _fits(cache: StageKv, model: ModelId, layers: LayerRange, tokens: int) -> bool:
-    load = cache.room.load
-    ready = load.weights is not None and load.pool is cache.room.pool
-    return ready and load.card.id == model and layers in cache.layers and cache.room.table.capacity >= tokens
+    resident = cache.lease.resident
+    ready = resident.weights is not None and resident.pool is cache.lease.pool
+    return ready and resident.card.id == model and layers in cache.layers and cache.lease.table.capacity >= tokens

@@ -1,4 +1,4 @@
-"""What stages sent on, kept for as long as there is room: a stage that takes the next one's place computes on it again."""
+"""Outputs that stages sent, kept within a budget of bytes: a stage that replaces the next one computes on them again."""
 
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
@@ -12,9 +12,9 @@ from meshd.errors import LocalFault
 F32 = npt.NDArray[np.float32]
 
 _PART_BYTES = 160
-"""What keeping one more array costs beside its values."""
+"""Overhead of one more array beside its values."""
 _TRIM_SHARE = 8
-"""A log that fills the room alone loses this part of it at once, not a step at a time."""
+"""A log that fills the budget alone loses this share of it at once, so that not every step has to trim."""
 
 
 @dataclass(slots=True, eq=False)
@@ -23,7 +23,7 @@ class OutputLog:
 
     kept_to: int = 0
     pinned: bool = False
-    """It was offered to the coordinator: it stays until it has been sent or is not wanted."""
+    """Offered to the coordinator: not evicted before it was sent or refused."""
     starts: list[int] = field(default_factory=list)
     parts: list[F32] = field(default_factory=list)
 
@@ -45,20 +45,20 @@ class OutputLog:
 
 @dataclass(slots=True)
 class Outputs:
-    """All logs of this peer, in a budget of bytes. When it is full, the log that was not used for longest goes first."""
+    """All logs of this peer, in a budget of bytes. The least recently used log is evicted first."""
 
     limit_bytes: int
     used_bytes: int = 0
     _logs: "OrderedDict[int, OutputLog]" = field(default_factory=OrderedDict)
 
     def open(self) -> OutputLog:
-        """A new log, empty."""
+        """Make an empty log."""
         log = OutputLog()
         self._logs[id(log)] = log
         return log
 
     def append(self, log: OutputLog, position: int, hidden: F32) -> None:
-        """Keep the outputs of a step, without a copy: they must not change. What would leave a gap begins the log anew."""
+        """Keep the outputs of a step without copying them: they must not change. A gap starts the log anew."""
         if position != log.kept_to:
             self._clear(log)
             log.kept_to = position
@@ -71,18 +71,18 @@ class Outputs:
             self._make_room(log)
 
     def cut(self, log: OutputLog, end: int) -> None:
-        """Forget what was kept from `end` on."""
+        """Drop the outputs from position `end` on."""
         while log.parts and log.starts[-1] >= end:
             self.used_bytes -= _size(log.parts.pop())
             log.starts.pop()
         if log.parts and log.kept_to > end:
             last = log.parts[-1]
-            log.parts[-1] = last[: end - log.starts[-1]].copy()  # a view would hold all of it
+            log.parts[-1] = last[: end - log.starts[-1]].copy()  # a view would keep the whole array in memory
             self.used_bytes -= last.nbytes - log.parts[-1].nbytes
         log.kept_to = min(log.kept_to, end)
 
     def drop(self, log: OutputLog) -> None:
-        """Forget a log. Idempotent."""
+        """Drop a log. Idempotent."""
         if self._logs.pop(id(log), None) is not None:
             self._clear(log)
 

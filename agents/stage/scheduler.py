@@ -1,182 +1,35 @@
-"""One step of one session, as the compute thread sees it, what messages make of it, and which of the ready ones is next."""
+"""Which of the steps that are ready a peer computes next."""
 
-import time
 from collections import deque
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
-
-from meshd.agents.placement.loads import ResidentLayers
-from meshd.agents.stage import session as fsm
-from meshd.agents.stage.kv import StageKv
-from meshd.errors import LocalFault, MeshdError, ProtocolViolation
-from meshd.kernels.backend import Segment, Stage
-from meshd.kernels.kv import BlockTable
-from meshd.kernels.sampler import Sampler
-from meshd.kernels.wire import decode
-from meshd.protocol.messages import Activation, Open, Opened, Prompt, Token
-from meshd.types import FinishReason, PeerId, SessionId, TokenLogprobs
+from meshd.agents.stage.session import Step
+from meshd.agents.stage.steps import ActiveStage
 
 _DECODES_PER_PREFILL = 8
-"""Decodes that may go first before one waiting prefill step has its turn."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepInput:
-    """What a step computes on: token ids at the first stage, an activation's bytes elsewhere."""
-
-    ids: npt.NDArray[np.int32] | None
-    activation: Activation | None = None
-    payload: memoryview | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """What a step made."""
-
-    hidden: npt.NDArray[np.float32] | None
-    token: int | None
-    logprobs: TokenLogprobs | None
-    compute_ns: int
-    """Of this step so far, over all stages."""
-    forward_s: float
-    """Of this stage, without sampler and head."""
-    stage_s: float
-    """Of this stage, all of it."""
-
-
-@dataclass(slots=True, eq=False)
-class ActiveStage:
-    """A session's stage on this peer."""
-
-    open: Open
-    load: ResidentLayers
-    stage: Stage
-    cache: StageKv
-    table: BlockTable
-    sampler: Sampler
-    machine: fsm.StageSession
-
-    @property
-    def key(self) -> tuple[SessionId, int]:
-        return self.open.session, self.open.stage
-
-    def peer_of(self, stage: int) -> PeerId:
-        return self.open.plan.stages[stage].peer
-
-    @property
-    def last(self) -> bool:
-        return self.open.stage == len(self.open.plan.stages) - 1
-
-    def source_of(self, step: fsm.Step) -> PeerId:
-        """Who sent what a step computes on."""
-        if self.open.stage:
-            return self.peer_of(self.open.stage - 1)
-        return self.open.coordinator if step.prefill else self.peer_of(len(self.open.plan.stages) - 1)
-
-    def opened(self, request: int) -> Opened:
-        """What the coordinator is told of it."""
-        machine = self.machine
-        return Opened(
-            request=request,
-            session=self.open.session,
-            epoch=self.open.epoch,
-            blocks=len(self.table.blocks),
-            held=machine.held,
-            mirrored=self.cache.mirrored,
-            kept_from=machine.kept_from,
-            kept_to=machine.kept_to,
-        )
-
-
-def prompt_step(active: ActiveStage, message: Prompt, payload: memoryview) -> fsm.Step:
-    """Raises: ProtocolViolation if its ids are torn or outside the vocabulary."""
-    ids = token_ids(payload, message.tokens, active.load.card.spec.vocab)
-    return fsm.Step(message.step, message.tokens, message.last, True, data=StepInput(ids))
-
-
-def token_ids(payload: memoryview, tokens: int, vocab: int) -> npt.NDArray[np.int32]:
-    """Token ids as they travel. Raises: ProtocolViolation for another count, or one outside the vocabulary."""
-    if len(payload) != 4 * tokens:
-        raise ProtocolViolation(f"{tokens} token ids were told of, and {len(payload)} bytes came")
-    ids = np.frombuffer(payload, dtype="<i4")
-    if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) < vocab):
-        raise ProtocolViolation("token ids came that are outside the vocabulary")
-    return ids
-
-
-def activation_step(active: ActiveStage, message: Activation, payload: memoryview) -> fsm.Step:
-    """An activation as a step of the stage that it is for."""
-    return fsm.Step(
-        message.step,
-        message.tokens,
-        message.sample,
-        message.step < active.machine.known_tokens,
-        index=max(0, message.step + message.tokens - active.open.prompt_tokens),
-        data=StepInput(None, message, payload),
-    )
-
-
-def token_step(active: ActiveStage, message: Token) -> fsm.Step:
-    """The last stage's pick as the first stage's next step."""
-    ids = np.array([message.token], dtype=np.int32)
-    return fsm.Step(active.open.prompt_tokens + message.index, 1, True, False, index=message.index + 1, data=StepInput(ids))
-
-
-def activation_of(active: ActiveStage, position: int, tokens: int, hidden: int, *, sample: bool, compute_ns: int) -> Activation:
-    """What goes to the next stage, without its payload."""
-    return Activation(
-        session=active.open.session,
-        epoch=active.open.epoch,
-        step=position,
-        stage=active.open.stage + 1,
-        tokens=tokens,
-        hidden=hidden,
-        dtype=active.open.plan.wire_dtype,
-        sample=sample,
-        compute_ns=compute_ns,
-    )
-
-
-def token_of(active: ActiveStage, step: fsm.Step, output: StepOutput, token: int) -> Token:
-    """What goes to the first stage and to the coordinator."""
-    index = step.end - active.open.prompt_tokens
-    finish = ""
-    if token in active.load.card.end_of_sequence and not active.open.ignore_eos:
-        finish = FinishReason.STOP.value
-    elif index + 1 == active.open.max_tokens:
-        finish = FinishReason.LENGTH.value
-    return Token(
-        session=active.open.session,
-        epoch=active.open.epoch,
-        step=step.position,
-        index=index,
-        token=token,
-        logprobs=output.logprobs,
-        final=bool(finish),
-        finish=finish,
-        compute_ns=output.compute_ns,
-    )
+"""Decode steps in a row while a prefill step waits."""
 
 
 @dataclass(slots=True)
 class Scheduler:
-    """Steps that are ready: decodes first, then prefill, each first come first served.
+    """Steps that are ready: decodes before prefills, each first come first served.
 
-    A session has one step here at most: the queue is as long as there are sessions, and each waits for one step of every other.
+    A session has one step here at most, so the queue is no longer than the number of sessions.
     """
 
-    _decodes: deque[tuple[ActiveStage, fsm.Step]] = field(default_factory=deque)
-    _prefills: deque[tuple[ActiveStage, fsm.Step]] = field(default_factory=deque)
+    _decodes: deque[tuple[ActiveStage, Step]] = field(default_factory=deque)
+    _prefills: deque[tuple[ActiveStage, Step]] = field(default_factory=deque)
     _decodes_in_row: int = 0
 
-    def put(self, active: ActiveStage, step: fsm.Step) -> None:
-        """A step that may be computed now."""
+    def put(self, active: ActiveStage, step: Step) -> None:
+        """Queue a step."""
         (self._prefills if step.prefill else self._decodes).append((active, step))
 
-    def take(self) -> tuple[ActiveStage, fsm.Step] | None:
-        """The next one; prefill has its turn after some decodes, so that a new session is never starved by running ones."""
+    def take(self) -> tuple[ActiveStage, Step] | None:
+        """Take the next step. A prefill goes after some decodes, so that running sessions never starve a new one.
+
+        Returns: None if no step is ready.
+        """
         if self._prefills and (not self._decodes or self._decodes_in_row >= _DECODES_PER_PREFILL):
             self._decodes_in_row = 0
             return self._prefills.popleft()
@@ -184,48 +37,3 @@ class Scheduler:
             return None
         self._decodes_in_row += 1
         return self._decodes.popleft()
-
-
-def compute_step(active: ActiveStage, step: fsm.Step) -> StepOutput:
-    """One step, on the compute thread.
-
-    Raises: ProtocolViolation if what came in is torn or not finite, LocalFault if what goes out is not.
-    """
-    started = time.perf_counter_ns()
-    given = step.data
-    assert isinstance(given, StepInput)
-    before_ns = 0
-    if given.activation is not None and given.payload is not None:
-        hidden = decode(given.payload, given.activation.dtype, given.activation.tokens, active.load.card.spec.hidden)
-        before_ns = given.activation.compute_ns
-    else:
-        assert given.ids is not None
-        hidden = active.stage.embed(given.ids)
-    try:
-        out = _forward(active, step, hidden)
-        forward_s = (time.perf_counter_ns() - started) / 1e9
-        token, logprobs = _sample(active, step, out) if active.last else (None, None)
-    except MeshdError as error:
-        if np.isfinite(hidden).all():
-            raise
-        raise ProtocolViolation("the hidden states that came are not finite") from error
-    spent_ns = time.perf_counter_ns() - started
-    return StepOutput(None if active.last else out, token, logprobs, before_ns + spent_ns, forward_s, spent_ns / 1e9)
-
-
-def _forward(active: ActiveStage, step: fsm.Step, hidden: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    segment = Segment(table=active.table, start=step.position, tokens=step.tokens)
-    out = active.stage.forward(hidden, [segment], active.cache.room.pool)
-    # Nothing gets lost on the way through the layers: what is not finite when it comes in is not when it goes out.
-    if not active.last and not np.isfinite(out).all():
-        raise LocalFault(f"layers {active.stage.layers} made hidden states that are not finite", hint="check the model file")
-    return out
-
-
-def _sample(active: ActiveStage, step: fsm.Step, hidden: npt.NDArray[np.float32]) -> tuple[int | None, TokenLogprobs | None]:
-    if not step.sample:
-        return None, None
-    logits = active.stage.logits(hidden[-1:])[0]
-    token, logprobs = active.sampler.pick(logits, step.end)
-    active.sampler.accept(token)
-    return token, logprobs

@@ -1,12 +1,12 @@
 """One session's part on the peer that runs one of its stages, as a pure state machine: events in, commands out.
 
-It decides which step is next, what a repeat means, when to wait for credit or for the next stage, what of the kept outputs goes out
-before anything is computed, and when memory may go. It never sees a tensor: what a step carries and what it made are opaque to it.
+It decides which step is next, what a repeat means, when to wait for credit or for the next stage, which kept outputs are
+sent before anything is computed, and when KV may be freed. It never sees a tensor: inputs and outputs of a step are opaque to it.
 
     OPEN --Resumed--> IDLE, WAITING or COMPUTING                      (only in a later epoch; a first one begins in IDLE)
     IDLE --StepArrived--> COMPUTING --StepComputed--> IDLE            (or the next step of the inbox)
     IDLE --StepArrived beyond credit or window--> WAITING --CreditGranted, StepTaken--> COMPUTING
-    any --Ended--> ENDED; the KV may go when no step is computing on it
+    any --Ended--> ENDED; the KV is freed when no step computes on it
 """
 
 from collections import deque
@@ -24,7 +24,7 @@ class StageState(Enum):
     """Where a session stands on this stage."""
 
     OPEN = "open"
-    """Its coordinator has not told yet where to go on."""
+    """Waits for RESUME, which names the position to start at."""
     IDLE = "idle"
     WAITING = "waiting"
     COMPUTING = "computing"
@@ -49,9 +49,6 @@ class Step:
     @property
     def end(self) -> int:
         return self.position + self.tokens
-
-
-# Events
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +81,7 @@ class StepTaken:
 class CreditGranted:
     index: int
     hold: bool = False
-    """No more than that, whatever was granted before."""
+    """Lower the credit to `index` if more was granted before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +93,10 @@ class StageEnded:
 
 Event = StageResumed | StepArrived | StepComputed | StepTaken | CreditGranted | StageEnded
 
-# Commands
-
 
 @dataclass(frozen=True, slots=True)
 class BeginAt:
-    """What is there counts up to `start`; what lies beyond is computed anew."""
+    """KV is valid up to `start`; positions from there on are computed anew."""
 
     start: int
 
@@ -121,7 +116,7 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """Send what a step made: an activation to the next stage, without its first `skip` tokens, or a token."""
+    """Send a step's output: an activation to the next stage, without its first `skip` tokens, or a token."""
 
     step: Step
     output: object
@@ -130,7 +125,7 @@ class Deliver:
 
 @dataclass(frozen=True, slots=True)
 class RejectStep:
-    """The step can't be: the coordinator is told."""
+    """Report to the coordinator that the step is not valid here."""
 
     step: Step
     reason: str
@@ -138,14 +133,14 @@ class RejectStep:
 
 @dataclass(frozen=True, slots=True)
 class RefuseResume:
-    """It can't go on from there: the coordinator is told."""
+    """Report to the coordinator that the stage can't start there."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class FreeKv:
-    """Nothing computes on the session's KV any more."""
+    """Release the stage's KV: no step computes on it any more."""
 
     reason: str
 
@@ -158,32 +153,32 @@ class StageSession(Machine[Event, Command]):
     """State of one session on one stage. Only `handle` changes it."""
 
     known_tokens: int
-    """The prompt, and what of the answer was there when the epoch began."""
+    """The prompt, and the answer tokens that were known when the epoch began."""
     max_tokens: int
-    """Of prompt and answer together: what KV is reserved for."""
+    """Tokens of prompt and answer together, for which KV is reserved."""
     credit: int
     first: bool
     """This is stage 0, which takes its decode steps from TOKEN and obeys CREDIT."""
     last: bool
     state: StageState = StageState.IDLE
     held: int = 0
-    """Positions whose KV was here when it opened."""
+    """Positions whose KV this peer had when the stage opened."""
     kept_from: int = 0
-    """Outputs of `[kept_from, kept_to)` were kept when it opened."""
+    """Outputs of `[kept_from, kept_to)` were kept when the stage opened."""
     kept_to: int = 0
     chunk_tokens: int = 1
-    """Of one replayed step."""
+    """Tokens of one replayed step."""
     next_position: int = 0
     send_from: int = 0
-    """The next stage has what comes before."""
+    """The next stage has the outputs of all positions before this one."""
     sent_to: int = 0
-    """And what comes before this has been sent to it."""
+    """Outputs of all positions before this one have been sent to the next stage."""
     replay_to: int = 0
     inbox: deque[Step] = field(default_factory=deque)
     computing: Step | None = None
     untaken: set[int] = field(default_factory=set)
     done: Step | None = None
-    """The newest finished step and what it made: a repeat is answered from here."""
+    """The newest finished step: a repeat is answered from `done_output`."""
     done_output: object = None
     reason: str = ""
 
@@ -192,13 +187,13 @@ class StageSession(Machine[Event, Command]):
         if self.state is StageState.COMPUTING and self.computing is None:
             raise AssertionError("computing, but no step")
         if self.state in (StageState.OPEN, StageState.IDLE, StageState.WAITING) and self.computing is not None:
-            raise AssertionError("a step computes unnoticed")
+            raise AssertionError("a step computes in a state that has none")
         if self.state in (StageState.IDLE, StageState.WAITING) and (self.state is StageState.WAITING) != bool(
             self.inbox or self.replaying
         ):
-            raise AssertionError("steps wait unnoticed, or none do")
+            raise AssertionError("steps wait while idle, or none do while waiting")
         if self.state is StageState.COMPUTING and self.replaying:
-            raise AssertionError("computes before what was kept has gone out")
+            raise AssertionError("computes before the kept outputs are sent")
         if len(self.inbox) > (PREFILL_WINDOW if self.state is StageState.OPEN else self.known_tokens + 1):
             raise AssertionError("the inbox is past its bound")
         if self.next_position > self.max_tokens:
@@ -227,7 +222,7 @@ class StageSession(Machine[Event, Command]):
         return not self.first or step.index < self.credit
 
     def _next(self) -> list[Command]:
-        """Send on what was kept, then start what the inbox holds, as far as it may go now."""
+        """Send the kept outputs, then start the next step of the inbox, as far as window and credit allow."""
         commands = self._replay() if self.replaying else []
         if not (self.inbox or self.replaying):
             self.state = StageState.IDLE
@@ -249,9 +244,9 @@ class StageSession(Machine[Event, Command]):
         return commands
 
     def _can_resume(self, event: StageResumed) -> str:
-        """Why it can't go on from there; empty if it can."""
+        """Why the stage can't start there; empty if it can."""
         if not 0 <= event.start <= self.held:
-            return f"KV of {self.held} tokens is here: it can't start at {event.start}"
+            return f"it has KV of {self.held} tokens: it can't start at {event.start}"
         if event.start >= self.known_tokens or not 0 <= event.send_from < self.known_tokens:
             return f"{self.known_tokens} tokens are known: it can't start at {event.start} and send from {event.send_from}"
         kept = self.kept_from <= event.send_from and event.start <= self.kept_to
@@ -260,7 +255,7 @@ class StageSession(Machine[Event, Command]):
         return ""
 
     def _deliver(self, step: Step, output: object) -> list[Command]:
-        """What goes out of a computed step: all but what the next stage has."""
+        """Deliver a computed step, without the positions that the next stage has."""
         skip = 0 if self.last else max(0, min(step.tokens, self.send_from - step.position))
         return [Deliver(step, output, skip)] if skip < step.tokens else []
 
@@ -280,7 +275,7 @@ def _resumed(session: StageSession, event: StageResumed) -> list[Command]:
 
 
 def _step_early(session: StageSession, event: StepArrived) -> list[Command]:
-    """The stage before was told to go on a little sooner: what it may send untaken is kept."""
+    """The stage before resumed first: keep as many steps as it may send before one is taken."""
     if len(session.inbox) >= PREFILL_WINDOW:
         return [RejectStep(event.step, f"more than {PREFILL_WINDOW} steps came before RESUME")]
     session.inbox.append(event.step)
@@ -292,7 +287,7 @@ def _step_arrived(session: StageSession, event: StepArrived) -> list[Command]:
     if step.position < session.next_position:
         if session.done is not None and step.position == session.done.position:
             return session._deliver(session.done, session.done_output)
-        return []  # an old repeat, or one that is under way: its answer went or will go out
+        return []  # a repeat of an older step, or of one that computes: its answer was or will be sent
     reason = session._admit(step)
     if reason:
         return [RejectStep(step, reason)]

@@ -1,14 +1,13 @@
 """The base of the state machines: the table decides, an illegal event changes nothing, the story tells what came before."""
 
-import importlib.util
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from meshd.agents.machine import STORY_LINES, IllegalTransition, Machine, Table, Transition, diagram
+from scripts import load_script
 
 
 class Light(Enum):
@@ -110,10 +109,5 @@ def test_a_diagram_has_every_arrow_of_the_table() -> None:
 
 
 def test_the_page_of_diagrams_is_made_from_the_tables_of_today() -> None:
-    place = Path(__file__).parents[1] / "diagrams.py"
-    spec = importlib.util.spec_from_file_location("diagrams", place)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("diagrams")
     assert module.PAGE.read_text() == module.page(), "run `make diagrams`"

@@ -3,7 +3,6 @@
 `make formats` runs all of it and writes the table in README from what passed.
 """
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from meshd.models.architectures import ARCHITECTURES
 from meshd.models.importing.plan import view_of
 from meshd.types import LayerRange, Tensor
 from reference.quantisers import quantised
+from scripts import load_script
 from tiny.models import TinyModel
 from tiny.steps import Chain
 
@@ -94,9 +94,5 @@ def test_a_kind_in_an_architecture_is_exact(tmp_path: Path, architecture: str, k
 
 def test_the_table_in_readme_is_of_these(tmp_path: Path) -> None:
     """It is written by `make formats`, which runs all pairs; an architecture or a kind that was added since is missed here."""
-    spec = importlib.util.spec_from_file_location("formats_table", Path(__file__).parents[1] / "formats_table.py")
-    assert spec is not None
-    assert spec.loader is not None
-    formats_table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(formats_table)
+    formats_table = load_script("formats_table")
     assert formats_table.table(dict.fromkeys(PAIRS, "passed")) in (formats_table.ROOT / "README.md").read_text()

@@ -140,7 +140,7 @@ def test_it_finds_kv_that_counts_though_it_is_not_there(monkeypatch: pytest.Monk
 
     def wrong(caches: KvCache, *given: Any) -> Any:
         cache = right(caches, *given)
-        if cache is not None and cache.filled < cache.room.table.capacity - 1:
+        if cache is not None and cache.filled < cache.lease.table.capacity - 1:
             cache.filled += 1
         return cache
 
@@ -174,7 +174,7 @@ def test_it_finds_a_step_that_is_computed_twice(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_it_finds_a_sampler_that_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meshd.agents.stage.host.Sampler", lambda params, *known: Sampler(params))
+    monkeypatch.setattr("meshd.agents.stage.opening.Sampler", lambda params, *known: Sampler(params))
     assert finds("not the reference's", USUAL)
 
 
@@ -184,12 +184,12 @@ def test_it_finds_blocks_that_leak(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_finds_blocks_that_are_freed_under_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(room: KvLease) -> None:
-        room.users -= 1
-        room.pool.free(room.table)
-        room.load.sessions -= not room.users
+    def wrong(lease: KvLease) -> None:
+        lease.users -= 1
+        lease.pool.free(lease.table)
+        lease.resident.sessions -= not lease.users
 
-    monkeypatch.setattr(KvLease, "leave", wrong)
+    monkeypatch.setattr(KvLease, "release", wrong)
     assert finds("are in use", USUAL)
 
 

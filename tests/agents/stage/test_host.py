@@ -459,9 +459,9 @@ async def test_a_past_epoch_and_a_stage_that_failed_are_refused(mesh: StageMesh)
     session.epoch = 2
     assert "epoch 3 is past" in await refused(session, (b, "0-4"))
     session.epoch = 6
-    b.host._fail(stage_of(b), 0, RemoteFailure("a test", remote_code="test"), a.id)
+    b.host._runner.fail(stage_of(b), 0, RemoteFailure("a test", remote_code="test"), a.id)
     assert (await session.open_stage(0, resume=True)).held == 0
-    b.host._fail(stage_of(b), 0, RemoteFailure("a test", remote_code="test"), a.id)
+    b.host._runner.fail(stage_of(b), 0, RemoteFailure("a test", remote_code="test"), a.id)
     with pytest.raises(RemoteFailure, match="has failed in epoch 6"):
         await session.open_stage(0, resume=True)
     await session.close(b)
@@ -664,7 +664,7 @@ async def test_a_copy_that_can_not_be_made_is_told_and_the_stage_serves_on(mesh:
     a, b, c, d = mesh.start("a"), mesh.start("b"), mesh.start("c", "0-2"), mesh.start("d", blocks=2)
     session = driver(mesh, a)
     await session.begin((b, "0-4"))
-    for target, told in ((c, "not here"), (d, "no KV for"), (b, "own peer")):
+    for target, told in ((c, "does not have layers 0-4"), (d, "no KV for"), (b, "own peer")):
         session.mirror(0, target)
         await session.until(lambda target=target: [m for m in a.told(Mirrored) if m.target == target.id])
         assert told in a.told(Mirrored)[-1].error

@@ -20,7 +20,7 @@ from meshd.agents.session.journal.store import MAX_RECORDS
 from meshd.agents.session.plan.candidates import PeerRules
 from meshd.agents.session.plan.resume import RecoveryPlan, RecoveryRequest
 from meshd.agents.session.plan.route import Router
-from meshd.agents.stage.scheduler import ActiveStage
+from meshd.agents.stage.steps import ActiveStage
 from meshd.compose import Parts, PeerSettings, PeerSignals, compose
 from meshd.kernels.kv import BlockTable
 from meshd.types import Advert, Capability, LayerRange, ModelCard, ModelId, PeerId, Plan, Rates
@@ -275,10 +275,10 @@ class Life:
 
     def tables(self, load: ResidentLayers) -> list[BlockTable]:
         """Of all KV that somebody uses in this load: what is kept of sessions, and what a step is under way on."""
-        rooms = {id(cache.room): cache.room for kept in self.stages._caches for cache in kept.caches}
+        leases = {id(cache.lease): cache.lease for kept in self.stages._caches for cache in kept.caches}
         for active in (*self.stages._active.values(), *self._computing()):
-            rooms[id(active.cache.room)] = active.cache.room
-        return [room.table for room in rooms.values() if room.load is load]
+            leases[id(active.cache.lease)] = active.cache.lease
+        return [lease.table for lease in leases.values() if lease.resident is load]
 
     def _computing(self) -> Iterator[ActiveStage]:
         """Stages that have ended, perhaps, while a step of theirs waits or computes."""

@@ -228,7 +228,6 @@ SAMPLES: tuple[tuple[Message, bytes], ...] = (
             dtype="f32",
             sample=True,
             deadline_ms=2_000,
-            compute_ns=1_500_000,
         ),
         b"\x00\x00\x80\x3f\x00\x00\x00\x40\x00\x00\x40\x40\x00\x00\x80\xc0",
     ),

@@ -1,25 +1,23 @@
-"""Copies of KV between peers: a stage's to another peer as it grows, and those of other peers' stages that are kept here."""
+"""Copies of this peer's stages on other peers."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from logging import getLogger
 
 from meshd.agents.links.links import Links
 from meshd.agents.observe.story import Story
-from meshd.agents.placement.loads import ResidentModels
-from meshd.agents.stage import mirror_copy as fsm
-from meshd.agents.stage.kv import KvCache, SessionKv, StageKv
-from meshd.agents.stage.scheduler import ActiveStage
-from meshd.errors import InvalidRequest, MeshdError, ProtocolViolation
+from meshd.agents.stage.mirror import copy as fsm
+from meshd.agents.stage.steps import ActiveStage
+from meshd.errors import MeshdError, ProtocolViolation
 from meshd.protocol.messages import KvAccepted, KvBlocks, KvOffer, KvStored, Mirror, Mirrored
-from meshd.types import LayerRange, PeerId, SessionId
+from meshd.types import PeerId, SessionId
 
 log = getLogger(__name__)
 
-_PIECE_BYTES = 256 << 10
-"""Reading a piece holds up the event loop, and sending it the lane: a larger one would show in the hops of decode steps."""
+_CHUNK_BYTES = 256 << 10
+"""Reading a chunk blocks the event loop, and sending it blocks the lane: a larger one would delay decode steps."""
 _MOST_COPIES = 4
-"""Of one stage at once: a mirror, and moves that prepare."""
+"""Copies of one stage at once: a mirror, and moves in preparation."""
 _OFFER_S = 5.0
 
 
@@ -40,7 +38,10 @@ class OutgoingMirrors:
     _copies: dict[tuple[SessionId, int], dict[PeerId, _Copy]] = field(default_factory=dict)
 
     def mirror(self, active: ActiveStage, message: Mirror) -> Awaitable[None] | None:
-        """Begin, hurry or stop, as MIRROR asks; the awaitable makes the offer, where one is needed."""
+        """Begin a copy, change its eagerness, or stop all copies of the stage, as MIRROR asks.
+
+        Returns: an awaitable that makes the offer; None if none is needed.
+        """
         if message.target is None:
             self.stop(active)
             return None
@@ -51,7 +52,11 @@ class OutgoingMirrors:
             return None
         copy = _Copy(active, message.target, _machine(active, eager=message.eager))
         if message.target == self.me or len(copies) >= _MOST_COPIES:
-            reason = "it is the stage's own peer" if message.target == self.me else f"{_MOST_COPIES} copies are under way already"
+            reason = (
+                "the target is the stage's own peer"
+                if message.target == self.me
+                else f"the stage has {_MOST_COPIES} copies already"
+            )
             self._apply(copy, fsm.CopyFailed(reason))
             return None
         self._copies.setdefault(active.key, {})[message.target] = copy
@@ -59,29 +64,29 @@ class OutgoingMirrors:
         return self._offer(copy)
 
     def grown(self, active: ActiveStage) -> None:
-        """The stage has KV of more positions."""
+        """Continue the stage's copies after its KV has grown."""
         if copies := self._copies.get(active.key):
             for copy in list(copies.values()):
                 self._apply(copy, fsm.KvGrown(active.cache.filled))
 
     def stop(self, active: ActiveStage) -> None:
-        """All copies of this stage end where they are."""
+        """End all copies of this stage where they are."""
         for copy in self._copies.pop(active.key, {}).values():
             self._apply(copy, fsm.CopyStopped())
 
     def tick(self) -> None:
-        """Twice a second."""
+        """Advance the copies' timeouts. Called twice a second."""
         for copy in self._all():
             self._apply(copy, fsm.TimePassed())
 
     def on_peer_gone(self, peer: PeerId, reason: str) -> None:
-        """What was copied to this peer is not any more."""
+        """Fail the copies on a peer that is gone."""
         for copy in self._all():
             if copy.target == peer:
                 self._apply(copy, fsm.CopyFailed(f"the link with it is down: {reason}"))
 
     def on_stored(self, sender: PeerId, message: KvStored, payload: memoryview) -> None:
-        """A target took a piece, or can't."""
+        """Take a target's answer to a chunk."""
         for copy in self._all():
             opened = copy.active.open
             copied = opened.session, opened.epoch, copy.active.stage.layers, copy.target
@@ -121,19 +126,19 @@ class OutgoingMirrors:
         for command in copy.machine.handle(event):
             match command:
                 case fsm.SendBlocks(position, tokens):
-                    self._send_piece(copy, position, tokens)
+                    self._send_chunk(copy, position, tokens)
                 case fsm.ReportProgress(held, filled, error):
                     self._report(copy, held, filled, error)
         if before is fsm.MirrorState.BEHIND and copy.machine.state is fsm.MirrorState.LEVEL:
             self._note(copy, "mirror caught up", held=copy.machine.held)
 
-    def _send_piece(self, copy: _Copy, position: int, tokens: int) -> None:
+    def _send_chunk(self, copy: _Copy, position: int, tokens: int) -> None:
         if copy.machine.state is fsm.MirrorState.ENDED:
-            return  # the piece before this one could not be sent
+            return  # the chunk before this one could not be sent
         opened, cache = copy.active.open, copy.active.cache
         blocks = KvBlocks(session=opened.session, epoch=opened.epoch, layers=cache.layers, position=position, tokens=tokens)
         try:
-            values = cache.room.pool.copy_out(cache.layers, cache.room.table, position, position + tokens)
+            values = cache.lease.pool.copy_out(cache.layers, cache.lease.table, position, position + tokens)
             self.links.send(copy.target, blocks, values.data.cast("B"))
         except MeshdError as error:
             self._apply(copy, fsm.CopyFailed(str(error)))
@@ -146,7 +151,7 @@ class OutgoingMirrors:
             copies = self._copies.get(copy.active.key, {})
             if copies.get(copy.target) is copy:
                 del copies[copy.target]
-        told = Mirrored(
+        mirrored = Mirrored(
             session=opened.session,
             epoch=opened.epoch,
             stage=opened.stage,
@@ -156,9 +161,9 @@ class OutgoingMirrors:
             error=error,
         )
         try:
-            self.links.send(opened.coordinator, told)
-        except MeshdError as lost:
-            log.debug("MIRRORED to %.8s not sent: %s", opened.coordinator, lost)
+            self.links.send(opened.coordinator, mirrored)
+        except MeshdError as unsent:
+            log.debug("MIRRORED to %.8s not sent: %s", opened.coordinator, unsent)
 
     def _note(self, copy: _Copy, what: str, **facts: object) -> None:
         self.story.note(copy.active.open.session, what, stage=copy.active.open.stage, target=copy.target, **facts)
@@ -166,73 +171,5 @@ class OutgoingMirrors:
 
 def _machine(active: ActiveStage, *, eager: bool) -> fsm.MirrorCopy:
     cache = active.cache
-    piece = _PIECE_BYTES // (len(cache.layers) * cache.room.pool.layer_bytes)
-    return fsm.MirrorCopy(cache.filled, max(1, piece), cache.room.pool.block_tokens, eager)
-
-
-@dataclass(slots=True)
-class IncomingMirrors:
-    """Copies of other peers' stages that are kept here."""
-
-    links: Links
-    holdings: ResidentModels
-    caches: KvCache
-    story: Story
-    admit: Callable[[KvOffer], SessionKv]
-    """The session's entry for the offer's epoch; raises InvalidRequest if the session is past it."""
-    on_change: Callable[[], None]
-
-    def on_offer(self, sender: PeerId, message: KvOffer, payload: memoryview) -> KvAccepted:
-        """Reserve room for a copy, or tell what is there of it."""
-        if message.tokens < 1 or len(message.layers) < 1:
-            raise InvalidRequest("a copy needs layers and tokens")
-        kept = self.admit(message)
-        cache = _find(kept, sender, message.layers, message.epoch)
-        if cache is None:
-            load = self.holdings.find(message.model, message.layers)
-            try:
-                cache = self.caches.mirror(kept, load, message.model, message.layers, message.tokens, message.valid)
-            finally:
-                self.caches.forget_if_empty(kept)
-            cache.source = sender
-            self.story.note(message.session, "mirror kept", layers=str(message.layers), source=sender, held=cache.filled)
-            self.on_change()
-        return KvAccepted(request=message.request, held=cache.filled)
-
-    def on_blocks(self, sender: PeerId, message: KvBlocks, payload: memoryview) -> None:
-        """Take a piece, if it is the next one or one that is there."""
-        kept = self.caches.get(message.session)
-        cache = _find(kept, sender, message.layers, message.epoch) if kept is not None else None
-        held, error = 0, "no copy is kept here"
-        if kept is not None and cache is not None:
-            error = self._store(kept, cache, message, payload)
-            held = cache.filled
-        told = KvStored(session=message.session, epoch=message.epoch, layers=message.layers, held=held, error=error)
-        try:
-            self.links.send(sender, told)
-        except MeshdError as lost:
-            log.debug("KV_STORED to %.8s not sent: %s", sender, lost)
-
-    def _store(self, kept: SessionKv, cache: StageKv, message: KvBlocks, payload: memoryview) -> str:
-        """Why the copy can't go on; empty if it can."""
-        room = cache.room
-        if message.position > cache.filled:
-            return ""  # a piece before this one was lost: the answer tells from where on
-        try:
-            if message.tokens < 1 or len(payload) != message.tokens * len(cache.layers) * room.pool.layer_bytes:
-                raise ProtocolViolation(f"KV_BLOCKS is torn: {len(payload)} bytes for {message.tokens} tokens")
-            room.pool.copy_in(cache.layers, room.table, message.position, payload)
-        except MeshdError as error:
-            log.warning("session %s: the copy from %.8s ends: %s", kept.session, cache.source, error)
-            self.caches.drop(kept, cache)
-            self.on_change()
-            return str(error)
-        cache.filled = message.position + message.tokens
-        return ""
-
-
-def _find(kept: SessionKv, source: PeerId, layers: LayerRange, epoch: int) -> StageKv | None:
-    for cache in kept.caches:
-        if cache.source == source and cache.layers == layers and cache.epoch == epoch:
-            return cache
-    return None
+    chunk_tokens = _CHUNK_BYTES // (len(cache.layers) * cache.lease.pool.layer_bytes)
+    return fsm.MirrorCopy(cache.filled, max(1, chunk_tokens), cache.lease.pool.block_tokens, eager)

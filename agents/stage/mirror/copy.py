@@ -1,7 +1,7 @@
 """A copy of a stage's KV on another peer, as the stage's peer sees it: a pure state machine, events in and commands out.
 
-KV only grows at its end, so a copy is a number: the positions that the target holds. Pieces are sent in order, a few of them
-unacknowledged, and again from where the target stands if it did not take them.
+KV only grows at its end, so the state of a copy is a number: the positions that the target holds. Chunks are sent in order, a few
+of them unacknowledged, and again from the target's position if it did not store them.
 
     OFFERED --Accepted--> BEHIND --Stored near the end--> LEVEL --Grown by a block--> BEHIND
     any --Failed, Stopped--> ENDED
@@ -14,9 +14,9 @@ from typing import Any
 from meshd.agents.machine import Machine, Transition
 
 _UNACKNOWLEDGED = 2
-"""Pieces on the way: one is written while the next one travels."""
+"""Chunks in flight: one is written while the next one travels."""
 _EAGER_LAG = 4
-"""Positions that an eager copy may lack to count as level: what one step more would compute again."""
+"""Positions that an eager copy may lack and still count as level: one step computes them again."""
 _MOST_REFUSED = 3
 _PATIENCE_TICKS = 20
 """Ticks without an acknowledgement after which the target counts as lost."""
@@ -31,33 +31,30 @@ class MirrorState(Enum):
     ENDED = "ended"
 
 
-# Events
-
-
 @dataclass(frozen=True, slots=True)
 class OfferAccepted:
-    """The target has room, and holds this much already."""
+    """The target has reserved KV and holds this many positions already."""
 
     held: int
 
 
 @dataclass(frozen=True, slots=True)
 class KvGrown:
-    """The stage has KV of so many positions now."""
+    """The stage has KV of this many positions now."""
 
     filled: int
 
 
 @dataclass(frozen=True, slots=True)
 class BlocksStored:
-    """The target took a piece (or not): it holds this much now."""
+    """The target answered a chunk, stored or not: it holds this many positions now."""
 
     held: int
 
 
 @dataclass(frozen=True, slots=True)
 class EagernessChanged:
-    """The copy is wanted level with each token, or by the block again."""
+    """The copy must follow each token (eager), or each block."""
 
     eager: bool
 
@@ -74,12 +71,10 @@ class CopyFailed:
 
 @dataclass(frozen=True, slots=True)
 class CopyStopped:
-    """Not wanted any more, or the stage has ended."""
+    """The coordinator wants no copy any more, or the stage has ended."""
 
 
 Event = OfferAccepted | KvGrown | BlocksStored | EagernessChanged | TimePassed | CopyFailed | CopyStopped
-
-# Commands
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +87,7 @@ class SendBlocks:
 
 @dataclass(frozen=True, slots=True)
 class ReportProgress:
-    """Tell the coordinator how far the copy is, or why it can't go on."""
+    """Report to the coordinator how far the copy is, or why it ended."""
 
     held: int
     filled: int
@@ -107,30 +102,30 @@ class MirrorCopy(Machine[Event, Command]):
     """State of one copy. Only `handle` changes it."""
 
     filled: int
-    piece_tokens: int
-    """As many as a piece may carry."""
+    chunk_tokens: int
+    """Positions that one message may carry."""
     block_tokens: int
     eager: bool = False
     state: MirrorState = MirrorState.OFFERED
     held: int = 0
     sent: int = 0
-    on_the_way: int = 0
+    in_flight: int = 0
     flushing: bool = False
-    """Everything that is there is to be sent, less than a block too."""
+    """Send everything, even if it is less than a block."""
     quiet_ticks: int = 0
     refused: int = 0
-    """Pieces that the target did not take, one after another."""
+    """Chunks in a row that the target did not store."""
 
     def validate(self) -> None:
         """Invariants that hold between events; tests call it after each."""
-        if not 0 <= self.on_the_way <= _UNACKNOWLEDGED:
-            raise AssertionError("too many pieces on the way")
+        if not 0 <= self.in_flight <= _UNACKNOWLEDGED:
+            raise AssertionError("too many chunks in flight")
         if self.state in (MirrorState.BEHIND, MirrorState.LEVEL) and not self.held <= self.sent <= self.filled:
-            raise AssertionError("more is held than was sent, or sent than is there")
-        if self.state is MirrorState.BEHIND and not (self.on_the_way or self.lag < self.block_tokens):
-            raise AssertionError("nothing is on the way, though the copy is behind")
+            raise AssertionError("the target holds more than was sent, or more was sent than the stage has")
+        if self.state is MirrorState.BEHIND and not (self.in_flight or self.lag < self.block_tokens):
+            raise AssertionError("nothing is in flight, though the copy is behind")
         if self.state is MirrorState.LEVEL and self.lag >= self.block_tokens:
-            raise AssertionError("the copy is behind unnoticed")
+            raise AssertionError("the copy is level, though it lacks a block")
 
     @property
     def lag(self) -> int:
@@ -140,17 +135,17 @@ class MirrorCopy(Machine[Event, Command]):
         if self.filled - self.sent >= (1 if self.eager else self.block_tokens):
             self.flushing = True
         commands: list[Command] = []
-        while self.flushing and self.sent < self.filled and self.on_the_way < _UNACKNOWLEDGED:
-            tokens = min(self.piece_tokens, self.filled - self.sent)
+        while self.flushing and self.sent < self.filled and self.in_flight < _UNACKNOWLEDGED:
+            tokens = min(self.chunk_tokens, self.filled - self.sent)
             commands.append(SendBlocks(self.sent, tokens))
             self.sent += tokens
-            self.on_the_way += 1
+            self.in_flight += 1
         if self.sent == self.filled:
             self.flushing = False
         return commands
 
-    def _look(self) -> list[Command]:
-        """Whether the copy has caught up, or has fallen behind."""
+    def _update_state(self) -> list[Command]:
+        """Change the state if the copy has caught up or fallen behind."""
         if self.state is MirrorState.BEHIND and self.lag < (_EAGER_LAG if self.eager else self.block_tokens):
             self.state = MirrorState.LEVEL
             return [ReportProgress(self.held, self.filled)]
@@ -164,7 +159,7 @@ def _accepted(copy: MirrorCopy, event: OfferAccepted) -> list[Command]:
     copy.held = copy.sent = max(0, min(event.held, copy.filled))
     copy.flushing = True
     copy.quiet_ticks = 0
-    return [*copy._look(), *copy._pump()]
+    return [*copy._update_state(), *copy._pump()]
 
 
 def _grown_before(copy: MirrorCopy, event: KvGrown) -> list[Command]:
@@ -174,37 +169,37 @@ def _grown_before(copy: MirrorCopy, event: KvGrown) -> list[Command]:
 
 def _grown(copy: MirrorCopy, event: KvGrown) -> list[Command]:
     copy.filled = event.filled
-    if not copy.on_the_way:
+    if not copy.in_flight:
         copy.quiet_ticks = 0
-    return [*copy._look(), *copy._pump()]
+    return [*copy._update_state(), *copy._pump()]
 
 
 def _stored(copy: MirrorCopy, event: BlocksStored) -> list[Command]:
-    copy.on_the_way = max(0, copy.on_the_way - 1)
+    copy.in_flight = max(0, copy.in_flight - 1)
     if event.held > copy.held:
         copy.quiet_ticks = copy.refused = 0
     copy.held = max(0, min(event.held, copy.sent))
-    if not copy.on_the_way and copy.held < copy.sent:
-        copy.sent, copy.flushing = copy.held, True  # a piece was not taken: again from there
+    if not copy.in_flight and copy.held < copy.sent:
+        copy.sent, copy.flushing = copy.held, True  # a chunk was not stored: send again from there
         copy.refused += 1
         if copy.refused > _MOST_REFUSED:
-            return _failed(copy, CopyFailed("the target takes nothing"))
-    return [*copy._look(), *copy._pump()]
+            return _failed(copy, CopyFailed("the target stores nothing"))
+    return [*copy._update_state(), *copy._pump()]
 
 
-def _hurried(copy: MirrorCopy, event: EagernessChanged) -> list[Command]:
+def _eagerness_changed(copy: MirrorCopy, event: EagernessChanged) -> list[Command]:
     copy.eager = event.eager
     if copy.state is MirrorState.OFFERED:
         return []
-    copy.state = MirrorState.BEHIND  # whoever asks is told when it is level by the new measure
-    return [*copy._look(), *copy._pump()]
+    copy.state = MirrorState.BEHIND  # reported again once it is level by the new measure
+    return [*copy._update_state(), *copy._pump()]
 
 
 def _ticked(copy: MirrorCopy, event: TimePassed) -> list[Command]:
-    if copy.on_the_way or copy.state is MirrorState.OFFERED:
+    if copy.in_flight or copy.state is MirrorState.OFFERED:
         copy.quiet_ticks += 1
         if copy.quiet_ticks > _PATIENCE_TICKS:
-            return _failed(copy, CopyFailed("the target takes nothing"))
+            return _failed(copy, CopyFailed("the target stores nothing"))
     return [ReportProgress(copy.held, copy.filled)] if copy.state is MirrorState.BEHIND else []
 
 
@@ -227,13 +222,13 @@ _ignored = Transition(_ignore)
 TRANSITIONS: dict[tuple[Enum, type[Any]], Transition] = {
     (MirrorState.OFFERED, OfferAccepted): Transition(_accepted, (MirrorState.BEHIND, MirrorState.LEVEL)),
     (MirrorState.OFFERED, KvGrown): Transition(_grown_before),
-    (MirrorState.OFFERED, BlocksStored): _ignored,  # of a copy before this one
+    (MirrorState.OFFERED, BlocksStored): _ignored,  # the answer to an earlier copy
 }
 for _state in (MirrorState.BEHIND, MirrorState.LEVEL):
     TRANSITIONS[_state, KvGrown] = Transition(_grown, (MirrorState.BEHIND, MirrorState.LEVEL))
     TRANSITIONS[_state, BlocksStored] = Transition(_stored, (MirrorState.BEHIND, MirrorState.LEVEL, MirrorState.ENDED))
 for _state in (MirrorState.OFFERED, MirrorState.BEHIND, MirrorState.LEVEL):
-    TRANSITIONS[_state, EagernessChanged] = Transition(_hurried, (MirrorState.BEHIND, MirrorState.LEVEL))
+    TRANSITIONS[_state, EagernessChanged] = Transition(_eagerness_changed, (MirrorState.BEHIND, MirrorState.LEVEL))
     TRANSITIONS[_state, TimePassed] = Transition(_ticked, (MirrorState.ENDED,))
     TRANSITIONS[_state, CopyFailed] = Transition(_failed, (MirrorState.ENDED,))
     TRANSITIONS[_state, CopyStopped] = Transition(_stopped, (MirrorState.ENDED,))

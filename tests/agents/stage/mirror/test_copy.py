@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshd.agents.machine import IllegalTransition
-from meshd.agents.stage import mirror_copy as machine
-from meshd.agents.stage.mirror_copy import TRANSITIONS, MirrorCopy, MirrorState, ReportProgress, SendBlocks
+from meshd.agents.stage.mirror import copy as machine
+from meshd.agents.stage.mirror.copy import TRANSITIONS, MirrorCopy, MirrorState, ReportProgress, SendBlocks
 
 
 def fresh(filled: int = 100, *, eager: bool = False, piece: int = 40) -> MirrorCopy:
@@ -58,7 +58,7 @@ def test_every_pair_of_state_and_event_is_a_transition_or_raises_and_changes_not
         assert repr(copy) == before
 
 
-def test_two_pieces_are_on_the_way_until_all_is_there_and_that_is_told_once() -> None:
+def test_two_chunks_are_in_flight_until_all_are_stored_and_that_is_reported_once() -> None:
     copy = fresh()
     assert copy.handle(machine.OfferAccepted(0)) == [SendBlocks(0, 40), SendBlocks(40, 40)]
     assert copy.handle(machine.BlocksStored(40)) == [SendBlocks(80, 20)]
@@ -84,11 +84,11 @@ def test_a_move_follows_every_token() -> None:
     copy = level(eager=True)
     assert copy.handle(machine.KvGrown(101)) == [SendBlocks(100, 1)]
     assert copy.handle(machine.KvGrown(102)) == [SendBlocks(101, 1)]
-    assert copy.handle(machine.KvGrown(103)) == [], "two are on the way"
+    assert copy.handle(machine.KvGrown(103)) == [], "two are in flight"
     assert copy.handle(machine.BlocksStored(101)) == [SendBlocks(102, 1)]
 
 
-def test_a_mirror_that_is_hurried_sends_the_rest_and_tells_when_it_is_near() -> None:
+def test_a_mirror_made_eager_sends_the_rest_and_reports_when_it_is_level() -> None:
     copy = level()
     copy.handle(machine.KvGrown(120))
     assert copy.handle(machine.EagernessChanged(eager=True)) == [SendBlocks(100, 20)]
@@ -99,7 +99,7 @@ def test_a_piece_that_was_not_taken_is_sent_again_a_few_times() -> None:
     copy = accepted(30)
     for _ in range(3):
         assert copy.handle(machine.BlocksStored(0)) == [SendBlocks(0, 30)]
-    assert copy.handle(machine.BlocksStored(0)) == [ReportProgress(0, 30, "the target takes nothing")]
+    assert copy.handle(machine.BlocksStored(0)) == [ReportProgress(0, 30, "the target stores nothing")]
     assert copy.state is MirrorState.ENDED
 
 

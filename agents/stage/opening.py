@@ -1,0 +1,123 @@
+"""Opens stages: checks what OPEN asks for, reserves KV or takes over that of an older epoch, and makes the stage."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from meshd.agents.observe.story import Story
+from meshd.agents.placement.loads import ResidentModels
+from meshd.agents.stage import session as fsm
+from meshd.agents.stage.kv import KvCache, SessionKv, StageKv
+from meshd.agents.stage.leases import SessionLeases
+from meshd.agents.stage.runner import StageRunner
+from meshd.agents.stage.steps import ActiveStage, token_ids
+from meshd.errors import InvalidRequest, NoPeer, ProtocolViolation
+from meshd.kernels.sampler import Sampler, needs_known
+from meshd.protocol.messages import Open, Opened
+from meshd.types import PeerId
+
+
+@dataclass(slots=True)
+class StageOpener:
+    """Answers OPEN."""
+
+    me: PeerId
+    residents: ResidentModels
+    story: Story
+    caches: KvCache
+    leases: SessionLeases
+    runner: StageRunner
+    on_change: Callable[[], None]
+
+    def on_open(self, sender: PeerId, message: Open, payload: memoryview) -> Opened:
+        """Open a stage of a session for one epoch. A repeated OPEN gets the same answer.
+
+        Raises: ProtocolViolation, InvalidRequest, Superseded, NoPeer if the layers are not resident, OutOfMemory.
+        """
+        known = self.runner.active.get((message.session, message.stage))
+        if known is not None and known.open.epoch == message.epoch and known.open.coordinator == sender:
+            return known.opened(message.request)
+        self._check(sender, message)
+        sampler = self._sampler(message, payload)
+        session_kv = self.caches.get(message.session)
+        if session_kv is not None:
+            self._check_epoch(session_kv, message)
+            self.runner.end_before(message.session, message.epoch, "a new epoch")
+            if not message.resume:
+                self.caches.drop_where(session_kv, lambda cache: cache.epoch < message.epoch)
+        active = self._reserve(message, sampler)
+        self.runner.active[active.key] = active
+        machine = active.machine
+        kept_outputs = [machine.kept_from, machine.kept_to]
+        self.story.note(
+            message.session, "opened", epoch=message.epoch, stage=message.stage, held=machine.held, outputs=kept_outputs
+        )
+        self.on_change()
+        return active.opened(message.request)
+
+    def _check(self, sender: PeerId, message: Open) -> None:
+        stages = message.plan.stages
+        if message.coordinator != sender:
+            raise ProtocolViolation("OPEN names another coordinator than its sender")
+        if not 0 <= message.stage < len(stages) or stages[message.stage].peer != self.me:
+            raise InvalidRequest(f"stage {message.stage} of the plan is not this peer's")
+        if message.prompt_tokens < 1 or message.max_tokens < 1:
+            raise InvalidRequest("a session needs at least one prompt token and one answer token")
+        if not 0 <= message.answered < message.max_tokens:
+            raise InvalidRequest(f"{message.answered} of {message.max_tokens} answer tokens are made: none is left to make")
+        if message.plan.prefill_chunk_tokens < 1:
+            raise InvalidRequest("a prefill chunk needs at least one token")
+        if stages[message.stage].attention:
+            raise InvalidRequest("this peer does not hold attention shards for others", hint="plan without them")
+
+    def _check_epoch(self, session_kv: SessionKv, message: Open) -> None:
+        self.leases.check_coordinator(session_kv, message.coordinator, message.epoch, handed_over=message.handed_over)
+        layers = message.plan.stages[message.stage].layers
+        if any(cache.epoch == message.epoch and cache.layers == layers and not cache.source for cache in session_kv.caches):
+            raise InvalidRequest(f"stage {message.stage} has failed in epoch {message.epoch}", hint="open a later one")
+
+    def _sampler(self, message: Open, payload: memoryview) -> Sampler:
+        """Make the sampler. At the last stage it knows the tokens so far, if a penalty looks back at them."""
+        last = message.stage == len(message.plan.stages) - 1
+        if not last or not needs_known(message.sampling, message.answered):
+            return Sampler(message.sampling)
+        resident = self.residents.of(message.plan.model)
+        if not resident:
+            raise NoPeer("this peer has no layers of this model in memory", hint="place it first")
+        ids = token_ids(payload, message.prompt_tokens + message.answered, resident[0].card.spec.vocab).tolist()
+        return Sampler(message.sampling, ids[: message.prompt_tokens], ids[message.prompt_tokens :])
+
+    def _reserve(self, message: Open, sampler: Sampler) -> ActiveStage:
+        layers = message.plan.stages[message.stage].layers
+        last = message.stage == len(message.plan.stages) - 1
+        tokens = message.prompt_tokens + message.max_tokens
+        expires = self.leases.expiry(message.lease_ms)
+        session_kv = self.caches.enter(message.session, message.coordinator, message.epoch, expires)
+        try:
+            cache = self.caches.adopt(session_kv, message.plan.model, layers, tokens) if message.resume else None
+            if cache is None:
+                cache = self.caches.reserve(session_kv, self.residents.find(message.plan.model, layers), layers, tokens)
+        finally:
+            self.caches.forget_if_empty(session_kv)
+        if not last:
+            self.caches.take_log(session_kv, cache)
+        return _active_stage(message, cache, sampler, last=last)
+
+
+def _active_stage(message: Open, cache: StageKv, sampler: Sampler, *, last: bool) -> ActiveStage:
+    lease, outputs = cache.lease, cache.log
+    assert lease.resident.weights is not None
+    machine = fsm.StageSession(
+        known_tokens=message.prompt_tokens + message.answered,
+        max_tokens=message.prompt_tokens + message.max_tokens,
+        credit=message.credit,
+        first=message.stage == 0,
+        last=last,
+        state=fsm.StageState.OPEN if message.resume else fsm.StageState.IDLE,
+        held=cache.filled,
+        chunk_tokens=message.plan.prefill_chunk_tokens,
+    )
+    if outputs is not None:
+        machine.kept_from, machine.kept_to = outputs.kept_from, outputs.kept_to
+        outputs.pinned = message.resume
+    lease.acquire()
+    return ActiveStage(message, lease.resident, lease.resident.weights.stage(cache.layers), cache, lease.table, sampler, machine)

@@ -1,0 +1,172 @@
+"""Runs the stages of this peer: carries out their state machines' commands and computes their steps, one at a time.
+
+`apply` is the only way into a machine. The compute thread has one step at most; the scheduler chooses the next one when it ends.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from logging import getLogger
+
+from meshd.agents.device.compute import ComputeThread
+from meshd.agents.links.links import Links
+from meshd.agents.observe.story import Story
+from meshd.agents.placement.loads import ResidentModels
+from meshd.agents.stage import session as fsm
+from meshd.agents.stage.kv import KvCache
+from meshd.agents.stage.mirror.outgoing import OutgoingMirrors
+from meshd.agents.stage.scheduler import Scheduler
+from meshd.agents.stage.sender import StageSender, notify
+from meshd.agents.stage.steps import ActiveStage, StepOutput, compute_step
+from meshd.clock import Clock
+from meshd.errors import MeshdError, ProtocolViolation
+from meshd.protocol.messages import Failed
+from meshd.telemetry import Telemetry
+from meshd.types import PeerId, SessionId
+
+log = getLogger(__name__)
+
+
+@dataclass(slots=True)
+class StageRunner:
+    """The stages that run on this peer, by session and number of the stage."""
+
+    me: PeerId
+    links: Links
+    residents: ResidentModels
+    compute: ComputeThread
+    clock: Clock
+    telemetry: Telemetry
+    story: Story
+    caches: KvCache
+    mirrors: OutgoingMirrors
+    on_change: Callable[[], None]
+    active: dict[tuple[SessionId, int], ActiveStage]
+    ready: Scheduler
+    sender: StageSender = field(init=False)
+    computing_since: float | None = None
+    """When the running step, of whichever session, began."""
+
+    def __post_init__(self) -> None:
+        self.sender = StageSender(self.me, self.links, self.fail)
+
+    def apply(self, active: ActiveStage, event: fsm.Event) -> None:
+        """Hand an event to a stage's machine, carry out its commands, and start the next step if nothing computes."""
+        for command in active.machine.handle(event):
+            match command:
+                case fsm.Compute(step):
+                    self.ready.put(active, step)
+                case fsm.Deliver(step, output, skip):
+                    assert isinstance(output, StepOutput)
+                    self.sender.deliver(active, step, output, skip)
+                case fsm.BeginAt(start):
+                    self._begin(active, start)
+                case fsm.Replay(position, tokens):
+                    self.sender.replay(active, position, tokens)
+                case fsm.RejectStep(step, reason):
+                    error = ProtocolViolation(f"stage {active.open.stage} can't take the step: {reason}")
+                    self.fail(active, step.position, error, active.source_of(step))
+                case fsm.RefuseResume(reason):
+                    error = ProtocolViolation(f"stage {active.open.stage} can't resume as RESUME asks: {reason}")
+                    self.fail(active, active.machine.next_position, error, active.open.coordinator)
+                case fsm.FreeKv(reason):
+                    self._free(active, reason)
+        self._pump()
+
+    def fail(self, active: ActiveStage, position: int, error: MeshdError, blame: PeerId) -> None:
+        """Report a failure to the coordinator and end the stage. Its KV and outputs stay for the next epoch."""
+        if active.machine.state is fsm.StageState.ENDED:
+            return
+        log.warning("session %s stage %d failed: %s", active.open.session, active.open.stage, error)
+        self.story.note(
+            active.open.session, "failed", epoch=active.open.epoch, stage=active.open.stage, reason=str(error), blame=blame
+        )
+        failed = Failed(
+            session=active.open.session,
+            epoch=active.open.epoch,
+            step=position,
+            stage=active.open.stage,
+            code=error.code,
+            message=str(error),
+            blame=blame,
+        )
+        notify(self.links, active.open.coordinator, failed)
+        self._end(active, error.message)
+
+    def end_before(self, session: SessionId, epoch: int, reason: str) -> None:
+        """End the session's stages of epochs before `epoch`."""
+        for active in [active for active in self.active.values() if active.open.session == session]:
+            if active.open.epoch < epoch:
+                self._end(active, reason)
+
+    def unpin(self, active: ActiveStage) -> None:
+        """Let the kept outputs be evicted like all others, once they were sent or nobody wants them."""
+        if active.cache.log is not None and not active.machine.replaying:
+            active.cache.log.pinned = False
+
+    def _begin(self, active: ActiveStage, start: int) -> None:
+        """All stages of the epoch are open: forget KV and outputs beyond `start`, and the caches that no stage of it uses."""
+        cache, epoch = active.cache, active.open.epoch
+        cache.filled = cache.settled = start
+        cache.mirrored = False
+        if cache.log is not None:
+            self.caches.outputs.cut(cache.log, start)
+        session_kv = self.caches.get(active.open.session)
+        assert session_kv is not None
+        self.caches.settle(session_kv, epoch)
+        sent_from = active.machine.send_from
+        self.story.note(active.open.session, "resumed", epoch=epoch, stage=active.open.stage, start=start, send_from=sent_from)
+        self.on_change()
+
+    def _end(self, active: ActiveStage, reason: str) -> None:
+        """Take no more steps. KV and outputs stay, and the stage's blocks as long as a step of it computes."""
+        if self.active.get(active.key) is active:
+            del self.active[active.key]
+        self.mirrors.stop(active)
+        self.apply(active, fsm.StageEnded(reason))
+        self.unpin(active)
+
+    def _free(self, active: ActiveStage, reason: str) -> None:
+        active.cache.lease.release()
+        log.debug("session %s stage %d ended: %s", active.open.session, active.open.stage, reason)
+        self.on_change()
+
+    def _pump(self) -> None:
+        while self.computing_since is None and (job := self.ready.take()) is not None:
+            active, step = job
+            if active.machine.computing is not step:
+                continue
+            if active.machine.state is fsm.StageState.ENDED:
+                self.apply(active, fsm.StepComputed(step.position, None))
+                continue
+            self.computing_since = self.clock.monotonic()
+            if step.prefill and active.open.stage > 0:
+                self.sender.taken(active, step)
+            self.compute.submit(
+                partial(compute_step, active, step),
+                partial(self._computed, active, step),
+                partial(self._compute_failed, active, step),
+            )
+
+    def _computed(self, active: ActiveStage, step: fsm.Step, output: StepOutput) -> None:
+        self.computing_since = None
+        cache = active.cache
+        if active.machine.state is not fsm.StageState.ENDED:
+            cache.filled = step.end
+        self.apply(active, fsm.StepComputed(step.position, output))  # first: the next stage waits for it
+        if active.machine.state is not fsm.StageState.ENDED:
+            if cache.log is not None and output.hidden is not None:
+                self.caches.outputs.append(cache.log, step.position, output.hidden)
+            self.mirrors.grown(active)
+        if not step.prefill:
+            self.residents.observe_decode(active.resident, len(active.stage.layers), step.position, output.forward_s)
+        self.telemetry.stage_step(str(active.stage.layers), "prefill" if step.prefill else "decode", output.stage_s)
+
+    def _compute_failed(self, active: ActiveStage, step: fsm.Step, error: Exception) -> None:
+        self.computing_since = None
+        blame = active.source_of(step) if isinstance(error, ProtocolViolation) else self.me
+        if not isinstance(error, MeshdError):
+            log.exception("session %s stage %d: computing failed", active.open.session, active.open.stage, exc_info=error)
+            error = MeshdError(f"computing step {step.position} failed: {error}")
+        self.fail(active, step.position, error, blame)
+        self.apply(active, fsm.StepComputed(step.position, None))

@@ -1,0 +1,103 @@
+"""What leaves a stage: activations to the next stage, tokens to the first stage and to the coordinator."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from logging import getLogger
+
+import numpy as np
+import numpy.typing as npt
+
+from meshd.agents.links.links import Links
+from meshd.agents.stage.session import Step
+from meshd.agents.stage.steps import ActiveStage, StepOutput
+from meshd.errors import MeshdError
+from meshd.kernels.wire import encode
+from meshd.protocol.messages import Activation, Message, Taken, Token
+from meshd.types import FinishReason, PeerId
+
+log = getLogger(__name__)
+
+
+@dataclass(slots=True)
+class StageSender:
+    """Sends what the stages of this peer make."""
+
+    me: PeerId
+    links: Links
+    fail: Callable[[ActiveStage, int, MeshdError, PeerId], None]
+    """Ends a stage whose output could not be sent: (stage, position, error, peer to blame)."""
+
+    def deliver(self, active: ActiveStage, step: Step, output: StepOutput, skip: int) -> None:
+        """Send a step's activation without its first `skip` tokens, or its token."""
+        if output.hidden is not None:
+            hidden = output.hidden[skip:] if skip else output.hidden
+            self._send_activation(active, step.position + skip, hidden, sample=step.sample)
+        elif output.token is not None:
+            message = _token(active, step, output, output.token)
+            for peer in dict.fromkeys((active.peer_of(0), active.open.coordinator)):
+                self._send_or_fail(active, step.position, peer, message)
+
+    def replay(self, active: ActiveStage, position: int, tokens: int) -> None:
+        """Send the kept outputs of `[position, position + tokens)` again."""
+        assert active.cache.log is not None
+        try:
+            hidden = active.cache.log.rows(position, position + tokens)
+        except MeshdError as error:
+            self.fail(active, position, error, self.me)
+        else:
+            self._send_activation(active, position, hidden, sample=False)
+
+    def taken(self, active: ActiveStage, step: Step) -> None:
+        """Report to the stage before that this prefill step begins: it may send one more."""
+        message = Taken(session=active.open.session, epoch=active.open.epoch, step=step.position, stage=active.open.stage)
+        notify(self.links, active.peer_of(active.open.stage - 1), message)
+
+    def _send_activation(self, active: ActiveStage, position: int, hidden: npt.NDArray[np.float32], *, sample: bool) -> None:
+        tokens, width = hidden.shape
+        message = Activation(
+            session=active.open.session,
+            epoch=active.open.epoch,
+            step=position,
+            stage=active.open.stage + 1,
+            tokens=tokens,
+            hidden=width,
+            dtype=active.open.plan.wire_dtype,
+            sample=sample,
+        )
+        self._send_or_fail(active, position, active.peer_of(message.stage), message, encode(hidden, message.dtype))
+
+    def _send_or_fail(
+        self, active: ActiveStage, position: int, peer: PeerId, message: Message, payload: memoryview | None = None
+    ) -> None:
+        """Send a message that the session needs: if it can't be sent, the stage fails."""
+        try:
+            self.links.send(peer, message, payload)
+        except MeshdError as error:
+            self.fail(active, position, error, peer)
+
+
+def notify(links: Links, peer: PeerId, message: Message) -> None:
+    """Send a message whose loss does no harm: its receiver also learns the fact in another way."""
+    try:
+        links.send(peer, message)
+    except MeshdError as error:
+        log.debug("%s to %.8s not sent: %s", type(message).__name__, peer, error)
+
+
+def _token(active: ActiveStage, step: Step, output: StepOutput, token: int) -> Token:
+    index = step.end - active.open.prompt_tokens
+    finish = ""
+    if token in active.resident.card.end_of_sequence and not active.open.ignore_eos:
+        finish = FinishReason.STOP.value
+    elif index + 1 == active.open.max_tokens:
+        finish = FinishReason.LENGTH.value
+    return Token(
+        session=active.open.session,
+        epoch=active.open.epoch,
+        step=step.position,
+        index=index,
+        token=token,
+        logprobs=output.logprobs,
+        final=bool(finish),
+        finish=finish,
+    )

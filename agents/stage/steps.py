@@ -1,0 +1,161 @@
+"""A stage that runs on this peer, how messages become its steps, and how the compute thread computes one."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from meshd.agents.placement.loads import ResidentLayers
+from meshd.agents.stage import session as fsm
+from meshd.agents.stage.kv import StageKv
+from meshd.errors import LocalFault, MeshdError, ProtocolViolation
+from meshd.kernels.backend import Segment, Stage
+from meshd.kernels.kv import BlockTable
+from meshd.kernels.sampler import Sampler
+from meshd.kernels.wire import decode
+from meshd.protocol.messages import Activation, Open, Opened, Prompt, Token
+from meshd.types import PeerId, SessionId, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """What a step computes on: token ids at the first stage, an activation's bytes elsewhere."""
+
+    ids: npt.NDArray[np.int32] | None
+    activation: Activation | None = None
+    payload: memoryview | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """The output of a step."""
+
+    hidden: npt.NDArray[np.float32] | None
+    token: int | None
+    logprobs: TokenLogprobs | None
+    forward_s: float
+    """Time in this stage's layers, without head and sampler."""
+    stage_s: float
+    """Time in this stage, with head and sampler."""
+
+
+@dataclass(slots=True, eq=False)
+class ActiveStage:
+    """A session's stage on this peer."""
+
+    open: Open
+    resident: ResidentLayers
+    stage: Stage
+    cache: StageKv
+    table: BlockTable
+    sampler: Sampler
+    machine: fsm.StageSession
+
+    @property
+    def key(self) -> tuple[SessionId, int]:
+        return self.open.session, self.open.stage
+
+    def peer_of(self, stage: int) -> PeerId:
+        return self.open.plan.stages[stage].peer
+
+    @property
+    def last(self) -> bool:
+        return self.open.stage == len(self.open.plan.stages) - 1
+
+    def source_of(self, step: fsm.Step) -> PeerId:
+        """The peer that sent the step's input."""
+        if self.open.stage:
+            return self.peer_of(self.open.stage - 1)
+        return self.open.coordinator if step.prefill else self.peer_of(len(self.open.plan.stages) - 1)
+
+    def opened(self, request: int) -> Opened:
+        """The answer to OPEN."""
+        machine = self.machine
+        return Opened(
+            request=request,
+            session=self.open.session,
+            epoch=self.open.epoch,
+            blocks=len(self.table.blocks),
+            held=machine.held,
+            mirrored=self.cache.mirrored,
+            kept_from=machine.kept_from,
+            kept_to=machine.kept_to,
+        )
+
+
+def prompt_step(active: ActiveStage, message: Prompt, payload: memoryview) -> fsm.Step:
+    """Make a step of PROMPT. Raises: ProtocolViolation if its ids are torn or outside the vocabulary."""
+    ids = token_ids(payload, message.tokens, active.resident.card.spec.vocab)
+    return fsm.Step(message.step, message.tokens, message.last, True, data=StepInput(ids))
+
+
+def token_ids(payload: memoryview, tokens: int, vocab: int) -> npt.NDArray[np.int32]:
+    """Decode token ids. Raises: ProtocolViolation for another count than `tokens`, or for an id outside the vocabulary."""
+    if len(payload) != 4 * tokens:
+        raise ProtocolViolation(f"{tokens} token ids need {4 * tokens} bytes, but {len(payload)} came")
+    ids = np.frombuffer(payload, dtype="<i4")
+    if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) < vocab):
+        raise ProtocolViolation("some token ids are outside the vocabulary")
+    return ids
+
+
+def activation_step(active: ActiveStage, message: Activation, payload: memoryview) -> fsm.Step:
+    """Make a step of ACTIVATION."""
+    return fsm.Step(
+        message.step,
+        message.tokens,
+        message.sample,
+        message.step < active.machine.known_tokens,
+        index=max(0, message.step + message.tokens - active.open.prompt_tokens),
+        data=StepInput(None, message, payload),
+    )
+
+
+def token_step(active: ActiveStage, message: Token) -> fsm.Step:
+    """Make the first stage's next step of the last stage's token."""
+    ids = np.array([message.token], dtype=np.int32)
+    return fsm.Step(active.open.prompt_tokens + message.index, 1, True, False, index=message.index + 1, data=StepInput(ids))
+
+
+def compute_step(active: ActiveStage, step: fsm.Step) -> StepOutput:
+    """Compute one step, on the compute thread.
+
+    Raises: ProtocolViolation if the input is torn or not finite, LocalFault if only the output is not finite.
+    """
+    started = time.perf_counter()
+    given = step.data
+    assert isinstance(given, StepInput)
+    if given.activation is not None and given.payload is not None:
+        hidden = decode(given.payload, given.activation.dtype, given.activation.tokens, active.resident.card.spec.hidden)
+    else:
+        assert given.ids is not None
+        hidden = active.stage.embed(given.ids)
+    try:
+        out = _forward(active, step, hidden)
+        forward_s = time.perf_counter() - started
+        token, logprobs = _sample(active, step, out) if active.last else (None, None)
+    except MeshdError as error:
+        if np.isfinite(hidden).all():
+            raise
+        raise ProtocolViolation("the hidden states received are not finite") from error
+    stage_s = time.perf_counter() - started
+    return StepOutput(None if active.last else out, token, logprobs, forward_s, stage_s)
+
+
+def _forward(active: ActiveStage, step: fsm.Step, hidden: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    segment = Segment(table=active.table, start=step.position, tokens=step.tokens)
+    out = active.stage.forward(hidden, [segment], active.cache.lease.pool)
+    # A value that is not finite stays so through all layers, so the output is checked alone, and the input only if it fails.
+    if not active.last and not np.isfinite(out).all():
+        raise LocalFault(f"layers {active.stage.layers} made hidden states that are not finite", hint="check the model file")
+    return out
+
+
+def _sample(active: ActiveStage, step: fsm.Step, hidden: npt.NDArray[np.float32]) -> tuple[int | None, TokenLogprobs | None]:
+    if not step.sample:
+        return None, None
+    logits = active.stage.logits(hidden[-1:])[0]
+    token, logprobs = active.sampler.pick(logits, step.end)
+    active.sampler.accept(token)
+    return token, logprobs
