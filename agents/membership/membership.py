@@ -28,8 +28,9 @@ from meshd.agents.membership.peer_events import (
     PublishChange,
     StopDialling,
 )
+from meshd.agents.membership.peer_rows import unlinked_row
 from meshd.agents.membership.sources import DuplicateIdentity, PeerFound, PeerWithdrawn, Sighting, Source, SourceNotice
-from meshd.agents.membership.table import PeerTable, unlinked_row
+from meshd.agents.membership.table import PeerTable
 from meshd.agents.observe.events import EventBus
 from meshd.clock import Clock
 from meshd.errors import MeshdError
@@ -252,7 +253,10 @@ class Membership:
                 case StopDialling(peer):
                     self._forget(peer)
                 case PublishChange(peer, state, was, why):
-                    self._publish_change(peer, state.value if state else "forgotten", was.value if was else "", why)
+                    unknown = PeerState.UNKNOWN
+                    self._publish_change(
+                        peer, "forgotten" if state is unknown else state.value, "" if was is unknown else was.value, why
+                    )
 
     def _dial(self, peer: PeerId | None, addresses: Iterable[Address], source: str) -> None:
         for address in addresses:

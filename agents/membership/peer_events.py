@@ -11,6 +11,8 @@ from meshd.values import Address
 class PeerState(Enum):
     """Where a peer stands."""
 
+    UNKNOWN = "unknown"
+    """Not in the table: never seen, or forgotten."""
     FOUND = "found"
     """A source named it; there was no link yet."""
     ALIVE = "alive"
@@ -138,11 +140,11 @@ class StopDialling:
 
 @dataclass(frozen=True, slots=True)
 class PublishChange:
-    """Tell who is interested (planner, event stream): the peer's state or advert changed. `state` None: it is forgotten."""
+    """Publish to the planner and the event stream that the peer's state or advert changed."""
 
     peer: PeerId
-    state: PeerState | None
-    was: PeerState | None
+    state: PeerState
+    was: PeerState
     why: str
 
 
