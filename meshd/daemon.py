@@ -17,10 +17,11 @@ from meshd.agents.device.memory import measure_memory
 from meshd.agents.device.probe import ProbeResult, Progress, probe
 from meshd.agents.links.links import Links, LinkSettings
 from meshd.agents.links.probe import LinkProber
-from meshd.agents.membership.mdns import MdnsDiscovery, StaticPeers
+from meshd.agents.membership.mdns import MdnsDiscovery
 from meshd.agents.membership.mdns_records import Announcement
 from meshd.agents.membership.membership import Membership, SelfDescription
 from meshd.agents.membership.sources import Source
+from meshd.agents.membership.static import StaticPeers
 from meshd.agents.observe.events import EventBus
 from meshd.agents.observe.story import Story
 from meshd.agents.placement.client import PlacementClient

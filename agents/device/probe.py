@@ -19,9 +19,11 @@ import msgspec
 import psutil
 
 import meshd
-from meshd.agents.device.hardware import EnergyMeter, disk_read_rate, processor_name
+from meshd.agents.device.disk import disk_read_rate
+from meshd.agents.device.energy import EnergyMeter
 from meshd.agents.device.memory import MemoryBudget, measure_memory, usable_cores
 from meshd.agents.device.probe_record import FORMAT, BackendTrial, ProbeKey, ProbeRecord, load_record, measuring_alone, save_record
+from meshd.agents.device.processor import processor_name
 from meshd.clock import Clock
 from meshd.errors import LocalFault, StorageError
 from meshd.types import Capability, Rates

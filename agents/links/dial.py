@@ -4,7 +4,6 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TypedDict
 
 from meshd.agents.links.link import Link
 from meshd.agents.links.table import LinkTable
@@ -26,16 +25,6 @@ _OWN_S = 60.0
 """Our own address is tried again after this long: it may become another peer's."""
 
 
-class TargetRow(TypedDict):
-    """An address and what came of it."""
-
-    address: str
-    sources: list[str]
-    peer: PeerId | None
-    note: str
-    """Why there is no link; empty: there is one, or it was not tried yet."""
-
-
 @dataclass(slots=True)
 class _Target:
     address: Address
@@ -43,7 +32,6 @@ class _Target:
     peer: PeerId | None = None
     failures: int = 0
     linked_at: float | None = None
-    note: str = ""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
 
@@ -101,18 +89,6 @@ class Dialler:
                 target.task.cancel()
                 target.task = None
 
-    def rows(self) -> list[TargetRow]:
-        """Every address, in the order they were told."""
-        return [
-            TargetRow(
-                address=f"{target.address[0]}:{target.address[1]}",
-                sources=sorted(target.sources),
-                peer=target.peer,
-                note=target.note,
-            )
-            for target in self._targets.values()
-        ]
-
     def _start(self, target: _Target) -> None:
         if self._group is not None:
             target.task = self._group.create_task(self._pursue(target), name=f"dial {target.address[0]}:{target.address[1]}")
@@ -122,12 +98,10 @@ class Dialler:
             target.wake.clear()
             try:
                 target.peer = await self._dial(target.address)
-                target.note = "this peer itself" if target.peer == self._own else ""
             except MeshdError as error:
-                target.note = str(error)
-            except Exception as error:
+                log.debug("no link with %s:%d: %s", *target.address, error)
+            except Exception:
                 log.exception("dialling %s:%d failed in a way that was not foreseen", *target.address)
-                target.note = f"not foreseen: {error}"
             if target.peer is None or (link := self._table.get(target.peer)) is None:
                 target.failures += 1
             else:

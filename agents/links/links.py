@@ -14,7 +14,7 @@ from functools import partial
 from typing import TypedDict
 
 import meshd
-from meshd.agents.links.dial import Dialler, TargetRow
+from meshd.agents.links.dial import Dialler
 from meshd.agents.links.link import Link
 from meshd.agents.links.log import LinkLog, RefusalRow
 from meshd.agents.links.open import LinkOpener
@@ -170,10 +170,6 @@ class Links:
     def refusals(self) -> list[RefusalRow]:
         """Who was not linked with, and why; the latest 64."""
         return self._linklog.rows()
-
-    def targets(self) -> list[TargetRow]:
-        """The addresses that are pursued, and why those without a link have none."""
-        return self._dialler.rows()
 
     # Life
 

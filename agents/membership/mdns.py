@@ -1,4 +1,4 @@
-"""How peers of a cluster find one another: mDNS on the LAN, and the list that a person gives. Both are hints for the links.
+"""How peers of a cluster find one another on the LAN: mDNS. What it finds are hints for the links.
 
 What mDNS shows to anyone who listens: the instance name is the peer's id, the SRV record has the link's port, and TXT carries the
 cluster's public fingerprint, protocol and software version, the device's name and a load summary. Nothing else.
@@ -29,7 +29,6 @@ from meshd.agents.membership.mdns_records import Announcement, PointerListener, 
 from meshd.agents.membership.sources import DuplicateIdentity, OnSighting, PeerFound, PeerWithdrawn, SourceNotice
 from meshd.clock import Clock
 from meshd.types import PeerId
-from meshd.values import Address
 
 RECHECK_S = 2.0
 """How often interfaces are looked at anew."""
@@ -44,23 +43,6 @@ _MAX_PEERS = 256
 """Remembered of each kind (own cluster, others): a flood of made-up records costs no more than this."""
 _ANY_HOST = frozenset({"", "0.0.0.0", "::"})
 _T = TypeVar("_T")
-
-
-class StaticPeers:
-    """The peers named by `--peer`. Their names are passed on as they are, so that every dial resolves them anew."""
-
-    def __init__(self, peers: Sequence[Address], on_sighting: OnSighting, *, clock: Clock, every_s: float = 5.0) -> None:
-        self._peers = tuple(peers)
-        self._on_sighting = on_sighting
-        self._clock = clock
-        self._every_s = every_s
-
-    async def run(self) -> None:
-        """Name every peer now and every `every_s` again: whoever was lost is dialled anew."""
-        while True:
-            for peer in self._peers:
-                self._on_sighting(PeerFound(source="static", peer=None, addresses=(peer.host,), port=peer.port))
-            await self._clock.sleep(self._every_s)
 
 
 class MdnsDiscovery:

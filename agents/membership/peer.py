@@ -166,7 +166,7 @@ def _link_up(peer: Peer, event: LinkUp) -> list[Command]:
             peer.past = (*peer.past, peer.incarnation)[-_MAX_PAST_INCARNATIONS:]
         outdated, peer.advert = peer.advert, None
     peer.name, peer.version, peer.incarnation = event.name, event.version, event.incarnation
-    peer._note_link_address(event.dialled or event.listens)
+    peer._note_link_address(event.dialled)
     peer.last_seen = peer.now
     return peer._enter(PeerState.ALIVE, why, news=outdated is not None)
 

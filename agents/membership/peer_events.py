@@ -41,8 +41,6 @@ class LinkUp:
     name: str
     version: str
     dialled: Address | None = None
-    listens: Address | None = None
-    """Where it can be dialled: its host as this link shows it, with the port that its HELLO names."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,11 @@ import pytest
 from zeroconf.asyncio import AsyncZeroconf
 
 from meshd.agents.membership.interfaces import Interface, InterfaceKind, present_interfaces
-from meshd.agents.membership.mdns import MdnsDiscovery, StaticPeers
+from meshd.agents.membership.mdns import MdnsDiscovery
 from meshd.agents.membership.mdns_records import Announcement
 from meshd.agents.membership.sources import DuplicateIdentity, PeerFound, PeerWithdrawn, Sighting, SourceNotice
 from meshd.clock import SystemClock
 from meshd.types import PeerId
-from meshd.values import Address
 
 HERE = "127.0.0.1"
 
@@ -198,19 +197,6 @@ async def test_without_leave_to_open_the_port_it_says_so_once_and_tries_again(
             notices = [each.message for each in told.sightings if isinstance(each, SourceNotice)]
             assert len(notices) == 1
             assert "Permission denied" in notices[0]
-
-
-async def test_static_peers_are_named_again_and_again_by_name() -> None:
-    seen = Seen()
-    source = StaticPeers([Address("attic.lan", 6375), Address("10.0.0.2", 7000)], seen, clock=QuickClock())
-    task = asyncio.create_task(source.run())
-    try:
-        await eventually(lambda: len(seen.sightings) >= 6)
-    finally:
-        task.cancel()
-    first = PeerFound(source="static", peer=None, addresses=("attic.lan",), port=6375)
-    assert seen.sightings[0] == seen.sightings[2] == seen.sightings[4] == first
-    assert seen.sightings[1] == PeerFound(source="static", peer=None, addresses=("10.0.0.2",), port=7000)
 
 
 class WakingClock(QuickClock):
