@@ -1,12 +1,12 @@
 """What was measured of this device, and the file that remembers it."""
 
-import fcntl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
+from filelock import lock_descriptor
 
 from meshd.clock import Clock
 from meshd.errors import StorageError
@@ -90,7 +90,7 @@ async def measuring_alone(folder: Path, clock: Clock, wait_s: float) -> AsyncIte
     """
     with _open_lock(folder) as file:
         until = clock.monotonic() + wait_s
-        while not _take(file.fileno()) and clock.monotonic() < until:
+        while not lock_descriptor(file.fileno(), blocking=False) and clock.monotonic() < until:
             await clock.sleep(_TRY_S)
         yield
 
@@ -98,11 +98,3 @@ async def measuring_alone(folder: Path, clock: Clock, wait_s: float) -> AsyncIte
 def _open_lock(folder: Path) -> BinaryIO:
     folder.mkdir(parents=True, exist_ok=True)
     return (folder / _LOCK_FILE).open("wb")
-
-
-def _take(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
