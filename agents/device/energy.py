@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 class EnergyMeter:
-    """Energy that the processor packages have used, from RAPL (Linux powercap); most systems show it to root only."""
+    """Measures the energy that the processor packages use, from RAPL (Linux powercap); most systems show it to root only."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._packages = sorted((root / "sys/class/powercap").glob("intel-rapl:[0-9]*"))

@@ -1,4 +1,4 @@
-"""The addresses where a peer may be, and the patience to try them: one task per address, with back-off."""
+"""Dials the addresses where peers may be: one task per address, with back-off."""
 
 import asyncio
 import logging
@@ -42,7 +42,7 @@ def back_off_s(failures: int, longest_s: float, chance: float) -> float:
 
 
 class Dialler:
-    """Pursues every address until it is forgotten: dials, rests while the peer there is linked, dials again."""
+    """Dials every address until it is forgotten: waits while the peer there is linked, then dials again."""
 
     def __init__(self, dial: Callable[[Address], Awaitable[PeerId]], own: PeerId, table: LinkTable, clock: Clock) -> None:
         self._dial = dial
@@ -53,7 +53,7 @@ class Dialler:
         self._group: asyncio.TaskGroup | None = None
 
     def connect(self, address: Address, source: str) -> None:
-        """Someone may be there: dial at once, also if it is known and waits for its turn."""
+        """Dial an address at once, even if it is known and waits out its back-off."""
         target = self._targets.get(address)
         if target is None:
             if len(self._targets) >= MAX_TARGETS:
@@ -65,7 +65,7 @@ class Dialler:
         target.wake.set()
 
     def forget(self, address: Address, source: str) -> None:
-        """This source no longer tells of the address; without any it is dialled no more. A link that is up stays."""
+        """Remove a source of the address; without any source it is dialled no more. A link that is up stays."""
         target = self._targets.get(address)
         if target is None or source == STATIC:
             return
@@ -76,13 +76,13 @@ class Dialler:
                 target.task.cancel()
 
     def start(self, group: asyncio.TaskGroup) -> None:
-        """Pursue all, in tasks of this group."""
+        """Dial all addresses, in tasks of this group."""
         self._group = group
         for target in self._targets.values():
             self._start(target)
 
     def stop(self) -> None:
-        """Pursue none any more."""
+        """Stop dialling."""
         self._group = None
         for target in self._targets.values():
             if target.task is not None:
@@ -111,7 +111,7 @@ class Dialler:
                 await self._rest(target)
 
     def _ended(self, target: _Target, link: Link) -> None:
-        """A link that lived is dialled anew at once, one that broke as soon as it was up is not."""
+        """Dial at once after a link that lived for a while; wait after one that broke as soon as it was up."""
         now = self._clock.monotonic()
         target.failures = 0 if link.lived_s(now) >= _LIVED_S else target.failures + 1
         if link.lived_s(now):

@@ -1,4 +1,4 @@
-"""The words of membership: a peer's states, what happens to it (events) and what to do about it (commands)."""
+"""A peer's states, what happens to it (events) and what to do about it (commands)."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -29,9 +29,6 @@ class PeerState(Enum):
 LINKED = frozenset({PeerState.ALIVE, PeerState.SUSPECT})
 
 
-# Events: what happened. `PeerFound` and `PeerWithdrawn` of the sources are events too.
-
-
 @dataclass(frozen=True, slots=True)
 class LinkUp:
     """The authenticated link stands. `dialled` is the address that we reached it at; None if it dialled us."""
@@ -53,7 +50,7 @@ class LinkDown:
 
 @dataclass(frozen=True, slots=True)
 class DialFailed:
-    """Nobody answered there (the links go on trying by themselves). `peer` is None where only the address was known."""
+    """Nobody answered there (the links keep trying). `peer` is None where only the address was known."""
 
     peer: PeerId | None
     address: Address
@@ -116,9 +113,7 @@ Event = (
     | GoodbyeReceived
     | RetentionExpired
 )
-
-
-# Commands: what to do about it.
+"""What the sources report of peers are events too."""
 
 
 @dataclass(frozen=True, slots=True)

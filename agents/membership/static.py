@@ -8,7 +8,7 @@ from meshd.values import Address
 
 
 class StaticPeers:
-    """The peers named by `--peer`. Host names are passed on unresolved, so that every dial resolves them anew."""
+    """The peers named by `--peer`. Host names are passed on unresolved, so that every dial resolves them again."""
 
     def __init__(self, peers: Sequence[Address], on_sighting: OnSighting, *, clock: Clock, every_s: float = 5.0) -> None:
         self._peers = tuple(peers)

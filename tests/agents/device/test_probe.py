@@ -108,10 +108,10 @@ async def test_a_folder_that_cannot_be_used_is_an_error_that_names_it(tmp_path: 
 
 
 async def test_progress_names_what_is_measured_and_goes_up(tmp_path: Path, trials: Trials) -> None:
-    told: list[tuple[str, float]] = []
-    await probe(tmp_path, clock=CLOCK, progress=lambda what, fraction: told.append((what, fraction)))
-    assert [what for what, _ in told] == ["waiting", "disk", "onnxruntime", "torch", "done"]
-    assert [fraction for _, fraction in told] == sorted(fraction for _, fraction in told)
+    reported: list[tuple[str, float]] = []
+    await probe(tmp_path, clock=CLOCK, progress=lambda what, fraction: reported.append((what, fraction)))
+    assert [what for what, _ in reported] == ["waiting", "disk", "onnxruntime", "torch", "done"]
+    assert [fraction for _, fraction in reported] == sorted(fraction for _, fraction in reported)
 
 
 async def test_the_report_has_stable_keys_and_is_json(tmp_path: Path, trials: Trials) -> None:
@@ -147,7 +147,7 @@ def test_a_process_that_chatters_is_read_by_its_last_line() -> None:
         (0, b"not json\n", b"", "its process ended with status 0"),
     ],
 )
-def test_a_process_that_fails_tells_why(status: int, output: bytes, complaints: bytes, error: str) -> None:
+def test_a_process_that_fails_reports_why(status: int, output: bytes, complaints: bytes, error: str) -> None:
     assert read_trial("torch", status, output, complaints, None) == BackendTrial(backend="torch", error=error)
 
 

@@ -49,7 +49,7 @@ async def test_five_peers_that_all_dial_all_have_one_link_each_and_lose_none(pee
     await linked(*five)
     for peer in five:
         assert len(peer.links.rows()) == 4
-        assert not any(told.startswith("down") for told in peer.story), peer.story
+        assert not any(line.startswith("down") for line in peer.story), peer.story
         assert peer.notices == []
 
 
@@ -232,7 +232,7 @@ def _send_many(sender: Peer, receiver: Peer, payload: bytes) -> None:
 
 
 class Cable:
-    """A TCP relay that can go silent, as a pulled cable does: nothing passes and nobody is told."""
+    """A TCP relay that can go silent, as a pulled cable does: nothing passes and neither end gets an error."""
 
     def __init__(self) -> None:
         self.whole = asyncio.Event()

@@ -51,7 +51,7 @@ async def test_what_does_not_speak_tls_is_refused(peers: Peers) -> None:
 
 async def test_a_dial_returns_the_id_of_the_peer_there_even_if_it_is_linked_or_is_the_dialler_itself(peers: Peers) -> None:
     a, b = peers.start("a"), peers.start("b")
-    opener = a.links._maker
+    opener = a.links._opener
     for _ in range(2):
         assert await opener.dial(("127.0.0.1", b.port)) == b.id
     assert await opener.dial(("127.0.0.1", a.port)) == a.id
@@ -60,7 +60,7 @@ async def test_a_dial_returns_the_id_of_the_peer_there_even_if_it_is_linked_or_i
 
 async def test_a_dial_that_fails_says_whether_it_was_refused_or_lost(peers: Peers, unused_tcp_port: int) -> None:
     a, stranger = peers.start("a"), peers.start("s", key=ClusterKey(b"x" * 32))
-    opener = a.links._maker
+    opener = a.links._opener
     with pytest.raises(PeerRefused, match="not of this cluster"):
         await opener.dial(("127.0.0.1", stranger.port))
     with pytest.raises(PeerLost):
