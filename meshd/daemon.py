@@ -225,7 +225,7 @@ class Peer:
             draining=lambda: self.drainer.draining,
         )
         self.membership = Membership(
-            about=SelfDescription(
+            description=SelfDescription(
                 peer=identity.peer,
                 name=config.name,
                 incarnation=incarnation,

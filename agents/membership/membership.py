@@ -72,7 +72,7 @@ class SelfDescription:
 class Membership:
     """Owns the table. `on_advert` is called with every advert of another peer, `on_gone` with every peer whose link is down."""
 
-    about: SelfDescription
+    description: SelfDescription
     links: Links
     prober: LinkProber
     clock: Clock
@@ -106,19 +106,19 @@ class Membership:
     def own_advert(self) -> Advert:
         """This peer's advert as of now."""
         return Advert(
-            peer=self.about.peer,
-            name=self.about.name,
-            incarnation=self.about.incarnation,
+            peer=self.description.peer,
+            name=self.description.name,
+            incarnation=self.description.incarnation,
             revision=self._revision,
-            version=self.about.version,
-            capability=self.about.capability(),
-            holdings=self.about.holdings(),
-            models=self.about.models(),
+            version=self.description.version,
+            capability=self.description.capability(),
+            holdings=self.description.holdings(),
+            models=self.description.models(),
             links=self.prober.stats(),
             neighbours=self._neighbours(),
-            sessions=self.about.sessions(),
-            api=self.about.api(),
-            draining=self.about.draining(),
+            sessions=self.description.sessions(),
+            api=self.description.api(),
+            draining=self.description.draining(),
         )
 
     def _neighbours(self) -> dict[PeerId, str]:
@@ -156,8 +156,8 @@ class Membership:
 
     def name_of(self, peer: PeerId) -> str:
         """What people call a peer; the beginning of its id if it is not known."""
-        if peer == self.about.peer:
-            return self.about.name
+        if peer == self.description.peer:
+            return self.description.name
         known = self.table.get(peer)
         return known.name if known is not None and known.name else peer[:8]
 
@@ -222,7 +222,7 @@ class Membership:
     def _hear_of(self, peer: PeerId, address: str) -> None:
         """Treat a neighbour in another peer's advert as a hint, like that of any source."""
         known = self.table.get(peer)
-        if peer == self.about.peer or (known is not None and (known.linked or known.state is PeerState.REFUSED)):
+        if peer == self.description.peer or (known is not None and (known.linked or known.state is PeerState.REFUSED)):
             return
         try:
             found = parse_address(address, 0)

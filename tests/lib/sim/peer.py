@@ -13,8 +13,7 @@ import msgspec
 
 from meshd.agents.admin.story_collector import StoryCollector
 from meshd.agents.links.rpc import MAX_REQUESTS, MAX_TASKS
-from meshd.agents.membership.membership import Membership
-from meshd.agents.membership.membership import SelfDescription as About
+from meshd.agents.membership.membership import Membership, SelfDescription
 from meshd.agents.observe.events import EventBus
 from meshd.agents.observe.story import Story
 from meshd.agents.placement.client import PlacementClient
@@ -296,7 +295,7 @@ class Life:
             weights=weights,
         )
         self.membership = Membership(
-            about=About(
+            description=SelfDescription(
                 peer=me,
                 name=spec.name,
                 incarnation=self.incarnation,
