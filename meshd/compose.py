@@ -304,7 +304,7 @@ def _membership(
     parts: Parts, holdings: ResidentModels, memory: FreeMemory, stages: StageHost, drainer: Drainer, bus: EventBus
 ) -> Membership:
     return Membership(
-        about=SelfDescription(
+        description=SelfDescription(
             peer=parts.me,
             name=parts.name,
             incarnation=parts.incarnation,

@@ -16,9 +16,10 @@ from meshd.agents.device.memory import measure_memory
 from meshd.agents.device.probe import ProbeResult, Progress, probe
 from meshd.agents.links.links import Links, LinkSettings
 from meshd.agents.links.probe import LinkProber
-from meshd.agents.membership.mdns import MdnsDiscovery, StaticPeers
+from meshd.agents.membership.mdns import MdnsDiscovery
 from meshd.agents.membership.mdns_records import Announcement
 from meshd.agents.membership.sources import Source
+from meshd.agents.membership.static import StaticPeers
 from meshd.agents.membership.table import PeerTable
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.weights.provider import WeightProvider

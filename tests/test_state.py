@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,41 @@ def test_a_second_daemon_is_told_who_holds_the_folder(folder: StateFolder) -> No
     assert read_holder(folder.path) is None
     lock.release()
     lock_state(folder.path).release()
+
+
+def test_the_lock_file_is_closed_to_others(folder: StateFolder) -> None:
+    with lock_state(folder.path):
+        assert (folder.path / "lock").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_lock_is_held_by_the_open_file_not_by_the_process(folder: StateFolder) -> None:
+    with lock_state(folder.path):
+        with (folder.path / "lock").open("r+b"):
+            pass  # a POSIX lock (fcntl F_SETLK) would be lost here
+        with pytest.raises(StorageError, match="in use"):
+            lock_state(folder.path)
+
+
+def test_readers_at_once_take_no_dead_daemon_for_a_running_one(folder: StateFolder) -> None:
+    (folder.path / "lock").write_bytes(b'{"pid": 1, "api": "x:1"}')  # as a killed daemon leaves it
+    with ThreadPoolExecutor(4) as threads:
+        assert set(threads.map(read_holder, [folder.path] * 100)) == {None}
+
+
+def test_a_folder_that_can_not_be_locked_is_one_clear_error(folder: StateFolder) -> None:
+    with pytest.raises(StorageError, match="can't be used: No such file"):
+        lock_state(folder.path / "missing")
+    (folder.path / "lock").mkdir()
+    with pytest.raises(StorageError, match="lock can't be used: Is a directory"):
+        lock_state(folder.path)
+    assert read_holder(folder.path) is None
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_home_is_one_clear_error(folder: StateFolder) -> None:
+    folder.path.chmod(0o500)
+    with pytest.raises(StorageError, match="lock can't be used: Permission denied"):
+        lock_state(folder.path)
 
 
 def test_a_killed_daemon_holds_nothing(folder: StateFolder) -> None:

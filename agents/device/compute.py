@@ -20,8 +20,8 @@ class _Job(Generic[T]):
 class ComputeThread:
     """Runs jobs in order and hands their results back to the event loop.
 
-    A thread of our own, not an executor: waking it costs a third of `run_in_executor`'s time, and a decode step pays that price on
-    every hop. It keeps no list of its own: its users submit a new job when the last one has come back.
+    Its own thread, not an executor: waking it costs a third of `run_in_executor`'s time, and a decode step pays that price on every
+    hop. Its users submit a new job when the last one has come back.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class ComputeThread:
         return await future
 
     def close(self, timeout_s: float = 2.0) -> None:
-        """Let the present job end and stop."""
+        """Run the jobs submitted so far, then stop. Returns after `timeout_s` at the latest."""
         self._jobs.put(None)
         self._thread.join(timeout_s)
 
@@ -67,4 +67,4 @@ class ComputeThread:
         try:
             self._loop.call_soon_threadsafe(callback, value)
         except RuntimeError:
-            return  # the loop is closed: nobody waits for this any more
+            return  # the loop is closed: nothing waits for this result any more

@@ -1,4 +1,4 @@
-"""How much memory and how many cores this process may really have: the system's, cut down by cgroups (v1 and v2) and limits."""
+"""How much memory and how many cores this process may use: the system's, less what cgroups (v1 and v2) and limits withhold."""
 
 import os
 import sys

@@ -19,9 +19,11 @@ import msgspec
 import psutil
 
 import meshd
-from meshd.agents.device.hardware import EnergyMeter, disk_read_rate, processor_name
+from meshd.agents.device.disk import disk_read_rate
+from meshd.agents.device.energy import EnergyMeter
 from meshd.agents.device.memory import MemoryBudget, measure_memory, usable_cores
 from meshd.agents.device.probe_record import FORMAT, BackendTrial, ProbeKey, ProbeRecord, load_record, measuring_alone, save_record
+from meshd.agents.device.processor import processor_name
 from meshd.clock import Clock
 from meshd.errors import LocalFault, StorageError
 from meshd.types import Capability, Rates
@@ -30,7 +32,7 @@ AUTO = "auto"
 LIMIT_S = 13.0
 """For everything, the loading of libraries included; backends share what the disk leaves of it."""
 DEADLINE_S = 60.0
-"""For the first backend: where the libraries alone take long to load, the device is measured all the same."""
+"""For the first backend: where the libraries alone take long to load, the device is still measured."""
 _LEAST_DEADLINE_S = 5.0
 """For the others: one that takes longer than this when the time is up is the slower one anyhow."""
 _PACKING_S = 1.5
@@ -69,7 +71,7 @@ async def probe(
 
     `folder` is where it is remembered, and whose disk is measured; daemons of one machine may share it. `threads` 0 is one per
     usable core; `backend` `auto` takes the fastest. Raises: LocalFault if no backend could be measured, StorageError. Cancel:
-    nothing goes on, nothing is remembered.
+    the measuring process is killed and nothing is remembered.
     """
     start = clock.monotonic()
     cores = usable_cores()
@@ -154,7 +156,7 @@ def _best(trials: Sequence[BackendTrial]) -> BackendTrial:
     best = min(trials, key=lambda trial: trial.layer_s, default=None)
     if best is None or best.rates is None:
         reasons = "; ".join(f"{trial.backend}: {trial.error}" for trial in trials) or "no backend is installed"
-        raise LocalFault(f"this device's speed can't be measured: {reasons}", hint="mend that, then try `meshd bench`")
+        raise LocalFault(f"this device's speed can't be measured: {reasons}", hint="fix that, then run `meshd bench`")
     return best
 
 

@@ -1,12 +1,12 @@
 """What was measured of this device, and the file that remembers it."""
 
-import fcntl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
+from filelock import lock_descriptor
 
 from meshd.clock import Clock
 from meshd.errors import StorageError
@@ -41,7 +41,7 @@ class BackendTrial(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProbeKey(msgspec.Struct, frozen=True, kw_only=True):
-    """What a measurement holds for: if any of this changes it is made anew."""
+    """What a measurement is valid for: if any of it changes, the device is measured again."""
 
     format: int
     machine: str
@@ -63,12 +63,12 @@ class ProbeRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_record(folder: Path, key: ProbeKey) -> ProbeRecord | None:
-    """The measurement that holds for `key`, if it is remembered; a file that is torn or of another format remembers nothing."""
+    """Read the record of `key`. Returns: None if there is none; a torn file, or one of another format, has none."""
     return next((record for record in _read(folder) if record.key == key), None)
 
 
 def save_record(folder: Path, record: ProbeRecord) -> None:
-    """Remember it, in the place of one with the same key. Raises: StorageError."""
+    """Store a record, in the place of one with the same key. Raises: StorageError."""
     others = [other for other in _read(folder) if other.key != record.key]
     content = msgspec.json.encode([record, *others][:_KEPT])
     StateFolder(folder).write(CACHE_FILE, msgspec.json.format(content))
@@ -83,14 +83,14 @@ def _read(folder: Path) -> list[ProbeRecord]:
 
 @asynccontextmanager
 async def measuring_alone(folder: Path, clock: Clock, wait_s: float) -> AsyncIterator[None]:
-    """Keep other daemons of this machine from measuring at the same time, which would give each a part of the truth.
+    """Keep other daemons of this machine from measuring at the same time: each would get only a share of the device.
 
     Makes the folder if needed. Waits at most `wait_s` for one that measures; past that it may be stuck, and a shared measurement is
     better than none. Raises: OSError.
     """
     with _open_lock(folder) as file:
         until = clock.monotonic() + wait_s
-        while not _take(file.fileno()) and clock.monotonic() < until:
+        while not lock_descriptor(file.fileno(), blocking=False) and clock.monotonic() < until:
             await clock.sleep(_TRY_S)
         yield
 
@@ -98,11 +98,3 @@ async def measuring_alone(folder: Path, clock: Clock, wait_s: float) -> AsyncIte
 def _open_lock(folder: Path) -> BinaryIO:
     folder.mkdir(parents=True, exist_ok=True)
     return (folder / _LOCK_FILE).open("wb")
-
-
-def _take(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -1,10 +1,9 @@
-"""The addresses where a peer may be, and the patience to try them: one task per address, with back-off."""
+"""Dials the addresses where peers may be: one task per address, with back-off."""
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TypedDict
 
 from meshd.agents.links.link import Link
 from meshd.agents.links.table import LinkTable
@@ -26,16 +25,6 @@ _OWN_S = 60.0
 """Our own address is tried again after this long: it may become another peer's."""
 
 
-class TargetRow(TypedDict):
-    """An address and what came of it."""
-
-    address: str
-    sources: list[str]
-    peer: PeerId | None
-    note: str
-    """Why there is no link; empty: there is one, or it was not tried yet."""
-
-
 @dataclass(slots=True)
 class _Target:
     address: Address
@@ -43,7 +32,6 @@ class _Target:
     peer: PeerId | None = None
     failures: int = 0
     linked_at: float | None = None
-    note: str = ""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
 
@@ -54,7 +42,7 @@ def back_off_s(failures: int, longest_s: float, chance: float) -> float:
 
 
 class Dialler:
-    """Pursues every address until it is forgotten: dials, rests while the peer there is linked, dials again."""
+    """Dials every address until it is forgotten: waits while the peer there is linked, then dials again."""
 
     def __init__(self, dial: Callable[[Address], Awaitable[PeerId]], own: PeerId, table: LinkTable, clock: Clock) -> None:
         self._dial = dial
@@ -65,7 +53,7 @@ class Dialler:
         self._group: asyncio.TaskGroup | None = None
 
     def connect(self, address: Address, source: str) -> None:
-        """Someone may be there: dial at once, also if it is known and waits for its turn."""
+        """Dial an address at once, even if it is known and waits out its back-off."""
         target = self._targets.get(address)
         if target is None:
             if len(self._targets) >= MAX_TARGETS:
@@ -77,7 +65,7 @@ class Dialler:
         target.wake.set()
 
     def forget(self, address: Address, source: str) -> None:
-        """This source no longer tells of the address; without any it is dialled no more. A link that is up stays."""
+        """Remove a source of the address; without any source it is dialled no more. A link that is up stays."""
         target = self._targets.get(address)
         if target is None or source == STATIC:
             return
@@ -88,30 +76,18 @@ class Dialler:
                 target.task.cancel()
 
     def start(self, group: asyncio.TaskGroup) -> None:
-        """Pursue all, in tasks of this group."""
+        """Dial all addresses, in tasks of this group."""
         self._group = group
         for target in self._targets.values():
             self._start(target)
 
     def stop(self) -> None:
-        """Pursue none any more."""
+        """Stop dialling."""
         self._group = None
         for target in self._targets.values():
             if target.task is not None:
                 target.task.cancel()
                 target.task = None
-
-    def rows(self) -> list[TargetRow]:
-        """Every address, in the order they were told."""
-        return [
-            TargetRow(
-                address=f"{target.address[0]}:{target.address[1]}",
-                sources=sorted(target.sources),
-                peer=target.peer,
-                note=target.note,
-            )
-            for target in self._targets.values()
-        ]
 
     def _start(self, target: _Target) -> None:
         if self._group is not None:
@@ -122,12 +98,10 @@ class Dialler:
             target.wake.clear()
             try:
                 target.peer = await self._dial(target.address)
-                target.note = "this peer itself" if target.peer == self._own else ""
             except MeshdError as error:
-                target.note = str(error)
-            except Exception as error:
+                log.debug("no link with %s:%d: %s", *target.address, error)
+            except Exception:
                 log.exception("dialling %s:%d failed in a way that was not foreseen", *target.address)
-                target.note = f"not foreseen: {error}"
             if target.peer is None or (link := self._table.get(target.peer)) is None:
                 target.failures += 1
             else:
@@ -137,7 +111,7 @@ class Dialler:
                 await self._rest(target)
 
     def _ended(self, target: _Target, link: Link) -> None:
-        """A link that lived is dialled anew at once, one that broke as soon as it was up is not."""
+        """Dial at once after a link that lived for a while; wait after one that broke as soon as it was up."""
         now = self._clock.monotonic()
         target.failures = 0 if link.lived_s(now) >= _LIVED_S else target.failures + 1
         if link.lived_s(now):

@@ -17,7 +17,7 @@ _RTT_WEIGHT = 0.125
 
 
 class Link:
-    """A link from the first HELLO on; it is up once both lanes are and the other side knows it."""
+    """A link, from the first HELLO until it ends. It is up once both lanes are and the other side knows it."""
 
     def __init__(
         self, peer: PeerId, number: int, *, dialled: bool, now: float, on_end: Callable[["Link", str, bool], None]
@@ -51,7 +51,7 @@ class Link:
         return now - self.up_since if self.up_since else 0.0
 
     def present(self, now: float) -> ExistingLink:
-        """What decides between this link and another one with the same peer."""
+        """The facts that decide between this link and another one with the same peer."""
         incarnation = self.agreement.hello.incarnation if self.agreement else None
         return ExistingLink(incarnation=incarnation, dialled=self.dialled, up=self.up, silent_s=now - self.heard)
 

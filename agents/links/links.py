@@ -14,7 +14,7 @@ from functools import partial
 from typing import TypedDict
 
 import meshd
-from meshd.agents.links.dial import Dialler, TargetRow
+from meshd.agents.links.dial import Dialler
 from meshd.agents.links.link import Link
 from meshd.agents.links.log import LinkLog, RefusalRow
 from meshd.agents.links.open import LinkOpener
@@ -68,7 +68,7 @@ class Links:
     """The actor that owns all links.
 
     `on_up(peer, hello, address)` comes before the first message of a link, `on_down(peer, reason)` after its last; a peer that
-    restarts goes down and up. `on_notice(text)` tells what a person should see: a copied identity, a version that doesn't match.
+    restarts goes down and up. `on_notice(text)` gets what a person should see: a copied identity, a version that doesn't match.
     """
 
     def __init__(
@@ -88,20 +88,18 @@ class Links:
         self._linklog = LinkLog(clock)
         self._dispatcher = Dispatcher(self.send, self._linklog)
         self._table = LinkTable(self.id, self._dispatcher, clock, self._linklog, settings.timing, on_up, on_down)
-        self._maker = LinkOpener(
+        self._opener = LinkOpener(
             identity, _greeting(self.id, name, incarnation), self._table, clock, self._linklog, on_notice, self._met
         )
-        self._dialler = Dialler(self._maker.dial, self.id, self._table, clock)
+        self._dialler = Dialler(self._opener.dial, self.id, self._table, clock)
         self._addresses: dict[PeerId, dict[Address, None]] = {}
         self._listeners: list[socket.socket] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
         self._local = 0
 
-    # What other actors use
-
     def register(self, message_type: type[M], handler: Handler[M]) -> None:
-        """Have messages of this type given to `handler(peer, message, payload)`.
+        """Register `handler(peer, message, payload)` for messages of this type.
 
         It returns None, a Reply, or (Reply, payload), or an awaitable of these, which then runs as a task. A MeshdError that it
         raises is sent as ERROR. The payload's memory belongs to the handler. Raises: ValueError if there is a handler already.
@@ -141,14 +139,12 @@ class Links:
         return self._dispatcher.next_request()
 
     def connect(self, host: str, port: int, source: str) -> None:
-        """Someone may be there: dial now and, with back-off, until the source forgets it. Source `static`: for ever."""
+        """Dial an address now and, with back-off, until the source forgets it. Source `static`: for ever."""
         self._dialler.connect((host, port), source)
 
     def forget(self, host: str, port: int, source: str) -> None:
         """The source does not advertise this address any more."""
         self._dialler.forget((host, port), source)
-
-    # What people see
 
     def peers(self) -> list[PeerId]:
         """Those that are linked now."""
@@ -168,17 +164,11 @@ class Links:
         return [self._row(link) for link in self._table if link.up]
 
     def refusals(self) -> list[RefusalRow]:
-        """Who was not linked with, and why; the latest 64."""
+        """The latest 64 peers and strangers that were not linked with, and why."""
         return self._linklog.rows()
 
-    def targets(self) -> list[TargetRow]:
-        """The addresses that are pursued, and why those without a link have none."""
-        return self._dialler.rows()
-
-    # Life
-
     def bind(self) -> int:
-        """Begin to listen; the port. Raises: ConfigError if that is not possible."""
+        """Begin to listen. Returns: the port. Raises: ConfigError if that is not possible."""
         if not self._listeners:
             host, port = self._settings.host, self._settings.port
             try:
@@ -187,8 +177,8 @@ class Links:
                 raise ConfigError(
                     f"links can't listen on {host}:{port}: {error.strerror or error}", hint="choose another with --link HOST:PORT"
                 ) from error
-            self._maker.listens_on(self._listeners[0].getsockname()[1])
-        return self._maker.greeting.port
+            self._opener.listens_on(self._listeners[0].getsockname()[1])
+        return self._opener.greeting.port
 
     async def run(self) -> None:
         """Own all links until `close`. Raises: ConfigError as `bind`. Cancel: all connections are aborted."""
@@ -233,7 +223,7 @@ class Links:
                 self._linklog.warn("accept", "connections can't be accepted: %s", error)
                 await self._clock.sleep(self._settings.timing.heartbeat_s)
             else:
-                task = group.create_task(self._maker.welcome(raw, remote[:2]))
+                task = group.create_task(self._opener.welcome(raw, remote[:2]))
                 task.add_done_callback(partial(_close_unwelcomed, raw))
                 self._own(task)
 
@@ -251,8 +241,6 @@ class Links:
         self._dispatcher.cancel_tasks()
         for task in self._tasks:
             task.cancel()
-
-    # Insides
 
     def _send_local(self, message: Message, payload: Buffer | None) -> None:
         if self._local >= _MAX_LOCAL:

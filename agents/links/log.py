@@ -1,4 +1,4 @@
-"""What went wrong between peers, told without flooding: a few rows for `meshd status` and one log line per cause and minute."""
+"""What went wrong between peers, without flooding: a few rows for `meshd status` and one log line per cause and minute."""
 
 import logging
 from collections import OrderedDict, deque
@@ -33,7 +33,7 @@ class LinkLog:
         self._logged: OrderedDict[str, float] = OrderedDict()
 
     def refused(self, address: str, peer: PeerId | None, reason: str) -> bool:
-        """Remember a refusal; whether it is a new one, and so worth a notice."""
+        """Record a refusal. Returns: whether it is a new one, and so worth a notice."""
         for row in self._rows:
             if (row["address"], row["peer"], row["reason"]) == (address, peer, reason):
                 row["at"] = self._clock.wall()
@@ -44,7 +44,7 @@ class LinkLog:
         return True
 
     def warn(self, cause: str, text: str, *values: object) -> bool:
-        """Log unless this cause was logged within the last minute; whether it was logged now."""
+        """Log unless this cause was logged within the last minute. Returns: whether it was logged now."""
         now = self._clock.monotonic()
         if now - self._logged.get(cause, -_QUIET_S) < _QUIET_S:
             return False

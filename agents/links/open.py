@@ -28,7 +28,7 @@ HALF_OPEN_PER_HOST = 16
 
 
 class LinkOpener:
-    """Dials and accepts; what fails is kept in the link log."""
+    """Dials and accepts connections; failures go into the link log."""
 
     def __init__(
         self,
@@ -55,12 +55,10 @@ class LinkOpener:
         """Where this peer listens, for its HELLO."""
         self.greeting = msgspec.structs.replace(self.greeting, port=port)
 
-    # Dialling
-
     async def dial(self, address: Address) -> PeerId:
-        """Link with the peer at this address, unless there is a link with it already; its id, which may be our own.
+        """Link with the peer at this address, unless there is a link with it already. Returns: its id, which may be our own.
 
-        Raises: PeerLost if it can't be reached or withdraws; PeerRefused, ProtocolViolation (both are kept in the link log).
+        Raises: PeerLost if it can't be reached or withdraws; PeerRefused, ProtocolViolation (both are recorded in the link log).
         Cancel: nothing stays open.
         """
         control = await self._connect(address)
@@ -130,8 +128,6 @@ class LinkOpener:
         agreement = await self._greet(connection, Lane.CONTROL, 0)
         self._check_own(agreement.hello, connection)
 
-    # Accepting
-
     async def welcome(self, raw: socket.socket, remote: Address) -> None:
         """Take an accepted socket through TLS and HELLO. Cancel: it is closed."""
         host = remote[0]
@@ -158,7 +154,7 @@ class LinkOpener:
             try:
                 self._admit(connection, check_hello(await connection.first(), connection.peer))
             except PeerRefused as error:
-                # Our HELLO tells the other side why.
+                # with our HELLO the other side can say why
                 connection.close(str(error), self._hello(Lane.CONTROL, 0))
                 self._refuse(connection.remote[0], connection.peer, error)
             except ProtocolViolation as error:
@@ -198,8 +194,6 @@ class LinkOpener:
             return
         self._table.join(link, Lane.BULK, connection, agreement)
         connection.send(answer)
-
-    # Both
 
     def _hello(self, lane: Lane, number: int) -> Hello:
         return msgspec.structs.replace(self.greeting, lane=lane, link=number)

@@ -1,7 +1,7 @@
 """What a link can do, measured by the peer that sends: round trip, the time of one activation's hop, bytes per second.
 
 Three rounds of PROBE, within a second and 32 MiB together: empty ones give the round trip, echoed ones of an activation's size the
-hop, and growing ones the bandwidth. The ramp stops at the first size that takes longer than a step may be held up by it.
+hop, and growing ones the bandwidth. The ramp stops at the first size that takes longer than a step may be delayed.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ _ANSWER_S = 2.0
 class LinkProber:
     """Measures each peer's link when it comes up, every ten minutes, and when asked.
 
-    One at a time, so that none disturbs another. `on_change` hears of every new measurement.
+    One at a time, so that none disturbs another. `on_change` is called after every new measurement.
     """
 
     def __init__(self, links: Links, clock: Clock, on_change: Callable[[], None]) -> None:
@@ -45,7 +45,7 @@ class LinkProber:
         self._group: asyncio.TaskGroup | None = None
 
     async def run(self) -> None:
-        """Own the probes of all links; ends only by being cancelled."""
+        """Run the probes of all links until cancelled."""
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
@@ -73,7 +73,7 @@ class LinkProber:
             task.cancel()
 
     async def probe(self, peer: PeerId) -> LinkStats | None:
-        """Measure now; a measurement of this peer that is under way counts. None: it failed, and the log says why."""
+        """Measure now, or join a measurement of this peer that is under way. Returns: None if it failed; the log says why."""
         if (running := self._running.get(peer)) is not None:
             return await asyncio.shield(running)
         outcome: asyncio.Future[LinkStats | None] = asyncio.get_running_loop().create_future()

@@ -1,4 +1,4 @@
-"""Messages to handlers, and requests to their replies: what links do above their connections."""
+"""Gives messages to their handlers, and replies to the requests that wait for them."""
 
 import asyncio
 import inspect
@@ -35,9 +35,9 @@ class _Waiting:
 
 
 class Dispatcher:
-    """Calls the handler of each message and sends what it answers; wakes who waits for a reply.
+    """Calls the handler of each message and sends its answer; resolves requests when their reply comes.
 
-    Handlers run from within the event loop's read; one that returns an awaitable goes on as a task of its own.
+    Handlers run from within the event loop's read; one that returns an awaitable continues as a task.
     """
 
     def __init__(self, send: Send, linklog: LinkLog) -> None:
@@ -51,7 +51,7 @@ class Dispatcher:
         """Owns the tasks of asynchronous handlers; set while the links run."""
 
     def register(self, message_type: type[M], handler: Handler[M]) -> None:
-        """Have messages of this type handled. Raises: ValueError if they are already."""
+        """Register the handler of a message type. Raises: ValueError if it has one."""
         if message_type in self._handlers:
             raise ValueError(f"{message_type.__name__} has a handler already")
         self._handlers[message_type] = handler
@@ -62,7 +62,7 @@ class Dispatcher:
         return self._last_request
 
     def deliver(self, peer: PeerId, message: Message, payload: memoryview) -> None:
-        """Hand a message to its handler, or to who waits for it."""
+        """Give a message to its handler, or to the request that waits for it."""
         if isinstance(message, Reply) and self._resolve(peer, message, payload):
             return
         handler = self._handlers.get(type(message))
@@ -104,7 +104,7 @@ class Dispatcher:
         return reply, data
 
     def peer_lost(self, peer: PeerId, reason: str) -> None:
-        """Fail what waits for this peer."""
+        """Fail the requests that wait for this peer."""
         for waiting in self._waiting.values():
             if waiting.peer == peer and not waiting.reply.done():
                 waiting.reply.set_exception(PeerLost(reason))

@@ -63,14 +63,12 @@ class LinkTable:
         """The link with a peer, up or not yet."""
         return self._links.get(peer)
 
-    # A link comes up
-
     def dialled(self, peer: PeerId, number: int) -> Link:
         """Begin a link that we dial; there must be none with this peer."""
         return self._begin(peer, number, dialled=True)
 
     def offered(self, agreement: HelloAgreement) -> Link | None:
-        """Begin a link that a peer dialled; None if the one that is there stays."""
+        """Begin a link that a peer dialled. Returns: None if the existing one stays."""
         hello = agreement.hello
         present = self._links.get(hello.peer)
         fresh_s = 2 * self.timing.heartbeat_s
@@ -99,7 +97,7 @@ class LinkTable:
         remote = link.lanes[Lane.CONTROL].remote
         address = remote if link.dialled else (remote[0], hello.port)
         log.info("linked with %s (%.8s) at %s:%d", hello.name, link.peer, *address)
-        _tell(partial(self._on_up, link.peer, hello, address))
+        _notify(partial(self._on_up, link.peer, hello, address))
 
     def _begin(self, peer: PeerId, number: int, *, dialled: bool) -> Link:
         link = Link(peer, number, dialled=dialled, now=self._now(), on_end=self._ended)
@@ -117,14 +115,12 @@ class LinkTable:
         else:
             self._linklog.warn(f"down {link.peer} {reason}", "the link with %.8s is down: %s", link.peer, reason)
         self._dispatcher.peer_lost(link.peer, reason)
-        _tell(partial(self._on_down, link.peer, reason))
-
-    # What keeps it alive
+        _notify(partial(self._on_down, link.peer, reason))
 
     def check(self) -> None:
-        """Once per heartbeat: send one to each peer, and end the links that were silent for too long.
+        """Send each peer a heartbeat, and end the links that were silent for too long; called once per heartbeat.
 
-        If it is we who were late, every peer gets one more interval: what it sent may still lie unread.
+        If this process was late, every peer gets one more interval: what it sent may still be unread in the socket.
         """
         now = self._now()
         stalled = now - self._checked > 2 * self.timing.heartbeat_s
@@ -143,8 +139,6 @@ class LinkTable:
         else:
             _try(partial(link.beat, now))
 
-    # What comes in
-
     def _received(self, link: Link, connection: Connection, message: Message, frame: Frame) -> None:
         link.heard = self._now()
         if not link.up:
@@ -156,7 +150,7 @@ class LinkTable:
             self._dispatcher.deliver(link.peer, message, frame.payload)
 
     def _link_message(self, link: Link, message: Message, frame: Frame) -> bool:
-        """Handle what is about the link itself; False: it is for the dispatcher."""
+        """Handle a message about the link itself. Returns: False if it is for the dispatcher."""
         match message:
             case Heartbeat():
                 _try(partial(link.send, HeartbeatAck(sequence=message.sequence, sent_ns=message.sent_ns)))
@@ -175,15 +169,15 @@ class LinkTable:
 
 
 def _try(send: Callable[[], None]) -> None:
-    """What can't be sent now is repeated by its nature."""
+    """Send what the next heartbeat or probe repeats anyway: a failure is only logged."""
     try:
         send()
     except MeshdError as error:
         log.debug("not sent: %s", error)
 
 
-def _tell(listener: Callable[[], None]) -> None:
-    """A listener's fault is not the link's."""
+def _notify(listener: Callable[[], None]) -> None:
+    """Call a listener; an error of its own must not end the link."""
     try:
         listener()
     except Exception:

@@ -114,12 +114,12 @@ def _trouble(interface: Interface) -> str:
 
 
 def choice_warning(choices: Sequence[InterfaceChoice], named: Sequence[str] = ()) -> tuple[str, str] | None:
-    """What a person should know of the choice: WHAT went wrong: WHY, and how to mend it. None: all is well."""
+    """Returns: what a person should know of the choice (`WHAT went wrong: WHY`) and how to fix it; None if all is well."""
     used = [choice.interface for choice in choices if choice.used]
     if missing := sorted(set(named) - {name for interface in used for name in (interface.name, *interface.addresses)}):
         why = {choice.interface.name: choice.why for choice in choices}
-        told = ", ".join(f"{name} ({why.get(name, 'not here')})" for name in missing)
-        return f"no peer is looked for on {told}", "bring it up, or name another with --interface"
+        unused = ", ".join(f"{name} ({why.get(name, 'not here')})" for name in missing)
+        return f"no peer is looked for on {unused}", "bring it up, or name another with --interface"
     if not used:
         return "no peer is looked for: no network interface is up", "connect one, or name a bridge or tunnel with --interface"
     if not named and used[0].kind is InterfaceKind.LOOPBACK:
@@ -178,7 +178,7 @@ def interface_kind(name: str, index: int, flags: set[str], sysfs: Path = SYSFS_N
 
 
 def _index(name: str) -> int:
-    """0: it just went, or the system has no such number for it."""
+    """Returns: 0 if it has just gone, or the system has no number for it."""
     try:
         return socket.if_nametoindex(name)
     except OSError:
@@ -186,7 +186,7 @@ def _index(name: str) -> int:
 
 
 def _is_ours(folder: Path, index: int) -> bool:
-    """Whether sysfs speaks of this namespace's interface: after a bare setns(2) it still shows the old one's."""
+    """Whether sysfs shows this namespace's interface: after a bare setns(2) it still shows the old one's."""
     try:
         return int((folder / "ifindex").read_text()) == index
     except (OSError, ValueError):
@@ -194,7 +194,7 @@ def _is_ours(folder: Path, index: int) -> bool:
 
 
 def _kind_in_sysfs(folder: Path) -> InterfaceKind | None:
-    """None: sysfs does not tell, so the name has to."""
+    """Returns: None if sysfs does not show it; then the name decides."""
     try:
         hardware_type = int((folder / "type").read_text())
     except (OSError, ValueError):

@@ -1,11 +1,11 @@
-"""How peers of a cluster find one another: mDNS on the LAN, and the list that a person gives. Both are hints for the links.
+"""How peers of a cluster find one another on the LAN: mDNS. What it finds are hints for the links.
 
 What mDNS shows to anyone who listens: the instance name is the peer's id, the SRV record has the link's port, and TXT carries the
 cluster's public fingerprint, protocol and software version, the device's name and a load summary. Nothing else.
 
 Speed. RFC 6762 has a responder probe before it announces (zeroconf takes 1.2 s for it) unless it knows by other means that its name
-is unique (section 8.1): here the name is the hash of a public key, so it announces at once. One probe is sent all the same, because
-it is the one question that everyone answers immediately; a newcomer so knows all others within milliseconds.
+is unique (section 8.1): here the name is the hash of a public key, so it announces at once. It still sends one probe, because that
+is the one question that everyone answers immediately: a newcomer knows all others within milliseconds.
 """
 
 import asyncio
@@ -29,10 +29,9 @@ from meshd.agents.membership.mdns_records import Announcement, PointerListener, 
 from meshd.agents.membership.sources import DuplicateIdentity, OnSighting, PeerFound, PeerWithdrawn, SourceNotice
 from meshd.clock import Clock
 from meshd.types import PeerId
-from meshd.values import Address
 
 RECHECK_S = 2.0
-"""How often interfaces are looked at anew."""
+"""How often the interfaces are read again."""
 _AGAIN_S = 1.0
 """Until a second announcement (RFC 6762 section 8.3). Others' zeroconf drops a packet that it heard within 0.8 s: one that came
 back at once after a power loss would be taken for its former self."""
@@ -44,23 +43,6 @@ _MAX_PEERS = 256
 """Remembered of each kind (own cluster, others): a flood of made-up records costs no more than this."""
 _ANY_HOST = frozenset({"", "0.0.0.0", "::"})
 _T = TypeVar("_T")
-
-
-class StaticPeers:
-    """The peers named by `--peer`. Their names are passed on as they are, so that every dial resolves them anew."""
-
-    def __init__(self, peers: Sequence[Address], on_sighting: OnSighting, *, clock: Clock, every_s: float = 5.0) -> None:
-        self._peers = tuple(peers)
-        self._on_sighting = on_sighting
-        self._clock = clock
-        self._every_s = every_s
-
-    async def run(self) -> None:
-        """Name every peer now and every `every_s` again: whoever was lost is dialled anew."""
-        while True:
-            for peer in self._peers:
-                self._on_sighting(PeerFound(source="static", peer=None, addresses=(peer.host,), port=peer.port))
-            await self._clock.sleep(self._every_s)
 
 
 class MdnsDiscovery:
@@ -88,7 +70,7 @@ class MdnsDiscovery:
         self._others: dict[PeerId, str] = {}
         self._present: dict[PeerId, PeerFound] = {}
         self._load = self._announced_load = ""
-        self._said: dict[str, tuple[str, str] | None] = {}
+        self._noticed: dict[str, tuple[str, str] | None] = {}
 
     @property
     def interfaces(self) -> list[InterfaceChoice]:
@@ -107,13 +89,13 @@ class MdnsDiscovery:
         self._load = load
 
     async def run(self) -> None:
-        """Advertise and listen. Without permission or multicast it says so and tries again. Cancel: goodbye, in 0.3 s."""
+        """Advertise and listen. Without permission or multicast: report it and try again. Cancel: sends a goodbye, in 0.3 s."""
         while True:
             self._look()
             try:
                 zeroconf = AsyncZeroconf(interfaces=self._addresses())
             except OSError as error:
-                self._say("mdns", _failure(error))
+                self._notice("mdns", _failure(error))
             else:
                 await self._serve(zeroconf)
             await self._clock.sleep(RECHECK_S)
@@ -124,20 +106,20 @@ class MdnsDiscovery:
             async with asyncio.TaskGroup() as tasks:
                 await self._advertise_and_listen(zeroconf, tasks)
         except* (OSError, ZeroconfError) as group:
-            self._say("mdns", _failure(group.exceptions[0]))
+            self._notice("mdns", _failure(group.exceptions[0]))
         finally:
             await zeroconf.async_close()
 
     async def _advertise_and_listen(self, zeroconf: AsyncZeroconf, tasks: asyncio.TaskGroup) -> None:
         zc = zeroconf.zeroconf
-        # before the first await: what comes in before there is an ear is cached, and never told again
-        zc.async_add_listener(PointerListener(Resolver(zc, tasks, self._tell).heard, self._gone), None)
+        # before the first await: a record that comes before there is a listener is cached and never reported
+        zc.async_add_listener(PointerListener(Resolver(zc, tasks, self._report).heard, self._gone), None)
         browser = browse(zc)
         try:
             await zc.async_wait_for_start()
             probe(zc, self._info())
             await (await zeroconf.async_register_service(self._info(), cooperating_responders=True))
-            self._say("mdns", None)
+            self._notice("mdns", None)
             await self._clock.sleep(_AGAIN_S)
             await (await zeroconf.async_update_service(self._info()))
             while True:
@@ -149,7 +131,7 @@ class MdnsDiscovery:
             await browser.async_cancel()
 
     async def _wait_for_change(self, zeroconf: AsyncZeroconf) -> None:
-        """Keep the load up to date until the device has moved or woken; then tell others where it is now."""
+        """Keep the load up to date until the device has moved or woken; then announce its addresses again."""
         since = self._clock.monotonic()
         while True:
             before, slept = self._choices, self._clock.wall() - self._clock.monotonic()
@@ -163,17 +145,17 @@ class MdnsDiscovery:
                 await (await zeroconf.async_update_service(self._info()))
 
     async def _move(self, zeroconf: AsyncZeroconf, before: list[InterfaceChoice]) -> None:
-        """Announce on what interfaces there are now. One that came back under its old address needs a new socket too."""
+        """Announce on the present interfaces. One that came back under its old address needs a new socket too."""
         announcing = await zeroconf.async_update_service(self._info())
-        kept = {address for _, _, address in _bound(before) & _bound(self._choices)}
-        await zeroconf.async_update_interfaces([address for address in self._addresses() if address in kept])
+        unchanged = {address for _, _, address in _bound(before) & _bound(self._choices)}
+        await zeroconf.async_update_interfaces([address for address in self._addresses() if address in unchanged])
         await zeroconf.async_update_interfaces(self._addresses())
         await announcing
 
     def _look(self) -> None:
         self._choices = choose_interfaces(self._scan(), self._named)
         self._own_addresses.update(self._addresses())
-        self._say("interfaces", choice_warning(self._choices, self._named))
+        self._notice("interfaces", choice_warning(self._choices, self._named))
 
     def _addresses(self) -> list[str]:
         addresses = used_addresses(self._choices)
@@ -184,10 +166,10 @@ class MdnsDiscovery:
         self._announced_load = self._load
         return to_info(self._announcement, self._load, self._addresses())
 
-    def _tell(self, found: PeerFound) -> None:
+    def _report(self, found: PeerFound) -> None:
         peer = found.peer
         if peer == self._announcement.peer:
-            self._tell_of_duplicate(found)
+            self._report_duplicate(found)
         elif peer is not None and found.cluster != self._announcement.cluster:
             self._gone(peer)
             _remember(self._others, peer, found.cluster)
@@ -197,8 +179,8 @@ class MdnsDiscovery:
             _remember(self._present, peer, found)
             self._on_sighting(found)
 
-    def _tell_of_duplicate(self, found: PeerFound) -> None:
-        """Our own records come back to us; those with another address or port are of a daemon that took our identity along."""
+    def _report_duplicate(self, found: PeerFound) -> None:
+        """Our own records come back to us; those with another address or port come from a daemon with a copy of this identity."""
         foreign = tuple(address for address in found.addresses if address not in self._own_addresses)
         if foreign or found.port != self._announcement.port:
             addresses = foreign or found.addresses
@@ -210,22 +192,22 @@ class MdnsDiscovery:
         if self._present.pop(peer, None) is not None:
             self._on_sighting(PeerWithdrawn(source="mdns", peer=peer))
 
-    def _say(self, about: str, trouble: tuple[str, str] | None) -> None:
-        """Once, until it changes."""
-        if trouble != self._said.get(about):
-            self._said[about] = trouble
+    def _notice(self, about: str, trouble: tuple[str, str] | None) -> None:
+        """Report trouble once, until it changes; None: there is none."""
+        if trouble != self._noticed.get(about):
+            self._noticed[about] = trouble
             if trouble is not None:
                 message, hint = trouble
                 self._on_sighting(SourceNotice(source="mdns", message=message, hint=hint))
 
 
 def _failure(error: Exception) -> tuple[str, str]:
-    hint = "free UDP port 5353, or let its owner share it; peers named by --peer are dialled all the same"
+    hint = "free UDP port 5353, or let its owner share it; peers named by --peer are still dialled"
     return f"peers on the LAN can't be looked for by mDNS: {error}", hint
 
 
 def _bound(choices: Sequence[InterfaceChoice]) -> set[tuple[int, str, str]]:
-    """What sockets are bound to: when this changes they have to be opened anew."""
+    """What sockets are bound to: when this changes they have to be reopened."""
     return {
         (choice.interface.index, choice.interface.name, address)
         for choice in choices

@@ -1,4 +1,4 @@
-"""What stands in a peer's mDNS records, and hearing those of others: the part of discovery that knows zeroconf's insides."""
+"""Writes and reads mDNS records of peers: the part of discovery that depends on zeroconf's internals."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -79,7 +79,7 @@ def _clip(text: str, limit_bytes: int) -> str:
 
 
 def _printable(text: str | None) -> str:
-    """It will stand on people's terminals."""
+    """Drop control characters: the text is printed on people's terminals."""
     return "".join(character for character in text or "" if character.isprintable())
 
 
@@ -115,7 +115,7 @@ class PointerListener(RecordUpdateListener):
         self._pending: dict[str, bool] = {}
 
     def async_update_records(self, zc: Zeroconf, now: float, records: list[RecordUpdate]) -> None:
-        """zeroconf's: a packet came (or records ran out), and is not in the cache yet."""
+        """Called by zeroconf when a packet came or records ran out; the cache has it only afterwards."""
         for update in records:
             alias = getattr(update.new, "alias", "").lower()
             instance = alias.removesuffix("." + SERVICE)
@@ -123,23 +123,23 @@ class PointerListener(RecordUpdateListener):
                 self._pending[instance] = update.new.is_expired(now)
 
     def async_update_records_complete(self) -> None:
-        """zeroconf's: now it is."""
+        """Called by zeroconf when the cache has it."""
         pending, self._pending = self._pending, {}
         for instance, expired in pending.items():
             (self._gone if expired else self._heard)(instance)
 
 
 class Resolver:
-    """From a peer's instance name to its records: from what came along with the pointer, else by asking."""
+    """Finds the records of a peer's instance name: those that came with the pointer, else by asking."""
 
-    def __init__(self, zc: Zeroconf, tasks: asyncio.TaskGroup, tell: Callable[[PeerFound], None]) -> None:
+    def __init__(self, zc: Zeroconf, tasks: asyncio.TaskGroup, report: Callable[[PeerFound], None]) -> None:
         self._zc = zc
         self._tasks = tasks
-        self._tell = tell
+        self._report = report
         self._resolving: set[str] = set()
 
     def heard(self, instance: str) -> None:
-        """Tell of the peer, at once if its records are known. Past the limit of questions at once it has to be heard again."""
+        """Report the peer, at once if its records are known. Past the limit of concurrent questions it has to be heard again."""
         info = AsyncServiceInfo(SERVICE, f"{instance}.{SERVICE}")
         if info.load_from_cache(self._zc):
             self._found(instance, info)
@@ -157,4 +157,4 @@ class Resolver:
     def _found(self, instance: str, info: AsyncServiceInfo) -> None:
         found = from_records(instance, info.decoded_properties, info.parsed_addresses(), info.port or 0)
         if found is not None:
-            self._tell(found)
+            self._report(found)

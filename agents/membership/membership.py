@@ -1,7 +1,7 @@
-"""The cluster as this peer lives it: feeds the table of peers, does what it commands, and tells the others of us.
+"""This peer's part in the cluster: gives events to the table of peers, carries out its commands, and sends adverts of this peer.
 
-Every peer keeps the newest advert of every other. What changes here is told to all within a tenth of a second, and again every few
-seconds, so that figures that only drift (free memory, measured times) are never old.
+Every peer keeps the newest advert of every other. A change here is sent to all within a tenth of a second. Every few seconds the
+advert is sent again, so that figures that drift (free memory, measured times) are never old.
 """
 
 import asyncio
@@ -28,8 +28,9 @@ from meshd.agents.membership.peer_events import (
     PublishChange,
     StopDialling,
 )
+from meshd.agents.membership.peer_rows import unlinked_row
 from meshd.agents.membership.sources import DuplicateIdentity, PeerFound, PeerWithdrawn, Sighting, Source, SourceNotice
-from meshd.agents.membership.table import PeerTable, unlinked_row
+from meshd.agents.membership.table import PeerTable
 from meshd.agents.observe.events import EventBus
 from meshd.clock import Clock
 from meshd.errors import MeshdError
@@ -40,7 +41,7 @@ from meshd.values import Address, parse_address
 log = getLogger(__name__)
 
 _GATHER_S = 0.05
-"""Changes within this time are told in one advert."""
+"""Changes within this time go into one advert."""
 _REPEAT_S = 5.0
 _SWEEP_S = 0.5
 _SUSPECT_S = 1.2
@@ -48,12 +49,12 @@ _SUSPECT_S = 1.2
 _NOTICES = 20
 _MAX_NEIGHBOURS = 64
 GOSSIP = "gossip"
-"""The source of what other peers tell."""
+"""The source of addresses that come in other peers' adverts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelfDescription:
-    """What this peer tells of itself; the functions give the present state."""
+    """What this peer's advert says; the functions return the present state."""
 
     peer: PeerId
     name: str
@@ -68,9 +69,9 @@ class SelfDescription:
 
 @dataclass(slots=True)
 class Membership:
-    """Owns the table. `on_advert` hears of every advert of another peer, `on_gone` of every peer whose link is down."""
+    """Owns the table. `on_advert` is called with every advert of another peer, `on_gone` with every peer whose link is down."""
 
-    about: SelfDescription
+    description: SelfDescription
     links: Links
     prober: LinkProber
     clock: Clock
@@ -92,35 +93,33 @@ class Membership:
         self.links.register(Advertise, self._on_advertise)
 
     async def run(self, sources: Iterable[Source]) -> None:
-        """Look for peers and tell them of us. Cancel: sources say goodbye."""
+        """Look for peers and send them adverts. Cancel: sources say goodbye."""
         async with asyncio.TaskGroup() as tasks:
             for source in sources:
                 tasks.create_task(source.run(), name=type(source).__name__)
             tasks.create_task(self._publish(), name="adverts")
             tasks.create_task(self._sweep(), name="sweep")
 
-    # What others are told
-
     def changed(self) -> None:
-        """Something that the advert tells has changed: tell it soon."""
+        """Send a new advert soon: something in it has changed."""
         self._changed.set()
 
     def own_advert(self) -> Advert:
-        """As of now."""
+        """This peer's advert as of now."""
         return Advert(
-            peer=self.about.peer,
-            name=self.about.name,
-            incarnation=self.about.incarnation,
+            peer=self.description.peer,
+            name=self.description.name,
+            incarnation=self.description.incarnation,
             revision=self._revision,
-            version=self.about.version,
-            capability=self.about.capability(),
-            holdings=self.about.holdings(),
-            models=self.about.models(),
+            version=self.description.version,
+            capability=self.description.capability(),
+            holdings=self.description.holdings(),
+            models=self.description.models(),
             links=self.prober.stats(),
             neighbours=self._neighbours(),
-            sessions=self.about.sessions(),
+            sessions=self.description.sessions(),
             api=self.api_address,
-            draining=self.about.draining(),
+            draining=self.description.draining(),
         )
 
     def _neighbours(self) -> dict[PeerId, str]:
@@ -140,18 +139,16 @@ class Membership:
             self._revision += 1
             advert = self.own_advert()
             for peer in self.links.peers():
-                self._tell(peer, advert)
+                self._send_advert(peer, advert)
 
-    def _tell(self, peer: PeerId, advert: Advert) -> None:
+    def _send_advert(self, peer: PeerId, advert: Advert) -> None:
         try:
             self.links.send(peer, Advertise(advert=advert))
         except MeshdError as error:
             log.debug("advert to %.8s not sent: %s", peer, error)
 
-    # What we know of others
-
     def adverts(self) -> list[Advert]:
-        """Of all live peers, our own first: what plans are made from."""
+        """Of all live peers, this peer's first: what plans are made from."""
         return [self.own_advert(), *self.table.adverts()]
 
     def suspects(self) -> list[Advert]:
@@ -160,8 +157,8 @@ class Membership:
 
     def name_of(self, peer: PeerId) -> str:
         """What people call a peer; the beginning of its id if it is not known."""
-        if peer == self.about.peer:
-            return self.about.name
+        if peer == self.description.peer:
+            return self.description.name
         return self.table.name_of(peer)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -172,7 +169,7 @@ class Membership:
         return rows + [_refused_row(row["address"], row["peer"] or "", row["reason"]) for row in refused]
 
     async def probe_links(self) -> None:
-        """Measure the links to all peers anew, one after another."""
+        """Measure the links to all peers again, one after another."""
         for peer in self.links.peers():
             await self.prober.probe(peer)
         self.changed()
@@ -186,10 +183,8 @@ class Membership:
         while len(self.notices) > _NOTICES:
             del self.notices[next(iter(self.notices))]
 
-    # Events
-
     def on_sighting(self, sighting: Sighting) -> None:
-        """A source says something."""
+        """Handle what a source reports."""
         match sighting:
             case PeerFound() | PeerWithdrawn():
                 self._apply(sighting)
@@ -206,7 +201,7 @@ class Membership:
         dialled = Address(*address)
         version = hello.software.removeprefix("meshd/")
         self._apply(LinkUp(peer, hello.incarnation, hello.name, version, dialled))
-        self._tell(peer, self.own_advert())
+        self._send_advert(peer, self.own_advert())
         self.prober.link_up(peer)
 
     def on_down(self, peer: PeerId, reason: str) -> None:
@@ -225,9 +220,9 @@ class Membership:
             self._hear_of(peer, address)
 
     def _hear_of(self, peer: PeerId, address: str) -> None:
-        """A peer told of another one: a hint like that of any source."""
+        """Treat a neighbour in another peer's advert as a hint, like that of any source."""
         known = self.table.get(peer)
-        if peer == self.about.peer or (known is not None and (known.linked or known.state is PeerState.REFUSED)):
+        if peer == self.description.peer or (known is not None and (known.linked or known.state is PeerState.REFUSED)):
             return
         try:
             found = parse_address(address, 0)
@@ -252,7 +247,10 @@ class Membership:
                 case StopDialling(peer):
                     self._forget(peer)
                 case PublishChange(peer, state, was, why):
-                    self._publish_change(peer, state.value if state else "forgotten", was.value if was else "", why)
+                    unknown = PeerState.UNKNOWN
+                    self._publish_change(
+                        peer, "forgotten" if state is unknown else state.value, "" if was is unknown else was.value, why
+                    )
 
     def _dial(self, peer: PeerId | None, addresses: Iterable[Address], source: str) -> None:
         for address in addresses:

@@ -1,4 +1,4 @@
-"""The words of membership: a peer's states, what happens to it (events) and what to do about it (commands)."""
+"""A peer's states, what happens to it (events) and what to do about it (commands)."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -11,6 +11,8 @@ from meshd.values import Address
 class PeerState(Enum):
     """Where a peer stands."""
 
+    UNKNOWN = "unknown"
+    """Not in the table: never seen, or forgotten."""
     FOUND = "found"
     """A source named it; there was no link yet."""
     ALIVE = "alive"
@@ -27,9 +29,6 @@ class PeerState(Enum):
 LINKED = frozenset({PeerState.ALIVE, PeerState.SUSPECT})
 
 
-# Events: what happened. `PeerFound` and `PeerWithdrawn` of the sources are events too.
-
-
 @dataclass(frozen=True, slots=True)
 class LinkUp:
     """The authenticated link stands. `dialled` is the address that we reached it at; None if it dialled us."""
@@ -39,8 +38,6 @@ class LinkUp:
     name: str
     version: str
     dialled: Address | None = None
-    listens: Address | None = None
-    """Where it can be dialled: its host as this link shows it, with the port that its HELLO names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +50,7 @@ class LinkDown:
 
 @dataclass(frozen=True, slots=True)
 class DialFailed:
-    """Nobody answered there (the links go on trying by themselves). `peer` is None where only the address was known."""
+    """Nobody answered there (the links keep trying). `peer` is None where only the address was known."""
 
     peer: PeerId | None
     address: Address
@@ -116,9 +113,7 @@ Event = (
     | GoodbyeReceived
     | RetentionExpired
 )
-
-
-# Commands: what to do about it.
+"""What the sources report of peers are events too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +133,11 @@ class StopDialling:
 
 @dataclass(frozen=True, slots=True)
 class PublishChange:
-    """Tell who is interested (planner, event stream): the peer's state or advert changed. `state` None: it is forgotten."""
+    """Publish to the planner and the event stream that the peer's state or advert changed."""
 
     peer: PeerId
-    state: PeerState | None
-    was: PeerState | None
+    state: PeerState
+    was: PeerState
     why: str
 
 

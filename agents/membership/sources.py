@@ -1,4 +1,4 @@
-"""What a source of peers says: mDNS, the static list, and later others, all speak to one callback in these words."""
+"""What a source of peers (mDNS, the static list) reports to its callback."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from meshd.types import PeerId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerFound:
-    """A peer of this cluster may be reached here. Said again when it is heard again, so a listener must not mind repeats.
+    """A peer of this cluster may be reached here. It is reported again when it is heard again: a listener must accept repeats.
 
-    It is a hint, never a proof: only the authenticated link says who answers.
+    It is a hint, never a proof: only the authenticated link shows who answers.
     """
 
     source: str
@@ -52,7 +52,7 @@ class DuplicateIdentity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceNotice:
-    """Something a person should know: WHAT went wrong: WHY, and how to mend it. The source goes on."""
+    """Something a person should know: `WHAT went wrong: WHY`, and how to fix it. The source keeps running."""
 
     source: str
     message: str
@@ -67,5 +67,5 @@ class Source(Protocol):
     """Finds peers until it is cancelled."""
 
     async def run(self) -> None:
-        """Tell every sighting to the callback given at construction. Cancel: says goodbye to others where it can."""
+        """Report every sighting to the callback given at construction. Cancel: sends a goodbye where it can."""
         ...

@@ -21,13 +21,13 @@ def say(kind: str, **fields: object) -> None:
     print(json.dumps({"at": time.time(), "kind": kind, **fields}), flush=True)
 
 
-def tell(sighting: Sighting) -> None:
+def report(sighting: Sighting) -> None:
     say(type(sighting).__name__, peer=getattr(sighting, "peer", None), addresses=getattr(sighting, "addresses", ()))
 
 
 async def main(peer: str, cluster: str) -> None:
     announcement = Announcement(peer=PeerId(peer), cluster=cluster, name=peer[:4], port=6375, protocol="1.0", version="0.1.0")
-    mdns = MdnsDiscovery(announcement, tell, clock=SystemClock())
+    mdns = MdnsDiscovery(announcement, report, clock=SystemClock())
     running = asyncio.create_task(mdns.run())
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
     say("started")

@@ -1,4 +1,4 @@
-"""Whole daemons on three hosts: found, told apart by key, gone when they leave or are cut. `pytest -s` prints the times."""
+"""Whole daemons on three hosts: found, kept apart by key, gone when they leave or are cut off. `pytest -s` prints the times."""
 
 import json
 import math
@@ -60,7 +60,7 @@ def wait_for(condition: Callable[[], float | None], what: str, host: Host, withi
 
 
 def now() -> float:
-    """As a log tells it, which cuts times to the millisecond: a goodbye in the same one must not seem to come before."""
+    """The time as logged, cut to the millisecond: a goodbye in the same one must not seem to come before."""
     return math.floor(time.time() * 1000) / 1000
 
 

@@ -116,7 +116,7 @@ def test_peers_on_one_host_see_one_another(make_lab: Any, apart_s: float) -> Non
     assert took < FIND_S
 
 
-def test_one_that_is_told_to_stop_is_gone_within_a_second(make_lab: Any) -> None:
+def test_a_peer_that_stops_is_gone_within_a_second(make_lab: Any) -> None:
     lab = make_lab(hosts=3)
     peers = [Peer(lab, host, letter) for host, letter in zip(lab.hosts, "abc", strict=True)]
     find_s(peers)
@@ -129,7 +129,7 @@ def test_one_that_is_told_to_stop_is_gone_within_a_second(make_lab: Any) -> None
     assert took < GOODBYE_S
 
 
-def test_one_that_comes_back_after_a_power_loss_is_heard_anew(make_lab: Any) -> None:
+def test_one_that_comes_back_after_a_power_loss_is_heard_again(make_lab: Any) -> None:
     lab = make_lab(hosts=2)
     peers = [Peer(lab, host, letter) for host, letter in zip(lab.hosts, "ab", strict=True)]
     find_s(peers)
@@ -143,7 +143,7 @@ def test_one_that_comes_back_after_a_power_loss_is_heard_anew(make_lab: Any) -> 
 
 
 @pytest.mark.parametrize("life_s", [0.05, 0.2])
-def test_one_that_is_back_at_once_is_heard_anew(make_lab: Any, life_s: float) -> None:
+def test_one_that_is_back_at_once_is_heard_again(make_lab: Any, life_s: float) -> None:
     """Its announcements are the same to the last bit as those of its former life, a moment ago."""
     lab = make_lab(hosts=2)
     peers = [Peer(lab, "h1", "a")]
@@ -167,11 +167,11 @@ def test_a_cable_that_is_put_back_brings_the_peer_back(make_lab: Any) -> None:
     lab.heal("h2")
     healed = time.time()
     took = heard_s(peers[:1], PeerFound, peers[1:], healed)
-    print(f"\ncable put back: heard anew after {took * 1e3:.0f} ms")
+    print(f"\ncable put back: heard again after {took * 1e3:.0f} ms")
     assert took < 5.0
 
 
-def test_another_cluster_is_counted_and_not_told(make_lab: Any) -> None:
+def test_another_cluster_is_counted_and_not_reported(make_lab: Any) -> None:
     lab = make_lab(hosts=3)
     peers = [Peer(lab, "h1", "a"), Peer(lab, "h2", "b"), Peer(lab, "h3", "c", cluster="c2")]
     find_s(peers[:2])

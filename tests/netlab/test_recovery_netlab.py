@@ -1,4 +1,4 @@
-"""An answer over two of four hosts when one of them falls silent: it goes on, and is the calm one. `pytest -s` prints pauses."""
+"""An answer over two of four hosts continues, with the same tokens, when one falls silent. `pytest -s` prints the pauses."""
 
 import http.client
 import signal
@@ -65,14 +65,14 @@ FAULTS: dict[str, tuple[Act, Act]] = {
 @pytest.mark.parametrize("mirror", [False, True], ids=["replay", "mirror"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_answer_goes_on_when_a_host_falls_silent(mesh: Mesh, calm: Answer, fault: str, *, mirror: bool) -> None:
-    strike, mend = FAULTS[fault]
+    strike, repair = FAULTS[fault]
     begun = begin(mesh, mirror=mirror)
     at = time.monotonic()
     strike(mesh, "h2")
     try:
         answer = begun.end()
     finally:
-        mend(mesh, "h2")
+        repair(mesh, "h2")
         mesh.wait_until_all_see()
     assert answer.same_as(calm) == [], mesh.told_story(answer.session)
     pause_s = longest_gap_s(answer, at)
@@ -82,7 +82,7 @@ def test_an_answer_goes_on_when_a_host_falls_silent(mesh: Mesh, calm: Answer, fa
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_client_whose_coordinator_falls_silent_goes_on_at_another_peer(mesh: Mesh, calm: Answer, fault: str) -> None:
-    strike, mend = FAULTS[fault]
+    strike, repair = FAULTS[fault]
     begun = begin(mesh)
     strike(mesh, "h1")
     try:
@@ -90,7 +90,7 @@ def test_a_client_whose_coordinator_falls_silent_goes_on_at_another_peer(mesh: M
         answer = deepcopy(begun.answer)
         _resume(mesh, "h3", answer)
     finally:
-        mend(mesh, "h1")
+        repair(mesh, "h1")
         mesh.wait_until_all_see()
     assert answer.same_as(calm) == [], mesh.told_story(answer.session)
     mesh.wait(lambda: not any(host.rows("sessions") for host in mesh), "nothing to be left on any peer", mesh["h1"], LEASE_S)

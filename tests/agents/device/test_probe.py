@@ -8,31 +8,12 @@ import pytest
 
 from meshd.agents.device import probe as probing
 from meshd.agents.device.probe import probe, read_trial, report
-from meshd.agents.device.probe_record import (
-    CACHE_FILE,
-    FORMAT,
-    BackendTrial,
-    ProbeKey,
-    ProbeRecord,
-    load_record,
-    measuring_alone,
-    save_record,
-)
+from meshd.agents.device.probe_record import CACHE_FILE, BackendTrial
 from meshd.clock import SystemClock
 from meshd.errors import LocalFault, StorageError
 from meshd.types import Rates
 
 CLOCK = SystemClock()
-KEY = ProbeKey(
-    format=FORMAT,
-    machine="x86_64",
-    processor="cpu",
-    memory_bytes=8,
-    cores=2,
-    threads=2,
-    backends=("torch",),
-    software={"torch": "2"},
-)
 
 
 def rates(decode_bytes_s: float = 1e9, layer_overhead_s: float = 1e-4) -> Rates:
@@ -44,10 +25,6 @@ def rates(decode_bytes_s: float = 1e9, layer_overhead_s: float = 1e-4) -> Rates:
         disk_bytes_s=0.0,
         layer_overhead_s=layer_overhead_s,
     )
-
-
-def record(key: ProbeKey = KEY) -> ProbeRecord:
-    return ProbeRecord(key=key, trials=(BackendTrial(backend="torch", rates=rates()),), disk_bytes_s=5e8, measured_at=1.0)
 
 
 @dataclass
@@ -75,33 +52,6 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> Trials:
     monkeypatch.setattr(probing, "_available", lambda: ("onnxruntime", "torch"))
     monkeypatch.setattr(probing, "disk_read_rate", lambda _folder: 5e8)
     return trials
-
-
-def test_what_was_saved_is_recalled_for_the_same_key_only(tmp_path: Path) -> None:
-    save_record(tmp_path, record())
-    assert load_record(tmp_path, KEY) == record()
-    assert load_record(tmp_path, msgspec.structs.replace(KEY, threads=1)) is None
-    assert load_record(tmp_path, msgspec.structs.replace(KEY, software={"torch": "3"})) is None
-
-
-def test_settings_that_alternate_are_remembered_side_by_side_and_bounded(tmp_path: Path) -> None:
-    keys = [msgspec.structs.replace(KEY, threads=threads) for threads in range(1, 20)]
-    for key in keys:
-        save_record(tmp_path, record(key))
-        save_record(tmp_path, record(key))
-    known = [key.threads for key in keys if load_record(tmp_path, key) is not None]
-    assert known == list(range(12, 20))
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'[{"key": {}}]', b"\xff\xfe", b"null"])
-def test_a_torn_or_foreign_cache_remembers_nothing_and_is_written_anew(tmp_path: Path, content: bytes) -> None:
-    file = tmp_path / CACHE_FILE
-    file.write_bytes(content)
-    file.chmod(0o600)
-    assert load_record(tmp_path, KEY) is None
-    save_record(tmp_path, record())
-    assert load_record(tmp_path, KEY) == record()
-    assert [each.name for each in tmp_path.iterdir()] == [CACHE_FILE]
 
 
 async def test_the_fastest_backend_is_advertised_with_its_own_figures(tmp_path: Path, trials: Trials) -> None:
@@ -136,11 +86,6 @@ async def test_daemons_that_start_together_measure_once(tmp_path: Path, trials: 
     assert len({result.capability.rates for result in results}) == 1
 
 
-async def test_one_that_never_ends_measuring_does_not_hold_up_others_for_good(tmp_path: Path) -> None:
-    async with measuring_alone(tmp_path, CLOCK, 1.0), asyncio.timeout(5.0), measuring_alone(tmp_path, CLOCK, 0.0):
-        pass
-
-
 async def test_a_backend_that_fails_leaves_the_other(tmp_path: Path, trials: Trials) -> None:
     trials.results["onnxruntime"] = BackendTrial(backend="onnxruntime", error="no such instruction")
     result = await probe(tmp_path, clock=CLOCK)
@@ -163,10 +108,10 @@ async def test_a_folder_that_cannot_be_used_is_an_error_that_names_it(tmp_path: 
 
 
 async def test_progress_names_what_is_measured_and_goes_up(tmp_path: Path, trials: Trials) -> None:
-    told: list[tuple[str, float]] = []
-    await probe(tmp_path, clock=CLOCK, progress=lambda what, fraction: told.append((what, fraction)))
-    assert [what for what, _ in told] == ["waiting", "disk", "onnxruntime", "torch", "done"]
-    assert [fraction for _, fraction in told] == sorted(fraction for _, fraction in told)
+    reported: list[tuple[str, float]] = []
+    await probe(tmp_path, clock=CLOCK, progress=lambda what, fraction: reported.append((what, fraction)))
+    assert [what for what, _ in reported] == ["waiting", "disk", "onnxruntime", "torch", "done"]
+    assert [fraction for _, fraction in reported] == sorted(fraction for _, fraction in reported)
 
 
 async def test_the_report_has_stable_keys_and_is_json(tmp_path: Path, trials: Trials) -> None:
@@ -202,7 +147,7 @@ def test_a_process_that_chatters_is_read_by_its_last_line() -> None:
         (0, b"not json\n", b"", "its process ended with status 0"),
     ],
 )
-def test_a_process_that_fails_tells_why(status: int, output: bytes, complaints: bytes, error: str) -> None:
+def test_a_process_that_fails_reports_why(status: int, output: bytes, complaints: bytes, error: str) -> None:
     assert read_trial("torch", status, output, complaints, None) == BackendTrial(backend="torch", error=error)
 
 

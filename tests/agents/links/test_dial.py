@@ -57,11 +57,9 @@ async def test_a_hint_dials_at_once_what_waits_for_its_turn(table: LinkTable) ->
             dialler.connect(("h", 1), "mdns")
         await telephone.calls.get()
         dialler.stop()
-    (row,) = dialler.rows()
-    assert row["note"] == "nobody answers"
 
 
-async def test_without_a_source_an_address_is_not_dialled(table: LinkTable) -> None:
+async def test_an_address_is_dialled_until_its_last_source_forgets_it(table: LinkTable) -> None:
     telephone = Telephone()
     dialler = Dialler(telephone.dial, OWN, table, SystemClock())
     async with asyncio.timeout(5), asyncio.TaskGroup() as group:
@@ -70,14 +68,32 @@ async def test_without_a_source_an_address_is_not_dialled(table: LinkTable) -> N
             dialler.connect(("h", 1), source)
         await telephone.calls.get()
         dialler.forget(("h", 1), "mdns")
-        assert len(dialler.rows()) == 1
+        await telephone.calls.get()
         dialler.forget(("h", 1), "mqtt")
-        assert dialler.rows() == []
         dialler.forget(("h", 1), "mqtt")
+        await asyncio.sleep(0.5)  # longer than the first two waits
+        assert telephone.calls.empty()
 
 
-def test_the_addresses_are_bounded(table: LinkTable) -> None:
-    dialler = Dialler(Telephone().dial, OWN, table, SystemClock())
+async def test_a_static_address_is_never_forgotten(table: LinkTable) -> None:
+    telephone = Telephone()
+    dialler = Dialler(telephone.dial, OWN, table, SystemClock())
+    async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+        dialler.start(group)
+        dialler.connect(("h", 1), "static")
+        await telephone.calls.get()
+        dialler.forget(("h", 1), "static")
+        await telephone.calls.get()
+        dialler.stop()
+
+
+async def test_the_addresses_are_bounded(table: LinkTable) -> None:
+    telephone = Telephone()
+    dialler = Dialler(telephone.dial, OWN, table, SystemClock())
     for port in range(MAX_TARGETS + 10):
         dialler.connect(("h", port), "mdns")
-    assert len(dialler.rows()) == MAX_TARGETS
+    async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+        dialler.start(group)
+        await asyncio.sleep(0.01)
+        dialler.stop()
+    assert {telephone.calls.get_nowait()[1] for _ in range(telephone.calls.qsize())} == set(range(MAX_TARGETS))

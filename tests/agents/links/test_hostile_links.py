@@ -36,7 +36,7 @@ def hello_of(peer: Peer, /, **changes: Any) -> Hello:
 
 
 async def connect(peer: Peer, target: Peer) -> transport.Connection:
-    """A bare connection with the peer's certificate; nothing is said yet."""
+    """A bare connection with the peer's certificate; no message is sent yet."""
     address = ("127.0.0.1", target.port)
     return await transport.dial(
         address, peer.identity.client, limits=FrameLimits(), now=time.monotonic, connect_s=1.0, handshake_s=1.0
@@ -115,7 +115,7 @@ async def test_another_major_version_is_refused_told_and_shown(peers: Peers) -> 
 
 
 @pytest.mark.parametrize("changes", [{"peer": "x" * 52}, {"lane": 7}, {"max_header": 1}, {"max_payload": 1 << 40}], ids=repr)
-async def test_a_hello_that_lies_is_refused(peers: Peers, changes: dict[str, Any]) -> None:
+async def test_a_false_hello_is_refused(peers: Peers, changes: dict[str, Any]) -> None:
     target, other = peers.start("t"), peers.start("o")
     connection, answer = await greet(other, target, **changes)
     assert isinstance(answer, Goodbye)
@@ -156,6 +156,6 @@ async def test_unwelcome_connections_are_closed_at_once_when_there_are_too_many(
         await connect(other, target)
     for connection in silent:
         connection.abort("done")
-    await until(lambda: target.links._maker._half_open.total() == 0)
+    await until(lambda: target.links._opener._half_open.total() == 0)
     other.dial(target)
     assert await target.next_up() == other.id

@@ -30,7 +30,7 @@ async def test_a_link_is_measured_when_it_comes_up(peers: Peers) -> None:
     running.cancel()
 
 
-async def test_a_second_wish_joins_the_probe_that_runs_and_little_is_sent(peers: Peers) -> None:
+async def test_a_second_request_joins_the_running_probe_and_little_is_sent(peers: Peers) -> None:
     a, b = peers.start("a"), peers.start("b")
     a.dial(b)
     await a.next_up()

@@ -9,7 +9,6 @@ from meshd.agents.links.log import LinkLog
 from meshd.agents.links.rpc import Dispatcher
 from meshd.agents.links.table import LinkTable, Timing
 from meshd.clock import SystemClock
-from meshd.protocol.messages import HeartbeatAck
 from meshd.types import PeerId
 
 OWN, OTHER = PeerId("a" * 52), PeerId("b" * 52)
@@ -91,26 +90,3 @@ def test_an_ended_link_does_not_take_its_successor_along(table: LinkTable, clock
     new = up_link(table, clock)
     old.end("again")
     assert table.get(OTHER) is new
-
-
-def test_round_trips_are_smoothed_and_nonsense_is_ignored(table: LinkTable, clock: SetClock) -> None:
-    link = up_link(table, clock)
-    link._sequence = 3
-    for sequence, rtt_s in ((1, 0.010), (2, 0.018), (3, -5.0), (9, 0.001)):
-        link.beat_answered(HeartbeatAck(sequence=sequence, sent_ns=int((clock.now - rtt_s) * 1e9)), clock.now)
-    assert link.rtt_min_s == pytest.approx(0.010, abs=1e-6)
-    assert link.rtt_mean_s == pytest.approx(0.011, abs=1e-6)
-
-
-def test_the_same_trouble_is_logged_once_a_minute_and_kept_as_one_row(clock: SetClock, caplog: pytest.LogCaptureFixture) -> None:
-    linklog = LinkLog(clock)
-    assert linklog.refused("h:1", None, "no") is True
-    for _ in range(100):
-        assert linklog.refused("h:1", None, "no") is False
-    assert len(caplog.records) == 1
-    assert [(row["address"], row["count"]) for row in linklog.rows()] == [("h:1", 101)]
-    for number in range(1000):
-        linklog.refused(f"h{number}:1", None, "no")
-    assert len(linklog.rows()) == 64
-    clock.now += 61
-    assert linklog.warn("refused h:1", "%s", "again") is True

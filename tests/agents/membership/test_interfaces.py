@@ -161,17 +161,17 @@ def test_loopback_is_the_last_resort_and_says_so() -> None:
         [interface("lo", InterfaceKind.LOOPBACK, multicast=False, at="127.0.0.1/8"), interface("docker0", InterfaceKind.CONTAINER)]
     )
     assert used(choices) == {"lo"}
-    told = choice_warning(choices)
-    assert told is not None
-    assert "this machine only" in told[0]
+    warning = choice_warning(choices)
+    assert warning is not None
+    assert "this machine only" in warning[0]
 
 
 def test_with_nothing_up_nothing_is_used() -> None:
     choices = choose_interfaces([interface("eth0", up=False), interface("wg0", InterfaceKind.TUNNEL)])
     assert used(choices) == set()
-    told = choice_warning(choices)
-    assert told is not None
-    assert "no network interface is up" in told[0]
+    warning = choice_warning(choices)
+    assert warning is not None
+    assert "no network interface is up" in warning[0]
 
 
 @pytest.mark.parametrize("named", ["wg0", "10.0.0.3"])
@@ -181,12 +181,12 @@ def test_a_named_tunnel_is_used_alone(named: str) -> None:
     assert choice_warning(choices, [named]) is None
 
 
-def test_a_named_interface_that_is_missing_or_down_is_told() -> None:
+def test_a_named_interface_that_is_missing_or_down_is_reported() -> None:
     choices = choose_interfaces([interface("eth0"), interface("eth1", up=False)], ["eth1", "eth9"])
     assert used(choices) == set()
-    told = choice_warning(choices, ["eth1", "eth9"])
-    assert told is not None
-    assert told[0] == "no peer is looked for on eth1 (down), eth9 (not here)"
+    warning = choice_warning(choices, ["eth1", "eth9"])
+    assert warning is not None
+    assert warning[0] == "no peer is looked for on eth1 (down), eth9 (not here)"
 
 
 def test_addresses_on_our_own_networks_come_first() -> None:

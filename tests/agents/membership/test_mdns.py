@@ -11,12 +11,11 @@ import pytest
 from zeroconf.asyncio import AsyncZeroconf
 
 from meshd.agents.membership.interfaces import Interface, InterfaceKind, present_interfaces
-from meshd.agents.membership.mdns import MdnsDiscovery, StaticPeers
+from meshd.agents.membership.mdns import MdnsDiscovery
 from meshd.agents.membership.mdns_records import Announcement
 from meshd.agents.membership.sources import DuplicateIdentity, PeerFound, PeerWithdrawn, Sighting, SourceNotice
 from meshd.clock import SystemClock
 from meshd.types import PeerId
-from meshd.values import Address
 
 HERE = "127.0.0.1"
 
@@ -32,15 +31,15 @@ class QuickClock(SystemClock):
 
 
 class Seen:
-    """What one discovery told."""
+    """What one discovery reported."""
 
     def __init__(self) -> None:
         self.sightings: list[Sighting] = []
-        self._told = asyncio.Event()
+        self._changed = asyncio.Event()
 
     def __call__(self, sighting: Sighting) -> None:
         self.sightings.append(sighting)
-        self._told.set()
+        self._changed.set()
 
     async def until(self, wanted: Callable[[Sighting], bool], within_s: float = 3.0) -> Sighting:
         async with asyncio.timeout(within_s):
@@ -48,8 +47,8 @@ class Seen:
                 for sighting in self.sightings:
                     if wanted(sighting):
                         return sighting
-                self._told.clear()
-                await self._told.wait()
+                self._changed.clear()
+                await self._changed.wait()
 
     async def found(self, peer: PeerId, within_s: float = 3.0) -> PeerFound:
         sighting = await self.until(lambda each: isinstance(each, PeerFound) and each.peer == peer, within_s)
@@ -131,7 +130,7 @@ async def test_a_goodbye_is_seen_within_a_second(cluster: str) -> None:
         assert gone == PeerWithdrawn(source="mdns", peer=two.peer)
 
 
-async def test_peers_of_another_cluster_are_counted_and_told_to_nobody(cluster: str) -> None:
+async def test_peers_of_another_cluster_are_counted_and_not_reported(cluster: str) -> None:
     ours, theirs, ours_too = announce(cluster), announce(other := random_letters()[:16]), announce(cluster)
     async with running(ours) as (mdns, seen), running(theirs):
         async with running(ours_too):
@@ -141,7 +140,7 @@ async def test_peers_of_another_cluster_are_counted_and_told_to_nobody(cluster: 
         assert {each.peer for each in seen.sightings if isinstance(each, PeerFound)} == {ours_too.peer}
 
 
-async def test_ones_own_records_are_no_news(cluster: str) -> None:
+async def test_a_peers_own_records_are_not_reported(cluster: str) -> None:
     one, two = announce(cluster), announce(cluster)
     async with running(one) as (_, seen), running(two):
         await seen.found(two.peer)
@@ -151,11 +150,11 @@ async def test_ones_own_records_are_no_news(cluster: str) -> None:
 async def test_a_copied_identity_is_reported(cluster: str) -> None:
     original = announce(cluster, port=7001)
     async with running(original) as (_, seen), running(replace(original, port=7002)):
-        told = await seen.until(lambda each: isinstance(each, DuplicateIdentity))
-        assert told == DuplicateIdentity(source="mdns", peer=original.peer, addresses=(HERE,), port=7002)
+        duplicate = await seen.until(lambda each: isinstance(each, DuplicateIdentity))
+        assert duplicate == DuplicateIdentity(source="mdns", peer=original.peer, addresses=(HERE,), port=7002)
 
 
-async def test_a_change_of_load_is_told(cluster: str) -> None:
+async def test_a_change_of_load_is_announced(cluster: str) -> None:
     one, two = announce(cluster), announce(cluster)
     async with running(one) as (_, seen), running(two, clock=QuickClock()) as (mdns, _):
         await seen.found(two.peer)
@@ -166,8 +165,8 @@ async def test_a_change_of_load_is_told(cluster: str) -> None:
 async def test_an_interface_that_comes_later_is_used_then(cluster: str) -> None:
     present: list[Interface] = []
     one, two = announce(cluster), announce(cluster)
-    async with running(one) as (_, seen), running(two, clock=QuickClock(), scan=lambda: present) as (mdns, told):
-        notice = await told.until(lambda each: isinstance(each, SourceNotice))
+    async with running(one) as (_, seen), running(two, clock=QuickClock(), scan=lambda: present) as (mdns, seen_by_two):
+        notice = await seen_by_two.until(lambda each: isinstance(each, SourceNotice))
         assert isinstance(notice, SourceNotice)
         assert "no peer is looked for on 127.0.0.1 (not here)" in notice.message
         assert not [each for each in seen.sightings if isinstance(each, PeerFound)]
@@ -175,11 +174,11 @@ async def test_an_interface_that_comes_later_is_used_then(cluster: str) -> None:
             Interface(name="lo", index=1, kind=InterfaceKind.LOOPBACK, up=True, multicast=False, networks=("127.0.0.1/8",)),
         )
         await seen.found(two.peer)
-        await told.found(one.peer)
+        await seen_by_two.found(one.peer)
         assert [choice.used for choice in mdns.interfaces] == [True]
 
 
-async def test_without_leave_to_open_the_port_it_says_so_once_and_tries_again(
+async def test_without_permission_for_the_port_it_reports_so_once_and_tries_again(
     cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusals = iter(range(3))
@@ -193,24 +192,11 @@ async def test_without_leave_to_open_the_port_it_says_so_once_and_tries_again(
     async with running(one) as (_, seen):
         await asyncio.sleep(0)
         monkeypatch.setattr("meshd.agents.membership.mdns.AsyncZeroconf", refused_at_first)
-        async with running(two, clock=QuickClock()) as (_, told):
+        async with running(two, clock=QuickClock()) as (_, seen_by_two):
             await seen.found(two.peer)
-            notices = [each.message for each in told.sightings if isinstance(each, SourceNotice)]
+            notices = [each.message for each in seen_by_two.sightings if isinstance(each, SourceNotice)]
             assert len(notices) == 1
             assert "Permission denied" in notices[0]
-
-
-async def test_static_peers_are_named_again_and_again_by_name() -> None:
-    seen = Seen()
-    source = StaticPeers([Address("attic.lan", 6375), Address("10.0.0.2", 7000)], seen, clock=QuickClock())
-    task = asyncio.create_task(source.run())
-    try:
-        await eventually(lambda: len(seen.sightings) >= 6)
-    finally:
-        task.cancel()
-    first = PeerFound(source="static", peer=None, addresses=("attic.lan",), port=6375)
-    assert seen.sightings[0] == seen.sightings[2] == seen.sightings[4] == first
-    assert seen.sightings[1] == PeerFound(source="static", peer=None, addresses=("10.0.0.2",), port=7000)
 
 
 class WakingClock(QuickClock):

@@ -151,9 +151,6 @@ class SimLinks:
     def refusals(self) -> list[Any]:
         return []
 
-    def targets(self) -> list[Any]:
-        return []
-
     async def run(self) -> None:
         try:
             async with asyncio.TaskGroup() as group:

@@ -1,0 +1,59 @@
+"""How fast this device's disk is read."""
+
+import contextlib
+import mmap
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+_MIB = 2**20
+_DISK_LIMIT_BYTES = 256 * _MIB
+_DISK_LIMIT_S = 1.0
+_BLOCK_BYTES = 8 * _MIB
+
+
+def disk_read_rate(folder: Path, limit_bytes: int = _DISK_LIMIT_BYTES, limit_s: float = _DISK_LIMIT_S) -> float:
+    """Bytes per second read from `folder`'s disk, past the page cache where the system lets us.
+
+    Writes a file for it, at most `limit_bytes` or for `limit_s` and no more, and removes it. Raises: OSError.
+    """
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".disk-probe-") as file:
+        _fill(file.fileno(), limit_bytes, limit_s)
+        descriptor = _open_uncached(file.name)
+        try:
+            return _read_rate(descriptor, limit_s)
+        finally:
+            os.close(descriptor)
+
+
+def _fill(descriptor: int, limit_bytes: int, limit_s: float) -> None:
+    """Random bytes, so that no file system compresses them; synced block by block, so that a slow disk ends it in time."""
+    block = os.urandom(min(_BLOCK_BYTES, limit_bytes))
+    start, written = time.monotonic(), 0
+    while written < limit_bytes and (not written or time.monotonic() - start < limit_s):
+        written += os.write(descriptor, block)
+        os.fsync(descriptor)
+
+
+def _open_uncached(path: str) -> int:
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # tmpfs and some network file systems have no O_DIRECT
+            return os.open(path, os.O_RDONLY | os.O_DIRECT)
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    if sys.platform == "linux":
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    elif sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
+    return descriptor
+
+
+def _read_rate(descriptor: int, limit_s: float) -> float:
+    with mmap.mmap(-1, _BLOCK_BYTES) as block, os.fdopen(descriptor, "rb", buffering=0, closefd=False) as file:
+        start, read = time.perf_counter(), 0
+        while time.perf_counter() - start < limit_s and (count := file.readinto(block)):
+            read += count
+        return read / (time.perf_counter() - start)

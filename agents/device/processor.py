@@ -1,0 +1,39 @@
+"""The name of this device's processor."""
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+_PROCESSOR_KEYS = ("model name", "Model", "Hardware", "cpu model", "uarch")
+"""x86; Raspberry Pi; other ARM; MIPS; RISC-V."""
+
+
+def processor_name(root: Path = Path("/")) -> str:
+    """For people and for the cache's key: never empty."""
+    if sys.platform == "darwin":
+        brand = _sysctl("machdep.cpu.brand_string")
+        if brand:
+            return brand
+    facts = _cpuinfo(root)
+    named = next((facts[key] for key in _PROCESSOR_KEYS if facts.get(key)), "")
+    return " ".join(named.split()) or platform.processor() or platform.machine() or "unknown"
+
+
+def _cpuinfo(root: Path) -> dict[str, str]:
+    try:
+        lines = (root / "proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return {}
+    facts: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    return facts
+
+
+def _sysctl(name: str) -> str:
+    try:
+        return subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, timeout=2.0, check=False).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

@@ -1,0 +1,286 @@
+"""One other peer, as this peer sees it: a pure state machine, events in and commands out.
+
+House rules of this file: no I/O and no clock. `TRANSITIONS` is the whole truth about which event may come in which state;
+`docs/state-machines.md` has the diagram, which is made from it. Sources (mDNS, the static list, other peers) only hint at a peer;
+the authenticated link alone makes it ALIVE.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from meshd.agents.machine import Machine, Transition
+from meshd.agents.membership.peer_events import (
+    LINKED,
+    AdvertReceived,
+    Command,
+    Dial,
+    DialFailed,
+    Event,
+    GoodbyeReceived,
+    HandshakeRefused,
+    HeartbeatMissed,
+    HeartbeatReceived,
+    LinkDown,
+    LinkUp,
+    PeerState,
+    PublishChange,
+    RetentionExpired,
+    StopDialling,
+)
+from meshd.agents.membership.sources import PeerFound, PeerWithdrawn
+from meshd.types import Advert, PeerId
+from meshd.values import Address
+
+MAX_ADDRESSES = 16
+"""Of one peer."""
+RETENTION_S: Mapping[PeerState, float] = {
+    PeerState.FOUND: 60.0,
+    PeerState.DEAD: 600.0,
+    PeerState.REFUSED: 600.0,
+    PeerState.LEFT: 60.0,
+}
+"""How long a peer without a link, and without a source that vouches for it, is still shown."""
+_MAX_PAST_INCARNATIONS = 4
+"""Remembered to notice one that comes back."""
+_TWIN = "two devices use its identity: a state folder was copied"
+_SILENT = "silent"
+
+
+@dataclass(frozen=True, slots=True)
+class KnownAddress:
+    """An address, and who named it: a source, or `link`."""
+
+    address: Address
+    source: str
+
+
+@dataclass(slots=True, kw_only=True)
+class Peer(Machine[Event, Command]):
+    """All that is known of one peer. Only `handle` changes it."""
+
+    id: PeerId
+    now: float = field(compare=False)
+    """Time of the event that is handled; `PeerTable` sets it before each `handle`."""
+    state: PeerState = PeerState.UNKNOWN
+    first_seen: float = field(init=False)
+    last_seen: float = field(init=False)
+    since: float = field(init=False)
+    """When it entered this state."""
+    why: str = ""
+    """Why it is left out; of a linked peer, what is odd about it."""
+    name: str = ""
+    version: str = ""
+    protocol: str = ""
+    incarnation: int = 0
+    past: tuple[int, ...] = ()
+    """Its earlier incarnations, oldest first."""
+    addresses: tuple[KnownAddress, ...] = ()
+    advert: Advert | None = None
+
+    def __post_init__(self) -> None:
+        self.first_seen = self.last_seen = self.since = self.now
+
+    @property
+    def linked(self) -> bool:
+        return self.state in LINKED
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing was heard of it for so long, as of `now`, that it need not be shown any more."""
+        if self.linked or (self.state is PeerState.FOUND and self.addresses):
+            return False
+        return self.now - max(self.last_seen, self.since) > RETENTION_S[self.state]
+
+    def title(self) -> str:
+        return f"peer {self.id}"
+
+    def validate(self) -> None:
+        if len(self.addresses) > MAX_ADDRESSES or len(self.past) > _MAX_PAST_INCARNATIONS:
+            raise AssertionError("more is remembered than allowed")
+        if not self.first_seen <= min(self.last_seen, self.since) <= max(self.last_seen, self.since) <= self.now:
+            raise AssertionError("times are out of order")
+        if self.advert is not None and self.advert.incarnation != self.incarnation:
+            raise AssertionError("the advert is of another incarnation")
+        if self.why not in {PeerState.ALIVE: ("", _TWIN), PeerState.SUSPECT: (_SILENT,)}.get(self.state, (self.why,)):
+            raise AssertionError(f"an odd reason: {self.why}")
+
+    def _enter(self, state: PeerState, why: str = "", *, news: bool = False) -> list[Command]:
+        """Go to a state, or stay in it with another reason. Returns: the change, if there is one or other `news`, to publish."""
+        was, was_why = self.state, self.why
+        if state is not was:
+            self.since = self.now
+        self.state, self.why = state, why
+        return [PublishChange(self.id, state, was, why)] if news or (state, why) != (was, was_why) else []
+
+    def _dial(self) -> list[Command]:
+        return [Dial(self.id, tuple(known.address for known in self.addresses))] if self.addresses else []
+
+    def _note_addresses(self, event: PeerFound) -> None:
+        """A source's new list replaces its old one."""
+        self.last_seen = self.now
+        self.protocol = event.protocol
+        named = [KnownAddress(Address(host, event.port), event.source) for host in event.addresses]
+        others = [known for known in self.addresses if known.source != event.source]
+        self.addresses = tuple([*named, *others][:MAX_ADDRESSES])
+
+    def _note_link_address(self, address: Address | None) -> None:
+        """The address of the latest link comes after what the sources say; that of an earlier link goes."""
+        known = [each for each in self.addresses if each.source != "link"]
+        if address is not None and all(each.address != address for each in known):
+            known = [*known[: MAX_ADDRESSES - 1], KnownAddress(address, "link")]
+        self.addresses = tuple(known)
+
+
+def _found(peer: Peer, event: PeerFound) -> list[Command]:
+    peer._note_addresses(event)
+    peer.name = event.name or peer.name
+    peer.version = event.version or peer.version
+    changes = peer._enter(PeerState.FOUND) if peer.state in (PeerState.UNKNOWN, PeerState.LEFT) else []
+    return [*peer._dial(), *changes]
+
+
+def _found_though_linked(peer: Peer, event: PeerFound) -> list[Command]:
+    """The name and version that its link gave count for more than a hint."""
+    peer._note_addresses(event)
+    return []
+
+
+def _withdrawn(peer: Peer, event: PeerWithdrawn) -> list[Command]:
+    peer.addresses = tuple(known for known in peer.addresses if known.source != event.source)
+    return []
+
+
+def _withdrawn_before_a_link(peer: Peer, event: PeerWithdrawn) -> list[Command]:
+    _withdrawn(peer, event)
+    return [StopDialling(peer.id), *peer._enter(PeerState.LEFT)]
+
+
+def _link_up(peer: Peer, event: LinkUp) -> list[Command]:
+    """A new incarnation starts without an advert. One that was there before another is no restart but a twin."""
+    why = _TWIN if event.incarnation in peer.past else ""
+    outdated = None
+    if event.incarnation != peer.incarnation:
+        if peer.incarnation:
+            peer.past = (*peer.past, peer.incarnation)[-_MAX_PAST_INCARNATIONS:]
+        outdated, peer.advert = peer.advert, None
+    peer.name, peer.version, peer.incarnation = event.name, event.version, event.incarnation
+    peer._note_link_address(event.dialled)
+    peer.last_seen = peer.now
+    return peer._enter(PeerState.ALIVE, why, news=outdated is not None)
+
+
+def _link_down(peer: Peer, event: LinkDown) -> list[Command]:
+    return [*peer._dial(), *peer._enter(PeerState.DEAD, event.reason)]
+
+
+def _advert(peer: Peer, event: AdvertReceived) -> list[Command]:
+    peer.last_seen = peer.now
+    newer = peer.advert is None or event.advert.revision > peer.advert.revision
+    news = newer and event.advert.incarnation == peer.incarnation
+    if news:
+        peer.advert = event.advert
+    if peer.state is PeerState.SUSPECT:
+        return peer._enter(PeerState.ALIVE, news=news)
+    return peer._enter(peer.state, peer.why, news=news)
+
+
+def _heartbeat(peer: Peer, event: HeartbeatReceived) -> list[Command]:
+    peer.last_seen = peer.now
+    return peer._enter(PeerState.ALIVE) if peer.state is PeerState.SUSPECT else []
+
+
+def _silent(peer: Peer, event: HeartbeatMissed) -> list[Command]:
+    return peer._enter(PeerState.SUSPECT, _SILENT)
+
+
+def _goodbye(peer: Peer, event: GoodbyeReceived) -> list[Command]:
+    stop: list[Command] = [StopDialling(peer.id)] if peer.linked else []
+    return [*stop, *peer._enter(PeerState.LEFT, event.reason)]
+
+
+def _not_reached(peer: Peer, event: DialFailed | LinkDown) -> list[Command]:
+    """Without a link it stays as it is, for this reason."""
+    return peer._enter(peer.state, event.reason)
+
+
+def _refused(peer: Peer, event: HandshakeRefused) -> list[Command]:
+    return [StopDialling(peer.id), *peer._enter(PeerState.REFUSED, event.reason)]
+
+
+def _expired(peer: Peer, event: RetentionExpired) -> list[Command]:
+    return [StopDialling(peer.id), *peer._enter(PeerState.UNKNOWN)]
+
+
+def _ignore(peer: Peer, event: Event) -> list[Command]:
+    return []
+
+
+_ignored = Transition(_ignore)
+_is_found = Transition(_found, (PeerState.FOUND,))
+_is_withdrawn = Transition(_withdrawn_before_a_link, (PeerState.LEFT,))
+_comes_up = Transition(_link_up, (PeerState.ALIVE,))
+_breaks = Transition(_link_down, (PeerState.DEAD,))
+_leaves = Transition(_goodbye, (PeerState.LEFT,))
+_is_refused = Transition(_refused, (PeerState.REFUSED,))
+_is_forgotten = Transition(_expired, (PeerState.UNKNOWN,))
+
+TRANSITIONS: dict[tuple[Enum, type[Any]], Transition] = {
+    (PeerState.UNKNOWN, PeerFound): _is_found,
+    (PeerState.UNKNOWN, PeerWithdrawn): _ignored,
+    (PeerState.UNKNOWN, LinkUp): _comes_up,
+    (PeerState.UNKNOWN, DialFailed): _ignored,
+    (PeerState.UNKNOWN, HandshakeRefused): _is_refused,
+    (PeerState.FOUND, PeerFound): Transition(_found),
+    (PeerState.FOUND, PeerWithdrawn): _is_withdrawn,
+    (PeerState.FOUND, LinkUp): _comes_up,
+    (PeerState.FOUND, DialFailed): Transition(_not_reached),
+    (PeerState.FOUND, HandshakeRefused): _is_refused,
+    (PeerState.FOUND, RetentionExpired): _is_forgotten,
+    (PeerState.ALIVE, PeerFound): Transition(_found_though_linked),
+    (PeerState.ALIVE, PeerWithdrawn): Transition(_withdrawn),
+    (PeerState.ALIVE, LinkUp): Transition(_link_up),
+    (PeerState.ALIVE, LinkDown): _breaks,
+    (PeerState.ALIVE, DialFailed): _ignored,
+    (PeerState.ALIVE, HandshakeRefused): _ignored,
+    (PeerState.ALIVE, AdvertReceived): Transition(_advert),
+    (PeerState.ALIVE, HeartbeatReceived): Transition(_heartbeat),
+    (PeerState.ALIVE, HeartbeatMissed): Transition(_silent, (PeerState.SUSPECT,)),
+    (PeerState.ALIVE, GoodbyeReceived): _leaves,
+    (PeerState.SUSPECT, PeerFound): Transition(_found_though_linked),
+    (PeerState.SUSPECT, PeerWithdrawn): Transition(_withdrawn),
+    (PeerState.SUSPECT, LinkUp): _comes_up,
+    (PeerState.SUSPECT, LinkDown): _breaks,
+    (PeerState.SUSPECT, DialFailed): _ignored,
+    (PeerState.SUSPECT, HandshakeRefused): _ignored,
+    (PeerState.SUSPECT, AdvertReceived): Transition(_advert, (PeerState.ALIVE,)),
+    (PeerState.SUSPECT, HeartbeatReceived): Transition(_heartbeat, (PeerState.ALIVE,)),
+    (PeerState.SUSPECT, HeartbeatMissed): Transition(_silent),
+    (PeerState.SUSPECT, GoodbyeReceived): _leaves,
+    (PeerState.DEAD, PeerFound): Transition(_found),
+    (PeerState.DEAD, PeerWithdrawn): Transition(_withdrawn),
+    (PeerState.DEAD, LinkUp): _comes_up,
+    (PeerState.DEAD, DialFailed): Transition(_not_reached),
+    (PeerState.DEAD, HandshakeRefused): _is_refused,
+    (PeerState.DEAD, RetentionExpired): _is_forgotten,
+    (PeerState.REFUSED, PeerFound): Transition(_found),
+    (PeerState.REFUSED, PeerWithdrawn): _is_withdrawn,
+    (PeerState.REFUSED, LinkUp): _comes_up,
+    (PeerState.REFUSED, DialFailed): Transition(_not_reached),
+    (PeerState.REFUSED, HandshakeRefused): Transition(_refused),
+    (PeerState.REFUSED, RetentionExpired): _is_forgotten,
+    (PeerState.LEFT, PeerFound): _is_found,
+    (PeerState.LEFT, PeerWithdrawn): Transition(_withdrawn),
+    (PeerState.LEFT, LinkUp): _comes_up,
+    (PeerState.LEFT, DialFailed): Transition(_not_reached),
+    (PeerState.LEFT, HandshakeRefused): _is_refused,
+    (PeerState.LEFT, RetentionExpired): _is_forgotten,
+    # after a goodbye a few more messages and events of its link may arrive
+    (PeerState.LEFT, LinkDown): Transition(_not_reached),
+    (PeerState.LEFT, AdvertReceived): Transition(_advert),
+    (PeerState.LEFT, HeartbeatReceived): Transition(_heartbeat),
+    (PeerState.LEFT, HeartbeatMissed): _ignored,
+    (PeerState.LEFT, GoodbyeReceived): Transition(_goodbye),
+}
+Peer.table = TRANSITIONS

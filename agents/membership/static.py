@@ -1,0 +1,24 @@
+"""The list of peers that a person gives."""
+
+from collections.abc import Sequence
+
+from meshd.agents.membership.sources import OnSighting, PeerFound
+from meshd.clock import Clock
+from meshd.values import Address
+
+
+class StaticPeers:
+    """The peers named by `--peer`. Host names are passed on unresolved, so that every dial resolves them again."""
+
+    def __init__(self, peers: Sequence[Address], on_sighting: OnSighting, *, clock: Clock, every_s: float = 5.0) -> None:
+        self._peers = tuple(peers)
+        self._on_sighting = on_sighting
+        self._clock = clock
+        self._every_s = every_s
+
+    async def run(self) -> None:
+        """Report every peer now and every `every_s` seconds, so that a lost one is dialled again."""
+        while True:
+            for peer in self._peers:
+                self._on_sighting(PeerFound(source="static", peer=None, addresses=(peer.host,), port=peer.port))
+            await self._clock.sleep(self._every_s)

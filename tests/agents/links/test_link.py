@@ -1,0 +1,96 @@
+from typing import cast
+
+import pytest
+
+from meshd.agents.links.link import Link
+from meshd.errors import PeerLost
+from meshd.protocol.messages import Activation, Goodbye, Heartbeat, HeartbeatAck, Lane, Message
+from meshd.protocol.transport import Buffer, Connection
+from meshd.types import PeerId
+
+STEP = Activation(session="s", epoch=1, step=1, stage=1, tokens=1, hidden=1, dtype="f32", sample=False)
+
+
+class RecordedConnection:
+    """Stands for one lane's connection."""
+
+    queued_bytes = 7
+
+    def __init__(self) -> None:
+        self.sent: list[Message] = []
+        self.ended: list[str] = []
+
+    def send(self, message: Message, payload: Buffer | None = None) -> None:
+        self.sent.append(message)
+
+    def abort(self, reason: str) -> None:
+        self.ended.append(f"aborted: {reason}")
+
+    def close(self, reason: str, farewell: Message) -> None:
+        self.ended.append(f"closed: {reason}, {type(farewell).__name__}")
+
+
+@pytest.fixture
+def ends() -> list[tuple[str, bool]]:
+    return []
+
+
+@pytest.fixture
+def link(ends: list[tuple[str, bool]]) -> Link:
+    return Link(
+        PeerId("b" * 52), 1, dialled=True, now=100.0, on_end=lambda _, reason, on_purpose: ends.append((reason, on_purpose))
+    )
+
+
+def joined(link: Link) -> dict[Lane, RecordedConnection]:
+    lanes = {lane: RecordedConnection() for lane in Lane}
+    link.lanes = {lane: cast("Connection", connection) for lane, connection in lanes.items()}
+    return lanes
+
+
+def test_only_a_large_activation_takes_the_bulk_lane(link: Link) -> None:
+    lanes = joined(link)
+    link.send(STEP, bytes(64 * 1024))
+    link.beat(100.0)
+    assert [type(message) for message in lanes[Lane.CONTROL].sent] == [Activation, Heartbeat]
+    assert lanes[Lane.BULK].sent == []
+    link.send(STEP, bytes(64 * 1024 + 1))
+    assert len(lanes[Lane.BULK].sent) == 1
+
+
+def test_before_a_lane_is_there_nothing_is_sent_on_it(link: Link) -> None:
+    assert not link.joined
+    with pytest.raises(PeerLost, match="is not up"):
+        link.beat(100.0)
+
+
+def test_a_link_ends_once_and_a_farewell_makes_it_no_fault(link: Link, ends: list[tuple[str, bool]]) -> None:
+    lanes = joined(link)
+    link.end("this peer stops", Goodbye(reason="this peer stops"))
+    link.end("again")
+    assert ends == [("this peer stops", True)]
+    assert [lane.ended for lane in lanes.values()] == [["closed: this peer stops, Goodbye"]] * 2
+
+
+def test_an_end_without_a_farewell_is_a_fault(link: Link, ends: list[tuple[str, bool]]) -> None:
+    lanes = joined(link)
+    link.end("silent")
+    assert ends == [("silent", False)]
+    assert [lane.ended for lane in lanes.values()] == [["aborted: silent"]] * 2
+
+
+def test_a_link_that_was_never_up_has_not_lived(link: Link) -> None:
+    assert link.lived_s(500.0) == 0.0
+    link.up_since = 200.0
+    assert link.lived_s(500.0) == 300.0
+    assert link.present(101.5).silent_s == 1.5
+
+
+def test_round_trips_are_smoothed_and_nonsense_is_ignored(link: Link) -> None:
+    joined(link)
+    for _ in range(3):
+        link.beat(100.0)
+    for sequence, rtt_s in ((1, 0.010), (2, 0.018), (3, -5.0), (9, 0.001)):
+        link.beat_answered(HeartbeatAck(sequence=sequence, sent_ns=int((100.0 - rtt_s) * 1e9)), 100.0)
+    assert link.rtt_min_s == pytest.approx(0.010, abs=1e-6)
+    assert link.rtt_mean_s == pytest.approx(0.011, abs=1e-6)

@@ -1,0 +1,55 @@
+from dataclasses import dataclass
+
+import pytest
+
+from meshd.agents.links.log import LinkLog
+from meshd.clock import SystemClock
+
+
+@dataclass
+class SetClock(SystemClock):
+    now: float = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wall(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> SetClock:
+    return SetClock()
+
+
+def test_the_same_trouble_is_logged_once_a_minute_and_kept_as_one_row(clock: SetClock, caplog: pytest.LogCaptureFixture) -> None:
+    linklog = LinkLog(clock)
+    assert linklog.refused("h:1", None, "no") is True
+    for _ in range(100):
+        assert linklog.refused("h:1", None, "no") is False
+    assert len(caplog.records) == 1
+    assert [(row["address"], row["count"]) for row in linklog.rows()] == [("h:1", 101)]
+    for number in range(1000):
+        linklog.refused(f"h{number}:1", None, "no")
+    assert len(linklog.rows()) == 64
+    clock.now += 61
+    assert linklog.warn("refused h:1", "%s", "again") is True
+
+
+def test_causes_are_forgotten_oldest_first_so_a_flood_of_them_costs_no_memory(clock: SetClock) -> None:
+    linklog = LinkLog(clock)
+    for number in range(257):
+        assert linklog.warn(f"cause {number}", "text") is True
+    assert linklog.warn("cause 1", "text") is False
+    assert linklog.warn("cause 0", "text") is True
+
+
+def test_a_row_is_a_copy_and_shows_when_it_was_last_seen(clock: SetClock) -> None:
+    linklog = LinkLog(clock)
+    linklog.refused("h:1", None, "no")
+    clock.now = 130.0
+    linklog.refused("h:1", None, "no")
+    (row,) = linklog.rows()
+    assert row["at"] == 130.0
+    row["count"] = 99
+    assert linklog.rows()[0]["count"] == 2

@@ -1,0 +1,144 @@
+"""Messages to handlers and requests to replies, without a network: what is sent is a list."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from in_process.peers import until
+from meshd.agents.links.log import LinkLog
+from meshd.agents.links.rpc import MAX_TASKS, Dispatcher, to_view
+from meshd.clock import SystemClock
+from meshd.errors import NotReady, Overloaded, PeerLost, RemoteFailure
+from meshd.protocol.codec import UnknownMessage
+from meshd.protocol.framing import EMPTY
+from meshd.protocol.messages import Error, Message, Probe, ProbeAck
+from meshd.protocol.transport import Buffer
+from meshd.types import PeerId
+
+ANN, BOB = PeerId("a" * 52), PeerId("b" * 52)
+Sent = list[tuple[PeerId, Message, Buffer | None]]
+
+
+def ack(request: int) -> ProbeAck:
+    return ProbeAck(request=request, received_bytes=0, receive_s=0.0)
+
+
+@pytest.fixture
+def sent() -> Sent:
+    return []
+
+
+@pytest.fixture
+async def dispatcher(sent: Sent) -> AsyncIterator[Dispatcher]:
+    dispatcher = Dispatcher(lambda peer, message, payload: sent.append((peer, message, payload)), LinkLog(SystemClock()))
+    async with asyncio.TaskGroup() as group:
+        dispatcher.group = group
+        yield dispatcher
+        dispatcher.cancel_tasks()
+
+
+async def test_a_reply_counts_only_from_the_peer_that_was_asked(dispatcher: Dispatcher, sent: Sent) -> None:
+    waiting = asyncio.create_task(dispatcher.request(ANN, lambda number: Probe(request=number, echo=False), None, 5.0))
+    await asyncio.sleep(0)
+    assert [(peer, type(message)) for peer, message, _ in sent] == [(ANN, Probe)]
+    dispatcher.deliver(BOB, ack(1), EMPTY)
+    dispatcher.deliver(ANN, ack(2), EMPTY)
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    dispatcher.deliver(ANN, ack(1), memoryview(b"payload"))
+    dispatcher.deliver(ANN, ack(1), EMPTY)  # a repeat
+    reply, payload = await waiting
+    assert (reply, bytes(payload)) == (ack(1), b"payload")
+
+
+async def test_a_request_fails_with_the_peers_error_with_its_peer_or_with_time(dispatcher: Dispatcher) -> None:
+    def ask(timeout_s: float) -> "asyncio.Task[object]":
+        return asyncio.create_task(dispatcher.request(ANN, lambda number: Probe(request=number, echo=False), None, timeout_s))
+
+    refused, lost, late = ask(5.0), ask(5.0), ask(0.001)
+    await asyncio.sleep(0)
+    dispatcher.deliver(ANN, Error(request=1, code="not_ready", message="still loading", hint="wait"), EMPTY)
+    with pytest.raises(RemoteFailure, match="still loading"):
+        await refused
+    with pytest.raises(PeerLost, match=r"gave no answer to Probe within 0\.001 s"):
+        await late
+    dispatcher.peer_lost(BOB, "another one")
+    assert not lost.done()
+    dispatcher.peer_lost(ANN, "it left")
+    with pytest.raises(PeerLost, match="it left"):
+        await lost
+
+
+async def test_a_cancelled_request_drops_its_late_reply(dispatcher: Dispatcher, sent: Sent) -> None:
+    waiting = asyncio.create_task(dispatcher.request(ANN, Probe(request=7, echo=False), None, 5.0))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    dispatcher.deliver(ANN, ack(7), EMPTY)
+    assert len(sent) == 1
+
+
+async def test_a_handler_answers_at_once_or_later(dispatcher: Dispatcher, sent: Sent) -> None:
+    async def later(peer: PeerId, message: Probe, payload: memoryview) -> tuple[ProbeAck, Buffer]:
+        await asyncio.sleep(0)
+        return ack(message.request), b"late"
+
+    def handle(peer: PeerId, message: Probe, payload: memoryview) -> object:
+        return later(peer, message, payload) if message.echo else ack(message.request)
+
+    dispatcher.register(Probe, handle)  # type: ignore[arg-type]
+    dispatcher.deliver(ANN, Probe(request=1, echo=True), EMPTY)
+    dispatcher.deliver(ANN, Probe(request=2, echo=False), EMPTY)
+    assert sent == [(ANN, ack(2), None)]
+    await until(lambda: len(sent) == 2)
+    assert sent[1] == (ANN, ack(1), b"late")
+
+
+@pytest.mark.parametrize(("error", "code"), [(NotReady("loading"), NotReady.code), (ZeroDivisionError(), "internal_error")])
+async def test_what_a_handler_raises_is_sent_as_an_error(dispatcher: Dispatcher, sent: Sent, error: Exception, code: str) -> None:
+    def fails(peer: PeerId, message: Probe, payload: memoryview) -> None:
+        raise error
+
+    dispatcher.register(Probe, fails)
+    dispatcher.deliver(ANN, Probe(request=3, echo=False), EMPTY)
+    (_, answer, _), *others = sent
+    assert isinstance(answer, Error)
+    assert (answer.request, answer.code, others) == (3, code, [])
+
+
+async def test_past_the_limit_of_tasks_requests_are_answered_overloaded(dispatcher: Dispatcher, sent: Sent) -> None:
+    async def never(peer: PeerId, message: Probe, payload: memoryview) -> None:
+        await asyncio.Event().wait()
+
+    dispatcher.register(Probe, never)
+    for request in range(MAX_TASKS + 1):
+        dispatcher.deliver(ANN, Probe(request=request, echo=False), EMPTY)
+    (_, answer, _), *others = sent
+    assert isinstance(answer, Error)
+    assert (answer.request, answer.code, others) == (MAX_TASKS, Overloaded.code, [])
+
+
+async def test_an_unknown_or_unhandled_request_is_answered_and_an_unhandled_error_is_not(
+    dispatcher: Dispatcher, sent: Sent
+) -> None:
+    dispatcher.deliver(ANN, UnknownMessage(number_of=999, request=4), EMPTY)
+    dispatcher.deliver(ANN, Probe(request=5, echo=False), EMPTY)
+    dispatcher.deliver(ANN, Error(code="not_ready", message="for nobody"), EMPTY)
+    answers = [message for _, message, _ in sent]
+    assert [(answer.request, answer.code, answer.number_of) for answer in answers if isinstance(answer, Error)] == [
+        (4, "unknown_message", 999),
+        (5, "unknown_message", Probe.number),
+    ]
+
+
+def test_a_message_has_one_handler() -> None:
+    dispatcher = Dispatcher(lambda *_: None, LinkLog(SystemClock()))
+    dispatcher.register(Probe, lambda *_: None)
+    with pytest.raises(ValueError, match="Probe has a handler already"):
+        dispatcher.register(Probe, lambda *_: None)
+
+
+def test_a_payload_is_viewed_as_bytes() -> None:
+    assert to_view(None).nbytes == 0
+    assert len(to_view(memoryview(bytes(8)).cast("I"))) == 8

@@ -1,0 +1,210 @@
+"""One peer's state machine: any event in any state, and what this peer does about it."""
+
+import itertools
+from copy import copy
+
+import pytest
+
+from in_process.peer_events import ANN, AWAY, HOME, WAY_TO, advert, found, link_up
+from meshd.agents.machine import IllegalTransition
+from meshd.agents.membership.peer import MAX_ADDRESSES, RETENTION_S, TRANSITIONS, KnownAddress, Peer
+from meshd.agents.membership.peer_events import (
+    AdvertReceived,
+    Command,
+    Dial,
+    DialFailed,
+    Event,
+    GoodbyeReceived,
+    HandshakeRefused,
+    HeartbeatMissed,
+    HeartbeatReceived,
+    LinkDown,
+    PeerState,
+    PublishChange,
+    RetentionExpired,
+    StopDialling,
+)
+from meshd.agents.membership.sources import PeerWithdrawn
+
+EVENTS: list[Event] = [
+    found(),
+    PeerWithdrawn(source="mdns", peer=ANN),
+    link_up(),
+    LinkDown(ANN, "connection reset"),
+    DialFailed(ANN, HOME, "connection refused"),
+    HandshakeRefused(ANN, HOME, "another key"),
+    AdvertReceived(advert()),
+    HeartbeatReceived(ANN),
+    HeartbeatMissed(ANN),
+    GoodbyeReceived(ANN, "stopped"),
+    RetentionExpired(ANN),
+]
+
+
+def handle(peer: Peer, event: Event, now: float) -> list[Command]:
+    peer.now = now
+    commands = peer.handle(event)
+    peer.validate()
+    return commands
+
+
+def peer_at(state: PeerState) -> Peer:
+    peer = Peer(id=ANN, now=1.0)
+    for event in WAY_TO[state]:
+        handle(peer, event, 1.0)
+    return peer
+
+
+def commands_of(commands: list[Command], kind: type) -> list[Command]:
+    return [command for command in commands if isinstance(command, kind)]
+
+
+@pytest.mark.parametrize(
+    ("state", "event"), list(itertools.product(PeerState, EVENTS)), ids=lambda each: getattr(each, "name", type(each).__name__)
+)
+def test_every_event_in_every_state_does_what_its_row_says(state: PeerState, event: Event) -> None:
+    peer = peer_at(state)
+    assert peer.state is state
+    before = copy(peer)
+    transition = TRANSITIONS.get((state, type(event)))
+    if transition is not None:
+        handle(peer, event, 2.0)
+        assert (peer.state,) == (transition.to or (state,))
+    else:
+        with pytest.raises(IllegalTransition, match=f"peer ann: {type(event).__name__} in state {state.value}"):
+            handle(peer, event, 2.0)
+        assert peer == before
+
+
+def test_the_table_covers_every_state_and_event() -> None:
+    assert {state for state, _ in TRANSITIONS} == set(PeerState)
+    assert {event for _, event in TRANSITIONS} == {type(event) for event in EVENTS}
+
+
+def test_an_illegal_event_is_reported_with_the_peers_story() -> None:
+    with pytest.raises(
+        IllegalTransition, match=r"LinkDown in state dead \(after .*found -LinkUp-> alive, alive -LinkDown-> dead\)"
+    ):
+        handle(peer_at(PeerState.DEAD), LinkDown(ANN, "again"), 2.0)
+
+
+def test_a_peer_that_is_found_is_dialled_at_all_its_addresses() -> None:
+    commands = handle(peer_at(PeerState.UNKNOWN), found(ANN, HOME.host, AWAY.host), 1.0)
+    assert commands == [Dial(ANN, (HOME, AWAY)), PublishChange(ANN, PeerState.FOUND, PeerState.UNKNOWN, "")]
+
+
+def test_a_linked_peer_is_not_dialled_however_often_it_is_heard() -> None:
+    assert handle(peer_at(PeerState.ALIVE), found(), 2.0) == []
+
+
+@pytest.mark.parametrize("state", [PeerState.FOUND, PeerState.DEAD, PeerState.REFUSED, PeerState.LEFT])
+def test_a_peer_without_a_link_is_dialled_as_soon_as_it_is_heard(state: PeerState) -> None:
+    assert commands_of(handle(peer_at(state), found(), 2.0), Dial)
+
+
+def test_a_broken_link_is_dialled_at_once_and_says_why() -> None:
+    peer = peer_at(PeerState.ALIVE)
+    commands = handle(peer, LinkDown(ANN, "connection reset"), 2.0)
+    assert commands == [Dial(ANN, (HOME,)), PublishChange(ANN, PeerState.DEAD, PeerState.ALIVE, "connection reset")]
+
+
+def test_a_peer_that_left_is_dialled_no_more() -> None:
+    commands = handle(peer_at(PeerState.ALIVE), GoodbyeReceived(ANN, "stopped"), 2.0)
+    assert commands == [StopDialling(ANN), PublishChange(ANN, PeerState.LEFT, PeerState.ALIVE, "stopped")]
+
+
+def test_a_refused_peer_is_dialled_no_more_and_says_why() -> None:
+    peer = peer_at(PeerState.FOUND)
+    assert commands_of(handle(peer, HandshakeRefused(ANN, HOME, "another key"), 2.0), StopDialling) == [StopDialling(ANN)]
+    assert peer.why == "another key"
+
+
+def test_a_peer_that_refused_is_tried_again_when_it_is_heard_again() -> None:
+    peer = peer_at(PeerState.REFUSED)
+    assert handle(peer, found(), 2.0) == [Dial(ANN, (HOME,))]
+    assert handle(peer, HandshakeRefused(ANN, HOME, "another key"), 3.0) == [StopDialling(ANN)]
+
+
+def test_a_found_but_unreachable_peer_says_why() -> None:
+    peer = peer_at(PeerState.FOUND)
+    handle(peer, DialFailed(ANN, HOME, "no route to host"), 2.0)
+    assert (peer.state, peer.why) == (PeerState.FOUND, "no route to host")
+
+
+def test_silence_makes_a_suspect_and_a_heartbeat_makes_it_alive_again() -> None:
+    peer = peer_at(PeerState.ALIVE)
+    assert handle(peer, HeartbeatMissed(ANN), 2.0) == [PublishChange(ANN, PeerState.SUSPECT, PeerState.ALIVE, "silent")]
+    assert handle(peer, HeartbeatMissed(ANN), 2.5) == []
+    assert handle(peer, HeartbeatReceived(ANN), 3.0) == [PublishChange(ANN, PeerState.ALIVE, PeerState.SUSPECT, "")]
+
+
+def test_only_a_newer_revision_of_the_present_incarnation_counts() -> None:
+    peer = peer_at(PeerState.ALIVE)
+    assert handle(peer, AdvertReceived(advert(revision=2)), 2.0) == [PublishChange(ANN, PeerState.ALIVE, PeerState.ALIVE, "")]
+    assert handle(peer, AdvertReceived(advert(revision=1)), 3.0) == []
+    assert handle(peer, AdvertReceived(advert(incarnation=9, revision=5)), 3.0) == []
+    assert peer.advert == advert(revision=2)
+    handle(peer, AdvertReceived(advert(revision=3)), 4.0)
+    assert peer.advert == advert(revision=3)
+
+
+def test_a_restarted_peer_starts_without_its_old_advert() -> None:
+    peer = peer_at(PeerState.ALIVE)
+    handle(peer, AdvertReceived(advert(revision=7)), 2.0)
+    handle(peer, link_up(incarnation=2), 3.0)
+    assert peer.advert is None
+    handle(peer, AdvertReceived(advert(incarnation=2, revision=1)), 4.0)
+    assert peer.advert == advert(incarnation=2, revision=1)
+
+
+def test_a_link_that_comes_back_keeps_the_advert() -> None:
+    peer = peer_at(PeerState.ALIVE)
+    handle(peer, AdvertReceived(advert()), 2.0)
+    handle(peer, LinkDown(ANN, "connection reset"), 3.0)
+    handle(peer, link_up(), 4.0)
+    assert peer.advert == advert()
+
+
+def test_two_daemons_with_one_identity_are_distinguished_from_a_restart() -> None:
+    peer = peer_at(PeerState.ALIVE)
+    handle(peer, link_up(incarnation=2), 2.0)
+    assert peer.why == ""
+    handle(peer, link_up(incarnation=1), 3.0)
+    assert "copied" in peer.why
+
+
+def test_a_peer_seen_on_two_addresses_shows_both_with_their_sources() -> None:
+    peer = peer_at(PeerState.UNKNOWN)
+    handle(peer, found(ANN, HOME.host), 1.0)
+    handle(peer, link_up(dialled=AWAY), 2.0)
+    assert peer.addresses == (KnownAddress(HOME, "mdns"), KnownAddress(AWAY, "link"))
+
+
+def test_a_sources_new_addresses_replace_its_old_ones() -> None:
+    peer = peer_at(PeerState.FOUND)
+    assert commands_of(handle(peer, found(ANN, AWAY.host), 2.0), Dial) == [Dial(ANN, (AWAY,))]
+
+
+def test_a_source_that_withdraws_a_linked_peer_leaves_its_state_alone() -> None:
+    peer = peer_at(PeerState.ALIVE)
+    assert handle(peer, PeerWithdrawn(source="mdns", peer=ANN), 2.0) == []
+    assert peer.addresses == ()
+
+
+def test_addresses_are_bounded() -> None:
+    peer = peer_at(PeerState.UNKNOWN)
+    handle(peer, found(ANN, *(f"10.0.1.{host}" for host in range(99))), 1.0)
+    handle(peer, link_up(dialled=AWAY), 1.0)
+    assert len(peer.addresses) == MAX_ADDRESSES
+    assert peer.addresses[-1].source == "link"
+
+
+@pytest.mark.parametrize(
+    ("state", "ends"), [(PeerState.ALIVE, False), (PeerState.FOUND, False), (PeerState.DEAD, True), (PeerState.LEFT, True)]
+)
+def test_a_peer_without_a_link_is_over_after_its_retention(state: PeerState, ends: bool) -> None:
+    peer = peer_at(state)
+    peer.now = 1.0 + RETENTION_S.get(state, 1e9)
+    assert not peer.is_over
+    peer.now += 1.0
+    assert peer.is_over is ends
