@@ -6,6 +6,7 @@ python -P tests/diagrams.py
 from pathlib import Path
 
 from meshd.agents.machine import diagram
+from meshd.agents.placement.weights import transfer
 from meshd.agents.session import session
 from meshd.agents.stage import mirror_copy
 from meshd.agents.stage import session as stage_session
@@ -25,6 +26,12 @@ MACHINES = (
         "agents/stage/mirror_copy.py",
         mirror_copy.TRANSITIONS,
         mirror_copy.MirrorState.OFFERED,
+    ),
+    (
+        "A range of a model's file, on the peer that fetches it",
+        "agents/placement/weights/transfer.py",
+        transfer.TRANSITIONS,
+        transfer.TransferState.WANTED,
     ),
 )
 
