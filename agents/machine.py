@@ -4,7 +4,6 @@ A machine is pure: events in, commands out, no I/O and no clock. For every state
 what each does, and which states may follow. An event that is not in the table raises and changes nothing.
 """
 
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -53,12 +52,12 @@ class Machine(Generic[EventT, CommandT]):
     __slots__ = ("story",)
     table: ClassVar[Table]
     state: Any
-    story: deque[Change]
-    """The latest changes of state, oldest first: an illegal event is reported with them."""
+    story: tuple[Change, ...]
+    """The latest changes of state, oldest first, for the report of an illegal event. A tuple: a fetch has thousands of machines."""
 
     def __new__(cls, *args: object, **kwargs: object) -> "Machine[EventT, CommandT]":
         machine = super().__new__(cls)
-        machine.story = deque(maxlen=STORY_LINES)
+        machine.story = ()
         return machine
 
     def handle(self, event: EventT) -> list[CommandT]:
@@ -77,7 +76,7 @@ class Machine(Generic[EventT, CommandT]):
             change = Change(type(event).__name__, before, self.state)
             if self.state not in transition.to:
                 raise AssertionError(f"{self.title()}: {change} is not in its table")
-            self.story.append(change)
+            self.story = (*self.story, change)[-STORY_LINES:]
         return commands
 
     def validate(self) -> None:

@@ -22,7 +22,6 @@ import torch
 from meshd.kernels.backend import PLAIN, AttentionRule, Projected, Segment
 from meshd.kernels.kv import KVPool
 from meshd.kernels.threads import Workers
-from meshd.kernels.torch.ops import to_tensor
 
 F32 = npt.NDArray[np.float32]
 Part = tuple[F32, F32]
@@ -37,6 +36,11 @@ PARALLEL_WORK = 4 << 20
 """Query elements times keys: below this, a hand-over to a second thread (0.1 to 0.2 ms) costs more than it saves."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def to_tensor(array: F32) -> torch.Tensor:
+    """View an array as a tensor; a read-only array, which torch can't hold, is copied."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def attend_part(q: F32, k: F32, v: F32, first: int | None = None, rule: AttentionRule = PLAIN) -> Part:

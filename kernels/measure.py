@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meshd.kernels.backend import Backend, LoadedLayers, Segment, make_backend
+from meshd.kernels.backend import Backend, LoadedLayers, Segment
 from meshd.kernels.kv import KVPool
+from meshd.kernels.registry import make_backend
 from meshd.kernels.threads import Workers
 from meshd.kernels.weights.load import F32
 from meshd.tensors import ROPE_FACTORS, tensor_shape

@@ -29,7 +29,7 @@ from meshd.clock import Clock, SystemClock
 from meshd.compose import Parts, PeerSettings, PeerSignals, compose
 from meshd.config import Config, require_guarded_api
 from meshd.errors import ConfigError
-from meshd.kernels.backend import make_backend
+from meshd.kernels.registry import make_backend
 from meshd.models.store.store import Store
 from meshd.protocol.identity import ClusterKey, Identity, load_cluster_key, load_identity, store_cluster_key
 from meshd.protocol.messages import PROTOCOL_VERSION

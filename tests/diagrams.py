@@ -8,6 +8,7 @@ from pathlib import Path
 from meshd.agents.machine import diagram
 from meshd.agents.membership import peer
 from meshd.agents.membership.peer_events import PeerState
+from meshd.agents.placement.weights import transfer
 from meshd.agents.session import session
 from meshd.agents.stage import session as stage_session
 from meshd.agents.stage.mirror import copy as mirror_copy
@@ -28,6 +29,12 @@ MACHINES = (
         "agents/stage/mirror/copy.py",
         mirror_copy.TRANSITIONS,
         mirror_copy.MirrorState.OFFERED,
+    ),
+    (
+        "A range of a model's file, on the peer that fetches it",
+        "agents/placement/weights/transfer.py",
+        transfer.TRANSITIONS,
+        transfer.TransferState.WANTED,
     ),
 )
 

@@ -111,7 +111,7 @@ def report(result: ProbeResult) -> dict[str, Any]:
 
 
 def _available() -> tuple[str, ...]:
-    from meshd.kernels.backend import available_backends
+    from meshd.kernels.registry import available_backends
 
     return available_backends()
 
@@ -227,8 +227,8 @@ def read_trial(backend: str, status: int, output: bytes, complaints: bytes, powe
 
 def main(backend: str, threads: int, budget_s: float) -> None:
     """The measuring process: prints its rates as one line of JSON. What loading takes comes off the budget."""
-    from meshd.kernels.backend import make_backend
     from meshd.kernels.measure import measure
+    from meshd.kernels.registry import make_backend
 
     make_backend(backend, threads)
     loading_s = time.time() - psutil.Process().create_time()

@@ -21,7 +21,7 @@ _LOOK_S = 2.0
 _GATHER_S = 1.0
 """What comes with a change, like the adverts of others that saw it, is waited for."""
 _STAND_IN_S = 6.0
-"""A wish that stays unmet for so long is asked for by the next peer in line too."""
+"""A request that stays unmet for so long is asked for by the next peer in line too."""
 _GROW_S = 10.0
 _AT_ONCE = 8
 _LET_GO_S = 10.0
@@ -112,11 +112,11 @@ class Keeper:
         )
         decision = await asyncio.to_thread(decide, mesh)
         self._tell(decision.missing)
-        self._wanted = {wish: self._wanted.get(wish, now) for wish in decision.wishes}
+        self._wanted = {request: self._wanted.get(request, now) for request in decision.requests}
         rank = in_line.index(self.me)
-        for wish, since in self._wanted.items():
+        for request, since in self._wanted.items():
             if now - since >= rank * _STAND_IN_S:
-                self._ask(wish, cards[wish.model])
+                self._ask(request, cards[request.model])
         if rank == 0:
             await self._let_go(alive)
             await self._grow(alive, cards, now)
@@ -129,18 +129,20 @@ class Keeper:
 
     # Loads
 
-    def _ask(self, wish: LoadRequest, card: ModelCard) -> None:
-        if wish not in self._asked and len(self._asked) < _AT_ONCE:
-            task = asyncio.get_running_loop().create_task(self._place(wish, card), name=f"keep {wish.layers}")
-            self._asked[wish] = task
-            task.add_done_callback(lambda _: self._asked.pop(wish, None))
+    def _ask(self, request: LoadRequest, card: ModelCard) -> None:
+        if request not in self._asked and len(self._asked) < _AT_ONCE:
+            task = asyncio.get_running_loop().create_task(self._place(request, card), name=f"keep {request.layers}")
+            self._asked[request] = task
+            task.add_done_callback(lambda _: self._asked.pop(request, None))
 
-    async def _place(self, wish: LoadRequest, card: ModelCard) -> None:
-        what = f"{'a copy of ' if wish.standby else ''}layers {wish.layers} of {card.name} on {self.names(wish.peer)}"
+    async def _place(self, request: LoadRequest, card: ModelCard) -> None:
+        what = f"{'a copy of ' if request.standby else ''}layers {request.layers} of {card.name} on {self.names(request.peer)}"
         log.info("asking for %s", what)
-        key = wish.peer, wish.model
+        key = request.peer, request.model
         try:
-            await request_place(self.links, wish.peer, card, wish.layers, wish.kv_tokens, standby=wish.standby, pinned=wish.pinned)
+            await request_place(
+                self.links, request.peer, card, request.layers, request.kv_tokens, standby=request.standby, pinned=request.pinned
+            )
         except MeshdError as error:
             times = self._refusals[key].times if key in self._refusals else 0
             wait_s = min(_LONGEST_BACK_OFF_S, _BACK_OFF_S * 2**times)
@@ -161,7 +163,7 @@ class Keeper:
 
     async def _grow(self, alive: list[Advert], cards: Mapping[ModelId, ModelCard], now: float) -> None:
         """Place a model anew where a peer joined that makes it faster."""
-        busy = {wish.model for wish in (*self._asked, *self._wanted)} | self._ledger.lost.keys() | self._ledger.let_go
+        busy = {request.model for request in (*self._asked, *self._wanted)} | self._ledger.lost.keys() | self._ledger.let_go
         active = {held.model for advert in alive for held in advert.holdings if held.state == "active"}
         self._grown = {model: peers for model, peers in self._grown.items() if model in active}
         self._compared = {model: at for model, at in self._compared.items() if model in active}
@@ -172,11 +174,11 @@ class Keeper:
                 self._grown[model] = known
             elif now - self._compared.get(model, float("-inf")) >= _GROW_S:
                 self._grown[model], self._compared[model] = peers, now
-                wishes = await asyncio.to_thread(grow, cards[model], [advert for advert in alive if advert.peer in peers])
-                if wishes:
+                requests = await asyncio.to_thread(grow, cards[model], [advert for advert in alive if advert.peer in peers])
+                if requests:
                     log.info("%s is predicted to be faster with another placement", cards[model].name)
-                for wish in wishes:
-                    self._ask(wish, cards[model])
+                for request in requests:
+                    self._ask(request, cards[model])
 
 
 def _measured(adverts: list[Advert], model: ModelId) -> frozenset[PeerId]:

@@ -1,4 +1,4 @@
-"""What lies on this peer: the loaded layers of each model, with their KV pool and what was measured of them."""
+"""The loaded layers of each model on this peer, with their KV pool and their measured times."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ _SMOOTHING = 0.05
 
 
 class LoadState(Enum):
-    """A loading's life; it only moves forward."""
+    """State of a run of layers; it only moves forward."""
 
     LOADING = "loading"
     WARM = "warm"
@@ -37,9 +37,9 @@ class ResidentLayers:
     pool: KVPool | None = None
     sessions: int = 0
     standby: bool = False
-    """Here for when another peer is lost; it gives way to any load that is not."""
+    """A spare for the loss of another peer; any load that is not a standby may replace it."""
     pinned: bool = False
-    """Somebody said that it is to lie here."""
+    """A user asked for these layers on this peer."""
     layer_decode_s: float | None = None
     layer_prefill_s: float | None = None
     head_s: float | None = None
@@ -53,12 +53,12 @@ class ResidentLayers:
 
     @property
     def in_use(self) -> bool:
-        """A session computes on it, or keeps KV in it."""
+        """Whether a session computes on it, or keeps KV in it."""
         return self.sessions > 0 or (self.pool is not None and self.pool.blocks_free < self.pool.blocks)
 
     @property
     def gives_way(self) -> bool:
-        """A standby copy that nobody needs now."""
+        """Whether it is a standby copy that no session uses."""
         return self.standby and self.state is LoadState.ACTIVE and not self.in_use
 
     @property

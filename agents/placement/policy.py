@@ -1,7 +1,7 @@
 """What it takes to keep models placed: anew where a peer took layers with it, twice where memory allows, elsewhere if faster.
 
-House rules of this file: no I/O, no clock. Adverts in, wishes out; the same adverts give the same wishes, and once these are met
-there are no more.
+House rules of this file: no I/O, no clock. Adverts in, requests out; the same adverts give the same requests, and once these are
+met there are no more.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -118,7 +118,7 @@ class ClusterState:
 class Decision:
     """What to ask for, and what can't be had."""
 
-    wishes: tuple[LoadRequest, ...]
+    requests: tuple[LoadRequest, ...]
     missing: tuple[str, ...]
 
 
@@ -157,19 +157,19 @@ def grow(card: ModelCard, adverts: Sequence[Advert]) -> list[LoadRequest]:
         return []
     if better.estimate.tpot_s > (1 - _GAIN) * now.estimate.tpot_s:
         return []
-    return [wish for wish in _wishes_of(question, better, kv_tokens) if not _serves(staying, wish)]
+    return [request for request in _wishes_of(question, better, kv_tokens) if not _serves(staying, request)]
 
 
 class _Policy:
-    """One decision being made: every wish is taken as met by those after it."""
+    """One decision being made: every request is taken as met by those after it."""
 
     def __init__(self, mesh: ClusterState) -> None:
         self._mesh = mesh
         self._adverts = {advert.peer: advert for advert in sorted(mesh.adverts, key=lambda advert: advert.peer)}
         self._wishes: list[LoadRequest] = []
         self._missing: list[str] = []
-        for wish in mesh.pending:
-            self._meet(wish)
+        for request in mesh.pending:
+            self._meet(request)
 
     def decide(self) -> Decision:
         models = _present(self._adverts.values(), {"active"}) - set(self._mesh.let_go)
@@ -273,34 +273,34 @@ class _Policy:
                 fitting.append((any(not other.standby for other in held), -free, peer))
         return min(fitting)[2] if fitting else None
 
-    def _wish(self, wish: LoadRequest) -> None:
-        self._wishes.append(wish)
-        self._meet(wish)
+    def _wish(self, request: LoadRequest) -> None:
+        self._wishes.append(request)
+        self._meet(request)
 
-    def _meet(self, wish: LoadRequest) -> None:
-        card, advert = self._mesh.cards.get(wish.model), self._adverts.get(wish.peer)
+    def _meet(self, request: LoadRequest) -> None:
+        card, advert = self._mesh.cards.get(request.model), self._adverts.get(request.peer)
         if card is not None and advert is not None:
-            self._adverts[wish.peer] = apply_request(advert, wish, card)
+            self._adverts[request.peer] = apply_request(advert, request, card)
 
 
-def apply_request(advert: Advert, wish: LoadRequest, card: ModelCard) -> Advert:
+def apply_request(advert: Advert, request: LoadRequest, card: ModelCard) -> Advert:
     """What a peer would advertise once it has begun to load what it is asked for."""
     for place, held in enumerate(advert.holdings):
-        if held.model == wish.model and held.layers == wish.layers and held.state in HELD:
-            settled = msgspec.structs.replace(held, standby=held.standby and wish.standby, pinned=held.pinned or wish.pinned)
+        if held.model == request.model and held.layers == request.layers and held.state in HELD:
+            settled = msgspec.structs.replace(held, standby=held.standby and request.standby, pinned=held.pinned or request.pinned)
             holdings = (*advert.holdings[:place], settled, *advert.holdings[place + 1 :])
             return msgspec.structs.replace(advert, holdings=holdings)
-    needed = _needed(card, wish.peer, wish.layers, wish.kv_tokens)
+    needed = _needed(card, request.peer, request.layers, request.kv_tokens)
     free = max(0, advert.capability.memory_free_bytes - needed)
     new = Holding(
-        model=wish.model,
-        layers=wish.layers,
+        model=request.model,
+        layers=request.layers,
         state="loading",
-        weight_bytes=needed - wish.kv_tokens * len(wish.layers) * card.kv_bytes_per_token_layer(),
-        kv_tokens_total=wish.kv_tokens,
-        kv_tokens_free=wish.kv_tokens,
-        standby=wish.standby,
-        pinned=wish.pinned,
+        weight_bytes=needed - request.kv_tokens * len(request.layers) * card.kv_bytes_per_token_layer(),
+        kv_tokens_total=request.kv_tokens,
+        kv_tokens_free=request.kv_tokens,
+        standby=request.standby,
+        pinned=request.pinned,
     )
     capability = msgspec.structs.replace(advert.capability, memory_free_bytes=free)
     return msgspec.structs.replace(advert, capability=capability, holdings=(*advert.holdings, new))
@@ -358,17 +358,17 @@ def _at_rest(advert: Advert) -> Advert:
 
 def _wishes_of(question: PlanInput, solution: Solution, kv_tokens: int) -> list[LoadRequest]:
     """A placement's stages, with KV as the model has it now where memory allows."""
-    wishes = []
+    requests = []
     for stage in solution.stages:
         spare = allowed_bytes(question, question.profile(stage.peer)) - stage_memory(question, stage).total_bytes
         more = int(spare // (question.kv_token_layer_bytes * len(stage.layers)))
         tokens = min(kv_tokens, question.context + max(0, more))
-        wishes.append(LoadRequest(stage.peer, question.card.id, stage.layers, tokens))
-    return wishes
+        requests.append(LoadRequest(stage.peer, question.card.id, stage.layers, tokens))
+    return requests
 
 
-def _serves(adverts: Iterable[Advert], wish: LoadRequest) -> bool:
+def _serves(adverts: Iterable[Advert], request: LoadRequest) -> bool:
     return any(
-        peer == wish.peer and wish.layers in held.layers and not held.standby and held.kv_tokens_total >= wish.kv_tokens
-        for peer, held in _holdings(adverts, wish.model)
+        peer == request.peer and request.layers in held.layers and not held.standby and held.kv_tokens_total >= request.kv_tokens
+        for peer, held in _holdings(adverts, request.model)
     )

@@ -20,7 +20,7 @@ _RETRY_S = 5.0
 
 @dataclass(slots=True)
 class Preload:
-    """Owns the list and its progress, which `/ready` tells."""
+    """Owns the list and its progress, which `/ready` reports."""
 
     wanted: Sequence[str]
     library: ModelLibrary
@@ -33,7 +33,7 @@ class Preload:
     doing: str = ""
 
     async def run(self) -> None:
-        """Place one after the other. What fails for now is tried again; what can't ever be is told and left out."""
+        """Place one after the other. A model that fails for now is tried again; one that can never work is logged and skipped."""
         if not self.wanted:
             return
         await self.clock.sleep(_GATHER_S)
@@ -53,7 +53,7 @@ class Preload:
         )
 
     async def _place(self, ref: str) -> None:
-        told = ""
+        logged = ""
         while True:
             try:
                 self.doing, self.fetched = f"fetching {ref}", 0.0
@@ -69,13 +69,13 @@ class Preload:
                 return
             except MeshdError as error:
                 self.doing = str(error)
-                if str(error) != told:
-                    told = str(error)
+                if str(error) != logged:
+                    logged = str(error)
                     log.warning("%s is not placed yet: %s", ref, error)
                 await self.clock.sleep(error.retry_after_s if isinstance(error, Unavailable) else _RETRY_S)
 
     async def _card(self, ref: str) -> ModelCard:
-        """What the mesh has need not come from outside."""
+        """Look in the mesh first, then fetch from the model's own source."""
         try:
             return self.library.find(ref)
         except UnknownModel:

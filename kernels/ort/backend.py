@@ -20,7 +20,6 @@ from meshd.errors import LocalFault
 from meshd.kernels.attention import LocalAttention
 from meshd.kernels.backend import EXACT, F32, Positions, Progress, Projected, WeightSource
 from meshd.kernels.forward import CutStage
-from meshd.kernels.heap import return_freed_memory
 from meshd.kernels.ort.graph import (
     ACCURACY_F32,
     ACCURACY_INT8,
@@ -36,6 +35,7 @@ from meshd.kernels.ort.graph import (
     route_piece,
 )
 from meshd.kernels.threads import Workers
+from meshd.kernels.weights.heap import return_freed_memory
 from meshd.kernels.weights.layers import NetworkWeights, Projection, mixed_experts
 from meshd.kernels.weights.matrices import BlockMatrix, unpack_codes
 from meshd.types import LayerRange, ModelSpec, Tensor

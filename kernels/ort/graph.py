@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from meshd.kernels.torch.ops import CLAMP, CLAMPED_SLOPE
-from meshd.kernels.weights.layers import Expert, NetworkWeights, Projection
+from meshd.kernels.weights.layers import CLAMP, CLAMPED_SLOPE, Expert, NetworkWeights, Projection
 from meshd.kernels.weights.load import F32, BlockMatrix, DenseMatrix
 from meshd.kernels.weights.matrices import centred
 from meshd.types import ModelSpec

@@ -15,11 +15,11 @@ from meshd.errors import ConfigError, LocalFault
 from meshd.kernels.attention import LocalAttention
 from meshd.kernels.backend import F32, Positions, Progress, Projected, WeightSource
 from meshd.kernels.forward import CutStage
-from meshd.kernels.heap import return_freed_memory
 from meshd.kernels.rope import Rope
 from meshd.kernels.threads import Workers, one_thread
 from meshd.kernels.torch.ops import gated, rms_norm, rotate, soft_capped
 from meshd.kernels.torch.products import Device, make_product
+from meshd.kernels.weights.heap import return_freed_memory
 from meshd.kernels.weights.layers import NetworkWeights, Projection, mixed_experts
 from meshd.tensors import norm_names
 from meshd.types import LayerRange, ModelSpec, Tensor

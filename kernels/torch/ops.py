@@ -1,16 +1,8 @@
 """Small tensor functions of the torch path."""
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-CLAMP, CLAMPED_SLOPE = 7.0, 1.702
-"""Of gpt-oss's activation (https://github.com/openai/gpt-oss, `gpt_oss/torch/model.py`)."""
-
-
-def to_tensor(array: npt.NDArray[np.float32]) -> torch.Tensor:
-    """A view of an array; of a read-only one, which torch can't hold, a copy."""
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
+from meshd.kernels.weights.layers import CLAMP, CLAMPED_SLOPE
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

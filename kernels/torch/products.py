@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from meshd.kernels.attention import to_tensor
 from meshd.kernels.backend import F32
 from meshd.kernels.threads import Workers
-from meshd.kernels.torch.ops import to_tensor
 from meshd.kernels.weights.layers import Projection
 from meshd.kernels.weights.load import BlockMatrix, DenseMatrix
 

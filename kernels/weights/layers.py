@@ -13,6 +13,9 @@ from meshd.kernels.weights.load import F32, Matrix, check_finite, dequantise, ex
 from meshd.tensors import ROPE_FACTORS, tensor_shape
 from meshd.types import ModelSpec, Tensor
 
+CLAMP, CLAMPED_SLOPE = 7.0, 1.702
+"""Bounds and slope of gpt-oss's activation (https://github.com/openai/gpt-oss, `gpt_oss/torch/model.py`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Projection:

@@ -28,7 +28,8 @@ import psutil
 
 from meshd.config import Settings
 from meshd.errors import ModelFileError
-from meshd.kernels.backend import EXACT, LoadedLayers, make_backend
+from meshd.kernels.backend import EXACT, LoadedLayers
+from meshd.kernels.registry import make_backend
 from meshd.kernels.weights import load as quant
 from meshd.models.cards import card_from_gguf
 from meshd.models.files.gguf import GgufFile

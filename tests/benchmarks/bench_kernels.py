@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from meshd.kernels.backend import Segment, Stage, WeightSource, available_backends, make_backend
+from meshd.kernels.backend import Segment, Stage, WeightSource
 from meshd.kernels.kv import KVPool
 from meshd.kernels.measure import SyntheticWeights, measure
+from meshd.kernels.registry import available_backends, make_backend
 from meshd.kernels.sampler import Sampler
 from meshd.models.cards import card_from_gguf
 from meshd.models.files.gguf import GgufFile

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from meshd.config import Settings
-from meshd.kernels.backend import EXACT, Backend, LoadedLayers, available_backends, make_backend
+from meshd.kernels.backend import EXACT, Backend, LoadedLayers
+from meshd.kernels.registry import available_backends, make_backend
 from meshd.models.files.gguf import GgufFile
 from meshd.models.store.store import Store
 from meshd.types import LayerRange

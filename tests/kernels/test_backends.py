@@ -10,8 +10,9 @@ import pytest
 
 from meshd.errors import InvalidRequest, LocalFault, ModelFileError
 from meshd.kernels import attention
-from meshd.kernels.backend import Backend, LoadedLayers, Projected, Segment, make_backend
+from meshd.kernels.backend import Backend, LoadedLayers, Projected, Segment
 from meshd.kernels.kv import KVPool
+from meshd.kernels.registry import make_backend
 from meshd.kernels.torch import products as torch_products
 from meshd.types import LayerRange, RopeScaling, Tensor
 from tiny.llama import PlainLlama, TinyLlama, tiny_spec

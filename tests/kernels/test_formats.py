@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.numpy import save_file
 
-from meshd.kernels.backend import make_backend
+from meshd.kernels.registry import make_backend
 from meshd.kernels.weights.load import KINDS
 from meshd.models.architectures import ARCHITECTURES
 from meshd.models.importing.plan import view_of

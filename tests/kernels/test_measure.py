@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from meshd.errors import ConfigError
-from meshd.kernels.backend import available_backends, make_backend
 from meshd.kernels.measure import SyntheticWeights, measure, medians_s
+from meshd.kernels.registry import available_backends, make_backend
 from meshd.kernels.weights.load import dequantise
 from meshd.types import LayerRange
 from tiny.llama import tiny_spec

@@ -10,14 +10,15 @@ import numpy as np
 import psutil
 import pytest
 
-from meshd.kernels.backend import LoadedLayers, Segment, available_backends
+from meshd.kernels.backend import LoadedLayers, Segment
 from meshd.kernels.kv import KVPool
+from meshd.kernels.registry import available_backends
 from tiny.llama import tiny_spec
 
 _LOAD = """
 import gc, json, sys
 import psutil
-from meshd.kernels.backend import make_backend
+from meshd.kernels.registry import make_backend
 from meshd.kernels.measure import SyntheticWeights
 from meshd.tensors import HELD_BITS, projections
 from meshd.types import LayerRange, ModelSpec

@@ -1,116 +1,51 @@
-"""Which piece of a model's file comes from which peer. Pure: no I/O, no clock.
+"""Which chunk of a model's file comes from which peer. Pure: no I/O, no clock.
 
-What is missing is put together to units of some MiB, each of which is checked when its last piece is written. A source takes a
-unit for itself and asks for its pieces, two at a time; when no unit is left it takes pieces of others' units, and at the very end
-asks for pieces that another has been slow with: so all sources end together, whatever their links can do.
-
-    WANTED --a source takes it--> COMING --all is written--> CHECKING --right--> HERE
-    COMING --a source has lied before, or the one source of a unit goes--> WANTED
-    CHECKING --wrong--> WANTED, and then from one source alone: the next wrong sum has a name
+Missing parts are joined to ranges of some MiB, each of which is checked when its last chunk is written. A source takes a range for
+itself and is asked for its chunks, two at a time; when no range is free it takes chunks of other sources' ranges, and at the very
+end chunks for which another source is slow: so all sources finish together, whatever their links can do.
 """
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
 
-from meshd.agents.machine import IllegalTransition
+from meshd.agents.placement.weights.transfer import (
+    BanSource,
+    Chunk,
+    ChunkArrived,
+    ChunkAsked,
+    ChunkRefused,
+    ChunkWritten,
+    FileRange,
+    RangeCorrupt,
+    RangeTransfer,
+    RangeVerified,
+    SourceLeft,
+    TransferState,
+)
 from meshd.models.files.manifest import Part, layer_of
 from meshd.types import PeerId
 
-PIECE_BYTES = 256 << 10
-"""The most that is asked for at once: an activation never waits longer than for this."""
 IN_FLIGHT = 2
-UNIT_BYTES = 4 << 20
-"""Parts are put together up to this; a larger tensor is a unit of its own."""
+"""Chunks that one source is asked for at once: the next one travels while this one is written."""
+RANGE_BYTES = 4 << 20
+"""Parts are joined up to this size; a larger tensor is a range of its own."""
 LATE_S = 1.0
-"""A piece that has not come for so long is asked of another source too, when there is nothing else to ask for."""
-
-
-class ChunkState(Enum):
-    """Of a unit."""
-
-    WANTED = "wanted"
-    COMING = "coming"
-    CHECKING = "checking"
-    HERE = "here"
-
-
-TRANSITIONS: dict[ChunkState, frozenset[ChunkState]] = {
-    ChunkState.WANTED: frozenset({ChunkState.COMING}),
-    ChunkState.COMING: frozenset({ChunkState.CHECKING, ChunkState.WANTED}),
-    ChunkState.CHECKING: frozenset({ChunkState.HERE, ChunkState.WANTED}),
-    ChunkState.HERE: frozenset(),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Bytes to ask for; `round` rises when a unit is fetched anew, so that what comes late is known."""
-
-    unit: int
-    round: int
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class FileRange:
-    """Consecutive parts that lie one after the other in the file."""
-
-    parts: tuple[int, ...]
-    offset: int
-    length: int
-
-
-@dataclass(slots=True)
-class RangeTransfer:
-    """One span on its way."""
-
-    number: int
-    span: FileRange
-    state: ChunkState = ChunkState.WANTED
-    round: int = 0
-    owner: PeerId | None = None
-    alone: bool = False
-    """All of it must come from its owner."""
-    stale: bool = False
-    """It begins anew once nothing of it is being written."""
-    todo: deque[Chunk] = field(default_factory=deque)
-    flying: dict[Chunk, dict[PeerId, float]] = field(default_factory=dict)
-    """Asked of whom, and when."""
-    writing: int = 0
-    written: int = 0
-    givers: set[PeerId] = field(default_factory=set)
-
-    @property
-    def pieces(self) -> int:
-        return -(-self.span.length // PIECE_BYTES)
-
-    def renew(self) -> None:
-        """All pieces are to be asked for."""
-        end = self.span.offset + self.span.length
-        self.todo = deque(
-            Chunk(self.number, self.round, offset, min(PIECE_BYTES, end - offset))
-            for offset in range(self.span.offset, end, PIECE_BYTES)
-        )
-        self.flying.clear()
-        self.givers.clear()
-        self.written = 0
-        self.owner = None
-        self.stale = False
+"""After so long without an answer a chunk is asked of another source too, when nothing else is left to ask for."""
 
 
 def file_ranges(parts: Sequence[Part], wanted: Iterable[int]) -> list[FileRange]:
-    """Put wanted parts together, in the file's order. None reaches over a layer's end: who holds some layers has whole spans."""
-    spans: list[FileRange] = []
+    """Join the wanted parts to ranges, in the file's order.
+
+    No range crosses a layer's end, so that a peer with some of the layers has whole ranges.
+    """
+    ranges: list[FileRange] = []
     for index in sorted(wanted):
-        part, last = parts[index], spans[-1] if spans else None
-        if last is not None and _joins(parts[last.parts[-1]], part) and last.length + part.length <= UNIT_BYTES:
-            spans[-1] = FileRange((*last.parts, index), last.offset, last.length + part.length)
+        part, last = parts[index], ranges[-1] if ranges else None
+        if last is not None and _joins(parts[last.parts[-1]], part) and last.length + part.length <= RANGE_BYTES:
+            ranges[-1] = FileRange((*last.parts, index), last.offset, last.length + part.length)
         else:
-            spans.append(FileRange((index,), part.offset, part.length))
-    return spans
+            ranges.append(FileRange((index,), part.offset, part.length))
+    return ranges
 
 
 def _joins(before: Part, part: Part) -> bool:
@@ -119,13 +54,11 @@ def _joins(before: Part, part: Part) -> bool:
 
 
 class ChunkSchedule:
-    """All units of one fetch, and the sources that are there."""
+    """All transfers of one fetch, and the sources that take part."""
 
-    def __init__(self, spans: Iterable[FileRange]) -> None:
-        self.units = [RangeTransfer(number, span) for number, span in enumerate(spans)]
-        for unit in self.units:
-            unit.renew()
-        self._open = dict(enumerate(self.units))
+    def __init__(self, ranges: Iterable[FileRange]) -> None:
+        self.transfers = [RangeTransfer(number, one) for number, one in enumerate(ranges)]
+        self._open = dict(enumerate(self.transfers))
         self._have: dict[PeerId, frozenset[int] | None] = {}
         self._asked: Counter[PeerId] = Counter()
         self._own: dict[PeerId, RangeTransfer] = {}
@@ -139,161 +72,107 @@ class ChunkSchedule:
         return frozenset(self._have)
 
     def unoffered(self) -> frozenset[int]:
-        """Parts that are missing and that no source has."""
-        units = (unit for unit in self._open.values() if not any(self._may(source, unit) for source in self._have))
-        return frozenset(part for unit in units for part in unit.span.parts)
+        """Missing parts that no source has."""
+        alone = (transfer for transfer in self._open.values() if not any(self._may(source, transfer) for source in self._have))
+        return frozenset(part for transfer in alone for part in transfer.file_range.parts)
 
     def join(self, source: PeerId, have: Iterable[int] | None) -> None:
-        """A source is there, with these parts (None: all). A repeat tells what it has now; one that left comes back only when it
-        has answered all that it was asked.
+        """Add a source with these parts (None: all), or update the parts of one that takes part already.
+
+        A source that left may join again when it has answered everything that it was asked.
         """
         self._have[source] = None if have is None else frozenset(have)
 
     def leave(self, source: PeerId, *, lied: bool = False) -> None:
-        """It is gone, and what it was asked for goes to others; of one that lied, nothing unchecked is kept."""
+        """Remove a source: its open chunks go to others. If it lied, nothing that it sent is kept unless it was checked."""
         if source not in self._have:
             return
         del self._have[source]
         self._asked.pop(source, None)
         self._own.pop(source, None)
-        for unit in self._open.values():
-            self._take_back(unit, source)
-            if unit.state is ChunkState.COMING and source in unit.givers and (lied or (unit.alone and unit.owner == source)):
-                self._anew(unit)
-            elif unit.owner == source:
-                unit.owner = None
+        for transfer in self._open.values():
+            transfer.handle(SourceLeft(source, lied))
 
     def next(self, source: PeerId, now: float) -> Chunk | None:
-        """What this source should be asked for now, if anything."""
+        """Choose the chunk to ask this source for now. Returns: None if there is none, or it has enough to answer."""
         if source not in self._have or self._asked[source] >= IN_FLIGHT:
             return None
-        piece = self._fresh(source) or self._late(source, now)
-        if piece is None:
+        asked = self._fresh(source, now) or self._late(source, now)
+        if asked is None:
             return None
-        unit = self.units[piece.unit]
-        if unit.state is ChunkState.WANTED:
-            self._move(unit, ChunkState.COMING)
-        unit.flying.setdefault(piece, {})[source] = now
+        transfer = self.transfers[asked.chunk.transfer]
+        transfer.handle(asked)
+        if asked.owns:
+            self._own[source] = transfer
         self._asked[source] += 1
-        return piece
+        return asked.chunk
 
-    def accept(self, source: PeerId, piece: Chunk) -> bool:
-        """A source has answered; whether its bytes are to be written: they are not if another was quicker."""
-        unit = self.units[piece.unit]
+    def accept(self, source: PeerId, chunk: Chunk) -> bool:
+        """Take a source's answer. Returns: whether to write its bytes; not if another source was faster."""
+        transfer = self.transfers[chunk.transfer]
         self._answered(source)
-        if source not in self._have or source not in unit.flying.get(piece, ()):
+        if source not in self._have or not transfer.awaits(chunk, source):
             return False
-        del unit.flying[piece]
-        unit.givers.add(source)
-        unit.writing += 1
+        transfer.handle(ChunkArrived(chunk, source))
         return True
 
-    def give_back(self, source: PeerId, piece: Chunk) -> None:
-        """A source could not answer this time."""
+    def give_back(self, source: PeerId, chunk: Chunk) -> None:
+        """Return a chunk that a source could not send this time."""
         self._answered(source)
-        self._return(self.units[piece.unit], piece, source)
+        self.transfers[chunk.transfer].handle(ChunkRefused(chunk, source))
 
-    def written(self, piece: Chunk) -> RangeTransfer | None:
-        """Its bytes are on the disk; the unit, if that was the last of it: it must be checked now."""
-        unit = self.units[piece.unit]
-        unit.writing -= 1
-        unit.written += 1
-        if unit.stale:
-            self._anew(unit)
-        elif unit.written == unit.pieces:
-            self._move(unit, ChunkState.CHECKING)
-            return unit
-        return None
+    def written(self, chunk: Chunk) -> RangeTransfer | None:
+        """Note that a chunk's bytes are on the disk. Returns: the transfer to check now, if that was its last chunk."""
+        transfer = self.transfers[chunk.transfer]
+        return transfer if transfer.handle(ChunkWritten()) else None
 
-    def right(self, unit: RangeTransfer) -> None:
-        """All its parts have the sums that they must have."""
-        self._move(unit, ChunkState.HERE)
-        del self._open[unit.number]
-        for source in [source for source, own in self._own.items() if own is unit]:
+    def verified(self, transfer: RangeTransfer) -> None:
+        """All parts of a range have the right hashes."""
+        transfer.handle(RangeVerified())
+        del self._open[transfer.number]
+        for source in [source for source, own in self._own.items() if own is transfer]:
             del self._own[source]
 
-    def wrong(self, unit: RangeTransfer) -> PeerId | None:
-        """One has not. It comes anew, from one source alone; who gave it, if that was one."""
-        givers = list(unit.givers)
-        unit.alone = True
-        self._anew(unit)
-        return givers[0] if len(givers) == 1 else None
+    def corrupt(self, transfer: RangeTransfer) -> PeerId | None:
+        """A part has a wrong hash: fetch the range again, from one source alone. Returns: the sender, if there was only one."""
+        return next((command.source for command in transfer.handle(RangeCorrupt()) if isinstance(command, BanSource)), None)
 
     def validate(self) -> None:
-        """Raises: AssertionError if the books don't balance."""
+        """Check the invariants of the schedule and its transfers. Raises: AssertionError."""
         asked: Counter[PeerId] = Counter()
-        for unit in self.units:
-            if unit.state is ChunkState.HERE:
-                assert unit.number not in self._open
-                continue
-            assert self._open[unit.number] is unit
-            assert len(unit.todo) + len(unit.flying) + unit.writing + unit.written == unit.pieces
-            assert unit.writing >= 0
-            assert unit.state is not ChunkState.WANTED or len(unit.todo) == unit.pieces
-            assert unit.state is not ChunkState.CHECKING or unit.written == unit.pieces
-            for piece, askers in unit.flying.items():
-                assert askers
-                assert piece.round == unit.round
-                asked.update(askers.keys())
-                assert not unit.alone or askers.keys() == {unit.owner}
-            assert not unit.alone or unit.givers <= {unit.owner} or unit.state is ChunkState.CHECKING
+        for transfer in self.transfers:
+            transfer.validate()
+            assert (transfer.number in self._open) == (transfer.state is not TransferState.HERE)
+            for sources in transfer.in_flight.values():
+                asked.update(sources.keys())
         assert all(self._asked[source] >= count for source, count in asked.items())
         assert asked.keys() <= self._have.keys()
 
-    # Insides
-
-    def _may(self, source: PeerId, unit: RangeTransfer) -> bool:
+    def _may(self, source: PeerId, transfer: RangeTransfer) -> bool:
         have = self._have[source]
-        return have is None or have.issuperset(unit.span.parts)
+        return have is None or have.issuperset(transfer.file_range.parts)
 
-    def _fresh(self, source: PeerId) -> Chunk | None:
-        """Of its own unit, else of one that nobody has, else the last one of another's that has most left to ask for."""
+    def _fresh(self, source: PeerId, now: float) -> ChunkAsked | None:
+        """Choose from its own range, else from a free one, else the last chunk of the range with most left to ask for."""
         own = self._own.get(source)
-        if own is not None and own.owner == source and own.todo and not own.stale:
-            return own.todo.popleft()
-        possible = [unit for unit in self._open.values() if unit.todo and not unit.stale and self._may(source, unit)]
-        free = next((unit for unit in possible if unit.owner in (None, source)), None)
+        if own is not None and own.owner == source and own.todo and not own.restarting:
+            return ChunkAsked(own.todo[0], source, now)
+        possible = [one for one in self._open.values() if one.todo and not one.restarting and self._may(source, one)]
+        free = next((transfer for transfer in possible if transfer.owner in (None, source)), None)
         if free is not None:
-            free.owner = source
-            self._own[source] = free
-            return free.todo.popleft()
-        fullest = max((unit for unit in possible if not unit.alone), key=lambda unit: len(unit.todo), default=None)
-        return fullest.todo.pop() if fullest is not None else None
+            return ChunkAsked(free.todo[0], source, now, owns=True)
+        fullest = max((transfer for transfer in possible if not transfer.alone), key=lambda one: len(one.todo), default=None)
+        return ChunkAsked(fullest.todo[-1], source, now) if fullest is not None else None
 
-    def _late(self, source: PeerId, now: float) -> Chunk | None:
-        for unit in self._open.values():
-            if unit.alone or unit.stale or not self._may(source, unit):
+    def _late(self, source: PeerId, now: float) -> ChunkAsked | None:
+        for transfer in self._open.values():
+            if transfer.alone or transfer.restarting or not self._may(source, transfer):
                 continue
-            for piece, askers in unit.flying.items():
-                if len(askers) == 1 and source not in askers and now - next(iter(askers.values())) >= LATE_S:
-                    return piece
+            for chunk, sources in transfer.in_flight.items():
+                if len(sources) == 1 and source not in sources and now - next(iter(sources.values())) >= LATE_S:
+                    return ChunkAsked(chunk, source, now)
         return None
 
     def _answered(self, source: PeerId) -> None:
         if self._asked[source] > 0:
             self._asked[source] -= 1
-
-    def _take_back(self, unit: RangeTransfer, source: PeerId) -> None:
-        for piece in list(unit.flying):
-            self._return(unit, piece, source)
-
-    def _return(self, unit: RangeTransfer, piece: Chunk, source: PeerId) -> None:
-        askers = unit.flying.get(piece, {})
-        if askers.pop(source, None) is not None and not askers:
-            del unit.flying[piece]
-            unit.todo.append(piece)
-
-    def _anew(self, unit: RangeTransfer) -> None:
-        """Bytes of the old round that are being written must be there before those of the new one come."""
-        if unit.writing:
-            unit.stale = True
-            return
-        if unit.state is not ChunkState.WANTED:
-            self._move(unit, ChunkState.WANTED)
-        unit.round += 1
-        unit.renew()
-
-    def _move(self, unit: RangeTransfer, state: ChunkState) -> None:
-        if state not in TRANSITIONS[unit.state]:
-            raise IllegalTransition(f"unit {unit.number}: {unit.state.value} to {state.value}")
-        unit.state = state

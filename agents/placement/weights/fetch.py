@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from logging import getLogger
 
 from meshd.agents.links.links import Links
-from meshd.agents.placement.weights.chunks import IN_FLIGHT, Chunk, ChunkSchedule, RangeTransfer
+from meshd.agents.placement.weights.chunks import IN_FLIGHT, ChunkSchedule
 from meshd.agents.placement.weights.sources import WeightSources
+from meshd.agents.placement.weights.transfer import Chunk, RangeTransfer
 from meshd.clock import Clock
 from meshd.errors import LocalFault, MeshdError, ModelFileError, NoPeer, Overloaded, ProtocolViolation, RemoteFailure
 from meshd.models.store.partial_copy import PartialCopy
@@ -19,7 +20,7 @@ from meshd.types import PeerId
 
 log = getLogger(__name__)
 
-_PIECE_S = 20.0
+_CHUNK_S = 20.0
 _LOOK_S = 0.25
 """How often new sources, and sources that have more than before, are looked for."""
 _PAUSE_S = 0.5
@@ -43,7 +44,7 @@ class WeightFetch:
     sources: WeightSources
     clock: Clock
     copy: PartialCopy
-    pieces: ChunkSchedule
+    schedule: ChunkSchedule
     meter: ProgressMeter
     gave: Counter[PeerId] = field(default_factory=Counter)
     """Bytes that each source brought."""
@@ -59,10 +60,10 @@ class WeightFetch:
     _digest: str = ""
 
     async def run(self) -> None:
-        """Until all pieces are here, checked and remembered.
+        """Fetch until all parts are here, checked and recorded.
 
-        Raises: NoPeer when no live peer has what is missing, OtherFile if some speak of another file; StorageError. Cancel: what
-        has arrived is kept.
+        Raises: NoPeer when no live peer has a missing part, ManifestConflict if some peers have another file; StorageError.
+        Cancel: what has arrived is kept.
         """
         self._digest = self.copy.about.manifest.digest
         self._flushed_at = self.clock.monotonic()
@@ -77,9 +78,9 @@ class WeightFetch:
 
     async def _drive(self) -> None:
         hopeful = self.clock.monotonic()
-        while not self.pieces.done:
+        while not self.schedule.done:
             self._wake.clear()
-            missing = self.pieces.unoffered()
+            missing = self.schedule.unoffered()
             self._start_sources(everyone=bool(missing) and not self._asking and self.clock.monotonic() > hopeful)
             if self._asking or not missing:
                 hopeful = self.clock.monotonic()
@@ -120,22 +121,22 @@ class WeightFetch:
         except MeshdError as error:
             await self._failed(peer, error)
         finally:
-            self.pieces.leave(peer)
+            self.schedule.leave(peer)
             self._asking.discard(peer)
             self._wake.set()
 
     async def _draw(self, peer: PeerId) -> None:
-        while not self.pieces.done:
+        while not self.schedule.done:
             said = await self.sources.ask(peer, self.copy.about.id)
             if said.digest != self._digest:
                 log.warning("%s (%.8s) speaks of another file as %s", self.sources.names(peer), peer, self.copy.about.name)
                 self.refused.add(peer)
                 return
-            self.pieces.join(peer, said.offer.have)
+            self.schedule.join(peer, said.offer.have)
             self._asking.discard(peer)
             while True:
                 await self._lanes(peer)
-                if self.pieces.done or peer not in self.pieces.sources:
+                if self.schedule.done or peer not in self.schedule.sources:
                     return
                 await self.clock.sleep(_LOOK_S)
                 if said.offer.have is not None:
@@ -149,60 +150,60 @@ class WeightFetch:
                 raise outcome
 
     async def _lane(self, peer: PeerId) -> None:
-        while (piece := self.pieces.next(peer, self.clock.monotonic())) is not None:
+        while (chunk := self.schedule.next(peer, self.clock.monotonic())) is not None:
             try:
-                data = await self._ask(peer, piece)
+                data = await self._ask(peer, chunk)
             except MeshdError:
-                self.pieces.leave(peer)
+                self.schedule.leave(peer)
                 raise
             if data is None:
-                self.pieces.give_back(peer, piece)
+                self.schedule.give_back(peer, chunk)
                 await self.clock.sleep(_PAUSE_S)
-            elif self.pieces.accept(peer, piece):
-                await self._take(peer, piece, data)
+            elif self.schedule.accept(peer, chunk):
+                await self._take(peer, chunk, data)
 
-    async def _take(self, peer: PeerId, piece: Chunk, data: memoryview) -> None:
+    async def _take(self, peer: PeerId, chunk: Chunk, data: memoryview) -> None:
         self.gave[peer] += len(data)
-        await in_thread(self.meter, self.copy.write, piece.offset, data)
+        await in_thread(self.meter, self.copy.write, chunk.offset, data)
         self.meter.advance(len(data))
-        unit = self.pieces.written(piece)
-        if unit is not None:
-            await self._check(unit)
+        transfer = self.schedule.written(chunk)
+        if transfer is not None:
+            await self._check(transfer)
 
-    async def _ask(self, peer: PeerId, piece: Chunk) -> memoryview | None:
+    async def _ask(self, peer: PeerId, chunk: Chunk) -> memoryview | None:
         """The bytes; None: the source is busy. Raises: PeerFault."""
         question = FetchWeights(
-            request=self.links.next_request(), model=self.copy.about.id, offset=piece.offset, length=piece.length
+            request=self.links.next_request(), model=self.copy.about.id, offset=chunk.offset, length=chunk.length
         )
         try:
-            reply, data = await self.links.request(peer, question, timeout_s=_PIECE_S)
+            reply, data = await self.links.request(peer, question, timeout_s=_CHUNK_S)
         except RemoteFailure as error:
             if error.remote_code == Overloaded.code:
                 return None
             raise
-        if not isinstance(reply, WeightData) or reply.offset != piece.offset or len(data) != piece.length:
-            raise ProtocolViolation(f"{len(data)} bytes of weights came, where {piece.length} were asked for")
+        if not isinstance(reply, WeightData) or reply.offset != chunk.offset or len(data) != chunk.length:
+            raise ProtocolViolation(f"{len(data)} bytes of weights came, where {chunk.length} were asked for")
         return data
 
-    async def _check(self, unit: RangeTransfer) -> None:
+    async def _check(self, transfer: RangeTransfer) -> None:
         """What came is trusted only if its sums are right; else it is known who lied, or will be the next time."""
-        wrong = await in_thread(self.meter, self._first_wrong, unit)
+        wrong = await in_thread(self.meter, self._first_wrong, transfer)
         if wrong is None:
-            self.copy.keep(unit.span.parts)
-            self.pieces.right(unit)
+            self.copy.keep(transfer.file_range.parts)
+            self.schedule.verified(transfer)
             self._wake.set()
-            await self._flush(unit.span.length)
+            await self._flush(transfer.file_range.length)
             return
-        givers = ", ".join(sorted(f"{self.sources.names(peer)} ({peer:.8})" for peer in unit.givers))
+        givers = ", ".join(sorted(f"{self.sources.names(peer)} ({peer:.8})" for peer in transfer.senders))
         log.warning("tensor %s of %s has a wrong sum: it came from %s", wrong or "(header)", self.copy.about.name, givers)
-        liar = self.pieces.wrong(unit)
+        liar = self.schedule.corrupt(transfer)
         if liar is not None:
             self.sources.ban(liar, f"it gave wrong bytes for {wrong or 'the header'} of {self.copy.about.name}")
-            self.pieces.leave(liar, lied=True)
+            self.schedule.leave(liar, lied=True)
 
-    def _first_wrong(self, unit: RangeTransfer) -> str | None:
+    def _first_wrong(self, transfer: RangeTransfer) -> str | None:
         parts = self.copy.about.manifest.parts
-        wrong = (index for index in unit.span.parts if not self.copy.is_right(index, lambda count: self.meter.advance(0)))
+        wrong = (index for index in transfer.file_range.parts if not self.copy.is_right(index, lambda count: self.meter.advance(0)))
         return next((parts[index].name for index in wrong), None)
 
     async def _flush(self, size_bytes: int) -> None:
@@ -215,7 +216,7 @@ class WeightFetch:
 
     async def _failed(self, peer: PeerId, error: MeshdError) -> None:
         self._failures[peer] += 1
-        self.pieces.leave(peer)
+        self.schedule.leave(peer)
         self._asking.discard(peer)
         self._wake.set()
         self.sources.tell_refusal(peer, error)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from meshd.agents.links.links import Links
 from meshd.agents.placement.model_library import ModelLibrary
-from meshd.agents.placement.weights.chunks import PIECE_BYTES
+from meshd.agents.placement.weights.transfer import CHUNK_BYTES
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest, NotReady, Overloaded, UnknownModel
 from meshd.models.files.disk import FileStamp, stamp_of
@@ -146,8 +146,8 @@ class WeightServer:
                 raise
 
     async def _on_fetch_weights(self, sender: PeerId, message: FetchWeights, payload: memoryview) -> tuple[WeightData, bytes]:
-        if message.offset < 0 or not 0 < message.length <= PIECE_BYTES:
-            raise InvalidRequest(f"{message.length} bytes can't be asked for at once: 1 to {PIECE_BYTES} can", param="length")
+        if message.offset < 0 or not 0 < message.length <= CHUNK_BYTES:
+            raise InvalidRequest(f"{message.length} bytes can't be asked for at once: 1 to {CHUNK_BYTES} can", param="length")
         await self.pace.wait(sender, message.length)
         data = await asyncio.to_thread(self._read, message.model, message.offset, message.length)
         return WeightData(request=message.request, offset=message.offset), data

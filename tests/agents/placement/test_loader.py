@@ -17,8 +17,8 @@ from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.agents.placement.weights.sources import WeightSources
 from meshd.clock import SystemClock
 from meshd.errors import ModelFileError, OutOfMemory, RemoteFailure, Unavailable
-from meshd.kernels.backend import make_backend
 from meshd.kernels.kv import BLOCK_TOKENS, KVPool
+from meshd.kernels.registry import make_backend
 from meshd.models.store.store import Store
 from meshd.protocol.messages import Place, Placed
 from meshd.types import LayerRange, ModelCard, ModelId

@@ -37,18 +37,18 @@ def lost(*ranges: tuple[int, int]) -> dict[Any, list[ServedLayers]]:
     return {MODEL: [ServedLayers(LayerRange(*layers), KV) for layers in ranges]}
 
 
-def wishes(decision: Decision) -> list[tuple[str, str, bool]]:
-    return [(wish.peer, str(wish.layers), wish.standby) for wish in decision.wishes]
+def requests(decision: Decision) -> list[tuple[str, str, bool]]:
+    return [(request.peer, str(request.layers), request.standby) for request in decision.requests]
 
 
 def loaded(adverts: Sequence[Advert], asked: Sequence[LoadRequest], cards: Sequence[ModelCard] = (CARD,)) -> list[Advert]:
-    """The adverts once every wish is met."""
+    """The adverts once every request is met."""
     by_peer = {advert.peer: advert for advert in adverts}
     by_model = {card.id: card for card in cards}
-    for wish in asked:
-        after = apply_request(by_peer[wish.peer], wish, by_model[wish.model])
+    for request in asked:
+        after = apply_request(by_peer[request.peer], request, by_model[request.model])
         ready = tuple(msgspec.structs.replace(each, state="active") for each in after.holdings)
-        by_peer[wish.peer] = msgspec.structs.replace(after, holdings=ready)
+        by_peer[request.peer] = msgspec.structs.replace(after, holdings=ready)
     return list(by_peer.values())
 
 
@@ -57,27 +57,27 @@ def loaded(adverts: Sequence[Advert], asked: Sequence[LoadRequest], cards: Seque
 
 def test_every_stage_of_a_model_gets_a_copy_on_a_peer_that_has_none_of_it() -> None:
     mesh = advert("a", held(0, 17)), advert("b", held(17, 30)), advert("c")
-    assert wishes(decided(*mesh)) == [("c", "0-17", True), ("c", "17-30", True)]
+    assert requests(decided(*mesh)) == [("c", "0-17", True), ("c", "17-30", True)]
 
 
 def test_two_peers_hold_each_others_stages() -> None:
     mesh = advert("a", held(0, 17)), advert("b", held(17, 30))
-    assert wishes(decided(*mesh)) == [("b", "0-17", True), ("a", "17-30", True)]
+    assert requests(decided(*mesh)) == [("b", "0-17", True), ("a", "17-30", True)]
 
 
 def test_a_copy_has_the_kv_of_the_original() -> None:
-    (wish,) = decided(advert("a", held(0, 30, kv_tokens=4096)), advert("b")).wishes
-    assert wish.kv_tokens == 4096
+    (request,) = decided(advert("a", held(0, 30, kv_tokens=4096)), advert("b")).requests
+    assert request.kv_tokens == 4096
 
 
 def test_the_roomiest_peer_takes_the_copy() -> None:
     mesh = advert("a", held(0, 30)), advert("b", memory=2 << 30), advert("c", memory=3 << 30)
-    assert wishes(decided(*mesh)) == [("c", "0-30", True)]
+    assert requests(decided(*mesh)) == [("c", "0-30", True)]
 
 
 def test_a_peer_that_serves_another_stage_is_only_taken_if_no_other_can() -> None:
     mesh = advert("a", held(0, 15)), advert("b", held(15, 30), memory=8 << 30), advert("c", memory=2 << 30)
-    assert wishes(decided(*mesh))[0] == ("c", "0-15", True)
+    assert requests(decided(*mesh))[0] == ("c", "0-15", True)
 
 
 def needed(start: int, end: int, kv_tokens: int = KV) -> int:
@@ -87,28 +87,28 @@ def needed(start: int, end: int, kv_tokens: int = KV) -> int:
 
 def test_half_of_what_a_peer_offers_stays_free() -> None:
     enough = 2 * needed(0, 30)
-    assert decided(advert("a", held(0, 30)), advert("b", memory=enough)).wishes
-    assert not decided(advert("a", held(0, 30)), advert("b", memory=enough - 2)).wishes
+    assert decided(advert("a", held(0, 30)), advert("b", memory=enough)).requests
+    assert not decided(advert("a", held(0, 30)), advert("b", memory=enough - 2)).requests
 
 
 def test_what_is_asked_for_and_what_is_held_already_counts_against_the_half() -> None:
     mesh = advert("a", held(0, 17)), advert("b", held(17, 30), memory=0)
     enough = 2 * (needed(0, 17) + needed(17, 30))
-    assert len(decided(*mesh, advert("c", memory=enough)).wishes) == 2
-    assert wishes(decided(*mesh, advert("c", memory=enough - 2)))[0] == ("c", "0-17", True)
-    assert all(wish.peer != "c" for wish in decided(*mesh, advert("c", memory=enough - 2)).wishes[1:])
+    assert len(decided(*mesh, advert("c", memory=enough)).requests) == 2
+    assert requests(decided(*mesh, advert("c", memory=enough - 2)))[0] == ("c", "0-17", True)
+    assert all(request.peer != "c" for request in decided(*mesh, advert("c", memory=enough - 2)).requests[1:])
     other = held(0, 10, model=ModelId("other"), weight_bytes=needed(17, 30))
-    assert not any(wish.peer == "c" for wish in decided(*mesh, advert("c", other, memory=2 * needed(0, 17))).wishes)
+    assert not any(request.peer == "c" for request in decided(*mesh, advert("c", other, memory=2 * needed(0, 17))).requests)
 
 
 def test_one_copy_is_no_standby_at_all_and_three_are_two() -> None:
     mesh = advert("a", held(0, 30)), advert("b"), advert("c"), advert("d")
-    assert not decided(*mesh, copies=1).wishes
-    assert wishes(decided(*mesh, copies=3)) == [("b", "0-30", True), ("c", "0-30", True)]
+    assert not decided(*mesh, copies=1).requests
+    assert requests(decided(*mesh, copies=3)) == [("b", "0-30", True), ("c", "0-30", True)]
 
 
 def test_layers_that_others_serve_too_need_no_copy() -> None:
-    assert not decided(advert("a", held(0, 30)), advert("b", held(0, 15)), advert("c", held(15, 30)), advert("d")).wishes
+    assert not decided(advert("a", held(0, 30)), advert("b", held(0, 15)), advert("c", held(15, 30)), advert("d")).requests
 
 
 @pytest.mark.parametrize(
@@ -122,24 +122,24 @@ def test_layers_that_others_serve_too_need_no_copy() -> None:
     ids=["leaves", "does not compute", "lets go of them just now", "not measured"],
 )
 def test_who_gets_no_copy(unfit: Advert) -> None:
-    assert not decided(advert("a", held(0, 30)), unfit).wishes
+    assert not decided(advert("a", held(0, 30)), unfit).requests
 
 
 def test_suspects_and_those_who_refused_get_no_copy() -> None:
     mesh = advert("a", held(0, 30)), advert("b")
-    assert not decided(*mesh, suspects={PeerId("b")}).wishes
-    assert not decided(*mesh, refused={(PeerId("b"), MODEL)}).wishes
+    assert not decided(*mesh, suspects={PeerId("b")}).requests
+    assert not decided(*mesh, refused={(PeerId("b"), MODEL)}).requests
 
 
 def test_a_model_that_is_not_whole_yet_is_not_copied() -> None:
-    assert not decided(advert("a", held(0, 15)), advert("b", held(15, 30, state="loading")), advert("c")).wishes
+    assert not decided(advert("a", held(0, 15)), advert("b", held(15, 30, state="loading")), advert("c")).requests
 
 
 def test_what_is_asked_for_already_is_not_asked_for_again() -> None:
     mesh = advert("a", held(0, 30)), advert("b"), advert("c")
-    asked = decided(*mesh).wishes
+    asked = decided(*mesh).requests
     assert len(asked) == 1
-    assert not decided(*mesh, pending=asked).wishes
+    assert not decided(*mesh, pending=asked).requests
 
 
 def test_idle_copies_of_another_model_are_free_memory_to_a_placement() -> None:
@@ -158,36 +158,36 @@ def test_idle_copies_of_another_model_are_free_memory_to_a_placement() -> None:
 def test_the_copy_of_a_lost_stage_takes_over() -> None:
     mesh = advert("a", held(0, 17)), advert("c", held(17, 30, standby=True))
     decision = decided(*mesh, lost={MODEL: [ServedLayers(LayerRange(17, 30), KV, pinned=True)]}, copies=1)
-    assert decision.wishes == (LoadRequest(PeerId("c"), MODEL, LayerRange(17, 30), KV, standby=False, pinned=True),)
+    assert decision.requests == (LoadRequest(PeerId("c"), MODEL, LayerRange(17, 30), KV, standby=False, pinned=True),)
 
 
 def test_lost_layers_without_a_copy_are_placed_anew() -> None:
     decision = decided(advert("a", held(0, 17)), advert("c"), lost=lost((17, 30)), copies=1)
-    assert sorted((wish.layers, wish.standby) for wish in decision.wishes) == [(LayerRange(17, 30), False)]
+    assert sorted((request.layers, request.standby) for request in decision.requests) == [(LayerRange(17, 30), False)]
 
 
 def test_only_what_is_missing_of_a_lost_stage_is_placed_anew() -> None:
     decision = decided(advert("a", held(0, 20)), advert("c"), lost=lost((10, 30)), copies=1)
-    assert {layer for wish in decision.wishes for layer in wish.layers} == set(range(20, 30))
+    assert {layer for request in decision.requests for layer in request.layers} == set(range(20, 30))
 
 
 def test_lost_layers_are_placed_with_less_kv_if_memory_is_short() -> None:
     mesh = advert("a", held(0, 17), memory=0), advert("c", memory=260 << 20)
-    (wish,) = decided(*mesh, lost={MODEL: [ServedLayers(LayerRange(17, 30), 65_536)]}, copies=1).wishes
-    assert 512 <= wish.kv_tokens < 65_536
+    (request,) = decided(*mesh, lost={MODEL: [ServedLayers(LayerRange(17, 30), 65_536)]}, copies=1).requests
+    assert 512 <= request.kv_tokens < 65_536
 
 
 def test_lost_layers_go_to_a_peer_that_serves_none_unless_only_others_are_left() -> None:
     """A route takes one run of layers on each peer."""
     mesh = advert("a", held(0, 10), memory=8 << 30), advert("b", held(10, 20)), advert("c", memory=1 << 30)
-    assert wishes(decided(*mesh, lost=lost((20, 30)), copies=1)) == [("c", "20-30", False)]
-    assert {wish.peer for wish in decided(*mesh[:2], lost=lost((20, 30)), copies=1).wishes} <= {"a", "b"}
-    assert decided(*mesh[:2], lost=lost((20, 30)), copies=1).wishes
+    assert requests(decided(*mesh, lost=lost((20, 30)), copies=1)) == [("c", "20-30", False)]
+    assert {request.peer for request in decided(*mesh[:2], lost=lost((20, 30)), copies=1).requests} <= {"a", "b"}
+    assert decided(*mesh[:2], lost=lost((20, 30)), copies=1).requests
 
 
 def test_lost_layers_that_fit_nowhere_are_told() -> None:
     decision = decided(advert("a", held(0, 17), memory=0), advert("c", memory=1 << 20), lost=lost((17, 30)))
-    assert not decision.wishes
+    assert not decision.requests
     assert "tiny has lost layers 17-30" in decision.missing[0]
 
 
@@ -202,13 +202,13 @@ def test_a_model_that_is_active_nowhere_is_left_alone() -> None:
 
 def test_what_a_leaving_peer_holds_counts_as_lost() -> None:
     mesh = advert("a", held(0, 30), draining=True), advert("b")
-    assert {(wish.peer, wish.standby) for wish in decided(*mesh).wishes} == {("b", False)}
+    assert {(request.peer, request.standby) for request in decided(*mesh).requests} == {("b", False)}
     copied = advert("a", held(0, 30), draining=True), advert("b", held(0, 30, standby=True)), advert("c")
-    assert wishes(decided(*copied)) == [("b", "0-30", False), ("c", "0-30", True)]
+    assert requests(decided(*copied)) == [("b", "0-30", False), ("c", "0-30", True)]
 
 
 def test_a_model_that_was_let_go_is_not_kept() -> None:
-    assert not decided(advert("c", held(0, 30, standby=True)), advert("d"), let_go={MODEL}).wishes
+    assert not decided(advert("c", held(0, 30, standby=True)), advert("d"), let_go={MODEL}).requests
 
 
 # What is lost, and what was let go
@@ -300,8 +300,8 @@ def test_a_model_that_is_placed_again_is_no_longer_let_go() -> None:
 
 def test_a_much_faster_peer_gets_the_model() -> None:
     grown = grow(CARD, [advert("a", held(0, 30)), advert("b", gb_s=40.0)])
-    assert {wish.peer for wish in grown} == {"b"}
-    assert not any(wish.standby for wish in grown)
+    assert {request.peer for request in grown} == {"b"}
+    assert not any(request.standby for request in grown)
     assert not grow(CARD, loaded([advert("a", held(0, 30)), advert("b", gb_s=40.0)], grown))
 
 
@@ -353,14 +353,14 @@ def _random_holding(rng: random.Random, count: int) -> Holding:
     )
 
 
-def _bytes(card: ModelCard, wish: LoadRequest) -> int:
-    weights = sum(card.layer_bytes[wish.layers.start : wish.layers.end])
-    return weights + wish.kv_tokens * len(wish.layers) * card.kv_bytes_per_token_layer()
+def _bytes(card: ModelCard, request: LoadRequest) -> int:
+    weights = sum(card.layer_bytes[request.layers.start : request.layers.end])
+    return weights + request.kv_tokens * len(request.layers) * card.kv_bytes_per_token_layer()
 
 
-def _is_new(mesh: ClusterState, wish: LoadRequest) -> bool:
-    holdings = next(advert.holdings for advert in mesh.adverts if advert.peer == wish.peer)
-    return not any(each.layers == wish.layers and each.state in HELD for each in holdings)
+def _is_new(mesh: ClusterState, request: LoadRequest) -> bool:
+    holdings = next(advert.holdings for advert in mesh.adverts if advert.peer == request.peer)
+    return not any(each.layers == request.layers and each.state in HELD for each in holdings)
 
 
 @given(meshes())
@@ -371,32 +371,32 @@ def test_nothing_is_placed_where_memory_does_not_allow_it(mesh: ClusterState) ->
         offered = free + sum(
             held.weight_bytes + held.kv_tokens_total * len(held.layers) * card.kv_bytes_per_token_layer() for held in each.holdings
         )
-        new = [wish for wish in decide(mesh).wishes if wish.peer == each.peer and _is_new(mesh, wish)]
-        for number, wish in enumerate(new):
+        new = [request for request in decide(mesh).requests if request.peer == each.peer and _is_new(mesh, request)]
+        for number, request in enumerate(new):
             left = free - sum(_bytes(card, other) for other in new[: number + 1])
-            assert left >= (offered / 2 if wish.standby else 0)
+            assert left >= (offered / 2 if request.standby else 0)
 
 
 @given(meshes())
 def test_no_layer_is_loaded_twice_on_a_peer_nor_on_one_that_should_get_none(mesh: ClusterState) -> None:
-    new = [wish for wish in decide(mesh).wishes if _is_new(mesh, wish)]
+    new = [request for request in decide(mesh).requests if _is_new(mesh, request)]
     by_peer = {each.peer: each for each in mesh.adverts}
-    for number, wish in enumerate(new):
-        there = [each.layers for each in by_peer[wish.peer].holdings if each.state in HELD]
-        there += [other.layers for other in new[:number] if other.peer == wish.peer]
-        assert not set(wish.layers).intersection(layer for layers in there for layer in layers)
-        assert not by_peer[wish.peer].draining
-        assert wish.peer not in mesh.suspects
-        assert (wish.peer, MODEL) not in mesh.refused
+    for number, request in enumerate(new):
+        there = [each.layers for each in by_peer[request.peer].holdings if each.state in HELD]
+        there += [other.layers for other in new[:number] if other.peer == request.peer]
+        assert not set(request.layers).intersection(layer for layers in there for layer in layers)
+        assert not by_peer[request.peer].draining
+        assert request.peer not in mesh.suspects
+        assert (request.peer, MODEL) not in mesh.refused
 
 
 @given(meshes())
 def test_once_the_wishes_are_met_there_are_soon_no_more(mesh: ClusterState) -> None:
     cards = list(mesh.cards.values())
     for _ in range(3):
-        asked = decide(mesh).wishes
+        asked = decide(mesh).requests
         mesh = replace(mesh, adverts=loaded(mesh.adverts, asked, cards))
-    assert not decide(mesh).wishes
+    assert not decide(mesh).requests
 
 
 @given(meshes(), st.randoms())

@@ -9,8 +9,9 @@ import pytest
 from in_process.clusters import make_card
 from meshd.agents.placement.loads import ResidentLayers
 from meshd.agents.placement.warmup import warm_up
-from meshd.kernels.backend import F32, LoadedLayers, Segment, Stage, make_backend
+from meshd.kernels.backend import F32, LoadedLayers, Segment, Stage
 from meshd.kernels.kv import KVPool
+from meshd.kernels.registry import make_backend
 from meshd.types import LayerRange
 from tiny.llama import TinyLlama, tiny_spec
 

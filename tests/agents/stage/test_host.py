@@ -13,7 +13,8 @@ import pytest
 from in_process.stage_mesh import SESSION, Driver, StageMesh, StagePeer
 from meshd.agents.stage.session import StageState
 from meshd.errors import RemoteFailure
-from meshd.kernels.backend import LoadedLayers, make_backend
+from meshd.kernels.backend import LoadedLayers
+from meshd.kernels.registry import make_backend
 from meshd.protocol.messages import (
     Activation,
     Close,

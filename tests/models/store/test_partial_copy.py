@@ -15,7 +15,7 @@ import pytest
 
 from meshd.clock import SystemClock
 from meshd.errors import ModelFileError, StorageError, UnknownModel
-from meshd.kernels.backend import make_backend
+from meshd.kernels.registry import make_backend
 from meshd.models.files import disk as files
 from meshd.models.files.gguf import GgufFile
 from meshd.models.files.manifest import (

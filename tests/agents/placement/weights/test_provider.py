@@ -20,10 +20,10 @@ from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.weights import fetch as weight_fetch
 from meshd.agents.placement.weights import serve as weight_server
 from meshd.agents.placement.weights import sources as weight_sources
-from meshd.agents.placement.weights.chunks import PIECE_BYTES
 from meshd.agents.placement.weights.provider import WeightProvider
-from meshd.agents.placement.weights.serve import SHARE, RateLimiter, WeightServer
+from meshd.agents.placement.weights.serve import RateLimiter, WeightServer
 from meshd.agents.placement.weights.sources import WeightSources
+from meshd.agents.placement.weights.transfer import CHUNK_BYTES
 from meshd.clock import SystemClock
 from meshd.errors import DownloadError, ModelFileError, Overloaded, RemoteFailure, StorageError
 from meshd.models.files import disk as files
@@ -487,13 +487,13 @@ async def test_a_source_that_dies_is_made_up_for_by_the_other(sites: Sites) -> N
     card = await sites.have_file(a, b)
     a.server.sleep_s = b.server.sleep_s = 0.005
     dying: list[asyncio.Task[None]] = []
-    a.server.die_after = 4 * PIECE_BYTES
+    a.server.die_after = 4 * CHUNK_BYTES
     a.server.on_dying = lambda: dying.append(asyncio.create_task(a.die()))
     await c.fill(card, 0, 5)
     check_tensors(c, sites, card, 0, 5)
     await dying[0]
-    assert a.server.given >= 4 * PIECE_BYTES
-    assert b.server.given > 4 * PIECE_BYTES
+    assert a.server.given >= 4 * CHUNK_BYTES
+    assert b.server.given > 4 * CHUNK_BYTES
 
 
 async def test_the_last_source_that_dies_is_one_clear_error_and_what_came_stays(sites: Sites) -> None:
@@ -501,7 +501,7 @@ async def test_the_last_source_that_dies_is_one_clear_error_and_what_came_stays(
     card = await sites.have_file(a)
     a.server.sleep_s = 0.005
     dying: list[asyncio.Task[None]] = []
-    a.server.die_after = 8 * PIECE_BYTES
+    a.server.die_after = 8 * CHUNK_BYTES
     a.server.on_dying = lambda: dying.append(asyncio.create_task(a.die()))
     with pytest.raises(DownloadError, match="no live peer can give"):
         await b.fill(card, 0, 5)
@@ -509,7 +509,7 @@ async def test_the_last_source_that_dies_is_one_clear_error_and_what_came_stays(
     copy = b.store.partials.get(card.id)
     assert copy is not None
     came = copy.bytes_here
-    assert came > 4 * PIECE_BYTES
+    assert came > 4 * CHUNK_BYTES
     [c] = await sites.start("c")
     await sites.have_file(c)
     await b.fill(card, 0, 5)
@@ -524,14 +524,14 @@ async def test_who_stops_in_the_middle_goes_on_from_there(sites: Sites) -> None:
     card = await sites.have_file(a)
     a.server.sleep_s = 0.02
     task = asyncio.create_task(b.fill(card, 0, 5))
-    await until(lambda: a.server.given > 6 * PIECE_BYTES)
+    await until(lambda: a.server.given > 6 * CHUNK_BYTES)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     copy = b.store.partials.get(card.id)
     assert copy is not None
     came = copy.bytes_here
-    assert came > 2 * PIECE_BYTES
+    assert came > 2 * CHUNK_BYTES
     await asyncio.sleep(0.1)  # what was asked for last is still answered
     a.server.given, a.server.sleep_s = 0, 0.0
     await b.fill(card, 0, 5)
@@ -637,7 +637,7 @@ async def test_only_bytes_that_are_here_are_given_and_few_at_once(sites: Sites) 
         assert await ask(site, here.offset, here.length) == content[here.offset : here.end]
     assert await ask(a, there.offset, there.length) == content[there.offset : there.end]
     wrong = [(b, there.offset, 1), (b, there.offset - 1, 2), (a, len(content) - 1, 2), (a, 1 << 62, 1), (a, -1, 1)]
-    wrong += [(a, 0, 0), (a, 0, -1), (a, 0, PIECE_BYTES + 1)]
+    wrong += [(a, 0, 0), (a, 0, -1), (a, 0, CHUNK_BYTES + 1)]
     for site, offset, length in wrong:
         with pytest.raises(RemoteFailure, match=r"are not here|can't be asked for") as refused:
             await ask(site, offset, length)
@@ -650,49 +650,6 @@ async def test_only_bytes_that_are_here_are_given_and_few_at_once(sites: Sites) 
             await ask(site, there.offset, 1, model)
     with pytest.raises(RemoteFailure, match="nothing of that model"):
         await c.peer.links.request(a.peer.id, lambda number: FetchManifest(request=number, model=ModelId("../x")), timeout_s=WAIT_S)
-
-
-class PacedClock(SystemClock):
-    """Time passes only in sleeps."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    async def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
-async def test_what_is_given_while_sessions_run_is_a_share_of_the_link() -> None:
-    clock, running = PacedClock(), True
-    links = {PeerId("b"): LinkStats(rtt_s=0.001, bandwidth_bytes_s=1e6), PeerId("c"): LinkStats(rtt_s=0.001, bandwidth_bytes_s=4e6)}
-    pace = RateLimiter(clock, busy=lambda: running, link_stats=lambda: links)
-    for _ in range(21):
-        await pace.wait(PeerId("b"), 100_000)
-    took = clock.now - 100.0
-    assert took == pytest.approx(20 * 100_000 / (SHARE * 1e6))
-    for _ in range(20):
-        await pace.wait(PeerId("c"), 100_000)
-    assert clock.now - 100.0 - took == pytest.approx(100_000 / (SHARE * 1e6) + 19 * 100_000 / (SHARE * 4e6))
-    running = False
-    before = clock.now
-    for _ in range(100):
-        await pace.wait(PeerId("b"), 100_000)
-    assert clock.now == before
-
-
-async def test_whoever_would_wait_for_long_is_sent_away() -> None:
-    pace = RateLimiter(PacedClock(), busy=lambda: True, link_stats=dict)
-    pace.clock.sleep = asyncio.sleep  # type: ignore[method-assign]
-    waiting = [asyncio.create_task(pace.wait(PeerId("b"), PIECE_BYTES)) for _ in range(400)]
-    done, pending = await asyncio.wait(waiting, timeout=0.05)
-    refused = [task for task in done if isinstance(task.exception(), Overloaded)]
-    assert 200 < len(refused) < 400
-    for task in pending:
-        task.cancel()
-    await asyncio.gather(*pending, return_exceptions=True)
 
 
 async def test_a_busy_source_is_asked_again(sites: Sites, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,35 @@
+"""The backends by name: which are installed, and how to make one."""
+
+from importlib.util import find_spec
+
+from meshd.errors import ConfigError
+from meshd.kernels.backend import EXACT, Backend
+
+ACCELERATED = ("torch-cuda", "torch-mps")
+"""The reference backend with its products on an accelerator."""
+
+
+def available_backends() -> tuple[str, ...]:
+    """List the backends whose libraries are installed, fastest first, without exact forms. Imports none of them."""
+    libraries = {"onnxruntime": ("onnxruntime", "onnx", "torch"), "torch": ("torch",)}
+    return tuple(name for name, needed in libraries.items() if all(find_spec(library) for library in needed))
+
+
+def make_backend(name: str, threads: int) -> Backend:
+    """Make a backend that computes with `threads` threads of this process.
+
+    Raises: ConfigError for an unknown name or a thread count below 1.
+    """
+    if threads < 1:
+        raise ConfigError(f"{threads} threads can't compute: at least one is needed", hint="set --threads to 1 or more")
+    plain = name.partition("-")[0] if name in (f"onnxruntime{EXACT}", *ACCELERATED) else name
+    if plain not in available_backends():
+        known = ", ".join(available_backends()) or "none"
+        raise ConfigError(f"no backend {name!r} here: installed are {known}", hint="choose one of them, or install its library")
+    if name.startswith("torch"):
+        from meshd.kernels.torch.backend import TorchBackend
+
+        return TorchBackend(threads, name.partition("-")[2] or "cpu")
+    from meshd.kernels.ort.backend import OrtBackend
+
+    return OrtBackend(threads, exact=name != plain)

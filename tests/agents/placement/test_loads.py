@@ -1,0 +1,55 @@
+"""The layers in this peer's memory: which one serves a request, and what they promise of the memory."""
+
+import pytest
+
+from in_process.adverts import CARD
+from meshd.agents.placement.loads import LoadState, ResidentLayers, ResidentModels
+from meshd.kernels.kv import KVPool
+from meshd.types import LayerRange
+
+
+def resident(start: int, end: int, kv_tokens: int = 64, state: LoadState = LoadState.ACTIVE) -> ResidentLayers:
+    return ResidentLayers(CARD, LayerRange(start, end), kv_tokens, weight_bytes=1000, state=state)
+
+
+def test_only_active_layers_that_contain_the_request_serve_it() -> None:
+    active = resident(0, 10)
+    models = ResidentModels(1e9, [active, resident(10, 20, state=LoadState.WARM)])
+    assert models.find(CARD.id, LayerRange(2, 5)) is active
+    assert models.find(CARD.id, LayerRange(5, 11)) is None
+    assert models.find(CARD.id, LayerRange(12, 15)) is None
+
+
+def test_the_load_with_most_free_kv_serves() -> None:
+    small, large = resident(0, 2), resident(0, 2)
+    small.pool, large.pool = (KVPool(CARD.spec, LayerRange(0, 2), blocks) for blocks in (2, 4))
+    assert ResidentModels(1e9, [small, large]).find(CARD.id, LayerRange(0, 2)) is large
+    large.pool.allocate(3 * 32)
+    assert ResidentModels(1e9, [small, large]).find(CARD.id, LayerRange(0, 2)) is small
+
+
+def test_failed_layers_reserve_no_memory() -> None:
+    kept = resident(0, 2)
+    models = ResidentModels(1e9, [kept, resident(2, 4, state=LoadState.FAILED)])
+    assert models.reserved_bytes == kept.reserved_bytes == 1000 + 64 * CARD.kv_bytes_per_token_layer() * 2
+
+
+def test_decode_times_are_a_running_mean_without_attention() -> None:
+    layers = resident(0, 2)
+    models = ResidentModels(1e9, [layers])
+    models.observe_decode(layers, 2, 0, 0.2)
+    assert layers.layer_decode_s == pytest.approx(0.1)
+    models.observe_decode(layers, 2, 0, 0.4)
+    assert layers.layer_decode_s == pytest.approx(0.1 + 0.05 * 0.1)
+    before = layers.layer_decode_s
+    models.observe_decode(layers, 2, 10**9, 0.2)  # attention alone would take longer: the rest counts as no time
+    assert layers.layer_decode_s == pytest.approx(0.95 * before)
+
+
+def test_only_an_unused_active_standby_gives_way() -> None:
+    copy = resident(0, 2)
+    assert not copy.gives_way
+    copy.standby = True
+    assert copy.gives_way
+    copy.sessions = 1
+    assert not copy.gives_way

@@ -1,0 +1,34 @@
+"""The planner's input, from a request and the adverts of live peers."""
+
+import pytest
+
+from in_process.adverts import CARD, advert, held
+from meshd.agents.placement.plan_input import USUAL_CONTEXT, named_peers, plan_input_of, repair_input
+from meshd.agents.service import MeshOptions
+from meshd.errors import NoPeer
+from meshd.planner.profile import profiles_from_adverts
+
+MESH = [advert("a", held(0, 17)), advert("b", held(17, 30, standby=True)), advert("c")]
+
+
+def test_standby_layers_are_left_out_on_request() -> None:
+    def holders(standby: bool) -> list[str]:
+        asked = plan_input_of(CARD, MESH, MeshOptions(), context=1024, standby=standby)
+        return [profile.id for profile in asked.profiles if profile.holdings]
+
+    assert holders(standby=True) == ["a", "b"]
+    assert holders(standby=False) == ["a"]
+
+
+def test_a_repair_asks_the_peers_that_are_not_avoided() -> None:
+    assert repair_input(CARD, MESH, avoid=["b"]).peers == ("a", "c")
+    assert repair_input(CARD, MESH, avoid=["b"], among=["b", "c"]).peers == ("c",)
+    assert repair_input(CARD, MESH).context <= USUAL_CONTEXT
+
+
+def test_named_peers_that_left_are_skipped_until_none_is_here() -> None:
+    profiles = profiles_from_adverts(MESH, CARD.id)
+    assert named_peers(MeshOptions(), profiles) is None
+    assert named_peers(MeshOptions(peers=("gone", "b")), profiles) == ("b",)
+    with pytest.raises(NoPeer, match="not in the cluster now: gone"):
+        named_peers(MeshOptions(peers=("gone",)), profiles)
