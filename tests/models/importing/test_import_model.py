@@ -21,7 +21,7 @@ from meshd.models.cards import card_from_gguf
 from meshd.models.files.gguf import GgufFile
 from meshd.models.files.gguf_writer import GgufOut, OutTensor
 from meshd.models.importing.import_model import import_to
-from meshd.models.importing.plan import PIECE_BYTES, pieces, view_of
+from meshd.models.importing.plan import PIECE_BYTES
 from meshd.models.importing.quantise import quantise
 from meshd.models.store.catalogue import quantised, resolve
 from meshd.models.store.progress import PullPhase, PullProgress
@@ -220,32 +220,6 @@ def test_importing_takes_memory_for_a_piece_not_for_a_tensor(tmp_path: Path) -> 
     assert most < 16 * PIECE_BYTES
 
 
-@pytest.mark.parametrize(
-    ("transform", "change"),
-    [
-        ("", lambda w: w),
-        ("add_one", lambda w: w),
-        ("transpose", lambda w: w.swapaxes(-2, -1)),
-        ("slice:0::4:", lambda w: w[:4]),
-        ("slice:0:4::|transpose", lambda w: w[4:].swapaxes(-2, -1)),
-        ("slice:1:1::2", lambda w: w[:, 1::2]),
-        ("slice:-1:0:3:", lambda w: w[..., 0:3]),
-    ],
-)
-@pytest.mark.parametrize("dtype", [np.float32, np.uint16])
-def test_transforms_are_views(transform: str, change: Callable[[np.ndarray], np.ndarray], dtype: type) -> None:
-    array = np.arange(8 * 6 * 4).astype(dtype).reshape(8, 6, 4)
-    view = view_of(array, transform)
-    assert np.shares_memory(view, array)
-    np.testing.assert_array_equal(np.concatenate(list(pieces(view))), change(array).reshape(-1))
-
-
-@pytest.mark.parametrize("transform", ["slice:0:1", "rope_interleave:0", "rope_interleave:5", "slice:0:x::", "odd", "transpose:1"])
-def test_a_transform_that_does_not_fit_is_told(transform: str) -> None:
-    with pytest.raises(ModelFileError, match="does not fit shape"):
-        view_of(np.zeros((8, 6), np.float32), transform)
-
-
 def _gpt_oss(folder: Path, experts: int = 3) -> dict[str, np.ndarray]:
     """A folder of one layer with experts in MXFP4, and their weights by GGUF's names."""
     rng = np.random.default_rng(2)
@@ -302,14 +276,6 @@ def test_mxfp4_that_does_not_fit_is_told(tmp_path: Path, change: Callable[[dict[
     save(tmp_path / "hf" / "model.safetensors", made | {prefix + name: value for name, value in experts.items()})
     with pytest.raises(ModelFileError, match=why):
         imported(tmp_path / "hf", tmp_path / "made.gguf")
-
-
-def test_pieces_are_small_and_in_order() -> None:
-    array = np.arange(3 << 20, dtype=np.uint32).reshape(3, 1 << 10, 1 << 10)
-    for view in (array, array.swapaxes(1, 2), array.swapaxes(0, 1)):
-        parts = list(pieces(view))
-        assert max(part.nbytes for part in parts) <= PIECE_BYTES
-        np.testing.assert_array_equal(np.concatenate(parts), view.reshape(-1))
 
 
 def test_every_kind_of_metadata_is_written_and_read_back(tmp_path: Path) -> None:
