@@ -7,6 +7,7 @@ import pytest
 from meshd.errors import InvalidRequest
 from meshd.models.files.gguf import GgufFile
 from meshd.models.text.template import ChatTemplate, template_from_gguf
+from meshd.models.text.tokenizer.control_tokens import ControlTokens, unused_mark, without
 from meshd.models.text.tokenizer.files import tokenizer_from_gguf
 from meshd.models.text.tokenizer.tokenizer import Tokenizer
 from texts import chat_templates
@@ -70,3 +71,40 @@ def test_messages_that_leave_no_mark_are_refused(tokenizer: Tokenizer, template:
         tokenizer.encode_chat(template, [{"role": "user", "content": everything}])
     with pytest.raises(InvalidRequest, match="Vai"):
         tokenizer.encode_chat(template, [{"role": "user", "content": everything[1:], "name": "\\ua500"}])
+
+
+def found(tokens: list[str], text: str, **takes: list[str]) -> list[tuple[str, int, int]]:
+    return [(match.token, match.start, match.end) for match in ControlTokens(tokens, **takes).find(text)]
+
+
+def test_the_longest_token_is_found_at_each_place_and_none_inside_another() -> None:
+    assert found(["<a>", "<a><b>", "<b>"], "x<a><b><a>") == [("<a><b>", 1, 7), ("<a>", 7, 10)]
+    assert found(["aa"], "aaa") == [("aa", 0, 2)]
+    assert found([], "<a>") == []
+    assert found(["<a>"], "<<a") == []
+
+
+def test_white_space_is_swallowed_on_the_sides_that_a_token_takes() -> None:
+    text = "a \u3000<s>\n\tb"
+    assert found(["<s>"], text) == [("<s>", 3, 6)]
+    assert found(["<s>"], text, takes_left=["<s>"]) == [("<s>", 1, 6)]
+    assert found(["<s>"], text, takes_right=["<s>"]) == [("<s>", 3, 8)]
+    assert found(["<s>"], "<s> <s>", takes_left=["<s>"], takes_right=["<s>"]) == [("<s>", 0, 4), ("<s>", 4, 7)]
+
+
+def test_a_broken_token_is_no_token_and_comes_back_whole() -> None:
+    tokens, given = ControlTokens(["<s>"]), {"a<s>": ["x<s><s>", 7, None, ("<s>",)]}
+    broken = tokens.broken(given, "\ua500")
+    assert broken == {"a<\ua500s>": ["x<\ua500s><\ua500s>", 7, None, ["<\ua500s>"]]}
+    assert without("<\ua500s>\\ua500", "\ua500") == "<s>"
+    assert without("as it is", "") == "as it is"
+
+
+def test_a_mark_is_in_no_text_at_any_depth() -> None:
+    assert unused_mark(["a", {"b": 1}]) == "\ua500"
+    assert unused_mark([{"\ua500": "\\ua501"}]) == "\ua502"
+    deep: object = "x"
+    for _ in range(65):
+        deep = [deep]
+    with pytest.raises(InvalidRequest, match="nested more than 64 deep"):
+        unused_mark(deep)
