@@ -19,6 +19,7 @@ from aiohttp.test_utils import TestServer
 from meshd.config import Settings
 from meshd.models.files.gguf import GgufFile
 from meshd.models.store.store import Store
+from tiny.gguf_file import write_gguf
 
 U32, F32, BOOL, STRING, ARRAY, U64 = 4, 6, 7, 8, 9, 10
 _FORMATS = {U32: "<I", F32: "<f", BOOL: "<?", U64: "<Q"}
@@ -338,3 +339,8 @@ async def package_index(make_llama: Callable[..., GgufMaker]) -> AsyncIterator[P
         index.url = str(server.make_url("/simple"))
         yield index
         index.go_on.set()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_gguf(tmp_path / "source.gguf")

@@ -1,10 +1,10 @@
-"""Safetensors files: their header is read and checked, their weights are mapped.
+"""Read safetensors files: check the header here, then read the tensors through the `safetensors` library.
 
-Source: https://github.com/huggingface/safetensors#format. Eight bytes of length, a JSON object of name -> type, shape and extent,
-then the tensors, which cover the rest of the file without a gap. Every extent is checked before a byte of it is touched.
+Format: https://github.com/huggingface/safetensors#format. Eight bytes of length, a JSON object of name -> type, shape and offsets,
+then the tensors, which cover the rest of the file without a gap. The check comes before the library sees the file: it bounds the
+header's size, depth and item count, and its errors name the file and the tensor.
 """
 
-import contextlib
 import math
 import mmap
 from collections.abc import Mapping
@@ -13,8 +13,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, Self
 
+import ml_dtypes  # noqa: F401  registers bfloat16 with numpy; without it the library can't read BF16 into numpy
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
 
 from meshd.errors import ModelFileError
 from meshd.models.files.gguf_header import MAX_TENSORS
@@ -26,6 +28,7 @@ _MAX_ITEMS = 12 * MAX_TENSORS
 _MAX_DIMENSIONS = 8
 _MAX_NAME = 512
 _MAX_EXTENT = 1 << 60
+_DAMAGED = "the file is damaged or no safetensors: fetch it again"
 
 DTYPES: Mapping[str, npt.DTypeLike] = MappingProxyType(
     {
@@ -47,12 +50,17 @@ DTYPES: Mapping[str, npt.DTypeLike] = MappingProxyType(
         "F8_E8M0": "u1",
     }
 )
-"""As numpy sees them; it knows neither BF16 nor 8-bit floats, whose bits are given."""
+"""Type in the file -> numpy's type of the same size. BF16 is read as its bits; 8-bit floats are only counted, not read."""
+
+_NOT_READ = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0"})
+"""Types that the library can't give to numpy, which has no 8-bit float."""
+_REOPEN_BYTES = 256 << 20
+"""Bytes read before the file is mapped anew, which returns the pages that were read to the system."""
 
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Where a tensor lies and how."""
+    """A tensor's type, shape and place in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -62,54 +70,79 @@ class Extent:
 
 
 class SafetensorsFile:
-    """One file, mapped read-only. Views stay good until they are dropped; the file must not be cut short meanwhile."""
+    """One file, mapped read-only by the library. Must not be truncated while it is open."""
 
-    def __init__(self, name: str, tensors: Mapping[str, Extent], mapping: mmap.mmap) -> None:
-        self.name = name
+    def __init__(self, path: Path, tensors: Mapping[str, Extent]) -> None:
+        self.name = str(path)
         self.tensors = tensors
-        self._mapping = mapping
+        self._path = path
+        self._library: Any = None  # a safe_open, whose methods have no types
+        self._bytes_read = 0
 
     @classmethod
     def open(cls, path: Path) -> Self:
         """Raises: ModelFileError."""
-        name = str(path)
         try:
-            with path.open("rb") as file:
-                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping:
+                tensors = parse_header(mapping, str(path))
         except OSError as error:
-            raise ModelFileError(f"{name} can't be opened: {error.strerror or error}") from error
+            raise ModelFileError(f"{path} can't be opened: {error.strerror or error}") from error
         except ValueError as error:
-            raise ModelFileError(f"{name} can't be used: it is empty") from error
+            raise ModelFileError(f"{path} can't be used: it is empty") from error
+        opened = cls(path, tensors)
+        opened._mapped()
+        return opened
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
+        """A copy of the rows `[start, stop)` along a tensor's first axis; a scalar or an empty tensor whole. BF16 as uint16.
+
+        Raises: ModelFileError for an 8-bit float, and for a file that was replaced after it was opened.
+        """
+        info = self.tensors[name]
+        if info.dtype in _NOT_READ:
+            raise ModelFileError(f"{self.name} can't be used: tensor {shown(name)} is {info.dtype}, which can't be read")
+        library = self._mapped()
         try:
-            return cls(name, parse_header(mapping, name), mapping)
-        except ModelFileError:
-            mapping.close()
-            raise
-
-    def array(self, name: str) -> npt.NDArray[Any]:
-        """A tensor where it lies, read-only and not copied; BF16 as uint16."""
-        info = self.tensors[name]
-        flat = np.frombuffer(self._mapping, DTYPES[info.dtype], math.prod(info.shape), info.offset)
-        return flat.reshape(info.shape)
-
-    def drop(self, name: str) -> None:
-        """A tensor has been read: its pages need not stay in memory. It can be read again."""
-        info = self.tensors[name]
-        if info.nbytes and hasattr(mmap, "MADV_DONTNEED"):
-            start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
-            self._mapping.madvise(mmap.MADV_DONTNEED, start, info.offset + info.nbytes - start)
+            # The library can't slice a tensor without axes or without elements.
+            sliced = info.nbytes and info.shape
+            array: npt.NDArray[Any] = library.get_slice(name)[start:stop] if sliced else library.get_tensor(name)
+        except SafetensorError as error:
+            raise ModelFileError(f"{self.name} can't be used: tensor {shown(name)} can't be read: {error}") from error
+        if info.dtype == "BF16":
+            array = array.view("<u2")
+        shape = (len(range(*slice(start, stop).indices(info.shape[0]))), *info.shape[1:]) if info.shape else ()
+        if array.dtype != np.dtype(DTYPES[info.dtype]) or array.shape != shape:
+            raise ModelFileError(f"{self.name} can't be used: it changed while it was read", hint="try again")
+        self._bytes_read += array.nbytes
+        return array
 
     def close(self) -> None:
-        """Idempotent."""
-        with contextlib.suppress(BufferError):  # views are still out there: the mapping goes with the last of them
-            self._mapping.close()
+        """Unmap the file. Idempotent; a later read maps it again."""
+        if self._library is not None:
+            self._library.__exit__(None, None, None)
+            self._library = None
+
+    def _mapped(self) -> Any:
+        if self._bytes_read >= _REOPEN_BYTES:
+            self.close()
+            self._bytes_read = 0
+        if self._library is None:
+            try:
+                self._library = safe_open(self._path, "numpy")
+            except (OSError, SafetensorError) as error:
+                raise ModelFileError(f"{self.name} can't be used: {error}", hint=_DAMAGED) from error
+        return self._library
 
 
 def parse_header(data: mmap.mmap | bytes, name: str) -> Mapping[str, Extent]:
-    """Every tensor of a whole file, in the order of their extents. Raises: ModelFileError."""
+    """Check the header of a whole file.
+
+    Returns: every tensor, in file order.
+    Raises: ModelFileError.
+    """
 
     def fail(why: str) -> NoReturn:
-        raise ModelFileError(f"{name} can't be used: {why}", hint="the file is damaged or no safetensors: fetch it again")
+        raise ModelFileError(f"{name} can't be used: {why}", hint=_DAMAGED)
 
     size = len(data)
     length = int.from_bytes(data[:8], "little")
@@ -127,19 +160,19 @@ def parse_header(data: mmap.mmap | bytes, name: str) -> Mapping[str, Extent]:
         for tensor, info in rows:
             if info.offset != end:
                 what = "overlaps" if info.offset < end else "leaves a gap after"
-                raise _Wrong(tensor, f"it {what} {before}")
+                raise _WrongTensor(tensor, f"it {what} {before}")
             end, before = info.offset + info.nbytes, f"tensor {shown(tensor)}"
             if end > size:
-                raise _Wrong(tensor, f"it ends at byte {end:,} of a file of {size:,}")
-    except _Wrong as wrong:
+                raise _WrongTensor(tensor, f"it ends at byte {end:,} of a file of {size:,}")
+    except _WrongTensor as wrong:
         fail(f"tensor {shown(wrong.tensor)}: {wrong.why}")
     if end != size:
         fail(f"{size - end:,} bytes after {before} belong to nothing")
     return MappingProxyType(dict(rows))
 
 
-class _Wrong(Exception):
-    """A tensor's entry can't be true."""
+class _WrongTensor(Exception):
+    """A tensor's entry contradicts the file."""
 
     def __init__(self, tensor: str, why: str) -> None:
         super().__init__(why)
@@ -154,24 +187,24 @@ def _order(row: tuple[str, Extent]) -> tuple[int, int]:
 
 def _extent(tensor: str, entry: Any, start: int) -> Extent:
     if len(tensor) > _MAX_NAME:
-        raise _Wrong(tensor, f"its name is longer than {_MAX_NAME} characters")
+        raise _WrongTensor(tensor, f"its name is longer than {_MAX_NAME} characters")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _Wrong(tensor, "it is not told by dtype, shape and data_offsets")
+        raise _WrongTensor(tensor, "its entry is not exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _Wrong(tensor, f"its type {shown(dtype)} is unknown here")
+        raise _WrongTensor(tensor, f"its type {shown(dtype)} is unknown here")
     if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS or any(whole_number(n, _MAX_EXTENT) is None for n in shape):
-        raise _Wrong(tensor, f"its shape is no list of at most {_MAX_DIMENSIONS} sizes")
+        raise _WrongTensor(tensor, f"its shape is no list of at most {_MAX_DIMENSIONS} sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or any(whole_number(n, _MAX_EXTENT) is None for n in offsets):
-        raise _Wrong(tensor, "its data_offsets are no two positions")
+        raise _WrongTensor(tensor, "its data_offsets are no two positions")
     nbytes = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
     if offsets[1] - offsets[0] != nbytes:
-        raise _Wrong(tensor, f"its extent of {offsets[1] - offsets[0]} bytes is not the {nbytes} of {dtype} {shape}")
+        raise _WrongTensor(tensor, f"its extent of {offsets[1] - offsets[0]} bytes is not the {nbytes} of {dtype} {shape}")
     return Extent(dtype, tuple(shape), start + offsets[0], nbytes)
 
 
 class SafetensorsFolder:
-    """All weights of a Hugging Face folder, whether they lie in one file or in several."""
+    """All weights of a Hugging Face folder, in one file or several."""
 
     def __init__(self, name: str, files: Mapping[str, SafetensorsFile]) -> None:
         """`files`: by tensor."""
@@ -180,7 +213,7 @@ class SafetensorsFolder:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Raises: ModelFileError, also for a file or a tensor that the index names and that is not there."""
+        """Raises: ModelFileError, also for a file or a tensor that the index names and the folder lacks."""
         paths, promised = weight_files(folder)
         opened: list[SafetensorsFile] = []
         by_tensor: dict[str, SafetensorsFile] = {}
@@ -205,13 +238,9 @@ class SafetensorsFolder:
         """Name -> (type, shape)."""
         return {name: (file.tensors[name].dtype, file.tensors[name].shape) for name, file in self._files.items()}
 
-    def array(self, name: str) -> npt.NDArray[Any]:
-        """See `SafetensorsFile.array`."""
-        return self._files[name].array(name)
-
-    def drop(self, name: str) -> None:
-        """See `SafetensorsFile.drop`."""
-        self._files[name].drop(name)
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
+        """See `SafetensorsFile.read`."""
+        return self._files[name].read(name, start, stop)
 
     def close(self) -> None:
         """Idempotent."""

@@ -21,9 +21,19 @@ from meshd.models.files.gguf import GgufFile
 from meshd.models.files.gguf_header import MetadataValue
 from meshd.models.files.gguf_writer import Chunk, GgufOut, OutTensor
 from meshd.models.files.json_files import read_json, shown
-from meshd.models.files.safetensors_file import SafetensorsFolder
+from meshd.models.files.safetensors_file import DTYPES, SafetensorsFolder
 from meshd.models.importing.huggingface import plan_import
-from meshd.models.importing.plan import Array, ImportTensor, adds_one, is_mxfp4, mxfp4_blocks, pieces, view_of
+from meshd.models.importing.plan import (
+    Array,
+    ImportTensor,
+    adds_one,
+    chunks_of,
+    is_mxfp4,
+    mxfp4_blocks,
+    pieces,
+    view_of,
+    view_shape,
+)
 from meshd.models.importing.quantise import BLOCK, quantise
 from meshd.models.importing.quants import QUANTS
 from meshd.models.importing.source_files import files_of, parts_of
@@ -89,30 +99,31 @@ def _converted(
     first = shown(tensor.sources[0])
     if odd := dtypes - set(_DENSE):
         raise ModelFileError(f"tensor {first} can't be used: its type {min(odd)} is not among {', '.join(_DENSE)}")
-    views = [view_of(weights.array(source), tensor.transform) for source in tensor.sources]
-    inner = tensor.shape[1:] if len(views) > 1 else tensor.shape
-    if (len(views) > 1 and tensor.shape[0] != len(views)) or any(view.size != math.prod(inner) for view in views):
+    sizes = [math.prod(view_shape(known[source][1], tensor.transform)) for source in tensor.sources]
+    inner = tensor.shape[1:] if len(sizes) > 1 else tensor.shape
+    if (len(sizes) > 1 and tensor.shape[0] != len(sizes)) or any(size != math.prod(inner) for size in sizes):
         shape = known[tensor.sources[0]][1]
         raise ModelFileError(f"tensor {first} can't be used: {shape} does not make {tensor.name} {tensor.shape}")
     given = dtypes.pop() if len(dtypes) == 1 else "F32"
     kind = _kind_for(tensor.name, tensor.shape, "F32" if adds_one(tensor.transform) else given, quant)
-    read = [(view, known[source][0], partial(weights.drop, source)) for view, source in zip(views, tensor.sources, strict=True)]
-    return OutTensor(tensor.name, kind, tensor.shape, partial(_chunks, tensor, read, kind))
+    return OutTensor(tensor.name, kind, tensor.shape, partial(_chunks, tensor, weights, known, kind))
 
 
 def _packed(tensor: ImportTensor, weights: SafetensorsFolder, known: Mapping[str, tuple[str, tuple[int, ...]]]) -> OutTensor:
     """Blocks and scales of MXFP4, which stay so; an expert at a time."""
     if missing := [source for source in tensor.sources if known.get(source, ("", ()))[0] != "U8"]:
         raise ModelFileError(f"tensor {shown(missing[0])}, of which {tensor.name} is made, is missing or no U8")
-    nibbles, scales = (view_of(weights.array(source), tensor.transform) for source in tensor.sources)
-    made = (*nibbles.shape[:-2], nibbles.shape[-2] * 32) if nibbles.ndim > 2 else ()
-    if nibbles.shape != (*scales.shape, 16) or made != tensor.shape:
+    nibbles, scales = (view_shape(known[source][1], tensor.transform) for source in tensor.sources)
+    made = (*nibbles[:-2], nibbles[-2] * 32) if len(nibbles) > 2 else ()
+    if nibbles != (*scales, 16) or made != tensor.shape:
         shapes = " and ".join(str(known[source][1]) for source in tensor.sources)
         raise ModelFileError(f"tensor {shown(tensor.sources[0])} can't be used: {shapes} do not make {tensor.name} {tensor.shape}")
 
     def chunks() -> Iterator[Chunk]:
         try:
-            yield from map(mxfp4_blocks, nibbles, scales)
+            for expert in range(tensor.shape[0]):
+                both = (weights.read(source, expert, expert + 1) for source in tensor.sources)
+                yield mxfp4_blocks(*(view_of(part, tensor.transform) for part in both))
         except ValueError as error:
             raise ModelFileError(f"tensor {tensor.name} can't be used: {error}", hint="the model is broken") from error
 
@@ -128,11 +139,14 @@ def _kind_for(name: str, shape: tuple[int, ...], given: str, quant: str | None) 
     return QUANTS["q8"] if name in _FINE else QUANTS[quant]
 
 
-def _chunks(tensor: ImportTensor, views: Sequence[tuple[Array, str, Callable[[], None]]], kind: str) -> Iterator[Chunk]:
-    for view, dtype, drop in views:
-        for piece in pieces(view):
+def _chunks(
+    tensor: ImportTensor, weights: SafetensorsFolder, known: Mapping[str, tuple[str, tuple[int, ...]]], kind: str
+) -> Iterator[Chunk]:
+    for source in tensor.sources:
+        dtype, shape = known[source]
+        itemsize = np.dtype(DTYPES[dtype]).itemsize
+        for piece in chunks_of(shape, itemsize, partial(weights.read, source), tensor.transform):
             yield _changed(piece, dtype, kind, one_more=adds_one(tensor.transform), name=tensor.name)
-        drop()
 
 
 def _changed(piece: Array, dtype: str, kind: str, *, one_more: bool, name: str) -> Array:

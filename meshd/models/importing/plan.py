@@ -8,10 +8,11 @@ A transform is a list of steps parted by `|`, done from left to right to each so
     slice:AXIS:START:STOP:STEP     as numpy's, an empty field being None
     mxfp4                          the two sources are gpt-oss's blocks of nibbles `[..., blocks, 16]` and scales `[..., blocks]`
 
-All but `add_one` are views: no byte is copied until it is written.
+All but `add_one` only reorder: `chunks_of` reads a source a few rows at a time, not whole.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +100,47 @@ def _step(array: Array, name: str, *given: str) -> Array:
             return array[(slice(None),) * (int(axis) % array.ndim) + (cut,)]
         case _:
             raise ValueError(f"{name} with {len(given)} numbers is no step")
+
+
+def view_shape(shape: tuple[int, ...], transform: str) -> tuple[int, ...]:
+    """The shape that `view_of` gives an array of `shape`, without the array. Raises: ModelFileError as `view_of`."""
+    return view_of(np.broadcast_to(np.uint8(0), shape), transform).shape
+
+
+def chunks_of(shape: tuple[int, ...], itemsize: int, read: Callable[[int, int], Array], transform: str) -> Iterator[Array]:
+    """The transformed tensor's elements in row-major order, flat, about a megabyte at a time.
+
+    `read(start, stop)` gives rows of a source of `shape`. A source is read in blocks of rows that the transform keeps in order:
+    whole heads for `rope_interleave`, whole matrices for `transpose`. Only a transform that mixes all rows reads the source whole.
+    """
+    rows = shape[0] if shape else 1
+    unit = max(1, _rows_kept(shape, transform))
+    most = PIECE_BYTES // max(1, math.prod(shape[1:]) * itemsize)
+    step = max(unit, most // unit * unit)
+    for start in range(0, max(1, rows), step):
+        block = read(start, min(rows, start + step))
+        head, bar, rest = transform.partition("|")
+        if step < rows and head.startswith("rope_interleave"):
+            head = f"rope_interleave:{len(block) // unit}"
+        yield from pieces(view_of(block, head + bar + rest))
+
+
+def _rows_kept(shape: tuple[int, ...], transform: str) -> int:
+    """The fewest rows that the transform moves as one: blocks of so many rows can be transformed one by one."""
+    unit, axes = 1, len(shape)
+    for index, step in enumerate(filter(None, transform.split("|"))):
+        match step.split(":"):
+            case ["rope_interleave", heads] if index == 0:
+                unit, axes = shape[0] // int(heads), axes + 2
+            case ["add_one" | "mxfp4"]:
+                pass
+            case ["transpose"] if axes > 2:
+                pass
+            case ["slice", axis, *_] if int(axis) % axes:
+                pass
+            case _:
+                return shape[0] if shape else 1
+    return unit
 
 
 def pieces(view: Array) -> Iterator[Array]:

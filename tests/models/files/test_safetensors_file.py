@@ -1,4 +1,4 @@
-"""The safetensors reader, against files that the library wrote and headers that lie."""
+"""The safetensors reader, against files that the library wrote and hostile headers."""
 
 import json
 from collections.abc import Callable
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from meshd.errors import ModelFileError
+from meshd.models.files import safetensors_file
 from meshd.models.files.safetensors_file import SafetensorsFile, SafetensorsFolder, parse_header
 from tiny.hf_folders import save, weights, write_folder
 
@@ -21,19 +22,49 @@ def file_of(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
-def test_what_the_library_writes_is_read_back_without_a_copy(tmp_path: Path, dtype: str) -> None:
+def test_what_the_library_writes_is_read_back(tmp_path: Path, dtype: str) -> None:
     path, made = tmp_path / "x.safetensors", weights(dtype)
     save(path, made, dtype)
     file = SafetensorsFile.open(path)
     for name, value in made.items():
         expected = (value.view(np.uint32) >> 16).astype(np.uint16) if dtype == "BF16" else value
-        array = file.array(name)
         assert file.tensors[name].dtype == dtype
-        assert not array.flags.owndata
-        assert not array.flags.writeable
-        np.testing.assert_array_equal(array, expected)
+        np.testing.assert_array_equal(file.read(name), expected)
+        np.testing.assert_array_equal(file.read(name, 3, 7), expected[3:7])
     file.close()
-    assert array.shape == made[name].shape  # views outlive the file
+    file.close()
+
+
+def test_scalars_and_empty_tensors_are_read_whole_and_8_bit_floats_refused(tmp_path: Path) -> None:
+    header = {
+        "scalar": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]},
+        "none": {"dtype": "F32", "shape": [0, 3], "data_offsets": [4, 4]},
+        "eight": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [4, 6]},
+    }
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(file_of(header, np.float32(2.5).tobytes() + bytes(2)))
+    file = SafetensorsFile.open(path)
+    assert file.read("scalar") == np.float32(2.5)
+    assert file.read("none").shape == (0, 3)
+    with pytest.raises(ModelFileError, match="tensor 'eight' is F8_E4M3"):
+        file.read("eight")
+
+
+def test_a_long_read_maps_the_file_anew_and_notices_that_it_was_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_file, "_REOPEN_BYTES", 16)
+    path = tmp_path / "x.safetensors"
+    save(path, {"a": np.arange(8, dtype=np.float32).reshape(2, 4)})
+    file = SafetensorsFile.open(path)
+    file.read("a")
+    np.testing.assert_array_equal(file.read("a", 1, 2), [[4, 5, 6, 7]])
+    save(tmp_path / "y.safetensors", {"a": np.zeros((2, 8), np.float32)})
+    (tmp_path / "y.safetensors").replace(path)
+    with pytest.raises(ModelFileError, match="it changed while it was read"):
+        file.read("a")
+    path.unlink()
+    file.close()
+    with pytest.raises(ModelFileError, match="No such file"):
+        file.read("a")
 
 
 @pytest.mark.parametrize(
@@ -49,8 +80,8 @@ def test_what_the_library_writes_is_read_back_without_a_copy(tmp_path: Path, dty
         (file_of(b"[" * 100_000), "nested too deep"),
         (file_of(b'{"a":' + b"1," * 1_000_000 + b"}"), "more than 786,432 items"),
         (file_of(b'{"a": 1, "a": 2}'), "'a' is there twice"),
-        (file_of({"a": 3}), "tensor 'a': it is not told by"),
-        (file_of({"a": ROW | {"more": 1}}, bytes(16)), "tensor 'a': it is not told by"),
+        (file_of({"a": 3}), "tensor 'a': its entry is not exactly"),
+        (file_of({"a": ROW | {"more": 1}}, bytes(16)), "tensor 'a': its entry is not exactly"),
         (file_of({"a": ROW | {"dtype": "F4"}}, bytes(16)), "tensor 'a': its type 'F4'"),
         (file_of({"a": ROW | {"dtype": ["F32"]}}, bytes(16)), "tensor 'a': its type"),
         (file_of({"a": ROW | {"shape": [2, -2]}}, bytes(16)), "tensor 'a': its shape"),
@@ -71,7 +102,7 @@ def test_what_the_library_writes_is_read_back_without_a_copy(tmp_path: Path, dty
         (file_of({"a": ROW | {"shape": [int("9" * 30)]}}, bytes(16)), "tensor 'a': its shape"),
     ],
 )  # fmt: skip
-def test_a_header_that_lies_is_told_by_file_and_tensor(data: bytes, why: str) -> None:
+def test_a_hostile_header_is_one_error_that_names_file_and_tensor(data: bytes, why: str) -> None:
     with pytest.raises(ModelFileError, match=why) as caught:
         parse_header(data, "x.safetensors")
     assert caught.value.message.startswith("x.safetensors can't be used: ")
@@ -88,7 +119,7 @@ def test_shards_are_one_folder(tmp_path: Path) -> None:
     with SafetensorsFolder.open(tmp_path) as folder:
         for name, value in weights().items():
             assert folder.tensors[name] == ("F32", value.shape)
-            np.testing.assert_array_equal(folder.array(name), value)
+            np.testing.assert_array_equal(folder.read(name), value)
 
 
 def _map(index: dict[str, Any], name: str) -> dict[str, Any]:
@@ -107,7 +138,7 @@ def _map(index: dict[str, Any], name: str) -> dict[str, Any]:
         (lambda index: {"weight_map": {"a": 3}}, "weight_map"),
     ],
 )
-def test_an_index_that_lies_is_told(tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], why: str) -> None:
+def test_a_hostile_index_is_one_clear_error(tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], why: str) -> None:
     write_folder(tmp_path, shards=2)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps(change(json.loads(index.read_text()))))
@@ -115,7 +146,7 @@ def test_an_index_that_lies_is_told(tmp_path: Path, change: Callable[[dict[str, 
         SafetensorsFolder.open(tmp_path)
 
 
-def test_a_tensor_in_two_shards_and_shards_without_an_index_are_told(tmp_path: Path) -> None:
+def test_a_tensor_in_two_shards_and_shards_without_an_index_are_refused(tmp_path: Path) -> None:
     write_folder(tmp_path, shards=2)
     save(tmp_path / "model-00002-of-00002.safetensors", weights())
     with pytest.raises(ModelFileError, match=r"is in .*00001-of-00002\.safetensors too"):

@@ -1,7 +1,6 @@
 """Folders and split files made one GGUF file: read back by the `gguf` package and by our own reader."""
 
 import asyncio
-import io
 import json
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from meshd.models.cards import card_from_gguf
 from meshd.models.files.gguf import GgufFile
 from meshd.models.files.gguf_writer import GgufOut, OutTensor
 from meshd.models.importing.import_model import import_to
-from meshd.models.importing.plan import PIECE_BYTES, pieces, view_of
+from meshd.models.importing.plan import PIECE_BYTES
 from meshd.models.importing.quantise import quantise
 from meshd.models.store.catalogue import quantised, resolve
 from meshd.models.store.progress import PullPhase, PullProgress
@@ -92,37 +91,6 @@ def test_a_folder_becomes_a_file_that_others_read_too(tmp_path: Path, dtype: str
         "meshd.eos_token_ids": (2, 3), "tokenizer.ggml.add_bos_token": True, "tokenizer.chat_template": "{{ messages }}",
     }  # fmt: skip
     assert (card.spec.hidden, card.spec.ffn, card.spec.vocab, card.end_of_sequence) == (HIDDEN, FFN, VOCAB, (2, 3))
-
-
-def test_templates_are_found_where_the_makers_put_them(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "hf")
-
-    def found() -> dict[str, Any]:
-        imported(folder, tmp_path / "made.gguf")
-        with GgufFile.open(tmp_path / "made.gguf") as file:
-            return {key[24:]: value for key, value in file.metadata.items() if key.startswith("tokenizer.chat_template")}
-
-    named = [{"name": name, "template": f"{name}!"} for name in ("default", "tool_use", "rag")]
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": [*named, 3, {"name": []}]}))
-    assert found() == {"": "default!", "tool_use": "tool_use!"}
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "from json"}))
-    assert found() == {"": "from json"}
-    (folder / "chat_template.jinja").write_text("from jinja")
-    assert found() == {"": "from jinja"}
-    (folder / "chat_template.jinja").unlink()
-    (folder / "chat_template.json").unlink()
-    (folder / "tokenizer_config.json").unlink()
-    assert found() == {}
-
-
-@pytest.mark.parametrize("named", ["<|im_end|>", {"content": "<|im_end|>", "lstrip": False}])
-def test_the_end_that_templates_mean_goes_first(tmp_path: Path, named: object) -> None:
-    folder = write_folder(tmp_path / "hf")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": named, "bos_token": "</s>"}))
-    imported(folder, tmp_path / "made.gguf")
-    with GgufFile.open(tmp_path / "made.gguf") as file:
-        found = [file.metadata[f"tokenizer.ggml.{key}_token_id"] for key in ("bos", "eos", "eot")]
-        assert (found, file.metadata["meshd.eos_token_ids"]) == ([2, 3, 2], (3, 2))
 
 
 @pytest.mark.parametrize(("quant", "kind", "error"), [("q8", "Q8_0", 0.01), ("q4", "Q4_1", 0.09)])
@@ -220,32 +188,6 @@ def test_importing_takes_memory_for_a_piece_not_for_a_tensor(tmp_path: Path) -> 
     assert most < 16 * PIECE_BYTES
 
 
-@pytest.mark.parametrize(
-    ("transform", "change"),
-    [
-        ("", lambda w: w),
-        ("add_one", lambda w: w),
-        ("transpose", lambda w: w.swapaxes(-2, -1)),
-        ("slice:0::4:", lambda w: w[:4]),
-        ("slice:0:4::|transpose", lambda w: w[4:].swapaxes(-2, -1)),
-        ("slice:1:1::2", lambda w: w[:, 1::2]),
-        ("slice:-1:0:3:", lambda w: w[..., 0:3]),
-    ],
-)
-@pytest.mark.parametrize("dtype", [np.float32, np.uint16])
-def test_transforms_are_views(transform: str, change: Callable[[np.ndarray], np.ndarray], dtype: type) -> None:
-    array = np.arange(8 * 6 * 4).astype(dtype).reshape(8, 6, 4)
-    view = view_of(array, transform)
-    assert np.shares_memory(view, array)
-    np.testing.assert_array_equal(np.concatenate(list(pieces(view))), change(array).reshape(-1))
-
-
-@pytest.mark.parametrize("transform", ["slice:0:1", "rope_interleave:0", "rope_interleave:5", "slice:0:x::", "odd", "transpose:1"])
-def test_a_transform_that_does_not_fit_is_told(transform: str) -> None:
-    with pytest.raises(ModelFileError, match="does not fit shape"):
-        view_of(np.zeros((8, 6), np.float32), transform)
-
-
 def _gpt_oss(folder: Path, experts: int = 3) -> dict[str, np.ndarray]:
     """A folder of one layer with experts in MXFP4, and their weights by GGUF's names."""
     rng = np.random.default_rng(2)
@@ -302,39 +244,6 @@ def test_mxfp4_that_does_not_fit_is_told(tmp_path: Path, change: Callable[[dict[
     save(tmp_path / "hf" / "model.safetensors", made | {prefix + name: value for name, value in experts.items()})
     with pytest.raises(ModelFileError, match=why):
         imported(tmp_path / "hf", tmp_path / "made.gguf")
-
-
-def test_pieces_are_small_and_in_order() -> None:
-    array = np.arange(3 << 20, dtype=np.uint32).reshape(3, 1 << 10, 1 << 10)
-    for view in (array, array.swapaxes(1, 2), array.swapaxes(0, 1)):
-        parts = list(pieces(view))
-        assert max(part.nbytes for part in parts) <= PIECE_BYTES
-        np.testing.assert_array_equal(np.concatenate(parts), view.reshape(-1))
-
-
-def test_every_kind_of_metadata_is_written_and_read_back(tmp_path: Path) -> None:
-    metadata = {
-        "general.architecture": "x", "text": "é\0", "yes": True, "small": 7, "large": 1 << 40, "minus": -7, "far": -(1 << 40),
-        "half": 0.5, "words": ("a", "", "é"), "numbers": (1, -2), "wide": (1, 1 << 40), "flags": (True, False),
-        "floats": (0.5, 2.0), "none": (), "nested": ((1, 2), (3,)), "general.alignment": 64,
-    }  # fmt: skip
-    values = np.arange(33, dtype=np.float32)
-    tensors = [OutTensor("a", "F32", (33,), lambda: [values]), OutTensor("b", "F16", (1, 1), lambda: [bytes(2)])]
-    with (tmp_path / "x.gguf").open("wb") as out:
-        GgufOut(metadata, tensors, "x").write(out, lambda _: None)
-    with GgufFile.open(tmp_path / "x.gguf") as file:
-        assert dict(file.metadata) == metadata
-        np.testing.assert_array_equal(np.frombuffer(file.tensor("a").data, np.float32), values)
-    reader = gguf.GGUFReader(tmp_path / "x.gguf")
-    assert {key: reader.get_field(key).contents() for key in ("text", "minus", "far", "yes", "half", "words")} == {
-        key: list(metadata[key]) if key == "words" else metadata[key] for key in ("text", "minus", "far", "yes", "half", "words")
-    }
-    with pytest.raises(ModelFileError, match=r"'a' .*4 bytes, not 132"):
-        GgufOut({}, [OutTensor("a", "F32", (33,), lambda: [bytes(4)])], "y").write(io.BytesIO(), lambda _: None)
-    with pytest.raises(ModelFileError, match="there twice"):
-        GgufOut({}, [tensors[0], tensors[0]], "y")
-    with pytest.raises(ModelFileError, match="'odd' can't be written"):
-        GgufOut({"odd": ("a", 1)}, [], "y")
 
 
 def split(whole: Path, folder: Path, count: int) -> Path:

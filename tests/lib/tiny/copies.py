@@ -1,0 +1,42 @@
+"""Manifests and partial copies of a tiny model's file."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from meshd.models.files.gguf import GgufFile
+from meshd.models.files.manifest import (
+    Manifest,
+    layout_of,
+    sum_up,
+)
+from meshd.models.store.partial_copy import CopyInfo, PartialCopy
+from meshd.types import ModelId
+
+QUIET: Callable[[int], None] = lambda count: None  # noqa: E731
+
+
+def manifest_of(path: Path) -> Manifest:
+    with GgufFile.open(path) as file:
+        return sum_up(path, layout_of(file.tensors, path.stat().st_size), QUIET)
+
+
+def about(path: Path) -> CopyInfo:
+    identifier = ModelId(hashlib.sha256(path.read_bytes()).hexdigest()[:32])
+    return CopyInfo(identifier, "tiny", "pypi:tiny==1", 1700, manifest_of(path))
+
+
+def bring(copy: PartialCopy, source: Path, indices: list[int], *, flush: bool = True) -> None:
+    """As a fetch does: parts in any order, checked, remembered."""
+    content = source.read_bytes()
+    copy.begin(QUIET)
+    for index in indices:
+        part = copy.about.manifest.parts[index]
+        copy.write(part.offset, memoryview(content[part.offset : part.end]))
+        assert copy.is_right(index, QUIET)
+        copy.keep([index])
+        if index == 0:
+            copy.grow()
+    if flush:
+        copy.flush()
+    copy.close()
