@@ -13,11 +13,11 @@ from meshd.planner.explain.reasons import (
     runner_up,
     single_devices,
 )
-from meshd.planner.explain.units import show_bytes, show_rate, show_seconds, show_value
 from meshd.planner.model.estimate import Estimate, HopEstimate, PeerMemory, StageEstimate
 from meshd.planner.problem import PlanInput
 from meshd.planner.search.solve import Solution, objective_value
 from meshd.planner.stages import stages_text
+from meshd.planner.units import show_bytes, show_rate, show_seconds, show_value
 
 _PURPOSES = ("layers", "embedding", "head", "kv", "working", "runtime")
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 import msgspec
 
 from meshd.errors import MeshdError
-from meshd.planner.explain.units import show_bytes, show_value
+from meshd.planner.eligible import eligible, exclusions
 from meshd.planner.model.estimate import Estimate, estimate, peer_memory
 from meshd.planner.model.memory import capacity_bytes, memory_table, missing_bytes
 from meshd.planner.problem import PlanInput
-from meshd.planner.search.eligible import eligible, exclusions
 from meshd.planner.search.limits import SearchLimits
 from meshd.planner.search.solve import Solution, objective_value, search
+from meshd.planner.units import show_bytes, show_value
 from meshd.types import LayerRange, Objective, PeerId, StagePlan
 
 WORTH_TELLING = 0.01

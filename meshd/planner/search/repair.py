@@ -7,16 +7,16 @@ import msgspec
 import numpy as np
 
 from meshd.errors import DoesNotFit, NoPeer
-from meshd.planner.explain.units import show_bytes
+from meshd.planner.eligible import exclusions
 from meshd.planner.model.memory import RESERVE, memory_table, stage_memory
 from meshd.planner.model.tables import CostTables
 from meshd.planner.network import UNMEASURED_BANDWIDTH_BYTES_S
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import PeerProfile
 from meshd.planner.search.chains import Array, ChainCosts
-from meshd.planner.search.eligible import exclusions
 from meshd.planner.search.limits import SearchLimits
 from meshd.planner.search.select import search_for
+from meshd.planner.units import show_bytes
 from meshd.types import LayerRange, StagePlan
 
 TOKENS_AHEAD = 256

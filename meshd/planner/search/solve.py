@@ -5,16 +5,16 @@ from dataclasses import replace
 import msgspec
 
 from meshd.errors import ContextTooLong, InvalidRequest, Unavailable
-from meshd.planner.explain.shortfall import check_given, does_not_fit
+from meshd.planner.eligible import check_power, eligible
 from meshd.planner.model.estimate import Estimate, estimate
 from meshd.planner.model.tables import CostTables
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import PeerProfile
 from meshd.planner.search.chains import Chain
-from meshd.planner.search.eligible import check_power, eligible
 from meshd.planner.search.limits import SearchLimits
 from meshd.planner.search.objectives import cheapest
 from meshd.planner.search.select import EXACT_PEERS, search_for
+from meshd.planner.search.shortfall import check_given, does_not_fit
 from meshd.planner.stages import check_stages
 from meshd.types import LayerRange, Objective, PeerId, StagePlan
 

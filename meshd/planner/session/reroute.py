@@ -10,13 +10,13 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
+from meshd.planner.eligible import exclusions
 from meshd.planner.model import cost
 from meshd.planner.model.tables import CostTables, range_sums
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import USABLE_STATE, PeerProfile
 from meshd.planner.search.chains import Array
-from meshd.planner.search.cover import CoverCosts, cover
-from meshd.planner.search.eligible import exclusions
+from meshd.planner.session.cover import CoverCosts, cover
 from meshd.planner.session.pause import compute_s
 from meshd.types import Holding, LayerRange, PeerId, StagePlan
 
