@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from meshd.errors import InvalidRequest, NoPeer
-from meshd.planner.model.dag import check_shards
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import PeerProfile
+from meshd.planner.shards import check_shards
 from meshd.types import LayerRange, PeerId, StagePlan
 
 

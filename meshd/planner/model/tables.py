@@ -4,11 +4,11 @@ from functools import cached_property
 
 import numpy as np
 
+from meshd.planner.chain import Array
 from meshd.planner.model import cost
 from meshd.planner.model.memory import allowed_bytes, capacity_bytes, memory_table
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import PeerProfile
-from meshd.planner.search.chains import Array
 
 
 class CostTables:

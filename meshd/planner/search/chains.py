@@ -12,14 +12,14 @@ that, one row is enough. Work: 2^n · n² · L · (n + longest run), done by num
 
 from dataclasses import dataclass
 from itertools import combinations
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from meshd.planner.chain import Array, Chain, LayerRun
 from meshd.planner.search.limits import TIE, SearchLimits
 
-Array = NDArray[np.float64]
 Numbers = NDArray[np.int64]
 
 SMALL = 60_000
@@ -51,21 +51,6 @@ class ChainCosts:
         """Two terms of one chain."""
         joined: Array = np.maximum(one, other) if self.worst else one + other
         return joined
-
-
-class LayerRun(NamedTuple):
-    """Layers `[start, end)` on a peer (its index)."""
-
-    peer: int
-    start: int
-    end: int
-
-
-class Chain(NamedTuple):
-    """A whole chain and what it costs."""
-
-    value: float
-    runs: tuple[LayerRun, ...]
 
 
 class Search(Protocol):

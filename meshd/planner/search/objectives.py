@@ -10,9 +10,10 @@ from itertools import pairwise
 
 import numpy as np
 
+from meshd.planner.chain import Array, Chain
 from meshd.planner.model import cost
 from meshd.planner.model.tables import CostTables
-from meshd.planner.search.chains import Array, Chain, ChainCosts, Search
+from meshd.planner.search.chains import ChainCosts, Search
 from meshd.planner.search.limits import TIE, SearchLimits
 from meshd.types import Objective
 

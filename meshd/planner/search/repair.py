@@ -7,13 +7,14 @@ import msgspec
 import numpy as np
 
 from meshd.errors import DoesNotFit, NoPeer
+from meshd.planner.chain import Array
 from meshd.planner.eligible import exclusions
 from meshd.planner.model.memory import RESERVE, memory_table, stage_memory
 from meshd.planner.model.tables import CostTables
 from meshd.planner.network import UNMEASURED_BANDWIDTH_BYTES_S
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import PeerProfile
-from meshd.planner.search.chains import Array, ChainCosts
+from meshd.planner.search.chains import ChainCosts
 from meshd.planner.search.limits import SearchLimits
 from meshd.planner.search.select import search_for
 from meshd.planner.units import show_bytes
@@ -81,10 +82,7 @@ class _Run:
         chain = search_for(len(self._peers))(ChainCosts(stage, TOKENS_AHEAD * self._tables.hop), SearchLimits())
         if chain is None:
             raise self._does_not_fit()
-        first = self._layers.start
-        return tuple(
-            StagePlan(peer=self._peers[run.peer].id, layers=LayerRange(first + run.start, first + run.end)) for run in chain.runs
-        )
+        return chain.stages(self._peers, self._layers.start)
 
     def _load_s(self) -> Array:
         """Seconds until a stage's weights are in memory: from its disk, or over the best link from a peer that has them."""

@@ -4,12 +4,13 @@ import msgspec
 import numpy as np
 
 from meshd.errors import DoesNotFit, MeshdError, NotReady, Overloaded
+from meshd.planner.chain import LayerRun
 from meshd.planner.eligible import eligible
 from meshd.planner.model.estimate import peer_memory
 from meshd.planner.model.memory import RESERVE, capacity_bytes, missing_bytes
 from meshd.planner.model.tables import CostTables
 from meshd.planner.problem import PlanInput
-from meshd.planner.search.chains import ChainCosts, LayerRun
+from meshd.planner.search.chains import ChainCosts
 from meshd.planner.search.limits import SearchLimits
 from meshd.planner.search.select import search_for
 from meshd.planner.units import show_bytes

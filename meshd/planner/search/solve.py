@@ -9,14 +9,12 @@ from meshd.planner.eligible import check_power, eligible
 from meshd.planner.model.estimate import Estimate, estimate
 from meshd.planner.model.tables import CostTables
 from meshd.planner.problem import PlanInput
-from meshd.planner.profile import PeerProfile
-from meshd.planner.search.chains import Chain
 from meshd.planner.search.limits import SearchLimits
 from meshd.planner.search.objectives import cheapest
 from meshd.planner.search.select import EXACT_PEERS, search_for
 from meshd.planner.search.shortfall import check_given, does_not_fit
 from meshd.planner.stages import check_stages
-from meshd.types import LayerRange, Objective, PeerId, StagePlan
+from meshd.types import Objective, PeerId, StagePlan
 
 
 class Solution(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,7 +79,7 @@ def search(problem: PlanInput, limits: SearchLimits) -> Solution | None:
     chain = cheapest(CostTables(problem, peers), problem.objective, limits, search_for(len(peers)))
     if chain is None:
         return None
-    stages = _stages(chain, peers)
+    stages = chain.stages(peers)
     return Solution(
         stages=stages,
         estimate=estimate(problem, stages),
@@ -107,10 +105,6 @@ def _given(problem: PlanInput, stages: tuple[StagePlan, ...]) -> Solution:
         check_power([profile for profile in problem.profiles if profile.id in named])
     check_given(problem, stages)
     return Solution(stages=stages, estimate=estimate(problem, stages), objective=problem.objective, method="given")
-
-
-def _stages(chain: Chain, peers: tuple[PeerProfile, ...]) -> tuple[StagePlan, ...]:
-    return tuple(StagePlan(peer=peers[run.peer].id, layers=LayerRange(run.start, run.end)) for run in chain.runs)
 
 
 def _keeps_limits(problem: PlanInput, solution: Solution) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meshd.planner.search.chains import Array, Chain, LayerRun
+from meshd.planner.chain import Array, Chain, LayerRun
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
+from meshd.planner.chain import Array
 from meshd.planner.eligible import exclusions
 from meshd.planner.model import cost
 from meshd.planner.model.tables import CostTables, range_sums
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import USABLE_STATE, PeerProfile
-from meshd.planner.search.chains import Array
 from meshd.planner.session.cover import CoverCosts, cover
 from meshd.planner.session.pause import compute_s
 from meshd.types import Holding, LayerRange, PeerId, StagePlan
@@ -68,11 +68,7 @@ class Reroute:
 
     def _cover(self, gap: CoverCosts, first: int) -> tuple[StagePlan, ...] | None:
         chain = cover(gap)
-        if chain is None:
-            return None
-        return tuple(
-            StagePlan(peer=self.peers[run.peer].id, layers=LayerRange(first + run.start, first + run.end)) for run in chain.runs
-        )
+        return None if chain is None else chain.stages(self.peers, first)
 
     @cached_property
     def _pace(self) -> Array:
