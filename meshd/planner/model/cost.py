@@ -41,17 +41,6 @@ def project_share(spec: ModelSpec) -> float:
     return spec.hidden * (spec.heads + 2 * spec.kv_heads) * spec.head_dim / block_parameters(spec)
 
 
-def decode_flops(spec: ModelSpec, position: int, batch: int = 1) -> int:
-    """FLOPs of one block for one decode step: every weight once per sequence, and q.K and p.V over `position` tokens."""
-    return 2 * batch * block_parameters(spec) + 4 * batch * position * spec.heads * spec.head_dim
-
-
-def prefill_flops(spec: ModelSpec, tokens: int, first: int = 0) -> int:
-    """FLOPs of one block for `tokens` tokens after `first`, causally masked (the masked half is not counted)."""
-    pairs = tokens * first + tokens * (tokens + 1) // 2
-    return 2 * tokens * block_parameters(spec) + 4 * pairs * spec.heads * spec.head_dim
-
-
 def layer_decode_s(profile: PeerProfile, card: ModelCard) -> Seconds:
     """One token through each layer, without attention: `[layers]`, seconds."""
     if profile.layer_decode_s is not None:

@@ -61,17 +61,6 @@ class Dag(msgspec.Struct, frozen=True):
     nodes: tuple[Node, ...]
     edges: tuple[Edge, ...]
 
-    def critical_path_s(self) -> float:
-        """The longest path, nodes and edges: TPOT less the token's way back."""
-        done: dict[int, float] = {}
-        entering: dict[int, list[Edge]] = {}
-        for edge in self.edges:
-            entering.setdefault(edge.target, []).append(edge)
-        for node in self.nodes:
-            ready = max((done[edge.source] + edge.seconds for edge in entering.get(node.id, ())), default=0.0)
-            done[node.id] = ready + node.seconds
-        return max(done.values())
-
 
 def draw(problem: PlanInput, stages: Sequence[StagePlan]) -> Dag:
     """The DAG of these stages, with predicted times. Raises: InvalidRequest when shards do not cover a layer exactly; NoPeer."""

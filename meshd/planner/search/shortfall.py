@@ -36,11 +36,6 @@ def does_not_fit(problem: PlanInput) -> MeshdError:
     )
 
 
-def missing_total_bytes(problem: PlanInput) -> int:
-    """Free memory that is missing, over all peers, for the placement that lacks least; 0 if one fits."""
-    return sum(_least_overflow(problem, problem.context)[2])
-
-
 def check_given(problem: PlanInput, stages: tuple[StagePlan, ...]) -> None:
     """Whether given stages fit. Raises: DoesNotFit; with `resident_only` NotReady, Overloaded."""
     if problem.resident_only:
