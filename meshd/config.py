@@ -21,7 +21,7 @@ EXACT_BACKEND = "onnxruntime-exact"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """One peer's settings, resolved; `SETTINGS` says what each one is."""
+    """One peer's resolved settings; `meshd.settings.SETTINGS` describes each."""
 
     name: str
     key: str | None
@@ -32,14 +32,14 @@ class Config:
     discovery: tuple[str, ...]
     interfaces: tuple[str, ...]
     memory_bytes: int | None
-    """What meshd may take at most; None: what is free."""
+    """The most memory that meshd may take; None: all that is free."""
     threads: int
-    """0: one for each core that this process may use."""
+    """0: one thread for each core that this process may use."""
     backend: str
     exact: bool
     """Activations stay in full precision."""
     models: tuple[str, ...]
-    """References to have placed from the start."""
+    """References of models to place at the start."""
     roles: tuple[str, ...]
     copies: int
     """Peers that hold each placed layer, where memory allows; 1: no standby copies."""
@@ -47,7 +47,7 @@ class Config:
     max_sessions: int
     queue_limit: int
     drain_timeout: float
-    """Seconds that a daemon which is to stop waits for what runs on it; 0: it leaves at once."""
+    """Seconds that a stopping daemon waits for its sessions to end or move away; 0: it stops at once."""
     state: Path
     cache: Path
     models_dir: Path
@@ -58,7 +58,7 @@ class Config:
 
     @property
     def wanted_backend(self) -> str:
-        """The kernels' name of it: torch is exact as it is."""
+        """The backend's name in `meshd.kernels`; torch has no second name, since it always computes in full precision."""
         return EXACT_BACKEND if self.exact and not self.backend.startswith("torch") else self.backend
 
 
@@ -66,7 +66,7 @@ class Settings:
     """Resolves settings one at a time, so that a client reads only those it needs."""
 
     def __init__(self, flags: Mapping[str, RawValue | None] | None = None, environ: Mapping[str, str] | None = None) -> None:
-        """`flags` by setting name; None means not given. `environ` is the process's own unless a test gives another."""
+        """`flags` by setting name; None means not given. `environ` defaults to the process's own."""
         self._flags = flags or {}
         self._environ = os.environ if environ is None else environ
         self._known: dict[str, Value] = {}
@@ -79,11 +79,11 @@ class Settings:
         return self._known[name]
 
     def config(self) -> Config:
-        """All of them. Raises: ConfigError."""
+        """Resolve all settings. Raises: ConfigError."""
         return Config(**{setting.key: self[setting.name].value for setting in SETTINGS if setting.name != "config"})
 
     def named(self, name: str) -> str | None:
-        """The text that a flag or the environment gives, before it is parsed; None if neither does."""
+        """The unparsed text from the flag or the environment; None if neither gives the setting."""
         found = self._raw_flag(SETTINGS_BY_NAME[name]) or self._raw_variable(SETTINGS_BY_NAME[name])
         return str(found[0]) if found else None
 
@@ -138,7 +138,7 @@ class Settings:
         except FileNotFoundError:
             return Value(setting, None, "default")
         except OSError as error:
-            raise ConfigError(f"can't read the API key in {path}: {error.strerror}", hint="mend the file's permissions") from None
+            raise ConfigError(f"can't read the API key in {path}: {error.strerror}", hint="fix the file's permissions") from None
 
 
 def _read_file(path: Path, *, must_exist: bool) -> dict[str, RawValue]:
@@ -149,10 +149,10 @@ def _read_file(path: Path, *, must_exist: bool) -> dict[str, RawValue]:
             table = tomllib.load(file)
     except FileNotFoundError:
         if must_exist:
-            raise ConfigError(f"there is no config file {path}", hint="name one that exists, or none") from None
+            raise ConfigError(f"there is no config file {path}", hint="give --config a file that exists, or leave it out") from None
         return {}
     except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"can't read the config file {path}: {error}", hint="mend it, or name another with --config") from None
+        raise ConfigError(f"can't read the config file {path}: {error}", hint="correct it, or name another with --config") from None
     return {_known_key(key, path): _file_value(key, value, path) for key, value in table.items()}
 
 
@@ -175,24 +175,24 @@ def _file_value(key: str, value: object, path: Path) -> RawValue:
 
 
 def load_config(flags: Mapping[str, RawValue | None] | None = None, environ: Mapping[str, str] | None = None) -> Config:
-    """The whole `Config`. Raises: ConfigError."""
+    """Resolve all settings into a `Config`. Raises: ConfigError."""
     return Settings(flags, environ).config()
 
 
 def require_guarded_api(config: Config) -> None:
-    """Raises: ConfigError if others could reach the API without an API key."""
+    """Check that an API which other machines can reach has an API key. Raises: ConfigError."""
     if not config.api.loopback and config.api_key is None:
         raise ConfigError(
-            f"the API would listen on {config.api} without an API key: whoever reaches it could use this mesh",
+            f"the API would listen on {config.api} without an API key: everyone who can reach it could use this mesh",
             hint="make a key with `meshd key api`, then start again",
         )
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without meshd's own variables: for a child that is told all by flags."""
+    """This process's environment without `MESHD_*`, for a child process that gets its settings as flags."""
     return {name: value for name, value in os.environ.items() if not name.startswith("MESHD_")}
 
 
 def debug_wanted(environ: Mapping[str, str] | None = None) -> bool:
-    """`MESHD_DEBUG=1`: errors come with their traceback."""
+    """Whether errors are shown with their traceback (`MESHD_DEBUG=1`)."""
     return (os.environ if environ is None else environ).get("MESHD_DEBUG", "") not in {"", "0"}

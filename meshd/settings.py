@@ -25,7 +25,7 @@ API_PORT = 6374
 LINK_PORT = 6375
 
 RawValue = str | Sequence[str]
-"""As flags, environment and file give it: text, or a list of texts for a setting that may be repeated."""
+"""A value before parsing: text, or a list of texts for a setting that may be repeated."""
 
 
 class Resolver(Protocol):
@@ -46,7 +46,7 @@ class Setting:
     help: str
     default: Any = None
     computed: Callable[[Resolver], Any] | None = None
-    """The default, where it depends on the machine or on other settings."""
+    """Computes a default that depends on the machine or on other settings."""
     parse: Callable[[str], Any] = parse_text
     metavar: str = "VALUE"
     many: bool = False
@@ -54,9 +54,9 @@ class Setting:
     switch: bool = False
     """On or off; the bare flag is on."""
     field: str = ""
-    """`Config`'s field, where it isn't the name with underscores; `config` has none."""
+    """`Config`'s field, where it is not the name with underscores. The setting `config` has no field."""
     fallbacks: tuple[tuple[str, str], ...] = ()
-    """Other tools' variables, tried after our own: (variable, path below its value)."""
+    """Variables of other tools, tried after `MESHD_*`: (variable, path below its value)."""
     secret: bool = False
 
     @property
@@ -68,7 +68,7 @@ class Setting:
         return "MESHD_" + self.name.upper().replace("-", "_")
 
     def convert(self, raw: RawValue, origin: str) -> Any:
-        """The parsed value. Raises: ConfigError naming the setting and its origin."""
+        """Parse a raw value. Raises: ConfigError, which names the setting and its origin."""
         texts = [raw] if isinstance(raw, str) else list(raw)
         try:
             if self.many:
@@ -91,11 +91,11 @@ class Value:
 
     @property
     def chosen(self) -> bool:
-        """Someone named it for this very command: a flag or the environment."""
+        """Whether a flag or the environment gave the value for this command."""
         return self.origin.startswith(("flag ", "environment "))
 
     def plain(self) -> Any:
-        """As JSON shows it; a secret only says that it is set."""
+        """The value as JSON shows it; `(set)` for a secret."""
         if self.setting.secret and self.value is not None:
             return "(set)"
         if isinstance(self.value, tuple):
@@ -215,7 +215,7 @@ SETTINGS: tuple[Setting, ...] = (
         metavar="SECONDS",
         parse=parse_seconds,
         default=10.0,
-        help="how long a daemon that is told to stop waits for what runs on it to end or move away; 0 leaves at once",
+        help="how long a stopping daemon waits for its sessions to end or move away; 0 stops at once",
     ),
     Setting(
         name="state",
@@ -236,7 +236,7 @@ SETTINGS: tuple[Setting, ...] = (
         metavar="DIR",
         parse=parse_path,
         computed=lambda settings: settings.user_folder("cache"),
-        help="folder of what can be made anew: measurements, models",
+        help="folder of data that can be recreated: measurements, models",
     ),
     Setting(
         name="models-dir",

@@ -1,6 +1,6 @@
-"""The plan drawn out: `embed -> (project -> attend... -> mix)* -> head`, for one decode step.
+"""A plan's DAG: `embed -> (project -> attend... -> mix)* -> head`, for one decode step.
 
-The token's way back from the head to the embedding of the next step would close a circle: it is no edge, and in no path.
+The token's way back from the head to the next step's embedding would close a cycle, so it is not an edge.
 """
 
 from collections import Counter
@@ -33,7 +33,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     """One piece of work on one peer."""
 
     id: int
-    """Its place in `Dag.nodes`, which is a topological order."""
+    """Its index in `Dag.nodes`."""
     kind: NodeKind
     peer: PeerId
     layer: int | None = None
@@ -46,13 +46,13 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Edge(msgspec.Struct, frozen=True, kw_only=True):
-    """What one node hands to another."""
+    """Data that one node sends to another."""
 
     source: int
     target: int
     bytes_per_token: int
     seconds: float
-    """0 on one peer."""
+    """0 between nodes of one peer."""
 
 
 class Dag(msgspec.Struct, frozen=True):
@@ -63,21 +63,24 @@ class Dag(msgspec.Struct, frozen=True):
 
 
 def draw(problem: PlanInput, stages: Sequence[StagePlan]) -> Dag:
-    """The DAG of these stages, with predicted times. Raises: InvalidRequest when shards do not cover a layer exactly; NoPeer."""
+    """Draw the DAG of these stages, with predicted times.
+
+    Raises: InvalidRequest when shards do not cover a layer exactly; NoPeer.
+    """
     for stage in stages:
         check_shards(stage, problem.card.spec, problem.context)
     return _Drawing(problem).draw(stages)
 
 
 def validate(dag: Dag, spec: ModelSpec, context: int) -> None:
-    """Every node after those it needs, every layer once, attention complete. Raises: InvalidRequest."""
+    """Check that every node follows its inputs, every layer is there once and attention is complete. Raises: InvalidRequest."""
     if [node.id for node in dag.nodes] != list(range(len(dag.nodes))):
         raise unsound_plan("its nodes are not numbered in order")
     if any(not 0 <= edge.source < edge.target < len(dag.nodes) for edge in dag.edges):
         raise unsound_plan("an edge goes backwards: it has a cycle")
     reached = {0, *(edge.target for edge in dag.edges)}
     if len(reached) != len(dag.nodes):
-        raise unsound_plan("a node is fed by no other")
+        raise unsound_plan("a node has no input")
     kinds = Counter((node.kind, node.layer) for node in dag.nodes if node.kind is not NodeKind.ATTEND)
     layers = range(spec.layers)
     once = [(NodeKind.EMBED, None), (NodeKind.HEAD, None), *product((NodeKind.PROJECT, NodeKind.MIX), layers)]
@@ -89,7 +92,7 @@ def validate(dag: Dag, spec: ModelSpec, context: int) -> None:
 
 
 class _Drawing:
-    """Nodes and edges as they are drawn."""
+    """Collects the nodes and edges of one plan."""
 
     def __init__(self, problem: PlanInput) -> None:
         self._problem, self._spec = problem, problem.card.spec

@@ -18,7 +18,7 @@ from meshd.types import Objective, PeerId, StagePlan
 
 
 class Solution(msgspec.Struct, frozen=True, kw_only=True):
-    """The stages and what they are predicted to do."""
+    """The chosen stages and their predictions."""
 
     stages: tuple[StagePlan, ...]
     estimate: Estimate
@@ -28,7 +28,7 @@ class Solution(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def value(self) -> float:
-        """What the objective makes least: s (TPOT, TTFT, or period), J per token, or a share of memory."""
+        """The minimised figure: s (TPOT, TTFT, or period), J per token, or a share of memory."""
         return objective_value(self.estimate, self.objective)
 
     @property
@@ -37,7 +37,7 @@ class Solution(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def objective_value(predicted: Estimate, objective: Objective) -> float:
-    """An estimate by one objective; energy that is not known is infinite."""
+    """An estimate's figure for one objective; inf for unknown energy."""
     values = {
         Objective.LATENCY: predicted.tpot_s,
         Objective.TTFT: predicted.ttft_s,
@@ -49,13 +49,14 @@ def objective_value(predicted: Estimate, objective: Objective) -> float:
 
 
 def solve(problem: PlanInput) -> Solution:
-    """The best plan for the question; the same question gets the same answer.
+    """Find the best plan for the question; the same question gets the same answer.
 
-    Exact up to `EXACT_PEERS` peers, else by `meshd.planner.search.orders`. Equal plans: fewer peers first, then names. With time
-    limits that the objective's own best plan breaks, the plan of least TPOT or TTFT is taken if it keeps them.
+    The search is exact up to `EXACT_PEERS` peers, else that of `meshd.planner.search.orders`. Of equal plans the one with fewer
+    peers wins, then the first names. If the best plan breaks the time limits, the plan of least TPOT or TTFT is used if it
+    keeps them.
 
     Raises: InvalidRequest, ContextTooLong, NoPeer; DoesNotFit when no plan fits in memory; with `resident_only` NotReady when
-    layers lie nowhere and Overloaded when only room for KV is missing; Unavailable when no plan keeps the time limits.
+    no peer holds some layers and Overloaded when only memory for KV is missing; Unavailable when no plan keeps the time limits.
     """
     _check(problem)
     if problem.stages is not None:
@@ -73,7 +74,10 @@ def solve(problem: PlanInput) -> Solution:
 
 
 def search(problem: PlanInput, limits: SearchLimits) -> Solution | None:
-    """The best plan within extra limits (peers by their place in `eligible(problem)`), or None. Raises as `eligible` does."""
+    """Find the best plan within extra limits (peers by their index in `eligible(problem)`); None if there is none.
+
+    Raises: the errors of `eligible`.
+    """
     peers = eligible(problem)
     limits = replace(limits, least=max(limits.least, problem.min_peers))
     chain = cheapest(CostTables(problem, peers), problem.objective, limits, search_for(len(peers)))
