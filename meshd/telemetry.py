@@ -1,6 +1,6 @@
-"""What a peer counts and times, for `GET /metrics`, and how it logs.
+"""A peer's metrics for `GET /metrics`, and its log.
 
-Times are in seconds, sizes in bytes, as Prometheus has it. Labels take values from small sets only: this cluster's
+Times are in seconds and sizes in bytes, as Prometheus recommends. Labels take values from small sets only: this cluster's
 peers, the lanes of a link, the outcomes of a request.
 """
 
@@ -26,7 +26,7 @@ _RATIOS = (0.5, 0.67, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0)
 
 
 class Telemetry:
-    """One peer's measurements, in a registry of its own, so that several peers can share a process."""
+    """One peer's metrics, in a registry of its own, so that several peers can share a process."""
 
     content_type = CONTENT_TYPE_LATEST
 
@@ -59,7 +59,7 @@ class Telemetry:
         )
 
     def recovery(self, method: str, pause_s: float) -> None:
-        """An answer went on after a change of plan."""
+        """Count an answer that continued after a change of plan."""
         self._recovery.labels(method).observe(pause_s)
 
     def ttft(self, seconds: float) -> None:
@@ -105,12 +105,12 @@ class Telemetry:
         self._kv_free.set(count)
 
     def prediction(self, what: Literal["ttft", "tpot"], predicted_s: float, measured_s: float) -> None:
-        """A planner's prediction met what happened; without a prediction nothing is counted."""
+        """Compare a prediction with the measured time. Without a prediction nothing is counted."""
         if predicted_s > 0:
             self._prediction.labels(what).observe(measured_s / predicted_s)
 
     def render(self) -> bytes:
-        """Prometheus' text form of all of it, of type `content_type`."""
+        """All metrics in Prometheus' text format, of type `content_type`."""
         return generate_latest(self.registry)
 
 

@@ -1,4 +1,4 @@
-"""Names and shapes of a network's tensors, as GGUF has them (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
+"""Names and shapes of a network's tensors, in GGUF's terms (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
 
 from meshd.types import ModelSpec
 
@@ -8,13 +8,13 @@ HELD_BITS = {
     "F32": 32.0, "F16": 16.0, "BF16": 16.0, "Q4_0": 7.0, "Q4_1": 8.13, "Q5_0": 11.0, "Q5_1": 12.25, "Q8_0": 11.0, "Q4_K": 8.13,
     "Q5_K": 12.25, "Q6_K": 14.0, "IQ4_NL": 11.0, "MXFP4": 11.0,
 }  # fmt: skip
-"""What a weight of each kind takes in memory once a backend has it, in bits: measured from outside on a matrix of 67 million in
-onnxruntime 1.32. It packs codes, scales and their sums, and keeps the scales; torch's form is smaller."""
+"""Bits per weight in memory once a backend has loaded it, by kind. Measured from outside the process on a matrix of 67 million
+weights in onnxruntime 1.32, which packs codes, scales and their sums, and keeps the scales; torch's form is smaller."""
 
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight")
-"""Divide the frequencies of a rotation; a file has one of them at most."""
+"""Divisors of a rotation's frequencies; a file has at most one of these tensors."""
 UNUSED = ("rope_factors_long.weight",)
-"""For contexts longer than the model was first trained on, with which it answers otherwise from the first token on."""
+"""Divisors for contexts longer than the model was first trained on. Unused: they change its answers from the first token on."""
 EXPERT_PROJECTIONS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 
 
@@ -36,38 +36,38 @@ def projections(spec: ModelSpec) -> Shapes:
 
 
 def norm_names(spec: ModelSpec) -> list[str]:
-    """The norms of a layer over the hidden state."""
+    """Names of a layer's norms over the hidden state."""
     return ["attn_norm", spec.ffn_norm] * spec.pre_norm + ["post_attention_norm", "post_ffw_norm"] * spec.post_norm
 
 
 def layer_shapes(spec: ModelSpec) -> Shapes:
-    """All tensors of one layer, without `blk.N.`."""
+    """Shapes of one layer's tensors by their names without `blk.N.`."""
     matrices = projections(spec)
     shapes: Shapes = {f"{name}.weight": shape for name, shape in matrices.items()}
     shapes |= {f"{name}.bias": matrices[name][:-1] for name in spec.biases}
     shapes |= {f"{name}.weight": (spec.hidden,) for name in norm_names(spec)}
     if spec.qk_norm:
-        one = spec.qk_norm == "head"
-        shapes["attn_q_norm.weight"] = (spec.head_dim * (1 if one else spec.heads),)
-        shapes["attn_k_norm.weight"] = (spec.head_dim * (1 if one else spec.kv_heads),)
+        per_head = spec.qk_norm == "head"
+        shapes["attn_q_norm.weight"] = (spec.head_dim * (1 if per_head else spec.heads),)
+        shapes["attn_k_norm.weight"] = (spec.head_dim * (1 if per_head else spec.kv_heads),)
     if spec.sinks:
         shapes["attn_sinks.weight"] = (spec.heads,)
     return shapes
 
 
 def border_shapes(spec: ModelSpec) -> Shapes:
-    """The tensors of no layer."""
+    """Shapes of the tensors outside the layers: embedding, final norm and, unless it is tied, head."""
     shapes: Shapes = {"token_embd.weight": (spec.vocab, spec.hidden), "output_norm.weight": (spec.hidden,)}
     return shapes if spec.tied_head else shapes | {"output.weight": (spec.vocab, spec.hidden)}
 
 
 def rope_shape(spec: ModelSpec) -> tuple[int, ...]:
-    """Of a file's factors for its rotations."""
+    """Shape of the tensors in `ROPE_FACTORS`."""
     return ((spec.rope_dim or spec.head_dim) // 2,)
 
 
 def tensor_shape(spec: ModelSpec, name: str) -> tuple[int, ...]:
-    """Of any tensor of a model. Raises: KeyError."""
+    """Shape of the model's tensor of this name. Raises: KeyError."""
     if name in ROPE_FACTORS:
         return rope_shape(spec)
     block, _, rest = name.partition(".")

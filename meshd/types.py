@@ -1,6 +1,6 @@
-"""The nouns that more than one room uses. They are plain data: on the wire, in plans and in JSON alike.
+"""The types that more than one package uses: plain data, the same on the wire, in plans and in JSON.
 
-Units stand in the names (`_bytes`, `_s`, `_ms`, `_bytes_s`); layer ranges are half-open.
+Units are in the names (`_bytes`, `_s`, `_ms`, `_bytes_s`); layer ranges are half-open.
 """
 
 from collections.abc import Collection, Iterator
@@ -17,11 +17,11 @@ SessionId = NewType("SessionId", str)
 """Random, 32 hex digits; one request's decoding state."""
 PlanId = NewType("PlanId", str)
 ModelId = NewType("ModelId", str)
-"""Content, not name: the first 32 hex digits of the weights' SHA-256."""
+"""Names the content: the first 32 hex digits of the weights' SHA-256."""
 
 
 def is_peer_id(text: str) -> bool:
-    """Whether it has the form of a peer's id."""
+    """Whether the text has the form of a peer's id."""
     return len(text) == _PEER_ID_LENGTH and _PEER_ID_LETTERS.issuperset(text)
 
 
@@ -33,7 +33,7 @@ class LayerRange(msgspec.Struct, frozen=True, order=True, array_like=True):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """`"0-12"` is layers 0 to 11. Raises: ValueError."""
+        """Parse a half-open range: `"0-12"` is layers 0 to 11. Raises: ValueError."""
         start, dash, end = text.partition("-")
         if not dash:
             raise ValueError(f"{text!r} is no layer range like 0-12")
@@ -62,7 +62,7 @@ class LayerRange(msgspec.Struct, frozen=True, order=True, array_like=True):
 
 
 def ranges_of(layers: Collection[int]) -> tuple[LayerRange, ...]:
-    """Layers as ranges, in order."""
+    """The fewest ranges that together are these layers, in order."""
     known = set(layers)
     starts = [layer for layer in sorted(known) if layer - 1 not in known]
     ends = [layer + 1 for layer in sorted(known) if layer + 1 not in known]
@@ -73,7 +73,7 @@ class RopeScaling(msgspec.Struct, frozen=True, kw_only=True):
     """How rotations are stretched for long contexts."""
 
     kind: str
-    """`linear` or `yarn` (https://arxiv.org/abs/2309.00071). Factors per frequency lie among the weights."""
+    """`linear` or `yarn` (https://arxiv.org/abs/2309.00071). Factors per frequency are tensors of the model's file."""
     factor: float
     original_context: int = 0
     """Tokens that the model saw before it was stretched (YaRN)."""
@@ -102,34 +102,34 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The output head is the embedding table."""
 
     rope_dim: int = 0
-    """How many of a head's dimensions turn; 0: all."""
+    """How many of a head's dimensions are rotated; 0: all."""
     rope_halves: bool = False
     """A pair is one dimension of each half (GPT-NeoX) instead of two neighbours."""
     rope_theta_windowed: float = 0.0
-    """Of layers with a window, which are never stretched then; 0: as the others."""
+    """`rope_theta` of layers with a window, whose rotations are then not stretched; 0: as in the other layers."""
     rope_scaling: RopeScaling | None = None
     rope_magnitude: float = 1.0
-    """Rotated vectors get this much longer."""
+    """Factor on the length of rotated vectors."""
     unrotated_every: int = 0
-    """Each layer of this number has no rotation (SmolLM3); 0: none."""
+    """Every n-th layer has no rotation (SmolLM3); 0: all layers rotate."""
 
     window: int = 0
-    """A token sees itself and so many less one before it; 0: all."""
+    """Tokens that a token attends to, itself included; 0: all."""
     windowed: tuple[bool, ...] = ()
-    """Layers that have the window; empty: all."""
+    """Per layer, whether it has the window; empty: all have it."""
     attention_scale: float = 0.0
-    """What scores are multiplied by; 0: 1 / sqrt(head_dim)."""
+    """Factor on scores; 0: 1 / sqrt(head_dim)."""
     attention_soft_cap: float = 0.0
-    """Scores become `cap tanh(score / cap)`; 0: they stay."""
+    """Scores become `cap tanh(score / cap)`; 0: no cap."""
     sinks: bool = False
-    """Each head has a score that takes its share of the softmax and gives nothing (gpt-oss)."""
+    """Each head has a score that takes part in the softmax but has no value (gpt-oss)."""
     qk_norm: str = ""
-    """`head`: each head of Q and K is normed by itself, `all`: all heads together."""
+    """`head`: each head of Q and K is normed separately, `all`: all heads together."""
 
     pre_norm: bool = True
     """Attention and MLP get normed input."""
     post_norm: bool = False
-    """What attention and MLP give is normed before it is added."""
+    """The outputs of attention and MLP are normed before they are added."""
     ffn_norm: str = "ffn_norm"
     """GGUF's name of the norm before the MLP."""
     biases: tuple[str, ...] = ()
@@ -137,24 +137,24 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     fused: tuple[str, ...] = ()
     """`attn_qkv`: Q, K and V are one tensor; `ffn_up`: gate and up are one."""
     activation: str = "silu"
-    """Of the MLP's gate: `silu`, `gelu_tanh`, or `clamped` (gpt-oss)."""
+    """The MLP's gate: `silu`, `gelu_tanh`, or `clamped` (gpt-oss)."""
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
-    """What attention and MLP give is multiplied by this before it is added."""
+    """Factor on the outputs of attention and MLP before they are added."""
     logit_scale: float = 1.0
     logit_soft_cap: float = 0.0
 
     experts: int = 0
     """0: one MLP."""
     experts_used: int = 0
-    """For each token."""
+    """Experts that each token is sent to."""
 
     def window_of(self, layer: int) -> int:
-        """How many tokens a token of this layer sees; 0: all."""
+        """How many tokens a token of this layer attends to; 0: all."""
         return self.window if not self.windowed or self.windowed[layer] else 0
 
     def is_rotated(self, layer: int) -> bool:
-        """Whether Q and K of this layer turn with the position."""
+        """Whether Q and K of this layer are rotated."""
         return not self.unrotated_every or (layer + 1) % self.unrotated_every != 0
 
 
@@ -208,7 +208,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tensor(msgspec.Struct, frozen=True):
-    """A weight as it lies in its file: nothing is dequantised here."""
+    """A weight as stored in its file, not dequantised."""
 
     name: str
     """GGUF's name, e.g. `blk.0.attn_q.weight`."""
@@ -262,7 +262,7 @@ class LinkStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Holding(msgspec.Struct, frozen=True, kw_only=True):
-    """Layers of a model that lie on a peer."""
+    """Layers of a model that a peer has loaded or is loading."""
 
     model: ModelId
     layers: LayerRange
@@ -273,7 +273,7 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
     kv_tokens_total: int = 0
     kv_tokens_free: int = 0
     layer_decode_s: float | None = None
-    """Measured on this very holding: one layer, one token, short context."""
+    """Measured on this holding: one layer, one token, short context."""
     layer_prefill_s: float | None = None
     """Measured: one layer, per token of a prefill chunk."""
     head_s: float | None = None
@@ -281,11 +281,11 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
     standby: bool = False
     """Loaded to take over when a peer is lost; new sessions are not routed to it while others hold the layers."""
     pinned: bool = False
-    """Somebody said that these layers are to lie here."""
+    """A user placed these layers here."""
 
 
 class Advert(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a peer tells of itself on an authenticated link; the newest `revision` of an incarnation counts."""
+    """What a peer publishes about itself on authenticated links; the highest `revision` of an incarnation counts."""
 
     peer: PeerId
     name: str
@@ -295,18 +295,18 @@ class Advert(msgspec.Struct, frozen=True, kw_only=True):
     capability: Capability
     holdings: tuple[Holding, ...] = ()
     models: tuple[ModelCard, ...] = ()
-    """Cards of what lies complete on this peer's disk."""
+    """Cards of the models that are complete on this peer's disk."""
     links: dict[PeerId, LinkStats] = {}
     neighbours: dict[PeerId, str] = {}
-    """`HOST:PORT` of peers that it is linked with: whoever knows one peer finds all, also where multicast does not pass."""
+    """`HOST:PORT` of its linked peers, so that a peer which knows one finds all, even where multicast does not pass."""
     sessions: int = 0
     api: str = ""
     draining: bool = False
-    """It is about to leave: takes no new work, and what runs on it moves away."""
+    """The peer is about to leave: it takes no new work, and its sessions move away."""
 
 
 class AttentionShard(msgspec.Struct, frozen=True, kw_only=True):
-    """Whose memory holds the KV of some layers, heads and token range of a stage."""
+    """KV of some layers, heads and tokens of a stage, held by a peer that need not be the stage's."""
 
     peer: PeerId
     layers: LayerRange
@@ -324,11 +324,11 @@ class StagePlan(msgspec.Struct, frozen=True, kw_only=True):
     attention: tuple[AttentionShard, ...] = ()
     """Empty: the stage's own peer holds all KV."""
     mirror: PeerId | None = None
-    """Holds these layers too, and gets a copy of the stage's KV as it grows."""
+    """Peer that holds these layers too and receives a copy of the stage's KV as it grows."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """Who does what for one session: the compact form of the DAG (`meshd.planner.model.dag` draws it out)."""
+    """The stages of one session: the compact form of the DAG that `meshd.planner.model.dag` draws."""
 
     id: PlanId
     model: ModelId
@@ -360,7 +360,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: dict[int, float] = {}
     seed: int = 0
     logprobs: int | None = None
-    """None: none; n: that of the chosen token and of the n likeliest."""
+    """None: no logprobs; n: those of the chosen token and of the n likeliest."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -381,7 +381,7 @@ class FinishReason(StrEnum):
 
 
 class Objective(StrEnum):
-    """What a plan is to be best at."""
+    """What a plan is optimised for."""
 
     LATENCY = "latency"
     """Least TPOT."""

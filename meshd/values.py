@@ -1,6 +1,6 @@
-"""Texts that people write for settings, and what they mean: sizes, addresses, counts, names, paths.
+"""Parsers of setting values: sizes, addresses, counts, names, paths.
 
-Each parser takes text and raises ValueError saying what is wrong with it.
+Each takes text and raises a ValueError that says what is wrong with it.
 """
 
 import re
@@ -27,12 +27,12 @@ class Address:
 
     @property
     def loopback(self) -> bool:
-        """Reached from this machine alone."""
+        """Whether only this machine can reach it."""
         return self.host in {"localhost", "::1"} or self.host.startswith("127.")
 
 
 def parse_text(text: str) -> str:
-    """Anything but nothing."""
+    """Text that is not blank, stripped."""
     if not text.strip():
         raise ValueError("it is empty")
     return text.strip()
@@ -68,7 +68,7 @@ def parse_name(text: str) -> str:
 
 
 def parse_path(text: str) -> Path:
-    """Absolute, with `~` meant as the user's home."""
+    """An absolute path; `~` is the user's home."""
     return Path(text).expanduser().absolute()
 
 
@@ -107,7 +107,7 @@ def parse_seconds(text: str) -> float:
 
 
 def parse_switch(text: str) -> bool:
-    """`on` or `off`, as it is written anywhere."""
+    """`on`, `yes`, `true`, `1` or `off`, `no`, `false`, `0`, in any case."""
     switched = _SWITCHES.get(text.strip().lower())
     if switched is None:
         raise ValueError(f"{text!r} is neither on nor off")

@@ -5,16 +5,14 @@ from pathlib import Path
 import pytest
 
 from meshd.config import (
-    SETTINGS,
     Config,
-    RawValue,
-    Setting,
     Settings,
     debug_wanted,
     load_config,
     require_guarded_api,
 )
 from meshd.errors import ConfigError
+from meshd.settings import SETTINGS, RawValue, Setting
 from meshd.values import Address
 
 _SAMPLES = {

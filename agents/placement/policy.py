@@ -13,10 +13,10 @@ import msgspec
 from meshd.agents.placement.plan_input import CONTEXTS_OF_KV, LEAST_CONTEXT, plan_input_of, repair_input
 from meshd.agents.service import MeshOptions
 from meshd.errors import DoesNotFit, MeshdError, NoPeer
+from meshd.planner.eligible import exclusions
 from meshd.planner.model.memory import allowed_bytes, stage_memory
 from meshd.planner.network import Network
 from meshd.planner.problem import PlanInput
-from meshd.planner.search.eligible import exclusions
 from meshd.planner.search.repair import repair_within
 from meshd.planner.search.solve import Solution, solve
 from meshd.types import Advert, Holding, LayerRange, ModelCard, ModelId, PeerId, StagePlan, ranges_of

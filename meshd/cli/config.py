@@ -4,7 +4,7 @@ from argparse import Namespace
 
 from meshd.cli.support.arguments import Parser, add_json, add_settings, settings_of
 from meshd.cli.support.output import ABSENT, print_json, table
-from meshd.config import SETTINGS
+from meshd.settings import SETTINGS
 
 EXAMPLE = "MESHD_THREADS=4 meshd config"
 

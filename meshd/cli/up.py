@@ -14,8 +14,9 @@ from meshd import __version__
 from meshd.cli.support.arguments import Parser, add_quant, add_settings, settings_of
 from meshd.cli.support.output import duration, flops, rate, short_id, size
 from meshd.cli.support.progress import Measuring
-from meshd.config import SETTINGS, Config, require_guarded_api
+from meshd.config import Config, require_guarded_api
 from meshd.models.store.catalogue import quantised
+from meshd.settings import SETTINGS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,1 +1,1 @@
-"""The planner: pure. A question (`PlanInput`) goes in, stages with predictions and reasons come out."""
+"""The planner: pure functions from a question (`PlanInput`) to stages with predictions and reasons."""

@@ -8,9 +8,9 @@ import msgspec
 from meshd.types import Advert, LinkStats, PeerId
 
 UNMEASURED_HOP_S = 0.010
-"""Taken for a pair that nobody measured: one hop over poor Wi-Fi, so that a measured link is preferred."""
+"""Assumed for an unmeasured pair: one hop over poor Wi-Fi, so that a measured link is preferred."""
 UNMEASURED_BANDWIDTH_BYTES_S = 1_000_000.0
-"""Likewise: 8 Mbit/s."""
+"""Assumed for an unmeasured pair: 8 Mbit/s."""
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,21 +34,21 @@ _UNMEASURED = Link(latency_s=UNMEASURED_HOP_S, bandwidth_bytes_s=UNMEASURED_BAND
 
 
 class Network(msgspec.Struct, frozen=True):
-    """Every measured direction, `(sender, receiver)`; what is missing has a documented, pessimistic default."""
+    """Every measured direction, `(sender, receiver)`. A missing one has a pessimistic default."""
 
     stats: dict[tuple[PeerId, PeerId], LinkStats] = {}
 
     @classmethod
     def from_adverts(cls, adverts: Iterable[Advert]) -> Self:
-        """Each peer advertises the directions in which it sends."""
+        """The links in these adverts: each peer advertises the directions in which it sends."""
         return cls({(advert.peer, target): stats for advert in adverts for target, stats in advert.links.items()})
 
     def with_links(self, extra: Mapping[tuple[PeerId, PeerId], LinkStats]) -> "Network":
-        """This network and `extra`, which wins."""
+        """This network with `extra`, which overrides it."""
         return Network({**self.stats, **extra})
 
     def link(self, source: PeerId, target: PeerId) -> Link:
-        """What is known of one direction."""
+        """The best knowledge of one direction: measured, measured backwards, or the default."""
         if source == target:
             return _LOCAL
         forward = self.stats.get((source, target))

@@ -1,4 +1,4 @@
-"""What is asked of the planner."""
+"""The planner's input."""
 
 import msgspec
 
@@ -8,11 +8,11 @@ from meshd.planner.profile import PeerProfile
 from meshd.types import ModelCard, Objective, PeerId, StagePlan
 
 PREFILL_CHUNK_TOKENS = 128
-"""The same for every plan: the last bits of a result may depend on the chunk, and must not depend on the plan."""
+"""One size for all plans: the last bits of a result may depend on the chunk, but must not depend on the plan."""
 
 
 class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
-    """One question to the planner. Everything that its answer depends on is in here."""
+    """One question to the planner, with everything that the answer depends on."""
 
     card: ModelCard
     profiles: tuple[PeerProfile, ...]
@@ -21,12 +21,12 @@ class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens that KV is reserved for."""
     objective: Objective = Objective.LATENCY
     prompt_tokens: int = 128
-    """Of the request, or an estimate."""
+    """The request's, or an estimate."""
     min_peers: int = 1
     peers: tuple[PeerId, ...] | None = None
-    """Only these may take part; None: all."""
+    """The peers that may take part; None: all."""
     stages: tuple[StagePlan, ...] | None = None
-    """Exactly these stages: nothing is searched, only checked and predicted."""
+    """Use exactly these stages: they are checked and predicted, nothing is searched."""
     resident_only: bool = False
     """True: route over layers that are resident now. False: place them anywhere."""
     max_ttft_s: float | None = None

@@ -1,4 +1,4 @@
-"""What the planner knows of one peer: only what was measured."""
+"""What the planner knows of one peer: measurements only."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ import msgspec
 from meshd.types import Advert, Holding, ModelId, PeerId, Rates
 
 USABLE_STATE = "active"
-"""Of holdings that a new session may be routed over."""
+"""State of the holdings that a new session may be routed over."""
 
 
 class PeerProfile(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,21 +19,21 @@ class PeerProfile(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     rates: Rates
     memory_free_bytes: int
-    """What meshd may still take there, beside what it holds already; idle standby copies of other models are in it."""
+    """Memory that meshd may still take there, including that of idle standby copies of other models."""
     threads: int = 1
     roles: tuple[str, ...] = ("compute", "attention", "storage")
     power_w: float | None = None
     holdings: tuple[Holding, ...] = ()
-    """Of the model that is planned, in any state."""
+    """Holdings of the planned model, in any state."""
     decode_factor: float = 1.0
     """Measured over predicted decode time, from real traffic (`meshd.planner.model.calibrate`)."""
     prefill_factor: float = 1.0
     hypothetical: bool = False
-    """A what-if peer: not here, so not measured."""
+    """A what-if peer, which was never measured."""
     draining: bool = False
-    """About to leave: takes no new work."""
+    """The peer is about to leave and takes no new work."""
     stored: bool = False
-    """The model's file lies complete on its disk."""
+    """The model's file is complete on the peer's disk."""
 
     @property
     def measured(self) -> bool:
@@ -59,20 +59,20 @@ class PeerProfile(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def usable_holdings(self) -> tuple[Holding, ...]:
-        """Those that a new session may be routed over now."""
-        return tuple(held for held in self.holdings if held.state == USABLE_STATE)
+        """The holdings that a new session may be routed over now."""
+        return tuple(holding for holding in self.holdings if holding.state == USABLE_STATE)
 
     def _measured(self, field: Literal["layer_decode_s", "layer_prefill_s", "head_s"]) -> float | None:
-        samples = [(len(held.layers), getattr(held, field)) for held in self.holdings]
+        samples = [(len(holding.layers), getattr(holding, field)) for holding in self.holdings]
         known = [(layers, seconds) for layers, seconds in samples if seconds is not None and seconds > 0]
         if not known:
             return None
         return float(sum(layers * seconds for layers, seconds in known) / sum(layers for layers, _ in known))
 
 
-def gives_way(held: Holding) -> bool:
-    """A standby copy that no session uses: it goes when an ordinary load needs its memory."""
-    return held.standby and held.state == USABLE_STATE and held.kv_tokens_free == held.kv_tokens_total
+def gives_way(holding: Holding) -> bool:
+    """Whether this is a standby copy that no session uses: it is unloaded when an ordinary load needs its memory."""
+    return holding.standby and holding.state == USABLE_STATE and holding.kv_tokens_free == holding.kv_tokens_total
 
 
 def profiles_from_adverts(adverts: Iterable[Advert], model: ModelId) -> tuple[PeerProfile, ...]:
@@ -84,19 +84,22 @@ def profiles_from_adverts(adverts: Iterable[Advert], model: ModelId) -> tuple[Pe
 
 
 def _profile(advert: Advert, model: ModelId, kv_bytes: Mapping[ModelId, int]) -> PeerProfile:
-    """`kv_bytes`: of one token in one layer."""
+    """`kv_bytes`: K and V of one token in one layer, by model."""
     capability = advert.capability
-    yielding = (held for held in advert.holdings if held.model != model and gives_way(held))
+    yielding = [holding for holding in advert.holdings if holding.model != model and gives_way(holding)]
     return PeerProfile(
         id=advert.peer,
         name=advert.name,
         rates=capability.rates,
         memory_free_bytes=capability.memory_free_bytes
-        + sum(held.weight_bytes + held.kv_tokens_total * len(held.layers) * kv_bytes.get(held.model, 0) for held in yielding),
+        + sum(
+            holding.weight_bytes + holding.kv_tokens_total * len(holding.layers) * kv_bytes.get(holding.model, 0)
+            for holding in yielding
+        ),
         threads=capability.threads,
         roles=capability.roles,
         power_w=capability.power_w,
-        holdings=tuple(held for held in advert.holdings if held.model == model),
+        holdings=tuple(holding for holding in advert.holdings if holding.model == model),
         draining=advert.draining,
         stored=any(card.id == model for card in advert.models),
     )

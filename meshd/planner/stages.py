@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 
 from meshd.errors import InvalidRequest, NoPeer
-from meshd.planner.model.dag import check_shards
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import PeerProfile
+from meshd.planner.shards import check_shards
 from meshd.types import LayerRange, PeerId, StagePlan
 
 
 def parse_stages(text: str, profiles: Sequence[PeerProfile], layers: int) -> tuple[StagePlan, ...]:
-    """Stages from text; a peer is named by its name or an unambiguous beginning of its id, layers are half-open.
+    """Parse stages. A peer is given by its name or an unambiguous beginning of its id; layers are half-open.
 
     Raises: InvalidRequest (grammar, gap, overlap, out of range, the same peer twice), NoPeer.
     """
@@ -20,13 +20,13 @@ def parse_stages(text: str, profiles: Sequence[PeerProfile], layers: int) -> tup
 
 
 def stages_text(stages: Sequence[StagePlan], profiles: Sequence[PeerProfile]) -> str:
-    """`name:0-12,name:12-30`; a peer without a profile by the beginning of its id."""
+    """`name:0-12,name:12-30`; a peer without a profile is shown by the beginning of its id."""
     names = {profile.id: profile.name for profile in profiles}
     return ",".join(f"{names.get(stage.peer, stage.peer[:8])}:{stage.layers}" for stage in stages)
 
 
 def resolve_peer(text: str, profiles: Sequence[PeerProfile], *, param: str = "stages") -> PeerId:
-    """The peer that a name, an id or the beginning of an id means. Raises: NoPeer, InvalidRequest when it means several."""
+    """Find the peer with this name, id or beginning of an id. Raises: NoPeer; InvalidRequest if several match."""
     named = [profile for profile in profiles if text in (profile.name, profile.id)]
     matches = named or [profile for profile in profiles if text and profile.id.startswith(text)]
     if len(matches) == 1:
@@ -39,7 +39,7 @@ def resolve_peer(text: str, profiles: Sequence[PeerProfile], *, param: str = "st
 
 
 def check_cover(stages: Sequence[StagePlan], layers: int) -> None:
-    """Every layer once, in order, no peer twice. Raises: InvalidRequest."""
+    """Check that the stages have every layer once, in order, and no peer twice. Raises: InvalidRequest."""
     reached = 0
     seen: set[PeerId] = set()
     for stage in stages:
@@ -59,7 +59,7 @@ def check_cover(stages: Sequence[StagePlan], layers: int) -> None:
 
 
 def check_stages(stages: Sequence[StagePlan], problem: PlanInput) -> None:
-    """Whether stages make sense for the question: cover, peers, attention shards. Memory is not looked at.
+    """Check stages against the question: cover, peers, attention shards; not memory.
 
     Raises: InvalidRequest, NoPeer.
     """

@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "lib"))
 
 from in_process.clusters import make_card, make_peer, make_problem, random_links
 from meshd.errors import DoesNotFit
+from meshd.planner.eligible import eligible
 from meshd.planner.model.memory import memory_table
 from meshd.planner.model.tables import CostTables
 from meshd.planner.problem import PlanInput
 from meshd.planner.search.chains import exact_search
-from meshd.planner.search.eligible import eligible
 from meshd.planner.search.limits import SearchLimits
 from meshd.planner.search.objectives import cheapest
 from meshd.planner.search.orders import HeuristicSearch

@@ -4,7 +4,7 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from meshd.config import SETTINGS
+from meshd.settings import SETTINGS
 
 Meshd = Callable[..., CompletedProcess[str]]
 

@@ -22,10 +22,10 @@ ALLOWED = {
     "typing",
 }
 OURS = ("meshd.planner", "meshd.types", "meshd.errors")
-MODULES = sorted(Path(meshd.planner.__path__[0]).glob("*.py"))
+MODULES = sorted(Path(meshd.planner.__path__[0]).rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_imports_are_pure(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []

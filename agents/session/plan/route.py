@@ -16,9 +16,9 @@ from meshd.agents.session.plan.resume import RecoveryPlan, RecoveryRequest
 from meshd.errors import DoesNotFit, InvalidRequest, MeshdError, NoPeer, NotReady, Overloaded, PeerFault, RemoteFailure
 from meshd.planner.model.estimate import estimate
 from meshd.planner.network import Network
-from meshd.planner.plan import build_plan
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import USABLE_STATE
+from meshd.planner.search.plan import build_plan
 from meshd.planner.search.solve import Solution, solve
 from meshd.planner.session.reroute import reserve_all, reserve_in
 from meshd.types import Advert, Holding, LayerRange, ModelCard, ModelId, Objective, PeerId, Plan, PlanId, StagePlan, ranges_of

@@ -1,12 +1,13 @@
-"""What the verbs' arguments have in common. Flags that are settings come from the one table in `meshd.config`."""
+"""What the verbs' arguments have in common. Flags that are settings come from the one table in `meshd.settings`."""
 
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-from meshd.config import SETTINGS, RawValue, Setting, Settings
+from meshd.config import Settings
 from meshd.models.importing.quants import QUANTS
 from meshd.models.store.catalogue import quantised, resolve
+from meshd.settings import SETTINGS, RawValue, Setting
 
 
 class Parser(ArgumentParser):

@@ -13,8 +13,9 @@ from types import TracebackType
 from typing import Self
 
 from meshd.cli.support.client import Daemon, url_of
-from meshd.config import API_PORT, clean_environment
+from meshd.config import clean_environment
 from meshd.errors import NotReady, RemoteFailure
+from meshd.settings import API_PORT
 from meshd.state import read_holder
 from meshd.values import parse_address
 

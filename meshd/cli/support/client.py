@@ -9,8 +9,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from meshd.cli.support.arguments import settings_of
-from meshd.config import API_PORT, Settings
+from meshd.config import Settings
 from meshd.errors import ConfigError, MeshdError, NotReady, Overloaded, RemoteFailure, Unavailable, UnknownModel
+from meshd.settings import API_PORT
 from meshd.values import Address, parse_address
 
 CONNECT_S = 5.0

@@ -1,1 +1,1 @@
-"""Why a plan is what it is."""
+"""Explain plans, and plan for peers that do not exist yet."""

@@ -1,4 +1,4 @@
-"""Why this plan, for people and for programs."""
+"""Explain a plan, for people and for programs."""
 
 from typing import Any
 
@@ -13,21 +13,21 @@ from meshd.planner.explain.reasons import (
     runner_up,
     single_devices,
 )
-from meshd.planner.explain.units import show_bytes, show_rate, show_seconds, show_value
 from meshd.planner.model.estimate import Estimate, HopEstimate, PeerMemory, StageEstimate
 from meshd.planner.problem import PlanInput
 from meshd.planner.search.solve import Solution, objective_value
 from meshd.planner.stages import stages_text
+from meshd.planner.units import show_bytes, show_rate, show_seconds, show_value
 
 _PURPOSES = ("layers", "embedding", "head", "kv", "working", "runtime")
 
 
 def explain(problem: PlanInput, solution: Solution) -> dict[str, Any]:
-    """A JSON-ready account of the plan.
+    """Explain a plan as a JSON-ready dict.
 
-    `text` are the lines that answer "what, how fast, how full"; `explanation` those that answer "why". The rest is the same as
-    data: `stages`, `hops`, `memory`, `predicted`, `alone`, `split_is_slower`, `binding`, `runner_up`, `left_out`. Reasons are
-    further searches, so this takes several times as long as `solve`.
+    The lines of `text` answer "what, how fast, how full", those of `explanation` "why". The other keys have the same as data:
+    `stages`, `hops`, `memory`, `predicted`, `alone`, `split_is_slower`, `binding`, `runner_up`, `left_out`. Reasons
+    need further searches, so this takes several times as long as `solve`.
     """
     account = _Account(problem, solution)
     return {
@@ -65,7 +65,7 @@ class _Account:
 
     @property
     def faster_alone(self) -> SingleDevice | None:
-        """The device that would make tokens faster by itself than the plan's several do together."""
+        """The device that would alone be faster than the plan's several together."""
         fitting = [row for row in self.alone if not row.missing_bytes]
         best = min(fitting, key=lambda row: row.estimate.tpot_s, default=None)
         split = len(self.solution.stages) > 1
@@ -217,9 +217,9 @@ def _stage_text(stage: StageEstimate) -> str:
         "mix": sum(stage.mix_s),
         "head": stage.head_s,
     }
-    told = ", ".join(f"{name} {show_seconds(seconds)}" for name, seconds in parts.items() if seconds)
+    times = ", ".join(f"{name} {show_seconds(seconds)}" for name, seconds in parts.items() if seconds)
     chunk = f"a prefill chunk {show_seconds(stage.prefill_chunk_s)}"
-    return f"stage {stage.name}:{stage.layers}: {show_seconds(stage.decode_s)} a token ({told}), {chunk}"
+    return f"stage {stage.name}:{stage.layers}: {show_seconds(stage.decode_s)} a token ({times}), {chunk}"
 
 
 def _hops_s(predicted: Estimate) -> float:

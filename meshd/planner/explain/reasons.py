@@ -1,4 +1,4 @@
-"""Why this plan: each reason is another question, asked of the same solver."""
+"""The reasons for a plan. Each is found by solving a changed question."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -6,22 +6,22 @@ from dataclasses import replace
 import msgspec
 
 from meshd.errors import MeshdError
-from meshd.planner.explain.units import show_bytes, show_value
+from meshd.planner.eligible import eligible, exclusions
 from meshd.planner.model.estimate import Estimate, estimate, peer_memory
 from meshd.planner.model.memory import capacity_bytes, memory_table, missing_bytes
 from meshd.planner.problem import PlanInput
-from meshd.planner.search.eligible import eligible, exclusions
 from meshd.planner.search.limits import SearchLimits
 from meshd.planner.search.solve import Solution, objective_value, search
+from meshd.planner.units import show_bytes, show_value
 from meshd.types import LayerRange, Objective, PeerId, StagePlan
 
-WORTH_TELLING = 0.01
-"""A constraint binds if lifting it makes the objective better by this part at least."""
+MIN_GAIN = 0.01
+"""A constraint binds if lifting it improves the objective by at least this part."""
 UNLIMITED_BYTES = 1 << 50
 
 
 class SingleDevice(msgspec.Struct, frozen=True, kw_only=True):
-    """What one device would do by itself."""
+    """The prediction for one device alone."""
 
     peer: PeerId
     name: str
@@ -31,7 +31,7 @@ class SingleDevice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BindingConstraint(msgspec.Struct, frozen=True, kw_only=True):
-    """What keeps the plan from being better."""
+    """A constraint that keeps the plan from being better."""
 
     constraint: str
     """`memory`, `min_peers`, `peers`, `stages`, `resident_only`; `compute` or `network` when it is just the time they take."""
@@ -49,7 +49,7 @@ class ExcludedPeer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def single_devices(problem: PlanInput) -> tuple[SingleDevice, ...]:
-    """Each device by itself, wherever the layers lie now; those that can hold the model first, the best of them foremost."""
+    """Predict each device alone, wherever the layers are now: first those that can hold the model, the best one foremost."""
     free = msgspec.structs.replace(problem, resident_only=False, stages=None, peers=None, min_peers=1)
     excluded = exclusions(free)
     whole = LayerRange(0, problem.card.spec.layers)
@@ -65,7 +65,7 @@ def single_devices(problem: PlanInput) -> tuple[SingleDevice, ...]:
 
 
 def runner_up(problem: PlanInput, solution: Solution) -> Solution | None:
-    """The best plan that does without one of the chosen peers at least; None: there is none, or the stages were given."""
+    """Find the best plan without at least one of the chosen peers; None if there is none or the stages were given."""
     if solution.method == "given":
         return None
     places = {profile.id: place for place, profile in enumerate(eligible(problem))}
@@ -73,14 +73,14 @@ def runner_up(problem: PlanInput, solution: Solution) -> Solution | None:
 
 
 def bindings(problem: PlanInput, solution: Solution) -> tuple[BindingConstraint, ...]:
-    """The constraints that cost something, each with what lifting it alone would give; else the largest part of the time."""
+    """Find the constraints that cost something, each with the gain of lifting it alone; else the largest part of the time."""
     found = []
     for name, reason, lifted in _lifted(problem):
         better = _search(lifted)
-        if better is not None and better.value < solution.value * (1 - WORTH_TELLING):
+        if better is not None and better.value < solution.value * (1 - MIN_GAIN):
             reason = reason or f"memory of {_overfull(problem, better)}"
-            told = f"{reason}: {show_value(problem.objective, better.value)} without it"
-            found.append(BindingConstraint(constraint=name, reason=told, value_if_lifted=better.value))
+            text = f"{reason}: {show_value(problem.objective, better.value)} without it"
+            found.append(BindingConstraint(constraint=name, reason=text, value_if_lifted=better.value))
     return tuple(found) or (_largest(solution.estimate),)
 
 
@@ -100,7 +100,7 @@ def excluded_peers(problem: PlanInput, solution: Solution) -> tuple[ExcludedPeer
 
 
 def _lifted(problem: PlanInput) -> Iterator[tuple[str, str, PlanInput]]:
-    """The question without each of its constraints: (name, reason, question)."""
+    """Yield the question without each of its constraints: (name, reason, question)."""
     change = msgspec.structs.replace
     if problem.stages is not None:
         yield "stages", "the request names the stages", change(problem, stages=None)
@@ -117,7 +117,7 @@ def _lifted(problem: PlanInput) -> Iterator[tuple[str, str, PlanInput]]:
 
 
 def _overfull(problem: PlanInput, better: Solution) -> str:
-    """The peers that a plan which was made without memory limits asks too much of."""
+    """The peers whose memory a plan made without memory limits exceeds."""
     used = peer_memory(problem, better.stages)
     return ", ".join(problem.profile(row.peer).name for row in used if missing_bytes(row.use.total_bytes, row.capacity_bytes))
 
@@ -142,23 +142,23 @@ def _largest(predicted: Estimate) -> BindingConstraint:
 
 
 def _not_chosen(problem: PlanInput, solution: Solution, peer: PeerId) -> tuple[str, float | None]:
-    """Why a peer that may take layers got none: (reason, the best value of the plan's peers together with it)."""
+    """Why an eligible peer got no layers. Returns: (reason, the best value of the plan's peers together with it)."""
     if solution.method == "given":
         return "the request names the stages", None
-    room, least = _least_memory(problem, peer)
-    if room < least and not problem.resident_only:
-        return f"it has room for no layer: {show_bytes(room)} may be used, the smallest stage takes {show_bytes(least)}", None
+    capacity, least = _least_memory(problem, peer)
+    if capacity < least and not problem.resident_only:
+        return f"it has room for no layer: {show_bytes(capacity)} may be used, the smallest stage takes {show_bytes(least)}", None
     together = msgspec.structs.replace(problem, peers=(*solution.peers, peer))
     place = next(index for index, profile in enumerate(eligible(together)) if profile.id == peer)
     found = search(together, replace(SearchLimits(), require=frozenset({place})))
     if found is None:
         return "no chain of stages with it and the chosen peers fits", None
     value = show_value(problem.objective, found.value)
-    if found.value <= solution.value * (1 + WORTH_TELLING):
+    if found.value <= solution.value * (1 + MIN_GAIN):
         return f"it would not help: {value} with it, {show_value(problem.objective, solution.value)} without", found.value
     return f"it would slow the plan down: {value} with it, {show_value(problem.objective, solution.value)} without", found.value
 
 
 def _least_memory(problem: PlanInput, peer: PeerId) -> tuple[int, int]:
-    """(what a plan may take of the peer, the smallest stage), both as free memory with the reserve."""
+    """Returns: (the peer's capacity, the smallest stage), both as free memory with the reserve."""
     return capacity_bytes(problem, problem.profile(peer)), missing_bytes(float(memory_table(problem).min()), 0)

@@ -1,6 +1,6 @@
-"""Peers that are not here: `+name ram=32GiB bw=60GB/s link=1Gbps rtt=0.3ms`.
+"""What-if peers, which do not exist yet: `+name ram=32GiB bw=60GB/s link=1Gbps rtt=0.3ms`.
 
-`ram` and `bw` (weights read per second while decoding) are asked for; `link` and `rtt` default to 1 Gbit/s and 0.5 ms. What a
+`ram` and `bw` (weights read per second while decoding) are required; `link` and `rtt` default to 1 Gbit/s and 0.5 ms. What a
 person cannot know of a device (prefill and attention rate, overhead) is scaled from a measured peer by the ratio of `bw`, and the
 profile is marked hypothetical. `flops=` (prefill, FLOP/s) and `power=` (W) may be given too.
 """
@@ -38,14 +38,14 @@ _EXAMPLE = "+name ram=32GiB bw=60GB/s link=1Gbps rtt=0.3ms"
 
 
 class WhatIf(msgspec.Struct, frozen=True, kw_only=True):
-    """A peer that is not here, and its links with all that are."""
+    """A what-if peer, and its links with all present ones."""
 
     profile: PeerProfile
     links: dict[tuple[PeerId, PeerId], LinkStats]
 
 
 def parse_what_if(text: str, present: Sequence[PeerProfile]) -> WhatIf:
-    """The peer that `text` describes; its links go to and from every present peer. Raises: InvalidRequest."""
+    """Parse a what-if peer, linked to and from every present peer. Raises: InvalidRequest."""
     name, *settings = text.split() or [""]
     if not name.startswith("+") or len(name) < 2:
         raise _wrong(f"{text!r} does not begin with +name")
@@ -64,7 +64,7 @@ def parse_what_if(text: str, present: Sequence[PeerProfile]) -> WhatIf:
 def with_what_if(
     texts: Sequence[str], profiles: Sequence[PeerProfile], network: Network
 ) -> tuple[tuple[PeerProfile, ...], Network]:
-    """The cluster as it would be with these peers. Raises: InvalidRequest."""
+    """The cluster with these what-if peers. Raises: InvalidRequest."""
     cluster = tuple(profiles)
     for text in texts:
         added = parse_what_if(text, cluster)

@@ -1,4 +1,4 @@
-"""Predictions held against what happened: one ratio per peer and phase, smoothed, which later predictions are multiplied by."""
+"""Correct predictions by measurements: one smoothed ratio per peer and phase, a factor on later predictions."""
 
 from collections.abc import Iterable
 from typing import Literal
@@ -11,7 +11,7 @@ from meshd.types import PeerId
 SMOOTHING = 0.2
 """Weight of the newest sample."""
 LEAST, MOST = 0.5, 2.0
-"""A ratio is capped to this: beyond it the model is wrong, and multiplying would hide that."""
+"""Bounds of a ratio: beyond them the model is wrong, and a factor would hide that."""
 FLAG_BELOW, FLAG_ABOVE = 0.75, 1.33
 
 Phase = Literal["decode", "prefill"]
@@ -25,11 +25,11 @@ class Ratio(msgspec.Struct, frozen=True):
 
     @property
     def flagged(self) -> bool:
-        """Whether people should be told that predictions for this peer are off."""
+        """Whether predictions for this peer are off enough to report."""
         return self.samples > 0 and not FLAG_BELOW <= self.value <= FLAG_ABOVE
 
     def observed(self, measured_s: float, predicted_s: float) -> "Ratio":
-        """With one more sample; `predicted_s` is the prediction without any factor. A time of 0 or less changes nothing."""
+        """This ratio with one more sample. `predicted_s` excludes any factor; a time of 0 or less changes nothing."""
         if measured_s <= 0 or predicted_s <= 0:
             return self
         sample = _capped(measured_s / predicted_s)
@@ -46,12 +46,12 @@ class Calibration(msgspec.Struct, frozen=True):
         return self.ratios.get((peer, phase), Ratio())
 
     def observed(self, peer: PeerId, phase: Phase, measured_s: float, predicted_s: float) -> "Calibration":
-        """With one more sample."""
+        """These ratios with one more sample."""
         ratio = self.ratio(peer, phase).observed(measured_s, predicted_s)
         return Calibration({**self.ratios, (peer, phase): ratio})
 
     def without(self, peer: PeerId) -> "Calibration":
-        """Forget a peer: it was probed anew, or is gone."""
+        """These ratios without a peer that was probed again or is gone."""
         return Calibration({key: ratio for key, ratio in self.ratios.items() if key[0] != peer})
 
     def applied(self, profiles: Iterable[PeerProfile]) -> tuple[PeerProfile, ...]:

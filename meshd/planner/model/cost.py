@@ -15,18 +15,18 @@ from meshd.planner.profile import PeerProfile
 from meshd.types import AttentionShard, ModelCard, ModelSpec
 
 TOKEN_MESSAGE_BYTES = 64
-"""The last stage's token on its way back to the first."""
+"""Size of the message that takes a token from the last stage to the first."""
 
 Seconds = NDArray[np.float64]
 
 
 def block_parameters(spec: ModelSpec) -> int:
-    """Weights of one block that a token meets: q, o, k, v and the three of the MLP, or of the experts that it is sent to."""
+    """Weights of one block that a token uses: q, k, v, o and the three of the MLP, or of the experts that it is sent to."""
     return _attention_parameters(spec) + 3 * spec.hidden * spec.ffn * (spec.experts_used or 1)
 
 
 def active_weight_share(spec: ModelSpec) -> float:
-    """The part of a block's weights that one token meets: all, unless there are experts."""
+    """The part of a block's weights that one token uses: all, unless there are experts."""
     every = _attention_parameters(spec) + 3 * spec.hidden * spec.ffn * (spec.experts or 1)
     return block_parameters(spec) / every
 
@@ -37,19 +37,8 @@ def _attention_parameters(spec: ModelSpec) -> int:
 
 
 def project_share(spec: ModelSpec) -> float:
-    """The part of a block's weights that lies before attention (q, k, v)."""
+    """The part of a block's weights that comes before attention (q, k, v)."""
     return spec.hidden * (spec.heads + 2 * spec.kv_heads) * spec.head_dim / block_parameters(spec)
-
-
-def decode_flops(spec: ModelSpec, position: int, batch: int = 1) -> int:
-    """FLOPs of one block for one decode step: every weight once per sequence, and q.K and p.V over `position` tokens."""
-    return 2 * batch * block_parameters(spec) + 4 * batch * position * spec.heads * spec.head_dim
-
-
-def prefill_flops(spec: ModelSpec, tokens: int, first: int = 0) -> int:
-    """FLOPs of one block for `tokens` tokens after `first`, causally masked (the masked half is not counted)."""
-    pairs = tokens * first + tokens * (tokens + 1) // 2
-    return 2 * tokens * block_parameters(spec) + 4 * pairs * spec.heads * spec.head_dim
 
 
 def layer_decode_s(profile: PeerProfile, card: ModelCard) -> Seconds:
@@ -83,7 +72,10 @@ def head_s(profile: PeerProfile, card: ModelCard) -> float:
 
 
 def chunking(prompt_tokens: int, chunk_tokens: int) -> tuple[int, float]:
-    """(tokens per chunk, number of chunks). The number is a fraction when the last chunk is short, at least 1."""
+    """Split a prompt into chunks.
+
+    Returns: (tokens per chunk, number of chunks); the number is at least 1 and a fraction when the last chunk is short.
+    """
     chunk = max(1, min(prompt_tokens, chunk_tokens))
     return chunk, max(1.0, prompt_tokens / chunk)
 
@@ -94,7 +86,7 @@ def pipelined_s(terms: Iterable[float], periods: Iterable[float], chunks: float)
 
 
 def shard_fraction(shard: AttentionShard, spec: ModelSpec, position: int) -> float:
-    """The part of a layer's KV that the shard holds once `position` tokens are there, 0..1."""
+    """The part of a layer's KV that the shard holds at `position` tokens, 0..1."""
     first_head, last_head = shard.kv_heads or (0, spec.kv_heads)
     first, last = shard.tokens or (0, position)
     tokens = max(0, min(last, position) - first)
@@ -122,7 +114,7 @@ def shard_decode_s(
     kv_token_layer_bytes: int,
     wire_element_bytes: int,
 ) -> float:
-    """One token and one layer's attention on a shard's peer, there and back again."""
+    """One token and one layer's attention on a shard's peer, with the round trip."""
     there, back = shard_wire_bytes(shard, spec, wire_element_bytes)
     wire = network.hop_s(owner.id, holder.id, there) + network.hop_s(holder.id, owner.id, back)
     return wire + attention_decode_s(holder, shard_fraction(shard, spec, position) * position * kv_token_layer_bytes)

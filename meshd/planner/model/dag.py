@@ -1,18 +1,18 @@
-"""The plan drawn out: `embed -> (project -> attend... -> mix)* -> head`, for one decode step.
+"""A plan's DAG: `embed -> (project -> attend... -> mix)* -> head`, for one decode step.
 
-The token's way back from the head to the embedding of the next step would close a circle: it is no edge, and in no path.
+The token's way back from the head to the next step's embedding would close a cycle, so it is not an edge.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
-from itertools import pairwise, product
+from itertools import product
 
 import msgspec
 
-from meshd.errors import InvalidRequest
 from meshd.planner.model import cost
 from meshd.planner.problem import PlanInput
+from meshd.planner.shards import Span, check_shards, check_tiling, unsound_plan
 from meshd.types import AttentionShard, LayerRange, ModelSpec, PeerId, StagePlan
 
 
@@ -33,7 +33,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     """One piece of work on one peer."""
 
     id: int
-    """Its place in `Dag.nodes`, which is a topological order."""
+    """Its index in `Dag.nodes`."""
     kind: NodeKind
     peer: PeerId
     layer: int | None = None
@@ -46,13 +46,13 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Edge(msgspec.Struct, frozen=True, kw_only=True):
-    """What one node hands to another."""
+    """Data that one node sends to another."""
 
     source: int
     target: int
     bytes_per_token: int
     seconds: float
-    """0 on one peer."""
+    """0 between nodes of one peer."""
 
 
 class Dag(msgspec.Struct, frozen=True):
@@ -61,73 +61,38 @@ class Dag(msgspec.Struct, frozen=True):
     nodes: tuple[Node, ...]
     edges: tuple[Edge, ...]
 
-    def critical_path_s(self) -> float:
-        """The longest path, nodes and edges: TPOT less the token's way back."""
-        done: dict[int, float] = {}
-        entering: dict[int, list[Edge]] = {}
-        for edge in self.edges:
-            entering.setdefault(edge.target, []).append(edge)
-        for node in self.nodes:
-            ready = max((done[edge.source] + edge.seconds for edge in entering.get(node.id, ())), default=0.0)
-            done[node.id] = ready + node.seconds
-        return max(done.values())
-
 
 def draw(problem: PlanInput, stages: Sequence[StagePlan]) -> Dag:
-    """The DAG of these stages, with predicted times. Raises: InvalidRequest when shards do not cover a layer exactly; NoPeer."""
+    """Draw the DAG of these stages, with predicted times.
+
+    Raises: InvalidRequest when shards do not cover a layer exactly; NoPeer.
+    """
     for stage in stages:
         check_shards(stage, problem.card.spec, problem.context)
     return _Drawing(problem).draw(stages)
 
 
 def validate(dag: Dag, spec: ModelSpec, context: int) -> None:
-    """Every node after those it needs, every layer once, attention complete. Raises: InvalidRequest."""
+    """Check that every node follows its inputs, every layer is there once and attention is complete. Raises: InvalidRequest."""
     if [node.id for node in dag.nodes] != list(range(len(dag.nodes))):
-        raise _wrong("its nodes are not numbered in order")
+        raise unsound_plan("its nodes are not numbered in order")
     if any(not 0 <= edge.source < edge.target < len(dag.nodes) for edge in dag.edges):
-        raise _wrong("an edge goes backwards: it has a cycle")
+        raise unsound_plan("an edge goes backwards: it has a cycle")
     reached = {0, *(edge.target for edge in dag.edges)}
     if len(reached) != len(dag.nodes):
-        raise _wrong("a node is fed by no other")
+        raise unsound_plan("a node has no input")
     kinds = Counter((node.kind, node.layer) for node in dag.nodes if node.kind is not NodeKind.ATTEND)
     layers = range(spec.layers)
     once = [(NodeKind.EMBED, None), (NodeKind.HEAD, None), *product((NodeKind.PROJECT, NodeKind.MIX), layers)]
     if kinds != Counter(once):
-        raise _wrong("a layer is missing or computed twice")
+        raise unsound_plan("a layer is missing or computed twice")
     for layer in layers:
         parts = [(node.kv_heads, node.tokens) for node in dag.nodes if node.kind is NodeKind.ATTEND and node.layer == layer]
-        _check_tiling(parts, spec.kv_heads, context, layer)
-
-
-def check_shards(stage: StagePlan, spec: ModelSpec, context: int) -> None:
-    """A layer has no shards (its stage holds all KV) or shards that cover its heads and tokens exactly. Raises: InvalidRequest."""
-    for shard in stage.attention:
-        if shard.layers not in stage.layers or not len(shard.layers):
-            raise _wrong(f"attention layers {shard.layers} are not in the stage's layers {stage.layers}")
-    for layer in sorted({layer for shard in stage.attention for layer in shard.layers}):
-        parts = [(shard.kv_heads, shard.tokens) for shard in stage.attention if layer in shard.layers]
-        _check_tiling(parts, spec.kv_heads, context, layer)
-
-
-Span = tuple[int, int]
-
-
-def _check_tiling(parts: Iterable[tuple[Span | None, Span | None]], kv_heads: int, context: int, layer: int) -> None:
-    tiles = [(heads or (0, kv_heads), tokens or (0, context)) for heads, tokens in parts]
-    for (first_head, last_head), (first, last) in tiles:
-        if not (0 <= first_head < last_head <= kv_heads and 0 <= first < last <= context):
-            raise _wrong(f"layer {layer}'s attention has a part outside its {kv_heads} KV heads and {context} tokens")
-    head_cuts = sorted({0, kv_heads, *(head for heads, _ in tiles for head in heads)})
-    token_cuts = sorted({0, context, *(token for _, tokens in tiles for token in tokens)})
-    for (head, _), (token, _) in product(pairwise(head_cuts), pairwise(token_cuts)):
-        owners = sum(heads[0] <= head < heads[1] and tokens[0] <= token < tokens[1] for heads, tokens in tiles)
-        if owners != 1:
-            what = "covered by no part" if owners == 0 else f"covered {owners} times"
-            raise _wrong(f"layer {layer}'s attention: KV head {head} from token {token} on is {what}")
+        check_tiling(parts, spec.kv_heads, context, layer)
 
 
 class _Drawing:
-    """Nodes and edges as they are drawn."""
+    """Collects the nodes and edges of one plan."""
 
     def __init__(self, problem: PlanInput) -> None:
         self._problem, self._spec = problem, problem.card.spec
@@ -188,7 +153,3 @@ def _shards(stage: StagePlan, layer: int) -> list[AttentionShard]:
     """The layer's shards; one on the stage's own peer if it has none."""
     whole = AttentionShard(peer=stage.peer, layers=LayerRange(layer, layer + 1))
     return [shard for shard in stage.attention if layer in shard.layers] or [whole]
-
-
-def _wrong(message: str) -> InvalidRequest:
-    return InvalidRequest(f"this plan is not sound: {message}", param="attention")

@@ -1,4 +1,4 @@
-"""What given stages would do: times, bytes and memory, part by part."""
+"""Predict times, bytes and memory of given stages, part by part."""
 
 from itertools import pairwise
 
@@ -26,7 +26,7 @@ class StageEstimate(msgspec.Struct, frozen=True, kw_only=True):
     mix_s: tuple[float, ...]
     """Per layer: output projection and MLP."""
     head_s: float
-    """0 but on the last stage."""
+    """0 except on the last stage."""
     prefill_chunk_s: float
     energy_j: float | None
     """Per token; None: the peer's power was not measured."""
@@ -68,7 +68,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     hops: tuple[HopEstimate, ...]
     """Between consecutive stages."""
     back: HopEstimate
-    """The token, from the last stage to the first."""
+    """The token's way from the last stage to the first."""
     memory: tuple[PeerMemory, ...]
     tpot_s: float
     ttft_s: float
@@ -137,7 +137,7 @@ def _stage(problem: PlanInput, stage: StagePlan) -> StageEstimate:
 
 
 def _attend_s(problem: PlanInput, stage: StagePlan, owner: PeerProfile, layer: int) -> float:
-    """One layer's attention: its shards work at the same time, so the slowest counts."""
+    """One layer's attention. Its shards work in parallel, so the slowest counts."""
     shards = [shard for shard in stage.attention if layer in shard.layers]
     if not shards:
         return cost.attention_decode_s(owner, problem.position * problem.kv_token_layer_bytes)

@@ -1,4 +1,4 @@
-"""What a stage takes of its peer's memory, and what the peer has to give."""
+"""Memory that a stage takes, and memory that its peer has."""
 
 import math
 
@@ -11,9 +11,9 @@ from meshd.planner.profile import PeerProfile
 from meshd.types import AttentionShard, StagePlan
 
 RESERVE = 0.10
-"""The part of a peer's free memory that no plan touches: allocator slack, and others on the device."""
+"""The part of a peer's free memory that no plan takes: allocator slack, and other programs on the device."""
 RUNTIME_BASE_BYTES = 64 << 20
-"""A backend's own buffers and threads, whatever it holds."""
+"""A backend's own buffers and threads, whatever it has loaded."""
 
 
 class MemoryUse(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,7 +36,7 @@ class MemoryUse(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def stage_memory(problem: PlanInput, stage: StagePlan) -> MemoryUse:
-    """What a stage takes on its own peer; KV that its attention shards hold elsewhere is not in it."""
+    """Memory of a stage on its own peer, without the KV that its attention shards hold elsewhere."""
     card, layers = problem.card, stage.layers
     first, last = layers.start == 0, layers.end == card.spec.layers
     elsewhere = sum(shard_kv_bytes(problem, shard) for shard in stage.attention if shard.peer != stage.peer)
@@ -60,7 +60,7 @@ def shard_kv_bytes(problem: PlanInput, shard: AttentionShard) -> int:
 
 
 def memory_table(problem: PlanInput) -> NDArray[np.float64]:
-    """Bytes that layers `[a, b)` take on any peer: `[layers + 1, layers + 1]`; inf where b <= a. As `stage_memory` counts."""
+    """Bytes that layers `[a, b)` take on any peer, as `stage_memory` counts: `[layers + 1, layers + 1]`; inf where b <= a."""
     card, count = problem.card, problem.card.spec.layers
     per_layer = np.asarray(card.held_layer_bytes, dtype=np.float64) + problem.kv_token_layer_bytes * problem.context
     total = np.concatenate(([0.0], np.cumsum(per_layer)))
@@ -73,17 +73,18 @@ def memory_table(problem: PlanInput) -> NDArray[np.float64]:
 
 
 def capacity_bytes(problem: PlanInput, profile: PeerProfile) -> int:
-    """Free memory and what the same model holds there already: all of it for a route over resident layers; else what is idle,
-    since a new placement takes the place of an old one that no session uses.
+    """Free memory, and memory that the same model already takes there.
+
+    For a route over resident layers all of the latter counts, else only idle holdings: a new placement replaces them.
     """
-    held = [item for item in profile.usable_holdings if problem.resident_only or item.kv_tokens_free == item.kv_tokens_total]
+    reused = [item for item in profile.usable_holdings if problem.resident_only or item.kv_tokens_free == item.kv_tokens_total]
     per_token_layer = problem.kv_token_layer_bytes
-    reusable = sum(item.weight_bytes + item.kv_tokens_total * len(item.layers) * per_token_layer for item in held)
-    return max(0, profile.memory_free_bytes + reusable)
+    reused_bytes = sum(item.weight_bytes + item.kv_tokens_total * len(item.layers) * per_token_layer for item in reused)
+    return max(0, profile.memory_free_bytes + reused_bytes)
 
 
 def allowed_bytes(problem: PlanInput, profile: PeerProfile) -> float:
-    """What a plan may take there: capacity less the reserve."""
+    """Bytes that a plan may take there: capacity less the reserve."""
     return capacity_bytes(problem, profile) * (1 - RESERVE)
 
 

@@ -1,18 +1,18 @@
-"""The terms of every possible stage and hop, as the arrays that the searches add up. Cuts are 0..layers; `[a, b)` is entry a, b."""
+"""Costs of every possible stage and hop, as arrays for the searches. Cuts are 0..layers; the stage `[a, b)` is entry a, b."""
 
 from functools import cached_property
 
 import numpy as np
 
+from meshd.planner.chain import Array
 from meshd.planner.model import cost
 from meshd.planner.model.memory import allowed_bytes, capacity_bytes, memory_table
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import PeerProfile
-from meshd.planner.search.chains import Array
 
 
 class CostTables:
-    """For one question and the peers that may be in its answer, each table made when it is first asked for."""
+    """The tables for one question and the peers that may be in its answer. Each is made at its first use."""
 
     def __init__(self, problem: PlanInput, peers: tuple[PeerProfile, ...]) -> None:
         self.problem = problem
@@ -29,15 +29,15 @@ class CostTables:
         if self.problem.resident_only:
             allowed = np.stack([self._resident(peer) for peer in self.peers])
         else:
-            room = np.array([allowed_bytes(self.problem, peer) for peer in self.peers])
-            allowed = self.memory[None] <= room[:, None, None]
+            most = np.array([allowed_bytes(self.problem, peer) for peer in self.peers])
+            allowed = self.memory[None] <= most[:, None, None]
         return np.where(allowed, 0.0, np.inf)
 
     @cached_property
     def share(self) -> Array:
         """The part of each peer's capacity that a stage takes."""
-        room = np.array([max(1, capacity_bytes(self.problem, peer)) for peer in self.peers], dtype=np.float64)
-        return self.memory[None] / room[:, None, None] + self.possible
+        capacity = np.array([max(1, capacity_bytes(self.problem, peer)) for peer in self.peers], dtype=np.float64)
+        return self.memory[None] / capacity[:, None, None] + self.possible
 
     @cached_property
     def decode(self) -> Array:
@@ -47,7 +47,7 @@ class CostTables:
 
     @cached_property
     def decode_anywhere(self) -> Array:
-        """Likewise, whether the peer may take the stage or not."""
+        """As `decode`, also where the peer may not take the stage."""
         card, kv = self.problem.card, self.problem.position * self.problem.kv_token_layer_bytes
         layers = np.stack([cost.layer_decode_s(peer, card) + cost.attention_decode_s(peer, kv) for peer in self.peers])
         return self._with_head(range_sums(layers))
@@ -102,14 +102,15 @@ class CostTables:
     def _resident(self, peer: PeerProfile) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
         cuts = self.problem.card.spec.layers + 1
         allowed = np.zeros((cuts, cuts), dtype=bool)
-        for held in peer.usable_holdings:
-            if held.kv_tokens_free >= self.problem.context:
-                allowed[held.layers.start : held.layers.end + 1, held.layers.start : held.layers.end + 1] = True
+        for holding in peer.usable_holdings:
+            if holding.kv_tokens_free >= self.problem.context:
+                cuts_inside = slice(holding.layers.start, holding.layers.end + 1)
+                allowed[cuts_inside, cuts_inside] = True
         return np.triu(allowed, 1)
 
 
 def mean_chunk_start(tokens: int, chunks: float) -> float:
-    """How many tokens lie before a chunk, on average over the prompt's chunks."""
+    """Tokens before a chunk, on average over the prompt's chunks."""
     return tokens * (chunks - 1) / 2
 
 

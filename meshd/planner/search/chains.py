@@ -1,4 +1,4 @@
-"""Every order of every subset of the peers, with every cut: the exact search for a chain of stages.
+"""The exact search for a chain of stages: every order of every subset of the peers, with every cut.
 
 A chain is an ordered subset of peers that share the layers `[0, L)` among them, each one contiguous run. The search is Held and
 Karp's dynamic program with the cut as one more dimension. Built from the last stage backwards,
@@ -12,23 +12,23 @@ that, one row is enough. Work: 2^n · n² · L · (n + longest run), done by num
 
 from dataclasses import dataclass
 from itertools import combinations
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from meshd.planner.chain import Array, Chain, LayerRun
 from meshd.planner.search.limits import TIE, SearchLimits
 
-Array = NDArray[np.float64]
 Numbers = NDArray[np.int64]
 
 SMALL = 60_000
-"""Below so many entries one whole table at once is quicker than run by run."""
+"""Up to so many entries, one broadcast over the whole table is faster than a loop over run lengths."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChainCosts:
-    """The terms of a chain. inf: not possible."""
+    """Costs of a chain's stages and links. inf: not possible."""
 
     stage: Array
     """`[peers, cuts, cuts]`: layers `[a, b)` on a peer; inf wherever b <= a."""
@@ -53,29 +53,17 @@ class ChainCosts:
         return joined
 
 
-class LayerRun(NamedTuple):
-    """Layers `[start, end)` on a peer (its index)."""
-
-    peer: int
-    start: int
-    end: int
-
-
-class Chain(NamedTuple):
-    """A whole chain and what it costs."""
-
-    value: float
-    runs: tuple[LayerRun, ...]
-
-
 class Search(Protocol):
-    """Finds the cheapest chain. The exact search and the heuristic one look alike."""
+    """Finds a cheap chain; the exact search and the heuristic one share this signature."""
 
     def __call__(self, costs: ChainCosts, limits: SearchLimits) -> Chain | None: ...
 
 
 def exact_search(costs: ChainCosts, limits: SearchLimits) -> Chain | None:
-    """The cheapest chain; among equals the one of fewest peers, then of the lowest peer indices. None: there is none."""
+    """Find the cheapest chain; among equals the one of fewest peers, then of the lowest peer indices.
+
+    Returns: None if no chain is possible within the limits.
+    """
     tails = _Tails(costs)
     floor = relaxed_bound(costs)
     most = min(costs.peers, costs.layers)
@@ -90,7 +78,7 @@ def exact_search(costs: ChainCosts, limits: SearchLimits) -> Chain | None:
 
 
 def relaxed_bound(costs: ChainCosts) -> float:
-    """No chain costs less than this: peers may repeat, links are free."""
+    """A lower bound on every chain's cost: the optimum if peers may repeat and links are free."""
     cheapest = costs.stage.min(axis=0)
     bound = np.zeros(costs.layers + 1)
     for start in range(costs.layers - 1, -1, -1):
@@ -99,7 +87,7 @@ def relaxed_bound(costs: ChainCosts) -> float:
 
 
 def _at_least(costs: ChainCosts, floor: float, size: int) -> float:
-    """No chain of `size` peers or more costs less."""
+    """A lower bound on the cost of chains of `size` peers or more."""
     if size == 1:
         return floor
     apart = ~np.eye(costs.peers, dtype=bool)

@@ -1,10 +1,10 @@
-"""Which chains of stages a search may answer with."""
+"""Limits on the chains that a search may return."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
 
 TIE = 1e-9
-"""Costs that differ by less than this part are equal, and the tie-break decides."""
+"""Costs whose relative difference is smaller are equal: the tie-break decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,12 +16,12 @@ class SearchLimits:
     exactly: int | None = None
     """Exactly so many."""
     require: frozenset[int] = frozenset()
-    """All of these take part."""
+    """All of these must take part."""
     forbid: frozenset[int] | None = None
-    """Not all of these together (to find a runner-up)."""
+    """These may not all take part together (used to find a runner-up)."""
 
     def allow(self, peers: Collection[int]) -> bool:
-        """Whether a chain over these peers may be the answer."""
+        """Whether a chain over these peers may be returned."""
         chosen = frozenset(peers)
         if len(chosen) < self.least or (self.exactly is not None and len(chosen) != self.exactly):
             return False

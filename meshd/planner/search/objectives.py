@@ -10,15 +10,19 @@ from itertools import pairwise
 
 import numpy as np
 
+from meshd.planner.chain import Array, Chain
 from meshd.planner.model import cost
 from meshd.planner.model.tables import CostTables
-from meshd.planner.search.chains import Array, Chain, ChainCosts, Search
+from meshd.planner.search.chains import ChainCosts, Search
 from meshd.planner.search.limits import TIE, SearchLimits
 from meshd.types import Objective
 
 
 def cheapest(tables: CostTables, objective: Objective, limits: SearchLimits, search: Search) -> Chain | None:
-    """The best chain by this objective, in its own unit (s, J, or a share of memory). None: nothing fits."""
+    """Find the best chain by this objective; its value is in the objective's unit (s, J, or a share of memory).
+
+    Returns: None if nothing fits.
+    """
     if objective is Objective.TTFT:
         return _least_ttft(tables, limits, search)
     if objective is Objective.ENERGY:
@@ -36,7 +40,7 @@ def _latency(tables: CostTables) -> ChainCosts:
 
 
 def _quickest_of_equals(costs: ChainCosts, tables: CostTables, limits: SearchLimits, search: Search) -> Chain | None:
-    """The least largest term; then, of the chains no worse in it and of as few peers, that of least TPOT."""
+    """Minimise the largest term; among the chains of that value and of as few peers, minimise TPOT."""
     best = search(costs, limits)
     if best is None:
         return None
@@ -97,7 +101,7 @@ class _Pipelined:
         return self._best
 
     def _try(self, index: int) -> tuple[float, int]:
-        """Search with no term above the index-th: (the least sum, the index of that chain's slowest term)."""
+        """Search with no term above the index-th. Returns: (the least sum, the index of that chain's slowest term)."""
         top = float(self._terms[index])
         costs = ChainCosts(_no_more(self._whole.stage, self._chunk, top), _no_more(self._whole.link, self._whole.link, top))
         found = self._search(costs, self._limits)

@@ -1,9 +1,9 @@
-"""The heuristic for more peers than every order of them can be tried for.
+"""The heuristic search, for clusters with too many peers for the exact one.
 
 For one given order of the peers, the cheapest chain that keeps it (any peer may be skipped) is found exactly by a dynamic program
 over peers and cuts. The search walks over orders: a few greedy ones first, then Pipette's moves (insert, swap, reverse a segment),
-and then the exact search over the best chain's peers together with each handful of the others, until no handful helps. All is
-counted, not timed, and drawn from a fixed seed: the same question gets the same answer.
+and then the exact search over the best chain's peers together with each handful of the others, until no handful helps. The effort
+is counted, not timed, and the random seed is fixed, so that the same question gets the same answer.
 """
 
 import random
@@ -12,7 +12,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from meshd.planner.search.chains import Array, Chain, ChainCosts, LayerRun, exact_search, prepend, runs_by_length
+from meshd.planner.chain import Array, Chain, LayerRun
+from meshd.planner.search.chains import ChainCosts, exact_search, prepend, runs_by_length
 from meshd.planner.search.limits import TIE, SearchLimits
 
 ORDERS_TRIED = 120
@@ -26,7 +27,7 @@ Order = tuple[int, ...]
 
 
 class HeuristicSearch:
-    """A `Search` for one question. Remembers its best orders, so that later calls with other costs start from them."""
+    """A `Search` for one question. It keeps its best orders, and later calls with other costs start from them."""
 
     def __init__(self) -> None:
         self._random = random.Random(0)
@@ -35,7 +36,7 @@ class HeuristicSearch:
         self._handfuls_left = HANDFULS_TRIED
 
     def __call__(self, costs: ChainCosts, limits: SearchLimits) -> Chain | None:
-        """A cheap chain within the limits, or None when none was found."""
+        """Find a cheap chain within the limits; None if none was found."""
         orders = list(dict.fromkeys([*self._elite, *_greedy_orders(costs)])) if not self._elite else self._elite
         best: Chain | None = None
         for order in orders:
@@ -67,12 +68,12 @@ class HeuristicSearch:
             improved = False
             inside = [run.peer for run in best.runs]
             outside = [peer for peer in _by_speed(costs) if peer not in inside]
-            room = HANDFUL - len(inside)
-            for first in range(0, len(outside), room):
+            places = HANDFUL - len(inside)
+            for first in range(0, len(outside), places):
                 if self._handfuls_left == 0:
                     return best
                 self._handfuls_left -= 1
-                found = _search_among(costs, limits, sorted(inside + outside[first : first + room]))
+                found = _search_among(costs, limits, sorted(inside + outside[first : first + places]))
                 if found is not None and found.value < best.value * (1 - TIE):
                     best, improved = found, True
                     break
@@ -80,7 +81,7 @@ class HeuristicSearch:
 
 
 def best_in_order(costs: ChainCosts, order: Order, limits: SearchLimits) -> Chain | None:
-    """The cheapest chain whose peers come in this order; exact. None: there is none."""
+    """Find the cheapest chain whose peers come in this order, exactly; None if there is none."""
     if limits.forbid is None:
         return _InOrder(costs, order, limits).best()
     best: Chain | None = None
@@ -182,10 +183,10 @@ class _InOrder:
 
 
 def _greedy_orders(costs: ChainCosts) -> list[Order]:
-    """Fast peers first; roomy peers first; and, from each of the five fastest, always the one that is nearest by link."""
+    """Fast peers first; peers that can take most stages first; and, from each of the five fastest, always the nearest by link."""
     speed = _by_speed(costs)
-    room = np.isfinite(costs.stage).any(axis=1).sum(axis=1)
-    orders = [tuple(speed), tuple(sorted(speed, key=lambda peer: -room[peer]))]
+    ends = np.isfinite(costs.stage).any(axis=1).sum(axis=1)
+    orders = [tuple(speed), tuple(sorted(speed, key=lambda peer: -ends[peer]))]
     for start in speed[:5]:
         order, left = [start], [peer for peer in speed if peer != start]
         while left:

@@ -1,4 +1,4 @@
-"""Where to load layers that lie nowhere any more, or not often enough: as little as is missing, beside all that is there."""
+"""Choose peers that load layers with too few resident copies: only the missing layers, in memory that is free now."""
 
 import math
 from collections.abc import Sequence
@@ -7,26 +7,30 @@ import msgspec
 import numpy as np
 
 from meshd.errors import DoesNotFit, NoPeer
-from meshd.planner.explain.units import show_bytes
+from meshd.planner.chain import Array
+from meshd.planner.eligible import exclusions
 from meshd.planner.model.memory import RESERVE, memory_table, stage_memory
 from meshd.planner.model.tables import CostTables
 from meshd.planner.network import UNMEASURED_BANDWIDTH_BYTES_S
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import PeerProfile
-from meshd.planner.search.chains import Array, ChainCosts
-from meshd.planner.search.eligible import exclusions
+from meshd.planner.search.chains import ChainCosts
 from meshd.planner.search.limits import SearchLimits
 from meshd.planner.search.select import search_for
+from meshd.planner.units import show_bytes
 from meshd.types import LayerRange, StagePlan
 
 TOKENS_AHEAD = 256
-"""A load serves at least so many tokens: what it computes slowly counts so often against what it loads slowly."""
+"""Tokens that a load is expected to serve: the weight of decode time against load time."""
 
 
 def repair(problem: PlanInput, missing: Sequence[LayerRange], *, kv_tokens: int) -> tuple[StagePlan, ...]:
-    """Stages that together are `missing`, each with KV for `kv_tokens`, in memory that is free now: nothing gives way for them.
+    """Place the layers in `missing`, with KV for `kv_tokens`, in memory that is free now: nothing is unloaded for them.
 
-    The peers that load and decode them quickest are taken, and of these the emptiest. Raises: NoPeer, DoesNotFit.
+    Prefers peers that load and decode them quickest, and of these the emptiest.
+
+    Returns: stages that together are `missing`.
+    Raises: NoPeer, DoesNotFit.
     """
     peers = candidates(problem)
     stages: list[StagePlan] = []
@@ -40,7 +44,11 @@ def repair(problem: PlanInput, missing: Sequence[LayerRange], *, kv_tokens: int)
 def repair_within(
     problem: PlanInput, missing: Sequence[LayerRange], *, kv_tokens: int, least_tokens: int
 ) -> tuple[tuple[StagePlan, ...], int]:
-    """As `repair`, with KV for half as many tokens and so on, down to `least_tokens`, where memory is short; and for how many."""
+    """Like `repair`, but halve the KV while memory is short, down to `least_tokens`.
+
+    Returns: (stages, tokens that they have KV for).
+    Raises: NoPeer, DoesNotFit.
+    """
     while True:
         try:
             return repair(problem, missing, kv_tokens=kv_tokens), kv_tokens
@@ -68,23 +76,22 @@ class _Run:
         self._problem, self._peers, self._layers, self._kv_tokens = problem, peers, layers, kv_tokens
         self._tables = CostTables(problem, peers)
         self._memory = memory_table(msgspec.structs.replace(problem, context=kv_tokens))
-        self._room = np.array([peer.memory_free_bytes * (1 - RESERVE) for peer in peers])
+        self._allowed = np.array([peer.memory_free_bytes * (1 - RESERVE) for peer in peers])
 
     def search(self) -> tuple[StagePlan, ...]:
         cuts = slice(self._layers.start, self._layers.end + 1)
         stage = (self._load_s() + TOKENS_AHEAD * self._tables.decode_anywhere)[:, cuts, cuts]
-        memory, room = self._memory[None, cuts, cuts], self._room[:, None, None]
-        fullness = np.minimum(1.0, memory[0, 0, -1] / np.maximum(1.0, room))  # by the whole run: no reason to cut it up
-        stage = np.where(memory <= room, stage * (1 + fullness), np.inf)
+        memory, allowed = self._memory[None, cuts, cuts], self._allowed[:, None, None]
+        fullness = np.minimum(
+            1.0, memory[0, 0, -1] / np.maximum(1.0, allowed)
+        )  # of the whole run, so that cutting it up gains nothing
+        stage = np.where(memory <= allowed, stage * (1 + fullness), np.inf)
         stage[:, 0, :] += self._ways(self._layers.start - 1, towards=True)[:, None]
         stage[:, :, -1] += self._ways(self._layers.end, towards=False)[:, None]
         chain = search_for(len(self._peers))(ChainCosts(stage, TOKENS_AHEAD * self._tables.hop), SearchLimits())
         if chain is None:
             raise self._does_not_fit()
-        first = self._layers.start
-        return tuple(
-            StagePlan(peer=self._peers[run.peer].id, layers=LayerRange(first + run.start, first + run.end)) for run in chain.runs
-        )
+        return chain.stages(self._peers, self._layers.start)
 
     def _load_s(self) -> Array:
         """Seconds until a stage's weights are in memory: from its disk, or over the best link from a peer that has them."""
@@ -108,21 +115,22 @@ class _Run:
         return min(disk, max(links, default=UNMEASURED_BANDWIDTH_BYTES_S))
 
     def _ways(self, layer: int, *, towards: bool) -> Array:
-        """The hop between each peer and the nearest one that holds a neighbouring layer; 0 where there is none."""
+        """The hop between each peer and the nearest holder of `layer`; 0 if no peer holds it."""
         problem = self._problem
-        holders = [peer.id for peer in problem.profiles if any(layer in held.layers for held in peer.usable_holdings)]
+        holders = [peer.id for peer in problem.profiles if any(layer in holding.layers for holding in peer.usable_holdings)]
         ways = [[(other, peer.id) if towards else (peer.id, other) for other in holders] for peer in self._peers]
         hops = [[problem.network.hop_s(*way, problem.activation_bytes) for way in row] for row in ways]
         return TOKENS_AHEAD * np.array([min(row, default=0.0) for row in hops])
 
     def _does_not_fit(self) -> DoesNotFit:
         layers, needed = self._layers, float(self._memory[self._layers.start, self._layers.end])
-        best = int(np.argmax(self._room))
-        room = float(self._room[best])
+        best = int(np.argmax(self._allowed))
+        allowed = float(self._allowed[best])
+        name = self._peers[best].name
         return DoesNotFit(
-            f"layers {layers} of {self._problem.card.name} fit nowhere: they need {show_bytes(needed)} with KV for"
-            f" {self._kv_tokens} tokens, and the most that a live peer may take is {show_bytes(room)} ({self._peers[best].name})",
-            missing_bytes=max(1, math.ceil(needed - room)),
+            f"layers {layers} of {self._problem.card.name} fit nowhere: they need {show_bytes(needed)} with KV"
+            f" for {self._kv_tokens} tokens, and the most that a live peer may take is {show_bytes(allowed)} ({name})",
+            missing_bytes=max(1, math.ceil(needed - allowed)),
             hint="start `meshd up` on another device, or allow more `--memory`",
         )
 
@@ -131,5 +139,5 @@ def _after(problem: PlanInput, peer: PeerProfile, stages: Sequence[StagePlan], k
     """The peer with these stages loaded."""
     asked = msgspec.structs.replace(problem, context=kv_tokens)
     taken = sum(stage_memory(asked, stage).total_bytes for stage in stages if stage.peer == peer.id)
-    left = peer.memory_free_bytes - math.ceil(taken / (1 - RESERVE))  # so that the reserve stays as large as it was
+    left = peer.memory_free_bytes - math.ceil(taken / (1 - RESERVE))  # keeps the reserve as large as it was
     return msgspec.structs.replace(peer, memory_free_bytes=max(0, left))

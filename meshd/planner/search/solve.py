@@ -5,22 +5,20 @@ from dataclasses import replace
 import msgspec
 
 from meshd.errors import ContextTooLong, InvalidRequest, Unavailable
-from meshd.planner.explain.shortfall import check_given, does_not_fit
+from meshd.planner.eligible import check_power, eligible
 from meshd.planner.model.estimate import Estimate, estimate
 from meshd.planner.model.tables import CostTables
 from meshd.planner.problem import PlanInput
-from meshd.planner.profile import PeerProfile
-from meshd.planner.search.chains import Chain
-from meshd.planner.search.eligible import check_power, eligible
 from meshd.planner.search.limits import SearchLimits
 from meshd.planner.search.objectives import cheapest
 from meshd.planner.search.select import EXACT_PEERS, search_for
+from meshd.planner.search.shortfall import check_given, does_not_fit
 from meshd.planner.stages import check_stages
-from meshd.types import LayerRange, Objective, PeerId, StagePlan
+from meshd.types import Objective, PeerId, StagePlan
 
 
 class Solution(msgspec.Struct, frozen=True, kw_only=True):
-    """The stages and what they are predicted to do."""
+    """The chosen stages and their predictions."""
 
     stages: tuple[StagePlan, ...]
     estimate: Estimate
@@ -30,7 +28,7 @@ class Solution(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def value(self) -> float:
-        """What the objective makes least: s (TPOT, TTFT, or period), J per token, or a share of memory."""
+        """The minimised figure: s (TPOT, TTFT, or period), J per token, or a share of memory."""
         return objective_value(self.estimate, self.objective)
 
     @property
@@ -39,7 +37,7 @@ class Solution(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def objective_value(predicted: Estimate, objective: Objective) -> float:
-    """An estimate by one objective; energy that is not known is infinite."""
+    """An estimate's figure for one objective; inf for unknown energy."""
     values = {
         Objective.LATENCY: predicted.tpot_s,
         Objective.TTFT: predicted.ttft_s,
@@ -51,13 +49,14 @@ def objective_value(predicted: Estimate, objective: Objective) -> float:
 
 
 def solve(problem: PlanInput) -> Solution:
-    """The best plan for the question; the same question gets the same answer.
+    """Find the best plan for the question; the same question gets the same answer.
 
-    Exact up to `EXACT_PEERS` peers, else by `meshd.planner.search.orders`. Equal plans: fewer peers first, then names. With time
-    limits that the objective's own best plan breaks, the plan of least TPOT or TTFT is taken if it keeps them.
+    The search is exact up to `EXACT_PEERS` peers, else that of `meshd.planner.search.orders`. Of equal plans the one with fewer
+    peers wins, then the first names. If the best plan breaks the time limits, the plan of least TPOT or TTFT is used if it
+    keeps them.
 
     Raises: InvalidRequest, ContextTooLong, NoPeer; DoesNotFit when no plan fits in memory; with `resident_only` NotReady when
-    layers lie nowhere and Overloaded when only room for KV is missing; Unavailable when no plan keeps the time limits.
+    no peer holds some layers and Overloaded when only memory for KV is missing; Unavailable when no plan keeps the time limits.
     """
     _check(problem)
     if problem.stages is not None:
@@ -75,13 +74,16 @@ def solve(problem: PlanInput) -> Solution:
 
 
 def search(problem: PlanInput, limits: SearchLimits) -> Solution | None:
-    """The best plan within extra limits (peers by their place in `eligible(problem)`), or None. Raises as `eligible` does."""
+    """Find the best plan within extra limits (peers by their index in `eligible(problem)`); None if there is none.
+
+    Raises: the errors of `eligible`.
+    """
     peers = eligible(problem)
     limits = replace(limits, least=max(limits.least, problem.min_peers))
     chain = cheapest(CostTables(problem, peers), problem.objective, limits, search_for(len(peers)))
     if chain is None:
         return None
-    stages = _stages(chain, peers)
+    stages = chain.stages(peers)
     return Solution(
         stages=stages,
         estimate=estimate(problem, stages),
@@ -107,10 +109,6 @@ def _given(problem: PlanInput, stages: tuple[StagePlan, ...]) -> Solution:
         check_power([profile for profile in problem.profiles if profile.id in named])
     check_given(problem, stages)
     return Solution(stages=stages, estimate=estimate(problem, stages), objective=problem.objective, method="given")
-
-
-def _stages(chain: Chain, peers: tuple[PeerProfile, ...]) -> tuple[StagePlan, ...]:
-    return tuple(StagePlan(peer=peers[run.peer].id, layers=LayerRange(run.start, run.end)) for run in chain.runs)
 
 
 def _keeps_limits(problem: PlanInput, solution: Solution) -> bool:

@@ -1,1 +1,1 @@
-"""Times and stages for a session that is already running."""
+"""Pauses and routes for a session that is already running."""

@@ -1,4 +1,4 @@
-"""Times of going on with a session under another plan, from the same measurements as `cost`."""
+"""How long a session pauses to continue under another plan, from the same measurements as `cost`."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -19,7 +19,7 @@ _CONTROL_HOPS = 3
 
 
 def compute_s(problem: PlanInput, profile: PeerProfile, first: int, last: int) -> Seconds:
-    """Positions `[first, last)` through each layer, in chunks; a single one as a step of decoding: `[layers]`, seconds."""
+    """Time to compute positions `[first, last)` in chunks, or a single one as a decode step: `[layers]`, seconds."""
     tokens = last - first
     if tokens <= 0:
         return np.zeros(problem.card.spec.layers)
@@ -30,10 +30,10 @@ def compute_s(problem: PlanInput, profile: PeerProfile, first: int, last: int) -
 
 
 def pause_s(problem: PlanInput, stages: Sequence[StagePlan], starts: Sequence[int], known: int, coordinator: PeerId) -> float:
-    """From the choice of this plan to its first token, if each stage computes `[start, known)`.
+    """Seconds from the choice of this plan to its first token, if each stage computes `[start, known)`.
 
-    What a stage computes it is sent by the one before it. The stages work at the same time: the first chunk passes all of them,
-    then the slowest stage or link sets the pace.
+    Each stage receives its input from the one before it. They work in parallel: the first chunk passes all stages, then the
+    slowest stage or link sets the pace.
     """
     first_chunks: list[float] = []
     wholes: list[float] = []
@@ -52,7 +52,7 @@ def pause_s(problem: PlanInput, stages: Sequence[StagePlan], starts: Sequence[in
 
 
 def _opening_s(problem: PlanInput, stages: Sequence[StagePlan], coordinator: PeerId) -> float:
-    """Until all stages are open and told to go on, and the token's way to the coordinator."""
+    """Seconds until all stages are open and resumed, and for the token's way to the coordinator."""
     network = problem.network
     farthest = max(network.hop_s(coordinator, stage.peer, CONTROL_BYTES) for stage in stages)
     return _CONTROL_HOPS * farthest + network.hop_s(stages[-1].peer, coordinator, cost.TOKEN_MESSAGE_BYTES)

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from meshd.errors import ModelFileError
-from meshd.kernels.backend import make_backend
+from meshd.kernels.registry import make_backend
 from meshd.models.files.gguf import GgufFile
 from meshd.models.files.manifest import (
     HEADER,

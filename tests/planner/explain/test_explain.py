@@ -6,12 +6,12 @@ from in_process.clusters import make_holding, make_network, make_peer, make_prob
 from meshd.errors import DoesNotFit
 from meshd.planner.explain.explain import explain
 from meshd.planner.explain.reasons import runner_up
-from meshd.planner.explain.units import show_bytes, show_seconds
 from meshd.planner.explain.whatif import with_what_if
 from meshd.planner.network import Network
 from meshd.planner.problem import PlanInput
 from meshd.planner.search.solve import solve
 from meshd.planner.stages import parse_stages
+from meshd.planner.units import show_bytes, show_seconds
 from meshd.types import Objective
 
 SMALL = 150 << 20

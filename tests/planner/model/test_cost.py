@@ -23,39 +23,6 @@ TINY = ModelSpec(
 )
 
 
-def matmul_flops(rows: int, inner: int, columns: int) -> int:
-    """Multiplications and additions of a product, counted one by one."""
-    count = 0
-    for _ in range(rows):
-        for _ in range(columns):
-            count += 2 * inner
-    return count
-
-
-def counted_flops(spec: ModelSpec, tokens: int, first: int) -> int:
-    """One block, as its loops would run it."""
-    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    shapes = [(spec.hidden, q), (spec.hidden, kv), (spec.hidden, kv), (q, spec.hidden)]
-    shapes += [(spec.hidden, spec.ffn), (spec.hidden, spec.ffn), (spec.ffn, spec.hidden)]
-    count = sum(matmul_flops(tokens, inner, columns) for inner, columns in shapes)
-    for token in range(tokens):
-        for _ in range(spec.heads):
-            seen = first + token + 1
-            count += matmul_flops(1, spec.head_dim, seen) + matmul_flops(1, seen, spec.head_dim)
-    return count
-
-
-@pytest.mark.parametrize(("tokens", "first"), [(1, 0), (1, 9), (5, 0), (7, 20)])
-def test_closed_form_of_prefill_equals_counting(tokens: int, first: int) -> None:
-    assert cost.prefill_flops(TINY, tokens, first) == counted_flops(TINY, tokens, first)
-
-
-@pytest.mark.parametrize("position", [1, 10, 63])
-def test_closed_form_of_decode_equals_counting(position: int) -> None:
-    assert cost.decode_flops(TINY, position) == counted_flops(TINY, 1, position - 1)
-    assert cost.decode_flops(TINY, position, batch=3) == 3 * counted_flops(TINY, 1, position - 1)
-
-
 def test_parameters_of_a_block_equal_those_of_smollm2() -> None:
     card = make_card()
     norms = 2 * card.spec.hidden

@@ -11,11 +11,12 @@ import pytest
 
 from in_process.clusters import make_card, make_network, make_peer, make_problem, random_problem
 from meshd.errors import DoesNotFit
+from meshd.planner.chain import Chain
+from meshd.planner.eligible import eligible
 from meshd.planner.model.estimate import estimate
 from meshd.planner.model.tables import CostTables
 from meshd.planner.problem import PlanInput
-from meshd.planner.search.chains import Chain, ChainCosts, Search, exact_search
-from meshd.planner.search.eligible import eligible
+from meshd.planner.search.chains import ChainCosts, Search, exact_search
 from meshd.planner.search.limits import SearchLimits
 from meshd.planner.search.objectives import cheapest
 from meshd.planner.search.orders import HeuristicSearch, best_in_order, chain_value

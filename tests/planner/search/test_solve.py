@@ -4,7 +4,7 @@ import pytest
 from in_process.clusters import make_card, make_holding, make_network, make_peer, make_problem
 from meshd.errors import ContextTooLong, DoesNotFit, InvalidRequest, NoPeer, NotReady, Overloaded, Unavailable
 from meshd.planner.network import Network
-from meshd.planner.plan import build_plan
+from meshd.planner.search.plan import build_plan
 from meshd.planner.search.solve import Solution, solve
 from meshd.planner.stages import parse_stages, stages_text
 from meshd.types import LayerRange, Objective, PlanId, StagePlan

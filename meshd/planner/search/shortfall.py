@@ -1,27 +1,28 @@
-"""When nothing fits: how many bytes are missing, where, and what would help."""
+"""Errors for a question that no plan fits: how many bytes are missing, where, and what would help."""
 
 import msgspec
 import numpy as np
 
 from meshd.errors import DoesNotFit, MeshdError, NotReady, Overloaded
-from meshd.planner.explain.units import show_bytes
+from meshd.planner.chain import LayerRun
+from meshd.planner.eligible import eligible
 from meshd.planner.model.estimate import peer_memory
 from meshd.planner.model.memory import RESERVE, capacity_bytes, missing_bytes
 from meshd.planner.model.tables import CostTables
 from meshd.planner.problem import PlanInput
-from meshd.planner.search.chains import ChainCosts, LayerRun
-from meshd.planner.search.eligible import eligible
+from meshd.planner.search.chains import ChainCosts
 from meshd.planner.search.limits import SearchLimits
 from meshd.planner.search.select import search_for
+from meshd.planner.units import show_bytes
 from meshd.types import Holding, StagePlan
 
 _LATER = "ask for a smaller context, or try again when other requests have ended"
 SMALLEST_CONTEXT = 64
-"""No smaller context is offered as a way out."""
+"""The smallest context that a hint offers."""
 
 
 def does_not_fit(problem: PlanInput) -> MeshdError:
-    """Why no plan was found, to be raised."""
+    """The error for a question without a plan, to be raised."""
     if problem.resident_only:
         return _not_resident(problem)
     runs, tables, missing = _least_overflow(problem, problem.context)
@@ -35,13 +36,8 @@ def does_not_fit(problem: PlanInput) -> MeshdError:
     )
 
 
-def missing_total_bytes(problem: PlanInput) -> int:
-    """Free memory that is missing, over all peers, for the placement that lacks least; 0 if one fits."""
-    return sum(_least_overflow(problem, problem.context)[2])
-
-
 def check_given(problem: PlanInput, stages: tuple[StagePlan, ...]) -> None:
-    """Whether given stages fit. Raises: DoesNotFit; with `resident_only` NotReady, Overloaded."""
+    """Check that given stages fit. Raises: DoesNotFit; with `resident_only` NotReady, Overloaded."""
     if problem.resident_only:
         _check_resident(problem, stages)
         return
@@ -58,15 +54,15 @@ def check_given(problem: PlanInput, stages: tuple[StagePlan, ...]) -> None:
 
 
 def _least_overflow(problem: PlanInput, context: int) -> tuple[tuple[LayerRun, ...], CostTables, list[int]]:
-    """The placement that lacks the least free memory in total, and what each of its peers lacks."""
+    """The placement that lacks the least free memory in total. Returns: (its runs, the tables, bytes that each run lacks)."""
     asked = msgspec.structs.replace(problem, context=context, prompt_tokens=min(problem.prompt_tokens, context))
     tables = CostTables(asked, eligible(asked))
-    room = np.array([capacity_bytes(asked, peer) for peer in tables.peers], dtype=np.float64)
-    over = np.ceil(np.maximum(0.0, tables.memory[None] / (1 - RESERVE) - room[:, None, None]))
+    capacity = np.array([capacity_bytes(asked, peer) for peer in tables.peers], dtype=np.float64)
+    over = np.ceil(np.maximum(0.0, tables.memory[None] / (1 - RESERVE) - capacity[:, None, None]))
     count = len(tables.peers)
     chain = search_for(count)(ChainCosts(over, np.zeros((count, count))), SearchLimits(least=asked.min_peers))
     runs = chain.runs if chain else ()
-    missing = [missing_bytes(float(tables.memory[run.start, run.end]), room[run.peer]) for run in runs]
+    missing = [missing_bytes(float(tables.memory[run.start, run.end]), capacity[run.peer]) for run in runs]
     return runs, tables, missing
 
 
@@ -80,10 +76,10 @@ def _hint(problem: PlanInput) -> str:
 
 
 def _not_resident(problem: PlanInput) -> MeshdError:
-    """With routes over resident layers only: layers that lie nowhere, or KV that is taken."""
+    """The error for a route over resident layers only: layers that no peer holds, or KV that is in use."""
     card, count = problem.card, problem.card.spec.layers
     peers = eligible(problem)
-    covered = {layer for peer in peers for held in peer.usable_holdings for layer in held.layers}
+    covered = {layer for peer in peers for holding in peer.usable_holdings for layer in holding.layers}
     absent = [layer for layer in range(count) if layer not in covered]
     if absent:
         return NotReady(
@@ -94,7 +90,7 @@ def _not_resident(problem: PlanInput) -> MeshdError:
         return NotReady(f"{card.name} cannot answer yet: its resident layers make no chain{wanted} with one run per peer")
     if not _route_if_idle(problem, context=problem.context):
         return NotReady(f"{card.name} cannot answer yet: it was placed with KV for fewer than {problem.context} tokens")
-    free = ", ".join(f"{peer.name} {max(held.kv_tokens_free for held in peer.usable_holdings)}" for peer in peers)
+    free = ", ".join(f"{peer.name} {max(holding.kv_tokens_free for holding in peer.usable_holdings)}" for peer in peers)
     return Overloaded(
         f"no route over the resident layers of {card.name} has KV free for {problem.context} tokens (free: {free})",
         hint=_LATER,
@@ -102,7 +98,7 @@ def _not_resident(problem: PlanInput) -> MeshdError:
 
 
 def _route_if_idle(problem: PlanInput, context: int) -> bool:
-    """Whether the resident layers can be chained with KV for so many tokens, if no other session held any."""
+    """Whether the resident layers make a chain with KV for `context` tokens once no other session has any."""
     idle = tuple(msgspec.structs.replace(profile, holdings=tuple(map(_idle, profile.holdings))) for profile in problem.profiles)
     asked = msgspec.structs.replace(problem, profiles=idle, context=context, prompt_tokens=1)
     tables = CostTables(asked, eligible(asked))
@@ -110,19 +106,19 @@ def _route_if_idle(problem: PlanInput, context: int) -> bool:
     return search_for(len(tables.peers))(ChainCosts(tables.possible, links), SearchLimits(least=problem.min_peers)) is not None
 
 
-def _idle(held: Holding) -> Holding:
-    return msgspec.structs.replace(held, kv_tokens_free=held.kv_tokens_total)
+def _idle(holding: Holding) -> Holding:
+    return msgspec.structs.replace(holding, kv_tokens_free=holding.kv_tokens_total)
 
 
 def _check_resident(problem: PlanInput, stages: tuple[StagePlan, ...]) -> None:
     for stage in stages:
         profile = problem.profile(stage.peer)
-        holders = [held for held in profile.usable_holdings if stage.layers in held.layers]
+        holders = [holding for holding in profile.usable_holdings if stage.layers in holding.layers]
         if not holders:
             raise NotReady(f"{profile.name} does not hold layers {stage.layers} of {problem.card.name} yet")
-        if max(held.kv_tokens_total for held in holders) < problem.context:
+        if max(holding.kv_tokens_total for holding in holders) < problem.context:
             raise NotReady(f"{profile.name} holds layers {stage.layers} with KV for fewer than {problem.context} tokens")
-        if max(held.kv_tokens_free for held in holders) < problem.context:
+        if max(holding.kv_tokens_free for holding in holders) < problem.context:
             raise Overloaded(f"{profile.name} has no KV free for {problem.context} tokens", hint=_LATER)
 
 

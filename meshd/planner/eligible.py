@@ -1,4 +1,4 @@
-"""Which peers may be in a plan at all, and why the others may not."""
+"""Which peers may be in a plan, and why the others may not."""
 
 from meshd.errors import InvalidRequest, NoPeer, NotReady
 from meshd.planner.problem import PlanInput
@@ -9,7 +9,7 @@ _HOLDS_NOTHING = "it holds no layers of this model"
 
 
 def exclusions(problem: PlanInput) -> dict[PeerId, str]:
-    """Why a peer may not take layers, for each that may not. Memory is not looked at here."""
+    """The reason of each peer that may not take layers. Memory is not considered."""
     reasons = ((profile.id, _reason(problem, profile)) for profile in problem.profiles)
     return {peer: reason for peer, reason in reasons if reason}
 
@@ -17,7 +17,7 @@ def exclusions(problem: PlanInput) -> dict[PeerId, str]:
 def eligible(problem: PlanInput) -> tuple[PeerProfile, ...]:
     """The peers that may take layers, ordered by name, then id.
 
-    Raises: NoPeer when there are none, or fewer than asked for; NotReady when there are enough and too few hold layers yet.
+    Raises: NoPeer when there are none or fewer than `min_peers`; NotReady when there are enough but too few hold layers yet;
     InvalidRequest when the objective needs a power that was not measured.
     """
     named = set(problem.peers or ())
@@ -33,7 +33,7 @@ def eligible(problem: PlanInput) -> tuple[PeerProfile, ...]:
 
 
 def check_power(peers: list[PeerProfile]) -> None:
-    """Raises: InvalidRequest unless the power of each was measured."""
+    """Check that the power of each peer was measured. Raises: InvalidRequest."""
     unknown = [peer.name for peer in peers if peer.power_w is None]
     if unknown:
         raise InvalidRequest(

@@ -1,4 +1,4 @@
-"""Figures as people read them."""
+"""Format sizes, times and rates for people."""
 
 from meshd.types import Objective
 
@@ -25,7 +25,7 @@ def show_rate(seconds_per_token: float) -> str:
 
 
 def show_value(objective: Objective, value: float) -> str:
-    """What an objective makes least, with its name and unit."""
+    """An objective's value with its name and unit."""
     if objective is Objective.THROUGHPUT:
         return f"{show_rate(value)} over many requests"
     if objective is Objective.ENERGY:

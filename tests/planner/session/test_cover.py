@@ -6,8 +6,8 @@ from itertools import combinations, pairwise, product
 import numpy as np
 import pytest
 
-from meshd.planner.search.chains import Array, LayerRun
-from meshd.planner.search.cover import CoverCosts, cover
+from meshd.planner.chain import Array, LayerRun
+from meshd.planner.session.cover import CoverCosts, cover
 
 RANDOM_GAPS = 150
 
