@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "lib"))
 
 from sim.faults import kinds
 from sim.options import Options, replay
-from sim.world import Outcome, World
+from sim.outcome import Outcome
+from sim.world import World
 
 _COUNTED = (
     "events",

@@ -8,7 +8,6 @@ when the cut heals, if the link still stands; what is under way when a link brea
 import asyncio
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,6 +23,7 @@ from meshd.protocol.transport import QUEUE_BYTES, Buffer
 from meshd.types import LinkStats, PeerId
 from sim.loop import OWNER, Owner, SimClock, SimLoop
 from sim.trace import Trace
+from sim.wires import Harsh, Link, Path, Pipe
 
 _SILENCE_S = 2.0
 _BEAT_S = 0.5
@@ -33,50 +33,6 @@ _HEADER_BYTES = 120
 _ADVERTS_ENCODED = 0.05
 """Those of many peers are long, and go out by the dozen: so many of them are really encoded and read."""
 Pair = tuple[PeerId, PeerId]
-
-
-@dataclass(slots=True)
-class Path:
-    """One direction between two peers."""
-
-    delay_s: float
-    jitter_s: float
-    bandwidth_bytes_s: float
-    slow: float = 1.0
-    cut: bool = False
-    blocked_since: float | None = None
-    """Heartbeats of the sender don't come: a cut, or the sender stands still."""
-    told: tuple[float, LinkStats] | None = None
-
-
-@dataclass(slots=True)
-class Harsh:
-    """How often a single message is dropped, repeated, or overtaken by later ones; such a network is worse than TCP."""
-
-    drop: float = 0.0
-    repeat: float = 0.0
-    reorder: float = 0.0
-
-
-@dataclass(slots=True)
-class _Pipe:
-    """One lane in one direction."""
-
-    free_at: float = 0.0
-    last_arrival: float = 0.0
-    queued_bytes: int = 0
-    held: list[tuple[Message, bytes, int]] = field(default_factory=list)
-
-
-@dataclass(eq=False, slots=True)
-class _Link:
-    number: int
-    lost_after: float = float("inf")
-    """It broke: what would arrive later does not."""
-    lossy: bool = False
-    up: set[PeerId] = field(default_factory=set)
-    ended: set[PeerId] = field(default_factory=set)
-    pipes: dict[tuple[PeerId, Lane], _Pipe] = field(default_factory=dict)
 
 
 class SimLinks:
@@ -98,7 +54,7 @@ class SimLinks:
         self.owner = owner
         self.incarnation = incarnation
         self.on_up, self.on_down = on_up, on_down
-        self.links: dict[PeerId, _Link] = {}
+        self.links: dict[PeerId, Link] = {}
         self.gone = False
         self.context = owner.context()
         self._network = network
@@ -204,8 +160,6 @@ class SimNetwork:
     def set_path(self, source: PeerId, target: PeerId, path: Path) -> None:
         self._paths[source, target] = path
 
-    # Peers come and go
-
     def attach(self, end: SimLinks) -> None:
         """This peer listens and dials."""
         self._ends[end.id] = end
@@ -242,8 +196,6 @@ class SimNetwork:
                 self._unblock_if(peer, other)
                 self._redial(peer, other)
 
-    # What can be wrong
-
     def cut(self, source: PeerId, target: PeerId) -> None:
         """Nothing passes in this direction, and nobody is told."""
         self._paths[source, target].cut = True
@@ -270,8 +222,6 @@ class SimNetwork:
             for other, link in list(end.links.items()):
                 if link.lossy:
                     self.break_link(end.id, other)
-
-    # Silence
 
     def silence_s(self, source: PeerId, target: PeerId) -> float:
         since = self._paths[source, target].blocked_since
@@ -300,8 +250,6 @@ class SimNetwork:
         if path.blocked_since == since and link is not None and listener.id in link.up:
             self._end(listener, source, link, f"silent for {self._loop.time() - since:.1f} s")
 
-    # Links come up and end
-
     def _redial(self, one: PeerId, other: PeerId, wait: float | None = None) -> None:
         pair = (one, other) if one < other else (other, one)
         if pair in self._redials:
@@ -319,10 +267,10 @@ class SimNetwork:
         if links[0] is not None and links[0] is links[1]:
             return
         self._links += 1
-        link = _Link(self._links)
+        link = Link(self._links)
         for source, target in ((one, other), (other, one)):
             for lane in Lane:
-                link.pipes[source, lane] = _Pipe()
+                link.pipes[source, lane] = Pipe()
             self._paths[source, target].told = None
         there, back = self._paths[one, other], self._paths[other, one]
         ready_s = 2 * (there.delay_s * there.slow + back.delay_s * back.slow)
@@ -330,7 +278,7 @@ class SimNetwork:
         self._loop.call_later(ready_s + there.delay_s * there.slow, self._bring_up, ends[1], ends[0], link, context=ends[1].context)
         self._loop.call_later(ready_s, self._bring_up, ends[0], ends[1], link, context=ends[0].context)
 
-    def _bring_up(self, end: SimLinks, other: SimLinks, link: _Link) -> None:
+    def _bring_up(self, end: SimLinks, other: SimLinks, link: Link) -> None:
         if end.gone or link.ended:
             return
         old = end.links.get(other.id)
@@ -356,14 +304,14 @@ class SimNetwork:
         )
         end.on_up(other.id, hello, (f"sim-{other.id[:8]}", 6375))
 
-    def _end(self, end: SimLinks, other: PeerId, link: _Link, reason: str) -> None:
+    def _end(self, end: SimLinks, other: PeerId, link: Link, reason: str) -> None:
         """This side has no link any more, and says so to the other one."""
         if end.links.get(other) is not link:
             return
         self._tell_ended(end, other, link, "connection closed")
         self._down(end, other, link, reason)
 
-    def _tell_ended(self, end: SimLinks, other: PeerId, link: _Link, reason: str) -> None:
+    def _tell_ended(self, end: SimLinks, other: PeerId, link: Link, reason: str) -> None:
         """What was sent before arrives before."""
         link.ended.add(end.id)
         far = self._ends.get(other)
@@ -376,7 +324,7 @@ class SimNetwork:
         arrival = max(self._loop.time() + self._delay_s(self._paths[end.id, other]), min(last, link.lost_after)) + 1e-6
         self._loop.call_at(arrival, self._down, far, end.id, link, reason, context=far.context)
 
-    def _down(self, end: SimLinks, other: PeerId, link: _Link, reason: str) -> None:
+    def _down(self, end: SimLinks, other: PeerId, link: Link, reason: str) -> None:
         if end.gone or end.links.get(other) is not link:
             return
         link.ended.add(end.id)
@@ -387,9 +335,7 @@ class SimNetwork:
         end.on_down(other, reason)
         self._redial(end.id, other)
 
-    # Messages
-
-    def send(self, end: SimLinks, target: PeerId, link: _Link, message: Message, payload: Buffer | None) -> None:
+    def send(self, end: SimLinks, target: PeerId, link: Link, message: Message, payload: Buffer | None) -> None:
         pipe = link.pipes[end.id, _lane_of(message, payload)]
         size = _HEADER_BYTES + (0 if payload is None else memoryview(payload).nbytes)
         if pipe.queued_bytes + size > QUEUE_BYTES:
@@ -409,7 +355,7 @@ class SimNetwork:
         return decode(header)
 
     def _put(
-        self, source: PeerId, target: PeerId, link: _Link, pipe: _Pipe, message: Message, payload: Buffer | None, size: int
+        self, source: PeerId, target: PeerId, link: Link, pipe: Pipe, message: Message, payload: Buffer | None, size: int
     ) -> None:
         path = self._paths[source, target]
         pipe.queued_bytes += size
@@ -448,7 +394,7 @@ class SimNetwork:
                 self._put(source, target, link, pipe, message, payload, size)
 
     def _deliver(
-        self, source: PeerId, target: PeerId, link: _Link, pipe: _Pipe, message: Message, payload: Buffer | None, size: int
+        self, source: PeerId, target: PeerId, link: Link, pipe: Pipe, message: Message, payload: Buffer | None, size: int
     ) -> None:
         pipe.queued_bytes = max(0, pipe.queued_bytes - size)
         receiver = self._ends.get(target)
@@ -471,8 +417,6 @@ class SimNetwork:
 
     def _delay_s(self, path: Path) -> float:
         return (path.delay_s + self._rng.random() * path.jitter_s) * path.slow
-
-    # What a prober would measure
 
     def stats(self, source: PeerId, target: PeerId) -> LinkStats:
         """As measured when the link came up."""

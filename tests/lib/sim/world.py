@@ -2,19 +2,14 @@
 
 import asyncio
 import hashlib
-import logging
 import math
 import random
-import sys
 import time
 import traceback
 from base64 import b32encode
 from collections import Counter
-from collections.abc import Coroutine, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Coroutine, Iterable
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 from meshd.agents.service import MeshOptions
@@ -24,13 +19,16 @@ from meshd.types import PeerId, SessionId
 from sim.checks import Checks
 from sim.client import Client, Connection, Wrong
 from sim.faults import inject, make_faults
-from sim.loop import OWNER, SimLoop
-from sim.network import Path, SimNetwork
+from sim.loop import SimLoop
+from sim.network import SimNetwork
 from sim.options import Options
+from sim.outcome import Outcome
 from sim.peer import Life, PeerSpec, SimPeer
 from sim.requests import Load, make_wish, make_wishes
+from sim.surroundings import virtual_time, watched_log
 from sim.toy import MIB, Meter, Speed, toy_card
 from sim.trace import Trace
+from sim.wires import Path
 
 METHODS = (KEPT, MIRROR, REPLAY, PREFILL)
 _SETTLE_S = 15.0
@@ -46,39 +44,6 @@ _LATE_SHARE = 0.15
 _CLOSING_ROUNDS = 20
 _SOON_S = 6.0
 """Losses closer than this may take a session's record with them."""
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What a run shows."""
-
-    seed: int
-    failure: str = ""
-    digest: int = 0
-    events: int = 0
-    callbacks: int = 0
-    messages: int = 0
-    steps: int = 0
-    checks: int = 0
-    faults: int = 0
-    virtual_s: float = 0.0
-    real_s: float = 0.0
-    exact: int = 0
-    cancelled: int = 0
-    client_errors: int = 0
-    recoveries: int = 0
-    plans: int = 0
-    searches: int = 0
-    searching_s: float = 0.0
-    """Of real time."""
-    methods: Counter[str] = field(default_factory=Counter)
-    """How answers went on after a change of plan."""
-    pauses: list[float] = field(default_factory=list)
-    worst: tuple[float, str] = 0.0, ""
-    lines: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        return f"seed {self.seed}: {self.failure or 'ok'}"
 
 
 class World:
@@ -131,8 +96,6 @@ class World:
                 self.network.set_path(*pair, Path(delay, delay * rng.random(), 10 ** rng.uniform(6.5, 8.5)))
         self.peers[spec.id] = peer
         self.names[spec.id] = spec.name
-
-    # What clients and faults use
 
     async def some_life(self) -> Life:
         """A peer that is up, as far as anyone can tell."""
@@ -204,8 +167,6 @@ class World:
     def coordinates(self, peer: SimPeer) -> bool:
         return peer.life is not None and any(not answer.ended for answer in peer.life.coordinator.answers.values())
 
-    # What may be expected
-
     def _weigh(self) -> None:
         """Whether the peers that are well could hold the models between them."""
         now = self.loop.time()
@@ -239,13 +200,11 @@ class World:
         close = any(later - earlier < _SOON_S for earlier, later in pairwise(times))
         return close or any(self.loop.time() - at < _SOON_S for at in times)
 
-    # The run
-
     def run(self) -> Outcome:
         """All of it. Does not raise for a broken invariant: the outcome tells."""
         outcome = Outcome(self.seed)
         began = time.perf_counter()
-        with virtual_time(self.loop, self.meter), watched_log(self):
+        with virtual_time(self.loop, self.meter), watched_log(self.loop, self.trace):
             try:
                 self.loop.run_until_complete(self._main())
             except AssertionError as error:
@@ -401,67 +360,3 @@ def _raise_first(task: "asyncio.Task[Any]") -> None:
 
 async def _wait(tasks: Iterable["asyncio.Task[Any]"]) -> None:
     await asyncio.wait(list(tasks), timeout=60.0)
-
-
-@contextmanager
-def virtual_time(loop: SimLoop, meter: Meter) -> Iterator[None]:
-    """Whoever asks the module `time` how long something took is told virtual time."""
-
-    def now() -> float:
-        return loop.time() + meter.spent_s
-
-    def now_ns() -> int:
-        return int(now() * 1e9)
-
-    shim = SimpleNamespace(perf_counter=now, monotonic=now, time=now, perf_counter_ns=now_ns, monotonic_ns=now_ns)
-    patched = [
-        module for name, module in list(sys.modules.items()) if name.startswith("meshd.") and getattr(module, "time", None) is time
-    ]
-    for module in patched:
-        module.time = shim  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        for module in patched:
-            module.time = time  # type: ignore[attr-defined]
-
-
-class _Watcher(logging.Handler):
-    """What is logged as an error is a bug."""
-
-    def __init__(self, world: World) -> None:
-        super().__init__(logging.DEBUG)
-        self._world = world
-
-    def emit(self, record: logging.LogRecord) -> None:
-        owner = OWNER.get()
-        if owner is not None and owner.dead:
-            return
-        self._world.trace.log(owner.name if owner else "-", record)
-        if record.levelno >= logging.ERROR:
-            error = record.exc_info[1] if record.exc_info else None
-            where = "" if error is None or error.__traceback__ is None else _where(error)
-            self._world.loop.faults.append(f"{owner.name if owner else '-'} logs: {record.getMessage()} {error!r}{where}")
-
-
-def _where(error: BaseException) -> str:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return "" if trace is None else f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
-
-
-@contextmanager
-def watched_log(world: World) -> Iterator[None]:
-    """The product's log goes to the trace, its errors to the checks."""
-    logger = logging.getLogger("meshd")
-    before = logger.level, logger.propagate, logger.handlers[:]
-    watcher = _Watcher(world)
-    logger.handlers[:] = [watcher]
-    logger.propagate = False
-    logger.setLevel(logging.DEBUG if world.trace.lines.maxlen else logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.level, logger.propagate, logger.handlers[:] = before
-        logger.setLevel(before[0])
