@@ -1,4 +1,4 @@
-"""Whole daemons on three hosts: found, told apart by key, gone when they leave or are cut. `pytest -s` prints the times."""
+"""Whole daemons on three hosts: discovery, separate clusters, leaving and cut links. `pytest -s` prints the times."""
 
 import json
 import math

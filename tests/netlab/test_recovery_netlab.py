@@ -1,4 +1,4 @@
-"""An answer over two of four hosts when one of them falls silent: it goes on, and is the calm one. `pytest -s` prints pauses."""
+"""An answer over two of four hosts, one of which falls silent: it continues with the same tokens. `pytest -s` prints pauses."""
 
 import http.client
 import signal

@@ -1,4 +1,4 @@
-"""A mesh of real daemons on a site: started, asked, struck and started again under the same identity."""
+"""A mesh of real daemons on a site: starts them, asks them, disturbs them and restarts them under the same identity."""
 
 import contextlib
 import http.client
@@ -218,7 +218,7 @@ class Mesh:
             raise MeshBroken(f"{stages} were not placed: {told[-500:]}")
 
     def story(self, session: str) -> list[dict[str, Any]]:
-        """What happened to a session, told by all peers, asked at the first one that answers."""
+        """A session's story, collected from all peers by the first one that answers."""
         for host in self:
             with contextlib.suppress(OSError, http.client.HTTPException, MeshBroken):
                 rows: list[dict[str, Any]] = host.get(f"/mesh/v1/sessions/{session}/story")["data"]

@@ -1,8 +1,9 @@
 """A seeded network: what `meshd.agents.links.links` does over sockets, here over virtual time.
 
-A link is two lanes in each direction, each in order, as TCP gives it. Heartbeats are not sent one by one: whether they would have
-come is known, and a link that would have missed them for 2 s is given up by the side that misses them. What a cut holds back comes
-when the cut heals, if the link still stands; what is under way when a link breaks is lost from some point on.
+A link is two lanes in each direction, each in order, as TCP gives it. Heartbeats are not sent one by one: the network
+knows whether they would have arrived, and a side that would have missed them for 2 s gives the link up. Messages held back by a cut
+arrive when the cut heals, if the link still exists; of the messages in transit when a link breaks, those after a random time are
+lost.
 """
 
 import asyncio
@@ -84,7 +85,7 @@ class SimLinks:
         return self.dispatcher.next_request()
 
     def connect(self, host: str, port: int, source: str) -> None:
-        """The network links all who can reach one another by itself."""
+        """Nothing to do: the network links all peers that can reach one another."""
 
     def forget(self, host: str, port: int, source: str) -> None:
         pass
@@ -161,7 +162,7 @@ class SimNetwork:
         self._paths[source, target] = path
 
     def attach(self, end: SimLinks) -> None:
-        """This peer listens and dials."""
+        """Let this peer listen and dial."""
         self._ends[end.id] = end
         for other in self._ends:
             if other != end.id:
@@ -170,7 +171,7 @@ class SimNetwork:
                 self._redial(end.id, other)
 
     def detach(self, end: SimLinks, reason: str, *, silently: bool = False) -> None:
-        """It is gone; with `silently` nobody is told: power was cut."""
+        """Remove a peer. With `silently` the others get no notice, as after a power cut."""
         if end.gone:
             return
         end.gone = True
@@ -185,7 +186,7 @@ class SimNetwork:
         end.dispatcher.cancel_tasks()
 
     def stands_still(self, peer: PeerId) -> None:
-        """Its process is frozen: it sends nothing."""
+        """Freeze its process: it sends nothing."""
         for other in self._ends:
             if other != peer:
                 self._block(peer, other)
@@ -197,7 +198,7 @@ class SimNetwork:
                 self._redial(peer, other)
 
     def cut(self, source: PeerId, target: PeerId) -> None:
-        """Nothing passes in this direction, and nobody is told."""
+        """Stop everything in this direction, without notice to either side."""
         self._paths[source, target].cut = True
         self._block(source, target)
 
@@ -208,7 +209,7 @@ class SimNetwork:
         self._redial(source, target)
 
     def break_link(self, one: PeerId, other: PeerId) -> None:
-        """A reset: both sides are told, what is under way is lost from some point on."""
+        """Reset the link: both sides notice, and messages in transit are lost from a random time on."""
         end = self._ends.get(one)
         link = end.links.get(other) if end is not None else None
         if end is None or link is None:
@@ -258,7 +259,7 @@ class SimNetwork:
         self._redials[pair] = self._loop.call_later(wait, self._dial, *pair)
 
     def _dial(self, one: PeerId, other: PeerId) -> None:
-        """Both dial; nothing happens while they can't reach one another: what changes that dials anew."""
+        """Both sides dial. Nothing happens while they cannot reach one another: the change that ends this dials again."""
         del self._redials[one, other]
         ends = self._ends.get(one), self._ends.get(other)
         if ends[0] is None or ends[1] is None or self._blocked(one, other) or self._blocked(other, one):
@@ -305,20 +306,20 @@ class SimNetwork:
         end.on_up(other.id, hello, (f"sim-{other.id[:8]}", 6375))
 
     def _end(self, end: SimLinks, other: PeerId, link: Link, reason: str) -> None:
-        """This side has no link any more, and says so to the other one."""
+        """End the link on this side and notify the other one."""
         if end.links.get(other) is not link:
             return
         self._tell_ended(end, other, link, "connection closed")
         self._down(end, other, link, reason)
 
     def _tell_ended(self, end: SimLinks, other: PeerId, link: Link, reason: str) -> None:
-        """What was sent before arrives before."""
+        """Notify the other side, after everything that was sent before."""
         link.ended.add(end.id)
         far = self._ends.get(other)
         if far is None or far.links.get(end.id) is not link:
             return
         if self._paths[end.id, other].cut:
-            self._block(end.id, other)  # it will find out by silence
+            self._block(end.id, other)  # it notices the silence
             return
         last = max(link.pipes[end.id, lane].last_arrival for lane in Lane)
         arrival = max(self._loop.time() + self._delay_s(self._paths[end.id, other]), min(last, link.lost_after)) + 1e-6
@@ -368,7 +369,7 @@ class SimNetwork:
         deliver = partial(self._deliver, source, target, link, pipe, message, payload, size)
         receiver = self._ends.get(target)
         if receiver is None:
-            return  # it is gone: nobody takes it
+            return  # the receiver is gone
         harsh, chance = self.harsh, self._rng.random() if (self.harsh.drop or self.harsh.repeat or self.harsh.reorder) else 1.0
         if chance < harsh.drop:
             link.lossy = True
@@ -406,7 +407,7 @@ class SimNetwork:
             pipe.held.append((message, b"" if payload is None else bytes(payload), size))
             return
         self.delivered(source, target, message)
-        # Copied only now: a sender that changes what it has sent is found out.
+        # Copied only on arrival, so that a sender that changes a sent payload is detected.
         receiver.dispatcher.deliver(source, message, memoryview(b"" if payload is None else bytes(memoryview(payload).cast("B"))))
 
     def delivered(self, source: PeerId, target: PeerId, message: Message) -> None:

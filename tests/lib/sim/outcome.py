@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Outcome:
-    """What a run shows."""
+    """Figures of one run, and why it failed."""
 
     seed: int
     failure: str = ""
@@ -28,7 +28,7 @@ class Outcome:
     searching_s: float = 0.0
     """Of real time."""
     methods: Counter[str] = field(default_factory=Counter)
-    """How answers went on after a change of plan."""
+    """How answers continued after a change of plan."""
     pauses: list[float] = field(default_factory=list)
     worst: tuple[float, str] = 0.0, ""
     lines: list[str] = field(default_factory=list)
