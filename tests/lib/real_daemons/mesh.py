@@ -96,8 +96,6 @@ class Host:
             self.process.stdin.close()
         return status
 
-    # What it tells; over its own loopback, so that no cut hinders
-
     def get(self, path: str, timeout_s: float = _ASK_S) -> Any:
         """Raises: OSError, HTTPException, MeshBroken for any status but 200."""
         return self.ask("GET", path, timeout_s=timeout_s)
@@ -137,8 +135,6 @@ class Host:
         except (OSError, http.client.HTTPException, MeshBroken):
             return False
         return True
-
-    # What the kernel tells
 
     def resident_bytes(self) -> int:
         assert self.process is not None

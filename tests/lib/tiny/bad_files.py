@@ -28,9 +28,6 @@ Seeds = dict[str, bytes]
 """File name -> content of one model that is whole."""
 
 
-# --- the models that are mutated ---------------------------------------------------------------------------------------
-
-
 def small_gguf(part: int | None = None, *, pieces: bool = False) -> bytes:
     """A llama of one layer with weights of many kinds; or one of two parts of it. `pieces`: its tokens are SentencePiece's."""
     hidden, ffn, vocab = 256, 32, 32
@@ -132,9 +129,6 @@ PARTS = (
     "self_attn.qkv_proj.weight", "mlp.gate.weight", "self_attn.q_norm.weight", "self_attn.q_proj.bias",
 )  # fmt: skip
 """Tensors of layers that only some families have."""
-
-
-# --- mutation ----------------------------------------------------------------------------------------------------------
 
 
 def mutate_binary(dice: random.Random, data: bytes, header: int) -> bytes:
