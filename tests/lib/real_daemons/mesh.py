@@ -97,7 +97,10 @@ class Host:
         return status
 
     def get(self, path: str, timeout_s: float = _ASK_S) -> Any:
-        """Raises: OSError, HTTPException, MeshBroken for any status but 200."""
+        """Ask over the daemon's own loopback, which no cut link hinders.
+
+        Raises: OSError, HTTPException, MeshBroken for any status but 200.
+        """
         return self.ask("GET", path, timeout_s=timeout_s)
 
     def post(self, path: str, body: Any, timeout_s: float = 60.0) -> Any:
