@@ -1,7 +1,8 @@
-# Everything happens in .venv, made by the first target that needs it. Nothing is asked of the machine but Python 3.11, git and make.
+# Everything happens in .venv, which the first target that needs it creates. The machine needs only Python 3.11, git and make.
 #
-# torch is installed first, at a fixed version. Where the package index offers a CPU build under that version nothing more is needed;
-# the one on the default index for Linux x86-64 brings several GB of CUDA, which this release does not use. To get the CPU build there:
+# torch is installed first, at a fixed version. Where the package index has a CPU build under that version, nothing more
+# is needed. The build for Linux x86-64 on the default index brings several GB of CUDA, which this release does not use. To get the CPU
+# build there:
 #   make demo TORCH='--index-url https://download.pytorch.org/whl/cpu torch==2.13.0'
 
 TORCH ?= torch==2.13.0
@@ -37,11 +38,11 @@ check: $(VENV)/installed $(VENV)/group-test $(VENV)/group-check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# docs/state-machines.md, from the tables of the state machines.
+# Writes docs/state-machines.md from the tables of the state machines.
 diagrams: $(VENV)/installed
 	$(BIN)/python -P tests/diagrams.py
 
-# README's table of formats and architectures, from the tests that ran.
+# Writes the README's table of formats and architectures from the tests that passed.
 formats: $(VENV)/installed $(VENV)/group-test
 	$(BIN)/python -P tests/formats_table.py
 
@@ -49,7 +50,7 @@ bench: $(VENV)/installed $(VENV)/group-test
 	$(BIN)/meshd bench
 	for figure in tests/benchmarks/bench_*.py; do echo "--- $$figure"; $(BIN)/python -P "$$figure" || exit; done
 
-# The short form of each figure: it tells that it runs, not how fast.
+# The short form of each benchmark: it proves that it runs, not how fast.
 bench-short: FIGURE = $(BIN)/python -P tests/benchmarks/bench
 bench-short: $(VENV)/installed $(VENV)/group-test
 	$(FIGURE)_planner.py --clusters 1

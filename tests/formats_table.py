@@ -1,4 +1,4 @@
-"""Runs every kind of weights in every architecture (`tests/kernels/test_formats.py`) and writes README's table from what passed.
+"""Runs every kind of weights in every architecture (`tests/kernels/test_formats.py`) and writes its table in README.
 
 python -P tests/formats_table.py
 """
@@ -18,7 +18,7 @@ BEGIN, END = "<!-- formats: written by `make formats` -->", "<!-- formats end --
 
 
 class Results:
-    """What became of each pair."""
+    """The outcome of each pair."""
 
     def __init__(self) -> None:
         self.of: dict[tuple[str, str], str] = {}
@@ -30,7 +30,7 @@ class Results:
 
 
 def table(results: dict[tuple[str, str], str]) -> str:
-    """Markdown: a row for each architecture. Other outcomes than `passed`, and what did not run, stand there by name."""
+    """Markdown: a row for each architecture. A pair that failed or did not run shows its outcome."""
     rows = [("architecture", "folders of `model_type`", *KINDS), ("---",) * (2 + len(KINDS))]
     for architecture in ARCHITECTURES:
         families = ", ".join(kind for kind, family in FAMILIES.items() if family.architecture == architecture)
@@ -40,7 +40,7 @@ def table(results: dict[tuple[str, str], str]) -> str:
 
 
 def written(readme: str, made: str) -> str:
-    """README with this table in its place."""
+    """The README with its table replaced."""
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{made}{END}{after}"

@@ -1,8 +1,12 @@
+"""Shapes of a model's tensors, and agreement of all tables that name kinds of weights."""
+
 import msgspec
 import pytest
 
 from in_process.clusters import make_card
-from meshd.tensors import border_shapes, layer_shapes, rope_shape, tensor_shape
+from meshd.kernels.weights import load
+from meshd.models.files import gguf_header
+from meshd.tensors import HELD_BITS, border_shapes, layer_shapes, rope_shape, tensor_shape
 
 SPEC = make_card(2).spec
 change = msgspec.structs.replace
@@ -46,3 +50,12 @@ def test_any_tensor_by_its_name() -> None:
     for name in ("blk.1.nothing.weight", "nothing", "blk.1"):
         with pytest.raises(KeyError):
             tensor_shape(SPEC, name)
+
+
+def test_every_kind_that_can_be_read_has_a_size_in_memory() -> None:
+    """Without one, cards and plans count 32 bits for each weight."""
+    assert set(HELD_BITS) == set(load.KINDS)
+
+
+def test_every_kind_that_can_be_read_has_a_number_in_gguf() -> None:
+    assert set(load.KINDS) <= {name for name, _, _ in gguf_header.KINDS.values()}

@@ -58,7 +58,7 @@ def main() -> None:
 
 
 class Bench:
-    """Rounds of faults; who is struck changes with each."""
+    """Run rounds of faults, each against another peer."""
 
     def __init__(self, mesh: Mesh, context: int) -> None:
         self._mesh = mesh
@@ -97,7 +97,7 @@ class Bench:
         return Streaming(self._mesh.site, self._door, spec, {"stages": self._stages, "mirror": mirror})
 
     def _ready(self) -> str:
-        """Wait until all is as at the start, and the next victim's layers lie elsewhere too. Who it is."""
+        """Wait until everything is as at the start and another peer holds the next victim's layers too. Returns: the victim."""
         self._others.reverse()
         victim = self._others[0]
         door = self._mesh[self._door]

@@ -1,9 +1,9 @@
-"""A mesh of real daemons under faults of every kind, while clients ask: each answer must be a calm mesh's, token for token.
+"""A mesh of real daemons under faults of every kind, while clients ask: each answer must equal that of an undisturbed mesh.
 
     python tests/chaos/run.py --seed 1 [--peers 5] [--clients 4] [--faults 200] [--minutes 60] [--short] [--keep DIR]
 
-On hosts in network namespaces where that is possible; elsewhere only processes are struck, and that is said. The seed fixes the
-kinds of faults, their order and hardness, and the requests; who is struck depends on who works at that moment. Printed: the table
+Uses hosts in network namespaces where that is possible; elsewhere it says so and only disturbs processes. The seed fixes the kinds
+of faults, their order and hardness, and the requests; which peer is hit depends on which one works at that moment. Prints the table
 of pauses, and what was left after 15 s of rest. Exit status 1 and the stories of the sessions concerned if any answer is wrong,
 does not end, or anything leaks; the daemons' logs are kept then.
 """

@@ -1,4 +1,4 @@
-"""The chaos run's short form, and that its own judgement can tell right from wrong."""
+"""The short form of the chaos run, and tests of the checks that judge it."""
 
 import subprocess
 import sys

@@ -57,7 +57,7 @@ class Stream:
 
 
 def kv_tokens_held(daemon: Daemon) -> int:
-    """Over all peers, as their adverts tell."""
+    """The sum over all peers, from their adverts."""
     holdings = [held for row in daemon.rows("peers") for held in row["holdings"]]
     return sum(held["kv_tokens_total"] - held["kv_tokens_free"] for held in holdings)
 

@@ -1,4 +1,4 @@
-"""Every architecture through real daemons: a folder is brought, its layers lie on three peers, the tokens are the right ones."""
+"""Every architecture through real daemons: import a folder, place its layers on three peers, compare the tokens."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ from tiny.models import MODELS, TinyModel
 PROMPT = np.random.default_rng(2).integers(3, 160, 40).tolist()
 TOKENS = 16
 WORDS = ["<unk>", "<s>", "</s>", *(a + b for a in "abcdefg" for b in "abcdefghijklmnopqrstuvwxyz")][:160]
-"""Each token another two letters, so that the answer's text tells its tokens."""
+"""Two other letters for each token, so that the text shows the tokens."""
 STAGES = "b:0-1,a:1-3,c:3-4"
 
 

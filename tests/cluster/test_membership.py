@@ -1,4 +1,4 @@
-"""What goes wrong between people and clusters: copied folders, devices that are too small, models placed and let go."""
+"""Mistakes of users: copied state folders and devices that are too small; models placed and removed."""
 
 import shutil
 

@@ -7,6 +7,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from fake_api.openai_suite import *  # noqa: F403
+from fake_api.responses_suite import *  # noqa: F403
 from real_daemons.cluster import MODEL, make_cluster
 
 

@@ -69,7 +69,7 @@ def read(mesh: Mesh, answer: Answer, at: str = COORDINATOR, **options: object) -
 
 
 def struck(mesh: Mesh, strike: Callable[[Answer], None], after: int = 30, at: str = COORDINATOR, **options: object) -> Answer:
-    """An answer during which something happens; it must go on by itself."""
+    """An answer with a fault in the middle; it must continue without help from the client."""
     answer = Answer(spec())
     reader = threading.Thread(target=read, args=(mesh, answer, at), kwargs=options)
     reader.start()

@@ -32,7 +32,7 @@ def models_of(cluster: Cluster, name: str) -> Path:
 
 
 def start_with_file(cluster: Cluster, shared_cache: Path, name: str) -> None:
-    """A daemon with a file of its own, so that its sums are made anew."""
+    """A daemon with its own copy of the file, so that its checksums are computed again."""
     models = models_of(cluster, name)
     models.mkdir()
     for path in (shared_cache / "models").glob("*.gguf"):
@@ -54,7 +54,7 @@ def remembered(cluster: Cluster, name: str) -> int:
 
 
 def fetches(daemon: Daemon) -> list[tuple[int, int]]:
-    """(bytes that came, bytes that were here) of each fetch, as its log tells."""
+    """(bytes received, bytes already present) of each fetch, from its log."""
     found = re.findall(r"(\d+) bytes of \S+ came in .*?; (\d+) were here", daemon.log.read_text())
     return [(int(came), int(here)) for came, here in found]
 
@@ -69,7 +69,7 @@ def answer(daemon: Daemon, stages: str) -> str:
 
 
 def place_in_background(cluster: Cluster, at: str, stages: str) -> tuple[threading.Thread, list[str]]:
-    """The thread that asks for it, and what is told in the end."""
+    """The thread that asks for it, and a list that gets its output at the end."""
     told: list[str] = []
     body = json.dumps({"model": MODEL, "stages": stages, "context": 512}).encode()
     asked = urllib.request.Request(cluster[at].api + "/mesh/v1/place", body, {"content-type": "application/json"})

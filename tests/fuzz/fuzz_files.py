@@ -2,9 +2,9 @@
 
     python tests/fuzz/fuzz_files.py [--seconds 60 | --count N] [--seed N] [--first CASE]
 
-Held to: a GGUF file, a split one and a Hugging Face folder give a model or one MeshdError; within seconds; in the memory of the
-file and a fixed bound; with no file or mapping left open and nothing half made on the disk; and a weight that is no number is told,
-always.
+Required: a GGUF file, a split one and a Hugging Face folder give a model or one MeshdError; within seconds; in the memory of the
+file and a fixed bound; with no file or mapping left open and nothing half made on the disk; and a weight that is not a
+number is always reported.
 """
 
 import argparse
@@ -74,7 +74,7 @@ class Hang(BaseException):
 
 
 def use_gguf(path: Path) -> None:
-    """All that the house does with a file's header and weights. Each part goes on where another could not."""
+    """Everything that meshd does with a file's header and weights. A part that fails does not stop the next one."""
     with GgufFile.open(path) as file:
         for name in file.tensors:
             with suppress(MeshdError):
@@ -241,7 +241,7 @@ class Fuzzer:
         return use
 
     def look_for_leaks(self) -> None:
-        """Nothing of ours is open or mapped between two cases."""
+        """Check that no file is open or mapped between two cases."""
         gc.collect()
         if Path("/proc/self/maps").exists():
             mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(self._root) in line]

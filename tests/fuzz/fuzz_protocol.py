@@ -2,8 +2,8 @@
 
     python tests/fuzz/fuzz_protocol.py [--seconds 60] [--seed N]
 
-Held to: bytes give messages or one ProtocolViolation; however they are chunked, the same; no more memory than one frame; and a peer
-under attack keeps its other links.
+Required: bytes give messages or one ProtocolViolation; however they are chunked, the same; no more memory than one frame; and a
+peer under attack keeps its other links.
 """
 
 import argparse

@@ -5,7 +5,7 @@
     python -P tests/sim/run.py --events 1000000 --peers 50 --churn
                                                                    one long run, and its figures
 
-A seed that fails is told with the command that repeats it. Exit status: 0 if every invariant held.
+Prints each failing seed with the command that repeats it. Exit status: 0 if every invariant held.
 """
 
 import argparse
@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "lib"))
 
 from sim.faults import kinds
 from sim.options import Options, replay
-from sim.world import Outcome, World
+from sim.outcome import Outcome
+from sim.world import World
 
 _COUNTED = (
     "events",

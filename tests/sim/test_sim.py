@@ -21,7 +21,8 @@ from meshd.kernels.kv import KVPool
 from meshd.kernels.sampler import Sampler
 from sim.faults import kinds
 from sim.options import Options, replay
-from sim.world import Outcome, World
+from sim.outcome import Outcome
+from sim.world import World
 
 ROOT = Path(__file__).parents[2]
 EACH = 10

@@ -1,4 +1,4 @@
-"""Clients of the chaos run: they ask, read, and when a connection breaks go on at another peer, as any client may."""
+"""Clients of the chaos run: they ask, read, and continue at another peer when a connection breaks, as any client may."""
 
 import http.client
 import queue
@@ -124,7 +124,7 @@ class Crowd:
     site: Site
     specs: list[Spec]
     well: Callable[[], set[str]]
-    """Peers that are not struck now: stages are asked of these only."""
+    """Peers without a fault now: requests name only these as stages."""
     on_end: Callable[[Asked], None]
     seed: int
     front: frozenset[str] = frozenset()

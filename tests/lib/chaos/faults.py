@@ -36,7 +36,7 @@ class Struck:
     fault: Fault
     at: float
     hit: dict[str, bool]
-    """Sessions that ran over, or by, the peers it struck; whether it was their coordinator."""
+    """Sessions that used the peers that it struck; whether the peer was their coordinator."""
     over_at: float = 0.0
     note: str = ""
 
@@ -96,7 +96,7 @@ class Storm:
             time.sleep(0.05)
 
     def check_running(self) -> None:
-        """Raises: MeshBroken if a daemon ended that nothing struck."""
+        """Raises: MeshBroken if a daemon ended without a fault."""
         for name in self.well():
             if not self.mesh[name].running and name in self.well():
                 raise MeshBroken(f"{name} ended by itself:\n{self.mesh[name].log.read_text(errors='replace')[-3000:]}")

@@ -64,7 +64,7 @@ class Record:
     error: MeshdError | None = None
     faults: int = 0
     at: "WordsGeneration | None" = None
-    """Who goes on with it now."""
+    """The peer that continues it now."""
 
 
 class WordsGeneration:
@@ -100,7 +100,7 @@ class WordsGeneration:
         return tuple(self.record.made), self.record.finished
 
     def go_on(self) -> None:
-        """Take the answer over; whoever had it reads no more."""
+        """Take over the answer; its previous reader gets nothing more."""
         before, self.record.at = self.record.at, self
         if before is not None and before is not self:
             before.count(False)
@@ -222,7 +222,7 @@ class WordsGeneration:
 
 
 class WordsCoordinator:
-    """Answers with words drawn by the request's seed. Some model names make it fail or wait, to see what clients are told."""
+    """Answers with words drawn by the request's seed. Some model names make it fail or wait, to test what clients receive."""
 
     def __init__(self, name: str = "here", records: dict[SessionId, Record] | None = None) -> None:
         """Those that share `records` are peers of one mesh."""

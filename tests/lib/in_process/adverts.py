@@ -56,5 +56,5 @@ def advert(
 
 
 def held(start: int, end: int, **fields: Any) -> Holding:
-    """Layers that lie on a peer, active unless told otherwise."""
+    """Layers that a peer holds, active by default."""
     return msgspec.structs.replace(make_holding(start, end, kv_tokens=fields.pop("kv_tokens", KV)), **fields)

@@ -1,4 +1,4 @@
-"""Peers with real links that keep one another's session records, in one process; their journals' time moves only when told."""
+"""Peers with real links that keep one another's session records, in one process; the test moves their journals' time."""
 
 import asyncio
 import heapq
@@ -30,7 +30,7 @@ CAPABILITY = Capability(
 
 
 class HandClock:
-    """Stands still until it is moved; whoever sleeps wakes in order."""
+    """A clock that stands still until a test moves it; sleepers wake in order of time."""
 
     def __init__(self, now: float = 1000.0) -> None:
         self.now = now
@@ -105,7 +105,7 @@ def advert(peer: PeerId, rtt_s: dict[PeerId, float] | None = None, *, name: str 
 
 @dataclass
 class Answer:
-    """A running session as its coordinator has it."""
+    """A running session, as its coordinator holds it."""
 
     journalist: JournalWriter
     record: SessionRecord
@@ -171,7 +171,7 @@ class Keeper:
         return made
 
     def kept(self, session: SessionId = S) -> int | None:
-        """How many of the answer's tokens lie here as a deputy's."""
+        """How many of the answer's tokens this peer holds as a deputy."""
         known = self.deputy.record(session)
         assert known is None or known.tokens == answer(len(known.tokens))
         return len(known.tokens) if known is not None else None

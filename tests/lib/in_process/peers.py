@@ -23,7 +23,7 @@ WAIT_S = 5.0
 
 @dataclass
 class Peer:
-    """A peer whose links run, and what they told."""
+    """A peer with running links, and the events that they reported."""
 
     links: Links
     identity: Identity

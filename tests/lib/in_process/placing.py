@@ -60,8 +60,6 @@ class Cluster:
         peer = PeerId(f"{name}-id")
         self.adverts[peer] = msgspec.structs.replace(self.adverts[peer], **fields)
 
-    # What the placer needs of the links
-
     def next_request(self) -> int:
         self._requests += 1
         return self._requests

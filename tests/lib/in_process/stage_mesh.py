@@ -331,7 +331,7 @@ class Driver:
             self.at.links.send(peer.id, Renew(session=self.session, epoch=self.epoch, lease_ms=self.lease_ms))
 
     async def close(self, *peers: StagePeer) -> None:
-        """CLOSE, and wait until these peers have told what they freed."""
+        """Send CLOSE and wait until these peers have reported what they freed."""
         before = len(self.at.told(Closed))
         for peer in peers:
             self.at.links.send(peer.id, Close(session=self.session, epoch=self.epoch, reason="done"))

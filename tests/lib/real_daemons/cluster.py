@@ -88,7 +88,7 @@ class Cluster:
         log = self.root / f"{name}.log"
         command = [sys.executable, "-P", "-m", "meshd", "up", "--name", name, "--state", str(state), "--api", "127.0.0.1:0"]
         command += ["--link", "127.0.0.1:0", "--threads", "1", "--cache", str(self.shared), "--discovery", discovery]
-        command += ["--copies", "1", "--drain-timeout", "0"]  # layers lie where a test puts them, and it ends when it says so
+        command += ["--copies", "1", "--drain-timeout", "0"]  # layers stay where a test puts them, and the daemon stops at once
         if self.daemons:
             first = next(iter(self.daemons.values()))
             wait_for(lambda: self._address_of(first), f"{first.name} to be up", first)

@@ -1,4 +1,4 @@
-"""A mesh of real daemons on a site: started, asked, struck and started again under the same identity."""
+"""A mesh of real daemons on a site: starts them, asks them, disturbs them and restarts them under the same identity."""
 
 import contextlib
 import http.client
@@ -96,10 +96,11 @@ class Host:
             self.process.stdin.close()
         return status
 
-    # What it tells; over its own loopback, so that no cut hinders
-
     def get(self, path: str, timeout_s: float = _ASK_S) -> Any:
-        """Raises: OSError, HTTPException, MeshBroken for any status but 200."""
+        """Ask over the daemon's own loopback, which no cut link hinders.
+
+        Raises: OSError, HTTPException, MeshBroken for any status but 200.
+        """
         return self.ask("GET", path, timeout_s=timeout_s)
 
     def post(self, path: str, body: Any, timeout_s: float = 60.0) -> Any:
@@ -137,8 +138,6 @@ class Host:
         except (OSError, http.client.HTTPException, MeshBroken):
             return False
         return True
-
-    # What the kernel tells
 
     def resident_bytes(self) -> int:
         assert self.process is not None
@@ -218,7 +217,7 @@ class Mesh:
             raise MeshBroken(f"{stages} were not placed: {told[-500:]}")
 
     def story(self, session: str) -> list[dict[str, Any]]:
-        """What happened to a session, told by all peers, asked at the first one that answers."""
+        """A session's story, collected from all peers by the first one that answers."""
         for host in self:
             with contextlib.suppress(OSError, http.client.HTTPException, MeshBroken):
                 rows: list[dict[str, Any]] = host.get(f"/mesh/v1/sessions/{session}/story")["data"]

@@ -1,6 +1,6 @@
 """Where daemons of a test run: hosts in network namespaces, or processes of this machine.
 
-Either way they are started, struck and reached alike.
+Tests start, disturb and reach them in the same way on both.
 """
 
 import ctypes
@@ -46,7 +46,7 @@ class Site(Protocol):
 
     names: tuple[str, ...]
     has_network: bool
-    """Links can be cut and slowed, each by itself."""
+    """A site where single links can be cut and slowed."""
 
     def flags(self, name: str) -> list[str]:
         """Where a daemon listens and how it finds the others."""
@@ -67,7 +67,7 @@ class Site(Protocol):
         ...
 
     def cut(self, name: str, mode: str) -> None:
-        """`silent`, `in` or `out`: frames vanish, nobody is told."""
+        """`silent`, `in` or `out`: drop frames without notice to either side."""
         ...
 
     def heal(self, name: str) -> None: ...
@@ -218,6 +218,6 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _environment() -> dict[str, str]:
-    """Without this user's own settings of meshd; where its caches and models lie is a setting, not a habit."""
+    """The environment without this user's settings of meshd; the tests pass the folders of caches and models themselves."""
     kept = {"MESHD_CACHE", "MESHD_MODELS_DIR", "MESHD_HF_CACHE"}
     return {name: value for name, value in os.environ.items() if not name.startswith("MESHD_") or name in kept}

@@ -24,7 +24,7 @@ GGML_TYPE_F32 = 0
 
 
 class Model:
-    """One file, ready to compute: KV in float32, flash attention off, the rest as llama.cpp has it."""
+    """One file, ready to compute: KV in float32, flash attention off, the rest at llama.cpp's defaults."""
 
     def __init__(self, path: str, context: int) -> None:
         settings = llama_cpp.llama_model_default_params()

@@ -1,4 +1,4 @@
-"""Asks llama.cpp, which lives in another interpreter: it is no dependency of ours, and is built where a comparison is wanted.
+"""Asks llama.cpp in another interpreter: meshd does not depend on it, and it is built only where a comparison is wanted.
 
 python -m venv other && CMAKE_ARGS=-DLLAVA_BUILD=OFF other/bin/pip install llama-cpp-python     # compiles for some ten minutes
 """

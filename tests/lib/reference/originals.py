@@ -90,7 +90,7 @@ def _llama(keys: _Keys, file: GgufFile) -> transformers.PreTrainedConfig:
 
 
 def _gemma3(keys: _Keys, file: GgufFile) -> transformers.PreTrainedConfig:
-    """What the file does not tell is what all of this family have: five layers in six with a window, and their rope's base."""
+    """What the file does not contain is the same for the whole family: a window in five of six layers, and their RoPE base."""
     rope = {
         "full_attention": {"rope_type": "default", "rope_theta": keys("rope.freq_base", 1e6)},
         "sliding_attention": {"rope_type": "default", "rope_theta": keys("rope.freq_base_swa", 1e4)},

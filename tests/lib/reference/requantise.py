@@ -1,4 +1,4 @@
-"""Writes a model's weights anew in another kind, for tests of kinds that no file at hand has."""
+"""Rewrites a model's weights in another kind, for tests of kinds that no available file has."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -23,7 +23,7 @@ class Checks:
         self.count = 0
         self._world = world
         self._epochs: dict[int, tuple[Any, int]] = {}
-        """By the identity of who has it: the coordinator's answer, or what a stage's peer keeps of a session."""
+        """By the identity of its owner: the coordinator's answer, or a stage peer's state of a session."""
         self._pools: dict[int, tuple[int, int, int]] = {}
         self._faults_seen = 0
 

@@ -246,7 +246,7 @@ class Client:
                 return 0.5  # it can't know: perhaps another peer does
             if not world.may_have_lost(self._coordinators):
                 raise Wrong(f"client {wish.number}: session {self.session} is unknown though no two peers were lost: {error}")
-            # Its record is gone: a new answer, of which the client has seen nothing.
+            # Its record is gone: the client starts a new answer and has seen nothing of it.
             self.session = None
             wish.seen.clear()
             self.attempts = 0

@@ -42,7 +42,7 @@ class SimCompute:
         self._speed = speed
         self._kept: Callable[[], None] | None = None
         self._context = copy_context()
-        """The peer's: others stall it and let it go on."""
+        """Shared by the peer: faults stall it and release it."""
         self._due: tuple[asyncio.TimerHandle, float, Callable[[], None]] | None = None
         """When the present job comes back, and how slow the peer was when that was reckoned."""
 

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sim.network import Harsh
+from sim.wires import Harsh
 
 if TYPE_CHECKING:
     from sim.peer import SimPeer

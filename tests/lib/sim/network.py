@@ -1,14 +1,14 @@
 """A seeded network: what `meshd.agents.links.links` does over sockets, here over virtual time.
 
-A link is two lanes in each direction, each in order, as TCP gives it. Heartbeats are not sent one by one: whether they would have
-come is known, and a link that would have missed them for 2 s is given up by the side that misses them. What a cut holds back comes
-when the cut heals, if the link still stands; what is under way when a link breaks is lost from some point on.
+A link is two lanes in each direction, each in order, as TCP gives it. Heartbeats are not sent one by one: the network
+knows whether they would have arrived, and a side that would have missed them for 2 s gives the link up. Messages held back by a cut
+arrive when the cut heals, if the link still exists; of the messages in transit when a link breaks, those after a random time are
+lost.
 """
 
 import asyncio
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from meshd.protocol.transport import QUEUE_BYTES, Buffer
 from meshd.types import LinkStats, PeerId
 from sim.loop import OWNER, Owner, SimClock, SimLoop
 from sim.trace import Trace
+from sim.wires import Harsh, Link, Path, Pipe
 
 _SILENCE_S = 2.0
 _BEAT_S = 0.5
@@ -33,50 +34,6 @@ _HEADER_BYTES = 120
 _ADVERTS_ENCODED = 0.05
 """Those of many peers are long, and go out by the dozen: so many of them are really encoded and read."""
 Pair = tuple[PeerId, PeerId]
-
-
-@dataclass(slots=True)
-class Path:
-    """One direction between two peers."""
-
-    delay_s: float
-    jitter_s: float
-    bandwidth_bytes_s: float
-    slow: float = 1.0
-    cut: bool = False
-    blocked_since: float | None = None
-    """Heartbeats of the sender don't come: a cut, or the sender stands still."""
-    told: tuple[float, LinkStats] | None = None
-
-
-@dataclass(slots=True)
-class Harsh:
-    """How often a single message is dropped, repeated, or overtaken by later ones; such a network is worse than TCP."""
-
-    drop: float = 0.0
-    repeat: float = 0.0
-    reorder: float = 0.0
-
-
-@dataclass(slots=True)
-class _Pipe:
-    """One lane in one direction."""
-
-    free_at: float = 0.0
-    last_arrival: float = 0.0
-    queued_bytes: int = 0
-    held: list[tuple[Message, bytes, int]] = field(default_factory=list)
-
-
-@dataclass(eq=False, slots=True)
-class _Link:
-    number: int
-    lost_after: float = float("inf")
-    """It broke: what would arrive later does not."""
-    lossy: bool = False
-    up: set[PeerId] = field(default_factory=set)
-    ended: set[PeerId] = field(default_factory=set)
-    pipes: dict[tuple[PeerId, Lane], _Pipe] = field(default_factory=dict)
 
 
 class SimLinks:
@@ -98,7 +55,7 @@ class SimLinks:
         self.owner = owner
         self.incarnation = incarnation
         self.on_up, self.on_down = on_up, on_down
-        self.links: dict[PeerId, _Link] = {}
+        self.links: dict[PeerId, Link] = {}
         self.gone = False
         self.context = owner.context()
         self._network = network
@@ -128,7 +85,7 @@ class SimLinks:
         return self.dispatcher.next_request()
 
     def connect(self, host: str, port: int, source: str) -> None:
-        """The network links all who can reach one another by itself."""
+        """Nothing to do: the network links all peers that can reach one another."""
 
     def forget(self, host: str, port: int, source: str) -> None:
         pass
@@ -201,10 +158,8 @@ class SimNetwork:
     def set_path(self, source: PeerId, target: PeerId, path: Path) -> None:
         self._paths[source, target] = path
 
-    # Peers come and go
-
     def attach(self, end: SimLinks) -> None:
-        """This peer listens and dials."""
+        """Let this peer listen and dial."""
         self._ends[end.id] = end
         for other in self._ends:
             if other != end.id:
@@ -213,7 +168,7 @@ class SimNetwork:
                 self._redial(end.id, other)
 
     def detach(self, end: SimLinks, reason: str, *, silently: bool = False) -> None:
-        """It is gone; with `silently` nobody is told: power was cut."""
+        """Remove a peer. With `silently` the others get no notice, as after a power cut."""
         if end.gone:
             return
         end.gone = True
@@ -228,7 +183,7 @@ class SimNetwork:
         end.dispatcher.cancel_tasks()
 
     def stands_still(self, peer: PeerId) -> None:
-        """Its process is frozen: it sends nothing."""
+        """Freeze its process: it sends nothing."""
         for other in self._ends:
             if other != peer:
                 self._block(peer, other)
@@ -239,10 +194,8 @@ class SimNetwork:
                 self._unblock_if(peer, other)
                 self._redial(peer, other)
 
-    # What can be wrong
-
     def cut(self, source: PeerId, target: PeerId) -> None:
-        """Nothing passes in this direction, and nobody is told."""
+        """Stop everything in this direction, without notice to either side."""
         self._paths[source, target].cut = True
         self._block(source, target)
 
@@ -253,7 +206,7 @@ class SimNetwork:
         self._redial(source, target)
 
     def break_link(self, one: PeerId, other: PeerId) -> None:
-        """A reset: both sides are told, what is under way is lost from some point on."""
+        """Reset the link: both sides notice, and messages in transit are lost from a random time on."""
         end = self._ends.get(one)
         link = end.links.get(other) if end is not None else None
         if end is None or link is None:
@@ -267,8 +220,6 @@ class SimNetwork:
             for other, link in list(end.links.items()):
                 if link.lossy:
                     self.break_link(end.id, other)
-
-    # Silence
 
     def silence_s(self, source: PeerId, target: PeerId) -> float:
         since = self._paths[source, target].blocked_since
@@ -297,8 +248,6 @@ class SimNetwork:
         if path.blocked_since == since and link is not None and listener.id in link.up:
             self._end(listener, source, link, f"silent for {self._loop.time() - since:.1f} s")
 
-    # Links come up and end
-
     def _redial(self, one: PeerId, other: PeerId, wait: float | None = None) -> None:
         pair = (one, other) if one < other else (other, one)
         if pair in self._redials:
@@ -307,7 +256,7 @@ class SimNetwork:
         self._redials[pair] = self._loop.call_later(wait, self._dial, *pair)
 
     def _dial(self, one: PeerId, other: PeerId) -> None:
-        """Both dial; nothing happens while they can't reach one another: what changes that dials anew."""
+        """Both sides dial. Nothing happens while they cannot reach one another: the change that ends this dials again."""
         del self._redials[one, other]
         ends = self._ends.get(one), self._ends.get(other)
         if ends[0] is None or ends[1] is None or self._blocked(one, other) or self._blocked(other, one):
@@ -316,10 +265,10 @@ class SimNetwork:
         if links[0] is not None and links[0] is links[1]:
             return
         self._links += 1
-        link = _Link(self._links)
+        link = Link(self._links)
         for source, target in ((one, other), (other, one)):
             for lane in Lane:
-                link.pipes[source, lane] = _Pipe()
+                link.pipes[source, lane] = Pipe()
             self._paths[source, target].told = None
         there, back = self._paths[one, other], self._paths[other, one]
         ready_s = 2 * (there.delay_s * there.slow + back.delay_s * back.slow)
@@ -327,7 +276,7 @@ class SimNetwork:
         self._loop.call_later(ready_s + there.delay_s * there.slow, self._bring_up, ends[1], ends[0], link, context=ends[1].context)
         self._loop.call_later(ready_s, self._bring_up, ends[0], ends[1], link, context=ends[0].context)
 
-    def _bring_up(self, end: SimLinks, other: SimLinks, link: _Link) -> None:
+    def _bring_up(self, end: SimLinks, other: SimLinks, link: Link) -> None:
         if end.gone or link.ended:
             return
         old = end.links.get(other.id)
@@ -353,27 +302,27 @@ class SimNetwork:
         )
         end.on_up(other.id, hello, (f"sim-{other.id[:8]}", 6375))
 
-    def _end(self, end: SimLinks, other: PeerId, link: _Link, reason: str) -> None:
-        """This side has no link any more, and says so to the other one."""
+    def _end(self, end: SimLinks, other: PeerId, link: Link, reason: str) -> None:
+        """End the link on this side and notify the other one."""
         if end.links.get(other) is not link:
             return
         self._tell_ended(end, other, link, "connection closed")
         self._down(end, other, link, reason)
 
-    def _tell_ended(self, end: SimLinks, other: PeerId, link: _Link, reason: str) -> None:
-        """What was sent before arrives before."""
+    def _tell_ended(self, end: SimLinks, other: PeerId, link: Link, reason: str) -> None:
+        """Notify the other side, after everything that was sent before."""
         link.ended.add(end.id)
         far = self._ends.get(other)
         if far is None or far.links.get(end.id) is not link:
             return
         if self._paths[end.id, other].cut:
-            self._block(end.id, other)  # it will find out by silence
+            self._block(end.id, other)  # it notices the silence
             return
         last = max(link.pipes[end.id, lane].last_arrival for lane in Lane)
         arrival = max(self._loop.time() + self._delay_s(self._paths[end.id, other]), min(last, link.lost_after)) + 1e-6
         self._loop.call_at(arrival, self._down, far, end.id, link, reason, context=far.context)
 
-    def _down(self, end: SimLinks, other: PeerId, link: _Link, reason: str) -> None:
+    def _down(self, end: SimLinks, other: PeerId, link: Link, reason: str) -> None:
         if end.gone or end.links.get(other) is not link:
             return
         link.ended.add(end.id)
@@ -384,9 +333,7 @@ class SimNetwork:
         end.on_down(other, reason)
         self._redial(end.id, other)
 
-    # Messages
-
-    def send(self, end: SimLinks, target: PeerId, link: _Link, message: Message, payload: Buffer | None) -> None:
+    def send(self, end: SimLinks, target: PeerId, link: Link, message: Message, payload: Buffer | None) -> None:
         pipe = link.pipes[end.id, _lane_of(message, payload)]
         size = _HEADER_BYTES + (0 if payload is None else memoryview(payload).nbytes)
         if pipe.queued_bytes + size > QUEUE_BYTES:
@@ -406,7 +353,7 @@ class SimNetwork:
         return decode(header)
 
     def _put(
-        self, source: PeerId, target: PeerId, link: _Link, pipe: _Pipe, message: Message, payload: Buffer | None, size: int
+        self, source: PeerId, target: PeerId, link: Link, pipe: Pipe, message: Message, payload: Buffer | None, size: int
     ) -> None:
         path = self._paths[source, target]
         pipe.queued_bytes += size
@@ -419,7 +366,7 @@ class SimNetwork:
         deliver = partial(self._deliver, source, target, link, pipe, message, payload, size)
         receiver = self._ends.get(target)
         if receiver is None:
-            return  # it is gone: nobody takes it
+            return  # the receiver is gone
         harsh, chance = self.harsh, self._rng.random() if (self.harsh.drop or self.harsh.repeat or self.harsh.reorder) else 1.0
         if chance < harsh.drop:
             link.lossy = True
@@ -445,7 +392,7 @@ class SimNetwork:
                 self._put(source, target, link, pipe, message, payload, size)
 
     def _deliver(
-        self, source: PeerId, target: PeerId, link: _Link, pipe: _Pipe, message: Message, payload: Buffer | None, size: int
+        self, source: PeerId, target: PeerId, link: Link, pipe: Pipe, message: Message, payload: Buffer | None, size: int
     ) -> None:
         pipe.queued_bytes = max(0, pipe.queued_bytes - size)
         receiver = self._ends.get(target)
@@ -457,7 +404,7 @@ class SimNetwork:
             pipe.held.append((message, b"" if payload is None else bytes(payload), size))
             return
         self.delivered(source, target, message)
-        # Copied only now: a sender that changes what it has sent is found out.
+        # Copied only on arrival, so that a sender that changes a sent payload is detected.
         receiver.dispatcher.deliver(source, message, memoryview(b"" if payload is None else bytes(memoryview(payload).cast("B"))))
 
     def delivered(self, source: PeerId, target: PeerId, message: Message) -> None:
@@ -468,8 +415,6 @@ class SimNetwork:
 
     def _delay_s(self, path: Path) -> float:
         return (path.delay_s + self._rng.random() * path.jitter_s) * path.slow
-
-    # What a prober would measure
 
     def stats(self, source: PeerId, target: PeerId) -> LinkStats:
         """As measured when the link came up."""

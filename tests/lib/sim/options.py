@@ -1,4 +1,4 @@
-"""What a run is made of, and the command that repeats it."""
+"""The options of a run, and the command that repeats it."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What a run is made of; with the seed it is the whole run."""
+    """Together with the seed these determine a run completely."""
 
     peers: int = 4
     models: int = 1
@@ -20,9 +20,9 @@ class Options:
     prompt: int = 150
     answer: int = 120
     events: int = 0
-    """Go on until so many have happened."""
+    """Run until so many events have happened."""
     churn: bool = False
-    """With `events`: faults go on, too."""
+    """With `events`: faults arrive until the end, too."""
 
 
 def replay(seed: int, options: Options) -> str:

@@ -170,7 +170,7 @@ def reference(
 
 @dataclass(slots=True)
 class Meter:
-    """Virtual time that work has taken: what `perf_counter` tells while a simulation runs."""
+    """Virtual time that work has taken; `perf_counter` returns it while a simulation runs."""
 
     spent_s: float = 0.0
 

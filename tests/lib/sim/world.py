@@ -1,20 +1,15 @@
-"""A run of the simulator: peers, clients, faults, and what must hold all the while and in the end."""
+"""A run of the simulator: peers, clients, faults, and what must hold during the run and at its end."""
 
 import asyncio
 import hashlib
-import logging
 import math
 import random
-import sys
 import time
 import traceback
 from base64 import b32encode
 from collections import Counter
-from collections.abc import Coroutine, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Coroutine, Iterable
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 from meshd.agents.service import MeshOptions
@@ -24,61 +19,31 @@ from meshd.types import PeerId, SessionId
 from sim.checks import Checks
 from sim.client import Client, Connection, Wrong
 from sim.faults import inject, make_faults
-from sim.loop import OWNER, SimLoop
-from sim.network import Path, SimNetwork
+from sim.loop import SimLoop
+from sim.network import SimNetwork
 from sim.options import Options
+from sim.outcome import Outcome
 from sim.peer import Life, PeerSpec, SimPeer
 from sim.requests import Load, make_wish, make_wishes
+from sim.surroundings import virtual_time, watched_log
 from sim.toy import MIB, Meter, Speed, toy_card
 from sim.trace import Trace
+from sim.wires import Path
 
 METHODS = (KEPT, MIRROR, REPLAY, PREFILL)
 _SETTLE_S = 15.0
-"""After the last fault and the last client no peer holds anything that no coordinator wants."""
+"""So long after the last fault and the last client, no peer may hold anything that no coordinator needs."""
 _UNREAD_S = 35.0
-"""And after this more nothing at all is left: what nobody reads is suspended after 30 s."""
+"""So long after that, nothing may be left: an answer that nobody reads is suspended after 30 s."""
 _END_S = 150.0
-"""After the last fault every request has ended."""
+"""So long after the last fault, every request must have ended."""
 _AFTERMATH_S = 5.0
-"""A peer that was in trouble counts as weak for so much longer."""
+"""A peer counts as weak for so long after a fault has ended."""
 _LATE_SHARE = 0.15
-"""Of the peers: they join when others are at work already."""
+"""Share of the peers that join while the others already work."""
 _CLOSING_ROUNDS = 20
 _SOON_S = 6.0
 """Losses closer than this may take a session's record with them."""
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What a run shows."""
-
-    seed: int
-    failure: str = ""
-    digest: int = 0
-    events: int = 0
-    callbacks: int = 0
-    messages: int = 0
-    steps: int = 0
-    checks: int = 0
-    faults: int = 0
-    virtual_s: float = 0.0
-    real_s: float = 0.0
-    exact: int = 0
-    cancelled: int = 0
-    client_errors: int = 0
-    recoveries: int = 0
-    plans: int = 0
-    searches: int = 0
-    searching_s: float = 0.0
-    """Of real time."""
-    methods: Counter[str] = field(default_factory=Counter)
-    """How answers went on after a change of plan."""
-    pauses: list[float] = field(default_factory=list)
-    worst: tuple[float, str] = 0.0, ""
-    lines: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        return f"seed {self.seed}: {self.failure or 'ok'}"
 
 
 class World:
@@ -104,7 +69,7 @@ class World:
         self.clients: list[Client] = []
         self.troubled: dict[PeerId, str] = {}
         self.weak_at = -math.inf
-        """When what was well last could not hold the model."""
+        """The last time at which the peers without a fault could not hold the models."""
         self.injected = 0
         self.worst = 0.0, ""
         """The longest pause between two tokens that a client saw, and where."""
@@ -132,10 +97,8 @@ class World:
         self.peers[spec.id] = peer
         self.names[spec.id] = spec.name
 
-    # What clients and faults use
-
     async def some_life(self) -> Life:
-        """A peer that is up, as far as anyone can tell."""
+        """A peer that runs and is not leaving; waits for one."""
         while True:
             lives = [peer.life for peer in self.peers.values() if peer.life is not None and not peer.life.leaving]
             if lives:
@@ -190,7 +153,7 @@ class World:
                 self.well_again(peer, kind)
 
     async def do(self, life: Life, work: Coroutine[Any, Any, Any], within_s: float) -> None:
-        """Something that a person asks of a peer; that it can't be done is no fault."""
+        """Run what a user asks of a peer. A refusal is not a failure of the run."""
         task = self.loop.create_task(work, context=life.owner.context())
         await asyncio.wait([task], timeout=within_s)
         task.cancel()
@@ -204,10 +167,8 @@ class World:
     def coordinates(self, peer: SimPeer) -> bool:
         return peer.life is not None and any(not answer.ended for answer in peer.life.coordinator.answers.values())
 
-    # What may be expected
-
     def _weigh(self) -> None:
-        """Whether the peers that are well could hold the models between them."""
+        """Note the time if the peers without a fault cannot hold the models together."""
         now = self.loop.time()
         per_layer = max(self.cards[0].layer_bytes)
         room = 0
@@ -219,7 +180,10 @@ class World:
             self.weak_at = now
 
     def judge_error(self, client: Client, life: Life, error: MeshdError) -> None:
-        """In mid-answer an error is right only if the mesh was weak since the client asked, or if the peer itself is in trouble."""
+        """Accept an error in the middle of an answer only if the mesh was weak since the request, or its peer has a fault.
+
+        Raises: Wrong.
+        """
         self._weigh()
         if not self.is_unwell(life) and self.weak_at < client.began - _AFTERMATH_S and not life.leaving:
             what = f"client {client.wish.number} got {type(error).__name__}"
@@ -230,22 +194,20 @@ class World:
             self.worst = pause_s, f"client {client.wish.number} at {self.loop.time():.2f}, event {len(client.wish.seen)}"
 
     def is_unwell(self, life: Life) -> bool:
-        """Something is, or was just now, wrong with this peer."""
+        """Whether this peer has a fault, or had one recently."""
         return self._unwell_until.get(life.spec.id, -math.inf) > self.loop.time() - _AFTERMATH_S
 
     def may_have_lost(self, coordinators: list[Life]) -> bool:
-        """A session's record is allowed to be gone only when several peers were lost at about the same time."""
+        """Whether several peers were lost at about the same time: only then may a session's record be gone."""
         times = sorted(at for at, _ in self._losses)
         close = any(later - earlier < _SOON_S for earlier, later in pairwise(times))
         return close or any(self.loop.time() - at < _SOON_S for at in times)
 
-    # The run
-
     def run(self) -> Outcome:
-        """All of it. Does not raise for a broken invariant: the outcome tells."""
+        """Run everything. A broken invariant does not raise: it is the outcome's `failure`."""
         outcome = Outcome(self.seed)
         began = time.perf_counter()
-        with virtual_time(self.loop, self.meter), watched_log(self):
+        with virtual_time(self.loop, self.meter), watched_log(self.loop, self.trace):
             try:
                 self.loop.run_until_complete(self._main())
             except AssertionError as error:
@@ -278,7 +240,7 @@ class World:
         outcome.lines = list(self.trace.lines)
 
     def _close(self) -> None:
-        """End all that is left, where it counts for nothing: a coroutine that is only collected would go on outside of the loop."""
+        """End all tasks that are left: a coroutine that is only garbage-collected would run outside the loop."""
         for peer in self.peers.values():
             peer.kill(silently=True)
         try:
@@ -321,7 +283,7 @@ class World:
         return Load(requests=options.requests, within_s=options.within_s, prompt=options.prompt, answer=options.answer)
 
     async def _short(self) -> None:
-        """All requests and faults are drawn before."""
+        """Draw all requests and faults first, then run them."""
         options = self.options
         self.clients = [Client(self, wish) for wish in make_wishes(self.rng_clients, self.cards, self._load())]
         faults = make_faults(self.rng_faults, options.faults, options.within_s, options.kinds)
@@ -331,7 +293,7 @@ class World:
         await self._all(asking, _END_S, "requests have not ended: " + ", ".join(map(str, faults)))
 
     async def _go_on(self) -> None:
-        """New requests and faults come all the while, `requests` and `faults` in `within_s` on the average."""
+        """Requests and faults arrive until the run ends, on average `requests` and `faults` in `within_s`."""
         asking = self.loop.create_task(self._keep_asking())
         going_wrong = self.loop.create_task(self._keep_failing())
         await self._all([going_wrong])
@@ -371,7 +333,7 @@ class World:
             raise Wrong(f"{what}; clients {', '.join(stuck)}")
 
     async def _place(self) -> None:
-        """Sometimes placed beforehand, else by the first request."""
+        """Place the models ahead of requests in some runs; in the others the first request does."""
         if self.rng_cluster.random() < 0.3:
             return
         first = next(iter(self.peers.values())).life
@@ -391,7 +353,7 @@ class World:
 
 
 def _raise_first(task: "asyncio.Task[Any]") -> None:
-    """What ended a task, out of its groups."""
+    """Raise the first error of a task, unpacked from its exception groups."""
     error = task.exception()
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
@@ -401,67 +363,3 @@ def _raise_first(task: "asyncio.Task[Any]") -> None:
 
 async def _wait(tasks: Iterable["asyncio.Task[Any]"]) -> None:
     await asyncio.wait(list(tasks), timeout=60.0)
-
-
-@contextmanager
-def virtual_time(loop: SimLoop, meter: Meter) -> Iterator[None]:
-    """Whoever asks the module `time` how long something took is told virtual time."""
-
-    def now() -> float:
-        return loop.time() + meter.spent_s
-
-    def now_ns() -> int:
-        return int(now() * 1e9)
-
-    shim = SimpleNamespace(perf_counter=now, monotonic=now, time=now, perf_counter_ns=now_ns, monotonic_ns=now_ns)
-    patched = [
-        module for name, module in list(sys.modules.items()) if name.startswith("meshd.") and getattr(module, "time", None) is time
-    ]
-    for module in patched:
-        module.time = shim  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        for module in patched:
-            module.time = time  # type: ignore[attr-defined]
-
-
-class _Watcher(logging.Handler):
-    """What is logged as an error is a bug."""
-
-    def __init__(self, world: World) -> None:
-        super().__init__(logging.DEBUG)
-        self._world = world
-
-    def emit(self, record: logging.LogRecord) -> None:
-        owner = OWNER.get()
-        if owner is not None and owner.dead:
-            return
-        self._world.trace.log(owner.name if owner else "-", record)
-        if record.levelno >= logging.ERROR:
-            error = record.exc_info[1] if record.exc_info else None
-            where = "" if error is None or error.__traceback__ is None else _where(error)
-            self._world.loop.faults.append(f"{owner.name if owner else '-'} logs: {record.getMessage()} {error!r}{where}")
-
-
-def _where(error: BaseException) -> str:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return "" if trace is None else f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
-
-
-@contextmanager
-def watched_log(world: World) -> Iterator[None]:
-    """The product's log goes to the trace, its errors to the checks."""
-    logger = logging.getLogger("meshd")
-    before = logger.level, logger.propagate, logger.handlers[:]
-    watcher = _Watcher(world)
-    logger.handlers[:] = [watcher]
-    logger.propagate = False
-    logger.setLevel(logging.DEBUG if world.trace.lines.maxlen else logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.level, logger.propagate, logger.handlers[:] = before
-        logger.setLevel(before[0])

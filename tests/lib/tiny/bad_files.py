@@ -28,9 +28,6 @@ Seeds = dict[str, bytes]
 """File name -> content of one model that is whole."""
 
 
-# --- the models that are mutated ---------------------------------------------------------------------------------------
-
-
 def small_gguf(part: int | None = None, *, pieces: bool = False) -> bytes:
     """A llama of one layer with weights of many kinds; or one of two parts of it. `pieces`: its tokens are SentencePiece's."""
     hidden, ffn, vocab = 256, 32, 32
@@ -125,16 +122,13 @@ CONFIGS: tuple[dict[str, Any], ...] = (
     {"model_type": "gpt_oss", "num_local_experts": 2, "num_experts_per_tok": 1, "swiglu_limit": 7.0},
     {"model_type": "granite", "attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.4},
 )  # fmt: skip
-"""What config.json says otherwise, before it is mutated. Tensors of most are not there: that is found last."""
+"""Changes to config.json before it is mutated. Most of them name tensors that are missing, which is checked last."""
 PARTS = (
     "mlp.experts.0.w1.weight", "mlp.experts.1.up_proj.weight", "mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj_bias",
     "mlp.experts.down_proj_blocks", "mlp.experts.down_proj_scales", "mlp.experts.gate_up_proj_blocks", "self_attn.sinks",
     "self_attn.qkv_proj.weight", "mlp.gate.weight", "self_attn.q_norm.weight", "self_attn.q_proj.bias",
 )  # fmt: skip
 """Tensors of layers that only some families have."""
-
-
-# --- mutation ----------------------------------------------------------------------------------------------------------
 
 
 def mutate_binary(dice: random.Random, data: bytes, header: int) -> bytes:
@@ -262,7 +256,7 @@ def plant_nan(dice: random.Random, data: bytes) -> bytes:
 
 
 _SCALES = {"F32": (4, 0), "F16": (2, 0), "BF16": (2, 0), "Q4_0": (18, 0), "Q4_1": (20, 2), "Q8_0": (34, 0), "Q6_K": (210, 208)}
-"""Kind -> (bytes of a block, where in it a half lies that makes its weights)."""
+"""Kind -> (bytes of a block, offset of a float16 that scales its weights)."""
 
 
 def plant_nan_in_gguf(dice: random.Random, data: bytes) -> tuple[bytes, str]:

@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 
 HIDDEN, FFN, VOCAB = 64, 1024, 1024
-"""A layer takes some 850 KB, of which three tensors are of 256 KiB each; the embedding takes 256 KiB."""
+"""A layer takes about 850 KB, three tensors of it 256 KiB each; the embedding takes 256 KiB."""
 
 
 def write_gguf(path: Path, *, layers: int = 6, seed: int = 0, tied: bool = True) -> Path:

@@ -58,7 +58,7 @@ def weights(dtype: str = "F32", layers: int = 2, seed: int = 0) -> dict[str, np.
 
 
 def save(path: Path, tensors: Mapping[str, np.ndarray], dtype: str = "F32") -> None:
-    """As the library writes them; it has no BF16 for numpy, so there it writes F16's and the header is told another name."""
+    """Write them with the library. It cannot write BF16 from numpy, so it writes F16 and the header gets the other name."""
     if dtype != "BF16":
         safetensors.numpy.save_file(dict(tensors), path)
         return

@@ -68,7 +68,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", _EXPERTS),
     "gpt-oss": ("GptOssConfig", _EXPERTS | {"head_dim": 32, "sliding_window": 9}),
 }
-"""Name -> (configuration class, what is set otherwise than in `SMALL`)."""
+"""Name -> (configuration class, settings that differ from `SMALL`)."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Small vocabularies, trained on the spot, as the metadata of a GGUF file would tell them."""
+"""Small vocabularies, trained on the spot, in the form of a GGUF file's metadata."""
 
 import io
 import json

@@ -1,0 +1,37 @@
+"""What a run of the simulator shows."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Figures of one run, and why it failed."""
+
+    seed: int
+    failure: str = ""
+    digest: int = 0
+    events: int = 0
+    callbacks: int = 0
+    messages: int = 0
+    steps: int = 0
+    checks: int = 0
+    faults: int = 0
+    virtual_s: float = 0.0
+    real_s: float = 0.0
+    exact: int = 0
+    cancelled: int = 0
+    client_errors: int = 0
+    recoveries: int = 0
+    plans: int = 0
+    searches: int = 0
+    searching_s: float = 0.0
+    """Of real time."""
+    methods: Counter[str] = field(default_factory=Counter)
+    """How answers continued after a change of plan."""
+    pauses: list[float] = field(default_factory=list)
+    worst: tuple[float, str] = 0.0, ""
+    lines: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"seed {self.seed}: {self.failure or 'ok'}"
