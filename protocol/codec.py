@@ -1,7 +1,7 @@
 """Messages to headers and back: a header is the msgpack array `[type number, body map]`.
 
-`msgpack` turns bytes into plain values and back, within the bounds of SPEC.md, section 3; `msgspec` checks the plain values against the
-message's fields. Encoding and decoding an ACTIVATION takes 4 microseconds; its hop takes 50 and more.
+`msgpack` turns bytes into plain values and back, within the bounds of SPEC.md, section 3; `msgspec` checks the plain values against
+the message's fields. Encoding and decoding an ACTIVATION takes 4 microseconds; its hop takes 50 and more.
 
 Not for payloads that are msgpack (session records, tensor lists): `msgspec.msgpack.decode` reads those straight into their type.
 `msgpack` would first build plain values, and 16 MiB of empty arrays take 1.1 GiB as lists. A header is too short for that.

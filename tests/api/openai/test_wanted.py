@@ -22,17 +22,17 @@ class FixedClock(SystemClock):
 
 def chat(**fields: Any) -> list[GenerationRequest]:
     body = {"model": "m", "messages": [{"role": "user", "content": "hello"}]} | fields
-    return decode_body(msgspec.json.encode(body), ChatRequest).wanted(FixedClock())
+    return decode_body(msgspec.json.encode(body), ChatRequest).generation_requests(FixedClock())
 
 
 def completion(**fields: Any) -> list[GenerationRequest]:
     body = {"model": "m", "prompt": "hello"} | fields
-    return decode_body(msgspec.json.encode(body), CompletionRequest).wanted(FixedClock())
+    return decode_body(msgspec.json.encode(body), CompletionRequest).generation_requests(FixedClock())
 
 
 def response(**fields: Any) -> GenerationRequest:
     body = {"model": "m", "input": "hello"} | fields
-    [one] = decode_body(msgspec.json.encode(body), ResponseRequest).wanted(FixedClock())
+    [one] = decode_body(msgspec.json.encode(body), ResponseRequest).generation_requests(FixedClock())
     return one
 
 
