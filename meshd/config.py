@@ -267,21 +267,21 @@ def _host_name() -> str:
 
 SETTINGS: tuple[Setting, ...] = (
     Setting(name="key", metavar="CODE", secret=True, help="join the cluster of this code (`meshd key show`)"),
-    Setting(name="name", parse=parse_name, computed=lambda _: _host_name(), help="what people call this peer"),
+    Setting(name="name", parse=parse_name, computed=lambda _: _host_name(), help="name of this peer, for people"),
     Setting(
         name="api",
         metavar="HOST:PORT",
         parse=address(API_PORT),
         default=Address("127.0.0.1", API_PORT),
-        help="where the HTTP API is; beyond this machine it needs an API key (`meshd key api`)",
+        help="address of the HTTP API; an address beyond this machine needs an API key (`meshd key api`)",
     ),
-    Setting(name="api-key", metavar="KEY", secret=True, help="what clients of the HTTP API must show"),
+    Setting(name="api-key", metavar="KEY", secret=True, help="the key that clients of the HTTP API must send"),
     Setting(
         name="link",
         metavar="HOST:PORT",
         parse=address(LINK_PORT),
         default=Address("0.0.0.0", LINK_PORT),
-        help="where other peers reach this one; port 0 picks a free one",
+        help="address for links from other peers; port 0 picks a free port",
     ),
     Setting(
         name="peer",
@@ -290,7 +290,7 @@ SETTINGS: tuple[Setting, ...] = (
         parse=address(LINK_PORT),
         many=True,
         default=(),
-        help="a peer to dial, beside those that are discovered; repeatable",
+        help="a peer to dial, besides those that are discovered; repeatable",
     ),
     Setting(
         name="discovery",
@@ -313,9 +313,9 @@ SETTINGS: tuple[Setting, ...] = (
         field="memory_bytes",
         metavar="SIZE",
         parse=parse_size,
-        help="the most memory to take, like 4GiB; default: what is free",
+        help="the most memory to use, like 4GiB; default: all free memory",
     ),
-    Setting(name="threads", metavar="N", parse=count(0), default=0, help="threads that compute; 0 is one for each usable core"),
+    Setting(name="threads", metavar="N", parse=count(0), default=0, help="compute threads; 0 is one per usable core"),
     Setting(
         name="backend",
         metavar="NAME",
@@ -337,7 +337,7 @@ SETTINGS: tuple[Setting, ...] = (
         metavar="REF",
         many=True,
         default=(),
-        help="a model to have placed from the start; repeatable",
+        help="a model to place at start; repeatable",
     ),
     Setting(
         name="role",
@@ -346,14 +346,14 @@ SETTINGS: tuple[Setting, ...] = (
         parse=choice_of("compute", "attention", "storage"),
         many=True,
         default=("compute", "attention", "storage"),
-        help="what this peer offers the others",
+        help="roles that this peer offers to others",
     ),
     Setting(
         name="copies",
         metavar="N",
         parse=count(1),
         default=2,
-        help="peers that hold each placed layer, where memory allows: a lost one is replaced at once; 1 is no standby copies",
+        help="peers that hold each placed layer, as memory allows, so that a lost peer is replaced at once; 1: no standby copies",
     ),
     Setting(
         name="mirror",
@@ -363,14 +363,14 @@ SETTINGS: tuple[Setting, ...] = (
         default=False,
         help="keep a copy of every session's KV on another peer that holds the layers",
     ),
-    Setting(name="max-sessions", metavar="N", parse=count(1), default=8, help="answers made at once"),
-    Setting(name="queue-limit", metavar="N", parse=count(0), default=64, help="requests that may wait; more get 429"),
+    Setting(name="max-sessions", metavar="N", parse=count(1), default=8, help="concurrent answers"),
+    Setting(name="queue-limit", metavar="N", parse=count(0), default=64, help="waiting requests; further ones get status 429"),
     Setting(
         name="drain-timeout",
         metavar="SECONDS",
         parse=parse_seconds,
         default=10.0,
-        help="how long a daemon that is told to stop waits for what runs on it to end or move away; 0 leaves at once",
+        help="how long a stopping daemon waits for its sessions to end or move away; 0: not at all",
     ),
     Setting(
         name="state",
@@ -384,14 +384,14 @@ SETTINGS: tuple[Setting, ...] = (
         metavar="FILE",
         parse=parse_path,
         computed=lambda settings: settings.user_folder("config") / "config.toml",
-        help="the config file",
+        help="path of the config file",
     ),
     Setting(
         name="cache",
         metavar="DIR",
         parse=parse_path,
         computed=lambda settings: settings.user_folder("cache"),
-        help="folder of what can be made anew: measurements, models",
+        help="folder of measurements and models, which can be recreated",
     ),
     Setting(
         name="models-dir",

@@ -43,7 +43,7 @@ def test_what_does_not_move_in_time_fails_the_command_and_says_what_next(meshd: 
     _left(api, 1)
     outcome = meshd("drain", "attic", "--timeout", "0", "--api", api.url)
     assert (outcome.returncode, outcome.stdout) == (1, "")
-    assert "meshd: attic is not drained after 0 s: 1 session left there; it goes on draining" in outcome.stderr
+    assert "meshd: attic is not drained after 0 s: 1 session left there; it keeps draining" in outcome.stderr
     assert "--undo" in outcome.stderr
 
 

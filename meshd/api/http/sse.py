@@ -1,8 +1,8 @@
 """Server-sent events (WHATWG HTML, section 9.2) as OpenAI's clients read them.
 
 Each event is one `data:` line of JSON, with an `id:` line if it has a number, and an `event:` line if it has a name. `data: [DONE]`
-ends a successful stream. A failed one ends with `data: {"error": ...}` instead, which OpenAI's clients raise as an APIError. Streams
-of `/v1/responses` end with an event of their own in both cases.
+ends a successful stream. A failed one ends with `data: {"error": ...}` instead, which OpenAI's clients raise as an APIError.
+Streams of `/v1/responses` end with an event of their own in both cases.
 """
 
 import asyncio
