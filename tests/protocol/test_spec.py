@@ -18,7 +18,7 @@ from meshd.agents.links import table as linktable
 from meshd.protocol import framing, handshake, messages
 from meshd.protocol.messages import REGISTRY, Message, Reply, Request
 
-SPEC = (Path(messages.__file__).parent / "SPEC.md").read_text()
+SPEC = (Path(messages.__file__).parents[1] / "SPEC.md").read_text()
 ROWS = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in SPEC.splitlines() if line.startswith("|")]
 IDENTITY = json.loads((Path(__file__).parent / "golden" / "identity.json").read_text())
 

@@ -1,0 +1,57 @@
+"""Messages of a session's steps, from the prompt to the tokens."""
+
+from meshd.protocol.messages.base import SessionMessage, message
+from meshd.types import TokenLogprobs
+
+
+@message(50)
+class Prompt(SessionMessage, frozen=True, kw_only=True):
+    """Payload: token ids, `i32[tokens]`. One prefill chunk for the first stage."""
+
+    step: int
+    """Of its first token: a step's number is its position."""
+    tokens: int
+    last: bool
+    """The chunk that ends the known tokens: the last stage samples after it."""
+    deadline_ms: int = 0
+
+
+@message(51)
+class Activation(SessionMessage, frozen=True, kw_only=True):
+    """Payload: hidden states `[tokens, hidden]`, row-major, little-endian, of `dtype`."""
+
+    step: int
+    stage: int
+    """The stage that is to compute on it."""
+    tokens: int
+    hidden: int
+    dtype: str
+    sample: bool
+    deadline_ms: int = 0
+    """Time left for the step when it was sent; 0: none."""
+    compute_ns: int = 0
+    """Spent computing so far in this step, for telemetry."""
+
+
+@message(58)
+class Taken(SessionMessage, frozen=True, kw_only=True):
+    """A stage has begun this prefill step: the one before it may send one more. Bounds what waits between two stages."""
+
+    step: int
+    stage: int
+
+
+@message(52)
+class Token(SessionMessage, frozen=True, kw_only=True):
+    """The last stage's pick. Goes to the first stage, whose next step it is, and to the coordinator."""
+
+    step: int
+    """The step that made it."""
+    index: int
+    """Of the answer's tokens, from 0."""
+    token: int
+    logprobs: TokenLogprobs | None = None
+    final: bool = False
+    finish: str = ""
+    """`stop` (end of sequence) or `length`, if final."""
+    compute_ns: int = 0
