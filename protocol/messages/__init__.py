@@ -1,10 +1,10 @@
 """Every message of the link protocol, by subject. `SPEC.md` in the folder above describes them for other languages.
 
 A message is a frozen struct with a type number; its fields are the frame's msgpack header, and what a tensor or a file holds is the
-frame's raw payload. Numbers are never reused. A field that a reader does not know is skipped; a field that a reader needs and an
-older writer does not send has a default. An unknown number is answered with ERROR, and the link lives on.
+frame's raw payload. Numbers are never reused. A reader skips fields that it does not know. A field that an older writer
+does not send has a default. An unknown number is answered with ERROR, and the link stays up.
 
-Who sends what to whom, for one session:
+The messages of one session:
 
     coordinator --OPEN--> every stage's peer            --OPENED--> coordinator
     coordinator --PROMPT--> first stage                 (token ids; one per prefill chunk)
@@ -16,11 +16,11 @@ Who sends what to whom, for one session:
     any stage --FAILED--> coordinator
     coordinator --CLOSE--> every stage's peer           --CLOSED--> coordinator
 
-A later epoch (after a loss, or to move a stage) resumes what is there:
+A later epoch (after a loss, or to move a stage) reuses existing KV:
 
     coordinator --OPEN(resume)--> every stage's peer    --OPENED(held, outputs kept)--> coordinator
     coordinator --RESUME(start, send_from)--> every stage's peer
-    coordinator --PROMPT--> first stage                 (the known tokens from its start on)
+    coordinator --PROMPT--> first stage                 (the known tokens from its start)
     stage i --ACTIVATION--> stage i+1                   (kept outputs from send_from to start, then as computed)
 
 A copy of a stage's KV on another peer (a mirror, or a move that prepares):

@@ -8,7 +8,7 @@ from meshd.types import PeerId, Plan, SessionId
 
 @message(88)
 class EndSession(Request, frozen=True, kw_only=True):
-    """Cancel a session that the receiver coordinates; with `forget` its record goes too."""
+    """Cancel a session that the receiver coordinates. With `forget` its record is deleted too."""
 
     session: SessionId
     forget: bool = False
@@ -21,7 +21,7 @@ class SessionEnded(Reply, frozen=True, kw_only=True):
 
 @message(90)
 class FetchStory(Request, frozen=True, kw_only=True):
-    """What happened to a session at the receiver?"""
+    """Request the events of a session at the receiver."""
 
     session: SessionId
 
@@ -32,12 +32,12 @@ class StoryData(Reply, frozen=True, kw_only=True):
 
     default_lane: ClassVar[Lane] = Lane.BULK
     now: float
-    """The sender's clock when it answered: with half the round trip it places the events in the asker's time."""
+    """The sender's clock when it replied. With half the round trip it converts the events to the requester's clock."""
 
 
 @message(92)
 class Move(Request, frozen=True, kw_only=True):
-    """Asks the coordinator of a session to move all its stages at one peer (None: any) to another."""
+    """Ask a session's coordinator to move the stages at `source` (None: all stages) to `target`."""
 
     session: SessionId
     target: PeerId

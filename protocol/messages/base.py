@@ -12,7 +12,7 @@ PROTOCOL_VERSION = (2, 0)
 """(major, minor): peers of another major version refuse each other; a higher minor only adds."""
 
 FEATURES: frozenset[str] = frozenset({"f32"})
-"""What this build offers beside the version; the peers use what both have."""
+"""Optional features of this build. Peers use those that both have."""
 
 
 class Lane(IntEnum):
@@ -23,26 +23,26 @@ class Lane(IntEnum):
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
-    """The root. `number` is the type on the wire."""
+    """The base of all messages. `number` is the type on the wire."""
 
     number: ClassVar[int] = 0
     default_lane: ClassVar[Lane] = Lane.CONTROL
 
 
 class Request(Message, frozen=True, kw_only=True):
-    """Waits for one reply that carries the same `request`; answered from what is there if it comes twice."""
+    """Expects one reply with the same `request`. A repeat has no further effect and gets the same answer."""
 
     request: int
 
 
 class Reply(Message, frozen=True, kw_only=True):
-    """Answers the request of this number."""
+    """Answers the request with this number."""
 
     request: int
 
 
 class SessionMessage(Message, frozen=True, kw_only=True):
-    """Carries its epoch: a message of an older epoch than the receiver's is dropped."""
+    """Carries the session's epoch. The receiver drops messages of an older epoch than its own."""
 
     session: SessionId
     epoch: int

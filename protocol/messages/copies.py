@@ -19,7 +19,7 @@ class Mirror(SessionMessage, frozen=True, kw_only=True):
 
 @message(61)
 class Mirrored(SessionMessage, frozen=True, kw_only=True):
-    """How far a copy is: when it catches up, when it fails, and every 0.5 s until then."""
+    """Progress of a copy. Sent when it catches up, when it fails, and every 0.5 s until then."""
 
     stage: int
     target: PeerId
@@ -27,7 +27,7 @@ class Mirrored(SessionMessage, frozen=True, kw_only=True):
     filled: int
     """Positions that the stage itself has."""
     error: str = ""
-    """The copy can't go on, and why; the stage serves on."""
+    """Why the copy has ended; the stage continues. Empty: it has not."""
 
 
 @message(62)
@@ -40,16 +40,16 @@ class KvOffer(Request, frozen=True, kw_only=True):
     model: ModelId
     layers: LayerRange
     tokens: int
-    """To reserve."""
+    """Tokens to reserve KV for."""
     lease_ms: int
     valid: int = 0
-    """What lies at the receiver beyond this position may be of other tokens: it is sent again."""
+    """The receiver's KV beyond this position may belong to other tokens, and is sent again."""
 
 
 @message(63)
 class KvAccepted(Reply, frozen=True, kw_only=True):
     held: int
-    """Positions that lie there already."""
+    """Positions that the receiver holds already."""
 
 
 @message(64)
@@ -67,4 +67,4 @@ class KvStored(SessionMessage, frozen=True, kw_only=True):
     layers: LayerRange
     held: int
     error: str = ""
-    """The copy is not kept here any more, and why."""
+    """Why the sender has dropped the copy. Empty: it has not."""

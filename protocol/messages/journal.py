@@ -8,7 +8,7 @@ from meshd.types import SessionId, TokenLogprobs
 
 @message(80)
 class Journal(Request, frozen=True, kw_only=True):
-    """Keep this session's record, whole. Payload: the record (msgpack). The receiver is its deputy now."""
+    """Store this session's whole record and become its deputy. Payload: the record (msgpack)."""
 
     default_lane: ClassVar[Lane] = Lane.BULK
     session: SessionId
@@ -22,7 +22,7 @@ class Journaled(Reply, frozen=True, kw_only=True):
 
 @message(82)
 class JournalTokens(SessionMessage, frozen=True, kw_only=True):
-    """The answer's tokens from `index` on, and its end if it has come."""
+    """The answer's tokens from `index`, and how it ended, if it has."""
 
     index: int
     tokens: tuple[tuple[int, TokenLogprobs | None], ...]
@@ -31,12 +31,12 @@ class JournalTokens(SessionMessage, frozen=True, kw_only=True):
 
 @message(83)
 class JournalDrop(SessionMessage, frozen=True, kw_only=True):
-    """From the coordinator: the record is not needed any more. From a deputy: it does not have the record, or not all of it."""
+    """From the coordinator: the record is not needed any more. From a deputy: it lacks the record or a part of it."""
 
 
 @message(84)
 class FindSession(Request, frozen=True, kw_only=True):
-    """Do you coordinate this session, or keep its record?"""
+    """Ask whether the receiver coordinates this session or has its record."""
 
     session: SessionId
 
@@ -51,7 +51,7 @@ class SessionFound(Reply, frozen=True, kw_only=True):
 
 @message(86)
 class FetchSession(Request, frozen=True, kw_only=True):
-    """Asks for a session's record; with `take` the receiver stops coordinating it and the sender goes on."""
+    """Request a session's record. With `take` the receiver stops coordinating the session and the sender continues it."""
 
     session: SessionId
     take: bool = False

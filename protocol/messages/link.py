@@ -8,7 +8,7 @@ from meshd.types import PeerId, SessionId
 
 @message(1)
 class Hello(Message, frozen=True, kw_only=True):
-    """First frame of each connection, from both sides. Whoever dialled says which lane this is and of which link."""
+    """First frame of each connection, from both sides. The dialler chooses the lane and the link number."""
 
     version: tuple[int, int]
     features: tuple[str, ...]
@@ -17,19 +17,19 @@ class Hello(Message, frozen=True, kw_only=True):
     """Must be the hash of the key in the TLS certificate."""
     name: str
     incarnation: int
-    """Drawn at start: a peer that restarts is a new incarnation."""
+    """Random number drawn at start, so that a restarted peer is a new incarnation."""
     link: int
-    """Drawn by the dialler; both connections of a link carry it. The side that answers repeats it."""
+    """Random number of the dialler, the same on both connections of a link. The answering side repeats it."""
     lane: int
     max_header: int
     max_payload: int
     port: int
-    """Where the sender listens for links."""
+    """TCP port on which the sender listens for links."""
 
 
 @message(2)
 class Error(Reply, frozen=True, kw_only=True):
-    """A request (or, with request 0, a message) could not be met."""
+    """A request, or with `request` 0 a message, could not be handled."""
 
     request: int = 0
     code: str
@@ -37,16 +37,16 @@ class Error(Reply, frozen=True, kw_only=True):
     hint: str = ""
     session: SessionId | None = None
     number_of: int = 0
-    """The type number that this answers, if it was unknown."""
+    """The unknown type number that this answers; 0 if it was known."""
 
 
 @message(3)
 class Heartbeat(Message, frozen=True, kw_only=True):
-    """Each side, every 0.5 s, on the control lane."""
+    """Sent by each side every 0.5 s on the control lane."""
 
     sequence: int
     sent_ns: int
-    """The sender's monotonic clock; the answer repeats it."""
+    """The sender's monotonic clock. The answer repeats it."""
 
 
 @message(4)
@@ -57,14 +57,14 @@ class HeartbeatAck(Message, frozen=True, kw_only=True):
 
 @message(5)
 class Goodbye(Message, frozen=True, kw_only=True):
-    """The sender leaves on purpose; its silence is no fault."""
+    """The sender leaves on purpose; its silence is not a fault."""
 
     reason: str
 
 
 @message(6)
 class Probe(Request, frozen=True, kw_only=True):
-    """Payload: filler. The reply comes when all of it has arrived; with `echo` it comes back whole."""
+    """Payload: filler. The reply is sent when all of it has arrived; with `echo` the reply has the same payload."""
 
     default_lane: ClassVar[Lane] = Lane.BULK
     echo: bool = False

@@ -8,23 +8,23 @@ from meshd.types import Advert, ModelCard, ModelId
 
 @message(16)
 class Advertise(Message, frozen=True, kw_only=True):
-    """The sender's present advert, whole: on link-up and on change."""
+    """The sender's whole advert. Sent when a link comes up, on every change and every 5 s."""
 
     advert: Advert
 
 
 @message(17)
 class FetchHeader(Request, frozen=True, kw_only=True):
-    """Asks for what a coordinator needs of a model that it does not have: tokenizer and template."""
+    """Request the tokenizer and chat template of a model that the sender will coordinate but does not have."""
 
     model: ModelId
 
 
 @message(18)
 class HeaderData(Reply, frozen=True, kw_only=True):
-    """Payload: the head of the GGUF file, up to its tensor data."""
+    """Payload: the GGUF file up to its tensor data."""
 
     default_lane: ClassVar[Lane] = Lane.BULK
     card: ModelCard
     sha256: str
-    """Of the payload."""
+    """Of the payload, in hex."""

@@ -6,7 +6,7 @@ from meshd.types import LayerRange, ModelId
 
 @message(32)
 class Place(Request, frozen=True, kw_only=True):
-    """Load these layers and hold room for their KV. The reply comes when they are WARM; progress is in the adverts."""
+    """Load these layers and reserve their KV. The reply is sent when they are WARM; adverts show the progress."""
 
     model: ModelId
     ref: str
@@ -14,10 +14,10 @@ class Place(Request, frozen=True, kw_only=True):
     kv_tokens: int
     deadline_ms: int
     standby: bool = False
-    """A copy for when another peer is lost: it takes no other load's memory and gives its own to any that is not one. A wish
-    for the same layers that is none turns it into an ordinary load."""
+    """A copy in case another peer is lost. It never displaces another load, and any load that is not a standby copy may
+    displace it. A PLACE of the same layers without `standby` makes it an ordinary load."""
     pinned: bool = False
-    """Somebody said where these layers are to lie: they are not placed elsewhere because that would be faster."""
+    """A user chose this peer for the layers, so they are not moved to a faster one."""
 
 
 @message(33)
@@ -28,7 +28,7 @@ class Placed(Reply, frozen=True, kw_only=True):
 
 @message(34)
 class Unplace(Request, frozen=True, kw_only=True):
-    """Let go of a model: at once if no session uses it, else when the last one ends (DRAINING)."""
+    """Free a model: at once if no session uses it, otherwise when the last one ends (DRAINING)."""
 
     model: ModelId
 
@@ -40,7 +40,7 @@ class Unplaced(Reply, frozen=True, kw_only=True):
 
 @message(36)
 class Drain(Request, frozen=True, kw_only=True):
-    """Take no new work and let what runs move away; the reply comes when nothing is left, or at the deadline."""
+    """Accept no new work, and let sessions move away. The reply is sent when none is left, or at the deadline."""
 
     deadline_ms: int
     undo: bool = False

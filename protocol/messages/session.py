@@ -6,13 +6,13 @@ from meshd.types import PeerId, Plan, SamplingParams, SessionId
 
 @message(48)
 class Open(Request, frozen=True, kw_only=True):
-    """Reserve KV for a session's stage and be ready for its steps; a repeat of the same epoch answers the same."""
+    """Reserve KV for a session's stage and prepare for its steps. A repeat of the same epoch gets the same answer."""
 
     session: SessionId
     epoch: int
     plan: Plan
     stage: int
-    """Which of the plan's stages is the receiver's."""
+    """Index of the receiver's stage in the plan."""
     coordinator: PeerId
     prompt_tokens: int
     max_tokens: int
@@ -20,14 +20,14 @@ class Open(Request, frozen=True, kw_only=True):
     ignore_eos: bool = False
     lease_ms: int
     credit: int
-    """Answer tokens that may be made before the first CREDIT."""
+    """Answer tokens that may be generated before the first CREDIT."""
     answered: int = 0
-    """Answer tokens that are known already. The payload, for the last stage: `i32[prompt_tokens + answered]`, all known tokens,
-    where its sampler needs them."""
+    """Answer tokens that are known already. Payload, for the last stage if its sampler needs them: all known tokens,
+    `i32[prompt_tokens + answered]`."""
     resume: bool = False
-    """Keep what an older epoch left here for these layers, tell of it in OPENED, and wait for RESUME."""
+    """Keep KV and outputs of an older epoch for these layers, report them in OPENED, and wait for RESUME."""
     handed_over: bool = False
-    """The coordinator before this one gave the session away: it may be linked here still."""
+    """The previous coordinator gave the session away, so its link with the receiver may still be up."""
 
 
 @message(49)
@@ -36,56 +36,56 @@ class Opened(Reply, frozen=True, kw_only=True):
     epoch: int
     blocks: int
     held: int = 0
-    """Positions whose KV lies here, from 0 on."""
+    """The sender holds KV of positions `[0, held)`."""
     mirrored: bool = False
-    """What is held came as a copy from another peer."""
+    """The held KV was copied from another peer."""
     kept_from: int = 0
-    """Positions `[kept_from, kept_to)`: outputs of these layers that are kept and can be sent again."""
+    """Outputs of these layers of positions `[kept_from, kept_to)` are kept and can be sent again."""
     kept_to: int = 0
 
 
 @message(59)
 class Resume(SessionMessage, frozen=True, kw_only=True):
-    """All stages of a later epoch are open: go on. What the receiver has of the session for no stage of the epoch is freed."""
+    """All stages of a later epoch are open: continue. The receiver frees what no stage of the epoch uses."""
 
     stage: int
     start: int
-    """Position of the first token that this stage computes; its KV up to there is valid."""
+    """Position of the first token that this stage computes. Its KV before that is valid."""
     send_from: int
-    """The next stage wants outputs from this position on: those before `start` are sent from what was kept."""
+    """First position whose output the next stage needs. Outputs before `start` are sent from the kept ones."""
 
 
 @message(53)
 class Credit(SessionMessage, frozen=True, kw_only=True):
-    """Answer tokens up to `index` (exclusive) may be made."""
+    """Answer tokens up to `index` (exclusive) may be generated."""
 
     index: int
     hold: bool = False
-    """No more than these, whatever was granted before: the plan is about to change."""
+    """Replace higher credits granted before: the plan is about to change."""
 
 
 @message(54)
 class Renew(SessionMessage, frozen=True, kw_only=True):
-    """The lease runs for `lease_ms` more."""
+    """Extend the lease to `lease_ms` from now."""
 
     lease_ms: int
 
 
 @message(55)
 class Failed(SessionMessage, frozen=True, kw_only=True):
-    """A stage can't go on; the coordinator decides what next."""
+    """A stage can't continue. The coordinator makes a new plan or ends the session."""
 
     step: int
     stage: int
     code: str
     message: str
     blame: PeerId | None = None
-    """Who is at fault, as far as the sender can tell."""
+    """The peer at fault, as far as the sender knows."""
 
 
 @message(56)
 class Close(SessionMessage, frozen=True, kw_only=True):
-    """Free what this session holds. Idempotent."""
+    """Free everything of this session. Idempotent."""
 
     reason: str
 
@@ -97,7 +97,7 @@ class Closed(SessionMessage, frozen=True, kw_only=True):
 
 @message(66)
 class FetchProgress(Request, frozen=True, kw_only=True):
-    """How far is this session at the receiver? Asked when nothing came for too long."""
+    """Request a session's progress at the receiver. Sent when no token arrived for too long."""
 
     session: SessionId
     epoch: int
@@ -105,7 +105,8 @@ class FetchProgress(Request, frozen=True, kw_only=True):
 
 @message(67)
 class ProgressData(Reply, frozen=True, kw_only=True):
-    """Of each stage of the session at the sender."""
+    """Progress of each of the session's stages at the sender."""
 
     stages: tuple[tuple[int, int, int, float], ...]
-    """(stage, position due next, positions sent on, seconds that the sender's present step, of whatever session, computes)."""
+    """(stage, next position expected, position up to which outputs were sent, seconds that the sender has computed its current
+    step, which may belong to any session)."""

@@ -9,10 +9,10 @@ class Prompt(SessionMessage, frozen=True, kw_only=True):
     """Payload: token ids, `i32[tokens]`. One prefill chunk for the first stage."""
 
     step: int
-    """Of its first token: a step's number is its position."""
+    """Position of the chunk's first token, which is the step's number."""
     tokens: int
     last: bool
-    """The chunk that ends the known tokens: the last stage samples after it."""
+    """The chunk ends the known tokens, and the last stage samples after it."""
     deadline_ms: int = 0
 
 
@@ -22,20 +22,20 @@ class Activation(SessionMessage, frozen=True, kw_only=True):
 
     step: int
     stage: int
-    """The stage that is to compute on it."""
+    """The receiving stage."""
     tokens: int
     hidden: int
     dtype: str
     sample: bool
     deadline_ms: int = 0
-    """Time left for the step when it was sent; 0: none."""
+    """Time left for the step when it was sent; 0: no deadline."""
     compute_ns: int = 0
     """Spent computing so far in this step, for telemetry."""
 
 
 @message(58)
 class Taken(SessionMessage, frozen=True, kw_only=True):
-    """A stage has begun this prefill step: the one before it may send one more. Bounds what waits between two stages."""
+    """A stage has begun this prefill step, so the previous one may send one more. Bounds the steps that wait between stages."""
 
     step: int
     stage: int
@@ -43,12 +43,12 @@ class Taken(SessionMessage, frozen=True, kw_only=True):
 
 @message(52)
 class Token(SessionMessage, frozen=True, kw_only=True):
-    """The last stage's pick. Goes to the first stage, whose next step it is, and to the coordinator."""
+    """The token that the last stage sampled. Sent to the first stage, as its next step, and to the coordinator."""
 
     step: int
-    """The step that made it."""
+    """The step that it was sampled after."""
     index: int
-    """Of the answer's tokens, from 0."""
+    """Index in the answer, from 0."""
     token: int
     logprobs: TokenLogprobs | None = None
     final: bool = False

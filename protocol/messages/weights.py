@@ -8,24 +8,24 @@ from meshd.types import ModelCard, ModelId
 
 @message(40)
 class FetchManifest(Request, frozen=True, kw_only=True):
-    """Which tensors of a model lie at the receiver?"""
+    """Request the list of tensors of a model that the receiver has."""
 
     model: ModelId
 
 
 @message(41)
 class ManifestData(Reply, frozen=True, kw_only=True):
-    """Payload: the manifest (msgpack): where each tensor lies in the file, its SHA-256, and whether the sender has it."""
+    """Payload: the manifest (msgpack): each tensor's place in the file, its SHA-256, and whether the sender has it."""
 
     default_lane: ClassVar[Lane] = Lane.BULK
     card: ModelCard
     sha256: str
-    """Of the payload."""
+    """Of the payload, in hex."""
 
 
 @message(42)
 class FetchWeights(Request, frozen=True, kw_only=True):
-    """Bytes `[offset, offset + length)` of a model's file, all of them in tensors that the receiver has."""
+    """Request bytes `[offset, offset + length)` of a model's file, all of them in tensors that the receiver has."""
 
     model: ModelId
     offset: int
