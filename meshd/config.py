@@ -267,7 +267,7 @@ def _host_name() -> str:
 
 SETTINGS: tuple[Setting, ...] = (
     Setting(name="key", metavar="CODE", secret=True, help="join the cluster of this code (`meshd key show`)"),
-    Setting(name="name", parse=parse_name, computed=lambda _: _host_name(), help="name of this peer, for people"),
+    Setting(name="name", parse=parse_name, computed=lambda _: _host_name(), help="name of this peer; default: the host name"),
     Setting(
         name="api",
         metavar="HOST:PORT",
@@ -377,28 +377,28 @@ SETTINGS: tuple[Setting, ...] = (
         metavar="DIR",
         parse=parse_path,
         computed=lambda settings: settings.user_folder("state"),
-        help="folder of this peer's identity and cluster key",
+        help="folder of this peer's identity and cluster key; default: the user's state folder",
     ),
     Setting(
         name="config",
         metavar="FILE",
         parse=parse_path,
         computed=lambda settings: settings.user_folder("config") / "config.toml",
-        help="path of the config file",
+        help="path of the config file; default: config.toml in the user's config folder",
     ),
     Setting(
         name="cache",
         metavar="DIR",
         parse=parse_path,
         computed=lambda settings: settings.user_folder("cache"),
-        help="folder of measurements and models, which can be recreated",
+        help="folder of measurements and models, which can be recreated; default: the user's cache folder",
     ),
     Setting(
         name="models-dir",
         metavar="DIR",
         parse=parse_path,
         computed=lambda settings: settings["cache"].value / "models",
-        help="folder of models that are not from Hugging Face",
+        help="folder of models that are not from Hugging Face; default: models in the cache folder",
     ),
     Setting(
         name="hf-cache",

@@ -106,4 +106,4 @@ def _print_api_key(key: str, as_json: bool) -> None:
         print_json({"api_key": key})
         return
     print(key)
-    notice("clients send it as `Authorization: Bearer KEY` (OpenAI's clients: api_key); asked for from `meshd up`'s next start on")
+    notice("clients send it as `Authorization: Bearer KEY` (OpenAI's clients: api_key); `meshd up` requires it from its next start")

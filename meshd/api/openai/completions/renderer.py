@@ -79,7 +79,7 @@ class _Logprobs:
         self._offset = 0
 
     def next(self, tokens: Sequence[TokenText]) -> CompletionLogprobs | None:
-        """Of the answer's next tokens; None if not asked for."""
+        """Return the logprobs of the answer's next tokens; None if not requested."""
         if self._asked is None:
             return None
         offsets = []
