@@ -1,4 +1,4 @@
-"""A bounded queue of what waits to be written on one connection. No I/O here."""
+"""A bounded queue of bytes to write on one connection. No I/O."""
 
 from collections import deque
 
@@ -6,19 +6,19 @@ from meshd.errors import Overloaded
 
 
 class SendQueue:
-    """Buffers in order, bounded by their bytes; large ones leave in pieces, without a copy."""
+    """Keeps buffers in order, bounded by their total bytes. Large ones are taken in chunks, without a copy."""
 
-    def __init__(self, limit_bytes: int, piece_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, chunk_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.queued_bytes = 0
-        self._piece_bytes = piece_bytes
+        self._chunk_bytes = chunk_bytes
         self._buffers: deque[memoryview] = deque()
 
     def __bool__(self) -> bool:
         return bool(self._buffers)
 
     def put(self, *buffers: bytes | memoryview) -> None:
-        """Append all or, when they don't fit, nothing. Raises: Overloaded."""
+        """Append all buffers, or none if they exceed the limit. Raises: Overloaded."""
         size = sum(len(buffer) for buffer in buffers)
         if self.queued_bytes + size > self.limit_bytes:
             raise Overloaded(
@@ -29,17 +29,17 @@ class SendQueue:
         self._buffers.extend(memoryview(buffer) for buffer in buffers if len(buffer))
 
     def take(self) -> memoryview:
-        """The next piece. Raises: IndexError if there is none."""
+        """Remove and return the next chunk. Raises: IndexError if there is none."""
         buffer = self._buffers[0]
-        piece = buffer[: self._piece_bytes]
-        if len(piece) == len(buffer):
+        chunk = buffer[: self._chunk_bytes]
+        if len(chunk) == len(buffer):
             self._buffers.popleft()
         else:
-            self._buffers[0] = buffer[self._piece_bytes :]
-        self.queued_bytes -= len(piece)
-        return piece
+            self._buffers[0] = buffer[self._chunk_bytes :]
+        self.queued_bytes -= len(chunk)
+        return chunk
 
     def clear(self) -> None:
-        """Let go of all that waits."""
+        """Drop everything that is queued."""
         self._buffers.clear()
         self.queued_bytes = 0

@@ -1,7 +1,7 @@
-"""Frames: bytes in, frames out. No I/O here.
+"""Cut a byte stream into frames. No I/O.
 
-A frame is `u32 header length | u32 payload length | header | payload`, both lengths big-endian. No memory is taken for a length
-before it is checked: a `FrameReader` never holds more than its scratch buffer and one payload.
+A frame is `u32 header length | u32 payload length | header | payload`, both lengths big-endian. A length is checked before
+memory is allocated for it: a `FrameReader` never holds more than its scratch buffer and one payload.
 """
 
 import struct
@@ -16,12 +16,12 @@ PREFIX = struct.Struct(">II")
 KIB = 1024
 MIB = 1024 * KIB
 MAX_HEADER = 64 * KIB
-"""What a peer of this build accepts; HELLO says so."""
+"""The largest header that this build accepts, as its HELLO states."""
 MAX_HEADER_HARD = MIB
-"""No HELLO may promise to accept more."""
+"""The largest `max_header` that a HELLO may have."""
 MAX_PAYLOAD = 16 * MIB
 _SCRATCH = 32 * KIB
-"""Read in one go while no payload is under way: a decode step's activation fits, and no more than this of a frame is copied."""
+"""Read at once while no large payload is arriving. A decode step's activation fits, and at most this much of a frame is copied."""
 EMPTY = memoryview(b"")
 
 
@@ -33,19 +33,19 @@ class FrameLimits(msgspec.Struct, frozen=True):
 
 
 class Frame(msgspec.Struct, frozen=True):
-    """One frame as it came. The payload's buffer is new for each frame and belongs to whoever takes it."""
+    """One received frame. The payload's buffer is new for each frame, and the receiver of the frame owns it."""
 
     header: bytes
     payload: memoryview
     receive_s: float = 0.0
-    """From the first bytes of the payload to the last; 0 if they came at once."""
+    """Seconds from the first bytes of the payload to the last; 0 if they arrived together."""
 
 
 class FrameReader:
     """Cuts a stream into frames, reading large payloads straight into their final buffer.
 
-    Fill `buffer()` from the stream, then say with `received()` how much came. However the stream is chunked, the frames are the
-    same. After a ProtocolViolation nothing more can be read.
+    Fill `buffer()` from the stream, then pass the number of bytes to `received()`. The frames do not depend on how the stream is
+    chunked. After a ProtocolViolation nothing more can be read.
     """
 
     def __init__(self, limits: FrameLimits, now: Callable[[], float] = time.perf_counter) -> None:
@@ -60,13 +60,13 @@ class FrameReader:
         self._broken: ProtocolViolation | None = None
 
     def buffer(self) -> memoryview:
-        """Where the next bytes belong; never empty."""
+        """Return the memory for the next bytes; never empty."""
         if self._payload:
             return self._payload[self._filled :]
         return self._scratch[self._have :]
 
     def received(self, count: int) -> Iterator[Frame]:
-        """The frames that `count` more bytes complete. Exhaust it before the next call.
+        """Yield the frames that `count` more bytes complete. Exhaust the iterator before the next call.
 
         Raises: ProtocolViolation after the frames that came before the fault.
         """
@@ -81,12 +81,12 @@ class FrameReader:
             yield self._take_payload()
 
     def end(self) -> None:
-        """The stream has ended. Raises: ProtocolViolation if that tears a frame."""
+        """End the stream. Raises: ProtocolViolation if it ends within a frame."""
         if self._broken is None and (self._have or self._payload):
             raise self._break("the stream ended within a frame")
 
     def held_bytes(self) -> int:
-        """Memory taken for what has not been handed out yet."""
+        """Return the bytes of memory allocated for frames that are not complete."""
         return len(self._scratch) + len(self._payload)
 
     def _cut(self) -> Iterator[Frame]:
@@ -119,7 +119,7 @@ class FrameReader:
         return self._broken
 
     def _keep(self, at: int, need: int) -> None:
-        """Move what is left to the front of a scratch buffer that holds `need` bytes and more."""
+        """Move the unread bytes to the front of a scratch buffer with space for more than `need` bytes."""
         rest = self._scratch[at : self._have]
         if need >= len(self._scratch):
             self._scratch = memoryview(bytearray(need + _SCRATCH))
@@ -141,5 +141,5 @@ class FrameReader:
 
 
 def frame_head(header: bytes, payload_length: int) -> bytes:
-    """What goes before the payload."""
+    """Encode the part of a frame before its payload."""
     return PREFIX.pack(len(header), payload_length) + header

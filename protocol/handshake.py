@@ -1,4 +1,4 @@
-"""HELLO: what two peers must agree on before they are linked, and which of two links between them lives. Pure."""
+"""HELLO: what two peers agree on before they are linked, and which of two links between them survives. Pure."""
 
 from collections.abc import Iterable
 from enum import Enum
@@ -15,18 +15,18 @@ _LEAST = 4096
 
 
 class HelloAgreement(msgspec.Struct, frozen=True):
-    """What holds on a connection after both HELLOs."""
+    """The result of both HELLOs of a connection."""
 
     hello: Hello
     """The other side's."""
     features: frozenset[str]
-    """What both have."""
+    """Features that both sides have."""
     limits: FrameLimits
-    """What the other side accepts."""
+    """Limits of the other side."""
 
 
 class LinkChoice(Enum):
-    """What becomes of a link that a peer offers while there may be one already."""
+    """What happens to a link that a peer offers while another may exist."""
 
     ACCEPT = "there is none yet"
     REPLACE = "the new one takes the place of the old"
@@ -34,9 +34,9 @@ class LinkChoice(Enum):
 
 
 def check_hello(message: Message, certified: PeerId, *, features: Iterable[str] = FEATURES) -> HelloAgreement:
-    """Hold the first frame of a connection against the rules and against the peer's certificate.
+    """Check the first frame of a connection against the rules and the peer's certificate.
 
-    Raises: ProtocolViolation if it breaks the protocol; PeerRefused if its version can't be spoken here; PeerLost if it is GOODBYE
+    Raises: ProtocolViolation if it breaks the protocol; PeerRefused if its major version differs; PeerLost if it is GOODBYE
     or ERROR instead.
     """
     if isinstance(message, Goodbye):
@@ -54,7 +54,7 @@ def check_hello(message: Message, certified: PeerId, *, features: Iterable[str] 
     if message.peer != certified:
         raise ProtocolViolation("HELLO names another peer than the certificate")
     if message.lane not in (Lane.CONTROL, Lane.BULK):
-        raise ProtocolViolation(f"HELLO names lane {message.lane}, which there is not")
+        raise ProtocolViolation(f"HELLO names lane {message.lane}, which does not exist")
     if not _LEAST <= message.max_header <= MAX_HEADER_HARD or not 0 <= message.max_payload <= MAX_PAYLOAD:
         raise ProtocolViolation(f"HELLO accepts headers of {message.max_header} and payloads of {message.max_payload} bytes")
     return HelloAgreement(
@@ -63,7 +63,7 @@ def check_hello(message: Message, certified: PeerId, *, features: Iterable[str] 
 
 
 def check_answer(answer: Hello, asked: Hello) -> None:
-    """Hold the answering side's HELLO against the one that the dialler sent. Raises: ProtocolViolation."""
+    """Check the answering side's HELLO against the dialler's. Raises: ProtocolViolation."""
     if (answer.link, answer.lane) != (asked.link, asked.lane):
         raise ProtocolViolation("HELLO was answered for another link or lane")
 
@@ -72,19 +72,19 @@ class ExistingLink(msgspec.Struct, frozen=True, kw_only=True):
     """The link with a peer that exists when it offers another."""
 
     incarnation: int | None
-    """None: not told yet."""
+    """None: no HELLO has arrived yet."""
     dialled: bool
-    """By us."""
+    """Whether this side dialled it."""
     up: bool
     silent_s: float
 
 
 def choose_link(present: ExistingLink | None, offered: Hello, own: PeerId, *, fresh_s: float) -> LinkChoice:
-    """Which link survives when a peer dials us while a link with it exists; both sides come to the same answer.
+    """Choose the surviving link when a peer dials this one while a link with it exists. Both sides choose the same one.
 
-    A side never dials a peer that it has a link with. So a peer that dials again has lost the link it dialled before; and of two
-    that are dialled at once, the one from the smaller id lives. A link that we dialled and that carried something within `fresh_s`
-    is kept: the offer was on its way when that link came up, and the peer withdraws it.
+    A side never dials a peer that it has a link with. So a peer that dials again has lost the link it dialled before. Of two
+    links dialled at the same time, the one from the smaller id survives. A link that this side dialled and that received a frame
+    within `fresh_s` is kept: the peer dialled before that link came up, and withdraws its offer.
     """
     if present is None:
         return LinkChoice.ACCEPT

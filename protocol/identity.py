@@ -1,7 +1,7 @@
-"""Who a peer is and whom it trusts: the cluster key, the certificate authority it derives, and the TLS contexts of a link.
+"""A peer's identity and trust: the cluster key, the certificate authority derived from it, and the TLS contexts of a link.
 
-Every holder of the cluster key rebuilds the same authority, byte for byte; each peer signs its own certificate with it. Nothing in
-either is dated, so that a device without a right clock can join. SPEC.md gives all of it with a test vector.
+Every holder of the cluster key rebuilds the same authority, byte for byte; each peer signs its own certificate with it. The dates
+in both cover all time, so that a device whose clock is wrong can join. SPEC.md, section 2, has all of it, with a test vector.
 """
 
 import base64
@@ -126,7 +126,7 @@ class ClusterKey:
 
 @dataclass(frozen=True)
 class Identity:
-    """This peer, able to prove it: its id, its cluster and the TLS contexts for both ends of a link."""
+    """This peer's id and cluster, and the TLS contexts that prove them on both ends of a link."""
 
     peer: PeerId
     fingerprint: str
@@ -134,16 +134,16 @@ class Identity:
     server: ssl.SSLContext
     client: ssl.SSLContext
     notice: str = ""
-    """What a person should know of how it came about; empty: nothing."""
+    """A message to the user about how the identity was made; empty: none."""
 
 
 def peer_id(public: Ed25519PublicKey) -> PeerId:
-    """Lower-case base32 of SHA-256 of the 32 raw bytes of the public key."""
+    """Return the lower-case base32 of SHA-256 of the public key's 32 raw bytes."""
     return PeerId(_base32(hashlib.sha256(_raw(public)).digest()))
 
 
 def peer_of_certificate(der: bytes) -> PeerId:
-    """Whom a certificate is for. Raises: PeerRefused if its key is not Ed25519."""
+    """Return the id of a certificate's peer. Raises: PeerRefused if its key is not Ed25519."""
     try:
         public = x509.load_der_x509_certificate(der).public_key()
     except (ValueError, UnsupportedAlgorithm) as error:
@@ -154,7 +154,7 @@ def peer_of_certificate(der: bytes) -> PeerId:
 
 
 def load_cluster_key(folder: StateFolder) -> ClusterKey | None:
-    """The key that this folder holds; None if it has none yet. Raises: StorageError if it is broken or others may read it."""
+    """Load the key of this folder; None if it has none yet. Raises: StorageError if it is broken or others may read it."""
     data = folder.read(CLUSTER_FILE)
     if data is None:
         return None
@@ -167,12 +167,12 @@ def load_cluster_key(folder: StateFolder) -> ClusterKey | None:
 
 
 def store_cluster_key(folder: StateFolder, key: ClusterKey) -> None:
-    """Keep the key, as its join code, for later starts. Raises: StorageError."""
+    """Store the key, as its join code. Raises: StorageError."""
     folder.write(CLUSTER_FILE, f"{key.code}\n".encode())
 
 
 def load_identity(folder: StateFolder, cluster: ClusterKey, random_bytes: Callable[[int], bytes]) -> Identity:
-    """This folder's identity in the cluster; made at the first start, and made anew in a folder that was copied.
+    """Load this folder's identity in the cluster. Makes a new one at the first start, and in a folder that was copied.
 
     Raises: StorageError if the key is broken or others may read it.
     """

@@ -1,4 +1,4 @@
-"""One authenticated connection: messages over TLS 1.3 over TCP. The only file of this room that does I/O."""
+"""One authenticated connection: messages over TLS 1.3 over TCP. The only file of this folder that does I/O."""
 
 import asyncio
 import logging
@@ -24,35 +24,36 @@ Address = tuple[str, int]
 """(host, port)"""
 
 QUEUE_BYTES = 32 * MIB
-"""What may wait to be written on one connection: two of the largest payloads."""
+"""Bytes that may be queued on one connection: two of the largest payloads."""
 _JOINED = 32 * KIB
-"""Header and payload leave in one write up to here; of a larger payload the rest is written from where it lies."""
-_PIECE = 128 * KIB
+"""Header and payload are joined into one write up to this size. The rest of a larger payload is written without a copy."""
+_CHUNK = 128 * KIB
 _TRANSPORT_BYTES = 256 * KIB
-"""What may lie, encrypted, below us before we are told to pause."""
+"""Encrypted bytes that asyncio may buffer before it pauses the writer."""
 _SHUTDOWN_S = 0.5
 
 
 class Connection(asyncio.BufferedProtocol):
-    """Frames in, messages out, and back.
+    """Converts between frames on the socket and messages.
 
     `on_message(connection, message, frame)` is called for each message from within the event loop's read; it must not block.
-    `on_closed(connection, reason)` is called once. Until `attach`, one message is kept for `first`; a second closes the connection.
+    `on_closed(connection, reason)` is called once. Before `attach`, one message is kept for `first`; a second
+    one closes the connection.
     """
 
     peer: PeerId
-    """By its certificate."""
+    """From its certificate."""
     remote: Address
 
     def __init__(self, limits: FrameLimits, now: Callable[[], float]) -> None:
         self.accepts = FrameLimits()
-        """What the other side accepts; its HELLO says."""
+        """Limits of the other side, from its HELLO."""
         self.reason = ""
-        """Why it is closed; empty while it is not."""
+        """Why it is closed; empty while it is open."""
         self.bytes_in = 0
         self.bytes_out = 0
         self._reader = FrameReader(limits, now)
-        self._queue = SendQueue(QUEUE_BYTES, _PIECE)
+        self._queue = SendQueue(QUEUE_BYTES, _CHUNK)
         self._paused = False
         self._first: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._gone = asyncio.Event()
@@ -62,14 +63,14 @@ class Connection(asyncio.BufferedProtocol):
     def attach(
         self, on_message: Callable[["Connection", Message, Frame], None], on_closed: Callable[["Connection", str], None]
     ) -> None:
-        """From now on messages and the end go to these. Raises: PeerLost if it has closed already."""
+        """Set the receivers of messages and of the end. Raises: PeerLost if the connection has closed already."""
         if self.reason:
             raise PeerLost(self.reason)
         self._on_message = on_message
         self._on_closed = on_closed
 
     async def first(self) -> Message:
-        """The first message. Raises: PeerFault if the connection closes before."""
+        """Wait for the first message. Raises: PeerFault if the connection closes before."""
         return await self._first
 
     @property
@@ -77,9 +78,9 @@ class Connection(asyncio.BufferedProtocol):
         return self._queue.queued_bytes
 
     def send(self, message: Message, payload: Buffer | None = None) -> None:
-        """Write, or queue; never waits. The payload must not change until it has left.
+        """Write a message, or queue it; never waits. The payload must not change until it is written.
 
-        Raises: PeerLost if the connection is closed; Overloaded if too much waits already; InvalidRequest if it is larger than the
+        Raises: PeerLost if the connection is closed; Overloaded if the queue is full; InvalidRequest if it is larger than the
         other side accepts.
         """
         if self.reason:
@@ -103,7 +104,7 @@ class Connection(asyncio.BufferedProtocol):
             self._pump()
 
     def close(self, reason: str, farewell: Message | None = None) -> None:
-        """Say farewell, if it can still be said, and let what was written leave; `on_closed` hears the reason at once."""
+        """Send `farewell` if possible, and close after what was written is sent. `on_closed` is called at once."""
         if self.reason:
             return
         if farewell is not None:
@@ -122,8 +123,6 @@ class Connection(asyncio.BufferedProtocol):
     async def closed(self) -> None:
         """Wait until the socket is gone."""
         await self._gone.wait()
-
-    # What the event loop calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
@@ -167,8 +166,6 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._end(_reason(exc))
         self._gone.set()
-
-    # Insides
 
     def _deliver(self, message: Message, frame: Frame) -> None:
         if self._on_message is not None:
@@ -250,7 +247,7 @@ async def accept(
             ),
         )
     except ConnectionResetError as error:
-        # asyncio's TLS sends no alert when it rejects a certificate, it just goes.
+        # asyncio's TLS sends no alert when it rejects a certificate; it closes the connection.
         raise PeerRefused("it broke off the TLS handshake, as a peer of another cluster does") from error
     except OSError as error:
         raise _handshake_failure(error) from error
@@ -291,7 +288,7 @@ async def dial(
 
 
 async def _handshake(connection: Connection, raw: socket.socket, connecting: Coroutine[object, object, object]) -> None:
-    """Cancel: the handshake is made to fail, since asyncio forgets a TLS transport that is cancelled within it."""
+    """Cancel: makes the handshake fail, because asyncio leaks a TLS transport whose handshake is cancelled."""
     task = asyncio.ensure_future(connecting)
     try:
         await asyncio.shield(task)
@@ -303,8 +300,8 @@ async def _handshake(connection: Connection, raw: socket.socket, connecting: Cor
         raise
     finally:
         if not isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop):
-            # uvloop's transport owns the descriptor now, but does not always say so to `raw`, whose finaliser would then close a
-            # descriptor that has become another connection's.
+            # uvloop's transport now owns the descriptor, but does not always detach it from `raw`, whose finaliser would then
+            # close a descriptor that another connection has reused.
             raw.detach()
 
 
@@ -314,7 +311,7 @@ def _abandon(connection: Connection, connecting: asyncio.Future[object]) -> None
 
 
 async def _connect(address: Address, connect_s: float) -> socket.socket:
-    """`connect_s` is for each of the host's addresses."""
+    """Connect to the first address that answers; each has `connect_s`."""
     loop = asyncio.get_running_loop()
     host, port = address
     failure = "its name has no address"

@@ -1,4 +1,4 @@
-"""`GET /health`, `GET /ready` and `GET /metrics`: for those who watch over a daemon."""
+"""`GET /health`, `GET /ready` and `GET /metrics`: for supervisors and monitoring."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""`/mesh/v1/*`: what the monitor and the command line read and ask."""
+"""`/mesh/v1/*`: the API that the monitor and the command line use."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any
@@ -23,11 +23,11 @@ class UnplaceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class Unplaced(msgspec.Struct, frozen=True, kw_only=True):
-    """A model was let go."""
+    """A model's layers were freed."""
 
     model: str
     freed_bytes: int
-    """Over all peers."""
+    """Sum over all peers."""
 
 
 class DrainRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -36,9 +36,9 @@ class DrainRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     peer: str
     """Its name, or an unambiguous beginning of its id."""
     undo: bool = False
-    """Have it take work again."""
+    """Accept work again."""
     timeout_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 60.0
-    """How long to wait for its sessions to move away. It goes on draining after that."""
+    """How long to wait for its sessions to move away. It keeps draining after that."""
 
 
 class Drained(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,7 +47,7 @@ class Drained(msgspec.Struct, frozen=True, kw_only=True):
     peer: str
     name: str
     sessions_left: int
-    """Stages of running sessions that it still computes; 0: it can be stopped without anybody noticing."""
+    """Stages of running sessions that it still computes; 0: it can be stopped without disturbing any session."""
 
 
 class MigrateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -85,7 +85,7 @@ async def identity(request: web.Request) -> web.Response:
 
 
 async def events(request: web.Request) -> web.StreamResponse:
-    """Events as they happen, until the client goes."""
+    """Stream events as they happen, until the client leaves."""
 
     async def produce(stream: EventStream) -> None:
         await stream.open()
@@ -102,45 +102,45 @@ async def _send_all(stream: EventStream, items: AsyncIterator[object]) -> None:
 
 async def plan(request: web.Request) -> web.Response:
     """What would be placed where, with predictions and reasons."""
-    asked = await read_body(request, PlanRequest)
+    body = await read_body(request, PlanRequest)
     services = request.app[SERVICES]
     async with services.work.interruptible():
-        return json_response(await services.mesh.plan(asked))
+        return json_response(await services.mesh.plan(body))
 
 
 async def place(request: web.Request) -> web.StreamResponse:
     """Put a model's layers on peers; the progress as events."""
-    asked = await read_body(request, PlaceRequest)
+    body = await read_body(request, PlaceRequest)
 
     async def produce(stream: EventStream) -> None:
-        await _send_all(stream, request.app[SERVICES].mesh.place(asked))
+        await _send_all(stream, request.app[SERVICES].mesh.place(body))
 
     return await respond(request, produce)
 
 
 async def unplace(request: web.Request) -> web.Response:
-    """Let go of a model on all peers."""
-    asked = await read_body(request, UnplaceRequest)
+    """Free a model's layers on all peers."""
+    body = await read_body(request, UnplaceRequest)
     services = request.app[SERVICES]
     async with services.work.interruptible():
-        return json_response(Unplaced(model=asked.model, freed_bytes=await services.mesh.unplace(asked.model)))
+        return json_response(Unplaced(model=body.model, freed_bytes=await services.mesh.unplace(body.model)))
 
 
 async def drain(request: web.Request) -> web.Response:
     """Move away what runs on a peer."""
-    asked = await read_body(request, DrainRequest)
+    body = await read_body(request, DrainRequest)
     services = request.app[SERVICES]
     async with services.work.interruptible():
-        drained = await services.mesh.drain(asked.peer, undo=asked.undo, timeout_s=asked.timeout_s)
+        drained = await services.mesh.drain(body.peer, undo=body.undo, timeout_s=body.timeout_s)
     return json_response(msgspec.convert(drained, Drained))
 
 
 async def migrate(request: web.Request) -> web.Response:
     """Move a session's stages to another peer."""
-    asked = await read_body(request, MigrateRequest)
+    body = await read_body(request, MigrateRequest)
     services = request.app[SERVICES]
     async with services.work.interruptible():
-        migrated = await services.mesh.migrate(asked.session, asked.target, asked.source)
+        migrated = await services.mesh.migrate(body.session, body.target, body.source)
     return json_response(msgspec.convert(migrated, Migrated))
 
 

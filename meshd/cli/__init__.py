@@ -1,4 +1,4 @@
-"""The command line: one file per verb, each loaded only when it is asked for."""
+"""The command line: one file per verb. Only the file of the verb that runs is loaded."""
 
 import os
 import sys
@@ -14,22 +14,22 @@ from meshd.errors import ConfigError, InvalidRequest, MeshdError
 
 VERBS = {
     "up": "run this device's daemon and join its cluster",
-    "demo": "three daemons on this machine share a model and answer",
-    "status": "peers, what each holds, links, sessions",
-    "run": "one answer from a model",
-    "chat": "a conversation with a model",
-    "models": "the models this mesh knows and where their layers lie",
-    "pull": "fetch a model to this device",
+    "demo": "start three daemons on this machine, which share a model, and ask it a question",
+    "status": "show peers, the layers each holds, links and sessions",
+    "run": "ask a model one question and print its answer",
+    "chat": "talk with a model, turn by turn",
+    "models": "list the known models and the peers that hold their layers",
+    "pull": "download or import a model to this device",
     "rm": "remove a model from this device",
-    "plan": "what would be placed where, and how fast it would be",
-    "place": "put a model's layers on peers ahead of requests",
-    "unplace": "let go of a model's layers on every peer",
-    "drain": "move away what runs on a peer, before it is stopped",
-    "migrate": "move a running answer to another peer",
-    "bench": "measure this device, or every link",
-    "key": "the cluster key: how another device joins",
-    "debug": "what happened to a session, told by all peers",
-    "config": "every setting, its value and where it came from",
+    "plan": "predict which peers would hold which layers, and how fast answers would be",
+    "place": "load a model's layers on peers before the first request",
+    "unplace": "free a model's layers on every peer",
+    "drain": "move all sessions off a peer, before it is stopped",
+    "migrate": "move a running session to another peer",
+    "bench": "measure this device, or its link to every peer",
+    "key": "show, make or replace the cluster key and the API key",
+    "debug": "show a session's events, collected from all peers",
+    "config": "show every setting, its value and where the value comes from",
 }
 INTERRUPTED = 130
 _OVERVIEW = """\
@@ -39,24 +39,24 @@ One language model across many devices: found, measured, encrypted, split and st
 
 {verbs}
 
-`meshd VERB --help` tells more. First time here: `meshd demo`; then `meshd up` on each device.
+`meshd VERB --help` shows a verb's options. To begin: `meshd demo`, then `meshd up` on each device.
 """
 
 
 class Verb(Protocol):
-    """What each file of this folder that is named like a verb offers."""
+    """The interface of each verb's file in this folder."""
 
     EXAMPLE: str
 
     def add_arguments(self, parser: Parser) -> None: ...
 
     def run(self, args: Namespace) -> int:
-        """The exit status. Raises: MeshdError."""
+        """Run the verb. Returns: the exit status. Raises: MeshdError."""
         ...
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0 done, 1 the thing asked for failed, 2 wrong usage, 130 interrupted."""
+    """Run a command. Returns: the exit status, which is 0 for success, 1 for failure, 2 for wrong usage, 130 if interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         status = _dispatch(words)
@@ -94,7 +94,7 @@ def _run_verb(name: str, words: list[str]) -> int:
 
 
 def overview() -> str:
-    """What `meshd` with no arguments prints."""
+    """Return the text that `meshd` prints without arguments."""
     return _OVERVIEW.format(verbs="\n".join(f"  {name:<9}{summary}" for name, summary in VERBS.items()))
 
 
@@ -106,14 +106,14 @@ def _nearest(word: str) -> str:
 
 
 def _cause(error: Exception) -> Exception:
-    """The first of a group, which is what the others followed from."""
+    """Return the first error of a group: the others are consequences of it."""
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     return error
 
 
 def _explain(error: Exception) -> int:
-    """One line for people; the exit status."""
+    """Print an error in one line. Returns: the exit status."""
     if debug_wanted():
         import traceback
 
@@ -129,5 +129,5 @@ def _unforeseen(error: Exception) -> MeshdError:
 
 
 def _forget_stdout() -> None:
-    """The reader has gone: what is still buffered must not be complained about at exit."""
+    """Redirect standard output: its reader has gone, and Python would report the unwritten rest at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

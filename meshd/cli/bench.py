@@ -1,4 +1,4 @@
-"""`meshd bench`: what this device can do; with --mesh, what the links to the other peers can."""
+"""`meshd bench`: measure this device; with --mesh, its links to the other peers."""
 
 import asyncio
 from argparse import Namespace
@@ -18,8 +18,8 @@ EXAMPLE = "meshd bench --threads 2\n  meshd bench --mesh"
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--mesh", action="store_true", help="have the daemon measure its link to every peer instead")
-    parser.add_argument("--cached", action="store_true", help="show what was measured before, if it still holds")
+    parser.add_argument("--mesh", action="store_true", help="measure the running daemon's link to every peer instead")
+    parser.add_argument("--cached", action="store_true", help="show the stored measurement if this device has not changed since")
     add_settings(parser, ("threads", "backend", "exact", "memory", "cache"))
     add_json(parser)
     add_client(parser)
@@ -38,7 +38,7 @@ def run(args: Namespace) -> int:
 
 
 def measure(config: Config, *, refresh: bool = False) -> "ProbeResult":
-    """Measure this device, or recall it; with progress. Raises: LocalFault."""
+    """Measure this device, or load its stored measurement, and show the progress. Raises: LocalFault."""
     from meshd.agents.device.probe import probe
     from meshd.clock import SystemClock
 
@@ -60,7 +60,7 @@ def measure(config: Config, *, refresh: bool = False) -> "ProbeResult":
 
 
 def render(device: dict[str, Any]) -> str:
-    """As people read it; `device` is what `meshd.agents.device.probe.report` gives."""
+    """Format what `meshd.agents.device.probe.report` returns."""
     how = "as measured before" if device["cached"] else f"measured in {duration(device['elapsed_s'])}"
     free, total = size(device["memory_free_bytes"]), size(device["memory_total_bytes"])
     lines = [

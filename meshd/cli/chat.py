@@ -1,4 +1,4 @@
-"""`meshd chat MODEL`: a conversation."""
+"""`meshd chat MODEL`: talk with a model."""
 
 import sys
 from argparse import Namespace
@@ -8,7 +8,7 @@ from meshd.cli.support.arguments import Parser, add_client
 from meshd.cli.support.client import Daemon, daemon_of
 from meshd.errors import MeshdError
 
-EXAMPLE = "meshd chat smollm2:135m"
+EXAMPLE = "meshd chat smollm2:135m\n  (then: /new starts over, /quit or Ctrl-D leaves, Ctrl-C stops an answer)"
 _HELP = "/new starts over, /quit (or Ctrl-D) leaves, Ctrl-C stops an answer"
 
 
@@ -35,7 +35,7 @@ def run(args: Namespace) -> int:
 
 
 def _next_line(interactive: bool) -> str | None:
-    """None at the end of input."""
+    """Read the next line; None at the end of input."""
     if not interactive:
         line = sys.stdin.readline()
         return line.strip() if line else None
@@ -47,15 +47,15 @@ def _next_line(interactive: bool) -> str | None:
 
 
 def _turn(daemon: Daemon, args: Namespace, messages: list[dict[str, str]], interactive: bool) -> list[dict[str, str]]:
-    """The conversation with the answer, as far as it came; without this turn if nothing came of it."""
-    said: list[str] = []
+    """Ask, print the answer and append it. If no text arrives, the last message is dropped."""
+    pieces: list[str] = []
 
-    def hear(text: str) -> None:
-        said.append(text)
+    def receive(text: str) -> None:
+        pieces.append(text)
         write_out(text)
 
     try:
-        stream_answer(daemon, request_of(args, messages), hear)
+        stream_answer(daemon, request_of(args, messages), receive)
     except KeyboardInterrupt:
         if not interactive:
             raise
@@ -64,7 +64,7 @@ def _turn(daemon: Daemon, args: Namespace, messages: list[dict[str, str]], inter
             raise
         notice(f"meshd: {error}")
     write_out("\n")
-    return [*messages, {"role": "assistant", "content": "".join(said)}] if said else messages[:-1]
+    return [*messages, {"role": "assistant", "content": "".join(pieces)}] if pieces else messages[:-1]
 
 
 def _enable_line_editing() -> None:

@@ -1,4 +1,4 @@
-"""`meshd config`: every setting, its value and its origin."""
+"""`meshd config`: show every setting, its value and its origin."""
 
 from argparse import Namespace
 

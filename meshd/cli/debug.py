@@ -1,4 +1,4 @@
-"""`meshd debug story SESSION`: what happened to a session, in order, told by all peers."""
+"""`meshd debug story SESSION`: show a session's events in order, collected from all peers."""
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -15,18 +15,24 @@ Row = Mapping[str, Any]
 _OWN = ("at_s", "peer", "name", "what")
 
 
-class _DeedParser(Parser):
-    """As argparse makes one for each deed."""
+class _SubcommandParser(Parser):
+    """The parser that argparse creates for each subcommand."""
 
     def __init__(self, *, prog: str, description: str) -> None:
         super().__init__(prog.removeprefix("meshd "), description, EXAMPLE)
 
 
 def add_arguments(parser: Parser) -> None:
-    deeds = parser.add_subparsers(dest="deed", required=True, metavar="DEED", prog="meshd debug", parser_class=_DeedParser)
-    text = "what happened to a session, in order, told by all peers"
-    story = deeds.add_parser("story", help=text, description=text)
-    story.add_argument("session", metavar="SESSION", help="its id, or that of its answer; of a running one the beginning will do")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", prog="meshd debug", parser_class=_SubcommandParser
+    )
+    text = "show a session's events in order, collected from all peers"
+    story = commands.add_parser("story", help=text, description=text)
+    story.add_argument(
+        "session",
+        metavar="SESSION",
+        help="the session's id or its answer's id; for a running session its first characters are enough",
+    )
     add_json(story)
     add_client(story)
 
@@ -41,7 +47,7 @@ def run(args: Namespace) -> int:
 
 
 def render(rows: Sequence[Row]) -> str:
-    """As people read it: seconds since the first line, who tells, and what."""
+    """Format the events: seconds since the first one, the reporting peer, and the event."""
     names = {row["peer"]: row["name"] for row in rows}
     return table(("TIME", "PEER", "WHAT"), ((f"{row['at_s']:.3f} s", row["name"], _what(row, names)) for row in rows))
 
@@ -52,7 +58,7 @@ def _what(row: Row, names: Mapping[str, str]) -> str:
 
 
 def _fact(value: object, names: Mapping[str, str]) -> str:
-    """On one line, however it came: others wrote it. Peers by their names."""
+    """Format a value that another peer wrote, on one line. Peer ids become names."""
     match value:
         case float():
             return f"{value:.6g}"

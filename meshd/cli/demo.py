@@ -1,5 +1,5 @@
-"""`meshd demo`: three daemons on this machine find one another, share a model's layers and stream an answer; then the same question
-once more, and one of them is killed in mid-answer."""
+"""`meshd demo`: three daemons on this machine find one another, share a model's layers and stream an answer. Then they
+get the same question again, and one of them is killed in mid-answer."""
 
 import signal
 import tempfile
@@ -35,12 +35,14 @@ FIND_WITHIN_S = 30.0
 MEASURE_WITHIN_S = 30.0
 STANDBY_WITHIN_S = 30.0
 KILL_AFTER = 8
-"""Pieces of text."""
+"""Text chunks received before a daemon is killed."""
 
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", default=PROMPT, help="the question; default: %(default)s")
-    parser.add_argument("--keep", action="store_true", help="leave the daemons that are left up after the answers, until Ctrl-C")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the two surviving daemons running after the answers, until Ctrl-C"
+    )
     add_settings(parser, ("backend", "cache", "models-dir", "hf-cache", "pypi-index", "config"))
 
 
@@ -49,7 +51,7 @@ def run(args: Namespace) -> int:
         fixed = {"state": folder, "threads": "1"}
         config = settings_of(args, fixed).config()
         fetch(config, MODEL)
-        # Measured with one thread, and kept apart from what this device's own daemon measures with all of them.
+        # Measured with one thread, and stored apart from the measurement of this device's own daemon, which uses all threads.
         config = replace(config, cache=config.cache / "demo")
         measure(config)
         with ChildDaemons(Path(folder)) as family:
@@ -67,7 +69,7 @@ def run(args: Namespace) -> int:
 
 
 class _Clock:
-    """Lines with the time since the start."""
+    """Prints lines with the time since the start."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
@@ -96,7 +98,7 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _start(family: ChildDaemons, config: Config, say: Say) -> list[Daemon]:
-    """Three daemons of a cluster of their own, each with one thread; they share models and measurements."""
+    """Start three daemons in a new cluster, each with one thread. They share models and measurements."""
     say(f"starting {', '.join(NAMES)}: three daemons, one thread each")
     links = {name: f"127.0.0.1:{port}" for name, port in zip(NAMES, free_ports(len(NAMES)), strict=True)}
     common = [
@@ -129,7 +131,7 @@ def _new_key() -> str:
 
 
 def _show_discovery(children: Sequence[ChildDaemon], apis: Sequence[Daemon], say: Say) -> None:
-    """Until each of them has an authenticated link to the two others."""
+    """Wait until each daemon has an authenticated link to the two others."""
     seen: set[tuple[str, str]] = set()
 
     def all_linked() -> bool:
@@ -145,7 +147,7 @@ def _show_discovery(children: Sequence[ChildDaemon], apis: Sequence[Daemon], say
 
 
 def _show_links(daemon: Daemon, say: Say) -> None:
-    """Until every direction between any two of them is measured: a plan is only as good as that."""
+    """Wait until both directions of every link are measured: the plan is computed from these numbers."""
     rows: list[dict[str, Any]] = []
 
     def all_measured() -> bool:
@@ -158,7 +160,7 @@ def _show_links(daemon: Daemon, say: Say) -> None:
 
 
 def _show_placement(daemon: Daemon, say: Say) -> str:
-    """Over all three, split as is best for many requests at once (for one alone the planner would take one device); the split."""
+    """Place the model on all three, for throughput: for latency the planner would take one device. Returns: the split."""
     question = {"model": MODEL, "objective": "throughput", "context": CONTEXT, "mesh": {"min_peers": len(NAMES)}}
     plan = daemon.post("/mesh/v1/plan", question)
     say("the plan for three devices:")
@@ -183,7 +185,7 @@ def _show_answer(daemon: Daemon, prompt: str, split: str) -> AnswerSummary:
 
 
 def _show_standby(daemon: Daemon, say: Say) -> None:
-    """Until every layer lies on two devices, as far as memory allows."""
+    """Wait until two devices hold every layer, as far as memory allows."""
     rows: list[dict[str, Any]] = []
 
     def all_twice() -> bool:
@@ -196,11 +198,11 @@ def _show_standby(daemon: Daemon, say: Say) -> None:
     except NotReady:
         say("not every layer has a standby copy: memory is short; a lost one is loaded again")
     else:
-        say(f"every layer lies on a second device too: standby copies of {', '.join(sorted(held['layers'] for held in rows))}")
+        say(f"a second device holds a copy of every layer: standby copies of {', '.join(sorted(held['layers'] for held in rows))}")
 
 
 def _show_loss(victim: ChildDaemon, daemon: Daemon, prompt: str, split: str, whole: AnswerSummary, say: Say) -> None:
-    """The same question; after a few words, the last stage's daemon is killed."""
+    """Ask the same question, and kill the last stage's daemon after a few words."""
     say(f"the same question again, and {victim.name} is killed in mid-answer")
     print(f"\n>>> {prompt}")
     times: list[float] = []

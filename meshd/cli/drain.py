@@ -1,4 +1,4 @@
-"""`meshd drain PEER`: have a peer take no new work, and wait until what runs on it has moved away."""
+"""`meshd drain PEER`: stop new work on a peer, and wait until its sessions have moved away."""
 
 import time
 from argparse import Namespace
@@ -12,13 +12,19 @@ from meshd.errors import Unavailable
 
 EXAMPLE = "meshd drain attic\n  meshd drain attic --undo"
 _STEP_S = 1.0
-"""Each request waits this long at most, and the first one not at all, so that the sessions that are left can be shown."""
+"""The longest wait of one request, so that the number of remaining sessions is shown every second. The first one does not wait."""
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("peer", metavar="PEER", help="a peer's name, or the beginning of its id")
-    parser.add_argument("--undo", action="store_true", help="have it take work again")
-    parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for its sessions; default: 60")
+    parser.add_argument("peer", metavar="PEER", help="a peer's name, or the first characters of its id")
+    parser.add_argument("--undo", action="store_true", help="let the peer accept work again")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds to wait until its sessions have moved; it keeps draining after that; default: 60",
+    )
     add_client(parser)
 
 
@@ -33,7 +39,7 @@ def run(args: Namespace) -> int:
 
 
 def _drain(daemon: Daemon, peer: str, timeout_s: float) -> str:
-    """The peer's name, once nothing runs on it. Raises: Unavailable at the time-out, and as `Daemon.post`."""
+    """Wait until nothing runs on a peer. Returns: its name. Raises: Unavailable at the timeout; what `Daemon.post` raises."""
     until = time.monotonic() + timeout_s
     most, wait_s, left_s = 1, 0.0, timeout_s
     with progress() as shown:
@@ -46,7 +52,7 @@ def _drain(daemon: Daemon, peer: str, timeout_s: float) -> str:
             if not left:
                 return name
             if left_s <= 0:
-                hint = "it goes on draining: wait with a longer --timeout, or take it back with --undo"
+                hint = "it keeps draining: wait with a longer --timeout, or cancel with --undo"
                 raise Unavailable(f"{name} is not drained after {timeout_s:g} s: {plural(left, 'session')} left there", hint=hint)
             left_s = max(0.0, until - time.monotonic())
             wait_s = min(_STEP_S, left_s)

@@ -1,4 +1,4 @@
-"""`meshd key`: the cluster key, by which devices become one cluster, and the API key, by which clients are let in."""
+"""`meshd key`: the cluster key, which makes devices one cluster, and the API key, which admits clients."""
 
 import os
 import secrets
@@ -16,36 +16,40 @@ from meshd.state import StateFolder, read_holder
 EXAMPLE = "meshd key show\n  meshd key join mesh-7K2Q-...\n  meshd key api"
 
 
-_DEEDS = {
-    "show": "the join code: what to type on the next device",
-    "new": "begin a new cluster, with a new key",
-    "join": "join the cluster of this code",
-    "api": "the key that clients of the HTTP API must show; made if there is none",
+_COMMANDS = {
+    "show": "show the join code, to type on the next device",
+    "new": "start a new cluster with a new key",
+    "join": "join the cluster that a join code belongs to",
+    "api": "show the key that clients of the HTTP API must send; makes one if there is none",
 }
 
 
-class _DeedParser(Parser):
-    """As argparse makes one for each deed."""
+class _SubcommandParser(Parser):
+    """The parser that argparse creates for each subcommand."""
 
     def __init__(self, *, prog: str, description: str) -> None:
         super().__init__(prog.removeprefix("meshd "), description, EXAMPLE)
 
 
 def add_arguments(parser: Parser) -> None:
-    deeds = parser.add_subparsers(dest="deed", required=True, metavar="DEED", prog="meshd key", parser_class=_DeedParser)
-    parsers = {name: deeds.add_parser(name, help=text, description=text) for name, text in _DEEDS.items()}
-    parsers["join"].add_argument("code", metavar="CODE", help="as `meshd key show` prints it on a device of the cluster")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", prog="meshd key", parser_class=_SubcommandParser
+    )
+    parsers = {name: commands.add_parser(name, help=text, description=text) for name, text in _COMMANDS.items()}
+    parsers["join"].add_argument(
+        "code", metavar="CODE", help="the join code that `meshd key show` prints on a device of the cluster"
+    )
     for name in ("new", "join"):
-        parsers[name].add_argument("--replace", action="store_true", help="leave the cluster whose key this folder holds")
-    parsers["api"].add_argument("--new", action="store_true", help="make another one: the old one counts no more")
-    for deed in parsers.values():
-        add_state(deed)
-        add_json(deed)
+        parsers[name].add_argument("--replace", action="store_true", help="replace the key that is there, and so leave its cluster")
+    parsers["api"].add_argument("--new", action="store_true", help="make a new key; the old one becomes invalid")
+    for subparser in parsers.values():
+        add_state(subparser)
+        add_json(subparser)
 
 
 def run(args: Namespace) -> int:
     state: Path = settings_of(args)["state"].value
-    match args.deed:
+    match args.command:
         case "show":
             _print_code(_present_key(state), args.json)
         case "new":
@@ -102,4 +106,4 @@ def _print_api_key(key: str, as_json: bool) -> None:
         print_json({"api_key": key})
         return
     print(key)
-    notice("clients send it as `Authorization: Bearer KEY` (OpenAI's clients: api_key); asked for from `meshd up`'s next start on")
+    notice("clients send it as `Authorization: Bearer KEY` (OpenAI's clients: api_key); `meshd up` requires it from its next start")

@@ -1,4 +1,4 @@
-"""`meshd migrate SESSION PEER`: move a running answer to another peer, without a stop."""
+"""`meshd migrate SESSION PEER`: move a running session to another peer without ending it."""
 
 from argparse import Namespace
 
@@ -11,9 +11,11 @@ EXAMPLE = "meshd migrate 10d4a1b2 attic --from desk"
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("session", metavar="SESSION", help="its id, as `meshd status` shows it, or the beginning of that")
-    parser.add_argument("peer", metavar="PEER", help="where it is to go: a peer's name, or the beginning of its id")
-    parser.add_argument("--from", dest="source", metavar="PEER", help="move only what this peer computes; default: all of it")
+    parser.add_argument("session", metavar="SESSION", help="the session's id from `meshd status`, or its first characters")
+    parser.add_argument("peer", metavar="PEER", help="the peer to move it to: its name, or the first characters of its id")
+    parser.add_argument(
+        "--from", dest="source", metavar="PEER", help="move only the stages that this peer computes; default: all stages"
+    )
     add_client(parser)
 
 

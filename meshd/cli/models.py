@@ -1,4 +1,4 @@
-"""`meshd models`: the models that are known, on which disks they are and where their layers lie."""
+"""`meshd models`: list the known models, the peers that store them and the peers that hold their layers."""
 
 from argparse import Namespace
 from typing import Any
@@ -40,7 +40,7 @@ def run(args: Namespace) -> int:
 
 
 def merged(stored: list[StoredModel], mesh: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per model: the mesh's rows, this device's, then what the catalogue offers beside. `path`: its file here."""
+    """Merge the mesh's models, this device's and the catalogue's: one row per model. `path` is its file on this device."""
     rows = {row["name"]: {**row, "path": None} for row in mesh}
     for model in stored:
         known = rows.setdefault(model.name, _row(model.name, model.ref, model.id, model.size_bytes))
@@ -51,7 +51,7 @@ def merged(stored: list[StoredModel], mesh: list[dict[str, Any]]) -> list[dict[s
 
 
 def _row(name: str, ref: str, identifier: str | None, size_bytes: int | None) -> dict[str, Any]:
-    """Of a model that the mesh does not tell of: the same keys."""
+    """Make the row of a model that the mesh did not list, with the same keys."""
     return {
         "id": identifier,
         "name": name,

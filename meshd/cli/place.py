@@ -16,9 +16,13 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model's name or reference")
     add_quant(parser)
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--stages", metavar="a:0-12,b:12-30", help="which peers hold which layers; default: the planner decides")
-    how.add_argument("--min-peers", type=int, metavar="N", help="spread it over at least so many peers")
-    parser.add_argument("--context", type=int, metavar="N", help="tokens to hold memory for")
+    how.add_argument(
+        "--stages",
+        metavar="a:0-12,b:12-30",
+        help="the layers that each peer holds, half-open ranges from 0; default: the planner decides",
+    )
+    how.add_argument("--min-peers", type=int, metavar="N", help="split the model over at least N peers")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens to reserve KV memory for")
     add_client(parser)
 
 

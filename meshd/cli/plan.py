@@ -13,13 +13,26 @@ EXAMPLE = 'meshd plan smollm2:135m --context 4096 --what-if "+attic ram=32GiB bw
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model's name or reference")
     add_quant(parser)
-    parser.add_argument("--context", type=int, metavar="N", help="tokens to reserve memory for; default: the model's own")
-    parser.add_argument("--objective", choices=("latency", "ttft", "throughput", "energy", "memory"), help="what to plan for")
-    parser.add_argument("--what-if", action="append", metavar='"+NAME ram=... bw=..."', help="a peer that is not here; repeatable")
-    parser.add_argument("--stages", metavar="a:0-12,b:12-30", help="predict this very split")
-    parser.add_argument("--peers", type=lambda text: text.split(","), metavar="a,b", help="only these peers may take part")
-    parser.add_argument("--min-peers", type=int, metavar="N", help="split over at least so many peers")
-    parser.add_argument("--explain", action="store_true", help="also time per stage and hop, the binding constraint, the runner-up")
+    parser.add_argument(
+        "--context", type=int, metavar="N", help="tokens to reserve KV memory for; default: the model's context length"
+    )
+    parser.add_argument(
+        "--objective", choices=("latency", "ttft", "throughput", "energy", "memory"), help="what to optimise; default: latency"
+    )
+    parser.add_argument(
+        "--what-if",
+        action="append",
+        metavar='"+NAME ram=... bw=..."',
+        help="add a hypothetical peer with this memory, memory bandwidth, link and round trip; repeatable",
+    )
+    parser.add_argument("--stages", metavar="a:0-12,b:12-30", help="predict this split instead of searching for the best one")
+    parser.add_argument("--peers", type=lambda text: text.split(","), metavar="a,b", help="use only these peers")
+    parser.add_argument("--min-peers", type=int, metavar="N", help="split the model over at least N peers")
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="also show the time per stage and hop, the binding constraint and the second-best plan",
+    )
     add_json(parser)
     add_client(parser)
 

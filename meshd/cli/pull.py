@@ -33,25 +33,25 @@ def run(args: Namespace) -> int:
 
 
 def licence_of(name: str) -> str:
-    """What the catalogue says of a model's weights; empty: nothing."""
+    """Return the licence of a model's weights; empty if the catalogue has none."""
     entry = CATALOGUE.get(name)
     return entry.licence if entry else ""
 
 
 def store_of(config: Config) -> Store:
-    """The models of this device."""
+    """Open the store with this device's models."""
     return Store(config.models_dir, config.hf_cache, index_url=config.pypi_index)
 
 
 def fetch(config: Config, ref: str) -> StoredModel:
-    """Have a model on this device, with its progress shown unless it is here already. Raises: as `Store.pull`."""
+    """Fetch a model unless this device has it, and show the progress. Raises: what `Store.pull` raises."""
     store = store_of(config)
     with progress(of_bytes=True) as shown:
 
-        def tell(step: PullProgress) -> None:
+        def show(step: PullProgress) -> None:
             if step.phase is PullPhase.FAILED:
                 shown.update(f"{step.model} from {step.source}", 0, None, step.message)
             elif step.phase is not PullPhase.DONE:
                 shown.update(f"{step.model}, {step.phase}", step.done_bytes, step.total_bytes, step.source)
 
-        return asyncio.run(store.pull(ref, tell))
+        return asyncio.run(store.pull(ref, show))

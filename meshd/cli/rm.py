@@ -1,4 +1,4 @@
-"""`meshd rm REF`: a model off this device."""
+"""`meshd rm REF`: remove a model from this device."""
 
 from argparse import Namespace
 
@@ -10,7 +10,7 @@ EXAMPLE = "meshd rm smollm2:135m"
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("model", metavar="REF", help="its name or reference (`meshd models`)")
+    parser.add_argument("model", metavar="REF", help="the model's name or reference (`meshd models`)")
     add_settings(parser, ("state", "config", "cache", "models-dir", "hf-cache"))
 
 

@@ -1,4 +1,4 @@
-"""`meshd run MODEL [PROMPT]`: one answer."""
+"""`meshd run MODEL [PROMPT]`: ask one question."""
 
 import sys
 from argparse import Namespace
@@ -14,10 +14,12 @@ EXAMPLE = 'meshd run smollm2:135m "Why is the sky blue?"\n  meshd run smollm2:13
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model's name or reference (`meshd models`)")
-    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the question; without it, standard input")
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the question; default: read from standard input")
     add_sampling(parser)
-    parser.add_argument("--json", action="store_true", help="print the API's whole answer as one JSON document")
-    parser.add_argument("--quiet", action="store_true", help="print the answer alone, no figures after it")
+    parser.add_argument(
+        "--json", action="store_true", help="print the API's response as one JSON document, when the answer is complete"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print only the answer, without the statistics after it")
     add_client(parser)
 
 

@@ -1,4 +1,4 @@
-"""`meshd status`: peers, what each holds, links, sessions."""
+"""`meshd status`: show peers, the layers each holds, links and sessions."""
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -8,11 +8,11 @@ from meshd.cli.support.arguments import Parser, add_client, add_json
 from meshd.cli.support.client import Daemon, daemon_of
 from meshd.cli.support.output import ABSENT, duration, flops, plural, print_json, rate, short_id, size, table
 
-EXAMPLE = "meshd status --json"
+EXAMPLE = "meshd status\n  meshd status --json"
 LISTS = ("peers", "links", "models", "sessions")
 Row = Mapping[str, Any]
 _RECOVERIES = 3
-"""Of one session, shown; `--json` has all, with their reasons."""
+"""Recoveries shown per session. `--json` lists all of them, with their reasons."""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -30,12 +30,12 @@ def run(args: Namespace) -> int:
 
 
 def collect(daemon: Daemon) -> dict[str, Any]:
-    """All that `--json` shows: `self`, and the rows of each of LISTS."""
+    """Collect what `--json` prints: `self`, and the rows of each of LISTS."""
     return {"self": daemon.get("/mesh/v1/self")} | {name: daemon.rows(f"/mesh/v1/{name}") for name in LISTS}
 
 
 def render(status: Mapping[str, Any]) -> str:
-    """As people read it."""
+    """Format the status as text."""
     models = {row["id"]: row["name"] for row in status["models"]}
     parts = [
         _headline(status["self"], status["peers"]),
@@ -47,7 +47,7 @@ def render(status: Mapping[str, Any]) -> str:
 
 
 def links_table(rows: Sequence[Row]) -> str:
-    """One line for each measured direction."""
+    """Format links: one line per measured direction."""
     headers = ("FROM", "TO", "ROUND TRIP", "HOP", "BANDWIDTH")
     return table(headers, map(_link, rows))
 
@@ -120,7 +120,7 @@ def _session(row: Row) -> tuple[str, ...]:
 
 
 def _recovered(changes: Sequence[Row]) -> str:
-    """The latest changes of plan, and how many there were before."""
+    """Format the latest changes of plan, and the number of earlier ones."""
     shown = [f"{change['method']} {duration(change['pause_ms'] / 1e3)}" for change in changes[-_RECOVERIES:]]
     more = len(changes) - len(shown)
     return ", ".join([f"{more} more", *shown] if more else shown) or ABSENT

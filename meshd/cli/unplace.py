@@ -1,4 +1,4 @@
-"""`meshd unplace MODEL`: let go of a model's layers on every peer."""
+"""`meshd unplace MODEL`: free a model's layers on every peer."""
 
 from argparse import Namespace
 

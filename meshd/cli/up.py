@@ -1,4 +1,4 @@
-"""`meshd up`: this device's daemon, in the foreground."""
+"""`meshd up`: run this device's daemon in the foreground."""
 
 import asyncio
 import contextlib
@@ -23,13 +23,19 @@ if TYPE_CHECKING:
 
     from meshd.daemon import DaemonInfo
 
-EXAMPLE = "meshd up               (the first device: it prints the next line)\n  meshd up --key CODE    (each other device)"
+EXAMPLE = (
+    "meshd up               (on the first device; it prints the next command)\n  meshd up --key CODE    (on each other device)"
+)
 
 
 def add_arguments(parser: Parser) -> None:
     add_settings(parser, (setting.name for setting in SETTINGS))
     add_quant(parser)
-    parser.add_argument("--stop-with-stdin", action="store_true", help="stop when standard input ends (for a parent process)")
+    parser.add_argument(
+        "--stop-with-stdin",
+        action="store_true",
+        help="stop when standard input ends; for parent processes, whose end then stops the daemon",
+    )
 
 
 def run(args: Namespace) -> int:
@@ -44,7 +50,7 @@ def run(args: Namespace) -> int:
 
 
 def _loop_factory() -> "Callable[[], asyncio.AbstractEventLoop] | None":
-    """uvloop's, where it is installed."""
+    """Return uvloop's factory if it is installed."""
     try:
         import uvloop
     except ImportError:
@@ -60,10 +66,10 @@ async def _serve(config: Config, *, stop_with_stdin: bool) -> int:
 
     def ready(info: "DaemonInfo") -> None:
         stopping.can_wait = True
-        _tell(info)
+        _print_ready(info)
 
     daemon = asyncio.ensure_future(
-        run_daemon(config, stop=stopping.asked, on_ready=ready, on_progress=measuring, on_waiting=_tell_waiting)
+        run_daemon(config, stop=stopping.asked, on_ready=ready, on_progress=measuring, on_waiting=_print_waiting)
     )
     stopping.watch(daemon, stdin=stop_with_stdin)
     try:
@@ -77,15 +83,15 @@ async def _serve(config: Config, *, stop_with_stdin: bool) -> int:
 
 
 class _Stopping:
-    """The first signal ends the daemon in good order, the second one at once."""
+    """The first signal stops the daemon in good order, the second one at once."""
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
         self.can_wait = False
-        """The daemon waits for `asked`; before that, while the device is measured, it is cancelled."""
+        """Whether the daemon waits for `asked`. Before that, while the device is measured, a signal cancels it."""
 
     def watch(self, daemon: "asyncio.Future[None]", *, stdin: bool) -> None:
-        """Signals, and with `stdin` its end too: whoever started us may be killed, and that must end us."""
+        """Watch for signals, and with `stdin` for its end: if the parent process is killed, the daemon must stop."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell's background job
@@ -107,12 +113,12 @@ class _Stopping:
             daemon.cancel()
 
 
-def _tell_waiting(text: str) -> None:
-    with contextlib.suppress(OSError):  # whoever read it may be gone
+def _print_waiting(text: str) -> None:
+    with contextlib.suppress(OSError):  # the reader may have gone
         print(f"meshd: {text}; a second signal leaves at once", flush=True)
 
 
-def _tell(info: "DaemonInfo") -> None:
+def _print_ready(info: "DaemonInfo") -> None:
     capability, rates = info.probe.capability, info.probe.capability.rates
     how = "as measured before" if info.probe.cached else f"measured in {duration(info.probe.elapsed_s)}"
     lines = [
@@ -122,5 +128,5 @@ def _tell(info: "DaemonInfo") -> None:
         f"  device  {capability.backend} x{capability.threads}: decode {rate(rates.decode_bytes_s)}, "
         f"prefill {flops(rates.prefill_flops_s)}, {size(capability.memory_free_bytes)} free ({how})",
     ]
-    joining = f"meshd up --key {info.join_code}" if info.new_cluster else "`meshd key show` tells how"
+    joining = f"meshd up --key {info.join_code}" if info.new_cluster else "see `meshd key show`"
     print("\n".join([*lines, f"  on the next device: {joining}"]), flush=True)

@@ -23,7 +23,7 @@ SESSION = "5e" * 16
 
 
 class WordsMesh:
-    """A mesh of one peer that does as it is told."""
+    """A mesh of one peer with fixed answers."""
 
     def identity(self) -> dict[str, Any]:
         return {"id": "p" * 52, "name": "here", "notices": []}

@@ -3,13 +3,7 @@
 from typing import Any
 
 import aiohttp
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
-
-from meshd.api.http.app import Server, create_app, serve
-from meshd.clock import SystemClock
-from meshd.errors import ConfigError
-from meshd.telemetry import Telemetry
 
 
 async def test_health(http: aiohttp.ClientSession) -> None:
@@ -50,17 +44,3 @@ async def test_metrics_count_requests_by_route_and_outcome(http: aiohttp.ClientS
         ("/v1/models/{id}", "model_not_found"): 1,
         ("unknown", "unknown_route"): 2,
     }
-
-
-async def test_every_answer_has_an_id_of_its_own(http: aiohttp.ClientSession) -> None:
-    ids = set()
-    for path in ("/health", "/health", "/nothing"):
-        async with http.get(path) as response:
-            ids.add(response.headers["x-request-id"])
-    assert len(ids) == 3
-
-
-async def test_a_taken_port_is_said_so(server: Server, coordinator: Any) -> None:
-    app = create_app(coordinator, coordinator, Telemetry(), api_key=None, clock=SystemClock())
-    with pytest.raises(ConfigError, match="can't listen on"):
-        await serve(app, *server.address)

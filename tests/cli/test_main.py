@@ -31,7 +31,7 @@ def test_no_arguments_print_the_help_and_do_nothing(meshd: Meshd) -> None:
     assert outcome.stdout == meshd("--help").stdout
 
 
-def test_the_version_is_told(meshd: Meshd) -> None:
+def test_the_version_is_printed(meshd: Meshd) -> None:
     assert meshd("--version").stdout == f"meshd {__version__}\n"
 
 

@@ -33,26 +33,3 @@ def test_a_peer_that_can_not_load_fails_the_command(meshd: Meshd, api: Api) -> N
 
 def test_stages_and_min_peers_exclude_each_other(meshd: Meshd) -> None:
     assert meshd("place", "m", "--stages", "a:0-1", "--min-peers", "2").returncode == 2
-
-
-def test_unplacing_tells_what_it_freed(meshd: Meshd, api: Api) -> None:
-    api.answer("POST", "/mesh/v1/unplace", {"model": "m", "freed_bytes": 3 * 2**20})
-    assert meshd("unplace", "m", "--api", api.url).stdout == "m: 3.0 MiB freed\n"
-    assert api.bodies == [{"model": "m"}]
-
-
-def test_a_plan_shows_its_text_and_on_request_its_reasons(meshd: Meshd, api: Api) -> None:
-    api.answer(
-        "POST", "/mesh/v1/plan", {"object": "mesh.plan", "plan": "a:0-30", "text": ["m: a:0-30"], "explanation": ["stage a"]}
-    )
-    assert meshd("plan", "m", "--api", api.url).stdout == "m: a:0-30\n"
-    assert meshd("plan", "m", "--explain", "--api", api.url).stdout == "m: a:0-30\nstage a\n"
-    assert json.loads(meshd("plan", "m", "--json", "--api", api.url).stdout)["plan"] == "a:0-30"
-
-
-def test_a_plans_question_is_what_was_asked(meshd: Meshd, api: Api) -> None:
-    api.answer("POST", "/mesh/v1/plan", {"text": []})
-    what_if = "+attic ram=32GiB bw=60GB/s"
-    meshd("plan", "m", "--context", "512", "--objective", "throughput", "--what-if", what_if, "--min-peers", "2", "--api", api.url)
-    expected = {"model": "m", "context": 512, "objective": "throughput", "what_if": [what_if], "mesh": {"min_peers": 2}}
-    assert api.bodies == [expected]

@@ -82,7 +82,7 @@ def test_swapped_letters_are_noticed(secret: bytes, at: int) -> None:
 
 
 @pytest.mark.parametrize("code", ["", "mesh-", "hello", "mesh-" + "0" * 55, "mesh-" + "0" * 57, "mesh-" + "U" + "0" * 55, "é" * 56])
-def test_what_is_no_join_code_is_told_so(code: str) -> None:
+def test_a_wrong_join_code_is_refused_with_its_fault(code: str) -> None:
     with pytest.raises(ConfigError, match="join code"):
         ClusterKey.from_code(code)
 

@@ -18,7 +18,7 @@ from meshd.agents.links import table as linktable
 from meshd.protocol import framing, handshake, messages
 from meshd.protocol.messages import REGISTRY, Message, Reply, Request
 
-SPEC = (Path(messages.__file__).parent / "SPEC.md").read_text()
+SPEC = (Path(messages.__file__).parents[1] / "SPEC.md").read_text()
 ROWS = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in SPEC.splitlines() if line.startswith("|")]
 IDENTITY = json.loads((Path(__file__).parent / "golden" / "identity.json").read_text())
 
@@ -80,8 +80,8 @@ def nested_structs() -> dict[str, type[msgspec.Struct]]:
 
 
 def test_the_table_of_messages_is_the_code() -> None:
-    told = {row[0]: row[1:5] for row in ROWS if row[0].isdecimal()}
-    assert told == {
+    described = {row[0]: row[1:5] for row in ROWS if row[0].isdecimal()}
+    assert described == {
         str(number): (name_text(message), kind_text(message), message.default_lane.name.lower(), fields_text(message))
         for number, message in REGISTRY.items()
     }
@@ -89,8 +89,8 @@ def test_the_table_of_messages_is_the_code() -> None:
 
 def test_the_table_of_structs_is_the_code() -> None:
     structs = nested_structs()
-    told = {row[0]: row[1:3] for row in ROWS if row[0] in structs}
-    assert told == {
+    described = {row[0]: row[1:3] for row in ROWS if row[0] in structs}
+    assert described == {
         name: ("array" if struct.__struct_config__.array_like else "map", fields_text(struct)) for name, struct in structs.items()
     }
 
@@ -102,7 +102,7 @@ def test_every_message_is_explained() -> None:
 
 
 @pytest.mark.parametrize("value", IDENTITY.values(), ids=IDENTITY.keys())
-def test_the_test_vector_is_told(value: str) -> None:
+def test_the_test_vector_is_in_the_text(value: str) -> None:
     assert value in re.sub(r"\n", "", SPEC)
 
 
@@ -124,12 +124,12 @@ def test_the_constants_are_the_code() -> None:
         assert said in SPEC, said
 
 
-def test_the_features_are_told() -> None:
+def test_the_features_are_listed() -> None:
     for feature in messages.FEATURES:
         assert f"`{feature}`" in SPEC
 
 
-def test_the_values_of_enumerations_are_told() -> None:
+def test_the_values_of_enumerations_are_listed() -> None:
     for value in [*meshd.types.FinishReason]:
         assert isinstance(value, Enum)
         assert f"`{value.value}`" in SPEC

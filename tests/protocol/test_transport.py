@@ -65,7 +65,7 @@ async def pair(alice: Identity, bob: Identity, limits: FrameLimits | None = None
 
 
 class Ear:
-    """What a connection was told."""
+    """What a connection reported."""
 
     def __init__(self, connection: Connection) -> None:
         self.messages: asyncio.Queue[tuple[Message, memoryview]] = asyncio.Queue()
@@ -99,7 +99,7 @@ async def test_another_clusters_certificate_is_refused(identities: Callable[...,
             pass
 
 
-async def test_nobody_there_is_told_in_time() -> None:
+async def test_a_dial_without_an_answer_fails_in_time() -> None:
     (listener,) = transport.listen("127.0.0.1", 0)
     port = listener.getsockname()[1]
     listener.close()
@@ -151,8 +151,8 @@ async def test_a_violation_ends_the_connection_with_one_reason(identities: Calla
         ear, own = Ear(there), Ear(here)
         here._transport.write(frame_head(b"\xc1", 0))
         assert "msgpack" in await ear.end()
-        told, _ = await own.message()
-        assert getattr(told, "code", "") == "protocol_violation"
+        farewell, _ = await own.message()
+        assert getattr(farewell, "code", "") == "protocol_violation"
         await own.end()
         assert ear.ends.empty()
         with pytest.raises(PeerLost):

@@ -1,4 +1,4 @@
-"""The HTTP edge of one peer, composed; and the server that it runs in."""
+"""Compose the HTTP API of one peer, and serve it."""
 
 import asyncio
 import logging
@@ -31,7 +31,7 @@ def create_app(
     clock: Clock,
     limits: ClientLimits | None = None,
 ) -> web.Application:
-    """All routes over these services. Without `api_key` only programs of this machine are answered (see `guard`)."""
+    """Make the application with all routes. Without `api_key` it answers only programs on this machine (see `guard`)."""
     limits = limits or ClientLimits()
     app = web.Application(middlewares=[_answer_errors, guard(api_key)], client_max_size=limits.body_bytes)
     app[SERVICES] = Services(coordinator, mesh, telemetry, clock, limits)
@@ -82,17 +82,17 @@ class Server:
 
     @property
     def address(self) -> tuple[str, int]:
-        """Host and port it listens on; the port is a real one even if 0 was asked for."""
+        """Host and port it listens on, with the port that was bound if 0 was requested."""
         return self.host, self.port
 
     @property
     def url(self) -> str:
-        """`http://127.0.0.1:6374`."""
+        """Return the base URL, like `http://127.0.0.1:6374`."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"
 
     async def aclose(self) -> None:
-        """Stop listening, let running answers end with an error, close all connections; within a second. Idempotent."""
+        """Stop listening, end running answers with an error and close all connections, within a second. Idempotent."""
         app = self.runner.app
         app[SERVICES].work.interrupt()
         await self.runner.cleanup()

@@ -1,4 +1,4 @@
-"""A request's body, or its query, as a typed struct; what is wrong with it is said by field."""
+"""Decode a request's body or query into a typed struct. Errors name the field at fault."""
 
 import asyncio
 import functools
@@ -20,7 +20,7 @@ _MISSING = re.compile(r"missing required field `(?P<field>.*)`")
 
 
 async def read_body(request: web.Request, shape: type[T]) -> T:
-    """The body decoded. Raises: InvalidRequest, HTTPRequestEntityTooLarge, HTTPRequestTimeout."""
+    """Read and decode the body. Raises: InvalidRequest, HTTPRequestEntityTooLarge, HTTPRequestTimeout."""
     try:
         async with asyncio.timeout(request.app[SERVICES].limits.body_s):
             data = await request.read()
@@ -30,7 +30,7 @@ async def read_body(request: web.Request, shape: type[T]) -> T:
 
 
 def decode_body(data: bytes, shape: type[T]) -> T:
-    """`data` as `shape`: strict, no unknown fields. Raises: InvalidRequest, `param` naming the first field that is wrong."""
+    """Decode `data` strictly, without unknown fields. Raises: InvalidRequest whose `param` names the first field at fault."""
     try:
         return cast("T", _decoder(shape).decode(data))
     except msgspec.ValidationError as error:
@@ -40,7 +40,7 @@ def decode_body(data: bytes, shape: type[T]) -> T:
 
 
 def read_query(request: web.Request, shape: type[T]) -> T:
-    """The query's parameters, their texts taken for what `shape` wants; lists as `name=a&name=b` or `name[]=a`.
+    """Decode the query; its texts are converted to the types of `shape`. Lists are `name=a&name=b` or `name[]=a`.
 
     Raises: InvalidRequest.
     """
@@ -86,7 +86,7 @@ def _is_list(shape: type[msgspec.Struct], name: str) -> bool:
 
 @functools.cache
 def properties_of(shape: type[msgspec.Struct]) -> dict[str, dict[str, Any]]:
-    """The JSON schema of each field."""
+    """Return the JSON schema of each field."""
     _, components = msgspec.json.schema_components([shape])
     properties: dict[str, dict[str, Any]] = components[shape.__name__]["properties"]
     return properties

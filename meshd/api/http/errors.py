@@ -1,4 +1,4 @@
-"""The one place where an error becomes an HTTP answer, in OpenAI's shape.
+"""Turn errors into HTTP responses in OpenAI's shape. No other module does.
 
 | error                                   | status | type                  |
 |-----------------------------------------|--------|-----------------------|
@@ -9,8 +9,8 @@
 | PeerFault, DownloadError                | 502    | server_error          |
 | all other                               | 500    | server_error          |
 
-`code` is the error's own stable code. Every `Unavailable` carries Retry-After. If the answer that failed can be gone on
-with, the message says how.
+`code` is the error's own stable code. Every `Unavailable` carries Retry-After. If the failed answer can be resumed, the
+message says how.
 """
 
 import logging
@@ -21,7 +21,7 @@ import msgspec
 from aiohttp import web
 
 from meshd.agents.service import Generation
-from meshd.api.openai.parts import ENDED
+from meshd.api.openai.common_objects import ENDED
 from meshd.errors import (
     Cancelled,
     ContextTooLong,
@@ -57,7 +57,7 @@ class ErrorBody(msgspec.Struct, frozen=True):
 
 
 class HttpProblem(msgspec.Struct, frozen=True, kw_only=True):
-    """An error as HTTP tells it."""
+    """An error as an HTTP response."""
 
     status: int
     detail: ErrorDetail
@@ -65,15 +65,15 @@ class HttpProblem(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """The code, or else the status."""
+        """Return the error code; the status if it has none."""
         return self.detail.code or str(self.status)
 
     def body(self) -> bytes:
-        """The JSON of it."""
+        """Encode the body as JSON."""
         return msgspec.json.encode(ErrorBody(self.detail))
 
     def response(self) -> web.Response:
-        """The whole answer."""
+        """Make the response."""
         return web.Response(status=self.status, body=self.body(), content_type="application/json", headers=self.headers)
 
 
@@ -103,13 +103,13 @@ _PROMPT_FIELDS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt
 
 @dataclass(frozen=True, slots=True)
 class KeptAnswer:
-    """An answer whose record is kept: after an error, or elsewhere, its stream may be gone on with."""
+    """An answer whose record is stored, so that a client can resume its stream after an error or at another peer."""
 
     id: str
     generation: Generation
 
     def way_on(self, last: int = -1) -> str:
-        """What a client does that has the events up to `last`; nothing, if the answer has ended."""
+        """Say how a client that has the events up to `last` resumes; empty if the answer has ended."""
         if self.generation.status in ENDED:
             return ""
         after = f"&starting_after={last}" if last >= 0 else ""
@@ -117,17 +117,17 @@ class KeptAnswer:
 
 
 KEPT = web.RequestKey("kept", KeptAnswer)
-"""Where a request keeps the answer that it shows, if that can be gone on with."""
+"""Where a request keeps its answer, if that can be resumed."""
 
 
 def problem_for_client(request: web.Request, error: BaseException, last: int = -1) -> HttpProblem:
-    """How the error is told to this client, that has the events up to `last`."""
+    """Describe an error to the client of this request, who has the events up to `last`."""
     kept = request.get(KEPT)
     return problem(error, request.path, kept.way_on(last) if kept else "")
 
 
 def problem(error: BaseException, path: str = "", way_on: str = "") -> HttpProblem:
-    """How the error is told to the client of the route `path`; an unforeseen one is logged and told without its insides."""
+    """Describe an error to a client of the route `path`. An unforeseen error is logged, and its details are not sent."""
     if isinstance(error, MeshdError):
         return _meshd_problem(error, path, way_on)
     if isinstance(error, web.HTTPException):

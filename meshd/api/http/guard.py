@@ -1,4 +1,4 @@
-"""Who may ask: holders of the API key, or without a key this machine's own programs.
+"""Admit requests: with an API key those that carry it, without one those of programs on this machine.
 
 Without a key the daemon listens on loopback only, where any web page in a local browser could reach it: by a request to
 `http://127.0.0.1:6374` from its scripts, or through a name of its own that it points at 127.0.0.1 (DNS rebinding). So a
@@ -14,11 +14,11 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 OPEN_PATHS = frozenset({"/health"})
-"""Answered without a key, for those who watch over daemons."""
+"""Answered without a key, for supervisors."""
 
 
 def guard(api_key: str | None) -> Middleware:
-    """A middleware that lets through who may ask. Raises: HTTPUnauthorized, HTTPForbidden."""
+    """Make the middleware that admits requests. It raises: HTTPUnauthorized, HTTPForbidden."""
     digest = hashlib.sha256(api_key.encode()).digest() if api_key is not None else None
 
     @web.middleware
@@ -34,7 +34,7 @@ def guard(api_key: str | None) -> Middleware:
 
 def _check_key(request: web.Request, digest: bytes) -> None:
     scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    # Both sides are hashed, so that the time tells neither the key's length nor a common beginning.
+    # Both sides are hashed, so that the comparison's time reveals neither the key's length nor a common prefix.
     same = hmac.compare_digest(hashlib.sha256(given.strip().encode("utf-8", "surrogateescape")).digest(), digest)
     if scheme.lower() != "bearer" or not same:
         reason = "the API key is wrong" if given else "this daemon needs an API key"

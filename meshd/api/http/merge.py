@@ -1,4 +1,4 @@
-"""Several asynchronous iterators as one, and tasks that live as long as a block."""
+"""Merge asynchronous iterators, and run tasks for the duration of a block."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
@@ -11,14 +11,14 @@ T = TypeVar("T")
 
 @asynccontextmanager
 async def beside(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run these beside the block and end them with it; they must not raise. The block's own exception comes out as it is."""
+    """Run these beside the block and end them with it; they must not raise. The block's own exception is raised unchanged."""
     failure: Exception | None = None
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(coroutine) for coroutine in coroutines]
         try:
             yield
         except Exception as error:
-            failure = error  # left to itself, the group would wrap it in an ExceptionGroup
+            failure = error  # the group would wrap it in an ExceptionGroup
         finally:
             for task in tasks:
                 task.cancel()
@@ -28,7 +28,7 @@ async def beside(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def closing(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
-    """Close `items` with the block, if it is a generator, rather than when it is garbage."""
+    """Close `items`, if it is a generator, at the end of the block and not at garbage collection."""
     try:
         yield items
     finally:
@@ -38,44 +38,44 @@ async def closing(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
 
 @dataclass(frozen=True, slots=True)
 class _Ended:
-    """A source's last word."""
+    """Marks the end of a source."""
 
     error: Exception | None = None
 
 
 @asynccontextmanager
 async def merge_iterators(sources: Sequence[AsyncIterator[T]], *, limit: int = 16) -> AsyncIterator[AsyncIterator[tuple[int, T]]]:
-    """All sources' items as they come, each with its source's index; a source's error is raised in its turn.
+    """Yield all sources' items as they come, each with its source's index. A source's error is raised after its items.
 
-    A source waits while `limit` of its items do. Leaving the block, whatever the reason, closes all sources.
+    A source pauses while `limit` of its items are unread. Leaving the block closes all sources.
     """
     queue: asyncio.Queue[tuple[int, T | _Ended]] = asyncio.Queue()
-    # A bounded queue would let a quick source keep the others out: its put takes the place that their wake-up was for.
-    room = [asyncio.Semaphore(limit) for _ in sources]
-    async with beside(*(_pump(index, source, queue, room[index]) for index, source in enumerate(sources))):
-        yield _drain(queue, room)
+    # A bounded queue would let a fast source starve the others: it takes the free place before a waiting one wakes up.
+    slots = [asyncio.Semaphore(limit) for _ in sources]
+    async with beside(*(_pump(index, source, queue, slots[index]) for index, source in enumerate(sources))):
+        yield _drain(queue, slots)
 
 
 async def _pump(
-    index: int, source: AsyncIterator[T], queue: asyncio.Queue[tuple[int, T | _Ended]], room: asyncio.Semaphore
+    index: int, source: AsyncIterator[T], queue: asyncio.Queue[tuple[int, T | _Ended]], slots: asyncio.Semaphore
 ) -> None:
     end = _Ended()
     try:
         async with closing(source):
             async for item in source:
-                await room.acquire()
+                await slots.acquire()
                 queue.put_nowait((index, item))
     except Exception as error:
         end = _Ended(error)
     queue.put_nowait((index, end))
 
 
-async def _drain(queue: asyncio.Queue[tuple[int, T | _Ended]], room: Sequence[asyncio.Semaphore]) -> AsyncIterator[tuple[int, T]]:
-    running = len(room)
+async def _drain(queue: asyncio.Queue[tuple[int, T | _Ended]], slots: Sequence[asyncio.Semaphore]) -> AsyncIterator[tuple[int, T]]:
+    running = len(slots)
     while running:
         index, item = await queue.get()
         if not isinstance(item, _Ended):
-            room[index].release()
+            slots[index].release()
             yield index, item
         elif item.error is not None:
             raise item.error

@@ -1,4 +1,4 @@
-"""`GET /openapi.json`: OpenAPI 3.1, made from the routes and the very structs that requests are checked against."""
+"""`GET /openapi.json`: OpenAPI 3.1, generated from the routes and the structs that validate requests."""
 
 import functools
 import re
@@ -63,7 +63,7 @@ def _operation(route: Route, schema_of: dict[int, dict[str, Any]]) -> dict[str, 
 
 
 def _kinds(part: Any) -> tuple[Any, ...]:
-    """Several bodies stand as a tuple."""
+    """Return the alternatives of a body."""
     return part if isinstance(part, tuple) else () if part is None else (part,)
 
 

@@ -1,4 +1,4 @@
-"""Whole answers as JSON."""
+"""JSON responses."""
 
 from typing import Any, Literal
 
@@ -14,5 +14,5 @@ class Rows(msgspec.Struct, frozen=True):
 
 
 def json_response(body: object, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-    """`body`, a struct or plain data, as JSON."""
+    """Encode `body`, a struct or plain data, as a JSON response."""
     return web.Response(body=msgspec.json.encode(body), status=status, headers=headers, content_type="application/json")

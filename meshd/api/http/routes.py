@@ -1,4 +1,4 @@
-"""Every route of the HTTP edge on one page: what serves it, what it takes and what it gives."""
+"""All routes of the HTTP API: handler, request and response types."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,11 @@ from meshd.api.openai.responses.schemas import AnyStreamEvent, Deleted, Response
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One method of one path. `takes` and `gives` are JSON bodies, `streams` is the data of one event: of several, one of them."""
+    """One method of one path.
+
+    `takes` is the JSON body of the request, `gives` that of the response, `streams` the data of one event of a stream. A tuple
+    lists alternatives.
+    """
 
     method: str
     path: str
@@ -41,13 +45,13 @@ ROUTES = (
         "GET",
         "/v1/responses/{id}",
         responses.retrieve,
-        "An answer of any of these routes as it stands, or its stream from any event on; a running chat or text is waited for",
+        "An answer of any of these routes: its current state, or its stream from any event. Waits for a running chat or completion",
         gives=(Response, ChatCompletion, Completion),
         streams=(AnyStreamEvent, ChatCompletionChunk, Completion),
         query=responses.RetrieveQuery,
     ),
-    Route("DELETE", "/v1/responses/{id}", responses.delete, "End an answer and forget it", gives=Deleted),
-    Route("POST", "/v1/responses/{id}/cancel", responses.cancel, "End an answer in the background", gives=Response),
+    Route("DELETE", "/v1/responses/{id}", responses.delete, "Cancel an answer and delete its record", gives=Deleted),
+    Route("POST", "/v1/responses/{id}/cancel", responses.cancel, "Cancel an answer in the background", gives=Response),
     Route("GET", "/v1/models", models.listing, "The models that can answer now", gives=models.ModelList),
     Route("GET", "/v1/models/{id:.+}", models.one, "One of them", gives=models.Model),
     Route("GET", "/health", health.health, "Whether the daemon is alive", gives=health.Health),
@@ -62,8 +66,8 @@ ROUTES = (
     Route("GET", "/mesh/v1/events", mesh.events, "Events as they happen", streams=dict[str, Any]),
     Route("POST", "/mesh/v1/plan", mesh.plan, "What would be placed where, and why", PlanRequest, dict[str, Any]),
     Route("POST", "/mesh/v1/place", mesh.place, "Put a model's layers on peers", PlaceRequest, streams=PlacementStep),
-    Route("POST", "/mesh/v1/unplace", mesh.unplace, "Let go of a model", mesh.UnplaceRequest, mesh.Unplaced),
-    Route("GET", "/mesh/v1/sessions/{id}/story", mesh.story, "What happened to a session, told by all peers", gives=Rows),
+    Route("POST", "/mesh/v1/unplace", mesh.unplace, "Free a model's layers on every peer", mesh.UnplaceRequest, mesh.Unplaced),
+    Route("GET", "/mesh/v1/sessions/{id}/story", mesh.story, "A session's events, collected from all peers", gives=Rows),
     Route("POST", "/mesh/v1/drain", mesh.drain, "Move away what runs on a peer", mesh.DrainRequest, mesh.Drained),
     Route("POST", "/mesh/v1/migrate", mesh.migrate, "Move a session to another peer", mesh.MigrateRequest, mesh.Migrated),
     Route("POST", "/mesh/v1/links/probe", mesh.probe_links, "Measure this peer's links", gives=Rows),

@@ -1,4 +1,4 @@
-"""What every handler is given, and the limits that the edge keeps."""
+"""The services that every handler uses, and the limits for clients."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -15,25 +15,25 @@ from meshd.telemetry import Telemetry
 
 @dataclass(frozen=True, slots=True)
 class ClientLimits:
-    """What one client may cost."""
+    """Limits for one client."""
 
     body_bytes: int = 8 * 2**20
     body_s: float = 60.0
-    """For a request's body to arrive."""
+    """Time for a request's body to arrive."""
     write_s: float = 60.0
-    """For a client to read on; a slower one is let go and its answer cancelled."""
+    """Time for a client to read what was sent. A slower client is disconnected."""
     keep_alive_s: float = 10.0
-    """Between comments in an event stream."""
+    """Time between comments in an event stream."""
     answers_at_once: int = 8
-    """Of one request (`n`, several prompts); the others start as these end."""
+    """Concurrent answers of one request (`n`, several prompts). The others start as these end."""
     answers: int = 256
-    """Of one request in all."""
+    """Answers of one request in all."""
     shutdown_s: float = 0.4
-    """For running answers to write their error when the server closes."""
+    """Time for running answers to write their error when the server closes."""
 
 
 class InFlightRequests:
-    """The requests being answered, so that a shutdown can end each with an error in place of a cut connection."""
+    """The running requests. A shutdown ends each with an error instead of cutting its connection."""
 
     def __init__(self) -> None:
         self._scopes: set[asyncio.Timeout] = set()
@@ -46,7 +46,7 @@ class InFlightRequests:
 
     @asynccontextmanager
     async def interruptible(self) -> AsyncIterator[None]:
-        """Run the block until it ends or `interrupt` is called. Raises: Cancelled, in the latter case."""
+        """Run the block until it ends or `interrupt` is called. Raises: Cancelled in the latter case."""
         scope = asyncio.timeout(0 if self._closing else None)
         try:
             async with scope:
@@ -60,7 +60,7 @@ class InFlightRequests:
             self._scopes.discard(scope)
 
     def interrupt(self) -> None:
-        """End all running blocks, and later ones as they begin to wait. Idempotent."""
+        """Interrupt all running blocks, and later ones at their first wait. Idempotent."""
         self._closing = True
         now = asyncio.get_running_loop().time()
         for scope in self._scopes:
@@ -70,7 +70,7 @@ class InFlightRequests:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The rooms below, as the handlers see them."""
+    """The layers below, as the handlers use them."""
 
     coordinator: Coordinator
     mesh: ClusterService

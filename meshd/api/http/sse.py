@@ -1,8 +1,8 @@
-"""Answers as server-sent events (WHATWG HTML, section 9.2), the way OpenAI's clients read them.
+"""Server-sent events (WHATWG HTML, section 9.2) as OpenAI's clients read them.
 
-Each event is one `data:` line of JSON, with an `id:` line if it has a number to go on after, and an `event:` line if it has a
-name. `data: [DONE]` ends a stream that went well. One that fails ends with `data: {"error": ...}` in its place, which OpenAI's
-clients raise as an APIError. Streams of `/v1/responses` are ended by an event of their own instead, well or not.
+Each event is one `data:` line of JSON, with an `id:` line if it has a number, and an `event:` line if it has a name. `data: [DONE]`
+ends a successful stream. A failed one ends with `data: {"error": ...}` instead, which OpenAI's clients raise as an APIError.
+Streams of `/v1/responses` end with an event of their own in both cases.
 """
 
 import asyncio
@@ -17,15 +17,15 @@ from meshd.api.http.services import SERVICES
 from meshd.api.openai.renderers import StreamedEvent, error_event
 
 OUTCOME = web.RequestKey("outcome", str)
-"""Where a request keeps the code of an error that came too late for its status."""
+"""Where a request keeps the code of an error that occurred after its status was sent."""
 
 _HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class EventStream:
-    """One response as events. Its status and headers go out with the first of them.
+    """One response as events. Its status and headers are sent with the first of them.
 
-    Writes wait for the client to read (at most some 128 KiB lie between); one that doesn't for `write_s` is cut off.
+    Writes wait for the client to read; about 128 KiB are buffered. A client that does not read for `write_s` is disconnected.
     """
 
     def __init__(self, request: web.Request) -> None:
@@ -34,21 +34,21 @@ class EventStream:
         self._clock = request.app[SERVICES].clock
         self.response = web.StreamResponse(headers=_HEADERS)
         self.last = -1
-        """Number of the last event that the client has."""
+        """Number of the last event that was sent; -1 for none."""
         self.says_done = True
         self.failure: Callable[[HttpProblem], StreamedEvent] = error_event
-        """Makes the last event of a stream that failed."""
+        """Makes the last event of a failed stream."""
 
     async def open(self) -> None:
-        """Send status and headers while there is no event yet."""
+        """Send status and headers before the first event."""
         await self.comment("open")
 
     async def send(self, item: object) -> None:
-        """One event, as JSON. Raises: ConnectionError, when the client is gone or stuck."""
+        """Send `item` as an event. Raises: ConnectionError if the client has left or does not read."""
         await self.put(StreamedEvent(item))
 
     async def put(self, event: StreamedEvent) -> None:
-        """One event, unless the client has it already. Raises: ConnectionError, when the client is gone or stuck."""
+        """Send an event unless the client has it. Raises: ConnectionError if the client has left or does not read."""
         if event.number is not None and event.number <= self.last:
             return
         name = f"event: {event.name}\n" if event.name else ""
@@ -58,24 +58,24 @@ class EventStream:
             self.last = event.number
 
     async def comment(self, text: str) -> None:
-        """What clients skip."""
+        """Send a comment, which clients skip."""
         await self._write(f": {text}\n\n".encode())
 
     async def done(self) -> None:
-        """The end of a stream that went well."""
+        """End a successful stream."""
         if self.says_done:
             await self._write(b"data: [DONE]\n\n")
         await self.response.write_eof()
 
     async def fail(self, error: Exception) -> None:
-        """The end of one that did not."""
+        """End a failed stream."""
         problem = problem_for_client(self._request, error, self.last)
         self._request[OUTCOME] = problem.name
         await self.put(self.failure(problem))
         await self.response.write_eof()
 
     async def keep_alive(self) -> None:
-        """A comment now and then, once the stream is open, lest a proxy think it dead."""
+        """Send comments while the stream is open, so that no proxy closes it as idle."""
         while True:
             await self._clock.sleep(self._limits.keep_alive_s)
             if self.response.prepared:
@@ -98,7 +98,7 @@ class EventStream:
 
 
 async def respond(request: web.Request, produce: Callable[[EventStream], Awaitable[None]]) -> web.StreamResponse:
-    """Stream what `produce` sends. An error before the stream is open is raised, one after it is the last event.
+    """Stream what `produce` sends. An error is raised before the stream opens, and becomes its last event afterwards.
 
     Raises: what `produce` raises; ConnectionError.
     """

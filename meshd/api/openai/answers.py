@@ -1,4 +1,4 @@
-"""The answers to one request while they run: started, or taken up again, and let go of when their reader leaves."""
+"""The answers to one request while they run: start them, resume them, and release them when their reader leaves."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
@@ -13,27 +13,27 @@ from meshd.agents.service import Coordinator, Finished, Generation, GenerationRe
 from meshd.api.http.errors import KEPT, KeptAnswer
 from meshd.api.http.merge import closing, merge_iterators
 from meshd.api.http.services import SERVICES
-from meshd.api.openai.kept import AnyForm, encode_renderer
+from meshd.api.openai.stored_responses import AnyRenderer, encode_renderer
 from meshd.errors import InvalidRequest
 
 GENERATION_HEADERS = web.RequestKey("generation_headers", dict[str, str])
-"""Where a request keeps the headers of its answer, once admitted."""
+"""Where a request keeps its response headers, once its answers are admitted."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunningAnswers:
     """The answers to one request."""
 
-    form: AnyForm
+    renderer: AnyRenderer
     id: str
     events: AsyncIterator[tuple[int, TextDelta | Finished]]
-    """With each answer's index; interleaved as they come."""
+    """(answer index, event), interleaved as they come."""
     generation: Generation | None = None
-    """Of a single answer."""
+    """None for several answers."""
 
     @property
     def failed(self) -> bool:
-        """Whether it can't be gone on with anywhere."""
+        """Whether no peer can resume the answer."""
         return self.generation is not None and self.generation.status == "failed"
 
 
@@ -44,26 +44,35 @@ class _Admitted:
 
 @asynccontextmanager
 async def started(
-    request: web.Request, form: AnyForm, wanted: Sequence[GenerationRequest], *, known: bool
+    request: web.Request, renderer: AnyRenderer, generation_requests: Sequence[GenerationRequest], *, known: bool
 ) -> AsyncIterator[RunningAnswers]:
-    """Run all `wanted`. Leaving the block, whatever the reason, lets go of what still runs.
+    """Run all `generation_requests`. Leaving the block releases the answers that still run.
 
-    A single answer is suspended by that, if the client knows its id (`known`) and its record is kept. Several are cancelled.
-    Raises: as Coordinator.generate; Cancelled, when an answer was ended from elsewhere. Cancel: as leaving.
+    A single answer is suspended if the client knows its id (`known`) and its record is stored; otherwise, and for several answers,
+    it is cancelled.
+
+    Raises: what Coordinator.generate raises; Cancelled if an answer was ended from elsewhere.
+    Cancel: as leaving the block.
     """
-    if len(wanted) == 1:
-        generation = await generate(request, form, wanted[0])
-        async with reading(request, form, generation, known=known) as running:
+    if len(generation_requests) == 1:
+        generation = await generate(request, renderer, generation_requests[0])
+        async with reading(request, renderer, generation, known=known) as running:
             yield running
     else:
-        async with _several(request, form, wanted) as running:
+        async with _several(request, renderer, generation_requests) as running:
             yield running
 
 
-async def generate(request: web.Request, form: AnyForm, wanted: GenerationRequest) -> Generation:
-    """Start a single answer that any peer can show. Raises: as Coordinator.generate. Cancel: nothing stays reserved."""
+async def generate(request: web.Request, renderer: AnyRenderer, generation_requests: GenerationRequest) -> Generation:
+    """Start a single answer that any peer can render.
+
+    Raises: what Coordinator.generate raises.
+    Cancel: nothing stays reserved.
+    """
     coordinator = request.app[SERVICES].coordinator
-    whole = msgspec.structs.replace(wanted, store=form.store, background=form.background, edge=encode_renderer(form))
+    whole = msgspec.structs.replace(
+        generation_requests, store=renderer.store, background=renderer.background, edge=encode_renderer(renderer)
+    )
     generation = await coordinator.generate(whole)
     show(request, generation)
     return generation
@@ -71,23 +80,23 @@ async def generate(request: web.Request, form: AnyForm, wanted: GenerationReques
 
 @asynccontextmanager
 async def reading(
-    request: web.Request, form: AnyForm, generation: Generation, *, known: bool = True
+    request: web.Request, renderer: AnyRenderer, generation: Generation, *, known: bool = True
 ) -> AsyncIterator[RunningAnswers]:
-    """Read a single answer from its beginning. Leaving the block: as `started`."""
+    """Read a single answer from its beginning. Leaving the block releases it as `started` does."""
     work = request.app[SERVICES].work
-    answer_id = form.prefix + generation.session
-    if form.store:
+    answer_id = renderer.prefix + generation.session
+    if renderer.store:
         request[KEPT] = KeptAnswer(answer_id, generation)
     try:
         async with closing(_events(generation)) as events:
-            yield RunningAnswers(form, answer_id, events, generation)
+            yield RunningAnswers(renderer, answer_id, events, generation)
     except asyncio.CancelledError:
-        # At a shutdown the client is told the id. Whoever leaves before can't ask for what it has never heard of.
+        # At a shutdown the error names the id. A client that leaves before that never learns it, so nobody could resume the answer.
         if not known and not work.closing:
             await generation.cancel()
         raise
     finally:
-        if not form.store:
+        if not renderer.store:
             await generation.cancel()
 
 
@@ -98,13 +107,17 @@ async def _events(generation: Generation) -> AsyncGenerator[tuple[int, TextDelta
 
 
 @asynccontextmanager
-async def _several(request: web.Request, form: AnyForm, wanted: Sequence[GenerationRequest]) -> AsyncIterator[RunningAnswers]:
-    """The block begins when all are admitted, or the first has text."""
+async def _several(
+    request: web.Request, renderer: AnyRenderer, generation_requests: Sequence[GenerationRequest]
+) -> AsyncIterator[RunningAnswers]:
+    """Run several answers. The block begins when all are admitted, or when the first has text."""
     services = request.app[SERVICES]
-    if len(wanted) > services.limits.answers:
-        raise InvalidRequest(f"{len(wanted)} answers are too many for one request", param="prompt", hint="send fewer prompts")
+    if len(generation_requests) > services.limits.answers:
+        raise InvalidRequest(
+            f"{len(generation_requests)} answers are too many for one request", param="prompt", hint="send fewer prompts"
+        )
     slots = asyncio.Semaphore(services.limits.answers_at_once)
-    async with merge_iterators([_answer(services.coordinator, one, slots) for one in wanted]) as events:
+    async with merge_iterators([_answer(services.coordinator, one, slots) for one in generation_requests]) as events:
         admitted: dict[int, Generation] = {}
         early: list[tuple[int, TextDelta | Finished]] = []
         async for index, event in events:
@@ -112,17 +125,17 @@ async def _several(request: web.Request, form: AnyForm, wanted: Sequence[Generat
                 early.append((index, event))
                 break
             admitted[index] = event.generation
-            if len(admitted) == len(wanted):
+            if len(admitted) == len(generation_requests):
                 break
         request[GENERATION_HEADERS] = _headers(admitted)
-        yield RunningAnswers(form, f"{form.prefix}{services.clock.random_bytes(16).hex()}", _deltas(early, events))
+        yield RunningAnswers(renderer, f"{renderer.prefix}{services.clock.random_bytes(16).hex()}", _deltas(early, events))
 
 
 async def _answer(
-    coordinator: Coordinator, wanted: GenerationRequest, slots: asyncio.Semaphore
+    coordinator: Coordinator, generation_requests: GenerationRequest, slots: asyncio.Semaphore
 ) -> AsyncGenerator[_Admitted | TextDelta | Finished, None]:
     async with slots:
-        generation = await coordinator.generate(msgspec.structs.replace(wanted, store=False))
+        generation = await coordinator.generate(msgspec.structs.replace(generation_requests, store=False))
         try:
             yield _Admitted(generation)
             async with closing(generation.events()) as events:
@@ -143,12 +156,12 @@ async def _deltas(
 
 
 def show(request: web.Request, generation: Generation) -> None:
-    """Have the headers of the request's answer name this session and its plan."""
+    """Set the response headers that name the session and its plan."""
     request[GENERATION_HEADERS] = _headers({0: generation})
 
 
 def _headers(admitted: Mapping[int, Generation]) -> dict[str, str]:
-    """Those of the first answer; of several, all sessions in order."""
+    """Name all sessions in order, and the plan of the first answer."""
     generations = [admitted[index] for index in sorted(admitted)]
     return {
         "x-meshd-session": ",".join(generation.session for generation in generations),

@@ -1,8 +1,8 @@
-"""The fields that the routes share, and what the coordinator makes of them.
+"""Request fields that the routes share, and their conversion for the coordinator.
 
-A field of OpenAI's that meshd does not support is declared with the values that ask for nothing (null, an empty list,
-the default): these are accepted, any other is an error that names the field. Nothing is dropped silently. The one
-exception is `user` and its successor `safety_identifier`: labels for the provider's own books, of no effect on the answer.
+A field of OpenAI's that meshd does not support is declared with only its neutral values (null, an empty list, the default). Any
+other value is an error that names the field, so nothing is dropped silently. The one exception is `user` and its successor
+`safety_identifier`: labels for the provider's accounting, without effect on the answer.
 """
 
 from typing import Annotated, Any
@@ -21,7 +21,7 @@ Penalty = Annotated[float, Meta(ge=-2, le=2)]
 StopText = Annotated[str, Meta(min_length=1, max_length=1024)]
 
 UNSUPPORTED = "x-unsupported"
-"""Marks, in the schema, a field that only takes what asks for nothing."""
+"""Schema key of a field that takes only neutral values."""
 
 NoList = Annotated[
     Annotated[list[Any], Meta(max_length=0)] | None,
@@ -37,26 +37,26 @@ _SEED_SPAN = 2**63
 
 
 def neutral(*values: str) -> Meta:
-    """For a field that only takes these values, which ask for nothing."""
+    """Describe a field that takes only these neutral values."""
     allowed = ", ".join(f'"{value}"' for value in values)
     return Meta(description=f"Not supported: only null or {allowed}.", extra_json_schema={UNSUPPORTED: True})
 
 
 class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a stream carries beside the answer."""
+    """What a stream contains besides the answer."""
 
     include_obfuscation: NotTrue = None
 
 
 class ChunkOptions(StreamOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a stream of chunks carries beside the answer."""
+    """What a stream of chunks contains besides the answer."""
 
     include_usage: bool | None = None
-    """A last chunk with the usage and no choices."""
+    """Whether a last chunk has the usage and no choices."""
 
 
 class AnswerFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What every route takes, whatever its prompt."""
+    """Fields of every route, whatever its prompt."""
 
     model: Annotated[str, Meta(min_length=1, max_length=512, description="A model of GET /v1/models.")]
     temperature: Annotated[
@@ -81,15 +81,15 @@ class AnswerFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    ignore_eos: Annotated[bool | None, Meta(description="Go on to max_tokens, past the model's end of text.")] = None
-    mesh: Annotated[MeshOptions | None, Meta(description="Where and how the mesh is to compute the answer.")] = None
+    ignore_eos: Annotated[bool | None, Meta(description="Continue to max_tokens, past the model's end of text.")] = None
+    mesh: Annotated[MeshOptions | None, Meta(description="Where and how the mesh computes the answer.")] = None
 
     def stops(self) -> tuple[str, ...]:
         """The texts that end the answer."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def check(self) -> None:
-        """What types can't say. Raises: InvalidRequest."""
+        """Check what the types can't. Raises: InvalidRequest."""
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest(
                 "`stream_options` is for streams", param="stream_options", hint="set `stream` to true or leave it out"
@@ -98,7 +98,7 @@ class AnswerFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise unsupported("stream_options.include_obfuscation", "leave it out or send false")
 
     def sampling(self, seed: int, logprobs: int | None) -> SamplingParams:
-        """How tokens are picked, with OpenAI's defaults."""
+        """Return the sampling parameters, with OpenAI's defaults."""
         given = {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -113,13 +113,13 @@ class AnswerFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return SamplingParams(seed=seed, logprobs=logprobs, **known)
 
     def first_seed(self, clock: Clock) -> int:
-        """63 bits, as asked for or random."""
+        """Return the seed of the first answer, 63 bits: the requested one, or a random one."""
         seed = self.seed if self.seed is not None else int.from_bytes(clock.random_bytes(8), "little")
         return seed % _SEED_SPAN
 
 
 class GenerationFields(AnswerFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What chats and text completions share."""
+    """Fields of chats and text completions."""
 
     max_tokens: Annotated[Count | None, Meta(description="At least 1.")] = None
     n: Annotated[Annotated[int, Meta(ge=1, le=8)] | None, Meta(description="Answers to each prompt, from 1 to 8.")] = None
@@ -136,11 +136,11 @@ class GenerationFields(AnswerFields, frozen=True, kw_only=True, forbid_unknown_f
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def seeds(self, clock: Clock) -> list[int]:
-        """One for each of `n` answers, the first as asked for or random."""
+        """Return one seed for each of `n` answers, counted up from `first_seed`."""
         first = self.first_seed(clock)
         return [(first + index) % _SEED_SPAN for index in range(self.count)]
 
 
 def unsupported(param: str, hint: str) -> InvalidRequest:
-    """The error for a field that asks for what meshd does not do."""
+    """Make the error for a field that requests what meshd does not support."""
     return InvalidRequest(f"`{param}` is not supported", param=param, hint=hint)

@@ -1,7 +1,7 @@
-"""How a route shows its answers, on whatever peer.
+"""What a route needs to render its answers on any peer.
 
-A form is all that a route needs beside the answer itself to make its objects and events. It travels with the request as
-`GenerationRequest.edge` and lies in the session's record, so that any peer shows the same answer under the same id with
+A renderer holds everything beside the answer itself that a route's objects and events need. It travels with the request as
+`GenerationRequest.edge` and is stored in the session's record, so that any peer renders the same answer under the same id with
 the same events, numbered from 0.
 """
 
@@ -23,35 +23,35 @@ class StreamedEvent(msgspec.Struct, frozen=True):
 
     body: object
     number: int | None = None
-    """Its place in a sequence that can be gone on with. None: in no such sequence."""
+    """Its place in a stream that can be resumed. None: the stream can't be."""
     name: str = ""
-    """Of its `event:` line."""
+    """The value of its `event:` line; empty: no such line."""
 
 
 class EventWriter(Protocol):
-    """Makes the events of one request: the same answers give the same events, whenever and wherever."""
+    """Makes the events of one request. Deterministic: the same answers give the same events on any peer."""
 
     def begin(self) -> list[StreamedEvent]:
-        """Those before all answers."""
+        """Return the events that precede all answers."""
         ...
 
     def take(self, index: int, item: TextDelta | Finished) -> list[StreamedEvent]:
-        """Those of the next piece, or the end, of answer `index`. Raises: Cancelled, if that is not its own end."""
+        """Return the events of the next delta, or of the end, of answer `index`. Raises: Cancelled if it was cut short."""
         ...
 
-    def fail(self, told: HttpProblem, last: int, *, for_good: bool) -> StreamedEvent:
-        """The last one of a stream that breaks off after event `last`; `for_good`: the answer can't go on anywhere."""
+    def fail(self, failure: HttpProblem, last: int, *, for_good: bool) -> StreamedEvent:
+        """Return the last event of a stream that fails after event `last`. `for_good`: no peer can resume the answer."""
         ...
 
 
 class Renderer(msgspec.Struct, frozen=True, kw_only=True, tag_field="form"):
-    """What all forms have. The id of a single answer is its session's, after the prefix."""
+    """Fields of all renderers. The id of a single answer is `prefix` and its session's id."""
 
     created: int
     model: str
     system_fingerprint: str
     store: bool = True
-    """Whether its record may be read, and its stream gone on with, by its id."""
+    """Whether clients may read the record, and resume the stream, by the answer's id."""
     background: bool = False
     answers: int = 1
     per_prompt: int = 1
@@ -64,21 +64,21 @@ class Renderer(msgspec.Struct, frozen=True, kw_only=True, tag_field="form"):
     """Whether its streams end with `[DONE]`."""
 
     def head(self, answer_id: str) -> dict[str, Any]:
-        """The fields of `Head`."""
+        """Return the fields of `ObjectHeader`."""
         return {"id": answer_id, "created": self.created, "model": self.model, "system_fingerprint": self.system_fingerprint}
 
     def numbers(self) -> Iterator[int | None]:
-        """For its events: several answers come interleaved by chance, so theirs have none."""
+        """Return the numbers of its events. Several answers interleave by chance, so their events have none."""
         return itertools.count() if self.answers == 1 else itertools.repeat(None)
 
 
-def error_event(told: HttpProblem) -> StreamedEvent:
-    """What ends a stream that failed."""
-    return StreamedEvent(ErrorBody(told.detail))
+def error_event(failure: HttpProblem) -> StreamedEvent:
+    """Make the last event of a stream that failed."""
+    return StreamedEvent(ErrorBody(failure.detail))
 
 
 def model_fields(services: Services, model: str) -> dict[str, Any]:
-    """A form's first fields: the time, the model by its own name, the fingerprint of its weights and this version."""
+    """Return a renderer's first fields: the time, the model's own name, the fingerprint of its weights and of this version."""
     card = next((card for card in services.coordinator.models() if model in (card.name, card.id, card.ref)), None)
     weights = card.id if card else model
     return {

@@ -1,4 +1,4 @@
-"""One streamed answer: what `run`, `chat` and `demo` share."""
+"""Request and print one streamed answer; shared by `run`, `chat` and `demo`."""
 
 import sys
 import time
@@ -17,14 +17,14 @@ _MESH_FIELDS = ("stages", "peers", "min_peers", "objective", "context", "mirror"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerSummary:
-    """What came of a request, as its client saw it."""
+    """The result of a request, as its client saw it."""
 
     text: str
     finish: str
     plan: str
     """`name:0-12,name:12-30`."""
     predicted_tpot_s: float
-    """0: not told."""
+    """0: the daemon sent no prediction."""
     prompt_tokens: int
     completion_tokens: int
     ttft_s: float
@@ -33,7 +33,7 @@ class AnswerSummary:
 
     @property
     def tokens_s(self) -> float:
-        """Tokens per second after the first; 0 for an answer too short to tell."""
+        """Tokens per second after the first; 0 if the answer is too short to measure."""
         return (self.completion_tokens - 1) / self.decode_s if self.completion_tokens > 1 and self.decode_s > 0 else 0.0
 
     def summary(self) -> str:
@@ -45,27 +45,46 @@ class AnswerSummary:
 
 
 def add_sampling(parser: ArgumentParser) -> None:
-    """Flags of what OpenAI's API calls by the same names, and of the request's `mesh` object."""
-    parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="length of the answer at most")
-    parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
-    parser.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens that make up this share")
-    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
-    parser.add_argument("--min-p", type=float, metavar="P", help="leave out what is less likely than this share of the likeliest")
-    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
-    parser.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this; repeatable")
-    parser.add_argument("--stages", metavar="a:0-12,b:12-30", help="which peers compute which layers")
-    parser.add_argument("--peers", type=lambda text: text.split(","), metavar="a,b", help="only these peers may take part")
-    parser.add_argument("--min-peers", type=int, metavar="N", help="split over at least so many peers")
-    parser.add_argument("--objective", choices=("latency", "ttft", "throughput", "energy", "memory"), help="what to plan for")
-    parser.add_argument("--context", type=int, metavar="N", help="tokens to reserve memory for")
+    """Add flags for the fields of OpenAI's API of the same names, and for those of the request's `mesh` object."""
+    parser.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
     parser.add_argument(
-        "--mirror", action="store_true", default=None, help="keep a copy of the answer's KV on another peer: a loss costs less time"
+        "--max-tokens", type=int, metavar="N", help="the most tokens of the answer; default: what the context leaves"
+    )
+    parser.add_argument("--temperature", type=float, metavar="T", help="from 0 (always the likeliest token) to 2; default: 1")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="sample from the likeliest tokens whose probabilities sum to P, over 0 to 1; default: 1 (all)",
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens; default: 0 (all)")
+    parser.add_argument(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="drop tokens less likely than P times the likeliest one, from 0 to 1; default: 0 (none)",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="64-bit seed; the same seed gives the same answer; default: random")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text; repeatable")
+    parser.add_argument(
+        "--stages",
+        metavar="a:0-12,b:12-30",
+        help="the layers that each peer computes, half-open ranges from 0; default: the planner decides",
+    )
+    parser.add_argument("--peers", type=lambda text: text.split(","), metavar="a,b", help="use only these peers")
+    parser.add_argument("--min-peers", type=int, metavar="N", help="split the model over at least N peers")
+    parser.add_argument("--objective", choices=("latency", "ttft", "throughput", "energy", "memory"), help="what to optimise")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens to reserve KV memory for, prompt and answer")
+    parser.add_argument(
+        "--mirror",
+        action="store_true",
+        default=None,
+        help="keep a copy of the answer's KV on another peer: recovery from a loss is faster",
     )
 
 
 def request_of(args: Namespace, messages: list[dict[str, str]]) -> dict[str, Any]:
-    """The body of a chat completion; what was not asked for is left to the daemon."""
+    """Make the body of a chat completion. Fields without a flag are left to the daemon."""
     system = [{"role": "system", "content": args.system}] if args.system else []
     body: dict[str, Any] = {"model": args.model, "messages": [*system, *messages]}
     body |= {field: getattr(args, field) for field in _FIELDS if getattr(args, field) is not None}
@@ -74,9 +93,11 @@ def request_of(args: Namespace, messages: list[dict[str, str]]) -> dict[str, Any
 
 
 def stream_answer(daemon: Daemon, body: Mapping[str, Any], write: Callable[[str], object]) -> AnswerSummary:
-    """Ask, hand each piece of text to `write` as it comes, and tell how it went.
+    """Send a request and pass each chunk of text to `write` as it arrives.
 
-    Waits while the model is still being placed, for READY_WITHIN_S at most. Raises: as `Daemon.stream`.
+    Waits up to READY_WITHIN_S while the model is still being placed.
+
+    Raises: what `Daemon.stream` raises.
     """
     give_up = time.monotonic() + READY_WITHIN_S
     streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
@@ -94,7 +115,7 @@ def stream_answer(daemon: Daemon, body: Mapping[str, Any], write: Callable[[str]
 
 def _read(stream: Stream, write: Callable[[str], object], asked: float) -> AnswerSummary:
     first = last = 0.0
-    pieces: list[str] = []
+    chunks: list[str] = []
     finish, usage = "", {"prompt_tokens": 0, "completion_tokens": 0}
     for event in stream.events():
         usage = event.get("usage") or usage
@@ -103,10 +124,10 @@ def _read(stream: Stream, write: Callable[[str], object], asked: float) -> Answe
             if text := choice.get("delta", {}).get("content"):
                 last = time.monotonic()
                 first = first or last
-                pieces.append(text)
+                chunks.append(text)
                 write(text)
     return AnswerSummary(
-        text="".join(pieces),
+        text="".join(chunks),
         finish=finish,
         plan=stream.headers.get("x-meshd-plan", ""),
         predicted_tpot_s=float(stream.headers.get("x-meshd-predicted-tpot-ms") or 0) / 1e3,
@@ -118,11 +139,11 @@ def _read(stream: Stream, write: Callable[[str], object], asked: float) -> Answe
 
 
 def write_out(text: str) -> None:
-    """To standard output at once."""
+    """Write to standard output and flush."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def notice(text: str) -> None:
-    """A line beside the answer, on standard error."""
+    """Print a line to standard error."""
     print(text, file=sys.stderr, flush=True)

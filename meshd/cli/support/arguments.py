@@ -1,4 +1,4 @@
-"""What the verbs' arguments have in common. Flags that are settings come from the one table in `meshd.settings`."""
+"""Arguments that verbs share. The flags of settings are made from the table in `meshd.settings`."""
 
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Mapping
@@ -27,7 +27,7 @@ class Parser(ArgumentParser):
 
 
 def add_settings(parser: ArgumentParser, names: Iterable[str]) -> None:
-    """One flag for each of these settings; what is not given stays None."""
+    """Add a flag for each of these settings. Its value is None if it is not given."""
     wanted = set(names)
     for setting in SETTINGS:
         if setting.name in wanted:
@@ -69,39 +69,39 @@ def _destination(setting: Setting) -> str:
 
 
 def settings_of(args: Namespace, fixed: Mapping[str, RawValue] | None = None) -> Settings:
-    """The settings as this command's flags, the environment and the file give them; `fixed` ones count as flags."""
+    """Resolve the settings from this command's flags, the environment and the config file. `fixed` values count as flags."""
     flags: dict[str, RawValue | None] = {setting.name: getattr(args, _destination(setting), None) for setting in SETTINGS}
     return Settings({**flags, **(fixed or {})})
 
 
 def add_state(parser: ArgumentParser) -> None:
-    """For every verb: whose state, and which config file."""
+    """Add `--state` and `--config`."""
     add_settings(parser, ("state", "config"))
 
 
 def add_client(parser: ArgumentParser) -> None:
-    """For a verb that talks to a daemon: which one, and with what key."""
+    """Add the flags of a verb that calls a daemon: its address, and the API key."""
     parser.add_argument(
-        "--api", dest="setting_api", metavar="URL", help="the daemon's HTTP API; default: the local one [MESHD_API]"
+        "--api", dest="setting_api", metavar="URL", help="address of the daemon's HTTP API; default: the local daemon [MESHD_API]"
     )
     add_settings(parser, ("api-key", "state", "config"))
 
 
 def add_quant(parser: ArgumentParser) -> None:
-    """For a verb whose `model` may have to be fetched."""
+    """Add `--quant`, for a verb that may import its `model`."""
     parser.add_argument(
         "--quant",
         choices=sorted(QUANTS),
-        help="quantise the large weights of an hf: or file: model as it is imported; the same as REF+q4 or REF+q8",
+        help="quantise the large weights of an hf: or file: model to 4 or 8 bits at import; the same as REF+q4 or REF+q8",
     )
 
 
 def model_of(args: Namespace) -> str:
-    """The model that `model` and `--quant` name; a path is taken from where the command runs. Raises: InvalidRequest."""
+    """Return the model that `model` and `--quant` name; paths are relative to the working directory. Raises: InvalidRequest."""
     ref = quantised(args.model, args.quant)
     return resolve(ref).name if ref.startswith("file:") else ref
 
 
 def add_json(parser: ArgumentParser) -> None:
-    """For a verb that lists something."""
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    """Add `--json`."""
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")

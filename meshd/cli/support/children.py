@@ -1,4 +1,4 @@
-"""Daemons as child processes of this one. They end with it, however it ends."""
+"""Daemons as child processes. They stop when this process ends, even if it is killed."""
 
 import os
 import socket
@@ -25,7 +25,7 @@ STOP_WITHIN_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class ChildDaemon:
-    """One daemon of ours."""
+    """One child daemon."""
 
     name: str
     state: Path
@@ -36,7 +36,7 @@ class ChildDaemon:
         return self.state.with_suffix(".log")
 
     def daemon(self) -> Daemon | None:
-        """Its API; None while it does not listen yet. Raises: RemoteFailure if it has ended."""
+        """Return a client of its API; None while it does not listen yet. Raises: RemoteFailure if it has ended."""
         if self.process.poll() is not None:
             raise RemoteFailure(f"{self.name} did not stay up (exit status {self.process.returncode}): {self._last_words()}")
         holder = read_holder(self.state)
@@ -45,19 +45,22 @@ class ChildDaemon:
 
     def _last_words(self) -> str:
         lines = self.log.read_text(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "its log is empty")
 
 
 class ChildDaemons:
-    """Starts daemons and, on leaving the block, stops every one that runs."""
+    """Starts daemons. Leaving the block stops those that still run."""
 
     def __init__(self, folder: Path) -> None:
-        """State folders and logs go below `folder`."""
+        """Keep state folders and logs in `folder`."""
         self.children: list[ChildDaemon] = []
         self._folder = folder
 
     def start(self, name: str, flags: Sequence[str]) -> ChildDaemon:
-        """`meshd up` with these flags. Its standard input is a pipe that we never write to: when we are gone, it ends."""
+        """Run `meshd up` with these flags.
+
+        Its standard input is a pipe without data, which closes when this process ends and so stops it.
+        """
         state = self._folder / name
         state.mkdir(mode=0o700)
         command = [
@@ -77,7 +80,7 @@ class ChildDaemons:
         ]
         with state.with_suffix(".log").open("wb") as log:
             process = subprocess.Popen(
-                [*command, "--name", name, "--state", str(state), *flags],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -95,7 +98,7 @@ class ChildDaemons:
         self.stop()
 
     def stop(self) -> None:
-        """End all at once: asked to first, killed if that does not help."""
+        """Terminate all; kill those that still run after STOP_WITHIN_S."""
         for child in self.children:
             child.process.terminate()
         give_up = time.monotonic() + STOP_WITHIN_S
@@ -110,14 +113,14 @@ class ChildDaemons:
 
 
 def free_ports(count: int) -> list[int]:
-    """TCP ports of the loopback address that nobody listens on now."""
+    """Find TCP ports of the loopback address that are free now."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [opened.getsockname()[1] for opened in sockets]
 
 
 def wait_until(done: Callable[[], bool], within_s: float, what: str) -> None:
-    """Look every POLL_S. Raises: NotReady if it takes longer."""
+    """Poll `done` every POLL_S. Raises: NotReady after `within_s`."""
     give_up = time.monotonic() + within_s
     while not done():
         if time.monotonic() > give_up:

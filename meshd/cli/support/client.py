@@ -1,4 +1,4 @@
-"""A daemon's HTTP API as the verbs see it. On the standard library's client: it starts ten times faster than aiohttp."""
+"""A client of a daemon's HTTP API. It uses the standard library's client, which starts ten times faster than aiohttp."""
 
 import json
 from argparse import Namespace
@@ -59,7 +59,7 @@ class Stream:
 
 
 class Daemon:
-    """One daemon, by the address of its API."""
+    """A client of one daemon."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
         """`url` is `http(s)://host[:port]`. Raises: ConfigError."""
@@ -79,21 +79,26 @@ class Daemon:
             self._headers["authorization"] = f"Bearer {api_key}"
 
     def get(self, path: str, *, timeout_s: float = ANSWER_S) -> Any:
-        """The JSON document at `path`. Raises: Unavailable, RemoteFailure and what the daemon says."""
+        """Get the JSON document at `path`. Raises: Unavailable; RemoteFailure; the error that the daemon sent."""
         return self._document("GET", path, None, timeout_s)
 
     def rows(self, path: str) -> list[dict[str, Any]]:
-        """The `data` of a list."""
+        """Get the `data` of a list."""
         rows: list[dict[str, Any]] = self.get(path)["data"]
         return rows
 
     def post(self, path: str, body: Mapping[str, Any], *, timeout_s: float = ANSWER_S) -> Any:
-        """The JSON document that answers `body`. Raises: as `get`."""
+        """Post `body` and return the JSON document of the response. Raises: as `get`."""
         return self._document("POST", path, body, timeout_s)
 
     @contextmanager
     def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[Stream]:
-        """The event stream that answers `body`. Leaving the block ends it, and the daemon stops its work. Raises: as `get`."""
+        """Post `body` and open the event stream of the response.
+
+        Leaving the block closes the stream, and the daemon stops its work.
+
+        Raises: as `get`.
+        """
         with self._exchange("POST", path, body, STREAM_SILENCE_S) as response:
             yield Stream(response, self.url)
 
@@ -131,7 +136,7 @@ class Daemon:
 
 
 def daemon_of(args: Namespace) -> Daemon:
-    """The daemon that this command is about. Raises: ConfigError."""
+    """Return a client of the daemon that this command names. Raises: ConfigError."""
     settings = settings_of(args)
     return Daemon(api_url(settings), settings["api-key"].value)
 
@@ -148,7 +153,7 @@ def api_url(settings: Settings) -> str:
 
 
 def running_api(settings: Settings) -> str | None:
-    """Where the daemon that holds the state folder listens; None if none runs."""
+    """Return the URL of the daemon that holds the state folder; None if none runs."""
     from meshd.state import read_holder
 
     holder = read_holder(settings["state"].value)
@@ -156,7 +161,7 @@ def running_api(settings: Settings) -> str | None:
 
 
 def url_of(address: Address) -> str:
-    """How this machine reaches an API that listens on `address`."""
+    """Return the URL at which this machine reaches an API that listens on `address`."""
     anywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
     return f"http://{Address(anywhere.get(address.host, address.host), address.port)}"
 
@@ -180,7 +185,7 @@ def _json_or_none(response: HTTPResponse) -> Any:
 
 
 def _failure(status: int, document: Any, headers: Mapping[str, str]) -> MeshdError:
-    """The daemon's own error, as the class that stands for its code."""
+    """Convert the daemon's error to the class of its code."""
     error = document.get("error") if isinstance(document, dict) else None
     fields = error if isinstance(error, dict) else {}
     message = str(fields.get("message") or f"the daemon answered with HTTP status {status}")
@@ -194,7 +199,7 @@ def _failure(status: int, document: Any, headers: Mapping[str, str]) -> MeshdErr
 
 
 def _seconds(text: str | None) -> float:
-    """Of a Retry-After header; 1 if it has none."""
+    """Parse a Retry-After header; 1 if it is absent or no number."""
     try:
         return float(text or 1.0)
     except ValueError:

@@ -1,4 +1,4 @@
-"""How the command line shows things: plain aligned columns, sizes, times. Pure but for `print_json`."""
+"""Format output: plain aligned columns, sizes, times. Pure except for `print_json`."""
 
 import json
 import sys
@@ -9,13 +9,13 @@ ABSENT = "-"
 
 
 def print_json(document: Any) -> None:
-    """One document, readable by people too."""
+    """Print one indented JSON document."""
     json.dump(document, sys.stdout, indent=2, ensure_ascii=False)
     print()
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Left-aligned columns, two spaces apart, no line drawn: fine for eyes, grep and awk."""
+    """Format left-aligned columns, two spaces apart and without lines, so that grep and awk can read them."""
     lines = [list(headers), *(list(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
@@ -60,7 +60,7 @@ def duration(seconds: float | None) -> str:
 
 
 def short_id(identifier: str) -> str:
-    """Enough of an id to tell it from the others; what `--json` has whole."""
+    """Shorten an id to 8 characters; `--json` prints the whole id."""
     return identifier[:8]
 
 

@@ -1,4 +1,4 @@
-"""Progress of long work on standard error: bars on a terminal, a line now and then elsewhere."""
+"""Progress of long work on standard error: bars on a terminal, occasional lines elsewhere."""
 
 import sys
 import time
@@ -16,19 +16,19 @@ _LEAST_COLUMNS = 40
 
 
 class Progress(Protocol):
-    """Several pieces of work, each with a name; use as a context manager."""
+    """Progress of several named tasks. Use it as a context manager."""
 
     def __enter__(self) -> Self: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
     def update(self, name: str, done: float, total: float | None, text: str = "") -> None:
-        """`done` of `total` (None: not known yet), and what is going on."""
+        """`done` of `total` (None: not known yet), and what is done now."""
         ...
 
 
 def progress(*, of_bytes: bool = False) -> Progress:
-    """Bars if standard error is a terminal that can show them, else lines."""
+    """Return bars if standard error is a terminal that can show them, otherwise lines."""
     if sys.stderr.isatty():
         from rich.console import Console
 
@@ -39,11 +39,11 @@ def progress(*, of_bytes: bool = False) -> Progress:
 
 
 class Lines:
-    """One line when a piece of work begins, changes its text or ends, and every LINE_EVERY_S between."""
+    """Prints a line when a task begins, changes its text or ends, and every LINE_EVERY_S in between."""
 
     def __init__(self, *, of_bytes: bool) -> None:
         self._of_bytes = of_bytes
-        self._said: dict[str, tuple[str, bool, float]] = {}
+        self._printed: dict[str, tuple[str, bool, float]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -54,10 +54,10 @@ class Lines:
     def update(self, name: str, done: float, total: float | None, text: str = "") -> None:
         now = time.monotonic()
         ended = total is not None and done >= total
-        before = self._said.get(name)
+        before = self._printed.get(name)
         if before and before[:2] == (text, ended) and (ended or now - before[2] < LINE_EVERY_S):
             return
-        self._said[name] = (text, ended, now)
+        self._printed[name] = (text, ended, now)
         print(" ".join(part for part in (f"{name}:", text, self._amount(done, total)) if part), file=sys.stderr, flush=True)
 
     def _amount(self, done: float, total: float | None) -> str:
@@ -67,7 +67,7 @@ class Lines:
 
 
 class Bars:
-    """One bar for each piece of work."""
+    """Shows one bar for each task."""
 
     def __init__(self, console: "Console", *, of_bytes: bool) -> None:
         from rich.progress import BarColumn, DownloadColumn, ProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -96,7 +96,7 @@ class Bars:
 
 
 class Measuring:
-    """Progress of a probe; a measurement that is only recalled shows nothing."""
+    """Shows the progress of a probe. A stored measurement shows nothing."""
 
     def __init__(self) -> None:
         self._shown: Progress | None = None
@@ -111,7 +111,7 @@ class Measuring:
             self.close()
 
     def close(self) -> None:
-        """May be repeated."""
+        """Stop showing progress. Idempotent."""
         shown, self._shown = self._shown, None
         if shown is not None:
             shown.__exit__(None, None, None)

@@ -31,7 +31,7 @@ json_values = st.one_of(
 def wrong_field(body: dict[str, Any], shape: type[ChatRequest] | type[CompletionRequest] | type[ResponseRequest]) -> str | None:
     """The field that an error names; "" if the body is fine."""
     try:
-        decode_body(msgspec.json.encode(body), shape).wanted(SystemClock())
+        decode_body(msgspec.json.encode(body), shape).generation_requests(SystemClock())
     except InvalidRequest as error:
         return error.param
     return ""

@@ -226,10 +226,10 @@ class TestSmallLimits:
     ("error", "status"), [(ConfigError("x"), 400), (OutOfMemory("x"), 503), (StorageError("x"), 500), (MeshdError("x"), 500)]
 )
 def test_errors_of_no_route(error: MeshdError, status: int) -> None:
-    told = problem(error)
-    assert told.status == status
-    assert told.detail.code == type(error).code
+    described = problem(error)
+    assert described.status == status
+    assert described.detail.code == type(error).code
 
 
-def test_the_hint_is_told() -> None:
+def test_the_hint_is_in_the_message() -> None:
     assert problem(OutOfMemory("a failed: b", hint="do c")).detail.message == "a failed: b; do c"

@@ -32,45 +32,6 @@ async def test_a_chat_stream_byte_for_byte(http: aiohttp.ClientSession) -> None:
     assert events[3:] == ["data: [DONE]", ""]
 
 
-async def test_usage_is_null_but_in_the_last_chunk(http: aiohttp.ClientSession, events_of: Any) -> None:
-    for path, prompt in (("/v1/chat/completions", {}), ("/v1/completions", {"prompt": "hello"})):
-        body = {name: value for name, value in CHAT.items() if path.endswith("chat/completions") or name != "messages"}
-        async with http.post(path, json=body | prompt | {"stream_options": {"include_usage": True}}) as response:
-            *chunks, last, done = await events_of(response)
-        assert done == "[DONE]"
-        assert all(chunk["usage"] is None for chunk in chunks)
-        assert last["choices"] == []
-        assert set(last["usage"]) == {"prompt_tokens", "completion_tokens", "total_tokens"}
-    async with http.post("/v1/chat/completions", json=CHAT) as response:
-        assert not any("usage" in chunk for chunk in await events_of(response))
-
-
-async def test_nothing_is_sent_before_admission(http: aiohttp.ClientSession, coordinator: Any) -> None:
-    asking = asyncio.create_task(http.post("/v1/chat/completions", json=CHAT | {"model": "queued"}))
-    await coordinator.until(lambda c: c.waiting == 1)
-    assert not asking.done()
-    asking.cancel()
-    await asyncio.gather(asking, return_exceptions=True)
-
-
-async def test_headers_come_with_admission(http: aiohttp.ClientSession) -> None:
-    for path, prompt in (("/v1/chat/completions", {"messages": CHAT["messages"]}), ("/v1/completions", {"prompt": "hello"})):
-        async with http.post(path, json={"model": "prefills", "stream": True} | prompt) as response:
-            assert response.status == 200
-            assert len(response.headers["x-meshd-session"]) == 32
-
-
-async def test_several_answers_start_before_all_are_admitted(http: aiohttp.ClientSession, coordinator: Any, events_of: Any) -> None:
-    """More prompts than may run at once: the later ones are admitted as the first end."""
-    body = {"model": "words", "prompt": [f"p{i}" for i in range(20)], "stream": True, "max_tokens": 2}
-    async with http.post("/v1/completions", json=body) as response:
-        assert len(response.headers["x-meshd-session"].split(",")) <= 8
-        events = await events_of(response)
-    finished = sorted(event["choices"][0]["index"] for event in events[:-1] if event["choices"][0]["finish_reason"])
-    assert finished == list(range(20))
-    assert coordinator.running == 0
-
-
 class TestKeepAlive:
     @pytest.fixture
     def limits(self) -> ClientLimits:

@@ -258,24 +258,6 @@ async def test_a_shutdown_says_how_to_go_on(http: aiohttp.ClientSession, server:
     assert next(iter(coordinator.records.values())).status == "suspended"
 
 
-async def test_a_long_replay_leaves_the_loop_to_others(http: aiohttp.ClientSession, coordinator: Any) -> None:
-    async with http.post("/v1/completions", json={"model": "words", "prompt": "x", "max_tokens": 4000, "stream": True}) as response:
-        text = await response.text()
-    turns = 0
-
-    async def count() -> None:
-        nonlocal turns
-        while True:
-            await asyncio.sleep(0)
-            turns += 1
-
-    counting = asyncio.create_task(count())
-    async with http.get(f"/v1/responses/{id_of(text)}?stream=true&starting_after=3990") as response:
-        assert len(frames(await response.text())) == 4000 + 2 - 3991
-    counting.cancel()
-    assert turns > 4000 / 64
-
-
 @pytest.mark.parametrize(
     ("query", "param"),
     [

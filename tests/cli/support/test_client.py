@@ -35,7 +35,7 @@ def test_a_daemons_error_keeps_its_kind_and_words(api: Api, status: int, code: s
         assert caught.value.retry_after_s == 7.0
 
 
-def test_an_error_without_a_body_tells_its_status(api: Api) -> None:
+def test_an_error_without_a_body_has_its_status(api: Api) -> None:
     api.answer("GET", "/x", "nonsense", 502)
     with pytest.raises(RemoteFailure, match="HTTP status 502"):
         Daemon(api.url).get("/x")
@@ -48,7 +48,7 @@ def test_the_api_key_is_sent_and_a_refusal_says_how_to_give_it(api: Api) -> None
     assert api.headers[0]["Authorization"] == "Bearer secret"
 
 
-def test_what_is_no_meshd_is_told_so(api: Api) -> None:
+def test_a_server_that_is_not_meshd_is_named(api: Api) -> None:
     async def page(_: web.Request) -> web.Response:
         return web.Response(text="<html>")
 

@@ -7,20 +7,20 @@ from meshd.api.http.services import SERVICES
 from meshd.api.openai.chat.renderer import ChatRenderer
 from meshd.api.openai.chat.schemas import ChatRequest
 from meshd.api.openai.renderers import model_fields
-from meshd.api.openai.showing import answer
+from meshd.api.openai.respond import answer
 
 
 async def create(request: web.Request) -> web.StreamResponse:
     """Answer a chat, whole or as a stream."""
     services = request.app[SERVICES]
     body = await read_body(request, ChatRequest)
-    wanted = body.wanted(services.clock)
-    form = ChatRenderer(
+    generation_requests = body.generation_requests(services.clock)
+    renderer = ChatRenderer(
         **model_fields(services, body.model),
         store=body.store is not False,
-        answers=len(wanted),
+        answers=len(generation_requests),
         per_prompt=body.count,
         logprobs=bool(body.logprobs),
         include_usage=body.include_usage,
     )
-    return await answer(request, form, wanted, stream=bool(body.stream))
+    return await answer(request, renderer, generation_requests, stream=bool(body.stream))

@@ -1,4 +1,4 @@
-"""How `/v1/chat/completions` shows its answers."""
+"""Render the answers of `/v1/chat/completions`."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -16,12 +16,12 @@ from meshd.api.openai.chat.schemas import (
     Delta,
 )
 from meshd.api.openai.chunks import ChunkRenderer, ChunkWriter
-from meshd.api.openai.parts import CollectedAnswer, FinishName, Usage, shown_tokens
+from meshd.api.openai.common_objects import CollectedAnswer, FinishName, Usage, shown_tokens
 from meshd.api.openai.renderers import StreamedEvent
 
 
 class ChatRenderer(ChunkRenderer, frozen=True, kw_only=True, tag="chat"):
-    """What a chat asked to be shown."""
+    """What a chat requests of its rendering."""
 
     logprobs: bool
 
@@ -29,11 +29,11 @@ class ChatRenderer(ChunkRenderer, frozen=True, kw_only=True, tag="chat"):
     object_name: ClassVar[str] = "chat.completion"
 
     def writer(self, answer_id: str) -> "ChatWriter":
-        """For a stream."""
+        """Return a writer for a stream."""
         return ChatWriter(self, answer_id)
 
     def whole(self, answer_id: str, answers: Sequence[CollectedAnswer], usage: Usage) -> ChatCompletion:
-        """All answers in one object."""
+        """Make the object with all answers."""
         choices = [
             ChatChoice(
                 index=index,
@@ -46,25 +46,25 @@ class ChatRenderer(ChunkRenderer, frozen=True, kw_only=True, tag="chat"):
         return ChatCompletion(**self.head(answer_id), choices=choices, usage=usage)
 
     def shown_logprobs(self, tokens: Sequence[TokenText]) -> ChatLogprobs | None:
-        """None if not asked for."""
+        """Return the tokens' logprobs; None if not requested."""
         return ChatLogprobs(content=shown_tokens(tokens)) if self.logprobs else None
 
 
 class ChatWriter(ChunkWriter):
-    """Begins with the role of each answer."""
+    """Writes chunks of a chat. The first ones give the role of each answer."""
 
-    def __init__(self, form: ChatRenderer, answer_id: str) -> None:
-        super().__init__(form, answer_id)
-        self._form = form
+    def __init__(self, renderer: ChatRenderer, answer_id: str) -> None:
+        super().__init__(renderer, answer_id)
+        self._renderer = renderer
 
     def begin(self) -> list[StreamedEvent]:
-        """See `Writer.begin`."""
+        """See `EventWriter.begin`."""
         role = Delta(role="assistant", content="", refusal=None)
-        return [self.event(ChunkChoice(index=index, delta=role)) for index in range(self._form.answers)]
+        return [self.event(ChunkChoice(index=index, delta=role)) for index in range(self._renderer.answers)]
 
-    def piece(self, index: int, text: str, tokens: Sequence[TokenText]) -> StreamedEvent:
-        """See `ChunkWriter.piece`."""
-        return self.event(ChunkChoice(index=index, delta=Delta(content=text), logprobs=self._form.shown_logprobs(tokens)))
+    def delta(self, index: int, text: str, tokens: Sequence[TokenText]) -> StreamedEvent:
+        """See `ChunkWriter.delta`."""
+        return self.event(ChunkChoice(index=index, delta=Delta(content=text), logprobs=self._renderer.shown_logprobs(tokens)))
 
     def last(self, index: int, finish: FinishName) -> StreamedEvent:
         """See `ChunkWriter.last`."""

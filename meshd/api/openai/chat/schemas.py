@@ -6,8 +6,8 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from meshd.agents.service import ChatMessage, GenerationRequest, MeshOptions
+from meshd.api.openai.common_objects import FinishName, ObjectHeader, TokenLogprob, Usage
 from meshd.api.openai.fields import UNSUPPORTED, Count, GenerationFields, NoList, NoValue, neutral, unsupported
-from meshd.api.openai.parts import FinishName, ObjectHeader, TokenLogprob, Usage
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest
 
@@ -20,7 +20,7 @@ class TextPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One turn. The last fields are those of an answer that is sent back; they may say nothing."""
+    """One turn. The last fields occur in answers that clients send back; they must be empty."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Meta(min_length=1)]
@@ -32,7 +32,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     function_call: None = None
 
     def turn(self) -> ChatMessage:
-        """With the parts joined; `developer` is the new name of `system`, which is what templates know."""
+        """Join the parts. `developer` is OpenAI's new name of `system`, the only one that templates know."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return ChatMessage(role="system" if self.role == "developer" else self.role, content=text, name=self.name)
 
@@ -77,7 +77,7 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fi
     store: Annotated[
         bool | None,
         Meta(
-            description="Only false or null; with false, a stream that broke off can't be gone on with.",
+            description="Only false or null; with false, a broken stream can't be resumed.",
             extra_json_schema={UNSUPPORTED: True, "enum": [False, None]},
         ),
     ] = None
@@ -87,7 +87,7 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fi
     web_search_options: NoValue = None
 
     def check(self) -> None:
-        """What types can't say. Raises: InvalidRequest."""
+        """Check what the types can't. Raises: InvalidRequest."""
         GenerationFields.check(self)
         if self.store:
             raise unsupported("store", "leave it out or send false")
@@ -98,8 +98,8 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fi
                 "`max_tokens` and `max_completion_tokens` differ", param="max_tokens", hint="send only `max_completion_tokens`"
             )
 
-    def wanted(self, clock: Clock) -> list[GenerationRequest]:
-        """One request to the coordinator for each of `n` answers. Raises: InvalidRequest."""
+    def generation_requests(self, clock: Clock) -> list[GenerationRequest]:
+        """Make one request to the coordinator for each of `n` answers. Raises: InvalidRequest."""
         self.check()
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         prompt = tuple(message.turn() for message in self.messages)
@@ -161,7 +161,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """A piece of one answer."""
+    """A delta of one answer."""
 
     index: int
     delta: Delta

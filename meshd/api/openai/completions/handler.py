@@ -7,20 +7,20 @@ from meshd.api.http.services import SERVICES
 from meshd.api.openai.completions.renderer import CompletionRenderer
 from meshd.api.openai.completions.schemas import CompletionRequest
 from meshd.api.openai.renderers import model_fields
-from meshd.api.openai.showing import answer
+from meshd.api.openai.respond import answer
 
 
 async def create(request: web.Request) -> web.StreamResponse:
     """Continue a prompt or several, whole or as a stream."""
     services = request.app[SERVICES]
     body = await read_body(request, CompletionRequest)
-    wanted = body.wanted(services.clock)
-    form = CompletionRenderer(
+    generation_requests = body.generation_requests(services.clock)
+    renderer = CompletionRenderer(
         **model_fields(services, body.model),
-        answers=len(wanted),
+        answers=len(generation_requests),
         per_prompt=body.count,
         logprobs=body.logprobs,
         include_usage=body.include_usage,
         echoes=tuple(body.echoes()),
     )
-    return await answer(request, form, wanted, stream=bool(body.stream))
+    return await answer(request, renderer, generation_requests, stream=bool(body.stream))

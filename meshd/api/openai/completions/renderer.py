@@ -1,4 +1,4 @@
-"""How `/v1/completions` shows its answers."""
+"""Render the answers of `/v1/completions`."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -7,31 +7,31 @@ from msgspec import UnsetType
 
 from meshd.agents.service import TokenText
 from meshd.api.openai.chunks import ChunkRenderer, ChunkWriter
+from meshd.api.openai.common_objects import CollectedAnswer, FinishName, Usage, shown
 from meshd.api.openai.completions.schemas import Completion, CompletionChoice, CompletionLogprobs
-from meshd.api.openai.parts import CollectedAnswer, FinishName, Usage, shown
 from meshd.api.openai.renderers import StreamedEvent
 
 
 class CompletionRenderer(ChunkRenderer, frozen=True, kw_only=True, tag="completion"):
-    """What a completion asked to be shown."""
+    """What a completion requests of its rendering."""
 
     logprobs: int | None
     echoes: tuple[str, ...]
-    """What each prompt's answers begin with."""
+    """The text that the answers to each prompt begin with."""
 
     prefix: ClassVar[str] = "cmpl-"
     object_name: ClassVar[str] = "text_completion"
 
     def echo(self, index: int) -> str:
-        """What answer `index` begins with."""
+        """Return the text that answer `index` begins with."""
         return self.echoes[index // self.per_prompt]
 
     def writer(self, answer_id: str) -> "CompletionWriter":
-        """For a stream."""
+        """Return a writer for a stream."""
         return CompletionWriter(self, answer_id)
 
     def whole(self, answer_id: str, answers: Sequence[CollectedAnswer], usage: Usage) -> Completion:
-        """All answers in one object."""
+        """Make the object with all answers."""
         choices = [
             CompletionChoice(
                 index=index,
@@ -45,20 +45,20 @@ class CompletionRenderer(ChunkRenderer, frozen=True, kw_only=True, tag="completi
 
 
 class CompletionWriter(ChunkWriter):
-    """Begins with the echo of each prompt, if asked for."""
+    """Writes chunks of text. The first ones echo the prompts, if requested."""
 
-    def __init__(self, form: CompletionRenderer, answer_id: str) -> None:
-        super().__init__(form, answer_id)
-        self._form = form
-        self._logprobs = [_Logprobs(form.logprobs) for _ in range(form.answers)]
+    def __init__(self, renderer: CompletionRenderer, answer_id: str) -> None:
+        super().__init__(renderer, answer_id)
+        self._renderer = renderer
+        self._logprobs = [_Logprobs(renderer.logprobs) for _ in range(renderer.answers)]
 
     def begin(self) -> list[StreamedEvent]:
-        """See `Writer.begin`."""
-        echoes = ((index, self._form.echo(index)) for index in range(self._form.answers))
-        return [self.piece(index, echo, ()) for index, echo in echoes if echo]
+        """See `EventWriter.begin`."""
+        echoes = ((index, self._renderer.echo(index)) for index in range(self._renderer.answers))
+        return [self.delta(index, echo, ()) for index, echo in echoes if echo]
 
-    def piece(self, index: int, text: str, tokens: Sequence[TokenText]) -> StreamedEvent:
-        """See `ChunkWriter.piece`."""
+    def delta(self, index: int, text: str, tokens: Sequence[TokenText]) -> StreamedEvent:
+        """See `ChunkWriter.delta`."""
         logprobs = self._logprobs[index].next(tokens) if tokens else None
         return self.event(CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=None))
 
@@ -72,14 +72,14 @@ class CompletionWriter(ChunkWriter):
 
 
 class _Logprobs:
-    """Shows one answer's tokens in this route's shape, piece by piece, counting characters."""
+    """Converts one answer's tokens to this route's logprobs, delta by delta, counting characters."""
 
     def __init__(self, asked: int | None) -> None:
         self._asked = asked
         self._offset = 0
 
     def next(self, tokens: Sequence[TokenText]) -> CompletionLogprobs | None:
-        """Of the answer's next tokens; None if not asked for."""
+        """Return the logprobs of the answer's next tokens; None if not requested."""
         if self._asked is None:
             return None
         offsets = []

@@ -6,8 +6,8 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from meshd.agents.service import GenerationRequest, MeshOptions
+from meshd.api.openai.common_objects import FinishName, ObjectHeader, Usage
 from meshd.api.openai.fields import UNSUPPORTED, GenerationFields, TokenId
-from meshd.api.openai.parts import FinishName, ObjectHeader, Usage
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest
 
@@ -66,7 +66,7 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True, forbid_unkn
         if self.echo and not all(isinstance(prompt, str) for prompt in self.prompts()):
             raise InvalidRequest("`echo` needs the prompt as text", param="echo", hint="send `prompt` as text or leave `echo` out")
 
-    def wanted(self, clock: Clock) -> list[GenerationRequest]:
+    def generation_requests(self, clock: Clock) -> list[GenerationRequest]:
         """For each prompt, one request to the coordinator for each of `n` answers. Raises: InvalidRequest."""
         self.check()
         seeds = self.seeds(clock)

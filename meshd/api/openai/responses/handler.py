@@ -1,4 +1,4 @@
-"""`/v1/responses`: answers that outlive their connection, by id at any peer. The ids of chats and completions are taken too."""
+"""`/v1/responses`: answers by id, which outlive their connection and can be read at any peer. Chats and completions too."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,44 +13,48 @@ from meshd.api.http.body import read_body, read_query
 from meshd.api.http.reply import json_response
 from meshd.api.http.services import SERVICES
 from meshd.api.openai.answers import RunningAnswers, generate, reading, show
+from meshd.api.openai.common_objects import ENDED
 from meshd.api.openai.fields import NotTrue, unsupported
-from meshd.api.openai.kept import AnyForm, decode_renderer, session_of
-from meshd.api.openai.parts import ENDED
 from meshd.api.openai.renderers import model_fields
+from meshd.api.openai.respond import answer, streamed, whole
 from meshd.api.openai.responses.renderer import ResponseRenderer
 from meshd.api.openai.responses.request import LOGPROBS, Include, ResponseRequest
 from meshd.api.openai.responses.schemas import Deleted, RequestEcho
-from meshd.api.openai.showing import answer, streamed, whole
+from meshd.api.openai.stored_responses import AnyRenderer, decode_renderer, session_of
 from meshd.errors import InvalidRequest
 
 
 class RetrieveQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What GET /v1/responses/{id} takes."""
+    """The query of GET /v1/responses/{id}."""
 
-    stream: Annotated[bool | None, Meta(description="Stream the answer's events, past ones too; the answer goes on here.")] = None
+    stream: Annotated[
+        bool | None, Meta(description="Stream the answer's events, past ones too. This peer takes over the answer.")
+    ] = None
     starting_after: Annotated[
         Annotated[int, Meta(ge=0)] | None,
-        Meta(description="The number of the last event that came; `Last-Event-ID` says the same. Needs `stream`."),
+        Meta(description="Number of the last event received; the header `Last-Event-ID` means the same. Needs `stream`."),
     ] = None
     include: Include = None
     include_obfuscation: NotTrue = None
 
     def check(self) -> None:
-        """What types can't say. Raises: InvalidRequest."""
+        """Check what the types can't. Raises: InvalidRequest."""
         if self.starting_after is not None and not self.stream:
             raise InvalidRequest("`starting_after` is for streams", param="starting_after", hint="set `stream` to true")
         if self.include_obfuscation:
             raise unsupported("include_obfuscation", "leave it out or send false")
 
-    def check_for(self, form: AnyForm) -> None:
-        """Whether this answer can be shown so. Raises: InvalidRequest."""
-        if self.include and not (isinstance(form, ResponseRenderer) and form.logprobs):
+    def check_for(self, renderer: AnyRenderer) -> None:
+        """Check that this answer can be rendered as requested. Raises: InvalidRequest."""
+        if self.include and not (isinstance(renderer, ResponseRenderer) and renderer.logprobs):
             raise InvalidRequest(
                 f"`include` asks for {LOGPROBS}, but none were made", param="include", hint="ask for them at its creation"
             )
 
     def after(self, request: web.Request) -> int:
-        """The last event that the client has; -1: none. The header is a browser's, which connects again by itself.
+        """Return the number of the last event that the client has; -1 for none.
+
+        Browsers send the header when they reconnect.
 
         Raises: InvalidRequest.
         """
@@ -58,42 +62,42 @@ class RetrieveQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         if seen is None:
             return -1 if self.starting_after is None else self.starting_after
         if not (seen.isascii() and seen.isdecimal() and len(seen) < 19):
-            raise InvalidRequest("`Last-Event-ID` is no number", param="Last-Event-ID", hint="send the `id` of the last event")
+            raise InvalidRequest("`Last-Event-ID` is not a number", param="Last-Event-ID", hint="send the `id` of the last event")
         return int(seen)
 
 
 async def create(request: web.Request) -> web.StreamResponse:
-    """Answer, whole, as a stream, or in the background."""
+    """Create an answer: whole, as a stream, or in the background."""
     services = request.app[SERVICES]
     body = await read_body(request, ResponseRequest)
-    wanted = body.wanted(services.clock)
-    form = _form_of(body, request)
+    generation_requests = body.generation_requests(services.clock)
+    renderer = _renderer_of(body, request)
     if not body.background or body.stream:
-        return await answer(request, form, wanted, stream=bool(body.stream))
+        return await answer(request, renderer, generation_requests, stream=bool(body.stream))
     async with services.work.interruptible():
-        generation = await generate(request, form, wanted[0])
-        return json_response(form.standing(generation))
+        generation = await generate(request, renderer, generation_requests[0])
+        return json_response(renderer.standing(generation))
 
 
 async def retrieve(request: web.Request) -> web.StreamResponse:
-    """An answer by its id: as it stands, or as a stream on from any event. A chat or completion that still runs is waited for."""
+    """Send an answer by its id: its current state, or a stream from any event. Waits for a chat or completion that still runs."""
     query = read_query(request, RetrieveQuery)
     query.check()
     after = query.after(request) if query.stream else -1
-    generation, form = await _look(request)
-    query.check_for(form)
+    generation, renderer = await _look(request)
+    query.check_for(renderer)
     if query.stream:
-        return await streamed(request, _resumed(request, form), after=after)
-    if not isinstance(form, ResponseRenderer):
-        return await whole(request, _resumed(request, form))
+        return await streamed(request, _resumed(request, renderer), after=after)
+    if not isinstance(renderer, ResponseRenderer):
+        return await whole(request, _resumed(request, renderer))
     show(request, generation)
-    return json_response(form.standing(generation))
+    return json_response(renderer.standing(generation))
 
 
 async def cancel(request: web.Request) -> web.Response:
-    """End an answer in the background; one that is over stays as it is."""
-    generation, form = await _look(request)
-    if not (isinstance(form, ResponseRenderer) and form.background):
+    """Cancel an answer in the background. One that has ended stays as it is."""
+    generation, renderer = await _look(request)
+    if not (isinstance(renderer, ResponseRenderer) and renderer.background):
         raise InvalidRequest(
             "only an answer that was created with `background` can be cancelled", hint="close its stream, or delete it"
         )
@@ -103,22 +107,22 @@ async def cancel(request: web.Request) -> web.Response:
             await services.coordinator.end(generation.session)
             generation = await services.coordinator.look(generation.session)
         show(request, generation)
-        return json_response(form.standing(generation))
+        return json_response(renderer.standing(generation))
 
 
 async def delete(request: web.Request) -> web.Response:
-    """End an answer, if it runs, and forget it."""
-    generation, form = await _look(request)
+    """Cancel an answer, if it runs, and delete its record."""
+    generation, renderer = await _look(request)
     services = request.app[SERVICES]
     async with services.work.interruptible():
         await services.coordinator.end(generation.session, forget=True)
     show(request, generation)
-    name = "response" if isinstance(form, ResponseRenderer) else f"{form.object_name}.deleted"
+    name = "response" if isinstance(renderer, ResponseRenderer) else f"{renderer.object_name}.deleted"
     return json_response(Deleted(id=request.match_info["id"], object=name))
 
 
-async def _look(request: web.Request) -> tuple[Generation, AnyForm]:
-    """The answer that the path names. Nothing is taken over for who asks for the wrong thing. Raises: UnknownSession."""
+async def _look(request: web.Request) -> tuple[Generation, AnyRenderer]:
+    """Look up the answer that the path names, without taking it over. Raises: UnknownSession."""
     answer_id = request.match_info["id"]
     services = request.app[SERVICES]
     async with services.work.interruptible():
@@ -127,15 +131,15 @@ async def _look(request: web.Request) -> tuple[Generation, AnyForm]:
 
 
 @asynccontextmanager
-async def _resumed(request: web.Request, form: AnyForm) -> AsyncIterator[RunningAnswers]:
-    """The answer that the path names, going on here. Raises: as Coordinator.resume."""
+async def _resumed(request: web.Request, renderer: AnyRenderer) -> AsyncIterator[RunningAnswers]:
+    """Resume on this peer the answer that the path names. Raises: what Coordinator.resume raises."""
     generation = await request.app[SERVICES].coordinator.resume(session_of(request.match_info["id"]))
     show(request, generation)
-    async with reading(request, form, generation) as running:
+    async with reading(request, renderer, generation) as running:
         yield running
 
 
-def _form_of(body: ResponseRequest, request: web.Request) -> ResponseRenderer:
+def _renderer_of(body: ResponseRequest, request: web.Request) -> ResponseRenderer:
     return ResponseRenderer(
         **model_fields(request.app[SERVICES], body.model),
         store=body.stored,

@@ -1,11 +1,11 @@
-"""How `/v1/responses` shows an answer."""
+"""Render the answers of `/v1/responses`."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from meshd.agents.service import Finished, Generation, TextDelta
 from meshd.api.http.errors import HttpProblem, KeptAnswer, problem
-from meshd.api.openai.parts import CollectedAnswer, Usage, UsageCounter, finish_name, shown_tokens
+from meshd.api.openai.common_objects import CollectedAnswer, Usage, UsageCounter, finish_name, shown_tokens
 from meshd.api.openai.renderers import Renderer, StreamedEvent
 from meshd.api.openai.responses import schemas as shapes
 from meshd.errors import MeshdError
@@ -34,18 +34,18 @@ class ResponseRenderer(Renderer, frozen=True, kw_only=True, tag="response"):
     says_done: ClassVar[bool] = False
 
     def writer(self, answer_id: str) -> "ResponseWriter":
-        """For a stream."""
+        """Return a writer for a stream."""
         return ResponseWriter(self, answer_id)
 
     def whole(self, answer_id: str, answers: Sequence[CollectedAnswer], usage: Usage) -> shapes.Response:
-        """The answer at its end."""
+        """Make the object of an answer that has ended."""
         [answer] = answers
         return self.response(answer_id, "completed" if answer.finish == "stop" else "incomplete", answer, usage=usage)
 
     def standing(self, generation: Generation) -> shapes.Response:
-        """The answer as it stands.
+        """Make the object of an answer's current state.
 
-        One that can't go on now, but later, is shown as failed: whoever polls must be told, and its error says how to go on.
+        An answer that can be resumed only later is rendered as failed: a polling client must learn of it, and how to resume.
         """
         deltas, finished = generation.so_far()
         answer, tally = CollectedAnswer(), UsageCounter(1)
@@ -77,7 +77,7 @@ class ResponseRenderer(Renderer, frozen=True, kw_only=True, tag="response"):
         usage: Usage | None = None,
         error: shapes.ResponseError | None = None,
     ) -> shapes.Response:
-        """The object."""
+        """Make the object."""
         asked: dict[str, Any] = {name: getattr(self.asked, name) for name in self.asked.__struct_fields__}
         return shapes.Response(
             **asked,
@@ -94,59 +94,61 @@ class ResponseRenderer(Renderer, frozen=True, kw_only=True, tag="response"):
         )
 
     def message(self, answer_id: str, status: shapes.ResponseStatus, answer: CollectedAnswer) -> shapes.OutputMessage:
-        """What it says so far."""
-        said: Literal["in_progress", "completed", "incomplete"]
-        said = "completed" if status == "completed" else "in_progress" if status in ("queued", "in_progress") else "incomplete"
-        return shapes.OutputMessage(id=self.item_id(answer_id), status=said, content=[self.text(answer)])
+        """Make the only message of the output."""
+        message_status: Literal["in_progress", "completed", "incomplete"]
+        message_status = (
+            "completed" if status == "completed" else "in_progress" if status in ("queued", "in_progress") else "incomplete"
+        )
+        return shapes.OutputMessage(id=self.item_id(answer_id), status=message_status, content=[self.text(answer)])
 
     def text(self, answer: CollectedAnswer) -> shapes.OutputText:
-        """Its only part."""
+        """Make the only part of the message."""
         return shapes.OutputText(text="".join(answer.text), logprobs=shown_tokens(answer.tokens) if self.logprobs else [])
 
     def item_id(self, answer_id: str) -> str:
-        """Of its only message."""
+        """Return the id of the only message."""
         return f"msg_{answer_id.removeprefix(self.prefix)}"
 
 
 class ResponseWriter:
-    """The object twice, the message as it grows, all of it once more, and the object at its end."""
+    """Writes the object twice, the message as it grows, the complete message, and the final object."""
 
-    def __init__(self, form: ResponseRenderer, answer_id: str) -> None:
-        self._form = form
+    def __init__(self, renderer: ResponseRenderer, answer_id: str) -> None:
+        self._renderer = renderer
         self._id = answer_id
-        self._content = {"item_id": form.item_id(answer_id)}
+        self._content = {"item_id": renderer.item_id(answer_id)}
         self._answer = CollectedAnswer()
         self._opened = False
         self._next = 0
 
     def begin(self) -> list[StreamedEvent]:
-        """See `Writer.begin`."""
-        first = self._form.response(self._id, "queued" if self._form.background else "in_progress")
+        """See `EventWriter.begin`."""
+        first = self._renderer.response(self._id, "queued" if self._renderer.background else "in_progress")
         return [
             self._event(shapes.Created, response=first),
-            self._event(shapes.InProgress, response=self._form.response(self._id, "in_progress")),
+            self._event(shapes.InProgress, response=self._renderer.response(self._id, "in_progress")),
         ]
 
     def take(self, index: int, item: TextDelta | Finished) -> list[StreamedEvent]:
-        """See `Writer.take`."""
+        """See `EventWriter.take`."""
         match item:
             case Finished():
                 self._answer.finish = finish_name(item)
                 return [*self._open(), *self._close(item)]
             case TextDelta(text=text, tokens=tokens) if text or tokens:
                 self._answer.add(item)
-                logprobs = shown_tokens(tokens) if self._form.logprobs else []
+                logprobs = shown_tokens(tokens) if self._renderer.logprobs else []
                 return [*self._open(), self._event(shapes.OutputTextDelta, **self._content, delta=text, logprobs=logprobs)]
         return []
 
-    def fail(self, told: HttpProblem, last: int, *, for_good: bool) -> StreamedEvent:
-        """See `Writer.fail`."""
+    def fail(self, failure: HttpProblem, last: int, *, for_good: bool) -> StreamedEvent:
+        """See `EventWriter.fail`."""
         if for_good:
-            error = _error_of(told)
+            error = _error_of(failure)
             answer = None if self._answer.empty else self._answer
-            return self._event(shapes.ResponseFailed, response=self._form.response(self._id, "failed", answer, error=error))
-        detail = told.detail
-        # Not a number of its own: who goes on after it is to get the event that would have come here.
+            return self._event(shapes.ResponseFailed, response=self._renderer.response(self._id, "failed", answer, error=error))
+        detail = failure.detail
+        # It repeats the last number: a client that resumes after it must get the event that would have come here.
         error_event = shapes.ErrorEvent(sequence_number=max(last, 0), code=detail.code, message=detail.message, param=detail.param)
         return StreamedEvent(error_event, name="error")
 
@@ -163,7 +165,7 @@ class ResponseWriter:
     def _close(self, finished: Finished) -> list[StreamedEvent]:
         tally = UsageCounter(1)
         tally.add(0, finished)
-        response = self._form.whole(self._id, [self._answer], tally.usage())
+        response = self._renderer.whole(self._id, [self._answer], tally.usage())
         [message] = response.output
         [part] = message.content
         kind = shapes.Completed if response.status == "completed" else shapes.Incomplete
@@ -179,5 +181,5 @@ class ResponseWriter:
         return StreamedEvent(kind(sequence_number=number, **fields), number, str(kind.__struct_config__.tag))
 
 
-def _error_of(told: HttpProblem) -> shapes.ResponseError:
-    return shapes.ResponseError(message=told.detail.message, type=told.detail.code)
+def _error_of(failure: HttpProblem) -> shapes.ResponseError:
+    return shapes.ResponseError(message=failure.detail.message, type=failure.detail.code)

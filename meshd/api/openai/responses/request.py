@@ -21,7 +21,7 @@ def _unsupported(description: str) -> Meta:
 
 
 class InputText(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One part of a message. The last fields are those of an answer that is sent back."""
+    """One part of a message. The last fields occur in answers that clients send back."""
 
     type: Literal["input_text", "output_text"]
     text: str
@@ -31,7 +31,7 @@ class InputText(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class InputMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One turn. `id` and `status` are those of an answer that is sent back, and say nothing."""
+    """One turn. `id` and `status` occur in answers that clients send back; they are ignored."""
 
     type: Literal["message"] | None = None
     role: Literal["user", "assistant", "system", "developer"]
@@ -41,7 +41,7 @@ class InputMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     phase: NoValue = None
 
     def turn(self) -> ChatMessage:
-        """With the parts joined; `developer` is the new name of `system`, which is what templates know."""
+        """Join the parts. `developer` is OpenAI's new name of `system`, the only one that templates know."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return ChatMessage(role="system" if self.role == "developer" else self.role, content=text)
 
@@ -80,7 +80,7 @@ class ResponseRequest(AnswerFields, frozen=True, kw_only=True, forbid_unknown_fi
         Annotated[int, Meta(ge=0, le=20)] | None, Meta(description=f'From 0 to 20; needs `include` with "{LOGPROBS}".')
     ] = None
     include: Include = None
-    background: Annotated[bool | None, Meta(description="Go on without a reader; needs `store`.")] = None
+    background: Annotated[bool | None, Meta(description="Continue without a reader; needs `store`.")] = None
     store: Annotated[bool | None, Meta(description="Whether the answer can be read again by its id; true if not given.")] = None
     metadata: Annotated[
         Annotated[dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)] | None,
@@ -114,19 +114,19 @@ class ResponseRequest(AnswerFields, frozen=True, kw_only=True, forbid_unknown_fi
 
     @property
     def logprobs(self) -> bool:
-        """Whether they are to be shown."""
+        """Whether the client wants them."""
         return LOGPROBS in (self.include or ())
 
     def check(self) -> None:
-        """What types can't say. Raises: InvalidRequest."""
+        """Check what the types can't. Raises: InvalidRequest."""
         AnswerFields.check(self)
         if self.background and not self.stored:
             raise InvalidRequest("`background` needs `store`", param="background", hint="set `store` to true or leave it out")
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("`top_logprobs` needs `include`", param="top_logprobs", hint=f'add "{LOGPROBS}" to `include`')
 
-    def wanted(self, clock: Clock) -> list[GenerationRequest]:
-        """What the coordinator is asked for. Raises: InvalidRequest."""
+    def generation_requests(self, clock: Clock) -> list[GenerationRequest]:
+        """Make the request to the coordinator. Raises: InvalidRequest."""
         self.check()
         return [
             GenerationRequest(

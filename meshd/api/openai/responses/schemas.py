@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from meshd.api.openai.parts import TokenLogprob, Usage
+from meshd.api.openai.common_objects import TokenLogprob, Usage
 
 ResponseStatus = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 
@@ -29,7 +29,7 @@ class OutputMessage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ResponseError(msgspec.Struct, frozen=True, kw_only=True):
-    """Why there is no more of an answer. `type` is the code that other routes tell."""
+    """Why an answer failed. `type` is the error code that other routes send."""
 
     code: Literal["server_error"] = "server_error"
     message: str
@@ -67,7 +67,7 @@ class ResponseUsage(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, usage: Usage) -> "ResponseUsage":
-        """In this route's words."""
+        """Convert to this route's field names."""
         return cls(input_tokens=usage.prompt_tokens, output_tokens=usage.completion_tokens, total_tokens=usage.total_tokens)
 
 
@@ -107,7 +107,7 @@ class RequestEcho(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Response(RequestEcho, frozen=True, kw_only=True):
-    """An answer as it stands."""
+    """The current state of an answer."""
 
     id: str
     object: Literal["response"] = "response"
@@ -142,7 +142,7 @@ class StreamEvent(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
     """An event of a streamed response."""
 
     sequence_number: int
-    """From 0. Go on after it with `starting_after`."""
+    """Counted from 0. `starting_after` resumes after it."""
 
 
 class WholeEvent(StreamEvent, frozen=True, kw_only=True):
@@ -168,7 +168,7 @@ class Incomplete(WholeEvent, frozen=True, kw_only=True, tag="response.incomplete
 
 
 class ResponseFailed(WholeEvent, frozen=True, kw_only=True, tag="response.failed"):
-    """The last event of one that can't be gone on with."""
+    """The last event of one that no peer can resume."""
 
 
 class ItemAdded(StreamEvent, frozen=True, kw_only=True, tag="response.output_item.added"):
@@ -220,7 +220,7 @@ class PartDone(ContentEvent, frozen=True, kw_only=True, tag="response.content_pa
 
 
 class ErrorEvent(StreamEvent, frozen=True, kw_only=True, tag="error"):
-    """The stream breaks off, after the event of this number, and may be gone on with there."""
+    """The stream fails after the event of this number; a client may resume there."""
 
     code: str | None
     message: str

@@ -1,4 +1,4 @@
-"""What the objects and events of every kind of answer have in common."""
+"""Objects that the three routes share: usage, logprobs, collected answers."""
 
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
@@ -13,11 +13,11 @@ from meshd.types import FinishReason
 FinishName = Literal["stop", "length"]
 
 ENDED = frozenset({"completed", "failed", "cancelled"})
-"""`Generation.status` of an answer that can't be gone on with."""
+"""`Generation.status` of an answer that can't be resumed."""
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of all answers together; each prompt counts once."""
+    """Token counts over all answers of a request. Each prompt counts once."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -25,7 +25,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ObjectHeader(msgspec.Struct, frozen=True, kw_only=True):
-    """What every object of one request has in common."""
+    """The first fields of every object of one request."""
 
     id: str
     created: int
@@ -34,7 +34,7 @@ class ObjectHeader(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
-    """A likely token."""
+    """One of the likeliest tokens at a position."""
 
     token: str
     logprob: float
@@ -42,7 +42,7 @@ class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
-    """The chosen token, with the likeliest ones in its place."""
+    """The chosen token and the likeliest tokens at its position."""
 
     token: str
     logprob: float
@@ -52,7 +52,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True)
 class CollectedAnswer:
-    """One whole answer, or what there is of it."""
+    """One answer, complete or as far as it has come."""
 
     text: list[str] = field(default_factory=list)
     tokens: list[TokenText] = field(default_factory=list)
@@ -60,11 +60,11 @@ class CollectedAnswer:
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing of it yet."""
+        """Whether it has neither tokens nor text yet."""
         return not (self.tokens or any(self.text))
 
     def add(self, delta: TextDelta) -> None:
-        """The next piece."""
+        """Append the next delta."""
         self.text.append(delta.text)
         self.tokens.extend(delta.tokens)
 
@@ -77,23 +77,23 @@ class UsageCounter:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     ended: int = 0
-    """Answers."""
+    """Number of answers that have ended."""
 
     def add(self, index: int, finished: Finished) -> None:
-        """Answer `index` is done."""
+        """Count the tokens of answer `index`, which has ended."""
         self.ended += 1
         self.completion_tokens += finished.completion_tokens
         if index % self.per_prompt == 0:
             self.prompt_tokens += finished.prompt_tokens
 
     def usage(self) -> Usage:
-        """All so far."""
+        """Return the counts so far."""
         total = self.prompt_tokens + self.completion_tokens
         return Usage(prompt_tokens=self.prompt_tokens, completion_tokens=self.completion_tokens, total_tokens=total)
 
 
 def finish_name(finished: Finished) -> FinishName:
-    """OpenAI's word for why an answer ended. Raises: Cancelled, if it was not its own end."""
+    """Return OpenAI's name for why an answer ended. Raises: Cancelled if it was cut short."""
     match finished.reason:
         case FinishReason.STOP:
             return "stop"
@@ -106,7 +106,7 @@ def finish_name(finished: Finished) -> FinishName:
 async def collect(
     events: AsyncIterator[tuple[int, TextDelta | Finished]], count: int, tally: UsageCounter
 ) -> list[CollectedAnswer]:
-    """All `count` answers, whole and in order. Raises: as `events`; Cancelled."""
+    """Collect `count` answers, complete and in order. Raises: what `events` raises; Cancelled if one was cut short."""
     whole = [CollectedAnswer() for _ in range(count)]
     async for index, event in events:
         if isinstance(event, Finished):
@@ -118,12 +118,12 @@ async def collect(
 
 
 def shown(logprob: float) -> float:
-    """A logprob as OpenAI shows it: JSON has no infinity, -9999 stands for it."""
+    """Clamp a logprob as OpenAI does: JSON has no infinity, so -9999 stands for it."""
     return max(logprob, -9999.0)
 
 
 def shown_tokens(tokens: Iterable[TokenText]) -> list[TokenLogprob]:
-    """Tokens with their logprobs, as chats and responses show them."""
+    """Convert tokens to the logprob objects of chats and responses."""
     return [
         TokenLogprob(
             token=one.token,

@@ -1,4 +1,4 @@
-"""Answers as HTTP: whole, or as a stream of events."""
+"""Send answers to the client: whole, or as a stream of events."""
 
 import asyncio
 from collections.abc import Sequence
@@ -11,31 +11,33 @@ from meshd.api.http.reply import json_response
 from meshd.api.http.services import SERVICES
 from meshd.api.http.sse import EventStream, respond
 from meshd.api.openai.answers import RunningAnswers, started
-from meshd.api.openai.kept import AnyForm
-from meshd.api.openai.parts import UsageCounter, collect
+from meshd.api.openai.common_objects import UsageCounter, collect
+from meshd.api.openai.stored_responses import AnyRenderer
 
-_BREATH = 64
-"""Events of a replay, which come without a wait, between two turns of the loop."""
+_EVENTS_PER_TURN = 64
+"""Replayed events need no wait: after so many of them the writer yields to the event loop."""
 
 
-async def answer(request: web.Request, form: AnyForm, wanted: Sequence[GenerationRequest], *, stream: bool) -> web.StreamResponse:
-    """Start the answers and show them."""
-    source = started(request, form, wanted, known=stream)
+async def answer(
+    request: web.Request, renderer: AnyRenderer, generation_requests: Sequence[GenerationRequest], *, stream: bool
+) -> web.StreamResponse:
+    """Start the answers and send them."""
+    source = started(request, renderer, generation_requests, known=stream)
     return await streamed(request, source) if stream else await whole(request, source)
 
 
 async def whole(request: web.Request, source: AbstractAsyncContextManager[RunningAnswers]) -> web.StreamResponse:
-    """All answers as one JSON object, at their end."""
+    """Send all answers as one JSON object when the last has ended."""
     async with request.app[SERVICES].work.interruptible(), source as running:
-        tally = UsageCounter(running.form.per_prompt)
-        answers = await collect(running.events, running.form.answers, tally)
-        return json_response(running.form.whole(running.id, answers, tally.usage()))
+        tally = UsageCounter(running.renderer.per_prompt)
+        answers = await collect(running.events, running.renderer.answers, tally)
+        return json_response(running.renderer.whole(running.id, answers, tally.usage()))
 
 
 async def streamed(
     request: web.Request, source: AbstractAsyncContextManager[RunningAnswers], *, after: int = -1
 ) -> web.StreamResponse:
-    """The events after number `after`, as they come."""
+    """Send the events after number `after` as they are made."""
 
     async def produce(stream: EventStream) -> None:
         stream.last = after
@@ -46,8 +48,8 @@ async def streamed(
 
 
 async def _write(stream: EventStream, running: RunningAnswers) -> None:
-    writer = running.form.writer(running.id)
-    stream.says_done = running.form.says_done
+    writer = running.renderer.writer(running.id)
+    stream.says_done = running.renderer.says_done
     stream.failure = lambda problem: writer.fail(problem, stream.last, for_good=running.failed)
     for event in writer.begin():
         await stream.put(event)
@@ -58,5 +60,5 @@ async def _write(stream: EventStream, running: RunningAnswers) -> None:
         for event in writer.take(index, item):
             await stream.put(event)
             made += 1
-            if made % _BREATH == 0:
+            if made % _EVENTS_PER_TURN == 0:
                 await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""A client that goes away takes its work with it, even while nothing is being written to it."""
+"""Answers start with admission and end with their client, even while nothing is being written to it."""
 
 import asyncio
 import json
@@ -6,6 +6,7 @@ import socket
 import struct
 from typing import Any
 
+import aiohttp
 import pytest
 
 from meshd.api.http.app import Server
@@ -76,3 +77,29 @@ async def test_closing_the_server_answers_a_whole_request_with_an_error(server: 
     assert answer.startswith(b"HTTP/1.1 503 ")
     assert b'"code":"cancelled"' in answer
     writer.close()
+
+
+async def test_nothing_is_sent_before_admission(http: aiohttp.ClientSession, coordinator: Any) -> None:
+    asking = asyncio.create_task(http.post("/v1/chat/completions", json=CHAT | {"model": "queued", "stream": True}))
+    await coordinator.until(lambda c: c.waiting == 1)
+    assert not asking.done()
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+
+
+async def test_headers_come_with_admission(http: aiohttp.ClientSession) -> None:
+    for path, prompt in (("/v1/chat/completions", {"messages": CHAT["messages"]}), ("/v1/completions", {"prompt": "hello"})):
+        async with http.post(path, json={"model": "prefills", "stream": True} | prompt) as response:
+            assert response.status == 200
+            assert len(response.headers["x-meshd-session"]) == 32
+
+
+async def test_several_answers_start_before_all_are_admitted(http: aiohttp.ClientSession, coordinator: Any, events_of: Any) -> None:
+    """More prompts than may run at once: the later ones are admitted as the first end."""
+    body = {"model": "words", "prompt": [f"p{i}" for i in range(20)], "stream": True, "max_tokens": 2}
+    async with http.post("/v1/completions", json=body) as response:
+        assert len(response.headers["x-meshd-session"].split(",")) <= 8
+        events = await events_of(response)
+    finished = sorted(event["choices"][0]["index"] for event in events[:-1] if event["choices"][0]["finish_reason"])
+    assert finished == list(range(20))
+    assert coordinator.running == 0

@@ -1,0 +1,47 @@
+"""Renderers as stored in a session's record, and the ids by which clients request their answers."""
+
+import re
+
+import msgspec
+
+from meshd.api.openai.chat.renderer import ChatRenderer
+from meshd.api.openai.completions.renderer import CompletionRenderer
+from meshd.api.openai.responses.renderer import ResponseRenderer
+from meshd.errors import UnknownSession
+from meshd.types import SessionId
+
+AnyRenderer = ChatRenderer | CompletionRenderer | ResponseRenderer
+
+_ID = re.compile("(resp_|chatcmpl-|cmpl-)([0-9a-f]{32})")
+_decoder: msgspec.msgpack.Decoder[AnyRenderer] = msgspec.msgpack.Decoder(AnyRenderer)
+
+
+def encode_renderer(renderer: AnyRenderer) -> bytes:
+    """Encode a renderer for `GenerationRequest.edge`."""
+    return msgspec.msgpack.encode(renderer)
+
+
+def session_of(answer_id: str) -> SessionId:
+    """Extract the session from an answer's id. Raises: UnknownSession if the id has another form."""
+    match = _ID.fullmatch(answer_id)
+    if match is None:
+        raise _unknown(answer_id)
+    return SessionId(match[2])
+
+
+def decode_renderer(edge: bytes, answer_id: str) -> AnyRenderer:
+    """Decode the stored renderer of the answer with this id.
+
+    Raises: UnknownSession if the record belongs to another route, must not be read, or can't be decoded.
+    """
+    try:
+        renderer = _decoder.decode(edge)
+    except msgspec.MsgspecError:  # one of several answers, which store none, or a record of another version
+        raise _unknown(answer_id) from None
+    if not (renderer.store and answer_id.startswith(renderer.prefix)):
+        raise _unknown(answer_id)
+    return renderer
+
+
+def _unknown(answer_id: str) -> UnknownSession:
+    return UnknownSession(f"there is no answer with the id {answer_id!r}", hint="answers are kept for some minutes after their end")

@@ -1,0 +1,117 @@
+"""Every message of the link protocol, by subject. `SPEC.md` in the folder above describes them for other languages.
+
+A message is a frozen struct with a type number; its fields are the frame's msgpack header, and what a tensor or a file holds is the
+frame's raw payload. Numbers are never reused. A reader skips fields that it does not know. A field that an older writer
+does not send has a default. An unknown number is answered with ERROR, and the link stays up.
+
+The messages of one session:
+
+    coordinator --OPEN--> every stage's peer            --OPENED--> coordinator
+    coordinator --PROMPT--> first stage                 (token ids; one per prefill chunk)
+    stage i --ACTIVATION--> stage i+1                   (hidden states)
+    stage i+1 --TAKEN--> stage i                        (prefill: one more may come)
+    last stage --TOKEN--> first stage and coordinator
+    coordinator --CREDIT--> first stage                 (how far decoding may run ahead of the client)
+    coordinator --RENEW--> every stage's peer           (the lease)
+    any stage --FAILED--> coordinator
+    coordinator --CLOSE--> every stage's peer           --CLOSED--> coordinator
+
+A later epoch (after a loss, or to move a stage) reuses existing KV:
+
+    coordinator --OPEN(resume)--> every stage's peer    --OPENED(held, outputs kept)--> coordinator
+    coordinator --RESUME(start, send_from)--> every stage's peer
+    coordinator --PROMPT--> first stage                 (the known tokens from its start)
+    stage i --ACTIVATION--> stage i+1                   (kept outputs from send_from to start, then as computed)
+
+A copy of a stage's KV on another peer (a mirror, or a move that prepares):
+
+    coordinator --MIRROR(target)--> stage's peer
+    stage's peer --KV_OFFER--> target                   --KV_ACCEPTED(held)--> stage's peer
+    stage's peer --KV_BLOCKS--> target                  --KV_STORED(held)--> stage's peer
+    stage's peer --MIRRORED(held, filled)--> coordinator
+"""
+
+from meshd.protocol.messages.admin import EndSession, FetchStory, Move, Moved, SessionEnded, StoryData
+from meshd.protocol.messages.base import FEATURES, PROTOCOL_VERSION, REGISTRY, Lane, Message, Reply, Request, SessionMessage
+from meshd.protocol.messages.copies import KvAccepted, KvBlocks, KvOffer, KvStored, Mirror, Mirrored
+from meshd.protocol.messages.journal import (
+    FetchSession,
+    FindSession,
+    Journal,
+    JournalDrop,
+    Journaled,
+    JournalTokens,
+    SessionData,
+    SessionFound,
+)
+from meshd.protocol.messages.link import Error, Goodbye, Heartbeat, HeartbeatAck, Hello, Probe, ProbeAck
+from meshd.protocol.messages.membership import Advertise, FetchHeader, HeaderData
+from meshd.protocol.messages.placement import Drain, Drained, Place, Placed, Unplace, Unplaced
+from meshd.protocol.messages.session import Close, Closed, Credit, Failed, FetchProgress, Open, Opened, ProgressData, Renew, Resume
+from meshd.protocol.messages.steps import Activation, Prompt, Taken, Token
+from meshd.protocol.messages.weights import FetchManifest, FetchWeights, ManifestData, WeightData
+
+__all__ = [
+    "FEATURES",
+    "PROTOCOL_VERSION",
+    "REGISTRY",
+    "Activation",
+    "Advertise",
+    "Close",
+    "Closed",
+    "Credit",
+    "Drain",
+    "Drained",
+    "EndSession",
+    "Error",
+    "Failed",
+    "FetchHeader",
+    "FetchManifest",
+    "FetchProgress",
+    "FetchSession",
+    "FetchStory",
+    "FetchWeights",
+    "FindSession",
+    "Goodbye",
+    "HeaderData",
+    "Heartbeat",
+    "HeartbeatAck",
+    "Hello",
+    "Journal",
+    "JournalDrop",
+    "JournalTokens",
+    "Journaled",
+    "KvAccepted",
+    "KvBlocks",
+    "KvOffer",
+    "KvStored",
+    "Lane",
+    "ManifestData",
+    "Message",
+    "Mirror",
+    "Mirrored",
+    "Move",
+    "Moved",
+    "Open",
+    "Opened",
+    "Place",
+    "Placed",
+    "Probe",
+    "ProbeAck",
+    "ProgressData",
+    "Prompt",
+    "Renew",
+    "Reply",
+    "Request",
+    "Resume",
+    "SessionData",
+    "SessionEnded",
+    "SessionFound",
+    "SessionMessage",
+    "StoryData",
+    "Taken",
+    "Token",
+    "Unplace",
+    "Unplaced",
+    "WeightData",
+]

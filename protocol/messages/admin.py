@@ -1,0 +1,51 @@
+"""Messages by which a user's commands reach sessions on other peers."""
+
+from typing import ClassVar
+
+from meshd.protocol.messages.base import Lane, Reply, Request, message
+from meshd.types import PeerId, Plan, SessionId
+
+
+@message(88)
+class EndSession(Request, frozen=True, kw_only=True):
+    """Cancel a session that the receiver coordinates. With `forget` its record is deleted too."""
+
+    session: SessionId
+    forget: bool = False
+
+
+@message(89)
+class SessionEnded(Reply, frozen=True, kw_only=True):
+    known: bool
+
+
+@message(90)
+class FetchStory(Request, frozen=True, kw_only=True):
+    """Request the events of a session at the receiver."""
+
+    session: SessionId
+
+
+@message(91)
+class StoryData(Reply, frozen=True, kw_only=True):
+    """Payload: JSON list of `{"at": monotonic seconds, "what": str, ...}`, oldest first."""
+
+    default_lane: ClassVar[Lane] = Lane.BULK
+    now: float
+    """The sender's clock when it replied. With half the round trip it converts the events to the requester's clock."""
+
+
+@message(92)
+class Move(Request, frozen=True, kw_only=True):
+    """Ask a session's coordinator to move the stages at `source` (None: all stages) to `target`."""
+
+    session: SessionId
+    target: PeerId
+    source: PeerId | None = None
+
+
+@message(93)
+class Moved(Reply, frozen=True, kw_only=True):
+    pause_s: float
+    """Between the last token before the change of plan and the first one after it."""
+    plan: Plan

@@ -1,0 +1,66 @@
+"""Messages that keep a session's record, so that it survives its coordinator."""
+
+from typing import ClassVar
+
+from meshd.protocol.messages.base import Lane, Reply, Request, SessionMessage, message
+from meshd.types import SessionId, TokenLogprobs
+
+
+@message(80)
+class Journal(Request, frozen=True, kw_only=True):
+    """Store this session's whole record and become its deputy. Payload: the record (msgpack)."""
+
+    default_lane: ClassVar[Lane] = Lane.BULK
+    session: SessionId
+    epoch: int
+
+
+@message(81)
+class Journaled(Reply, frozen=True, kw_only=True):
+    session: SessionId
+
+
+@message(82)
+class JournalTokens(SessionMessage, frozen=True, kw_only=True):
+    """The answer's tokens from `index`, and how it ended, if it has."""
+
+    index: int
+    tokens: tuple[tuple[int, TokenLogprobs | None], ...]
+    finish: str = ""
+
+
+@message(83)
+class JournalDrop(SessionMessage, frozen=True, kw_only=True):
+    """From the coordinator: the record is not needed any more. From a deputy: it lacks the record or a part of it."""
+
+
+@message(84)
+class FindSession(Request, frozen=True, kw_only=True):
+    """Ask whether the receiver coordinates this session or has its record."""
+
+    session: SessionId
+
+
+@message(85)
+class SessionFound(Reply, frozen=True, kw_only=True):
+    coordinates: bool
+    keeps: bool
+    epoch: int = 0
+    tokens: int = 0
+
+
+@message(86)
+class FetchSession(Request, frozen=True, kw_only=True):
+    """Request a session's record. With `take` the receiver stops coordinating the session and the sender continues it."""
+
+    session: SessionId
+    take: bool = False
+
+
+@message(87)
+class SessionData(Reply, frozen=True, kw_only=True):
+    """Payload: the record (msgpack)."""
+
+    default_lane: ClassVar[Lane] = Lane.BULK
+    session: SessionId
+    epoch: int

@@ -1,0 +1,77 @@
+"""Messages of the link itself."""
+
+from typing import ClassVar
+
+from meshd.protocol.messages.base import Lane, Message, Reply, Request, message
+from meshd.types import PeerId, SessionId
+
+
+@message(1)
+class Hello(Message, frozen=True, kw_only=True):
+    """First frame of each connection, from both sides. The dialler chooses the lane and the link number."""
+
+    version: tuple[int, int]
+    features: tuple[str, ...]
+    software: str
+    peer: PeerId
+    """Must be the hash of the key in the TLS certificate."""
+    name: str
+    incarnation: int
+    """Random number drawn at start, so that a restarted peer is a new incarnation."""
+    link: int
+    """Random number of the dialler, the same on both connections of a link. The answering side repeats it."""
+    lane: int
+    max_header: int
+    max_payload: int
+    port: int
+    """TCP port on which the sender listens for links."""
+
+
+@message(2)
+class Error(Reply, frozen=True, kw_only=True):
+    """A request, or with `request` 0 a message, could not be handled."""
+
+    request: int = 0
+    code: str
+    message: str
+    hint: str = ""
+    session: SessionId | None = None
+    number_of: int = 0
+    """The unknown type number that this answers; 0 if it was known."""
+
+
+@message(3)
+class Heartbeat(Message, frozen=True, kw_only=True):
+    """Sent by each side every 0.5 s on the control lane."""
+
+    sequence: int
+    sent_ns: int
+    """The sender's monotonic clock. The answer repeats it."""
+
+
+@message(4)
+class HeartbeatAck(Message, frozen=True, kw_only=True):
+    sequence: int
+    sent_ns: int
+
+
+@message(5)
+class Goodbye(Message, frozen=True, kw_only=True):
+    """The sender leaves on purpose; its silence is not a fault."""
+
+    reason: str
+
+
+@message(6)
+class Probe(Request, frozen=True, kw_only=True):
+    """Payload: filler. The reply is sent when all of it has arrived; with `echo` the reply has the same payload."""
+
+    default_lane: ClassVar[Lane] = Lane.BULK
+    echo: bool = False
+
+
+@message(7)
+class ProbeAck(Reply, frozen=True, kw_only=True):
+    received_bytes: int
+    receive_s: float
+    """From the first byte of the payload to the last, by the receiver's clock."""

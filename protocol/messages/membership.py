@@ -1,0 +1,30 @@
+"""Messages by which peers describe themselves and the models that they have."""
+
+from typing import ClassVar
+
+from meshd.protocol.messages.base import Lane, Message, Reply, Request, message
+from meshd.types import Advert, ModelCard, ModelId
+
+
+@message(16)
+class Advertise(Message, frozen=True, kw_only=True):
+    """The sender's whole advert. Sent when a link comes up, on every change and every 5 s."""
+
+    advert: Advert
+
+
+@message(17)
+class FetchHeader(Request, frozen=True, kw_only=True):
+    """Request the tokenizer and chat template of a model that the sender will coordinate but does not have."""
+
+    model: ModelId
+
+
+@message(18)
+class HeaderData(Reply, frozen=True, kw_only=True):
+    """Payload: the GGUF file up to its tensor data."""
+
+    default_lane: ClassVar[Lane] = Lane.BULK
+    card: ModelCard
+    sha256: str
+    """Of the payload, in hex."""

@@ -1,0 +1,51 @@
+"""Messages that load, free and drain layers on peers."""
+
+from meshd.protocol.messages.base import Reply, Request, message
+from meshd.types import LayerRange, ModelId
+
+
+@message(32)
+class Place(Request, frozen=True, kw_only=True):
+    """Load these layers and reserve their KV. The reply is sent when they are WARM; adverts show the progress."""
+
+    model: ModelId
+    ref: str
+    layers: LayerRange
+    kv_tokens: int
+    deadline_ms: int
+    standby: bool = False
+    """A copy in case another peer is lost. It never displaces another load, and any load that is not a standby copy may
+    displace it. A PLACE of the same layers without `standby` makes it an ordinary load."""
+    pinned: bool = False
+    """A user chose this peer for the layers, so they are not moved to a faster one."""
+
+
+@message(33)
+class Placed(Reply, frozen=True, kw_only=True):
+    layers: LayerRange
+    kv_tokens: int
+
+
+@message(34)
+class Unplace(Request, frozen=True, kw_only=True):
+    """Free a model: at once if no session uses it, otherwise when the last one ends (DRAINING)."""
+
+    model: ModelId
+
+
+@message(35)
+class Unplaced(Reply, frozen=True, kw_only=True):
+    freed_bytes: int
+
+
+@message(36)
+class Drain(Request, frozen=True, kw_only=True):
+    """Accept no new work, and let sessions move away. The reply is sent when none is left, or at the deadline."""
+
+    deadline_ms: int
+    undo: bool = False
+
+
+@message(37)
+class Drained(Reply, frozen=True, kw_only=True):
+    sessions_left: int

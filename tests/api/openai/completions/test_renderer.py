@@ -1,0 +1,47 @@
+from typing import Any
+
+import msgspec
+import pytest
+
+from meshd.agents.service import Finished, TextDelta, TokenText
+from meshd.api.openai.completions.renderer import CompletionRenderer
+from meshd.types import FinishReason
+
+HEAD: dict[str, Any] = {"created": 1, "model": "m", "system_fingerprint": "fp_0"}
+END = Finished(reason=FinishReason.STOP, prompt_tokens=3, completion_tokens=2, ttft_s=0.1, tpot_s=0.01)
+
+
+def token(text: str) -> TokenText:
+    return TokenText(token=text, token_id=1, logprob=-0.5, bytes=tuple(text.encode()))
+
+
+def plain(body: object) -> dict[str, Any]:
+    return msgspec.json.decode(msgspec.json.encode(body))
+
+
+def test_each_prompt_is_echoed_once_for_each_of_its_answers() -> None:
+    renderer = CompletionRenderer(**HEAD, logprobs=None, include_usage=False, answers=4, per_prompt=2, echoes=("a", ""))
+    assert [plain(event.body)["choices"][0] | {"logprobs": 0} for event in renderer.writer("cmpl-1").begin()] == [
+        {"index": index, "text": "a", "logprobs": 0, "finish_reason": None} for index in (0, 1)
+    ]
+
+
+def test_offsets_count_characters_over_all_deltas_of_an_answer() -> None:
+    writer = CompletionRenderer(**HEAD, logprobs=1, include_usage=False, answers=2, echoes=("", "")).writer("cmpl-1")
+    offsets = []
+    for index, text in ((0, "gro"), (1, "x"), (0, "ße"), (0, "!")):
+        [event] = writer.take(index, TextDelta(text=text, tokens=(token(text),)))
+        offsets.append(plain(event.body)["choices"][0]["logprobs"]["text_offset"])
+    assert offsets == [[0], [0], [3], [5]]
+
+
+@pytest.mark.parametrize(("asked", "top"), [(None, None), (0, None), (1, [{"a": -0.5}])])
+def test_the_likeliest_tokens_are_shown_from_1_on(asked: int | None, top: object) -> None:
+    [event] = (
+        CompletionRenderer(**HEAD, logprobs=asked, include_usage=False, echoes=("",))
+        .writer("cmpl-1")
+        .take(0, TextDelta(text="a", tokens=(token("a"),)))
+    )
+    logprobs = plain(event.body)["choices"][0]["logprobs"]
+    assert (logprobs and logprobs["top_logprobs"]) == top
+    assert (logprobs is None) == (asked is None)

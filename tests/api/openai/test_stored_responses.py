@@ -1,0 +1,46 @@
+from typing import Any
+
+import pytest
+
+from meshd.api.openai.chat.renderer import ChatRenderer
+from meshd.api.openai.completions.renderer import CompletionRenderer
+from meshd.api.openai.stored_responses import AnyRenderer, decode_renderer, encode_renderer, session_of
+from meshd.errors import UnknownSession
+
+SESSION = "5e" * 16
+HEAD: dict[str, Any] = {"created": 1, "model": "m", "system_fingerprint": "fp_0", "include_usage": True}
+CHAT = ChatRenderer(**HEAD, logprobs=True)
+COMPLETION = CompletionRenderer(**HEAD, logprobs=None, echoes=("ü",))
+
+
+@pytest.mark.parametrize("renderer", [CHAT, COMPLETION])
+def test_a_stored_renderer_is_read_as_it_was(renderer: AnyRenderer) -> None:
+    assert decode_renderer(encode_renderer(renderer), renderer.prefix + SESSION) == renderer
+
+
+@pytest.mark.parametrize("edge", [b"", b"\xc1", encode_renderer(CHAT)[:-1], b"\x81\xa4form\xa5other", b"\x91" * 5000])
+def test_a_record_that_can_not_be_read_is_an_unknown_session(edge: bytes) -> None:
+    with pytest.raises(UnknownSession):
+        decode_renderer(edge, f"chatcmpl-{SESSION}")
+
+
+def test_an_id_of_another_route_names_nothing() -> None:
+    with pytest.raises(UnknownSession):
+        decode_renderer(encode_renderer(CHAT), f"cmpl-{SESSION}")
+
+
+def test_an_answer_that_must_not_be_read_again_is_unknown() -> None:
+    with pytest.raises(UnknownSession):
+        decode_renderer(encode_renderer(ChatRenderer(**HEAD, logprobs=False, store=False)), f"chatcmpl-{SESSION}")
+
+
+def test_the_session_is_the_ids_end() -> None:
+    assert session_of(f"resp_{SESSION}") == SESSION
+
+
+@pytest.mark.parametrize(
+    "answer_id", ["", SESSION, f"resp_{SESSION[1:]}", f"resp_{SESSION}\n", f"resp_{SESSION.upper()}", f"msg_{SESSION}"]
+)
+def test_other_ids_are_unknown(answer_id: str) -> None:
+    with pytest.raises(UnknownSession):
+        session_of(answer_id)
