@@ -10,21 +10,24 @@ import msgspec
 
 from meshd.agents.links.links import Links
 from meshd.agents.observe.story import Story
-from meshd.agents.placement.model_library import ModelLibrary
+from meshd.agents.placement.model_library import ModelLibrary, ModelText
 from meshd.agents.service import GenerationRequest
 from meshd.agents.session.admission import Admission
-from meshd.agents.session.answer import Answer, AnswerContext, Recovered
+from meshd.agents.session.answer import Answer, AnswerContext
 from meshd.agents.session.journal.deputy import Deputy
 from meshd.agents.session.journal.locator import Locator
-from meshd.agents.session.journal.record import SessionRecord
+from meshd.agents.session.journal.record import SessionRecord, new_record
 from meshd.agents.session.journal.writer import JournalWriters
 from meshd.agents.session.plan.move import Mover
 from meshd.agents.session.plan.retry import TAKEOVER_EPOCHS, PlanRetrier
 from meshd.agents.session.plan.route import Router
-from meshd.agents.session.stall import StallWatch
+from meshd.agents.session.recovery import Recovered
+from meshd.agents.session.report import report_end
+from meshd.agents.session.stages.receiver import StageReceiver
+from meshd.agents.session.stages.stall import StallWatch
 from meshd.clock import Clock
-from meshd.errors import ContextTooLong, InvalidRequest, MeshdError, Unavailable, UnknownModel, UnknownSession
-from meshd.protocol.messages import Closed, Error, Failed, Mirrored, Move, Moved, Token
+from meshd.errors import MeshdError, Unavailable, UnknownModel, UnknownSession
+from meshd.protocol.messages import Error, Move, Moved, Token
 from meshd.telemetry import Telemetry
 from meshd.types import ModelCard, ModelId, PeerId, SessionId, TokenLogprobs
 
@@ -71,11 +74,13 @@ class Coordinator:
     """Since when an answer has its ticket."""
     _tasks: set["asyncio.Task[None]"] = field(default_factory=set)
     _watch: StallWatch = field(init=False)
-    _around: AnswerContext = field(init=False)
+    _context: AnswerContext = field(init=False)
+    _receiver: StageReceiver = field(init=False)
 
     def __post_init__(self) -> None:
+        self._receiver = StageReceiver(self.answers, self.rescuer, self.mover, self.names)
         self._watch = StallWatch(self.links, self.clock, self.me)
-        self._around = AnswerContext(
+        self._context = AnswerContext(
             me=self.me,
             links=self.links,
             clock=self.clock,
@@ -90,9 +95,7 @@ class Coordinator:
 
     def register(self) -> None:
         """Take the messages that stages send to their coordinator. TOKEN goes to the first stage too: the daemon shares it out."""
-        self.links.register(Failed, self._on_failed)
-        self.links.register(Closed, lambda sender, message, payload: None)
-        self.links.register(Mirrored, self._on_mirrored)
+        self._receiver.register(self.links)
         self.links.register(Move, self._on_move)
 
     async def run(self) -> None:
@@ -148,8 +151,8 @@ class Coordinator:
         text = await self.library.text(card)
         # On another thread: a long prompt, or a template that loops, must not hold up the heartbeats.
         prompt = await asyncio.to_thread(text.tokens_of, request.prompt, request.template)
-        record = self._record(request, card, prompt)
-        answer = await self._admit(lambda: Answer(record, card, text, self._around))
+        record = new_record(request, card, prompt, self.me, self.clock)
+        answer = await self._admit(record, card, text)
         self.rescuer.start(answer)
         try:
             await answer.opened
@@ -159,13 +162,13 @@ class Coordinator:
         log.info("session %s: %s, %d prompt tokens, over %s", answer.session, card.name, len(prompt), answer.plan_header)
         return answer
 
-    async def _admit(self, make: Callable[[], Answer]) -> Answer:
+    async def _admit(self, record: SessionRecord, card: ModelCard, text: ModelText) -> Answer:
         asked = self.clock.monotonic()
         await self.admission.enter()
         now = self.clock.monotonic()
         self.telemetry.queue_wait(now - asked)
         try:
-            answer = make()
+            answer = Answer(record, card, text, self._context)
         except BaseException:
             self.admission.leave(0.0)
             raise
@@ -177,39 +180,6 @@ class Coordinator:
         self.answers[answer.session] = answer
         self._admitted[answer.session] = since
         self.telemetry.sessions_active(len(self.answers))
-
-    def _record(self, request: GenerationRequest, card: ModelCard, prompt: tuple[int, ...]) -> SessionRecord:
-        """The request as it is understood. Raises: ContextTooLong, InvalidRequest."""
-        if not prompt:
-            raise InvalidRequest("the prompt is empty", param="prompt")
-        if max(prompt) >= card.spec.vocab or min(prompt) < 0:
-            raise InvalidRequest(f"token ids go from 0 to {card.spec.vocab - 1}", param="prompt")
-        context = request.mesh.context or card.spec.context_length
-        if context > card.spec.context_length:
-            raise InvalidRequest(f"the model's context is {card.spec.context_length} tokens, not {context}", param="mesh.context")
-        room = context - len(prompt)
-        wanted = request.max_tokens if request.max_tokens is not None else room
-        if room < 1 or wanted > room:
-            asked = f"{len(prompt)} in the prompt" + (f" and {wanted} for the answer" if request.max_tokens is not None else "")
-            raise ContextTooLong(
-                f"this model's context is {context} tokens, and {asked} are more", hint="shorten the prompt or max_tokens"
-            )
-        return SessionRecord(
-            session=SessionId(self.clock.random_bytes(16).hex()),
-            model=card.id,
-            coordinator=self.me,
-            epoch=0,
-            prompt=prompt,
-            max_tokens=wanted,
-            sampling=request.sampling,
-            ignore_eos=request.ignore_eos,
-            stop=request.stop,
-            mesh=request.mesh,
-            background=request.background,
-            store=request.store,
-            edge=request.edge,
-            created=self.clock.wall(),
-        )
 
     # Answers that are there already
 
@@ -272,14 +242,14 @@ class Coordinator:
             self._keep(answer)
             self._own(answer)
             return answer
-        answer.handed_over = True
+        answer.stages.handed_over = True
         return await self._revive(answer)
 
     async def _restore(self, record: SessionRecord) -> Answer:
         card = self._card(record.model)
         text = await self.library.text(card)
         return Answer(
-            msgspec.structs.replace(record, epoch=record.epoch + TAKEOVER_EPOCHS, coordinator=self.me), card, text, self._around
+            msgspec.structs.replace(record, epoch=record.epoch + TAKEOVER_EPOCHS, coordinator=self.me), card, text, self._context
         )
 
     def _card(self, model: ModelId) -> ModelCard:
@@ -324,8 +294,8 @@ class Coordinator:
                 self._own(answer)
                 return
             last = self.names(record.coordinator)
-            log.info("session %s: taking over from %s, at token %d", record.session, last, len(answer.tokens))
-            self.story.note(record.session, "taken over", coordinator=last, tokens=len(answer.tokens))
+            log.info("session %s: taking over from %s, at token %d", record.session, last, len(answer.output.tokens))
+            self.story.note(record.session, "taken over", coordinator=last, tokens=len(answer.output.tokens))
             await self._revive(answer)
         except MeshdError as error:
             log.warning("session %s was not taken over: %s", record.session, error)
@@ -357,34 +327,13 @@ class Coordinator:
             raise UnknownSession(f"session {message.session} is not coordinated here")
         return await self._move(message.request, answer, message.target, message.source)
 
-    # What the network tells
-
     def on_token(self, sender: PeerId, message: Token, payload: memoryview) -> None:
-        """The last stage's pick, for the client."""
-        answer = self.answers.get(message.session)
-        if answer is None or answer.plan is None or answer.plan.peers[-1] != sender:
-            return
-        if 0 <= message.token < answer.card.spec.vocab:
-            answer.on_token(message)
-        else:
-            answer.on_garbage(message.epoch, sender, f"token {message.token}, of a vocabulary of {answer.card.spec.vocab}")
-
-    def _on_failed(self, sender: PeerId, message: Failed, payload: memoryview) -> None:
-        answer = self.answers.get(message.session)
-        if answer is not None and answer.plan is not None and sender in answer.plan.peers:
-            answer.on_failed(message)
-
-    def _on_mirrored(self, sender: PeerId, message: Mirrored, payload: memoryview) -> None:
-        answer = self.answers.get(message.session)
-        if answer is not None and answer.plan is not None and sender in answer.plan.peers:
-            self.rescuer.on_mirrored(answer, message)
-            self.mover.on_mirrored(answer, message)
+        """Take a TOKEN from a stage."""
+        self._receiver.on_token(sender, message)
 
     def on_error(self, sender: PeerId, message: Error) -> None:
-        """A stage's peer could not take what this coordinator sent it."""
-        answer = self.answers.get(message.session) if message.session is not None else None
-        if answer is not None and answer.plan is not None and sender in answer.plan.peers:
-            answer.on_error(sender, message)
+        """Take an ERROR from a stage's peer."""
+        self._receiver.on_error(sender, message)
 
     def on_peer_gone(self, peer: PeerId, reason: str) -> None:
         """A link is down: sessions that ran through it need another plan."""
@@ -412,7 +361,7 @@ class Coordinator:
             return
         self.answers.pop(answer.session, None)
         self.admission.leave(self.clock.monotonic() - since)
-        if answer.released:
+        if answer.machine.released:
             self.journal.release(answer.session)
         elif answer.ended:
             if answer.record.store:
@@ -421,7 +370,8 @@ class Coordinator:
         else:
             self._keep(answer)
             self._journal(answer)
-        self._count(answer)
+        self.telemetry.sessions_active(len(self.answers))
+        report_end(answer, self.telemetry)
 
     def _journal(self, answer: Answer) -> None:
         """Have a deputy know all of it."""
@@ -442,25 +392,3 @@ class Coordinator:
     def _forget(self, answer: Answer) -> None:
         self.kept.pop(answer.session, None)
         self.journal.end(answer.session, "", keep=False)
-
-    def _count(self, answer: Answer) -> None:
-        made = len(answer.tokens) - len(answer.record.tokens)
-        self.telemetry.sessions_active(len(self.answers))
-        self.telemetry.tokens(prompt=answer.prompt_tokens, completion=made)
-        if answer.ttft_s and answer.plan is not None and not answer.recoveries:
-            self.telemetry.ttft(answer.ttft_s)
-            self.telemetry.prediction("ttft", answer.plan.predicted_ttft_s, answer.ttft_s)
-        if answer.measured_tpot_s and answer.plan is not None:
-            self.telemetry.tpot(answer.measured_tpot_s)
-            if not answer.recoveries:
-                self.telemetry.prediction("tpot", answer.predicted_tpot_s, answer.measured_tpot_s)
-        log.info(
-            "session %s %s: %d tokens, ttft %.0f ms, tpot %.1f ms (predicted %.1f), %d recoveries",
-            answer.session,
-            answer.status,
-            made,
-            1000 * answer.ttft_s,
-            1000 * answer.measured_tpot_s,
-            1000 * answer.predicted_tpot_s,
-            len(answer.recoveries),
-        )

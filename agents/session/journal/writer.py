@@ -8,14 +8,15 @@ A token costs an append, a batch one small message, and one timer serves all ses
 import asyncio
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from itertools import islice
 from logging import getLogger
 
 from meshd.agents.links.links import Links
-from meshd.agents.session.journal.record import AnswerToken, SessionRecord, encode_record
+from meshd.agents.session.journal.drops import KEEP_ENDED_S, DropQueue
+from meshd.agents.session.journal.pending import PendingTokens
+from meshd.agents.session.journal.record import SessionRecord, encode_record
 from meshd.clock import Clock
 from meshd.errors import MeshdError
-from meshd.protocol.messages import Journal, JournalDrop, JournalTokens
+from meshd.protocol.messages import Journal, JournalTokens
 from meshd.types import Advert, PeerId, SessionId, TokenLogprobs
 
 log = getLogger(__name__)
@@ -33,38 +34,11 @@ _AGAIN_S = 1.0
 """And one that had it, and has it no more, this long."""
 _AT_ONCE = 8
 """Whole records that may be under way: a lost deputy leaves many, and they must not crowd the link."""
-_MESSAGE_TOKENS = 128
-"""In one message: with 20 logprobs each they still fit its header."""
-_KEEP_ENDED_S = 600.0
 _MAX_ENDED = 256
 _RELEASED_S = 60.0
 """After another peer took a session, its new deputy has long had the record."""
 _MOVED_S = 10.0
 """Likewise after another deputy was asked."""
-_MAX_DROPS = 1024
-
-
-@dataclass(slots=True)
-class PendingTokens:
-    """The answer's tokens that the deputy does not have yet. Pure."""
-
-    sent: int = 0
-    """Tokens that it has, or that are on their way to it."""
-    pending: list[AnswerToken] = field(default_factory=list)
-
-    def add(self, index: int, token: AnswerToken) -> bool:
-        """Take the token with this index; a repeat changes nothing. False: one is missing in between."""
-        due = self.sent + len(self.pending)
-        if index == due:
-            self.pending.append(token)
-        return index <= due
-
-    def take(self) -> tuple[int, tuple[AnswerToken, ...]]:
-        """The next tokens for one message, with the index of the first; they count as sent."""
-        index, tokens = self.sent, tuple(islice(self.pending, _MESSAGE_TOKENS))
-        del self.pending[: len(tokens)]
-        self.sent += len(tokens)
-        return index, tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -86,45 +60,6 @@ class _Entry:
     """Rises whenever the whole record is to go out: what an older turn still waits for counts no more."""
     avoid: dict[PeerId, float] = field(default_factory=dict)
     """Until when."""
-
-
-class _Drops:
-    """Records that lie somewhere for nothing: their keepers are told, when it is time and when they can be reached."""
-
-    def __init__(self, links: Links, clock: Clock) -> None:
-        self._links = links
-        self._clock = clock
-        self._due: dict[tuple[PeerId, SessionId], tuple[float, int]] = {}
-        """(not before, epoch)"""
-
-    def add(self, peer: PeerId, session: SessionId, epoch: int, after_s: float = 0.0) -> None:
-        """Tell it, now if that can be."""
-        self._due.pop((peer, session), None)
-        self._due[peer, session] = self._clock.monotonic() + after_s, epoch
-        while len(self._due) > _MAX_DROPS:
-            del self._due[next(iter(self._due))]
-        if not after_s:
-            self._send(peer, session, epoch)
-
-    def revoke(self, peer: PeerId, session: SessionId) -> None:
-        """It is to keep the record after all."""
-        self._due.pop((peer, session), None)
-
-    def send_due(self, now: float) -> None:
-        """To be called now and then."""
-        for (peer, session), (due, epoch) in list(self._due.items()):
-            if now - due > _KEEP_ENDED_S:
-                del self._due[peer, session]  # it has forgotten by itself
-            elif due <= now:
-                self._send(peer, session, epoch)
-
-    def _send(self, peer: PeerId, session: SessionId, epoch: int) -> None:
-        try:
-            self._links.send(peer, JournalDrop(session=session, epoch=epoch))
-        except MeshdError as error:
-            log.debug("session %s: %.8s still keeps its record: %s", session, peer, error)
-        else:
-            self._due.pop((peer, session), None)
 
 
 class JournalWriter:
@@ -150,7 +85,7 @@ class JournalWriter:
         self._due: dict[_Entry, None] = {}
         """Those whose whole record is to go out."""
         self._wake = asyncio.Event()
-        self._drops = _Drops(links, clock)
+        self._drops = DropQueue(links, clock)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -355,7 +290,7 @@ class JournalWriter:
             return
         leaving = {advert.peer for advert in self._adverts() if advert.draining}
         for entry in list(self._entries.values()):
-            if entry.finish and now - entry.ended_at > _KEEP_ENDED_S:
+            if entry.finish and now - entry.ended_at > KEEP_ENDED_S:
                 self._retire(entry)
             elif entry.deputy is None or (entry.kept and entry.deputy in leaving and self._choose(entry) is not None):
                 self._hand_over(entry)

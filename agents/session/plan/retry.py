@@ -6,11 +6,12 @@ from functools import partial
 from logging import getLogger
 
 from meshd.agents.links.links import Links
-from meshd.agents.session import session as fsm
 from meshd.agents.session.answer import Answer
+from meshd.agents.session.events import Replan
 from meshd.agents.session.journal.record import SessionRecord
 from meshd.agents.session.plan.resume import RecoveryRequest
 from meshd.agents.session.plan.route import Router, mirror_targets
+from meshd.agents.session.session import SessionState
 from meshd.clock import Clock
 from meshd.errors import DoesNotFit, MeshdError, NoPeer, NotReady, OutOfMemory, Overloaded, PeerFault, RemoteFailure, Superseded
 from meshd.protocol.messages import Mirror, Mirrored
@@ -47,14 +48,14 @@ class PlanRetrier:
     elsewhere: Callable[[SessionId], Awaitable[bool]]
     """Whether another peer coordinates it."""
 
-    def replan(self, answer: Answer, command: fsm.Replan) -> None:
+    def replan(self, answer: Answer, command: Replan) -> None:
         """Find a plan for an answer that lost its own; a later loss makes the search begin anew."""
         work = partial(self._recover, answer, command) if answer.machine.begun else partial(self._again, answer)
-        answer.search(self._to_its_end(answer, work))
+        answer.tasks.search(self._to_its_end(answer, work))
 
     def start(self, answer: Answer) -> None:
         """Find the first plan of an answer."""
-        answer.search(self._to_its_end(answer, partial(self._first, answer)))
+        answer.tasks.search(self._to_its_end(answer, partial(self._first, answer)))
 
     async def _to_its_end(self, answer: Answer, search: Callable[[], Awaitable[None]]) -> None:
         """An answer whose search ended for a reason that nobody foresaw fails, since it would wait for ever."""
@@ -66,7 +67,7 @@ class PlanRetrier:
 
     async def _first(self, answer: Answer) -> None:
         """A plan, as soon as other answers leave room for its KV."""
-        until = answer.started + _ROOM_WAIT_S
+        until = answer.output.started + _ROOM_WAIT_S
         record = answer.record
         while True:
             try:
@@ -87,14 +88,14 @@ class PlanRetrier:
         error = answer.machine.error
         if isinstance(error, RemoteFailure) and error.remote_code not in _PASSING:
             return answer.plan_failed(error)
-        if self.clock.monotonic() > answer.started + _ROOM_WAIT_S:
+        if self.clock.monotonic() > answer.output.started + _ROOM_WAIT_S:
             why = error.message if error is not None else "no stage opened"
             return answer.plan_failed(Overloaded(f"no room for this request's context: {why}", retry_after_s=5.0))
         if not isinstance(error, PeerFault) or isinstance(error, RemoteFailure):
             await self.clock.sleep(_RETRY_S)
         await self._first(answer)
 
-    async def _recover(self, answer: Answer, command: fsm.Replan) -> None:
+    async def _recover(self, answer: Answer, command: Replan) -> None:
         began = self.clock.monotonic()
         error = answer.machine.error
         if isinstance(error, RemoteFailure) and error.remote_code == Superseded.code and not await self._reclaim(answer):
@@ -139,12 +140,11 @@ class PlanRetrier:
         """What a plan to go on with has to do."""
         old = answer.machine.rooted
         now = self.clock.monotonic()
-        linked = {answer.around.me, *self.links.peers()}
-        distrusted = {peer for peer, until in answer.distrusted.items() if until > now}
+        linked = {answer.context.me, *self.links.peers()}
         return RecoveryRequest(
             old=old,
             lost=lost | frozenset(peer for peer in (old.peers if old else ()) if peer not in linked),
-            avoid=avoid | distrusted,
+            avoid=avoid | answer.recovery.distrusted(now),
             prompt_tokens=len(answer.record.prompt),
             max_tokens=answer.record.max_tokens,
             known=answer.machine.known,
@@ -157,7 +157,7 @@ class PlanRetrier:
         """Have the KV of every stage of a running answer copied to a peer that could take over, where there is one."""
         wanted = answer.record.mesh.mirror if answer.record.mesh.mirror is not None else self.mirror
         plan = answer.plan
-        if not wanted or plan is None or answer.machine.state not in (fsm.SessionState.PREFILLING, fsm.SessionState.DECODING):
+        if not wanted or plan is None or answer.machine.state not in (SessionState.PREFILLING, SessionState.DECODING):
             return
         if len(answer.mirrors) == len(plan.stages):
             return
@@ -165,7 +165,9 @@ class PlanRetrier:
             if stage.mirror is None or number in answer.mirrors:
                 continue
             answer.mirrored(number, stage.mirror, 0)
-            answer.send(stage.peer, Mirror(session=answer.session, epoch=answer.machine.epoch, stage=number, target=stage.mirror))
+            answer.stages.send(
+                stage.peer, Mirror(session=answer.session, epoch=answer.machine.epoch, stage=number, target=stage.mirror)
+            )
 
     def on_mirrored(self, answer: Answer, message: Mirrored) -> None:
         """A stage tells how far the copy of its KV is."""

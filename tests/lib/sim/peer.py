@@ -24,7 +24,7 @@ from meshd.agents.placement.loads import ResidentLayers, ResidentModels
 from meshd.agents.placement.model_library import ModelLibrary, ModelText
 from meshd.agents.service import MeshOptions
 from meshd.agents.session.admission import Admission
-from meshd.agents.session.answer import Answer, Recovered
+from meshd.agents.session.answer import Answer
 from meshd.agents.session.coordinator import Coordinator
 from meshd.agents.session.journal.deputy import Deputy
 from meshd.agents.session.journal.locator import Locator
@@ -36,6 +36,7 @@ from meshd.agents.session.plan.move import Mover
 from meshd.agents.session.plan.resume import RecoveryPlan, RecoveryRequest
 from meshd.agents.session.plan.retry import PlanRetrier
 from meshd.agents.session.plan.route import Router
+from meshd.agents.session.recovery import Recovered
 from meshd.agents.stage.host import StageHost
 from meshd.agents.stage.scheduler import ActiveStage
 from meshd.kernels.kv import BlockTable
@@ -459,7 +460,7 @@ class Life:
             ("records of others", len(self.deputy.store), MAX_RECORDS),
             ("bytes of kept outputs", self.stages._caches.outputs.used_bytes, self.spec.outputs_bytes),
         ]
-        rows += [("tasks of an answer", len(answer._tasks), 64) for answer in coordinator.answers.values()]
+        rows += [("tasks of an answer", len(answer.tasks), 64) for answer in coordinator.answers.values()]
         rows += [("caches of a session", len(kept.caches), 32) for kept in self.stages._caches]
         return rows
 

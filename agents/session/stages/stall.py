@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from meshd.agents.links.links import Links
-from meshd.agents.session import session as fsm
 from meshd.agents.session.answer import Answer
+from meshd.agents.session.session import SessionState
 from meshd.clock import Clock
 from meshd.errors import MeshdError
 from meshd.protocol.messages import FetchProgress, ProgressData
@@ -53,29 +53,30 @@ class StallWatch:
     def look(self, answer: Answer, now: float) -> None:
         """Renew its leases, notice silence, act on deadlines."""
         answer.renew(now)
-        answer.read_ahead()
+        if answer.record.background:
+            answer.read_all()  # it continues whether it is read or not
         if not answer.readers and not answer.record.background and now - answer.unread_since > _UNREAD_S:
             answer.suspend()
         state = answer.machine.state
         plan = answer.plan
-        if plan is None or state not in (fsm.SessionState.OPENING, fsm.SessionState.PREFILLING, fsm.SessionState.DECODING):
+        if plan is None or state not in (SessionState.OPENING, SessionState.PREFILLING, SessionState.DECODING):
             return
-        if answer.waits_for_client and state is fsm.SessionState.DECODING:
+        if answer.machine.waits_for_client and state is SessionState.DECODING:
             answer.progress_at = now
         silent = self._silent(answer)
         if silent is not None and now - answer.progress_at > _QUIET_S:
-            answer.overdue(f"{answer.around.names(silent)} is silent", silent)
+            answer.overdue(f"{answer.context.names(silent)} is silent", silent)
             return
-        predicted = plan.predicted_tpot_s if state is fsm.SessionState.DECODING else plan.predicted_ttft_s
+        predicted = plan.predicted_tpot_s if state is SessionState.DECODING else plan.predicted_ttft_s
         limit = max(_LEAST_STEP_S, _PATIENCE * predicted)
-        if now - answer.progress_at > limit and state is not fsm.SessionState.OPENING and answer.session not in self._asking:
+        if now - answer.progress_at > limit and state is not SessionState.OPENING and answer.session not in self._asking:
             self._asking.add(answer.session)
-            answer.spawn(self._find_out(answer, limit)).add_done_callback(lambda _: self._asking.discard(answer.session))
+            answer.tasks.spawn(self._find_out(answer, limit)).add_done_callback(lambda _: self._asking.discard(answer.session))
 
     def _silent(self, answer: Answer) -> PeerId | None:
         """A peer of the plan that is linked, but was not heard for too long."""
         assert answer.plan is not None
-        waiting = answer.machine.state is fsm.SessionState.OPENING
+        waiting = answer.machine.state is SessionState.OPENING
         for number, stage in enumerate(answer.plan.stages):
             if stage.peer == self.me or (waiting and number in answer.machine.opened):
                 continue
@@ -92,7 +93,7 @@ class StallWatch:
         if answer.machine.epoch != epoch or answer.progress_at != progress or answer.plan is None:
             return
         if not isinstance(after, list):
-            answer.overdue(f"{answer.around.names(after)} does not answer", after)
+            answer.overdue(f"{answer.context.names(after)} does not answer", after)
             return
         assert isinstance(before, list)
         late = self.clock.monotonic() - progress
