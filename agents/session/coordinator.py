@@ -100,7 +100,7 @@ class Coordinator:
 
     async def run(self) -> None:
         """Renew leases, watch deadlines, move what should move. Cancel: every session is closed on its stages."""
-        looked = 0.0
+        checked_at = 0.0
         try:
             while True:
                 await self.clock.sleep(_TICK_S)
@@ -108,16 +108,16 @@ class Coordinator:
                 for answer in list(self.answers.values()):
                     self._watch.look(answer, now)
                 self._expire(now)
-                if now - looked > _LOOK_AROUND_S:
-                    looked = now
-                    await self._look_around()
+                if now - checked_at > _LOOK_AROUND_S:
+                    checked_at = now
+                    await self._check_plans()
         finally:
             for task in self._tasks:
                 task.cancel()
             for answer in list(self.answers.values()):
                 await answer.cancel()
 
-    async def _look_around(self) -> None:
+    async def _check_plans(self) -> None:
         answers = list(self.answers.values())
         for answer in answers:
             self.rescuer.keep_mirrors(answer)
@@ -240,19 +240,19 @@ class Coordinator:
         answer = await self._restore(record)
         if answer.ended:
             self._keep(answer)
-            self._own(answer)
+            self._adopt(answer)
             return answer
         answer.stages.handed_over = True
         return await self._revive(answer)
 
     async def _restore(self, record: SessionRecord) -> Answer:
-        card = self._card(record.model)
+        card = self._find_card(record.model)
         text = await self.library.text(card)
         return Answer(
             msgspec.structs.replace(record, epoch=record.epoch + TAKEOVER_EPOCHS, coordinator=self.me), card, text, self._context
         )
 
-    def _card(self, model: ModelId) -> ModelCard:
+    def _find_card(self, model: ModelId) -> ModelCard:
         card = self.library.cards().get(model)
         if card is None:
             raise UnknownModel(f"no live peer has the model {model} of this session", hint="start one that has its file")
@@ -266,11 +266,11 @@ class Coordinator:
             self.admission.leave(0.0)
             return present or answer
         self._run(answer, self.clock.monotonic())
-        self._own(answer)
+        self._adopt(answer)
         answer.resume()
         return answer
 
-    def _own(self, answer: Answer) -> None:
+    def _adopt(self, answer: Answer) -> None:
         """From now on this peer answers for it: its record must lie elsewhere too, and no more among those of others."""
         self.deputy.forget(answer.session)
         self._journal(answer)
@@ -291,7 +291,7 @@ class Coordinator:
             answer = await self._restore(self.deputy.record(record.session) or record)
             if answer.ended or record.suspended:
                 self._keep(answer)
-                self._own(answer)
+                self._adopt(answer)
                 return
             last = self.names(record.coordinator)
             log.info("session %s: taking over from %s, at token %d", record.session, last, len(answer.output.tokens))

@@ -86,11 +86,13 @@ class Locator:
     async def is_heir(self, record: SessionRecord) -> bool:
         """Whether it falls to this peer to go on with an orphan: nobody has, and no other keeper knows more of it."""
         session = record.session
-        kept = self.deputy.record(session)
-        if kept is None or kept.finish or kept.coordinator != record.coordinator:
+        stored = self.deputy.record(session)
+        if stored is None or stored.finish or stored.coordinator != record.coordinator:
             return False  # another peer took it from here meanwhile, or its client ended it
-        mine = SessionLocation(self.me, False, kept.epoch, len(kept.tokens))
-        return all(found.rank <= mine.rank for found in [*self._known_here(session), *await self._ask_all(session, _HEIR_S)])
+        own_location = SessionLocation(self.me, False, stored.epoch, len(stored.tokens))
+        return all(
+            found.rank <= own_location.rank for found in [*self._known_here(session), *await self._ask_all(session, _HEIR_S)]
+        )
 
     async def end(self, session: SessionId, *, forget: bool) -> None:
         """Cancel it wherever it runs; with `forget`, have every record dropped. Raises: UnknownSession."""
@@ -191,10 +193,10 @@ class Locator:
 
     def _best(self, session: SessionId) -> tuple[SessionRecord | None, bool]:
         """The latest record here, and whether this peer coordinates it."""
-        own, kept = self.own(session), self.deputy.record(session)
-        if own is not None and (kept is None or kept.epoch <= own.epoch):
+        own, stored = self.own(session), self.deputy.record(session)
+        if own is not None and (stored is None or stored.epoch <= own.epoch):
             return own, True
-        return kept, False
+        return stored, False
 
     def _end_here(self, session: SessionId, forget: bool) -> bool:
         finished = self.finish(session, forget)

@@ -72,8 +72,8 @@ class Drainer:
     def _waits_for(self) -> str:
         """In words; empty if nothing runs."""
         parts = [(self.answers(), "answer"), (self.stages(), "stage")]
-        told = [f"{count} {what}{'s' if count > 1 else ''}" for count, what in parts if count]
-        return " and ".join(told)
+        running = [f"{count} {what}{'s' if count > 1 else ''}" for count, what in parts if count]
+        return " and ".join(running)
 
     async def _on_drain(self, sender: PeerId, message: Drain, payload: memoryview) -> Drained:
         asked = not message.undo

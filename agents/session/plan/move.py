@@ -54,7 +54,7 @@ class Mover:
     _moving: dict[SessionId, list[_Copy]] = field(default_factory=dict)
     _seen: dict[SessionId, int] = field(default_factory=dict)
     """Session -> what the mesh looked like when a better plan was last looked for."""
-    _looking: set[SessionId] = field(default_factory=set)
+    _searching: set[SessionId] = field(default_factory=set)
     _not_before: dict[SessionId, float] = field(default_factory=dict)
     """When one that could not be moved is looked at again."""
 
@@ -90,7 +90,7 @@ class Mover:
         """Until every copy is near. One that fails is left to be computed at the target."""
         assert answer.plan is not None
         for copy in copies:
-            self._ask(answer, epoch, copy.stage, copy.target)
+            self._request_copy(answer, epoch, copy.stage, copy.target)
 
         def near() -> bool:
             level = all(copy.caught_up or copy.error for copy in copies)
@@ -107,7 +107,7 @@ class Mover:
         machine = answer.machine
         await answer.output.until(lambda: machine.epoch != epoch or not answer.running or len(machine.tokens) >= last, _LAST_STEP_S)
 
-    def _ask(self, answer: Answer, epoch: int, stage: int, target: PeerId) -> None:
+    def _request_copy(self, answer: Answer, epoch: int, stage: int, target: PeerId) -> None:
         assert answer.plan is not None
         answer.machine.holders.add(target)
         message = Mirror(session=answer.session, epoch=epoch, stage=stage, target=target, eager=True)
@@ -153,35 +153,37 @@ class Mover:
             plan = answer.plan
             if plan is None or answer.machine.state is not SessionState.DECODING:
                 continue
-            if answer.session in self._looking or answer.session in self._not_before:
+            if answer.session in self._searching or answer.session in self._not_before:
                 continue
             if leaving := draining.intersection(plan.peers):
-                self._begin(answer, partial(self._leave, answer, plan, leaving))
+                self._start_once(answer, partial(self._move_away, answer, plan, leaving))
             elif self._seen[answer.session] != shape:
                 self._seen[answer.session] = shape
-                self._begin(answer, partial(self._improve, answer))
+                self._start_once(answer, partial(self._improve, answer))
 
-    async def _leave(self, answer: Answer, plan: Plan, leaving: frozenset[PeerId]) -> None:
-        away = await self._away(answer, plan, leaving)
+    async def _move_away(self, answer: Answer, plan: Plan, leaving: frozenset[PeerId]) -> None:
+        away = await self._plan_without(answer, plan, leaving)
         if leaving.intersection(away.peers):
             raise NoPeer("no other peer can hold its layers")
         names = ", ".join(map(answer.context.names, sorted(leaving)))
-        await self._change_and_say(answer, away, f"{names} leaves")
+        await self._change_and_log(answer, away, f"{names} leaves")
 
     async def _improve(self, answer: Answer) -> None:
         if answer.record.max_tokens - len(answer.output.tokens) < _LEAST_REMAINING:
             return
-        better = self.router.better(answer.card, answer.record.mesh, self.rescuer.need(answer))
+        better = self.router.better(answer.card, answer.record.mesh, self.rescuer.recovery_request(answer))
         if better is not None:
-            await self._change_and_say(answer, better.plan, "a better plan")
+            await self._change_and_log(answer, better.plan, "a better plan")
 
-    async def _away(self, answer: Answer, plan: Plan, leaving: frozenset[PeerId]) -> Plan:
+    async def _plan_without(self, answer: Answer, plan: Plan, leaving: frozenset[PeerId]) -> Plan:
         """The same cuts without those who leave, since KV can be copied then; any plan without them if that can't be."""
         for source in sorted(leaving):
             others = [advert.peer for advert in self.adverts() if _may_take(advert, answer.record.mesh)]
-            moved = [there for target in others if (there := self._with_target(answer, plan, target, source)) is not None]
+            moved = [candidate for target in others if (candidate := self._with_target(answer, plan, target, source)) is not None]
             if not moved:
-                found = await self.router.recover(answer.card, answer.record.mesh, self.rescuer.need(answer, avoid=leaving))
+                found = await self.router.recover(
+                    answer.card, answer.record.mesh, self.rescuer.recovery_request(answer, avoid=leaving)
+                )
                 return found.plan
             plan = min(moved, key=lambda plan: plan.predicted_tpot_s)
         return plan
@@ -192,19 +194,19 @@ class Mover:
         except MeshdError:
             return None
 
-    def _begin(self, answer: Answer, work: Callable[[], Awaitable[None]]) -> None:
+    def _start_once(self, answer: Answer, work: Callable[[], Awaitable[None]]) -> None:
         """One look at a time for each answer; it ends with the answer."""
-        self._looking.add(answer.session)
-        answer.tasks.spawn(self._quietly(answer, work)).add_done_callback(lambda _: self._looking.discard(answer.session))
+        self._searching.add(answer.session)
+        answer.tasks.spawn(self._log_failure(answer, work)).add_done_callback(lambda _: self._searching.discard(answer.session))
 
-    async def _quietly(self, answer: Answer, work: Callable[[], Awaitable[None]]) -> None:
+    async def _log_failure(self, answer: Answer, work: Callable[[], Awaitable[None]]) -> None:
         try:
             await work()
         except MeshdError as error:
             self._not_before[answer.session] = self.clock.monotonic() + _AGAIN_S
             log.info("session %s stays where it is: %s", answer.session, error)
 
-    async def _change_and_say(self, answer: Answer, plan: Plan, reason: str) -> None:
+    async def _change_and_log(self, answer: Answer, plan: Plan, reason: str) -> None:
         pause_s = await self.change(answer, plan, reason)
         log.info("session %s moved (%s), pause %.1f ms", answer.session, reason, 1000 * pause_s)
 

@@ -117,23 +117,23 @@ class RecoveryPlan:
     """To the next token."""
 
 
-def expected_held(need: RecoveryRequest, stages: Sequence[StagePlan], surviving: Collection[int]) -> tuple[StageHeld, ...]:
+def expected_held(request: RecoveryRequest, stages: Sequence[StagePlan], surviving: Collection[int]) -> tuple[StageHeld, ...]:
     """What the stages of a new plan will tell, as far as can be known before they are asked.
 
     `surviving`: the stages of the old plan whose KV is still there.
     """
-    return tuple(_expected(need, stage, surviving) for stage in stages)
+    return tuple(_expected(request, stage, surviving) for stage in stages)
 
 
-def _expected(need: RecoveryRequest, stage: StagePlan, surviving: Collection[int]) -> StageHeld:
-    if need.old is None:
+def _expected(request: RecoveryRequest, stage: StagePlan, surviving: Collection[int]) -> StageHeld:
+    if request.old is None:
         return StageHeld(0)
-    best, before = StageHeld(0), need.old.stages
-    for number, (peer, held) in need.copies.items():
+    best, before = StageHeld(0), request.old.stages
+    for number, (peer, held) in request.copies.items():
         if peer == stage.peer and number < len(before) and stage.layers in before[number].layers and held > best.held:
             best = StageHeld(held, mirrored=True)
     for number in surviving:
         if before[number].peer == stage.peer and stage.layers in before[number].layers:
             same_end = stage.layers.end == before[number].layers.end
-            best = StageHeld(need.known - 1, kept_to=need.known - 1 if same_end else 0)
+            best = StageHeld(request.known - 1, kept_to=request.known - 1 if same_end else 0)
     return best

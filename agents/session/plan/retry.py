@@ -102,7 +102,9 @@ class PlanRetrier:
             return None
         while True:
             try:
-                found = await self.router.recover(answer.card, answer.record.mesh, self.need(answer, command.lost, command.avoid))
+                found = await self.router.recover(
+                    answer.card, answer.record.mesh, self.recovery_request(answer, command.lost, command.avoid)
+                )
             except (NotReady, Overloaded, DoesNotFit, NoPeer) as error:
                 patience = _LOADING_WAIT_S if isinstance(error, NotReady) else _ROOM_WAIT_S
                 if isinstance(error, DoesNotFit | NoPeer):
@@ -134,7 +136,7 @@ class PlanRetrier:
         await self.clock.sleep(_UNNOTICED_S)
         return answer.running
 
-    def need(
+    def recovery_request(
         self, answer: Answer, lost: frozenset[PeerId] = frozenset(), avoid: frozenset[PeerId] = frozenset()
     ) -> RecoveryRequest:
         """What a plan to go on with has to do."""

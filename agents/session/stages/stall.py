@@ -71,7 +71,7 @@ class StallWatch:
         limit = max(_LEAST_STEP_S, _PATIENCE * predicted)
         if now - answer.progress_at > limit and state is not SessionState.OPENING and answer.session not in self._asking:
             self._asking.add(answer.session)
-            answer.tasks.spawn(self._find_out(answer, limit)).add_done_callback(lambda _: self._asking.discard(answer.session))
+            answer.tasks.spawn(self._locate_stall(answer, limit)).add_done_callback(lambda _: self._asking.discard(answer.session))
 
     def _silent(self, answer: Answer) -> PeerId | None:
         """A peer of the plan that is linked, but was not heard for too long."""
@@ -84,7 +84,7 @@ class StallWatch:
                 return stage.peer
         return None
 
-    async def _find_out(self, answer: Answer, limit: float) -> None:
+    async def _locate_stall(self, answer: Answer, limit: float) -> None:
         """Ask every stage twice. What has not moved in between is stuck."""
         epoch, progress = answer.machine.epoch, answer.progress_at
         before = await self._ask(answer, epoch)
@@ -108,7 +108,7 @@ class StallWatch:
     async def _ask(self, answer: Answer, epoch: int) -> list[StageWhereabouts] | PeerId:
         """Each stage's word, in order; or the peer that gave none."""
         assert answer.plan is not None
-        told: dict[int, StageWhereabouts] = {}
+        replies: dict[int, StageWhereabouts] = {}
         for peer in dict.fromkeys(answer.plan.peers):
             question = FetchProgress(request=self.links.next_request(), session=answer.session, epoch=epoch)
             try:
@@ -116,9 +116,9 @@ class StallWatch:
             except MeshdError:
                 return peer
             if isinstance(reply, ProgressData):
-                told |= {stage: StageWhereabouts(due, sent, computing) for stage, due, sent, computing in reply.stages}
-        missing = [number for number in range(len(answer.plan.stages)) if number not in told]
-        return answer.plan.stages[missing[0]].peer if missing else [told[number] for number in sorted(told)]
+                replies |= {stage: StageWhereabouts(due, sent, computing) for stage, due, sent, computing in reply.stages}
+        missing = [number for number in range(len(answer.plan.stages)) if number not in replies]
+        return answer.plan.stages[missing[0]].peer if missing else [replies[number] for number in sorted(replies)]
 
 
 def stuck_at(
