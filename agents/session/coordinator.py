@@ -63,7 +63,7 @@ class Coordinator:
     names: Callable[[PeerId], str]
     readiness_of: Callable[[], tuple[bool, float, str]]
     leaving: Callable[[], bool]
-    """This peer is told to stop: it waits for what runs, and takes nothing new."""
+    """Whether this peer is stopping: it waits for running answers and takes no new ones."""
     answers: dict[SessionId, Answer] = field(default_factory=dict)
     """Those that run."""
     kept: OrderedDict[SessionId, Answer] = field(default_factory=OrderedDict)
@@ -141,8 +141,6 @@ class Coordinator:
         """See `service.Coordinator.readiness`."""
         return self.readiness_of()
 
-    # New answers
-
     async def generate(self, request: GenerationRequest) -> Answer:
         """See `service.Coordinator.generate`."""
         if self.leaving():
@@ -180,8 +178,6 @@ class Coordinator:
         self.answers[answer.session] = answer
         self._admitted[answer.session] = since
         self.telemetry.sessions_active(len(self.answers))
-
-    # Answers that are there already
 
     async def resume(self, session: SessionId) -> Answer:
         """See `service.Coordinator.resume`."""
@@ -224,7 +220,7 @@ class Coordinator:
                 answer.suspend()
 
     def finish(self, session: SessionId, forget: bool) -> bool:
-        """Cancel an answer of this peer, and forget it if asked; whether there was one."""
+        """Cancel an answer of this peer, and forget it if asked. Returns: whether there was one."""
         answer = self.answers.get(session) or self.kept.get(session)
         if answer is None:
             return False
@@ -235,7 +231,7 @@ class Coordinator:
         return True
 
     async def _take(self, session: SessionId) -> Answer:
-        """Go on here with an answer of another peer."""
+        """Continue another peer's answer here."""
         record = await self.locator.fetch(session, take=True)
         answer = await self._restore(record)
         if answer.ended:
@@ -271,12 +267,12 @@ class Coordinator:
         return answer
 
     def _adopt(self, answer: Answer) -> None:
-        """From now on this peer answers for it: its record must lie elsewhere too, and no more among those of others."""
+        """Coordinate the answer here: find it a deputy, and stop keeping its record for the previous coordinator."""
         self.deputy.forget(answer.session)
         self._journal(answer)
 
     def take_over(self, record: SessionRecord) -> None:
-        """The coordinator of an answer whose record lies here is gone."""
+        """Take over an answer whose record this peer keeps: its coordinator is lost."""
         task = asyncio.get_running_loop().create_task(self._take_over(record), name=f"take over {record.session}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -299,8 +295,6 @@ class Coordinator:
             await self._revive(answer)
         except MeshdError as error:
             log.warning("session %s was not taken over: %s", record.session, error)
-
-    # Moves
 
     async def move(self, session: SessionId, target: PeerId, source: PeerId | None) -> Moved:
         """Move an answer's stages, wherever it is coordinated. Raises: UnknownSession, InvalidRequest, NoPeer, PeerFault."""
@@ -340,8 +334,6 @@ class Coordinator:
         for answer in list(self.answers.values()):
             answer.on_peer_gone(peer, reason)
 
-    # What answers tell
-
     def _on_opened(self, answer: Answer) -> None:
         """A plan runs: the journal must know it, and mirrors start."""
         self._journal(answer)
@@ -374,7 +366,7 @@ class Coordinator:
         report_end(answer, self.telemetry)
 
     def _journal(self, answer: Answer) -> None:
-        """Have a deputy know all of it."""
+        """Send the answer's whole record to its deputies."""
         self.journal.begin(answer.session, answer.snapshot, lambda: answer.plan.peers if answer.plan else ())
 
     def _keep(self, answer: Answer) -> None:

@@ -28,7 +28,7 @@ class StageOpened:
     epoch: int
     stage: int
     held: StageHeld = NOTHING
-    """What lies there already."""
+    """What the stage already has of the session."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class DeadlinePassed:
 
 @dataclass(frozen=True, slots=True)
 class Suspend:
-    """Nobody reads it now: let go of everything but the tokens."""
+    """Nobody reads it now: free everything but the tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class Released:
 
 @dataclass(frozen=True, slots=True)
 class Reclaimed:
-    """Another peer had gone on with it, and gave it back."""
+    """Another peer had continued it, and gave it back."""
 
     used: int
     """The highest epoch that it can have used."""
@@ -137,7 +137,7 @@ class OpenStages:
 
 @dataclass(frozen=True, slots=True)
 class ResumeStages:
-    """All are open; each goes on from its position."""
+    """All are open: send each the position that it resumes from."""
 
     epoch: int
     plan: Plan
@@ -156,7 +156,7 @@ class SendPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Replan:
-    """Find a plan to go on with: `lost` peers' KV is gone, peers to `avoid` are not to be trusted now."""
+    """Find another plan: `lost` peers' KV is gone, peers to `avoid` are distrusted now."""
 
     reason: str
     lost: frozenset[PeerId]

@@ -52,7 +52,7 @@ class SessionState(Enum):
     PREFILLING = "prefilling"
     DECODING = "decoding"
     RECOVERING = "recovering"
-    """It waits for a plan to go on with."""
+    """It waits for another plan."""
     SUSPENDED = "suspended"
     """Nothing runs; it can be resumed."""
     FINISHED = "finished"
@@ -90,14 +90,14 @@ class Session(Machine[Event, Command]):
     tokens: list[int] = field(default_factory=list)
     credit: int = CREDIT_TOKENS
     holders: set[PeerId] = field(default_factory=set)
-    """Peers where something of this session may lie."""
+    """Peers that may hold something of this session."""
     lost: set[PeerId] = field(default_factory=set)
     """Peers that went since the last token."""
     avoid: set[PeerId] = field(default_factory=set)
     """Peers that were at fault since the last token."""
     attempts: int = 0
     rooted: Plan | None = None
-    """The last plan that ran: where KV lies now."""
+    """The last plan that ran, whose peers hold the KV."""
     finish: FinishReason | None = None
     error: MeshdError | None = None
 
@@ -175,7 +175,7 @@ class Session(Machine[Event, Command]):
         return isinstance(epoch, int) and epoch != self.epoch
 
     def _close(self, reason: str) -> list[Command]:
-        """Let go of everything that lies on peers."""
+        """Free everything that peers hold of the session."""
         peers, self.holders = tuple(sorted(self.holders)), set()
         return [CloseStages(self.epoch, peers, reason)] if peers else []
 
@@ -273,7 +273,7 @@ def _tokens_read(session: Session, event: TokensRead) -> list[Command]:
         return []  # half a window at a time: a message for each token would cost more than it bounds
     session.credit = wanted
     if session.plan is None or session.state is SessionState.RECOVERING:
-        return []  # the next OPEN tells it
+        return []  # the next OPEN carries it
     return [GrantCredit(session.epoch, session.plan.stages[0].peer, wanted)]
 
 
@@ -287,7 +287,7 @@ def _stage_failed(session: Session, event: StageFailed) -> list[Command]:
 
 
 def _failed_in_recovery(session: Session, event: StageFailed) -> list[Command]:
-    return []  # each neighbour of a lost stage tells of it; the first was enough
+    return []  # each neighbour of a lost stage reports it; the first report was enough
 
 
 def _peer_gone(session: Session, event: PeerGone) -> list[Command]:

@@ -15,7 +15,7 @@ _MAX_DROPS = 1024
 
 
 class DropQueue:
-    """Records that lie somewhere for nothing: their keepers are told, when it is time and when they can be reached."""
+    """JOURNAL_DROP messages that wait for their time, or for a link to the peer."""
 
     def __init__(self, links: Links, clock: Clock) -> None:
         self._links = links
@@ -24,7 +24,7 @@ class DropQueue:
         """(not before, epoch)"""
 
     def add(self, peer: PeerId, session: SessionId, epoch: int, after_s: float = 0.0) -> None:
-        """Tell it, now if that can be."""
+        """Have this peer drop the record after `after_s`, or as soon as it can be reached."""
         self._due.pop((peer, session), None)
         self._due[peer, session] = self._clock.monotonic() + after_s, epoch
         while len(self._due) > _MAX_DROPS:
@@ -37,10 +37,10 @@ class DropQueue:
         self._due.pop((peer, session), None)
 
     def send_due(self, now: float) -> None:
-        """To be called now and then."""
+        """Send what is due. Called periodically."""
         for (peer, session), (due, epoch) in list(self._due.items()):
             if now - due > KEEP_ENDED_S:
-                del self._due[peer, session]  # it has forgotten by itself
+                del self._due[peer, session]  # its own expiry has removed the record by now
             elif due <= now:
                 self._send(peer, session, epoch)
 

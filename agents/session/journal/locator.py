@@ -13,7 +13,7 @@ from meshd.protocol.messages import EndSession, FetchSession, FindSession, Sessi
 from meshd.types import FinishReason, PeerId, SessionId
 
 _FIND_S = 2.0
-"""Who is silent for longer counts as lost anyway."""
+"""A peer that is silent for longer counts as lost anyway."""
 _GRACE_S = 0.25
 """Once the coordinator is found: for the others, one of which may have taken over from it."""
 _HEIR_S = 0.5
@@ -53,12 +53,10 @@ class Locator:
     finish: Callable[[SessionId, bool], bool]
 
     def register(self) -> None:
-        """Answer those who look for a session."""
+        """Take requests for a session from the links."""
         self.links.register(FindSession, self._on_find)
         self.links.register(FetchSession, self._on_fetch)
         self.links.register(EndSession, self._on_end)
-
-    # Asking
 
     async def coordinator_of(self, session: SessionId) -> PeerId:
         """Who coordinates it now; this peer itself if it does. Raises: UnknownSession."""
@@ -160,8 +158,6 @@ class Locator:
         if record.session != session:
             raise PeerFault("the record is of another session")
         return record
-
-    # Answering
 
     def _on_find(self, sender: PeerId, message: FindSession, payload: memoryview) -> SessionFound:
         record, coordinates = self._best(message.session)

@@ -80,7 +80,7 @@ class JournalStore:
         self._drop_unwanted(stored)
 
     def append(self, sender: PeerId, message: JournalTokens, now: float) -> bool:
-        """Add what the coordinator tells. False: that can't be done, only the whole record helps."""
+        """Add the coordinator's tokens. Returns: False if they do not fit, and the whole record must be sent."""
         stored = self._records.get(message.session)
         if stored is None or stored.head.coordinator != sender:
             return False
@@ -111,7 +111,7 @@ class JournalStore:
             stored.touched = now
 
     def end(self, session: SessionId, finish: str, now: float) -> bool:
-        """Nobody shall go on with it; whether it is known. What has ended stays as it is."""
+        """Mark the session as ended, unless it is already. Returns: whether it is known."""
         stored = self._records.get(session)
         if stored is None:
             return False
@@ -122,7 +122,7 @@ class JournalStore:
         return True
 
     def drop(self, session: SessionId, sender: PeerId) -> bool:
-        """Forget it, if this is its coordinator; whether it was."""
+        """Forget the record, if `sender` is its coordinator. Returns: whether it is."""
         stored = self._records.get(session)
         if stored is None or stored.head.coordinator != sender:
             return False
@@ -130,13 +130,13 @@ class JournalStore:
         return True
 
     def forget(self, session: SessionId) -> bool:
-        """Forget it, whoever it belongs to; whether it was known."""
+        """Forget the record, whichever coordinator it has. Returns: whether it was known."""
         known = session in self._records
         self._remove(session)
         return known
 
     def expire(self, now: float) -> None:
-        """Drop what was long not touched; to be called now and then."""
+        """Drop records that were not touched for `keep_s`. Called periodically."""
         for session in [session for session, stored in self._records.items() if now - stored.touched > self.keep_s]:
             self._remove(session)
 

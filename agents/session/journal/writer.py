@@ -1,6 +1,6 @@
-"""The coordinator's side of the journal: each session's record lies with one other peer too, its deputy, in case this one is lost.
+"""The coordinator's side of the journal: another peer, the deputy, keeps a copy of each session's record in case this one is lost.
 
-A new deputy gets the whole record and says that it keeps it. After that it gets only tokens, in batches that nobody acknowledges:
+A new deputy gets the whole record and confirms it. After that it gets only tokens, in batches that nobody acknowledges:
 the link keeps them in order, and a deputy that misses some, or has no room, says JOURNAL_DROP and the record goes out whole again.
 A token costs an append, a batch one small message, and one timer serves all sessions.
 """
@@ -51,7 +51,7 @@ class _Entry:
     ended_at: float = 0.0
     deputy: PeerId | None = None
     confirmed: bool = False
-    """The deputy says so; before, tokens wait."""
+    """The deputy has confirmed the record. Until then tokens wait."""
     tokens: PendingTokens = field(default_factory=PendingTokens)
     reported: str = ""
     """The answer's end as the deputy knows it."""
@@ -99,8 +99,6 @@ class JournalWriter:
         """Who keeps this session's record, or is asked to."""
         entry = self._entries.get(session)
         return entry.deputy if entry is not None else None
-
-    # What the coordinator tells
 
     def begin(self, session: SessionId, record: Callable[[], SessionRecord], plan_peers: Callable[[], tuple[PeerId, ...]]) -> None:
         """Keep this session's record with a deputy from now on; again at each new plan, which the record names.
@@ -170,10 +168,8 @@ class JournalWriter:
                 tasks.create_task(self._hand_over_due(), name="journal")
             tasks.create_task(self._tick(), name="journal timer")
 
-    # Whole records
-
     def _hand_over(self, entry: _Entry) -> None:
-        """Have the whole record sent, to the present deputy if there is no reason for another one."""
+        """Queue a full record transfer, to the current deputy unless it must change."""
         entry.confirmed = False
         entry.turn += 1
         self._unsent.pop(entry, None)
@@ -181,14 +177,14 @@ class JournalWriter:
         self._wake.set()
 
     def _start_over(self, entry: _Entry, avoid_s: float = 0.0) -> None:
-        """The deputy has not all of it: start anew."""
+        """Choose a deputy again and send it the whole record: the present one misses part of it."""
         if entry.deputy is not None and avoid_s:
             entry.avoid[entry.deputy] = self._clock.monotonic() + avoid_s
         self._detach(entry)
         self._hand_over(entry)
 
     def _detach(self, entry: _Entry, drop_after_s: float = 0.0) -> None:
-        """Be without a deputy."""
+        """Give up the deputy, and have it drop the record after `drop_after_s`."""
         peer, entry.deputy = entry.deputy, None
         entry.confirmed = False
         entry.turn += 1
@@ -248,10 +244,8 @@ class JournalWriter:
         if present is None or present.deputy != peer:
             self._drops.add(peer, session, epoch)
 
-    # Tokens
-
     def _send(self, entry: _Entry) -> None:
-        """Tell the deputy what it does not know yet."""
+        """Send the deputy what it does not have yet."""
         if not entry.confirmed:
             return
         self._unsent.pop(entry, None)
@@ -270,8 +264,6 @@ class JournalWriter:
             self._start_over(entry, _AVOID_S)
             return
         entry.reported, entry.reported_at = finish, self._clock.monotonic()
-
-    # The timer
 
     async def _tick(self) -> None:
         checked = self._clock.monotonic()

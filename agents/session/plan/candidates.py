@@ -46,7 +46,7 @@ class PeerRules:
     leaving: bool = False
     """Also peers that are about to leave."""
     avoided: bool = False
-    """Also those that the need says to avoid."""
+    """Also those that the request says to avoid."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,7 @@ class LayerShortage:
 
 @dataclass(frozen=True)
 class CandidateSearch:
-    """One session's need, and the peers as this session may use them."""
+    """One session's request, and the peers as this session may use them."""
 
     problem: PlanInput
     """Over what is resident; what the session has reserved counts as free."""
@@ -219,7 +219,7 @@ class CandidateSearch:
 def candidate_search(
     card: ModelCard, adverts: Sequence[Advert], mesh: MeshOptions, request: RecoveryRequest, me: PeerId, allowed: PeerRules
 ) -> CandidateSearch:
-    """The scene as the adverts tell it. Raises: NoPeer when none of the peers that the request names is here."""
+    """Returns: the search over what the adverts offer. Raises: NoPeer if none of the peers that the request names is here."""
     profiles = profiles_from_adverts(adverts, card.id)
     surviving = frozenset(_surviving(profiles, request))
     problem = PlanInput(

@@ -66,7 +66,11 @@ class Mover:
         return await self.change(answer, plan, f"moved to {answer.context.names(target)}")
 
     async def change(self, answer: Answer, plan: Plan, reason: str) -> float:
-        """Have a running answer go on under another plan. Raises: InvalidRequest, PeerFault; then it goes on as it can."""
+        """Change the plan of a running answer.
+
+        Returns: the pause in seconds.
+        Raises: InvalidRequest, PeerFault; the answer then continues under whatever plan it has.
+        """
         if answer.session in self._moving:
             raise InvalidRequest(f"session {answer.session} is being moved already")
         old = answer.plan
@@ -129,14 +133,12 @@ class Mover:
         raise PeerFault("the move was cut short: the session ended, or made no token in time")
 
     def on_mirrored(self, answer: Answer, message: Mirrored) -> None:
-        """A stage tells how far a copy is."""
+        """A stage reports how far a copy is."""
         for copy in self._moving.get(answer.session, ()):
             if (copy.stage, copy.target) == (message.stage, message.target):
                 copy.error = message.error
                 copy.caught_up = message.filled - message.held <= _NEAR_TOKENS
                 answer.output.touch()
-
-    # Moves that nobody asked for
 
     def look_for_better(self, answers: list[Answer]) -> None:
         """Move answers off peers that leave, and to plans that have become worth it since the mesh changed."""

@@ -1,7 +1,7 @@
-"""How a session goes on under another plan: what each stage still has, where each starts, and what that is called.
+"""How a session continues under another plan: what each stage still has, where each starts, and what that method is called.
 
 House rules of this file: no I/O, no clock. Every change of plan (after a loss, a move, growth, a take-over) is the same thing here:
-the stages of the new plan tell what lies there of the session, and from that follows what is computed again and what is only sent.
+the stages of the new plan report what they still have of the session, which decides what is computed again and what is only sent.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -79,7 +79,7 @@ def method_of(held: Sequence[StageHeld], resumptions: Sequence[ResumePoint], kno
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoveryRequest:
-    """What a plan to go on with has to do."""
+    """What a plan must offer so that the session can continue under it."""
 
     old: Plan | None
     """The plan that broke, or that runs; None: there is none yet."""

@@ -58,7 +58,7 @@ class PlanRetrier:
         answer.tasks.search(self._to_its_end(answer, partial(self._first, answer)))
 
     async def _to_its_end(self, answer: Answer, search: Callable[[], Awaitable[None]]) -> None:
-        """An answer whose search ended for a reason that nobody foresaw fails, since it would wait for ever."""
+        """Run a search. An unexpected error fails the answer, which would otherwise wait for ever."""
         try:
             await search()
         except Exception as error:
@@ -139,7 +139,7 @@ class PlanRetrier:
     def recovery_request(
         self, answer: Answer, lost: frozenset[PeerId] = frozenset(), avoid: frozenset[PeerId] = frozenset()
     ) -> RecoveryRequest:
-        """What a plan to go on with has to do."""
+        """What the answer's next plan must offer."""
         old = answer.machine.rooted
         now = self.clock.monotonic()
         linked = {answer.context.me, *self.links.peers()}
@@ -152,8 +152,6 @@ class PlanRetrier:
             known=answer.machine.known,
             mirrors=dict(answer.mirrors),
         )
-
-    # Mirrors
 
     def keep_mirrors(self, answer: Answer) -> None:
         """Have the KV of every stage of a running answer copied to a peer that could take over, where there is one."""
@@ -172,7 +170,7 @@ class PlanRetrier:
             )
 
     def on_mirrored(self, answer: Answer, message: Mirrored) -> None:
-        """A stage tells how far the copy of its KV is."""
+        """A stage reports how far the copy of its KV is."""
         known = answer.mirrors.get(message.stage)
         if known is None or known[0] != message.target or message.epoch != answer.machine.epoch:
             return

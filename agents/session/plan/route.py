@@ -1,4 +1,4 @@
-"""From a request, or a broken plan, to a plan: a route over what lies on the peers now. What is missing is placed first."""
+"""Plans for requests, and for sessions that lost theirs, over the layers that peers have now. Missing layers are placed first."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
@@ -168,8 +168,6 @@ class Router:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    # New sessions
-
     def _route(self, card: ModelCard, mesh: MeshOptions, context: int, prompt_tokens: int) -> Plan:
         """Over what is there to be routed over; else over standby copies too; else over peers that are about to leave too.
 
@@ -203,8 +201,6 @@ class Router:
         async for _ in self.placer.place(card, mesh, context=context):
             pass
 
-    # Sessions that lost their plan
-
     def _search(self, card: ModelCard, mesh: MeshOptions, request: RecoveryRequest, allowed: PeerRules) -> CandidateSearch:
         """Raises: NoPeer."""
         return candidate_search(card, self.adverts(), mesh, request, self.me, allowed)
@@ -235,7 +231,7 @@ class Router:
         return PlanId(f"{self.me[:8]}-{self._plans}")
 
     async def _load_missing(self, card: ModelCard, mesh: MeshOptions, request: RecoveryRequest) -> None:
-        """Have the layers loaded for want of which a session can't go on."""
+        """Load the layers that the session needs and no peer has."""
         search = self._search(card, mesh, request, _ANYONE)
         shortage = search.shortage()
         if shortage.busy or not shortage.missing:
@@ -291,8 +287,6 @@ class Router:
             case RemoteFailure():
                 return DoesNotFit(f"lost layers could not be loaded: {text}", hint=error.hint)
         return NotReady(f"lost layers could not be loaded yet: {text}")
-
-    # What is being placed
 
     async def _shared(self, card: ModelCard, key: Hashable, what: str, work: Callable[[], Coroutine[None, None, None]]) -> None:
         """Requests that need the same share one placement, which outlives them. Raises: NotReady if it takes long; as it does."""

@@ -1,4 +1,4 @@
-"""Finds out that an answer is stuck, and where: a silent peer, a step on no way, a stage that computes without end."""
+"""Finds answers that are stuck, and the cause: a silent peer, a step lost in transit, or a stage that never finishes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,14 +31,14 @@ _UNREAD_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class StageWhereabouts:
-    """One stage's word on a session."""
+    """A stage's report of how far a session has come."""
 
     due: int
     """Position that it expects next."""
     sent: int
     """Positions that it has sent on."""
     computing_s: float
-    """For how long its peer has computed the present step, of whatever session."""
+    """How long its peer has been computing its present step, which may be another session's."""
 
 
 @dataclass(slots=True)
@@ -106,7 +106,7 @@ class StallWatch:
         answer.overdue(f"{late:.1f} s without a token: {reason}", blame)
 
     async def _ask(self, answer: Answer, epoch: int) -> list[StageWhereabouts] | PeerId:
-        """Each stage's word, in order; or the peer that gave none."""
+        """Returns: each stage's report, in order, or the peer that did not send one."""
         assert answer.plan is not None
         replies: dict[int, StageWhereabouts] = {}
         for peer in dict.fromkeys(answer.plan.peers):
