@@ -10,21 +10,24 @@ import msgspec
 
 from meshd.agents.links.links import Links
 from meshd.agents.observe.story import Story
-from meshd.agents.placement.model_library import ModelLibrary
+from meshd.agents.placement.model_library import ModelLibrary, ModelText
 from meshd.agents.service import GenerationRequest
 from meshd.agents.session.admission import Admission
-from meshd.agents.session.answer import Answer, AnswerContext, Recovered
+from meshd.agents.session.answer import Answer, AnswerContext
 from meshd.agents.session.journal.deputy import Deputy
 from meshd.agents.session.journal.locator import Locator
-from meshd.agents.session.journal.record import SessionRecord
+from meshd.agents.session.journal.record import SessionRecord, new_record
 from meshd.agents.session.journal.writer import JournalWriters
 from meshd.agents.session.plan.move import Mover
 from meshd.agents.session.plan.retry import TAKEOVER_EPOCHS, PlanRetrier
 from meshd.agents.session.plan.route import Router
-from meshd.agents.session.stall import StallWatch
+from meshd.agents.session.recovery import Recovered
+from meshd.agents.session.report import report_end
+from meshd.agents.session.stages.receiver import StageReceiver
+from meshd.agents.session.stages.stall import StallWatch
 from meshd.clock import Clock
-from meshd.errors import ContextTooLong, InvalidRequest, MeshdError, Unavailable, UnknownModel, UnknownSession
-from meshd.protocol.messages import Closed, Error, Failed, Mirrored, Move, Moved, Token
+from meshd.errors import MeshdError, Unavailable, UnknownModel, UnknownSession
+from meshd.protocol.messages import Error, Move, Moved, Token
 from meshd.telemetry import Telemetry
 from meshd.types import ModelCard, ModelId, PeerId, SessionId, TokenLogprobs
 
@@ -60,7 +63,7 @@ class Coordinator:
     names: Callable[[PeerId], str]
     readiness_of: Callable[[], tuple[bool, float, str]]
     leaving: Callable[[], bool]
-    """This peer is told to stop: it waits for what runs, and takes nothing new."""
+    """Whether this peer is stopping: it waits for running answers and takes no new ones."""
     answers: dict[SessionId, Answer] = field(default_factory=dict)
     """Those that run."""
     kept: OrderedDict[SessionId, Answer] = field(default_factory=OrderedDict)
@@ -71,11 +74,13 @@ class Coordinator:
     """Since when an answer has its ticket."""
     _tasks: set["asyncio.Task[None]"] = field(default_factory=set)
     _watch: StallWatch = field(init=False)
-    _around: AnswerContext = field(init=False)
+    _context: AnswerContext = field(init=False)
+    _receiver: StageReceiver = field(init=False)
 
     def __post_init__(self) -> None:
+        self._receiver = StageReceiver(self.answers, self.rescuer, self.mover, self.names)
         self._watch = StallWatch(self.links, self.clock, self.me)
-        self._around = AnswerContext(
+        self._context = AnswerContext(
             me=self.me,
             links=self.links,
             clock=self.clock,
@@ -90,14 +95,12 @@ class Coordinator:
 
     def register(self) -> None:
         """Take the messages that stages send to their coordinator. TOKEN goes to the first stage too: the daemon shares it out."""
-        self.links.register(Failed, self._on_failed)
-        self.links.register(Closed, lambda sender, message, payload: None)
-        self.links.register(Mirrored, self._on_mirrored)
+        self._receiver.register(self.links)
         self.links.register(Move, self._on_move)
 
     async def run(self) -> None:
         """Renew leases, watch deadlines, move what should move. Cancel: every session is closed on its stages."""
-        looked = 0.0
+        checked_at = 0.0
         try:
             while True:
                 await self.clock.sleep(_TICK_S)
@@ -105,16 +108,16 @@ class Coordinator:
                 for answer in list(self.answers.values()):
                     self._watch.look(answer, now)
                 self._expire(now)
-                if now - looked > _LOOK_AROUND_S:
-                    looked = now
-                    await self._look_around()
+                if now - checked_at > _LOOK_AROUND_S:
+                    checked_at = now
+                    await self._check_plans()
         finally:
             for task in self._tasks:
                 task.cancel()
             for answer in list(self.answers.values()):
                 await answer.cancel()
 
-    async def _look_around(self) -> None:
+    async def _check_plans(self) -> None:
         answers = list(self.answers.values())
         for answer in answers:
             self.rescuer.keep_mirrors(answer)
@@ -138,8 +141,6 @@ class Coordinator:
         """See `service.Coordinator.readiness`."""
         return self.readiness_of()
 
-    # New answers
-
     async def generate(self, request: GenerationRequest) -> Answer:
         """See `service.Coordinator.generate`."""
         if self.leaving():
@@ -148,8 +149,8 @@ class Coordinator:
         text = await self.library.text(card)
         # On another thread: a long prompt, or a template that loops, must not hold up the heartbeats.
         prompt = await asyncio.to_thread(text.tokens_of, request.prompt, request.template)
-        record = self._record(request, card, prompt)
-        answer = await self._admit(lambda: Answer(record, card, text, self._around))
+        record = new_record(request, card, prompt, self.me, self.clock)
+        answer = await self._admit(record, card, text)
         self.rescuer.start(answer)
         try:
             await answer.opened
@@ -159,13 +160,13 @@ class Coordinator:
         log.info("session %s: %s, %d prompt tokens, over %s", answer.session, card.name, len(prompt), answer.plan_header)
         return answer
 
-    async def _admit(self, make: Callable[[], Answer]) -> Answer:
+    async def _admit(self, record: SessionRecord, card: ModelCard, text: ModelText) -> Answer:
         asked = self.clock.monotonic()
         await self.admission.enter()
         now = self.clock.monotonic()
         self.telemetry.queue_wait(now - asked)
         try:
-            answer = make()
+            answer = Answer(record, card, text, self._context)
         except BaseException:
             self.admission.leave(0.0)
             raise
@@ -177,41 +178,6 @@ class Coordinator:
         self.answers[answer.session] = answer
         self._admitted[answer.session] = since
         self.telemetry.sessions_active(len(self.answers))
-
-    def _record(self, request: GenerationRequest, card: ModelCard, prompt: tuple[int, ...]) -> SessionRecord:
-        """The request as it is understood. Raises: ContextTooLong, InvalidRequest."""
-        if not prompt:
-            raise InvalidRequest("the prompt is empty", param="prompt")
-        if max(prompt) >= card.spec.vocab or min(prompt) < 0:
-            raise InvalidRequest(f"token ids go from 0 to {card.spec.vocab - 1}", param="prompt")
-        context = request.mesh.context or card.spec.context_length
-        if context > card.spec.context_length:
-            raise InvalidRequest(f"the model's context is {card.spec.context_length} tokens, not {context}", param="mesh.context")
-        room = context - len(prompt)
-        wanted = request.max_tokens if request.max_tokens is not None else room
-        if room < 1 or wanted > room:
-            asked = f"{len(prompt)} in the prompt" + (f" and {wanted} for the answer" if request.max_tokens is not None else "")
-            raise ContextTooLong(
-                f"this model's context is {context} tokens, and {asked} are more", hint="shorten the prompt or max_tokens"
-            )
-        return SessionRecord(
-            session=SessionId(self.clock.random_bytes(16).hex()),
-            model=card.id,
-            coordinator=self.me,
-            epoch=0,
-            prompt=prompt,
-            max_tokens=wanted,
-            sampling=request.sampling,
-            ignore_eos=request.ignore_eos,
-            stop=request.stop,
-            mesh=request.mesh,
-            background=request.background,
-            store=request.store,
-            edge=request.edge,
-            created=self.clock.wall(),
-        )
-
-    # Answers that are there already
 
     async def resume(self, session: SessionId) -> Answer:
         """See `service.Coordinator.resume`."""
@@ -254,7 +220,7 @@ class Coordinator:
                 answer.suspend()
 
     def finish(self, session: SessionId, forget: bool) -> bool:
-        """Cancel an answer of this peer, and forget it if asked; whether there was one."""
+        """Cancel an answer of this peer, and forget it if asked. Returns: whether there was one."""
         answer = self.answers.get(session) or self.kept.get(session)
         if answer is None:
             return False
@@ -265,24 +231,24 @@ class Coordinator:
         return True
 
     async def _take(self, session: SessionId) -> Answer:
-        """Go on here with an answer of another peer."""
+        """Continue another peer's answer here."""
         record = await self.locator.fetch(session, take=True)
         answer = await self._restore(record)
         if answer.ended:
             self._keep(answer)
-            self._own(answer)
+            self._adopt(answer)
             return answer
-        answer.handed_over = True
+        answer.stages.handed_over = True
         return await self._revive(answer)
 
     async def _restore(self, record: SessionRecord) -> Answer:
-        card = self._card(record.model)
+        card = self._find_card(record.model)
         text = await self.library.text(card)
         return Answer(
-            msgspec.structs.replace(record, epoch=record.epoch + TAKEOVER_EPOCHS, coordinator=self.me), card, text, self._around
+            msgspec.structs.replace(record, epoch=record.epoch + TAKEOVER_EPOCHS, coordinator=self.me), card, text, self._context
         )
 
-    def _card(self, model: ModelId) -> ModelCard:
+    def _find_card(self, model: ModelId) -> ModelCard:
         card = self.library.cards().get(model)
         if card is None:
             raise UnknownModel(f"no live peer has the model {model} of this session", hint="start one that has its file")
@@ -296,17 +262,17 @@ class Coordinator:
             self.admission.leave(0.0)
             return present or answer
         self._run(answer, self.clock.monotonic())
-        self._own(answer)
+        self._adopt(answer)
         answer.resume()
         return answer
 
-    def _own(self, answer: Answer) -> None:
-        """From now on this peer answers for it: its record must lie elsewhere too, and no more among those of others."""
+    def _adopt(self, answer: Answer) -> None:
+        """Coordinate the answer here: find it a deputy, and stop keeping its record for the previous coordinator."""
         self.deputy.forget(answer.session)
         self._journal(answer)
 
     def take_over(self, record: SessionRecord) -> None:
-        """The coordinator of an answer whose record lies here is gone."""
+        """Take over an answer whose record this peer keeps: its coordinator is lost."""
         task = asyncio.get_running_loop().create_task(self._take_over(record), name=f"take over {record.session}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -321,16 +287,14 @@ class Coordinator:
             answer = await self._restore(self.deputy.record(record.session) or record)
             if answer.ended or record.suspended:
                 self._keep(answer)
-                self._own(answer)
+                self._adopt(answer)
                 return
             last = self.names(record.coordinator)
-            log.info("session %s: taking over from %s, at token %d", record.session, last, len(answer.tokens))
-            self.story.note(record.session, "taken over", coordinator=last, tokens=len(answer.tokens))
+            log.info("session %s: taking over from %s, at token %d", record.session, last, len(answer.output.tokens))
+            self.story.note(record.session, "taken over", coordinator=last, tokens=len(answer.output.tokens))
             await self._revive(answer)
         except MeshdError as error:
             log.warning("session %s was not taken over: %s", record.session, error)
-
-    # Moves
 
     async def move(self, session: SessionId, target: PeerId, source: PeerId | None) -> Moved:
         """Move an answer's stages, wherever it is coordinated. Raises: UnknownSession, InvalidRequest, NoPeer, PeerFault."""
@@ -357,41 +321,18 @@ class Coordinator:
             raise UnknownSession(f"session {message.session} is not coordinated here")
         return await self._move(message.request, answer, message.target, message.source)
 
-    # What the network tells
-
     def on_token(self, sender: PeerId, message: Token, payload: memoryview) -> None:
-        """The last stage's pick, for the client."""
-        answer = self.answers.get(message.session)
-        if answer is None or answer.plan is None or answer.plan.peers[-1] != sender:
-            return
-        if 0 <= message.token < answer.card.spec.vocab:
-            answer.on_token(message)
-        else:
-            answer.on_garbage(message.epoch, sender, f"token {message.token}, of a vocabulary of {answer.card.spec.vocab}")
-
-    def _on_failed(self, sender: PeerId, message: Failed, payload: memoryview) -> None:
-        answer = self.answers.get(message.session)
-        if answer is not None and answer.plan is not None and sender in answer.plan.peers:
-            answer.on_failed(message)
-
-    def _on_mirrored(self, sender: PeerId, message: Mirrored, payload: memoryview) -> None:
-        answer = self.answers.get(message.session)
-        if answer is not None and answer.plan is not None and sender in answer.plan.peers:
-            self.rescuer.on_mirrored(answer, message)
-            self.mover.on_mirrored(answer, message)
+        """Take a TOKEN from a stage."""
+        self._receiver.on_token(sender, message)
 
     def on_error(self, sender: PeerId, message: Error) -> None:
-        """A stage's peer could not take what this coordinator sent it."""
-        answer = self.answers.get(message.session) if message.session is not None else None
-        if answer is not None and answer.plan is not None and sender in answer.plan.peers:
-            answer.on_error(sender, message)
+        """Take an ERROR from a stage's peer."""
+        self._receiver.on_error(sender, message)
 
     def on_peer_gone(self, peer: PeerId, reason: str) -> None:
         """A link is down: sessions that ran through it need another plan."""
         for answer in list(self.answers.values()):
             answer.on_peer_gone(peer, reason)
-
-    # What answers tell
 
     def _on_opened(self, answer: Answer) -> None:
         """A plan runs: the journal must know it, and mirrors start."""
@@ -412,7 +353,7 @@ class Coordinator:
             return
         self.answers.pop(answer.session, None)
         self.admission.leave(self.clock.monotonic() - since)
-        if answer.released:
+        if answer.machine.released:
             self.journal.release(answer.session)
         elif answer.ended:
             if answer.record.store:
@@ -421,10 +362,11 @@ class Coordinator:
         else:
             self._keep(answer)
             self._journal(answer)
-        self._count(answer)
+        self.telemetry.sessions_active(len(self.answers))
+        report_end(answer, self.telemetry)
 
     def _journal(self, answer: Answer) -> None:
-        """Have a deputy know all of it."""
+        """Send the answer's whole record to its deputies."""
         self.journal.begin(answer.session, answer.snapshot, lambda: answer.plan.peers if answer.plan else ())
 
     def _keep(self, answer: Answer) -> None:
@@ -442,25 +384,3 @@ class Coordinator:
     def _forget(self, answer: Answer) -> None:
         self.kept.pop(answer.session, None)
         self.journal.end(answer.session, "", keep=False)
-
-    def _count(self, answer: Answer) -> None:
-        made = len(answer.tokens) - len(answer.record.tokens)
-        self.telemetry.sessions_active(len(self.answers))
-        self.telemetry.tokens(prompt=answer.prompt_tokens, completion=made)
-        if answer.ttft_s and answer.plan is not None and not answer.recoveries:
-            self.telemetry.ttft(answer.ttft_s)
-            self.telemetry.prediction("ttft", answer.plan.predicted_ttft_s, answer.ttft_s)
-        if answer.measured_tpot_s and answer.plan is not None:
-            self.telemetry.tpot(answer.measured_tpot_s)
-            if not answer.recoveries:
-                self.telemetry.prediction("tpot", answer.predicted_tpot_s, answer.measured_tpot_s)
-        log.info(
-            "session %s %s: %d tokens, ttft %.0f ms, tpot %.1f ms (predicted %.1f), %d recoveries",
-            answer.session,
-            answer.status,
-            made,
-            1000 * answer.ttft_s,
-            1000 * answer.measured_tpot_s,
-            1000 * answer.predicted_tpot_s,
-            len(answer.recoveries),
-        )

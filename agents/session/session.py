@@ -12,11 +12,36 @@ from enum import Enum
 from typing import Any
 
 from meshd.agents.machine import Machine, Transition
-from meshd.agents.session.plan.resume import ResumePoint, StageHeld, resume_positions
+from meshd.agents.session.events import (
+    CancelRequested,
+    CloseStages,
+    Command,
+    DeadlinePassed,
+    EmitEnd,
+    EmitSuspended,
+    EmitToken,
+    Event,
+    GrantCredit,
+    OpenStages,
+    PeerGone,
+    PlanFailed,
+    Planned,
+    Reclaimed,
+    Released,
+    Replan,
+    ResumeRequested,
+    ResumeStages,
+    SendPrompt,
+    StageFailed,
+    StageOpened,
+    StopMatched,
+    Suspend,
+    TokenArrived,
+    TokensRead,
+)
+from meshd.agents.session.plan.resume import StageHeld, resume_positions
 from meshd.errors import MeshdError, PeerLost
-from meshd.types import FinishReason, PeerId, Plan, SessionId, TokenLogprobs
-
-NOTHING = StageHeld(0)
+from meshd.types import FinishReason, PeerId, Plan, SessionId
 
 
 class SessionState(Enum):
@@ -27,7 +52,7 @@ class SessionState(Enum):
     PREFILLING = "prefilling"
     DECODING = "decoding"
     RECOVERING = "recovering"
-    """It waits for a plan to go on with."""
+    """It waits for another plan."""
     SUSPENDED = "suspended"
     """Nothing runs; it can be resumed."""
     FINISHED = "finished"
@@ -38,205 +63,12 @@ class SessionState(Enum):
 TERMINAL = frozenset({SessionState.FINISHED, SessionState.FAILED, SessionState.CANCELLED})
 RUNNING = frozenset({SessionState.OPENING, SessionState.PREFILLING, SessionState.DECODING, SessionState.RECOVERING})
 
-
-# Events: what happened.
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """A plan was chosen: the first one, one after a loss, or a better one. Its epoch is one higher than the last."""
-
-    plan: Plan
-
-
-@dataclass(frozen=True, slots=True)
-class PlanFailed:
-    """No plan is possible now."""
-
-    error: MeshdError
-
-
-@dataclass(frozen=True, slots=True)
-class StageOpened:
-    epoch: int
-    stage: int
-    held: StageHeld = NOTHING
-    """What lies there already."""
-
-
-@dataclass(frozen=True, slots=True)
-class StageFailed:
-    """A stage refused to open, or can't go on."""
-
-    epoch: int
-    stage: int
-    error: MeshdError
-    blame: PeerId | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TokenArrived:
-    epoch: int
-    index: int
-    token: int
-    logprobs: TokenLogprobs | None = None
-    finish: FinishReason | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TokensRead:
-    """The client's side has taken all answer tokens before `index`."""
-
-    index: int
-
-
-@dataclass(frozen=True, slots=True)
-class StopMatched:
-    """The text reached a stop string."""
-
-
-@dataclass(frozen=True, slots=True)
-class PeerGone:
-    peer: PeerId
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class DeadlinePassed:
-    """Nothing came for too long."""
-
-    reason: str
-    blame: PeerId | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Suspend:
-    """Nobody reads it now: let go of everything but the tokens."""
-
-
-@dataclass(frozen=True, slots=True)
-class ResumeRequested:
-    """Somebody wants to read on."""
-
-
-@dataclass(frozen=True, slots=True)
-class Released:
-    """Another peer coordinates it from now on, with the stages as they are."""
-
-    error: MeshdError
-
-
-@dataclass(frozen=True, slots=True)
-class Reclaimed:
-    """Another peer had gone on with it, and gave it back."""
-
-    used: int
-    """The highest epoch that it can have used."""
-    tokens: tuple[tuple[int, TokenLogprobs | None, FinishReason | None], ...]
-    """All of the answer's."""
-
-
-@dataclass(frozen=True, slots=True)
-class CancelRequested:
-    pass
-
-
-Event = (
-    Planned
-    | PlanFailed
-    | StageOpened
-    | StageFailed
-    | TokenArrived
-    | TokensRead
-    | StopMatched
-    | PeerGone
-    | DeadlinePassed
-    | Suspend
-    | ResumeRequested
-    | Released
-    | Reclaimed
-    | CancelRequested
-)
-
-# Commands: what the actor is to do.
-
-
-@dataclass(frozen=True, slots=True)
-class OpenStages:
-    epoch: int
-    plan: Plan
-    credit: int
-    answered: int
-    """Answer tokens that are known."""
-
-
-@dataclass(frozen=True, slots=True)
-class ResumeStages:
-    """All are open; each goes on from its position."""
-
-    epoch: int
-    plan: Plan
-    held: tuple[StageHeld, ...]
-    positions: tuple[ResumePoint, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SendPrompt:
-    """The known tokens from `start` on, to the first stage."""
-
-    epoch: int
-    plan: Plan
-    start: int
-
-
-@dataclass(frozen=True, slots=True)
-class Replan:
-    """Find a plan to go on with: `lost` peers' KV is gone, peers to `avoid` are not to be trusted now."""
-
-    reason: str
-    lost: frozenset[PeerId]
-    avoid: frozenset[PeerId]
-
-
-@dataclass(frozen=True, slots=True)
-class EmitToken:
-    index: int
-    token: int
-    logprobs: TokenLogprobs | None
-    finish: FinishReason | None
-    """STOP: an end-of-sequence token, which has no text."""
-
-
-@dataclass(frozen=True, slots=True)
-class GrantCredit:
-    epoch: int
-    peer: PeerId
-    index: int
-
-
-@dataclass(frozen=True, slots=True)
-class CloseStages:
-    epoch: int
-    peers: tuple[PeerId, ...]
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class EmitSuspended:
-    """Nothing follows until it is resumed. None: its reader left."""
-
-    error: MeshdError | None
-
-
-@dataclass(frozen=True, slots=True)
-class EmitEnd:
-    """Nothing follows. `error` only with ERROR, and when another peer took over."""
-
-    reason: FinishReason
-    error: MeshdError | None = None
-
-
-Command = OpenStages | ResumeStages | SendPrompt | Replan | EmitToken | GrantCredit | CloseStages | EmitSuspended | EmitEnd
+_STATUS = {
+    SessionState.SUSPENDED: "suspended",
+    SessionState.FINISHED: "completed",
+    SessionState.FAILED: "failed",
+    SessionState.CANCELLED: "cancelled",
+}
 
 CREDIT_TOKENS = 64
 """How far decoding may run ahead of the client."""
@@ -246,10 +78,7 @@ MAX_ATTEMPTS = 12
 
 @dataclass(slots=True)
 class Session(Machine[Event, Command]):
-    """State of one session. Only `handle` changes it.
-
-    One that is taken over starts in SUSPENDED with the tokens, plan and epoch of its record.
-    """
+    """State of one session. Only `handle` changes it."""
 
     id: SessionId
     prompt_tokens: int
@@ -261,16 +90,57 @@ class Session(Machine[Event, Command]):
     tokens: list[int] = field(default_factory=list)
     credit: int = CREDIT_TOKENS
     holders: set[PeerId] = field(default_factory=set)
-    """Peers where something of this session may lie."""
+    """Peers that may hold something of this session."""
     lost: set[PeerId] = field(default_factory=set)
     """Peers that went since the last token."""
     avoid: set[PeerId] = field(default_factory=set)
     """Peers that were at fault since the last token."""
     attempts: int = 0
     rooted: Plan | None = None
-    """The last plan that ran: where KV lies now."""
+    """The last plan that ran, whose peers hold the KV."""
     finish: FinishReason | None = None
     error: MeshdError | None = None
+
+    @classmethod
+    def restored(
+        cls,
+        session: SessionId,
+        prompt_tokens: int,
+        *,
+        epoch: int,
+        plan: Plan | None,
+        tokens: list[int],
+        finish: FinishReason | None,
+    ) -> "Session":
+        """A session as its record describes it: ended if there is a reason to end, suspended otherwise."""
+        state = SessionState.SUSPENDED
+        if finish is not None:
+            state = SessionState.CANCELLED if finish is FinishReason.CANCELLED else SessionState.FINISHED
+        restored = cls(session, prompt_tokens, state, epoch, plan=plan, rooted=plan, tokens=tokens, finish=finish)
+        restored.credit += len(tokens)
+        return restored
+
+    @property
+    def running(self) -> bool:
+        """It makes tokens, or is about to."""
+        return self.state in RUNNING or self.state is SessionState.NEW
+
+    @property
+    def released(self) -> bool:
+        """Another peer coordinates it now."""
+        return self.state is SessionState.CANCELLED and self.error is not None
+
+    @property
+    def status(self) -> str:
+        """In the words of `service.Generation.status`."""
+        if self.released:
+            return "suspended"
+        return _STATUS.get(self.state, "in_progress" if self.tokens else "queued")
+
+    @property
+    def waits_for_client(self) -> bool:
+        """Every token that the client's credit allows is made."""
+        return len(self.tokens) >= self.credit
 
     @property
     def begun(self) -> bool:
@@ -305,7 +175,7 @@ class Session(Machine[Event, Command]):
         return isinstance(epoch, int) and epoch != self.epoch
 
     def _close(self, reason: str) -> list[Command]:
-        """Let go of everything that lies on peers."""
+        """Free everything that peers hold of the session."""
         peers, self.holders = tuple(sorted(self.holders)), set()
         return [CloseStages(self.epoch, peers, reason)] if peers else []
 
@@ -403,7 +273,7 @@ def _tokens_read(session: Session, event: TokensRead) -> list[Command]:
         return []  # half a window at a time: a message for each token would cost more than it bounds
     session.credit = wanted
     if session.plan is None or session.state is SessionState.RECOVERING:
-        return []  # the next OPEN tells it
+        return []  # the next OPEN carries it
     return [GrantCredit(session.epoch, session.plan.stages[0].peer, wanted)]
 
 
@@ -417,7 +287,7 @@ def _stage_failed(session: Session, event: StageFailed) -> list[Command]:
 
 
 def _failed_in_recovery(session: Session, event: StageFailed) -> list[Command]:
-    return []  # each neighbour of a lost stage tells of it; the first was enough
+    return []  # each neighbour of a lost stage reports it; the first report was enough
 
 
 def _peer_gone(session: Session, event: PeerGone) -> list[Command]:

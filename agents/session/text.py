@@ -25,22 +25,22 @@ class StopMatcher:
     """Holds back what may be the beginning of a stop string. `push` after a match is an error of the caller's."""
 
     stops: tuple[str, ...]
-    held: str = ""
+    withheld: str = ""
 
     def push(self, text: str) -> tuple[str, bool]:
         """(text that is certain, whether a stop string was reached). The stop string itself is never given out."""
-        text = self.held + text
+        text = self.withheld + text
         found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
-            self.held = ""
+            self.withheld = ""
             return text[: min(found)], True
         keep = max((_overlap(text, stop) for stop in self.stops), default=0)
-        self.held = text[len(text) - keep :]
+        self.withheld = text[len(text) - keep :]
         return text[: len(text) - keep], False
 
     def flush(self) -> str:
         """What was held back and turned out not to be a stop string."""
-        text, self.held = self.held, ""
+        text, self.withheld = self.withheld, ""
         return text
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from meshd.agents.machine import Transition
-from meshd.agents.session import session
+from meshd.agents.session import events, session
 from meshd.agents.session.admission import Admission
 from meshd.agents.stage import session as stage_session
 from meshd.agents.stage.kv import KvCache, KvLease
@@ -150,13 +150,13 @@ def test_it_finds_kv_that_counts_though_it_is_not_there(monkeypatch: pytest.Monk
 
 
 def test_it_finds_a_token_that_is_given_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(machine: session.Session, event: session.TokenArrived) -> list[session.Command]:
+    def wrong(machine: session.Session, event: events.TokenArrived) -> list[events.Command]:
         machine.tokens.append(event.token)
-        return [session.EmitToken(event.index, event.token, event.logprobs, event.finish)] + (
+        return [events.EmitToken(event.index, event.token, event.logprobs, event.finish)] + (
             machine._end(session.SessionState.FINISHED, event.finish) if event.finish else []
         )
 
-    set_action(monkeypatch, session.TRANSITIONS, (session.SessionState.DECODING, session.TokenArrived), wrong)
+    set_action(monkeypatch, session.TRANSITIONS, (session.SessionState.DECODING, events.TokenArrived), wrong)
     assert finds("reference", REPEATS)
 
 
@@ -201,22 +201,22 @@ def test_it_finds_a_ticket_that_is_not_given_back(monkeypatch: pytest.MonkeyPatc
 
 
 def test_it_finds_an_answer_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = session.TRANSITIONS[session.SessionState.DECODING, session.TokenArrived].action
+    right = session.TRANSITIONS[session.SessionState.DECODING, events.TokenArrived].action
 
-    def wrong(machine: session.Session, event: session.TokenArrived) -> list[session.Command]:
+    def wrong(machine: session.Session, event: events.TokenArrived) -> list[events.Command]:
         return right(machine, event) if event.finish is None else []
 
-    set_action(monkeypatch, session.TRANSITIONS, (session.SessionState.DECODING, session.TokenArrived), wrong)
-    monkeypatch.setattr("meshd.agents.session.stall.StallWatch.look", lambda watch, answer, now: answer.renew(now))
+    set_action(monkeypatch, session.TRANSITIONS, (session.SessionState.DECODING, events.TokenArrived), wrong)
+    monkeypatch.setattr("meshd.agents.session.stages.stall.StallWatch.look", lambda watch, answer, now: answer.renew(now))
     assert finds("not ended", QUIET)
 
 
 def test_it_finds_an_epoch_that_falls(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = session.TRANSITIONS[session.SessionState.RECOVERING, session.Planned].action
+    right = session.TRANSITIONS[session.SessionState.RECOVERING, events.Planned].action
 
-    def wrong(machine: session.Session, event: session.Planned) -> list[session.Command]:
+    def wrong(machine: session.Session, event: events.Planned) -> list[events.Command]:
         machine.epoch = 0
         return right(machine, event)
 
-    set_action(monkeypatch, session.TRANSITIONS, (session.SessionState.RECOVERING, session.Planned), wrong)
+    set_action(monkeypatch, session.TRANSITIONS, (session.SessionState.RECOVERING, events.Planned), wrong)
     assert finds("back to", USUAL)

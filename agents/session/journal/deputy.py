@@ -1,6 +1,6 @@
 """The deputy: keeps other coordinators' session records, and hands them on when their coordinator is lost.
 
-The journal's own side is `journal.py`, what is kept and for how long `journal_store.py`.
+The coordinator's side is `writer.py`; `store.py` decides what is kept and for how long.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,10 @@ _SWEEP_S = 5.0
 
 @dataclass(slots=True)
 class Deputy:
-    """Owns the records that lie here for others.
+    """Owns the records that this peer keeps for others.
 
-    `on_orphan(record)` hears of each session whose coordinator's link is down. `on_dropped(peer, session)` is for this
-    peer's own Journalist: another deputy says that it does not have the session's record, or not all of it.
+    `on_orphan(record)` is called for each session whose coordinator's link is down. `on_dropped(peer, session)` goes to this peer's
+    own writer: another deputy reports that it lacks the session's record, or part of it.
     """
 
     links: Links
@@ -55,7 +55,7 @@ class Deputy:
         self.store.hand_to(session, coordinator, self.clock.monotonic())
 
     def end(self, session: SessionId, finish: str, *, forget: bool) -> bool:
-        """Its client wants it ended, or forgotten; whether it was known here."""
+        """End a session, or forget it, for its client. Returns: whether it was known here."""
         return self.store.forget(session) if forget else self.store.end(session, finish, self.clock.monotonic())
 
     def forget(self, session: SessionId) -> None:

@@ -13,7 +13,7 @@ from meshd.protocol.messages import EndSession, FetchSession, FindSession, Sessi
 from meshd.types import FinishReason, PeerId, SessionId
 
 _FIND_S = 2.0
-"""Who is silent for longer counts as lost anyway."""
+"""A peer that is silent for longer counts as lost anyway."""
 _GRACE_S = 0.25
 """Once the coordinator is found: for the others, one of which may have taken over from it."""
 _HEIR_S = 0.5
@@ -60,13 +60,11 @@ class Locator:
     _sessions: SessionOwner = field(init=False)
 
     def register(self, sessions: SessionOwner) -> None:
-        """Answer those who look for a session; `sessions` are those of this peer."""
+        """Take requests for a session from the links; `sessions` owns those of this peer."""
         self._sessions = sessions
         self.links.register(FindSession, self._on_find)
         self.links.register(FetchSession, self._on_fetch)
         self.links.register(EndSession, self._on_end)
-
-    # Asking
 
     async def coordinator_of(self, session: SessionId) -> PeerId:
         """Who coordinates it now; this peer itself if it does. Raises: UnknownSession."""
@@ -94,11 +92,13 @@ class Locator:
     async def is_heir(self, record: SessionRecord) -> bool:
         """Whether it falls to this peer to go on with an orphan: nobody has, and no other keeper knows more of it."""
         session = record.session
-        kept = self.deputy.record(session)
-        if kept is None or kept.finish or kept.coordinator != record.coordinator:
+        stored = self.deputy.record(session)
+        if stored is None or stored.finish or stored.coordinator != record.coordinator:
             return False  # another peer took it from here meanwhile, or its client ended it
-        mine = SessionLocation(self.me, False, kept.epoch, len(kept.tokens))
-        return all(found.rank <= mine.rank for found in [*self._known_here(session), *await self._ask_all(session, _HEIR_S)])
+        own_location = SessionLocation(self.me, False, stored.epoch, len(stored.tokens))
+        return all(
+            found.rank <= own_location.rank for found in [*self._known_here(session), *await self._ask_all(session, _HEIR_S)]
+        )
 
     async def end(self, session: SessionId, *, forget: bool) -> None:
         """Cancel it wherever it runs; with `forget`, have every record dropped. Raises: UnknownSession."""
@@ -167,8 +167,6 @@ class Locator:
             raise PeerFault("the record is of another session")
         return record
 
-    # Answering
-
     def _on_find(self, sender: PeerId, message: FindSession, payload: memoryview) -> SessionFound:
         record, coordinates = self._best(message.session)
         return SessionFound(
@@ -199,10 +197,10 @@ class Locator:
 
     def _best(self, session: SessionId) -> tuple[SessionRecord | None, bool]:
         """The latest record here, and whether this peer coordinates it."""
-        own, kept = self._sessions.own(session), self.deputy.record(session)
-        if own is not None and (kept is None or kept.epoch <= own.epoch):
+        own, stored = self._sessions.own(session), self.deputy.record(session)
+        if own is not None and (stored is None or stored.epoch <= own.epoch):
             return own, True
-        return kept, False
+        return stored, False
 
     def _end_here(self, session: SessionId, forget: bool) -> bool:
         finished = self._sessions.finish(session, forget)

@@ -27,7 +27,7 @@ _TOP_BYTES = 160
 
 
 @dataclass(slots=True)
-class _Kept:
+class _StoredRecord:
     head: SessionRecord
     """Without its tokens."""
     tokens: list[AnswerToken]
@@ -46,23 +46,23 @@ class JournalStore:
     max_bytes: int = MAX_BYTES
     keep_s: float = KEEP_S
     size: int = 0
-    _kept: dict[SessionId, _Kept] = field(default_factory=dict)
+    _records: dict[SessionId, _StoredRecord] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._records)
 
     def get(self, session: SessionId) -> SessionRecord | None:
         """The record as far as it is known here."""
-        kept = self._kept.get(session)
-        return kept.record() if kept is not None else None
+        stored = self._records.get(session)
+        return stored.record() if stored is not None else None
 
     def records_of(self, coordinator: PeerId) -> list[SessionRecord]:
         """What this coordinator would leave behind."""
-        return [kept.record() for kept in self._kept.values() if kept.head.coordinator == coordinator]
+        return [stored.record() for stored in self._records.values() if stored.head.coordinator == coordinator]
 
     def keep(self, record: SessionRecord, now: float) -> None:
         """Take a whole record. Raises: InvalidRequest (another coordinator has it, or a later epoch); Overloaded (no room)."""
-        present = self._kept.get(record.session)
+        present = self._records.get(record.session)
         tokens = list(record.tokens)
         if present is not None:
             _check_later(present.head, record)
@@ -71,107 +71,111 @@ class JournalStore:
         head = msgspec.structs.replace(record, tokens=())
         size = size_of(head) + sum(map(_token_size, tokens))
         if not self._make_room(size - (present.size if present else 0), record.session):
-            raise Overloaded(f"this peer keeps {len(self._kept)} records of {self.size} bytes and has no room", retry_after_s=10.0)
+            raise Overloaded(
+                f"this peer keeps {len(self._records)} records of {self.size} bytes and has no room", retry_after_s=10.0
+            )
         self._remove(record.session)
-        kept = self._kept[record.session] = _Kept(head, tokens, size, now)
+        stored = self._records[record.session] = _StoredRecord(head, tokens, size, now)
         self.size += size
-        self._drop_unwanted(kept)
+        self._drop_unwanted(stored)
 
     def append(self, sender: PeerId, message: JournalTokens, now: float) -> bool:
-        """Add what the coordinator tells. False: that can't be done, only the whole record helps."""
-        kept = self._kept.get(message.session)
-        if kept is None or kept.head.coordinator != sender:
+        """Add the coordinator's tokens. Returns: False if they do not fit, and the whole record must be sent."""
+        stored = self._records.get(message.session)
+        if stored is None or stored.head.coordinator != sender:
             return False
-        if message.epoch < kept.head.epoch:
+        if message.epoch < stored.head.epoch:
             return True  # late: a later epoch's record tells it all
-        new = message.tokens[max(0, len(kept.tokens) - message.index) :]
-        if kept.head.finish:
-            return not new and message.finish in ("", kept.head.finish)
-        if not 0 <= message.index <= len(kept.tokens):
+        new = message.tokens[max(0, len(stored.tokens) - message.index) :]
+        if stored.head.finish:
+            return not new and message.finish in ("", stored.head.finish)
+        if not 0 <= message.index <= len(stored.tokens):
             return False
         more = sum(map(_token_size, new))
         if not self._make_room(more, message.session):
             self._remove(message.session)
             return False
-        kept.tokens += new
-        kept.size += more
+        stored.tokens += new
+        stored.size += more
         self.size += more
-        kept.touched = now
-        if message.epoch > kept.head.epoch or message.finish:
-            kept.head = msgspec.structs.replace(kept.head, epoch=message.epoch, finish=message.finish)
-        self._drop_unwanted(kept)
+        stored.touched = now
+        if message.epoch > stored.head.epoch or message.finish:
+            stored.head = msgspec.structs.replace(stored.head, epoch=message.epoch, finish=message.finish)
+        self._drop_unwanted(stored)
         return True
 
     def hand_to(self, session: SessionId, coordinator: PeerId, now: float) -> None:
         """Another peer goes on with the session: if it is lost too before it has a deputy, the record is its orphan."""
-        if (kept := self._kept.get(session)) is not None:
-            kept.head = msgspec.structs.replace(kept.head, coordinator=coordinator)
-            kept.touched = now
+        if (stored := self._records.get(session)) is not None:
+            stored.head = msgspec.structs.replace(stored.head, coordinator=coordinator)
+            stored.touched = now
 
     def end(self, session: SessionId, finish: str, now: float) -> bool:
-        """Nobody shall go on with it; whether it is known. What has ended stays as it is."""
-        kept = self._kept.get(session)
-        if kept is None:
+        """Mark the session as ended, unless it is already. Returns: whether it is known."""
+        stored = self._records.get(session)
+        if stored is None:
             return False
-        if not kept.head.finish:
-            kept.head = msgspec.structs.replace(kept.head, finish=finish)
-            kept.touched = now
-            self._drop_unwanted(kept)
+        if not stored.head.finish:
+            stored.head = msgspec.structs.replace(stored.head, finish=finish)
+            stored.touched = now
+            self._drop_unwanted(stored)
         return True
 
     def drop(self, session: SessionId, sender: PeerId) -> bool:
-        """Forget it, if this is its coordinator; whether it was."""
-        kept = self._kept.get(session)
-        if kept is None or kept.head.coordinator != sender:
+        """Forget the record, if `sender` is its coordinator. Returns: whether it is."""
+        stored = self._records.get(session)
+        if stored is None or stored.head.coordinator != sender:
             return False
         self._remove(session)
         return True
 
     def forget(self, session: SessionId) -> bool:
-        """Forget it, whoever it belongs to; whether it was known."""
-        known = session in self._kept
+        """Forget the record, whichever coordinator it has. Returns: whether it was known."""
+        known = session in self._records
         self._remove(session)
         return known
 
     def expire(self, now: float) -> None:
-        """Drop what was long not touched; to be called now and then."""
-        for session in [session for session, kept in self._kept.items() if now - kept.touched > self.keep_s]:
+        """Drop records that were not touched for `keep_s`. Called periodically."""
+        for session in [session for session, stored in self._records.items() if now - stored.touched > self.keep_s]:
             self._remove(session)
 
     def validate(self) -> None:
         """Raises: AssertionError if the account does not agree with what is kept."""
-        assert self.size == sum(kept.size for kept in self._kept.values())
-        assert len(self._kept) <= self.max_records
+        assert self.size == sum(stored.size for stored in self._records.values())
+        assert len(self._records) <= self.max_records
         assert self.size <= self.max_bytes
-        for session, kept in self._kept.items():
-            assert kept.head.session == session
-            assert not kept.head.tokens
-            assert kept.size == size_of(kept.record())
+        for session, stored in self._records.items():
+            assert stored.head.session == session
+            assert not stored.head.tokens
+            assert stored.size == size_of(stored.record())
 
     def _make_room(self, size: int, session: SessionId) -> bool:
         """For so many bytes more of this session: what has ended goes, oldest first, as far as needed; nothing if that won't do."""
-        count, left = len(self._kept) + (session not in self._kept), self.size + size
+        count, left = len(self._records) + (session not in self._records), self.size + size
         victims: list[SessionId] = []
-        for kept in sorted((kept for kept in self._kept.values() if kept.head.finish), key=lambda kept: kept.touched):
+        for stored in sorted(
+            (stored for stored in self._records.values() if stored.head.finish), key=lambda stored: stored.touched
+        ):
             if count <= self.max_records and left <= self.max_bytes:
                 break
-            if kept.head.session != session:
-                victims.append(kept.head.session)
-                count, left = count - 1, left - kept.size
+            if stored.head.session != session:
+                victims.append(stored.head.session)
+                count, left = count - 1, left - stored.size
         if count > self.max_records or left > self.max_bytes:
             return False
         for victim in victims:
             self._remove(victim)
         return True
 
-    def _drop_unwanted(self, kept: _Kept) -> None:
-        if kept.head.finish and not kept.head.store:
-            self._remove(kept.head.session)
+    def _drop_unwanted(self, stored: _StoredRecord) -> None:
+        if stored.head.finish and not stored.head.store:
+            self._remove(stored.head.session)
 
     def _remove(self, session: SessionId) -> None:
-        kept = self._kept.pop(session, None)
-        if kept is not None:
-            self.size -= kept.size
+        stored = self._records.pop(session, None)
+        if stored is not None:
+            self.size -= stored.size
 
 
 def _check_later(present: SessionRecord, record: SessionRecord) -> None:

@@ -1,6 +1,6 @@
-"""The coordinator's side of the journal: each session's record lies with one other peer too, its deputy, in case this one is lost.
+"""The coordinator's side of the journal: another peer, the deputy, keeps a copy of each session's record in case this one is lost.
 
-A new deputy gets the whole record and says that it keeps it. After that it gets only tokens, in batches that nobody acknowledges:
+A new deputy gets the whole record and confirms it. After that it gets only tokens, in batches that nobody acknowledges:
 the link keeps them in order, and a deputy that misses some, or has no room, says JOURNAL_DROP and the record goes out whole again.
 A token costs an append, a batch one small message, and one timer serves all sessions.
 """
@@ -8,14 +8,15 @@ A token costs an append, a batch one small message, and one timer serves all ses
 import asyncio
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from itertools import islice
 from logging import getLogger
 
 from meshd.agents.links.links import Links
-from meshd.agents.session.journal.record import AnswerToken, SessionRecord, encode_record
+from meshd.agents.session.journal.drops import KEEP_ENDED_S, DropQueue
+from meshd.agents.session.journal.pending import PendingTokens
+from meshd.agents.session.journal.record import SessionRecord, encode_record
 from meshd.clock import Clock
 from meshd.errors import MeshdError
-from meshd.protocol.messages import Journal, JournalDrop, JournalTokens
+from meshd.protocol.messages import Journal, JournalTokens
 from meshd.types import Advert, PeerId, SessionId, TokenLogprobs
 
 log = getLogger(__name__)
@@ -33,38 +34,11 @@ _AGAIN_S = 1.0
 """And one that had it, and has it no more, this long."""
 _AT_ONCE = 8
 """Whole records that may be under way: a lost deputy leaves many, and they must not crowd the link."""
-_MESSAGE_TOKENS = 128
-"""In one message: with 20 logprobs each they still fit its header."""
-_KEEP_ENDED_S = 600.0
 _MAX_ENDED = 256
 _RELEASED_S = 60.0
 """After another peer took a session, its new deputy has long had the record."""
 _MOVED_S = 10.0
 """Likewise after another deputy was asked."""
-_MAX_DROPS = 1024
-
-
-@dataclass(slots=True)
-class PendingTokens:
-    """The answer's tokens that the deputy does not have yet. Pure."""
-
-    sent: int = 0
-    """Tokens that it has, or that are on their way to it."""
-    pending: list[AnswerToken] = field(default_factory=list)
-
-    def add(self, index: int, token: AnswerToken) -> bool:
-        """Take the token with this index; a repeat changes nothing. False: one is missing in between."""
-        due = self.sent + len(self.pending)
-        if index == due:
-            self.pending.append(token)
-        return index <= due
-
-    def take(self) -> tuple[int, tuple[AnswerToken, ...]]:
-        """The next tokens for one message, with the index of the first; they count as sent."""
-        index, tokens = self.sent, tuple(islice(self.pending, _MESSAGE_TOKENS))
-        del self.pending[: len(tokens)]
-        self.sent += len(tokens)
-        return index, tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -76,55 +50,16 @@ class _Entry:
     finish: str = ""
     ended_at: float = 0.0
     deputy: PeerId | None = None
-    kept: bool = False
-    """The deputy says so; before, tokens wait."""
-    batch: PendingTokens = field(default_factory=PendingTokens)
-    told: str = ""
+    confirmed: bool = False
+    """The deputy has confirmed the record. Until then tokens wait."""
+    tokens: PendingTokens = field(default_factory=PendingTokens)
+    reported: str = ""
     """The answer's end as the deputy knows it."""
-    told_at: float = 0.0
+    reported_at: float = 0.0
     turn: int = 0
     """Rises whenever the whole record is to go out: what an older turn still waits for counts no more."""
     avoid: dict[PeerId, float] = field(default_factory=dict)
     """Until when."""
-
-
-class _Drops:
-    """Records that lie somewhere for nothing: their keepers are told, when it is time and when they can be reached."""
-
-    def __init__(self, links: Links, clock: Clock) -> None:
-        self._links = links
-        self._clock = clock
-        self._due: dict[tuple[PeerId, SessionId], tuple[float, int]] = {}
-        """(not before, epoch)"""
-
-    def add(self, peer: PeerId, session: SessionId, epoch: int, after_s: float = 0.0) -> None:
-        """Tell it, now if that can be."""
-        self._due.pop((peer, session), None)
-        self._due[peer, session] = self._clock.monotonic() + after_s, epoch
-        while len(self._due) > _MAX_DROPS:
-            del self._due[next(iter(self._due))]
-        if not after_s:
-            self._send(peer, session, epoch)
-
-    def revoke(self, peer: PeerId, session: SessionId) -> None:
-        """It is to keep the record after all."""
-        self._due.pop((peer, session), None)
-
-    def send_due(self, now: float) -> None:
-        """To be called now and then."""
-        for (peer, session), (due, epoch) in list(self._due.items()):
-            if now - due > _KEEP_ENDED_S:
-                del self._due[peer, session]  # it has forgotten by itself
-            elif due <= now:
-                self._send(peer, session, epoch)
-
-    def _send(self, peer: PeerId, session: SessionId, epoch: int) -> None:
-        try:
-            self._links.send(peer, JournalDrop(session=session, epoch=epoch))
-        except MeshdError as error:
-            log.debug("session %s: %.8s still keeps its record: %s", session, peer, error)
-        else:
-            self._due.pop((peer, session), None)
 
 
 class JournalWriter:
@@ -150,7 +85,7 @@ class JournalWriter:
         self._due: dict[_Entry, None] = {}
         """Those whose whole record is to go out."""
         self._wake = asyncio.Event()
-        self._drops = _Drops(links, clock)
+        self._drops = DropQueue(links, clock)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -158,14 +93,12 @@ class JournalWriter:
     def deputy_of(self, session: SessionId) -> PeerId | None:
         """Who keeps this session's record; None while nobody does."""
         entry = self._entries.get(session)
-        return entry.deputy if entry is not None and entry.kept else None
+        return entry.deputy if entry is not None and entry.confirmed else None
 
     def chosen_for(self, session: SessionId) -> PeerId | None:
         """Who keeps this session's record, or is asked to."""
         entry = self._entries.get(session)
         return entry.deputy if entry is not None else None
-
-    # What the coordinator tells
 
     def begin(self, session: SessionId, record: Callable[[], SessionRecord], plan_peers: Callable[[], tuple[PeerId, ...]]) -> None:
         """Keep this session's record with a deputy from now on; again at each new plan, which the record names.
@@ -184,10 +117,10 @@ class JournalWriter:
         entry = self._entries.get(session)
         if entry is None or entry.deputy is None:
             return  # the whole record will tell it
-        if not entry.batch.add(index, (token, logprobs)):
-            self._lose(entry)
-        elif entry.kept:
-            if len(entry.batch.pending) >= BATCH_TOKENS:
+        if not entry.tokens.add(index, (token, logprobs)):
+            self._start_over(entry)
+        elif entry.confirmed:
+            if len(entry.tokens.pending) >= BATCH_TOKENS:
                 self._send(entry)
             else:
                 self._unsent[entry] = None
@@ -199,7 +132,7 @@ class JournalWriter:
             return
         if not keep:
             del self._entries[session]
-            self._leave(entry)
+            self._detach(entry)
             return
         entry.finish, entry.ended_at = finish, self._clock.monotonic()
         self._send(entry)
@@ -209,19 +142,19 @@ class JournalWriter:
         """Another peer has taken the session over: its deputy's record goes too, once the new coordinator surely has one."""
         entry = self._entries.pop(session, None)
         if entry is not None:
-            self._leave(entry, _RELEASED_S)
+            self._detach(entry, _RELEASED_S)
 
     def on_peer_gone(self, peer: PeerId) -> None:
         """A link is down: whoever had its deputy there gets another one at once."""
         for entry in list(self._entries.values()):
             if entry.deputy == peer:
-                self._lose(entry)
+                self._start_over(entry)
 
     def on_dropped(self, peer: PeerId, session: SessionId) -> None:
         """A deputy does not have the record, or not all of it."""
         entry = self._entries.get(session)
-        if entry is not None and entry.deputy == peer and entry.kept:
-            self._lose(entry, _AGAIN_S)
+        if entry is not None and entry.deputy == peer and entry.confirmed:
+            self._start_over(entry, _AGAIN_S)
 
     def flush(self) -> None:
         """Send what waits for the timer."""
@@ -235,27 +168,25 @@ class JournalWriter:
                 tasks.create_task(self._hand_over_due(), name="journal")
             tasks.create_task(self._tick(), name="journal timer")
 
-    # Whole records
-
     def _hand_over(self, entry: _Entry) -> None:
-        """Have the whole record sent, to the present deputy if there is no reason for another one."""
-        entry.kept = False
+        """Queue a full record transfer, to the current deputy unless it must change."""
+        entry.confirmed = False
         entry.turn += 1
         self._unsent.pop(entry, None)
         self._due[entry] = None
         self._wake.set()
 
-    def _lose(self, entry: _Entry, avoid_s: float = 0.0) -> None:
-        """The deputy has not all of it: start anew."""
+    def _start_over(self, entry: _Entry, avoid_s: float = 0.0) -> None:
+        """Choose a deputy again and send it the whole record: the present one misses part of it."""
         if entry.deputy is not None and avoid_s:
             entry.avoid[entry.deputy] = self._clock.monotonic() + avoid_s
-        self._leave(entry)
+        self._detach(entry)
         self._hand_over(entry)
 
-    def _leave(self, entry: _Entry, drop_after_s: float = 0.0) -> None:
-        """Be without a deputy."""
+    def _detach(self, entry: _Entry, drop_after_s: float = 0.0) -> None:
+        """Give up the deputy, and have it drop the record after `drop_after_s`."""
         peer, entry.deputy = entry.deputy, None
-        entry.kept = False
+        entry.confirmed = False
         entry.turn += 1
         self._due.pop(entry, None)
         self._unsent.pop(entry, None)
@@ -283,10 +214,10 @@ class JournalWriter:
         if peer is None:
             return  # the timer tries again
         if entry.deputy not in (None, peer):
-            self._leave(entry, _MOVED_S)
+            self._detach(entry, _MOVED_S)
         entry.deputy = peer
         turn, record = entry.turn, entry.record()
-        entry.epoch, entry.batch = record.epoch, PendingTokens(sent=len(record.tokens))
+        entry.epoch, entry.tokens = record.epoch, PendingTokens(sent=len(record.tokens))
         self._drops.revoke(peer, entry.session)
         try:
             await self._links.request(
@@ -298,68 +229,64 @@ class JournalWriter:
         except MeshdError as error:
             log.debug("session %s: %.8s does not keep its record: %s", entry.session, peer, error)
             if entry.turn == turn:
-                self._lose(entry, _AVOID_S)
+                self._start_over(entry, _AVOID_S)
             return
         if entry.turn != turn:
-            self._kept_for_nothing(entry.session, peer, record.epoch)
+            self._drop_if_moved(entry.session, peer, record.epoch)
             return
-        entry.kept, entry.told, entry.told_at = True, record.finish, self._clock.monotonic()
+        entry.confirmed, entry.reported, entry.reported_at = True, record.finish, self._clock.monotonic()
         entry.finish = record.finish or entry.finish
         self._send(entry)
 
-    def _kept_for_nothing(self, session: SessionId, peer: PeerId, epoch: int) -> None:
+    def _drop_if_moved(self, session: SessionId, peer: PeerId, epoch: int) -> None:
         """Its answer came when the record had gone elsewhere, or was forgotten."""
         present = self._entries.get(session)
         if present is None or present.deputy != peer:
             self._drops.add(peer, session, epoch)
 
-    # Tokens
-
     def _send(self, entry: _Entry) -> None:
-        """Tell the deputy what it does not know yet."""
-        if not entry.kept:
+        """Send the deputy what it does not have yet."""
+        if not entry.confirmed:
             return
         self._unsent.pop(entry, None)
-        while entry.kept and (entry.batch.pending or entry.told != entry.finish):
+        while entry.confirmed and (entry.tokens.pending or entry.reported != entry.finish):
             self._send_message(entry)
 
     def _send_message(self, entry: _Entry) -> None:
         assert entry.deputy is not None
-        index, tokens = entry.batch.take()
-        finish = "" if entry.batch.pending else entry.finish
+        index, tokens = entry.tokens.take()
+        finish = "" if entry.tokens.pending else entry.finish
         message = JournalTokens(session=entry.session, epoch=entry.epoch, index=index, tokens=tokens, finish=finish)
         try:
             self._links.send(entry.deputy, message)
         except MeshdError as error:
             log.debug("session %s: its journal goes no further at %.8s: %s", entry.session, entry.deputy, error)
-            self._lose(entry, _AVOID_S)
+            self._start_over(entry, _AVOID_S)
             return
-        entry.told, entry.told_at = finish, self._clock.monotonic()
-
-    # The timer
+        entry.reported, entry.reported_at = finish, self._clock.monotonic()
 
     async def _tick(self) -> None:
-        cared = self._clock.monotonic()
+        checked = self._clock.monotonic()
         while True:
             await self._clock.sleep(BATCH_S)
             self.flush()
             now = self._clock.monotonic()
-            if now - cared >= _CARE_S:
-                cared = now
-                self._care(now)
+            if now - checked >= _CARE_S:
+                checked = now
+                self._check_deputies(now)
 
-    def _care(self, now: float) -> None:
+    def _check_deputies(self, now: float) -> None:
         """Deputies for those without one, or with one that leaves; signs of life; an end for what ended long ago."""
         self._drops.send_due(now)
         if not self._entries:
             return
         leaving = {advert.peer for advert in self._adverts() if advert.draining}
         for entry in list(self._entries.values()):
-            if entry.finish and now - entry.ended_at > _KEEP_ENDED_S:
+            if entry.finish and now - entry.ended_at > KEEP_ENDED_S:
                 self._retire(entry)
-            elif entry.deputy is None or (entry.kept and entry.deputy in leaving and self._choose(entry) is not None):
+            elif entry.deputy is None or (entry.confirmed and entry.deputy in leaving and self._choose(entry) is not None):
                 self._hand_over(entry)
-            elif entry.kept and not entry.finish and now - entry.told_at > _RENEW_S:
+            elif entry.confirmed and not entry.finish and now - entry.reported_at > _RENEW_S:
                 self._send_message(entry)
 
     def _choose(self, entry: _Entry) -> PeerId | None:
@@ -384,59 +311,59 @@ class JournalWriters:
     def __init__(self, me: PeerId, links: Links, clock: Clock, adverts: Callable[[], list[Advert]]) -> None:
         first = JournalWriter(me, links, clock, adverts, lambda session: self._chosen(1, session))
         second = JournalWriter(me, links, clock, adverts, lambda session: self._chosen(0, session))
-        self._each = (first, second)
+        self._writers = (first, second)
 
     def __len__(self) -> int:
-        return max(map(len, self._each))
+        return max(map(len, self._writers))
 
     def _chosen(self, of: int, session: SessionId) -> tuple[PeerId, ...]:
-        deputy = self._each[of].chosen_for(session)
+        deputy = self._writers[of].chosen_for(session)
         return (deputy,) if deputy is not None else ()
 
     def deputies_of(self, session: SessionId) -> list[PeerId]:
         """Who keeps this session's record now."""
-        return [deputy for journalist in self._each if (deputy := journalist.deputy_of(session)) is not None]
+        return [deputy for writer in self._writers if (deputy := writer.deputy_of(session)) is not None]
 
     def begin(self, session: SessionId, record: Callable[[], SessionRecord], plan_peers: Callable[[], tuple[PeerId, ...]]) -> None:
         """See `JournalWriter.begin`."""
-        for journalist in self._each:
-            journalist.begin(session, record, plan_peers)
+        for writer in self._writers:
+            writer.begin(session, record, plan_peers)
 
     def token(self, session: SessionId, index: int, token: int, logprobs: TokenLogprobs | None) -> None:
         """See `JournalWriter.token`."""
-        for journalist in self._each:
-            journalist.token(session, index, token, logprobs)
+        for writer in self._writers:
+            writer.token(session, index, token, logprobs)
 
     def end(self, session: SessionId, finish: str, *, keep: bool) -> None:
         """See `JournalWriter.end`."""
-        for journalist in self._each:
-            journalist.end(session, finish, keep=keep)
+        for writer in self._writers:
+            writer.end(session, finish, keep=keep)
 
     def release(self, session: SessionId) -> None:
         """See `JournalWriter.release`."""
-        for journalist in self._each:
-            journalist.release(session)
+        for writer in self._writers:
+            writer.release(session)
 
     def on_peer_gone(self, peer: PeerId) -> None:
         """See `JournalWriter.on_peer_gone`."""
-        for journalist in self._each:
-            journalist.on_peer_gone(peer)
+        for writer in self._writers:
+            writer.on_peer_gone(peer)
 
     def on_dropped(self, peer: PeerId, session: SessionId) -> None:
         """See `JournalWriter.on_dropped`."""
-        for journalist in self._each:
-            journalist.on_dropped(peer, session)
+        for writer in self._writers:
+            writer.on_dropped(peer, session)
 
     def flush(self) -> None:
         """See `JournalWriter.flush`."""
-        for journalist in self._each:
-            journalist.flush()
+        for writer in self._writers:
+            writer.flush()
 
     async def run(self) -> None:
         """See `JournalWriter.run`."""
         async with asyncio.TaskGroup() as tasks:
-            for journalist in self._each:
-                tasks.create_task(journalist.run())
+            for writer in self._writers:
+                tasks.create_task(writer.run())
 
 
 def choose_deputy(

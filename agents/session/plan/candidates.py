@@ -46,7 +46,7 @@ class PeerRules:
     leaving: bool = False
     """Also peers that are about to leave."""
     avoided: bool = False
-    """Also those that the need says to avoid."""
+    """Also those that the request says to avoid."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,11 +73,11 @@ class LayerShortage:
 
 @dataclass(frozen=True)
 class CandidateSearch:
-    """One session's need, and the peers as this session may use them."""
+    """One session's request, and the peers as this session may use them."""
 
     problem: PlanInput
     """Over what is resident; what the session has reserved counts as free."""
-    need: RecoveryRequest
+    request: RecoveryRequest
     surviving: frozenset[int]
     """Stages of the old plan whose KV is still there."""
     me: PeerId
@@ -107,8 +107,8 @@ class CandidateSearch:
 
     def judge(self, stages: Stages, *, moved: bool = False) -> Candidate:
         """What these stages would do; with `moved`, KV that can be copied before the change has been."""
-        known = self.need.known
-        held = list(expected_held(self.need, stages, self.surviving))
+        known = self.request.known
+        held = list(expected_held(self.request, stages, self.surviving))
         for place in self._copies(stages) if moved else ():
             held[place] = StageHeld(known - 1, mirrored=True)
         resumptions = resume_positions(held, known)
@@ -127,29 +127,29 @@ class CandidateSearch:
         kept = [layer for number in self.surviving for layer in self._old[number].layers]
         free, total = set(kept), set(kept)
         for held in (held for peer in self._refill.peers for held in peer.usable_holdings):
-            total.update(held.layers if held.kv_tokens_total >= self.need.context else ())
-            free.update(held.layers if held.kv_tokens_free >= self.need.context else ())
+            total.update(held.layers if held.kv_tokens_total >= self.request.context else ())
+            free.update(held.layers if held.kv_tokens_free >= self.request.context else ())
         every = self.problem.card.layers
         busy = [layer for layer in every if layer in total and layer not in free]
         return LayerShortage(ranges_of([layer for layer in every if layer not in total]), ranges_of(busy))
 
     @property
     def _old(self) -> Stages:
-        return self.need.old.stages if self.need.old is not None else ()
+        return self.request.old.stages if self.request.old is not None else ()
 
     @property
     def _ahead(self) -> int:
         """Tokens that the answer is expected to have yet."""
-        answered = self.need.known - self.need.prompt_tokens
-        return max(1, min(self.need.context - self.need.known, max(_AHEAD_TOKENS, answered)))
+        answered = self.request.known - self.request.prompt_tokens
+        return max(1, min(self.request.context - self.request.known, max(_AHEAD_TOKENS, answered)))
 
     @cached_property
     def _refill(self) -> Reroute:
         return self._refill_of(self.problem)
 
     def _refill_of(self, problem: PlanInput) -> Reroute:
-        credit = [HeldKv(self._old[number].peer, self._old[number].layers, self.need.known) for number in self.surviving]
-        credit += [HeldKv(peer, self._old[number].layers, held) for number, (peer, held) in self.need.copies.items()]
+        credit = [HeldKv(self._old[number].peer, self._old[number].layers, self.request.known) for number in self.surviving]
+        credit += [HeldKv(peer, self._old[number].layers, held) for number, (peer, held) in self.request.copies.items()]
         return Reroute(problem, self._ahead, credit)
 
     def _possible(self, stages: Stages | None) -> TypeGuard[Stages]:
@@ -160,20 +160,20 @@ class CandidateSearch:
         kept = {number: self._old[number] for number in self.surviving}
         copied = {
             number: StagePlan(peer=peer, layers=self._old[number].layers)
-            for number, (peer, _) in self.need.copies.items()
+            for number, (peer, _) in self.request.copies.items()
             if number not in kept and self._holds(peer, self._old[number].layers)
         }
         if kept:
-            yield self._filled(kept)
+            yield self._with_gaps_filled(kept)
         if copied:
-            yield self._filled(kept | copied)
+            yield self._with_gaps_filled(kept | copied)
 
     def _swaps(self) -> Iterator[Stages | None]:
         """The old plan with one stage taken elsewhere."""
         for number in range(len(self._old)):
-            yield self._filled({place: stage for place, stage in enumerate(self._old) if place != number})
+            yield self._with_gaps_filled({place: stage for place, stage in enumerate(self._old) if place != number})
 
-    def _filled(self, kept: dict[int, StagePlan]) -> Stages | None:
+    def _with_gaps_filled(self, kept: dict[int, StagePlan]) -> Stages | None:
         """These stages of the old plan, and the cheapest cover of every gap between them."""
         old, refill, problem = self._old, self._refill, self.problem
         stages: list[StagePlan] = []
@@ -207,38 +207,38 @@ class CandidateSearch:
             if stage.layers in old.layers:
                 if old.peer == stage.peer or not self._holds(stage.peer, old.layers):
                     return None
-                size = self.problem.kv_token_layer_bytes * len(old.layers) * self.need.known
+                size = self.problem.kv_token_layer_bytes * len(old.layers) * self.request.known
                 return number, self.problem.network.hop_s(old.peer, stage.peer, size)
         return None
 
     def _holds(self, peer: PeerId, layers: LayerRange) -> bool:
         holdings = (profile.usable_holdings for profile in self._refill.peers if profile.id == peer)
-        return any(reserve_in(held, layers, self.need.context) is not None for held in holdings)
+        return any(reserve_in(held, layers, self.request.context) is not None for held in holdings)
 
 
 def candidate_search(
-    card: ModelCard, adverts: Sequence[Advert], mesh: MeshOptions, need: RecoveryRequest, me: PeerId, allowed: PeerRules
+    card: ModelCard, adverts: Sequence[Advert], mesh: MeshOptions, request: RecoveryRequest, me: PeerId, allowed: PeerRules
 ) -> CandidateSearch:
-    """The scene as the adverts tell it. Raises: NoPeer when none of the peers that the request names is here."""
+    """Returns: the search over what the adverts offer. Raises: NoPeer if none of the peers that the request names is here."""
     profiles = profiles_from_adverts(adverts, card.id)
-    surviving = frozenset(_surviving(profiles, need))
+    surviving = frozenset(_surviving(profiles, request))
     problem = PlanInput(
         card=card,
-        profiles=tuple(_as_usable(profile, need, surviving, allowed) for profile in profiles),
+        profiles=tuple(_as_usable(profile, request, surviving, allowed) for profile in profiles),
         network=Network.from_adverts(adverts),
-        context=need.context,
-        prompt_tokens=need.known,
+        context=request.context,
+        prompt_tokens=request.known,
         peers=named_peers(mesh, profiles),
         resident_only=True,
     )
-    return CandidateSearch(problem, need, surviving, me)
+    return CandidateSearch(problem, request, surviving, me)
 
 
-def _surviving(profiles: Sequence[PeerProfile], need: RecoveryRequest) -> Iterator[int]:
+def _surviving(profiles: Sequence[PeerProfile], request: RecoveryRequest) -> Iterator[int]:
     """A peer that started anew, or let go of the layers, has lost the KV even if nobody noticed yet."""
-    gone = need.lost | need.avoid
+    gone = request.lost | request.avoid
     here = {profile.id: profile.holdings for profile in profiles if profile.id not in gone}
-    for number, stage in enumerate(need.old.stages if need.old is not None else ()):
+    for number, stage in enumerate(request.old.stages if request.old is not None else ()):
         if _serving(here.get(stage.peer, ()), stage.layers) is not None:
             yield number
 
@@ -247,23 +247,23 @@ def _serving(holdings: Sequence[Holding], layers: LayerRange) -> Holding | None:
     return next((held for held in holdings if held.state in _SERVING and layers in held.layers), None)
 
 
-def _as_usable(profile: PeerProfile, need: RecoveryRequest, surviving: frozenset[int], allowed: PeerRules) -> PeerProfile:
+def _as_usable(profile: PeerProfile, request: RecoveryRequest, surviving: frozenset[int], allowed: PeerRules) -> PeerProfile:
     """What the session has reserved on the peer is free to it; the rest, if the peer may take more."""
-    shut = (profile.id in need.avoid and not allowed.avoided) or (profile.draining and not allowed.leaving)
+    shut = (profile.id in request.avoid and not allowed.avoided) or (profile.draining and not allowed.leaving)
     free = [] if shut else [held for held in profile.holdings if allowed.standby or not held.standby]
-    return msgspec.structs.replace(profile, holdings=(*free, *_own(profile, need, surviving, allowed)), draining=False)
+    return msgspec.structs.replace(profile, holdings=(*free, *_own(profile, request, surviving, allowed)), draining=False)
 
 
-def _own(profile: PeerProfile, need: RecoveryRequest, surviving: frozenset[int], allowed: PeerRules) -> Iterator[Holding]:
-    if need.old is None:
+def _own(profile: PeerProfile, request: RecoveryRequest, surviving: frozenset[int], allowed: PeerRules) -> Iterator[Holding]:
+    if request.old is None:
         return
-    avoided = allowed.avoided and profile.id in need.avoid - need.lost
-    stages = [(number, stage) for number, stage in enumerate(need.old.stages) if stage.peer == profile.id]
+    avoided = allowed.avoided and profile.id in request.avoid - request.lost
+    stages = [(number, stage) for number, stage in enumerate(request.old.stages) if stage.peer == profile.id]
     wanted = [stage.layers for number, stage in stages if avoided or number in surviving]
-    wanted += [need.old.stages[number].layers for number, (peer, _) in need.copies.items() if peer == profile.id]
+    wanted += [request.old.stages[number].layers for number, (peer, _) in request.copies.items() if peer == profile.id]
     for layers in wanted:
         held = _serving(profile.holdings, layers)
         if held is not None:
             yield msgspec.structs.replace(
-                held, layers=layers, state="active", standby=False, kv_tokens_total=need.context, kv_tokens_free=need.context
+                held, layers=layers, state="active", standby=False, kv_tokens_total=request.context, kv_tokens_free=request.context
             )

@@ -1,7 +1,7 @@
-"""How a session goes on under another plan: what each stage still has, where each starts, and what that is called.
+"""How a session continues under another plan: what each stage still has, where each starts, and what that method is called.
 
 House rules of this file: no I/O, no clock. Every change of plan (after a loss, a move, growth, a take-over) is the same thing here:
-the stages of the new plan tell what lies there of the session, and from that follows what is computed again and what is only sent.
+the stages of the new plan report what they still have of the session, which decides what is computed again and what is only sent.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -79,7 +79,7 @@ def method_of(held: Sequence[StageHeld], resumptions: Sequence[ResumePoint], kno
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoveryRequest:
-    """What a plan to go on with has to do."""
+    """What a plan must offer so that the session can continue under it."""
 
     old: Plan | None
     """The plan that broke, or that runs; None: there is none yet."""
@@ -117,23 +117,23 @@ class RecoveryPlan:
     """To the next token."""
 
 
-def expected_held(need: RecoveryRequest, stages: Sequence[StagePlan], surviving: Collection[int]) -> tuple[StageHeld, ...]:
+def expected_held(request: RecoveryRequest, stages: Sequence[StagePlan], surviving: Collection[int]) -> tuple[StageHeld, ...]:
     """What the stages of a new plan will tell, as far as can be known before they are asked.
 
     `surviving`: the stages of the old plan whose KV is still there.
     """
-    return tuple(_expected(need, stage, surviving) for stage in stages)
+    return tuple(_expected(request, stage, surviving) for stage in stages)
 
 
-def _expected(need: RecoveryRequest, stage: StagePlan, surviving: Collection[int]) -> StageHeld:
-    if need.old is None:
+def _expected(request: RecoveryRequest, stage: StagePlan, surviving: Collection[int]) -> StageHeld:
+    if request.old is None:
         return StageHeld(0)
-    best, before = StageHeld(0), need.old.stages
-    for number, (peer, held) in need.copies.items():
+    best, before = StageHeld(0), request.old.stages
+    for number, (peer, held) in request.copies.items():
         if peer == stage.peer and number < len(before) and stage.layers in before[number].layers and held > best.held:
             best = StageHeld(held, mirrored=True)
     for number in surviving:
         if before[number].peer == stage.peer and stage.layers in before[number].layers:
             same_end = stage.layers.end == before[number].layers.end
-            best = StageHeld(need.known - 1, kept_to=need.known - 1 if same_end else 0)
+            best = StageHeld(request.known - 1, kept_to=request.known - 1 if same_end else 0)
     return best

@@ -6,11 +6,12 @@ from functools import partial
 from logging import getLogger
 
 from meshd.agents.links.links import Links
-from meshd.agents.session import session as fsm
 from meshd.agents.session.answer import Answer
+from meshd.agents.session.events import Replan
 from meshd.agents.session.journal.record import SessionRecord
 from meshd.agents.session.plan.resume import RecoveryRequest
 from meshd.agents.session.plan.route import Router, mirror_targets
+from meshd.agents.session.session import SessionState
 from meshd.clock import Clock
 from meshd.errors import DoesNotFit, MeshdError, NoPeer, NotReady, OutOfMemory, Overloaded, PeerFault, RemoteFailure, Superseded
 from meshd.protocol.messages import Mirror, Mirrored
@@ -47,17 +48,17 @@ class PlanRetrier:
     elsewhere: Callable[[SessionId], Awaitable[bool]]
     """Whether another peer coordinates it."""
 
-    def replan(self, answer: Answer, command: fsm.Replan) -> None:
+    def replan(self, answer: Answer, command: Replan) -> None:
         """Find a plan for an answer that lost its own; a later loss makes the search begin anew."""
         work = partial(self._recover, answer, command) if answer.machine.begun else partial(self._again, answer)
-        answer.search(self._to_its_end(answer, work))
+        answer.tasks.search(self._to_its_end(answer, work))
 
     def start(self, answer: Answer) -> None:
         """Find the first plan of an answer."""
-        answer.search(self._to_its_end(answer, partial(self._first, answer)))
+        answer.tasks.search(self._to_its_end(answer, partial(self._first, answer)))
 
     async def _to_its_end(self, answer: Answer, search: Callable[[], Awaitable[None]]) -> None:
-        """An answer whose search ended for a reason that nobody foresaw fails, since it would wait for ever."""
+        """Run a search. An unexpected error fails the answer, which would otherwise wait for ever."""
         try:
             await search()
         except Exception as error:
@@ -66,7 +67,7 @@ class PlanRetrier:
 
     async def _first(self, answer: Answer) -> None:
         """A plan, as soon as other answers leave room for its KV."""
-        until = answer.started + _ROOM_WAIT_S
+        until = answer.output.started + _ROOM_WAIT_S
         record = answer.record
         while True:
             try:
@@ -87,21 +88,23 @@ class PlanRetrier:
         error = answer.machine.error
         if isinstance(error, RemoteFailure) and error.remote_code not in _PASSING:
             return answer.plan_failed(error)
-        if self.clock.monotonic() > answer.started + _ROOM_WAIT_S:
+        if self.clock.monotonic() > answer.output.started + _ROOM_WAIT_S:
             why = error.message if error is not None else "no stage opened"
             return answer.plan_failed(Overloaded(f"no room for this request's context: {why}", retry_after_s=5.0))
         if not isinstance(error, PeerFault) or isinstance(error, RemoteFailure):
             await self.clock.sleep(_RETRY_S)
         await self._first(answer)
 
-    async def _recover(self, answer: Answer, command: fsm.Replan) -> None:
+    async def _recover(self, answer: Answer, command: Replan) -> None:
         began = self.clock.monotonic()
         error = answer.machine.error
         if isinstance(error, RemoteFailure) and error.remote_code == Superseded.code and not await self._reclaim(answer):
             return None
         while True:
             try:
-                found = await self.router.recover(answer.card, answer.record.mesh, self.need(answer, command.lost, command.avoid))
+                found = await self.router.recover(
+                    answer.card, answer.record.mesh, self.recovery_request(answer, command.lost, command.avoid)
+                )
             except (NotReady, Overloaded, DoesNotFit, NoPeer) as error:
                 patience = _LOADING_WAIT_S if isinstance(error, NotReady) else _ROOM_WAIT_S
                 if isinstance(error, DoesNotFit | NoPeer):
@@ -133,31 +136,28 @@ class PlanRetrier:
         await self.clock.sleep(_UNNOTICED_S)
         return answer.running
 
-    def need(
+    def recovery_request(
         self, answer: Answer, lost: frozenset[PeerId] = frozenset(), avoid: frozenset[PeerId] = frozenset()
     ) -> RecoveryRequest:
-        """What a plan to go on with has to do."""
+        """What the answer's next plan must offer."""
         old = answer.machine.rooted
         now = self.clock.monotonic()
-        linked = {answer.around.me, *self.links.peers()}
-        distrusted = {peer for peer, until in answer.distrusted.items() if until > now}
+        linked = {answer.context.me, *self.links.peers()}
         return RecoveryRequest(
             old=old,
             lost=lost | frozenset(peer for peer in (old.peers if old else ()) if peer not in linked),
-            avoid=avoid | distrusted,
+            avoid=avoid | answer.recovery.distrusted(now),
             prompt_tokens=len(answer.record.prompt),
             max_tokens=answer.record.max_tokens,
             known=answer.machine.known,
             mirrors=dict(answer.mirrors),
         )
 
-    # Mirrors
-
     def keep_mirrors(self, answer: Answer) -> None:
         """Have the KV of every stage of a running answer copied to a peer that could take over, where there is one."""
         wanted = answer.record.mesh.mirror if answer.record.mesh.mirror is not None else self.mirror
         plan = answer.plan
-        if not wanted or plan is None or answer.machine.state not in (fsm.SessionState.PREFILLING, fsm.SessionState.DECODING):
+        if not wanted or plan is None or answer.machine.state not in (SessionState.PREFILLING, SessionState.DECODING):
             return
         if len(answer.mirrors) == len(plan.stages):
             return
@@ -165,10 +165,12 @@ class PlanRetrier:
             if stage.mirror is None or number in answer.mirrors:
                 continue
             answer.mirrored(number, stage.mirror, 0)
-            answer.send(stage.peer, Mirror(session=answer.session, epoch=answer.machine.epoch, stage=number, target=stage.mirror))
+            answer.stages.send(
+                stage.peer, Mirror(session=answer.session, epoch=answer.machine.epoch, stage=number, target=stage.mirror)
+            )
 
     def on_mirrored(self, answer: Answer, message: Mirrored) -> None:
-        """A stage tells how far the copy of its KV is."""
+        """A stage reports how far the copy of its KV is."""
         known = answer.mirrors.get(message.stage)
         if known is None or known[0] != message.target or message.epoch != answer.machine.epoch:
             return

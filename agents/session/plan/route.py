@@ -1,4 +1,4 @@
-"""From a request, or a broken plan, to a plan: a route over what lies on the peers now. What is missing is placed first."""
+"""Plans for requests, and for sessions that lost theirs, over the layers that peers have now. Missing layers are placed first."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
@@ -60,17 +60,17 @@ class Router:
         try:
             return self._route(card, mesh, context, prompt_tokens)
         except (NotReady, DoesNotFit):
-            pieced = self._pieced(card, mesh, prompt_tokens, max_tokens)
-            if pieced is not None:
-                return pieced
+            plan = self._from_pieces(card, mesh, prompt_tokens, max_tokens)
+            if plan is not None:
+                return plan
             await self._place(card, mesh, context)
         return self._route(card, mesh, context, prompt_tokens)
 
-    def _pieced(self, card: ModelCard, mesh: MeshOptions, prompt_tokens: int, max_tokens: int) -> Plan | None:
+    def _from_pieces(self, card: ModelCard, mesh: MeshOptions, prompt_tokens: int, max_tokens: int) -> Plan | None:
         """A plan in which a peer may run several stages, from loads that don't touch: quicker than placing, where it is allowed."""
         if mesh.stages is not None or (mesh.min_peers or 1) > 1:
             return None
-        need = RecoveryRequest(
+        request = RecoveryRequest(
             old=None,
             lost=frozenset(),
             avoid=frozenset(),
@@ -78,39 +78,39 @@ class Router:
             max_tokens=max_tokens,
             known=prompt_tokens,
         )
-        found = self._resident(card, mesh, need, _ANYONE)
+        found = self._resident(card, mesh, request, _ANYONE)
         return None if found is None else found.plan
 
-    async def recover(self, card: ModelCard, mesh: MeshOptions, need: RecoveryRequest) -> RecoveryPlan:
+    async def recover(self, card: ModelCard, mesh: MeshOptions, request: RecoveryRequest) -> RecoveryPlan:
         """The cheapest way to go on with a session: over what is resident; else over what is loaded for it.
 
         Of the request's wishes only `peers` still counts. Raises: DoesNotFit, NoPeer; NotReady while lost layers are being loaded;
         Overloaded while other sessions take the KV.
         """
-        found = self._resident(card, mesh, need, PeerRules()) or self._resident(card, mesh, need, _ANYONE)
+        found = self._resident(card, mesh, request, PeerRules()) or self._resident(card, mesh, request, _ANYONE)
         if found is not None:
             return found
         try:
-            await self._mend(card, mesh, need)
-            found = self._resident(card, mesh, need, _ANYONE)
+            await self._load_missing(card, mesh, request)
+            found = self._resident(card, mesh, request, _ANYONE)
             if found is None:
-                raise _short(card, need, self._scene(card, mesh, need, _ANYONE).shortage())
+                raise _shortage_error(card, request, self._search(card, mesh, request, _ANYONE).shortage())
         except (DoesNotFit, NoPeer, Overloaded, PeerFault) as error:
-            found = self._last_resort(card, mesh, need)
+            found = self._last_resort(card, mesh, request)
             if found is None:
-                raise self._told(error, need) from error
+                raise self._explained(error, request) from error
         return found
 
-    def better(self, card: ModelCard, mesh: MeshOptions, need: RecoveryRequest) -> RecoveryPlan | None:
+    def better(self, card: ModelCard, mesh: MeshOptions, request: RecoveryRequest) -> RecoveryPlan | None:
         """For a session that runs: a plan that is worth the move, if there is one. A request that named its stages keeps them."""
         if mesh.stages is not None or mesh.objective not in (None, Objective.LATENCY):
             return None
         try:
-            scene = self._scene(card, mesh, need, PeerRules(standby=False))
+            search = self._search(card, mesh, request, PeerRules(standby=False))
         except NoPeer:
             return None
-        found = scene.better(mesh.min_peers or 1)
-        return None if found is None else self._recovery(scene, found)
+        found = search.better(mesh.min_peers or 1)
+        return None if found is None else self._recovery(search, found)
 
     def with_target(self, card: ModelCard, plan: Plan, target: PeerId, source: PeerId | None) -> Plan:
         """The plan with all its stages at `source` (None: wherever they are) at `target`.
@@ -168,8 +168,6 @@ class Router:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    # New sessions
-
     def _route(self, card: ModelCard, mesh: MeshOptions, context: int, prompt_tokens: int) -> Plan:
         """Over what is there to be routed over; else over standby copies too; else over peers that are about to leave too.
 
@@ -203,82 +201,80 @@ class Router:
         async for _ in self.placer.place(card, mesh, context=context):
             pass
 
-    # Sessions that lost their plan
-
-    def _scene(self, card: ModelCard, mesh: MeshOptions, need: RecoveryRequest, allowed: PeerRules) -> CandidateSearch:
+    def _search(self, card: ModelCard, mesh: MeshOptions, request: RecoveryRequest, allowed: PeerRules) -> CandidateSearch:
         """Raises: NoPeer."""
-        return candidate_search(card, self.adverts(), mesh, need, self.me, allowed)
+        return candidate_search(card, self.adverts(), mesh, request, self.me, allowed)
 
     def _resident(
-        self, card: ModelCard, mesh: MeshOptions, need: RecoveryRequest, allowed: PeerRules, silent: Sequence[Advert] = ()
+        self, card: ModelCard, mesh: MeshOptions, request: RecoveryRequest, allowed: PeerRules, silent: Sequence[Advert] = ()
     ) -> RecoveryPlan | None:
         """Over what is there; over peers that are `silent` just now too."""
         try:
-            scene = candidate_search(card, [*self.adverts(), *silent], mesh, need, self.me, allowed)
+            search = candidate_search(card, [*self.adverts(), *silent], mesh, request, self.me, allowed)
         except NoPeer:
             return None
-        found = scene.best()
-        return None if found is None else self._recovery(scene, found)
+        found = search.best()
+        return None if found is None else self._recovery(search, found)
 
-    def _last_resort(self, card: ModelCard, mesh: MeshOptions, need: RecoveryRequest) -> RecoveryPlan | None:
+    def _last_resort(self, card: ModelCard, mesh: MeshOptions, request: RecoveryRequest) -> RecoveryPlan | None:
         """Over peers that are to be avoided too, and those that are silent just now."""
         silent = self.suspects()
-        need = replace(need, avoid=need.avoid.union(advert.peer for advert in silent))
-        return self._resident(card, mesh, need, PeerRules(leaving=True, avoided=True), silent)
+        request = replace(request, avoid=request.avoid.union(advert.peer for advert in silent))
+        return self._resident(card, mesh, request, PeerRules(leaving=True, avoided=True), silent)
 
-    def _recovery(self, scene: CandidateSearch, found: Candidate) -> RecoveryPlan:
+    def _recovery(self, search: CandidateSearch, found: Candidate) -> RecoveryPlan:
         solution = Solution(stages=found.stages, estimate=found.estimate, objective=Objective.LATENCY, method="given")
-        return RecoveryPlan(build_plan(self._next_id(), scene.problem, solution), found.method, found.pause_s)
+        return RecoveryPlan(build_plan(self._next_id(), search.problem, solution), found.method, found.pause_s)
 
     def _next_id(self) -> PlanId:
         self._plans += 1
         return PlanId(f"{self.me[:8]}-{self._plans}")
 
-    async def _mend(self, card: ModelCard, mesh: MeshOptions, need: RecoveryRequest) -> None:
-        """Have the layers loaded for want of which a session can't go on."""
-        scene = self._scene(card, mesh, need, _ANYONE)
-        shortage = scene.shortage()
+    async def _load_missing(self, card: ModelCard, mesh: MeshOptions, request: RecoveryRequest) -> None:
+        """Load the layers that the session needs and no peer has."""
+        search = self._search(card, mesh, request, _ANYONE)
+        shortage = search.shortage()
         if shortage.busy or not shortage.missing:
-            raise _short(card, need, shortage)
-        key = card.id, shortage.missing, need.context, need.avoid, mesh.peers
+            raise _shortage_error(card, request, shortage)
+        key = card.id, shortage.missing, request.context, request.avoid, mesh.peers
         what = f"layers {_listed(shortage.missing)} of {card.name} are being loaded"
-        await self._shared(card, key, what, lambda: self._load(scene, shortage.missing))
+        await self._shared(card, key, what, lambda: self._load(search, shortage.missing))
 
-    async def _load(self, scene: CandidateSearch, missing: tuple[LayerRange, ...]) -> None:
+    async def _load(self, search: CandidateSearch, missing: tuple[LayerRange, ...]) -> None:
         """What others have begun to load is waited for, the rest is asked for."""
-        card, need, among = scene.problem.card, scene.need, scene.problem.peers
-        coming = self._coming(card.id, need)
+        card, request, among = search.problem.card, search.request, search.problem.peers
+        coming = self._coming(card.id, request)
         layers = sorted({layer for run in missing for layer in run} - coming)
         if layers:
             totals = [held.kv_tokens_total for advert in self.adverts() for held in _active(advert, card.id)]
-            wanted = max(need.context, min(totals, default=need.context))
+            wanted = max(request.context, min(totals, default=request.context))
             try:
                 await self.placer.repair(
-                    card, ranges_of(layers), kv_tokens=wanted, least_tokens=need.context, avoid=need.avoid, among=among
+                    card, ranges_of(layers), kv_tokens=wanted, least_tokens=request.context, avoid=request.avoid, among=among
                 )
             except DoesNotFit:
-                if scene.surviving:
+                if search.surviving:
                     raise
-                await self._placed_whole(card, MeshOptions(peers=among), need.context)
+                await self._placed_whole(card, MeshOptions(peers=among), request.context)
         clock = self.placer.clock
         until = clock.monotonic() + _COMING_S
-        while clock.monotonic() < until and not coming.isdisjoint(self._coming(card.id, need)):
+        while clock.monotonic() < until and not coming.isdisjoint(self._coming(card.id, request)):
             await clock.sleep(_POLL_S)
 
-    def _coming(self, model: ModelId, need: RecoveryRequest) -> set[int]:
+    def _coming(self, model: ModelId, request: RecoveryRequest) -> set[int]:
         """Layers that are being loaded, with enough KV, on peers that may be used."""
         return {
             layer
             for advert in self.adverts()
-            if not advert.draining and advert.peer not in need.avoid
+            if not advert.draining and advert.peer not in request.avoid
             for held in advert.holdings
-            if held.model == model and held.state in _COMING and held.kv_tokens_total >= need.context
+            if held.model == model and held.state in _COMING and held.kv_tokens_total >= request.context
             for layer in held.layers
         }
 
-    def _told(self, error: MeshdError, need: RecoveryRequest) -> MeshdError:
+    def _explained(self, error: MeshdError, request: RecoveryRequest) -> MeshdError:
         """The error with who is missing."""
-        gone = {"lost": need.lost, "avoided": need.avoid - need.lost}
+        gone = {"lost": request.lost, "avoided": request.avoid - request.lost}
         names = [f"{what}: {', '.join(sorted(map(self.placer.names, peers)))}" for what, peers in gone.items() if peers]
         text = f"{error.message} ({'; '.join(names)})" if names else error.message
         match error:
@@ -291,8 +287,6 @@ class Router:
             case RemoteFailure():
                 return DoesNotFit(f"lost layers could not be loaded: {text}", hint=error.hint)
         return NotReady(f"lost layers could not be loaded yet: {text}")
-
-    # What is being placed
 
     async def _shared(self, card: ModelCard, key: Hashable, what: str, work: Callable[[], Coroutine[None, None, None]]) -> None:
         """Requests that need the same share one placement, which outlives them. Raises: NotReady if it takes long; as it does."""
@@ -319,9 +313,9 @@ def mirror_targets(plan: Plan, adverts: list[Advert]) -> Plan:
     Peers with no stage of the plan first, then those that KV reaches soonest, then those with the most room.
     """
     network = Network.from_adverts(adverts)
-    here = {advert.peer: _active(advert, plan.model) for advert in adverts if not advert.draining}
+    holdings_of = {advert.peer: _active(advert, plan.model) for advert in adverts if not advert.draining}
     for stage in plan.stages:
-        _take(here, stage.peer, stage.layers, plan.context)
+        _take(holdings_of, stage.peer, stage.layers, plan.context)
     stages = []
     for stage in plan.stages:
         fitting = [
@@ -331,20 +325,20 @@ def mirror_targets(plan: Plan, adverts: list[Advert]) -> Plan:
                 -sum(held.kv_tokens_free for held in holdings),
                 peer,
             )
-            for peer, holdings in here.items()
+            for peer, holdings in holdings_of.items()
             if peer != stage.peer and reserve_in(holdings, stage.layers, plan.context) is not None
         ]
         mirror = min(fitting)[-1] if fitting else None
         if mirror is not None:
-            _take(here, mirror, stage.layers, plan.context)
+            _take(holdings_of, mirror, stage.layers, plan.context)
         stages.append(msgspec.structs.replace(stage, mirror=mirror))
     return msgspec.structs.replace(plan, stages=tuple(stages))
 
 
-def _take(here: dict[PeerId, tuple[Holding, ...]], peer: PeerId, layers: LayerRange, tokens: int) -> None:
-    left = reserve_in(here.get(peer, ()), layers, tokens)
+def _take(holdings_of: dict[PeerId, tuple[Holding, ...]], peer: PeerId, layers: LayerRange, tokens: int) -> None:
+    left = reserve_in(holdings_of.get(peer, ()), layers, tokens)
     if left is not None:
-        here[peer] = left
+        holdings_of[peer] = left
 
 
 def _active(advert: Advert, model: ModelId) -> tuple[Holding, ...]:
@@ -360,12 +354,12 @@ def _widening(model: ModelId, adverts: list[Advert]) -> Iterator[tuple[bool, boo
         yield True, True
 
 
-def _short(card: ModelCard, need: RecoveryRequest, shortage: LayerShortage) -> MeshdError:
+def _shortage_error(card: ModelCard, request: RecoveryRequest, shortage: LayerShortage) -> MeshdError:
     if shortage.busy:
-        return Overloaded(f"layers {_listed(shortage.busy)} of {card.name} have no KV free for {need.context} tokens now")
+        return Overloaded(f"layers {_listed(shortage.busy)} of {card.name} have no KV free for {request.context} tokens now")
     if shortage.missing:
         return NotReady(f"layers {_listed(shortage.missing)} of {card.name} lie on no live peer yet")
-    return Overloaded(f"the live peers have no KV free for {need.context} tokens of {card.name} in all stages at a time")
+    return Overloaded(f"the live peers have no KV free for {request.context} tokens of {card.name} in all stages at a time")
 
 
 def _listed(runs: Sequence[LayerRange]) -> str:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshd.agents.machine import IllegalTransition
-from meshd.agents.session import session as machine
+from meshd.agents.session import events
 from meshd.agents.session.plan.resume import ResumePoint, StageHeld
 from meshd.agents.session.session import (
     CREDIT_TOKENS,
@@ -35,37 +35,37 @@ def plan_of(*stages: tuple[PeerId, int, int]) -> Plan:
 PLAN = plan_of((A, 0, 2), (B, 2, 5))
 WITHOUT_B = plan_of((A, 0, 2), (C, 2, 5))
 
-EVENTS: dict[type, machine.Event] = {
-    machine.Planned: machine.Planned(PLAN),
-    machine.PlanFailed: machine.PlanFailed(DoesNotFit("layers 2-5 lie nowhere")),
-    machine.StageOpened: machine.StageOpened(1, 0),
-    machine.StageFailed: machine.StageFailed(1, 0, OutOfMemory("no room"), B),
-    machine.TokenArrived: machine.TokenArrived(1, 0, 7),
-    machine.TokensRead: machine.TokensRead(1),
-    machine.StopMatched: machine.StopMatched(),
-    machine.PeerGone: machine.PeerGone(B, "killed"),
-    machine.DeadlinePassed: machine.DeadlinePassed("silence", B),
-    machine.Suspend: machine.Suspend(),
-    machine.ResumeRequested: machine.ResumeRequested(),
-    machine.Released: machine.Released(Cancelled("taken over")),
-    machine.Reclaimed: machine.Reclaimed(1000, ((7, None, None), (8, None, None))),
-    machine.CancelRequested: machine.CancelRequested(),
+EVENTS: dict[type, events.Event] = {
+    events.Planned: events.Planned(PLAN),
+    events.PlanFailed: events.PlanFailed(DoesNotFit("layers 2-5 lie nowhere")),
+    events.StageOpened: events.StageOpened(1, 0),
+    events.StageFailed: events.StageFailed(1, 0, OutOfMemory("no room"), B),
+    events.TokenArrived: events.TokenArrived(1, 0, 7),
+    events.TokensRead: events.TokensRead(1),
+    events.StopMatched: events.StopMatched(),
+    events.PeerGone: events.PeerGone(B, "killed"),
+    events.DeadlinePassed: events.DeadlinePassed("silence", B),
+    events.Suspend: events.Suspend(),
+    events.ResumeRequested: events.ResumeRequested(),
+    events.Released: events.Released(Cancelled("taken over")),
+    events.Reclaimed: events.Reclaimed(1000, ((7, None, None), (8, None, None))),
+    events.CancelRequested: events.CancelRequested(),
 }
 
 
 def in_state(state: SessionState) -> Session:
     session = Session(SessionId("s"), PROMPT)
-    paths: dict[SessionState, list[machine.Event]] = {
+    paths: dict[SessionState, list[events.Event]] = {
         SessionState.NEW: [],
-        SessionState.OPENING: [machine.Planned(PLAN)],
-        SessionState.PREFILLING: [machine.Planned(PLAN), machine.StageOpened(1, 0), machine.StageOpened(1, 1)],
+        SessionState.OPENING: [events.Planned(PLAN)],
+        SessionState.PREFILLING: [events.Planned(PLAN), events.StageOpened(1, 0), events.StageOpened(1, 1)],
     }
-    paths[SessionState.DECODING] = [*paths[SessionState.PREFILLING], machine.TokenArrived(1, 0, 7)]
-    paths[SessionState.RECOVERING] = [*paths[SessionState.DECODING], machine.PeerGone(B, "killed")]
-    paths[SessionState.SUSPENDED] = [*paths[SessionState.DECODING], machine.Suspend()]
-    paths[SessionState.FINISHED] = [*paths[SessionState.PREFILLING], machine.TokenArrived(1, 0, 7, None, FinishReason.LENGTH)]
-    paths[SessionState.FAILED] = [machine.PlanFailed(DoesNotFit("too large"))]
-    paths[SessionState.CANCELLED] = [*paths[SessionState.DECODING], machine.CancelRequested()]
+    paths[SessionState.DECODING] = [*paths[SessionState.PREFILLING], events.TokenArrived(1, 0, 7)]
+    paths[SessionState.RECOVERING] = [*paths[SessionState.DECODING], events.PeerGone(B, "killed")]
+    paths[SessionState.SUSPENDED] = [*paths[SessionState.DECODING], events.Suspend()]
+    paths[SessionState.FINISHED] = [*paths[SessionState.PREFILLING], events.TokenArrived(1, 0, 7, None, FinishReason.LENGTH)]
+    paths[SessionState.FAILED] = [events.PlanFailed(DoesNotFit("too large"))]
+    paths[SessionState.CANCELLED] = [*paths[SessionState.DECODING], events.CancelRequested()]
     for event in paths[state]:
         session.handle(event)
         session.validate()
@@ -94,186 +94,186 @@ def test_every_pair_of_state_and_event_is_a_transition_or_raises_and_changes_not
 
 def test_the_prompt_goes_out_when_the_last_stage_has_opened() -> None:
     session = Session(SessionId("s"), PROMPT)
-    assert session.handle(machine.Planned(PLAN)) == [machine.OpenStages(1, PLAN, CREDIT_TOKENS, 0)]
-    assert session.handle(machine.StageOpened(1, 1)) == []
-    assert session.handle(machine.StageOpened(1, 0)) == [machine.SendPrompt(1, PLAN, 0)]
+    assert session.handle(events.Planned(PLAN)) == [events.OpenStages(1, PLAN, CREDIT_TOKENS, 0)]
+    assert session.handle(events.StageOpened(1, 1)) == []
+    assert session.handle(events.StageOpened(1, 0)) == [events.SendPrompt(1, PLAN, 0)]
 
 
 def test_a_message_of_an_older_epoch_is_dropped() -> None:
     session = in_state(SessionState.DECODING)
-    assert session.handle(machine.TokenArrived(0, 1, 9)) == []
+    assert session.handle(events.TokenArrived(0, 1, 9)) == []
     assert session.tokens == [7]
 
 
 def test_a_repeated_token_is_emitted_once() -> None:
     session = in_state(SessionState.DECODING)
-    assert session.handle(machine.TokenArrived(1, 0, 7)) == []
-    assert session.handle(machine.TokenArrived(1, 1, 8)) == [machine.EmitToken(1, 8, None, None)]
+    assert session.handle(events.TokenArrived(1, 0, 7)) == []
+    assert session.handle(events.TokenArrived(1, 1, 8)) == [events.EmitToken(1, 8, None, None)]
 
 
 def test_a_gap_in_the_tokens_asks_for_another_plan() -> None:
     session = in_state(SessionState.DECODING)
-    (command,) = session.handle(machine.TokenArrived(1, 5, 8))
-    assert isinstance(command, machine.Replan)
+    (command,) = session.handle(events.TokenArrived(1, 5, 8))
+    assert isinstance(command, events.Replan)
     assert command.avoid == {B}, "the last stage's word can't be right"
     assert session.tokens == [7]
 
 
 def test_after_a_loss_the_answer_goes_on_one_epoch_later_from_what_is_held() -> None:
     session = in_state(SessionState.DECODING)
-    (replan,) = session.handle(machine.PeerGone(B, "killed"))
-    assert isinstance(replan, machine.Replan)
+    (replan,) = session.handle(events.PeerGone(B, "killed"))
+    assert isinstance(replan, events.Replan)
     assert replan.lost == {B}
     assert "2-5" in replan.reason
-    assert session.handle(machine.Planned(WITHOUT_B)) == [machine.OpenStages(2, WITHOUT_B, CREDIT_TOKENS, 1)]
-    assert session.handle(machine.StageOpened(1, 0)) == []  # of the old epoch
-    session.handle(machine.StageOpened(2, 0, StageHeld(10, False, 0, 10)))
+    assert session.handle(events.Planned(WITHOUT_B)) == [events.OpenStages(2, WITHOUT_B, CREDIT_TOKENS, 1)]
+    assert session.handle(events.StageOpened(1, 0)) == []  # of the old epoch
+    session.handle(events.StageOpened(2, 0, StageHeld(10, False, 0, 10)))
     held = (StageHeld(10, False, 0, 10), StageHeld(0))
-    assert session.handle(machine.StageOpened(2, 1, StageHeld(0))) == [
-        machine.ResumeStages(2, WITHOUT_B, held, (ResumePoint(10, 0), ResumePoint(0, 10))),
-        machine.SendPrompt(2, WITHOUT_B, 10),
+    assert session.handle(events.StageOpened(2, 1, StageHeld(0))) == [
+        events.ResumeStages(2, WITHOUT_B, held, (ResumePoint(10, 0), ResumePoint(0, 10))),
+        events.SendPrompt(2, WITHOUT_B, 10),
     ]
-    assert session.handle(machine.TokenArrived(2, 1, 8)) == [machine.EmitToken(1, 8, None, None)]
+    assert session.handle(events.TokenArrived(2, 1, 8)) == [events.EmitToken(1, 8, None, None)]
 
 
 def test_a_peer_that_is_left_out_of_the_new_plan_is_told_once_the_new_one_is_open() -> None:
     session = in_state(SessionState.DECODING)
-    session.handle(machine.DeadlinePassed("silence", B))
-    session.handle(machine.Planned(WITHOUT_B))
-    session.handle(machine.StageOpened(2, 0))
-    commands = session.handle(machine.StageOpened(2, 1))
-    assert commands[0] == machine.CloseStages(1, (B,), "not in the new plan")
+    session.handle(events.DeadlinePassed("silence", B))
+    session.handle(events.Planned(WITHOUT_B))
+    session.handle(events.StageOpened(2, 0))
+    commands = session.handle(events.StageOpened(2, 1))
+    assert commands[0] == events.CloseStages(1, (B,), "not in the new plan")
 
 
 def test_a_token_made_before_the_loss_still_counts() -> None:
     session = in_state(SessionState.RECOVERING)
-    assert session.handle(machine.TokenArrived(1, 1, 8)) == [machine.EmitToken(1, 8, None, None)]
+    assert session.handle(events.TokenArrived(1, 1, 8)) == [events.EmitToken(1, 8, None, None)]
     assert session.state is SessionState.RECOVERING
 
 
 def test_a_second_loss_while_planning_makes_another_plan_without_both() -> None:
     session = in_state(SessionState.RECOVERING)
-    (replan,) = session.handle(machine.PeerGone(C, "killed too"))
-    assert isinstance(replan, machine.Replan)
+    (replan,) = session.handle(events.PeerGone(C, "killed too"))
+    assert isinstance(replan, events.Replan)
     assert replan.lost == {B, C}
 
 
 def test_a_replacement_that_fails_to_open_is_avoided_next() -> None:
     session = in_state(SessionState.RECOVERING)
-    session.handle(machine.Planned(WITHOUT_B))
-    (replan,) = session.handle(machine.StageFailed(2, 1, OutOfMemory("full"), C))
-    assert isinstance(replan, machine.Replan)
+    session.handle(events.Planned(WITHOUT_B))
+    (replan,) = session.handle(events.StageFailed(2, 1, OutOfMemory("full"), C))
+    assert isinstance(replan, events.Replan)
     assert replan.avoid == {C}
 
 
 def test_without_any_plan_it_is_suspended_with_the_reason_and_resumes_later() -> None:
     session = in_state(SessionState.RECOVERING)
     error = DoesNotFit("layers 2-5 lie nowhere")
-    commands = session.handle(machine.PlanFailed(error))
-    assert commands == [machine.CloseStages(1, (A,), "suspended"), machine.EmitSuspended(error)]
-    (replan,) = session.handle(machine.ResumeRequested())
-    assert isinstance(replan, machine.Replan)
-    session.handle(machine.Planned(PLAN))
+    commands = session.handle(events.PlanFailed(error))
+    assert commands == [events.CloseStages(1, (A,), "suspended"), events.EmitSuspended(error)]
+    (replan,) = session.handle(events.ResumeRequested())
+    assert isinstance(replan, events.Replan)
+    session.handle(events.Planned(PLAN))
     assert session.epoch > 2
     assert session.tokens == [7]
 
 
 def test_a_move_is_a_change_of_plan_with_nothing_lost() -> None:
     session = in_state(SessionState.DECODING)
-    (open_stages,) = session.handle(machine.Planned(WITHOUT_B))
-    assert isinstance(open_stages, machine.OpenStages)
+    (open_stages,) = session.handle(events.Planned(WITHOUT_B))
+    assert isinstance(open_stages, events.OpenStages)
     assert session.state is SessionState.OPENING
-    (replan,) = session.handle(machine.StageFailed(2, 1, OutOfMemory("full"), C))
-    assert isinstance(replan, machine.Replan)
+    (replan,) = session.handle(events.StageFailed(2, 1, OutOfMemory("full"), C))
+    assert isinstance(replan, events.Replan)
     assert session.rooted == PLAN, "the source still has all KV"
 
 
 def test_trying_has_an_end() -> None:
     session = in_state(SessionState.RECOVERING)
     for _ in range(MAX_ATTEMPTS):
-        session.handle(machine.Planned(WITHOUT_B))
-        session.handle(machine.StageFailed(session.epoch, 1, OutOfMemory("full"), C))
-    commands = session.handle(machine.Planned(WITHOUT_B))
+        session.handle(events.Planned(WITHOUT_B))
+        session.handle(events.StageFailed(session.epoch, 1, OutOfMemory("full"), C))
+    commands = session.handle(events.Planned(WITHOUT_B))
     assert session.state is SessionState.SUSPENDED
-    assert isinstance(commands[-1], machine.EmitSuspended)
+    assert isinstance(commands[-1], events.EmitSuspended)
     assert isinstance(commands[-1].error, OutOfMemory)
 
 
 def test_whoever_takes_over_finds_the_stages_open() -> None:
     session = in_state(SessionState.DECODING)
-    commands = session.handle(EVENTS[machine.Released])
-    assert not any(isinstance(command, machine.CloseStages) for command in commands)
+    commands = session.handle(EVENTS[events.Released])
+    assert not any(isinstance(command, events.CloseStages) for command in commands)
     assert session.state is SessionState.CANCELLED
 
 
 def test_what_another_coordinator_made_meanwhile_is_emitted_once_and_its_epochs_are_past() -> None:
     session = in_state(SessionState.RECOVERING)
-    assert session.handle(EVENTS[machine.Reclaimed]) == [machine.EmitToken(1, 8, None, None)]
-    session.handle(machine.Planned(WITHOUT_B))
+    assert session.handle(EVENTS[events.Reclaimed]) == [events.EmitToken(1, 8, None, None)]
+    session.handle(events.Planned(WITHOUT_B))
     assert session.epoch == 1001
 
 
 def test_the_loss_of_a_peer_outside_the_plan_changes_nothing() -> None:
     session = in_state(SessionState.DECODING)
-    assert session.handle(machine.PeerGone(C, "killed")) == []
+    assert session.handle(events.PeerGone(C, "killed")) == []
     assert session.state is SessionState.DECODING
 
 
 def test_credit_grows_half_a_window_at_a_time() -> None:
     session = in_state(SessionState.DECODING)
-    granted = [command for read in range(1, CREDIT_TOKENS + 1) for command in session.handle(machine.TokensRead(read))]
+    granted = [command for read in range(1, CREDIT_TOKENS + 1) for command in session.handle(events.TokensRead(read))]
     assert granted == [
-        machine.GrantCredit(1, A, CREDIT_TOKENS + CREDIT_TOKENS // 2),
-        machine.GrantCredit(1, A, 2 * CREDIT_TOKENS),
+        events.GrantCredit(1, A, CREDIT_TOKENS + CREDIT_TOKENS // 2),
+        events.GrantCredit(1, A, 2 * CREDIT_TOKENS),
     ]
 
 
 def test_credit_that_grows_without_a_plan_is_told_by_the_next_open() -> None:
     session = in_state(SessionState.RECOVERING)
-    assert session.handle(machine.TokensRead(CREDIT_TOKENS)) == []
-    (command,) = session.handle(machine.Planned(WITHOUT_B))
-    assert isinstance(command, machine.OpenStages)
+    assert session.handle(events.TokensRead(CREDIT_TOKENS)) == []
+    (command,) = session.handle(events.Planned(WITHOUT_B))
+    assert isinstance(command, events.OpenStages)
     assert command.credit == 2 * CREDIT_TOKENS
 
 
 def test_an_end_is_emitted_once_whatever_comes_after() -> None:
     session = in_state(SessionState.FINISHED)
     for kind, event in EVENTS.items():
-        if kind is not machine.Planned:
+        if kind is not events.Planned:
             assert session.handle(event) == []
 
 
 PLANS = st.sampled_from([PLAN, WITHOUT_B, plan_of((C, 0, 5)), plan_of((A, 0, 2), (A, 2, 5))])
 
 
-@given(st.lists(st.sampled_from([*EVENTS.values(), *[EVENTS[machine.StageOpened]] * 6]), max_size=60), st.data())
-def test_invariants_hold_under_any_order_of_events(events: list[machine.Event], data: st.DataObject) -> None:
+@given(st.lists(st.sampled_from([*EVENTS.values(), *[EVENTS[events.StageOpened]] * 6]), max_size=60), st.data())
+def test_invariants_hold_under_any_order_of_events(sequence: list[events.Event], data: st.DataObject) -> None:
     session = Session(SessionId("s"), PROMPT)
     emitted: list[int] = []
     epochs: list[int] = []
     ends = 0
-    for event in events:
+    for event in sequence:
         match event:
-            case machine.TokenArrived():
+            case events.TokenArrived():
                 if len(session.tokens) >= session.credit:
                     continue  # stage 0 obeys the credit
-                event = machine.TokenArrived(session.epoch, data.draw(st.integers(0, len(session.tokens) + 1)), 7)
-            case machine.Planned():
-                event = machine.Planned(data.draw(PLANS))
-            case machine.StageOpened():
+                event = events.TokenArrived(session.epoch, data.draw(st.integers(0, len(session.tokens) + 1)), 7)
+            case events.Planned():
+                event = events.Planned(data.draw(PLANS))
+            case events.StageOpened():
                 stages = len(session.plan.stages) if session.plan else 1
                 held = StageHeld(data.draw(st.integers(0, 20)))
-                event = machine.StageOpened(session.epoch, data.draw(st.integers(0, stages - 1)), held)
-            case machine.StageFailed():
-                event = machine.StageFailed(session.epoch, 0, OutOfMemory("no room"), data.draw(st.sampled_from([None, A, B])))
+                event = events.StageOpened(session.epoch, data.draw(st.integers(0, stages - 1)), held)
+            case events.StageFailed():
+                event = events.StageFailed(session.epoch, 0, OutOfMemory("no room"), data.draw(st.sampled_from([None, A, B])))
         try:
             commands = session.handle(event)
         except IllegalTransition:
             continue
         session.validate()
         epochs.append(session.epoch)
-        emitted += [command.index for command in commands if isinstance(command, machine.EmitToken)]
-        ends += sum(isinstance(command, machine.EmitEnd) for command in commands)
+        emitted += [command.index for command in commands if isinstance(command, events.EmitToken)]
+        ends += sum(isinstance(command, events.EmitEnd) for command in commands)
     assert emitted == list(range(len(emitted)))
     assert epochs == sorted(epochs)
     assert ends == (session.state in TERMINAL)

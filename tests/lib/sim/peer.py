@@ -14,12 +14,13 @@ from meshd.agents.membership.table import PeerTable
 from meshd.agents.placement.loads import ResidentLayers
 from meshd.agents.placement.model_library import ModelLibrary, ModelText
 from meshd.agents.service import MeshOptions
-from meshd.agents.session.answer import Answer, Recovered
+from meshd.agents.session.answer import Answer
 from meshd.agents.session.coordinator import Coordinator
 from meshd.agents.session.journal.store import MAX_RECORDS
 from meshd.agents.session.plan.candidates import PeerRules
 from meshd.agents.session.plan.resume import RecoveryPlan, RecoveryRequest
 from meshd.agents.session.plan.route import Router
+from meshd.agents.session.recovery import Recovered
 from meshd.agents.stage.steps import ActiveStage
 from meshd.compose import Parts, PeerSettings, PeerSignals, compose
 from meshd.kernels.kv import BlockTable
@@ -302,7 +303,7 @@ class Life:
             ("records of others", len(self.agents.deputy.store), MAX_RECORDS),
             ("bytes of kept outputs", self.stages._caches.outputs.used_bytes, self.spec.outputs_bytes),
         ]
-        rows += [("tasks of an answer", len(answer._tasks), 64) for answer in coordinator.answers.values()]
+        rows += [("tasks of an answer", len(answer.tasks), 64) for answer in coordinator.answers.values()]
         rows += [("caches of a session", len(kept.caches), 32) for kept in self.stages._caches]
         return rows
 

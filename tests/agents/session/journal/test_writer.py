@@ -6,9 +6,10 @@ import pytest
 
 from in_process.journals import Answer, HandClock, Keeper, Keepers, S, advert, answer, record
 from in_process.peers import Peers
+from meshd.agents.session.journal.pending import PendingTokens
 from meshd.agents.session.journal.record import encode_record
 from meshd.agents.session.journal.store import size_of
-from meshd.agents.session.journal.writer import BATCH_TOKENS, JournalWriter, PendingTokens, choose_deputy
+from meshd.agents.session.journal.writer import BATCH_TOKENS, JournalWriter, choose_deputy
 from meshd.errors import RemoteFailure
 from meshd.protocol.codec import encode
 from meshd.protocol.framing import MAX_HEADER

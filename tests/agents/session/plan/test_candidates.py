@@ -54,7 +54,7 @@ def scenes(draw: st.DrawFn) -> tuple[CandidateSearch, list[Advert], PeerRules]:
     peers = [PeerId(f"p{number}-id") for number in range(rng.randrange(1, 6))]
     old = random_stages(rng, peers)
     adverts = random_adverts(rng, old, peers)
-    need = RecoveryRequest(
+    request = RecoveryRequest(
         old=Plan(id=PlanId("old"), model=MODEL, stages=old, prefill_chunk_tokens=128, context=CONTEXT),
         lost=frozenset(peer for peer in peers if rng.random() < 0.4),
         avoid=frozenset(peer for peer in peers if rng.random() < 0.2),
@@ -63,74 +63,74 @@ def scenes(draw: st.DrawFn) -> tuple[CandidateSearch, list[Advert], PeerRules]:
         known=rng.randrange(200, 512),
         mirrors={number: (rng.choice(peers), rng.randrange(512)) for number in range(len(old)) if rng.random() < 0.6},
     )
-    adverts = [advert for advert in adverts if advert.peer not in need.lost or rng.random() < 0.3]
+    adverts = [advert for advert in adverts if advert.peer not in request.lost or rng.random() < 0.3]
     allowed = PeerRules(standby=rng.random() < 0.8, leaving=rng.random() < 0.3, avoided=rng.random() < 0.3)
-    return candidate_search(CARD, adverts, MeshOptions(), need, PeerId("p0-id"), allowed), adverts, allowed
+    return candidate_search(CARD, adverts, MeshOptions(), request, PeerId("p0-id"), allowed), adverts, allowed
 
 
-def usable(scene: CandidateSearch, adverts: list[Advert], allowed: PeerRules) -> Iterator[tuple[PeerId, Holding]]:
+def usable(search: CandidateSearch, adverts: list[Advert], allowed: PeerRules) -> Iterator[tuple[PeerId, Holding]]:
     """Where layers may be taken by the rules, reservations of the session aside."""
     for advert in adverts:
-        if (advert.draining and not allowed.leaving) or (advert.peer in scene.need.avoid and not allowed.avoided):
+        if (advert.draining and not allowed.leaving) or (advert.peer in search.request.avoid and not allowed.avoided):
             continue
         for held in advert.holdings:
             if held.state == "active" and (allowed.standby or not held.standby) and held.kv_tokens_free >= CONTEXT:
                 yield advert.peer, held
 
 
-def has_own(scene: CandidateSearch, stage: StagePlan, allowed: PeerRules) -> bool:
+def has_own(search: CandidateSearch, stage: StagePlan, allowed: PeerRules) -> bool:
     """Whether the session has reserved these layers there."""
-    need = scene.need
-    assert need.old is not None
-    there = [old for number, old in enumerate(need.old.stages) if old.peer == stage.peer and number in scene.surviving]
-    there += [need.old.stages[number] for number, (peer, _) in need.copies.items() if peer == stage.peer]
-    if allowed.avoided and stage.peer in need.avoid:
-        there += [old for old in need.old.stages if old.peer == stage.peer]
+    request = search.request
+    assert request.old is not None
+    there = [old for number, old in enumerate(request.old.stages) if old.peer == stage.peer and number in search.surviving]
+    there += [request.old.stages[number] for number, (peer, _) in request.copies.items() if peer == stage.peer]
+    if allowed.avoided and stage.peer in request.avoid:
+        there += [old for old in request.old.stages if old.peer == stage.peer]
     return any(stage.layers in old.layers for old in there)
 
 
 @settings(max_examples=400, deadline=None)
 @given(scenes())
 def test_every_plan_is_whole_and_stays_within_the_rules(drawn: tuple[CandidateSearch, list[Advert], PeerRules]) -> None:
-    scene, adverts, allowed = drawn
-    found = scene.best()
+    search, adverts, allowed = drawn
+    found = search.best()
     if found is None:
         return
     assert [layer for stage in found.stages for layer in stage.layers] == list(range(LAYERS))
-    free = list(usable(scene, adverts, allowed))
+    free = list(usable(search, adverts, allowed))
     for stage in found.stages:
         strange = any(peer == stage.peer and stage.layers in held.layers for peer, held in free)
-        assert strange or has_own(scene, stage, allowed), stage
+        assert strange or has_own(search, stage, allowed), stage
     for peer in {stage.peer for stage in found.stages}:
-        strange_only = [stage for stage in found.stages if stage.peer == peer and not has_own(scene, stage, allowed)]
+        strange_only = [stage for stage in found.stages if stage.peer == peer and not has_own(search, stage, allowed)]
         assert len(strange_only) <= sum(held.kv_tokens_free // CONTEXT for other, held in free if other == peer)
-    held = expected_held(scene.need, found.stages, scene.surviving)
-    assert found.method == method_of(held, resume_positions(held, scene.need.known), scene.need.known)
+    held = expected_held(search.request, found.stages, search.surviving)
+    assert found.method == method_of(held, resume_positions(held, search.request.known), search.request.known)
     assert 0 < found.pause_s < found.cost_s
 
 
 @settings(max_examples=400, deadline=None)
 @given(scenes())
 def test_there_is_a_plan_unless_layers_or_room_are_missing(drawn: tuple[CandidateSearch, list[Advert], PeerRules]) -> None:
-    scene, adverts, allowed = drawn
-    short = scene.shortage()
-    if scene.best() is not None:
+    search, adverts, allowed = drawn
+    short = search.shortage()
+    if search.best() is not None:
         assert not short.missing
         assert not short.busy
     elif not short.missing and not short.busy:
         # Every layer has somebody: then only the room for several stages in one holding can be what is missing.
-        assert all(held.kv_tokens_free < 2 * CONTEXT for _, held in usable(scene, adverts, allowed) if len(held.layers) == LAYERS)
+        assert all(held.kv_tokens_free < 2 * CONTEXT for _, held in usable(search, adverts, allowed) if len(held.layers) == LAYERS)
 
 
 @settings(max_examples=200, deadline=None)
 @given(scenes())
 def test_a_survivor_keeps_its_stage_or_the_change_pays(drawn: tuple[CandidateSearch, list[Advert], PeerRules]) -> None:
-    scene, _, _ = drawn
-    found = scene.best()
-    assert scene.need.old is not None
-    if found is None or len(scene.surviving) < len(scene.need.old.stages):
+    search, _, _ = drawn
+    found = search.best()
+    assert search.request.old is not None
+    if found is None or len(search.surviving) < len(search.request.old.stages):
         return
-    present = scene.judge(tuple(StagePlan(peer=stage.peer, layers=stage.layers) for stage in scene.need.old.stages))
+    present = search.judge(tuple(StagePlan(peer=stage.peer, layers=stage.layers) for stage in search.request.old.stages))
     assert present.method == "kept"
     assert found.cost_s <= present.cost_s
 
@@ -138,13 +138,13 @@ def test_a_survivor_keeps_its_stage_or_the_change_pays(drawn: tuple[CandidateSea
 @settings(max_examples=200, deadline=None)
 @given(scenes())
 def test_a_better_plan_is_clearly_better(drawn: tuple[CandidateSearch, list[Advert], PeerRules]) -> None:
-    scene, _, _ = drawn
-    found: Candidate | None = scene.better(1)
-    assert scene.need.old is not None
+    search, _, _ = drawn
+    found: Candidate | None = search.better(1)
+    assert search.request.old is not None
     if found is None:
         return
-    assert len(scene.surviving) == len(scene.need.old.stages)
-    present = scene.judge(scene.need.old.stages)
+    assert len(search.surviving) == len(search.request.old.stages)
+    present = search.judge(search.request.old.stages)
     assert found.estimate.tpot_s <= 0.9 * present.estimate.tpot_s
     assert found.cost_s < present.cost_s
 

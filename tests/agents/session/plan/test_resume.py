@@ -136,7 +136,7 @@ def test_what_peers_tell_is_taken_with_care() -> None:
 def test_what_a_new_plan_is_expected_to_find() -> None:
     stages = tuple(StagePlan(peer=peer, layers=LayerRange(start, start + 10)) for peer, start in ((A, 0), (B, 10), (C, 20)))
     old = Plan(id=PlanId("1"), model=ModelId("m"), stages=stages, prefill_chunk_tokens=128, context=64)
-    need = RecoveryRequest(
+    request = RecoveryRequest(
         old=old,
         lost=frozenset({B}),
         avoid=frozenset(),
@@ -145,14 +145,14 @@ def test_what_a_new_plan_is_expected_to_find() -> None:
         known=20,
         mirrors={0: (B, 19), 1: (D, 17), 2: (D, 12)},
     )
-    assert need.copies == {1: (D, 17), 2: (D, 12)}
+    assert request.copies == {1: (D, 17), 2: (D, 12)}
     new = [
         StagePlan(peer=A, layers=LayerRange(0, 10)),
         StagePlan(peer=D, layers=LayerRange(12, 20)),
         StagePlan(peer=C, layers=LayerRange(20, 25)),
         StagePlan(peer=A, layers=LayerRange(25, 30)),
     ]
-    assert expected_held(need, new, {0, 2}) == (
+    assert expected_held(request, new, {0, 2}) == (
         StageHeld(19, kept_to=19),
         StageHeld(17, mirrored=True),
         StageHeld(19),

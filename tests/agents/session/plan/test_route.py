@@ -37,7 +37,7 @@ def text_of(plan: Plan) -> str:
     return ",".join(f"{stage.peer.removesuffix('-id')}:{stage.layers}" for stage in plan.stages)
 
 
-def need(old: str | None, lost: frozenset[PeerId] = frozenset(), **fields: Any) -> RecoveryRequest:
+def request(old: str | None, lost: frozenset[PeerId] = frozenset(), **fields: Any) -> RecoveryRequest:
     given: dict[str, Any] = {"avoid": frozenset(), "prompt_tokens": 200, "max_tokens": 312, "known": 300}
     return RecoveryRequest(old=None if old is None else plan_of(old), lost=lost, **given | fields)
 
@@ -122,10 +122,10 @@ async def test_stages_that_somebody_named_are_placed_for_good() -> None:
 
 async def test_the_lost_layers_lie_on_one_standby() -> None:
     cluster = three(make_peer("d", holdings=(make_holding(10, 20, standby=True),)))
-    found = await recovered(cluster, need("a:0-10,b:10-20,c:20-30", cluster.lose("b")))
+    found = await recovered(cluster, request("a:0-10,b:10-20,c:20-30", cluster.lose("b")))
     assert text_of(found.plan) == "a:0-10,d:10-20,c:20-30"
     assert found.method == REPLAY
-    assert found.plan.id not in ("old", (await recovered(cluster, need("a:0-10,b:10-20,c:20-30", ids("b")))).plan.id)
+    assert found.plan.id not in ("old", (await recovered(cluster, request("a:0-10,b:10-20,c:20-30", ids("b")))).plan.id)
     assert found.plan.context == 512
     assert 0 < found.plan.predicted_tpot_s < found.predicted_s < found.plan.predicted_ttft_s
     assert not cluster.asked
@@ -137,7 +137,7 @@ async def test_the_lost_layers_are_cut_over_two_peers() -> None:
         make_peer("e", holdings=(make_holding(13, 25, standby=True),)),
     )
     cluster = three(*more)
-    found = await recovered(cluster, need("a:0-10,b:10-20,c:20-30", cluster.lose("b")))
+    found = await recovered(cluster, request("a:0-10,b:10-20,c:20-30", cluster.lose("b")))
     assert [stage.peer for stage in found.plan.stages] == ["a-id", "d-id", "e-id", "c-id"]
     assert found.method == REPLAY
 
@@ -147,14 +147,14 @@ async def test_a_survivor_takes_the_lost_layers_beside_its_own() -> None:
         make_peer("a", holdings=(make_holding(0, 15), make_holding(15, 30, standby=True))),
         make_peer("b", holdings=(make_holding(15, 30),)),
     )
-    found = await recovered(cluster, need("a:0-15,b:15-30", cluster.lose("b")))
+    found = await recovered(cluster, request("a:0-15,b:15-30", cluster.lose("b")))
     assert text_of(found.plan) == "a:0-15,a:15-30"
     assert found.method == REPLAY
 
 
 async def test_stages_at_both_ends_are_replaced() -> None:
     cluster = three(make_peer("d", holdings=(make_holding(0, 10, standby=True), make_holding(20, 30, standby=True))))
-    found = await recovered(cluster, need("a:0-10,b:10-20,c:20-30", cluster.lose("a", "c")))
+    found = await recovered(cluster, request("a:0-10,b:10-20,c:20-30", cluster.lose("a", "c")))
     assert text_of(found.plan) == "d:0-10,b:10-20,d:20-30"
     assert found.method == REPLAY
 
@@ -164,9 +164,9 @@ async def test_a_copy_of_the_kv_decides_who_takes_over() -> None:
     mirror = make_peer("e", holdings=(make_holding(10, 20, standby=True, free=0),))
     cluster = three(quick, mirror)
     lost = cluster.lose("b")
-    without = await recovered(cluster, need("a:0-10,b:10-20,c:20-30", lost))
+    without = await recovered(cluster, request("a:0-10,b:10-20,c:20-30", lost))
     assert text_of(without.plan) == "a:0-10,d:10-20,c:20-30"
-    found = await recovered(cluster, need("a:0-10,b:10-20,c:20-30", lost, mirrors={1: (PeerId("e-id"), 290)}))
+    found = await recovered(cluster, request("a:0-10,b:10-20,c:20-30", lost, mirrors={1: (PeerId("e-id"), 290)}))
     assert text_of(found.plan) == "a:0-10,e:10-20,c:20-30"
     assert found.method == MIRROR
     assert found.predicted_s < without.predicted_s
@@ -175,7 +175,7 @@ async def test_a_copy_of_the_kv_decides_who_takes_over() -> None:
 async def test_a_copy_that_was_lost_too_is_not_counted_on() -> None:
     cluster = three(make_peer("d", holdings=(make_holding(10, 20, standby=True),)))
     lost = cluster.lose("b") | ids("d")
-    found = await recovered(cluster, need("a:0-10,b:10-20,c:20-30", lost, mirrors={1: (PeerId("d-id"), 299)}))
+    found = await recovered(cluster, request("a:0-10,b:10-20,c:20-30", lost, mirrors={1: (PeerId("d-id"), 299)}))
     assert text_of(found.plan) == "a:0-10,d:10-20,c:20-30", "it is here again, without the KV"
     assert found.method == REPLAY
 
@@ -184,7 +184,7 @@ async def test_a_copy_on_a_very_slow_peer_is_worth_less_than_computing_again() -
     slow = make_peer("e", decode_gb_s=0.01, holdings=(make_holding(10, 20, standby=True),))
     cluster = three(make_peer("d", holdings=(make_holding(10, 20, standby=True),)), slow)
     lost = cluster.lose("b")
-    found = await recovered(cluster, need("a:0-10,b:10-20,c:20-30", lost, mirrors={1: (PeerId("e-id"), 299)}))
+    found = await recovered(cluster, request("a:0-10,b:10-20,c:20-30", lost, mirrors={1: (PeerId("e-id"), 299)}))
     assert text_of(found.plan) == "a:0-10,d:10-20,c:20-30"
 
 
@@ -196,7 +196,7 @@ async def test_a_fresh_route_is_taken_when_it_pays_over_the_tokens_to_come() -> 
         slow,
         quick,
     )
-    found = await recovered(cluster, need("a:0-10,b:10-20,c:20-30", cluster.lose("b")))
+    found = await recovered(cluster, request("a:0-10,b:10-20,c:20-30", cluster.lose("b")))
     assert text_of(found.plan) == "e:0-30"
     assert found.method == PREFILL
 
@@ -209,8 +209,8 @@ async def test_near_the_end_of_the_answer_the_shorter_pause_counts() -> None:
     quick = make_peer("e", decode_gb_s=50.0, holdings=(make_holding(0, 30, standby=True),))
     cluster = Cluster(*even, quick)
     lost = cluster.lose("b")
-    early = await recovered(cluster, need("a:0-10,b:10-20,c:20-30", lost, prompt_tokens=250, max_tokens=3000, known=350))
-    late = await recovered(cluster, need("a:0-10,b:10-20,c:20-30", lost, prompt_tokens=250, max_tokens=102, known=350))
+    early = await recovered(cluster, request("a:0-10,b:10-20,c:20-30", lost, prompt_tokens=250, max_tokens=3000, known=350))
+    late = await recovered(cluster, request("a:0-10,b:10-20,c:20-30", lost, prompt_tokens=250, max_tokens=102, known=350))
     assert (text_of(early.plan), early.method) == ("e:0-30", PREFILL)
     assert (text_of(late.plan), late.method) == ("a:0-10,e:10-20,c:20-30", REPLAY)
 
@@ -219,11 +219,11 @@ async def test_a_survivor_needs_no_second_reservation_and_a_replacement_does() -
     peers = [make_peer(n, holdings=(make_holding(s, s + 10, free=0),)) for n, s in (("a", 0), ("b", 10), ("c", 20))]
     full = make_peer("d", decode_gb_s=100.0, holdings=(make_holding(10, 20, standby=True, free=480),))
     cluster = Cluster(*peers, full, make_peer("e", holdings=(make_holding(10, 20, standby=True, free=512),)))
-    found = await recovered(cluster, need("a:0-10,b:10-20,c:20-30", cluster.lose("b")))
+    found = await recovered(cluster, request("a:0-10,b:10-20,c:20-30", cluster.lose("b")))
     assert text_of(found.plan) == "a:0-10,e:10-20,c:20-30"
     cluster.lose("e")
     with pytest.raises(Overloaded, match="layers 10-20 of tiny have no KV free for 512 tokens") as caught:
-        await recovered(cluster, need("a:0-10,b:10-20,c:20-30", ids("b")))
+        await recovered(cluster, request("a:0-10,b:10-20,c:20-30", ids("b")))
     assert "lost: b" in caught.value.message
     assert not cluster.asked
 
@@ -232,7 +232,7 @@ async def test_two_gaps_do_not_share_room_for_one() -> None:
     one = make_peer("d", holdings=(make_holding(0, 30, standby=True, free=900),))
     slower = make_peer("e", decode_gb_s=9.0, holdings=(make_holding(20, 30, standby=True),))
     cluster = three(one, slower)
-    found = await recovered(cluster, need("a:0-10,b:10-20,c:20-30", cluster.lose("a", "c")))
+    found = await recovered(cluster, request("a:0-10,b:10-20,c:20-30", cluster.lose("a", "c")))
     assert text_of(found.plan) == "d:0-10,b:10-20,e:20-30"
 
 
@@ -248,12 +248,12 @@ async def test_the_way_there_and_on_decides_between_equals() -> None:
     for source, target in (("a", "d"), ("d", "c")):
         before = dict(cluster.adverts)
         slowed(source, target)
-        found = await recovered(cluster, need("a:0-10,b:10-20,c:20-30", lost))
+        found = await recovered(cluster, request("a:0-10,b:10-20,c:20-30", lost))
         assert text_of(found.plan) == "a:0-10,e:10-20,c:20-30"
         cluster.adverts = before
     for source, target in (("c", "d"), ("d", "a")):
         slowed(source, target)
-    found = await recovered(cluster, need("a:0-10,b:10-20,c:20-30", lost))
+    found = await recovered(cluster, request("a:0-10,b:10-20,c:20-30", lost))
     assert text_of(found.plan) == "a:0-10,d:10-20,c:20-30", "nothing goes these ways"
 
 
@@ -262,39 +262,39 @@ async def test_over_a_thin_link_a_copy_saves_what_would_have_to_be_sent() -> Non
     thin = LinkStats(rtt_s=2e-4, bandwidth_bytes_s=2e6, hop_s=1e-4)
     cluster.change("a", links={**cluster.adverts[PeerId("a-id")].links, PeerId("e-id"): thin})
     lost = cluster.lose("b")
-    found = await recovered(cluster, need("a:0-10,b:10-20,c:20-30", lost, max_tokens=110, mirrors={1: (PeerId("e-id"), 299)}))
+    found = await recovered(cluster, request("a:0-10,b:10-20,c:20-30", lost, max_tokens=110, mirrors={1: (PeerId("e-id"), 299)}))
     assert (text_of(found.plan), found.method) == ("a:0-10,e:10-20,c:20-30", MIRROR)
 
 
 async def test_a_peer_that_restarted_has_no_kv_even_if_nobody_noticed() -> None:
     cluster = three(make_peer("d", holdings=(make_holding(10, 20, standby=True),)))
     cluster.change("b", holdings=())
-    found = await recovered(cluster, need("a:0-10,b:10-20,c:20-30"))
+    found = await recovered(cluster, request("a:0-10,b:10-20,c:20-30"))
     assert text_of(found.plan) == "a:0-10,d:10-20,c:20-30"
 
 
 async def test_the_layers_of_a_survivor_may_be_on_their_way_out() -> None:
     cluster = three(make_peer("d", holdings=(make_holding(10, 20, standby=True),)))
     cluster.change("a", holdings=(make_holding(0, 10, state="draining", free=0),))
-    found = await recovered(cluster, need("a:0-10,b:10-20,c:20-30", cluster.lose("b")))
+    found = await recovered(cluster, request("a:0-10,b:10-20,c:20-30", cluster.lose("b")))
     assert text_of(found.plan) == "a:0-10,d:10-20,c:20-30"
 
 
 async def test_a_peer_to_avoid_is_used_only_if_there_is_no_other_way() -> None:
     cluster = three(make_peer("d", decode_gb_s=0.1, prefill_gflops=1.0, holdings=(make_holding(10, 20, standby=True),)))
-    found = await recovered(cluster, need("a:0-10,b:10-20,c:20-30", avoid=ids("b")))
+    found = await recovered(cluster, request("a:0-10,b:10-20,c:20-30", avoid=ids("b")))
     assert text_of(found.plan) == "a:0-10,d:10-20,c:20-30"
     cluster.lose("d")
     for name in ("a", "c"):
         leave_memory(cluster, name, FULL)
-    found = await recovered(cluster, need("a:0-10,b:10-20,c:20-30", avoid=ids("b")))
+    found = await recovered(cluster, request("a:0-10,b:10-20,c:20-30", avoid=ids("b")))
     assert text_of(found.plan) == "a:0-10,b:10-20,c:20-30"
     assert found.method == REPLAY, "what lies there is not counted on"
 
 
 async def test_a_peer_to_avoid_is_not_used_while_others_can_load_its_layers() -> None:
     cluster = three()
-    found = await recovered(cluster, need("a:0-10,b:10-20,c:20-30", avoid=ids("b")))
+    found = await recovered(cluster, request("a:0-10,b:10-20,c:20-30", avoid=ids("b")))
     assert "b-id" not in found.plan.peers
     assert {peer for peer, _ in cluster.asked} <= {"a-id", "c-id"}
 
@@ -305,17 +305,17 @@ async def test_a_silent_peer_is_better_than_none() -> None:
         leave_memory(cluster, name, FULL)
     cluster.suspects = [cluster.adverts[PeerId("b-id")]]
     cluster.lose("b")
-    found = await recovered(cluster, need("a:0-10,b:10-20,c:20-30"))
+    found = await recovered(cluster, request("a:0-10,b:10-20,c:20-30"))
     assert (text_of(found.plan), found.method) == ("a:0-10,b:10-20,c:20-30", REPLAY)
 
 
 async def test_a_peer_that_leaves_keeps_its_stage_and_gets_another_only_if_nobody_else_can() -> None:
     cluster = three(make_peer("d", decode_gb_s=0.1, prefill_gflops=1.0, holdings=(make_holding(10, 20, standby=True),)))
     cluster.change("a", draining=True, holdings=(make_holding(0, 20),))
-    found = await recovered(cluster, need("a:0-10,b:10-20,c:20-30", cluster.lose("b")))
+    found = await recovered(cluster, request("a:0-10,b:10-20,c:20-30", cluster.lose("b")))
     assert text_of(found.plan) == "a:0-10,d:10-20,c:20-30"
     cluster.lose("d")
-    found = await recovered(cluster, need("a:0-10,b:10-20,c:20-30", ids("b")))
+    found = await recovered(cluster, request("a:0-10,b:10-20,c:20-30", ids("b")))
     assert text_of(found.plan) == "a:0-10,a:10-20,c:20-30"
     assert not cluster.asked
 
@@ -327,21 +327,21 @@ async def test_of_the_wishes_only_the_peers_still_count() -> None:
     )
     lost = cluster.lose("b")
     mesh = MeshOptions(peers=("a", "b", "c", "e"), min_peers=5, objective=Objective.ENERGY, stages="a:0-10,b:10-20,c:20-30")
-    found = await recovered(cluster, need("a:0-10,b:10-20,c:20-30", lost), mesh)
+    found = await recovered(cluster, request("a:0-10,b:10-20,c:20-30", lost), mesh)
     assert text_of(found.plan) == "a:0-10,e:10-20,c:20-30"
     with pytest.raises(NoPeer, match="not in the cluster now: b"):
-        await recovered(cluster, need("b:0-30", lost), MeshOptions(peers=("b",)))
+        await recovered(cluster, request("b:0-30", lost), MeshOptions(peers=("b",)))
 
 
 async def test_without_any_plan_yet_the_best_route_is_found() -> None:
     cluster = three()
-    found = await recovered(cluster, need(None))
+    found = await recovered(cluster, request(None))
     assert text_of(found.plan) == "a:0-10,b:10-20,c:20-30"
     assert found.method == PREFILL
 
 
 async def test_with_nothing_lost_everything_is_kept() -> None:
-    found = await recovered(three(), need("a:0-10,b:10-20,c:20-30"))
+    found = await recovered(three(), request("a:0-10,b:10-20,c:20-30"))
     assert (text_of(found.plan), found.method) == ("a:0-10,b:10-20,c:20-30", KEPT)
 
 
@@ -353,7 +353,7 @@ async def test_a_plan_has_a_bounded_number_of_stages() -> None:
         for name, first in (("a", 0), ("b", 1))
     ]
     with pytest.raises(Overloaded, match="in all stages at a time"):
-        await Cluster(*peers).router.recover(card, ANY, need(None))
+        await Cluster(*peers).router.recover(card, ANY, request(None))
 
 
 # Nobody holds the layers
@@ -363,7 +363,7 @@ async def test_what_is_missing_is_loaded_and_nothing_else() -> None:
     cluster = three(make_peer("d"))
     for name in ("a", "c"):
         leave_memory(cluster, name, FULL)
-    found = await recovered(cluster, need("a:0-10,b:10-20,c:20-30", cluster.lose("b")))
+    found = await recovered(cluster, request("a:0-10,b:10-20,c:20-30", cluster.lose("b")))
     assert text_of(found.plan) == "a:0-10,d:10-20,c:20-30"
     assert [(peer, str(place.layers), place.kv_tokens, place.standby) for peer, place in cluster.asked] == [
         ("d-id", "10-20", 4096, False)
@@ -372,7 +372,7 @@ async def test_what_is_missing_is_loaded_and_nothing_else() -> None:
 
 async def test_layers_with_kv_for_too_few_tokens_are_loaded_anew() -> None:
     cluster = three(make_peer("d", holdings=(make_holding(10, 20, kv_tokens=256, standby=True),)))
-    found = await recovered(cluster, need("a:0-10,b:10-20,c:20-30", cluster.lose("b")))
+    found = await recovered(cluster, request("a:0-10,b:10-20,c:20-30", cluster.lose("b")))
     assert [str(place.layers) for _, place in cluster.asked] == ["10-20"]
     assert found.method == REPLAY
 
@@ -381,7 +381,7 @@ async def test_loading_takes_less_kv_where_memory_is_short() -> None:
     cluster = three(make_peer("d", memory=120 << 20))
     for name in ("a", "c"):
         leave_memory(cluster, name, FULL)
-    await recovered(cluster, need("a:0-10,b:10-20,c:20-30", cluster.lose("b")))
+    await recovered(cluster, request("a:0-10,b:10-20,c:20-30", cluster.lose("b")))
     assert [place.kv_tokens for _, place in cluster.asked] == [1024]
 
 
@@ -391,7 +391,7 @@ async def test_nothing_fits_and_the_error_says_what_is_missing() -> None:
         leave_memory(cluster, name, FULL)
     lost = cluster.lose("b")
     with pytest.raises(DoesNotFit, match=r"layers 10-20 of tiny fit nowhere: they need [\d.]+ MiB .* \(d\) \(lost: b\)") as caught:
-        await recovered(cluster, need("a:0-10,b:10-20,c:20-30", lost))
+        await recovered(cluster, request("a:0-10,b:10-20,c:20-30", lost))
     assert 10 << 20 < caught.value.missing_bytes < 200 << 20
     assert caught.value.hint
     assert not cluster.asked
@@ -400,7 +400,7 @@ async def test_nothing_fits_and_the_error_says_what_is_missing() -> None:
 async def test_a_peer_that_cannot_load_is_replaced_by_another() -> None:
     cluster = three(make_peer("d", decode_gb_s=100.0), make_peer("e", decode_gb_s=50.0))
     cluster.refusing[PeerId("d-id")] = "out_of_memory"
-    found = await recovered(cluster, need("a:0-10,b:10-20,c:20-30", cluster.lose("b")))
+    found = await recovered(cluster, request("a:0-10,b:10-20,c:20-30", cluster.lose("b")))
     assert text_of(found.plan) == "a:0-10,e:10-20,c:20-30"
     assert [peer for peer, _ in cluster.asked] == ["d-id", "e-id"]
 
@@ -409,7 +409,7 @@ async def test_when_no_peer_can_load_the_error_says_so() -> None:
     cluster = three()
     cluster.refusing = dict.fromkeys(ids("a", "c"), "download_failed")
     with pytest.raises(NoPeer, match="no live peer can take layers") as caught:
-        await recovered(cluster, need("a:0-10,b:10-20,c:20-30", cluster.lose("b")))
+        await recovered(cluster, request("a:0-10,b:10-20,c:20-30", cluster.lose("b")))
     assert "lost: b" in caught.value.message
     assert len(cluster.asked) == 2
 
@@ -419,7 +419,7 @@ async def test_a_slow_load_is_shared_and_told_with_its_progress(monkeypatch: pyt
     cluster = three(make_peer("d", decode_gb_s=100.0))
     cluster.load_s = 0.3
     lost = cluster.lose("b")
-    wanted = need("a:0-10,b:10-20,c:20-30", lost)
+    wanted = request("a:0-10,b:10-20,c:20-30", lost)
     tries = await asyncio.gather(*(cluster.router.recover(CARD, ANY, wanted) for _ in range(3)), return_exceptions=True)
     for error in tries:
         assert isinstance(error, NotReady)
@@ -435,7 +435,7 @@ async def test_a_slow_load_is_shared_and_told_with_its_progress(monkeypatch: pyt
 
 async def test_layers_that_another_peer_has_asked_for_are_waited_for() -> None:
     cluster = three(make_peer("d", holdings=(make_holding(10, 20, state="loading"),)), make_peer("e", decode_gb_s=100.0))
-    wanted = need("a:0-10,b:10-20,c:20-30", cluster.lose("b"))
+    wanted = request("a:0-10,b:10-20,c:20-30", cluster.lose("b"))
     task = asyncio.ensure_future(recovered(cluster, wanted))
     await asyncio.sleep(0.1)
     assert not task.done()
@@ -446,7 +446,7 @@ async def test_layers_that_another_peer_has_asked_for_are_waited_for() -> None:
 
 async def test_a_load_that_another_peer_has_asked_for_and_that_fails_is_to_be_tried_again() -> None:
     cluster = three(make_peer("d", holdings=(make_holding(10, 20, state="loading"),)))
-    wanted = need("a:0-10,b:10-20,c:20-30", cluster.lose("b"))
+    wanted = request("a:0-10,b:10-20,c:20-30", cluster.lose("b"))
     task = asyncio.ensure_future(recovered(cluster, wanted))
     await asyncio.sleep(0.05)
     cluster.change("d", holdings=())
@@ -459,7 +459,7 @@ async def test_a_load_that_another_peer_has_asked_for_and_that_fails_is_to_be_tr
 async def test_a_model_with_nothing_left_takes_the_place_of_what_is_idle() -> None:
     old = make_holding(0, 20, kv_tokens=128)
     cluster = Cluster(make_peer("a", memory=150 << 20, holdings=(old,)))
-    found = await recovered(cluster, need("b:0-30", ids("b"), prompt_tokens=100, max_tokens=156, known=120))
+    found = await recovered(cluster, request("b:0-30", ids("b"), prompt_tokens=100, max_tokens=156, known=120))
     assert text_of(found.plan) == "a:0-30"
     assert [str(place.layers) for _, place in cluster.asked] == ["0-30"]
 
@@ -468,7 +468,7 @@ async def test_a_model_with_nothing_left_takes_the_place_of_what_is_idle() -> No
 
 
 def moved(cluster: Cluster, old: str, mesh: MeshOptions = ANY, **fields: Any) -> RecoveryPlan | None:
-    return cluster.router.better(CARD, mesh, need(old, **fields))
+    return cluster.router.better(CARD, mesh, request(old, **fields))
 
 
 def test_a_much_faster_peer_is_worth_a_move() -> None:
@@ -547,7 +547,7 @@ def test_a_session_that_lost_a_peer_is_no_matter_of_better_plans() -> None:
     cluster = three(make_peer("d", decode_gb_s=50.0, prefill_gflops=1000.0, holdings=(make_holding(0, 30),)))
     cluster.lose("b")
     assert moved(cluster, "a:0-10,b:10-20,c:20-30", max_tokens=2000) is None
-    assert cluster.router.better(CARD, ANY, need(None)) is None
+    assert cluster.router.better(CARD, ANY, request(None)) is None
 
 
 # Moves that somebody asked for

@@ -1,11 +1,11 @@
-"""Finds out that an answer is stuck, and where: a silent peer, a step on no way, a stage that computes without end."""
+"""Finds answers that are stuck, and the cause: a silent peer, a step lost in transit, or a stage that never finishes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from meshd.agents.links.links import Links
-from meshd.agents.session import session as fsm
 from meshd.agents.session.answer import Answer
+from meshd.agents.session.session import SessionState
 from meshd.clock import Clock
 from meshd.errors import MeshdError
 from meshd.protocol.messages import FetchProgress, ProgressData
@@ -31,14 +31,14 @@ _UNREAD_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class StageWhereabouts:
-    """One stage's word on a session."""
+    """A stage's report of how far a session has come."""
 
     due: int
     """Position that it expects next."""
     sent: int
     """Positions that it has sent on."""
     computing_s: float
-    """For how long its peer has computed the present step, of whatever session."""
+    """How long its peer has been computing its present step, which may be another session's."""
 
 
 @dataclass(slots=True)
@@ -53,29 +53,30 @@ class StallWatch:
     def look(self, answer: Answer, now: float) -> None:
         """Renew its leases, notice silence, act on deadlines."""
         answer.renew(now)
-        answer.read_ahead()
+        if answer.record.background:
+            answer.read_all()  # it continues whether it is read or not
         if not answer.readers and not answer.record.background and now - answer.unread_since > _UNREAD_S:
             answer.suspend()
         state = answer.machine.state
         plan = answer.plan
-        if plan is None or state not in (fsm.SessionState.OPENING, fsm.SessionState.PREFILLING, fsm.SessionState.DECODING):
+        if plan is None or state not in (SessionState.OPENING, SessionState.PREFILLING, SessionState.DECODING):
             return
-        if answer.waits_for_client and state is fsm.SessionState.DECODING:
+        if answer.machine.waits_for_client and state is SessionState.DECODING:
             answer.progress_at = now
         silent = self._silent(answer)
         if silent is not None and now - answer.progress_at > _QUIET_S:
-            answer.overdue(f"{answer.around.names(silent)} is silent", silent)
+            answer.overdue(f"{answer.context.names(silent)} is silent", silent)
             return
-        predicted = plan.predicted_tpot_s if state is fsm.SessionState.DECODING else plan.predicted_ttft_s
+        predicted = plan.predicted_tpot_s if state is SessionState.DECODING else plan.predicted_ttft_s
         limit = max(_LEAST_STEP_S, _PATIENCE * predicted)
-        if now - answer.progress_at > limit and state is not fsm.SessionState.OPENING and answer.session not in self._asking:
+        if now - answer.progress_at > limit and state is not SessionState.OPENING and answer.session not in self._asking:
             self._asking.add(answer.session)
-            answer.spawn(self._find_out(answer, limit)).add_done_callback(lambda _: self._asking.discard(answer.session))
+            answer.tasks.spawn(self._locate_stall(answer, limit)).add_done_callback(lambda _: self._asking.discard(answer.session))
 
     def _silent(self, answer: Answer) -> PeerId | None:
         """A peer of the plan that is linked, but was not heard for too long."""
         assert answer.plan is not None
-        waiting = answer.machine.state is fsm.SessionState.OPENING
+        waiting = answer.machine.state is SessionState.OPENING
         for number, stage in enumerate(answer.plan.stages):
             if stage.peer == self.me or (waiting and number in answer.machine.opened):
                 continue
@@ -83,7 +84,7 @@ class StallWatch:
                 return stage.peer
         return None
 
-    async def _find_out(self, answer: Answer, limit: float) -> None:
+    async def _locate_stall(self, answer: Answer, limit: float) -> None:
         """Ask every stage twice. What has not moved in between is stuck."""
         epoch, progress = answer.machine.epoch, answer.progress_at
         before = await self._ask(answer, epoch)
@@ -92,7 +93,7 @@ class StallWatch:
         if answer.machine.epoch != epoch or answer.progress_at != progress or answer.plan is None:
             return
         if not isinstance(after, list):
-            answer.overdue(f"{answer.around.names(after)} does not answer", after)
+            answer.overdue(f"{answer.context.names(after)} does not answer", after)
             return
         assert isinstance(before, list)
         late = self.clock.monotonic() - progress
@@ -105,9 +106,9 @@ class StallWatch:
         answer.overdue(f"{late:.1f} s without a token: {reason}", blame)
 
     async def _ask(self, answer: Answer, epoch: int) -> list[StageWhereabouts] | PeerId:
-        """Each stage's word, in order; or the peer that gave none."""
+        """Returns: each stage's report, in order, or the peer that did not send one."""
         assert answer.plan is not None
-        told: dict[int, StageWhereabouts] = {}
+        replies: dict[int, StageWhereabouts] = {}
         for peer in dict.fromkeys(answer.plan.peers):
             question = FetchProgress(request=self.links.next_request(), session=answer.session, epoch=epoch)
             try:
@@ -115,9 +116,9 @@ class StallWatch:
             except MeshdError:
                 return peer
             if isinstance(reply, ProgressData):
-                told |= {stage: StageWhereabouts(due, sent, computing) for stage, due, sent, computing in reply.stages}
-        missing = [number for number in range(len(answer.plan.stages)) if number not in told]
-        return answer.plan.stages[missing[0]].peer if missing else [told[number] for number in sorted(told)]
+                replies |= {stage: StageWhereabouts(due, sent, computing) for stage, due, sent, computing in reply.stages}
+        missing = [number for number in range(len(answer.plan.stages)) if number not in replies]
+        return answer.plan.stages[missing[0]].peer if missing else [replies[number] for number in sorted(replies)]
 
 
 def stuck_at(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from meshd.agents.session.stall import StageWhereabouts, stuck_at
+from meshd.agents.session.stages.stall import StageWhereabouts, stuck_at
 
 KNOWN = 20
 """Tokens of prompt and answer that the coordinator has: position 19 is being computed."""

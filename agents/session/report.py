@@ -1,0 +1,31 @@
+"""Reports what an answer measured, and how far that is from its plan's predictions."""
+
+from logging import getLogger
+
+from meshd.agents.session.answer import Answer
+from meshd.telemetry import Telemetry
+
+log = getLogger(__name__)
+
+
+def report_end(answer: Answer, telemetry: Telemetry) -> None:
+    """Measure and log an answer that has ended or is suspended."""
+    made = len(answer.output.tokens) - len(answer.record.tokens)
+    telemetry.tokens(prompt=answer.prompt_tokens, completion=made)
+    if answer.ttft_s and answer.plan is not None and not answer.recoveries:
+        telemetry.ttft(answer.ttft_s)
+        telemetry.prediction("ttft", answer.plan.predicted_ttft_s, answer.ttft_s)
+    if answer.measured_tpot_s and answer.plan is not None:
+        telemetry.tpot(answer.measured_tpot_s)
+        if not answer.recoveries:
+            telemetry.prediction("tpot", answer.predicted_tpot_s, answer.measured_tpot_s)
+    log.info(
+        "session %s %s: %d tokens, ttft %.0f ms, tpot %.1f ms (predicted %.1f), %d recoveries",
+        answer.session,
+        answer.status,
+        made,
+        1000 * answer.ttft_s,
+        1000 * answer.measured_tpot_s,
+        1000 * answer.predicted_tpot_s,
+        len(answer.recoveries),
+    )

@@ -1,0 +1,122 @@
+"""Sends one answer's messages to the peers that run its stages: OPEN, RESUME, prompt chunks, credit, lease renewals, CLOSE."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from logging import getLogger
+from typing import Any
+
+import numpy as np
+
+from meshd.agents.links.links import Links
+from meshd.agents.session.events import CloseStages, OpenStages, ResumeStages
+from meshd.agents.session.journal.record import SessionRecord
+from meshd.agents.session.plan.resume import StageHeld
+from meshd.errors import MeshdError, PeerFault
+from meshd.kernels.sampler import needs_known
+from meshd.protocol.messages import Close, Credit, Message, Open, Opened, Prompt, Renew, Resume
+from meshd.types import PeerId, Plan, SessionId
+
+log = getLogger(__name__)
+
+LEASE_S = 10.0
+RENEW_S = 3.0
+OPEN_TIMEOUT_S = 5.0
+"""A stage only reserves memory in OPEN, so a slower answer means that something is wrong with its peer."""
+
+
+@dataclass(slots=True)
+class StageClient:
+    """One answer's connection to its stages. Only `open` waits for a reply."""
+
+    record: SessionRecord
+    me: PeerId
+    links: Links
+    renewed_at: float
+    handed_over: bool = False
+    """The session's last coordinator gave it to this peer."""
+
+    @property
+    def session(self) -> SessionId:
+        return self.record.session
+
+    async def open(self, command: OpenStages, stage: int, tokens: Sequence[int]) -> StageHeld:
+        """Open one stage of a plan.
+
+        tokens: the answer so far.
+        Returns: what the stage still has of the session.
+        Raises: MeshdError. Cancel: the stage may be open; CLOSE or its lease ends it.
+        """
+        peer = command.plan.stages[stage].peer
+        payload = self._ids_for(command.plan, stage, tokens)
+        reply, _ = await self.links.request(peer, self._open_message(command, stage), payload, timeout_s=OPEN_TIMEOUT_S)
+        if not isinstance(reply, Opened):
+            raise PeerFault(f"OPEN was answered with {type(reply).__name__}")
+        return StageHeld(reply.held, reply.mirrored, reply.kept_from, reply.kept_to)
+
+    def _open_message(self, command: OpenStages, stage: int) -> Open:
+        return Open(
+            request=self.links.next_request(),
+            session=self.session,
+            epoch=command.epoch,
+            plan=command.plan,
+            stage=stage,
+            coordinator=self.me,
+            prompt_tokens=len(self.record.prompt),
+            max_tokens=self.record.max_tokens,
+            sampling=self.record.sampling,
+            ignore_eos=self.record.ignore_eos,
+            lease_ms=int(LEASE_S * 1000),
+            credit=command.credit,
+            answered=command.answered,
+            resume=command.epoch > 1,
+            handed_over=self.handed_over,
+        )
+
+    def _ids_for(self, plan: Plan, stage: int, tokens: Sequence[int]) -> memoryview | None:
+        """Returns: all known token ids for a last stage whose penalties need them, else None."""
+        looks_back = needs_known(self.record.sampling, len(tokens))
+        return self._known_ids(tokens).data.cast("B") if looks_back and stage == len(plan.stages) - 1 else None
+
+    def _known_ids(self, tokens: Sequence[int]) -> "np.ndarray[Any, np.dtype[np.int32]]":
+        """Returns: ids of prompt and answer, i32[prompt + tokens]."""
+        return np.asarray([*self.record.prompt, *tokens], dtype="<i4")
+
+    def resume(self, command: ResumeStages) -> None:
+        """Send every stage the position at which it resumes."""
+        for stage, position in enumerate(command.positions):
+            message = Resume(
+                session=self.session, epoch=command.epoch, stage=stage, start=position.start, send_from=position.send_from
+            )
+            self.send(command.plan.stages[stage].peer, message)
+
+    def send_prompt(self, epoch: int, plan: Plan, start: int, tokens: Sequence[int]) -> None:
+        """Send the first stage the known ids from position `start` on, in chunks of the plan's size."""
+        ids = self._known_ids(tokens)
+        chunk = plan.prefill_chunk_tokens
+        for step in range(start, len(ids), chunk):
+            part = ids[step : step + chunk]
+            message = Prompt(session=self.session, epoch=epoch, step=step, tokens=len(part), last=step + len(part) == len(ids))
+            self.send(plan.stages[0].peer, message, part.data.cast("B"))
+
+    def grant(self, epoch: int, peer: PeerId, index: int, *, hold: bool = False) -> None:
+        """Allow answer tokens before `index`; with `hold` the stage also takes back credit beyond it."""
+        self.send(peer, Credit(session=self.session, epoch=epoch, index=index, hold=hold))
+
+    def renew(self, peers: Collection[PeerId], epoch: int, now: float) -> None:
+        """Renew the leases at these peers, at most once in `RENEW_S`."""
+        if peers and now - self.renewed_at >= RENEW_S:
+            self.renewed_at = now
+            for peer in sorted(peers):
+                self.send(peer, Renew(session=self.session, epoch=epoch, lease_ms=int(LEASE_S * 1000)))
+
+    def close(self, command: CloseStages) -> None:
+        """Have these peers free what they have of the session."""
+        for peer in command.peers:
+            self.send(peer, Close(session=self.session, epoch=command.epoch, reason=command.reason))
+
+    def send(self, peer: PeerId, message: Message, payload: memoryview | None = None) -> None:
+        """Send without waiting. An unreachable peer is only logged here: its link reports the loss."""
+        try:
+            self.links.send(peer, message, payload)
+        except MeshdError as error:
+            log.debug("%s to %.8s not sent: %s", type(message).__name__, peer, error)

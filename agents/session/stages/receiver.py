@@ -1,0 +1,67 @@
+"""Takes what stages send to the coordinator of their session: TOKEN, FAILED, MIRRORED and ERROR."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from meshd.agents.links.links import Links
+from meshd.agents.session.answer import Answer
+from meshd.agents.session.plan.move import Mover
+from meshd.agents.session.plan.retry import PlanRetrier
+from meshd.errors import PeerFault, PeerLost, RemoteFailure
+from meshd.protocol.messages import Closed, Error, Failed, Mirrored, Token
+from meshd.types import PeerId, SessionId
+
+
+@dataclass(slots=True)
+class StageReceiver:
+    """Hands each message to its answer, if the sender has a stage of the answer's present plan. Others are ignored."""
+
+    answers: Mapping[SessionId, Answer]
+    retrier: PlanRetrier
+    mover: Mover
+    names: Callable[[PeerId], str]
+
+    def register(self, links: Links) -> None:
+        """Take the messages from the links. TOKEN and ERROR have other receivers too: the daemon passes them on."""
+        links.register(Failed, self._on_failed)
+        links.register(Closed, lambda sender, message, payload: None)
+        links.register(Mirrored, self._on_mirrored)
+
+    def on_token(self, sender: PeerId, message: Token) -> None:
+        """Take a token, which only the last stage may send."""
+        answer = self._answer_of(sender, message.session)
+        if answer is None or answer.plan is None or answer.plan.peers[-1] != sender:
+            return
+        vocabulary = answer.card.spec.vocab
+        if 0 <= message.token < vocabulary:
+            answer.token_arrived(message)
+            return
+        error = PeerFault(f"{self.names(sender)} sent token {message.token}, of a vocabulary of {vocabulary}")
+        answer.stage_failed(message.epoch, len(answer.plan.stages) - 1, error, sender)
+
+    def on_error(self, sender: PeerId, message: Error) -> None:
+        """A peer refused a message of a session."""
+        answer = self._answer_of(sender, message.session)
+        if answer is not None:
+            answer.stage_failed(answer.machine.epoch, 0, RemoteFailure(message.message, remote_code=message.code), sender)
+
+    def _on_failed(self, sender: PeerId, message: Failed, payload: memoryview) -> None:
+        answer = self._answer_of(sender, message.session)
+        if answer is None or answer.plan is None:
+            return
+        stages = answer.plan.stages
+        where = self.names(stages[message.stage].peer) if message.stage < len(stages) else "a peer"
+        text = f"{where} could not go on: {message.message}"
+        error = PeerLost(text) if message.code == PeerLost.code else RemoteFailure(text, remote_code=message.code)
+        answer.stage_failed(message.epoch, message.stage, error, message.blame)
+
+    def _on_mirrored(self, sender: PeerId, message: Mirrored, payload: memoryview) -> None:
+        answer = self._answer_of(sender, message.session)
+        if answer is not None:
+            self.retrier.on_mirrored(answer, message)
+            self.mover.on_mirrored(answer, message)
+
+    def _answer_of(self, sender: PeerId, session: SessionId | None) -> Answer | None:
+        """Returns: the running answer, if `sender` has a stage of its plan."""
+        answer = self.answers.get(session) if session is not None else None
+        return answer if answer is not None and answer.plan is not None and sender in answer.plan.peers else None
