@@ -53,7 +53,6 @@ class Member:
                 holdings=tuple,
                 models=tuple,
                 sessions=lambda: self.sessions,
-                api=str,
                 draining=bool,
             ),
             links=self.links,
