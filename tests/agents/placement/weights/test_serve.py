@@ -1,14 +1,20 @@
-"""How fast weights are given to other peers; serving over real links is in test_provider.py."""
+"""How fast weights are given to other peers, and which bytes of them."""
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 
+from in_process.peers import WAIT_S
+from in_process.weights import Site, Sites
 from meshd.agents.placement.weights.serve import SHARE, RateLimiter
 from meshd.agents.placement.weights.transfer import CHUNK_BYTES
 from meshd.clock import SystemClock
-from meshd.errors import Overloaded
-from meshd.types import LinkStats, PeerId
+from meshd.errors import Overloaded, RemoteFailure
+from meshd.models.files.manifest import Manifest
+from meshd.models.store.store import StoredModel
+from meshd.protocol.messages import FetchManifest, FetchWeights
+from meshd.types import LinkStats, ModelId, PeerId
 
 
 class PacedClock(SystemClock):
@@ -52,3 +58,53 @@ async def test_a_peer_that_would_wait_too_long_is_refused() -> None:
     for task in pending:
         task.cancel()
     await asyncio.gather(*pending, return_exceptions=True)
+
+
+async def test_sums_that_are_being_made_stop_with_the_peer(sites: Sites, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = await sites.start("a", "b")
+    card = await sites.have_file(a)
+    begun = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def endless(model: StoredModel, advance: Callable[[int], None]) -> Manifest:
+        loop.call_soon_threadsafe(begun.set)
+        while True:
+            advance(0)
+
+    monkeypatch.setattr(a.store, "manifest", endless)
+    task = asyncio.create_task(b.fill(card, 0, 1))
+    async with asyncio.timeout(WAIT_S):
+        await begun.wait()
+        await a.server.close()
+    task.cancel()
+
+
+async def test_only_bytes_that_are_here_are_given_and_few_at_once(sites: Sites) -> None:
+    a, b, c = await sites.start("a", "b", "c")
+    card = await sites.have_file(a)
+    await b.fill(card, 2, 3)
+    manifest = a.store.manifest(a.store.list()[0], lambda count: None)
+    here, there = (manifest.parts[min(manifest.indices([f"blk.{layer}.attn_q.weight"]))] for layer in (2, 3))
+
+    async def ask(site: Site, offset: int, length: int, model: ModelId = card.id) -> bytes:
+        question = FetchWeights(request=c.peer.links.next_request(), model=model, offset=offset, length=length)
+        return bytes((await c.peer.links.request(site.peer.id, question, timeout_s=WAIT_S))[1])
+
+    content = sites.file.read_bytes()
+    for site in (a, b):
+        assert await ask(site, here.offset, here.length) == content[here.offset : here.end]
+    assert await ask(a, there.offset, there.length) == content[there.offset : there.end]
+    wrong = [(b, there.offset, 1), (b, there.offset - 1, 2), (a, len(content) - 1, 2), (a, 1 << 62, 1), (a, -1, 1)]
+    wrong += [(a, 0, 0), (a, 0, -1), (a, 0, CHUNK_BYTES + 1)]
+    for site, offset, length in wrong:
+        with pytest.raises(RemoteFailure, match=r"are not here|can't be asked for") as refused:
+            await ask(site, offset, length)
+        assert refused.value.remote_code == "invalid_value"
+    await b.fill(card, 3, 4)
+    assert await ask(b, there.offset, there.length) == content[there.offset : there.end]
+    b.store.remove(card.id)
+    for site, model in ((b, card.id), (a, ModelId("0" * 32))):
+        with pytest.raises(RemoteFailure, match="nothing of that model"):
+            await ask(site, there.offset, 1, model)
+    with pytest.raises(RemoteFailure, match="nothing of that model"):
+        await c.peer.links.request(a.peer.id, lambda number: FetchManifest(request=number, model=ModelId("../x")), timeout_s=WAIT_S)
