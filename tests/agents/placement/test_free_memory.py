@@ -1,0 +1,65 @@
+"""How much memory may still be reserved: what was promised, what others took, and how old the measurement may be."""
+
+from in_process.adverts import CARD
+from in_process.journals import HandClock
+from meshd.agents.placement.free_memory import FreeMemory
+from meshd.agents.placement.loads import LoadState, ResidentLayers, ResidentModels
+from meshd.kernels.kv import KVPool
+from meshd.types import LayerRange
+
+LAYERS = LayerRange(0, 2)
+RESIDENT = ResidentLayers(CARD, LAYERS, kv_tokens=64, weight_bytes=1000, state=LoadState.ACTIVE)
+RESERVED = RESIDENT.reserved_bytes
+
+
+class Machine:
+    """Measures what the test says."""
+
+    def __init__(self, free_bytes: int) -> None:
+        self.free_bytes = free_bytes
+        self.measurements = 0
+
+    def __call__(self) -> int:
+        self.measurements += 1
+        return self.free_bytes
+
+
+def test_every_reservation_counts_before_its_memory_is_touched() -> None:
+    machine = Machine(10 * RESERVED)
+    holdings = ResidentModels(1e9, [RESIDENT])
+    assert FreeMemory(10 * RESERVED, holdings, machine, HandClock()).free_bytes() == 9 * RESERVED
+
+
+def test_what_other_processes_took_is_not_free() -> None:
+    loaded = ResidentLayers(CARD, LAYERS, kv_tokens=64, weight_bytes=1000, state=LoadState.ACTIVE)
+    loaded.pool = KVPool(CARD.spec, LAYERS, blocks=2)
+    untouched = loaded.untouched_bytes
+    assert 0 < untouched < RESERVED
+    memory = FreeMemory(10 * RESERVED, ResidentModels(1e9, [loaded]), Machine(untouched + 5), HandClock())
+    assert memory.free_bytes() == 5
+
+
+def test_free_memory_is_never_negative() -> None:
+    assert FreeMemory(RESERVED - 1, ResidentModels(1e9, [RESIDENT]), Machine(10 * RESERVED), HandClock()).free_bytes() == 0
+    assert FreeMemory(10 * RESERVED, ResidentModels(1e9, [RESIDENT]), Machine(0), HandClock()).free_bytes() == 0
+
+
+async def test_a_measurement_is_used_for_a_second() -> None:
+    machine, clock = Machine(100), HandClock()
+    memory = FreeMemory(1000, ResidentModels(1e9), machine, clock)
+    assert memory.free_bytes() == 100
+    machine.free_bytes = 50
+    await clock.move(1.0)
+    assert memory.free_bytes() == 100
+    await clock.move(0.1)
+    assert memory.free_bytes() == 50
+    assert machine.measurements == 2
+
+
+def test_a_forgotten_measurement_is_made_again_at_once() -> None:
+    machine = Machine(100)
+    memory = FreeMemory(1000, ResidentModels(1e9), machine, HandClock())
+    assert memory.free_bytes() == 100
+    machine.free_bytes = 50
+    memory.forget()
+    assert memory.free_bytes() == 50

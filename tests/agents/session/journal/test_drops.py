@@ -1,0 +1,89 @@
+"""JOURNAL_DROP: sent at once, after a while, or when its peer can be reached."""
+
+import pytest
+
+from in_process.journals import HandClock, S
+from in_process.peers import Peer, Peers, until
+from meshd.agents.session.journal.drops import KEEP_ENDED_S, DropQueue
+from meshd.protocol.messages import JournalDrop
+from meshd.types import SessionId
+
+
+class Deputy:
+    """A peer that records which sessions it is to drop."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+        self.dropped: list[tuple[SessionId, int]] = []
+        peer.links.register(JournalDrop, lambda sender, message, payload: self.dropped.append((message.session, message.epoch)))
+
+
+@pytest.fixture
+async def deputy(peers: Peers) -> Deputy:
+    return Deputy(peers.start("b"))
+
+
+@pytest.fixture
+async def coordinator(peers: Peers) -> Peer:
+    return peers.start("a")
+
+
+async def link(coordinator: Peer, deputy: Deputy) -> None:
+    coordinator.dial(deputy.peer)
+    await coordinator.next_up()
+
+
+async def test_a_drop_without_delay_is_sent_at_once_and_only_once(coordinator: Peer, deputy: Deputy) -> None:
+    await link(coordinator, deputy)
+    clock = HandClock()
+    drops = DropQueue(coordinator.links, clock)
+    drops.add(deputy.peer.id, S, 3)
+    drops.send_due(clock.now + 1)
+    drops.add(deputy.peer.id, SessionId("last"), 1)
+    await until(lambda: (SessionId("last"), 1) in deputy.dropped)
+    assert deputy.dropped == [(S, 3), ("last", 1)]
+
+
+async def test_a_drop_waits_for_its_time_unless_it_is_revoked(coordinator: Peer, deputy: Deputy) -> None:
+    await link(coordinator, deputy)
+    clock = HandClock()
+    drops = DropQueue(coordinator.links, clock)
+    drops.add(deputy.peer.id, S, 1, after_s=10.0)
+    drops.add(deputy.peer.id, SessionId("kept"), 1, after_s=10.0)
+    drops.revoke(deputy.peer.id, SessionId("kept"))
+    drops.send_due(clock.now + 9.9)
+    drops.add(deputy.peer.id, SessionId("now"), 1)
+    drops.send_due(clock.now + 10.0)
+    await until(lambda: len(deputy.dropped) == 2)
+    assert deputy.dropped == [("now", 1), (S, 1)]
+
+
+async def test_a_peer_that_cannot_be_reached_gets_it_later(coordinator: Peer, deputy: Deputy) -> None:
+    clock = HandClock()
+    drops = DropQueue(coordinator.links, clock)
+    drops.add(deputy.peer.id, S, 1)
+    await link(coordinator, deputy)
+    drops.send_due(clock.now + KEEP_ENDED_S)
+    await until(lambda: deputy.dropped == [(S, 1)])
+
+
+async def test_a_drop_is_given_up_once_the_record_has_expired_anyway(coordinator: Peer, deputy: Deputy) -> None:
+    clock = HandClock()
+    drops = DropQueue(coordinator.links, clock)
+    drops.add(deputy.peer.id, S, 1)
+    drops.send_due(clock.now + KEEP_ENDED_S + 1)
+    await link(coordinator, deputy)
+    drops.send_due(clock.now)
+    drops.add(deputy.peer.id, SessionId("last"), 1)
+    await until(lambda: deputy.dropped == [("last", 1)])
+
+
+async def test_the_oldest_drops_give_way_when_there_are_too_many(coordinator: Peer, deputy: Deputy) -> None:
+    clock = HandClock()
+    drops = DropQueue(coordinator.links, clock)
+    for number in range(1025):
+        drops.add(deputy.peer.id, SessionId(f"{number}"), 1)
+    await link(coordinator, deputy)
+    drops.send_due(clock.now)
+    await until(lambda: len(deputy.dropped) == 1024)
+    assert deputy.dropped[0] == ("1", 1)
