@@ -1,0 +1,85 @@
+"""What a coordinator sends to its stages."""
+
+import numpy as np
+import pytest
+
+from in_process.answers import AnswerSite
+from in_process.peers import Peers, until
+from meshd.agents.session.events import CloseStages, OpenStages, ResumeStages
+from meshd.agents.session.plan.resume import ResumePoint, StageHeld
+from meshd.agents.session.stages.client import RENEW_S
+from meshd.errors import PeerFault
+from meshd.protocol.messages import Close, Journaled, Open, Opened, Prompt, Renew, Resume
+from meshd.types import PeerId, SamplingParams
+
+
+@pytest.fixture
+async def site(peers: Peers) -> AnswerSite:
+    return AnswerSite(peers.start("a"))
+
+
+def ids(payload: bytes) -> list[int]:
+    return np.frombuffer(payload, "<i4").tolist()
+
+
+async def test_open_returns_what_the_stage_still_has(site: AnswerSite) -> None:
+    session = site.answer.session
+    site.reply = Opened(request=0, session=session, epoch=2, blocks=1, held=5, mirrored=True, kept_from=2, kept_to=4)
+    held = await site.answer.stages.open(OpenStages(2, site.plan(), 64, 3), 0, [])
+    assert held == StageHeld(5, True, 2, 4)
+    [message] = site.got(Open)
+    assert (message.epoch, message.stage, message.answered, message.resume) == (2, 0, 3, True)
+    assert site.payloads == [b""]
+
+
+async def test_only_a_last_stage_with_penalties_gets_the_tokens_so_far(peers: Peers) -> None:
+    site = AnswerSite(peers.start("a"), sampling=SamplingParams(presence_penalty=0.5))
+    command = OpenStages(2, site.plan(10), 64, 2)
+    for stage in (0, 1):
+        await site.answer.stages.open(command, stage, [100, 101])
+    assert [ids(payload) for payload in site.payloads] == [[], [1, 2, 3, 100, 101]]
+
+
+async def test_an_open_with_another_reply_is_the_peers_fault(site: AnswerSite) -> None:
+    site.reply = Journaled(request=0, session=site.answer.session)
+    with pytest.raises(PeerFault, match="OPEN was answered with Journaled"):
+        await site.answer.stages.open(OpenStages(1, site.plan(), 64, 0), 0, [])
+
+
+@pytest.mark.parametrize(
+    ("start", "chunks"),
+    [(0, [[1, 2], [3, 100], [101]]), (3, [[100, 101]]), (4, [[101]]), (5, [])],
+)
+async def test_the_prompt_goes_out_in_chunks_from_where_the_first_stage_starts(
+    site: AnswerSite, start: int, chunks: list[list[int]]
+) -> None:
+    site.answer.stages.send_prompt(1, site.plan(chunk=2), start, [100, 101])
+    await until(lambda: len(site.received) == len(chunks))
+    assert [ids(payload) for payload in site.payloads] == chunks
+    sent = site.got(Prompt)
+    assert [message.step for message in sent] == list(range(start, 5, 2))
+    assert [message.last for message in sent] == [False] * (len(chunks) - 1) + [True] * bool(chunks)
+
+
+async def test_every_stage_is_sent_where_it_resumes(site: AnswerSite) -> None:
+    positions = (ResumePoint(4, 2), ResumePoint(2, 2))
+    site.answer.stages.resume(ResumeStages(3, site.plan(10), (StageHeld(4), StageHeld(2)), positions))
+    await until(lambda: len(site.received) == 2)
+    assert [(one.stage, one.start, one.send_from) for one in site.got(Resume)] == [(0, 4, 2), (1, 2, 2)]
+
+
+async def test_leases_are_renewed_at_most_once_in_three_seconds(site: AnswerSite) -> None:
+    client, me = site.answer.stages, site.peer.id
+    begun = client.renewed_at
+    client.renew((), 1, begun + 100)
+    client.renew({me}, 1, begun + RENEW_S - 0.1)
+    client.renew({me}, 2, begun + RENEW_S)
+    client.renew({me}, 3, begun + RENEW_S + 0.1)
+    client.close(CloseStages(4, (me,), "over"))
+    await until(lambda: bool(site.got(Close)))
+    assert [message.epoch for message in site.got(Renew)] == [2]
+
+
+async def test_an_unreachable_peer_does_not_keep_a_message_from_the_others(site: AnswerSite) -> None:
+    site.answer.stages.close(CloseStages(1, (PeerId("gone"), site.peer.id), "over"))
+    await until(lambda: [message.reason for message in site.got(Close)] == ["over"])

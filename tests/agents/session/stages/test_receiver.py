@@ -1,0 +1,53 @@
+"""Which messages of stages reach their answer: only those of peers that run one of its stages."""
+
+from typing import cast
+
+import pytest
+
+from in_process.answers import CARD, AnswerSite
+from in_process.peers import Peers
+from meshd.agents.session.plan.move import Mover
+from meshd.agents.session.plan.retry import PlanRetrier
+from meshd.agents.session.session import SessionState
+from meshd.agents.session.stages.receiver import StageReceiver
+from meshd.protocol.messages import Error
+from meshd.types import PeerId
+
+STRANGER = PeerId("stranger")
+
+
+@pytest.fixture
+async def site(peers: Peers) -> AnswerSite:
+    site = AnswerSite(peers.start("a"))
+    await site.open()
+    return site
+
+
+@pytest.fixture
+def receiver(site: AnswerSite) -> StageReceiver:
+    """Without the parts that only MIRRORED reaches."""
+    return StageReceiver({site.answer.session: site.answer}, cast("PlanRetrier", None), cast("Mover", None), lambda peer: "name")
+
+
+async def test_a_token_counts_only_from_the_last_stage(site: AnswerSite, receiver: StageReceiver) -> None:
+    receiver.on_token(STRANGER, site.token(0, 7))
+    assert site.answer.output.tokens == []
+    receiver.on_token(site.peer.id, site.token(0, 7))
+    assert site.answer.output.tokens == [(7, None)]
+
+
+@pytest.mark.parametrize("token", [-1, CARD.spec.vocab])
+async def test_a_token_outside_the_vocabulary_is_its_senders_fault(site: AnswerSite, receiver: StageReceiver, token: int) -> None:
+    receiver.on_token(site.peer.id, site.token(0, token))
+    assert site.answer.output.tokens == []
+    assert site.answer.machine.state is SessionState.RECOVERING
+    assert site.answer.recovery.distrusted(site.clock.now) == {site.peer.id}
+
+
+async def test_an_error_counts_only_from_a_peer_of_the_plan(site: AnswerSite, receiver: StageReceiver) -> None:
+    error = Error(code="out_of_memory", message="no memory", session=site.answer.session)
+    receiver.on_error(STRANGER, error)
+    receiver.on_error(site.peer.id, Error(code="out_of_memory", message="no memory"))
+    assert site.answer.machine.state is SessionState.PREFILLING
+    receiver.on_error(site.peer.id, error)
+    assert site.answer.machine.state is SessionState.RECOVERING

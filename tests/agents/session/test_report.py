@@ -1,0 +1,45 @@
+"""What is measured of an answer that has ended."""
+
+import logging
+
+import pytest
+
+from in_process.answers import AnswerSite
+from in_process.peers import Peers
+from meshd.agents.session.recovery import Recovered
+from meshd.agents.session.report import report_end
+from meshd.telemetry import Telemetry
+
+
+async def made(peers: Peers, **fields: object) -> AnswerSite:
+    """Two tokens: the first after two seconds, the second one second later, where half a second was predicted."""
+    site = AnswerSite(peers.start("a"), **fields)
+    await site.open()
+    site.clock.now += 2
+    site.answer.token_arrived(site.token(0, 7))
+    site.clock.now += 1
+    site.answer.token_arrived(site.token(1, 8, "stop"))
+    return site
+
+
+async def test_an_undisturbed_answer_is_measured_and_compared(peers: Peers, caplog: pytest.LogCaptureFixture) -> None:
+    site, telemetry = await made(peers), Telemetry()
+    with caplog.at_level(logging.INFO):
+        report_end(site.answer, telemetry)
+    value = telemetry.registry.get_sample_value
+    assert value("meshd_tokens_total", {"kind": "prompt"}) == 3
+    assert value("meshd_tokens_total", {"kind": "completion"}) == 2
+    assert value("meshd_ttft_seconds_sum") == 2
+    assert value("meshd_tpot_seconds_sum") == 1
+    assert value("meshd_prediction_ratio_sum", {"what": "tpot"}) == 2
+    assert "completed: 2 tokens, ttft 2000 ms, tpot 1000.0 ms (predicted 500.0), 0 recoveries" in caplog.text
+
+
+async def test_an_answer_that_changed_its_plan_is_not_compared_with_its_prediction(peers: Peers) -> None:
+    site, telemetry = await made(peers), Telemetry()
+    site.answer.recoveries.append(Recovered(2, "replay", "lost", 0.5))
+    report_end(site.answer, telemetry)
+    value = telemetry.registry.get_sample_value
+    assert value("meshd_ttft_seconds_count") == 0
+    assert value("meshd_tpot_seconds_count") == 1
+    assert value("meshd_prediction_ratio_count", {"what": "tpot"}) is None

@@ -1,0 +1,86 @@
+"""An answer on a real peer that also runs its stages: they record what they get and compute nothing."""
+
+from itertools import pairwise
+from typing import Any
+
+import msgspec
+
+from in_process.clusters import make_card
+from in_process.journals import HandClock, record
+from in_process.peers import Peer
+from meshd.agents.observe.story import Story
+from meshd.agents.session.answer import Answer, AnswerContext
+from meshd.agents.session.events import Replan
+from meshd.protocol.messages import Close, Credit, Message, Mirror, Open, Opened, Prompt, Renew, Reply, Resume, Token
+from meshd.types import LayerRange, PeerId, Plan, PlanId, StagePlan
+from sim.toy import toy_text
+
+CARD = make_card()
+
+
+class AnswerSite:
+    """A peer, its stages' inbox, and one answer."""
+
+    def __init__(self, peer: Peer, **fields: Any) -> None:
+        self.peer = peer
+        self.clock = HandClock()
+        self.received: list[Message] = []
+        self.payloads: list[bytes] = []
+        self.reply: Reply = Opened(request=0, session=record().session, epoch=1, blocks=1)
+        """What OPEN is answered with."""
+        self.events: list[str] = []
+        self.replans: list[Replan] = []
+        self.story = Story(self.clock)
+        peer.links.register(Open, self._on_open)
+        for kind in (Prompt, Resume, Credit, Renew, Close, Mirror):
+            peer.links.register(kind, self._on_message)
+        given = msgspec.structs.replace(record(), model=CARD.id, coordinator=peer.id, epoch=0)
+        self.answer = Answer(msgspec.structs.replace(given, **fields), CARD, toy_text(CARD), self._context())
+
+    def _context(self) -> AnswerContext:
+        return AnswerContext(
+            me=self.peer.id,
+            links=self.peer.links,
+            clock=self.clock,
+            story=self.story,
+            names=lambda peer: peer[:4],
+            on_replan=lambda answer, command: self.replans.append(command),
+            on_opened=lambda answer: self.events.append("opened"),
+            on_token=lambda answer, index, token, logprobs: self.events.append(f"token {index}"),
+            on_recovered=lambda answer, recovered: self.events.append(f"recovered by {recovered.method}"),
+            on_end=lambda answer: self.events.append(f"end {answer.status}"),
+        )
+
+    def _on_open(self, sender: PeerId, message: Open, payload: memoryview) -> Reply:
+        self.received.append(message)
+        self.payloads.append(bytes(payload))
+        return msgspec.structs.replace(self.reply, request=message.request)
+
+    def _on_message(self, sender: PeerId, message: Message, payload: memoryview) -> None:
+        self.received.append(message)
+        self.payloads.append(bytes(payload))
+
+    def plan(self, *cuts: int, chunk: int = 2) -> Plan:
+        """All layers on this peer, cut into stages here."""
+        borders = (0, *cuts, CARD.spec.layers)
+        stages = tuple(StagePlan(peer=self.peer.id, layers=LayerRange(start, end)) for start, end in pairwise(borders))
+        return Plan(id=PlanId("p"), model=CARD.id, stages=stages, prefill_chunk_tokens=chunk, context=64, predicted_tpot_s=0.5)
+
+    async def open(self, *cuts: int) -> None:
+        """Give the answer a plan and wait until its stages are open."""
+        self.answer.planned(self.plan(*cuts))
+        await self.answer.opened
+
+    def token(self, index: int, token: int, finish: str = "") -> Token:
+        return Token(
+            session=self.answer.session,
+            epoch=self.answer.machine.epoch,
+            step=0,
+            index=index,
+            token=token,
+            final=bool(finish),
+            finish=finish,
+        )
+
+    def got(self, kind: type[Message]) -> list[Any]:
+        return [message for message in self.received if type(message) is kind]
