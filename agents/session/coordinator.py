@@ -26,7 +26,7 @@ from meshd.agents.session.report import report_end
 from meshd.agents.session.stages.receiver import StageReceiver
 from meshd.agents.session.stages.stall import StallWatch
 from meshd.clock import Clock
-from meshd.errors import MeshdError, Unavailable, UnknownModel, UnknownSession
+from meshd.errors import MeshdError, PeerFault, Unavailable, UnknownModel, UnknownSession
 from meshd.protocol.messages import Error, Move, Moved, Token
 from meshd.telemetry import Telemetry
 from meshd.types import ModelCard, ModelId, PeerId, SessionId, TokenLogprobs
@@ -306,7 +306,8 @@ class Coordinator:
                 Move(request=self.links.next_request(), session=session, target=target, source=source),
                 timeout_s=150.0,
             )
-            assert isinstance(reply, Moved)
+            if not isinstance(reply, Moved):
+                raise PeerFault(f"MOVE was answered with {type(reply).__name__}")
             return reply
         return await self._move(0, answer, target, source)
 
