@@ -1,0 +1,55 @@
+"""Moves of one answer: what can't be moved, and what a failed move leaves."""
+
+import asyncio
+from typing import Any, cast
+
+import msgspec
+import pytest
+
+from in_process.answers import AnswerSite
+from in_process.peers import Peers, until
+from meshd.agents.session.plan.move import Mover
+from meshd.errors import InvalidRequest, PeerFault
+from meshd.protocol.messages import Mirror, Mirrored
+from meshd.types import PeerId, Plan
+
+TARGET = PeerId("target")
+
+
+@pytest.fixture
+async def site(peers: Peers) -> AnswerSite:
+    site = AnswerSite(peers.start("a"))
+    await site.open(10)
+    site.answer.token_arrived(site.token(0, 7))
+    return site
+
+
+def mover_of(site: AnswerSite) -> Mover:
+    """Without a router: the tests bring their plans."""
+    return Mover(cast("Any", None), cast("Any", None), list, site.clock)
+
+
+def moved(plan: Plan) -> Plan:
+    """The second stage at another peer."""
+    first, second = plan.stages
+    return msgspec.structs.replace(plan, stages=(first, msgspec.structs.replace(second, peer=TARGET)))
+
+
+async def test_only_a_running_answer_can_move(site: AnswerSite) -> None:
+    site.answer.suspend()
+    with pytest.raises(InvalidRequest, match="is suspended: only a running one can move"):
+        await mover_of(site).move(site.answer, TARGET, None)
+
+
+async def test_one_move_at_a_time_copies_only_the_stage_that_changes_its_peer(site: AnswerSite) -> None:
+    mover, plan = mover_of(site), moved(site.plan(10))
+    first = asyncio.create_task(mover.change(site.answer, plan, "moved"))
+    await until(lambda: bool(site.got(Mirror)))
+    assert [(copy.stage, copy.target) for copy in site.got(Mirror)] == [(1, TARGET)]
+    with pytest.raises(InvalidRequest, match="is being moved already"):
+        await mover.change(site.answer, plan, "moved")
+    site.answer.end()
+    report = Mirrored(session=site.answer.session, epoch=1, stage=1, target=TARGET, held=4, filled=4)
+    mover.on_mirrored(site.answer, report)
+    with pytest.raises(PeerFault, match="its plan changed for another reason"):
+        await first

@@ -1,0 +1,56 @@
+"""What an answer's next plan must offer, and what is known of the copies of its KV."""
+
+from typing import Any, cast
+
+import pytest
+
+from in_process.answers import AnswerSite
+from in_process.peers import Peers
+from meshd.agents.session.plan.retry import PlanRetrier
+from meshd.protocol.messages import Mirrored
+from meshd.types import PeerId
+
+COPY = PeerId("copy")
+
+
+@pytest.fixture
+async def site(peers: Peers) -> AnswerSite:
+    site = AnswerSite(peers.start("a"))
+    await site.open(10)
+    site.answer.token_arrived(site.token(0, 7))
+    return site
+
+
+def retrier_of(site: AnswerSite) -> PlanRetrier:
+    """Without a router: nothing here looks for a plan."""
+    nothing = cast("Any", None)
+    return PlanRetrier(site.peer.links, nothing, list, site.clock, mirror=False, take=nothing, elsewhere=nothing)
+
+
+def mirrored(site: AnswerSite, target: PeerId, *, held: int, epoch: int = 1, error: str = "") -> Mirrored:
+    return Mirrored(session=site.answer.session, epoch=epoch, stage=1, target=target, held=held, filled=held, error=error)
+
+
+async def test_a_request_names_the_distrusted_and_counts_the_known_tokens(site: AnswerSite) -> None:
+    site.answer.recovery.distrust(COPY, site.clock.now)
+    wanted = retrier_of(site).recovery_request(site.answer, avoid=frozenset({PeerId("b")}))
+    assert wanted.old == site.answer.plan
+    assert wanted.lost == frozenset()
+    assert wanted.avoid == {COPY, "b"}
+    assert (wanted.prompt_tokens, wanted.known) == (3, 4)
+    site.clock.now += 31
+    assert retrier_of(site).recovery_request(site.answer).avoid == frozenset()
+
+
+async def test_only_the_copy_that_was_asked_for_counts(site: AnswerSite) -> None:
+    retrier = retrier_of(site)
+    retrier.on_mirrored(site.answer, mirrored(site, COPY, held=3))
+    assert site.answer.mirrors == {}
+    site.answer.mirrored(1, COPY, 0)
+    retrier.on_mirrored(site.answer, mirrored(site, PeerId("b"), held=3))
+    retrier.on_mirrored(site.answer, mirrored(site, COPY, held=3, epoch=2))
+    assert site.answer.mirrors == {1: (COPY, 0)}
+    retrier.on_mirrored(site.answer, mirrored(site, COPY, held=3))
+    assert site.answer.mirrors == {1: (COPY, 3)}
+    retrier.on_mirrored(site.answer, mirrored(site, COPY, held=3, error="no memory"))
+    assert site.answer.mirrors == {}
