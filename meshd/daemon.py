@@ -135,7 +135,7 @@ class Daemon:
         self.peer = compose(_parts(config, identity, measured, clock, self._telemetry))
         self.view = ClusterView(
             drainer=self.peer.drainer,
-            storyteller=self.peer.story_collector,
+            story_collector=self.peer.story_collector,
             membership=self.peer.membership,
             library=self.peer.library,
             router=self.peer.router,

@@ -44,7 +44,7 @@ class ClusterView:
     coordinator: Coordinator
     stages: StageHost
     drainer: Drainer
-    storyteller: StoryCollector
+    story_collector: StoryCollector
     bus: EventBus
     about: Callable[[], dict[str, Any]]
     """This peer's own facts."""
@@ -147,7 +147,7 @@ class ClusterView:
 
     async def story(self, session: str) -> list[dict[str, Any]]:
         """See `service.ClusterService.story`."""
-        return await self.storyteller.collect(self._session(session))
+        return await self.story_collector.collect(self._session(session))
 
     async def probe_links(self) -> list[dict[str, Any]]:
         """See `service.ClusterService.probe_links`."""

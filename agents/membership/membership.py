@@ -1,7 +1,8 @@
 """This peer's part in the cluster: gives events to the table of peers, carries out its commands, and sends adverts of this peer.
 
 Every peer keeps the newest advert of every other. A change here is sent to all within a tenth of a second. Every few seconds the
-advert is sent again, so that figures that drift (free memory, measured times) are never old.
+advert is sent again, so that figures that drift (free memory, measured times) are never old. A peer that misses heartbeats becomes
+SUSPECT here; `peer.py` says what follows from it, and `links/table.py` gives up the link.
 """
 
 import asyncio

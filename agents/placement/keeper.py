@@ -50,7 +50,7 @@ class Keeper:
     names: Callable[[PeerId], str]
     clock: Clock
     copies: int
-    _ledger: HoldingHistory = field(default_factory=HoldingHistory)
+    _history: HoldingHistory = field(default_factory=HoldingHistory)
     _wanted: dict[LoadRequest, float] = field(default_factory=dict)
     """Since when; until it is met."""
     _asked: dict[LoadRequest, "asyncio.Task[None]"] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Keeper:
 
     def note(self, advert: Advert) -> None:
         """A peer tells what it holds."""
-        self._ledger.note(advert)
+        self._history.note(advert)
 
     def changed(self) -> None:
         """Somebody came or went: look soon."""
@@ -94,7 +94,7 @@ class Keeper:
 
     async def _look(self) -> None:
         alive, suspects, cards, now = self.adverts(), self.suspects(), self.cards(), self.clock.monotonic()
-        self._ledger.look([*alive, *suspects])
+        self._history.look([*alive, *suspects])
         self._refusals = {key: refusal for key, refusal in self._refusals.items() if now < refusal.until + _LONGEST_BACK_OFF_S}
         in_line = sorted(advert.peer for advert in alive if not advert.draining)
         if self.me not in in_line:
@@ -103,8 +103,8 @@ class Keeper:
         mesh = ClusterState(
             adverts=[*alive, *suspects],
             cards=cards,
-            lost={model: frozenset(pieces) for model, pieces in self._ledger.lost.items()},
-            let_go=frozenset(self._ledger.let_go),
+            lost={model: frozenset(pieces) for model, pieces in self._history.lost.items()},
+            let_go=frozenset(self._history.let_go),
             suspects=frozenset(advert.peer for advert in suspects),
             refused=frozenset(key for key, refusal in self._refusals.items() if now < refusal.until),
             pending=tuple(self._asked),
@@ -153,7 +153,7 @@ class Keeper:
         self.changed()
 
     async def _let_go(self, alive: list[Advert]) -> None:
-        for peer, model in orphaned_copies(alive, self._ledger.let_go):
+        for peer, model in orphaned_copies(alive, self._history.let_go):
             try:
                 await self.links.request(peer, Unplace(request=self.links.next_request(), model=model), timeout_s=_LET_GO_S)
             except MeshdError as error:
@@ -163,7 +163,7 @@ class Keeper:
 
     async def _grow(self, alive: list[Advert], cards: Mapping[ModelId, ModelCard], now: float) -> None:
         """Place a model anew where a peer joined that makes it faster."""
-        busy = {request.model for request in (*self._asked, *self._wanted)} | self._ledger.lost.keys() | self._ledger.let_go
+        busy = {request.model for request in (*self._asked, *self._wanted)} | self._history.lost.keys() | self._history.let_go
         active = {held.model for advert in alive for held in advert.holdings if held.state == "active"}
         self._grown = {model: peers for model, peers in self._grown.items() if model in active}
         self._compared = {model: at for model, at in self._compared.items() if model in active}

@@ -1,6 +1,7 @@
 """One answer on its coordinator: runs the session's state machine, carries out its commands, and serves the client's readers.
 
-What has its own state lies beside it: messages to the stages (`stage_client`), tokens and text (`output`), faults (`recovery`).
+What has its own state is beside it: messages to the stages (`stages/client.py`), tokens and text (`output.py`), faults
+(`recovery.py`).
 """
 
 import asyncio

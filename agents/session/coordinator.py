@@ -94,7 +94,7 @@ class Coordinator:
         )
 
     def register(self) -> None:
-        """Take the messages that stages send to their coordinator. TOKEN goes to the first stage too: the daemon shares it out."""
+        """Take what stages send to their coordinator. TOKEN, which the first stage gets too, comes from `compose.Peer`."""
         self._receiver.register(self.links)
         self.links.register(Move, self._on_move)
 

@@ -3,10 +3,10 @@
 It decides which step is next, what a repeat means, when to wait for credit or for the next stage, which kept outputs are
 sent before anything is computed, and when KV may be freed. It never sees a tensor: inputs and outputs of a step are opaque to it.
 
-    OPEN --Resumed--> IDLE, WAITING or COMPUTING                      (only in a later epoch; a first one begins in IDLE)
+    OPEN --StageResumed--> IDLE, WAITING or COMPUTING                      (only in a later epoch; a first one begins in IDLE)
     IDLE --StepArrived--> COMPUTING --StepComputed--> IDLE            (or the next step of the inbox)
     IDLE --StepArrived beyond credit or window--> WAITING --CreditGranted, StepTaken--> COMPUTING
-    any --Ended--> ENDED; the KV is freed when no step computes on it
+    any --StageEnded--> ENDED; the KV is freed when no step computes on it
 """
 
 from collections import deque

@@ -1,4 +1,4 @@
-"""The deputy: keeps other coordinators' session records, and hands them on when their coordinator is lost.
+"""The deputy: keeps other coordinators' session records, and reports those whose coordinator is lost.
 
 The coordinator's side is `writer.py`; `store.py` decides what is kept and for how long.
 """

@@ -26,7 +26,7 @@ class ChunkWriter(ABC):
         self._include_usage = renderer.include_usage
         self._head = renderer.head(answer_id)
         self._numbers = renderer.numbers()
-        self._tally = UsageCounter(renderer.per_prompt)
+        self._counter = UsageCounter(renderer.per_prompt)
 
     @abstractmethod
     def begin(self) -> list[StreamedEvent]:
@@ -49,7 +49,7 @@ class ChunkWriter(ABC):
         match item:
             case Finished():
                 finish = finish_name(item)
-                self._tally.add(index, item)
+                self._counter.add(index, item)
                 return [self.last(index, finish), *self._usage()]
             case TextDelta(text=text, tokens=tokens) if text or tokens:
                 return [self.delta(index, text, tokens)]
@@ -64,6 +64,6 @@ class ChunkWriter(ABC):
         return StreamedEvent(self.chunk([choice], None if self._include_usage else UNSET), next(self._numbers))
 
     def _usage(self) -> list[StreamedEvent]:
-        if not self._include_usage or self._tally.ended < self._answers:
+        if not self._include_usage or self._counter.ended < self._answers:
             return []
-        return [StreamedEvent(self.chunk([], self._tally.usage()), next(self._numbers))]
+        return [StreamedEvent(self.chunk([], self._counter.usage()), next(self._numbers))]

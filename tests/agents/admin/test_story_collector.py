@@ -29,21 +29,21 @@ class Nonsense(Story):
 
 async def test_the_lines_of_all_peers_come_in_one_order(keepers: Keepers) -> None:
     async with keepers.linked("a", "b", "c") as (a, b, c):
-        b.storyteller.clock = HandClock(50_000.0)  # a clock that began at another time
-        a.storyteller.story.note(S, "planned", epoch=1)
-        b.storyteller.story.clock = b.storyteller.clock
+        b.story_collector.clock = HandClock(50_000.0)  # a clock that began at another time
+        a.story_collector.story.note(S, "planned", epoch=1)
+        b.story_collector.story.clock = b.story_collector.clock
 
         def pass_time(seconds: float) -> None:
             keepers.clock.now += seconds
-            b.storyteller.clock.now += seconds  # type: ignore[attr-defined]
+            b.story_collector.clock.now += seconds  # type: ignore[attr-defined]
 
         pass_time(0.25)
-        b.storyteller.story.note(S, "opened", stage=1, peer="x", name="y")
+        b.story_collector.story.note(S, "opened", stage=1, peer="x", name="y")
         pass_time(1.25)
-        b.storyteller.story.note(S, "sent")
+        b.story_collector.story.note(S, "sent")
         pass_time(0.5)
-        a.storyteller.story.note(S, "emitted")
-        lines = await c.storyteller.collect(S)
+        a.story_collector.story.note(S, "emitted")
+        lines = await c.story_collector.collect(S)
         assert [(line["at_s"], line["peer"], line["what"]) for line in lines] == [
             (0.0, a.id, "planned"),
             (0.25, b.id, "opened"),
@@ -52,20 +52,20 @@ async def test_the_lines_of_all_peers_come_in_one_order(keepers: Keepers) -> Non
         ]
         assert lines[0] == {"at_s": 0.0, "epoch": 1, "peer": a.id, "name": a.id[:4], "what": "planned"}
         assert lines[1] == {"at_s": 0.25, "stage": 1, "peer_": "x", "name_": "y", "peer": b.id, "name": b.id[:4], "what": "opened"}
-        assert [line["what"] for line in await a.storyteller.collect(S)] == [line["what"] for line in lines]
+        assert [line["what"] for line in await a.story_collector.collect(S)] == [line["what"] for line in lines]
 
 
 async def test_a_session_that_no_peer_has_notes_on_is_unknown(keepers: Keepers) -> None:
     async with keepers.linked("a", "b") as (a, _):
         with pytest.raises(UnknownSession):
-            await a.storyteller.collect(S)
+            await a.story_collector.collect(S)
 
 
 async def test_a_peer_that_answers_nonsense_is_named_at_the_end(keepers: Keepers) -> None:
     async with keepers.linked("a", "b") as (a, b):
-        a.storyteller.story.note(S, "planned")
-        b.storyteller.story = Nonsense(b.clock)
-        lines = await a.storyteller.collect(S)
+        a.story_collector.story.note(S, "planned")
+        b.story_collector.story = Nonsense(b.clock)
+        lines = await a.story_collector.collect(S)
         assert [(line["peer"], line["what"]) for line in lines] == [(a.id, "planned"), (b.id, "gave no answer")]
 
 
@@ -108,6 +108,6 @@ def test_lines_of_the_same_time_stay_in_the_order_of_the_peers() -> None:
 
 async def test_a_fact_named_like_a_key_of_the_line_gets_an_underscore(keepers: Keepers) -> None:
     async with keepers.linked("a", "b") as (a, b):
-        b.storyteller.story.note(S, "moved", at_s=7, peer="x")
-        (line,) = await a.storyteller.collect(S)
+        b.story_collector.story.note(S, "moved", at_s=7, peer="x")
+        (line,) = await a.story_collector.collect(S)
         assert line == {"at_s": 0.0, "at_s_": 7, "peer": b.id, "peer_": "x", "name": b.id[:4], "what": "moved"}

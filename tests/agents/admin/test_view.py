@@ -78,7 +78,7 @@ def view(asked: Asked) -> ClusterView:
         "coordinator": coordinator,
         "stages": SimpleNamespace(rows=lambda name_of: [{"id": STAGED, "role": "stage 1"}]),
         "drainer": SimpleNamespace(drain=asked.drain),
-        "storyteller": SimpleNamespace(collect=asked.collect),
+        "story_collector": SimpleNamespace(collect=asked.collect),
         "bus": None,
         "about": dict,
     }

@@ -140,7 +140,7 @@ class Keeper:
     journalist: JournalWriter = field(init=False)
     deputy: Deputy = field(init=False)
     locator: Locator = field(init=False)
-    storyteller: StoryCollector = field(init=False)
+    story_collector: StoryCollector = field(init=False)
     answers: dict[SessionId, Answer] = field(default_factory=dict)
     orphans: list[SessionRecord] = field(default_factory=list)
     released: list[SessionId] = field(default_factory=list)
@@ -154,8 +154,8 @@ class Keeper:
         self.journalist = JournalWriter(me, links, self.clock, self._adverts)
         self.deputy = Deputy(links, self.clock, on_orphan=self.orphans.append, on_dropped=self.journalist.on_dropped)
         self.locator = Locator(me, links, self.deputy)
-        self.storyteller = StoryCollector(me, links, Story(self.clock), self.clock, names=lambda peer: peer[:4])
-        for agent in (self.deputy, self.storyteller):
+        self.story_collector = StoryCollector(me, links, Story(self.clock), self.clock, names=lambda peer: peer[:4])
+        for agent in (self.deputy, self.story_collector):
             agent.register()
         self.locator.register(self)
 
