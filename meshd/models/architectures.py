@@ -1,7 +1,7 @@
-"""The networks that can be computed, by GGUF's names: what each does otherwise than Llama, and what its metadata says.
+"""The supported architectures by their GGUF names: how each differs from Llama, and how to read its metadata.
 
-Names of keys after llama.cpp's converters (https://github.com/ggml-org/llama.cpp, `conversion/`), their meaning after the
-models' own code in `transformers`.
+The names of keys follow llama.cpp's converters (https://github.com/ggml-org/llama.cpp, `conversion/`), their meaning follows the
+models' code in `transformers`.
 """
 
 import math
@@ -19,20 +19,20 @@ from meshd.types import ModelSpec, RopeScaling
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """What no metadata tells of a network, as far as it is otherwise than Llama's."""
+    """How a network differs from Llama's where the metadata does not state it."""
 
     spec: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `ModelSpec`."""
+    """Values for fields of `ModelSpec`."""
     window_pattern: int = 0
-    """Of so many layers the last sees everything, where the model has a window and no pattern of its own; 0: none does."""
+    """Where the metadata gives a window but no pattern: of so many layers the last attends to all tokens; 0: none does."""
     stretches_windowed: bool = True
-    """Rotations of layers with a window are stretched as the others' are."""
+    """RoPE scaling applies to layers with a window too."""
     whole_bounds: bool = True
-    """YaRN's ramp begins and ends at whole frequencies."""
+    """The bounds of YaRN's ramp are rounded to whole dimensions."""
     scaled_embedding: bool = False
-    """By the square root of its width."""
+    """Embeddings are multiplied by the square root of the hidden size."""
     unlike_layers: int = 0
-    """How many layers its largest model has, whose scores are scaled by the width of a head that it does not have."""
+    """Number of layers of its largest model, which scales scores by `(hidden / heads) ** -0.5` although its head size differs."""
 
 
 _HALVES: dict[str, Any] = {"rope_halves": True}
@@ -66,9 +66,9 @@ _UNSUPPORTED_HINT = "meshd can't run this model yet; README says which it can"
 
 
 def spec_from_metadata(name: str, metadata: Mapping[str, MetadataValue], tensors: Mapping[str, TensorInfo]) -> ModelSpec:
-    """A model's network. `name` is for messages.
+    """Read a model's network from its metadata. `name` is for messages.
 
-    Raises: ModelFileError for an architecture that is not known here, and for metadata that make no network.
+    Raises: ModelFileError for an unsupported architecture, or for metadata that describe no valid network.
     """
     keys = _Keys(name, metadata)
     about = ARCHITECTURES[keys.architecture]
@@ -81,7 +81,7 @@ def spec_from_metadata(name: str, metadata: Mapping[str, MetadataValue], tensors
     if heads % kv_heads:
         raise keys.wrong("attention.head_count_kv", f"{heads} heads do not share {kv_heads} evenly")
     layers, experts = keys.count("block_count"), keys.count("expert_count", 0)
-    if layers > len(tensors):  # before anything is made for each of them
+    if layers > len(tensors):  # before memory is allocated for each layer
         raise ModelFileError(f"{name} can't be run: it has {len(tensors)} tensors for {layers} layers")
     fields: dict[str, Any] = {
         "architecture": keys.architecture,
@@ -158,7 +158,7 @@ def _window(keys: "_Keys", about: Architecture, layers: int) -> dict[str, Any]:
 
 
 def _ended_at_factors(spec: ModelSpec, keys: "_Keys", tensors: Mapping[str, TensorInfo]) -> ModelSpec:
-    """A model with factors for short and for long contexts is run with the short ones, so only as far as these reach."""
+    """Limit the context of a model with short and long RoPE factors: only the short ones are used."""
     if "rope_factors_short.weight" not in tensors:
         return spec
     reach = keys.count("rope.scaling.original_context_length")
@@ -169,7 +169,7 @@ class _Keys:
     """An architecture's metadata, checked as it is read."""
 
     def __init__(self, name: str, metadata: Mapping[str, MetadataValue]) -> None:
-        """Raises: ModelFileError for an unknown architecture."""
+        """Raises: ModelFileError for an unsupported architecture."""
         self._name = name
         self.metadata = metadata
         architecture = metadata.get("general.architecture")

@@ -1,20 +1,12 @@
 import msgspec
 import pytest
 
-from in_process.clusters import make_peer
+from in_process.clusters import make_advert, make_peer
 from meshd.planner.network import UNMEASURED_BANDWIDTH_BYTES_S, UNMEASURED_HOP_S, Network
-from meshd.planner.profile import profiles_from_adverts
-from meshd.types import Advert, Capability, Holding, LayerRange, LinkStats, ModelId, PeerId, Rates
+from meshd.types import LinkStats
 
 FAST = LinkStats(rtt_s=0.001, bandwidth_bytes_s=1e8, hop_s=0.0002)
 PLAIN = LinkStats(rtt_s=0.004, bandwidth_bytes_s=1e6)
-
-
-def advert(name: str, rates: Rates, **fields: object) -> Advert:
-    capability = Capability(
-        backend="native", processor="x", threads=4, memory_total_bytes=100, memory_free_bytes=60, rates=rates, power_w=5.0
-    )
-    return Advert(peer=PeerId(f"{name}-id"), name=name, incarnation=1, revision=1, version="0", capability=capability, **fields)
 
 
 def test_a_measured_hop_is_used_before_half_the_round_trip() -> None:
@@ -50,21 +42,7 @@ def test_added_links_win() -> None:
     assert network.stats == {("a", "b"): PLAIN, ("a", "c"): FAST}
 
 
-def test_adverts_give_links_and_profiles() -> None:
-    rates = make_peer("x").rates
-    mine = Holding(model=ModelId("m"), layers=LayerRange(0, 4), state="active")
-    other = Holding(model=ModelId("n"), layers=LayerRange(0, 4), state="active")
-    adverts = [advert("b", rates, links={PeerId("a-id"): PLAIN}), advert("a", rates, holdings=(mine, other))]
-    assert Network.from_adverts(adverts).stats == {("b-id", "a-id"): PLAIN}
-    profiles = profiles_from_adverts(adverts, ModelId("m"))
-    assert [profile.name for profile in profiles] == ["a", "b"]
-    assert profiles[0].holdings == (mine,)
-    assert (profiles[1].memory_free_bytes, profiles[1].threads, profiles[1].power_w) == (60, 4, 5.0)
-
-
-def test_a_peer_without_a_rate_is_not_measured() -> None:
-    rates = make_peer("x").rates
-    assert profiles_from_adverts([advert("a", rates)], ModelId("m"))[0].measured
-    for field in ("decode_bytes_s", "prefill_flops_s", "attention_bytes_s"):
-        broken = msgspec.structs.replace(rates, **{field: 0.0})
-        assert not profiles_from_adverts([advert("a", broken)], ModelId("m"))[0].measured
+def test_each_advert_gives_the_links_in_which_its_peer_sends() -> None:
+    a, b = make_peer("a"), make_peer("b")
+    one_way = msgspec.structs.replace(make_advert(b), links={a.id: PLAIN})
+    assert Network.from_adverts([one_way, make_advert(a)]).stats == {(b.id, a.id): PLAIN}

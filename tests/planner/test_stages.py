@@ -42,7 +42,7 @@ def test_names_ids_and_beginnings_of_ids(peers: Peers) -> None:
         ("k3:0-30", "several peers"),
     ],
 )
-def test_what_is_wrong_is_said(peers: Peers, text: str, says: str) -> None:
+def test_the_error_names_what_is_wrong(peers: Peers, text: str, says: str) -> None:
     with pytest.raises(InvalidRequest, match=says) as caught:
         parse_stages(text, peers, 30)
     assert caught.value.param == "stages"
@@ -55,7 +55,7 @@ def test_an_unknown_peer_is_answered_with_the_known_ones(peers: Peers) -> None:
         resolve_peer("", ())
 
 
-def test_two_peers_of_one_name_are_told_apart_by_id(peers: Peers) -> None:
+def test_an_id_distinguishes_two_peers_of_one_name(peers: Peers) -> None:
     twins = (peers[0], msgspec.structs.replace(peers[1], name="a"))
     with pytest.raises(InvalidRequest, match=r"a \(k3xqaaaa\), a \(k3zzbbbb\)"):
         resolve_peer("a", twins)

@@ -19,9 +19,9 @@ from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.weights.transfer import CHUNK_BYTES
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest, NotReady, Overloaded, UnknownModel
-from meshd.models.files.disk import FileStamp, stamp_of
+from meshd.models.files.disk import FileStamp, read_range, stamp_of
 from meshd.models.files.manifest import Manifest, Offer, encode_offer
-from meshd.models.store.partial_copy import HEADER_INDEX, PartialCopy, read_piece
+from meshd.models.store.partial_copy import HEADER_INDEX, PartialCopy
 from meshd.models.store.progress import ProgressMeter, PullPhase
 from meshd.models.store.store import StoredModel
 from meshd.protocol.messages import FetchManifest, FetchWeights, ManifestData, WeightData
@@ -157,7 +157,7 @@ class WeightServer:
         if opened is None or not opened.is_fresh():
             opened = self._open(model)
         opened.check(offset, offset + length)
-        return read_piece(opened.path, offset, length)
+        return read_range(opened.path, offset, length)
 
     def _open(self, model: ModelId) -> _Opened:
         """Find the file, and check it if it was touched. Raises: UnknownModel, ModelFileError, StorageError."""

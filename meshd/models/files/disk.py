@@ -1,4 +1,4 @@
-"""Files on this device's disk: space, hashes, and names that only ever mean a whole file."""
+"""Files on this device's disk: free space, hashes, locks, and renames that survive a crash."""
 
 import hashlib
 import os
@@ -14,11 +14,11 @@ from meshd.errors import StorageError
 
 CHUNK_BYTES = 1 << 20
 _MARGIN_BYTES = 16 << 20
-"""Left free on the disk, for everyone else."""
+"""Left free on the disk for other programs."""
 
 
 class FileStamp(NamedTuple):
-    """Tells a file that was not touched, without reading it."""
+    """Identifies an unmodified file without reading it."""
 
     size_bytes: int
     mtime_ns: int
@@ -26,7 +26,7 @@ class FileStamp(NamedTuple):
 
 
 def stamp_of(path: Path) -> FileStamp | None:
-    """None: there is no such file, or it is a folder or device."""
+    """Returns: None if there is no such file, or if it is a folder or a device."""
     try:
         status = path.stat()
     except OSError:
@@ -37,33 +37,33 @@ def stamp_of(path: Path) -> FileStamp | None:
 
 
 def origin_of(paths: Iterable[Path]) -> str:
-    """The same for files that were not touched, without reading them."""
+    """Summarise the paths and stamps of files. Returns: a hash that stays the same while none of them is modified."""
     stamps = [(str(path), stamp_of(path)) for path in paths]
     return hashlib.sha256(repr(stamps).encode()).hexdigest()[:32]
 
 
 def size_of(path: Path) -> int:
-    """0: there is no such file."""
+    """Returns: 0 if there is no such file."""
     stamp = stamp_of(path)
     return stamp.size_bytes if stamp else 0
 
 
 def remove_file(path: Path) -> int:
-    """Remove a file if it is there; the bytes freed. Raises: OSError."""
+    """Remove a file if it exists. Returns: the bytes freed. Raises: OSError."""
     freed = size_of(path)
     path.unlink(missing_ok=True)
     return freed
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:
-    """The one form of complaint about this device's disk."""
+    """The error for a file that can't be written, with one wording everywhere."""
     return StorageError(
         f"{path} can't be written: {error.strerror or error}", hint="free some disk and pull again: what has arrived is kept"
     )
 
 
 def need_space(folder: Path, size_bytes: int) -> None:
-    """Raises: StorageError if a folder's disk has not this much room."""
+    """Check that the folder's disk has this much free space. Raises: StorageError."""
     free = shutil.disk_usage(folder).free
     if free < size_bytes + _MARGIN_BYTES:
         raise StorageError(
@@ -73,7 +73,7 @@ def need_space(folder: Path, size_bytes: int) -> None:
 
 
 def sha256_of(path: Path, advance: Callable[[int], None]) -> str:
-    """Hash a file, telling each chunk's bytes. Raises: StorageError."""
+    """Hash a file and report each chunk's bytes to `advance`. Raises: StorageError."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
@@ -85,8 +85,21 @@ def sha256_of(path: Path, advance: Callable[[int], None]) -> str:
     return digest.hexdigest()
 
 
+def read_range(path: Path, offset: int, length: int) -> bytes:
+    """Read exactly `length` bytes of a file. Raises: StorageError, also if the file ends earlier."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            data = file.read(length)
+    except OSError as error:
+        raise StorageError(f"{path} can't be read: {error.strerror or error}") from error
+    if len(data) != length:
+        raise StorageError(f"{path} ends before byte {offset + length}")
+    return data
+
+
 def replace_durably(finished: Path, final: Path) -> None:
-    """Give a finished file its name: after a crash there is the old file, or the whole new one. Raises: OSError."""
+    """Rename a finished file. After a crash, the name means the old file or the complete new one. Raises: OSError."""
     with finished.open("rb+") as file:
         os.fsync(file.fileno())
     finished.replace(final)
@@ -99,7 +112,7 @@ def replace_durably(finished: Path, final: Path) -> None:
 
 
 def try_lock(lock: FileLock) -> bool:
-    """Whether the lock is now ours. Raises: StorageError if its file can't be made."""
+    """Try to acquire a lock without waiting. Returns: whether it was free. Raises: StorageError if its file can't be created."""
     path = Path(lock.lock_file)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

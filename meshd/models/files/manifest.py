@@ -1,10 +1,10 @@
-"""What a model's file is made of: its header and its tensors, where each lies, and the SHA-256 of each.
+"""The parts of a model's file: its header and its tensors, each with its offset and SHA-256.
 
-A part reaches to where the next one begins (the padding after a tensor belongs to it), so the parts cover the file from its first
-byte to its last, and who has them all has the file. The header is the part without a name.
+A part ends where the next one begins, so that the padding after a tensor belongs to it and all parts together are the file. The
+header is the part without a name.
 
-A manifest that another peer sends is checked before anything is made of it: `decode_offer` its form, `check_layout` against the
-header that it speaks of.
+A manifest from another peer is checked before use: `decode_offer` checks its form, `check_layout` compares it with the file's
+header.
 """
 
 import hashlib
@@ -48,16 +48,16 @@ class Manifest(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def size(self) -> int:
-        """Of the whole file."""
+        """Bytes of the whole file."""
         return self.parts[-1].end
 
     @property
     def digest(self) -> str:
-        """The same for two peers that say the same."""
+        """Hash of the manifest, to compare those of several peers."""
         return hashlib.sha256(msgspec.msgpack.encode(self)).hexdigest()
 
     def indices(self, names: Iterable[str]) -> frozenset[int]:
-        """Of these parts. Raises: ModelFileError for a name that is not there."""
+        """Indices of the parts with these names. Raises: ModelFileError for an unknown name."""
         known = {part.name: index for index, part in enumerate(self.parts)}
         try:
             return frozenset(known[name] for name in names)
@@ -66,15 +66,18 @@ class Manifest(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Offer(msgspec.Struct, frozen=True, array_like=True):
-    """What a peer says that it can give."""
+    """The parts that a peer offers to send."""
 
     manifest: Manifest
     have: tuple[int, ...] | None = None
-    """Indices of the parts that lie there; None: all."""
+    """Indices of the parts that the peer has; None: all."""
 
 
 def layout_of(tensors: Mapping[str, TensorInfo], size: int) -> list[tuple[str, int, int]]:
-    """(name, offset, length) of every part of a file of `size` bytes. Raises: ModelFileError for gaps that are no alignment."""
+    """Lay out the parts of a file of `size` bytes.
+
+    Returns: (name, offset, length) of each. Raises: ModelFileError for gaps or overlaps that alignment does not explain.
+    """
     rows = sorted((info.offset, info.nbytes, name) for name, info in tensors.items())
     if not rows:
         raise ModelFileError("a file without tensors can't be shared")
@@ -104,7 +107,7 @@ def sum_up(path: Path, layout: Iterable[tuple[str, int, int]], advance: Callable
 def sha256_within(
     read: Callable[[int], bytes], seek: Callable[[int], int], offset: int, length: int, advance: Callable[[int], None]
 ) -> bytes:
-    """Hash a piece of an open file, telling each chunk's bytes; one that is shorter gives another hash."""
+    """Hash a range of an open file and report each chunk's bytes to `advance`. A file that ends earlier gives another hash."""
     digest = hashlib.sha256()
     seek(offset)
     while length and (chunk := read(min(length, CHUNK_BYTES))):
@@ -115,7 +118,7 @@ def sha256_within(
 
 
 def read_manifest(path: Path) -> Manifest | None:
-    """As written down; None if that is not there or torn: it can be made anew."""
+    """Read a saved manifest. Returns: None if it is missing or damaged, since it can be computed again."""
     try:
         if size_of(path) > MAX_OFFER_BYTES:
             return None
@@ -127,7 +130,7 @@ def read_manifest(path: Path) -> Manifest | None:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write it down, whole or not at all. Raises: StorageError."""
+    """Save a manifest; after a crash there is the old file or the complete new one. Raises: StorageError."""
     written = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,12 +141,12 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def encode_offer(offer: Offer) -> bytes:
-    """As it travels between peers."""
+    """Encode an offer for the wire."""
     return msgspec.msgpack.encode(offer)
 
 
 def decode_offer(data: bytes | memoryview) -> Offer:
-    """Another peer's offer, checked: parts that follow one another from byte 0 on. Raises: ModelFileError."""
+    """Decode and check another peer's offer. Raises: ModelFileError."""
     if len(data) > MAX_OFFER_BYTES:
         raise ModelFileError(f"a list of tensors of {len(data)} bytes is longer than {MAX_OFFER_BYTES}")
     try:
@@ -157,7 +160,10 @@ def decode_offer(data: bytes | memoryview) -> Offer:
 
 
 def check(manifest: Manifest) -> None:
-    """Raises: ModelFileError unless the parts follow one another without gap or overlap, the header first, each name once."""
+    """Check that the parts follow one another without gap or overlap, the header first, each name once.
+
+    Raises: ModelFileError.
+    """
     end = 0
     for part in manifest.parts:
         if part.offset != end:
@@ -172,14 +178,14 @@ def check(manifest: Manifest) -> None:
 
 
 def check_layout(manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> None:
-    """Raises: ModelFileError unless the manifest says what the file's own header says."""
-    said = [(part.name, part.offset, part.length) for part in manifest.parts]
-    if layout_of(tensors, manifest.size) != said:
+    """Check that the manifest matches the file's own header. Raises: ModelFileError."""
+    listed = [(part.name, part.offset, part.length) for part in manifest.parts]
+    if layout_of(tensors, manifest.size) != listed:
         raise ModelFileError("the list of tensors is not that of the model's header")
 
 
 def tensors_of(spec: ModelSpec, layers: LayerRange, *, embedding: bool, head: bool, names: Iterable[str]) -> frozenset[str]:
-    """Which of a file's tensors a backend reads for these layers. `names`: all that the file has."""
+    """Select the tensors that a backend reads for these layers. `names`: all tensors of the file."""
     wanted = set(ROPE_FACTORS)
     if embedding:
         wanted.add("token_embd.weight")
@@ -189,7 +195,7 @@ def tensors_of(spec: ModelSpec, layers: LayerRange, *, embedding: bool, head: bo
 
 
 def layer_of(name: str) -> int | None:
-    """`blk.7.attn_q.weight` is of layer 7."""
+    """The layer of a tensor: 7 for `blk.7.attn_q.weight`; None outside the layers."""
     block, _, rest = name.partition(".")
     number = rest.partition(".")[0]
     return int(number) if block == "blk" and number.isascii() and number.isdecimal() else None

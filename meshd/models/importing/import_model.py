@@ -1,9 +1,9 @@
-"""Hugging Face folders and split GGUF files, made into the one form that the house knows: a single GGUF file.
+"""Convert Hugging Face folders and split GGUF files to the one form that meshd runs: a single GGUF file.
 
-Memory: the headers and some megabytes for the piece of a tensor that is at hand. What is imported gives the same bytes, and so the
-same id, on every device. With a quantisation, matrices become Q8_0 or Q4_1 (`quants.QUANTS`), the embedding and the head Q8_0
-always, for they are what errors show in most; norms, biases and routers are float32. A matrix whose rows are no whole blocks stays
-as it is.
+Memory: the headers and about a megabyte of one tensor at a time, or one expert's matrix of a stacked tensor, which is transposed.
+The same source gives the same bytes, and so the same id, on every device. With a quantisation, matrices become Q8_0 or Q4_1
+(`quants.QUANTS`). The embedding and the head always become Q8_0, since errors show most there; norms, biases and routers become
+float32. A matrix whose rows are not whole blocks keeps its type.
 """
 
 import math
@@ -28,9 +28,9 @@ from meshd.models.importing.plan import (
     ImportTensor,
     adds_one,
     chunks_of,
+    flat_chunks,
     is_mxfp4,
     mxfp4_blocks,
-    pieces,
     view_of,
     view_shape,
 )
@@ -45,9 +45,9 @@ _DENSE = ("F32", "F16", "BF16")
 
 
 def import_to(target: Path, path: Path, quant: str | None, begin: Callable[[int], None], advance: Callable[[int], None]) -> str:
-    """Make one GGUF file of a folder, or of a model's parts; its sha256. `begin` hears of all bytes, `advance` of each piece.
+    """Convert a folder or a split file to one GGUF file. `begin` gets its size, `advance` the bytes of each chunk written.
 
-    Raises: ModelFileError, StorageError, and what `advance` raises; then there is no `target`.
+    Returns: its sha256. Raises: ModelFileError, StorageError, and what `advance` raises; `target` is removed then.
     """
     with ExitStack() as opened:
         metadata, tensors = (_of_folder if path.is_dir() else _of_parts)(path, quant, opened)
@@ -85,7 +85,7 @@ def _of_folder(folder: Path, quant: str | None, opened: ExitStack) -> tuple[dict
 def _converted(
     tensor: ImportTensor, weights: SafetensorsFolder, known: Mapping[str, tuple[str, tuple[int, ...]]], quant: str | None
 ) -> OutTensor:
-    """Checked against its sources; nothing is read yet."""
+    """Check a tensor against its sources. Its values are read later, as it is written."""
     if not tensor.sources:
         values = np.array(tensor.values, "<f4")
         return OutTensor(tensor.name, "F32", tensor.shape, lambda: [values])
@@ -110,7 +110,7 @@ def _converted(
 
 
 def _packed(tensor: ImportTensor, weights: SafetensorsFolder, known: Mapping[str, tuple[str, tuple[int, ...]]]) -> OutTensor:
-    """Blocks and scales of MXFP4, which stay so; an expert at a time."""
+    """Copy blocks and scales of MXFP4 without conversion, one expert at a time."""
     if missing := [source for source in tensor.sources if known.get(source, ("", ()))[0] != "U8"]:
         raise ModelFileError(f"tensor {shown(missing[0])}, of which {tensor.name} is made, is missing or no U8")
     nibbles, scales = (view_shape(known[source][1], tensor.transform) for source in tensor.sources)
@@ -131,7 +131,7 @@ def _packed(tensor: ImportTensor, weights: SafetensorsFolder, known: Mapping[str
 
 
 def _kind_for(name: str, shape: tuple[int, ...], given: str, quant: str | None) -> str:
-    """The kind that a dense tensor gets."""
+    """The GGUF kind of a dense tensor."""
     if len(shape) < 2 or name.endswith(_ROUTER) or not name.endswith(".weight"):
         return "F32"
     if quant is None or shape[-1] % BLOCK:
@@ -145,18 +145,18 @@ def _chunks(
     for source in tensor.sources:
         dtype, shape = known[source]
         itemsize = np.dtype(DTYPES[dtype]).itemsize
-        for piece in chunks_of(shape, itemsize, partial(weights.read, source), tensor.transform):
-            yield _changed(piece, dtype, kind, one_more=adds_one(tensor.transform), name=tensor.name)
+        for chunk in chunks_of(shape, itemsize, partial(weights.read, source), tensor.transform):
+            yield _changed(chunk, dtype, kind, one_more=adds_one(tensor.transform), name=tensor.name)
 
 
-def _changed(piece: Array, dtype: str, kind: str, *, one_more: bool, name: str) -> Array:
-    """Flat values of one kind to another. Raises: ModelFileError for a weight that is no finite number."""
+def _changed(chunk: Array, dtype: str, kind: str, *, one_more: bool, name: str) -> Array:
+    """Convert flat values from one kind to another. Raises: ModelFileError for a weight that is no finite number."""
     same = dtype == kind and not one_more
     if same and dtype == "BF16":
-        finite = bool((piece & 0x7F80 != 0x7F80).all())
-        wide = piece
+        finite = bool((chunk & 0x7F80 != 0x7F80).all())
+        wide = chunk
     else:
-        wide = (piece.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else piece
+        wide = (chunk.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else chunk
         finite = bool(np.isfinite(wide).all())
     if not finite:
         raise ModelFileError(f"tensor {name} can't be used: a weight is no finite number", hint="the model is broken")
@@ -174,7 +174,7 @@ def _changed(piece: Array, dtype: str, kind: str, *, one_more: bool, name: str) 
 
 
 def _of_parts(path: Path, quant: str | None, opened: ExitStack) -> tuple[dict[str, MetadataValue], list[OutTensor]]:
-    """Metadata as in the first part, tensors one part after the other."""
+    """Take the metadata of the first part, and the tensors of all parts in order."""
     paths = parts_of(path)
     tensors: list[OutTensor] = []
     metadata: dict[str, MetadataValue] = {}
@@ -198,13 +198,13 @@ def _copied(file: GgufFile, name: str, kind: str) -> Iterator[Chunk]:
     tensor = file.tensor(name)
     if tensor.kind != kind:
         values = np.frombuffer(tensor.data, {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[tensor.kind])
-        for piece in pieces(values):
-            yield _changed(piece, tensor.kind, kind, one_more=False, name=name)
+        for chunk in flat_chunks(values):
+            yield _changed(chunk, tensor.kind, kind, one_more=False, name=name)
     else:
         for start in range(0, len(tensor.data), CHUNK_BYTES):
             yield tensor.data[start : start + CHUNK_BYTES]
 
 
 def _version(tensors: Sequence[OutTensor]) -> dict[str, MetadataValue]:
-    """GGUF asks for the version of its block layouts where there are blocks."""
+    """GGUF requires the version of its block layouts in files that have block types."""
     return {"general.quantization_version": 2} if any(tensor.kind not in _DENSE for tensor in tensors) else {}

@@ -1,6 +1,6 @@
-"""How a Hugging Face folder becomes a GGUF file: which of its tensors makes which, and what is done to it on the way.
+"""The plan of an import: which tensors of a Hugging Face folder become which tensors of a GGUF file, and how.
 
-A transform is a list of steps parted by `|`, done from left to right to each source:
+A transform is a list of steps separated by `|`, applied from left to right to each source:
 
     add_one                        every weight plus 1, in float32 (Gemma's norms)
     rope_interleave:HEADS          rows of Q or K from half-split to interleaved pairs, as llama.cpp's `llama` architecture has them
@@ -23,27 +23,28 @@ from meshd.errors import ModelFileError
 from meshd.models.files.gguf_header import MetadataValue
 
 Array = npt.NDArray[Any]
-PIECE_BYTES = 1 << 20
+TENSOR_CHUNK_BYTES = 1 << 20
+"""About so much of a tensor is in memory at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImportTensor:
-    """One tensor of the GGUF file to be."""
+    """One tensor of the GGUF file."""
 
     name: str
-    """GGUF's, e.g. `blk.0.attn_q.weight`."""
+    """Its name in GGUF, e.g. `blk.0.attn_q.weight`."""
     sources: tuple[str, ...]
-    """Hugging Face's names: one, or several to be stacked along a new first axis (experts)."""
+    """Names in the folder: one, or several to stack along a new first axis (experts)."""
     shape: tuple[int, ...]
     """Row-major, after the transform and the stacking."""
     transform: str = ""
     values: tuple[float, ...] = ()
-    """What it holds, as F32, where it has no source."""
+    """Its values, as F32, if it has no source."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImportPlan:
-    """All of it but the text side."""
+    """Everything except the tokenizer's metadata."""
 
     metadata: dict[str, MetadataValue]
     """The architecture's keys."""
@@ -51,7 +52,7 @@ class ImportPlan:
 
 
 def adds_one(transform: str) -> bool:
-    """Whether the values change, not only their places."""
+    """Whether the transform changes values, not only their order."""
     return "add_one" in transform.split("|")
 
 
@@ -115,14 +116,14 @@ def chunks_of(shape: tuple[int, ...], itemsize: int, read: Callable[[int, int], 
     """
     rows = shape[0] if shape else 1
     unit = max(1, _rows_kept(shape, transform))
-    most = PIECE_BYTES // max(1, math.prod(shape[1:]) * itemsize)
+    most = TENSOR_CHUNK_BYTES // max(1, math.prod(shape[1:]) * itemsize)
     step = max(unit, most // unit * unit)
     for start in range(0, max(1, rows), step):
         block = read(start, min(rows, start + step))
         head, bar, rest = transform.partition("|")
         if step < rows and head.startswith("rope_interleave"):
             head = f"rope_interleave:{len(block) // unit}"
-        yield from pieces(view_of(block, head + bar + rest))
+        yield from flat_chunks(view_of(block, head + bar + rest))
 
 
 def _rows_kept(shape: tuple[int, ...], transform: str) -> int:
@@ -143,14 +144,14 @@ def _rows_kept(shape: tuple[int, ...], transform: str) -> int:
     return unit
 
 
-def pieces(view: Array) -> Iterator[Array]:
+def flat_chunks(view: Array) -> Iterator[Array]:
     """A view's elements in row-major order, flat, a megabyte at a time."""
-    if view.nbytes <= PIECE_BYTES or view.ndim == 0:
+    if view.nbytes <= TENSOR_CHUNK_BYTES or view.ndim == 0:
         yield np.ascontiguousarray(view).reshape(-1)
-    elif view.nbytes // len(view) > PIECE_BYTES:
+    elif view.nbytes // len(view) > TENSOR_CHUNK_BYTES:
         for part in view:
-            yield from pieces(part)
+            yield from flat_chunks(part)
     else:
-        rows = max(1, PIECE_BYTES * len(view) // view.nbytes)
+        rows = max(1, TENSOR_CHUNK_BYTES * len(view) // view.nbytes)
         for first in range(0, len(view), rows):
             yield np.ascontiguousarray(view[first : first + rows]).reshape(-1)

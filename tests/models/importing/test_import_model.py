@@ -20,7 +20,7 @@ from meshd.models.cards import card_from_gguf
 from meshd.models.files.gguf import GgufFile
 from meshd.models.files.gguf_writer import GgufOut, OutTensor
 from meshd.models.importing.import_model import import_to
-from meshd.models.importing.plan import PIECE_BYTES
+from meshd.models.importing.plan import TENSOR_CHUNK_BYTES
 from meshd.models.importing.quantise import quantise
 from meshd.models.store.catalogue import quantised, resolve
 from meshd.models.store.progress import PullPhase, PullProgress
@@ -185,7 +185,7 @@ def test_importing_takes_memory_for_a_piece_not_for_a_tensor(tmp_path: Path) -> 
         _, most = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert most < 16 * PIECE_BYTES
+    assert most < 16 * TENSOR_CHUNK_BYTES
 
 
 def _gpt_oss(folder: Path, experts: int = 3) -> dict[str, np.ndarray]:

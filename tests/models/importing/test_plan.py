@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from meshd.errors import ModelFileError
-from meshd.models.importing.plan import PIECE_BYTES, chunks_of, mxfp4_blocks, pieces, view_of, view_shape
+from meshd.models.importing.plan import TENSOR_CHUNK_BYTES, chunks_of, flat_chunks, mxfp4_blocks, view_of, view_shape
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_transforms_are_views(transform: str, change: Callable[[np.ndarray], np.
     array = np.arange(8 * 6 * 4).astype(dtype).reshape(8, 6, 4)
     view = view_of(array, transform)
     assert np.shares_memory(view, array)
-    np.testing.assert_array_equal(np.concatenate(list(pieces(view))), change(array).reshape(-1))
+    np.testing.assert_array_equal(np.concatenate(list(flat_chunks(view))), change(array).reshape(-1))
 
 
 @pytest.mark.parametrize("transform", ["slice:0:1", "rope_interleave:0", "rope_interleave:5", "slice:0:x::", "odd", "transpose:1"])
@@ -39,8 +39,8 @@ def test_a_transform_that_does_not_fit_is_told(transform: str) -> None:
 def test_pieces_are_small_and_in_order() -> None:
     array = np.arange(3 << 20, dtype=np.uint32).reshape(3, 1 << 10, 1 << 10)
     for view in (array, array.swapaxes(1, 2), array.swapaxes(0, 1)):
-        parts = list(pieces(view))
-        assert max(part.nbytes for part in parts) <= PIECE_BYTES
+        parts = list(flat_chunks(view))
+        assert max(part.nbytes for part in parts) <= TENSOR_CHUNK_BYTES
         np.testing.assert_array_equal(np.concatenate(parts), view.reshape(-1))
 
 

@@ -44,11 +44,6 @@ def test_measured_times_override_derived_ones() -> None:
     assert cost.head_s(peer, card) == 0.004
 
 
-def test_measured_times_of_two_holdings_are_weighted_by_layers() -> None:
-    holdings = (make_holding(0, 3, layer_decode_s=1.0), make_holding(3, 4, layer_decode_s=5.0), make_holding(4, 8))
-    assert make_peer("a", holdings=holdings).layer_decode_s == pytest.approx(2.0)
-
-
 def test_factors_scale_their_phase_only() -> None:
     card, peer = make_card(2), make_peer("a")
     slow = msgspec.structs.replace(peer, decode_factor=2.0, prefill_factor=1.5)

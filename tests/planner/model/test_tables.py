@@ -25,7 +25,7 @@ def test_tables_agree_with_the_estimate_of_the_same_stages() -> None:
     assert (tables.hop[0, 1], tables.back[1, 0]) == (predicted.hops[0].decode_s, predicted.back.decode_s)
 
 
-def test_over_resident_layers_a_stage_lies_within_one_holding_with_free_kv() -> None:
+def test_a_stage_over_resident_layers_is_within_one_holding_with_free_kv() -> None:
     held = (make_holding(0, 4), make_holding(6, 9, free=10))
     possible = CostTables(
         make_problem(make_peer("a", holdings=held), resident_only=True), (make_peer("a", holdings=held),)

@@ -178,7 +178,7 @@ def test_every_objective_is_optimal_on_random_clusters(part: int) -> None:
 
 
 def missing(problem: PlanInput) -> int | None:
-    """Missing bytes as the solver's error tells them; None: it is another answer."""
+    """Missing bytes as the solver's error states them; None: another answer."""
     try:
         solve(problem)
     except DoesNotFit as error:
@@ -189,12 +189,12 @@ def missing(problem: PlanInput) -> int | None:
 
 
 def test_missing_bytes_are_the_least_over_all_plans() -> None:
-    told = 0
+    reported = 0
     for seed in range(300):
         rng = random.Random(seed)
         problem = msgspec.structs.replace(random_problem(rng, rng.randint(1, MOST_PEERS), rng.randint(4, 6)), resident_only=False)
         size = missing(problem)
         if size is not None:
             assert size == Oracle(problem).least_missing() > 0, seed
-            told += 1
-    assert told > 20
+            reported += 1
+    assert reported > 20

@@ -65,12 +65,12 @@ class ControlTokens:
     def broken(self, given: Any, mark: str) -> Any:
         """Texts, lists and dicts as they are, but with `mark` after the first character of each of these tokens' spellings."""
         if isinstance(given, str):
-            pieces, position = [], 0
+            parts, position = [], 0
             for found in self.find(given):
                 at = given.index(found.token, found.start) + 1
-                pieces += [given[position:at], mark]
+                parts += [given[position:at], mark]
                 position = at
-            return "".join((*pieces, given[position:]))
+            return "".join((*parts, given[position:]))
         if isinstance(given, Mapping):
             return {self.broken(key, mark): self.broken(value, mark) for key, value in given.items()}
         return [self.broken(item, mark) for item in given] if isinstance(given, list | tuple) else given

@@ -19,7 +19,7 @@ from meshd.models.text.tokenizer.tokenizer import Tokenizer, Vocabulary, library
 def tokenizer_from_gguf(metadata: Mapping[str, MetadataValue]) -> Tokenizer:
     """Rebuild the tokenizer that a GGUF file describes. Raises: ModelFileError."""
     if (document := huggingface_json(metadata)) is not None:
-        return tokenizer_of(document, _around(metadata))
+        return tokenizer_of(document, _affixes(metadata))
     match metadata.get("tokenizer.ggml.model"):
         case "gpt2":
             return _byte_level(metadata)
@@ -33,7 +33,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, MetadataValue]) -> Tokenizer:
 
 
 def tokenizer_from_json(path: Path) -> Tokenizer:
-    """Read a `tokenizer.json`. Which tokens begin and end a text it tells only by its post-processor. Raises: ModelFileError."""
+    """Read a `tokenizer.json`. Only its post-processor states which tokens begin and end a text. Raises: ModelFileError."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ModelFileError(f"{path} can't be used: it is larger than {MAX_BYTES} bytes")
@@ -45,7 +45,7 @@ def tokenizer_from_json(path: Path) -> Tokenizer:
     return tokenizer_of(TokenizerDocument(text, str(path)))
 
 
-def _around(metadata: Mapping[str, MetadataValue]) -> AffixTokens:
+def _affixes(metadata: Mapping[str, MetadataValue]) -> AffixTokens:
     keys = TokenizerKeys(metadata)
     ids = [keys.token(key, 1 << 32) for key in ("bos_token_id", "eos_token_id")]
     adds = [None if keys.get(key) is None else keys.flag(key, False) for key in ("add_bos_token", "add_eos_token")]

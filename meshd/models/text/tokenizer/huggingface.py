@@ -12,7 +12,7 @@ from meshd.models.text.tokenizer.tokenizer import Tokenizer, Vocabulary, library
 
 @dataclass(frozen=True, slots=True)
 class AffixTokens:
-    """What stands around a text, where a model file says more of it than its `tokenizer.json`. None: it does not."""
+    """What stands affixes a text, where a model file says more of it than its `tokenizer.json`. None: it does not."""
 
     bos: int | None = None
     eos: int | None = None
@@ -20,28 +20,28 @@ class AffixTokens:
     add_eos: bool | None = None
 
 
-NOTHING_SAID = AffixTokens()
+NO_AFFIXES = AffixTokens()
 
 
-def tokenizer_of(document: TokenizerDocument, around: AffixTokens = NOTHING_SAID) -> Tokenizer:
-    """Raises: ModelFileError."""
+def tokenizer_of(document: TokenizerDocument, affixes: AffixTokens = NO_AFFIXES) -> Tokenizer:
+    """Build the tokenizer. Raises: ModelFileError."""
     bpe = _loaded(document, document.text)
     tokens = _tokens(document, bpe)
-    for id_ in (around.bos, around.eos):
+    for id_ in (affixes.bos, affixes.eos):
         if id_ is not None and not 0 <= id_ < len(tokens):
             raise document.wrong(f"has no token {id_}, which the model's metadata names")
-    prefix, suffix = _surroundings(document, bpe)
-    if around.add_bos is not None and around.bos is not None:
-        prefix = (around.bos,) if around.add_bos else ()
-    if around.add_eos is not None and around.eos is not None:
-        suffix = (around.eos,) if around.add_eos else ()
+    prefix, suffix = _affixes_of(document, bpe)
+    if affixes.add_bos is not None and affixes.bos is not None:
+        prefix = (affixes.bos,) if affixes.add_bos else ()
+    if affixes.add_eos is not None and affixes.eos is not None:
+        suffix = (affixes.eos,) if affixes.add_eos else ()
     bpe.encode_special_tokens = True
     return Tokenizer(
         bpe,
         _vocabulary(document, tokens),
         later=_later(document, bpe),
-        bos=around.bos,
-        eos=around.eos,
+        bos=affixes.bos,
+        eos=affixes.eos,
         prefix=prefix,
         suffix=suffix,
         leading_space="Strip" in document.kinds(document.decoder),
@@ -84,12 +84,12 @@ def _tokens(document: TokenizerDocument, bpe: tokenizers.Tokenizer) -> list[str]
     return tokens
 
 
-def _surroundings(document: TokenizerDocument, bpe: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the post-processor puts before and after a text."""
+def _affixes_of(document: TokenizerDocument, bpe: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tokens that the post-processor puts before and after a text."""
     with library_errors(document.unusable):
-        around = bpe.encode("a", add_special_tokens=True)
-    text = [at for at, special in enumerate(around.special_tokens_mask) if not special] or [len(around.ids)]
-    return tuple(around.ids[: text[0]]), tuple(around.ids[text[-1] + 1 :])
+        encoded = bpe.encode("a", add_special_tokens=True)
+    text = [at for at, special in enumerate(encoded.special_tokens_mask) if not special] or [len(encoded.ids)]
+    return tuple(encoded.ids[: text[0]]), tuple(encoded.ids[text[-1] + 1 :])
 
 
 def _later(document: TokenizerDocument, bpe: tokenizers.Tokenizer) -> tokenizers.Tokenizer | None:

@@ -1,7 +1,7 @@
 """How text is cut into words before byte-level BPE, by the names that GGUF's `tokenizer.ggml.pre` has for it.
 
 The names are llama.cpp's (`llama-vocab.cpp`). The patterns are those of the models' own `tokenizer.json`, which transformers uses;
-so are the normal forms, of which GGUF files tell nothing.
+so are the normal forms, which GGUF files do not state.
 """
 
 from dataclasses import dataclass

@@ -175,14 +175,14 @@ class StreamDecoder:
 
 
 @contextmanager
-def library_errors(told: Callable[[str], MeshdError]) -> Iterator[None]:
-    """Tell whatever the tokenizers library raises within as the error made of its text.
+def library_errors(as_error: Callable[[str], MeshdError]) -> Iterator[None]:
+    """Raise `as_error(message)` for every error of the tokenizers library in this context.
 
-    It raises bare Exception, and panics that are no Exception at all.
+    The library raises bare Exception, and panics that derive from BaseException.
     """
     try:
         yield
     except BaseException as error:
         if not isinstance(error, Exception) and not type(error).__module__.startswith("pyo3"):
             raise
-        raise told(str(error)) from error
+        raise as_error(str(error)) from error

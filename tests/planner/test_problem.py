@@ -1,0 +1,25 @@
+import pytest
+
+from in_process.clusters import make_card, make_peer, make_problem
+from meshd.errors import NoPeer
+
+
+@pytest.mark.parametrize(("prompt", "context", "position"), [(128, 512, 320), (512, 512, 512), (2000, 512, 512), (1, 2, 1)])
+def test_a_step_attends_on_average_to_half_of_the_answer(prompt: int, context: int, position: int) -> None:
+    assert make_problem(make_peer("a"), prompt_tokens=prompt, context=context).position == position
+
+
+def test_bytes_follow_the_elements_of_kv_and_wire() -> None:
+    spec = make_card().spec
+    problem = make_problem(make_peer("a"), kv_element_bytes=2, wire_element_bytes=1)
+    assert problem.kv_token_layer_bytes == 2 * spec.kv_heads * spec.head_dim * 2
+    assert problem.activation_bytes == spec.hidden
+
+
+def test_an_unknown_peer_is_an_error_with_a_hint() -> None:
+    a, b = make_peer("a"), make_peer("b")
+    problem = make_problem(a, b)
+    assert problem.profile(b.id) is b
+    with pytest.raises(NoPeer, match="peer z-id is not in the cluster now") as caught:
+        problem.profile("z-id")
+    assert caught.value.hint == "see `meshd status`"
