@@ -1,19 +1,16 @@
 """Every architecture against `transformers`: tiny random models, layer by layer, on both backends, whole and in pieces."""
 
 import itertools
-import json
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
-from meshd.errors import ModelFileError
 from meshd.kernels.backend import Backend, LoadedLayers, Segment
 from meshd.kernels.kv import KVPool
 from meshd.models.architectures import ARCHITECTURES
-from meshd.models.importing.huggingface import FAMILIES, plan_import
+from meshd.models.importing.huggingface import FAMILIES
 from meshd.types import LayerRange, Tensor
 from tiny.models import MODELS, TinyModel
 from tiny.steps import Chain
@@ -93,38 +90,3 @@ def test_quantised_it_has_the_same_bits_in_any_chunks(backend: Backend, tiny: Ti
 def test_every_architecture_has_a_model_here() -> None:
     assert {name.partition(",")[0].split()[0] for name in MODELS} - {"mistral", "mixtral", "olmo3"} == set(ARCHITECTURES)
     assert {family.architecture for family in FAMILIES.values()} == set(ARCHITECTURES)
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Of a model with experts."""
-    folder = tmp_path_factory.mktemp("config")
-    TinyModel.make("qwen3moe", folder)
-    found: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return found
-
-
-def test_one_that_is_not_known_is_refused_by_name() -> None:
-    with pytest.raises(ModelFileError, match=r"'mamba'.*llama.*gemma3"):
-        plan_import({"model_type": "mamba"}, {})
-
-
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"norm_topk_prob": False}, "norm_topk_prob"),
-        ({"hidden_act": "relu"}, "hidden_act"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers"),
-        ({"rms_norm_eps": "small"}, "rms_norm_eps"),
-    ],
-)
-def test_a_network_that_would_be_another_is_refused(config: dict[str, Any], settings: dict[str, object], named: str) -> None:
-    config = config | settings | ({"rope_parameters": None} if "rope_scaling" in settings else {})
-    with pytest.raises(ModelFileError, match=named):
-        plan_import(config, {})
-
-
-def test_a_tensor_without_a_place_is_refused(config: dict[str, Any]) -> None:
-    with pytest.raises(ModelFileError, match=r"extra\.weight"):
-        plan_import(config, {"model.layers.1.extra.weight": ("F32", (3,))})
