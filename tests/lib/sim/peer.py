@@ -205,51 +205,56 @@ class Life:
         self.clock = clock = SimClock(loop, random.Random(rng.random()))
         self.incarnation = int.from_bytes(clock.random_bytes(8), "big") >> 1
         self.compute = SimCompute(loop, random.Random(rng.random()), meter, spec.speed)
-        signals, table = PeerSignals(), PeerTable()
+        signals = PeerSignals()
         self.links = SimLinks(
             network, owner, spec.id, spec.name, self.incarnation, clock, on_up=signals.link_up, on_down=signals.link_down
         )
-        links: Any = self.links
-        prober: Any = SimProber(self.links, network, clock, on_change=signals.changed)
-        store: Any = SimStore(cards)
-        weights: Any = SimWeights(cards, clock, random.Random(rng.random()))
-        backend: Any = ToyBackend(meter, spec.speed)
-        compute: Any = self.compute
-        self.agents = compose(
-            Parts(
-                me=spec.id,
-                name=spec.name,
-                version="sim",
-                incarnation=self.incarnation,
-                settings=PeerSettings(
-                    copies=spec.copies,
-                    max_sessions=MAX_SESSIONS,
-                    queue_limit=QUEUE_LIMIT,
-                    queue_wait_s=QUEUE_WAIT_S,
-                    outputs_limit_bytes=spec.outputs_bytes,
-                ),
-                signals=signals,
-                clock=clock,
-                telemetry=cast("Any", NoTelemetry()),
-                capability=_capability(spec),
-                measure_free_bytes=lambda: spec.memory_bytes,
-                backend=backend,
-                compute=compute,
-                links=links,
-                prober=prober,
-                table=table,
-                library=SimLibrary(links=links, store=store, adverts=table.adverts, on_change=signals.changed),
-                weights=weights,
-                router=CountingRouter,
-                coordinator=CountingCoordinator,
-            )
-        )
+        self.agents = compose(self._parts(network, rng, meter, cards, signals))
         self.stages = self.agents.stages
         self.holdings = self.agents.holdings
         self.drainer = self.agents.drainer
         self.router = cast("CountingRouter", self.agents.router)
         self.coordinator = cast("CountingCoordinator", self.agents.coordinator)
         self.coordinator.methods = Counter()
+
+    def _parts(
+        self, network: SimNetwork, rng: random.Random, meter: Meter, cards: tuple[ModelCard, ...], signals: PeerSignals
+    ) -> Parts:
+        """What stands for the device, its network and its files."""
+        table = PeerTable()
+        links: Any = self.links
+        prober: Any = SimProber(self.links, network, self.clock, on_change=signals.changed)
+        store: Any = SimStore(cards)
+        weights: Any = SimWeights(cards, self.clock, random.Random(rng.random()))
+        backend: Any = ToyBackend(meter, self.spec.speed)
+        compute: Any = self.compute
+        return Parts(
+            me=self.spec.id,
+            name=self.spec.name,
+            version="sim",
+            incarnation=self.incarnation,
+            settings=PeerSettings(
+                copies=self.spec.copies,
+                max_sessions=MAX_SESSIONS,
+                queue_limit=QUEUE_LIMIT,
+                queue_wait_s=QUEUE_WAIT_S,
+                outputs_limit_bytes=self.spec.outputs_bytes,
+            ),
+            signals=signals,
+            clock=self.clock,
+            telemetry=cast("Any", NoTelemetry()),
+            capability=_capability(self.spec),
+            measure_free_bytes=lambda: self.spec.memory_bytes,
+            backend=backend,
+            compute=compute,
+            links=links,
+            prober=prober,
+            table=table,
+            library=SimLibrary(links=links, store=store, adverts=table.adverts, on_change=signals.changed),
+            weights=weights,
+            router=CountingRouter,
+            coordinator=CountingCoordinator,
+        )
 
     async def run(self) -> None:
         """Be up until cancelled."""
