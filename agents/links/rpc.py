@@ -141,7 +141,7 @@ class Dispatcher:
     def _answer(self, peer: PeerId, message: Message, answer: Answer) -> None:
         if answer is not None:
             reply, payload = answer if isinstance(answer, tuple) else (answer, None)
-            self._try_send(peer, reply, payload)
+            try_send(self._send, peer, reply, payload)
 
     def _failed(self, peer: PeerId, message: Message, error: Exception) -> None:
         if not isinstance(error, MeshdError):
@@ -151,23 +151,29 @@ class Dispatcher:
             return
         request = message.request if isinstance(message, Request) else 0
         session = getattr(message, "session", None)
-        self._try_send(peer, Error(request=request, code=error.code, message=error.message, hint=error.hint, session=session), None)
+        try_send(
+            self._send, peer, Error(request=request, code=error.code, message=error.message, hint=error.hint, session=session), None
+        )
 
     def _unhandled(self, peer: PeerId, message: Message) -> None:
         if isinstance(message, UnknownMessage | Request):
             number = message.number_of if isinstance(message, UnknownMessage) else message.number
             text = f"message {number} is not handled here"
-            self._try_send(peer, Error(request=message.request, code="unknown_message", message=text, number_of=number), None)
+            try_send(self._send, peer, Error(request=message.request, code="unknown_message", message=text, number_of=number))
         elif isinstance(message, Error) and message.request == 0:
             self._linklog.warn(f"error {peer} {message.code}", "%.8s: %s (%s)", peer, message.message, message.code)
         else:
             log.debug("%s of %.8s has no handler", type(message).__name__, peer)
 
-    def _try_send(self, peer: PeerId, reply: Reply, payload: Buffer | None) -> None:
-        try:
-            self._send(peer, reply, payload)
-        except MeshdError as error:
-            log.debug("%s to %.8s not sent: %s", type(reply).__name__, peer, error)
+
+def try_send(
+    send: Callable[[PeerId, Message, Buffer | None], None], peer: PeerId, message: Message, payload: Buffer | None = None
+) -> None:
+    """Send a message whose loss does no harm: its receiver learns the fact in another way, such as the link's end."""
+    try:
+        send(peer, message, payload)
+    except MeshdError as error:
+        log.debug("%s to %.8s not sent: %s", type(message).__name__, peer, error)
 
 
 def to_view(payload: Buffer | None) -> memoryview:

@@ -14,6 +14,7 @@ from typing import Any
 
 from meshd.agents.links.links import Links
 from meshd.agents.links.probe import LinkProber
+from meshd.agents.links.rpc import try_send
 from meshd.agents.links.table import LEFT
 from meshd.agents.machine import IllegalTransition
 from meshd.agents.membership.peer_events import (
@@ -140,13 +141,7 @@ class Membership:
             self._revision += 1
             advert = self.own_advert()
             for peer in self.links.peers():
-                self._send_advert(peer, advert)
-
-    def _send_advert(self, peer: PeerId, advert: Advert) -> None:
-        try:
-            self.links.send(peer, Advertise(advert=advert))
-        except MeshdError as error:
-            log.debug("advert to %.8s not sent: %s", peer, error)
+                try_send(self.links.send, peer, Advertise(advert=advert))
 
     def adverts(self) -> list[Advert]:
         """Of all live peers, this peer's first: what plans are made from."""
@@ -202,7 +197,7 @@ class Membership:
         dialled = Address(*address)
         version = hello.software.removeprefix("meshd/")
         self._apply(LinkUp(peer, hello.incarnation, hello.name, version, dialled))
-        self._send_advert(peer, self.own_advert())
+        try_send(self.links.send, peer, Advertise(advert=self.own_advert()))
         self.prober.link_up(peer)
 
     def on_down(self, peer: PeerId, reason: str) -> None:

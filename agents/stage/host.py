@@ -17,6 +17,7 @@ from typing import Any
 
 from meshd.agents.device.compute import ComputeThread
 from meshd.agents.links.links import Links
+from meshd.agents.links.rpc import try_send
 from meshd.agents.observe.story import Story
 from meshd.agents.placement.loads import ResidentModels
 from meshd.agents.stage import session as fsm
@@ -29,7 +30,6 @@ from meshd.agents.stage.outputs import Outputs
 from meshd.agents.stage.rows import session_rows
 from meshd.agents.stage.runner import StageRunner
 from meshd.agents.stage.scheduler import Scheduler
-from meshd.agents.stage.sender import notify
 from meshd.agents.stage.steps import ActiveStage, activation_step, prompt_step, token_step
 from meshd.clock import Clock
 from meshd.errors import PeerLost, ProtocolViolation, RemoteFailure
@@ -214,7 +214,7 @@ class StageHost:
                 filled=0,
                 error="the stage does not run here",
             )
-            notify(self.links, sender, mirrored)
+            try_send(self.links.send, sender, mirrored)
         return None
 
     def _on_fetch_progress(self, sender: PeerId, message: FetchProgress, payload: memoryview) -> ProgressData:

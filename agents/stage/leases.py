@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from logging import getLogger
 
 from meshd.agents.links.links import Links
+from meshd.agents.links.rpc import try_send
 from meshd.agents.observe.story import Story
 from meshd.agents.stage.kv import KvCache, SessionKv
 from meshd.agents.stage.runner import StageRunner
-from meshd.agents.stage.sender import notify
 from meshd.clock import Clock
 from meshd.errors import PeerLost, Superseded
 from meshd.protocol.messages import Close, Closed, Failed, KvOffer, Renew
@@ -76,7 +76,7 @@ class SessionLeases:
         if session_kv is not None and session_kv.coordinator == sender:
             freed = self._free(session_kv, message.epoch, message.reason)
             self.story.note(message.session, "closed", epoch=message.epoch, reason=message.reason)
-        notify(self.links, sender, Closed(session=message.session, epoch=message.epoch, freed_blocks=freed))
+        try_send(self.links.send, sender, Closed(session=message.session, epoch=message.epoch, freed_blocks=freed))
 
     def sweep(self) -> None:
         """Free the sessions whose lease ran out."""
@@ -113,4 +113,4 @@ class SessionLeases:
             message="this peer holds nothing of the session any more",
             blame=self.me,
         )
-        notify(self.links, sender, failed)
+        try_send(self.links.send, sender, failed)

@@ -10,13 +10,14 @@ from logging import getLogger
 
 from meshd.agents.device.compute import ComputeThread
 from meshd.agents.links.links import Links
+from meshd.agents.links.rpc import try_send
 from meshd.agents.observe.story import Story
 from meshd.agents.placement.loads import ResidentModels
 from meshd.agents.stage import session as fsm
 from meshd.agents.stage.kv import KvCache
 from meshd.agents.stage.mirror.outgoing import OutgoingMirrors
 from meshd.agents.stage.scheduler import Scheduler
-from meshd.agents.stage.sender import StageSender, notify
+from meshd.agents.stage.sender import StageSender
 from meshd.agents.stage.steps import ActiveStage, StepOutput, compute_step
 from meshd.clock import Clock
 from meshd.errors import MeshdError, ProtocolViolation
@@ -90,7 +91,7 @@ class StageRunner:
             message=str(error),
             blame=blame,
         )
-        notify(self.links, active.open.coordinator, failed)
+        try_send(self.links.send, active.open.coordinator, failed)
         self._end(active, error.message)
 
     def end_before(self, session: SessionId, epoch: int, reason: str) -> None:

@@ -2,20 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from logging import getLogger
 
 import numpy as np
 import numpy.typing as npt
 
 from meshd.agents.links.links import Links
+from meshd.agents.links.rpc import try_send
 from meshd.agents.stage.session import Step
 from meshd.agents.stage.steps import ActiveStage, StepOutput
 from meshd.errors import MeshdError
 from meshd.kernels.wire import encode
 from meshd.protocol.messages import Activation, Message, Taken, Token
 from meshd.types import FinishReason, PeerId
-
-log = getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -50,7 +48,7 @@ class StageSender:
     def taken(self, active: ActiveStage, step: Step) -> None:
         """Report to the stage before that this prefill step begins: it may send one more."""
         message = Taken(session=active.open.session, epoch=active.open.epoch, step=step.position, stage=active.open.stage)
-        notify(self.links, active.peer_of(active.open.stage - 1), message)
+        try_send(self.links.send, active.peer_of(active.open.stage - 1), message)
 
     def _send_activation(self, active: ActiveStage, position: int, hidden: npt.NDArray[np.float32], *, sample: bool) -> None:
         tokens, width = hidden.shape
@@ -74,14 +72,6 @@ class StageSender:
             self.links.send(peer, message, payload)
         except MeshdError as error:
             self.fail(active, position, error, peer)
-
-
-def notify(links: Links, peer: PeerId, message: Message) -> None:
-    """Send a message whose loss does no harm: its receiver also learns the fact in another way."""
-    try:
-        links.send(peer, message)
-    except MeshdError as error:
-        log.debug("%s to %.8s not sent: %s", type(message).__name__, peer, error)
 
 
 def _token(active: ActiveStage, step: Step, output: StepOutput, token: int) -> Token:

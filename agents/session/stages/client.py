@@ -2,21 +2,19 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from logging import getLogger
 from typing import Any
 
 import numpy as np
 
 from meshd.agents.links.links import Links
+from meshd.agents.links.rpc import try_send
 from meshd.agents.session.events import CloseStages, OpenStages, ResumeStages
 from meshd.agents.session.journal.record import SessionRecord
 from meshd.agents.session.plan.resume import StageHeld
-from meshd.errors import MeshdError, PeerFault
+from meshd.errors import PeerFault
 from meshd.kernels.sampler import needs_known
 from meshd.protocol.messages import Close, Credit, Message, Open, Opened, Prompt, Renew, Resume
 from meshd.types import PeerId, Plan, SessionId
-
-log = getLogger(__name__)
 
 LEASE_S = 10.0
 RENEW_S = 3.0
@@ -116,7 +114,4 @@ class StageClient:
 
     def send(self, peer: PeerId, message: Message, payload: memoryview | None = None) -> None:
         """Send without waiting. An unreachable peer is only logged here: its link reports the loss."""
-        try:
-            self.links.send(peer, message, payload)
-        except MeshdError as error:
-            log.debug("%s to %.8s not sent: %s", type(message).__name__, peer, error)
+        try_send(self.links.send, peer, message, payload)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from logging import getLogger
 
 from meshd.agents.links.links import Links
+from meshd.agents.links.rpc import try_send
 from meshd.agents.observe.story import Story
 from meshd.agents.placement.loads import ResidentModels
 from meshd.agents.stage.kv import KvCache, SessionKv, StageKv
@@ -56,10 +57,7 @@ class IncomingMirrors:
             error = self._store(session_kv, cache, message, payload)
             held = cache.filled
         stored = KvStored(session=message.session, epoch=message.epoch, layers=message.layers, held=held, error=error)
-        try:
-            self.links.send(sender, stored)
-        except MeshdError as unsent:
-            log.debug("KV_STORED to %.8s not sent: %s", sender, unsent)
+        try_send(self.links.send, sender, stored)
 
     def _store(self, session_kv: SessionKv, cache: StageKv, message: KvBlocks, payload: memoryview) -> str:
         """Store a chunk. Returns: why the copy ended; empty if it continues."""

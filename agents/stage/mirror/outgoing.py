@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from logging import getLogger
 
 from meshd.agents.links.links import Links
+from meshd.agents.links.rpc import try_send
 from meshd.agents.observe.story import Story
 from meshd.agents.stage.mirror import copy as fsm
 from meshd.agents.stage.steps import ActiveStage
@@ -160,10 +161,7 @@ class OutgoingMirrors:
             filled=filled,
             error=error,
         )
-        try:
-            self.links.send(opened.coordinator, mirrored)
-        except MeshdError as unsent:
-            log.debug("MIRRORED to %.8s not sent: %s", opened.coordinator, unsent)
+        try_send(self.links.send, opened.coordinator, mirrored)
 
     def _note(self, copy: _Copy, what: str, **facts: object) -> None:
         self.story.note(copy.active.open.session, what, stage=copy.active.open.stage, target=copy.target, **facts)
