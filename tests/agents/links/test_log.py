@@ -1,25 +1,12 @@
-from dataclasses import dataclass
-
 import pytest
 
+from in_process.clocks import SetClock
 from meshd.agents.links.log import LinkLog
-from meshd.clock import SystemClock
-
-
-@dataclass
-class SetClock(SystemClock):
-    now: float = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def wall(self) -> float:
-        return self.now
 
 
 @pytest.fixture
 def clock() -> SetClock:
-    return SetClock()
+    return SetClock(100.0)
 
 
 def test_the_same_trouble_is_logged_once_a_minute_and_kept_as_one_row(clock: SetClock, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,33 +1,20 @@
 """When a link counts as lost, by a clock that the test sets."""
 
-from dataclasses import dataclass
-
 import pytest
 
+from in_process.clocks import SetClock
 from meshd.agents.links.link import Link
 from meshd.agents.links.log import LinkLog
 from meshd.agents.links.rpc import Dispatcher
 from meshd.agents.links.table import LinkTable, Timing
-from meshd.clock import SystemClock
 from meshd.types import PeerId
 
 OWN, OTHER = PeerId("a" * 52), PeerId("b" * 52)
 
 
-@dataclass
-class SetClock(SystemClock):
-    now: float = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def wall(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock() -> SetClock:
-    return SetClock()
+    return SetClock(100.0)
 
 
 @pytest.fixture

@@ -5,21 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from in_process.adverts import CARD, advert, held
+from in_process.clocks import SetClock
 from in_process.peers import Peer, Peers, until
 from meshd.agents.placement.keeper import Keeper
-from meshd.clock import SystemClock
 from meshd.errors import OutOfMemory
 from meshd.protocol.messages import Place, Placed, Unplace, Unplaced
 from meshd.types import Advert, Holding, PeerId
-
-
-class SetClock(SystemClock):
-    """Shows what a test sets."""
-
-    now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @dataclass

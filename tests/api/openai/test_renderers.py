@@ -1,23 +1,12 @@
 from typing import Any
 
-import msgspec
 import pytest
 
-from meshd.agents.service import Finished, TextDelta, TokenText
+from fake_api.answer_parts import END, HEAD
+from meshd.agents.service import Finished, TextDelta
 from meshd.api.openai.chat.renderer import ChatRenderer
 from meshd.errors import Cancelled
 from meshd.types import FinishReason
-
-HEAD: dict[str, Any] = {"created": 1, "model": "m", "system_fingerprint": "fp_0"}
-END = Finished(reason=FinishReason.STOP, prompt_tokens=3, completion_tokens=2, ttft_s=0.1, tpot_s=0.01)
-
-
-def token(text: str) -> TokenText:
-    return TokenText(token=text, token_id=1, logprob=-0.5, bytes=tuple(text.encode()))
-
-
-def plain(body: object) -> dict[str, Any]:
-    return msgspec.json.decode(msgspec.json.encode(body))
 
 
 def renderer(**fields: Any) -> ChatRenderer:

@@ -7,21 +7,13 @@ import msgspec
 import pytest
 
 from in_process.answers import AnswerSite
-from in_process.peers import Peers, until
+from in_process.peers import until
 from meshd.agents.session.plan.move import Mover
 from meshd.errors import InvalidRequest, PeerFault
 from meshd.protocol.messages import Mirror, Mirrored
 from meshd.types import PeerId, Plan
 
 TARGET = PeerId("target")
-
-
-@pytest.fixture
-async def site(peers: Peers) -> AnswerSite:
-    site = AnswerSite(peers.start("a"))
-    await site.open(10)
-    site.answer.token_arrived(site.token(0, 7))
-    return site
 
 
 def mover_of(site: AnswerSite) -> Mover:

@@ -2,23 +2,12 @@
 
 from typing import Any, cast
 
-import pytest
-
 from in_process.answers import AnswerSite
-from in_process.peers import Peers
 from meshd.agents.session.plan.retry import PlanRetrier
 from meshd.protocol.messages import Mirrored
 from meshd.types import PeerId
 
 COPY = PeerId("copy")
-
-
-@pytest.fixture
-async def site(peers: Peers) -> AnswerSite:
-    site = AnswerSite(peers.start("a"))
-    await site.open(10)
-    site.answer.token_arrived(site.token(0, 7))
-    return site
 
 
 def retrier_of(site: AnswerSite) -> PlanRetrier:

@@ -5,22 +5,10 @@ from typing import Any
 import pytest
 
 from meshd.errors import InvalidRequest
-from meshd.models.files.gguf import GgufFile
-from meshd.models.text.template import ChatTemplate, template_from_gguf
+from meshd.models.text.template import ChatTemplate
 from meshd.models.text.tokenizer.control_tokens import ControlTokens, unused_mark, without
-from meshd.models.text.tokenizer.files import tokenizer_from_gguf
 from meshd.models.text.tokenizer.tokenizer import Tokenizer
 from texts import chat_templates
-
-
-@pytest.fixture(scope="module")
-def tokenizer(smollm2: GgufFile) -> Tokenizer:
-    return tokenizer_from_gguf(smollm2.metadata)
-
-
-@pytest.fixture(scope="module")
-def template(smollm2: GgufFile) -> ChatTemplate:
-    return template_from_gguf(smollm2.metadata)
 
 
 @pytest.mark.parametrize("family", ["Qwen3", "gpt-oss", "SmolLM3", "Llama 3"])

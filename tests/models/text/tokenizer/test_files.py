@@ -7,17 +7,12 @@ from typing import Any
 import pytest
 
 from meshd.errors import ModelFileError
-from meshd.models.files.gguf import GgufFile
 from meshd.models.text.tokenizer.files import tokenizer_from_gguf, tokenizer_from_json
 from meshd.models.text.tokenizer.tokenizer import Tokenizer
+from texts.gguf_keys import BASE
 
 GOLDEN: list[dict[str, Any]] = json.loads(Path(__file__).with_name("golden_smollm2.json").read_text())
 IM_START, IM_END = 1, 2
-
-
-@pytest.fixture(scope="module")
-def tokenizer(smollm2: GgufFile) -> Tokenizer:
-    return tokenizer_from_gguf(smollm2.metadata)
 
 
 def test_a_tokenizer_json_gives_the_same_ids(smollm2_json: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -39,18 +34,6 @@ def test_what_is_no_tokenizer_json_is_refused(tmp_path: Path, content: str) -> N
     path.write_text(content)
     with pytest.raises(ModelFileError, match=r"no usable tokenizer\.json"):
         tokenizer_from_json(path)
-
-
-BASE: dict[str, Any] = {
-    "tokenizer.ggml.model": "gpt2",
-    "tokenizer.ggml.pre": "gpt-2",
-    "tokenizer.ggml.tokens": ("a", "b", "ab", "<s>", "</s>", "c d"),
-    "tokenizer.ggml.token_type": (1, 1, 1, 3, 3, 4),
-    "tokenizer.ggml.merges": ("a b",),
-    "tokenizer.ggml.bos_token_id": 3,
-    "tokenizer.ggml.eos_token_id": 4,
-    "tokenizer.ggml.add_bos_token": True,
-}
 
 
 def test_what_surrounds_a_text_is_added_where_the_file_says_so() -> None:

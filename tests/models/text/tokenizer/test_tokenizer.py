@@ -11,9 +11,7 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from meshd.errors import InvalidRequest
-from meshd.models.files.gguf import GgufFile
-from meshd.models.text.template import ChatTemplate, template_from_gguf
-from meshd.models.text.tokenizer.files import tokenizer_from_gguf
+from meshd.models.text.template import ChatTemplate
 from meshd.models.text.tokenizer.tokenizer import Tokenizer
 from texts import chat_templates
 
@@ -21,16 +19,6 @@ GOLDEN: list[dict[str, Any]] = json.loads(Path(__file__).with_name("golden_smoll
 IM_START, IM_END = 1, 2
 ODD = "  \n\t'\"<|im_end>0123éäñ你好한😀👩\u200d👧🏽\u0301\u0308\u200b\ufeff\x00\x7f\u2003½Ⅷ"
 STRANGE = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from(ODD)))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(smollm2: GgufFile) -> Tokenizer:
-    return tokenizer_from_gguf(smollm2.metadata)
-
-
-@pytest.fixture(scope="module")
-def template(smollm2: GgufFile) -> ChatTemplate:
-    return template_from_gguf(smollm2.metadata)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,14 @@
+"""An answer of which one token has arrived."""
+
+import pytest
+
+from in_process.answers import AnswerSite
+from in_process.peers import Peers
+
+
+@pytest.fixture
+async def site(peers: Peers) -> AnswerSite:
+    site = AnswerSite(peers.start("a"))
+    await site.open(10)
+    site.answer.token_arrived(site.token(0, 7))
+    return site

@@ -1,0 +1,18 @@
+"""A clock whose reading a test sets; sleeps are real."""
+
+from dataclasses import dataclass
+
+from meshd.clock import SystemClock
+
+
+@dataclass
+class SetClock(SystemClock):
+    """Shows `now` until the test changes it."""
+
+    now: float = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wall(self) -> float:
+        return self.now
