@@ -10,7 +10,7 @@ from logging import getLogger
 import msgspec
 
 from meshd.agents.admin.story_collector import StoryCollector
-from meshd.agents.device.compute import ComputeThread
+from meshd.agents.device.compute import ComputeQueue
 from meshd.agents.links.links import Links
 from meshd.agents.links.probe import LinkProber
 from meshd.agents.membership.membership import Membership, SelfDescription
@@ -103,7 +103,7 @@ class Parts:
     measure_free_bytes: Callable[[], int]
     """Memory that is free now, in bytes."""
     backend: Backend
-    compute: ComputeThread
+    compute: ComputeQueue
     links: Links
     prober: LinkProber
     table: PeerTable
@@ -120,7 +120,7 @@ class Peer:
     bus: EventBus
     story: Story
     holdings: ResidentModels
-    compute: ComputeThread
+    compute: ComputeQueue
     links: Links
     prober: LinkProber
     library: ModelLibrary

@@ -3,6 +3,7 @@
 import asyncio
 import queue
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -17,7 +18,34 @@ class _Job(Generic[T]):
     failed: Callable[[Exception], None]
 
 
-class ComputeThread:
+class ComputeQueue(ABC):
+    """Runs jobs one after another, and hands their results back to the event loop."""
+
+    @abstractmethod
+    def submit(self, work: Callable[[], T], done: Callable[[T], None], failed: Callable[[Exception], None]) -> None:
+        """Run `work` after the jobs before it, then `done(result)` or `failed(error)` on the loop."""
+
+    async def call(self, work: Callable[[], T]) -> T:
+        """Run `work` after the jobs before it. Cancel: the work itself runs to its end, its result is dropped."""
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+        def done(result: T) -> None:
+            if not future.done():
+                future.set_result(result)
+
+        def failed(error: Exception) -> None:
+            if not future.done():
+                future.set_exception(error)
+
+        self.submit(work, done, failed)
+        return await future
+
+    @abstractmethod
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Stop. Returns after `timeout_s` at the latest."""
+
+
+class ComputeThread(ComputeQueue):
     """Runs jobs in order and hands their results back to the event loop.
 
     Its own thread, not an executor: waking it costs a third of `run_in_executor`'s time, and a decode step pays that price on every
@@ -33,21 +61,6 @@ class ComputeThread:
     def submit(self, work: Callable[[], T], done: Callable[[T], None], failed: Callable[[Exception], None]) -> None:
         """Run `work` on the thread, then `done(result)` or `failed(error)` on the loop."""
         self._jobs.put(_Job(work, done, failed))
-
-    async def call(self, work: Callable[[], T]) -> T:
-        """Run `work` on the thread between steps. Cancel: the work itself runs to its end, its result is dropped."""
-        future: asyncio.Future[T] = self._loop.create_future()
-
-        def done(result: T) -> None:
-            if not future.done():
-                future.set_result(result)
-
-        def failed(error: Exception) -> None:
-            if not future.done():
-                future.set_exception(error)
-
-        self.submit(work, done, failed)
-        return await future
 
     def close(self, timeout_s: float = 2.0) -> None:
         """Run the jobs submitted so far, then stop. Returns after `timeout_s` at the latest."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from logging import getLogger
 
-from meshd.agents.device.compute import ComputeThread
+from meshd.agents.device.compute import ComputeQueue
 from meshd.agents.links.links import Links
 from meshd.agents.placement.loads import LoadState, ResidentLayers, ResidentModels
 from meshd.agents.placement.model_library import ModelLibrary
@@ -45,7 +45,7 @@ class Loader:
     weights: WeightProvider
     holdings: ResidentModels
     backend: Backend
-    compute: ComputeThread
+    compute: ComputeQueue
     clock: Clock
     free_bytes: Callable[[], int]
     """What may still be reserved."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from logging import getLogger
 from typing import Any
 
-from meshd.agents.device.compute import ComputeThread
+from meshd.agents.device.compute import ComputeQueue
 from meshd.agents.links.links import Links
 from meshd.agents.links.rpc import try_send
 from meshd.agents.observe.story import Story
@@ -68,7 +68,7 @@ class StageHost:
     me: PeerId
     links: Links
     holdings: ResidentModels
-    compute: ComputeThread
+    compute: ComputeQueue
     clock: Clock
     telemetry: Telemetry
     story: Story

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from logging import getLogger
 
-from meshd.agents.device.compute import ComputeThread
+from meshd.agents.device.compute import ComputeQueue
 from meshd.agents.links.links import Links
 from meshd.agents.links.rpc import try_send
 from meshd.agents.observe.story import Story
@@ -35,7 +35,7 @@ class StageRunner:
     me: PeerId
     links: Links
     residents: ResidentModels
-    compute: ComputeThread
+    compute: ComputeQueue
     clock: Clock
     telemetry: Telemetry
     story: Story

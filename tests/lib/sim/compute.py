@@ -8,6 +8,7 @@ from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from meshd.agents.device.compute import ComputeQueue
 from sim.loop import SimLoop
 from sim.toy import Meter, Speed
 
@@ -23,8 +24,8 @@ class _Job:
     failed: Callable[[Exception], None]
 
 
-class SimCompute:
-    """Implements what agents use of `meshd.agents.device.compute.ComputeThread`.
+class SimCompute(ComputeQueue):
+    """The compute thread, simulated.
 
     The work itself happens at one moment of its time: what its caller does before that (free its memory, say) it sees, what comes
     after it does not.
@@ -50,20 +51,6 @@ class SimCompute:
         assert len(self._waiting) < _MAX_JOBS, "the compute thread's queue grows without bound"
         self._waiting.append(_Job(work, done, failed))
         self._next()
-
-    async def call(self, work: Callable[[], T]) -> T:
-        future: asyncio.Future[T] = self._loop.create_future()
-
-        def done(result: T) -> None:
-            if not future.done():
-                future.set_result(result)
-
-        def failed(error: Exception) -> None:
-            if not future.done():
-                future.set_exception(error)
-
-        self.submit(work, done, failed)
-        return await future
 
     def works(self) -> list[Callable[[], Any]]:
         """What waits and what is under way."""

@@ -227,7 +227,6 @@ class Life:
         store: Any = SimStore(cards)
         weights: Any = SimWeights(cards, self.clock, random.Random(rng.random()))
         backend: Any = ToyBackend(meter, self.spec.speed)
-        compute: Any = self.compute
         return Parts(
             me=self.spec.id,
             name=self.spec.name,
@@ -246,7 +245,7 @@ class Life:
             capability=_capability(self.spec),
             measure_free_bytes=lambda: self.spec.memory_bytes,
             backend=backend,
-            compute=compute,
+            compute=self.compute,
             links=links,
             prober=prober,
             table=table,
