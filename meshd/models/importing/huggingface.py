@@ -121,7 +121,7 @@ def plan_import(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, Shap
             raise ModelFileError(f"the model can't be imported: {key} is {str(config[key])[:80]}; only {expected} is supported")
     checked = Config(config)
     metadata, extra = _metadata(checked, family)
-    return ImportPlan(metadata, (*_Namer(family, checked).named(tensors), *extra))
+    return ImportPlan(metadata, (*_TensorPlanner(family, checked).plan(tensors), *extra))
 
 
 def _metadata(config: Config, family: Family) -> tuple[dict[str, MetadataValue], tuple[ImportTensor, ...]]:
@@ -162,7 +162,7 @@ def _window(config: Config) -> dict[str, MetadataValue]:
     if types is not None:
         known = ("sliding_attention", "full_attention")
         if not isinstance(types, list) or len(types) != layers or any(kind not in known for kind in types):
-            raise ModelFileError(f"config.json can't be used: layer_types are not {layers} of sliding_attention and full_attention")
+            raise ModelFileError(f"config.json can't be used: layer_types are not {layers} of {' and '.join(known)}")
         pattern = tuple(kind == "sliding_attention" for kind in types)
         return window | {"attention.sliding_window_pattern": pattern} if any(pattern) else {}
     if config.given("max_window_layers") and config.get("use_sliding_window") is True:
@@ -173,7 +173,7 @@ def _window(config: Config) -> dict[str, MetadataValue]:
     return window
 
 
-class _Namer:
+class _TensorPlanner:
     """Plans GGUF's tensors from Hugging Face's."""
 
     def __init__(self, family: Family, config: Config) -> None:
@@ -185,7 +185,7 @@ class _Namer:
         self._rope_heads = {"attn_q": heads, "attn_k": config.count("num_key_value_heads", heads)} if family.interleaved else {}
         self._experts: dict[str, dict[int, tuple[str, Shape]]] = defaultdict(dict)
 
-    def named(self, tensors: Mapping[str, tuple[str, Shape]]) -> list[ImportTensor]:
+    def plan(self, tensors: Mapping[str, tuple[str, Shape]]) -> list[ImportTensor]:
         """Plan all tensors. Raises: ModelFileError for a tensor that the architecture does not have."""
         planned: list[ImportTensor] = []
         for name, (_, shape) in tensors.items():

@@ -28,7 +28,7 @@ def rope_import(config: Config, head_dim: int) -> tuple[Keys, tuple[ImportTensor
     if windowed is not None or config.given("rope_local_base_freq"):
         local = windowed or Config({"rope_theta": config.number("rope_local_base_freq")})
         if local.get("rope_type") not in (None, "default"):
-            raise ModelFileError("the model can't be imported: rotations of its layers with a window are scaled")
+            raise ModelFileError("the model can't be imported: its layers with a window have rope scaling, which is not supported")
         keys["rope.freq_base_swa"] = local.number("rope_theta")
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
@@ -48,7 +48,7 @@ def rope_import(config: Config, head_dim: int) -> tuple[Keys, tuple[ImportTensor
         keys["rope.scaling.attn_factor"] = _attention_factor(scaling, magnitude) / magnitude
         keys |= {f"rope.scaling.yarn_beta_{end}": scaling.number(f"beta_{end}", usual) for end, usual in _BETAS.items()}
         if scaling.get("truncate") is False and config.get("model_type") != "gpt_oss":
-            raise ModelFileError("the model can't be imported: its YaRN ramp does not begin at whole frequencies")
+            raise ModelFileError("the model can't be imported: its YaRN ramp is not truncated to whole frequencies")
         return keys | {"rope.scaling.type": "yarn"}, ()
     if kind in ("longrope", "su"):
         stretch = max(1.0, context / original)
@@ -64,7 +64,7 @@ def _attention_factor(scaling: Config, usual: float) -> float:
     if scaling.given("attention_factor"):
         return scaling.number("attention_factor")
     if scaling.given("mscale") and scaling.given("mscale_all_dim"):
-        raise ModelFileError("the model can't be imported: its rope scaling has mscale and mscale_all_dim")
+        raise ModelFileError("the model can't be imported: its rope scaling has mscale and mscale_all_dim, which are not supported")
     return usual
 
 

@@ -61,7 +61,7 @@ def import_to(target: Path, path: Path, quant: str | None, begin: Callable[[int]
             whole = True
         except OSError as error:
             why = f"{target} can't be written: {error.strerror or error}"
-            raise StorageError(why, hint="free some disk and pull again: the import begins anew") from error
+            raise StorageError(why, hint="free some disk space and pull again; the import starts over") from error
         finally:
             if not whole:
                 remove_file(target)

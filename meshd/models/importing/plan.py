@@ -103,7 +103,7 @@ def _step(array: Array, name: str, *given: str) -> Array:
             cut = slice(*(int(bound) if bound else None for bound in (start, stop, step)))
             return array[(slice(None),) * (int(axis) % array.ndim) + (cut,)]
         case _:
-            raise ValueError(f"{name} with {len(given)} numbers is no step")
+            raise ValueError(f"there is no step {name} with {len(given)} numbers")
 
 
 def view_shape(shape: tuple[int, ...], transform: str) -> tuple[int, ...]:

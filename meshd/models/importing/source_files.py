@@ -40,8 +40,8 @@ def parts_of(path: Path) -> list[Path]:
     paths = [path.with_name(name) for name in names]
     for part in paths:
         if not part.is_file():
-            why = f"a part of {path.name}" if match else "there is no such file"
-            raise ModelFileError(f"{part} can't be used: it is missing, {why}", hint="name a .gguf file that exists")
+            why = "this part of the model is missing" if match else "there is no such file"
+            raise ModelFileError(f"{part} can't be used: {why}", hint="name a .gguf file that exists, with all its parts beside it")
     return paths
 
 

@@ -163,7 +163,7 @@ def quantised(ref: str, quant: str | None) -> str:
         return ref
     if ref.startswith(("hf:", "file:")) and not ref.endswith(_QUANT_SUFFIXES):
         return ref + _suffix(quant)
-    raise InvalidRequest(f"{ref} can't be quantised to {quant}: only hf: and file: models can", param="model", hint=_FORMS)
+    raise InvalidRequest(f"{ref} can't be quantised to {quant}: only hf: and file: models can be", param="model", hint=_FORMS)
 
 
 def _source(scheme: str, rest: str) -> Source:

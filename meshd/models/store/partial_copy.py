@@ -88,7 +88,7 @@ class PartialCopy:
         except FileNotFoundError:
             return None
         except (msgspec.DecodeError, ModelFileError) as error:
-            log.warning("the partial copy in %s is torn and is ignored: %s", folder, error)
+            log.warning("the partial copy in %s is damaged and is ignored: %s", folder, error)
             return None
         except OSError as error:
             raise StorageError(f"{folder} can't be read: {error.strerror or error}") from error

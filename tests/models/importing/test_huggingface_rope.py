@@ -77,7 +77,7 @@ def test_layers_with_a_window_have_a_separate_base() -> None:
     keys, _ = imported(rope_parameters=both)
     assert (keys["rope.freq_base"], keys["rope.freq_base_swa"]) == (1e6, 1e4)
     assert imported(rope_local_base_freq=5e3)[0]["rope.freq_base_swa"] == 5e3
-    with pytest.raises(ModelFileError, match="with a window are scaled"):
+    with pytest.raises(ModelFileError, match="with a window have rope scaling"):
         imported(rope_parameters=both | {"sliding_attention": {"rope_theta": 1e4, "rope_type": "linear"}})
 
 

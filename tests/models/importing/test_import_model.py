@@ -268,7 +268,7 @@ def test_parts_that_do_not_belong_together_are_an_error(tmp_path: Path, whole: P
     second, third = (first.with_name(f"m-0000{part}-of-00003.gguf") for part in (2, 3))
     saved = second.read_bytes()
     second.unlink()
-    with pytest.raises(ModelFileError, match=r"m-00002-of-00003\.gguf can't be used: it is missing"):
+    with pytest.raises(ModelFileError, match=r"m-00002-of-00003\.gguf can't be used: this part of the model is missing"):
         imported(first, tmp_path / "made.gguf")
     second.write_bytes(third.read_bytes())
     with pytest.raises(ModelFileError, match="doesn't say that it is part 2 of 3"):

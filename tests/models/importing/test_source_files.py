@@ -40,7 +40,7 @@ def test_only_a_whole_gguf_file_is_used_in_place(tmp_path: Path) -> None:
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
     first, second = (tmp_path / f"m-0000{part}-of-00002.gguf" for part in (1, 2))
     touch(tmp_path, first.name)
-    with pytest.raises(ModelFileError, match=r"m-00002-of-00002\.gguf can't be used: it is missing, a part of m-00001"):
+    with pytest.raises(ModelFileError, match=r"m-00002-of-00002\.gguf can't be used: this part of the model is missing"):
         parts_of(first)
     touch(tmp_path, second.name)
     assert parts_of(second) == [first, second]

@@ -16,7 +16,7 @@ MAX_ITEMS = 1 << 22
 """Most commas and opening brackets, which bound the memory that the parsed JSON takes. Gemma's file has 1.8 million."""
 MAX_ID = 1 << 21
 """Upper bound of token ids: four times the largest known vocabulary."""
-_HINT = "meshd can't read this model's text yet; try smollm2:135m"
+_HINT = "meshd does not support this tokenizer yet; try smollm2:135m"
 _DECODERS = frozenset({"ByteLevel", "ByteFallback", "Fuse", "Replace", "Strip", "Sequence"})
 _Read = TypeVar("_Read")
 

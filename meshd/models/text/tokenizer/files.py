@@ -28,7 +28,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, MetadataValue]) -> Tokenizer:
         case kind:
             raise ModelFileError(
                 f"tokenizer kind {kind!r} can't be used: only gpt2 (byte-level BPE) and llama (SentencePiece BPE) are known",
-                hint="meshd can't read this model's text yet; try smollm2:135m",
+                hint="meshd does not support this tokenizer yet; try smollm2:135m",
             )
 
 
