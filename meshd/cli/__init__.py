@@ -102,11 +102,11 @@ def _nearest(word: str) -> str:
     import difflib
 
     near = difflib.get_close_matches(word, VERBS, 1)
-    return f"did you mean {near[0]}?" if near else f"there is {', '.join(VERBS)}"
+    return f"did you mean {near[0]}?" if near else f"the verbs are {', '.join(VERBS)}"
 
 
 def _cause(error: Exception) -> Exception:
-    """Return the first error of a group: the others are consequences of it."""
+    """Return the first error of a group: the others usually follow from it."""
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     return error
@@ -118,14 +118,14 @@ def _explain(error: Exception) -> int:
         import traceback
 
         traceback.print_exception(error)
-    known = error if isinstance(error, MeshdError) else _unforeseen(error)
+    known = error if isinstance(error, MeshdError) else _unexpected(error)
     print("meshd: " + " ".join(str(known).split()), file=sys.stderr)
     return 2 if isinstance(error, ConfigError | InvalidRequest) else 1
 
 
-def _unforeseen(error: Exception) -> MeshdError:
+def _unexpected(error: Exception) -> MeshdError:
     what = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-    return MeshdError(f"this failed, and meshd did not foresee it: {what}", hint="MESHD_DEBUG=1 shows where")
+    return MeshdError(f"unexpected error: {what}", hint="MESHD_DEBUG=1 shows where")
 
 
 def _forget_stdout() -> None:

@@ -48,10 +48,10 @@ def _next_line(interactive: bool) -> str | None:
 
 def _turn(daemon: Daemon, args: Namespace, messages: list[dict[str, str]], interactive: bool) -> list[dict[str, str]]:
     """Ask, print the answer and append it. If no text arrives, the last message is dropped."""
-    pieces: list[str] = []
+    chunks: list[str] = []
 
     def receive(text: str) -> None:
-        pieces.append(text)
+        chunks.append(text)
         write_out(text)
 
     try:
@@ -64,7 +64,7 @@ def _turn(daemon: Daemon, args: Namespace, messages: list[dict[str, str]], inter
             raise
         notice(f"meshd: {error}")
     write_out("\n")
-    return [*messages, {"role": "assistant", "content": "".join(pieces)}] if pieces else messages[:-1]
+    return [*messages, {"role": "assistant", "content": "".join(chunks)}] if chunks else messages[:-1]
 
 
 def _enable_line_editing() -> None:

@@ -12,7 +12,7 @@ from meshd.types import is_peer_id
 
 EXAMPLE = "meshd debug story 10d4a1b2"
 Row = Mapping[str, Any]
-_OWN = ("at_s", "peer", "name", "what")
+_COLUMN_KEYS = ("at_s", "peer", "name", "what")
 
 
 class _SubcommandParser(Parser):
@@ -53,7 +53,9 @@ def render(rows: Sequence[Row]) -> str:
 
 
 def _what(row: Row, names: Mapping[str, str]) -> str:
-    facts = ", ".join(f"{key} {_fact(value, names)}" for key, value in row.items() if key not in _OWN and value not in ("", None))
+    facts = ", ".join(
+        f"{key} {_fact(value, names)}" for key, value in row.items() if key not in _COLUMN_KEYS and value not in ("", None)
+    )
     return f"{row['what']}: {facts}" if facts else row["what"]
 
 

@@ -1,5 +1,7 @@
-"""`meshd demo`: three daemons on this machine find one another, share a model's layers and stream an answer. Then they
-get the same question again, and one of them is killed in mid-answer."""
+"""`meshd demo`: run three daemons on this machine that find one another, share a model's layers and stream an answer.
+
+Then they get the same question again, and one of them is killed in the middle of its answer.
+"""
 
 import signal
 import tempfile
@@ -54,21 +56,21 @@ def run(args: Namespace) -> int:
         # Measured with one thread, and stored apart from the measurement of this device's own daemon, which uses all threads.
         config = replace(config, cache=config.cache / "demo")
         measure(config)
-        with ChildDaemons(Path(folder)) as family:
-            say = _Clock().say
-            apis = _start(family, config, say)
-            _show_discovery(family.children, apis, say)
+        with ChildDaemons(Path(folder)) as daemons:
+            say = _Stopwatch().say
+            apis = _start(daemons, config, say)
+            _show_discovery(daemons.children, apis, say)
             _show_links(apis[0], say)
             split = _show_placement(apis[0], say)
             _show_standby(apis[0], say)
-            whole = _show_answer(apis[0], args.prompt, split)
-            _show_loss(family.children[-1], apis[0], args.prompt, split, whole, say)
+            expected = _show_answer(apis[0], args.prompt, split)
+            _show_loss(daemons.children[-1], apis[0], args.prompt, split, expected, say)
             if args.keep:
-                _keep(family.children[:-1], apis[:-1])
+                _keep(daemons.children[:-1], apis[:-1])
     return 0
 
 
-class _Clock:
+class _Stopwatch:
     """Prints lines with the time since the start."""
 
     def __init__(self) -> None:
@@ -83,7 +85,7 @@ Say = Callable[[str], None]
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and a closed terminal end the demo as Ctrl-C does, its daemons first."""
+    """Make SIGTERM and a closed terminal end the demo like Ctrl-C: it stops its daemons before it exits."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -97,7 +99,7 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _start(family: ChildDaemons, config: Config, say: Say) -> list[Daemon]:
+def _start(daemons: ChildDaemons, config: Config, say: Say) -> list[Daemon]:
     """Start three daemons in a new cluster, each with one thread. They share models and measurements."""
     say(f"starting {', '.join(NAMES)}: three daemons, one thread each")
     links = {name: f"127.0.0.1:{port}" for name, port in zip(NAMES, free_ports(len(NAMES)), strict=True)}
@@ -108,11 +110,11 @@ def _start(family: ChildDaemons, config: Config, say: Say) -> list[Daemon]:
     ]
     for name in NAMES:
         others = [part for other in NAMES if other != name for part in ("--peer", links[other])]
-        family.start(name, [*common, "--link", links[name], *others])
+        daemons.start(name, [*common, "--link", links[name], *others])
     apis: dict[str, Daemon] = {}
 
     def all_listen() -> bool:
-        for child in family.children:
+        for child in daemons.children:
             if child.name not in apis and (daemon := child.daemon()):
                 apis[child.name] = daemon
                 say(f"{child.name} is up: {daemon.url}")
@@ -147,7 +149,7 @@ def _show_discovery(children: Sequence[ChildDaemon], apis: Sequence[Daemon], say
 
 
 def _show_links(daemon: Daemon, say: Say) -> None:
-    """Wait until both directions of every link are measured: the plan is computed from these numbers."""
+    """Wait until both directions of every link are measured. The planner needs these numbers."""
     rows: list[dict[str, Any]] = []
 
     def all_measured() -> bool:
@@ -160,7 +162,7 @@ def _show_links(daemon: Daemon, say: Say) -> None:
 
 
 def _show_placement(daemon: Daemon, say: Say) -> str:
-    """Place the model on all three, for throughput: for latency the planner would take one device. Returns: the split."""
+    """Place the model on all three daemons, for throughput: for latency, the planner would use only one. Returns: the split."""
     question = {"model": MODEL, "objective": "throughput", "context": CONTEXT, "mesh": {"min_peers": len(NAMES)}}
     plan = daemon.post("/mesh/v1/plan", question)
     say("the plan for three devices:")
@@ -185,24 +187,24 @@ def _show_answer(daemon: Daemon, prompt: str, split: str) -> AnswerSummary:
 
 
 def _show_standby(daemon: Daemon, say: Say) -> None:
-    """Wait until two devices hold every layer, as far as memory allows."""
-    rows: list[dict[str, Any]] = []
+    """Wait until every layer has a standby copy on a second device, or until the time for that is over."""
+    standby: list[str] = []
 
     def all_twice() -> bool:
-        held = [held for row in daemon.rows("/mesh/v1/peers") for held in row["holdings"] if held["state"] == "active"]
-        rows[:] = [held for held in held if held["standby"]]
-        return {held["layers"] for held in held if not held["standby"]} <= {held["layers"] for held in rows}
+        active = [held for row in daemon.rows("/mesh/v1/peers") for held in row["holdings"] if held["state"] == "active"]
+        standby[:] = [held["layers"] for held in active if held["standby"]]
+        return {held["layers"] for held in active if not held["standby"]} <= set(standby)
 
     try:
         wait_until(all_twice, STANDBY_WITHIN_S, "standby copies")
     except NotReady:
-        say("not every layer has a standby copy: memory is short; a lost one is loaded again")
+        say("some layers have no standby copy, because memory is short; they are loaded again after a loss")
     else:
-        say(f"a second device holds a copy of every layer: standby copies of {', '.join(sorted(held['layers'] for held in rows))}")
+        say(f"a second device holds a copy of every layer: standby copies of {', '.join(sorted(standby))}")
 
 
-def _show_loss(victim: ChildDaemon, daemon: Daemon, prompt: str, split: str, whole: AnswerSummary, say: Say) -> None:
-    """Ask the same question, and kill the last stage's daemon after a few words."""
+def _show_loss(victim: ChildDaemon, daemon: Daemon, prompt: str, split: str, expected: AnswerSummary, say: Say) -> None:
+    """Ask the same question and kill the last stage's daemon after a few words. Raises: RemoteFailure if the answer changes."""
     say(f"the same question again, and {victim.name} is killed in mid-answer")
     print(f"\n>>> {prompt}")
     times: list[float] = []
@@ -216,17 +218,19 @@ def _show_loss(victim: ChildDaemon, daemon: Daemon, prompt: str, split: str, who
 
     answer = stream_answer(daemon, _question(prompt, split), write)
     if len(times) < KILL_AFTER:
-        print(f"\n\n[too short an answer to lose a peer in: ask for more than {KILL_AFTER} words]", flush=True)
+        print(
+            f"\n\n[the answer was too short to kill a daemon in the middle of it: ask for more than {KILL_AFTER} words]", flush=True
+        )
         return
     pause_s = max((after - before for before, after in pairwise(times)), default=0.0)
-    same = "the same answer as before, word for word" if answer.text == whole.text else "NOT the same answer as before"
+    same = "the same answer as before, word for word" if answer.text == expected.text else "NOT the same answer as before"
     print(f"\n\n[{same}; the longest pause was {duration(pause_s)}]", flush=True)
-    if answer.text != whole.text:
+    if answer.text != expected.text:
         raise RemoteFailure("the answer changed when a peer was lost", hint="please report this")
 
 
 def _keep(children: Sequence[ChildDaemon], apis: Sequence[Daemon]) -> None:
-    print("\nThe two others stay up until Ctrl-C. Try in another terminal:")
+    print("\nThe two other daemons run until Ctrl-C. Try in another terminal:")
     for child, daemon in zip(children, apis, strict=True):
         print(f"  meshd status --api {daemon.url}    # {child.name}")
     print(f'  meshd run {MODEL} "Hello" --api {apis[0].url}', flush=True)

@@ -1,4 +1,4 @@
-"""`meshd key`: the cluster key, which makes devices one cluster, and the API key, which admits clients."""
+"""`meshd key`: show, make or replace the cluster key, which devices share, and the API key, which clients send."""
 
 import os
 import secrets
@@ -40,7 +40,7 @@ def add_arguments(parser: Parser) -> None:
         "code", metavar="CODE", help="the join code that `meshd key show` prints on a device of the cluster"
     )
     for name in ("new", "join"):
-        parsers[name].add_argument("--replace", action="store_true", help="replace the key that is there, and so leave its cluster")
+        parsers[name].add_argument("--replace", action="store_true", help="replace the present key, and leave its cluster")
     parsers["api"].add_argument("--new", action="store_true", help="make a new key; the old one becomes invalid")
     for subparser in parsers.values():
         add_state(subparser)
@@ -57,7 +57,7 @@ def run(args: Namespace) -> int:
         case "join":
             _print_code(_store(state, ClusterKey.from_code(args.code), replace=args.replace), args.json)
         case _:
-            _print_api_key(_api_key(state, anew=args.new), args.json)
+            _print_api_key(_api_key(state, renew=args.new), args.json)
     return 0
 
 
@@ -75,11 +75,11 @@ def _store(state: Path, key: ClusterKey, *, replace: bool) -> ClusterKey:
     if present == key:
         return key
     if present is not None and not replace:
-        hint = "add --replace to leave that cluster, or take another folder with --state DIR"
+        hint = "add --replace to leave that cluster, or use another folder with --state DIR"
         raise StorageError(f"{state} holds the key of cluster {present.fingerprint}: this would replace it", hint=hint)
     store_cluster_key(folder, key)
     if holder := read_holder(state):
-        notice(f"the daemon that runs now (process {holder.pid}) takes it up when it is started anew")
+        notice(f"the daemon that runs now (process {holder.pid}) uses the old key until it is restarted")
     return key
 
 
@@ -91,14 +91,14 @@ def _print_code(key: ClusterKey, as_json: bool) -> None:
     notice(f"cluster {key.fingerprint}; on the next device type: meshd up --key {key.code}")
 
 
-def _api_key(state: Path, *, anew: bool) -> str:
+def _api_key(state: Path, *, renew: bool) -> str:
     folder = StateFolder.open(state)
     present = folder.read(API_KEY_FILE)
-    if present and not anew:
+    if present and not renew:
         return present.decode().strip()
-    made = secrets.token_urlsafe(24)
-    folder.write(API_KEY_FILE, f"{made}\n".encode())
-    return made
+    generated = secrets.token_urlsafe(24)
+    folder.write(API_KEY_FILE, f"{generated}\n".encode())
+    return generated
 
 
 def _print_api_key(key: str, as_json: bool) -> None:

@@ -29,7 +29,7 @@ def run(args: Namespace) -> int:
     except Unavailable as error:
         if settings.named("api"):
             raise
-        notice(f"this device's models alone: {error.message}")
+        notice(f"only this device's models are listed: {error.message}")
         mesh = []
     rows = merged(stored, mesh)
     if args.json:

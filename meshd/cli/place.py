@@ -1,4 +1,4 @@
-"""`meshd place MODEL`: layers onto peers, ahead of requests."""
+"""`meshd place MODEL`: load a model's layers on peers before the first request."""
 
 from argparse import Namespace
 from typing import Any
@@ -35,9 +35,9 @@ def run(args: Namespace) -> int:
 
 
 def place(daemon: Daemon, body: dict[str, Any]) -> list[str]:
-    """Have a model placed and show how it goes; the lines `NAME holds layers A-B` of the outcome.
+    """Place a model and show the progress.
 
-    Raises: RemoteFailure if a peer could not load its layers, and as `Daemon.stream`.
+    Returns: lines `NAME holds layers A-B`. Raises: RemoteFailure if a peer could not load its layers; what `Daemon.stream` raises.
     """
     latest: dict[tuple[str, str], dict[str, Any]] = {}
     with daemon.stream("/mesh/v1/place", body) as stream, progress() as shown:

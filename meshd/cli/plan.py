@@ -1,4 +1,4 @@
-"""`meshd plan MODEL`: what would be placed where, and how fast it would be."""
+"""`meshd plan MODEL`: predict which peers would hold which layers, and how fast answers would be."""
 
 from argparse import Namespace
 from typing import Any
@@ -47,7 +47,7 @@ def run(args: Namespace) -> int:
 
 
 def request_of(args: Namespace) -> dict[str, Any]:
-    """The body of `POST /mesh/v1/plan`."""
+    """Make the body of `POST /mesh/v1/plan`."""
     mesh = {key: getattr(args, key) for key in ("stages", "peers", "min_peers") if getattr(args, key) is not None}
     body = {key: getattr(args, key) for key in ("context", "objective", "what_if") if getattr(args, key) is not None}
     return body | {"model": model_of(args)} | ({"mesh": mesh} if mesh else {})

@@ -1,4 +1,4 @@
-"""`meshd pull REF`: a model onto this device."""
+"""`meshd pull REF`: download or import a model to this device."""
 
 import asyncio
 from argparse import Namespace

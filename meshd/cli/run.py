@@ -38,7 +38,9 @@ def run(args: Namespace) -> int:
 
 def _piped() -> str:
     if sys.stdin is None or sys.stdin.isatty():
-        raise InvalidRequest("there is no prompt", hint="give one after the model or pipe it in; `meshd chat` talks")
+        raise InvalidRequest(
+            "there is no prompt", hint="give one after the model, or pipe it in; for a conversation, use `meshd chat`"
+        )
     text = sys.stdin.read()
     if not text.strip():
         raise InvalidRequest("the prompt is empty", hint="give one after the model, or pipe it in")

@@ -83,7 +83,7 @@ async def _serve(config: Config, *, stop_with_stdin: bool) -> int:
 
 
 class _Stopping:
-    """The first signal stops the daemon in good order, the second one at once."""
+    """Stops the daemon: at the first signal it shuts down in order, at the second one it exits at once."""
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
@@ -91,7 +91,7 @@ class _Stopping:
         """Whether the daemon waits for `asked`. Before that, while the device is measured, a signal cancels it."""
 
     def watch(self, daemon: "asyncio.Future[None]", *, stdin: bool) -> None:
-        """Watch for signals, and with `stdin` for its end: if the parent process is killed, the daemon must stop."""
+        """Watch for signals and, with `stdin`, for the end of standard input: it ends if the parent process is killed."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell's background job
@@ -115,7 +115,7 @@ class _Stopping:
 
 def _print_waiting(text: str) -> None:
     with contextlib.suppress(OSError):  # the reader may have gone
-        print(f"meshd: {text}; a second signal leaves at once", flush=True)
+        print(f"meshd: {text}; a second signal exits at once", flush=True)
 
 
 def _print_ready(info: "DaemonInfo") -> None:

@@ -1,4 +1,4 @@
-"""What the planner needs to know of a model, from its file's header alone."""
+"""Model cards: what the planner needs to know about a model, read from the header of its file."""
 
 import math
 from collections import Counter
@@ -14,20 +14,19 @@ from meshd.types import ModelCard, ModelId, ModelSpec
 END_OF_ANSWER = frozenset(
     {"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>", "<|return|>"}
 )
-"""Control tokens that end an answer in one model family or another, whether or not the metadata says so."""
+"""Control tokens that end an answer in one of the model families, even if a file's metadata does not list them."""
 EOS_TOKEN_IDS = "meshd.eos_token_ids"
-"""Our own key, where a model has more of them than GGUF has keys for."""
+"""meshd's own metadata key: all tokens that end an answer. GGUF has keys for three only."""
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 CONTROL_TOKEN = 3
-"""GGUF's `tokenizer.ggml.token_type` of tokens that are no text."""
+"""GGUF's `tokenizer.ggml.token_type` of control tokens."""
 _UNSUPPORTED_HINT = "meshd can't run this model yet; README says which it can"
 
 
 def card_from_gguf(file: GgufFile, *, name: str, ref: str, model_id: ModelId, created: int = 0) -> ModelCard:
-    """Read a model's card; its weights are not needed, so `file` may be a header alone.
+    """Read a model's card. `file` may be a header without the weights.
 
-    Raises: ModelFileError for an architecture that is not known here, and for a file whose tensors are not those that its
-    metadata promises.
+    Raises: ModelFileError if the architecture is unknown, or if the tensors are not the ones that the metadata implies.
     """
     spec = spec_from_metadata(file.name, file.metadata, file.tensors)
     _check_tensors(file, spec)
@@ -52,10 +51,13 @@ def card_from_gguf(file: GgufFile, *, name: str, ref: str, model_id: ModelId, cr
 
 
 def end_of_sequence(metadata: Mapping[str, MetadataValue]) -> tuple[int, ...]:
-    """Token ids that end an answer, in order. Raises: ModelFileError for a `tokenizer.json` that can't be read."""
+    """Find the ids of the tokens that end an answer, in ascending order.
+
+    Raises: ModelFileError if the file has a `tokenizer.json` that can't be read.
+    """
     found = {value for key in _END_KEYS if isinstance(value := metadata.get(f"tokenizer.ggml.{key}"), int)}
-    if isinstance(several := metadata.get(EOS_TOKEN_IDS), tuple):
-        found.update(id_ for id_ in several if isinstance(id_, int))
+    if isinstance(listed := metadata.get(EOS_TOKEN_IDS), tuple):
+        found.update(id_ for id_ in listed if isinstance(id_, int))
     if (document := huggingface_json(metadata)) is not None:
         return tuple(sorted(found.union(token.id for token in document.added if token.special and token.content in END_OF_ANSWER)))
     tokens = metadata.get("tokenizer.ggml.tokens", ())
@@ -67,7 +69,7 @@ def end_of_sequence(metadata: Mapping[str, MetadataValue]) -> tuple[int, ...]:
 
 
 def _check_tensors(file: GgufFile, spec: ModelSpec) -> None:
-    """Exactly the tensors of this architecture: a bias or an expert left out would give wrong answers without a word."""
+    """Check that the file has exactly the tensors of its architecture. To ignore an extra bias would give wrong answers."""
     if spec.layers > len(file.tensors):
         raise ModelFileError(f"{file.name} can't be run: it has {len(file.tensors)} tensors for {spec.layers} layers")
     expected = border_shapes(spec)
@@ -76,7 +78,7 @@ def _check_tensors(file: GgufFile, spec: ModelSpec) -> None:
     factors = [name for name in ROPE_FACTORS if name in file.tensors]
     expected |= dict.fromkeys(factors[:1], rope_shape(spec))
     if odd := sorted(expected.keys() ^ (file.tensors.keys() - set(UNUSED))):
-        problem = "is missing" if odd[0] in expected else "has no place in this architecture here"
+        problem = "is missing" if odd[0] in expected else "has no place in this architecture"
         raise ModelFileError(f"{file.name} can't be run: tensor {odd[0]} {problem}", hint=_UNSUPPORTED_HINT)
     for name, shape in expected.items():
         if file.tensors[name].shape != shape:
@@ -89,7 +91,7 @@ def _head_tensors(file: GgufFile) -> list[TensorInfo]:
 
 
 def _quantisation(tensors: Iterable[TensorInfo]) -> str:
-    """The kind that most bytes of the layers have."""
+    """Return the kind that takes most of the tensors' bytes."""
     sizes: Counter[str] = Counter()
     for info in tensors:
         sizes[info.kind] += info.nbytes
@@ -105,10 +107,10 @@ def _held_bytes(tensors: Iterable[TensorInfo]) -> int:
 
 
 def _used_parameters(layer: Mapping[str, TensorInfo], spec: ModelSpec) -> int:
-    """Of a layer's weights, those that one token meets: of experts, the few that are chosen for it."""
+    """Count the weights of a layer that one token uses: of the experts, only those that the router chooses."""
     experts = [info for part, info in layer.items() if part.partition(".")[0] in EXPERT_PROJECTIONS]
-    every = _parameters(layer.values()) - _parameters(experts)
-    return every + _parameters(experts) * spec.experts_used // spec.experts if spec.experts else every
+    dense = _parameters(layer.values()) - _parameters(experts)
+    return dense + _parameters(experts) * spec.experts_used // spec.experts if spec.experts else dense
 
 
 def _parameters(tensors: Iterable[TensorInfo]) -> int:

@@ -1,4 +1,4 @@
-"""Commands run in this process, against a server that gives what a daemon gives."""
+"""Runs commands in this process, against a server that answers like a daemon."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,17 +12,17 @@ from meshd.cli import main
 
 @pytest.fixture
 def api() -> Iterator[Api]:
-    """A server to give routes to; `api.url` is where it is."""
-    given = Api()
-    with serve(given):
-        yield given
+    """A server at `api.url`. Tests add its routes."""
+    server = Api()
+    with serve(server):
+        yield server
 
 
 @pytest.fixture
 def meshd(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., CompletedProcess[str]]:
-    """Run a command in this process, in a state folder and with settings of its own."""
+    """Runs a command in this process, with its own state folder, cache and settings."""
     for name in ("MESHD_DEBUG", "MESHD_API", "MESHD_API_KEY", "MESHD_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MESHD_STATE", str(tmp_path / "state"))

@@ -15,7 +15,7 @@ REPORT = {
 }  # fmt: skip
 
 
-def test_a_device_is_shown_with_every_backend_and_which_is_used() -> None:
+def test_a_device_is_shown_with_every_backend_and_the_one_in_use() -> None:
     lines = render(REPORT).splitlines()
     assert lines[0] == "a processor: 4 cores, 2 threads, measured in 12.0 s"
     assert lines[1] == "memory: 1.0 GiB free of 8.0 GiB, bound by --memory"
@@ -23,5 +23,5 @@ def test_a_device_is_shown_with_every_backend_and_which_is_used() -> None:
     assert lines[-1].endswith("no result after 5 s")
 
 
-def test_a_recalled_measurement_says_so() -> None:
+def test_a_stored_measurement_is_marked() -> None:
     assert "as measured before" in render({**REPORT, "cached": True})

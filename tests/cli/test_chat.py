@@ -10,7 +10,7 @@ from fake_api.rows_server import Api
 Meshd = Callable[..., CompletedProcess[str]]
 
 
-def test_a_conversation_remembers_its_turns(meshd: Meshd, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversation_sends_its_earlier_turns(meshd: Meshd, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     api.answer("GET", "/health", {"status": "ok"})
     api.stream(CHAT, chat_events("Hello", "!"))
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n\nAnd?\n/new\nAgain\n/quit\nnever\n"))

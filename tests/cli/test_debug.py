@@ -5,11 +5,7 @@ from subprocess import CompletedProcess
 from fake_api.rows_server import Api
 
 Meshd = Callable[..., CompletedProcess[str]]
-
-
 BIRCH = "b" * 52
-
-
 STORY = [
     {"at_s": 0.0, "peer": "a", "name": "ash", "what": "planned", "epoch": 1, "plan": "ash:0-12,birch:12-30", "tokens": 0},
     {"at_s": 0.0125, "peer": BIRCH, "name": "birch", "what": "opened", "stage": 1, "error": ""},
@@ -22,7 +18,7 @@ STORY = [
 ]  # fmt: skip
 
 
-def test_a_story_is_a_line_for_each_event(meshd: Meshd, api: Api) -> None:
+def test_a_story_has_a_line_for_each_event(meshd: Meshd, api: Api) -> None:
     api.answer("GET", "/mesh/v1/sessions/10d4/story", {"object": "list", "data": STORY})
     outcome = meshd("debug", "story", "10d4", "--api", api.url)
     assert outcome.returncode == 0
@@ -36,7 +32,7 @@ def test_a_story_is_a_line_for_each_event(meshd: Meshd, api: Api) -> None:
     assert json.loads(meshd("debug", "story", "10d4", "--json", "--api", api.url).stdout) == {"object": "list", "data": STORY}
 
 
-def test_an_odd_session_stays_one_part_of_the_path(meshd: Meshd, api: Api) -> None:
+def test_a_session_name_with_slashes_is_quoted_in_the_path(meshd: Meshd, api: Api) -> None:
     outcome = meshd("debug", "story", "../peers?x", "--api", api.url)
     assert outcome.returncode == 1
     assert "no route" in outcome.stderr

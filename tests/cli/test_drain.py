@@ -11,7 +11,7 @@ Meshd = Callable[..., CompletedProcess[str]]
 
 
 def _left(api: Api, *left: int) -> None:
-    """One answer after another; the last one stays."""
+    """Answer with these numbers of remaining sessions, one per request. The last one is repeated."""
     answers = list(left)
 
     async def handler(_: web.Request) -> web.Response:
@@ -21,7 +21,7 @@ def _left(api: Api, *left: int) -> None:
     api.routes["POST", "/mesh/v1/drain"] = handler
 
 
-def test_a_drain_shows_the_sessions_that_are_left_until_none_is(meshd: Meshd, api: Api) -> None:
+def test_a_drain_shows_the_remaining_sessions_until_there_are_none(meshd: Meshd, api: Api) -> None:
     _left(api, 2, 1, 0)
     outcome = meshd("drain", "attic", "--api", api.url)
     assert outcome.returncode == 0
@@ -32,13 +32,13 @@ def test_a_drain_shows_the_sessions_that_are_left_until_none_is(meshd: Meshd, ap
     assert [(body["peer"], body["undo"]) for body in api.bodies] == [("attic", False)] * 3
 
 
-def test_a_peer_that_nothing_runs_on_is_drained_at_once(meshd: Meshd, api: Api) -> None:
+def test_a_peer_without_sessions_is_drained_at_once(meshd: Meshd, api: Api) -> None:
     _left(api, 0)
     assert meshd("drain", "attic", "--api", api.url).returncode == 0
     assert len(api.bodies) == 1
 
 
-def test_what_does_not_move_in_time_fails_the_command_and_says_what_next(meshd: Meshd, api: Api) -> None:
+def test_a_drain_that_takes_too_long_fails_with_a_hint(meshd: Meshd, api: Api) -> None:
     _left(api, 1)
     outcome = meshd("drain", "attic", "--timeout", "0", "--api", api.url)
     assert (outcome.returncode, outcome.stdout) == (1, "")
@@ -46,7 +46,7 @@ def test_what_does_not_move_in_time_fails_the_command_and_says_what_next(meshd: 
     assert "--undo" in outcome.stderr
 
 
-def test_no_request_waits_longer_than_the_time_that_is_left(meshd: Meshd, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_request_waits_longer_than_the_remaining_time(meshd: Meshd, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     _left(api, 3)
     now = iter([100.0, 100.0, 101.0, 101.75, 102.5])
     monkeypatch.setattr(drain, "time", type("Time", (), {"monotonic": staticmethod(lambda: next(now))}))
@@ -54,7 +54,7 @@ def test_no_request_waits_longer_than_the_time_that_is_left(meshd: Meshd, api: A
     assert [body["timeout_s"] for body in api.bodies] == [0.0, 1.0, 1.0, 0.25, 0.0]
 
 
-def test_undo_gives_it_work_again(meshd: Meshd, api: Api) -> None:
+def test_undo_lets_a_peer_take_work_again(meshd: Meshd, api: Api) -> None:
     _left(api, 4)
     outcome = meshd("drain", "attic", "--undo", "--api", api.url)
     assert (outcome.returncode, outcome.stdout) == (0, "attic takes work again\n")

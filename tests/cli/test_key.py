@@ -11,14 +11,14 @@ from meshd.state import lock_state
 Meshd = Callable[..., CompletedProcess[str]]
 
 
-def test_there_is_no_key_before_one_is_made(meshd: Meshd) -> None:
+def test_there_is_no_key_at_first(meshd: Meshd) -> None:
     outcome = meshd("key", "show")
     assert outcome.returncode == 1
     assert "there is no cluster key" in outcome.stderr
     assert "meshd key join CODE" in outcome.stderr
 
 
-def test_a_new_key_is_shown_as_the_code_to_type_elsewhere(meshd: Meshd) -> None:
+def test_a_new_key_is_shown_as_a_join_code(meshd: Meshd) -> None:
     code = meshd("key", "new").stdout.strip()
     shown = meshd("key", "show")
     assert shown.stdout.strip() == code
@@ -26,14 +26,14 @@ def test_a_new_key_is_shown_as_the_code_to_type_elsewhere(meshd: Meshd) -> None:
     assert json.loads(meshd("key", "show", "--json").stdout) == {"code": code}
 
 
-def test_joining_takes_the_others_key(meshd: Meshd, tmp_path: Path) -> None:
+def test_joining_stores_the_other_devices_key(meshd: Meshd, tmp_path: Path) -> None:
     code = meshd("key", "new").stdout.strip()
     other = str(tmp_path / "other")
     assert meshd("key", "join", code.lower().replace("-", " "), "--state", other).returncode == 0
     assert meshd("key", "show", "--state", other).stdout.strip() == code
 
 
-def test_a_key_is_replaced_only_if_asked_to(meshd: Meshd) -> None:
+def test_a_key_is_replaced_only_on_request(meshd: Meshd) -> None:
     first = meshd("key", "new").stdout
     refused = meshd("key", "new")
     assert refused.returncode == 1
@@ -49,13 +49,13 @@ def test_a_mistyped_code_is_wrong_usage_and_changes_nothing(meshd: Meshd) -> Non
     assert meshd("key", "show").stdout.strip() == code
 
 
-def test_a_running_daemon_is_spoken_of(meshd: Meshd, tmp_path: Path) -> None:
+def test_a_running_daemon_is_mentioned(meshd: Meshd, tmp_path: Path) -> None:
     meshd("key", "new")
     with lock_state(tmp_path / "state", api="127.0.0.1:1"):
         assert f"process {os.getpid()}" in meshd("key", "new", "--replace").stderr
 
 
-def test_the_api_key_stays_until_a_new_one_is_wanted(meshd: Meshd, tmp_path: Path) -> None:
+def test_the_api_key_stays_until_a_new_one_is_requested(meshd: Meshd, tmp_path: Path) -> None:
     key = meshd("key", "api").stdout.strip()
     assert len(key) >= 32
     assert json.loads(meshd("key", "api", "--json").stdout) == {"api_key": key}
@@ -64,7 +64,7 @@ def test_the_api_key_stays_until_a_new_one_is_wanted(meshd: Meshd, tmp_path: Pat
 
 
 @pytest.mark.parametrize("words", [("key",), ("key", "lose")])
-def test_a_deed_is_needed(meshd: Meshd, words: tuple[str, ...]) -> None:
+def test_key_needs_a_known_command(meshd: Meshd, words: tuple[str, ...]) -> None:
     outcome = meshd(*words)
     assert outcome.returncode == 2
     assert "see `meshd key --help`" in outcome.stderr

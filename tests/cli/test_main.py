@@ -45,7 +45,7 @@ def test_every_verb_has_help_with_an_example(meshd: Meshd, verb: str) -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_refuses_what_it_does_not_know_in_one_line(meshd: Meshd, verb: str) -> None:
+def test_every_verb_refuses_an_unknown_flag_in_one_line(meshd: Meshd, verb: str) -> None:
     words = {"key": ["key", "show"]}.get(verb, [verb])
     outcome = meshd(*words, "--no-such-flag")
     assert outcome.returncode == 2
@@ -73,13 +73,13 @@ def test_a_wrong_setting_is_wrong_usage(meshd: Meshd) -> None:
     assert outcome.stderr.startswith("meshd: setting api (from flag --api) is wrong")
 
 
-def test_what_was_not_foreseen_is_one_line_too(meshd: Meshd, api: Api) -> None:
+def test_an_unexpected_error_is_one_line_too(meshd: Meshd, api: Api) -> None:
     api.answer("GET", "/mesh/v1/self", {"surprise": True})
     for rows in ("peers", "links", "models", "sessions"):
         api.answer("GET", f"/mesh/v1/{rows}", {"data": []})
     outcome = meshd("status", "--api", api.url)
     assert outcome.returncode == 1
-    assert outcome.stderr.startswith("meshd: this failed, and meshd did not foresee it: KeyError")
+    assert outcome.stderr.startswith("meshd: unexpected error: KeyError")
     assert outcome.stderr.count("\n") == 1
 
 
@@ -104,7 +104,7 @@ def test_a_client_starts_without_the_heavy_libraries(tmp_path: Path, words: tupl
     assert ended.stdout.endswith("loaded:\n")
 
 
-def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+def test_a_closed_output_pipe_is_no_error(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-P", "-m", "meshd", "config", "--state", str(tmp_path)]

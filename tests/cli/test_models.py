@@ -24,7 +24,7 @@ def _stored(name: str) -> StoredModel:
     )  # fmt: skip
 
 
-def test_models_lists_where_the_layers_lie(meshd: Meshd, api: Api) -> None:
+def test_models_lists_the_peers_that_hold_layers(meshd: Meshd, api: Api) -> None:
     api.answer("GET", "/mesh/v1/models", {"object": "list", "data": [ROW]})
     header, line, *others = meshd("models", "--api", api.url).stdout.splitlines()
     assert header.split() == ["MODEL", "SIZE", "QUANT", "HERE", "ON", "DISK", "OF", "LAYERS", "HELD", "ANSWERS"]
@@ -32,7 +32,7 @@ def test_models_lists_where_the_layers_lie(meshd: Meshd, api: Api) -> None:
     assert [other.split()[0] for other in others] == ["gemma3:270m"]
 
 
-def test_models_without_a_daemon_are_this_devices_and_the_catalogues(meshd: Meshd, monkeypatch: object) -> None:
+def test_without_a_daemon_models_lists_this_device_and_the_catalogue(meshd: Meshd, monkeypatch: object) -> None:
     outcome = meshd("models", "--json")
     document = json.loads(outcome.stdout)
     assert document["object"] == "list"
@@ -41,7 +41,7 @@ def test_models_without_a_daemon_are_this_devices_and_the_catalogues(meshd: Mesh
     assert "no daemon answers" in outcome.stderr
 
 
-def test_a_daemon_that_was_named_must_answer(meshd: Meshd) -> None:
+def test_a_daemon_named_by_a_flag_must_answer(meshd: Meshd) -> None:
     assert meshd("models", "--api", "http://127.0.0.1:1").returncode == 1
 
 

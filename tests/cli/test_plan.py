@@ -7,7 +7,7 @@ from fake_api.rows_server import Api
 Meshd = Callable[..., CompletedProcess[str]]
 
 
-def test_a_plan_shows_its_text_and_on_request_its_reasons(meshd: Meshd, api: Api) -> None:
+def test_a_plan_shows_its_text_and_on_request_its_explanation(meshd: Meshd, api: Api) -> None:
     api.answer(
         "POST", "/mesh/v1/plan", {"object": "mesh.plan", "plan": "a:0-30", "text": ["m: a:0-30"], "explanation": ["stage a"]}
     )

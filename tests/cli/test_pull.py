@@ -7,7 +7,7 @@ from tiny.hf_folders import write_folder
 Meshd = Callable[..., CompletedProcess[str]]
 
 
-def test_pulling_what_nobody_knows_names_the_nearest(meshd: Meshd) -> None:
+def test_pulling_an_unknown_model_names_the_nearest(meshd: Meshd) -> None:
     outcome = meshd("pull", "smolm2:135m")
     assert outcome.returncode == 1
     assert "nearest: smollm2:135m" in outcome.stderr
@@ -24,7 +24,7 @@ def test_a_folder_is_pulled_quantised_listed_and_removed(meshd: Meshd, tmp_path:
     assert "can't be quantised" in outcome.stderr
 
 
-def test_a_file_that_is_no_model_is_not_taken(meshd: Meshd, tmp_path: Path) -> None:
+def test_a_file_that_is_no_model_is_refused(meshd: Meshd, tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     path.write_bytes(b"not a model")
     outcome = meshd("pull", f"file:{path}")

@@ -7,7 +7,7 @@ from tiny.hf_folders import write_folder
 Meshd = Callable[..., CompletedProcess[str]]
 
 
-def test_removing_what_is_not_here_fails(meshd: Meshd) -> None:
+def test_removing_an_unknown_model_fails(meshd: Meshd) -> None:
     outcome = meshd("rm", "smollm2:135m")
     assert outcome.returncode == 1
     assert "no model 'smollm2:135m'" in outcome.stderr

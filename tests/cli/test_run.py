@@ -12,7 +12,7 @@ Meshd = Callable[..., CompletedProcess[str]]
 HEADERS = {"x-meshd-plan": "ash:0-10,birch:10-30", "x-meshd-predicted-tpot-ms": "20"}
 
 
-def test_an_answer_is_streamed_to_stdout_and_its_figures_beside_it(meshd: Meshd, api: Api) -> None:
+def test_an_answer_goes_to_stdout_and_its_statistics_to_stderr(meshd: Meshd, api: Api) -> None:
     api.stream(CHAT, chat_events("The sky", " is ", "blüe"), HEADERS)
     outcome = meshd("run", "smollm2:135m", "Why?", "--api", api.url)
     assert (outcome.returncode, outcome.stdout) == (0, "The sky is blüe\n")
@@ -29,7 +29,7 @@ def test_the_prompt_may_come_from_stdin(meshd: Meshd, api: Api, monkeypatch: pyt
     assert api.bodies[0]["messages"] == [{"role": "user", "content": "from a pipe"}]
 
 
-def test_no_prompt_at_all_is_wrong_usage(meshd: Meshd, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_prompt_is_wrong_usage(meshd: Meshd, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
     outcome = meshd("run", "m")
     assert outcome.returncode == 2

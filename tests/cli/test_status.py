@@ -34,7 +34,7 @@ def _peer(name: str, state: str = "alive", **other: object) -> dict[str, Any]:
 
 @pytest.fixture
 def status() -> dict[str, Any]:
-    """Three peers: one healthy, one that loads, one that is refused."""
+    """A status with three peers: one ready, one that loads layers, one that is refused."""
     stranger = _peer("10.0.0.9:6375", "refused", id="", capability=None, reason="it holds another cluster's key")
     session = {
         "id": "10d4" * 8,
@@ -75,7 +75,7 @@ def test_status_is_one_document(meshd: Meshd, api: Api, status: dict[str, Any]) 
     assert json.loads(meshd("status", "--json", "--api", api.url).stdout) == status
 
 
-def test_status_says_who_holds_what_and_why_one_is_left_out(meshd: Meshd, api: Api, status: dict[str, Any]) -> None:
+def test_status_shows_who_holds_what_and_why_a_peer_is_left_out(meshd: Meshd, api: Api, status: dict[str, Any]) -> None:
     _serve(api, status)
     lines = meshd("status", "--api", api.url).stdout.splitlines()
     assert lines[0] == "ash (ashaaaaa), meshd 0.1.0, up 75.0 s"
@@ -90,7 +90,7 @@ def test_status_says_who_holds_what_and_why_one_is_left_out(meshd: Meshd, api: A
     assert any("decoding" in line and "coordinator" in line for line in lines)
 
 
-def test_status_shows_who_leaves_what_is_in_reserve_and_what_was_recovered(status: dict[str, Any]) -> None:
+def test_status_shows_draining_peers_standby_layers_and_recoveries(status: dict[str, Any]) -> None:
     held = [_holding("0-12"), _holding("12-20") | {"standby": True}, _holding("20-30", "loading", 0.5) | {"standby": True}]
     status["peers"][1] |= {"draining": True, "holdings": held}
     changes = [("replay", 310.0), ("mirror", 120.0), ("kept", 2.5), ("prefill", 2100.0)]
@@ -116,7 +116,7 @@ def test_a_lone_peer_shows_no_empty_tables(status: dict[str, Any]) -> None:
     assert "1 peer alive" in text
 
 
-def test_links_are_measured_anew_on_request(meshd: Meshd, api: Api, status: dict[str, Any]) -> None:
+def test_bench_mesh_measures_the_links_again(meshd: Meshd, api: Api, status: dict[str, Any]) -> None:
     api.answer("POST", "/mesh/v1/links/probe", {"object": "list", "data": status["links"]})
     assert "118 MB/s" in meshd("bench", "--mesh", "--api", api.url).stdout
     api.answer("POST", "/mesh/v1/links/probe", {"object": "list", "data": []})

@@ -42,18 +42,18 @@ def value(kind: int, content: Any) -> bytes:
 
 @dataclass
 class GgufMaker:
-    """A GGUF file as bytes; every part can be made to lie."""
+    """Makes a GGUF file as bytes. A test can set a wrong value in every part."""
 
     metadata: dict[str, tuple[int, Any]] = field(default_factory=dict)
     tensors: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """F32; dimensions innermost first, as in the file."""
+    """Name -> dimensions, innermost first as in the file. All values are F32."""
     magic: bytes = b"GGUF"
     version: int = 3
     alignment: int = 32
     tensor_count: int | None = None
     key_count: int | None = None
     raw_keys: bytes = b""
-    """Put after the other keys, and not counted."""
+    """Bytes after the other keys. `key_count` does not include them."""
     raw_tensors: bytes = b""
 
     def header(self) -> bytes:
@@ -91,7 +91,7 @@ class GgufMaker:
 
 
 def llama(layers: int = 2, hidden: int = 8, heads: int = 2, kv_heads: int = 1, ffn: int = 12, vocab: int = 5) -> GgufMaker:
-    """A model of the llama architecture, much too small to say anything."""
+    """A model of the llama architecture, too small to produce sensible text."""
     head_dim = hidden // heads
     parts: dict[str, tuple[int, ...]] = {
         "attn_norm": (hidden,),
@@ -150,7 +150,7 @@ def written(tmp_path: Path) -> Callable[[bytes], Path]:
 
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
-    """The real model, where `make test` has put it."""
+    """The real model, which `make test` downloads."""
     stored = Store(Settings()["models-dir"].value).get("smollm2:135m")
     if stored is None:
         pytest.skip("meshd pull smollm2:135m")
@@ -164,7 +164,7 @@ def smollm2(smollm2_path: Path) -> GgufFile:
 
 @pytest.fixture(scope="session")
 def gemma3() -> GgufFile:
-    """The real model, where someone has pulled it."""
+    """The real model, if it was pulled to this machine."""
     stored = Store(Settings()["models-dir"].value).get("gemma3:270m")
     if stored is None:
         pytest.skip("meshd pull gemma3:270m")
@@ -173,7 +173,7 @@ def gemma3() -> GgufFile:
 
 @pytest.fixture(scope="session")
 def smollm2_json(smollm2: GgufFile) -> str:
-    """The same vocabulary as the `tokenizers` library itself writes it."""
+    """The same vocabulary as a `tokenizer.json` in the form that the `tokenizers` library writes."""
     tokens, merges = smollm2.metadata["tokenizer.ggml.tokens"], smollm2.metadata["tokenizer.ggml.merges"]
     assert isinstance(tokens, tuple)
     assert isinstance(merges, tuple)
@@ -218,7 +218,7 @@ def smollm2_json(smollm2: GgufFile) -> str:
 
 
 class HastyClock:
-    """No pause takes time; those asked for are kept."""
+    """A clock whose sleeps end at once. `pauses` are the requested seconds."""
 
     def __init__(self) -> None:
         self.pauses: list[float] = []
@@ -257,33 +257,34 @@ def make_wheel() -> Callable[[dict[str, bytes]], bytes]:
 
 @dataclass
 class PackageIndex:
-    """One project, `tiny`, of one version with one wheel, and `others`. What it does wrong is set by each test."""
+    """A package index with the project `tiny`, of one version with one wheel, and `others`. Each test sets its faults."""
 
     url: str = ""
     wheel: bytes = b""
     sha256: str | None = None
-    """None: the true one."""
+    """Hash that the index lists. None: the right one."""
     size: int | None = None
+    """Size that the index lists. None: the right one."""
     ranges: bool = True
     shift: int = 0
-    """Added to where a range is said to begin."""
+    """Added to the first byte that Content-Range reports."""
     statuses: list[int] = field(default_factory=list)
-    """Answered first, one for each request for the wheel."""
+    """HTTP statuses of the first requests for the wheel, one each."""
     tears: list[int] = field(default_factory=list)
-    """Bytes after which the connection breaks, one for each request for the wheel."""
+    """Bytes after which the connection breaks, for each of the first requests for the wheel."""
     hold_at: int | None = None
-    """Bytes after which the answer waits for `go_on`."""
+    """Bytes after which the response waits for `go_on`."""
     page: bytes | None = None
     page_type: str = "application/vnd.pypi.simple.v1+json"
     others: dict[str, bytes] = field(default_factory=dict)
     """Wheels of more projects, by name."""
     asked: list[str] = field(default_factory=list)
-    """The Range of every request for the wheel."""
+    """Range header of every request for the wheel."""
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
 
     @staticmethod
     def pack(model: bytes) -> bytes:
-        """A wheel with a model and what makes it larger than one packet."""
+        """Make a wheel with a model, and with random bytes so that it is larger than one packet."""
         return wheel_of({"tiny/model.gguf": model, "tiny/pad": random.Random(0).randbytes(40_000)})
 
     async def project(self, request: web.Request) -> web.Response:
@@ -311,8 +312,8 @@ class PackageIndex:
         if begin >= len(wheel):
             return web.Response(status=416)
         content = wheel[begin:]
-        said = f"bytes {begin + self.shift}-{len(wheel) - 1}/{len(wheel)}"
-        response = web.StreamResponse(status=206 if begin else 200, headers={"Content-Range": said} if begin else {})
+        content_range = f"bytes {begin + self.shift}-{len(wheel) - 1}/{len(wheel)}"
+        response = web.StreamResponse(status=206 if begin else 200, headers={"Content-Range": content_range} if begin else {})
         response.content_length = len(content)
         await response.prepare(request)
         if self.tears:

@@ -1,3 +1,5 @@
+"""Model cards of valid files, and refusals of files that meshd can't run."""
+
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +36,7 @@ def test_the_real_models_card(smollm2: GgufFile) -> None:
     assert card.held_head_bytes == pytest.approx(49152 * 576 * HELD_BITS["Q8_0"] / 8, rel=0.01)
 
 
-def test_a_head_of_its_own_is_counted_instead_of_the_table(make_llama: Callable[..., Any]) -> None:
+def test_a_separate_head_is_counted_instead_of_the_embedding(make_llama: Callable[..., Any]) -> None:
     maker = make_llama()
     tied = card(maker)
     maker.tensors["output.weight"] = (8, 5)
@@ -82,7 +84,7 @@ WRONG: dict[str, tuple[str, tuple[int, Any] | None, str]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_can_not_be_run_is_refused_by_name(make_llama: Callable[..., Any], wrong: str) -> None:
+def test_metadata_that_meshd_can_not_run_is_refused_by_name(make_llama: Callable[..., Any], wrong: str) -> None:
     key, entry, named = WRONG[wrong]
     maker = make_llama()
     maker.metadata.pop(key, None)
@@ -92,7 +94,7 @@ def test_what_can_not_be_run_is_refused_by_name(make_llama: Callable[..., Any], 
         card(maker)
 
 
-def test_a_tensor_that_would_be_left_out_is_refused(make_llama: Callable[..., Any]) -> None:
+def test_extra_and_missing_tensors_are_refused(make_llama: Callable[..., Any]) -> None:
     for extra in ("blk.0.attn_q_norm.weight", "blk.1.attn_q.bias", "rope_freqs.weight", "blk.0.ffn_gate_exps.weight"):
         maker = make_llama()
         maker.tensors[extra] = (8,)

@@ -1,4 +1,4 @@
-"""Request and print one streamed answer; shared by `run`, `chat` and `demo`."""
+"""Request an answer and print it as it streams; for `run`, `chat` and `demo`."""
 
 import sys
 import time
@@ -17,19 +17,19 @@ _MESH_FIELDS = ("stages", "peers", "min_peers", "objective", "context", "mirror"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerSummary:
-    """The result of a request, as its client saw it."""
+    """The result of a request, measured on the client's side."""
 
     text: str
     finish: str
     plan: str
-    """`name:0-12,name:12-30`."""
+    """The layers of each peer, e.g. `ash:0-12,birch:12-30`."""
     predicted_tpot_s: float
     """0: the daemon sent no prediction."""
     prompt_tokens: int
     completion_tokens: int
     ttft_s: float
     decode_s: float
-    """From the first text to the last."""
+    """Seconds from the first text to the last."""
 
     @property
     def tokens_s(self) -> float:
@@ -37,7 +37,7 @@ class AnswerSummary:
         return (self.completion_tokens - 1) / self.decode_s if self.completion_tokens > 1 and self.decode_s > 0 else 0.0
 
     def summary(self) -> str:
-        """One line for people."""
+        """Format the result as one line of text."""
         parts = [f"{self.completion_tokens} tokens", f"{self.tokens_s:.1f} tokens/s", f"first after {self.ttft_s * 1e3:.0f} ms"]
         if self.predicted_tpot_s > 0:
             parts.append(f"predicted {1 / self.predicted_tpot_s:.1f} tokens/s")
@@ -48,14 +48,14 @@ def add_sampling(parser: ArgumentParser) -> None:
     """Add flags for the fields of OpenAI's API of the same names, and for those of the request's `mesh` object."""
     parser.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
     parser.add_argument(
-        "--max-tokens", type=int, metavar="N", help="the most tokens of the answer; default: what the context leaves"
+        "--max-tokens", type=int, metavar="N", help="maximum number of tokens in the answer; default: until the context is full"
     )
     parser.add_argument("--temperature", type=float, metavar="T", help="from 0 (always the likeliest token) to 2; default: 1")
     parser.add_argument(
         "--top-p",
         type=float,
         metavar="P",
-        help="sample from the likeliest tokens whose probabilities sum to P, over 0 to 1; default: 1 (all)",
+        help="sample from the likeliest tokens whose probabilities sum to P, above 0 and up to 1; default: 1 (all)",
     )
     parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens; default: 0 (all)")
     parser.add_argument(
@@ -79,7 +79,7 @@ def add_sampling(parser: ArgumentParser) -> None:
         "--mirror",
         action="store_true",
         default=None,
-        help="keep a copy of the answer's KV on another peer: recovery from a loss is faster",
+        help="keep a copy of the session's KV on another peer, for a faster recovery if a peer is lost",
     )
 
 
@@ -99,21 +99,21 @@ def stream_answer(daemon: Daemon, body: Mapping[str, Any], write: Callable[[str]
 
     Raises: what `Daemon.stream` raises.
     """
-    give_up = time.monotonic() + READY_WITHIN_S
+    deadline = time.monotonic() + READY_WITHIN_S
     streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
     while True:
-        asked = time.monotonic()
+        sent_at = time.monotonic()
         try:
             with daemon.stream("/v1/chat/completions", streamed) as stream:
-                return _read(stream, write, asked)
+                return _read(stream, write, sent_at)
         except NotReady as wait:
-            if time.monotonic() > give_up:
+            if time.monotonic() > deadline:
                 raise
             notice(f"{wait.message}; waiting")
             time.sleep(min(max(wait.retry_after_s, 0.2), 10.0))
 
 
-def _read(stream: Stream, write: Callable[[str], object], asked: float) -> AnswerSummary:
+def _read(stream: Stream, write: Callable[[str], object], sent_at: float) -> AnswerSummary:
     first = last = 0.0
     chunks: list[str] = []
     finish, usage = "", {"prompt_tokens": 0, "completion_tokens": 0}
@@ -133,7 +133,7 @@ def _read(stream: Stream, write: Callable[[str], object], asked: float) -> Answe
         predicted_tpot_s=float(stream.headers.get("x-meshd-predicted-tpot-ms") or 0) / 1e3,
         prompt_tokens=usage["prompt_tokens"],
         completion_tokens=usage["completion_tokens"],
-        ttft_s=max(0.0, first - asked),
+        ttft_s=max(0.0, first - sent_at),
         decode_s=last - first,
     )
 

@@ -25,7 +25,7 @@ STOP_WITHIN_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class ChildDaemon:
-    """One child daemon."""
+    """A daemon that runs as a child process."""
 
     name: str
     state: Path
@@ -101,10 +101,10 @@ class ChildDaemons:
         """Terminate all; kill those that still run after STOP_WITHIN_S."""
         for child in self.children:
             child.process.terminate()
-        give_up = time.monotonic() + STOP_WITHIN_S
+        deadline = time.monotonic() + STOP_WITHIN_S
         for child in self.children:
             try:
-                child.process.wait(max(0.0, give_up - time.monotonic()))
+                child.process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 child.process.kill()
                 child.process.wait()
@@ -121,8 +121,8 @@ def free_ports(count: int) -> list[int]:
 
 def wait_until(done: Callable[[], bool], within_s: float, what: str) -> None:
     """Poll `done` every POLL_S. Raises: NotReady after `within_s`."""
-    give_up = time.monotonic() + within_s
+    deadline = time.monotonic() + within_s
     while not done():
-        if time.monotonic() > give_up:
-            raise NotReady(f"{what} did not come about within {within_s:.0f} s")
+        if time.monotonic() > deadline:
+            raise NotReady(f"{what} did not finish within {within_s:.0f} s")
         time.sleep(POLL_S)

@@ -22,7 +22,7 @@ _MAX_EVENT_BYTES = 8 * 2**20
 
 
 class Stream:
-    """A running answer: its headers, and the data of its server-sent events until `[DONE]`."""
+    """A response that streams: its headers, and the data of its server-sent events until `[DONE]`."""
 
     def __init__(self, response: HTTPResponse, url: str) -> None:
         self.headers = _headers(response)
@@ -30,7 +30,7 @@ class Stream:
         self._url = url
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Raises: RemoteFailure for an error event, Unavailable when the stream breaks off."""
+        """Yield the events. Raises: RemoteFailure for an error event, Unavailable if the stream ends before `[DONE]`."""
         for data in self._data():
             if data == "[DONE]":
                 return
@@ -38,7 +38,10 @@ class Stream:
             if isinstance(event, dict) and "error" in event:
                 raise _failure(0, event, self.headers)
             yield event
-        raise Unavailable(f"the daemon at {self._url} broke off in mid-answer", hint="ask again; `meshd status` shows who is left")
+        raise Unavailable(
+            f"the daemon at {self._url} broke off in the middle of its answer",
+            hint="ask again; `meshd status` shows which peers are alive",
+        )
 
     def _data(self) -> Iterator[str]:
         lines: list[str] = []
@@ -109,7 +112,8 @@ class Daemon:
             except (OSError, HTTPException) as error:
                 raise _unreachable(self.url, error) from None
             except ValueError:
-                raise RemoteFailure(f"what answers at {self.url}{path} is no meshd: it sent no JSON", hint="check --api") from None
+                why = f"the server at {self.url}{path} is no meshd daemon: it did not send JSON"
+                raise RemoteFailure(why, hint="check --api") from None
 
     @contextmanager
     def _exchange(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> Iterator[HTTPResponse]:
@@ -142,7 +146,7 @@ def daemon_of(args: Namespace) -> Daemon:
 
 
 def api_url(settings: Settings) -> str:
-    """`--api` or `MESHD_API` if given, else where the daemon of this state folder listens, else the configured address."""
+    """Return `--api` or `MESHD_API` if given, else the address of the daemon of this state folder, else the configured address."""
     named = settings.named("api")
     if named is not None and named.startswith("https://"):
         return named
@@ -168,7 +172,7 @@ def url_of(address: Address) -> str:
 
 def _unreachable(url: str, error: Exception) -> Unavailable:
     if isinstance(error, TimeoutError):
-        return Unavailable(f"the daemon at {url} gives no answer: it timed out", hint="see its log, or start it anew")
+        return Unavailable(f"the daemon at {url} did not answer in time", hint="see its log, or restart it")
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return Unavailable(f"no daemon answers at {url}: {reason}", hint="start one with `meshd up`, or name it with --api")
 

@@ -22,17 +22,17 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def size(count: float | None) -> str:
-    """Bytes in binary units: `1.5 GiB`."""
+    """Format bytes in binary units: `1.5 GiB`."""
     return ABSENT if count is None else _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
 
 
 def rate(bytes_s: float | None) -> str:
-    """Bytes per second in decimal units, as links and memories are sold: `12.3 GB/s`."""
+    """Format bytes per second in decimal units, as makers of networks and memory do: `12.3 GB/s`."""
     return ABSENT if not bytes_s else _scaled(bytes_s, 1000, ("B/s", "kB/s", "MB/s", "GB/s", "TB/s"))
 
 
 def flops(flops_s: float | None) -> str:
-    """Floating-point operations per second: `85 GFLOP/s`."""
+    """Format floating-point operations per second: `85 GFLOP/s`."""
     return ABSENT if not flops_s else _scaled(flops_s, 1000, ("FLOP/s", "kFLOP/s", "MFLOP/s", "GFLOP/s", "TFLOP/s"))
 
 
@@ -46,7 +46,7 @@ def _scaled(number: float, base: int, units: Sequence[str]) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """`85 us`, `12.3 ms`, `4.2 s`, `3 min`, `2 h`, `5 d`."""
+    """Format a duration: `85 us`, `12.3 ms`, `4.2 s`, `3 min`, `2 h`, `5 d`."""
     if seconds is None:
         return ABSENT
     for limit, factor, unit in ((1e-3, 1e6, "us"), (1.0, 1e3, "ms"), (120.0, 1.0, "s")):
@@ -65,10 +65,10 @@ def short_id(identifier: str) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """`1 peer`, `3 peers`."""
+    """Format a count with its noun: `1 peer`, `3 peers`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def layers(value: Any) -> str:
-    """A half-open layer range as JSON brings it, `[0, 12]`, as people write it: `0-12`."""
+    """Format a half-open layer range, `[0, 12]` in JSON, as `0-12`."""
     return value if isinstance(value, str) else f"{value[0]}-{value[1]}"

@@ -23,7 +23,7 @@ class Progress(Protocol):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
     def update(self, name: str, done: float, total: float | None, text: str = "") -> None:
-        """`done` of `total` (None: not known yet), and what is done now."""
+        """Show that `done` of `total` is done (None: unknown), and `text`, what the task is doing now."""
         ...
 
 
@@ -96,13 +96,13 @@ class Bars:
 
 
 class Measuring:
-    """Shows the progress of a probe. A stored measurement shows nothing."""
+    """Shows the progress of a device probe. Nothing is shown if a stored measurement is used."""
 
     def __init__(self) -> None:
         self._shown: Progress | None = None
 
     def __call__(self, what: str, fraction: float) -> None:
-        """`what` is being measured now; `fraction` of all is done."""
+        """Report that `what` is being measured now, and that `fraction` of the probe is done."""
         if self._shown is None and fraction < 1.0:
             self._shown = progress().__enter__()
         if self._shown is not None:

@@ -1,6 +1,6 @@
-"""What the tensors and the configuration of a Hugging Face folder are called in GGUF.
+"""Map the tensors and the configuration of a Hugging Face folder to GGUF's names.
 
-Names after `transformers`' models and llama.cpp's converters (https://github.com/ggml-org/llama.cpp, `conversion/`).
+The names are those of `transformers`' models and of llama.cpp's converters (https://github.com/ggml-org/llama.cpp, `conversion/`).
 """
 
 import re
@@ -20,22 +20,22 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What one `model_type` is in GGUF."""
+    """How one `model_type` is converted to GGUF."""
 
     architecture: str
     interleaved: bool = False
-    """Rows of Q and K are put in pairs of neighbours."""
+    """Whether the rows of Q and K are reordered from half-split to adjacent pairs."""
     norms_less_one: bool = False
-    """Norms are stored less 1."""
+    """Whether the folder stores norm weights minus 1."""
     keys: Mapping[str, str] = field(default_factory=dict)
-    """Numbers of its config that others do not have: name in config.json -> GGUF's key."""
+    """Numbers that only this family's config has: name in config.json -> GGUF's key."""
     parts: Mapping[str, str] = field(default_factory=dict)
-    """Tensors that it names otherwise than most."""
+    """Tensor names that differ from `_PARTS`: Hugging Face's name -> GGUF's."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What its config must say, or leave out, for the network to be the one that is computed."""
+    """Values that the config must have if it sets these keys: meshd computes no other variant of the network."""
 
 
-_AFTER = {"post_attention_layernorm.weight": "post_attention_norm.weight"}
+_POST_NORM = {"post_attention_layernorm.weight": "post_attention_norm.weight"}
 _GRANITE = {
     "attention_multiplier": "attention.scale",
     "embedding_multiplier": "embedding_scale",
@@ -54,13 +54,13 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("qwen2", settings=_SILU),
     "qwen3": Family("qwen3", settings=_SILU),
     "qwen3_moe": Family("qwen3moe", settings=_SILU | {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}),
-    "gemma2": Family("gemma2", norms_less_one=True, keys=_CAPS, parts=_AFTER, settings=_GELU),
-    "gemma3_text": Family("gemma3", norms_less_one=True, keys=_CAPS, parts=_AFTER, settings=_GELU),
+    "gemma2": Family("gemma2", norms_less_one=True, keys=_CAPS, parts=_POST_NORM, settings=_GELU),
+    "gemma3_text": Family("gemma3", norms_less_one=True, keys=_CAPS, parts=_POST_NORM, settings=_GELU),
     "phi3": Family("phi3", settings=_SILU),
     "granite": Family("granite", interleaved=True, keys=_GRANITE, settings=_SILU),
-    "olmo2": Family("olmo2", parts=_AFTER, settings=_SILU),
-    "olmo3": Family("olmo2", parts=_AFTER, settings=_SILU),
-    "gpt_oss": Family("gpt-oss", parts=_AFTER, settings=_SILU | {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}),
+    "olmo2": Family("olmo2", parts=_POST_NORM, settings=_SILU),
+    "olmo3": Family("olmo2", parts=_POST_NORM, settings=_SILU),
+    "gpt_oss": Family("gpt-oss", parts=_POST_NORM, settings=_SILU | {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}),
 }
 """`model_type` -> family."""
 
@@ -92,22 +92,22 @@ _STACKED = {
     "mlp.experts.down_proj": (("ffn_down_exps.weight", "transpose"),),
     "mlp.experts.down_proj_bias": (("ffn_down_exps.bias", ""),),
 }
-"""gpt-oss: all experts in one tensor, gate and up by turns."""
+"""gpt-oss's tensors of all experts, with alternating rows of gate and up: name -> pairs (GGUF's name, transform)."""
 _PACKED = re.compile(r"mlp\.experts\.(gate_up_proj|down_proj)_(blocks|scales)")
-"""gpt-oss in MXFP4."""
+"""Tensors of gpt-oss in MXFP4."""
 _EXPERT = re.compile(r"(?:mlp|block_sparse_moe)\.experts\.(\d{1,5})\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
 _EXPERT_PARTS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
 _OUTSIDE = {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
 _LEFT_OUT = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\.|.*\.rotary_emb\.inv_freq$")
-"""Pictures are not read; frequencies are computed."""
+"""Tensors that are not imported: meshd does not read pictures, and computes the rotary frequencies itself."""
 _PREFIX = re.compile(r"^(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)")
 _LAYER = re.compile(r"layers\.(\d{1,6})\.(.+)")
 
 
 def plan_import(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, Shape]]) -> ImportPlan:
-    """How to make a GGUF file of a folder. `tensors`: name -> (type, shape).
+    """Plan how a folder becomes a GGUF file. `tensors`: name -> (type, shape).
 
-    Raises: ModelFileError for what is not known by name.
+    Raises: ModelFileError for a model type, setting or tensor that is not supported.
     """
     if config.get("model_type") == "gemma3" and isinstance(config.get("text_config"), Mapping):
         config = {"tie_word_embeddings": True} | dict(config["text_config"]) | {"model_type": "gemma3_text"}
@@ -118,14 +118,14 @@ def plan_import(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, Shap
         raise ModelFileError(f"the model can't be imported: its model_type {str(kind)[:80]!r} is not among {known}")
     for key, expected in family.settings.items():
         if config.get(key, expected) not in (expected, None):
-            raise ModelFileError(f"the model can't be imported: {key} is {str(config[key])[:80]}, known is only {expected}")
+            raise ModelFileError(f"the model can't be imported: {key} is {str(config[key])[:80]}; only {expected} is supported")
     checked = Config(config)
     metadata, extra = _metadata(checked, family)
-    return ImportPlan(metadata, (*_Namer(family, checked).named(tensors), *extra))
+    return ImportPlan(metadata, (*_TensorPlanner(family, checked).plan(tensors), *extra))
 
 
 def _metadata(config: Config, family: Family) -> tuple[dict[str, MetadataValue], tuple[ImportTensor, ...]]:
-    """The architecture's keys, and tensors that its rotations need."""
+    """Return the architecture's keys, and the tensors that its rotary embedding needs."""
     heads, hidden = config.count("num_attention_heads"), config.count("hidden_size")
     head_dim = config.count("head_dim", max(1, hidden // heads))
     keys: dict[str, MetadataValue] = {
@@ -148,8 +148,8 @@ def _metadata(config: Config, family: Family) -> tuple[dict[str, MetadataValue],
             keys["expert_used_count"] = config.count("num_experts_per_tok")
             keys["expert_feed_forward_length"] = config.count("moe_intermediate_size", config.count("intermediate_size"))
     keys |= _window(config)
-    turned, tensors = rope_import(config, head_dim)
-    prefixed = {f"{family.architecture}.{key}": value for key, value in (keys | turned).items()}
+    rope_keys, tensors = rope_import(config, head_dim)
+    prefixed = {f"{family.architecture}.{key}": value for key, value in (keys | rope_keys).items()}
     return {"general.architecture": family.architecture, **prefixed}, tensors
 
 
@@ -162,7 +162,7 @@ def _window(config: Config) -> dict[str, MetadataValue]:
     if types is not None:
         known = ("sliding_attention", "full_attention")
         if not isinstance(types, list) or len(types) != layers or any(kind not in known for kind in types):
-            raise ModelFileError(f"config.json can't be used: layer_types are not {layers} of sliding_attention and full_attention")
+            raise ModelFileError(f"config.json can't be used: layer_types are not {layers} of {' and '.join(known)}")
         pattern = tuple(kind == "sliding_attention" for kind in types)
         return window | {"attention.sliding_window_pattern": pattern} if any(pattern) else {}
     if config.given("max_window_layers") and config.get("use_sliding_window") is True:
@@ -173,8 +173,8 @@ def _window(config: Config) -> dict[str, MetadataValue]:
     return window
 
 
-class _Namer:
-    """GGUF's tensors from Hugging Face's."""
+class _TensorPlanner:
+    """Plans GGUF's tensors from Hugging Face's."""
 
     def __init__(self, family: Family, config: Config) -> None:
         heads = config.count("num_attention_heads")
@@ -182,15 +182,15 @@ class _Namer:
         self._layers = config.count("num_hidden_layers")
         self._tied = config.get("tie_word_embeddings")
         self._parts = {**_PARTS, **family.parts}
-        self._turned = {"attn_q": heads, "attn_k": config.count("num_key_value_heads", heads)} if family.interleaved else {}
+        self._rope_heads = {"attn_q": heads, "attn_k": config.count("num_key_value_heads", heads)} if family.interleaved else {}
         self._experts: dict[str, dict[int, tuple[str, Shape]]] = defaultdict(dict)
 
-    def named(self, tensors: Mapping[str, tuple[str, Shape]]) -> list[ImportTensor]:
-        """Raises: ModelFileError for a tensor that has no place."""
+    def plan(self, tensors: Mapping[str, tuple[str, Shape]]) -> list[ImportTensor]:
+        """Plan all tensors. Raises: ModelFileError for a tensor that the architecture does not have."""
         planned: list[ImportTensor] = []
         for name, (_, shape) in tensors.items():
             if not _LEFT_OUT.match(name):
-                planned += self._one(name, shape)
+                planned += self._plan_tensor(name, shape)
         for target, experts in self._experts.items():
             if sorted(experts) != list(range(len(experts))):
                 raise ModelFileError(f"the model can't be imported: experts of {target} are missing")
@@ -201,12 +201,12 @@ class _Namer:
             planned.append(ImportTensor(target, names, (len(names), *shapes.pop())))
         return planned
 
-    def _one(self, name: str, shape: Shape) -> list[ImportTensor]:
+    def _plan_tensor(self, name: str, shape: Shape) -> list[ImportTensor]:
         inner = _PREFIX.sub("", name)
         if inner in _OUTSIDE:
             if inner == "lm_head.weight" and self._tied is True:
                 return []
-            return [ImportTensor(_OUTSIDE[inner], (name,), shape, self._shift(inner))]
+            return [ImportTensor(_OUTSIDE[inner], (name,), shape, self._norm_transform(inner))]
         match = _LAYER.fullmatch(inner)
         if match is None or int(match[1]) >= self._layers:
             raise self._misplaced(name)
@@ -215,37 +215,40 @@ class _Namer:
             self._experts[f"blk.{layer}.ffn_{_EXPERT_PARTS[expert[2]]}_exps.weight"][int(expert[1])] = name, shape
             return []
         if packed := _PACKED.fullmatch(part):
-            return self._packed(layer, name, packed[1], shape) if packed[2] == "blocks" else []
+            return self._plan_mxfp4(layer, name, packed[1], shape) if packed[2] == "blocks" else []
         if part in _STACKED:
             if len(shape) != (2 if part.endswith("bias") else 3):
                 raise self._misplaced(name)
-            return [ImportTensor(f"blk.{layer}.{target}", (name,), _after(shape, steps), steps) for target, steps in _STACKED[part]]
+            return [
+                ImportTensor(f"blk.{layer}.{target}", (name,), _shape_after(shape, steps), steps)
+                for target, steps in _STACKED[part]
+            ]
         target = self._parts.get(part, "")
         if not target:
             raise self._misplaced(name)
-        return [ImportTensor(f"blk.{layer}.{target}", (name,), shape, self._shift(part) or self._turn(target))]
+        return [ImportTensor(f"blk.{layer}.{target}", (name,), shape, self._norm_transform(part) or self._rope_transform(target))]
 
-    def _packed(self, layer: int, name: str, part: str, shape: Shape) -> list[ImportTensor]:
-        """MXFP4 as gpt-oss comes: rows of blocks, so no transpose."""
+    def _plan_mxfp4(self, layer: int, name: str, part: str, shape: Shape) -> list[ImportTensor]:
+        """Plan a tensor of gpt-oss in MXFP4. Its blocks already run along GGUF's rows, so it is not transposed."""
         if len(shape) != 4:
             raise self._misplaced(name)
         sources, weights = (name, name.removesuffix("blocks") + "scales"), (*shape[:-2], shape[-2] * 32)
-        steps = [(target, turn.replace("transpose", "mxfp4")) for target, turn in _STACKED[f"mlp.experts.{part}"]]
-        return [ImportTensor(f"blk.{layer}.{target}", sources, _after(weights, turn), turn) for target, turn in steps]
+        targets = [(target, steps.replace("transpose", "mxfp4")) for target, steps in _STACKED[f"mlp.experts.{part}"]]
+        return [ImportTensor(f"blk.{layer}.{target}", sources, _shape_after(weights, steps), steps) for target, steps in targets]
 
-    def _shift(self, part: str) -> str:
+    def _norm_transform(self, part: str) -> str:
         return "add_one" if self._family.norms_less_one and part.endswith("norm.weight") else ""
 
-    def _turn(self, target: str) -> str:
-        heads = self._turned.get(target.partition(".")[0])
+    def _rope_transform(self, target: str) -> str:
+        heads = self._rope_heads.get(target.partition(".")[0])
         return f"rope_interleave:{heads}" if heads else ""
 
     def _misplaced(self, name: str) -> ModelFileError:
         return ModelFileError(f"the model can't be imported: tensor {name[:200]!r} has no place in {self._family.architecture}")
 
 
-def _after(shape: Shape, steps: str) -> Shape:
-    """The shape of a stacked tensor after its transform."""
+def _shape_after(shape: Shape, steps: str) -> Shape:
+    """Return the shape of a tensor of `_STACKED` after its transform."""
     if "transpose" in steps:
         shape = *shape[:-2], *reversed(shape[-2:])
     return (shape[0], shape[1] // 2, *shape[2:]) if "slice" in steps else shape

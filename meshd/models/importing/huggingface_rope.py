@@ -1,4 +1,4 @@
-"""The rotations that a config.json describes, in GGUF's keys and tensors."""
+"""Convert the rotary position embedding (RoPE) of a config.json to GGUF's keys and tensors."""
 
 import math
 
@@ -12,19 +12,23 @@ _BETAS = {"fast": 32.0, "slow": 1.0}
 
 
 def rope_import(config: Config, head_dim: int) -> tuple[Keys, tuple[ImportTensor, ...]]:
-    """Keys without the architecture's prefix, and factors for frequencies. Raises: ModelFileError for what is not known by name."""
+    """Convert a config's RoPE settings.
+
+    Returns: keys without the architecture's prefix, and tensors of frequency factors.
+    Raises: ModelFileError for scaling that is not supported.
+    """
     rope = config.section("rope_parameters") or Config({})
     windowed = rope.section("sliding_attention")
     rope = rope.section("full_attention") or rope
-    scaling = config.section("rope_scaling") or rope  # the older form
-    share = next((each.number("partial_rotary_factor") for each in (rope, config) if each.given("partial_rotary_factor")), 1.0)
-    turned = int(head_dim * share)
+    scaling = config.section("rope_scaling") or rope  # in older configs, scaling has a section of its own
+    fraction = next((each.number("partial_rotary_factor") for each in (rope, config) if each.given("partial_rotary_factor")), 1.0)
+    rotated_dims = int(head_dim * fraction)
     theta = rope.number("rope_theta", config.number("rope_theta", 10000.0))
-    keys: Keys = {"rope.dimension_count": turned, "rope.freq_base": theta}
+    keys: Keys = {"rope.dimension_count": rotated_dims, "rope.freq_base": theta}
     if windowed is not None or config.given("rope_local_base_freq"):
         local = windowed or Config({"rope_theta": config.number("rope_local_base_freq")})
         if local.get("rope_type") not in (None, "default"):
-            raise ModelFileError("the model can't be imported: rotations of its layers with a window are scaled")
+            raise ModelFileError("the model can't be imported: its layers with a window have rope scaling, which is not supported")
         keys["rope.freq_base_swa"] = local.number("rope_theta")
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
@@ -32,7 +36,7 @@ def rope_import(config: Config, head_dim: int) -> tuple[Keys, tuple[ImportTensor
     if kind == "linear":
         return keys | {"rope.scaling.type": "linear", "rope.scaling.factor": scaling.number("factor")}, ()
     if kind == "llama3":
-        return keys, (_factors("rope_freqs.weight", _llama3(scaling, turned, theta)),)
+        return keys, (_factors("rope_freqs.weight", _llama3(scaling, rotated_dims, theta)),)
     context = config.count("max_position_embeddings")
     original = scaling.count("original_max_position_embeddings", config.count("original_max_position_embeddings", context))
     if original < 2:
@@ -44,23 +48,23 @@ def rope_import(config: Config, head_dim: int) -> tuple[Keys, tuple[ImportTensor
         keys["rope.scaling.attn_factor"] = _attention_factor(scaling, magnitude) / magnitude
         keys |= {f"rope.scaling.yarn_beta_{end}": scaling.number(f"beta_{end}", usual) for end, usual in _BETAS.items()}
         if scaling.get("truncate") is False and config.get("model_type") != "gpt_oss":
-            raise ModelFileError("the model can't be imported: its YaRN ramp does not begin at whole frequencies")
+            raise ModelFileError("the model can't be imported: its YaRN ramp is not truncated to whole frequencies")
         return keys | {"rope.scaling.type": "yarn"}, ()
     if kind in ("longrope", "su"):
         stretch = max(1.0, context / original)
         keys["rope.scaling.attn_factor"] = _attention_factor(scaling, math.sqrt(1 + math.log(stretch) / math.log(original)))
-        factors = {length: scaling.numbers(f"{length}_factor", turned // 2) for length in ("short", "long")}
+        factors = {length: scaling.numbers(f"{length}_factor", rotated_dims // 2) for length in ("short", "long")}
         tensors = tuple(_factors(f"rope_factors_{length}.weight", values) for length, values in factors.items())
         return keys | {"rope.scaling.type": "longrope"}, tensors
     raise ModelFileError(f"the model can't be imported: rope scaling {str(kind)[:40]!r} is none of linear, llama3, yarn, longrope")
 
 
 def _attention_factor(scaling: Config, usual: float) -> float:
-    """How much longer rotated vectors become."""
+    """Return the factor by which rotated vectors are scaled."""
     if scaling.given("attention_factor"):
         return scaling.number("attention_factor")
     if scaling.given("mscale") and scaling.given("mscale_all_dim"):
-        raise ModelFileError("the model can't be imported: its rope scaling has mscale and mscale_all_dim")
+        raise ModelFileError("the model can't be imported: its rope scaling has mscale and mscale_all_dim, which are not supported")
     return usual
 
 
@@ -68,15 +72,15 @@ def _factors(name: str, values: tuple[float, ...]) -> ImportTensor:
     return ImportTensor(name, (), (len(values),), values=values)
 
 
-def _llama3(scaling: Config, turned: int, theta: float) -> tuple[float, ...]:
-    """What divides each frequency: the factor for slow ones, 1 for fast ones (Llama 3.1, after `transformers`)."""
+def _llama3(scaling: Config, rotated_dims: int, theta: float) -> tuple[float, ...]:
+    """Compute the divisor of each frequency (Llama 3.1, as in `transformers`): `factor` for low frequencies, 1 for high ones."""
     factor, context = scaling.number("factor"), scaling.number("original_max_position_embeddings", 8192)
     low, high = scaling.number("low_freq_factor", 1.0), scaling.number("high_freq_factor", 4.0)
     if low >= high:
         raise ModelFileError("config.json can't be used: low_freq_factor is not below high_freq_factor")
-    found = []
-    for dimension in range(0, turned, 2):
-        turns = context * theta ** (-dimension / turned) / (2 * math.pi)
-        smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
-        found.append(1 / ((1 - smooth) / factor + smooth))
-    return tuple(found)
+    divisors = []
+    for dimension in range(0, rotated_dims, 2):
+        rotations = context * theta ** (-dimension / rotated_dims) / (2 * math.pi)
+        smooth = min(max((rotations - low) / (high - low), 0.0), 1.0)
+        divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return tuple(divisors)

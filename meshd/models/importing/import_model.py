@@ -1,6 +1,6 @@
 """Convert Hugging Face folders and split GGUF files to the one form that meshd runs: a single GGUF file.
 
-Memory: the headers and about a megabyte of one tensor at a time, or one expert's matrix of a stacked tensor, which is transposed.
+Memory: the headers, and about a megabyte of one tensor, or one expert's matrix where a tensor of all experts is transposed.
 The same source gives the same bytes, and so the same id, on every device. With a quantisation, matrices become Q8_0 or Q4_1
 (`quants.QUANTS`). The embedding and the head always become Q8_0, since errors show most there; norms, biases and routers become
 float32. A matrix whose rows are not whole blocks keeps its type.
@@ -39,7 +39,7 @@ from meshd.models.importing.quants import QUANTS
 from meshd.models.importing.source_files import files_of, parts_of
 from meshd.models.importing.text_metadata import text_metadata
 
-_FINE = ("token_embd.weight", "output.weight")
+_ALWAYS_Q8 = ("token_embd.weight", "output.weight")
 _ROUTER = ".ffn_gate_inp.weight"
 _DENSE = ("F32", "F16", "BF16")
 
@@ -61,7 +61,7 @@ def import_to(target: Path, path: Path, quant: str | None, begin: Callable[[int]
             whole = True
         except OSError as error:
             why = f"{target} can't be written: {error.strerror or error}"
-            raise StorageError(why, hint="free some disk and pull again: the import begins anew") from error
+            raise StorageError(why, hint="free some disk space and pull again; the import starts over") from error
         finally:
             if not whole:
                 remove_file(target)
@@ -90,11 +90,11 @@ def _converted(
         values = np.array(tensor.values, "<f4")
         return OutTensor(tensor.name, "F32", tensor.shape, lambda: [values])
     if is_mxfp4(tensor.transform):
-        return _packed(tensor, weights, known)
+        return _mxfp4_tensor(tensor, weights, known)
     dtypes = set()
     for source in tensor.sources:
         if source not in known:
-            raise ModelFileError(f"tensor {shown(source)} is missing, of which {tensor.name} is made")
+            raise ModelFileError(f"tensor {shown(source)} is missing: {tensor.name} is made from it")
         dtypes.add(known[source][0])
     first = shown(tensor.sources[0])
     if odd := dtypes - set(_DENSE):
@@ -109,10 +109,10 @@ def _converted(
     return OutTensor(tensor.name, kind, tensor.shape, partial(_chunks, tensor, weights, known, kind))
 
 
-def _packed(tensor: ImportTensor, weights: SafetensorsFolder, known: Mapping[str, tuple[str, tuple[int, ...]]]) -> OutTensor:
+def _mxfp4_tensor(tensor: ImportTensor, weights: SafetensorsFolder, known: Mapping[str, tuple[str, tuple[int, ...]]]) -> OutTensor:
     """Copy blocks and scales of MXFP4 without conversion, one expert at a time."""
     if missing := [source for source in tensor.sources if known.get(source, ("", ()))[0] != "U8"]:
-        raise ModelFileError(f"tensor {shown(missing[0])}, of which {tensor.name} is made, is missing or no U8")
+        raise ModelFileError(f"tensor {shown(missing[0])} is missing or no U8: {tensor.name} is made from it")
     nibbles, scales = (view_shape(known[source][1], tensor.transform) for source in tensor.sources)
     made = (*nibbles[:-2], nibbles[-2] * 32) if len(nibbles) > 2 else ()
     if nibbles != (*scales, 16) or made != tensor.shape:
@@ -131,12 +131,12 @@ def _packed(tensor: ImportTensor, weights: SafetensorsFolder, known: Mapping[str
 
 
 def _kind_for(name: str, shape: tuple[int, ...], given: str, quant: str | None) -> str:
-    """The GGUF kind of a dense tensor."""
+    """Choose the GGUF kind of a dense tensor."""
     if len(shape) < 2 or name.endswith(_ROUTER) or not name.endswith(".weight"):
         return "F32"
     if quant is None or shape[-1] % BLOCK:
         return given
-    return QUANTS["q8"] if name in _FINE else QUANTS[quant]
+    return QUANTS["q8"] if name in _ALWAYS_Q8 else QUANTS[quant]
 
 
 def _chunks(
@@ -146,12 +146,12 @@ def _chunks(
         dtype, shape = known[source]
         itemsize = np.dtype(DTYPES[dtype]).itemsize
         for chunk in chunks_of(shape, itemsize, partial(weights.read, source), tensor.transform):
-            yield _changed(chunk, dtype, kind, one_more=adds_one(tensor.transform), name=tensor.name)
+            yield _convert(chunk, dtype, kind, add_one=adds_one(tensor.transform), name=tensor.name)
 
 
-def _changed(chunk: Array, dtype: str, kind: str, *, one_more: bool, name: str) -> Array:
+def _convert(chunk: Array, dtype: str, kind: str, *, add_one: bool, name: str) -> Array:
     """Convert flat values from one kind to another. Raises: ModelFileError for a weight that is no finite number."""
-    same = dtype == kind and not one_more
+    same = dtype == kind and not add_one
     if same and dtype == "BF16":
         finite = bool((chunk & 0x7F80 != 0x7F80).all())
         wide = chunk
@@ -163,7 +163,7 @@ def _changed(chunk: Array, dtype: str, kind: str, *, one_more: bool, name: str) 
     if same:
         return wide
     wide = wide.astype(np.float32, copy=False)
-    if one_more:
+    if add_one:
         wide = wide + np.float32(1)
     if kind == "F32":
         return wide
@@ -199,12 +199,12 @@ def _copied(file: GgufFile, name: str, kind: str) -> Iterator[Chunk]:
     if tensor.kind != kind:
         values = np.frombuffer(tensor.data, {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[tensor.kind])
         for chunk in flat_chunks(values):
-            yield _changed(chunk, tensor.kind, kind, one_more=False, name=name)
+            yield _convert(chunk, tensor.kind, kind, add_one=False, name=name)
     else:
         for start in range(0, len(tensor.data), CHUNK_BYTES):
             yield tensor.data[start : start + CHUNK_BYTES]
 
 
 def _version(tensors: Sequence[OutTensor]) -> dict[str, MetadataValue]:
-    """GGUF requires the version of its block layouts in files that have block types."""
+    """Return the version of GGUF's block layouts, which a file with block kinds must state."""
     return {"general.quantization_version": 2} if any(tensor.kind not in _DENSE for tensor in tensors) else {}

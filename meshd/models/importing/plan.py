@@ -8,7 +8,7 @@ A transform is a list of steps separated by `|`, applied from left to right to e
     slice:AXIS:START:STOP:STEP     as numpy's, an empty field being None
     mxfp4                          the two sources are gpt-oss's blocks of nibbles `[..., blocks, 16]` and scales `[..., blocks]`
 
-All but `add_one` only reorder: `chunks_of` reads a source a few rows at a time, not whole.
+All steps but `add_one` only reorder values. `chunks_of` reads a source a few rows at a time.
 """
 
 import math
@@ -24,7 +24,7 @@ from meshd.models.files.gguf_header import MetadataValue
 
 Array = npt.NDArray[Any]
 TENSOR_CHUNK_BYTES = 1 << 20
-"""About so much of a tensor is in memory at a time."""
+"""Approximate size of the part of a tensor that is in memory at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +34,17 @@ class ImportTensor:
     name: str
     """Its name in GGUF, e.g. `blk.0.attn_q.weight`."""
     sources: tuple[str, ...]
-    """Names in the folder: one, or several to stack along a new first axis (experts)."""
+    """Names in the folder: one, or several to stack along a new first axis (experts). Empty: the tensor is `values`."""
     shape: tuple[int, ...]
-    """Row-major, after the transform and the stacking."""
+    """Shape after the transform and the stacking, in row-major order."""
     transform: str = ""
     values: tuple[float, ...] = ()
-    """Its values, as F32, if it has no source."""
+    """The tensor's values, stored as F32, if it has no source."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImportPlan:
-    """Everything except the tokenizer's metadata."""
+    """All that a GGUF file needs except the tokenizer's metadata."""
 
     metadata: dict[str, MetadataValue]
     """The architecture's keys."""
@@ -62,22 +62,25 @@ def is_mxfp4(transform: str) -> bool:
 
 
 def mxfp4_blocks(nibbles: Array, scales: Array) -> Array:
-    """Bytes of ggml's blocks, flat: the scale, then weights 0 to 15 in the low halves and 16 to 31 in the high ones.
+    """Convert Hugging Face's MXFP4 to ggml's blocks, as flat bytes.
 
-    Hugging Face has weights 0 and 1 in the first byte, 2 and 3 in the second. Raises: ValueError for a scale that is no number.
+    Hugging Face has weights 0 and 1 in the first byte, 2 and 3 in the second. A block of ggml is the scale, then 16 bytes with
+    weights 0 to 15 in their low halves and 16 to 31 in their high ones.
+
+    Raises: ValueError if a scale is NaN.
     """
     packed = np.ascontiguousarray(nibbles).reshape(-1, 16)
     exponents = np.ascontiguousarray(scales).reshape(-1, 1)
-    if (exponents == 0xFF).any():  # of 8-bit exponents, the one that is no number
+    if (exponents == 0xFF).any():  # NaN as an 8-bit exponent
         raise ValueError("a scale is no number")
     codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(-1, 32)
     return np.concatenate([exponents, codes[:, :16] | codes[:, 16:] << 4], axis=1).reshape(-1)
 
 
 def view_of(array: Array, transform: str) -> Array:
-    """The array whose elements, in row-major order, are the transformed tensor's; its own shape may have more axes.
+    """Return a view whose elements, in row-major order, are the transformed tensor. The view may have more axes than the tensor.
 
-    Raises: ModelFileError for a step that does not fit the array, or is none.
+    Raises: ModelFileError for an unknown step, or one that does not fit the array.
     """
     try:
         for step in filter(None, transform.split("|")):
@@ -100,22 +103,23 @@ def _step(array: Array, name: str, *given: str) -> Array:
             cut = slice(*(int(bound) if bound else None for bound in (start, stop, step)))
             return array[(slice(None),) * (int(axis) % array.ndim) + (cut,)]
         case _:
-            raise ValueError(f"{name} with {len(given)} numbers is no step")
+            raise ValueError(f"there is no step {name} with {len(given)} numbers")
 
 
 def view_shape(shape: tuple[int, ...], transform: str) -> tuple[int, ...]:
-    """The shape that `view_of` gives an array of `shape`, without the array. Raises: ModelFileError as `view_of`."""
+    """Return the shape of `view_of` for an array of `shape`. Raises: ModelFileError as `view_of`."""
     return view_of(np.broadcast_to(np.uint8(0), shape), transform).shape
 
 
 def chunks_of(shape: tuple[int, ...], itemsize: int, read: Callable[[int, int], Array], transform: str) -> Iterator[Array]:
-    """The transformed tensor's elements in row-major order, flat, about a megabyte at a time.
+    """Yield the transformed tensor's elements in row-major order, in flat chunks of about a megabyte.
 
-    `read(start, stop)` gives rows of a source of `shape`. A source is read in blocks of rows that the transform keeps in order:
-    whole heads for `rope_interleave`, whole matrices for `transpose`. Only a transform that mixes all rows reads the source whole.
+    `read(start, stop)` returns rows of a source of `shape`. The source is read in blocks of rows that can be transformed
+    independently: whole heads for `rope_interleave`, whole matrices for `transpose`. A transform that mixes all rows reads all
+    rows at once.
     """
     rows = shape[0] if shape else 1
-    unit = max(1, _rows_kept(shape, transform))
+    unit = max(1, _independent_rows(shape, transform))
     most = TENSOR_CHUNK_BYTES // max(1, math.prod(shape[1:]) * itemsize)
     step = max(unit, most // unit * unit)
     for start in range(0, max(1, rows), step):
@@ -126,8 +130,8 @@ def chunks_of(shape: tuple[int, ...], itemsize: int, read: Callable[[int, int], 
         yield from flat_chunks(view_of(block, head + bar + rest))
 
 
-def _rows_kept(shape: tuple[int, ...], transform: str) -> int:
-    """The fewest rows that the transform moves as one: blocks of so many rows can be transformed one by one."""
+def _independent_rows(shape: tuple[int, ...], transform: str) -> int:
+    """Return the smallest number of rows such that blocks of so many rows can be transformed independently."""
     unit, axes = 1, len(shape)
     for index, step in enumerate(filter(None, transform.split("|"))):
         match step.split(":"):
@@ -145,7 +149,7 @@ def _rows_kept(shape: tuple[int, ...], transform: str) -> int:
 
 
 def flat_chunks(view: Array) -> Iterator[Array]:
-    """A view's elements in row-major order, flat, a megabyte at a time."""
+    """Yield a view's elements in row-major order, in flat chunks of at most a megabyte."""
     if view.nbytes <= TENSOR_CHUNK_BYTES or view.ndim == 0:
         yield np.ascontiguousarray(view).reshape(-1)
     elif view.nbytes // len(view) > TENSOR_CHUNK_BYTES:

@@ -1,8 +1,8 @@
-"""Weights to GGUF's block kinds: what `--quant` makes of a model as it is imported.
+"""Quantise weights to GGUF's block kinds, for `--quant` at import.
 
-Eight bits are Q8_0, to the bit as ggml makes it. Four are Q4_1 with a searched scale and minimum: it is computed in the same form
-as Q4_K, whose scales have only six bits each, and its rows need be whole blocks of 32 only. RMS error in % of the weights' RMS, on
-random weights, normal and with heavy tails (Student's t, 5 degrees of freedom):
+8 bits: Q8_0, with the same bits as ggml's. 4 bits: Q4_1, with a search for the best scale and minimum. Q4_1 has the same formula
+as Q4_K, but scales of 16 instead of 6 bits, and its rows need only be multiples of 32 weights. The table has the RMS error in % of
+the weights' RMS, for random weights with a normal and with a heavy-tailed distribution (Student's t, 5 degrees of freedom):
 
 | | Q4_0 | Q4_0, searched | Q4_1 | Q4_K, searched | Q4_1, searched | Q8_0 |
 |---|---|---|---|---|---|---|
@@ -21,15 +21,18 @@ U8 = npt.NDArray[np.uint8]
 BLOCK = 32
 """Weights in a block of either kind."""
 SPARE = (2.0, 1.0, 0.0, -1.0)
-"""Scales that are tried: those by which the block's span takes so many levels more than there are. 0 finds a grid again."""
+"""Scales to try: the block's span divided by (levels + this number). 0 restores weights that are on a grid already."""
 REFITS = 2
-"""How often scale and minimum are fitted anew to the codes that the best so far gives."""
+"""How often scale and minimum are refitted to the codes of the best pair so far."""
 _HALVES = {"Q8_0": 2, "Q4_1": 4}
-"""Bytes of scale and minimum at the start of a block."""
+"""Kind -> bytes at the start of a block that are float16 values: the scale, and Q4_1's minimum."""
 
 
 def quantise(values: F32, kind: str) -> U8:
-    """A multiple of 32 weights, flat, to whole blocks, flat. Raises: ValueError if a block's scale is no finite float16."""
+    """Quantise a flat array of a multiple of 32 weights. Returns: the bytes of the blocks, flat.
+
+    Raises: ValueError if the scale or the minimum of a block overflows float16.
+    """
     blocks = _KINDS[kind](values.reshape(-1, BLOCK))
     halves = np.ascontiguousarray(blocks[:, : _HALVES[kind]]).view(np.float16)
     if not np.isfinite(halves).all():
@@ -38,7 +41,7 @@ def quantise(values: F32, kind: str) -> U8:
 
 
 def _q8_0(weights: F32) -> U8:
-    """`[n, 32]` to blocks; where a weight is too large, the scale is infinite. Halves round away from zero."""
+    """Quantise `[n, 32]` weights to `[n, 34]` bytes. A scale that overflows float16 is infinite. Ties round away from zero."""
     scale = abs(weights).max(axis=1, keepdims=True) / np.float32(127)
     codes = weights * _inverse(scale)
     whole = np.trunc(codes)
@@ -47,8 +50,8 @@ def _q8_0(weights: F32) -> U8:
 
 
 def _q4_1(weights: F32) -> U8:
-    """`[n, 32]` to blocks; where a weight is too large, the scale or the minimum is infinite."""
-    x = np.ascontiguousarray(weights.T)  # [32, n]: sums over a block run along memory
+    """Quantise `[n, 32]` weights to `[n, 20]` bytes. A scale or minimum that overflows float16 is infinite."""
+    x = np.ascontiguousarray(weights.T)  # [32, n]: sums over a block read contiguous rows
     lowest = x.min(axis=0)
     with np.errstate(over="ignore", invalid="ignore"):
         scale, minimum = _fit(x - lowest, 15)
@@ -59,7 +62,10 @@ def _q4_1(weights: F32) -> U8:
 
 
 def _fit(x: F32, levels: int) -> tuple[F32, F32]:
-    """(scale, minimum) for each column of `[32, n]`, none below zero, with the least squares of errors among those tried."""
+    """Fit scale and minimum to each column of `x` `[32, n]`, whose smallest value is 0.
+
+    Returns: (scale, minimum) `[n]`, those with the smallest sum of squared errors among all that were tried.
+    """
     middle = x.max(axis=0) / 2
     total = x.sum(axis=0)
     best, scale, minimum = np.zeros_like(total), 2 * middle / levels, np.zeros_like(total)
@@ -71,7 +77,7 @@ def _fit(x: F32, levels: int) -> tuple[F32, F32]:
         sums, squares, products = codes.sum(axis=0), np.einsum("ij,ij->j", codes, codes), np.einsum("ij,ij->j", codes, x)
         spread, common = BLOCK * squares - sums * sums, BLOCK * products - total * sums
         slope = np.where(spread > 0, common / np.maximum(spread, 1), 0)
-        gain = common * slope  # by how much (32-fold) the line through the codes lowers the sum of squares
+        gain = common * slope  # 32 times the decrease of the squared error by the line through the codes
         better = gain > best
         best = np.where(better, gain, best)
         scale, minimum = np.where(better, slope, scale), np.where(better, (total - slope * sums) / BLOCK, minimum)
@@ -79,7 +85,7 @@ def _fit(x: F32, levels: int) -> tuple[F32, F32]:
 
 
 def _codes(x: F32, scale: F32, minimum: F32, levels: int, out: F32) -> F32:
-    """The nearest code of each weight, into `out`."""
+    """Compute the nearest code of each weight into `out`."""
     np.subtract(x, minimum, out=out)
     np.multiply(out, _inverse(scale), out=out)
     np.rint(out, out=out)
@@ -87,13 +93,13 @@ def _codes(x: F32, scale: F32, minimum: F32, levels: int, out: F32) -> F32:
 
 
 def _inverse(scale: F32) -> F32:
-    """1 / scale; 0 where that would be infinite: such weights are far below what a float16 scale can express."""
+    """Return 1 / scale, or 0 where that would be infinite: such weights are far below the smallest float16 scale."""
     inverse: F32 = np.divide(1, scale, out=np.zeros_like(scale), where=scale >= np.finfo(np.float32).tiny)
     return inverse
 
 
 def _half_bytes(values: F32) -> U8:
-    """`[n, 1]` to float16 `[n, 2]`; infinite if too large."""
+    """Convert `[n, 1]` values to the bytes `[n, 2]` of float16. Values that are too large become infinite."""
     with np.errstate(over="ignore"):
         return values.astype(np.float16).view(np.uint8)
 

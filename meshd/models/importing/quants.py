@@ -1,6 +1,6 @@
-"""The quantisations that a model can be given as it is imported."""
+"""The quantisations that an import offers."""
 
 from collections.abc import Mapping
 
 QUANTS: Mapping[str, str] = {"q8": "Q8_0", "q4": "Q4_1"}
-"""What `--quant` may be -> GGUF's name of the kind that large weights become."""
+"""Value of `--quant` -> GGUF kind of the large weights."""

@@ -1,4 +1,4 @@
-"""Which files a model of another form than one GGUF file is made of."""
+"""Find the files of a model that is not a single GGUF file: a split file, or a folder of safetensors."""
 
 import re
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 def needs_import(path: Path, quant: str | None) -> bool:
-    """Whether it is not a GGUF file that can be used where it lies."""
+    """Whether a model must be imported. A single GGUF file is used in place unless it is to be quantised."""
     return quant is not None or path.is_dir() or _PART.fullmatch(path.name) is not None
 
 
 def files_of(path: Path) -> list[Path]:
-    """Every file that an import of `path` reads. Raises: ModelFileError if one is missing."""
+    """List every file that an import of `path` reads. Raises: ModelFileError if one is missing."""
     if not path.is_dir():
         return parts_of(path)
     if not (path / "config.json").is_file():
@@ -31,19 +31,25 @@ def files_of(path: Path) -> list[Path]:
 
 
 def parts_of(path: Path) -> list[Path]:
-    """All files of a split model, in order, of which `path` is one; itself if it is no part. Raises: ModelFileError."""
+    """List all parts of the split file that `path` is a part of, in order; only `path` if it is not split.
+
+    Raises: ModelFileError if one is missing.
+    """
     match = _PART.fullmatch(path.name)
     names = split_names(path.name) if match else [path.name]
     paths = [path.with_name(name) for name in names]
     for part in paths:
         if not part.is_file():
-            why = f"a part of {path.name}" if match else "there is no such file"
-            raise ModelFileError(f"{part} can't be used: it is missing, {why}", hint="name a .gguf file that is there")
+            why = "this part of the model is missing" if match else "there is no such file"
+            raise ModelFileError(f"{part} can't be used: {why}", hint="name a .gguf file that exists, with all its parts beside it")
     return paths
 
 
 def split_names(name: str) -> list[str]:
-    """`NAME-00001-of-00003.gguf` is one of three; a name of another form is alone. Raises: ModelFileError."""
+    """List the names of all parts of a split file: `NAME-00001-of-00003.gguf` has three. Other names are returned alone.
+
+    Raises: ModelFileError if the name has an impossible part number.
+    """
     match = _PART.fullmatch(name)
     if not match:
         return [name]
@@ -54,9 +60,9 @@ def split_names(name: str) -> list[str]:
 
 
 def weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
-    """A folder's safetensors files, and where the index says that each tensor is (nothing without an index).
+    """List a folder's safetensors files.
 
-    Raises: ModelFileError.
+    Returns: the files, and the index's map from tensors to file names (empty without an index). Raises: ModelFileError.
     """
     index = folder / INDEX
     if index.is_file():

@@ -1,13 +1,13 @@
-"""The text side of a Hugging Face folder, as metadata of the GGUF file that it becomes.
+"""Convert the tokenizer and chat template of a Hugging Face folder to metadata of a GGUF file.
 
-tokenizer.huggingface.json          all of tokenizer.json, without the spaces between its items: Gemma's is 33 MB with them
+tokenizer.huggingface.json          all of tokenizer.json, without the spaces between its items: Gemma's has 33 MB with them
 tokenizer.chat_template             from chat_template.jinja, chat_template.json or tokenizer_config.json, in this order
-tokenizer.chat_template.tool_use    where tokenizer_config.json has one of its own for conversations with tools
+tokenizer.chat_template.tool_use    the separate template for conversations with tools, if tokenizer_config.json has one
 tokenizer.ggml.bos_token_id         from tokenizer_config.json, config.json or generation_config.json
-tokenizer.ggml.eos_token_id         the first token that ends an answer (tokenizer_config.json's, which templates mean, goes
-                                    before the others), tokenizer.ggml.eot_token_id the second
-meshd.eos_token_ids                 all of them, in order
-tokenizer.ggml.add_bos_token        where tokenizer_config.json says so; add_eos_token likewise
+tokenizer.ggml.eos_token_id         the first token that ends an answer. tokenizer_config.json's is first: templates use this one
+tokenizer.ggml.eot_token_id         the second token that ends an answer
+meshd.eos_token_ids                 all tokens that end an answer, in order
+tokenizer.ggml.add_bos_token        from tokenizer_config.json, if it has this key; the same for add_eos_token
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from meshd.models.files.gguf_header import MetadataValue
 from meshd.models.files.json_files import read_bytes, read_json, whole_number
 
 MAX_TOKENIZER_BYTES = 48 << 20
-"""Of tokenizer.json as it lies; the header that it becomes part of may have 64."""
+"""Largest tokenizer.json. It becomes part of a GGUF header, which may have 64 MiB."""
 MAX_TEMPLATE_BYTES = 1 << 20
 _MAX_TOKEN_ID = (1 << 31) - 1
 _TEMPLATE = "tokenizer.chat_template"
@@ -32,11 +32,11 @@ TEXT_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""What is read here beside config.json."""
+"""Files that are read here, besides config.json."""
 
 
 class _Added(msgspec.Struct, frozen=True):
-    """A token beside the vocabulary."""
+    """An entry of tokenizer.json's `added_tokens`."""
 
     id: int
     content: str
@@ -44,14 +44,16 @@ class _Added(msgspec.Struct, frozen=True):
 
 
 class _Tokenizer(msgspec.Struct, frozen=True):
-    """The part of tokenizer.json that is looked at."""
+    """The fields of tokenizer.json that are read here."""
 
     model: msgspec.Raw
     added_tokens: list[_Added] = []
 
 
 def text_metadata(folder: Path, config: Mapping[str, Any], end_of_answer: frozenset[str]) -> dict[str, MetadataValue]:
-    """`end_of_answer`: names of control tokens that end an answer, whether or not a configuration says so.
+    """Read a folder's tokenizer and chat template.
+
+    `end_of_answer`: names of control tokens that end an answer even if no configuration file lists them.
 
     Raises: ModelFileError.
     """
@@ -59,12 +61,12 @@ def text_metadata(folder: Path, config: Mapping[str, Any], end_of_answer: frozen
     generation = _optional(folder / "generation_config.json")
     options = _optional(folder / "tokenizer_config.json")
     found: dict[str, MetadataValue] = {"tokenizer.huggingface.json": text}
-    begins = _spelt(options, "bos_token", added) or _ids(config, "bos_token_id") or _ids(generation, "bos_token_id")
-    if begins:
-        found["tokenizer.ggml.bos_token_id"] = begins[0]
-    named = [token.id for token in added if token.special and token.content in end_of_answer]
-    told = [*_spelt(options, "eos_token", added), *_ids(generation, "eos_token_id"), *_ids(config, "eos_token_id")]
-    ends = list(dict.fromkeys([*told, *named]))
+    bos_ids = _id_by_text(options, "bos_token", added) or _ids(config, "bos_token_id") or _ids(generation, "bos_token_id")
+    if bos_ids:
+        found["tokenizer.ggml.bos_token_id"] = bos_ids[0]
+    from_names = [token.id for token in added if token.special and token.content in end_of_answer]
+    configured = [*_id_by_text(options, "eos_token", added), *_ids(generation, "eos_token_id"), *_ids(config, "eos_token_id")]
+    ends = list(dict.fromkeys([*configured, *from_names]))
     if ends:
         found["tokenizer.ggml.eos_token_id"] = ends[0]
         found["meshd.eos_token_ids"] = tuple(ends)
@@ -91,7 +93,7 @@ def _tokenizer(folder: Path) -> tuple[str, list[_Added]]:
 
 
 def _templates(folder: Path, options: Mapping[str, Any]) -> dict[str, MetadataValue]:
-    """The template for a conversation, and the one for a conversation with tools where that is another; by GGUF's names."""
+    """Read the chat template, and the separate one for conversations with tools if there is one: GGUF key -> template."""
     plain = folder / "chat_template.jinja"
     if plain.is_file():
         try:
@@ -110,8 +112,8 @@ def _templates(folder: Path, options: Mapping[str, Any]) -> dict[str, MetadataVa
     }
 
 
-def _spelt(options: Mapping[str, Any], key: str, added: list[_Added]) -> list[int]:
-    """A token that tokenizer_config.json names by its text, as chat templates do; empty if it names none that there is."""
+def _id_by_text(options: Mapping[str, Any], key: str, added: list[_Added]) -> list[int]:
+    """Find the id of a token that tokenizer_config.json names by its text. Returns: one id, or none if there is no such token."""
     value = options.get(key)
     text = value.get("content") if isinstance(value, dict) else value
     return [token.id for token in added if token.content == text][:1]
@@ -122,7 +124,7 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def _ids(config: Mapping[str, Any], key: str) -> list[int]:
-    """One token or a list of them; what is no token is left out."""
+    """Read a key that has one token id or a list of them. Invalid ids are dropped."""
     value = config.get(key)
     found = (whole_number(item, _MAX_TOKEN_ID) for item in (value if isinstance(value, list) else [value]))
     return [item for item in found if item is not None]

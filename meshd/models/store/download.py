@@ -1,4 +1,4 @@
-"""HTTP downloads that resume where they stopped. The system's certificate store and proxy settings are honoured."""
+"""HTTP downloads that resume where they stopped. They use the system's certificate store and proxy settings."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,13 +21,13 @@ _NETWORK_ERRORS = (aiohttp.ClientError, TimeoutError, ConnectionError)
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
-class _Again(Exception):
-    """This attempt failed in a way that another may not."""
+class _RetryableFailure(Exception):
+    """An attempt failed, but the next one may succeed."""
 
 
 @asynccontextmanager
 async def http_session() -> AsyncIterator[aiohttp.ClientSession]:
-    """For one pull."""
+    """Open the HTTP session of one pull."""
     async with aiohttp.ClientSession(
         timeout=_TIMEOUT, trust_env=True, read_bufsize=CHUNK_BYTES, headers={"Accept-Encoding": "identity"}
     ) as session:
@@ -35,7 +35,7 @@ async def http_session() -> AsyncIterator[aiohttp.ClientSession]:
 
 
 async def read_small(session: aiohttp.ClientSession, url: str, *, accept: str, most_bytes: int, clock: Clock) -> bytes:
-    """A document of at most `most_bytes`. Raises: DownloadError."""
+    """Fetch a document of content type `accept` and of at most `most_bytes` bytes. Raises: DownloadError."""
     why = ""
     for attempt in range(MAX_ATTEMPTS_WITHOUT_PROGRESS):
         if attempt:
@@ -47,7 +47,7 @@ async def read_small(session: aiohttp.ClientSession, url: str, *, accept: str, m
                 if response.content_type != accept:
                     raise _failed(url, f"it answers {response.content_type}, not {accept}")
                 return body
-        except (_Again, *_NETWORK_ERRORS) as error:
+        except (_RetryableFailure, *_NETWORK_ERRORS) as error:
             why = _reason(error)
     raise _failed(url, why)
 
@@ -62,10 +62,11 @@ async def download(
     meter: ProgressMeter,
     clock: Clock,
 ) -> None:
-    """Fetch a file to `path`, going on after what is there already.
+    """Fetch a file to `path`, or only the rest if `path` has its first bytes already. The caller must check the hash.
 
-    A connection that breaks is made again, with pauses, as long as bytes keep coming. The caller checks the hash. Raises:
-    DownloadError, StorageError. Cancel: what has arrived stays, for the next time.
+    A broken connection is reopened after a pause, until MAX_ATTEMPTS_WITHOUT_PROGRESS attempts in a row brought no bytes.
+
+    Raises: DownloadError, StorageError. Cancel: the bytes received so far stay, and the next download resumes after them.
     """
     fruitless, why = 0, ""
     for _ in range(MAX_ATTEMPTS):
@@ -79,7 +80,7 @@ async def download(
             if size_bytes is None or size_of(path) == size_bytes:
                 return
             why = "it ended early"
-        except (_Again, *_NETWORK_ERRORS) as error:
+        except (_RetryableFailure, *_NETWORK_ERRORS) as error:
             why = _reason(error)
         fruitless = 0 if size_of(path) > have else fruitless + 1
         if fruitless == MAX_ATTEMPTS_WITHOUT_PROGRESS:
@@ -91,12 +92,12 @@ async def _attempt(session: aiohttp.ClientSession, url: str, path: Path, have: i
     async with session.get(url, headers={"Range": f"bytes={have}-"} if have else {}) as response:
         if have and response.status == 416:
             remove_file(path)
-            raise _Again("it has no such range")
+            raise _RetryableFailure("it has no such range")
         _check_status(response)
         resumed = response.status == 206
         if resumed and response.headers.get("Content-Range", "").partition("-")[0] != f"bytes {have}":
             remove_file(path)
-            raise _Again("it sent another range than was asked for")
+            raise _RetryableFailure("it sent another range than the one requested")
         start = have if resumed else 0
         meter.restart(start)
         await _save(response, path, start, most_bytes, meter)
@@ -128,7 +129,7 @@ async def _read_at_most(response: aiohttp.ClientResponse, most_bytes: int) -> by
 
 def _check_status(response: aiohttp.ClientResponse) -> None:
     if response.status in _RETRIED:
-        raise _Again(f"HTTP status {response.status}")
+        raise _RetryableFailure(f"HTTP status {response.status}")
     if response.status not in (200, 206):
         raise _failed(str(response.url), f"HTTP status {response.status}")
 

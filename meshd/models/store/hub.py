@@ -12,9 +12,11 @@ from meshd.models.store.progress import ProgressMeter, PullPhase
 
 
 def fetch_from_hub(source: HubSource, *, cache: Path | None, endpoint: str | None, meter: ProgressMeter) -> Path:
-    """Fetch a model into the cache unless it is there; a stopped download resumes. `cache` None: the standard one. Blocks.
+    """Fetch a model into the cache, unless the cache has it. A stopped download resumes. Blocks.
 
-    Returns: the file in the cache; of a split file the first part, with the others beside it; of safetensors their folder.
+    `cache` None: the standard cache.
+
+    Returns: the path of the model in the cache: its file, the first part of a split file, or its folder of safetensors.
     Raises: DownloadError, StorageError, Cancelled.
     """
     meter.begin(PullPhase.FINDING, source=source)
@@ -34,24 +36,24 @@ def _fetch(source: HubSource, cache: Path | None, endpoint: str | None, meter: P
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    where: dict[str, Any] = {"revision": source.revision, "cache_dir": cache, "endpoint": endpoint}
+    options: dict[str, Any] = {"revision": source.revision, "cache_dir": cache, "endpoint": endpoint}
     files = _wanted(source, endpoint)
     planned = []
     for file in files:
         try:
-            planned.append(hf_hub_download(source.repository, file, dry_run=True, **where))
+            planned.append(hf_hub_download(source.repository, file, dry_run=True, **options))
         except EntryNotFoundError as error:
             raise DownloadError(f"{source} can't be fetched: {source.repository} has no file {file}") from error
-    coming = [plan for plan in planned if plan.will_download]
-    if coming:
-        total = sum(plan.file_size or 0 for plan in coming)
-        folder = Path(coming[0].local_path)
+    downloads = [plan for plan in planned if plan.will_download]
+    if downloads:
+        total = sum(plan.file_size or 0 for plan in downloads)
+        folder = Path(downloads[0].local_path)
         need_space(next(parent for parent in folder.parents if parent.exists()), total)
         meter.begin(PullPhase.DOWNLOADING, total=total)
     bar = _bar(meter)
     paths = []
     for file, plan in zip(files, planned, strict=True):
-        paths.append(Path(hf_hub_download(source.repository, file, tqdm_class=bar, **where)))
+        paths.append(Path(hf_hub_download(source.repository, file, tqdm_class=bar, **options)))
         if plan.will_download:
             meter.settle(plan.file_size or 0)
     if len({path.parent for path in paths}) > 1:
@@ -60,36 +62,36 @@ def _fetch(source: HubSource, cache: Path | None, endpoint: str | None, meter: P
 
 
 def _wanted(source: HubSource, endpoint: str | None) -> list[str]:
-    """List the files to fetch for one model; of safetensors config.json comes first."""
+    """List the files to fetch. For a model of safetensors, config.json comes first."""
     from huggingface_hub import HfApi
 
     if source.file:
-        return _beside(source.file)
+        return _all_parts(source.file)
     files = HfApi(endpoint=endpoint).list_repo_files(source.repository, revision=source.revision)
-    models = sorted({_beside(file)[0] for file in files if file.endswith(".gguf")})
+    models = sorted({_all_parts(file)[0] for file in files if file.endswith(".gguf")})
     safetensors = sorted(file for file in files if file.endswith(".safetensors") and "/" not in file)
     if "config.json" in files and safetensors and (not models or source.quant):
         return ["config.json", *sorted({INDEX, *TEXT_FILES} & set(files)), *_weights(safetensors)]
     if len(models) != 1:
         listed = ", ".join(models[:12]) or "none"
         raise DownloadError(f"{source} names no file: the repository's GGUF files are {listed}", hint=f"write {source}:FILE.gguf")
-    return _beside(models[0])
+    return _all_parts(models[0])
 
 
-def _beside(file: str) -> list[str]:
+def _all_parts(file: str) -> list[str]:
     """List all parts of a split file, or just the file if it isn't split."""
     folder, slash, name = file.rpartition("/")
     return [folder + slash + part for part in split_names(name)]
 
 
 def _weights(files: list[str]) -> list[str]:
-    """Choose the usual names, since some repositories also have all weights in one file under another name."""
+    """Choose the files with the usual names: some repositories have the same weights a second time in a file of another name."""
     usual = [file for file in files if file == "model.safetensors" or file.startswith("model-")]
     return usual or files
 
 
 def _bar(meter: ProgressMeter) -> type[Any]:
-    """A progress bar class for the library, which draws nothing and reports to the meter."""
+    """Make a progress bar class for the library. It draws nothing and reports to the meter."""
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
     class Bar(tqdm):

@@ -1,4 +1,4 @@
-"""The store's list of what is here: one JSON file, written by renaming, shared by processes."""
+"""The store's list of models: one JSON file that processes share and replace atomically."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +12,11 @@ from meshd.models.files.disk import FileStamp, replace_durably, stamp_of, storag
 from meshd.types import ModelId
 
 _LOCK_S = 5.0
-"""It is held for milliseconds at a time."""
+"""Longest wait for the lock. Processes hold it for milliseconds."""
 
 
 class StoredModel(msgspec.Struct, frozen=True, kw_only=True):
-    """A model whose file is here, whole and checked."""
+    """A model whose complete and checked file is on this device."""
 
     name: str
     """What a client writes in `model`."""
@@ -26,12 +26,12 @@ class StoredModel(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str
     path: Path
     in_place: bool
-    """The file is the user's or another tool's: it is never removed."""
+    """Whether the file belongs to the user or to another tool. The store never removes such a file."""
     stamp: FileStamp
     created: int
     """When it was pulled, in seconds since the epoch."""
     origin: str = ""
-    """Of a model that was made of files on this device: what these files were, without their content; see `files.origin_of`."""
+    """Identifies the versions of the files that the model was imported from (`disk.origin_of`). Empty: it was not imported."""
 
     @property
     def size_bytes(self) -> int:
@@ -42,7 +42,7 @@ class StoredModel(msgspec.Struct, frozen=True, kw_only=True):
         return name in (self.name, self.ref, self.id)
 
     def is_here(self) -> bool:
-        """A file that meshd fetched is whole if its size is right: it got its name only after it was checked."""
+        """Whether the file exists. One that meshd fetched must also have its size: its hash was checked before it got its name."""
         stamp = stamp_of(self.path)
         return stamp is not None and (self.in_place or stamp.size_bytes == self.size_bytes)
 
@@ -52,14 +52,14 @@ class _Document(msgspec.Struct, frozen=True):
 
 
 class Index:
-    """What is recorded in one folder. Each call reads the file: another process may have written it."""
+    """The index of one folder. Each call reads the file, because another process may have changed it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._path = folder / "index.json"
 
     def read(self) -> tuple[StoredModel, ...]:
-        """Raises: StorageError."""
+        """Read all models. Raises: StorageError."""
         try:
             return msgspec.json.decode(self._path.read_bytes(), type=_Document, dec_hook=_decode_path).models
         except FileNotFoundError:
@@ -68,13 +68,16 @@ class Index:
             raise StorageError(f"{self._path} can't be read: {error}", hint="remove it, and pull the models again") from error
 
     def put(self, model: StoredModel) -> None:
-        """Record a model under its name, in place of what had that name. Raises: StorageError."""
+        """Record a model, and replace the one that had its name. Raises: StorageError."""
         with self.changing() as models:
             models[model.name] = model
 
     @contextmanager
     def changing(self) -> Iterator[dict[str, StoredModel]]:
-        """The models by name, written back when the block ends well. Raises: StorageError."""
+        """Lock the index and yield its models by name. They are written back if the block ends without an error.
+
+        Raises: StorageError.
+        """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self._folder / "index.lock", timeout=_LOCK_S):

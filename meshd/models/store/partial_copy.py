@@ -1,4 +1,4 @@
-"""A model's file of which only some parts are on this device, at the offsets that they have in the whole file.
+"""A partial copy of a model: some parts of its file, at their offsets in the whole file.
 
     FOLDER/file.gguf   sparse: only the parts received so far take disk space
     FOLDER/about       the manifest and the model's names; without it there is no copy
@@ -35,7 +35,7 @@ _FILE, _ABOUT, _HAVE = "file.gguf", "about", "have"
 
 
 class CopyInfo(msgspec.Struct, frozen=True):
-    """What a partial copy is a copy of, as stored in its folder."""
+    """The model that a partial copy belongs to, as stored in its folder."""
 
     id: ModelId
     name: str
@@ -46,7 +46,7 @@ class CopyInfo(msgspec.Struct, frozen=True):
 
 
 class PartialFile(GgufFile):
-    """A partial copy's mapping. Reading a tensor that has not arrived is an error, instead of giving zeros."""
+    """A mapped partial copy. Reading a tensor that has not arrived raises, instead of returning zeros."""
 
     here: frozenset[str] = frozenset()
     """Names of the tensors that are on this disk."""
@@ -59,7 +59,7 @@ class PartialFile(GgufFile):
 
 
 class PartialCopy:
-    """One folder. Many may read it; only the holder of its lock may fill it.
+    """A partial copy in one folder. Several processes may read it; only the holder of its lock may fill it.
 
     To fill it: `begin`, then `write`, `is_right`, `keep` and `flush` from any thread and `grow` after the header, then `close`.
     """
@@ -88,7 +88,7 @@ class PartialCopy:
         except FileNotFoundError:
             return None
         except (msgspec.DecodeError, ModelFileError) as error:
-            log.warning("the partial copy in %s is torn and is ignored: %s", folder, error)
+            log.warning("the partial copy in %s is damaged and is ignored: %s", folder, error)
             return None
         except OSError as error:
             raise StorageError(f"{folder} can't be read: {error.strerror or error}") from error
@@ -233,12 +233,12 @@ class PartialCopy:
         freed = self.bytes_here
         remove_file(self._folder / _ABOUT)
         remove_file(self._folder / _HAVE)
-        with suppress(PermissionError):  # Windows: it is mapped; the next copy truncates it
+        with suppress(PermissionError):  # Windows keeps a mapped file; the next copy truncates it
             remove_file(self.path)
         return freed
 
     def _restore(self, content: bytes) -> bool:
-        """Take over what the log lists. Returns: False if the data file is missing."""
+        """Apply the log to this copy. Returns: False if the data file is missing."""
         stamp = stamp_of(self.path)
         if stamp is None:
             return False

@@ -10,22 +10,22 @@ from meshd.models.files.manifest import Manifest
 
 
 class PartsLog(NamedTuple):
-    """A log as read back."""
+    """A parsed log."""
 
     inode: bytes
-    """Of the data file that the lines describe."""
+    """Inode of the data file that the lines describe."""
     indices: frozenset[int]
     complete: bool
-    """False: the last line was cut off, so that nothing may be appended to it."""
+    """False: the last line was cut off, and an appended line would continue it."""
 
 
 def encode_log(inode: int, manifest: Manifest, indices: Iterable[int]) -> bytes:
-    """A whole log."""
+    """Encode a whole log."""
     return f"{inode}\n".encode() + encode_lines(manifest, sorted(indices))
 
 
 def encode_lines(manifest: Manifest, indices: Iterable[int]) -> bytes:
-    """Lines to append to a log."""
+    """Encode lines to append to a log."""
     return b"".join(_line(manifest, index) for index in indices)
 
 

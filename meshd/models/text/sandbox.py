@@ -1,8 +1,9 @@
-"""A jinja2 sandbox whose renderings cost no more than a set amount of work and memory, whatever the template says.
+"""A jinja2 sandbox that bounds the work and memory of every rendering, whatever the template contains.
 
-jinja2's own sandbox keeps a template from code and from changing what it is given, but not from looping for hours or from making
-a string of gigabytes. Here every loop turn, call and new text is paid from one budget for each rendering; what can't be priced
-beforehand is left out (formatting with widths, padding, inheritance, recursive loops): chat templates do not need it.
+jinja2's own sandbox prevents a template from running code and from changing its input, but not from looping for hours or building
+a string of gigabytes. Here each loop iteration, call and new string is charged to the budget of its rendering. Features whose
+cost is not known in advance are not supported (formatting with widths, padding, inheritance, recursive loops): chat templates do
+not need them.
 """
 
 import json
@@ -36,12 +37,12 @@ _LIST_FILTERS = frozenset(
 )
 _TEXT_FILTERS = frozenset({"capitalize", "lower", "string", "title", "trim", "upper"})
 _UNPRICED_METHODS = frozenset({"center", "expandtabs", "format_map", "ljust", "rjust", "translate", "zfill"})
-_WIDEST_INDENT = 16
-"""Characters, of JSON and of text."""
+_MAX_INDENT = 16
+"""Most characters by which JSON and text may be indented."""
 
 
 class GenerationTag(Extension):
-    """`{% generation %}...{% endgeneration %}`, which marks answers for training, is what it holds."""
+    """`{% generation %}...{% endgeneration %}` marks answers for training. Here it renders its content and nothing more."""
 
     tags = {"generation"}  # noqa: RUF012  # jinja2 types it as a plain set
 
@@ -51,7 +52,7 @@ class GenerationTag(Extension):
 
 
 class BoundedSandbox(ImmutableSandboxedEnvironment):
-    """The environment of chat templates, set as Hugging Face's transformers sets it."""
+    """The environment of chat templates, with the options that Hugging Face's transformers uses."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
     context_class = BudgetContext
@@ -81,14 +82,14 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         return super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """For `str.format`, one that fills in values as they are; `is_safe_attribute` refuses `format_map`."""
+        """Replace `str.format` by a version that knows plain fields only. `is_safe_attribute` refuses `format_map`."""
         text = getattr(value, "__self__", None)
         if not isinstance(text, str) or getattr(value, "__name__", "") != "format":
             return None
 
         @pass_context
         def filled(context: BudgetContext, *args: object, **named: object) -> str:
-            return "".join(_fill(context.budget, text, args, named))
+            return "".join(_formatted(context.budget, text, args, named))
 
         return filled
 
@@ -105,15 +106,15 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
-def _fill(budget: Budget, text: str, args: tuple[object, ...], named: Mapping[str, object]) -> Iterator[str]:
-    """The parts of a formatted text. Widths and attributes are left out."""
+def _formatted(budget: Budget, text: str, args: tuple[object, ...], named: Mapping[str, object]) -> Iterator[str]:
+    """Yield the parts of a formatted text. Raises: TemplateLimit for widths, conversions and attributes."""
     count = 0
     for literal, field, width, conversion in Formatter().parse(text):
         yield literal
         if field is None:
             continue
         if width or conversion or not (field.isalnum() or field == ""):
-            raise TemplateLimit("it formats text with more than plain fields, which the sandbox leaves out")
+            raise TemplateLimit("it formats text with more than plain fields, which the sandbox does not support")
         value = named[field] if field and not field.isdigit() else args[int(field or count)]
         count += 1
         budget.spend_on(value)
@@ -122,7 +123,7 @@ def _fill(budget: Budget, text: str, args: tuple[object, ...], named: Mapping[st
 
 
 def _priced(plain: Callable[..., Any], pay: Callable[[Budget, object], None]) -> Callable[..., Any]:
-    """One of jinja2's own filters, paid for before it runs."""
+    """Wrap one of jinja2's own filters: `pay` is called before the filter runs."""
     wants = getattr(getattr(plain, "jinja_pass_arg", None), "name", None)
 
     @pass_context
@@ -141,7 +142,7 @@ def _finalize(context: BudgetContext, value: object) -> object:
 
 
 def _same(value: object) -> object:
-    """Nothing is escaped here, so nothing needs to be called safe."""
+    """The `safe` filter. This environment escapes nothing, so there is nothing to mark as safe."""
     return value
 
 
@@ -163,9 +164,9 @@ def _replace(context: BudgetContext, value: object, old: str, new: str, count: i
 
 @pass_context
 def _indent(context: BudgetContext, value: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
-    if (width if isinstance(width, int) else len(width)) > _WIDEST_INDENT:
-        raise TemplateLimit(f"it indents text by more than {_WIDEST_INDENT}")
-    context.budget.spend(len(value) + _WIDEST_INDENT * len(value.splitlines()))
+    if (width if isinstance(width, int) else len(width)) > _MAX_INDENT:
+        raise TemplateLimit(f"it indents text by more than {_MAX_INDENT}")
+    context.budget.spend(len(value) + _MAX_INDENT * len(value.splitlines()))
     return do_indent(value, width, first, blank)
 
 
@@ -178,15 +179,15 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As in transformers: characters stay as they are, and nothing is escaped for HTML."""
-    if indent is not None and not 0 <= indent <= _WIDEST_INDENT:
+    """The `tojson` filter of transformers, which escapes neither non-ASCII characters nor HTML."""
+    if indent is not None and not 0 <= indent <= _MAX_INDENT:
         raise TemplateLimit(f"it indents JSON by {indent}")
     context.budget.spend_on(value)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 @pass_context
-def _turns(context: BudgetContext, items: Iterable[Any]) -> Iterator[Any]:
+def _iterate(context: BudgetContext, items: Iterable[Any]) -> Iterator[Any]:
     for item in items:
         context.budget.spend(STEP)
         yield item
@@ -205,15 +206,15 @@ def _slice(context: BudgetContext, value: Any, start: Any, stop: Any, step: Any)
 
 
 @pass_context
-def _built(context: BudgetContext, value: object) -> object:
-    """A list, tuple or dict that the template wrote: paid by all that it holds, so that none holds more than was paid for."""
+def _container(context: BudgetContext, value: object) -> object:
+    """Charge for a list, tuple or dict literal, including all nested values, so that no container outgrows the budget."""
     context.budget.spend_on(value)
     return value
 
 
 @pass_context
 def _dict(context: BudgetContext, *args: Any, **kwargs: Any) -> object:
-    return _built(context, dict(*args, **kwargs))
+    return _container(context, dict(*args, **kwargs))
 
 
 @pass_context
@@ -229,8 +230,8 @@ def _raise_exception(message: str) -> NoReturn:
 _HELPERS: dict[str, Any] = {
     "raise_exception": _raise_exception,
     "dict": _dict,
-    "_built": _built,
-    "_turns": _turns,
+    "_container": _container,
+    "_iterate": _iterate,
     "_concatenate": _concatenate,
     "_slice": _slice,
     "_text": _text,
@@ -238,13 +239,13 @@ _HELPERS: dict[str, Any] = {
 
 
 class _Pricer(NodeTransformer):
-    """Puts the helpers above where a template loops, joins, cuts or builds, since jinja2 has no hooks there."""
+    """Inserts the helpers above into loops, concatenations, slices and container literals, for which jinja2 has no hooks."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         if node.recursive:
-            raise TemplateLimit("it has a recursive loop, which the sandbox leaves out")
+            raise TemplateLimit("it has a recursive loop, which the sandbox does not support")
         self.generic_visit(node)
-        node.iter = _helper("_turns", node.iter)
+        node.iter = _helper("_iterate", node.iter)
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
@@ -260,7 +261,7 @@ class _Pricer(NodeTransformer):
 
     def visit_List(self, node: nodes.List | nodes.Tuple | nodes.Dict) -> nodes.Node:
         self.generic_visit(node)
-        return node if isinstance(node, nodes.Tuple) and node.ctx != "load" else _helper("_built", node)
+        return node if isinstance(node, nodes.Tuple) and node.ctx != "load" else _helper("_container", node)
 
     visit_Tuple = visit_Dict = visit_List
 
@@ -268,7 +269,7 @@ class _Pricer(NodeTransformer):
         return node if len(node.data) < STEP else _helper("_text", nodes.Const(node.data))
 
     def visit_Block(self, node: nodes.Node) -> NoReturn:
-        raise TemplateLimit(f"it has a {type(node).__name__.lower()} statement, which the sandbox leaves out")
+        raise TemplateLimit(f"it has a {type(node).__name__.lower()} statement, which the sandbox does not support")
 
     visit_Extends = visit_Include = visit_Import = visit_FromImport = visit_Block
 

@@ -1,4 +1,4 @@
-"""What one rendering of a chat template may cost, and what its steps do."""
+"""The budget of one rendering of a chat template, and the prices of its operations."""
 
 import time
 from collections.abc import Mapping, Sized
@@ -8,19 +8,19 @@ from jinja2 import TemplateRuntimeError
 from jinja2.runtime import Context
 
 MAX_WORK = 64 << 20
-"""Units of one rendering: a character made costs 1."""
+"""Units that one rendering may spend. A new character costs 1 unit."""
 STEP = 256
-"""Units of a loop turn or a call."""
+"""Price of a loop iteration or a call, in units."""
 MAX_SECONDS = 1.0
 MAX_INTEGER_BITS = 4096
 
 
 class TemplateLimit(TemplateRuntimeError):
-    """The template asks for more than a rendering may cost, or for what the sandbox leaves out."""
+    """The template exceeds the budget, or uses a feature that the sandbox does not support."""
 
 
 class Budget:
-    """What one rendering may still cost."""
+    """The units and the time that are left for one rendering. Every method raises TemplateLimit when either runs out."""
 
     def __init__(self) -> None:
         self._left = MAX_WORK
@@ -32,11 +32,11 @@ class Budget:
             raise TemplateLimit("it takes more work than a chat template may")
 
     def spend_on_items(self, value: object) -> None:
-        """The price of a list of a value's items. What has no length is made turn by turn of something that was paid for."""
+        """Pay for a list of a value's items. An iterator costs one step: it iterates over a value that was paid for before."""
         self.spend(8 * len(value) if isinstance(value, Sized) else STEP)
 
     def spend_on(self, value: object) -> None:
-        """The price of turning a value into text."""
+        """Pay for converting a value to text, including all nested values."""
         if isinstance(value, str):
             self.spend(len(value))
             return
@@ -51,7 +51,7 @@ class Budget:
 
 
 class BudgetContext(Context):
-    """One rendering's variables, and what it may still cost."""
+    """The variables of one rendering, and its budget."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -59,7 +59,7 @@ class BudgetContext(Context):
 
 
 def spend_on_method(budget: Budget, text: str, method: str, args: tuple[Any, ...]) -> None:
-    """Pay for a method of a text."""
+    """Pay for a call of a string's method."""
     budget.spend(len(text))
     if method == "replace" and len(args) >= 2:
         budget.spend(replaced_size(text, str(args[0]), str(args[1])))
@@ -68,9 +68,9 @@ def spend_on_method(budget: Budget, text: str, method: str, args: tuple[Any, ...
 
 
 def binop_price(operator: str, left: object, right: object) -> int:
-    """What an operator costs. Raises: TemplateLimit, for what none may cost."""
+    """Return the price of a binary operation. Raises: TemplateLimit for `%` on text, and for integers of too many bits."""
     if operator == "%" and isinstance(left, str):
-        raise TemplateLimit("it formats text with %, which the sandbox leaves out")
+        raise TemplateLimit("it formats text with %, which the sandbox does not support")
     if isinstance(left, int) and isinstance(right, int):
         bits = {"*": left.bit_length() + right.bit_length(), "**": left.bit_length() * max(right, 0)}.get(operator, 0)
         if bits > MAX_INTEGER_BITS:
@@ -82,15 +82,15 @@ def binop_price(operator: str, left: object, right: object) -> int:
 
 
 def length(value: object) -> int:
-    """What a copy of a value costs."""
+    """Return the price of a copy of a value."""
     return len(value) if isinstance(value, str) else 8 * len(value) if isinstance(value, list | tuple) else 1
 
 
 def replaced_size(text: str, old: str, new: str) -> int:
-    """Characters of a text with something replaced, at most."""
+    """Return an upper bound of the length of `text.replace(old, new)`."""
     return len(text) + text.count(old) * len(new)
 
 
 def joined_size(separator: str, items: object) -> int:
-    """Characters of all separators between items."""
+    """Return an upper bound of the separators' length in `separator.join(items)`; 0 for an iterator."""
     return len(separator) * len(items) if isinstance(items, str | list | tuple | Mapping) else 0

@@ -1,4 +1,4 @@
-"""A model's chat template: messages to the prompt that the model was trained on."""
+"""A model's chat template, which renders messages as a prompt in the format that the model was trained on."""
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -12,15 +12,15 @@ from meshd.models.text.sandbox import BoundedSandbox
 from meshd.models.text.tokenizer.document import HUGGINGFACE_KEY, huggingface_json
 
 Message: TypeAlias = Mapping[str, Any]
-"""`role`, `content` (text, or a list of parts), and what else a template may look for, such as `tool_calls`."""
+"""`role`, `content` (text, or a list of parts), and other keys that a template may read, such as `tool_calls`."""
 
 MAX_SOURCE_CHARACTERS = 256 << 10
 MAX_PROMPT_CHARACTERS = 16 << 20
 _RENDER_ERRORS = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError, NameError)
-"""A number that is too large becomes the name `inf` in what jinja2 compiles: so NameError."""
+"""Errors that a template can raise. NameError: jinja2 compiles a float literal that is too large to the name `inf`."""
 _OWN_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"})
 _WITH_TOOLS = "tokenizer.chat_template.tool_use"
-"""GGUF's name for the template of a conversation with tools, where a model has one of its own for that."""
+"""GGUF's key of the template for conversations with tools, in models that have a separate one."""
 
 
 class ChatTemplate:
@@ -35,9 +35,11 @@ class ChatTemplate:
         with_tools: str | None = None,
         now: Callable[[], datetime] = datetime.now,
     ) -> None:
-        """`bos` and `eos` are the tokens' texts, `with_tools` the source for conversations with tools, where it is another.
+        """Compile the template. `bos` and `eos` are the texts of these tokens.
 
-        Raises: ModelFileError for a source that is no template.
+        `with_tools` is the source for conversations with tools; None: `source`.
+
+        Raises: ModelFileError if a source is no valid template.
         """
         self._environment = BoundedSandbox()
         self._environment.globals["strftime_now"] = lambda form: _formatted(now(), form)
@@ -53,10 +55,11 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt, with the model's control tokens spelt out.
+        """Render the prompt, with the model's control tokens spelt out.
 
-        `tools` are functions as JSON Schema describes them, `variables` what else a template asks for (`enable_thinking`).
-        Raises: InvalidRequest, with the template's own words.
+        `tools` are functions described by JSON Schema. `variables` are further variables of the template, e.g. `enable_thinking`.
+
+        Raises: InvalidRequest, with the template's own message.
         """
         others = variables or {}
         if taken := sorted(_OWN_VARIABLES & others.keys()):
@@ -91,7 +94,7 @@ class ChatTemplate:
 
 
 def template_from_gguf(metadata: Mapping[str, MetadataValue], *, now: Callable[[], datetime] = datetime.now) -> ChatTemplate:
-    """The template that a GGUF file carries. Raises: InvalidRequest if it has none, ModelFileError if it is broken."""
+    """Read the chat template of a GGUF file. Raises: InvalidRequest if it has none, ModelFileError if it is broken."""
     source, with_tools = metadata.get("tokenizer.chat_template"), metadata.get(_WITH_TOOLS)
     if not isinstance(source, str):
         raise InvalidRequest(
@@ -102,7 +105,7 @@ def template_from_gguf(metadata: Mapping[str, MetadataValue], *, now: Callable[[
 
 
 def _token_texts(metadata: Mapping[str, MetadataValue], *keys: str) -> list[str]:
-    """Of the tokens that have these roles; empty where the file names none."""
+    """Return the texts of the tokens with these roles; empty for a role that the file does not assign."""
     ids = [metadata.get(f"tokenizer.ggml.{key}") for key in keys]
     if HUGGINGFACE_KEY in metadata and (document := huggingface_json(metadata)) is not None:
         return [document.text_of(id_) if isinstance(id_, int) else "" for id_ in ids]

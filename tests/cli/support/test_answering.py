@@ -43,7 +43,7 @@ def test_a_request_has_only_the_flags_that_were_given(meshd: Meshd, api: Api) ->
     ]
 
 
-def test_a_model_that_still_loads_is_waited_for(meshd: Meshd, api: Api) -> None:
+def test_run_waits_for_a_model_that_still_loads(meshd: Meshd, api: Api) -> None:
     api.stream(CHAT, chat_events("now"))
     ready, calls = api.routes["POST", CHAT], 0
     api.answer("POST", CHAT, {"error": {"message": "it is being loaded", "code": "model_loading"}}, 503, {"Retry-After": "0"})
@@ -60,7 +60,7 @@ def test_a_model_that_still_loads_is_waited_for(meshd: Meshd, api: Api) -> None:
     assert "it is being loaded; waiting" in outcome.stderr
 
 
-def test_an_answer_that_fails_midway_keeps_what_came_and_fails(meshd: Meshd, api: Api) -> None:
+def test_an_answer_that_fails_midway_prints_its_text_and_fails(meshd: Meshd, api: Api) -> None:
     error = b'data: {"error": {"message": "cedar is gone", "code": "peer_lost"}}\n\n'
     api.stream(CHAT, [*chat_events("The sky")[:2], error])
     outcome = meshd("run", "m", "Why?", "--api", api.url)

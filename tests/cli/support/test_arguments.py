@@ -44,7 +44,7 @@ def test_help_shows_the_default_the_variable_and_the_example(parser: Parser) -> 
     assert text.endswith("example: meshd try")
 
 
-def test_a_models_path_is_taken_from_the_working_directory(parser: Parser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_is_relative_to_the_working_directory(parser: Parser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert model_of(parser.parse_args(["file:hf", "--quant", "q8"])) == f"file:{tmp_path / 'hf'}+q8"
     assert model_of(parser.parse_args(["smollm2:135m"])) == "smollm2:135m"

@@ -37,5 +37,5 @@ def test_free_ports_differ_and_can_be_listened_on() -> None:
 def test_a_wait_ends_with_its_condition_or_with_an_error() -> None:
     answers = iter([False, True])
     wait_until(lambda: next(answers), 5.0, "it")
-    with pytest.raises(NotReady, match="the start did not come about within 0 s"):
+    with pytest.raises(NotReady, match="the start did not finish within 0 s"):
         wait_until(lambda: False, 0.0, "the start")

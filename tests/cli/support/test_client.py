@@ -26,7 +26,7 @@ def _error(code: str, message: str = "it is so") -> dict[str, object]:
         (500, "internal_error", RemoteFailure),
     ],
 )
-def test_a_daemons_error_keeps_its_kind_and_words(api: Api, status: int, code: str, kind: type[Exception]) -> None:
+def test_a_daemons_error_keeps_its_class_and_message(api: Api, status: int, code: str, kind: type[Exception]) -> None:
     api.answer("GET", "/x", _error(code), status, {"Retry-After": "7"})
     with pytest.raises(kind, match="it is so") as caught:
         Daemon(api.url).get("/x")
@@ -35,13 +35,13 @@ def test_a_daemons_error_keeps_its_kind_and_words(api: Api, status: int, code: s
         assert caught.value.retry_after_s == 7.0
 
 
-def test_an_error_without_a_body_has_its_status(api: Api) -> None:
+def test_an_error_without_a_document_shows_its_http_status(api: Api) -> None:
     api.answer("GET", "/x", "nonsense", 502)
     with pytest.raises(RemoteFailure, match="HTTP status 502"):
         Daemon(api.url).get("/x")
 
 
-def test_the_api_key_is_sent_and_a_refusal_says_how_to_give_it(api: Api) -> None:
+def test_the_api_key_is_sent_and_a_refusal_has_a_hint(api: Api) -> None:
     api.answer("GET", "/x", _error("invalid_api_key"), 401)
     with pytest.raises(RemoteFailure, match="MESHD_API_KEY"):
         Daemon(api.url, "secret").get("/x")
@@ -63,12 +63,12 @@ def test_a_path_below_a_host_is_kept(api: Api) -> None:
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:6374", "ftp://host", "http://", "http://host:port", "http://host:70000"])
-def test_what_is_no_url_is_refused(url: str) -> None:
+def test_an_invalid_url_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="setting api"):
         Daemon(url)
 
 
-def test_events_are_read_however_they_are_cut(api: Api) -> None:
+def test_events_are_read_from_chunks_of_any_size(api: Api) -> None:
     events = (": keep-alive", 'data: {"n": 1}', 'data: {"n":\ndata: 2}', 'event: x\ndata: {"t": "ü"}', "data: [DONE]", "data: {}")
     sent = ("\n\n".join(events) + "\n\n").encode().replace(b"1}\n\n", b"1}\r\n\r\n")
     api.stream("/s", [sent[at : at + 3] for at in range(0, len(sent), 3)], {"X-Meshd-Plan": "a:0-1"})
@@ -78,7 +78,7 @@ def test_events_are_read_however_they_are_cut(api: Api) -> None:
     assert api.bodies == [{"ask": 1}]
 
 
-def test_a_stream_that_breaks_off_is_an_error_after_what_came(api: Api) -> None:
+def test_a_stream_that_breaks_off_is_an_error_after_its_events(api: Api) -> None:
     api.stream("/s", [b'data: {"n": 1}\n\n', b'data: {"n"'])
     with Daemon(api.url).stream("/s", {}) as stream:
         events = stream.events()
@@ -104,7 +104,7 @@ def test_the_daemon_is_found_by_flag_then_state_folder_then_setting(tmp_path: Pa
         assert api_url(Settings(flags, {"MESHD_API": "https://mesh.example/x"})) == "https://mesh.example/x"
 
 
-def test_an_api_on_every_address_is_reached_on_loopback() -> None:
+def test_an_api_on_all_addresses_is_reached_on_loopback() -> None:
     assert url_of(Address("0.0.0.0", 1)) == "http://127.0.0.1:1"
     assert url_of(Address("::", 1)) == "http://[::1]:1"
     assert url_of(Address("10.0.0.1", 1)) == "http://10.0.0.1:1"

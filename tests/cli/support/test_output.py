@@ -28,11 +28,11 @@ def test_rates_are_decimal() -> None:
         (119.0, "119 s"), (150.0, "2 min"), (7200.0, "2 h"), (200_000.0, "2 d"),
     ],
 )  # fmt: skip
-def test_times_have_the_unit_that_suits_them(seconds: float | None, text: str) -> None:
+def test_durations_have_a_suitable_unit(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_small_things() -> None:
+def test_ids_counts_and_layers() -> None:
     assert short_id("k3j2x9d1" + "a" * 44) == "k3j2x9d1"
     assert [plural(count, "peer") for count in (0, 1, 2)] == ["0 peers", "1 peer", "2 peers"]
     assert layers([0, 12]) == layers("0-12") == "0-12"

@@ -4,7 +4,7 @@ from rich.console import Console
 from meshd.cli.support.progress import Bars, Lines, Measuring, progress
 
 
-def test_lines_are_few_and_tell_begin_change_and_end(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_are_printed_at_begin_change_and_end_only(capsys: pytest.CaptureFixture[str]) -> None:
     with Lines(of_bytes=True) as shown:
         for done in range(101):
             shown.update("model", done * 2**20, 100 * 2**20, "downloading")
@@ -16,18 +16,18 @@ def test_lines_are_few_and_tell_begin_change_and_end(capsys: pytest.CaptureFixtu
     ]
 
 
-def test_off_a_terminal_there_are_lines() -> None:
+def test_without_a_terminal_progress_is_lines() -> None:
     assert isinstance(progress(), Lines)
 
 
-def test_bars_end_in_good_order(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bars_are_drawn_and_closed(capsys: pytest.CaptureFixture[str]) -> None:
     with Bars(Console(stderr=True), of_bytes=True) as shown:
         shown.update("a [bold]", 1, None, "[/]")
         shown.update("a [bold]", 2, 2, "done")
     assert "a [bold]" in capsys.readouterr().err
 
 
-def test_a_recalled_measurement_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stored_measurement_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     measuring = Measuring()
     measuring("done", 1.0)
     measuring.close()

@@ -1,1 +1,1 @@
-"""Texts and templates that are hard to get right."""
+"""Texts and templates that are hard to handle correctly."""

@@ -1,4 +1,4 @@
-"""Chat templates in the shapes that model families give theirs, and conversations that tell them apart."""
+"""Chat templates as model families write them, and conversations that they render differently."""
 
 from typing import Any
 
@@ -356,6 +356,6 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 
 
 def as_transformers_takes(given: dict[str, Any]) -> dict[str, Any]:
-    """What is asked for beside the messages, with a template's own variables among it."""
+    """Convert arguments of `ChatTemplate.render` to those of transformers, which takes `variables` as further arguments."""
     others = {key: value for key, value in given.items() if key != "variables"}
     return {"add_generation_prompt": True} | others | given.get("variables", {})

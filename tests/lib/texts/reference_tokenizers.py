@@ -1,13 +1,9 @@
-"""The tokenizers of transformers that ours are held against, on ten thousand odd strings."""
+"""Tokenizers of transformers as references for meshd's, on ten thousand odd strings."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from transformers import (
-    AddedToken,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
 
 from meshd.models.text.tokenizer.tokenizer import Tokenizer
@@ -19,7 +15,7 @@ Make = Callable[[Mapping[str, Any]], PreTrainedTokenizerBase]
 
 
 def of_class(kind: Callable[..., PreTrainedTokenizerBase], **more: Any) -> Make:
-    """A family's class, with a vocabulary of ours."""
+    """Return a maker of tokenizers of a family's class, with the vocabulary of GGUF metadata."""
 
     def make(metadata: Mapping[str, Any]) -> PreTrainedTokenizerBase:
         tokens = metadata["tokenizer.ggml.tokens"]
@@ -35,7 +31,10 @@ def of_class(kind: Callable[..., PreTrainedTokenizerBase], **more: Any) -> Make:
 
 
 def of_gguf(*, architecture: str = "llama", whole_words: bool = False) -> Make:
-    """transformers' own reading of a GGUF file. Of whole words it knows nothing: that is in `tokenizer.json` alone."""
+    """Return a maker of tokenizers by transformers' own conversion of GGUF metadata.
+
+    `whole_words` is set here, since the conversion does not know it: only a `tokenizer.json` states it.
+    """
 
     def make(metadata: Mapping[str, Any]) -> PreTrainedTokenizerBase:
         named = {
@@ -68,7 +67,7 @@ def check_ids(tokenizer: Tokenizer, ids: list[list[int]]) -> None:
 
 
 def check_streams(tokenizer: Tokenizer, ids: list[list[int]]) -> None:
-    """What is streamed is what is decoded, so that a character is broken only where the bytes are."""
+    """Check that streamed text is the same as decoded text, so that only invalid bytes show as broken characters."""
     for some in ids:
         stream = tokenizer.stream(skip_special=False)
         assert "".join([stream.push(id_) for id_ in some]) == tokenizer.decode(some, skip_special=False)

@@ -1,1 +1,1 @@
-"""Small random models, files and folders, made in the test."""
+"""Makers of small random models, files and folders."""

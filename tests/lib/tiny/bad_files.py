@@ -1,4 +1,4 @@
-"""Models that are whole, and what may be wrong with a file: for the fuzzer of model files."""
+"""Valid models and mutations of their files, for the fuzzer of model files."""
 
 import json
 import random
@@ -25,11 +25,14 @@ _JSON = (
 )  # fmt: skip
 
 Seeds = dict[str, bytes]
-"""File name -> content of one model that is whole."""
+"""The files of one valid model: name -> content."""
 
 
 def small_gguf(part: int | None = None, *, pieces: bool = False) -> bytes:
-    """A llama of one layer with weights of many kinds; or one of two parts of it. `pieces`: its tokens are SentencePiece's."""
+    """Make a GGUF file of a llama of one layer, with weights of many kinds.
+
+    `part`: only this part (0 or 1) of the file split in two. `pieces`: with a SentencePiece vocabulary.
+    """
     hidden, ffn, vocab = 256, 32, 32
     rng = np.random.default_rng(0)
     known = {name: (weights, size) for name, weights, size in KINDS.values()}
@@ -48,7 +51,7 @@ def small_gguf(part: int | None = None, *, pieces: bool = False) -> bytes:
         count = int(np.prod([int(n) for n in shape]))
         if kind == "F32":
             data = rng.standard_normal(count, dtype=np.float32).tobytes()
-        else:  # halves of small numbers: a scale of nearly any block stays finite
+        else:  # small 16-bit numbers: read as float16, the scales of nearly all blocks are finite
             data = (rng.integers(0, 1 << 13, count // weights * size // 2, dtype=np.uint16)).tobytes()
         tensors.append(OutTensor(name, str(kind), tuple(int(n) for n in shape), lambda data=data: [data]))
     letters = [chr(0x21 + index) for index in range(vocab - 4)]
@@ -80,7 +83,7 @@ def small_gguf(part: int | None = None, *, pieces: bool = False) -> bytes:
 
 
 def small_folder(root: Path) -> Seeds:
-    """A Hugging Face folder of two shards."""
+    """Write a Hugging Face folder of two shards. Returns: its files."""
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8, "vocab_size": 32}
     rng = np.random.default_rng(0)
     shapes = {"model.embed_tokens": (32, 32), "model.norm": (32,), "lm_head": (32, 32)} | {
@@ -122,17 +125,17 @@ CONFIGS: tuple[dict[str, Any], ...] = (
     {"model_type": "gpt_oss", "num_local_experts": 2, "num_experts_per_tok": 1, "swiglu_limit": 7.0},
     {"model_type": "granite", "attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.4},
 )  # fmt: skip
-"""Changes to config.json before it is mutated. Most of them name tensors that are missing, which is checked last."""
+"""Changes to config.json before it is mutated. Most of them need tensors that are missing, but that is checked last."""
 PARTS = (
     "mlp.experts.0.w1.weight", "mlp.experts.1.up_proj.weight", "mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj_bias",
     "mlp.experts.down_proj_blocks", "mlp.experts.down_proj_scales", "mlp.experts.gate_up_proj_blocks", "self_attn.sinks",
     "self_attn.qkv_proj.weight", "mlp.gate.weight", "self_attn.q_norm.weight", "self_attn.q_proj.bias",
 )  # fmt: skip
-"""Tensors of layers that only some families have."""
+"""Names of layer tensors that only some families have."""
 
 
 def mutate_binary(dice: random.Random, data: bytes, header: int) -> bytes:
-    """Some faults, most of them in the first `header` bytes."""
+    """Insert some faults, most of them in the first `header` bytes."""
     broken = bytearray(data)
     for _ in range(dice.choice((1, 1, 1, 2, 4))):
         reach = min(len(broken), header if dice.random() < 0.9 else len(broken))
@@ -148,19 +151,20 @@ def mutate_binary(dice: random.Random, data: bytes, header: int) -> bytes:
                 del broken[at : at + dice.randint(1, 40)]
             case 3:
                 broken[at:at] = dice.randbytes(dice.randint(1, 40))
-            case 4:  # a piece of the file somewhere else in it
+            case 4:  # copy a part of the file to another place
                 start = dice.randrange(reach)
                 broken[at : at + dice.choice((0, 8, 40))] = broken[start : start + dice.randint(1, 200)]
             case 5:
                 struct.pack_into("<Q", broken, min(at, len(broken) - 8), dice.choice(_EDGES))
             case 6:
                 struct.pack_into("<I", broken, min(at, len(broken) - 4), dice.choice(_EDGES) & 0xFFFFFFFF)
-            case _:  # a number that is there, a little or very different: a count, a length, a kind or an offset
-                _lie(dice, broken, at, reach)
+            case _:
+                _change_number(dice, broken, at, reach)
     return bytes(broken)
 
 
-def _lie(dice: random.Random, broken: bytearray, at: int, reach: int) -> None:
+def _change_number(dice: random.Random, broken: bytearray, at: int, reach: int) -> None:
+    """Change the next small 64-bit number (a count, length, kind or offset), which six zero bytes reveal."""
     found = broken.find(bytes(6), at, reach)
     if found < 2 or found + 6 > len(broken) - 8:
         return
@@ -171,7 +175,7 @@ def _lie(dice: random.Random, broken: bytearray, at: int, reach: int) -> None:
 
 
 def mutate_json(dice: random.Random, data: bytes) -> bytes:
-    """Some faults in a JSON text: most leave it JSON."""
+    """Insert some faults in a JSON text. Most of them leave it valid JSON."""
     broken = data
     for _ in range(dice.choice((1, 1, 2, 4))):
         spots = [at for at, byte in enumerate(broken) if byte in b':,[{"'] or [0]
@@ -197,13 +201,13 @@ def mutate_json(dice: random.Random, data: bytes) -> bytes:
 
 
 def mutate_safetensors(dice: random.Random, data: bytes) -> bytes:
-    """The header as JSON, with its length put right most of the time; or the bytes."""
+    """Mutate the header's JSON, with a correct header length most of the time; or mutate any bytes."""
     length = int.from_bytes(data[:8], "little")
     if dice.random() < 0.3:
         return mutate_binary(dice, data, 8 + length)
     header = mutate_json(dice, data[8 : 8 + length])
-    said = len(header) if dice.random() < 0.8 else dice.choice(_EDGES)
-    return said.to_bytes(8, "little") + header + data[8 + length :]
+    header_length = len(header) if dice.random() < 0.8 else dice.choice(_EDGES)
+    return header_length.to_bytes(8, "little") + header + data[8 + length :]
 
 
 _VALUES = (
@@ -225,7 +229,7 @@ _GGUF_VALUES: tuple[MetadataValue, ...] = (
 
 
 def mutate_values(dice: random.Random, config: dict[str, Any]) -> dict[str, Any]:
-    """Some values of a configuration, at any depth, become something else."""
+    """Replace some values of a configuration, at any depth."""
     changed = json.loads(json.dumps(config))
     for _ in range(dice.choice((1, 1, 2, 3))):
         place = changed
@@ -238,7 +242,7 @@ def mutate_values(dice: random.Random, config: dict[str, Any]) -> dict[str, Any]
 
 
 def mutate_metadata(dice: random.Random, metadata: Mapping[str, MetadataValue]) -> dict[str, MetadataValue]:
-    """A GGUF header's metadata, often of another architecture, with some other values."""
+    """Change some values of a GGUF file's metadata, and often its architecture."""
     before = str(metadata["general.architecture"])
     after = dice.choice((before, dice.choice(tuple(ARCHITECTURES))))
     changed = {key.replace(f"{before}.", f"{after}.", 1): value for key, value in metadata.items()}
@@ -249,18 +253,18 @@ def mutate_metadata(dice: random.Random, metadata: Mapping[str, MetadataValue]) 
 
 
 def plant_nan(dice: random.Random, data: bytes) -> bytes:
-    """A weight of a safetensors file that is no number, in BF16 and in F32."""
+    """Make one weight of a safetensors file NaN, in BF16 as in F32."""
     start = 8 + int.from_bytes(data[:8], "little")
     at = start + 4 * dice.randrange((len(data) - start) // 4)
     return data[:at] + b"\xff\xff\xff\xff" + data[at + 4 :]
 
 
 _SCALES = {"F32": (4, 0), "F16": (2, 0), "BF16": (2, 0), "Q4_0": (18, 0), "Q4_1": (20, 2), "Q8_0": (34, 0), "Q6_K": (210, 208)}
-"""Kind -> (bytes of a block, offset of a float16 that scales its weights)."""
+"""Kind -> (bytes of a block, offset of the float16 that scales the block's weights)."""
 
 
 def plant_nan_in_gguf(dice: random.Random, data: bytes) -> tuple[bytes, str]:
-    """A block of weights that are no numbers, and its tensor's name."""
+    """Make one block of weights NaN. Returns: the file, and the name of the block's tensor."""
     header = parse_header(memoryview(data), name="seed", file_bytes=len(data))
     name, info = dice.choice(list(header.tensors.items()))
     size, within = _SCALES[info.kind]

@@ -1,15 +1,11 @@
-"""Manifests and partial copies of a tiny model's file."""
+"""Manifests and partial copies of a small model's file."""
 
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 from meshd.models.files.gguf import GgufFile
-from meshd.models.files.manifest import (
-    Manifest,
-    layout_of,
-    sum_up,
-)
+from meshd.models.files.manifest import Manifest, layout_of, sum_up
 from meshd.models.store.partial_copy import CopyInfo, PartialCopy
 from meshd.types import ModelId
 
@@ -21,13 +17,13 @@ def manifest_of(path: Path) -> Manifest:
         return sum_up(path, layout_of(file.tensors, path.stat().st_size), QUIET)
 
 
-def about(path: Path) -> CopyInfo:
+def copy_info(path: Path) -> CopyInfo:
     identifier = ModelId(hashlib.sha256(path.read_bytes()).hexdigest()[:32])
     return CopyInfo(identifier, "tiny", "pypi:tiny==1", 1700, manifest_of(path))
 
 
-def bring(copy: PartialCopy, source: Path, indices: list[int], *, flush: bool = True) -> None:
-    """As a fetch does: parts in any order, checked, remembered."""
+def fill(copy: PartialCopy, source: Path, indices: list[int], *, flush: bool = True) -> None:
+    """Fill a copy as a fetch does: write parts in any order, check them and keep them."""
     content = source.read_bytes()
     copy.begin(QUIET)
     for index in indices:

@@ -1,4 +1,4 @@
-"""A GGUF file with the shape of a Llama and random weights, written by the `gguf` package: to be cut and put together."""
+"""A GGUF file of a llama with random weights, written by the `gguf` package, for tests of partial copies and split files."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 
 HIDDEN, FFN, VOCAB = 64, 1024, 1024
-"""A layer takes about 850 KB, three tensors of it 256 KiB each; the embedding takes 256 KiB."""
+"""A layer has about 850 KB, of which three tensors have 256 KiB each. The embedding has 256 KiB."""
 
 
 def write_gguf(path: Path, *, layers: int = 6, seed: int = 0, tied: bool = True) -> Path:

@@ -1,4 +1,4 @@
-"""Hugging Face folders of the llama architecture, much too small to say anything."""
+"""Hugging Face folders of the llama architecture, too small to produce sensible text."""
 
 import json
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ CONFIG: dict[str, Any] = {
 
 
 def weights(dtype: str = "F32", layers: int = 2, seed: int = 0) -> dict[str, np.ndarray]:
-    """By Hugging Face's names. BF16 as numpy lacks it: see `save`."""
+    """Make random weights by Hugging Face's names. For BF16 they are float32, since numpy lacks it: `save` converts them."""
     rng = np.random.default_rng(seed)
     kv = HIDDEN // HEADS * KV_HEADS
     shapes: dict[str, tuple[int, ...]] = {
@@ -58,7 +58,7 @@ def weights(dtype: str = "F32", layers: int = 2, seed: int = 0) -> dict[str, np.
 
 
 def save(path: Path, tensors: Mapping[str, np.ndarray], dtype: str = "F32") -> None:
-    """Write them with the library. It cannot write BF16 from numpy, so it writes F16 and the header gets the other name."""
+    """Write a safetensors file. The library can't write BF16 from numpy: it writes U16, and the header's types are replaced."""
     if dtype != "BF16":
         safetensors.numpy.save_file(dict(tensors), path)
         return
@@ -71,7 +71,7 @@ def save(path: Path, tensors: Mapping[str, np.ndarray], dtype: str = "F32") -> N
 
 
 def tokenizer_json() -> str:
-    """Byte-level, without a merge: enough to be read."""
+    """Make a minimal tokenizer.json: byte-level, without merges."""
     letters = pre_tokenizers.ByteLevel.alphabet()
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "<|im_end|>": 3} | {
         letter: 4 + index for index, letter in enumerate(sorted(letters)[: VOCAB - 4])
@@ -84,7 +84,7 @@ def tokenizer_json() -> str:
 
 
 def write_folder(folder: Path, *, dtype: str = "F32", shards: int = 1, config: Mapping[str, Any] = CONFIG, seed: int = 0) -> Path:
-    """A whole folder; with several shards, an index."""
+    """Write a complete folder, with an index if it has several shards."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = weights(dtype, seed=seed)
     if shards == 1:

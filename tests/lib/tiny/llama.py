@@ -1,4 +1,4 @@
-"""A small random Llama, and what it computes in plain numpy on weights that the `gguf` package dequantised."""
+"""A small random llama, and its computation in plain numpy on weights that the `gguf` package dequantises."""
 
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ F32 = npt.NDArray[np.float32]
 
 
 def tiny_spec(*, layers: int = 4, tied: bool = False, architecture: str = "llama") -> ModelSpec:
-    """Uneven enough to show a mix-up of dimensions: no two are equal."""
+    """Make a spec in which no two dimensions are equal, so that a mix-up of dimensions fails."""
     return ModelSpec(
         architecture=architecture,
         layers=layers,
@@ -34,7 +34,7 @@ def tiny_spec(*, layers: int = 4, tied: bool = False, architecture: str = "llama
 
 @dataclass
 class TinyLlama:
-    """A weight source. `kinds` says which kind by the middle of a tensor's name (`attn_v`, `output`, ...); the others are Q4_1."""
+    """A weight source. `kinds`: middle of a tensor's name (`attn_v`, `output`, ...) -> its kind. Other tensors are Q4_1."""
 
     spec: ModelSpec
     seed: int = 0
@@ -50,7 +50,7 @@ class TinyLlama:
         return self.made[name]
 
     def dense(self, name: str) -> F32:
-        """The tensor as float32, by other code than ours."""
+        """Return a tensor as float32, dequantised by the `gguf` package."""
         tensor = self.tensor(name)
         raw = np.frombuffer(tensor.data, np.uint8)
         if tensor.kind == "F32":
@@ -82,7 +82,7 @@ class PlainLlama:
         return self.weights.dense("token_embd.weight")[ids]
 
     def hidden(self, ids: npt.NDArray[np.int32]) -> F32:
-        """After the last layer: `[tokens, hidden]`."""
+        """Return the hidden states after the last layer, `[tokens, hidden]`."""
         x = self.embed(ids)
         for layer in range(self.weights.spec.layers):
             x = self._layer(layer, x)

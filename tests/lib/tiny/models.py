@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture, made and saved by `transformers`, and read back as a weight source."""
+"""Tiny random models of every architecture, created and saved by `transformers` and read back as a weight source."""
 
 import json
 from dataclasses import dataclass
@@ -82,14 +82,14 @@ class TinyModel:
 
     @classmethod
     def make(cls, name: str, folder: Path, **sizes: Any) -> "TinyModel":
-        """`sizes` go before those of the table."""
+        """Create a model of MODELS. `sizes` override its settings."""
         torch.manual_seed(0)
         kind, settings = MODELS[name]
         config = getattr(transformers, kind)(**(SMALL | settings | sizes))
         config._attn_implementation = "eager"
         reference = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
         with torch.no_grad():
-            for parameter in reference.parameters():  # norms and biases are not 1 and 0
+            for parameter in reference.parameters():  # so that norms differ from 1 and biases from 0
                 parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.ndim < 2 else 0.06))
         reference.save_pretrained(folder)
         arrays = load_file(folder / "model.safetensors")
@@ -114,7 +114,10 @@ class TinyModel:
         return Tensor(name, "F32", each.shape, memoryview(array.tobytes()))
 
     def layers(self, ids: list[int]) -> list[np.ndarray]:
-        """After the embedding and after every layer `[tokens, hidden]`, the last one before the final norm; then logits."""
+        """Compute a prompt with `transformers`.
+
+        Returns: hidden states `[tokens, hidden]` after the embedding and after each layer, before the final norm; then the logits.
+        """
         seen: list[np.ndarray] = []
         blocks = self.reference.model.layers
         hooks = [block.register_forward_hook(lambda _m, _i, out: seen.append(_first(out))) for block in blocks]

@@ -1,4 +1,4 @@
-"""Drives stages as a session does: prefill in chunks, then decode, activations handed on from stage to stage."""
+"""Runs stages as a session does: prefill in chunks, then decode, with the activations passed from stage to stage."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from meshd.kernels.kv import BlockTable, KVPool
 from meshd.types import ModelSpec
 
 F32 = npt.NDArray[np.float32]
-ROOM = 256
+CAPACITY = 256
 
 
 @dataclass
 class Chain:
-    """Stages in a row, each with a pool of its own."""
+    """Consecutive stages, each with its own KV pool."""
 
     stages: Sequence[Stage]
     pools: list[KVPool]
@@ -24,11 +24,11 @@ class Chain:
 
     @classmethod
     def of(cls, spec: ModelSpec, stages: Sequence[Stage]) -> "Chain":
-        pools = [KVPool(spec, stage.layers, blocks=2 * ROOM // 32) for stage in stages]
-        return cls(stages, pools, [pool.allocate(ROOM) for pool in pools])
+        pools = [KVPool(spec, stage.layers, blocks=2 * CAPACITY // 32) for stage in stages]
+        return cls(stages, pools, [pool.allocate(CAPACITY) for pool in pools])
 
     def step(self, ids: Sequence[int], start: int) -> F32:
-        """Hidden states after the last layer; each stage gets what came over a wire: read-only bytes."""
+        """Compute one step. Each stage gets read-only bytes, as from the network. Returns: hidden states after the last layer."""
         hidden = self.stages[0].embed(np.asarray(ids, np.int32))
         for stage, pool, table in zip(self.stages, self.pools, self.tables, strict=True):
             received = np.frombuffer(hidden.tobytes(), np.float32).reshape(hidden.shape)
@@ -36,7 +36,7 @@ class Chain:
         return hidden
 
     def run(self, ids: Sequence[int], chunks: Sequence[int]) -> F32:
-        """Steps of the given sizes; all hidden states."""
+        """Compute steps of the given sizes. Returns: the hidden states of all steps."""
         parts, start = [], 0
         for size in chunks:
             parts.append(self.step(ids[start : start + size], start))
@@ -46,8 +46,8 @@ class Chain:
     def logits(self, hidden: F32) -> F32:
         return self.stages[-1].logits(hidden)
 
-    def greedy(self, prompt: Sequence[int], count: int, chunk: int = ROOM) -> list[int]:
-        """`count` tokens after the prompt, which is read `chunk` tokens at a time."""
+    def greedy(self, prompt: Sequence[int], count: int, chunk: int = CAPACITY) -> list[int]:
+        """Decode `count` tokens after a prompt, which is computed in chunks of `chunk` tokens."""
         sizes = [len(prompt[i : i + chunk]) for i in range(0, len(prompt), chunk)]
         hidden, answer = self.run(prompt, sizes), []
         while len(answer) < count:

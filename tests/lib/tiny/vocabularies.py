@@ -1,4 +1,4 @@
-"""Small vocabularies, trained on the spot, in the form of a GGUF file's metadata."""
+"""Small vocabularies, trained on demand, in the form of GGUF metadata."""
 
 import io
 import json
@@ -19,11 +19,11 @@ PLAIN = (
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 ADDED = ("<table>", "<tool_call>", "</think>")
 WHOLE = frozenset({"the", "Hello", "ĠHello", "aBCd"})
-"""Tokens that no merge makes."""
+"""Tokens that no sequence of merges makes."""
 
 
 def byte_level(pre: str) -> dict[str, Any]:
-    """Byte-level BPE whose merges go over every border between words, so that only `pre` keeps them apart."""
+    """Train byte-level BPE with merges across words, so that only the rule `pre` separates words."""
     trained = tokenizers.Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     trained.decoder = decoders.ByteLevel()
@@ -44,7 +44,7 @@ def byte_level(pre: str) -> dict[str, Any]:
 
 
 def spm(*, spaced: bool, added: tuple[str, ...] = ()) -> tuple[dict[str, Any], sentencepiece.SentencePieceProcessor]:
-    """SentencePiece BPE with byte fallback, and the library's own reading of the same model."""
+    """Train SentencePiece BPE with byte fallback. Returns: its GGUF metadata, and the library's processor of the same model."""
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([text.replace("\0", "") for text in odd_strings(3000, seed=7)] + [PLAIN] * 50),
@@ -78,7 +78,7 @@ def spm(*, spaced: bool, added: tuple[str, ...] = ()) -> tuple[dict[str, Any], s
 
 
 def model_of(metadata: Mapping[str, Any]) -> sentencepiece.SentencePieceProcessor:
-    """The library's reading of a vocabulary that puts no space before a text."""
+    """Load GGUF metadata of a vocabulary without a leading space into the sentencepiece library."""
     proto = sentencepiece_model_pb2.ModelProto()
     unknown = metadata["tokenizer.ggml.unknown_token_id"]
     rows = zip(*(metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type", "scores")), strict=True)

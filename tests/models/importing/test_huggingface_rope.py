@@ -1,4 +1,4 @@
-"""Rotations of a config.json, held against transformers' own inverse frequencies."""
+"""RoPE settings of a config.json, compared with transformers' inverse frequencies."""
 
 import math
 from typing import Any
@@ -24,14 +24,14 @@ def imported(**changes: Any) -> tuple[dict[str, Any], dict[str, tuple[float, ...
     return keys, {tensor.name: tensor.values for tensor in tensors}
 
 
-def test_a_plain_model_has_its_base_and_all_dimensions() -> None:
+def test_without_scaling_there_are_only_a_base_and_the_dimensions() -> None:
     assert imported() == ({"rope.dimension_count": 16, "rope.freq_base": 10000.0}, {})
     assert imported(rope_theta=None)[0]["rope.freq_base"] == 10000.0
     assert imported(rope_parameters={"rope_theta": 5e5, "rope_type": "default"})[0]["rope.freq_base"] == 5e5
     assert imported(partial_rotary_factor=0.5)[0]["rope.dimension_count"] == 8
 
 
-def test_llama3_factors_divide_to_the_frequencies_of_transformers() -> None:
+def test_llama3_factors_give_the_frequencies_of_transformers() -> None:
     _, tensors = imported(rope_scaling=LLAMA3)
     factors = tensors["rope_freqs.weight"]
     config = LlamaConfig(
@@ -46,7 +46,7 @@ def test_llama3_factors_divide_to_the_frequencies_of_transformers() -> None:
     assert factors[-1] == pytest.approx(8.0)
 
 
-def test_linear_and_yarn_are_keys_alone() -> None:
+def test_linear_and_yarn_need_keys_only() -> None:
     keys, tensors = imported(rope_scaling={"type": "linear", "factor": 4.0})
     assert (keys["rope.scaling.type"], keys["rope.scaling.factor"], tensors) == ("linear", 4.0, {})
     keys, tensors = imported(rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048})
@@ -72,12 +72,12 @@ def test_longrope_has_a_factor_for_each_frequency() -> None:
         imported(rope_scaling=scaling | {"long_factor": [2.0] * 7})
 
 
-def test_layers_with_a_window_have_a_base_of_their_own() -> None:
+def test_layers_with_a_window_have_a_separate_base() -> None:
     both = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
     keys, _ = imported(rope_parameters=both)
     assert (keys["rope.freq_base"], keys["rope.freq_base_swa"]) == (1e6, 1e4)
     assert imported(rope_local_base_freq=5e3)[0]["rope.freq_base_swa"] == 5e3
-    with pytest.raises(ModelFileError, match="with a window are scaled"):
+    with pytest.raises(ModelFileError, match="with a window have rope scaling"):
         imported(rope_parameters=both | {"sliding_attention": {"rope_theta": 1e4, "rope_type": "linear"}})
 
 
@@ -95,6 +95,6 @@ def test_layers_with_a_window_have_a_base_of_their_own() -> None:
         ([1], "rope_scaling is no object"),
     ],
 )
-def test_scaling_that_is_not_known_by_name_is_refused(scaling: Any, why: str) -> None:
+def test_unsupported_scaling_is_refused(scaling: Any, why: str) -> None:
     with pytest.raises(ModelFileError, match=why):
         imported(rope_scaling=scaling)

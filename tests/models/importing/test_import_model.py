@@ -1,4 +1,4 @@
-"""Folders and split files made one GGUF file: read back by the `gguf` package and by our own reader."""
+"""Folders and split files become one GGUF file, which the `gguf` package and meshd's own reader read back."""
 
 import asyncio
 import json
@@ -15,14 +15,12 @@ import pytest
 import safetensors.numpy
 import tokenizers
 
-from meshd.errors import InvalidRequest, ModelFileError, StorageError
+from meshd.errors import ModelFileError, StorageError
 from meshd.models.cards import card_from_gguf
 from meshd.models.files.gguf import GgufFile
 from meshd.models.files.gguf_writer import GgufOut, OutTensor
 from meshd.models.importing.import_model import import_to
 from meshd.models.importing.plan import TENSOR_CHUNK_BYTES
-from meshd.models.importing.quantise import quantise
-from meshd.models.store.catalogue import quantised, resolve
 from meshd.models.store.progress import PullPhase, PullProgress
 from meshd.models.store.store import Store
 from meshd.types import ModelId
@@ -35,13 +33,13 @@ def imported(path: Path, target: Path, quant: str | None = None) -> str:
 
 
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """As llama.cpp's converter writes it down."""
+    """Reorder the rows of Q or K as llama.cpp's converter does."""
     rows, columns = weight.shape
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
 def expected(dtype: str) -> dict[str, np.ndarray]:
-    """GGUF's names -> values in float32."""
+    """The imported tensors: GGUF's name -> values in float32."""
     made = weights(dtype)
     parts = {
         "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -61,7 +59,7 @@ def expected(dtype: str) -> dict[str, np.ndarray]:
 
 
 def read_back(path: Path) -> tuple[gguf.GGUFReader, dict[str, tuple[str, np.ndarray]]]:
-    """The `gguf` package's view: name -> (kind, values)."""
+    """Read a file with the `gguf` package. Returns: its reader, and name -> (kind, values)."""
     reader = gguf.GGUFReader(path)
     return reader, {
         tensor.name: (tensor.tensor_type.name, np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
@@ -70,7 +68,7 @@ def read_back(path: Path) -> tuple[gguf.GGUFReader, dict[str, tuple[str, np.ndar
 
 
 @pytest.mark.parametrize(("dtype", "shards"), [("F32", 1), ("F16", 3), ("BF16", 2)])
-def test_a_folder_becomes_a_file_that_others_read_too(tmp_path: Path, dtype: str, shards: int) -> None:
+def test_a_folder_becomes_a_file_that_other_tools_can_read(tmp_path: Path, dtype: str, shards: int) -> None:
     folder, target = write_folder(tmp_path / "hf", dtype=dtype, shards=shards), tmp_path / "made.gguf"
     imported(folder, target)
     reader, tensors = read_back(target)
@@ -94,7 +92,7 @@ def test_a_folder_becomes_a_file_that_others_read_too(tmp_path: Path, dtype: str
 
 
 @pytest.mark.parametrize(("quant", "kind", "error"), [("q8", "Q8_0", 0.01), ("q4", "Q4_1", 0.09)])
-def test_a_folder_is_quantised_as_it_is_imported(tmp_path: Path, quant: str, kind: str, error: float) -> None:
+def test_a_folder_is_quantised_at_import(tmp_path: Path, quant: str, kind: str, error: float) -> None:
     imported(write_folder(tmp_path / "hf", dtype="BF16"), tmp_path / "made.gguf", quant)
     reader, tensors = read_back(tmp_path / "made.gguf")
     for name, wanted in expected("BF16").items():
@@ -105,23 +103,7 @@ def test_a_folder_is_quantised_as_it_is_imported(tmp_path: Path, quant: str, kin
     assert reader.get_field("general.quantization_version").contents() == 2
 
 
-def test_quantised_blocks_are_as_good_as_the_reference_ones() -> None:
-    values = np.random.default_rng(1).standard_normal((256, 256), dtype=np.float32)
-    for kind in ("Q8_0", "Q4_1"):
-        ours = gguf.quants.dequantize(quantise(values.reshape(-1), kind).reshape(256, -1), gguf.GGMLQuantizationType[kind])
-        kind_ = gguf.GGMLQuantizationType[kind]
-        theirs = gguf.quants.dequantize(gguf.quants.quantize(values, kind_), kind_)
-        assert np.square(ours - values).sum() <= np.square(theirs - values).sum() * 1.001
-    edges = np.zeros((3, 32), np.float32)
-    edges[1], edges[2, 0] = 7.0, 1e-9
-    for kind in ("Q8_0", "Q4_1"):
-        again = gguf.quants.dequantize(quantise(edges.reshape(-1), kind).reshape(3, -1), gguf.GGMLQuantizationType[kind])
-        np.testing.assert_allclose(again, edges, atol=7 / 127 / 100)
-        with pytest.raises(ValueError, match="too large"):
-            quantise(np.full(32, [1e30, -1e30] * 16, np.float32).reshape(-1), kind)
-
-
-def test_the_same_folder_elsewhere_is_the_same_model(tmp_path: Path) -> None:
+def test_the_same_folder_at_another_path_is_the_same_model(tmp_path: Path) -> None:
     ids = [imported(write_folder(tmp_path / name), tmp_path / f"{name}.gguf") for name in ("one", "two")]
     assert ids[0] == ids[1]
     assert imported(tmp_path / "one", tmp_path / "three.gguf", "q8") != ids[0]
@@ -163,7 +145,7 @@ def _configured(**changes: Any) -> Callable[[Path], None]:
         (lambda folder: (folder / "chat_template.jinja").write_bytes(b"\xff"), "not UTF-8"),
     ],
 )
-def test_a_folder_that_can_not_be_imported_is_told_and_leaves_nothing(
+def test_a_folder_that_can_not_be_imported_is_an_error_and_leaves_no_file(
     tmp_path: Path, change: Callable[[Path], None], why: str
 ) -> None:
     folder = write_folder(tmp_path / "hf")
@@ -173,7 +155,7 @@ def test_a_folder_that_can_not_be_imported_is_told_and_leaves_nothing(
     assert not (tmp_path / "made.gguf").exists()
 
 
-def test_importing_takes_memory_for_a_piece_not_for_a_tensor(tmp_path: Path) -> None:
+def test_an_import_holds_a_chunk_of_a_tensor_not_the_whole_tensor(tmp_path: Path) -> None:
     config = CONFIG | {"vocab_size": 1 << 17}
     folder = write_folder(tmp_path / "hf", config=config)
     large = np.zeros((1 << 17, HIDDEN), np.float32)  # 32 MiB
@@ -189,7 +171,7 @@ def test_importing_takes_memory_for_a_piece_not_for_a_tensor(tmp_path: Path) -> 
 
 
 def _gpt_oss(folder: Path, experts: int = 3) -> dict[str, np.ndarray]:
-    """A folder of one layer with experts in MXFP4, and their weights by GGUF's names."""
+    """Write a folder of one layer with experts in MXFP4. Returns: the experts' weights by GGUF's names."""
     rng = np.random.default_rng(2)
     hidden, ffn = 64, 32
     config = CONFIG | {
@@ -214,7 +196,7 @@ def _gpt_oss(folder: Path, experts: int = 3) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("quant", [None, "q4"])
-def test_experts_in_mxfp4_stay_so(tmp_path: Path, quant: str | None) -> None:
+def test_experts_in_mxfp4_are_copied_unchanged(tmp_path: Path, quant: str | None) -> None:
     wanted = _gpt_oss(tmp_path / "hf")
     imported(tmp_path / "hf", tmp_path / "made.gguf", quant)
     _, tensors = read_back(tmp_path / "made.gguf")
@@ -235,7 +217,7 @@ def test_experts_in_mxfp4_stay_so(tmp_path: Path, quant: str | None) -> None:
         (lambda made: made.update({"gate_up_proj": np.zeros(8, np.float32)}), "gate_up_proj' has no place"),
     ],
 )
-def test_mxfp4_that_does_not_fit_is_told(tmp_path: Path, change: Callable[[dict[str, np.ndarray]], Any], why: str) -> None:
+def test_mxfp4_that_does_not_fit_is_an_error(tmp_path: Path, change: Callable[[dict[str, np.ndarray]], Any], why: str) -> None:
     _gpt_oss(tmp_path / "hf")
     prefix = "model.layers.0.mlp.experts."
     made = safetensors.numpy.load_file(tmp_path / "hf" / "model.safetensors")
@@ -247,7 +229,7 @@ def test_mxfp4_that_does_not_fit_is_told(tmp_path: Path, change: Callable[[dict[
 
 
 def split(whole: Path, folder: Path, count: int) -> Path:
-    """As llama.cpp's gguf-split cuts a file; the first part."""
+    """Split a file as llama.cpp's gguf-split does. Returns: the first part."""
     with GgufFile.open(whole) as file:
         names = list(file.tensors)
         for number in range(count):
@@ -267,7 +249,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_with_library(tmp_path_factory.mktemp("whole") / "whole.gguf", layers=2)
 
 
-def test_a_split_file_is_joined_to_what_it_was(tmp_path: Path, whole: Path) -> None:
+def test_a_split_file_is_joined_to_the_original(tmp_path: Path, whole: Path) -> None:
     first = split(whole, tmp_path, 3)
     for part in (first, first.with_name("m-00003-of-00003.gguf")):
         imported(part, tmp_path / "made.gguf")
@@ -281,17 +263,17 @@ def test_a_split_file_is_joined_to_what_it_was(tmp_path: Path, whole: Path) -> N
         assert {info.kind for info in small.tensors.values() if len(info.shape) == 2} == {"Q8_0"}
 
 
-def test_parts_that_do_not_belong_together_are_told(tmp_path: Path, whole: Path) -> None:
+def test_parts_that_do_not_belong_together_are_an_error(tmp_path: Path, whole: Path) -> None:
     first = split(whole, tmp_path, 3)
     second, third = (first.with_name(f"m-0000{part}-of-00003.gguf") for part in (2, 3))
-    kept = second.read_bytes()
+    saved = second.read_bytes()
     second.unlink()
-    with pytest.raises(ModelFileError, match=r"m-00002-of-00003\.gguf can't be used: it is missing"):
+    with pytest.raises(ModelFileError, match=r"m-00002-of-00003\.gguf can't be used: this part of the model is missing"):
         imported(first, tmp_path / "made.gguf")
     second.write_bytes(third.read_bytes())
     with pytest.raises(ModelFileError, match="doesn't say that it is part 2 of 3"):
         imported(first, tmp_path / "made.gguf")
-    second.write_bytes(kept[: len(kept) // 2])
+    second.write_bytes(saved[: len(saved) // 2])
     with pytest.raises(ModelFileError, match=r"00002-of-00003\.gguf .*tensor"):
         imported(first, tmp_path / "made.gguf")
     with pytest.raises(ModelFileError, match="part 00004 of 00003"):
@@ -304,11 +286,11 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "models", tmp_path / "cache")
 
 
-async def test_a_folder_is_pulled_named_found_and_removed(store: Store, tmp_path: Path) -> None:
+async def test_a_folder_is_pulled_found_and_removed(store: Store, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "hf")
-    told: list[PullProgress] = []
-    plain = await store.pull(f"file:{folder}", told.append)
-    importing = [step for step in told if step.phase is PullPhase.IMPORTING]
+    steps: list[PullProgress] = []
+    plain = await store.pull(f"file:{folder}", steps.append)
+    importing = [step for step in steps if step.phase is PullPhase.IMPORTING]
     assert importing[0].total_bytes
     assert importing[-1].done_bytes >= importing[0].total_bytes
     small = await store.pull(f"file:{folder}+q4")
@@ -324,7 +306,7 @@ async def test_a_folder_is_pulled_named_found_and_removed(store: Store, tmp_path
     assert (folder / "model.safetensors").exists()
 
 
-async def test_a_folder_that_was_changed_is_imported_anew(store: Store, tmp_path: Path) -> None:
+async def test_a_changed_folder_is_imported_again(store: Store, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "hf")
     first = await store.pull(f"file:{folder}")
     write_folder(folder, seed=1)
@@ -336,17 +318,17 @@ async def test_a_folder_that_was_changed_is_imported_anew(store: Store, tmp_path
     assert (await store.pull(f"file:{folder}")).id == second.id
 
 
-async def test_an_import_that_is_stopped_or_finds_no_room_leaves_nothing(
+async def test_a_cancelled_import_and_a_full_disk_leave_no_file(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_folder(tmp_path / "hf")
     began = asyncio.Event()
 
-    def tell(step: PullProgress) -> None:
+    def report(step: PullProgress) -> None:
         if step.phase is PullPhase.IMPORTING:
             began.set()
 
-    pull = asyncio.create_task(store.pull(f"file:{folder}", tell))
+    pull = asyncio.create_task(store.pull(f"file:{folder}", report))
     await began.wait()
     pull.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -370,17 +352,17 @@ except MeshdError as error:
 """
 
 
-def test_a_disk_that_fills_up_is_told_and_left_as_it_was(store: Store, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_is_an_error_and_leaves_no_file(store: Store, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "hf")
     command = [sys.executable, "-c", FULL, str(tmp_path / "models"), str(folder)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    assert told.startswith("storage_error ")
-    assert "model.gguf can't be written" in told
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert printed.startswith("storage_error ")
+    assert "model.gguf can't be written" in printed
     assert list((tmp_path / "models").rglob("*.gguf")) == []
     assert store.list() == []
 
 
-async def test_what_a_killed_import_left_is_removed_or_made_anew(store: Store, tmp_path: Path) -> None:
+async def test_the_remains_of_a_killed_import_are_removed_or_replaced(store: Store, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "hf")
     model = await store.pull(f"file:{folder}")
     (partial,) = (tmp_path / "models" / "partial").iterdir()
@@ -397,15 +379,3 @@ async def test_a_split_file_is_pulled_by_any_of_its_parts(store: Store, tmp_path
     assert not model.in_place
     with store.open(model) as file, GgufFile.open(whole) as original:
         assert list(file.tensors) == list(original.tensors)
-
-
-def test_a_quantised_reference_is_a_model_of_its_own() -> None:
-    assert str(resolve("hf:org/name@v1+q4").sources[0]) == resolve("hf:org/name@v1+q4").name == "hf:org/name@v1+q4"
-    assert resolve("file:/a/b+q8").sources[0] != resolve("file:/a/b").sources[0]
-    assert quantised("hf:org/name", "q4") == quantised("hf:org/name+q4", "q4") == "hf:org/name+q4"
-    assert quantised("smollm2:135m", None) == "smollm2:135m"
-    for ref in ("smollm2:135m", "pypi:x==1", "hf:org/name+q8"):
-        with pytest.raises(InvalidRequest, match="can't be quantised"):
-            quantised(ref, "q4")
-    with pytest.raises(InvalidRequest):
-        resolve("file:+q4")

@@ -1,4 +1,4 @@
-"""Transforms of an import plan: as views of an array, and read in blocks of rows."""
+"""The transforms of an import plan, as views of an array and by blocks of rows."""
 
 import math
 from collections.abc import Callable
@@ -31,12 +31,12 @@ def test_transforms_are_views(transform: str, change: Callable[[np.ndarray], np.
 
 
 @pytest.mark.parametrize("transform", ["slice:0:1", "rope_interleave:0", "rope_interleave:5", "slice:0:x::", "odd", "transpose:1"])
-def test_a_transform_that_does_not_fit_is_told(transform: str) -> None:
+def test_a_transform_that_does_not_fit_is_an_error(transform: str) -> None:
     with pytest.raises(ModelFileError, match="does not fit shape"):
         view_of(np.zeros((8, 6), np.float32), transform)
 
 
-def test_pieces_are_small_and_in_order() -> None:
+def test_chunks_are_small_and_in_order() -> None:
     array = np.arange(3 << 20, dtype=np.uint32).reshape(3, 1 << 10, 1 << 10)
     for view in (array, array.swapaxes(1, 2), array.swapaxes(0, 1)):
         parts = list(flat_chunks(view))
@@ -61,7 +61,7 @@ def test_pieces_are_small_and_in_order() -> None:
         ((700, 1024), "slice:-1:5:9:"),
     ],
 )
-def test_a_source_read_in_blocks_gives_what_the_whole_array_gives(shape: tuple[int, ...], transform: str) -> None:
+def test_a_source_read_in_blocks_gives_the_same_values_as_the_whole_array(shape: tuple[int, ...], transform: str) -> None:
     array = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
     read: list[int] = []
 
@@ -76,7 +76,7 @@ def test_a_source_read_in_blocks_gives_what_the_whole_array_gives(shape: tuple[i
     assert sum(read) == array.nbytes
 
 
-def test_a_block_is_a_megabyte_or_what_the_transform_keeps_in_order() -> None:
+def test_a_block_is_a_megabyte_of_rows_that_the_transform_keeps_together() -> None:
     read: list[tuple[int, int]] = []
 
     def rows(start: int, stop: int) -> np.ndarray:
@@ -86,15 +86,15 @@ def test_a_block_is_a_megabyte_or_what_the_transform_keeps_in_order() -> None:
     list(chunks_of((1024, 1024), 4, rows, ""))
     assert read == [(0, 256), (256, 512), (512, 768), (768, 1024)]
     read.clear()
-    list(chunks_of((1200, 1024), 4, rows, "rope_interleave:12"))  # heads of 100 rows: two of them in a block
+    list(chunks_of((1200, 1024), 4, rows, "rope_interleave:12"))  # heads of 100 rows: a block has two
     assert read == [(start, start + 200) for start in range(0, 1200, 200)]
 
 
-def test_mxfp4_blocks_hold_scale_then_low_and_high_halves() -> None:
+def test_mxfp4_blocks_are_a_scale_then_low_and_high_halves() -> None:
     nibbles = np.arange(16, dtype=np.uint8).reshape(1, 16) * 16 + 1
     block = mxfp4_blocks(nibbles, np.array([7], np.uint8))
     assert block[0] == 7
-    # Weights 2i and 2i + 1 are the low and the high half of byte i; in ggml's block, weight j is a low half and j + 16 a high one.
+    # Hugging Face: byte i has weights 2i (low half) and 2i + 1 (high half). ggml: byte j has weights j (low) and j + 16 (high).
     weights = np.stack([nibbles[0] & 15, nibbles[0] >> 4], axis=1).reshape(-1)
     np.testing.assert_array_equal(block[1:] & 15, weights[:16])
     np.testing.assert_array_equal(block[1:] >> 4, weights[16:])

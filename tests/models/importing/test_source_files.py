@@ -1,4 +1,4 @@
-"""Which files make a model: split names, folders, indices."""
+"""Finding the files of a model: split names, folders and indices."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_only_a_whole_gguf_file_is_used_in_place(tmp_path: Path) -> None:
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
     first, second = (tmp_path / f"m-0000{part}-of-00002.gguf" for part in (1, 2))
     touch(tmp_path, first.name)
-    with pytest.raises(ModelFileError, match=r"m-00002-of-00002\.gguf can't be used: it is missing, a part of m-00001"):
+    with pytest.raises(ModelFileError, match=r"m-00002-of-00002\.gguf can't be used: this part of the model is missing"):
         parts_of(first)
     touch(tmp_path, second.name)
     assert parts_of(second) == [first, second]
@@ -48,7 +48,7 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
         parts_of(tmp_path / "none.gguf")
 
 
-def test_a_folder_is_its_configuration_texts_and_weights(tmp_path: Path) -> None:
+def test_a_folders_files_are_its_configuration_tokenizer_and_weights(tmp_path: Path) -> None:
     touch(tmp_path, "model.safetensors", "tokenizer.json", "README.md", "other.bin")
     with pytest.raises(ModelFileError, match=r"no config\.json"):
         files_of(tmp_path)
@@ -56,7 +56,7 @@ def test_a_folder_is_its_configuration_texts_and_weights(tmp_path: Path) -> None
     assert [path.name for path in files_of(tmp_path)] == ["config.json", "tokenizer.json", "model.safetensors"]
 
 
-def test_weights_without_an_index_are_one_file(tmp_path: Path) -> None:
+def test_without_an_index_there_must_be_one_weight_file(tmp_path: Path) -> None:
     touch(tmp_path, "odd.safetensors")
     assert weight_files(tmp_path) == ([tmp_path / "odd.safetensors"], {})
     touch(tmp_path, "more.safetensors")
@@ -75,7 +75,7 @@ def test_an_index_names_only_files_beside_it(tmp_path: Path, name: str) -> None:
         weight_files(tmp_path)
 
 
-def test_an_index_says_where_each_tensor_is(tmp_path: Path) -> None:
+def test_an_index_maps_each_tensor_to_its_file(tmp_path: Path) -> None:
     where = {"a": "two.safetensors", "b": "one.safetensors", "c": "two.safetensors"}
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": where}))
     touch(tmp_path, "one.safetensors")

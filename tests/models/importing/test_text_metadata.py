@@ -15,7 +15,7 @@ def imported(path: Path, target: Path, quant: str | None = None) -> str:
     return import_to(target, path, quant, lambda _: None, lambda _: None)
 
 
-def test_templates_are_found_where_the_makers_put_them(tmp_path: Path) -> None:
+def test_templates_are_read_from_all_three_files(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "hf")
 
     def found() -> dict[str, Any]:
@@ -37,7 +37,7 @@ def test_templates_are_found_where_the_makers_put_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("named", ["<|im_end|>", {"content": "<|im_end|>", "lstrip": False}])
-def test_the_end_that_templates_mean_goes_first(tmp_path: Path, named: object) -> None:
+def test_the_eos_token_of_the_tokenizer_configuration_is_first(tmp_path: Path, named: object) -> None:
     folder = write_folder(tmp_path / "hf")
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": named, "bos_token": "</s>"}))
     imported(folder, tmp_path / "made.gguf")

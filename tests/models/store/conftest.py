@@ -16,7 +16,7 @@ def store(tmp_path: Path, package_index: Any, hasty_clock: Any) -> Store:
 
 @pytest.fixture
 def leftovers(tmp_path: Path) -> Callable[[], list[str]]:
-    """Lists the files of a pull that are not its lock."""
+    """Lists the files that pulls have left, without their locks."""
 
     def listed() -> list[str]:
         found = (tmp_path / "models" / "partial").rglob("*")

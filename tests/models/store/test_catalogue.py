@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from meshd.errors import InvalidRequest, UnknownModel
-from meshd.models.store.catalogue import CATALOGUE, FileSource, HubSource, PackageSource, resolve
+from meshd.models.store.catalogue import CATALOGUE, FileSource, HubSource, PackageSource, quantised, resolve
 
 
 def test_a_short_name_has_several_sources_and_one_hash() -> None:
@@ -14,7 +14,7 @@ def test_a_short_name_has_several_sources_and_one_hash() -> None:
     assert len(entry.sha256) == 64
 
 
-def test_weights_under_terms_of_their_own_say_so() -> None:
+def test_a_licence_with_special_terms_has_its_address() -> None:
     assert "ai.google.dev/gemma/terms" in resolve("gemma3:270m").licence
 
 
@@ -44,11 +44,11 @@ def test_a_reference_names_its_one_source(ref: str, source: object) -> None:
     assert found.sha256 is None
 
 
-def test_the_home_folder_has_its_short_name() -> None:
+def test_a_tilde_is_the_home_folder() -> None:
     assert resolve("file:~/m.gguf").name == f"file:{Path.home() / 'm.gguf'}"
 
 
-def test_a_relative_path_is_taken_from_here() -> None:
+def test_a_relative_path_is_relative_to_the_working_directory() -> None:
     assert resolve("file:x.gguf").name == f"file:{Path.cwd() / 'x.gguf'}"
 
 
@@ -82,3 +82,15 @@ def test_an_unknown_name_lists_the_nearest(name: str) -> None:
     with pytest.raises(UnknownModel) as caught:
         resolve(name)
     assert "smollm2:135m" in caught.value.hint
+
+
+def test_a_quantised_reference_is_a_separate_model() -> None:
+    assert str(resolve("hf:org/name@v1+q4").sources[0]) == resolve("hf:org/name@v1+q4").name == "hf:org/name@v1+q4"
+    assert resolve("file:/a/b+q8").sources[0] != resolve("file:/a/b").sources[0]
+    assert quantised("hf:org/name", "q4") == quantised("hf:org/name+q4", "q4") == "hf:org/name+q4"
+    assert quantised("smollm2:135m", None) == "smollm2:135m"
+    for ref in ("smollm2:135m", "pypi:x==1", "hf:org/name+q8"):
+        with pytest.raises(InvalidRequest, match="can't be quantised"):
+            quantised(ref, "q4")
+    with pytest.raises(InvalidRequest):
+        resolve("file:+q4")

@@ -1,4 +1,4 @@
-"""Hugging Face's own library against a server of this machine that speaks as the Hub does."""
+"""Hugging Face's own library against a local server with the Hub's API."""
 
 import hashlib
 from collections.abc import AsyncIterator, Callable
@@ -20,7 +20,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """One repository, `org/tiny`."""
+    """A server with one repository, `org/tiny`. `served` are the files that were downloaded."""
 
     url: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
@@ -58,12 +58,12 @@ def store(tmp_path: Path, hub: Hub) -> Store:
 
 
 async def test_a_file_is_fetched_into_the_shared_cache(store: Store, hub: Hub, tmp_path: Path) -> None:
-    told: list[PullProgress] = []
-    model = await store.pull("hf:org/tiny@main:tiny.gguf", told.append)
+    steps: list[PullProgress] = []
+    model = await store.pull("hf:org/tiny@main:tiny.gguf", steps.append)
     content = hub.files["tiny.gguf"]
     assert model.path.is_relative_to(tmp_path / "hf")
     assert (model.sha256, model.size_bytes, model.in_place) == (hashlib.sha256(content).hexdigest(), len(content), True)
-    downloaded = [step for step in told if step.phase is PullPhase.DOWNLOADING]
+    downloaded = [step for step in steps if step.phase is PullPhase.DOWNLOADING]
     assert (downloaded[-1].done_bytes, downloaded[-1].total_bytes) == (len(content), len(content))
     with store.open(model) as file:
         assert "token_embd.weight" in file
@@ -76,7 +76,7 @@ async def test_a_repository_with_one_model_needs_no_file_name(store: Store, hub:
         await store.pull("hf:org/tiny@main")
 
 
-async def test_what_the_cache_holds_is_not_fetched_again(store: Store, hub: Hub, tmp_path: Path) -> None:
+async def test_a_file_in_the_cache_is_not_fetched_again(store: Store, hub: Hub, tmp_path: Path) -> None:
     await store.pull("hf:org/tiny:tiny.gguf")
     other = Store(tmp_path / "other", tmp_path / "hf", hf_endpoint=hub.url)
     await other.pull("hf:org/tiny:tiny.gguf")
@@ -84,7 +84,7 @@ async def test_what_the_cache_holds_is_not_fetched_again(store: Store, hub: Hub,
     assert other.remove("hf:org/tiny:tiny.gguf") == 0
 
 
-async def test_what_can_not_be_had_is_told_in_one_line(store: Store, hub: Hub) -> None:
+async def test_a_failed_fetch_is_an_error_of_one_line(store: Store, hub: Hub) -> None:
     with pytest.raises(DownloadError, match=r"missing\.gguf") as caught:
         await store.pull("hf:org/tiny:missing.gguf")
     assert "\n" not in str(caught.value)
@@ -95,14 +95,14 @@ async def test_what_can_not_be_had_is_told_in_one_line(store: Store, hub: Hub) -
         await store.pull("hf:org/tiny:bad.gguf")
 
 
-async def test_safetensors_are_fetched_with_what_belongs_to_them_and_imported(store: Store, hub: Hub, tmp_path: Path) -> None:
+async def test_safetensors_are_fetched_with_their_other_files_and_imported(store: Store, hub: Hub, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "made", dtype="BF16", shards=2)
     hub.files = {path.name: path.read_bytes() for path in folder.iterdir()} | {"README.md": b"tiny", "pytorch_model.bin": b"pickle"}
-    told: list[PullProgress] = []
-    model = await store.pull("hf:org/tiny", told.append)
+    steps: list[PullProgress] = []
+    model = await store.pull("hf:org/tiny", steps.append)
     assert {path.name for path in folder.iterdir()} == set(hub.served)
     total = sum(len(hub.files[name]) for name in hub.served)
-    downloading = [step for step in told if step.phase is PullPhase.DOWNLOADING]
+    downloading = [step for step in steps if step.phase is PullPhase.DOWNLOADING]
     assert {step.total_bytes for step in downloading} == {total}
     assert [step.done_bytes for step in downloading] == sorted(step.done_bytes for step in downloading)
     assert downloading[-1].done_bytes == total

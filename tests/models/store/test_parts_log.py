@@ -1,4 +1,4 @@
-"""The log of a partial copy, as a crash or another file may leave it."""
+"""The log of a partial copy: appended, cut off by a crash, or of another file."""
 
 from pathlib import Path
 

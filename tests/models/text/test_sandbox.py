@@ -1,4 +1,4 @@
-"""The sandbox of chat templates: what honest templates use works, hostile ones end soon and in little memory."""
+"""The sandbox of chat templates: honest templates work, hostile ones end soon and take little memory."""
 
 import time
 import tracemalloc
@@ -39,7 +39,7 @@ def render(source: str) -> str:
         ("{{ [3, 1, 2] | sort | list }}{{ {'k': 1}.items() | list }}{{ {'b': 1} | dictsort }}", "[1, 2, 3][('k', 1)][('b', 1)]"),
     ],
 )
-def test_what_chat_templates_use_works(source: str, expected: str) -> None:
+def test_features_that_chat_templates_use_work(source: str, expected: str) -> None:
     assert render(source) == expected
 
 
@@ -57,13 +57,13 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("name", UNUSABLE)
-def test_what_is_no_template_is_refused_when_it_is_read(name: str) -> None:
+def test_an_unusable_template_is_refused_when_it_is_compiled(name: str) -> None:
     with pytest.raises(ModelFileError, match="chat template can't be used"):
         render(UNUSABLE[name])
 
 
 def growing(beginning: str, step: str, after: str = "", turns: int = 99_999) -> str:
-    """A template that keeps something, and makes it grow in a loop."""
+    """Make a template with a variable `ns.a` that grows in a loop."""
     return f"{{% set ns = namespace(a={beginning}) %}}{{% for i in range({turns}) %}}{step}{{% endfor %}}{after}"
 
 

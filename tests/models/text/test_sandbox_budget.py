@@ -1,4 +1,4 @@
-"""The budget of one rendering: exact at its bounds."""
+"""The budget of one rendering, at its bounds."""
 
 import time
 
@@ -25,7 +25,7 @@ def test_the_last_unit_can_be_spent_and_no_more() -> None:
         budget.spend(1)
 
 
-def test_time_runs_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rendering_has_a_time_limit_too(monkeypatch: pytest.MonkeyPatch) -> None:
     budget = Budget()
     budget.spend(1)
     later = time.monotonic() + sandbox_budget.MAX_SECONDS + 1

@@ -1,4 +1,4 @@
-"""Chat templates, honest and hostile. The measure of the honest ones is transformers' own renderer."""
+"""Chat templates, compared with transformers' own renderer."""
 
 from datetime import datetime
 
@@ -35,7 +35,7 @@ def test_a_long_conversation_is_within_the_bounds(smollm2: GgufFile) -> None:
 
 @pytest.mark.parametrize("conversation", chat_templates.CONVERSATIONS)
 @pytest.mark.parametrize("family", chat_templates.TEMPLATES)
-def test_every_familys_template_renders_as_in_transformers(family: str, conversation: str) -> None:
+def test_the_template_of_every_family_renders_as_in_transformers(family: str, conversation: str) -> None:
     source = chat_templates.TEMPLATES[family]
     messages, given = chat_templates.CONVERSATIONS[conversation]
     template = ChatTemplate(source, bos="<s>", eos="</s>")
@@ -65,7 +65,7 @@ def test_most_conversations_are_not_refused() -> None:
     assert refused < len(chat_templates.TEMPLATES) * len(chat_templates.CONVERSATIONS) / 4
 
 
-def test_a_conversation_with_tools_has_its_own_template_where_the_file_has_one() -> None:
+def test_a_conversation_with_tools_uses_the_files_separate_template() -> None:
     metadata = {"tokenizer.chat_template": "plain", "tokenizer.chat_template.tool_use": "{{ tools | length }} tools"}
     template = template_from_gguf(metadata)
     assert template.render(MESSAGES) == "plain"
@@ -79,7 +79,7 @@ def test_a_templates_own_variables_can_not_be_set(name: str) -> None:
         ChatTemplate("x").render(MESSAGES, variables={name: "x"})
 
 
-def test_the_templates_own_complaint_reaches_the_client() -> None:
+def test_the_templates_own_error_message_reaches_the_client() -> None:
     with pytest.raises(InvalidRequest, match="roles must alternate") as caught:
         render("{{ raise_exception('roles must alternate') }}")
     assert caught.value.param == "messages"

@@ -1,4 +1,8 @@
-"""Finds control tokens that are spelt out in a text, and keeps those that a client writes from becoming tokens."""
+"""Find control tokens spelt out in a text, and keep a client's messages from smuggling them into a prompt.
+
+`ControlTokens.insert_mark` puts a mark (a character that no message uses) into every spelling in the client's messages. The
+rendered prompt then has control tokens only where the template wrote them. `remove_mark` restores the text between them.
+"""
 
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -8,17 +12,17 @@ from typing import Any
 from meshd.errors import InvalidRequest, ModelFileError
 
 _MARKS = tuple(chr(code) for code in range(0xA500, 0xA60C))
-"""Letters of the Vai script: printable and without case, so that templates pass them on as they are, in Python's `repr` too."""
+"""Possible marks: letters of the Vai script. They are printable and have no case, so templates and `repr` keep them unchanged."""
 _MAX_DEPTH = 64
 MAX_CHARACTERS = 256
-"""Of a control token: each length that one has is tried wherever one may begin."""
+"""Longest control token. `ControlTokens.find` tries every length of a token wherever its first character occurs."""
 _SPACES = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
-"""Unicode's property White_Space, which the tokenizers library goes by."""
+"""All characters with Unicode's property White_Space, which the tokenizers library strips."""
 
 
 @dataclass(frozen=True, slots=True)
 class ControlTokenMatch:
-    """A token in a text, with the white space that it swallows."""
+    """A control token in a text. `start` and `end` include the white space that it strips."""
 
     token: str
     start: int
@@ -26,13 +30,16 @@ class ControlTokenMatch:
 
 
 class ControlTokens:
-    """Some tokens, found in texts: the longest at each place, none inside another. A vocabulary may have thousands."""
+    """Finds tokens in texts: the longest one at each position, without overlaps. A vocabulary may have thousands of them."""
 
-    def __init__(self, tokens: Collection[str], *, takes_left: Collection[str] = (), takes_right: Collection[str] = ()) -> None:
-        """The last two: those that swallow the white space before and after them. Raises: ModelFileError."""
+    def __init__(self, tokens: Collection[str], *, strips_left: Collection[str] = (), strips_right: Collection[str] = ()) -> None:
+        """`strips_left` and `strips_right` are the tokens that strip the white space before and after them.
+
+        Raises: ModelFileError if a token has more than MAX_CHARACTERS.
+        """
         self._tokens = frozenset(tokens)
-        self._takes_left = frozenset(takes_left)
-        self._takes_right = frozenset(takes_right)
+        self._strips_left = frozenset(strips_left)
+        self._strips_right = frozenset(strips_right)
         if (longest := max(map(len, self._tokens), default=0)) > MAX_CHARACTERS:
             raise ModelFileError(f"the tokenizer can't be used: a control token has {longest} characters, over {MAX_CHARACTERS}")
         lengths: dict[str, set[int]] = {}
@@ -42,7 +49,7 @@ class ControlTokens:
         self._first = re.compile(f"[{re.escape(''.join(lengths))}]" if lengths else r"(?!)")
 
     def find(self, text: str) -> Iterator[ControlTokenMatch]:
-        """From left to right."""
+        """Yield the tokens in a text from left to right."""
         done, position = 0, 0
         while first := self._first.search(text, position):
             position = first.start()
@@ -51,9 +58,9 @@ class ControlTokens:
                 position += 1
                 continue
             start, position = position, position + len(token)
-            if token in self._takes_left:
+            if token in self._strips_left:
                 start = done + len(text[done:start].rstrip(_SPACES))
-            if token in self._takes_right:
+            if token in self._strips_right:
                 position = len(text) - len(text[position:].lstrip(_SPACES))
             done = position
             yield ControlTokenMatch(token, start, position)
@@ -62,8 +69,8 @@ class ControlTokens:
         spelt = (text[position : position + length] for length in self._lengths[text[position]])
         return next((candidate for candidate in spelt if candidate in self._tokens), None)
 
-    def broken(self, given: Any, mark: str) -> Any:
-        """Texts, lists and dicts as they are, but with `mark` after the first character of each of these tokens' spellings."""
+    def insert_mark(self, given: Any, mark: str) -> Any:
+        """Copy texts, lists and dicts of any depth, with `mark` after the first character of each token spelt out in them."""
         if isinstance(given, str):
             parts, position = [], 0
             for found in self.find(given):
@@ -72,12 +79,15 @@ class ControlTokens:
                 position = at
             return "".join((*parts, given[position:]))
         if isinstance(given, Mapping):
-            return {self.broken(key, mark): self.broken(value, mark) for key, value in given.items()}
-        return [self.broken(item, mark) for item in given] if isinstance(given, list | tuple) else given
+            return {self.insert_mark(key, mark): self.insert_mark(value, mark) for key, value in given.items()}
+        return [self.insert_mark(item, mark) for item in given] if isinstance(given, list | tuple) else given
 
 
 def unused_mark(given: Any) -> str:
-    """A character that is in no text of messages, tools and the like. Raises: InvalidRequest."""
+    """Choose a mark that no text in `given` uses, at any depth.
+
+    Raises: InvalidRequest if every mark is used, or if `given` is nested too deep.
+    """
     texts = list(_texts(given, _MAX_DEPTH))
     used = set().union(*texts)
     unused = (mark for mark in _MARKS if mark not in used and not any(_escaped(mark) in text for text in texts))
@@ -86,13 +96,13 @@ def unused_mark(given: Any) -> str:
     return mark
 
 
-def without(text: str, mark: str) -> str:
-    """The text before it was marked; a template may have made it ASCII since."""
+def remove_mark(text: str, mark: str) -> str:
+    """Remove the mark from a text, also in the escaped form in which a template may have written it as JSON."""
     return text.replace(mark, "").replace(_escaped(mark), "") if mark else text
 
 
 def _escaped(mark: str) -> str:
-    """As JSON has it in ASCII."""
+    """Return the mark as ASCII JSON escapes it."""
     return f"\\u{ord(mark):04x}"
 
 

@@ -1,4 +1,4 @@
-"""The text of a `tokenizer.json`, Hugging Face's description of a tokenizer, checked as far as meshd reads it itself."""
+"""Parse a `tokenizer.json`, Hugging Face's description of a tokenizer, and check the parts that meshd reads itself."""
 
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar
@@ -10,19 +10,19 @@ from meshd.errors import ModelFileError
 from meshd.models.files.gguf_header import MetadataValue
 
 HUGGINGFACE_KEY = "tokenizer.huggingface.json"
-"""GGUF's key for a whole `tokenizer.json`: where a file has it, it says all, and the lists of tokens may be missing."""
+"""GGUF's key of a whole `tokenizer.json`. A file with this key may lack the token lists."""
 MAX_BYTES = 64 << 20
 MAX_ITEMS = 1 << 22
-"""Commas and brackets: what a text comes to in memory is bound by them. Gemma's has 1.8 million."""
+"""Most commas and opening brackets, which bound the memory that the parsed JSON takes. Gemma's file has 1.8 million."""
 MAX_ID = 1 << 21
-"""Four times the largest vocabulary known."""
-_HINT = "meshd can't read this model's text yet; try smollm2:135m"
+"""Upper bound of token ids: four times the largest known vocabulary."""
+_HINT = "meshd does not support this tokenizer yet; try smollm2:135m"
 _DECODERS = frozenset({"ByteLevel", "ByteFallback", "Fuse", "Replace", "Strip", "Sequence"})
 _Read = TypeVar("_Read")
 
 
 class AddedToken(msgspec.Struct, frozen=True):
-    """One of `added_tokens`: `special` ones steer the model; the strips say whether it swallows the white space beside it."""
+    """An entry of `added_tokens`. `special`: a control token. `lstrip`, `rstrip`: it strips the white space before or after it."""
 
     id: Annotated[int, Meta(ge=0, lt=MAX_ID)]
     content: str
@@ -32,7 +32,7 @@ class AddedToken(msgspec.Struct, frozen=True):
 
 
 class _Model(msgspec.Struct, frozen=True):
-    """What is looked at of `model`; the vocabulary and the merges, most of the text, are left to the library."""
+    """The fields of `model` that meshd checks. The library parses the vocabulary and the merges, which are most of the text."""
 
     type: str | None = None
     merges: Raw | UnsetType = UNSET
@@ -59,7 +59,7 @@ class TokenizerDocument:
     """A parsed `tokenizer.json` of a kind that meshd can use."""
 
     def __init__(self, text: str, name: str) -> None:
-        """`name` is the file's, for errors. Raises: ModelFileError."""
+        """`name` is the file's name in error messages. Raises: ModelFileError."""
         self.name = name
         self.text = text
         if len(text) > MAX_BYTES:
@@ -77,7 +77,7 @@ class TokenizerDocument:
             raise self.unusable(f"{type(error).__name__}: {error}") from error
 
     def text_of(self, id_: int) -> str:
-        """A token's text; empty for an id that has none. Raises: ModelFileError."""
+        """Return a token's text; empty for an unknown id. Raises: ModelFileError."""
         added = next((token.content for token in self.added if token.id == id_), None)
         if added is not None:
             return added
@@ -85,12 +85,12 @@ class TokenizerDocument:
         return next((token for token, other in vocabulary.items() if other == id_), "")
 
     def with_pre_tokenizer(self, pre_tokenizer: dict[str, Any]) -> str:
-        """The text with another one."""
+        """Return the document's JSON with another pre-tokenizer."""
         return msgspec.json.encode(self._read(dict[str, Raw]) | {"pre_tokenizer": pre_tokenizer}).decode()
 
     @staticmethod
     def steps(parts: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Of a decoder or a pre-tokenizer: each sequence, then what it is made of."""
+        """Yield the steps of a decoder or a pre-tokenizer: each sequence, then its own steps."""
         waiting = [parts] if parts else []
         while waiting:
             step = waiting.pop()
@@ -98,15 +98,15 @@ class TokenizerDocument:
             waiting += reversed(step.get("decoders", step.get("pretokenizers", [])))
 
     def kinds(self, parts: dict[str, Any]) -> set[str]:
-        """The types of all its steps."""
+        """Return the types of all steps of a decoder or a pre-tokenizer."""
         return {str(step["type"]) for step in self.steps(parts)}
 
     def wrong(self, why: str, hint: str = "") -> ModelFileError:
-        """The error for a document that can't be used."""
+        """Make the error for a document that meshd can't use."""
         return ModelFileError(f"{self.name} {why}", hint=hint)
 
     def unusable(self, why: str) -> ModelFileError:
-        """The error for a document that can't be read."""
+        """Make the error for a document that can't be parsed."""
         return self.wrong(f"is no usable tokenizer.json: {why}")
 
     def _read(self, type_: type[_Read]) -> _Read:
@@ -136,7 +136,7 @@ class TokenizerDocument:
 
 
 def huggingface_json(metadata: Mapping[str, MetadataValue]) -> TokenizerDocument | None:
-    """The `tokenizer.json` in a GGUF file, if it has one. Raises: ModelFileError."""
+    """Parse the `tokenizer.json` in a GGUF file. Returns: None if it has none. Raises: ModelFileError."""
     text = metadata.get(HUGGINGFACE_KEY)
     if text is None:
         return None

@@ -28,12 +28,12 @@ def tokenizer_from_gguf(metadata: Mapping[str, MetadataValue]) -> Tokenizer:
         case kind:
             raise ModelFileError(
                 f"tokenizer kind {kind!r} can't be used: only gpt2 (byte-level BPE) and llama (SentencePiece BPE) are known",
-                hint="meshd can't read this model's text yet; try smollm2:135m",
+                hint="meshd does not support this tokenizer yet; try smollm2:135m",
             )
 
 
 def tokenizer_from_json(path: Path) -> Tokenizer:
-    """Read a `tokenizer.json`. Only its post-processor states which tokens begin and end a text. Raises: ModelFileError."""
+    """Read a `tokenizer.json`. Its post-processor defines the tokens around a text. Raises: ModelFileError."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ModelFileError(f"{path} can't be used: it is larger than {MAX_BYTES} bytes")
@@ -56,11 +56,11 @@ def _byte_level(metadata: Mapping[str, MetadataValue]) -> Tokenizer:
     keys = TokenizerKeys(metadata)
     tokens = keys.tokens()
     types = keys.types(len(tokens))
-    cut = pretokenizer_named(keys.get("pre"))
-    bpe = _bpe(tokens, keys.strings("merges"), whole_words=cut.whole_words)
-    if (normalizer := cut.normalizer()) is not None:
+    rule = pretokenizer_named(keys.get("pre"))
+    bpe = _bpe(tokens, keys.strings("merges"), whole_words=rule.whole_words)
+    if (normalizer := rule.normalizer()) is not None:
         bpe.normalizer = normalizer
-    bpe.pre_tokenizer = cut.pre_tokenizer()
+    bpe.pre_tokenizer = rule.pre_tokenizer()
     added = (tokens[id_] for id_, type_ in enumerate(types) if type_ == USER_DEFINED and tokens[id_])
     bpe.add_tokens([AddedToken(token, normalized=False) for token in added])
     bos, eos = (keys.token(key, len(tokens)) for key in ("bos_token_id", "eos_token_id"))
@@ -73,7 +73,7 @@ def _byte_level(metadata: Mapping[str, MetadataValue]) -> Tokenizer:
         ),
         bos=bos,
         eos=eos,
-        prefix=(bos,) if bos is not None and keys.flag("add_bos_token", cut.begins) else (),
+        prefix=(bos,) if bos is not None and keys.flag("add_bos_token", rule.adds_bos) else (),
         suffix=(eos,) if eos is not None and keys.flag("add_eos_token", False) else (),
     )
 

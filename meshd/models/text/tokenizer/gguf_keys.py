@@ -1,4 +1,4 @@
-"""GGUF's `tokenizer.ggml.*` keys, checked as they are read."""
+"""Read and check GGUF's `tokenizer.ggml.*` keys."""
 
 import math
 from collections.abc import Mapping
@@ -11,38 +11,38 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
 class TokenizerKeys:
-    """What a GGUF file says of its vocabulary. Every method raises ModelFileError for what it can't be."""
+    """The vocabulary keys of a GGUF file. Every method except `get` raises ModelFileError for an invalid value."""
 
     def __init__(self, metadata: Mapping[str, MetadataValue]) -> None:
         self._metadata = metadata
 
     def get(self, key: str) -> MetadataValue | None:
-        """As the file has it."""
+        """Return a value unchecked; None if the file does not have the key."""
         return self._metadata.get(f"tokenizer.ggml.{key}")
 
     def strings(self, key: str) -> tuple[str, ...]:
-        """At least one."""
+        """Return a list of strings, which must not be empty."""
         value = self.get(key)
         if not isinstance(value, tuple) or not value or not isinstance(value[0], str):
             raise wrong(key, "it is no list of strings")
         return value  # type: ignore[return-value]  # a GGUF array is of one type
 
     def tokens(self) -> tuple[str, ...]:
-        """Each once."""
+        """Return the tokens, which must be distinct."""
         tokens = self.strings("tokens")
         if len(set(tokens)) != len(tokens):
             raise wrong("tokens", "it has a token twice")
         return tokens
 
     def types(self, count: int) -> tuple[MetadataValue, ...]:
-        """One for each of `count` tokens."""
+        """Return the type of each of `count` tokens; all NORMAL if the file has no types."""
         value = self._metadata.get("tokenizer.ggml.token_type", (NORMAL,) * count)
         if not isinstance(value, tuple) or len(value) != count:
             raise wrong("token_type", f"it is not {count} numbers")
         return value
 
     def scores(self, count: int) -> tuple[float, ...]:
-        """One for each of `count` tokens: the higher, the sooner its parts are merged."""
+        """Return the score of each of `count` tokens. Parts of a token with a higher score are merged first."""
         value = self.get("scores")
         if not isinstance(value, tuple) or len(value) != count or not isinstance(value[0], float):
             raise wrong("scores", f"it is not {count} numbers")
@@ -51,7 +51,7 @@ class TokenizerKeys:
         return value  # type: ignore[return-value]
 
     def token(self, key: str, count: int) -> int | None:
-        """The id of a token with a role, out of `count`. None: the file names none."""
+        """Return the id of the token with a role, which must be less than `count`; None if the file names none."""
         value = self.get(key)
         if value is None:
             return None
@@ -60,7 +60,7 @@ class TokenizerKeys:
         return value
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
+        """Return a boolean, or `default` if the file does not have the key."""
         value = self.get(key)
         if value is not None and not isinstance(value, bool):
             raise wrong(key, f"{value!r} is neither true nor false")
@@ -68,5 +68,5 @@ class TokenizerKeys:
 
 
 def wrong(key: str, why: str) -> ModelFileError:
-    """The error for a key that can't be used."""
+    """Make the error for a key that can't be used."""
     return ModelFileError(f"the tokenizer can't be used: tokenizer.ggml.{key}: {why}")

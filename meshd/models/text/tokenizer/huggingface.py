@@ -1,4 +1,4 @@
-"""The tokenizer that a `tokenizer.json` describes."""
+"""Build the tokenizer that a `tokenizer.json` describes."""
 
 import copy
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from meshd.models.text.tokenizer.tokenizer import Tokenizer, Vocabulary, library
 
 @dataclass(frozen=True, slots=True)
 class AffixTokens:
-    """What stands affixes a text, where a model file says more of it than its `tokenizer.json`. None: it does not."""
+    """The BOS and EOS settings of a model file. They override the `tokenizer.json`. None: the file has no such setting."""
 
     bos: int | None = None
     eos: int | None = None
@@ -24,7 +24,7 @@ NO_AFFIXES = AffixTokens()
 
 
 def tokenizer_of(document: TokenizerDocument, affixes: AffixTokens = NO_AFFIXES) -> Tokenizer:
-    """Build the tokenizer. Raises: ModelFileError."""
+    """Build a document's tokenizer. Raises: ModelFileError."""
     bpe = _loaded(document, document.text)
     tokens = _tokens(document, bpe)
     for id_ in (affixes.bos, affixes.eos):
@@ -39,7 +39,7 @@ def tokenizer_of(document: TokenizerDocument, affixes: AffixTokens = NO_AFFIXES)
     return Tokenizer(
         bpe,
         _vocabulary(document, tokens),
-        later=_later(document, bpe),
+        after_control=_after_control(document, bpe),
         bos=affixes.bos,
         eos=affixes.eos,
         prefix=prefix,
@@ -56,8 +56,8 @@ def _vocabulary(document: TokenizerDocument, tokens: list[str]) -> Vocabulary:
         control={token.content: token.id for token in control},
         verbatim=frozenset(token.id for token in document.added) if byte_spelt else frozenset(),
         spelling=byte_level if byte_spelt else sentencepiece,
-        takes_left=frozenset(token.content for token in control if token.lstrip),
-        takes_right=frozenset(token.content for token in control if token.rstrip),
+        strips_left=frozenset(token.content for token in control if token.lstrip),
+        strips_right=frozenset(token.content for token in control if token.rstrip),
     )
 
 
@@ -66,7 +66,7 @@ def _loaded(document: TokenizerDocument, text: str) -> tokenizers.Tokenizer:
         bpe: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(text)
     bpe.no_truncation()
     bpe.no_padding()
-    bpe.model.dropout = None  # it would make every encoding another
+    bpe.model.dropout = None  # with dropout, encodings would be random
     return bpe
 
 
@@ -85,24 +85,27 @@ def _tokens(document: TokenizerDocument, bpe: tokenizers.Tokenizer) -> list[str]
 
 
 def _affixes_of(document: TokenizerDocument, bpe: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The tokens that the post-processor puts before and after a text."""
+    """Find the tokens that the post-processor puts before and after a text."""
     with library_errors(document.unusable):
         encoded = bpe.encode("a", add_special_tokens=True)
     text = [at for at, special in enumerate(encoded.special_tokens_mask) if not special] or [len(encoded.ids)]
     return tuple(encoded.ids[: text[0]]), tuple(encoded.ids[text[-1] + 1 :])
 
 
-def _later(document: TokenizerDocument, bpe: tokenizers.Tokenizer) -> tokenizers.Tokenizer | None:
-    """For text after a control token, where a space is put before the first text only. None: there is no difference."""
+def _after_control(document: TokenizerDocument, bpe: tokenizers.Tokenizer) -> tokenizers.Tokenizer | None:
+    """Build the tokenizer of text after a control token, for pre-tokenizers that put a space before the first text only.
+
+    Returns: None if `bpe` can encode this text too.
+    """
     pre_tokenizer = copy.deepcopy(document.pre_tokenizer)
-    marks = [step for step in document.steps(pre_tokenizer) if step["type"] == "Metaspace"]
-    first = [step for step in marks if step.get("prepend_scheme") == "first"]
+    metaspaces = [step for step in document.steps(pre_tokenizer) if step["type"] == "Metaspace"]
+    first = [step for step in metaspaces if step.get("prepend_scheme") == "first"]
     if not first:
         return None
     for step in first:
         step["prepend_scheme"] = "never"
         step.pop("add_prefix_space", None)
-    later = _loaded(document, document.with_pre_tokenizer(pre_tokenizer))
-    later.model = bpe.model  # one vocabulary in memory
-    later.encode_special_tokens = True
-    return later
+    after_control = _loaded(document, document.with_pre_tokenizer(pre_tokenizer))
+    after_control.model = bpe.model  # share the vocabulary instead of holding it twice
+    after_control.encode_special_tokens = True
+    return after_control

@@ -1,7 +1,7 @@
-"""SentencePiece's BPE, which GGUF files call `llama`: pieces with scores, and bytes for what no piece covers.
+"""SentencePiece's BPE, which GGUF files call `llama`: pieces with scores, and byte tokens for text that no piece covers.
 
-There is no list of merges: two neighbours become one where that is a piece, the highest score first. The tokenizers library wants
-them listed, so they are listed here in the order in which transformers lists them when it converts such a model.
+The vocabulary has no list of merges: two adjacent pieces are merged if the result is a piece, the highest score first. The
+tokenizers library needs such a list. `merges_of` makes it, in the order of transformers' own conversion of such models.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,10 +19,10 @@ from meshd.models.text.tokenizer.tokenizer import Tokenizer, Vocabulary, library
 MAX_PIECE = 512
 MAX_CHARACTERS = 1 << 23
 MAX_MERGES = 1 << 20
-"""A piece is cut in two everywhere, and each cut that makes a merge is kept: a file's size bounds neither. Gemma's 262,144 pieces
-have 1.5 million characters, at most 31 each, and make half a million merges."""
-_WITHOUT_RIGHT_SPACE = {"phi3": frozenset({"<unk>", "<s>", "<|endoftext|>"})}
-"""Architectures whose control tokens swallow the white space after them, and those that do not. No key says so."""
+"""`merges_of` tries every split of every piece. These limits bound its time and its result, which the file's size does not bound.
+Gemma's 262,144 pieces have 1.5 million characters, at most 31 each, and give half a million merges."""
+_KEEPS_RIGHT_SPACE = {"phi3": frozenset({"<unk>", "<s>", "<|endoftext|>"})}
+"""Architecture whose control and added tokens strip the white space after them -> the exceptions. No GGUF key states this."""
 
 
 def spm_from_gguf(metadata: Mapping[str, MetadataValue]) -> Tokenizer:
@@ -39,14 +39,14 @@ def spm_from_gguf(metadata: Mapping[str, MetadataValue]) -> Tokenizer:
     spaced = keys.flag("add_space_prefix", True)
     control = {token: id_ for id_, token in enumerate(tokens) if types[id_] in (CONTROL, UNKNOWN) and token}
     added = {piece for id_, piece in enumerate(pieces) if types[id_] == USER_DEFINED and piece}
-    takes_right = _takes_right(metadata, control.keys() | added)
+    strips_right = _strips_right(metadata, control.keys() | added)
     bpe = _bpe(pieces, _ranked(pieces, types, scores), None if unknown is None else tokens[unknown])
     bpe.normalizer = _normalizer(spaced)
-    bpe.add_tokens([AddedToken(token, normalized=False, rstrip=token in takes_right) for token in sorted(added)])
+    bpe.add_tokens([AddedToken(token, normalized=False, rstrip=token in strips_right) for token in sorted(added)])
     bos, eos = (keys.token(key, len(tokens)) for key in ("bos_token_id", "eos_token_id"))
     return Tokenizer(
         bpe,
-        Vocabulary(tokens=pieces, control=control, spelling=sentencepiece, takes_right=takes_right & control.keys()),
+        Vocabulary(tokens=pieces, control=control, spelling=sentencepiece, strips_right=strips_right & control.keys()),
         bos=bos,
         eos=eos,
         prefix=(bos,) if bos is not None and keys.flag("add_bos_token", True) else (),
@@ -56,19 +56,21 @@ def spm_from_gguf(metadata: Mapping[str, MetadataValue]) -> Tokenizer:
 
 
 def merges_of(pieces: Iterable[str], scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """All pairs of pieces that make a piece which has a score: the highest score first, then the longest left part.
+    """List all pairs of pieces whose concatenation has a score: the highest score first, then the longest left part.
 
-    `scores` are in the order of the vocabulary, which decides between pieces that are alike in all this.
+    `scores` must be in the order of the vocabulary, which decides ties.
+
+    Raises: ModelFileError if the pieces exceed MAX_PIECE, MAX_CHARACTERS or MAX_MERGES.
     """
     if max(map(len, scores), default=0) > MAX_PIECE or sum(map(len, scores)) > MAX_CHARACTERS:
         raise wrong("tokens", f"a piece has more than {MAX_PIECE} characters, or all have more than {MAX_CHARACTERS:,}")
     known = frozenset(pieces)
     merges: list[tuple[str, str]] = []
     best_first = sorted(scores, key=scores.__getitem__, reverse=True)
-    for _, alike in groupby(best_first, scores.__getitem__):
+    for _, tied in groupby(best_first, scores.__getitem__):
         cuts = [
             (left, right)
-            for piece in alike
+            for piece in tied
             for at in range(len(piece) - 1, 0, -1)
             if (left := piece[:at]) in known and (right := piece[at:]) in known
         ]
@@ -83,12 +85,12 @@ def _lengths(cut: tuple[str, str]) -> tuple[int, int]:
 
 
 def _piece(token: str, type_: MetadataValue) -> str:
-    """A run of spaces that the makers added is found after spaces have got their mark, and before all other merges."""
+    """Replace the spaces of an added token that is a run of spaces: it is matched in text whose spaces are marks already."""
     return WORD_START * len(token) if type_ == USER_DEFINED and not token.strip(f" {WORD_START}") else token
 
 
 def _ranked(pieces: Sequence[str], types: Sequence[MetadataValue], scores: Sequence[float]) -> dict[str, float]:
-    """The score of each piece that text can become: no control token, however it is spelt."""
+    """Return the scores of the pieces that merges may make: all ordinary pieces, and added runs of spaces with the top score."""
     first = max(scores, default=0.0) + 1
     ranked = {piece: scores[id_] for id_, piece in enumerate(pieces) if types[id_] not in (UNKNOWN, CONTROL, BYTE, USER_DEFINED)}
     runs = (piece for id_, piece in enumerate(pieces) if types[id_] == USER_DEFINED and not piece.strip(WORD_START))
@@ -107,6 +109,6 @@ def _normalizer(spaced: bool) -> normalizers.Normalizer:
     return normalizers.Sequence([normalizers.Prepend(WORD_START), mark]) if spaced else mark
 
 
-def _takes_right(metadata: Mapping[str, MetadataValue], special: Iterable[str]) -> frozenset[str]:
-    others = _WITHOUT_RIGHT_SPACE.get(str(metadata.get("general.architecture")))
+def _strips_right(metadata: Mapping[str, MetadataValue], special: Iterable[str]) -> frozenset[str]:
+    others = _KEEPS_RIGHT_SPACE.get(str(metadata.get("general.architecture")))
     return frozenset() if others is None else frozenset(special) - others

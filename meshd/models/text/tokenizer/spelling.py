@@ -8,7 +8,7 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_of() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable ones as themselves, the others as the characters from U+0100 on."""
+    """Make GPT-2's alphabet, character -> byte. Printable bytes are spelt as themselves, the others by U+0100 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
@@ -18,16 +18,16 @@ _BYTE_OF = _byte_of()
 
 
 def byte_level(token: str) -> bytes:
-    """GPT-2's: one character for each byte. A character that stands for none is itself."""
-    return b"".join(_spelt(character) for character in token)
+    """Decode a token in GPT-2's spelling, one character per byte. Characters outside the alphabet become their UTF-8 bytes."""
+    return b"".join(_bytes_of(character) for character in token)
 
 
 def sentencepiece(token: str) -> bytes:
-    """SentencePiece's: U+2581 for a space, and `<0xE4>` for a byte that is no whole character."""
+    """Decode a token in SentencePiece's spelling: U+2581 for a space, and `<0xE4>` for a single byte."""
     byte = _BYTE_PIECE.fullmatch(token)
     return bytes((int(byte[1], 16),)) if byte else token.replace(WORD_START, " ").encode("utf-8", errors="replace")
 
 
-def _spelt(character: str) -> bytes:
+def _bytes_of(character: str) -> bytes:
     byte = _BYTE_OF.get(character)
     return character.encode("utf-8", errors="replace") if byte is None else bytes((byte,))

@@ -10,25 +10,26 @@ import tokenizers
 
 from meshd.errors import InvalidRequest, MeshdError
 from meshd.models.text.template import ChatTemplate, Message
-from meshd.models.text.tokenizer.control_tokens import ControlTokens, unused_mark, without
+from meshd.models.text.tokenizer.control_tokens import ControlTokens, remove_mark, unused_mark
 from meshd.models.text.tokenizer.spelling import byte_level
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """Tokens by id, and which of them are no ordinary text."""
+    """Tokens by id, and how they are spelt."""
 
     tokens: Sequence[str]
-    """As the vocabulary spells them."""
+    """Tokens in the vocabulary's own spelling; the index is the id."""
     control: Mapping[str, int]
-    """Tokens that steer the model; text never becomes one unless it is asked to."""
+    """Control token -> id. Text is encoded to one of them only if the caller asks for it."""
     verbatim: frozenset[int] = frozenset()
-    """Tokens spelt as they read, whatever `spelling` says."""
+    """Ids of tokens that are plain text, not in the vocabulary's spelling."""
     spelling: Callable[[str], bytes] = byte_level
-    takes_left: frozenset[str] = frozenset()
-    """Control tokens that swallow the white space before them."""
-    takes_right: frozenset[str] = frozenset()
-    """Control tokens that swallow the white space after them."""
+    """Decodes a token to its bytes."""
+    strips_left: frozenset[str] = frozenset()
+    """Control tokens that strip the white space before them."""
+    strips_right: frozenset[str] = frozenset()
+    """Control tokens that strip the white space after them."""
 
 
 class Tokenizer:
@@ -39,23 +40,23 @@ class Tokenizer:
         bpe: tokenizers.Tokenizer,
         vocabulary: Vocabulary,
         *,
-        later: tokenizers.Tokenizer | None = None,
+        after_control: tokenizers.Tokenizer | None = None,
         bos: int | None = None,
         eos: int | None = None,
         prefix: tuple[int, ...] = (),
         suffix: tuple[int, ...] = (),
         leading_space: bool = False,
     ) -> None:
-        """`bpe` splits plain text and must not know control tokens.
+        """`bpe` encodes plain text and must not know control tokens.
 
-        `later` does so for text after a control token, where that differs. `prefix` and `suffix` are what `add_special` adds.
-        `leading_space`: `bpe` puts a space before a text, so that `decode` takes one away.
+        `after_control` encodes text after a control token; None: `bpe` does. `add_special` adds `prefix` and `suffix` to a text.
+        `leading_space`: `bpe` puts a space before a text, and `decode` removes it.
         """
         self._bpe = bpe
-        self._later = later or bpe
+        self._bpe_after_control = after_control or bpe
         self._vocabulary = vocabulary
         self._control_ids = frozenset(vocabulary.control.values())
-        self._control = ControlTokens(vocabulary.control, takes_left=vocabulary.takes_left, takes_right=vocabulary.takes_right)
+        self._control = ControlTokens(vocabulary.control, strips_left=vocabulary.strips_left, strips_right=vocabulary.strips_right)
         self.bos = bos
         self.eos = eos
         self._prefix = prefix
@@ -63,15 +64,16 @@ class Tokenizer:
         self.leading_space = leading_space
 
     def __len__(self) -> int:
-        """How many token ids there are."""
+        """Return the number of token ids."""
         return len(self._vocabulary.tokens)
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool = False) -> list[int]:
-        """Token ids of a text.
+        """Encode a text to token ids.
 
-        `add_special` puts what the model expects around a text (often BOS, often nothing). With `parse_special`, control tokens
-        spelt out in the text become themselves; otherwise they are text like any other. Raises: InvalidRequest for text that
-        UTF-8 can't hold (a lone surrogate), and for what the vocabulary's patterns can't cut.
+        `add_special` adds the tokens that the model expects around a text (often BOS, often none). With `parse_special`, the
+        spelling of a control token becomes that token; otherwise it is encoded like any other text.
+
+        Raises: InvalidRequest for text that UTF-8 can't encode (a lone surrogate), or on which the vocabulary's patterns fail.
         """
         ids = list(self._encode_parts(text)) if parse_special else self._encode_plain(text, self._bpe)
         return [*self._prefix, *ids, *self._suffix] if add_special else ids
@@ -85,26 +87,26 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation; `tools` and `variables` are as in `ChatTemplate.render`.
+        """Encode a conversation to token ids. `tools` and `variables` are as in `ChatTemplate.render`.
 
-        Control tokens come from the template alone: those that its input spells out stay text.
+        Only the template can write control tokens: their spellings in messages, tools and variables stay text. See
+        `meshd.models.text.tokenizer.control_tokens` for the method.
 
-        In every text of the input, however deep, a character that no text uses is put inside each such spelling, so that it is
-        not found in the rendered prompt, and taken out again before the text around it is encoded. Raises: InvalidRequest.
+        Raises: InvalidRequest.
         """
         given = (list(messages), None if tools is None else list(tools), variables or {})
         mark = unused_mark(given)
-        turns, functions, others = self._control.broken(given, mark)
+        turns, functions, others = self._control.insert_mark(given, mark)
         prompt = template.render(turns, tools=functions, add_generation_prompt=add_generation_prompt, variables=others)
         return list(self._encode_parts(prompt, mark))
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """The text of tokens; bytes that are no UTF-8 are shown as U+FFFD."""
+        """Decode tokens to text. Bytes that are not UTF-8 become U+FFFD."""
         text = b"".join(self.shown_bytes(id_, skip_special) for id_ in ids).decode("utf-8", errors="replace")
         return text.removeprefix(" ") if self.leading_space else text
 
     def token_bytes(self, id_: int) -> bytes:
-        """What a token stands for: often no whole character. A control token's is its name; an unknown id's is empty."""
+        """Return a token's bytes, which may be a part of a character. A control token has its name's bytes, an unknown id none."""
         if not 0 <= id_ < len(self._vocabulary.tokens):
             return b""
         token = self._vocabulary.tokens[id_]
@@ -115,16 +117,16 @@ class Tokenizer:
         return id_ in self._control_ids
 
     def stream(self, *, skip_special: bool = True, after: int | None = None) -> "StreamDecoder":
-        """A decoder for one answer's tokens as they come.
+        """Make a decoder for the tokens of one answer as they arrive.
 
-        `after` is the token before the answer. Where that is text, the answer goes on with it: a space that it begins with
-        parts two words, and is kept. Otherwise what is streamed is what `decode` gives.
+        `after` is the token before the answer. If it is text, the answer continues this text: a space at its beginning separates
+        two words and is kept. Otherwise the streamed text is the one that `decode` returns.
         """
-        goes_on = after is not None and not self.is_control(after)
-        return StreamDecoder(self, skip_special, takes_space=self.leading_space and not goes_on)
+        continues = after is not None and not self.is_control(after)
+        return StreamDecoder(self, skip_special, strips_space=self.leading_space and not continues)
 
     def shown_bytes(self, id_: int, skip_special: bool) -> bytes:
-        """What a reader is to see of a token."""
+        """Return the bytes that are shown for a token: none for a control token with `skip_special`."""
         return b"" if skip_special and id_ in self._control_ids else self.token_bytes(id_)
 
     def _encode_plain(self, text: str, bpe: tokenizers.Tokenizer) -> list[int]:
@@ -138,38 +140,38 @@ class Tokenizer:
             return bpe.encode(text, add_special_tokens=False).ids
 
     def _encode_parts(self, text: str, mark: str = "") -> Iterator[int]:
-        """Control tokens as themselves, what lies between them as plain text without the mark."""
+        """Encode control tokens as such, and the text between them, without the mark, as plain text."""
         position, bpe = 0, self._bpe
         for found in self._control.find(text):
-            yield from self._encode_plain(without(text[position : found.start], mark), bpe)
+            yield from self._encode_plain(remove_mark(text[position : found.start], mark), bpe)
             yield self._vocabulary.control[found.token]
-            position, bpe = found.end, self._later
-        yield from self._encode_plain(without(text[position:], mark), bpe)
+            position, bpe = found.end, self._bpe_after_control
+        yield from self._encode_plain(remove_mark(text[position:], mark), bpe)
 
 
 class StreamDecoder:
     """Turns one answer's tokens into text of whole characters."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool, *, takes_space: bool = False) -> None:
-        """`takes_space`: a space that the text begins with is not shown."""
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool, *, strips_space: bool = False) -> None:
+        """`strips_space`: a space at the beginning of the text is removed."""
         self._tokenizer = tokenizer
         self._skip_special = skip_special
-        self._takes_space = takes_space
+        self._strips_space = strips_space
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, id_: int) -> str:
-        """The characters that this token completes: none while one is still in pieces.
+        """Decode one more token. Bytes that can't begin or continue a character become U+FFFD, as in `Tokenizer.decode`.
 
-        Bytes that can't begin or continue any character become U+FFFD, as in `Tokenizer.decode`.
+        Returns: the characters that this token completes; empty while a character is incomplete.
         """
         text = self._decoder.decode(self._tokenizer.shown_bytes(id_, self._skip_special))
-        if text and self._takes_space:
-            self._takes_space = False
+        if text and self._strips_space:
+            self._strips_space = False
             return text.removeprefix(" ")
         return text
 
     def flush(self) -> str:
-        """Ends the answer. A character that its end cut in pieces is dropped, so that nothing broken is shown."""
+        """End the answer and drop an incomplete last character. Returns: an empty text."""
         self._decoder.reset()
         return ""
 

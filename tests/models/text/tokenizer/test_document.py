@@ -1,4 +1,4 @@
-"""tokenizer.json documents: what can't be used is one error."""
+"""Parsing tokenizer.json documents, and refusing those that meshd can't use."""
 
 import json
 from typing import Any
@@ -10,7 +10,7 @@ from meshd.models.text.tokenizer.document import MAX_ID, TokenizerDocument
 from meshd.models.text.tokenizer.files import tokenizer_from_gguf
 
 
-def test_a_tokenizer_json_of_very_many_items_is_refused() -> None:
+def test_a_tokenizer_json_with_too_many_items_is_refused() -> None:
     with pytest.raises(ModelFileError, match="more than 4,194,304 items"):
         tokenizer_from_gguf({"tokenizer.huggingface.json": '{"model": [' + "[]," * 2_200_000 + "[]]}"})
 
@@ -38,12 +38,12 @@ def test_steps_come_in_order_from_every_depth() -> None:
     assert read.kinds({}) == set()
 
 
-def test_a_token_has_the_text_of_added_tokens_then_of_the_vocabulary() -> None:
+def test_a_tokens_text_comes_from_added_tokens_then_from_the_vocabulary() -> None:
     read = document()
     assert [read.text_of(id_) for id_ in (5, 0, 4)] == ["<s>", "a", ""]
 
 
-def test_another_pre_tokenizer_changes_nothing_else() -> None:
+def test_replacing_the_pre_tokenizer_changes_nothing_else() -> None:
     read = document()
     changed = json.loads(read.with_pre_tokenizer({"type": "Digits"}))
     assert changed == json.loads(read.text) | {"pre_tokenizer": {"type": "Digits"}}
@@ -63,7 +63,7 @@ def test_another_pre_tokenizer_changes_nothing_else() -> None:
         ({"added_tokens": [{"id": MAX_ID, "content": "a"}]}, r"no usable tokenizer\.json"),
     ],
 )
-def test_what_meshd_can_not_use_is_refused_with_the_documents_name(changes: dict[str, Any], why: str) -> None:
+def test_an_unusable_document_is_refused_with_its_name(changes: dict[str, Any], why: str) -> None:
     with pytest.raises(ModelFileError, match=why) as caught:
         document(**changes)
     assert caught.value.message.startswith("x.json ")

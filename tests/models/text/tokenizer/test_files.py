@@ -27,7 +27,7 @@ def test_a_tokenizer_json_gives_the_same_ids(smollm2_json: str, tokenizer: Token
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"added_tokens": []}', '{"added_tokens": [{"content": 1}]}'])
-def test_what_is_no_tokenizer_json_is_refused(tmp_path: Path, content: str) -> None:
+def test_a_missing_or_invalid_tokenizer_json_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "tokenizer.json"
     with pytest.raises(ModelFileError, match="can't be read"):
         tokenizer_from_json(path)
@@ -36,7 +36,7 @@ def test_what_is_no_tokenizer_json_is_refused(tmp_path: Path, content: str) -> N
         tokenizer_from_json(path)
 
 
-def test_what_surrounds_a_text_is_added_where_the_file_says_so() -> None:
+def test_tokens_around_a_text_are_added_if_the_file_says_so() -> None:
     tokenizer = tokenizer_from_gguf(BASE)
     assert (tokenizer.bos, tokenizer.eos) == (3, 4)
     assert tokenizer.encode("ab</s>", add_special=True, parse_special=True) == [3, 2, 4]
@@ -44,7 +44,7 @@ def test_what_surrounds_a_text_is_added_where_the_file_says_so() -> None:
     assert tokenizer.encode("ab", add_special=False) == [2]
 
 
-def test_an_added_token_is_spelt_as_it_reads() -> None:
+def test_an_added_token_is_plain_text() -> None:
     tokenizer = tokenizer_from_gguf(BASE)
     assert tokenizer.encode("abc dab", add_special=False) == [2, 5, 2]
     assert tokenizer.decode([2, 5]) == "abc d"

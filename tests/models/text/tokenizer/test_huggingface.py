@@ -1,4 +1,4 @@
-"""Tokenizers as Hugging Face writes them: of every shape that language models have, and hostile."""
+"""Tokenizers from `tokenizer.json`: the shapes that language models use, and hostile documents."""
 
 import copy
 import json
@@ -96,7 +96,7 @@ def read(text: str, **more: Any) -> Tokenizer:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_shape_gives_the_ids_and_the_text_of_transformers(pieces: library_models.BPE, shape: str) -> None:
+def test_every_shape_gives_the_same_ids_and_text_as_transformers(pieces: library_models.BPE, shape: str) -> None:
     text = SHAPES[shape](pieces).to_str()
     tokenizer, reference = read(text), PreTrainedTokenizerFast(tokenizer_object=LibraryTokenizer.from_str(text))
     for string in [*STRINGS, " a <|im_start|> \n b <mask> c<|im_end|> d<s><s>e\u00a0<mask><|im_start|>\u2003<tool_call> f"]:
@@ -110,7 +110,7 @@ def test_every_shape_gives_the_ids_and_the_text_of_transformers(pieces: library_
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_text_stays_text(pieces: library_models.BPE, shape: str) -> None:
+def test_plain_text_never_becomes_a_control_token(pieces: library_models.BPE, shape: str) -> None:
     tokenizer = read(SHAPES[shape](pieces).to_str())
     for string in STRINGS:
         ids = tokenizer.encode(string, add_special=False)
@@ -119,7 +119,7 @@ def test_text_stays_text(pieces: library_models.BPE, shape: str) -> None:
     assert tokenizer.decode(ids).strip() == "a </s> b<|im_start|>"
 
 
-def test_an_answer_keeps_the_space_between_it_and_the_text_before_it(pieces: library_models.BPE) -> None:
+def test_an_answer_that_continues_a_text_keeps_its_leading_space(pieces: library_models.BPE) -> None:
     tokenizer = read(llama2(pieces).to_str())
     *before, last = tokenizer.encode("The quick", add_special=True)
     ids = tokenizer.encode("brown", add_special=False)
@@ -128,7 +128,7 @@ def test_an_answer_keeps_the_space_between_it_and_the_text_before_it(pieces: lib
         assert "".join(map(stream.push, ids)) == shown
 
 
-def test_what_the_metadata_says_of_a_text_comes_first(pieces: library_models.BPE) -> None:
+def test_the_files_metadata_overrides_the_tokenizer_json(pieces: library_models.BPE) -> None:
     text = gemma(pieces).to_str()
     assert read(text).encode("the", add_special=True)[0] == 1
     assert (read(text, bos_token_id=1, eos_token_id=2).bos, read(text, bos_token_id=1, eos_token_id=2).eos) == (1, 2)
@@ -138,7 +138,7 @@ def test_what_the_metadata_says_of_a_text_comes_first(pieces: library_models.BPE
     assert read(text, bos_token_id=4, add_bos_token=True).encode("the", add_special=True) == [4, *plain]
 
 
-def test_ends_of_an_answer_and_a_templates_tokens_are_found_without_lists_of_tokens(pieces: library_models.BPE) -> None:
+def test_end_tokens_and_template_tokens_are_found_in_a_tokenizer_json_alone(pieces: library_models.BPE) -> None:
     text = gemma(pieces).to_str()
     end = LibraryTokenizer.from_str(text).token_to_id("<|im_end|>")
     metadata = {HUGGINGFACE_KEY: text, "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
@@ -148,7 +148,7 @@ def test_ends_of_an_answer_and_a_templates_tokens_are_found_without_lists_of_tok
     assert template.render([]) == "<s></s>"
 
 
-def test_neither_truncation_nor_chance_changes_a_text(pieces: library_models.BPE) -> None:
+def test_truncation_padding_and_dropout_are_ignored(pieces: library_models.BPE) -> None:
     made = gemma(pieces)
     expected = made.encode("the quick brown fox", add_special_tokens=False).ids
     made.enable_truncation(2)
@@ -224,25 +224,25 @@ UNUSABLE: dict[str, tuple[str, Any, str]] = {
 
 
 @pytest.mark.parametrize("name", UNUSABLE)
-def test_what_can_not_be_used_is_refused_by_name(name: str) -> None:
+def test_an_unusable_document_is_refused_by_name(name: str) -> None:
     path, value, named = UNUSABLE[name]
     with pytest.raises(ModelFileError, match=named):
         read(changed(path, value))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", "[" * 200_000, '{"added_tokens": [], "model": {"type": "BPE"}}', 5])
-def test_what_is_no_tokenizer_json_is_refused(text: Any) -> None:
+def test_an_invalid_tokenizer_json_is_refused(text: Any) -> None:
     with pytest.raises(ModelFileError, match="json"):
         read(text)
 
 
-def test_ids_that_the_vocabulary_has_not_are_refused() -> None:
+def test_ids_outside_the_vocabulary_are_refused() -> None:
     assert read(json.dumps(TINY), bos_token_id=0).encode("ab", add_special=True) == [0, 1, 2]
     with pytest.raises(ModelFileError, match="no token 5"):
         read(json.dumps(TINY), eos_token_id=5)
 
 
-def test_a_control_token_of_great_length_is_refused() -> None:
+def test_a_control_token_that_is_too_long_is_refused() -> None:
     document = copy.deepcopy(TINY)
     document["added_tokens"].append({"id": 5, "content": "<" * 257, "special": True} | dict.fromkeys(FLAGS, False))
     with pytest.raises(ModelFileError, match="257 characters"):
@@ -260,14 +260,14 @@ def test_thousands_of_control_tokens_are_found_soon() -> None:
     assert time.process_time() - started < 5
 
 
-def test_a_pattern_that_never_ends_is_given_up() -> None:
+def test_a_pattern_with_endless_backtracking_is_stopped() -> None:
     tokenizer = read(changed("pre_tokenizer.pattern", {"Regex": "(a|aa|aaa)+$"}))
     with pytest.raises(InvalidRequest, match="patterns fail"):
         tokenizer.encode("a" * 200 + "b", add_special=False)
 
 
-def test_mutated_documents_end_in_one_error() -> None:
-    """Some stay usable: those encode and decode."""
+def test_mutated_documents_are_refused_or_usable() -> None:
+    """A mutated document is refused, or its tokenizer works."""
     rng = random.Random(5)
     plain: list[Any] = [None, True, -1, 0, 1 << 33, 1.5, "", "a", "▁"]
     values = [*plain, [], {}, [[]], {"type": "ByteLevel"}, {"type": "x"}, {"String": ""}, {"Regex": ""}]
@@ -296,7 +296,7 @@ def test_mutated_documents_end_in_one_error() -> None:
     assert 100 < used < 1400
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_bytes(b"\xff{}")
     with pytest.raises(ModelFileError, match="not UTF-8"):

@@ -1,4 +1,4 @@
-"""The ways to cut text into words, against transformers on ten thousand odd strings."""
+"""The pre-tokenizer rules, compared with transformers on ten thousand odd strings."""
 
 from typing import Any
 
@@ -34,12 +34,12 @@ def byte_level() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("pre", BYTE_LEVEL)
-def test_every_way_to_cut_words_is_that_of_transformers(byte_level: dict[str, Any], pre: str) -> None:
+def test_every_rule_gives_the_ids_of_transformers(byte_level: dict[str, Any], pre: str) -> None:
     metadata = byte_level | {"tokenizer.ggml.pre": pre}
     check_ids(tokenizer_from_gguf(metadata), ids_of(BYTE_LEVEL[pre](metadata)))
 
 
-def test_the_strings_tell_the_ways_to_cut_apart(byte_level: dict[str, Any]) -> None:
+def test_the_strings_distinguish_all_rules(byte_level: dict[str, Any]) -> None:
     seen: dict[str, str] = {}
     for pre in ("smollm", "default", *BYTE_LEVEL):
         tokenizer = tokenizer_from_gguf(byte_level | {"tokenizer.ggml.pre": pre})

@@ -1,4 +1,4 @@
-"""SentencePiece vocabularies, against sentencepiece and transformers."""
+"""SentencePiece vocabularies, compared with sentencepiece and transformers."""
 
 import pytest
 
@@ -17,7 +17,7 @@ from tiny import vocabularies as tiny_vocabularies
     ],
     ids=["long", "many", "of one another"],
 )
-def test_pieces_that_would_take_hours_or_gigabytes_are_refused(pieces: list[str], why: str) -> None:
+def test_vocabularies_that_would_take_hours_or_gigabytes_are_refused(pieces: list[str], why: str) -> None:
     metadata = {
         "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tuple(pieces), "tokenizer.ggml.token_type": (1,) * len(pieces),
         "tokenizer.ggml.scores": tuple(-float(rank) for rank in range(len(pieces))),
@@ -27,7 +27,7 @@ def test_pieces_that_would_take_hours_or_gigabytes_are_refused(pieces: list[str]
 
 
 @pytest.mark.parametrize("spaced", [True, False])
-def test_scores_merge_as_sentencepiece_merges(spaced: bool) -> None:
+def test_scores_give_the_merges_of_sentencepiece(spaced: bool) -> None:
     metadata, model = tiny_vocabularies.spm(spaced=spaced)
     tokenizer = tokenizer_from_gguf(metadata)
     ids = [tokenizer.encode(text, add_special=False) for text in STRINGS]
@@ -38,7 +38,7 @@ def test_scores_merge_as_sentencepiece_merges(spaced: bool) -> None:
     check_streams(tokenizer, ids)
 
 
-def test_tokens_that_the_makers_added_cut_pieces_as_in_transformers() -> None:
+def test_added_tokens_split_text_as_in_transformers() -> None:
     metadata, _ = tiny_vocabularies.spm(spaced=True, added=("<table>", "\n\n", "<tool_call>", "▁▁"))
     reference = of_gguf(architecture="phi3")(metadata)
     tokenizer = tokenizer_from_gguf(metadata)
