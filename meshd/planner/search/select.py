@@ -4,7 +4,7 @@ from meshd.planner.search.chains import Search, exact_search
 from meshd.planner.search.orders import HeuristicSearch
 
 EXACT_PEERS = 10
-"""Most peers for which the search is exact. For 10 peers and 30 layers, `bench_planner.py` measured 1 to 91 ms for the least TPOT."""
+"""Most peers of an exact search. For 10 peers and 30 layers, `bench_planner.py` measured 1 to 91 ms for the least TPOT."""
 
 
 def search_for(peers: int) -> Search:
