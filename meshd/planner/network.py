@@ -20,7 +20,10 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     """One-way time of a small message."""
     bandwidth_bytes_s: float
     source: Literal["local", "measured", "measured backwards", "not measured"]
-    """`local`: both ends are the same peer. `measured backwards`: only in the other direction. `not measured`: a default."""
+    """Where latency and bandwidth come from.
+
+    `local`: both ends are the same peer. `measured backwards`: only the opposite direction was measured. `not measured`: defaults.
+    """
 
     def hop_s(self, size_bytes: float) -> float:
         """Return the one-way time of a message of this size."""

@@ -8,11 +8,11 @@ from meshd.planner.profile import PeerProfile
 from meshd.types import ModelCard, Objective, PeerId, StagePlan
 
 PREFILL_CHUNK_TOKENS = 128
-"""The same in every plan: results may depend on the chunk size in their last bits, and must not depend on the plan."""
+"""Tokens of a prefill chunk, equal in all plans: the last bits of results may depend on it, but must not depend on the plan."""
 
 
 class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
-    """A planning problem. The plan depends on nothing else."""
+    """A planning problem: everything that the plan depends on."""
 
     card: ModelCard
     profiles: tuple[PeerProfile, ...]

@@ -36,7 +36,7 @@ def decode_renderer(edge: bytes, answer_id: str) -> AnyRenderer:
     """
     try:
         renderer = _decoder.decode(edge)
-    except msgspec.MsgspecError:  # it is empty for one of several answers, or comes from another version
+    except msgspec.MsgspecError:  # `edge` is empty for one of several answers, or comes from another version
         raise _unknown(answer_id) from None
     if not (renderer.store and answer_id.startswith(renderer.prefix)):
         raise _unknown(answer_id)

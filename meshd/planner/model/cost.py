@@ -88,7 +88,7 @@ def chunking(prompt_tokens: int, chunk_tokens: int) -> tuple[int, float]:
 def pipelined_s(terms: Iterable[float], periods: Iterable[float], chunks: float) -> float:
     """Predict the time of `chunks` equal chunks through a pipeline of stages and links, in seconds.
 
-    `terms` are the times of one chunk at each stage and link, and are paid once. Each further chunk adds the slowest of `periods`.
+    The first chunk takes the sum of `terms`, its times at all stages and links. Each further chunk adds the largest of `periods`.
     """
     return sum(terms) + (chunks - 1) * max(periods)
 
@@ -104,9 +104,9 @@ def shard_fraction(shard: AttentionShard, spec: ModelSpec, position: int) -> flo
 def shard_wire_bytes(shard: AttentionShard, spec: ModelSpec, element_bytes: int) -> tuple[int, int]:
     """Count the bytes that one token sends to a shard and back in one layer.
 
-    The way there carries q, k and v; the way back carries the partial output and its log-sum-exp in f32. Both together are Lamina's
-    (2 + 2/G)·e·d for the shard's heads, plus the log-sum-exp, where G is the number of query heads to a KV head, e the bytes of an
-    element and d the width of all query heads.
+    The message to the shard has q, k and v. The message back has the partial output and its log-sum-exp in f32. Together they
+    have Lamina's (2 + 2/G)·e·d bytes, plus the log-sum-exp. Here G is the number of query heads per KV head, e the bytes per
+    element and d the width of the shard's query heads.
 
     Returns: (bytes to the shard, bytes back).
     """

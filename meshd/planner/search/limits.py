@@ -18,7 +18,7 @@ class SearchLimits:
     require: frozenset[int] = frozenset()
     """Peers that must all take part."""
     forbid: frozenset[int] | None = None
-    """Peers that may not all take part together. This excludes the best chain when a runner-up is searched."""
+    """Peers that may not all take part together. This excludes the best chain in the search for a runner-up."""
 
     def allow(self, peers: Collection[int]) -> bool:
         """Whether a chain over these peers may be returned."""

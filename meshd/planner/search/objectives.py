@@ -72,8 +72,8 @@ class _Pipelined:
 
     Let A(T) be the least sum of a chain that has no term above T. A falls as T rises, so every chain whose slowest term is
     between lo and hi costs at least A(hi) + following · lo. An interval in which this lower bound is no better than the best
-    chain so far is dropped. Any other interval is halved, over the values that terms can have. The result is exact if the search
-    is exact.
+    chain so far is dropped. Any other interval is split at the middle one of the term values in it. The result is exact if the
+    search is exact.
     """
 
     def __init__(self, whole: ChainCosts, chunk: Array, following: float, limits: SearchLimits, search: Search) -> None:

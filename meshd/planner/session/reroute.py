@@ -120,8 +120,8 @@ class Reroute:
     def _links_s(self, other: PeerId, *, towards: bool, token: bool) -> Array:
         """Predict the seconds that the link between `other` and each peer adds: `[peers]`.
 
-        `towards`: the link goes from `other` to the peer, otherwise from the peer to `other`. `token`: it carries a token for
-        each token ahead, otherwise hidden states, first those of all known tokens.
+        `towards`: the link goes from `other` to the peer, otherwise from the peer to `other`. `token`: it carries the
+        sampled tokens, otherwise the hidden states, first of all known tokens and then of each token ahead.
         """
         pairs = [(other, peer.id) if towards else (peer.id, other) for peer in self.peers]
         links = [self._problem.network.link(source, target) for source, target in pairs]
