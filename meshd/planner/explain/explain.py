@@ -28,7 +28,7 @@ def explain(problem: PlanInput, solution: Solution) -> dict[str, Any]:
     The lines of `text` summarise the plan: stages, speed and memory. The lines of `explanation` give the reasons for it. The other
     keys have the same content as data. The reasons need further searches, so this takes several times as long as `solve`.
     """
-    account = _Explanation(problem, solution)
+    reasons = _Explanation(problem, solution)
     return {
         "object": "mesh.plan",
         "model": problem.card.name,
@@ -39,15 +39,15 @@ def explain(problem: PlanInput, solution: Solution) -> dict[str, Any]:
         "prompt_tokens": problem.prompt_tokens,
         "predicted": _predicted(solution.estimate),
         "stages": [_stage_row(stage) for stage in solution.estimate.stages],
-        "hops": [account.hop_row(hop) for hop in (*solution.estimate.hops, solution.estimate.back)],
-        "memory": [account.memory_row(peer) for peer in solution.estimate.memory],
-        "alone": [_alone_row(row) for row in account.alone],
-        "split_is_slower": account.faster_alone is not None,
-        "binding": [msgspec.to_builtins(binding) for binding in account.bindings],
-        "runner_up": account.runner_up_row(),
-        "left_out": [msgspec.to_builtins(row) for row in account.left_out],
-        "text": account.text(),
-        "explanation": account.explanation(),
+        "hops": [reasons.hop_row(hop) for hop in (*solution.estimate.hops, solution.estimate.back)],
+        "memory": [reasons.memory_row(peer) for peer in solution.estimate.memory],
+        "alone": [_alone_row(row) for row in reasons.alone],
+        "split_is_slower": reasons.faster_alone is not None,
+        "binding": [msgspec.to_builtins(binding) for binding in reasons.bindings],
+        "runner_up": reasons.runner_up_row(),
+        "left_out": [msgspec.to_builtins(row) for row in reasons.left_out],
+        "text": reasons.text(),
+        "explanation": reasons.explanation(),
     }
 
 

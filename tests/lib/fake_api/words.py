@@ -241,8 +241,8 @@ class WordsCoordinator:
             if holds(self):
                 event.set()
 
-    async def until(self, holds: Callable[["WordsCoordinator"], bool], within_s: float = 1.0) -> None:
-        """Wait until the condition `holds`. Raises: TimeoutError."""
+    async def until(self, holds: Callable[["WordsCoordinator"], bool], within_s: float = 5.0) -> None:
+        """Wait until the condition `holds`. Raises: TimeoutError after `within_s`, by default long enough for a busy machine."""
         event = asyncio.Event()
         self._conditions.append((holds, event))
         self.changed()
