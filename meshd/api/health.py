@@ -1,4 +1,4 @@
-"""`GET /health`, `GET /ready` and `GET /metrics`: for supervisors and monitoring."""
+"""`GET /health`, `GET /ready` and `GET /metrics`, for supervisors and monitoring."""
 
 from typing import Literal
 
@@ -9,16 +9,17 @@ from meshd.api.http.reply import json_response
 from meshd.api.http.services import SERVICES
 
 RETRY_AFTER_S = 1
+"""Seconds after which a client should ask again while a model loads."""
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
-    """The daemon is alive."""
+    """The answer of GET /health: the daemon is alive."""
 
     status: Literal["ok"] = "ok"
 
 
 class Readiness(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether requests can be answered now."""
+    """The answer of GET /ready: whether requests can be answered now."""
 
     status: Literal["ready", "loading"]
     progress: float
@@ -27,12 +28,12 @@ class Readiness(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def health(request: web.Request) -> web.Response:
-    """Alive: 200 as long as the daemon runs. Needs no key."""
+    """Answer 200 as long as the daemon runs. No API key is needed."""
     return json_response(Health())
 
 
 async def ready(request: web.Request) -> web.Response:
-    """Ready: 200 when requests can be answered; 503 with Retry-After and progress while a model loads."""
+    """Answer 200 if requests can be answered now, or 503 with Retry-After and the progress while a model loads."""
     is_ready, progress, waiting_for = request.app[SERVICES].coordinator.readiness()
     body = Readiness(status="ready" if is_ready else "loading", progress=progress, waiting_for=waiting_for)
     if is_ready:
@@ -41,6 +42,6 @@ async def ready(request: web.Request) -> web.Response:
 
 
 async def metrics(request: web.Request) -> web.Response:
-    """This peer's measurements in Prometheus' text form."""
+    """Send this peer's metrics in Prometheus' text format."""
     telemetry = request.app[SERVICES].telemetry
     return web.Response(body=telemetry.render(), headers={"Content-Type": telemetry.content_type})

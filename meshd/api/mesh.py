@@ -1,4 +1,4 @@
-"""`/mesh/v1/*`: the API that the monitor and the command line use."""
+"""The routes under `/mesh/v1/`, which the monitor and the command line use."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any
@@ -17,61 +17,61 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class UnplaceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What POST /mesh/v1/unplace asks."""
+    """The body of POST /mesh/v1/unplace."""
 
     model: str
 
 
 class Unplaced(msgspec.Struct, frozen=True, kw_only=True):
-    """A model's layers were freed."""
+    """The answer of POST /mesh/v1/unplace."""
 
     model: str
     freed_bytes: int
-    """Sum over all peers."""
+    """Memory freed on all peers together."""
 
 
 class DrainRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What POST /mesh/v1/drain asks."""
+    """The body of POST /mesh/v1/drain."""
 
     peer: str
-    """Its name, or an unambiguous beginning of its id."""
+    """The peer's name, or an unambiguous prefix of its id."""
     undo: bool = False
-    """Accept work again."""
+    """True: end the drain, so that the peer accepts work again."""
     timeout_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 60.0
-    """How long to wait for its sessions to move away. It keeps draining after that."""
+    """Longest time to wait until all sessions have moved away. The peer keeps draining after it."""
 
 
 class Drained(msgspec.Struct, frozen=True, kw_only=True):
-    """A peer drains, or takes work again."""
+    """The answer of POST /mesh/v1/drain."""
 
     peer: str
     name: str
     sessions_left: int
-    """Stages of running sessions that it still computes; 0: it can be stopped without disturbing any session."""
+    """Number of stages of running sessions that the peer still computes. 0: the peer can stop without disturbing a session."""
 
 
 class MigrateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What POST /mesh/v1/migrate asks."""
+    """The body of POST /mesh/v1/migrate."""
 
     session: str
     target: str
-    """A peer's name, or an unambiguous beginning of its id."""
+    """Name of the peer to move stages to, or an unambiguous prefix of its id."""
     source: str | None = None
-    """Move only what it computes there; null: all stages."""
+    """Peer whose stages are moved. null: all stages are moved."""
 
 
 class Migrated(msgspec.Struct, frozen=True, kw_only=True):
-    """A session was moved."""
+    """The answer of POST /mesh/v1/migrate."""
 
     session: str
     plan: str
-    """`name:0-12,name:12-30`, as it is now."""
+    """The session's stages after the move, as `name:0-12,name:12-30`."""
     pause_ms: float
-    """From the last token before the move to the first one after it."""
+    """Time from the last token before the move to the first token after it."""
 
 
 def rows(read: Callable[[ClusterService], list[dict[str, Any]]]) -> Handler:
-    """A handler that lists what `read` finds."""
+    """Make a handler that sends the rows that `read` returns."""
 
     async def listing(request: web.Request) -> web.Response:
         return json_response(Rows(read(request.app[SERVICES].mesh)))
@@ -80,12 +80,12 @@ def rows(read: Callable[[ClusterService], list[dict[str, Any]]]) -> Handler:
 
 
 async def identity(request: web.Request) -> web.Response:
-    """This peer itself."""
+    """Send this peer's identity."""
     return json_response(request.app[SERVICES].mesh.identity())
 
 
 async def events(request: web.Request) -> web.StreamResponse:
-    """Stream events as they happen, until the client leaves."""
+    """Stream events as they happen, until the client disconnects."""
 
     async def produce(stream: EventStream) -> None:
         await stream.open()
@@ -101,7 +101,7 @@ async def _send_all(stream: EventStream, items: AsyncIterator[object]) -> None:
 
 
 async def plan(request: web.Request) -> web.Response:
-    """What would be placed where, with predictions and reasons."""
+    """Plan which peers would compute which layers, with predictions and reasons. Nothing is loaded."""
     body = await read_body(request, PlanRequest)
     services = request.app[SERVICES]
     async with services.work.interruptible():
@@ -109,7 +109,7 @@ async def plan(request: web.Request) -> web.Response:
 
 
 async def place(request: web.Request) -> web.StreamResponse:
-    """Put a model's layers on peers; the progress as events."""
+    """Load a model's layers on peers, and stream the progress."""
     body = await read_body(request, PlaceRequest)
 
     async def produce(stream: EventStream) -> None:
@@ -127,7 +127,7 @@ async def unplace(request: web.Request) -> web.Response:
 
 
 async def drain(request: web.Request) -> web.Response:
-    """Move away what runs on a peer."""
+    """Move running sessions away from a peer, so that it can be stopped."""
     body = await read_body(request, DrainRequest)
     services = request.app[SERVICES]
     async with services.work.interruptible():
@@ -145,14 +145,14 @@ async def migrate(request: web.Request) -> web.Response:
 
 
 async def story(request: web.Request) -> web.Response:
-    """What happened to a session."""
+    """Send a session's events, collected from all peers."""
     services = request.app[SERVICES]
     async with services.work.interruptible():
         return json_response(Rows(await services.mesh.story(request.match_info["id"])))
 
 
 async def probe_links(request: web.Request) -> web.Response:
-    """Measure this peer's links anew."""
+    """Measure this peer's links again, and send the results."""
     services = request.app[SERVICES]
     async with services.work.interruptible():
         return json_response(Rows(await services.mesh.probe_links()))

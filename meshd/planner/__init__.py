@@ -1,1 +1,1 @@
-"""The planner: pure functions from a question (`PlanInput`) to stages with predictions and reasons."""
+"""Choose which peers compute which layers: pure functions from a `PlanInput` to stages, predictions and reasons."""

@@ -1,4 +1,4 @@
-"""A chain of stages as the searches handle it: peers by index, layers by cut."""
+"""Chains of stages as the searches see them: peers are indices, and layers `[a, b)` are given by their two cuts."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ Array = NDArray[np.float64]
 
 
 class LayerRun(NamedTuple):
-    """Layers `[start, end)` on a peer (its index)."""
+    """Layers `[start, end)` on the peer with index `peer`."""
 
     peer: int
     start: int
@@ -21,13 +21,13 @@ class LayerRun(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """A whole chain and what it costs."""
+    """Consecutive runs of layers, and what they cost together."""
 
     value: float
     runs: tuple[LayerRun, ...]
 
     def stages(self, peers: Sequence[PeerProfile], first_layer: int = 0) -> tuple[StagePlan, ...]:
-        """The runs as stages on these peers; the chain's cut 0 is at `first_layer`."""
+        """Return the runs as stages. Indices refer to `peers`; cut 0 of the chain is layer `first_layer` of the model."""
         return tuple(
             StagePlan(peer=peers[run.peer].id, layers=LayerRange(first_layer + run.start, first_layer + run.end))
             for run in self.runs

@@ -1,4 +1,4 @@
-"""Which peers may be in a plan, and why the others may not."""
+"""Decide which peers may be in a plan, and why the others may not."""
 
 from meshd.errors import InvalidRequest, NoPeer, NotReady
 from meshd.planner.problem import PlanInput
@@ -9,16 +9,16 @@ _HOLDS_NOTHING = "it holds no layers of this model"
 
 
 def exclusions(problem: PlanInput) -> dict[PeerId, str]:
-    """The reason of each peer that may not take layers. Memory is not considered."""
+    """Return the reason for each peer that may not take layers. Memory is not considered."""
     reasons = ((profile.id, _reason(problem, profile)) for profile in problem.profiles)
     return {peer: reason for peer, reason in reasons if reason}
 
 
 def eligible(problem: PlanInput) -> tuple[PeerProfile, ...]:
-    """The peers that may take layers, ordered by name, then id.
+    """Return the peers that may take layers, ordered by name, then id.
 
-    Raises: NoPeer when there are none or fewer than `min_peers`; NotReady when there are enough but too few hold layers yet;
-    InvalidRequest when the objective needs a power that was not measured.
+    Raises: NoPeer if there are none, or fewer than `min_peers`; NotReady if there are enough, but too few of them hold layers yet;
+    InvalidRequest if the objective is energy and the power of a peer was not measured.
     """
     named = set(problem.peers or ())
     absent = named - {profile.id for profile in problem.profiles}
@@ -52,7 +52,8 @@ def _check_count(problem: PlanInput, count: int, excluded: dict[PeerId, str]) ->
     if count >= max(1, problem.min_peers):
         return
     if list(excluded.values()).count(_HOLDS_NOTHING) + count >= max(1, problem.min_peers):
-        raise NotReady(f"{problem.card.name} cannot answer yet: {count} peers hold layers of it, {max(1, problem.min_peers)} must")
+        needed = max(1, problem.min_peers)
+        raise NotReady(f"{problem.card.name} cannot answer yet: {needed} peers must hold layers of it, and {count} do so now")
     names = {profile.id: profile.name for profile in problem.profiles}
     why = "; ".join(f"{names[peer]}: {reason}" for peer, reason in excluded.items())
     raise NoPeer(

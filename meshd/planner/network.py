@@ -8,22 +8,25 @@ import msgspec
 from meshd.types import Advert, LinkStats, PeerId
 
 UNMEASURED_HOP_S = 0.010
-"""Assumed for an unmeasured pair: one hop over poor Wi-Fi, so that a measured link is preferred."""
+"""Assumed latency of an unmeasured link: that of poor Wi-Fi, so that measured links are preferred."""
 UNMEASURED_BANDWIDTH_BYTES_S = 1_000_000.0
-"""Assumed for an unmeasured pair: 8 Mbit/s."""
+"""Assumed bandwidth of an unmeasured link: 8 Mbit/s."""
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
-    """One direction between two peers."""
+    """A link between two peers, in one direction."""
 
     latency_s: float
-    """A small message, one way."""
+    """One-way time of a small message."""
     bandwidth_bytes_s: float
     source: Literal["local", "measured", "measured backwards", "not measured"]
-    """`measured backwards`: only the other direction is known. `not measured`: the pessimistic default."""
+    """Where latency and bandwidth come from.
+
+    `local`: both ends are the same peer. `measured backwards`: only the opposite direction was measured. `not measured`: defaults.
+    """
 
     def hop_s(self, size_bytes: float) -> float:
-        """Time for one message of this size, one way."""
+        """Return the one-way time of a message of this size."""
         if self.source == "local":
             return 0.0
         return self.latency_s + size_bytes / self.bandwidth_bytes_s
@@ -34,21 +37,21 @@ _UNMEASURED = Link(latency_s=UNMEASURED_HOP_S, bandwidth_bytes_s=UNMEASURED_BAND
 
 
 class Network(msgspec.Struct, frozen=True):
-    """Every measured direction, `(sender, receiver)`. A missing one has a pessimistic default."""
+    """The measured links by `(sender, receiver)`. An unmeasured link has pessimistic defaults."""
 
     stats: dict[tuple[PeerId, PeerId], LinkStats] = {}
 
     @classmethod
     def from_adverts(cls, adverts: Iterable[Advert]) -> Self:
-        """The links in these adverts: each peer advertises the directions in which it sends."""
+        """Collect the links from `adverts`. Each peer advertises the links on which it is the sender."""
         return cls({(advert.peer, target): stats for advert in adverts for target, stats in advert.links.items()})
 
     def with_links(self, extra: Mapping[tuple[PeerId, PeerId], LinkStats]) -> "Network":
-        """This network with `extra`, which overrides it."""
+        """Return this network with the links of `extra` added. They replace measured links of the same peers."""
         return Network({**self.stats, **extra})
 
     def link(self, source: PeerId, target: PeerId) -> Link:
-        """The best knowledge of one direction: measured, measured backwards, or the default."""
+        """Return the link from `source` to `target`: measured, else measured backwards, else the default."""
         if source == target:
             return _LOCAL
         forward = self.stats.get((source, target))
@@ -60,7 +63,7 @@ class Network(msgspec.Struct, frozen=True):
         return _UNMEASURED
 
     def hop_s(self, source: PeerId, target: PeerId, size_bytes: float) -> float:
-        """Time for one message, one way; 0 from a peer to itself."""
+        """Return the one-way time of a message; 0 from a peer to itself."""
         return self.link(source, target).hop_s(size_bytes)
 
 

@@ -1,4 +1,4 @@
-"""The planner's input."""
+"""The planner's input: one planning problem."""
 
 import msgspec
 
@@ -8,27 +8,27 @@ from meshd.planner.profile import PeerProfile
 from meshd.types import ModelCard, Objective, PeerId, StagePlan
 
 PREFILL_CHUNK_TOKENS = 128
-"""One size for all plans: the last bits of a result may depend on the chunk, but must not depend on the plan."""
+"""Tokens of a prefill chunk, equal in all plans: the last bits of results may depend on it, but must not depend on the plan."""
 
 
 class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
-    """One question to the planner, with everything that the answer depends on."""
+    """A planning problem: everything that the plan depends on."""
 
     card: ModelCard
     profiles: tuple[PeerProfile, ...]
     network: Network
     context: int
-    """Tokens that KV is reserved for."""
+    """Number of tokens that KV is reserved for."""
     objective: Objective = Objective.LATENCY
     prompt_tokens: int = 128
-    """The request's, or an estimate."""
+    """Length of the request's prompt, or an estimate of it."""
     min_peers: int = 1
     peers: tuple[PeerId, ...] | None = None
-    """The peers that may take part; None: all."""
+    """Peers that may take part. None: all."""
     stages: tuple[StagePlan, ...] | None = None
-    """Use exactly these stages: they are checked and predicted, nothing is searched."""
+    """Stages to use as they are: they are checked and predicted, and there is no search. None: search for stages."""
     resident_only: bool = False
-    """True: route over layers that are resident now. False: place them anywhere."""
+    """True: route only over layers that are resident now. False: place layers anywhere."""
     max_ttft_s: float | None = None
     max_tpot_s: float | None = None
     chunk_tokens: int = PREFILL_CHUNK_TOKENS
@@ -37,21 +37,21 @@ class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def position(self) -> int:
-        """The mean number of tokens that a decode step attends to, if the answer fills the context."""
+        """Mean number of tokens that a decode step attends to if the answer fills the context."""
         return (min(self.prompt_tokens, self.context) + self.context) // 2
 
     @property
     def kv_token_layer_bytes(self) -> int:
-        """K and V of one token in one layer."""
+        """Bytes of K and V of one token in one layer."""
         return self.card.kv_bytes_per_token_layer(self.kv_element_bytes)
 
     @property
     def activation_bytes(self) -> int:
-        """One token's hidden state on the wire."""
+        """Bytes of one token's hidden state on the wire."""
         return self.card.hidden_bytes_per_token(self.wire_element_bytes)
 
     def profile(self, peer: PeerId) -> PeerProfile:
-        """The peer's profile. Raises: NoPeer."""
+        """Return the profile of a peer. Raises: NoPeer."""
         for profile in self.profiles:
             if profile.id == peer:
                 return profile

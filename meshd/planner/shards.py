@@ -1,4 +1,4 @@
-"""Attention shards of a stage: whether they cover its KV exactly."""
+"""Check that the attention shards of a stage cover its KV exactly once."""
 
 from collections.abc import Iterable
 from itertools import pairwise, product
@@ -7,11 +7,11 @@ from meshd.errors import InvalidRequest
 from meshd.types import ModelSpec, StagePlan
 
 Span = tuple[int, int]
-"""`[first, last)` of KV heads or tokens."""
+"""A range `[first, last)` of KV heads or of tokens."""
 
 
 def check_shards(stage: StagePlan, spec: ModelSpec, context: int) -> None:
-    """Check that each layer has no shards (its stage holds all KV) or shards that cover its heads and tokens exactly.
+    """Check that the shards of each layer cover its heads and tokens exactly once. A layer without shards has all KV on its stage.
 
     Raises: InvalidRequest.
     """
@@ -24,7 +24,10 @@ def check_shards(stage: StagePlan, spec: ModelSpec, context: int) -> None:
 
 
 def check_tiling(parts: Iterable[tuple[Span | None, Span | None]], kv_heads: int, context: int, layer: int) -> None:
-    """Check that parts (KV heads, tokens; None: all) cover one layer's attention exactly once. Raises: InvalidRequest."""
+    """Check that `parts` cover one layer's attention exactly once. A part is (KV heads, tokens), where None means all.
+
+    Raises: InvalidRequest.
+    """
     tiles = [(heads or (0, kv_heads), tokens or (0, context)) for heads, tokens in parts]
     for (first_head, last_head), (first, last) in tiles:
         if not (0 <= first_head < last_head <= kv_heads and 0 <= first < last <= context):
@@ -39,5 +42,5 @@ def check_tiling(parts: Iterable[tuple[Span | None, Span | None]], kv_heads: int
 
 
 def unsound_plan(message: str) -> InvalidRequest:
-    """The error for stages or a DAG that break a rule of plans."""
+    """Make the error for stages, or for a DAG, that break a rule of plans."""
     return InvalidRequest(f"this plan is not sound: {message}", param="attention")

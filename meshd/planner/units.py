@@ -4,7 +4,7 @@ from meshd.types import Objective
 
 
 def show_bytes(size: float) -> str:
-    """`1.5 GiB`."""
+    """Format a number of bytes, such as `1.5 GiB`."""
     for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if size >= scale:
             return f"{size / scale:.1f} {unit}"
@@ -12,7 +12,7 @@ def show_bytes(size: float) -> str:
 
 
 def show_seconds(seconds: float) -> str:
-    """`12.3 ms`."""
+    """Format a time, such as `12.3 ms`."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"
@@ -20,12 +20,12 @@ def show_seconds(seconds: float) -> str:
 
 
 def show_rate(seconds_per_token: float) -> str:
-    """`81.3 tok/s`."""
+    """Format the rate for a time per token, such as `81.3 tok/s`."""
     return f"{1 / seconds_per_token:.3g} tok/s"
 
 
 def show_value(objective: Objective, value: float) -> str:
-    """An objective's value with its name and unit."""
+    """Format an objective's value with its name and unit."""
     if objective is Objective.THROUGHPUT:
         return f"{show_rate(value)} over many requests"
     if objective is Objective.ENERGY:

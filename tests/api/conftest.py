@@ -1,4 +1,4 @@
-"""A server over a coordinator that makes up its words: the HTTP edge is real, the model is not."""
+"""A real HTTP server over a coordinator that invents its answers."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -19,11 +19,11 @@ from meshd.telemetry import Telemetry
 from meshd.types import LayerRange, PeerId
 
 SESSION = "5e" * 16
-"""The one that this mesh runs."""
+"""The session that `WordsMesh` runs."""
 
 
 class WordsMesh:
-    """A mesh of one peer with fixed answers."""
+    """A cluster of one peer whose answers are fixed."""
 
     def identity(self) -> dict[str, Any]:
         return {"id": "p" * 52, "name": "here", "notices": []}
@@ -78,7 +78,7 @@ class WordsMesh:
 
     async def story(self, session: str) -> list[dict[str, Any]]:
         if session != SESSION:
-            raise UnknownSession(f"no live peer tells of session {session}")
+            raise UnknownSession(f"no live peer knows session {session}")
         return [{"at_s": 0.0, "peer": "p" * 52, "name": "here", "what": "planned", "epoch": 1}]
 
     async def probe_links(self) -> list[dict[str, Any]]:
@@ -119,7 +119,7 @@ async def server(
 
 @pytest.fixture
 def base_url(server: Server) -> str:
-    """Where a daemon's HTTP edge listens: the tests of real clients ask for no more than this, `model` and `api_key`."""
+    """The URL of a daemon. Suites that also run against real daemons use only this, `model` and `api_key`."""
     return server.url
 
 
@@ -143,7 +143,7 @@ async def http(base_url: str) -> AsyncIterator[aiohttp.ClientSession]:
 
 @pytest.fixture
 def events_of() -> Callable[[aiohttp.ClientResponse], Any]:
-    """Reads a whole event stream: the data of each event, decoded, and `[DONE]` as it is."""
+    """A function that reads a whole event stream. It returns the decoded data of each event, and `[DONE]` unchanged."""
 
     async def read(response: aiohttp.ClientResponse) -> list[Any]:
         lines = (await response.text()).split("\n")

@@ -1,5 +1,3 @@
-"""Alive, ready, measured."""
-
 from typing import Any
 
 import aiohttp

@@ -1,4 +1,4 @@
-"""The routes of the monitor and the command line."""
+"""The routes under `/mesh/v1/`, over real HTTP."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import aiohttp
 import pytest
 
 SESSION = "5e" * 16
-"""That the mesh of these tests runs."""
+"""The session that the fixtures' `WordsMesh` runs."""
 
 
 @pytest.mark.parametrize("name", ["peers", "links", "models", "plans", "sessions"])
@@ -23,7 +23,7 @@ async def test_self(http: aiohttp.ClientSession) -> None:
         assert (await response.json())["name"] == "here"
 
 
-async def test_events_open_at_once_and_come_as_they_happen(http: aiohttp.ClientSession) -> None:
+async def test_the_event_stream_opens_at_once_and_sends_events_as_they_happen(http: aiohttp.ClientSession) -> None:
     async with http.get("/mesh/v1/events") as response:
         lines = [await response.content.readline() for _ in range(3)]
     assert lines == [b": open\n", b"\n", b'data: {"type":"peer_joined","at":1.0}\n']
@@ -49,14 +49,14 @@ async def test_place_streams_its_progress(http: aiohttp.ClientSession, events_of
     ]
 
 
-async def test_place_that_fails_under_way_ends_with_an_error_event(http: aiohttp.ClientSession, events_of: Any) -> None:
+async def test_a_place_that_fails_midway_ends_with_an_error_event(http: aiohttp.ClientSession, events_of: Any) -> None:
     async with http.post("/mesh/v1/place", json={"model": "breaks"}) as response:
         assert response.status == 200
         events = await events_of(response)
     assert events[-1]["error"]["code"] == "peer_lost"
 
 
-async def test_place_that_can_not_begin_is_refused(http: aiohttp.ClientSession) -> None:
+async def test_a_place_of_an_unknown_model_is_refused(http: aiohttp.ClientSession) -> None:
     async with http.post("/mesh/v1/place", json={"model": "missing"}) as response:
         assert response.status == 404
         assert (await response.json())["error"]["param"] == "model"

@@ -1,14 +1,17 @@
-"""How true the answers are: logits against the same weights in `transformers` in float32, over real text; llama.cpp beside.
+"""Compare meshd's logits with those of `transformers` in float32, for the same weights and a real text, and those of llama.cpp.
 
     python tests/benchmarks/bench_fidelity.py [--model smollm2:135m | FILE.gguf] [--kinds file Q4_0 ... | all] [--exact]
         [--positions 2000] [--context 1000] [--llama-python PYTHON]
 
-`file` is the file as it is; for any other kind its dequantised weights are quantised anew, all matrices alike (those whose rows are
-no whole blocks of the kind become Q8_0), and are judged against what they then are. `--llama-python`: an interpreter that has
-`llama_cpp`, whose logits are then measured beside ours, and whose quantisers make Q4_K, Q5_K, Q6_K and IQ4_NL (see
-tests/lib/reference/llama_peer.py). The text lies in tests/lib/reference/real_text.txt and is read in windows of `--context` tokens,
-each on its own: every position counts, with all before it in its window as its context. Perplexity
-is over the text's own next tokens.
+The kind `file` measures the file unchanged. For any other kind, the dequantised weights are quantised again, all matrices to that
+kind, and the result is compared with `transformers` on the requantised weights. A matrix whose rows are not a whole number of
+blocks becomes Q8_0 instead.
+
+`--llama-python` names an interpreter that has `llama_cpp`. Its logits are then measured too, and its quantisers make Q4_K, Q5_K,
+Q6_K and IQ4_NL (see tests/lib/reference/llama_peer.py).
+
+The text is tests/lib/reference/real_text.txt, read in separate windows of `--context` tokens. Every position is measured, with all
+earlier positions of its window as context. The perplexity is that of the text's next tokens.
 """
 
 import argparse
@@ -43,7 +46,7 @@ from reference.requantise import requantise
 KINDS = ("file", *(kind for kind in quant.KINDS if kind != "F32"))
 FAST = "onnxruntime"
 TOP_MARGIN, DIVERGENCE_MARGIN = 0.003, 1.1
-"""How much less often than llama.cpp's the top token may be right, and how much larger the divergence may be."""
+"""Allowed differences from llama.cpp: share of positions with the right top token, and factor of the mean divergence."""
 
 
 def main() -> None:
@@ -69,17 +72,17 @@ def main() -> None:
                 print(f"{kind}: " + ", ".join(f"{count} matrices in {name}" for name, count in made.items()))
             measure(path, kind, texts, [FAST, FAST + EXACT] if options.exact else [FAST], llama)
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
-    print(f"most memory of this process: {peak_mb:.0f} MB")
+    print(f"peak memory of this process: {peak_mb:.0f} MB")
 
 
 def find(model: str) -> Path:
-    """A model of the cache, or a file."""
+    """Return the path of a stored model or of a file."""
     stored = None if Path(model).exists() else Store(Settings()["models-dir"].value).get(model)
     return stored.path if stored else Path(model)
 
 
 def measure(path: Path, kind: str, texts: list[list[int]], backends: list[str], llama: LlamaCpp | None) -> None:
-    """One line for each that computes."""
+    """Measure all backends on one file, and print one line for each."""
     started = time.perf_counter()
     with GgufFile.open(path) as file:
         original = Original(file)
@@ -93,7 +96,7 @@ def measure(path: Path, kind: str, texts: list[list[int]], backends: list[str], 
             print(f"meshd: {error}")
         found |= {name: Fidelity() for name in loaded}
         if llama:
-            about = llama.open(path, max(map(len, texts)))
+            summary = llama.open(path, max(map(len, texts)))
             found["llama.cpp"] = Fidelity()
 
         for ids in texts:
@@ -107,7 +110,7 @@ def measure(path: Path, kind: str, texts: list[list[int]], backends: list[str], 
         for layers in loaded.values():
             layers.close()
     if llama:
-        print(about)
+        print(summary)
     report(kind, found)
     print(f"({time.perf_counter() - started:.0f} s)", flush=True)
 
@@ -118,17 +121,17 @@ def load(name: str, spec: ModelSpec, file: GgufFile) -> LoadedLayers:
 
 
 def twice(rows: Iterator[F32]) -> tuple[Iterator[F32], Iterator[F32]]:
-    """The same parts for two readers in step."""
-    kept: list[F32] = []
+    """Split an iterator in two. The second may not be read further than the first."""
+    unread: list[F32] = []
 
     def first() -> Iterator[F32]:
         for part in rows:
-            kept.append(part)
+            unread.append(part)
             yield part
 
     def second() -> Iterator[F32]:
-        while kept:
-            yield kept.pop()
+        while unread:
+            yield unread.pop()
 
     return first(), second()
 
@@ -142,10 +145,10 @@ def report(kind: str, found: dict[str, Fidelity]) -> None:
         )
     if {FAST, "llama.cpp"} <= found.keys():
         ours, theirs = found[FAST], found["llama.cpp"]
-        apart = np.subtract(ours.hits, theirs.hits, dtype=float)
-        error = 100 * apart.std() / math.sqrt(len(apart))  # of the mean, position by position
+        difference = np.subtract(ours.hits, theirs.hits, dtype=float)
+        error = 100 * difference.std() / math.sqrt(len(difference))  # standard error of the mean over positions
         verdicts = {
-            f"top token {100 * apart.mean():+.2f} points (error {error:.2f})": ours.top_share >= theirs.top_share - TOP_MARGIN,
+            f"top token {100 * difference.mean():+.2f} points (error {error:.2f})": ours.top_share >= theirs.top_share - TOP_MARGIN,
             f"KL {ours.divergence / theirs.divergence:.3f} times": ours.divergence <= DIVERGENCE_MARGIN * theirs.divergence,
             f"perplexity {ours.perplexity / theirs.perplexity - 1:+.3%}": ours.perplexity <= DIVERGENCE_MARGIN * theirs.perplexity,
         }

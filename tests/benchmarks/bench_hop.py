@@ -1,6 +1,6 @@
-"""One hop: from `send` in one process to the handler being called in another, over loopback with TLS.
+"""Measure one hop: the time from `send` in one process to the call of the handler in another, over loopback with TLS.
 
-The peers are two processes with real identities; one activation goes there and back, and half of that is one hop.
+The peers are two processes with real identities. An activation is sent there and back; one hop is half of the round trip.
 
     python tests/benchmarks/bench_hop.py [--bytes 8192] [--count 5000] [--loop both]
 """
@@ -69,7 +69,7 @@ async def _measure(folder: Path, key: ClusterKey, port: int, count: int, payload
     done = asyncio.Event()
     sent = 0.0
 
-    def next_one(peer: PeerId) -> None:
+    def send_next(peer: PeerId) -> None:
         nonlocal sent
         sent = now()
         links.send(peer, _activation(len(hops), payload_bytes), payload)
@@ -77,8 +77,8 @@ async def _measure(folder: Path, key: ClusterKey, port: int, count: int, payload
     def echoed(peer: PeerId, message: Activation, data: memoryview) -> None:
         hops.append((now() - sent) / 2)
         if len(hops) < count + _WARM_UP:
-            # From a fresh turn of the loop, as a stage's send after its compute is.
-            asyncio.get_running_loop().call_soon(next_one, peer)
+            # Not from this handler, but in a later iteration of the event loop, as a stage sends after computing.
+            asyncio.get_running_loop().call_soon(send_next, peer)
         else:
             done.set()
 
@@ -86,9 +86,9 @@ async def _measure(folder: Path, key: ClusterKey, port: int, count: int, payload
     async with asyncio.TaskGroup() as group:
         group.create_task(links.run())
         links.connect("127.0.0.1", port, "static")
-        next_one(await up.get())
+        send_next(await up.get())
         await done.wait()
-        await links.close("the benchmark is over")
+        await links.close("the benchmark has ended")
     return sorted(hops[_WARM_UP:])
 
 
@@ -110,7 +110,7 @@ _KEY = ClusterKey(bytes(32))
 
 
 def main() -> None:
-    """Run the server's side or the whole measurement."""
+    """Run the server process (`--serve`) or the whole measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bytes", type=int, default=8192)
     parser.add_argument("--count", type=int, default=5000)

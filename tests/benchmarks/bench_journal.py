@@ -1,11 +1,15 @@
-"""What the journal and the KV mirror cost: tokens/s with and without, in rounds that alternate in one run.
+"""Measure the cost of the journal and of the KV mirror: tokens/s with and without each of them, in alternating rounds.
 
     python tests/benchmarks/bench_journal.py [--rounds 8] [--tokens 256]
 
-All on this machine, one thread a daemon. Journal: the whole model on one peer, once in a mesh of its own, where there is nobody to
-keep the journal, and once in a mesh of two, where the other peer is its deputy; what else a second peer costs (heartbeats, adverts)
-is in that figure too. Mirror: an answer over two peers with the third one keeping a copy of its KV, against the same without; both
-are journalled. The machine's cores are shared by all of these daemons, which on real devices they are not.
+All daemons run on this machine, with one thread each.
+
+Journal: one peer computes the whole model. Without the journal it is alone in its cluster, so that there is no deputy. With the
+journal there is a second peer, which is the deputy. The figure includes the other costs of a second peer (heartbeats, adverts).
+
+Mirror: two peers compute an answer, with or without a third peer that has a copy of its KV. Both have a journal.
+
+The daemons share the cores of one machine, unlike on real devices.
 """
 
 import argparse
@@ -60,7 +64,7 @@ def main() -> None:
 
 
 def compare(name: str, rounds: int, without: Callable[[], float], with_it: Callable[[], float]) -> None:
-    """One of each to warm up, then pairs; the first of a pair changes."""
+    """Measure in pairs, after a warm-up, and print the cost. Which of the two goes first alternates."""
     without(), with_it()
     pairs = []
     for number in range(rounds):

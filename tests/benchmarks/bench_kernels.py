@@ -1,8 +1,9 @@
-"""How fast this device computes a model: prefill and decode by backend, threads and context, and what the weights take.
+"""Measure how fast this device computes a model, by backend, threads and context, and the memory of its weights.
 
     python tests/benchmarks/bench_kernels.py [--model FILE.gguf] [--backend onnxruntime torch] [--threads 1 2] [--context 128 2048]
 
-Without `--model`, the shape of SmolLM2-135M with random weights. One line per case; times are medians of single-token steps.
+Without `--model`, the model has the shape of SmolLM2-135M and random weights. Each case prints one line. Decode times are medians
+of single-token steps.
 """
 
 import argparse
@@ -72,9 +73,9 @@ def bench(name: str, threads: int, spec: ModelSpec, weights: WeightSource, conte
     backend, process = make_backend(name, threads), psutil.Process()
     before, started = process.memory_info().rss, time.perf_counter()
     loaded = backend.load(spec, LayerRange(0, spec.layers), weights, embedding=True, head=True)
-    took, grown_mb = time.perf_counter() - started, (process.memory_info().rss - before) / 1e6
+    load_s, grown_mb = time.perf_counter() - started, (process.memory_info().rss - before) / 1e6
     weights_mb = loaded.weight_bytes / 1e6
-    print(f"{name} {threads} threads: loaded in {took:.1f} s, weights {weights_mb:.0f} MB, process grew {grown_mb:.0f} MB")
+    print(f"{name} {threads} threads: loaded in {load_s:.1f} s, weights {weights_mb:.0f} MB, process grew {grown_mb:.0f} MB")
     for context in contexts:
         print(f"  context {context:5d}: {bench_context(loaded.stage(loaded.layers), spec, context)}", flush=True)
     loaded.close()
@@ -92,11 +93,11 @@ def main() -> None:
     parser.add_argument("--backend", nargs="+", default=list(available_backends()))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, psutil.cpu_count(logical=False) or 1])
     parser.add_argument("--context", nargs="+", type=int, default=[128, 2048])
-    asked = parser.parse_args()
-    spec, weights = open_model(asked.model)
-    for name in asked.backend:
-        for threads in dict.fromkeys(asked.threads):
-            bench(name, threads, spec, weights, asked.context)
+    options = parser.parse_args()
+    spec, weights = open_model(options.model)
+    for name in options.backend:
+        for threads in dict.fromkeys(options.threads):
+            bench(name, threads, spec, weights, options.context)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The pause when a running answer is moved to another peer, against one decode step, at several lengths of context.
+"""Measure the pause when a running answer moves to another peer, compared with one decode step, for several context lengths.
 
     python tests/benchmarks/bench_migration.py [--rounds 5] [--contexts 256,1024,4096]
 
-Three peers on this machine, one thread each; an answer runs over two of them, and its second stage is moved to the third. The pause
-is from the last token before the change of plan to the first one after it: as the coordinator tells, and as the client sees it (its
-longest gap around the move). A step is the median of the 16 before. Every answer must be the one that was not moved.
+There are three peers on this machine, with one thread each. An answer runs over two of them, and its second stage is moved to the
+third. The pause is the time from the last token before the change of plan to the first token after it. It is measured twice: as
+the coordinator reports it, and as the client sees it (the longest gap around the move). The step is the median of the 16 steps
+before the move. Every answer must equal an answer that was not moved.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from real_daemons.sites import LocalSite
 from real_daemons.streams import Streaming, of_length, quantile, step_s
 
 BEFORE, ANSWER = 24, 96
+"""Tokens of an answer before its move, and in total."""
 
 
 def main() -> None:
@@ -41,32 +43,32 @@ def main() -> None:
 
 
 def measure(mesh: Mesh, context: int, rounds: int) -> None:
-    door, second, third = mesh.site.names
+    entry, second, third = mesh.site.names
     spec = of_length(context - BEFORE, ANSWER)
     for name in (second, third):
-        mesh.place(door, f"{door}:0-15,{name}:15-30", context + 2 * ANSWER)
-    calm = Streaming(mesh.site, door, spec, {"stages": f"{door}:0-15,{second}:15-30"}).end()
+        mesh.place(entry, f"{entry}:0-15,{name}:15-30", context + 2 * ANSWER)
+    undisturbed = Streaming(mesh.site, entry, spec, {"stages": f"{entry}:0-15,{second}:15-30"}).end()
     steps: list[float] = []
-    told: list[float] = []
+    reported: list[float] = []
     seen: list[float] = []
     for _ in range(rounds):
         second, third = third, second
-        running_one = Streaming(mesh.site, door, spec, {"stages": f"{door}:0-15,{second}:15-30"})
-        running_one.wait_for(BEFORE)
+        streaming = Streaming(mesh.site, entry, spec, {"stages": f"{entry}:0-15,{second}:15-30"})
+        streaming.wait_for(BEFORE)
         began = time.monotonic()
-        asked = {"session": running_one.answer.session, "source": second, "target": third}
-        moved = mesh[door].post("/mesh/v1/migrate", asked)
-        over = time.monotonic()
-        answer = running_one.end()
-        if wrong := answer.same_as(calm):
-            raise MeshBroken(f"session {answer.session} went on wrongly: {wrong}\n{mesh.told_story(answer.session)}")
+        request = {"session": streaming.answer.session, "source": second, "target": third}
+        moved = mesh[entry].post("/mesh/v1/migrate", request)
+        ended = time.monotonic()
+        answer = streaming.end()
+        if difference := answer.same_as(undisturbed):
+            raise MeshBroken(f"session {answer.session} continued wrongly: {difference}\n{mesh.told_story(answer.session)}")
         if third not in moved["plan"]:
-            raise MeshBroken(f"it was not moved to {third}: {moved}")
+            raise MeshBroken(f"the answer was not moved to {third}: {moved}")
         steps.append(1000 * step_s(answer, began))
-        told.append(moved["pause_ms"])
-        seen.append(1000 * max(b - a for a, b in pairwise(answer.times) if b > began and a < over + 0.5))
+        reported.append(moved["pause_ms"])
+        seen.append(1000 * max(b - a for a, b in pairwise(answer.times) if b > began and a < ended + 0.5))
     step = quantile(steps, 0.5)
-    pause, longest, client = quantile(told, 0.5), max(told), quantile(seen, 0.5)
+    pause, longest, client = quantile(reported, 0.5), max(reported), quantile(seen, 0.5)
     shown = f"{pause:10.1f} {pause / step:6.2f} {longest:8.1f} {longest / step:6.2f} {client:10.1f} {client / step:6.2f}"
     print(f"{context:8} {step:7.1f} {shown}", flush=True)
 

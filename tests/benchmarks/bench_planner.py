@@ -1,8 +1,9 @@
-"""How long a plan takes, for made-up clusters of SmolLM2-135M's shape, and how far the heuristic is from the exact answer.
+"""Measure the time to solve planning problems, and how much worse the heuristic's plans are than the exact ones.
 
     python tests/benchmarks/bench_planner.py [--layers 30] [--clusters 5]
 
-"loose": every peer can hold the model alone. "tight": only several together can. Times are medians over random clusters.
+The model has the shape of SmolLM2-135M, and the clusters are random. "loose": every peer can hold the model alone. "tight": only
+several peers together can. Times are medians over the clusters.
 """
 
 import argparse
@@ -40,21 +41,21 @@ def main() -> None:
     print(f"{'milliseconds to solve':<24}" + "".join(f"{objective.value:>12}" for objective in Objective))
     for count in PEERS:
         for tight in (False, True):
-            questions = [cluster(random.Random(seed), count, options.layers, tight=tight) for seed in range(options.clusters)]
-            times = [statistics.median(timed(question, objective) for question in questions) for objective in Objective]
+            problems = [cluster(random.Random(seed), count, options.layers, tight=tight) for seed in range(options.clusters)]
+            times = [statistics.median(timed(problem, objective) for problem in problems) for objective in Objective]
             print(f"{count:>4} peers, {'tight' if tight else 'loose':<12}" + "".join(f"{1e3 * seconds:12.1f}" for seconds in times))
     print(f"{'gap of the heuristic, %':<24}" + "".join(f"{objective.value:>12}" for objective in Objective))
-    questions = [cluster(random.Random(seed), 10, options.layers, tight=seed % 2 == 0) for seed in range(2 * options.clusters)]
-    gaps = [[gap(question, objective) for question in questions] for objective in Objective]
+    problems = [cluster(random.Random(seed), 10, options.layers, tight=seed % 2 == 0) for seed in range(2 * options.clusters)]
+    gaps = [[gap(problem, objective) for problem in problems] for objective in Objective]
     print(f"{'  10 peers, mean':<24}" + "".join(f"{100 * statistics.mean(row):12.2f}" for row in gaps))
     print(f"{'  10 peers, worst':<24}" + "".join(f"{100 * max(row):12.2f}" for row in gaps))
 
 
 def cluster(rng: random.Random, count: int, layers: int, *, tight: bool) -> PlanInput:
-    """Peers within a factor of six in speed; tight: together they have twice the room that the layers take."""
+    """Make peers whose speeds differ by up to six times. `tight`: together they have twice the memory that the layers take."""
     card = make_card(layers)
-    room = memory_table(make_problem(make_peer("x"), card=card))
-    middle, spread = float(room[1, 2]), 2 * float(room[0, layers] - room[1, 2]) / count
+    memory = memory_table(make_problem(make_peer("x"), card=card))
+    middle, spread = float(memory[1, 2]), 2 * float(memory[0, layers] - memory[1, 2]) / count
     peers = [
         make_peer(
             f"p{place:02}",
@@ -69,21 +70,21 @@ def cluster(rng: random.Random, count: int, layers: int, *, tight: bool) -> Plan
 
 
 def timed(problem: PlanInput, objective: Objective) -> float:
-    question = msgspec.structs.replace(problem, objective=objective)
+    problem = msgspec.structs.replace(problem, objective=objective)
     began = time.perf_counter()
     try:
-        solve(question)
+        solve(problem)
     except DoesNotFit as error:
-        sys.exit(f"this cluster was to fit: {error}")
+        sys.exit(f"the model does not fit this cluster, but it should: {error}")
     return time.perf_counter() - began
 
 
 def gap(problem: PlanInput, objective: Objective) -> float:
-    """How much worse the heuristic's answer is, as a part of the exact one's."""
+    """Return how much worse the heuristic's plan is, as a share of the exact one's value."""
     tables = CostTables(problem, eligible(problem))
     exact, found = (cheapest(tables, objective, SearchLimits(), search) for search in (exact_search, HeuristicSearch()))
     if exact is None or found is None:
-        sys.exit("this cluster was to fit")
+        sys.exit("a search found no plan, but the model should fit this cluster")
     return found.value / exact.value - 1
 
 

@@ -1,10 +1,10 @@
-"""What a split costs: one peer with one thread against two peers with one thread each, real daemons, TLS on, one run.
+"""Measure the cost of a split: one peer against two peers, all with one thread. Real daemons with TLS.
 
     python tests/benchmarks/bench_split.py [--tokens 128] [--rounds 4]
 
-Rounds alternate between the two, so that a drift of the machine hits both. Printed for each: tokens/s (median of rounds), what the
-planner predicted before, and the sum of what was measured in this very run: every stage's mean decode step plus one hop per stage
-border and one for the token's way back.
+Rounds alternate between the two, so that a slower or faster machine affects both. For each, it prints the tokens/s (median of the
+rounds), the tokens/s that the planner predicted, and those that result from the parts measured in the same run: the mean decode
+step of each stage, one hop between consecutive stages, and one hop for the token back to the first stage.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def measure(cluster: Cluster, tokens: int, rounds: int) -> None:
 
 
 def ask(cluster: Cluster, stages: str, tokens: int) -> tuple[float, float]:
-    """(measured, predicted) TPOT in seconds, the measured one as the coordinator saw it."""
+    """Send one request. Returns: (TPOT as the coordinator measured it, TPOT as predicted), in seconds."""
     body = {"model": MODEL, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     body |= {"mesh": {"stages": stages}}
     before = tpot_total(cluster)
@@ -84,7 +84,7 @@ def tpot_total(cluster: Cluster) -> tuple[float, int]:
 
 
 def stage_totals(cluster: Cluster) -> dict[str, tuple[float, float]]:
-    """Peer and layers to (seconds, steps) of decoding so far."""
+    """Collect (seconds, steps) of decoding so far for each stage, by peer and layers."""
     totals = {}
     for daemon in cluster.daemons.values():
         values = metrics(daemon.api)
@@ -95,7 +95,7 @@ def stage_totals(cluster: Cluster) -> dict[str, tuple[float, float]]:
 
 
 def hops_s(cluster: Cluster, stages: str) -> float:
-    """One hop for each stage border, and the token's way back."""
+    """Add up the hops between consecutive stages and the hop back to the first stage, in seconds."""
     peers = [part.partition(":")[0] for part in stages.split(",")]
     if len(peers) == 1:
         return 0.0

@@ -5,7 +5,7 @@ from meshd.errors import NoPeer, NotReady
 from meshd.planner.eligible import eligible, exclusions
 
 
-def test_every_reason_and_only_for_those_that_may_not() -> None:
+def test_each_excluded_peer_has_its_reason() -> None:
     peers = (
         make_peer("good"),
         make_peer("attic", roles=("storage",)),
@@ -23,13 +23,13 @@ def test_every_reason_and_only_for_those_that_may_not() -> None:
     assert [peer.name for peer in eligible(problem)] == ["good"]
 
 
-def test_order_is_by_name_whatever_the_input() -> None:
+def test_peers_are_ordered_by_name() -> None:
     assert [peer.name for peer in eligible(make_problem(*map(make_peer, "cab")))] == ["a", "b", "c"]
 
 
-def test_peers_that_hold_nothing_yet_are_worth_waiting_for() -> None:
+def test_too_few_peers_that_hold_layers_is_not_ready_but_too_few_peers_is_no_peer() -> None:
     holder, empty = make_peer("a", holdings=(make_holding(0, 30),)), make_peer("b")
-    with pytest.raises(NotReady, match="1 peers hold layers of it, 2 must"):
+    with pytest.raises(NotReady, match="2 peers must hold layers of it, and 1 do so now"):
         eligible(make_problem(holder, empty, resident_only=True, min_peers=2))
     with pytest.raises(NoPeer, match="2 peers are needed and 1 can take layers"):
         eligible(make_problem(holder, make_peer("b", draining=True), resident_only=True, min_peers=2))

@@ -15,17 +15,17 @@ def test_a_measured_hop_is_used_before_half_the_round_trip() -> None:
     assert network.hop_s("b", "c", 10_000) == pytest.approx(0.002 + 0.01)
 
 
-def test_directions_are_apart() -> None:
+def test_the_two_directions_of_a_pair_differ() -> None:
     network = Network({("a", "b"): FAST, ("b", "a"): PLAIN})
     assert network.hop_s("a", "b", 0) != network.hop_s("b", "a", 0)
 
 
-def test_the_other_direction_stands_in() -> None:
+def test_a_link_measured_only_backwards_is_used() -> None:
     link = Network({("a", "b"): FAST}).link("b", "a")
     assert (link.source, link.latency_s) == ("measured backwards", 0.0002)
 
 
-def test_an_unmeasured_pair_is_taken_as_slow_and_says_so() -> None:
+def test_an_unmeasured_link_is_assumed_slow_and_marked() -> None:
     link = Network({}).link("a", "b")
     assert link.source == "not measured"
     assert link.hop_s(1000) == UNMEASURED_HOP_S + 1000 / UNMEASURED_BANDWIDTH_BYTES_S
@@ -33,16 +33,16 @@ def test_an_unmeasured_pair_is_taken_as_slow_and_says_so() -> None:
     assert broken.link("a", "b").source == "not measured"
 
 
-def test_a_peer_reaches_itself_at_once() -> None:
+def test_a_message_from_a_peer_to_itself_takes_no_time() -> None:
     assert Network({}).hop_s("a", "a", 1e9) == 0.0
 
 
-def test_added_links_win() -> None:
+def test_added_links_replace_measured_ones() -> None:
     network = Network({("a", "b"): FAST}).with_links({("a", "b"): PLAIN, ("a", "c"): FAST})
     assert network.stats == {("a", "b"): PLAIN, ("a", "c"): FAST}
 
 
-def test_each_advert_gives_the_links_in_which_its_peer_sends() -> None:
+def test_each_advert_has_the_links_that_its_peer_sends_on() -> None:
     a, b = make_peer("a"), make_peer("b")
     one_way = msgspec.structs.replace(make_advert(b), links={a.id: PLAIN})
     assert Network.from_adverts([one_way, make_advert(a)]).stats == {(b.id, a.id): PLAIN}

@@ -5,11 +5,11 @@ from meshd.errors import NoPeer
 
 
 @pytest.mark.parametrize(("prompt", "context", "position"), [(128, 512, 320), (512, 512, 512), (2000, 512, 512), (1, 2, 1)])
-def test_a_step_attends_on_average_to_half_of_the_answer(prompt: int, context: int, position: int) -> None:
+def test_the_mean_position_is_half_way_through_the_answer(prompt: int, context: int, position: int) -> None:
     assert make_problem(make_peer("a"), prompt_tokens=prompt, context=context).position == position
 
 
-def test_bytes_follow_the_elements_of_kv_and_wire() -> None:
+def test_bytes_depend_on_the_element_sizes_of_kv_and_wire() -> None:
     spec = make_card().spec
     problem = make_problem(make_peer("a"), kv_element_bytes=2, wire_element_bytes=1)
     assert problem.kv_token_layer_bytes == 2 * spec.kv_heads * spec.head_dim * 2

@@ -8,7 +8,7 @@ from meshd.planner.profile import gives_way, profiles_from_adverts
 from meshd.types import Holding, LayerRange, ModelId
 
 
-def test_profiles_are_ordered_and_have_the_models_own_holdings() -> None:
+def test_profiles_are_ordered_and_have_only_the_models_holdings() -> None:
     other = Holding(model=ModelId("n"), layers=LayerRange(0, 4), state="active")
     a, b = make_peer("a", holdings=(make_holding(0, 4), other), power_w=5.0), make_peer("b", memory=60)
     profiles = profiles_from_adverts([make_advert(b, stored=False), make_advert(a)], MODEL)
@@ -18,7 +18,7 @@ def test_profiles_are_ordered_and_have_the_models_own_holdings() -> None:
     assert (profiles[1].memory_free_bytes, profiles[1].threads, profiles[0].power_w) == (60, 1, 5.0)
 
 
-def test_a_peer_without_a_rate_is_not_measured() -> None:
+def test_a_peer_with_a_missing_rate_is_not_measured() -> None:
     assert make_peer("a").measured
     for field in ("decode_bytes_s", "prefill_flops_s", "attention_bytes_s"):
         for rate in (0.0, math.inf, math.nan):
@@ -36,7 +36,7 @@ def test_only_active_holdings_are_usable() -> None:
     assert make_peer("a", holdings=(loading, active)).usable_holdings == (active,)
 
 
-def test_a_standby_copy_gives_way_only_while_no_session_uses_it() -> None:
+def test_only_an_idle_standby_copy_gives_way() -> None:
     assert gives_way(make_holding(0, 4, standby=True))
     assert not gives_way(make_holding(0, 4))
     assert not gives_way(make_holding(0, 4, standby=True, free=4095))

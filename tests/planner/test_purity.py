@@ -1,4 +1,4 @@
-"""The planner neither reads a clock nor touches the world: the same question gets the same answer, here and in a simulator."""
+"""The planner is pure: it reads no clock and does no I/O, so the same problem has the same plan in a daemon and a simulator."""
 
 import ast
 from pathlib import Path

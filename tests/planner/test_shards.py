@@ -31,7 +31,7 @@ def test_shards_that_cover_their_layers_once_are_accepted(attention: tuple[Atten
 
 
 @pytest.mark.parametrize(
-    ("attention", "says"),
+    ("attention", "message"),
     [
         ((shard((2, 3), (0, 2)),), "KV head 2 from token 0 on is covered by no part"),
         ((shard((2, 3), None, (0, 99)),), "KV head 0 from token 99 on is covered by no part"),
@@ -43,15 +43,15 @@ def test_shards_that_cover_their_layers_once_are_accepted(attention: tuple[Atten
         ((shard((2, 3), (1, 1)),), "outside"),
     ],
 )
-def test_shards_must_cover_their_layer_exactly(attention: tuple[AttentionShard, ...], says: str) -> None:
-    with pytest.raises(InvalidRequest, match=says) as caught:
+def test_shards_must_cover_their_layer_exactly(attention: tuple[AttentionShard, ...], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message) as caught:
         check(*attention)
     assert caught.value.param == "attention"
 
 
 def test_the_order_of_the_parts_does_not_matter() -> None:
     parts = [((0, 1), None), ((1, 2), (0, 8)), ((1, 2), (8, 9))]
-    for turned in (parts, parts[::-1], parts[1:] + parts[:1]):
-        check_tiling(turned, kv_heads=2, context=9, layer=0)
+    for ordered in (parts, parts[::-1], parts[1:] + parts[:1]):
+        check_tiling(ordered, kv_heads=2, context=9, layer=0)
     with pytest.raises(InvalidRequest, match="covered by no part"):
         check_tiling([], kv_heads=2, context=9, layer=0)

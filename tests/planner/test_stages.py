@@ -16,7 +16,7 @@ def peers() -> Peers:
     return tuple(msgspec.structs.replace(make_peer(name), id=PeerId(peer)) for name, peer in renamed)
 
 
-def test_names_ids_and_beginnings_of_ids(peers: Peers) -> None:
+def test_peers_are_found_by_name_id_and_prefix_of_id(peers: Peers) -> None:
     stages = parse_stages("a:0-12, k3zz:12-20,pi:4:20-30", peers, 30)
     assert [stage.peer for stage in stages] == [peer.id for peer in peers]
     assert [str(stage.layers) for stage in stages] == ["0-12", "12-20", "20-30"]
@@ -25,7 +25,7 @@ def test_names_ids_and_beginnings_of_ids(peers: Peers) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("a:0-12,b:14-30", "gap at layers 12-14"),
         ("a:0-12,b:10-30", "overlap at layers 10-12"),
@@ -33,22 +33,22 @@ def test_names_ids_and_beginnings_of_ids(peers: Peers) -> None:
         ("a:2-30", "gap at layers 0-2"),
         ("a:0-12,b:12-31", "out of range"),
         ("a:0-12,a:12-30", "two stages"),
-        ("a:0-12,b", "no stage like"),
-        ("", "no stage like"),
-        ("a:0-x", "no layer range"),
-        ("a:12-3", "no layer range"),
-        ("a:-3-12", "no layer range"),
-        (":0-30", "no stage like"),
+        ("a:0-12,b", "not a stage like"),
+        ("", "not a stage like"),
+        ("a:0-x", "not a layer range"),
+        ("a:12-3", "not a layer range"),
+        ("a:-3-12", "not a layer range"),
+        (":0-30", "not a stage like"),
         ("k3:0-30", "several peers"),
     ],
 )
-def test_the_error_names_what_is_wrong(peers: Peers, text: str, says: str) -> None:
-    with pytest.raises(InvalidRequest, match=says) as caught:
+def test_the_error_names_what_is_wrong(peers: Peers, text: str, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message) as caught:
         parse_stages(text, peers, 30)
     assert caught.value.param == "stages"
 
 
-def test_an_unknown_peer_is_answered_with_the_known_ones(peers: Peers) -> None:
+def test_the_error_for_an_unknown_peer_lists_the_known_ones(peers: Peers) -> None:
     with pytest.raises(NoPeer, match="the peers here are a, b, pi:4"):
         parse_stages("c:0-30", peers, 30)
     with pytest.raises(NoPeer, match="none"):
@@ -62,18 +62,18 @@ def test_an_id_distinguishes_two_peers_of_one_name(peers: Peers) -> None:
     assert resolve_peer("k3z", twins) == twins[1].id
 
 
-def test_cover_of_nothing_is_a_gap() -> None:
+def test_no_stages_leave_a_gap() -> None:
     with pytest.raises(InvalidRequest, match="gap at layers 0-4"):
         check_cover((), 4)
 
 
-def test_stages_must_agree_with_the_rest_of_the_question() -> None:
+def test_stages_that_contradict_the_problem_are_refused() -> None:
     a, b, raw = make_peer("a"), make_peer("b"), make_peer("raw", decode_gb_s=0.0)
     stages = tuple(StagePlan(peer=p.id, layers=LayerRange(*cut)) for p, cut in ((a, (0, 10)), (b, (10, 30))))
     check_stages(stages, make_problem(a, b))
     with pytest.raises(NoPeer, match="not in the cluster"):
         check_stages(stages, make_problem(a))
-    with pytest.raises(InvalidRequest, match="`peers` leaves out"):
+    with pytest.raises(InvalidRequest, match="`peers` does not name"):
         check_stages(stages, make_problem(a, b, peers=(a.id,)))
     with pytest.raises(InvalidRequest, match="min_peers asks for 3"):
         check_stages(stages, make_problem(a, b, min_peers=3))

@@ -1,1 +1,1 @@
-"""The HTTP server: routes, bodies, errors, event streams, access."""
+"""The HTTP server: routes, bodies, errors, event streams and access control."""

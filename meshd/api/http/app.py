@@ -31,7 +31,7 @@ def create_app(
     clock: Clock,
     limits: ClientLimits | None = None,
 ) -> web.Application:
-    """Make the application with all routes. Without `api_key` it answers only programs on this machine (see `guard`)."""
+    """Make the application with all routes. Without an `api_key` it serves only programs on this machine (see `guard`)."""
     limits = limits or ClientLimits()
     app = web.Application(middlewares=[_answer_errors, guard(api_key)], client_max_size=limits.body_bytes)
     app[SERVICES] = Services(coordinator, mesh, telemetry, clock, limits)
@@ -56,11 +56,11 @@ async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamRe
         outcome = problem.name
         response = problem.response()
     finally:
-        _note(request, outcome)
+        _record_outcome(request, outcome)
     return response
 
 
-def _note(request: web.Request, outcome: str) -> None:
+def _record_outcome(request: web.Request, outcome: str) -> None:
     resource = request.match_info.route.resource
     route = resource.canonical if resource is not None else "unknown"
     request.app[SERVICES].telemetry.request(route, outcome)
@@ -82,24 +82,27 @@ class Server:
 
     @property
     def address(self) -> tuple[str, int]:
-        """Host and port it listens on, with the port that was bound if 0 was requested."""
+        """Host and port that the server listens on. If port 0 was requested, this is the port that was bound."""
         return self.host, self.port
 
     @property
     def url(self) -> str:
-        """Return the base URL, like `http://127.0.0.1:6374`."""
+        """The base URL, such as `http://127.0.0.1:6374`."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"
 
     async def aclose(self) -> None:
-        """Stop listening, end running answers with an error and close all connections, within a second. Idempotent."""
+        """Stop listening, end running answers with an error, and close all connections within a second. Idempotent."""
         app = self.runner.app
         app[SERVICES].work.interrupt()
         await self.runner.cleanup()
 
 
 async def serve(app: web.Application, host: str, port: int) -> Server:
-    """Listen on `host:port` (0: a free one). A client that goes away cancels its handler. Raises: ConfigError."""
+    """Listen on `host:port`. Port 0 binds a free port. When a client disconnects, its handler is cancelled.
+
+    Raises: ConfigError if the address can't be used.
+    """
     runner = web.AppRunner(
         app, handler_cancellation=True, access_log=None, shutdown_timeout=app[SERVICES].limits.shutdown_s, handle_signals=False
     )

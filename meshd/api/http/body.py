@@ -1,4 +1,4 @@
-"""Decode a request's body or query into a typed struct. Errors name the field at fault."""
+"""Decode a request's body or query string into a typed struct. Errors name the wrong field."""
 
 import asyncio
 import functools
@@ -14,13 +14,14 @@ from meshd.errors import InvalidRequest
 
 T = TypeVar("T", bound=msgspec.Struct)
 
+# The parts of msgspec's error messages that name a field.
 _AT = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`$")
 _UNKNOWN = re.compile(r"unknown field `(?P<field>.*)`", re.DOTALL)
 _MISSING = re.compile(r"missing required field `(?P<field>.*)`")
 
 
 async def read_body(request: web.Request, shape: type[T]) -> T:
-    """Read and decode the body. Raises: InvalidRequest, HTTPRequestEntityTooLarge, HTTPRequestTimeout."""
+    """Read the body and decode it. Raises: InvalidRequest, HTTPRequestEntityTooLarge, HTTPRequestTimeout."""
     try:
         async with asyncio.timeout(request.app[SERVICES].limits.body_s):
             data = await request.read()
@@ -30,7 +31,7 @@ async def read_body(request: web.Request, shape: type[T]) -> T:
 
 
 def decode_body(data: bytes, shape: type[T]) -> T:
-    """Decode `data` strictly, without unknown fields. Raises: InvalidRequest whose `param` names the first field at fault."""
+    """Decode JSON. A field that `shape` lacks is an error. Raises: InvalidRequest; its `param` names the first wrong field."""
     try:
         return cast("T", _decoder(shape).decode(data))
     except msgspec.ValidationError as error:
@@ -40,7 +41,7 @@ def decode_body(data: bytes, shape: type[T]) -> T:
 
 
 def read_query(request: web.Request, shape: type[T]) -> T:
-    """Decode the query; its texts are converted to the types of `shape`. Lists are `name=a&name=b` or `name[]=a`.
+    """Decode the query string, and convert its values to the types of `shape`. Lists are written `name=a&name=b` or `name[]=a`.
 
     Raises: InvalidRequest.
     """
@@ -67,16 +68,16 @@ def _field_error(text: str, shape: type[msgspec.Struct]) -> InvalidRequest:
     named = _UNKNOWN.search(what) or _MISSING.search(what)
     param = ".".join(part for part in (path, named["field"] if named else "") if part)
     if named:
-        reason = "is not known here" if _UNKNOWN.search(what) else "is required"
+        reason = "is not a known field" if _UNKNOWN.search(what) else "is required"
         return InvalidRequest(f"`{param}` {reason}", param=param, hint="see /openapi.json for all fields")
     if not param:
-        return InvalidRequest(f"the body is wrong: {what}", hint="send one JSON object")
+        return InvalidRequest(f"the body is invalid: {what}", hint="send one JSON object")
     root = re.split(r"[.\[]", param)[0]
     schema = properties_of(shape).get(root, {})
     hint = schema.get("description", "see /openapi.json for its type")
     if UNSUPPORTED in schema:
         return unsupported(root, hint)
-    return InvalidRequest(f"`{param}` is wrong: {what}", param=param, hint=hint)
+    return InvalidRequest(f"`{param}` is invalid: {what}", param=param, hint=hint)
 
 
 def _is_list(shape: type[msgspec.Struct], name: str) -> bool:
@@ -86,7 +87,7 @@ def _is_list(shape: type[msgspec.Struct], name: str) -> bool:
 
 @functools.cache
 def properties_of(shape: type[msgspec.Struct]) -> dict[str, dict[str, Any]]:
-    """Return the JSON schema of each field."""
+    """Return the JSON schema of each field, by name."""
     _, components = msgspec.json.schema_components([shape])
     properties: dict[str, dict[str, Any]] = components[shape.__name__]["properties"]
     return properties

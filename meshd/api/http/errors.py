@@ -1,4 +1,4 @@
-"""Turn errors into HTTP responses in OpenAI's shape. No other module does.
+"""Convert errors to HTTP responses in OpenAI's format. No other module does this.
 
 | error                                   | status | type                  |
 |-----------------------------------------|--------|-----------------------|
@@ -9,8 +9,8 @@
 | PeerFault, DownloadError                | 502    | server_error          |
 | all other                               | 500    | server_error          |
 
-`code` is the error's own stable code. Every `Unavailable` carries Retry-After. If the failed answer can be resumed, the
-message says how.
+`code` is the error's stable code. The response to an `Unavailable` has a Retry-After header. If the failed answer can be resumed,
+the message says how.
 """
 
 import logging
@@ -41,17 +41,17 @@ logger = logging.getLogger(__name__)
 
 
 class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
-    """What went wrong, for a client."""
+    """An error, as a client receives it."""
 
     message: str
     type: str
     param: str | None
-    """The request's field that is wrong, e.g. `messages[0].role`."""
+    """The wrong field of the request, such as `messages[0].role`. None: no single field is wrong."""
     code: str | None
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
-    """The body of every answer with a status of 400 or more, and the last event of a stream that failed."""
+    """The body of every response with a status of 400 or more, and the last event of a failed stream."""
 
     error: ErrorDetail
 
@@ -65,15 +65,13 @@ class HttpProblem(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """Return the error code; the status if it has none."""
+        """The error's code, or the status if there is none."""
         return self.detail.code or str(self.status)
 
     def body(self) -> bytes:
-        """Encode the body as JSON."""
         return msgspec.json.encode(ErrorBody(self.detail))
 
     def response(self) -> web.Response:
-        """Make the response."""
         return web.Response(status=self.status, body=self.body(), content_type="application/json", headers=self.headers)
 
 
@@ -102,44 +100,44 @@ _PROMPT_FIELDS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt
 
 
 @dataclass(frozen=True, slots=True)
-class KeptAnswer:
+class ResumableAnswer:
     """An answer whose record is stored, so that a client can resume its stream after an error or at another peer."""
 
     id: str
     generation: Generation
 
-    def way_on(self, last: int = -1) -> str:
-        """Say how a client that has the events up to `last` resumes; empty if the answer has ended."""
+    def resume_hint(self, last: int = -1) -> str:
+        """Describe how a client that has the events up to number `last` resumes the stream. Empty if the answer has ended."""
         if self.generation.status in ENDED:
             return ""
         after = f"&starting_after={last}" if last >= 0 else ""
-        return f"go on with GET /v1/responses/{self.id}?stream=true{after} at any peer"
+        return f"resume the answer with GET /v1/responses/{self.id}?stream=true{after} at any peer"
 
 
-KEPT = web.RequestKey("kept", KeptAnswer)
-"""Where a request keeps its answer, if that can be resumed."""
+RESUMABLE = web.RequestKey("resumable", ResumableAnswer)
+"""Key under which a request stores its answer, if that can be resumed."""
 
 
 def problem_for_client(request: web.Request, error: BaseException, last: int = -1) -> HttpProblem:
-    """Describe an error to the client of this request, who has the events up to `last`."""
-    kept = request.get(KEPT)
-    return problem(error, request.path, kept.way_on(last) if kept else "")
+    """Convert an error for the client of this request, which has received the events up to number `last`."""
+    resumable = request.get(RESUMABLE)
+    return problem(error, request.path, resumable.resume_hint(last) if resumable else "")
 
 
-def problem(error: BaseException, path: str = "", way_on: str = "") -> HttpProblem:
-    """Describe an error to a client of the route `path`. An unforeseen error is logged, and its details are not sent."""
+def problem(error: BaseException, path: str = "", resume_hint: str = "") -> HttpProblem:
+    """Convert an error for a client of the route `path`. An unexpected error is logged, and its details are not sent."""
     if isinstance(error, MeshdError):
-        return _meshd_problem(error, path, way_on)
+        return _meshd_problem(error, path, resume_hint)
     if isinstance(error, web.HTTPException):
         return _http_problem(error, path)
-    logger.error("unforeseen error", extra={"path": path}, exc_info=error)
-    return _problem(500, "this peer failed: an unforeseen error, see its log", code="internal_error")
+    logger.error("unexpected error", extra={"path": path}, exc_info=error)
+    return _problem(500, "this peer failed with an unexpected error: see its log", code="internal_error")
 
 
-def _meshd_problem(error: MeshdError, path: str, way_on: str) -> HttpProblem:
+def _meshd_problem(error: MeshdError, path: str, resume_hint: str) -> HttpProblem:
     status = next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), 500)
     headers = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))} if isinstance(error, Unavailable) else {}
-    message = f"{error}; {way_on}" if way_on else str(error)
+    message = f"{error}; {resume_hint}" if resume_hint else str(error)
     return _problem(status, message, code=error.code, param=_param(error, path), headers=headers)
 
 

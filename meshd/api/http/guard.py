@@ -1,8 +1,8 @@
-"""Admit requests: with an API key those that carry it, without one those of programs on this machine.
+"""Admit requests. With an API key: those that carry the key. Without one: those of programs on this machine.
 
-Without a key the daemon listens on loopback only, where any web page in a local browser could reach it: by a request to
-`http://127.0.0.1:6374` from its scripts, or through a name of its own that it points at 127.0.0.1 (DNS rebinding). So a
-request must name a loopback host, and one with an `Origin` must come from that very host. No CORS header is ever sent.
+Without a key the daemon listens only on loopback. A web page in a local browser could still reach it: its scripts can send
+requests to `http://127.0.0.1:6374`, and its domain name can resolve to 127.0.0.1 (DNS rebinding). So the `Host` header must name
+loopback, and an `Origin` header must name the same host and port. CORS headers are never sent.
 """
 
 import hashlib
@@ -14,11 +14,11 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 OPEN_PATHS = frozenset({"/health"})
-"""Answered without a key, for supervisors."""
+"""Paths that need no key, so that supervisors can use them."""
 
 
 def guard(api_key: str | None) -> Middleware:
-    """Make the middleware that admits requests. It raises: HTTPUnauthorized, HTTPForbidden."""
+    """Make the middleware that admits requests. The middleware raises HTTPUnauthorized and HTTPForbidden."""
     digest = hashlib.sha256(api_key.encode()).digest() if api_key is not None else None
 
     @web.middleware
@@ -43,14 +43,14 @@ def _check_key(request: web.Request, digest: bytes) -> None:
 
 def _check_origin(request: web.Request) -> None:
     if not is_loopback(request.host):
-        raise web.HTTPForbidden(text=f"the host {request.host!r} is not this machine: ask localhost, or set an API key")
+        raise web.HTTPForbidden(text=f"the host {request.host!r} is not this machine: use localhost, or set an API key")
     origin = request.headers.get("Origin")
     if origin is not None and not _same_origin(origin, request.host):
-        raise web.HTTPForbidden(text=f"a web page of {origin!r} may not ask this daemon: set an API key to serve other origins")
+        raise web.HTTPForbidden(text=f"a web page of {origin!r} may not use this daemon: set an API key to serve other origins")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a Host header (`name[:port]`) names this machine's loopback."""
+    """Whether a Host header (`name[:port]`) names loopback."""
     try:
         name = urlsplit(f"//{host}").hostname or ""
     except ValueError:

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 @asynccontextmanager
 async def beside(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run these beside the block and end them with it; they must not raise. The block's own exception is raised unchanged."""
+    """Run coroutines beside the block and cancel them at its end. They must not raise. Errors of the block are raised unchanged."""
     failure: Exception | None = None
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(coroutine) for coroutine in coroutines]
@@ -28,7 +28,7 @@ async def beside(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def closing(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
-    """Close `items`, if it is a generator, at the end of the block and not at garbage collection."""
+    """Close `items` at the end of the block if it is a generator, instead of at garbage collection."""
     try:
         yield items
     finally:
@@ -38,19 +38,20 @@ async def closing(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
 
 @dataclass(frozen=True, slots=True)
 class _Ended:
-    """Marks the end of a source."""
+    """Marks the end of a source, with the error that ended it."""
 
     error: Exception | None = None
 
 
 @asynccontextmanager
 async def merge_iterators(sources: Sequence[AsyncIterator[T]], *, limit: int = 16) -> AsyncIterator[AsyncIterator[tuple[int, T]]]:
-    """Yield all sources' items as they come, each with its source's index. A source's error is raised after its items.
+    """Merge `sources` into one iterator of (index of the source, item), in order of arrival.
 
-    A source pauses while `limit` of its items are unread. Leaving the block closes all sources.
+    A source pauses while `limit` of its items are unread. The error of a source is raised after its items. Leaving the block
+    closes all sources.
     """
     queue: asyncio.Queue[tuple[int, T | _Ended]] = asyncio.Queue()
-    # A bounded queue would let a fast source starve the others: it takes the free place before a waiting one wakes up.
+    # One bounded queue would let a fast source starve the others: it would take each free slot before a waiting source wakes up.
     slots = [asyncio.Semaphore(limit) for _ in sources]
     async with beside(*(_pump(index, source, queue, slots[index]) for index, source in enumerate(sources))):
         yield _drain(queue, slots)

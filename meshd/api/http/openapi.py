@@ -1,4 +1,4 @@
-"""`GET /openapi.json`: OpenAPI 3.1, generated from the routes and the structs that validate requests."""
+"""`GET /openapi.json`: an OpenAPI 3.1 document, made from the routes and from the structs that validate requests."""
 
 import functools
 import re
@@ -19,13 +19,13 @@ _JSON = "application/json"
 
 
 async def openapi(request: web.Request) -> web.Response:
-    """The description of all routes."""
+    """Send the description of all routes."""
     return json_response(document())
 
 
 @functools.cache
 def document() -> dict[str, Any]:
-    """All routes and their bodies as an OpenAPI 3.1 document."""
+    """Describe all routes and their bodies as an OpenAPI 3.1 document."""
     types = [ErrorBody, *(kind for route in ROUTES for part in (route.takes, route.gives, route.streams) for kind in _kinds(part))]
     schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     schema_of = {id(kind): schema for kind, schema in zip(types, schemas, strict=True)}

@@ -7,7 +7,7 @@ from aiohttp import web
 
 
 class Rows(msgspec.Struct, frozen=True):
-    """A listing of the mesh; each row's keys are stable."""
+    """A list of rows. The keys of the rows are a stable interface."""
 
     data: list[dict[str, Any]]
     object: Literal["list"] = "list"

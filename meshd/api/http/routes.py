@@ -1,4 +1,4 @@
-"""All routes of the HTTP API: handler, request and response types."""
+"""All routes of the HTTP API, with their handlers, request types and response types."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +23,8 @@ from meshd.api.openai.responses.schemas import AnyStreamEvent, Deleted, Response
 class Route:
     """One method of one path.
 
-    `takes` is the JSON body of the request, `gives` that of the response, `streams` the data of one event of a stream. A tuple
-    lists alternatives.
+    `takes` is the type of the request's JSON body, `query` that of its query string, `gives` that of the response's JSON body, and
+    `streams` that of the data of an event. A tuple lists alternatives.
     """
 
     method: str
@@ -45,7 +45,7 @@ ROUTES = (
         "GET",
         "/v1/responses/{id}",
         responses.retrieve,
-        "An answer of any of these routes: its current state, or its stream from any event. Waits for a running chat or completion",
+        "Read an answer by its id: its current state, or its stream from any event. Waits for a running chat or completion",
         gives=(Response, ChatCompletion, Completion),
         streams=(AnyStreamEvent, ChatCompletionChunk, Completion),
         query=responses.RetrieveQuery,
@@ -53,10 +53,10 @@ ROUTES = (
     Route("DELETE", "/v1/responses/{id}", responses.delete, "Cancel an answer and delete its record", gives=Deleted),
     Route("POST", "/v1/responses/{id}/cancel", responses.cancel, "Cancel an answer in the background", gives=Response),
     Route("GET", "/v1/models", models.listing, "The models that can answer now", gives=models.ModelList),
-    Route("GET", "/v1/models/{id:.+}", models.one, "One of them", gives=models.Model),
+    Route("GET", "/v1/models/{id:.+}", models.one, "A model that can answer now", gives=models.Model),
     Route("GET", "/health", health.health, "Whether the daemon is alive", gives=health.Health),
     Route("GET", "/ready", health.ready, "Whether it can answer now", gives=health.Readiness),
-    Route("GET", "/metrics", health.metrics, "Measurements in Prometheus' text form"),
+    Route("GET", "/metrics", health.metrics, "Metrics in Prometheus' text format"),
     Route("GET", "/mesh/v1/self", mesh.identity, "This peer", gives=dict[str, Any]),
     Route("GET", "/mesh/v1/peers", mesh.rows(lambda m: m.peers()), "The cluster's peers", gives=Rows),
     Route(
@@ -66,15 +66,15 @@ ROUTES = (
         "Links that live peers have measured, one row for each direction",
         gives=Rows,
     ),
-    Route("GET", "/mesh/v1/models", mesh.rows(lambda m: m.known_models()), "The models this mesh knows", gives=Rows),
+    Route("GET", "/mesh/v1/models", mesh.rows(lambda m: m.known_models()), "The models that this mesh knows", gives=Rows),
     Route("GET", "/mesh/v1/plans", mesh.rows(lambda m: m.plans()), "The plans in use", gives=Rows),
     Route("GET", "/mesh/v1/sessions", mesh.rows(lambda m: m.sessions()), "The running sessions", gives=Rows),
     Route("GET", "/mesh/v1/events", mesh.events, "Events as they happen", streams=dict[str, Any]),
-    Route("POST", "/mesh/v1/plan", mesh.plan, "What would be placed where, and why", PlanRequest, dict[str, Any]),
+    Route("POST", "/mesh/v1/plan", mesh.plan, "Which peers would compute which layers, and why", PlanRequest, dict[str, Any]),
     Route("POST", "/mesh/v1/place", mesh.place, "Put a model's layers on peers", PlaceRequest, streams=PlacementStep),
     Route("POST", "/mesh/v1/unplace", mesh.unplace, "Free a model's layers on every peer", mesh.UnplaceRequest, mesh.Unplaced),
     Route("GET", "/mesh/v1/sessions/{id}/story", mesh.story, "A session's events, collected from all peers", gives=Rows),
-    Route("POST", "/mesh/v1/drain", mesh.drain, "Move away what runs on a peer", mesh.DrainRequest, mesh.Drained),
+    Route("POST", "/mesh/v1/drain", mesh.drain, "Move running sessions away from a peer", mesh.DrainRequest, mesh.Drained),
     Route("POST", "/mesh/v1/migrate", mesh.migrate, "Move a session to another peer", mesh.MigrateRequest, mesh.Migrated),
     Route("POST", "/mesh/v1/links/probe", mesh.probe_links, "Measure this peer's links", gives=Rows),
 )

@@ -19,21 +19,21 @@ class ClientLimits:
 
     body_bytes: int = 8 * 2**20
     body_s: float = 60.0
-    """Time for a request's body to arrive."""
+    """Longest time for a request's body to arrive."""
     write_s: float = 60.0
-    """Time for a client to read what was sent. A slower client is disconnected."""
+    """Longest time for a client to read what was sent. A slower client is disconnected."""
     keep_alive_s: float = 10.0
-    """Time between comments in an event stream."""
+    """Time between the comments that keep an event stream open."""
     answers_at_once: int = 8
-    """Concurrent answers of one request (`n`, several prompts). The others start as these end."""
+    """Most answers of one request (`n`, several prompts) that run at a time. The others start as these end."""
     answers: int = 256
-    """Answers of one request in all."""
+    """Most answers of one request in total."""
     shutdown_s: float = 0.4
-    """Time for running answers to write their error when the server closes."""
+    """Longest time for running answers to send their error when the server closes."""
 
 
 class InFlightRequests:
-    """The running requests. A shutdown ends each with an error instead of cutting its connection."""
+    """The running requests. A shutdown ends each of them with an error instead of closing its connection."""
 
     def __init__(self) -> None:
         self._scopes: set[asyncio.Timeout] = set()
@@ -46,7 +46,7 @@ class InFlightRequests:
 
     @asynccontextmanager
     async def interruptible(self) -> AsyncIterator[None]:
-        """Run the block until it ends or `interrupt` is called. Raises: Cancelled in the latter case."""
+        """Run the block until it ends or `interrupt` is called. Raises: Cancelled if it was interrupted."""
         scope = asyncio.timeout(0 if self._closing else None)
         try:
             async with scope:
@@ -55,12 +55,14 @@ class InFlightRequests:
         except TimeoutError:
             if not scope.expired():
                 raise
-            raise Cancelled("the answer was cut short: this peer is shutting down", hint="ask another peer") from None
+            raise Cancelled(
+                "the answer was cut short: this peer is shutting down", hint="send the request to another peer"
+            ) from None
         finally:
             self._scopes.discard(scope)
 
     def interrupt(self) -> None:
-        """Interrupt all running blocks, and later ones at their first wait. Idempotent."""
+        """Interrupt all running blocks, and every later block at its first await. Idempotent."""
         self._closing = True
         now = asyncio.get_running_loop().time()
         for scope in self._scopes:
@@ -70,7 +72,7 @@ class InFlightRequests:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The layers below, as the handlers use them."""
+    """The parts of the daemon that handlers use."""
 
     coordinator: Coordinator
     mesh: ClusterService

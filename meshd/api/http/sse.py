@@ -1,8 +1,8 @@
 """Server-sent events (WHATWG HTML, section 9.2) as OpenAI's clients read them.
 
-Each event is one `data:` line of JSON, with an `id:` line if it has a number, and an `event:` line if it has a name. `data: [DONE]`
-ends a successful stream. A failed one ends with `data: {"error": ...}` instead, which OpenAI's clients raise as an APIError.
-Streams of `/v1/responses` end with an event of their own in both cases.
+An event has one `data:` line of JSON, an `id:` line if it has a number, and an `event:` line if it has a name. A successful
+stream ends with `data: [DONE]`. A failed stream ends with `data: {"error": ...}`, which OpenAI's clients raise as an APIError.
+Streams of `/v1/responses` have other last events in both cases, as in OpenAI's API.
 """
 
 import asyncio
@@ -17,15 +17,15 @@ from meshd.api.http.services import SERVICES
 from meshd.api.openai.renderers import StreamedEvent, error_event
 
 OUTCOME = web.RequestKey("outcome", str)
-"""Where a request keeps the code of an error that occurred after its status was sent."""
+"""Key under which a request stores the code of an error that occurred after the status was sent."""
 
 _HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class EventStream:
-    """One response as events. Its status and headers are sent with the first of them.
+    """A response as a stream of events. Status and headers are sent with the first event.
 
-    Writes wait for the client to read; about 128 KiB are buffered. A client that does not read for `write_s` is disconnected.
+    About 128 KiB are buffered; then writes wait until the client reads. A client that does not read for `write_s` is disconnected.
     """
 
     def __init__(self, request: web.Request) -> None:
@@ -35,7 +35,8 @@ class EventStream:
         self.response = web.StreamResponse(headers=_HEADERS)
         self.last = -1
         """Number of the last event that was sent; -1 for none."""
-        self.says_done = True
+        self.sends_done = True
+        """Whether a successful stream ends with `[DONE]`."""
         self.failure: Callable[[HttpProblem], StreamedEvent] = error_event
         """Makes the last event of a failed stream."""
 
@@ -44,11 +45,11 @@ class EventStream:
         await self.comment("open")
 
     async def send(self, item: object) -> None:
-        """Send `item` as an event. Raises: ConnectionError if the client has left or does not read."""
+        """Send `item` as an event. Raises: ConnectionError if the client has disconnected or does not read."""
         await self.put(StreamedEvent(item))
 
     async def put(self, event: StreamedEvent) -> None:
-        """Send an event unless the client has it. Raises: ConnectionError if the client has left or does not read."""
+        """Send an event, unless the client has it. Raises: ConnectionError if the client has disconnected or does not read."""
         if event.number is not None and event.number <= self.last:
             return
         name = f"event: {event.name}\n" if event.name else ""
@@ -58,12 +59,12 @@ class EventStream:
             self.last = event.number
 
     async def comment(self, text: str) -> None:
-        """Send a comment, which clients skip."""
+        """Send a comment, which clients ignore."""
         await self._write(f": {text}\n\n".encode())
 
     async def done(self) -> None:
         """End a successful stream."""
-        if self.says_done:
+        if self.sends_done:
             await self._write(b"data: [DONE]\n\n")
         await self.response.write_eof()
 
@@ -75,7 +76,7 @@ class EventStream:
         await self.response.write_eof()
 
     async def keep_alive(self) -> None:
-        """Send comments while the stream is open, so that no proxy closes it as idle."""
+        """Send comments while the stream is open, so that proxies don't close an idle connection."""
         while True:
             await self._clock.sleep(self._limits.keep_alive_s)
             if self.response.prepared:
@@ -98,9 +99,9 @@ class EventStream:
 
 
 async def respond(request: web.Request, produce: Callable[[EventStream], Awaitable[None]]) -> web.StreamResponse:
-    """Stream what `produce` sends. An error is raised before the stream opens, and becomes its last event afterwards.
+    """Answer with the stream that `produce` sends. An error before the first event is raised; a later one becomes the last event.
 
-    Raises: what `produce` raises; ConnectionError.
+    Raises: what `produce` raises before the first event; ConnectionError.
     """
     stream = EventStream(request)
     async with beside(stream.keep_alive()):

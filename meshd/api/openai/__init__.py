@@ -1,1 +1,1 @@
-"""OpenAI's API."""
+"""OpenAI's API: models, chats, text completions and responses."""

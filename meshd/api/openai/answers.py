@@ -1,4 +1,4 @@
-"""The answers to one request while they run: start them, resume them, and release them when their reader leaves."""
+"""The running answers of one request: start or resume them, and release them when the client disconnects."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
@@ -10,30 +10,30 @@ import msgspec
 from aiohttp import web
 
 from meshd.agents.service import Coordinator, Finished, Generation, GenerationRequest, TextDelta
-from meshd.api.http.errors import KEPT, KeptAnswer
+from meshd.api.http.errors import RESUMABLE, ResumableAnswer
 from meshd.api.http.merge import closing, merge_iterators
 from meshd.api.http.services import SERVICES
 from meshd.api.openai.stored_responses import AnyRenderer, encode_renderer
 from meshd.errors import InvalidRequest
 
 GENERATION_HEADERS = web.RequestKey("generation_headers", dict[str, str])
-"""Where a request keeps its response headers, once its answers are admitted."""
+"""Key under which a request stores its response headers, once its answers are admitted."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunningAnswers:
-    """The answers to one request."""
+    """The running answers of one request."""
 
     renderer: AnyRenderer
     id: str
     events: AsyncIterator[tuple[int, TextDelta | Finished]]
-    """(answer index, event), interleaved as they come."""
+    """(index of the answer, event), in order of arrival."""
     generation: Generation | None = None
-    """None for several answers."""
+    """The only answer. None: there are several."""
 
     @property
     def failed(self) -> bool:
-        """Whether no peer can resume the answer."""
+        """Whether the answer failed and no peer can resume it."""
         return self.generation is not None and self.generation.status == "failed"
 
 
@@ -46,13 +46,13 @@ class _Admitted:
 async def started(
     request: web.Request, renderer: AnyRenderer, generation_requests: Sequence[GenerationRequest], *, known: bool
 ) -> AsyncIterator[RunningAnswers]:
-    """Run all `generation_requests`. Leaving the block releases the answers that still run.
+    """Start the answers to all `generation_requests`. Leaving the block releases those that still run.
 
-    A single answer is suspended if the client knows its id (`known`) and its record is stored; otherwise, and for several answers,
-    it is cancelled.
+    A single answer is suspended if its record is stored and the client knows its id (`known`), so that the client can resume it.
+    In all other cases, answers are cancelled.
 
-    Raises: what Coordinator.generate raises; Cancelled if an answer was ended from elsewhere.
-    Cancel: as leaving the block.
+    Raises: what Coordinator.generate raises; Cancelled if another request ended an answer.
+    Cancel: same as leaving the block.
     """
     if len(generation_requests) == 1:
         generation = await generate(request, renderer, generation_requests[0])
@@ -63,18 +63,18 @@ async def started(
             yield running
 
 
-async def generate(request: web.Request, renderer: AnyRenderer, generation_requests: GenerationRequest) -> Generation:
+async def generate(request: web.Request, renderer: AnyRenderer, generation_request: GenerationRequest) -> Generation:
     """Start a single answer that any peer can render.
 
     Raises: what Coordinator.generate raises.
-    Cancel: nothing stays reserved.
+    Cancel: the answer is not started, and nothing stays reserved.
     """
     coordinator = request.app[SERVICES].coordinator
     whole = msgspec.structs.replace(
-        generation_requests, store=renderer.store, background=renderer.background, edge=encode_renderer(renderer)
+        generation_request, store=renderer.store, background=renderer.background, edge=encode_renderer(renderer)
     )
     generation = await coordinator.generate(whole)
-    show(request, generation)
+    set_generation_headers(request, generation)
     return generation
 
 
@@ -82,16 +82,16 @@ async def generate(request: web.Request, renderer: AnyRenderer, generation_reque
 async def reading(
     request: web.Request, renderer: AnyRenderer, generation: Generation, *, known: bool = True
 ) -> AsyncIterator[RunningAnswers]:
-    """Read a single answer from its beginning. Leaving the block releases it as `started` does."""
+    """Read a single answer from its beginning. Leaving the block releases the answer as `started` does."""
     work = request.app[SERVICES].work
     answer_id = renderer.prefix + generation.session
     if renderer.store:
-        request[KEPT] = KeptAnswer(answer_id, generation)
+        request[RESUMABLE] = ResumableAnswer(answer_id, generation)
     try:
         async with closing(_events(generation)) as events:
             yield RunningAnswers(renderer, answer_id, events, generation)
     except asyncio.CancelledError:
-        # At a shutdown the error names the id. A client that leaves before that never learns it, so nobody could resume the answer.
+        # A client without the id could not resume the answer. At a shutdown, however, the client receives an error with the id.
         if not known and not work.closing:
             await generation.cancel()
         raise
@@ -110,7 +110,7 @@ async def _events(generation: Generation) -> AsyncGenerator[tuple[int, TextDelta
 async def _several(
     request: web.Request, renderer: AnyRenderer, generation_requests: Sequence[GenerationRequest]
 ) -> AsyncIterator[RunningAnswers]:
-    """Run several answers. The block begins when all are admitted, or when the first has text."""
+    """Start several answers. The block begins when all are admitted, or when the first of them has text."""
     services = request.app[SERVICES]
     if len(generation_requests) > services.limits.answers:
         raise InvalidRequest(
@@ -132,10 +132,10 @@ async def _several(
 
 
 async def _answer(
-    coordinator: Coordinator, generation_requests: GenerationRequest, slots: asyncio.Semaphore
+    coordinator: Coordinator, generation_request: GenerationRequest, slots: asyncio.Semaphore
 ) -> AsyncGenerator[_Admitted | TextDelta | Finished, None]:
     async with slots:
-        generation = await coordinator.generate(msgspec.structs.replace(generation_requests, store=False))
+        generation = await coordinator.generate(msgspec.structs.replace(generation_request, store=False))
         try:
             yield _Admitted(generation)
             async with closing(generation.events()) as events:
@@ -155,16 +155,16 @@ async def _deltas(
             yield index, event
 
 
-def show(request: web.Request, generation: Generation) -> None:
+def set_generation_headers(request: web.Request, generation: Generation) -> None:
     """Set the response headers that name the session and its plan."""
     request[GENERATION_HEADERS] = _headers({0: generation})
 
 
 def _headers(admitted: Mapping[int, Generation]) -> dict[str, str]:
-    """Name all sessions in order, and the plan of the first answer."""
+    """Make the headers, with the sessions of all answers in order, and the plan of the first answer."""
     generations = [admitted[index] for index in sorted(admitted)]
     return {
         "x-meshd-session": ",".join(generation.session for generation in generations),
-        "x-meshd-plan": quote(generations[0].plan_header, safe=" :,"),  # peers' names are free text, headers are not
+        "x-meshd-plan": quote(generations[0].plan_header, safe=" :,"),  # names of peers may have characters that headers may not
         "x-meshd-predicted-tpot-ms": f"{generations[0].predicted_tpot_s * 1000:.3f}",
     }

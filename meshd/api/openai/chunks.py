@@ -1,4 +1,4 @@
-"""Streams of chunks: what chats and text completions have in common."""
+"""The common part of chats and text completions: their streams consist of chunks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ class ChunkRenderer(Renderer, frozen=True, kw_only=True):
     """A renderer whose streams consist of chunks."""
 
     include_usage: bool
-    """Whether a last chunk has the usage and no choices. The other chunks then have a usage of null."""
+    """Whether the stream ends with a chunk that has the usage and no choices. The usage of the other chunks is then null."""
 
 
 class ChunkWriter(ABC):
-    """Writes a chunk for each delta and each answer's end, and one for the usage if requested."""
+    """Writes one chunk for each delta, one for the end of each answer, and one for the usage if it is requested."""
 
     def __init__(self, renderer: ChunkRenderer, answer_id: str) -> None:
         self._answers = renderer.answers
@@ -34,7 +34,7 @@ class ChunkWriter(ABC):
 
     @abstractmethod
     def delta(self, index: int, text: str, tokens: Sequence[TokenText]) -> StreamedEvent:
-        """Make the chunk of a delta of answer `index`."""
+        """Make the chunk for a delta of answer `index`."""
 
     @abstractmethod
     def last(self, index: int, finish: FinishName) -> StreamedEvent:
@@ -60,7 +60,7 @@ class ChunkWriter(ABC):
         return error_event(failure)
 
     def event(self, choice: object) -> StreamedEvent:
-        """Make the next event, with this choice."""
+        """Make the stream's next event, which has one choice."""
         return StreamedEvent(self.chunk([choice], None if self._include_usage else UNSET), next(self._numbers))
 
     def _usage(self) -> list[StreamedEvent]:

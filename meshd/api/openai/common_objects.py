@@ -1,4 +1,4 @@
-"""Objects that the three routes share: usage, logprobs, collected answers."""
+"""Objects that chats, text completions and responses share: usage, logprobs and collected answers."""
 
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
@@ -13,11 +13,11 @@ from meshd.types import FinishReason
 FinishName = Literal["stop", "length"]
 
 ENDED = frozenset({"completed", "failed", "cancelled"})
-"""`Generation.status` of an answer that can't be resumed."""
+"""Values of `Generation.status` with which an answer can't be resumed."""
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Token counts over all answers of a request. Each prompt counts once."""
+    """Token counts over all answers to a request. The tokens of a prompt count once, even if it has several answers."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -25,7 +25,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ObjectHeader(msgspec.Struct, frozen=True, kw_only=True):
-    """The first fields of every object of one request."""
+    """The first fields of every object, equal in all objects of a request."""
 
     id: str
     created: int
@@ -34,7 +34,7 @@ class ObjectHeader(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
-    """One of the likeliest tokens at a position."""
+    """One of the most likely tokens at a position."""
 
     token: str
     logprob: float
@@ -42,7 +42,7 @@ class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
-    """The chosen token and the likeliest tokens at its position."""
+    """The chosen token, and the most likely tokens at its position."""
 
     token: str
     logprob: float
@@ -52,7 +52,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True)
 class CollectedAnswer:
-    """One answer, complete or as far as it has come."""
+    """The tokens and text of one answer, so far or complete."""
 
     text: list[str] = field(default_factory=list)
     tokens: list[TokenText] = field(default_factory=list)
@@ -60,7 +60,7 @@ class CollectedAnswer:
 
     @property
     def empty(self) -> bool:
-        """Whether it has neither tokens nor text yet."""
+        """Whether the answer has neither tokens nor text yet."""
         return not (self.tokens or any(self.text))
 
     def add(self, delta: TextDelta) -> None:
@@ -71,7 +71,7 @@ class CollectedAnswer:
 
 @dataclass(slots=True)
 class UsageCounter:
-    """Counts the tokens of a request's answers; `per_prompt` answers belong to one prompt."""
+    """Counts the tokens of a request's answers. Each prompt has `per_prompt` answers."""
 
     per_prompt: int
     prompt_tokens: int = 0
@@ -93,43 +93,43 @@ class UsageCounter:
 
 
 def finish_name(finished: Finished) -> FinishName:
-    """Return OpenAI's name for why an answer ended. Raises: Cancelled if it was cut short."""
+    """Return OpenAI's name for the reason why an answer ended. Raises: Cancelled if its session was ended."""
     match finished.reason:
         case FinishReason.STOP:
             return "stop"
         case FinishReason.LENGTH:
             return "length"
         case _:
-            raise Cancelled("the answer was cut short: its session was ended", hint="send the request again")
+            raise Cancelled("the answer is incomplete: its session was ended", hint="send the request again")
 
 
 async def collect(
-    events: AsyncIterator[tuple[int, TextDelta | Finished]], count: int, tally: UsageCounter
+    events: AsyncIterator[tuple[int, TextDelta | Finished]], count: int, counter: UsageCounter
 ) -> list[CollectedAnswer]:
-    """Collect `count` answers, complete and in order. Raises: what `events` raises; Cancelled if one was cut short."""
-    whole = [CollectedAnswer() for _ in range(count)]
+    """Collect `count` complete answers, in order. Raises: what `events` raises; Cancelled if the session of one was ended."""
+    answers = [CollectedAnswer() for _ in range(count)]
     async for index, event in events:
         if isinstance(event, Finished):
-            whole[index].finish = finish_name(event)
-            tally.add(index, event)
+            answers[index].finish = finish_name(event)
+            counter.add(index, event)
         else:
-            whole[index].add(event)
-    return whole
+            answers[index].add(event)
+    return answers
 
 
-def shown(logprob: float) -> float:
-    """Clamp a logprob as OpenAI does: JSON has no infinity, so -9999 stands for it."""
+def clamp_logprob(logprob: float) -> float:
+    """Clamp a logprob to -9999, as OpenAI does, since JSON has no infinity."""
     return max(logprob, -9999.0)
 
 
-def shown_tokens(tokens: Iterable[TokenText]) -> list[TokenLogprob]:
+def token_logprobs(tokens: Iterable[TokenText]) -> list[TokenLogprob]:
     """Convert tokens to the logprob objects of chats and responses."""
     return [
         TokenLogprob(
             token=one.token,
-            logprob=shown(one.logprob),
+            logprob=clamp_logprob(one.logprob),
             bytes=one.bytes,
-            top_logprobs=[TopLogprob(token=top.token, logprob=shown(top.logprob), bytes=top.bytes) for top in one.top],
+            top_logprobs=[TopLogprob(token=top.token, logprob=clamp_logprob(top.logprob), bytes=top.bytes) for top in one.top],
         )
         for one in tokens
     ]

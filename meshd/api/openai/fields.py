@@ -1,8 +1,8 @@
-"""Request fields that the routes share, and their conversion for the coordinator.
+"""Request fields that several routes have, and their conversion for the coordinator.
 
-A field of OpenAI's that meshd does not support is declared with only its neutral values (null, an empty list, the default). Any
-other value is an error that names the field, so nothing is dropped silently. The one exception is `user` and its successor
-`safety_identifier`: labels for the provider's accounting, without effect on the answer.
+If meshd does not support a field of OpenAI's API, the field accepts only its neutral values (null, an empty list, the default).
+Any other value is an error that names the field, so that no option is ignored silently. There is one exception: `user` and its
+successor `safety_identifier` are accepted and ignored, since they are labels for the provider's accounting.
 """
 
 from typing import Annotated, Any
@@ -21,7 +21,7 @@ Penalty = Annotated[float, Meta(ge=-2, le=2)]
 StopText = Annotated[str, Meta(min_length=1, max_length=1024)]
 
 UNSUPPORTED = "x-unsupported"
-"""Schema key of a field that takes only neutral values."""
+"""Schema key that marks a field which accepts only neutral values."""
 
 NoList = Annotated[
     Annotated[list[Any], Meta(max_length=0)] | None,
@@ -37,37 +37,39 @@ _SEED_SPAN = 2**63
 
 
 def neutral(*values: str) -> Meta:
-    """Describe a field that takes only these neutral values."""
+    """Make the schema of a field that accepts only these neutral values."""
     allowed = ", ".join(f'"{value}"' for value in values)
     return Meta(description=f"Not supported: only null or {allowed}.", extra_json_schema={UNSUPPORTED: True})
 
 
 class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a stream contains besides the answer."""
+    """Options of a stream."""
 
     include_obfuscation: NotTrue = None
 
 
 class ChunkOptions(StreamOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a stream of chunks contains besides the answer."""
+    """Options of a stream of chunks."""
 
     include_usage: bool | None = None
-    """Whether a last chunk has the usage and no choices."""
+    """Whether the stream ends with a chunk that has the usage and no choices."""
 
 
 class AnswerFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Fields of every route, whatever its prompt."""
+    """Fields of all routes that generate answers."""
 
     model: Annotated[str, Meta(min_length=1, max_length=512, description="A model of GET /v1/models.")]
     temperature: Annotated[
-        Annotated[float, Meta(ge=0, le=2)] | None, Meta(description="From 0 (always the likeliest token) to 2; 1 if not given.")
+        Annotated[float, Meta(ge=0, le=2)] | None, Meta(description="From 0 (always the most likely token) to 2; 1 if not given.")
     ] = None
-    top_p: Annotated[Annotated[float, Meta(gt=0, le=1)] | None, Meta(description="Over 0, up to 1 (all tokens).")] = None
+    top_p: Annotated[Annotated[float, Meta(gt=0, le=1)] | None, Meta(description="Above 0, up to 1 (all tokens).")] = None
     top_k: Annotated[Annotated[int, Meta(ge=0, le=2**31 - 1)] | None, Meta(description="0: all tokens.")] = None
     min_p: Annotated[Annotated[float, Meta(ge=0, le=1)] | None, Meta(description="From 0 (all tokens) to 1.")] = None
     presence_penalty: Annotated[Penalty | None, Meta(description="From -2 to 2.")] = None
     frequency_penalty: Annotated[Penalty | None, Meta(description="From -2 to 2.")] = None
-    repetition_penalty: Annotated[Annotated[float, Meta(gt=0, le=10)] | None, Meta(description="Over 0, up to 10; 1: none.")] = None
+    repetition_penalty: Annotated[
+        Annotated[float, Meta(gt=0, le=10)] | None, Meta(description="Above 0, up to 10; 1: no penalty.")
+    ] = None
     logit_bias: Annotated[
         dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]] | None, Meta(description="Token id to a bias from -100 to 100.")
     ] = None
@@ -85,20 +87,20 @@ class AnswerFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     mesh: Annotated[MeshOptions | None, Meta(description="Where and how the mesh computes the answer.")] = None
 
     def stops(self) -> tuple[str, ...]:
-        """The texts that end the answer."""
+        """Return the texts that end the answer."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def check(self) -> None:
-        """Check what the types can't. Raises: InvalidRequest."""
+        """Check the rules that types can't express. Raises: InvalidRequest."""
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest(
-                "`stream_options` is for streams", param="stream_options", hint="set `stream` to true or leave it out"
+                "`stream_options` is only for streams", param="stream_options", hint="set `stream` to true or leave it out"
             )
         if self.stream_options is not None and self.stream_options.include_obfuscation:
             raise unsupported("stream_options.include_obfuscation", "leave it out or send false")
 
     def sampling(self, seed: int, logprobs: int | None) -> SamplingParams:
-        """Return the sampling parameters, with OpenAI's defaults."""
+        """Return the sampling parameters. Fields that are not given have OpenAI's defaults."""
         given = {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -113,13 +115,13 @@ class AnswerFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return SamplingParams(seed=seed, logprobs=logprobs, **known)
 
     def first_seed(self, clock: Clock) -> int:
-        """Return the seed of the first answer, 63 bits: the requested one, or a random one."""
+        """Return the seed of the first answer, in 63 bits: the requested seed or a random one."""
         seed = self.seed if self.seed is not None else int.from_bytes(clock.random_bytes(8), "little")
         return seed % _SEED_SPAN
 
 
 class GenerationFields(AnswerFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Fields of chats and text completions."""
+    """Fields that chats and text completions have and responses don't."""
 
     max_tokens: Annotated[Count | None, Meta(description="At least 1.")] = None
     n: Annotated[Annotated[int, Meta(ge=1, le=8)] | None, Meta(description="Answers to each prompt, from 1 to 8.")] = None
@@ -127,20 +129,20 @@ class GenerationFields(AnswerFields, frozen=True, kw_only=True, forbid_unknown_f
 
     @property
     def count(self) -> int:
-        """Answers to each prompt."""
+        """Number of answers to each prompt."""
         return self.n or 1
 
     @property
     def include_usage(self) -> bool:
-        """Whether the stream ends with a chunk of usage."""
+        """Whether the stream ends with a chunk that has the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def seeds(self, clock: Clock) -> list[int]:
-        """Return one seed for each of `n` answers, counted up from `first_seed`."""
+        """Return the seeds of the `n` answers: `first_seed` and the numbers after it."""
         first = self.first_seed(clock)
         return [(first + index) % _SEED_SPAN for index in range(self.count)]
 
 
 def unsupported(param: str, hint: str) -> InvalidRequest:
-    """Make the error for a field that requests what meshd does not support."""
+    """Make the error for a field that requests something that meshd does not support."""
     return InvalidRequest(f"`{param}` is not supported", param=param, hint=hint)

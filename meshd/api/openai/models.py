@@ -1,4 +1,4 @@
-"""`GET /v1/models` and `GET /v1/models/{id}`: what can answer now."""
+"""`GET /v1/models` and `GET /v1/models/{id}`: the models that can answer now."""
 
 from typing import Literal
 
@@ -21,19 +21,19 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):
-    """All of them."""
+    """The models that can answer now."""
 
     object: Literal["list"] = "list"
     data: list[Model]
 
 
 async def listing(request: web.Request) -> web.Response:
-    """All models that can answer now."""
+    """Send all models that can answer now."""
     return json_response(ModelList(data=[_model(card) for card in request.app[SERVICES].coordinator.models()]))
 
 
 async def one(request: web.Request) -> web.Response:
-    """One of them."""
+    """Send one model, found by its name or id. Raises: UnknownModel."""
     name = request.match_info["id"]
     cards = request.app[SERVICES].coordinator.models()
     card = next((card for card in cards if name in (card.name, card.id)), None)

@@ -1,8 +1,8 @@
-"""What a route needs to render its answers on any peer.
+"""Renderers, which convert answers to the objects and events of a route.
 
-A renderer holds everything beside the answer itself that a route's objects and events need. It travels with the request as
-`GenerationRequest.edge` and is stored in the session's record, so that any peer renders the same answer under the same id with
-the same events, numbered from 0.
+A renderer has all data that these objects and events need, except the answer itself. It is sent with the request as
+`GenerationRequest.edge` and stored in the session's record. So any peer can render the answer, with the same id and the same
+events, numbered from 0.
 """
 
 import hashlib
@@ -23,20 +23,20 @@ class StreamedEvent(msgspec.Struct, frozen=True):
 
     body: object
     number: int | None = None
-    """Its place in a stream that can be resumed. None: the stream can't be."""
+    """Number of the event in its stream. None: the stream can't be resumed."""
     name: str = ""
-    """The value of its `event:` line; empty: no such line."""
+    """Value of the event's `event:` line. Empty: the event has no such line."""
 
 
 class EventWriter(Protocol):
-    """Makes the events of one request. Deterministic: the same answers give the same events on any peer."""
+    """Makes the events of one request. The same answers must give the same events on every peer."""
 
     def begin(self) -> list[StreamedEvent]:
-        """Return the events that precede all answers."""
+        """Return the events before the first delta."""
         ...
 
     def take(self, index: int, item: TextDelta | Finished) -> list[StreamedEvent]:
-        """Return the events of the next delta, or of the end, of answer `index`. Raises: Cancelled if it was cut short."""
+        """Return the events for the next delta or the end of answer `index`. Raises: Cancelled if its session was ended."""
         ...
 
     def fail(self, failure: HttpProblem, last: int, *, for_good: bool) -> StreamedEvent:
@@ -45,30 +45,30 @@ class EventWriter(Protocol):
 
 
 class Renderer(msgspec.Struct, frozen=True, kw_only=True, tag_field="form"):
-    """Fields of all renderers. The id of a single answer is `prefix` and its session's id."""
+    """The fields of all renderers. The id of a single answer is `prefix` followed by the id of its session."""
 
     created: int
     model: str
     system_fingerprint: str
     store: bool = True
-    """Whether clients may read the record, and resume the stream, by the answer's id."""
+    """Whether clients may read the answer again, or resume its stream, by its id."""
     background: bool = False
     answers: int = 1
     per_prompt: int = 1
-    """Answers to each prompt."""
+    """Number of answers to each prompt."""
 
     prefix: ClassVar[str]
     object_name: ClassVar[str]
-    """`object` of the whole answer."""
-    says_done: ClassVar[bool] = True
-    """Whether its streams end with `[DONE]`."""
+    """Value of `object` in the whole answer."""
+    sends_done: ClassVar[bool] = True
+    """Whether streams end with `[DONE]`."""
 
     def head(self, answer_id: str) -> dict[str, Any]:
         """Return the fields of `ObjectHeader`."""
         return {"id": answer_id, "created": self.created, "model": self.model, "system_fingerprint": self.system_fingerprint}
 
     def numbers(self) -> Iterator[int | None]:
-        """Return the numbers of its events. Several answers interleave by chance, so their events have none."""
+        """Return the numbers of a stream's events. Those of several answers have none: their order is not reproducible."""
         return itertools.count() if self.answers == 1 else itertools.repeat(None)
 
 
@@ -78,7 +78,7 @@ def error_event(failure: HttpProblem) -> StreamedEvent:
 
 
 def model_fields(services: Services, model: str) -> dict[str, Any]:
-    """Return a renderer's first fields: the time, the model's own name, the fingerprint of its weights and of this version."""
+    """Return a renderer's first fields: the time, the model's name, and a fingerprint of its weights and of meshd's version."""
     card = next((card for card in services.coordinator.models() if model in (card.name, card.id, card.ref)), None)
     weights = card.id if card else model
     return {

@@ -1,4 +1,4 @@
-"""Send answers to the client: whole, or as a stream of events."""
+"""Send answers to the client, whole or as a stream of events."""
 
 import asyncio
 from collections.abc import Sequence
@@ -15,29 +15,29 @@ from meshd.api.openai.common_objects import UsageCounter, collect
 from meshd.api.openai.stored_responses import AnyRenderer
 
 _EVENTS_PER_TURN = 64
-"""Replayed events need no wait: after so many of them the writer yields to the event loop."""
+"""Number of events after which a writer yields to the event loop, since a replay would otherwise never yield."""
 
 
 async def answer(
     request: web.Request, renderer: AnyRenderer, generation_requests: Sequence[GenerationRequest], *, stream: bool
 ) -> web.StreamResponse:
-    """Start the answers and send them."""
+    """Start the answers and send them, whole or as a stream."""
     source = started(request, renderer, generation_requests, known=stream)
-    return await streamed(request, source) if stream else await whole(request, source)
+    return await send_stream(request, source) if stream else await send_whole(request, source)
 
 
-async def whole(request: web.Request, source: AbstractAsyncContextManager[RunningAnswers]) -> web.StreamResponse:
-    """Send all answers as one JSON object when the last has ended."""
+async def send_whole(request: web.Request, source: AbstractAsyncContextManager[RunningAnswers]) -> web.StreamResponse:
+    """Send all answers as one JSON object, after the last of them has ended."""
     async with request.app[SERVICES].work.interruptible(), source as running:
-        tally = UsageCounter(running.renderer.per_prompt)
-        answers = await collect(running.events, running.renderer.answers, tally)
-        return json_response(running.renderer.whole(running.id, answers, tally.usage()))
+        counter = UsageCounter(running.renderer.per_prompt)
+        answers = await collect(running.events, running.renderer.answers, counter)
+        return json_response(running.renderer.whole(running.id, answers, counter.usage()))
 
 
-async def streamed(
+async def send_stream(
     request: web.Request, source: AbstractAsyncContextManager[RunningAnswers], *, after: int = -1
 ) -> web.StreamResponse:
-    """Send the events after number `after` as they are made."""
+    """Send the answers as a stream of events, without the events up to number `after`."""
 
     async def produce(stream: EventStream) -> None:
         stream.last = after
@@ -49,16 +49,16 @@ async def streamed(
 
 async def _write(stream: EventStream, running: RunningAnswers) -> None:
     writer = running.renderer.writer(running.id)
-    stream.says_done = running.renderer.says_done
+    stream.sends_done = running.renderer.sends_done
     stream.failure = lambda problem: writer.fail(problem, stream.last, for_good=running.failed)
     for event in writer.begin():
         await stream.put(event)
     if not stream.response.prepared:
         await stream.open()
-    made = 0
+    count = 0
     async for index, item in running.events:
         for event in writer.take(index, item):
             await stream.put(event)
-            made += 1
-            if made % _EVENTS_PER_TURN == 0:
+            count += 1
+            if count % _EVENTS_PER_TURN == 0:
                 await asyncio.sleep(0)

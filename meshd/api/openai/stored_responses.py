@@ -1,4 +1,4 @@
-"""Renderers as stored in a session's record, and the ids by which clients request their answers."""
+"""Encode renderers for a session's record, and decode the ids by which clients request stored answers."""
 
 import re
 
@@ -22,7 +22,7 @@ def encode_renderer(renderer: AnyRenderer) -> bytes:
 
 
 def session_of(answer_id: str) -> SessionId:
-    """Extract the session from an answer's id. Raises: UnknownSession if the id has another form."""
+    """Extract the session from an answer's id. Raises: UnknownSession if the id is malformed."""
     match = _ID.fullmatch(answer_id)
     if match is None:
         raise _unknown(answer_id)
@@ -32,11 +32,11 @@ def session_of(answer_id: str) -> SessionId:
 def decode_renderer(edge: bytes, answer_id: str) -> AnyRenderer:
     """Decode the stored renderer of the answer with this id.
 
-    Raises: UnknownSession if the record belongs to another route, must not be read, or can't be decoded.
+    Raises: UnknownSession if the answer belongs to another route, may not be read again, or can't be decoded.
     """
     try:
         renderer = _decoder.decode(edge)
-    except msgspec.MsgspecError:  # one of several answers, which store none, or a record of another version
+    except msgspec.MsgspecError:  # `edge` is empty for one of several answers, or comes from another version
         raise _unknown(answer_id) from None
     if not (renderer.store and answer_id.startswith(renderer.prefix)):
         raise _unknown(answer_id)
@@ -44,4 +44,4 @@ def decode_renderer(edge: bytes, answer_id: str) -> AnyRenderer:
 
 
 def _unknown(answer_id: str) -> UnknownSession:
-    return UnknownSession(f"there is no answer with the id {answer_id!r}", hint="answers are kept for some minutes after their end")
+    return UnknownSession(f"no answer has the id {answer_id!r}", hint="answers are stored for some minutes after their end")

@@ -1,1 +1,1 @@
-"""Explain plans, and plan for peers that do not exist yet."""
+"""Explain plans, and plan with what-if peers, which do not exist yet."""

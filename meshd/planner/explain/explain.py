@@ -1,4 +1,4 @@
-"""Explain a plan, for people and for programs."""
+"""Explain a plan, as text for people and as data for programs."""
 
 from typing import Any
 
@@ -23,13 +23,12 @@ _PURPOSES = ("layers", "embedding", "head", "kv", "working", "runtime")
 
 
 def explain(problem: PlanInput, solution: Solution) -> dict[str, Any]:
-    """Explain a plan as a JSON-ready dict.
+    """Explain a plan as a dict that JSON can encode.
 
-    The lines of `text` answer "what, how fast, how full", those of `explanation` "why". The other keys have the same as data:
-    `stages`, `hops`, `memory`, `predicted`, `alone`, `split_is_slower`, `binding`, `runner_up`, `left_out`. Reasons
-    need further searches, so this takes several times as long as `solve`.
+    The lines of `text` summarise the plan: stages, speed and memory. The lines of `explanation` give the reasons for it. The other
+    keys have the same content as data. The reasons need further searches, so this takes several times as long as `solve`.
     """
-    account = _Account(problem, solution)
+    reasons = _Explanation(problem, solution)
     return {
         "object": "mesh.plan",
         "model": problem.card.name,
@@ -40,20 +39,20 @@ def explain(problem: PlanInput, solution: Solution) -> dict[str, Any]:
         "prompt_tokens": problem.prompt_tokens,
         "predicted": _predicted(solution.estimate),
         "stages": [_stage_row(stage) for stage in solution.estimate.stages],
-        "hops": [account.hop_row(hop) for hop in (*solution.estimate.hops, solution.estimate.back)],
-        "memory": [account.memory_row(peer) for peer in solution.estimate.memory],
-        "alone": [_alone_row(row) for row in account.alone],
-        "split_is_slower": account.faster_alone is not None,
-        "binding": [msgspec.to_builtins(binding) for binding in account.bindings],
-        "runner_up": account.runner_up_row(),
-        "left_out": [msgspec.to_builtins(row) for row in account.left_out],
-        "text": account.text(),
-        "explanation": account.explanation(),
+        "hops": [reasons.hop_row(hop) for hop in (*solution.estimate.hops, solution.estimate.back)],
+        "memory": [reasons.memory_row(peer) for peer in solution.estimate.memory],
+        "alone": [_alone_row(row) for row in reasons.alone],
+        "split_is_slower": reasons.faster_alone is not None,
+        "binding": [msgspec.to_builtins(binding) for binding in reasons.bindings],
+        "runner_up": reasons.runner_up_row(),
+        "left_out": [msgspec.to_builtins(row) for row in reasons.left_out],
+        "text": reasons.text(),
+        "explanation": reasons.explanation(),
     }
 
 
-class _Account:
-    """The reasons for one plan, each found once."""
+class _Explanation:
+    """The reasons for one plan, computed once, and their text."""
 
     def __init__(self, problem: PlanInput, solution: Solution) -> None:
         self.problem, self.solution = problem, solution
@@ -65,7 +64,7 @@ class _Account:
 
     @property
     def faster_alone(self) -> SingleDevice | None:
-        """The device that would alone be faster than the plan's several together."""
+        """The device that would be faster alone than the plan's several devices together. None: there is none."""
         fitting = [row for row in self.alone if not row.missing_bytes]
         best = min(fitting, key=lambda row: row.estimate.tpot_s, default=None)
         split = len(self.solution.stages) > 1
@@ -102,7 +101,7 @@ class _Account:
             self._alone_text(),
             self._runner_up_text(),
             *(f"left out: {row.name}: {row.reason}" for row in self.left_out),
-            *(f"{name} is not here: its rates are scaled from a measured peer's" for name in self._hypothetical()),
+            *(f"{name} is hypothetical: its rates are scaled from a measured peer's" for name in self._hypothetical()),
         ]
 
     def hop_row(self, hop: HopEstimate) -> dict[str, Any]:
@@ -152,24 +151,24 @@ class _Account:
         if first.missing_bytes:
             return f"alone: no device can hold the model; {first.name} comes closest and lacks {show_bytes(first.missing_bytes)}"
         speed = f"{show_rate(first.estimate.tpot_s)}, TTFT {show_seconds(first.estimate.ttft_s)}"
-        return f"alone: {first.name} by itself would do {speed}"
+        return f"alone: {first.name} would do {speed}"
 
     def _runner_up_text(self) -> str:
         if self.runner_up is None:
             given = self.solution.method == "given"
             return (
-                "runner-up: none was looked for, the request names the stages"
+                "runner-up: not searched, since the request names the stages"
                 if given
-                else "runner-up: nothing fits without these peers"
+                else "runner-up: no plan fits without these peers"
             )
         return f"runner-up: {stages_text(self.runner_up.stages, self.problem.profiles)}: {self._why_lost(self.runner_up)}"
 
     def _hop_text(self, hop: HopEstimate) -> str:
-        way = f"hop {self.names[hop.source]} -> {self.names[hop.target]}"
+        hop_name = f"hop {self.names[hop.source]} -> {self.names[hop.target]}"
         if hop.source == hop.target:
-            return f"{way}: none, one device does all"
+            return f"{hop_name}: none, since one device computes all layers"
         assumed = "" if hop.link == "measured" else f" ({hop.link})"
-        return f"{way}: {show_seconds(hop.decode_s)} for {hop.bytes_per_token} bytes a token{assumed}"
+        return f"{hop_name}: {show_seconds(hop.decode_s)} for {hop.bytes_per_token} bytes a token{assumed}"
 
     def _memory_text(self, row: PeerMemory) -> str:
         return f"{self.names[row.peer]} {show_bytes(row.use.total_bytes)} of {show_bytes(row.capacity_bytes)}"

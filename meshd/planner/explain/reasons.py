@@ -1,4 +1,4 @@
-"""The reasons for a plan. Each is found by solving a changed question."""
+"""Find the reasons for a plan. Each is found by solving a changed problem and comparing the solutions."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,8 +16,9 @@ from meshd.planner.units import show_bytes, show_value
 from meshd.types import LayerRange, Objective, PeerId, StagePlan
 
 MIN_GAIN = 0.01
-"""A constraint binds if lifting it improves the objective by at least this part."""
+"""A constraint binds if the plan without it is better by more than this share."""
 UNLIMITED_BYTES = 1 << 50
+"""Memory of a peer in a problem without memory limits: more than any model needs."""
 
 
 class SingleDevice(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,7 +27,7 @@ class SingleDevice(msgspec.Struct, frozen=True, kw_only=True):
     peer: PeerId
     name: str
     missing_bytes: int
-    """0: the whole model fits there."""
+    """0: the whole model fits on the device."""
     estimate: Estimate
 
 
@@ -34,7 +35,7 @@ class BindingConstraint(msgspec.Struct, frozen=True, kw_only=True):
     """A constraint that keeps the plan from being better."""
 
     constraint: str
-    """`memory`, `min_peers`, `peers`, `stages`, `resident_only`; `compute` or `network` when it is just the time they take."""
+    """`memory`, `min_peers`, `peers`, `stages` or `resident_only`. If none binds: `compute` or `network`."""
     reason: str
     value_if_lifted: float | None = None
 
@@ -49,7 +50,10 @@ class ExcludedPeer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def single_devices(problem: PlanInput) -> tuple[SingleDevice, ...]:
-    """Predict each device alone, wherever the layers are now: first those that can hold the model, the best one foremost."""
+    """Predict each device alone, regardless of where layers are resident.
+
+    Returns: the predictions, ordered by missing memory (0 if the model fits), then by the objective.
+    """
     free = msgspec.structs.replace(problem, resident_only=False, stages=None, peers=None, min_peers=1)
     excluded = exclusions(free)
     whole = LayerRange(0, problem.card.spec.layers)
@@ -65,7 +69,10 @@ def single_devices(problem: PlanInput) -> tuple[SingleDevice, ...]:
 
 
 def runner_up(problem: PlanInput, solution: Solution) -> Solution | None:
-    """Find the best plan without at least one of the chosen peers; None if there is none or the stages were given."""
+    """Find the best plan that lacks at least one of the chosen peers.
+
+    Returns: None if there is no such plan, or if the request named the stages.
+    """
     if solution.method == "given":
         return None
     places = {profile.id: place for place, profile in enumerate(eligible(problem))}
@@ -73,7 +80,10 @@ def runner_up(problem: PlanInput, solution: Solution) -> Solution | None:
 
 
 def bindings(problem: PlanInput, solution: Solution) -> tuple[BindingConstraint, ...]:
-    """Find the constraints that cost something, each with the gain of lifting it alone; else the largest part of the time."""
+    """Find the constraints that make the plan worse, each with the value of the plan without it.
+
+    Returns: these constraints; if there is none, the largest part of a token's time.
+    """
     found = []
     for name, reason, lifted in _lifted(problem):
         better = _search(lifted)
@@ -85,7 +95,7 @@ def bindings(problem: PlanInput, solution: Solution) -> tuple[BindingConstraint,
 
 
 def excluded_peers(problem: PlanInput, solution: Solution) -> tuple[ExcludedPeer, ...]:
-    """Every peer that the plan does not use, and why."""
+    """List every peer that the plan does not use, with the reason."""
     used = {memory.peer for memory in solution.estimate.memory}
     excluded = exclusions(problem)
     rows = []
@@ -100,13 +110,13 @@ def excluded_peers(problem: PlanInput, solution: Solution) -> tuple[ExcludedPeer
 
 
 def _lifted(problem: PlanInput) -> Iterator[tuple[str, str, PlanInput]]:
-    """Yield the question without each of its constraints: (name, reason, question)."""
+    """Yield the problem without one constraint, for each of its constraints: (name, reason, changed problem)."""
     change = msgspec.structs.replace
     if problem.stages is not None:
         yield "stages", "the request names the stages", change(problem, stages=None)
         return
     if problem.min_peers > 1:
-        yield "min_peers", f"at least {problem.min_peers} peers are asked for", change(problem, min_peers=1)
+        yield "min_peers", f"the request needs at least {problem.min_peers} peers", change(problem, min_peers=1)
     if problem.peers is not None:
         yield "peers", "only the named peers may take part", change(problem, peers=None)
     if problem.resident_only:
@@ -117,7 +127,7 @@ def _lifted(problem: PlanInput) -> Iterator[tuple[str, str, PlanInput]]:
 
 
 def _overfull(problem: PlanInput, better: Solution) -> str:
-    """The peers whose memory a plan made without memory limits exceeds."""
+    """Name the peers whose memory is too small for the plan `better`, which was made without memory limits."""
     used = peer_memory(problem, better.stages)
     return ", ".join(problem.profile(row.peer).name for row in used if missing_bytes(row.use.total_bytes, row.capacity_bytes))
 
@@ -130,7 +140,7 @@ def _search(problem: PlanInput) -> Solution | None:
 
 
 def _largest(predicted: Estimate) -> BindingConstraint:
-    """The largest part of a token's time."""
+    """Return the largest part of a token's time: a stage or a hop."""
     parts = [(stage.decode_s, "compute", f"computing layers {stage.layers} on {stage.name}") for stage in predicted.stages]
     names = {stage.peer: stage.name for stage in predicted.stages}
     parts += [
@@ -142,17 +152,20 @@ def _largest(predicted: Estimate) -> BindingConstraint:
 
 
 def _not_chosen(problem: PlanInput, solution: Solution, peer: PeerId) -> tuple[str, float | None]:
-    """Why an eligible peer got no layers. Returns: (reason, the best value of the plan's peers together with it)."""
+    """Find why an eligible peer got no layers.
+
+    Returns: (reason, value of the best plan over this peer and the chosen ones).
+    """
     if solution.method == "given":
         return "the request names the stages", None
     capacity, least = _least_memory(problem, peer)
     if capacity < least and not problem.resident_only:
-        return f"it has room for no layer: {show_bytes(capacity)} may be used, the smallest stage takes {show_bytes(least)}", None
+        return f"no layer fits: {show_bytes(capacity)} may be used, and the smallest stage takes {show_bytes(least)}", None
     together = msgspec.structs.replace(problem, peers=(*solution.peers, peer))
     place = next(index for index, profile in enumerate(eligible(together)) if profile.id == peer)
     found = search(together, replace(SearchLimits(), require=frozenset({place})))
     if found is None:
-        return "no chain of stages with it and the chosen peers fits", None
+        return "no plan with it and the chosen peers fits", None
     value = show_value(problem.objective, found.value)
     if found.value <= solution.value * (1 + MIN_GAIN):
         return f"it would not help: {value} with it, {show_value(problem.objective, solution.value)} without", found.value
@@ -160,5 +173,5 @@ def _not_chosen(problem: PlanInput, solution: Solution, peer: PeerId) -> tuple[s
 
 
 def _least_memory(problem: PlanInput, peer: PeerId) -> tuple[int, int]:
-    """Returns: (the peer's capacity, the smallest stage), both as free memory with the reserve."""
+    """Return (the peer's capacity, the free memory that the smallest stage needs with its reserve), in bytes."""
     return capacity_bytes(problem, problem.profile(peer)), missing_bytes(float(memory_table(problem).min()), 0)

@@ -1,8 +1,8 @@
-"""What-if peers, which do not exist yet: `+name ram=32GiB bw=60GB/s link=1Gbps rtt=0.3ms`.
+"""Parse what-if peers, which do not exist yet: `+name ram=32GiB bw=60GB/s link=1Gbps rtt=0.3ms`.
 
-`ram` and `bw` (weights read per second while decoding) are required; `link` and `rtt` default to 1 Gbit/s and 0.5 ms. What a
-person cannot know of a device (prefill and attention rate, overhead) is scaled from a measured peer by the ratio of `bw`, and the
-profile is marked hypothetical. `flops=` (prefill, FLOP/s) and `power=` (W) may be given too.
+`ram` and `bw` (weights read per second while decoding) are required. `link` and `rtt` default to 1 Gbit/s and 0.5 ms. `flops=`
+(prefill, FLOP/s) and `power=` (W) are optional. Rates that a person cannot know (prefill, attention, overhead) are scaled from the
+measured peer with the most similar `bw`, by the ratio of the two. The profile is marked as hypothetical.
 """
 
 import re
@@ -38,14 +38,14 @@ _EXAMPLE = "+name ram=32GiB bw=60GB/s link=1Gbps rtt=0.3ms"
 
 
 class WhatIf(msgspec.Struct, frozen=True, kw_only=True):
-    """A what-if peer, and its links with all present ones."""
+    """A what-if peer, and its links to and from all present peers."""
 
     profile: PeerProfile
     links: dict[tuple[PeerId, PeerId], LinkStats]
 
 
 def parse_what_if(text: str, present: Sequence[PeerProfile]) -> WhatIf:
-    """Parse a what-if peer, linked to and from every present peer. Raises: InvalidRequest."""
+    """Parse a what-if peer, and link it to and from every present peer. Raises: InvalidRequest."""
     name, *settings = text.split() or [""]
     if not name.startswith("+") or len(name) < 2:
         raise _wrong(f"{text!r} does not begin with +name")
@@ -54,7 +54,7 @@ def parse_what_if(text: str, present: Sequence[PeerProfile]) -> WhatIf:
     if missing:
         raise _wrong(f"{name} needs {' and '.join(missing)}")
     if any(profile.name == name[1:] for profile in present):
-        raise _wrong(f"a peer called {name[1:]!r} is here already")
+        raise _wrong(f"the cluster already has a peer called {name[1:]!r}")
     profile = _profile(name[1:], values, present)
     stats = LinkStats(rtt_s=values.get("rtt", DEFAULT_RTT_S), bandwidth_bytes_s=values.get("link", DEFAULT_LINK_BYTES_S))
     pairs = [(profile.id, other.id) for other in present] + [(other.id, profile.id) for other in present]
@@ -64,7 +64,7 @@ def parse_what_if(text: str, present: Sequence[PeerProfile]) -> WhatIf:
 def with_what_if(
     texts: Sequence[str], profiles: Sequence[PeerProfile], network: Network
 ) -> tuple[tuple[PeerProfile, ...], Network]:
-    """The cluster with these what-if peers. Raises: InvalidRequest."""
+    """Add what-if peers to a cluster. Returns: (all profiles, the network with their links). Raises: InvalidRequest."""
     cluster = tuple(profiles)
     for text in texts:
         added = parse_what_if(text, cluster)
@@ -76,7 +76,7 @@ def _profile(name: str, values: dict[str, float], present: Sequence[PeerProfile]
     measured = [profile for profile in present if profile.measured and not profile.hypothetical]
     if not measured:
         raise InvalidRequest(
-            "no peer here has measured rates yet, and a what-if peer is scaled from one",
+            "no peer has measured rates yet, and a what-if peer is scaled from a measured one",
             param="what_if",
             hint="run `meshd bench` first",
         )
@@ -108,7 +108,7 @@ def _values(settings: list[str]) -> dict[str, float]:
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or key not in _UNITS:
-            raise _wrong(f"{setting!r} is none of {', '.join(f'{known}=...' for known in _UNITS)}")
+            raise _wrong(f"{setting!r} is not one of {', '.join(f'{known}=...' for known in _UNITS)}")
         if key in values:
             raise _wrong(f"{key} is given twice")
         values[key] = _quantity(key, text)
@@ -119,7 +119,7 @@ def _quantity(key: str, text: str) -> float:
     units, example = _UNITS[key]
     match = _NUMBER.fullmatch(text)
     if match is None or match[2] not in units:
-        raise _wrong(f"{key}={text!r} is no quantity like {key}={example}")
+        raise _wrong(f"{key}={text!r} is not a quantity like {key}={example}")
     value = float(match[1]) * units[match[2]]
     if value <= 0 and key != "rtt":
         raise _wrong(f"{key}={text} must be more than 0")

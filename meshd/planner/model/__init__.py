@@ -1,1 +1,1 @@
-"""What a plan costs: times, bytes and memory, from measurements."""
+"""Predict what a plan costs in time, traffic and memory, from measurements."""

@@ -1,4 +1,8 @@
-"""Correct predictions by measurements: one smoothed ratio per peer and phase, a factor on later predictions."""
+"""Correct predictions by measurements.
+
+For each peer and phase, the ratio of measured to predicted time is smoothed exponentially and multiplies later predictions. The
+method and its constants come from no paper and no measurement.
+"""
 
 from collections.abc import Iterable
 from typing import Literal
@@ -9,27 +13,28 @@ from meshd.planner.profile import PeerProfile
 from meshd.types import PeerId
 
 SMOOTHING = 0.2
-"""Weight of the newest sample."""
+"""Weight of the newest sample in a ratio."""
 LEAST, MOST = 0.5, 2.0
-"""Bounds of a ratio: beyond them the model is wrong, and a factor would hide that."""
+"""Bounds of a ratio. Beyond them the cost model is wrong, which a factor would hide."""
 FLAG_BELOW, FLAG_ABOVE = 0.75, 1.33
+"""Bounds beyond which a ratio is flagged: predictions are a third too long, or a quarter too short."""
 
 Phase = Literal["decode", "prefill"]
 
 
 class Ratio(msgspec.Struct, frozen=True):
-    """Measured over predicted time, exponentially weighted."""
+    """Ratio of measured to predicted time, an exponentially weighted mean."""
 
     value: float = 1.0
     samples: int = 0
 
     @property
     def flagged(self) -> bool:
-        """Whether predictions for this peer are off enough to report."""
+        """Whether the ratio is beyond the bounds for flagging."""
         return self.samples > 0 and not FLAG_BELOW <= self.value <= FLAG_ABOVE
 
     def observed(self, measured_s: float, predicted_s: float) -> "Ratio":
-        """This ratio with one more sample. `predicted_s` excludes any factor; a time of 0 or less changes nothing."""
+        """Return the ratio with one more sample. `predicted_s` excludes the factor. A time of 0 or less is ignored."""
         if measured_s <= 0 or predicted_s <= 0:
             return self
         sample = _capped(measured_s / predicted_s)
@@ -38,7 +43,7 @@ class Ratio(msgspec.Struct, frozen=True):
 
 
 class Calibration(msgspec.Struct, frozen=True):
-    """The ratios of all peers."""
+    """The ratios of all peers and phases. A missing ratio is 1."""
 
     ratios: dict[tuple[PeerId, Phase], Ratio] = {}
 
@@ -46,16 +51,16 @@ class Calibration(msgspec.Struct, frozen=True):
         return self.ratios.get((peer, phase), Ratio())
 
     def observed(self, peer: PeerId, phase: Phase, measured_s: float, predicted_s: float) -> "Calibration":
-        """These ratios with one more sample."""
+        """Return the ratios with one more sample for a peer and phase."""
         ratio = self.ratio(peer, phase).observed(measured_s, predicted_s)
         return Calibration({**self.ratios, (peer, phase): ratio})
 
     def without(self, peer: PeerId) -> "Calibration":
-        """These ratios without a peer that was probed again or is gone."""
+        """Return the ratios without those of `peer`, which was probed again or has left."""
         return Calibration({key: ratio for key, ratio in self.ratios.items() if key[0] != peer})
 
     def applied(self, profiles: Iterable[PeerProfile]) -> tuple[PeerProfile, ...]:
-        """The profiles with these ratios as their factors."""
+        """Return the profiles with these ratios as their factors."""
         return tuple(
             msgspec.structs.replace(
                 profile,

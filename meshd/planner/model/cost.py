@@ -1,8 +1,10 @@
-"""Times of the parts of a plan, as pure functions of what was measured.
+"""Predict the times of a plan's parts from measured rates.
 
-The closed form for a Llama-style block follows GenZ (Bambhaniya et al., 2024), pipelined prefill Pipette (Yim et al., 2024), the
-price of attention elsewhere Lamina (Chen et al., 2024). A time measured on the very layers that a peer holds overrides the one
-derived from its rates. The embedding's lookup reads one row per token and is left out.
+Sources: times of a layer follow GenZ (Bambhaniya et al., 2024), written out for a Llama-style block. The pipeline of prefill chunks
+follows Pipette (Yim et al., 2024). The traffic of attention shards follows Lamina (Chen et al., 2024, arXiv 2405.01814).
+
+If a peer has measured a time on its own layers, that time replaces the one derived from its rates. The embedding costs nothing
+here, since it reads only one row per token.
 """
 
 from collections.abc import Iterable
@@ -15,18 +17,18 @@ from meshd.planner.profile import PeerProfile
 from meshd.types import AttentionShard, ModelCard, ModelSpec
 
 TOKEN_MESSAGE_BYTES = 64
-"""Size of the message that takes a token from the last stage to the first."""
+"""Size of the message that carries a token from the last stage to the first."""
 
 Seconds = NDArray[np.float64]
 
 
 def block_parameters(spec: ModelSpec) -> int:
-    """Weights of one block that a token uses: q, k, v, o and the three of the MLP, or of the experts that it is sent to."""
+    """Count the weights of a block that one token uses: q, k, v, o, and the three matrices of the MLP or of each expert in use."""
     return _attention_parameters(spec) + 3 * spec.hidden * spec.ffn * (spec.experts_used or 1)
 
 
 def active_weight_share(spec: ModelSpec) -> float:
-    """The part of a block's weights that one token uses: all, unless there are experts."""
+    """Return the share of a block's weights that one token uses: 1 unless the block has experts."""
     every = _attention_parameters(spec) + 3 * spec.hidden * spec.ffn * (spec.experts or 1)
     return block_parameters(spec) / every
 
@@ -37,12 +39,12 @@ def _attention_parameters(spec: ModelSpec) -> int:
 
 
 def project_share(spec: ModelSpec) -> float:
-    """The part of a block's weights that comes before attention (q, k, v)."""
+    """Return the share of the weights in use that comes before attention (q, k, v)."""
     return spec.hidden * (spec.heads + 2 * spec.kv_heads) * spec.head_dim / block_parameters(spec)
 
 
 def layer_decode_s(profile: PeerProfile, card: ModelCard) -> Seconds:
-    """One token through each layer, without attention: `[layers]`, seconds."""
+    """Predict the time of each layer for one token, without attention. Returns: seconds, `[layers]`."""
     if profile.layer_decode_s is not None:
         return np.full(card.spec.layers, profile.layer_decode_s * profile.decode_factor)
     weights = np.asarray(card.layer_bytes, dtype=np.float64) * active_weight_share(card.spec)
@@ -50,12 +52,15 @@ def layer_decode_s(profile: PeerProfile, card: ModelCard) -> Seconds:
 
 
 def attention_decode_s(profile: PeerProfile, kv_bytes: float) -> float:
-    """One token's attention in one layer over `kv_bytes` of KV."""
+    """Predict one token's attention in one layer over `kv_bytes` of KV, in seconds."""
     return kv_bytes / profile.rates.attention_bytes_s * profile.decode_factor
 
 
 def layer_prefill_s(profile: PeerProfile, card: ModelCard, chunk: int, first: float) -> Seconds:
-    """A chunk of `chunk` tokens after `first` others through each layer, attention included: `[layers]`, seconds."""
+    """Predict the time of each layer for a prefill chunk of `chunk` tokens after `first` earlier tokens, attention included.
+
+    Returns: seconds, `[layers]`.
+    """
     spec, rates = card.spec, profile.rates
     attention = 4 * chunk * (first + (chunk + 1) / 2) * spec.heads * spec.head_dim / rates.prefill_flops_s
     if profile.layer_prefill_s is not None:
@@ -66,7 +71,7 @@ def layer_prefill_s(profile: PeerProfile, card: ModelCard, chunk: int, first: fl
 
 
 def head_s(profile: PeerProfile, card: ModelCard) -> float:
-    """Final norm, head and sampler for one token."""
+    """Predict the time of final norm, head and sampler for one token, in seconds."""
     derived = card.head_bytes / profile.rates.decode_bytes_s + profile.rates.layer_overhead_s
     return (profile.head_s or derived) * profile.decode_factor
 
@@ -74,19 +79,22 @@ def head_s(profile: PeerProfile, card: ModelCard) -> float:
 def chunking(prompt_tokens: int, chunk_tokens: int) -> tuple[int, float]:
     """Split a prompt into chunks.
 
-    Returns: (tokens per chunk, number of chunks); the number is at least 1 and a fraction when the last chunk is short.
+    Returns: (tokens per chunk, number of chunks). The number is at least 1, and not whole if the last chunk is shorter.
     """
     chunk = max(1, min(prompt_tokens, chunk_tokens))
     return chunk, max(1.0, prompt_tokens / chunk)
 
 
 def pipelined_s(terms: Iterable[float], periods: Iterable[float], chunks: float) -> float:
-    """Equal chunks through stages and links: the first passes all of them, the others follow at the slowest one's pace."""
+    """Predict the time of `chunks` equal chunks through a pipeline of stages and links, in seconds.
+
+    The first chunk takes the sum of `terms`, its times at all stages and links. Each further chunk adds the largest of `periods`.
+    """
     return sum(terms) + (chunks - 1) * max(periods)
 
 
 def shard_fraction(shard: AttentionShard, spec: ModelSpec, position: int) -> float:
-    """The part of a layer's KV that the shard holds at `position` tokens, 0..1."""
+    """Return the share of a layer's KV that the shard holds when the session has `position` tokens, from 0 to 1."""
     first_head, last_head = shard.kv_heads or (0, spec.kv_heads)
     first, last = shard.tokens or (0, position)
     tokens = max(0, min(last, position) - first)
@@ -94,9 +102,13 @@ def shard_fraction(shard: AttentionShard, spec: ModelSpec, position: int) -> flo
 
 
 def shard_wire_bytes(shard: AttentionShard, spec: ModelSpec, element_bytes: int) -> tuple[int, int]:
-    """Bytes of one token and layer (to the shard: q, k, v; back: the partial output and its log-sum-exp in f32).
+    """Count the bytes that one token sends to a shard and back in one layer.
 
-    (2 + 2/G)·e·d of Lamina's bandwidth rule, in the shard's heads.
+    The message to the shard has q, k and v. The message back has the partial output and its log-sum-exp in f32. Together they
+    have Lamina's (2 + 2/G)·e·d bytes, plus the log-sum-exp. Here G is the number of query heads per KV head, e the bytes per
+    element and d the width of the shard's query heads.
+
+    Returns: (bytes to the shard, bytes back).
     """
     first_head, last_head = shard.kv_heads or (0, spec.kv_heads)
     kv_heads = last_head - first_head
@@ -114,7 +126,7 @@ def shard_decode_s(
     kv_token_layer_bytes: int,
     wire_element_bytes: int,
 ) -> float:
-    """One token and one layer's attention on a shard's peer, with the round trip."""
+    """Predict one token's attention in one layer on a shard's peer, round trip included, in seconds."""
     there, back = shard_wire_bytes(shard, spec, wire_element_bytes)
     wire = network.hop_s(owner.id, holder.id, there) + network.hop_s(holder.id, owner.id, back)
     return wire + attention_decode_s(holder, shard_fraction(shard, spec, position) * position * kv_token_layer_bytes)

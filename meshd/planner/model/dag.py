@@ -1,6 +1,6 @@
-"""A plan's DAG: `embed -> (project -> attend... -> mix)* -> head`, for one decode step.
+"""A plan's DAG for one decode step: `embed -> (project -> attend... -> mix)* -> head`.
 
-The token's way back from the head to the next step's embedding would close a cycle, so it is not an edge.
+The head also sends its token to the embedding of the next step. That is not an edge here: it would close a cycle.
 """
 
 from collections import Counter
@@ -21,16 +21,16 @@ class NodeKind(StrEnum):
 
     EMBED = "embed"
     PROJECT = "project"
-    """Norm, q, k, v."""
+    """Norm, and the projections to q, k and v."""
     ATTEND = "attend"
     """Attention over the KV of some heads and tokens."""
     MIX = "mix"
-    """Merge of the attention's parts, output projection, MLP."""
+    """Merge of the partial attention results, output projection and MLP."""
     HEAD = "head"
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True):
-    """One piece of work on one peer."""
+    """One computation on one peer."""
 
     id: int
     """Its index in `Dag.nodes`."""
@@ -38,11 +38,11 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     peer: PeerId
     layer: int | None = None
     kv_heads: tuple[int, int] | None = None
-    """ATTEND: `[first, last)`."""
+    """KV heads `[first, last)` of an ATTEND node."""
     tokens: tuple[int, int] | None = None
-    """ATTEND: `[first, last)`."""
+    """Tokens `[first, last)` of an ATTEND node."""
     seconds: float = 0.0
-    """Predicted for one token."""
+    """Predicted time for one token."""
 
 
 class Edge(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,28 +52,31 @@ class Edge(msgspec.Struct, frozen=True, kw_only=True):
     target: int
     bytes_per_token: int
     seconds: float
-    """0 between nodes of one peer."""
+    """Predicted time for one token; 0 between nodes of one peer."""
 
 
 class Dag(msgspec.Struct, frozen=True):
-    """Nodes in topological order, and edges."""
+    """A plan's nodes, in topological order, and its edges."""
 
     nodes: tuple[Node, ...]
     edges: tuple[Edge, ...]
 
 
 def draw(problem: PlanInput, stages: Sequence[StagePlan]) -> Dag:
-    """Draw the DAG of these stages, with predicted times.
+    """Build the DAG of these stages, with predicted times.
 
-    Raises: InvalidRequest when shards do not cover a layer exactly; NoPeer.
+    Raises: InvalidRequest if shards do not cover a layer exactly once; NoPeer.
     """
     for stage in stages:
         check_shards(stage, problem.card.spec, problem.context)
-    return _Drawing(problem).draw(stages)
+    return _DagBuilder(problem).build(stages)
 
 
 def validate(dag: Dag, spec: ModelSpec, context: int) -> None:
-    """Check that every node follows its inputs, every layer is there once and attention is complete. Raises: InvalidRequest."""
+    """Check that every node follows its inputs, that every layer is computed once and that its attention is complete.
+
+    Raises: InvalidRequest.
+    """
     if [node.id for node in dag.nodes] != list(range(len(dag.nodes))):
         raise unsound_plan("its nodes are not numbered in order")
     if any(not 0 <= edge.source < edge.target < len(dag.nodes) for edge in dag.edges):
@@ -91,15 +94,15 @@ def validate(dag: Dag, spec: ModelSpec, context: int) -> None:
         check_tiling(parts, spec.kv_heads, context, layer)
 
 
-class _Drawing:
-    """Collects the nodes and edges of one plan."""
+class _DagBuilder:
+    """Builds the DAG of one plan, node by node."""
 
     def __init__(self, problem: PlanInput) -> None:
         self._problem, self._spec = problem, problem.card.spec
         self._nodes: list[Node] = []
         self._edges: list[Edge] = []
 
-    def draw(self, stages: Sequence[StagePlan]) -> Dag:
+    def build(self, stages: Sequence[StagePlan]) -> Dag:
         last = self._node(NodeKind.EMBED, stages[0].peer)
         for stage in stages:
             times = cost.layer_decode_s(self._problem.profile(stage.peer), self._problem.card)
@@ -150,6 +153,6 @@ class _Drawing:
 
 
 def _shards(stage: StagePlan, layer: int) -> list[AttentionShard]:
-    """The layer's shards; one on the stage's own peer if it has none."""
+    """Return the layer's shards. If there are none, one shard on the stage's own peer has all of its KV."""
     whole = AttentionShard(peer=stage.peer, layers=LayerRange(layer, layer + 1))
     return [shard for shard in stage.attention if layer in shard.layers] or [whole]

@@ -1,4 +1,4 @@
-"""Predict times, bytes and memory of given stages, part by part."""
+"""Predict time, traffic and memory of given stages with the formulas of `cost` and `memory`."""
 
 from itertools import pairwise
 
@@ -14,22 +14,22 @@ from meshd.types import LayerRange, PeerId, StagePlan
 
 
 class StageEstimate(msgspec.Struct, frozen=True, kw_only=True):
-    """One stage, one token of decoding, and one chunk of prefill."""
+    """Predicted times of one stage: for one token of decoding, and for one prefill chunk."""
 
     peer: PeerId
     name: str
     layers: LayerRange
     project_s: tuple[float, ...]
-    """Per layer: norm, q, k, v."""
+    """Seconds in each layer for norm, q, k and v."""
     attend_s: tuple[float, ...]
-    """Per layer: attention, its round trips to shards included."""
+    """Seconds in each layer for attention, round trips to shards included."""
     mix_s: tuple[float, ...]
-    """Per layer: output projection and MLP."""
+    """Seconds in each layer for output projection and MLP."""
     head_s: float
-    """0 except on the last stage."""
+    """Seconds for final norm, head and sampler; 0 except on the last stage."""
     prefill_chunk_s: float
     energy_j: float | None
-    """Per token; None: the peer's power was not measured."""
+    """Energy for one token. None: the peer's power was not measured."""
 
     @property
     def decode_s(self) -> float:
@@ -37,20 +37,20 @@ class StageEstimate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HopEstimate(msgspec.Struct, frozen=True, kw_only=True):
-    """One edge between two peers."""
+    """Predicted times of messages from one peer to another."""
 
     source: PeerId
     target: PeerId
     bytes_per_token: int
     decode_s: float
     prefill_chunk_s: float
-    """0 for the token's way back."""
+    """0 for the hop that returns the token to the first stage."""
     link: str
-    """How the link is known: `measured`, `measured backwards`, `not measured`, `local`."""
+    """Where the figures of the link come from; see `Link.source`."""
 
 
 class PeerMemory(msgspec.Struct, frozen=True, kw_only=True):
-    """One peer's memory under a plan."""
+    """Memory that a plan takes on one peer."""
 
     peer: PeerId
     use: MemoryUse
@@ -66,25 +66,25 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
 
     stages: tuple[StageEstimate, ...]
     hops: tuple[HopEstimate, ...]
-    """Between consecutive stages."""
+    """The hops between consecutive stages."""
     back: HopEstimate
-    """The token's way from the last stage to the first."""
+    """The hop that returns the token from the last stage to the first."""
     memory: tuple[PeerMemory, ...]
     tpot_s: float
     ttft_s: float
     period_s: float
-    """Time per token over many requests in flight: the slowest stage or link."""
+    """Time per token with many requests in flight: that of the slowest stage or link."""
     energy_j: float | None
-    """Per token: each stage's time, and each hop by its sender, at the peer's power."""
+    """Energy for one token: power times time, of each stage and of the sender of each hop. None: a power was not measured."""
 
     @property
     def memory_share(self) -> float:
-        """The largest part of any peer's capacity."""
+        """Share of its capacity that the fullest peer uses."""
         return max(peer.share for peer in self.memory)
 
 
 def estimate(problem: PlanInput, stages: tuple[StagePlan, ...]) -> Estimate:
-    """Predict for these stages; attention shards included. Every peer in them must have a profile."""
+    """Predict time, traffic and memory of these stages and their attention shards. Raises: NoPeer if a peer has no profile."""
     _, chunks = cost.chunking(problem.prompt_tokens, problem.chunk_tokens)
     parts = tuple(_stage(problem, stage) for stage in stages)
     hops = tuple(_hop(problem, one.peer, other.peer) for one, other in pairwise(stages))
@@ -104,7 +104,7 @@ def estimate(problem: PlanInput, stages: tuple[StagePlan, ...]) -> Estimate:
 
 
 def peer_memory(problem: PlanInput, stages: tuple[StagePlan, ...]) -> tuple[PeerMemory, ...]:
-    """Memory of every peer in the plan, those that only hold attention shards included; in the plan's order."""
+    """Predict the memory of every peer in the plan, in the plan's order. Peers that hold only attention shards are included."""
     use: dict[PeerId, MemoryUse] = {}
     for stage in stages:
         use[stage.peer] = use.get(stage.peer, MemoryUse()) + stage_memory(problem, stage)
@@ -137,7 +137,7 @@ def _stage(problem: PlanInput, stage: StagePlan) -> StageEstimate:
 
 
 def _attend_s(problem: PlanInput, stage: StagePlan, owner: PeerProfile, layer: int) -> float:
-    """One layer's attention. Its shards work in parallel, so the slowest counts."""
+    """Predict one layer's attention in seconds. Shards work in parallel, so the slowest one counts."""
     shards = [shard for shard in stage.attention if layer in shard.layers]
     if not shards:
         return cost.attention_decode_s(owner, problem.position * problem.kv_token_layer_bytes)

@@ -1,4 +1,8 @@
-"""Memory that a stage takes, and memory that its peer has."""
+"""Predict the memory that a stage takes, and how much its peer has.
+
+Pipette (Yim et al., 2024) trains a network to estimate memory. Here it is a sum of known parts: weights, KV, the activations of one
+prefill chunk and a base for the backend. A reserve covers the rest.
+"""
 
 import math
 
@@ -11,9 +15,9 @@ from meshd.planner.profile import PeerProfile
 from meshd.types import AttentionShard, StagePlan
 
 RESERVE = 0.10
-"""The part of a peer's free memory that no plan takes: allocator slack, and other programs on the device."""
+"""Share of a peer's free memory that no plan takes. It covers allocator slack and other programs on the device."""
 RUNTIME_BASE_BYTES = 64 << 20
-"""A backend's own buffers and threads, whatever it has loaded."""
+"""Buffers and threads of a backend, independent of what it has loaded."""
 
 
 class MemoryUse(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,7 +40,7 @@ class MemoryUse(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def stage_memory(problem: PlanInput, stage: StagePlan) -> MemoryUse:
-    """Memory of a stage on its own peer, without the KV that its attention shards hold elsewhere."""
+    """Predict the memory of a stage on its own peer. KV that its attention shards hold on other peers is not counted."""
     card, layers = problem.card, stage.layers
     first, last = layers.start == 0, layers.end == card.spec.layers
     elsewhere = sum(shard_kv_bytes(problem, shard) for shard in stage.attention if shard.peer != stage.peer)
@@ -51,7 +55,7 @@ def stage_memory(problem: PlanInput, stage: StagePlan) -> MemoryUse:
 
 
 def shard_kv_bytes(problem: PlanInput, shard: AttentionShard) -> int:
-    """KV that an attention shard holds at the full context."""
+    """Return the bytes of KV that an attention shard holds at the full context."""
     spec = problem.card.spec
     first_head, last_head = shard.kv_heads or (0, spec.kv_heads)
     first, last = shard.tokens or (0, problem.context)
@@ -60,7 +64,10 @@ def shard_kv_bytes(problem: PlanInput, shard: AttentionShard) -> int:
 
 
 def memory_table(problem: PlanInput) -> NDArray[np.float64]:
-    """Bytes that layers `[a, b)` take on any peer, as `stage_memory` counts: `[layers + 1, layers + 1]`; inf where b <= a."""
+    """Predict the bytes that each run of layers `[a, b)` takes on a peer, as `stage_memory` does.
+
+    Returns: bytes, `[layers + 1, layers + 1]`; inf where b <= a.
+    """
     card, count = problem.card, problem.card.spec.layers
     per_layer = np.asarray(card.held_layer_bytes, dtype=np.float64) + problem.kv_token_layer_bytes * problem.context
     total = np.concatenate(([0.0], np.cumsum(per_layer)))
@@ -73,9 +80,9 @@ def memory_table(problem: PlanInput) -> NDArray[np.float64]:
 
 
 def capacity_bytes(problem: PlanInput, profile: PeerProfile) -> int:
-    """Free memory, and memory that the same model already takes there.
+    """Return the peer's free memory plus what its holdings of this model take, which a plan may reuse.
 
-    For a route over resident layers all of the latter counts, else only idle holdings: a new placement replaces them.
+    A route over resident layers reuses all usable holdings. A new placement replaces only those without sessions.
     """
     reused = [item for item in profile.usable_holdings if problem.resident_only or item.kv_tokens_free == item.kv_tokens_total]
     per_token_layer = problem.kv_token_layer_bytes
@@ -84,17 +91,17 @@ def capacity_bytes(problem: PlanInput, profile: PeerProfile) -> int:
 
 
 def allowed_bytes(problem: PlanInput, profile: PeerProfile) -> float:
-    """Bytes that a plan may take there: capacity less the reserve."""
+    """Return the bytes that a plan may take on a peer: its capacity less the reserve."""
     return capacity_bytes(problem, profile) * (1 - RESERVE)
 
 
 def missing_bytes(used_bytes: float, capacity: float) -> int:
-    """How much more free memory a peer would need, its reserve included."""
+    """Return the bytes of free memory that a peer lacks for `used_bytes` and the reserve."""
     return max(0, math.ceil(used_bytes / (1 - RESERVE) - capacity))
 
 
 def _head_bytes(problem: PlanInput, *, shared: bool) -> int:
-    """A tied head on the first stage's peer shares the embedding's table."""
+    """Return the bytes of the head. A tied head shares the embedding's table if both are on one stage (`shared`)."""
     card = problem.card
     if shared and card.spec.tied_head:
         return max(0, card.held_head_bytes - card.embedding_bytes)
@@ -102,7 +109,7 @@ def _head_bytes(problem: PlanInput, *, shared: bool) -> int:
 
 
 def _working_bytes(problem: PlanInput, last: bool) -> int:
-    """f32: residual, normed copy, q, k, v, attention output, gate, up and their product, for each token of a chunk."""
+    """Return the bytes of a chunk's f32 activations: residual, norm, q, k, v, attention output, gate, up and their product."""
     spec = problem.card.spec
     heads = (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim
     per_token = 3 * spec.hidden + heads + 3 * spec.ffn

@@ -1,4 +1,7 @@
-"""Costs of every possible stage and hop, as arrays for the searches. Cuts are 0..layers; the stage `[a, b)` is entry a, b."""
+"""Costs of every possible stage and hop, as arrays for the searches.
+
+Cuts are numbered 0 to `layers`, and layers `[a, b)` are entry (a, b) of a table. Values are those of `cost` and `memory`.
+"""
 
 from functools import cached_property
 
@@ -12,7 +15,7 @@ from meshd.planner.profile import PeerProfile
 
 
 class CostTables:
-    """The tables for one question and the peers that may be in its answer. Each is made at its first use."""
+    """The tables for one problem and the peers that may be in its plan. Each table is computed at its first use."""
 
     def __init__(self, problem: PlanInput, peers: tuple[PeerProfile, ...]) -> None:
         self.problem = problem
@@ -35,26 +38,26 @@ class CostTables:
 
     @cached_property
     def share(self) -> Array:
-        """The part of each peer's capacity that a stage takes."""
+        """Share of a peer's capacity that a stage takes: `[peers, cuts, cuts]`."""
         capacity = np.array([max(1, capacity_bytes(self.problem, peer)) for peer in self.peers], dtype=np.float64)
         return self.memory[None] / capacity[:, None, None] + self.possible
 
     @cached_property
     def decode(self) -> Array:
-        """Seconds of a stage for one token."""
+        """Seconds of a stage for one token, inf where the peer may not take it: `[peers, cuts, cuts]`."""
         decode: Array = self.decode_anywhere + self.possible
         return decode
 
     @cached_property
     def decode_anywhere(self) -> Array:
-        """As `decode`, also where the peer may not take the stage."""
+        """Like `decode`, but finite where the peer may not take the stage."""
         card, kv = self.problem.card, self.problem.position * self.problem.kv_token_layer_bytes
         layers = np.stack([cost.layer_decode_s(peer, card) + cost.attention_decode_s(peer, kv) for peer in self.peers])
         return self._with_head(range_sums(layers))
 
     @cached_property
     def chunk(self) -> Array:
-        """Seconds of a stage for one prefill chunk."""
+        """Seconds of a stage for one prefill chunk: `[peers, cuts, cuts]`."""
         tokens, count = cost.chunking(self.problem.prompt_tokens, self.problem.chunk_tokens)
         first = mean_chunk_start(tokens, count)
         layers = np.stack([cost.layer_prefill_s(peer, self.problem.card, tokens, first) for peer in self.peers])
@@ -62,12 +65,12 @@ class CostTables:
 
     @cached_property
     def first_chunk(self) -> Array:
-        """Seconds that a stage adds to the time to first token with a single chunk: the head samples once, after the last one."""
+        """Like `chunk`, plus the head: it runs only once in a prefill, after the last chunk."""
         return self._with_head(self.chunk.copy())
 
     @cached_property
     def energy(self) -> Array:
-        """Joules of a stage for one token."""
+        """Joules of a stage for one token: `[peers, cuts, cuts]`."""
         joules: Array = self.decode * self.power[:, None, None]
         return joules
 
@@ -82,16 +85,17 @@ class CostTables:
 
     @cached_property
     def chunk_hop(self) -> Array:
-        """Seconds of a prefill chunk's activations."""
+        """Seconds of a prefill chunk's activations between two peers: `[peers, peers]`."""
         tokens, _ = cost.chunking(self.problem.prompt_tokens, self.problem.chunk_tokens)
         return self.links(tokens * self.problem.activation_bytes)
 
     @cached_property
     def back(self) -> Array:
-        """Seconds of the token's way from the last stage to the first."""
+        """Seconds of the message that returns the token from the last stage to the first: `[peers, peers]`."""
         return self.links(cost.TOKEN_MESSAGE_BYTES)
 
     def links(self, size_bytes: int) -> Array:
+        """Return the seconds of a message of this size between two peers: `[peers, peers]`."""
         network = self.problem.network
         return np.array([[network.hop_s(one.id, other.id, size_bytes) for other in self.peers] for one in self.peers])
 
@@ -110,12 +114,12 @@ class CostTables:
 
 
 def mean_chunk_start(tokens: int, chunks: float) -> float:
-    """Tokens before a chunk, on average over the prompt's chunks."""
+    """Return the mean number of tokens before a chunk, over the chunks of a prompt."""
     return tokens * (chunks - 1) / 2
 
 
 def range_sums(layers: Array) -> Array:
-    """Sums over `[a, b)`: `[peers, layers]` to `[peers, cuts, cuts]`; inf where b <= a."""
+    """Sum the values of layers over every run `[a, b)`: `[peers, layers]` to `[peers, cuts, cuts]`, inf where b <= a."""
     peers, count = layers.shape
     total = np.concatenate([np.zeros((peers, 1)), np.cumsum(layers, axis=1)], axis=1)
     table: Array = total[:, None, :] - total[:, :, None]

@@ -1,1 +1,1 @@
-"""Which plan is best."""
+"""Search for the best plan, for repairs, and for what to report if no plan fits."""

@@ -1,13 +1,15 @@
-"""The exact search for a chain of stages: every order of every subset of the peers, with every cut.
+"""The exact search for the cheapest chain of stages: over every order of every subset of the peers, and every cut.
 
-A chain is an ordered subset of peers that share the layers `[0, L)` among them, each one contiguous run. The search is Held and
-Karp's dynamic program with the cut as one more dimension. Built from the last stage backwards,
+A chain is an ordered subset of the peers. Each of them takes one contiguous run of layers, and together they take `[0, L)`. The
+search is the dynamic program of Held and Karp (1962) for the travelling salesman, with the cut as one more dimension. It builds
+chains from the last stage backwards:
 
-    tails[S, i, e, c] = the best chain of exactly the peers S over layers [c, L) that starts at i and ends at e
-    tails[S+i, i, e, c] = best over c' > c of  stage[i, c, c'] + (best over j in S of  link[i, j] + tails[S, j, e, c'])
+    tails[S, i, e, c] = the cheapest chain of exactly the peers S over layers [c, L) that starts at i and ends at e
+    tails[S+i, i, e, c] = least over c' > c of  stage[i, c, c'] + (least over j in S of  link[i, j] + tails[S, j, e, c'])
 
-with `max` for `+` when the largest term counts. The end e is carried along for the token's way back to the first stage; without
-that, one row is enough. Work: 2^n · n² · L · (n + longest run), done by numpy for all sets of a size at once.
+If a chain costs its largest term instead of the sum, `max` replaces `+`. The end e is needed for the link back to the first stage;
+without such a link, one row for all ends is enough. Work: 2^n · n² · L · (n + longest run), done by numpy for all sets of one size
+together.
 """
 
 from dataclasses import dataclass
@@ -23,19 +25,19 @@ from meshd.planner.search.limits import TIE, SearchLimits
 Numbers = NDArray[np.int64]
 
 SMALL = 60_000
-"""Up to so many entries, one broadcast over the whole table is faster than a loop over run lengths."""
+"""Up to this number of entries, one broadcast over the whole table is faster than a loop over run lengths."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChainCosts:
-    """Costs of a chain's stages and links. inf: not possible."""
+    """Costs of the stages and links of chains. inf: not possible."""
 
     stage: Array
-    """`[peers, cuts, cuts]`: layers `[a, b)` on a peer; inf wherever b <= a."""
+    """Cost of layers `[a, b)` on a peer: `[peers, cuts, cuts]`; inf where b <= a."""
     link: Array
-    """`[peers, peers]`: from a stage to the next one's peer."""
+    """Cost of the link between the peers of consecutive stages: `[peers, peers]`."""
     back: Array | None = None
-    """`[peers, peers]`: from the last stage to the first; None: does not count."""
+    """Cost of the link from the last stage to the first: `[peers, peers]`. None: free."""
     worst: bool = False
     """True: a chain costs its largest term; False: the sum."""
 
@@ -48,21 +50,21 @@ class ChainCosts:
         return len(self.stage[0]) - 1
 
     def join(self, one: Array | float, other: Array) -> Array:
-        """Two terms of one chain."""
+        """Combine the costs of two parts of a chain."""
         joined: Array = np.maximum(one, other) if self.worst else one + other
         return joined
 
 
 class Search(Protocol):
-    """Finds a cheap chain; the exact search and the heuristic one share this signature."""
+    """A function that finds a cheap chain: the exact search or the heuristic one."""
 
     def __call__(self, costs: ChainCosts, limits: SearchLimits) -> Chain | None: ...
 
 
 def exact_search(costs: ChainCosts, limits: SearchLimits) -> Chain | None:
-    """Find the cheapest chain; among equals the one of fewest peers, then of the lowest peer indices.
+    """Find the cheapest chain. Of equally cheap ones, take the one with the fewest peers, then with the lowest peer indices.
 
-    Returns: None if no chain is possible within the limits.
+    Returns: the chain; None if no chain is possible within the limits.
     """
     tails = _Tails(costs)
     floor = relaxed_bound(costs)
@@ -78,7 +80,7 @@ def exact_search(costs: ChainCosts, limits: SearchLimits) -> Chain | None:
 
 
 def relaxed_bound(costs: ChainCosts) -> float:
-    """A lower bound on every chain's cost: the optimum if peers may repeat and links are free."""
+    """Return a lower bound on the cost of every chain: the optimum if peers could repeat and links were free."""
     cheapest = costs.stage.min(axis=0)
     bound = np.zeros(costs.layers + 1)
     for start in range(costs.layers - 1, -1, -1):
@@ -87,7 +89,7 @@ def relaxed_bound(costs: ChainCosts) -> float:
 
 
 def _at_least(costs: ChainCosts, floor: float, size: int) -> float:
-    """A lower bound on the cost of chains of `size` peers or more."""
+    """Return a lower bound on the cost of chains of `size` or more peers."""
     if size == 1:
         return floor
     apart = ~np.eye(costs.peers, dtype=bool)
@@ -97,7 +99,7 @@ def _at_least(costs: ChainCosts, floor: float, size: int) -> float:
 
 
 def runs_by_length(costs: ChainCosts) -> list[list[tuple[int, Array]]]:
-    """Per peer: (length, cost of `[c, c + length)` for every c), for each length that is possible anywhere."""
+    """List, for each peer, the run lengths possible at any cut: (length, cost of `[c, c + length)` at each cut c)."""
     table = []
     for stage in costs.stage:
         diagonals = ((length, np.ascontiguousarray(stage.diagonal(length))) for length in range(1, costs.layers + 1))
@@ -106,7 +108,10 @@ def runs_by_length(costs: ChainCosts) -> list[list[tuple[int, Array]]]:
 
 
 def prepend(costs: ChainCosts, peer: int, runs: list[tuple[int, Array]], onward: Array) -> Array:
-    """The best run of the peer before each tail: `[..., cuts]` of tails to `[..., cuts]` of longer ones."""
+    """Put the cheapest run of `peer` before each tail.
+
+    `onward` is the cost from the end of that run, by cut: `[..., cuts]`. Returns: the cost from its start, by cut: `[..., cuts]`.
+    """
     cuts = costs.layers + 1
     if onward.size * cuts <= SMALL:
         best: Array = costs.join(costs.stage[peer], onward[..., None, :]).min(axis=-1)
@@ -119,7 +124,10 @@ def prepend(costs: ChainCosts, peer: int, runs: list[tuple[int, Array]], onward:
 
 
 class _Tails:
-    """The table of the module's docstring, filled by size of set. Peer i is bit n-1-i, so a larger number is a lower set."""
+    """The table `tails` of the module's docstring, filled for one size of peer sets after another.
+
+    Sets of peers are bit masks. Peer i is bit n-1-i, so that masks fall in the order in which `combinations` lists the sets.
+    """
 
     def __init__(self, costs: ChainCosts) -> None:
         self._costs = costs
@@ -132,7 +140,10 @@ class _Tails:
         self._wholes: list[Array] = []
 
     def grow(self, limits: SearchLimits) -> float:
-        """Fill the sets of one peer more than the last; the least cost among them of a whole chain that the limits allow."""
+        """Fill the table for sets with one peer more than so far.
+
+        Returns: the least cost of a whole chain over one of these sets that the limits allow.
+        """
         peers = range(self._costs.peers)
         members = list(combinations(peers, len(self._tables) + 1))
         sets = self._bit[np.array(members)].sum(axis=1)
@@ -151,7 +162,7 @@ class _Tails:
         return float(whole.min())
 
     def pick(self, best: float) -> Chain:
-        """The first of the chains that cost `best`, by the order that `exact_search` promises."""
+        """Return the first of the chains that cost `best`, in the order that `exact_search` documents."""
         size = next(size for size, whole in enumerate(self._wholes) if whole.min() <= best * (1 + TIE))
         close = self._wholes[size] <= best * (1 + TIE)
         rows, firsts, _ = np.nonzero(close)
@@ -161,7 +172,7 @@ class _Tails:
         return Chain(float(self._wholes[size][row, first].min()), tuple(runs))
 
     def _start_with(self, peer: int, sets: Numbers, table: Array) -> None:
-        """Fill the chains that start at the peer."""
+        """Fill the entries of chains that start at the peer."""
         costs, bit = self._costs, self._bit[peer]
         having = np.flatnonzero(sets & bit)
         shorter = self._row[sets[having] ^ bit]
@@ -172,7 +183,7 @@ class _Tails:
         table[having, peer] = prepend(costs, peer, self._runs[peer], onward)
 
     def _walk(self, members: int, peer: int, ends: Numbers) -> list[LayerRun]:
-        """The runs of the best chain over these peers; of those that end at one of `ends`, the one of the lowest peers."""
+        """Trace the cheapest chain over `members` from `peer` to one of `ends`. Of equal ones, take that with the lowest peers."""
         costs, start, runs = self._costs, 0, []
         while members != self._bit[peer]:
             members ^= int(self._bit[peer])

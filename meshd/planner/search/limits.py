@@ -1,24 +1,24 @@
-"""Limits on the chains that a search may return."""
+"""Limits on the chains that a search may return, and when two costs count as equal."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
 
 TIE = 1e-9
-"""Costs whose relative difference is smaller are equal: the tie-break decides."""
+"""Costs with a smaller relative difference count as equal, so that rounding does not decide between chains."""
 
 
 @dataclass(frozen=True, slots=True)
 class SearchLimits:
-    """Bounds on the set of a chain's peers, as indices."""
+    """Limits on the set of peers in a chain. Peers are indices."""
 
     least: int = 1
-    """At least so many peers."""
+    """Least number of peers."""
     exactly: int | None = None
-    """Exactly so many."""
+    """Exact number of peers. None: any."""
     require: frozenset[int] = frozenset()
-    """All of these must take part."""
+    """Peers that must all take part."""
     forbid: frozenset[int] | None = None
-    """These may not all take part together (used to find a runner-up)."""
+    """Peers that may not all take part together. This excludes the best chain in the search for a runner-up."""
 
     def allow(self, peers: Collection[int]) -> bool:
         """Whether a chain over these peers may be returned."""

@@ -1,7 +1,8 @@
-"""The objectives, each as one or more searches for a chain.
+"""Find the best chain by each objective, with one or more searches.
 
-LATENCY and ENERGY add up their terms. THROUGHPUT and MEMORY count the largest term; among chains that are equal in that and
-in their number of peers, the one of least TPOT. TTFT is both: Σ terms + (chunks - 1) · the slowest term.
+LATENCY and ENERGY minimise the sum of a chain's terms (`cost`, from GenZ). THROUGHPUT and MEMORY minimise the largest term; of
+chains that are equal in it and in their number of peers, they take the one with the least TPOT. TTFT minimises the time of a
+pipeline of prefill chunks (`cost.pipelined_s`, from Pipette): Σ terms + (chunks - 1) · the slowest term.
 """
 
 import heapq
@@ -19,9 +20,9 @@ from meshd.types import Objective
 
 
 def cheapest(tables: CostTables, objective: Objective, limits: SearchLimits, search: Search) -> Chain | None:
-    """Find the best chain by this objective; its value is in the objective's unit (s, J, or a share of memory).
+    """Find the best chain by this objective.
 
-    Returns: None if nothing fits.
+    Returns: the chain, with its value in the objective's unit (s, J, or a share of memory); None if no chain fits.
     """
     if objective is Objective.TTFT:
         return _least_ttft(tables, limits, search)
@@ -40,7 +41,7 @@ def _latency(tables: CostTables) -> ChainCosts:
 
 
 def _quickest_of_equals(costs: ChainCosts, tables: CostTables, limits: SearchLimits, search: Search) -> Chain | None:
-    """Minimise the largest term; among the chains of that value and of as few peers, minimise TPOT."""
+    """Minimise the largest term, then TPOT among the chains with the same largest term and number of peers."""
     best = search(costs, limits)
     if best is None:
         return None
@@ -67,11 +68,12 @@ def _least_ttft(tables: CostTables, limits: SearchLimits, search: Search) -> Cha
 
 
 class _Pipelined:
-    """Least Σ terms + following · slowest term, by searches under a bound on the slowest.
+    """Minimise Σ terms + following · slowest term, with searches under a bound on the slowest term.
 
-    Let A(T) be the least sum with no term above T. A falls as T rises, so between two bounds lo < hi nothing is better than
-    A(hi) + following · lo: an interval with a worse bound than the best so far is dropped, any other is halved over the values that
-    terms really have. Exact if the search is.
+    Let A(T) be the least sum of a chain that has no term above T. A falls as T rises, so every chain whose slowest term is
+    between lo and hi costs at least A(hi) + following · lo. An interval in which this lower bound is no better than the best
+    chain so far is dropped. Any other interval is split at the middle one of the term values in it. The result is exact if the
+    search is exact.
     """
 
     def __init__(self, whole: ChainCosts, chunk: Array, following: float, limits: SearchLimits, search: Search) -> None:
@@ -91,7 +93,7 @@ class _Pipelined:
         waiting = [(self._bound(floor, least), least, slowest - 1, floor)]
         while waiting:
             bound, low, high, floor = heapq.heappop(waiting)
-            if low > high or self._hopeless(bound):
+            if low > high or self._can_drop(bound):
                 continue
             middle = (low + high) // 2
             found, slowest = self._try(middle)
@@ -101,7 +103,7 @@ class _Pipelined:
         return self._best
 
     def _try(self, index: int) -> tuple[float, int]:
-        """Search with no term above the index-th. Returns: (the least sum, the index of that chain's slowest term)."""
+        """Search for the least sum with no term above `_terms[index]`. Returns: (the sum, the index of its slowest term)."""
         top = float(self._terms[index])
         costs = ChainCosts(_no_more(self._whole.stage, self._chunk, top), _no_more(self._whole.link, self._whole.link, top))
         found = self._search(costs, self._limits)
@@ -121,7 +123,7 @@ class _Pipelined:
         elif best is None or chain.value < best.value:
             self._best = chain
 
-    def _hopeless(self, bound: float) -> bool:
+    def _can_drop(self, bound: float) -> bool:
         return not np.isfinite(bound) or (self._best is not None and bound >= self._best.value * (1 - TIE))
 
     def _bound(self, floor: float, index: int) -> float:

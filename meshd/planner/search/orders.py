@@ -1,9 +1,14 @@
 """The heuristic search, for clusters with too many peers for the exact one.
 
-For one given order of the peers, the cheapest chain that keeps it (any peer may be skipped) is found exactly by a dynamic program
-over peers and cuts. The search walks over orders: a few greedy ones first, then Pipette's moves (insert, swap, reverse a segment),
-and then the exact search over the best chain's peers together with each handful of the others, until no handful helps. The effort
-is counted, not timed, and the random seed is fixed, so that the same question gets the same answer.
+For a given order of the peers, a dynamic program over peers and cuts finds the cheapest chain that keeps this order; it may skip
+any peer. The search tries many orders in three steps:
+
+1. A few greedy orders.
+2. Random changes of the best order, by the moves of Pipette (Yim et al., 2024): insert, swap, reverse a segment.
+3. The exact search among the best chain's peers and a few of the others, group after group, until no group improves the chain.
+
+The number of orders and exact searches is limited, not their time, and the random seed is fixed. So the same problem always has the
+same plan.
 """
 
 import random
@@ -17,41 +22,41 @@ from meshd.planner.search.chains import ChainCosts, exact_search, prepend, runs_
 from meshd.planner.search.limits import TIE, SearchLimits
 
 ORDERS_TRIED = 120
-"""Orders walked over in one question to the planner."""
-HANDFULS_TRIED = 60
-"""Exact searches over the best chain and a handful of other peers."""
-HANDFUL = 7
-"""Peers in such a search."""
+"""Limit of randomly changed orders for one problem."""
+EXACT_SEARCHES = 60
+"""Limit of exact searches for one problem."""
+GROUP = 7
+"""Number of peers in one of these exact searches."""
 
 Order = tuple[int, ...]
 
 
 class HeuristicSearch:
-    """A `Search` for one question. It keeps its best orders, and later calls with other costs start from them."""
+    """A `Search` for one problem. Later calls, with other costs, start from the best orders of earlier ones."""
 
     def __init__(self) -> None:
         self._random = random.Random(0)
         self._elite: list[Order] = []
         self._orders_left = ORDERS_TRIED
-        self._handfuls_left = HANDFULS_TRIED
+        self._exact_searches_left = EXACT_SEARCHES
 
     def __call__(self, costs: ChainCosts, limits: SearchLimits) -> Chain | None:
-        """Find a cheap chain within the limits; None if none was found."""
+        """Find a cheap chain within the limits. Returns: None if none was found."""
         orders = list(dict.fromkeys([*self._elite, *_greedy_orders(costs)])) if not self._elite else self._elite
         best: Chain | None = None
         for order in orders:
             best = _cheaper(best, best_in_order(costs, order, limits))
-        best = self._walk(costs, limits, best, orders[0])
-        best = self._handfuls(costs, limits, best)
+        best = self._try_moves(costs, limits, best, orders[0])
+        best = self._try_groups(costs, limits, best)
         if best is not None:
-            self._elite = [_first(best, costs.peers), *self._elite[:3]]
+            self._elite = [_starting_with(best, costs.peers), *self._elite[:3]]
         return best
 
-    def _walk(self, costs: ChainCosts, limits: SearchLimits, best: Chain | None, start: Order) -> Chain | None:
+    def _try_moves(self, costs: ChainCosts, limits: SearchLimits, best: Chain | None, start: Order) -> Chain | None:
         one_way = replace(costs, back=None)
         steps = self._orders_left // 2
         self._orders_left -= steps
-        order = _first(best, costs.peers) if best else start
+        order = _starting_with(best, costs.peers) if best else start
         for _ in range(steps):
             moved = _move(order, self._random)
             found = best_in_order(one_way, moved, limits)
@@ -62,17 +67,17 @@ class HeuristicSearch:
                 best, order = _cheaper(best, found), moved
         return best
 
-    def _handfuls(self, costs: ChainCosts, limits: SearchLimits, best: Chain | None) -> Chain | None:
+    def _try_groups(self, costs: ChainCosts, limits: SearchLimits, best: Chain | None) -> Chain | None:
         improved = True
-        while improved and best is not None and len(best.runs) < HANDFUL:
+        while improved and best is not None and len(best.runs) < GROUP:
             improved = False
             inside = [run.peer for run in best.runs]
             outside = [peer for peer in _by_speed(costs) if peer not in inside]
-            places = HANDFUL - len(inside)
+            places = GROUP - len(inside)
             for first in range(0, len(outside), places):
-                if self._handfuls_left == 0:
+                if self._exact_searches_left == 0:
                     return best
-                self._handfuls_left -= 1
+                self._exact_searches_left -= 1
                 found = _search_among(costs, limits, sorted(inside + outside[first : first + places]))
                 if found is not None and found.value < best.value * (1 - TIE):
                     best, improved = found, True
@@ -81,7 +86,7 @@ class HeuristicSearch:
 
 
 def best_in_order(costs: ChainCosts, order: Order, limits: SearchLimits) -> Chain | None:
-    """Find the cheapest chain whose peers come in this order, exactly; None if there is none."""
+    """Find the cheapest chain whose peers come in this order. Returns: None if there is none."""
     if limits.forbid is None:
         return _InOrder(costs, order, limits).best()
     best: Chain | None = None
@@ -92,7 +97,7 @@ def best_in_order(costs: ChainCosts, order: Order, limits: SearchLimits) -> Chai
 
 
 def chain_value(costs: ChainCosts, runs: tuple[LayerRun, ...]) -> float:
-    """What a chain costs."""
+    """Compute the cost of a chain."""
     terms = [float(costs.stage[run]) for run in runs]
     terms += [float(costs.link[one.peer, other.peer]) for one, other in pairwise(runs)]
     if costs.back is not None:
@@ -101,9 +106,10 @@ def chain_value(costs: ChainCosts, runs: tuple[LayerRun, ...]) -> float:
 
 
 class _InOrder:
-    """`tails[t, q, e, c]`: the best chain over layers [c, L) that starts at the order's t-th peer and ends at its e-th.
+    """The dynamic program for one order of the peers.
 
-    q + 1 is the number of peers in it; the last q stands for "or more", unless the limits ask for an exact number.
+    `tails[t, q, e, c]` is the cheapest chain of q + 1 peers over layers [c, L) that starts at the order's peer t and ends at its
+    peer e. The last q also stands for chains of more peers, unless the limits ask for an exact number.
     """
 
     def __init__(self, costs: ChainCosts, order: Order, limits: SearchLimits) -> None:
@@ -148,7 +154,7 @@ class _InOrder:
         return not self._required or place >= self._required[-1]
 
     def _onward(self, place: int) -> Array | None:
-        """Hop and tail from the peer at `place` to each that may follow: `[followers, counts, ends, cuts]`."""
+        """Return the cost of link and tail after the peer at `place`, by its follower: `[followers, counts, ends, cuts]`."""
         stop = next((needed for needed in self._required if needed > place), len(self._order) - 1)
         if stop == place:
             return None
@@ -183,7 +189,11 @@ class _InOrder:
 
 
 def _greedy_orders(costs: ChainCosts) -> list[Order]:
-    """Fast peers first; peers that can take most stages first; and, from each of the five fastest, always the nearest by link."""
+    """Make orders to start with.
+
+    One has the fastest peers first, one has the peers that can take most stages first, and five start at each of the five fastest
+    peers and then always take the peer with the cheapest link.
+    """
     speed = _by_speed(costs)
     ends = np.isfinite(costs.stage).any(axis=1).sum(axis=1)
     orders = [tuple(speed), tuple(sorted(speed, key=lambda peer: -ends[peer]))]
@@ -231,14 +241,14 @@ def _search_among(costs: ChainCosts, limits: SearchLimits, peers: list[int]) -> 
     return found and Chain(found.value, tuple(LayerRun(peers[run.peer], run.start, run.end) for run in found.runs))
 
 
-def _first(chain: Chain, peers: int) -> Order:
-    """An order that starts with the chain's own."""
+def _starting_with(chain: Chain, peers: int) -> Order:
+    """Make an order that begins with the chain's peers."""
     used = [run.peer for run in chain.runs]
     return tuple(used + [peer for peer in range(peers) if peer not in used])
 
 
 def _cheaper(one: Chain | None, other: Chain | None) -> Chain | None:
-    """The better of two: by cost, then by number of peers; the first if equal."""
+    """Return the cheaper chain, of equal ones that with fewer peers, else the first."""
     if one is None or other is None:
         return one or other
     if abs(one.value - other.value) <= TIE * one.value:

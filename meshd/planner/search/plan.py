@@ -1,4 +1,4 @@
-"""Turn the search's solution into the plan that is sent to peers."""
+"""Convert a solution into the plan that is sent to peers."""
 
 from meshd.planner.problem import PlanInput
 from meshd.planner.search.solve import Solution
@@ -6,7 +6,7 @@ from meshd.types import Plan, PlanId
 
 
 def build_plan(plan_id: PlanId, problem: PlanInput, solution: Solution) -> Plan:
-    """The plan of this solution, with its predicted times."""
+    """Make the plan of a solution, with its predicted times."""
     return Plan(
         id=plan_id,
         model=problem.card.id,

@@ -1,4 +1,8 @@
-"""Choose peers that load layers with too few resident copies: only the missing layers, in memory that is free now."""
+"""Choose peers that load layers with too few resident copies.
+
+The cost of a stage is the time to load it, plus its time for `TOKENS_AHEAD` tokens (both by the formulas of `model`), scaled up
+on full peers. The chain of least cost is found by the search for plans.
+"""
 
 import math
 from collections.abc import Sequence
@@ -21,21 +25,21 @@ from meshd.planner.units import show_bytes
 from meshd.types import LayerRange, StagePlan
 
 TOKENS_AHEAD = 256
-"""Tokens that a load is expected to serve: the weight of decode time against load time."""
+"""Number of tokens that a load is assumed to serve. It weighs decode time against load time."""
 
 
 def repair(problem: PlanInput, missing: Sequence[LayerRange], *, kv_tokens: int) -> tuple[StagePlan, ...]:
-    """Place the layers in `missing`, with KV for `kv_tokens`, in memory that is free now: nothing is unloaded for them.
+    """Place the layers in `missing`, with KV for `kv_tokens`, in memory that is free now. Nothing is unloaded for them.
 
-    Prefers peers that load and decode them quickest, and of these the emptiest.
+    Prefers peers that load and decode the layers quickly, and peers with more free memory.
 
-    Returns: stages that together are `missing`.
+    Returns: stages that together have exactly the layers in `missing`.
     Raises: NoPeer, DoesNotFit.
     """
     peers = candidates(problem)
     stages: list[StagePlan] = []
     for layers in missing:
-        found = _Run(problem, peers, layers, kv_tokens).search()
+        found = _RepairSearch(problem, peers, layers, kv_tokens).search()
         stages += found
         peers = tuple(_after(problem, peer, found, kv_tokens) for peer in peers)
     return tuple(stages)
@@ -44,9 +48,9 @@ def repair(problem: PlanInput, missing: Sequence[LayerRange], *, kv_tokens: int)
 def repair_within(
     problem: PlanInput, missing: Sequence[LayerRange], *, kv_tokens: int, least_tokens: int
 ) -> tuple[tuple[StagePlan, ...], int]:
-    """Like `repair`, but halve the KV while memory is short, down to `least_tokens`.
+    """Like `repair`, but halve the KV as long as memory is short, down to `least_tokens`.
 
-    Returns: (stages, tokens that they have KV for).
+    Returns: (stages, number of tokens that they have KV for).
     Raises: NoPeer, DoesNotFit.
     """
     while True:
@@ -59,7 +63,7 @@ def repair_within(
 
 
 def candidates(problem: PlanInput) -> tuple[PeerProfile, ...]:
-    """The peers that may take layers, ordered by name, then id. Raises: NoPeer if there are none."""
+    """Return the peers that may take layers, ordered by name, then id. Raises: NoPeer if there are none."""
     excluded = exclusions(problem)
     peers = [profile for profile in problem.profiles if profile.id not in excluded]
     if not peers:
@@ -69,8 +73,8 @@ def candidates(problem: PlanInput) -> tuple[PeerProfile, ...]:
     return tuple(sorted(peers, key=lambda profile: (profile.name, profile.id)))
 
 
-class _Run:
-    """One missing run of layers."""
+class _RepairSearch:
+    """The search for stages that load one run of missing layers."""
 
     def __init__(self, problem: PlanInput, peers: tuple[PeerProfile, ...], layers: LayerRange, kv_tokens: int) -> None:
         self._problem, self._peers, self._layers, self._kv_tokens = problem, peers, layers, kv_tokens
@@ -82,19 +86,21 @@ class _Run:
         cuts = slice(self._layers.start, self._layers.end + 1)
         stage = (self._load_s() + TOKENS_AHEAD * self._tables.decode_anywhere)[:, cuts, cuts]
         memory, allowed = self._memory[None, cuts, cuts], self._allowed[:, None, None]
-        fullness = np.minimum(
-            1.0, memory[0, 0, -1] / np.maximum(1.0, allowed)
-        )  # of the whole run, so that cutting it up gains nothing
+        # Fullness is that of a peer with the whole run, so that splitting the run does not make peers look emptier.
+        fullness = np.minimum(1.0, memory[0, 0, -1] / np.maximum(1.0, allowed))
         stage = np.where(memory <= allowed, stage * (1 + fullness), np.inf)
-        stage[:, 0, :] += self._ways(self._layers.start - 1, towards=True)[:, None]
-        stage[:, :, -1] += self._ways(self._layers.end, towards=False)[:, None]
+        stage[:, 0, :] += self._hops_s(self._layers.start - 1, towards=True)[:, None]
+        stage[:, :, -1] += self._hops_s(self._layers.end, towards=False)[:, None]
         chain = search_for(len(self._peers))(ChainCosts(stage, TOKENS_AHEAD * self._tables.hop), SearchLimits())
         if chain is None:
             raise self._does_not_fit()
         return chain.stages(self._peers, self._layers.start)
 
     def _load_s(self) -> Array:
-        """Seconds until a stage's weights are in memory: from its disk, or over the best link from a peer that has them."""
+        """Predict the seconds until a stage's weights are in memory: `[peers, cuts, cuts]`.
+
+        They are read from the peer's disk, or fetched over the fastest link from a peer that has them.
+        """
         card, count = self._problem.card, self._problem.card.spec.layers
         sizes = np.concatenate(([0.0], np.cumsum(np.asarray(card.layer_bytes, dtype=np.float64))))
         weights = sizes[None, :] - sizes[:, None]
@@ -114,12 +120,15 @@ class _Run:
         links = [network.link(source, peer.id).bandwidth_bytes_s for source in sources]
         return min(disk, max(links, default=UNMEASURED_BANDWIDTH_BYTES_S))
 
-    def _ways(self, layer: int, *, towards: bool) -> Array:
-        """The hop between each peer and the nearest holder of `layer`; 0 if no peer holds it."""
+    def _hops_s(self, layer: int, *, towards: bool) -> Array:
+        """Predict the seconds of `TOKENS_AHEAD` hops between each peer and the nearest holder of `layer`; 0 if no peer holds it.
+
+        `towards`: hops go from the holder to the peer, otherwise from the peer to the holder.
+        """
         problem = self._problem
         holders = [peer.id for peer in problem.profiles if any(layer in holding.layers for holding in peer.usable_holdings)]
-        ways = [[(other, peer.id) if towards else (peer.id, other) for other in holders] for peer in self._peers]
-        hops = [[problem.network.hop_s(*way, problem.activation_bytes) for way in row] for row in ways]
+        pairs = [[(other, peer.id) if towards else (peer.id, other) for other in holders] for peer in self._peers]
+        hops = [[problem.network.hop_s(*pair, problem.activation_bytes) for pair in row] for row in pairs]
         return TOKENS_AHEAD * np.array([min(row, default=0.0) for row in hops])
 
     def _does_not_fit(self) -> DoesNotFit:
@@ -136,8 +145,8 @@ class _Run:
 
 
 def _after(problem: PlanInput, peer: PeerProfile, stages: Sequence[StagePlan], kv_tokens: int) -> PeerProfile:
-    """The peer with these stages loaded."""
+    """Return the peer's profile after it has loaded those of the stages that are its own."""
     asked = msgspec.structs.replace(problem, context=kv_tokens)
     taken = sum(stage_memory(asked, stage).total_bytes for stage in stages if stage.peer == peer.id)
-    left = peer.memory_free_bytes - math.ceil(taken / (1 - RESERVE))  # keeps the reserve as large as it was
+    left = peer.memory_free_bytes - math.ceil(taken / (1 - RESERVE))  # so the reserve stays a share of what was free before
     return msgspec.structs.replace(peer, memory_free_bytes=max(0, left))

@@ -1,4 +1,4 @@
-"""Errors for a question that no plan fits: how many bytes are missing, where, and what would help."""
+"""Errors for problems without a plan: how much memory is missing, on which peers, and what would help."""
 
 import msgspec
 import numpy as np
@@ -16,13 +16,13 @@ from meshd.planner.search.select import search_for
 from meshd.planner.units import show_bytes
 from meshd.types import Holding, StagePlan
 
-_LATER = "ask for a smaller context, or try again when other requests have ended"
+_LATER = "ask for a smaller context, or try again after other requests have ended"
 SMALLEST_CONTEXT = 64
-"""The smallest context that a hint offers."""
+"""Smallest context that a hint offers."""
 
 
 def does_not_fit(problem: PlanInput) -> MeshdError:
-    """The error for a question without a plan, to be raised."""
+    """Make the error for a problem without a plan."""
     if problem.resident_only:
         return _not_resident(problem)
     runs, tables, missing = _least_overflow(problem, problem.context)
@@ -30,14 +30,14 @@ def does_not_fit(problem: PlanInput) -> MeshdError:
     card = problem.card
     return DoesNotFit(
         f"{card.name} with a context of {problem.context} does not fit: {show_bytes(sum(missing))} of memory are missing"
-        f" on the {len(tables.peers)} peers that can take layers (best try: {where})",
+        f" on the {len(tables.peers)} peers that can take layers (best placement lacks: {where})",
         missing_bytes=sum(missing),
         hint=_hint(problem),
     )
 
 
 def check_given(problem: PlanInput, stages: tuple[StagePlan, ...]) -> None:
-    """Check that given stages fit. Raises: DoesNotFit; with `resident_only` NotReady, Overloaded."""
+    """Check that the requested stages fit. Raises: DoesNotFit; with `resident_only`, NotReady and Overloaded."""
     if problem.resident_only:
         _check_resident(problem, stages)
         return
@@ -54,7 +54,10 @@ def check_given(problem: PlanInput, stages: tuple[StagePlan, ...]) -> None:
 
 
 def _least_overflow(problem: PlanInput, context: int) -> tuple[tuple[LayerRun, ...], CostTables, list[int]]:
-    """The placement that lacks the least free memory in total. Returns: (its runs, the tables, bytes that each run lacks)."""
+    """Find the placement that lacks the least free memory in total.
+
+    Returns: (its runs, the tables, bytes that each run lacks).
+    """
     asked = msgspec.structs.replace(problem, context=context, prompt_tokens=min(problem.prompt_tokens, context))
     tables = CostTables(asked, eligible(asked))
     capacity = np.array([capacity_bytes(asked, peer) for peer in tables.peers], dtype=np.float64)
@@ -76,7 +79,7 @@ def _hint(problem: PlanInput) -> str:
 
 
 def _not_resident(problem: PlanInput) -> MeshdError:
-    """The error for a route over resident layers only: layers that no peer holds, or KV that is in use."""
+    """Make the error for a route over resident layers: no peer holds some layers, or all KV is in use."""
     card, count = problem.card, problem.card.spec.layers
     peers = eligible(problem)
     covered = {layer for peer in peers for holding in peer.usable_holdings for layer in holding.layers}
@@ -87,7 +90,7 @@ def _not_resident(problem: PlanInput) -> MeshdError:
         )
     if not _route_if_idle(problem, context=1):
         wanted = f" of {problem.min_peers} peers or more" if problem.min_peers > 1 else ""
-        return NotReady(f"{card.name} cannot answer yet: its resident layers make no chain{wanted} with one run per peer")
+        return NotReady(f"{card.name} cannot answer yet: its resident layers do not form a chain{wanted} with one run per peer")
     if not _route_if_idle(problem, context=problem.context):
         return NotReady(f"{card.name} cannot answer yet: it was placed with KV for fewer than {problem.context} tokens")
     free = ", ".join(f"{peer.name} {max(holding.kv_tokens_free for holding in peer.usable_holdings)}" for peer in peers)
@@ -98,7 +101,7 @@ def _not_resident(problem: PlanInput) -> MeshdError:
 
 
 def _route_if_idle(problem: PlanInput, context: int) -> bool:
-    """Whether the resident layers make a chain with KV for `context` tokens once no other session has any."""
+    """Whether a chain of resident layers would have KV for `context` tokens if no other session used any."""
     idle = tuple(msgspec.structs.replace(profile, holdings=tuple(map(_idle, profile.holdings))) for profile in problem.profiles)
     asked = msgspec.structs.replace(problem, profiles=idle, context=context, prompt_tokens=1)
     tables = CostTables(asked, eligible(asked))

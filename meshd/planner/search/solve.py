@@ -1,4 +1,4 @@
-"""The planner's answer to one question: which stages, on which peers, in which order."""
+"""Solve a planning problem: choose stages, their peers and their order."""
 
 from dataclasses import replace
 
@@ -24,11 +24,11 @@ class Solution(msgspec.Struct, frozen=True, kw_only=True):
     estimate: Estimate
     objective: Objective
     method: str
-    """`exact`, `heuristic`, or `given` (the request named the stages)."""
+    """How the stages were found: `exact` or `heuristic` search, or `given` by the request."""
 
     @property
     def value(self) -> float:
-        """The minimised figure: s (TPOT, TTFT, or period), J per token, or a share of memory."""
+        """The value that was minimised: seconds (TPOT, TTFT or period), J per token, or a share of memory."""
         return objective_value(self.estimate, self.objective)
 
     @property
@@ -37,7 +37,7 @@ class Solution(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def objective_value(predicted: Estimate, objective: Objective) -> float:
-    """An estimate's figure for one objective; inf for unknown energy."""
+    """Return the value of an estimate by one objective; inf if its energy is not known."""
     values = {
         Objective.LATENCY: predicted.tpot_s,
         Objective.TTFT: predicted.ttft_s,
@@ -49,14 +49,14 @@ def objective_value(predicted: Estimate, objective: Objective) -> float:
 
 
 def solve(problem: PlanInput) -> Solution:
-    """Find the best plan for the question; the same question gets the same answer.
+    """Find the best plan. The same problem always has the same solution.
 
-    The search is exact up to `EXACT_PEERS` peers, else that of `meshd.planner.search.orders`. Of equal plans the one with fewer
-    peers wins, then the first names. If the best plan breaks the time limits, the plan of least TPOT or TTFT is used if it
-    keeps them.
+    The search is exact up to `EXACT_PEERS` peers, and heuristic (`meshd.planner.search.orders`) beyond. Of equal plans it takes
+    the one with the fewest peers, then the one whose peers' names come first. If the best plan exceeds the time limits, the plan
+    of least TPOT or of least TTFT replaces it, if that keeps them.
 
-    Raises: InvalidRequest, ContextTooLong, NoPeer; DoesNotFit when no plan fits in memory; with `resident_only` NotReady when
-    no peer holds some layers and Overloaded when only memory for KV is missing; Unavailable when no plan keeps the time limits.
+    Raises: InvalidRequest, ContextTooLong, NoPeer; DoesNotFit if no plan fits in memory; Unavailable if no plan keeps the time
+    limits. With `resident_only`: NotReady if no peer holds some layers, Overloaded if only memory for KV is missing.
     """
     _check(problem)
     if problem.stages is not None:
@@ -74,8 +74,9 @@ def solve(problem: PlanInput) -> Solution:
 
 
 def search(problem: PlanInput, limits: SearchLimits) -> Solution | None:
-    """Find the best plan within extra limits (peers by their index in `eligible(problem)`); None if there is none.
+    """Find the best plan within further limits. Peers in `limits` are indices into `eligible(problem)`.
 
+    Returns: None if there is no such plan.
     Raises: the errors of `eligible`.
     """
     peers = eligible(problem)
@@ -96,10 +97,11 @@ def _check(problem: PlanInput) -> None:
     longest = problem.card.spec.context_length
     if problem.context > longest:
         raise ContextTooLong(
-            f"context {problem.context} is too long: {problem.card.name} has {longest} tokens", hint=f"ask for {longest} or less"
+            f"context {problem.context} is too long: {problem.card.name} has {longest} tokens",
+            hint=f"ask for {longest} tokens or fewer",
         )
     if problem.context < 1 or problem.prompt_tokens < 1:
-        raise InvalidRequest("context and prompt must have at least one token", param="context")
+        raise InvalidRequest("the context and the prompt must have at least one token", param="context")
 
 
 def _given(problem: PlanInput, stages: tuple[StagePlan, ...]) -> Solution:
@@ -117,7 +119,7 @@ def _keeps_limits(problem: PlanInput, solution: Solution) -> bool:
 
 
 def _within_limits(problem: PlanInput, solutions: tuple[Solution, ...]) -> Solution:
-    """The first solution that keeps the time limits. Raises: Unavailable."""
+    """Return the first solution that keeps the time limits. Raises: Unavailable if none does."""
     for solution in solutions:
         if _keeps_limits(problem, solution):
             return solution
@@ -126,6 +128,6 @@ def _within_limits(problem: PlanInput, solutions: tuple[Solution, ...]) -> Solut
     ttft = min(solution.estimate.ttft_s for solution in solutions)
     tpot = min(solution.estimate.tpot_s for solution in solutions)
     raise Unavailable(
-        f"no plan keeps {asked}: the best predicted are TTFT {ttft * 1e3:.4g} ms and TPOT {tpot * 1e3:.4g} ms",
+        f"no plan keeps {asked}: the lowest predictions are TTFT {ttft * 1e3:.4g} ms and TPOT {tpot * 1e3:.4g} ms",
         hint="allow more time, or add a faster device",
     )

@@ -1,1 +1,1 @@
-"""Pauses and routes for a session that is already running."""
+"""Predict pauses and choose routes for sessions that are already running."""

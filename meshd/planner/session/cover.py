@@ -1,11 +1,13 @@
-"""The cheapest chain of stages over a run of layers when a peer may have several stages: Viterbi over the cuts.
+"""Find the cheapest chain over some layers when a peer may have several stages: the Viterbi algorithm (1967) over the cuts.
 
-A new plan gives a peer one run of layers (`meshd.planner.search.chains`). A repaired one need not: surviving stages stay where
-they are, and the other peers fill the gaps. Without that rule the search is small enough to run while a client waits:
+A new plan gives each peer at most one run of layers (`meshd.planner.search.chains`). A changed plan of a running session need
+not: its surviving stages stay, and other peers fill the gaps. Without the rule of one run per peer, the search is fast enough to
+run while a client waits:
 
     tails[c, p, f] = min over d > c of  stage[p, c, d] + (min over q of  link[p, q] + tails[d, q, f])
 
-is the best chain over layers [c, L) that starts at peer p, if the whole chain started at f (for the token's way back).
+is the cost of the cheapest chain over layers [c, L) that starts at peer p. The first peer f of the whole chain is needed for the
+link from the last stage back to it.
 """
 
 from dataclasses import dataclass
@@ -17,24 +19,24 @@ from meshd.planner.chain import Array, Chain, LayerRun
 
 @dataclass(frozen=True, slots=True)
 class CoverCosts:
-    """Costs of a chain over some layers, with cuts counted from the first of them. They are summed; inf: not possible."""
+    """Costs of the stages and links of chains, which are added up. Cuts count from the first of the layers. inf: not possible."""
 
     stage: Array
-    """`[peers, cuts, cuts]`: layers `[a, b)` on a peer; inf wherever b <= a."""
+    """Cost of layers `[a, b)` on a peer: `[peers, cuts, cuts]`; inf where b <= a."""
     link: Array
-    """`[peers, peers]`: from a stage to the next one's peer."""
+    """Cost of the link between the peers of consecutive stages: `[peers, peers]`."""
     before: Array | None = None
-    """`[peers]`: the link to the first stage; None: free."""
+    """Cost of the link that leads to the first stage: `[peers]`. None: free."""
     after: Array | None = None
-    """`[peers]`: the link from the last stage; None: free."""
+    """Cost of the link that leaves the last stage: `[peers]`. None: free."""
     back: Array | None = None
-    """`[peers, peers]`: from the last stage to the first; None: does not count."""
+    """Cost of the link from the last stage to the first: `[peers, peers]`. None: free."""
 
 
 def cover(costs: CoverCosts) -> Chain | None:
-    """Find the cheapest chain; among equals that of the lowest peers and the longest runs.
+    """Find the cheapest chain. Of equally cheap ones, take that with the lowest peers and the longest runs.
 
-    Returns: None if no peer can take some layer.
+    Returns: the chain; None if there is none, for example because no peer can take a layer.
     """
     peers, cuts = costs.stage.shape[:2]
     ends = np.zeros((peers, 1)) if costs.after is None else costs.after[:, None]
@@ -50,18 +52,18 @@ def cover(costs: CoverCosts) -> Chain | None:
     first = int(np.argmin(whole))
     if not np.isfinite(whole[first]):
         return None
-    return Chain(float(whole[first]), tuple(_walk(costs, tails, onward, first)))
+    return Chain(float(whole[first]), tuple(_trace(costs, tails, onward, first)))
 
 
-def _walk(costs: CoverCosts, tails: Array, onward: Array, peer: int) -> list[LayerRun]:
+def _trace(costs: CoverCosts, tails: Array, onward: Array, peer: int) -> list[LayerRun]:
     last = len(tails) - 1
-    seen_from = 0 if costs.back is None else peer
+    origin = 0 if costs.back is None else peer
     runs: list[LayerRun] = []
     cut = 0
     while True:
-        rest = costs.stage[peer, cut, cut + 1 :] + onward[cut + 1 :, peer, seen_from]
+        rest = costs.stage[peer, cut, cut + 1 :] + onward[cut + 1 :, peer, origin]
         end = last - int(np.argmin(rest[::-1]))
         runs.append(LayerRun(peer, cut, end))
         if end == last:
             return runs
-        peer, cut = int(np.argmin(costs.link[peer] + tails[end, :, seen_from])), end
+        peer, cut = int(np.argmin(costs.link[peer] + tails[end, :, origin])), end

@@ -1,4 +1,8 @@
-"""How long a session pauses to continue under another plan, from the same measurements as `cost`."""
+"""Predict how long a session pauses when its plan changes.
+
+Times come from the formulas of `cost`. The recomputation runs as a pipeline of chunks, as in Pipette (Yim et al., 2024), with a
+different amount of work on each stage.
+"""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,13 +17,16 @@ from meshd.planner.profile import PeerProfile
 from meshd.types import PeerId, StagePlan
 
 CONTROL_BYTES = 1024
-"""OPEN, OPENED, RESUME: small messages."""
+"""Size assumed for each of the messages OPEN, OPENED and RESUME."""
 _CONTROL_HOPS = 3
-"""OPEN there, OPENED back, RESUME there."""
+"""OPEN to the stage, OPENED back, and RESUME to the stage."""
 
 
 def compute_s(problem: PlanInput, profile: PeerProfile, first: int, last: int) -> Seconds:
-    """Time to compute positions `[first, last)` in chunks, or a single one as a decode step: `[layers]`, seconds."""
+    """Predict the time of each layer to compute positions `[first, last)`, in chunks or, for one position, in a decode step.
+
+    Returns: seconds, `[layers]`.
+    """
     tokens = last - first
     if tokens <= 0:
         return np.zeros(problem.card.spec.layers)
@@ -30,10 +37,10 @@ def compute_s(problem: PlanInput, profile: PeerProfile, first: int, last: int) -
 
 
 def pause_s(problem: PlanInput, stages: Sequence[StagePlan], starts: Sequence[int], known: int, coordinator: PeerId) -> float:
-    """Seconds from the choice of this plan to its first token, if each stage computes `[start, known)`.
+    """Predict the seconds from the choice of a plan to its first token, if each stage recomputes positions `[start, known)`.
 
-    Each stage receives its input from the one before it. They work in parallel: the first chunk passes all stages, then the
-    slowest stage or link sets the pace.
+    Each stage receives its input from the stage before it, and all stages work in parallel. So the first chunk takes the sum of all
+    stages and links, and the remaining chunks take as long as the slowest stage or link.
     """
     first_chunks: list[float] = []
     wholes: list[float] = []
@@ -52,7 +59,7 @@ def pause_s(problem: PlanInput, stages: Sequence[StagePlan], starts: Sequence[in
 
 
 def _opening_s(problem: PlanInput, stages: Sequence[StagePlan], coordinator: PeerId) -> float:
-    """Seconds until all stages are open and resumed, and for the token's way to the coordinator."""
+    """Predict the seconds to open and resume all stages, and to send the first token to the coordinator."""
     network = problem.network
     farthest = max(network.hop_s(coordinator, stage.peer, CONTROL_BYTES) for stage in stages)
     return _CONTROL_HOPS * farthest + network.hop_s(stages[-1].peer, coordinator, cost.TOKEN_MESSAGE_BYTES)

@@ -1,6 +1,7 @@
-"""The cheapest stages for layers of a running session, over resident layers.
+"""Choose the cheapest stages for layers of a running session, over resident layers.
 
-A stage costs the time to recompute KV before the next token, plus its part of every token that is expected to follow.
+A stage costs the time to recompute KV before the next token, plus its time for each of the tokens that are expected to follow. Both
+come from the formulas of `cost`.
 """
 
 from collections.abc import Iterable
@@ -21,14 +22,14 @@ from meshd.planner.session.pause import compute_s
 from meshd.types import Holding, LayerRange, PeerId, StagePlan
 
 STAGE_S = 400e-6
-"""Cost of a stage at each token beside its layers and its link, since two threads are woken for it: half of the 0.8 ms that
-`bench_split.py` shows for a second stage, so that it decides only between plans that are close."""
+"""Extra cost of a stage for each token, because two threads are woken for it. `bench_split.py` measured 0.8 ms for a second
+stage. Half of that is charged, so that it decides only between plans of nearly equal cost."""
 _BACK_PEERS = 32
-"""Among more peers the token's way back is left out of the search: it is the smallest term and the most expensive one."""
+"""With more peers, the search ignores the link from the last stage to the first: it costs least and takes the longest to search."""
 
 
 class HeldKv(NamedTuple):
-    """KV of a session on a peer: the first `positions` positions of some layers."""
+    """KV of a session that a peer has: the first `positions` positions of some layers."""
 
     peer: PeerId
     layers: LayerRange
@@ -36,7 +37,7 @@ class HeldKv(NamedTuple):
 
 
 class Reroute:
-    """Routes for one question, whose `prompt_tokens` are the tokens known so far."""
+    """Finds routes for one session. The problem's `prompt_tokens` is the number of tokens known so far."""
 
     def __init__(self, problem: PlanInput, tokens_ahead: int, held_kv: Iterable[HeldKv] = ()) -> None:
         excluded = exclusions(problem)
@@ -46,7 +47,12 @@ class Reroute:
         self._tables = CostTables(problem, self.peers)
 
     def whole(self, *, under_way: bool = True) -> tuple[StagePlan, ...] | None:
-        """Find the best route over all layers; with `under_way` False, as if nothing had to be recomputed."""
+        """Find the best route over all layers.
+
+        `under_way`: count the time to recompute KV. False: find the best route of a session without KV to recompute.
+
+        Returns: None if there is no route.
+        """
         if not self.peers:
             return None
         stage, link = (self._stage, self._link) if under_way else (self._pace, self._hop)
@@ -54,16 +60,20 @@ class Reroute:
         return self._cover(CoverCosts(stage, link, back=back), 0)
 
     def fill(self, layers: LayerRange, before: PeerId | None, after: PeerId | None) -> tuple[StagePlan, ...] | None:
-        """Find the best cover of these layers between the peers `before` and `after`, which compute the adjacent layers.
+        """Find the best stages for these layers.
 
-        At the model's ends these are the peers of the last and the first stage, for the token's way back. None: unknown.
+        `before` and `after` are the peers that compute the adjacent layers. If there are no layers before, `before` is the peer
+        of the last stage, from which the first stage receives tokens; if there are none after, `after` is the peer of the first
+        stage. None: the peer is not known, and its link costs nothing.
+
+        Returns: None if there are no such stages.
         """
         if not self.peers:
             return None
         cuts = slice(layers.start, layers.end + 1)
         first, last = layers.start == 0, layers.end == self._problem.card.spec.layers
-        to_first = None if before is None else self._ways(before, towards=True, token=first)
-        from_last = None if after is None else self._ways(after, towards=False, token=last)
+        to_first = None if before is None else self._links_s(before, towards=True, token=first)
+        from_last = None if after is None else self._links_s(after, towards=False, token=last)
         return self._cover(CoverCosts(self._stage[:, cuts, cuts], self._link, to_first, from_last), layers.start)
 
     def _cover(self, costs: CoverCosts, first: int) -> tuple[StagePlan, ...] | None:
@@ -72,41 +82,47 @@ class Reroute:
 
     @cached_property
     def _pace(self) -> Array:
-        """Seconds of a stage for the tokens ahead: `[peers, cuts, cuts]`."""
+        """Seconds of a stage for all tokens ahead: `[peers, cuts, cuts]`."""
         pace: Array = self._ahead * (self._tables.decode + STAGE_S)
         return pace
 
     @cached_property
     def _stage(self) -> Array:
-        """`_pace`, and the time to recompute KV first."""
-        again = self._computed(0)
+        """`_pace` plus the seconds to recompute missing KV first: `[peers, cuts, cuts]`."""
+        again = self._recompute_s(0)
         places = {peer.id: place for place, peer in enumerate(self.peers)}
         for kv in self._held_kv:
             place = places.get(kv.peer)
             if place is not None:
                 part = slice(kv.layers.start, kv.layers.end + 1)
-                less = self._computed(min(kv.positions, self._problem.prompt_tokens - 1), self.peers[place])
+                less = self._recompute_s(min(kv.positions, self._problem.prompt_tokens - 1), self.peers[place])
                 again[place, part, part] = np.minimum(again[place, part, part], less[0, part, part])
         return self._pace + again
 
-    def _computed(self, first: int, peer: PeerProfile | None = None) -> Array:
+    def _recompute_s(self, first: int, peer: PeerProfile | None = None) -> Array:
+        """Predict the seconds to compute all known positions from `first` on: `[peers, cuts, cuts]`, for one peer or for all."""
         known = self._problem.prompt_tokens
         peers = self.peers if peer is None else (peer,)
         return range_sums(np.stack([compute_s(self._problem, one, first, known) for one in peers]))
 
     @cached_property
     def _hop(self) -> Array:
+        """Seconds of a link for all tokens ahead: `[peers, peers]`."""
         hop: Array = self._ahead * self._tables.hop
         return hop
 
     @cached_property
     def _link(self) -> Array:
-        """`_hop`, and the hidden states of all known tokens once."""
+        """`_hop` plus the seconds to send the hidden states of all known tokens once."""
         link: Array = self._hop + self._tables.links(self._problem.prompt_tokens * self._problem.activation_bytes)
         return link
 
-    def _ways(self, other: PeerId, *, towards: bool, token: bool) -> Array:
-        """Link costs between `other` and each peer: from it (`towards` them) or to it, for tokens or hidden states."""
+    def _links_s(self, other: PeerId, *, towards: bool, token: bool) -> Array:
+        """Predict the seconds that the link between `other` and each peer adds: `[peers]`.
+
+        `towards`: the link goes from `other` to the peer, otherwise from the peer to `other`. `token`: it carries the
+        sampled tokens, otherwise the hidden states, first of all known tokens and then of each token ahead.
+        """
         pairs = [(other, peer.id) if towards else (peer.id, other) for peer in self.peers]
         links = [self._problem.network.link(source, target) for source, target in pairs]
         if token:
@@ -116,7 +132,7 @@ class Reroute:
 
 
 def reserve_all(problem: PlanInput, stages: Iterable[StagePlan]) -> PlanInput | None:
-    """The question after these stages reserved their KV; None if there is no room for all of them at once."""
+    """Return the problem after these stages have reserved their KV. None: the holdings lack KV for all of them together."""
     profiles = {profile.id: profile for profile in problem.profiles}
     for stage in stages:
         holdings = reserve_in(profiles[stage.peer].holdings, stage.layers, problem.context)
@@ -127,7 +143,7 @@ def reserve_all(problem: PlanInput, stages: Iterable[StagePlan]) -> PlanInput | 
 
 
 def reserve_in(holdings: tuple[Holding, ...], layers: LayerRange, tokens: int) -> tuple[Holding, ...] | None:
-    """The holdings after a stage reserved its KV in the fullest one that has room; None if none has."""
+    """Return the holdings after a stage has reserved KV in the fullest holding with enough of it. None: no holding has enough."""
     fitting = [
         holding
         for holding in holdings

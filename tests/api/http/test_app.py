@@ -9,7 +9,7 @@ from meshd.errors import ConfigError
 from meshd.telemetry import Telemetry
 
 
-async def test_every_answer_has_an_id_of_its_own(http: aiohttp.ClientSession) -> None:
+async def test_every_response_has_another_request_id(http: aiohttp.ClientSession) -> None:
     ids = set()
     for path in ("/health", "/health", "/nothing"):
         async with http.get(path) as response:

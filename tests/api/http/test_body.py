@@ -1,4 +1,4 @@
-"""Bodies: any bytes are either a request or an error that says where."""
+"""Decoding bodies: any input is either a request or an error that names the wrong field."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ json_values = st.one_of(
 
 
 def wrong_field(body: dict[str, Any], shape: type[ChatRequest] | type[CompletionRequest] | type[ResponseRequest]) -> str | None:
-    """The field that an error names; "" if the body is fine."""
+    """Decode a body. Returns: the field that the error names; "" if there is no error."""
     try:
         decode_body(msgspec.json.encode(body), shape).generation_requests(SystemClock())
     except InvalidRequest as error:
@@ -38,32 +38,32 @@ def wrong_field(body: dict[str, Any], shape: type[ChatRequest] | type[Completion
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes(data: bytes) -> None:
+def test_any_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(InvalidRequest):
         decode_body(data, ChatRequest)
 
 
 @given(field=st.sampled_from(ChatRequest.__struct_fields__), value=json_values)
-def test_any_value_of_a_field_of_a_chat(field: str, value: object) -> None:
+def test_the_error_for_any_value_names_the_field_of_a_chat(field: str, value: object) -> None:
     named = wrong_field(CHAT | {field: value}, ChatRequest)
     assert named is not None
     assert named == "" or named.startswith(field)
 
 
 @given(field=st.sampled_from(CompletionRequest.__struct_fields__), value=json_values)
-def test_any_value_of_a_field_of_a_completion(field: str, value: object) -> None:
+def test_the_error_for_any_value_names_the_field_of_a_completion(field: str, value: object) -> None:
     named = wrong_field(COMPLETION | {field: value}, CompletionRequest)
     assert named is not None
     assert named == "" or named.startswith(field)
 
 
 @given(field=st.sampled_from(ResponseRequest.__struct_fields__), value=json_values)
-def test_any_value_of_a_field_of_a_response(field: str, value: object) -> None:
+def test_the_error_for_any_value_names_the_field_of_a_response(field: str, value: object) -> None:
     named = wrong_field(RESPONSE | {field: value}, ResponseRequest)
     assert named is not None
     assert named == "" or named.startswith(field)
 
 
 @given(field=st.text(min_size=1, max_size=12).filter(lambda name: name not in ChatRequest.__struct_fields__))
-def test_any_other_field(field: str) -> None:
+def test_any_unknown_field_is_refused(field: str) -> None:
     assert wrong_field(CHAT | {field: 1}, ChatRequest)

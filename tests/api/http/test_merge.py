@@ -1,4 +1,4 @@
-"""Several iterators as one: order, limits, errors and closing."""
+"""Merged iterators: order, limits, errors and closing."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -23,7 +23,7 @@ async def fail_after(to: int) -> AsyncIterator[int]:
     raise ValueError("after all")
 
 
-async def test_each_source_keeps_its_order_and_all_is_there() -> None:
+async def test_all_items_arrive_and_each_source_keeps_its_order() -> None:
     async with merge_iterators([count(5, [], "a"), count(7, [], "b"), count(0, [], "c")]) as items:
         got = [item async for item in items]
     assert [number for index, number in got if index == 0] == list(range(5))
@@ -31,14 +31,14 @@ async def test_each_source_keeps_its_order_and_all_is_there() -> None:
     assert len(got) == 12
 
 
-async def test_an_error_comes_after_what_its_source_gave() -> None:
+async def test_an_error_comes_after_the_items_of_its_source() -> None:
     async with merge_iterators([fail_after(3)]) as items:
         assert [await anext(items) for _ in range(3)] == [(0, 0), (0, 1), (0, 2)]
         with pytest.raises(ValueError, match="after all"):
             await anext(items)
 
 
-async def test_a_quick_source_does_not_keep_out_the_others() -> None:
+async def test_a_fast_source_does_not_starve_the_others() -> None:
     async with merge_iterators([count(10**9, [], "a"), count(10**9, [], "b")], limit=4) as items:
         indices = [(await anext(items))[0] for _ in range(100)]
     assert indices.count(0) == pytest.approx(50, abs=8)
@@ -53,7 +53,7 @@ async def test_an_error_closes_the_other_sources() -> None:
     assert log[-1] == "a closed"
 
 
-async def test_a_reader_that_stops_closes_the_sources_and_they_never_ran_far_ahead() -> None:
+async def test_a_reader_that_stops_closes_the_sources_which_ran_only_to_the_limit() -> None:
     log: list[str] = []
     async with merge_iterators([count(10**9, log, "a")], limit=4) as items:
         await anext(items)
@@ -62,7 +62,7 @@ async def test_a_reader_that_stops_closes_the_sources_and_they_never_ran_far_ahe
     assert len(log) <= 1 + 4 + 2 + 1
 
 
-async def test_the_blocks_own_error_comes_out_as_it_is() -> None:
+async def test_an_error_of_the_block_is_raised_unchanged() -> None:
     log: list[str] = []
     with pytest.raises(KeyError):  # noqa: PT012
         async with merge_iterators([count(10**9, log, "a")]) as items:
@@ -104,7 +104,7 @@ async def test_a_task_beside_a_block_ends_with_it() -> None:
     assert ended.is_set()
 
 
-async def test_closing_takes_iterators_that_can_not_be_closed() -> None:
+async def test_closing_accepts_iterators_without_aclose() -> None:
     class One:
         def __aiter__(self) -> "One":
             return self

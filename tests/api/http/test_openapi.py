@@ -1,4 +1,4 @@
-"""The description is valid, whole, and that of the structs which requests are checked against."""
+"""The OpenAPI document is valid and complete, and matches the structs that validate requests."""
 
 from typing import Any
 
@@ -16,18 +16,18 @@ async def document(http: aiohttp.ClientSession) -> dict[str, Any]:
         return await response.json()
 
 
-async def test_it_is_valid(document: dict[str, Any]) -> None:
+async def test_the_document_is_valid(document: dict[str, Any]) -> None:
     OpenAPIV31SpecValidator(document).validate()
 
 
-async def test_it_has_every_route(document: dict[str, Any]) -> None:
+async def test_the_document_has_every_route(document: dict[str, Any]) -> None:
     described = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
     assert described == {(route.method, route.path.replace("{id:.+}", "{id}")) for route in ROUTES}
     ids = [operation["operationId"] for methods in document["paths"].values() for operation in methods.values()]
     assert len(set(ids)) == len(ids)
 
 
-async def test_it_knows_what_a_chat_takes(document: dict[str, Any]) -> None:
+async def test_the_fields_of_a_chat_are_described(document: dict[str, Any]) -> None:
     schema = document["components"]["schemas"]["ChatRequest"]
     assert schema["additionalProperties"] is False
     assert schema["required"] == ["model", "messages"]
@@ -39,7 +39,7 @@ async def test_it_knows_what_a_chat_takes(document: dict[str, Any]) -> None:
     assert content["text/event-stream"]["schema"]["$ref"].endswith("/ChatCompletionChunk")
 
 
-async def test_it_knows_how_an_answer_is_read_again(document: dict[str, Any]) -> None:
+async def test_reading_a_stored_answer_is_described(document: dict[str, Any]) -> None:
     operation = document["paths"]["/v1/responses/{id}"]["get"]
     assert {(one["name"], one["in"]) for one in operation["parameters"]} == {
         ("id", "path"), ("stream", "query"), ("starting_after", "query"), ("include", "query"), ("include_obfuscation", "query"),

@@ -16,7 +16,7 @@ def test_structs_and_plain_data_become_json() -> None:
         assert (response.status, response.content_type) == (200, "application/json")
 
 
-def test_status_and_headers_are_the_callers() -> None:
+def test_status_and_headers_are_those_of_the_caller() -> None:
     response = json_response({}, status=503, headers={"Retry-After": "1"})
     assert (response.status, response.headers["Retry-After"]) == (503, "1")
 

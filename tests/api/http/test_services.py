@@ -34,7 +34,7 @@ async def test_a_block_that_ends_in_time_is_not_interrupted() -> None:
     work.interrupt()
 
 
-async def test_a_blocks_own_timeout_is_not_taken_for_an_interrupt() -> None:
+async def test_a_timeout_inside_the_block_is_not_taken_for_an_interrupt() -> None:
     with pytest.raises(TimeoutError):
         async with InFlightRequests().interruptible():
             raise TimeoutError

@@ -1,4 +1,4 @@
-"""Event streams as they lie on the wire: opening, keep-alive, back-pressure, the end."""
+"""The bytes of event streams: opening, keep-alive, back-pressure and end."""
 
 import asyncio
 import re
@@ -37,7 +37,7 @@ class TestKeepAlive:
     def limits(self) -> ClientLimits:
         return ClientLimits(keep_alive_s=0.01)
 
-    async def test_comments_come_while_the_prompt_is_read(self, http: aiohttp.ClientSession) -> None:
+    async def test_comments_are_sent_during_the_prefill(self, http: aiohttp.ClientSession) -> None:
         async with http.post("/v1/chat/completions", json=CHAT | {"model": "prefills"}) as response:
             lines = [await response.content.readline() for _ in range(7)]
         assert lines[1].startswith(b"data: ")
@@ -49,7 +49,7 @@ class TestSlowReader:
     def limits(self) -> ClientLimits:
         return ClientLimits(write_s=0.2)
 
-    async def test_a_client_that_reads_nothing_stops_its_answer_and_is_let_go(
+    async def test_a_client_that_reads_nothing_is_disconnected_and_its_answers_end(
         self, server: Server, coordinator: Any, telemetry: Any
     ) -> None:
         _, writer = await asyncio.open_connection(*server.address, limit=1024)

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 
 from meshd.agents.service import Finished, TextDelta
-from meshd.api.openai.common_objects import CollectedAnswer, Usage, UsageCounter, collect, finish_name, shown
+from meshd.api.openai.common_objects import CollectedAnswer, Usage, UsageCounter, clamp_logprob, collect, finish_name
 from meshd.errors import Cancelled
 from meshd.types import FinishReason
 
@@ -22,19 +22,19 @@ def test_the_tokens_of_a_prompt_count_once_for_its_answers() -> None:
 
 
 @pytest.mark.parametrize(("reason", "name"), [(FinishReason.STOP, "stop"), (FinishReason.LENGTH, "length")])
-def test_ends_have_openais_names(reason: FinishReason, name: str) -> None:
+def test_finish_reasons_have_openais_names(reason: FinishReason, name: str) -> None:
     assert finish_name(finished(reason)) == name
 
 
 @pytest.mark.parametrize("reason", [FinishReason.CANCELLED, FinishReason.ERROR])
-def test_an_answer_that_was_cut_short_is_an_error(reason: FinishReason) -> None:
+def test_an_answer_whose_session_was_ended_is_an_error(reason: FinishReason) -> None:
     with pytest.raises(Cancelled):
         finish_name(finished(reason))
 
 
-def test_an_infinite_logprob_is_a_number_that_json_has() -> None:
-    assert shown(-math.inf) == -9999.0
-    assert shown(-0.5) == -0.5
+def test_an_infinite_logprob_becomes_a_finite_number() -> None:
+    assert clamp_logprob(-math.inf) == -9999.0
+    assert clamp_logprob(-0.5) == -0.5
 
 
 async def test_interleaved_answers_are_collected_in_order() -> None:

@@ -7,7 +7,7 @@ from meshd.errors import InvalidRequest
 from meshd.types import Objective, SamplingParams
 
 
-def test_defaults_are_openais() -> None:
+def test_defaults_are_those_of_openai() -> None:
     [one] = chat()
     assert one == GenerationRequest(
         model="m", prompt=(ChatMessage(role="user", content="hello"),), sampling=SamplingParams(temperature=1.0, seed=2**63 - 1)
@@ -18,7 +18,7 @@ def test_defaults_are_openais() -> None:
     assert response() == chat()[0]
 
 
-def test_everything_is_passed_on() -> None:
+def test_all_fields_reach_the_coordinator() -> None:
     sampling = {
         "temperature": 0.5, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "presence_penalty": 0.1, "frequency_penalty": 0.2,
         "repetition_penalty": 1.1, "seed": 7,

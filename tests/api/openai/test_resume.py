@@ -1,4 +1,4 @@
-"""A stream that broke off goes on at any peer, event by event as it would have been; who leaves frees what it held."""
+"""A broken stream can be resumed at any peer with the same events, and a client that disconnects frees what its answer held."""
 
 import asyncio
 import json
@@ -39,12 +39,12 @@ def id_of(text: str) -> str:
 
 
 def frames(text: str) -> list[str]:
-    """Each event as it lies on the wire, without comments."""
+    """Split a stream into the bytes of its events, without comments."""
     return [frame for frame in text.split("\n\n") if frame and not frame.startswith(":")]
 
 
 async def read_events(response: aiohttp.ClientResponse, count: int) -> str:
-    """So many events of a stream that goes on."""
+    """Read `count` events of a stream that has more."""
     text = ""
     while len(frames(text)) < count or not text.endswith("\n\n"):
         text += (await response.content.readline()).decode()
@@ -61,8 +61,8 @@ async def other(coordinator: WordsCoordinator) -> AsyncIterator[WordsCoordinator
 
 @pytest.fixture
 async def elsewhere(other: WordsCoordinator, telemetry: Any) -> AsyncIterator[aiohttp.ClientSession]:
-    """A client of that other peer."""
-    app = create_app(other, other, telemetry, api_key=None, clock=SystemClock())  # its mesh is not asked for
+    """A client of the other peer."""
+    app = create_app(other, other, telemetry, api_key=None, clock=SystemClock())  # no test requests a route of its mesh
     server = await serve(app, "127.0.0.1", 0)
     async with aiohttp.ClientSession(server.url, timeout=aiohttp.ClientTimeout(10)) as session:
         yield session
@@ -79,7 +79,7 @@ async def test_each_event_has_the_next_number(http: aiohttp.ClientSession, path:
 
 
 @each_route
-async def test_a_stream_goes_on_at_another_peer_after_every_event(
+async def test_a_stream_can_be_resumed_at_another_peer_after_every_event(
     http: aiohttp.ClientSession, elsewhere: aiohttp.ClientSession, path: str
 ) -> None:
     async with http.post(path, json=body(path)) as response:
@@ -98,7 +98,7 @@ async def test_a_stream_goes_on_at_another_peer_after_every_event(
 
 @each_route
 @pytest.mark.parametrize("count", [1, 2, 5, 9])
-async def test_a_broken_stream_goes_on_at_another_peer(
+async def test_a_broken_stream_is_resumed_at_another_peer(
     http: aiohttp.ClientSession, elsewhere: aiohttp.ClientSession, coordinator: Any, other: Any, path: str, count: int
 ) -> None:
     async with http.post(path, json=body(path, model="endless")) as response:
@@ -112,7 +112,7 @@ async def test_a_broken_stream_goes_on_at_another_peer(
 
 
 @each_route
-async def test_who_leaves_suspends_an_answer_and_does_not_end_it(http: aiohttp.ClientSession, coordinator: Any, path: str) -> None:
+async def test_a_client_that_disconnects_suspends_its_answer(http: aiohttp.ClientSession, coordinator: Any, path: str) -> None:
     async with http.post(path, json=body(path, model="prefills")) as response:
         session = response.headers["x-meshd-session"]
     await coordinator.until(lambda c: c.running == 0)
@@ -120,7 +120,9 @@ async def test_who_leaves_suspends_an_answer_and_does_not_end_it(http: aiohttp.C
 
 
 @each_route
-async def test_who_leaves_without_the_id_ends_the_answer(http: aiohttp.ClientSession, coordinator: Any, path: str) -> None:
+async def test_a_client_that_disconnects_without_the_id_cancels_its_answer(
+    http: aiohttp.ClientSession, coordinator: Any, path: str
+) -> None:
     asking = asyncio.create_task(http.post(path, json=whole(path, model="prefills")))
     await coordinator.until(lambda c: c.running == 1)
     asking.cancel()
@@ -129,7 +131,9 @@ async def test_who_leaves_without_the_id_ends_the_answer(http: aiohttp.ClientSes
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
-async def test_who_leaves_an_answer_that_is_not_stored_ends_it(http: aiohttp.ClientSession, coordinator: Any, path: str) -> None:
+async def test_a_client_that_disconnects_cancels_an_answer_that_is_not_stored(
+    http: aiohttp.ClientSession, coordinator: Any, path: str
+) -> None:
     async with http.post(path, json=body(path, model="endless", store=False)) as response:
         text = await read_events(response, 2)
     await coordinator.until(lambda c: c.running == 0)
@@ -139,7 +143,7 @@ async def test_who_leaves_an_answer_that_is_not_stored_ends_it(http: aiohttp.Cli
 
 
 @pytest.mark.parametrize(("path", "fields"), [("/v1/chat/completions", {"n": 2}), ("/v1/completions", {"prompt": ["a", "b"]})])
-async def test_several_answers_have_no_numbers_and_are_not_kept(
+async def test_several_answers_have_no_event_numbers_and_are_not_stored(
     http: aiohttp.ClientSession, coordinator: Any, path: str, fields: dict[str, Any]
 ) -> None:
     async with http.post(path, json=body(path, **fields)) as response:
@@ -152,7 +156,7 @@ async def test_several_answers_have_no_numbers_and_are_not_kept(
             assert response.status == 404
 
 
-async def test_the_id_of_another_kind_names_nothing(http: aiohttp.ClientSession, coordinator: Any) -> None:
+async def test_an_id_with_the_prefix_of_another_route_is_not_found(http: aiohttp.ClientSession, coordinator: Any) -> None:
     async with http.post("/v1/chat/completions", json=body("/v1/chat/completions", model="endless", max_tokens=4000)) as response:
         session = response.headers["x-meshd-session"]
         for answer_id in (f"resp_{session}", f"cmpl-{session}", session, f"chatcmpl-{session}0", "chatcmpl-", "resp_x"):
@@ -163,7 +167,7 @@ async def test_the_id_of_another_kind_names_nothing(http: aiohttp.ClientSession,
         assert coordinator.running == 1
 
 
-async def test_a_browser_goes_on_after_the_last_event_that_it_had(http: aiohttp.ClientSession) -> None:
+async def test_last_event_id_resumes_the_stream_after_that_event(http: aiohttp.ClientSession) -> None:
     async with http.post("/v1/chat/completions", json=body("/v1/chat/completions")) as response:
         text = await response.text()
     path = f"/v1/responses/{id_of(text)}?stream=true"
@@ -177,7 +181,9 @@ async def test_a_browser_goes_on_after_the_last_event_that_it_had(http: aiohttp.
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-async def test_the_whole_object_of_a_stream(http: aiohttp.ClientSession, elsewhere: aiohttp.ClientSession, path: str) -> None:
+async def test_the_whole_object_of_a_streamed_answer_can_be_read(
+    http: aiohttp.ClientSession, elsewhere: aiohttp.ClientSession, path: str
+) -> None:
     async with http.post(path, json=body(path, model="endless")) as response:
         text = await read_events(response, 3)
     async with elsewhere.get(f"/v1/responses/{id_of(text)}") as response:
@@ -188,7 +194,7 @@ async def test_the_whole_object_of_a_stream(http: aiohttp.ClientSession, elsewhe
     assert {**found, "id": "", "created": 0} == {**again, "id": "", "created": 0}
 
 
-async def test_a_reader_elsewhere_takes_the_answer_from_the_one_here(
+async def test_a_reader_at_another_peer_takes_over_the_answer(
     http: aiohttp.ClientSession, elsewhere: aiohttp.ClientSession, coordinator: Any, other: Any
 ) -> None:
     path = "/v1/chat/completions"
@@ -204,24 +210,24 @@ async def test_a_reader_elsewhere_takes_the_answer_from_the_one_here(
 
 
 @each_route
-async def test_an_error_in_mid_stream_says_how_to_go_on(http: aiohttp.ClientSession, elsewhere: Any, path: str) -> None:
+async def test_an_error_in_mid_stream_says_how_to_resume(http: aiohttp.ClientSession, elsewhere: Any, path: str) -> None:
     async with http.post(path, json=body(path, model="breaks")) as response:
         *events, last = frames(await response.text())
     assert "id: " not in last
     data = json.loads(last.partition("data: ")[2])
     message = data.get("error", data)["message"]
     assert "peer there is lost; send the request again" in message
-    way = re.search(r"go on with GET (\S+) at any peer", message)[1]
-    assert way.endswith(f"?stream=true&starting_after={len(events) - 1}")
-    async with elsewhere.get(way) as response:
+    resume_path = re.search(r"resume the answer with GET (\S+) at any peer", message)[1]
+    assert resume_path.endswith(f"?stream=true&starting_after={len(events) - 1}")
+    async with elsewhere.get(resume_path) as response:
         rest = frames(await response.text())
-    async with elsewhere.get(way.partition("&")[0]) as response:
+    async with elsewhere.get(resume_path.partition("&")[0]) as response:
         assert frames(await response.text()) == events + rest
     assert "length" in "".join(rest) or "max_output_tokens" in "".join(rest)
 
 
 @each_route
-async def test_an_error_of_a_whole_answer_says_how_to_go_on(http: aiohttp.ClientSession, path: str) -> None:
+async def test_an_error_of_a_whole_answer_says_how_to_resume(http: aiohttp.ClientSession, path: str) -> None:
     async with http.post(path, json=whole(path, model="breaks")) as response:
         assert response.status == 502
         message = (await response.json())["error"]["message"]
@@ -231,16 +237,18 @@ async def test_an_error_of_a_whole_answer_says_how_to_go_on(http: aiohttp.Client
 
 
 @each_route
-async def test_an_answer_that_failed_for_good_is_not_to_be_gone_on_with(http: aiohttp.ClientSession, path: str) -> None:
+async def test_an_answer_that_failed_for_good_has_no_hint_to_resume(http: aiohttp.ClientSession, path: str) -> None:
     async with http.post(path, json=body(path, model="fails")) as response:
         text = await response.text()
     assert "could not go on" in text
-    assert "go on with" not in text
+    assert "resume the answer" not in text
     async with http.get(f"/v1/responses/{id_of(text)}?stream=true") as response:
         assert await response.text() == text
 
 
-async def test_a_shutdown_says_how_to_go_on(http: aiohttp.ClientSession, server: Server, coordinator: Any, elsewhere: Any) -> None:
+async def test_the_error_of_a_shutdown_says_how_to_resume(
+    http: aiohttp.ClientSession, server: Server, coordinator: Any, elsewhere: Any
+) -> None:
     path = "/v1/chat/completions"
     asking = asyncio.create_task(http.post(path, json=whole(path, model="prefills")))
     await coordinator.until(lambda c: c.running == 1)
@@ -250,8 +258,8 @@ async def test_a_shutdown_says_how_to_go_on(http: aiohttp.ClientSession, server:
         text = begun + await response.text()
         await closing
     assert '"code":"cancelled"' in frames(text)[-1]
-    way = re.search(r"GET (\S+)", frames(text)[-1])[1]
-    async with elsewhere.get(way) as response:
+    resume_path = re.search(r"GET (\S+)", frames(text)[-1])[1]
+    async with elsewhere.get(resume_path) as response:
         assert frames(await read_events(response, 1))[0].startswith(f"id: {len(frames(text)) - 1}\n")
     error = (await (await asking).json())["error"]
     assert error["message"].endswith("?stream=true at any peer")
@@ -272,7 +280,7 @@ async def test_a_shutdown_says_how_to_go_on(http: aiohttp.ClientSession, server:
         ("limit=3", "limit"),
     ],
 )
-async def test_a_wrong_parameter_is_named(http: aiohttp.ClientSession, query: str, param: str) -> None:
+async def test_the_error_names_the_wrong_parameter(http: aiohttp.ClientSession, query: str, param: str) -> None:
     async with http.post("/v1/responses", json=whole("/v1/responses")) as response:
         answer_id = (await response.json())["id"]
     async with http.get(f"/v1/responses/{answer_id}?{query}") as response:
@@ -281,7 +289,7 @@ async def test_a_wrong_parameter_is_named(http: aiohttp.ClientSession, query: st
 
 
 @pytest.mark.parametrize("query", ["stream=false", "include_obfuscation=false", "include[]=message.output_text.logprobs"])
-async def test_parameters_that_change_nothing(http: aiohttp.ClientSession, query: str) -> None:
+async def test_neutral_parameters_are_accepted(http: aiohttp.ClientSession, query: str) -> None:
     asked = whole("/v1/responses", include=["message.output_text.logprobs"])
     async with http.post("/v1/responses", json=asked) as response:
         created = await response.json()
@@ -289,7 +297,7 @@ async def test_parameters_that_change_nothing(http: aiohttp.ClientSession, query
         assert await response.json() == created
 
 
-async def test_what_travels_with_the_record(http: aiohttp.ClientSession, coordinator: Any) -> None:
+async def test_a_request_for_one_answer_is_stored_with_its_renderer(http: aiohttp.ClientSession, coordinator: Any) -> None:
     for path in ASKED:
         async with http.post(path, json=whole(path)):
             pass

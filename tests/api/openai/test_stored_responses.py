@@ -14,27 +14,27 @@ COMPLETION = CompletionRenderer(**HEAD, logprobs=None, echoes=("ü",))
 
 
 @pytest.mark.parametrize("renderer", [CHAT, COMPLETION])
-def test_a_stored_renderer_is_read_as_it_was(renderer: AnyRenderer) -> None:
+def test_a_decoded_renderer_equals_the_encoded_one(renderer: AnyRenderer) -> None:
     assert decode_renderer(encode_renderer(renderer), renderer.prefix + SESSION) == renderer
 
 
 @pytest.mark.parametrize("edge", [b"", b"\xc1", encode_renderer(CHAT)[:-1], b"\x81\xa4form\xa5other", b"\x91" * 5000])
-def test_a_record_that_can_not_be_read_is_an_unknown_session(edge: bytes) -> None:
+def test_a_record_that_can_not_be_decoded_is_an_unknown_session(edge: bytes) -> None:
     with pytest.raises(UnknownSession):
         decode_renderer(edge, f"chatcmpl-{SESSION}")
 
 
-def test_an_id_of_another_route_names_nothing() -> None:
+def test_an_id_of_another_route_is_unknown() -> None:
     with pytest.raises(UnknownSession):
         decode_renderer(encode_renderer(CHAT), f"cmpl-{SESSION}")
 
 
-def test_an_answer_that_must_not_be_read_again_is_unknown() -> None:
+def test_an_answer_that_is_not_stored_is_unknown() -> None:
     with pytest.raises(UnknownSession):
         decode_renderer(encode_renderer(ChatRenderer(**HEAD, logprobs=False, store=False)), f"chatcmpl-{SESSION}")
 
 
-def test_the_session_is_the_ids_end() -> None:
+def test_the_session_is_the_end_of_the_answers_id() -> None:
     assert session_of(f"resp_{SESSION}") == SESSION
 
 

@@ -1,4 +1,4 @@
-"""Parts of made-up answers, for tests of the renderers."""
+"""Parts of invented answers, for tests of the renderers."""
 
 from typing import Any
 

@@ -6,7 +6,7 @@ CHAT = "/v1/chat/completions"
 
 
 def chat_events(*texts: str) -> list[bytes]:
-    """One event for each text, between those of the role and the end."""
+    """Make the events of a stream: the role, one delta for each text, the end, the usage and `[DONE]`."""
     deltas = [{"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}]
     deltas += [{"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]} for text in texts]
     deltas.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})

@@ -1,4 +1,4 @@
-"""The requests to the coordinator that bodies of each route become."""
+"""Convert bodies of each route to requests to the coordinator."""
 
 from typing import Any
 
@@ -13,26 +13,26 @@ from meshd.clock import SystemClock
 
 
 class FixedClock(SystemClock):
-    """Its random numbers have all bits set."""
+    """A clock whose random bytes have all bits set."""
 
     def random_bytes(self, count: int) -> bytes:
         return b"\xff" * count
 
 
 def chat(**fields: Any) -> list[GenerationRequest]:
-    """Those of a chat."""
+    """Convert the body of a chat, with these fields changed."""
     body = {"model": "m", "messages": [{"role": "user", "content": "hello"}]} | fields
     return decode_body(msgspec.json.encode(body), ChatRequest).generation_requests(FixedClock())
 
 
 def completion(**fields: Any) -> list[GenerationRequest]:
-    """Those of a completion."""
+    """Convert the body of a text completion, with these fields changed."""
     body = {"model": "m", "prompt": "hello"} | fields
     return decode_body(msgspec.json.encode(body), CompletionRequest).generation_requests(FixedClock())
 
 
 def response(**fields: Any) -> GenerationRequest:
-    """That of a response."""
+    """Convert the body of a response, with these fields changed."""
     body = {"model": "m", "input": "hello"} | fields
     [one] = decode_body(msgspec.json.encode(body), ResponseRequest).generation_requests(FixedClock())
     return one

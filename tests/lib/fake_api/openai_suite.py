@@ -1,7 +1,7 @@
-"""Chats and completions by OpenAI's own Python client, unmodified, against any daemon.
+"""Tests of chats and text completions with OpenAI's own, unmodified Python client.
 
-The tests use the fixtures `base_url`, `model`, `api_key` and `openai_client`, so that the same tests run against the API alone and
-against real daemons.
+They use only the fixtures `base_url`, `model`, `api_key` and `openai_client`, so that they run against a server of test fixtures
+and against real daemons.
 """
 
 import asyncio
@@ -69,7 +69,7 @@ async def test_stream_ends_with_usage_when_asked(openai_client: AsyncOpenAI, mod
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
-async def test_the_same_seed_gives_the_same_answer_and_another_seed_another(openai_client: AsyncOpenAI, model: str) -> None:
+async def test_only_the_same_seed_gives_the_same_answer(openai_client: AsyncOpenAI, model: str) -> None:
     async def ask(seed: int) -> str:
         answer = await openai_client.chat.completions.create(model=model, messages=MESSAGES, max_tokens=24, seed=seed)
         return answer.choices[0].message.content
@@ -79,7 +79,7 @@ async def test_the_same_seed_gives_the_same_answer_and_another_seed_another(open
     assert first != other
 
 
-async def test_no_seed_is_a_random_seed(openai_client: AsyncOpenAI, model: str) -> None:
+async def test_without_a_seed_answers_differ(openai_client: AsyncOpenAI, model: str) -> None:
     async def ask() -> str:
         answer = await openai_client.completions.create(
             model=model, prompt="Once upon", max_tokens=32, temperature=2, extra_body={"ignore_eos": True}
@@ -89,7 +89,7 @@ async def test_no_seed_is_a_random_seed(openai_client: AsyncOpenAI, model: str) 
     assert len({await ask() for _ in range(3)}) > 1
 
 
-async def test_n_answers_are_those_of_seed_and_the_next(openai_client: AsyncOpenAI, model: str) -> None:
+async def test_n_answers_have_consecutive_seeds(openai_client: AsyncOpenAI, model: str) -> None:
     asked = {"model": model, "messages": MESSAGES, "max_tokens": 10}
     three = await openai_client.chat.completions.create(**asked, n=3, seed=40)
     assert [choice.index for choice in three.choices] == [0, 1, 2]
@@ -99,7 +99,7 @@ async def test_n_answers_are_those_of_seed_and_the_next(openai_client: AsyncOpen
     assert three.usage.prompt_tokens == alone.usage.prompt_tokens
 
 
-async def test_n_answers_stream_side_by_side(openai_client: AsyncOpenAI, model: str) -> None:
+async def test_n_answers_are_streamed_at_the_same_time(openai_client: AsyncOpenAI, model: str) -> None:
     asked = {"model": model, "messages": MESSAGES, "max_tokens": 10, "n": 2, "seed": 3}
     whole = await openai_client.chat.completions.create(**asked)
     texts, finishes = ["", ""], []
@@ -120,7 +120,7 @@ async def test_max_completion_tokens_ends_the_answer(openai_client: AsyncOpenAI,
     assert answer.usage.completion_tokens == 3
 
 
-async def test_stop_text_ends_the_answer_and_is_not_in_it(openai_client: AsyncOpenAI, model: str) -> None:
+async def test_a_stop_text_ends_the_answer_and_is_not_part_of_it(openai_client: AsyncOpenAI, model: str) -> None:
     asked = {"model": model, "messages": MESSAGES, "max_tokens": 24, "seed": 5}
     free = (await openai_client.chat.completions.create(**asked)).choices[0].message.content
     stop = free[len(free) // 2 : len(free) // 2 + 3]
@@ -146,13 +146,13 @@ async def test_chat_logprobs(openai_client: AsyncOpenAI, model: str) -> None:
     assert all(math.isclose(one.logprob, other.logprob, abs_tol=1e-3) for one, other in zip(streamed, tokens, strict=True))
 
 
-async def test_chat_logprobs_without_the_likeliest(openai_client: AsyncOpenAI, model: str) -> None:
+async def test_chat_logprobs_without_top_logprobs(openai_client: AsyncOpenAI, model: str) -> None:
     answer = await openai_client.chat.completions.create(model=model, messages=MESSAGES, max_tokens=3, logprobs=True)
     assert answer.choices[0].logprobs.content
     assert all(token.top_logprobs == [] for token in answer.choices[0].logprobs.content)
 
 
-async def test_an_answer_can_be_sent_back(openai_client: AsyncOpenAI, model: str) -> None:
+async def test_an_answer_can_be_part_of_the_next_request(openai_client: AsyncOpenAI, model: str) -> None:
     first = await openai_client.chat.completions.create(model=model, messages=MESSAGES, max_tokens=4)
     again = [*MESSAGES, first.choices[0].message, {"role": "user", "content": [{"type": "text", "text": "And more?"}]}]
     second = await openai_client.chat.completions.create(model=model, messages=again, max_tokens=4)
@@ -186,8 +186,8 @@ async def test_completion_logprobs(openai_client: AsyncOpenAI, model: str) -> No
     for token, logprob, top in zip(shown.tokens, shown.token_logprobs, shown.top_logprobs, strict=True):
         assert top[token] == pytest.approx(logprob)
     chunks = [chunk async for chunk in await openai_client.completions.create(**asked, stream=True)]
-    pieces = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
-    assert [offset for piece in pieces for offset in piece.text_offset] == shown.text_offset
+    parts = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
+    assert [offset for part in parts for offset in part.text_offset] == shown.text_offset
 
 
 async def test_completions_of_several_prompts(openai_client: AsyncOpenAI, model: str) -> None:
@@ -235,7 +235,7 @@ async def test_unknown_model_is_not_found(openai_client: AsyncOpenAI) -> None:
         await openai_client.models.retrieve("no-such-model")
 
 
-async def test_prompt_over_the_context_is_refused(openai_client: AsyncOpenAI, model: str) -> None:
+async def test_a_prompt_longer_than_the_context_is_refused(openai_client: AsyncOpenAI, model: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         await openai_client.completions.create(model=model, prompt="word " * 200_000)
     assert caught.value.code == "context_length_exceeded"
@@ -255,7 +255,9 @@ async def test_prompt_over_the_context_is_refused(openai_client: AsyncOpenAI, mo
         ({"extra_body": {"mesh": {"no_such_field": 1}}}, "mesh.no_such_field"),
     ],
 )
-async def test_a_wrong_field_is_named(openai_client: AsyncOpenAI, model: str, fields: dict[str, object], param: str) -> None:
+async def test_the_error_names_the_wrong_field(
+    openai_client: AsyncOpenAI, model: str, fields: dict[str, object], param: str
+) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         await openai_client.chat.completions.create(model=model, messages=MESSAGES, **fields)
     assert caught.value.param == param
@@ -280,9 +282,7 @@ async def test_synchronous_client(base_url: str, model: str, api_key: str | None
     assert await asyncio.to_thread(ask)
 
 
-async def test_a_broken_chat_goes_on_where_it_was(
-    openai_client: AsyncOpenAI, base_url: str, model: str, api_key: str | None
-) -> None:
+async def test_a_broken_chat_can_be_resumed(openai_client: AsyncOpenAI, base_url: str, model: str, api_key: str | None) -> None:
     asked = {"model": model, "messages": MESSAGES, "max_tokens": 24, "seed": 11}
     whole = await openai_client.chat.completions.create(**asked, extra_body={"ignore_eos": True})
     headers = {"Authorization": f"Bearer {api_key or 'none'}"}
@@ -306,7 +306,7 @@ async def test_a_broken_chat_goes_on_where_it_was(
 
 
 async def _numbered(response: aiohttp.ClientResponse, count: int | None = None) -> list[tuple[int, dict[str, Any]]]:
-    """So many events, or all up to `[DONE]`, with the numbers of their `id:` lines."""
+    """Read `count` events, or all up to `[DONE]`. Returns: (number of the `id:` line, data) of each."""
     assert response.status == 200, await response.text()
     events: list[tuple[int, dict[str, Any]]] = []
     number = -1

@@ -1,4 +1,4 @@
-"""Responses by OpenAI's own Python client, unmodified, against any daemon: the other half of `openai_suite`."""
+"""Tests of responses with OpenAI's own, unmodified Python client, as in `openai_suite`."""
 
 import asyncio
 from typing import Any
@@ -28,7 +28,7 @@ async def test_a_response_is_whole(openai_client: AsyncOpenAI, model: str) -> No
     assert await openai_client.responses.retrieve(whole.id) == whole
 
 
-async def test_a_response_is_what_a_chat_answers(openai_client: AsyncOpenAI, model: str) -> None:
+async def test_a_response_has_the_same_text_as_a_chat(openai_client: AsyncOpenAI, model: str) -> None:
     chat = await openai_client.chat.completions.create(model=model, messages=MESSAGES, max_tokens=12, seed=3)
     asked = {"model": model, "max_output_tokens": 12, "extra_body": {"seed": 3}}
     by_messages = await openai_client.responses.create(input=MESSAGES, **asked)
@@ -41,7 +41,7 @@ async def test_a_response_is_what_a_chat_answers(openai_client: AsyncOpenAI, mod
     assert by_messages.usage.input_tokens == chat.usage.prompt_tokens
 
 
-async def test_a_response_can_be_sent_back(openai_client: AsyncOpenAI, model: str) -> None:
+async def test_a_response_can_be_part_of_the_next_request(openai_client: AsyncOpenAI, model: str) -> None:
     first = await openai_client.responses.create(model=model, **RESPONSE)
     again = [{"role": "user", "content": RESPONSE["input"]}, *first.output, {"role": "user", "content": "And more?"}]
     second = await openai_client.responses.create(model=model, input=again, max_output_tokens=4)
@@ -85,7 +85,7 @@ async def test_response_logprobs(openai_client: AsyncOpenAI, model: str) -> None
     assert [token.token for token in streamed] == [token.token for token in tokens]
 
 
-async def test_a_broken_response_goes_on_where_it_was(openai_client: AsyncOpenAI, model: str) -> None:
+async def test_a_broken_response_can_be_resumed(openai_client: AsyncOpenAI, model: str) -> None:
     whole = await openai_client.responses.create(model=model, **RESPONSE)
     stream = await openai_client.responses.create(model=model, stream=True, **RESPONSE)
     begun = [await anext(stream) for _ in range(9)]
@@ -102,28 +102,28 @@ async def test_a_broken_response_goes_on_where_it_was(openai_client: AsyncOpenAI
     assert again == events
 
 
-async def test_a_response_in_the_background(openai_client: AsyncOpenAI, model: str) -> None:
+async def test_a_response_in_the_background_can_be_polled(openai_client: AsyncOpenAI, model: str) -> None:
     whole = await openai_client.responses.create(model=model, **RESPONSE)
     seen = await openai_client.responses.create(model=model, background=True, **RESPONSE)
     assert seen.background
     assert seen.status in ("queued", "in_progress")
-    seen = await _over(openai_client, seen.id)
+    seen = await _ended(openai_client, seen.id)
     assert (seen.status, seen.output_text, seen.usage) == ("incomplete", whole.output_text, whole.usage)
 
 
-async def test_a_response_in_the_background_streams_and_goes_on_alone(openai_client: AsyncOpenAI, model: str) -> None:
+async def test_a_response_in_the_background_continues_without_its_stream(openai_client: AsyncOpenAI, model: str) -> None:
     stream = await openai_client.responses.create(model=model, background=True, stream=True, **RESPONSE)
     begun = [await anext(stream) for _ in range(5)]
     await stream.close()
     answer_id = begun[0].response.id
-    whole = await _over(openai_client, answer_id)
+    whole = await _ended(openai_client, answer_id)
     rest = [event async for event in await openai_client.responses.retrieve(answer_id, stream=True, starting_after=4)]
     assert [event.sequence_number for event in begun + rest] == list(range(5 + len(rest)))
     assert rest[-1].response == whole
 
 
-async def _over(client: AsyncOpenAI, answer_id: str) -> Response:
-    """What a response in the background has become."""
+async def _ended(client: AsyncOpenAI, answer_id: str) -> Response:
+    """Wait until a response in the background has ended."""
     async with asyncio.timeout(60):
         while True:
             seen = await client.responses.retrieve(answer_id)
@@ -140,7 +140,7 @@ async def test_a_response_in_the_background_is_cancelled(openai_client: AsyncOpe
     assert (await openai_client.responses.cancel(begun.id)).status == "cancelled"
 
 
-async def test_only_the_background_is_cancelled(openai_client: AsyncOpenAI, model: str) -> None:
+async def test_only_responses_in_the_background_can_be_cancelled(openai_client: AsyncOpenAI, model: str) -> None:
     whole = await openai_client.responses.create(model=model, **RESPONSE)
     with pytest.raises(openai.BadRequestError):
         await openai_client.responses.cancel(whole.id)
@@ -173,7 +173,7 @@ async def test_a_response_that_is_not_stored_is_not_found(openai_client: AsyncOp
         ({"truncation": "auto"}, "truncation"),
     ],
 )
-async def test_a_wrong_field_of_a_response_is_named(
+async def test_the_error_names_the_wrong_field_of_a_response(
     openai_client: AsyncOpenAI, model: str, fields: dict[str, Any], param: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as caught:

@@ -1,4 +1,4 @@
-"""A real HTTP server on a thread of its own, giving the rows that a daemon gives."""
+"""A real HTTP server with fixed answers in place of a daemon, on its own thread."""
 
 import asyncio
 import threading
@@ -15,7 +15,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass
 class Api:
-    """Routes may be set until the first request; what was asked is kept."""
+    """The routes of the server, which must be set before the first request, and the requests that it received."""
 
     routes: dict[tuple[str, str], Handler] = field(default_factory=dict)
     bodies: list[Any] = field(default_factory=list)
@@ -23,7 +23,7 @@ class Api:
     url: str = ""
 
     def answer(self, method: str, path: str, document: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        """One JSON document."""
+        """Answer requests of this route with a JSON document."""
 
         async def handler(_: web.Request) -> web.Response:
             return web.json_response(document, status=status, headers=headers)
@@ -31,7 +31,7 @@ class Api:
         self.routes[method, path] = handler
 
     def stream(self, path: str, chunks: list[bytes], headers: dict[str, str] | None = None) -> None:
-        """Server-sent events, one write for each chunk."""
+        """Answer POST requests of this path with a stream of server-sent events, one write for each chunk."""
 
         async def handler(request: web.Request) -> web.StreamResponse:
             response = web.StreamResponse(headers={"Content-Type": "text/event-stream", **(headers or {})})

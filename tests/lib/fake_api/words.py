@@ -1,4 +1,4 @@
-"""Coordinators that make up their words, and share their records as the peers of a mesh do: for tests of the edge alone."""
+"""Coordinators that invent their answers and share records as the peers of a cluster do, for tests of the HTTP API alone."""
 
 import asyncio
 import random
@@ -24,7 +24,7 @@ from meshd.types import FinishReason, ModelCard, ModelId, ModelSpec, SessionId
 VOCABULARY = (" the", " a", " mesh", " of", " small", " devices", " answers", " as", " one", " große", " 数", " stream", " and")
 CONTEXT = 4096
 PACE_S = 0.001
-"""What a token takes in the background, so that there is a middle to be in."""
+"""Time of a token in the background, so that tests can act in the middle of an answer."""
 
 REFUSALS: dict[str, Callable[[], MeshdError | Exception]] = {
     "busy": lambda: Overloaded("the queue is full", retry_after_s=2.5),
@@ -53,7 +53,7 @@ CARD = ModelCard(
 
 @dataclass
 class Record:
-    """What all peers know of an answer."""
+    """The record of an answer, which all peers share."""
 
     session: SessionId
     request: GenerationRequest
@@ -64,11 +64,11 @@ class Record:
     error: MeshdError | None = None
     faults: int = 0
     at: "WordsGeneration | None" = None
-    """The peer that continues it now."""
+    """The answer on the peer that continues it now."""
 
 
 class WordsGeneration:
-    """An answer at one peer. Its readers draw the words, or a task does if it runs in the background."""
+    """An answer on one peer. Its readers draw the words; in the background, a task does."""
 
     predicted_tpot_s = 0.0125
 
@@ -99,8 +99,8 @@ class WordsGeneration:
     def so_far(self) -> tuple[tuple[TextDelta, ...], Finished | None]:
         return tuple(self.record.made), self.record.finished
 
-    def go_on(self) -> None:
-        """Take over the answer; its previous reader gets nothing more."""
+    def take_over(self) -> None:
+        """Take over the answer. Its previous reader gets no more events."""
         before, self.record.at = self.record.at, self
         if before is not None and before is not self:
             before.count(False)
@@ -144,7 +144,7 @@ class WordsGeneration:
                 self._end("suspended")
 
     async def _step(self, read: int) -> None:
-        """One more word. Raises: what ended the answer here."""
+        """Make one more word. Raises: the error that ended the answer on this peer."""
         record = self.record
         async with self._turn:
             if record.at is not self:
@@ -182,7 +182,7 @@ class WordsGeneration:
 
     def _draw(self) -> None:
         request, made = self.record.request, self.record.made
-        # Each word by its place, so that any peer draws the same.
+        # The random numbers depend only on the position, so that every peer draws the same words.
         picks = random.Random(f"{request.sampling.seed if request.sampling.temperature else 0}:{len(made)}")
         token = picks.randrange(len(VOCABULARY))
         text = "".join(delta.text for delta in made[-64:]) + VOCABULARY[token]
@@ -213,7 +213,7 @@ class WordsGeneration:
         return (one(token, -1.0, tuple(one(token + rank, -1.0 - rank) for rank in range(count))),)
 
     async def run(self) -> None:
-        """In the background."""
+        """Make all words, for an answer in the background."""
         while self.record.at is self and self.runs:
             await asyncio.sleep(PACE_S)
             async with self._turn:
@@ -225,26 +225,26 @@ class WordsCoordinator:
     """Answers with words drawn by the request's seed. Some model names make it fail or wait, to test what clients receive."""
 
     def __init__(self, name: str = "here", records: dict[SessionId, Record] | None = None) -> None:
-        """Those that share `records` are peers of one mesh."""
+        """Coordinators that share `records` are peers of one cluster."""
         self.name = name
         self.records = {} if records is None else records
         self.running = 0
         self.waiting = 0
         self.ready: tuple[bool, float, str] = (True, 1.0, "")
         self.requests: list[GenerationRequest] = []
-        self._condition: list[tuple[Callable[[WordsCoordinator], bool], asyncio.Event]] = []
+        self._conditions: list[tuple[Callable[[WordsCoordinator], bool], asyncio.Event]] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
     def changed(self, by: int = 0) -> None:
         self.running += by
-        for holds, event in self._condition:
+        for holds, event in self._conditions:
             if holds(self):
                 event.set()
 
-    async def until(self, holds: Callable[["WordsCoordinator"], bool], within_s: float = 1.0) -> None:
-        """Raises: TimeoutError."""
+    async def until(self, holds: Callable[["WordsCoordinator"], bool], within_s: float = 5.0) -> None:
+        """Wait until the condition `holds`. Raises: TimeoutError after `within_s`, by default long enough for a busy machine."""
         event = asyncio.Event()
-        self._condition.append((holds, event))
+        self._conditions.append((holds, event))
         self.changed()
         async with asyncio.timeout(within_s):
             await event.wait()
@@ -270,11 +270,11 @@ class WordsCoordinator:
             await self._wait()
         record = Record(SessionId(random.randbytes(16).hex()), request, tokens)
         self.records[record.session] = record
-        return self._go_on(record)
+        return self._continue(record)
 
     async def resume(self, session: SessionId) -> WordsGeneration:
         await asyncio.sleep(0)
-        return self._go_on(self._find(session))
+        return self._continue(self._find(session))
 
     async def look(self, session: SessionId) -> WordsGeneration:
         await asyncio.sleep(0)
@@ -287,9 +287,9 @@ class WordsCoordinator:
         if forget:
             del self.records[session]
 
-    def _go_on(self, record: Record) -> WordsGeneration:
+    def _continue(self, record: Record) -> WordsGeneration:
         mine = record.at if record.at is not None and record.at._owner is self else WordsGeneration(self, record)
-        mine.go_on()
+        mine.take_over()
         if record.request.background:
             task = asyncio.create_task(mine.run())
             self._tasks.add(task)

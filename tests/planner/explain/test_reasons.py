@@ -14,7 +14,7 @@ def binding_names(problem: PlanInput) -> list[str]:
     return [row.constraint for row in bindings(problem, solve(problem))]
 
 
-def test_memory_that_binds_is_named_with_its_peer() -> None:
+def test_binding_memory_is_reported_with_its_peer() -> None:
     problem = make_problem(make_peer("big", decode_gb_s=2.0), make_peer("quick", decode_gb_s=100.0, memory=SMALL))
     solution = solve(problem)
     [binding] = bindings(problem, solution)
@@ -58,7 +58,7 @@ def test_there_is_no_runner_up_for_the_only_peer_or_for_given_stages() -> None:
     assert runner_up(given, solve(given)) is None
 
 
-def test_each_peer_left_out_has_its_reason() -> None:
+def test_each_excluded_peer_has_its_reason() -> None:
     problem = make_problem(
         make_peer("a"),
         make_peer("attic", roles=("storage",)),
@@ -70,7 +70,7 @@ def test_each_peer_left_out_has_its_reason() -> None:
     rows = {row.name: row for row in excluded_peers(problem, solution)}
     assert rows["attic"].reason == "its role leaves out compute"
     assert rows["new"].reason == "its rates are not measured yet"
-    assert rows["tiny"].reason.startswith("it has room for no layer: 1.0 MiB may be used")
+    assert rows["tiny"].reason.startswith("no layer fits: 1.0 MiB may be used")
     assert rows["slow"].reason.startswith("it would slow the plan down: TPOT")
     assert rows["slow"].value_with_it is not None
     assert rows["slow"].value_with_it > solution.value
@@ -78,7 +78,7 @@ def test_each_peer_left_out_has_its_reason() -> None:
     assert "a" not in rows
 
 
-def test_a_peer_that_given_stages_leave_out_has_that_reason() -> None:
+def test_given_stages_are_the_reason_for_other_peers() -> None:
     a, b = make_peer("a"), make_peer("b")
     problem = make_problem(a, b, stages=parse_stages("a:0-30", (a, b), 30))
     [row] = excluded_peers(problem, solve(problem))

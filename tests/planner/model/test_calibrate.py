@@ -26,7 +26,7 @@ def test_a_steady_error_is_learned(true: float) -> None:
     assert ratio.value == pytest.approx(true, rel=1e-3)
 
 
-def test_far_off_predictions_are_flagged() -> None:
+def test_a_ratio_far_from_1_is_flagged() -> None:
     near, far = Ratio(), Ratio()
     for _ in range(20):
         near, far = near.observed(1.2, 1.0), far.observed(9.0, 1.0)
@@ -41,7 +41,7 @@ def test_one_wild_sample_moves_little() -> None:
     assert Ratio().observed(1e-6, 1.0).value == pytest.approx(0.9)
 
 
-def test_samples_without_a_time_change_nothing() -> None:
+def test_samples_with_a_time_of_zero_or_less_are_ignored() -> None:
     assert Ratio().observed(0.0, 1.0) == Ratio().observed(1.0, 0.0) == Ratio().observed(-1.0, 1.0) == Ratio()
 
 

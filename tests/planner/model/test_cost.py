@@ -74,7 +74,7 @@ def test_chunking(prompt: int, expected: tuple[int, float]) -> None:
     assert cost.chunking(prompt, 128) == expected
 
 
-def test_a_pipeline_is_what_an_event_by_event_run_gives() -> None:
+def test_pipelined_time_equals_that_of_an_event_by_event_simulation() -> None:
     times, chunks = [3.0, 7.0, 2.0, 5.0], 6
     finished = [0.0] * len(times)
     for _ in range(chunks):
@@ -85,7 +85,7 @@ def test_a_pipeline_is_what_an_event_by_event_run_gives() -> None:
     assert cost.pipelined_s(times, times, chunks) == finished[-1]
 
 
-def test_shard_fraction_counts_heads_and_the_tokens_that_are_there() -> None:
+def test_shard_fraction_counts_heads_and_tokens_up_to_the_position() -> None:
     layers = LayerRange(0, 1)
     half_heads = AttentionShard(peer="b", layers=layers, kv_heads=(0, 1))
     late = AttentionShard(peer="b", layers=layers, tokens=(50, 100))
@@ -101,7 +101,7 @@ def test_wire_bytes_of_a_shard_follow_laminas_rule() -> None:
     assert there + back - 4 * TINY.heads == (2 + 2 / group) * 2 * width
 
 
-def test_a_shard_pays_for_both_ways_and_for_its_kv() -> None:
+def test_the_time_of_a_shard_has_both_hops_and_its_kv() -> None:
     owner, holder = make_peer("a"), make_peer("b", attention_gb_s=1e-6)
     links = {
         (owner.id, holder.id): LinkStats(rtt_s=2.0, bandwidth_bytes_s=1e12),
@@ -112,7 +112,7 @@ def test_a_shard_pays_for_both_ways_and_for_its_kv() -> None:
     assert seconds == pytest.approx(1.0 + 4.0 + 0.5 * 10 * 100 / 1000)
 
 
-def test_times_are_one_per_layer() -> None:
+def test_each_layer_has_one_time() -> None:
     card, peer = make_card(5), make_peer("a")
     assert cost.layer_decode_s(peer, card).shape == cost.layer_prefill_s(peer, card, 9, 0).shape == (5,)
     assert cost.layer_decode_s(peer, card).dtype == np.float64

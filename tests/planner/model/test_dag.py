@@ -30,7 +30,7 @@ def shard(
 SHARDED = (shard(2, (2, 3), (0, 2)), shard(1, (2, 3), (2, 3), (0, 60)), shard(0, (2, 3), (2, 3), (60, 100)))
 
 
-def test_without_shards_every_attention_is_with_its_stage(problem: PlanInput) -> None:
+def test_without_shards_each_stage_computes_its_own_attention(problem: PlanInput) -> None:
     dag = draw(problem, stages())
     kinds = [node.kind for node in dag.nodes]
     assert kinds == [NodeKind.EMBED, *[NodeKind.PROJECT, NodeKind.ATTEND, NodeKind.MIX] * 4, NodeKind.HEAD]
@@ -41,7 +41,7 @@ def test_without_shards_every_attention_is_with_its_stage(problem: PlanInput) ->
 
 
 def longest_path_s(dag: Dag) -> float:
-    """Seconds of the longest path, nodes and edges."""
+    """Return the seconds of the longest path, over nodes and edges."""
     done: dict[int, float] = {}
     for node in dag.nodes:
         entering = (done[edge.source] + edge.seconds for edge in dag.edges if edge.target == node.id)
@@ -72,7 +72,7 @@ def test_shards_become_nodes_with_edges_both_ways(problem: PlanInput) -> None:
 
 
 def broken(dag: Dag) -> list[Dag]:
-    """The DAG with each of these faults."""
+    """Return copies of the DAG, each with one fault."""
     nodes, edges = list(dag.nodes), list(dag.edges)
     replace = msgspec.structs.replace
     return [

@@ -73,7 +73,7 @@ def test_the_slowest_shard_of_a_layer_counts(problem: PlanInput) -> None:
     assert sharded.attend_s[1] == estimate(problem, stages()).stages[1].attend_s[1]
 
 
-def test_how_each_link_is_known_is_reported(problem: PlanInput) -> None:
+def test_the_source_of_each_link_is_reported(problem: PlanInput) -> None:
     backwards = Network({("b-id", "a-id"): problem.network.stats["b-id", "a-id"]})
     predicted = estimate(msgspec.structs.replace(problem, network=backwards), stages())
     assert (predicted.hops[0].link, predicted.back.link) == ("measured backwards", "measured")

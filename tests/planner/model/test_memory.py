@@ -21,7 +21,7 @@ def stage(start: int, end: int, *attention: AttentionShard) -> StagePlan:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_table_counts_as_single_stages_do(tied: bool) -> None:
+def test_the_table_agrees_with_single_stages(tied: bool) -> None:
     card = make_card(6, layer_bytes=[100, 2000, 30, 4000, 50, 600], tied=tied)
     problem = make_problem(make_peer("a"), card=card, context=77)
     table = memory_table(problem)
@@ -54,7 +54,7 @@ def test_kv_grows_with_context_and_layers() -> None:
     assert stage_memory(problem, stage(3, 8)).kv_bytes == 1000 * 5 * 2 * 3 * 64 * 4
 
 
-def test_kv_of_a_shard_leaves_its_stage() -> None:
+def test_kv_of_a_shard_is_not_counted_on_its_stage() -> None:
     problem = make_problem(make_peer("a"), make_peer("b"), context=900)
     away = AttentionShard(peer="b-id", layers=LayerRange(0, 2), kv_heads=(0, 1), tokens=(300, 900))
     here = AttentionShard(peer="a-id", layers=LayerRange(0, 2), kv_heads=(1, 3))
@@ -64,7 +64,7 @@ def test_kv_of_a_shard_leaves_its_stage() -> None:
     assert stage_memory(problem, stage(0, 4, away, here)).kv_bytes == whole - size
 
 
-def test_what_a_peer_holds_of_the_model_is_room_for_the_model() -> None:
+def test_memory_of_the_models_own_holdings_counts_as_capacity() -> None:
     held = make_holding(0, 10, kv_tokens=100)
     size = held.weight_bytes + 100 * 10 * 1536
     peer = make_peer("a", memory=1000, holdings=(held, make_holding(10, 20, state="failed")))

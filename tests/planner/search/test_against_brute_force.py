@@ -1,6 +1,6 @@
-"""The solver against every ordered subset of the peers with every cut, on 1,000 random clusters.
+"""The solver against every chain (all ordered subsets of the peers with all cuts), on 1,000 random clusters.
 
-The oracle shares no arithmetic with the planner: it counts bytes and seconds from the card and the rates by itself.
+The oracle shares no arithmetic with the planner: it computes bytes and seconds from the card and the rates with its own code.
 """
 
 import math
@@ -25,7 +25,7 @@ MOST_PEERS = 6
 
 
 class Oracle:
-    """Values of all candidate plans of one question."""
+    """The values of all possible plans for one problem."""
 
     def __init__(self, problem: PlanInput) -> None:
         self.problem = problem
@@ -45,17 +45,17 @@ class Oracle:
                     self.chunk[place, start, end] = self._chunk(peer, start, end)
 
     def best(self, objective: Objective) -> float:
-        """The least value over all plans; inf if there is none."""
+        """Return the least value over all plans; inf if there is no plan."""
         return min((float(self._values(objective, *plans).min()) for plans in self._plans()), default=np.inf)
 
     def least_missing(self) -> int:
-        """Bytes that the plan which lacks least lacks in total."""
+        """Return the least total of missing bytes over all plans."""
         return min(
             int(self.missing[order[:, None, :], low[None], high[None]].sum(axis=2).min()) for order, low, high in self._plans()
         )
 
     def _plans(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """For each number of stages: every order of peers `[orders, stages]`, every cut's starts and ends `[cuts, stages]`."""
+        """Yield, for each number of stages: all orders of peers `[orders, stages]`, all starts and all ends `[cuts, stages]`."""
         for count in range(max(1, self.problem.min_peers), min(len(self.peers), self.layers) + 1):
             order = np.array(list(permutations(range(len(self.peers)), count)))
             cuts = np.array([(0, *inner, self.layers) for inner in combinations(range(1, self.layers), count - 1)])
@@ -150,7 +150,7 @@ class Oracle:
 
 
 def answer(problem: PlanInput) -> Solution | None:
-    """The solver's, or None when it says that nothing fits."""
+    """Return the solver's solution, or None if it finds none."""
     try:
         return solve(problem)
     except (DoesNotFit, NotReady, Overloaded, NoPeer):
@@ -178,7 +178,7 @@ def test_every_objective_is_optimal_on_random_clusters(part: int) -> None:
 
 
 def missing(problem: PlanInput) -> int | None:
-    """Missing bytes as the solver's error states them; None: another answer."""
+    """Return the missing bytes of the solver's error, or None without such an error."""
     try:
         solve(problem)
     except DoesNotFit as error:

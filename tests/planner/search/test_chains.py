@@ -1,4 +1,4 @@
-"""The exact search against all chains, listed one by one."""
+"""The exact search against a list of all chains."""
 
 from collections.abc import Iterator
 from itertools import combinations, pairwise, permutations
@@ -24,7 +24,7 @@ def random_costs(seed: int, peers: int, layers: int, *, back: bool, worst: bool)
 
 
 def even_costs(peers: int, layers: int) -> ChainCosts:
-    """Each layer costs 1 on every peer, links nothing."""
+    """Each layer costs 1 on every peer, and links cost nothing."""
     stage = np.full((peers, layers + 1, layers + 1), np.inf)
     for start, end in combinations(range(layers + 1), 2):
         stage[:, start, end] = end - start
@@ -78,7 +78,7 @@ def test_no_chain_is_cheaper_than_the_one_found(back: bool, worst: bool, limits:
     assert found_none < 20
 
 
-def test_equal_chains_go_to_the_fewest_then_to_the_first_peers() -> None:
+def test_of_equal_chains_the_one_with_the_fewest_then_the_first_peers_is_found() -> None:
     costs = even_costs(3, 4)
     single, double = exact_search(costs, SearchLimits()), exact_search(costs, SearchLimits(least=2))
     assert single is not None
@@ -91,11 +91,11 @@ def test_equal_chains_go_to_the_fewest_then_to_the_first_peers() -> None:
 
 
 @pytest.mark.parametrize("limits", [SearchLimits(least=3), SearchLimits(exactly=3), SearchLimits(require=frozenset({5}))])
-def test_limits_that_no_chain_meets_give_none(limits: SearchLimits) -> None:
+def test_no_chain_within_the_limits_is_none(limits: SearchLimits) -> None:
     assert exact_search(even_costs(4, 2), limits) is None
 
 
-def test_layers_that_no_peer_can_take_give_none() -> None:
+def test_a_layer_that_no_peer_can_take_is_none() -> None:
     costs = even_costs(2, 3)
     costs.stage[:, :2, 2:] = np.inf  # no run contains layer 1
     assert exact_search(costs, SearchLimits()) is None

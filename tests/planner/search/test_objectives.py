@@ -13,20 +13,20 @@ def names(solution: Solution) -> list[str]:
     return [stage.name for stage in solution.estimate.stages]
 
 
-def test_stages_are_uneven_as_the_peers_are() -> None:
+def test_a_faster_peer_gets_more_layers() -> None:
     problem = make_problem(make_peer("a", decode_gb_s=5.0), make_peer("b", decode_gb_s=15.0), objective=Objective.THROUGHPUT)
     layers = {stage.name: len(stage.layers) for stage in solve(problem).estimate.stages}
     assert layers["b"] > 1.5 * layers["a"]
 
 
-def test_throughput_splits_where_latency_does_not() -> None:
+def test_throughput_splits_a_model_that_latency_leaves_whole() -> None:
     peers = [make_peer(name) for name in "abc"]
     solution = solve(make_problem(*peers, objective=Objective.THROUGHPUT))
     assert len(solution.stages) == 3
     assert solution.value == solution.estimate.period_s < solve(make_problem(peers[0])).estimate.tpot_s
 
 
-def test_memory_spreads_and_a_long_prompt_pipelines() -> None:
+def test_memory_and_ttft_of_a_long_prompt_use_all_peers() -> None:
     peers = [make_peer(name) for name in "abc"]
     spread = solve(make_problem(*peers, objective=Objective.MEMORY))
     assert spread.estimate.memory_share < solve(make_problem(peers[0])).estimate.memory_share
@@ -34,7 +34,7 @@ def test_memory_spreads_and_a_long_prompt_pipelines() -> None:
     assert len(quick.stages) == 3
 
 
-def test_energy_takes_the_frugal_peer_and_needs_measured_power() -> None:
+def test_energy_prefers_the_frugal_peer_and_needs_measured_power() -> None:
     hungry, frugal = make_peer("hungry", decode_gb_s=20.0, power_w=200.0), make_peer("frugal", decode_gb_s=10.0, power_w=5.0)
     solution = solve(make_problem(hungry, frugal, objective=Objective.ENERGY))
     assert names(solution) == ["frugal"]

@@ -1,4 +1,4 @@
-"""The heuristic for many peers against the exact search on clusters that both can do."""
+"""The heuristic search against the exact one, on clusters small enough for both."""
 
 import itertools
 import random
@@ -100,7 +100,7 @@ def test_the_gap_to_the_exact_answer_is_small(objective: Objective, record_prope
 
 
 @pytest.mark.parametrize("count", [EXACT_PEERS + 1, 25, 50])
-def test_many_peers_are_planned_for(count: int) -> None:
+def test_many_peers_have_a_plan_near_that_of_the_fastest(count: int) -> None:
     rng = random.Random(count)
     peers = [
         make_peer(f"p{place:02}", decode_gb_s=rng.uniform(1, 20), memory=rng.randrange(90, 120) << 20) for place in range(count)
@@ -115,7 +115,7 @@ def test_many_peers_are_planned_for(count: int) -> None:
     assert solution.value <= solve(make_problem(*fastest, network=make_network(peers))).value * 1.02
 
 
-def test_a_model_that_needs_more_peers_than_can_be_tried_exactly() -> None:
+def test_a_model_that_needs_more_peers_than_the_exact_search_allows() -> None:
     peers = [make_peer(f"p{place:02}", memory=120 << 20) for place in range(16)]
     card = make_card(layer_bytes=[17 << 20] * 30)
     solution = solve(make_problem(*peers, card=card))

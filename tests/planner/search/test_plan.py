@@ -6,7 +6,7 @@ from meshd.types import PlanId
 SMALL = 150 << 20
 
 
-def test_a_plan_for_the_wire() -> None:
+def test_a_plan_has_the_stages_and_predictions_of_its_solution() -> None:
     problem = make_problem(make_peer("a", memory=SMALL), make_peer("b", memory=SMALL))
     solution = solve(problem)
     plan = build_plan(PlanId("p1"), problem, solution)

@@ -1,4 +1,4 @@
-"""What holds for every plan, whatever the cluster."""
+"""Properties of every plan, on random clusters."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Where missing layers are loaded."""
+"""Which peers load missing layers."""
 
 import random
 
@@ -23,24 +23,24 @@ def text(stages: tuple[StagePlan, ...]) -> str:
     return ",".join(f"{stage.peer.removesuffix('-id')}:{stage.layers}" for stage in stages)
 
 
-def test_only_the_missing_layers_on_the_peer_that_loads_and_decodes_them_soonest() -> None:
+def test_only_missing_layers_are_loaded_and_by_the_fastest_peer() -> None:
     problem = make_problem(make_peer("slow", decode_gb_s=2.0), make_peer("quick", decode_gb_s=20.0))
     assert text(repair(problem, MISSING, kv_tokens=512)) == "quick:10-20"
 
 
-def test_of_equal_peers_the_one_with_the_most_room() -> None:
+def test_of_equal_peers_the_one_with_the_most_free_memory_loads() -> None:
     problem = make_problem(make_peer("a", memory=200 << 20), make_peer("b", memory=900 << 20), make_peer("c", memory=400 << 20))
     assert text(repair(problem, MISSING, kv_tokens=512)) == "b:10-20"
 
 
-def test_a_peer_that_has_the_file_need_not_fetch_it() -> None:
+def test_a_peer_with_the_file_is_preferred_over_slow_links() -> None:
     peers = [make_peer(name) for name in "ab"]
     stored = msgspec.structs.replace(peers[1], stored=True)
     problem = make_problem(peers[0], stored, network=make_network(peers, bandwidth=1e6))
     assert text(repair(problem, MISSING, kv_tokens=512)) == "b:10-20"
 
 
-def test_without_the_file_the_best_link_to_one_who_has_it_counts() -> None:
+def test_without_the_file_the_peer_with_the_fastest_link_to_it_loads() -> None:
     source = msgspec.structs.replace(make_peer("s", memory=0), stored=True)
     peers = [make_peer(name) for name in "ab"]
     slow, quick = (LinkStats(rtt_s=2e-4, bandwidth_bytes_s=rate, hop_s=1e-4) for rate in (1e6, 1e8))
@@ -50,7 +50,7 @@ def test_without_the_file_the_best_link_to_one_who_has_it_counts() -> None:
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_near_to_who_holds_the_layers_beside(before: bool) -> None:
+def test_the_peer_nearest_to_the_holder_of_adjacent_layers_loads(before: bool) -> None:
     neighbour = make_peer("n", memory=0, holdings=(make_holding(0, 10) if before else make_holding(20, 30),))
     peers = [make_peer(name) for name in "ab"]
     near, far = (LinkStats(rtt_s=2 * hop, bandwidth_bytes_s=1e8, hop_s=hop) for hop in (1e-4, 5e-2))
@@ -62,26 +62,26 @@ def test_near_to_who_holds_the_layers_beside(before: bool) -> None:
     assert text(repair(problem, MISSING, kv_tokens=512)) == "b:10-20"
 
 
-def test_what_fits_on_no_single_peer_is_shared_out() -> None:
+def test_layers_that_fit_on_no_single_peer_are_split() -> None:
     problem = make_problem(*(make_peer(name, memory=90 << 20) for name in "abc"))
     stages = repair(problem, MISSING, kv_tokens=512)
     assert len({stage.peer for stage in stages}) == len(stages) > 1
     assert [layer for stage in stages for layer in stage.layers] == list(MISSING[0])
 
 
-def test_several_runs_share_the_memory() -> None:
+def test_several_runs_share_a_peers_memory() -> None:
     peers = [make_peer("a", decode_gb_s=50.0, memory=150 << 20), make_peer("b", decode_gb_s=5.0, memory=150 << 20)]
     stages = repair(make_problem(*peers), (LayerRange(5, 15), LayerRange(18, 28)), kv_tokens=512)
     assert text(stages) == "a:5-15,b:18-28"
 
 
-def test_what_is_idle_there_does_not_give_way() -> None:
+def test_idle_holdings_are_not_unloaded() -> None:
     problem = make_problem(make_peer("a", memory=20 << 20, holdings=(make_holding(0, 30, kv_tokens=100_000),)))
     with pytest.raises(DoesNotFit):
         repair(problem, MISSING, kv_tokens=512)
 
 
-def test_the_error_says_which_layers_lack_how_many_bytes() -> None:
+def test_the_error_names_the_layers_and_the_missing_bytes() -> None:
     problem = make_problem(make_peer("a", memory=10 << 20), make_peer("b", memory=50 << 20))
     with pytest.raises(DoesNotFit, match=r"layers 10-20 of tiny fit nowhere: .* KV for 512 tokens.* 45.0 MiB \(b\)") as caught:
         repair(problem, MISSING, kv_tokens=512)
@@ -89,7 +89,7 @@ def test_the_error_says_which_layers_lack_how_many_bytes() -> None:
     assert repair(make_problem(make_peer("b", memory=50 << 20 | caught.value.missing_bytes * 2)), MISSING, kv_tokens=512)
 
 
-def test_nobody_may_take_layers() -> None:
+def test_no_eligible_peer_is_an_error() -> None:
     leaving, attention = make_peer("a", draining=True), make_peer("b", roles=("attention",))
     with pytest.raises(NoPeer, match="a: it is about to leave; b: its role leaves out compute"):
         repair(make_problem(leaving, attention), MISSING, kv_tokens=512)
@@ -108,7 +108,7 @@ def repairs(draw: st.DrawFn) -> tuple[PlanInput, tuple[LayerRange, ...], int]:
 
 @settings(max_examples=200, deadline=None)
 @given(repairs())
-def test_a_repair_is_just_what_is_missing_and_fits(drawn: tuple[PlanInput, tuple[LayerRange, ...], int]) -> None:
+def test_a_repair_has_exactly_the_missing_layers_and_fits(drawn: tuple[PlanInput, tuple[LayerRange, ...], int]) -> None:
     problem, missing, kv_tokens = drawn
     try:
         stages = repair(problem, missing, kv_tokens=kv_tokens)
@@ -122,7 +122,7 @@ def test_a_repair_is_just_what_is_missing_and_fits(drawn: tuple[PlanInput, tuple
         assert not used or problem.peers is None or profile.id in problem.peers
 
 
-def test_the_ends_of_the_model_weigh_more() -> None:
+def test_the_first_layers_need_memory_for_the_embedding_too() -> None:
     card = make_card(30)
     only = make_problem(make_peer("a", memory=(64 << 20) + 10 * 2_212_000 + (20 << 20)), card=card)
     assert repair(only, MISSING, kv_tokens=64)

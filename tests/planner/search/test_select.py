@@ -3,7 +3,7 @@ from meshd.planner.search.orders import HeuristicSearch
 from meshd.planner.search.select import EXACT_PEERS, search_for
 
 
-def test_the_search_is_exact_up_to_the_bound_and_fresh_above_it() -> None:
+def test_the_search_is_exact_up_to_the_limit_and_a_new_heuristic_above_it() -> None:
     assert search_for(EXACT_PEERS) is exact_search
     one, other = search_for(EXACT_PEERS + 1), search_for(EXACT_PEERS + 1)
     assert isinstance(one, HeuristicSearch)

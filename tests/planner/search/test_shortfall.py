@@ -10,7 +10,7 @@ from meshd.types import LayerRange, StagePlan
 SMALL = 150 << 20
 
 
-def test_what_does_not_fit_says_how_much_is_missing_and_what_would_help() -> None:
+def test_the_error_has_the_missing_bytes_and_a_hint() -> None:
     peers = (make_peer("a", memory=SMALL), make_peer("b", memory=SMALL))
     with pytest.raises(DoesNotFit, match=r"8000 does not fit: .* MiB of memory are missing on the 2 peers") as caught:
         solve(make_problem(*peers, context=8000))
@@ -22,7 +22,7 @@ def test_what_does_not_fit_says_how_much_is_missing_and_what_would_help() -> Non
         solve(make_problem(make_peer("a", memory=1 << 20), context=100))
 
 
-def test_given_stages_that_do_not_fit_say_where() -> None:
+def test_the_error_for_given_stages_names_the_peer_that_lacks_memory() -> None:
     peers = (make_peer("a", memory=90 << 20), make_peer("b"))
     with pytest.raises(DoesNotFit, match="a lacks") as caught:
         solve(make_problem(*peers, stages=parse_stages("a:0-15,b:15-30", peers, 30)))
@@ -37,7 +37,7 @@ def test_layers_that_no_peer_holds_are_named() -> None:
     assert caught.value.progress == pytest.approx(22 / 30)
 
 
-def test_what_must_be_placed_first_is_not_ready() -> None:
+def test_a_model_that_must_be_placed_first_is_not_ready() -> None:
     whole = make_peer("a", holdings=(make_holding(0, 30),))
     empty = make_peer("b")
     for problem in (
@@ -53,7 +53,7 @@ def test_what_must_be_placed_first_is_not_ready() -> None:
         solve(make_problem(ends, make_peer("e", holdings=(make_holding(10, 20),)), resident_only=True))
 
 
-def test_kv_that_others_use_means_overloaded_not_unplaced() -> None:
+def test_kv_in_use_by_other_sessions_is_overloaded_and_not_unready() -> None:
     busy = msgspec.structs.replace(make_holding(0, 30), kv_tokens_free=100)
     peer = make_peer("a", holdings=(busy,))
     with pytest.raises(Overloaded, match="a 100"):
@@ -62,7 +62,7 @@ def test_kv_that_others_use_means_overloaded_not_unplaced() -> None:
         solve(make_problem(peer, resident_only=True, stages=parse_stages("a:0-30", (peer,), 30)))
 
 
-def test_given_stages_must_be_resident_for_a_route() -> None:
+def test_a_route_over_given_stages_needs_them_resident() -> None:
     peer = make_peer("a", holdings=(make_holding(0, 29),))
     stages = (StagePlan(peer=peer.id, layers=LayerRange(0, 30)),)
     with pytest.raises(NotReady, match="a does not hold layers 0-30"):

@@ -20,12 +20,12 @@ def test_one_device_that_fits_is_not_split() -> None:
     assert solution.estimate.back.decode_s == 0.0
 
 
-def test_a_much_faster_peer_is_worth_its_hops() -> None:
+def test_a_much_faster_peer_is_used_despite_its_hops() -> None:
     problem = make_problem(make_peer("slow", decode_gb_s=1.0, memory=4 << 30), make_peer("fast", decode_gb_s=50.0, memory=SMALL))
     assert set(names(solve(problem))) == {"slow", "fast"}
 
 
-def test_a_slow_peer_is_left_out_and_a_far_one_too() -> None:
+def test_slow_and_far_peers_are_not_used() -> None:
     near = [make_peer(name, memory=SMALL) for name in ("a", "b")]
     slow = make_peer("slow", decode_gb_s=0.1)
     assert set(names(solve(make_problem(*near, slow)))) == {"a", "b"}
@@ -46,7 +46,7 @@ def test_min_peers_and_named_peers_are_kept() -> None:
         solve(make_problem(*peers, card=make_card(2), min_peers=3))
 
 
-def test_peers_that_cannot_take_layers_are_not_asked() -> None:
+def test_peers_that_cannot_take_layers_are_not_used() -> None:
     peers = [make_peer("attic", roles=("storage",)), make_peer("new", decode_gb_s=0.0), make_peer("b", decode_gb_s=0.5)]
     assert names(solve(make_problem(*peers))) == ["b"]
     with pytest.raises(NoPeer, match=r"attic: its role leaves out compute; new: its rates are not measured yet"):
@@ -60,7 +60,7 @@ def test_the_context_has_bounds() -> None:
         solve(make_problem(make_peer("a"), context=0))
 
 
-def test_given_stages_are_predicted_as_they_are() -> None:
+def test_given_stages_are_predicted_unchanged() -> None:
     peers = (make_peer("a"), make_peer("b"))
     stages = parse_stages("b:0-3,a:3-30", peers, 30)
     solution = solve(make_problem(*peers, stages=stages))
@@ -74,7 +74,7 @@ def test_given_stages_need_power_for_energy_too() -> None:
         solve(make_problem(*peers, stages=parse_stages("a:0-30", peers, 30), objective=Objective.ENERGY))
 
 
-def test_routes_go_over_what_is_resident() -> None:
+def test_routes_use_only_resident_layers() -> None:
     a = make_peer("a", decode_gb_s=1.0, holdings=(make_holding(0, 20),))
     b = make_peer("b", holdings=(make_holding(10, 30),))
     c = make_peer("c", decode_gb_s=100.0, holdings=(make_holding(0, 30, state="loading"), make_holding(4, 5)))
@@ -82,14 +82,14 @@ def test_routes_go_over_what_is_resident() -> None:
     assert stages_text(solution.stages, (a, b)) == "a:0-10,b:10-30"
 
 
-def test_time_limits_turn_the_plan_or_are_refused() -> None:
+def test_time_limits_change_the_plan_or_are_refused() -> None:
     peers = [make_peer(name) for name in "abc"]
     free = solve(make_problem(*peers, objective=Objective.THROUGHPUT))
     single = solve(make_problem(*peers))
     between = (free.estimate.tpot_s + single.estimate.tpot_s) / 2
-    held = solve(make_problem(*peers, objective=Objective.THROUGHPUT, max_tpot_s=between))
-    assert held.estimate.tpot_s <= between < free.estimate.tpot_s
-    with pytest.raises(Unavailable, match=r"no plan keeps TTFT 0\.001 ms: the best predicted are"):
+    limited = solve(make_problem(*peers, objective=Objective.THROUGHPUT, max_tpot_s=between))
+    assert limited.estimate.tpot_s <= between < free.estimate.tpot_s
+    with pytest.raises(Unavailable, match=r"no plan keeps TTFT 0\.001 ms: the lowest predictions are"):
         solve(make_problem(*peers, max_ttft_s=1e-6))
 
 

@@ -1,4 +1,4 @@
-"""The quick cover of a gap, against every way there is."""
+"""The search for the cheapest cover, against a list of all chains."""
 
 import random
 from itertools import combinations, pairwise, product
@@ -62,7 +62,7 @@ def test_no_other_chain_is_cheaper(peers: int, layers: int) -> None:
     assert found_none < RANDOM_GAPS
 
 
-def test_equal_chains_go_to_the_first_peer_in_one_run() -> None:
+def test_of_equal_chains_one_run_on_the_first_peer_is_found() -> None:
     stage = np.full((2, 4, 4), np.inf)
     for start, end in combinations(range(4), 2):
         stage[:, start, end] = end - start
@@ -71,7 +71,7 @@ def test_equal_chains_go_to_the_first_peer_in_one_run() -> None:
     assert chain.runs == (LayerRun(0, 0, 3),)
 
 
-def test_a_peer_may_come_again() -> None:
+def test_a_peer_may_have_several_stages() -> None:
     stage = np.full((2, 4, 4), np.inf)
     stage[0, 0, 1] = stage[0, 2, 3] = stage[1, 1, 2] = 1.0
     chain = cover(CoverCosts(stage, np.ones((2, 2)) - np.eye(2)))

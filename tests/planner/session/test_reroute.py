@@ -1,4 +1,4 @@
-"""The cheapest stages for layers of a running session, against all covers of a gap."""
+"""Stages for layers of a running session, against a list of all covers of a gap."""
 
 import random
 from itertools import pairwise, product
@@ -41,7 +41,7 @@ def test_the_cheapest_cover_of_a_gap_is_found() -> None:
 
 
 def _serial_s(problem: PlanInput, gap: tuple[StagePlan, ...], ahead: int) -> float:
-    """What `fill` makes least, counted by hand."""
+    """Compute the cost that `fill` minimises, without its code."""
     whole = (*stages("a:0-10"), *gap, *stages("b:20-30"))
     predicted = estimate(problem, whole)
     decode = sum(part.decode_s for part in predicted.stages[1:-1]) + sum(hop.decode_s for hop in predicted.hops)
@@ -53,7 +53,7 @@ def _serial_s(problem: PlanInput, gap: tuple[StagePlan, ...], ahead: int) -> flo
     return float(ahead * (decode + len(gap) * 50e-6) + again + sends)
 
 
-def test_a_stage_goes_to_the_peer_that_already_has_its_kv() -> None:
+def test_the_peer_with_the_kv_gets_the_stage() -> None:
     slower = make_peer("b", decode_gb_s=9.0, holdings=(make_holding(0, 30),))
     problem = problem_of(A, slower)
     assert Reroute(problem, 10).whole() == stages("a:0-30")
@@ -69,14 +69,14 @@ def test_without_peers_there_is_no_route() -> None:
     assert Reroute(problem_of(make_peer("d", holdings=(make_holding(0, 20),))), 10).whole() is None
 
 
-def test_kv_is_reserved_in_the_fullest_holding_that_has_room() -> None:
+def test_kv_is_reserved_in_the_fullest_holding_with_enough() -> None:
     roomy, tight = make_holding(0, 30, free=4096), make_holding(5, 15, free=600)
     assert reserve_in((roomy, tight), LayerRange(5, 10), 512) == (roomy, make_holding(5, 15, free=88))
     assert reserve_in((roomy, tight), LayerRange(5, 16), 512) == (make_holding(0, 30, free=3584), tight)
     assert reserve_in((tight, make_holding(0, 30, state="loading")), LayerRange(5, 16), 512) is None
 
 
-def test_stages_that_share_a_holding_need_room_for_each() -> None:
+def test_stages_that_share_a_holding_need_kv_for_each() -> None:
     problem = problem_of(make_peer("a", holdings=(make_holding(0, 30, free=1100),)))
     two, three = stages("a:0-10,a:10-30"), stages("a:0-10,a:10-20,a:20-30")
     left = reserve_all(problem, two)

@@ -11,7 +11,7 @@ from meshd.api.openai.respond import answer
 
 
 async def create(request: web.Request) -> web.StreamResponse:
-    """Answer a chat, whole or as a stream."""
+    """Answer a chat. The answers are sent whole or as a stream."""
     services = request.app[SERVICES]
     body = await read_body(request, ChatRequest)
     generation_requests = body.generation_requests(services.clock)

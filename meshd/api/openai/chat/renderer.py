@@ -16,12 +16,12 @@ from meshd.api.openai.chat.schemas import (
     Delta,
 )
 from meshd.api.openai.chunks import ChunkRenderer, ChunkWriter
-from meshd.api.openai.common_objects import CollectedAnswer, FinishName, Usage, shown_tokens
+from meshd.api.openai.common_objects import CollectedAnswer, FinishName, Usage, token_logprobs
 from meshd.api.openai.renderers import StreamedEvent
 
 
 class ChatRenderer(ChunkRenderer, frozen=True, kw_only=True, tag="chat"):
-    """What a chat requests of its rendering."""
+    """Renderer of chats, with the options of their request."""
 
     logprobs: bool
 
@@ -33,25 +33,25 @@ class ChatRenderer(ChunkRenderer, frozen=True, kw_only=True, tag="chat"):
         return ChatWriter(self, answer_id)
 
     def whole(self, answer_id: str, answers: Sequence[CollectedAnswer], usage: Usage) -> ChatCompletion:
-        """Make the object with all answers."""
+        """Make the object with all complete answers."""
         choices = [
             ChatChoice(
                 index=index,
                 message=AnswerMessage(content="".join(answer.text)),
-                logprobs=self.shown_logprobs(answer.tokens),
+                logprobs=self.chat_logprobs(answer.tokens),
                 finish_reason=answer.finish,
             )
             for index, answer in enumerate(answers)
         ]
         return ChatCompletion(**self.head(answer_id), choices=choices, usage=usage)
 
-    def shown_logprobs(self, tokens: Sequence[TokenText]) -> ChatLogprobs | None:
-        """Return the tokens' logprobs; None if not requested."""
-        return ChatLogprobs(content=shown_tokens(tokens)) if self.logprobs else None
+    def chat_logprobs(self, tokens: Sequence[TokenText]) -> ChatLogprobs | None:
+        """Return the logprobs of tokens. None: they are not requested."""
+        return ChatLogprobs(content=token_logprobs(tokens)) if self.logprobs else None
 
 
 class ChatWriter(ChunkWriter):
-    """Writes chunks of a chat. The first ones give the role of each answer."""
+    """Writes the chunks of a chat. The first chunks have the role of each answer."""
 
     def __init__(self, renderer: ChatRenderer, answer_id: str) -> None:
         super().__init__(renderer, answer_id)
@@ -64,7 +64,7 @@ class ChatWriter(ChunkWriter):
 
     def delta(self, index: int, text: str, tokens: Sequence[TokenText]) -> StreamedEvent:
         """See `ChunkWriter.delta`."""
-        return self.event(ChunkChoice(index=index, delta=Delta(content=text), logprobs=self._renderer.shown_logprobs(tokens)))
+        return self.event(ChunkChoice(index=index, delta=Delta(content=text), logprobs=self._renderer.chat_logprobs(tokens)))
 
     def last(self, index: int, finish: FinishName) -> StreamedEvent:
         """See `ChunkWriter.last`."""

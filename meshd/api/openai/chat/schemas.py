@@ -1,4 +1,4 @@
-"""The bodies of `POST /v1/chat/completions`, field for field as OpenAI has them."""
+"""The bodies of `POST /v1/chat/completions`, with the same fields as in OpenAI's API."""
 
 from typing import Annotated, Any, Literal
 
@@ -20,7 +20,7 @@ class TextPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One turn. The last fields occur in answers that clients send back; they must be empty."""
+    """One turn of a chat. The fields after `name` occur in answers that clients send back, and must be empty."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Meta(min_length=1)]
@@ -32,13 +32,16 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     function_call: None = None
 
     def turn(self) -> ChatMessage:
-        """Join the parts. `developer` is OpenAI's new name of `system`, the only one that templates know."""
+        """Convert the turn for the coordinator: join its parts of text, and rename the role `developer`.
+
+        That is OpenAI's new name for `system`, and chat templates know only `system`.
+        """
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return ChatMessage(role="system" if self.role == "developer" else self.role, content=text, name=self.name)
 
 
 class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Plain text."""
+    """The format of the answer. Only plain text is supported."""
 
     type: Literal["text"]
 
@@ -48,15 +51,18 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fi
 
     messages: Annotated[
         list[Message],
-        Meta(min_length=1, description="Turns of system, developer, user and assistant; their content is text or text parts."),
+        Meta(
+            min_length=1,
+            description="Turns with the role system, developer, user or assistant; their content is text or text parts.",
+        ),
     ]
-    max_completion_tokens: Annotated[Count | None, Meta(description="At least 1; what the context leaves if not given.")] = None
+    max_completion_tokens: Annotated[Count | None, Meta(description="At least 1; the rest of the context if not given.")] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[Annotated[int, Meta(ge=0, le=20)] | None, Meta(description="From 0 to 20; needs `logprobs`.")] = None
     safety_identifier: str | None = None
     chat_template_kwargs: Annotated[
         dict[str, Any] | None,
-        Meta(description="Variables of the model's chat template, such as `enable_thinking`; unknown ones do nothing."),
+        Meta(description="Variables of the model's chat template, such as `enable_thinking`; unknown ones are ignored."),
     ] = None
     audio: NoValue = None
     function_call: Annotated[Literal["none", "auto"] | None, neutral("none", "auto")] = None
@@ -87,7 +93,7 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fi
     web_search_options: NoValue = None
 
     def check(self) -> None:
-        """Check what the types can't. Raises: InvalidRequest."""
+        """Check the rules that types can't express. Raises: InvalidRequest."""
         GenerationFields.check(self)
         if self.store:
             raise unsupported("store", "leave it out or send false")
@@ -99,7 +105,7 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fi
             )
 
     def generation_requests(self, clock: Clock) -> list[GenerationRequest]:
-        """Make one request to the coordinator for each of `n` answers. Raises: InvalidRequest."""
+        """Make `n` requests to the coordinator, one for each answer. Raises: InvalidRequest."""
         self.check()
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         prompt = tuple(message.turn() for message in self.messages)
@@ -119,14 +125,14 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class ChatLogprobs(msgspec.Struct, frozen=True, kw_only=True):
-    """Of all tokens of an answer, or of a chunk."""
+    """Logprobs of the tokens of an answer or a chunk."""
 
     content: list[TokenLogprob]
     refusal: None = None
 
 
 class AnswerMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """The assistant's turn."""
+    """The turn of the assistant in an answer."""
 
     role: Literal["assistant"] = "assistant"
     content: str
@@ -161,7 +167,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """A delta of one answer."""
+    """The part of a chunk that belongs to one answer."""
 
     index: int
     delta: Delta
@@ -170,7 +176,7 @@ class ChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChatCompletionChunk(ObjectHeader, frozen=True, kw_only=True):
-    """One event of a streamed answer. With `include_usage` the last one has usage and no choices, the others null."""
+    """One event of a stream. With `include_usage`, the last event has the usage and no choices; the others have a usage of null."""
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChunkChoice]

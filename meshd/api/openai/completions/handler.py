@@ -11,7 +11,7 @@ from meshd.api.openai.respond import answer
 
 
 async def create(request: web.Request) -> web.StreamResponse:
-    """Continue a prompt or several, whole or as a stream."""
+    """Continue one or several prompts. The answers are sent whole or as a stream."""
     services = request.app[SERVICES]
     body = await read_body(request, CompletionRequest)
     generation_requests = body.generation_requests(services.clock)

@@ -7,17 +7,17 @@ from msgspec import UnsetType
 
 from meshd.agents.service import TokenText
 from meshd.api.openai.chunks import ChunkRenderer, ChunkWriter
-from meshd.api.openai.common_objects import CollectedAnswer, FinishName, Usage, shown
+from meshd.api.openai.common_objects import CollectedAnswer, FinishName, Usage, clamp_logprob
 from meshd.api.openai.completions.schemas import Completion, CompletionChoice, CompletionLogprobs
 from meshd.api.openai.renderers import StreamedEvent
 
 
 class CompletionRenderer(ChunkRenderer, frozen=True, kw_only=True, tag="completion"):
-    """What a completion requests of its rendering."""
+    """Renderer of text completions, with the options of their request."""
 
     logprobs: int | None
     echoes: tuple[str, ...]
-    """The text that the answers to each prompt begin with."""
+    """The text that the answers to each prompt begin with, by prompt."""
 
     prefix: ClassVar[str] = "cmpl-"
     object_name: ClassVar[str] = "text_completion"
@@ -31,7 +31,7 @@ class CompletionRenderer(ChunkRenderer, frozen=True, kw_only=True, tag="completi
         return CompletionWriter(self, answer_id)
 
     def whole(self, answer_id: str, answers: Sequence[CollectedAnswer], usage: Usage) -> Completion:
-        """Make the object with all answers."""
+        """Make the object with all complete answers."""
         choices = [
             CompletionChoice(
                 index=index,
@@ -45,7 +45,7 @@ class CompletionRenderer(ChunkRenderer, frozen=True, kw_only=True, tag="completi
 
 
 class CompletionWriter(ChunkWriter):
-    """Writes chunks of text. The first ones echo the prompts, if requested."""
+    """Writes the chunks of text completions. The first chunks echo the prompts if the request asks for it."""
 
     def __init__(self, renderer: CompletionRenderer, answer_id: str) -> None:
         super().__init__(renderer, answer_id)
@@ -72,15 +72,15 @@ class CompletionWriter(ChunkWriter):
 
 
 class _Logprobs:
-    """Converts one answer's tokens to this route's logprobs, delta by delta, counting characters."""
+    """Converts the tokens of one answer to this route's logprobs, and counts characters for their offsets."""
 
-    def __init__(self, asked: int | None) -> None:
-        self._asked = asked
+    def __init__(self, count: int | None) -> None:
+        self._count = count
         self._offset = 0
 
     def next(self, tokens: Sequence[TokenText]) -> CompletionLogprobs | None:
-        """Return the logprobs of the answer's next tokens; None if not requested."""
-        if self._asked is None:
+        """Return the logprobs of the answer's next tokens. None: they are not requested."""
+        if self._count is None:
             return None
         offsets = []
         for token in tokens:
@@ -88,8 +88,8 @@ class _Logprobs:
             self._offset += len(token.token)
         return CompletionLogprobs(
             tokens=[token.token for token in tokens],
-            token_logprobs=[shown(token.logprob) for token in tokens],
-            top_logprobs=[_top(token) for token in tokens] if self._asked else None,
+            token_logprobs=[clamp_logprob(token.logprob) for token in tokens],
+            top_logprobs=[_top(token) for token in tokens] if self._count else None,
             text_offset=offsets,
         )
 
@@ -97,5 +97,5 @@ class _Logprobs:
 def _top(token: TokenText) -> dict[str, float]:
     top: dict[str, float] = {}
     for one in (*token.top, token):
-        top.setdefault(one.token, shown(one.logprob))
+        top.setdefault(one.token, clamp_logprob(one.logprob))
     return top

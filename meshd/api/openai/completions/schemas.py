@@ -1,4 +1,4 @@
-"""The bodies of `POST /v1/completions`, field for field as OpenAI has them."""
+"""The bodies of `POST /v1/completions`, with the same fields as in OpenAI's API."""
 
 from typing import Annotated, Literal
 
@@ -12,7 +12,7 @@ from meshd.clock import Clock
 from meshd.errors import InvalidRequest
 
 DEFAULT_MAX_TOKENS = 16
-"""As OpenAI has it for this route."""
+"""OpenAI's default for this route."""
 
 Text = Annotated[str, Meta(min_length=1)]
 TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
@@ -27,7 +27,9 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True, forbid_unkn
         Meta(description="A text, a list of texts, a list of token ids, or a list of such lists."),
     ]
     logprobs: Annotated[Annotated[int, Meta(ge=0, le=20)] | None, Meta(description="From 0 to 20.")] = None
-    echo: Annotated[bool | None, Meta(description="Begin with the prompt, which has to be text; not with `logprobs`.")] = None
+    echo: Annotated[
+        bool | None, Meta(description="Begin answers with the prompt, which must be text. Not together with `logprobs`.")
+    ] = None
     best_of: Annotated[
         int | None, Meta(description="Not supported: only null or the value of `n`.", extra_json_schema={UNSUPPORTED: True})
     ] = None
@@ -37,7 +39,7 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True, forbid_unkn
     ] = None
 
     def prompts(self) -> list[Prompt]:
-        """Each prompt, text or token ids. Raises: InvalidRequest."""
+        """Return the prompts, each as text or as token ids. Raises: InvalidRequest."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         texts = [item for item in self.prompt if isinstance(item, str)]
@@ -53,11 +55,11 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True, forbid_unkn
         raise InvalidRequest("`prompt` mixes texts and token ids", param="prompt", hint="send one kind")
 
     def echoes(self) -> list[str]:
-        """What each prompt's answers begin with."""
+        """Return the text that the answers to each prompt begin with, by prompt."""
         return [prompt if self.echo and isinstance(prompt, str) else "" for prompt in self.prompts()]
 
     def check(self) -> None:
-        """What types can't say. Raises: InvalidRequest."""
+        """Check the rules that types can't express. Raises: InvalidRequest."""
         GenerationFields.check(self)
         if self.best_of is not None and self.best_of != self.count:
             raise InvalidRequest("`best_of` is not supported", param="best_of", hint="leave it out or send the value of `n`")
@@ -67,7 +69,7 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True, forbid_unkn
             raise InvalidRequest("`echo` needs the prompt as text", param="echo", hint="send `prompt` as text or leave `echo` out")
 
     def generation_requests(self, clock: Clock) -> list[GenerationRequest]:
-        """For each prompt, one request to the coordinator for each of `n` answers. Raises: InvalidRequest."""
+        """Make `n` requests to the coordinator for each prompt. Raises: InvalidRequest."""
         self.check()
         seeds = self.seeds(clock)
         return [
@@ -86,18 +88,18 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True, forbid_unkn
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
-    """Of the tokens of an answer, or of a chunk: four lists of one length."""
+    """Logprobs of the tokens of an answer or a chunk: four lists of equal length."""
 
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]] | None
-    """The likeliest tokens and the chosen one; null if `logprobs` is 0."""
+    """The most likely tokens and the chosen one. null: `logprobs` is 0."""
     text_offset: list[int]
-    """Characters of the answer before each token."""
+    """Number of characters in the answer before each token."""
 
 
 class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """One answer, or in a stream a piece of one."""
+    """One answer or, in a stream, a part of it."""
 
     index: int
     text: str
@@ -106,7 +108,7 @@ class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Completion(ObjectHeader, frozen=True, kw_only=True):
-    """All answers to one request, or one event of them. With `include_usage` the last event has usage and no choices."""
+    """All answers to one request, or one event of a stream. With `include_usage`, the last event has the usage and no choices."""
 
     object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice]

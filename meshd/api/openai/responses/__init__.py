@@ -1,1 +1,1 @@
-"""`/v1/responses`."""
+"""The routes under `/v1/responses`."""

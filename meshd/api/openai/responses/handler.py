@@ -1,4 +1,7 @@
-"""`/v1/responses`: answers by id, which outlive their connection and can be read at any peer. Chats and completions too."""
+"""The routes under `/v1/responses`: create responses, and read, cancel or delete answers by their id.
+
+Answers outlive their connection and can be read at any peer. Reading and deleting also work for chats and text completions.
+"""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,11 +15,11 @@ from meshd.agents.service import Generation
 from meshd.api.http.body import read_body, read_query
 from meshd.api.http.reply import json_response
 from meshd.api.http.services import SERVICES
-from meshd.api.openai.answers import RunningAnswers, generate, reading, show
+from meshd.api.openai.answers import RunningAnswers, generate, reading, set_generation_headers
 from meshd.api.openai.common_objects import ENDED
 from meshd.api.openai.fields import NotTrue, unsupported
 from meshd.api.openai.renderers import model_fields
-from meshd.api.openai.respond import answer, streamed, whole
+from meshd.api.openai.respond import answer, send_stream, send_whole
 from meshd.api.openai.responses.renderer import ResponseRenderer
 from meshd.api.openai.responses.request import LOGPROBS, Include, ResponseRequest
 from meshd.api.openai.responses.schemas import Deleted, RequestEcho
@@ -28,7 +31,7 @@ class RetrieveQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """The query of GET /v1/responses/{id}."""
 
     stream: Annotated[
-        bool | None, Meta(description="Stream the answer's events, past ones too. This peer takes over the answer.")
+        bool | None, Meta(description="Stream the answer's events, including past ones. This peer takes over the answer.")
     ] = None
     starting_after: Annotated[
         Annotated[int, Meta(ge=0)] | None,
@@ -38,9 +41,9 @@ class RetrieveQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     include_obfuscation: NotTrue = None
 
     def check(self) -> None:
-        """Check what the types can't. Raises: InvalidRequest."""
+        """Check the rules that types can't express. Raises: InvalidRequest."""
         if self.starting_after is not None and not self.stream:
-            raise InvalidRequest("`starting_after` is for streams", param="starting_after", hint="set `stream` to true")
+            raise InvalidRequest("`starting_after` is only for streams", param="starting_after", hint="set `stream` to true")
         if self.include_obfuscation:
             raise unsupported("include_obfuscation", "leave it out or send false")
 
@@ -48,26 +51,28 @@ class RetrieveQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         """Check that this answer can be rendered as requested. Raises: InvalidRequest."""
         if self.include and not (isinstance(renderer, ResponseRenderer) and renderer.logprobs):
             raise InvalidRequest(
-                f"`include` asks for {LOGPROBS}, but none were made", param="include", hint="ask for them at its creation"
+                f"`include` asks for {LOGPROBS}, but the answer has none",
+                param="include",
+                hint="request them when creating the answer",
             )
 
     def after(self, request: web.Request) -> int:
         """Return the number of the last event that the client has; -1 for none.
 
-        Browsers send the header when they reconnect.
+        Browsers send the header `Last-Event-ID` when they reconnect. It has precedence over `starting_after`.
 
         Raises: InvalidRequest.
         """
-        seen = request.headers.get("Last-Event-ID")
-        if seen is None:
+        number = request.headers.get("Last-Event-ID")
+        if number is None:
             return -1 if self.starting_after is None else self.starting_after
-        if not (seen.isascii() and seen.isdecimal() and len(seen) < 19):
+        if not (number.isascii() and number.isdecimal() and len(number) < 19):
             raise InvalidRequest("`Last-Event-ID` is not a number", param="Last-Event-ID", hint="send the `id` of the last event")
-        return int(seen)
+        return int(number)
 
 
 async def create(request: web.Request) -> web.StreamResponse:
-    """Create an answer: whole, as a stream, or in the background."""
+    """Create a response. It is sent whole or as a stream, or runs in the background."""
     services = request.app[SERVICES]
     body = await read_body(request, ResponseRequest)
     generation_requests = body.generation_requests(services.clock)
@@ -76,26 +81,26 @@ async def create(request: web.Request) -> web.StreamResponse:
         return await answer(request, renderer, generation_requests, stream=bool(body.stream))
     async with services.work.interruptible():
         generation = await generate(request, renderer, generation_requests[0])
-        return json_response(renderer.standing(generation))
+        return json_response(renderer.snapshot(generation))
 
 
 async def retrieve(request: web.Request) -> web.StreamResponse:
-    """Send an answer by its id: its current state, or a stream from any event. Waits for a chat or completion that still runs."""
+    """Send an answer by its id: its current state, or its stream from any event. Waits for a chat or completion that still runs."""
     query = read_query(request, RetrieveQuery)
     query.check()
     after = query.after(request) if query.stream else -1
     generation, renderer = await _look(request)
     query.check_for(renderer)
     if query.stream:
-        return await streamed(request, _resumed(request, renderer), after=after)
+        return await send_stream(request, _resumed(request, renderer), after=after)
     if not isinstance(renderer, ResponseRenderer):
-        return await whole(request, _resumed(request, renderer))
-    show(request, generation)
-    return json_response(renderer.standing(generation))
+        return await send_whole(request, _resumed(request, renderer))
+    set_generation_headers(request, generation)
+    return json_response(renderer.snapshot(generation))
 
 
 async def cancel(request: web.Request) -> web.Response:
-    """Cancel an answer in the background. One that has ended stays as it is."""
+    """Cancel a response that was created with `background`. If it has ended already, nothing changes."""
     generation, renderer = await _look(request)
     if not (isinstance(renderer, ResponseRenderer) and renderer.background):
         raise InvalidRequest(
@@ -106,23 +111,23 @@ async def cancel(request: web.Request) -> web.Response:
         if generation.status not in ENDED:
             await services.coordinator.end(generation.session)
             generation = await services.coordinator.look(generation.session)
-        show(request, generation)
-        return json_response(renderer.standing(generation))
+        set_generation_headers(request, generation)
+        return json_response(renderer.snapshot(generation))
 
 
 async def delete(request: web.Request) -> web.Response:
-    """Cancel an answer, if it runs, and delete its record."""
+    """Cancel an answer if it still runs, and delete its record."""
     generation, renderer = await _look(request)
     services = request.app[SERVICES]
     async with services.work.interruptible():
         await services.coordinator.end(generation.session, forget=True)
-    show(request, generation)
+    set_generation_headers(request, generation)
     name = "response" if isinstance(renderer, ResponseRenderer) else f"{renderer.object_name}.deleted"
     return json_response(Deleted(id=request.match_info["id"], object=name))
 
 
 async def _look(request: web.Request) -> tuple[Generation, AnyRenderer]:
-    """Look up the answer that the path names, without taking it over. Raises: UnknownSession."""
+    """Look up the answer whose id is in the path, without taking it over. Raises: UnknownSession."""
     answer_id = request.match_info["id"]
     services = request.app[SERVICES]
     async with services.work.interruptible():
@@ -132,9 +137,9 @@ async def _look(request: web.Request) -> tuple[Generation, AnyRenderer]:
 
 @asynccontextmanager
 async def _resumed(request: web.Request, renderer: AnyRenderer) -> AsyncIterator[RunningAnswers]:
-    """Resume on this peer the answer that the path names. Raises: what Coordinator.resume raises."""
+    """Take over the answer whose id is in the path, and resume it here. Raises: what Coordinator.resume raises."""
     generation = await request.app[SERVICES].coordinator.resume(session_of(request.match_info["id"]))
-    show(request, generation)
+    set_generation_headers(request, generation)
     async with reading(request, renderer, generation) as running:
         yield running
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from meshd.agents.service import Finished, Generation, TextDelta
-from meshd.api.http.errors import HttpProblem, KeptAnswer, problem
-from meshd.api.openai.common_objects import CollectedAnswer, Usage, UsageCounter, finish_name, shown_tokens
+from meshd.api.http.errors import HttpProblem, ResumableAnswer, problem
+from meshd.api.openai.common_objects import CollectedAnswer, Usage, UsageCounter, finish_name, token_logprobs
 from meshd.api.openai.renderers import Renderer, StreamedEvent
 from meshd.api.openai.responses import schemas as shapes
 from meshd.errors import MeshdError
@@ -24,36 +24,36 @@ _STATUSES: dict[str, shapes.ResponseStatus] = {
 
 
 class ResponseRenderer(Renderer, frozen=True, kw_only=True, tag="response"):
-    """What a response shows of its request."""
+    """Renderer of responses, with the fields that they repeat from their request."""
 
     asked: shapes.RequestEcho
     logprobs: bool
 
     prefix: ClassVar[str] = "resp_"
     object_name: ClassVar[str] = "response"
-    says_done: ClassVar[bool] = False
+    sends_done: ClassVar[bool] = False
 
     def writer(self, answer_id: str) -> "ResponseWriter":
         """Return a writer for a stream."""
         return ResponseWriter(self, answer_id)
 
     def whole(self, answer_id: str, answers: Sequence[CollectedAnswer], usage: Usage) -> shapes.Response:
-        """Make the object of an answer that has ended."""
+        """Make the object of a complete answer."""
         [answer] = answers
         return self.response(answer_id, "completed" if answer.finish == "stop" else "incomplete", answer, usage=usage)
 
-    def standing(self, generation: Generation) -> shapes.Response:
+    def snapshot(self, generation: Generation) -> shapes.Response:
         """Make the object of an answer's current state.
 
-        An answer that can be resumed only later is rendered as failed: a polling client must learn of it, and how to resume.
+        A suspended answer with an error is shown as failed, so that a polling client gets the error and how to resume the answer.
         """
         deltas, finished = generation.so_far()
-        answer, tally = CollectedAnswer(), UsageCounter(1)
+        answer, counter = CollectedAnswer(), UsageCounter(1)
         for delta in deltas:
             answer.add(delta)
         error = generation.error
         if finished is not None:
-            tally.add(0, finished)
+            counter.add(0, finished)
             status = _ENDS[finished.reason]
         else:
             status = "failed" if error is not None else _STATUSES[generation.status]
@@ -61,12 +61,13 @@ class ResponseRenderer(Renderer, frozen=True, kw_only=True, tag="response"):
             self.prefix + generation.session,
             status,
             answer if finished or not answer.empty else None,
-            usage=tally.usage() if finished else None,
+            usage=counter.usage() if finished else None,
             error=self._error(generation, error) if error is not None and finished is None else None,
         )
 
     def _error(self, generation: Generation, error: MeshdError) -> shapes.ResponseError:
-        return _error_of(problem(error, way_on=KeptAnswer(self.prefix + generation.session, generation).way_on()))
+        resumable = ResumableAnswer(self.prefix + generation.session, generation)
+        return _error_of(problem(error, resume_hint=resumable.resume_hint()))
 
     def response(
         self,
@@ -77,7 +78,7 @@ class ResponseRenderer(Renderer, frozen=True, kw_only=True, tag="response"):
         usage: Usage | None = None,
         error: shapes.ResponseError | None = None,
     ) -> shapes.Response:
-        """Make the object."""
+        """Make the object of an answer in this state."""
         asked: dict[str, Any] = {name: getattr(self.asked, name) for name in self.asked.__struct_fields__}
         return shapes.Response(
             **asked,
@@ -102,8 +103,8 @@ class ResponseRenderer(Renderer, frozen=True, kw_only=True, tag="response"):
         return shapes.OutputMessage(id=self.item_id(answer_id), status=message_status, content=[self.text(answer)])
 
     def text(self, answer: CollectedAnswer) -> shapes.OutputText:
-        """Make the only part of the message."""
-        return shapes.OutputText(text="".join(answer.text), logprobs=shown_tokens(answer.tokens) if self.logprobs else [])
+        """Make the only content part of the message."""
+        return shapes.OutputText(text="".join(answer.text), logprobs=token_logprobs(answer.tokens) if self.logprobs else [])
 
     def item_id(self, answer_id: str) -> str:
         """Return the id of the only message."""
@@ -111,7 +112,7 @@ class ResponseRenderer(Renderer, frozen=True, kw_only=True, tag="response"):
 
 
 class ResponseWriter:
-    """Writes the object twice, the message as it grows, the complete message, and the final object."""
+    """Writes the events of a response: two with the object, the message as it grows, the complete message, the final object."""
 
     def __init__(self, renderer: ResponseRenderer, answer_id: str) -> None:
         self._renderer = renderer
@@ -137,7 +138,7 @@ class ResponseWriter:
                 return [*self._open(), *self._close(item)]
             case TextDelta(text=text, tokens=tokens) if text or tokens:
                 self._answer.add(item)
-                logprobs = shown_tokens(tokens) if self._renderer.logprobs else []
+                logprobs = token_logprobs(tokens) if self._renderer.logprobs else []
                 return [*self._open(), self._event(shapes.OutputTextDelta, **self._content, delta=text, logprobs=logprobs)]
         return []
 
@@ -148,7 +149,7 @@ class ResponseWriter:
             answer = None if self._answer.empty else self._answer
             return self._event(shapes.ResponseFailed, response=self._renderer.response(self._id, "failed", answer, error=error))
         detail = failure.detail
-        # It repeats the last number: a client that resumes after it must get the event that would have come here.
+        # The error repeats the last number. A client that resumes after it gets the event that is missing because of the error.
         error_event = shapes.ErrorEvent(sequence_number=max(last, 0), code=detail.code, message=detail.message, param=detail.param)
         return StreamedEvent(error_event, name="error")
 
@@ -163,9 +164,9 @@ class ResponseWriter:
         ]
 
     def _close(self, finished: Finished) -> list[StreamedEvent]:
-        tally = UsageCounter(1)
-        tally.add(0, finished)
-        response = self._renderer.whole(self._id, [self._answer], tally.usage())
+        counter = UsageCounter(1)
+        counter.add(0, finished)
+        response = self._renderer.whole(self._id, [self._answer], counter.usage())
         [message] = response.output
         [part] = message.content
         kind = shapes.Completed if response.status == "completed" else shapes.Incomplete

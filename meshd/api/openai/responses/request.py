@@ -1,4 +1,4 @@
-"""The body of `POST /v1/responses`, field for field as OpenAI has it."""
+"""The body of `POST /v1/responses`, with the same fields as in OpenAI's API."""
 
 from typing import Annotated, Any, Literal
 
@@ -11,7 +11,7 @@ from meshd.clock import Clock
 from meshd.errors import InvalidRequest
 
 LOGPROBS = "message.output_text.logprobs"
-"""In `include`: asks for logprobs."""
+"""Value of `include` that requests logprobs."""
 
 Include = Annotated[list[Literal["message.output_text.logprobs"]] | None, Meta(description=f'Only "{LOGPROBS}".')]
 
@@ -21,7 +21,7 @@ def _unsupported(description: str) -> Meta:
 
 
 class InputText(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One part of a message. The last fields occur in answers that clients send back."""
+    """One part of a message. `annotations` and `logprobs` occur in answers that clients send back."""
 
     type: Literal["input_text", "output_text"]
     text: str
@@ -41,26 +41,29 @@ class InputMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     phase: NoValue = None
 
     def turn(self) -> ChatMessage:
-        """Join the parts. `developer` is OpenAI's new name of `system`, the only one that templates know."""
+        """Convert the turn for the coordinator: join its parts of text, and rename the role `developer`.
+
+        That is OpenAI's new name for `system`, and chat templates know only `system`.
+        """
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return ChatMessage(role="system" if self.role == "developer" else self.role, content=text)
 
 
 class TextFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Plain text."""
+    """The format of the answer. Only plain text is supported."""
 
     type: Literal["text"] = "text"
 
 
 class TextConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the text is to be."""
+    """Options for the text of the answer."""
 
     format: TextFormat | None = None
     verbosity: Literal["medium"] | None = None
 
 
 class Reasoning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """None."""
+    """Options for reasoning, which is not supported."""
 
     effort: Literal["none"] | None = None
     summary: None = None
@@ -75,16 +78,16 @@ class ResponseRequest(AnswerFields, frozen=True, kw_only=True, forbid_unknown_fi
         Meta(description="A text, or messages of system, developer, user and assistant; their content is text or text parts."),
     ]
     instructions: Annotated[str | None, Meta(description="A system message before the input.")] = None
-    max_output_tokens: Annotated[Count | None, Meta(description="At least 1; what the context leaves if not given.")] = None
+    max_output_tokens: Annotated[Count | None, Meta(description="At least 1; the rest of the context if not given.")] = None
     top_logprobs: Annotated[
         Annotated[int, Meta(ge=0, le=20)] | None, Meta(description=f'From 0 to 20; needs `include` with "{LOGPROBS}".')
     ] = None
     include: Include = None
-    background: Annotated[bool | None, Meta(description="Continue without a reader; needs `store`.")] = None
+    background: Annotated[bool | None, Meta(description="Continue while no client reads the answer; needs `store`.")] = None
     store: Annotated[bool | None, Meta(description="Whether the answer can be read again by its id; true if not given.")] = None
     metadata: Annotated[
         Annotated[dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)] | None,
-        Meta(description="Up to 16 texts of up to 512 characters, by names of up to 64; they come back with the answer."),
+        Meta(description="Up to 16 texts of up to 512 characters, by names of up to 64. The response repeats them."),
     ] = None
     safety_identifier: str | None = None
     access_programs: NoValue = None
@@ -109,16 +112,16 @@ class ResponseRequest(AnswerFields, frozen=True, kw_only=True, forbid_unknown_fi
 
     @property
     def stored(self) -> bool:
-        """Whether the answer can be read again."""
+        """Whether the answer can be read again by its id."""
         return self.store is not False
 
     @property
     def logprobs(self) -> bool:
-        """Whether the client wants them."""
+        """Whether the request asks for logprobs."""
         return LOGPROBS in (self.include or ())
 
     def check(self) -> None:
-        """Check what the types can't. Raises: InvalidRequest."""
+        """Check the rules that types can't express. Raises: InvalidRequest."""
         AnswerFields.check(self)
         if self.background and not self.stored:
             raise InvalidRequest("`background` needs `store`", param="background", hint="set `store` to true or leave it out")
@@ -126,7 +129,7 @@ class ResponseRequest(AnswerFields, frozen=True, kw_only=True, forbid_unknown_fi
             raise InvalidRequest("`top_logprobs` needs `include`", param="top_logprobs", hint=f'add "{LOGPROBS}" to `include`')
 
     def generation_requests(self, clock: Clock) -> list[GenerationRequest]:
-        """Make the request to the coordinator. Raises: InvalidRequest."""
+        """Make the request to the coordinator, in a list as for other routes. Raises: InvalidRequest."""
         self.check()
         return [
             GenerationRequest(

@@ -1,4 +1,4 @@
-"""The objects and events of `/v1/responses`, field for field as OpenAI has them."""
+"""The objects and events of `/v1/responses`, with the same fields as in OpenAI's API."""
 
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ class OutputText(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OutputMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """The assistant's turn."""
+    """The turn of the assistant, which is the answer."""
 
     id: str
     type: Literal["message"] = "message"
@@ -29,7 +29,7 @@ class OutputMessage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ResponseError(msgspec.Struct, frozen=True, kw_only=True):
-    """Why an answer failed. `type` is the error code that other routes send."""
+    """Why an answer failed. `type` is what other routes send as `code`."""
 
     code: Literal["server_error"] = "server_error"
     message: str
@@ -38,26 +38,26 @@ class ResponseError(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class IncompleteDetails(msgspec.Struct, frozen=True, kw_only=True):
-    """Why an answer ended before its own end."""
+    """Why an answer is incomplete."""
 
     reason: Literal["max_output_tokens"] = "max_output_tokens"
 
 
 class InputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
-    """None of them is cached."""
+    """Details of the input tokens. meshd counts none as cached."""
 
     cached_tokens: int = 0
     cache_write_tokens: int = 0
 
 
 class OutputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
-    """None of them is apart from the text."""
+    """Details of the output tokens. meshd counts none as reasoning."""
 
     reasoning_tokens: int = 0
 
 
 class ResponseUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of an answer."""
+    """Token counts of an answer."""
 
     input_tokens: int
     input_tokens_details: InputTokensDetails = InputTokensDetails()
@@ -72,27 +72,27 @@ class ResponseUsage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReasoningShown(msgspec.Struct, frozen=True, kw_only=True):
-    """None."""
+    """Options for reasoning, which is not supported."""
 
     effort: None = None
     summary: None = None
 
 
 class FormatShown(msgspec.Struct, frozen=True, kw_only=True):
-    """Plain text."""
+    """The format of the answer: plain text."""
 
     type: Literal["text"] = "text"
 
 
 class TextShown(msgspec.Struct, frozen=True, kw_only=True):
-    """How the text is."""
+    """Options for the text of the answer."""
 
     format: FormatShown = FormatShown()
     verbosity: Literal["medium"] = "medium"
 
 
 class RequestEcho(msgspec.Struct, frozen=True, kw_only=True):
-    """What a response shows of its request."""
+    """The fields of a request that its response repeats."""
 
     instructions: str | None
     max_output_tokens: int | None
@@ -131,7 +131,7 @@ class Response(RequestEcho, frozen=True, kw_only=True):
 
 
 class Deleted(msgspec.Struct, frozen=True, kw_only=True):
-    """An answer's record is gone."""
+    """The answer of DELETE /v1/responses/{id}: the record is deleted."""
 
     id: str
     object: str
@@ -142,33 +142,33 @@ class StreamEvent(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
     """An event of a streamed response."""
 
     sequence_number: int
-    """Counted from 0. `starting_after` resumes after it."""
+    """Number of the event, from 0. Clients send it as `starting_after` to resume the stream."""
 
 
 class WholeEvent(StreamEvent, frozen=True, kw_only=True):
-    """One that shows the whole object."""
+    """An event with the whole object."""
 
     response: Response
 
 
 class Created(WholeEvent, frozen=True, kw_only=True, tag="response.created"):
-    """The first event."""
+    """The first event of a stream."""
 
 
 class InProgress(WholeEvent, frozen=True, kw_only=True, tag="response.in_progress"):
-    """The second event."""
+    """The second event of a stream."""
 
 
 class Completed(WholeEvent, frozen=True, kw_only=True, tag="response.completed"):
-    """The last event of an answer that came to its end."""
+    """The last event of a completed answer."""
 
 
 class Incomplete(WholeEvent, frozen=True, kw_only=True, tag="response.incomplete"):
-    """The last event of one that reached `max_output_tokens`."""
+    """The last event of an answer that reached `max_output_tokens`."""
 
 
 class ResponseFailed(WholeEvent, frozen=True, kw_only=True, tag="response.failed"):
-    """The last event of one that no peer can resume."""
+    """The last event of an answer that failed and that no peer can resume."""
 
 
 class ItemAdded(StreamEvent, frozen=True, kw_only=True, tag="response.output_item.added"):
@@ -179,14 +179,14 @@ class ItemAdded(StreamEvent, frozen=True, kw_only=True, tag="response.output_ite
 
 
 class ItemDone(StreamEvent, frozen=True, kw_only=True, tag="response.output_item.done"):
-    """The answer's message, whole."""
+    """The answer's message is complete."""
 
     output_index: int = 0
     item: OutputMessage
 
 
 class ContentEvent(StreamEvent, frozen=True, kw_only=True):
-    """One of the message's only part."""
+    """An event of the message's only content part."""
 
     item_id: str
     output_index: int = 0
@@ -194,33 +194,33 @@ class ContentEvent(StreamEvent, frozen=True, kw_only=True):
 
 
 class PartAdded(ContentEvent, frozen=True, kw_only=True, tag="response.content_part.added"):
-    """Its text begins."""
+    """The content part begins."""
 
     part: OutputText
 
 
 class OutputTextDelta(ContentEvent, frozen=True, kw_only=True, tag="response.output_text.delta"):
-    """More of its text."""
+    """The next part of the text."""
 
     delta: str
     logprobs: list[TokenLogprob]
 
 
 class TextDone(ContentEvent, frozen=True, kw_only=True, tag="response.output_text.done"):
-    """All of its text."""
+    """The text is complete."""
 
     text: str
     logprobs: list[TokenLogprob]
 
 
 class PartDone(ContentEvent, frozen=True, kw_only=True, tag="response.content_part.done"):
-    """Its text, whole."""
+    """The content part is complete."""
 
     part: OutputText
 
 
 class ErrorEvent(StreamEvent, frozen=True, kw_only=True, tag="error"):
-    """The stream fails after the event of this number; a client may resume there."""
+    """The stream fails after the event with this number. If the answer can be resumed, `message` describes how."""
 
     code: str | None
     message: str

@@ -21,13 +21,13 @@ def test_offsets_count_characters_over_all_deltas_of_an_answer() -> None:
     assert offsets == [[0], [0], [3], [5]]
 
 
-@pytest.mark.parametrize(("asked", "top"), [(None, None), (0, None), (1, [{"a": -0.5}])])
-def test_the_likeliest_tokens_are_shown_from_1_on(asked: int | None, top: object) -> None:
+@pytest.mark.parametrize(("count", "top"), [(None, None), (0, None), (1, [{"a": -0.5}])])
+def test_the_most_likely_tokens_are_listed_if_one_or_more_are_requested(count: int | None, top: object) -> None:
     [event] = (
-        CompletionRenderer(**HEAD, logprobs=asked, include_usage=False, echoes=("",))
+        CompletionRenderer(**HEAD, logprobs=count, include_usage=False, echoes=("",))
         .writer("cmpl-1")
         .take(0, TextDelta(text="a", tokens=(token("a"),)))
     )
     logprobs = plain(event.body)["choices"][0]["logprobs"]
     assert (logprobs and logprobs["top_logprobs"]) == top
-    assert (logprobs is None) == (asked is None)
+    assert (logprobs is None) == (count is None)

@@ -13,13 +13,13 @@ from meshd.errors import InvalidRequest
         ([[1, 2], [3]], [(1, 2), (3,)]),
     ],
 )
-def test_kinds_of_prompts(prompt: object, prompts: list[object]) -> None:
+def test_each_kind_of_prompt_reaches_the_coordinator(prompt: object, prompts: list[object]) -> None:
     assert [one.prompt for one in completion(prompt=prompt)] == prompts
 
 
 def test_answers_are_ordered_by_prompt() -> None:
-    wanted = completion(prompt=["a", "b"], n=2, seed=1, best_of=2)
-    assert [(one.prompt, one.sampling.seed) for one in wanted] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+    requests = completion(prompt=["a", "b"], n=2, seed=1, best_of=2)
+    assert [(one.prompt, one.sampling.seed) for one in requests] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
 
 
 def test_a_prompt_of_mixed_kinds_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""`/v1/responses` in OpenAI's shapes: whole, streamed, in the background, ended and forgotten."""
+"""`/v1/responses` in OpenAI's format: whole, streamed, in the background, cancelled and deleted."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from openai.types.responses import Response, ResponseStreamEvent
 
 ASKED: dict[str, Any] = {"model": "words", "input": "hello", "max_output_tokens": 3, "temperature": 0}
 LOGPROBS = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
-OURS = {"store", "bytes"}
-"""Fields that OpenAI's server sends too, though its client's types don't name them."""
+UNTYPED = {"store", "bytes"}
+"""Fields that OpenAI's server sends too, although the types of its client don't have them."""
 
 
 async def post(http: aiohttp.ClientSession, **fields: Any) -> dict[str, Any]:
@@ -26,7 +26,7 @@ async def get(http: aiohttp.ClientSession, answer_id: str) -> dict[str, Any]:
 
 
 def unknown_fields(value: object) -> set[str]:
-    """Those that OpenAI's types don't have."""
+    """Collect the fields that the types of OpenAI's client don't have."""
     if isinstance(value, pydantic.BaseModel):
         return set(value.model_extra or ()).union(*(unknown_fields(part) for _, part in value))
     parts = value if isinstance(value, list) else value.values() if isinstance(value, dict) else ()
@@ -60,19 +60,21 @@ async def test_a_whole_response_field_for_field(http: aiohttp.ClientSession) -> 
 
 
 @pytest.mark.parametrize("fields", [{}, LOGPROBS, {"background": True}, {"stop": " "}])
-async def test_the_types_of_openais_client(http: aiohttp.ClientSession, events_of: Any, fields: dict[str, Any]) -> None:
-    """Each event and object has all that these want, and nothing else."""
+async def test_events_and_objects_match_the_types_of_openais_client(
+    http: aiohttp.ClientSession, events_of: Any, fields: dict[str, Any]
+) -> None:
+    """Each event and object has the fields of these types, and no others."""
     adapter = pydantic.TypeAdapter(ResponseStreamEvent)
     async with http.post("/v1/responses", json=ASKED | fields | {"stream": True}) as response:
         text = await response.text()
     async with http.post("/v1/responses", json=ASKED | fields | {"stream": True}) as response:
         events = await events_of(response)
     for event in events:
-        assert unknown_fields(adapter.validate_python(event)) <= OURS
+        assert unknown_fields(adapter.validate_python(event)) <= UNTYPED
     names = [line.removeprefix("event: ") for line in text.split("\n") if line.startswith("event: ")]
     assert names == [event["type"] for event in events]
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
-    assert unknown_fields(pydantic.TypeAdapter(Response).validate_python(await post(http, **fields))) <= OURS
+    assert unknown_fields(pydantic.TypeAdapter(Response).validate_python(await post(http, **fields))) <= UNTYPED
 
 
 async def test_the_events_of_a_stream(http: aiohttp.ClientSession, events_of: Any) -> None:
@@ -104,7 +106,7 @@ async def test_an_answer_that_stops_is_completed(http: aiohttp.ClientSession, ev
         assert (await events_of(response))[-1]["type"] == "response.completed"
 
 
-async def test_the_background(http: aiohttp.ClientSession, coordinator: Any) -> None:
+async def test_a_response_runs_in_the_background(http: aiohttp.ClientSession, coordinator: Any) -> None:
     async with http.post("/v1/responses", json=ASKED | {"background": True, "max_output_tokens": 100}) as response:
         begun = await response.json()
         assert response.headers["x-meshd-session"] == begun["id"].removeprefix("resp_")
@@ -119,7 +121,7 @@ async def test_the_background(http: aiohttp.ClientSession, coordinator: Any) -> 
     assert whole["usage"]["output_tokens"] == 100
 
 
-async def test_a_stream_of_the_background_goes_on_without_its_reader(
+async def test_a_response_in_the_background_continues_without_its_reader(
     http: aiohttp.ClientSession, coordinator: Any, events_of: Any
 ) -> None:
     async with http.post("/v1/responses", json=ASKED | {"background": True, "stream": True, "max_output_tokens": 100}) as response:
@@ -133,7 +135,7 @@ async def test_a_stream_of_the_background_goes_on_without_its_reader(
     assert events[-1]["type"] == "response.incomplete"
 
 
-async def test_cancel_ends_the_background(http: aiohttp.ClientSession, coordinator: Any, events_of: Any) -> None:
+async def test_cancel_ends_a_response_in_the_background(http: aiohttp.ClientSession, coordinator: Any, events_of: Any) -> None:
     begun = await post(http, background=True, max_output_tokens=4000)
     async with http.get(f"/v1/responses/{begun['id']}?stream=true") as stream:
         async with http.post(f"/v1/responses/{begun['id']}/cancel") as response:
@@ -143,13 +145,13 @@ async def test_cancel_ends_the_background(http: aiohttp.ClientSession, coordinat
         assert coordinator.running == 0
         last = (await events_of(stream))[-1]
     assert (last["type"], last["code"]) == ("error", "cancelled")
-    assert "go on with" not in last["message"]
+    assert "resume the answer" not in last["message"]
     async with http.post(f"/v1/responses/{begun['id']}/cancel") as response:
         assert await response.json() == cancelled
     assert await get(http, begun["id"]) == cancelled
 
 
-async def test_cancel_is_for_the_background(http: aiohttp.ClientSession, coordinator: Any) -> None:
+async def test_only_responses_in_the_background_can_be_cancelled(http: aiohttp.ClientSession, coordinator: Any) -> None:
     whole = await post(http)
     async with http.post(f"/v1/responses/{whole['id']}/cancel") as response:
         assert response.status == 400
@@ -168,7 +170,7 @@ async def test_cancel_is_for_the_background(http: aiohttp.ClientSession, coordin
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}, "chatcmpl-", "chat.completion.deleted"),
     ],
 )
-async def test_delete_ends_and_forgets(
+async def test_delete_cancels_an_answer_and_removes_its_record(
     http: aiohttp.ClientSession, coordinator: Any, path: str, body: dict[str, Any], prefix: str, name: str
 ) -> None:
     async with http.post(path, json=body | {"model": "prefills", "stream": True}) as stream:
@@ -185,7 +187,9 @@ async def test_delete_ends_and_forgets(
 @pytest.mark.parametrize(
     ("model", "status"), [("breaks", "failed"), ("fails", "failed"), ("drained", "cancelled"), ("prefills", "in_progress")]
 )
-async def test_what_a_broken_answer_looks_like(http: aiohttp.ClientSession, coordinator: Any, model: str, status: str) -> None:
+async def test_a_broken_answer_has_its_status_and_error(
+    http: aiohttp.ClientSession, coordinator: Any, model: str, status: str
+) -> None:
     async with http.post("/v1/responses", json=ASKED | {"model": model, "stream": True, "max_output_tokens": 9}) as stream:
         answer_id = f"resp_{stream.headers['x-meshd-session']}"
         if model != "prefills":
@@ -197,13 +201,13 @@ async def test_what_a_broken_answer_looks_like(http: aiohttp.ClientSession, coor
     assert [message["status"] for message in seen["output"]] == ["incomplete"] * (model != "prefills")
     if model == "breaks":
         assert seen["error"]["type"] == "peer_lost"
-        assert seen["error"]["message"].endswith(f"go on with GET /v1/responses/{answer_id}?stream=true at any peer")
+        assert seen["error"]["message"].endswith(f"resume the answer with GET /v1/responses/{answer_id}?stream=true at any peer")
     if model == "fails":
         assert seen["error"]["code"] == "server_error"
-        assert "go on with" not in seen["error"]["message"]
+        assert "resume the answer" not in seen["error"]["message"]
 
 
-async def test_an_answer_that_failed_ends_with_its_object(http: aiohttp.ClientSession, events_of: Any) -> None:
+async def test_the_stream_of_a_failed_answer_ends_with_its_object(http: aiohttp.ClientSession, events_of: Any) -> None:
     async with http.post("/v1/responses", json=ASKED | {"model": "fails", "stream": True, "max_output_tokens": 9}) as response:
         *_, before, last = await events_of(response)
     assert last["type"] == "response.failed"
@@ -211,7 +215,7 @@ async def test_an_answer_that_failed_ends_with_its_object(http: aiohttp.ClientSe
     assert last["response"] == await get(http, last["response"]["id"])
 
 
-async def test_an_error_in_mid_stream_has_the_number_to_go_on_after(http: aiohttp.ClientSession, events_of: Any) -> None:
+async def test_an_error_in_mid_stream_has_the_number_to_resume_after(http: aiohttp.ClientSession, events_of: Any) -> None:
     async with http.post("/v1/responses", json=ASKED | {"model": "breaks", "stream": True, "max_output_tokens": 9}) as response:
         *_, before, last = await events_of(response)
     assert set(last) == {"type", "sequence_number", "code", "message", "param"}
@@ -260,7 +264,7 @@ async def test_an_error_in_mid_stream_has_the_number_to_go_on_after(http: aiohtt
         ({"no_such_field": 1}, "no_such_field"),
     ],
 )
-async def test_a_wrong_field_is_named(http: aiohttp.ClientSession, fields: dict[str, Any], param: str) -> None:
+async def test_the_error_names_the_wrong_field(http: aiohttp.ClientSession, fields: dict[str, Any], param: str) -> None:
     async with http.post("/v1/responses", json=ASKED | fields) as response:
         assert response.status == 400
         error = (await response.json())["error"]
@@ -276,13 +280,13 @@ async def test_a_wrong_field_is_named(http: aiohttp.ClientSession, fields: dict[
         {"store": True, "background": False, "stream": False, "stream_options": None, "mesh": {}, "instructions": None},
     ],
 )
-async def test_values_that_ask_for_nothing_are_taken(http: aiohttp.ClientSession, fields: dict[str, Any]) -> None:
+async def test_neutral_values_are_accepted(http: aiohttp.ClientSession, fields: dict[str, Any]) -> None:
     assert (await post(http, **fields))["status"] == "incomplete"
 
 
 @pytest.mark.parametrize(("model", "status", "param"), [("missing", 404, "model"), ("busy", 429, None), ("loading", 503, None)])
 @pytest.mark.parametrize("how", [{}, {"stream": True}, {"background": True}])
-async def test_what_the_coordinator_refuses(
+async def test_errors_of_the_coordinator_have_their_status(
     http: aiohttp.ClientSession, how: dict[str, Any], model: str, status: int, param: str | None
 ) -> None:
     async with http.post("/v1/responses", json=ASKED | how | {"model": model}) as response:

@@ -27,7 +27,7 @@ def plain(body: object) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("reason", "name"), [(FinishReason.STOP, "completed"), (FinishReason.LENGTH, "incomplete")])
-def test_an_answer_without_text_has_all_events(reason: FinishReason, name: str) -> None:
+def test_an_answer_without_text_has_the_same_events(reason: FinishReason, name: str) -> None:
     writer = RENDERER.writer("resp_1")
     events = [
         *writer.begin(),
@@ -41,7 +41,7 @@ def test_an_answer_without_text_has_all_events(reason: FinishReason, name: str) 
     assert plain(events[-1].body)["response"]["usage"]["total_tokens"] == 3
 
 
-def test_a_failure_for_good_is_the_object_and_another_one_repeats_the_last_number() -> None:
+def test_a_final_failure_sends_the_object_and_any_other_repeats_the_last_number() -> None:
     writer = RENDERER.writer("resp_1")
     writer.begin()
     writer.take(0, TextDelta(text="so far"))

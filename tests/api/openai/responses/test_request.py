@@ -8,7 +8,7 @@ from meshd.api.openai.responses.request import LOGPROBS
 from meshd.errors import InvalidRequest
 
 
-def test_the_input_of_a_response_is_a_chat() -> None:
+def test_the_input_of_a_response_becomes_a_chat() -> None:
     parts = [{"type": "input_text", "text": "a "}, {"type": "input_text", "text": "b"}]
     answer = {"type": "message", "id": "msg_1", "status": "completed", "role": "assistant",
               "content": [{"type": "output_text", "text": "c", "annotations": [], "logprobs": []}]}  # fmt: skip
@@ -19,7 +19,7 @@ def test_the_input_of_a_response_is_a_chat() -> None:
     )
 
 
-def test_the_logprobs_of_a_response() -> None:
+def test_logprobs_are_requested_by_include() -> None:
     assert response(include=[LOGPROBS]).sampling.logprobs == 0
     assert response(include=[], top_logprobs=0).sampling.logprobs is None
 
