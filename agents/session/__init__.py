@@ -1,1 +1,1 @@
-"""Requests on the peer that took them."""
+"""The coordinator's side of a request: its session, the session's plan, and its journal on other peers."""

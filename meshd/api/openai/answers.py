@@ -71,7 +71,7 @@ async def generate(request: web.Request, renderer: AnyRenderer, generation_reque
     """
     coordinator = request.app[SERVICES].coordinator
     whole = msgspec.structs.replace(
-        generation_requests, store=renderer.store, background=renderer.background, edge=encode_renderer(renderer)
+        generation_requests, store=renderer.store, background=renderer.background, renderer=encode_renderer(renderer)
     )
     generation = await coordinator.generate(whole)
     show(request, generation)

@@ -1,7 +1,7 @@
 """What a route needs to render its answers on any peer.
 
 A renderer holds everything beside the answer itself that a route's objects and events need. It travels with the request as
-`GenerationRequest.edge` and is stored in the session's record, so that any peer renders the same answer under the same id with
+`GenerationRequest.renderer` and is stored in the session's record, so that any peer renders the same answer under the same id with
 the same events, numbered from 0.
 """
 

@@ -294,7 +294,7 @@ async def test_what_travels_with_the_record(http: aiohttp.ClientSession, coordin
         async with http.post(path, json=whole(path)):
             pass
     asked: list[GenerationRequest] = coordinator.requests
-    assert all(one.store and not one.background and one.edge for one in asked)
+    assert all(one.store and not one.background and one.renderer for one in asked)
     async with http.post("/v1/responses", json={"model": "words", "input": "x", "background": True}):
         pass
     assert asked[-1].background
