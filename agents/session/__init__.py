@@ -1,1 +1,1 @@
-"""The coordinator's side of a request: its session, the session's plan, and its journal on other peers."""
+"""Sessions on the peer that coordinates them: their state, their plans, their stages, and their journal on other peers."""

@@ -1,4 +1,4 @@
-"""Admission control: at most so many sessions run at once, and the next ones wait in a bounded first-in-first-out queue."""
+"""Admission control: limits how many sessions run at once. Further requests wait in a bounded first-in-first-out queue."""
 
 import asyncio
 from collections import deque
@@ -7,7 +7,7 @@ from meshd.errors import Overloaded
 
 
 class Admission:
-    """Hands out a fixed number of slots, in the order of the calls. Each `enter` that returns needs exactly one `leave`."""
+    """Grants a fixed number of slots in the order of the calls. Each `enter` that returns needs exactly one `leave`."""
 
     def __init__(self, *, running: int, waiting: int, wait_s: float) -> None:
         self._limit = running
@@ -16,7 +16,7 @@ class Admission:
         self._queue: deque[asyncio.Future[None]] = deque()
         self.running = 0
         self._mean_s = 5.0
-        """Moving average of how long a session runs; `retry_after_s` of an Overloaded is estimated from it."""
+        """Moving average of how long a session runs, from which `Overloaded.retry_after_s` is estimated."""
 
     @property
     def waiting(self) -> int:
@@ -31,7 +31,7 @@ class Admission:
         """Wait for a slot.
 
         Raises: Overloaded if the queue is full, or no slot was free in time.
-        Cancel: no slot stays taken, and the queue is left.
+        Cancel: the request leaves the queue and takes no slot.
         """
         if self.free:
             self.running += 1
@@ -56,7 +56,7 @@ class Admission:
                 self._queue.remove(waiter)
 
     def leave(self, lasted_s: float) -> None:
-        """Give a slot back, to the first in the queue if anyone waits. `lasted_s`: how long the session ran; 0 if it did not."""
+        """Free a slot, or pass it to the first waiting request. `lasted_s`: how long the session ran; 0 if it did not run."""
         if lasted_s > 0:
             self._mean_s += 0.2 * (lasted_s - self._mean_s)
         while self._queue:

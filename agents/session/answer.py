@@ -31,7 +31,7 @@ from meshd.types import FinishReason, ModelCard, PeerId, Plan, SessionId, TokenL
 
 @dataclass(frozen=True, slots=True)
 class AnswerContext:
-    """The parts of this peer that its answers use, and the callbacks by which an answer reports to its coordinator."""
+    """The parts of the peer that its answers use, and the callbacks with which they report to the coordinator."""
 
     me: PeerId
     links: Links
@@ -62,12 +62,12 @@ class Answer:
     output: AnswerOutput = field(init=False)
     recovery: RecoveryHistory = field(default_factory=RecoveryHistory)
     progress_at: float = field(init=False)
-    """Time of the last progress: a plan is being opened, the prompt was sent, or a token arrived."""
+    """Time of the last progress: a plan began to open, the prompt was sent, or a token arrived."""
     ended_at: float = field(init=False)
     unread_since: float = field(init=False)
     readers: int = 0
     opened: "asyncio.Future[None]" = field(init=False)
-    """Done when the stages of the first plan are open. Fails with the error that ended the answer before that."""
+    """Done when all stages of the first plan are open. If the answer ends before that, it fails with the answer's error."""
     tasks: AnswerTasks = field(default_factory=AnswerTasks)
 
     def __post_init__(self) -> None:
@@ -174,11 +174,11 @@ class Answer:
         self._apply(fsm.Planned(plan))
 
     def plan_failed(self, error: MeshdError) -> None:
-        """Suspend or fail: no plan is possible now."""
+        """Suspend the answer, or fail it if it never ran: no plan is possible now."""
         self._apply(fsm.PlanFailed(error))
 
     def hold(self, index: int | None) -> None:
-        """Stop the stages before answer token `index` until the plan has changed. None: lift the hold."""
+        """Keep the stages from making answer token `index` and later ones until the plan has changed. None: lift the hold."""
         if self.plan is not None and self.machine.state is SessionState.DECODING:
             credit = self.machine.credit if index is None else min(index, self.machine.credit)
             self.stages.grant(self.machine.epoch, self.plan.stages[0].peer, credit, hold=index is not None)
@@ -197,7 +197,7 @@ class Answer:
             self._apply(fsm.Released(Cancelled(why)))
 
     def reclaim(self, record: SessionRecord, used: int) -> None:
-        """Take the answer back from a peer that has continued it up to `record`, in epochs up to `used`."""
+        """Take the answer back from another coordinator. `record`: its record. `used`: the highest epoch that it can have used."""
         self.stages.handed_over = True
         tokens = tuple(
             (token, logprobs, self.output.finish_at(index, token)) for index, (token, logprobs) in enumerate(record.tokens)
@@ -205,7 +205,7 @@ class Answer:
         self._apply(fsm.Reclaimed(used, tokens))
 
     def overdue(self, reason: str, blame: PeerId | None) -> None:
-        """Recover: no progress for too long. `blame`: the peer at fault, if it is known."""
+        """Recover: there was no progress for too long. `blame`: the peer at fault, if it is known."""
         if self.machine.state in RUNNING:
             self._distrust(blame)
             self._apply(fsm.DeadlinePassed(reason, blame))
@@ -243,7 +243,7 @@ class Answer:
         self.recovery.distrust(peer, self.context.clock.monotonic())
 
     def on_peer_gone(self, peer: PeerId, reason: str) -> None:
-        """Recover if the plan needs this peer: its link is down."""
+        """Forget a lost peer's copies, and recover if the plan uses the peer."""
         self.recovery.forget_copies(peer)
         self._apply(fsm.PeerGone(peer, f"{self.context.names(peer)}: {reason}"))
 

@@ -1,6 +1,6 @@
-"""The coordinator of requests: tokenises and admits them, starts their answers, watches these until they end, and retains them.
+"""The coordinator: admits requests, starts and watches their answers, and retains them after their end for later readers.
 
-It also takes over answers whose coordinator was lost.
+It also takes over answers from a coordinator that was lost.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ _TICK_S = 0.1
 _CHECK_PLANS_S = 1.0
 """How often running answers are checked for mirrors and better plans."""
 _SETTLE_S = 0.5
-"""A coordinator whose link only broke for a moment is linked again within this time, and is not lost."""
+"""Delay before a lost coordinator's answers are taken over: if only its link broke, it is linked again by then."""
 _MAX_RETAINED = 256
 _RETAIN_S = 600.0
 """How long an answer that has ended or is suspended is retained for later readers."""
@@ -50,7 +50,7 @@ _MOVE_REPLY_S = 150.0
 
 @dataclass(slots=True, kw_only=True)
 class Coordinator:
-    """Implements `service.Coordinator` (with `models` and `readiness` from the library and the router)."""
+    """Owns the answers that this peer coordinates. Implements `service.Coordinator`."""
 
     me: PeerId
     links: Links
@@ -217,7 +217,7 @@ class Coordinator:
             self.journal.release(session)
 
     def leave(self) -> None:
-        """Give up all answers, because this peer stops. One with a deputy is left to it with open stages; others are suspended."""
+        """Give up all answers: this peer stops. Those with deputies are left to them with open stages; others are suspended."""
         for answer in list(self.answers.values()):
             if answer.record.store and self.journal.deputies_of(answer.session):
                 answer.release("this peer stops")
@@ -277,7 +277,7 @@ class Coordinator:
         self._journal(answer)
 
     def take_over(self, record: SessionRecord) -> None:
-        """Take over an answer whose coordinator is lost, if this peer is the one to do so. Does not wait."""
+        """Start a task that takes over an answer from a lost coordinator, unless another peer should."""
         task = asyncio.get_running_loop().create_task(self._take_over(record), name=f"take over {record.session}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -78,7 +78,7 @@ class DeadlinePassed:
 
 @dataclass(frozen=True, slots=True)
 class Suspend:
-    """Free everything but the tokens: the answer has no reader."""
+    """Free everything but the tokens, so that the session can be resumed later."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,14 +85,14 @@ class AnswerOutput:
         return token in self.card.end_of_sequence and not self.record.ignore_eos
 
     def add(self, token: int, logprobs: TokenLogprobs | None, now: float) -> None:
-        """Append a token that arrived just now. `decode` adds its text."""
+        """Append a token that arrived at `now`. `decode` adds its text."""
         self.last_token_at = now
         if self.first_token_at is None:
             self.first_token_at = now
         self.tokens.append((token, logprobs))
 
     def decode(self, token: int, logprobs: TokenLogprobs | None, *, end_of_sequence: bool) -> None:
-        """Append the text that is certain with this token. Has no effect after a stop string."""
+        """Append the text that becomes certain with this token. Does nothing after a stop string."""
         if self.stopped:
             return
         delta = self._assembler.push(token, logprobs, end_of_sequence=end_of_sequence)
@@ -123,7 +123,7 @@ class AnswerOutput:
         await self._changed.wait()
 
     async def until(self, condition: Callable[[], object], within_s: float) -> None:
-        """Wait until the condition, which each `touch` checks, holds or the time is over."""
+        """Wait until the condition holds, for at most `within_s`. It is checked after each `touch`."""
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 while not condition():

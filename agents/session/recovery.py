@@ -1,4 +1,4 @@
-"""What one answer knows of faults: where copies of its KV are, which peers it distrusts, and its past changes of plan."""
+"""One answer's record of faults: copies of its KV, peers that it distrusts, and past changes of its plan."""
 
 from dataclasses import dataclass, field
 

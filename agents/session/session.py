@@ -144,7 +144,7 @@ class Session(Machine[Event, Command]):
 
     @property
     def begun(self) -> bool:
-        """Whether an earlier plan has run or made tokens, so that a new plan continues its work."""
+        """Whether a plan has run, or there are tokens: a new plan then continues from them."""
         return self.kv_plan is not None or bool(self.tokens)
 
     @property
@@ -207,7 +207,7 @@ def _planned(session: Session, event: Planned) -> list[Command]:
     session.attempts += 1
     session.plan = event.plan
     session.epoch += 1
-    session.credit = max(session.credit, len(session.tokens) + 1)  # a resumed plan always samples one token
+    session.credit = max(session.credit, len(session.tokens) + 1)  # resumed stages sample one token even without credit
     session.opened = {}
     session.holders.update(event.plan.peers)
     session.state = SessionState.OPENING
@@ -255,7 +255,7 @@ def _token_arrived(session: Session, event: TokenArrived) -> list[Command]:
 
 
 def _token_in_recovery(session: Session, event: TokenArrived) -> list[Command]:
-    """Emit a token that was made before the fault: it is valid, and need not be made again."""
+    """Emit a token that was made before the fault: it is still valid."""
     return _emit(session, event) if event.index == len(session.tokens) < session.credit else []
 
 

@@ -76,7 +76,7 @@ class Deputy:
 
     def _on_tokens(self, sender: PeerId, message: JournalTokens, payload: memoryview) -> None:
         if not self.store.append(sender, message, self.clock.monotonic()):
-            with suppress(MeshdError):  # the next tokens are refused again, unless the link is down
+            with suppress(MeshdError):  # may fail: the next tokens cause another JOURNAL_DROP
                 self.links.send(sender, JournalDrop(session=message.session, epoch=message.epoch))
 
     def _on_drop(self, sender: PeerId, message: JournalDrop, payload: memoryview) -> None:

@@ -194,7 +194,10 @@ class Locator:
         return SessionEnded(request=message.request, known=self._end_here(message.session, message.forget))
 
     def _hand_out(self, session: SessionId, to: PeerId, take: bool) -> SessionRecord:
-        """Returns: the record for peer `to`, which becomes the session's coordinator with `take`. Raises: UnknownSession."""
+        """Return the record to peer `to`. `take`: make it the session's coordinator, and release the session here.
+
+        Raises: UnknownSession.
+        """
         record, coordinates = self._latest_here(session)
         if record is None:
             raise _unknown(session)

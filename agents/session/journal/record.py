@@ -21,7 +21,7 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     prompt: tuple[int, ...]
     max_tokens: int
     sampling: SamplingParams
-    """If the client gave no seed, one was drawn and is included."""
+    """Includes the seed that was drawn, if the client gave none."""
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
     mesh: MeshOptions = MeshOptions()
@@ -30,14 +30,14 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     renderer: bytes = msgspec.field(default=b"", name="edge")
     """See `GenerationRequest.renderer`."""
     created: float = 0.0
-    """Seconds since the epoch, by the first coordinator."""
+    """Unix time of the request in seconds, by the clock of the first coordinator."""
     plan: Plan | None = None
     """The last plan that ran: its peers may still have KV."""
     tokens: tuple[AnswerToken, ...] = ()
     finish: str = ""
-    """Empty while it runs or is suspended."""
+    """Why the answer ended; empty while it runs or is suspended."""
     suspended: bool = False
-    """Nothing runs, and the session is resumed only when a client asks for it."""
+    """Whether the session is suspended. It is then resumed only when a client asks for it."""
 
 
 def new_record(

@@ -16,7 +16,7 @@ from meshd.types import PeerId, SessionId
 MAX_RECORDS = 256
 MAX_BYTES = 64 * 2**20
 KEEP_S = 600.0
-"""How long a record is kept after its last change: after the answer's end, or if its coordinator is lost and no peer takes over."""
+"""How long a record is kept after its last change, whether the answer has ended or its coordinator is lost."""
 
 # Approximate sizes of Python's objects; `tests/agents/session/journal/test_store.py` compares them with measured memory.
 _RECORD_BYTES = 2048
@@ -40,7 +40,7 @@ class _StoredRecord:
 
 @dataclass(slots=True)
 class JournalStore:
-    """Records by session. When there are too many or they are too large, those of ended answers are dropped first."""
+    """Stores records by session. To stay within its limits it deletes records of ended answers, oldest first."""
 
     max_records: int = MAX_RECORDS
     max_bytes: int = MAX_BYTES
@@ -191,7 +191,7 @@ class JournalStore:
 
 
 def _check_later(present: SessionRecord, record: SessionRecord) -> None:
-    """Raises: InvalidRequest."""
+    """Check that `record` may replace `present`. Raises: InvalidRequest."""
     if record.epoch < present.epoch or (record.epoch == present.epoch and record.coordinator != present.coordinator):
         raise InvalidRequest(
             f"session {record.session} is at epoch {present.epoch} with {present.coordinator:.8}: epoch {record.epoch} is past"

@@ -56,12 +56,12 @@ class _Entry:
     """Whether the deputy has confirmed the full record. Until then tokens wait."""
     tokens: PendingTokens = field(default_factory=PendingTokens)
     sent_finish: str = ""
-    """The finish reason that the deputy was last sent."""
+    """The finish reason that was last sent to the deputy."""
     sent_at: float = 0.0
     transfer: int = 0
     """Number of the latest full transfer. It rises when one is queued or given up: the reply to an older one is then ignored."""
     avoid: dict[PeerId, float] = field(default_factory=dict)
-    """Peer that must not become the deputy -> time until which this holds."""
+    """Peer that must not be chosen as deputy -> time until which it is excluded."""
 
 
 class JournalWriter:
@@ -106,7 +106,7 @@ class JournalWriter:
         """Keep this session's record at a deputy from now on. Called again at each new plan, because the record contains the plan.
 
         record: returns the full record as it is at the time of the call.
-        plan_peers: returns the peers of the session's plan, which are the last choice for its deputy.
+        plan_peers: returns the peers of the session's plan. They become deputies only if there is no other peer.
         """
         entry = self._entries.get(session)
         if entry is None:
@@ -183,7 +183,7 @@ class JournalWriter:
         self._wake.set()
 
     def _start_over(self, entry: _Entry, avoid_s: float = 0.0) -> None:
-        """Give up the present deputy and queue a full transfer to a new one. `avoid_s`: how long the old one is not chosen."""
+        """Give up the deputy, and queue a full transfer to one that is chosen anew. `avoid_s`: how long the old one is excluded."""
         if entry.deputy is not None and avoid_s:
             entry.avoid[entry.deputy] = self._clock.monotonic() + avoid_s
         self._detach(entry)
@@ -306,7 +306,7 @@ class JournalWriter:
             self._retire(entry)
 
     def _retire(self, entry: _Entry) -> None:
-        """Remove the session here. The deputy's record expires."""
+        """Stop journaling the session. The deputy's record expires without a message."""
         del self._entries[entry.session]
         self._transfers.pop(entry, None)
         self._unsent.pop(entry, None)
@@ -315,7 +315,7 @@ class JournalWriter:
 class JournalWriters:
     """Keeps each session's record at two deputies, so that its coordinator and one deputy may be lost at once.
 
-    It has two `JournalWriter`s, and the same methods.
+    It has two `JournalWriter`s and passes every call on to both.
     """
 
     def __init__(self, me: PeerId, links: Links, clock: Clock, adverts: Callable[[], list[Advert]]) -> None:

@@ -25,12 +25,12 @@ from meshd.planner.session.reroute import STAGE_S, HeldKv, Reroute, reserve_all,
 from meshd.types import Advert, Holding, LayerRange, ModelCard, PeerId, StagePlan, ranges_of
 
 MAX_STAGES = 64
-"""Upper limit for one plan."""
+"""Limit for one plan."""
 LEAST_GAIN = 0.10
 """Fraction of the time per token that a move must save: for less, a running session stays where it is."""
 _EXPECTED_TOKENS = 64
 """An answer is expected to grow by this many tokens, or to double if it is longer. `max_tokens` is no guide: most answers end long
-before it. If a plan proves too slow later, it can be changed then, without a pause."""
+before it. If the answer grows further, its plan can still be changed later, without a pause."""
 _SERVING = frozenset({"active", "draining"})
 """States of a holding that can still have the KV of a running session."""
 
@@ -73,7 +73,7 @@ class LayerShortage:
 
 @dataclass(frozen=True)
 class CandidateSearch:
-    """One session's request, and the peers as this session may use them."""
+    """Searches plans for one session, over the peers that it may use."""
 
     problem: PlanInput
     """Resident layers only. KV that the session itself has reserved counts as free."""
@@ -90,8 +90,9 @@ class CandidateSearch:
     def better(self, least_peers: int) -> Candidate | None:
         """Find a plan that is worth moving a running session to.
 
-        least_peers: the plan must have at least so many different peers.
-        Returns: the plan that saves most, after the cost of the move; None if none saves anything, or at least `LEAST_GAIN`.
+        least_peers: the plan must have at least this many different peers.
+        Returns: the plan that saves most time after the cost of the move. None if no plan saves any, and at least `LEAST_GAIN` of
+        the time per token.
         """
         old = self._old_stages
         if not old or len(self.surviving) < len(old):
@@ -111,7 +112,7 @@ class CandidateSearch:
         return best
 
     def evaluate(self, stages: Stages, *, moved: bool = False) -> Candidate:
-        """Predict pause, pace and cost of these stages. `moved`: assume that all KV that can be copied has been copied before."""
+        """Predict pause, time per token and cost of these stages. `moved`: KV that can be copied was copied before the change."""
         known = self.request.known
         held = list(expected_held(self.request, stages, self.surviving))
         for number in self._copies(stages) if moved else ():
@@ -128,7 +129,7 @@ class CandidateSearch:
         )
 
     def shortage(self) -> LayerShortage:
-        """Returns: the layers that keep a plan from being possible."""
+        """Returns: the layers for which no peer has enough KV, so that no plan is possible."""
         surviving = [layer for number in self.surviving for layer in self._old_stages[number].layers]
         free, total = set(surviving), set(surviving)
         for holding in (holding for peer in self._reroute.peers for holding in peer.usable_holdings):

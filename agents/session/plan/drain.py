@@ -29,7 +29,7 @@ class Drainer:
     on_change: Callable[[], None]
     """Called when the drain state, which is part of the advert, has changed."""
     leaving: bool = False
-    """The daemon is stopping: it takes no new requests either."""
+    """Whether the daemon is stopping. It then takes no new requests either."""
     _drain_requested: bool = False
 
     def register(self) -> None:

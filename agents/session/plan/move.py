@@ -30,7 +30,7 @@ _CHANGE_S = 15.0
 _RETRY_S = 5.0
 """Pause after a failed move before the answer is considered again."""
 _CAUGHT_UP_TOKENS = 4
-"""A copy that lacks at most so many positions counts as complete: the rest is copied during the last step, or computed again."""
+"""A copy that lacks at most this many positions counts as complete. They are copied during the last step, or computed again."""
 _LAST_STEP_S = 5.0
 """Time limit for the step that is being computed."""
 _LEAST_REMAINING = 32
@@ -39,7 +39,7 @@ _LEAST_REMAINING = 32
 
 @dataclass(slots=True)
 class _Copy:
-    """A copy of one stage's KV, on its way to a target peer."""
+    """A copy of one stage's KV that is being made at a target peer."""
 
     stage: int
     target: PeerId
@@ -111,7 +111,7 @@ class Mover:
         await answer.output.until(ready, _COPY_S)
 
     async def _end_step(self, answer: Answer, epoch: int) -> None:
-        """Wait for the token that is being computed and start no further step: its result would be discarded."""
+        """Wait for the token that is being computed, and let no further step start: the change of plan would discard it."""
         if answer.machine.waits_for_client:
             return
         last = len(answer.machine.tokens) + 1
@@ -138,7 +138,7 @@ class Mover:
             raise PeerFault(f"the move failed, and the session continues under another plan: {changes[0].reason}")
         if answer.machine.state is SessionState.FINISHED:
             return 0.0
-        raise PeerFault(f"the move was not completed: the session ended, or made no token in {_CHANGE_S:.0f} s")
+        raise PeerFault(f"the move was not completed: the session ended, or made no token within {_CHANGE_S:.0f} s")
 
     def on_mirrored(self, answer: Answer, message: Mirrored) -> None:
         """Take a stage's report of how far a copy is."""
@@ -205,7 +205,7 @@ class Mover:
             return None
 
     def _start_once(self, answer: Answer, work: Callable[[], Awaitable[None]]) -> None:
-        """Run one move at a time for each answer. It is cancelled when the answer ends."""
+        """Start a move in a task, which is cancelled when the answer ends. The answer gets no other move until the task is done."""
         self._searching.add(answer.session)
         answer.tasks.spawn(self._log_failure(answer, work)).add_done_callback(lambda _: self._searching.discard(answer.session))
 

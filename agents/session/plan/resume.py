@@ -46,7 +46,7 @@ class ResumePoint:
 def resume_points(held: Sequence[StageHeld], known: int) -> tuple[ResumePoint, ...]:
     """Choose where each stage starts, so that as few positions as possible are computed again.
 
-    When the last stage samples, every stage has the KV of positions `[0, known)`. The last known token is always computed.
+    When the last stage samples, every stage must have the KV of positions `[0, known)`. The last known token is always computed.
 
     held: what each stage has.
     known: number of tokens that the coordinator has, at least 1.

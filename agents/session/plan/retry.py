@@ -1,4 +1,4 @@
-"""Finds plans for answers, with retries: the first plan, and another one after a loss. Also requests mirrors of their KV."""
+"""Finds plans for answers and retries while none is possible: first plans, and new ones after a loss. Also requests KV mirrors."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ _LOADING_WAIT_S = 120.0
 _NO_PLAN_WAIT_S = 3.0
 """How long an answer waits when the live peers cannot hold the model: short, but a peer that restarts may be back by then."""
 TAKEOVER_EPOCHS = 1000
-"""A new coordinator raises the recorded epoch by this much. The last coordinator cannot have used so many without recording one."""
+"""A new coordinator raises the recorded epoch by this much, to be above any that the last one used but could not record."""
 _TRANSIENT = frozenset({OutOfMemory.code, NoPeer.code, Overloaded.code})
 """Errors with which a stage refuses to open when the peer has changed since the plan was made, for example because another session
 took the memory. A new plan may succeed."""
@@ -37,7 +37,7 @@ took the memory. A new plan may succeed."""
 
 @dataclass(slots=True)
 class PlanRetrier:
-    """Carries out a session's `Replan` command: searches for a plan until there is one, or it is time to give up."""
+    """Carries out the session's `Replan` command: searches until there is a plan or a time limit has passed."""
 
     links: Links
     router: Router

@@ -178,7 +178,7 @@ class Router:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _route(self, card: ModelCard, mesh: MeshOptions, context: int, prompt_tokens: int) -> Plan:
-        """Make a plan over resident layers. Use standby copies and leaving peers only if there is no plan without them.
+        """Make a plan over resident layers, with standby copies and leaving peers only if there is no plan without them.
 
         Raises: the same as `solve`.
         """
@@ -212,7 +212,7 @@ class Router:
             pass
 
     def _search(self, card: ModelCard, mesh: MeshOptions, request: RecoveryRequest, rules: PeerRules) -> CandidateSearch:
-        """Raises: NoPeer."""
+        """Begin a search over the live peers. Raises: NoPeer."""
         return candidate_search(card, self.adverts(), mesh, request, self.me, rules)
 
     def _resident(

@@ -24,7 +24,7 @@ OPEN_TIMEOUT_S = 5.0
 
 @dataclass(slots=True)
 class StageClient:
-    """One answer's connection to its stages. Only `open` waits for a reply."""
+    """Sends one answer's messages to its stages. Only `open` waits for a reply."""
 
     record: SessionRecord
     me: PeerId
@@ -112,5 +112,5 @@ class StageClient:
             self.send(peer, Close(session=self.session, epoch=command.epoch, reason=command.reason))
 
     def send(self, peer: PeerId, message: Message, payload: memoryview | None = None) -> None:
-        """Send without waiting. If the peer is unreachable, this only logs it: the link reports the loss."""
+        """Send without waiting. A failure is only logged, because the link reports the loss of the peer."""
         try_send(self.links.send, peer, message, payload)

@@ -14,7 +14,7 @@ from meshd.types import PeerId, SessionId
 SILENT_S = 1.2
 """Two missed heartbeats: if no token arrives either, the peer counts as lost."""
 _QUIET_S = 0.4
-"""If a token arrived less than this ago, the pipeline runs, even if heartbeats are missing."""
+"""A peer with missing heartbeats is tolerated while tokens still arrive: the last one less than this ago."""
 _LEAST_STEP_S = 3.0
 """A step may always take this long before the stages are asked for it: its peer may be busy with other sessions."""
 _PATIENCE = 20.0
@@ -43,7 +43,7 @@ class StageWhereabouts:
 
 @dataclass(slots=True)
 class StallWatch:
-    """Checks the running answers of this peer; `look` is called several times a second."""
+    """Checks the running answers of this peer. The coordinator calls `look` several times a second for each."""
 
     links: Links
     clock: Clock
@@ -85,7 +85,7 @@ class StallWatch:
         return None
 
     async def _locate_stall(self, answer: Answer, limit: float) -> None:
-        """Ask every stage for its progress twice, and recover the answer if none has moved in between."""
+        """Ask every stage for its progress twice. Recover the answer if a stage does not reply, or if none has moved in between."""
         epoch, progress = answer.machine.epoch, answer.progress_at
         before = await self._ask(answer, epoch)
         await self.clock.sleep(_BETWEEN_ASKS_S)
