@@ -111,7 +111,7 @@ class Coordinator:
                 await self.clock.sleep(_TICK_S)
                 now = self.clock.monotonic()
                 for answer in list(self.answers.values()):
-                    self._watch.look(answer, now)
+                    self._watch.check(answer, now)
                 self._expire(now)
                 if now - checked_at > _CHECK_PLANS_S:
                     checked_at = now
@@ -126,7 +126,7 @@ class Coordinator:
         answers = list(self.answers.values())
         for answer in answers:
             self.retrier.keep_mirrors(answer)
-        self.mover.look_for_better(answers)
+        self.mover.rebalance(answers)
         await self._retry_background()
 
     async def _retry_background(self) -> None:
@@ -294,9 +294,9 @@ class Coordinator:
                 self._retain(answer)
                 self._adopt(answer)
                 return
-            last = self.names(record.coordinator)
-            log.info("session %s: taking over from %s, at token %d", record.session, last, len(answer.output.tokens))
-            self.story.note(record.session, "taken over", coordinator=last, tokens=len(answer.output.tokens))
+            previous = self.names(record.coordinator)
+            log.info("session %s: taking over from %s, at token %d", record.session, previous, len(answer.output.tokens))
+            self.story.note(record.session, "taken over", coordinator=previous, tokens=len(answer.output.tokens))
             await self._revive(answer)
         except MeshdError as error:
             log.warning("session %s could not be taken over: %s", record.session, error)

@@ -148,7 +148,7 @@ class Mover:
                 copy.caught_up = message.filled - message.held <= _CAUGHT_UP_TOKENS
                 answer.output.touch()
 
-    def look_for_better(self, answers: list[Answer]) -> None:
+    def rebalance(self, answers: list[Answer]) -> None:
         """Move answers away from peers that leave; after a change in the cluster, also to better plans. Called periodically."""
         if not answers:
             self._seen.clear()

@@ -43,14 +43,14 @@ class StageWhereabouts:
 
 @dataclass(slots=True)
 class StallWatch:
-    """Checks the running answers of this peer. The coordinator calls `look` several times a second for each."""
+    """Checks the running answers of this peer. The coordinator calls `check` several times a second for each."""
 
     links: Links
     clock: Clock
     me: PeerId
     _asking: set[SessionId] = field(default_factory=set)
 
-    def look(self, answer: Answer, now: float) -> None:
+    def check(self, answer: Answer, now: float) -> None:
         """Renew an answer's leases. Suspend it if it has no reader; recover it if a peer is silent or no token arrives in time."""
         answer.renew(now)
         if answer.record.background:
