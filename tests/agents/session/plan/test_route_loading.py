@@ -66,9 +66,9 @@ async def test_when_no_peer_can_load_the_error_says_so() -> None:
 
 
 async def test_requests_share_a_slow_load_and_report_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "_REQUEST_WAIT_S", 0.05)
+    monkeypatch.setattr(routing, "_REQUEST_WAIT_S", 0.2)
     cluster = three_peers(make_peer("d", decode_gb_s=100.0))
-    cluster.load_s = 0.3
+    cluster.load_s = 0.8
     lost = cluster.lose("b")
     request = recovery_request("a:0-10,b:10-20,c:20-30", lost)
     tries = await asyncio.gather(*(cluster.router.recover(CARD, NO_OPTIONS, request) for _ in range(3)), return_exceptions=True)
