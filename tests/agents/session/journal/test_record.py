@@ -58,6 +58,7 @@ def test_a_record_survives_the_wire() -> None:
     with_logprobs = record(stop=("é",), renderer=b"\0\xff")
     with_logprobs = msgspec.structs.replace(with_logprobs, tokens=((7, TokenLogprobs(-0.5, ((8, -1.5),))),))
     assert decode_record(encode_record(with_logprobs)) == with_logprobs
+    assert msgspec.msgpack.decode(encode_record(with_logprobs))["edge"] == b"\0\xff", "the key of `renderer` on the wire"
 
 
 @pytest.mark.parametrize(
