@@ -49,8 +49,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Continue without a reader. Otherwise the answer is suspended, and its memory freed, when its last reader leaves."""
     store: bool = True
     """Keep the record for a while after the end, so that it can be read again."""
-    edge: bytes = b""
-    """What the API needs to show this answer on any peer: opaque to the agents, kept with the record."""
+    renderer: bytes = b""
+    """State with which the API on any peer can render this answer: opaque to the agents, kept with the record."""
 
 
 class TokenText(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,8 +99,8 @@ class Generation(Protocol):
     def predicted_tpot_s(self) -> float: ...
 
     @property
-    def edge(self) -> bytes:
-        """As the request gave it."""
+    def renderer(self) -> bytes:
+        """See `GenerationRequest.renderer`."""
         ...
 
     @property

@@ -344,7 +344,7 @@ def _coordinator(
         clock,
         settings.mirror,
         take=partial(locator.fetch, take=True),
-        elsewhere=locator.elsewhere,
+        coordinated_elsewhere=locator.coordinated_elsewhere,
     )
     return parts.coordinator(
         me=parts.me,
@@ -352,7 +352,7 @@ def _coordinator(
         library=parts.library,
         router=router,
         admission=Admission(running=settings.max_sessions, waiting=settings.queue_limit, wait_s=settings.queue_wait_s),
-        rescuer=retrier,
+        retrier=retrier,
         mover=Mover(retrier, router, adverts, clock),
         journal=journal,
         deputy=deputy,

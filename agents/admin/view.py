@@ -169,7 +169,7 @@ class ClusterView:
         """Find a session by its whole id, or by the beginning of one that is known here. Raises: UnknownSession, InvalidRequest."""
         if whole := _WHOLE_ID.fullmatch(text):
             return SessionId(whole[1])
-        here = {*self.coordinator.answers, *self.coordinator.kept, *(row["id"] for row in self.stages.rows(str))}
+        here = {*self.coordinator.answers, *self.coordinator.retained, *(row["id"] for row in self.stages.rows(str))}
         matches = sorted(session for session in here if text and session.startswith(text))
         if not matches:
             raise UnknownSession(f"no session here has an id that begins with {text!r}", hint="write the whole id")

@@ -1,4 +1,4 @@
-"""Who may run now: a bounded number of sessions, a bounded queue, first come first served."""
+"""Admission control: limits how many sessions run at once. Further requests wait in a bounded first-in-first-out queue."""
 
 import asyncio
 from collections import deque
@@ -7,7 +7,7 @@ from meshd.errors import Overloaded
 
 
 class Admission:
-    """A fair gate. Every ticket taken must be given back exactly once."""
+    """Grants a fixed number of slots in the order of the calls. Each `enter` that returns needs exactly one `leave`."""
 
     def __init__(self, *, running: int, waiting: int, wait_s: float) -> None:
         self._limit = running
@@ -16,7 +16,7 @@ class Admission:
         self._queue: deque[asyncio.Future[None]] = deque()
         self.running = 0
         self._mean_s = 5.0
-        """Running mean of how long a session lasts: the guess behind Retry-After."""
+        """Moving average of how long a session runs, from which `Overloaded.retry_after_s` is estimated."""
 
     @property
     def waiting(self) -> int:
@@ -24,44 +24,48 @@ class Admission:
 
     @property
     def free(self) -> bool:
-        """Whether `enter` would not wait."""
+        """Whether `enter` would return at once."""
         return self.running < self._limit and not self._queue
 
     async def enter(self) -> None:
-        """Wait for a ticket. Raises: Overloaded if the queue is full or the wait too long. Cancel: leaves the queue."""
+        """Wait for a slot.
+
+        Raises: Overloaded if the queue is full, or no slot was free in time.
+        Cancel: the request leaves the queue and takes no slot.
+        """
         if self.free:
             self.running += 1
             return
         if len(self._queue) >= self._waiting_limit:
             raise self._overloaded(f"{self.running} requests run and {len(self._queue)} wait")
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._queue.append(place)
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.append(waiter)
         try:
-            async with asyncio.timeout(self._wait_s):  # not wait_for: it loses a cancel that comes with the ticket
-                await place
+            async with asyncio.timeout(self._wait_s):  # not wait_for: it swallows a cancellation that arrives with the slot
+                await waiter
         except TimeoutError:
-            if place.done() and not place.cancelled():
-                return  # the ticket came in the same moment
-            raise self._overloaded(f"waited {self._wait_s:.0f} s for a place") from None
+            if waiter.done() and not waiter.cancelled():
+                return  # `leave` handed over the slot just before the timeout
+            raise self._overloaded(f"no other request ended within {self._wait_s:.0f} s") from None
         except asyncio.CancelledError:
-            if place.done() and not place.cancelled():
-                self.leave(0.0)  # likewise: hand it on
+            if waiter.done() and not waiter.cancelled():
+                self.leave(0.0)  # `leave` handed over the slot just before the cancellation: pass it on
             raise
         finally:
-            if place in self._queue:
-                self._queue.remove(place)
+            if waiter in self._queue:
+                self._queue.remove(waiter)
 
     def leave(self, lasted_s: float) -> None:
-        """Give a ticket back; the next in the queue gets it."""
+        """Free a slot, or pass it to the first waiting request. `lasted_s`: how long the session ran; 0 if it did not run."""
         if lasted_s > 0:
             self._mean_s += 0.2 * (lasted_s - self._mean_s)
         while self._queue:
-            place = self._queue.popleft()
-            if not place.done():
-                place.set_result(None)
+            waiter = self._queue.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
                 return
         self.running -= 1
 
     def _overloaded(self, why: str) -> Overloaded:
-        guess = self._mean_s * (len(self._queue) + 1) / self._limit
-        return Overloaded(f"no place for this request: {why}", hint="try again later", retry_after_s=max(1.0, min(guess, 60.0)))
+        wait_s = self._mean_s * (len(self._queue) + 1) / self._limit
+        return Overloaded(f"this peer is full: {why}", hint="try again later", retry_after_s=max(1.0, min(wait_s, 60.0)))

@@ -1,6 +1,6 @@
 """One answer on its coordinator: runs the session's state machine, carries out its commands, and serves the client's readers.
 
-What has its own state is beside it: messages to the stages (`stages/client.py`), tokens and text (`output.py`), faults
+Three parts keep their own state: messages to the stages (`stages/client.py`), tokens and text (`output.py`), and faults
 (`recovery.py`).
 """
 
@@ -31,7 +31,7 @@ from meshd.types import FinishReason, ModelCard, PeerId, Plan, SessionId, TokenL
 
 @dataclass(frozen=True, slots=True)
 class AnswerContext:
-    """What every answer of a peer needs of that peer."""
+    """The parts of the peer that its answers use, and the callbacks with which they report to the coordinator."""
 
     me: PeerId
     links: Links
@@ -39,19 +39,19 @@ class AnswerContext:
     story: Story
     names: Callable[[PeerId], str]
     on_replan: Callable[["Answer", fsm.Replan], None]
-    """Finds a plan and reports it by `planned` or `plan_failed`."""
+    """Must find a plan and then call `planned` or `plan_failed`."""
     on_opened: Callable[["Answer"], None]
-    """All stages of a plan are open."""
+    """Called when all stages of a plan are open."""
     on_token: Callable[["Answer", int, int, TokenLogprobs | None], None]
     on_recovered: Callable[["Answer", Recovered], None]
-    """The first token after a change of plan."""
+    """Called at the first token after a change of plan."""
     on_end: Callable[["Answer"], None]
-    """The answer ended, or is suspended."""
+    """Called when the answer has ended or is suspended."""
 
 
 @dataclass(slots=True)
 class Answer:
-    """Implements `service.Generation`."""
+    """One answer that this peer coordinates. Implements `service.Generation`."""
 
     record: SessionRecord
     card: ModelCard
@@ -62,12 +62,12 @@ class Answer:
     output: AnswerOutput = field(init=False)
     recovery: RecoveryHistory = field(default_factory=RecoveryHistory)
     progress_at: float = field(init=False)
-    """When it last came closer to its next token: a plan opens, the prompt goes out, a token arrives."""
+    """Time of the last progress: a plan began to open, the prompt was sent, or a token arrived."""
     ended_at: float = field(init=False)
     unread_since: float = field(init=False)
     readers: int = 0
     opened: "asyncio.Future[None]" = field(init=False)
-    """Done when the first plan is open; failed when there is none."""
+    """Done when all stages of the first plan are open. If the answer ends before that, it fails with the answer's error."""
     tasks: AnswerTasks = field(default_factory=AnswerTasks)
 
     def __post_init__(self) -> None:
@@ -81,22 +81,22 @@ class Answer:
             self._restore()
 
     def _restore(self) -> None:
-        """Continue from where the record ends."""
+        """Continue from the record of an answer that has run before."""
         finish = self.output.restore()
         tokens = [token for token, _ in self.record.tokens]
         self.machine = Session.restored(
             self.session, self.prompt_tokens, epoch=self.record.epoch, plan=self.record.plan, tokens=tokens, finish=finish
         )
         if finish not in (None, FinishReason.CANCELLED):
-            self.output.finish(finish, self._made)
+            self.output.finish(finish, self._new_tokens)
 
     @property
     def session(self) -> SessionId:
         return self.record.session
 
     @property
-    def edge(self) -> bytes:
-        return self.record.edge
+    def renderer(self) -> bytes:
+        return self.record.renderer
 
     @property
     def prompt_tokens(self) -> int:
@@ -129,8 +129,8 @@ class Answer:
 
     @property
     def error(self) -> MeshdError | None:
-        over = self.machine.state in (SessionState.SUSPENDED, SessionState.FAILED) or self.machine.released
-        return self.machine.error if over else None
+        stopped = self.machine.state in (SessionState.SUSPENDED, SessionState.FAILED) or self.machine.released
+        return self.machine.error if stopped else None
 
     @property
     def recoveries(self) -> list[Recovered]:
@@ -147,38 +147,38 @@ class Answer:
 
     @property
     def measured_tpot_s(self) -> float:
-        """Mean over the tokens made here; 0 before the second one."""
-        return self.output.tpot_s(self._made)
+        """Mean time per token over the tokens that this coordinator received; 0 before the second one."""
+        return self.output.tpot_s(self._new_tokens)
 
     @property
-    def _made(self) -> int:
-        """Tokens made here, not restored from the record."""
+    def _new_tokens(self) -> int:
+        """Number of tokens that arrived here, without those restored from the record."""
         return len(self.machine.tokens) - len(self.record.tokens)
 
     def snapshot(self) -> SessionRecord:
-        """Returns: the record as of now."""
+        """Returns: the session's record with all tokens so far."""
         finished, finish = self.output.finished, self.machine.finish
         return msgspec.structs.replace(
             self.record,
             coordinator=self.context.me,
             epoch=self.machine.epoch,
-            plan=self.machine.rooted,
+            plan=self.machine.kv_plan,
             tokens=tuple(self.output.tokens),
             finish=finished.reason.value if finished else finish.value if finish else "",
             suspended=self.machine.state is SessionState.SUSPENDED,
         )
 
     def planned(self, plan: Plan, reason: str = "") -> None:
-        """Open this plan and continue under it. `reason`: why a running answer changes its plan."""
+        """Continue under this plan: open its stages. `reason`: why a running answer changes its plan."""
         self.recovery.reason = reason or self.recovery.reason
         self._apply(fsm.Planned(plan))
 
     def plan_failed(self, error: MeshdError) -> None:
-        """No plan is possible now."""
+        """Suspend the answer, or fail it if it never ran: no plan is possible now."""
         self._apply(fsm.PlanFailed(error))
 
     def hold(self, index: int | None) -> None:
-        """Make no answer token from `index` on until the plan has changed. None: lift the hold."""
+        """Keep the stages from making answer token `index` and later ones until the plan has changed. None: lift the hold."""
         if self.plan is not None and self.machine.state is SessionState.DECODING:
             credit = self.machine.credit if index is None else min(index, self.machine.credit)
             self.stages.grant(self.machine.epoch, self.plan.stages[0].peer, credit, hold=index is not None)
@@ -192,12 +192,12 @@ class Answer:
             self._apply(fsm.ResumeRequested())
 
     def release(self, why: str = "another peer has taken this answer over") -> None:
-        """Stop here without closing the stages: another peer coordinates them from now on."""
+        """Stop coordinating the answer and leave its stages open for the peer that coordinates them from now on."""
         if not self.ended:
             self._apply(fsm.Released(Cancelled(why)))
 
     def reclaim(self, record: SessionRecord, used: int) -> None:
-        """Take the answer back from a peer that continued it up to this record, in epochs up to `used`."""
+        """Take the answer back from another coordinator. `record`: its record. `used`: the highest epoch that it can have used."""
         self.stages.handed_over = True
         tokens = tuple(
             (token, logprobs, self.output.finish_at(index, token)) for index, (token, logprobs) in enumerate(record.tokens)
@@ -205,7 +205,7 @@ class Answer:
         self._apply(fsm.Reclaimed(used, tokens))
 
     def overdue(self, reason: str, blame: PeerId | None) -> None:
-        """Recover, because nothing came for too long. `blame`: the peer at fault, if it is known."""
+        """Recover: there was no progress for too long. `blame`: the peer at fault, if it is known."""
         if self.machine.state in RUNNING:
             self._distrust(blame)
             self._apply(fsm.DeadlinePassed(reason, blame))
@@ -215,26 +215,26 @@ class Answer:
         self.end()
 
     def end(self) -> None:
-        """Cancel it."""
+        """Cancel the answer and free its memory on every peer. No effect after the end."""
         if not self.ended:
             self._apply(fsm.CancelRequested())
 
     def suspend(self) -> None:
-        """Free everything but the tokens, so that it can be resumed."""
+        """Free the answer's memory on every peer, but keep its tokens, so that it can be resumed."""
         if self.running:
             self._apply(fsm.Suspend())
 
     def renew(self, now: float) -> None:
-        """Renew the leases at all peers that hold something of it, when it is time."""
+        """Renew the leases at all peers that may hold memory of this session, if they are due."""
         self.stages.renew(self.machine.holders, self.machine.epoch, now)
 
     def token_arrived(self, message: Token) -> None:
-        """The last stage sent a token."""
+        """Take a token from the last stage."""
         finish = FinishReason(message.finish) if message.final else None
         self._apply(fsm.TokenArrived(message.epoch, message.index, message.token, message.logprobs, finish))
 
     def stage_failed(self, epoch: int, stage: int, error: MeshdError, blame: PeerId | None) -> None:
-        """A stage cannot continue. `blame`: the peer at fault, if it is known."""
+        """Recover: a stage cannot continue. `blame`: the peer at fault, if it is known."""
         if epoch == self.machine.epoch:
             self._distrust(blame)
         self._apply(fsm.StageFailed(epoch, stage, error, blame))
@@ -243,12 +243,12 @@ class Answer:
         self.recovery.distrust(peer, self.context.clock.monotonic())
 
     def on_peer_gone(self, peer: PeerId, reason: str) -> None:
-        """The link to this peer is down."""
+        """Forget a lost peer's copies, and recover if the plan uses the peer."""
         self.recovery.forget_copies(peer)
         self._apply(fsm.PeerGone(peer, f"{self.context.names(peer)}: {reason}"))
 
     def mirrored(self, stage: int, peer: PeerId, positions: int | None) -> None:
-        """A peer's copy of a stage's KV has so many positions. None: there is no copy any more."""
+        """Record that `peer` has a copy of the first `positions` positions of a stage's KV. None: the copy is gone."""
         if positions is None:
             self.mirrors.pop(stage, None)
         elif self.machine.state in RUNNING:
@@ -270,7 +270,7 @@ class Answer:
             case fsm.SendPrompt(epoch, plan, start):
                 self.progress_at = self.context.clock.monotonic()
                 self.stages.send_prompt(epoch, plan, start, self.machine.tokens)
-                self._opened()
+                self._all_opened()
             case fsm.Replan():
                 self.recovery.reason = command.reason
                 self.output.touch()
@@ -281,11 +281,11 @@ class Answer:
             case fsm.CloseStages():
                 self.stages.close(command)
             case fsm.EmitSuspended(error):
-                self._over("suspended", str(error) if error else "nobody reads it")
+                self._stopped("suspended", str(error) if error else "nobody reads it")
             case fsm.EmitEnd(reason, error):
                 if error is None and reason is not FinishReason.CANCELLED:
-                    self.output.finish(reason, self._made)
-                self._over(reason.value, str(error or ""))
+                    self.output.finish(reason, self._new_tokens)
+                self._stopped(reason.value, str(error or ""))
 
     def _open_stages(self, command: fsm.OpenStages) -> None:
         self.progress_at = self.context.clock.monotonic()
@@ -305,17 +305,17 @@ class Answer:
         else:
             self._apply(fsm.StageOpened(command.epoch, stage, held))
 
-    def _opened(self) -> None:
+    def _all_opened(self) -> None:
         if not self.opened.done():
             self.opened.set_result(None)
         self.context.on_opened(self)
 
     def _resume_stages(self, command: fsm.ResumeStages) -> None:
-        method = method_of(command.held, command.positions, self.machine.known)
+        method = method_of(command.held, command.points, self.machine.known)
         self.recovery.changed(command.epoch, method)
         stages = [
-            {"held": held.held, "start": position.start, "send_from": position.send_from}
-            for held, position in zip(command.held, command.positions, strict=True)
+            {"held": held.held, "start": point.start, "send_from": point.send_from}
+            for held, point in zip(command.held, command.points, strict=True)
         ]
         self._note("resumed", epoch=command.epoch, method=method, stages=stages)
         self.stages.resume(command)
@@ -332,18 +332,19 @@ class Answer:
         self.context.on_token(self, command.index, command.token, command.logprobs)
         self.output.decode(command.token, command.logprobs, end_of_sequence=command.finish is FinishReason.STOP)
         if self.output.stopped and self.output.finished is None:
-            self.output.finish(FinishReason.STOP, self._made)
+            self.output.finish(FinishReason.STOP, self._new_tokens)
             self._apply(fsm.StopMatched())
         self.output.touch()
 
-    def _over(self, what: str, why: str) -> None:
+    def _stopped(self, what: str, why: str) -> None:
+        """Report the end or the suspension to the story, the readers, the waiting request and the coordinator."""
         self.ended_at = self.context.clock.monotonic()
         self._note(what, tokens=len(self.output.tokens), why=why)
         self.tasks.cancel()
         if not self.opened.done():
             if self.machine.error is not None:
                 self.opened.set_exception(self.machine.error)
-                self.opened.exception()  # marks it as retrieved: asyncio complains about an error that nobody awaited
+                self.opened.exception()  # marks the error as retrieved: asyncio logs an exception that nobody has awaited
             else:
                 self.opened.cancel()
         self.output.touch()
@@ -359,7 +360,7 @@ class Answer:
     async def events(self) -> AsyncIterator[TextDelta | Finished]:
         """See `service.Generation.events`.
 
-        Cancel, or closing: the answer is suspended if this was its last reader and it is no background answer.
+        Cancel, or closing the iterator: suspends the answer if this was its last reader and it is no background answer.
         """
         output, read = self.output, 0
         self.readers += 1
@@ -371,7 +372,7 @@ class Answer:
                 if output.finished is not None:
                     yield output.finished
                     return
-                self._raise_if_over()
+                self._raise_if_stopped()
                 self.read_all()
                 if read == len(output.deltas) and output.finished is None:
                     await output.change()
@@ -381,19 +382,19 @@ class Answer:
             if not self.readers and not self.record.background:
                 self.suspend()
 
-    def _raise_if_over(self) -> None:
+    def _raise_if_stopped(self) -> None:
         if self.running:
             return
         if self.machine.error is not None:
             raise self.machine.error
-        raise Cancelled("the answer was ended before its end", hint="ask again")
+        raise Cancelled("the answer was cancelled before it was complete", hint="send the request again")
 
     def read_all(self) -> None:
-        """Count all tokens so far as read, which lets decoding run further ahead."""
+        """Count all tokens so far as read, which extends the credit: how far decoding may run ahead of the readers."""
         if self.machine.state in RUNNING:
             self._apply(fsm.TokensRead(len(self.machine.tokens)))
 
 
 def header_of(plan: Plan, names: Callable[[PeerId], str]) -> str:
-    """`name:0-12,name:12-30`."""
+    """Returns: the plan as `name:0-12,name:12-30`."""
     return ",".join(f"{names(stage.peer)}:{stage.layers}" for stage in plan.stages)

@@ -1,4 +1,7 @@
-"""Requests on the peer that took them, or took them over: tokenise, admit, start, watch until the end, keep for later readers."""
+"""The coordinator: admits requests, starts and watches their answers, and retains them after their end for later readers.
+
+It also takes over answers from a coordinator that was lost.
+"""
 
 import asyncio
 from collections import OrderedDict
@@ -34,25 +37,27 @@ from meshd.types import ModelCard, ModelId, PeerId, SessionId, TokenLogprobs
 log = getLogger(__name__)
 
 _TICK_S = 0.1
-_LOOK_AROUND_S = 1.0
-"""How often running answers are compared with what the mesh could do for them now."""
+_CHECK_PLANS_S = 1.0
+"""How often running answers are checked for mirrors and better plans."""
 _SETTLE_S = 0.5
-"""A link that only broke is back by then, and its coordinator with it."""
-_KEPT = 256
-_KEPT_S = 600.0
-"""How many answers that do not run are kept for later readers, and how long."""
+"""Delay before a lost coordinator's answers are taken over: if only its link broke, it is linked again by then."""
+_MAX_RETAINED = 256
+_RETAIN_S = 600.0
+"""How long an answer that has ended or is suspended is retained for later readers."""
+_MOVE_REPLY_S = 150.0
+"""More than the time limits of a move (`plan/move.py`) together."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Coordinator:
-    """Implements `service.Coordinator` (with `models` and `readiness` from the library and the router)."""
+    """Owns the answers that this peer coordinates. Implements `service.Coordinator`."""
 
     me: PeerId
     links: Links
     library: ModelLibrary
     router: Router
     admission: Admission
-    rescuer: PlanRetrier
+    retrier: PlanRetrier
     mover: Mover
     journal: JournalWriters
     deputy: Deputy
@@ -63,22 +68,22 @@ class Coordinator:
     names: Callable[[PeerId], str]
     readiness_of: Callable[[], tuple[bool, float, str]]
     leaving: Callable[[], bool]
-    """Whether this peer is stopping: it waits for running answers and takes no new ones."""
+    """Whether this peer is stopping: it takes no new requests and waits for running answers."""
     answers: dict[SessionId, Answer] = field(default_factory=dict)
-    """Those that run."""
-    kept: OrderedDict[SessionId, Answer] = field(default_factory=OrderedDict)
-    """Those that ended or are suspended, for later readers."""
+    """Answers that run."""
+    retained: OrderedDict[SessionId, Answer] = field(default_factory=OrderedDict)
+    """Answers that have ended or are suspended, for later readers, oldest first."""
     _answerable: frozenset[ModelId] = frozenset()
-    """Models that could answer at the last look."""
+    """Models that were answerable at the last check."""
     _admitted: dict[SessionId, float] = field(default_factory=dict)
-    """Since when an answer has its ticket."""
+    """Time at which each running answer got its admission slot."""
     _tasks: set["asyncio.Task[None]"] = field(default_factory=set)
     _watch: StallWatch = field(init=False)
     _context: AnswerContext = field(init=False)
     _receiver: StageReceiver = field(init=False)
 
     def __post_init__(self) -> None:
-        self._receiver = StageReceiver(self.answers, self.rescuer, self.mover, self.names)
+        self._receiver = StageReceiver(self.answers, self.retrier, self.mover, self.names)
         self._watch = StallWatch(self.links, self.clock, self.me)
         self._context = AnswerContext(
             me=self.me,
@@ -86,7 +91,7 @@ class Coordinator:
             clock=self.clock,
             story=self.story,
             names=self.names,
-            on_replan=self.rescuer.replan,
+            on_replan=self.retrier.replan,
             on_opened=self._on_opened,
             on_token=self._on_new_token,
             on_recovered=self._on_recovered,
@@ -94,21 +99,21 @@ class Coordinator:
         )
 
     def register(self) -> None:
-        """Take what stages send to their coordinator. TOKEN, which the first stage gets too, comes from `compose.Peer`."""
+        """Take FAILED, CLOSED, MIRRORED and MOVE from the links. TOKEN and ERROR come from `meshd.compose`."""
         self._receiver.register(self.links)
         self.links.register(Move, self._on_move)
 
     async def run(self) -> None:
-        """Renew leases, watch deadlines, move what should move. Cancel: every session is closed on its stages."""
+        """Renew leases, watch deadlines, and move sessions to better plans. Cancel: closes every session on its stages."""
         checked_at = 0.0
         try:
             while True:
                 await self.clock.sleep(_TICK_S)
                 now = self.clock.monotonic()
                 for answer in list(self.answers.values()):
-                    self._watch.look(answer, now)
+                    self._watch.check(answer, now)
                 self._expire(now)
-                if now - checked_at > _LOOK_AROUND_S:
+                if now - checked_at > _CHECK_PLANS_S:
                     checked_at = now
                     await self._check_plans()
         finally:
@@ -120,15 +125,15 @@ class Coordinator:
     async def _check_plans(self) -> None:
         answers = list(self.answers.values())
         for answer in answers:
-            self.rescuer.keep_mirrors(answer)
-        self.mover.look_for_better(answers)
-        await self._try_again()
+            self.retrier.keep_mirrors(answer)
+        self.mover.rebalance(answers)
+        await self._retry_background()
 
-    async def _try_again(self) -> None:
-        """Background answers that found no plan: nobody asks for them, so they are tried again when the mesh has changed."""
+    async def _retry_background(self) -> None:
+        """Resume suspended background answers whose model has become answerable: no reader will ask for them."""
         models = frozenset(card.id for card in self.router.answerable())
         changed, self._answerable = models - self._answerable, models
-        for answer in list(self.kept.values()):
+        for answer in list(self.retained.values()):
             waits = answer.record.background and answer.status == "suspended"
             if waits and answer.record.model in changed and self.admission.free:
                 await self._revive(answer)
@@ -144,14 +149,14 @@ class Coordinator:
     async def generate(self, request: GenerationRequest) -> Answer:
         """See `service.Coordinator.generate`."""
         if self.leaving():
-            raise Unavailable("this peer is about to stop", hint="ask another one")
+            raise Unavailable("this peer is about to stop and takes no new requests", hint="ask another peer")
         card = self.library.find(request.model)
         text = await self.library.text(card)
-        # On another thread: a long prompt, or a template that loops, must not hold up the heartbeats.
+        # In a thread: a long prompt, or a template with an endless loop, must not delay the heartbeats.
         prompt = await asyncio.to_thread(text.tokens_of, request.prompt, request.template)
         record = new_record(request, card, prompt, self.me, self.clock)
         answer = await self._admit(record, card, text)
-        self.rescuer.start(answer)
+        self.retrier.start(answer)
         try:
             await answer.opened
         except asyncio.CancelledError:
@@ -174,21 +179,21 @@ class Coordinator:
         return answer
 
     def _run(self, answer: Answer, since: float) -> None:
-        self.kept.pop(answer.session, None)
+        self.retained.pop(answer.session, None)
         self.answers[answer.session] = answer
         self._admitted[answer.session] = since
         self.telemetry.sessions_active(len(self.answers))
 
     async def resume(self, session: SessionId) -> Answer:
         """See `service.Coordinator.resume`."""
-        answer = self.answers.get(session) or self.kept.get(session)
+        answer = self.answers.get(session) or self.retained.get(session)
         if answer is None:
             return await self._take(session)
         return answer if answer.running or answer.ended else await self._revive(answer)
 
     async def look(self, session: SessionId) -> Answer:
         """See `service.Coordinator.look`."""
-        answer = self.answers.get(session) or self.kept.get(session)
+        answer = self.answers.get(session) or self.retained.get(session)
         if answer is not None:
             return answer
         return await self._restore(await self.locator.fetch(session, take=False))
@@ -196,23 +201,23 @@ class Coordinator:
     async def end(self, session: SessionId, *, forget: bool = False) -> None:
         """See `service.Coordinator.end`."""
         if forget or not self.finish(session, forget):
-            await self.locator.end(session, forget=forget)  # which ends it here too
+            await self.locator.end(session, forget=forget)  # ends it on this peer too
 
     def own(self, session: SessionId) -> SessionRecord | None:
-        """The record of an answer that this peer coordinates or keeps."""
-        answer = self.answers.get(session) or self.kept.get(session)
+        """Returns: the record of an answer that this peer coordinates or retains; None for any other."""
+        answer = self.answers.get(session) or self.retained.get(session)
         return answer.snapshot() if answer is not None else None
 
     def release(self, session: SessionId) -> None:
-        """Another peer goes on with this answer: its stages stay as they are."""
-        answer = self.answers.get(session) or self.kept.get(session)
+        """Stop coordinating an answer and leave its stages open: another peer continues it."""
+        answer = self.answers.get(session) or self.retained.get(session)
         if answer is not None:
             answer.release()
-            self.kept.pop(session, None)
+            self.retained.pop(session, None)
             self.journal.release(session)
 
     def leave(self) -> None:
-        """This peer stops: what has a deputy is left to it, stages and all; the rest is suspended or ends."""
+        """Give up all answers: this peer stops. Those with deputies are left to them with open stages; others are suspended."""
         for answer in list(self.answers.values()):
             if answer.record.store and self.journal.deputies_of(answer.session):
                 answer.release("this peer stops")
@@ -220,22 +225,22 @@ class Coordinator:
                 answer.suspend()
 
     def finish(self, session: SessionId, forget: bool) -> bool:
-        """Cancel an answer of this peer, and forget it if asked. Returns: whether there was one."""
-        answer = self.answers.get(session) or self.kept.get(session)
+        """Cancel an answer of this peer; with `forget`, delete its record too. Returns: whether this peer has the answer."""
+        answer = self.answers.get(session) or self.retained.get(session)
         if answer is None:
             return False
         answer.end()
         if forget:
-            self.kept.pop(session, None)
+            self.retained.pop(session, None)
             self.journal.end(session, "cancelled", keep=False)
         return True
 
     async def _take(self, session: SessionId) -> Answer:
-        """Continue another peer's answer here."""
+        """Take an answer over from another peer, and resume it here if it has not ended."""
         record = await self.locator.fetch(session, take=True)
         answer = await self._restore(record)
         if answer.ended:
-            self._keep(answer)
+            self._retain(answer)
             self._adopt(answer)
             return answer
         answer.stages.handed_over = True
@@ -255,24 +260,24 @@ class Coordinator:
         return card
 
     async def _revive(self, answer: Answer) -> Answer:
-        """Run a suspended answer; the one that runs, if another reader was quicker."""
+        """Resume a suspended answer. Returns: the answer that runs, which another reader may have resumed first."""
         await self.admission.enter()
-        present = self.answers.get(answer.session)
-        if present is not None or answer.running or answer.ended:
+        running = self.answers.get(answer.session)
+        if running is not None or answer.running or answer.ended:
             self.admission.leave(0.0)
-            return present or answer
+            return running or answer
         self._run(answer, self.clock.monotonic())
         self._adopt(answer)
         answer.resume()
         return answer
 
     def _adopt(self, answer: Answer) -> None:
-        """Coordinate the answer here: find it a deputy, and stop keeping its record for the previous coordinator."""
+        """Become the answer's coordinator: journal it to deputies, and drop the record kept here for its previous coordinator."""
         self.deputy.forget(answer.session)
         self._journal(answer)
 
     def take_over(self, record: SessionRecord) -> None:
-        """Take over an answer whose record this peer keeps: its coordinator is lost."""
+        """Start a task that takes over an answer from a lost coordinator, unless another peer should."""
         task = asyncio.get_running_loop().create_task(self._take_over(record), name=f"take over {record.session}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -280,31 +285,31 @@ class Coordinator:
     async def _take_over(self, record: SessionRecord) -> None:
         await self.clock.sleep(_SETTLE_S)
         if record.coordinator in self.links.peers():
-            return  # only the link had broken
+            return  # the link broke only for a moment
         try:
-            if record.session in self.answers or not (record.finish or await self.locator.is_heir(record)):
+            if record.session in self.answers or not (record.finish or await self.locator.should_take_over(record)):
                 return
             answer = await self._restore(self.deputy.record(record.session) or record)
             if answer.ended or record.suspended:
-                self._keep(answer)
+                self._retain(answer)
                 self._adopt(answer)
                 return
-            last = self.names(record.coordinator)
-            log.info("session %s: taking over from %s, at token %d", record.session, last, len(answer.output.tokens))
-            self.story.note(record.session, "taken over", coordinator=last, tokens=len(answer.output.tokens))
+            previous = self.names(record.coordinator)
+            log.info("session %s: taking over from %s, at token %d", record.session, previous, len(answer.output.tokens))
+            self.story.note(record.session, "taken over", coordinator=previous, tokens=len(answer.output.tokens))
             await self._revive(answer)
         except MeshdError as error:
-            log.warning("session %s was not taken over: %s", record.session, error)
+            log.warning("session %s could not be taken over: %s", record.session, error)
 
     async def move(self, session: SessionId, target: PeerId, source: PeerId | None) -> Moved:
-        """Move an answer's stages, wherever it is coordinated. Raises: UnknownSession, InvalidRequest, NoPeer, PeerFault."""
+        """Move an answer's stages, whichever peer coordinates it. Raises: UnknownSession, InvalidRequest, NoPeer, PeerFault."""
         answer = self.answers.get(session)
         if answer is None:
             coordinator = await self.locator.coordinator_of(session)
             reply, _ = await self.links.request(
                 coordinator,
                 Move(request=self.links.next_request(), session=session, target=target, source=source),
-                timeout_s=150.0,
+                timeout_s=_MOVE_REPLY_S,
             )
             if not isinstance(reply, Moved):
                 raise PeerFault(f"MOVE was answered with {type(reply).__name__}")
@@ -331,14 +336,14 @@ class Coordinator:
         self._receiver.on_error(sender, message)
 
     def on_peer_gone(self, peer: PeerId, reason: str) -> None:
-        """A link is down: sessions that ran through it need another plan."""
+        """Recover the answers whose plans use this peer: its link is down."""
         for answer in list(self.answers.values()):
             answer.on_peer_gone(peer, reason)
 
     def _on_opened(self, answer: Answer) -> None:
-        """A plan runs: the journal must know it, and mirrors start."""
+        """Journal the plan that runs now, and request its mirrors."""
         self._journal(answer)
-        self.rescuer.keep_mirrors(answer)
+        self.retrier.keep_mirrors(answer)
 
     def _on_new_token(self, answer: Answer, index: int, token: int, logprobs: TokenLogprobs | None) -> None:
         self.journal.token(answer.session, index, token, logprobs)
@@ -346,7 +351,7 @@ class Coordinator:
     def _on_recovered(self, answer: Answer, recovered: Recovered) -> None:
         self.telemetry.recovery(recovered.method, recovered.pause_s)
         pause_ms = 1000 * recovered.pause_s
-        log.info("session %s goes on (%s) after %.0f ms: %s", answer.session, recovered.method, pause_ms, recovered.reason)
+        log.info("session %s continues (%s) after %.0f ms: %s", answer.session, recovered.method, pause_ms, recovered.reason)
 
     def _on_end(self, answer: Answer) -> None:
         since = self._admitted.pop(answer.session, None)
@@ -358,30 +363,30 @@ class Coordinator:
             self.journal.release(answer.session)
         elif answer.ended:
             if answer.record.store:
-                self._keep(answer)
+                self._retain(answer)
             self.journal.end(answer.session, answer.snapshot().finish, keep=answer.record.store)
         else:
-            self._keep(answer)
+            self._retain(answer)
             self._journal(answer)
         self.telemetry.sessions_active(len(self.answers))
         report_end(answer, self.telemetry)
 
     def _journal(self, answer: Answer) -> None:
-        """Send the answer's whole record to its deputies."""
+        """Queue a transfer of the answer's full record to its deputies."""
         self.journal.begin(answer.session, answer.snapshot, lambda: answer.plan.peers if answer.plan else ())
 
-    def _keep(self, answer: Answer) -> None:
-        """Oldest go first."""
-        self.kept[answer.session] = answer
-        self.kept.move_to_end(answer.session)
-        while len(self.kept) > _KEPT:
-            self._forget(next(iter(self.kept.values())))
+    def _retain(self, answer: Answer) -> None:
+        """Retain an answer for later readers. Forgets the oldest ones if there are too many."""
+        self.retained[answer.session] = answer
+        self.retained.move_to_end(answer.session)
+        while len(self.retained) > _MAX_RETAINED:
+            self._forget(next(iter(self.retained.values())))
 
     def _expire(self, now: float) -> None:
-        for answer in list(self.kept.values()):
-            if now - answer.ended_at > _KEPT_S and not answer.readers:
+        for answer in list(self.retained.values()):
+            if now - answer.ended_at > _RETAIN_S and not answer.readers:
                 self._forget(answer)
 
     def _forget(self, answer: Answer) -> None:
-        self.kept.pop(answer.session, None)
+        self.retained.pop(answer.session, None)
         self.journal.end(answer.session, "", keep=False)

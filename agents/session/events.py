@@ -1,4 +1,4 @@
-"""What happens to a session (`Event`), and what its machine wants done (`Command`)."""
+"""The inputs (`Event`) and outputs (`Command`) of a session's state machine."""
 
 from dataclasses import dataclass
 
@@ -6,12 +6,12 @@ from meshd.agents.session.plan.resume import ResumePoint, StageHeld
 from meshd.errors import MeshdError
 from meshd.types import FinishReason, PeerId, Plan, TokenLogprobs
 
-NOTHING = StageHeld(0)
+NOTHING_HELD = StageHeld(0)
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A plan was chosen: the first one, one after a loss, or a better one. Its epoch is one higher than the last."""
+    """A plan was chosen: the first one, one after a loss, or a better one. It starts a new epoch."""
 
     plan: Plan
 
@@ -27,13 +27,13 @@ class PlanFailed:
 class StageOpened:
     epoch: int
     stage: int
-    held: StageHeld = NOTHING
-    """What the stage already has of the session."""
+    held: StageHeld = NOTHING_HELD
+    """KV and outputs that the stage still has of the session, from an earlier epoch."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageFailed:
-    """A stage refused to open, or can't go on."""
+    """A stage refused to open, or cannot continue."""
 
     epoch: int
     stage: int
@@ -52,14 +52,14 @@ class TokenArrived:
 
 @dataclass(frozen=True, slots=True)
 class TokensRead:
-    """The client's side has taken all answer tokens before `index`."""
+    """The client's readers have read all answer tokens before `index`."""
 
     index: int
 
 
 @dataclass(frozen=True, slots=True)
 class StopMatched:
-    """The text reached a stop string."""
+    """The text contains a stop string: the answer is complete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class PeerGone:
 
 @dataclass(frozen=True, slots=True)
 class DeadlinePassed:
-    """Nothing came for too long."""
+    """The answer made no progress for too long."""
 
     reason: str
     blame: PeerId | None = None
@@ -78,29 +78,29 @@ class DeadlinePassed:
 
 @dataclass(frozen=True, slots=True)
 class Suspend:
-    """Nobody reads it now: free everything but the tokens."""
+    """Free everything but the tokens, so that the session can be resumed later."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResumeRequested:
-    """Somebody wants to read on."""
+    """Continue a suspended answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """Another peer coordinates it from now on, with the stages as they are."""
+    """Another peer coordinates the session from now on, and its stages stay open."""
 
     error: MeshdError
 
 
 @dataclass(frozen=True, slots=True)
 class Reclaimed:
-    """Another peer had continued it, and gave it back."""
+    """Another peer has continued the session, and gave it back."""
 
     used: int
-    """The highest epoch that it can have used."""
+    """The highest epoch that the other peer can have used."""
     tokens: tuple[tuple[int, TokenLogprobs | None, FinishReason | None], ...]
-    """All of the answer's."""
+    """All answer tokens, each with its logprobs and, if the answer ends there, the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,22 +132,22 @@ class OpenStages:
     plan: Plan
     credit: int
     answered: int
-    """Answer tokens that are known."""
+    """Number of answer tokens that the coordinator has."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResumeStages:
-    """All are open: send each the position that it resumes from."""
+    """All stages of a later plan are open: send each one its resume point."""
 
     epoch: int
     plan: Plan
     held: tuple[StageHeld, ...]
-    positions: tuple[ResumePoint, ...]
+    points: tuple[ResumePoint, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class SendPrompt:
-    """The known tokens from `start` on, to the first stage."""
+    """Send the first stage the known tokens from position `start` on."""
 
     epoch: int
     plan: Plan
@@ -156,7 +156,7 @@ class SendPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Replan:
-    """Find another plan: `lost` peers' KV is gone, peers to `avoid` are distrusted now."""
+    """Find another plan. The KV at `lost` peers is gone; peers to `avoid` were at fault since the last token."""
 
     reason: str
     lost: frozenset[PeerId]
@@ -169,7 +169,7 @@ class EmitToken:
     token: int
     logprobs: TokenLogprobs | None
     finish: FinishReason | None
-    """STOP: an end-of-sequence token, which has no text."""
+    """Why the answer ends with this token; None: it continues. STOP means an end-of-sequence token, which has no text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,17 +188,19 @@ class CloseStages:
 
 @dataclass(frozen=True, slots=True)
 class EmitSuspended:
-    """Nothing follows until it is resumed. None: its reader left."""
+    """The answer is suspended: nothing is emitted until it is resumed."""
 
     error: MeshdError | None
+    """None: its last reader left."""
 
 
 @dataclass(frozen=True, slots=True)
 class EmitEnd:
-    """Nothing follows. `error` only with ERROR, and when another peer took over."""
+    """The answer has ended: nothing more is emitted."""
 
     reason: FinishReason
     error: MeshdError | None = None
+    """Set with ERROR, and with CANCELLED when another peer has taken the session over."""
 
 
 Command = OpenStages | ResumeStages | SendPrompt | Replan | EmitToken | GrantCredit | CloseStages | EmitSuspended | EmitEnd

@@ -1,7 +1,7 @@
 """One answer's tokens, their text and their timing, as every reader sees them.
 
-The text is made token by token whether anybody reads or not, so every reader, on this peer or on the next coordinator, sees the
-same sequence of deltas.
+Each token is turned into text when it arrives, whether or not anyone reads. So every reader sees the same sequence of deltas, on
+this peer or on a later coordinator.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from meshd.types import FinishReason, ModelCard, TokenLogprobs
 
 @dataclass(slots=True)
 class AnswerOutput:
-    """Owns what an answer has produced. `touch` wakes all who wait for a change."""
+    """Owns the tokens and deltas of an answer. `touch` wakes every task that waits in `change` or `until`."""
 
     record: SessionRecord
     card: ModelCard
@@ -42,28 +42,29 @@ class AnswerOutput:
 
     @property
     def stopped(self) -> bool:
-        """The text has reached a stop string."""
+        """Whether the text contains a stop string."""
         return self._assembler.stopped
 
     @property
     def ttft_s(self) -> float:
-        """Time to the first token made here; 0 before it."""
+        """Time from `started` to the first token that arrived here; 0 before it."""
         return self.first_token_at - self.started if self.first_token_at is not None else 0.0
 
-    def tpot_s(self, made: int) -> float:
-        """Mean time per token over the `made` tokens of this run; 0 before the second one."""
-        if self.first_token_at is None or made < 2:
+    def tpot_s(self, new_tokens: int) -> float:
+        """Mean time per token; 0 before the second one. `new_tokens`: number of tokens that arrived here."""
+        if self.first_token_at is None or new_tokens < 2:
             return 0.0
-        return (self.last_token_at - self.first_token_at) / (made - 1)
+        return (self.last_token_at - self.first_token_at) / (new_tokens - 1)
 
     def restart(self, now: float) -> None:
-        """The answer runs again after a suspension: its times count from `now`."""
+        """Count times from `now`: the answer runs again after a suspension."""
         self.started, self.first_token_at = now, None
 
     def restore(self) -> FinishReason | None:
-        """Take over the record's tokens.
+        """Load the record's tokens.
 
-        Returns: how the answer ended, which the tokens show even if its coordinator was lost before it wrote that into the record.
+        Returns: why the answer ended; None if it did not. The tokens show it even if the coordinator was lost before it could
+        write the reason into the record.
         """
         for token, logprobs in self.record.tokens:
             self.tokens.append((token, logprobs))
@@ -75,7 +76,7 @@ class AnswerOutput:
         return self.finish_at(len(self.tokens) - 1, self.tokens[-1][0]) if self.tokens else None
 
     def finish_at(self, index: int, token: int) -> FinishReason | None:
-        """Returns: why the answer ends with this token, by the same rule as its last stage's; None if it continues."""
+        """Returns: why the answer ends with this token, by the rule that its last stage applies too; None if it continues."""
         if self._ends(token):
             return FinishReason.STOP
         return FinishReason.LENGTH if index + 1 == self.record.max_tokens else None
@@ -84,22 +85,22 @@ class AnswerOutput:
         return token in self.card.end_of_sequence and not self.record.ignore_eos
 
     def add(self, token: int, logprobs: TokenLogprobs | None, now: float) -> None:
-        """Append a token that was made just now; `decode` makes its text."""
+        """Append a token that arrived at `now`. `decode` adds its text."""
         self.last_token_at = now
         if self.first_token_at is None:
             self.first_token_at = now
         self.tokens.append((token, logprobs))
 
     def decode(self, token: int, logprobs: TokenLogprobs | None, *, end_of_sequence: bool) -> None:
-        """Append the text that this token makes certain. Nothing follows a stop string."""
+        """Append the text that becomes certain with this token. Does nothing after a stop string."""
         if self.stopped:
             return
         delta = self._assembler.push(token, logprobs, end_of_sequence=end_of_sequence)
         if delta is not None:
             self.deltas.append(delta)
 
-    def finish(self, reason: FinishReason, made: int) -> None:
-        """Complete the text. Only the first call has an effect. made: tokens of this run."""
+    def finish(self, reason: FinishReason, new_tokens: int) -> None:
+        """Complete the text. Only the first call has an effect. `new_tokens`: number of tokens that arrived here."""
         if self.finished is not None:
             return
         if (delta := self._assembler.finish()) is not None:
@@ -109,11 +110,11 @@ class AnswerOutput:
             prompt_tokens=len(self.record.prompt),
             completion_tokens=len(self.tokens),
             ttft_s=self.ttft_s,
-            tpot_s=self.tpot_s(made),
+            tpot_s=self.tpot_s(new_tokens),
         )
 
     def touch(self) -> None:
-        """Wake all who wait for a change."""
+        """Wake every task that waits for a change."""
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -122,7 +123,7 @@ class AnswerOutput:
         await self._changed.wait()
 
     async def until(self, condition: Callable[[], object], within_s: float) -> None:
-        """Wait until the condition holds, or the time is over. It is checked at each `touch`."""
+        """Wait until the condition holds, for at most `within_s`. It is checked after each `touch`."""
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 while not condition():

@@ -1,4 +1,4 @@
-"""What one answer knows of faults: where copies of its KV are, which peers it distrusts, which changes of plan it survived."""
+"""One answer's record of faults: copies of its KV, peers that it distrusts, and past changes of its plan."""
 
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ class Recovered:
 
     epoch: int
     method: str
-    """`kept`, `mirror`, `replay` or `prefill`: the most expensive one that was needed."""
+    """`kept`, `mirror`, `replay` or `prefill`: the most expensive method that any stage needed."""
     reason: str
     pause_s: float
     """From the last token before the change to the first one after it."""
@@ -27,14 +27,14 @@ class RecoveryHistory:
     """Stage of the present plan -> the peer with a copy of its KV, and the number of positions in the copy."""
     recoveries: list[Recovered] = field(default_factory=list)
     reason: str = ""
-    """Why the plan changes next, or changed last."""
+    """Why the plan is changing now, or why it last changed."""
     _distrusted: dict[PeerId, float] = field(default_factory=dict)
-    """Peers at fault in this session, and until when they get no stage of it."""
+    """Peer at fault in this session -> time until which it gets no stage of the session."""
     _pending: tuple[int, str, str] | None = None
-    """(epoch, method, reason) of a change of plan that no token has followed yet."""
+    """(epoch, method, reason) of a change of plan after which no token has arrived yet."""
 
     def distrust(self, peer: PeerId | None, now: float) -> None:
-        """Give this peer no stage of the session for a while. None: nobody is known to be at fault."""
+        """Give this peer no stage of the session for a while. None: the fault is known, but not the peer."""
         if peer is not None:
             self._distrusted[peer] = now + _DISTRUST_S
 
@@ -42,18 +42,18 @@ class RecoveryHistory:
         return {peer for peer, until in self._distrusted.items() if until > now}
 
     def forget_copies(self, peer: PeerId) -> None:
-        """The peer is lost, and its copies with it."""
+        """Remove the copies at this peer: it is lost."""
         self.mirrors = {stage: copy for stage, copy in self.mirrors.items() if copy[0] != peer}
 
     def changed(self, epoch: int, method: str) -> None:
-        """The stages of a new plan resume: earlier mirrors are of the old plan's stages, and the next token ends the pause."""
-        self.mirrors.clear()
+        """Record that the stages of a new plan resume. The next token ends the pause."""
+        self.mirrors.clear()  # they are copies of the old plan's stages
         self._pending = (epoch, method, self.reason)
 
     def first_token(self, pause_s: float) -> Recovered | None:
-        """Record that a token came `pause_s` after the one before it.
+        """Complete a change of plan, if one is pending: a token arrived, `pause_s` after the one before it.
 
-        Returns: the change of plan that this token completes, if there was one.
+        Returns: the change of plan; None if the plan had not changed.
         """
         if self._pending is None:
             return None

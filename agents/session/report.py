@@ -1,4 +1,4 @@
-"""Reports what an answer measured, and how far that is from its plan's predictions."""
+"""Reports an answer's measured times to telemetry and the log, beside those that its plan predicted."""
 
 from logging import getLogger
 
@@ -9,9 +9,9 @@ log = getLogger(__name__)
 
 
 def report_end(answer: Answer, telemetry: Telemetry) -> None:
-    """Measure and log an answer that has ended or is suspended."""
-    made = len(answer.output.tokens) - len(answer.record.tokens)
-    telemetry.tokens(prompt=answer.prompt_tokens, completion=made)
+    """Report an answer that has ended or is suspended."""
+    new_tokens = len(answer.output.tokens) - len(answer.record.tokens)
+    telemetry.tokens(prompt=answer.prompt_tokens, completion=new_tokens)
     if answer.ttft_s and answer.plan is not None and not answer.recoveries:
         telemetry.ttft(answer.ttft_s)
         telemetry.prediction("ttft", answer.plan.predicted_ttft_s, answer.ttft_s)
@@ -23,7 +23,7 @@ def report_end(answer: Answer, telemetry: Telemetry) -> None:
         "session %s %s: %d tokens, ttft %.0f ms, tpot %.1f ms (predicted %.1f), %d recoveries",
         answer.session,
         answer.status,
-        made,
+        new_tokens,
         1000 * answer.ttft_s,
         1000 * answer.measured_tpot_s,
         1000 * answer.predicted_tpot_s,

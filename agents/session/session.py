@@ -1,10 +1,10 @@
 """One request on the peer that coordinates it, as a pure state machine: events in, commands out.
 
-House rules of this file: no I/O, no clock, no text. It knows tokens, peers and the plan. `TRANSITIONS` is the whole truth about
-which event may come in which state; an event that is not in the table raises and changes nothing. Events of an older epoch are
-dropped before the table is asked, because the network may deliver them late.
+House rules of this file: no I/O, no clock, no text, only tokens, peers and plans. `TRANSITIONS` lists every event that may come in
+each state; any other event raises and changes nothing. Events of an older epoch are dropped before the table is consulted, because
+the network may deliver them late.
 
-`docs/state-machines.md` has the diagram, which is made from the table.
+The diagram in `docs/state-machines.md` is generated from the table.
 """
 
 from dataclasses import dataclass, field
@@ -39,20 +39,20 @@ from meshd.agents.session.events import (
     TokenArrived,
     TokensRead,
 )
-from meshd.agents.session.plan.resume import StageHeld, resume_positions
+from meshd.agents.session.plan.resume import StageHeld, resume_points
 from meshd.errors import MeshdError, PeerLost
 from meshd.types import FinishReason, PeerId, Plan, SessionId
 
 
 class SessionState(Enum):
-    """Where a session stands."""
+    """States of a session's machine. The table of transitions is at the end of this file."""
 
     NEW = "new"
     OPENING = "opening"
     PREFILLING = "prefilling"
     DECODING = "decoding"
     RECOVERING = "recovering"
-    """It waits for another plan."""
+    """Waits for another plan."""
     SUSPENDED = "suspended"
     """Nothing runs; it can be resumed."""
     FINISHED = "finished"
@@ -71,9 +71,9 @@ _STATUS = {
 }
 
 CREDIT_TOKENS = 64
-"""How far decoding may run ahead of the client."""
+"""Number of tokens that decoding may run ahead of the client."""
 MAX_ATTEMPTS = 12
-"""Changes of plan without a token between them; then the session is suspended."""
+"""Changes of plan without a token between them, after which the session is suspended."""
 
 
 @dataclass(slots=True)
@@ -86,18 +86,18 @@ class Session(Machine[Event, Command]):
     epoch: int = 0
     plan: Plan | None = None
     opened: dict[int, StageHeld] = field(default_factory=dict)
-    """Stages of this epoch that are open."""
+    """Stages that are open in this epoch, and what each still had of the session."""
     tokens: list[int] = field(default_factory=list)
     credit: int = CREDIT_TOKENS
     holders: set[PeerId] = field(default_factory=set)
-    """Peers that may hold something of this session."""
+    """Peers that may hold memory of this session: they are sent RENEW, and CLOSE at the end."""
     lost: set[PeerId] = field(default_factory=set)
-    """Peers that went since the last token."""
+    """Peers that were lost since the last token."""
     avoid: set[PeerId] = field(default_factory=set)
     """Peers that were at fault since the last token."""
     attempts: int = 0
-    rooted: Plan | None = None
-    """The last plan that ran, whose peers hold the KV."""
+    kv_plan: Plan | None = None
+    """The last plan whose stages all opened: its peers hold the KV, while a newer plan may still be opening."""
     finish: FinishReason | None = None
     error: MeshdError | None = None
 
@@ -112,60 +112,60 @@ class Session(Machine[Event, Command]):
         tokens: list[int],
         finish: FinishReason | None,
     ) -> "Session":
-        """A session as its record describes it: ended if there is a reason to end, suspended otherwise."""
+        """Returns: the session that a record describes: ended if it has a finish reason, otherwise suspended."""
         state = SessionState.SUSPENDED
         if finish is not None:
             state = SessionState.CANCELLED if finish is FinishReason.CANCELLED else SessionState.FINISHED
-        restored = cls(session, prompt_tokens, state, epoch, plan=plan, rooted=plan, tokens=tokens, finish=finish)
+        restored = cls(session, prompt_tokens, state, epoch, plan=plan, kv_plan=plan, tokens=tokens, finish=finish)
         restored.credit += len(tokens)
         return restored
 
     @property
     def running(self) -> bool:
-        """It makes tokens, or is about to."""
+        """Whether the session makes tokens, or waits for a plan so that it can."""
         return self.state in RUNNING or self.state is SessionState.NEW
 
     @property
     def released(self) -> bool:
-        """Another peer coordinates it now."""
+        """Whether another peer coordinates the session now."""
         return self.state is SessionState.CANCELLED and self.error is not None
 
     @property
     def status(self) -> str:
-        """In the words of `service.Generation.status`."""
+        """See `service.Generation.status`."""
         if self.released:
             return "suspended"
         return _STATUS.get(self.state, "in_progress" if self.tokens else "queued")
 
     @property
     def waits_for_client(self) -> bool:
-        """Every token that the client's credit allows is made."""
+        """Whether decoding has used up its credit: it continues when the client has read more tokens."""
         return len(self.tokens) >= self.credit
 
     @property
     def begun(self) -> bool:
-        """Something of it ran: later epochs go on with what is still there."""
-        return self.rooted is not None or bool(self.tokens)
+        """Whether a plan has run, or there are tokens: a new plan then continues from them."""
+        return self.kv_plan is not None or bool(self.tokens)
 
     @property
     def known(self) -> int:
-        """Tokens of prompt and answer."""
+        """Number of tokens of prompt and answer."""
         return self.prompt_tokens + len(self.tokens)
 
     def validate(self) -> None:
-        """Invariants that hold between events; tests call it after each."""
+        """Check the invariants that hold between events; tests call it after each. Raises: AssertionError."""
         if self.plan is None and self.state in (SessionState.OPENING, SessionState.PREFILLING, SessionState.DECODING):
-            raise AssertionError("it runs without a plan")
+            raise AssertionError("the session runs without a plan")
         if (self.state in TERMINAL) != (self.finish is not None):
-            raise AssertionError("a reason to end and the state disagree")
+            raise AssertionError("a finish reason is set in a state that is not final, or missing in one that is")
         if len(self.tokens) > self.credit:
             raise AssertionError("more tokens than credit")
         if self.plan is not None and not set(self.opened) <= set(range(len(self.plan.stages))):
-            raise AssertionError("a stage opened that is not in the plan")
+            raise AssertionError("a stage is open that is not in the plan")
         if self.attempts > MAX_ATTEMPTS and self.begun:
-            raise AssertionError("it tries without end")
+            raise AssertionError(f"more than {MAX_ATTEMPTS} changes of plan without a token")
         if self.state not in RUNNING and self.holders:
-            raise AssertionError("peers hold something for nothing")
+            raise AssertionError("peers hold memory of a session that does not run")
 
     def title(self) -> str:
         return f"session {self.id}"
@@ -175,7 +175,7 @@ class Session(Machine[Event, Command]):
         return isinstance(epoch, int) and epoch != self.epoch
 
     def _close(self, reason: str) -> list[Command]:
-        """Free everything that peers hold of the session."""
+        """Have all peers free their memory of the session."""
         peers, self.holders = tuple(sorted(self.holders)), set()
         return [CloseStages(self.epoch, peers, reason)] if peers else []
 
@@ -186,11 +186,11 @@ class Session(Machine[Event, Command]):
     def _suspend(self, error: MeshdError | None) -> list[Command]:
         self.state, self.error = SessionState.SUSPENDED, error
         commands = self._close("suspended")
-        self.epoch += 1  # what is still under way is of the past
+        self.epoch += 1  # messages that are still in transit become stale
         return [*commands, EmitSuspended(error)]
 
     def _recover(self, reason: str, *, lost: PeerId | None = None, avoid: PeerId | None = None) -> list[Command]:
-        """After a loss: another plan, or an end to trying."""
+        """Ask for another plan after a fault. `lost`: a peer whose KV is gone. `avoid`: a peer at fault."""
         if lost is not None:
             self.lost.add(lost)
             self.holders.discard(lost)
@@ -207,7 +207,7 @@ def _planned(session: Session, event: Planned) -> list[Command]:
     session.attempts += 1
     session.plan = event.plan
     session.epoch += 1
-    session.credit = max(session.credit, len(session.tokens) + 1)  # going on samples one token, client or not
+    session.credit = max(session.credit, len(session.tokens) + 1)  # resumed stages sample one token even without credit
     session.opened = {}
     session.holders.update(event.plan.peers)
     session.state = SessionState.OPENING
@@ -226,27 +226,27 @@ def _stage_opened(session: Session, event: StageOpened) -> list[Command]:
     session.opened[event.stage] = event.held
     if len(session.opened) < len(plan.stages):
         return []
-    session.state, session.rooted = SessionState.PREFILLING, plan
+    session.state, session.kv_plan = SessionState.PREFILLING, plan
     if session.epoch == 1:
         return [SendPrompt(session.epoch, plan, 0)]
     held = tuple(session.opened[stage] for stage in range(len(plan.stages)))
-    positions = resume_positions(held, session.known)
+    points = resume_points(held, session.known)
     dropped = tuple(sorted(session.holders.difference(plan.peers)))
     session.holders.difference_update(dropped)
     commands: list[Command] = [CloseStages(session.epoch - 1, dropped, "not in the new plan")] if dropped else []
     return [
         *commands,
-        ResumeStages(session.epoch, plan, held, positions),
-        SendPrompt(session.epoch, plan, positions[0].start),
+        ResumeStages(session.epoch, plan, held, points),
+        SendPrompt(session.epoch, plan, points[0].start),
     ]
 
 
 def _token_arrived(session: Session, event: TokenArrived) -> list[Command]:
     if event.index < len(session.tokens):
-        return []  # a repeat: the client saw it already
+        return []  # a repeat: the token was emitted already
     if event.index > len(session.tokens):
         last = session.plan.peers[-1] if session.plan is not None else None
-        return session._recover(f"token {len(session.tokens)} of the answer was lost on the way", avoid=last)
+        return session._recover(f"token {len(session.tokens)} of the answer was lost in transit", avoid=last)
     session.state = SessionState.DECODING
     session.attempts = 0
     session.lost.clear()
@@ -255,7 +255,7 @@ def _token_arrived(session: Session, event: TokenArrived) -> list[Command]:
 
 
 def _token_in_recovery(session: Session, event: TokenArrived) -> list[Command]:
-    """Made before the loss, and as good as any: one less to make again."""
+    """Emit a token that was made before the fault: it is still valid."""
     return _emit(session, event) if event.index == len(session.tokens) < session.credit else []
 
 
@@ -270,10 +270,10 @@ def _emit(session: Session, event: TokenArrived) -> list[Command]:
 def _tokens_read(session: Session, event: TokensRead) -> list[Command]:
     wanted = event.index + CREDIT_TOKENS
     if wanted - session.credit < CREDIT_TOKENS // 2:
-        return []  # half a window at a time: a message for each token would cost more than it bounds
+        return []  # credit is extended by half a window at a time, not with a message per token
     session.credit = wanted
     if session.plan is None or session.state is SessionState.RECOVERING:
-        return []  # the next OPEN carries it
+        return []  # the next plan's OPEN carries the credit
     return [GrantCredit(session.epoch, session.plan.stages[0].peer, wanted)]
 
 
@@ -287,7 +287,7 @@ def _stage_failed(session: Session, event: StageFailed) -> list[Command]:
 
 
 def _failed_in_recovery(session: Session, event: StageFailed) -> list[Command]:
-    return []  # each neighbour of a lost stage reports it; the first report was enough
+    return []  # every neighbour of a failed stage reports it, and the first report started the recovery
 
 
 def _peer_gone(session: Session, event: PeerGone) -> list[Command]:
@@ -301,12 +301,12 @@ def _peer_gone(session: Session, event: PeerGone) -> list[Command]:
 
 
 def _peer_gone_in_recovery(session: Session, event: PeerGone) -> list[Command]:
-    """The plan that is being made may count on it: make another."""
+    """Ask for another plan: the one that is being searched may use the lost peer."""
     return session._recover(event.reason, lost=event.peer)
 
 
 def _deadline_passed(session: Session, event: DeadlinePassed) -> list[Command]:
-    session.error = PeerLost(f"no token came in time: {event.reason}")
+    session.error = PeerLost(f"no token arrived in time: {event.reason}")
     return session._recover(event.reason, avoid=event.blame)
 
 
@@ -392,7 +392,7 @@ for _state in RUNNING:
     TRANSITIONS[_state, ResumeRequested] = _ignored
     TRANSITIONS[_state, Released] = Transition(_released, (SessionState.CANCELLED,))
     TRANSITIONS[_state, CancelRequested] = _is_cancelled
-# After the end, and while nothing runs, the network may still deliver; the client may still read.
+# After the end, and while the session is suspended, late messages may still arrive and the client may still read.
 for _state in (*TERMINAL, SessionState.SUSPENDED):
     for _event in Event.__args__:
         if _event is not Planned:

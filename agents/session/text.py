@@ -1,4 +1,4 @@
-"""From tokens to text that is certain: whole characters, stop strings found across token borders. Pure."""
+"""Turns tokens into text that cannot change any more: whole characters, and no beginning of a stop string. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from meshd.types import TokenLogprobs
 
 
 class StreamDecoder(Protocol):
-    """`meshd.models.text.tokenizer.tokenizer` has it."""
+    """Decodes one answer's tokens in order. Implemented in `meshd.models.text.tokenizer.tokenizer`."""
 
     def push(self, token: int) -> str: ...
 
@@ -22,13 +22,16 @@ class TokenBytes(Protocol):
 
 @dataclass(slots=True)
 class StopMatcher:
-    """Holds back what may be the beginning of a stop string. `push` after a match is an error of the caller's."""
+    """Finds stop strings in streamed text, and withholds text that may begin one. Do not call `push` after a match."""
 
     stops: tuple[str, ...]
     withheld: str = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """(text that is certain, whether a stop string was reached). The stop string itself is never given out."""
+        """Add text.
+
+        Returns: (text that cannot begin a stop string, whether a stop string was found). The stop string itself is never returned.
+        """
         text = self.withheld + text
         found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
@@ -39,13 +42,13 @@ class StopMatcher:
         return text[: len(text) - keep], False
 
     def flush(self) -> str:
-        """What was held back and turned out not to be a stop string."""
+        """Returns: the withheld text, which did not become a stop string."""
         text, self.withheld = self.withheld, ""
         return text
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Returns: length of the longest suffix of `text` that is a proper prefix of `stop`."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length
@@ -54,7 +57,7 @@ def _overlap(text: str, stop: str) -> int:
 
 @dataclass(slots=True)
 class Assembler:
-    """Tokens in, deltas out; remembers the tokens whose text is still held back."""
+    """Turns tokens into deltas. A token whose text is still withheld is listed in the delta that contains its text."""
 
     decoder: StreamDecoder
     vocabulary: TokenBytes
@@ -64,14 +67,17 @@ class Assembler:
     _waiting: list[TokenText] = field(default_factory=list)
 
     def push(self, token: int, logprobs: TokenLogprobs | None, *, end_of_sequence: bool) -> TextDelta | None:
-        """The next token. None: nothing is certain yet. `stopped` tells whether a stop string was reached."""
+        """Add the next token, and set `stopped` if the text now contains a stop string.
+
+        Returns: the text that is certain now; None if there is none.
+        """
         if self.with_logprobs and logprobs is not None and not end_of_sequence:
             self._waiting.append(token_text(self.vocabulary, token, logprobs))
         text, self.stopped = self.stops.push("" if end_of_sequence else self.decoder.push(token))
         return self._delta(text)
 
     def finish(self) -> TextDelta | None:
-        """After the last token: what was held back."""
+        """Returns: the withheld text, after the last token; None if there is none."""
         if self.stopped:
             return self._delta("")
         text, self.stopped = self.stops.push(self.decoder.flush())
@@ -87,11 +93,11 @@ class Assembler:
 
 
 def token_text(vocabulary: TokenBytes, token: int, logprobs: TokenLogprobs) -> TokenText:
-    """A token with its alternatives, as OpenAI's `logprobs` show them."""
-    top = tuple(_one(vocabulary, other, logprob, ()) for other, logprob in logprobs.top)
-    return _one(vocabulary, token, logprobs.chosen, top)
+    """Returns: a token with its alternatives, in the form of OpenAI's `logprobs`."""
+    top = tuple(_with_text(vocabulary, other, logprob, ()) for other, logprob in logprobs.top)
+    return _with_text(vocabulary, token, logprobs.chosen, top)
 
 
-def _one(vocabulary: TokenBytes, token: int, logprob: float, top: Sequence[TokenText]) -> TokenText:
+def _with_text(vocabulary: TokenBytes, token: int, logprob: float, top: Sequence[TokenText]) -> TokenText:
     raw = vocabulary.token_bytes(token)
     return TokenText(token=raw.decode("utf-8", errors="replace"), token_id=token, logprob=logprob, bytes=tuple(raw), top=tuple(top))

@@ -207,7 +207,7 @@ def test_it_finds_an_answer_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> 
         return right(machine, event) if event.finish is None else []
 
     set_action(monkeypatch, session.TRANSITIONS, (session.SessionState.DECODING, events.TokenArrived), wrong)
-    monkeypatch.setattr("meshd.agents.session.stages.stall.StallWatch.look", lambda watch, answer, now: answer.renew(now))
+    monkeypatch.setattr("meshd.agents.session.stages.stall.StallWatch.check", lambda watch, answer, now: answer.renew(now))
     assert finds("not ended", QUIET)
 
 

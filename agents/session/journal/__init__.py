@@ -1,1 +1,1 @@
-"""Session records kept by deputies, so that a session outlives its coordinator."""
+"""Session records that deputies keep for a coordinator, so that a session can continue when its coordinator is lost."""

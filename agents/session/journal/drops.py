@@ -1,4 +1,4 @@
-"""Deputies that keep a record in vain, and are sent JOURNAL_DROP for it."""
+"""JOURNAL_DROP messages, which make a deputy delete a record that is no longer needed."""
 
 from logging import getLogger
 
@@ -11,20 +11,21 @@ from meshd.types import PeerId, SessionId
 log = getLogger(__name__)
 
 KEEP_ENDED_S = 600.0
+"""How long the record of an ended answer is kept."""
 _MAX_DROPS = 1024
 
 
 class DropQueue:
-    """JOURNAL_DROP messages that wait for their time, or for a link to the peer."""
+    """Queue of JOURNAL_DROP messages that are not due yet, or whose peer cannot be reached."""
 
     def __init__(self, links: Links, clock: Clock) -> None:
         self._links = links
         self._clock = clock
         self._due: dict[tuple[PeerId, SessionId], tuple[float, int]] = {}
-        """(not before, epoch)"""
+        """(peer, session) -> (time when it is due, epoch)"""
 
     def add(self, peer: PeerId, session: SessionId, epoch: int, after_s: float = 0.0) -> None:
-        """Have this peer drop the record after `after_s`, or as soon as it can be reached."""
+        """Make this peer delete the record after `after_s`, or later, as soon as it can be reached."""
         self._due.pop((peer, session), None)
         self._due[peer, session] = self._clock.monotonic() + after_s, epoch
         while len(self._due) > _MAX_DROPS:
@@ -33,14 +34,14 @@ class DropQueue:
             self._send(peer, session, epoch)
 
     def revoke(self, peer: PeerId, session: SessionId) -> None:
-        """It is to keep the record after all."""
+        """Cancel the message: the peer must keep the record."""
         self._due.pop((peer, session), None)
 
     def send_due(self, now: float) -> None:
-        """Send what is due. Called periodically."""
+        """Send the messages that are due. Called periodically."""
         for (peer, session), (due, epoch) in list(self._due.items()):
             if now - due > KEEP_ENDED_S:
-                del self._due[peer, session]  # its own expiry has removed the record by now
+                del self._due[peer, session]  # the record has expired at the deputy by now
             elif due <= now:
                 self._send(peer, session, epoch)
 
@@ -48,6 +49,6 @@ class DropQueue:
         try:
             self._links.send(peer, JournalDrop(session=session, epoch=epoch))
         except MeshdError as error:
-            log.debug("session %s: %.8s still keeps its record: %s", session, peer, error)
+            log.debug("session %s: %.8s still has the record: %s", session, peer, error)
         else:
             self._due.pop((peer, session), None)

@@ -1,4 +1,4 @@
-"""Where a session is: who coordinates it, who keeps its record, and how another peer comes to go on with it."""
+"""Finds a session in the cluster: the peer that coordinates it and those with its record. Hands it to another coordinator."""
 
 import asyncio
 from contextlib import suppress
@@ -15,16 +15,16 @@ from meshd.types import FinishReason, PeerId, SessionId
 _FIND_S = 2.0
 """A peer that is silent for longer counts as lost anyway."""
 _GRACE_S = 0.25
-"""Once the coordinator is found: for the others, one of which may have taken over from it."""
-_HEIR_S = 0.5
+"""How long other peers are waited for once a coordinator has replied: one of them may have taken over from it."""
+_TAKEOVER_FIND_S = 0.5
 _FETCH_S = 10.0
-"""A long record over a slow link."""
-_ROUNDS = 2
+"""Enough for a long record over a slow link."""
+_FETCH_ROUNDS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class SessionLocation:
-    """What one peer knows of a session."""
+    """What one peer reports of a session that it coordinates or has a record of."""
 
     peer: PeerId
     coordinates: bool
@@ -33,26 +33,28 @@ class SessionLocation:
 
     @property
     def rank(self) -> tuple[int, bool, int, PeerId]:
-        """The higher, the later its news. Within an epoch its coordinator knows most; one of an older epoch was replaced."""
+        """Sort key: the highest is the most recent. Within an epoch the coordinator is ahead of its deputies; a coordinator of an
+        older epoch was replaced.
+        """
         return self.epoch, self.coordinates, self.tokens, self.peer
 
 
 class SessionOwner(Protocol):
-    """The coordinator's side of the locator."""
+    """The part of this peer's coordinator that the locator uses."""
 
     def own(self, session: SessionId) -> SessionRecord | None:
-        """The record of a session that this peer coordinates, or did and still retains."""
+        """Returns: the record of a session that this peer coordinates, or has coordinated and retains; None for any other."""
 
     def release(self, session: SessionId) -> None:
         """Stop coordinating a session and leave its stages open."""
 
     def finish(self, session: SessionId, forget: bool) -> bool:
-        """End a session. Returns: whether it was known here."""
+        """Cancel a session; with `forget`, delete its record too. Returns: whether this peer has the session."""
 
 
 @dataclass(slots=True)
 class Locator:
-    """Asks the linked peers, and answers them; owns nothing."""
+    """Asks the linked peers for sessions, and answers their requests. Owns no state."""
 
     me: PeerId
     links: Links
@@ -60,48 +62,50 @@ class Locator:
     _sessions: SessionOwner = field(init=False)
 
     def register(self, sessions: SessionOwner) -> None:
-        """Take requests for a session from the links; `sessions` owns those of this peer."""
+        """Take FIND_SESSION, FETCH_SESSION and END_SESSION from the links. `sessions`: the owner of this peer's sessions."""
         self._sessions = sessions
         self.links.register(FindSession, self._on_find)
         self.links.register(FetchSession, self._on_fetch)
         self.links.register(EndSession, self._on_end)
 
     async def coordinator_of(self, session: SessionId) -> PeerId:
-        """Who coordinates it now; this peer itself if it does. Raises: UnknownSession."""
-        found = [each for each in await self._find(session) if each.coordinates]
-        if not found:
+        """Returns: the peer that coordinates the session, which may be this one. Raises: UnknownSession."""
+        coordinators = [location for location in await self._find(session) if location.coordinates]
+        if not coordinators:
             raise _unknown(session)
-        return max(found, key=lambda each: each.rank).peer
+        return max(coordinators, key=lambda location: location.rank).peer
 
-    async def elsewhere(self, session: SessionId) -> bool:
-        """Whether another peer coordinates it."""
-        return any(found.coordinates for found in await self._ask_all(session, _HEIR_S, 0.0))
+    async def coordinated_elsewhere(self, session: SessionId) -> bool:
+        """Whether another peer coordinates the session."""
+        return any(location.coordinates for location in await self._ask_all(session, _TAKEOVER_FIND_S, 0.0))
 
     async def fetch(self, session: SessionId, *, take: bool) -> SessionRecord:
-        """The record, from who knows it best. With `take` the caller goes on with the session, and no one else does.
+        """Fetch the most recent record. `take`: the session's coordinator releases it, and the caller must continue it.
 
-        Raises: UnknownSession. Cancel: a peer may have released the session already; its record is still there.
+        Raises: UnknownSession.
+        Cancel: a peer may have released the session already. It still has the record.
         """
-        for _ in range(_ROUNDS):
-            candidates = sorted(await self._find(session), key=lambda each: each.rank, reverse=True)
-            for found in candidates:
+        for _ in range(_FETCH_ROUNDS):
+            locations = sorted(await self._find(session), key=lambda location: location.rank, reverse=True)
+            for location in locations:
                 with suppress(MeshdError):
-                    return await self._fetch_from(found.peer, session, take)
+                    return await self._fetch_from(location.peer, session, take)
         raise _unknown(session)
 
-    async def is_heir(self, record: SessionRecord) -> bool:
-        """Whether it falls to this peer to go on with an orphan: nobody has, and no other keeper knows more of it."""
+    async def should_take_over(self, record: SessionRecord) -> bool:
+        """Whether this peer must continue a session whose coordinator is lost: no peer has done so, and none has a later record."""
         session = record.session
         stored = self.deputy.record(session)
         if stored is None or stored.finish or stored.coordinator != record.coordinator:
-            return False  # another peer took it from here meanwhile, or its client ended it
+            return False  # meanwhile another peer has fetched the record from here, or the client has ended the session
         own_location = SessionLocation(self.me, False, stored.epoch, len(stored.tokens))
         return all(
-            found.rank <= own_location.rank for found in [*self._known_here(session), *await self._ask_all(session, _HEIR_S)]
+            location.rank <= own_location.rank
+            for location in [*self._known_here(session), *await self._ask_all(session, _TAKEOVER_FIND_S)]
         )
 
     async def end(self, session: SessionId, *, forget: bool) -> None:
-        """Cancel it wherever it runs; with `forget`, have every record dropped. Raises: UnknownSession."""
+        """Cancel the session on every peer; with `forget`, delete all its records. Raises: UnknownSession."""
         known = [self._end_here(session, forget)]
 
         async def ask(peer: PeerId) -> None:
@@ -121,22 +125,27 @@ class Locator:
         return [*self._known_here(session), *await self._ask_all(session, _FIND_S, _GRACE_S)]
 
     def _known_here(self, session: SessionId) -> list[SessionLocation]:
-        record, coordinates = self._best(session)
+        record, coordinates = self._latest_here(session)
         return [SessionLocation(self.me, coordinates, record.epoch, len(record.tokens))] if record is not None else []
 
     async def _ask_all(self, session: SessionId, within_s: float, grace_s: float | None = None) -> list[SessionLocation]:
-        """Those who know it, of those who answer in time; once the coordinator has, the others have `grace_s` more."""
+        """Ask all linked peers for the session.
+
+        within_s: how long their replies are waited for.
+        grace_s: when a coordinator has replied, the wait for the others is cut to this.
+        Returns: the locations that were reported in time.
+        """
         found: list[SessionLocation] = []
         loop = asyncio.get_running_loop()
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s) as deadline, asyncio.TaskGroup() as group:
 
                 async def ask(peer: PeerId) -> None:
-                    known = await self._ask(peer, session)
-                    if known is None:
+                    location = await self._ask(peer, session)
+                    if location is None:
                         return
-                    found.append(known)
-                    if known.coordinates and grace_s is not None and not deadline.expired():
+                    found.append(location)
+                    if location.coordinates and grace_s is not None and not deadline.expired():
                         deadline.reschedule(min(deadline.when() or loop.time(), loop.time() + grace_s))
 
                 for peer in self.links.peers():
@@ -164,11 +173,11 @@ class Locator:
             raise PeerFault(f"FETCH_SESSION was answered with {type(reply).__name__}")
         record = decode_record(payload)
         if record.session != session:
-            raise PeerFault("the record is of another session")
+            raise PeerFault("FETCH_SESSION was answered with the record of another session")
         return record
 
     def _on_find(self, sender: PeerId, message: FindSession, payload: memoryview) -> SessionFound:
-        record, coordinates = self._best(message.session)
+        record, coordinates = self._latest_here(message.session)
         return SessionFound(
             request=message.request,
             coordinates=coordinates,
@@ -185,8 +194,11 @@ class Locator:
         return SessionEnded(request=message.request, known=self._end_here(message.session, message.forget))
 
     def _hand_out(self, session: SessionId, to: PeerId, take: bool) -> SessionRecord:
-        """Raises: UnknownSession."""
-        record, coordinates = self._best(session)
+        """Return the record to peer `to`. `take`: make it the session's coordinator, and release the session here.
+
+        Raises: UnknownSession.
+        """
+        record, coordinates = self._latest_here(session)
         if record is None:
             raise _unknown(session)
         if take and coordinates and to != self.me:
@@ -195,8 +207,8 @@ class Locator:
             self.deputy.hand_to(session, to)
         return record
 
-    def _best(self, session: SessionId) -> tuple[SessionRecord | None, bool]:
-        """The latest record here, and whether this peer coordinates it."""
+    def _latest_here(self, session: SessionId) -> tuple[SessionRecord | None, bool]:
+        """Returns: (the latest record on this peer, whether this peer coordinates the session)."""
         own, stored = self._sessions.own(session), self.deputy.record(session)
         if own is not None and (stored is None or stored.epoch <= own.epoch):
             return own, True

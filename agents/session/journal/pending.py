@@ -1,4 +1,4 @@
-"""The tokens of an answer that its deputy does not have yet."""
+"""Answer tokens that wait to be sent to a deputy."""
 
 from dataclasses import dataclass, field
 from itertools import islice
@@ -6,26 +6,29 @@ from itertools import islice
 from meshd.agents.session.journal.record import AnswerToken
 
 _MESSAGE_TOKENS = 128
-"""In one message: with 20 logprobs each they still fit its header."""
+"""Limit for one message: so many tokens with 20 logprobs each still fit its header."""
 
 
 @dataclass(slots=True)
 class PendingTokens:
-    """The answer's tokens that the deputy does not have yet. Pure."""
+    """The tokens of one answer that its deputy does not have yet. Pure."""
 
     sent: int = 0
-    """Tokens that it has, or that are on their way to it."""
+    """Number of tokens that were sent to the deputy."""
     pending: list[AnswerToken] = field(default_factory=list)
 
     def add(self, index: int, token: AnswerToken) -> bool:
-        """Take the token with this index; a repeat changes nothing. False: one is missing in between."""
-        due = self.sent + len(self.pending)
-        if index == due:
+        """Add the token with this index. A repeat changes nothing.
+
+        Returns: False if a token before it is missing; the token is then not added.
+        """
+        expected = self.sent + len(self.pending)
+        if index == expected:
             self.pending.append(token)
-        return index <= due
+        return index <= expected
 
     def take(self) -> tuple[int, tuple[AnswerToken, ...]]:
-        """The next tokens for one message, with the index of the first; they count as sent."""
+        """Remove the tokens for the next message, and count them as sent. Returns: (index of the first one, tokens)."""
         index, tokens = self.sent, tuple(islice(self.pending, _MESSAGE_TOKENS))
         del self.pending[: len(tokens)]
         self.sent += len(tokens)

@@ -1,7 +1,7 @@
 """The records that a deputy keeps for other peers' coordinators: pure, and bounded in count, memory and time.
 
-House rules of this file: a record belongs to one coordinator at a time, and nobody else may add to it. Another coordinator takes it
-with a higher epoch. Tokens only ever grow, one after another: a repeat changes nothing, a gap is refused.
+House rules of this file: a record belongs to one coordinator at a time, and only that one may add to it. Another coordinator takes
+a record over with a higher epoch. Tokens are only appended, in order: a repeat changes nothing, and a gap is refused.
 """
 
 from dataclasses import dataclass, field
@@ -16,10 +16,10 @@ from meshd.types import PeerId, SessionId
 MAX_RECORDS = 256
 MAX_BYTES = 64 * 2**20
 KEEP_S = 600.0
-"""How long a record is kept that nobody adds to: after the answer's end, or when its coordinator is gone and nobody takes it."""
+"""How long a record is kept after its last change, whether the answer has ended or its coordinator is lost."""
 
+# Approximate sizes of Python's objects; `tests/agents/session/journal/test_store.py` compares them with measured memory.
 _RECORD_BYTES = 2048
-"""What Python takes, about: for a record, and for each of its parts."""
 _PROMPT_TOKEN_BYTES = 40
 _TOKEN_BYTES = 128
 _LOGPROBS_BYTES = 160
@@ -29,7 +29,7 @@ _TOP_BYTES = 160
 @dataclass(slots=True)
 class _StoredRecord:
     head: SessionRecord
-    """Without its tokens."""
+    """The record without its tokens."""
     tokens: list[AnswerToken]
     size: int
     touched: float
@@ -40,7 +40,7 @@ class _StoredRecord:
 
 @dataclass(slots=True)
 class JournalStore:
-    """Records by session."""
+    """Stores records by session. To stay within its limits it deletes records of ended answers, oldest first."""
 
     max_records: int = MAX_RECORDS
     max_bytes: int = MAX_BYTES
@@ -52,22 +52,26 @@ class JournalStore:
         return len(self._records)
 
     def get(self, session: SessionId) -> SessionRecord | None:
-        """The record as far as it is known here."""
+        """Returns: the session's record; None if there is none."""
         stored = self._records.get(session)
         return stored.record() if stored is not None else None
 
     def records_of(self, coordinator: PeerId) -> list[SessionRecord]:
-        """What this coordinator would leave behind."""
+        """Returns: the records of all sessions of this coordinator."""
         return [stored.record() for stored in self._records.values() if stored.head.coordinator == coordinator]
 
     def keep(self, record: SessionRecord, now: float) -> None:
-        """Take a whole record. Raises: InvalidRequest (another coordinator has it, or a later epoch); Overloaded (no room)."""
+        """Store a full record.
+
+        Raises: InvalidRequest if the stored one has a later epoch, or the same epoch and another coordinator; Overloaded if there
+        is no room.
+        """
         present = self._records.get(record.session)
         tokens = list(record.tokens)
         if present is not None:
             _check_later(present.head, record)
             if record.epoch == present.head.epoch and len(tokens) < len(present.tokens):
-                tokens = present.tokens  # it was overtaken by tokens that came after it
+                tokens = present.tokens  # tokens that were sent after this record have arrived before it
         head = msgspec.structs.replace(record, tokens=())
         size = size_of(head) + sum(map(_token_size, tokens))
         if not self._make_room(size - (present.size if present else 0), record.session):
@@ -80,12 +84,16 @@ class JournalStore:
         self._drop_unwanted(stored)
 
     def append(self, sender: PeerId, message: JournalTokens, now: float) -> bool:
-        """Add the coordinator's tokens. Returns: False if they do not fit, and the whole record must be sent."""
+        """Append tokens that the coordinator sent.
+
+        Returns: False if they were refused, so that the coordinator must send the full record: the record is not here, belongs to
+        another coordinator, has ended, lacks tokens before these, or there is no room.
+        """
         stored = self._records.get(message.session)
         if stored is None or stored.head.coordinator != sender:
             return False
         if message.epoch < stored.head.epoch:
-            return True  # late: a later epoch's record tells it all
+            return True  # a late message: the record of a later epoch includes these tokens
         new = message.tokens[max(0, len(stored.tokens) - message.index) :]
         if stored.head.finish:
             return not new and message.finish in ("", stored.head.finish)
@@ -105,13 +113,13 @@ class JournalStore:
         return True
 
     def hand_to(self, session: SessionId, coordinator: PeerId, now: float) -> None:
-        """Another peer goes on with the session: if it is lost too before it has a deputy, the record is its orphan."""
+        """Make another peer the record's coordinator. If that peer is lost before it has a deputy, this record is still here."""
         if (stored := self._records.get(session)) is not None:
             stored.head = msgspec.structs.replace(stored.head, coordinator=coordinator)
             stored.touched = now
 
     def end(self, session: SessionId, finish: str, now: float) -> bool:
-        """Mark the session as ended, unless it is already. Returns: whether it is known."""
+        """Mark the session as ended, unless it is already. Returns: whether the record is here."""
         stored = self._records.get(session)
         if stored is None:
             return False
@@ -122,7 +130,7 @@ class JournalStore:
         return True
 
     def drop(self, session: SessionId, sender: PeerId) -> bool:
-        """Forget the record, if `sender` is its coordinator. Returns: whether it is."""
+        """Delete the record if `sender` is its coordinator. Returns: whether it was deleted."""
         stored = self._records.get(session)
         if stored is None or stored.head.coordinator != sender:
             return False
@@ -130,18 +138,18 @@ class JournalStore:
         return True
 
     def forget(self, session: SessionId) -> bool:
-        """Forget the record, whichever coordinator it has. Returns: whether it was known."""
+        """Delete the record, whichever coordinator it has. Returns: whether it was here."""
         known = session in self._records
         self._remove(session)
         return known
 
     def expire(self, now: float) -> None:
-        """Drop records that were not touched for `keep_s`. Called periodically."""
+        """Delete records that have not changed for `keep_s`. Called periodically."""
         for session in [session for session, stored in self._records.items() if now - stored.touched > self.keep_s]:
             self._remove(session)
 
     def validate(self) -> None:
-        """Raises: AssertionError if the account does not agree with what is kept."""
+        """Check the sizes and limits. Raises: AssertionError."""
         assert self.size == sum(stored.size for stored in self._records.values())
         assert len(self._records) <= self.max_records
         assert self.size <= self.max_bytes
@@ -151,7 +159,10 @@ class JournalStore:
             assert stored.size == size_of(stored.record())
 
     def _make_room(self, size: int, session: SessionId) -> bool:
-        """For so many bytes more of this session: what has ended goes, oldest first, as far as needed; nothing if that won't do."""
+        """Make room for `size` more bytes of this session: delete records of other, ended sessions, oldest first.
+
+        Returns: False if even that is not enough; then nothing is deleted.
+        """
         count, left = len(self._records) + (session not in self._records), self.size + size
         victims: list[SessionId] = []
         for stored in sorted(
@@ -169,6 +180,7 @@ class JournalStore:
         return True
 
     def _drop_unwanted(self, stored: _StoredRecord) -> None:
+        """Delete an ended record that its client asked not to be stored."""
         if stored.head.finish and not stored.head.store:
             self._remove(stored.head.session)
 
@@ -179,7 +191,7 @@ class JournalStore:
 
 
 def _check_later(present: SessionRecord, record: SessionRecord) -> None:
-    """Raises: InvalidRequest."""
+    """Check that `record` may replace `present`. Raises: InvalidRequest."""
     if record.epoch < present.epoch or (record.epoch == present.epoch and record.coordinator != present.coordinator):
         raise InvalidRequest(
             f"session {record.session} is at epoch {present.epoch} with {present.coordinator:.8}: epoch {record.epoch} is past"
@@ -187,8 +199,8 @@ def _check_later(present: SessionRecord, record: SessionRecord) -> None:
 
 
 def size_of(record: SessionRecord) -> int:
-    """About what it takes in memory."""
-    texts = len(record.edge) + sum(map(len, record.stop))
+    """Returns: approximate size of a decoded record in memory, in bytes."""
+    texts = len(record.renderer) + sum(map(len, record.stop))
     return _RECORD_BYTES + texts + _PROMPT_TOKEN_BYTES * len(record.prompt) + sum(map(_token_size, record.tokens))
 
 

@@ -1,8 +1,8 @@
-"""The coordinator's side of the journal: another peer, the deputy, keeps a copy of each session's record in case this one is lost.
+"""The coordinator's side of the journal: other peers, the deputies, keep copies of each session's record in case this one is lost.
 
-A new deputy gets the whole record and confirms it. After that it gets only tokens, in batches that nobody acknowledges:
-the link keeps them in order, and a deputy that misses some, or has no room, says JOURNAL_DROP and the record goes out whole again.
-A token costs an append, a batch one small message, and one timer serves all sessions.
+A new deputy gets the full record and confirms it. After that it gets only tokens, in batches that it does not acknowledge: the link
+keeps them in order. A deputy that misses tokens or has no room sends JOURNAL_DROP, and a full record is sent again. A token costs
+an append to a list, a batch one small message, and one timer serves all sessions.
 """
 
 import asyncio
@@ -23,26 +23,28 @@ log = getLogger(__name__)
 
 BATCH_TOKENS = 16
 BATCH_S = 0.25
-_CARE_S = 1.0
-"""How often those without a deputy look for one."""
+_CHECK_S = 1.0
+"""How often sessions without a deputy look for one."""
 _RENEW_S = 120.0
-"""An unfinished record that nothing was added to is confirmed this often; deputies forget what they hear nothing of."""
-_ANSWER_S = 5.0
-_AVOID_S = 10.0
-"""A peer that refused a record is not asked for this long."""
-_AGAIN_S = 1.0
-"""And one that had it, and has it no more, this long."""
-_AT_ONCE = 8
-"""Whole records that may be under way: a lost deputy leaves many, and they must not crowd the link."""
+"""How often an unfinished record without new tokens is renewed, because deputies delete records that do not change."""
+_CONFIRM_S = 5.0
+_AVOID_REFUSING_S = 10.0
+"""How long a peer that refused a record is not asked again."""
+_AVOID_DROPPED_S = 1.0
+"""How long a deputy that reported JOURNAL_DROP is not asked again."""
+_MAX_TRANSFERS = 8
+"""Full records that may be in transit at once: a lost deputy causes many transfers, which must not crowd the links."""
 _MAX_ENDED = 256
-_RELEASED_S = 60.0
-"""After another peer took a session, its new deputy has long had the record."""
-_MOVED_S = 10.0
-"""Likewise after another deputy was asked."""
+_DROP_RELEASED_S = 60.0
+"""When another peer takes a session over, the old deputy keeps its record this long: by then the new one surely has it."""
+_DROP_MOVED_S = 10.0
+"""When the deputy changes, the old one keeps its record this long: by then the new one surely has it."""
 
 
 @dataclass(slots=True, eq=False)
 class _Entry:
+    """One session and the state of its journal."""
+
     session: SessionId
     record: Callable[[], SessionRecord]
     plan_peers: Callable[[], tuple[PeerId, ...]]
@@ -51,19 +53,19 @@ class _Entry:
     ended_at: float = 0.0
     deputy: PeerId | None = None
     confirmed: bool = False
-    """The deputy has confirmed the record. Until then tokens wait."""
+    """Whether the deputy has confirmed the full record. Until then tokens wait."""
     tokens: PendingTokens = field(default_factory=PendingTokens)
-    reported: str = ""
-    """The answer's end as the deputy knows it."""
-    reported_at: float = 0.0
-    turn: int = 0
-    """Rises whenever the whole record is to go out: what an older turn still waits for counts no more."""
+    sent_finish: str = ""
+    """The finish reason that was last sent to the deputy."""
+    sent_at: float = 0.0
+    transfer: int = 0
+    """Number of the latest full transfer. It rises when one is queued or given up: the reply to an older one is then ignored."""
     avoid: dict[PeerId, float] = field(default_factory=dict)
-    """Until when."""
+    """Peer that must not be chosen as deputy -> time until which it is excluded."""
 
 
 class JournalWriter:
-    """Owns what is on its way to deputies."""
+    """Keeps each session's record at one deputy. Owns the tokens and records that have not been sent yet."""
 
     def __init__(
         self,
@@ -71,19 +73,19 @@ class JournalWriter:
         links: Links,
         clock: Clock,
         adverts: Callable[[], list[Advert]],
-        taken: Callable[[SessionId], Collection[PeerId]] = lambda session: (),
+        excluded: Callable[[SessionId], Collection[PeerId]] = lambda session: (),
     ) -> None:
-        """`taken`: who has this session's record by other means, and is no deputy for it here."""
-        self._taken = taken
+        """`excluded`: returns peers that must not become a session's deputy, because another writer has chosen them."""
+        self._excluded = excluded
         self._me = me
         self._links = links
         self._clock = clock
         self._adverts = adverts
         self._entries: dict[SessionId, _Entry] = {}
         self._unsent: dict[_Entry, None] = {}
-        """Kept ones with tokens that wait for the timer."""
-        self._due: dict[_Entry, None] = {}
-        """Those whose whole record is to go out."""
+        """Entries with tokens that wait for the timer, in order."""
+        self._transfers: dict[_Entry, None] = {}
+        """Entries whose full record must be sent, in order."""
         self._wake = asyncio.Event()
         self._drops = DropQueue(links, clock)
 
@@ -91,32 +93,33 @@ class JournalWriter:
         return len(self._entries)
 
     def deputy_of(self, session: SessionId) -> PeerId | None:
-        """Who keeps this session's record; None while nobody does."""
+        """Returns: the peer that has confirmed this session's record; None while no peer has."""
         entry = self._entries.get(session)
         return entry.deputy if entry is not None and entry.confirmed else None
 
     def chosen_for(self, session: SessionId) -> PeerId | None:
-        """Who keeps this session's record, or is asked to."""
+        """Returns: the peer that has this session's record, or was asked to keep it; None if there is none."""
         entry = self._entries.get(session)
         return entry.deputy if entry is not None else None
 
     def begin(self, session: SessionId, record: Callable[[], SessionRecord], plan_peers: Callable[[], tuple[PeerId, ...]]) -> None:
-        """Keep this session's record with a deputy from now on; again at each new plan, which the record names.
+        """Keep this session's record at a deputy from now on. Called again at each new plan, because the record contains the plan.
 
-        `record` gives all that is known of the session at the time.
+        record: returns the full record as it is at the time of the call.
+        plan_peers: returns the peers of the session's plan. They become deputies only if there is no other peer.
         """
         entry = self._entries.get(session)
         if entry is None:
             entry = self._entries[session] = _Entry(session, record, plan_peers)
         else:
             entry.record, entry.plan_peers, entry.finish = record, plan_peers, ""
-        self._hand_over(entry)
+        self._queue_transfer(entry)
 
     def token(self, session: SessionId, index: int, token: int, logprobs: TokenLogprobs | None) -> None:
-        """One more token of the answer. Costs an append."""
+        """Journal one more token of the answer."""
         entry = self._entries.get(session)
         if entry is None or entry.deputy is None:
-            return  # the whole record will tell it
+            return  # the full record will include it
         if not entry.tokens.add(index, (token, logprobs)):
             self._start_over(entry)
         elif entry.confirmed:
@@ -126,7 +129,10 @@ class JournalWriter:
                 self._unsent[entry] = None
 
     def end(self, session: SessionId, finish: str, *, keep: bool) -> None:
-        """The answer has ended, or is suspended (no `finish`). `keep`: the deputy still tells of it; otherwise it forgets it."""
+        """Journal that the answer has ended, or is suspended (`finish` is empty).
+
+        keep: whether the deputy keeps the record for later readers. Otherwise it is made to delete it.
+        """
         entry = self._entries.get(session)
         if entry is None:
             return
@@ -139,84 +145,85 @@ class JournalWriter:
         self._trim_ended()
 
     def release(self, session: SessionId) -> None:
-        """Another peer has taken the session over: its deputy's record goes too, once the new coordinator surely has one."""
+        """Stop journaling a session that another peer has taken over. The deputy deletes its record `_DROP_RELEASED_S` later."""
         entry = self._entries.pop(session, None)
         if entry is not None:
-            self._detach(entry, _RELEASED_S)
+            self._detach(entry, _DROP_RELEASED_S)
 
     def on_peer_gone(self, peer: PeerId) -> None:
-        """A link is down: whoever had its deputy there gets another one at once."""
+        """Choose new deputies for the sessions whose deputy was this peer: its link is down."""
         for entry in list(self._entries.values()):
             if entry.deputy == peer:
                 self._start_over(entry)
 
     def on_dropped(self, peer: PeerId, session: SessionId) -> None:
-        """A deputy does not have the record, or not all of it."""
+        """Choose a deputy again: this one reports that it lacks the record or a part of it."""
         entry = self._entries.get(session)
         if entry is not None and entry.deputy == peer and entry.confirmed:
-            self._start_over(entry, _AGAIN_S)
+            self._start_over(entry, _AVOID_DROPPED_S)
 
     def flush(self) -> None:
-        """Send what waits for the timer."""
+        """Send the tokens that wait for the timer."""
         for entry in list(self._unsent):
             self._send(entry)
 
     async def run(self) -> None:
-        """Send what waits. Ends only by being cancelled."""
+        """Send queued records and tokens, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            for _ in range(_AT_ONCE):
-                tasks.create_task(self._hand_over_due(), name="journal")
+            for _ in range(_MAX_TRANSFERS):
+                tasks.create_task(self._run_transfers(), name="journal")
             tasks.create_task(self._tick(), name="journal timer")
 
-    def _hand_over(self, entry: _Entry) -> None:
+    def _queue_transfer(self, entry: _Entry) -> None:
         """Queue a full record transfer, to the current deputy unless it must change."""
         entry.confirmed = False
-        entry.turn += 1
+        entry.transfer += 1
         self._unsent.pop(entry, None)
-        self._due[entry] = None
+        self._transfers[entry] = None
         self._wake.set()
 
     def _start_over(self, entry: _Entry, avoid_s: float = 0.0) -> None:
-        """Choose a deputy again and send it the whole record: the present one misses part of it."""
+        """Give up the deputy, and queue a full transfer to one that is chosen anew. `avoid_s`: how long the old one is excluded."""
         if entry.deputy is not None and avoid_s:
             entry.avoid[entry.deputy] = self._clock.monotonic() + avoid_s
         self._detach(entry)
-        self._hand_over(entry)
+        self._queue_transfer(entry)
 
     def _detach(self, entry: _Entry, drop_after_s: float = 0.0) -> None:
-        """Give up the deputy, and have it drop the record after `drop_after_s`."""
+        """Give up the deputy, and make it delete the record after `drop_after_s`."""
         peer, entry.deputy = entry.deputy, None
         entry.confirmed = False
-        entry.turn += 1
-        self._due.pop(entry, None)
+        entry.transfer += 1
+        self._transfers.pop(entry, None)
         self._unsent.pop(entry, None)
         if peer is not None:
             self._drops.add(peer, entry.session, entry.epoch, drop_after_s)
 
-    async def _hand_over_due(self) -> None:
+    async def _run_transfers(self) -> None:
         while True:
-            while (entry := self._next_due()) is not None:
-                await self._hand_over_one(entry)
+            while (entry := self._next_transfer()) is not None:
+                await self._transfer(entry)
             self._wake.clear()
             await self._wake.wait()
 
-    def _next_due(self) -> _Entry | None:
-        """Running answers first."""
-        entry = next((entry for entry in self._due if not entry.finish), None) or next(iter(self._due), None)
+    def _next_transfer(self) -> _Entry | None:
+        """Take the next entry from the queue. Answers that have not ended come first."""
+        entry = next((entry for entry in self._transfers if not entry.finish), None) or next(iter(self._transfers), None)
         if entry is not None:
-            del self._due[entry]
+            del self._transfers[entry]
         return entry
 
-    async def _hand_over_one(self, entry: _Entry) -> None:
+    async def _transfer(self, entry: _Entry) -> None:
+        """Choose the entry's deputy and send it the full record. On failure, queue another transfer."""
         now = self._clock.monotonic()
         entry.avoid = {peer: until for peer, until in entry.avoid.items() if until > now}
         peer = self._choose(entry) or entry.deputy
         if peer is None:
-            return  # the timer tries again
+            return  # the timer will try again
         if entry.deputy not in (None, peer):
-            self._detach(entry, _MOVED_S)
+            self._detach(entry, _DROP_MOVED_S)
         entry.deputy = peer
-        turn, record = entry.turn, entry.record()
+        transfer, record = entry.transfer, entry.record()
         entry.epoch, entry.tokens = record.epoch, PendingTokens(sent=len(record.tokens))
         self._drops.revoke(peer, entry.session)
         try:
@@ -224,32 +231,32 @@ class JournalWriter:
                 peer,
                 lambda number: Journal(request=number, session=record.session, epoch=record.epoch),
                 encode_record(record),
-                timeout_s=_ANSWER_S,
+                timeout_s=_CONFIRM_S,
             )
         except MeshdError as error:
             log.debug("session %s: %.8s does not keep its record: %s", entry.session, peer, error)
-            if entry.turn == turn:
-                self._start_over(entry, _AVOID_S)
+            if entry.transfer == transfer:
+                self._start_over(entry, _AVOID_REFUSING_S)
             return
-        if entry.turn != turn:
+        if entry.transfer != transfer:
             self._drop_if_moved(entry.session, peer, record.epoch)
             return
-        entry.confirmed, entry.reported, entry.reported_at = True, record.finish, self._clock.monotonic()
+        entry.confirmed, entry.sent_finish, entry.sent_at = True, record.finish, self._clock.monotonic()
         entry.finish = record.finish or entry.finish
         self._send(entry)
 
     def _drop_if_moved(self, session: SessionId, peer: PeerId, epoch: int) -> None:
-        """Its answer came when the record had gone elsewhere, or was forgotten."""
-        present = self._entries.get(session)
-        if present is None or present.deputy != peer:
+        """Make a peer delete a record that it confirmed too late, unless it is the session's deputy again."""
+        entry = self._entries.get(session)
+        if entry is None or entry.deputy != peer:
             self._drops.add(peer, session, epoch)
 
     def _send(self, entry: _Entry) -> None:
-        """Send the deputy what it does not have yet."""
+        """Send a confirmed deputy all tokens, and the finish reason, that it does not have yet."""
         if not entry.confirmed:
             return
         self._unsent.pop(entry, None)
-        while entry.confirmed and (entry.tokens.pending or entry.reported != entry.finish):
+        while entry.confirmed and (entry.tokens.pending or entry.sent_finish != entry.finish):
             self._send_message(entry)
 
     def _send_message(self, entry: _Entry) -> None:
@@ -260,10 +267,10 @@ class JournalWriter:
         try:
             self._links.send(entry.deputy, message)
         except MeshdError as error:
-            log.debug("session %s: its journal goes no further at %.8s: %s", entry.session, entry.deputy, error)
-            self._start_over(entry, _AVOID_S)
+            log.debug("session %s: cannot send tokens to its deputy %.8s: %s", entry.session, entry.deputy, error)
+            self._start_over(entry, _AVOID_REFUSING_S)
             return
-        entry.reported, entry.reported_at = finish, self._clock.monotonic()
+        entry.sent_finish, entry.sent_at = finish, self._clock.monotonic()
 
     async def _tick(self) -> None:
         checked = self._clock.monotonic()
@@ -271,12 +278,12 @@ class JournalWriter:
             await self._clock.sleep(BATCH_S)
             self.flush()
             now = self._clock.monotonic()
-            if now - checked >= _CARE_S:
+            if now - checked >= _CHECK_S:
                 checked = now
                 self._check_deputies(now)
 
     def _check_deputies(self, now: float) -> None:
-        """Deputies for those without one, or with one that leaves; signs of life; an end for what ended long ago."""
+        """Replace missing and leaving deputies, renew idle records, and remove sessions that ended long ago."""
         self._drops.send_due(now)
         if not self._entries:
             return
@@ -285,12 +292,12 @@ class JournalWriter:
             if entry.finish and now - entry.ended_at > KEEP_ENDED_S:
                 self._retire(entry)
             elif entry.deputy is None or (entry.confirmed and entry.deputy in leaving and self._choose(entry) is not None):
-                self._hand_over(entry)
-            elif entry.confirmed and not entry.finish and now - entry.reported_at > _RENEW_S:
+                self._queue_transfer(entry)
+            elif entry.confirmed and not entry.finish and now - entry.sent_at > _RENEW_S:
                 self._send_message(entry)
 
     def _choose(self, entry: _Entry) -> PeerId | None:
-        avoid = {*entry.avoid, *self._taken(entry.session)}
+        avoid = {*entry.avoid, *self._excluded(entry.session)}
         return choose_deputy(self._me, self._adverts(), entry.plan_peers(), avoid, entry.deputy)
 
     def _trim_ended(self) -> None:
@@ -299,14 +306,17 @@ class JournalWriter:
             self._retire(entry)
 
     def _retire(self, entry: _Entry) -> None:
-        """Care no more; the deputy forgets it by itself."""
+        """Stop journaling the session. The deputy's record expires without a message."""
         del self._entries[entry.session]
-        self._due.pop(entry, None)
+        self._transfers.pop(entry, None)
         self._unsent.pop(entry, None)
 
 
 class JournalWriters:
-    """Two deputies for every session: its coordinator and one of them may be lost at once. To its users it is one JournalWriter."""
+    """Keeps each session's record at two deputies, so that its coordinator and one deputy may be lost at once.
+
+    It has two `JournalWriter`s and passes every call on to both.
+    """
 
     def __init__(self, me: PeerId, links: Links, clock: Clock, adverts: Callable[[], list[Advert]]) -> None:
         first = JournalWriter(me, links, clock, adverts, lambda session: self._chosen(1, session))
@@ -316,12 +326,12 @@ class JournalWriters:
     def __len__(self) -> int:
         return max(map(len, self._writers))
 
-    def _chosen(self, of: int, session: SessionId) -> tuple[PeerId, ...]:
-        deputy = self._writers[of].chosen_for(session)
+    def _chosen(self, writer: int, session: SessionId) -> tuple[PeerId, ...]:
+        deputy = self._writers[writer].chosen_for(session)
         return (deputy,) if deputy is not None else ()
 
     def deputies_of(self, session: SessionId) -> list[PeerId]:
-        """Who keeps this session's record now."""
+        """Returns: the peers that have confirmed this session's record."""
         return [deputy for writer in self._writers if (deputy := writer.deputy_of(session)) is not None]
 
     def begin(self, session: SessionId, record: Callable[[], SessionRecord], plan_peers: Callable[[], tuple[PeerId, ...]]) -> None:
@@ -373,13 +383,15 @@ def choose_deputy(
     avoid: Collection[PeerId],
     present: PeerId | None = None,
 ) -> PeerId | None:
-    """Of the live peers that stay: one outside the plan, so that no fault takes both, the present one, or else the nearest.
+    """Choose a deputy among the live peers that are not leaving.
 
-    None: there is none.
+    A peer outside the plan is preferred, because one fault should not hit both; then the present deputy; then the nearest peer.
+
+    Returns: None if there is no such peer.
     """
-    known = {advert.peer: advert for advert in adverts}
-    own = known.get(me)
-    near = own.links if own is not None else {}
-    candidates = [peer for peer, advert in known.items() if peer != me and not advert.draining and peer not in avoid]
-    rtt_s = {peer: near[peer].rtt_s if peer in near else float("inf") for peer in candidates}
+    advert_of = {advert.peer: advert for advert in adverts}
+    own = advert_of.get(me)
+    links = own.links if own is not None else {}
+    candidates = [peer for peer, advert in advert_of.items() if peer != me and not advert.draining and peer not in avoid]
+    rtt_s = {peer: links[peer].rtt_s if peer in links else float("inf") for peer in candidates}
     return min(candidates, key=lambda peer: (peer in plan_peers, peer != present, rtt_s[peer], peer), default=None)

@@ -1,1 +1,1 @@
-"""Which plan a session runs under, and every change of it."""
+"""Plans for sessions: the first one, and every change of plan afterwards."""

@@ -1,4 +1,4 @@
-"""Leaving in good order: this peer takes no new work, and what runs on it ends or moves away before it goes."""
+"""Draining: a peer takes no new work, and waits until the sessions that run on it have ended or moved away."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,25 +12,25 @@ from meshd.types import PeerId
 
 log = getLogger(__name__)
 
-_LOOK_S = 0.05
-_LONGEST_S = 3600.0
+_POLL_S = 0.05
+_MAX_WAIT_S = 3600.0
 _REPLY_S = 5.0
-"""What a reply may take beside the wait that was asked for."""
+"""Time for the reply to arrive, on top of the wait that the request asks for."""
 
 
 @dataclass(slots=True)
 class Drainer:
-    """Owns whether this peer drains, and asks others to."""
+    """Owns this peer's drain state, and asks other peers to drain."""
 
     links: Links
     clock: Clock
     stages: Callable[[], int]
-    """Of running sessions on this peer, whoever coordinates them."""
+    """Returns how many stages of running sessions are on this peer, whichever peer coordinates them."""
     on_change: Callable[[], None]
-    """The advert tells another thing now."""
+    """Called when the drain state, which is part of the advert, has changed."""
     leaving: bool = False
-    """The daemon is told to stop: it takes no new requests either."""
-    _asked: bool = False
+    """Whether the daemon is stopping. It then takes no new requests either."""
+    _drain_requested: bool = False
 
     def register(self) -> None:
         """Take DRAIN from the links."""
@@ -38,15 +38,16 @@ class Drainer:
 
     @property
     def draining(self) -> bool:
-        """No new stages here; coordinators that see it in the advert move theirs away."""
-        return self._asked or self.leaving
+        """Whether this peer takes no new stages. Coordinators see this in its advert and move their stages away."""
+        return self._drain_requested or self.leaving
 
     async def drain(self, peer: PeerId, undo: bool, timeout_s: float) -> int:
-        """Have a peer (this one too) drain, or take work again; stages that still run there when it has, or at the time-out.
+        """Ask a peer, which may be this one, to drain and wait until it has; with `undo`, to take work again.
 
+        Returns: number of stages that still run there; more than 0 only with `undo` or when `timeout_s` has passed.
         Raises: PeerLost, RemoteFailure.
         """
-        timeout_s = min(timeout_s, _LONGEST_S)
+        timeout_s = min(timeout_s, _MAX_WAIT_S)
         request = Drain(request=self.links.next_request(), deadline_ms=int(timeout_s * 1000), undo=undo)
         reply, _ = await self.links.request(peer, request, timeout_s=timeout_s + _REPLY_S)
         if not isinstance(reply, Drained):
@@ -54,14 +55,15 @@ class Drainer:
         return reply.sessions_left
 
     async def leave(self, timeout_s: float, on_waiting: Callable[[str], None], *, answers: Callable[[], int]) -> None:
-        """Take no new work and wait until nothing runs here any more, or until the time is over.
+        """Take no new work, and wait until nothing runs here any more or the time is over.
 
-        `answers` returns how many running sessions this peer coordinates; `on_waiting` gets one line that says what is waited for.
+        on_waiting: called with one line of text that says what this peer waits for; not called if nothing runs.
+        answers: returns how many running answers this peer coordinates.
         """
         self.leaving = True
 
         def running() -> str:
-            return _in_words((answers(), "answer"), (self.stages(), "stage"))
+            return _counted((answers(), "answer"), (self.stages(), "stage"))
 
         if not running() or timeout_s <= 0:
             return
@@ -75,21 +77,21 @@ class Drainer:
         log.info("leaving after %.1f s: %s", self.clock.monotonic() - began, f"{left} cut off" if left else "nothing runs here now")
 
     async def _on_drain(self, sender: PeerId, message: Drain, payload: memoryview) -> Drained:
-        asked = not message.undo
-        if asked != self._asked:
-            self._asked = asked
-            log.info("%.8s asks this peer to %s", sender, "drain" if asked else "take work again")
+        requested = not message.undo
+        if requested != self._drain_requested:
+            self._drain_requested = requested
+            log.info("%.8s asks this peer to %s", sender, "drain" if requested else "take work again")
             self.on_change()
-        if asked:
-            until = self.clock.monotonic() + min(message.deadline_ms / 1000, _LONGEST_S)
-            await self._until(lambda: not self.stages() or not self._asked, until)
+        if requested:
+            until = self.clock.monotonic() + min(message.deadline_ms / 1000, _MAX_WAIT_S)
+            await self._until(lambda: not self.stages() or not self._drain_requested, until)
         return Drained(request=message.request, sessions_left=self.stages())
 
     async def _until(self, done: Callable[[], bool], until: float) -> None:
         while not done() and self.clock.monotonic() < until:
-            await self.clock.sleep(_LOOK_S)
+            await self.clock.sleep(_POLL_S)
 
 
-def _in_words(*counts: tuple[int, str]) -> str:
-    """Like "1 answer and 2 stages"; empty if there are none."""
+def _counted(*counts: tuple[int, str]) -> str:
+    """Returns: text like "1 answer and 2 stages"; empty if all counts are 0."""
     return " and ".join(f"{count} {what}{'s' if count > 1 else ''}" for count, what in counts if count)

@@ -1,7 +1,8 @@
 """Moves running sessions to other peers: copies their KV while they decode, then changes the plan between two tokens.
 
-The change itself is that of a recovery with nothing lost (`agents.session`), so a move that fails at any point leaves the source
-serving: until the new epoch runs, it keeps the KV. The stages of copying are Llumnix's (https://arxiv.org/abs/2406.03243).
+The change of plan is a recovery in which nothing was lost (`agents.session.session`). The source keeps its KV until the new epoch
+runs, so a move that fails at any point leaves it serving. Copying in rounds while the source decodes follows Llumnix
+(https://arxiv.org/abs/2406.03243).
 """
 
 from collections.abc import Awaitable, Callable
@@ -23,20 +24,23 @@ from meshd.types import Advert, LayerRange, PeerId, Plan, SessionId
 log = getLogger(__name__)
 
 _COPY_S = 120.0
-"""For the KV to be copied."""
+"""Time limit for copying the KV."""
 _CHANGE_S = 15.0
-"""For the new plan to make its first token."""
-_AGAIN_S = 5.0
-_NEAR_TOKENS = 4
-"""A copy this close behind is level: the rest comes while the last step ends, or is computed."""
+"""Time limit for the first token under the new plan."""
+_RETRY_S = 5.0
+"""Pause after a failed move before the answer is considered again."""
+_CAUGHT_UP_TOKENS = 4
+"""A copy that lacks at most this many positions counts as complete. They are copied during the last step, or computed again."""
 _LAST_STEP_S = 5.0
-"""For the step that is under way to end."""
+"""Time limit for the step that is being computed."""
 _LEAST_REMAINING = 32
-"""An answer that ends sooner is not worth moving."""
+"""An answer with fewer tokens left is not worth moving."""
 
 
 @dataclass(slots=True)
 class _Copy:
+    """A copy of one stage's KV that is being made at a target peer."""
+
     stage: int
     target: PeerId
     caught_up: bool = False
@@ -45,21 +49,25 @@ class _Copy:
 
 @dataclass(slots=True)
 class Mover:
-    """Moves this coordinator's answers."""
+    """Moves the answers that this peer coordinates."""
 
-    rescuer: PlanRetrier
+    retrier: PlanRetrier
     router: Router
     adverts: Callable[[], list[Advert]]
     clock: Clock
     _moving: dict[SessionId, list[_Copy]] = field(default_factory=dict)
     _seen: dict[SessionId, int] = field(default_factory=dict)
-    """Session -> what the mesh looked like when a better plan was last looked for."""
+    """Session -> hash of the cluster's adverts when a better plan was last searched."""
     _searching: set[SessionId] = field(default_factory=set)
     _not_before: dict[SessionId, float] = field(default_factory=dict)
-    """When one that could not be moved is looked at again."""
+    """Session whose move failed -> time when it is considered again."""
 
     async def move(self, answer: Answer, target: PeerId, source: PeerId | None) -> float:
-        """Move all stages, or those at `source`, to `target`; the pause in seconds. Raises: InvalidRequest, NoPeer, PeerFault."""
+        """Move all stages, or those at `source`, to `target`.
+
+        Returns: the pause in seconds.
+        Raises: InvalidRequest, NoPeer, PeerFault.
+        """
         if answer.plan is None or answer.machine.state not in (SessionState.PREFILLING, SessionState.DECODING):
             raise InvalidRequest(f"session {answer.session} is {answer.machine.state.value}: only a running one can move")
         plan = self.router.with_target(answer.card, answer.plan, target, source)
@@ -69,7 +77,7 @@ class Mover:
         """Change the plan of a running answer.
 
         Returns: the pause in seconds.
-        Raises: InvalidRequest, PeerFault; the answer then continues under whatever plan it has.
+        Raises: InvalidRequest, PeerFault. The answer then continues under the plan that it has.
         """
         if answer.session in self._moving:
             raise InvalidRequest(f"session {answer.session} is being moved already")
@@ -91,19 +99,19 @@ class Mover:
                 answer.hold(None)
 
     async def _copy(self, answer: Answer, epoch: int, copies: list[_Copy]) -> None:
-        """Until every copy is near. One that fails is left to be computed at the target."""
+        """Copy KV until every copy has caught up or failed. KV whose copy fails is computed again at the target."""
         assert answer.plan is not None
         for copy in copies:
             self._request_copy(answer, epoch, copy.stage, copy.target)
 
-        def near() -> bool:
-            level = all(copy.caught_up or copy.error for copy in copies)
-            return answer.machine.epoch != epoch or (level and answer.machine.state is not SessionState.PREFILLING)
+        def ready() -> bool:
+            copied = all(copy.caught_up or copy.error for copy in copies)
+            return answer.machine.epoch != epoch or (copied and answer.machine.state is not SessionState.PREFILLING)
 
-        await answer.output.until(near, _COPY_S)
+        await answer.output.until(ready, _COPY_S)
 
     async def _end_step(self, answer: Answer, epoch: int) -> None:
-        """Let the step under way be the last under this plan: another one would be computed in vain, and waited for."""
+        """Wait for the token that is being computed, and let no further step start: the change of plan would discard it."""
         if answer.machine.waits_for_client:
             return
         last = len(answer.machine.tokens) + 1
@@ -127,28 +135,28 @@ class Mover:
         if answer.running and (changes := done()):
             if answer.plan is not None and answer.plan.id == plan.id:
                 return changes[0].pause_s
-            raise PeerFault(f"the move failed, and the session goes on elsewhere: {changes[0].reason}")
+            raise PeerFault(f"the move failed, and the session continues under another plan: {changes[0].reason}")
         if answer.machine.state is SessionState.FINISHED:
             return 0.0
-        raise PeerFault("the move was cut short: the session ended, or made no token in time")
+        raise PeerFault(f"the move was not completed: the session ended, or made no token within {_CHANGE_S:.0f} s")
 
     def on_mirrored(self, answer: Answer, message: Mirrored) -> None:
-        """A stage reports how far a copy is."""
+        """Take a stage's report of how far a copy is."""
         for copy in self._moving.get(answer.session, ()):
             if (copy.stage, copy.target) == (message.stage, message.target):
                 copy.error = message.error
-                copy.caught_up = message.filled - message.held <= _NEAR_TOKENS
+                copy.caught_up = message.filled - message.held <= _CAUGHT_UP_TOKENS
                 answer.output.touch()
 
-    def look_for_better(self, answers: list[Answer]) -> None:
-        """Move answers off peers that leave, and to plans that have become worth it since the mesh changed."""
+    def rebalance(self, answers: list[Answer]) -> None:
+        """Move answers away from peers that leave; after a change in the cluster, also to better plans. Called periodically."""
         if not answers:
             self._seen.clear()
             return
         adverts = self.adverts()
         draining = frozenset(advert.peer for advert in adverts if advert.draining)
-        shape = hash(tuple(sorted(_shape(advert) for advert in adverts)))
-        self._seen = {answer.session: self._seen.get(answer.session, shape) for answer in answers}
+        cluster = hash(tuple(sorted(_summary(advert) for advert in adverts)))
+        self._seen = {answer.session: self._seen.get(answer.session, cluster) for answer in answers}
         now = self.clock.monotonic()
         self._not_before = {session: until for session, until in self._not_before.items() if until > now}
         for answer in answers:
@@ -159,32 +167,32 @@ class Mover:
                 continue
             if leaving := draining.intersection(plan.peers):
                 self._start_once(answer, partial(self._move_away, answer, plan, leaving))
-            elif self._seen[answer.session] != shape:
-                self._seen[answer.session] = shape
+            elif self._seen[answer.session] != cluster:
+                self._seen[answer.session] = cluster
                 self._start_once(answer, partial(self._improve, answer))
 
     async def _move_away(self, answer: Answer, plan: Plan, leaving: frozenset[PeerId]) -> None:
-        away = await self._plan_without(answer, plan, leaving)
-        if leaving.intersection(away.peers):
+        new_plan = await self._plan_without(answer, plan, leaving)
+        if leaving.intersection(new_plan.peers):
             raise NoPeer("no other peer can hold its layers")
         names = ", ".join(map(answer.context.names, sorted(leaving)))
-        await self._change_and_log(answer, away, f"{names} leaves")
+        await self._change_and_log(answer, new_plan, f"{names} leaves")
 
     async def _improve(self, answer: Answer) -> None:
         if answer.record.max_tokens - len(answer.output.tokens) < _LEAST_REMAINING:
             return
-        better = self.router.better(answer.card, answer.record.mesh, self.rescuer.recovery_request(answer))
+        better = self.router.better(answer.card, answer.record.mesh, self.retrier.recovery_request(answer))
         if better is not None:
             await self._change_and_log(answer, better.plan, "a better plan")
 
     async def _plan_without(self, answer: Answer, plan: Plan, leaving: frozenset[PeerId]) -> Plan:
-        """The same cuts without those who leave, since KV can be copied then; any plan without them if that can't be."""
+        """Returns: the plan with each leaving peer replaced by one other, so that KV can be copied; else any plan without them."""
         for source in sorted(leaving):
             others = [advert.peer for advert in self.adverts() if _may_take(advert, answer.record.mesh)]
             moved = [candidate for target in others if (candidate := self._with_target(answer, plan, target, source)) is not None]
             if not moved:
                 found = await self.router.recover(
-                    answer.card, answer.record.mesh, self.rescuer.recovery_request(answer, avoid=leaving)
+                    answer.card, answer.record.mesh, self.retrier.recovery_request(answer, avoid=leaving)
                 )
                 return found.plan
             plan = min(moved, key=lambda plan: plan.predicted_tpot_s)
@@ -197,7 +205,7 @@ class Mover:
             return None
 
     def _start_once(self, answer: Answer, work: Callable[[], Awaitable[None]]) -> None:
-        """One look at a time for each answer; it ends with the answer."""
+        """Start a move in a task, which is cancelled when the answer ends. The answer gets no other move until the task is done."""
         self._searching.add(answer.session)
         answer.tasks.spawn(self._log_failure(answer, work)).add_done_callback(lambda _: self._searching.discard(answer.session))
 
@@ -205,8 +213,8 @@ class Mover:
         try:
             await work()
         except MeshdError as error:
-            self._not_before[answer.session] = self.clock.monotonic() + _AGAIN_S
-            log.info("session %s stays where it is: %s", answer.session, error)
+            self._not_before[answer.session] = self.clock.monotonic() + _RETRY_S
+            log.info("session %s was not moved: %s", answer.session, error)
 
     async def _change_and_log(self, answer: Answer, plan: Plan, reason: str) -> None:
         pause_s = await self.change(answer, plan, reason)
@@ -214,21 +222,22 @@ class Mover:
 
 
 def _copies(old: Plan, new: Plan) -> list[_Copy]:
-    """Which stages' KV the new plan wants at which peers: one copy each where a new stage lies within an old one."""
-    wanted: dict[tuple[int, PeerId], _Copy] = {}
+    """Returns: the copies that the new plan needs, one for each old stage and each new peer that runs a part of its layers."""
+    copies: dict[tuple[int, PeerId], _Copy] = {}
     for stage in new.stages:
         for number, before in enumerate(old.stages):
             if stage.layers in before.layers and stage.peer != before.peer:
-                wanted.setdefault((number, stage.peer), _Copy(number, stage.peer))
-    return list(wanted.values())
+                copies.setdefault((number, stage.peer), _Copy(number, stage.peer))
+    return list(copies.values())
 
 
 def _may_take(advert: Advert, mesh: MeshOptions) -> bool:
-    """Whether it stays, and the request lets it take part."""
-    named = mesh.peers is None or any(name == advert.name or advert.peer.startswith(name) for name in mesh.peers)
-    return named and not advert.draining
+    """Whether the peer stays in the cluster and the request allows it."""
+    allowed = mesh.peers is None or any(name == advert.name or advert.peer.startswith(name) for name in mesh.peers)
+    return allowed and not advert.draining
 
 
-def _shape(advert: Advert) -> tuple[str, bool, tuple[tuple[str, LayerRange, str], ...]]:
-    held = tuple(sorted((holding.model, holding.layers, holding.state) for holding in advert.holdings))
-    return advert.peer, advert.draining, held
+def _summary(advert: Advert) -> tuple[str, bool, tuple[tuple[str, LayerRange, str], ...]]:
+    """Returns: the parts of an advert that decide whether another plan may be better."""
+    holdings = tuple(sorted((holding.model, holding.layers, holding.state) for holding in advert.holdings))
+    return advert.peer, advert.draining, holdings

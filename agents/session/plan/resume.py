@@ -1,7 +1,8 @@
-"""How a session continues under another plan: what each stage still has, where each starts, and what that method is called.
+"""How a session continues under another plan: from what each stage still has, where each stage starts to compute.
 
-House rules of this file: no I/O, no clock. Every change of plan (after a loss, a move, growth, a take-over) is the same thing here:
-the stages of the new plan report what they still have of the session, which decides what is computed again and what is only sent.
+House rules of this file: no I/O, no clock. A change of plan has one procedure, whatever its cause (a loss, a move, a takeover):
+each stage of the new plan reports what it still has of the session, and the reports decide which positions are computed again and
+which kept outputs are only sent again.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -12,69 +13,72 @@ from meshd.types import PeerId, Plan, StagePlan
 KEPT = "kept"
 """Every stage has all its KV: nothing is computed again."""
 MIRROR = "mirror"
-"""KV that was copied to another peer is used; at most what the copy lacked at its end is computed again."""
+"""A copy of the KV on another peer is used. At most the positions that were not copied yet are computed again."""
 REPLAY = "replay"
-"""Some layers are computed again, from inputs that the stage before them kept (the first stage: from the tokens)."""
+"""Some layers are computed again, from the outputs that the previous stage kept (the first stage: from the tokens)."""
 PREFILL = "prefill"
-"""All layers are computed again from the first token on."""
+"""All layers are computed again, from the first token on."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageHeld:
-    """What one stage of a new plan has of the session, as its OPENED tells."""
+    """What one stage of a new plan still has of the session. Its peer reports this in OPENED."""
 
     held: int
-    """Its KV of positions `[0, held)` is there."""
+    """The stage has the KV of positions `[0, held)`."""
     mirrored: bool = False
-    """It came as a copy from another peer."""
+    """Whether that KV is a copy from another peer."""
     kept_from: int = 0
-    """Its outputs of positions `[kept_from, kept_to)` are kept, and can be sent again."""
+    """The stage has kept its outputs of positions `[kept_from, kept_to)` and can send them again."""
     kept_to: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ResumePoint:
-    """Where one stage goes on."""
+    """Where one stage of a new plan starts to compute, and to send. RESUME carries it."""
 
     start: int
-    """The first position that it computes."""
+    """The first position that the stage computes."""
     send_from: int
-    """The first position whose output the next stage wants: those before `start` come from what was kept."""
+    """The first position whose output the next stage needs. Outputs of `[send_from, start)` are sent from the kept ones."""
 
 
-def resume_positions(held: Sequence[StageHeld], known: int) -> tuple[ResumePoint, ...]:
-    """Where each stage starts, so that all have positions `[0, known)` when the last one samples, and as little as possible is
-    computed again.
+def resume_points(held: Sequence[StageHeld], known: int) -> tuple[ResumePoint, ...]:
+    """Choose where each stage starts, so that as few positions as possible are computed again.
 
-    `known` (at least 1) counts the tokens that the coordinator knows; the last of them is always computed. From the last stage to
-    the first: what a stage computes it needs as input, so the stage before it must have that output kept, or compute it as well.
+    When the last stage samples, every stage must have the KV of positions `[0, known)`. The last known token is always computed.
+
+    held: what each stage has.
+    known: number of tokens that the coordinator has, at least 1.
+    Returns: one point for each stage.
     """
     if known < 1 or not held:
-        raise ValueError(f"{len(held)} stages and {known} known tokens: there is nothing to go on with")
-    wanted = known - 1  # by the sampler, which comes after the last stage
-    positions: list[ResumePoint] = []
-    for place in range(len(held) - 1, -1, -1):
-        have = held[place]
-        start = max(0, min(have.held, known - 1))
-        if start > wanted:
-            kept_to = max(have.kept_to, wanted) if have.kept_from <= wanted else wanted
+        raise ValueError(f"cannot resume {len(held)} stages from {known} known tokens")
+    # From the last stage to the first: a stage needs input for every position that it computes, so the previous stage must have
+    # kept those outputs, or compute them as well.
+    send_from = known - 1  # the sampler, which follows the last stage, needs only the last position
+    points: list[ResumePoint] = []
+    for stage in reversed(held):
+        start = max(0, min(stage.held, known - 1))
+        if start > send_from:
+            kept_to = max(stage.kept_to, send_from) if stage.kept_from <= send_from else send_from
             start = min(start, kept_to)
-        positions.append(ResumePoint(start, wanted))
-        wanted = start
-    return tuple(reversed(positions))
+        points.append(ResumePoint(start, send_from))
+        send_from = start
+    return tuple(reversed(points))
 
 
-def method_of(held: Sequence[StageHeld], resumptions: Sequence[ResumePoint], known: int) -> str:
-    """The most expensive thing that has to be done: `kept`, `mirror`, `replay` or `prefill`."""
-    if not any(have.held for have in held):
+def method_of(held: Sequence[StageHeld], points: Sequence[ResumePoint], known: int) -> str:
+    """Returns: the most expensive method that a stage needs: `kept`, `mirror`, `replay` or `prefill`."""
+    if not any(stage.held for stage in held):
         return PREFILL
-    least = min(resumption.start for resumption in resumptions)
-    copied = [min(have.held, known - 1) for have in held if have.mirrored]
-    if least == known - 1:
+    first = min(point.start for point in points)
+    copied = [min(stage.held, known - 1) for stage in held if stage.mirrored]
+    if first == known - 1:
         return MIRROR if copied else KEPT
-    if max(resumption.start for resumption in resumptions) == 0:
+    if max(point.start for point in points) == 0:
         return PREFILL
-    return MIRROR if copied and 0 < min(copied) <= least else REPLAY
+    return MIRROR if copied and 0 < min(copied) <= first else REPLAY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,43 +86,43 @@ class RecoveryRequest:
     """What a plan must offer so that the session can continue under it."""
 
     old: Plan | None
-    """The plan that broke, or that runs; None: there is none yet."""
+    """The last plan that ran, whether it broke or still runs. None: there was none."""
     lost: frozenset[PeerId]
-    """What lay there of the session is gone. Such a peer may be here again, and then it counts like any other."""
+    """Peers that lost their KV of the session. One that has come back may get a stage like any other peer."""
     avoid: frozenset[PeerId]
-    """Not to be used while there is another way; what lies there of the session is not counted on."""
+    """Peers that get a stage only if there is no other plan. Their KV of the session is not used."""
     prompt_tokens: int
     max_tokens: int
     known: int
-    """Tokens that the coordinator knows: the prompt and the answer so far."""
+    """Number of tokens that the coordinator has: the prompt and the answer so far."""
     mirrors: Mapping[int, tuple[PeerId, int]] = field(default_factory=dict)
-    """Stage of `old` -> where a copy of its KV lies, and how many positions of it."""
+    """Stage of `old` -> the peer with a copy of its KV, and the number of positions in the copy."""
 
     @property
     def context(self) -> int:
-        """Tokens to reserve KV for."""
+        """Number of tokens to reserve KV for."""
         return self.prompt_tokens + self.max_tokens
 
     @property
     def copies(self) -> dict[int, tuple[PeerId, int]]:
-        """The mirrors that can be counted on."""
+        """The mirrors on peers that are neither lost nor to be avoided."""
         gone = self.lost | self.avoid
         return {stage: copy for stage, copy in self.mirrors.items() if copy[0] not in gone}
 
 
 @dataclass(frozen=True, slots=True)
 class RecoveryPlan:
-    """A plan to go on with."""
+    """A plan under which a session can continue."""
 
     plan: Plan
     method: str
-    """As predicted: `kept`, `mirror`, `replay` or `prefill`."""
+    """The predicted method: `kept`, `mirror`, `replay` or `prefill`."""
     predicted_s: float
-    """To the next token."""
+    """Predicted pause until the next token."""
 
 
 def expected_held(request: RecoveryRequest, stages: Sequence[StagePlan], surviving: Collection[int]) -> tuple[StageHeld, ...]:
-    """What the stages of a new plan will tell, as far as can be known before they are asked.
+    """Predict what the stages of a new plan will report in OPENED.
 
     `surviving`: the stages of the old plan whose KV is still there.
     """

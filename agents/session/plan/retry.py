@@ -1,4 +1,4 @@
-"""Finds the plans that answers start and go on with, and has their KV mirrored."""
+"""Finds plans for answers and retries while none is possible: first plans, and new ones after a loss. Also requests KV mirrors."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -20,54 +20,56 @@ from meshd.types import Advert, PeerId, SessionId
 log = getLogger(__name__)
 
 _RETRY_S = 0.25
-_ROOM_WAIT_S = 30.0
-"""How long a request waits for KV room on its stages before it is told to come back."""
-_UNNOTICED_S = 0.4
+_KV_WAIT_S = 30.0
+"""How long a request waits for free KV on its stages before it fails with Overloaded."""
+_NOTICE_S = 0.4
+"""A stage may take this long to notice that its coordinator is lost, before it accepts another one."""
 _LOADING_WAIT_S = 120.0
 """How long a running answer waits for lost layers to be loaded elsewhere."""
 _NO_PLAN_WAIT_S = 3.0
-"""What is left can't hold the model: the client is told soon, but a peer that only restarts is waited for."""
+"""How long an answer waits when the live peers cannot hold the model: short, but a peer that restarts may be back by then."""
 TAKEOVER_EPOCHS = 1000
-"""A new coordinator's epochs begin this much higher: more than the last one can have used without the journal knowing."""
-_PASSING = frozenset({OutOfMemory.code, NoPeer.code, Overloaded.code})
-"""What a stage refuses to open with when it changed since the plan was made: another session took the room, a load gave way."""
+"""A new coordinator raises the recorded epoch by this much, to be above any that the last one used but could not record."""
+_TRANSIENT = frozenset({OutOfMemory.code, NoPeer.code, Overloaded.code})
+"""Errors with which a stage refuses to open when the peer has changed since the plan was made, for example because another session
+took the memory. A new plan may succeed."""
 
 
 @dataclass(slots=True)
 class PlanRetrier:
-    """Answers the machine's question for a plan."""
+    """Carries out the session's `Replan` command: searches until there is a plan or a time limit has passed."""
 
     links: Links
     router: Router
     adverts: Callable[[], list[Advert]]
     clock: Clock
     mirror: bool
-    """Mirror where the request doesn't say."""
+    """Whether to mirror KV when the request does not say."""
     take: Callable[[SessionId], Awaitable[SessionRecord]]
-    """Have another coordinator give a session up to this peer."""
-    elsewhere: Callable[[SessionId], Awaitable[bool]]
-    """Whether another peer coordinates it."""
+    """Makes this peer the session's coordinator and returns the record."""
+    coordinated_elsewhere: Callable[[SessionId], Awaitable[bool]]
+    """Whether another peer coordinates the session."""
 
     def replan(self, answer: Answer, command: Replan) -> None:
-        """Find a plan for an answer that lost its own; a later loss makes the search begin anew."""
-        work = partial(self._recover, answer, command) if answer.machine.begun else partial(self._again, answer)
-        answer.tasks.search(self._to_its_end(answer, work))
+        """Find a plan for an answer that lost its plan. Replaces a search that is running."""
+        work = partial(self._recover, answer, command) if answer.machine.begun else partial(self._retry_first, answer)
+        answer.tasks.search(self._run_search(answer, work))
 
     def start(self, answer: Answer) -> None:
         """Find the first plan of an answer."""
-        answer.tasks.search(self._to_its_end(answer, partial(self._first, answer)))
+        answer.tasks.search(self._run_search(answer, partial(self._find_first, answer)))
 
-    async def _to_its_end(self, answer: Answer, search: Callable[[], Awaitable[None]]) -> None:
-        """Run a search. An unexpected error fails the answer, which would otherwise wait for ever."""
+    async def _run_search(self, answer: Answer, search: Callable[[], Awaitable[None]]) -> None:
+        """Run a search. An unexpected error fails the answer, which would otherwise wait forever."""
         try:
             await search()
         except Exception as error:
-            log.exception("session %s: looking for a plan failed", answer.session)
-            answer.plan_failed(MeshdError(f"looking for a plan failed: {error}"))
+            log.exception("session %s: the search for a plan failed", answer.session)
+            answer.plan_failed(MeshdError(f"the search for a plan failed: {error}"))
 
-    async def _first(self, answer: Answer) -> None:
-        """A plan, as soon as other answers leave room for its KV."""
-        until = answer.output.started + _ROOM_WAIT_S
+    async def _find_first(self, answer: Answer) -> None:
+        """Find a plan, as soon as other answers leave enough KV free."""
+        until = answer.output.started + _KV_WAIT_S
         record = answer.record
         while True:
             try:
@@ -83,17 +85,17 @@ class PlanRetrier:
             else:
                 return answer.planned(plan)
 
-    async def _again(self, answer: Answer) -> None:
-        """The first plan could not be opened: wait if that may pass, give up if it won't."""
+    async def _retry_first(self, answer: Answer) -> None:
+        """Find another first plan, after one that could not be opened. Give up if the error is not transient."""
         error = answer.machine.error
-        if isinstance(error, RemoteFailure) and error.remote_code not in _PASSING:
+        if isinstance(error, RemoteFailure) and error.remote_code not in _TRANSIENT:
             return answer.plan_failed(error)
-        if self.clock.monotonic() > answer.output.started + _ROOM_WAIT_S:
+        if self.clock.monotonic() > answer.output.started + _KV_WAIT_S:
             why = error.message if error is not None else "no stage opened"
-            return answer.plan_failed(Overloaded(f"no room for this request's context: {why}", retry_after_s=5.0))
+            return answer.plan_failed(Overloaded(f"no memory for this request's context: {why}", retry_after_s=5.0))
         if not isinstance(error, PeerFault) or isinstance(error, RemoteFailure):
             await self.clock.sleep(_RETRY_S)
-        await self._first(answer)
+        await self._find_first(answer)
 
     async def _recover(self, answer: Answer, command: Replan) -> None:
         began = self.clock.monotonic()
@@ -106,7 +108,7 @@ class PlanRetrier:
                     answer.card, answer.record.mesh, self.recovery_request(answer, command.lost, command.avoid)
                 )
             except (NotReady, Overloaded, DoesNotFit, NoPeer) as error:
-                patience = _LOADING_WAIT_S if isinstance(error, NotReady) else _ROOM_WAIT_S
+                patience = _LOADING_WAIT_S if isinstance(error, NotReady) else _KV_WAIT_S
                 if isinstance(error, DoesNotFit | NoPeer):
                     patience = _NO_PLAN_WAIT_S
                 if self.clock.monotonic() - began > patience:
@@ -118,12 +120,14 @@ class PlanRetrier:
                 return answer.planned(found.plan)
 
     async def _reclaim(self, answer: Answer) -> bool:
-        """A stage obeys another coordinator, whether that lives or not; whether to go on here.
+        """Settle who coordinates an answer, after a stage has refused this peer because it obeys another coordinator.
 
-        Who took this peer for lost gives the session back if its reader is here. A stage that has not noticed yet that its
-        coordinator is lost will soon.
+        The other coordinator may have taken over because it believed this peer lost. If the answer has readers here, this peer
+        takes it back; otherwise it gives it up. If no peer claims to coordinate it, the stage still obeys a lost coordinator.
+
+        Returns: whether this peer continues the answer.
         """
-        if await self.elsewhere(answer.session):
+        if await self.coordinated_elsewhere(answer.session):
             if not answer.readers:
                 answer.release()
                 return False
@@ -133,14 +137,14 @@ class PlanRetrier:
                 answer.plan_failed(error)
                 return False
             answer.reclaim(record, record.epoch + TAKEOVER_EPOCHS)
-        await self.clock.sleep(_UNNOTICED_S)
+        await self.clock.sleep(_NOTICE_S)
         return answer.running
 
     def recovery_request(
         self, answer: Answer, lost: frozenset[PeerId] = frozenset(), avoid: frozenset[PeerId] = frozenset()
     ) -> RecoveryRequest:
-        """What the answer's next plan must offer."""
-        old = answer.machine.rooted
+        """Returns: what the answer's next plan must offer."""
+        old = answer.machine.kv_plan
         now = self.clock.monotonic()
         linked = {answer.context.me, *self.links.peers()}
         return RecoveryRequest(
@@ -154,10 +158,10 @@ class PlanRetrier:
         )
 
     def keep_mirrors(self, answer: Answer) -> None:
-        """Have the KV of every stage of a running answer copied to a peer that could take over, where there is one."""
-        wanted = answer.record.mesh.mirror if answer.record.mesh.mirror is not None else self.mirror
+        """Have the KV of each stage of a running answer copied to a peer that could take the stage over, if there is one."""
+        enabled = answer.record.mesh.mirror if answer.record.mesh.mirror is not None else self.mirror
         plan = answer.plan
-        if not wanted or plan is None or answer.machine.state not in (SessionState.PREFILLING, SessionState.DECODING):
+        if not enabled or plan is None or answer.machine.state not in (SessionState.PREFILLING, SessionState.DECODING):
             return
         if len(answer.mirrors) == len(plan.stages):
             return
@@ -170,8 +174,8 @@ class PlanRetrier:
             )
 
     def on_mirrored(self, answer: Answer, message: Mirrored) -> None:
-        """A stage reports how far the copy of its KV is."""
-        known = answer.mirrors.get(message.stage)
-        if known is None or known[0] != message.target or message.epoch != answer.machine.epoch:
+        """Take a stage's report of how far the copy of its KV is."""
+        mirror = answer.mirrors.get(message.stage)
+        if mirror is None or mirror[0] != message.target or message.epoch != answer.machine.epoch:
             return
         answer.mirrored(message.stage, message.target, None if message.error else message.held)

@@ -1,9 +1,12 @@
-"""Plans for requests, and for sessions that lost theirs, over the layers that peers have now. Missing layers are placed first."""
+"""Makes plans over resident layers: for new requests, for sessions that lost their plan, and for moves.
+
+Layers that no peer has are placed first.
+"""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from logging import getLogger
+from logging import ERROR, WARNING, getLogger
 
 import msgspec
 
@@ -26,48 +29,54 @@ from meshd.types import Advert, Holding, LayerRange, ModelCard, ModelId, Objecti
 log = getLogger(__name__)
 
 _REQUEST_WAIT_S = 20.0
-"""How long a request waits for a placement before it is told to come back."""
-_COMING_S = 600.0
-"""How long layers that others asked for are waited for."""
+"""How long a request waits for a placement before it fails with NotReady."""
+_LOADING_WAIT_S = 600.0
+"""How long a recovery waits for layers whose loading another peer has started."""
 _POLL_S = 0.02
-_COMING = frozenset({"loading", "warm"})
-_ANYONE = PeerRules(leaving=True)
+_LOADING = frozenset({"loading", "warm"})
+"""States of a holding whose layers will be active soon."""
+_WITH_LEAVING = PeerRules(leaving=True)
 _MIRROR_BYTES = 1 << 20
-"""Of KV, to compare links by."""
+"""Size of the KV transfer by which links are compared."""
 
 
 @dataclass(slots=True)
 class Router:
-    """Makes plans for requests on this peer."""
+    """Makes plans for the sessions that this peer coordinates."""
 
     me: PeerId
     library: ModelLibrary
     placer: PlacementClient
     adverts: Callable[[], list[Advert]]
-    """Of the live peers, this one's too."""
+    """Returns the adverts of the live peers, this one included."""
     suspects: Callable[[], list[Advert]] = list
-    """Of peers that are silent while their link stands: used when there is no other way."""
+    """Returns the adverts of peers that are silent but still linked. They are used only if there is no other plan."""
     _placing: dict[Hashable, asyncio.Task[None]] = field(default_factory=dict)
+    """Running placements, by what they place."""
     _plans: int = 0
 
     async def plan_for(self, card: ModelCard, mesh: MeshOptions, *, prompt_tokens: int, max_tokens: int) -> Plan:
-        """A plan over resident layers, with KV room for the whole answer.
+        """Make a plan over resident layers, with free KV for the whole answer. Place the model first if layers are not resident.
 
-        Raises: InvalidRequest, NoPeer, DoesNotFit; NotReady while a placement that it started goes on; Overloaded while other
+        Raises: InvalidRequest, NoPeer, DoesNotFit; NotReady if the placement takes long (it continues); Overloaded while other
         answers take all KV.
         """
         context = prompt_tokens + max_tokens
         try:
             return self._route(card, mesh, context, prompt_tokens)
         except (NotReady, DoesNotFit):
-            plan = self._from_pieces(card, mesh, prompt_tokens, max_tokens)
+            plan = self._route_over_fragments(card, mesh, prompt_tokens, max_tokens)
             if plan is not None:
                 return plan
             await self._place(card, mesh, context)
         return self._route(card, mesh, context, prompt_tokens)
 
-    def _from_pieces(self, card: ModelCard, mesh: MeshOptions, prompt_tokens: int, max_tokens: int) -> Plan | None:
-        """A plan in which a peer may run several stages, from loads that don't touch: quicker than placing, where it is allowed."""
+    def _route_over_fragments(self, card: ModelCard, mesh: MeshOptions, prompt_tokens: int, max_tokens: int) -> Plan | None:
+        """Make a plan in which a peer may run several stages, over holdings that are not adjacent.
+
+        That is faster than placing the model anew.
+        Returns: None if the request forbids such a plan, or there is none.
+        """
         if mesh.stages is not None or (mesh.min_peers or 1) > 1:
             return None
         request = RecoveryRequest(
@@ -78,31 +87,32 @@ class Router:
             max_tokens=max_tokens,
             known=prompt_tokens,
         )
-        found = self._resident(card, mesh, request, _ANYONE)
+        found = self._resident(card, mesh, request, _WITH_LEAVING)
         return None if found is None else found.plan
 
     async def recover(self, card: ModelCard, mesh: MeshOptions, request: RecoveryRequest) -> RecoveryPlan:
-        """The cheapest way to go on with a session: over what is resident; else over what is loaded for it.
+        """Find the cheapest plan under which a session can continue. Load missing layers first if there is none.
 
-        Of the request's wishes only `peers` still counts. Raises: DoesNotFit, NoPeer; NotReady while lost layers are being loaded;
-        Overloaded while other sessions take the KV.
+        Of the options in `mesh`, only `peers` applies.
+
+        Raises: DoesNotFit, NoPeer; NotReady while lost layers are being loaded; Overloaded while other sessions take the KV.
         """
-        found = self._resident(card, mesh, request, PeerRules()) or self._resident(card, mesh, request, _ANYONE)
+        found = self._resident(card, mesh, request, PeerRules()) or self._resident(card, mesh, request, _WITH_LEAVING)
         if found is not None:
             return found
         try:
             await self._load_missing(card, mesh, request)
-            found = self._resident(card, mesh, request, _ANYONE)
+            found = self._resident(card, mesh, request, _WITH_LEAVING)
             if found is None:
-                raise _shortage_error(card, request, self._search(card, mesh, request, _ANYONE).shortage())
+                raise _shortage_error(card, request, self._search(card, mesh, request, _WITH_LEAVING).shortage())
         except (DoesNotFit, NoPeer, Overloaded, PeerFault) as error:
             found = self._last_resort(card, mesh, request)
             if found is None:
-                raise self._explained(error, request) from error
+                raise self._with_missing_peers(error, request) from error
         return found
 
     def better(self, card: ModelCard, mesh: MeshOptions, request: RecoveryRequest) -> RecoveryPlan | None:
-        """For a session that runs: a plan that is worth the move, if there is one. A request that named its stages keeps them."""
+        """Returns: a plan that is worth moving a running session to; None if there is none, or the request names its stages."""
         if mesh.stages is not None or mesh.objective not in (None, Objective.LATENCY):
             return None
         try:
@@ -113,10 +123,10 @@ class Router:
         return None if found is None else self._recovery(search, found)
 
     def with_target(self, card: ModelCard, plan: Plan, target: PeerId, source: PeerId | None) -> Plan:
-        """The plan with all its stages at `source` (None: wherever they are) at `target`.
+        """Returns: the plan with the stages at `source` moved to `target`. `source` None: all stages.
 
-        Raises: InvalidRequest when there is nothing to move, or the target does not hold these layers; NoPeer when it is not here,
-        about to leave, or has no room.
+        Raises: InvalidRequest if no stage would move, or the target does not hold the layers; NoPeer if the target is not in the
+        cluster, is about to leave, or has too little free KV.
         """
         moving = [stage for stage in plan.stages if stage.peer != target and source in (None, stage.peer)]
         problem = plan_input_of(card, self.adverts(), MeshOptions(), context=plan.context, resident_only=True, leaving=True)
@@ -139,43 +149,42 @@ class Router:
         if any(advert.peer == target and advert.draining for advert in self.adverts()):
             raise NoPeer(f"{name} is about to leave and takes no new work")
         profile = problem.profile(target)
-        absent = [stage.layers for stage in moving if not any(stage.layers in held.layers for held in profile.usable_holdings)]
+        holdings = profile.usable_holdings
+        absent = [stage.layers for stage in moving if not any(stage.layers in holding.layers for holding in holdings)]
         if absent:
-            text = f"{name} does not hold layers {_listed(absent)} of {problem.card.name}"
+            text = f"{name} does not hold layers {_joined(absent)} of {problem.card.name}"
             raise InvalidRequest(text, param="target", hint="place them there first")
         moved = [StagePlan(peer=target, layers=stage.layers) for stage in moving if stage.mirror != target]
         if reserve_all(problem, moved) is None:
             raise NoPeer(f"{name} has no KV free for {problem.context} tokens", hint="try again when other sessions have ended")
 
     def answerable(self) -> list[ModelCard]:
-        """Models all of whose layers are active on live peers."""
+        """Returns: the models whose layers are all active on live peers."""
         return [card for card in self.library.cards().values() if self.covered(card)]
 
     def covered(self, card: ModelCard) -> bool:
-        """Whether live peers hold all layers of a model between them."""
+        """Whether the live peers together hold all layers of a model."""
         reached = 0
-        for layers in sorted(
-            held.layers for advert in self.adverts() for held in advert.holdings if held.model == card.id and held.state == "active"
-        ):
+        for layers in sorted(holding.layers for advert in self.adverts() for holding in _active(advert, card.id)):
             if layers.start <= reached:
                 reached = max(reached, layers.end)
         return reached == card.spec.layers
 
     async def close(self) -> None:
-        """End the placements that requests began."""
+        """Cancel the placements that requests have started."""
         tasks = list(self._placing.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _route(self, card: ModelCard, mesh: MeshOptions, context: int, prompt_tokens: int) -> Plan:
-        """Over what is there to be routed over; else over standby copies too; else over peers that are about to leave too.
+        """Make a plan over resident layers, with standby copies and leaving peers only if there is no plan without them.
 
-        Raises: as `solve`, for the last of these.
+        Raises: the same as `solve`.
         """
         adverts = self.adverts()
         failure: MeshdError | None = None
-        for standby, leaving in _widening(card.id, adverts):
+        for standby, leaving in _routing_options(card.id, adverts):
             try:
                 problem = plan_input_of(
                     card,
@@ -194,30 +203,31 @@ class Router:
         raise failure
 
     async def _place(self, card: ModelCard, mesh: MeshOptions, context: int) -> None:
-        """Place what this request needs."""
-        await self._shared(card, (card.id, mesh), f"{card.name} is being loaded", lambda: self._placed_whole(card, mesh, context))
+        """Place the model for this request. Raises: as `_place_once`."""
+        what = f"{card.name} is being loaded"
+        await self._place_once(card, (card.id, mesh), what, lambda: self._place_model(card, mesh, context))
 
-    async def _placed_whole(self, card: ModelCard, mesh: MeshOptions, context: int) -> None:
+    async def _place_model(self, card: ModelCard, mesh: MeshOptions, context: int) -> None:
         async for _ in self.placer.place(card, mesh, context=context):
             pass
 
-    def _search(self, card: ModelCard, mesh: MeshOptions, request: RecoveryRequest, allowed: PeerRules) -> CandidateSearch:
-        """Raises: NoPeer."""
-        return candidate_search(card, self.adverts(), mesh, request, self.me, allowed)
+    def _search(self, card: ModelCard, mesh: MeshOptions, request: RecoveryRequest, rules: PeerRules) -> CandidateSearch:
+        """Begin a search over the live peers. Raises: NoPeer."""
+        return candidate_search(card, self.adverts(), mesh, request, self.me, rules)
 
     def _resident(
-        self, card: ModelCard, mesh: MeshOptions, request: RecoveryRequest, allowed: PeerRules, silent: Sequence[Advert] = ()
+        self, card: ModelCard, mesh: MeshOptions, request: RecoveryRequest, rules: PeerRules, silent: Sequence[Advert] = ()
     ) -> RecoveryPlan | None:
-        """Over what is there; over peers that are `silent` just now too."""
+        """Find the cheapest plan over the resident layers of the live peers and of the `silent` ones."""
         try:
-            search = candidate_search(card, [*self.adverts(), *silent], mesh, request, self.me, allowed)
+            search = candidate_search(card, [*self.adverts(), *silent], mesh, request, self.me, rules)
         except NoPeer:
             return None
         found = search.best()
         return None if found is None else self._recovery(search, found)
 
     def _last_resort(self, card: ModelCard, mesh: MeshOptions, request: RecoveryRequest) -> RecoveryPlan | None:
-        """Over peers that are to be avoided too, and those that are silent just now."""
+        """Find the cheapest plan when also peers to avoid and silent peers may be used."""
         silent = self.suspects()
         request = replace(request, avoid=request.avoid.union(advert.peer for advert in silent))
         return self._resident(card, mesh, request, PeerRules(leaving=True, avoided=True), silent)
@@ -232,48 +242,48 @@ class Router:
 
     async def _load_missing(self, card: ModelCard, mesh: MeshOptions, request: RecoveryRequest) -> None:
         """Load the layers that the session needs and no peer has."""
-        search = self._search(card, mesh, request, _ANYONE)
+        search = self._search(card, mesh, request, _WITH_LEAVING)
         shortage = search.shortage()
         if shortage.busy or not shortage.missing:
             raise _shortage_error(card, request, shortage)
         key = card.id, shortage.missing, request.context, request.avoid, mesh.peers
-        what = f"layers {_listed(shortage.missing)} of {card.name} are being loaded"
-        await self._shared(card, key, what, lambda: self._load(search, shortage.missing))
+        what = f"layers {_joined(shortage.missing)} of {card.name} are being loaded"
+        await self._place_once(card, key, what, lambda: self._load(search, shortage.missing))
 
     async def _load(self, search: CandidateSearch, missing: tuple[LayerRange, ...]) -> None:
-        """What others have begun to load is waited for, the rest is asked for."""
+        """Load missing layers, and wait for those whose loading another peer has started."""
         card, request, among = search.problem.card, search.request, search.problem.peers
-        coming = self._coming(card.id, request)
-        layers = sorted({layer for run in missing for layer in run} - coming)
+        loading = self._loading(card.id, request)
+        layers = sorted({layer for run in missing for layer in run} - loading)
         if layers:
-            totals = [held.kv_tokens_total for advert in self.adverts() for held in _active(advert, card.id)]
-            wanted = max(request.context, min(totals, default=request.context))
+            totals = [holding.kv_tokens_total for advert in self.adverts() for holding in _active(advert, card.id)]
+            kv_tokens = max(request.context, min(totals, default=request.context))
             try:
                 await self.placer.repair(
-                    card, ranges_of(layers), kv_tokens=wanted, least_tokens=request.context, avoid=request.avoid, among=among
+                    card, ranges_of(layers), kv_tokens=kv_tokens, least_tokens=request.context, avoid=request.avoid, among=among
                 )
             except DoesNotFit:
                 if search.surviving:
                     raise
-                await self._placed_whole(card, MeshOptions(peers=among), request.context)
+                await self._place_model(card, MeshOptions(peers=among), request.context)
         clock = self.placer.clock
-        until = clock.monotonic() + _COMING_S
-        while clock.monotonic() < until and not coming.isdisjoint(self._coming(card.id, request)):
+        until = clock.monotonic() + _LOADING_WAIT_S
+        while clock.monotonic() < until and not loading.isdisjoint(self._loading(card.id, request)):
             await clock.sleep(_POLL_S)
 
-    def _coming(self, model: ModelId, request: RecoveryRequest) -> set[int]:
-        """Layers that are being loaded, with enough KV, on peers that may be used."""
+    def _loading(self, model: ModelId, request: RecoveryRequest) -> set[int]:
+        """Returns: layers that are being loaded, with enough KV for the request, on peers that may be used."""
         return {
             layer
             for advert in self.adverts()
             if not advert.draining and advert.peer not in request.avoid
-            for held in advert.holdings
-            if held.model == model and held.state in _COMING and held.kv_tokens_total >= request.context
-            for layer in held.layers
+            for holding in advert.holdings
+            if holding.model == model and holding.state in _LOADING and holding.kv_tokens_total >= request.context
+            for layer in holding.layers
         }
 
-    def _explained(self, error: MeshdError, request: RecoveryRequest) -> MeshdError:
-        """The error with who is missing."""
+    def _with_missing_peers(self, error: MeshdError, request: RecoveryRequest) -> MeshdError:
+        """Returns: the error with the names of the lost and the avoided peers in its message."""
         gone = {"lost": request.lost, "avoided": request.avoid - request.lost}
         names = [f"{what}: {', '.join(sorted(map(self.placer.names, peers)))}" for what, peers in gone.items() if peers]
         text = f"{error.message} ({'; '.join(names)})" if names else error.message
@@ -288,41 +298,46 @@ class Router:
                 return DoesNotFit(f"lost layers could not be loaded: {text}", hint=error.hint)
         return NotReady(f"lost layers could not be loaded yet: {text}")
 
-    async def _shared(self, card: ModelCard, key: Hashable, what: str, work: Callable[[], Coroutine[None, None, None]]) -> None:
-        """Requests that need the same share one placement, which outlives them. Raises: NotReady if it takes long; as it does."""
+    async def _place_once(self, card: ModelCard, key: Hashable, what: str, work: Callable[[], Coroutine[None, None, None]]) -> None:
+        """Run a placement, or join the running one with the same key. A cancelled request does not stop it.
+
+        Raises: NotReady if it takes longer than a request may wait; whatever the placement raises.
+        """
         task = self._placing.get(key)
         if task is None:
             task = asyncio.get_running_loop().create_task(work(), name=what)
             self._placing[key] = task
-            task.add_done_callback(lambda done: self._placed(key, done))
+            task.add_done_callback(lambda done: self._placement_ended(key, done))
         done, _ = await asyncio.wait([task], timeout=_REQUEST_WAIT_S)
         if not done:
             raise NotReady(what, progress=self.placer.progress(card.id), retry_after_s=5.0)
         task.result()
 
-    def _placed(self, key: Hashable, task: asyncio.Task[None]) -> None:
+    def _placement_ended(self, key: Hashable, task: asyncio.Task[None]) -> None:
         self._placing.pop(key, None)
         error = None if task.cancelled() else task.exception()
         if error is not None:
-            log.log(30 if isinstance(error, MeshdError) else 40, "placing for a request failed: %s", error)
+            log.log(WARNING if isinstance(error, MeshdError) else ERROR, "the placement of layers for a request failed: %s", error)
 
 
 def mirror_targets(plan: Plan, adverts: list[Advert]) -> Plan:
-    """The plan with a mirror for each stage whose layers lie on another live peer too, with room for its KV.
+    """Choose a mirror for each stage: another live peer that has the stage's layers and enough free KV.
 
-    Peers with no stage of the plan first, then those that KV reaches soonest, then those with the most room.
+    Peers outside the plan are preferred, then those with the fastest link, then those with the most free KV.
+
+    Returns: the plan with its mirrors. A stage without a suitable peer has none.
     """
     network = Network.from_adverts(adverts)
     holdings_of = {advert.peer: _active(advert, plan.model) for advert in adverts if not advert.draining}
     for stage in plan.stages:
-        _take(holdings_of, stage.peer, stage.layers, plan.context)
+        _reserve(holdings_of, stage.peer, stage.layers, plan.context)
     stages = []
     for stage in plan.stages:
         fitting = [
             (
                 peer in plan.peers,
                 network.hop_s(stage.peer, peer, _MIRROR_BYTES),
-                -sum(held.kv_tokens_free for held in holdings),
+                -sum(holding.kv_tokens_free for holding in holdings),
                 peer,
             )
             for peer, holdings in holdings_of.items()
@@ -330,25 +345,25 @@ def mirror_targets(plan: Plan, adverts: list[Advert]) -> Plan:
         ]
         mirror = min(fitting)[-1] if fitting else None
         if mirror is not None:
-            _take(holdings_of, mirror, stage.layers, plan.context)
+            _reserve(holdings_of, mirror, stage.layers, plan.context)
         stages.append(msgspec.structs.replace(stage, mirror=mirror))
     return msgspec.structs.replace(plan, stages=tuple(stages))
 
 
-def _take(holdings_of: dict[PeerId, tuple[Holding, ...]], peer: PeerId, layers: LayerRange, tokens: int) -> None:
+def _reserve(holdings_of: dict[PeerId, tuple[Holding, ...]], peer: PeerId, layers: LayerRange, tokens: int) -> None:
     left = reserve_in(holdings_of.get(peer, ()), layers, tokens)
     if left is not None:
         holdings_of[peer] = left
 
 
 def _active(advert: Advert, model: ModelId) -> tuple[Holding, ...]:
-    return tuple(held for held in advert.holdings if held.model == model and held.state == USABLE_STATE)
+    return tuple(holding for holding in advert.holdings if holding.model == model and holding.state == USABLE_STATE)
 
 
-def _widening(model: ModelId, adverts: list[Advert]) -> Iterator[tuple[bool, bool]]:
-    """(with standby copies, with peers that are about to leave): what to route over, as few as will do."""
+def _routing_options(model: ModelId, adverts: list[Advert]) -> Iterator[tuple[bool, bool]]:
+    """Yield (use standby copies, use peers that are about to leave), from the narrowest choice of peers to the widest."""
     yield False, False
-    if any(held.standby for advert in adverts for held in _active(advert, model)):
+    if any(holding.standby for advert in adverts for holding in _active(advert, model)):
         yield True, False
     if any(advert.draining for advert in adverts):
         yield True, True
@@ -356,11 +371,11 @@ def _widening(model: ModelId, adverts: list[Advert]) -> Iterator[tuple[bool, boo
 
 def _shortage_error(card: ModelCard, request: RecoveryRequest, shortage: LayerShortage) -> MeshdError:
     if shortage.busy:
-        return Overloaded(f"layers {_listed(shortage.busy)} of {card.name} have no KV free for {request.context} tokens now")
+        return Overloaded(f"layers {_joined(shortage.busy)} of {card.name} have no KV free for {request.context} tokens now")
     if shortage.missing:
-        return NotReady(f"layers {_listed(shortage.missing)} of {card.name} lie on no live peer yet")
-    return Overloaded(f"the live peers have no KV free for {request.context} tokens of {card.name} in all stages at a time")
+        return NotReady(f"layers {_joined(shortage.missing)} of {card.name} are not loaded on any live peer")
+    return Overloaded(f"the live peers have no KV free for {request.context} tokens of {card.name} in all stages at once")
 
 
-def _listed(runs: Sequence[LayerRange]) -> str:
+def _joined(runs: Sequence[LayerRange]) -> str:
     return ", ".join(map(str, runs))

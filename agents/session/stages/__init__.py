@@ -1,1 +1,1 @@
-"""What the coordinator sends to the stages of its answers, what it receives from them, and how it notices that one is stuck."""
+"""The coordinator's messages to and from the stages of its answers, and the watch for stages that are stuck."""

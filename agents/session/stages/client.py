@@ -19,19 +19,19 @@ from meshd.types import PeerId, Plan, SessionId
 LEASE_S = 10.0
 RENEW_S = 3.0
 OPEN_TIMEOUT_S = 5.0
-"""A stage only reserves memory in OPEN, so a slower answer means that something is wrong with its peer."""
+"""A stage only reserves memory in OPEN, so a slower reply means that something is wrong with its peer."""
 
 
 @dataclass(slots=True)
 class StageClient:
-    """One answer's connection to its stages. Only `open` waits for a reply."""
+    """Sends one answer's messages to its stages. Only `open` waits for a reply."""
 
     record: SessionRecord
     me: PeerId
     links: Links
     renewed_at: float
     handed_over: bool = False
-    """The session's last coordinator gave it to this peer."""
+    """Whether the previous coordinator handed the session over to this peer."""
 
     @property
     def session(self) -> SessionId:
@@ -42,7 +42,8 @@ class StageClient:
 
         tokens: the answer so far.
         Returns: what the stage still has of the session.
-        Raises: MeshdError. Cancel: the stage may be open; CLOSE or its lease ends it.
+        Raises: MeshdError.
+        Cancel: the stage may be open already; CLOSE or the end of its lease frees it.
         """
         peer = command.plan.stages[stage].peer
         payload = self._ids_for(command.plan, stage, tokens)
@@ -80,11 +81,9 @@ class StageClient:
         return np.asarray([*self.record.prompt, *tokens], dtype="<i4")
 
     def resume(self, command: ResumeStages) -> None:
-        """Send every stage the position at which it resumes."""
-        for stage, position in enumerate(command.positions):
-            message = Resume(
-                session=self.session, epoch=command.epoch, stage=stage, start=position.start, send_from=position.send_from
-            )
+        """Send every stage its resume point."""
+        for stage, point in enumerate(command.points):
+            message = Resume(session=self.session, epoch=command.epoch, stage=stage, start=point.start, send_from=point.send_from)
             self.send(command.plan.stages[stage].peer, message)
 
     def send_prompt(self, epoch: int, plan: Plan, start: int, tokens: Sequence[int]) -> None:
@@ -97,7 +96,7 @@ class StageClient:
             self.send(plan.stages[0].peer, message, part.data.cast("B"))
 
     def grant(self, epoch: int, peer: PeerId, index: int, *, hold: bool = False) -> None:
-        """Allow answer tokens before `index`; with `hold` the stage also takes back credit beyond it."""
+        """Allow the stages to make answer tokens before `index`. `hold`: withdraw any larger credit that was granted before."""
         self.send(peer, Credit(session=self.session, epoch=epoch, index=index, hold=hold))
 
     def renew(self, peers: Collection[PeerId], epoch: int, now: float) -> None:
@@ -108,10 +107,10 @@ class StageClient:
                 self.send(peer, Renew(session=self.session, epoch=epoch, lease_ms=int(LEASE_S * 1000)))
 
     def close(self, command: CloseStages) -> None:
-        """Have these peers free what they have of the session."""
+        """Have these peers free their memory of the session."""
         for peer in command.peers:
             self.send(peer, Close(session=self.session, epoch=command.epoch, reason=command.reason))
 
     def send(self, peer: PeerId, message: Message, payload: memoryview | None = None) -> None:
-        """Send without waiting. An unreachable peer is only logged here: its link reports the loss."""
+        """Send without waiting. A failure is only logged, because the link reports the loss of the peer."""
         try_send(self.links.send, peer, message, payload)

@@ -1,4 +1,4 @@
-"""Takes what stages send to the coordinator of their session: TOKEN, FAILED, MIRRORED and ERROR."""
+"""Receives the messages that stages send to the coordinator of their session: TOKEN, FAILED, MIRRORED and ERROR."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from meshd.types import PeerId, SessionId
 
 @dataclass(slots=True)
 class StageReceiver:
-    """Hands each message to its answer, if the sender has a stage of the answer's present plan. Others are ignored."""
+    """Passes each message to its answer. Ignores senders that have no stage of the answer's present plan."""
 
     answers: Mapping[SessionId, Answer]
     retrier: PlanRetrier
@@ -22,13 +22,13 @@ class StageReceiver:
     names: Callable[[PeerId], str]
 
     def register(self, links: Links) -> None:
-        """Take the messages from the links. TOKEN and ERROR have other receivers too: the daemon passes them on."""
+        """Take FAILED, CLOSED and MIRRORED from the links. TOKEN and ERROR come from `meshd.compose`."""
         links.register(Failed, self._on_failed)
         links.register(Closed, lambda sender, message, payload: None)
         links.register(Mirrored, self._on_mirrored)
 
     def on_token(self, sender: PeerId, message: Token) -> None:
-        """Take a token, which only the last stage may send."""
+        """Take a token. Only the last stage may send one."""
         answer = self._answer_of(sender, message.session)
         if answer is None or answer.plan is None or answer.plan.peers[-1] != sender:
             return
@@ -36,11 +36,11 @@ class StageReceiver:
         if 0 <= message.token < vocabulary:
             answer.token_arrived(message)
             return
-        error = PeerFault(f"{self.names(sender)} sent token {message.token}, of a vocabulary of {vocabulary}")
+        error = PeerFault(f"{self.names(sender)} sent token {message.token}, but the vocabulary has only {vocabulary} tokens")
         answer.stage_failed(message.epoch, len(answer.plan.stages) - 1, error, sender)
 
     def on_error(self, sender: PeerId, message: Error) -> None:
-        """A peer refused a message of a session."""
+        """Recover: a stage's peer refused a message of the session."""
         answer = self._answer_of(sender, message.session)
         if answer is not None:
             answer.stage_failed(answer.machine.epoch, 0, RemoteFailure(message.message, remote_code=message.code), sender)
@@ -50,8 +50,8 @@ class StageReceiver:
         if answer is None or answer.plan is None:
             return
         stages = answer.plan.stages
-        where = self.names(stages[message.stage].peer) if message.stage < len(stages) else "a peer"
-        text = f"{where} could not go on: {message.message}"
+        name = self.names(stages[message.stage].peer) if message.stage < len(stages) else "a peer"
+        text = f"{name} could not continue: {message.message}"
         error = PeerLost(text) if message.code == PeerLost.code else RemoteFailure(text, remote_code=message.code)
         answer.stage_failed(message.epoch, message.stage, error, message.blame)
 
@@ -62,6 +62,6 @@ class StageReceiver:
             self.mover.on_mirrored(answer, message)
 
     def _answer_of(self, sender: PeerId, session: SessionId | None) -> Answer | None:
-        """Returns: the running answer, if `sender` has a stage of its plan."""
+        """Returns: the running answer, if `sender` has a stage of its plan; else None."""
         answer = self.answers.get(session) if session is not None else None
         return answer if answer is not None and answer.plan is not None and sender in answer.plan.peers else None

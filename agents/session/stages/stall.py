@@ -12,21 +12,21 @@ from meshd.protocol.messages import FetchProgress, ProgressData
 from meshd.types import PeerId, SessionId
 
 SILENT_S = 1.2
-"""Two heartbeats missed: with no token either, the peer is not waited for."""
+"""Two missed heartbeats: if no token arrives either, the peer counts as lost."""
 _QUIET_S = 0.4
-"""A token that came less than this ago: the pipeline runs, whatever the heartbeats say."""
+"""A peer with missing heartbeats is tolerated while tokens still arrive: the last one less than this ago."""
 _LEAST_STEP_S = 3.0
-"""A step may take this long before anybody asks where it is, however fast it was predicted: the peer may be busy with others."""
+"""A step may always take this long before the stages are asked for it: its peer may be busy with other sessions."""
 _PATIENCE = 20.0
-"""And this many times its prediction."""
+"""A step may also take this many times its predicted time."""
 _HARD_STEP_S = 60.0
-"""A stage that has had a step for this long, busy with others or not, does not make it any more."""
+"""A stage that has had a step for this long counts as stuck, even if its peer is busy with other sessions."""
 _ASK_S = 1.0
-_AGAIN_S = 0.3
+_BETWEEN_ASKS_S = 0.3
 _REST_S = 1.0
-"""After a look that found nothing stuck."""
+"""Pause after a check that found nothing stuck."""
 _UNREAD_S = 30.0
-"""An answer that nobody reads, and that is no background one, is suspended after this."""
+"""An answer without a reader is suspended after this time, unless it is a background answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,27 +34,27 @@ class StageWhereabouts:
     """A stage's report of how far a session has come."""
 
     due: int
-    """Position that it expects next."""
+    """The next position that the stage expects."""
     sent: int
-    """Positions that it has sent on."""
+    """Number of positions that the stage has sent to the next one."""
     computing_s: float
-    """How long its peer has been computing its present step, which may be another session's."""
+    """How long the stage's peer has been computing its present step, which may be another session's."""
 
 
 @dataclass(slots=True)
 class StallWatch:
-    """Looks at every answer of this peer, several times a second."""
+    """Checks the running answers of this peer. The coordinator calls `check` several times a second for each."""
 
     links: Links
     clock: Clock
     me: PeerId
     _asking: set[SessionId] = field(default_factory=set)
 
-    def look(self, answer: Answer, now: float) -> None:
-        """Renew its leases, notice silence, act on deadlines."""
+    def check(self, answer: Answer, now: float) -> None:
+        """Renew an answer's leases. Suspend it if it has no reader; recover it if a peer is silent or no token arrives in time."""
         answer.renew(now)
         if answer.record.background:
-            answer.read_all()  # it continues whether it is read or not
+            answer.read_all()  # without readers, nothing else would extend its credit
         if not answer.readers and not answer.record.background and now - answer.unread_since > _UNREAD_S:
             answer.suspend()
         state = answer.machine.state
@@ -74,21 +74,21 @@ class StallWatch:
             answer.tasks.spawn(self._locate_stall(answer, limit)).add_done_callback(lambda _: self._asking.discard(answer.session))
 
     def _silent(self, answer: Answer) -> PeerId | None:
-        """A peer of the plan that is linked, but was not heard for too long."""
+        """Returns: a peer of the plan that is linked but has been silent for too long; None if there is none."""
         assert answer.plan is not None
-        waiting = answer.machine.state is SessionState.OPENING
+        opening = answer.machine.state is SessionState.OPENING
         for number, stage in enumerate(answer.plan.stages):
-            if stage.peer == self.me or (waiting and number in answer.machine.opened):
+            if stage.peer == self.me or (opening and number in answer.machine.opened):
                 continue
             if SILENT_S < self.links.silence_s(stage.peer) < float("inf"):
                 return stage.peer
         return None
 
     async def _locate_stall(self, answer: Answer, limit: float) -> None:
-        """Ask every stage twice. What has not moved in between is stuck."""
+        """Ask every stage for its progress twice. Recover the answer if a stage does not reply, or if none has moved in between."""
         epoch, progress = answer.machine.epoch, answer.progress_at
         before = await self._ask(answer, epoch)
-        await self.clock.sleep(_AGAIN_S)
+        await self.clock.sleep(_BETWEEN_ASKS_S)
         after = await self._ask(answer, epoch) if isinstance(before, list) else before
         if answer.machine.epoch != epoch or answer.progress_at != progress or answer.plan is None:
             return
@@ -96,23 +96,23 @@ class StallWatch:
             answer.overdue(f"{answer.context.names(after)} does not answer", after)
             return
         assert isinstance(before, list)
-        late = self.clock.monotonic() - progress
-        found = stuck_at(before, after, answer.machine.known, limit_s=limit if late < _HARD_STEP_S else 0.0)
+        waited_s = self.clock.monotonic() - progress
+        found = stuck_at(before, after, answer.machine.known, limit_s=limit if waited_s < _HARD_STEP_S else 0.0)
         if found is None:
             await self.clock.sleep(_REST_S)
             return
         reason, stage = found
         blame = answer.plan.stages[stage].peer if stage is not None else None
-        answer.overdue(f"{late:.1f} s without a token: {reason}", blame)
+        answer.overdue(f"{waited_s:.1f} s without a token: {reason}", blame)
 
     async def _ask(self, answer: Answer, epoch: int) -> list[StageWhereabouts] | PeerId:
         """Returns: each stage's report, in order, or the peer that did not send one."""
         assert answer.plan is not None
         replies: dict[int, StageWhereabouts] = {}
         for peer in dict.fromkeys(answer.plan.peers):
-            question = FetchProgress(request=self.links.next_request(), session=answer.session, epoch=epoch)
+            request = FetchProgress(request=self.links.next_request(), session=answer.session, epoch=epoch)
             try:
-                reply, _ = await self.links.request(peer, question, timeout_s=_ASK_S)
+                reply, _ = await self.links.request(peer, request, timeout_s=_ASK_S)
             except MeshdError:
                 return peer
             if isinstance(reply, ProgressData):
@@ -124,18 +124,20 @@ class StallWatch:
 def stuck_at(
     before: Sequence[StageWhereabouts], after: Sequence[StageWhereabouts], known: int, *, limit_s: float
 ) -> tuple[str, int | None] | None:
-    """(why, the stage at fault if it is known), or None while something moves, or a stage is busy with a step for up to `limit_s`.
+    """Find where a session is stuck, from two reports of each of its stages.
 
-    `known`: tokens of prompt and answer that the coordinator has.
+    known: number of tokens of prompt and answer that the coordinator has.
+    limit_s: how long a stage's peer may compute one step.
+    Returns: (reason, number of the stage at fault if it is known). None if a stage has moved, or may still be computing.
     """
-    if [(where.due, where.sent) for where in before] != [(where.due, where.sent) for where in after]:
+    if [(stage.due, stage.sent) for stage in before] != [(stage.due, stage.sent) for stage in after]:
         return None
-    for number, where in enumerate(after):
-        if where.sent < where.due:
-            stuck = where.computing_s >= limit_s
-            return (f"stage {number}'s peer computes the same step for {where.computing_s:.1f} s", number) if stuck else None
-        if number and where.due < after[number - 1].sent:
-            return f"what stage {number - 1} sent did not reach stage {number}", number
+    for number, stage in enumerate(after):
+        if stage.sent < stage.due:
+            stuck = stage.computing_s >= limit_s
+            return (f"the peer of stage {number} has computed one step for {stage.computing_s:.1f} s", number) if stuck else None
+        if number and stage.due < after[number - 1].sent:
+            return f"a step from stage {number - 1} did not reach stage {number}", number
     if after[-1].sent >= known:
-        return "the last stage's token did not arrive", len(after) - 1
-    return "no stage has anything to do", None
+        return "the token of the last stage did not arrive", len(after) - 1
+    return "every stage is idle", None

@@ -71,7 +71,7 @@ async def generate(request: web.Request, renderer: AnyRenderer, generation_reque
     """
     coordinator = request.app[SERVICES].coordinator
     whole = msgspec.structs.replace(
-        generation_request, store=renderer.store, background=renderer.background, edge=encode_renderer(renderer)
+        generation_request, store=renderer.store, background=renderer.background, renderer=encode_renderer(renderer)
     )
     generation = await coordinator.generate(whole)
     set_generation_headers(request, generation)

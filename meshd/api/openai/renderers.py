@@ -1,7 +1,7 @@
 """Renderers, which convert answers to the objects and events of a route.
 
 A renderer has all data that these objects and events need, except the answer itself. It is sent with the request as
-`GenerationRequest.edge` and stored in the session's record. So any peer can render the answer, with the same id and the same
+`GenerationRequest.renderer` and stored in the session's record. So any peer can render the answer, with the same id and the same
 events, numbered from 0.
 """
 

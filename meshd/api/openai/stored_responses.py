@@ -17,7 +17,7 @@ _decoder: msgspec.msgpack.Decoder[AnyRenderer] = msgspec.msgpack.Decoder(AnyRend
 
 
 def encode_renderer(renderer: AnyRenderer) -> bytes:
-    """Encode a renderer for `GenerationRequest.edge`."""
+    """Encode a renderer for `GenerationRequest.renderer`."""
     return msgspec.msgpack.encode(renderer)
 
 
@@ -29,14 +29,14 @@ def session_of(answer_id: str) -> SessionId:
     return SessionId(match[2])
 
 
-def decode_renderer(edge: bytes, answer_id: str) -> AnyRenderer:
+def decode_renderer(encoded: bytes, answer_id: str) -> AnyRenderer:
     """Decode the stored renderer of the answer with this id.
 
     Raises: UnknownSession if the answer belongs to another route, may not be read again, or can't be decoded.
     """
     try:
-        renderer = _decoder.decode(edge)
-    except msgspec.MsgspecError:  # `edge` is empty for one of several answers, or comes from another version
+        renderer = _decoder.decode(encoded)
+    except msgspec.MsgspecError:  # one of several answers, which store none, or a record of another version
         raise _unknown(answer_id) from None
     if not (renderer.store and answer_id.startswith(renderer.prefix)):
         raise _unknown(answer_id)

@@ -66,7 +66,7 @@ def view(asked: Asked) -> ClusterView:
     names = {ATTIC: "attic", DESK: "desk"}
     coordinator = SimpleNamespace(
         answers={FIRST: _answer(FIRST)},
-        kept={SECOND: _answer(SECOND)},
+        retained={SECOND: _answer(SECOND)},
         move=asked.move,
         journal=SimpleNamespace(deputies_of=lambda session: [DESK]),
     )

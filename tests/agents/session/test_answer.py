@@ -1,4 +1,4 @@
-"""One answer: what its readers see, what its stages are sent, and what its record says."""
+"""One answer: what its readers see, what its stages are sent, and what its record contains."""
 
 import asyncio
 
@@ -28,7 +28,7 @@ async def read(site: AnswerSite) -> tuple[str, Finished | None]:
     return text, finished
 
 
-async def test_every_reader_sees_the_same_text_however_late_it_comes(site: AnswerSite) -> None:
+async def test_every_reader_sees_the_same_text_even_after_the_end(site: AnswerSite) -> None:
     await site.open(10)
     await until(lambda: bool(site.got(Prompt)))
     early = asyncio.create_task(read(site))
@@ -53,7 +53,7 @@ async def test_a_stop_string_ends_the_answer_and_closes_its_stages(peers: Peers)
     await until(lambda: bool(site.got(Close)))
 
 
-async def test_an_answer_without_a_plan_fails_for_who_waits_and_who_reads(site: AnswerSite) -> None:
+async def test_an_answer_without_a_plan_fails_for_its_request_and_its_readers(site: AnswerSite) -> None:
     site.answer.plan_failed(DoesNotFit("too large"))
     with pytest.raises(DoesNotFit, match="too large"):
         await site.answer.opened
@@ -73,7 +73,7 @@ async def test_a_cancelled_answer_raises_for_its_reader(site: AnswerSite) -> Non
 
 
 @pytest.mark.parametrize("background", [False, True])
-async def test_only_a_background_answer_runs_on_without_a_reader(peers: Peers, background: bool) -> None:
+async def test_only_a_background_answer_continues_without_a_reader(peers: Peers, background: bool) -> None:
     site = AnswerSite(peers.start("a"), background=background)
     await site.open()
     readers = [asyncio.create_task(read(site)) for _ in range(2)]

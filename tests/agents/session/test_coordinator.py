@@ -1,4 +1,4 @@
-"""A coordinator and the peer that coordinates the answer that it is asked about."""
+"""The coordinator: moves of answers that it coordinates, or that another peer does."""
 
 from typing import Any, cast
 
@@ -19,17 +19,17 @@ from meshd.types import PeerId
 
 
 def coordinator_of(keeper: Keeper) -> Coordinator:
-    """Without a model library and a router: nothing here makes a plan."""
+    """A coordinator without a model library and a router: no test here makes a plan."""
     nothing = cast("Any", None)
     links, clock = keeper.peer.links, keeper.clock
-    retrier = PlanRetrier(links, nothing, list, clock, mirror=False, take=nothing, elsewhere=nothing)
+    retrier = PlanRetrier(links, nothing, list, clock, mirror=False, take=nothing, coordinated_elsewhere=nothing)
     return Coordinator(
         me=keeper.id,
         links=links,
         library=nothing,
         router=nothing,
         admission=Admission(running=1, waiting=1, wait_s=1),
-        rescuer=retrier,
+        retrier=retrier,
         mover=Mover(retrier, nothing, list, clock),
         journal=nothing,
         deputy=keeper.deputy,
@@ -44,7 +44,7 @@ def coordinator_of(keeper: Keeper) -> Coordinator:
 
 
 @pytest.mark.parametrize("right", [True, False])
-async def test_a_move_elsewhere_takes_only_the_reply_to_a_move(peers: Peers, right: bool) -> None:
+async def test_a_move_is_forwarded_to_the_coordinator_and_any_other_reply_is_its_fault(peers: Peers, right: bool) -> None:
     async with Keepers(peers).linked("a", "b") as (a, b):
         b.answer()
         plan = AnswerSite(peers.start("c")).plan()

@@ -17,7 +17,7 @@ EOS = CARD.end_of_sequence[0]
 
 
 def output(*tokens: int, **fields: Any) -> AnswerOutput:
-    """An answer of at most four tokens, of which its record has these."""
+    """The output of an answer with at most four tokens, of which its record has these."""
     given = msgspec.structs.replace(record(), max_tokens=4, tokens=tuple((token, None) for token in tokens))
     return AnswerOutput(msgspec.structs.replace(given, **fields), CARD, toy_text(CARD), started=10.0)
 
@@ -32,7 +32,7 @@ def text_of(answer: AnswerOutput) -> str:
     return "".join(delta.text for delta in answer.deltas)
 
 
-def test_times_count_from_the_start_and_over_the_tokens_of_this_run() -> None:
+def test_times_count_from_the_last_start() -> None:
     answer = output()
     assert (answer.ttft_s, answer.tpot_s(0)) == (0.0, 0.0)
     answer.add(7, None, 12.0)
@@ -56,22 +56,22 @@ def test_nothing_follows_a_stop_string() -> None:
     assert text_of(answer) == letter(7)
 
 
-def test_the_end_gives_out_what_was_held_back_and_counts_once() -> None:
+def test_the_end_emits_the_withheld_text_and_has_an_effect_only_once() -> None:
     answer = output(stop=(letter(8) + letter(9),))
     push(answer, 7, 8)
-    answer.finish(FinishReason.LENGTH, made=2)
+    answer.finish(FinishReason.LENGTH, new_tokens=2)
     assert text_of(answer) == letter(7) + letter(8)
     first = answer.finished
     assert first is not None
     assert (first.reason, first.prompt_tokens, first.completion_tokens) == (FinishReason.LENGTH, 3, 2)
-    answer.finish(FinishReason.STOP, made=2)
+    answer.finish(FinishReason.STOP, new_tokens=2)
     assert answer.finished is first
 
 
-def test_a_stop_string_is_the_reason_of_the_end_whatever_else_is() -> None:
+def test_a_stop_string_takes_precedence_as_finish_reason() -> None:
     answer = output(stop=(letter(8),))
     push(answer, 8)
-    answer.finish(FinishReason.LENGTH, made=1)
+    answer.finish(FinishReason.LENGTH, new_tokens=1)
     assert answer.finished is not None
     assert answer.finished.reason is FinishReason.STOP
 
@@ -88,7 +88,7 @@ def test_a_stop_string_is_the_reason_of_the_end_whatever_else_is() -> None:
         (3, EOS, True, FinishReason.LENGTH),
     ],
 )
-def test_an_answer_ends_with_its_end_token_or_its_last(
+def test_an_answer_ends_with_an_end_token_or_at_its_limit(
     index: int, token: int, ignore_eos: bool, finish: FinishReason | None
 ) -> None:
     assert output(ignore_eos=ignore_eos).finish_at(index, token) is finish
@@ -112,7 +112,7 @@ def test_a_restored_answer_knows_how_it_ended(tokens: tuple[int, ...], fields: d
     assert [token for token, _ in answer.tokens] == list(tokens)
 
 
-def test_a_restored_answer_has_the_same_text_as_one_that_ran_on() -> None:
+def test_a_restored_answer_has_the_same_text_as_one_that_ran_through() -> None:
     stop = (letter(8) + letter(9),)
     ran, restored = output(stop=stop), output(7, 8, stop=stop)
     push(ran, 7, 8, 10)
@@ -121,14 +121,14 @@ def test_a_restored_answer_has_the_same_text_as_one_that_ran_on() -> None:
     assert text_of(restored) == text_of(ran) == letter(7) + letter(8) + letter(10)
 
 
-def test_logprobs_are_given_out_only_if_they_were_asked_for() -> None:
+def test_logprobs_are_emitted_only_if_they_were_requested() -> None:
     for logprobs, shown in ((None, 0), (0, 1)):
         answer = output(sampling=SamplingParams(logprobs=logprobs))
         answer.decode(7, TokenLogprobs(-0.5), end_of_sequence=False)
         assert [len(delta.tokens) for delta in answer.deltas] == [shown]
 
 
-async def test_each_touch_wakes_who_waits_and_a_condition_is_checked_again() -> None:
+async def test_each_touch_wakes_waiting_tasks_and_conditions_are_checked_again() -> None:
     answer = output()
     waiting = asyncio.create_task(answer.until(lambda: len(answer.tokens) == 2, within_s=5.0))
     once = asyncio.create_task(answer.change())

@@ -1,4 +1,4 @@
-"""What an answer knows of faults: distrust that passes, copies that are lost, changes of plan that a token completes."""
+"""The recovery history: distrust that expires, copies that are lost, changes of plan that a token completes."""
 
 from meshd.agents.session.recovery import Recovered, RecoveryHistory
 from meshd.types import PeerId
@@ -6,7 +6,7 @@ from meshd.types import PeerId
 A, B = PeerId("a"), PeerId("b")
 
 
-def test_distrust_passes_after_half_a_minute_and_a_new_fault_renews_it() -> None:
+def test_distrust_expires_after_half_a_minute_and_a_new_fault_renews_it() -> None:
     history = RecoveryHistory()
     history.distrust(A, 0.0)
     history.distrust(B, 0.0)
@@ -16,7 +16,7 @@ def test_distrust_passes_after_half_a_minute_and_a_new_fault_renews_it() -> None
     assert history.distrusted(40.0) == set()
 
 
-def test_a_fault_of_nobody_known_distrusts_nobody() -> None:
+def test_a_fault_of_an_unknown_peer_distrusts_no_peer() -> None:
     history = RecoveryHistory()
     history.distrust(None, 0.0)
     assert history.distrusted(0.0) == set()

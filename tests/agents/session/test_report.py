@@ -1,4 +1,4 @@
-"""What is measured of an answer that has ended."""
+"""The report of an ended answer: measured times and their predictions."""
 
 import logging
 
@@ -12,7 +12,7 @@ from meshd.telemetry import Telemetry
 
 
 async def made(peers: Peers, **fields: object) -> AnswerSite:
-    """Two tokens: the first after two seconds, the second one second later, where half a second was predicted."""
+    """An answer with two tokens: the first after 2 s, the second 1 s later, where 0.5 s was predicted."""
     site = AnswerSite(peers.start("a"), **fields)
     await site.open()
     site.clock.now += 2
@@ -22,7 +22,9 @@ async def made(peers: Peers, **fields: object) -> AnswerSite:
     return site
 
 
-async def test_an_undisturbed_answer_is_measured_and_compared(peers: Peers, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_answer_without_recoveries_is_measured_and_compared_with_its_prediction(
+    peers: Peers, caplog: pytest.LogCaptureFixture
+) -> None:
     site, telemetry = await made(peers), Telemetry()
     with caplog.at_level(logging.INFO):
         report_end(site.answer, telemetry)
@@ -35,7 +37,7 @@ async def test_an_undisturbed_answer_is_measured_and_compared(peers: Peers, capl
     assert "completed: 2 tokens, ttft 2000 ms, tpot 1000.0 ms (predicted 500.0), 0 recoveries" in caplog.text
 
 
-async def test_an_answer_that_changed_its_plan_is_not_compared_with_its_prediction(peers: Peers) -> None:
+async def test_an_answer_with_a_recovery_is_not_compared_with_its_prediction(peers: Peers) -> None:
     site, telemetry = await made(peers), Telemetry()
     site.answer.recoveries.append(Recovered(2, "replay", "lost", 0.5))
     report_end(site.answer, telemetry)

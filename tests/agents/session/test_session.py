@@ -1,4 +1,4 @@
-"""The session's machine: every transition walked, invariants after each event."""
+"""The session's state machine: every state with every event, and invariants after each event."""
 
 import pytest
 from hypothesis import given
@@ -37,7 +37,7 @@ WITHOUT_B = plan_of((A, 0, 2), (C, 2, 5))
 
 EVENTS: dict[type, events.Event] = {
     events.Planned: events.Planned(PLAN),
-    events.PlanFailed: events.PlanFailed(DoesNotFit("layers 2-5 lie nowhere")),
+    events.PlanFailed: events.PlanFailed(DoesNotFit("no peer has layers 2-5")),
     events.StageOpened: events.StageOpened(1, 0),
     events.StageFailed: events.StageFailed(1, 0, OutOfMemory("no room"), B),
     events.TokenArrived: events.TokenArrived(1, 0, 7),
@@ -92,7 +92,7 @@ def test_every_pair_of_state_and_event_is_a_transition_or_raises_and_changes_not
         assert repr(session) == before
 
 
-def test_the_prompt_goes_out_when_the_last_stage_has_opened() -> None:
+def test_the_prompt_is_sent_when_all_stages_are_open() -> None:
     session = Session(SessionId("s"), PROMPT)
     assert session.handle(events.Planned(PLAN)) == [events.OpenStages(1, PLAN, CREDIT_TOKENS, 0)]
     assert session.handle(events.StageOpened(1, 1)) == []
@@ -115,18 +115,18 @@ def test_a_gap_in_the_tokens_asks_for_another_plan() -> None:
     session = in_state(SessionState.DECODING)
     (command,) = session.handle(events.TokenArrived(1, 5, 8))
     assert isinstance(command, events.Replan)
-    assert command.avoid == {B}, "the last stage's word can't be right"
+    assert command.avoid == {B}, "the last stage has skipped tokens"
     assert session.tokens == [7]
 
 
-def test_after_a_loss_the_answer_goes_on_one_epoch_later_from_what_is_held() -> None:
+def test_after_a_loss_the_answer_resumes_in_the_next_epoch_from_what_its_stages_hold() -> None:
     session = in_state(SessionState.DECODING)
     (replan,) = session.handle(events.PeerGone(B, "killed"))
     assert isinstance(replan, events.Replan)
     assert replan.lost == {B}
     assert "2-5" in replan.reason
     assert session.handle(events.Planned(WITHOUT_B)) == [events.OpenStages(2, WITHOUT_B, CREDIT_TOKENS, 1)]
-    assert session.handle(events.StageOpened(1, 0)) == []  # of the old epoch
+    assert session.handle(events.StageOpened(1, 0)) == []  # a late message of the old epoch
     session.handle(events.StageOpened(2, 0, StageHeld(10, False, 0, 10)))
     held = (StageHeld(10, False, 0, 10), StageHeld(0))
     assert session.handle(events.StageOpened(2, 1, StageHeld(0))) == [
@@ -136,7 +136,7 @@ def test_after_a_loss_the_answer_goes_on_one_epoch_later_from_what_is_held() -> 
     assert session.handle(events.TokenArrived(2, 1, 8)) == [events.EmitToken(1, 8, None, None)]
 
 
-def test_a_peer_that_is_left_out_of_the_new_plan_is_told_once_the_new_one_is_open() -> None:
+def test_a_peer_outside_the_new_plan_is_closed_once_the_new_plan_is_open() -> None:
     session = in_state(SessionState.DECODING)
     session.handle(events.DeadlinePassed("silence", B))
     session.handle(events.Planned(WITHOUT_B))
@@ -151,7 +151,7 @@ def test_a_token_made_before_the_loss_still_counts() -> None:
     assert session.state is SessionState.RECOVERING
 
 
-def test_a_second_loss_while_planning_makes_another_plan_without_both() -> None:
+def test_a_second_loss_during_recovery_asks_for_a_plan_without_both_peers() -> None:
     session = in_state(SessionState.RECOVERING)
     (replan,) = session.handle(events.PeerGone(C, "killed too"))
     assert isinstance(replan, events.Replan)
@@ -166,9 +166,9 @@ def test_a_replacement_that_fails_to_open_is_avoided_next() -> None:
     assert replan.avoid == {C}
 
 
-def test_without_any_plan_it_is_suspended_with_the_reason_and_resumes_later() -> None:
+def test_without_a_plan_a_begun_session_is_suspended_with_the_error_and_can_resume() -> None:
     session = in_state(SessionState.RECOVERING)
-    error = DoesNotFit("layers 2-5 lie nowhere")
+    error = DoesNotFit("no peer has layers 2-5")
     commands = session.handle(events.PlanFailed(error))
     assert commands == [events.CloseStages(1, (A,), "suspended"), events.EmitSuspended(error)]
     (replan,) = session.handle(events.ResumeRequested())
@@ -185,10 +185,10 @@ def test_a_move_is_a_change_of_plan_with_nothing_lost() -> None:
     assert session.state is SessionState.OPENING
     (replan,) = session.handle(events.StageFailed(2, 1, OutOfMemory("full"), C))
     assert isinstance(replan, events.Replan)
-    assert session.rooted == PLAN, "the source still has all KV"
+    assert session.kv_plan == PLAN, "the source still has all KV"
 
 
-def test_trying_has_an_end() -> None:
+def test_after_too_many_changes_of_plan_the_session_is_suspended() -> None:
     session = in_state(SessionState.RECOVERING)
     for _ in range(MAX_ATTEMPTS):
         session.handle(events.Planned(WITHOUT_B))
@@ -199,14 +199,14 @@ def test_trying_has_an_end() -> None:
     assert isinstance(commands[-1].error, OutOfMemory)
 
 
-def test_whoever_takes_over_finds_the_stages_open() -> None:
+def test_a_released_session_leaves_its_stages_open() -> None:
     session = in_state(SessionState.DECODING)
     commands = session.handle(EVENTS[events.Released])
     assert not any(isinstance(command, events.CloseStages) for command in commands)
     assert session.state is SessionState.CANCELLED
 
 
-def test_what_another_coordinator_made_meanwhile_is_emitted_once_and_its_epochs_are_past() -> None:
+def test_a_reclaimed_session_emits_the_other_coordinators_tokens_and_skips_its_epochs() -> None:
     session = in_state(SessionState.RECOVERING)
     assert session.handle(EVENTS[events.Reclaimed]) == [events.EmitToken(1, 8, None, None)]
     session.handle(events.Planned(WITHOUT_B))
@@ -228,7 +228,7 @@ def test_credit_grows_half_a_window_at_a_time() -> None:
     ]
 
 
-def test_credit_that_grows_without_a_plan_is_told_by_the_next_open() -> None:
+def test_credit_that_grows_during_recovery_is_sent_with_the_next_open() -> None:
     session = in_state(SessionState.RECOVERING)
     assert session.handle(events.TokensRead(CREDIT_TOKENS)) == []
     (command,) = session.handle(events.Planned(WITHOUT_B))
@@ -236,7 +236,7 @@ def test_credit_that_grows_without_a_plan_is_told_by_the_next_open() -> None:
     assert command.credit == 2 * CREDIT_TOKENS
 
 
-def test_an_end_is_emitted_once_whatever_comes_after() -> None:
+def test_after_the_end_no_event_emits_anything() -> None:
     session = in_state(SessionState.FINISHED)
     for kind, event in EVENTS.items():
         if kind is not events.Planned:
@@ -256,7 +256,7 @@ def test_invariants_hold_under_any_order_of_events(sequence: list[events.Event],
         match event:
             case events.TokenArrived():
                 if len(session.tokens) >= session.credit:
-                    continue  # stage 0 obeys the credit
+                    continue  # the first stage never exceeds the credit
                 event = events.TokenArrived(session.epoch, data.draw(st.integers(0, len(session.tokens) + 1)), 7)
             case events.Planned():
                 event = events.Planned(data.draw(PLANS))

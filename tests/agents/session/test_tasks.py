@@ -1,4 +1,4 @@
-"""The tasks of one answer: they end with it, and only one search runs."""
+"""The tasks of one answer: all can be cancelled, and only one search runs."""
 
 import asyncio
 

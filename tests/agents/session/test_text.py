@@ -1,4 +1,4 @@
-"""Stop strings across token borders, and nothing given out that a stop string would take back."""
+"""Streamed text: stop strings are found across tokens, and no part of one is emitted."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,22 +9,22 @@ from meshd.types import TokenLogprobs
 
 
 class Bytes:
-    """A vocabulary of single bytes, decoded as UTF-8 is: only whole characters come out."""
+    """A tokenizer whose tokens are single bytes of UTF-8. It returns only whole characters."""
 
     def __init__(self) -> None:
-        self.held = b""
+        self.incomplete = b""
 
     def push(self, token: int) -> str:
-        self.held += bytes([token])
+        self.incomplete += bytes([token])
         try:
-            text = self.held.decode()
+            text = self.incomplete.decode()
         except UnicodeDecodeError:
             return ""
-        self.held = b""
+        self.incomplete = b""
         return text
 
     def flush(self) -> str:
-        return self.held.decode(errors="replace")
+        return self.incomplete.decode(errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
         return bytes([token])
@@ -58,7 +58,7 @@ def test_streamed_text_is_the_whole_text_cut_at_the_first_stop(text: str, stops:
         assert streamed == text
 
 
-def test_what_may_begin_a_stop_string_is_held_back() -> None:
+def test_text_that_may_begin_a_stop_string_is_withheld() -> None:
     matcher = StopMatcher(("STOP",))
     assert matcher.push("a ST") == ("a ", False)
     assert matcher.push("AND") == ("STAND", False)
@@ -66,7 +66,7 @@ def test_what_may_begin_a_stop_string_is_held_back() -> None:
     assert matcher.push("TOP!") == ("", True)
 
 
-def test_every_token_comes_with_the_delta_that_holds_its_text() -> None:
+def test_every_token_is_in_the_delta_that_contains_its_text() -> None:
     deltas, _ = assembled("a€b", (), logprobs=True)
     assert [delta.text for delta in deltas] == ["a", "€", "b"]
     assert [len(delta.tokens) for delta in deltas] == [1, 3, 1]

@@ -302,7 +302,7 @@ async def test_a_request_for_one_answer_is_stored_with_its_renderer(http: aiohtt
         async with http.post(path, json=whole(path)):
             pass
     asked: list[GenerationRequest] = coordinator.requests
-    assert all(one.store and not one.background and one.edge for one in asked)
+    assert all(one.store and not one.background and one.renderer for one in asked)
     async with http.post("/v1/responses", json={"model": "words", "input": "x", "background": True}):
         pass
     assert asked[-1].background

@@ -18,10 +18,10 @@ def test_a_decoded_renderer_equals_the_encoded_one(renderer: AnyRenderer) -> Non
     assert decode_renderer(encode_renderer(renderer), renderer.prefix + SESSION) == renderer
 
 
-@pytest.mark.parametrize("edge", [b"", b"\xc1", encode_renderer(CHAT)[:-1], b"\x81\xa4form\xa5other", b"\x91" * 5000])
-def test_a_record_that_can_not_be_decoded_is_an_unknown_session(edge: bytes) -> None:
+@pytest.mark.parametrize("encoded", [b"", b"\xc1", encode_renderer(CHAT)[:-1], b"\x81\xa4form\xa5other", b"\x91" * 5000])
+def test_a_record_that_can_not_be_read_is_an_unknown_session(encoded: bytes) -> None:
     with pytest.raises(UnknownSession):
-        decode_renderer(edge, f"chatcmpl-{SESSION}")
+        decode_renderer(encoded, f"chatcmpl-{SESSION}")
 
 
 def test_an_id_of_another_route_is_unknown() -> None:

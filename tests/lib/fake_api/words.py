@@ -74,7 +74,7 @@ class WordsGeneration:
 
     def __init__(self, owner: "WordsCoordinator", record: Record) -> None:
         self._owner, self.record = owner, record
-        self.session, self.prompt_tokens, self.edge = record.session, record.prompt_tokens, record.request.edge
+        self.session, self.prompt_tokens, self.renderer = record.session, record.prompt_tokens, record.request.renderer
         self._turn = asyncio.Lock()
         self._readers = 0
         self._counted = False

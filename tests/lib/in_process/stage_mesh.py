@@ -13,7 +13,7 @@ from meshd.agents.links.log import LinkLog
 from meshd.agents.links.rpc import Dispatcher, to_view
 from meshd.agents.observe.story import Story
 from meshd.agents.placement.loads import LoadState, ResidentLayers, ResidentModels
-from meshd.agents.session.plan.resume import ResumePoint, StageHeld, resume_positions
+from meshd.agents.session.plan.resume import ResumePoint, StageHeld, resume_points
 from meshd.agents.stage.host import StageHost
 from meshd.clock import SystemClock
 from meshd.errors import PeerLost
@@ -297,7 +297,7 @@ class Driver:
     def resume(self) -> None:
         """RESUME and the known tokens, from what the stages hold."""
         held = [StageHeld(told.held, told.mirrored, told.kept_from, told.kept_to) for told in self.opens]
-        self.positions = resume_positions(held, self.known)
+        self.positions = resume_points(held, self.known)
         for stage, position in enumerate(self.positions):
             self.send(stage, Resume, stage=stage, start=position.start, send_from=position.send_from)
         self.send_prompt(self.positions[0].start)

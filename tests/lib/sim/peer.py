@@ -299,7 +299,7 @@ class Life:
         coordinator, links = self.coordinator, self.links.dispatcher
         rows = [
             ("answers", len(coordinator.answers), MAX_SESSIONS + QUEUE_LIMIT),
-            ("kept answers", len(coordinator.kept), 256),
+            ("retained answers", len(coordinator.retained), 256),
             ("requests of peers", len(links._tasks), MAX_TASKS),
             ("own requests", len(links._waiting), MAX_REQUESTS),
             ("journal entries", len(self.agents.journal), MAX_SESSIONS + QUEUE_LIMIT + 2 * 256),

@@ -132,7 +132,7 @@ async def _look(request: web.Request) -> tuple[Generation, AnyRenderer]:
     services = request.app[SERVICES]
     async with services.work.interruptible():
         generation = await services.coordinator.look(session_of(answer_id))
-    return generation, decode_renderer(generation.edge, answer_id)
+    return generation, decode_renderer(generation.renderer, answer_id)
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""The deputy: whose records it takes, for how long, and when they are orphans. Over real links."""
+"""The deputy, over real links: from which peers it takes records, how long it keeps them, and when it reports orphans."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def keepers(peers: Peers) -> Keepers:
     return Keepers(peers)
 
 
-async def test_the_answers_of_a_lost_coordinator_are_orphans_those_that_ended_too(keepers: Keepers) -> None:
+async def test_all_answers_of_a_lost_coordinator_are_orphans_even_ended_ones(keepers: Keepers) -> None:
     async with keepers.linked("a", "b") as (a, b):
         running, ended = a.answer(tokens=3), a.answer(SessionId("ended"))
         ended.end()
@@ -49,7 +49,7 @@ async def test_only_a_records_own_coordinator_may_send_it(keepers: Keepers) -> N
         assert b.deputy.record(S) == known
 
 
-async def test_a_record_that_nobody_touches_expires(keepers: Keepers) -> None:
+async def test_a_record_that_does_not_change_expires(keepers: Keepers) -> None:
     async with keepers.linked("a", "b") as (a, b):
         a.answer()
         await keepers.until(lambda: b.kept() == 0)

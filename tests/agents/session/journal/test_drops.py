@@ -1,4 +1,4 @@
-"""JOURNAL_DROP: sent at once, after a while, or when its peer can be reached."""
+"""The queue of JOURNAL_DROP messages: sent at once, after a delay, or when the peer can be reached."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from meshd.types import SessionId
 
 
 class Deputy:
-    """A peer that records which sessions it is to drop."""
+    """A peer that notes the JOURNAL_DROP messages that it gets."""
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
@@ -44,7 +44,7 @@ async def test_a_drop_without_delay_is_sent_at_once_and_only_once(coordinator: P
     assert deputy.dropped == [(S, 3), ("last", 1)]
 
 
-async def test_a_drop_waits_for_its_time_unless_it_is_revoked(coordinator: Peer, deputy: Deputy) -> None:
+async def test_a_delayed_drop_is_sent_when_it_is_due_unless_it_is_revoked(coordinator: Peer, deputy: Deputy) -> None:
     await link(coordinator, deputy)
     clock = HandClock()
     drops = DropQueue(coordinator.links, clock)
@@ -58,7 +58,7 @@ async def test_a_drop_waits_for_its_time_unless_it_is_revoked(coordinator: Peer,
     assert deputy.dropped == [("now", 1), (S, 1)]
 
 
-async def test_a_peer_that_cannot_be_reached_gets_it_later(coordinator: Peer, deputy: Deputy) -> None:
+async def test_a_peer_that_cannot_be_reached_gets_the_drop_later(coordinator: Peer, deputy: Deputy) -> None:
     clock = HandClock()
     drops = DropQueue(coordinator.links, clock)
     drops.add(deputy.peer.id, S, 1)
@@ -78,7 +78,7 @@ async def test_a_drop_is_given_up_once_the_record_has_expired_anyway(coordinator
     await until(lambda: deputy.dropped == [("last", 1)])
 
 
-async def test_the_oldest_drops_give_way_when_there_are_too_many(coordinator: Peer, deputy: Deputy) -> None:
+async def test_the_oldest_drops_are_discarded_when_there_are_too_many(coordinator: Peer, deputy: Deputy) -> None:
     clock = HandClock()
     drops = DropQueue(coordinator.links, clock)
     for number in range(1025):

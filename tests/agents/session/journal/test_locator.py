@@ -1,4 +1,4 @@
-"""Who has a session, and how it changes hands, over real links."""
+"""The locator, over real links: which peer has a session, and how another peer becomes its coordinator."""
 
 import asyncio
 
@@ -18,11 +18,11 @@ def keepers(peers: Peers) -> Keepers:
 
 
 def keep(keeper: Keeper, coordinator: PeerId, **fields: object) -> None:
-    """Have a record lie at a peer as it would have come."""
+    """Store a record at a peer, as its deputy would."""
     keeper.deputy.store.keep(record(coordinator=coordinator, **fields), keeper.clock.now)  # type: ignore[arg-type]
 
 
-async def test_a_running_session_is_taken_from_its_coordinator_which_lets_go(keepers: Keepers) -> None:
+async def test_a_running_session_is_taken_from_its_coordinator_which_releases_it(keepers: Keepers) -> None:
     async with keepers.linked("a", "b", "c") as (a, _, c):
         session = a.answer(tokens=5)
         await keepers.until(lambda: a.journalist.deputy_of(S) is not None)
@@ -36,7 +36,7 @@ async def test_a_running_session_is_taken_from_its_coordinator_which_lets_go(kee
             await c.locator.coordinator_of(S)
 
 
-async def test_when_its_coordinator_is_gone_the_deputy_with_most_tokens_gives_it(keepers: Keepers) -> None:
+async def test_without_its_coordinator_the_record_with_most_tokens_is_fetched(keepers: Keepers) -> None:
     other = SessionId("07" * 16)
     async with keepers.linked("a", "b", "c", "d") as (a, b, c, d):
         for session, less, more in ((S, b, c), (other, c, b)):
@@ -51,7 +51,7 @@ async def test_when_its_coordinator_is_gone_the_deputy_with_most_tokens_gives_it
             assert known.coordinator == d.id
 
 
-async def test_a_later_epoch_counts_more_than_whoever_believes_to_coordinate(keepers: Keepers) -> None:
+async def test_a_record_of_a_later_epoch_ranks_above_a_coordinator_of_an_earlier_one(keepers: Keepers) -> None:
     async with keepers.linked("a", "b", "c") as (a, b, c):
         a.answer(tokens=9, epoch=1)
         keep(b, PeerId("x"), tokens=4, epoch=1001)
@@ -61,7 +61,7 @@ async def test_a_later_epoch_counts_more_than_whoever_believes_to_coordinate(kee
         assert a.released == []
 
 
-async def test_a_record_that_lies_here_is_used_unless_another_knows_more(keepers: Keepers) -> None:
+async def test_the_record_on_this_peer_is_used_unless_another_has_more_tokens(keepers: Keepers) -> None:
     async with keepers.linked("a", "b") as (a, b):
         keep(a, PeerId("x"), tokens=2)
         assert len((await a.locator.fetch(S, take=True)).tokens) == 2
@@ -69,7 +69,7 @@ async def test_a_record_that_lies_here_is_used_unless_another_knows_more(keepers
         assert len((await a.locator.fetch(S, take=True)).tokens) == 3
 
 
-async def test_a_session_that_nobody_knows_is_unknown(keepers: Keepers) -> None:
+async def test_a_session_without_any_record_is_unknown(keepers: Keepers) -> None:
     async with keepers.linked("a", "b") as (a, _):
         with pytest.raises(UnknownSession):
             await a.locator.fetch(S, take=True)
@@ -77,7 +77,9 @@ async def test_a_session_that_nobody_knows_is_unknown(keepers: Keepers) -> None:
             await a.locator.end(S, forget=True)
 
 
-async def test_the_next_best_gives_it_when_the_best_one_dies_meanwhile(keepers: Keepers, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_next_best_record_is_fetched_when_the_best_peer_is_lost_meanwhile(
+    keepers: Keepers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with keepers.linked("a", "b", "c") as (a, b, c):
         keep(b, PeerId("x"), tokens=3)
         asked: list[SessionId] = []
@@ -94,7 +96,7 @@ async def test_the_next_best_gives_it_when_the_best_one_dies_meanwhile(keepers: 
         assert len(asked) == 2
 
 
-async def test_who_is_silent_is_not_waited_for_once_the_coordinator_is_found(keepers: Keepers) -> None:
+async def test_silent_peers_are_not_waited_for_once_the_coordinator_has_replied(keepers: Keepers) -> None:
     async with keepers.linked("a", "b") as (a, b):
         a.answer(tokens=1)
         silent = keepers.peers.start("silent")
@@ -111,44 +113,38 @@ async def test_who_is_silent_is_not_waited_for_once_the_coordinator_is_found(kee
         hanging.set()
 
 
-# Orphans
-
-
-async def test_an_orphan_falls_to_the_one_that_knows_most_of_it(keepers: Keepers) -> None:
+async def test_the_deputy_with_most_tokens_takes_an_orphan_over(keepers: Keepers) -> None:
     async with keepers.linked("a", "b", "c", timing=QUICK) as (a, b, c):
         keep(b, a.id, tokens=5)
         keep(c, a.id, tokens=3)
         await a.peer.links.close("it goes")
         await keepers.until(lambda: bool(b.orphans and c.orphans))
-        assert await b.locator.is_heir(b.orphans[0])
-        assert not await c.locator.is_heir(c.orphans[0])
+        assert await b.locator.should_take_over(b.orphans[0])
+        assert not await c.locator.should_take_over(c.orphans[0])
 
 
-async def test_of_equals_exactly_one_is_the_heir(keepers: Keepers) -> None:
+async def test_of_deputies_with_equal_records_exactly_one_takes_over(keepers: Keepers) -> None:
     async with keepers.linked("a", "b", "c") as (a, b, c):
         known = record(coordinator=PeerId("x"), tokens=3)
         for keeper in (a, b, c):
             keep(keeper, PeerId("x"), tokens=3)
-        assert sorted([await keeper.locator.is_heir(known) for keeper in (a, b, c)]) == [False, False, True]
+        assert sorted([await keeper.locator.should_take_over(known) for keeper in (a, b, c)]) == [False, False, True]
 
 
-async def test_what_runs_elsewhere_has_ended_or_was_taken_is_no_orphan(keepers: Keepers) -> None:
+async def test_no_takeover_of_a_session_that_runs_elsewhere_has_ended_or_was_taken(keepers: Keepers) -> None:
     async with keepers.linked("a", "b") as (a, b):
         known = record(coordinator=PeerId("x"), tokens=3)
         keep(b, PeerId("x"), tokens=3)
-        assert await b.locator.is_heir(known)
+        assert await b.locator.should_take_over(known)
         a.answer(tokens=3, epoch=1001)
-        assert not await b.locator.is_heir(known)
+        assert not await b.locator.should_take_over(known)
         del a.answers[S]
         b.deputy.hand_to(S, a.id)
-        assert not await b.locator.is_heir(known)
+        assert not await b.locator.should_take_over(known)
         b.deputy.forget(S)
-        assert not await b.locator.is_heir(known)
+        assert not await b.locator.should_take_over(known)
         keep(b, PeerId("x"), tokens=3, finish="stop")
-        assert not await b.locator.is_heir(known)
-
-
-# The end
+        assert not await b.locator.should_take_over(known)
 
 
 async def test_ending_reaches_the_coordinator_and_every_record(keepers: Keepers) -> None:
@@ -174,7 +170,7 @@ async def test_an_orphan_can_be_ended_too(keepers: Keepers) -> None:
         assert known.finish == "cancelled"
 
 
-async def test_who_asks_is_told_what_is_there(keepers: Keepers) -> None:
+async def test_a_reply_to_find_session_describes_the_latest_record_here(keepers: Keepers) -> None:
     async with keepers.linked("a", "b") as (a, b):
 
         async def found() -> tuple[bool, bool, int, int]:

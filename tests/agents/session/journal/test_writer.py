@@ -31,13 +31,13 @@ def test_the_deputy_is_outside_the_plan_then_near() -> None:
     assert choose_deputy(ME, others(), (ME,), ()) is None
 
 
-def test_who_leaves_or_refused_is_no_deputy() -> None:
+def test_a_peer_that_leaves_or_refused_is_not_chosen() -> None:
     assert choose_deputy(ME, others(FAR, NEAR, draining=NEAR), (), ()) == FAR
     assert choose_deputy(ME, others(FAR, NEAR), (), {NEAR}) == FAR
     assert choose_deputy(ME, others(NEAR), (), {NEAR}) is None
 
 
-def test_the_present_deputy_stays_unless_it_comes_into_the_plan() -> None:
+def test_the_present_deputy_is_kept_unless_it_joins_the_plan_or_leaves() -> None:
     assert choose_deputy(ME, others(FAR, NEAR), (), (), FAR) == FAR
     assert choose_deputy(ME, others(FAR, NEAR), (FAR,), (), FAR) == NEAR
     assert choose_deputy(ME, others(FAR, NEAR, draining=FAR), (), (), FAR) == NEAR
@@ -63,7 +63,7 @@ async def test_the_record_goes_to_one_deputy_and_its_tokens_follow_in_batches(ke
         await keepers.until(lambda: c.deputy.record(S) == session.record)
 
 
-async def test_tokens_made_while_the_record_is_on_its_way_are_not_lost(keepers: Keepers) -> None:
+async def test_tokens_made_while_the_record_is_in_transit_are_not_lost(keepers: Keepers) -> None:
     async with keepers.linked("a", "b") as (a, b):
         session = a.answer()
         session.make(5)
@@ -73,7 +73,7 @@ async def test_tokens_made_while_the_record_is_on_its_way_are_not_lost(keepers: 
         await keepers.until(lambda: b.deputy.record(S) == session.record)
 
 
-async def test_a_lost_deputy_is_replaced_at_once_by_one_that_gets_everything(keepers: Keepers) -> None:
+async def test_a_lost_deputy_is_replaced_at_once_and_the_new_one_gets_the_full_record(keepers: Keepers) -> None:
     async with keepers.linked("a", "b", "c") as (a, b, c):
         a.rtt_s = {b.id: 0.001, c.id: 0.1}
         session = a.answer()
@@ -85,7 +85,7 @@ async def test_a_lost_deputy_is_replaced_at_once_by_one_that_gets_everything(kee
         await keepers.until(lambda: c.kept() == 7 + BATCH_TOKENS)
 
 
-async def test_without_any_other_peer_it_waits_for_one(peers: Peers) -> None:
+async def test_without_any_other_peer_the_writer_waits_for_one(peers: Peers) -> None:
     clock = HandClock()
     a = Keeper(peers.start("a"), clock)
     life = asyncio.create_task(a.live())
@@ -102,7 +102,7 @@ async def test_without_any_other_peer_it_waits_for_one(peers: Peers) -> None:
     await asyncio.gather(life, return_exceptions=True)
 
 
-async def test_a_gap_is_mended_with_the_whole_record(keepers: Keepers) -> None:
+async def test_after_a_gap_the_full_record_is_sent_again(keepers: Keepers) -> None:
     async with keepers.linked("a", "b") as (a, b):
         session = a.answer(tokens=2)
         await keepers.until(lambda: b.kept() == 2)
@@ -128,7 +128,7 @@ async def test_a_peer_that_refuses_is_not_asked_again_for_a_while(keepers: Keepe
         await keepers.until(lambda: b.kept() == 0)
 
 
-async def test_a_new_plan_keeps_the_deputy_unless_it_is_in_it(keepers: Keepers) -> None:
+async def test_a_new_plan_keeps_the_deputy_unless_it_has_a_stage(keepers: Keepers) -> None:
     async with keepers.linked("a", "b", "c") as (a, b, c):
         a.rtt_s = {b.id: 0.001, c.id: 0.1}
         session = a.answer()
@@ -147,7 +147,7 @@ async def test_a_new_plan_keeps_the_deputy_unless_it_is_in_it(keepers: Keepers) 
         await keepers.until(lambda: c.kept() == 3 + BATCH_TOKENS)
 
 
-async def test_a_deputy_that_leaves_hands_the_record_over_first(keepers: Keepers) -> None:
+async def test_a_leaving_deputy_is_replaced_before_it_drops_the_record(keepers: Keepers) -> None:
     async with keepers.linked("a", "b", "c") as (a, b, c):
         a.rtt_s = {b.id: 0.001, c.id: 0.1}
         a.answer(tokens=4)
@@ -163,7 +163,7 @@ async def test_a_deputy_that_leaves_hands_the_record_over_first(keepers: Keepers
         assert c.kept() == 4
 
 
-async def test_what_is_not_kept_is_dropped_at_the_deputy_too(keepers: Keepers) -> None:
+async def test_an_answer_that_is_not_kept_is_deleted_at_the_deputy_too(keepers: Keepers) -> None:
     async with keepers.linked("a", "b") as (a, b):
         session = a.answer()
         await keepers.until(lambda: b.kept() == 0)
@@ -177,7 +177,7 @@ async def test_what_is_not_kept_is_dropped_at_the_deputy_too(keepers: Keepers) -
         await keepers.until(lambda: b.kept(SessionId("short")) is None and len(b.deputy.store) == 0)
 
 
-async def test_a_suspended_answer_stays_unfinished_and_can_go_on(keepers: Keepers) -> None:
+async def test_a_suspended_answer_stays_unfinished_and_can_continue(keepers: Keepers) -> None:
     async with keepers.linked("a", "b") as (a, b):
         session = a.answer()
         await keepers.until(lambda: b.kept() == 0)
@@ -195,7 +195,7 @@ async def test_a_suspended_answer_stays_unfinished_and_can_go_on(keepers: Keeper
         await keepers.until(lambda: b.deputy.record(S) == session.record)
 
 
-async def test_ended_answers_are_looked_after_for_ten_minutes(keepers: Keepers) -> None:
+async def test_ended_answers_get_new_deputies_for_ten_minutes(keepers: Keepers) -> None:
     async with keepers.linked("a", "b", "c") as (a, b, c):
         a.rtt_s = {b.id: 0.001, c.id: 0.1}
         session = a.answer()
@@ -208,7 +208,7 @@ async def test_ended_answers_are_looked_after_for_ten_minutes(keepers: Keepers) 
         assert c.kept() is None
 
 
-async def test_an_answer_that_another_peer_took_is_dropped_a_little_later(keepers: Keepers) -> None:
+async def test_the_record_of_an_answer_that_another_peer_took_over_is_deleted_a_minute_later(keepers: Keepers) -> None:
     async with keepers.linked("a", "b") as (a, b):
         a.answer(tokens=3)
         await keepers.until(lambda: b.kept() == 3)
@@ -233,7 +233,7 @@ async def test_an_answer_that_comes_back_keeps_its_record(keepers: Keepers) -> N
         await keepers.until(lambda: b.kept() == 5 + BATCH_TOKENS)
 
 
-async def test_a_peer_that_comes_to_keep_a_record_too_late_is_told_to_drop_it(keepers: Keepers) -> None:
+async def test_a_peer_that_confirms_a_record_too_late_is_sent_a_drop(keepers: Keepers) -> None:
     async with keepers.linked("a") as (a,):
         slow = keepers.peers.start("slow")
         heard: list[str] = []
@@ -257,7 +257,7 @@ async def test_a_peer_that_comes_to_keep_a_record_too_late_is_told_to_drop_it(ke
         await keepers.until(lambda: heard == ["journal", "drop", "kept", "drop"])
 
 
-async def test_many_sessions_change_their_deputy_together(keepers: Keepers) -> None:
+async def test_a_hundred_sessions_change_their_deputy_at_once(keepers: Keepers) -> None:
     async with keepers.linked("a", "b", "c") as (a, b, c):
         a.rtt_s = {b.id: 0.001, c.id: 0.1}
         running: list[Answer] = [a.answer(SessionId(f"{number}"), tokens=number) for number in range(100)]
@@ -271,22 +271,16 @@ async def test_many_sessions_change_their_deputy_together(keepers: Keepers) -> N
         await keepers.until(lambda: all(c.deputy.record(session.record.session) == session.record for session in running))
 
 
-class _Spare:
-    """Of one more journalist at a peer: who has the record by the first one."""
-
-    def __init__(self, keeper: Keeper) -> None:
-        self.keeper = keeper
-
-    def __call__(self, session: SessionId) -> list[PeerId]:
-        chosen = self.keeper.journalist.chosen_for(session)
-        return [chosen] if chosen is not None else []
-
-
 async def test_a_second_deputy_is_another_peer(keepers: Keepers) -> None:
     async with keepers.linked("a", "b", "c") as (a, b, c):
         running = a.answer(tokens=1)
         await keepers.until(lambda: a.journalist.deputy_of(S) is not None)
-        second = JournalWriter(a.id, a.peer.links, keepers.clock, a._adverts, _Spare(a))
+
+        def chosen_by_the_first(session: SessionId) -> list[PeerId]:
+            chosen = a.journalist.chosen_for(session)
+            return [chosen] if chosen is not None else []
+
+        second = JournalWriter(a.id, a.peer.links, keepers.clock, a._adverts, chosen_by_the_first)
         async with asyncio.TaskGroup() as tasks:
             task = tasks.create_task(second.run())
             second.begin(S, lambda: running.record, lambda: ())
@@ -295,7 +289,7 @@ async def test_a_second_deputy_is_another_peer(keepers: Keepers) -> None:
         assert {a.journalist.deputy_of(S), second.deputy_of(S)} == {b.id, c.id}
 
 
-async def test_a_deputy_without_room_is_left_for_another(keepers: Keepers) -> None:
+async def test_a_deputy_without_room_is_replaced(keepers: Keepers) -> None:
     async with keepers.linked("a", "b", "c") as (a, b, c):
         a.rtt_s = {b.id: 0.001, c.id: 0.1}
         session = a.answer()

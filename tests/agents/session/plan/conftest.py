@@ -1,4 +1,4 @@
-"""An answer of which one token has arrived."""
+"""The fixture of an answer of which one token has arrived."""
 
 import pytest
 

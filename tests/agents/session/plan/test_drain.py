@@ -1,4 +1,4 @@
-"""Leaving in good order: what a peer that drains waits for, and for how long."""
+"""Draining: what a peer waits for, and for how long."""
 
 import asyncio
 import time
@@ -14,12 +14,12 @@ from meshd.errors import PeerLost
 
 @dataclass
 class Work:
-    """What runs on a peer."""
+    """Numbers of stages and answers that run on a peer."""
 
     stages: int = 0
     answers: int = 0
     changes: list[bool] = field(default_factory=list)
-    """What the advert told at each change."""
+    """The drain state at each change."""
 
 
 def drainer_of(peer: Peer, work: Work) -> Drainer:
@@ -41,7 +41,7 @@ async def pair(peers: Peers, work: Work) -> tuple[Drainer, Drainer, Peer]:
     return asks, asked, other
 
 
-async def test_a_peer_on_which_nothing_runs_has_drained_at_once(peers: Peers) -> None:
+async def test_a_peer_on_which_nothing_runs_drains_at_once(peers: Peers) -> None:
     work = Work(answers=3)
     asks, asked, other = await pair(peers, work)
     assert await asks.drain(other.id, False, 5.0) == 0
@@ -62,14 +62,14 @@ async def test_the_reply_comes_when_the_last_stage_has_ended(peers: Peers) -> No
     assert await draining == 0
 
 
-async def test_at_the_time_out_it_tells_what_is_left_and_drains_on(peers: Peers) -> None:
+async def test_at_the_timeout_the_reply_counts_the_stages_left_and_the_peer_still_drains(peers: Peers) -> None:
     work = Work(stages=2)
     asks, asked, other = await pair(peers, work)
     assert await asks.drain(other.id, False, 0.1) == 2
     assert asked.draining
 
 
-async def test_it_can_be_undone_while_it_is_waited_for(peers: Peers) -> None:
+async def test_a_drain_can_be_undone_while_another_request_waits_for_it(peers: Peers) -> None:
     work = Work(stages=2)
     asks, asked, other = await pair(peers, work)
     draining = asyncio.create_task(asks.drain(other.id, False, 5.0))
@@ -87,7 +87,7 @@ async def test_a_peer_can_drain_itself(peers: Peers) -> None:
     assert drainer.draining
 
 
-async def test_a_peer_that_goes_while_it_drains_is_an_error(peers: Peers) -> None:
+async def test_a_peer_that_is_lost_while_it_drains_is_an_error(peers: Peers) -> None:
     work = Work(stages=1)
     asks, asked, other = await pair(peers, work)
     draining = asyncio.create_task(asks.drain(other.id, False, 5.0))
@@ -99,21 +99,21 @@ async def test_a_peer_that_goes_while_it_drains_is_an_error(peers: Peers) -> Non
 
 async def test_leaving_takes_no_time_when_nothing_runs(peers: Peers) -> None:
     drainer = drainer_of(peers.start("a"), Work())
-    told: list[str] = []
+    lines: list[str] = []
     began = time.monotonic()
-    await drainer.leave(10.0, told.append, answers=lambda: 0)
+    await drainer.leave(10.0, lines.append, answers=lambda: 0)
     assert time.monotonic() - began < 0.05
-    assert told == []
+    assert lines == []
     assert drainer.leaving
 
 
-async def test_leaving_waits_for_own_answers_and_for_stages_and_says_so(peers: Peers) -> None:
+async def test_leaving_waits_for_answers_and_stages_and_reports_it(peers: Peers) -> None:
     work = Work(stages=1, answers=2)
     drainer = drainer_of(peers.start("a"), work)
-    told: list[str] = []
-    leaving = asyncio.create_task(drainer.leave(10.0, told.append, answers=lambda: work.answers))
-    await until(lambda: bool(told))
-    assert told == ["waiting up to 10 s for 2 answers and 1 stage to end or move away"]
+    lines: list[str] = []
+    leaving = asyncio.create_task(drainer.leave(10.0, lines.append, answers=lambda: work.answers))
+    await until(lambda: bool(lines))
+    assert lines == ["waiting up to 10 s for 2 answers and 1 stage to end or move away"]
     assert work.changes == [True]
     work.answers = 0
     await asyncio.sleep(0.1)
@@ -123,14 +123,14 @@ async def test_leaving_waits_for_own_answers_and_for_stages_and_says_so(peers: P
 
 
 @pytest.mark.parametrize("timeout_s", [0.0, 0.1])
-async def test_leaving_waits_no_longer_than_it_may(peers: Peers, timeout_s: float) -> None:
+async def test_leaving_waits_no_longer_than_its_timeout(peers: Peers, timeout_s: float) -> None:
     drainer = drainer_of(peers.start("a"), Work())
     began = time.monotonic()
     await drainer.leave(timeout_s, lambda text: None, answers=lambda: 1)
     assert timeout_s <= time.monotonic() - began < timeout_s + 0.5
 
 
-async def test_who_leaves_can_not_be_told_to_stay(peers: Peers) -> None:
+async def test_a_leaving_peer_still_drains_after_an_undo(peers: Peers) -> None:
     peer = peers.start("a")
     drainer = drainer_of(peer, Work())
     await drainer.leave(0.0, lambda text: None, answers=lambda: 0)

@@ -1,4 +1,4 @@
-"""Moves of one answer: what can't be moved, and what a failed move leaves."""
+"""Moves of one answer: which answers cannot move, and when a move fails."""
 
 import asyncio
 from typing import Any, cast
@@ -17,12 +17,12 @@ TARGET = PeerId("target")
 
 
 def mover_of(site: AnswerSite) -> Mover:
-    """Without a router: the tests bring their plans."""
+    """A mover without a router: the tests make the plans."""
     return Mover(cast("Any", None), cast("Any", None), list, site.clock)
 
 
 def moved(plan: Plan) -> Plan:
-    """The second stage at another peer."""
+    """The plan with its second stage at another peer."""
     first, second = plan.stages
     return msgspec.structs.replace(plan, stages=(first, msgspec.structs.replace(second, peer=TARGET)))
 
@@ -33,7 +33,7 @@ async def test_only_a_running_answer_can_move(site: AnswerSite) -> None:
         await mover_of(site).move(site.answer, TARGET, None)
 
 
-async def test_one_move_at_a_time_copies_only_the_stage_that_changes_its_peer(site: AnswerSite) -> None:
+async def test_a_move_copies_only_the_stage_that_changes_its_peer_and_excludes_a_second_move(site: AnswerSite) -> None:
     mover, plan = mover_of(site), moved(site.plan(10))
     first = asyncio.create_task(mover.change(site.answer, plan, "moved"))
     await until(lambda: bool(site.got(Mirror)))

@@ -1,37 +1,129 @@
-"""What an answer's next plan must offer, and what is known of the copies of its KV."""
+"""The plan retrier: how long it searches, who coordinates an answer after a takeover, and reports of the copies of its KV."""
 
+from contextlib import aclosing
 from typing import Any, cast
 
+import msgspec
+import pytest
+
 from in_process.answers import AnswerSite
-from meshd.agents.session.plan.retry import PlanRetrier
-from meshd.protocol.messages import Mirrored
-from meshd.types import PeerId
+from in_process.clusters import make_holding, make_peer
+from in_process.peers import Peers
+from in_process.placing import Cluster
+from meshd.agents.session.journal.record import SessionRecord
+from meshd.agents.session.plan.retry import TAKEOVER_EPOCHS, PlanRetrier
+from meshd.errors import Overloaded, RemoteFailure
+from meshd.protocol.messages import Close, Mirrored
+from meshd.types import PeerId, SessionId
 
 COPY = PeerId("copy")
+BUSY, FREE = (make_holding(0, 30, free=0),), (make_holding(0, 30),)
+NOTHING = cast("Any", None)
 
 
-def retrier_of(site: AnswerSite) -> PlanRetrier:
-    """Without a router: nothing here looks for a plan."""
-    nothing = cast("Any", None)
-    return PlanRetrier(site.peer.links, nothing, list, site.clock, mirror=False, take=nothing, elsewhere=nothing)
+def retrier_of(site: AnswerSite, cluster: Cluster | None = None, **fields: Any) -> PlanRetrier:
+    """A retrier that plans over a made-up cluster. None of its peers can be reached, so none of the plans opens."""
+    router = NOTHING if cluster is None else cluster.router
+    given: dict[str, Any] = {"mirror": False, "take": NOTHING, "coordinated_elsewhere": NOTHING}
+    return PlanRetrier(site.peer.links, router, list, site.clock, **given | fields)
 
 
 def mirrored(site: AnswerSite, target: PeerId, *, held: int, epoch: int = 1, error: str = "") -> Mirrored:
     return Mirrored(session=site.answer.session, epoch=epoch, stage=1, target=target, held=held, filled=held, error=error)
 
 
-async def test_a_request_names_the_distrusted_and_counts_the_known_tokens(site: AnswerSite) -> None:
+async def test_a_first_plan_is_searched_until_kv_is_free(peers: Peers) -> None:
+    site, cluster = AnswerSite(peers.start("new")), Cluster(make_peer("x", holdings=BUSY))
+    retrier_of(site, cluster).start(site.answer)
+    await site.clock.move(29.0)
+    assert site.answer.status == "queued"
+    assert site.answer.plan is None
+    cluster.change("x", holdings=FREE)
+    await site.clock.move(0.3)
+    assert site.answer.plan is not None
+    assert site.answer.plan.peers == ("x-id",)
+
+
+async def test_a_first_plan_is_given_up_after_half_a_minute(peers: Peers) -> None:
+    site = AnswerSite(peers.start("new"))
+    retrier_of(site, Cluster(make_peer("x", holdings=BUSY))).start(site.answer)
+    await site.clock.move(30.5)
+    with pytest.raises(Overloaded, match="KV free"):
+        await site.answer.opened
+    assert site.answer.status == "failed"
+
+
+@pytest.mark.parametrize(("code", "retried"), [("out_of_memory", True), ("internal_error", False)])
+async def test_another_first_plan_is_searched_only_after_a_transient_error(peers: Peers, code: str, retried: bool) -> None:
+    site = AnswerSite(peers.start("new"))
+    retrier = retrier_of(site, Cluster(make_peer("x", holdings=FREE)))
+    site.answer.planned(site.plan())
+    site.answer.stage_failed(1, 0, RemoteFailure("refused", remote_code=code), site.peer.id)
+    retrier.replan(site.answer, site.replans[-1])
+    await site.clock.move(0.3)
+    if retried:
+        assert site.answer.plan is not None
+        assert site.answer.plan.peers == ("x-id",)
+    else:
+        with pytest.raises(RemoteFailure, match="refused"):
+            await site.answer.opened
+
+
+async def test_an_unexpected_error_in_a_search_fails_the_answer(peers: Peers, caplog: pytest.LogCaptureFixture) -> None:
+    site = AnswerSite(peers.start("new"))
+    retrier_of(site).start(site.answer)  # without a router, the search raises AttributeError
+    await site.clock.move(0)
+    assert site.answer.status == "failed"
+    assert "the search for a plan failed" in caplog.text
+
+
+async def superseded(site: AnswerSite, retrier: PlanRetrier) -> None:
+    """A stage refuses this coordinator, because it obeys another one."""
+    error = RemoteFailure("another coordinator", remote_code="superseded")
+    site.answer.stage_failed(site.answer.machine.epoch, 1, error, None)
+    retrier.replan(site.answer, site.replans[-1])
+    await site.clock.move(1.0)
+
+
+async def yes(session: SessionId) -> bool:
+    return True
+
+
+async def test_an_answer_without_readers_is_left_to_the_other_coordinator(site: AnswerSite) -> None:
+    await superseded(site, retrier_of(site, coordinated_elsewhere=yes))
+    assert site.answer.machine.released
+    assert site.answer.status == "suspended"
+    assert site.got(Close) == []
+
+
+async def test_an_answer_with_a_reader_is_taken_back_with_the_tokens_made_meanwhile(site: AnswerSite) -> None:
+    record = msgspec.structs.replace(site.answer.snapshot(), epoch=7, tokens=((7, None), (8, None), (9, None)))
+
+    async def take(session: SessionId) -> SessionRecord:
+        return record
+
+    async with aclosing(site.answer.events()) as events:
+        await anext(events)
+        cluster = Cluster(make_peer("x", holdings=FREE))
+        await superseded(site, retrier_of(site, cluster, take=take, coordinated_elsewhere=yes))
+        assert site.answer.machine.tokens == [7, 8, 9]
+        assert site.answer.machine.epoch == 7 + TAKEOVER_EPOCHS + 1
+        assert site.answer.plan is not None
+        assert site.answer.plan.peers == ("x-id",)
+
+
+async def test_a_recovery_request_avoids_distrusted_peers_and_counts_the_known_tokens(site: AnswerSite) -> None:
     site.answer.recovery.distrust(COPY, site.clock.now)
-    wanted = retrier_of(site).recovery_request(site.answer, avoid=frozenset({PeerId("b")}))
-    assert wanted.old == site.answer.plan
-    assert wanted.lost == frozenset()
-    assert wanted.avoid == {COPY, "b"}
-    assert (wanted.prompt_tokens, wanted.known) == (3, 4)
+    request = retrier_of(site).recovery_request(site.answer, avoid=frozenset({PeerId("b")}))
+    assert request.old == site.answer.plan
+    assert request.lost == frozenset()
+    assert request.avoid == {COPY, "b"}
+    assert (request.prompt_tokens, request.known) == (3, 4)
     site.clock.now += 31
     assert retrier_of(site).recovery_request(site.answer).avoid == frozenset()
 
 
-async def test_only_the_copy_that_was_asked_for_counts(site: AnswerSite) -> None:
+async def test_reports_count_only_for_the_requested_copy_in_the_present_epoch(site: AnswerSite) -> None:
     retrier = retrier_of(site)
     retrier.on_mirrored(site.answer, mirrored(site, COPY, held=3))
     assert site.answer.mirrors == {}

@@ -1,4 +1,4 @@
-"""What a coordinator sends to its stages."""
+"""The messages that a coordinator sends to the stages of an answer."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def ids(payload: bytes) -> list[int]:
     return np.frombuffer(payload, "<i4").tolist()
 
 
-async def test_open_returns_what_the_stage_still_has(site: AnswerSite) -> None:
+async def test_open_returns_what_the_stage_still_has_of_the_session(site: AnswerSite) -> None:
     session = site.answer.session
     site.reply = Opened(request=0, session=session, epoch=2, blocks=1, held=5, mirrored=True, kept_from=2, kept_to=4)
     held = await site.answer.stages.open(OpenStages(2, site.plan(), 64, 3), 0, [])
@@ -32,7 +32,7 @@ async def test_open_returns_what_the_stage_still_has(site: AnswerSite) -> None:
     assert site.payloads == [b""]
 
 
-async def test_only_a_last_stage_with_penalties_gets_the_tokens_so_far(peers: Peers) -> None:
+async def test_only_a_last_stage_with_penalties_gets_the_known_tokens(peers: Peers) -> None:
     site = AnswerSite(peers.start("a"), sampling=SamplingParams(presence_penalty=0.5))
     command = OpenStages(2, site.plan(10), 64, 2)
     for stage in (0, 1):
@@ -40,7 +40,7 @@ async def test_only_a_last_stage_with_penalties_gets_the_tokens_so_far(peers: Pe
     assert [ids(payload) for payload in site.payloads] == [[], [1, 2, 3, 100, 101]]
 
 
-async def test_an_open_with_another_reply_is_the_peers_fault(site: AnswerSite) -> None:
+async def test_any_reply_to_open_but_opened_is_the_peers_fault(site: AnswerSite) -> None:
     site.reply = Journaled(request=0, session=site.answer.session)
     with pytest.raises(PeerFault, match="OPEN was answered with Journaled"):
         await site.answer.stages.open(OpenStages(1, site.plan(), 64, 0), 0, [])
@@ -50,7 +50,7 @@ async def test_an_open_with_another_reply_is_the_peers_fault(site: AnswerSite) -
     ("start", "chunks"),
     [(0, [[1, 2], [3, 100], [101]]), (3, [[100, 101]]), (4, [[101]]), (5, [])],
 )
-async def test_the_prompt_goes_out_in_chunks_from_where_the_first_stage_starts(
+async def test_the_prompt_is_sent_in_chunks_from_the_start_of_the_first_stage(
     site: AnswerSite, start: int, chunks: list[list[int]]
 ) -> None:
     site.answer.stages.send_prompt(1, site.plan(chunk=2), start, [100, 101])
@@ -61,9 +61,9 @@ async def test_the_prompt_goes_out_in_chunks_from_where_the_first_stage_starts(
     assert [message.last for message in sent] == [False] * (len(chunks) - 1) + [True] * bool(chunks)
 
 
-async def test_every_stage_is_sent_where_it_resumes(site: AnswerSite) -> None:
-    positions = (ResumePoint(4, 2), ResumePoint(2, 2))
-    site.answer.stages.resume(ResumeStages(3, site.plan(10), (StageHeld(4), StageHeld(2)), positions))
+async def test_every_stage_is_sent_its_resume_point(site: AnswerSite) -> None:
+    points = (ResumePoint(4, 2), ResumePoint(2, 2))
+    site.answer.stages.resume(ResumeStages(3, site.plan(10), (StageHeld(4), StageHeld(2)), points))
     await until(lambda: len(site.received) == 2)
     assert [(one.stage, one.start, one.send_from) for one in site.got(Resume)] == [(0, 4, 2), (1, 2, 2)]
 
@@ -80,6 +80,6 @@ async def test_leases_are_renewed_at_most_once_in_three_seconds(site: AnswerSite
     assert [message.epoch for message in site.got(Renew)] == [2]
 
 
-async def test_an_unreachable_peer_does_not_keep_a_message_from_the_others(site: AnswerSite) -> None:
+async def test_an_unreachable_peer_does_not_keep_others_from_getting_their_message(site: AnswerSite) -> None:
     site.answer.stages.close(CloseStages(1, (PeerId("gone"), site.peer.id), "over"))
     await until(lambda: [message.reason for message in site.got(Close)] == ["over"])

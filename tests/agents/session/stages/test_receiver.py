@@ -1,4 +1,4 @@
-"""Which messages of stages reach their answer: only those of peers that run one of its stages."""
+"""Messages of stages: only those of peers that run one of its stages reach an answer."""
 
 from typing import cast
 
@@ -25,7 +25,7 @@ async def site(peers: Peers) -> AnswerSite:
 
 @pytest.fixture
 def receiver(site: AnswerSite) -> StageReceiver:
-    """Without the parts that only MIRRORED reaches."""
+    """A receiver without retrier and mover, which only MIRRORED needs."""
     return StageReceiver({site.answer.session: site.answer}, cast("PlanRetrier", None), cast("Mover", None), lambda peer: "name")
 
 
