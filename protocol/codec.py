@@ -1,10 +1,11 @@
-"""Messages to headers and back: a header is the msgpack array `[type number, body map]`.
+"""Encodes messages as frame headers and decodes them. A header is the msgpack array `[type number, body map]`.
 
 `msgpack` turns bytes into plain values and back, within the bounds of SPEC.md, section 3; `msgspec` checks the plain values against
 the message's fields. Encoding and decoding an ACTIVATION takes 4 microseconds; its hop takes 50 and more.
 
-Not for payloads that are msgpack (session records, tensor lists): `msgspec.msgpack.decode` reads those straight into their type.
-`msgpack` would first build plain values, and 16 MiB of empty arrays take 1.1 GiB as lists. A header is too short for that.
+Payloads that are msgpack (session records, tensor lists) don't come here: `msgspec.msgpack.decode` reads them straight into their
+type. `msgpack` would first build plain values, and a payload of 16 MiB of empty arrays takes 1.1 GiB as lists. Headers are too
+short for such an attack.
 """
 
 from typing import Any

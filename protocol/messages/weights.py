@@ -15,7 +15,7 @@ class FetchManifest(Request, frozen=True, kw_only=True):
 
 @message(41)
 class ManifestData(Reply, frozen=True, kw_only=True):
-    """Payload: the manifest (msgpack): each tensor's place in the file, its SHA-256, and whether the sender has it."""
+    """Payload: the manifest (msgpack): for each tensor its offset in the file, its SHA-256, and whether the sender has it."""
 
     default_lane: ClassVar[Lane] = Lane.BULK
     card: ModelCard

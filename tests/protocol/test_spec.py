@@ -114,7 +114,7 @@ def test_the_constants_are_the_code() -> None:
         f"{framing.MAX_HEADER} bytes",
         f"{framing.MAX_HEADER_HARD} bytes",
         f"{framing.MAX_PAYLOAD} bytes",
-        f"at least {handshake._LEAST}",
+        f"at least {handshake._MIN_HEADER}",
         f"every {timing.heartbeat_s:g} s",
         f"for {timing.silence_s:g} s",
         f"within {timing.handshake_s:g} s",
