@@ -1,3 +1,5 @@
+"""The registry of messages and what all messages have in common."""
+
 import msgspec
 import pytest
 

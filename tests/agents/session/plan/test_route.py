@@ -639,7 +639,7 @@ async def test_a_repair_that_fails_for_good_raises_what_the_last_peer_said() -> 
 
 async def test_a_repair_ends_when_the_adverts_tell_of_it() -> None:
     cluster = Cluster(make_peer("a", holdings=(make_holding(3, 7, kv_tokens=128),)))
-    cluster.tell_s = 0.1
+    cluster.advert_delay_s = 0.1
     stages = await cluster.placer.repair(CARD, [LayerRange(3, 7)], kv_tokens=512)
     assert [(held.kv_tokens_total, held.state) for held in cluster.live()[0].holdings] == [(128, "active"), (512, "active")]
     assert stages == stages_of("a:3-7")
