@@ -267,7 +267,9 @@ def _check(secret: bytes) -> bytes:
 
 
 def _mistyped(reason: str) -> ConfigError:
-    return ConfigError(f"the join code is mistyped: {reason}", hint="copy it anew from `meshd key show` on a device of the cluster")
+    return ConfigError(
+        f"the join code is mistyped: {reason}", hint="copy it again from `meshd key show` on a device of the cluster"
+    )
 
 
 def _base32(data: bytes) -> str:

@@ -2,7 +2,7 @@
 
     KvManager    all sessions on this peer
     SessionKv    one session: its coordinator, epoch and lease, and its caches
-    StageCache   KV of one session for the layers of one stage, and the outputs kept of that stage
+    StageCache   KV of one session for the layers of one stage, and the kept outputs of that stage
     KvLease      the blocks that one or more caches and stages share
 
 KV outlives the stage that computed it: in a later epoch, a stage of the same session takes it over for some or all of its layers.
@@ -47,7 +47,7 @@ class KvLease:
 
 @dataclass(slots=True, eq=False)
 class StageCache:
-    """KV of a session for some layers, and the outputs of the last of these layers that are kept."""
+    """KV of a session for some layers, and the kept outputs of the last of these layers."""
 
     lease: KvLease
     layers: LayerRange

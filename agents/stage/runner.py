@@ -143,7 +143,7 @@ class StageRunner:
                 continue
             self.computing_since = self.clock.monotonic()
             if step.prefill and active.open.stage > 0:
-                self.sender.taken(active, step)
+                self.sender.send_taken(active, step)
             self.compute.submit(
                 partial(compute_step, active, step),
                 partial(self._computed, active, step),
@@ -160,7 +160,7 @@ class StageRunner:
         if active.machine.state is not fsm.StageState.ENDED:
             if cache.log is not None and output.hidden is not None:
                 self.kv_manager.outputs.append(cache.log, step.position, output.hidden)
-            self.mirrors.grown(active)
+            self.mirrors.on_kv_grown(active)
         if not step.prefill:
             self.residents.observe_decode(active.resident, len(active.stage.layers), step.position, output.forward_s)
         self.telemetry.stage_step(str(active.stage.layers), "prefill" if step.prefill else "decode", output.stage_s)

@@ -45,7 +45,7 @@ class StageSender:
         else:
             self._send_activation(active, position, hidden, sample=False)
 
-    def taken(self, active: ActiveStage, step: Step) -> None:
+    def send_taken(self, active: ActiveStage, step: Step) -> None:
         """Report to the previous stage that this prefill step begins, so that it may send one more."""
         message = Taken(session=active.open.session, epoch=active.open.epoch, step=step.position, stage=active.open.stage)
         try_send(self.links.send, active.peer_of(active.open.stage - 1), message)

@@ -154,7 +154,7 @@ class StageSession(Machine[Event, Command]):
     """State of one session on one stage. Only `handle` changes it."""
 
     known_tokens: int
-    """Number of prompt tokens and of answer tokens that were known when the epoch began."""
+    """Length of the prompt and the answer together when the epoch began, in tokens."""
     max_tokens: int
     """Tokens of prompt and answer for which KV is reserved."""
     credit: int
@@ -257,8 +257,8 @@ class StageSession(Machine[Event, Command]):
             return f"it has KV of {self.held} tokens: it can't start at {event.start}"
         if event.start >= self.known_tokens or not 0 <= event.send_from < self.known_tokens:
             return f"{self.known_tokens} tokens are known: it can't start at {event.start} and send from {event.send_from}"
-        kept = self.kept_from <= event.send_from and event.start <= self.kept_to
-        if not self.last and not kept and event.send_from < event.start:
+        available = self.kept_from <= event.send_from and event.start <= self.kept_to
+        if not self.last and not available and event.send_from < event.start:
             return f"outputs {self.kept_from} to {self.kept_to} are kept, not those from {event.send_from} to {event.start}"
         return ""
 

@@ -46,7 +46,7 @@ def test_junk_reads_the_same_for_any_chunking(frames: Frames, junk: bytes, sizes
 
 
 @given(frames=frames_of.filter(bool), cut=st.integers(1, 200), sizes=chunkings)
-def test_a_truncated_stream_gives_its_whole_frames_and_one_violation(frames: Frames, cut: int, sizes: list[int]) -> None:
+def test_a_torn_stream_gives_the_whole_frames_and_one_violation(frames: Frames, cut: int, sizes: list[int]) -> None:
     whole = stream_of(frames[:-1])
     last = stream_of(frames[-1:])
     read, violation = read_frames(whole + last[: min(cut, len(last) - 1)], SMALL, sizes)

@@ -77,7 +77,7 @@ def nested_structs() -> dict[str, type[msgspec.Struct]]:
     return found
 
 
-def test_the_table_of_messages_matches_the_code() -> None:
+def test_the_table_of_messages_is_the_code() -> None:
     described = {row[0]: row[1:5] for row in ROWS if row[0].isdecimal()}
     assert described == {
         str(number): (name_text(message), kind_text(message), message.default_lane.name.lower(), fields_text(message))
@@ -85,7 +85,7 @@ def test_the_table_of_messages_matches_the_code() -> None:
     }
 
 
-def test_the_table_of_structs_matches_the_code() -> None:
+def test_the_table_of_structs_is_the_code() -> None:
     structs = nested_structs()
     described = {row[0]: row[1:3] for row in ROWS if row[0] in structs}
     assert described == {
@@ -104,7 +104,7 @@ def test_the_test_vector_is_in_the_text(value: str) -> None:
     assert value in re.sub(r"\n", "", SPEC)
 
 
-def test_the_constants_match_the_code() -> None:
+def test_the_constants_are_the_code() -> None:
     timing = table.Timing()
     major, minor = messages.PROTOCOL_VERSION
     for expected in (

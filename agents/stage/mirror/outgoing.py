@@ -63,7 +63,7 @@ class OutgoingMirrors:
         self._note(copy, "mirror begun", eager=message.eager)
         return self._offer(copy)
 
-    def grown(self, active: ActiveStage) -> None:
+    def on_kv_grown(self, active: ActiveStage) -> None:
         """Continue the stage's copies after a step extended its KV."""
         if copies := self._copies.get(active.key):
             for copy in list(copies.values()):

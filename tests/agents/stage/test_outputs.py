@@ -16,7 +16,7 @@ def hidden(start: int, tokens: int, mark: float = 0) -> np.ndarray:
     return np.repeat(np.arange(start, start + tokens, dtype=np.float32)[:, None], WIDTH, 1) + np.float32(mark)
 
 
-def kept(log: OutputLog) -> tuple[int, int]:
+def kept_range(log: OutputLog) -> tuple[int, int]:
     return log.kept_from, log.kept_to
 
 
@@ -48,7 +48,7 @@ def test_a_gap_clears_the_log() -> None:
     outputs = Outputs(1 << 20)
     log = filled(outputs, 5)
     outputs.append(log, 7, hidden(7, 2))
-    assert kept(log) == (7, 9)
+    assert kept_range(log) == (7, 9)
     outputs.drop(log)
     assert outputs.used_bytes == 0
 
@@ -58,9 +58,9 @@ def test_positions_that_were_cut_can_be_appended_again(end: int) -> None:
     outputs = Outputs(1 << 20)
     log = filled(outputs, 5, 1, 6)
     outputs.cut(log, end)
-    assert kept(log) == (0, min(end, 12))
+    assert kept_range(log) == (0, min(end, 12))
     outputs.append(log, end, hidden(end, 3, mark=0.5))
-    assert kept(log) == (0 if end <= 12 else 20, end + 3)
+    assert kept_range(log) == (0 if end <= 12 else 20, end + 3)
     assert np.array_equal(log.rows(end, end + 3), hidden(end, 3, mark=0.5))
     outputs.drop(log)
     outputs.drop(log)
@@ -72,11 +72,11 @@ def test_the_least_recently_used_log_is_evicted_first() -> None:
     first, second = filled(outputs, 40), filled(outputs, 40)
     outputs.append(first, 40, hidden(40, 1))
     third = filled(outputs, 70)
-    assert kept(first) == (0, 41)
-    assert kept(second) == (40, 40)
-    assert kept(third) == (0, 70)
+    assert kept_range(first) == (0, 41)
+    assert kept_range(second) == (40, 40)
+    assert kept_range(third) == (0, 70)
     outputs.append(second, 40, hidden(40, 1))
-    assert kept(second) == (40, 41), "an evicted log continues at the position of its stage"
+    assert kept_range(second) == (40, 41), "an evicted log continues at the position of its stage"
 
 
 def test_a_pinned_log_is_not_evicted() -> None:
@@ -84,8 +84,8 @@ def test_a_pinned_log_is_not_evicted() -> None:
     first, second = filled(outputs, 40), filled(outputs, 40)
     first.pinned = True
     filled(outputs, 80)
-    assert kept(first) == (0, 40)
-    assert kept(second) == (40, 40)
+    assert kept_range(first) == (0, 40)
+    assert kept_range(second) == (40, 40)
 
 
 def test_a_log_that_exceeds_the_budget_alone_loses_its_beginning() -> None:
@@ -99,7 +99,7 @@ def test_a_log_that_exceeds_the_budget_alone_loses_its_beginning() -> None:
 def test_a_step_larger_than_the_budget_is_not_kept() -> None:
     outputs = Outputs(1000)
     log = filled(outputs, 100)
-    assert kept(log) == (100, 100)
+    assert kept_range(log) == (100, 100)
     assert outputs.used_bytes == 0
 
 
@@ -123,7 +123,7 @@ def test_the_budget_is_kept_and_every_byte_is_counted(actions: list[tuple[int, s
         for log in logs:
             assert 0 <= log.kept_from <= log.kept_to
             if log.parts:
-                assert np.array_equal(log.rows(*kept(log))[:, 0], np.arange(*kept(log)))
+                assert np.array_equal(log.rows(*kept_range(log))[:, 0], np.arange(*kept_range(log)))
     for log in logs:
         outputs.drop(log)
     assert outputs.used_bytes == 0

@@ -1,4 +1,4 @@
-"""An answer on a real peer that also stands for its stages, which record the messages they receive and compute nothing."""
+"""An answer on a real peer that also stands in for its stages, which record the messages they receive and compute nothing."""
 
 from itertools import pairwise
 from typing import Any

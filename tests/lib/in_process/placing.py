@@ -18,7 +18,7 @@ from meshd.types import Advert, Holding, PeerId
 
 
 class Cluster:
-    """Stands for the links and the peer table of the peer that routes."""
+    """Stands in for the links and the peer table of the peer that routes."""
 
     def __init__(self, *peers: PeerProfile, **fields: Any) -> None:
         self.adverts = {advert.peer: advert for advert in make_adverts(*peers, **fields)}

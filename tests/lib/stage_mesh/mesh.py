@@ -39,7 +39,7 @@ class QuickClock(SystemClock):
 
 
 class MemoryLinks:
-    """Stands for `Links`. Messages are encoded and decoded, and arrive in order, one iteration of the event loop later."""
+    """Stands in for `Links`. Messages are encoded and decoded, and arrive in order, one iteration of the event loop later."""
 
     def __init__(self, id_: PeerId, mesh: "StageMesh") -> None:
         self.id = id_
