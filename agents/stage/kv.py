@@ -126,7 +126,7 @@ class KvManager:
         logs = [other.log for other in session_kv.caches if other.log is not None and other.layers.end == cache.layers.end]
         cache.log = max(logs, key=lambda log: log.kept_to, default=None) or self.outputs.open()
 
-    def mirror(
+    def reserve_copy(
         self, session_kv: SessionKv, resident: ResidentLayers | None, model: ModelId, layers: LayerRange, tokens: int, valid: int
     ) -> StageCache:
         """Add a cache for a copy from another peer. It takes over KV that no stage uses, up to position `valid`, or starts empty.
