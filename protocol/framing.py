@@ -1,4 +1,4 @@
-"""Cut a byte stream into frames. No I/O.
+"""Cuts a byte stream into frames. No I/O.
 
 A frame is `u32 header length | u32 payload length | header | payload`, both lengths big-endian. A length is checked before
 memory is allocated for it: a `FrameReader` never holds more than its scratch buffer and one payload.

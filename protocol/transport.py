@@ -21,7 +21,7 @@ log = logging.getLogger("meshd.transport")
 
 Buffer = bytes | bytearray | memoryview
 Address = tuple[str, int]
-"""(host, port)"""
+"""(host, TCP port)"""
 
 QUEUE_BYTES = 32 * MIB
 """Bytes that may be queued on one connection: two of the largest payloads."""

@@ -162,7 +162,7 @@ class KvManager:
         self.drop_where(session_kv, unwanted)
 
     def _stage_uses(self, session_kv: SessionKv, lease: KvLease) -> bool:
-        """Whether a stage uses the blocks: it runs, or it ended while a step was computed and the step is not done."""
+        """Whether a stage uses the blocks: a running one, or an ended one whose last step still computes."""
         return lease.users > sum(cache.lease is lease for cache in session_kv.caches)
 
     def drop(self, session_kv: SessionKv, cache: StageCache) -> None:

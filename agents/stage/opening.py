@@ -31,7 +31,8 @@ class StageOpener:
     def on_open(self, sender: PeerId, message: Open, payload: memoryview) -> Opened:
         """Open a stage of a session for one epoch. A repeated OPEN gets the same answer.
 
-        Raises: ProtocolViolation, InvalidRequest, Superseded, NoPeer if the layers are not resident, OutOfMemory.
+        Raises: ProtocolViolation or InvalidRequest if OPEN is invalid; Superseded as `SessionLeases.check_coordinator` does; NoPeer
+        if the layers are not in memory; OutOfMemory if the pool has too few free blocks.
         """
         running = self.runner.active.get((message.session, message.stage))
         if running is not None and running.open.epoch == message.epoch and running.open.coordinator == sender:

@@ -107,7 +107,7 @@ class StageRunner:
             active.cache.log.pinned = False
 
     def _begin(self, active: ActiveStage, start: int) -> None:
-        """Start the epoch at position `start`: drop KV and outputs from there on, and the caches that no stage of it uses."""
+        """Start the epoch at position `start`: drop KV and outputs from there on, and caches that the epoch does not use."""
         cache, epoch = active.cache, active.open.epoch
         cache.filled = cache.epoch_start = start
         cache.mirrored = False

@@ -149,7 +149,7 @@ def compute_step(active: ActiveStage, step: fsm.Step) -> StepOutput:
 def _forward(active: ActiveStage, step: fsm.Step, hidden: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     segment = Segment(table=active.table, start=step.position, tokens=step.tokens)
     out = active.stage.forward(hidden, [segment], active.cache.lease.pool)
-    # Layers turn no NaN or infinity into a finite value, so checking the output is enough; the input is checked only if that fails.
+    # No layer turns NaN or infinity into a finite value, so checking the output is enough. The input is checked only if that fails.
     if not active.last and not np.isfinite(out).all():
         raise LocalFault(f"layers {active.stage.layers} computed hidden states that are not finite", hint="check the model file")
     return out

@@ -23,7 +23,7 @@ A later epoch (after a loss, or to move a stage) reuses existing KV:
     coordinator --PROMPT--> first stage                 (the known tokens from its start)
     stage i --ACTIVATION--> stage i+1                   (kept outputs from send_from to start, then as computed)
 
-A copy of a stage's KV on another peer (a mirror, or a move that prepares):
+A copy of a stage's KV on another peer (as a mirror, or to prepare a move):
 
     coordinator --MIRROR(target)--> stage's peer
     stage's peer --KV_OFFER--> target                   --KV_ACCEPTED(held)--> stage's peer

@@ -19,7 +19,7 @@ class Mirror(SessionMessage, frozen=True, kw_only=True):
 
 @message(61)
 class Mirrored(SessionMessage, frozen=True, kw_only=True):
-    """Progress of a copy. Sent when it catches up, when it fails, and every 0.5 s until then."""
+    """Progress of a copy. Sent when the copy catches up, when it fails, and every 0.5 s while it is behind."""
 
     stage: int
     target: PeerId

@@ -29,7 +29,7 @@ class Hello(Message, frozen=True, kw_only=True):
 
 @message(2)
 class Error(Reply, frozen=True, kw_only=True):
-    """A request could not be handled; with `request` 0, a message could not be."""
+    """A request could not be handled. With `request` 0: a message could not be handled."""
 
     request: int = 0
     code: str

@@ -46,7 +46,7 @@ class Opened(Reply, frozen=True, kw_only=True):
 
 @message(59)
 class Resume(SessionMessage, frozen=True, kw_only=True):
-    """All stages of a later epoch are open: continue. The receiver frees what no stage of the epoch uses."""
+    """All stages of a later epoch are open: continue. The receiver frees KV and outputs that no stage of the epoch uses."""
 
     stage: int
     start: int

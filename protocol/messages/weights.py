@@ -20,7 +20,7 @@ class ManifestData(Reply, frozen=True, kw_only=True):
     default_lane: ClassVar[Lane] = Lane.BULK
     card: ModelCard
     sha256: str
-    """Of the payload, in hex."""
+    """SHA-256 of the payload, in hex."""
 
 
 @message(42)
@@ -34,7 +34,7 @@ class FetchWeights(Request, frozen=True, kw_only=True):
 
 @message(43)
 class WeightData(Reply, frozen=True, kw_only=True):
-    """Payload: the bytes."""
+    """Payload: the requested bytes."""
 
     default_lane: ClassVar[Lane] = Lane.BULK
     offset: int

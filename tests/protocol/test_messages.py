@@ -23,13 +23,13 @@ def test_every_message_of_the_modules_is_registered() -> None:
     assert found - bases == set(REGISTRY.values())
 
 
-def test_every_reply_answers_a_request_and_carries_no_epoch_check() -> None:
+def test_requests_and_replies_have_a_request_number_and_no_epoch() -> None:
     for kind in REGISTRY.values():
         assert not (issubclass(kind, Request | Reply) and issubclass(kind, SessionMessage)), kind
         assert issubclass(kind, Request | Reply) == ("request" in kind.__struct_fields__), kind
 
 
-def test_messages_are_small_unless_they_name_the_bulk_lane() -> None:
+def test_the_control_lane_is_the_default() -> None:
     assert Heartbeat.default_lane is Lane.CONTROL
     assert {kind.default_lane for kind in REGISTRY.values()} == {Lane.CONTROL, Lane.BULK}
 

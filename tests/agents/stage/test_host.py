@@ -57,13 +57,13 @@ async def test_a_stage_reports_its_progress(mesh: StageMesh) -> None:
 
 async def test_nothing_leaks_after_random_opens_losses_and_copies(mesh: StageMesh) -> None:
     for seed in range(25):
-        await _shake(mesh, seed)
+        await _run_random_actions(mesh, seed)
         for peer in mesh.peers.values():
             peer.inbox.clear()
             peer.links.sent.clear()
 
 
-async def _shake(mesh: StageMesh, seed: int) -> None:
+async def _run_random_actions(mesh: StageMesh, seed: int) -> None:
     """Open, cut, copy, renew and close at random, with late messages. Then let the leases run out: everything must be free."""
     dice = random.Random(seed)
     peers = [mesh.peers.get(type(SESSION)(name * 52)) or mesh.start(name, blocks=10) for name in "abcd"]  # type: ignore[call-overload]

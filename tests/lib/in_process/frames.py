@@ -11,7 +11,7 @@ def read_frames(
 ) -> tuple[list[Frame], ProtocolViolation | None]:
     """Pass a stream to a FrameReader in chunks of `sizes` bytes, repeating the last size.
 
-    Returns: the frames, and the violation that ended the stream; None if it ended well.
+    Returns: the frames, and the violation that ended the stream; None if there was none.
     """
     reader = FrameReader(limits)
     frames: list[Frame] = []

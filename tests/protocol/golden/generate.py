@@ -1,6 +1,6 @@
 """Writes the golden frames: NUMBER_NAME.bin is a frame, NUMBER_NAME.json describes its contents.
 
-Run it after a message was changed on purpose, and read the difference before you commit it:
+Run it after an intended change of a message, and check the difference before you commit it:
 
     python tests/protocol/golden/generate.py
 """
