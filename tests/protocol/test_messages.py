@@ -4,6 +4,7 @@ import msgspec
 import pytest
 
 from meshd.protocol.messages import REGISTRY, Heartbeat, Lane, Message, Reply, Request, SessionMessage
+from meshd.protocol.messages.base import message
 
 
 def _subclasses(kind: type[Message]) -> list[type[Message]]:
@@ -21,6 +22,15 @@ def test_every_message_of_the_modules_is_registered() -> None:
     bases = {Message, Request, Reply, SessionMessage}
     found = {kind for kind in _subclasses(Message) if kind.__module__.startswith("meshd.protocol.messages")}
     assert found - bases == set(REGISTRY.values())
+
+
+def test_a_type_number_that_is_taken_is_refused() -> None:
+    class Other(Message, frozen=True, kw_only=True):
+        pass
+
+    with pytest.raises(ValueError, match="taken by Heartbeat"):
+        message(Heartbeat.number)(Other)
+    assert REGISTRY[Heartbeat.number] is Heartbeat
 
 
 def test_requests_and_replies_have_a_request_number_and_no_epoch() -> None:
