@@ -274,7 +274,7 @@ def _stages(parts: Parts, holdings: ResidentModels, story: Story) -> StageHost:
     return StageHost(
         me=parts.me,
         links=links,
-        holdings=holdings,
+        residents=holdings,
         compute=parts.compute,
         clock=parts.clock,
         telemetry=parts.telemetry,

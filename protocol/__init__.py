@@ -1,1 +1,1 @@
-"""The wire: frames, messages, identity. No I/O but in `transport`."""
+"""The link protocol: frames, messages, identity and the handshake. Only `transport` does I/O."""

@@ -1,10 +1,11 @@
-"""Messages to headers and back: a header is the msgpack array `[type number, body map]`.
+"""Encodes messages as frame headers and decodes them. A header is the msgpack array `[type number, body map]`.
 
 `msgpack` turns bytes into plain values and back, within the bounds of SPEC.md, section 3; `msgspec` checks the plain values against
-the message's fields. Encoding and decoding an ACTIVATION takes 4 microseconds; its hop takes 50 and more.
+the message's fields. Encoding and decoding an ACTIVATION takes 4 microseconds; sending it to another peer takes 50 or more.
 
-Not for payloads that are msgpack (session records, tensor lists): `msgspec.msgpack.decode` reads those straight into their type.
-`msgpack` would first build plain values, and 16 MiB of empty arrays take 1.1 GiB as lists. A header is too short for that.
+Payloads that are msgpack (session records, tensor lists) don't come here: `msgspec.msgpack.decode` reads them straight into their
+type. `msgpack` would first build plain values, and a payload of 16 MiB of empty arrays takes 1.1 GiB as lists. Headers are too
+short for such an attack.
 """
 
 from typing import Any
@@ -16,9 +17,9 @@ from meshd.errors import InvalidRequest, ProtocolViolation
 from meshd.protocol.messages import REGISTRY, Message
 
 _MAX_ITEMS = 16_384
-"""The most entries of one array or map in a header."""
+"""Most entries of one array or map in a header."""
 _MAX_TEXT = 32_768
-"""The most UTF-8 bytes of one string in a header."""
+"""Most UTF-8 bytes of one string in a header."""
 _U64 = 1 << 64
 
 
@@ -27,7 +28,7 @@ class UnknownMessage(Message, frozen=True, kw_only=True):
 
     number_of: int
     request: int = 0
-    """The request number that it carries; 0 if none."""
+    """The request number in the message; 0 if there is none."""
 
 
 def encode(message: Message) -> bytes:

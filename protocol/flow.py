@@ -6,7 +6,7 @@ from meshd.errors import Overloaded
 
 
 class SendQueue:
-    """Keeps buffers in order, bounded by their total bytes. Large ones are taken in chunks, without a copy."""
+    """A first-in, first-out queue of buffers with a limit on its total bytes. Large buffers are taken in chunks, without a copy."""
 
     def __init__(self, limit_bytes: int, chunk_bytes: int) -> None:
         self.limit_bytes = limit_bytes

@@ -1,4 +1,4 @@
-"""Cut a byte stream into frames. No I/O.
+"""Cuts a byte stream into frames. No I/O.
 
 A frame is `u32 header length | u32 payload length | header | payload`, both lengths big-endian. A length is checked before
 memory is allocated for it: a `FrameReader` never holds more than its scratch buffer and one payload.
@@ -21,12 +21,12 @@ MAX_HEADER_HARD = MIB
 """The largest `max_header` that a HELLO may have."""
 MAX_PAYLOAD = 16 * MIB
 _SCRATCH = 32 * KIB
-"""Read at once while no large payload is arriving. A decode step's activation fits, and at most this much of a frame is copied."""
+"""Size of the scratch buffer. A decode step's activation fits in it, and of a larger payload at most this much is copied."""
 EMPTY = memoryview(b"")
 
 
 class FrameLimits(msgspec.Struct, frozen=True):
-    """The largest header and payload, in bytes, that a side accepts."""
+    """The largest header and payload, in bytes, that one side of a connection accepts."""
 
     max_header: int = MAX_HEADER
     max_payload: int = MAX_PAYLOAD
@@ -118,11 +118,11 @@ class FrameReader:
         self._have = 0
         return self._broken
 
-    def _keep(self, at: int, need: int) -> None:
-        """Move the unread bytes to the front of a scratch buffer with space for more than `need` bytes."""
+    def _keep(self, at: int, required: int) -> None:
+        """Move the unread bytes to the front of a scratch buffer with space for more than `required` bytes."""
         rest = self._scratch[at : self._have]
-        if need >= len(self._scratch):
-            self._scratch = memoryview(bytearray(need + _SCRATCH))
+        if required >= len(self._scratch):
+            self._scratch = memoryview(bytearray(required + _SCRATCH))
             self._scratch[: len(rest)] = rest
         elif at:
             self._scratch[: len(rest)] = bytes(rest)

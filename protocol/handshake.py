@@ -1,4 +1,4 @@
-"""HELLO: what two peers agree on before they are linked, and which of two links between them survives. Pure."""
+"""The rules of HELLO: what two peers agree on, and which of two links between them survives. Pure functions."""
 
 from collections.abc import Iterable
 from enum import Enum
@@ -10,23 +10,23 @@ from meshd.protocol.framing import MAX_HEADER_HARD, MAX_PAYLOAD, FrameLimits
 from meshd.protocol.messages import FEATURES, PROTOCOL_VERSION, Error, Goodbye, Hello, Lane, Message
 from meshd.types import PeerId
 
-_LEAST = 4096
-"""No HELLO may accept less, in bytes of header: a longer one could not be answered."""
+_MIN_HEADER = 4096
+"""The smallest `max_header` that a HELLO may have. With less, the answer to a message might not fit."""
 
 
 class HelloAgreement(msgspec.Struct, frozen=True):
     """The result of both HELLOs of a connection."""
 
     hello: Hello
-    """The other side's."""
+    """HELLO of the other side."""
     features: frozenset[str]
     """Features that both sides have."""
     limits: FrameLimits
-    """Limits of the other side."""
+    """Largest header and payload that the other side accepts."""
 
 
 class LinkChoice(Enum):
-    """What happens to a link that a peer offers while another may exist."""
+    """The decision about a link that a peer offers."""
 
     ACCEPT = "there is none yet"
     REPLACE = "the new one takes the place of the old"
@@ -34,10 +34,10 @@ class LinkChoice(Enum):
 
 
 def check_hello(message: Message, certified: PeerId, *, features: Iterable[str] = FEATURES) -> HelloAgreement:
-    """Check the first frame of a connection against the rules and the peer's certificate.
+    """Check the first message of a connection, which must be HELLO from the peer in the certificate.
 
-    Raises: ProtocolViolation if it breaks the protocol; PeerRefused if its major version differs; PeerLost if it is GOODBYE
-    or ERROR instead.
+    Raises: ProtocolViolation if it breaks the protocol; PeerRefused if its major version differs; PeerLost if it is GOODBYE or
+    ERROR.
     """
     if isinstance(message, Goodbye):
         raise PeerLost(message.reason)
@@ -55,8 +55,10 @@ def check_hello(message: Message, certified: PeerId, *, features: Iterable[str] 
         raise ProtocolViolation("HELLO names another peer than the certificate")
     if message.lane not in (Lane.CONTROL, Lane.BULK):
         raise ProtocolViolation(f"HELLO names lane {message.lane}, which does not exist")
-    if not _LEAST <= message.max_header <= MAX_HEADER_HARD or not 0 <= message.max_payload <= MAX_PAYLOAD:
-        raise ProtocolViolation(f"HELLO accepts headers of {message.max_header} and payloads of {message.max_payload} bytes")
+    if not _MIN_HEADER <= message.max_header <= MAX_HEADER_HARD or not 0 <= message.max_payload <= MAX_PAYLOAD:
+        raise ProtocolViolation(
+            f"HELLO has max_header {message.max_header} and max_payload {message.max_payload}, which are out of range"
+        )
     return HelloAgreement(
         message, frozenset(features) & frozenset(message.features), FrameLimits(message.max_header, message.max_payload)
     )
@@ -69,22 +71,23 @@ def check_answer(answer: Hello, asked: Hello) -> None:
 
 
 class ExistingLink(msgspec.Struct, frozen=True, kw_only=True):
-    """The link with a peer that exists when it offers another."""
+    """The link that exists with a peer when that peer offers another one."""
 
     incarnation: int | None
     """None: no HELLO has arrived yet."""
     dialled: bool
-    """Whether this side dialled it."""
+    """Whether this peer dialled the link."""
     up: bool
     silent_s: float
+    """Time since the last frame arrived."""
 
 
 def choose_link(present: ExistingLink | None, offered: Hello, own: PeerId, *, fresh_s: float) -> LinkChoice:
-    """Choose the surviving link when a peer dials this one while a link with it exists. Both sides choose the same one.
+    """Decide whether a link that a peer dials replaces the existing one. Both sides decide alike (SPEC.md, section 4).
 
-    A side never dials a peer that it has a link with. So a peer that dials again has lost the link it dialled before. Of two
-    links dialled at the same time, the one from the smaller id survives. A link that this side dialled and that received a frame
-    within `fresh_s` is kept: the peer dialled before that link came up, and withdraws its offer.
+    A peer never dials one that it has a link with. So a peer that dials again has lost the link that it dialled before. Of two
+    links dialled at the same time, the one dialled by the peer with the smaller id survives. A link that this peer dialled and
+    that received a frame within `fresh_s` is kept: the other peer dialled before that link came up, and withdraws its offer.
     """
     if present is None:
         return LinkChoice.ACCEPT

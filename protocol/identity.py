@@ -1,7 +1,7 @@
 """A peer's identity and trust: the cluster key, the certificate authority derived from it, and the TLS contexts of a link.
 
 Every holder of the cluster key rebuilds the same authority, byte for byte; each peer signs its own certificate with it. The dates
-in both cover all time, so that a device whose clock is wrong can join. SPEC.md, section 2, has all of it, with a test vector.
+in both cover all time, so that a device whose clock is wrong can join. SPEC.md, section 2, specifies both, with a test vector.
 """
 
 import base64
@@ -60,7 +60,7 @@ class ClusterKey:
 
     @classmethod
     def generate(cls, random_bytes: Callable[[int], bytes]) -> "ClusterKey":
-        """A new cluster's key."""
+        """Generate the key of a new cluster."""
         return cls(random_bytes(KEY_BYTES))
 
     @classmethod
@@ -81,25 +81,25 @@ class ClusterKey:
 
     @property
     def code(self) -> str:
-        """The join code: how a person carries the key to another device."""
+        """The join code: the key as text that a person can type on another device."""
         letters = base64.b32encode(self.secret + _check(self.secret)).decode().translate(_ENCODE)
         groups = [letters[at : at + _GROUP] for at in range(0, len(letters), _GROUP)]
         return "-".join([_PREFIX, *groups])
 
     @cached_property
     def authority(self) -> Ed25519PrivateKey:
-        """HKDF-SHA256 of the key is the authority's Ed25519 seed."""
+        """The authority's Ed25519 key. Its seed is HKDF-SHA256 of the cluster key."""
         seed = HKDF(algorithm=hashes.SHA256(), length=32, salt=_SALT, info=_AUTHORITY_INFO).derive(self.secret)
         return Ed25519PrivateKey.from_private_bytes(seed)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the cluster in public: 16 letters and digits, from the authority's public key."""
+        """The cluster's public name: 16 letters and digits, derived from the authority's public key."""
         return _base32(hashlib.sha256(_raw(self.authority.public_key())).digest()[:10])
 
     @cached_property
     def certificate(self) -> x509.Certificate:
-        """The authority's own certificate; the same on every peer."""
+        """The authority's own certificate. It is the same on every peer."""
         public = self.authority.public_key()
         return (
             _certificate(public, _name(_AUTHORITY_NAME, self.fingerprint), serial=1)
@@ -111,7 +111,7 @@ class ClusterKey:
         )
 
     def certify(self, public: Ed25519PublicKey) -> x509.Certificate:
-        """A peer's certificate; the same for the same key."""
+        """Sign the certificate of a peer. The same key gives the same certificate."""
         digest = hashlib.sha256(_raw(public)).digest()
         return (
             _certificate(public, _name(peer_id(public)), serial=int.from_bytes(digest[:16], "big") >> 1 | 1)
@@ -126,15 +126,17 @@ class ClusterKey:
 
 @dataclass(frozen=True)
 class Identity:
-    """This peer's id and cluster, and the TLS contexts that prove them on both ends of a link."""
+    """This peer's id and cluster, and the TLS contexts that prove both to other peers."""
 
     peer: PeerId
     fingerprint: str
-    """The cluster's."""
+    """Fingerprint of the cluster."""
     server: ssl.SSLContext
+    """For accepted connections."""
     client: ssl.SSLContext
+    """For dialled connections."""
     notice: str = ""
-    """A message to the user about how the identity was made; empty: none."""
+    """A message for the user if the folder was a copy, so that a new identity was made; otherwise empty."""
 
 
 def peer_id(public: Ed25519PublicKey) -> PeerId:
@@ -143,7 +145,7 @@ def peer_id(public: Ed25519PublicKey) -> PeerId:
 
 
 def peer_of_certificate(der: bytes) -> PeerId:
-    """Return the id of a certificate's peer. Raises: PeerRefused if its key is not Ed25519."""
+    """Return the id of a certificate's peer. Raises: PeerRefused if the certificate can't be read, or its key is not Ed25519."""
     try:
         public = x509.load_der_x509_certificate(der).public_key()
     except (ValueError, UnsupportedAlgorithm) as error:
@@ -154,7 +156,11 @@ def peer_of_certificate(der: bytes) -> PeerId:
 
 
 def load_cluster_key(folder: StateFolder) -> ClusterKey | None:
-    """Load the key of this folder; None if it has none yet. Raises: StorageError if it is broken or others may read it."""
+    """Load the cluster key from the folder.
+
+    Returns: None if the folder has no key yet.
+    Raises: StorageError if the file is broken, or other users may read it.
+    """
     data = folder.read(CLUSTER_FILE)
     if data is None:
         return None
@@ -167,14 +173,14 @@ def load_cluster_key(folder: StateFolder) -> ClusterKey | None:
 
 
 def store_cluster_key(folder: StateFolder, key: ClusterKey) -> None:
-    """Store the key, as its join code. Raises: StorageError."""
+    """Store the cluster key as its join code. Raises: StorageError."""
     folder.write(CLUSTER_FILE, f"{key.code}\n".encode())
 
 
 def load_identity(folder: StateFolder, cluster: ClusterKey, random_bytes: Callable[[int], bytes]) -> Identity:
-    """Load this folder's identity in the cluster. Makes a new one at the first start, and in a folder that was copied.
+    """Load the folder's identity and certify it in the cluster. Make a new one at the first start, and in a copied folder.
 
-    Raises: StorageError if the key is broken or others may read it.
+    Raises: StorageError if the key file is broken, or other users may read it.
     """
     private, notice = _load_private(folder)
     if private is None:
@@ -198,7 +204,7 @@ def _load_private(folder: StateFolder) -> tuple[Ed25519PrivateKey | None, str]:
         return None, ""
     first, _, pem = data.partition(b"\n")
     if first.startswith(_PLACE.encode()) and first != f"{_PLACE}{folder.place()}".encode():
-        return None, f"{folder.path} is a copy of another peer's folder: this peer has made itself an identity of its own"
+        return None, f"{folder.path} is a copy of another peer's folder, so this peer has made a new identity"
     try:
         private = serialization.load_pem_private_key(pem, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
@@ -261,7 +267,9 @@ def _check(secret: bytes) -> bytes:
 
 
 def _mistyped(reason: str) -> ConfigError:
-    return ConfigError(f"the join code is mistyped: {reason}", hint="copy it anew from `meshd key show` on a device of the cluster")
+    return ConfigError(
+        f"the join code is mistyped: {reason}", hint="copy it again from `meshd key show` on a device of the cluster"
+    )
 
 
 def _base32(data: bytes) -> str:

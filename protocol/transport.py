@@ -21,7 +21,7 @@ log = logging.getLogger("meshd.transport")
 
 Buffer = bytes | bytearray | memoryview
 Address = tuple[str, int]
-"""(host, port)"""
+"""(host, TCP port)"""
 
 QUEUE_BYTES = 32 * MIB
 """Bytes that may be queued on one connection: two of the largest payloads."""
@@ -34,22 +34,22 @@ _SHUTDOWN_S = 0.5
 
 
 class Connection(asyncio.BufferedProtocol):
-    """Converts between frames on the socket and messages.
+    """Sends and receives messages on one socket.
 
-    `on_message(connection, message, frame)` is called for each message from within the event loop's read; it must not block.
-    `on_closed(connection, reason)` is called once. Before `attach`, one message is kept for `first`; a second
-    one closes the connection.
+    `on_message(connection, message, frame)` is called for each message while the event loop reads from the socket, so it must not
+    block. `on_closed(connection, reason)` is called once. Before `attach`, the first message is kept for `first`, and a second one
+    closes the connection.
     """
 
     peer: PeerId
-    """From its certificate."""
+    """Id of the other side, from its certificate."""
     remote: Address
 
     def __init__(self, limits: FrameLimits, now: Callable[[], float]) -> None:
         self.accepts = FrameLimits()
-        """Limits of the other side, from its HELLO."""
+        """Largest header and payload that the other side accepts, from its HELLO."""
         self.reason = ""
-        """Why it is closed; empty while it is open."""
+        """Why the connection is closed; empty while it is open."""
         self.bytes_in = 0
         self.bytes_out = 0
         self._reader = FrameReader(limits, now)
@@ -63,7 +63,7 @@ class Connection(asyncio.BufferedProtocol):
     def attach(
         self, on_message: Callable[["Connection", Message, Frame], None], on_closed: Callable[["Connection", str], None]
     ) -> None:
-        """Set the receivers of messages and of the end. Raises: PeerLost if the connection has closed already."""
+        """Set the callbacks for messages and for the end. Raises: PeerLost if the connection has closed already."""
         if self.reason:
             raise PeerLost(self.reason)
         self._on_message = on_message
@@ -78,10 +78,10 @@ class Connection(asyncio.BufferedProtocol):
         return self._queue.queued_bytes
 
     def send(self, message: Message, payload: Buffer | None = None) -> None:
-        """Write a message, or queue it; never waits. The payload must not change until it is written.
+        """Write a message, or queue it. Never waits. The payload must not change until it is written.
 
-        Raises: PeerLost if the connection is closed; Overloaded if the queue is full; InvalidRequest if it is larger than the
-        other side accepts.
+        Raises: PeerLost if the connection is closed; Overloaded if the queue is full; InvalidRequest if the message is larger than
+        the other side accepts.
         """
         if self.reason:
             raise PeerLost(self.reason)
@@ -104,7 +104,7 @@ class Connection(asyncio.BufferedProtocol):
             self._pump()
 
     def close(self, reason: str, farewell: Message | None = None) -> None:
-        """Send `farewell` if possible, and close after what was written is sent. `on_closed` is called at once."""
+        """Send `farewell` if possible, and close once all written bytes are sent. `on_closed` is called at once."""
         if self.reason:
             return
         if farewell is not None:
@@ -116,12 +116,12 @@ class Connection(asyncio.BufferedProtocol):
         self._transport.close()
 
     def abort(self, reason: str) -> None:
-        """Close without waiting for anything."""
+        """Close at once and discard unsent bytes."""
         self._end(reason)
         self._transport.abort()
 
     async def closed(self) -> None:
-        """Wait until the socket is gone."""
+        """Wait until the socket is closed."""
         await self._gone.wait()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -208,7 +208,7 @@ def _reason(error: Exception | None) -> str:
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets that listen on every address of `host`. Port 0: a free one. Raises: OSError."""
+    """Open sockets that listen on every address of `host`. Port 0 chooses a free port, the same for all. Raises: OSError."""
     infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: list[socket.socket] = []
     try:
@@ -232,9 +232,9 @@ def listen(host: str, port: int) -> list[socket.socket]:
 async def accept(
     raw: socket.socket, context: ssl.SSLContext, *, limits: FrameLimits, now: Callable[[], float], handshake_s: float
 ) -> Connection:
-    """Make an accepted socket a connection. Raises: PeerRefused if TLS fails; PeerLost if the other side goes away.
+    """Complete TLS on an accepted socket.
 
-    Cancel: the socket is closed.
+    Raises: PeerRefused if TLS fails; PeerLost if the connection breaks before. Cancel: the socket is closed.
     """
     connection = Connection(limits, now)
     raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -263,9 +263,9 @@ async def dial(
     connect_s: float,
     handshake_s: float,
 ) -> Connection:
-    """Connect to the first of the host's addresses that answers.
+    """Connect to the first of the host's addresses that answers, and complete TLS.
 
-    Raises: PeerRefused if TLS fails there; PeerLost if none answers in time. Cancel: nothing stays open.
+    Raises: PeerRefused if TLS fails; PeerLost if no address answers in time. Cancel: nothing stays open.
     """
     raw = await _connect(address, connect_s)
     connection = Connection(limits, now)
@@ -288,7 +288,10 @@ async def dial(
 
 
 async def _handshake(connection: Connection, raw: socket.socket, connecting: Coroutine[object, object, object]) -> None:
-    """Cancel: makes the handshake fail, because asyncio leaks a TLS transport whose handshake is cancelled."""
+    """Wait for the TLS handshake.
+
+    Cancel: shuts the socket down so that the handshake fails, because asyncio leaks the TLS transport of a cancelled handshake.
+    """
     task = asyncio.ensure_future(connecting)
     try:
         await asyncio.shield(task)
@@ -311,7 +314,7 @@ def _abandon(connection: Connection, connecting: asyncio.Future[object]) -> None
 
 
 async def _connect(address: Address, connect_s: float) -> socket.socket:
-    """Connect to the first address that answers; each has `connect_s`."""
+    """Open a TCP connection to the first address that answers. Each address has `connect_s` to do so."""
     loop = asyncio.get_running_loop()
     host, port = address
     failure = "its name has no address"
@@ -342,6 +345,6 @@ def _handshake_failure(error: Exception) -> MeshdError:
         return PeerRefused("its certificate is not of this cluster", hint="join it with this cluster's code: `meshd up --key CODE`")
     if isinstance(error, ssl.SSLError):
         if "ALERT" in (error.reason or ""):
-            return PeerRefused("it refuses our certificate: it is of another cluster")
+            return PeerRefused("it refuses this peer's certificate: it belongs to another cluster")
         return PeerRefused(f"it does not speak TLS 1.3 as meshd does: {error.reason or error}")
     return PeerLost(f"the TLS handshake broke off: {error}")

@@ -1,1 +1,1 @@
-"""This peer's part in the sessions that run through it."""
+"""The stages of sessions that run on this peer, their KV, and the copies of KV between peers."""

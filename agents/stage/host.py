@@ -1,13 +1,15 @@
-"""This peer's part in the sessions that run through it: takes their messages and hands them to the part that acts on them.
+"""Receives the session messages of this peer's stages and passes each to the component that handles it.
 
-A plan names who may send what: a message from any other peer is dropped. KV and outputs outlive the stage that computed them: they
-stay for the stage that follows in a later epoch, until that one says what it needs, the session is closed, or its lease runs out.
+    opening    OPEN                       -> a new stage
+    steps      PROMPT, ACTIVATION, TOKEN  -> steps of a stage
+    runner     a stage's events           -> its state machine, and the steps to compute
+    sender     a step's output            -> the next stage, or the first stage and the coordinator
+    leases     RENEW, CLOSE, time         -> how long KV stays
+    mirror/    MIRROR, KV_OFFER           -> copies of KV on other peers
 
-    opening   OPEN              -> a stage that runs
-    runner    events            -> the stage's machine, and the steps that it starts
-    sender    what a step makes -> the next stage, or the first stage and the coordinator
-    leases    RENEW, CLOSE, time -> how long KV stays
-    mirror/   MIRROR, KV_OFFER  -> copies of KV on other peers
+The plan determines which peer may send a message; one from any other peer is dropped. KV and outputs outlive the stage that
+computed them. They are kept for a stage of a later epoch, until that epoch resumes without them, the session is closed, or its
+lease runs out.
 """
 
 from collections.abc import Awaitable, Callable
@@ -21,7 +23,7 @@ from meshd.agents.links.rpc import try_send
 from meshd.agents.observe.story import Story
 from meshd.agents.placement.loads import ResidentModels
 from meshd.agents.stage import session as fsm
-from meshd.agents.stage.kv import KvCache
+from meshd.agents.stage.kv import KvManager
 from meshd.agents.stage.leases import SessionLeases
 from meshd.agents.stage.mirror.incoming import IncomingMirrors
 from meshd.agents.stage.mirror.outgoing import OutgoingMirrors
@@ -59,27 +61,28 @@ from meshd.types import ModelId, PeerId, SessionId
 log = getLogger(__name__)
 
 _SWEEP_S = 0.5
+"""How often expired leases are freed and the timeouts of copies advance."""
 
 
 @dataclass(slots=True)
 class StageHost:
-    """All sessions' stages on this peer."""
+    """The stages of all sessions on this peer."""
 
     me: PeerId
     links: Links
-    holdings: ResidentModels
+    residents: ResidentModels
     compute: ComputeQueue
     clock: Clock
     telemetry: Telemetry
     story: Story
     outputs_limit_bytes: int
-    """Budget for outputs that are kept to be sent again."""
+    """Memory budget for kept outputs."""
     peer_linked: Callable[[PeerId], bool]
     on_change: Callable[[], None]
     """Called when something that the advert reports has changed."""
     _active: dict[tuple[SessionId, int], ActiveStage] = field(default_factory=dict)
     _ready: Scheduler = field(default_factory=Scheduler)
-    _caches: KvCache = field(init=False)
+    _kv_manager: KvManager = field(init=False)
     _runner: StageRunner = field(init=False)
     _leases: SessionLeases = field(init=False)
     _opener: StageOpener = field(init=False)
@@ -88,28 +91,28 @@ class StageHost:
 
     def __post_init__(self) -> None:
         me, links, story, on_change = self.me, self.links, self.story, self.on_change
-        caches = self._caches = KvCache(Outputs(self.outputs_limit_bytes))
+        kv_manager = self._kv_manager = KvManager(Outputs(self.outputs_limit_bytes))
         mirrors = self._mirrors_out = OutgoingMirrors(me, links, story)
         self._runner = StageRunner(
             me=me,
             links=links,
-            residents=self.holdings,
+            residents=self.residents,
             compute=self.compute,
             clock=self.clock,
             telemetry=self.telemetry,
             story=story,
-            caches=caches,
+            kv_manager=kv_manager,
             mirrors=mirrors,
             on_change=on_change,
             active=self._active,
             ready=self._ready,
         )
-        self._leases = SessionLeases(me, links, self.clock, story, caches, self._runner, self.peer_linked, on_change)
-        self._opener = StageOpener(me, self.holdings, story, caches, self._leases, self._runner, on_change)
-        self._mirrors_in = IncomingMirrors(links, self.holdings, caches, story, self._leases.admit_copy, on_change)
+        self._leases = SessionLeases(me, links, self.clock, story, kv_manager, self._runner, self.peer_linked, on_change)
+        self._opener = StageOpener(me, self.residents, story, kv_manager, self._leases, self._runner, on_change)
+        self._mirrors_in = IncomingMirrors(links, self.residents, kv_manager, story, self._leases.admit_copy, on_change)
 
     def register(self) -> None:
-        """Take the session messages from the links."""
+        """Register the handlers of session messages."""
         self.links.register(Open, self._opener.on_open)
         self.links.register(Resume, self._on_resume)
         self.links.register(Prompt, self._on_prompt)
@@ -126,15 +129,15 @@ class StageHost:
 
     @property
     def sessions(self) -> int:
-        """Stages that run; copies and KV that is kept are not counted."""
+        """Number of running stages, without copies and without KV kept for a later epoch."""
         return len(self._active)
 
     def rows(self, name_of: Callable[[ModelId], str]) -> list[dict[str, Any]]:
-        """For `/mesh/v1/sessions`."""
-        return session_rows(self._active.values(), self._caches, name_of)
+        """Return the rows of `/mesh/v1/sessions`."""
+        return session_rows(self._active.values(), self._kv_manager, name_of)
 
     async def run(self) -> None:
-        """Free what leases no longer hold. Cancel: everything is freed."""
+        """Free sessions whose lease ran out, and advance the timeouts of copies. Cancel: all sessions are freed."""
         try:
             while True:
                 await self.clock.sleep(_SWEEP_S)
@@ -144,30 +147,33 @@ class StageHost:
             self._leases.free_all("this peer stops")
 
     def on_token(self, sender: PeerId, message: Token, payload: memoryview) -> None:
-        """Take the last stage's token as the first stage's next step."""
+        """Start the first stage's next step with the last stage's token."""
         active = self._active.get((message.session, 0))
         if active is None or active.open.epoch != message.epoch or message.final:
             return
         if sender != active.peer_of(len(active.open.plan.stages) - 1):
-            log.warning("session %s: TOKEN from %.8s, which is not its last stage", message.session, sender)
+            log.warning("session %s: TOKEN from %.8s dropped: its last stage runs on another peer", message.session, sender)
         elif not 0 <= message.token < active.resident.card.spec.vocab:
-            error = ProtocolViolation(f"token {message.token} is outside the vocabulary")
+            error = ProtocolViolation(f"token {message.token} is outside the model's vocabulary")
             self._runner.fail(active, message.step, error, sender)
         else:
             self._runner.apply(active, fsm.StepArrived(token_step(active, message)))
 
     def on_peer_gone(self, peer: PeerId, reason: str) -> None:
-        """End the stages that pass steps over a lost link: the coordinator may still have its own link with that peer."""
+        """Fail the stages that exchange steps with this peer, and the copies on it.
+
+        The coordinator may still have a link of its own with the peer, so it would not notice the loss by itself.
+        """
         for active in list(self._active.values()):
             stages = len(active.open.plan.stages)
             neighbours = {active.peer_of((active.open.stage + offset) % stages) for offset in (-1, 1)}
             if peer in neighbours and peer != self.me:
-                error = PeerLost(f"the link with its neighbour is down: {reason}")
+                error = PeerLost(f"the link with the neighbouring stage's peer is down: {reason}")
                 self._runner.fail(active, active.machine.next_position, error, peer)
         self._mirrors_out.on_peer_gone(peer, reason)
 
     def on_error(self, sender: PeerId, message: Error) -> None:
-        """End the stages of a session whose message a peer could not take."""
+        """Fail the stages of a session after a peer of its plan rejected one of its messages."""
         for active in [active for (session, _), active in self._active.items() if session == message.session]:
             if sender in active.open.plan.peers:
                 error = RemoteFailure(message.message, remote_code=message.code)
@@ -212,7 +218,7 @@ class StageHost:
                 target=message.target,
                 held=0,
                 filled=0,
-                error="the stage does not run here",
+                error="the stage does not run on this peer",
             )
             try_send(self.links.send, sender, mirrored)
         return None
@@ -228,16 +234,21 @@ class StageHost:
         return ProgressData(request=message.request, stages=tuple(sorted(stages)))
 
     def _stage_for(self, sender: PeerId, message: SessionMessage, *, stage: int, source: int | str) -> ActiveStage | None:
-        """Find the stage that a message is for.
+        """Find the stage that a message is for. `source` is the stage that may send it, or "coordinator".
 
-        Returns: None if no such stage runs in the message's epoch, or if the plan names another sender.
+        Returns: None if no such stage runs in the message's epoch, or if another peer sent the message.
         """
         active = self._active.get((message.session, stage))
         if active is None or active.open.epoch != message.epoch:
             return None
         expected = active.open.coordinator if isinstance(source, str) else _peer_at(active, source)
         if sender != expected:
-            log.warning("session %s: %s from %.8s, which has no part in it", message.session, type(message).__name__, sender)
+            log.warning(
+                "session %s: %s from %.8s dropped: the plan does not let that peer send it",
+                message.session,
+                type(message).__name__,
+                sender,
+            )
             return None
         return active
 

@@ -1,4 +1,4 @@
-"""How long a session's KV stays on this peer, and which coordinator may dispose of it."""
+"""Decides how long a session's KV stays on this peer, and which coordinator controls the session."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from logging import getLogger
 from meshd.agents.links.links import Links
 from meshd.agents.links.rpc import try_send
 from meshd.agents.observe.story import Story
-from meshd.agents.stage.kv import KvCache, SessionKv
+from meshd.agents.stage.kv import KvManager, SessionKv
 from meshd.agents.stage.runner import StageRunner
 from meshd.clock import Clock
 from meshd.errors import PeerLost, Superseded
@@ -16,32 +16,34 @@ from meshd.types import PeerId
 
 log = getLogger(__name__)
 
-_LEASE_MOST_MS = 60_000
-"""A coordinator that asks for more gets this."""
+_MAX_LEASE_MS = 60_000
+"""Longest lease granted; a longer one that a coordinator requests is shortened to this (SPEC.md, section 8)."""
 
 
 @dataclass(slots=True)
 class SessionLeases:
-    """Renews, closes and expires the sessions that have KV or outputs on this peer."""
+    """Renews, closes and expires the leases of the sessions that have KV on this peer."""
 
     me: PeerId
     links: Links
     clock: Clock
     story: Story
-    caches: KvCache
+    kv_manager: KvManager
     runner: StageRunner
     peer_linked: Callable[[PeerId], bool]
     on_change: Callable[[], None]
 
     def expiry(self, lease_ms: int) -> float:
-        """When a lease of this length ends, in the clock's monotonic time."""
-        return self.clock.monotonic() + min(lease_ms, _LEASE_MOST_MS) / 1000
+        """Return when a lease granted now ends, in the clock's monotonic time."""
+        return self.clock.monotonic() + min(lease_ms, _MAX_LEASE_MS) / 1000
 
     def check_coordinator(self, session_kv: SessionKv, coordinator: PeerId, epoch: int, *, handed_over: bool = False) -> None:
         """Check that this coordinator may start this epoch.
 
-        A session has one coordinator at a time. Another one takes over with a higher epoch, once the first is gone or hands over.
-        Raises: Superseded.
+        A session has one coordinator at a time. Another one takes over with a higher epoch, after the link with the first one
+        went down or the first one gave the session away (`handed_over`).
+
+        Raises: Superseded if the epoch is past, or if another coordinator still controls the session.
         """
         if epoch < session_kv.epoch:
             raise Superseded(f"epoch {epoch} is past: session {session_kv.session} is in {session_kv.epoch}")
@@ -51,27 +53,27 @@ class SessionLeases:
                 raise Superseded(f"session {session_kv.session} has a coordinator that is alive: {session_kv.coordinator}")
 
     def admit_copy(self, message: KvOffer) -> SessionKv:
-        """Make the session's entry for an offer of KV and end its stages of older epochs: the offer's epoch runs.
+        """Enter the epoch of an offered copy: end the session's stages of older epochs and take the offer's coordinator and lease.
 
-        Raises: Superseded.
+        Raises: Superseded as `check_coordinator` does.
         """
-        session_kv = self.caches.get(message.session)
+        session_kv = self.kv_manager.get(message.session)
         if session_kv is not None:
             self.check_coordinator(session_kv, message.coordinator, message.epoch)
             self.runner.end_before(message.session, message.epoch, "a new epoch")
-        return self.caches.enter(message.session, message.coordinator, message.epoch, self.expiry(message.lease_ms))
+        return self.kv_manager.enter(message.session, message.coordinator, message.epoch, self.expiry(message.lease_ms))
 
     def on_renew(self, sender: PeerId, message: Renew, payload: memoryview) -> None:
-        """Extend the session's lease, or report that nothing of it is left."""
-        session_kv = self.caches.get(message.session)
+        """Extend the session's lease, or report to the sender that this peer has no KV of the session."""
+        session_kv = self.kv_manager.get(message.session)
         if session_kv is None:
             self._report_unknown(sender, message)
         elif session_kv.coordinator == sender and message.epoch >= session_kv.epoch:
             session_kv.expires = self.expiry(message.lease_ms)
 
     def on_close(self, sender: PeerId, message: Close, payload: memoryview) -> None:
-        """Free the session up to the epoch that its coordinator closes."""
-        session_kv = self.caches.get(message.session)
+        """Free the session's caches up to the epoch that its coordinator closes, and answer with the number of freed blocks."""
+        session_kv = self.kv_manager.get(message.session)
         freed = 0
         if session_kv is not None and session_kv.coordinator == sender:
             freed = self._free(session_kv, message.epoch, message.reason)
@@ -81,15 +83,15 @@ class SessionLeases:
     def sweep(self) -> None:
         """Free the sessions whose lease ran out."""
         now = self.clock.monotonic()
-        for session_kv in self.caches:
+        for session_kv in self.kv_manager:
             if session_kv.expires < now:
-                log.warning("session %s: its lease ran out", session_kv.session)
+                log.warning("session %s: the lease ran out without a renewal; its KV is freed", session_kv.session)
                 self.story.note(session_kv.session, "lease ran out")
                 self._free(session_kv, session_kv.epoch, "the lease ran out")
 
     def free_all(self, reason: str) -> None:
         """Free all sessions."""
-        for session_kv in self.caches:
+        for session_kv in self.kv_manager:
             self._free(session_kv, session_kv.epoch, reason)
 
     def _free(self, session_kv: SessionKv, epoch: int, reason: str) -> int:
@@ -98,19 +100,19 @@ class SessionLeases:
         Returns: the number of blocks that are free now, or will be when the running step ends.
         """
         self.runner.end_before(session_kv.session, epoch + 1, reason)
-        freed = self.caches.drop_where(session_kv, lambda cache: cache.epoch <= epoch)
+        freed = self.kv_manager.drop_where(session_kv, lambda cache: cache.epoch <= epoch)
         self.on_change()
         return freed
 
     def _report_unknown(self, sender: PeerId, message: Renew) -> None:
-        """This peer has restarted, or the lease ran out before the coordinator renewed it."""
+        """Answer a RENEW for an unknown session: this peer has restarted, or the lease ran out before the renewal came."""
         failed = Failed(
             session=message.session,
             epoch=message.epoch,
             step=0,
             stage=0,
             code=PeerLost.code,
-            message="this peer holds nothing of the session any more",
+            message="this peer has no KV of the session any more: it has restarted, or the lease ran out",
             blame=self.me,
         )
         try_send(self.links.send, sender, failed)

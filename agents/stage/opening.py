@@ -1,4 +1,4 @@
-"""Opens stages: checks what OPEN asks for, reserves KV or takes over that of an older epoch, and makes the stage."""
+"""Opens stages: checks OPEN, reserves KV or takes over the KV of an older epoch, and creates the stage."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from meshd.agents.observe.story import Story
 from meshd.agents.placement.loads import ResidentModels
 from meshd.agents.stage import session as fsm
-from meshd.agents.stage.kv import KvCache, SessionKv, StageKv
+from meshd.agents.stage.kv import KvManager, SessionKv, StageCache
 from meshd.agents.stage.leases import SessionLeases
 from meshd.agents.stage.runner import StageRunner
 from meshd.agents.stage.steps import ActiveStage, token_ids
@@ -18,12 +18,12 @@ from meshd.types import PeerId
 
 @dataclass(slots=True)
 class StageOpener:
-    """Answers OPEN."""
+    """Handles OPEN."""
 
     me: PeerId
     residents: ResidentModels
     story: Story
-    caches: KvCache
+    kv_manager: KvManager
     leases: SessionLeases
     runner: StageRunner
     on_change: Callable[[], None]
@@ -31,19 +31,20 @@ class StageOpener:
     def on_open(self, sender: PeerId, message: Open, payload: memoryview) -> Opened:
         """Open a stage of a session for one epoch. A repeated OPEN gets the same answer.
 
-        Raises: ProtocolViolation, InvalidRequest, Superseded, NoPeer if the layers are not resident, OutOfMemory.
+        Raises: ProtocolViolation or InvalidRequest if OPEN is invalid; Superseded as `SessionLeases.check_coordinator` does; NoPeer
+        if the layers are not in memory; OutOfMemory if the pool has too few free blocks.
         """
-        known = self.runner.active.get((message.session, message.stage))
-        if known is not None and known.open.epoch == message.epoch and known.open.coordinator == sender:
-            return known.opened(message.request)
+        running = self.runner.active.get((message.session, message.stage))
+        if running is not None and running.open.epoch == message.epoch and running.open.coordinator == sender:
+            return running.opened(message.request)
         self._check(sender, message)
         sampler = self._sampler(message, payload)
-        session_kv = self.caches.get(message.session)
+        session_kv = self.kv_manager.get(message.session)
         if session_kv is not None:
             self._check_epoch(session_kv, message)
             self.runner.end_before(message.session, message.epoch, "a new epoch")
             if not message.resume:
-                self.caches.drop_where(session_kv, lambda cache: cache.epoch < message.epoch)
+                self.kv_manager.drop_where(session_kv, lambda cache: cache.epoch < message.epoch)
         active = self._reserve(message, sampler)
         self.runner.active[active.key] = active
         machine = active.machine
@@ -59,11 +60,13 @@ class StageOpener:
         if message.coordinator != sender:
             raise ProtocolViolation("OPEN names another coordinator than its sender")
         if not 0 <= message.stage < len(stages) or stages[message.stage].peer != self.me:
-            raise InvalidRequest(f"stage {message.stage} of the plan is not this peer's")
+            raise InvalidRequest(f"stage {message.stage} of the plan does not belong to this peer")
         if message.prompt_tokens < 1 or message.max_tokens < 1:
             raise InvalidRequest("a session needs at least one prompt token and one answer token")
         if not 0 <= message.answered < message.max_tokens:
-            raise InvalidRequest(f"{message.answered} of {message.max_tokens} answer tokens are made: none is left to make")
+            raise InvalidRequest(
+                f"{message.answered} of {message.max_tokens} answer tokens exist already: none is left to generate"
+            )
         if message.plan.prefill_chunk_tokens < 1:
             raise InvalidRequest("a prefill chunk needs at least one token")
         if stages[message.stage].attention:
@@ -76,7 +79,7 @@ class StageOpener:
             raise InvalidRequest(f"stage {message.stage} has failed in epoch {message.epoch}", hint="open a later one")
 
     def _sampler(self, message: Open, payload: memoryview) -> Sampler:
-        """Make the sampler. At the last stage it knows the tokens so far, if a penalty looks back at them."""
+        """Create the sampler. At the last stage it gets all known tokens, if a penalty depends on them."""
         last = message.stage == len(message.plan.stages) - 1
         if not last or not needs_known(message.sampling, message.answered):
             return Sampler(message.sampling)
@@ -91,19 +94,19 @@ class StageOpener:
         last = message.stage == len(message.plan.stages) - 1
         tokens = message.prompt_tokens + message.max_tokens
         expires = self.leases.expiry(message.lease_ms)
-        session_kv = self.caches.enter(message.session, message.coordinator, message.epoch, expires)
+        session_kv = self.kv_manager.enter(message.session, message.coordinator, message.epoch, expires)
         try:
-            cache = self.caches.adopt(session_kv, message.plan.model, layers, tokens) if message.resume else None
+            cache = self.kv_manager.adopt(session_kv, message.plan.model, layers, tokens) if message.resume else None
             if cache is None:
-                cache = self.caches.reserve(session_kv, self.residents.find(message.plan.model, layers), layers, tokens)
+                cache = self.kv_manager.reserve(session_kv, self.residents.find(message.plan.model, layers), layers, tokens)
         finally:
-            self.caches.forget_if_empty(session_kv)
+            self.kv_manager.forget_if_empty(session_kv)
         if not last:
-            self.caches.take_log(session_kv, cache)
+            self.kv_manager.assign_log(session_kv, cache)
         return _active_stage(message, cache, sampler, last=last)
 
 
-def _active_stage(message: Open, cache: StageKv, sampler: Sampler, *, last: bool) -> ActiveStage:
+def _active_stage(message: Open, cache: StageCache, sampler: Sampler, *, last: bool) -> ActiveStage:
     lease, outputs = cache.lease, cache.log
     assert lease.resident.weights is not None
     machine = fsm.StageSession(

@@ -1,4 +1,4 @@
-"""Outputs that stages sent, kept within a budget of bytes: a stage that replaces the next one computes on them again."""
+"""Keeps the outputs that stages sent, within a budget of bytes. If the next stage is lost, its replacement needs them again."""
 
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
@@ -12,19 +12,20 @@ from meshd.errors import LocalFault
 F32 = npt.NDArray[np.float32]
 
 _PART_BYTES = 160
-"""Overhead of one more array beside its values."""
+"""Memory that an array takes beside its values."""
 _TRIM_SHARE = 8
-"""A log that fills the budget alone loses this share of it at once, so that not every step has to trim."""
+"""When a log exceeds the budget alone, it is trimmed by 1/8 of the budget at once, so that not every step has to trim."""
 
 
 @dataclass(slots=True, eq=False)
 class OutputLog:
-    """One session's outputs of one stage: positions `[kept_from, kept_to)`, in the arrays that were computed."""
+    """One session's outputs of one stage for positions `[kept_from, kept_to)`, as the arrays that the steps computed."""
 
     kept_to: int = 0
     pinned: bool = False
-    """Offered to the coordinator: not evicted before it was sent or refused."""
+    """Never evicted: OPENED offered the outputs to the coordinator, which has not yet used or declined them."""
     starts: list[int] = field(default_factory=list)
+    """Position of the first row of each array in `parts`."""
     parts: list[F32] = field(default_factory=list)
 
     @property
@@ -32,33 +33,33 @@ class OutputLog:
         return self.starts[0] if self.starts else self.kept_to
 
     def rows(self, start: int, end: int) -> F32:
-        """Outputs of `[start, end)`. Raises: LocalFault if they are not all kept."""
+        """Return the outputs of `[start, end)`, `[tokens, hidden]`. Raises: LocalFault if some are not kept."""
         if not self.kept_from <= start < end <= self.kept_to:
             raise LocalFault(f"outputs {self.kept_from} to {self.kept_to} are kept, not those from {start} to {end}")
         first = bisect_right(self.starts, start) - 1
         chosen: list[F32] = []
-        for place in range(first, bisect_left(self.starts, end)):
-            at = self.starts[place]
-            chosen.append(self.parts[place][max(0, start - at) : end - at])
+        for index in range(first, bisect_left(self.starts, end)):
+            offset = self.starts[index]
+            chosen.append(self.parts[index][max(0, start - offset) : end - offset])
         return chosen[0] if len(chosen) == 1 else np.concatenate(chosen)
 
 
 @dataclass(slots=True)
 class Outputs:
-    """All logs of this peer, in a budget of bytes. The least recently used log is evicted first."""
+    """All output logs of this peer, within a budget of bytes. The least recently used log is evicted first."""
 
     limit_bytes: int
     used_bytes: int = 0
     _logs: "OrderedDict[int, OutputLog]" = field(default_factory=OrderedDict)
 
     def open(self) -> OutputLog:
-        """Make an empty log."""
+        """Add an empty log."""
         log = OutputLog()
         self._logs[id(log)] = log
         return log
 
     def append(self, log: OutputLog, position: int, hidden: F32) -> None:
-        """Keep the outputs of a step without copying them: they must not change. A gap starts the log anew."""
+        """Append a step's outputs, `[tokens, hidden]`, without a copy: they must not change. A gap clears the log first."""
         if position != log.kept_to:
             self._clear(log)
             log.kept_to = position
@@ -68,7 +69,7 @@ class Outputs:
         self.used_bytes += _size(hidden)
         self._logs.move_to_end(id(log))
         if self.used_bytes > self.limit_bytes:
-            self._make_room(log)
+            self._evict(log)
 
     def cut(self, log: OutputLog, end: int) -> None:
         """Drop the outputs from position `end` on."""
@@ -86,7 +87,8 @@ class Outputs:
         if self._logs.pop(id(log), None) is not None:
             self._clear(log)
 
-    def _make_room(self, newest: OutputLog) -> None:
+    def _evict(self, newest: OutputLog) -> None:
+        """Clear the least recently used logs; if that is not enough, trim the beginning of `newest`."""
         for log in list(self._logs.values()):
             if self.used_bytes <= self.limit_bytes:
                 return

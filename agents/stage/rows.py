@@ -1,9 +1,9 @@
-"""Rows of `/mesh/v1/sessions`: the stages that run on this peer, and the copies that it keeps."""
+"""Rows of `/mesh/v1/sessions`: the stages that run on this peer, and the copies of other peers' stages."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from meshd.agents.stage.kv import SessionKv, StageKv
+from meshd.agents.stage.kv import SessionKv, StageCache
 from meshd.agents.stage.steps import ActiveStage
 from meshd.types import ModelId
 
@@ -11,9 +11,10 @@ from meshd.types import ModelId
 def session_rows(
     stages: Iterable[ActiveStage], sessions: Iterable[SessionKv], name_of: Callable[[ModelId], str]
 ) -> list[dict[str, Any]]:
-    """Running stages first, then the copies of other peers' stages."""
-    running = [_stage_row(active, name_of) for active in stages]
-    return running + [_mirror_row(each, cache, name_of) for each in sessions for cache in each.caches if cache.source]
+    """Return one row for each running stage, then one for each copy."""
+    rows = [_stage_row(active, name_of) for active in stages]
+    rows += [_mirror_row(session_kv, cache, name_of) for session_kv in sessions for cache in session_kv.caches if cache.source]
+    return rows
 
 
 def _stage_row(active: ActiveStage, name_of: Callable[[ModelId], str]) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def _stage_row(active: ActiveStage, name_of: Callable[[ModelId], str]) -> dict[s
     }
 
 
-def _mirror_row(session_kv: SessionKv, cache: StageKv, name_of: Callable[[ModelId], str]) -> dict[str, Any]:
+def _mirror_row(session_kv: SessionKv, cache: StageCache, name_of: Callable[[ModelId], str]) -> dict[str, Any]:
     return {
         "id": session_kv.session,
         "role": f"mirror {cache.layers}",

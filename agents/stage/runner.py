@@ -1,6 +1,6 @@
-"""Runs the stages of this peer: carries out their state machines' commands and computes their steps, one at a time.
+"""Runs the stages of this peer: executes the commands of their state machines and computes their steps, one at a time.
 
-`apply` is the only way into a machine. The compute thread has one step at most; the scheduler chooses the next one when it ends.
+Events reach a machine only through `apply`. The compute thread has at most one step; when it ends, the scheduler chooses the next.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from meshd.agents.links.rpc import try_send
 from meshd.agents.observe.story import Story
 from meshd.agents.placement.loads import ResidentModels
 from meshd.agents.stage import session as fsm
-from meshd.agents.stage.kv import KvCache
+from meshd.agents.stage.kv import KvManager
 from meshd.agents.stage.mirror.outgoing import OutgoingMirrors
 from meshd.agents.stage.scheduler import Scheduler
 from meshd.agents.stage.sender import StageSender
@@ -30,7 +30,7 @@ log = getLogger(__name__)
 
 @dataclass(slots=True)
 class StageRunner:
-    """The stages that run on this peer, by session and number of the stage."""
+    """Executes the commands of the stages that run on this peer, and submits their steps to the compute thread."""
 
     me: PeerId
     links: Links
@@ -39,20 +39,21 @@ class StageRunner:
     clock: Clock
     telemetry: Telemetry
     story: Story
-    caches: KvCache
+    kv_manager: KvManager
     mirrors: OutgoingMirrors
     on_change: Callable[[], None]
     active: dict[tuple[SessionId, int], ActiveStage]
+    """Running stages, by session and index in the plan."""
     ready: Scheduler
     sender: StageSender = field(init=False)
     computing_since: float | None = None
-    """When the running step, of whichever session, began."""
+    """When the step on the compute thread began, in the clock's monotonic time; it may be of any session. None: no step runs."""
 
     def __post_init__(self) -> None:
         self.sender = StageSender(self.me, self.links, self.fail)
 
     def apply(self, active: ActiveStage, event: fsm.Event) -> None:
-        """Hand an event to a stage's machine, carry out its commands, and start the next step if nothing computes."""
+        """Pass an event to a stage's machine, execute its commands, and start the next step if the compute thread is free."""
         for command in active.machine.handle(event):
             match command:
                 case fsm.Compute(step):
@@ -68,14 +69,14 @@ class StageRunner:
                     error = ProtocolViolation(f"stage {active.open.stage} can't take the step: {reason}")
                     self.fail(active, step.position, error, active.source_of(step))
                 case fsm.RefuseResume(reason):
-                    error = ProtocolViolation(f"stage {active.open.stage} can't resume as RESUME asks: {reason}")
+                    error = ProtocolViolation(f"stage {active.open.stage} can't follow RESUME: {reason}")
                     self.fail(active, active.machine.next_position, error, active.open.coordinator)
                 case fsm.FreeKv(reason):
                     self._free(active, reason)
         self._pump()
 
     def fail(self, active: ActiveStage, position: int, error: MeshdError, blame: PeerId) -> None:
-        """Report a failure to the coordinator and end the stage. Its KV and outputs stay for the next epoch."""
+        """Report a failure to the coordinator and end the stage. Its KV and outputs are kept for the next epoch."""
         if active.machine.state is fsm.StageState.ENDED:
             return
         log.warning("session %s stage %d failed: %s", active.open.session, active.open.stage, error)
@@ -101,26 +102,26 @@ class StageRunner:
                 self._end(active, reason)
 
     def unpin(self, active: ActiveStage) -> None:
-        """Let the kept outputs be evicted like all others, once they were sent or nobody wants them."""
+        """Make the stage's kept outputs evictable again, unless some of them are still to be sent."""
         if active.cache.log is not None and not active.machine.replaying:
             active.cache.log.pinned = False
 
     def _begin(self, active: ActiveStage, start: int) -> None:
-        """All stages of the epoch are open: forget KV and outputs beyond `start`, and the caches that no stage of it uses."""
+        """Start the epoch at position `start`: drop KV and outputs from there on, and caches that the epoch does not use."""
         cache, epoch = active.cache, active.open.epoch
-        cache.filled = cache.settled = start
+        cache.filled = cache.epoch_start = start
         cache.mirrored = False
         if cache.log is not None:
-            self.caches.outputs.cut(cache.log, start)
-        session_kv = self.caches.get(active.open.session)
+            self.kv_manager.outputs.cut(cache.log, start)
+        session_kv = self.kv_manager.get(active.open.session)
         assert session_kv is not None
-        self.caches.settle(session_kv, epoch)
-        sent_from = active.machine.send_from
-        self.story.note(active.open.session, "resumed", epoch=epoch, stage=active.open.stage, start=start, send_from=sent_from)
+        self.kv_manager.drop_before(session_kv, epoch)
+        send_from = active.machine.send_from
+        self.story.note(active.open.session, "resumed", epoch=epoch, stage=active.open.stage, start=start, send_from=send_from)
         self.on_change()
 
     def _end(self, active: ActiveStage, reason: str) -> None:
-        """Take no more steps. KV and outputs stay, and the stage's blocks as long as a step of it computes."""
+        """End a stage. Its KV and outputs stay, and it remains a user of its blocks until its running step ends."""
         if self.active.get(active.key) is active:
             del self.active[active.key]
         self.mirrors.stop(active)
@@ -142,7 +143,7 @@ class StageRunner:
                 continue
             self.computing_since = self.clock.monotonic()
             if step.prefill and active.open.stage > 0:
-                self.sender.taken(active, step)
+                self.sender.send_taken(active, step)
             self.compute.submit(
                 partial(compute_step, active, step),
                 partial(self._computed, active, step),
@@ -154,11 +155,12 @@ class StageRunner:
         cache = active.cache
         if active.machine.state is not fsm.StageState.ENDED:
             cache.filled = step.end
-        self.apply(active, fsm.StepComputed(step.position, output))  # first: the next stage waits for it
+        # Before the bookkeeping below, because the next stage waits for the output.
+        self.apply(active, fsm.StepComputed(step.position, output))
         if active.machine.state is not fsm.StageState.ENDED:
             if cache.log is not None and output.hidden is not None:
-                self.caches.outputs.append(cache.log, step.position, output.hidden)
-            self.mirrors.grown(active)
+                self.kv_manager.outputs.append(cache.log, step.position, output.hidden)
+            self.mirrors.on_kv_grown(active)
         if not step.prefill:
             self.residents.observe_decode(active.resident, len(active.stage.layers), step.position, output.forward_s)
         self.telemetry.stage_step(str(active.stage.layers), "prefill" if step.prefill else "decode", output.stage_s)

@@ -1,4 +1,4 @@
-"""Which of the steps that are ready a peer computes next."""
+"""Chooses the next of the steps that are ready to compute."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -7,14 +7,14 @@ from meshd.agents.stage.session import Step
 from meshd.agents.stage.steps import ActiveStage
 
 _DECODES_PER_PREFILL = 8
-"""Decode steps in a row while a prefill step waits."""
+"""Decode steps computed in a row while a prefill step waits."""
 
 
 @dataclass(slots=True)
 class Scheduler:
-    """Steps that are ready: decodes before prefills, each first come first served.
+    """The queue of ready steps: decodes before prefills, first in, first out within each.
 
-    A session has one step here at most, so the queue is no longer than the number of sessions.
+    A stage has at most one ready step, so the number of stages bounds the queue.
     """
 
     _decodes: deque[tuple[ActiveStage, Step]] = field(default_factory=deque)
@@ -22,13 +22,12 @@ class Scheduler:
     _decodes_in_row: int = 0
 
     def put(self, active: ActiveStage, step: Step) -> None:
-        """Queue a step."""
         (self._prefills if step.prefill else self._decodes).append((active, step))
 
     def take(self) -> tuple[ActiveStage, Step] | None:
-        """Take the next step. A prefill goes after some decodes, so that running sessions never starve a new one.
+        """Remove and return the next step. After eight decodes a waiting prefill is next, so that new sessions never starve.
 
-        Returns: None if no step is ready.
+        Returns: the stage and its step; None if no step is ready.
         """
         if self._prefills and (not self._decodes or self._decodes_in_row >= _DECODES_PER_PREFILL):
             self._decodes_in_row = 0

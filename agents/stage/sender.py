@@ -1,4 +1,4 @@
-"""What leaves a stage: activations to the next stage, tokens to the first stage and to the coordinator."""
+"""Sends the outputs of stages: activations to the next stage, tokens to the first stage and to the coordinator."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from meshd.types import FinishReason, PeerId
 
 @dataclass(slots=True)
 class StageSender:
-    """Sends what the stages of this peer make."""
+    """Sends the outputs of this peer's stages. A stage whose output can't be sent fails."""
 
     me: PeerId
     links: Links
@@ -26,7 +26,7 @@ class StageSender:
     """Ends a stage whose output could not be sent: (stage, position, error, peer to blame)."""
 
     def deliver(self, active: ActiveStage, step: Step, output: StepOutput, skip: int) -> None:
-        """Send a step's activation without its first `skip` tokens, or its token."""
+        """Send the activation of a step, without its first `skip` tokens, or the token that it sampled."""
         if output.hidden is not None:
             hidden = output.hidden[skip:] if skip else output.hidden
             self._send_activation(active, step.position + skip, hidden, sample=step.sample)
@@ -45,8 +45,8 @@ class StageSender:
         else:
             self._send_activation(active, position, hidden, sample=False)
 
-    def taken(self, active: ActiveStage, step: Step) -> None:
-        """Report to the stage before that this prefill step begins: it may send one more."""
+    def send_taken(self, active: ActiveStage, step: Step) -> None:
+        """Report to the previous stage that this prefill step begins, so that it may send one more."""
         message = Taken(session=active.open.session, epoch=active.open.epoch, step=step.position, stage=active.open.stage)
         try_send(self.links.send, active.peer_of(active.open.stage - 1), message)
 
@@ -67,7 +67,7 @@ class StageSender:
     def _send_or_fail(
         self, active: ActiveStage, position: int, peer: PeerId, message: Message, payload: memoryview | None = None
     ) -> None:
-        """Send a message that the session needs: if it can't be sent, the stage fails."""
+        """Send a message without which the session can't continue; fail the stage if it can't be sent."""
         try:
             self.links.send(peer, message, payload)
         except MeshdError as error:

@@ -1,12 +1,12 @@
-"""One session's part on the peer that runs one of its stages, as a pure state machine: events in, commands out.
+"""The state of one session at one stage, as a pure state machine: events in, commands out.
 
-It decides which step is next, what a repeat means, when to wait for credit or for the next stage, which kept outputs are
-sent before anything is computed, and when KV may be freed. It never sees a tensor: inputs and outputs of a step are opaque to it.
+It orders the steps, answers repeats, waits for credit and for the next stage, sends kept outputs before it computes, and decides
+when the stage's KV may be released. It never sees a tensor: a step's input and output are opaque to it.
 
-    OPEN --StageResumed--> IDLE, WAITING or COMPUTING                      (only in a later epoch; a first one begins in IDLE)
-    IDLE --StepArrived--> COMPUTING --StepComputed--> IDLE            (or the next step of the inbox)
+    OPEN --StageResumed--> IDLE, WAITING or COMPUTING             (a later epoch only; the first epoch starts in IDLE)
+    IDLE --StepArrived--> COMPUTING --StepComputed--> IDLE        (or COMPUTING the next step of the inbox)
     IDLE --StepArrived beyond credit or window--> WAITING --CreditGranted, StepTaken--> COMPUTING
-    any --StageEnded--> ENDED; the KV is freed when no step computes on it
+    any --StageEnded--> ENDED                                     (the KV is released when no step computes on it)
 """
 
 from collections import deque
@@ -17,32 +17,33 @@ from typing import Any
 from meshd.agents.machine import IllegalTransition, Machine, Transition
 
 PREFILL_WINDOW = 4
-"""Prefill steps that may be sent on and not yet begun by the next stage."""
+"""Prefill steps that may be sent before the next stage has begun the first of them (SPEC.md, section 8)."""
 
 
 class StageState(Enum):
-    """Where a session stands on this stage."""
+    """What the stage is doing for its session."""
 
     OPEN = "open"
-    """Waits for RESUME, which names the position to start at."""
+    """Waits for RESUME, which contains the position to start at."""
     IDLE = "idle"
     WAITING = "waiting"
+    """Has steps or kept outputs to send, but needs credit or space in the prefill window."""
     COMPUTING = "computing"
     ENDED = "ended"
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One unit of work: tokens `[position, position + tokens)`. Its position names it."""
+    """One unit of work: tokens `[position, position + tokens)`. Its position identifies it."""
 
     position: int
     tokens: int
     sample: bool
-    """The last stage picks a token after it."""
+    """The last stage samples a token after this step."""
     prefill: bool
-    """Its tokens were known when the epoch began."""
+    """The tokens were known when the epoch began; otherwise this is a decode step."""
     index: int = 0
-    """Decode: the answer token that this step will make."""
+    """Decode: index in the answer of the token that follows this step."""
     data: object = None
     """Token ids or hidden states."""
 
@@ -53,7 +54,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class StageResumed:
-    """Every stage of the epoch is open: compute from `start` on; the next stage wants outputs from `send_from` on."""
+    """All stages of the epoch are open. Compute from `start` on; the next stage needs the outputs from `send_from` on."""
 
     start: int
     send_from: int
@@ -81,12 +82,12 @@ class StepTaken:
 class CreditGranted:
     index: int
     hold: bool = False
-    """Lower the credit to `index` if more was granted before."""
+    """Set the credit to `index`, even if more was granted before."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageEnded:
-    """Closed by the coordinator, failed, or its lease ran out."""
+    """The coordinator closed the stage or opened a later epoch, the stage failed, or its lease ran out."""
 
     reason: str
 
@@ -96,14 +97,14 @@ Event = StageResumed | StepArrived | StepComputed | StepTaken | CreditGranted | 
 
 @dataclass(frozen=True, slots=True)
 class BeginAt:
-    """KV is valid up to `start`; positions from there on are computed anew."""
+    """Drop KV and kept outputs from position `start` on: they are computed again."""
 
     start: int
 
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """Send kept outputs of tokens `[position, position + tokens)` to the next stage."""
+    """Send the kept outputs of `[position, position + tokens)` to the next stage."""
 
     position: int
     tokens: int
@@ -116,7 +117,7 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """Send a step's output: an activation to the next stage, without its first `skip` tokens, or a token."""
+    """Send a step's output: its activation without the first `skip` tokens, or the token that it sampled."""
 
     step: Step
     output: object
@@ -125,7 +126,7 @@ class Deliver:
 
 @dataclass(frozen=True, slots=True)
 class RejectStep:
-    """Report to the coordinator that the step is not valid here."""
+    """Report to the coordinator that the stage can't take this step."""
 
     step: Step
     reason: str
@@ -133,7 +134,7 @@ class RejectStep:
 
 @dataclass(frozen=True, slots=True)
 class RefuseResume:
-    """Report to the coordinator that the stage can't start there."""
+    """Report to the coordinator that the stage can't start as RESUME requests."""
 
     reason: str
 
@@ -153,59 +154,65 @@ class StageSession(Machine[Event, Command]):
     """State of one session on one stage. Only `handle` changes it."""
 
     known_tokens: int
-    """The prompt, and the answer tokens that were known when the epoch began."""
+    """Length of the prompt and the answer together when the epoch began, in tokens."""
     max_tokens: int
-    """Tokens of prompt and answer together, for which KV is reserved."""
+    """Tokens of prompt and answer for which KV is reserved."""
     credit: int
+    """Answer tokens that may be generated."""
     first: bool
-    """This is stage 0, which takes its decode steps from TOKEN and obeys CREDIT."""
+    """This is stage 0: its decode steps come from TOKEN and are limited by CREDIT."""
     last: bool
+    """This is the last stage: it samples, and has no next stage to wait for."""
     state: StageState = StageState.IDLE
     held: int = 0
-    """Positions whose KV this peer had when the stage opened."""
+    """KV of positions `[0, held)` was valid when the stage opened."""
     kept_from: int = 0
     """Outputs of `[kept_from, kept_to)` were kept when the stage opened."""
     kept_to: int = 0
     chunk_tokens: int = 1
     """Tokens of one replayed step."""
     next_position: int = 0
+    """Position of the next step that may arrive."""
     send_from: int = 0
     """The next stage has the outputs of all positions before this one."""
     sent_to: int = 0
     """Outputs of all positions before this one have been sent to the next stage."""
     replay_to: int = 0
+    """Kept outputs are sent up to this position."""
     inbox: deque[Step] = field(default_factory=deque)
+    """Steps that wait to be computed, in order."""
     computing: Step | None = None
     untaken: set[int] = field(default_factory=set)
+    """Prefill steps sent that the next stage has not begun."""
     done: Step | None = None
-    """The newest finished step: a repeat is answered from `done_output`."""
+    """The newest computed step. A repeat of it is answered with `done_output`."""
     done_output: object = None
     reason: str = ""
 
     def validate(self) -> None:
-        """Invariants that hold between events; tests call it after each."""
+        """Check the invariants between events. Tests call it after each event. Raises: AssertionError."""
         if self.state is StageState.COMPUTING and self.computing is None:
-            raise AssertionError("computing, but no step")
+            raise AssertionError("the state is COMPUTING, but there is no step")
         if self.state in (StageState.OPEN, StageState.IDLE, StageState.WAITING) and self.computing is not None:
-            raise AssertionError("a step computes in a state that has none")
+            raise AssertionError(f"a step computes in state {self.state.name}")
         if self.state in (StageState.IDLE, StageState.WAITING) and (self.state is StageState.WAITING) != bool(
             self.inbox or self.replaying
         ):
-            raise AssertionError("steps wait while idle, or none do while waiting")
+            raise AssertionError("steps wait in state IDLE, or none waits in state WAITING")
         if self.state is StageState.COMPUTING and self.replaying:
-            raise AssertionError("computes before the kept outputs are sent")
+            raise AssertionError("a step computes before the kept outputs are sent")
         if len(self.inbox) > (PREFILL_WINDOW if self.state is StageState.OPEN else self.known_tokens + 1):
-            raise AssertionError("the inbox is past its bound")
+            raise AssertionError("the inbox exceeds its bound")
         if self.next_position > self.max_tokens:
-            raise AssertionError("steps past the reservation")
+            raise AssertionError("the steps exceed the reserved KV")
 
     @property
     def replaying(self) -> bool:
-        """Kept outputs wait to be sent."""
+        """Whether kept outputs wait to be sent."""
         return self.sent_to < self.replay_to
 
     def _admit(self, step: Step) -> str:
-        """Why this step can't be next; empty if it can."""
+        """Check a new step. Returns: why it can't be next; empty if it can."""
         if step.position != self.next_position:
             return f"step {step.position} came where {self.next_position} was due"
         if step.tokens < 1 or step.end > self.max_tokens:
@@ -213,16 +220,17 @@ class StageSession(Machine[Event, Command]):
         if step.prefill and step.end > self.known_tokens:
             return f"{step.tokens} tokens at {step.position} are past the {self.known_tokens} known"
         if step.sample and step.end < self.known_tokens:
-            return f"a token is asked for at {step.end}, where it is known"
+            return f"sampling is requested at {step.end}, where the token is already known"
         return ""
 
     def _runnable(self, step: Step) -> bool:
+        """Whether the prefill window or the credit has space for the step."""
         if step.prefill:
             return self.last or len(self.untaken) < PREFILL_WINDOW
         return not self.first or step.index < self.credit
 
     def _next(self) -> list[Command]:
-        """Send the kept outputs, then start the next step of the inbox, as far as window and credit allow."""
+        """Send kept outputs, then start the next step of the inbox, as far as the prefill window and the credit allow."""
         commands = self._replay() if self.replaying else []
         if not (self.inbox or self.replaying):
             self.state = StageState.IDLE
@@ -244,18 +252,18 @@ class StageSession(Machine[Event, Command]):
         return commands
 
     def _can_resume(self, event: StageResumed) -> str:
-        """Why the stage can't start there; empty if it can."""
+        """Check RESUME. Returns: why the stage can't start as requested; empty if it can."""
         if not 0 <= event.start <= self.held:
             return f"it has KV of {self.held} tokens: it can't start at {event.start}"
         if event.start >= self.known_tokens or not 0 <= event.send_from < self.known_tokens:
             return f"{self.known_tokens} tokens are known: it can't start at {event.start} and send from {event.send_from}"
-        kept = self.kept_from <= event.send_from and event.start <= self.kept_to
-        if not self.last and not kept and event.send_from < event.start:
+        available = self.kept_from <= event.send_from and event.start <= self.kept_to
+        if not self.last and not available and event.send_from < event.start:
             return f"outputs {self.kept_from} to {self.kept_to} are kept, not those from {event.send_from} to {event.start}"
         return ""
 
     def _deliver(self, step: Step, output: object) -> list[Command]:
-        """Deliver a computed step, without the positions that the next stage has."""
+        """Deliver a computed step, without the positions that the next stage already has."""
         skip = 0 if self.last else max(0, min(step.tokens, self.send_from - step.position))
         return [Deliver(step, output, skip)] if skip < step.tokens else []
 
@@ -275,7 +283,7 @@ def _resumed(session: StageSession, event: StageResumed) -> list[Command]:
 
 
 def _step_early(session: StageSession, event: StepArrived) -> list[Command]:
-    """The stage before resumed first: keep as many steps as it may send before one is taken."""
+    """Queue a step of the previous stage, which resumed before this one. It may send a full prefill window before RESUME comes."""
     if len(session.inbox) >= PREFILL_WINDOW:
         return [RejectStep(event.step, f"more than {PREFILL_WINDOW} steps came before RESUME")]
     session.inbox.append(event.step)
@@ -287,7 +295,7 @@ def _step_arrived(session: StageSession, event: StepArrived) -> list[Command]:
     if step.position < session.next_position:
         if session.done is not None and step.position == session.done.position:
             return session._deliver(session.done, session.done_output)
-        return []  # a repeat of an older step, or of one that computes: its answer was or will be sent
+        return []  # a repeat of an older step, whose output was sent, or of the computing one, whose output will be
     reason = session._admit(step)
     if reason:
         return [RejectStep(step, reason)]
@@ -299,7 +307,7 @@ def _step_arrived(session: StageSession, event: StepArrived) -> list[Command]:
 def _step_computed(session: StageSession, event: StepComputed) -> list[Command]:
     step = session.computing
     if step is None or step.position != event.position:
-        raise IllegalTransition(f"step {event.position} was computed where {step and step.position} was under way")
+        raise IllegalTransition(f"step {event.position} was reported as computed, but {step and step.position} is computing")
     session.computing = None
     session.done, session.done_output = step, event.output
     commands = session._deliver(step, event.output)
@@ -351,12 +359,12 @@ TRANSITIONS: dict[tuple[Enum, type[Any]], Transition] = {
 }
 for _state in (StageState.IDLE, StageState.WAITING, StageState.COMPUTING):
     _starts = (StageState.WAITING, StageState.COMPUTING) if _state is StageState.IDLE else ()
-    _goes_on = (StageState.IDLE, StageState.COMPUTING) if _state is StageState.WAITING else ()
+    _continues = (StageState.IDLE, StageState.COMPUTING) if _state is StageState.WAITING else ()
     TRANSITIONS[_state, StepArrived] = Transition(_step_arrived, _starts)
-    TRANSITIONS[_state, StepTaken] = Transition(_step_taken, _goes_on)
-    TRANSITIONS[_state, CreditGranted] = Transition(_credit_granted, _goes_on)
+    TRANSITIONS[_state, StepTaken] = Transition(_step_taken, _continues)
+    TRANSITIONS[_state, CreditGranted] = Transition(_credit_granted, _continues)
     TRANSITIONS[_state, StageEnded] = _ends
-    TRANSITIONS[_state, StageResumed] = _ignored  # a repeat
+    TRANSITIONS[_state, StageResumed] = _ignored  # a repeated RESUME
 for _event in (StageResumed, StepArrived, StepTaken, CreditGranted, StageEnded):
     TRANSITIONS[StageState.ENDED, _event] = _ignored
 StageSession.table = TRANSITIONS

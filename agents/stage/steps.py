@@ -1,4 +1,4 @@
-"""A stage that runs on this peer, how messages become its steps, and how the compute thread computes one."""
+"""A running stage, the conversion of messages to its steps, and the computation of a step."""
 
 import time
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from meshd.agents.placement.loads import ResidentLayers
 from meshd.agents.stage import session as fsm
-from meshd.agents.stage.kv import StageKv
+from meshd.agents.stage.kv import StageCache
 from meshd.errors import LocalFault, MeshdError, ProtocolViolation
 from meshd.kernels.backend import Segment, Stage
 from meshd.kernels.kv import BlockTable
@@ -20,7 +20,7 @@ from meshd.types import PeerId, SessionId, TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """What a step computes on: token ids at the first stage, an activation's bytes elsewhere."""
+    """The input of a step: token ids at the first stage, an activation and its payload at the others."""
 
     ids: npt.NDArray[np.int32] | None
     activation: Activation | None = None
@@ -35,19 +35,19 @@ class StepOutput:
     token: int | None
     logprobs: TokenLogprobs | None
     forward_s: float
-    """Time in this stage's layers, without head and sampler."""
+    """Time to compute the layers, without head and sampler."""
     stage_s: float
-    """Time in this stage, with head and sampler."""
+    """Time to compute the whole step, with head and sampler."""
 
 
 @dataclass(slots=True, eq=False)
 class ActiveStage:
-    """A session's stage on this peer."""
+    """A session's stage that runs on this peer."""
 
     open: Open
     resident: ResidentLayers
     stage: Stage
-    cache: StageKv
+    cache: StageCache
     table: BlockTable
     sampler: Sampler
     machine: fsm.StageSession
@@ -70,7 +70,7 @@ class ActiveStage:
         return self.open.coordinator if step.prefill else self.peer_of(len(self.open.plan.stages) - 1)
 
     def opened(self, request: int) -> Opened:
-        """The answer to OPEN."""
+        """Return the answer to OPEN."""
         machine = self.machine
         return Opened(
             request=request,
@@ -85,15 +85,18 @@ class ActiveStage:
 
 
 def prompt_step(active: ActiveStage, message: Prompt, payload: memoryview) -> fsm.Step:
-    """Make a step of PROMPT. Raises: ProtocolViolation if its ids are torn or outside the vocabulary."""
+    """Convert PROMPT to a step. Raises: ProtocolViolation as `token_ids` does."""
     ids = token_ids(payload, message.tokens, active.resident.card.spec.vocab)
     return fsm.Step(message.step, message.tokens, message.last, True, data=StepInput(ids))
 
 
 def token_ids(payload: memoryview, tokens: int, vocab: int) -> npt.NDArray[np.int32]:
-    """Decode token ids. Raises: ProtocolViolation for another count than `tokens`, or for an id outside the vocabulary."""
+    """Decode `tokens` little-endian i32 token ids.
+
+    Raises: ProtocolViolation if the payload has another length, or an id is outside the vocabulary.
+    """
     if len(payload) != 4 * tokens:
-        raise ProtocolViolation(f"{tokens} token ids need {4 * tokens} bytes, but {len(payload)} came")
+        raise ProtocolViolation(f"{tokens} token ids need {4 * tokens} bytes, but the payload has {len(payload)}")
     ids = np.frombuffer(payload, dtype="<i4")
     if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) < vocab):
         raise ProtocolViolation("some token ids are outside the vocabulary")
@@ -101,7 +104,7 @@ def token_ids(payload: memoryview, tokens: int, vocab: int) -> npt.NDArray[np.in
 
 
 def activation_step(active: ActiveStage, message: Activation, payload: memoryview) -> fsm.Step:
-    """Make a step of ACTIVATION."""
+    """Convert ACTIVATION to a step."""
     return fsm.Step(
         message.step,
         message.tokens,
@@ -113,24 +116,24 @@ def activation_step(active: ActiveStage, message: Activation, payload: memoryvie
 
 
 def token_step(active: ActiveStage, message: Token) -> fsm.Step:
-    """Make the first stage's next step of the last stage's token."""
+    """Convert the last stage's TOKEN to the first stage's next step."""
     ids = np.array([message.token], dtype=np.int32)
     return fsm.Step(active.open.prompt_tokens + message.index, 1, True, False, index=message.index + 1, data=StepInput(ids))
 
 
 def compute_step(active: ActiveStage, step: fsm.Step) -> StepOutput:
-    """Compute one step, on the compute thread.
+    """Compute one step. Runs on the compute thread.
 
-    Raises: ProtocolViolation if the input is torn or not finite, LocalFault if only the output is not finite.
+    Raises: ProtocolViolation if the input has the wrong size or is not finite; LocalFault if only the output is not finite.
     """
     started = time.perf_counter()
-    given = step.data
-    assert isinstance(given, StepInput)
-    if given.activation is not None and given.payload is not None:
-        hidden = decode(given.payload, given.activation.dtype, given.activation.tokens, active.resident.card.spec.hidden)
+    data = step.data
+    assert isinstance(data, StepInput)
+    if data.activation is not None and data.payload is not None:
+        hidden = decode(data.payload, data.activation.dtype, data.activation.tokens, active.resident.card.spec.hidden)
     else:
-        assert given.ids is not None
-        hidden = active.stage.embed(given.ids)
+        assert data.ids is not None
+        hidden = active.stage.embed(data.ids)
     try:
         out = _forward(active, step, hidden)
         forward_s = time.perf_counter() - started
@@ -146,9 +149,9 @@ def compute_step(active: ActiveStage, step: fsm.Step) -> StepOutput:
 def _forward(active: ActiveStage, step: fsm.Step, hidden: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     segment = Segment(table=active.table, start=step.position, tokens=step.tokens)
     out = active.stage.forward(hidden, [segment], active.cache.lease.pool)
-    # A value that is not finite stays so through all layers, so the output is checked alone, and the input only if it fails.
+    # No layer turns NaN or infinity into a finite value, so checking the output is enough. The input is checked only if that fails.
     if not active.last and not np.isfinite(out).all():
-        raise LocalFault(f"layers {active.stage.layers} made hidden states that are not finite", hint="check the model file")
+        raise LocalFault(f"layers {active.stage.layers} computed hidden states that are not finite", hint="check the model file")
     return out
 
 

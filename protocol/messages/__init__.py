@@ -1,8 +1,8 @@
-"""Every message of the link protocol, by subject. `SPEC.md` in the folder above describes them for other languages.
+"""The messages of the link protocol, by subject. `protocol/SPEC.md` specifies them for other languages.
 
-A message is a frozen struct with a type number; its fields are the frame's msgpack header, and what a tensor or a file holds is the
-frame's raw payload. Numbers are never reused. A reader skips fields that it does not know. A field that an older writer
-does not send has a default. An unknown number is answered with ERROR, and the link stays up.
+A message is a frozen struct with a type number. Its fields are the frame's msgpack header; tensors and file contents are the
+frame's raw payload. Numbers are never reused. A reader skips fields that it does not know. A field that an older writer does not
+send has a default. A message with an unknown number is answered with ERROR, and the link stays up.
 
 The messages of one session:
 
@@ -11,7 +11,7 @@ The messages of one session:
     stage i --ACTIVATION--> stage i+1                   (hidden states)
     stage i+1 --TAKEN--> stage i                        (prefill: one more may come)
     last stage --TOKEN--> first stage and coordinator
-    coordinator --CREDIT--> first stage                 (how far decoding may run ahead of the client)
+    coordinator --CREDIT--> first stage                 (the limit of decoding ahead of the client)
     coordinator --RENEW--> every stage's peer           (the lease)
     any stage --FAILED--> coordinator
     coordinator --CLOSE--> every stage's peer           --CLOSED--> coordinator
@@ -23,7 +23,7 @@ A later epoch (after a loss, or to move a stage) reuses existing KV:
     coordinator --PROMPT--> first stage                 (the known tokens from its start)
     stage i --ACTIVATION--> stage i+1                   (kept outputs from send_from to start, then as computed)
 
-A copy of a stage's KV on another peer (a mirror, or a move that prepares):
+A copy of a stage's KV on another peer (as a mirror, or to prepare a move):
 
     coordinator --MIRROR(target)--> stage's peer
     stage's peer --KV_OFFER--> target                   --KV_ACCEPTED(held)--> stage's peer

@@ -32,7 +32,8 @@ class StoryData(Reply, frozen=True, kw_only=True):
 
     default_lane: ClassVar[Lane] = Lane.BULK
     now: float
-    """The sender's clock when it replied. With half the round trip it converts the events to the requester's clock."""
+    """Reading of the sender's clock when it replied. From it and half the round trip, the requester converts the events' times to
+    its own clock."""
 
 
 @message(92)
@@ -47,5 +48,5 @@ class Move(Request, frozen=True, kw_only=True):
 @message(93)
 class Moved(Reply, frozen=True, kw_only=True):
     pause_s: float
-    """Between the last token before the change of plan and the first one after it."""
+    """Time between the last token before the change of plan and the first one after it."""
     plan: Plan

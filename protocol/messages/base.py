@@ -1,4 +1,4 @@
-"""What all messages share: the version, the lanes, the base classes and the registry."""
+"""The protocol version, the lanes, the base classes of messages, and the registry of message types."""
 
 from collections.abc import Callable
 from enum import IntEnum
@@ -9,40 +9,40 @@ import msgspec
 from meshd.types import SessionId
 
 PROTOCOL_VERSION = (2, 0)
-"""(major, minor): peers of another major version refuse each other; a higher minor only adds."""
+"""(major, minor). Peers of different major versions refuse each other. A higher minor version only adds to the protocol."""
 
 FEATURES: frozenset[str] = frozenset({"f32"})
-"""Optional features of this build. Peers use those that both have."""
+"""Optional features of this build. Two peers use the features that both have."""
 
 
 class Lane(IntEnum):
-    """A link is two connections, so that a small message never waits behind a large one."""
+    """The two connections of a link. Small messages have their own, so that they never wait behind large ones."""
 
     CONTROL = 0
     BULK = 1
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
-    """The base of all messages. `number` is the type on the wire."""
+    """The base of all messages. `number` is the type number on the wire."""
 
     number: ClassVar[int] = 0
     default_lane: ClassVar[Lane] = Lane.CONTROL
 
 
 class Request(Message, frozen=True, kw_only=True):
-    """Expects one reply with the same `request`. A repeat has no further effect and gets the same answer."""
+    """A message that expects one reply with the same `request` number. A repeat has no further effect and gets the same answer."""
 
     request: int
 
 
 class Reply(Message, frozen=True, kw_only=True):
-    """Answers the request with this number."""
+    """A message that answers the request with the same `request` number."""
 
     request: int
 
 
 class SessionMessage(Message, frozen=True, kw_only=True):
-    """Carries the session's epoch. The receiver drops messages of an older epoch than its own."""
+    """A message of a session's epoch. The receiver drops one of an older epoch than its own."""
 
     session: SessionId
     epoch: int

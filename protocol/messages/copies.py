@@ -8,18 +8,18 @@ from meshd.types import LayerRange, ModelId, PeerId, SessionId
 
 @message(60)
 class Mirror(SessionMessage, frozen=True, kw_only=True):
-    """Copy the KV of a stage to another peer as it grows, behind live traffic."""
+    """Copy the KV of a stage to another peer while the stage runs."""
 
     stage: int
     target: PeerId | None
-    """None: stop."""
+    """The peer that receives the copy. None: stop all copies of the stage."""
     eager: bool = False
-    """Send each token's KV as soon as the last one is stored (a move), not by the block (a mirror)."""
+    """Send the KV of each token as soon as possible (for a move), not in whole blocks (for a mirror)."""
 
 
 @message(61)
 class Mirrored(SessionMessage, frozen=True, kw_only=True):
-    """Progress of a copy. Sent when it catches up, when it fails, and every 0.5 s until then."""
+    """Progress of a copy. Sent when the copy catches up, when it fails, and every 0.5 s while it is behind."""
 
     stage: int
     target: PeerId
@@ -27,12 +27,12 @@ class Mirrored(SessionMessage, frozen=True, kw_only=True):
     filled: int
     """Positions that the stage itself has."""
     error: str = ""
-    """Why the copy has ended; the stage continues. Empty: it has not."""
+    """Why the copy has ended, while the stage continues. Empty: it has not ended."""
 
 
 @message(62)
 class KvOffer(Request, frozen=True, kw_only=True):
-    """Reserve KV for a copy of a session's layers; the receiver must hold these layers. A repeat answers the same."""
+    """Reserve KV for a copy of a session's layers. The receiver must hold these layers. A repeat gets the same answer."""
 
     session: SessionId
     epoch: int
@@ -43,7 +43,7 @@ class KvOffer(Request, frozen=True, kw_only=True):
     """Tokens to reserve KV for."""
     lease_ms: int
     valid: int = 0
-    """The receiver's KV beyond this position may belong to other tokens, and is sent again."""
+    """KV that the receiver already has beyond this position may belong to other tokens, so it is sent again."""
 
 
 @message(63)
@@ -67,4 +67,4 @@ class KvStored(SessionMessage, frozen=True, kw_only=True):
     layers: LayerRange
     held: int
     error: str = ""
-    """Why the sender has dropped the copy. Empty: it has not."""
+    """Why the sender has dropped the copy. Empty: it has not dropped it."""

@@ -1,4 +1,4 @@
-"""Messages that keep a session's record, so that it survives its coordinator."""
+"""Messages that copy a session's record to other peers, so that the session survives its coordinator."""
 
 from typing import ClassVar
 
@@ -22,7 +22,7 @@ class Journaled(Reply, frozen=True, kw_only=True):
 
 @message(82)
 class JournalTokens(SessionMessage, frozen=True, kw_only=True):
-    """The answer's tokens from `index`, and how it ended, if it has."""
+    """The answer's tokens from `index` on, and its finish reason if it has ended."""
 
     index: int
     tokens: tuple[tuple[int, TokenLogprobs | None], ...]

@@ -8,13 +8,13 @@ from meshd.types import PeerId, SessionId
 
 @message(1)
 class Hello(Message, frozen=True, kw_only=True):
-    """First frame of each connection, from both sides. The dialler chooses the lane and the link number."""
+    """The first message of each connection, from both sides. The dialler chooses the lane and the link number."""
 
     version: tuple[int, int]
     features: tuple[str, ...]
     software: str
     peer: PeerId
-    """Must be the hash of the key in the TLS certificate."""
+    """The sender's id: the hash of the key in its TLS certificate."""
     name: str
     incarnation: int
     """Random number drawn at start, so that a restarted peer is a new incarnation."""
@@ -29,7 +29,7 @@ class Hello(Message, frozen=True, kw_only=True):
 
 @message(2)
 class Error(Reply, frozen=True, kw_only=True):
-    """A request, or with `request` 0 a message, could not be handled."""
+    """A request could not be handled. With `request` 0: a message could not be handled."""
 
     request: int = 0
     code: str
@@ -37,7 +37,7 @@ class Error(Reply, frozen=True, kw_only=True):
     hint: str = ""
     session: SessionId | None = None
     number_of: int = 0
-    """The unknown type number that this answers; 0 if it was known."""
+    """The unknown type number that this error answers; 0 if the number was known."""
 
 
 @message(3)
@@ -46,7 +46,7 @@ class Heartbeat(Message, frozen=True, kw_only=True):
 
     sequence: int
     sent_ns: int
-    """The sender's monotonic clock. The answer repeats it."""
+    """Reading of the sender's monotonic clock. The answer repeats it."""
 
 
 @message(4)
@@ -57,14 +57,14 @@ class HeartbeatAck(Message, frozen=True, kw_only=True):
 
 @message(5)
 class Goodbye(Message, frozen=True, kw_only=True):
-    """The sender leaves on purpose; its silence is not a fault."""
+    """The sender leaves on purpose, so its silence is not a failure."""
 
     reason: str
 
 
 @message(6)
 class Probe(Request, frozen=True, kw_only=True):
-    """Payload: filler. The reply is sent when all of it has arrived; with `echo` the reply has the same payload."""
+    """Measure the link. Payload: any bytes. The reply is sent when all of them have arrived; with `echo` it repeats the payload."""
 
     default_lane: ClassVar[Lane] = Lane.BULK
     echo: bool = False

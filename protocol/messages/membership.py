@@ -27,4 +27,4 @@ class HeaderData(Reply, frozen=True, kw_only=True):
     default_lane: ClassVar[Lane] = Lane.BULK
     card: ModelCard
     sha256: str
-    """Of the payload, in hex."""
+    """SHA-256 of the payload, in hex."""

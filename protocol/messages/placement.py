@@ -40,7 +40,7 @@ class Unplaced(Reply, frozen=True, kw_only=True):
 
 @message(36)
 class Drain(Request, frozen=True, kw_only=True):
-    """Accept no new work, and let sessions move away. The reply is sent when none is left, or at the deadline."""
+    """Accept no new work, and let sessions move away. The reply is sent when no session is left, or at the deadline."""
 
     deadline_ms: int
     undo: bool = False

@@ -25,7 +25,7 @@ class Open(Request, frozen=True, kw_only=True):
     """Answer tokens that are known already. Payload, for the last stage if its sampler needs them: all known tokens,
     `i32[prompt_tokens + answered]`."""
     resume: bool = False
-    """Keep KV and outputs of an older epoch for these layers, report them in OPENED, and wait for RESUME."""
+    """Reuse KV and outputs of an older epoch for these layers: report them in OPENED, and wait for RESUME."""
     handed_over: bool = False
     """The previous coordinator gave the session away, so its link with the receiver may still be up."""
 
@@ -40,19 +40,19 @@ class Opened(Reply, frozen=True, kw_only=True):
     mirrored: bool = False
     """The held KV was copied from another peer."""
     kept_from: int = 0
-    """Outputs of these layers of positions `[kept_from, kept_to)` are kept and can be sent again."""
+    """The stage's outputs for positions `[kept_from, kept_to)` are kept and can be sent again."""
     kept_to: int = 0
 
 
 @message(59)
 class Resume(SessionMessage, frozen=True, kw_only=True):
-    """All stages of a later epoch are open: continue. The receiver frees what no stage of the epoch uses."""
+    """All stages of a later epoch are open: continue. The receiver frees KV and outputs that no stage of the epoch uses."""
 
     stage: int
     start: int
-    """Position of the first token that this stage computes. Its KV before that is valid."""
+    """Position of the first token that this stage computes. The stage's KV before it is valid."""
     send_from: int
-    """First position whose output the next stage needs. Outputs before `start` are sent from the kept ones."""
+    """First position whose output the next stage needs. Kept outputs are sent for `[send_from, start)`."""
 
 
 @message(53)
@@ -108,5 +108,5 @@ class ProgressData(Reply, frozen=True, kw_only=True):
     """Progress of each of the session's stages at the sender."""
 
     stages: tuple[tuple[int, int, int, float], ...]
-    """(stage, next position expected, position up to which outputs were sent, seconds that the sender has computed its current
-    step, which may belong to any session)."""
+    """(stage, next position expected, position up to which outputs were sent, seconds since the sender began its current step,
+    which may belong to any session)."""

@@ -12,7 +12,7 @@ class Prompt(SessionMessage, frozen=True, kw_only=True):
     """Position of the chunk's first token, which is the step's number."""
     tokens: int
     last: bool
-    """The chunk ends the known tokens, and the last stage samples after it."""
+    """This chunk contains the last known token, and the last stage samples after it."""
     deadline_ms: int = 0
 
 
@@ -28,12 +28,12 @@ class Activation(SessionMessage, frozen=True, kw_only=True):
     dtype: str
     sample: bool
     deadline_ms: int = 0
-    """Time left for the step when it was sent; 0: no deadline."""
+    """Time left for the step when the message was sent. 0: no deadline."""
 
 
 @message(58)
 class Taken(SessionMessage, frozen=True, kw_only=True):
-    """A stage has begun this prefill step, so the previous one may send one more. Bounds the steps that wait between stages."""
+    """A stage has begun this prefill step, so the previous stage may send one more. This bounds the steps in transit."""
 
     step: int
     stage: int
@@ -41,10 +41,10 @@ class Taken(SessionMessage, frozen=True, kw_only=True):
 
 @message(52)
 class Token(SessionMessage, frozen=True, kw_only=True):
-    """The token that the last stage sampled. Sent to the first stage, as its next step, and to the coordinator."""
+    """A token that the last stage sampled. It is sent to the coordinator, and to the first stage as its next step."""
 
     step: int
-    """The step that it was sampled after."""
+    """The step after which the token was sampled."""
     index: int
     """Index in the answer, from 0."""
     token: int

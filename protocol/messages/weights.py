@@ -15,12 +15,12 @@ class FetchManifest(Request, frozen=True, kw_only=True):
 
 @message(41)
 class ManifestData(Reply, frozen=True, kw_only=True):
-    """Payload: the manifest (msgpack): each tensor's place in the file, its SHA-256, and whether the sender has it."""
+    """Payload: the manifest (msgpack): for each tensor its offset in the file, its SHA-256, and whether the sender has it."""
 
     default_lane: ClassVar[Lane] = Lane.BULK
     card: ModelCard
     sha256: str
-    """Of the payload, in hex."""
+    """SHA-256 of the payload, in hex."""
 
 
 @message(42)
@@ -34,7 +34,7 @@ class FetchWeights(Request, frozen=True, kw_only=True):
 
 @message(43)
 class WeightData(Reply, frozen=True, kw_only=True):
-    """Payload: the bytes."""
+    """Payload: the requested bytes."""
 
     default_lane: ClassVar[Lane] = Lane.BULK
     offset: int

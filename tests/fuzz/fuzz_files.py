@@ -1,10 +1,10 @@
-"""Opens mutated model files, for as long as asked; any surprise ends it, with the seed and the number of the case to repeat.
+"""Opens mutated model files. The first failure ends the run, and prints the seed and the number of the case to repeat.
 
     python tests/fuzz/fuzz_files.py [--seconds 60 | --count N] [--seed N] [--first CASE]
 
-Required: a GGUF file, a split one and a Hugging Face folder give a model or one MeshdError; within seconds; in the memory of the
-file and a fixed bound; with no file or mapping left open and nothing half made on the disk; and a weight that is not a
-number is always reported.
+Required: a GGUF file, a split one and a Hugging Face folder give a model or one MeshdError, within seconds and with bounded
+memory. No file or mapping stays open, no unfinished file stays on the disk, and a weight that is not a finite number is always
+reported.
 """
 
 import argparse
@@ -58,23 +58,21 @@ from tiny.bad_files import (
 
 CASE_S = 10
 DATA_BYTES = 192 << 20
-"""What the process may come to have more of than at its start; more is a MemoryError."""
+"""Data memory that the process may allocate beyond that at its start. More raises MemoryError."""
 TRACED_BYTES = 2 << 20
-"""What a case may take, beside a multiple of its file: interpreter, text buffers, the tokenizer's tables."""
+"""Memory that a case may allocate beside a multiple of its file: interpreter, text buffers, the tokenizer's tables."""
 TRACED_FACTOR = 24
+"""That multiple of the size of the case's files."""
 TRACE_EVERY = 40
-LOOK_EVERY = 500
+LEAK_CHECK_EVERY = 500
 
 
 class Hang(BaseException):
-    """A case took too long; no handler in the tested code may take it for an ordinary error."""
-
-
-# --- what is done with a file ------------------------------------------------------------------------------------------
+    """A case took too long. Not an `Exception`, so that no handler in the tested code catches it."""
 
 
 def use_gguf(path: Path) -> None:
-    """Everything that meshd does with a file's header and weights. A part that fails does not stop the next one."""
+    """Do all that meshd does with a file's header and weights. If one part fails, the next one still runs."""
     with GgufFile.open(path) as file:
         for name in file.tensors:
             with suppress(MeshdError):
@@ -91,7 +89,7 @@ def use_gguf(path: Path) -> None:
 
 
 class Fuzzer:
-    """The seeds, a folder in memory, and the cases."""
+    """Makes cases: damages a valid model in a folder, and opens it."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -108,11 +106,11 @@ class Fuzzer:
             "split": (1, self._case_split), "nan": (1, self._case_nan), "plan": (2, self._case_plan),
             "gguf nan": (1, self._case_gguf_nan),
         }  # fmt: skip
-        self.told: Counter[str] = Counter()
+        self.outcomes: Counter[str] = Counter()
         self._changed: set[str] = set()
 
     def check_seeds(self) -> None:
-        """What is whole is used without complaint: else nothing of this tests anything."""
+        """Check that the undamaged models open without an error. Otherwise no case would test anything."""
         for data in self._gguf:
             (self._root / "x.gguf").write_bytes(data)
             use_gguf(self._root / "x.gguf")
@@ -124,7 +122,7 @@ class Fuzzer:
         self._import(self._folder)
 
     def run(self, dice: random.Random, *, traced: bool) -> None:
-        """One case. Raises: whatever the tested code should not."""
+        """Run one case. Raises: AssertionError, and any error of the tested code that is not a MeshdError."""
         kind = dice.choices(list(self._kinds), [weight for weight, _ in self._kinds.values()])[0]
         use = self._kinds[kind][1](dice)
         size = sum(path.stat().st_size for path in self._root.rglob("*") if path.is_file()) if traced else 0
@@ -132,20 +130,20 @@ class Fuzzer:
             tracemalloc.start()
         try:
             use()
-            self.told[f"{kind} used"] += 1
+            self.outcomes[f"{kind} used"] += 1
         except MeshdError as error:
-            if len(str(error).encode()) > 4000:  # that it can be written down is looked at too
-                raise AssertionError("an endless message") from error
-            self.told[f"{kind} refused"] += 1
+            if len(str(error).encode()) > 4000:  # encoding it also checks that it can be printed
+                raise AssertionError("an error message of more than 4000 bytes") from error
+            self.outcomes[f"{kind} refused"] += 1
         finally:
             if traced:
                 _, most = tracemalloc.get_traced_memory()
                 tracemalloc.stop()
-                assert most < TRACED_FACTOR * size + TRACED_BYTES, f"{most} bytes were taken for files of {size}"
+                assert most < TRACED_FACTOR * size + TRACED_BYTES, f"{most} bytes were allocated for files of {size}"
             self._restore()
 
     def _restore(self) -> None:
-        assert not self._target.exists(), "a file that was not finished is left"
+        assert not self._target.exists(), "an unfinished file is left"
         for name in self._changed:
             (self._folder / name).write_bytes(self._seeds[name])
         self._changed.clear()
@@ -217,8 +215,8 @@ class Fuzzer:
             except ModelFileError as error:
                 if "no finite number" in error.message:
                     raise
-                raise AssertionError(f"a weight that is no number is told as {error}") from error
-            raise AssertionError("a weight that is no number went through")
+                raise AssertionError(f"a weight that is no number is reported as: {error}") from error
+            raise AssertionError("a weight that is no number was accepted")
 
         return use
 
@@ -235,12 +233,12 @@ class Fuzzer:
                 except ModelFileError as error:
                     if name in error.message:
                         raise
-                    raise AssertionError(f"a weight of {name} that is no number is told as {error}") from error
+                    raise AssertionError(f"a weight of {name} that is no number is reported as: {error}") from error
             raise AssertionError(f"a weight of {name} that is no number was loaded")
 
         return use
 
-    def look_for_leaks(self) -> None:
+    def check_leaks(self) -> None:
         """Check that no file is open or mapped between two cases."""
         gc.collect()
         if Path("/proc/self/maps").exists():
@@ -252,7 +250,7 @@ class Fuzzer:
 
 
 def limit_memory() -> None:
-    """What is taken beyond DATA_BYTES from now on fails, in the interpreter as in libraries."""
+    """Limit the data memory of the process, including its libraries, to the current size and DATA_BYTES."""
     status = Path("/proc/self/status")
     if status.exists():
         held = int(next(line for line in status.read_text().splitlines() if line.startswith("VmData")).split()[1]) << 10
@@ -264,15 +262,15 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Cases are numbered: one alone is repeated by --seed and --first, with --count 1."""
+    """Run numbered cases. `--seed`, `--first` and `--count 1` repeat one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--count", type=int, help="so many cases, however long they take")
+    parser.add_argument("--count", type=int, help="number of cases; replaces --seconds")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--first", type=int, default=0, help="the number of the first case")
     args = parser.parse_args()
     print(f"seed {args.seed}", flush=True)
-    warnings.simplefilter("ignore")  # numpy's, of numbers that overflow
+    warnings.simplefilter("ignore")  # numpy warns of numbers that overflow
     memory = Path("/dev/shm")
     root = Path(tempfile.mkdtemp(prefix="meshd-fuzz-", dir=memory if memory.is_dir() else None))
     signal.signal(signal.SIGALRM, interrupt)
@@ -285,10 +283,10 @@ def main() -> None:
             signal.setitimer(signal.ITIMER_REAL, CASE_S)
             fuzzer.run(random.Random(f"{args.seed} {case}"), traced=case % TRACE_EVERY == 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            if case % LOOK_EVERY == 0:
-                fuzzer.look_for_leaks()
+            if case % LEAK_CHECK_EVERY == 0:
+                fuzzer.check_leaks()
             case += 1
-        fuzzer.look_for_leaks()
+        fuzzer.check_leaks()
     except BaseException as error:
         signal.setitimer(signal.ITIMER_REAL, 0)
         if not isinstance(error, KeyboardInterrupt):
@@ -298,9 +296,9 @@ def main() -> None:
     finally:
         shutil.rmtree(root, ignore_errors=True)
     count, took = case - args.first, time.monotonic() - begun
-    told = ", ".join(f"{number} {what}" for what, number in sorted(fuzzer.told.items()))
+    outcomes = ", ".join(f"{number} {outcome}" for outcome, number in sorted(fuzzer.outcomes.items()))
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    print(f"{count} files in {took:.0f} s, {count / took:.0f} a second, {most} MiB at most ({told}): nothing unexpected")
+    print(f"{count} files in {took:.0f} s, {count / took:.0f} a second, {most} MiB at most ({outcomes}): no failure")
 
 
 if __name__ == "__main__":

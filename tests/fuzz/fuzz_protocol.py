@@ -1,9 +1,9 @@
-"""Throws mutated frames at the reader and at a peer that runs, for as long as asked; any surprise ends it, with the seed to repeat.
+"""Sends mutated frames to the reader and to a running peer. The first failure ends the run; the printed seed repeats it.
 
     python tests/fuzz/fuzz_protocol.py [--seconds 60] [--seed N]
 
-Required: bytes give messages or one ProtocolViolation; however they are chunked, the same; no more memory than one frame; and a
-peer under attack keeps its other links.
+Required: a stream gives messages or one ProtocolViolation, the same however it is chunked; the reader allocates no more than one
+frame; and a peer under attack keeps its other links.
 """
 
 import argparse
@@ -35,7 +35,7 @@ _EDGES = (0, 1, 7, 8, 0x7F, 0x80, 0xC0, 0xC1, 0xD9, 0xDB, 0xDC, 0xDD, 0xDE, 0xDF
 
 
 def mutate(dice: random.Random, frames: list[bytes]) -> bytes:
-    """A stream of golden frames, some of them broken."""
+    """Join some golden frames to a stream and damage it at random places."""
     stream = bytearray(b"".join(dice.choices(frames, k=dice.randint(1, 6))))
     for _ in range(dice.choice((0, 1, 1, 2, 8))):
         at = dice.randrange(len(stream))
@@ -56,19 +56,19 @@ def mutate(dice: random.Random, frames: list[bytes]) -> bytes:
 
 
 def read(stream: bytes, sizes: Iterator[int]) -> tuple[list[tuple[Message, bytes]], str]:
-    """The messages of a stream and the fault that ended it."""
+    """Read a stream in chunks. Returns: its messages, and the text of the violation that ended it or ""."""
     reader = FrameReader(LIMITS)
     bound = reader.held_bytes() + LIMITS.max_header + LIMITS.max_payload + 8
     messages: list[tuple[Message, bytes]] = []
     try:
         while stream:
-            room = reader.buffer()
-            chunk = stream[: min(next(sizes), len(room))]
-            room[: len(chunk)] = chunk
+            buffer = reader.buffer()
+            chunk = stream[: min(next(sizes), len(buffer))]
+            buffer[: len(chunk)] = chunk
             stream = stream[len(chunk) :]
             for frame in reader.received(len(chunk)):
-                messages.append((decode(frame.header), bytes(frame.payload)))  # noqa: PERF401  (what came before a fault counts)
-            assert reader.held_bytes() <= bound, "the reader holds more than a frame"
+                messages.append((decode(frame.header), bytes(frame.payload)))  # noqa: PERF401  (messages before a violation are returned too)
+            assert reader.held_bytes() <= bound, "the reader allocates more than a frame"
         reader.end()
     except ProtocolViolation as violation:
         return messages, str(violation)
@@ -76,19 +76,19 @@ def read(stream: bytes, sizes: Iterator[int]) -> tuple[list[tuple[Message, bytes
 
 
 def fuzz_reader(dice: random.Random, frames: list[bytes]) -> None:
-    """One stream, whole and chunked."""
+    """Read one stream whole and in chunks, and compare."""
     stream = mutate(dice, frames)
     whole = read(stream, iter(lambda: 1 << 30, None))
     chunked = read(stream, iter(lambda: dice.randint(1, 200), None))
-    # Compared as text: not-a-number differs from itself.
+    # Compared as text, because NaN differs from itself.
     assert repr(whole) == repr(chunked), "chunking changes what is read"
     for message, _ in whole[0]:
         if not isinstance(message, UnknownMessage):
-            assert repr(decode(encode(message))) == repr(message), "what was read is not written back"
+            assert repr(decode(encode(message))) == repr(message), "a message changes when it is encoded and decoded again"
 
 
 async def attack(dice: random.Random, frames: list[bytes], hostile: Identity, port: int) -> None:
-    """One link of a peer that has the key and breaks the rules."""
+    """Open one link as a peer that has the cluster key, and break the protocol on it."""
     lanes: list[transport.Connection] = []
     link = dice.getrandbits(63)
     with suppress(PeerFault, TimeoutError):
@@ -126,7 +126,7 @@ def _hello(identity: Identity, link: int, lane: Lane) -> Hello:
 
 
 async def fuzz_peer(dice: random.Random, frames: list[bytes], seconds: float) -> int:
-    """Attacks on a peer that runs, until the time is over; how many."""
+    """Attack a running peer for `seconds`. Returns: the number of attacks."""
     attacks = 0
     with tempfile.TemporaryDirectory() as root:
         peers = Peers(Path(root))
@@ -139,15 +139,15 @@ async def fuzz_peer(dice: random.Random, frames: list[bytes], seconds: float) ->
             await attack(dice, frames, hostile, target.port)
             attacks += 1
             assert not target.task.done(), "the peer under attack has stopped"
-            assert friend.id in target.links.peers(), "an attack cost another link"
-        assert not [told for told in friend.story if told.startswith("down")], "an attack cost another link"
+            assert friend.id in target.links.peers(), "an attack broke another link"
+        assert not [event for event in friend.story if event.startswith("down")], "an attack broke another link"
         target.links.send(friend.id, Heartbeat(sequence=1, sent_ns=1), EMPTY)
         await peers.stop()
     return attacks
 
 
 def main() -> None:
-    """Half the time for the reader, half for a peer."""
+    """Fuzz the reader for half of the time, and a running peer for the other half."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
@@ -161,7 +161,7 @@ def main() -> None:
         fuzz_reader(dice, frames)
         streams += 1
     attacks = asyncio.run(fuzz_peer(dice, frames, args.seconds / 2))
-    print(f"{streams} streams read and {attacks} attacks survived: nothing unexpected")
+    print(f"{streams} streams read and {attacks} attacks survived: no failure")
 
 
 if __name__ == "__main__":

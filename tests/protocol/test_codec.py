@@ -1,4 +1,4 @@
-"""Headers: what is written is read, and what is not a message is one ProtocolViolation and nothing else."""
+"""Headers: a message survives encoding and decoding, and any other bytes raise ProtocolViolation."""
 
 import msgpack
 import pytest
@@ -17,7 +17,7 @@ json_like = st.recursive(
 )
 
 
-def test_nested_structs_maps_with_number_keys_and_ranges_survive() -> None:
+def test_nested_structs_integer_keys_and_ranges_survive() -> None:
     opened = Open(
         request=1,
         session="s" * 32,
@@ -41,11 +41,11 @@ def test_a_field_that_this_build_does_not_know_is_skipped() -> None:
     assert decode(header) == Heartbeat(sequence=1, sent_ns=2)
 
 
-def test_a_field_that_an_older_writer_does_not_send_has_its_default() -> None:
+def test_a_missing_field_gets_its_default() -> None:
     assert decode(msgpack.packb([2, {"code": "c", "message": "m"}])) == Error(code="c", message="m")
 
 
-def test_an_unknown_number_is_kept_with_its_request() -> None:
+def test_an_unknown_type_number_is_returned_with_its_request_number() -> None:
     assert decode(msgpack.packb([999, {"request": 7, "x": [1]}])) == UnknownMessage(number_of=999, request=7)
     assert decode(msgpack.packb([999, {"request": "seven"}])) == UnknownMessage(number_of=999)
 
@@ -78,13 +78,13 @@ def test_an_unknown_number_is_kept_with_its_request() -> None:
         msgpack.packb([3, {"sequence": 1, "sent_ns": 2, "text": "x" * 40_000}]),
     ],
 )
-def test_what_is_not_a_message_is_a_violation(header: bytes) -> None:
+def test_bytes_that_are_not_a_message_are_a_violation(header: bytes) -> None:
     with pytest.raises(ProtocolViolation):
         decode(header)
 
 
 @given(header=st.binary(max_size=200))
-def test_any_bytes_are_a_message_or_a_violation(header: bytes) -> None:
+def test_any_bytes_decode_or_are_a_violation(header: bytes) -> None:
     try:
         decode(header)
     except ProtocolViolation:
@@ -92,7 +92,7 @@ def test_any_bytes_are_a_message_or_a_violation(header: bytes) -> None:
 
 
 @given(number=st.integers(0, 70), body=json_like)
-def test_any_msgpack_is_a_message_or_a_violation(number: int, body: object) -> None:
+def test_any_msgpack_decodes_or_is_a_violation(number: int, body: object) -> None:
     try:
         message = decode(msgpack.packb([number, body]))
     except ProtocolViolation:
@@ -101,11 +101,11 @@ def test_any_msgpack_is_a_message_or_a_violation(number: int, body: object) -> N
 
 
 @given(index=st.integers(-(2**63), 2**64 - 1))
-def test_numbers_of_64_bits_survive(index: int) -> None:
+def test_integers_of_64_bits_survive(index: int) -> None:
     credit = Credit(session="s", epoch=1, index=index)
     assert decode(encode(credit)) == credit
 
 
-def test_a_number_beyond_64_bits_is_our_own_fault() -> None:
+def test_an_integer_beyond_64_bits_can_not_be_sent() -> None:
     with pytest.raises(InvalidRequest):
         encode(Credit(session="s", epoch=1, index=2**64))

@@ -1,4 +1,4 @@
-"""The queue before a socket: in order, in pieces, and never more than its limit."""
+"""The send queue: in order, in chunks, and never beyond its limit."""
 
 import pytest
 from hypothesis import given
@@ -8,20 +8,20 @@ from meshd.errors import Overloaded
 from meshd.protocol.flow import SendQueue
 
 
-@given(buffers=st.lists(st.binary(max_size=50), max_size=10), piece=st.integers(1, 30))
-def test_what_goes_in_comes_out_in_order_and_in_pieces(buffers: list[bytes], piece: int) -> None:
-    queue = SendQueue(10_000, piece)
+@given(buffers=st.lists(st.binary(max_size=50), max_size=10), chunk=st.integers(1, 30))
+def test_buffers_are_taken_in_order_and_in_chunks(buffers: list[bytes], chunk: int) -> None:
+    queue = SendQueue(10_000, chunk)
     for buffer in buffers:
         queue.put(buffer)
     out = []
     while queue:
         out.append(queue.take())
-        assert len(out[-1]) <= piece
+        assert len(out[-1]) <= chunk
     assert b"".join(out) == b"".join(buffers)
     assert queue.queued_bytes == 0
 
 
-def test_what_does_not_fit_is_refused_whole() -> None:
+def test_buffers_that_exceed_the_limit_together_are_all_refused() -> None:
     queue = SendQueue(10, 4)
     queue.put(b"123456")
     with pytest.raises(Overloaded):
@@ -33,10 +33,10 @@ def test_what_does_not_fit_is_refused_whole() -> None:
     assert queue.queued_bytes == 0
 
 
-def test_pieces_are_views_of_what_was_given() -> None:
+def test_chunks_are_views_of_the_queued_buffers() -> None:
     data = bytearray(b"abcdef")
     queue = SendQueue(10, 4)
     queue.put(memoryview(data))
-    piece = queue.take()
+    chunk = queue.take()
     data[0] = ord("z")
-    assert bytes(piece) == b"zbcd"
+    assert bytes(chunk) == b"zbcd"

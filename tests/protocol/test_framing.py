@@ -1,4 +1,4 @@
-"""However a stream is chunked the frames are the same, and no stream makes the reader do more than say so."""
+"""The frames of a stream do not depend on its chunks, and a broken stream raises ProtocolViolation within bounded memory."""
 
 import pytest
 from hypothesis import given
@@ -27,7 +27,7 @@ def test_any_chunking_gives_the_same_frames(frames: Frames, sizes: list[int]) ->
 
 
 @given(size=st.integers(0, 100_000), sizes=st.lists(st.integers(1, 40_000), min_size=1, max_size=20))
-def test_large_payloads_come_whole(size: int, sizes: list[int]) -> None:
+def test_large_payloads_arrive_whole(size: int, sizes: list[int]) -> None:
     payload = bytes(range(256)) * (size // 256 + 1)
     frames = [(b"h", payload[:size]), (b"next", b"x")]
     read, violation = read_frames(stream_of(frames), SMALL, sizes)
@@ -36,7 +36,7 @@ def test_large_payloads_come_whole(size: int, sizes: list[int]) -> None:
 
 
 @given(frames=frames_of, junk=st.binary(max_size=400), sizes=chunkings)
-def test_junk_gives_one_violation_or_frames_and_the_same_for_any_chunking(frames: Frames, junk: bytes, sizes: list[int]) -> None:
+def test_junk_reads_the_same_for_any_chunking(frames: Frames, junk: bytes, sizes: list[int]) -> None:
     stream = stream_of(frames) + junk
     once, fault = read_frames(stream, SMALL)
     again, same_fault = read_frames(stream, SMALL, sizes)
@@ -55,7 +55,7 @@ def test_a_torn_stream_gives_the_whole_frames_and_one_violation(frames: Frames, 
 
 
 @pytest.mark.parametrize(("header_length", "payload_length"), [(0, 0), (65, 0), (2**32 - 1, 0), (1, 100_001), (1, 2**32 - 1)])
-def test_lengths_are_checked_before_memory_is_taken(header_length: int, payload_length: int) -> None:
+def test_lengths_are_checked_before_memory_is_allocated(header_length: int, payload_length: int) -> None:
     reader = FrameReader(SMALL)
     before = reader.held_bytes()
     reader.buffer()[:8] = header_length.to_bytes(4, "big") + payload_length.to_bytes(4, "big")
@@ -81,8 +81,8 @@ def test_memory_is_bounded_by_one_frame(stream: bytes, sizes: list[int]) -> None
     bound = reader.held_bytes() + SMALL.max_payload
     for size in sizes:
         chunk, stream = stream[:size], stream[size:]
-        room = reader.buffer()
-        room[: len(chunk)] = chunk
+        buffer = reader.buffer()
+        buffer[: len(chunk)] = chunk
         try:
             list(reader.received(len(chunk)))
         except ProtocolViolation:
@@ -97,16 +97,16 @@ def test_a_header_larger_than_the_scratch_buffer_is_read() -> None:
     assert [(frame.header, bytes(frame.payload)) for frame in read] == frames
 
 
-def test_each_payload_has_memory_of_its_own_and_a_large_one_is_filled_in_place() -> None:
+def test_each_payload_has_its_own_memory_and_a_large_one_is_read_in_place() -> None:
     reader = FrameReader(SMALL)
     head = frame_head(b"h", 90_000)
     reader.buffer()[: len(head)] = head
     assert list(reader.received(len(head))) == []
-    room = reader.buffer()
-    assert len(room) == 90_000
-    room[:] = b"x" * 90_000
+    buffer = reader.buffer()
+    assert len(buffer) == 90_000
+    buffer[:] = b"x" * 90_000
     (frame,) = reader.received(90_000)
-    assert frame.payload.obj is room.obj
+    assert frame.payload.obj is buffer.obj
     (first, second), _ = read_frames(stream_of([(b"a", b"1"), (b"b", b"2")]), SMALL)
     first.payload[0] = 0
     assert bytes(second.payload) == b"2"
@@ -118,7 +118,7 @@ def test_the_time_of_a_payload_is_from_its_first_byte_to_its_last() -> None:
     stream = stream_of([(b"h", b"12345678"), (b"i", b"9")])
     for at in (slice(0, 12), slice(12, None)):
         chunk = stream[at]
-        room = reader.buffer()[: len(chunk)]
-        room[:] = chunk[: len(room)]
-        frames = list(reader.received(len(room)))
+        buffer = reader.buffer()[: len(chunk)]
+        buffer[:] = chunk[: len(buffer)]
+        frames = list(reader.received(len(buffer)))
     assert [frame.receive_s for frame in frames] == [2.5]

@@ -1,4 +1,4 @@
-"""Golden frames: the wire does not change by accident, and an independent msgpack implementation reads it."""
+"""Golden frames: the protocol does not change by accident, and a second msgpack implementation reads it."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_every_message_has_a_golden_frame() -> None:
 
 
 @pytest.mark.parametrize("stem", STEMS)
-def test_what_is_described_is_written_byte_for_byte(stem: str) -> None:
+def test_a_described_message_is_written_byte_for_byte(stem: str) -> None:
     described, frame = load(stem)
     message = msgspec.json.decode(json.dumps(described["body"]), type=REGISTRY[described["number"]])
     payload = bytes.fromhex(described["payload_hex"])
@@ -51,5 +51,7 @@ def test_another_msgpack_reads_the_same_message(stem: str) -> None:
     number, body = msgspec.msgpack.decode(header, type=tuple[int, msgspec.Raw])
     assert number == described["number"]
     assert msgspec.msgpack.decode(body, type=message_type) == decode(header)
-    again = msgspec.msgpack.encode((number, decode(header)))  # maps that leave out fields get a longer head: compared as values
+    again = msgspec.msgpack.encode(
+        (number, decode(header))
+    )  # compared as values: msgspec encodes maps with omitted fields with a longer head
     assert msgspec.msgpack.decode(again) == msgspec.msgpack.decode(header)

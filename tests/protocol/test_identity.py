@@ -1,4 +1,4 @@
-"""The cluster key, its join code and its authority: the same for every holder, and closed to all others."""
+"""The cluster key, its join code, its authority and the identities certified by it."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> StateFolder:
     return StateFolder.open(tmp_path / "state")
 
 
-def test_the_derivation_is_that_of_the_test_vector() -> None:
+def test_the_derivation_matches_the_test_vector() -> None:
     private = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(VECTOR["peer_seed"]))
     assert KEY.code == VECTOR["join_code"]
     assert KEY.fingerprint == VECTOR["fingerprint"]
@@ -54,7 +54,7 @@ def test_the_derivation_is_that_of_the_test_vector() -> None:
 
 
 @given(secret=secrets)
-def test_a_join_code_gives_the_key_back_however_it_is_typed(secret: bytes) -> None:
+def test_a_join_code_is_read_however_it_is_typed(secret: bytes) -> None:
     code = ClusterKey(secret).code
     sloppy = code.lower().replace("-", " ").replace("0", "o").replace("1", "l")
     for typed in (code, sloppy, code.replace("-", ""), f"  {code.upper()}\n", code.removeprefix("mesh-")):
@@ -62,7 +62,7 @@ def test_a_join_code_gives_the_key_back_however_it_is_typed(secret: bytes) -> No
 
 
 @given(secret=secrets, at=st.integers(0, 55), letter=st.sampled_from(LETTERS))
-def test_a_wrong_letter_is_noticed(secret: bytes, at: int, letter: str) -> None:
+def test_a_wrong_letter_is_detected(secret: bytes, at: int, letter: str) -> None:
     letters = list(ClusterKey(secret).code.removeprefix("mesh-").replace("-", ""))
     if letters[at] == letter:
         return
@@ -72,7 +72,7 @@ def test_a_wrong_letter_is_noticed(secret: bytes, at: int, letter: str) -> None:
 
 
 @given(secret=secrets, at=st.integers(0, 54))
-def test_swapped_letters_are_noticed(secret: bytes, at: int) -> None:
+def test_swapped_letters_are_detected(secret: bytes, at: int) -> None:
     letters = list(ClusterKey(secret).code.removeprefix("mesh-").replace("-", ""))
     if letters[at] == letters[at + 1]:
         return
@@ -82,28 +82,28 @@ def test_swapped_letters_are_noticed(secret: bytes, at: int) -> None:
 
 
 @pytest.mark.parametrize("code", ["", "mesh-", "hello", "mesh-" + "0" * 55, "mesh-" + "0" * 57, "mesh-" + "U" + "0" * 55, "é" * 56])
-def test_a_wrong_join_code_is_refused_with_its_fault(code: str) -> None:
+def test_a_malformed_join_code_is_refused(code: str) -> None:
     with pytest.raises(ConfigError, match="join code"):
         ClusterKey.from_code(code)
 
 
 @given(text=st.text(max_size=80))
-def test_any_text_is_a_key_or_one_clear_error(text: str) -> None:
+def test_any_other_text_is_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         ClusterKey.from_code(text)
 
 
-def test_a_key_does_not_show_itself() -> None:
+def test_the_repr_of_a_key_does_not_contain_it() -> None:
     assert KEY.secret.hex() not in repr(KEY)
     assert KEY.code not in repr(KEY)
 
 
-def test_other_keys_make_other_authorities() -> None:
+def test_different_keys_have_different_authorities() -> None:
     assert ClusterKey(b"x" * 32).fingerprint != KEY.fingerprint
     assert der(ClusterKey(KEY.secret).certificate) == der(KEY.certificate)
 
 
-def test_the_certificates_hold_on_any_date_and_a_peer_can_not_certify() -> None:
+def test_certificates_are_valid_on_any_date_and_a_peer_can_not_certify() -> None:
     peer = KEY.certify(Ed25519PrivateKey.generate().public_key())
     for certificate in (KEY.certificate, peer):
         assert certificate.not_valid_before_utc == datetime(1970, 1, 1, tzinfo=UTC)
@@ -112,7 +112,7 @@ def test_the_certificates_hold_on_any_date_and_a_peer_can_not_certify() -> None:
     assert peer.extensions.get_extension_for_class(x509.BasicConstraints).value.ca is False
 
 
-def test_the_identity_is_kept_and_follows_the_cluster(folder: StateFolder) -> None:
+def test_the_identity_is_stored_and_can_change_its_cluster(folder: StateFolder) -> None:
     seeds = iter([b"1" * 32, b"2" * 32])
     first = load_identity(folder, KEY, lambda count: next(seeds))
     again = load_identity(folder, KEY, lambda count: next(seeds))
@@ -122,7 +122,7 @@ def test_the_identity_is_kept_and_follows_the_cluster(folder: StateFolder) -> No
     assert first.notice == again.notice == ""
 
 
-def test_a_copied_folder_gets_an_identity_of_its_own_and_says_so(folder: StateFolder, tmp_path: Path) -> None:
+def test_a_copied_folder_gets_a_new_identity_and_a_notice(folder: StateFolder, tmp_path: Path) -> None:
     store_cluster_key(folder, KEY)
     original = load_identity(folder, KEY, lambda count: b"1" * count)
     copied = StateFolder.open(Path(shutil.copytree(folder.path, tmp_path / "copy")))
@@ -146,7 +146,7 @@ def test_a_folder_on_another_machine_is_a_copy_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"junk", b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", b"\xff\xfe\n\x00"]
 )
-def test_broken_files_give_one_clear_error(folder: StateFolder, content: bytes) -> None:
+def test_broken_files_are_reported_with_a_hint(folder: StateFolder, content: bytes) -> None:
     folder.write(IDENTITY_FILE, content)
     folder.write(CLUSTER_FILE, content)
     for load in (lambda: load_identity(folder, KEY, bytes), lambda: load_cluster_key(folder)):
@@ -155,7 +155,7 @@ def test_broken_files_give_one_clear_error(folder: StateFolder, content: bytes) 
         assert raised.value.hint
 
 
-def test_a_key_that_others_can_read_is_not_used(folder: StateFolder) -> None:
+def test_a_key_that_other_users_can_read_is_refused(folder: StateFolder) -> None:
     store_cluster_key(folder, KEY)
     load_identity(folder, KEY, lambda count: b"1" * count)
     for path in folder.path.iterdir():
@@ -170,7 +170,7 @@ def test_a_folder_without_a_key_has_none(folder: StateFolder) -> None:
     assert load_cluster_key(folder) is None
 
 
-def test_a_certificate_that_is_none_or_of_another_kind_is_refused() -> None:
+def test_bytes_that_are_not_a_certificate_are_refused() -> None:
     with pytest.raises(PeerRefused):
         peer_of_certificate(b"junk")
 
@@ -185,7 +185,7 @@ def test_only_tls_1_3_with_this_clusters_certificates(folder: StateFolder) -> No
         ]
 
 
-def test_wrong_sizes_are_no_keys() -> None:
+def test_a_key_of_the_wrong_size_is_refused() -> None:
     with pytest.raises(ValueError, match="32 bytes"):
         ClusterKey(b"short")
     assert not issubclass(ValueError, MeshdError)

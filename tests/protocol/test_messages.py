@@ -1,7 +1,10 @@
+"""The registry of messages and what all messages have in common."""
+
 import msgspec
 import pytest
 
 from meshd.protocol.messages import REGISTRY, Heartbeat, Lane, Message, Reply, Request, SessionMessage
+from meshd.protocol.messages.base import message
 
 
 def _subclasses(kind: type[Message]) -> list[type[Message]]:
@@ -21,13 +24,22 @@ def test_every_message_of_the_modules_is_registered() -> None:
     assert found - bases == set(REGISTRY.values())
 
 
-def test_every_reply_answers_a_request_and_carries_no_epoch_check() -> None:
+def test_a_type_number_that_is_taken_is_refused() -> None:
+    class Other(Message, frozen=True, kw_only=True):
+        pass
+
+    with pytest.raises(ValueError, match="taken by Heartbeat"):
+        message(Heartbeat.number)(Other)
+    assert REGISTRY[Heartbeat.number] is Heartbeat
+
+
+def test_requests_and_replies_have_a_request_number_and_no_epoch() -> None:
     for kind in REGISTRY.values():
         assert not (issubclass(kind, Request | Reply) and issubclass(kind, SessionMessage)), kind
         assert issubclass(kind, Request | Reply) == ("request" in kind.__struct_fields__), kind
 
 
-def test_messages_are_small_unless_they_name_the_bulk_lane() -> None:
+def test_the_control_lane_is_the_default() -> None:
     assert Heartbeat.default_lane is Lane.CONTROL
     assert {kind.default_lane for kind in REGISTRY.values()} == {Lane.CONTROL, Lane.BULK}
 

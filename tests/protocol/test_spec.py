@@ -1,4 +1,4 @@
-"""SPEC.md says what the code does: every message, every struct, every constant."""
+"""SPEC.md matches the code: every message, every struct, every constant."""
 
 import json
 import re
@@ -12,9 +12,7 @@ import msgspec
 import pytest
 
 import meshd.types
-from meshd.agents.links import link
-from meshd.agents.links import rpc as dispatch
-from meshd.agents.links import table as linktable
+from meshd.agents.links import link, rpc, table
 from meshd.protocol import framing, handshake, messages
 from meshd.protocol.messages import REGISTRY, Message, Reply, Request
 
@@ -24,7 +22,7 @@ IDENTITY = json.loads((Path(__file__).parent / "golden" / "identity.json").read_
 
 
 def type_text(annotation: Any) -> str:
-    """A field's type in the notation of SPEC.md."""
+    """Write a field's type in the notation of SPEC.md."""
     if isinstance(annotation, typing.NewType):
         return annotation.__name__
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
@@ -39,7 +37,7 @@ def type_text(annotation: Any) -> str:
 
 
 def fields_text(struct: type[msgspec.Struct]) -> str:
-    """All fields in order, with the defaults of those that may be missing."""
+    """Write all fields in order, with the defaults of those that may be missing."""
     hints = typing.get_type_hints(struct)
     shown = []
     for field in msgspec.structs.fields(struct):
@@ -53,7 +51,7 @@ def fields_text(struct: type[msgspec.Struct]) -> str:
 
 
 def name_text(message: type[Message]) -> str:
-    """`HeartbeatAck` is called HEARTBEAT_ACK."""
+    """Convert a class name to the name in SPEC.md, such as `HeartbeatAck` to HEARTBEAT_ACK."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", message.__name__).upper()
 
 
@@ -62,7 +60,7 @@ def kind_text(message: type[Message]) -> str:
 
 
 def nested_structs() -> dict[str, type[msgspec.Struct]]:
-    """The structs that messages carry, by name."""
+    """Collect the structs that messages contain, by name."""
     found: dict[str, type[msgspec.Struct]] = {}
 
     def look(annotation: Any) -> None:
@@ -98,7 +96,7 @@ def test_the_table_of_structs_is_the_code() -> None:
 def test_every_message_is_explained() -> None:
     for message in REGISTRY.values():
         name = name_text(message)
-        assert len(re.findall(rf"\b{name}\b", SPEC)) >= 2, f"{name} stands in the table only"
+        assert len(re.findall(rf"\b{name}\b", SPEC)) >= 2, f"SPEC.md has {name} only in the table of fields"
 
 
 @pytest.mark.parametrize("value", IDENTITY.values(), ids=IDENTITY.keys())
@@ -107,21 +105,21 @@ def test_the_test_vector_is_in_the_text(value: str) -> None:
 
 
 def test_the_constants_are_the_code() -> None:
-    timing = linktable.Timing()
+    timing = table.Timing()
     major, minor = messages.PROTOCOL_VERSION
-    for said in (
+    for expected in (
         f"Version `[{major}, {minor}]`",
         f"{framing.MAX_HEADER} bytes",
         f"{framing.MAX_HEADER_HARD} bytes",
         f"{framing.MAX_PAYLOAD} bytes",
-        f"at least {handshake._LEAST}",
+        f"at least {handshake._MIN_HEADER}",
         f"every {timing.heartbeat_s:g} s",
         f"for {timing.silence_s:g} s",
         f"within {timing.handshake_s:g} s",
-        f"{dispatch.MAX_TASKS} requests",
+        f"{rpc.MAX_TASKS} requests",
         f"larger than {link._SMALL_ACTIVATION} bytes",
     ):
-        assert said in SPEC, said
+        assert expected in SPEC, expected
 
 
 def test_the_features_are_listed() -> None:

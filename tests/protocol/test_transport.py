@@ -1,4 +1,4 @@
-"""Connections over real sockets: back-pressure, limits, one reason for each end."""
+"""Connections over real sockets: back-pressure, limits, and one reported reason when a connection ends."""
 
 import asyncio
 import time
@@ -30,7 +30,7 @@ def identities(tmp_path: Path) -> Callable[..., Identity]:
 
 @asynccontextmanager
 async def pair(alice: Identity, bob: Identity, limits: FrameLimits | None = None) -> AsyncIterator[tuple[Connection, Connection]]:
-    """What Alice dialled and what Bob accepted."""
+    """Connect Alice to Bob. Yields: the connection that Alice dialled and the one that Bob accepted."""
     (listener,) = transport.listen("127.0.0.1", 0)
     loop = asyncio.get_running_loop()
 
@@ -64,15 +64,15 @@ async def pair(alice: Identity, bob: Identity, limits: FrameLimits | None = None
         listener.close()
 
 
-class Ear:
-    """What a connection reported."""
+class Receiver:
+    """Collects the messages of a connection and the reason of its end."""
 
     def __init__(self, connection: Connection) -> None:
         self.messages: asyncio.Queue[tuple[Message, memoryview]] = asyncio.Queue()
         self.ends: asyncio.Queue[str] = asyncio.Queue()
-        connection.attach(self.hear, lambda connection, reason: self.ends.put_nowait(reason))
+        connection.attach(self.on_message, lambda connection, reason: self.ends.put_nowait(reason))
 
-    def hear(self, connection: Connection, message: Message, frame: Frame) -> None:
+    def on_message(self, connection: Connection, message: Message, frame: Frame) -> None:
         self.messages.put_nowait((message, frame.payload))
 
     async def message(self) -> tuple[Message, memoryview]:
@@ -99,12 +99,12 @@ async def test_another_clusters_certificate_is_refused(identities: Callable[...,
             pass
 
 
-async def test_a_dial_without_an_answer_fails_in_time() -> None:
+async def test_a_dial_to_an_address_that_does_not_answer_fails() -> None:
     (listener,) = transport.listen("127.0.0.1", 0)
     port = listener.getsockname()[1]
     listener.close()
-    for host, said in (("127.0.0.1", "can't be reached"), ("no host " * 40, "not known")):
-        with pytest.raises(PeerLost, match=said):
+    for host, reason in (("127.0.0.1", "can't be reached"), ("no host " * 40, "not known")):
+        with pytest.raises(PeerLost, match=reason):
             await transport.dial(
                 (host, port),
                 None,
@@ -115,9 +115,9 @@ async def test_a_dial_without_an_answer_fails_in_time() -> None:
             )
 
 
-async def test_what_waits_for_a_slow_reader_is_bounded_and_arrives(identities: Callable[..., Identity]) -> None:
+async def test_messages_to_a_slow_reader_are_bounded_and_arrive(identities: Callable[..., Identity]) -> None:
     async with pair(identities("alice"), identities("bob")) as (here, there):
-        ear = Ear(there)
+        receiver = Receiver(there)
         there._transport.pause_reading()
         payload = bytes(4 * MIB)
         sent = 0
@@ -128,48 +128,48 @@ async def test_what_waits_for_a_slow_reader_is_bounded_and_arrives(identities: C
             here.send(Probe(request=sent), bytes(16 * MIB))
         there._transport.resume_reading()
         for request in range(sent):
-            message, data = await ear.message()
+            message, data = await receiver.message()
             assert (message, len(data)) == (Probe(request=request), len(payload))
         assert here.queued_bytes == 0
 
 
-async def test_messages_that_the_other_side_does_not_accept_are_not_sent(identities: Callable[..., Identity]) -> None:
+async def test_messages_larger_than_the_other_side_accepts_are_not_sent(identities: Callable[..., Identity]) -> None:
     async with pair(identities("alice"), identities("bob"), FrameLimits(4096, 1000)) as (here, there):
         here.accepts = FrameLimits(4096, 1000)
         with pytest.raises(InvalidRequest):
             here.send(Goodbye(reason="x" * 5000))
         with pytest.raises(InvalidRequest):
             here.send(Probe(request=1), bytes(1001))
-        ear = Ear(there)
+        receiver = Receiver(there)
         here.accepts = FrameLimits()
         here.send(Probe(request=1), bytes(1001))
-        assert "1000 are allowed" in await ear.end()
+        assert "1000 are allowed" in await receiver.end()
 
 
 async def test_a_violation_ends_the_connection_with_one_reason(identities: Callable[..., Identity]) -> None:
     async with pair(identities("alice"), identities("bob")) as (here, there):
-        ear, own = Ear(there), Ear(here)
+        receiver, sender = Receiver(there), Receiver(here)
         here._transport.write(frame_head(b"\xc1", 0))
-        assert "msgpack" in await ear.end()
-        farewell, _ = await own.message()
+        assert "msgpack" in await receiver.end()
+        farewell, _ = await sender.message()
         assert getattr(farewell, "code", "") == "protocol_violation"
-        await own.end()
-        assert ear.ends.empty()
+        await sender.end()
+        assert receiver.ends.empty()
         with pytest.raises(PeerLost):
             there.send(Credit(session="s", epoch=1, index=1))
         with pytest.raises(PeerLost):
-            there.attach(ear.hear, lambda connection, reason: None)
+            there.attach(receiver.on_message, lambda connection, reason: None)
 
 
-async def test_a_stream_that_ends_within_a_frame_says_so(identities: Callable[..., Identity]) -> None:
+async def test_the_end_of_a_stream_within_a_frame_is_reported(identities: Callable[..., Identity]) -> None:
     async with pair(identities("alice"), identities("bob")) as (here, there):
-        ear = Ear(there)
+        receiver = Receiver(there)
         here._transport.write(frame_head(b"123456", 10)[:-2])
         here.close("half a frame is enough")
-        assert "within a frame" in await ear.end()
+        assert "within a frame" in await receiver.end()
 
 
-async def test_a_second_message_before_the_first_is_taken_is_a_violation(identities: Callable[..., Identity]) -> None:
+async def test_a_second_message_before_attach_is_a_violation(identities: Callable[..., Identity]) -> None:
     async with pair(identities("alice"), identities("bob")) as (here, there):
         for sequence in range(2):
             here.send(Heartbeat(sequence=sequence, sent_ns=0))
@@ -178,22 +178,22 @@ async def test_a_second_message_before_the_first_is_taken_is_a_violation(identit
         assert "before HELLO was answered" in there.reason
 
 
-async def test_who_waits_for_the_first_message_hears_of_the_end(identities: Callable[..., Identity]) -> None:
+async def test_waiting_for_the_first_message_raises_the_violation(identities: Callable[..., Identity]) -> None:
     async with pair(identities("alice"), identities("bob")) as (here, there):
         here._transport.write(frame_head(b"\xc1", 0))
         with pytest.raises(ProtocolViolation):
             await there.first()
 
 
-async def test_a_farewell_is_heard(identities: Callable[..., Identity]) -> None:
+async def test_a_farewell_arrives_before_the_end(identities: Callable[..., Identity]) -> None:
     async with pair(identities("alice"), identities("bob")) as (here, there):
-        ear = Ear(there)
+        receiver = Receiver(there)
         here.close("done", Goodbye(reason="bye"))
-        assert (await ear.message())[0] == Goodbye(reason="bye")
-        assert await ear.end() == "the other side closed the connection"
+        assert (await receiver.message())[0] == Goodbye(reason="bye")
+        assert await receiver.end() == "the other side closed the connection"
 
 
-async def test_a_free_port_is_the_same_on_every_address() -> None:
+async def test_port_0_chooses_the_same_port_on_every_address() -> None:
     listeners = transport.listen("localhost", 0)
     assert len({listener.getsockname()[1] for listener in listeners}) == 1
     for listener in listeners:

@@ -16,7 +16,7 @@ from meshd.agents.machine import Transition
 from meshd.agents.session import events, session
 from meshd.agents.session.admission import Admission
 from meshd.agents.stage import session as stage_session
-from meshd.agents.stage.kv import KvCache, KvLease
+from meshd.agents.stage.kv import KvLease, KvManager
 from meshd.kernels.kv import KVPool
 from meshd.kernels.sampler import Sampler
 from sim.faults import kinds
@@ -137,15 +137,15 @@ def test_it_finds_kv_in_the_wrong_place(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_it_finds_kv_that_counts_though_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = KvCache.adopt
+    right = KvManager.adopt
 
-    def wrong(caches: KvCache, *given: Any) -> Any:
-        cache = right(caches, *given)
+    def wrong(kv_manager: KvManager, *given: Any) -> Any:
+        cache = right(kv_manager, *given)
         if cache is not None and cache.filled < cache.lease.table.capacity - 1:
             cache.filled += 1
         return cache
 
-    monkeypatch.setattr(KvCache, "adopt", wrong)
+    monkeypatch.setattr(KvManager, "adopt", wrong)
     assert finds("not the reference's", USUAL)
 
 

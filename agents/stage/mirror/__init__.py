@@ -1,1 +1,1 @@
-"""Copies of a stage's KV on other peers: those that this peer sends, and those that it keeps."""
+"""Copies of a stage's KV on another peer: sends those of this peer's stages, and stores those of other peers' stages."""

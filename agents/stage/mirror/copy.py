@@ -1,7 +1,7 @@
-"""A copy of a stage's KV on another peer, as the stage's peer sees it: a pure state machine, events in and commands out.
+"""The copying of a stage's KV to a target peer, as a pure state machine on the stage's peer: events in, commands out.
 
-KV only grows at its end, so the state of a copy is a number: the positions that the target holds. Chunks are sent in order, a few
-of them unacknowledged, and again from the target's position if it did not store them.
+KV only grows at its end, so the progress of a copy is one number: the positions that the target holds. Chunks are sent in order,
+at most two of them unacknowledged. If the target did not store one, sending restarts at the target's position.
 
     OFFERED --Accepted--> BEHIND --Stored near the end--> LEVEL --Grown by a block--> BEHIND
     any --Failed, Stopped--> ENDED
@@ -14,54 +14,58 @@ from typing import Any
 from meshd.agents.machine import Machine, Transition
 
 _UNACKNOWLEDGED = 2
-"""Chunks in flight: one is written while the next one travels."""
+"""Most chunks in flight: the target stores one while the next is in transit."""
 _EAGER_LAG = 4
-"""Positions that an eager copy may lack and still count as level: one step computes them again."""
-_MOST_REFUSED = 3
+"""An eager copy counts as level while it lacks fewer positions than this: a single step computes them again."""
+_MAX_REFUSED = 3
+"""Chunks in a row that the target may fail to store before the copy fails."""
 _PATIENCE_TICKS = 20
-"""Ticks without an acknowledgement after which the target counts as lost."""
+"""Ticks (of 0.5 s) without an acknowledgement after which the copy fails."""
 
 
 class MirrorState(Enum):
-    """How far the copy is."""
+    """How far the copy has got."""
 
     OFFERED = "offered"
+    """The target has not accepted the offer yet."""
     BEHIND = "behind"
+    """The target lacks a block or more, or has not caught up since it did."""
     LEVEL = "level"
+    """The target lacks less than a block."""
     ENDED = "ended"
 
 
 @dataclass(frozen=True, slots=True)
 class OfferAccepted:
-    """The target has reserved KV and holds this many positions already."""
+    """The target has reserved KV, and already holds this many positions."""
 
     held: int
 
 
 @dataclass(frozen=True, slots=True)
 class KvGrown:
-    """The stage has KV of this many positions now."""
+    """The stage's KV has grown to this many positions."""
 
     filled: int
 
 
 @dataclass(frozen=True, slots=True)
 class BlocksStored:
-    """The target answered a chunk, stored or not: it holds this many positions now."""
+    """The target answered a chunk, whether it stored it or not. It now holds this many positions."""
 
     held: int
 
 
 @dataclass(frozen=True, slots=True)
 class EagernessChanged:
-    """The copy must follow each token (eager), or each block."""
+    """The copy must follow each token (eager) or each block."""
 
     eager: bool
 
 
 @dataclass(frozen=True, slots=True)
 class TimePassed:
-    """Some time has passed: twice a second."""
+    """Sent every 0.5 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,7 @@ class CopyFailed:
 
 @dataclass(frozen=True, slots=True)
 class CopyStopped:
-    """The coordinator wants no copy any more, or the stage has ended."""
+    """The coordinator cancelled the copy, or the stage has ended."""
 
 
 Event = OfferAccepted | KvGrown | BlocksStored | EagernessChanged | TimePassed | CopyFailed | CopyStopped
@@ -87,7 +91,7 @@ class SendBlocks:
 
 @dataclass(frozen=True, slots=True)
 class ReportProgress:
-    """Report to the coordinator how far the copy is, or why it ended."""
+    """Report the copy's progress to the coordinator, or with `error` why it ended."""
 
     held: int
     filled: int
@@ -102,22 +106,27 @@ class MirrorCopy(Machine[Event, Command]):
     """State of one copy. Only `handle` changes it."""
 
     filled: int
+    """Positions of the stage's own KV."""
     chunk_tokens: int
-    """Positions that one message may carry."""
+    """Most positions in one message."""
     block_tokens: int
     eager: bool = False
     state: MirrorState = MirrorState.OFFERED
     held: int = 0
+    """Positions that the target holds."""
     sent: int = 0
+    """Positions that the target holds or that are in flight to it."""
     in_flight: int = 0
+    """Chunks without an answer."""
     flushing: bool = False
-    """Send everything, even if it is less than a block."""
+    """Send all that is left, even less than a block."""
     quiet_ticks: int = 0
+    """Ticks since the target last made progress."""
     refused: int = 0
-    """Chunks in a row that the target did not store."""
+    """Times in a row that the target did not store all that was sent."""
 
     def validate(self) -> None:
-        """Invariants that hold between events; tests call it after each."""
+        """Check the invariants between events. Tests call it after each event. Raises: AssertionError."""
         if not 0 <= self.in_flight <= _UNACKNOWLEDGED:
             raise AssertionError("too many chunks in flight")
         if self.state in (MirrorState.BEHIND, MirrorState.LEVEL) and not self.held <= self.sent <= self.filled:
@@ -129,9 +138,11 @@ class MirrorCopy(Machine[Event, Command]):
 
     @property
     def lag(self) -> int:
+        """Positions that the target lacks."""
         return self.filled - self.held
 
     def _pump(self) -> list[Command]:
+        """Send the next chunks, if there is a block to send (eager: a position) and space for more in flight."""
         if self.filled - self.sent >= (1 if self.eager else self.block_tokens):
             self.flushing = True
         commands: list[Command] = []
@@ -145,7 +156,7 @@ class MirrorCopy(Machine[Event, Command]):
         return commands
 
     def _update_state(self) -> list[Command]:
-        """Change the state if the copy has caught up or fallen behind."""
+        """Change the state if the copy has caught up or fallen behind. A copy that has caught up is reported."""
         if self.state is MirrorState.BEHIND and self.lag < (_EAGER_LAG if self.eager else self.block_tokens):
             self.state = MirrorState.LEVEL
             return [ReportProgress(self.held, self.filled)]
@@ -180,9 +191,9 @@ def _stored(copy: MirrorCopy, event: BlocksStored) -> list[Command]:
         copy.quiet_ticks = copy.refused = 0
     copy.held = max(0, min(event.held, copy.sent))
     if not copy.in_flight and copy.held < copy.sent:
-        copy.sent, copy.flushing = copy.held, True  # a chunk was not stored: send again from there
+        copy.sent, copy.flushing = copy.held, True  # a chunk was not stored: restart at the target's position
         copy.refused += 1
-        if copy.refused > _MOST_REFUSED:
+        if copy.refused > _MAX_REFUSED:
             return _failed(copy, CopyFailed("the target stores nothing"))
     return [*copy._update_state(), *copy._pump()]
 
@@ -191,7 +202,7 @@ def _eagerness_changed(copy: MirrorCopy, event: EagernessChanged) -> list[Comman
     copy.eager = event.eager
     if copy.state is MirrorState.OFFERED:
         return []
-    copy.state = MirrorState.BEHIND  # reported again once it is level by the new measure
+    copy.state = MirrorState.BEHIND  # so that it is reported again once it is level by the new limit
     return [*copy._update_state(), *copy._pump()]
 
 
@@ -222,7 +233,7 @@ _ignored = Transition(_ignore)
 TRANSITIONS: dict[tuple[Enum, type[Any]], Transition] = {
     (MirrorState.OFFERED, OfferAccepted): Transition(_accepted, (MirrorState.BEHIND, MirrorState.LEVEL)),
     (MirrorState.OFFERED, KvGrown): Transition(_grown_before),
-    (MirrorState.OFFERED, BlocksStored): _ignored,  # the answer to an earlier copy
+    (MirrorState.OFFERED, BlocksStored): _ignored,  # the answer to a chunk of an earlier copy
 }
 for _state in (MirrorState.BEHIND, MirrorState.LEVEL):
     TRANSITIONS[_state, KvGrown] = Transition(_grown, (MirrorState.BEHIND, MirrorState.LEVEL))

@@ -1,4 +1,4 @@
-"""Copies of other peers' stages that this peer keeps."""
+"""Stores the copies of other peers' stages on this peer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from meshd.agents.links.links import Links
 from meshd.agents.links.rpc import try_send
 from meshd.agents.observe.story import Story
 from meshd.agents.placement.loads import ResidentModels
-from meshd.agents.stage.kv import KvCache, SessionKv, StageKv
+from meshd.agents.stage.kv import KvManager, SessionKv, StageCache
 from meshd.errors import InvalidRequest, MeshdError, ProtocolViolation
 from meshd.protocol.messages import KvAccepted, KvBlocks, KvOffer, KvStored
 from meshd.types import LayerRange, PeerId
@@ -18,66 +18,69 @@ log = getLogger(__name__)
 
 @dataclass(slots=True)
 class IncomingMirrors:
-    """Stores KV that other peers copy to this one."""
+    """Reserves and fills caches with the KV that other peers send."""
 
     links: Links
     residents: ResidentModels
-    caches: KvCache
+    kv_manager: KvManager
     story: Story
     admit: Callable[[KvOffer], SessionKv]
-    """Makes the session's entry for the offer's epoch; raises Superseded if the session is past it."""
+    """Enters the offer's epoch, as `SessionLeases.admit_copy` does. Raises: Superseded."""
     on_change: Callable[[], None]
 
     def on_offer(self, sender: PeerId, message: KvOffer, payload: memoryview) -> KvAccepted:
-        """Reserve KV for a copy. A repeated offer gets the same copy.
+        """Reserve KV for a copy. A repeated offer gets the same cache.
 
-        Raises: InvalidRequest, Superseded, NoPeer, OutOfMemory.
+        Raises: InvalidRequest if the offer is empty; Superseded if its epoch is past or another coordinator controls the session;
+        NoPeer if the layers are not in memory; OutOfMemory.
         """
         if message.tokens < 1 or len(message.layers) < 1:
-            raise InvalidRequest("a copy needs layers and tokens")
+            raise InvalidRequest("a copy needs at least one layer and one token")
         session_kv = self.admit(message)
         cache = _find(session_kv, sender, message.layers, message.epoch)
         if cache is None:
             resident = self.residents.find(message.model, message.layers)
             try:
-                cache = self.caches.mirror(session_kv, resident, message.model, message.layers, message.tokens, message.valid)
+                cache = self.kv_manager.reserve_copy(
+                    session_kv, resident, message.model, message.layers, message.tokens, message.valid
+                )
             finally:
-                self.caches.forget_if_empty(session_kv)
+                self.kv_manager.forget_if_empty(session_kv)
             cache.source = sender
             self.story.note(message.session, "mirror kept", layers=str(message.layers), source=sender, held=cache.filled)
             self.on_change()
         return KvAccepted(request=message.request, held=cache.filled)
 
     def on_blocks(self, sender: PeerId, message: KvBlocks, payload: memoryview) -> None:
-        """Store a chunk, unless one before it is missing, and answer with the positions held."""
-        session_kv = self.caches.get(message.session)
+        """Store a chunk, unless one before it is missing. Answer with the number of positions that this peer now holds."""
+        session_kv = self.kv_manager.get(message.session)
         cache = _find(session_kv, sender, message.layers, message.epoch) if session_kv is not None else None
-        held, error = 0, "this peer keeps no such copy"
+        held, error = 0, "this peer has no such copy"
         if session_kv is not None and cache is not None:
             error = self._store(session_kv, cache, message, payload)
             held = cache.filled
         stored = KvStored(session=message.session, epoch=message.epoch, layers=message.layers, held=held, error=error)
         try_send(self.links.send, sender, stored)
 
-    def _store(self, session_kv: SessionKv, cache: StageKv, message: KvBlocks, payload: memoryview) -> str:
-        """Store a chunk. Returns: why the copy ended; empty if it continues."""
+    def _store(self, session_kv: SessionKv, cache: StageCache, message: KvBlocks, payload: memoryview) -> str:
+        """Store a chunk; drop the cache if the chunk is invalid. Returns: why the cache was dropped; empty if it was not."""
         lease = cache.lease
         if message.position > cache.filled:
-            return ""  # a chunk before this one was lost: the answer names the position to send from
+            return ""  # a chunk before this one was lost: the answer contains the position to restart at
         try:
             if message.tokens < 1 or len(payload) != message.tokens * len(cache.layers) * lease.pool.layer_bytes:
-                raise ProtocolViolation(f"KV_BLOCKS is torn: {len(payload)} bytes for {message.tokens} tokens")
+                raise ProtocolViolation(f"KV_BLOCKS has the wrong size: {len(payload)} bytes for {message.tokens} tokens")
             lease.pool.copy_in(cache.layers, lease.table, message.position, payload)
         except MeshdError as error:
-            log.warning("session %s: the copy from %.8s ends: %s", session_kv.session, cache.source, error)
-            self.caches.drop(session_kv, cache)
+            log.warning("session %s: the copy from %.8s is dropped: %s", session_kv.session, cache.source, error)
+            self.kv_manager.drop(session_kv, cache)
             self.on_change()
             return str(error)
         cache.filled = message.position + message.tokens
         return ""
 
 
-def _find(session_kv: SessionKv, source: PeerId, layers: LayerRange, epoch: int) -> StageKv | None:
+def _find(session_kv: SessionKv, source: PeerId, layers: LayerRange, epoch: int) -> StageCache | None:
     for cache in session_kv.caches:
         if cache.source == source and cache.layers == layers and cache.epoch == epoch:
             return cache

@@ -1,4 +1,4 @@
-"""Copies of this peer's stages on other peers."""
+"""Copies the KV of this peer's stages to other peers."""
 
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
@@ -16,10 +16,11 @@ from meshd.types import PeerId, SessionId
 log = getLogger(__name__)
 
 _CHUNK_BYTES = 256 << 10
-"""Reading a chunk blocks the event loop, and sending it blocks the lane: a larger one would delay decode steps."""
-_MOST_COPIES = 4
-"""Copies of one stage at once: a mirror, and moves in preparation."""
+"""Largest chunk. Reading one blocks the event loop and sending it blocks the lane, so a larger one would delay decode steps."""
+_MAX_COPIES = 4
+"""Most copies of one stage at once: a mirror, and moves in preparation (SPEC.md, section 10)."""
 _OFFER_S = 5.0
+"""Time limit for the answer to KV_OFFER."""
 
 
 @dataclass(slots=True, eq=False)
@@ -31,7 +32,7 @@ class _Copy:
 
 @dataclass(slots=True)
 class OutgoingMirrors:
-    """Copies of this peer's stages on others. Each ends with its stage."""
+    """The copies of this peer's stages on other peers. A copy ends with its stage."""
 
     me: PeerId
     links: Links
@@ -39,24 +40,22 @@ class OutgoingMirrors:
     _copies: dict[tuple[SessionId, int], dict[PeerId, _Copy]] = field(default_factory=dict)
 
     def mirror(self, active: ActiveStage, message: Mirror) -> Awaitable[None] | None:
-        """Begin a copy, change its eagerness, or stop all copies of the stage, as MIRROR asks.
+        """Follow MIRROR: begin a copy, change its eagerness, or stop all copies of the stage.
 
-        Returns: an awaitable that makes the offer; None if none is needed.
+        Returns: an awaitable that offers the copy to its target; None if no offer is needed.
         """
         if message.target is None:
             self.stop(active)
             return None
         copies = self._copies.get(active.key, {})
-        known = copies.get(message.target)
-        if known is not None:
-            self._apply(known, fsm.EagernessChanged(message.eager))
+        existing = copies.get(message.target)
+        if existing is not None:
+            self._apply(existing, fsm.EagernessChanged(message.eager))
             return None
         copy = _Copy(active, message.target, _machine(active, eager=message.eager))
-        if message.target == self.me or len(copies) >= _MOST_COPIES:
+        if message.target == self.me or len(copies) >= _MAX_COPIES:
             reason = (
-                "the target is the stage's own peer"
-                if message.target == self.me
-                else f"the stage has {_MOST_COPIES} copies already"
+                "the target is the stage's own peer" if message.target == self.me else f"the stage has {_MAX_COPIES} copies already"
             )
             self._apply(copy, fsm.CopyFailed(reason))
             return None
@@ -64,30 +63,30 @@ class OutgoingMirrors:
         self._note(copy, "mirror begun", eager=message.eager)
         return self._offer(copy)
 
-    def grown(self, active: ActiveStage) -> None:
-        """Continue the stage's copies after its KV has grown."""
+    def on_kv_grown(self, active: ActiveStage) -> None:
+        """Continue the stage's copies after a step extended its KV."""
         if copies := self._copies.get(active.key):
             for copy in list(copies.values()):
                 self._apply(copy, fsm.KvGrown(active.cache.filled))
 
     def stop(self, active: ActiveStage) -> None:
-        """End all copies of this stage where they are."""
+        """Stop all copies of this stage. What the targets hold stays there."""
         for copy in self._copies.pop(active.key, {}).values():
             self._apply(copy, fsm.CopyStopped())
 
     def tick(self) -> None:
-        """Advance the copies' timeouts. Called twice a second."""
+        """Advance the timeouts of the copies. Called every 0.5 s."""
         for copy in self._all():
             self._apply(copy, fsm.TimePassed())
 
     def on_peer_gone(self, peer: PeerId, reason: str) -> None:
-        """Fail the copies on a peer that is gone."""
+        """Fail the copies on a peer whose link went down."""
         for copy in self._all():
             if copy.target == peer:
-                self._apply(copy, fsm.CopyFailed(f"the link with it is down: {reason}"))
+                self._apply(copy, fsm.CopyFailed(f"the link with the target is down: {reason}"))
 
     def on_stored(self, sender: PeerId, message: KvStored, payload: memoryview) -> None:
-        """Take a target's answer to a chunk."""
+        """Handle a target's answer to a chunk."""
         for copy in self._all():
             opened = copy.active.open
             copied = opened.session, opened.epoch, copy.active.stage.layers, copy.target
@@ -110,7 +109,7 @@ class OutgoingMirrors:
                 layers=cache.layers,
                 tokens=opened.prompt_tokens + opened.max_tokens,
                 lease_ms=opened.lease_ms,
-                valid=cache.settled,
+                valid=cache.epoch_start,
             )
 
         try:
@@ -135,7 +134,7 @@ class OutgoingMirrors:
 
     def _send_chunk(self, copy: _Copy, position: int, tokens: int) -> None:
         if copy.machine.state is fsm.MirrorState.ENDED:
-            return  # the chunk before this one could not be sent
+            return  # sending the previous chunk failed and ended the copy
         opened, cache = copy.active.open, copy.active.cache
         blocks = KvBlocks(session=opened.session, epoch=opened.epoch, layers=cache.layers, position=position, tokens=tokens)
         try:
@@ -147,7 +146,7 @@ class OutgoingMirrors:
     def _report(self, copy: _Copy, held: int, filled: int, error: str) -> None:
         opened = copy.active.open
         if error:
-            log.warning("session %s stage %d: no copy at %.8s: %s", opened.session, opened.stage, copy.target, error)
+            log.warning("session %s stage %d: the copy on %.8s has ended: %s", opened.session, opened.stage, copy.target, error)
             self._note(copy, "mirror failed", reason=error)
             copies = self._copies.get(copy.active.key, {})
             if copies.get(copy.target) is copy:

@@ -5,7 +5,7 @@ from copy import copy
 
 import pytest
 
-from in_process.peer_events import ANN, AWAY, HOME, WAY_TO, advert, found, link_up
+from in_process.peer_events import ANN, AWAY, EVENTS_TO, HOME, advert, found, link_up
 from meshd.agents.machine import IllegalTransition
 from meshd.agents.membership.peer import MAX_ADDRESSES, RETENTION_S, TRANSITIONS, KnownAddress, Peer
 from meshd.agents.membership.peer_events import (
@@ -50,7 +50,7 @@ def handle(peer: Peer, event: Event, now: float) -> list[Command]:
 
 def peer_at(state: PeerState) -> Peer:
     peer = Peer(id=ANN, now=1.0)
-    for event in WAY_TO[state]:
+    for event in EVENTS_TO[state]:
         handle(peer, event, 1.0)
     return peer
 

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from in_process.peer_events import ANN, AWAY, BOB, HOME, WAY_TO, advert, found, link_up
+from in_process.peer_events import ANN, AWAY, BOB, EVENTS_TO, HOME, advert, found, link_up
 from meshd.agents.machine import IllegalTransition
 from meshd.agents.membership.peer import RETENTION_S
 from meshd.agents.membership.peer_events import (
@@ -36,7 +36,7 @@ from meshd.values import Address
 
 def table_at(state: PeerState) -> PeerTable:
     table = PeerTable()
-    for event in WAY_TO[state]:
+    for event in EVENTS_TO[state]:
         table.apply(event, 1.0)
     return table
 

@@ -19,7 +19,7 @@ async def test_a_repair_gives_up_after_three_peers_and_raises_the_last_error() -
 
 async def test_a_repair_returns_when_the_layers_are_advertised() -> None:
     cluster = Cluster(make_peer("a", holdings=(make_holding(3, 7, kv_tokens=128),)))
-    cluster.tell_s = 0.1
+    cluster.advert_delay_s = 0.1
     stages = await cluster.placer.repair(CARD, [LayerRange(3, 7)], kv_tokens=512)
     assert [(holding.kv_tokens_total, holding.state) for holding in cluster.live()[0].holdings] == [
         (128, "active"),

@@ -1,4 +1,4 @@
-"""Kept outputs: what goes in comes out, in one budget, and the newest positions stay in one piece."""
+"""Kept outputs: they are returned unchanged, stay within the budget, and are contiguous."""
 
 import numpy as np
 import pytest
@@ -12,10 +12,11 @@ WIDTH = 16
 
 
 def hidden(start: int, tokens: int, mark: float = 0) -> np.ndarray:
+    """Rows of `[tokens, WIDTH]` that contain their position, plus `mark`."""
     return np.repeat(np.arange(start, start + tokens, dtype=np.float32)[:, None], WIDTH, 1) + np.float32(mark)
 
 
-def kept(log: OutputLog) -> tuple[int, int]:
+def kept_range(log: OutputLog) -> tuple[int, int]:
     return log.kept_from, log.kept_to
 
 
@@ -26,7 +27,7 @@ def filled(outputs: Outputs, *sizes: int) -> OutputLog:
     return log
 
 
-def test_any_range_of_what_was_kept_is_given_back() -> None:
+def test_any_range_of_kept_positions_is_returned() -> None:
     log = filled(Outputs(1 << 20), 5, 1, 1, 7, 1)
     for start in range(15):
         for end in range(start + 1, 16):
@@ -36,58 +37,58 @@ def test_any_range_of_what_was_kept_is_given_back() -> None:
             log.rows(start, end)
 
 
-def test_a_whole_step_is_given_back_without_a_copy() -> None:
+def test_rows_of_one_step_are_returned_without_a_copy() -> None:
     outputs = Outputs(1 << 20)
     log, part = outputs.open(), hidden(0, 4)
     outputs.append(log, 0, part)
     assert log.rows(1, 4).base is part
 
 
-def test_a_gap_begins_the_log_anew() -> None:
+def test_a_gap_clears_the_log() -> None:
     outputs = Outputs(1 << 20)
     log = filled(outputs, 5)
     outputs.append(log, 7, hidden(7, 2))
-    assert kept(log) == (7, 9)
+    assert kept_range(log) == (7, 9)
     outputs.drop(log)
     assert outputs.used_bytes == 0
 
 
 @pytest.mark.parametrize("end", [0, 1, 5, 6, 9, 12, 20])
-def test_what_is_cut_off_can_be_computed_anew(end: int) -> None:
+def test_positions_that_were_cut_can_be_appended_again(end: int) -> None:
     outputs = Outputs(1 << 20)
     log = filled(outputs, 5, 1, 6)
     outputs.cut(log, end)
-    assert kept(log) == (0, min(end, 12))
+    assert kept_range(log) == (0, min(end, 12))
     outputs.append(log, end, hidden(end, 3, mark=0.5))
-    assert kept(log) == (0 if end <= 12 else 20, end + 3)
+    assert kept_range(log) == (0 if end <= 12 else 20, end + 3)
     assert np.array_equal(log.rows(end, end + 3), hidden(end, 3, mark=0.5))
     outputs.drop(log)
     outputs.drop(log)
     assert outputs.used_bytes == 0
 
 
-def test_when_it_is_full_the_log_that_was_not_used_for_longest_goes() -> None:
+def test_the_least_recently_used_log_is_evicted_first() -> None:
     outputs = Outputs(10_000)
     first, second = filled(outputs, 40), filled(outputs, 40)
     outputs.append(first, 40, hidden(40, 1))
     third = filled(outputs, 70)
-    assert kept(first) == (0, 41)
-    assert kept(second) == (40, 40)
-    assert kept(third) == (0, 70)
+    assert kept_range(first) == (0, 41)
+    assert kept_range(second) == (40, 40)
+    assert kept_range(third) == (0, 70)
     outputs.append(second, 40, hidden(40, 1))
-    assert kept(second) == (40, 41), "it begins anew where its stage is"
+    assert kept_range(second) == (40, 41), "an evicted log continues at the position of its stage"
 
 
-def test_a_pinned_log_stays() -> None:
+def test_a_pinned_log_is_not_evicted() -> None:
     outputs = Outputs(10_000)
     first, second = filled(outputs, 40), filled(outputs, 40)
     first.pinned = True
     filled(outputs, 80)
-    assert kept(first) == (0, 40)
-    assert kept(second) == (40, 40)
+    assert kept_range(first) == (0, 40)
+    assert kept_range(second) == (40, 40)
 
 
-def test_a_log_that_fills_the_room_alone_loses_its_beginning() -> None:
+def test_a_log_that_exceeds_the_budget_alone_loses_its_beginning() -> None:
     outputs = Outputs(10_000)
     log = filled(outputs, *[1] * 200)
     assert log.kept_to == 200
@@ -95,10 +96,10 @@ def test_a_log_that_fills_the_room_alone_loses_its_beginning() -> None:
     assert np.array_equal(log.rows(log.kept_from, 200), hidden(log.kept_from, 200 - log.kept_from))
 
 
-def test_a_step_larger_than_the_room_is_not_kept() -> None:
+def test_a_step_larger_than_the_budget_is_not_kept() -> None:
     outputs = Outputs(1000)
     log = filled(outputs, 100)
-    assert kept(log) == (100, 100)
+    assert kept_range(log) == (100, 100)
     assert outputs.used_bytes == 0
 
 
@@ -122,7 +123,7 @@ def test_the_budget_is_kept_and_every_byte_is_counted(actions: list[tuple[int, s
         for log in logs:
             assert 0 <= log.kept_from <= log.kept_to
             if log.parts:
-                assert np.array_equal(log.rows(*kept(log))[:, 0], np.arange(*kept(log)))
+                assert np.array_equal(log.rows(*kept_range(log))[:, 0], np.arange(*kept_range(log)))
     for log in logs:
         outputs.drop(log)
     assert outputs.used_bytes == 0

@@ -1,4 +1,4 @@
-"""Which ready step is next: decodes first, prefill never starved, first come first served."""
+"""The order of ready steps: decodes first, in order of arrival, without starving prefills."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -19,22 +19,22 @@ def drained(queue: Scheduler) -> list[tuple[int, bool]]:
 
 
 def test_decodes_go_first_each_in_order() -> None:
-    queue, active = Scheduler(), SimpleNamespace()
-    some: Any = active
+    queue = Scheduler()
+    active: Any = SimpleNamespace()
     for number, prefill in ((0, True), (1, False), (2, True), (3, False)):
-        queue.put(some, step(number, prefill=prefill))
+        queue.put(active, step(number, prefill=prefill))
     assert drained(queue) == [(1, False), (3, False), (0, True), (2, True)]
 
 
-def test_a_prefill_has_its_turn_after_eight_decodes() -> None:
+def test_a_prefill_is_next_after_eight_decodes() -> None:
     queue = Scheduler()
-    some: Any = SimpleNamespace()
-    queue.put(some, step(0, prefill=True))
+    active: Any = SimpleNamespace()
+    queue.put(active, step(0, prefill=True))
     for number in range(1, 20):
-        queue.put(some, step(number, prefill=False))
+        queue.put(active, step(number, prefill=False))
     assert [number for number, prefill in drained(queue) if prefill] == [0]
-    queue.put(some, step(0, prefill=True))
+    queue.put(active, step(0, prefill=True))
     for number in range(1, 20):
-        queue.put(some, step(number, prefill=False))
+        queue.put(active, step(number, prefill=False))
     order = [prefill for _, prefill in drained(queue)]
     assert order.index(True) <= 8

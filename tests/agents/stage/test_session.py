@@ -1,4 +1,4 @@
-"""A stage's machine: every transition walked; order, repeats, credit and windows; where a later epoch goes on."""
+"""The state machine of a stage: all transitions, order, repeats, credit, the prefill window, and resuming a later epoch."""
 
 import itertools
 from typing import Any
@@ -12,7 +12,7 @@ from meshd.agents.stage import session as machine
 from meshd.agents.stage.session import PREFILL_WINDOW, TRANSITIONS, StageSession, StageState, Step
 
 PROMPT = 8
-ROOM = PROMPT + 16
+CAPACITY = PROMPT + 16
 
 
 def prefill(position: int, *, tokens: int = 1, sample: bool = False) -> Step:
@@ -24,13 +24,21 @@ def decode(position: int) -> Step:
 
 
 def fresh(*, first: bool = True, last: bool = False, credit: int = 4) -> StageSession:
-    return StageSession(known_tokens=PROMPT, max_tokens=ROOM, credit=credit, first=first, last=last)
+    return StageSession(known_tokens=PROMPT, max_tokens=CAPACITY, credit=credit, first=first, last=last)
 
 
 def reopened(**changes: Any) -> StageSession:
-    """A later epoch: the KV and the outputs of all known tokens but the last one are there."""
-    given = {"held": PROMPT - 1, "kept_from": 0, "kept_to": PROMPT - 1, "chunk_tokens": 2, "first": False, "last": False, **changes}
-    return StageSession(known_tokens=PROMPT, max_tokens=ROOM, credit=4, state=StageState.OPEN, **given)
+    """A session in a later epoch, with KV and kept outputs of all known tokens but the last."""
+    fields = {
+        "held": PROMPT - 1,
+        "kept_from": 0,
+        "kept_to": PROMPT - 1,
+        "chunk_tokens": 2,
+        "first": False,
+        "last": False,
+        **changes,
+    }
+    return StageSession(known_tokens=PROMPT, max_tokens=CAPACITY, credit=4, state=StageState.OPEN, **fields)
 
 
 def in_state(state: StageState) -> StageSession:
@@ -73,40 +81,40 @@ def test_every_pair_of_state_and_event_is_a_transition_or_raises_and_changes_not
         assert repr(session) == before
 
 
-def test_a_step_that_is_not_under_way_can_not_be_computed() -> None:
+def test_only_the_computing_step_can_be_reported_as_computed() -> None:
     session = in_state(StageState.COMPUTING)
-    with pytest.raises(IllegalTransition, match="step 3 was computed where 0"):
+    with pytest.raises(IllegalTransition, match="step 3 was reported as computed, but 0 is computing"):
         session.handle(machine.StepComputed(3, "out"))
 
 
-def test_a_repeat_of_the_newest_step_is_answered_from_what_is_there() -> None:
+def test_a_repeat_of_the_newest_step_is_answered_with_its_stored_output() -> None:
     session = fresh()
     session.handle(machine.StepArrived(prefill(0)))
     session.handle(machine.StepComputed(0, "out"))
     assert session.handle(machine.StepArrived(prefill(0))) == [machine.Deliver(prefill(0), "out")]
 
 
-def test_a_repeat_of_a_step_under_way_is_computed_once() -> None:
+def test_a_repeat_of_the_computing_step_is_ignored() -> None:
     session = fresh()
     assert session.handle(machine.StepArrived(prefill(0))) == [machine.Compute(prefill(0))]
     assert session.handle(machine.StepArrived(prefill(0))) == []
 
 
 @pytest.mark.parametrize(
-    ("step", "told"),
+    ("step", "message_part"),
     [
         (prefill(1), "step 1 came where 0"),
         (prefill(0, tokens=0), "past"),
         (prefill(0, tokens=9), "past the 8 known"),
         (Step(0, 25, False, False), "past the 24 reserved"),
-        (prefill(0, tokens=4, sample=True), "asked for at 4, where it is known"),
+        (prefill(0, tokens=4, sample=True), "requested at 4, where the token is already known"),
     ],
 )
-def test_a_step_that_can_not_be_next_is_rejected(step: Step, told: str) -> None:
+def test_a_step_that_can_not_be_next_is_rejected(step: Step, message_part: str) -> None:
     session = fresh()
     (rejected,) = session.handle(machine.StepArrived(step))
     assert isinstance(rejected, machine.RejectStep)
-    assert told in rejected.reason
+    assert message_part in rejected.reason
     assert session.next_position == 0
 
 
@@ -115,7 +123,7 @@ def test_prefill_waits_until_the_next_stage_has_taken_a_step() -> None:
     assert session.handle(machine.StepTaken(0)) == [machine.Compute(prefill(PREFILL_WINDOW))]
 
 
-def test_the_last_stage_does_not_wait_for_a_next_one() -> None:
+def test_the_last_stage_has_no_prefill_window() -> None:
     session = fresh(first=False, last=True)
     for position in range(PREFILL_WINDOW + 2):
         session.handle(machine.StepArrived(prefill(position)))
@@ -136,7 +144,7 @@ def test_decoding_waits_for_credit_on_the_first_stage_only() -> None:
             assert session.handle(machine.CreditGranted(2)) == [machine.Compute(decode(PROMPT))]
 
 
-def test_a_hold_takes_credit_back_until_the_next_grant() -> None:
+def test_a_hold_revokes_credit_until_the_next_grant() -> None:
     session = fresh(first=True, last=True, credit=64)
     for position in range(PROMPT):
         session.handle(machine.StepArrived(prefill(position)))
@@ -147,23 +155,20 @@ def test_a_hold_takes_credit_back_until_the_next_grant() -> None:
     assert session.handle(machine.CreditGranted(64)) == [machine.Compute(decode(PROMPT))]
 
 
-def test_memory_is_freed_only_when_nothing_computes_on_it() -> None:
+def test_kv_is_freed_only_when_no_step_computes_on_it() -> None:
     session = in_state(StageState.COMPUTING)
     assert session.handle(machine.StageEnded("closed")) == []
     assert session.handle(machine.StepComputed(0, "out")) == [machine.FreeKv("closed")]
     assert in_state(StageState.IDLE).handle(machine.StageEnded("closed")) == [machine.FreeKv("closed")]
 
 
-# A later epoch
-
-
-def test_with_all_kv_here_only_the_newest_token_is_computed() -> None:
+def test_with_kv_of_all_older_tokens_only_the_newest_is_computed() -> None:
     session = reopened()
     assert session.handle(machine.StageResumed(7, 7)) == [machine.BeginAt(7)]
     assert session.handle(machine.StepArrived(prefill(7, sample=True))) == [machine.Compute(prefill(7, sample=True))]
 
 
-def test_kept_outputs_go_out_in_chunks_within_the_window_before_anything_is_computed() -> None:
+def test_kept_outputs_are_sent_in_chunks_within_the_window_before_the_first_step() -> None:
     session = reopened(kept_to=7)
     session.chunk_tokens = 1
     commands = session.handle(machine.StageResumed(7, 1))
@@ -183,7 +188,7 @@ def test_the_last_chunk_of_a_replay_ends_where_computing_starts() -> None:
     ]
 
 
-def test_what_the_next_stage_has_is_computed_and_not_sent() -> None:
+def test_outputs_that_the_next_stage_has_are_computed_but_not_sent() -> None:
     session = reopened()
     session.handle(machine.StageResumed(0, 5))
     for step, sent in ((prefill(0, tokens=4), None), (prefill(4, tokens=3), 1), (prefill(7, sample=True), 0)):
@@ -195,7 +200,7 @@ def test_what_the_next_stage_has_is_computed_and_not_sent() -> None:
     assert session.untaken == {7}
 
 
-def test_the_last_stage_samples_whatever_it_is_told_to_send_from() -> None:
+def test_the_last_stage_samples_whatever_send_from_is() -> None:
     session = reopened(last=True)
     session.handle(machine.StageResumed(6, 7))
     session.handle(machine.StepArrived(prefill(6, tokens=2, sample=True)))
@@ -204,7 +209,7 @@ def test_the_last_stage_samples_whatever_it_is_told_to_send_from() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "start", "send_from", "told"),
+    ("changes", "start", "send_from", "message_part"),
     [
         ({}, 8, 7, "can't start at 8"),
         ({}, -1, 0, "can't start at -1"),
@@ -215,13 +220,13 @@ def test_the_last_stage_samples_whatever_it_is_told_to_send_from() -> None:
         ({"kept_to": 6}, 7, 2, "not those from 2 to 7"),
     ],
 )
-def test_it_goes_on_only_from_where_it_can(changes: dict[str, int], start: int, send_from: int, told: str) -> None:
+def test_an_impossible_resume_is_refused(changes: dict[str, int], start: int, send_from: int, message_part: str) -> None:
     (refused,) = reopened(**changes).handle(machine.StageResumed(start, send_from))
     assert isinstance(refused, machine.RefuseResume)
-    assert told in refused.reason
+    assert message_part in refused.reason
 
 
-def test_steps_that_come_before_resume_wait_for_it_and_are_bounded() -> None:
+def test_steps_that_arrive_before_resume_wait_for_it_up_to_a_limit() -> None:
     session = reopened(held=3)
     for position in range(3, 3 + PREFILL_WINDOW):
         assert session.handle(machine.StepArrived(prefill(position))) == []
@@ -232,7 +237,7 @@ def test_steps_that_come_before_resume_wait_for_it_and_are_bounded() -> None:
     assert [step.position for step in session.inbox] == [4, 5, 6]
 
 
-def test_an_early_step_from_elsewhere_than_the_start_is_rejected_at_resume() -> None:
+def test_an_early_step_that_is_not_at_the_start_is_rejected_at_resume() -> None:
     session = reopened()
     session.handle(machine.StepArrived(prefill(5)))
     begun, rejected = session.handle(machine.StageResumed(3, 3))
@@ -251,7 +256,7 @@ ACTIONS = ["next", "repeat", "compute", "take", "credit", "end", "resume"]
 
 
 @given(st.lists(st.sampled_from(ACTIONS), max_size=80), st.booleans(), st.none() | st.tuples(st.integers(0, 7), st.integers(0, 7)))
-def test_steps_are_computed_once_and_in_order_and_memory_is_freed_once(
+def test_steps_are_computed_once_and_in_order_and_kv_is_freed_once(
     actions: list[str], last: bool, resumed: tuple[int, int] | None
 ) -> None:
     session = fresh(last=last) if resumed is None else reopened(last=last)
@@ -263,7 +268,7 @@ def test_steps_are_computed_once_and_in_order_and_memory_is_freed_once(
         position = session.next_position
         step = prefill(position) if position < PROMPT else decode(position)
         event: machine.Event
-        if action == "next" and position < ROOM and session.state is not StageState.OPEN:
+        if action == "next" and position < CAPACITY and session.state is not StageState.OPEN:
             event = machine.StepArrived(step)
         elif action == "repeat" and position > start:
             event = machine.StepArrived(prefill(position - 1) if position <= PROMPT else decode(position - 1))

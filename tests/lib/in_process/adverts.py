@@ -1,4 +1,4 @@
-"""Adverts of made-up peers that hold layers of a made-up model."""
+"""Builds adverts of invented peers that hold layers of an invented model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,21 +10,21 @@ from meshd.types import Advert, Capability, Holding, LinkStats, PeerId, Rates
 
 CARD = make_card(30)
 KV = 2048
-PLENTY = 4 << 30
+FREE_MEMORY = 4 << 30
 LINK = LinkStats(rtt_s=2e-4, bandwidth_bytes_s=1e8, hop_s=1e-4)
 
 
 def advert(
     name: str,
     *holdings: Holding,
-    memory: int = PLENTY,
+    memory: int = FREE_MEMORY,
     gb_s: float = 10.0,
     others: Sequence[str] = "abcde",
     roles: tuple[str, ...] = ("compute",),
     incarnation: int = 1,
     draining: bool = False,
 ) -> Advert:
-    """A peer with so much free memory beside what it holds, and links with `others`."""
+    """Build the advert of a peer with `memory` free bytes beside its holdings, and with links to `others`."""
     rates = Rates(
         decode_bytes_s=gb_s * 1e9,
         prefill_flops_s=gb_s * 1e10,
@@ -56,5 +56,5 @@ def advert(
 
 
 def held(start: int, end: int, **fields: Any) -> Holding:
-    """Layers that a peer holds, active by default."""
+    """Build the advert's entry for layers that a peer holds, by default active ones."""
     return msgspec.structs.replace(make_holding(start, end, kv_tokens=fields.pop("kv_tokens", KV)), **fields)

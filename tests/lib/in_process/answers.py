@@ -1,4 +1,4 @@
-"""An answer on a real peer that also runs its stages: they record what they get and compute nothing."""
+"""An answer on a real peer that also stands in for its stages, which record the messages they receive and compute nothing."""
 
 from itertools import pairwise
 from typing import Any
@@ -19,7 +19,7 @@ CARD = make_card()
 
 
 class AnswerSite:
-    """A peer, its stages' inbox, and one answer."""
+    """A peer with one answer, and the messages that the answer sent to its stages."""
 
     def __init__(self, peer: Peer, **fields: Any) -> None:
         self.peer = peer
@@ -27,15 +27,15 @@ class AnswerSite:
         self.received: list[Message] = []
         self.payloads: list[bytes] = []
         self.reply: Reply = Opened(request=0, session=record().session, epoch=1, blocks=1)
-        """What OPEN is answered with."""
+        """The reply to OPEN."""
         self.events: list[str] = []
         self.replans: list[Replan] = []
         self.story = Story(self.clock)
         peer.links.register(Open, self._on_open)
         for kind in (Prompt, Resume, Credit, Renew, Close, Mirror):
             peer.links.register(kind, self._on_message)
-        given = msgspec.structs.replace(record(), model=CARD.id, coordinator=peer.id, epoch=0)
-        self.answer = Answer(msgspec.structs.replace(given, **fields), CARD, toy_text(CARD), self._context())
+        fresh = msgspec.structs.replace(record(), model=CARD.id, coordinator=peer.id, epoch=0)
+        self.answer = Answer(msgspec.structs.replace(fresh, **fields), CARD, toy_text(CARD), self._context())
 
     def _context(self) -> AnswerContext:
         return AnswerContext(
@@ -61,7 +61,7 @@ class AnswerSite:
         self.payloads.append(bytes(payload))
 
     def plan(self, *cuts: int, chunk: int = 2) -> Plan:
-        """All layers on this peer, cut into stages here."""
+        """Plan all layers on this peer, split into stages at `cuts`."""
         borders = (0, *cuts, CARD.spec.layers)
         stages = tuple(StagePlan(peer=self.peer.id, layers=LayerRange(start, end)) for start, end in pairwise(borders))
         return Plan(id=PlanId("p"), model=CARD.id, stages=stages, prefill_chunk_tokens=chunk, context=64, predicted_tpot_s=0.5)

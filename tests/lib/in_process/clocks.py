@@ -1,4 +1,4 @@
-"""A clock whose reading a test sets; sleeps are real."""
+"""A clock whose time a test sets, while sleeps are real."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from meshd.clock import SystemClock
 
 @dataclass
 class SetClock(SystemClock):
-    """Shows `now` until the test changes it."""
+    """Returns `now` until the test changes it."""
 
     now: float = 1000.0
 

@@ -1,4 +1,4 @@
-"""Clusters to plan for: made up, but with the shapes that real ones have."""
+"""Builds planning problems: model cards, peers, holdings and networks with realistic sizes."""
 
 import random
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ MODEL = ModelId("5a" * 16)
 
 
 def make_card(layers: int = 30, *, layer_bytes: Sequence[int] | None = None, tied: bool = True) -> ModelCard:
-    """SmolLM2-135M in shape, with as many layers as asked for."""
+    """Build the card of a model with the sizes of SmolLM2-135M and this number of layers."""
     spec = ModelSpec(
         architecture="llama",
         layers=layers,
@@ -100,7 +100,7 @@ def make_holding(
 
 
 def make_network(peers: Sequence[PeerProfile], *, hop_s: float = 100e-6, bandwidth: float = 1.25e8) -> Network:
-    """Every pair measured alike."""
+    """Build a network in which every pair of peers has the same measurements."""
     stats = LinkStats(rtt_s=2 * hop_s, bandwidth_bytes_s=bandwidth, hop_s=hop_s)
     return Network({(one.id, other.id): stats for one in peers for other in peers if one != other})
 
@@ -126,7 +126,7 @@ def make_advert(
     hop_s: float = 100e-6,
     bandwidth: float = 1.25e8,
 ) -> Advert:
-    """What this peer would advertise, with its links to the others."""
+    """Build the advert of this peer, with the same measurements for its links to all `others`."""
     stats = LinkStats(rtt_s=2 * hop_s, bandwidth_bytes_s=bandwidth, hop_s=hop_s)
     return Advert(
         peer=peer.id,
@@ -152,12 +152,12 @@ def make_advert(
 
 
 def make_adverts(*peers: PeerProfile, **fields: Any) -> list[Advert]:
-    """Of peers that are all linked alike."""
+    """Build the adverts of peers that are all linked with each other."""
     return [make_advert(peer, peers, **fields) for peer in peers]
 
 
 def random_links(rng: random.Random, peers: Sequence[PeerProfile], *, measured: float = 1.0) -> Network:
-    """Asymmetric links from gigabit Ethernet to poor Wi-Fi; only this part of them measured."""
+    """Draw asymmetric links from gigabit Ethernet to poor Wi-Fi. Only the share `measured` of the pairs has measurements."""
     return Network(
         {
             (one.id, other.id): LinkStats(
@@ -173,10 +173,10 @@ def random_links(rng: random.Random, peers: Sequence[PeerProfile], *, measured: 
 
 
 def random_problem(rng: random.Random, peers: int, layers: int) -> PlanInput:
-    """Uneven peers, asymmetric and partly unmeasured links, memory that often does not do."""
+    """Draw a problem with unequal peers, asymmetric and partly unmeasured links, and often too little memory."""
     card = make_card(layers, layer_bytes=[rng.randrange(1, 40) << 20 for _ in range(layers)], tied=rng.random() < 0.5)
-    room = sum(card.layer_bytes) + (140 << 20)
-    profiles = tuple(_random_peer(rng, place, layers, room) for place in range(peers))
+    needed_bytes = sum(card.layer_bytes) + (140 << 20)
+    profiles = tuple(_random_peer(rng, index, layers, needed_bytes) for index in range(peers))
     named = tuple(profile.id for profile in profiles if rng.random() < 0.8) if rng.random() < 0.2 else None
     return PlanInput(
         card=card,
@@ -190,7 +190,7 @@ def random_problem(rng: random.Random, peers: int, layers: int) -> PlanInput:
     )
 
 
-def _random_peer(rng: random.Random, place: int, layers: int, room: int) -> PeerProfile:
+def _random_peer(rng: random.Random, index: int, layers: int, needed_bytes: int) -> PeerProfile:
     holdings = []
     if rng.random() < 0.6:
         start = rng.choice([0, rng.randrange(layers)])
@@ -200,9 +200,9 @@ def _random_peer(rng: random.Random, place: int, layers: int, room: int) -> Peer
             measured |= {"layer_prefill_s": 10 ** rng.uniform(-5, -3), "head_s": 10 ** rng.uniform(-4, -2)}
         holdings.append(make_holding(start, end, kv_tokens=rng.choice([256, 8192]), **measured))
     return make_peer(
-        f"p{place}",
+        f"p{index}",
         decode_gb_s=10 ** rng.uniform(0, 2),
-        memory=int(room * rng.uniform(0.2, 1.6)),
+        memory=int(needed_bytes * rng.uniform(0.2, 1.6)),
         power_w=rng.uniform(3, 100),
         prefill_gflops=10 ** rng.uniform(1, 3),
         attention_gb_s=10 ** rng.uniform(0, 1.5),

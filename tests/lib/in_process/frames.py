@@ -1,4 +1,4 @@
-"""A stream through a FrameReader."""
+"""Reads a byte stream with a FrameReader."""
 
 from collections.abc import Iterable
 
@@ -9,20 +9,23 @@ from meshd.protocol.framing import Frame, FrameLimits, FrameReader
 def read_frames(
     stream: bytes, limits: FrameLimits, sizes: Iterable[int] = (65536,)
 ) -> tuple[list[Frame], ProtocolViolation | None]:
-    """Read a stream `sizes` bytes at a time (the last size repeats): the frames, and the fault that ended it, if one did."""
+    """Pass a stream to a FrameReader in chunks of `sizes` bytes, repeating the last size.
+
+    Returns: the frames, and the violation that ended the stream; None if there was none.
+    """
     reader = FrameReader(limits)
     frames: list[Frame] = []
-    turns = iter(sizes)
+    next_sizes = iter(sizes)
     size = at = 0
     try:
         while at < len(stream):
-            size = next(turns, size) or 1
-            room = reader.buffer()
-            chunk = stream[at : at + min(size, len(room))]
-            room[: len(chunk)] = chunk
+            size = next(next_sizes, size) or 1
+            buffer = reader.buffer()
+            chunk = stream[at : at + min(size, len(buffer))]
+            buffer[: len(chunk)] = chunk
             at += len(chunk)
             for frame in reader.received(len(chunk)):
-                frames.append(frame)  # noqa: PERF402  (what came before a fault counts)
+                frames.append(frame)  # noqa: PERF402  (frames before a violation are returned too)
         reader.end()
     except ProtocolViolation as violation:
         return frames, violation

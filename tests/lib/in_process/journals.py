@@ -1,4 +1,4 @@
-"""Peers with real links that keep one another's session records, in one process; the test moves their journals' time."""
+"""Peers with real links that store each other's session records, in one process. The test moves the clock of their journals."""
 
 import asyncio
 import heapq
@@ -30,7 +30,7 @@ CAPABILITY = Capability(
 
 
 class HandClock:
-    """A clock that stands still until a test moves it; sleepers wake in order of time."""
+    """A clock that stands still until a test moves it. Sleepers wake in the order of their times."""
 
     def __init__(self, now: float = 1000.0) -> None:
         self.now = now
@@ -53,7 +53,7 @@ class HandClock:
         await asleep
 
     async def move(self, seconds: float) -> None:
-        """Let time pass."""
+        """Move the clock forward and wake the sleepers that are due on the way."""
         end = self.now + seconds
         await _settle()
         while self._sleepers and self._sleepers[0][0] <= end:
@@ -71,7 +71,7 @@ async def _settle() -> None:
 
 
 def record(session: SessionId = S, *, tokens: int = 0, **other: object) -> SessionRecord:
-    """Of a session whose answer's tokens are 100, 101, ..."""
+    """Build the record of a session whose answer tokens are 100, 101, ..."""
     fields: dict[str, object] = {
         "session": session,
         "model": ModelId("m"),
@@ -86,6 +86,7 @@ def record(session: SessionId = S, *, tokens: int = 0, **other: object) -> Sessi
 
 
 def answer(tokens: int, start: int = 0) -> tuple[tuple[int, TokenLogprobs | None], ...]:
+    """Build the answer tokens 100 + `start`, ..., 99 + `tokens`, without logprobs."""
     return tuple((100 + index, None) for index in range(start, tokens))
 
 
@@ -105,21 +106,21 @@ def advert(peer: PeerId, rtt_s: dict[PeerId, float] | None = None, *, name: str 
 
 @dataclass
 class Answer:
-    """A running session, as its coordinator holds it."""
+    """A running session on its coordinator, and its journal."""
 
-    journalist: JournalWriter
+    writer: JournalWriter
     record: SessionRecord
     plan: tuple[PeerId, ...] = ()
 
     def begin(self) -> None:
-        self.journalist.begin(self.record.session, lambda: self.record, lambda: self.plan)
+        self.writer.begin(self.record.session, lambda: self.record, lambda: self.plan)
 
     def make(self, tokens: int) -> None:
-        """So many tokens more."""
+        """Add this many tokens to the answer."""
         have = len(self.record.tokens)
         self.record = msgspec.structs.replace(self.record, tokens=answer(have + tokens))
         for index, (token, logprobs) in enumerate(self.record.tokens[have:], have):
-            self.journalist.token(self.record.session, index, token, logprobs)
+            self.writer.token(self.record.session, index, token, logprobs)
 
     def replan(self, *plan: PeerId) -> None:
         self.record = msgspec.structs.replace(self.record, epoch=self.record.epoch + 1)
@@ -128,16 +129,16 @@ class Answer:
 
     def end(self, finish: str = "stop", *, keep: bool = True) -> None:
         self.record = msgspec.structs.replace(self.record, finish=finish)
-        self.journalist.end(self.record.session, finish, keep=keep)
+        self.writer.end(self.record.session, finish, keep=keep)
 
 
 @dataclass
 class Keeper:
-    """One peer."""
+    """A peer that writes the journals of its own sessions and is a deputy for others."""
 
     peer: Peer
     clock: HandClock
-    journalist: JournalWriter = field(init=False)
+    writer: JournalWriter = field(init=False)
     deputy: Deputy = field(init=False)
     locator: Locator = field(init=False)
     story_collector: StoryCollector = field(init=False)
@@ -146,13 +147,13 @@ class Keeper:
     released: list[SessionId] = field(default_factory=list)
     ended: list[tuple[SessionId, bool]] = field(default_factory=list)
     draining: set[PeerId] = field(default_factory=set)
-    """Who does, as far as this peer knows."""
+    """Peers that drain, as far as this peer knows."""
     rtt_s: dict[PeerId, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         links, me = self.peer.links, self.peer.id
-        self.journalist = JournalWriter(me, links, self.clock, self._adverts)
-        self.deputy = Deputy(links, self.clock, on_orphan=self.orphans.append, on_dropped=self.journalist.on_dropped)
+        self.writer = JournalWriter(me, links, self.clock, self._adverts)
+        self.deputy = Deputy(links, self.clock, on_orphan=self.orphans.append, on_dropped=self.writer.on_dropped)
         self.locator = Locator(me, links, self.deputy)
         self.story_collector = StoryCollector(me, links, Story(self.clock), self.clock, names=lambda peer: peer[:4])
         for agent in (self.deputy, self.story_collector):
@@ -164,14 +165,14 @@ class Keeper:
         return self.peer.id
 
     def answer(self, session: SessionId = S, *, tokens: int = 0, plan: tuple[PeerId, ...] = (), **other: object) -> Answer:
-        """A session that this peer coordinates, its journal begun."""
-        made = Answer(self.journalist, record(session, tokens=tokens, coordinator=self.id, **other), plan)
+        """Start a session that this peer coordinates, and begin its journal."""
+        made = Answer(self.writer, record(session, tokens=tokens, coordinator=self.id, **other), plan)
         self.answers[session] = made
         made.begin()
         return made
 
     def kept(self, session: SessionId = S) -> int | None:
-        """How many of the answer's tokens this peer holds as a deputy."""
+        """Return the number of answer tokens that this peer stores as a deputy; None if it has no record."""
         known = self.deputy.record(session)
         assert known is None or known.tokens == answer(len(known.tokens))
         return len(known.tokens) if known is not None else None
@@ -187,7 +188,7 @@ class Keeper:
     def release(self, session: SessionId) -> None:
         self.released.append(session)
         del self.answers[session]
-        self.journalist.release(session)
+        self.writer.release(session)
 
     def finish(self, session: SessionId, forget: bool) -> bool:
         self.ended.append((session, forget))
@@ -195,20 +196,20 @@ class Keeper:
 
     async def live(self) -> None:
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self.journalist.run())
+            tasks.create_task(self.writer.run())
             tasks.create_task(self.deputy.run())
             tasks.create_task(self._listen())
 
     async def _listen(self) -> None:
         while True:
             gone, _ = await self.peer.downs.get()
-            self.journalist.on_peer_gone(gone)
+            self.writer.on_peer_gone(gone)
             self.deputy.on_peer_gone(gone)
 
 
 @dataclass
 class Keepers:
-    """All of them, each linked with each."""
+    """Peers that are all linked with each other."""
 
     peers: Peers
     clock: HandClock = field(default_factory=HandClock)
@@ -231,5 +232,5 @@ class Keepers:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for what comes over the links, while the journals' time stands still."""
+        """Wait for messages over the links, while the journals' clock stands still."""
         await until(condition)

@@ -1,4 +1,4 @@
-"""Events of made-up peers, for tests of the membership."""
+"""Builds membership events of invented peers."""
 
 from meshd.agents.membership.peer_events import (
     Event,
@@ -35,7 +35,7 @@ def link_up(peer: PeerId = ANN, incarnation: int = 1, dialled: Address | None = 
     return LinkUp(peer, incarnation, "desk", "0.1.0", dialled)
 
 
-WAY_TO: dict[PeerState, list[Event]] = {
+EVENTS_TO: dict[PeerState, list[Event]] = {
     PeerState.UNKNOWN: [],
     PeerState.FOUND: [found()],
     PeerState.ALIVE: [found(), link_up()],
@@ -44,4 +44,4 @@ WAY_TO: dict[PeerState, list[Event]] = {
     PeerState.REFUSED: [found(), HandshakeRefused(ANN, HOME, "another key")],
     PeerState.LEFT: [found(), link_up(), GoodbyeReceived(ANN, "stopped")],
 }
-"""State -> events that bring ANN into it."""
+"""The events that bring peer ANN from the beginning to each state."""

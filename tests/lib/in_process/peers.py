@@ -23,7 +23,7 @@ WAIT_S = 5.0
 
 @dataclass
 class Peer:
-    """A peer with running links, and the events that they reported."""
+    """A peer with running links, and the events that the links reported."""
 
     links: Links
     identity: Identity
@@ -101,7 +101,7 @@ class Peers:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what has no event of its own."""
+    """Poll until the condition holds, for at most `WAIT_S`."""
     async with asyncio.timeout(WAIT_S):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)

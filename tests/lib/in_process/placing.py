@@ -1,4 +1,4 @@
-"""A router over a made-up cluster: its peers advertise, and load what they are asked to."""
+"""A router over an invented cluster whose peers advertise themselves and load the layers that they are asked for."""
 
 import asyncio
 from typing import Any, cast
@@ -18,7 +18,7 @@ from meshd.types import Advert, Holding, PeerId
 
 
 class Cluster:
-    """Stands for the links and the peer table of one peer."""
+    """Stands in for the links and the peer table of the peer that routes."""
 
     def __init__(self, *peers: PeerProfile, **fields: Any) -> None:
         self.adverts = {advert.peer: advert for advert in make_adverts(*peers, **fields)}
@@ -26,8 +26,8 @@ class Cluster:
         self.asked: list[tuple[PeerId, Place]] = []
         self.refusing: dict[PeerId, str] = {}
         self.load_s = 0.0
-        self.tell_s = 0.0
-        """Until what was loaded is advertised."""
+        self.advert_delay_s = 0.0
+        """Time from the end of a load to its advert."""
         self._requests = 0
         names = {peer.id: peer.name for peer in peers}
         self.placer = PlacementClient(
@@ -49,14 +49,14 @@ class Cluster:
         return list(self.adverts.values())
 
     def lose(self, *names: str) -> frozenset[PeerId]:
-        """These peers are gone."""
+        """Remove these peers. Returns: their ids."""
         gone = frozenset(PeerId(f"{name}-id") for name in names)
         for peer in gone:
             del self.adverts[peer]
         return gone
 
     def change(self, name: str, **fields: Any) -> None:
-        """Something else in a peer's advert."""
+        """Change fields of a peer's advert."""
         peer = PeerId(f"{name}-id")
         self.adverts[peer] = msgspec.structs.replace(self.adverts[peer], **fields)
 
@@ -72,23 +72,23 @@ class Cluster:
         advert = self.adverts[peer]
         self.adverts[peer] = msgspec.structs.replace(advert, holdings=(*advert.holdings, _holding(message, "loading")))
         await asyncio.sleep(self.load_s)
-        if self.tell_s:
-            asyncio.get_running_loop().call_later(self.tell_s, self._loaded, peer, message)
+        if self.advert_delay_s:
+            asyncio.get_running_loop().call_later(self.advert_delay_s, self._loaded, peer, message)
         else:
             self._loaded(peer, message)
         return Placed(request=message.request, layers=message.layers, kv_tokens=message.kv_tokens), memoryview(b"")
 
-    def _loaded(self, peer: PeerId, wanted: Place) -> None:
+    def _loaded(self, peer: PeerId, request: Place) -> None:
         advert = self.adverts[peer]
-        self.adverts[peer] = msgspec.structs.replace(advert, holdings=(*advert.holdings[:-1], _holding(wanted, "active")))
+        self.adverts[peer] = msgspec.structs.replace(advert, holdings=(*advert.holdings[:-1], _holding(request, "active")))
 
 
-def _holding(wanted: Place, state: str) -> Holding:
+def _holding(request: Place, state: str) -> Holding:
     return Holding(
-        model=wanted.model,
-        layers=wanted.layers,
+        model=request.model,
+        layers=request.layers,
         state=state,
         progress=1.0 if state == "active" else 0.5,
-        kv_tokens_total=wanted.kv_tokens,
-        kv_tokens_free=wanted.kv_tokens,
+        kv_tokens_total=request.kv_tokens,
+        kv_tokens_free=request.kv_tokens,
     )

@@ -1,4 +1,4 @@
-"""Peers with real links and real disks that give one another weights, in one process."""
+"""Peers with real links and real disks that fetch weights from each other, in one process."""
 
 import asyncio
 import shutil
@@ -24,7 +24,7 @@ from tiny.gguf_file import write_gguf
 
 LAYERS = 6
 REF = "file:/nowhere/tiny.gguf"
-"""No source but peers."""
+"""A reference that can't be downloaded, so that other peers are the only source."""
 CAPABILITY = Capability(
     backend="none",
     processor="none",
@@ -36,15 +36,19 @@ CAPABILITY = Capability(
 
 
 class Server(WeightServer):
-    """A server that can be slow, die and lie."""
+    """A weight server that a test makes slow, unreachable or wrong."""
 
     given = 0
-    """Bytes of weights."""
+    """Bytes of weights sent so far."""
     sleep_s = 0.0
+    """Delay before each reply."""
     die_after: int | None = None
+    """Bytes after which `on_dying` is called, once."""
     on_dying: Callable[[], None]
     spoil: Callable[[bytes], bytes] = staticmethod(lambda data: data)
-    tell: Callable[[Offer], Offer] = staticmethod(lambda offer: offer)
+    """Changes the bytes of each reply."""
+    change_offer: Callable[[Offer], Offer] = staticmethod(lambda offer: offer)
+    """Changes each offered manifest."""
 
     async def _on_fetch_weights(self, sender: PeerId, message: FetchWeights, payload: memoryview) -> Any:
         await asyncio.sleep(self.sleep_s)
@@ -56,12 +60,12 @@ class Server(WeightServer):
         return reply, self.spoil(data)
 
     async def _offer(self, model: ModelId) -> Offer:
-        return self.tell(await super()._offer(model))
+        return self.change_offer(await super()._offer(model))
 
 
 @dataclass
 class Site:
-    """One peer: links, disk, library, and both sides of weights."""
+    """A peer with links, a disk and a library, which serves and fetches weights."""
 
     name: str
     peer: Peer
@@ -91,7 +95,7 @@ class Site:
         )
 
     async def fill(self, card: ModelCard, start: int, end: int) -> None:
-        """As a placement does; the card comes first."""
+        """Fetch the card, then the layers, as a placement does."""
         self.shares.clear()
         async with asyncio.timeout(4 * WAIT_S):
             known = await self.weights.card(card.id, REF)
@@ -107,7 +111,7 @@ class Site:
 
 
 class Sites:
-    """Starts peers that are linked with all others."""
+    """Starts peers and links each new one with all others."""
 
     def __init__(self, peers: Peers, root: Path) -> None:
         self.peers = peers
@@ -144,7 +148,7 @@ class Sites:
         return site
 
     async def have_file(self, *sites: Site) -> ModelCard:
-        """Put the model's file on their disks, each its own."""
+        """Put a copy of the model's file on the disk of each site. Returns: the model's card."""
         for site in sites:
             own = self.root / f"{site.name}.gguf"
             shutil.copyfile(self.file, own)
@@ -158,7 +162,7 @@ def layer_bytes(card: ModelCard, start: int, end: int) -> int:
 
 
 def check_tensors(site: Site, sites: Sites, card: ModelCard, start: int, end: int) -> None:
-    """What a backend would read is what the file has, and nothing else can be read."""
+    """Check that the tensors of these layers on the site's disk equal those of the model's file."""
     needed = {f"blk.{layer}." for layer in range(start, end)}
     ends = {"token_embd.weight"} if start == 0 else set()
     ends |= {"output_norm.weight", "token_embd.weight"} if end == LAYERS else set()
@@ -169,5 +173,6 @@ def check_tensors(site: Site, sites: Sites, card: ModelCard, start: int, end: in
 
 
 def other_sums(offer: Offer) -> Offer:
+    """Replace the SHA-256 of each tensor in the offer."""
     head, *parts = offer.manifest.parts
     return Offer(Manifest((head, *(msgspec.structs.replace(part, sha256=bytes(32)) for part in parts))), offer.have)

@@ -37,8 +37,8 @@ class Checks:
             self._rises(life, answer, answer.session, answer.machine.epoch)
         for active in life.stages._active.values():
             active.machine.validate()
-        for kept in life.stages._caches:
-            self._rises(life, kept, kept.session, kept.epoch)
+        for session_kv in life.stages._kv_manager:
+            self._rises(life, session_kv, session_kv.session, session_kv.epoch)
         for load in life.holdings:
             if load.pool is not None:
                 self._pool(life, load)
@@ -53,7 +53,7 @@ class Checks:
             if peer.life is not None:
                 self._queues(peer.life)
                 present.update(map(id, peer.life.coordinator.answers.values()))
-                present.update(map(id, peer.life.stages._caches))
+                present.update(map(id, peer.life.stages._kv_manager))
         self._epochs = {key: known for key, known in self._epochs.items() if key in present}
 
     def _rises(self, life: "Life", owner: Any, session: SessionId, epoch: int) -> None:
@@ -88,9 +88,9 @@ class Checks:
         lives = [peer.life for peer in self._world.peers.values() if peer.life is not None]
         wanted = {session for life in lives for session in life.coordinator.answers}
         for life in lives:
-            for kept in life.stages._caches:
-                if kept.session not in wanted:
-                    raise Broken(f"{life.spec.name} holds a lease of session {kept.session}, which nobody coordinates")
+            for session_kv in life.stages._kv_manager:
+                if session_kv.session not in wanted:
+                    raise Broken(f"{life.spec.name} holds a lease of session {session_kv.session}, which nobody coordinates")
 
     def nothing_left(self) -> None:
         """No session, no lease, no block, no task is left of what was."""

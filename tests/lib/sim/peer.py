@@ -280,7 +280,7 @@ class Life:
 
     def tables(self, load: ResidentLayers) -> list[BlockTable]:
         """Of all KV that somebody uses in this load: what is kept of sessions, and what a step is under way on."""
-        leases = {id(cache.lease): cache.lease for kept in self.stages._caches for cache in kept.caches}
+        leases = {id(cache.lease): cache.lease for session_kv in self.stages._kv_manager for cache in session_kv.caches}
         for active in (*self.stages._active.values(), *self._computing()):
             leases[id(active.cache.lease)] = active.cache.lease
         return [lease.table for lease in leases.values() if lease.resident is load]
@@ -305,10 +305,10 @@ class Life:
             ("journal entries", len(self.agents.journal), MAX_SESSIONS + QUEUE_LIMIT + 2 * 256),
             ("steps that are ready", len(self.stages._ready._decodes) + len(self.stages._ready._prefills), 4 * MAX_SESSIONS),
             ("records of others", len(self.agents.deputy.store), MAX_RECORDS),
-            ("bytes of kept outputs", self.stages._caches.outputs.used_bytes, self.spec.outputs_bytes),
+            ("bytes of kept outputs", self.stages._kv_manager.outputs.used_bytes, self.spec.outputs_bytes),
         ]
         rows += [("tasks of an answer", len(answer.tasks), 64) for answer in coordinator.answers.values()]
-        rows += [("caches of a session", len(kept.caches), 32) for kept in self.stages._caches]
+        rows += [("caches of a session", len(session_kv.caches), 32) for session_kv in self.stages._kv_manager]
         return rows
 
     def left_over(self) -> list[str]:
@@ -316,11 +316,13 @@ class Life:
         coordinator = self.coordinator
         left = [f"answer {answer.session[:6]} {answer.machine.state.value}" for answer in coordinator.answers.values()]
         left += [f"stage {active.open.stage} of {active.open.session[:6]}" for active in self.stages._active.values()]
-        left += [f"a lease of {kept.session[:6]} with {len(kept.caches)} caches" for kept in self.stages._caches]
+        left += [
+            f"a lease of {session_kv.session[:6]} with {len(session_kv.caches)} caches" for session_kv in self.stages._kv_manager
+        ]
         if coordinator.admission.running or coordinator.admission.waiting:
             left.append(f"{coordinator.admission.running} tickets taken, {coordinator.admission.waiting} waiting")
-        if self.stages._caches.outputs.used_bytes or self.stages._caches.outputs._logs:
-            left.append(f"{self.stages._caches.outputs.used_bytes} bytes of kept outputs")
+        if self.stages._kv_manager.outputs.used_bytes or self.stages._kv_manager.outputs._logs:
+            left.append(f"{self.stages._kv_manager.outputs.used_bytes} bytes of kept outputs")
         if any(load.sessions for load in self.holdings):
             left.append("loads that count sessions")
         if self.usual and (more := self.tasks() - self.usual):

@@ -1,6 +1,6 @@
-"""Writes the golden frames: NUMBER_NAME.bin is a frame byte for byte, NUMBER_NAME.json says what is in it.
+"""Writes the golden frames: NUMBER_NAME.bin is a frame, NUMBER_NAME.json describes its contents.
 
-Run it after a message was changed on purpose, and read the difference before you commit it:
+Run it after an intended change of a message, and check the difference before you commit it:
 
     python tests/protocol/golden/generate.py
 """
@@ -317,7 +317,7 @@ def _identity_vector() -> dict[str, str]:
 
 
 def main() -> None:
-    """Write all anew."""
+    """Write all files again and delete stale ones."""
     folder = Path(__file__).parent
     (folder / "identity.json").write_text(json.dumps(_identity_vector(), indent=1) + "\n")
     for stale in [*folder.glob("*.bin"), *folder.glob("[0-9]*.json")]:

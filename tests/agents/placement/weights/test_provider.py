@@ -133,7 +133,7 @@ HOSTILE: dict[str, Callable[[Offer], Offer]] = {
 async def test_a_hostile_list_is_one_clear_error_and_leaves_nothing(sites: Sites, what: str) -> None:
     a, b = await sites.start("a", "b")
     card = await sites.have_file(a)
-    a.server.tell = HOSTILE[what]
+    a.server.change_offer = HOSTILE[what]
     if what == "a header that is none":
         a.server.spoil = lambda data: bytes(len(data))
     with pytest.raises(DownloadError):
@@ -161,7 +161,7 @@ async def test_a_whole_model_of_wrong_sums_is_thrown_away(sites: Sites) -> None:
 async def test_a_copy_that_was_begun_with_a_wrong_list_is_begun_anew(sites: Sites) -> None:
     a, b, c = await sites.start("a", "b", "c")
     card = await sites.have_file(a)
-    a.server.tell = other_sums
+    a.server.change_offer = other_sums
     with pytest.raises(DownloadError):
         await c.fill(card, 1, 2)
     await sites.have_file(b)

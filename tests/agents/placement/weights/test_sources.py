@@ -37,7 +37,7 @@ async def test_parts_that_lie_on_a_disk_and_are_not_loaded_are_found_when_nobody
 async def test_two_that_do_not_agree_are_not_believed_and_a_third_decides(sites: Sites, caplog: pytest.LogCaptureFixture) -> None:
     a, b, c = await sites.start("a", "b", "c")
     card = await sites.have_file(a, b)
-    a.server.tell = other_sums
+    a.server.change_offer = other_sums
     with pytest.raises(DownloadError, match="a, b do not agree"):
         await c.fill(card, 1, 2)
     [d] = await sites.start("d")

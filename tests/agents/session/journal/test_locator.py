@@ -25,7 +25,7 @@ def keep(keeper: Keeper, coordinator: PeerId, **fields: object) -> None:
 async def test_a_running_session_is_taken_from_its_coordinator_which_releases_it(keepers: Keepers) -> None:
     async with keepers.linked("a", "b", "c") as (a, _, c):
         session = a.answer(tokens=5)
-        await keepers.until(lambda: a.journalist.deputy_of(S) is not None)
+        await keepers.until(lambda: a.writer.deputy_of(S) is not None)
         session.make(3)
         assert await c.locator.coordinator_of(S) == a.id
         assert await c.locator.fetch(S, take=False) == session.record
@@ -55,7 +55,7 @@ async def test_a_record_of_a_later_epoch_ranks_above_a_coordinator_of_an_earlier
     async with keepers.linked("a", "b", "c") as (a, b, c):
         a.answer(tokens=9, epoch=1)
         keep(b, PeerId("x"), tokens=4, epoch=1001)
-        await keepers.until(lambda: a.journalist.deputy_of(S) is not None)
+        await keepers.until(lambda: a.writer.deputy_of(S) is not None)
         taken = await c.locator.fetch(S, take=True)
         assert (taken.epoch, len(taken.tokens)) == (1001, 4)
         assert a.released == []
@@ -150,7 +150,7 @@ async def test_no_takeover_of_a_session_that_runs_elsewhere_has_ended_or_was_tak
 async def test_ending_reaches_the_coordinator_and_every_record(keepers: Keepers) -> None:
     async with keepers.linked("a", "b", "c") as (a, b, c):
         a.answer(tokens=2)
-        await keepers.until(lambda: a.journalist.deputy_of(S) is not None)
+        await keepers.until(lambda: a.writer.deputy_of(S) is not None)
         await c.locator.end(S, forget=False)
         assert a.ended == [(S, False)]
         kept = [keeper.deputy.record(S) for keeper in (b, c) if keeper.deputy.record(S) is not None]

@@ -48,7 +48,7 @@ async def test_the_record_goes_to_one_deputy_and_its_tokens_follow_in_batches(ke
         a.rtt_s = {b.id: 0.1, c.id: 0.001}
         session = a.answer(tokens=2)
         await keepers.until(lambda: c.kept() == 2)
-        assert a.journalist.deputy_of(S) == c.id
+        assert a.writer.deputy_of(S) == c.id
         assert b.kept() is None
         session.make(BATCH_TOKENS - 1)
         await keepers.clock.move(0.1)
@@ -77,7 +77,7 @@ async def test_a_lost_deputy_is_replaced_at_once_and_the_new_one_gets_the_full_r
     async with keepers.linked("a", "b", "c") as (a, b, c):
         a.rtt_s = {b.id: 0.001, c.id: 0.1}
         session = a.answer()
-        await keepers.until(lambda: a.journalist.deputy_of(S) == b.id)
+        await keepers.until(lambda: a.writer.deputy_of(S) == b.id)
         session.make(7)
         await b.peer.links.close("it goes")
         await keepers.until(lambda: c.kept() == 7)
@@ -92,7 +92,7 @@ async def test_without_any_other_peer_the_writer_waits_for_one(peers: Peers) -> 
     session = a.answer()
     session.make(40)
     await clock.move(5.0)
-    assert a.journalist.deputy_of(S) is None
+    assert a.writer.deputy_of(S) is None
     b = Keeper(peers.start("b"), clock)
     a.peer.dial(b.peer)
     await a.peer.next_up()
@@ -108,7 +108,7 @@ async def test_after_a_gap_the_full_record_is_sent_again(keepers: Keepers) -> No
         await keepers.until(lambda: b.kept() == 2)
         b.deputy.store.forget(S)
         session.make(BATCH_TOKENS)
-        await keepers.until(lambda: a.journalist.deputy_of(S) is None)
+        await keepers.until(lambda: a.writer.deputy_of(S) is None)
         await keepers.clock.move(2.25)
         await keepers.until(lambda: b.kept() == 2 + BATCH_TOKENS)
 
@@ -118,10 +118,10 @@ async def test_a_peer_that_refuses_is_not_asked_again_for_a_while(keepers: Keepe
         a.rtt_s = {b.id: 0.001, c.id: 0.1}
         b.deputy.store.max_records = 0
         a.answer()
-        await keepers.until(lambda: a.journalist.deputy_of(S) == c.id)
+        await keepers.until(lambda: a.writer.deputy_of(S) == c.id)
         b.deputy.store.max_records = 256
         await c.peer.links.close("it goes")
-        await keepers.until(lambda: a.journalist.deputy_of(S) is None)
+        await keepers.until(lambda: a.writer.deputy_of(S) is None)
         await keepers.clock.move(5.0)
         assert b.kept() is None
         await keepers.clock.move(6.0)
@@ -169,7 +169,7 @@ async def test_an_answer_that_is_not_kept_is_deleted_at_the_deputy_too(keepers: 
         await keepers.until(lambda: b.kept() == 0)
         session.end(keep=False)
         await keepers.until(lambda: b.kept() is None)
-        assert len(a.journalist) == 0
+        assert len(a.writer) == 0
         at_once = a.answer(SessionId("short"))
         await keepers.clock.move(0)
         at_once.end(keep=False)
@@ -187,7 +187,7 @@ async def test_a_suspended_answer_stays_unfinished_and_can_continue(keepers: Kee
         assert b.deputy.store.records_of(a.id) == [session.record]
         for _ in range(15):
             await keepers.clock.move(60.0)
-            await keepers.until(lambda: a.journalist.deputy_of(S) == b.id)
+            await keepers.until(lambda: a.writer.deputy_of(S) == b.id)
         assert b.kept() == 3
         session.replan(a.id)
         session.make(BATCH_TOKENS)
@@ -204,7 +204,7 @@ async def test_ended_answers_get_new_deputies_for_ten_minutes(keepers: Keepers) 
         await b.peer.links.close("it goes")
         await keepers.until(lambda: c.deputy.record(S) == session.record)
         await keepers.clock.move(700.0)
-        assert len(a.journalist) == 0
+        assert len(a.writer) == 0
         assert c.kept() is None
 
 
@@ -212,7 +212,7 @@ async def test_the_record_of_an_answer_that_another_peer_took_over_is_deleted_a_
     async with keepers.linked("a", "b") as (a, b):
         a.answer(tokens=3)
         await keepers.until(lambda: b.kept() == 3)
-        a.journalist.release(S)
+        a.writer.release(S)
         await keepers.clock.move(30.0)
         assert b.kept() == 3
         await keepers.clock.move(31.0)
@@ -223,7 +223,7 @@ async def test_an_answer_that_comes_back_keeps_its_record(keepers: Keepers) -> N
     async with keepers.linked("a", "b") as (a, b):
         session = a.answer(tokens=3)
         await keepers.until(lambda: b.kept() == 3)
-        a.journalist.release(S)
+        a.writer.release(S)
         await keepers.clock.move(30.0)
         session.make(2)
         session.replan(a.id)
@@ -274,10 +274,10 @@ async def test_a_hundred_sessions_change_their_deputy_at_once(keepers: Keepers) 
 async def test_a_second_deputy_is_another_peer(keepers: Keepers) -> None:
     async with keepers.linked("a", "b", "c") as (a, b, c):
         running = a.answer(tokens=1)
-        await keepers.until(lambda: a.journalist.deputy_of(S) is not None)
+        await keepers.until(lambda: a.writer.deputy_of(S) is not None)
 
         def chosen_by_the_first(session: SessionId) -> list[PeerId]:
-            chosen = a.journalist.chosen_for(session)
+            chosen = a.writer.chosen_for(session)
             return [chosen] if chosen is not None else []
 
         second = JournalWriter(a.id, a.peer.links, keepers.clock, a._adverts, chosen_by_the_first)
@@ -286,7 +286,7 @@ async def test_a_second_deputy_is_another_peer(keepers: Keepers) -> None:
             second.begin(S, lambda: running.record, lambda: ())
             await keepers.until(lambda: second.deputy_of(S) is not None)
             task.cancel()
-        assert {a.journalist.deputy_of(S), second.deputy_of(S)} == {b.id, c.id}
+        assert {a.writer.deputy_of(S), second.deputy_of(S)} == {b.id, c.id}
 
 
 async def test_a_deputy_without_room_is_replaced(keepers: Keepers) -> None:

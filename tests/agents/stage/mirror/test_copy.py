@@ -1,4 +1,4 @@
-"""A copy's machine: every transition walked; it catches up, tells of it once, and never sends what the target has."""
+"""The state machine of a copy: all transitions; it catches up, reports that once, and never sends what the target has."""
 
 import pytest
 from hypothesis import given
@@ -9,8 +9,8 @@ from meshd.agents.stage.mirror import copy as machine
 from meshd.agents.stage.mirror.copy import TRANSITIONS, MirrorCopy, MirrorState, ReportProgress, SendBlocks
 
 
-def fresh(filled: int = 100, *, eager: bool = False, piece: int = 40) -> MirrorCopy:
-    return MirrorCopy(filled, piece, 32, eager)
+def fresh(filled: int = 100, *, eager: bool = False, chunk: int = 40) -> MirrorCopy:
+    return MirrorCopy(filled, chunk, 32, eager)
 
 
 def accepted(filled: int = 100, held: int = 0, *, eager: bool = False) -> MirrorCopy:
@@ -67,12 +67,12 @@ def test_two_chunks_are_in_flight_until_all_are_stored_and_that_is_reported_once
     assert copy.state is MirrorState.LEVEL
 
 
-def test_what_the_target_has_is_not_sent() -> None:
+def test_kv_that_the_target_has_is_not_sent() -> None:
     assert fresh().handle(machine.OfferAccepted(90)) == [ReportProgress(90, 100), SendBlocks(90, 10)]
     assert fresh().handle(machine.OfferAccepted(500)) == [ReportProgress(100, 100)]
 
 
-def test_a_mirror_follows_by_the_block_and_tells_each_time() -> None:
+def test_a_mirror_follows_in_blocks_and_reports_each_one() -> None:
     copy = level()
     assert copy.handle(machine.KvGrown(131)) == []
     assert copy.handle(machine.KvGrown(132)) == [SendBlocks(100, 32)]
@@ -95,7 +95,7 @@ def test_a_mirror_made_eager_sends_the_rest_and_reports_when_it_is_level() -> No
     assert copy.handle(machine.BlocksStored(120)) == [ReportProgress(120, 120)]
 
 
-def test_a_piece_that_was_not_taken_is_sent_again_a_few_times() -> None:
+def test_a_chunk_that_was_not_stored_is_sent_again_three_times() -> None:
     copy = accepted(30)
     for _ in range(3):
         assert copy.handle(machine.BlocksStored(0)) == [SendBlocks(0, 30)]
@@ -103,19 +103,19 @@ def test_a_piece_that_was_not_taken_is_sent_again_a_few_times() -> None:
     assert copy.state is MirrorState.ENDED
 
 
-def test_while_it_is_behind_it_tells_at_every_tick() -> None:
+def test_a_copy_that_is_behind_reports_at_every_tick() -> None:
     assert accepted().handle(machine.TimePassed()) == [ReportProgress(0, 100)]
     assert level().handle(machine.TimePassed()) == []
 
 
 @pytest.mark.parametrize("copy", [fresh(), accepted()], ids=["offered", "under way"])
-def test_a_target_that_answers_nothing_is_given_up(copy: MirrorCopy) -> None:
-    told = [command for _ in range(30) for command in copy.handle(machine.TimePassed())]
-    assert [report for report in told if isinstance(report, ReportProgress) and report.error] == told[-1:]
+def test_a_copy_fails_if_the_target_does_not_answer(copy: MirrorCopy) -> None:
+    commands = [command for _ in range(30) for command in copy.handle(machine.TimePassed())]
+    assert [report for report in commands if isinstance(report, ReportProgress) and report.error] == commands[-1:]
     assert copy.state is MirrorState.ENDED
 
 
-def test_a_target_that_is_quiet_because_there_is_nothing_to_take_is_not() -> None:
+def test_a_level_copy_does_not_fail_while_there_is_nothing_to_send() -> None:
     copy = level()
     for _ in range(100):
         copy.handle(machine.TimePassed())
@@ -127,47 +127,47 @@ def test_a_target_that_is_quiet_because_there_is_nothing_to_take_is_not() -> Non
     st.integers(0, 200),
     st.integers(0, 250),
     st.booleans(),
-    st.lists(st.sampled_from(["grow", "grow much", "take", "lose", "hurry", "slow", "tick"]), max_size=100),
+    st.lists(st.sampled_from(["grow", "grow much", "store", "lose", "eager", "lazy", "tick"]), max_size=100),
 )
-def test_the_target_ends_up_with_all(filled: int, held: int, eager: bool, actions: list[str]) -> None:
+def test_the_target_ends_up_with_all_kv(filled: int, held: int, eager: bool, actions: list[str]) -> None:
     copy = MirrorCopy(filled, 40, 32, eager)
-    target, pieces = min(held, filled), []
+    target, chunks = min(held, filled), []
 
     def apply(event: machine.Event) -> None:
         for command in copy.handle(event):
             if isinstance(command, SendBlocks):
-                pieces.append(command)
+                chunks.append(command)
                 assert command.position + command.tokens <= copy.filled
         if copy.state is not MirrorState.ENDED:
             copy.validate()
 
-    def take() -> None:
+    def store_next() -> None:
         nonlocal target
-        piece = pieces.pop(0)
-        if piece.position <= target:
-            target = piece.position + piece.tokens
+        chunk = chunks.pop(0)
+        if chunk.position <= target:
+            target = chunk.position + chunk.tokens
         apply(machine.BlocksStored(target))
 
     apply(machine.OfferAccepted(held))
     for action in actions:
         if action.startswith("grow"):
             apply(machine.KvGrown(copy.filled + (1 if action == "grow" else 50)))
-        elif action == "take" and pieces:
-            take()
-        elif action == "lose" and len(pieces) > 1:
-            del pieces[0]
+        elif action == "store" and chunks:
+            store_next()
+        elif action == "lose" and len(chunks) > 1:
+            del chunks[0]
             apply(machine.BlocksStored(target))
-        elif action == "hurry":
+        elif action == "eager":
             apply(machine.EagernessChanged(eager=True))
-        elif action == "slow":
+        elif action == "lazy":
             apply(machine.EagernessChanged(eager=False))
         elif action == "tick":
             apply(machine.TimePassed())
     if copy.state is MirrorState.ENDED:
         return
     apply(machine.EagernessChanged(eager=True))
-    while pieces:
-        take()
+    while chunks:
+        store_next()
     if copy.state is not MirrorState.ENDED:
         assert target == copy.held == copy.filled
         assert copy.state is MirrorState.LEVEL

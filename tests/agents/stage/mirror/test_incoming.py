@@ -1,0 +1,85 @@
+"""Copies that a target stores: how long they stay, what is copied again, and which chunks it rejects."""
+
+import asyncio
+
+import msgspec
+import numpy as np
+import pytest
+
+from meshd.protocol.messages import KvBlocks, KvOffer, KvStored, Mirrored
+from meshd.types import LayerRange
+from stage_mesh.driver import SESSION
+from stage_mesh.mesh import StageMesh
+from stage_mesh.sessions import ANSWER, driver, expected, until_empty
+
+
+async def test_a_copy_outlives_one_epoch_without_a_new_offer(mesh: StageMesh) -> None:
+    a, b = mesh.start("a"), mesh.start("b")
+    session = driver(mesh, a)
+    session.credit = 20
+    await session.begin((a, "0-2"), (b, "2-4"))
+    await session.wait_tokens(20)
+    session.mirror(1, a, eager=True)
+    await session.until(lambda: any(mirrored.held == 59 for mirrored in a.received(Mirrored)))
+    session.credit = 30
+    await session.next_epoch((a, "0-2"), (b, "2-4"))
+    await session.wait_tokens(30)
+    b.links.sent.clear()
+    session.mirror(1, a, eager=True)
+    await session.until(lambda: any(mirrored.epoch == 2 and mirrored.held == 69 for mirrored in a.received(Mirrored)))
+    assert [message.position for _, message in b.links.sent if isinstance(message, KvBlocks)] == [59]
+    for _ in range(2):
+        assert [row["role"] for row in a.host.rows(lambda model: "tiny")] == ["stage 0", "mirror 2-4"]
+        await session.next_epoch((a, "0-2"), (b, "2-4"))
+    await session.until(lambda: [row["role"] for row in a.host.rows(lambda model: "tiny")] == ["stage 0"])
+    session.grant(ANSWER)
+    await session.wait_tokens(ANSWER)
+    assert session.tokens == await expected(mesh)
+
+
+async def test_kv_beyond_the_start_of_the_epoch_is_copied_again(mesh: StageMesh) -> None:
+    """The stages may be ahead of the coordinator. The tokens that they computed beyond it may then differ on some backends."""
+    a, b, c = mesh.start("a"), mesh.start("b"), mesh.start("c")
+    session = driver(mesh, a)
+    session.credit = 30
+    await session.begin((b, "0-4"))
+    session.mirror(0, c, eager=True)
+    await session.until(lambda: b.host._mirrors_out._all() and b.host._mirrors_out._all()[0].machine.held == 69)
+    session.tokens = session.tokens[:10]
+    session.credit = 12
+    await session.next_epoch((b, "0-4"))
+    await session.wait_tokens(12)
+    b.links.sent.clear()
+    session.mirror(0, c, eager=True)
+    await session.until(lambda: c.host.rows(lambda model: "tiny")[0]["tokens"] == 51)
+    (offer,) = [message for _, message in b.links.sent if isinstance(message, KvOffer)]
+    assert offer.valid == 49
+    assert [message.position for _, message in b.links.sent if isinstance(message, KvBlocks)] == [49]
+
+
+@pytest.mark.parametrize(
+    ("changes", "payload"), [({}, 100), ({"tokens": 0}, 0), ({"tokens": 129}, 129 * 2048), ({}, -1), ({"position": -1}, 2048)]
+)
+async def test_an_invalid_chunk_ends_the_copy(mesh: StageMesh, changes: dict[str, int], payload: int) -> None:
+    a, b = mesh.start("a"), mesh.start("b")
+    offer = KvOffer(
+        request=1,
+        session=SESSION,
+        epoch=1,
+        coordinator=a.id,
+        model=b.resident.card.id,
+        layers=LayerRange(0, 4),
+        tokens=128,
+        lease_ms=10_000,
+    )
+    reply, _ = await a.links.request(b.id, offer, timeout_s=1)
+    assert reply.held == 0
+    answers: list[KvStored] = []
+    a.links.dispatcher._handlers[KvStored] = lambda sender, message, rest: answers.append(message)
+    data = np.full(2048, np.nan, "<f4").tobytes() if payload < 0 else bytes(payload)
+    blocks = KvBlocks(session=SESSION, epoch=1, layers=LayerRange(0, 4), position=0, tokens=1)
+    a.links.send(b.id, msgspec.structs.replace(blocks, **changes), data)
+    a.links.send(b.id, blocks, bytes(2048))
+    await asyncio.sleep(0.02)
+    assert [bool(message.error) for message in answers] == [True, True]
+    await until_empty(mesh)

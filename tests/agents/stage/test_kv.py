@@ -1,0 +1,68 @@
+"""Which KV a later epoch takes over, and when the rest is freed."""
+
+from stage_mesh.mesh import StageMesh
+from stage_mesh.sessions import ANSWER, driver, expected, until_empty
+
+
+async def test_two_stages_that_split_an_older_one_share_its_blocks(mesh: StageMesh) -> None:
+    a, b = mesh.start("a"), mesh.start("b")
+    session = driver(mesh, b)
+    session.credit = 20
+    await session.begin((a, "0-3"), (b, "3-4"))
+    await session.wait_tokens(20)
+    used = a.pool.blocks - a.pool.blocks_free
+    session.credit = 40
+    await session.next_epoch((a, "0-2"), (a, "2-3"), (b, "3-4"))
+    assert [opened.held for opened in session.opened] == [59, 59, 59]
+    assert session.opened[1].kept_to == 59, "the outputs of the older stage that ends at the same layer"
+    assert session.opened[0].kept_to == 0
+    assert a.pool.blocks - a.pool.blocks_free == used
+    await session.wait_tokens(40)
+    session.credit = ANSWER
+    await session.next_epoch((a, "0-2"), (b, "2-3"), (b, "3-4"))  # one of the two stages moves to the other peer
+    assert [opened.held for opened in session.opened] == [79, 0, 79]
+    await session.wait_tokens(ANSWER)
+    assert session.tokens == await expected(mesh)
+    await session.close(a, b)
+    await until_empty(mesh)
+
+
+async def test_unused_kv_is_freed_at_resume_and_not_before(mesh: StageMesh) -> None:
+    a, b = mesh.start("a"), mesh.start("b")
+    session = driver(mesh, b)
+    session.credit = 10
+    await session.begin((a, "0-2"), (a, "2-4"))
+    await session.wait_tokens(10)
+    used = a.pool.blocks - a.pool.blocks_free
+    await session.open((a, "0-2"), (b, "2-4"), resume=True)
+    assert a.pool.blocks - a.pool.blocks_free == used
+    session.resume()
+    await session.until(lambda: a.pool.blocks - a.pool.blocks_free == used // 2)
+    session.grant(ANSWER)
+    await session.wait_tokens(ANSWER)
+    assert session.tokens == await expected(mesh)
+
+
+async def test_an_epoch_that_is_opened_but_never_resumed_loses_no_kv(mesh: StageMesh) -> None:
+    a, b = mesh.start("a"), mesh.start("b")
+    session = driver(mesh, a)
+    session.credit = 10
+    await session.begin((a, "0-2"), (b, "2-4"))
+    await session.wait_tokens(10)
+    await session.open((a, "0-2"), (b, "2-4"), resume=True)
+    await session.open((a, "0-1"), (a, "1-2"), (b, "2-4"), resume=True)
+    session.credit = ANSWER
+    await session.next_epoch((a, "0-2"), (b, "2-4"))
+    assert [(opened.held, opened.kept_to) for opened in session.opened] == [(49, 49), (49, 0)]
+    await session.wait_tokens(ANSWER)
+    assert session.tokens == await expected(mesh)
+    await session.close(a, b)
+    await until_empty(mesh)
+
+
+async def test_an_open_without_resume_frees_the_kv_of_the_epoch_before(mesh: StageMesh) -> None:
+    a, b = mesh.start("a"), mesh.start("b", blocks=4)
+    session = driver(mesh, a)
+    await session.open((b, "0-4"))
+    await session.begin((b, "0-4"))  # the pool has blocks for one session only
+    await session.wait_tokens(ANSWER)

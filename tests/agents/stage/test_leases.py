@@ -1,0 +1,85 @@
+"""When KV is freed, and which coordinator may continue a session."""
+
+import asyncio
+
+from meshd.protocol.messages import Failed, Mirrored
+from stage_mesh.mesh import StageMesh
+from stage_mesh.sessions import ANSWER, driver, expected, leftovers, refused, until_empty
+
+
+async def test_another_coordinator_takes_over_only_if_the_first_is_unreachable_or_hands_over(mesh: StageMesh) -> None:
+    a, b, c = mesh.start("a"), mesh.start("b"), mesh.start("c")
+    first, second = driver(mesh, a), driver(mesh, b)
+    first.credit = 10
+    await first.begin((c, "0-4"))
+    await first.wait_tokens(10)
+    second.tokens, second.epoch = list(first.tokens), 1
+    assert a.id in await refused(second, (c, "0-4"), resume=True)
+    second.epoch = 0
+    assert a.id in await refused(second, (c, "0-4"), resume=True, handed_over=True), "the same epoch"
+    mesh.cut(a, c)
+    await second.next_epoch((c, "0-4"))
+    second.grant(ANSWER)
+    await second.wait_tokens(ANSWER)
+    assert second.tokens == await expected(mesh)
+    third = driver(mesh, a)
+    mesh.down.clear()
+    third.tokens, third.epoch = second.tokens[:30], 2
+    await third.next_epoch((c, "0-4"), handed_over=True)
+    await third.wait_tokens(ANSWER)
+    assert third.tokens == second.tokens
+    second.renew(c)
+    assert not b.received(Failed)
+
+
+async def test_a_peer_without_the_session_answers_renew_with_peer_lost(mesh: StageMesh) -> None:
+    a, b = mesh.start("a"), mesh.start("b")
+    session = driver(mesh, a)
+    session.epoch = 4
+    session.renew(b)
+    await session.until(lambda: a.received(Failed))
+    (failed,) = a.received(Failed)
+    assert (failed.epoch, failed.code, failed.blame) == (4, "peer_lost", b.id)
+
+
+async def test_a_lease_that_runs_out_frees_everything(mesh: StageMesh) -> None:
+    a, b, c, d = (mesh.start(name) for name in "abcd")
+    session = driver(mesh, a)
+    session.credit = 20
+    await session.begin((b, "0-2"), (c, "2-4"))
+    await session.wait_tokens(20)
+    session.mirror(1, d)
+    await session.until(lambda: any(mirrored.held for mirrored in a.received(Mirrored)))
+    mesh.clock.ahead += 9
+    session.renew(b, c)
+    await asyncio.sleep(0.1)
+    mesh.clock.ahead += 9
+    await session.until(lambda: not leftovers(d))
+    assert leftovers(b)
+    assert leftovers(c)
+    assert not a.received(Failed)
+    mesh.clock.ahead += 9
+    await until_empty(mesh)
+
+
+async def test_kv_of_a_failed_stage_is_freed_when_the_lease_runs_out(mesh: StageMesh) -> None:
+    a, b = mesh.start("a"), mesh.start("b")
+    session = driver(mesh, a)
+    session.credit = 20
+    await session.begin((a, "0-2"), (b, "2-4"))
+    await session.wait_tokens(20)
+    mesh.cut(a, b)
+    assert a.host.sessions == b.host.sessions == 0
+    assert leftovers(a)
+    assert leftovers(b)
+    mesh.clock.ahead += 11
+    await until_empty(mesh)
+
+
+async def test_no_lease_is_longer_than_a_minute(mesh: StageMesh) -> None:
+    a = mesh.start("a")
+    session = driver(mesh, a)
+    session.lease_ms = 10**9
+    await session.begin((a, "0-4"))
+    mesh.clock.ahead += 61
+    await until_empty(mesh)

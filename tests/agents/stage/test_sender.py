@@ -1,0 +1,120 @@
+"""What a stage sends after a loss: kept outputs within the prefill window, and nothing that the next stage has."""
+
+from typing import Any
+
+from meshd.protocol.messages import Activation, Failed, Taken
+from stage_mesh.driver import SESSION
+from stage_mesh.mesh import StageMesh
+from stage_mesh.sessions import ANSWER, driver, expected, sent_tokens, until_empty
+
+
+async def test_a_lost_stage_is_computed_again_from_kept_outputs(mesh: StageMesh) -> None:
+    a, b, c = mesh.start("a"), mesh.start("b"), mesh.start("c")
+    session = driver(mesh, a, temperature=0.9, seed=3)
+    session.credit = 20
+    await session.begin((a, "0-2"), (b, "2-4"))
+    await session.wait_tokens(20)
+    mesh.isolate(b)
+    await session.until(lambda: a.received(Failed))
+    (failed,) = a.received(Failed)
+    assert (failed.code, failed.blame) == ("peer_lost", b.id)
+    assert a.pool.blocks_free < a.pool.blocks, "the failed stage keeps its KV"
+
+    session.credit = ANSWER
+    await session.next_epoch((a, "0-2"), (c, "2-4"))
+    assert [opened.held for opened in session.opened] == [59, 0]
+    assert (session.opened[0].kept_from, session.opened[0].kept_to) == (0, 59)
+    assert [point.start for point in session.resume_points] == [59, 0], "the surviving stage computes one token"
+    await session.wait_tokens(ANSWER)
+    assert session.tokens == await expected(mesh, temperature=0.9, seed=3)
+    await session.close(a, c)
+    mesh.clock.ahead += 61  # the lost peer gets no CLOSE: its lease must run out
+    await until_empty(mesh)
+
+
+async def test_a_replay_stays_within_the_prefill_window(mesh: StageMesh) -> None:
+    a, b, c = mesh.start("a"), mesh.start("b"), mesh.start("c")
+    session = driver(mesh, a)
+    session.credit, session.chunk = 20, 3
+    await session.begin((a, "0-2"), (b, "2-4"))
+    await session.wait_tokens(20)
+    mesh.isolate(b)
+    a.links.sent.clear()
+    await session.next_epoch((a, "0-2"), (c, "2-4"))
+    untaken = most = 0
+    seen = 0
+
+    def count_sent() -> None:
+        nonlocal untaken, most, seen
+        for _, message in a.links.sent[seen:]:
+            if isinstance(message, Activation) and message.step < session.known:
+                untaken += 1
+                most = max(most, untaken)
+        seen = len(a.links.sent)
+
+    on_taken = a.host._on_taken
+
+    def taken(sender: Any, message: Taken, payload: memoryview) -> None:
+        nonlocal untaken
+        count_sent()
+        untaken -= 1
+        on_taken(sender, message, payload)
+
+    a.links.dispatcher._handlers[Taken] = taken
+    session.grant(ANSWER)
+    await session.wait_tokens(ANSWER)
+    assert most == 4
+    replayed = [message for _, message in a.links.sent if isinstance(message, Activation) and message.step < 59]
+    assert [message.tokens for message in replayed] == [3] * 19 + [2]
+    assert session.tokens == await expected(mesh)
+
+
+async def test_a_lost_first_stage_is_computed_again_and_its_output_is_not_sent_twice(mesh: StageMesh) -> None:
+    a, b, c = mesh.start("a"), mesh.start("b"), mesh.start("c")
+    session = driver(mesh, b)
+    session.credit = 20
+    await session.begin((a, "0-2"), (b, "2-4"))
+    await session.wait_tokens(20)
+    mesh.isolate(a)
+    session.credit = ANSWER
+    await session.next_epoch((c, "0-2"), (b, "2-4"))
+    assert [(point.start, point.send_from) for point in session.resume_points] == [(0, 59), (59, 59)]
+    await session.wait_tokens(ANSWER)
+    assert sent_tokens(c) == ANSWER - 20, "decode steps only, no output of the prefill"
+    assert session.tokens == await expected(mesh)
+
+
+async def test_without_kept_outputs_everything_is_computed_again(mesh: StageMesh) -> None:
+    a, b, c = mesh.start("a", outputs=1000), mesh.start("b"), mesh.start("c")
+    session = driver(mesh, a)
+    session.credit = 20
+    await session.begin((a, "0-2"), (b, "2-4"))
+    await session.wait_tokens(20)
+    mesh.isolate(b)
+    session.credit = ANSWER
+    await session.next_epoch((a, "0-2"), (c, "2-4"))
+    assert session.opened[0].held == 59
+    assert session.opened[0].kept_from > 0
+    assert [point.start for point in session.resume_points] == [0, 0]
+    await session.wait_tokens(ANSWER)
+    assert session.tokens == await expected(mesh)
+
+
+async def test_offered_outputs_are_not_evicted_before_they_are_sent(mesh: StageMesh) -> None:
+    a, b, c = mesh.start("a", outputs=60_000), mesh.start("b"), mesh.start("c")
+    session = driver(mesh, a)
+    session.credit = 20
+    await session.begin((a, "0-2"), (b, "2-4"))
+    await session.wait_tokens(20)
+    mesh.isolate(b)
+    session.credit = ANSWER
+    await session.open((a, "0-2"), (c, "2-4"), resume=True)
+    assert session.opened[0].kept_to == 59
+    other = driver(mesh, c)
+    other.session = type(SESSION)("6" * 32)
+    await other.begin((a, "0-2"), (c, "2-4"))
+    await other.wait_tokens(ANSWER)
+    session.resume()
+    await session.wait_tokens(ANSWER)
+    assert session.tokens == other.tokens == await expected(mesh)
+    assert [failed.epoch for failed in a.received(Failed)] == [1]

@@ -1,0 +1,156 @@
+"""A coordinator for one session on the stages of a `StageMesh`."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from meshd.agents.session.plan.resume import ResumePoint, StageHeld, resume_points
+from meshd.kernels.sampler import needs_known
+from meshd.protocol.messages import Close, Closed, Credit, Message, Mirror, Open, Opened, Prompt, Renew, Resume, Token
+from meshd.types import LayerRange, PeerId, Plan, PlanId, SamplingParams, SessionId, StagePlan
+from stage_mesh.mesh import MODEL, StageMesh, StagePeer
+
+SESSION = SessionId("5" * 32)
+WAIT_S = 10.0
+
+
+class Driver:
+    """Coordinates one session from a peer of the mesh, as `Answer` does in the daemon."""
+
+    def __init__(self, mesh: StageMesh, at: StagePeer, prompt: list[int], max_tokens: int, **sampling: Any) -> None:
+        self.mesh, self.at = mesh, at
+        self.session = SESSION
+        self.prompt = prompt
+        self.max_tokens = max_tokens
+        self.sampling = SamplingParams(**{"temperature": 0.0, **sampling})
+        self.tokens: list[int] = []
+        self.epoch = 0
+        self.credit = max_tokens
+        self.chunk = 7
+        self.lease_ms = 10_000
+        self.plan: Plan | None = None
+        self.opened: list[Opened] = []
+        """The stages' answers to OPEN in the current epoch."""
+        self.resume_points: tuple[ResumePoint, ...] = ()
+        """Where the current epoch resumed, by stage."""
+        self._changed = asyncio.Event()
+        at.listeners.append(self._on_message)
+
+    @property
+    def known(self) -> int:
+        """Number of known tokens, of prompt and answer."""
+        return len(self.prompt) + len(self.tokens)
+
+    def _on_message(self, sender: PeerId, message: Message) -> None:
+        if isinstance(message, Token) and message.epoch == self.epoch:
+            assert message.index <= len(self.tokens), "a token was lost"
+            if message.index == len(self.tokens):
+                self.tokens.append(message.token)
+        self._changed.set()
+
+    async def until(self, condition: Callable[[], Any]) -> None:
+        """Wait until the condition holds; look again after each message, and every 10 ms."""
+        async with asyncio.timeout(WAIT_S):
+            while not condition():
+                self._changed.clear()
+                try:
+                    async with asyncio.timeout(0.01):
+                        await self._changed.wait()
+                except TimeoutError:
+                    pass
+
+    async def wait_tokens(self, tokens: int) -> None:
+        """Wait until the answer has this many tokens."""
+        await self.until(lambda: len(self.tokens) >= tokens)
+
+    def plan_of(self, *stages: tuple[StagePeer, str]) -> Plan:
+        planned = tuple(StagePlan(peer=peer.id, layers=LayerRange.parse(layers)) for peer, layers in stages)
+        return Plan(id=PlanId("p"), model=MODEL, stages=planned, prefill_chunk_tokens=self.chunk, context=512)
+
+    def open_message(self, stage: int, *, resume: bool, **changes: Any) -> Callable[[int], Open]:
+        assert self.plan is not None
+        message = Open(
+            request=0,
+            session=self.session,
+            epoch=self.epoch,
+            plan=self.plan,
+            stage=stage,
+            coordinator=self.at.id,
+            prompt_tokens=len(self.prompt),
+            max_tokens=self.max_tokens,
+            sampling=self.sampling,
+            lease_ms=self.lease_ms,
+            credit=self.credit,
+            answered=len(self.tokens),
+            resume=resume,
+        )
+        return lambda request: msgspec.structs.replace(message, request=request, **changes)
+
+    async def open(self, *stages: tuple[StagePeer, str], resume: bool = False, **changes: Any) -> None:
+        """Open these stages in a new epoch."""
+        self.plan = self.plan_of(*stages)
+        self.epoch += 1
+        self.opened = [await self.open_stage(stage, resume=resume, **changes) for stage in range(len(stages))]
+
+    async def open_stage(self, stage: int, *, resume: bool, **changes: Any) -> Opened:
+        assert self.plan is not None
+        last = stage == len(self.plan.stages) - 1
+        payload = self.ids() if last and needs_known(self.sampling, len(self.tokens)) else None
+        peer = self.plan.stages[stage].peer
+        open_message = self.open_message(stage, resume=resume, **changes)
+        reply, _ = await self.at.links.request(peer, open_message, payload, timeout_s=WAIT_S)
+        return reply
+
+    def ids(self, start: int = 0) -> memoryview:
+        return np.asarray([*self.prompt, *self.tokens][start:], "<i4").data.cast("B")
+
+    def resume(self) -> None:
+        """Resume the opened stages from the KV that they hold, and send the known tokens."""
+        held = [StageHeld(opened.held, opened.mirrored, opened.kept_from, opened.kept_to) for opened in self.opened]
+        self.resume_points = resume_points(held, self.known)
+        for stage, point in enumerate(self.resume_points):
+            self.send(stage, Resume, stage=stage, start=point.start, send_from=point.send_from)
+        self.send_prompt(self.resume_points[0].start)
+
+    def send_prompt(self, start: int = 0) -> None:
+        for position in range(start, self.known, self.chunk):
+            tokens = min(self.chunk, self.known - position)
+            payload = self.ids()[4 * position : 4 * (position + tokens)]
+            last = position + tokens == self.known
+            self.send(0, Prompt, payload, step=position, tokens=tokens, last=last)
+
+    async def begin(self, *stages: tuple[StagePeer, str]) -> None:
+        """Run a first epoch: open the stages and send the prompt."""
+        await self.open(*stages)
+        self.send_prompt()
+
+    async def next_epoch(self, *stages: tuple[StagePeer, str], **changes: Any) -> None:
+        """Run a later epoch: open the stages, resume them and send the known tokens."""
+        await self.open(*stages, resume=True, **changes)
+        self.resume()
+
+    def grant(self, credit: int) -> None:
+        self.credit = credit
+        self.send(0, Credit, index=credit)
+
+    def mirror(self, stage: int, target: StagePeer | None, *, eager: bool = False) -> None:
+        self.send(stage, Mirror, stage=stage, target=target.id if target else None, eager=eager)
+
+    def renew(self, *peers: StagePeer) -> None:
+        for peer in peers:
+            self.at.links.send(peer.id, Renew(session=self.session, epoch=self.epoch, lease_ms=self.lease_ms))
+
+    async def close(self, *peers: StagePeer) -> None:
+        """Send CLOSE to these peers and wait for their answers."""
+        before = len(self.at.received(Closed))
+        for peer in peers:
+            self.at.links.send(peer.id, Close(session=self.session, epoch=self.epoch, reason="done"))
+        await self.until(lambda: len(self.at.received(Closed)) == before + len(peers))
+
+    def send(self, to: int, kind: type[Any], payload: memoryview | bytes | None = None, /, **fields: Any) -> None:
+        assert self.plan is not None
+        message = kind(session=self.session, epoch=self.epoch, **fields)
+        self.at.links.send(self.plan.stages[to].peer, message, payload)

@@ -1,0 +1,190 @@
+"""Real stage hosts of several peers in one process, linked through memory instead of sockets."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from meshd.agents.device.compute import ComputeThread
+from meshd.agents.links.log import LinkLog
+from meshd.agents.links.rpc import Dispatcher, to_view
+from meshd.agents.observe.story import Story
+from meshd.agents.placement.loads import LoadState, ResidentLayers, ResidentModels
+from meshd.agents.stage.host import StageHost
+from meshd.clock import SystemClock
+from meshd.errors import PeerLost
+from meshd.kernels.backend import LoadedLayers
+from meshd.kernels.kv import KVPool
+from meshd.protocol.codec import decode, encode
+from meshd.protocol.messages import Closed, Error, Failed, Message, Mirrored, Token
+from meshd.telemetry import Telemetry
+from meshd.types import LayerRange, ModelCard, ModelId, ModelSpec, PeerId
+
+MODEL = ModelId("m" * 32)
+POOL_BLOCKS = 24
+
+
+class QuickClock(SystemClock):
+    """The system clock with short sleeps. A test moves it forward by raising `ahead`."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+        """Seconds that this clock shows beyond the system clock."""
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.ahead
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(min(seconds, 0.05))
+
+
+class MemoryLinks:
+    """Stands in for `Links`. Messages are encoded and decoded, and arrive in order, one iteration of the event loop later."""
+
+    def __init__(self, id_: PeerId, mesh: "StageMesh") -> None:
+        self.id = id_
+        self.mesh = mesh
+        self.sent: list[tuple[PeerId, Message]] = []
+        self.dispatcher = Dispatcher(self.send, LinkLog(mesh.clock))
+        self.register = self.dispatcher.register
+        self.next_request = self.dispatcher.next_request
+
+    def send(self, peer: PeerId, message: Message, payload: Any = None) -> None:
+        if not self.mesh.linked(self.id, peer):
+            raise PeerLost(f"{peer:.8} is not linked with this peer")
+        self.sent.append((peer, message))
+        decoded, view = decode(encode(message)), memoryview(bytes(to_view(payload)))
+        asyncio.get_running_loop().call_soon(self._arrive, peer, decoded, view)
+
+    def _arrive(self, peer: PeerId, message: Message, payload: memoryview) -> None:
+        if self.mesh.linked(self.id, peer):
+            self.mesh.peers[peer].links.dispatcher.deliver(self.id, message, payload)
+
+    async def request(self, peer: PeerId, message: Any, payload: Any = None, *, timeout_s: float) -> Any:
+        return await self.dispatcher.request(peer, message, payload, timeout_s)
+
+
+@dataclass
+class StagePeer:
+    """A stage host with one run of layers in memory, and the messages that its peer received as a coordinator."""
+
+    links: MemoryLinks
+    residents: ResidentModels
+    compute: ComputeThread
+    host: StageHost
+    inbox: list[Message] = field(default_factory=list)
+    listeners: list[Callable[[PeerId, Message], None]] = field(default_factory=list)
+
+    @property
+    def id(self) -> PeerId:
+        return self.links.id
+
+    @property
+    def resident(self) -> ResidentLayers:
+        return self.residents.loads[0]
+
+    @property
+    def pool(self) -> KVPool:
+        assert self.resident.pool is not None
+        return self.resident.pool
+
+    def on_message(self, sender: PeerId, message: Message, payload: memoryview) -> None:
+        if isinstance(message, Token):
+            self.host.on_token(sender, message, payload)
+        if isinstance(message, Error) and message.session is not None:
+            self.host.on_error(sender, message)
+        self.inbox.append(message)
+        for listener in self.listeners:
+            listener(sender, message)
+
+    def received(self, kind: type[Any]) -> list[Any]:
+        return [message for message in self.inbox if isinstance(message, kind)]
+
+
+class StageMesh:
+    """Peers `a`, `b`, ... on one event loop. Use as an async context manager; leaving it stops them."""
+
+    def __init__(self, spec: ModelSpec, weights: LoadedLayers) -> None:
+        self.spec = spec
+        self.weights = weights
+        self.clock = QuickClock()
+        self.peers: dict[PeerId, StagePeer] = {}
+        self.down: set[frozenset[PeerId]] = set()
+        """Pairs of peers whose link is down."""
+        self._tasks = asyncio.TaskGroup()
+        self._running: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        await self._tasks.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        for task in self._running:
+            task.cancel()
+        for peer in self.peers.values():
+            peer.links.dispatcher.cancel_tasks()
+        await self._tasks.__aexit__(*error)
+        for peer in self.peers.values():
+            peer.compute.close()
+
+    def linked(self, one: PeerId, other: PeerId) -> bool:
+        return one == other or frozenset((one, other)) not in self.down
+
+    def start(self, name: str, layers: str = "0-4", *, blocks: int = POOL_BLOCKS, outputs: int = 1 << 20) -> StagePeer:
+        """Start a peer that has `layers` in memory, `blocks` KV blocks, and a budget of `outputs` bytes for kept outputs."""
+        links = MemoryLinks(PeerId(name * 52), self)
+        parsed, compute = LayerRange.parse(layers), ComputeThread()
+        pool = KVPool(self.spec, parsed, blocks)
+        resident = ResidentLayers(
+            card_of(self.spec), parsed, blocks * 32, 0, LoadState.ACTIVE, 1.0, weights=self.weights, pool=pool
+        )
+        residents = ResidentModels(1e9, [resident])
+        host = StageHost(
+            me=links.id,
+            links=links,  # type: ignore[arg-type]
+            residents=residents,
+            compute=compute,
+            clock=self.clock,
+            telemetry=Telemetry(),
+            story=Story(self.clock),
+            outputs_limit_bytes=outputs,
+            peer_linked=lambda peer: self.linked(links.id, peer),
+            on_change=lambda: None,
+        )
+        peer = StagePeer(links, residents, compute, host)
+        host.register()
+        for kind in (Token, Failed, Mirrored, Closed, Error):
+            links.register(kind, peer.on_message)
+        links.dispatcher.group = self._tasks
+        self.peers[links.id] = peer
+        self._running.append(self._tasks.create_task(host.run()))
+        return peer
+
+    def cut(self, one: StagePeer, other: StagePeer) -> None:
+        """Take the link between two peers down."""
+        self.down.add(frozenset((one.id, other.id)))
+        for peer, lost in ((one, other), (other, one)):
+            peer.links.dispatcher.peer_lost(lost.id, "cut")
+            peer.host.on_peer_gone(lost.id, "cut")
+
+    def isolate(self, lost: StagePeer) -> None:
+        """Take all links of a peer down."""
+        for peer in self.peers.values():
+            if peer is not lost:
+                self.cut(peer, lost)
+
+
+def card_of(spec: ModelSpec) -> ModelCard:
+    return ModelCard(
+        id=MODEL,
+        name="tiny",
+        ref="test",
+        quantisation="Q4_1",
+        spec=spec,
+        layer_bytes=(1,) * spec.layers,
+        embedding_bytes=1,
+        head_bytes=1,
+        layer_parameters=(1,) * spec.layers,
+        head_parameters=1,
+        end_of_sequence=(),
+    )
