@@ -7,7 +7,7 @@ stages over different layers may share one table, since its blocks cover all lay
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from meshd.agents.placement.loads import ResidentLayers
+from meshd.agents.placement.resident import ResidentLayers
 from meshd.agents.stage.outputs import OutputLog, Outputs
 from meshd.errors import NoPeer
 from meshd.kernels.kv import BlockTable, KVPool

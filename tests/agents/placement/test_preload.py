@@ -1,4 +1,4 @@
-"""The readiness that `meshd up --model` reports, from the list and its progress."""
+"""The readiness of the models of `meshd up --model`."""
 
 from typing import Any
 

@@ -12,7 +12,7 @@ from meshd.agents.device.compute import ComputeThread
 from meshd.agents.links.log import LinkLog
 from meshd.agents.links.rpc import Dispatcher, to_view
 from meshd.agents.observe.story import Story
-from meshd.agents.placement.loads import LoadState, ResidentLayers, ResidentModels
+from meshd.agents.placement.resident import LoadState, ResidentLayers, ResidentModels
 from meshd.agents.session.plan.resume import ResumePoint, StageHeld, resume_positions
 from meshd.agents.stage.host import StageHost
 from meshd.clock import SystemClock
