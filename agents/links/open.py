@@ -1,4 +1,4 @@
-"""HELLO on both ends: from an address or an accepted socket to a link that is up, or to one clear reason why not."""
+"""Opens links, as dialler and as acceptor: TLS, HELLO on both lanes, and one clear reason if no link comes up."""
 
 import asyncio
 import logging
@@ -23,12 +23,12 @@ from meshd.types import PeerId
 log = logging.getLogger("meshd.links")
 MAX_LINKS = 256
 HALF_OPEN = 64
-"""Accepted connections that have not said HELLO; more are closed at once."""
+"""Most accepted connections that may be without a HELLO at a time; further ones are closed at once."""
 HALF_OPEN_PER_HOST = 16
 
 
 class LinkOpener:
-    """Dials and accepts connections; failures go into the link log."""
+    """Dials and accepts connections, and records refusals in the link log."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class LinkOpener:
         on_met: Callable[[PeerId, Address], None],
     ) -> None:
         self.greeting = greeting
-        """Our HELLO, but for link and lane."""
+        """This peer's HELLO; link and lane are filled in for each connection."""
         self._identity = identity
         self._table = table
         self._clock = clock
@@ -52,14 +52,16 @@ class LinkOpener:
         self._half_open: Counter[str] = Counter()
 
     def listens_on(self, port: int) -> None:
-        """Where this peer listens, for its HELLO."""
+        """Set the port that this peer's HELLO shows."""
         self.greeting = msgspec.structs.replace(self.greeting, port=port)
 
     async def dial(self, address: Address) -> PeerId:
-        """Link with the peer at this address, unless there is a link with it already. Returns: its id, which may be our own.
+        """Open a link with the peer at this address, unless there is one with that peer already.
 
-        Raises: PeerLost if it can't be reached or withdraws; PeerRefused, ProtocolViolation (both are recorded in the link log).
-        Cancel: nothing stays open.
+        Returns: the id of the peer there, which may be this peer's own.
+        Raises: PeerLost if the peer can't be reached or withdraws; PeerRefused, ProtocolViolation (both are recorded in the link
+        log).
+        Cancel: the connections are closed.
         """
         control = await self._connect(address)
         try:
@@ -129,11 +131,11 @@ class LinkOpener:
         self._check_own(agreement.hello, connection)
 
     async def welcome(self, raw: socket.socket, remote: Address) -> None:
-        """Take an accepted socket through TLS and HELLO. Cancel: it is closed."""
+        """Take an accepted socket through TLS and HELLO. Cancel: the socket is closed."""
         host = remote[0]
         if self._half_open.total() >= HALF_OPEN or self._half_open[host] >= HALF_OPEN_PER_HOST:
             raw.close()
-            self._linklog.warn(f"crowd {host}", "%s opens more connections than it greets on", host)
+            self._linklog.warn(f"crowd {host}", "%s opens too many connections without a HELLO; further ones are closed", host)
             return
         self._half_open[host] += 1
         try:
@@ -141,7 +143,7 @@ class LinkOpener:
         except PeerRefused as error:
             self._refuse(host, None, error)
         except (MeshdError, TimeoutError) as error:
-            log.debug("a connection from %s came to nothing: %s", host, error)
+            log.debug("a connection from %s made no link: %s", host, error)
         finally:
             self._half_open -= Counter({host: 1})
 
@@ -154,7 +156,7 @@ class LinkOpener:
             try:
                 self._admit(connection, check_hello(await connection.first(), connection.peer))
             except PeerRefused as error:
-                # with our HELLO the other side can say why
+                # With this HELLO the other side can report why it was refused.
                 connection.close(str(error), self._hello(Lane.CONTROL, 0))
                 self._refuse(connection.remote[0], connection.peer, error)
             except ProtocolViolation as error:
