@@ -1,1 +1,1 @@
-"""The actors of a peer: each owns its state, takes events and gives commands."""
+"""The actors of a peer. Each owns its state, handles events and issues commands."""
