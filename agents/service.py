@@ -50,7 +50,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     store: bool = True
     """Keep the record for a while after the end, so that the answer can be read again."""
     edge: bytes = b""
-    """Data of the API that it needs to show this answer on any peer. Opaque to the agents; stored with the record."""
+    """Data that the API needs to show this answer on any peer. Opaque to the agents; stored with the record."""
 
 
 class TokenText(msgspec.Struct, frozen=True, kw_only=True):

@@ -33,7 +33,7 @@ log = logging.getLogger("meshd.links")
 _CLOSE_S = 0.9
 _ADDRESSES_PER_PEER = 16
 _MAX_LOCAL = 4096
-"""Most messages of this peer to itself that may wait for the event loop."""
+"""Maximum number of messages of this peer to itself that wait for the event loop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ from meshd.types import PeerId
 log = logging.getLogger("meshd.links")
 MAX_LINKS = 256
 HALF_OPEN = 64
-"""Most accepted connections that may be without a HELLO at a time; further ones are closed at once."""
+"""Maximum number of accepted connections without a HELLO; further ones are closed at once."""
 HALF_OPEN_PER_HOST = 16
 
 

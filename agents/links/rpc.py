@@ -23,9 +23,9 @@ Handler = Callable[[PeerId, M, memoryview], Answer | Awaitable[Answer]]
 Send = Callable[[PeerId, Message, Buffer | None], None]
 
 MAX_TASKS = 256
-"""Most asynchronous handlers that may run at once; further requests are answered `overloaded`."""
+"""Maximum number of asynchronous handlers that run at once; further requests are answered `overloaded`."""
 MAX_REQUESTS = 1024
-"""Most requests of this peer that may wait for a reply at once."""
+"""Maximum number of this peer's requests that wait for a reply at once."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from meshd.types import PeerId
 
 log = logging.getLogger("meshd.links")
 LEFT = "it left"
-"""Prefix of the reason of an end by GOODBYE, which is no fault."""
+"""Prefix of the reason when a link ends by GOODBYE, which is no fault."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,7 @@ class Timing:
     silence_s: float = 2.0
     """A link ends when nothing was received for this long."""
     handshake_s: float = 5.0
-    """Limit of each of TLS, HELLO and the second lane."""
+    """Limit of each step of opening: TLS, HELLO, and the second lane."""
     connect_s: float = 1.0
     """Limit of the TCP connection to one address."""
 

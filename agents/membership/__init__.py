@@ -4,6 +4,6 @@
 peer is SUSPECT when nothing came from it for `membership._SUSPECT_S`. It is DEAD when its link has ended; `links/table.py` ends a
 link after `Timing.silence_s` of silence.
 
-Left to others: what follows from a state. `placement/policy.py` decides which peer takes over the layers of a lost one, and
+Left to others: what follows from a state. `placement/policy.py` decides which peer takes over the layers of a lost peer, and
 `session/plan/retry.py` finds a new plan for each running answer.
 """

@@ -134,7 +134,7 @@ def used_addresses(choices: Iterable[InterfaceChoice]) -> list[str]:
 
 
 def nearest_first(addresses: Iterable[str], choices: Iterable[InterfaceChoice]) -> tuple[str, ...]:
-    """Order a peer's addresses: those on a network of this device come first, otherwise the order stays."""
+    """Order a peer's addresses: those on a network of this device come first; the order is otherwise kept."""
     local = [ipaddress.ip_interface(network).network for choice in choices if choice.used for network in choice.interface.networks]
     return tuple(sorted(addresses, key=lambda address: not any(ipaddress.ip_address(address) in network for network in local)))
 

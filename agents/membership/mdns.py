@@ -150,7 +150,7 @@ class MdnsDiscovery:
     async def _move(self, zeroconf: AsyncZeroconf, before: list[InterfaceChoice]) -> None:
         """Announce on the present interfaces.
 
-        Sockets are reopened on every changed interface, also on one that came back with the same address.
+        Sockets are reopened on every changed interface, including one that came back with the same address.
         """
         announcing = await zeroconf.async_update_service(self._info())
         unchanged = {address for _, _, address in _bound(before) & _bound(self._choices)}

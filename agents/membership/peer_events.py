@@ -114,7 +114,7 @@ Event = (
     | GoodbyeReceived
     | RetentionExpired
 )
-"""Sightings that name a peer are events too."""
+"""Reports of sources (PeerFound, PeerWithdrawn) are events too."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 from meshd.clock import Clock
 
 _QUEUE_LIMIT = 256
-"""Most events that wait for one reader; beyond that the oldest are dropped and counted."""
+"""Maximum number of events that wait for one reader; beyond it the oldest are dropped and counted."""
 
 
 class _Reader:

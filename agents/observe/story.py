@@ -9,7 +9,7 @@ from meshd.types import SessionId
 
 _SESSIONS = 512
 _LINES = 256
-"""Most lines of one session. The oldest are dropped first, and counted."""
+"""Maximum number of lines of one session. The oldest are dropped first, and counted."""
 
 
 @dataclass(slots=True)

@@ -45,7 +45,7 @@ class PlacementClient:
     async def place(self, card: ModelCard, mesh: MeshOptions, *, context: int | None = None) -> AsyncGenerator[PlacementStep, None]:
         """Load the model on the peers that the planner, or `mesh.stages`, chooses. Yields each peer's progress when it changes.
 
-        With `context` None, KV is reserved for the usual context, or for less if memory is short.
+        KV is reserved for the usual context; if memory is short, for less, but at least for `context`.
 
         Raises: InvalidRequest, NoPeer, DoesNotFit, and the error of a peer that could not load its part.
         Cancel: peers that have begun finish their part.
@@ -145,7 +145,7 @@ class PlacementClient:
         )
 
     def _solve(self, card: ModelCard, mesh: MeshOptions, context: int | None) -> tuple[PlanInput, Solution]:
-        """Search a placement. A context that the user did not ask for is halved until it fits."""
+        """Search a placement. The usual context is halved until it fits, but not below the one that the user asked for."""
         tokens = max(context or 0, min(card.spec.context_length, USUAL_CONTEXT))
         while True:
             problem = plan_input_of(card, self.adverts(), mesh, context=tokens)

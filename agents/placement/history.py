@@ -1,4 +1,4 @@
-"""Which layers each peer served before, so that a loss can be distinguished from an unplaced model.
+"""Tracks which layers each peer serves, to distinguish lost layers from unplaced models.
 
 House rules of this file: no I/O, no clock.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from meshd.types import Advert, Holding, LayerRange, ModelId, PeerId
 
 HELD = frozenset({"loading", "warm", "active"})
-"""States of a holding that serves or soon will."""
+"""States of a holding whose layers serve or soon will."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -30,7 +30,7 @@ from meshd.types import LayerRange, ModelCard, ModelId, PeerId
 log = getLogger(__name__)
 
 _PULL_SHARE = 0.5
-"""Part of the reported progress that stands for fetching the weights; the rest stands for reading them."""
+"""Fraction of the reported progress that stands for fetching the weights; the rest stands for reading them."""
 
 
 @dataclass(frozen=True, slots=True)

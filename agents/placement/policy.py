@@ -25,7 +25,7 @@ from meshd.planner.search.solve import Solution, solve
 from meshd.types import Advert, Holding, LayerRange, ModelCard, ModelId, PeerId, StagePlan, ranges_of
 
 _STAYS_FREE = 0.5
-"""Part of the memory that a peer offers which must stay free after it takes a standby copy."""
+"""Fraction of a peer's offered memory that must stay free beside a standby copy."""
 _GAIN = 0.10
 """How much faster a new placement must be predicted to be before it is worth the loading."""
 
@@ -60,7 +60,7 @@ class ClusterState:
     pending: Sequence[LoadRequest] = ()
     """Requests that are sent and not answered yet."""
     copies: int = 2
-    """Peers that should have each layer, the serving one included."""
+    """Number of peers that should hold each layer, the serving peer included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ class _Policy:
         return repair_within(problem, runs, kv_tokens=kv_tokens, least_tokens=least_tokens)
 
     def _copy(self, card: ModelCard) -> None:
-        """Request standby copies of the stages with too few. A copy is a whole stage, so that one peer can take over a lost one."""
+        """Request standby copies of stages that too few peers hold. A copy is a whole stage, so that one peer can take over."""
         holdings = holdings_of(self._staying(), card.id)
         if not layers_of(holding for _, holding in holdings if holding.state == "active").issuperset(card.layers):
             return

@@ -9,7 +9,7 @@ from meshd.kernels.kv import KVPool
 from meshd.types import Holding, LayerRange, ModelCard, ModelId
 
 _SMOOTHING = 0.05
-"""Weight of one decode step in the running mean: some 20 steps to follow a change."""
+"""Weight of one decode step in the running mean, which so follows a change in about 20 steps."""
 
 
 class LoadState(Enum):
@@ -40,7 +40,7 @@ class ResidentLayers:
     pool: KVPool | None = None
     sessions: int = 0
     standby: bool = False
-    """A copy that takes over when the peer that serves these layers is lost. An idle one is released to make room."""
+    """Whether this is a copy that takes over when another peer with these layers is lost. It is released first to make room."""
     pinned: bool = False
     """A user asked for these layers on this peer."""
     layer_decode_s: float | None = None

@@ -28,7 +28,7 @@ from meshd.protocol.messages import FetchManifest, FetchWeights, ManifestData, W
 from meshd.types import LinkStats, ModelId, PeerId
 
 SHARE = 0.3
-"""Part of a link's measured bandwidth that weights may use while sessions run here."""
+"""Fraction of a link's measured bandwidth that weights may use while sessions run here."""
 _UNMEASURED_BYTES_S = 10e6
 """Bandwidth that is assumed for a link without a measurement."""
 _LONGEST_WAIT_S = 10.0
