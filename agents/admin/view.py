@@ -215,10 +215,10 @@ class ClusterView:
             "answers": self.router.covered(card),
             "on_disk": [advert.name for advert in adverts if any(known.id == card.id for known in advert.models)],
             "holdings": [
-                {"peer": advert.peer, "name": advert.name, **msgspec.to_builtins(held), "layers": str(held.layers)}
+                {"peer": advert.peer, "name": advert.name, **msgspec.to_builtins(holding), "layers": str(holding.layers)}
                 for advert in adverts
-                for held in advert.holdings
-                if held.model == card.id
+                for holding in advert.holdings
+                if holding.model == card.id
             ],
         }
 
@@ -248,13 +248,13 @@ def _peer_row(row: dict[str, Any]) -> dict[str, Any]:
         "addresses": list(dict.fromkeys(f"{known['host']}:{known['port']}" for known in hosts)),
         "sources": list(dict.fromkeys(known["source"] for known in hosts)),
     }
-    for held in row["holdings"]:
-        held["layers"] = "-".join(map(str, held["layers"]))
+    for holding in row["holdings"]:
+        holding["layers"] = "-".join(map(str, holding["layers"]))
     return public | row
 
 
 def _advertised(advert: Advert) -> dict[str, Any]:
-    holdings = [msgspec.to_builtins(held) | {"layers": str(held.layers)} for held in advert.holdings]
+    holdings = [msgspec.to_builtins(holding) | {"layers": str(holding.layers)} for holding in advert.holdings]
     return {
         "capability": msgspec.to_builtins(advert.capability),
         "holdings": holdings,

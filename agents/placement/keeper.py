@@ -161,7 +161,9 @@ class Keeper:
             try:
                 await self.links.request(peer, Unplace(request=self.links.next_request(), model=model), timeout_s=_UNPLACE_S)
             except MeshdError as error:
-                log.info("%s keeps its copy of a model that was unplaced: %s", self.names(peer), error.message)
+                log.info(
+                    "%s did not unload its copy of a model that was unplaced, asking again: %s", self.names(peer), error.message
+                )
 
     async def _grow(self, alive: list[Advert], cards: Mapping[ModelId, ModelCard], now: float) -> None:
         """Search a faster placement of each model whose measured peers have changed, and send the requests for it."""
@@ -178,7 +180,7 @@ class Keeper:
                 self._compared_peers[model], self._compared_at[model] = peers, now
                 requests = await asyncio.to_thread(grow, cards[model], [advert for advert in alive if advert.peer in peers])
                 if requests:
-                    log.info("%s is predicted to be faster with another placement", cards[model].name)
+                    log.info("%s is predicted to be faster with another placement, which is loaded now", cards[model].name)
                 for request in requests:
                     self._ask(request, cards[model])
 

@@ -170,7 +170,7 @@ class ModelLibrary:
         names = [card.name for card in cards.values()]
         near = get_close_matches(name, names, n=3, cutoff=0.4) or sorted(names)[:5]
         hint = f"nearest: {', '.join(near)}" if near else "fetch one with `meshd pull` or place one with `meshd place`"
-        raise UnknownModel(f"the model {name!r} does not exist in this mesh", hint=hint)
+        raise UnknownModel(f"the model {name!r} does not exist in this cluster", hint=hint)
 
     async def pull(self, ref: str, progress: Callable[[float], None]) -> ModelCard:
         """Fetch a model from its own source, unless it is on this disk. Returns: its card.

@@ -89,5 +89,5 @@ def named_peers(mesh: MeshOptions, profiles: Sequence[PeerProfile]) -> tuple[Pee
 
 
 def _restricted(profile: PeerProfile, standby: bool, leaving: bool) -> PeerProfile:
-    holdings = profile.holdings if standby else tuple(held for held in profile.holdings if not held.standby)
+    holdings = profile.holdings if standby else tuple(holding for holding in profile.holdings if not holding.standby)
     return msgspec.structs.replace(profile, holdings=holdings, draining=profile.draining and not leaving)

@@ -78,7 +78,7 @@ class Preload:
                 await self.clock.sleep(error.retry_after_s if isinstance(error, Unavailable) else _RETRY_S)
 
     async def _card(self, ref: str) -> ModelCard:
-        """Look in the mesh first, then fetch from the model's own source."""
+        """Get the card of a model of the cluster, or fetch the model from its own source."""
         try:
             return self.library.find(ref)
         except UnknownModel:

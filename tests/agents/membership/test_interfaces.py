@@ -88,7 +88,7 @@ def test_a_bridge_over_containers_only_is_a_container_bridge(tmp_path: Path) -> 
     assert interface_kind("br0", INDEX, set(), tmp_path) is InterfaceKind.CONTAINER
 
 
-def test_the_search_below_an_interface_ends_in_a_loop(tmp_path: Path) -> None:
+def test_the_search_below_an_interface_ends_even_in_a_loop(tmp_path: Path) -> None:
     bridge = device(tmp_path, "br0", ETHERNET, "bridge/")
     (bridge / "lower_br0").symlink_to(bridge)
     assert interface_kind("br0", INDEX, set(), tmp_path) is InterfaceKind.CONTAINER
