@@ -93,9 +93,9 @@ class Dialler:
 
     def _start(self, target: _Target) -> None:
         if self._group is not None:
-            target.task = self._group.create_task(self._pursue(target), name=f"dial {target.address[0]}:{target.address[1]}")
+            target.task = self._group.create_task(self._keep_dialling(target), name=f"dial {target.address[0]}:{target.address[1]}")
 
-    async def _pursue(self, target: _Target) -> None:
+    async def _keep_dialling(self, target: _Target) -> None:
         while True:
             target.wake.clear()
             try:
@@ -110,7 +110,7 @@ class Dialler:
                 await link.gone.wait()
                 self._ended(target, link)
             if target.failures:
-                await self._rest(target)
+                await self._wait(target)
 
     def _ended(self, target: _Target, link: Link) -> None:
         """Count a link that broke soon as a failure, so that the next dial waits; one that lived resets the count."""
@@ -119,7 +119,7 @@ class Dialler:
         if link.lived_s(now):
             target.linked_at = now
 
-    async def _rest(self, target: _Target) -> None:
+    async def _wait(self, target: _Target) -> None:
         wait_s = _OWN_S if target.peer == self._own else back_off_s(target.failures, self._longest_s(target), self._chance())
         try:
             async with asyncio.timeout(wait_s):

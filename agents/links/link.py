@@ -50,7 +50,7 @@ class Link:
         """Returns: how long the link has been up."""
         return now - self.up_since if self.up_since else 0.0
 
-    def present(self, now: float) -> ExistingLink:
+    def as_existing(self, now: float) -> ExistingLink:
         """Describe this link for `choose_link`, which decides between it and a second link with the same peer."""
         incarnation = self.agreement.hello.incarnation if self.agreement else None
         return ExistingLink(incarnation=incarnation, dialled=self.dialled, up=self.up, silent_s=now - self.heard)

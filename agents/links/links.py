@@ -89,7 +89,7 @@ class Links:
         self._dispatcher = Dispatcher(self.send, self._linklog)
         self._table = LinkTable(self.id, self._dispatcher, clock, self._linklog, settings.timing, on_up, on_down)
         self._opener = LinkOpener(
-            identity, _greeting(self.id, name, incarnation), self._table, clock, self._linklog, on_notice, self._met
+            identity, _greeting(self.id, name, incarnation), self._table, clock, self._linklog, on_notice, self._record_address
         )
         self._dialler = Dialler(self._opener.dial, self.id, self._table, clock)
         self._addresses: dict[PeerId, dict[Address, None]] = {}
@@ -258,7 +258,7 @@ class Links:
         self._local -= 1
         self._dispatcher.deliver(self.id, message, payload)
 
-    def _met(self, peer: PeerId, address: Address) -> None:
+    def _record_address(self, peer: PeerId, address: Address) -> None:
         known = self._addresses.setdefault(peer, {})
         if len(known) < _ADDRESSES_PER_PEER:
             known[address] = None

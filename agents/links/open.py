@@ -38,7 +38,7 @@ class LinkOpener:
         clock: Clock,
         linklog: LinkLog,
         on_notice: Callable[[str], None],
-        on_met: Callable[[PeerId, Address], None],
+        on_address: Callable[[PeerId, Address], None],
     ) -> None:
         self.greeting = greeting
         """This peer's HELLO; link and lane are filled in for each connection."""
@@ -47,7 +47,7 @@ class LinkOpener:
         self._clock = clock
         self._linklog = linklog
         self._on_notice = on_notice
-        self._on_met = on_met
+        self._on_address = on_address
         self._limits = FrameLimits(greeting.max_header, greeting.max_payload)
         self._half_open: Counter[str] = Counter()
 
@@ -76,7 +76,7 @@ class LinkOpener:
             link = self._table.get(control.peer)
             if link is None or link.lanes.get(Lane.CONTROL) is not control:
                 control.abort("no link came of it")
-        self._on_met(control.peer, address)
+        self._on_address(control.peer, address)
         return control.peer
 
     async def _connect(self, address: Address) -> Connection:
@@ -95,7 +95,7 @@ class LinkOpener:
             raise
 
     async def _dial_link(self, control: Connection) -> None:
-        link = self._table.dialled(control.peer, int.from_bytes(self._clock.random_bytes(8), "big") >> 1)
+        link = self._table.begin_dialled(control.peer, int.from_bytes(self._clock.random_bytes(8), "big") >> 1)
         try:
             agreement = await self._greet(control, Lane.CONTROL, link.number)
             self._table.join(link, Lane.CONTROL, control, agreement)
@@ -180,14 +180,14 @@ class LinkOpener:
 
     def _admit_control(self, connection: Connection, agreement: HelloAgreement, answer: Hello) -> None:
         crowded = len(self._table) >= MAX_LINKS and self._table.get(connection.peer) is None
-        link = None if crowded else self._table.offered(agreement)
+        link = None if crowded else self._table.begin_accepted(agreement)
         if link is None:
             reason = "no room for more links" if crowded else "there is a link already"
             connection.close(reason, Goodbye(reason=reason))
             return
         self._table.join(link, Lane.CONTROL, connection, agreement)
         connection.send(answer)
-        self._on_met(connection.peer, (connection.remote[0], agreement.hello.port))
+        self._on_address(connection.peer, (connection.remote[0], agreement.hello.port))
 
     def _admit_bulk(self, connection: Connection, agreement: HelloAgreement, answer: Hello) -> None:
         link = self._table.get(connection.peer)

@@ -64,22 +64,22 @@ class LinkTable:
         """Returns: the link with a peer, which may not be up yet."""
         return self._links.get(peer)
 
-    def dialled(self, peer: PeerId, number: int) -> Link:
+    def begin_dialled(self, peer: PeerId, number: int) -> Link:
         """Begin a link that this peer dials; there must be none with the other peer."""
         return self._begin(peer, number, dialled=True)
 
-    def offered(self, agreement: HelloAgreement) -> Link | None:
+    def begin_accepted(self, agreement: HelloAgreement) -> Link | None:
         """Begin a link that another peer dialled. Returns: None if the existing one is kept."""
         hello = agreement.hello
         present = self._links.get(hello.peer)
         fresh_s = 2 * self.timing.heartbeat_s
-        verdict = choose_link(present.present(self._now()) if present else None, hello, self.own, fresh_s=fresh_s)
+        verdict = choose_link(present.as_existing(self._now()) if present else None, hello, self.own, fresh_s=fresh_s)
         if verdict is LinkChoice.REFUSE:
             return None
         if present is not None:
             known = present.agreement
             restarted = known is not None and known.hello.incarnation != hello.incarnation
-            present.end("it has restarted" if restarted else "it has dialled anew")
+            present.end("it has restarted" if restarted else "it has dialled again")
         return self._begin(hello.peer, hello.link, dialled=False)
 
     def join(self, link: Link, lane: Lane, connection: Connection, agreement: HelloAgreement) -> None:

@@ -83,7 +83,7 @@ def test_the_lifetime_counts_from_when_the_link_came_up(link: Link) -> None:
     assert link.lived_s(500.0) == 0.0
     link.up_since = 200.0
     assert link.lived_s(500.0) == 300.0
-    assert link.present(101.5).silent_s == 1.5
+    assert link.as_existing(101.5).silent_s == 1.5
 
 
 def test_round_trips_are_smoothed_and_nonsense_is_ignored(link: Link) -> None:

@@ -25,7 +25,7 @@ def table(clock: SetClock) -> LinkTable:
 
 
 def up_link(table: LinkTable, clock: SetClock) -> Link:
-    link = table.dialled(OTHER, 1)
+    link = table.begin_dialled(OTHER, 1)
     link.up = True
     link.heard = link.up_since = clock.now
     return link
@@ -64,7 +64,7 @@ def test_after_a_stall_of_this_process_each_peer_gets_one_more_interval(table: L
 
 
 def test_a_link_that_does_not_come_up_in_time_ends(table: LinkTable, clock: SetClock) -> None:
-    link = table.dialled(OTHER, 1)
+    link = table.begin_dialled(OTHER, 1)
     beats(table, clock, 15.0)
     assert table.get(OTHER) is link
     beats(table, clock, 0.5)
