@@ -102,7 +102,7 @@ class StagePeer:
 
     @property
     def load(self) -> ResidentLayers:
-        return self.holdings.loads[0]
+        return self.holdings.entries[0]
 
     @property
     def pool(self) -> KVPool:
