@@ -1,1 +1,10 @@
-"""The actors of a peer: each owns its state, takes events and gives commands."""
+"""The actors of a peer. Each owns its state, handles events and issues commands.
+
+- `links`: authenticated connections with other peers, and their measurement.
+- `membership`: which peers are alive, suspect or dead.
+- `device`: what this device can do, and the thread that computes.
+- `placement`: which layers are loaded on which peers, and which peer takes over a lost stage.
+- `stage`: this peer's part of sessions: steps, KV and copies of KV.
+- `session`: requests on the peer that took them: plans, recovery, answers.
+- `observe`, `admin`: events, stories, and the operations that people start.
+"""

@@ -1,7 +1,8 @@
-"""The base of all state machines: one table, `handle` as the only way in, a story, and a diagram drawn from the table.
+"""The base class of all state machines, and the diagram that is generated from a machine's table.
 
-A machine is pure: events in, commands out, no I/O and no clock. For every state its table names the events that may come,
-what each does, and which states may follow. An event that is not in the table raises and changes nothing.
+A machine is pure: events in, commands out, no I/O and no clock. Its table lists, for each state, the events that may come, what
+each does, and which states may follow. An event that is not in the table raises IllegalTransition and changes nothing. A machine
+keeps its latest changes of state (its story) for error reports.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,11 +14,11 @@ EventT = TypeVar("EventT")
 CommandT = TypeVar("CommandT")
 
 STORY_LINES = 16
-"""Changes of state that a machine remembers: a session that recovers goes through three, so this is some five recoveries."""
+"""Changes of state that a machine remembers. A recovery of a session makes three, so this covers about five recoveries."""
 
 
 class IllegalTransition(RuntimeError):
-    """A bug in meshd: this event cannot come in this state. Nothing was changed."""
+    """The event may not come in this state, which is a bug in meshd. The machine is unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Transition:
     action: Callable[[Any, Any], list[Any]]
     """(machine, event) -> commands."""
     to: tuple[Enum, ...] = ()
-    """States that may follow, besides the present one."""
+    """States that may follow, besides the current one."""
 
 
 Table = Mapping[tuple[Enum, type[Any]], Transition]
@@ -47,13 +48,13 @@ class Change:
 
 
 class Machine(Generic[EventT, CommandT]):
-    """A state machine. A subclass has a field `state` and sets `table`; only `handle` changes it."""
+    """A state machine. A subclass has a field `state` and sets `table`. Only `handle` changes a machine."""
 
     __slots__ = ("story",)
     table: ClassVar[Table]
     state: Any
     story: tuple[Change, ...]
-    """The latest changes of state, oldest first, for the report of an illegal event. A tuple: a fetch has thousands of machines."""
+    """The latest changes of state, oldest first. A tuple, to save memory: a fetch has thousands of machines."""
 
     def __new__(cls, *args: object, **kwargs: object) -> "Machine[EventT, CommandT]":
         machine = super().__new__(cls)
@@ -83,11 +84,11 @@ class Machine(Generic[EventT, CommandT]):
         """Check the invariants that hold between events; tests call it after each. Raises: AssertionError."""
 
     def is_stale(self, event: EventT) -> bool:
-        """Whether the event belongs to something that is over: `handle` drops it before it looks into the table."""
+        """Whether the event belongs to work that is over. `handle` drops such an event before it consults the table."""
         return False
 
     def title(self) -> str:
-        """The machine's name in errors."""
+        """Returns: the machine's name in error messages."""
         return type(self).__name__
 
     def _history(self) -> str:
@@ -95,7 +96,7 @@ class Machine(Generic[EventT, CommandT]):
 
 
 def diagram(table: Table, initial: Enum) -> str:
-    """Draw a table as a Mermaid state diagram: one arrow for each pair of states, labelled with the events that lead along it."""
+    """Convert a table to a Mermaid state diagram: one arrow for each pair of states, labelled with its events."""
     arrows: dict[tuple[str, str], list[str]] = {}
     for (state, event), transition in table.items():
         for after in transition.to:

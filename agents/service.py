@@ -1,4 +1,4 @@
-"""The interfaces of a peer that the HTTP API uses: answers (`Coordinator`) and the cluster (`ClusterService`)."""
+"""The interfaces of a peer that the HTTP API uses: `Coordinator` for answers, `ClusterService` for the cluster."""
 
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Protocol
@@ -13,19 +13,19 @@ class MeshOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """The request's `mesh` object."""
 
     stages: str | None = None
-    """`name:0-12,name:12-30`; a peer's name or an unambiguous beginning of its id."""
+    """`name:0-12,name:12-30`, with a peer's name or an unambiguous beginning of its id."""
     peers: tuple[str, ...] | None = None
-    """Only these may take part."""
+    """Peers that may take part; None: all."""
     min_peers: Annotated[int, msgspec.Meta(ge=1)] | None = None
     objective: Objective | None = None
     context: Annotated[int, msgspec.Meta(ge=1)] | None = None
     """Tokens to reserve KV for."""
     mirror: bool | None = None
-    """Keep a copy of the KV on other peers; None: as the daemon is set (`--mirror`)."""
+    """Whether to keep a copy of the KV on other peers; None: as set by `--mirror`."""
 
 
 class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """One turn, content already joined to text."""
+    """One turn of a chat, with its content joined to one text."""
 
     role: str
     content: str
@@ -41,12 +41,12 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Variables for the model's chat template, such as `enable_thinking`."""
     sampling: SamplingParams = SamplingParams()
     max_tokens: int | None = None
-    """None: as many as the context leaves."""
+    """None: as many as fit into the context."""
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     mesh: MeshOptions = MeshOptions()
     background: bool = False
-    """Continue without a reader. Otherwise the answer is suspended, and its memory freed, when its last reader leaves."""
+    """Continue without a reader. If false, the answer is suspended and its memory freed when its last reader leaves."""
     store: bool = True
     """Keep the record for a while after the end, so that it can be read again."""
     renderer: bytes = b""
@@ -64,11 +64,11 @@ class TokenText(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TextDelta(msgspec.Struct, frozen=True, kw_only=True):
-    """Text that can't change any more: whole characters, no part of a stop string. Empty if only tokens came."""
+    """Final text: whole characters, and no part of a possible stop string. Empty if there are only tokens."""
 
     text: str
     tokens: tuple[TokenText, ...] = ()
-    """With logprobs requested: the tokens made since the last delta."""
+    """The tokens since the last delta, if logprobs were requested."""
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,25 +110,25 @@ class Generation(Protocol):
 
     @property
     def error(self) -> MeshdError | None:
-        """Why it is suspended or failed."""
+        """Returns: the reason if the answer is suspended or has failed."""
         ...
 
     def events(self) -> AsyncIterator[TextDelta | Finished]:
-        """Yield all deltas from the first on, those made already at once, then one Finished.
+        """Yield all deltas from the first one, then one Finished. Deltas that exist already are yielded without waiting.
 
         May be called several times, also after the end: the sequence is always the same.
 
-        Raises: PeerFault, Unavailable when the answer can't continue now (it can be resumed); Cancelled when it was ended, or
-        taken over by another peer.
+        Raises: PeerFault, Unavailable if the answer can't continue now but can be resumed; Cancelled if it was ended or taken over
+        by another peer.
         """
         ...
 
     def so_far(self) -> tuple[tuple[TextDelta, ...], Finished | None]:
-        """The events that `events` would yield at once."""
+        """Returns: the events so far, which `events` would yield without waiting."""
         ...
 
     async def cancel(self) -> None:
-        """Stop the work and free its memory on every peer. Idempotent; fine after the end."""
+        """Stop the work and free its memory on every peer. Idempotent, and allowed after the end."""
         ...
 
 
@@ -138,21 +138,23 @@ class Coordinator(Protocol):
     async def generate(self, request: GenerationRequest) -> Generation:
         """Tokenise, plan and open a session.
 
-        Returns: once the session is admitted and its plan known.
-        Raises: UnknownModel, InvalidRequest, ContextTooLong,
-        Overloaded, NotReady, DoesNotFit, NoPeer, PeerFault. Cancel: nothing stays reserved.
+        Returns: the running answer, once its session is admitted and its plan is known.
+        Raises: UnknownModel, InvalidRequest, ContextTooLong, Overloaded, NotReady, DoesNotFit, NoPeer, PeerFault.
+        Cancel: all reservations are released.
         """
         ...
 
     async def resume(self, session: SessionId) -> Generation:
-        """Continue an answer on this peer, wherever in the cluster it runs or its record is kept; also one that has ended.
+        """Take over an answer from wherever in the cluster it runs or its record is kept, and continue it on this peer.
 
-        Raises: UnknownSession; as `generate` if it must be planned anew and can't.
+        An answer that has ended can be read again.
+
+        Raises: UnknownSession; as `generate` if the answer needs a new plan.
         """
         ...
 
     async def look(self, session: SessionId) -> Generation:
-        """Return an answer as it stands, without taking it over. Raises: UnknownSession."""
+        """Returns: an answer in its current state, without taking it over. Raises: UnknownSession."""
         ...
 
     async def end(self, session: SessionId, *, forget: bool = False) -> None:
@@ -160,11 +162,11 @@ class Coordinator(Protocol):
         ...
 
     def models(self) -> list[ModelCard]:
-        """Models that can answer now."""
+        """Returns: the models that can answer now."""
         ...
 
     def readiness(self) -> tuple[bool, float, str]:
-        """Returns: (ready, progress 0..1, what it waits for). Not ready while a model given with `--model` still loads."""
+        """Returns: (ready, progress 0 to 1, what the peer waits for). It is not ready while a model of `--model` is loading."""
         ...
 
 
@@ -175,7 +177,7 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     context: int | None = None
     objective: Objective = Objective.LATENCY
     what_if: tuple[str, ...] = ()
-    """Peers to add that do not exist: `+name ram=32GiB bw=60GB/s link=1Gbps rtt=0.3ms`."""
+    """Hypothetical peers to add: `+name ram=32GiB bw=60GB/s link=1Gbps rtt=0.3ms`."""
     mesh: MeshOptions = MeshOptions()
 
 
@@ -201,10 +203,10 @@ class PlacementStep(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClusterService(Protocol):
-    """What the monitor and the command line use. Rows are JSON-ready dicts with stable keys."""
+    """The interface for the monitor and the command line. Rows are JSON-ready dicts with stable keys."""
 
     def identity(self) -> dict[str, Any]:
-        """This peer: id, name, version, cluster fingerprint, addresses, uptime, notices."""
+        """Describe this peer: id, name, version, cluster fingerprint, addresses, uptime, notices."""
         ...
 
     def peers(self) -> list[dict[str, Any]]: ...
@@ -218,15 +220,15 @@ class ClusterService(Protocol):
     def sessions(self) -> list[dict[str, Any]]: ...
 
     def events(self) -> AsyncIterator[dict[str, Any]]:
-        """`{"type": ..., "at": ..., ...}` as things happen. A slow reader loses the oldest events and gets their number."""
+        """Yield `{"type": ..., "at": ..., ...}` for each event. A slow reader misses the oldest ones and gets a count of them."""
         ...
 
     async def plan(self, request: PlanRequest) -> dict[str, Any]:
-        """Compute what would be placed where, with predictions and reasons."""
+        """Compute a placement without carrying it out. Returns: the plan with predictions and reasons."""
         ...
 
     def place(self, request: PlaceRequest) -> AsyncIterator[PlacementStep]:
-        """Load layers where the planner or the request puts them; ends when all are active. Raises: as `generate`."""
+        """Load layers on the peers that the planner or the request chooses. Ends when all are active. Raises: as `generate`."""
         ...
 
     async def unplace(self, model: str) -> int:
@@ -242,7 +244,7 @@ class ClusterService(Protocol):
         ...
 
     async def migrate(self, session: str, target: str, source: str | None = None) -> dict[str, Any]:
-        """Move a session's stages (all, or those at `source`) to another peer. If it fails, the session runs on where it was.
+        """Move a session's stages (all, or those at `source`) to another peer. If that fails, the session continues where it was.
 
         Returns: `{"session", "plan", "pause_ms"}`.
         Raises: UnknownSession, NoPeer, InvalidRequest, PeerFault.
@@ -250,7 +252,7 @@ class ClusterService(Protocol):
         ...
 
     async def story(self, session: str) -> list[dict[str, Any]]:
-        """What all peers noted about a session, in order.
+        """Collect what all peers noted about a session, in order.
 
         Returns: lines `{"at_s", "peer", "name", "what", ...}`.
         Raises: UnknownSession.
@@ -258,5 +260,5 @@ class ClusterService(Protocol):
         ...
 
     async def probe_links(self) -> list[dict[str, Any]]:
-        """Measure every link of this peer anew. Returns: the rows of `links()`."""
+        """Measure every link of this peer again. Returns: the rows of `links()`."""
         ...

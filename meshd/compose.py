@@ -22,9 +22,9 @@ from meshd.agents.placement.client import PlacementClient
 from meshd.agents.placement.free_memory import FreeMemory
 from meshd.agents.placement.keeper import Keeper
 from meshd.agents.placement.loader import Loader
-from meshd.agents.placement.loads import ResidentModels
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.preload import Preload
+from meshd.agents.placement.resident import ResidentModels
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.agents.placement.weights.serve import RateLimiter, WeightServer
 from meshd.agents.session.admission import Admission
@@ -290,7 +290,7 @@ def _loader(parts: Parts, holdings: ResidentModels, memory: FreeMemory, drainer:
         links=parts.links,
         library=parts.library,
         weights=parts.weights,
-        holdings=holdings,
+        residents=holdings,
         backend=parts.backend,
         compute=parts.compute,
         clock=parts.clock,

@@ -1,4 +1,4 @@
-"""Collects what all peers noted about a session, in one order. Each peer sends its lines; the asker converts their times."""
+"""Collects what all peers noted about a session, in one order. Each peer sends its lines; the asking peer converts their times."""
 
 import asyncio
 import math
@@ -27,7 +27,7 @@ Lines = list[dict[str, Any]]
 
 @dataclass(slots=True)
 class StoryCollector:
-    """Sends this peer's lines to those who ask, and collects the other peers'."""
+    """Sends this peer's lines on request, and collects those of all peers."""
 
     me: PeerId
     links: Links
@@ -42,11 +42,11 @@ class StoryCollector:
     async def collect(self, session: SessionId) -> Lines:
         """Collect all peers' lines.
 
-        Clocks are compared by one round trip to each peer: lines of two peers that are closer in time than half of it may come in
-        the wrong order.
+        Clocks are compared by one round trip to each peer, so lines of two peers that are closer in time than half a round trip may
+        be in the wrong order.
 
         Returns: lines in order, with `at_s` (seconds since the first), `peer`, `name`, `what` and the facts; then one line for
-        each peer that gave no answer.
+        each peer that did not answer.
         Raises: UnknownSession.
         """
         stories: dict[PeerId, Lines] = {self.me: self.story.lines(session)}
@@ -106,12 +106,12 @@ def _is_line(line: dict[str, Any]) -> bool:
 
 
 def to_local_time(lines: Lines, *, theirs: float, ours: float) -> Lines:
-    """Convert lines from a clock that showed `theirs` when this peer's clock showed `ours`."""
+    """Convert the times of a peer's lines. Its clock showed `theirs` when this peer's clock showed `ours`."""
     return [{**line, "at": line["at"] - theirs + ours} for line in lines]
 
 
 def merge_stories(stories: dict[PeerId, Lines], names: Callable[[PeerId], str]) -> Lines:
-    """Merge all peers' lines by time; lines of the same time stay in their order."""
+    """Merge all peers' lines by time. Lines with equal times keep their order."""
     lines = [
         {**_facts(line), "at": line["at"], "peer": peer, "name": names(peer), "what": line["what"]}
         for peer, own in stories.items()

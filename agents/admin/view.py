@@ -1,4 +1,4 @@
-"""The cluster as seen from this peer, and the operations on it. Rows are JSON-ready; their keys are public."""
+"""The cluster as this peer sees it, and the operations on it. Rows are JSON-ready; their keys are public."""
 
 import re
 from collections.abc import AsyncIterator, Callable
@@ -30,7 +30,7 @@ from meshd.types import Advert, ModelCard, ModelId, PeerId, SessionId
 _PROBE_CONTEXT = 4096
 """Context of `meshd plan` without --context, for models with a longer one."""
 _WHOLE_ID = re.compile(r"(?:.*[-_])?([0-9a-f]{32})")
-"""A session's id, or an answer's id, which ends with the session's."""
+"""A session's id, or an answer's id, which ends with the session's id."""
 
 
 @dataclass(slots=True)
@@ -47,18 +47,18 @@ class ClusterView:
     story_collector: StoryCollector
     bus: EventBus
     about: Callable[[], dict[str, Any]]
-    """This peer's own facts."""
+    """Returns this peer's row for `identity`."""
 
     def identity(self) -> dict[str, Any]:
         """See `service.ClusterService.identity`."""
         return self.about()
 
     def peers(self) -> list[dict[str, Any]]:
-        """This peer first, then the others as the table has them."""
+        """List this peer, then the others in the order of the peer table."""
         return [_own_row(self.membership.own_advert(), self.membership.link_address), *map(_peer_row, self.membership.rows())]
 
     def links(self) -> list[dict[str, Any]]:
-        """Every measured direction that a live peer advertises."""
+        """List the links that live peers have measured, one row for each direction."""
         return [
             {
                 "source": advert.peer,
@@ -72,12 +72,12 @@ class ClusterView:
         ]
 
     def known_models(self) -> list[dict[str, Any]]:
-        """Every model that some live peer has on disk or in memory."""
+        """List the models that live peers have on disk or in memory."""
         adverts = self.membership.adverts()
         return [self._model_row(card, adverts) for card in self.library.cards().values()]
 
     def plans(self) -> list[dict[str, Any]]:
-        """The plans of the answers that this peer coordinates now."""
+        """List the plans of the answers that this peer coordinates now."""
         return [
             {
                 "id": answer.plan.id,
@@ -99,7 +99,7 @@ class ClusterView:
         ]
 
     def sessions(self) -> list[dict[str, Any]]:
-        """The answers that this peer coordinates, and the stages that it runs for others."""
+        """List the answers that this peer coordinates, and the stages that it runs for other coordinators."""
         cards = self.library.cards()
 
         def name_of(model: ModelId) -> str:
@@ -155,7 +155,7 @@ class ClusterView:
         return self.links()
 
     async def _card(self, model: str) -> ModelCard:
-        """The card of a known model, or of a reference that is fetched first."""
+        """Get the card of a known model. An unknown reference is fetched first."""
         try:
             return self.library.find(model)
         except UnknownModel:
@@ -166,7 +166,10 @@ class ClusterView:
         return resolve_peer(text, profiles_from_adverts(self.membership.adverts(), ModelId("")), param=param)
 
     def _session(self, text: str) -> SessionId:
-        """Find a session by its whole id, or by the beginning of one that is known here. Raises: UnknownSession, InvalidRequest."""
+        """Find a session by its whole id, or by the beginning of the id if this peer knows the session.
+
+        Raises: UnknownSession, InvalidRequest.
+        """
         if whole := _WHOLE_ID.fullmatch(text):
             return SessionId(whole[1])
         here = {*self.coordinator.answers, *self.coordinator.retained, *(row["id"] for row in self.stages.rows(str))}
@@ -212,10 +215,10 @@ class ClusterView:
             "answers": self.router.covered(card),
             "on_disk": [advert.name for advert in adverts if any(known.id == card.id for known in advert.models)],
             "holdings": [
-                {"peer": advert.peer, "name": advert.name, **msgspec.to_builtins(held), "layers": str(held.layers)}
+                {"peer": advert.peer, "name": advert.name, **msgspec.to_builtins(holding), "layers": str(holding.layers)}
                 for advert in adverts
-                for held in advert.holdings
-                if held.model == card.id
+                for holding in advert.holdings
+                if holding.model == card.id
             ],
         }
 
@@ -245,13 +248,13 @@ def _peer_row(row: dict[str, Any]) -> dict[str, Any]:
         "addresses": list(dict.fromkeys(f"{known['host']}:{known['port']}" for known in hosts)),
         "sources": list(dict.fromkeys(known["source"] for known in hosts)),
     }
-    for held in row["holdings"]:
-        held["layers"] = "-".join(map(str, held["layers"]))
+    for holding in row["holdings"]:
+        holding["layers"] = "-".join(map(str, holding["layers"]))
     return public | row
 
 
 def _advertised(advert: Advert) -> dict[str, Any]:
-    holdings = [msgspec.to_builtins(held) | {"layers": str(held.layers)} for held in advert.holdings]
+    holdings = [msgspec.to_builtins(holding) | {"layers": str(holding.layers)} for holding in advert.holdings]
     return {
         "capability": msgspec.to_builtins(advert.capability),
         "holdings": holdings,

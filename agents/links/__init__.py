@@ -1,1 +1,4 @@
-"""One authenticated pair of connections with each peer."""
+"""Connections with other peers: one authenticated link each, with requests, replies and measurements over it.
+
+`table.py` decides that a link has ended; `membership` decides what that means for the peer.
+"""

@@ -1,4 +1,4 @@
-"""Dials the addresses where peers may be: one task per address, with back-off."""
+"""Dials the addresses at which peers may listen: one task per address, with back-off."""
 
 import asyncio
 import logging
@@ -14,15 +14,17 @@ from meshd.types import PeerId
 
 log = logging.getLogger("meshd.links")
 STATIC = "static"
-"""The source of addresses that a person gave; they are tried for ever."""
+"""The source of addresses from `--peer`; they are dialled for ever."""
 MAX_TARGETS = 256
 _FIRST_S = 0.2
 _LONGEST_S = 5.0
 _RECENT_LONGEST_S = 0.25
+"""Longest back-off for `_RECENT_S` after a link: a peer that was just linked is likely to come back."""
 _RECENT_S = 120.0
 _LIVED_S = 5.0
+"""A link that was up for this long resets the count of failures."""
 _OWN_S = 60.0
-"""Our own address is tried again after this long: it may become another peer's."""
+"""Interval of dialling this peer's own address, which may become another peer's."""
 
 
 @dataclass(slots=True)
@@ -37,12 +39,12 @@ class _Target:
 
 
 def back_off_s(failures: int, longest_s: float, chance: float) -> float:
-    """Seconds to wait after so many failures in a row; `chance` in [0, 1) spreads peers that failed together."""
+    """Compute the seconds to wait after this many failures in a row. `chance` in [0, 1) spreads peers that failed together."""
     return min(longest_s, _FIRST_S * 2.0 ** min(failures - 1, 10)) * (0.5 + chance / 2)
 
 
 class Dialler:
-    """Dials every address until it is forgotten: waits while the peer there is linked, then dials again."""
+    """Dials every address until it is forgotten. While the peer at the address is linked, its dialling pauses."""
 
     def __init__(self, dial: Callable[[Address], Awaitable[PeerId]], own: PeerId, table: LinkTable, clock: Clock) -> None:
         self._dial = dial
@@ -53,11 +55,11 @@ class Dialler:
         self._group: asyncio.TaskGroup | None = None
 
     def connect(self, address: Address, source: str) -> None:
-        """Dial an address at once, even if it is known and waits out its back-off."""
+        """Dial an address at once, and cut short its back-off if it is known."""
         target = self._targets.get(address)
         if target is None:
             if len(self._targets) >= MAX_TARGETS:
-                log.warning("%s:%d is not tried: %d addresses are already", *address, MAX_TARGETS)
+                log.warning("%s:%d is not dialled: %d addresses are being dialled already", *address, MAX_TARGETS)
                 return
             target = self._targets[address] = _Target(address, set())
             self._start(target)
@@ -65,7 +67,7 @@ class Dialler:
         target.wake.set()
 
     def forget(self, address: Address, source: str) -> None:
-        """Remove a source of the address; without any source it is dialled no more. A link that is up stays."""
+        """Remove a source of the address; without sources it is no longer dialled. A link that is up stays."""
         target = self._targets.get(address)
         if target is None or source == STATIC:
             return
@@ -91,9 +93,9 @@ class Dialler:
 
     def _start(self, target: _Target) -> None:
         if self._group is not None:
-            target.task = self._group.create_task(self._pursue(target), name=f"dial {target.address[0]}:{target.address[1]}")
+            target.task = self._group.create_task(self._keep_dialling(target), name=f"dial {target.address[0]}:{target.address[1]}")
 
-    async def _pursue(self, target: _Target) -> None:
+    async def _keep_dialling(self, target: _Target) -> None:
         while True:
             target.wake.clear()
             try:
@@ -101,23 +103,23 @@ class Dialler:
             except MeshdError as error:
                 log.debug("no link with %s:%d: %s", *target.address, error)
             except Exception:
-                log.exception("dialling %s:%d failed in a way that was not foreseen", *target.address)
+                log.exception("dialling %s:%d failed unexpectedly; it is dialled again", *target.address)
             if target.peer is None or (link := self._table.get(target.peer)) is None:
                 target.failures += 1
             else:
                 await link.gone.wait()
                 self._ended(target, link)
             if target.failures:
-                await self._rest(target)
+                await self._wait(target)
 
     def _ended(self, target: _Target, link: Link) -> None:
-        """Dial at once after a link that lived for a while; wait after one that broke as soon as it was up."""
+        """Count a link that broke soon as a failure, so that the next dial waits; one that lived resets the count."""
         now = self._clock.monotonic()
         target.failures = 0 if link.lived_s(now) >= _LIVED_S else target.failures + 1
         if link.lived_s(now):
             target.linked_at = now
 
-    async def _rest(self, target: _Target) -> None:
+    async def _wait(self, target: _Target) -> None:
         wait_s = _OWN_S if target.peer == self._own else back_off_s(target.failures, self._longest_s(target), self._chance())
         try:
             async with asyncio.timeout(wait_s):
@@ -127,7 +129,6 @@ class Dialler:
         target.failures = 0
 
     def _longest_s(self, target: _Target) -> float:
-        """A peer that was linked a moment ago is likely to come back: it is looked for often."""
         recent = target.linked_at is not None and self._clock.monotonic() - target.linked_at < _RECENT_S
         return _RECENT_LONGEST_S if recent else _LONGEST_S
 

@@ -1,4 +1,4 @@
-"""One link: the two connections with a peer, when it was last heard, and how long its round trip takes."""
+"""One link: the two connections with a peer (its lanes), when the peer was last heard, and the round-trip time."""
 
 import asyncio
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from meshd.protocol.transport import Buffer, Connection
 from meshd.types import PeerId
 
 _SMALL_ACTIVATION = 64 * KIB
-"""A decode step's activation travels beside the control messages, so that no prefill chunk is in front of it."""
+"""Activations up to this size, those of decode steps, use the control lane, so that they don't wait behind prefill chunks."""
 _RTT_WEIGHT = 0.125
-"""Of a new sample in the mean, as in TCP (RFC 6298)."""
+"""Weight of a new sample in the mean, as in TCP (RFC 6298)."""
 
 
 class Link:
-    """A link, from the first HELLO until it ends. It is up once both lanes are and the other side knows it."""
+    """A link from its first HELLO to its end. It is up once both lanes are joined and both peers know that."""
 
     def __init__(
         self, peer: PeerId, number: int, *, dialled: bool, now: float, on_end: Callable[["Link", str, bool], None]
@@ -39,7 +39,7 @@ class Link:
 
     @property
     def joined(self) -> bool:
-        """Whether both lanes are there."""
+        """Whether both lanes are connected."""
         return len(self.lanes) == len(Lane)
 
     @property
@@ -47,11 +47,11 @@ class Link:
         return sum(connection.queued_bytes for connection in self.lanes.values())
 
     def lived_s(self, now: float) -> float:
-        """How long it has been, or was, up."""
+        """Returns: how long the link has been up."""
         return now - self.up_since if self.up_since else 0.0
 
-    def present(self, now: float) -> ExistingLink:
-        """The facts that decide between this link and another one with the same peer."""
+    def as_existing(self, now: float) -> ExistingLink:
+        """Describe this link for `choose_link`, which decides between it and a second link with the same peer."""
         incarnation = self.agreement.hello.incarnation if self.agreement else None
         return ExistingLink(incarnation=incarnation, dialled=self.dialled, up=self.up, silent_s=now - self.heard)
 
@@ -68,7 +68,7 @@ class Link:
         self.send(Heartbeat(sequence=self._sequence, sent_ns=int(now * 1e9)))
 
     def beat_answered(self, answer: HeartbeatAck, now: float) -> None:
-        """Learn the round trip from a heartbeat's answer."""
+        """Update the round-trip time from the answer to a heartbeat. Implausible answers are ignored."""
         rtt_s = now - answer.sent_ns / 1e9
         if rtt_s < 0 or not 0 < answer.sequence <= self._sequence:
             return
@@ -76,9 +76,9 @@ class Link:
         self.rtt_mean_s = rtt_s if self.rtt_mean_s is None else self.rtt_mean_s + _RTT_WEIGHT * (rtt_s - self.rtt_mean_s)
 
     def end(self, reason: str, farewell: Message | None = None, *, on_purpose: bool = False) -> None:
-        """Close both lanes, with a farewell if the other side can still hear it. May be repeated.
+        """Close both lanes, after `farewell` if there is one. Later calls do nothing.
 
-        What ends without a farewell and not on purpose is a fault, and logged as one.
+        An end without a farewell counts as a fault, unless it is `on_purpose`.
         """
         if self.gone.is_set():
             return
@@ -87,11 +87,11 @@ class Link:
             if farewell is None:
                 connection.abort(reason)
             else:
-                connection.close(reason, farewell)  # on both: either may be the first that the other side sees closing
+                connection.close(reason, farewell)  # on both, because the other side may see either close first
         self._on_end(self, reason, on_purpose or farewell is not None)
 
     async def closed(self) -> None:
-        """Wait until both sockets are gone."""
+        """Wait until both sockets are closed."""
         for connection in self.lanes.values():
             await connection.closed()
 

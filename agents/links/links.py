@@ -1,7 +1,7 @@
-"""The links of this peer with all others: one authenticated pair of connections each, found, kept alive and found again.
+"""The links of this peer: one authenticated pair of connections with each other peer, dialled, kept alive and dialled again.
 
-Everything runs in one event loop. Handlers are called from within its read and must not block; one that takes time returns an
-awaitable.
+Everything runs in one event loop. Handlers are called while it reads from a socket and must not block; a handler that takes time
+returns an awaitable.
 """
 
 import asyncio
@@ -33,16 +33,16 @@ log = logging.getLogger("meshd.links")
 _CLOSE_S = 0.9
 _ADDRESSES_PER_PEER = 16
 _MAX_LOCAL = 4096
-"""Messages to oneself that may wait for the event loop."""
+"""Maximum number of messages of this peer to itself that wait for the event loop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkSettings:
-    """Where links listen, and their timing."""
+    """The address that links listen on, and their timing."""
 
     host: str = "0.0.0.0"
     port: int = 6375
-    """0: a free one."""
+    """0: any free port."""
     timing: Timing = field(default_factory=Timing)
 
 
@@ -67,8 +67,8 @@ class LinkRow(TypedDict):
 class Links:
     """The actor that owns all links.
 
-    `on_up(peer, hello, address)` comes before the first message of a link, `on_down(peer, reason)` after its last; a peer that
-    restarts goes down and up. `on_notice(text)` gets what a person should see: a copied identity, a version that doesn't match.
+    `on_up(peer, hello, address)` is called before the first message of a link, `on_down(peer, reason)` after its last. A peer that
+    restarts goes down and up. `on_notice(text)` receives problems to show to the user: a copied identity, or a version mismatch.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Links:
         self._dispatcher = Dispatcher(self.send, self._linklog)
         self._table = LinkTable(self.id, self._dispatcher, clock, self._linklog, settings.timing, on_up, on_down)
         self._opener = LinkOpener(
-            identity, _greeting(self.id, name, incarnation), self._table, clock, self._linklog, on_notice, self._met
+            identity, _greeting(self.id, name, incarnation), self._table, clock, self._linklog, on_notice, self._record_address
         )
         self._dialler = Dialler(self._opener.dial, self.id, self._table, clock)
         self._addresses: dict[PeerId, dict[Address, None]] = {}
@@ -101,15 +101,19 @@ class Links:
     def register(self, message_type: type[M], handler: Handler[M]) -> None:
         """Register `handler(peer, message, payload)` for messages of this type.
 
-        It returns None, a Reply, or (Reply, payload), or an awaitable of these, which then runs as a task. A MeshdError that it
-        raises is sent as ERROR. The payload's memory belongs to the handler. Raises: ValueError if there is a handler already.
+        The handler returns None, a Reply, or (Reply, payload), or an awaitable of these, which then runs as a task. A MeshdError
+        that it raises is sent as ERROR. The payload's memory belongs to the handler.
+
+        Raises: ValueError if there is a handler already.
         """
         self._dispatcher.register(message_type, handler)
 
     def send(self, peer: PeerId, message: Message, payload: Buffer | None = None) -> None:
-        """Send now or as soon as the socket takes it; never waits. To oneself it goes through the same handlers, in order.
+        """Send a message, or queue it until the socket is writable.
 
-        The payload must not change afterwards. Raises: PeerLost, Overloaded, InvalidRequest (larger than the peer accepts).
+        A message to this peer itself goes to its own handlers, in order. The payload must not change afterwards.
+
+        Raises: PeerLost, Overloaded; InvalidRequest if the message is larger than the peer accepts.
         """
         if peer == self.id:
             self._send_local(message, payload)
@@ -127,48 +131,50 @@ class Links:
         *,
         timeout_s: float,
     ) -> tuple[Reply, memoryview]:
-        """Send a request (or what makes one of a number) and wait for its reply and the reply's payload.
+        """Send a request and wait for its reply. `message` may be a function that makes the request from a request number.
 
-        Raises: RemoteFailure if it answers ERROR; PeerLost if the link ends or nothing comes in time; Overloaded, InvalidRequest.
+        Returns: the reply and its payload.
+        Raises: RemoteFailure if the peer answers ERROR; PeerLost if the link ends or no reply comes in time; Overloaded,
+        InvalidRequest.
         Cancel: a late reply is dropped.
         """
         return await self._dispatcher.request(peer, message, payload, timeout_s)
 
     def next_request(self) -> int:
-        """A request number that was not used yet."""
+        """Returns: a request number that was not used yet."""
         return self._dispatcher.next_request()
 
     def connect(self, host: str, port: int, source: str) -> None:
-        """Dial an address now and, with back-off, until the source forgets it. Source `static`: for ever."""
+        """Dial an address now, and with back-off until its source forgets it. The source `static` never forgets."""
         self._dialler.connect((host, port), source)
 
     def forget(self, host: str, port: int, source: str) -> None:
-        """The source does not advertise this address any more."""
+        """Remove a source of an address; without sources it is no longer dialled."""
         self._dialler.forget((host, port), source)
 
     def peers(self) -> list[PeerId]:
-        """Those that are linked now."""
+        """Returns: the peers whose link is up."""
         return [link.peer for link in self._table if link.up]
 
     def silence_s(self, peer: PeerId) -> float:
-        """How long nothing has come from a peer that is linked; infinite if it is not."""
+        """Returns: how long nothing has come from a peer; infinity if its link is not up."""
         link = self._table.get(peer)
         return self._clock.monotonic() - link.heard if link is not None and link.up else float("inf")
 
     def addresses(self, peer: PeerId) -> list[str]:
-        """Every address at which this peer was met, oldest first."""
+        """Returns: the addresses at which this peer was reached, oldest first."""
         return [f"{host}:{port}" for host, port in self._addresses.get(peer, ())]
 
     def rows(self) -> list[LinkRow]:
-        """The links that are up."""
+        """Describe the links that are up."""
         return [self._row(link) for link in self._table if link.up]
 
     def refusals(self) -> list[RefusalRow]:
-        """The latest 64 peers and strangers that were not linked with, and why."""
+        """Returns: the latest 64 refusals of peers and other devices, with reasons."""
         return self._linklog.rows()
 
     def bind(self) -> int:
-        """Begin to listen. Returns: the port. Raises: ConfigError if that is not possible."""
+        """Start listening. Returns: the port. Raises: ConfigError if the address can't be used."""
         if not self._listeners:
             host, port = self._settings.host, self._settings.port
             try:
@@ -181,7 +187,7 @@ class Links:
         return self._opener.greeting.port
 
     async def run(self) -> None:
-        """Own all links until `close`. Raises: ConfigError as `bind`. Cancel: all connections are aborted."""
+        """Run all links until `close`. Raises: ConfigError as `bind`. Cancel: all connections are aborted."""
         self.bind()
         try:
             async with asyncio.TaskGroup() as group:
@@ -200,7 +206,7 @@ class Links:
                 listener.close()
 
     async def close(self, reason: str) -> None:
-        """Say GOODBYE on every link and end `run`, within a second."""
+        """Send GOODBYE on every link and end `run`, within a second."""
         self._dialler.stop()
         links = list(self._table)
         for link in links:
@@ -220,7 +226,7 @@ class Links:
             try:
                 raw, remote = await loop.sock_accept(listener)
             except OSError as error:
-                self._linklog.warn("accept", "connections can't be accepted: %s", error)
+                self._linklog.warn("accept", "connections can't be accepted, trying again: %s", error)
                 await self._clock.sleep(self._settings.timing.heartbeat_s)
             else:
                 task = group.create_task(self._opener.welcome(raw, remote[:2]))
@@ -252,7 +258,7 @@ class Links:
         self._local -= 1
         self._dispatcher.deliver(self.id, message, payload)
 
-    def _met(self, peer: PeerId, address: Address) -> None:
+    def _record_address(self, peer: PeerId, address: Address) -> None:
         known = self._addresses.setdefault(peer, {})
         if len(known) < _ADDRESSES_PER_PEER:
             known[address] = None
@@ -295,7 +301,7 @@ def _greeting(own: PeerId, name: str, incarnation: int) -> Hello:
 
 
 def _close_unwelcomed(raw: socket.socket, welcome: asyncio.Task[None]) -> None:
-    """A task that is cancelled before its first step closes nothing itself."""
+    """Close the socket of a task that was cancelled before its first step, and so could not close it."""
     if welcome.cancelled():
         raw.close()
 

@@ -1,4 +1,4 @@
-"""What went wrong between peers, without flooding: a few rows for `meshd status` and one log line per cause and minute."""
+"""Reports problems between peers without flooding: a few rows for `meshd status`, and one log line per cause and minute."""
 
 import logging
 from collections import OrderedDict, deque
@@ -14,18 +14,18 @@ _QUIET_S = 60.0
 
 
 class RefusalRow(TypedDict):
-    """A peer, or a stranger, that was not linked with."""
+    """A peer, or another device, that was refused a link."""
 
     address: str
     peer: PeerId | None
     reason: str
     at: float
-    """Seconds since the epoch, when last seen."""
+    """When it was last refused, in seconds since the Unix epoch."""
     count: int
 
 
 class LinkLog:
-    """Remembers the latest refusals and limits how often the same thing is logged."""
+    """Keeps the latest refusals and limits how often the same cause is logged."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -33,14 +33,14 @@ class LinkLog:
         self._logged: OrderedDict[str, float] = OrderedDict()
 
     def refused(self, address: str, peer: PeerId | None, reason: str) -> bool:
-        """Record a refusal. Returns: whether it is a new one, and so worth a notice."""
+        """Record a refusal. Returns: whether it is new, and so worth a notice to the user."""
         for row in self._rows:
             if (row["address"], row["peer"], row["reason"]) == (address, peer, reason):
                 row["at"] = self._clock.wall()
                 row["count"] += 1
                 return False
         self._rows.append(RefusalRow(address=address, peer=peer, reason=reason, at=self._clock.wall(), count=1))
-        self.warn(f"refused {address}", "%s is not linked with: %s", address, reason)
+        self.warn(f"refused {address}", "no link with %s: %s", address, reason)
         return True
 
     def warn(self, cause: str, text: str, *values: object) -> bool:

@@ -1,4 +1,4 @@
-"""HELLO on both ends: from an address or an accepted socket to a link that is up, or to one clear reason why not."""
+"""Opens links, as dialler and as acceptor: TLS, HELLO on both lanes, and one clear reason if no link comes up."""
 
 import asyncio
 import logging
@@ -23,12 +23,12 @@ from meshd.types import PeerId
 log = logging.getLogger("meshd.links")
 MAX_LINKS = 256
 HALF_OPEN = 64
-"""Accepted connections that have not said HELLO; more are closed at once."""
+"""Maximum number of accepted connections without a HELLO; further ones are closed at once."""
 HALF_OPEN_PER_HOST = 16
 
 
 class LinkOpener:
-    """Dials and accepts connections; failures go into the link log."""
+    """Dials and accepts connections, and records refusals in the link log."""
 
     def __init__(
         self,
@@ -38,28 +38,30 @@ class LinkOpener:
         clock: Clock,
         linklog: LinkLog,
         on_notice: Callable[[str], None],
-        on_met: Callable[[PeerId, Address], None],
+        on_address: Callable[[PeerId, Address], None],
     ) -> None:
         self.greeting = greeting
-        """Our HELLO, but for link and lane."""
+        """This peer's HELLO; link and lane are filled in for each connection."""
         self._identity = identity
         self._table = table
         self._clock = clock
         self._linklog = linklog
         self._on_notice = on_notice
-        self._on_met = on_met
+        self._on_address = on_address
         self._limits = FrameLimits(greeting.max_header, greeting.max_payload)
         self._half_open: Counter[str] = Counter()
 
     def listens_on(self, port: int) -> None:
-        """Where this peer listens, for its HELLO."""
+        """Set the port that this peer's HELLO shows."""
         self.greeting = msgspec.structs.replace(self.greeting, port=port)
 
     async def dial(self, address: Address) -> PeerId:
-        """Link with the peer at this address, unless there is a link with it already. Returns: its id, which may be our own.
+        """Open a link with the peer at this address, unless there is one with that peer already.
 
-        Raises: PeerLost if it can't be reached or withdraws; PeerRefused, ProtocolViolation (both are recorded in the link log).
-        Cancel: nothing stays open.
+        Returns: the id of the peer there, which may be this peer's own.
+        Raises: PeerLost if the peer can't be reached or withdraws; PeerRefused, ProtocolViolation (both are recorded in the link
+        log).
+        Cancel: the connections are closed.
         """
         control = await self._connect(address)
         try:
@@ -74,7 +76,7 @@ class LinkOpener:
             link = self._table.get(control.peer)
             if link is None or link.lanes.get(Lane.CONTROL) is not control:
                 control.abort("no link came of it")
-        self._on_met(control.peer, address)
+        self._on_address(control.peer, address)
         return control.peer
 
     async def _connect(self, address: Address) -> Connection:
@@ -93,7 +95,7 @@ class LinkOpener:
             raise
 
     async def _dial_link(self, control: Connection) -> None:
-        link = self._table.dialled(control.peer, int.from_bytes(self._clock.random_bytes(8), "big") >> 1)
+        link = self._table.begin_dialled(control.peer, int.from_bytes(self._clock.random_bytes(8), "big") >> 1)
         try:
             agreement = await self._greet(control, Lane.CONTROL, link.number)
             self._table.join(link, Lane.CONTROL, control, agreement)
@@ -129,11 +131,11 @@ class LinkOpener:
         self._check_own(agreement.hello, connection)
 
     async def welcome(self, raw: socket.socket, remote: Address) -> None:
-        """Take an accepted socket through TLS and HELLO. Cancel: it is closed."""
+        """Take an accepted socket through TLS and HELLO. Cancel: the socket is closed."""
         host = remote[0]
         if self._half_open.total() >= HALF_OPEN or self._half_open[host] >= HALF_OPEN_PER_HOST:
             raw.close()
-            self._linklog.warn(f"crowd {host}", "%s opens more connections than it greets on", host)
+            self._linklog.warn(f"crowd {host}", "%s opens too many connections without a HELLO; further ones are closed", host)
             return
         self._half_open[host] += 1
         try:
@@ -141,7 +143,7 @@ class LinkOpener:
         except PeerRefused as error:
             self._refuse(host, None, error)
         except (MeshdError, TimeoutError) as error:
-            log.debug("a connection from %s came to nothing: %s", host, error)
+            log.debug("a connection from %s made no link: %s", host, error)
         finally:
             self._half_open -= Counter({host: 1})
 
@@ -154,7 +156,7 @@ class LinkOpener:
             try:
                 self._admit(connection, check_hello(await connection.first(), connection.peer))
             except PeerRefused as error:
-                # with our HELLO the other side can say why
+                # With this HELLO the other side can report why it was refused.
                 connection.close(str(error), self._hello(Lane.CONTROL, 0))
                 self._refuse(connection.remote[0], connection.peer, error)
             except ProtocolViolation as error:
@@ -178,14 +180,14 @@ class LinkOpener:
 
     def _admit_control(self, connection: Connection, agreement: HelloAgreement, answer: Hello) -> None:
         crowded = len(self._table) >= MAX_LINKS and self._table.get(connection.peer) is None
-        link = None if crowded else self._table.offered(agreement)
+        link = None if crowded else self._table.begin_accepted(agreement)
         if link is None:
             reason = "no room for more links" if crowded else "there is a link already"
             connection.close(reason, Goodbye(reason=reason))
             return
         self._table.join(link, Lane.CONTROL, connection, agreement)
         connection.send(answer)
-        self._on_met(connection.peer, (connection.remote[0], agreement.hello.port))
+        self._on_address(connection.peer, (connection.remote[0], agreement.hello.port))
 
     def _admit_bulk(self, connection: Connection, agreement: HelloAgreement, answer: Hello) -> None:
         link = self._table.get(connection.peer)

@@ -1,7 +1,8 @@
-"""What a link can do, measured by the peer that sends: round trip, the time of one activation's hop, bytes per second.
+"""Measures links from the sending peer: round-trip time, hop time of one activation, and bandwidth.
 
-Three rounds of PROBE, within a second and 32 MiB together: empty ones give the round trip, echoed ones of an activation's size the
-hop, and growing ones the bandwidth. The ramp stops at the first size that takes longer than a step may be delayed.
+There are three rounds of PROBE, within a second and 32 MiB together. Empty probes give the round trip, echoed probes of an
+activation's size give the hop time, and growing probes give the bandwidth. The growth stops at the first size that takes longer
+than a step may be delayed.
 """
 
 import asyncio
@@ -22,15 +23,16 @@ ACTIVATION_BYTES = 8 * KIB
 RAMP_BYTES = (64 * KIB, 256 * KIB, 1 * MIB, 4 * MIB, 8 * MIB)
 _SAMPLES = 12
 _SAMPLING_S = 0.2
-"""For the round trips, and again for the hops; on a slow link fewer samples fit."""
+"""Time limit of the round-trip samples, and again of the hop samples; a slow link gives fewer samples."""
 _SLOW_S = 0.05
+"""The growth of probes stops at the first round trip longer than this, because a step may have to wait for a probe."""
 _ANSWER_S = 2.0
 
 
 class LinkProber:
     """Measures each peer's link when it comes up, every ten minutes, and when asked.
 
-    One at a time, so that none disturbs another. `on_change` is called after every new measurement.
+    Links are measured one at a time, so that no measurement disturbs another. `on_change` is called after each of them.
     """
 
     def __init__(self, links: Links, clock: Clock, on_change: Callable[[], None]) -> None:
@@ -57,23 +59,23 @@ class LinkProber:
             self._tasks.clear()
 
     def stats(self) -> dict[PeerId, LinkStats]:
-        """The latest measurement of each peer that is linked."""
+        """Returns: the latest measurement of each linked peer."""
         return dict(self._stats)
 
     def link_up(self, peer: PeerId) -> None:
-        """Measure this peer's link now and then every ten minutes."""
+        """Measure the link with this peer now and every ten minutes."""
         self.link_down(peer)
         if self._group is not None:
             self._tasks[peer] = self._group.create_task(self._repeat(peer))
 
     def link_down(self, peer: PeerId) -> None:
-        """Stop measuring it and forget what was measured."""
+        """Stop measuring the link with this peer, and forget its measurement."""
         self._stats.pop(peer, None)
         if (task := self._tasks.pop(peer, None)) is not None:
             task.cancel()
 
     async def probe(self, peer: PeerId) -> LinkStats | None:
-        """Measure now, or join a measurement of this peer that is under way. Returns: None if it failed; the log says why."""
+        """Measure now, or wait for a measurement of this peer that is running. Returns: None if it failed; the log shows why."""
         if (running := self._running.get(peer)) is not None:
             return await asyncio.shield(running)
         outcome: asyncio.Future[LinkStats | None] = asyncio.get_running_loop().create_future()
@@ -113,7 +115,7 @@ class LinkProber:
         return samples
 
     async def _bandwidth(self, peer: PeerId, rtt_s: float) -> float:
-        """The best of the sizes: the small ones are dominated by what each message costs."""
+        """Returns: the best bandwidth of all sizes. With small sizes, the fixed cost of a message dominates."""
         best = 0.0
         for size in RAMP_BYTES:
             elapsed_s = await self._round_trip(peer, self._filler[:size], echo=False)

@@ -1,4 +1,4 @@
-"""Gives messages to their handlers, and replies to the requests that wait for them."""
+"""Passes each message to its handler, and each reply to the request that waits for it."""
 
 import asyncio
 import inspect
@@ -23,9 +23,9 @@ Handler = Callable[[PeerId, M, memoryview], Answer | Awaitable[Answer]]
 Send = Callable[[PeerId, Message, Buffer | None], None]
 
 MAX_TASKS = 256
-"""Asynchronous handlers that may run at once; further requests are answered `overloaded`."""
+"""Maximum number of asynchronous handlers that run at once; further requests are answered `overloaded`."""
 MAX_REQUESTS = 1024
-"""Own requests that may wait for their reply at once."""
+"""Maximum number of this peer's requests that wait for a reply at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,9 @@ class _Waiting:
 
 
 class Dispatcher:
-    """Calls the handler of each message and sends its answer; resolves requests when their reply comes.
+    """Calls the handler of each message and sends its answer. Completes a request when its reply comes.
 
-    Handlers run from within the event loop's read; one that returns an awaitable continues as a task.
+    Handlers are called while the event loop reads from a socket; an awaitable that a handler returns runs as a task.
     """
 
     def __init__(self, send: Send, linklog: LinkLog) -> None:
@@ -51,18 +51,18 @@ class Dispatcher:
         """Owns the tasks of asynchronous handlers; set while the links run."""
 
     def register(self, message_type: type[M], handler: Handler[M]) -> None:
-        """Register the handler of a message type. Raises: ValueError if it has one."""
+        """Register the handler of a message type. Raises: ValueError if the type has one already."""
         if message_type in self._handlers:
             raise ValueError(f"{message_type.__name__} has a handler already")
         self._handlers[message_type] = handler
 
     def next_request(self) -> int:
-        """A request number that this peer has not used."""
+        """Returns: a request number that this peer has not used."""
         self._last_request += 1
         return self._last_request
 
     def deliver(self, peer: PeerId, message: Message, payload: memoryview) -> None:
-        """Give a message to its handler, or to the request that waits for it."""
+        """Pass a message to its handler, or a reply to the request that waits for it."""
         if isinstance(message, Reply) and self._resolve(peer, message, payload):
             return
         handler = self._handlers.get(type(message))
@@ -82,10 +82,7 @@ class Dispatcher:
     async def request(
         self, peer: PeerId, message: Request | Callable[[int], Request], payload: Buffer | None, timeout_s: float
     ) -> tuple[Reply, memoryview]:
-        """Send and wait for the reply.
-
-        Raises: RemoteFailure, PeerLost (time-out too), Overloaded, InvalidRequest. Cancel: a late reply is dropped.
-        """
+        """Send a request and wait for its reply. See `Links.request`."""
         asked = message if isinstance(message, Request) else message(self.next_request())
         if len(self._waiting) >= MAX_REQUESTS:
             raise Overloaded(f"{MAX_REQUESTS} requests to peers wait for their reply already")
@@ -104,13 +101,13 @@ class Dispatcher:
         return reply, data
 
     def peer_lost(self, peer: PeerId, reason: str) -> None:
-        """Fail the requests that wait for this peer."""
+        """Fail the requests that wait for a reply of this peer."""
         for waiting in self._waiting.values():
             if waiting.peer == peer and not waiting.reply.done():
                 waiting.reply.set_exception(PeerLost(reason))
 
     def cancel_tasks(self) -> None:
-        """End all asynchronous handlers."""
+        """Cancel all asynchronous handlers."""
         for task in self._tasks:
             task.cancel()
 
@@ -169,7 +166,7 @@ class Dispatcher:
 def try_send(
     send: Callable[[PeerId, Message, Buffer | None], None], peer: PeerId, message: Message, payload: Buffer | None = None
 ) -> None:
-    """Send a message whose loss does no harm: its receiver learns the fact in another way, such as the link's end."""
+    """Send a message whose loss does no harm, because its receiver learns the same in another way, such as the link's end."""
     try:
         send(peer, message, payload)
     except MeshdError as error:
@@ -177,5 +174,5 @@ def try_send(
 
 
 def to_view(payload: Buffer | None) -> memoryview:
-    """A payload as its receiver sees it."""
+    """View a payload as bytes, as its receiver does."""
     return EMPTY if payload is None else memoryview(payload).cast("B")

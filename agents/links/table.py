@@ -1,4 +1,4 @@
-"""The links of a peer, at most one with each other peer: how they come up, what keeps them alive, how they end."""
+"""The table of links, at most one with each other peer: brings them up, keeps them alive, and decides when they have ended."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -18,19 +18,20 @@ from meshd.types import PeerId
 
 log = logging.getLogger("meshd.links")
 LEFT = "it left"
-"""How the reason begins when a peer said goodbye: no fault."""
+"""Prefix of the reason when a link ends by GOODBYE, which is no fault."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """When a link counts as lost, in seconds."""
+    """Heartbeats and time limits of a link, in seconds."""
 
     heartbeat_s: float = 0.5
     silence_s: float = 2.0
+    """A link ends when nothing was received for this long."""
     handshake_s: float = 5.0
-    """For TLS, HELLO and the second lane, each."""
+    """Limit of each step of opening: TLS, HELLO, and the second lane."""
     connect_s: float = 1.0
-    """For TCP to one address."""
+    """Limit of the TCP connection to one address."""
 
 
 OnUp = Callable[[PeerId, Hello, Address], None]
@@ -38,7 +39,7 @@ OnDown = Callable[[PeerId, str], None]
 
 
 class LinkTable:
-    """Owns every Link. A link is announced with `on_up` before its first message, and with `on_down` after its last."""
+    """Owns every Link. Calls `on_up` before a link's first message, and `on_down` after its last."""
 
     def __init__(
         self, own: PeerId, dispatcher: Dispatcher, clock: Clock, linklog: LinkLog, timing: Timing, on_up: OnUp, on_down: OnDown
@@ -60,25 +61,25 @@ class LinkTable:
         return iter(tuple(self._links.values()))
 
     def get(self, peer: PeerId) -> Link | None:
-        """The link with a peer, up or not yet."""
+        """Returns: the link with a peer, which may not be up yet."""
         return self._links.get(peer)
 
-    def dialled(self, peer: PeerId, number: int) -> Link:
-        """Begin a link that we dial; there must be none with this peer."""
+    def begin_dialled(self, peer: PeerId, number: int) -> Link:
+        """Begin a link that this peer dials; there must be none with the other peer."""
         return self._begin(peer, number, dialled=True)
 
-    def offered(self, agreement: HelloAgreement) -> Link | None:
-        """Begin a link that a peer dialled. Returns: None if the existing one stays."""
+    def begin_accepted(self, agreement: HelloAgreement) -> Link | None:
+        """Begin a link that another peer dialled. Returns: None if the existing one is kept."""
         hello = agreement.hello
         present = self._links.get(hello.peer)
         fresh_s = 2 * self.timing.heartbeat_s
-        verdict = choose_link(present.present(self._now()) if present else None, hello, self.own, fresh_s=fresh_s)
+        verdict = choose_link(present.as_existing(self._now()) if present else None, hello, self.own, fresh_s=fresh_s)
         if verdict is LinkChoice.REFUSE:
             return None
         if present is not None:
             known = present.agreement
             restarted = known is not None and known.hello.incarnation != hello.incarnation
-            present.end("it has restarted" if restarted else "it has dialled anew")
+            present.end("it has restarted" if restarted else "it has dialled again")
         return self._begin(hello.peer, hello.link, dialled=False)
 
     def join(self, link: Link, lane: Lane, connection: Connection, agreement: HelloAgreement) -> None:
@@ -89,7 +90,7 @@ class LinkTable:
         link.lanes[lane] = connection
 
     def bring_up(self, link: Link) -> None:
-        """Both sides have both lanes."""
+        """Mark a link as up: both peers have both lanes."""
         assert link.agreement is not None
         link.up = True
         link.heard = link.up_since = self._now()
@@ -118,9 +119,9 @@ class LinkTable:
         _notify(partial(self._on_down, link.peer, reason))
 
     def check(self) -> None:
-        """Send each peer a heartbeat, and end the links that were silent for too long; called once per heartbeat.
+        """Send each peer a heartbeat, and end the links that were silent for too long. Called once per heartbeat interval.
 
-        If this process was late, every peer gets one more interval: what it sent may still be unread in the socket.
+        If this process was stalled, every peer gets one more interval, because its messages may still be unread in the socket.
         """
         now = self._now()
         stalled = now - self._checked > 2 * self.timing.heartbeat_s
@@ -144,7 +145,7 @@ class LinkTable:
         if not link.up:
             if link.dialled or not link.joined:
                 raise ProtocolViolation(f"{type(message).__name__} before the link was up")
-            # The dialler speaks only once it has both lanes: from here on both sides have the link.
+            # The dialler sends its first message only when it has both lanes, so now both peers know that the link is up.
             self.bring_up(link)
         if message.number > ProbeAck.number or not self._link_message(link, message, frame):
             self._dispatcher.deliver(link.peer, message, frame.payload)
@@ -169,7 +170,7 @@ class LinkTable:
 
 
 def _try(send: Callable[[], None]) -> None:
-    """Send what the next heartbeat or probe repeats anyway: a failure is only logged."""
+    """Send a message that the next heartbeat or probe replaces, so a failure is only logged."""
     try:
         send()
     except MeshdError as error:
@@ -177,8 +178,8 @@ def _try(send: Callable[[], None]) -> None:
 
 
 def _notify(listener: Callable[[], None]) -> None:
-    """Call a listener; an error of its own must not end the link."""
+    """Call a listener. An exception in it must not end the link."""
     try:
         listener()
     except Exception:
-        log.exception("a listener of the links failed")
+        log.exception("a listener of links failed (a bug in meshd); the link stays")

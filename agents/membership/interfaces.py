@@ -1,6 +1,6 @@
-"""Which network interfaces peers are looked for on: every LAN, never container bridges or tunnels unless they are named.
+"""Chooses the network interfaces to look for peers on: every LAN; container bridges and tunnels only if they are named.
 
-Linux says in sysfs what an interface is; names decide only where it does not (other systems, or a sysfs of another namespace).
+On Linux, sysfs shows what an interface is. Names decide only without it (other systems, or a sysfs of another namespace).
 """
 
 import ipaddress
@@ -15,14 +15,14 @@ import psutil
 
 SYSFS_NET = Path("/sys/class/net")
 _ARPHRD_ETHERNET = frozenset({1, 6, 24, 32, 801, 802, 803})
-"""linux/if_arp.h: Ethernet, IEEE 802, FireWire, InfiniBand, 802.11; the others up to loopback are tunnels of some kind."""
+"""From linux/if_arp.h: Ethernet, IEEE 802, FireWire, InfiniBand and 802.11. Other types, except loopback, are tunnels."""
 _ARPHRD_LOOPBACK = 772
 _LOWER_DEPTH = 4
-"""How far to look below a bridge: bridge, VLAN, bond, card."""
+"""How many levels to search below an interface: bridge, VLAN, bond, card."""
 
 
 class InterfaceKind(StrEnum):
-    """What an interface leads to."""
+    """The kind of network that an interface leads to."""
 
     LAN = "network"
     VIRTUAL = "virtual pair"
@@ -47,13 +47,13 @@ _NAMES: tuple[tuple[InterfaceKind, re.Pattern[str]], ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interface:
-    """One interface as the system describes it."""
+    """One network interface as the system describes it."""
 
     name: str
     index: int
     kind: InterfaceKind
     up: bool
-    """Configured up, with a carrier."""
+    """Whether it is configured up and has a carrier."""
     multicast: bool
     networks: tuple[str, ...]
     """IPv4 addresses with their prefix: `192.168.1.7/24`."""
@@ -65,7 +65,7 @@ class Interface:
 
 @dataclass(frozen=True, slots=True)
 class InterfaceChoice:
-    """Whether an interface is used, and why or why not, for people."""
+    """Whether an interface is used, with the reason for people."""
 
     interface: Interface
     used: bool
@@ -75,9 +75,9 @@ class InterfaceChoice:
 def choose_interfaces(interfaces: Iterable[Interface], named: Sequence[str] = ()) -> list[InterfaceChoice]:
     """Pick the interfaces to look for peers on.
 
-    With `named` (names or addresses), exactly those that are up. Otherwise every LAN; if there is none, virtual pairs (a container
-    whose only interface is one end of a veth), and if there is none either, loopback, so that daemons of one machine find each
-    other. Container bridges and tunnels are used only by name.
+    With `named` (names or addresses), these are used if they are up. Otherwise every LAN is used. Without a LAN, virtual pairs are
+    used (in a container whose only interface is one end of a veth); without these, loopback, so that daemons on one machine find
+    each other. Container bridges and tunnels are used only by name.
     """
     present = list(interfaces)
     if named:
@@ -114,7 +114,7 @@ def _trouble(interface: Interface) -> str:
 
 
 def choice_warning(choices: Sequence[InterfaceChoice], named: Sequence[str] = ()) -> tuple[str, str] | None:
-    """Returns: what a person should know of the choice (`WHAT went wrong: WHY`) and how to fix it; None if all is well."""
+    """Returns: a warning for the user (`WHAT went wrong: WHY`) and how to fix it; None if all is well."""
     used = [choice.interface for choice in choices if choice.used]
     if missing := sorted(set(named) - {name for interface in used for name in (interface.name, *interface.addresses)}):
         why = {choice.interface.name: choice.why for choice in choices}
@@ -129,18 +129,18 @@ def choice_warning(choices: Sequence[InterfaceChoice], named: Sequence[str] = ()
 
 
 def used_addresses(choices: Iterable[InterfaceChoice]) -> list[str]:
-    """The IPv4 addresses of the interfaces in use, in order."""
+    """Returns: the IPv4 addresses of the interfaces in use, in order."""
     return [address for choice in choices if choice.used for address in choice.interface.addresses]
 
 
 def nearest_first(addresses: Iterable[str], choices: Iterable[InterfaceChoice]) -> tuple[str, ...]:
-    """Order a peer's addresses: those on a network that this device is on come first, else as they were."""
+    """Order a peer's addresses: those on a network of this device come first; the order is otherwise kept."""
     local = [ipaddress.ip_interface(network).network for choice in choices if choice.used for network in choice.interface.networks]
     return tuple(sorted(addresses, key=lambda address: not any(ipaddress.ip_address(address) in network for network in local)))
 
 
 def present_interfaces(sysfs: Path = SYSFS_NET) -> list[Interface]:
-    """All interfaces of this device (of this network namespace), in the system's order."""
+    """List the interfaces of this device, in its network namespace and in the system's order."""
     statistics = psutil.net_if_stats()
     found = []
     for name, addresses in psutil.net_if_addrs().items():
@@ -166,27 +166,27 @@ def present_interfaces(sysfs: Path = SYSFS_NET) -> list[Interface]:
 
 
 def interface_kind(name: str, index: int, flags: set[str], sysfs: Path = SYSFS_NET) -> InterfaceKind:
-    """What an interface leads to. `flags` are psutil's (`up`, `loopback`, `pointopoint`, ...; empty where unknown)."""
+    """Determine an interface's kind. `flags` are psutil's (`up`, `loopback`, `pointopoint`, ...; empty where unknown)."""
     if "loopback" in flags:
         return InterfaceKind.LOOPBACK
     if "pointopoint" in flags:
         return InterfaceKind.TUNNEL
     folder = sysfs / name
-    if _is_ours(folder, index) and (kind := _kind_in_sysfs(folder)) is not None:
+    if _in_namespace(folder, index) and (kind := _kind_in_sysfs(folder)) is not None:
         return kind
     return next((kind for kind, pattern in _NAMES if pattern.match(name)), InterfaceKind.LAN)
 
 
 def _index(name: str) -> int:
-    """Returns: 0 if it has just gone, or the system has no number for it."""
+    """Returns: the interface's number; 0 if it has just gone or the system has no number for it."""
     try:
         return socket.if_nametoindex(name)
     except OSError:
         return 0
 
 
-def _is_ours(folder: Path, index: int) -> bool:
-    """Whether sysfs shows this namespace's interface: after a bare setns(2) it still shows the old one's."""
+def _in_namespace(folder: Path, index: int) -> bool:
+    """Whether sysfs shows the interface of this namespace: after a bare setns(2) it still shows those of the old one."""
     try:
         return int((folder / "ifindex").read_text()) == index
     except (OSError, ValueError):
@@ -194,7 +194,7 @@ def _is_ours(folder: Path, index: int) -> bool:
 
 
 def _kind_in_sysfs(folder: Path) -> InterfaceKind | None:
-    """Returns: None if sysfs does not show it; then the name decides."""
+    """Returns: the kind; None if sysfs does not show it, and so the name decides."""
     try:
         hardware_type = int((folder / "type").read_text())
     except (OSError, ValueError):
@@ -211,7 +211,7 @@ def _kind_in_sysfs(folder: Path) -> InterfaceKind | None:
 
 
 def _leads_to_hardware(folder: Path, depth: int) -> bool:
-    """A card, or a bridge, bond or VLAN with a card somewhere below: a machine's own `br0` is its LAN, `docker0` is not."""
+    """Whether the interface is a card, or a bridge, bond or VLAN over a card. A machine's own `br0` is; `docker0` is not."""
     if (folder / "device").exists():
         return True
     return depth > 0 and any(_leads_to_hardware(lower, depth - 1) for lower in folder.glob("lower_*"))

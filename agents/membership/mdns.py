@@ -1,11 +1,11 @@
-"""How peers of a cluster find one another on the LAN: mDNS. What it finds are hints for the links.
+"""Finds the peers of a cluster on the LAN by mDNS. Its findings are hints; only an authenticated link proves a peer.
 
-What mDNS shows to anyone who listens: the instance name is the peer's id, the SRV record has the link's port, and TXT carries the
-cluster's public fingerprint, protocol and software version, the device's name and a load summary. Nothing else.
+Everyone on the LAN can read what mDNS sends: the peer's id (the instance name), the link's port (SRV), and in TXT the cluster's
+public fingerprint, the protocol and software versions, the device's name and a load summary. It sends nothing else.
 
-Speed. RFC 6762 has a responder probe before it announces (zeroconf takes 1.2 s for it) unless it knows by other means that its name
-is unique (section 8.1): here the name is the hash of a public key, so it announces at once. It still sends one probe, because that
-is the one question that everyone answers immediately: a newcomer knows all others within milliseconds.
+Speed. By RFC 6762 section 8.1 a responder probes before it announces (zeroconf takes 1.2 s for that), unless it knows by other
+means that its name is unique. Here the name is the hash of a public key, so the peer announces at once. It still sends one probe,
+because all responders answer a probe immediately: so a new peer finds all others within milliseconds.
 """
 
 import asyncio
@@ -31,16 +31,16 @@ from meshd.clock import Clock
 from meshd.types import PeerId
 
 RECHECK_S = 2.0
-"""How often the interfaces are read again."""
+"""Interval of reading the list of interfaces."""
 _AGAIN_S = 1.0
-"""Until a second announcement (RFC 6762 section 8.3). Others' zeroconf drops a packet that it heard within 0.8 s: one that came
-back at once after a power loss would be taken for its former self."""
+"""Delay of the second announcement (RFC 6762 section 8.3). zeroconf drops a packet that equals one from the last 0.8 s, so others
+may miss the first announcement of a peer that restarts at once after a power loss."""
 _LOAD_EVERY_S = 10.0
 """A changed load summary is announced at most this often."""
 _WOKEN_S = 5.0
-"""The wall clock ran ahead of the monotonic one by this much between two looks: the device slept."""
+"""If the wall clock gains this much on the monotonic clock between two checks, the device was asleep."""
 _MAX_PEERS = 256
-"""Remembered of each kind (own cluster, others): a flood of made-up records costs no more than this."""
+"""Peers that are remembered of the own cluster, and as many of other clusters: a flood of forged records takes no more memory."""
 _ANY_HOST = frozenset({"", "0.0.0.0", "::"})
 _T = TypeVar("_T")
 
@@ -58,7 +58,7 @@ class MdnsDiscovery:
         host: str = "0.0.0.0",
         scan: Callable[[], list[Interface]] = present_interfaces,
     ) -> None:
-        """`interfaces` are names or addresses. `host` is where links listen: if that is one address, only it is advertised."""
+        """`interfaces` are names or addresses. `host` is where links listen; if it is a single address, only that is advertised."""
         self._announcement = announcement
         self._on_sighting = on_sighting
         self._clock = clock
@@ -74,24 +74,27 @@ class MdnsDiscovery:
 
     @property
     def interfaces(self) -> list[InterfaceChoice]:
-        """Every interface with whether it is used and why, as of the last look."""
+        """All interfaces with whether each is used and why, as of the last check."""
         return list(self._choices)
 
     def other_clusters(self) -> dict[str, int]:
-        """Peers seen that are of another cluster, counted by its fingerprint."""
+        """Returns: the number of peers seen of each other cluster, by its fingerprint."""
         counts: dict[str, int] = {}
         for cluster in self._others.values():
             counts[cluster] = counts.get(cluster, 0) + 1
         return counts
 
     def set_load(self, load: str) -> None:
-        """A summary for people; a change is announced within 10 s or so."""
+        """Set the load summary that people see. A change is announced after at most `_LOAD_EVERY_S` and one check."""
         self._load = load
 
     async def run(self) -> None:
-        """Advertise and listen. Without permission or multicast: report it and try again. Cancel: sends a goodbye, in 0.3 s."""
+        """Advertise and listen. If the system does not allow it, report that and retry.
+
+        Cancel: sends a goodbye, which takes 0.3 s.
+        """
         while True:
-            self._look()
+            self._read_interfaces()
             try:
                 zeroconf = AsyncZeroconf(interfaces=self._addresses())
             except OSError as error:
@@ -101,7 +104,7 @@ class MdnsDiscovery:
             await self._clock.sleep(RECHECK_S)
 
     async def _serve(self, zeroconf: AsyncZeroconf) -> None:
-        """Until cancelled, or until mDNS fails."""
+        """Advertise and listen until cancelled or until mDNS fails."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 await self._advertise_and_listen(zeroconf, tasks)
@@ -112,7 +115,7 @@ class MdnsDiscovery:
 
     async def _advertise_and_listen(self, zeroconf: AsyncZeroconf, tasks: asyncio.TaskGroup) -> None:
         zc = zeroconf.zeroconf
-        # before the first await: a record that comes before there is a listener is cached and never reported
+        # Before the first await: a record that arrives before the listener is added is cached and never reported.
         zc.async_add_listener(PointerListener(Resolver(zc, tasks, self._report).heard, self._gone), None)
         browser = browse(zc)
         try:
@@ -131,28 +134,31 @@ class MdnsDiscovery:
             await browser.async_cancel()
 
     async def _wait_for_change(self, zeroconf: AsyncZeroconf) -> None:
-        """Keep the load up to date until the device has moved or woken; then announce its addresses again."""
+        """Announce changes of load until the interfaces change or the device wakes up; then announce the addresses again."""
         since = self._clock.monotonic()
         while True:
-            before, slept = self._choices, self._clock.wall() - self._clock.monotonic()
+            before, offset = self._choices, self._clock.wall() - self._clock.monotonic()
             await self._clock.sleep(RECHECK_S)
-            self._look()
-            slept = self._clock.wall() - self._clock.monotonic() - slept
-            if slept > _WOKEN_S or _bound(before) != _bound(self._choices):
+            self._read_interfaces()
+            slept_s = self._clock.wall() - self._clock.monotonic() - offset
+            if slept_s > _WOKEN_S or _bound(before) != _bound(self._choices):
                 return await self._move(zeroconf, before)
             if self._load != self._announced_load and self._clock.monotonic() - since >= _LOAD_EVERY_S:
                 since = self._clock.monotonic()
                 await (await zeroconf.async_update_service(self._info()))
 
     async def _move(self, zeroconf: AsyncZeroconf, before: list[InterfaceChoice]) -> None:
-        """Announce on the present interfaces. One that came back under its old address needs a new socket too."""
+        """Announce on the present interfaces.
+
+        Sockets are reopened on every changed interface, including one that came back with the same address.
+        """
         announcing = await zeroconf.async_update_service(self._info())
         unchanged = {address for _, _, address in _bound(before) & _bound(self._choices)}
         await zeroconf.async_update_interfaces([address for address in self._addresses() if address in unchanged])
         await zeroconf.async_update_interfaces(self._addresses())
         await announcing
 
-    def _look(self) -> None:
+    def _read_interfaces(self) -> None:
         self._choices = choose_interfaces(self._scan(), self._named)
         self._own_addresses.update(self._addresses())
         self._notice("interfaces", choice_warning(self._choices, self._named))
@@ -162,7 +168,7 @@ class MdnsDiscovery:
         return [self._host] if self._host in addresses else addresses
 
     def _info(self) -> AsyncServiceInfo:
-        """What is announced now."""
+        """Build the records to announce, and remember the load in them as announced."""
         self._announced_load = self._load
         return to_info(self._announcement, self._load, self._addresses())
 
@@ -180,7 +186,10 @@ class MdnsDiscovery:
             self._on_sighting(found)
 
     def _report_duplicate(self, found: PeerFound) -> None:
-        """Our own records come back to us; those with another address or port come from a daemon with a copy of this identity."""
+        """Report a daemon with a copy of this identity.
+
+        This peer also receives its own records; only foreign addresses or another port show a duplicate.
+        """
         foreign = tuple(address for address in found.addresses if address not in self._own_addresses)
         if foreign or found.port != self._announcement.port:
             addresses = foreign or found.addresses
@@ -193,7 +202,7 @@ class MdnsDiscovery:
             self._on_sighting(PeerWithdrawn(source="mdns", peer=peer))
 
     def _notice(self, about: str, trouble: tuple[str, str] | None) -> None:
-        """Report trouble once, until it changes; None: there is none."""
+        """Report trouble when it differs from the last report about the same subject. None: all is well."""
         if trouble != self._noticed.get(about):
             self._noticed[about] = trouble
             if trouble is not None:
@@ -207,7 +216,7 @@ def _failure(error: Exception) -> tuple[str, str]:
 
 
 def _bound(choices: Sequence[InterfaceChoice]) -> set[tuple[int, str, str]]:
-    """What sockets are bound to: when this changes they have to be reopened."""
+    """Returns: the interfaces and addresses that sockets are bound to. When they change, the sockets must be reopened."""
     return {
         (choice.interface.index, choice.interface.name, address)
         for choice in choices
@@ -217,7 +226,7 @@ def _bound(choices: Sequence[InterfaceChoice]) -> set[tuple[int, str, str]]:
 
 
 def _remember(memory: dict[PeerId, _T], peer: PeerId, value: _T) -> None:
-    """The oldest is forgotten when there are too many."""
+    """Store a value as the newest, and drop the oldest beyond `_MAX_PEERS`."""
     memory.pop(peer, None)
     memory[peer] = value
     if len(memory) > _MAX_PEERS:

@@ -1,4 +1,4 @@
-"""Writes and reads mDNS records of peers: the part of discovery that depends on zeroconf's internals."""
+"""Writes and reads the mDNS records of peers. Discovery uses zeroconf's internals only in this module."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -14,26 +14,26 @@ SERVICE = "_meshd._tcp.local."
 _RESOLVE_S = 10.0
 _MAX_RESOLVING = 32
 _TXT_LIMIT_BYTES = 255
-"""RFC 6763 section 6.1: one `key=value`."""
+"""Longest `key=value` entry (RFC 6763 section 6.1)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Announcement:
-    """What this peer shows of itself."""
+    """The facts that this peer announces about itself."""
 
     peer: PeerId
     cluster: str
     name: str
     port: int
-    """Where its links listen."""
+    """Port that the links listen on."""
     protocol: str
     """`major.minor`."""
     version: str
-    """Of its software."""
+    """Version of the software."""
 
 
 def to_txt(announcement: Announcement, load: str) -> dict[str, str]:
-    """The TXT record; what is too long is cut at a whole character."""
+    """Build the TXT record. A value that is too long is cut between two characters."""
     fields = {
         "cluster": announcement.cluster,
         "protocol": announcement.protocol,
@@ -45,7 +45,7 @@ def to_txt(announcement: Announcement, load: str) -> dict[str, str]:
 
 
 def to_info(announcement: Announcement, load: str, addresses: Sequence[str]) -> AsyncServiceInfo:
-    """The records of this peer. The host name is its own too, so that no other responder of this machine is contradicted."""
+    """Build this peer's records. The host name is the peer's own, so that it conflicts with no other responder on this machine."""
     return AsyncServiceInfo(
         SERVICE,
         f"{announcement.peer}.{SERVICE}",
@@ -57,7 +57,7 @@ def to_info(announcement: Announcement, load: str, addresses: Sequence[str]) -> 
 
 
 def from_records(instance: str, txt: Mapping[str, str | None], addresses: Sequence[str], port: int) -> PeerFound | None:
-    """Read what some device, perhaps a hostile one, put into its records. None: not a peer's."""
+    """Read the records of another device, which may be hostile. Returns: None if they are not a peer's."""
     cluster = _printable(txt.get("cluster"))
     if not is_peer_id(instance) or not cluster or not addresses or not 0 < port < 65536:
         return None
@@ -84,10 +84,10 @@ def _printable(text: str | None) -> str:
 
 
 def probe(zc: Zeroconf, info: AsyncServiceInfo) -> None:
-    """Ask once who is there, with our own pointer as what we are about to announce (RFC 6762 section 8.1).
+    """Send one probe: a query for peers that carries this peer's own pointer (RFC 6762 section 8.1).
 
-    Others answer a probe at once, even if they multicast the same within the last second. They answer to all (QM): a unicast
-    answer reaches only one of several daemons on a machine.
+    Others answer a probe at once, even if they multicast the same answer within the last second. The query asks for multicast
+    answers (QM), because a unicast answer reaches only one of several daemons on a machine.
     """
     question = zc.generate_service_query(info)
     for each in question.questions:
@@ -96,26 +96,29 @@ def probe(zc: Zeroconf, info: AsyncServiceInfo) -> None:
 
 
 def browse(zc: Zeroconf) -> AsyncServiceBrowser:
-    """Ask for peers in 0.02 to 0.12 s, after 1, 4 and 9 s more, and when records grow old. `PointerListener` gets the answers."""
+    """Query for peers after 0.02 to 0.12 s, then 1, 4 and 9 s later, and when records are about to expire.
+
+    `PointerListener` receives the answers.
+    """
     return AsyncServiceBrowser(zc, SERVICE, handlers=[_ignore], question_type=DNSQuestionType.QM)
 
 
 def _ignore(**_change: object) -> None:
-    """A browser must have a handler; its changes leave out what is merely heard again."""
+    """Zeroconf requires a handler, but does not call it for a record that is received again; `PointerListener` is used instead."""
 
 
 class PointerListener(RecordUpdateListener):
-    """Hears every pointer to a peer, repeats too: a peer that comes back with the same records is news to its links."""
+    """Reports every pointer to a peer, repeats included: a peer may have restarted with the same records."""
 
     def __init__(self, heard: Callable[[str], None], gone: Callable[[str], None]) -> None:
-        """Both get the instance name: the form of a peer's id is checked, nothing else."""
+        """`heard` and `gone` receive the instance name; only its form, that of a peer's id, is checked."""
         super().__init__()
         self._heard = heard
         self._gone = gone
         self._pending: dict[str, bool] = {}
 
     def async_update_records(self, zc: Zeroconf, now: float, records: list[RecordUpdate]) -> None:
-        """Called by zeroconf when a packet came or records ran out; the cache has it only afterwards."""
+        """Collect changed pointers. Called by zeroconf when a packet arrives or records expire, before the cache is updated."""
         for update in records:
             alias = getattr(update.new, "alias", "").lower()
             instance = alias.removesuffix("." + SERVICE)
@@ -123,14 +126,14 @@ class PointerListener(RecordUpdateListener):
                 self._pending[instance] = update.new.is_expired(now)
 
     def async_update_records_complete(self) -> None:
-        """Called by zeroconf when the cache has it."""
+        """Report the collected pointers. Called by zeroconf when the cache is updated."""
         pending, self._pending = self._pending, {}
         for instance, expired in pending.items():
             (self._gone if expired else self._heard)(instance)
 
 
 class Resolver:
-    """Finds the records of a peer's instance name: those that came with the pointer, else by asking."""
+    """Finds the records of an instance name: in the cache, if they came with the pointer, or else by a query."""
 
     def __init__(self, zc: Zeroconf, tasks: asyncio.TaskGroup, report: Callable[[PeerFound], None]) -> None:
         self._zc = zc
@@ -139,7 +142,7 @@ class Resolver:
         self._resolving: set[str] = set()
 
     def heard(self, instance: str) -> None:
-        """Report the peer, at once if its records are known. Past the limit of concurrent questions it has to be heard again."""
+        """Report the peer, at once if its records are cached. Beyond `_MAX_RESOLVING` queries, this pointer is dropped."""
         info = AsyncServiceInfo(SERVICE, f"{instance}.{SERVICE}")
         if info.load_from_cache(self._zc):
             self._found(instance, info)

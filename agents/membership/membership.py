@@ -1,8 +1,10 @@
-"""This peer's part in the cluster: gives events to the table of peers, carries out its commands, and sends adverts of this peer.
+"""Passes events to the table of peers, carries out its commands, and sends this peer's adverts.
 
-Every peer keeps the newest advert of every other. A change here is sent to all within a tenth of a second. Every few seconds the
-advert is sent again, so that figures that drift (free memory, measured times) are never old. A peer that misses heartbeats becomes
-SUSPECT here; `peer.py` says what follows from it, and `links/table.py` gives up the link.
+Every peer keeps the newest advert of every other one. A change is sent to all peers within a tenth of a second. The advert is also
+repeated every few seconds, so that drifting figures (free memory, measured times) stay current.
+
+This module reports a peer's silence to the table (`_report_silence`), and `peer.py` makes the peer SUSPECT. `links/table.py` ends
+the link of a peer that stays silent, and `peer.py` then makes the peer DEAD.
 """
 
 import asyncio
@@ -43,20 +45,20 @@ from meshd.values import Address, parse_address
 log = getLogger(__name__)
 
 _GATHER_S = 0.05
-"""Changes within this time go into one advert."""
+"""Changes within this time are sent in one advert."""
 _REPEAT_S = 5.0
 _SWEEP_S = 0.5
 _SUSPECT_S = 1.2
-"""Two heartbeats missed; the link itself is given up at 2 s."""
+"""Silence that makes a peer a suspect: two missed heartbeats. `Timing.silence_s` (2 s) ends its link."""
 _NOTICES = 20
 _MAX_NEIGHBOURS = 64
 GOSSIP = "gossip"
-"""The source of addresses that come in other peers' adverts."""
+"""The name of the source for addresses from other peers' adverts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelfDescription:
-    """What this peer's advert says; the functions return the present state."""
+    """The content of this peer's advert; the functions return the present state."""
 
     peer: PeerId
     name: str
@@ -82,20 +84,20 @@ class Membership:
     on_gone: Callable[[PeerId, str], None]
     link_address: str = ""
     api_address: str = ""
-    """Both are known once the sockets are bound."""
+    """Both addresses are set once the sockets are bound."""
     table: PeerTable = field(default_factory=PeerTable)
     notices: dict[str, str] = field(default_factory=dict)
-    """Message to hint; what a person should know."""
+    """Messages for the user, each with a hint on how to fix it."""
     _dialled: dict[PeerId, set[tuple[Address, str]]] = field(default_factory=dict)
     _revision: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def register(self) -> None:
-        """Take adverts from the links."""
+        """Register the handler of ADVERTISE."""
         self.links.register(Advertise, self._on_advertise)
 
     async def run(self, sources: Iterable[Source]) -> None:
-        """Look for peers and send them adverts. Cancel: sources say goodbye."""
+        """Run the sources, send adverts and check for silent peers. Cancel: the sources announce that this peer leaves."""
         async with asyncio.TaskGroup() as tasks:
             for source in sources:
                 tasks.create_task(source.run(), name=type(source).__name__)
@@ -144,21 +146,21 @@ class Membership:
                 try_send(self.links.send, peer, Advertise(advert=advert))
 
     def adverts(self) -> list[Advert]:
-        """Of all live peers, this peer's first: what plans are made from."""
+        """Returns: the adverts of all live peers, this peer's first. Plans are made from them."""
         return [self.own_advert(), *self.table.adverts()]
 
     def suspects(self) -> list[Advert]:
-        """Of peers that are silent while their link stands: nothing new for them, but what they hold is not lost yet."""
+        """Returns: the adverts of the suspects. They get no new work, but their layers do not count as lost yet."""
         return [peer.advert for peer in self.table.linked() if peer.state is PeerState.SUSPECT and peer.advert is not None]
 
     def name_of(self, peer: PeerId) -> str:
-        """What people call a peer; the beginning of its id if it is not known."""
+        """Returns: a peer's name, or the beginning of its id if the name is unknown."""
         if peer == self.description.peer:
             return self.description.name
         return self.table.name_of(peer)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The table's rows, and one for each address that was refused and has no peer in the table."""
+        """Returns: the table's rows, and one for each refused address that no row shows."""
         rows = self.table.rows(self.clock.monotonic())
         shown = {row["peer"] for row in rows} | {f"{known['host']}:{known['port']}" for row in rows for known in row["addresses"]}
         refused = [row for row in self.links.refusals() if row["address"] not in shown and (row["peer"] or "") not in shown]
@@ -171,7 +173,7 @@ class Membership:
         self.changed()
 
     def notice(self, message: str, hint: str = "") -> None:
-        """Something that a person should know; the newest are kept for `meshd status`."""
+        """Log a message for the user. `meshd status` shows the newest ones."""
         if message not in self.notices:
             log.warning("%s%s", message, f"; {hint}" if hint else "")
         self.notices.pop(message, None)
@@ -180,7 +182,7 @@ class Membership:
             del self.notices[next(iter(self.notices))]
 
     def on_sighting(self, sighting: Sighting) -> None:
-        """Handle what a source reports."""
+        """Handle a report of a source."""
         match sighting:
             case PeerFound() | PeerWithdrawn():
                 self._apply(sighting)
@@ -193,7 +195,7 @@ class Membership:
                 self.notice(sighting.message, sighting.hint)
 
     def on_up(self, peer: PeerId, hello: Hello, address: tuple[str, int]) -> None:
-        """A link stands."""
+        """Record that a link is up, and send this peer's advert over it."""
         dialled = Address(*address)
         version = hello.software.removeprefix("meshd/")
         self._apply(LinkUp(peer, hello.incarnation, hello.name, version, dialled))
@@ -201,7 +203,7 @@ class Membership:
         self.prober.link_up(peer)
 
     def on_down(self, peer: PeerId, reason: str) -> None:
-        """A link is down."""
+        """Record that a link has ended, by a goodbye or by a fault."""
         left = reason.startswith(LEFT)
         self._apply(GoodbyeReceived(peer, reason) if left else LinkDown(peer, reason))
         self.prober.link_down(peer)
@@ -216,7 +218,7 @@ class Membership:
             self._hear_of(peer, address)
 
     def _hear_of(self, peer: PeerId, address: str) -> None:
-        """Treat a neighbour in another peer's advert as a hint, like that of any source."""
+        """Handle a neighbour in another peer's advert as a sighting by the source `GOSSIP`."""
         known = self.table.get(peer)
         if peer == self.description.peer or (known is not None and (known.linked or known.state is PeerState.REFUSED)):
             return
@@ -234,7 +236,7 @@ class Membership:
             self.notice(error.message, error.hint)
             return
         except IllegalTransition:
-            log.exception("the table of peers refused an event")
+            log.exception("the table of peers does not allow this event (a bug in meshd); it is dropped")
             return
         for command in commands:
             match command:
@@ -263,8 +265,8 @@ class Membership:
             log.info("peer %s (%.8s) is %s%s", self.name_of(peer), peer, state, f": {why}" if why else "")
         self.bus.publish("peer", peer=peer, name=self.name_of(peer), state=state, was=was, reason=why)
 
-    def _suspect(self) -> None:
-        """A peer that missed heartbeats gets no new work while its link still stands."""
+    def _report_silence(self) -> None:
+        """Report to the table which linked peers are silent, and which suspects are heard again."""
         for known in self.table.linked():
             if self.links.silence_s(known.id) > _SUSPECT_S:
                 self._apply(HeartbeatMissed(known.id))
@@ -274,7 +276,7 @@ class Membership:
     async def _sweep(self) -> None:
         while True:
             await self.clock.sleep(_SWEEP_S)
-            self._suspect()
+            self._report_silence()
             for command in self.table.expire(self.clock.monotonic()):
                 if isinstance(command, StopDialling):
                     self._forget(command.peer)

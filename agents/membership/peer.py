@@ -1,8 +1,10 @@
-"""One other peer, as this peer sees it: a pure state machine, events in and commands out.
+"""The state of one other peer, as this peer sees it: a pure state machine, events in and commands out.
 
-House rules of this file: no I/O and no clock. `TRANSITIONS` is the whole truth about which event may come in which state;
-`docs/state-machines.md` has the diagram, which is made from it. Sources (mDNS, the static list, other peers) only hint at a peer;
-the authenticated link alone makes it ALIVE.
+It decides when the peer is ALIVE, SUSPECT or DEAD, and when it is dialled. A sighting by a source (mDNS, the static list, other
+peers) is only a hint: a peer becomes ALIVE only by an authenticated link.
+
+House rules of this file: no I/O and no clock. `TRANSITIONS` lists every event that may come in each state; the diagram in
+`docs/state-machines.md` is generated from it.
 """
 
 from collections.abc import Mapping
@@ -34,23 +36,23 @@ from meshd.types import Advert, PeerId
 from meshd.values import Address
 
 MAX_ADDRESSES = 16
-"""Of one peer."""
+"""Addresses that are kept of one peer."""
 RETENTION_S: Mapping[PeerState, float] = {
     PeerState.FOUND: 60.0,
     PeerState.DEAD: 600.0,
     PeerState.REFUSED: 600.0,
     PeerState.LEFT: 60.0,
 }
-"""How long a peer without a link, and without a source that vouches for it, is still shown."""
+"""How long a peer without a link is shown after it was last heard of. A FOUND peer that still has an address stays."""
 _MAX_PAST_INCARNATIONS = 4
-"""Remembered to notice one that comes back."""
+"""Kept to detect two devices that alternate under one identity: an earlier incarnation comes back."""
 _TWIN = "two devices use its identity: a state folder was copied"
 _SILENT = "silent"
 
 
 @dataclass(frozen=True, slots=True)
 class KnownAddress:
-    """An address, and who named it: a source, or `link`."""
+    """An address, and the source that reported it; `link` if it comes from a link."""
 
     address: Address
     source: str
@@ -58,7 +60,7 @@ class KnownAddress:
 
 @dataclass(slots=True, kw_only=True)
 class Peer(Machine[Event, Command]):
-    """All that is known of one peer. Only `handle` changes it."""
+    """One peer's state and facts. Only `handle` changes them."""
 
     id: PeerId
     now: float = field(compare=False)
@@ -67,9 +69,9 @@ class Peer(Machine[Event, Command]):
     first_seen: float = field(init=False)
     last_seen: float = field(init=False)
     since: float = field(init=False)
-    """When it entered this state."""
+    """When the peer entered its state."""
     why: str = ""
-    """Why it is left out; of a linked peer, what is odd about it."""
+    """Reason of the state; for a linked peer, a problem with it."""
     name: str = ""
     version: str = ""
     protocol: str = ""
@@ -88,7 +90,7 @@ class Peer(Machine[Event, Command]):
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing was heard of it for so long, as of `now`, that it need not be shown any more."""
+        """Whether the retention time has passed, as of `now`, so that the peer is dropped from the table."""
         if self.linked or (self.state is PeerState.FOUND and self.addresses):
             return False
         return self.now - max(self.last_seen, self.since) > RETENTION_S[self.state]
@@ -104,10 +106,10 @@ class Peer(Machine[Event, Command]):
         if self.advert is not None and self.advert.incarnation != self.incarnation:
             raise AssertionError("the advert is of another incarnation")
         if self.why not in {PeerState.ALIVE: ("", _TWIN), PeerState.SUSPECT: (_SILENT,)}.get(self.state, (self.why,)):
-            raise AssertionError(f"an odd reason: {self.why}")
+            raise AssertionError(f"unexpected reason in state {self.state.value}: {self.why}")
 
     def _enter(self, state: PeerState, why: str = "", *, news: bool = False) -> list[Command]:
-        """Go to a state, or stay in it with another reason. Returns: the change, if there is one or other `news`, to publish."""
+        """Enter a state, or change the reason. Returns: a PublishChange, if anything changed or there is other `news`."""
         was, was_why = self.state, self.why
         if state is not was:
             self.since = self.now
@@ -118,7 +120,7 @@ class Peer(Machine[Event, Command]):
         return [Dial(self.id, tuple(known.address for known in self.addresses))] if self.addresses else []
 
     def _note_addresses(self, event: PeerFound) -> None:
-        """A source's new list replaces its old one."""
+        """Record the addresses from a source; they replace its earlier ones."""
         self.last_seen = self.now
         self.protocol = event.protocol
         named = [KnownAddress(Address(host, event.port), event.source) for host in event.addresses]
@@ -126,7 +128,7 @@ class Peer(Machine[Event, Command]):
         self.addresses = tuple([*named, *others][:MAX_ADDRESSES])
 
     def _note_link_address(self, address: Address | None) -> None:
-        """The address of the latest link comes after what the sources say; that of an earlier link goes."""
+        """Record the address of the latest link, after those from sources. The address of an earlier link is removed."""
         known = [each for each in self.addresses if each.source != "link"]
         if address is not None and all(each.address != address for each in known):
             known = [*known[: MAX_ADDRESSES - 1], KnownAddress(address, "link")]
@@ -142,7 +144,7 @@ def _found(peer: Peer, event: PeerFound) -> list[Command]:
 
 
 def _found_though_linked(peer: Peer, event: PeerFound) -> list[Command]:
-    """The name and version that its link gave count for more than a hint."""
+    """Record the addresses only: the name and version from the link are more reliable than those in a hint."""
     peer._note_addresses(event)
     return []
 
@@ -158,7 +160,10 @@ def _withdrawn_before_a_link(peer: Peer, event: PeerWithdrawn) -> list[Command]:
 
 
 def _link_up(peer: Peer, event: LinkUp) -> list[Command]:
-    """A new incarnation starts without an advert. One that was there before another is no restart but a twin."""
+    """Enter ALIVE. A new incarnation starts without an advert.
+
+    An incarnation that was replaced before and comes back is no restart: two devices use the same identity.
+    """
     why = _TWIN if event.incarnation in peer.past else ""
     outdated = None
     if event.incarnation != peer.incarnation:
@@ -201,7 +206,7 @@ def _goodbye(peer: Peer, event: GoodbyeReceived) -> list[Command]:
 
 
 def _not_reached(peer: Peer, event: DialFailed | LinkDown) -> list[Command]:
-    """Without a link it stays as it is, for this reason."""
+    """Stay in the state, and record why the peer can't be reached."""
     return peer._enter(peer.state, event.reason)
 
 
@@ -276,7 +281,7 @@ TRANSITIONS: dict[tuple[Enum, type[Any]], Transition] = {
     (PeerState.LEFT, DialFailed): Transition(_not_reached),
     (PeerState.LEFT, HandshakeRefused): _is_refused,
     (PeerState.LEFT, RetentionExpired): _is_forgotten,
-    # after a goodbye a few more messages and events of its link may arrive
+    # After a goodbye, a few more messages and events of the link may arrive.
     (PeerState.LEFT, LinkDown): Transition(_not_reached),
     (PeerState.LEFT, AdvertReceived): Transition(_advert),
     (PeerState.LEFT, HeartbeatReceived): Transition(_heartbeat),

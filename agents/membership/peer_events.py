@@ -1,4 +1,4 @@
-"""A peer's states, what happens to it (events) and what to do about it (commands)."""
+"""The states, events and commands of a peer's state machine (`peer.py`)."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -9,19 +9,20 @@ from meshd.values import Address
 
 
 class PeerState(Enum):
-    """Where a peer stands."""
+    """State of another peer, as this peer sees it."""
 
     UNKNOWN = "unknown"
     """Not in the table: never seen, or forgotten."""
     FOUND = "found"
-    """A source named it; there was no link yet."""
+    """Reported by a source, but never linked."""
     ALIVE = "alive"
+    """Linked and heard within the heartbeat limit."""
     SUSPECT = "suspect"
-    """Linked, but silent for longer than heartbeats may take."""
+    """Linked, but silent beyond the heartbeat limit."""
     DEAD = "dead"
-    """Its link broke, or it stayed silent."""
+    """Its link broke, or was ended because of silence."""
     REFUSED = "refused"
-    """A handshake failed for good."""
+    """The handshake failed for a reason that a retry does not cure."""
     LEFT = "left"
     """It said goodbye."""
 
@@ -31,7 +32,7 @@ LINKED = frozenset({PeerState.ALIVE, PeerState.SUSPECT})
 
 @dataclass(frozen=True, slots=True)
 class LinkUp:
-    """The authenticated link stands. `dialled` is the address that we reached it at; None if it dialled us."""
+    """An authenticated link came up. `dialled` is the address at which the peer listens; None if it is unknown."""
 
     peer: PeerId
     incarnation: int
@@ -42,7 +43,7 @@ class LinkUp:
 
 @dataclass(frozen=True, slots=True)
 class LinkDown:
-    """Every connection to the peer is closed, for this reason."""
+    """All connections with the peer are closed."""
 
     peer: PeerId
     reason: str
@@ -50,7 +51,7 @@ class LinkDown:
 
 @dataclass(frozen=True, slots=True)
 class DialFailed:
-    """Nobody answered there (the links keep trying). `peer` is None where only the address was known."""
+    """No peer answered at the address; the links keep trying. `peer` is None if only the address is known."""
 
     peer: PeerId | None
     address: Address
@@ -59,7 +60,7 @@ class DialFailed:
 
 @dataclass(frozen=True, slots=True)
 class HandshakeRefused:
-    """The handshake failed for good: another cluster's key, another protocol, revoked, or it is this very peer."""
+    """The handshake failed for good: another cluster's key, another protocol, a revoked peer, or this peer itself."""
 
     peer: PeerId | None
     address: Address | None
@@ -82,7 +83,7 @@ class HeartbeatReceived:
 
 @dataclass(frozen=True, slots=True)
 class HeartbeatMissed:
-    """Silent past the limit; the link still stands."""
+    """Nothing came from the peer within the heartbeat limit; its link is still up."""
 
     peer: PeerId
 
@@ -95,7 +96,7 @@ class GoodbyeReceived:
 
 @dataclass(frozen=True, slots=True)
 class RetentionExpired:
-    """Nothing was heard of a peer without a link for so long that it need not be shown any more."""
+    """The retention time of a peer without a link has passed."""
 
     peer: PeerId
 
@@ -113,12 +114,12 @@ Event = (
     | GoodbyeReceived
     | RetentionExpired
 )
-"""What the sources report of peers are events too."""
+"""Reports of sources (PeerFound, PeerWithdrawn) are events too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dial:
-    """Try these addresses in order, now, and with back-off until a link stands or `StopDialling` comes. Idempotent."""
+    """Dial these addresses now, and with back-off until a link is up or `StopDialling` comes. Idempotent."""
 
     peer: PeerId | None
     addresses: tuple[Address, ...]
@@ -126,14 +127,14 @@ class Dial:
 
 @dataclass(frozen=True, slots=True)
 class StopDialling:
-    """Dial this peer no more."""
+    """Stop dialling this peer."""
 
     peer: PeerId
 
 
 @dataclass(frozen=True, slots=True)
 class PublishChange:
-    """Publish to the planner and the event stream that the peer's state or advert changed."""
+    """Publish on the event stream that the peer's state or advert changed."""
 
     peer: PeerId
     state: PeerState

@@ -1,4 +1,4 @@
-"""What `meshd status` and the API show of a peer: JSON-ready rows that all have the same keys."""
+"""Builds the rows that `meshd status` and the API show of peers. They are JSON-ready and all have the same keys."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a source of peers (mDNS, the static list) reports to its callback."""
+"""The reports of a source of peers, such as mDNS or the static list."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,32 +9,32 @@ from meshd.types import PeerId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerFound:
-    """A peer of this cluster may be reached here. It is reported again when it is heard again: a listener must accept repeats.
+    """A peer of this cluster may be reached at these addresses. The report is repeated when the peer is heard again.
 
-    It is a hint, never a proof: only the authenticated link shows who answers.
+    It is only a hint: the authenticated link shows which peer answers.
     """
 
     source: str
     """`mdns` or `static`."""
     peer: PeerId | None
-    """None where only an address is known."""
+    """None if only an address is known."""
     addresses: tuple[str, ...]
-    """Hosts, the likeliest to be reached first; names are resolved at each dial."""
+    """Hosts, the most likely to answer first. Names are resolved at each dial."""
     port: int
     name: str = ""
     cluster: str = ""
     """The cluster's public fingerprint."""
     protocol: str = ""
-    """`major.minor`; skew can be shown before a link is tried."""
+    """`major.minor`, so that a mismatch can be shown before a link is tried."""
     version: str = ""
-    """Of its software."""
+    """Version of the peer's software."""
     load: str = ""
-    """A summary for people."""
+    """Load summary for people."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerWithdrawn:
-    """The source no longer vouches for the peer: it said goodbye, or its record ran out."""
+    """A source withdraws its report: the peer said goodbye, or its record expired."""
 
     source: str
     peer: PeerId
@@ -42,7 +42,7 @@ class PeerWithdrawn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DuplicateIdentity:
-    """Another daemon advertises this very peer's id: a copied state folder."""
+    """Another daemon advertises this peer's own id, because the state folder was copied."""
 
     source: str
     peer: PeerId
@@ -52,7 +52,7 @@ class DuplicateIdentity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceNotice:
-    """Something a person should know: `WHAT went wrong: WHY`, and how to fix it. The source keeps running."""
+    """A problem to show to the user: `WHAT went wrong: WHY`, and how to fix it. The source keeps running."""
 
     source: str
     message: str
@@ -64,8 +64,8 @@ OnSighting = Callable[[Sighting], None]
 
 
 class Source(Protocol):
-    """Finds peers until it is cancelled."""
+    """Looks for peers until it is cancelled."""
 
     async def run(self) -> None:
-        """Report every sighting to the callback given at construction. Cancel: sends a goodbye where it can."""
+        """Report every sighting to the callback given at construction. Cancel: announces that this peer leaves, if it can."""
         ...

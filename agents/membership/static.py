@@ -1,4 +1,4 @@
-"""The list of peers that a person gives."""
+"""Reports the peers that the user lists with `--peer`."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from meshd.values import Address
 
 
 class StaticPeers:
-    """The peers named by `--peer`. Host names are passed on unresolved, so that every dial resolves them again."""
+    """The source of static addresses. Host names are reported unresolved, so that every dial resolves them again."""
 
     def __init__(self, peers: Sequence[Address], on_sighting: OnSighting, *, clock: Clock, every_s: float = 5.0) -> None:
         self._peers = tuple(peers)

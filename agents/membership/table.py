@@ -1,6 +1,6 @@
-"""Who is in the cluster: the state machines of all peers, and the static addresses at which no peer has answered yet.
+"""The table of peers: their state machines, and the static addresses at which no peer has answered yet.
 
-No I/O and no clock; time comes with each event.
+House rules of this file: no I/O and no clock; time comes with each event.
 """
 
 from dataclasses import dataclass, replace
@@ -32,7 +32,7 @@ REFUSED_RETRY_S = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StaticAddress:
-    """An address from `--peer`, and the peer that answered there last."""
+    """An address from `--peer`, and the last peer that answered there."""
 
     address: Address
     peer: PeerId | None = None
@@ -41,7 +41,7 @@ class StaticAddress:
 
 
 class PeerTable:
-    """The peers of the cluster as this peer sees them, itself not among them."""
+    """The other peers of the cluster, as this peer sees them."""
 
     def __init__(self, max_peers: int = MAX_PEERS) -> None:
         self._max_peers = max_peers
@@ -52,24 +52,27 @@ class PeerTable:
         return len(self._peers)
 
     def get(self, peer: PeerId) -> Peer | None:
-        """What is known of the peer, if anything. It changes with later events."""
+        """Returns: the peer's state machine, which changes with later events; None if the peer is unknown."""
         return self._peers.get(peer)
 
     def name_of(self, peer: PeerId) -> str:
-        """The name of a peer; the beginning of its id if its name is unknown."""
+        """Returns: a peer's name, or the beginning of its id if the name is unknown."""
         known = self._peers.get(peer)
         return known.name if known is not None and known.name else peer[:8]
 
     def linked(self) -> list[Peer]:
-        """Those with a standing link, suspects too."""
+        """Returns: the peers whose link is up, suspects included."""
         return [peer for peer in self._peers.values() if peer.linked]
 
     def adverts(self) -> list[Advert]:
-        """The newest advert of each peer that is ALIVE: what a plan may count on."""
+        """Returns: the newest advert of each ALIVE peer. Plans use these peers only."""
         return [peer.advert for peer in self._peers.values() if peer.state is PeerState.ALIVE and peer.advert is not None]
 
     def apply(self, event: Event, now: float) -> list[Command]:
-        """Take one event. Raises: IllegalTransition (nothing changed); Overloaded (the table is full of linked peers)."""
+        """Apply one event.
+
+        Raises: IllegalTransition, with nothing changed; Overloaded if the table is full of linked peers.
+        """
         if event.peer is None:
             return self._apply_to_address(event, now)
         peer = self._peers.get(event.peer) or Peer(id=event.peer, now=now)
@@ -86,7 +89,7 @@ class PeerTable:
         return commands
 
     def expire(self, now: float) -> list[Command]:
-        """Drop the peers that were not heard of for long; to be called now and then."""
+        """Drop the peers whose retention time has passed. Called every half second."""
         commands: list[Command] = []
         for peer in list(self._peers.values()):
             peer.now = now
@@ -95,7 +98,10 @@ class PeerTable:
         return commands
 
     def rows(self, now: float) -> list[dict[str, Any]]:
-        """For `meshd status` and the API: JSON-ready, linked peers first, then by name; then static addresses nobody answers at."""
+        """Build the rows for `meshd status` and the API: linked peers, other peers, then static addresses where no peer answers.
+
+        Peers are sorted by name.
+        """
         peers = sorted(self._peers.values(), key=lambda peer: (not peer.linked, peer.name, peer.id))
         unanswered = [known for known in self._static.values() if known.peer is None]
         return [peer_row(peer, now) for peer in peers] + [_row_of_address(known) for known in unanswered]
@@ -114,13 +120,13 @@ class PeerTable:
             return []
         idle = [peer for peer in self._peers.values() if not peer.linked]
         if not idle:
-            raise Overloaded(f"peer {newcomer} can't be taken in: {len(self._peers)} are linked", hint="split the cluster in two")
+            raise Overloaded(f"peer {newcomer} can't be added: {len(self._peers)} are linked", hint="split the cluster in two")
         oldest = min(idle, key=lambda peer: (peer.state is PeerState.FOUND, peer.last_seen))
         del self._peers[oldest.id]
         return [StopDialling(oldest.id), PublishChange(oldest.id, PeerState.UNKNOWN, oldest.state, "the table is full")]
 
     def _apply_to_address(self, event: Event, now: float) -> list[Command]:
-        """Take an event that names an address and no peer."""
+        """Apply an event about an address whose peer is unknown."""
         match event:
             case PeerFound():
                 return self._dial_static(Address(event.addresses[0], event.port), now)

@@ -1,1 +1,1 @@
-"""What happens on this peer, for those who watch."""
+"""Records of what happens on this peer: live events, and the story of each session."""

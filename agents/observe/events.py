@@ -1,4 +1,4 @@
-"""Events of this peer, for its watchers. Each reader has a bounded queue, so a slow one blocks nobody."""
+"""The event stream of this peer. Each reader has a bounded queue, so a slow reader blocks no other."""
 
 import asyncio
 from collections import deque
@@ -8,7 +8,7 @@ from typing import Any
 from meshd.clock import Clock
 
 _QUEUE_LIMIT = 256
-"""Events that wait for one reader; beyond it the oldest are dropped and counted."""
+"""Maximum number of events that wait for one reader; beyond it the oldest are dropped and counted."""
 
 
 class _Reader:
@@ -25,7 +25,7 @@ class _Reader:
 
 
 class EventBus:
-    """Publish from the loop's thread; read with `subscribe`."""
+    """Passes each published event to every reader. Must be used on the event loop's thread."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -39,7 +39,10 @@ class EventBus:
                 reader.push(event)
 
     async def subscribe(self) -> AsyncGenerator[dict[str, Any], None]:
-        """Yield events from now on. A reader that fell behind gets a `lost` event with their number. Cancel: unsubscribes."""
+        """Yield the events from now on. A reader that missed events gets a `lost` event with their number.
+
+        Cancel: unsubscribes.
+        """
         reader = _Reader()
         self._readers.add(reader)
         try:

@@ -1,4 +1,4 @@
-"""What happened to each session on this peer, for `meshd debug story`: a bounded number of lines for the newest sessions."""
+"""Notes of what happened to each session on this peer, for `meshd debug story`. Lines and sessions are bounded."""
 
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from meshd.types import SessionId
 
 _SESSIONS = 512
 _LINES = 256
-"""Lines of one session. The oldest are dropped first, and counted."""
+"""Maximum number of lines of one session. The oldest are dropped first, and counted."""
 
 
 @dataclass(slots=True)
@@ -20,7 +20,7 @@ class _Lines:
 
 @dataclass(slots=True)
 class Story:
-    """Bounded notes on sessions, stamped with this peer's monotonic time."""
+    """Notes on the newest sessions. Each line has this peer's monotonic time."""
 
     clock: Clock
     _sessions: OrderedDict[SessionId, _Lines] = field(default_factory=OrderedDict)

@@ -1,1 +1,11 @@
-"""Which weights are on which peers, and how they get there."""
+"""Which layers are loaded on which peers.
+
+Decided here:
+
+- Where a requested model goes: `client.py` asks the planner and sends PLACE to the chosen peers.
+- Which peer takes over a lost stage: `policy.py` promotes a standby copy or has the layers loaded elsewhere. `keeper.py` runs it.
+- What a peer releases when its memory is short: `loader.py`.
+
+Left to others: `membership` decides that a peer is suspect or dead; `planner` computes which placement fits and how fast it is;
+`session/plan/` chooses the plan under which a running answer continues after a loss.
+"""

@@ -1,4 +1,7 @@
-"""Places a model over the mesh: asks the planner where, tells the peers, and says how far they are."""
+"""Places models on request: asks the planner for the stages, sends PLACE to their peers, and reports progress.
+
+A user, `meshd up --model`, or a session that needs missing layers starts a placement here; `keeper.py` maintains it.
+"""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
@@ -21,17 +24,17 @@ from meshd.protocol.messages import Place, Unplace, Unplaced
 from meshd.types import Advert, Holding, LayerRange, ModelCard, ModelId, Objective, PeerId, StagePlan
 
 _DEADLINE_S = 3600.0
-"""A download over a slow line may be part of it."""
+"""Long, because the peer may have to download the weights over a slow line."""
 _UNPLACE_S = 10.0
 _PROGRESS_S = 0.2
 _ADVERTISED_S = 5.0
 _REPAIR_TRIES = 3
-"""Times that a repair looks for other peers when some that it asked could not load."""
+"""How many sets of peers a repair tries when some peers can't load their layers."""
 
 
 @dataclass(slots=True)
 class PlacementClient:
-    """Any peer can place a model on any others."""
+    """Sends placements from this peer; any peer can place a model on any others."""
 
     links: Links
     library: ModelLibrary
@@ -40,23 +43,25 @@ class PlacementClient:
     clock: Clock
 
     async def place(self, card: ModelCard, mesh: MeshOptions, *, context: int | None = None) -> AsyncGenerator[PlacementStep, None]:
-        """Load the model where the planner, or `mesh.stages`, says; the steps of every peer as they change.
+        """Load the model on the peers that the planner, or `mesh.stages`, chooses. Yields each peer's progress when it changes.
 
-        `context` None: the usual one, or less if memory allows no more. Raises: InvalidRequest, NoPeer, DoesNotFit, and what a peer
-        could not do. Cancel: peers that have begun finish their part.
+        KV is reserved for the usual context; if memory is short, for less, but at least for `context`.
+
+        Raises: InvalidRequest, NoPeer, DoesNotFit, and the error of a peer that could not load its part.
+        Cancel: peers that have begun finish their part.
         """
         problem, solution = self._solve(card, mesh, context)
         loop = asyncio.get_running_loop()
-        wanted = {stage: self._kv_tokens(problem, stage) for stage in solution.stages}
-        pinned = _is_wish(mesh)
-        running = {stage: loop.create_task(self._ask(card, stage, tokens, pinned=pinned)) for stage, tokens in wanted.items()}
+        kv_tokens = {stage: self._kv_tokens(problem, stage) for stage in solution.stages}
+        pinned = _is_pinned(mesh)
+        running = {stage: loop.create_task(self._ask(card, stage, tokens, pinned=pinned)) for stage, tokens in kv_tokens.items()}
         try:
             async with aclosing(self._watch(card, running)) as steps:
                 async for step in steps:
                     yield step
             for task in running.values():
                 task.result()
-            await self._advertised(card.id, wanted)
+            await self._advertised(card.id, kv_tokens)
         finally:
             for task in running.values():
                 task.cancel()
@@ -72,20 +77,24 @@ class PlacementClient:
         avoid: Collection[PeerId] = (),
         among: Collection[PeerId] | None = None,
     ) -> tuple[StagePlan, ...]:
-        """Load just these layers, beside all that is there, on the peers that do it best; what was loaded where.
+        """Load missing layers, and keep all that is loaded already. A peer that can't load its part is replaced by another.
 
-        With KV for `kv_tokens`; if memory is short, for half of that and so on, down to `least_tokens`. Only peers that are in
-        `among` (None: any), not in `avoid`, and not about to leave. One that can't load is replaced by another.
+        KV is reserved for `kv_tokens`; if memory is short, for half of that and so on, down to `least_tokens`. Only peers are used
+        that are in `among` (None: any), not in `avoid` and not draining.
 
-        Raises: NoPeer, DoesNotFit, and what the last peer asked could not do. Cancel: peers that have begun finish their part.
+        Returns: the stages that were loaded, in the order of their layers.
+        Raises: NoPeer, DoesNotFit, and the error of the last peer that could not load.
+        Cancel: peers that have begun finish their part.
         """
-        shunned, waiting = set(avoid), tuple(missing)
+        excluded, waiting = set(avoid), tuple(missing)
         placed: list[StagePlan] = []
         failure: MeshdError | None = None
         for _ in range(_REPAIR_TRIES):
-            question = repair_input(card, self.adverts(), avoid=shunned, among=among)
-            # On a thread: among many peers the search takes longer than a heartbeat may be late.
-            stages, tokens = await asyncio.to_thread(_where, question, waiting, kv_tokens, least_tokens or kv_tokens, failure)
+            problem = repair_input(card, self.adverts(), avoid=excluded, among=among)
+            # On a thread: with many peers the search takes longer than a heartbeat may be late.
+            stages, tokens = await asyncio.to_thread(
+                _choose_stages, problem, waiting, kv_tokens, least_tokens or kv_tokens, failure
+            )
             asks = (self._ask(card, stage, tokens) for stage in stages)
             results = dict(zip(stages, await asyncio.gather(*asks, return_exceptions=True), strict=True))
             loaded = [stage for stage in stages if results[stage] is None]
@@ -95,14 +104,14 @@ class PlacementClient:
             if not waiting:
                 return tuple(sorted(placed, key=lambda stage: stage.layers))
             failure = _failure_of(results)
-            shunned |= {stage.peer for stage in stages if stage not in loaded}
+            excluded |= {stage.peer for stage in stages if stage not in loaded}
         assert failure is not None
         raise failure
 
     async def _advertised(self, model: ModelId, stages: Mapping[StagePlan, int]) -> None:
-        """Wait until the adverts tell what the replies did: routes are planned from adverts. Gives up after a while.
+        """Wait until the adverts show the stages as active, because routes are planned from adverts.
 
-        `stages`: with the tokens that each has KV for.
+        Gives up after `_ADVERTISED_S`. `stages` maps each stage to the tokens that it has KV for.
         """
         until = self.clock.monotonic() + _ADVERTISED_S
         while self.clock.monotonic() < until and not all(self._active(model, stage, kv) for stage, kv in stages.items()):
@@ -120,8 +129,8 @@ class PlacementClient:
         )
 
     async def unplace(self, model: ModelId) -> int:
-        """Have every live peer let go of a model; bytes that get free. Raises: PeerFault."""
-        holders = [advert.peer for advert in self.adverts() if any(held.model == model for held in advert.holdings)]
+        """Unload a model on every live peer. Returns: bytes that are or will be freed. Raises: PeerFault."""
+        holders = [advert.peer for advert in self.adverts() if any(holding.model == model for holding in advert.holdings)]
         freed = 0
         for peer in holders:
             request = Unplace(request=self.links.next_request(), model=model)
@@ -130,24 +139,26 @@ class PlacementClient:
         return freed
 
     def progress(self, model: ModelId) -> float:
-        """Of the loads under way for a model, the least; 1 if there are none."""
-        return min((held.progress for advert in self.adverts() for held in advert.holdings if held.model == model), default=1.0)
+        """Returns: the progress of the peer that is furthest behind in loading this model; 1 if no peer holds any of it."""
+        return min(
+            (holding.progress for advert in self.adverts() for holding in advert.holdings if holding.model == model), default=1.0
+        )
 
     def _solve(self, card: ModelCard, mesh: MeshOptions, context: int | None) -> tuple[PlanInput, Solution]:
-        """Halve a context that nobody asked for until it fits."""
-        wanted = max(context or 0, min(card.spec.context_length, USUAL_CONTEXT))
+        """Search a placement. The usual context is halved until it fits, but not below the one that the user asked for."""
+        tokens = max(context or 0, min(card.spec.context_length, USUAL_CONTEXT))
         while True:
-            problem = plan_input_of(card, self.adverts(), mesh, context=wanted)
+            problem = plan_input_of(card, self.adverts(), mesh, context=tokens)
             try:
                 return problem, solve(problem)
             except DoesNotFit:
-                smaller = max(context or 0, wanted // 2)
-                if smaller < LEAST_CONTEXT or smaller == wanted:
+                smaller = max(context or 0, tokens // 2)
+                if smaller < LEAST_CONTEXT or smaller == tokens:
                     raise
-                wanted = smaller
+                tokens = smaller
 
     def _kv_tokens(self, problem: PlanInput, stage: StagePlan) -> int:
-        """Room for several whole contexts, if the peer has it."""
+        """Choose how many tokens to reserve KV for: several whole contexts, if the peer has the memory."""
         profile = problem.profile(stage.peer)
         assert profile is not None
         used = stage_memory(problem, stage)
@@ -159,14 +170,14 @@ class PlacementClient:
         await request_place(self.links, stage.peer, card, stage.layers, kv_tokens, pinned=pinned)
 
     async def _watch(self, card: ModelCard, running: dict[StagePlan, "asyncio.Task[None]"]) -> AsyncGenerator[PlacementStep, None]:
-        """Steps as the adverts tell them, until every peer has answered."""
-        told: dict[StagePlan, PlacementStep] = {}
+        """Yield the changes of progress, as the adverts show it, until every peer has answered."""
+        latest: dict[StagePlan, PlacementStep] = {}
         while True:
             waiting = [task for task in running.values() if not task.done()]
             for stage, task in running.items():
                 step = self._step(card, stage, task)
-                if told.get(stage) != step:
-                    told[stage] = step
+                if latest.get(stage) != step:
+                    latest[stage] = step
                     yield step
             if not waiting:
                 return
@@ -175,28 +186,32 @@ class PlacementClient:
     def _step(self, card: ModelCard, stage: StagePlan, task: "asyncio.Task[None]") -> PlacementStep:
         step = PlacementStep(peer=stage.peer, name=self.names(stage.peer), layers=stage.layers, state="loading", progress=0.0)
         if not task.done():
-            held = self._holding(card.id, stage.peer, stage.layers)
-            return step if held is None else msgspec.structs.replace(step, state=held.state, progress=held.progress)
+            holding = self._holding(card.id, stage.peer, stage.layers)
+            return step if holding is None else msgspec.structs.replace(step, state=holding.state, progress=holding.progress)
         error = None if task.cancelled() else task.exception()
         if error is not None or task.cancelled():
             return msgspec.structs.replace(step, state="failed", message=str(error or "cancelled"))
         return msgspec.structs.replace(step, state="active", progress=1.0)
 
     def _holding(self, model: ModelId, peer: PeerId, layers: LayerRange) -> Holding | None:
-        held = (
+        found = (
             holding
             for advert in self.adverts()
             if advert.peer == peer
             for holding in advert.holdings
             if holding.model == model and holding.layers == layers
         )
-        return next(held, None)
+        return next(found, None)
 
 
 async def request_place(
     links: Links, peer: PeerId, card: ModelCard, layers: LayerRange, kv_tokens: int, *, standby: bool = False, pinned: bool = False
 ) -> None:
-    """Have a peer load layers; until they are active there. Raises: PeerFault. Cancel: the peer finishes what it has begun."""
+    """Ask a peer to load layers, and wait until they are active there.
+
+    Raises: PeerFault.
+    Cancel: the peer finishes a load that it has begun.
+    """
     request = Place(
         request=links.next_request(),
         model=card.id,
@@ -210,14 +225,14 @@ async def request_place(
     await links.request(peer, request, timeout_s=_DEADLINE_S)
 
 
-def _is_wish(mesh: MeshOptions) -> bool:
-    """Whether somebody wants it so, and not only as it is quickest: what is quicker later does not count then."""
-    quickest = mesh.objective in (None, Objective.LATENCY)
-    return mesh.stages is not None or mesh.min_peers is not None or mesh.peers is not None or not quickest
+def _is_pinned(mesh: MeshOptions) -> bool:
+    """Whether the user chose the placement by more than its speed; then the keeper does not move it to faster peers."""
+    by_speed = mesh.objective in (None, Objective.LATENCY)
+    return mesh.stages is not None or mesh.min_peers is not None or mesh.peers is not None or not by_speed
 
 
 def _failure_of(results: Mapping[StagePlan, BaseException | None]) -> MeshdError:
-    """Why a peer could not load. Raises what is no such reason."""
+    """Pick the error of a peer that could not load. Re-raises any exception that is not a MeshdError."""
     failures = [result for result in results.values() if result is not None]
     for failure in failures:
         if not isinstance(failure, MeshdError):
@@ -226,11 +241,15 @@ def _failure_of(results: Mapping[StagePlan, BaseException | None]) -> MeshdError
     return failures[-1]
 
 
-def _where(
-    question: PlanInput, missing: tuple[LayerRange, ...], kv_tokens: int, least_tokens: int, failure: MeshdError | None
+def _choose_stages(
+    problem: PlanInput, missing: tuple[LayerRange, ...], kv_tokens: int, least_tokens: int, failure: MeshdError | None
 ) -> tuple[tuple[StagePlan, ...], int]:
-    """Where to load, and with KV for how many tokens. Raises: NoPeer, DoesNotFit; because of `failure`, if there was one."""
+    """Choose the peers for missing layers.
+
+    Returns: the stages, and the tokens to reserve KV for.
+    Raises: NoPeer; DoesNotFit, with `failure` (why the previous peers could not load) as its cause.
+    """
     try:
-        return repair_within(question, missing, kv_tokens=kv_tokens, least_tokens=least_tokens)
+        return repair_within(problem, missing, kv_tokens=kv_tokens, least_tokens=least_tokens)
     except DoesNotFit as error:
         raise error from failure

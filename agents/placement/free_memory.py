@@ -2,33 +2,37 @@
 
 from collections.abc import Callable
 
-from meshd.agents.placement.loads import ResidentModels
+from meshd.agents.placement.resident import ResidentModels
 from meshd.clock import Clock
 
 _MEASURED_AGAIN_S = 1.0
-"""How old the figure of free memory may be: a measurement costs some file reads."""
+"""Maximum age of the measured free memory: each measurement reads several files."""
 
 
 class FreeMemory:
-    """The memory free at the start less every reservation, and no more than other processes have left of it since."""
+    """Computes the free memory as the smaller of two figures.
 
-    def __init__(self, at_start_bytes: int, holdings: ResidentModels, measure: Callable[[], int], clock: Clock) -> None:
-        """`measure` returns the bytes that are free now."""
+    One is the memory that was free at the start minus all reservations. The other is the memory that is free now minus what is
+    reserved but not yet allocated: other processes may have taken memory since the start.
+    """
+
+    def __init__(self, at_start_bytes: int, residents: ResidentModels, measure: Callable[[], int], clock: Clock) -> None:
+        """`measure` returns the bytes that the system has free now."""
         self._at_start_bytes = at_start_bytes
-        self._holdings = holdings
+        self._residents = residents
         self._measure = measure
         self._clock = clock
         self._measured_at = float("-inf")
         self._measured_bytes = 0
 
     def free_bytes(self) -> int:
-        """Bytes that may still be reserved; the measurement behind it is at most a second old."""
+        """Returns: bytes that may still be reserved, from a measurement that is at most a second old."""
         now = self._clock.monotonic()
         if now - self._measured_at > _MEASURED_AGAIN_S:
             self._measured_at, self._measured_bytes = now, self._measure()
-        unreserved = self._at_start_bytes - self._holdings.reserved_bytes
-        return max(0, min(unreserved, self._measured_bytes - self._holdings.untouched_bytes))
+        unreserved = self._at_start_bytes - self._residents.reserved_bytes
+        return max(0, min(unreserved, self._measured_bytes - self._residents.untouched_bytes))
 
     def forget(self) -> None:
-        """Measure anew at the next question: layers were loaded or freed."""
+        """Drop the cached measurement, because layers were loaded or freed."""
         self._measured_at = float("-inf")

@@ -1,5 +1,7 @@
-"""Keeps models placed while peers come and go. Every peer watches, the one with the smallest id acts; PLACE is idempotent, so that
-two who act at once do no harm, and a leader that does nothing, or has only just started, is soon stood in for.
+"""Keeps models placed while peers come and go: lets `policy.py` decide what to load, and asks peers to load it.
+
+Every peer runs a keeper, and the live peer with the smallest id leads. Two leaders at once do no harm, because PLACE is idempotent.
+If the leader does nothing about a request, the next peer in line sends it too.
 """
 
 import asyncio
@@ -9,7 +11,8 @@ from logging import getLogger
 
 from meshd.agents.links.links import Links
 from meshd.agents.placement.client import request_place
-from meshd.agents.placement.policy import ClusterState, HoldingHistory, LoadRequest, decide, grow, orphaned_copies
+from meshd.agents.placement.history import HoldingHistory
+from meshd.agents.placement.policy import ClusterState, LoadRequest, decide, grow, orphaned_copies
 from meshd.clock import Clock
 from meshd.errors import MeshdError
 from meshd.protocol.messages import Unplace
@@ -17,34 +20,36 @@ from meshd.types import Advert, ModelCard, ModelId, PeerId
 
 log = getLogger(__name__)
 
-_LOOK_S = 2.0
+_CHECK_S = 2.0
 _GATHER_S = 1.0
-"""What comes with a change, like the adverts of others that saw it, is waited for."""
+"""Delay after a change, so that the adverts of other peers that saw it arrive too."""
 _STAND_IN_S = 6.0
-"""A request that stays unmet for so long is asked for by the next peer in line too."""
+"""How long a request may stay unmet before the next peer in line sends it too."""
 _GROW_S = 10.0
-_AT_ONCE = 8
-_LET_GO_S = 10.0
+"""Shortest time between two searches for a faster placement of the same model."""
+_MAX_ASKED = 8
+_UNPLACE_S = 10.0
 _BACK_OFF_S = 5.0
 _LONGEST_BACK_OFF_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Refusal:
-    """A peer could not load something of a model."""
+    """A peer could not load layers of a model."""
 
     times: int
     until: float
+    """The peer is not asked for this model again before this time."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Keeper:
-    """Owns what this peer asks of others for the mesh's sake."""
+    """Owns the requests that this peer sends to keep models placed."""
 
     me: PeerId
     links: Links
     adverts: Callable[[], list[Advert]]
-    """Of the live peers, this one's too."""
+    """Returns the adverts of all live peers, this one included."""
     suspects: Callable[[], list[Advert]]
     cards: Callable[[], Mapping[ModelId, ModelCard]]
     names: Callable[[PeerId], str]
@@ -52,85 +57,84 @@ class Keeper:
     copies: int
     _history: HoldingHistory = field(default_factory=HoldingHistory)
     _wanted: dict[LoadRequest, float] = field(default_factory=dict)
-    """Since when; until it is met."""
+    """Unmet requests, each with the time since when it is unmet."""
     _asked: dict[LoadRequest, "asyncio.Task[None]"] = field(default_factory=dict)
+    """Requests that are sent and not answered yet."""
     _refusals: dict[tuple[PeerId, ModelId], _Refusal] = field(default_factory=dict)
-    _grown: dict[ModelId, frozenset[PeerId]] = field(default_factory=dict)
-    """Peers that were there when a model's placement was last compared with a new one."""
-    _compared: dict[ModelId, float] = field(default_factory=dict)
-    _told: tuple[str, ...] = ()
+    _compared_peers: dict[ModelId, frozenset[PeerId]] = field(default_factory=dict)
+    """The peers that took part when a faster placement of the model was last searched."""
+    _compared_at: dict[ModelId, float] = field(default_factory=dict)
+    _logged: tuple[str, ...] = ()
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def note(self, advert: Advert) -> None:
-        """A peer tells what it holds."""
+        """Record an advert when it arrives."""
         self._history.note(advert)
 
     def changed(self) -> None:
-        """Somebody came or went: look soon."""
+        """Check soon, because a peer came or went."""
         self._changed.set()
 
     async def run(self) -> None:
-        """Look around every few seconds. Cancel: loads that were asked for go on where they are."""
+        """Check every few seconds, and soon after a change. Cancel: peers finish the loads that they were asked for."""
         try:
             while True:
-                await self._rest()
+                await self._wait()
                 try:
-                    await self._look()
+                    await self._check()
                 except Exception:
-                    log.exception("keeping models placed failed")
+                    log.exception("checking the placement of models failed; the next check is in %g s", _CHECK_S)
         finally:
             for task in self._asked.values():
                 task.cancel()
             await asyncio.gather(*self._asked.values(), return_exceptions=True)
 
-    async def _rest(self) -> None:
+    async def _wait(self) -> None:
         try:
-            async with asyncio.timeout(_LOOK_S):
+            async with asyncio.timeout(_CHECK_S):
                 await self._changed.wait()
         except TimeoutError:
             return
         await self.clock.sleep(_GATHER_S)
         self._changed.clear()
 
-    async def _look(self) -> None:
+    async def _check(self) -> None:
         alive, suspects, cards, now = self.adverts(), self.suspects(), self.cards(), self.clock.monotonic()
-        self._history.look([*alive, *suspects])
+        self._history.update([*alive, *suspects])
         self._refusals = {key: refusal for key, refusal in self._refusals.items() if now < refusal.until + _LONGEST_BACK_OFF_S}
         in_line = sorted(advert.peer for advert in alive if not advert.draining)
         if self.me not in in_line:
             self._wanted.clear()
             return
-        mesh = ClusterState(
+        cluster = ClusterState(
             adverts=[*alive, *suspects],
             cards=cards,
-            lost={model: frozenset(pieces) for model, pieces in self._history.lost.items()},
-            let_go=frozenset(self._history.let_go),
+            lost={model: frozenset(lost) for model, lost in self._history.lost.items()},
+            unplaced=frozenset(self._history.unplaced),
             suspects=frozenset(advert.peer for advert in suspects),
             refused=frozenset(key for key, refusal in self._refusals.items() if now < refusal.until),
             pending=tuple(self._asked),
             copies=self.copies,
         )
-        decision = await asyncio.to_thread(decide, mesh)
-        self._tell(decision.missing)
+        decision = await asyncio.to_thread(decide, cluster)
+        self._log_missing(decision.missing)
         self._wanted = {request: self._wanted.get(request, now) for request in decision.requests}
         rank = in_line.index(self.me)
         for request, since in self._wanted.items():
             if now - since >= rank * _STAND_IN_S:
                 self._ask(request, cards[request.model])
         if rank == 0:
-            await self._let_go(alive)
+            await self._unplace_orphans(alive)
             await self._grow(alive, cards, now)
 
-    def _tell(self, missing: tuple[str, ...]) -> None:
+    def _log_missing(self, missing: tuple[str, ...]) -> None:
         for text in missing:
-            if text not in self._told:
+            if text not in self._logged:
                 log.warning("%s", text)
-        self._told = missing
-
-    # Loads
+        self._logged = missing
 
     def _ask(self, request: LoadRequest, card: ModelCard) -> None:
-        if request not in self._asked and len(self._asked) < _AT_ONCE:
+        if request not in self._asked and len(self._asked) < _MAX_ASKED:
             task = asyncio.get_running_loop().create_task(self._place(request, card), name=f"keep {request.layers}")
             self._asked[request] = task
             task.add_done_callback(lambda _: self._asked.pop(request, None))
@@ -147,41 +151,41 @@ class Keeper:
             times = self._refusals[key].times if key in self._refusals else 0
             wait_s = min(_LONGEST_BACK_OFF_S, _BACK_OFF_S * 2**times)
             self._refusals[key] = _Refusal(times + 1, self.clock.monotonic() + wait_s)
-            log.warning("no %s: %s; it is asked again in %g s at the earliest", what, error.message, wait_s)
+            log.warning("could not place %s: %s; asking again in %g s at the earliest", what, error.message, wait_s)
         else:
             self._refusals.pop(key, None)
         self.changed()
 
-    async def _let_go(self, alive: list[Advert]) -> None:
-        for peer, model in orphaned_copies(alive, self._history.let_go):
+    async def _unplace_orphans(self, alive: list[Advert]) -> None:
+        for peer, model in orphaned_copies(alive, self._history.unplaced):
             try:
-                await self.links.request(peer, Unplace(request=self.links.next_request(), model=model), timeout_s=_LET_GO_S)
+                await self.links.request(peer, Unplace(request=self.links.next_request(), model=model), timeout_s=_UNPLACE_S)
             except MeshdError as error:
-                log.info("%s keeps its copy of a model that was unplaced: %s", self.names(peer), error.message)
-
-    # Growth
+                log.info(
+                    "%s did not unload its copy of a model that was unplaced, asking again: %s", self.names(peer), error.message
+                )
 
     async def _grow(self, alive: list[Advert], cards: Mapping[ModelId, ModelCard], now: float) -> None:
-        """Place a model anew where a peer joined that makes it faster."""
-        busy = {request.model for request in (*self._asked, *self._wanted)} | self._history.lost.keys() | self._history.let_go
-        active = {held.model for advert in alive for held in advert.holdings if held.state == "active"}
-        self._grown = {model: peers for model, peers in self._grown.items() if model in active}
-        self._compared = {model: at for model, at in self._compared.items() if model in active}
+        """Search a faster placement of each model whose measured peers have changed, and send the requests for it."""
+        busy = {request.model for request in (*self._asked, *self._wanted)} | self._history.lost.keys() | self._history.unplaced
+        active = {holding.model for advert in alive for holding in advert.holdings if holding.state == "active"}
+        self._compared_peers = {model: peers for model, peers in self._compared_peers.items() if model in active}
+        self._compared_at = {model: at for model, at in self._compared_at.items() if model in active}
         for model in sorted(active & cards.keys() - busy):
             peers = _measured(alive, model)
-            known = self._grown.get(model, frozenset()) & peers
+            known = self._compared_peers.get(model, frozenset()) & peers
             if known == peers:
-                self._grown[model] = known
-            elif now - self._compared.get(model, float("-inf")) >= _GROW_S:
-                self._grown[model], self._compared[model] = peers, now
+                self._compared_peers[model] = known
+            elif now - self._compared_at.get(model, float("-inf")) >= _GROW_S:
+                self._compared_peers[model], self._compared_at[model] = peers, now
                 requests = await asyncio.to_thread(grow, cards[model], [advert for advert in alive if advert.peer in peers])
                 if requests:
-                    log.info("%s is predicted to be faster with another placement", cards[model].name)
+                    log.info("%s is predicted to be faster with another placement, which is loaded now", cards[model].name)
                 for request in requests:
                     self._ask(request, cards[model])
 
 
 def _measured(adverts: list[Advert], model: ModelId) -> frozenset[PeerId]:
-    """The peers that know their links with all who hold a model: before that nobody can tell what they are good for."""
-    holders = {advert.peer for advert in adverts if any(held.model == model for held in advert.holdings)}
+    """The peers that have measured their links with every holder of the model. Without these a plan's speed can't be predicted."""
+    holders = {advert.peer for advert in adverts if any(holding.model == model for holding in advert.holdings)}
     return frozenset(advert.peer for advert in adverts if not advert.draining and holders <= {advert.peer, *advert.links})

@@ -1,7 +1,10 @@
-"""Which layers lie on this peer: fetch, check, load, warm, serve, let go.
+"""Loads and unloads layers on this peer: fetch the weights, read them, run the check step, serve, release.
 
-A load goes LOADING -> WARM (one check step, which also measures it) -> ACTIVE -> DRAINING -> gone. A failed load changes
-nothing: what served before serves on.
+It decides what gives way when memory is short. Which layers belong on which peer is decided elsewhere: by a user or the planner
+(`client.py`) and by the keeper (`policy.py`). Their requests arrive here as PLACE and UNPLACE.
+
+A run of layers goes LOADING -> WARM (the check step, which also measures it) -> ACTIVE -> DRAINING -> released. A failed load
+changes nothing else: layers that served before keep serving.
 """
 
 import asyncio
@@ -12,8 +15,8 @@ from logging import getLogger
 
 from meshd.agents.device.compute import ComputeQueue
 from meshd.agents.links.links import Links
-from meshd.agents.placement.loads import LoadState, ResidentLayers, ResidentModels
 from meshd.agents.placement.model_library import ModelLibrary
+from meshd.agents.placement.resident import LoadState, ResidentLayers, ResidentModels
 from meshd.agents.placement.warmup import warm_up
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.clock import Clock
@@ -27,7 +30,7 @@ from meshd.types import LayerRange, ModelCard, ModelId, PeerId
 log = getLogger(__name__)
 
 _PULL_SHARE = 0.5
-"""Of the progress bar, for what must be fetched first."""
+"""Fraction of the reported progress that stands for fetching the weights; the rest stands for reading them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,203 +41,213 @@ class _Key:
 
 @dataclass(slots=True)
 class Loader:
-    """Owns this peer's loads."""
+    """Owns this peer's resident layers."""
 
     links: Links
     library: ModelLibrary
     weights: WeightProvider
-    holdings: ResidentModels
+    residents: ResidentModels
     backend: Backend
     compute: ComputeQueue
     clock: Clock
     free_bytes: Callable[[], int]
-    """What may still be reserved."""
+    """Returns the bytes that may still be reserved."""
     on_change: Callable[[], None]
     draining: Callable[[], bool] = lambda: False
-    """This peer is about to leave: it loads nothing more."""
+    """Whether this peer is being drained, and so loads nothing more."""
     _loading: dict[_Key, asyncio.Task[ResidentLayers]] = field(default_factory=dict)
     _files: dict[int, GgufFile] = field(default_factory=dict)
+    """Open files by the `id` of the resident layers that use them."""
 
     def register(self) -> None:
-        """Take PLACE and UNPLACE from the links."""
+        """Register the handlers of PLACE and UNPLACE."""
         self.links.register(Place, self._on_place)
         self.links.register(Unplace, self._on_unplace)
 
     async def close(self) -> None:
-        """Let go of everything, loads under way included."""
+        """Cancel all loads and release all layers."""
         for task in self._loading.values():
             task.cancel()
         await asyncio.gather(*self._loading.values(), return_exceptions=True)
-        for load in list(self.holdings):
-            self._release(load)
+        for resident in list(self.residents):
+            self._release(resident)
 
     async def _on_place(self, sender: PeerId, message: Place, payload: memoryview) -> Placed:
         async with asyncio.timeout(message.deadline_ms / 1000):
-            load = await self.place(message)
-        return Placed(request=message.request, layers=load.layers, kv_tokens=load.kv_tokens)
+            resident = await self.place(message)
+        return Placed(request=message.request, layers=resident.layers, kv_tokens=resident.kv_tokens)
 
-    async def place(self, wanted: Place) -> ResidentLayers:
-        """An active load with these layers and room for that many tokens. The same wish twice is one load.
+    async def place(self, request: Place) -> ResidentLayers:
+        """Load layers, unless they are resident with enough KV already. Equal requests at the same time share one load.
 
-        Raises: UnknownModel, DownloadError, StorageError, ModelFileError, OutOfMemory. Cancel: others who wait for it go on.
+        Returns: active layers that contain the requested ones.
+        Raises: UnknownModel, DownloadError, StorageError, ModelFileError, OutOfMemory; Unavailable while this peer is drained.
+        Cancel: the load continues for its other callers.
         """
-        present = self._present(wanted)
+        present = self._present(request)
         if present is not None:
-            self._settle(present, wanted)
+            self._adopt_flags(present, request)
             return present
         if self.draining():
             raise Unavailable("this peer is about to leave and takes no more layers", hint="place them on another")
-        key = _Key(wanted.model, wanted.layers)
+        key = _Key(request.model, request.layers)
         task = self._loading.get(key)
         if task is None:
-            task = asyncio.get_running_loop().create_task(self._load(wanted), name=f"load {wanted.layers}")
+            task = asyncio.get_running_loop().create_task(self._load(request), name=f"load {request.layers}")
             self._loading[key] = task
             task.add_done_callback(lambda _: self._loading.pop(key, None))
-        load = await asyncio.shield(task)
-        self._settle(load, wanted)
-        return load
+        resident = await asyncio.shield(task)
+        self._adopt_flags(resident, request)
+        return resident
 
-    def _present(self, wanted: Place) -> ResidentLayers | None:
-        """An active load that does, one that is no standby copy first."""
+    def _present(self, request: Place) -> ResidentLayers | None:
+        """Find active layers that satisfy the request. Layers that serve are preferred to standby copies."""
         fitting = [
-            load
-            for load in self.holdings.of(wanted.model)
-            if load.state is LoadState.ACTIVE and wanted.layers in load.layers and load.kv_tokens >= wanted.kv_tokens
+            resident
+            for resident in self.residents.of(request.model)
+            if resident.state is LoadState.ACTIVE and request.layers in resident.layers and resident.kv_tokens >= request.kv_tokens
         ]
-        return max(fitting, key=lambda load: (not load.standby, load.pool.blocks_free if load.pool else 0), default=None)
+        return max(
+            fitting,
+            key=lambda resident: (not resident.standby, resident.pool.blocks_free if resident.pool else 0),
+            default=None,
+        )
 
-    def _settle(self, load: ResidentLayers, wanted: Place) -> None:
-        """Have a load be what the latest wish for it says; what was once wanted for itself is no standby copy any more."""
-        before = load.standby, load.pinned
-        load.standby = load.standby and wanted.standby
-        load.pinned = load.pinned or wanted.pinned
-        if (load.standby, load.pinned) != before:
+    def _adopt_flags(self, resident: ResidentLayers, request: Place) -> None:
+        """Update `standby` and `pinned`: any request that is not for a standby copy promotes it, and any may pin it."""
+        before = resident.standby, resident.pinned
+        resident.standby = resident.standby and request.standby
+        resident.pinned = resident.pinned or request.pinned
+        if (resident.standby, resident.pinned) != before:
             self.on_change()
 
-    async def _load(self, wanted: Place) -> ResidentLayers:
+    async def _load(self, request: Place) -> ResidentLayers:
         loop = asyncio.get_running_loop()
-        card = await self._fetch(wanted)
-        if wanted.layers not in card.layers:
-            raise ModelFileError(f"{card.name} has layers {card.layers}, not {wanted.layers}")
-        load = ResidentLayers(
+        card = await self._fetch(request)
+        if request.layers not in card.layers:
+            raise ModelFileError(f"{card.name} has layers {card.layers}, not {request.layers}")
+        resident = ResidentLayers(
             card,
-            wanted.layers,
-            _whole_blocks(wanted.kv_tokens),
-            _weights_of(card, wanted.layers),
-            standby=wanted.standby,
-            pinned=wanted.pinned,
+            request.layers,
+            _whole_blocks(request.kv_tokens),
+            _weight_bytes(card, request.layers),
+            standby=request.standby,
+            pinned=request.pinned,
         )
-        self._make_room(load)
-        self.holdings.loads.append(load)
+        self._make_room(resident)
+        self.residents.entries.append(resident)
         try:
-            await self._fill(load, wanted.ref)
+            await self._fill(resident, request.ref)
 
             def progress(share: float) -> None:
-                load.progress = _PULL_SHARE + share * (1 - _PULL_SHARE)
+                resident.progress = _PULL_SHARE + share * (1 - _PULL_SHARE)
                 loop.call_soon_threadsafe(self.on_change)
 
-            await asyncio.to_thread(self._read, load, progress)
-            load.state = LoadState.WARM
-            await self.compute.call(lambda: warm_up(load))
+            await asyncio.to_thread(self._read, resident, progress)
+            resident.state = LoadState.WARM
+            await self.compute.call(lambda: warm_up(resident))
         except BaseException as error:
-            load.state = LoadState.FAILED
-            self._release(load)
+            resident.state = LoadState.FAILED
+            self._release(resident)
             if isinstance(error, MeshdError | asyncio.CancelledError):
                 raise
-            raise ModelFileError(f"loading layers {wanted.layers} of {card.name} failed: {error}") from error
-        load.state, load.progress = LoadState.ACTIVE, 1.0
-        log.info("layers %s of %s are active: %d MB of weights", load.layers, card.name, load.weight_bytes // 10**6)
-        if not load.steady:
+            raise ModelFileError(f"loading layers {request.layers} of {card.name} failed: {error}") from error
+        resident.state, resident.progress = LoadState.ACTIVE, 1.0
+        log.info("layers %s of %s are active: %d MB of weights", resident.layers, card.name, resident.weight_bytes // 10**6)
+        if not resident.steady:
             log.warning(
-                "%s on this processor computes a token otherwise among others than alone, in the last bits: an answer that goes on "
-                "after a loss may differ from one that was not struck",
+                "%s on this processor gives a token other last bits alone than in a batch: after a recovery, the rest of an answer "
+                "may differ from that of an undisturbed run",
                 self.backend.name,
             )
-        self._retire_covered(load)
+        self._retire_covered(resident)
         self.on_change()
-        return load
+        return resident
 
-    async def _fetch(self, wanted: Place) -> ModelCard:
-        """The card of a model that is on this disk, or at a peer, and is the one that was meant."""
-        known = self.library.local.get(wanted.model)
-        return known if known is not None else await self.weights.card(wanted.model, wanted.ref)
+    async def _fetch(self, request: Place) -> ModelCard:
+        """Get the model's card, from this disk or else from a peer or the model's source."""
+        known = self.library.local.get(request.model)
+        return known if known is not None else await self.weights.card(request.model, request.ref)
 
-    async def _fill(self, load: ResidentLayers, ref: str) -> None:
-        """Have on this disk what `_read` will read."""
+    async def _fill(self, resident: ResidentLayers, ref: str) -> None:
+        """Fetch the tensors that `_read` needs and that are not on this disk."""
 
         def progress(share: float) -> None:
-            load.progress = share * _PULL_SHARE
+            resident.progress = share * _PULL_SHARE
             self.on_change()
 
         progress(0.0)
-        await self.weights.fill(load.card, ref, load.layers, progress)
+        await self.weights.fill(resident.card, ref, resident.layers, progress)
         progress(1.0)
 
-    def _read(self, load: ResidentLayers, progress: Callable[[float], None]) -> None:
-        """On a worker thread: map the file and build the stage's weights and its KV pool."""
-        file = self.library.open(load.card)
-        self._files[id(load)] = file
-        layers = load.layers
+    def _read(self, resident: ResidentLayers, progress: Callable[[float], None]) -> None:
+        """Map the file and build the weights and the KV pool. Runs on a worker thread."""
+        file = self.library.open(resident.card)
+        self._files[id(resident)] = file
+        layers = resident.layers
 
         def read(share: float) -> None:
             file.let_go_of_pages()  # the backend has its own form of what it read
             progress(share)
 
-        load.weights = self.backend.load(
-            load.card.spec,
+        resident.weights = self.backend.load(
+            resident.card.spec,
             layers,
             file,
             embedding=layers.start == 0,
-            head=layers.end == load.card.spec.layers,
+            head=layers.end == resident.card.spec.layers,
             progress=read,
         )
-        load.weight_bytes = max(load.weight_bytes, load.weights.weight_bytes)  # what was reserved holds what packing adds
-        load.pool = KVPool(load.card.spec, layers, load.kv_tokens // BLOCK_TOKENS, BLOCK_TOKENS)
+        resident.weight_bytes = max(resident.weight_bytes, resident.weights.weight_bytes)  # packing can add to the file's size
+        resident.pool = KVPool(resident.card.spec, layers, resident.kv_tokens // BLOCK_TOKENS, BLOCK_TOKENS)
 
-    def _make_room(self, load: ResidentLayers) -> None:
-        """Check the reservation before any memory is taken. Idle standby copies give way, then idle loads of the same model; for
-        a standby copy nothing does.
+    def _make_room(self, new: ResidentLayers) -> None:
+        """Release idle layers until the reservation of `new` fits; runs before any memory is allocated for it.
+
+        Idle standby copies are released first, then idle layers of the same model. Nothing is released for a standby copy.
+
+        Raises: OutOfMemory.
         """
-        for other in [] if load.standby else self._in_the_way(load):
-            if self.free_bytes() >= load.reserved_bytes:
+        for other in [] if new.standby else self._releasable(new):
+            if self.free_bytes() >= new.reserved_bytes:
                 return
             self._release(other)
         free = self.free_bytes()
-        if free < load.reserved_bytes:
-            missing = load.reserved_bytes - free
+        if free < new.reserved_bytes:
+            missing = new.reserved_bytes - free
             raise OutOfMemory(
-                f"layers {load.layers} of {load.card.name} need {load.reserved_bytes} bytes with KV for {load.kv_tokens} tokens, "
+                f"layers {new.layers} of {new.card.name} need {new.reserved_bytes} bytes with KV for {new.kv_tokens} tokens, "
                 f"{missing} more than are free here",
                 hint="fewer layers on this peer, a smaller context, or a higher --memory",
             )
 
-    def _in_the_way(self, load: ResidentLayers) -> list[ResidentLayers]:
-        """Loads that may be let go for this one, the dearest last."""
-        standby = [other for other in self.holdings if other.gives_way]
-        same = [other for other in self.holdings.of(load.card.id) if other.state is LoadState.ACTIVE and not other.in_use]
+    def _releasable(self, new: ResidentLayers) -> list[ResidentLayers]:
+        """List what may be released to make room for `new`, in the order of release."""
+        standby = [other for other in self.residents if other.gives_way]
+        same = [other for other in self.residents.of(new.card.id) if other.state is LoadState.ACTIVE and not other.in_use]
         return standby + [other for other in same if not other.standby]
 
     def _retire_covered(self, new: ResidentLayers) -> None:
-        """Older loads whose layers all lie in the new one serve their sessions to the end, then go."""
-        for load in self.holdings.of(new.card.id):
-            dearer = new.standby and not load.standby
-            if load is not new and load.layers in new.layers and load.state is LoadState.ACTIVE and not dearer:
-                load.state = LoadState.DRAINING
+        """Drain older layers that `new` contains. A standby copy does not replace layers that serve."""
+        for resident in self.residents.of(new.card.id):
+            is_covered = resident is not new and resident.layers in new.layers and resident.state is LoadState.ACTIVE
+            if is_covered and not (new.standby and not resident.standby):
+                resident.state = LoadState.DRAINING
         self.sweep()
 
     def sweep(self) -> None:
-        """Release draining loads that no session uses any more. Called whenever a session ends."""
-        for load in list(self.holdings):
-            if load.state is LoadState.DRAINING and not load.in_use:
-                self._release(load)
+        """Release draining layers that no session uses any more. Called whenever a session ends."""
+        for resident in list(self.residents):
+            if resident.state is LoadState.DRAINING and not resident.in_use:
+                self._release(resident)
 
-    def _release(self, load: ResidentLayers) -> None:
-        if load in self.holdings.loads:
-            self.holdings.loads.remove(load)
-        weights, load.weights, load.pool = load.weights, None, None
+    def _release(self, resident: ResidentLayers) -> None:
+        if resident in self.residents.entries:
+            self.residents.entries.remove(resident)
+        weights, resident.weights, resident.pool = resident.weights, None, None
         if weights is not None:
             _close_quietly(weights)
-        file = self._files.pop(id(load), None)
+        file = self._files.pop(id(resident), None)
         if file is not None:
             file.close()
         self.on_change()
@@ -243,12 +256,12 @@ class Loader:
         return Unplaced(request=message.request, freed_bytes=self.unplace(message.model))
 
     def unplace(self, model: ModelId) -> int:
-        """Let go of a model; bytes that are or will be free. Sessions that run end first."""
+        """Drain all layers of a model; each is released when its last session ends. Returns: bytes freed now or then."""
         freed = 0
-        for load in self.holdings.of(model):
-            if load.state is LoadState.ACTIVE:
-                freed += load.reserved_bytes
-                load.state = LoadState.DRAINING
+        for resident in self.residents.of(model):
+            if resident.state is LoadState.ACTIVE:
+                freed += resident.reserved_bytes
+                resident.state = LoadState.DRAINING
         self.sweep()
         self.on_change()
         return freed
@@ -258,14 +271,14 @@ def _close_quietly(weights: LoadedLayers) -> None:
     try:
         weights.close()
     except MeshdError as error:
-        log.warning("freeing weights: %s", error)
+        log.warning("the backend could not free weights: %s", error)
 
 
 def _whole_blocks(tokens: int) -> int:
     return math.ceil(tokens / BLOCK_TOKENS) * BLOCK_TOKENS
 
 
-def _weights_of(card: ModelCard, layers: LayerRange) -> int:
+def _weight_bytes(card: ModelCard, layers: LayerRange) -> int:
     total = sum(card.held_layer_bytes[layer] for layer in layers)
     total += card.embedding_bytes if layers.start == 0 else 0
     return total + (card.held_head_bytes if layers.end == card.spec.layers else 0)

@@ -1,4 +1,4 @@
-"""Which models this peer can speak for: cards by name, and the text side (tokenizer, template) of each."""
+"""The models that this peer knows: their cards, and the tokenizer and chat template of each."""
 
 import asyncio
 import hashlib
@@ -26,11 +26,12 @@ log = getLogger(__name__)
 
 _HEADER_TIMEOUT_S = 20.0
 _MAX_HEARD = 64
+"""Cards from other peers that are remembered; the oldest is dropped first."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelText:
-    """A model's text side."""
+    """A model's tokenizer and chat template."""
 
     card: ModelCard
     tokenizer: Tokenizer
@@ -39,7 +40,10 @@ class ModelText:
     def tokens_of(
         self, prompt: tuple[ChatMessage, ...] | str | tuple[int, ...], variables: Mapping[str, Any] | None = None
     ) -> tuple[int, ...]:
-        """Token ids of any kind of prompt; `variables` are for a chat's template. Raises: InvalidRequest."""
+        """Convert a chat, a text or token ids to token ids. `variables` go to the chat template.
+
+        Raises: InvalidRequest.
+        """
         if isinstance(prompt, str):
             return tuple(self.tokenizer.encode(prompt, add_special=True, parse_special=True))
         if all(isinstance(part, int) for part in prompt):
@@ -57,27 +61,27 @@ class ModelText:
 
 @dataclass(slots=True)
 class ModelLibrary:
-    """Models known to this peer: on its disk, or told by others."""
+    """The models on this peer's disk and those that other peers advertise."""
 
     links: Links
     store: Store
     adverts: Callable[[], Iterable[Advert]]
-    """Of the live peers, this one's not needed."""
+    """Returns the adverts of the live peers; whether this peer's own is among them does not matter."""
     on_change: Callable[[], None]
     local: dict[ModelId, ModelCard] = field(default_factory=dict)
-    """Of the files that are here as a whole."""
+    """Models whose whole file is on this disk."""
     partial: dict[ModelId, ModelCard] = field(default_factory=dict)
-    """Of the models of which some tensors are here."""
+    """Models of which this disk has some tensors."""
     _heard: dict[ModelId, ModelCard] = field(default_factory=dict)
-    """Told by peers that may have gone since."""
+    """Advertised by peers, which may have gone since."""
     _texts: dict[ModelId, asyncio.Task[ModelText]] = field(default_factory=dict)
 
     def register(self) -> None:
-        """Answer other coordinators' questions."""
+        """Register the handler of FETCH_HEADER."""
         self.links.register(FetchHeader, self._on_fetch_header)
 
     async def refresh(self) -> None:
-        """Read the cards of what lies on this disk. A broken file is told in the log and left out."""
+        """Read the cards of all models on this disk. A broken file is logged and left out."""
         self.partial = await asyncio.to_thread(self._read_partial)
         cards = await asyncio.to_thread(self._read_local)
         if cards != self.local:
@@ -107,34 +111,37 @@ class ModelLibrary:
             return card_from_gguf(file, name=stored.name, ref=stored.ref, model_id=stored.id, created=stored.created)
 
     def cards(self) -> dict[ModelId, ModelCard]:
-        """All known models, this disk's first; those too whose file has gone with its peer, as long as others hold layers of it."""
+        """Collect the cards of all known models, those on this disk first.
+
+        A model whose only file has gone with its peer stays known while some peer holds layers of it.
+        """
         adverts = list(self.adverts())
         for advert in adverts:
             for card in advert.models:
                 self._hear(card)
-        told = {card.id for advert in adverts for card in advert.models}
-        told |= {held.model for advert in adverts for held in advert.holdings}
-        heard = {model: card for model, card in self._heard.items() if model in told}
+        advertised = {card.id for advert in adverts for card in advert.models}
+        advertised |= {holding.model for advert in adverts for holding in advert.holdings}
+        heard = {model: card for model, card in self._heard.items() if model in advertised}
         return {**self.local, **{model: card for model, card in (heard | self.partial).items() if model not in self.local}}
 
     def card_here(self, model: ModelId) -> ModelCard | None:
-        """Of a model that is on this disk, as a whole or in part."""
+        """Returns: the card of a model that is on this disk, whole or in part."""
         return self.local.get(model) or self.partial.get(model)
 
     def now_whole(self, card: ModelCard) -> None:
-        """A model's file is here, where it was not or only in part."""
+        """Record that a model's whole file has come to this disk."""
         self.partial.pop(card.id, None)
         if self.local.get(card.id) != card:
             self.local[card.id] = card
             self.on_change()
 
     def now_gone(self, model: ModelId) -> None:
-        """A model's file was removed by someone else."""
+        """Record that a model's file was removed from this disk by another program."""
         if self.local.pop(model, None) is not None:
             self.on_change()
 
     def open(self, card: ModelCard) -> GgufFile:
-        """The file, or what is here of it. Blocks. Raises: ModelFileError, StorageError."""
+        """Open a model's file or the partial copy of it. Blocks. Raises: ModelFileError, StorageError."""
         file = self._file_of(card.id)
         if file is None:
             raise ModelFileError(f"the file of {card.name} has gone from this disk")
@@ -155,7 +162,7 @@ class ModelLibrary:
                 del self._heard[next(iter(self._heard))]
 
     def find(self, name: str) -> ModelCard:
-        """By name, reference or id. Raises: UnknownModel with the nearest names."""
+        """Find a model by name, reference or id. Raises: UnknownModel, which lists the nearest names."""
         cards = self.cards()
         for card in cards.values():
             if name in (card.name, card.ref, card.id):
@@ -163,10 +170,13 @@ class ModelLibrary:
         names = [card.name for card in cards.values()]
         near = get_close_matches(name, names, n=3, cutoff=0.4) or sorted(names)[:5]
         hint = f"nearest: {', '.join(near)}" if near else "fetch one with `meshd pull` or place one with `meshd place`"
-        raise UnknownModel(f"the model {name!r} does not exist in this mesh", hint=hint)
+        raise UnknownModel(f"the model {name!r} does not exist in this cluster", hint=hint)
 
     async def pull(self, ref: str, progress: Callable[[float], None]) -> ModelCard:
-        """The card of a model that is now on this disk. Raises: UnknownModel, DownloadError, StorageError."""
+        """Fetch a model from its own source, unless it is on this disk. Returns: its card.
+
+        Raises: UnknownModel, DownloadError, StorageError.
+        """
         stored = self.store.get(ref) or await self.store.pull(ref, lambda step: progress(_fraction(step)))
         card = self.local.get(stored.id)
         if card is None:
@@ -175,7 +185,10 @@ class ModelLibrary:
         return card
 
     async def text(self, card: ModelCard) -> ModelText:
-        """Tokenizer and template, from this disk or from a peer that has the file; made once. Raises: NoPeer, PeerFault."""
+        """Get the tokenizer and template, from this disk or else from a peer that has the file. Both are built once and cached.
+
+        Raises: NoPeer, PeerFault.
+        """
         task = self._texts.get(card.id)
         if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
             task = asyncio.get_running_loop().create_task(self._load_text(card), name=f"text of {card.name}")
@@ -197,7 +210,10 @@ class ModelLibrary:
             return _text_of(card, file)
 
     async def _fetch_header(self, card: ModelCard) -> bytes:
-        """From the first peer that can give it: one that has the file, else one that holds layers. Raises: NoPeer, PeerFault."""
+        """Fetch the header from the first peer that sends it. Peers with the whole file are asked first, then those with layers.
+
+        Raises: NoPeer, PeerFault.
+        """
         failure: MeshdError = NoPeer(f"no live peer has the file of {card.name}", hint=f"fetch it with `meshd pull {card.ref}`")
         for peer in holders_of(card.id, self.adverts()):
             try:
@@ -207,11 +223,11 @@ class ModelLibrary:
         raise failure
 
     async def _ask_header(self, peer: PeerId, card: ModelCard) -> bytes:
-        question = FetchHeader(request=self.links.next_request(), model=card.id)
-        reply, payload = await self.links.request(peer, question, timeout_s=_HEADER_TIMEOUT_S)
+        request = FetchHeader(request=self.links.next_request(), model=card.id)
+        reply, payload = await self.links.request(peer, request, timeout_s=_HEADER_TIMEOUT_S)
         data = bytes(payload)
         if not isinstance(reply, HeaderData) or hashlib.sha256(data).hexdigest() != reply.sha256:
-            raise ProtocolViolation(f"the header of {card.name} arrived torn")
+            raise ProtocolViolation(f"the header of {card.name} does not match its hash")
         return data
 
     async def _on_fetch_header(self, sender: PeerId, message: FetchHeader, payload: memoryview) -> tuple[HeaderData, bytes]:
@@ -227,15 +243,15 @@ class ModelLibrary:
 
 
 def holders_of(model: ModelId, adverts: Iterable[Advert]) -> list[PeerId]:
-    """Peers that have the file, then those that hold layers and so may have a part of it."""
+    """List the peers that have the file, then those that hold layers and so may have a part of it."""
     known = list(adverts)
     whole = [advert.peer for advert in known if any(card.id == model for card in advert.models)]
-    part = [advert.peer for advert in known if any(held.model == model for held in advert.holdings)]
+    part = [advert.peer for advert in known if any(holding.model == model for holding in advert.holdings)]
     return list(dict.fromkeys(whole + part))
 
 
 def card_of_copy(copy: PartialCopy) -> ModelCard:
-    """Raises: ModelFileError, StorageError."""
+    """Read the card from a partial copy's header. Raises: ModelFileError, StorageError."""
     about = copy.about
     return card_from_gguf(copy.header(), name=about.name, ref=about.ref, model_id=about.id, created=about.created)
 
@@ -246,7 +262,7 @@ def _text_of(card: ModelCard, file: GgufFile) -> ModelText:
 
 
 def _fraction(step: PullProgress) -> float:
-    """Of a pull; what its size is not known of counts as not begun."""
+    """Returns: the fraction of a pull that is done; 0 in phases without a known size."""
     if step.phase is PullPhase.DONE:
         return 1.0
     counted = step.phase in (PullPhase.DOWNLOADING, PullPhase.IMPORTING)

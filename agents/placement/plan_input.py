@@ -1,4 +1,4 @@
-"""What is asked of the planner, made of what a request says and what the live peers advertise."""
+"""Builds the planner's input from a request's options and the adverts of the live peers."""
 
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -14,11 +14,11 @@ from meshd.planner.stages import parse_stages, resolve_peer
 from meshd.types import Advert, ModelCard, Objective, PeerId
 
 USUAL_CONTEXT = 16_384
-"""KV is placed for this context at most, unless a request asks for more."""
+"""Largest context to reserve KV for, unless a request asks for more."""
 LEAST_CONTEXT = 512
-"""And for this one at least, however short memory is."""
+"""Smallest context to reserve KV for, however short memory is."""
 CONTEXTS_OF_KV = 4
-"""Whole contexts that a placement holds room for, where memory allows."""
+"""How many whole contexts a placement reserves KV for, where memory allows."""
 
 
 def plan_input_of(
@@ -32,11 +32,13 @@ def plan_input_of(
     standby: bool = True,
     leaving: bool = False,
 ) -> PlanInput:
-    """The planner's question, from what the live peers advertise.
+    """Build the input of a search for a placement or a route.
 
-    `standby`: also layers that wait to take over; `leaving`: also peers that are about to leave. Raises: InvalidRequest, NoPeer.
+    `standby` includes standby copies; `leaving` includes draining peers.
+
+    Raises: InvalidRequest, NoPeer.
     """
-    profiles = tuple(_asked(profile, standby, leaving) for profile in profiles_from_adverts(adverts, card.id))
+    profiles = tuple(_restricted(profile, standby, leaving) for profile in profiles_from_adverts(adverts, card.id))
     return PlanInput(
         card=card,
         profiles=profiles,
@@ -54,20 +56,27 @@ def plan_input_of(
 def repair_input(
     card: ModelCard, adverts: list[Advert], *, avoid: Collection[PeerId] = (), among: Collection[PeerId] | None = None
 ) -> PlanInput:
-    """What is asked when layers are loaded beside what is there: of all peers but those in `avoid`, or of those in `among` only."""
+    """Build the input of a search that adds layers to a placement.
+
+    Only peers in `among` (None: all) and not in `avoid` may get new layers.
+    """
     profiles = profiles_from_adverts(adverts, card.id)
-    named = [profile.id for profile in profiles if (among is None or profile.id in among) and profile.id not in avoid]
+    allowed = [profile.id for profile in profiles if (among is None or profile.id in among) and profile.id not in avoid]
     return PlanInput(
         card=card,
         profiles=profiles,
         network=Network.from_adverts(adverts),
         context=min(card.spec.context_length, USUAL_CONTEXT),
-        peers=tuple(named),
+        peers=tuple(allowed),
     )
 
 
 def named_peers(mesh: MeshOptions, profiles: Sequence[PeerProfile]) -> tuple[PeerId, ...] | None:
-    """Those of the peers that the request names which are here; None: it names none. Raises: NoPeer if none of them is here."""
+    """Resolve the peers that the request names, and skip those that are not in the cluster now.
+
+    Returns: None if the request names no peers.
+    Raises: NoPeer if none of the named peers is in the cluster.
+    """
     if not mesh.peers:
         return None
     found: list[PeerId] = []
@@ -79,6 +88,6 @@ def named_peers(mesh: MeshOptions, profiles: Sequence[PeerProfile]) -> tuple[Pee
     return tuple(found)
 
 
-def _asked(profile: PeerProfile, standby: bool, leaving: bool) -> PeerProfile:
-    holdings = profile.holdings if standby else tuple(held for held in profile.holdings if not held.standby)
+def _restricted(profile: PeerProfile, standby: bool, leaving: bool) -> PeerProfile:
+    holdings = profile.holdings if standby else tuple(holding for holding in profile.holdings if not holding.standby)
     return msgspec.structs.replace(profile, holdings=holdings, draining=profile.draining and not leaving)

@@ -1,4 +1,4 @@
-"""Models that `meshd up --model` asks for: fetched and placed in the background, tried again until they fit."""
+"""Fetches and places the models of `meshd up --model` in the background, and retries until they fit."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from meshd.types import ModelCard
 log = getLogger(__name__)
 
 _GATHER_S = 3.0
-"""Others that start now are found within this time; placing sooner would leave them out."""
+"""Peers that start at the same time are found within this time; placing sooner would leave them out."""
 _RETRY_S = 5.0
 
 
 @dataclass(slots=True)
 class Preload:
-    """Owns the list and its progress, which `/ready` reports."""
+    """Owns the list of models and their progress, which `/ready` reports."""
 
     wanted: Sequence[str]
     library: ModelLibrary
@@ -33,7 +33,10 @@ class Preload:
     doing: str = ""
 
     async def run(self) -> None:
-        """Place one after the other. A model that fails for now is tried again; one that can never work is logged and skipped."""
+        """Place the models one after the other.
+
+        A failure that may pass (no peers, too little memory) is retried. A model that can never work is logged and skipped.
+        """
         if not self.wanted:
             return
         await self.clock.sleep(_GATHER_S)
@@ -62,7 +65,7 @@ class Preload:
                 if not self.covered(card):
                     async for _ in self.placer.place(card, MeshOptions()):
                         pass
-                log.info("%s can answer", card.name)
+                log.info("%s is placed and can answer", card.name)
                 return
             except UsageError as error:
                 log.error("%s is not placed: %s", ref, error)
@@ -75,7 +78,7 @@ class Preload:
                 await self.clock.sleep(error.retry_after_s if isinstance(error, Unavailable) else _RETRY_S)
 
     async def _card(self, ref: str) -> ModelCard:
-        """Look in the mesh first, then fetch from the model's own source."""
+        """Get the card of a model of the cluster, or fetch the model from its own source."""
         try:
             return self.library.find(ref)
         except UnknownModel:

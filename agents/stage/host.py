@@ -21,7 +21,7 @@ from meshd.agents.device.compute import ComputeQueue
 from meshd.agents.links.links import Links
 from meshd.agents.links.rpc import try_send
 from meshd.agents.observe.story import Story
-from meshd.agents.placement.loads import ResidentModels
+from meshd.agents.placement.resident import ResidentModels
 from meshd.agents.stage import session as fsm
 from meshd.agents.stage.kv import KvManager
 from meshd.agents.stage.leases import SessionLeases

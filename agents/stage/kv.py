@@ -12,7 +12,7 @@ Caches of different layers may share a lease, because a block has space for all 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from meshd.agents.placement.loads import ResidentLayers
+from meshd.agents.placement.resident import ResidentLayers
 from meshd.agents.stage.outputs import OutputLog, Outputs
 from meshd.errors import NoPeer
 from meshd.kernels.kv import BlockTable, KVPool

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from meshd.agents.observe.story import Story
-from meshd.agents.placement.loads import ResidentModels
+from meshd.agents.placement.resident import ResidentModels
 from meshd.agents.stage import session as fsm
 from meshd.agents.stage.kv import KvManager, SessionKv, StageCache
 from meshd.agents.stage.leases import SessionLeases

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from meshd.agents.placement.loads import ResidentLayers
+from meshd.agents.placement.resident import ResidentLayers
 from meshd.agents.stage import session as fsm
 from meshd.agents.stage.kv import StageCache
 from meshd.errors import LocalFault, MeshdError, ProtocolViolation

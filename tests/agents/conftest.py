@@ -1,4 +1,4 @@
-"""Shared by the tests of the links."""
+"""Peers with real links, for the tests of agents."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from in_process.peers import Peers
 
 @pytest.fixture
 async def peers(tmp_path: Path) -> AsyncIterator[Peers]:
-    """Starts peers; they are stopped after the test."""
+    """Starts peers on loopback, and stops them after the test."""
     started = Peers(tmp_path)
     yield started
     await started.stop()

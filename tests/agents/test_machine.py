@@ -1,4 +1,4 @@
-"""The base of the state machines: the table decides, an illegal event changes nothing, the story tells what came before."""
+"""The base class of state machines: the table decides, an illegal event changes nothing, the story shows earlier changes."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -63,7 +63,7 @@ def test_an_event_does_what_its_row_says() -> None:
     assert lamp.presses == 2
 
 
-def test_an_illegal_event_raises_changes_nothing_and_is_reported_with_what_came_before() -> None:
+def test_an_illegal_event_raises_with_the_story_and_changes_nothing() -> None:
     lamp = Lamp()
     lamp.handle(Pressed())
     lamp.handle(Struck())
@@ -73,20 +73,20 @@ def test_an_illegal_event_raises_changes_nothing_and_is_reported_with_what_came_
     assert repr(lamp) == before
 
 
-def test_an_action_may_only_go_where_its_row_says() -> None:
+def test_an_action_may_only_enter_a_state_that_its_row_names() -> None:
     with pytest.raises(AssertionError, match="off -Pressed-> broken is not in its table"):
         Lamp(goes_to=Light.BROKEN).handle(Pressed())
 
 
-def test_an_action_may_always_stay() -> None:
+def test_an_action_may_always_keep_the_state() -> None:
     assert Lamp(goes_to=Light.OFF).handle(Pressed()) == ["off"]
 
 
-def test_a_stale_event_is_dropped_before_the_table_is_asked() -> None:
+def test_a_stale_event_is_dropped_before_the_table_is_consulted() -> None:
     assert Lamp(deaf=True).handle(Struck()) == []
 
 
-def test_the_story_is_bounded_and_has_the_latest() -> None:
+def test_the_story_keeps_only_the_latest_changes() -> None:
     lamp = Lamp()
     for _ in range(STORY_LINES + 3):
         lamp.handle(Pressed())
@@ -108,6 +108,6 @@ def test_a_diagram_has_every_arrow_of_the_table() -> None:
     ]
 
 
-def test_the_page_of_diagrams_is_made_from_the_tables_of_today() -> None:
+def test_the_page_of_diagrams_matches_the_tables() -> None:
     module = load_script("diagrams")
     assert module.PAGE.read_text() == module.page(), "run `make diagrams`"

@@ -1,4 +1,4 @@
-"""One fetch: the parts of a model's file that are missing here, from all peers that have them at once."""
+"""Fetches the missing parts of a model's file from all peers that have them, at the same time."""
 
 import asyncio
 from collections import Counter
@@ -22,23 +22,25 @@ log = getLogger(__name__)
 
 _CHUNK_S = 20.0
 _LOOK_S = 0.25
-"""How often new sources, and sources that have more than before, are looked for."""
+"""Interval of looking for new sources, and for sources that have more parts than before."""
 _PAUSE_S = 0.5
-"""Before a source that is busy, or that failed, is asked again."""
+"""Delay before a source that is busy or has failed is asked again."""
 _MAX_FAILURES = 5
 _PATIENCE_S = 2.0
-"""How long something may be missing that no live peer has: a link that broke is back by then."""
+"""How long a part may be missing on every live peer before the fetch fails: a broken link is usually back by then."""
 _FLUSH_BYTES = 16 << 20
 _FLUSH_S = 1.0
+"""The copy's record on the disk is written after this many bytes or seconds: parts that are not recorded are fetched again after a
+crash."""
 
 
 class ManifestConflict(NoPeer):
-    """Peers have another file under this model's id than the one of which parts are here."""
+    """Some peers have a different file under this model's id than the one that the partial copy is of."""
 
 
 @dataclass(slots=True)
 class WeightFetch:
-    """Fills a copy that is open for writing. `run` once."""
+    """Fills a partial copy that is open for writing. An instance is run once."""
 
     links: Links
     sources: WeightSources
@@ -46,14 +48,16 @@ class WeightFetch:
     copy: PartialCopy
     schedule: ChunkSchedule
     meter: ProgressMeter
-    gave: Counter[PeerId] = field(default_factory=Counter)
-    """Bytes that each source brought."""
-    refused: set[PeerId] = field(default_factory=set)
-    """They speak of another file under this model's id."""
+    received_bytes: Counter[PeerId] = field(default_factory=Counter)
+    """Bytes from each source."""
+    _conflicting: set[PeerId] = field(default_factory=set)
+    """Peers that have another file under this model's id."""
     _tasks: dict[PeerId, asyncio.Task[None]] = field(default_factory=dict)
     _asking: set[PeerId] = field(default_factory=set)
+    """Sources that have not answered yet which parts they have."""
     _failures: Counter[PeerId] = field(default_factory=Counter)
     _failure: LocalFault | None = None
+    """A failure of this device, such as a full disk; it ends the fetch."""
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _unflushed: int = 0
     _flushed_at: float = 0.0
@@ -63,7 +67,7 @@ class WeightFetch:
         """Fetch until all parts are here, checked and recorded.
 
         Raises: NoPeer when no live peer has a missing part, ManifestConflict if some peers have another file; StorageError.
-        Cancel: what has arrived is kept.
+        Cancel: the parts that have arrived are kept.
         """
         self._digest = self.copy.about.manifest.digest
         self._flushed_at = self.clock.monotonic()
@@ -77,15 +81,15 @@ class WeightFetch:
                 await in_thread(self.meter, self.copy.flush)
 
     async def _drive(self) -> None:
-        hopeful = self.clock.monotonic()
+        obtainable_at = self.clock.monotonic()  # when every missing part had, or could have had, a source
         while not self.schedule.done:
             self._wake.clear()
             missing = self.schedule.unoffered()
-            self._start_sources(everyone=bool(missing) and not self._asking and self.clock.monotonic() > hopeful)
+            self._start_sources(everyone=bool(missing) and not self._asking and self.clock.monotonic() > obtainable_at)
             if self._asking or not missing:
-                hopeful = self.clock.monotonic()
-            elif self.clock.monotonic() - hopeful > _PATIENCE_S:
-                kind = ManifestConflict if self.refused else NoPeer
+                obtainable_at = self.clock.monotonic()
+            elif self.clock.monotonic() - obtainable_at > _PATIENCE_S:
+                kind = ManifestConflict if self._conflicting else NoPeer
                 raise kind(f"no live peer can give {self._named(missing)} of {self.copy.about.name}")
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_S):
@@ -99,21 +103,21 @@ class WeightFetch:
         return f"{names[0]} and {len(names) - 1} more tensors" if len(names) > 1 else names[0]
 
     def _start_sources(self, *, everyone: bool) -> None:
-        """A task for each source that has none. What none of them foresees is raised here."""
+        """Start a task for each source that has none. Re-raises an unexpected exception of a task that has ended."""
         for peer, task in list(self._tasks.items()):
             if task.done():
                 del self._tasks[peer]
                 task.result()
         loop = asyncio.get_running_loop()
         for peer in self.sources.candidates(self.copy.about.id, everyone=everyone):
-            if peer not in self._tasks and peer not in self.refused and self._failures[peer] < _MAX_FAILURES:
+            if peer not in self._tasks and peer not in self._conflicting and self._failures[peer] < _MAX_FAILURES:
                 self._asking.add(peer)
                 self._tasks[peer] = loop.create_task(self._use(peer), name=f"weights from {peer:.8}")
 
     async def _use(self, peer: PeerId) -> None:
-        """Draw from one source until all is here, or it fails."""
+        """Fetch from one source until all parts are here or the source fails."""
         try:
-            await self._draw(peer)
+            await self._fetch_from(peer)
         except (ModelFileError, ProtocolViolation) as error:
             self.sources.ban(peer, str(error))
         except LocalFault as error:
@@ -125,31 +129,40 @@ class WeightFetch:
             self._asking.discard(peer)
             self._wake.set()
 
-    async def _draw(self, peer: PeerId) -> None:
+    async def _fetch_from(self, peer: PeerId) -> None:
         while not self.schedule.done:
-            said = await self.sources.ask(peer, self.copy.about.id)
-            if said.digest != self._digest:
-                log.warning("%s (%.8s) speaks of another file as %s", self.sources.names(peer), peer, self.copy.about.name)
-                self.refused.add(peer)
+            answer = await self.sources.ask(peer, self.copy.about.id)
+            if answer.digest != self._digest:
+                log.warning(
+                    "%s (%.8s) is not used as a source: its file of %s differs from the one that is being fetched",
+                    self.sources.names(peer),
+                    peer,
+                    self.copy.about.name,
+                )
+                self._conflicting.add(peer)
                 return
-            self.schedule.join(peer, said.offer.have)
+            self.schedule.join(peer, answer.offer.have)
             self._asking.discard(peer)
             while True:
-                await self._lanes(peer)
+                await self._request_chunks(peer)
                 if self.schedule.done or peer not in self.schedule.sources:
                     return
                 await self.clock.sleep(_LOOK_S)
-                if said.offer.have is not None:
-                    break  # it may have more by now
+                if answer.offer.have is not None:
+                    break  # a source with a partial copy may have more parts by now
 
-    async def _lanes(self, peer: PeerId) -> None:
-        """As many questions at once as may be. Each lane ends by itself: what it has begun to write must be there when it does."""
-        outcomes = await asyncio.gather(*(self._lane(peer) for _ in range(IN_FLIGHT)), return_exceptions=True)
+    async def _request_chunks(self, peer: PeerId) -> None:
+        """Keep `IN_FLIGHT` requests to a source open until the schedule has no chunk for it.
+
+        When one request fails, the others are not cancelled: bytes that are being written must be on the disk when this returns.
+        """
+        outcomes = await asyncio.gather(*(self._request_each(peer) for _ in range(IN_FLIGHT)), return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
 
-    async def _lane(self, peer: PeerId) -> None:
+    async def _request_each(self, peer: PeerId) -> None:
+        """Request one chunk after the other."""
         while (chunk := self.schedule.next(peer, self.clock.monotonic())) is not None:
             try:
                 data = await self._ask(peer, chunk)
@@ -160,10 +173,10 @@ class WeightFetch:
                 self.schedule.give_back(peer, chunk)
                 await self.clock.sleep(_PAUSE_S)
             elif self.schedule.accept(peer, chunk):
-                await self._take(peer, chunk, data)
+                await self._write(peer, chunk, data)
 
-    async def _take(self, peer: PeerId, chunk: Chunk, data: memoryview) -> None:
-        self.gave[peer] += len(data)
+    async def _write(self, peer: PeerId, chunk: Chunk, data: memoryview) -> None:
+        self.received_bytes[peer] += len(data)
         await in_thread(self.meter, self.copy.write, chunk.offset, data)
         self.meter.advance(len(data))
         transfer = self.schedule.written(chunk)
@@ -171,22 +184,22 @@ class WeightFetch:
             await self._check(transfer)
 
     async def _ask(self, peer: PeerId, chunk: Chunk) -> memoryview | None:
-        """The bytes; None: the source is busy. Raises: PeerFault."""
-        question = FetchWeights(
+        """Request a chunk. Returns: its bytes; None if the source is busy. Raises: PeerFault."""
+        request = FetchWeights(
             request=self.links.next_request(), model=self.copy.about.id, offset=chunk.offset, length=chunk.length
         )
         try:
-            reply, data = await self.links.request(peer, question, timeout_s=_CHUNK_S)
+            reply, data = await self.links.request(peer, request, timeout_s=_CHUNK_S)
         except RemoteFailure as error:
             if error.remote_code == Overloaded.code:
                 return None
             raise
         if not isinstance(reply, WeightData) or reply.offset != chunk.offset or len(data) != chunk.length:
-            raise ProtocolViolation(f"{len(data)} bytes of weights came, where {chunk.length} were asked for")
+            raise ProtocolViolation(f"it sent {len(data)} bytes of weights where {chunk.length} were asked for")
         return data
 
     async def _check(self, transfer: RangeTransfer) -> None:
-        """What came is trusted only if its sums are right; else it is known who lied, or will be the next time."""
+        """Hash a complete range. On a wrong hash, ban its sender if there was only one, and fetch the range again."""
         wrong = await in_thread(self.meter, self._first_wrong, transfer)
         if wrong is None:
             self.copy.keep(transfer.file_range.parts)
@@ -194,20 +207,23 @@ class WeightFetch:
             self._wake.set()
             await self._flush(transfer.file_range.length)
             return
-        givers = ", ".join(sorted(f"{self.sources.names(peer)} ({peer:.8})" for peer in transfer.senders))
-        log.warning("tensor %s of %s has a wrong sum: it came from %s", wrong or "(header)", self.copy.about.name, givers)
-        liar = self.schedule.corrupt(transfer)
-        if liar is not None:
-            self.sources.ban(liar, f"it gave wrong bytes for {wrong or 'the header'} of {self.copy.about.name}")
-            self.schedule.leave(liar, lied=True)
+        senders = ", ".join(sorted(f"{self.sources.names(peer)} ({peer:.8})" for peer in transfer.senders))
+        log.warning(
+            "%s of %s has a wrong hash and is fetched again: it came from %s", wrong or "the header", self.copy.about.name, senders
+        )
+        corrupt_sender = self.schedule.corrupt(transfer)
+        if corrupt_sender is not None:
+            self.sources.ban(corrupt_sender, f"it gave wrong bytes for {wrong or 'the header'} of {self.copy.about.name}")
+            self.schedule.leave(corrupt_sender, banned=True)
 
     def _first_wrong(self, transfer: RangeTransfer) -> str | None:
+        """Returns: the name of the first part with a wrong hash (the header's is empty); None if all are right."""
         parts = self.copy.about.manifest.parts
         wrong = (index for index in transfer.file_range.parts if not self.copy.is_right(index, lambda count: self.meter.advance(0)))
         return next((parts[index].name for index in wrong), None)
 
     async def _flush(self, size_bytes: int) -> None:
-        """Now and then: what is not remembered on the disk is fetched again after a crash."""
+        """Count the bytes, and write the copy's record to the disk now and then."""
         self._unflushed += size_bytes
         now = self.clock.monotonic()
         if self._unflushed >= _FLUSH_BYTES or now - self._flushed_at >= _FLUSH_S:
@@ -219,5 +235,5 @@ class WeightFetch:
         self.schedule.leave(peer)
         self._asking.discard(peer)
         self._wake.set()
-        self.sources.tell_refusal(peer, error)
+        self.sources.log_refusal(peer, error)
         await self.clock.sleep(_PAUSE_S)

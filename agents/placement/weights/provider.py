@@ -1,12 +1,14 @@
-"""Weights from peer to peer: a peer that lacks a model's file gets the header and just the tensors of its layers from those that
-have them, and from the model's own source only what no peer has.
+"""Gets the weights that this peer needs onto its disk.
 
-Whom this trusts. A model's id is the hash of its whole file, which a peer with some of its tensors can't compute. So it trusts the
-members of its cluster for the list of the tensors' hashes (the manifest), and nobody for bytes: each tensor is hashed before it is
-used and before it is given on. Peers with the whole file, which was checked against the id when it came, make the list themselves;
-others repeat the one that they were given. Where several answer, they must say the same: the majority counts, those with the whole
-file first, and on a tie nobody is believed and the model's own source is asked. A copy that has got all tensors is hashed as a
-whole: it becomes an ordinary model if its id is right, else it is thrown away.
+A peer without a model's file fetches the header and the tensors of its own layers from peers that have them. If no peer has a
+tensor, it fetches the whole file from the model's own source.
+
+Trust. A model's id is the hash of its whole file, which a peer with only some tensors can't compute. So a peer trusts its cluster
+for the manifest (the list of all tensors with their hashes), but trusts no peer for bytes: it hashes each tensor before it uses it
+or sends it on. A peer with the whole file checked the file against the id and computes the manifest itself; a peer with a partial
+copy repeats the manifest that it was sent. If peers send different manifests, the one that most peers with the whole file sent
+counts; if these are equal in number, the one that most peers with a partial copy sent. On a tie the model's own source is used. A
+copy that has all tensors is hashed as a whole: if the hash is the model's id it becomes an ordinary model, otherwise it is deleted.
 """
 
 import asyncio
@@ -29,12 +31,12 @@ from meshd.types import LayerRange, ModelCard, ModelId, PeerId
 log = getLogger(__name__)
 
 Progress = Callable[[float], None]
-"""Gets 0..1, on the event loop."""
+"""Receives the fraction that is done, 0 to 1. Called on the event loop."""
 
 
 @dataclass(slots=True)
 class WeightProvider:
-    """Has weights on this disk."""
+    """Makes sure that weights are on this disk."""
 
     links: Links
     library: ModelLibrary
@@ -42,7 +44,9 @@ class WeightProvider:
     clock: Clock
 
     async def card(self, model: ModelId, ref: str) -> ModelCard:
-        """The card of a model that this peer has something of: its header from a peer, or the whole file from its own source.
+        """Get a model's card from a partial copy on this disk, or else from a header that a peer sends.
+
+        If no peer can help, the whole file is fetched from the model's own source.
 
         Raises: UnknownModel, DownloadError, ModelFileError, StorageError.
         """
@@ -53,10 +57,10 @@ class WeightProvider:
             return await self._pull(model, ref, lambda share: None, error)
 
     async def fill(self, card: ModelCard, ref: str, layers: LayerRange, progress: Progress) -> None:
-        """Have all tensors on this disk that a backend reads for these layers. What is here already is not fetched.
+        """Fetch the tensors that a backend reads for these layers, unless they are on this disk.
 
-        Raises: DownloadError if neither a peer nor the model's own source has what is missing; ModelFileError, StorageError.
-        Cancel: what has arrived stays, and the next time goes on from there.
+        Raises: DownloadError if neither a peer nor the model's own source has the missing tensors; ModelFileError, StorageError.
+        Cancel: the tensors that have arrived are kept, and the next call fetches only the rest.
         """
         if card.id in self.library.local:
             if await asyncio.to_thread(self.library.store.get, card.id) is not None:
@@ -69,7 +73,10 @@ class WeightProvider:
             await self._pull(card.id, ref, progress, error)
 
     async def _begin(self, model: ModelId) -> tuple[PartialCopy, ModelCard]:
-        """The copy that is here, or a new one with the header alone. Raises: NoPeer, ModelFileError, StorageError."""
+        """Open the partial copy on this disk, or begin one by fetching the header.
+
+        Raises: NoPeer, ModelFileError, StorageError.
+        """
         partials = self.library.store.partials
         copy = await asyncio.to_thread(partials.get, model)
         if copy is None:
@@ -94,7 +101,7 @@ class WeightProvider:
                 continue
             self.library.partial[model] = card
             return copy, card
-        raise NoPeer("no live peer can give a header of the model that makes sense")
+        raise NoPeer("no live peer has a valid header of the model")
 
     async def _fill(self, card: ModelCard, layers: LayerRange, progress: Progress) -> None:
         copy, _ = await self._begin(card.id)
@@ -106,19 +113,25 @@ class WeightProvider:
             names=[part.name for part in copy.about.manifest.parts],
         )
         try:
-            givers = await self._fetch(copy, names, progress)
+            senders = await self._fetch(copy, names, progress)
         except ManifestConflict:
-            log.warning("what is here of %s is not what the peers have now: it is fetched anew", card.name)
+            log.warning(
+                "the partial copy of %s differs from the file that peers have now: it is deleted and fetched again", card.name
+            )
             await asyncio.to_thread(copy.discard)
             copy, _ = await self._begin(card.id)
-            givers = await self._fetch(copy, names, progress)
+            senders = await self._fetch(copy, names, progress)
         if copy.whole:
-            await self._adopt(copy, card, givers)
+            await self._adopt(copy, card, senders)
 
     async def _fetch(self, copy: PartialCopy, names: Iterable[str], progress: Progress) -> frozenset[PeerId]:
-        """Have these tensors in the copy; who gave them. Raises: NoPeer, ModelFileError, StorageError."""
+        """Fetch the named tensors that the copy lacks.
+
+        Returns: the peers that sent them.
+        Raises: NoPeer, ModelFileError, StorageError.
+        """
         about, parts = copy.about, copy.about.manifest.parts
-        meter = ProgressMeter(about.name, _teller(progress))
+        meter = ProgressMeter(about.name, _rising_share(progress))
         try:
             await in_thread(meter, copy.begin, lambda count: meter.advance(0))
             had = copy.bytes_here
@@ -135,47 +148,47 @@ class WeightProvider:
             await in_thread(meter, copy.grow)
         finally:
             copy.close()
-        shares = ", ".join(f"{share} from {self.sources.names(peer)}" for peer, share in fetch.gave.most_common())
+        shares = ", ".join(f"{count} from {self.sources.names(peer)}" for peer, count in fetch.received_bytes.most_common())
         log.info("%d bytes of %s came in %.2f s (%s); %d were here", size, about.name, took, shares, had)
-        return frozenset(fetch.gave)
+        return frozenset(fetch.received_bytes)
 
-    async def _adopt(self, copy: PartialCopy, card: ModelCard, givers: Iterable[PeerId]) -> None:
-        """Nothing is missing any more: an ordinary model now. Raises: ModelFileError if it is not the one; StorageError."""
+    async def _adopt(self, copy: PartialCopy, card: ModelCard, senders: Iterable[PeerId]) -> None:
+        """Make a complete copy an ordinary model. Raises: ModelFileError if its hash is not the model's id; StorageError."""
         meter = ProgressMeter(card.name, lambda step: None)
         meter.begin(PullPhase.CHECKING, total=copy.about.manifest.size)
         try:
             stored = await in_thread(meter, self.library.store.adopt, copy, meter.advance)
         except ModelFileError as error:
             self.library.partial.pop(card.id, None)
-            for peer in givers:
+            for peer in senders:
                 self.sources.ban(peer, str(error))
             raise
-        log.info("all of %s is here now, and its hash is right", stored.name)
+        log.info("the partial copy of %s is complete and its hash is correct", stored.name)
         self.library.now_whole(card)
 
     async def _pull(self, model: ModelId, ref: str, progress: Progress, because: MeshdError) -> ModelCard:
-        """The whole file from the model's own source, since no peer could help."""
+        """Fetch the whole file from the model's own source; `because` is why no peer could help."""
         log.info("%s is fetched from its own source: %s", ref, because)
         try:
             card = await self.library.pull(ref, progress)
         except (UsageError, DownloadError, ModelFileError) as error:
             raise DownloadError(f"{because.message}, and {error.message}", hint=error.hint) from error
         if card.id != model:
-            raise ModelFileError(f"{ref} is another file here ({card.id}) than at the peer that asks ({model})")
+            raise ModelFileError(f"{ref} is file {card.id} on this disk, but the placement asks for file {model}")
         async with self.library.store.partials.filling(model):
             await asyncio.to_thread(self.library.store.partials.drop, model)
         return card
 
 
-def _teller(progress: Progress) -> Callable[[PullProgress], None]:
-    """Tells the share that is done, each once."""
-    told = -1.0
+def _rising_share(progress: Progress) -> Callable[[PullProgress], None]:
+    """Wrap `progress` so that it is called only when the fraction has grown."""
+    last = -1.0
 
-    def tell(step: PullProgress) -> None:
-        nonlocal told
+    def report(step: PullProgress) -> None:
+        nonlocal last
         share = min(1.0, step.done_bytes / step.total_bytes) if step.total_bytes else 0.0
-        if share > told:
-            told = share
+        if share > last:
+            last = share
             progress(share)
 
-    return tell
+    return report

@@ -1,6 +1,6 @@
-"""Gives weights to peers that lack them: which tensors lie here, their sums, and their bytes; slowly while answers are being made.
+"""Serves weights to other peers: the list of tensors that this peer has, their hashes and their bytes.
 
-What is given is a whole model's file, or the parts of one that came from other peers and were checked.
+They come from a model's whole file, or from a partial copy whose parts were checked. While sessions run here, the rate is limited.
 """
 
 import asyncio
@@ -28,34 +28,36 @@ from meshd.protocol.messages import FetchManifest, FetchWeights, ManifestData, W
 from meshd.types import LinkStats, ModelId, PeerId
 
 SHARE = 0.3
-"""Of the links' measured bandwidth, while sessions run here."""
+"""Fraction of a link's measured bandwidth that weights may use while sessions run here."""
 _UNMEASURED_BYTES_S = 10e6
+"""Bandwidth that is assumed for a link without a measurement."""
 _LONGEST_WAIT_S = 10.0
-"""A piece that would have to wait for longer is refused; the asker comes back."""
-_SUMS_WAIT_S = 2.0
-_SUMS_NICE = 10
+"""A request that would have to wait longer is refused; the peer sends it again later."""
+_HASHING_WAIT_S = 2.0
+"""How long a request waits for the hashes of a file before it is answered with NotReady."""
+_HASHING_NICE = 10
 _MAX_OPEN = 64
 
 
 @dataclass(slots=True)
 class RateLimiter:
-    """Spreads what is given, to all peers together, so that live activations always find the links free."""
+    """Delays weights for all peers together, so that the activations of running sessions find the links free."""
 
     clock: Clock
     busy: Callable[[], bool]
-    """Whether sessions run here."""
+    """Returns whether sessions run on this peer."""
     link_stats: Callable[[], dict[PeerId, LinkStats]]
     _free_at: float = 0.0
 
     async def wait(self, peer: PeerId, size_bytes: int) -> None:
-        """Until this much may be sent to a peer. Raises: Overloaded if that would take too long."""
+        """Wait until this many bytes may be sent to a peer. Raises: Overloaded if that would take longer than `_LONGEST_WAIT_S`."""
         now = self.clock.monotonic()
         if not self.busy():
             self._free_at = now
             return
         begin = max(now, self._free_at)
         if begin - now > _LONGEST_WAIT_S:
-            raise Overloaded("weights are given slowly while sessions run here", retry_after_s=1.0)
+            raise Overloaded("weights are sent slowly while sessions run here", retry_after_s=1.0)
         stats = self.link_stats().get(peer)
         self._free_at = begin + size_bytes / (SHARE * (stats.bandwidth_bytes_s if stats else _UNMEASURED_BYTES_S))
         if begin > now:
@@ -64,7 +66,7 @@ class RateLimiter:
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """What was found to read from: a whole file as long as its stamp is the same, or a copy as long as it tells the same."""
+    """A file to read weights from: a whole file, or a partial copy (`copy`)."""
 
     path: Path
     size: int
@@ -72,10 +74,11 @@ class _Opened:
     copy: PartialCopy | None = None
 
     def is_fresh(self) -> bool:
+        """Whether the file has not changed since it was opened."""
         return self.copy.is_fresh() if self.copy is not None else self.stamp == stamp_of(self.path)
 
     def check(self, offset: int, end: int) -> None:
-        """Raises: InvalidRequest unless all these bytes are here."""
+        """Check that all these bytes are on this disk. Raises: InvalidRequest."""
         here = end <= self.size if self.copy is None else self.copy.covers(offset, end)
         if not here:
             raise InvalidRequest(f"bytes {offset} to {end} of this model are not here")
@@ -83,24 +86,24 @@ class _Opened:
 
 @dataclass(slots=True)
 class WeightServer:
-    """Answers FETCH MANIFEST and FETCH WEIGHTS."""
+    """Answers FETCH_MANIFEST and FETCH_WEIGHTS."""
 
     links: Links
     library: ModelLibrary
-    pace: RateLimiter
-    _sums: dict[ModelId, asyncio.Task[Manifest]] = field(default_factory=dict)
+    limiter: RateLimiter
+    _manifests: dict[ModelId, asyncio.Task[Manifest]] = field(default_factory=dict)
     _opened: dict[ModelId, _Opened] = field(default_factory=dict)
 
     def register(self) -> None:
-        """Take the questions from the links."""
+        """Register the handlers of FETCH_MANIFEST and FETCH_WEIGHTS."""
         self.links.register(FetchManifest, self._on_fetch_manifest)
         self.links.register(FetchWeights, self._on_fetch_weights)
 
     async def close(self) -> None:
-        """Stop the sums that are being made."""
-        for task in self._sums.values():
+        """Stop hashing."""
+        for task in self._manifests.values():
             task.cancel()
-        await asyncio.gather(*self._sums.values(), return_exceptions=True)
+        await asyncio.gather(*self._manifests.values(), return_exceptions=True)
 
     async def _on_fetch_manifest(self, sender: PeerId, message: FetchManifest, payload: memoryview) -> tuple[ManifestData, bytes]:
         offer = await self._offer(message.model)
@@ -113,29 +116,29 @@ class WeightServer:
     async def _offer(self, model: ModelId) -> Offer:
         stored = await asyncio.to_thread(self.library.store.get, model)
         if stored is not None:
-            return Offer(await self._sums_of(stored))
+            return Offer(await self._manifest_of(stored))
         copy = await asyncio.to_thread(self.library.store.partials.get, model)
         if copy is None or HEADER_INDEX not in copy.have:
             raise UnknownModel("this peer has nothing of that model")
         return Offer(copy.about.manifest, tuple(sorted(copy.have)))
 
-    async def _sums_of(self, stored: StoredModel) -> Manifest:
-        """Made once for each model, and kept. Raises: NotReady while they are being made."""
-        task = self._sums.get(stored.id)
+    async def _manifest_of(self, stored: StoredModel) -> Manifest:
+        """Get a model's manifest, which is made once and cached. Raises: NotReady while the file is being hashed."""
+        task = self._manifests.get(stored.id)
         if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            task = asyncio.get_running_loop().create_task(self._make_sums(stored), name=f"sums of {stored.name}")
-            self._sums[stored.id] = task
-        done, _ = await asyncio.wait([task], timeout=_SUMS_WAIT_S)
+            task = asyncio.get_running_loop().create_task(self._make_manifest(stored), name=f"hash {stored.name}")
+            self._manifests[stored.id] = task
+        done, _ = await asyncio.wait([task], timeout=_HASHING_WAIT_S)
         if not done:
             raise NotReady(f"the tensors of {stored.name} are being hashed here", retry_after_s=0.5)
         return task.result()
 
-    async def _make_sums(self, stored: StoredModel) -> Manifest:
-        """Cancel: the thread stops at its next chunk, and is waited for."""
+    async def _make_manifest(self, stored: StoredModel) -> Manifest:
+        """Hash a model's file on a thread. Cancel: waits for the thread, which stops at its next chunk."""
         meter = ProgressMeter(stored.name, lambda step: None)
         meter.begin(PullPhase.CHECKING, total=stored.size_bytes)
         loop = asyncio.get_running_loop()
-        with ThreadPoolExecutor(1, thread_name_prefix="sums", initializer=_be_nice) as thread:
+        with ThreadPoolExecutor(1, thread_name_prefix="hash", initializer=_lower_priority) as thread:
             work = loop.run_in_executor(thread, partial(self.library.store.manifest, stored, meter.advance))
             try:
                 return await asyncio.shield(work)
@@ -148,7 +151,7 @@ class WeightServer:
     async def _on_fetch_weights(self, sender: PeerId, message: FetchWeights, payload: memoryview) -> tuple[WeightData, bytes]:
         if message.offset < 0 or not 0 < message.length <= CHUNK_BYTES:
             raise InvalidRequest(f"{message.length} bytes can't be asked for at once: 1 to {CHUNK_BYTES} can", param="length")
-        await self.pace.wait(sender, message.length)
+        await self.limiter.wait(sender, message.length)
         data = await asyncio.to_thread(self._read, message.model, message.offset, message.length)
         return WeightData(request=message.request, offset=message.offset), data
 
@@ -160,7 +163,7 @@ class WeightServer:
         return read_range(opened.path, offset, length)
 
     def _open(self, model: ModelId) -> _Opened:
-        """Find the file, and check it if it was touched. Raises: UnknownModel, ModelFileError, StorageError."""
+        """Find the file; check it again if it has changed on the disk. Raises: UnknownModel, ModelFileError, StorageError."""
         stored = self.library.store.get(model)
         if stored is not None:
             stamp = stamp_of(stored.path)
@@ -178,7 +181,7 @@ class WeightServer:
         return opened
 
 
-def _be_nice() -> None:
-    """Behind whatever computes answers."""
+def _lower_priority() -> None:
+    """Let the threads that compute answers run before this one."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _SUMS_NICE)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _HASHING_NICE)

@@ -1,8 +1,8 @@
-"""One range of a model's file while it is fetched: a pure state machine, events in and commands out.
+"""The transfer of one range of a model's file: a pure state machine, events in and commands out.
 
 WANTED --ChunkAsked--> COMING --ChunkWritten, the last one--> CHECKING --RangeVerified--> HERE
-COMING --SourceLeft--> WANTED, if its bytes can't be trusted or completed by another source
-CHECKING --RangeCorrupt--> WANTED, and then from one source alone: the next wrong hash identifies its sender
+COMING --SourceLeft--> WANTED, if the source's bytes can't be trusted, or no other source may complete them
+CHECKING --RangeCorrupt--> WANTED, and then from one source alone: a second wrong hash identifies the sender
 """
 
 from collections import deque
@@ -14,11 +14,11 @@ from meshd.agents.machine import Machine, Transition
 from meshd.types import PeerId
 
 CHUNK_BYTES = 256 << 10
-"""Size of one request: an activation waits at most for one chunk on the same link."""
+"""Size of one request. It is small because an activation on the same link may have to wait for one chunk."""
 
 
 class TransferState(Enum):
-    """How far a range is."""
+    """Progress of a range: not asked for, being fetched, being hashed, on the disk."""
 
     WANTED = "wanted"
     COMING = "coming"
@@ -28,19 +28,19 @@ class TransferState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Bytes to ask for."""
+    """A piece of a range, fetched by one request."""
 
     transfer: int
     """Number of the range's transfer."""
     round: int
-    """Rises each time the range is fetched again, so that late answers of an earlier round are recognised."""
+    """Incremented each time the range is fetched again, so that late answers of an earlier round are recognised."""
     offset: int
     length: int
 
 
 @dataclass(frozen=True, slots=True)
 class FileRange:
-    """Parts that are adjacent in the file."""
+    """Adjacent parts of the file."""
 
     parts: tuple[int, ...]
     offset: int
@@ -81,10 +81,10 @@ class ChunkWritten:
 
 @dataclass(frozen=True, slots=True)
 class SourceLeft:
-    """A source is gone, or is banned because it sent wrong bytes (`lied`)."""
+    """A source is gone, or is `banned` because it sent wrong bytes."""
 
     source: PeerId
-    lied: bool
+    banned: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +102,12 @@ Event = ChunkAsked | ChunkArrived | ChunkRefused | ChunkWritten | SourceLeft | R
 
 @dataclass(frozen=True, slots=True)
 class CheckRange:
-    """Hash the range's parts: all of it is on the disk."""
+    """Hash the range's parts: all chunks are on the disk."""
 
 
 @dataclass(frozen=True, slots=True)
 class BanSource:
-    """This source alone sent the range, and it is wrong."""
+    """Ban the only source of a range with a wrong hash."""
 
     source: PeerId
 
@@ -125,12 +125,12 @@ class RangeTransfer(Machine[Event, Command]):
     round: int = 0
     owner: PeerId | None = None
     alone: bool = False
-    """All of it must come from its owner."""
+    """All chunks must come from the owner."""
     restarting: bool = False
-    """A new round begins when the last write of this one is done."""
+    """A new round begins as soon as the writes of this one are done."""
     todo: deque[Chunk] = field(default_factory=deque)
     in_flight: dict[Chunk, dict[PeerId, float]] = field(default_factory=dict)
-    """The sources that were asked for each chunk, with the time."""
+    """For each chunk that was asked for, the sources and the time at which each was asked."""
     writing: int = 0
     written: int = 0
     senders: set[PeerId] = field(default_factory=set)
@@ -181,7 +181,7 @@ class RangeTransfer(Machine[Event, Command]):
         self.restarting = False
 
     def _restart(self) -> None:
-        """Begin a new round, once the writes of this one are done: a late write would replace bytes of the new round."""
+        """Begin a new round, after the writes of this one: a late write would overwrite bytes of the new round."""
         if self.writing:
             self.restarting = True
             return
@@ -190,6 +190,7 @@ class RangeTransfer(Machine[Event, Command]):
         self._begin_round()
 
     def _withdraw(self, chunk: Chunk, source: PeerId) -> None:
+        """Forget that a source was asked for a chunk. A chunk that no source is asked for any more goes back to `todo`."""
         sources = self.in_flight[chunk]
         if sources.pop(source, None) is not None and not sources:
             del self.in_flight[chunk]
@@ -197,7 +198,7 @@ class RangeTransfer(Machine[Event, Command]):
 
 
 def _asked(transfer: RangeTransfer, event: ChunkAsked) -> list[Command]:
-    # Chunks are asked for from either end, and late ones again: then they are in flight, not in `todo`.
+    # A new chunk is taken from either end of `todo`. A late one that is asked for again is in flight already, not in `todo`.
     if transfer.todo and transfer.todo[0] == event.chunk:
         transfer.todo.popleft()
     elif transfer.todo and transfer.todo[-1] == event.chunk:
@@ -236,7 +237,7 @@ def _left(transfer: RangeTransfer, event: SourceLeft) -> list[Command]:
     for chunk in list(transfer.in_flight):
         transfer._withdraw(chunk, event.source)
     incomplete = transfer.alone and transfer.owner == event.source
-    if event.source in transfer.senders and (event.lied or incomplete):
+    if event.source in transfer.senders and (event.banned or incomplete):
         transfer._restart()
     elif transfer.owner == event.source:
         transfer.owner = None
@@ -244,7 +245,7 @@ def _left(transfer: RangeTransfer, event: SourceLeft) -> list[Command]:
 
 
 def _disowned(transfer: RangeTransfer, event: SourceLeft) -> list[Command]:
-    """No chunk is in flight before a round and after it, and the check needs no source."""
+    """In WANTED and CHECKING no chunk is in flight, so only the owner is removed."""
     if transfer.owner == event.source:
         transfer.owner = None
     return []

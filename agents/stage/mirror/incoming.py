@@ -7,7 +7,7 @@ from logging import getLogger
 from meshd.agents.links.links import Links
 from meshd.agents.links.rpc import try_send
 from meshd.agents.observe.story import Story
-from meshd.agents.placement.loads import ResidentModels
+from meshd.agents.placement.resident import ResidentModels
 from meshd.agents.stage.kv import KvManager, SessionKv, StageCache
 from meshd.errors import InvalidRequest, MeshdError, ProtocolViolation
 from meshd.protocol.messages import KvAccepted, KvBlocks, KvOffer, KvStored

@@ -20,8 +20,8 @@ def keepers(peers: Peers) -> Keepers:
     return Keepers(peers)
 
 
-class Nonsense(Story):
-    """Sends lines that no peer would send."""
+class InvalidStory(Story):
+    """Returns lines that are not valid."""
 
     def lines(self, session: SessionId) -> list[dict[str, Any]]:
         return [{"what": 7}]
@@ -29,7 +29,7 @@ class Nonsense(Story):
 
 async def test_the_lines_of_all_peers_come_in_one_order(keepers: Keepers) -> None:
     async with keepers.linked("a", "b", "c") as (a, b, c):
-        b.story_collector.clock = HandClock(50_000.0)  # a clock that began at another time
+        b.story_collector.clock = HandClock(50_000.0)  # a clock with another origin
         a.story_collector.story.note(S, "planned", epoch=1)
         b.story_collector.story.clock = b.story_collector.clock
 
@@ -55,16 +55,16 @@ async def test_the_lines_of_all_peers_come_in_one_order(keepers: Keepers) -> Non
         assert [line["what"] for line in await a.story_collector.collect(S)] == [line["what"] for line in lines]
 
 
-async def test_a_session_that_no_peer_has_notes_on_is_unknown(keepers: Keepers) -> None:
+async def test_a_session_without_notes_on_any_peer_is_unknown(keepers: Keepers) -> None:
     async with keepers.linked("a", "b") as (a, _):
         with pytest.raises(UnknownSession):
             await a.story_collector.collect(S)
 
 
-async def test_a_peer_that_answers_nonsense_is_named_at_the_end(keepers: Keepers) -> None:
+async def test_a_peer_that_sends_an_invalid_story_is_listed_at_the_end(keepers: Keepers) -> None:
     async with keepers.linked("a", "b") as (a, b):
         a.story_collector.story.note(S, "planned")
-        b.story_collector.story = Nonsense(b.clock)
+        b.story_collector.story = InvalidStory(b.clock)
         lines = await a.story_collector.collect(S)
         assert [(line["peer"], line["what"]) for line in lines] == [(a.id, "planned"), (b.id, "gave no answer")]
 
@@ -78,7 +78,7 @@ async def test_a_peer_that_answers_nonsense_is_named_at_the_end(keepers: Keepers
     ],
     ids=lambda payload: f"{payload[:16]!r}",
 )
-def test_a_story_is_checked_as_it_arrives(payload: bytes) -> None:
+def test_an_invalid_story_is_a_protocol_violation(payload: bytes) -> None:
     with pytest.raises(ProtocolViolation):
         decode_lines(payload)
 

@@ -1,4 +1,4 @@
-"""What is asked of the mesh by people: names become peers, beginnings of ids become sessions."""
+"""Operations on the cluster: names are resolved to peers, beginnings of ids to sessions."""
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -26,8 +26,8 @@ PLAN = Plan(
 
 
 @dataclass
-class Asked:
-    """The agents behind the view, who keep what they were asked."""
+class RecordedAgents:
+    """Stands for the agents behind the view, and records their calls."""
 
     calls: list[tuple[Any, ...]] = field(default_factory=list)
 
@@ -57,17 +57,17 @@ def _answer(session: SessionId) -> SimpleNamespace:
 
 
 @pytest.fixture
-def asked() -> Asked:
-    return Asked()
+def agents() -> RecordedAgents:
+    return RecordedAgents()
 
 
 @pytest.fixture
-def view(asked: Asked) -> ClusterView:
+def view(agents: RecordedAgents) -> ClusterView:
     names = {ATTIC: "attic", DESK: "desk"}
     coordinator = SimpleNamespace(
         answers={FIRST: _answer(FIRST)},
         retained={SECOND: _answer(SECOND)},
-        move=asked.move,
+        move=agents.move,
         journal=SimpleNamespace(deputies_of=lambda session: [DESK]),
     )
     parts = {
@@ -77,27 +77,27 @@ def view(asked: Asked) -> ClusterView:
         "placer": None,
         "coordinator": coordinator,
         "stages": SimpleNamespace(rows=lambda name_of: [{"id": STAGED, "role": "stage 1"}]),
-        "drainer": SimpleNamespace(drain=asked.drain),
-        "story_collector": SimpleNamespace(collect=asked.collect),
+        "drainer": SimpleNamespace(drain=agents.drain),
+        "story_collector": SimpleNamespace(collect=agents.collect),
         "bus": None,
         "about": dict,
     }
     return ClusterView(**cast("dict[str, Any]", parts))
 
 
-async def test_a_peer_is_drained_by_its_name_or_the_beginning_of_its_id(view: ClusterView, asked: Asked) -> None:
+async def test_a_peer_is_drained_by_its_name_or_the_beginning_of_its_id(view: ClusterView, agents: RecordedAgents) -> None:
     assert await view.drain("desk", timeout_s=5.0) == {"peer": DESK, "name": "desk", "sessions_left": 3}
     await view.drain("attica", undo=True, timeout_s=1.0)
-    assert asked.calls == [(DESK, False, 5.0), (ATTIC, True, 1.0)]
+    assert agents.calls == [(DESK, False, 5.0), (ATTIC, True, 1.0)]
     with pytest.raises(NoPeer, match="attic, desk"):
         await view.drain("cellar")
 
 
-async def test_a_session_is_moved_to_a_peer(view: ClusterView, asked: Asked) -> None:
+async def test_a_session_is_moved_to_a_peer(view: ClusterView, agents: RecordedAgents) -> None:
     moved = await view.migrate(FIRST, "desk")
     assert moved == {"session": FIRST, "plan": "attic:0-12,desk:12-30", "pause_ms": 250.0}
     await view.migrate("aa11", "desk", "attic")
-    assert asked.calls == [(FIRST, DESK, None), (FIRST, DESK, ATTIC)]
+    assert agents.calls == [(FIRST, DESK, None), (FIRST, DESK, ATTIC)]
     with pytest.raises(NoPeer):
         await view.migrate(FIRST, "desk", "cellar")
 
@@ -113,20 +113,20 @@ async def test_a_session_is_moved_to_a_peer(view: ClusterView, asked: Asked) -> 
         ("cc44" * 8, SessionId("cc44" * 8)),
     ],
 )
-async def test_a_session_goes_by_its_id_its_answers_id_or_the_beginning(
-    view: ClusterView, asked: Asked, text: str, session: SessionId
+async def test_a_session_is_found_by_its_id_its_answers_id_or_the_beginning(
+    view: ClusterView, agents: RecordedAgents, text: str, session: SessionId
 ) -> None:
     assert await view.story(text) == [{"what": "planned"}]
-    assert asked.calls == [(session,)]
+    assert agents.calls == [(session,)]
 
 
 @pytest.mark.parametrize(("text", "error"), [("cc", UnknownSession), ("", UnknownSession), ("aa", InvalidRequest)])
-async def test_what_means_no_session_or_several_is_refused(view: ClusterView, text: str, error: type[Exception]) -> None:
+async def test_a_text_that_matches_no_session_or_several_is_refused(view: ClusterView, text: str, error: type[Exception]) -> None:
     with pytest.raises(error):
         await view.story(text)
 
 
-def test_a_sessions_row_tells_how_it_was_recovered(view: ClusterView) -> None:
+def test_a_sessions_row_shows_its_recoveries(view: ClusterView) -> None:
     own, staged = view.sessions()
     assert own == {
         "id": FIRST,

@@ -1,4 +1,4 @@
-"""How long a peer is waited for, and what is dialled when."""
+"""Dialling: the back-off, and how long an address is dialled."""
 
 import asyncio
 from itertools import pairwise
@@ -35,7 +35,7 @@ def table() -> LinkTable:
 
 
 class Telephone:
-    """Nobody answers; says when it was dialled."""
+    """Records each dial; no peer answers."""
 
     def __init__(self) -> None:
         self.calls: asyncio.Queue[Address] = asyncio.Queue()
@@ -45,7 +45,7 @@ class Telephone:
         raise PeerLost("nobody answers")
 
 
-async def test_a_hint_dials_at_once_what_waits_for_its_turn(table: LinkTable) -> None:
+async def test_a_new_report_of_an_address_cuts_its_back_off_short(table: LinkTable) -> None:
     telephone = Telephone()
     dialler = Dialler(telephone.dial, OWN, table, SystemClock())
     dialler.connect(("h", 1), "mdns")
@@ -87,7 +87,7 @@ async def test_a_static_address_is_never_forgotten(table: LinkTable) -> None:
         dialler.stop()
 
 
-async def test_the_addresses_are_bounded(table: LinkTable) -> None:
+async def test_the_number_of_addresses_is_bounded(table: LinkTable) -> None:
     telephone = Telephone()
     dialler = Dialler(telephone.dial, OWN, table, SystemClock())
     for port in range(MAX_TARGETS + 10):

@@ -1,4 +1,4 @@
-"""A peer of the cluster that breaks the rules: its link closes with one reason, and nothing else is harmed."""
+"""A peer of the cluster that breaks the protocol: its link closes with one reason, and other links stay."""
 
 import asyncio
 import struct
@@ -36,7 +36,7 @@ def hello_of(peer: Peer, /, **changes: Any) -> Hello:
 
 
 async def connect(peer: Peer, target: Peer) -> transport.Connection:
-    """A bare connection with the peer's certificate; no message is sent yet."""
+    """Open a connection with the peer's certificate, without sending a message."""
     address = ("127.0.0.1", target.port)
     return await transport.dial(
         address, peer.identity.client, limits=FrameLimits(), now=time.monotonic, connect_s=1.0, handshake_s=1.0
@@ -69,7 +69,9 @@ JUNK = {
 
 
 @pytest.mark.parametrize("junk", JUNK, ids=str)
-async def test_junk_closes_its_link_with_one_reason_and_no_other(peers: Peers, caplog: pytest.LogCaptureFixture, junk: str) -> None:
+async def test_junk_closes_its_own_link_with_a_reason_and_no_other_link(
+    peers: Peers, caplog: pytest.LogCaptureFixture, junk: str
+) -> None:
     target, friend, hostile = peers.start("t"), peers.start("f"), peers.start("h")
     friend.dial(target)
     assert await target.next_up() == friend.id
@@ -87,7 +89,7 @@ async def test_junk_closes_its_link_with_one_reason_and_no_other(peers: Peers, c
     target.links.send(friend.id, Credit(session="s", epoch=1, index=1))
 
 
-async def test_an_unknown_message_is_answered_and_the_link_lives(peers: Peers) -> None:
+async def test_an_unknown_message_is_answered_with_an_error_and_the_link_stays(peers: Peers) -> None:
     target, other = peers.start("t"), peers.start("o")
     answers: asyncio.Queue[Message] = asyncio.Queue()
     control, _ = await whole_link(other, target)
@@ -101,7 +103,7 @@ async def test_an_unknown_message_is_answered_and_the_link_lives(peers: Peers) -
     control.abort("done")
 
 
-async def test_another_major_version_is_refused_told_and_shown(peers: Peers) -> None:
+async def test_another_major_version_is_refused_answered_and_listed(peers: Peers) -> None:
     target, other = peers.start("t"), peers.start("o")
     connection, answer = await greet(other, target, version=(PROTOCOL_VERSION[0] + 1, 0), software="meshd/9")
     assert isinstance(answer, Hello)
@@ -130,7 +132,7 @@ async def test_a_bulk_lane_without_its_control_lane_is_refused(peers: Peers) -> 
     assert isinstance(answer, Goodbye)
 
 
-async def test_speaking_before_both_lanes_are_up_ends_the_link(peers: Peers) -> None:
+async def test_a_message_before_both_lanes_are_up_ends_the_link(peers: Peers) -> None:
     target, other = peers.start("t"), peers.start("o")
     control, answer = await greet(other, target)
     assert isinstance(answer, Hello)
@@ -149,7 +151,7 @@ async def test_both_lanes_end_when_one_breaks(peers: Peers) -> None:
         await control.closed()
 
 
-async def test_unwelcome_connections_are_closed_at_once_when_there_are_too_many(peers: Peers) -> None:
+async def test_connections_beyond_the_half_open_limit_are_closed_at_once(peers: Peers) -> None:
     target, other = peers.start("t"), peers.start("o")
     silent = [await connect(other, target) for _ in range(HALF_OPEN_PER_HOST)]
     with pytest.raises(PeerLost):

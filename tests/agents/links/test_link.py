@@ -12,7 +12,7 @@ STEP = Activation(session="s", epoch=1, step=1, stage=1, tokens=1, hidden=1, dty
 
 
 class RecordedConnection:
-    """Stands for one lane's connection."""
+    """Stands for one lane's connection, and records what is sent and how it ends."""
 
     queued_bytes = 7
 
@@ -58,13 +58,13 @@ def test_only_a_large_activation_takes_the_bulk_lane(link: Link) -> None:
     assert len(lanes[Lane.BULK].sent) == 1
 
 
-def test_before_a_lane_is_there_nothing_is_sent_on_it(link: Link) -> None:
+def test_sending_fails_before_the_lane_is_connected(link: Link) -> None:
     assert not link.joined
     with pytest.raises(PeerLost, match="is not up"):
         link.beat(100.0)
 
 
-def test_a_link_ends_once_and_a_farewell_makes_it_no_fault(link: Link, ends: list[tuple[str, bool]]) -> None:
+def test_a_link_ends_once_and_an_end_with_a_farewell_is_no_fault(link: Link, ends: list[tuple[str, bool]]) -> None:
     lanes = joined(link)
     link.end("this peer stops", Goodbye(reason="this peer stops"))
     link.end("again")
@@ -79,11 +79,11 @@ def test_an_end_without_a_farewell_is_a_fault(link: Link, ends: list[tuple[str, 
     assert [lane.ended for lane in lanes.values()] == [["aborted: silent"]] * 2
 
 
-def test_a_link_that_was_never_up_has_not_lived(link: Link) -> None:
+def test_the_lifetime_counts_from_when_the_link_came_up(link: Link) -> None:
     assert link.lived_s(500.0) == 0.0
     link.up_since = 200.0
     assert link.lived_s(500.0) == 300.0
-    assert link.present(101.5).silent_s == 1.5
+    assert link.as_existing(101.5).silent_s == 1.5
 
 
 def test_round_trips_are_smoothed_and_nonsense_is_ignored(link: Link) -> None:

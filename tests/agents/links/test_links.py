@@ -1,4 +1,4 @@
-"""Links between real peers on loopback: up, used, attacked, cut and up again."""
+"""Links between real peers on loopback: they come up, carry messages, break and come up again."""
 
 import asyncio
 import time
@@ -29,7 +29,7 @@ def activation(step: int, elements: int) -> Activation:
     return Activation(session="s", epoch=1, step=step, stage=1, tokens=1, hidden=elements, dtype="f32", sample=False)
 
 
-async def test_one_dials_and_both_have_the_link(peers: Peers) -> None:
+async def test_when_one_peer_dials_both_have_the_link(peers: Peers) -> None:
     a, b = peers.start("a"), peers.start("b")
     a.dial(b)
     assert (await a.next_up(), await b.next_up()) == (b.id, a.id)
@@ -119,7 +119,7 @@ async def test_requests_are_answered_at_once_or_later_or_with_a_payload(peers: P
     assert reply.kv_tokens == 7
 
 
-async def test_what_a_handler_raises_is_answered_with_its_code(peers: Peers) -> None:
+async def test_an_error_in_a_handler_is_answered_with_its_code(peers: Peers) -> None:
     a, b = peers.start("a"), peers.start("b")
 
     def busy(sender: PeerId, message: Message, payload: memoryview) -> None:
@@ -144,7 +144,7 @@ async def test_what_a_handler_raises_is_answered_with_its_code(peers: Peers) -> 
     assert a.links.peers() == [b.id]
 
 
-async def test_a_request_ends_with_its_time_or_with_its_peer(peers: Peers) -> None:
+async def test_a_request_fails_at_its_timeout_or_when_its_peer_stops(peers: Peers) -> None:
     a, b = peers.start("a"), peers.start("b")
     asked = asyncio.Event()
 
@@ -168,7 +168,7 @@ async def test_a_request_ends_with_its_time_or_with_its_peer(peers: Peers) -> No
         a.links.send(b.id, Credit(session="s", epoch=1, index=1))
 
 
-async def test_too_large_a_message_is_the_senders_fault(peers: Peers) -> None:
+async def test_a_message_that_is_too_large_is_refused_at_the_sender(peers: Peers) -> None:
     a, b = peers.start("a"), peers.start("b")
     a.dial(b)
     await a.next_up()
@@ -177,7 +177,7 @@ async def test_too_large_a_message_is_the_senders_fault(peers: Peers) -> None:
     assert a.links.peers() == [b.id]
 
 
-async def test_a_goodbye_is_heard_at_once_and_closing_takes_less_than_a_second(peers: Peers) -> None:
+async def test_a_goodbye_arrives_at_once_and_closing_takes_less_than_a_second(peers: Peers) -> None:
     a, b, c = peers.start("a"), peers.start("b"), peers.start("c")
     for peer in (b, c):
         a.dial(peer)
@@ -195,7 +195,7 @@ async def linked_to(hub: Peer, *others: Peer) -> None:
     await until(lambda: len(hub.links.peers()) == len(others) and all(peer.links.peers() == [hub.id] for peer in others))
 
 
-async def test_a_restarted_peer_takes_its_old_place(peers: Peers) -> None:
+async def test_a_restarted_peer_replaces_its_old_link(peers: Peers) -> None:
     a, b = peers.start("a"), peers.start("b")
     b.dial(a)
     await a.next_up()
@@ -205,7 +205,7 @@ async def test_a_restarted_peer_takes_its_old_place(peers: Peers) -> None:
     assert a.links.peers() == [again.id]
 
 
-async def test_a_stranger_is_refused_and_visible(peers: Peers) -> None:
+async def test_a_peer_of_another_cluster_is_refused_and_listed(peers: Peers) -> None:
     a, stranger = peers.start("a"), peers.start("s", key=ClusterKey(b"x" * 32))
     stranger.dial(a)
     await until(lambda: bool(a.links.refusals()) and bool(stranger.links.refusals()))
@@ -232,7 +232,7 @@ def _send_many(sender: Peer, receiver: Peer, payload: bytes) -> None:
 
 
 class Cable:
-    """A TCP relay that can go silent, as a pulled cable does: nothing passes and neither end gets an error."""
+    """A TCP relay that can be cut like a cable: nothing passes, and neither end gets an error."""
 
     def __init__(self) -> None:
         self.whole = asyncio.Event()
@@ -293,7 +293,7 @@ async def test_a_silent_cut_is_noticed_and_the_link_comes_back(peers: Peers) -> 
         await b.stop()
 
 
-async def test_a_reader_that_is_too_slow_makes_the_sender_overloaded_not_larger(peers: Peers) -> None:
+async def test_a_slow_reader_makes_the_sender_overloaded_and_its_queue_stays_bounded(peers: Peers) -> None:
     a, b = peers.start("a", timing=QUICK), peers.start("b", timing=QUICK)
     cable = Cable()
     async with cable.to(b.port) as port:
@@ -307,7 +307,7 @@ async def test_a_reader_that_is_too_slow_makes_the_sender_overloaded_not_larger(
         await b.stop()
 
 
-def test_all_of_it_works_on_uvloop_too(tmp_path: Path) -> None:
+def test_links_work_on_uvloop_too(tmp_path: Path) -> None:
     uvloop = pytest.importorskip("uvloop")
 
     async def scenario() -> None:
@@ -315,7 +315,7 @@ def test_all_of_it_works_on_uvloop_too(tmp_path: Path) -> None:
         try:
             await test_requests_are_answered_at_once_or_later_or_with_a_payload(peers)
             await test_large_payloads_arrive_whole_and_do_not_delay_small_ones(Peers(tmp_path / "large"))
-            await test_a_stranger_is_refused_and_visible(Peers(tmp_path / "stranger"))
+            await test_a_peer_of_another_cluster_is_refused_and_listed(Peers(tmp_path / "stranger"))
             await test_a_silent_cut_is_noticed_and_the_link_comes_back(Peers(tmp_path / "cut"))
         finally:
             await peers.stop()

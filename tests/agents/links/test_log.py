@@ -9,7 +9,7 @@ def clock() -> SetClock:
     return SetClock(100.0)
 
 
-def test_the_same_trouble_is_logged_once_a_minute_and_kept_as_one_row(clock: SetClock, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_repeated_refusal_is_logged_once_a_minute_and_kept_as_one_row(clock: SetClock, caplog: pytest.LogCaptureFixture) -> None:
     linklog = LinkLog(clock)
     assert linklog.refused("h:1", None, "no") is True
     for _ in range(100):
@@ -23,7 +23,7 @@ def test_the_same_trouble_is_logged_once_a_minute_and_kept_as_one_row(clock: Set
     assert linklog.warn("refused h:1", "%s", "again") is True
 
 
-def test_causes_are_forgotten_oldest_first_so_a_flood_of_them_costs_no_memory(clock: SetClock) -> None:
+def test_the_oldest_cause_is_forgotten_beyond_the_limit(clock: SetClock) -> None:
     linklog = LinkLog(clock)
     for number in range(257):
         assert linklog.warn(f"cause {number}", "text") is True

@@ -1,4 +1,4 @@
-"""From an address or an accepted socket to a link, or to one clear reason why not."""
+"""Opening links: dialled and accepted connections that become links or are refused with a reason."""
 
 import asyncio
 import time
@@ -10,7 +10,7 @@ from meshd.errors import PeerLost, PeerRefused
 from meshd.protocol.identity import ClusterKey
 
 
-async def test_the_own_address_is_no_peer_and_a_copied_identity_is_reported(peers: Peers) -> None:
+async def test_this_peers_own_address_makes_no_link_and_a_copied_identity_is_reported(peers: Peers) -> None:
     a = peers.start("a")
     a.dial(a)
     await until(lambda: bool(a.links.addresses(a.id)))
@@ -22,7 +22,7 @@ async def test_the_own_address_is_no_peer_and_a_copied_identity_is_reported(peer
     assert a.story == copy.story == []
 
 
-async def test_connections_that_say_nothing_are_closed(peers: Peers) -> None:
+async def test_silent_connections_are_closed(peers: Peers) -> None:
     a = peers.start("a", timing=QUICK)
     streams = [await asyncio.open_connection("127.0.0.1", a.port) for _ in range(20)]
     began = time.monotonic()
@@ -37,7 +37,7 @@ async def test_connections_that_say_nothing_are_closed(peers: Peers) -> None:
     await a.next_up()
 
 
-async def test_what_does_not_speak_tls_is_refused(peers: Peers) -> None:
+async def test_a_connection_without_tls_is_refused(peers: Peers) -> None:
     a = peers.start("a")
     reader, writer = await asyncio.open_connection("127.0.0.1", a.port)
     writer.write(b"GET / HTTP/1.1\r\n\r\n")
@@ -49,7 +49,7 @@ async def test_what_does_not_speak_tls_is_refused(peers: Peers) -> None:
     assert "does not speak TLS" in a.links.refusals()[0]["reason"]
 
 
-async def test_a_dial_returns_the_id_of_the_peer_there_even_if_it_is_linked_or_is_the_dialler_itself(peers: Peers) -> None:
+async def test_a_dial_returns_the_peers_id_even_if_it_is_linked_or_is_this_peer(peers: Peers) -> None:
     a, b = peers.start("a"), peers.start("b")
     opener = a.links._opener
     for _ in range(2):
@@ -58,7 +58,7 @@ async def test_a_dial_returns_the_id_of_the_peer_there_even_if_it_is_linked_or_i
     assert a.story == ["up b"]
 
 
-async def test_a_dial_that_fails_says_whether_it_was_refused_or_lost(peers: Peers, unused_tcp_port: int) -> None:
+async def test_a_failed_dial_raises_peer_refused_or_peer_lost(peers: Peers, unused_tcp_port: int) -> None:
     a, stranger = peers.start("a"), peers.start("s", key=ClusterKey(b"x" * 32))
     opener = a.links._opener
     with pytest.raises(PeerRefused, match="not of this cluster"):

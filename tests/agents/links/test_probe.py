@@ -1,4 +1,4 @@
-"""Links are measured, not guessed."""
+"""Measuring links: round trip, hop and bandwidth."""
 
 import asyncio
 
@@ -41,14 +41,14 @@ async def test_a_second_request_joins_the_running_probe_and_little_is_sent(peers
     assert a.links.rows()[0]["bytes_out"] < 32 * 2**20
 
 
-async def test_a_peer_that_is_not_there_gives_no_figures(peers: Peers) -> None:
+async def test_an_unlinked_peer_has_no_measurement(peers: Peers) -> None:
     a = peers.start("a")
     prober = LinkProber(a.links, SystemClock(), lambda: None)
     assert await prober.probe(PeerId("x" * 52)) is None
     assert prober.stats() == {}
 
 
-async def test_the_ramp_stops_at_the_first_slow_size(peers: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_probes_stop_growing_at_the_first_slow_size(peers: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
     a = peers.start("a")
     prober = LinkProber(a.links, SystemClock(), lambda: None)
     asked: list[int] = []

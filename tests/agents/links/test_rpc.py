@@ -1,4 +1,4 @@
-"""Messages to handlers and requests to replies, without a network: what is sent is a list."""
+"""The dispatcher without a network: sent messages go to a list."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -52,7 +52,7 @@ async def test_a_reply_counts_only_from_the_peer_that_was_asked(dispatcher: Disp
     assert (reply, bytes(payload)) == (ack(1), b"payload")
 
 
-async def test_a_request_fails_with_the_peers_error_with_its_peer_or_with_time(dispatcher: Dispatcher) -> None:
+async def test_a_request_fails_by_an_error_reply_a_lost_peer_or_a_timeout(dispatcher: Dispatcher) -> None:
     def ask(timeout_s: float) -> "asyncio.Task[object]":
         return asyncio.create_task(dispatcher.request(ANN, lambda number: Probe(request=number, echo=False), None, timeout_s))
 
@@ -132,7 +132,7 @@ async def test_an_unknown_or_unhandled_request_is_answered_and_an_unhandled_erro
     ]
 
 
-def test_a_message_has_one_handler() -> None:
+def test_a_message_type_has_at_most_one_handler() -> None:
     dispatcher = Dispatcher(lambda *_: None, LinkLog(SystemClock()))
     dispatcher.register(Probe, lambda *_: None)
     with pytest.raises(ValueError, match="Probe has a handler already"):

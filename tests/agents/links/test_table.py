@@ -1,4 +1,4 @@
-"""When a link counts as lost, by a clock that the test sets."""
+"""When a link ends, by a clock that the test sets."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def table(clock: SetClock) -> LinkTable:
 
 
 def up_link(table: LinkTable, clock: SetClock) -> Link:
-    link = table.dialled(OTHER, 1)
+    link = table.begin_dialled(OTHER, 1)
     link.up = True
     link.heard = link.up_since = clock.now
     return link
@@ -37,7 +37,7 @@ def beats(table: LinkTable, clock: SetClock, seconds: float) -> None:
         table.check()
 
 
-def test_a_silent_peer_is_lost_after_two_seconds_and_not_before(table: LinkTable, clock: SetClock) -> None:
+def test_a_link_ends_after_two_seconds_of_silence_and_not_before(table: LinkTable, clock: SetClock) -> None:
     link = up_link(table, clock)
     beats(table, clock, 1.5)
     assert table.get(OTHER) is link
@@ -46,7 +46,7 @@ def test_a_silent_peer_is_lost_after_two_seconds_and_not_before(table: LinkTable
     assert link.gone.is_set()
 
 
-def test_a_peer_that_is_heard_stays(table: LinkTable, clock: SetClock) -> None:
+def test_a_link_that_receives_messages_stays(table: LinkTable, clock: SetClock) -> None:
     link = up_link(table, clock)
     for _ in range(10):
         beats(table, clock, 1.0)
@@ -54,7 +54,7 @@ def test_a_peer_that_is_heard_stays(table: LinkTable, clock: SetClock) -> None:
     assert table.get(OTHER) is link
 
 
-def test_after_a_stall_of_our_own_each_peer_gets_one_more_interval(table: LinkTable, clock: SetClock) -> None:
+def test_after_a_stall_of_this_process_each_peer_gets_one_more_interval(table: LinkTable, clock: SetClock) -> None:
     link = up_link(table, clock)
     clock.now += 30.0
     table.check()
@@ -63,15 +63,15 @@ def test_after_a_stall_of_our_own_each_peer_gets_one_more_interval(table: LinkTa
     assert table.get(OTHER) is None
 
 
-def test_a_link_that_does_not_come_up_is_given_up(table: LinkTable, clock: SetClock) -> None:
-    link = table.dialled(OTHER, 1)
+def test_a_link_that_does_not_come_up_in_time_ends(table: LinkTable, clock: SetClock) -> None:
+    link = table.begin_dialled(OTHER, 1)
     beats(table, clock, 15.0)
     assert table.get(OTHER) is link
     beats(table, clock, 0.5)
     assert table.get(OTHER) is None
 
 
-def test_an_ended_link_does_not_take_its_successor_along(table: LinkTable, clock: SetClock) -> None:
+def test_an_ended_link_does_not_remove_its_successor(table: LinkTable, clock: SetClock) -> None:
     old = up_link(table, clock)
     old.end("replaced")
     new = up_link(table, clock)

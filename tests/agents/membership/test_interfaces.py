@@ -35,7 +35,7 @@ def why(choices: list[InterfaceChoice], name: str) -> str:
 
 
 def device(sysfs: Path, name: str, hardware_type: str = ETHERNET, *extra: str, index: int = INDEX) -> Path:
-    """A folder as /sys/class/net has it; a name in `extra` that ends in a slash is a folder."""
+    """Make a folder like those in /sys/class/net. A name in `extra` that ends in a slash becomes a folder."""
     folder = sysfs / name
     folder.mkdir(parents=True)
     (folder / "type").write_text(f"{hardware_type}\n")
@@ -66,14 +66,14 @@ def device(sysfs: Path, name: str, hardware_type: str = ETHERNET, *extra: str, i
         ("ppp0", PPP, (), InterfaceKind.TUNNEL),
     ],
 )
-def test_sysfs_tells_what_an_interface_leads_to(
+def test_sysfs_shows_the_kind_of_an_interface(
     tmp_path: Path, name: str, hardware_type: str, extra: tuple[str, ...], kind: InterfaceKind
 ) -> None:
     device(tmp_path, name, hardware_type, *extra)
     assert interface_kind(name, INDEX, {"up", "multicast"}, tmp_path) is kind
 
 
-def test_a_bridge_over_a_card_is_the_lan_even_by_a_container_bridges_name(tmp_path: Path) -> None:
+def test_a_bridge_over_a_card_is_a_lan_even_if_it_is_named_like_a_container_bridge(tmp_path: Path) -> None:
     bridge = device(tmp_path, "br-lan", ETHERNET, "bridge/")
     bond = device(tmp_path, "bond0", ETHERNET, index=8)
     card = device(tmp_path, "enp1s0", ETHERNET, "device/", index=9)
@@ -82,19 +82,19 @@ def test_a_bridge_over_a_card_is_the_lan_even_by_a_container_bridges_name(tmp_pa
     assert interface_kind("br-lan", INDEX, set(), tmp_path) is InterfaceKind.LAN
 
 
-def test_a_bridge_over_containers_alone_is_theirs(tmp_path: Path) -> None:
+def test_a_bridge_over_containers_only_is_a_container_bridge(tmp_path: Path) -> None:
     bridge = device(tmp_path, "br0", ETHERNET, "bridge/")
     (bridge / "lower_veth1").symlink_to(device(tmp_path, "veth1", index=8))
     assert interface_kind("br0", INDEX, set(), tmp_path) is InterfaceKind.CONTAINER
 
 
-def test_interfaces_that_are_their_own_lower_end_the_search(tmp_path: Path) -> None:
+def test_the_search_below_an_interface_ends_even_in_a_loop(tmp_path: Path) -> None:
     bridge = device(tmp_path, "br0", ETHERNET, "bridge/")
     (bridge / "lower_br0").symlink_to(bridge)
     assert interface_kind("br0", INDEX, set(), tmp_path) is InterfaceKind.CONTAINER
 
 
-def test_a_sysfs_of_another_namespace_is_not_believed(tmp_path: Path) -> None:
+def test_a_sysfs_of_another_namespace_is_ignored(tmp_path: Path) -> None:
     device(tmp_path, "eth0", NONE, "tun_flags", index=INDEX + 1)
     assert interface_kind("eth0", INDEX, {"up"}, tmp_path) is InterfaceKind.LAN
 
@@ -124,12 +124,12 @@ def test_without_sysfs_the_name_decides(tmp_path: Path, name: str, kind: Interfa
     assert interface_kind(name, INDEX, set(), tmp_path) is kind
 
 
-def test_flags_go_before_names(tmp_path: Path) -> None:
+def test_flags_take_precedence_over_names(tmp_path: Path) -> None:
     assert interface_kind("eth5", INDEX, {"up", "pointopoint"}, tmp_path) is InterfaceKind.TUNNEL
     assert interface_kind("dummy", INDEX, {"loopback"}, tmp_path) is InterfaceKind.LOOPBACK
 
 
-def test_every_lan_is_used_and_the_rest_left_out_with_a_reason() -> None:
+def test_every_lan_is_used_and_the_rest_is_left_out_with_a_reason() -> None:
     choices = choose_interfaces(
         [
             interface("lo", InterfaceKind.LOOPBACK, at="127.0.0.1/8"),
@@ -156,7 +156,7 @@ def test_a_container_whose_only_interface_is_a_veth_uses_it() -> None:
     assert used(choices) == {"veth0"}
 
 
-def test_loopback_is_the_last_resort_and_says_so() -> None:
+def test_loopback_is_the_last_resort_and_causes_a_warning() -> None:
     choices = choose_interfaces(
         [interface("lo", InterfaceKind.LOOPBACK, multicast=False, at="127.0.0.1/8"), interface("docker0", InterfaceKind.CONTAINER)]
     )
@@ -166,7 +166,7 @@ def test_loopback_is_the_last_resort_and_says_so() -> None:
     assert "this machine only" in warning[0]
 
 
-def test_with_nothing_up_nothing_is_used() -> None:
+def test_without_an_interface_that_is_up_none_is_used() -> None:
     choices = choose_interfaces([interface("eth0", up=False), interface("wg0", InterfaceKind.TUNNEL)])
     assert used(choices) == set()
     warning = choice_warning(choices)
@@ -175,7 +175,7 @@ def test_with_nothing_up_nothing_is_used() -> None:
 
 
 @pytest.mark.parametrize("named", ["wg0", "10.0.0.3"])
-def test_a_named_tunnel_is_used_alone(named: str) -> None:
+def test_only_a_named_tunnel_is_used(named: str) -> None:
     choices = choose_interfaces([interface("eth0"), interface("wg0", InterfaceKind.TUNNEL, at="10.0.0.3/24")], [named])
     assert used(choices) == {"wg0"}
     assert choice_warning(choices, [named]) is None
@@ -189,7 +189,7 @@ def test_a_named_interface_that_is_missing_or_down_is_reported() -> None:
     assert warning[0] == "no peer is looked for on eth1 (down), eth9 (not here)"
 
 
-def test_addresses_on_our_own_networks_come_first() -> None:
+def test_addresses_on_this_devices_networks_come_first() -> None:
     choices = choose_interfaces([interface("eth0", at="192.168.1.7/24"), interface("wlan0", at="10.1.0.2/16")])
     assert used_addresses(choices) == ["192.168.1.7", "10.1.0.2"]
     assert nearest_first(["172.17.0.1", "10.1.9.9", "8.8.8.8", "192.168.1.20"], choices) == (

@@ -1,4 +1,4 @@
-"""Real mDNS on loopback; every test has clusters and peers of its own, so that tests running beside it do not matter."""
+"""Real mDNS on loopback. Every test has its own clusters and peers, so that tests may run at the same time."""
 
 import asyncio
 import base64
@@ -21,7 +21,7 @@ HERE = "127.0.0.1"
 
 
 class QuickClock(SystemClock):
-    """Waits are a fiftieth of what they are asked to be."""
+    """Runs 50 times faster than real time."""
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds / 50)
@@ -31,7 +31,7 @@ class QuickClock(SystemClock):
 
 
 class Seen:
-    """What one discovery reported."""
+    """Records the sightings that one discovery reports."""
 
     def __init__(self) -> None:
         self.sightings: list[Sighting] = []
@@ -62,7 +62,7 @@ def random_letters() -> str:
 
 async def eventually(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(3.0):
-        while not condition():  # noqa: ASYNC110  what is looked at has no event to wait for
+        while not condition():  # noqa: ASYNC110  the condition has no event to wait for
             await asyncio.sleep(0.01)
 
 
@@ -112,7 +112,7 @@ async def test_peers_of_a_cluster_find_each_other(cluster: str) -> None:
         assert (await seen_by_two.found(one.peer)).name == "desk"
 
 
-async def test_one_who_comes_later_finds_those_that_are_there(cluster: str) -> None:
+async def test_a_peer_that_starts_later_finds_the_others(cluster: str) -> None:
     one, two = announce(cluster), announce(cluster)
     async with running(one) as (_, seen_by_one):
         await asyncio.sleep(0.6)
@@ -162,7 +162,7 @@ async def test_a_change_of_load_is_announced(cluster: str) -> None:
         await seen.until(lambda each: isinstance(each, PeerFound) and each.load == "2 sessions")
 
 
-async def test_an_interface_that_comes_later_is_used_then(cluster: str) -> None:
+async def test_an_interface_that_appears_later_is_used(cluster: str) -> None:
     present: list[Interface] = []
     one, two = announce(cluster), announce(cluster)
     async with running(one) as (_, seen), running(two, clock=QuickClock(), scan=lambda: present) as (mdns, seen_by_two):
@@ -178,7 +178,7 @@ async def test_an_interface_that_comes_later_is_used_then(cluster: str) -> None:
         assert [choice.used for choice in mdns.interfaces] == [True]
 
 
-async def test_without_permission_for_the_port_it_reports_so_once_and_tries_again(
+async def test_a_missing_permission_for_the_port_is_reported_once_and_retried(
     cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusals = iter(range(3))
@@ -200,7 +200,7 @@ async def test_without_permission_for_the_port_it_reports_so_once_and_tries_agai
 
 
 class WakingClock(QuickClock):
-    """Its wall clock jumps by what the device slept."""
+    """Its wall clock jumps by `slept_s`, as after a sleep of the device."""
 
     slept_s = 0.0
 
@@ -208,11 +208,11 @@ class WakingClock(QuickClock):
         return self.monotonic() + self.slept_s
 
 
-async def test_after_a_sleep_it_announces_itself_anew(cluster: str) -> None:
+async def test_after_a_sleep_a_peer_announces_itself_again(cluster: str) -> None:
     one, two, clock = announce(cluster), announce(cluster), WakingClock()
     async with running(one) as (_, seen), running(two, clock=clock):
         await seen.found(two.peer)
-        # zeroconf takes a packet that comes again within 0.8 s for an echo
+        # zeroconf drops a packet that repeats within 0.8 s
         await asyncio.sleep(1.5)
         before = len(seen.sightings)
         clock.slept_s = 3600.0

@@ -12,7 +12,7 @@ def announcement(name: str = "desk", cluster: str = "c1") -> Announcement:
     return Announcement(peer=PEER, cluster=cluster, name=name, port=6375, protocol="1.0", version="0.1.0")
 
 
-def test_txt_shows_what_anyone_may_know_and_nothing_else() -> None:
+def test_the_txt_record_has_only_public_facts() -> None:
     assert to_txt(announcement(), "1 session") == {
         "cluster": "c1",
         "protocol": "1.0",
@@ -23,14 +23,14 @@ def test_txt_shows_what_anyone_may_know_and_nothing_else() -> None:
 
 
 @given(name=texts, load=texts)
-def test_every_txt_entry_fits_and_stays_whole_characters(name: str, load: str) -> None:
+def test_every_txt_entry_fits_and_is_cut_between_characters(name: str, load: str) -> None:
     name, load = (text.encode(errors="ignore").decode() for text in (name, load))
     for key, value in to_txt(announcement(name), load).items():
         assert len(f"{key}={value}".encode()) <= 255
         assert value in {name, load, "c1", "1.0", "0.1.0"} or name.startswith(value) or load.startswith(value)
 
 
-def test_records_come_back_as_what_was_announced() -> None:
+def test_records_are_read_back_as_announced() -> None:
     info = to_info(announcement(), "idle", ["192.168.1.7", "10.0.0.2"])
     found = from_records(info.get_name(), info.decoded_properties, info.parsed_addresses(), info.port or 0)
     assert found is not None
@@ -45,7 +45,7 @@ def test_records_come_back_as_what_was_announced() -> None:
     addresses=st.lists(st.just("192.0.2.1"), max_size=2),
     port=st.integers(-1, 70000),
 )
-def test_what_strangers_put_into_records_is_refused_or_made_harmless(
+def test_hostile_records_are_refused_or_sanitised(
     instance: str, txt: dict[str, str | None], addresses: list[str], port: int
 ) -> None:
     found = from_records(instance, txt, addresses, port)

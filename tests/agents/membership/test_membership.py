@@ -1,4 +1,4 @@
-"""Peers over real links: what each learns of the others, and what it does about it."""
+"""Membership over real links: sightings, adverts, gossip and notices."""
 
 import asyncio
 import os
@@ -26,7 +26,7 @@ STRANGER = PeerId("c" * 52)
 
 
 class Member:
-    """A peer with its links and its membership, and what it reported."""
+    """A peer with links and membership, which records its reports."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.sessions = 0
@@ -86,7 +86,7 @@ class Member:
 
 @pytest.fixture
 async def members(tmp_path: Path) -> AsyncIterator[list[Member]]:
-    """Three that run and do not know one another."""
+    """Three running members that do not know one another."""
     async with AsyncExitStack() as stack:
         yield [await stack.enter_async_context(Member(tmp_path, name).running()) for name in ("ann", "bob", "cat")]
 
@@ -121,7 +121,7 @@ async def test_a_peer_learns_of_others_from_adverts_and_dials_them(members: list
     await until(lambda: ann.state_of(cat) is PeerState.ALIVE)
 
 
-async def test_a_peer_that_closes_has_left_and_is_reported_as_gone(members: list[Member]) -> None:
+async def test_a_peer_that_closes_its_links_has_left_and_is_reported_as_gone(members: list[Member]) -> None:
     ann, bob, _ = members
     ann.hears_of(bob)
     await until(lambda: ann.state_of(bob) is PeerState.ALIVE)
@@ -154,7 +154,7 @@ async def test_a_neighbour_with_a_bad_address_is_ignored(members: list[Member], 
     assert len(ann.membership.table) == 0
 
 
-async def test_notices_are_kept_once_and_bounded(members: list[Member]) -> None:
+async def test_a_repeated_notice_is_kept_once_and_notices_are_bounded(members: list[Member]) -> None:
     membership = members[0].membership
     membership.on_sighting(SourceNotice(source="mdns", message="no network", hint="connect one"))
     membership.on_sighting(DuplicateIdentity(source="mdns", peer=STRANGER, addresses=("10.0.0.7",), port=1))

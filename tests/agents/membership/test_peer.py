@@ -1,4 +1,4 @@
-"""One peer's state machine: any event in any state, and what this peer does about it."""
+"""The state machine of one peer: every event in every state, and the commands that follow."""
 
 import itertools
 from copy import copy
@@ -93,39 +93,39 @@ def test_a_peer_that_is_found_is_dialled_at_all_its_addresses() -> None:
     assert commands == [Dial(ANN, (HOME, AWAY)), PublishChange(ANN, PeerState.FOUND, PeerState.UNKNOWN, "")]
 
 
-def test_a_linked_peer_is_not_dialled_however_often_it_is_heard() -> None:
+def test_a_linked_peer_is_not_dialled_when_a_source_reports_it() -> None:
     assert handle(peer_at(PeerState.ALIVE), found(), 2.0) == []
 
 
 @pytest.mark.parametrize("state", [PeerState.FOUND, PeerState.DEAD, PeerState.REFUSED, PeerState.LEFT])
-def test_a_peer_without_a_link_is_dialled_as_soon_as_it_is_heard(state: PeerState) -> None:
+def test_a_peer_without_a_link_is_dialled_when_a_source_reports_it(state: PeerState) -> None:
     assert commands_of(handle(peer_at(state), found(), 2.0), Dial)
 
 
-def test_a_broken_link_is_dialled_at_once_and_says_why() -> None:
+def test_a_peer_whose_link_breaks_is_dialled_at_once_and_has_the_reason() -> None:
     peer = peer_at(PeerState.ALIVE)
     commands = handle(peer, LinkDown(ANN, "connection reset"), 2.0)
     assert commands == [Dial(ANN, (HOME,)), PublishChange(ANN, PeerState.DEAD, PeerState.ALIVE, "connection reset")]
 
 
-def test_a_peer_that_left_is_dialled_no_more() -> None:
+def test_a_peer_that_left_is_not_dialled() -> None:
     commands = handle(peer_at(PeerState.ALIVE), GoodbyeReceived(ANN, "stopped"), 2.0)
     assert commands == [StopDialling(ANN), PublishChange(ANN, PeerState.LEFT, PeerState.ALIVE, "stopped")]
 
 
-def test_a_refused_peer_is_dialled_no_more_and_says_why() -> None:
+def test_a_refused_peer_is_not_dialled_and_has_the_reason() -> None:
     peer = peer_at(PeerState.FOUND)
     assert commands_of(handle(peer, HandshakeRefused(ANN, HOME, "another key"), 2.0), StopDialling) == [StopDialling(ANN)]
     assert peer.why == "another key"
 
 
-def test_a_peer_that_refused_is_tried_again_when_it_is_heard_again() -> None:
+def test_a_refused_peer_is_dialled_again_when_a_source_reports_it() -> None:
     peer = peer_at(PeerState.REFUSED)
     assert handle(peer, found(), 2.0) == [Dial(ANN, (HOME,))]
     assert handle(peer, HandshakeRefused(ANN, HOME, "another key"), 3.0) == [StopDialling(ANN)]
 
 
-def test_a_found_but_unreachable_peer_says_why() -> None:
+def test_an_unreachable_peer_has_the_reason() -> None:
     peer = peer_at(PeerState.FOUND)
     handle(peer, DialFailed(ANN, HOME, "no route to host"), 2.0)
     assert (peer.state, peer.why) == (PeerState.FOUND, "no route to host")
@@ -165,7 +165,7 @@ def test_a_link_that_comes_back_keeps_the_advert() -> None:
     assert peer.advert == advert()
 
 
-def test_two_daemons_with_one_identity_are_distinguished_from_a_restart() -> None:
+def test_two_daemons_with_one_identity_are_not_taken_for_a_restart() -> None:
     peer = peer_at(PeerState.ALIVE)
     handle(peer, link_up(incarnation=2), 2.0)
     assert peer.why == ""

@@ -7,7 +7,7 @@ from meshd.agents.membership.table import PeerTable
 from meshd.values import Address
 
 
-def test_rows_are_json_with_the_same_keys_whatever_is_known() -> None:
+def test_all_rows_are_json_with_the_same_keys() -> None:
     table = PeerTable()
     table.apply(link_up(), 1.0)
     table.apply(AdvertReceived(advert()), 2.0)

@@ -9,7 +9,7 @@ from meshd.values import Address
 
 
 class CountingClock(SystemClock):
-    """Sleeps no time, and ends the task at the third sleep."""
+    """Does not sleep, and cancels the task at the third `sleep`."""
 
     def __init__(self) -> None:
         self.sleeps: list[float] = []

@@ -57,14 +57,14 @@ def test_an_illegal_event_changes_nothing() -> None:
     assert len(table) == 0
 
 
-def test_a_failed_dial_or_a_withdrawal_makes_no_unknown_peer_known() -> None:
+def test_a_failed_dial_or_a_withdrawal_adds_no_unknown_peer() -> None:
     table = PeerTable()
     assert table.apply(DialFailed(ANN, HOME, "connection refused"), 1.0) == []
     assert table.apply(PeerWithdrawn(source="mdns", peer=ANN), 1.0) == []
     assert len(table) == 0
 
 
-def test_a_suspect_is_not_planned_with() -> None:
+def test_plans_leave_out_suspects() -> None:
     table = table_at(PeerState.ALIVE)
     table.apply(AdvertReceived(advert()), 2.0)
     assert table.adverts() == [advert()]
@@ -86,7 +86,7 @@ def test_a_static_address_is_dialled_until_a_peer_answers_there() -> None:
     assert table.apply(static, 5.0) == [Dial(BOB, (attic,))]
 
 
-def test_a_static_address_that_refuses_is_tried_seldom() -> None:
+def test_a_static_address_that_refused_is_dialled_again_only_after_a_delay() -> None:
     table, static = PeerTable(), found(None, "attic.lan", source="static")
     table.apply(static, 1.0)
     table.apply(HandshakeRefused(None, Address("attic.lan", 6375), "another cluster's key"), 2.0)
@@ -95,7 +95,7 @@ def test_a_static_address_that_refuses_is_tried_seldom() -> None:
     assert commands_of(table.apply(static, 2.0 + REFUSED_RETRY_S), Dial)
 
 
-def test_what_was_long_not_heard_of_is_dropped() -> None:
+def test_a_dead_peer_is_dropped_after_its_retention() -> None:
     table = table_at(PeerState.DEAD)
     assert table.expire(RETENTION_S[PeerState.DEAD]) == []
     assert table.expire(RETENTION_S[PeerState.DEAD] + 2.0) == [
@@ -105,7 +105,7 @@ def test_what_was_long_not_heard_of_is_dropped() -> None:
     assert len(table) == 0
 
 
-def test_what_is_linked_or_vouched_for_is_never_dropped() -> None:
+def test_a_linked_peer_or_one_with_a_source_is_never_dropped() -> None:
     alive, vouched = table_at(PeerState.ALIVE), table_at(PeerState.FOUND)
     assert alive.expire(1e9) == vouched.expire(1e9) == []
 
@@ -128,7 +128,7 @@ incarnations = st.integers(1, 3)
 
 
 class Membership(RuleBasedStateMachine):
-    """Any events in any order, as a network and several sources might bring them."""
+    """Applies random events in any order, as they may come from a network and several sources."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class Membership(RuleBasedStateMachine):
         self.take(AdvertReceived(advert(peer, incarnation, revision)))
 
     @rule(peer=peers, kind=st.sampled_from([HeartbeatReceived, HeartbeatMissed, RetentionExpired]))
-    def time_tells(self, peer: PeerId, kind: type[HeartbeatReceived | HeartbeatMissed | RetentionExpired]) -> None:
+    def silence_is_reported(self, peer: PeerId, kind: type[HeartbeatReceived | HeartbeatMissed | RetentionExpired]) -> None:
         self.take(kind(peer))
 
     @rule(peer=peers, kind=st.sampled_from([LinkDown, GoodbyeReceived]))
@@ -177,7 +177,7 @@ class Membership(RuleBasedStateMachine):
         self.take(kind(peer, HOME, "no"))
 
     @rule(peer=peers)
-    def a_source_takes_it_back(self, peer: PeerId) -> None:
+    def a_source_withdraws(self, peer: PeerId) -> None:
         self.take(PeerWithdrawn(source="mdns", peer=peer))
 
     @rule(
@@ -200,12 +200,12 @@ class Membership(RuleBasedStateMachine):
                 self.dialling.discard(command.peer)
 
     @invariant()
-    def it_is_valid(self) -> None:
+    def the_table_is_valid(self) -> None:
         self.table.validate()
         assert len(self.table) <= 3
 
     @invariant()
-    def plans_count_on_the_present_incarnation_of_live_peers_only(self) -> None:
+    def adverts_are_of_the_current_incarnation_of_alive_peers(self) -> None:
         for each in self.table.adverts():
             known = self.table.get(each.peer)
             assert known is not None
@@ -213,11 +213,11 @@ class Membership(RuleBasedStateMachine):
             assert known.incarnation == each.incarnation
 
     @invariant()
-    def nobody_who_left_or_is_forgotten_is_dialled(self) -> None:
+    def peers_that_left_or_are_forgotten_are_not_dialled(self) -> None:
         assert all(state_of(self.table, peer) not in {PeerState.LEFT, PeerState.UNKNOWN} for peer in self.dialling)
 
     @invariant()
-    def who_is_lost_and_can_be_reached_is_dialled(self) -> None:
+    def lost_peers_with_an_address_are_dialled(self) -> None:
         for peer in PEERS:
             known = self.table.get(peer)
             if known is not None and known.state in {PeerState.FOUND, PeerState.DEAD} and known.addresses:

@@ -1,4 +1,4 @@
-"""Events reach every reader in order; a slow one loses the oldest and is told."""
+"""Events reach every reader in order; a slow reader loses the oldest and gets their number."""
 
 import asyncio
 
@@ -20,7 +20,7 @@ async def test_every_reader_gets_every_event_in_order() -> None:
         await reader.aclose()
 
 
-async def test_a_slow_reader_is_told_how_many_it_lost() -> None:
+async def test_a_slow_reader_gets_the_number_of_events_it_lost() -> None:
     bus = EventBus(SystemClock())
     reader = bus.subscribe()
     waiting = asyncio.ensure_future(anext(reader))

@@ -1,28 +1,128 @@
-"""The placement client: repairs, which load layers that no peer has."""
+"""Placements on request: the steps that a caller sees, pinning, the KV that fits, failures and unloading."""
+
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import pytest
 
-from in_process.clusters import make_holding, make_peer
+from in_process.adverts import CARD, advert, held
+from in_process.clusters import MODEL, make_holding, make_peer
+from in_process.peers import Peer, Peers
 from in_process.placing import Cluster
-from in_process.recoveries import CARD, ids, stages_of
-from meshd.errors import RemoteFailure
-from meshd.types import LayerRange
+from meshd.agents.placement.client import PlacementClient
+from meshd.agents.placement.plan_input import CONTEXTS_OF_KV
+from meshd.agents.service import MeshOptions, PlacementStep
+from meshd.clock import SystemClock
+from meshd.errors import DoesNotFit, NoPeer, RemoteFailure
+from meshd.protocol.messages import Unplace, Unplaced
+from meshd.types import Advert, LayerRange, Objective, PeerId
+
+SPLIT = MeshOptions(stages="a:0-10,b:10-30")
 
 
-async def test_a_repair_gives_up_after_three_peers_and_raises_the_last_error() -> None:
-    cluster = Cluster(*(make_peer(name) for name in "abcde"))
-    cluster.refusing = dict.fromkeys(ids(*"abcde"), "download_failed")
+async def placed(
+    cluster: Cluster, mesh: MeshOptions, *, context: int | None = None, steps: list[PlacementStep] | None = None
+) -> list[PlacementStep]:
+    """Place the model. Returns: `steps`, with the steps appended."""
+    steps = [] if steps is None else steps
+    async for step in cluster.placer.place(CARD, mesh, context=context):
+        steps.append(step)
+    return steps
+
+
+async def test_each_peer_is_asked_for_its_stage_and_its_steps_end_with_active() -> None:
+    cluster = Cluster(make_peer("a"), make_peer("b"))
+    steps = await placed(cluster, SPLIT, context=512)
+    assert [(peer, str(request.layers)) for peer, request in cluster.asked] == [("a-id", "0-10"), ("b-id", "10-30")]
+    assert {(step.name, str(step.layers), step.state) for step in steps[-2:]} == {("a", "0-10", "active"), ("b", "10-30", "active")}
+    assert all(step.state == "loading" for step in steps[:-2])
+
+
+async def test_a_failed_stage_is_a_step_and_then_the_error() -> None:
+    cluster = Cluster(make_peer("a"), make_peer("b"))
+    cluster.refusing = {PeerId("b-id"): "out_of_memory"}
+    steps: list[PlacementStep] = []
     with pytest.raises(RemoteFailure, match="no more"):
-        await cluster.placer.repair(CARD, [LayerRange(3, 7)], kv_tokens=512)
-    assert len(cluster.asked) == 3
+        await placed(cluster, SPLIT, context=512, steps=steps)
+    assert [(step.name, step.message) for step in steps if step.state == "failed"] == [("b", "no more")]
 
 
-async def test_a_repair_returns_when_the_layers_are_advertised() -> None:
-    cluster = Cluster(make_peer("a", holdings=(make_holding(3, 7, kv_tokens=128),)))
-    cluster.advert_delay_s = 0.1
-    stages = await cluster.placer.repair(CARD, [LayerRange(3, 7)], kv_tokens=512)
-    assert [(holding.kv_tokens_total, holding.state) for holding in cluster.live()[0].holdings] == [
-        (128, "active"),
-        (512, "active"),
-    ]
-    assert stages == stages_of("a:3-7")
+@pytest.mark.parametrize(
+    ("mesh", "pinned"),
+    [
+        (MeshOptions(), False),
+        (MeshOptions(objective=Objective.LATENCY), False),
+        (MeshOptions(objective=Objective.THROUGHPUT), True),
+        (MeshOptions(stages="a:0-30"), True),
+        (MeshOptions(peers=("a",)), True),
+        (MeshOptions(min_peers=1), True),
+    ],
+)
+async def test_a_placement_is_pinned_unless_it_was_chosen_for_speed_alone(mesh: MeshOptions, pinned: bool) -> None:
+    cluster = Cluster(make_peer("a"))
+    await placed(cluster, mesh)
+    assert [request.pinned for _, request in cluster.asked] == [pinned]
+
+
+async def test_kv_is_reserved_for_several_contexts_if_memory_allows() -> None:
+    cluster = Cluster(make_peer("a", memory=64 << 30))
+    await placed(cluster, MeshOptions())
+    assert [request.kv_tokens for _, request in cluster.asked] == [CARD.spec.context_length * CONTEXTS_OF_KV]
+
+
+async def test_the_usual_context_is_halved_until_it_fits_but_not_below_the_requested_one() -> None:
+    tight = make_peer("a", memory=250 << 20)
+    cluster = Cluster(tight)
+    await placed(cluster, MeshOptions())
+    ((_, request),) = cluster.asked
+    assert 512 <= request.kv_tokens < CARD.spec.context_length
+    with pytest.raises(DoesNotFit):
+        await placed(Cluster(tight), MeshOptions(), context=CARD.spec.context_length)
+
+
+async def test_without_peers_that_compute_nothing_is_asked() -> None:
+    cluster = Cluster(make_peer("a", roles=("storage",)))
+    with pytest.raises((NoPeer, DoesNotFit)):
+        await placed(cluster, MeshOptions())
+    assert cluster.asked == []
+
+
+async def test_a_repair_replaces_a_peer_that_can_not_load() -> None:
+    cluster = Cluster(make_peer("a", decode_gb_s=40.0), make_peer("b"))
+    cluster.refusing = {PeerId("a-id"): "out_of_memory"}
+    (stage,) = await cluster.placer.repair(CARD, [LayerRange(3, 7)], kv_tokens=512)
+    assert [peer for peer, _ in cluster.asked] == ["a-id", "b-id"]
+    assert (stage.peer, str(stage.layers)) == ("b-id", "3-7")
+
+
+def test_progress_is_that_of_the_slowest_load() -> None:
+    loading = [held(0, 10, state="loading", progress=0.25), held(10, 20, state="loading", progress=0.75)]
+    cluster = Cluster(make_peer("a", holdings=tuple(loading)), make_peer("b", holdings=(make_holding(20, 30),)))
+    assert cluster.placer.progress(MODEL) == 0.25
+    assert Cluster(make_peer("a")).placer.progress(MODEL) == 1.0
+
+
+@dataclass
+class Holder:
+    """A linked peer that records UNPLACE and frees 100 bytes each time."""
+
+    peer: Peer
+    unplaced: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.peer.links.register(Unplace, self._on_unplace)
+
+    def _on_unplace(self, sender: PeerId, message: Unplace, payload: memoryview) -> Unplaced:
+        self.unplaced.append(message.model)
+        return Unplaced(request=message.request, freed_bytes=100)
+
+
+async def test_a_model_is_unloaded_on_every_peer_that_holds_it(peers: Peers) -> None:
+    own, other, idle = (Holder(peers.start(name)) for name in "abc")
+    for holder in (other, idle):
+        own.peer.dial(holder.peer)
+        await own.peer.next_up()
+    adverts: list[Advert] = [advert(own.peer.id, held(0, 10)), advert(other.peer.id, held(10, 30)), advert(idle.peer.id)]
+    placer = PlacementClient(own.peer.links, cast("Any", None), lambda: adverts, str, SystemClock())
+    assert await placer.unplace(MODEL) == 200
+    assert (own.unplaced, other.unplaced, idle.unplaced) == ([MODEL], [MODEL], [])

@@ -1,9 +1,9 @@
-"""How much memory may still be reserved: what was promised, what others took, and how old the measurement may be."""
+"""Free memory: reservations, memory that other processes took, and the age of the measurement."""
 
 from in_process.adverts import CARD
 from in_process.journals import HandClock
 from meshd.agents.placement.free_memory import FreeMemory
-from meshd.agents.placement.loads import LoadState, ResidentLayers, ResidentModels
+from meshd.agents.placement.resident import LoadState, ResidentLayers, ResidentModels
 from meshd.kernels.kv import KVPool
 from meshd.types import LayerRange
 
@@ -13,7 +13,7 @@ RESERVED = RESIDENT.reserved_bytes
 
 
 class Machine:
-    """Measures what the test says."""
+    """Returns the free bytes that the test sets, and counts the measurements."""
 
     def __init__(self, free_bytes: int) -> None:
         self.free_bytes = free_bytes
@@ -30,7 +30,7 @@ def test_every_reservation_counts_before_its_memory_is_touched() -> None:
     assert FreeMemory(10 * RESERVED, holdings, machine, HandClock()).free_bytes() == 9 * RESERVED
 
 
-def test_what_other_processes_took_is_not_free() -> None:
+def test_memory_that_other_processes_took_is_not_free() -> None:
     loaded = ResidentLayers(CARD, LAYERS, kv_tokens=64, weight_bytes=1000, state=LoadState.ACTIVE)
     loaded.pool = KVPool(CARD.spec, LAYERS, blocks=2)
     untouched = loaded.untouched_bytes

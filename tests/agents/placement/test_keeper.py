@@ -1,4 +1,4 @@
-"""Who asks whom to keep models placed, when, and what comes of a refusal."""
+"""The keeper: which peer sends the requests, when, and how often after a refusal."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,8 +14,8 @@ from meshd.types import Advert, Holding, PeerId
 
 
 @dataclass
-class Asked:
-    """A peer that does, or refuses, what it is asked for."""
+class Recipient:
+    """A peer that records the requests that it gets, and refuses them while `full`."""
 
     peer: Peer
     places: list[Place] = field(default_factory=list)
@@ -39,24 +39,24 @@ class Asked:
 
 @dataclass
 class Pair:
-    """Two linked peers, the first with a keeper, and what they advertise."""
+    """Two linked peers, the first with a keeper, and their adverts."""
 
-    first: Asked
-    second: Asked
+    first: Recipient
+    second: Recipient
     keeper: Keeper
     clock: SetClock
     adverts: list[Advert]
 
-    async def look(self, *adverts: Advert) -> None:
+    async def check(self, *adverts: Advert) -> None:
         self.adverts[:] = adverts
-        await self.keeper._look()
+        await self.keeper._check()
 
     async def settled(self) -> None:
         await until(lambda: not self.keeper._asked)
 
 
-async def pair(peers: Peers, *, leads: bool) -> Pair:
-    """The keeper's peer has the smaller id, or the larger one."""
+async def start_pair(peers: Peers, *, leads: bool) -> Pair:
+    """Start two peers; with `leads`, the one with the keeper has the smaller id."""
     one, other = peers.start("a"), peers.start("b")
     if (one.id < other.id) != leads:
         one, other = other, one
@@ -74,94 +74,94 @@ async def pair(peers: Peers, *, leads: bool) -> Pair:
         clock=clock,
         copies=2,
     )
-    return Pair(Asked(one), Asked(other), keeper, clock, adverts)
+    return Pair(Recipient(one), Recipient(other), keeper, clock, adverts)
 
 
-def of(asked: Asked, *holdings: Holding, others: Sequence[Asked] = (), **fields: Any) -> Advert:
-    return advert(asked.peer.id, *holdings, others=[other.peer.id for other in others], **fields)
+def of(recipient: Recipient, *holdings: Holding, others: Sequence[Recipient] = (), **fields: Any) -> Advert:
+    return advert(recipient.peer.id, *holdings, others=[other.peer.id for other in others], **fields)
 
 
 async def test_the_leader_asks_for_copies_once(peers: Peers) -> None:
-    mesh = await pair(peers, leads=True)
+    pair = await start_pair(peers, leads=True)
     for _ in range(2):
-        await mesh.look(of(mesh.first, held(0, 30)), of(mesh.second))
-    await mesh.settled()
-    (place,) = mesh.second.places
+        await pair.check(of(pair.first, held(0, 30)), of(pair.second))
+    await pair.settled()
+    (place,) = pair.second.places
     assert (str(place.layers), place.standby, place.ref) == ("0-30", True, CARD.ref)
 
 
 async def test_another_peer_stands_in_for_a_leader_that_does_nothing(peers: Peers) -> None:
-    mesh = await pair(peers, leads=False)
-    adverts = of(mesh.first), of(mesh.second, held(0, 30))
-    await mesh.look(*adverts)
-    mesh.clock.now += 5
-    await mesh.look(*adverts)
-    assert not mesh.first.places
-    mesh.clock.now += 2
-    await mesh.look(*adverts)
-    await mesh.settled()
-    assert len(mesh.first.places) == 1
+    pair = await start_pair(peers, leads=False)
+    adverts = of(pair.first), of(pair.second, held(0, 30))
+    await pair.check(*adverts)
+    pair.clock.now += 5
+    await pair.check(*adverts)
+    assert not pair.first.places
+    pair.clock.now += 2
+    await pair.check(*adverts)
+    await pair.settled()
+    assert len(pair.first.places) == 1
 
 
-async def test_one_that_leaves_asks_for_nothing(peers: Peers) -> None:
-    mesh = await pair(peers, leads=True)
-    await mesh.look(of(mesh.first, draining=True), of(mesh.second, held(0, 30)))
-    assert not mesh.keeper._asked
+async def test_a_draining_peer_sends_no_requests(peers: Peers) -> None:
+    pair = await start_pair(peers, leads=True)
+    await pair.check(of(pair.first, draining=True), of(pair.second, held(0, 30)))
+    assert not pair.keeper._asked
 
 
-async def test_the_next_in_line_leads_at_once_when_the_first_leaves(peers: Peers) -> None:
-    mesh = await pair(peers, leads=False)
-    await mesh.look(of(mesh.first), of(mesh.second, held(0, 30), draining=True))
-    await mesh.settled()
-    assert [place.standby for place in mesh.first.places] == [False]
+async def test_the_next_in_line_leads_at_once_when_the_leader_drains(peers: Peers) -> None:
+    pair = await start_pair(peers, leads=False)
+    await pair.check(of(pair.first), of(pair.second, held(0, 30), draining=True))
+    await pair.settled()
+    assert [place.standby for place in pair.first.places] == [False]
 
 
-async def test_who_refuses_is_asked_again_later_and_ever_later(peers: Peers) -> None:
-    mesh = await pair(peers, leads=True)
-    mesh.second.full = True
-    adverts = of(mesh.first, held(0, 30)), of(mesh.second)
+async def test_a_peer_that_refuses_is_asked_again_after_growing_delays(peers: Peers) -> None:
+    pair = await start_pair(peers, leads=True)
+    pair.second.full = True
+    adverts = of(pair.first, held(0, 30)), of(pair.second)
     asked_at = []
     for second in range(40):
-        mesh.clock.now = 1000.0 + second
-        before = len(mesh.second.places)
-        await mesh.look(*adverts)
-        await mesh.settled()
-        if len(mesh.second.places) > before:
+        pair.clock.now = 1000.0 + second
+        before = len(pair.second.places)
+        await pair.check(*adverts)
+        await pair.settled()
+        if len(pair.second.places) > before:
             asked_at.append(second)
     assert asked_at == [0, 5, 15, 35]
 
 
-async def test_lost_layers_are_placed_anew(peers: Peers) -> None:
-    mesh = await pair(peers, leads=True)
+async def test_lost_layers_are_placed_on_another_peer(peers: Peers) -> None:
+    pair = await start_pair(peers, leads=True)
     gone = advert("gone", held(20, 30, pinned=True))
-    await mesh.look(of(mesh.first, held(0, 20), memory=0), of(mesh.second, memory=1 << 20), gone)
-    await mesh.look(of(mesh.first, held(0, 20), memory=0), of(mesh.second))
-    await mesh.settled()
-    assert {(str(place.layers), place.standby, place.pinned) for place in mesh.second.places} == {("20-30", False, True)}
+    await pair.check(of(pair.first, held(0, 20), memory=0), of(pair.second, memory=1 << 20), gone)
+    await pair.check(of(pair.first, held(0, 20), memory=0), of(pair.second))
+    await pair.settled()
+    assert {(str(place.layers), place.standby, place.pinned) for place in pair.second.places} == {("20-30", False, True)}
 
 
-async def test_a_copy_of_a_model_that_was_unplaced_is_let_go(peers: Peers) -> None:
-    mesh = await pair(peers, leads=True)
-    await mesh.look(of(mesh.first, held(0, 30)), of(mesh.second, held(0, 30, standby=True, state="loading")))
-    await mesh.look(of(mesh.first), of(mesh.second, held(0, 30, standby=True)))
-    assert mesh.second.unplaced == 1
-    assert not mesh.second.places
+async def test_a_copy_of_an_unplaced_model_is_unplaced(peers: Peers) -> None:
+    pair = await start_pair(peers, leads=True)
+    await pair.check(of(pair.first, held(0, 30)), of(pair.second, held(0, 30, standby=True, state="loading")))
+    await pair.check(of(pair.first), of(pair.second, held(0, 30, standby=True)))
+    assert pair.second.unplaced == 1
+    assert not pair.second.places
 
 
 async def test_a_faster_peer_that_joins_gets_the_model_once_its_links_are_measured(peers: Peers) -> None:
-    mesh = await pair(peers, leads=True)
+    pair = await start_pair(peers, leads=True)
     serving = held(0, 30)
-    mesh.keeper.copies = 1
-    await mesh.look(of(mesh.first, serving))
-    await mesh.look(of(mesh.first, serving), of(mesh.second, gb_s=40.0))
-    await mesh.look(of(mesh.first, serving, others=[mesh.second]), of(mesh.second, gb_s=40.0, others=[mesh.first]))
-    assert not mesh.second.places
-    mesh.clock.now += 11
-    await mesh.look(of(mesh.first, serving, others=[mesh.second]), of(mesh.second, gb_s=40.0, others=[mesh.first]))
-    await mesh.settled()
-    assert {place.standby for place in mesh.second.places} == {False}
-    count = len(mesh.second.places)
-    mesh.clock.now += 11
-    await mesh.look(of(mesh.first, serving, others=[mesh.second]), of(mesh.second, gb_s=40.0, others=[mesh.first]))
-    await mesh.settled()
-    assert len(mesh.second.places) == count
+    pair.keeper.copies = 1
+    await pair.check(of(pair.first, serving))
+    await pair.check(of(pair.first, serving), of(pair.second, gb_s=40.0))
+    await pair.check(of(pair.first, serving, others=[pair.second]), of(pair.second, gb_s=40.0, others=[pair.first]))
+    assert not pair.second.places
+    pair.clock.now += 11
+    await pair.check(of(pair.first, serving, others=[pair.second]), of(pair.second, gb_s=40.0, others=[pair.first]))
+    await pair.settled()
+    assert {place.standby for place in pair.second.places} == {False}
+    count = len(pair.second.places)
+    pair.clock.now += 11
+    await pair.check(of(pair.first, serving, others=[pair.second]), of(pair.second, gb_s=40.0, others=[pair.first]))
+    await pair.settled()
+    assert len(pair.second.places) == count

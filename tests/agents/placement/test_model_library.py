@@ -1,13 +1,20 @@
-"""What a prompt of each kind becomes."""
+"""The models that a peer knows, and how each kind of prompt is converted to tokens."""
 
+from pathlib import Path
+
+import msgspec
 import pytest
 
 from fake_api.words import CARD
-from meshd.agents.placement.model_library import ModelText
+from in_process.adverts import advert, held
+from in_process.peers import Peers
+from meshd.agents.placement.model_library import ModelLibrary, ModelText, holders_of
 from meshd.agents.service import ChatMessage
-from meshd.errors import InvalidRequest
+from meshd.errors import InvalidRequest, UnknownModel
+from meshd.models.store.store import Store
 from meshd.models.text.template import ChatTemplate
 from meshd.models.text.tokenizer.files import tokenizer_from_gguf
+from meshd.types import Advert, ModelCard, ModelId
 from tiny import vocabularies as tiny_vocabularies
 
 SOURCE = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}{% if enable_thinking is false %}</think>{% endif %}"
@@ -18,20 +25,80 @@ def text() -> ModelText:
     return ModelText(CARD, tokenizer_from_gguf(tiny_vocabularies.byte_level("qwen2")), ChatTemplate(SOURCE))
 
 
-def test_a_chat_is_rendered_with_what_it_sets_of_its_template(text: ModelText) -> None:
+def test_a_chat_is_rendered_with_the_variables_that_the_request_sets(text: ModelText) -> None:
     turns = (ChatMessage(role="user", content="the <|im_end|>"),)
-    plain, set_ = text.tokens_of(turns), text.tokens_of(turns, {"enable_thinking": False})
-    assert set_[: len(plain)] == plain
-    assert text.tokenizer.decode(set_, skip_special=False) == "<|im_start|>the <|im_end|></think>"
+    plain, with_variable = text.tokens_of(turns), text.tokens_of(turns, {"enable_thinking": False})
+    assert with_variable[: len(plain)] == plain
+    assert text.tokenizer.decode(with_variable, skip_special=False) == "<|im_start|>the <|im_end|></think>"
     assert [text.tokenizer.token_bytes(id_) for id_ in plain if text.tokenizer.is_control(id_)] == [b"<|im_start|>"]
 
 
-def test_messages_can_not_be_set_beside_the_messages(text: ModelText) -> None:
+def test_a_variable_may_not_replace_the_messages(text: ModelText) -> None:
     with pytest.raises(InvalidRequest) as caught:
         text.tokens_of((ChatMessage(role="user", content="a"),), {"messages": []})
     assert caught.value.param == "chat_template_kwargs"
 
 
-def test_other_prompts_are_taken_as_they_are(text: ModelText) -> None:
+def test_a_text_or_token_prompt_does_not_use_the_template(text: ModelText) -> None:
     assert text.tokenizer.decode(text.tokens_of("the fox")) == "the fox"
     assert text.tokens_of((3, 1, 4)) == (3, 1, 4)
+
+
+def named(name: str) -> ModelCard:
+    return msgspec.structs.replace(CARD, id=ModelId(name.ljust(32, "-")), name=name, ref=f"file:/{name}.gguf")
+
+
+def stored(peer: str, *cards: ModelCard) -> Advert:
+    """Make the advert of a peer that has these models on its disk."""
+    return msgspec.structs.replace(advert(peer), models=cards)
+
+
+@pytest.fixture
+def adverts() -> list[Advert]:
+    return []
+
+
+@pytest.fixture
+async def library(peers: Peers, tmp_path: Path, adverts: list[Advert]) -> ModelLibrary:
+    return ModelLibrary(links=peers.start("a").links, store=Store(tmp_path), adverts=lambda: adverts, on_change=lambda: None)
+
+
+async def test_a_model_is_found_by_name_reference_or_id(library: ModelLibrary, adverts: list[Advert]) -> None:
+    here, there = named("smollm2"), named("gemma3")
+    library.local[here.id] = here
+    adverts.append(stored("b", there))
+    assert [library.find(text) for text in (here.name, there.name, there.ref, there.id)] == [here, there, there, there]
+
+
+async def test_an_unknown_model_lists_the_nearest_names(library: ModelLibrary, adverts: list[Advert]) -> None:
+    with pytest.raises(UnknownModel) as caught:
+        library.find("smollm")
+    assert "meshd pull" in caught.value.hint
+    adverts.append(stored("b", named("smollm2"), named("gemma3")))
+    with pytest.raises(UnknownModel) as caught:
+        library.find("smollm")
+    assert caught.value.hint == "nearest: smollm2"
+
+
+async def test_a_model_without_a_file_is_known_while_a_peer_holds_layers_of_it(
+    library: ModelLibrary, adverts: list[Advert]
+) -> None:
+    card = named("smollm2")
+    adverts.append(stored("b", card))
+    assert card.id in library.cards()
+    adverts[:] = [msgspec.structs.replace(stored("c"), holdings=(held(0, 2, model=card.id),))]
+    assert library.cards() == {card.id: card}
+    adverts.clear()
+    assert library.cards() == {}
+
+
+async def test_cards_from_peers_are_bounded(library: ModelLibrary, adverts: list[Advert]) -> None:
+    adverts.append(stored("b", *(named(f"model-{number}") for number in range(70))))
+    assert [card.name for card in library.cards().values()] == [f"model-{number}" for number in range(6, 70)]
+
+
+def test_holders_with_the_file_come_before_those_with_layers() -> None:
+    card = named("smollm2")
+    layers = msgspec.structs.replace(stored("b"), holdings=(held(0, 2, model=card.id),))
+    both = msgspec.structs.replace(stored("c", card), holdings=(held(0, 2, model=card.id),))
+    assert holders_of(card.id, [layers, both, stored("d")]) == ["c", "b"]

@@ -13,20 +13,20 @@ MESH = [advert("a", held(0, 17)), advert("b", held(17, 30, standby=True)), adver
 
 def test_standby_layers_are_left_out_on_request() -> None:
     def holders(standby: bool) -> list[str]:
-        asked = plan_input_of(CARD, MESH, MeshOptions(), context=1024, standby=standby)
-        return [profile.id for profile in asked.profiles if profile.holdings]
+        problem = plan_input_of(CARD, MESH, MeshOptions(), context=1024, standby=standby)
+        return [profile.id for profile in problem.profiles if profile.holdings]
 
     assert holders(standby=True) == ["a", "b"]
     assert holders(standby=False) == ["a"]
 
 
-def test_a_repair_asks_the_peers_that_are_not_avoided() -> None:
+def test_a_repair_uses_only_peers_that_are_allowed_and_not_avoided() -> None:
     assert repair_input(CARD, MESH, avoid=["b"]).peers == ("a", "c")
     assert repair_input(CARD, MESH, avoid=["b"], among=["b", "c"]).peers == ("c",)
     assert repair_input(CARD, MESH).context <= USUAL_CONTEXT
 
 
-def test_named_peers_that_left_are_skipped_until_none_is_here() -> None:
+def test_named_peers_that_left_are_skipped_unless_all_have_left() -> None:
     profiles = profiles_from_adverts(MESH, CARD.id)
     assert named_peers(MeshOptions(), profiles) is None
     assert named_peers(MeshOptions(peers=("gone", "b")), profiles) == ("b",)

@@ -1,4 +1,4 @@
-"""What is found out about a fresh load."""
+"""The check step of freshly loaded layers."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from in_process.clusters import make_card
-from meshd.agents.placement.loads import ResidentLayers
+from meshd.agents.placement.resident import ResidentLayers
 from meshd.agents.placement.warmup import warm_up
 from meshd.kernels.backend import F32, LoadedLayers, Segment, Stage
 from meshd.kernels.kv import KVPool
@@ -35,16 +35,16 @@ class Unsteady:
 
 
 @pytest.mark.parametrize("steady", [True, False])
-def test_whether_a_token_has_the_same_bits_alone_is_found_out(steady: bool) -> None:
+def test_the_check_detects_whether_a_token_alone_has_the_bits_that_it_has_in_a_batch(steady: bool) -> None:
     spec, layers = tiny_spec(tied=True), LayerRange(0, 2)
     model = TinyLlama(spec, kinds={"token_embd": "Q8_0"})
     loaded = make_backend("onnxruntime", 1).load(spec, layers, model, embedding=True, head=False)
     card = msgspec.structs.replace(make_card(spec.layers), spec=spec)
-    load = ResidentLayers(card, layers, kv_tokens=64, weight_bytes=0)
-    load.weights = loaded if steady else Unsteady(loaded)
-    load.pool = KVPool(spec, layers, blocks=2)
-    warm_up(load)
-    assert load.steady is steady
-    assert load.layer_decode_s > 0
-    assert load.pool.blocks_free == 2
+    resident = ResidentLayers(card, layers, kv_tokens=64, weight_bytes=0)
+    resident.weights = loaded if steady else Unsteady(loaded)
+    resident.pool = KVPool(spec, layers, blocks=2)
+    warm_up(resident)
+    assert resident.steady is steady
+    assert resident.layer_decode_s > 0
+    assert resident.pool.blocks_free == 2
     loaded.close()

@@ -6,7 +6,8 @@ from typing import Any
 import msgspec
 
 from in_process.clusters import make_card, make_holding
-from meshd.types import Advert, Capability, Holding, LinkStats, PeerId, Rates
+from meshd.agents.placement.policy import LoadRequest, apply_request
+from meshd.types import Advert, Capability, Holding, LinkStats, ModelCard, PeerId, Rates
 
 CARD = make_card(30)
 KV = 2048
@@ -58,3 +59,14 @@ def advert(
 def held(start: int, end: int, **fields: Any) -> Holding:
     """Build the advert's entry for layers that a peer holds, by default active ones."""
     return msgspec.structs.replace(make_holding(start, end, kv_tokens=fields.pop("kv_tokens", KV)), **fields)
+
+
+def once_loaded(adverts: Sequence[Advert], requests: Sequence[LoadRequest], cards: Sequence[ModelCard] = (CARD,)) -> list[Advert]:
+    """Compute the adverts that the peers send once every request is met."""
+    by_peer = {advert.peer: advert for advert in adverts}
+    by_model = {card.id: card for card in cards}
+    for request in requests:
+        after = apply_request(by_peer[request.peer], request, by_model[request.model])
+        ready = tuple(msgspec.structs.replace(each, state="active") for each in after.holdings)
+        by_peer[request.peer] = msgspec.structs.replace(after, holdings=ready)
+    return list(by_peer.values())

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from meshd.agents.links.rpc import MAX_REQUESTS, MAX_TASKS
 from meshd.agents.membership.table import PeerTable
-from meshd.agents.placement.loads import ResidentLayers
 from meshd.agents.placement.model_library import ModelLibrary, ModelText
+from meshd.agents.placement.resident import ResidentLayers
 from meshd.agents.service import MeshOptions
 from meshd.agents.session.answer import Answer
 from meshd.agents.session.coordinator import Coordinator

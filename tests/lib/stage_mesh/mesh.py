@@ -9,7 +9,7 @@ from meshd.agents.device.compute import ComputeThread
 from meshd.agents.links.log import LinkLog
 from meshd.agents.links.rpc import Dispatcher, to_view
 from meshd.agents.observe.story import Story
-from meshd.agents.placement.loads import LoadState, ResidentLayers, ResidentModels
+from meshd.agents.placement.resident import LoadState, ResidentLayers, ResidentModels
 from meshd.agents.stage.host import StageHost
 from meshd.clock import SystemClock
 from meshd.errors import PeerLost
@@ -81,7 +81,7 @@ class StagePeer:
 
     @property
     def resident(self) -> ResidentLayers:
-        return self.residents.loads[0]
+        return self.residents.entries[0]
 
     @property
     def pool(self) -> KVPool:

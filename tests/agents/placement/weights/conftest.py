@@ -1,4 +1,4 @@
-"""Peers that give one another weights, with short waits."""
+"""Peers that send one another weights, with short waits."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,6 +13,7 @@ from meshd.agents.placement.weights import sources as weight_sources
 
 @pytest.fixture
 async def sites(peers: Peers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Sites]:
+    """Starts peers with links and disks; they are closed after the test."""
     monkeypatch.setattr(weight_fetch, "_PATIENCE_S", 0.3)
     monkeypatch.setattr(weight_fetch, "_PAUSE_S", 0.05)
     monkeypatch.setattr(weight_fetch, "_LOOK_S", 0.05)

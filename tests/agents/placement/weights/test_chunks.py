@@ -1,4 +1,4 @@
-"""Who fetches which chunk: every transition of a transfer, and random fetches with sources that come, go, dally and lie."""
+"""The chunk schedule: which source is asked for which chunk, and random fetches with slow, leaving and corrupt sources."""
 
 import random
 
@@ -25,7 +25,7 @@ def ranges(*sizes: int) -> list[FileRange]:
 
 
 def bring(schedule: ChunkSchedule, source: PeerId, chunk: Chunk | None) -> object:
-    """A chunk comes and is written; the transfer, if it must be checked."""
+    """Accept and write a chunk. Returns: the transfer to check, if it was the range's last chunk."""
     assert chunk is not None
     assert schedule.accept(source, chunk)
     schedule.validate()
@@ -64,7 +64,7 @@ def test_a_range_is_asked_for_in_order_two_chunks_at_a_time() -> None:
     schedule.validate()
 
 
-def test_a_source_that_is_not_there_is_asked_for_nothing() -> None:
+def test_a_source_that_has_not_joined_or_has_left_is_asked_for_nothing() -> None:
     schedule = ChunkSchedule(ranges(5))
     assert schedule.next(A, 0) is None
     schedule.join(A, None)
@@ -76,7 +76,7 @@ def test_a_source_that_is_not_there_is_asked_for_nothing() -> None:
     schedule.validate()
 
 
-def test_a_source_is_asked_for_what_it_has() -> None:
+def test_a_source_is_asked_only_for_parts_that_it_has() -> None:
     schedule = ChunkSchedule(ranges(5, 5, 5))
     schedule.join(A, [1])
     assert schedule.unoffered() == {0, 2}
@@ -89,7 +89,7 @@ def test_a_source_is_asked_for_what_it_has() -> None:
     assert schedule.next(A, 0) == Chunk(2, 0, 20 * RANGE_BYTES, 5)
 
 
-def test_what_a_busy_source_gives_back_is_asked_for_again() -> None:
+def test_a_chunk_that_a_busy_source_refuses_is_asked_for_again() -> None:
     schedule = ChunkSchedule(ranges(5))
     schedule.join(A, None)
     chunk = schedule.next(A, 0)
@@ -99,7 +99,7 @@ def test_what_a_busy_source_gives_back_is_asked_for_again() -> None:
     assert schedule.next(A, 0) == chunk
 
 
-def test_sources_take_ranges_of_their_own_and_then_of_the_slower_ones() -> None:
+def test_a_source_with_no_range_left_helps_with_the_range_of_a_slower_one() -> None:
     schedule = ChunkSchedule(ranges(4 * CHUNK_BYTES, CHUNK_BYTES))
     schedule.join(A, None)
     schedule.join(B, None)
@@ -115,7 +115,7 @@ def test_sources_take_ranges_of_their_own_and_then_of_the_slower_ones() -> None:
     schedule.validate()
 
 
-def test_a_chunk_that_does_not_come_is_asked_of_another_and_the_first_to_bring_it_counts() -> None:
+def test_a_late_chunk_is_asked_of_another_source_and_the_first_answer_counts() -> None:
     schedule = ChunkSchedule(ranges(5))
     schedule.join(A, None)
     schedule.join(B, None)
@@ -131,7 +131,7 @@ def test_a_chunk_that_does_not_come_is_asked_of_another_and_the_first_to_bring_i
     schedule.validate()
 
 
-def test_what_a_source_that_goes_was_asked_for_is_asked_of_others() -> None:
+def test_the_open_chunks_of_a_source_that_leaves_are_asked_of_others() -> None:
     schedule = ChunkSchedule(ranges(3 * CHUNK_BYTES))
     schedule.join(A, None)
     schedule.join(B, None)
@@ -142,7 +142,7 @@ def test_what_a_source_that_goes_was_asked_for_is_asked_of_others() -> None:
     assert {schedule.next(B, 0), schedule.next(B, 0)} == {first, second}
 
 
-def test_a_corrupt_range_of_one_sender_names_the_liar() -> None:
+def test_a_corrupt_range_from_one_source_identifies_it() -> None:
     schedule = ChunkSchedule(ranges(5))
     schedule.join(A, None)
     bring(schedule, A, schedule.next(A, 0))
@@ -151,7 +151,7 @@ def test_a_corrupt_range_of_one_sender_names_the_liar() -> None:
     assert schedule.next(A, 0) == Chunk(0, 1, 0, 5)
 
 
-def test_a_corrupt_range_of_two_senders_is_fetched_again_from_one_alone() -> None:
+def test_a_corrupt_range_from_two_sources_is_fetched_again_from_one_alone() -> None:
     schedule = ChunkSchedule(ranges(2 * CHUNK_BYTES))
     schedule.join(A, None)
     schedule.join(B, None)
@@ -165,18 +165,18 @@ def test_a_corrupt_range_of_two_senders_is_fetched_again_from_one_alone() -> Non
     assert schedule.corrupt(schedule.transfers[0]) == A
 
 
-def test_of_a_source_that_lied_nothing_unchecked_is_kept() -> None:
+def test_unchecked_chunks_of_a_banned_source_are_discarded() -> None:
     schedule = ChunkSchedule(ranges(3 * CHUNK_BYTES, 3 * CHUNK_BYTES))
     schedule.join(A, None)
     bring(schedule, A, schedule.next(A, 0))
-    schedule.leave(A, lied=True)
+    schedule.leave(A, banned=True)
     schedule.validate()
     assert schedule.transfers[0].state is TransferState.WANTED
     assert schedule.transfers[0].round == 1
 
 
-def test_a_range_begins_a_new_round_only_when_nothing_of_it_is_being_written() -> None:
-    """Else the old bytes could come to lie over the new ones."""
+def test_a_range_begins_a_new_round_only_when_none_of_its_chunks_is_being_written() -> None:
+    """Otherwise old bytes could overwrite new ones."""
     schedule = ChunkSchedule(ranges(3 * CHUNK_BYTES))
     schedule.join(A, None)
     schedule.join(B, None)
@@ -185,7 +185,7 @@ def test_a_range_begins_a_new_round_only_when_nothing_of_it_is_being_written() -
     assert other is not None
     assert schedule.accept(A, one)
     assert schedule.accept(B, other)
-    schedule.leave(A, lied=True)
+    schedule.leave(A, banned=True)
     assert schedule.next(B, 100) is None
     assert schedule.written(one) is None
     assert schedule.next(B, 100) is None
@@ -197,14 +197,14 @@ def test_a_range_begins_a_new_round_only_when_nothing_of_it_is_being_written() -
 
 
 class World:
-    """Sources that answer whenever it comes to them; one may lie."""
+    """Sources that answer in a random order; one may send wrong bytes."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         sizes = [self.rng.choice([5, CHUNK_BYTES, 3 * CHUNK_BYTES + 1, 7 * CHUNK_BYTES]) for _ in range(self.rng.randrange(1, 8))]
         self.schedule = ChunkSchedule(ranges(*sizes))
         self.honest = [A, B]
-        self.liar = C if self.rng.random() < 0.5 else None
+        self.corrupt_source = C if self.rng.random() < 0.5 else None
         self.banned: set[PeerId] = set()
         self.asked: list[tuple[PeerId, Chunk]] = []
         self.writing: list[tuple[PeerId, Chunk]] = []
@@ -222,8 +222,8 @@ class World:
             assert sum(asked == source for asked, _ in self.asked) <= IN_FLIGHT
 
     def join(self) -> None:
-        source = self.rng.choice([*self.honest, *([self.liar] if self.liar else [])])
-        if source not in self.banned and self.may_come(source):
+        source = self.rng.choice([*self.honest, *([self.corrupt_source] if self.corrupt_source else [])])
+        if source not in self.banned and self.may_join(source):
             have = (
                 None
                 if self.rng.random() < 0.7
@@ -231,7 +231,7 @@ class World:
             )
             self.schedule.join(source, have)
 
-    def may_come(self, source: PeerId) -> bool:
+    def may_join(self, source: PeerId) -> bool:
         return source not in self.schedule.sources and not any(asked == source for asked, _ in self.asked)
 
     def ask(self) -> None:
@@ -252,7 +252,7 @@ class World:
     def write(self) -> None:
         if self.writing:
             source, chunk = self.writing.pop(self.rng.randrange(len(self.writing)))
-            assert chunk.transfer not in self.trusted, "bytes come to lie over checked ones"
+            assert chunk.transfer not in self.trusted, "a write overwrites checked bytes"
             self.disk[chunk.transfer, chunk.offset] = source
             transfer = self.schedule.written(chunk)
             if transfer is not None:
@@ -261,38 +261,38 @@ class World:
     def check(self) -> None:
         if self.checking:
             transfer = self.schedule.transfers[self.checking.pop()]
-            givers = {source for (number, _), source in self.disk.items() if number == transfer.number}
-            if self.liar not in givers:
+            senders = {source for (number, _), source in self.disk.items() if number == transfer.number}
+            if self.corrupt_source not in senders:
                 self.schedule.verified(transfer)
                 self.trusted.add(transfer.number)
                 return
             named = self.schedule.corrupt(transfer)
             if named is not None:
-                assert named == self.liar, "an honest source is called a liar"
+                assert named == self.corrupt_source, "an honest source is banned"
                 self.banned.add(named)
-                self.schedule.leave(named, lied=True)
+                self.schedule.leave(named, banned=True)
 
     def leave(self) -> None:
         if self.rng.random() < 0.2 and self.schedule.sources:
             self.schedule.leave(self.rng.choice(sorted(self.schedule.sources)))
 
     def finish(self) -> None:
-        """From here on honest sources stay: it must come to an end."""
+        """Keep the honest sources joined from now on. Raises: AssertionError if the fetch does not end."""
         for _ in range(20_000):
             if self.schedule.done:
                 return
             for source in self.honest:
-                if source in self.schedule.sources or self.may_come(source):
+                if source in self.schedule.sources or self.may_join(source):
                     self.schedule.join(source, None)
             self.now += 0.5
             for act in (self.ask, self.answer, self.write, self.check):
                 act()
             self.schedule.validate()
-        raise AssertionError("it never ends")
+        raise AssertionError("the fetch never ends")
 
 
 @pytest.mark.parametrize("seed", range(300))
-def test_any_fetch_ends_with_everything_right_and_no_honest_source_accused(seed: int) -> None:
+def test_any_fetch_ends_with_all_parts_right_and_no_honest_source_banned(seed: int) -> None:
     world = World(seed)
     for _ in range(world.rng.randrange(300)):
         world.step()

@@ -1,4 +1,4 @@
-"""What a fetch gets from several sources at once, and what it does about those that are slow, wrong or lost."""
+"""Fetching from several sources at once, including slow, corrupt and lost ones."""
 
 import asyncio
 import errno
@@ -39,7 +39,7 @@ async def test_a_slow_source_does_not_hold_up_the_others(sites: Sites) -> None:
     assert a.server.given == 0
 
 
-async def test_who_has_only_some_layers_gives_those(sites: Sites) -> None:
+async def test_a_source_with_only_some_layers_sends_those(sites: Sites) -> None:
     a, b, c = await sites.start("a", "b", "c")
     card = await sites.have_file(a)
     await b.fill(card, 0, 4)
@@ -52,8 +52,8 @@ async def test_who_has_only_some_layers_gives_those(sites: Sites) -> None:
     check_tensors(c, sites, card, 1, 4)
 
 
-async def test_layers_that_a_source_is_still_getting_are_waited_for(sites: Sites) -> None:
-    """One source has the file, but is slow; the other gets it from there at the same time."""
+async def test_a_fetch_waits_for_layers_that_a_source_is_still_fetching(sites: Sites) -> None:
+    """One source has the file but is slow; the other fetches the file from it at the same time."""
     a, b, c = await sites.start("a", "b", "c")
     card = await sites.have_file(a)
     a.server.sleep_s = 0.05
@@ -69,7 +69,9 @@ def flip(data: bytes) -> bytes:
     return data[:-1] + bytes([data[-1] ^ 1])
 
 
-async def test_a_source_that_gives_wrong_bytes_is_named_and_not_asked_again(sites: Sites, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_source_that_sends_wrong_bytes_is_logged_and_not_asked_again(
+    sites: Sites, caplog: pytest.LogCaptureFixture
+) -> None:
     a, b, c = await sites.start("a", "b", "c")
     card = await sites.have_file(a, b)
     await c.fill(card, 0, 1)
@@ -79,12 +81,12 @@ async def test_a_source_that_gives_wrong_bytes_is_named_and_not_asked_again(site
         await c.fill(card, 1, 5)
     check_tensors(c, sites, card, 0, 5)
     assert f"a ({a.peer.id:.8}) is not asked for weights any more: it gave wrong bytes for blk." in caplog.text
-    assert "wrong sum" in caplog.text
+    assert "wrong hash" in caplog.text
     assert f"b ({b.peer.id:.8}) is not asked" not in caplog.text
     assert c.sources.candidates(card.id) == [b.peer.id]
 
 
-async def test_wrong_bytes_alone_make_one_clear_error_and_nothing_is_kept(sites: Sites) -> None:
+async def test_if_the_only_source_sends_wrong_bytes_the_fetch_fails_and_keeps_nothing(sites: Sites) -> None:
     a, b = await sites.start("a", "b")
     card = await sites.have_file(a)
     await b.fill(card, 0, 1)
@@ -98,7 +100,7 @@ async def test_wrong_bytes_alone_make_one_clear_error_and_nothing_is_kept(sites:
     assert again.have == here.have
 
 
-async def test_a_source_that_gives_too_little_is_not_asked_again(sites: Sites) -> None:
+async def test_a_source_that_sends_too_few_bytes_is_not_asked_again(sites: Sites) -> None:
     a, b = await sites.start("a", "b")
     card = await sites.have_file(a)
     a.server.spoil = lambda data: data[:-1]
@@ -107,7 +109,7 @@ async def test_a_source_that_gives_too_little_is_not_asked_again(sites: Sites) -
     assert b.sources.candidates(card.id) == []
 
 
-async def test_a_source_that_dies_is_made_up_for_by_the_other(sites: Sites) -> None:
+async def test_another_source_takes_over_from_one_that_dies(sites: Sites) -> None:
     a, b, c = await sites.start("a", "b", "c")
     card = await sites.have_file(a, b)
     a.server.sleep_s = b.server.sleep_s = 0.005
@@ -121,7 +123,7 @@ async def test_a_source_that_dies_is_made_up_for_by_the_other(sites: Sites) -> N
     assert b.server.given > 4 * CHUNK_BYTES
 
 
-async def test_the_last_source_that_dies_is_one_clear_error_and_what_came_stays(sites: Sites) -> None:
+async def test_when_the_last_source_dies_the_fetch_fails_and_keeps_what_arrived(sites: Sites) -> None:
     a, b = await sites.start("a", "b")
     card = await sites.have_file(a)
     a.server.sleep_s = 0.005
@@ -144,7 +146,7 @@ async def test_the_last_source_that_dies_is_one_clear_error_and_what_came_stays(
     assert c.server.given == again.bytes_here - came
 
 
-async def test_who_stops_in_the_middle_goes_on_from_there(sites: Sites) -> None:
+async def test_a_cancelled_fetch_continues_where_it_stopped(sites: Sites) -> None:
     a, b = await sites.start("a", "b")
     card = await sites.have_file(a)
     a.server.sleep_s = 0.02
@@ -157,7 +159,7 @@ async def test_who_stops_in_the_middle_goes_on_from_there(sites: Sites) -> None:
     assert copy is not None
     came = copy.bytes_here
     assert came > 2 * CHUNK_BYTES
-    await asyncio.sleep(0.1)  # what was asked for last is still answered
+    await asyncio.sleep(0.1)  # the last requests are still answered
     a.server.given, a.server.sleep_s = 0, 0.0
     await b.fill(card, 0, 5)
     check_tensors(b, sites, card, 0, 5)
@@ -166,7 +168,7 @@ async def test_who_stops_in_the_middle_goes_on_from_there(sites: Sites) -> None:
     assert a.server.given == again.bytes_here - came
 
 
-async def test_a_disk_that_gets_full_is_one_clear_error(sites: Sites, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_disk_fails_the_fetch_with_a_clear_error(sites: Sites, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = await sites.start("a", "b")
     card = await sites.have_file(a)
     await b.fill(card, 0, 1)

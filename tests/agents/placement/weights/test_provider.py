@@ -1,4 +1,4 @@
-"""Weights from peer to peer, over real links and real disks: only what is needed, checked before use."""
+"""Weights between peers, over real links and real disks: only the needed tensors, checked before use."""
 
 import hashlib
 import shutil
@@ -20,7 +20,7 @@ from meshd.types import LayerRange
 from tiny.gguf_file import write_gguf
 
 
-async def test_a_peer_gets_the_header_and_its_layers_and_nothing_else(sites: Sites) -> None:
+async def test_a_peer_fetches_the_header_and_its_own_layers_only(sites: Sites) -> None:
     a, b = await sites.start("a", "b")
     card = await sites.have_file(a)
     await b.fill(card, 2, 4)
@@ -43,7 +43,7 @@ async def test_a_peer_gets_the_header_and_its_layers_and_nothing_else(sites: Sit
     check_tensors(b, sites, card, 2, 6)
 
 
-async def test_two_peers_with_parts_make_a_whole_model(sites: Sites) -> None:
+async def test_a_whole_model_is_assembled_from_two_peers_with_parts(sites: Sites) -> None:
     a, b, c, d = await sites.start("a", "b", "c", "d")
     card = await sites.have_file(a)
     await b.fill(card, 0, 3)
@@ -62,7 +62,7 @@ async def test_two_peers_with_parts_make_a_whole_model(sites: Sites) -> None:
     assert c.server.given >= layer_bytes(card, 3, 6)
 
 
-async def test_a_model_that_is_here_is_not_asked_for(sites: Sites) -> None:
+async def test_a_model_on_this_disk_is_not_fetched(sites: Sites) -> None:
     a, b = await sites.start("a", "b")
     card = await sites.have_file(a, b)
     await b.weights.fill(card, REF, LayerRange(0, 6), b.shares.append)
@@ -70,7 +70,7 @@ async def test_a_model_that_is_here_is_not_asked_for(sites: Sites) -> None:
     assert b.shares == []
 
 
-async def test_a_file_that_someone_removed_is_fetched_from_peers(sites: Sites) -> None:
+async def test_a_removed_file_is_fetched_from_peers(sites: Sites) -> None:
     a, b = await sites.start("a", "b")
     card = await sites.have_file(a, b)
     b.store.list()[0].path.unlink()
@@ -79,8 +79,8 @@ async def test_a_file_that_someone_removed_is_fetched_from_peers(sites: Sites) -
     check_tensors(b, sites, card, 1, 2)
 
 
-async def test_text_and_header_come_from_a_part_too(sites: Sites) -> None:
-    """Of a Llama without a tokenizer: only its header's bytes can be compared."""
+async def test_card_and_header_come_from_a_partial_copy_too(sites: Sites) -> None:
+    """The model has no tokenizer, so only the bytes of its header can be compared."""
     a, b, c = await sites.start("a", "b", "c")
     card = await sites.have_file(a)
     await b.fill(card, 2, 4)
@@ -94,7 +94,7 @@ async def test_text_and_header_come_from_a_part_too(sites: Sites) -> None:
     assert c.library.cards() == {}
 
 
-async def test_after_a_restart_what_is_here_is_known(sites: Sites) -> None:
+async def test_a_partial_copy_is_found_again_after_a_restart(sites: Sites) -> None:
     a, b = await sites.start("a", "b")
     card = await sites.have_file(a)
     await b.fill(card, 2, 4)
@@ -111,7 +111,7 @@ async def test_after_a_restart_what_is_here_is_known(sites: Sites) -> None:
 
 
 def other_layout(offer: Offer) -> Offer:
-    """It makes sense in itself, but the header says otherwise."""
+    """Make a consistent manifest that contradicts the header."""
     head, first, second, *parts = offer.manifest.parts
     longer = msgspec.structs.replace(first, length=first.length + 32)
     shorter = msgspec.structs.replace(second, offset=second.offset + 32, length=second.length - 32)
@@ -119,22 +119,24 @@ def other_layout(offer: Offer) -> Offer:
 
 
 HOSTILE: dict[str, Callable[[Offer], Offer]] = {
-    "tensors over one another": lambda offer: Offer(Manifest((Part(HEADER, 0, 100, bytes(32)), Part("a", 50, 100, bytes(32))))),
-    "a tensor past all files": lambda offer: Offer(Manifest((Part(HEADER, 0, 100, bytes(32)), Part("a", 100, 1 << 62, bytes(32))))),
-    "a header that is none": lambda offer: Offer(
+    "overlapping tensors": lambda offer: Offer(Manifest((Part(HEADER, 0, 100, bytes(32)), Part("a", 50, 100, bytes(32))))),
+    "a tensor beyond any file size": lambda offer: Offer(
+        Manifest((Part(HEADER, 0, 100, bytes(32)), Part("a", 100, 1 << 62, bytes(32))))
+    ),
+    "an invalid header": lambda offer: Offer(
         Manifest((Part(HEADER, 0, 64, hashlib.sha256(bytes(64)).digest()), Part("a", 64, 100, bytes(32))))
     ),
     "another layout": other_layout,
-    "other sums": other_sums,
+    "other hashes": other_sums,
 }
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-async def test_a_hostile_list_is_one_clear_error_and_leaves_nothing(sites: Sites, what: str) -> None:
+async def test_a_hostile_manifest_fails_with_a_clear_error_and_leaves_nothing(sites: Sites, what: str) -> None:
     a, b = await sites.start("a", "b")
     card = await sites.have_file(a)
     a.server.change_offer = HOSTILE[what]
-    if what == "a header that is none":
+    if what == "an invalid header":
         a.server.spoil = lambda data: bytes(len(data))
     with pytest.raises(DownloadError):
         await b.fill(card, 1, 2)
@@ -144,8 +146,8 @@ async def test_a_hostile_list_is_one_clear_error_and_leaves_nothing(sites: Sites
     assert b.library.local == {}
 
 
-async def test_a_whole_model_of_wrong_sums_is_thrown_away(sites: Sites) -> None:
-    """The one source agrees with itself on another file."""
+async def test_a_complete_copy_with_the_wrong_hash_is_deleted(sites: Sites) -> None:
+    """The only source has a consistent manifest of another file."""
     a, b = await sites.start("a", "b")
     card = await sites.have_file(a)
     other = write_gguf(sites.root / "other.gguf", layers=LAYERS, seed=1)
@@ -158,7 +160,7 @@ async def test_a_whole_model_of_wrong_sums_is_thrown_away(sites: Sites) -> None:
     assert b.sources.candidates(card.id) == []
 
 
-async def test_a_copy_that_was_begun_with_a_wrong_list_is_begun_anew(sites: Sites) -> None:
+async def test_a_copy_that_was_begun_with_a_wrong_manifest_is_begun_again(sites: Sites) -> None:
     a, b, c = await sites.start("a", "b", "c")
     card = await sites.have_file(a)
     a.server.change_offer = other_sums
@@ -169,7 +171,7 @@ async def test_a_copy_that_was_begun_with_a_wrong_list_is_begun_anew(sites: Site
     check_tensors(c, sites, card, 1, 2)
 
 
-async def test_a_disk_without_room_is_one_clear_error(sites: Sites, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_disk_without_room_fails_before_anything_is_fetched(sites: Sites, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = await sites.start("a", "b")
     card = await sites.have_file(a)
     await b.fill(card, 0, 1)
@@ -180,7 +182,7 @@ async def test_a_disk_without_room_is_one_clear_error(sites: Sites, monkeypatch:
     assert a.server.given == given
 
 
-async def test_a_copy_that_is_removed_meanwhile_is_one_error_and_can_be_begun_again(sites: Sites) -> None:
+async def test_a_removed_copy_fails_to_open_and_can_be_fetched_again(sites: Sites) -> None:
     a, b = await sites.start("a", "b")
     card = await sites.have_file(a)
     await b.fill(card, 0, 1)

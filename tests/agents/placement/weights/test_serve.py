@@ -1,4 +1,4 @@
-"""How fast weights are given to other peers, and which bytes of them."""
+"""Serving weights to other peers: the rate limit, and which bytes are sent."""
 
 import asyncio
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from meshd.types import LinkStats, ModelId, PeerId
 
 
 class PacedClock(SystemClock):
-    """Time passes only in sleeps."""
+    """Time passes only in `sleep`."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -60,7 +60,7 @@ async def test_a_peer_that_would_wait_too_long_is_refused() -> None:
     await asyncio.gather(*pending, return_exceptions=True)
 
 
-async def test_sums_that_are_being_made_stop_with_the_peer(sites: Sites, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_hashing_stops_when_the_server_closes(sites: Sites, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = await sites.start("a", "b")
     card = await sites.have_file(a)
     begun = asyncio.Event()
@@ -79,7 +79,7 @@ async def test_sums_that_are_being_made_stop_with_the_peer(sites: Sites, monkeyp
     task.cancel()
 
 
-async def test_only_bytes_that_are_here_are_given_and_few_at_once(sites: Sites) -> None:
+async def test_only_bytes_on_this_disk_are_sent_and_only_so_many_at_once(sites: Sites) -> None:
     a, b, c = await sites.start("a", "b", "c")
     card = await sites.have_file(a)
     await b.fill(card, 2, 3)

@@ -1,4 +1,4 @@
-"""Which peers are asked for weights, in which order, and which of their answers count."""
+"""Which peers are asked for weights, in which order, and which manifest counts."""
 
 import asyncio
 import logging
@@ -12,7 +12,7 @@ from meshd.models.files.manifest import Manifest
 from meshd.models.store.store import StoredModel
 
 
-async def test_the_best_link_comes_first_among_those_with_the_file(sites: Sites) -> None:
+async def test_peers_with_the_file_come_first_and_then_the_best_links(sites: Sites) -> None:
     a, b, c, d = await sites.start("a", "b", "c", "d")
     card = await sites.have_file(a, b)
     c.holds(card, 0, 3)
@@ -22,7 +22,7 @@ async def test_the_best_link_comes_first_among_those_with_the_file(sites: Sites)
     assert d.sources.candidates(card.id) == [a.peer.id, b.peer.id, c.peer.id]
 
 
-async def test_parts_that_lie_on_a_disk_and_are_not_loaded_are_found_when_nobody_else_has_them(sites: Sites) -> None:
+async def test_tensors_on_a_disk_that_are_not_loaded_are_found_when_no_other_peer_has_them(sites: Sites) -> None:
     a, b, c = await sites.start("a", "b", "c")
     card = await sites.have_file(a)
     await b.fill(card, 0, 2)
@@ -34,7 +34,7 @@ async def test_parts_that_lie_on_a_disk_and_are_not_loaded_are_found_when_nobody
     check_tensors(c, sites, card, 1, 4)
 
 
-async def test_two_that_do_not_agree_are_not_believed_and_a_third_decides(sites: Sites, caplog: pytest.LogCaptureFixture) -> None:
+async def test_two_sources_that_disagree_are_not_used_until_a_third_decides(sites: Sites, caplog: pytest.LogCaptureFixture) -> None:
     a, b, c = await sites.start("a", "b", "c")
     card = await sites.have_file(a, b)
     a.server.change_offer = other_sums
@@ -48,18 +48,18 @@ async def test_two_that_do_not_agree_are_not_believed_and_a_third_decides(sites:
     assert f"a ({a.peer.id:.8}) is not asked for weights any more" in caplog.text
 
 
-async def test_a_source_that_hashes_its_file_is_waited_for(sites: Sites, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_fetch_waits_for_a_source_that_hashes_its_file(sites: Sites, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = await sites.start("a", "b")
     card = await sites.have_file(a)
-    monkeypatch.setattr(weight_server, "_SUMS_WAIT_S", 0.01)
+    monkeypatch.setattr(weight_server, "_HASHING_WAIT_S", 0.01)
     made = asyncio.Event()
-    make = a.server._make_sums
+    make = a.server._make_manifest
 
     async def slowly(stored: StoredModel) -> Manifest:
         await made.wait()
         return await make(stored)
 
-    monkeypatch.setattr(Server, "_make_sums", lambda self, stored: slowly(stored))
+    monkeypatch.setattr(Server, "_make_manifest", lambda self, stored: slowly(stored))
     task = asyncio.create_task(b.fill(card, 0, 1))
     await asyncio.sleep(0.2)
     assert not task.done()

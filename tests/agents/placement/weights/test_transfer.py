@@ -1,4 +1,4 @@
-"""One range's transfer: every row of its table, and events that it must refuse or drop."""
+"""The transfer of one range: every row of its table, illegal events and stale events."""
 
 import pytest
 
@@ -68,7 +68,7 @@ def test_an_event_outside_the_table_raises_and_changes_nothing(state: TransferSt
             assert repr(transfer) == before
 
 
-def test_the_last_chunk_that_is_written_asks_for_the_check() -> None:
+def test_the_check_follows_the_write_of_the_last_chunk() -> None:
     transfer = transfer_of(2)
     assert fetch(transfer, A) == []
     assert fetch(transfer, B) == [CheckRange()]
@@ -97,7 +97,7 @@ def test_a_chunk_is_wanted_again_only_when_every_source_refused_it() -> None:
     assert list(transfer.todo) == [chunk]
 
 
-def test_a_corrupt_range_bans_a_lone_sender_only() -> None:
+def test_a_corrupt_range_bans_its_sender_only_if_there_was_one() -> None:
     transfer = transfer_of(2)
     fetch(transfer, A)
     fetch(transfer, B)
@@ -109,11 +109,11 @@ def test_a_corrupt_range_bans_a_lone_sender_only() -> None:
     assert transfer.round == 2
 
 
-def test_the_only_source_of_a_range_leaves_and_all_of_it_is_wanted_again() -> None:
+def test_a_range_that_must_come_from_one_source_is_wanted_again_when_that_source_leaves() -> None:
     transfer = transfer_of(2)
     transfer.alone = True
     fetch(transfer, A)
-    apply(transfer, SourceLeft(A, lied=False))
+    apply(transfer, SourceLeft(A, banned=False))
     assert transfer.state is TransferState.WANTED
     assert len(transfer.todo) == 2
 
@@ -121,15 +121,15 @@ def test_the_only_source_of_a_range_leaves_and_all_of_it_is_wanted_again() -> No
 def test_chunks_of_an_honest_source_that_leaves_are_kept() -> None:
     transfer = transfer_of(2)
     fetch(transfer, A)
-    apply(transfer, SourceLeft(A, lied=False))
+    apply(transfer, SourceLeft(A, banned=False))
     assert (transfer.state, transfer.written, transfer.owner) == (TransferState.COMING, 1, None)
 
 
-def test_a_range_restarts_when_the_last_write_is_done() -> None:
+def test_a_range_restarts_only_when_its_last_write_is_done() -> None:
     transfer = transfer_of(2)
     one, other = transfer.todo
     apply(transfer, ChunkAsked(one, A, 0.0), ChunkAsked(other, A, 0.0), ChunkArrived(one, A), ChunkArrived(other, A))
-    apply(transfer, SourceLeft(A, lied=True), ChunkWritten())
+    apply(transfer, SourceLeft(A, banned=True), ChunkWritten())
     assert (transfer.state, transfer.restarting) == (TransferState.COMING, True)
     apply(transfer, ChunkWritten())
     assert (transfer.state, transfer.restarting, transfer.round) == (TransferState.WANTED, False, 1)

@@ -1,4 +1,4 @@
-"""The loaded layers of each model on this peer, with their KV pool and their measured times."""
+"""The layers that this peer has in memory, with their KV pools and measured times."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,11 +9,14 @@ from meshd.kernels.kv import KVPool
 from meshd.types import Holding, LayerRange, ModelCard, ModelId
 
 _SMOOTHING = 0.05
-"""Weight of one decode step in the running mean: some 20 steps to follow a change."""
+"""Weight of one decode step in the running mean, which so follows a change in about 20 steps."""
 
 
 class LoadState(Enum):
-    """State of a run of layers; it only moves forward."""
+    """State of a run of layers; it only moves forward.
+
+    WARM: the weights are read, and the check step (`warmup.py`) runs. DRAINING: sessions finish, no new one starts.
+    """
 
     LOADING = "loading"
     WARM = "warm"
@@ -30,51 +33,52 @@ class ResidentLayers:
     layers: LayerRange
     kv_tokens: int
     weight_bytes: int
-    """Planned while loading, then what the backend reports."""
+    """An estimate from the model's card while loading; afterwards at least what the backend reports."""
     state: LoadState = LoadState.LOADING
     progress: float = 0.0
     weights: LoadedLayers | None = None
     pool: KVPool | None = None
     sessions: int = 0
     standby: bool = False
-    """A spare for the loss of another peer; any load that is not a standby may replace it."""
+    """Whether this is a copy that takes over when another peer with these layers is lost. It is released first to make room."""
     pinned: bool = False
     """A user asked for these layers on this peer."""
     layer_decode_s: float | None = None
     layer_prefill_s: float | None = None
     head_s: float | None = None
     steady: bool = True
-    """A token has the same bits whichever others are computed with it: an answer goes on after a loss as it would have."""
+    """Whether a token has the same bits alone as in a batch. If not, an answer may change when a recovery computes tokens again."""
 
     @property
     def reserved_bytes(self) -> int:
-        """Weights and KV, whether touched yet or not."""
+        """Bytes of weights and KV, including KV that is not written yet."""
         return self.weight_bytes + self.kv_tokens * self.card.kv_bytes_per_token_layer() * len(self.layers)
 
     @property
     def in_use(self) -> bool:
-        """Whether a session computes on it, or keeps KV in it."""
+        """Whether a session computes on these layers or has KV in their pool."""
         return self.sessions > 0 or (self.pool is not None and self.pool.blocks_free < self.pool.blocks)
 
     @property
     def gives_way(self) -> bool:
-        """Whether it is a standby copy that no session uses."""
+        """Whether this is a standby copy that no session uses, and so may be released to make room."""
         return self.standby and self.state is LoadState.ACTIVE and not self.in_use
 
     @property
     def untouched_bytes(self) -> int:
-        """KV that no session has written to yet, and all of a load that has not begun to read."""
+        """Bytes that are reserved but not yet allocated: free KV blocks, or everything before the weights are read."""
         if self.pool is None:
             return self.reserved_bytes
         return self.pool.blocks_free * self.pool.block_tokens * self.card.kv_bytes_per_token_layer() * len(self.layers)
 
     def observe_decode(self, layers: int, seconds: float) -> None:
-        """Fold one measured decode step over `layers` layers, attention and head not counted, into the mean per layer."""
+        """Add one decode step to the running mean. `seconds` excludes attention and the head; the step ran `layers` layers."""
         per_layer = seconds / layers
         known = self.layer_decode_s
         self.layer_decode_s = per_layer if known is None else known + _SMOOTHING * (per_layer - known)
 
     def holding(self) -> Holding:
+        """Describe these layers for the advert."""
         free = self.pool.blocks_free * self.pool.block_tokens if self.pool is not None else 0
         return Holding(
             model=self.card.id,
@@ -94,35 +98,37 @@ class ResidentLayers:
 
 @dataclass(slots=True)
 class ResidentModels:
-    """All loads of this peer. Only `agents.placement` adds and removes; the stage host looks up and counts sessions."""
+    """All resident layers of this peer. Only the loader adds and removes them; the stage host looks them up and counts sessions."""
 
     attention_bytes_s: float
-    """As probed: to tell a step's attention from the rest of its time."""
-    loads: list[ResidentLayers] = field(default_factory=list)
+    """Measured by the device probe. `observe_decode` uses it to subtract attention from the time of a step."""
+    entries: list[ResidentLayers] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[ResidentLayers]:
-        return iter(self.loads)
+        return iter(self.entries)
 
     def find(self, model: ModelId, layers: LayerRange) -> ResidentLayers | None:
-        """The active load that can serve these layers: the one with the most free KV."""
+        """Find the active entry that contains these layers; of several, the one with the most free KV."""
         fitting = [
-            load for load in self.loads if load.card.id == model and layers in load.layers and load.state is LoadState.ACTIVE
+            resident
+            for resident in self.entries
+            if resident.card.id == model and layers in resident.layers and resident.state is LoadState.ACTIVE
         ]
-        return max(fitting, key=lambda load: load.pool.blocks_free if load.pool is not None else 0, default=None)
+        return max(fitting, key=lambda resident: resident.pool.blocks_free if resident.pool is not None else 0, default=None)
 
     def of(self, model: ModelId) -> list[ResidentLayers]:
-        return [load for load in self.loads if load.card.id == model]
+        return [resident for resident in self.entries if resident.card.id == model]
 
-    def observe_decode(self, load: ResidentLayers, layers: int, position: int, seconds: float) -> None:
-        """One decode step over some layers of a load, with `position` tokens of KV to read."""
-        kv_bytes = position * load.card.kv_bytes_per_token_layer() * layers
-        load.observe_decode(layers, max(0.0, seconds - kv_bytes / self.attention_bytes_s))
+    def observe_decode(self, resident: ResidentLayers, layers: int, position: int, seconds: float) -> None:
+        """Record one decode step that ran `layers` layers and read the KV of `position` tokens."""
+        kv_bytes = position * resident.card.kv_bytes_per_token_layer() * layers
+        resident.observe_decode(layers, max(0.0, seconds - kv_bytes / self.attention_bytes_s))
 
     @property
     def reserved_bytes(self) -> int:
-        return sum(load.reserved_bytes for load in self.loads if load.state is not LoadState.FAILED)
+        return sum(resident.reserved_bytes for resident in self.entries if resident.state is not LoadState.FAILED)
 
     @property
     def untouched_bytes(self) -> int:
-        """Promised, but not taken from the system yet: what free KV blocks will need."""
-        return sum(load.untouched_bytes for load in self.loads)
+        """Bytes that are reserved but not yet allocated from the system."""
+        return sum(resident.untouched_bytes for resident in self.entries)

@@ -1,9 +1,9 @@
-"""The layers in this peer's memory: which one serves a request, and what they promise of the memory."""
+"""The layers in this peer's memory: which entry serves a request, and how much memory they reserve."""
 
 import pytest
 
 from in_process.adverts import CARD
-from meshd.agents.placement.loads import LoadState, ResidentLayers, ResidentModels
+from meshd.agents.placement.resident import LoadState, ResidentLayers, ResidentModels
 from meshd.kernels.kv import KVPool
 from meshd.types import LayerRange
 
@@ -20,7 +20,7 @@ def test_only_active_layers_that_contain_the_request_serve_it() -> None:
     assert models.find(CARD.id, LayerRange(12, 15)) is None
 
 
-def test_the_load_with_most_free_kv_serves() -> None:
+def test_the_entry_with_the_most_free_kv_serves() -> None:
     small, large = resident(0, 2), resident(0, 2)
     small.pool, large.pool = (KVPool(CARD.spec, LayerRange(0, 2), blocks) for blocks in (2, 4))
     assert ResidentModels(1e9, [small, large]).find(CARD.id, LayerRange(0, 2)) is large
@@ -29,9 +29,9 @@ def test_the_load_with_most_free_kv_serves() -> None:
 
 
 def test_failed_layers_reserve_no_memory() -> None:
-    kept = resident(0, 2)
-    models = ResidentModels(1e9, [kept, resident(2, 4, state=LoadState.FAILED)])
-    assert models.reserved_bytes == kept.reserved_bytes == 1000 + 64 * CARD.kv_bytes_per_token_layer() * 2
+    active = resident(0, 2)
+    models = ResidentModels(1e9, [active, resident(2, 4, state=LoadState.FAILED)])
+    assert models.reserved_bytes == active.reserved_bytes == 1000 + 64 * CARD.kv_bytes_per_token_layer() * 2
 
 
 def test_decode_times_are_a_running_mean_without_attention() -> None:
@@ -42,7 +42,7 @@ def test_decode_times_are_a_running_mean_without_attention() -> None:
     models.observe_decode(layers, 2, 0, 0.4)
     assert layers.layer_decode_s == pytest.approx(0.1 + 0.05 * 0.1)
     before = layers.layer_decode_s
-    models.observe_decode(layers, 2, 10**9, 0.2)  # attention alone would take longer: the rest counts as no time
+    models.observe_decode(layers, 2, 10**9, 0.2)  # attention alone would take longer, so the rest counts as 0 s
     assert layers.layer_decode_s == pytest.approx(0.95 * before)
 
 
