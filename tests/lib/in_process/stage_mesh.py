@@ -19,7 +19,7 @@ from meshd.clock import SystemClock
 from meshd.errors import PeerLost
 from meshd.kernels.backend import LoadedLayers
 from meshd.kernels.kv import KVPool
-from meshd.kernels.sampler import needs_known
+from meshd.kernels.sampler import needs_past_tokens
 from meshd.protocol.codec import decode, encode
 from meshd.protocol.messages import (
     Close,
@@ -285,7 +285,7 @@ class Driver:
     async def open_stage(self, stage: int, *, resume: bool, **changes: Any) -> Opened:
         assert self.plan is not None
         last = stage == len(self.plan.stages) - 1
-        payload = self.ids() if last and needs_known(self.sampling, len(self.tokens)) else None
+        payload = self.ids() if last and needs_past_tokens(self.sampling, len(self.tokens)) else None
         peer = self.plan.stages[stage].peer
         opening = self.opening(stage, resume=resume, **changes)
         reply, _ = await self.at.links.request(peer, opening, payload, timeout_s=WAIT_S)
