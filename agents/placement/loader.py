@@ -177,7 +177,7 @@ class Loader:
         layers = load.layers
 
         def read(share: float) -> None:
-            file.let_go_of_pages()  # the backend has its own form of what it read
+            file.release_pages()  # the backend has its own form of what it read
             progress(share)
 
         load.weights = self.backend.load(

@@ -14,7 +14,7 @@ from meshd.agents.device.probe_record import (
     ProbeKey,
     ProbeRecord,
     load_record,
-    measuring_alone,
+    measurement_lock,
     save_record,
 )
 from meshd.clock import SystemClock
@@ -90,7 +90,7 @@ async def test_only_one_measures_at_a_time(tmp_path: Path) -> None:
 
     async def measure() -> None:
         nonlocal running, most
-        async with measuring_alone(tmp_path / "new", CLOCK, 30.0):
+        async with measurement_lock(tmp_path / "new", CLOCK, 30.0):
             running += 1
             most = max(most, running)
             await asyncio.sleep(0.01)
@@ -105,10 +105,10 @@ async def test_only_one_measures_at_a_time(tmp_path: Path) -> None:
 async def test_another_process_that_was_killed_while_it_measured_holds_up_nobody(tmp_path: Path) -> None:
     script = (
         "import asyncio, pathlib, sys\n"
-        "from meshd.agents.device.probe_record import measuring_alone\n"
+        "from meshd.agents.device.probe_record import measurement_lock\n"
         "from meshd.clock import SystemClock\n"
         "async def main():\n"
-        "    async with measuring_alone(pathlib.Path(sys.argv[1]), SystemClock(), 1.0):\n"
+        "    async with measurement_lock(pathlib.Path(sys.argv[1]), SystemClock(), 1.0):\n"
         "        print('held', flush=True)\n"
         "        await asyncio.sleep(60)\n"
         "asyncio.run(main())\n"
@@ -124,17 +124,17 @@ async def test_another_process_that_was_killed_while_it_measured_holds_up_nobody
     other = await asyncio.create_subprocess_exec(sys.executable, "-c", script, str(tmp_path), stdout=asyncio.subprocess.PIPE)
     assert other.stdout is not None
     assert await other.stdout.readline() == b"held\n"
-    async with asyncio.timeout(10.0), measuring_alone(tmp_path, KillingClock(), 30.0):
+    async with asyncio.timeout(10.0), measurement_lock(tmp_path, KillingClock(), 30.0):
         assert len(waits) == 1
 
 
 async def test_one_that_never_ends_measuring_does_not_hold_up_others_for_good(tmp_path: Path) -> None:
-    async with measuring_alone(tmp_path, CLOCK, 1.0), asyncio.timeout(5.0), measuring_alone(tmp_path, CLOCK, 0.0):
+    async with measurement_lock(tmp_path, CLOCK, 1.0), asyncio.timeout(5.0), measurement_lock(tmp_path, CLOCK, 0.0):
         pass
 
 
 async def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError):
-        async with measuring_alone(tmp_path / "file/below", CLOCK, 0.0):
+        async with measurement_lock(tmp_path / "file/below", CLOCK, 0.0):
             pass

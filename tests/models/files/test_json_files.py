@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from meshd.errors import ModelFileError
-from meshd.models.files.json_files import parse_object, read_bytes, read_json, shown, texts, whole_number
+from meshd.models.files.json_files import parse_object, read_bytes, read_json, shown, string_map, whole_number
 
 
 def test_a_file_is_read_up_to_its_bound_and_not_a_byte_more(tmp_path: Path) -> None:
@@ -26,11 +26,11 @@ def test_a_file_is_read_up_to_its_bound_and_not_a_byte_more(tmp_path: Path) -> N
     ("data", "why"),
     [
         (b"", "can't be read"),
-        (b"[]", "no object"),
-        (b'"x"', "no object"),
+        (b"[]", "not an object"),
+        (b'"x"', "not an object"),
         (b"\xff{}", "can't be read"),
         (b'{"a": 1', "can't be read"),
-        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "'c' is there twice"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "'c' appears twice"),
         (b'{"a": "\\ud800"}', "can't be read"),
         (b'{"a":' * 5000, "nested too deep|can't be read"),
         (b'{"a": ' + b"9" * 5000 + b"}", "can't be read"),
@@ -61,7 +61,7 @@ def test_whole_numbers_are_integers_within_the_bound(value: Any, found: int | No
 
 
 def test_texts_are_objects_of_strings() -> None:
-    assert texts({"a": "b"}) == {"a": "b"}
-    assert texts({}) == {}
+    assert string_map({"a": "b"}) == {"a": "b"}
+    assert string_map({}) == {}
     for value in ({"a": 1}, ["a"], None):
-        assert texts(value) is None
+        assert string_map(value) is None

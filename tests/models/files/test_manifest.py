@@ -98,7 +98,7 @@ def test_a_list_that_is_not_the_headers_is_refused(source: Path) -> None:
     moved = Manifest((first, msgspec.structs.replace(second, length=second.length + 4), *rest))
     with GgufFile.open(source) as file:
         for other in (swapped, moved):
-            with pytest.raises(ModelFileError, match="not that of the model's header"):
+            with pytest.raises(ModelFileError, match="does not match the model's header"):
                 check_layout(other, file.tensors)
 
 

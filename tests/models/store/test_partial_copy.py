@@ -141,7 +141,7 @@ def test_a_header_that_is_not_the_lists_gets_no_room(source: Path, tmp_path: Pat
     first, second, third, *rest = true.manifest.parts
     lying = (first, msgspec.structs.replace(second, length=second.length + third.length), *rest)
     copy = PartialCopy.create(tmp_path / "copy", msgspec.structs.replace(true, manifest=Manifest(lying)))
-    with pytest.raises(ModelFileError, match="not that of the model's header"):
+    with pytest.raises(ModelFileError, match="does not match the model's header"):
         bring(copy, source, [0])
     copy.close()
     assert copy.path.stat().st_size == first.length
