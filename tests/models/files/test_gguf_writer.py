@@ -1,4 +1,4 @@
-"""The GGUF writer, read back by our reader and by the gguf package."""
+"""Files of the GGUF writer, read by meshd's reader and by the gguf package."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""JSON files beside a model: size, depth, items, encoding and keys are bounded."""
+"""JSON files of a model: limits on size, depth and items, encoding, and duplicate keys."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from meshd.errors import ModelFileError
 from meshd.models.files.json_files import parse_object, read_bytes, read_json, shown, string_map, whole_number
 
 
-def test_a_file_is_read_up_to_its_bound_and_not_a_byte_more(tmp_path: Path) -> None:
+def test_a_file_may_have_exactly_the_allowed_size(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(b'{"a": 1}')
     assert read_json(path, most_bytes=8) == {"a": 1}
@@ -36,7 +36,7 @@ def test_a_file_is_read_up_to_its_bound_and_not_a_byte_more(tmp_path: Path) -> N
         (b'{"a": ' + b"9" * 5000 + b"}", "can't be read"),
     ],
 )
-def test_what_is_no_json_object_is_one_error_with_the_files_name(data: bytes, why: str) -> None:
+def test_anything_but_a_json_object_is_an_error_with_the_files_name(data: bytes, why: str) -> None:
     with pytest.raises(ModelFileError, match=why) as caught:
         parse_object(data, "x.json")
     assert caught.value.message.startswith("x.json can't be used: ")
@@ -50,7 +50,7 @@ def test_items_are_counted_before_they_are_parsed() -> None:
         parse_object(data, "x", most_items=3)
 
 
-def test_what_a_message_shows_is_short_and_ascii() -> None:
+def test_values_in_messages_are_short_and_ascii() -> None:
     assert shown("é\ud800\n") == "'\\xe9\\ud800\\n'"
     assert len(shown("x" * 10_000)) == 102
 
@@ -60,7 +60,7 @@ def test_whole_numbers_are_integers_within_the_bound(value: Any, found: int | No
     assert whole_number(value, 5) == found
 
 
-def test_texts_are_objects_of_strings() -> None:
+def test_a_string_map_is_an_object_of_strings() -> None:
     assert string_map({"a": "b"}) == {"a": "b"}
     assert string_map({}) == {}
     for value in ({"a": 1}, ["a"], None):

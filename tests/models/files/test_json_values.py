@@ -1,4 +1,4 @@
-"""Numbers of a config.json: bounds, and what is no number."""
+"""Values of a config.json: valid ranges, and values of the wrong type."""
 
 from typing import Any
 
@@ -9,18 +9,18 @@ from meshd.models.files.json_values import Config
 
 
 @pytest.mark.parametrize("value", [0, -1, 1 << 31, 1.0, True, "1", [1], {}])
-def test_what_is_no_count_is_refused_by_key(value: Any) -> None:
+def test_the_error_for_an_invalid_count_names_its_key(value: Any) -> None:
     with pytest.raises(ModelFileError, match=r"layers is .*, not a positive integer"):
         Config({"layers": value}).count("layers")
 
 
 @pytest.mark.parametrize("value", [0, -1e-9, 1e30, float("inf"), float("nan"), False, "1", 10**400])
-def test_what_is_no_number_is_refused_by_key(value: Any) -> None:
+def test_the_error_for_an_invalid_number_names_its_key(value: Any) -> None:
     with pytest.raises(ModelFileError, match=r"theta is .*, not a positive number"):
         Config({"theta": value}).number("theta")
 
 
-def test_bounds_are_included_where_they_are_usable() -> None:
+def test_the_smallest_and_largest_valid_values_are_accepted() -> None:
     assert Config({"n": 1}).count("n") == 1
     assert Config({"n": (1 << 31) - 1}).count("n") == (1 << 31) - 1
     assert Config({"x": 1}).number("x") == 1.0

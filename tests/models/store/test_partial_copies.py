@@ -31,9 +31,11 @@ def test_copies_are_listed_apart_and_removed_by_name(source: Path, tmp_path: Pat
         store.remove("tiny")
 
 
-async def test_a_copy_is_filled_by_one_at_a_time_and_not_removed_meanwhile(source: Path, tmp_path: Path, hasty_clock: Any) -> None:
+async def test_a_copy_is_filled_by_one_at_a_time_and_not_removed_meanwhile(
+    source: Path, tmp_path: Path, instant_clock: Any
+) -> None:
     told = about(source)
-    mine, other = Partials(tmp_path / "parts", SystemClock()), Partials(tmp_path / "parts", hasty_clock)
+    mine, other = Partials(tmp_path / "parts", SystemClock()), Partials(tmp_path / "parts", instant_clock)
     entered = False
 
     async def wait() -> None:
@@ -44,7 +46,7 @@ async def test_a_copy_is_filled_by_one_at_a_time_and_not_removed_meanwhile(sourc
     async with mine.filling(told.id):
         bring(mine.begin(told), source, [0])
         waiting = asyncio.create_task(wait())
-        while len(hasty_clock.pauses) < 3:  # noqa: ASYNC110
+        while len(instant_clock.pauses) < 3:  # noqa: ASYNC110
             await asyncio.sleep(0)
         assert not entered
         assert other.remove("tiny") == 0

