@@ -105,9 +105,7 @@ class KVPool:
         end = start + len(k)
         self._check(layer, table, end)
         if not (np.isfinite(k).all() and np.isfinite(v).all()):
-            raise LocalFault(
-                f"layer {layer} can't go on at position {start}: its K or V is not finite", hint="check the model file"
-            )
+            raise LocalFault(f"layer {layer} can't store position {start}: its K or V is not finite", hint="check the model file")
         slots = self._slots[layer - self.layers.start]
         where = self._slots_of(table, start, end)
         slots[0, where] = k
@@ -145,7 +143,7 @@ class KVPool:
         """
         size = len(layers) * self.layer_bytes
         if not size or not len(values) or len(values) % size:
-            raise LocalFault(f"{len(values)} bytes are no whole tokens of KV in layers {layers}: each has {size}")
+            raise LocalFault(f"{len(values)} bytes are not whole tokens of KV in layers {layers}: a token has {size}")
         tokens = len(values) // size
         self._check_copy(layers, table, start, start + tokens)
         given = np.frombuffer(values, "<f4").reshape(len(layers), 2, tokens, *self._slots.shape[3:])

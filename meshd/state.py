@@ -143,11 +143,11 @@ def lock_state(path: Path, api: str = "") -> StateLock:
     except OSError as error:
         raise _unusable(path / _LOCK, error) from error
     try:
-        held = _try_lock(descriptor, _TRIES)
+        locked = _try_lock(descriptor, _TRIES)
     except OSError as error:
         os.close(descriptor)
         raise _unusable(path / _LOCK, error) from error
-    if not held:
+    if not locked:
         os.close(descriptor)
         holder = _holder_text(read_holder(path))
         raise StorageError(f"{path} is in use {holder}", hint="stop it, or use another folder with --state DIR")

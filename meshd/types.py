@@ -298,7 +298,7 @@ class Advert(msgspec.Struct, frozen=True, kw_only=True):
     capability: Capability
     holdings: tuple[Holding, ...] = ()
     models: tuple[ModelCard, ...] = ()
-    """Cards of the models of which this peer's disk has all parts."""
+    """Cards of the models that are complete on this peer's disk."""
     links: dict[PeerId, LinkStats] = {}
     neighbours: dict[PeerId, str] = {}
     """`HOST:PORT` of its linked peers. So a peer that knows one peer finds all of them, even without multicast."""

@@ -77,7 +77,7 @@ async def probe(
     """
     start = clock.monotonic()
     cores = usable_cores()
-    key = _key(cores, threads or cores, _available() if backend == AUTO else (backend,))
+    key = probe_key(cores, threads or cores, _available() if backend == AUTO else (backend,))
     cached = None if refresh else load_record(folder, key)
     record = cached or await _measure_exclusively(key, folder, clock, progress, refresh=refresh)
     progress("done", 1.0)
@@ -118,7 +118,8 @@ def _available() -> tuple[str, ...]:
     return available_backends()
 
 
-def _key(cores: int, threads: int, backends: tuple[str, ...]) -> ProbeKey:
+def probe_key(cores: int, threads: int, backends: tuple[str, ...]) -> ProbeKey:
+    """Make the key of a measurement on this device, with the installed versions of the libraries."""
     software = {"meshd": meshd.__version__, "python": platform.python_version()}
     for name in _SOFTWARE:
         try:

@@ -97,8 +97,8 @@ class Layer:
         scale = self._spec.residual_scale
         return residual + (change if scale == 1.0 else change * scale)
 
-    def _normed(self, x: torch.Tensor, name: str, wanted: bool | None = None) -> torch.Tensor:
-        return rms_norm(x, self._norms[name], self._spec.norm_eps) if (self._spec.pre_norm if wanted is None else wanted) else x
+    def _normed(self, x: torch.Tensor, name: str, apply: bool | None = None) -> torch.Tensor:
+        return rms_norm(x, self._norms[name], self._spec.norm_eps) if (self._spec.pre_norm if apply is None else apply) else x
 
 
 class Head:

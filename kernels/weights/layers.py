@@ -50,13 +50,13 @@ class NetworkWeights:
         """Check that this version can compute the network. Raises: ModelFileError."""
         spec = self.spec
         if spec.heads % spec.kv_heads:
-            raise ModelFileError(f"{spec.heads} heads can't share {spec.kv_heads} KV heads: no whole number each")
+            raise ModelFileError(f"{spec.heads} heads can't be divided evenly among {spec.kv_heads} KV heads")
         kind = spec.rope_scaling.kind if spec.rope_scaling else "linear"
         known = ("silu", "gelu_tanh", "clamped"), ("", "head", "all"), ("linear", "yarn")
         if any(value not in values for value, values in zip((spec.activation, spec.qk_norm, kind), known, strict=True)):
             raise ModelFileError(
                 f"this model can't be computed: its architecture {spec.architecture!r} is not known here",
-                hint="all peers need a meshd that knows it",
+                hint="update meshd on all peers",
             )
 
     def ropes(self) -> list[Rope | None]:

@@ -249,7 +249,7 @@ def _kind(tensor: Tensor) -> BlockKind | None:
 
 def _matrix_shape(tensor: Tensor) -> tuple[int, int]:
     if len(tensor.shape) != 2:
-        raise ModelFileError(f"tensor {tensor.name} is no matrix: its shape is {tensor.shape}")
+        raise ModelFileError(f"tensor {tensor.name} is not a matrix: its shape is {tensor.shape}")
     return tensor.shape[0], tensor.shape[1]
 
 

@@ -84,8 +84,8 @@ def zero_points_and_shifts(matrix: BlockMatrix) -> tuple[U8, F32]:
     """
     assert matrix.shift is not None
     with np.errstate(over="ignore"):  # a shift divided by a scale near zero may overflow
-        wanted = np.divide(matrix.shift, matrix.scale, out=np.zeros_like(matrix.scale), where=matrix.scale != 0)
-    zero = np.clip(np.rint(matrix.zero - wanted), 0, 2 * matrix.zero - 1)
+        steps = np.divide(matrix.shift, matrix.scale, out=np.zeros_like(matrix.scale), where=matrix.scale != 0)
+    zero = np.clip(np.rint(matrix.zero - steps), 0, 2 * matrix.zero - 1)
     shift = matrix.shift + matrix.scale * (zero - matrix.zero)
     codes = zero.astype(np.uint8)
     if matrix.bits == 4:

@@ -213,7 +213,7 @@ class _Keys:
         return value
 
     def same(self, key: str, expected: int) -> int:
-        """Read a value of which only one is supported; it may be missing."""
+        """Check that a value, if present, is the only one that is supported. Returns: that value."""
         value = self.metadata.get(self.full(key), expected)
         if value != expected:
             raise self.wrong(key, f"{value!r} is not {expected!r}, the only value that is supported yet")

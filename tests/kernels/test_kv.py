@@ -72,9 +72,9 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def no_block_is_lost_or_shared(self) -> None:
-        held = [block for table in self.live.values() for block in table.blocks]
-        assert len(held) == len(set(held)) == BLOCKS - self.pool.blocks_free
-        assert all(0 <= block < BLOCKS for block in held)
+        allocated = [block for table in self.live.values() for block in table.blocks]
+        assert len(allocated) == len(set(allocated)) == BLOCKS - self.pool.blocks_free
+        assert all(0 <= block < BLOCKS for block in allocated)
 
     @invariant()
     def what_was_written_is_read(self) -> None:
@@ -123,7 +123,7 @@ def test_values_that_are_not_finite_are_refused(bad: float) -> None:
     table, broken = pool.allocate(4), rows(3, 0)
     broken[1, 1, 5] = bad
     for k, v in ((broken, rows(3, 0)), (rows(3, 0), broken)):
-        with pytest.raises(LocalFault, match="layer 2 can't go on at position 1: its K or V is not finite"):
+        with pytest.raises(LocalFault, match="layer 2 can't store position 1: its K or V is not finite"):
             pool.write(2, table, 1, k, v)
     assert all(np.isfinite(part).all() for part in pool.read(2, table, 4))
 
@@ -200,11 +200,11 @@ def test_a_copy_that_does_not_fit_is_refused_and_changes_nothing() -> None:
     size = len(LAYERS) * pool.layer_bytes
     nan = np.full(size, np.nan, "<f4").data.cast("B")[:size]
     for layers, start, values, message in (
-        (LAYERS, 0, memoryview(bytes(size - 4)), "no whole tokens"),
-        (LAYERS, 0, memoryview(b""), "no whole tokens"),
+        (LAYERS, 0, memoryview(bytes(size - 4)), "not whole tokens"),
+        (LAYERS, 0, memoryview(b""), "not whole tokens"),
         (LAYERS, 7, memoryview(bytes(2 * size)), "room for 8 tokens"),
         (LAYERS, -1, memoryview(bytes(size)), "room for 8 tokens"),
-        (LayerRange(2, 2), 0, memoryview(bytes(size)), "no whole tokens"),
+        (LayerRange(2, 2), 0, memoryview(bytes(size)), "not whole tokens"),
         (LayerRange(1, 3), 0, memoryview(bytes(size)), "no KV here"),
         (LAYERS, 0, nan, "not finite"),
     ):

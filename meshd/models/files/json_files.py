@@ -22,7 +22,7 @@ def read_bytes(path: Path, *, most_bytes: int) -> bytes:
     """Read a file of at most `most_bytes`. Raises: ModelFileError."""
     try:
         with path.open("rb") as file:
-            # read() allocates all the bytes that it is asked for, so ask for no more than the file has.
+            # read() allocates as many bytes as it may read, so don't pass it the limit if the file is smaller.
             data = file.read(min(most_bytes, os.fstat(file.fileno()).st_size) + 1)
     except OSError as error:
         raise ModelFileError(f"{path} can't be read: {error.strerror or error}") from error

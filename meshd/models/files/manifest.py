@@ -186,12 +186,12 @@ def check_layout(manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> None:
 
 def tensors_of(spec: ModelSpec, layers: LayerRange, *, embedding: bool, head: bool, names: Iterable[str]) -> frozenset[str]:
     """Select the tensors that a backend reads for these layers. `names` are all tensors of the file."""
-    wanted = set(ROPE_FACTORS)
+    selected = set(ROPE_FACTORS)
     if embedding:
-        wanted.add("token_embd.weight")
+        selected.add("token_embd.weight")
     if head:
-        wanted |= {"output_norm.weight", "token_embd.weight" if spec.tied_head else "output.weight"}
-    return frozenset(name for name in names if name in wanted or layer_of(name) in layers)
+        selected |= {"output_norm.weight", "token_embd.weight" if spec.tied_head else "output.weight"}
+    return frozenset(name for name in names if name in selected or layer_of(name) in layers)
 
 
 def layer_of(name: str) -> int | None:
