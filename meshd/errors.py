@@ -22,7 +22,7 @@ MeshdError                      code, message, hint; only its subclasses are rai
      +- StorageError            disk full, file damaged, folder in use by another daemon
      +- DownloadError           a source could not be read
      +- ModelFileError          a model's file is broken; names the tensor
-     +- OutOfMemory             a reservation could not be met
+     +- OutOfMemory             not enough memory for a reservation
      +- Cancelled               the session was ended by its client or by shutdown
 
 Each class has one stable `code`, which is the same in API JSON, in ERROR messages on the wire, in the log and on the command line.
@@ -190,7 +190,7 @@ class ModelFileError(LocalFault):
 
 
 class OutOfMemory(LocalFault):
-    """A reservation could not be met."""
+    """There is not enough memory for a reservation."""
 
     code = "out_of_memory"
 

@@ -18,7 +18,7 @@ MACHINE_FILES = (
     Path("/var/lib/dbus/machine-id"),
     Path("/sys/firmware/devicetree/base/serial-number"),
 )
-"""Files that identify an installation, or a board whose card was cloned. `location_id` hashes those that exist."""
+"""Files with an id of the installation, or of the board, since an SD card may be cloned. `location_id` hashes those that exist."""
 _LOCK = "lock"
 _TRIES, _RETRY_S = 5, 0.02
 """Tries of a daemon to get the lock, since `read_holder` of another process may hold it for a moment."""

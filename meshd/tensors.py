@@ -14,7 +14,7 @@ with onnxruntime 1.32, which packs codes, scales and their sums and also keeps t
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight")
 """Tensors with divisors of the rotation's frequencies. A file has at most one of them."""
 UNUSED = ("rope_factors_long.weight",)
-"""Tensors that are not used. This one has divisors for contexts beyond the training length; they would change short answers too."""
+"""Tensors that are not used: divisors for contexts beyond the training length. They would change answers within that length too."""
 EXPERT_PROJECTIONS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 
 

@@ -282,7 +282,7 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
     head_s: float | None = None
     """Measured time of final norm, head and sampler for one token."""
     standby: bool = False
-    """Loaded as a copy for the loss of a peer. New sessions use it only if no other peer holds the layers."""
+    """A standby copy for when a peer is lost. New sessions use it only if no other peer holds the layers."""
     pinned: bool = False
     """A user placed these layers on this peer."""
 

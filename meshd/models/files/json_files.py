@@ -52,7 +52,7 @@ def parse_object(data: bytes, name: str, *, most_items: int = MAX_ITEMS) -> dict
     try:
         found = json.loads(data.decode(), object_pairs_hook=unique)
         if b"\\u" in data:
-            json.dumps(found, ensure_ascii=False).encode()  # fails for a lone surrogate, which no file could contain
+            json.dumps(found, ensure_ascii=False).encode()  # fails for a lone surrogate, which is not valid text
     except RecursionError:
         fail("its JSON is nested too deep")
     except ValueError as error:
