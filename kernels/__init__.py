@@ -1,1 +1,1 @@
-"""Model mathematics: tensors in, tensors out. Knows no peer, plan or socket."""
+"""Model mathematics: tensors in, tensors out. Nothing here depends on peers, plans or sockets."""

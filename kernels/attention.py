@@ -1,13 +1,13 @@
 """Partial attention: `(o, lse)` over a part of the keys, and the merge of such parts.
 
 `lse` is the natural logarithm of the sum of exponentials of the scaled scores, as in FlashAttention
-(https://arxiv.org/abs/2205.14135). Any split of the keys merges to the same result up to rounding. The plain forms stand in
-`reference.py`.
+(https://arxiv.org/abs/2205.14135). Any split of the keys merges to the same result up to rounding. `reference.py` has simple
+versions of these functions, for tests.
 
-A token's bits do not depend on how many tokens are computed with it, so that a prompt read in any chunks, or read again after a
-loss, goes on with the same tokens. Torch's kernel leaves the sums to MKL, which picks its way by the shape of a product, otherwise
-on every processor. So a token sees as many keys as it would alone, and is computed in blocks whose rows are found, by trying, to
-have the bits of a full one (`_exact_rows`).
+A token's bits do not depend on how many tokens are computed with it. Otherwise a prompt read in other chunks, or read again after a
+peer was lost, could continue with other tokens. Torch's kernel leaves the sums to MKL, which chooses an algorithm by the shape of
+the product, and chooses differently on each processor. So each token reads exactly the keys that it would read alone, and a block
+has only a number of rows for which a trial run gave the same bits as a full block (`_exact_rows`).
 """
 
 from collections.abc import Sequence
@@ -28,51 +28,60 @@ Part = tuple[F32, F32]
 """o `[tokens, heads, head_dim]`, lse `[tokens, heads]`."""
 
 KEY_STEP = 32
-MOST_ROWS = 32
-"""What torch's kernel takes as one block of queries."""
-_KEYS_TRIED = 1024
-"""Two of its blocks of keys: the second one is added to the first."""
+"""Keys are read in multiples of this."""
+MAX_BLOCK_ROWS = 32
+"""Rows in one query block of torch's kernel."""
+_TRIAL_KEYS = 1024
+"""Two key blocks of torch's kernel, so that a trial covers the addition of one block to another."""
 PARALLEL_WORK = 4 << 20
-"""Query elements times keys: below this, a hand-over to a second thread (0.1 to 0.2 ms) costs more than it saves."""
+"""Query elements times keys, below which a second thread costs more (0.1 to 0.2 ms for the hand-over) than it saves."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 def to_tensor(array: F32) -> torch.Tensor:
-    """View an array as a tensor; a read-only array, which torch can't hold, is copied."""
+    """View an array as a tensor. A read-only array is copied, since torch has no read-only tensors."""
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def attend_part(q: F32, k: F32, v: F32, first: int | None = None, rule: AttentionRule = PLAIN) -> Part:
-    """Attention of `q` `[tokens, heads, head_dim]` over `k` and `v` `[keys, kv_heads, head_dim]`, without the rule's sinks.
+    """Compute attention of `q` `[tokens, heads, head_dim]` over `k` and `v` `[keys, kv_heads, head_dim]`, without the rule's sinks.
 
-    Token i stands at key `first + i` and sees up to that one, as far back as the rule's window reaches; `first` may lie before the
-    part or behind it. With `first` None it sees all. Keys that nobody sees may follow; they must be finite. With no keys to see, o
-    is 0 and lse -inf.
+    Token i is at key index `first + i` and attends to the keys from the start of the rule's window up to its own index. `first` may
+    be negative or beyond the last key. If `first` is None, every token attends to all keys. Keys that no token attends to must be
+    finite.
+
+    Returns: o and lse; 0 and -inf for a token that attends to no key.
     """
-    runs = [_seen(*run, rule) for run in _runs(q, k, v, first, rule.window)]
+    runs = [_attend_run_or_nothing(*run, rule) for run in _runs(q, k, v, first, rule.window)]
     return _joined([o for o, _ in runs]), _joined([lse for _, lse in runs])
 
 
 def attend(q: F32, k: F32, v: F32, first: int, rule: AttentionRule = PLAIN) -> F32:
-    """`attend_part` over all keys up to each token, sinks included, without its lse."""
-    runs = [_run(*run, rule) for run in _runs(q, k, v, first, rule.window)]
+    """Compute attention over all keys up to each token, sinks included.
+
+    Returns: o `[tokens, heads, head_dim]`.
+    """
+    runs = [_attend_run(*run, rule) for run in _runs(q, k, v, first, rule.window)]
     o = _joined([o for o, _ in runs])
     return o if rule.sinks is None else with_sinks((o, _joined([lse for _, lse in runs])), rule.sinks)
 
 
 def with_sinks(part: Part, sinks: F32) -> F32:
-    """What is left of a whole attention's o when each head's sink `[heads]` has had its share.
+    """Scale the o of a complete attention down by the softmax share of each head's sink. `sinks` is `[heads]`.
 
-    numpy's exponential, unlike torch's, gives a number the same bits wherever it lies in its array.
+    Uses numpy's exponential, since the bits of torch's depend on the position of the number in its array.
     """
     o, lse = part
-    left: F32 = o / (1 + np.exp(sinks - lse))[..., None]
-    return left
+    scaled: F32 = o / (1 + np.exp(sinks - lse))[..., None]
+    return scaled
 
 
 def _runs(q: F32, k: F32, v: F32, first: int | None, window: int) -> list[tuple[F32, F32, F32, int | None]]:
-    """The arguments of each call: a chunk is cut at every step of keys, so that a token reads the very keys it would alone."""
+    """Split a chunk of tokens at every multiple of `KEY_STEP`, so that each token reads exactly the keys that it would read alone.
+
+    Returns: (q, k, v, first) of each run.
+    """
     if first is None:
         return [(q, k, v, None)]
     runs: list[tuple[F32, F32, F32, int | None]] = []
@@ -88,52 +97,58 @@ def _joined(runs: Sequence[torch.Tensor]) -> F32:
     return (runs[0] if len(runs) == 1 else torch.cat(list(runs))).numpy()
 
 
-def _seen(q: F32, k: F32, v: F32, first: int | None, rule: AttentionRule) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_run`, also for tokens that see none of the keys."""
+def _attend_run_or_nothing(q: F32, k: F32, v: F32, first: int | None, rule: AttentionRule) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do the same as `_attend_run`, also for tokens that attend to no key."""
     tokens, heads, head_dim = q.shape
-    blind = torch.full((tokens,), not len(k))
+    sees_nothing = torch.full((tokens,), not len(k))
     if first is not None:
         at = first + torch.arange(tokens)
-        blind |= (at < 0) | ((at - rule.window >= len(k) - 1) & bool(rule.window))
-    if blind.all():
+        sees_nothing |= (at < 0) | ((at - rule.window >= len(k) - 1) & bool(rule.window))
+    if sees_nothing.all():
         return torch.zeros(tokens, heads, head_dim), torch.full((tokens, heads), -torch.inf)
-    o, lse = _run(q, k, v, first, rule)
-    return o.masked_fill(blind[:, None, None], 0), lse.masked_fill(blind[:, None], -torch.inf)
+    o, lse = _attend_run(q, k, v, first, rule)
+    return o.masked_fill(sees_nothing[:, None, None], 0), lse.masked_fill(sees_nothing[:, None], -torch.inf)
 
 
-def _run(q: F32, k: F32, v: F32, first: int | None, rule: AttentionRule) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens that read the same keys, in one call: o `[tokens, heads, head_dim]`, lse `[tokens, heads]`.
+def _attend_run(q: F32, k: F32, v: F32, first: int | None, rule: AttentionRule) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute attention of tokens that read the same keys, in one call of the kernel.
 
-    The query group is folded into the rows, so that K and V are read once for all heads that share them. The tokens are laid out
-    as blocks of equal size, the last one filled up with copies.
+    The query group is folded into the rows, so that K and V are read once for all heads that share them. The tokens are arranged in
+    blocks of equal size; the last block is padded with copies of the last token.
+
+    Returns: o `[tokens, heads, head_dim]`, lse `[tokens, heads]`.
     """
     tokens, heads, head_dim = q.shape
     length, kv_heads, _ = k.shape
     group = heads // kv_heads
-    blocks, at_once = _layout(tokens, group, head_dim, bool(rule.soft_cap))
-    rows = at_once * group
+    blocks, size = _layout(tokens, group, head_dim, bool(rule.soft_cap))
+    rows = size * group
     queries = to_tensor(q)
-    if spare := blocks * at_once - tokens:
-        queries = torch.cat([queries, queries[-1:].expand(spare, heads, head_dim)])
-    queries = queries.view(blocks, at_once, kv_heads, group, head_dim).transpose(1, 2).reshape(blocks, kv_heads, rows, head_dim)
+    if padding := blocks * size - tokens:
+        queries = torch.cat([queries, queries[-1:].expand(padding, heads, head_dim)])
+    queries = queries.view(blocks, size, kv_heads, group, head_dim).transpose(1, 2).reshape(blocks, kv_heads, rows, head_dim)
     keys, values = (to_tensor(part).transpose(0, 1).expand(blocks, kv_heads, length, head_dim) for part in (k, v))
-    mask = _mask(first, tokens, group, blocks, at_once, length, rule.window).expand(blocks, 1, rows, length)
+    mask = _mask(first, tokens, group, blocks, size, length, rule.window).expand(blocks, 1, rows, length)
     o, lse = _kernel(queries, keys, values, mask, rule.scale, rule.soft_cap)
-    o = o.view(blocks, kv_heads, at_once, group, head_dim).transpose(1, 2).reshape(blocks * at_once, heads, head_dim)
-    lse = lse.view(blocks, kv_heads, at_once, group).transpose(1, 2).reshape(blocks * at_once, heads)
+    o = o.view(blocks, kv_heads, size, group, head_dim).transpose(1, 2).reshape(blocks * size, heads, head_dim)
+    lse = lse.view(blocks, kv_heads, size, group).transpose(1, 2).reshape(blocks * size, heads)
     return o[:tokens], lse[:tokens]
 
 
 def _kernel(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float | None, soft_cap: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[blocks, kv_heads, rows, head_dim]` each, `mask` `[blocks, 1, rows, keys]`. Torch's own kernel knows no caps."""
+    """Compute o and lse of blocks.
+
+    `q` is `[blocks, kv_heads, rows, head_dim]`, `k` and `v` are `[blocks, kv_heads, keys, head_dim]`, `mask` is
+    `[blocks, 1, rows, keys]`. Torch's own kernel has no soft cap, so attention with a soft cap is computed here.
+    """
     if not soft_cap:
         o, lse = _flash(q, k, v, attn_mask=mask, scale=scale)
         return o, lse
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
     scale = scale or q.shape[-1] ** -0.5
-    for block, head in product(range(q.shape[0]), range(q.shape[1])):  # one product each: the same bits for any number
+    for block, head in product(range(q.shape[0]), range(q.shape[1])):  # a batched product's bits depend on the size of the batch
         scores = (q[block, head] @ k[block, head].T) * (scale / soft_cap)
         scores = scores.tanh_().mul_(soft_cap).add_(mask[block, 0])
         lse[block, head] = scores.logsumexp(-1)
@@ -142,8 +157,13 @@ def _kernel(
 
 
 def _layout(tokens: int, group: int, head_dim: int, capped: bool) -> tuple[int, int]:
-    """Blocks of a call, and tokens in each: no more rows than the kernel takes at once, and enough for a full block's bits."""
-    most = max(1, MOST_ROWS // group)
+    """Choose how many blocks a call has and how many tokens each block has.
+
+    A block has at most as many rows as the kernel takes at once, and enough rows for the bits of a full block.
+
+    Returns: (blocks, tokens in each).
+    """
+    most = max(1, MAX_BLOCK_ROWS // group)
     blocks = -(-tokens // most)
     least = -(-tokens // blocks)
     exact = _exact_rows(head_dim, capped)
@@ -151,37 +171,48 @@ def _layout(tokens: int, group: int, head_dim: int, capped: bool) -> tuple[int, 
 
 
 @lru_cache(maxsize=8)
-def _mask(first: int | None, tokens: int, group: int, blocks: int, at_once: int, length: int, window: int) -> torch.Tensor:
-    """What is added to the scores: `[blocks, 1, rows, length]`, or one row for all. Kept, since every layer asks for the same."""
+def _mask(first: int | None, tokens: int, group: int, blocks: int, size: int, length: int, window: int) -> torch.Tensor:
+    """Make the mask that is added to the scores. Cached, since all layers of a step use the same one.
+
+    Returns: 0 or -inf, `[blocks, 1, rows, length]`, or a single row `[1, length]` if it is the same for all rows.
+    """
     if first is None:
         return torch.zeros(1, length)
-    last_seen = first + torch.arange(1 if tokens == 1 else blocks * at_once).clamp(max=tokens - 1)[:, None]
+    last_seen = first + torch.arange(1 if tokens == 1 else blocks * size).clamp(max=tokens - 1)[:, None]
     keys = torch.arange(length)
     seen = keys <= last_seen
     if window:
         seen &= keys > last_seen - window
     mask = torch.where(seen, 0.0, -torch.inf)
-    return mask if tokens == 1 else mask.repeat_interleave(group, 0).view(blocks, 1, at_once * group, length)
+    return mask if tokens == 1 else mask.repeat_interleave(group, 0).view(blocks, 1, size * group, length)
 
 
 @lru_cache
 def _exact_rows(head_dim: int, capped: bool) -> tuple[int, ...]:
-    """How many rows, from the first on, have the bits of a full block, in blocks of 0 to `MOST_ROWS`. Takes 0.1 s."""
-    random = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 1, size, head_dim, generator=random) for size in (MOST_ROWS, _KEYS_TRIED, _KEYS_TRIED))
+    """Find by trial how many leading rows of a smaller block have the same bits as in a full block. Takes 0.1 s.
 
-    def tried(rows: int) -> torch.Tensor:
-        mask = torch.zeros(1, 1, rows, _KEYS_TRIED)
-        lengths = range(KEY_STEP, _KEYS_TRIED + 1, KEY_STEP)
+    Returns: the number of such rows for blocks of 0 to `MAX_BLOCK_ROWS` rows.
+    """
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, size, head_dim, generator=random) for size in (MAX_BLOCK_ROWS, _TRIAL_KEYS, _TRIAL_KEYS))
+
+    def trial(rows: int) -> torch.Tensor:
+        mask = torch.zeros(1, 1, rows, _TRIAL_KEYS)
+        lengths = range(KEY_STEP, _TRIAL_KEYS + 1, KEY_STEP)
         calls = (_kernel(q[:, :, :rows], k[:, :, :n], v[:, :, :n], mask[..., :n], None, 30.0 * capped)[0][0, 0] for n in lengths)
         return torch.stack(list(calls), 1)  # [rows, lengths, head_dim]
 
-    full = tried(MOST_ROWS)
-    return 0, *(int((tried(rows) == full[:rows]).flatten(1).all(1).long().cumprod(0).sum()) for rows in range(1, MOST_ROWS + 1))
+    full = trial(MAX_BLOCK_ROWS)
+    return 0, *(
+        int((trial(rows) == full[:rows]).flatten(1).all(1).long().cumprod(0).sum()) for rows in range(1, MAX_BLOCK_ROWS + 1)
+    )
 
 
 def merge_parts(parts: Sequence[Part]) -> Part:
-    """One part of several over disjoint keys. Empty parts count nothing; if all are, so is the result."""
+    """Merge parts over disjoint keys into one part.
+
+    Parts without keys have no effect; if no part has keys, neither has the result.
+    """
     if len(parts) == 1:
         return parts[0]
     lses = np.stack([lse for _, lse in parts])  # [parts, tokens, heads]
@@ -195,7 +226,7 @@ def merge_parts(parts: Sequence[Part]) -> Part:
 
 
 class LocalAttention:
-    """The `Attend` of a stage that holds all of its KV itself."""
+    """The `Attend` function of a stage whose own peer holds all of its KV."""
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
@@ -213,7 +244,7 @@ class LocalAttention:
         return out
 
     def _attend(self, q: F32, k: F32, v: F32, start: int, rule: AttentionRule) -> F32:
-        """By several threads, each with some of the KV heads, if there is enough to do; this leaves the bits as they are."""
+        """Compute attention of one segment, on several threads by KV heads if the work is large. Threads do not change the bits."""
         if self._workers.threads == 1 or q.size * len(k) < PARALLEL_WORK:
             return attend(q, k, v, start, rule)
         group = q.shape[1] // k.shape[1]

@@ -1,8 +1,7 @@
-"""The interface of a backend: model mathematics for a run of layers, cut at attention.
+"""The interface of a backend: model mathematics for a range of layers, split at each attention.
 
-A step is a ragged batch of segments: tokens of several sessions laid end to end in one array, each session with its own block
-table. Between a layer's projections and its mixing stands `Attend`, so that paged KV, shared prefixes and shards on other peers
-are all the same path:
+A step is a ragged batch of segments: tokens of several sessions concatenated in one array, each session with its own block table.
+Attention is a separate function (`Attend`), so that paged KV, shared prefixes and shards on other peers need no other code path:
 
     hidden -> project -> (attend -> mix_project)* -> attend -> mix -> hidden
 
@@ -27,7 +26,7 @@ Progress = Callable[[float], None]
 
 
 class WeightSource(Protocol):
-    """A model's tensors under GGUF's names, as they lie in its file."""
+    """A model's tensors by their GGUF names, as stored in its file."""
 
     def tensor(self, name: str) -> Tensor:
         """Raises: ModelFileError."""
@@ -47,16 +46,16 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class AttentionRule:
-    """How a layer's scores are made, and which of them count."""
+    """How a layer computes its attention scores and which keys a token attends to."""
 
     scale: float | None = None
-    """What q.k is multiplied by; None: 1 / sqrt(head_dim)."""
+    """Factor on q.k. None: 1 / sqrt(head_dim)."""
     window: int = 0
-    """A token sees itself and `window - 1` before it; 0: all."""
+    """A token attends to itself and the `window - 1` tokens before it. 0: to all tokens before it."""
     soft_cap: float = 0.0
-    """Scores become `cap tanh(score / cap)`; 0: they stay."""
+    """Scores become `cap tanh(score / cap)`. 0: no cap."""
     sinks: F32 | None = None
-    """`[heads]`: a score for each head that takes part in the softmax and gives nothing."""
+    """`[heads]`: for each head, a score that takes part in the softmax but has no value."""
 
 
 PLAIN = AttentionRule()
@@ -64,7 +63,7 @@ PLAIN = AttentionRule()
 
 @dataclass(frozen=True, slots=True)
 class Projected:
-    """What a layer hands to attention, and what it keeps for after."""
+    """The inputs of a layer's attention, and the residual for the mixing after it."""
 
     q: F32  # [tokens, heads, head_dim], rotated
     k: F32  # [tokens, kv_heads, head_dim], rotated
@@ -74,65 +73,76 @@ class Projected:
 
 
 Attend = Callable[[int, Projected, Sequence[Segment], KVPool], F32]
-"""(layer, projected, segments, kv) -> [tokens, heads, head_dim]. Stores the new K and V, then attends to all up to each token."""
+"""(layer, projected, segments, kv) -> [tokens, heads, head_dim].
+
+Stores the new K and V, then attends from each token to all up to it.
+"""
 
 
 class Stage(Protocol):
-    """Layers `[a, b)` that can compute. Bits do not depend on where the cuts between stages are."""
+    """Layers `[a, b)`, ready to compute. The bits of a result do not depend on how the layers are split into stages."""
 
     @property
     def layers(self) -> LayerRange: ...
 
     def embed(self, ids: Ids) -> F32:
-        """`[tokens]` to `[tokens, hidden]`. Raises: InvalidRequest for an id outside the vocabulary, LocalFault if not loaded."""
+        """Look up embeddings: `[tokens]` to `[tokens, hidden]`.
+
+        Raises: InvalidRequest for an id outside the vocabulary, LocalFault if the table is not loaded.
+        """
         ...
 
     def project(self, hidden: F32, positions: Positions) -> Projected:
-        """The first layer up to its attention: norm, QKV, rope. `hidden` is `[tokens, hidden]`, `positions` `[tokens]`."""
+        """Compute the first layer up to its attention: norm, QKV, rope. `hidden` is `[tokens, hidden]`, `positions` `[tokens]`."""
         ...
 
     def mix_project(self, layer: int, mixed: F32, residual: F32, positions: Positions) -> Projected:
-        """`layer` from its attention's result `mixed` `[tokens, heads, head_dim]` on, and layer + 1 up to its attention."""
+        """Compute `layer` after its attention, then `layer + 1` up to its attention.
+
+        `mixed` is the attention's result `[tokens, heads, head_dim]`.
+        """
         ...
 
     def mix(self, mixed: F32, residual: F32) -> F32:
-        """The last layer from its attention's result on: `[tokens, hidden]`."""
+        """Compute the last layer after its attention. Returns: `[tokens, hidden]`."""
         ...
 
     def forward(self, hidden: F32, segments: Sequence[Segment], kv: KVPool, attend: Attend | None = None) -> F32:
-        """All layers over a step. `hidden` is `[tokens, hidden]`; None attends over the KV of `kv`, which holds these layers.
+        """Compute a step through all layers. `hidden` is `[tokens, hidden]`; `kv` holds the KV of these layers.
 
-        Raises: LocalFault if `hidden` is not as large as the segments say, a position is outside its table, or KV is not finite.
+        `attend` None: attention is computed here, over `kv`.
+
+        Raises: LocalFault if `hidden` does not match the segments, a position is outside its block table, or KV is not finite.
         """
         ...
 
     def logits(self, hidden: F32) -> F32:
-        """Final norm and head: `[rows, hidden]` to `[rows, vocab]`. Raises: LocalFault if the head is not loaded."""
+        """Compute final norm and head: `[rows, hidden]` to `[rows, vocab]`. Raises: LocalFault if the head is not loaded."""
         ...
 
 
 class LoadedLayers(Protocol):
-    """Weights in memory, in the backend's own form. The source must stay open until `close`."""
+    """Weights in memory, in the backend's own form. Their `WeightSource` must stay open until `close`."""
 
     @property
     def layers(self) -> LayerRange: ...
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights held now; borders of inner stages add to it when they are first asked for."""
+        """Bytes of weights in memory now. The first `stage` that begins or ends inside the loaded range may add some."""
         ...
 
     def stage(self, layers: LayerRange) -> Stage:
-        """A stage over any part of what is loaded, sharing its weights. Raises: LocalFault if it is not all here."""
+        """Make a stage over some of the loaded layers, which shares their weights. Raises: LocalFault if a layer is not loaded."""
         ...
 
     def close(self) -> None:
-        """Free the weights. Idempotent; stages made of it must not be used after."""
+        """Free the weights. Idempotent. Stages of these layers must not be used afterwards."""
         ...
 
 
 class Backend(Protocol):
-    """Makes stages."""
+    """Loads layers with one library on one device."""
 
     @property
     def name(self) -> str: ...
@@ -150,7 +160,7 @@ class Backend(Protocol):
         head: bool,
         progress: Progress | None = None,
     ) -> LoadedLayers:
-        """Read the weights of `layers`; `embedding` and `head` for the first and the last stage; `progress` gets 0..1.
+        """Read the weights of `layers`, with the embedding table or the head if asked for. `progress` receives 0 to 1.
 
         Raises: ModelFileError, OutOfMemory.
         """
@@ -158,4 +168,4 @@ class Backend(Protocol):
 
 
 EXACT = "-exact"
-"""After a backend's name: with activations in full precision. `torch` always has them."""
+"""Suffix of a backend's name: activations stay in full precision. With `torch` they always do."""

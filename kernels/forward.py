@@ -1,4 +1,4 @@
-"""What the stages of every backend share: the embedding, and the drive from layer to layer through attention."""
+"""The base class of every backend's stages: embedding, and the loop over layers and their attention."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ import numpy as np
 from meshd.errors import InvalidRequest, LocalFault
 from meshd.kernels.backend import F32, Attend, Ids, Positions, Projected, Segment
 from meshd.kernels.kv import KVPool
-from meshd.kernels.threads import one_thread
+from meshd.kernels.threads import limit_torch_threads
 from meshd.kernels.weights.load import dequantise_rows
 from meshd.types import LayerRange, ModelSpec, Tensor
 
 
-class CutStage(ABC):
-    """A stage in pieces between which attention stands; a backend supplies the pieces."""
+class BaseStage(ABC):
+    """Runs a stage's layers; a backend implements what comes before, between and after the attentions."""
 
     def __init__(self, spec: ModelSpec, layers: LayerRange, embedding: Tensor | None, attend: Attend) -> None:
         self._spec = spec
@@ -27,7 +27,7 @@ class CutStage(ABC):
         return self._layers
 
     def embed(self, ids: Ids) -> F32:
-        """Rows of the table, dequantised one by one. Raises: InvalidRequest, LocalFault."""
+        """Dequantise the table's rows of these ids. Raises: InvalidRequest, LocalFault."""
         if self._embedding is None:
             raise LocalFault(f"layers {self._layers} were loaded without the embedding table")
         vocab = self._embedding.shape[0]
@@ -37,8 +37,8 @@ class CutStage(ABC):
         return rows if self._spec.embedding_scale == 1.0 else rows * np.float32(self._spec.embedding_scale)
 
     def forward(self, hidden: F32, segments: Sequence[Segment], kv: KVPool, attend: Attend | None = None) -> F32:
-        """All layers over a step. Raises: LocalFault if `hidden` is not as large as the segments say, or KV is not finite."""
-        one_thread()
+        """Compute a step through all layers. Raises: LocalFault if `hidden` does not match the segments, or KV is not finite."""
+        limit_torch_threads()
         positions = step_positions(segments)
         if hidden.shape != (len(positions), self._spec.hidden):
             expected = f"{len(positions)} x {self._spec.hidden}"
@@ -65,5 +65,5 @@ class CutStage(ABC):
 
 
 def step_positions(segments: Sequence[Segment]) -> Positions:
-    """The position of every token of a step."""
+    """List the position of every token of a step."""
     return np.concatenate([np.arange(s.start, s.start + s.tokens, dtype=np.int64) for s in segments])

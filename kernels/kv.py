@@ -1,7 +1,7 @@
-"""Paged KV: one pool of blocks per peer and model, for all layers that it holds.
+"""Paged KV: one pool of blocks per peer and model, for all layers of the model that the peer holds.
 
-A block is `block_tokens` tokens in every layer of the pool, so a session needs one table for all layers. Address space is taken at
-once; the system commits memory page by page, when a token is first written there.
+A block holds `block_tokens` tokens in every layer of the pool, so a session needs one table for all layers. The pool reserves its
+address space at the start; the system commits memory page by page as tokens are written.
 """
 
 import mmap
@@ -16,7 +16,7 @@ from meshd.types import LayerRange, ModelSpec
 
 F32 = npt.NDArray[np.float32]
 BLOCK_TOKENS = 32
-"""Whole blocks are what attention reads, so another size than a multiple of 32 changes the last bits (`attention.py`)."""
+"""Attention reads whole blocks. A size that is no multiple of `attention.KEY_STEP` would change the last bits of its result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class BlockTable:
     """The blocks of one session, in the order of its tokens."""
 
     id: int
-    """Names the table in its pool."""
+    """Unique within the pool."""
     blocks: tuple[int, ...]
     block_tokens: int
     contiguous: bool
@@ -32,15 +32,16 @@ class BlockTable:
 
     @property
     def capacity(self) -> int:
-        """Tokens that it has room for."""
+        """Number of tokens that fit."""
         return len(self.blocks) * self.block_tokens
 
 
 class KVPool:
     """K and V of `layers`, each `[block, token, kv_head, head_dim]` float32.
 
-    `allocate` and `free` may be called from any thread, `write` and `read` from the one that computes. `copy_out` and `copy_in` may
-    be called from another one for positions that no step computes on meanwhile: those before a step's first, or of another table.
+    Any thread may call `allocate` and `free`; only the compute thread may call `write` and `read`. Another thread may call
+    `copy_out` and `copy_in` for positions that the running step does not write: those of other tables, and those before the step's
+    first one.
     """
 
     def __init__(self, spec: ModelSpec, layers: LayerRange, blocks: int, block_tokens: int = BLOCK_TOKENS) -> None:
@@ -52,7 +53,7 @@ class KVPool:
         self.layer_bytes = 4 * 2 * spec.kv_heads * spec.head_dim
         """K and V of one token in one layer."""
         self.bytes = 4 * int(np.prod(shape))
-        # An anonymous mapping, since numpy asks for huge pages, which would commit 2 MiB per layer for the first token.
+        # An anonymous mapping rather than np.empty: numpy asks for huge pages, which commit 2 MiB per layer for the first token.
         try:
             mapping = mmap.mmap(-1, max(self.bytes, 1))
         except (OSError, OverflowError) as error:
@@ -68,7 +69,10 @@ class KVPool:
         return len(self._free)
 
     def allocate(self, tokens: int) -> BlockTable:
-        """Room for `tokens` (at least 1), in one run of blocks if there is one. Raises: OutOfMemory; then nothing changed."""
+        """Allocate blocks for `tokens` tokens (at least 1), contiguous ones if possible.
+
+        Raises: OutOfMemory, without having changed anything.
+        """
         count = -(-max(tokens, 1) // self.block_tokens)
         with self._lock:
             if count > len(self._free):
@@ -84,7 +88,7 @@ class KVPool:
             return table
 
     def free(self, table: BlockTable) -> int:
-        """Give the blocks back; how many. Idempotent: a table that is not live frees nothing."""
+        """Free a table's blocks. Idempotent. Returns: the number of blocks freed; 0 for a table that this pool does not have."""
         with self._lock:
             if self._live.get(table.id) is not table:
                 return 0
@@ -93,58 +97,60 @@ class KVPool:
             return len(table.blocks)
 
     def write(self, layer: int, table: BlockTable, start: int, k: F32, v: F32) -> None:
-        """Store `[tokens, kv_heads, head_dim]` at positions from `start` on.
+        """Store `[tokens, kv_heads, head_dim]` at the positions that begin with `start`.
 
-        Raises: LocalFault outside the table or the layers, or if a value is not finite: whole blocks are read, and a mask does not
-        stop NaN from reaching whoever has the block next.
+        Raises: LocalFault for a position outside the table, a layer outside the pool, or a value that is not finite. Attention
+        reads whole blocks, and NaN gets through a mask: it would spoil the answers of the block's next session.
         """
         end = start + len(k)
         self._check(layer, table, end)
         if not (np.isfinite(k).all() and np.isfinite(v).all()):
-            raise LocalFault(
-                f"layer {layer} can't go on at position {start}: its K or V is not finite", hint="check the model file"
-            )
+            raise LocalFault(f"layer {layer} can't store position {start}: its K or V is not finite", hint="check the model file")
         slots = self._slots[layer - self.layers.start]
-        where = self._where(table, start, end)
+        where = self._slots_of(table, start, end)
         slots[0, where] = k
         slots[1, where] = v
 
     def read(self, layer: int, table: BlockTable, tokens: int) -> tuple[F32, F32]:
-        """K and V of the blocks that hold the first `tokens` positions, `[whole blocks, kv_heads, head_dim]` each.
+        """Read K and V of the blocks that hold the first `tokens` positions.
 
-        A view if the blocks are contiguous, else a copy of the same shape and strides, so that what is computed on it has the same
-        bits wherever the blocks lie. Slots not yet written are finite. Raises: LocalFault outside the table or the layers.
+        Returns: K and V, each `[tokens rounded up to whole blocks, kv_heads, head_dim]`: a view if the blocks are contiguous,
+        otherwise a copy of the same shape and strides, so that results have the same bits for any blocks. Slots not yet written are
+        finite.
+        Raises: LocalFault for a position outside the table or a layer outside the pool.
         """
         self._check(layer, table, tokens)
         slots = self._slots[layer - self.layers.start]
-        where = self._where(table, 0, tokens + -tokens % self.block_tokens)
+        where = self._slots_of(table, 0, tokens + -tokens % self.block_tokens)
         return slots[0, where], slots[1, where]
 
     def copy_out(self, layers: LayerRange, table: BlockTable, start: int, end: int) -> F32:
-        """KV of positions `[start, end)` as `[layers, 2, tokens, kv_heads, head_dim]`, a copy.
+        """Copy the KV of positions `[start, end)`.
 
-        Raises: LocalFault outside the table or the layers.
+        Returns: `[layers, 2, tokens, kv_heads, head_dim]`.
+        Raises: LocalFault for a position outside the table or a layer outside the pool.
         """
         self._check_copy(layers, table, start, end)
         first = layers.start - self.layers.start
-        where = self._where(table, start, end)
+        where = self._slots_of(table, start, end)
         return np.ascontiguousarray(self._slots[first : first + len(layers), :, where], "<f4")
 
     def copy_in(self, layers: LayerRange, table: BlockTable, start: int, values: memoryview) -> None:
-        """Store what `copy_out` gave, as little-endian bytes, at positions from `start` on.
+        """Store a result of `copy_out`, as little-endian bytes, at the positions that begin with `start`.
 
-        Raises: LocalFault outside the table or the layers, for a torn piece, or if a value is not finite; then nothing is stored.
+        Raises: LocalFault, without having stored anything: for a position outside the table, a layer outside the pool, a size that
+        is not that of whole tokens, or a value that is not finite.
         """
         size = len(layers) * self.layer_bytes
         if not size or not len(values) or len(values) % size:
-            raise LocalFault(f"{len(values)} bytes are no whole tokens of KV in layers {layers}: each has {size}")
+            raise LocalFault(f"{len(values)} bytes are not whole tokens of KV in layers {layers}: a token has {size}")
         tokens = len(values) // size
         self._check_copy(layers, table, start, start + tokens)
         given = np.frombuffer(values, "<f4").reshape(len(layers), 2, tokens, *self._slots.shape[3:])
         if not np.isfinite(given).all():
             raise LocalFault(f"KV of positions {start} to {start + tokens - 1} is not finite")
         first = layers.start - self.layers.start
-        self._slots[first : first + len(layers), :, self._where(table, start, start + tokens)] = given
+        self._slots[first : first + len(layers), :, self._slots_of(table, start, start + tokens)] = given
 
     def _check_copy(self, layers: LayerRange, table: BlockTable, start: int, end: int) -> None:
         if not layers or layers not in self.layers:
@@ -152,8 +158,8 @@ class KVPool:
         if not 0 <= start < end <= table.capacity:
             raise LocalFault(f"positions {start} to {end - 1} are outside their table, which has room for {table.capacity} tokens")
 
-    def _where(self, table: BlockTable, start: int, end: int) -> slice | npt.NDArray[np.int64]:
-        """The slots of positions `[start, end)`."""
+    def _slots_of(self, table: BlockTable, start: int, end: int) -> slice | npt.NDArray[np.int64]:
+        """Find the slots of positions `[start, end)`."""
         if table.contiguous:
             first = table.blocks[0] * self.block_tokens
             return slice(first + start, first + end)
@@ -169,7 +175,7 @@ class KVPool:
 
 
 def _choose(free: list[int], count: int) -> tuple[int, ...]:
-    """The first run of `count` among the ascending `free` blocks, else the lowest ones."""
+    """Choose the first `count` contiguous blocks of the ascending list `free`; if there are none, its first `count` blocks."""
     for first in range(len(free) - count + 1):
         if free[first + count - 1] - free[first] == count - 1:
             return tuple(free[first : first + count])

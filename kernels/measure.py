@@ -1,4 +1,4 @@
-"""What this device can do with a backend, measured on made-up weights of the kind that it will serve."""
+"""Measures this device's rates with a backend, on synthetic weights of the kind that most models have."""
 
 import statistics
 import time
@@ -19,12 +19,12 @@ CHUNK_TOKENS = 128
 LONG_CONTEXT = 2048
 SMALL_LAYERS, LARGE_LAYERS = 8, 2
 BANDWIDTH_BYTES = 64 << 20
-"""Read by each thread: more than most caches hold."""
+"""Bytes that each thread reads: more than the caches of most processors."""
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """Rates of one backend with one thread count. Bytes of weights are counted as stored in the model's file."""
+class BackendRates:
+    """Rates of one backend with one thread count. The size of weights is that in the model's file, not in memory."""
 
     decode_bytes_s: float
     prefill_flops_s: float
@@ -52,37 +52,37 @@ class SyntheticWeights:
 
 
 def random_q4_1(rng: np.random.Generator, blocks: int) -> bytes:
-    """Blocks of weights around zero, up to about 0.1."""
+    """Make random Q4_1 blocks whose weights are between -0.1 and 0.1."""
     raw = rng.integers(0, 256, (blocks, 20), np.uint8)
     raw[:, :4] = np.array([0.0125, -0.1], np.float16).view(np.uint8)
     return raw.tobytes()
 
 
-def measure(backend_name: str, threads: int, budget_s: float) -> Measured:
-    """Time the backend for about `budget_s` seconds, loading aside. Raises: ConfigError, OutOfMemory."""
+def measure(backend_name: str, threads: int, budget_s: float) -> BackendRates:
+    """Measure a backend for about `budget_s` seconds, plus the time to load weights. Raises: ConfigError, OutOfMemory."""
     backend = make_backend(backend_name, threads)
-    small = _Rig(backend, _spec(hidden=512, ffn=1536), SMALL_LAYERS)
-    large = _Rig(backend, _spec(hidden=2048, ffn=5632), LARGE_LAYERS)
+    small = _TimedStage(backend, _spec(hidden=512, ffn=1536), SMALL_LAYERS)
+    large = _TimedStage(backend, _spec(hidden=2048, ffn=5632), LARGE_LAYERS)
     reader = BandwidthReader(threads)
     try:
-        works = [
+        workloads = [
             lambda: small.step(0, 1),
             lambda: large.step(0, 1),
             lambda: large.step(LONG_CONTEXT - 1, 1),
             lambda: large.step(0, CHUNK_TOKENS),
             reader.read,
         ]
-        small_s, large_s, long_s, chunk_s, read_s = medians_s(works, budget_s)
+        small_s, large_s, long_s, chunk_s, read_s = medians_s(workloads, budget_s)
     finally:
         small.close()
         large.close()
     small_s = small_s / SMALL_LAYERS
     large_s, long_s, chunk_s = (seconds / LARGE_LAYERS for seconds in (large_s, long_s, chunk_s))
     memory = reader.bytes / read_s
-    # Noise may make the large step no slower than the small one; then its plain rate is the best guess.
+    # Noise may make the large step no slower than the small one. Then the large step's own rate is the best estimate.
     decode = (large.layer_bytes - small.layer_bytes) / max(large_s - small_s, large_s / 2)
     attention_s = max(long_s - large_s, large.kv_bytes(LONG_CONTEXT) / memory)
-    return Measured(
+    return BackendRates(
         decode_bytes_s=decode,
         prefill_flops_s=2 * large.layer_parameters * CHUNK_TOKENS / chunk_s,
         memory_bytes_s=memory,
@@ -92,7 +92,7 @@ def measure(backend_name: str, threads: int, budget_s: float) -> Measured:
 
 
 class BandwidthReader:
-    """Reads memory with some threads at once."""
+    """Reads memory with several threads at once."""
 
     def __init__(self, threads: int) -> None:
         self._arrays = [np.ones(BANDWIDTH_BYTES // 4, np.float32) for _ in range(threads)]
@@ -106,22 +106,25 @@ class BandwidthReader:
         self._workers.map(np.max, self._arrays)
 
 
-def medians_s(works: Sequence[Callable[[], object]], budget_s: float) -> list[float]:
-    """The median time of each, in turns, so that a busy moment hits all alike; at least one round after one that does not count."""
-    times: list[list[float]] = [[] for _ in works]
+def medians_s(workloads: Sequence[Callable[[], object]], budget_s: float) -> list[float]:
+    """Time workloads in turns, so that a busy moment affects all of them: one warm-up round, then at least one timed round.
+
+    Returns: the median time of each workload, in seconds.
+    """
+    times: list[list[float]] = [[] for _ in workloads]
     end = time.perf_counter() + budget_s
-    for work in works:
-        work()
+    for workload in workloads:
+        workload()
     while not times[0] or time.perf_counter() < end:
-        for work, taken in zip(works, times, strict=True):
+        for workload, taken in zip(workloads, times, strict=True):
             start = time.perf_counter()
-            work()
+            workload()
             taken.append(time.perf_counter() - start)
     return [statistics.median(taken) for taken in times]
 
 
-class _Rig:
-    """Some layers with KV, ready to be timed."""
+class _TimedStage:
+    """A stage with synthetic weights and filled KV."""
 
     def __init__(self, backend: Backend, spec: ModelSpec, layers: int) -> None:
         self._spec = spec
@@ -148,7 +151,7 @@ class _Rig:
         return 8 * tokens * self._spec.kv_heads * self._spec.head_dim
 
     def step(self, start: int, tokens: int) -> None:
-        """All layers over `tokens` tokens from position `start` on."""
+        """Compute all layers over `tokens` tokens, the first at position `start`."""
         segments = [Segment(self._table, start, tokens)]
         self._stage.forward(self._hidden[:tokens], segments, self._kv)
 

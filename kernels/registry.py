@@ -1,4 +1,4 @@
-"""The backends by name: which are installed, and how to make one."""
+"""Lists the installed backends and makes one by its name."""
 
 from importlib.util import find_spec
 
@@ -10,7 +10,7 @@ ACCELERATED = ("torch-cuda", "torch-mps")
 
 
 def available_backends() -> tuple[str, ...]:
-    """List the backends whose libraries are installed, fastest first, without exact forms. Imports none of them."""
+    """List the backends whose libraries are installed, fastest first, without `-exact` ones. Does not import the libraries."""
     libraries = {"onnxruntime": ("onnxruntime", "onnx", "torch"), "torch": ("torch",)}
     return tuple(name for name, needed in libraries.items() if all(find_spec(library) for library in needed))
 
@@ -25,7 +25,9 @@ def make_backend(name: str, threads: int) -> Backend:
     plain = name.partition("-")[0] if name in (f"onnxruntime{EXACT}", *ACCELERATED) else name
     if plain not in available_backends():
         known = ", ".join(available_backends()) or "none"
-        raise ConfigError(f"no backend {name!r} here: installed are {known}", hint="choose one of them, or install its library")
+        raise ConfigError(
+            f"no backend {name!r} here: installed are {known}", hint="choose an installed one, or install its library"
+        )
     if name.startswith("torch"):
         from meshd.kernels.torch.backend import TorchBackend
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoFormer, https://arxiv.org/abs/2104.09864), and how it is stretched for long contexts."""
+"""Rotary position embedding (RoFormer, https://arxiv.org/abs/2104.09864), and its scaling for long contexts."""
 
 import math
 
@@ -13,16 +13,19 @@ Positions = npt.NDArray[np.int64]
 
 
 class Rope:
-    """Rotations of some layers. Remembers the last positions asked for, since every layer of a step asks for the same."""
+    """Computes rotations, the same for several layers.
+
+    Caches the last result, since all layers of a step use the same positions.
+    """
 
     def __init__(self, frequencies: F64, magnitude: float = 1.0) -> None:
-        """`frequencies` `[rope_dim / 2]` in radians per token; rotated vectors get `magnitude` times as long."""
+        """`frequencies` `[rope_dim / 2]` are in radians per token; `magnitude` multiplies the length of rotated vectors."""
         self._frequencies = frequencies
         self._magnitude = magnitude
         self._last: tuple[bytes, F32, F32] | None = None
 
     def rows(self, positions: Positions) -> tuple[F32, F32]:
-        """Cosines and sines, each `[tokens, rope_dim / 2]`."""
+        """Compute the cosines and sines of positions, each `[tokens, rope_dim / 2]`."""
         key = positions.tobytes()
         if self._last is None or self._last[0] != key:
             angles = np.outer(positions, self._frequencies)
@@ -31,40 +34,40 @@ class Rope:
         return self._last[1], self._last[2]
 
 
-def plain_frequencies(turned: int, theta: float) -> F64:
-    """Of `turned` dimensions, `[turned / 2]`, in radians per token."""
-    found: F64 = theta ** (-np.arange(0, turned, 2, dtype=np.float64) / turned)
-    return found
+def base_frequencies(rope_dim: int, theta: float) -> F64:
+    """Compute the frequencies of `rope_dim` dimensions before any scaling. Returns: `[rope_dim / 2]`, in radians per token."""
+    frequencies: F64 = theta ** (-np.arange(0, rope_dim, 2, dtype=np.float64) / rope_dim)
+    return frequencies
 
 
 def rope_of(spec: ModelSpec, factors: F32 | None = None, *, windowed: bool = False) -> Rope:
-    """A model's rotations, or those of its layers with a window. `factors` `[rope_dim / 2]` divide the frequencies."""
+    """Make the `Rope` of a model's layers, or of its layers with a window. `factors` `[rope_dim / 2]` divide the frequencies."""
     theta = spec.rope_theta_windowed if windowed else spec.rope_theta
-    frequencies = plain_frequencies(spec.rope_dim or spec.head_dim, theta)
+    frequencies = base_frequencies(spec.rope_dim or spec.head_dim, theta)
     if windowed:
         return Rope(frequencies)
     if factors is not None:
         frequencies = frequencies / factors
     if spec.rope_scaling is not None:
-        frequencies = stretched(frequencies, theta, spec.rope_scaling)
+        frequencies = scale_frequencies(frequencies, theta, spec.rope_scaling)
     return Rope(frequencies, spec.rope_magnitude)
 
 
-def stretched(frequencies: F64, theta: float, scaling: RopeScaling) -> F64:
-    """Frequencies for a longer context: all of them lower, or with YaRN (https://arxiv.org/abs/2309.00071) the slow ones."""
+def scale_frequencies(frequencies: F64, theta: float, scaling: RopeScaling) -> F64:
+    """Lower the frequencies for a longer context: all of them, or with YaRN (https://arxiv.org/abs/2309.00071) the low ones."""
     slower = frequencies / scaling.factor
     if scaling.kind == "linear":
         return slower
-    turned = 2 * len(frequencies)
+    rope_dim = 2 * len(frequencies)
 
     def index(turns: float) -> float:
-        """Of the frequency that makes so many turns within the original context."""
-        return turned * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        """Compute the index of the frequency that makes `turns` turns within the original context."""
+        return rope_dim * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = index(scaling.beta_fast), index(scaling.beta_slow)
     if scaling.whole_bounds:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, turned - 1)
+    low, high = max(low, 0), min(high, rope_dim - 1)
     ramp = np.clip((np.arange(len(frequencies)) - low) / max(high - low, 0.001), 0, 1)
     blended: F64 = slower * ramp + frequencies * (1 - ramp)
     return blended

@@ -1,8 +1,8 @@
-"""Picks the next token. The draw is keyed by (seed, position), so any peer that holds the same logits picks the same token.
+"""Picks the next token. The random draw is keyed by (seed, position), so every peer picks the same token from the same logits.
 
-Order: repetition penalty (prompt and answer, as in CTRL, https://arxiv.org/abs/1909.05858), presence and frequency penalty (answer
-only) and logit bias as OpenAI defines them, temperature, top_k, top_p (https://arxiv.org/abs/1904.09751), min_p
-(https://arxiv.org/abs/2407.01082). Among equals the lowest id comes first.
+The steps, in order: repetition penalty (on prompt and answer, as in CTRL, https://arxiv.org/abs/1909.05858), presence and frequency
+penalty (on the answer only) and logit bias as OpenAI defines them, temperature, top_k, top_p (https://arxiv.org/abs/1904.09751),
+min_p (https://arxiv.org/abs/2407.01082). Of tokens with equal scores, the lowest id comes first.
 """
 
 from collections.abc import Iterable
@@ -18,8 +18,11 @@ F64 = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
 
-def needs_known(params: SamplingParams, answered: int) -> bool:
-    """The tokens that are there already matter: the prompt's to the repetition penalty alone, the answer's to all penalties."""
+def needs_past_tokens(params: SamplingParams, answered: int) -> bool:
+    """Whether picking the next token needs the tokens before it. `answered` is the number of tokens in the answer so far.
+
+    The repetition penalty needs prompt and answer; the other two penalties need the answer only.
+    """
     return params.repetition_penalty != 1 or bool(answered and (params.presence_penalty or params.frequency_penalty))
 
 
@@ -34,13 +37,14 @@ class Sampler:
             self.accept(token)
 
     def accept(self, token: int) -> None:
-        """The token joins the answer."""
+        """Append a token to the answer."""
         self._seen.add(token)
         self._counts[token] = self._counts.get(token, 0) + 1
 
     def pick(self, logits: F32, position: int) -> tuple[int, TokenLogprobs | None]:
-        """The token for `position` from `logits` `[vocab]`, with its logprobs if they were asked for.
+        """Pick the token at `position` from `logits` `[vocab]`.
 
+        Returns: the token, and its logprobs if the parameters ask for them.
         Raises: LocalFault if a logit is not finite, InvalidRequest if logit_bias names a token outside the vocabulary.
         """
         if not np.isfinite(logits).all():
@@ -50,7 +54,7 @@ class Sampler:
         return token, None if self._params.logprobs is None else _logprobs(logits, token, self._params.logprobs)
 
     def _adjust(self, logits: F32) -> F32:
-        """Penalties and bias; `logits` itself if there are none."""
+        """Apply penalties and bias. Returns: a copy, or `logits` itself if there are none."""
         params = self._params
         penalised = self._counts if params.presence_penalty or params.frequency_penalty else {}
         repeated = self._seen if params.repetition_penalty != 1 else set()
@@ -71,7 +75,7 @@ class Sampler:
 
 
 def _draw(scores: F32, params: SamplingParams, position: int) -> int:
-    """Inverse transform over the candidates in the order of their ids."""
+    """Draw a token by inverse transform sampling over the candidates, in the order of their ids."""
     scaled = scores.astype(np.float64) / params.temperature
     weights = np.exp(scaled - scaled.max())
     ids = _candidates(weights, params)
@@ -83,13 +87,16 @@ def _draw(scores: F32, params: SamplingParams, position: int) -> int:
 
 
 def uniform(seed: int, position: int) -> float:
-    """In [0, 1): Philox4x64 (https://doi.org/10.1145/2063384.2063405), key `seed` modulo 2^64, counter `position`."""
+    """Draw a number in [0, 1) from Philox4x64 with key `seed` modulo 2^64 and counter `position`.
+
+    Source: https://doi.org/10.1145/2063384.2063405.
+    """
     raw = np.random.Philox(key=seed % (1 << 64), counter=position << 64).random_raw()
     return (int(raw) >> 11) * 2.0**-53
 
 
 def _candidates(weights: F64, params: SamplingParams) -> Ids | None:
-    """Ids that top_k, top_p and min_p leave, ascending; None: all."""
+    """Filter ids by top_k, top_p and min_p. Returns: the remaining ids, ascending; None: all ids remain."""
     ids: Ids | None = None
     if 0 < params.top_k < len(weights):
         ids = np.sort(_largest(weights, params.top_k))
@@ -101,20 +108,20 @@ def _candidates(weights: F64, params: SamplingParams) -> Ids | None:
 
 
 def _nucleus(weights: F64, top_p: float) -> Ids:
-    """The fewest likeliest whose share of the weight is at least `top_p`; at least one."""
+    """Find the smallest set of likeliest ids whose share of the total weight is at least `top_p`. It has at least one id."""
     sums = np.cumsum(np.sort(weights)[::-1])
     return _largest(weights, int(np.searchsorted(sums, top_p * sums[-1])) + 1)
 
 
 def _largest(values: npt.NDArray[np.floating], count: int) -> Ids:
-    """Ids of the `count` largest values, in no order; among equals at the border the lowest ids."""
+    """Find the ids of the `count` largest values, in no order. Of equal values at the threshold, the lowest ids are taken."""
     if count >= len(values):
         return np.arange(len(values))
     if count == 0:
         return np.arange(0)
-    border = np.partition(values, len(values) - count)[len(values) - count]
-    above = np.flatnonzero(values > border)
-    return np.concatenate([above, np.flatnonzero(values == border)[: count - len(above)]])
+    threshold = np.partition(values, len(values) - count)[len(values) - count]
+    above = np.flatnonzero(values > threshold)
+    return np.concatenate([above, np.flatnonzero(values == threshold)[: count - len(above)]])
 
 
 def _descending(values: npt.NDArray[np.floating], ids: Ids) -> Ids:
@@ -122,7 +129,7 @@ def _descending(values: npt.NDArray[np.floating], ids: Ids) -> Ids:
 
 
 def _logprobs(logits: F32, token: int, count: int) -> TokenLogprobs:
-    """Log-softmax of the raw logits."""
+    """Compute the log-softmax of the raw logits, for `token` and the `count` likeliest tokens."""
     wide = logits.astype(np.float64)
     top = wide.max()
     wide -= top + np.log(np.exp(wide - top).sum())

@@ -1,8 +1,8 @@
-"""A few threads of our own, for work in large pieces.
+"""A thread pool for large work items, in place of torch's own pool.
 
-Torch itself keeps to one thread. Its pool waits by spinning: beside onnxruntime's pool that was measured at a third to a fifteenth
-of the speed, and beside two other busy processes a product took more than ten times as long. The order of MKL's sums, too, depends
-on the number of its threads, and so would the last bits.
+Torch is limited to one thread, because its pool waits by spinning. Measured next to onnxruntime's pool, it had a third to a
+fifteenth of its speed; next to two other busy processes, a product took more than ten times as long. The order of MKL's sums also
+depends on the number of its threads, so the last bits would too.
 """
 
 import threading
@@ -17,35 +17,38 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-_told = threading.local()
-"""Torch and MKL keep the number of their threads apart for each of ours."""
+_limited = threading.local()
+"""Whether the calling thread has set its limit: torch and MKL keep a thread count for each thread that calls them."""
 
 
-def one_thread() -> None:
-    """Have torch keep to one thread in the calling thread, which is about to compute."""
-    if not hasattr(_told, "once"):
+def limit_torch_threads() -> None:
+    """Limit torch to one thread in the calling thread. Every thread that computes must call this first."""
+    if not hasattr(_limited, "done"):
         torch.set_num_threads(1)
-        _told.once = True
+        _limited.done = True
 
 
 class Workers:
-    """`threads` threads, the caller's included."""
+    """A pool of `threads` threads, one of which is the caller's own."""
 
     def __init__(self, threads: int) -> None:
-        one_thread()
+        limit_torch_threads()
         self.threads = threads
-        self._pool = ThreadPoolExecutor(threads - 1, "kernels", one_thread) if threads > 1 else None
+        self._pool = ThreadPoolExecutor(threads - 1, "kernels", limit_torch_threads) if threads > 1 else None
 
     def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """`work` of every item, in their order. Whoever is free takes the next, so a thread that wakes late holds nobody up."""
+        """Call `work` for every item. A free thread takes the next item, so a thread that wakes up late delays no other.
+
+        Returns: the results, in the order of the items.
+        """
         if self._pool is None or len(items) == 1:
             return [work(item) for item in items]
-        waiting, results = deque(enumerate(items)), dict[int, Result]()
+        queue, results = deque(enumerate(items)), dict[int, Result]()
 
         def drain() -> None:
-            while waiting:
+            while queue:
                 try:
-                    index, item = waiting.popleft()
+                    index, item = queue.popleft()
                 except IndexError:
                     return
                 results[index] = work(item)

@@ -1,4 +1,4 @@
-"""Activations as bytes: what a wire dtype's name means. Little-endian, row-major, `[tokens, hidden]`."""
+"""Encodes and decodes activations `[tokens, hidden]` in each wire dtype. Little-endian, row-major."""
 
 import sys
 from dataclasses import dataclass
@@ -13,24 +13,24 @@ F32 = npt.NDArray[np.float32]
 
 
 class WireDtype(Protocol):
-    """One precision on the wire."""
+    """How activations of one precision become bytes."""
 
     def size(self, tokens: int, hidden: int) -> int:
-        """Bytes of `[tokens, hidden]`."""
+        """Return the number of bytes of `[tokens, hidden]`."""
         ...
 
     def encode(self, hidden: F32) -> memoryview:
-        """`[tokens, hidden]` to bytes."""
+        """Encode `[tokens, hidden]`."""
         ...
 
     def decode(self, payload: memoryview, tokens: int, hidden: int) -> F32:
-        """Bytes of the right size to `[tokens, hidden]`; may be a read-only view of them."""
+        """Decode a payload of the right size. Returns: `[tokens, hidden]`, which may be a read-only view of the payload."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Exact:
-    """`f32`: as it lies in memory, so that neither side copies."""
+class Float32:
+    """`f32`: the same bytes as in memory, so that neither side has to copy."""
 
     def size(self, tokens: int, hidden: int) -> int:
         return 4 * tokens * hidden
@@ -42,18 +42,19 @@ class Exact:
         return np.frombuffer(payload, "<f4").reshape(tokens, hidden).astype(np.float32, copy=sys.byteorder == "big")
 
 
-WIRE_DTYPES: dict[str, WireDtype] = {"f32": Exact()}
+WIRE_DTYPES: dict[str, WireDtype] = {"f32": Float32()}
 
 
 def encode(hidden: F32, dtype: str) -> memoryview:
-    """`[tokens, hidden]` as a payload of `dtype`. Raises: ProtocolViolation for a dtype unknown here."""
+    """Encode `[tokens, hidden]` in `dtype`. Raises: ProtocolViolation for an unknown dtype."""
     return _find(dtype).encode(hidden)
 
 
 def decode(payload: bytes | bytearray | memoryview, dtype: str, tokens: int, hidden: int) -> F32:
-    """A payload as `[tokens, hidden]`; with `f32` a view that lives as long as the payload, read-only if that is.
+    """Decode a payload.
 
-    Raises: ProtocolViolation for a dtype unknown here or a payload of another size.
+    Returns: `[tokens, hidden]`. With `f32` it is a view of the payload, read-only if the payload is.
+    Raises: ProtocolViolation for an unknown dtype or a payload of another size.
     """
     found, view = _find(dtype), memoryview(payload)
     expected = found.size(tokens, hidden)

@@ -1,4 +1,4 @@
-"""Composes the agents of one peer: the daemon's over a device and its network, the simulator's over simulated ones."""
+"""Composes the agents of one peer. The daemon gives it a real device and network, the simulator simulated ones."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -50,14 +50,14 @@ log = getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PeerSignals:
-    """What agents announce to agents that are constructed after them."""
+    """Signals from agents to agents that are constructed later."""
 
     link_up: Signal[PeerId, Hello, tuple[str, int]] = field(default_factory=Signal)
     link_down: Signal[PeerId, str] = field(default_factory=Signal)
     notice: Signal[str] = field(default_factory=Signal)
-    """A person should see this."""
+    """A message for the user."""
     peer_gone: Signal[PeerId, str] = field(default_factory=Signal)
-    """A peer's link is down, and the table of peers knows it."""
+    """A peer's link is down, and the peer table already has this change."""
     advert_received: Signal[Advert] = field(default_factory=Signal)
     changed: Signal[()] = field(default_factory=Signal[()])
     """Something in this peer's advert changed."""
@@ -66,28 +66,28 @@ class PeerSignals:
     layers_changed: Signal[()] = field(default_factory=Signal[()])
     """Layers were loaded or freed here."""
     orphaned: Signal[SessionRecord] = field(default_factory=Signal)
-    """The coordinator of a session whose record is kept here is gone."""
+    """The coordinator of a session is gone, and this peer has the session's record."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerSettings:
-    """What a person may set, and the bounds of a peer's queues."""
+    """The settings that agents need, and the limits of a peer's queues."""
 
     models: tuple[str, ...] = ()
-    """To be placed from the start."""
+    """Models to place at the start."""
     mirror: bool = False
     copies: int
-    """Of each layer, that the keeper keeps resident in the cluster."""
+    """Number of copies of each layer that the keeper maintains in the cluster."""
     max_sessions: int
     queue_limit: int
     queue_wait_s: float
     outputs_limit_bytes: int
-    """For outputs of stages that are kept to be sent again."""
+    """Memory for stage outputs that are kept in case they must be sent again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """What a peer stands on; the simulator replaces the device, the network and the files."""
+    """What a peer's agents are composed from. The simulator passes a simulated device, network and storage."""
 
     me: PeerId
     name: str
@@ -95,13 +95,13 @@ class Parts:
     incarnation: int
     settings: PeerSettings
     signals: PeerSignals
-    """Those given to `links`, `prober` and `library` too."""
+    """`links`, `prober` and `library` must have been constructed with the same signals."""
     clock: Clock
     telemetry: Telemetry
     capability: Capability
-    """As measured at the start."""
+    """As measured at the start of the daemon."""
     measure_free_bytes: Callable[[], int]
-    """Memory that is free now, in bytes."""
+    """Measures the free memory, in bytes."""
     backend: Backend
     compute: ComputeQueue
     links: Links
@@ -140,7 +140,7 @@ class Peer:
     story_collector: StoryCollector
 
     def register(self) -> None:
-        """Take every message from the links."""
+        """Register the agents' handlers of messages from other peers."""
         for agent in (
             self.library,
             self.weight_server,
@@ -159,7 +159,7 @@ class Peer:
 
     @asynccontextmanager
     async def running(self, sources: Iterable[Source]) -> AsyncIterator[None]:
-        """Run all agents inside the block; on leaving it they are cancelled and their memory is freed."""
+        """Run all agents inside the block. On exit they are cancelled and their memory is freed."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 running = [
@@ -187,7 +187,10 @@ class Peer:
             self.compute.close()
 
     async def leave(self, close_clients: Callable[[], Awaitable[None]]) -> None:
-        """Hand sessions over and say goodbye. Clients go first: they must not see the error of a peer that is already gone."""
+        """Hand over sessions, close the clients' connections, then the links.
+
+        Clients come before links, because a coordinator without links would send them an error about lost peers.
+        """
         self.journal.flush()
         self.coordinator.leave()
         await close_clients()
@@ -195,17 +198,20 @@ class Peer:
         await self.links.close("this peer stops")
 
     async def drain(self, timeout_s: float, on_waiting: Callable[[str], None]) -> None:
-        """Take no new work, and wait until what runs here has ended or moved away, or until the time is over."""
+        """Refuse new work, and wait for at most `timeout_s` until all sessions here have ended or moved to other peers.
+
+        `on_waiting` is called with a description of what it waits for.
+        """
         await self.drainer.leave(timeout_s, on_waiting, answers=lambda: len(self.coordinator.answers))
 
     def _on_token(self, sender: PeerId, message: Token, payload: memoryview) -> None:
-        # Stages first: the first stage starts its next step before the client is served, so that the pipeline does not wait.
+        # Stages come before the coordinator: the first stage must start its next step before the token is sent to the client.
         self.stages.on_token(sender, message, payload)
         self.coordinator.on_token(sender, message, payload)
 
     def _on_error(self, sender: PeerId, message: Error, payload: memoryview) -> None:
         if message.request:
-            return  # the reply to a request that is no longer waited for
+            return  # the reply to a request that already timed out or was cancelled
         log.warning("%s (%.8s) reports: %s (%s)", self.membership.name_of(sender), sender, message.message, message.code)
         if message.session is not None:
             self.stages.on_error(sender, message)
@@ -374,7 +380,7 @@ def _subscribe(parts: Parts, memory: FreeMemory, peer: Peer) -> None:
         parts.telemetry.kv_blocks_free(sum(pool.blocks_free for pool in pools))
 
     def peer_gone(gone: PeerId, reason: str) -> None:
-        # The coordinator first: it starts the recovery, which the work of the others must not delay.
+        # The coordinator comes first, since it starts the recovery, which the other agents must not delay.
         peer.coordinator.on_peer_gone(gone, reason)
         peer.stages.on_peer_gone(gone, reason)
         peer.journal.on_peer_gone(gone)

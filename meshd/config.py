@@ -1,7 +1,7 @@
-"""Resolve a peer's settings into one frozen `Config`; the table of settings is in `meshd.settings`.
+"""Finds the values of a peer's settings and makes one frozen `Config`. `meshd.settings` has the table of settings.
 
-A value comes from the first of these that names it: flag, environment (`MESHD_*`, one for every flag), config file, default. Each
-value keeps its origin, so that an error and `meshd config` can name it. This is the only file that reads the environment.
+A value comes from the first of these that has one: flag, environment (`MESHD_*`, one variable for every flag), config file,
+default. Each value keeps its origin, which errors and `meshd config` show. Only this file reads the environment.
 """
 
 import os
@@ -14,7 +14,7 @@ from meshd.settings import SETTINGS, SETTINGS_BY_NAME, RawValue, Setting, Value
 from meshd.values import Address
 
 API_KEY_FILE = "api.key"
-"""In the state folder; made by `meshd key api`."""
+"""A file of the state folder. `meshd key api` creates it."""
 
 EXACT_BACKEND = "onnxruntime-exact"
 
@@ -32,22 +32,22 @@ class Config:
     discovery: tuple[str, ...]
     interfaces: tuple[str, ...]
     memory_bytes: int | None
-    """The most memory that meshd may take; None: all that is free."""
+    """The most memory that meshd may use. None: all free memory."""
     threads: int
-    """0: one thread for each core that this process may use."""
+    """Compute threads. 0: one for each core that this process may use."""
     backend: str
     exact: bool
     """Activations stay in full precision."""
     models: tuple[str, ...]
-    """References of models to place at the start."""
+    """References of the models to place at the start."""
     roles: tuple[str, ...]
     copies: int
-    """Peers that hold each placed layer, where memory allows; 1: no standby copies."""
+    """Number of peers that hold each placed layer, if memory allows. 1: no standby copies."""
     mirror: bool
     max_sessions: int
     queue_limit: int
     drain_timeout: float
-    """Seconds that a stopping daemon waits for its sessions to end or move away; 0: it stops at once."""
+    """Seconds that a stopping daemon waits for its sessions to end or to move to other peers. 0: it does not wait."""
     state: Path
     cache: Path
     models_dir: Path
@@ -58,43 +58,43 @@ class Config:
 
     @property
     def wanted_backend(self) -> str:
-        """The backend's name in `meshd.kernels`; torch has no second name, since it always computes in full precision."""
+        """The backend's name for `meshd.kernels.registry`. Torch has no `-exact` variant: it always computes in full precision."""
         return EXACT_BACKEND if self.exact and not self.backend.startswith("torch") else self.backend
 
 
 class Settings:
-    """Resolves settings one at a time, so that a client reads only those it needs."""
+    """Finds the values of settings one at a time, so that a command reads only the settings that it needs."""
 
     def __init__(self, flags: Mapping[str, RawValue | None] | None = None, environ: Mapping[str, str] | None = None) -> None:
-        """`flags` by setting name; None means not given. `environ` defaults to the process's own."""
+        """`flags` maps names of settings to values; None means not given. `environ` defaults to the process's environment."""
         self._flags = flags or {}
         self._environ = os.environ if environ is None else environ
         self._known: dict[str, Value] = {}
         self._file: dict[str, RawValue] | None = None
 
     def __getitem__(self, name: str) -> Value:
-        """Raises: ConfigError."""
+        """Find the value of a setting. Raises: ConfigError."""
         if name not in self._known:
             self._known[name] = self._resolve(SETTINGS_BY_NAME[name])
         return self._known[name]
 
     def config(self) -> Config:
-        """Resolve all settings. Raises: ConfigError."""
+        """Find the values of all settings. Raises: ConfigError."""
         return Config(**{setting.key: self[setting.name].value for setting in SETTINGS if setting.name != "config"})
 
     def named(self, name: str) -> str | None:
-        """The unparsed text from the flag or the environment; None if neither gives the setting."""
+        """Return a setting's text from the flag or the environment, not parsed. Returns: None if neither has it."""
         found = self._raw_flag(SETTINGS_BY_NAME[name]) or self._raw_variable(SETTINGS_BY_NAME[name])
         return str(found[0]) if found else None
 
     def user_folder(self, kind: str) -> Path:
-        """The platform's folder for `config`, `state` or `cache` of this user."""
+        """Return this user's folder of a kind (`config`, `state` or `cache`) on this platform."""
         import platformdirs
 
         return Path(getattr(platformdirs, f"user_{kind}_dir")("meshd", appauthor=False))
 
     def hf_home(self) -> Path:
-        """Where Hugging Face's tools keep their cache on every platform."""
+        """Return the folder in which Hugging Face's tools keep their cache. It is the same on every platform."""
         caches = self._environ.get("XDG_CACHE_HOME") or "~/.cache"
         return Path(caches).expanduser() / "huggingface"
 
@@ -170,12 +170,14 @@ def _known_key(key: str, path: Path) -> str:
 def _file_value(key: str, value: object, path: Path) -> RawValue:
     items = value if isinstance(value, list) else [value]
     if any(not isinstance(item, int | float | str) for item in items):
-        raise ConfigError(f"setting {key} (from file {path}) is wrong: {value!r} is no text, number, true, false or list of them")
+        raise ConfigError(
+            f"setting {key} (from file {path}) is wrong: {value!r} is not a text, a number, a boolean or a list of them"
+        )
     return [str(item) for item in items] if isinstance(value, list) else str(value)
 
 
 def load_config(flags: Mapping[str, RawValue | None] | None = None, environ: Mapping[str, str] | None = None) -> Config:
-    """Resolve all settings into a `Config`. Raises: ConfigError."""
+    """Make a `Config` from flags, environment and config file. Raises: ConfigError."""
     return Settings(flags, environ).config()
 
 
@@ -189,7 +191,7 @@ def require_guarded_api(config: Config) -> None:
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without `MESHD_*`, for a child process that gets its settings as flags."""
+    """Copy this process's environment without `MESHD_*`, for a child process that gets its settings as flags."""
     return {name: value for name, value in os.environ.items() if not name.startswith("MESHD_")}
 
 

@@ -1,4 +1,4 @@
-"""The daemon of one device: its peer, composed from a `Config`, and its API server."""
+"""The daemon of one device: a peer that is composed from a `Config`, and its API server."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -41,12 +41,12 @@ log = getLogger(__name__)
 
 _QUEUE_WAIT_S = 60.0
 _OUTPUTS_BYTES = 128 << 20
-"""For outputs of stages that are kept to be sent again."""
+"""Memory for stage outputs that are kept in case they must be sent again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DaemonInfo:
-    """What `meshd up` tells once the daemon is up."""
+    """What `meshd up` prints once the daemon runs."""
 
     name: str
     peer: PeerId
@@ -54,7 +54,7 @@ class DaemonInfo:
     """The cluster's public fingerprint."""
     join_code: str
     new_cluster: bool
-    """This start made the cluster's key."""
+    """Whether this start created the cluster's key."""
     api: str
     link: str
     probe: ProbeResult
@@ -68,10 +68,13 @@ async def run_daemon(
     on_progress: Progress = lambda what, fraction: None,
     on_waiting: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Be a peer until `stop` is set, then leave: wait for what runs (`--drain-timeout`; `on_waiting` hears what for), then answers
-    that still run get an error, the others a goodbye, within a second.
+    """Run a peer until `stop` is set, then leave the cluster.
 
-    Raises: ConfigError, StorageError (the folder is in use), LocalFault (the device can't be measured). Cancel: as `stop`.
+    Leaving waits up to `--drain-timeout` for running sessions; `on_waiting` is called with a description of what it waits for.
+    After that, within a second, the clients of answers that still run get an error, and the other peers a goodbye message.
+
+    Raises: ConfigError, StorageError (the folder is in use), LocalFault (the device can't be measured).
+    Cancel: the peer leaves without waiting for its sessions.
     """
     require_guarded_api(config)
     folder = StateFolder.open(config.state)
@@ -107,22 +110,26 @@ async def run_daemon(
 
 
 def _cluster_key(config: Config, folder: StateFolder, clock: Clock) -> tuple[ClusterKey, bool]:
-    """The folder's key, or the one that was given, or a new one (True). Raises: ConfigError, StorageError."""
-    kept = load_cluster_key(folder)
+    """Choose the cluster's key: the folder's, or the one given in the settings, or a new one. Stores it in the folder.
+
+    Returns: the key, and whether it is new.
+    Raises: ConfigError, StorageError.
+    """
+    stored = load_cluster_key(folder)
     given = ClusterKey.from_code(config.key) if config.key else None
-    if kept is not None and given is not None and given != kept:
+    if stored is not None and given is not None and given != stored:
         raise ConfigError(
-            f"{folder.path} belongs to cluster {kept.fingerprint}, and the join code is of {given.fingerprint}",
-            hint="`meshd key join CODE` moves this device, or use another folder with --state DIR",
+            f"{folder.path} belongs to cluster {stored.fingerprint}, but the join code is of cluster {given.fingerprint}",
+            hint="move this device with `meshd key join CODE`, or use another folder with --state DIR",
         )
-    key = kept or given or ClusterKey.generate(clock.random_bytes)
-    if kept is None:
+    key = stored or given or ClusterKey.generate(clock.random_bytes)
+    if stored is None:
         store_cluster_key(folder, key)
-    return key, kept is None and given is None
+    return key, stored is None and given is None
 
 
 class Daemon:
-    """A peer of this device, with its API server."""
+    """This device's peer and its API server."""
 
     def __init__(self, config: Config, identity: Identity, measured: ProbeResult, clock: Clock) -> None:
         """Must be called inside the event loop."""
@@ -148,7 +155,10 @@ class Daemon:
 
     @asynccontextmanager
     async def serving(self, lock: StateLock) -> AsyncIterator[Server]:
-        """Be up inside the block. On leaving: clients get their error, the other peers a goodbye, memory is freed."""
+        """Run the peer and the API server inside the block.
+
+        On exit, the clients of running answers get an error, the other peers get a goodbye message, and memory is freed.
+        """
         peer, membership = self.peer, self.peer.membership
         peer.register()
         port = peer.links.bind()
@@ -208,7 +218,7 @@ class Daemon:
 
 
 def _parts(config: Config, identity: Identity, measured: ProbeResult, clock: Clock, telemetry: Telemetry) -> Parts:
-    """What the peer of this device stands on."""
+    """Make the parts of this device's peer."""
     capability = measured.capability
     signals, table = PeerSignals(), PeerTable()
     incarnation = int.from_bytes(clock.random_bytes(8), "big") >> 1

@@ -1,17 +1,17 @@
 """Every error that meshd raises on purpose.
 
 MeshdError                      code, message, hint; only its subclasses are raised
- +- UsageError                  the caller asked for something wrong
+ +- UsageError                  the request itself is wrong
  |   +- InvalidRequest          a field is wrong (param names it)
  |   +- ContextTooLong          prompt and answer exceed the model's context
  |   +- UnknownModel            no such model; nearest names in the hint
  |   +- UnknownSession          no such answer, or its record is gone
  |   +- ConfigError             a setting is wrong
- +- Unavailable                 right, but impossible now (retry_after_s says when)
+ +- Unavailable                 a valid request that can't be met now; retry_after_s estimates when
  |   +- Overloaded              a queue is full
  |   +- NotReady                the model is still loading (progress in 0..1)
  |   +- DoesNotFit              no plan fits; missing_bytes says by how much
- |   +- NoPeer                  a peer that was asked for is not here
+ |   +- NoPeer                  a peer that the request names is not in the cluster
  +- PeerFault                   another peer broke a rule or went away
  |   +- ProtocolViolation       its bytes break the protocol: the link closes
  |   +- PeerLost                it is gone, or silent for too long
@@ -19,20 +19,20 @@ MeshdError                      code, message, hint; only its subclasses are rai
  |   +- RemoteFailure           it answered ERROR
  |   +- Superseded              another coordinator has taken over the session
  +- LocalFault                  this device failed
-     +- StorageError            disk full, file torn, folder held by another
+     +- StorageError            disk full, file damaged, folder in use by another daemon
      +- DownloadError           a source could not be read
      +- ModelFileError          a model's file is broken; names the tensor
-     +- OutOfMemory             a reservation could not be met
+     +- OutOfMemory             not enough memory for a reservation
      +- Cancelled               the session was ended by its client or by shutdown
 
-Each class has one stable `code`, used alike in API JSON, wire ERROR, log and command line.
+Each class has one stable `code`, which is the same in API JSON, in ERROR messages on the wire, in the log and on the command line.
 """
 
 from typing import ClassVar
 
 
 class MeshdError(Exception):
-    """The root. `message` says what went wrong and why, `hint` what to do next."""
+    """The base class. `message` says what went wrong and why, `hint` what to do next."""
 
     code: ClassVar[str] = "internal_error"
 
@@ -46,7 +46,7 @@ class MeshdError(Exception):
 
 
 class UsageError(MeshdError):
-    """The caller asked for something wrong."""
+    """The request itself is wrong."""
 
     code = "invalid_request"
 
@@ -86,7 +86,7 @@ class ConfigError(UsageError):
 
 
 class Unavailable(MeshdError):
-    """The request is right but cannot be met now; `retry_after_s` estimates when it can."""
+    """The request is valid but can't be met now; `retry_after_s` estimates when it can."""
 
     code = "unavailable"
 
@@ -112,7 +112,7 @@ class NotReady(Unavailable):
 
 
 class DoesNotFit(Unavailable):
-    """No plan fits the live peers; `missing_bytes` says by how much at least."""
+    """No plan fits the live peers. At least `missing_bytes` more memory is needed."""
 
     code = "does_not_fit"
 
@@ -146,13 +146,13 @@ class PeerLost(PeerFault):
 
 
 class PeerRefused(PeerFault):
-    """The peer may not link with this one: another cluster, another version, a copied identity."""
+    """The peer may not link with this one: it has another cluster key, another version, or a copied identity."""
 
     code = "peer_refused"
 
 
 class RemoteFailure(PeerFault):
-    """The peer answered ERROR; `remote_code` is its code."""
+    """The peer answered with an ERROR message; `remote_code` is its code."""
 
     code = "remote_failure"
 
@@ -172,7 +172,7 @@ class LocalFault(MeshdError):
 
 
 class StorageError(LocalFault):
-    """Disk full, file torn, folder held by another daemon."""
+    """The disk is full, a file is damaged, or a folder is in use by another daemon."""
 
     code = "storage_error"
 
@@ -190,7 +190,7 @@ class ModelFileError(LocalFault):
 
 
 class OutOfMemory(LocalFault):
-    """A reservation could not be met."""
+    """There is not enough memory for a reservation."""
 
     code = "out_of_memory"
 

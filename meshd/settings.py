@@ -1,4 +1,4 @@
-"""The table of settings: names, defaults, parsers and help texts. `meshd.config` resolves their values."""
+"""The table of settings: names, defaults, parsers and help texts. `meshd.config` finds their values."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -25,11 +25,11 @@ API_PORT = 6374
 LINK_PORT = 6375
 
 RawValue = str | Sequence[str]
-"""A value before parsing: text, or a list of texts for a setting that may be repeated."""
+"""A value before parsing: a text, or a list of texts for a setting that may be repeated."""
 
 
 class Resolver(Protocol):
-    """What a computed default may depend on: other settings and the user's folders (`meshd.config.Settings`)."""
+    """Gives a computed default access to other settings and to the user's folders. Implemented by `meshd.config.Settings`."""
 
     def __getitem__(self, name: str) -> "Value": ...
 
@@ -46,17 +46,17 @@ class Setting:
     help: str
     default: Any = None
     computed: Callable[[Resolver], Any] | None = None
-    """Computes a default that depends on the machine or on other settings."""
+    """Computes the default, if it depends on the machine or on other settings."""
     parse: Callable[[str], Any] = parse_text
     metavar: str = "VALUE"
     many: bool = False
-    """May be repeated; commas separate too."""
+    """The flag may be repeated, and a value may be a list separated by commas."""
     switch: bool = False
-    """On or off; the bare flag is on."""
+    """On or off. The flag without a value means on."""
     field: str = ""
-    """`Config`'s field, where it is not the name with underscores. The setting `config` has no field."""
+    """The field of `Config`. Empty: the name with underscores. The setting `config` has no field."""
     fallbacks: tuple[tuple[str, str], ...] = ()
-    """Variables of other tools, tried after `MESHD_*`: (variable, path below its value)."""
+    """Environment variables of other tools, used if `MESHD_*` is not set: (variable, path to append to its value)."""
     secret: bool = False
 
     @property
@@ -68,7 +68,7 @@ class Setting:
         return "MESHD_" + self.name.upper().replace("-", "_")
 
     def convert(self, raw: RawValue, origin: str) -> Any:
-        """Parse a raw value. Raises: ConfigError, which names the setting and its origin."""
+        """Parse a raw value. Raises: ConfigError, which names the setting and the value's origin."""
         texts = [raw] if isinstance(raw, str) else list(raw)
         try:
             if self.many:
@@ -91,11 +91,11 @@ class Value:
 
     @property
     def chosen(self) -> bool:
-        """Whether a flag or the environment gave the value for this command."""
+        """Whether the value comes from a flag or the environment, that is, was chosen for this command."""
         return self.origin.startswith(("flag ", "environment "))
 
     def plain(self) -> Any:
-        """The value as JSON shows it; `(set)` for a secret."""
+        """Convert the value for JSON output; a secret becomes `(set)`."""
         if self.setting.secret and self.value is not None:
             return "(set)"
         if isinstance(self.value, tuple):

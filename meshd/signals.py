@@ -1,4 +1,4 @@
-"""Callbacks between agents that need one another: the caller is constructed first, the callee subscribes once it exists."""
+"""Callbacks between agents that need each other: the caller is constructed first, and the callee subscribes later."""
 
 from collections.abc import Callable
 from typing import Generic, TypeVarTuple
@@ -7,7 +7,7 @@ Ts = TypeVarTuple("Ts")
 
 
 class Signal(Generic[*Ts]):
-    """Called like a function; calls every subscriber, in the order of their subscriptions."""
+    """A function that calls all its subscribers, in the order in which they subscribed."""
 
     __slots__ = ("_subscribers",)
 
@@ -15,7 +15,7 @@ class Signal(Generic[*Ts]):
         self._subscribers: list[Callable[[*Ts], None]] = []
 
     def subscribe(self, *subscribers: Callable[[*Ts], None]) -> None:
-        """Add subscribers; what one of them raises, the caller of the signal gets, and the later ones are not called."""
+        """Add subscribers. An error of a subscriber reaches the caller of the signal, and later subscribers are not called."""
         self._subscribers += subscribers
 
     def __call__(self, *args: *Ts) -> None:

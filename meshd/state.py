@@ -1,4 +1,4 @@
-"""The state folder: private files with atomic writes, a lock for one daemon at a time, an id that reveals a copied folder."""
+"""The state folder: private files with atomic writes, a lock so that only one daemon uses it, and detection of copied folders."""
 
 import hashlib
 import os
@@ -18,18 +18,18 @@ MACHINE_FILES = (
     Path("/var/lib/dbus/machine-id"),
     Path("/sys/firmware/devicetree/base/serial-number"),
 )
-"""Files that identify an installation, or a board whose card was cloned. `place` hashes those that exist."""
+"""Files with an id of the installation, or of the board, since an SD card may be cloned. `location_id` hashes those that exist."""
 _LOCK = "lock"
-_TRIES, _TRY_S = 5, 0.02
-"""For the lock of a daemon: `read_holder` of another process may have it for a moment."""
+_TRIES, _RETRY_S = 5, 0.02
+"""Tries of a daemon to get the lock, since `read_holder` of another process may hold it for a moment."""
 _READ_TRIES = 3
-"""For `read_holder`: two readers at once would take each other for a daemon. With eight threads that read without a pause, 1017 of
-5000 answers were wrong after one try, 5 after two, none after three."""
+"""Tries of `read_holder`, since two readers at the same time would take each other for a daemon. With eight threads that read
+without a pause, 1017 of 5000 answers were wrong with one try, 5 with two tries, and none with three."""
 _OTHERS = 0o077
 
 
 class StateFolder:
-    """One peer's folder, mode 0700; its files have mode 0600."""
+    """One peer's folder. Its mode is 0700; its files have mode 0600."""
 
     def __init__(self, path: Path, machine_files: Iterable[Path] = MACHINE_FILES) -> None:
         self.path = path
@@ -37,7 +37,7 @@ class StateFolder:
 
     @classmethod
     def open(cls, path: Path, machine_files: Iterable[Path] = MACHINE_FILES) -> Self:
-        """Make the folder if needed and set its mode to 0700. Raises: StorageError."""
+        """Create the folder if needed and set its mode to 0700. Raises: StorageError."""
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             if path.stat().st_mode & _OTHERS:
@@ -65,7 +65,7 @@ class StateFolder:
             raise _unusable(path, error) from error
 
     def write(self, name: str, data: bytes) -> Path:
-        """Replace a file atomically and sync it: after a crash it has its old or its new content. Raises: StorageError."""
+        """Replace a file atomically and sync it. After a crash it has either its old or its new content. Raises: StorageError."""
         path = self.path / name
         try:
             descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=self.path)
@@ -83,8 +83,8 @@ class StateFolder:
             raise _unusable(path, error) from error
         return path
 
-    def place(self) -> str:
-        """Hash the machine's ids and the folder's inode, so that a copy of the folder gives another result."""
+    def location_id(self) -> str:
+        """Hash the machine's ids and the folder's inode. A copy of the folder gives another hash, on any machine."""
         digest = hashlib.sha256(b"meshd place")
         for path in self._machine_files:
             try:
@@ -103,27 +103,27 @@ class StateFolder:
 
 
 class Holder(msgspec.Struct, frozen=True, kw_only=True):
-    """The daemon that holds a state folder."""
+    """The daemon that uses a state folder."""
 
     pid: int
     api: str = ""
-    """Its HTTP address, once it listens."""
+    """Its HTTP address, once it listens; empty before."""
 
 
 class StateLock:
-    """Held while a daemon runs on a folder. It belongs to the open file: the kernel frees it when the process ends or is killed."""
+    """The lock that a daemon holds on its state folder. The kernel releases it when the process ends or is killed."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
     def announce(self, api: str) -> None:
-        """Tell other processes where this daemon's HTTP API is."""
+        """Write this daemon's process id and API address into the lock file, for `read_holder`."""
         content = msgspec.json.encode(Holder(pid=os.getpid(), api=api))
         os.pwrite(self._descriptor, content, 0)
         os.ftruncate(self._descriptor, len(content))
 
     def release(self) -> None:
-        """Let another daemon have the folder. May be repeated."""
+        """Release the lock. Idempotent."""
         if self._descriptor >= 0:
             os.ftruncate(self._descriptor, 0)
             os.close(self._descriptor)
@@ -137,50 +137,51 @@ class StateLock:
 
 
 def lock_state(path: Path, api: str = "") -> StateLock:
-    """Take the folder for this process. Raises: StorageError, naming the holder if there is one."""
+    """Lock the folder for this process. Raises: StorageError, which names the daemon that has the lock."""
     try:
         descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise _unusable(path / _LOCK, error) from error
     try:
-        held = _take(descriptor, _TRIES)
+        locked = _try_lock(descriptor, _TRIES)
     except OSError as error:
         os.close(descriptor)
         raise _unusable(path / _LOCK, error) from error
-    if not held:
+    if not locked:
         os.close(descriptor)
-        raise StorageError(f"{path} is in use {_by(read_holder(path))}", hint="stop it, or take another folder with --state DIR")
+        holder = _holder_text(read_holder(path))
+        raise StorageError(f"{path} is in use {holder}", hint="stop it, or use another folder with --state DIR")
     lock = StateLock(descriptor)
     lock.announce(api)
     return lock
 
 
-def _take(descriptor: int, tries: int) -> bool:
+def _try_lock(descriptor: int, tries: int) -> bool:
     for left in reversed(range(tries)):
         if lock_descriptor(descriptor, blocking=False):
             return True
         if left:
-            time.sleep(_TRY_S)
+            time.sleep(_RETRY_S)
     return False
 
 
 def read_holder(path: Path) -> Holder | None:
-    """Who holds the folder now; None if nobody does."""
+    """Read which daemon holds the folder's lock. Returns: None if no daemon does."""
     try:
         with open(path / _LOCK, "r+b") as file:
-            if _take(file.fileno(), _READ_TRIES):
+            if _try_lock(file.fileno(), _READ_TRIES):
                 return None
             return msgspec.json.decode(file.read(4096), type=Holder)
     except (OSError, msgspec.DecodeError, msgspec.ValidationError):
         return None
 
 
-def _by(holder: Holder | None) -> str:
+def _holder_text(holder: Holder | None) -> str:
     if holder is None:
         return "by another process"
     return f"by process {holder.pid}" + (f" ({holder.api})" if holder.api else "")
 
 
 def _unusable(path: Path, error: OSError) -> StorageError:
-    hint = "free space, fix its permissions, or take another folder with --state DIR"
+    hint = "free space, fix its permissions, or use another folder with --state DIR"
     return StorageError(f"{path} can't be used: {error.strerror or error}", hint=hint)

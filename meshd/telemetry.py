@@ -1,7 +1,7 @@
-"""A peer's metrics for `GET /metrics`, and its log.
+"""A peer's metrics for `GET /metrics`, and the format of its log.
 
-Times are in seconds and sizes in bytes, as Prometheus recommends. Labels take values from small sets only: this cluster's
-peers, the lanes of a link, the outcomes of a request.
+Times are in seconds and sizes in bytes, as Prometheus recommends. Labels have few different values: the cluster's peers, the lanes
+of a link, the outcomes of a request.
 """
 
 import json
@@ -26,7 +26,7 @@ _RATIOS = (0.5, 0.67, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0)
 
 
 class Telemetry:
-    """One peer's metrics, in a registry of its own, so that several peers can share a process."""
+    """One peer's metrics. They are in a separate registry, so that several peers can share a process."""
 
     content_type = CONTENT_TYPE_LATEST
 
@@ -59,58 +59,58 @@ class Telemetry:
         )
 
     def recovery(self, method: str, pause_s: float) -> None:
-        """Count an answer that continued after a change of plan."""
+        """Record that an answer continued after a change of plan."""
         self._recovery.labels(method).observe(pause_s)
 
     def ttft(self, seconds: float) -> None:
-        """An answer's first token came."""
+        """Record an answer's time to first token."""
         self._ttft.observe(seconds)
 
     def tpot(self, seconds: float) -> None:
-        """An answer ended; its mean time per output token after the first."""
+        """Record an answer's mean time per output token after the first."""
         self._tpot.observe(seconds)
 
     def hop(self, peer: str, seconds: float) -> None:
-        """One activation's way from or to `peer`."""
+        """Record the time of one activation from or to `peer`."""
         self._hop.labels(peer).observe(seconds)
 
     def stage_step(self, layers: str, phase: Literal["prefill", "decode"], seconds: float) -> None:
-        """A stage computed one step of its layers (`0-12`)."""
+        """Record one step of a stage with `layers`, such as `0-12`."""
         self._stage.labels(layers, phase).observe(seconds)
 
     def queue_wait(self, seconds: float) -> None:
-        """A request was admitted after this wait."""
+        """Record how long a request waited for admission."""
         self._queue_wait.observe(seconds)
 
     def tokens(self, *, prompt: int = 0, completion: int = 0) -> None:
-        """Tokens were prefilled or made."""
+        """Count prompt tokens that were read and answer tokens that were generated."""
         self._tokens.labels("prompt").inc(prompt)
         self._tokens.labels("completion").inc(completion)
 
     def request(self, route: str, outcome: str) -> None:
-        """An HTTP request ended: `ok`, `client_gone` or an error's code."""
+        """Count an HTTP request. `outcome` is `ok`, `client_gone` or an error's code."""
         self._requests.labels(route, outcome).inc()
 
     def link_bytes(self, peer: str, lane: str, *, sent: int = 0, received: int = 0) -> None:
-        """Bytes went over one lane of the link to `peer`."""
+        """Count bytes on one lane of the link to `peer`."""
         self._link_bytes.labels(peer, lane, "sent").inc(sent)
         self._link_bytes.labels(peer, lane, "received").inc(received)
 
     def sessions_active(self, count: int) -> None:
-        """How many sessions this peer coordinates now."""
+        """Set the number of sessions that this peer coordinates."""
         self._sessions.set(count)
 
     def kv_blocks_free(self, count: int) -> None:
-        """How many KV blocks this peer has free now."""
+        """Set the number of this peer's free KV blocks."""
         self._kv_free.set(count)
 
     def prediction(self, what: Literal["ttft", "tpot"], predicted_s: float, measured_s: float) -> None:
-        """Compare a prediction with the measured time. Without a prediction nothing is counted."""
+        """Record the ratio of a measured to a predicted time. A prediction of 0 means that there is none."""
         if predicted_s > 0:
             self._prediction.labels(what).observe(measured_s / predicted_s)
 
     def render(self) -> bytes:
-        """All metrics in Prometheus' text format, of type `content_type`."""
+        """Format all metrics in Prometheus' text format, whose content type is `content_type`."""
         return generate_latest(self.registry)
 
 
@@ -137,14 +137,14 @@ def _quoted(value: object) -> str:
 
 
 class TextFormatter(logging.Formatter):
-    """One event, one line of key=value; a value with spaces or quotes is a JSON string."""
+    """Formats an event as one line of key=value. A value with spaces or quotes is a JSON string."""
 
     def format(self, record: logging.LogRecord) -> str:
         return " ".join(f"{name}={_quoted(value)}" for name, value in _fields(record))
 
 
 class JsonFormatter(logging.Formatter):
-    """One event, one JSON object on one line."""
+    """Formats an event as one JSON object on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
         return json.dumps(dict(_fields(record)), default=str, ensure_ascii=False)
@@ -154,13 +154,15 @@ _HANDLER = "meshd"
 
 
 def configure_logging(level: str = "info", log_format: LogFormat = "text", *, stream: TextIO | None = None) -> None:
-    """Log to `stream` (standard error), one line per event; fields come from `extra`. Calling it again replaces the set-up.
+    """Log to `stream` (default: standard error), one line per event, with the fields of `extra`. A second call replaces the first.
 
-    `level` is meshd's own; of libraries only warnings and worse are shown, unless it is `debug`. Raises: ValueError.
+    `level` applies to meshd. Libraries log from `warning` up, or everything if `level` is `debug`.
+
+    Raises: ValueError for an unknown level.
     """
     number = logging.getLevelNamesMapping().get(level.upper())
     if number is None:
-        raise ValueError(f"{level!r} is no log level")
+        raise ValueError(f"{level!r} is not a log level")
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.set_name(_HANDLER)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())

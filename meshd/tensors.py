@@ -8,18 +8,18 @@ HELD_BITS = {
     "F32": 32.0, "F16": 16.0, "BF16": 16.0, "Q4_0": 7.0, "Q4_1": 8.13, "Q5_0": 11.0, "Q5_1": 12.25, "Q8_0": 11.0, "Q4_K": 8.13,
     "Q5_K": 12.25, "Q6_K": 14.0, "IQ4_NL": 11.0, "MXFP4": 11.0,
 }  # fmt: skip
-"""Bits per weight in memory once a backend has loaded it, by kind. Measured from outside the process on a matrix of 67 million
-weights in onnxruntime 1.32, which packs codes, scales and their sums, and keeps the scales; torch's form is smaller."""
+"""Bits per weight in memory after loading, by kind. Measured as the growth of a process that loaded a matrix of 67 million weights
+with onnxruntime 1.32, which packs codes, scales and their sums and also keeps the scales. Torch's form is smaller."""
 
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight")
-"""Divisors of a rotation's frequencies; a file has at most one of these tensors."""
+"""Tensors with divisors of the rotation's frequencies. A file has at most one of them."""
 UNUSED = ("rope_factors_long.weight",)
-"""Divisors for contexts longer than the model was first trained on. Unused: they change its answers from the first token on."""
+"""Tensors that are not used: divisors for contexts beyond the training length. They would change answers within that length too."""
 EXPERT_PROJECTIONS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 
 
 def projections(spec: ModelSpec) -> Shapes:
-    """Matrices of one layer by their short names, `[out, in]`; those of experts have one more axis in front."""
+    """Shapes of one layer's matrices by their short names: `[out, in]`, or `[experts, out, in]`."""
     hidden, ffn = spec.hidden, spec.ffn
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     shapes: Shapes = {"attn_output": (hidden, queries)}
@@ -36,12 +36,12 @@ def projections(spec: ModelSpec) -> Shapes:
 
 
 def norm_names(spec: ModelSpec) -> list[str]:
-    """Names of a layer's norms over the hidden state."""
+    """List the names of a layer's norms over the hidden state."""
     return ["attn_norm", spec.ffn_norm] * spec.pre_norm + ["post_attention_norm", "post_ffw_norm"] * spec.post_norm
 
 
 def layer_shapes(spec: ModelSpec) -> Shapes:
-    """Shapes of one layer's tensors by their names without `blk.N.`."""
+    """Shapes of one layer's tensors, by name without `blk.N.`."""
     matrices = projections(spec)
     shapes: Shapes = {f"{name}.weight": shape for name, shape in matrices.items()}
     shapes |= {f"{name}.bias": matrices[name][:-1] for name in spec.biases}
@@ -56,7 +56,7 @@ def layer_shapes(spec: ModelSpec) -> Shapes:
 
 
 def border_shapes(spec: ModelSpec) -> Shapes:
-    """Shapes of the tensors outside the layers: embedding, final norm and, unless it is tied, head."""
+    """Shapes of the tensors outside the layers: embedding, final norm, and the head unless it is tied."""
     shapes: Shapes = {"token_embd.weight": (spec.vocab, spec.hidden), "output_norm.weight": (spec.hidden,)}
     return shapes if spec.tied_head else shapes | {"output.weight": (spec.vocab, spec.hidden)}
 
@@ -67,7 +67,7 @@ def rope_shape(spec: ModelSpec) -> tuple[int, ...]:
 
 
 def tensor_shape(spec: ModelSpec, name: str) -> tuple[int, ...]:
-    """Shape of the model's tensor of this name. Raises: KeyError."""
+    """Look up the shape of a tensor by its full name. Raises: KeyError."""
     if name in ROPE_FACTORS:
         return rope_shape(spec)
     block, _, rest = name.partition(".")

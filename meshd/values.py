@@ -1,6 +1,6 @@
 """Parsers of setting values: sizes, addresses, counts, names, paths.
 
-Each takes text and raises a ValueError that says what is wrong with it.
+Each takes text, and raises a ValueError that says what is wrong with the text.
 """
 
 import re
@@ -17,7 +17,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a socket listens or is dialled."""
+    """A host and a port to listen on or to dial."""
 
     host: str
     port: int
@@ -32,96 +32,96 @@ class Address:
 
 
 def parse_text(text: str) -> str:
-    """Text that is not blank, stripped."""
+    """Strip text; blank text is an error."""
     if not text.strip():
         raise ValueError("it is empty")
     return text.strip()
 
 
 def parse_size(text: str) -> int:
-    """`4GiB` and `4G` are 4 * 2**30 bytes, `4GB` is 4 * 10**9, `4096` is bytes."""
+    """Parse a size: `4GiB` and `4G` are 4 * 2**30 bytes, `4GB` is 4 * 10**9 bytes, `4096` is a number of bytes."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"{text!r} is no size like 4GiB")
+        raise ValueError(f"{text!r} is not a size like 4GiB")
     number, prefix, binary, byte = match.groups()
     base = 1000 if byte and not binary else 1024
     size = int(float(number) * base ** " KMGT".index(prefix.upper() or " "))
     if size <= 0:
-        raise ValueError(f"{text!r} is no size above 0")
+        raise ValueError(f"{text!r} is not a size above 0")
     return size
 
 
 def parse_address(text: str, default_port: int) -> Address:
-    """`host`, `host:port`, `[v6]:port` or `http://host:port`."""
+    """Parse `host`, `host:port`, `[IPv6]:port` or `http://host:port`."""
     match = _ADDRESS.fullmatch(text.strip().removeprefix("http://").rstrip("/"))
     port = int(match[2]) if match and match[2] else default_port
     if match is None or port > 65535:
-        raise ValueError(f"{text!r} is no HOST:PORT")
+        raise ValueError(f"{text!r} is not HOST:PORT")
     return Address(match[1].strip("[]"), port)
 
 
 def parse_name(text: str) -> str:
-    """A peer's name: it stands in `name:0-12,name:12-30`, so no comma, colon or space."""
+    """Parse a peer's name. It has no comma, colon or space, since stage lists are written as `name:0-12,name:12-30`."""
     if not _NAME.fullmatch(text):
-        raise ValueError(f"{text!r} is no name of letters, digits, '.', '_' and '-' (63 at most)")
+        raise ValueError(f"{text!r} is not a name of letters, digits, '.', '_' and '-' (63 at most)")
     return text
 
 
 def parse_path(text: str) -> Path:
-    """An absolute path; `~` is the user's home."""
+    """Make a path absolute; `~` is the user's home."""
     return Path(text).expanduser().absolute()
 
 
 def parse_url(text: str) -> str:
-    """An http(s) URL, without a slash at its end."""
+    """Parse an http(s) URL; a slash at its end is removed."""
     if not text.startswith(("http://", "https://")):
-        raise ValueError(f"{text!r} is no http(s) URL")
+        raise ValueError(f"{text!r} is not an http(s) URL")
     return text.rstrip("/")
 
 
 def address(default_port: int) -> Callable[[str], Address]:
-    """A parser of addresses whose port may be left out."""
+    """Make a parser of addresses whose port may be omitted."""
     return lambda text: parse_address(text, default_port)
 
 
 def count(least: int) -> Callable[[str], int]:
-    """A parser of whole numbers from `least` up."""
+    """Make a parser of whole numbers that are at least `least`."""
 
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
-            raise ValueError(f"{text!r} is no whole number from {least} up")
+            raise ValueError(f"{text!r} is not a whole number of at least {least}")
         return int(text)
 
     return parse
 
 
 def parse_seconds(text: str) -> float:
-    """A time from 0 up."""
+    """Parse a time in seconds, at least 0."""
     try:
         seconds = float(text)
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < float("inf"):
-        raise ValueError(f"{text!r} is no number of seconds from 0 up")
+        raise ValueError(f"{text!r} is not a number of seconds of at least 0")
     return seconds
 
 
 def parse_switch(text: str) -> bool:
-    """`on`, `yes`, `true`, `1` or `off`, `no`, `false`, `0`, in any case."""
-    switched = _SWITCHES.get(text.strip().lower())
-    if switched is None:
+    """Parse `on`, `yes`, `true`, `1` or `off`, `no`, `false`, `0`, in upper or lower case."""
+    on = _SWITCHES.get(text.strip().lower())
+    if on is None:
         raise ValueError(f"{text!r} is neither on nor off")
-    return switched
+    return on
 
 
 def choice_of(*choices: str) -> Callable[[str], str]:
-    """A parser of one word out of these."""
+    """Make a parser that accepts only these words."""
 
     def parse(text: str) -> str:
         if text in choices:
             return text
         if text in _NOT_BUILT_YET:
-            raise ValueError(f"{text!r} is not built yet; there is {', '.join(choices)}")
+            raise ValueError(f"{text!r} is not built yet; choose from {', '.join(choices)}")
         raise ValueError(f"{text!r} is none of {', '.join(choices)}")
 
     return parse

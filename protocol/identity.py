@@ -185,7 +185,7 @@ def load_identity(folder: StateFolder, cluster: ClusterKey, random_bytes: Callab
     private, notice = _load_private(folder)
     if private is None:
         private = Ed25519PrivateKey.from_private_bytes(random_bytes(32))
-        folder.write(IDENTITY_FILE, f"{_PLACE}{folder.place()}\n".encode() + _pem(private))
+        folder.write(IDENTITY_FILE, f"{_PLACE}{folder.location_id()}\n".encode() + _pem(private))
     pem = cluster.certify(private.public_key()).public_bytes(serialization.Encoding.PEM)
     if folder.read(CERTIFICATE_FILE) != pem:
         folder.write(CERTIFICATE_FILE, pem)
@@ -203,7 +203,7 @@ def _load_private(folder: StateFolder) -> tuple[Ed25519PrivateKey | None, str]:
     if data is None:
         return None, ""
     first, _, pem = data.partition(b"\n")
-    if first.startswith(_PLACE.encode()) and first != f"{_PLACE}{folder.place()}".encode():
+    if first.startswith(_PLACE.encode()) and first != f"{_PLACE}{folder.location_id()}".encode():
         return None, f"{folder.path} is a copy of another peer's folder, so this peer has made a new identity"
     try:
         private = serialization.load_pem_private_key(pem, password=None)

@@ -1,4 +1,4 @@
-"""Shared by all tests."""
+"""Set-up of all tests: signals, hypothesis, and the order of tests with real daemons."""
 
 import signal
 from pathlib import Path
@@ -6,24 +6,53 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from meshd.agents.device.memory import usable_cores
+from meshd.agents.device.probe import probe_key
+from meshd.agents.device.probe_record import BackendTrial, ProbeRecord, save_record
+from meshd.config import Config, load_config
+from meshd.types import Rates
+
 pytest.register_assert_rewrite("real_daemons", "fake_api")
 
-# Run by nohup or as a shell's background job, these are ignored, which the processes that tests start would inherit and respect.
+# Under nohup or in a shell's background job, these signals are ignored, and processes that tests start would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-hypothesis.settings.register_profile("untimed", deadline=None)  # how long an example takes says nothing on a busy machine
+hypothesis.settings.register_profile("untimed", deadline=None)  # on a busy machine any example may be slow
 hypothesis.settings.load_profile("untimed")
 
 ONE_AFTER_ANOTHER = {"cluster": "daemons", "chaos": "hosts", "netlab": "hosts"}
-"""Folders whose tests run real daemons: two of them at once on two cores are enough (`pytest -n 2 --dist loadgroup`)."""
+"""Folder -> group of tests that must not run at the same time, since they start real daemons (`pytest -n 2 --dist loadgroup`)."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long ones first, each kind in a row."""
+    """Put tests that start real daemons first, since they take longest."""
     folder = Path(__file__).parent
     for item in items:
         group = ONE_AFTER_ANOTHER.get(item.path.relative_to(folder).parts[0])
         if group is not None:
             item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
+@pytest.fixture
+def local_config(tmp_path: Path) -> Config:
+    """Settings of a daemon that only this machine can reach, with a cached measurement so that it starts at once."""
+    (tmp_path / "config.toml").touch()
+    paths = {"state": "state", "cache": "cache", "hf-cache": "hf", "config": "config.toml"}
+    folders = {name: str(tmp_path / path) for name, path in paths.items()}
+    addresses = {"api": "127.0.0.1:0", "link": "127.0.0.1:0"}
+    config = load_config(folders | addresses | {"discovery": "static", "backend": "torch", "threads": "1"}, {})
+    rates = Rates(
+        decode_bytes_s=1e9,
+        prefill_flops_s=1e10,
+        memory_bytes_s=1e10,
+        attention_bytes_s=1e9,
+        disk_bytes_s=0.0,
+        layer_overhead_s=1e-4,
+    )
+    trial = BackendTrial(backend="torch", rates=rates)
+    config.cache.mkdir()
+    record = ProbeRecord(key=probe_key(usable_cores(), 1, ("torch",)), trials=(trial,), disk_bytes_s=1e8, measured_at=1.0)
+    save_record(config.cache, record)
+    return config

@@ -28,7 +28,7 @@ _SAMPLES = {
     "on|off": "on",
     "SECONDS": "2.5",
 }
-"""A right value by metavar."""
+"""A valid value for each metavar."""
 
 
 def _load(tmp_path: Path, flags: Mapping[str, RawValue] | None = None, environ: Mapping[str, str] | None = None) -> Config:
@@ -47,7 +47,7 @@ def test_every_field_of_config_has_one_setting() -> None:
     assert len({setting.variable for setting in SETTINGS}) == len(SETTINGS)
 
 
-def test_defaults_are_the_contracts(tmp_path: Path) -> None:
+def test_defaults_are_as_documented(tmp_path: Path) -> None:
     config = _load(tmp_path)
     assert config.api == Address("127.0.0.1", 6374)
     assert config.link == Address("0.0.0.0", 6375)
@@ -98,13 +98,13 @@ def test_the_file_may_hold_numbers_lists_and_either_spelling(tmp_path: Path) -> 
         ('config = "other.toml"', "does not exist: config"),
     ],
 )
-def test_a_wrong_file_is_named(tmp_path: Path, text: str, says: str) -> None:
+def test_the_error_for_a_wrong_file_names_it(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=r"config\.toml") as caught:
         load_config({"config": _file(tmp_path, text)}, {})
     assert says in str(caught.value)
 
 
-def test_a_missing_file_matters_only_if_it_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_file_is_an_error_only_if_it_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     assert Settings({}, {})["threads"].origin == "default"
     with pytest.raises(ConfigError, match="there is no config file"):
@@ -114,12 +114,16 @@ def test_a_missing_file_matters_only_if_it_was_named(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("flags", "environ", "says"),
     [
-        ({"memory": "4 potatoes"}, {}, "setting memory (from flag --memory) is wrong: '4 potatoes' is no size"),
-        ({}, {"MESHD_THREADS": "-1"}, "setting threads (from environment MESHD_THREADS) is wrong: '-1' is no whole number from 0"),
+        ({"memory": "4 potatoes"}, {}, "setting memory (from flag --memory) is wrong: '4 potatoes' is not a size"),
+        (
+            {},
+            {"MESHD_THREADS": "-1"},
+            "setting threads (from environment MESHD_THREADS) is wrong: '-1' is not a whole number of at least 0",
+        ),
         ({"discovery": ["mqtt"]}, {}, "'mqtt' is not built yet"),
-        ({"copies": "0"}, {}, "setting copies (from flag --copies) is wrong: '0' is no whole number from 1"),
+        ({"copies": "0"}, {}, "setting copies (from flag --copies) is wrong: '0' is not a whole number of at least 1"),
         ({"mirror": "maybe"}, {}, "'maybe' is neither on nor off"),
-        ({"drain-timeout": "-1"}, {}, "'-1' is no number of seconds"),
+        ({"drain-timeout": "-1"}, {}, "'-1' is not a number of seconds"),
         ({}, {"MESHD_API": "127.0.0.1:99999"}, "setting api (from environment MESHD_API)"),
     ],
 )
@@ -131,20 +135,20 @@ def test_an_error_names_the_setting_and_its_origin(
     assert says in str(caught.value)
 
 
-def test_hugging_faces_own_variables_are_honoured(tmp_path: Path) -> None:
+def test_hugging_faces_variables_set_its_cache(tmp_path: Path) -> None:
     assert _load(tmp_path, {}, {"HF_HOME": "/hf"}).hf_cache == Path("/hf/hub")
     assert _load(tmp_path, {}, {"HF_HOME": "/hf", "HF_HUB_CACHE": "/cache"}).hf_cache == Path("/cache")
     assert _load(tmp_path, {}, {"XDG_CACHE_HOME": "/xdg"}).hf_cache == Path("/xdg/huggingface/hub")
 
 
-def test_pips_index_serves_where_ours_is_not_named(tmp_path: Path) -> None:
+def test_pips_index_is_used_unless_meshd_has_its_own(tmp_path: Path) -> None:
     assert _load(tmp_path).pypi_index == "https://pypi.org/simple"
     assert _load(tmp_path, {}, {"PIP_INDEX_URL": "https://mirror/simple/"}).pypi_index == "https://mirror/simple"
     both = {"PIP_INDEX_URL": "https://mirror/simple", "MESHD_PYPI_INDEX": "https://own/simple"}
     assert _load(tmp_path, {}, both).pypi_index == "https://own/simple"
 
 
-def test_models_lie_below_the_cache_unless_told_otherwise(tmp_path: Path) -> None:
+def test_models_are_below_the_cache_by_default(tmp_path: Path) -> None:
     assert _load(tmp_path, {"cache": "/c"}).models_dir == Path("/c/models")
     assert _load(tmp_path, {"cache": "/c", "models-dir": "/m"}).models_dir == Path("/m")
 
@@ -169,6 +173,6 @@ def test_a_secret_is_never_shown(tmp_path: Path) -> None:
     assert value.value == "secret"
 
 
-def test_debug_is_on_for_anything_but_nothing_and_0() -> None:
+def test_debug_is_off_only_for_an_empty_value_and_0() -> None:
     assert [debug_wanted({"MESHD_DEBUG": text}) for text in ("1", "", "0")] == [True, False, False]
     assert not debug_wanted({})

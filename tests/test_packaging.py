@@ -1,4 +1,4 @@
-"""What an installation holds: `meshd/` and nothing else, with every package in it."""
+"""What a wheel contains: `meshd/` with every module, and nothing else."""
 
 import shutil
 import subprocess
@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("meshd", "agents", "protocol", "kernels", "tui")
+FOLDERS = ("meshd", "agents", "protocol", "kernels", "tui")
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.Path:
-    """Built without a network from a copy of the tree, since setuptools leaves `build/` behind."""
+    """Build a wheel without a network, from a copy of the tree, since setuptools leaves a `build/` folder."""
     tree = tmp_path_factory.mktemp("tree")
-    for name in (*ROOMS, "pyproject.toml", "README.md", "LICENSE"):
+    for name in (*FOLDERS, "pyproject.toml", "README.md", "LICENSE"):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
@@ -36,7 +36,10 @@ def test_a_wheel_holds_only_meshd(wheel: zipfile.Path) -> None:
 
 def test_a_wheel_holds_every_module_of_the_tree(wheel: zipfile.Path) -> None:
     modules = {
-        path.relative_to(ROOT).as_posix() for room in ROOMS for path in (ROOT / room).rglob("*.py") if not _through_a_link(path)
+        path.relative_to(ROOT).as_posix()
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*.py")
+        if not _through_a_link(path)
     }
     expected = {module if module.startswith("meshd/") else f"meshd/{module}" for module in modules}
     assert "meshd/agents/service.py" in expected
@@ -51,7 +54,7 @@ def test_a_wheel_holds_its_data_licence_and_command(wheel: zipfile.Path) -> None
     assert "meshd = meshd.cli:main" in wheel.root.read(entry_points).decode()
 
 
-def test_no_top_level_name_of_others_is_taken() -> None:
+def test_top_level_names_of_other_distributions_are_not_used() -> None:
     script = "from importlib.util import find_spec; print(*(spec.origin for n in %r if (spec := find_spec(n))), sep='\\n')"
     result = subprocess.run(
         [sys.executable, "-P", "-c", script % (["agents", "kernels", "protocol", "tui"],)],
@@ -66,8 +69,8 @@ def test_no_top_level_name_of_others_is_taken() -> None:
 
 def test_every_package_is_declared() -> None:
     declared = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    folders = (path.parent for room in ROOMS for path in (ROOT / room).rglob("__init__.py") if not _through_a_link(path))
-    names = (".".join(folder.relative_to(ROOT).parts) for folder in folders)
+    packages = (path.parent for folder in FOLDERS for path in (ROOT / folder).rglob("__init__.py") if not _through_a_link(path))
+    names = (".".join(package.relative_to(ROOT).parts) for package in packages)
     assert {name if name.split(".")[0] == "meshd" else f"meshd.{name}" for name in names} == declared
 
 

@@ -1,4 +1,4 @@
-"""The rows of the table of settings, apart from where their values come from."""
+"""The table of settings. `test_config.py` tests where values come from."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ def test_names_and_variables_are_unique_and_spelled_alike() -> None:
         assert setting.variable.removeprefix("MESHD_").lower().replace("_", "-") == setting.name
 
 
-def test_the_field_is_the_name_unless_the_row_names_another() -> None:
+def test_the_field_of_config_is_the_name_unless_the_setting_has_another() -> None:
     assert Setting(name="queue-limit", help="x").key == "queue_limit"
     assert SETTINGS_BY_NAME["peer"].key == "peers"
 
@@ -48,11 +48,11 @@ def test_every_default_of_a_plain_setting_passes_its_own_parser() -> None:
 @pytest.mark.parametrize(
     ("origin", "chosen"), [("flag --name", True), ("environment MESHD_NAME", True), ("file /x", False), ("default", False)]
 )
-def test_a_flag_or_a_variable_is_a_choice_for_this_command(origin: str, chosen: bool) -> None:
+def test_a_value_from_a_flag_or_a_variable_is_chosen_for_this_command(origin: str, chosen: bool) -> None:
     assert Value(SETTINGS_BY_NAME["name"], "x", origin).chosen is chosen
 
 
-def test_values_are_shown_as_json_can_hold_them_and_secrets_are_not_shown() -> None:
+def test_values_are_converted_for_json_and_secrets_are_hidden() -> None:
     rows = [
         ("key", "secret", "(set)"),
         ("key", None, None),

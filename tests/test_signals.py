@@ -1,4 +1,4 @@
-"""Callbacks between agents: who is called, in which order, and what an error does."""
+"""Signals: which subscribers are called, in which order, and what happens on an error."""
 
 import pytest
 

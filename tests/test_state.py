@@ -1,4 +1,4 @@
-"""The state folder: private, whole after a crash, held by one daemon."""
+"""The state folder: file modes, atomic writes, and the lock of a daemon."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ def folder(tmp_path: Path) -> StateFolder:
     return StateFolder.open(tmp_path / "deep" / "state")
 
 
-def test_folder_and_files_are_closed_to_others(folder: StateFolder) -> None:
+def test_other_users_have_no_access_to_folder_and_files(folder: StateFolder) -> None:
     folder.write("a", b"secret")
     assert folder.path.stat().st_mode & 0o777 == 0o700
     assert (folder.path / "a").stat().st_mode & 0o777 == 0o600
@@ -34,7 +34,7 @@ def test_a_write_replaces_the_whole_file_and_leaves_nothing_beside_it(folder: St
     assert folder.read("b") is None
 
 
-def test_what_can_not_be_written_is_one_clear_error_and_keeps_the_old(folder: StateFolder) -> None:
+def test_a_failed_write_is_a_storage_error_and_leaves_no_temporary_file(folder: StateFolder) -> None:
     (folder.path / "a").mkdir()
     with pytest.raises(StorageError, match="can't be used"):
         folder.write("a", b"x")
@@ -44,27 +44,27 @@ def test_what_can_not_be_written_is_one_clear_error_and_keeps_the_old(folder: St
         StateFolder.open(folder.path.parent / "file" / "state")
 
 
-def test_a_file_that_others_can_read_is_not_read(folder: StateFolder) -> None:
+def test_a_file_that_other_users_can_read_is_refused(folder: StateFolder) -> None:
     path = folder.write("a", b"x")
     path.chmod(0o604)
     with pytest.raises(StorageError, match="0604"):
         folder.read("a")
 
 
-def test_the_place_changes_with_the_folder_and_with_the_machine(tmp_path: Path) -> None:
+def test_the_location_id_changes_with_the_folder_and_with_the_machine(tmp_path: Path) -> None:
     machine = tmp_path / "machine-id"
     machine.write_text("one\n")
     one = StateFolder.open(tmp_path / "s", (machine, tmp_path / "none"))
-    place = one.place()
-    assert place == StateFolder.open(tmp_path / "s", (machine,)).place()
-    assert place != StateFolder.open(tmp_path / "t", (machine,)).place()
+    before = one.location_id()
+    assert before == StateFolder.open(tmp_path / "s", (machine,)).location_id()
+    assert before != StateFolder.open(tmp_path / "t", (machine,)).location_id()
     os.rename(tmp_path / "s", tmp_path / "moved")
-    assert StateFolder.open(tmp_path / "moved", (machine,)).place() == place
+    assert StateFolder.open(tmp_path / "moved", (machine,)).location_id() == before
     machine.write_text("two\n")
-    assert StateFolder.open(tmp_path / "moved", (machine,)).place() != place
+    assert StateFolder.open(tmp_path / "moved", (machine,)).location_id() != before
 
 
-def test_a_second_daemon_is_told_who_holds_the_folder(folder: StateFolder) -> None:
+def test_the_error_of_a_second_daemon_names_the_holder_of_the_lock(folder: StateFolder) -> None:
     assert read_holder(folder.path) is None
     with lock_state(folder.path) as lock:
         with pytest.raises(StorageError, match=f"in use by process {os.getpid()}"):
@@ -78,12 +78,12 @@ def test_a_second_daemon_is_told_who_holds_the_folder(folder: StateFolder) -> No
     lock_state(folder.path).release()
 
 
-def test_the_lock_file_is_closed_to_others(folder: StateFolder) -> None:
+def test_other_users_have_no_access_to_the_lock_file(folder: StateFolder) -> None:
     with lock_state(folder.path):
         assert (folder.path / "lock").stat().st_mode & 0o777 == 0o600
 
 
-def test_the_lock_is_held_by_the_open_file_not_by_the_process(folder: StateFolder) -> None:
+def test_the_lock_belongs_to_the_open_file_not_to_the_process(folder: StateFolder) -> None:
     with lock_state(folder.path):
         with (folder.path / "lock").open("r+b"):
             pass  # a POSIX lock (fcntl F_SETLK) would be lost here
@@ -91,13 +91,13 @@ def test_the_lock_is_held_by_the_open_file_not_by_the_process(folder: StateFolde
             lock_state(folder.path)
 
 
-def test_readers_at_once_take_no_dead_daemon_for_a_running_one(folder: StateFolder) -> None:
+def test_simultaneous_readers_do_not_report_a_dead_daemon(folder: StateFolder) -> None:
     (folder.path / "lock").write_bytes(b'{"pid": 1, "api": "x:1"}')  # as a killed daemon leaves it
     with ThreadPoolExecutor(4) as threads:
         assert set(threads.map(read_holder, [folder.path] * 100)) == {None}
 
 
-def test_a_folder_that_can_not_be_locked_is_one_clear_error(folder: StateFolder) -> None:
+def test_a_folder_that_can_not_be_locked_is_a_storage_error(folder: StateFolder) -> None:
     with pytest.raises(StorageError, match="can't be used: No such file"):
         lock_state(folder.path / "missing")
     (folder.path / "lock").mkdir()
@@ -107,13 +107,13 @@ def test_a_folder_that_can_not_be_locked_is_one_clear_error(folder: StateFolder)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_home_is_one_clear_error(folder: StateFolder) -> None:
+def test_a_read_only_folder_is_a_storage_error(folder: StateFolder) -> None:
     folder.path.chmod(0o500)
     with pytest.raises(StorageError, match="lock can't be used: Permission denied"):
         lock_state(folder.path)
 
 
-def test_a_killed_daemon_holds_nothing(folder: StateFolder) -> None:
+def test_the_lock_of_a_killed_daemon_is_free(folder: StateFolder) -> None:
     script = (
         "import pathlib, sys; from meshd.state import lock_state; lock = lock_state(pathlib.Path(sys.argv[1]), 'x:1');"
         "print('held', flush=True); sys.stdin.read()"

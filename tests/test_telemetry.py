@@ -1,4 +1,4 @@
-"""Metrics and logs as their readers get them."""
+"""Metrics as Prometheus reads them, and log lines."""
 
 import io
 import json
@@ -19,7 +19,7 @@ def samples(telemetry: Telemetry) -> dict[str, float]:
     }
 
 
-def test_everything_counted_is_rendered() -> None:
+def test_every_recorded_value_is_rendered() -> None:
     telemetry = Telemetry()
     telemetry.ttft(0.2)
     telemetry.tpot(0.02)
@@ -47,13 +47,13 @@ def test_everything_counted_is_rendered() -> None:
     assert seen["meshd_prediction_ratio_sum[('what', 'tpot')]"] == pytest.approx(1.5)
 
 
-def test_nothing_predicted_is_no_prediction() -> None:
+def test_a_prediction_of_0_is_not_recorded() -> None:
     telemetry = Telemetry()
     telemetry.prediction("ttft", 0.0, 1.0)
     assert not any(name.startswith("meshd_prediction_ratio") for name in samples(telemetry))
 
 
-def test_peers_in_one_process_count_apart() -> None:
+def test_peers_in_one_process_have_separate_metrics() -> None:
     one, other = Telemetry(), Telemetry()
     one.tokens(prompt=1)
     assert "meshd_tokens_total[('kind', 'prompt')]" not in samples(other)

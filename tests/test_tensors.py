@@ -1,4 +1,4 @@
-"""Shapes of a model's tensors, and agreement of all tables that name kinds of weights."""
+"""Shapes of a model's tensors, and agreement between the tables of kinds of weights."""
 
 import msgspec
 import pytest
@@ -12,7 +12,7 @@ SPEC = make_card(2).spec
 change = msgspec.structs.replace
 
 
-def test_projections_are_out_by_in() -> None:
+def test_shapes_of_projections_are_out_by_in() -> None:
     shapes = layer_shapes(SPEC)
     assert shapes["attn_k.weight"] == (3 * 64, 576)
     assert shapes["ffn_down.weight"] == (576, 1536)
@@ -33,7 +33,7 @@ def test_experts_have_an_axis_in_front_and_a_router() -> None:
 
 
 @pytest.mark.parametrize(("norm", "widths"), [("head", (64, 64)), ("all", (576, 192))])
-def test_norms_of_q_and_k(norm: str, widths: tuple[int, int]) -> None:
+def test_norms_of_q_and_k_are_per_head_or_over_all_heads(norm: str, widths: tuple[int, int]) -> None:
     shapes = layer_shapes(change(SPEC, qk_norm=norm))
     assert (shapes["attn_q_norm.weight"], shapes["attn_k_norm.weight"]) == tuple((width,) for width in widths)
 
@@ -44,7 +44,7 @@ def test_a_tied_head_has_no_tensor_and_rotations_may_be_partial() -> None:
     assert (rope_shape(SPEC), rope_shape(change(SPEC, rope_dim=16))) == ((32,), (8,))
 
 
-def test_any_tensor_by_its_name() -> None:
+def test_the_shape_of_any_tensor_is_found_by_its_name() -> None:
     assert tensor_shape(SPEC, "blk.1.attn_norm.weight") == (576,)
     assert tensor_shape(SPEC, "rope_freqs.weight") == (32,)
     for name in ("blk.1.nothing.weight", "nothing", "blk.1"):

@@ -12,7 +12,7 @@ def test_a_layer_range_is_half_open() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "3", "3-", "-3", "6-3", "3-3", "a-b", "-1-4"])
-def test_no_layer_range(text: str) -> None:
+def test_an_invalid_layer_range_is_refused(text: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011  int() and parse() word it differently
         LayerRange.parse(text)
 
@@ -24,12 +24,12 @@ def test_ranges_that_touch_do_not_overlap() -> None:
     assert LayerRange(1, 4) not in LayerRange(1, 3)
 
 
-def test_layers_become_the_fewest_ranges() -> None:
+def test_layers_are_combined_into_as_few_ranges_as_possible() -> None:
     assert ranges_of([7, 1, 0, 2, 5, 7]) == (LayerRange(0, 3), LayerRange(5, 6), LayerRange(7, 8))
     assert ranges_of([]) == ()
 
 
-def test_the_form_of_a_peers_id() -> None:
+def test_a_peer_id_has_52_letters_of_base32() -> None:
     assert is_peer_id("a2" * 26)
     for text in ("a2" * 25, "A2" * 26, "a1" * 26, ""):
         assert not is_peer_id(text)

@@ -1,1 +1,1 @@
-"""What this device is and can do, as measured."""
+"""Measures this device: rates, memory, cores, disk and power. Also holds the thread that it computes on."""

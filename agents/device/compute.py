@@ -1,4 +1,4 @@
-"""The one thread on which this peer computes: steps of all its stages, one after another."""
+"""The queue of this peer's compute jobs and the single thread that runs them."""
 
 import asyncio
 import queue
@@ -19,14 +19,14 @@ class _Job(Generic[T]):
 
 
 class ComputeQueue(ABC):
-    """Runs jobs one after another, and hands their results back to the event loop."""
+    """Runs jobs one after another and returns their results to the event loop."""
 
     @abstractmethod
     def submit(self, work: Callable[[], T], done: Callable[[T], None], failed: Callable[[Exception], None]) -> None:
-        """Run `work` after the jobs before it, then `done(result)` or `failed(error)` on the loop."""
+        """Queue `work`; when it has run, call `done(result)` or `failed(error)` on the event loop."""
 
     async def call(self, work: Callable[[], T]) -> T:
-        """Run `work` after the jobs before it. Cancel: the work itself runs to its end, its result is dropped."""
+        """Queue `work` and wait for its result. Raises: what `work` raises. Cancel: `work` still runs; its result is dropped."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
         def done(result: T) -> None:
@@ -42,14 +42,14 @@ class ComputeQueue(ABC):
 
     @abstractmethod
     def close(self, timeout_s: float = 2.0) -> None:
-        """Stop. Returns after `timeout_s` at the latest."""
+        """Stop running jobs. Returns after `timeout_s` at the latest."""
 
 
 class ComputeThread(ComputeQueue):
-    """Runs jobs in order and hands their results back to the event loop.
+    """A `ComputeQueue` on a thread of its own.
 
-    Its own thread, not an executor: waking it costs a third of `run_in_executor`'s time, and a decode step pays that price on every
-    hop. Its users submit a new job when the last one has come back.
+    It does not use an executor, because waking this thread takes a third of the time of `run_in_executor`, and every hop of a
+    decode step pays for it. The queue has no limit: its users submit a job only after the result of their last one.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,6 @@ class ComputeThread(ComputeQueue):
         self._thread.start()
 
     def submit(self, work: Callable[[], T], done: Callable[[T], None], failed: Callable[[Exception], None]) -> None:
-        """Run `work` on the thread, then `done(result)` or `failed(error)` on the loop."""
         self._jobs.put(_Job(work, done, failed))
 
     def close(self, timeout_s: float = 2.0) -> None:
@@ -72,12 +71,12 @@ class ComputeThread(ComputeQueue):
             try:
                 result = job.work()
             except Exception as error:
-                self._give(job.failed, error)
+                self._post(job.failed, error)
             else:
-                self._give(job.done, result)
+                self._post(job.done, result)
 
-    def _give(self, callback: Callable[..., None], value: object) -> None:
+    def _post(self, callback: Callable[..., None], value: object) -> None:
         try:
             self._loop.call_soon_threadsafe(callback, value)
         except RuntimeError:
-            return  # the loop is closed: nothing waits for this result any more
+            return  # the loop is closed, so nothing waits for the result

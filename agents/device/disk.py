@@ -1,4 +1,4 @@
-"""How fast this device's disk is read."""
+"""Measures how fast this device's disk is read."""
 
 import contextlib
 import mmap
@@ -15,9 +15,12 @@ _BLOCK_BYTES = 8 * _MIB
 
 
 def disk_read_rate(folder: Path, limit_bytes: int = _DISK_LIMIT_BYTES, limit_s: float = _DISK_LIMIT_S) -> float:
-    """Bytes per second read from `folder`'s disk, past the page cache where the system lets us.
+    """Measure the read rate of `folder`'s disk, bypassing the page cache where the system allows it.
 
-    Writes a file for it, at most `limit_bytes` or for `limit_s` and no more, and removes it. Raises: OSError.
+    Writes a temporary file of at most `limit_bytes`, for at most `limit_s` seconds, then reads it.
+
+    Returns: bytes per second.
+    Raises: OSError.
     """
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".disk-probe-") as file:
         _fill(file.fileno(), limit_bytes, limit_s)
@@ -29,7 +32,7 @@ def disk_read_rate(folder: Path, limit_bytes: int = _DISK_LIMIT_BYTES, limit_s: 
 
 
 def _fill(descriptor: int, limit_bytes: int, limit_s: float) -> None:
-    """Random bytes, so that no file system compresses them; synced block by block, so that a slow disk ends it in time."""
+    """Fill a file with random bytes, which no file system can compress. Syncs each block, so that a slow disk keeps the limit."""
     block = os.urandom(min(_BLOCK_BYTES, limit_bytes))
     start, written = time.monotonic(), 0
     while written < limit_bytes and (not written or time.monotonic() - start < limit_s):

@@ -1,11 +1,11 @@
-"""What power this device draws while it computes."""
+"""Measures the power that this device draws while it computes."""
 
 import time
 from pathlib import Path
 
 
 class EnergyMeter:
-    """Measures the energy that the processor packages use, from RAPL (Linux powercap); most systems show it to root only."""
+    """Measures the energy that the processor packages use, from RAPL (Linux powercap). On most systems only root can read it."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._packages = sorted((root / "sys/class/powercap").glob("intel-rapl:[0-9]*"))
@@ -14,7 +14,7 @@ class EnergyMeter:
         self._since = time.monotonic()
 
     def mean_w(self) -> float | None:
-        """Watts since construction; None where the counters can't be read."""
+        """Compute the mean power since construction, in watts. Returns: None if the counters can't be read."""
         now, elapsed_s = self._read(), time.monotonic() - self._since
         if not self._packages or now is None or self._start is None or elapsed_s <= 0:
             return None
@@ -24,7 +24,7 @@ class EnergyMeter:
         return used / 1e6 / elapsed_s
 
     def _read(self) -> list[tuple[int, int]] | None:
-        """(microjoules, where the counter wraps) of each package."""
+        """Read each package's counter and the value at which it wraps, in microjoules."""
         try:
             return [
                 (int((package / "energy_uj").read_text()), int((package / "max_energy_range_uj").read_text()))

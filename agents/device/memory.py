@@ -1,4 +1,4 @@
-"""How much memory and how many cores this process may use: the system's, less what cgroups (v1 and v2) and limits withhold."""
+"""Measures how much memory and how many cores this process may use, within the limits of cgroups (v1 and v2) and ulimit."""
 
 import os
 import sys
@@ -9,15 +9,17 @@ from pathlib import Path
 import psutil
 
 _UNLIMITED = 2**60
-"""cgroup v1 writes "none" as a number near 2^63."""
+"""A limit of this size or more means no limit: cgroup v1 then shows a number near 2^63."""
 
 
 @dataclass(frozen=True, slots=True)
 class _MemoryFiles:
+    """Names of a cgroup's files about memory."""
+
     bounds: tuple[str, ...]
     usage: str
-    droppable: str
-    """The line of `memory.stat` with the page cache that goes first."""
+    reclaimable: str
+    """The line of `memory.stat` with the page cache that the kernel reclaims first."""
 
 
 _V1 = _MemoryFiles(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
@@ -26,7 +28,7 @@ _V2 = _MemoryFiles(("memory.max", "memory.high"), "memory.current", "inactive_fi
 
 @dataclass(frozen=True, slots=True)
 class MemoryLimit:
-    """An upper bound and what is left below it, in bytes, with who sets it."""
+    """A limit on memory, in bytes: its source, its size, and how much of it is free."""
 
     source: str
     total_bytes: int
@@ -35,17 +37,18 @@ class MemoryLimit:
 
 @dataclass(frozen=True, slots=True)
 class MemoryBudget:
-    """What this process can have, and which limit binds now."""
+    """The memory that this process may use."""
 
     total_bytes: int
     free_bytes: int
     bound_by: str
+    """The source of the tightest limit."""
 
 
 def measure_memory(cap_bytes: int | None = None, taken_bytes: int = 0, root: Path = Path("/")) -> MemoryBudget:
-    """The least of: the system's available memory, every cgroup's limit less its use, RLIMIT_AS, and `cap_bytes` (`--memory`).
+    """Find the tightest of: the system's available memory, the limits of cgroups, RLIMIT_AS, and `cap_bytes` (`--memory`).
 
-    `taken_bytes` is what meshd itself has of the cap already. `root` is where `proc` and `sys` are looked for.
+    `taken_bytes`: how much of the cap meshd already uses. `root`: the folder that contains `proc` and `sys`.
     """
     system = psutil.virtual_memory()
     limits = [MemoryLimit("system", system.total, system.available), *cgroup_memory_limits(root)]
@@ -57,20 +60,20 @@ def measure_memory(cap_bytes: int | None = None, taken_bytes: int = 0, root: Pat
 
 
 def tightest(limits: list[MemoryLimit]) -> MemoryBudget:
-    """The tightest of the limits; what is free is never below nothing."""
-    tightest = min(limits, key=lambda limit: limit.free_bytes)
-    return MemoryBudget(min(limit.total_bytes for limit in limits), max(0, tightest.free_bytes), tightest.source)
+    """Find the tightest limit. Free memory is never below 0."""
+    binding = min(limits, key=lambda limit: limit.free_bytes)
+    return MemoryBudget(min(limit.total_bytes for limit in limits), max(0, binding.free_bytes), binding.source)
 
 
 def cgroup_memory_limits(root: Path = Path("/")) -> list[MemoryLimit]:
-    """Limits of this process's cgroup and of each one above it; page cache that can be dropped does not count as use."""
+    """List the limits of this process's cgroup and of every cgroup above it. Page cache that can be reclaimed counts as free."""
     limits = [_memory_limit(folder, _V2) for folder in _folders(root, "memory", version=2)]
     limits += [_memory_limit(folder, _V1) for folder in _folders(root, "memory", version=1)]
     return [limit for limit in limits if limit is not None]
 
 
 def cgroup_cpu_limit(root: Path = Path("/")) -> float | None:
-    """Cores' worth of time that the tightest cgroup quota allows; None: no quota."""
+    """Find the tightest CPU quota of this process's cgroups, in cores. Returns: None if there is no quota."""
     quotas = [_quota(_words(folder / "cpu.max")) for folder in _folders(root, "cpu", version=2)]
     quotas += [
         _quota(_words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us"))
@@ -80,14 +83,14 @@ def cgroup_cpu_limit(root: Path = Path("/")) -> float | None:
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """Cores this process may run on (affinity), no more than the whole cores in its cgroups' quota, at least one."""
+    """Count the cores that this process may use: at most its CPU affinity and the whole cores of its quota, at least one."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     quota = cgroup_cpu_limit(root)
     return max(1, cores if quota is None else min(cores, int(quota)))
 
 
 def _folders(root: Path, controller: str, version: int) -> Iterator[Path]:
-    """This process's folder in a cgroup hierarchy and every one above it, up to each mount of that hierarchy."""
+    """Yield this process's folder in a cgroup hierarchy and every folder above it, up to the mount point, for each mount."""
     path = _own_path(root, controller, version)
     if path is None:
         return
@@ -101,14 +104,18 @@ def _folders(root: Path, controller: str, version: int) -> Iterator[Path]:
 
 
 def _below(path: str, mounted: str) -> str:
-    """A cgroup's path below the mount. In a container the path may be one that only the host sees: then the mount is our own."""
+    """Return a cgroup's path below its mount.
+
+    In a container, `/proc/self/cgroup` may show the host's path, which is not below the mount. Then the mount is this process's
+    cgroup.
+    """
     if mounted == "/":
         return path
     return path.removeprefix(mounted) if path.startswith(mounted) else ""
 
 
 def _own_path(root: Path, controller: str, version: int) -> str | None:
-    """From `/proc/self/cgroup` (cgroups(7)): lines of `id:controllers:path`; v2 has no controllers there."""
+    """Read this process's cgroup from `/proc/self/cgroup` (cgroups(7)): lines of `id:controllers:path`; v2 has no controllers."""
     for line in _lines(root / "proc/self/cgroup"):
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -118,7 +125,7 @@ def _own_path(root: Path, controller: str, version: int) -> str | None:
 
 
 def _mounts(root: Path, controller: str, version: int) -> Iterator[tuple[str, str]]:
-    """(root within the hierarchy, mount point), from `/proc/self/mountinfo` (proc(5))."""
+    """Yield (root within the hierarchy, mount point) of each mount, from `/proc/self/mountinfo` (proc(5))."""
     for line in _lines(root / "proc/self/mountinfo"):
         before, _, after = line.partition(" - ")
         match before.split(), after.split():
@@ -135,12 +142,12 @@ def _memory_limit(folder: Path, files: _MemoryFiles) -> MemoryLimit | None:
         return None
     words = _words(folder / "memory.stat")
     statistics = dict(zip(words[::2], words[1::2], strict=False))
-    used = max(0, usage - int(statistics.get(files.droppable, "0")))
+    used = max(0, usage - int(statistics.get(files.reclaimable, "0")))
     return MemoryLimit(f"cgroup {folder.name}", min(bounds), min(bounds) - used)
 
 
 def _address_space_limit() -> MemoryLimit | None:
-    """RLIMIT_AS counts address space, not memory; past it every allocation fails."""
+    """Read RLIMIT_AS. It limits address space rather than memory, but allocations beyond it fail."""
     if sys.platform == "win32":
         return None
     import resource
@@ -152,7 +159,7 @@ def _address_space_limit() -> MemoryLimit | None:
 
 
 def _quota(words: list[str]) -> float | None:
-    """`quota period` in microseconds; `max` or -1 is none."""
+    """Compute the cores of a quota and its period, both in microseconds. Returns: None for no quota (`max` or -1)."""
     match words:
         case [quota, period] if quota.isdecimal() and period.isdecimal() and int(period) > 0:
             return int(quota) / int(period)

@@ -1,8 +1,8 @@
-"""What this device can do, measured in less than 15 s and remembered: nothing is advertised that was not measured here.
+"""Measures this device's rates in less than 15 s and caches them. A peer advertises only what it has measured.
 
-Each backend is measured in a process of its own (`python -m meshd.agents.device.probe BACKEND THREADS BUDGET_S`), so that the
-daemon's thread pools and memory stay clean, and a backend that hangs or crashes costs its own measurement only. Free memory is not
-remembered but looked at each time.
+Each backend is measured in its own process (`python -m meshd.agents.device.probe BACKEND THREADS BUDGET_S`), so that the daemon's
+thread pools and memory are not affected, and a backend that hangs or crashes loses only its own measurement. Free memory is
+measured at every start and not cached.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ import meshd
 from meshd.agents.device.disk import disk_read_rate
 from meshd.agents.device.energy import EnergyMeter
 from meshd.agents.device.memory import MemoryBudget, measure_memory, usable_cores
-from meshd.agents.device.probe_record import FORMAT, BackendTrial, ProbeKey, ProbeRecord, load_record, measuring_alone, save_record
+from meshd.agents.device.probe_record import FORMAT, BackendTrial, ProbeKey, ProbeRecord, load_record, measurement_lock, save_record
 from meshd.agents.device.processor import processor_name
 from meshd.clock import Clock
 from meshd.errors import LocalFault, StorageError
@@ -30,23 +30,23 @@ from meshd.types import Capability, Rates
 
 AUTO = "auto"
 LIMIT_S = 13.0
-"""For everything, the loading of libraries included; backends share what the disk leaves of it."""
+"""Time for the whole probe, including the loading of libraries. The backends share what the disk's measurement leaves."""
 DEADLINE_S = 60.0
-"""For the first backend: where the libraries alone take long to load, the device is still measured."""
-_LEAST_DEADLINE_S = 5.0
-"""For the others: one that takes longer than this when the time is up is the slower one anyhow."""
+"""Deadline of the first backend, so that a device is measured even if its libraries take long to load."""
+_MIN_DEADLINE_S = 5.0
+"""Least deadline of the other backends. One that needs longer after `LIMIT_S` is slower than the first."""
 _PACKING_S = 1.5
-"""What a backend takes to load the weights it is measured with."""
-_LEAST_MEASURING_S = 1.0
+"""Time that a backend takes to load the synthetic weights."""
+_MIN_MEASURING_S = 1.0
 _SOFTWARE = ("numpy", "onnxruntime", "torch")
 
 Progress = Callable[[str, float], None]
-"""(what is being measured now, how far in 0..1)"""
+"""Called with what is being measured now, and the fraction done (0 to 1)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeResult:
-    """What is advertised, and how it came about."""
+    """What this peer advertises, and the measurements behind it."""
 
     capability: Capability
     memory: MemoryBudget
@@ -67,17 +67,19 @@ async def probe(
     refresh: bool = False,
     progress: Progress = lambda _what, _fraction: None,
 ) -> ProbeResult:
-    """Measure this device, or recall what was measured with the same hardware, software and settings.
+    """Measure this device, or return the cached measurement of the same hardware, software and settings.
 
-    `folder` is where it is remembered, and whose disk is measured; daemons of one machine may share it. `threads` 0 is one per
-    usable core; `backend` `auto` takes the fastest. Raises: LocalFault if no backend could be measured, StorageError. Cancel:
-    the measuring process is killed and nothing is remembered.
+    `folder` holds the cache, and its disk is measured; daemons of one machine may share it. `threads` 0 means one per usable core;
+    `backend` `auto` chooses the fastest. `refresh` measures even if there is a cached measurement.
+
+    Raises: LocalFault if no backend could be measured, StorageError.
+    Cancel: the measuring process is killed and nothing is cached.
     """
     start = clock.monotonic()
     cores = usable_cores()
-    key = _key(cores, threads or cores, _available() if backend == AUTO else (backend,))
-    recalled = None if refresh else load_record(folder, key)
-    record = recalled or await _measure_alone(key, folder, clock, progress, refresh=refresh)
+    key = probe_key(cores, threads or cores, _available() if backend == AUTO else (backend,))
+    cached = None if refresh else load_record(folder, key)
+    record = cached or await _measure_exclusively(key, folder, clock, progress, refresh=refresh)
     progress("done", 1.0)
     memory = measure_memory(memory_cap_bytes)
     return ProbeResult(
@@ -85,13 +87,13 @@ async def probe(
         memory=memory,
         cores=cores,
         trials=record.trials,
-        cached=recalled is not None,
+        cached=cached is not None,
         elapsed_s=clock.monotonic() - start,
     )
 
 
 def report(result: ProbeResult) -> dict[str, Any]:
-    """For `meshd bench`: JSON-ready, stable keys; `rates` are what is advertised."""
+    """Make the JSON object that `meshd bench` prints. Its keys are stable; `rates` are those that the peer advertises."""
     capability = result.capability
     return {
         "processor": capability.processor,
@@ -116,7 +118,8 @@ def _available() -> tuple[str, ...]:
     return available_backends()
 
 
-def _key(cores: int, threads: int, backends: tuple[str, ...]) -> ProbeKey:
+def probe_key(cores: int, threads: int, backends: tuple[str, ...]) -> ProbeKey:
+    """Make the key of a measurement on this device, with the installed versions of the libraries."""
     software = {"meshd": meshd.__version__, "python": platform.python_version()}
     for name in _SOFTWARE:
         try:
@@ -152,30 +155,32 @@ def _capability(record: ProbeRecord, memory: MemoryBudget, roles: tuple[str, ...
 
 
 def _best(trials: Sequence[BackendTrial]) -> BackendTrial:
-    """Raises: LocalFault if none has rates."""
+    """Choose the fastest backend. Raises: LocalFault if none has rates."""
     best = min(trials, key=lambda trial: trial.layer_s, default=None)
     if best is None or best.rates is None:
         reasons = "; ".join(f"{trial.backend}: {trial.error}" for trial in trials) or "no backend is installed"
-        raise LocalFault(f"this device's speed can't be measured: {reasons}", hint="fix that, then run `meshd bench`")
+        raise LocalFault(f"this device's speed can't be measured: {reasons}", hint="fix this, then run `meshd bench`")
     return best
 
 
-async def _measure_alone(key: ProbeKey, folder: Path, clock: Clock, progress: Progress, *, refresh: bool) -> ProbeRecord:
-    """Measure when no other daemon does, unless that one's measurement is what was wanted."""
+async def _measure_exclusively(key: ProbeKey, folder: Path, clock: Clock, progress: Progress, *, refresh: bool) -> ProbeRecord:
+    """Measure while no other daemon does. Uses another daemon's measurement if that daemon measured the same in the meantime."""
     progress("waiting", 0.0)
     try:
-        async with measuring_alone(folder, clock, DEADLINE_S):
+        async with measurement_lock(folder, clock, DEADLINE_S):
             if not refresh and (record := load_record(folder, key)) is not None:
                 return record
             record = await _measure(key, folder, clock, progress)
             save_record(folder, record)
             return record
     except OSError as error:
-        raise StorageError(f"{folder} can't be used to measure this device: {error.strerror}", hint="make room there") from error
+        raise StorageError(
+            f"{folder} can't be used to measure this device: {error.strerror}", hint="free some disk space"
+        ) from error
 
 
 async def _measure(key: ProbeKey, folder: Path, clock: Clock, progress: Progress) -> ProbeRecord:
-    """Measure everything, one after the other. Raises: LocalFault, OSError."""
+    """Measure the disk, then each backend. Raises: LocalFault, OSError."""
     start = clock.monotonic()
     progress("disk", 0.0)
     disk_bytes_s = await asyncio.to_thread(disk_read_rate, folder)
@@ -184,7 +189,7 @@ async def _measure(key: ProbeKey, folder: Path, clock: Clock, progress: Progress
         progress(backend, (done + 0.5) / (len(key.backends) + 0.5))
         left_s = LIMIT_S - (clock.monotonic() - start)
         measured = any(trial.rates is not None for trial in trials)
-        deadline_s = max(left_s, _LEAST_DEADLINE_S) if measured else DEADLINE_S
+        deadline_s = max(left_s, _MIN_DEADLINE_S) if measured else DEADLINE_S
         trials.append(await _try(backend, key.threads, left_s / (len(key.backends) - done), deadline_s))
     _best(trials)
     return ProbeRecord(key=key, trials=tuple(trials), disk_bytes_s=disk_bytes_s, measured_at=clock.wall())
@@ -194,7 +199,7 @@ async def _try(backend: str, threads: int, budget_s: float, deadline_s: float) -
     """Measure one backend in its own process. Cancel: the process is killed."""
     meter = EnergyMeter()
     arguments = ("-m", "meshd.agents.device.probe", backend, str(threads), str(budget_s))
-    # from meshd's own folder, where it can be imported and a stray file of the user's shadows nothing
+    # The folder that contains meshd: meshd can be imported there, and no file of the user shadows a module.
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *arguments,
@@ -205,34 +210,34 @@ async def _try(backend: str, threads: int, budget_s: float, deadline_s: float) -
     )
     try:
         async with asyncio.timeout(deadline_s):
-            output, complaints = await process.communicate()
+            output, stderr = await process.communicate()
     except TimeoutError:
         return BackendTrial(backend=backend, error=f"no result after {deadline_s:.0f} s")
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    return read_trial(backend, process.returncode or 0, output, complaints, meter.mean_w())
+    return read_trial(backend, process.returncode or 0, output, stderr, meter.mean_w())
 
 
-def read_trial(backend: str, status: int, output: bytes, complaints: bytes, power_w: float | None) -> BackendTrial:
-    """What a measuring process left: the last line it printed are the rates, or the last it complained is why not."""
+def read_trial(backend: str, status: int, output: bytes, stderr: bytes, power_w: float | None) -> BackendTrial:
+    """Read the result of a measuring process: the last line of `output` has its rates, or the last line of `stderr` its error."""
     try:
         rates = msgspec.json.decode((output.splitlines() or [b""])[-1], type=Rates)
     except msgspec.DecodeError:
-        lines = complaints.decode(errors="replace").strip().splitlines()
+        lines = stderr.decode(errors="replace").strip().splitlines()
         return BackendTrial(backend=backend, error=lines[-1] if lines else f"its process ended with status {status}")
     return BackendTrial(backend=backend, rates=rates, power_w=power_w)
 
 
 def main(backend: str, threads: int, budget_s: float) -> None:
-    """The measuring process: prints its rates as one line of JSON. What loading takes comes off the budget."""
+    """Measure a backend, in the measuring process, and print its rates as one line of JSON. The budget includes loading."""
     from meshd.kernels.measure import measure
     from meshd.kernels.registry import make_backend
 
     make_backend(backend, threads)
     loading_s = time.time() - psutil.Process().create_time()
-    measured = measure(backend, threads, max(_LEAST_MEASURING_S, budget_s - loading_s - _PACKING_S))
+    measured = measure(backend, threads, max(_MIN_MEASURING_S, budget_s - loading_s - _PACKING_S))
     rates = Rates(
         decode_bytes_s=measured.decode_bytes_s,
         prefill_flops_s=measured.prefill_flops_s,

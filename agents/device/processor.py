@@ -1,4 +1,4 @@
-"""The name of this device's processor."""
+"""Finds the name of this device's processor."""
 
 import platform
 import subprocess
@@ -6,18 +6,18 @@ import sys
 from pathlib import Path
 
 _PROCESSOR_KEYS = ("model name", "Model", "Hardware", "cpu model", "uarch")
-"""x86; Raspberry Pi; other ARM; MIPS; RISC-V."""
+"""Keys of `/proc/cpuinfo` with the name: on x86, Raspberry Pi, other ARM, MIPS and RISC-V."""
 
 
 def processor_name(root: Path = Path("/")) -> str:
-    """For people and for the cache's key: never empty."""
+    """Return the processor's name, or the machine type or `unknown` if it has none."""
     if sys.platform == "darwin":
         brand = _sysctl("machdep.cpu.brand_string")
         if brand:
             return brand
     facts = _cpuinfo(root)
-    named = next((facts[key] for key in _PROCESSOR_KEYS if facts.get(key)), "")
-    return " ".join(named.split()) or platform.processor() or platform.machine() or "unknown"
+    name = next((facts[key] for key in _PROCESSOR_KEYS if facts.get(key)), "")
+    return " ".join(name.split()) or platform.processor() or platform.machine() or "unknown"
 
 
 def _cpuinfo(root: Path) -> dict[str, str]:

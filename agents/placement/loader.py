@@ -187,7 +187,7 @@ class Loader:
         layers = resident.layers
 
         def read(share: float) -> None:
-            file.let_go_of_pages()  # the backend has its own form of what it read
+            file.release_pages()  # the backend has its own form of what it read
             progress(share)
 
         resident.weights = self.backend.load(

@@ -11,7 +11,7 @@ from meshd.agents.stage.leases import SessionLeases
 from meshd.agents.stage.runner import StageRunner
 from meshd.agents.stage.steps import ActiveStage, token_ids
 from meshd.errors import InvalidRequest, NoPeer, ProtocolViolation
-from meshd.kernels.sampler import Sampler, needs_known
+from meshd.kernels.sampler import Sampler, needs_past_tokens
 from meshd.protocol.messages import Open, Opened
 from meshd.types import PeerId
 
@@ -81,7 +81,7 @@ class StageOpener:
     def _sampler(self, message: Open, payload: memoryview) -> Sampler:
         """Create the sampler. At the last stage it gets all known tokens, if a penalty depends on them."""
         last = message.stage == len(message.plan.stages) - 1
-        if not last or not needs_known(message.sampling, message.answered):
+        if not last or not needs_past_tokens(message.sampling, message.answered):
             return Sampler(message.sampling)
         resident = self.residents.of(message.plan.model)
         if not resident:

@@ -1,13 +1,18 @@
-"""The fast path on CPUs: onnxruntime, one session from each attention to the next.
+"""The fast backend for CPUs: onnxruntime, with one onnxruntime session from each attention to the next.
 
-Precision: weights as in the file (4- or 8-bit codes, float32 scales); a product quantises its activations to int8 by block, as
-llama.cpp does, and sums in float32. Everything else is float32. Bits depend neither on where stages are cut nor on how tokens are
-put together to chunks and batches nor on threads: the tests hold it, on x86-64 with AVX-512.
+Precision: weights as in the file (4- or 8-bit codes, float32 scales). A product quantises its activations to int8 by block, as
+llama.cpp does, and sums in float32. Everything else is float32. Bits do not depend on the split into stages, on how tokens are
+grouped into chunks and batches, or on the number of threads. Tests check this on x86-64 with AVX-512.
 
-Threads: each session has a pool of its own, whose idle threads spin for a tenth of a millisecond at most. SmolLM2-135M on two
-cores, ms per token without head, one daemon with two threads and three daemons that share its layers: 12 and 14; never spinning 15
-and 16; onnxruntime's own choice (spins for a millisecond and more) 12 and 20; its process-wide pool, whose spinning can't be set
-from Python, 10 and 25.
+Threads: each session has its own pool, whose idle threads spin for at most 0.1 ms (`SPIN_US`). Measured for SmolLM2-135M on two
+cores, in ms per token without the head:
+
+| spinning | one daemon, two threads | three daemons that share the layers |
+|---|---|---|
+| 0.1 ms | 12 | 14 |
+| never | 15 | 16 |
+| onnxruntime's default, 1 ms and more | 12 | 20 |
+| process-wide pool, whose spinning can't be set from Python | 10 | 25 |
 """
 
 from collections.abc import Callable
@@ -19,56 +24,56 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 from meshd.errors import LocalFault
 from meshd.kernels.attention import LocalAttention
 from meshd.kernels.backend import EXACT, F32, Positions, Progress, Projected, WeightSource
-from meshd.kernels.forward import CutStage
+from meshd.kernels.forward import BaseStage
 from meshd.kernels.ort.graph import (
     ACCURACY_F32,
     ACCURACY_INT8,
-    Piece,
     Precision,
-    expert_piece,
-    head_parts,
-    head_pieces,
-    mix_piece,
-    mix_project_piece,
-    product_piece,
-    project_piece,
-    route_piece,
+    Subgraph,
+    expert_subgraph,
+    head_part_count,
+    head_subgraphs,
+    mix_project_subgraph,
+    mix_subgraph,
+    product_subgraph,
+    project_subgraph,
+    route_subgraph,
 )
 from meshd.kernels.threads import Workers
 from meshd.kernels.weights.heap import return_freed_memory
-from meshd.kernels.weights.layers import NetworkWeights, Projection, mixed_experts
+from meshd.kernels.weights.layers import NetworkWeights, Projection, mix_experts
 from meshd.kernels.weights.matrices import BlockMatrix, unpack_codes
 from meshd.types import LayerRange, ModelSpec, Tensor
 
 SPIN_US = 100
-"""How long an idle thread of a session's pool waits before it sleeps."""
+"""Microseconds that an idle thread of a session's pool spins before it sleeps."""
 
 TRIM_BYTES = 64 << 20
-"""Weights after whose packing the heap is trimmed: the forms they were packed from are let go one by one."""
+"""After packing this many bytes of weights, the heap is trimmed, since the unpacked weights are freed one at a time."""
 
-Maker = Callable[[NetworkWeights, int, Precision], Piece]
+SubgraphMaker = Callable[[NetworkWeights, int, Precision], Subgraph]
 
 
-def open_session(piece: Piece, threads: int) -> ort.InferenceSession:
-    """A session that owns its weights, packed; the piece may go after."""
+def open_session(subgraph: Subgraph, threads: int) -> ort.InferenceSession:
+    """Open a session with its own packed copy of the weights, so that the subgraph can be freed."""
     options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # see ort_graph
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # the reason is in graph.py
     options.enable_cpu_mem_arena = False
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    values = [ort.OrtValue.ortvalue_from_numpy_with_onnx_type(w.value, w.kind) for w in piece.weights.values()]
-    options.add_external_initializers(list(piece.weights), values)
-    return ort.InferenceSession(piece.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    values = [ort.OrtValue.ortvalue_from_numpy_with_onnx_type(w.value, w.kind) for w in subgraph.weights.values()]
+    options.add_external_initializers(list(subgraph.weights), values)
+    return ort.InferenceSession(subgraph.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 @cache
-def zeros_are_right() -> bool:
-    """Whether products with zero points are what they should be on this processor: found by trying, in some 10 ms.
+def zero_points_work() -> bool:
+    """Check by trial whether products with zero points are right on this processor. Takes about 10 ms.
 
-    With AVX2 alone those of a single token are not (https://github.com/microsoft/onnxruntime/issues/29853).
+    With AVX2 alone, products of a single token are wrong (https://github.com/microsoft/onnxruntime/issues/29853).
     """
     rng = np.random.default_rng(0)
     for bits in (4, 8):
@@ -77,7 +82,7 @@ def zeros_are_right() -> bool:
         x = rng.standard_normal((5, 256), dtype=np.float32)
         shifts = np.repeat(matrix.shift, 32, axis=1) if matrix.shift is not None else 0
         right = x @ ((unpack_codes(matrix).astype(np.float32) - matrix.zero) * np.float32(0.01) + shifts).T
-        session = open_session(product_piece(Projection((matrix,)), Precision(ACCURACY_INT8, zeros=True)), 1)
+        session = open_session(product_subgraph(Projection((matrix,)), Precision(ACCURACY_INT8, zero_points=True)), 1)
         for tokens in (1, 5):
             got = session.run(("y",), {"x": x[:tokens]})[0]
             if np.linalg.norm(got - right[:tokens]) > 0.05 * np.linalg.norm(right[:tokens]):
@@ -85,8 +90,11 @@ def zeros_are_right() -> bool:
     return True
 
 
-class OrtStage(CutStage):
-    """Layers as sessions: one before the first attention, one between every two, one after the last; with experts, more."""
+class OrtStage(BaseStage):
+    """Layers as onnxruntime sessions: one before the first attention, one between every two attentions, one after the last.
+
+    A layer with experts has one more for the router and one for each expert.
+    """
 
     def __init__(self, loaded: "OrtLayers", layers: LayerRange, embedding: Tensor | None) -> None:
         super().__init__(loaded.spec, layers, embedding, loaded.attend)
@@ -95,7 +103,7 @@ class OrtStage(CutStage):
 
     def project(self, hidden: F32, positions: Positions) -> Projected:
         layer = self._layers.start
-        session = self._loaded.session(project_piece, layer)
+        session = self._loaded.session(project_subgraph, layer)
         q, k, v = session.run(("q", "k", "v"), {"hidden": hidden, **self._rotation(layer, positions)})
         return self._projected(layer, q, k, v, hidden)
 
@@ -103,18 +111,18 @@ class OrtStage(CutStage):
         inputs = {"mixed": mixed.reshape(len(mixed), -1), "residual": residual}
         rotation = self._rotation(layer + 1, positions)
         if self._spec.experts:
-            hidden = self._loaded.routed(layer, inputs)
-            q, k, v = self._loaded.session(project_piece, layer + 1).run(("q", "k", "v"), {"hidden": hidden, **rotation})
+            hidden = self._loaded.mix_with_experts(layer, inputs)
+            q, k, v = self._loaded.session(project_subgraph, layer + 1).run(("q", "k", "v"), {"hidden": hidden, **rotation})
         else:
-            session = self._loaded.session(mix_project_piece, layer)
+            session = self._loaded.session(mix_project_subgraph, layer)
             hidden, q, k, v = session.run(("hidden", "q", "k", "v"), inputs | rotation)
         return self._projected(layer + 1, q, k, v, hidden)
 
     def mix(self, mixed: F32, residual: F32) -> F32:
         inputs = {"mixed": mixed.reshape(len(mixed), -1), "residual": residual}
         if self._spec.experts:
-            return self._loaded.routed(self._layers.end - 1, inputs)
-        hidden: F32 = self._loaded.session(mix_piece, self._layers.end - 1).run(("hidden",), inputs)[0]
+            return self._loaded.mix_with_experts(self._layers.end - 1, inputs)
+        hidden: F32 = self._loaded.session(mix_subgraph, self._layers.end - 1).run(("hidden",), inputs)[0]
         return hidden
 
     def logits(self, hidden: F32) -> F32:
@@ -135,7 +143,11 @@ class OrtStage(CutStage):
 
 
 class OrtLayers:
-    """Sessions over a run of layers. Those at the border of an inner stage are opened when it is first asked for."""
+    """The onnxruntime sessions of a range of layers.
+
+    `open` opens those that a stage over the whole range needs. A stage over a part of it needs other sessions at its ends, which
+    are opened when the first such stage is made.
+    """
 
     def __init__(
         self, weights: NetworkWeights, layers: LayerRange, embedding: bool, workers: Workers, precision: Precision
@@ -150,7 +162,7 @@ class OrtLayers:
         self._precision = precision
         self._weights = weights
         self._embedding = weights.embedding() if embedding else None
-        self._sessions: dict[tuple[Maker, int], ort.InferenceSession] = {}
+        self._sessions: dict[tuple[SubgraphMaker, int], ort.InferenceSession] = {}
         self._experts: dict[int, list[ort.InferenceSession]] = {}
         self._head: list[ort.InferenceSession] = []
         self._bytes = self._freed = 0
@@ -165,8 +177,8 @@ class OrtLayers:
         return self._bytes
 
     def open(self, head: bool, progress: Progress | None) -> None:
-        """Read all weights of the whole range. Raises: ModelFileError."""
-        parts = head_parts(self.spec) if head else 0
+        """Read the weights of all layers, and of the head if asked for. Raises: ModelFileError."""
+        parts = head_part_count(self.spec) if head else 0
         done, total = 0, len(self._layers) + 1 + parts
 
         def step() -> None:
@@ -177,56 +189,56 @@ class OrtLayers:
 
         self.prepare(self._layers, step)
         if head:
-            for piece in head_pieces(self._weights, self._precision):
-                self._head.append(self._open(piece))
-                del piece  # before the next is made
+            for subgraph in head_subgraphs(self._weights, self._precision):
+                self._head.append(self._open(subgraph))
+                del subgraph  # frees its weights before the next subgraph is made
                 step()
         return_freed_memory()
 
     def prepare(self, layers: LayerRange, step: Callable[[], None] = lambda: None) -> None:
-        """Open what a stage over `layers` needs and is not open yet; `step` is called len(layers) + 1 times."""
-        self.session(project_piece, layers.start)
+        """Open the missing sessions of a stage over `layers`. Calls `step` `len(layers) + 1` times, for progress."""
+        self.session(project_subgraph, layers.start)
         step()
         for layer in layers:
             last = layer == layers.end - 1
             if self.spec.experts:
                 self._open_experts(layer)
                 if not last:
-                    self.session(project_piece, layer + 1)
+                    self.session(project_subgraph, layer + 1)
             else:
-                self.session(mix_piece if last else mix_project_piece, layer)
+                self.session(mix_subgraph if last else mix_project_subgraph, layer)
             step()
 
-    def session(self, maker: Maker, layer: int) -> ort.InferenceSession:
-        """The session of one piece, opened if it is not yet."""
+    def session(self, maker: SubgraphMaker, layer: int) -> ort.InferenceSession:
+        """Return the session of the subgraph that `maker` makes for `layer`; open it on first use."""
         key = maker, layer
         if key not in self._sessions:
             self._sessions[key] = self._open(maker(self._weights, layer, self._precision))
         return self._sessions[key]
 
-    def routed(self, layer: int, inputs: dict[str, F32]) -> F32:
-        """A layer with experts from its attention's result on: `[tokens, hidden]`."""
-        hidden, normed, scores = self.session(route_piece, layer).run(("hidden", "normed", "scores"), inputs)
+    def mix_with_experts(self, layer: int, inputs: dict[str, F32]) -> F32:
+        """Compute a layer with experts after its attention. Returns: `[tokens, hidden]`."""
+        hidden, normed, scores = self.session(route_subgraph, layer).run(("hidden", "normed", "scores"), inputs)
         experts = self._experts[layer]
 
         def expert(index: int, rows: F32) -> F32:
             out: F32 = experts[index].run(("hidden",), {"normed": rows})[0]
             return out
 
-        out = mixed_experts(normed, scores, self.spec.experts_used, expert, self._workers)
+        out = mix_experts(normed, scores, self.spec.experts_used, expert, self._workers)
         result: F32 = hidden + out * np.float32(self.spec.residual_scale)
         return result
 
     def _open_experts(self, layer: int) -> None:
-        """Each expert computes on one thread: several of them share out the threads."""
+        """Open a session for the router and one for each expert. An expert uses one thread: several experts run in parallel."""
         if layer in self._experts:
             return
-        self.session(route_piece, layer)
-        made = (expert_piece(self.spec, expert, self._precision) for expert in self._weights.experts(layer))
-        self._experts[layer] = [self._open(piece, 1) for piece in made]
+        self.session(route_subgraph, layer)
+        made = (expert_subgraph(self.spec, expert, self._precision) for expert in self._weights.experts(layer))
+        self._experts[layer] = [self._open(subgraph, 1) for subgraph in made]
 
     def head(self) -> list[ort.InferenceSession]:
-        """The parts of the vocabulary, in order. Raises: LocalFault if it was not loaded."""
+        """Return the head's sessions, in the order of their parts of the vocabulary. Raises: LocalFault if it was not loaded."""
         if not self._head:
             raise LocalFault(f"layers {self._layers} were loaded without the head")
         return self._head
@@ -245,10 +257,10 @@ class OrtLayers:
         self._bytes = 0
         return_freed_memory()
 
-    def _open(self, piece: Piece, threads: int | None = None) -> ort.InferenceSession:
-        self._bytes += piece.bytes
-        self._freed += piece.bytes
-        session = open_session(piece, threads or self._workers.threads)
+    def _open(self, subgraph: Subgraph, threads: int | None = None) -> ort.InferenceSession:
+        self._bytes += subgraph.bytes
+        self._freed += subgraph.bytes
+        session = open_session(subgraph, threads or self._workers.threads)
         if self._freed > TRIM_BYTES:
             self._freed = 0
             return_freed_memory()
@@ -259,10 +271,12 @@ class OrtBackend:
     """onnxruntime on the CPU."""
 
     def __init__(self, threads: int, *, exact: bool = False) -> None:
-        """`exact`: activations stay float32 in products, which is several times slower."""
+        """`exact`: activations stay float32 in products. This is several times slower."""
         self.name = f"onnxruntime{EXACT}" if exact else "onnxruntime"
         self.threads = threads
-        self._precision = Precision(ACCURACY_F32, zeros=False) if exact else Precision(ACCURACY_INT8, zeros=zeros_are_right())
+        self._precision = (
+            Precision(ACCURACY_F32, zero_points=False) if exact else Precision(ACCURACY_INT8, zero_points=zero_points_work())
+        )
         self._workers = Workers(threads)
 
     def load(

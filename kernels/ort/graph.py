@@ -1,8 +1,8 @@
-"""Builds the graphs that the onnxruntime backend runs: a layer's pieces between two attentions.
+"""Builds the subgraphs that the onnxruntime backend runs between two attentions.
 
-Every piece is made of the same operators in the same order wherever a stage is cut, and runs with graph optimisation off, so that
-nothing is fused in the middle of a stage that is not fused at its border: this is what keeps the bits the same for any split.
-Operators outside ONNX's own set are documented in onnxruntime's `docs/ContribOperators.md`.
+A layer has the same operators in the same order wherever a stage begins or ends, and graph optimisation is off. Otherwise
+onnxruntime could fuse operators in the middle of a stage that it can't fuse at the stage's end, and the bits would depend on the
+split into stages. Operators outside ONNX's own set are documented in onnxruntime's `docs/ContribOperators.md`.
 """
 
 from collections.abc import Iterator
@@ -14,13 +14,14 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 
 from meshd.kernels.weights.layers import CLAMP, CLAMPED_SLOPE, Expert, NetworkWeights, Projection
 from meshd.kernels.weights.load import F32, BlockMatrix, DenseMatrix
-from meshd.kernels.weights.matrices import centred
+from meshd.kernels.weights.matrices import zero_points_and_shifts
 from meshd.types import ModelSpec
 
 MS = "com.microsoft"
 HEAD_PART_WEIGHTS = 16 << 20
+"""Weights in one part of the head. Packing takes twice the memory of the part, beside the part itself."""
 ACCURACY_F32, ACCURACY_INT8 = 1, 4
-"""Of products: in float32, or with activations quantised to int8, one scale for each block of the weights; sums are float32."""
+"""`accuracy_level` of MatMulNBits: float32, or activations quantised to int8 with one scale per block. Sums are float32 in both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +30,13 @@ class Precision:
 
     level: int
     """ACCURACY_F32 or ACCURACY_INT8."""
-    zeros: bool
-    """Groups of kinds with minima have zero points: rounded activations err less. Of no use where they are exact."""
+    zero_points: bool
+    """Weights of kinds with minima get a zero point per group, which makes the error of int8 activations smaller."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """An array that is handed to the session from memory."""
+    """An array that the session reads from memory, not from the graph."""
 
     value: npt.NDArray[np.generic]
     kind: int
@@ -43,8 +44,8 @@ class Weight:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A graph and the weights that it names."""
+class Subgraph:
+    """An ONNX model of some operators, and the weights that it refers to."""
 
     model: ModelProto
     weights: dict[str, Weight]
@@ -55,8 +56,8 @@ class Piece:
 
 
 @dataclass(slots=True)
-class Graph:
-    """A graph in the making. Methods add operators and return the names of their results."""
+class GraphBuilder:
+    """Builds a graph. Its methods add operators and return the names of their outputs."""
 
     precision: Precision
     nodes: list[NodeProto] = field(default_factory=list)
@@ -64,7 +65,7 @@ class Graph:
     weights: dict[str, Weight] = field(default_factory=dict)
 
     def node(self, operator: str, *inputs: str, outputs: tuple[str, ...] = (), domain: str = "", **attributes: float) -> str:
-        """One operator; its first output is named after its number unless `outputs` says otherwise."""
+        """Add an operator. Without `outputs` it has one output, named after the operator and its number."""
         names = outputs or (f"{operator}_{len(self.nodes)}",)
         node = helper.make_node(operator, inputs, names, domain=domain)
         node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
@@ -72,13 +73,13 @@ class Graph:
         return names[0]
 
     def constant(self, value: npt.NDArray[np.generic]) -> str:
-        """A small array within the graph."""
+        """Add a small array to the graph itself."""
         name = f"constant_{len(self.constants)}"
         self.constants.append(numpy_helper.from_array(value, name))
         return name
 
     def weight(self, value: npt.NDArray[np.generic], kind: int | None = None) -> str:
-        """An array outside the graph; `kind` where its bits mean another type than numpy's."""
+        """Add an array that stays outside the graph. `kind` is its ONNX type if that differs from numpy's."""
         name = f"weight_{len(self.weights)}"
         weight = Weight(value, kind or helper.np_dtype_to_tensor_dtype(value.dtype))
         tensor = TensorProto(name=name, dims=value.shape, data_type=weight.kind, data_location=TensorProto.EXTERNAL)
@@ -91,7 +92,7 @@ class Graph:
         return self.node("SimplifiedLayerNormalization", x, self.constant(weight), epsilon=eps, axis=-1)
 
     def product(self, x: str, linear: Projection) -> str:
-        """`x @ w.T + bias`, matrices laid end to end."""
+        """Add `x @ w.T + bias`. The results of several matrices are concatenated."""
         parts = [self._block_product(x, m) if isinstance(m, BlockMatrix) else self._dense_product(x, m) for m in linear.matrices]
         y = parts[0] if len(parts) == 1 else self.node("Concat", *parts, axis=-1)
         return y if linear.bias is None else self.node("Add", y, self.constant(linear.bias))
@@ -100,21 +101,21 @@ class Graph:
         return x if factor == 1.0 else self.node("Mul", x, self.constant(np.array(factor, np.float32)))
 
     def split(self, x: str, *sizes: int) -> list[str]:
-        """Pieces of the last axis."""
+        """Split the last axis into parts of these sizes."""
         names = [f"Split_{len(self.nodes)}_{index}" for index in range(len(sizes))]
         self.node("Split", x, self.constant(np.array(sizes)), outputs=tuple(names), axis=-1)
         return names
 
     def _block_product(self, x: str, matrix: BlockMatrix) -> str:
-        """The integer product on codes and scales; shifts act on the sums of x over each block, in float32."""
+        """Add the integer product with codes and scales, and the float32 product of the shifts with the sums of x by block."""
         rows, columns = matrix.shape
         inputs = [x, self.weight(matrix.codes), self.weight(matrix.scale)]
         attributes = {"K": columns, "N": rows, "bits": matrix.bits, "block_size": matrix.block}
         attributes["accuracy_level"] = self.precision.level
         shift = matrix.shift
-        if shift is not None and self.precision.zeros:
-            zero, shift = centred(matrix)
-            inputs.append(self.weight(zero))
+        if shift is not None and self.precision.zero_points:
+            zero_points, shift = zero_points_and_shifts(matrix)
+            inputs.append(self.weight(zero_points))
         y = self.node("MatMulNBits", *inputs, domain=MS, outputs=(), **attributes)
         if shift is None:
             return y
@@ -130,52 +131,57 @@ class Graph:
         return self.node("Gemm", x, weight, transB=1)
 
 
-def project_piece(weights: NetworkWeights, layer: int, precision: Precision) -> Piece:
-    """(hidden, cos, sin) -> q, k, v."""
-    graph = Graph(precision)
+def project_subgraph(weights: NetworkWeights, layer: int, precision: Precision) -> Subgraph:
+    """Make (hidden, cos, sin) -> (q, k, v): `layer` up to its attention."""
+    graph = GraphBuilder(precision)
     _project(graph, weights, layer, "hidden")
-    return _piece(graph, weights.spec, ["hidden", *_turn(weights.spec, layer)], ["q", "k", "v"])
+    return _subgraph(graph, weights.spec, ["hidden", *_rotation_inputs(weights.spec, layer)], ["q", "k", "v"])
 
 
-def mix_project_piece(weights: NetworkWeights, layer: int, precision: Precision) -> Piece:
-    """(mixed, residual, cos, sin) -> hidden, q, k, v: `layer` after its attention, layer + 1 before its own."""
-    graph = Graph(precision)
+def mix_project_subgraph(weights: NetworkWeights, layer: int, precision: Precision) -> Subgraph:
+    """Make (mixed, residual, cos, sin) -> (hidden, q, k, v): `layer` after its attention, then `layer + 1` up to its attention."""
+    graph = GraphBuilder(precision)
     _project(graph, weights, layer + 1, _mix(graph, weights, layer))
-    return _piece(graph, weights.spec, ["mixed", "residual", *_turn(weights.spec, layer + 1)], ["hidden", "q", "k", "v"])
+    return _subgraph(
+        graph, weights.spec, ["mixed", "residual", *_rotation_inputs(weights.spec, layer + 1)], ["hidden", "q", "k", "v"]
+    )
 
 
-def mix_piece(weights: NetworkWeights, layer: int, precision: Precision) -> Piece:
-    """(mixed, residual) -> hidden."""
-    graph = Graph(precision)
+def mix_subgraph(weights: NetworkWeights, layer: int, precision: Precision) -> Subgraph:
+    """Make (mixed, residual) -> (hidden): `layer` after its attention."""
+    graph = GraphBuilder(precision)
     _mix(graph, weights, layer)
-    return _piece(graph, weights.spec, ["mixed", "residual"], ["hidden"])
+    return _subgraph(graph, weights.spec, ["mixed", "residual"], ["hidden"])
 
 
-def route_piece(weights: NetworkWeights, layer: int, precision: Precision) -> Piece:
-    """(mixed, residual) -> hidden, normed, scores: a layer with experts, up to the choice of these."""
-    graph = Graph(precision)
+def route_subgraph(weights: NetworkWeights, layer: int, precision: Precision) -> Subgraph:
+    """Make (mixed, residual) -> (hidden, normed, scores): a layer with experts, from its attention to the router's scores."""
+    graph = GraphBuilder(precision)
     hidden, normed = _after_attention(graph, weights, layer)
     scores = graph.product(normed, weights.router(layer))
     for name, value in {"hidden": hidden, "normed": normed, "scores": scores}.items():
         graph.node("Identity", value, outputs=(name,))
-    return _piece(graph, weights.spec, ["mixed", "residual"], ["hidden", "normed", "scores"])
+    return _subgraph(graph, weights.spec, ["mixed", "residual"], ["hidden", "normed", "scores"])
 
 
-def expert_piece(spec: ModelSpec, expert: Expert, precision: Precision) -> Piece:
-    """(normed) -> hidden: one expert's MLP."""
-    graph = Graph(precision)
+def expert_subgraph(spec: ModelSpec, expert: Expert, precision: Precision) -> Subgraph:
+    """Make (normed) -> (hidden): one expert's MLP."""
+    graph = GraphBuilder(precision)
     graph.node("Identity", _mlp(graph, spec, "normed", expert.gate_up, expert.down), outputs=("hidden",))
-    return _piece(graph, spec, ["normed"], ["hidden"])
+    return _subgraph(graph, spec, ["normed"], ["hidden"])
 
 
-def head_pieces(weights: NetworkWeights, precision: Precision) -> Iterator[Piece]:
-    """(hidden) -> logits of some of the vocabulary: packing a large table at once would take as much again, twice."""
+def head_subgraphs(weights: NetworkWeights, precision: Precision) -> Iterator[Subgraph]:
+    """Make (hidden) -> (logits) for each part of the vocabulary.
+
+    Packing a large table whole would take twice its memory beside it.
+    """
     for part in weights.head(_head_rows(weights.spec)):
-        yield _head_piece(weights, part, precision)
+        yield _head_subgraph(weights, part, precision)
 
 
-def head_parts(spec: ModelSpec) -> int:
-    """How many pieces there are."""
+def head_part_count(spec: ModelSpec) -> int:
+    """Count the subgraphs that `head_subgraphs` makes."""
     return -(-spec.vocab // _head_rows(spec))
 
 
@@ -183,29 +189,29 @@ def _head_rows(spec: ModelSpec) -> int:
     return max(1, HEAD_PART_WEIGHTS // spec.hidden)
 
 
-def _head_piece(weights: NetworkWeights, part: Projection, precision: Precision) -> Piece:
-    graph, spec = Graph(precision), weights.spec
+def _head_subgraph(weights: NetworkWeights, part: Projection, precision: Precision) -> Subgraph:
+    graph, spec = GraphBuilder(precision), weights.spec
     logits = graph.product(graph.norm("hidden", weights.output_norm(), spec.norm_eps), part)
     logits = graph.scaled(logits, spec.logit_scale)
     if spec.logit_soft_cap:
         logits = graph.scaled(graph.node("Tanh", graph.scaled(logits, 1 / spec.logit_soft_cap)), spec.logit_soft_cap)
     graph.node("Identity", logits, outputs=("logits",))
-    return _piece(graph, spec, ["hidden"], ["logits"])
+    return _subgraph(graph, spec, ["hidden"], ["logits"])
 
 
-def product_piece(linear: Projection, precision: Precision) -> Piece:
-    """(x) -> y: a product alone."""
-    graph = Graph(precision)
+def product_subgraph(linear: Projection, precision: Precision) -> Subgraph:
+    """Make (x) -> (y): a single product."""
+    graph = GraphBuilder(precision)
     graph.node("Identity", graph.product("x", linear), outputs=("y",))
-    return _made(graph, {"x": linear.matrices[0].shape[1]}, {"y": sum(matrix.shape[0] for matrix in linear.matrices)})
+    return _build(graph, {"x": linear.matrices[0].shape[1]}, {"y": sum(matrix.shape[0] for matrix in linear.matrices)})
 
 
-def _turn(spec: ModelSpec, layer: int) -> list[str]:
+def _rotation_inputs(spec: ModelSpec, layer: int) -> list[str]:
     return ["cos", "sin"] if spec.is_rotated(layer) else []
 
 
-def _project(graph: Graph, weights: NetworkWeights, layer: int, hidden: str) -> None:
-    """Norm, QKV, norms of Q and K, rope. Q and K are rotated as one array, heads side by side."""
+def _project(graph: GraphBuilder, weights: NetworkWeights, layer: int, hidden: str) -> None:
+    """Add norm, QKV, norms of Q and K, and rope. Q and K are rotated as one array, with their heads side by side."""
     spec = weights.spec
     normed = graph.norm(hidden, weights.norm(layer, "attn_norm"), spec.norm_eps) if spec.pre_norm else hidden
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
@@ -215,7 +221,7 @@ def _project(graph: Graph, weights: NetworkWeights, layer: int, hidden: str) -> 
         qk, v = graph.split(qkv, queries + keys, keys)
     else:
         q, k, v = graph.split(qkv, queries, keys, keys)
-        normed_q, normed_k = (_head_norm(graph, spec, part, norm) for part, norm in zip((q, k), norms, strict=True))
+        normed_q, normed_k = (_qk_norm(graph, spec, part, norm) for part, norm in zip((q, k), norms, strict=True))
         qk = graph.node("Concat", normed_q, normed_k, axis=-1)
     if spec.is_rotated(layer):
         qk = _rotate(graph, spec, qk)
@@ -223,26 +229,26 @@ def _project(graph: Graph, weights: NetworkWeights, layer: int, hidden: str) -> 
     graph.node("Identity", v, outputs=("v",))
 
 
-def _head_norm(graph: Graph, spec: ModelSpec, x: str, weight: F32) -> str:
-    """Each head by itself, or all of them together."""
+def _qk_norm(graph: GraphBuilder, spec: ModelSpec, x: str, weight: F32) -> str:
+    """Add the norm of Q or K: of each head separately, or of all heads together."""
     if spec.qk_norm == "all":
         return graph.norm(x, weight, spec.norm_eps)
     heads = graph.node("Reshape", x, graph.constant(np.array([0, -1, spec.head_dim])))
     return graph.node("Flatten", graph.norm(heads, weight, spec.norm_eps), axis=1)
 
 
-def _rotate(graph: Graph, spec: ModelSpec, qk: str) -> str:
+def _rotate(graph: GraphBuilder, spec: ModelSpec, qk: str) -> str:
     axis, first = graph.constant(np.array([0])), graph.constant(np.array([0]))
     batch = graph.node("Unsqueeze", qk, axis)
     attributes = {"interleaved": int(not spec.rope_halves), "num_heads": spec.heads + spec.kv_heads}
     if spec.rope_dim:
         attributes["rotary_embedding_dim"] = spec.rope_dim
-    turned = graph.node("RotaryEmbedding", batch, first, "cos", "sin", domain=MS, outputs=(), **attributes)
-    return graph.node("Squeeze", turned, axis)
+    rotated = graph.node("RotaryEmbedding", batch, first, "cos", "sin", domain=MS, outputs=(), **attributes)
+    return graph.node("Squeeze", rotated, axis)
 
 
-def _after_attention(graph: Graph, weights: NetworkWeights, layer: int) -> tuple[str, str]:
-    """Output projection, norm, residual; and the norm before the MLP. Returns the residual and the MLP's input."""
+def _after_attention(graph: GraphBuilder, weights: NetworkWeights, layer: int) -> tuple[str, str]:
+    """Add output projection, norm and residual, then the norm before the MLP. Returns: the new residual and the MLP's input."""
     spec = weights.spec
     change = graph.product("mixed", weights.attention_output(layer))
     if spec.post_norm:
@@ -251,8 +257,8 @@ def _after_attention(graph: Graph, weights: NetworkWeights, layer: int) -> tuple
     return hidden, graph.norm(hidden, weights.norm(layer, spec.ffn_norm), spec.norm_eps) if spec.pre_norm else hidden
 
 
-def _mix(graph: Graph, weights: NetworkWeights, layer: int) -> str:
-    """A layer without experts from its attention's result on."""
+def _mix(graph: GraphBuilder, weights: NetworkWeights, layer: int) -> str:
+    """Add a layer without experts after its attention. Returns: its output."""
     spec = weights.spec
     hidden, normed = _after_attention(graph, weights, layer)
     change = _mlp(graph, spec, normed, weights.gate_up(layer), weights.down(layer))
@@ -261,7 +267,7 @@ def _mix(graph: Graph, weights: NetworkWeights, layer: int) -> str:
     return graph.node("Add", graph.scaled(change, spec.residual_scale), hidden, outputs=("hidden",))
 
 
-def _mlp(graph: Graph, spec: ModelSpec, x: str, gate_up: Projection, down: Projection) -> str:
+def _mlp(graph: GraphBuilder, spec: ModelSpec, x: str, gate_up: Projection, down: Projection) -> str:
     gate, up = graph.split(graph.product(x, gate_up), spec.ffn, spec.ffn)
     match spec.activation:
         case "silu":
@@ -275,12 +281,12 @@ def _mlp(graph: Graph, spec: ModelSpec, x: str, gate_up: Projection, down: Proje
     return graph.product(graph.node("Mul", gate, up), down)
 
 
-def _piece(graph: Graph, spec: ModelSpec, inputs: list[str], outputs: list[str]) -> Piece:
-    turned = (spec.rope_dim or spec.head_dim) // 2
+def _subgraph(graph: GraphBuilder, spec: ModelSpec, inputs: list[str], outputs: list[str]) -> Subgraph:
+    pairs = (spec.rope_dim or spec.head_dim) // 2
     widths: dict[str, int | str] = {
         "mixed": spec.heads * spec.head_dim,
-        "cos": turned,
-        "sin": turned,
+        "cos": pairs,
+        "sin": pairs,
         "q": spec.heads * spec.head_dim,
         "k": spec.kv_heads * spec.head_dim,
         "v": spec.kv_heads * spec.head_dim,
@@ -288,16 +294,16 @@ def _piece(graph: Graph, spec: ModelSpec, inputs: list[str], outputs: list[str])
         "logits": "vocabulary",
     }
 
-    return _made(graph, *({name: widths.get(name, spec.hidden) for name in names} for names in (inputs, outputs)))
+    return _build(graph, *({name: widths.get(name, spec.hidden) for name in names} for names in (inputs, outputs)))
 
 
-def _made(graph: Graph, inputs: dict[str, int | str], outputs: dict[str, int | str]) -> Piece:
-    """`inputs` and `outputs` with the width of each."""
+def _build(graph: GraphBuilder, inputs: dict[str, int | str], outputs: dict[str, int | str]) -> Subgraph:
+    """Turn a graph into a subgraph. `inputs` and `outputs` map each name to its width."""
 
     def values(widths: dict[str, int | str]) -> list[ValueInfoProto]:
         return [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tokens", width]) for name, width in widths.items()]
 
-    body = helper.make_graph(graph.nodes, "piece", values(inputs), values(outputs), graph.constants)
+    body = helper.make_graph(graph.nodes, "subgraph", values(inputs), values(outputs), graph.constants)
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid(MS, 1)]
     model = helper.make_model(body, opset_imports=opsets, ir_version=9)
-    return Piece(model, graph.weights)
+    return Subgraph(model, graph.weights)

@@ -1,10 +1,10 @@
-"""The reference backend: plain torch, exact weights.
+"""The reference backend: plain torch operators and exact weights.
 
-Precision: a product dequantises a block of rows to float32 and multiplies in float32, so its only error is rounding; nothing but
-that block is ever held in full precision. Activations stay float32.
+Precision: a product dequantises a block of rows to float32 and multiplies in float32, so its only error is rounding. Only that
+block is in memory in full precision. Activations stay float32.
 
-Threads: a prefill chunk's products are shared out by rows. A single token's are too small for that and use one thread. Bits do not
-depend on how many there are.
+Threads: the products of a prefill chunk are split by rows among the threads. Those of a single token are too small for that and use
+one thread. Bits do not depend on the number of threads.
 """
 
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ import torch
 from meshd.errors import ConfigError, LocalFault
 from meshd.kernels.attention import LocalAttention
 from meshd.kernels.backend import F32, Positions, Progress, Projected, WeightSource
-from meshd.kernels.forward import CutStage
+from meshd.kernels.forward import BaseStage
 from meshd.kernels.rope import Rope
-from meshd.kernels.threads import Workers, one_thread
+from meshd.kernels.threads import Workers, limit_torch_threads
 from meshd.kernels.torch.ops import gated, rms_norm, rotate, soft_capped
 from meshd.kernels.torch.products import Device, make_product
 from meshd.kernels.weights.heap import return_freed_memory
-from meshd.kernels.weights.layers import NetworkWeights, Projection, mixed_experts
+from meshd.kernels.weights.layers import NetworkWeights, Projection, mix_experts
 from meshd.tensors import norm_names
 from meshd.types import LayerRange, ModelSpec, Tensor
 
@@ -38,7 +38,7 @@ class Mlp:
 
 
 class Experts:
-    """Several MLPs, of which each token meets the few that a router likes best."""
+    """Several MLPs; each token is sent to the few with the highest scores of a router."""
 
     def __init__(self, weights: NetworkWeights, layer: int, device: Device) -> None:
         router = weights.router(layer)
@@ -51,20 +51,20 @@ class Experts:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         def expert(index: int, rows: F32) -> F32:
-            return self._device.give(self._experts[index](self._device.take(rows)))
+            return self._device.to_host(self._experts[index](self._device.to_device(rows)))
 
         device = self._device
-        return device.take(mixed_experts(device.give(x), device.give(self._router(x)), self._used, expert))
+        return device.to_device(mix_experts(device.to_host(x), device.to_host(self._router(x)), self._used, expert))
 
 
 class Layer:
-    """One layer's weights and its two halves, before and after attention."""
+    """One layer's weights, and its computation before and after attention."""
 
     def __init__(self, weights: NetworkWeights, layer: int, device: Device) -> None:
         spec = weights.spec
         self._spec = spec
-        self._norms = {name: device.hold(weights.norm(layer, name)) for name in norm_names(spec)}
-        self._qk_norms = [device.hold(norm) for norm in weights.qk_norms(layer) or ()]
+        self._norms = {name: device.upload(weights.norm(layer, name)) for name in norm_names(spec)}
+        self._qk_norms = [device.upload(norm) for norm in weights.qk_norms(layer) or ()]
         qkv, output = weights.qkv(layer), weights.attention_output(layer)
         self._qkv, self._output = make_product(qkv, device), make_product(output, device)
         self._mlp: Mlp | Experts = (
@@ -76,7 +76,7 @@ class Layer:
         self.bytes = qkv.bytes + output.bytes + self._mlp.bytes
 
     def project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`[tokens, hidden]` to Q, K and V `[tokens, heads, head_dim]`, not yet rotated."""
+        """Compute Q, K and V, not yet rotated: `[tokens, hidden]` to `[tokens, heads, head_dim]` each."""
         spec = self._spec
         queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
         q, k, v = torch.split(self._qkv(self._normed(hidden, "attn_norm")), [queries, keys, keys], dim=1)
@@ -88,7 +88,7 @@ class Layer:
         return heads[0], heads[1], heads[2]
 
     def mix(self, mixed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """`[tokens, heads * head_dim]` and the residual to the layer's result `[tokens, hidden]`."""
+        """Compute the layer after its attention, from `mixed` `[tokens, heads * head_dim]`. Returns: `[tokens, hidden]`."""
         hidden = self._added(residual, self._normed(self._output(mixed), "post_attention_norm", self._spec.post_norm))
         out = self._mlp(self._normed(hidden, self._spec.ffn_norm))
         return self._added(hidden, self._normed(out, "post_ffw_norm", self._spec.post_norm))
@@ -97,8 +97,8 @@ class Layer:
         scale = self._spec.residual_scale
         return residual + (change if scale == 1.0 else change * scale)
 
-    def _normed(self, x: torch.Tensor, name: str, wanted: bool | None = None) -> torch.Tensor:
-        return rms_norm(x, self._norms[name], self._spec.norm_eps) if (self._spec.pre_norm if wanted is None else wanted) else x
+    def _normed(self, x: torch.Tensor, name: str, apply: bool | None = None) -> torch.Tensor:
+        return rms_norm(x, self._norms[name], self._spec.norm_eps) if (self._spec.pre_norm if apply is None else apply) else x
 
 
 class Head:
@@ -107,7 +107,7 @@ class Head:
     def __init__(self, weights: NetworkWeights, device: Device) -> None:
         (head,) = weights.head()
         self._spec = weights.spec
-        self._norm = device.hold(weights.output_norm())
+        self._norm = device.upload(weights.output_norm())
         self._product = make_product(head, device)
         self.bytes = head.bytes
 
@@ -116,7 +116,7 @@ class Head:
         return soft_capped(logits * self._spec.logit_scale, self._spec.logit_soft_cap)
 
 
-class TorchStage(CutStage):
+class TorchStage(BaseStage):
     """Layers as plain torch expressions."""
 
     def __init__(self, loaded: "TorchLayers", layers: LayerRange) -> None:
@@ -125,37 +125,37 @@ class TorchStage(CutStage):
         self._device = loaded.device
 
     def project(self, hidden: F32, positions: Positions) -> Projected:
-        return self._projected(self._layers.start, self._device.take(hidden), positions)
+        return self._projected(self._layers.start, self._device.to_device(hidden), positions)
 
     def mix_project(self, layer: int, mixed: F32, residual: F32, positions: Positions) -> Projected:
         return self._projected(layer + 1, self._mixed(layer, mixed, residual), positions)
 
     def mix(self, mixed: F32, residual: F32) -> F32:
-        return self._device.give(self._mixed(self._layers.end - 1, mixed, residual))
+        return self._device.to_host(self._mixed(self._layers.end - 1, mixed, residual))
 
     def logits(self, hidden: F32) -> F32:
         if self._loaded.head is None:
             raise LocalFault(f"layers {self._layers} were loaded without the head")
-        one_thread()
-        return self._device.give(self._loaded.head(self._device.take(hidden)))
+        limit_torch_threads()
+        return self._device.to_host(self._loaded.head(self._device.to_device(hidden)))
 
     def _mixed(self, layer: int, mixed: F32, residual: F32) -> torch.Tensor:
         device = self._device
-        return self._loaded.parts[layer].mix(device.take(mixed).view(len(mixed), -1), device.take(residual))
+        return self._loaded.parts[layer].mix(device.to_device(mixed).view(len(mixed), -1), device.to_device(residual))
 
     def _projected(self, layer: int, hidden: torch.Tensor, positions: Positions) -> Projected:
         part, rope = self._loaded.parts[layer], self._loaded.ropes[layer]
         q, k, v = part.project(hidden)
         if rope is not None:
-            cos, sin = (self._device.hold(rows).unsqueeze(1) for rows in rope.rows(positions))
+            cos, sin = (self._device.upload(rows).unsqueeze(1) for rows in rope.rows(positions))
             q, k = (rotate(x, cos, sin, halves=self._spec.rope_halves) for x in (q, k))
-        give = self._device.give
-        return Projected(give(q), give(k), give(v), give(hidden), part.rule)
+        to_host = self._device.to_host
+        return Projected(to_host(q), to_host(k), to_host(v), to_host(hidden), part.rule)
 
 
 @dataclass(slots=True)
 class TorchLayers:
-    """Layers as torch tensors; any run of them is a stage at no further cost."""
+    """Layers as torch tensors. A stage over any of them takes no further memory."""
 
     spec: ModelSpec
     layers: LayerRange
@@ -185,11 +185,11 @@ class TorchBackend:
     """Plain torch, on the CPU or an accelerator. Attention and KV stay on the CPU."""
 
     def __init__(self, threads: int, device: str = "cpu") -> None:
-        """`device` is torch's name of it. Raises: ConfigError if it is not to be had."""
+        """`device` is torch's name for it. Raises: ConfigError if torch can't use it."""
         if device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("torch sees no CUDA device here", hint="a torch built with CUDA, and a driver that it can use")
+            raise ConfigError("torch finds no CUDA device", hint="install a torch built with CUDA, and a driver that it can use")
         if device == "mps" and not torch.backends.mps.is_available():
-            raise ConfigError("torch sees no MPS device here", hint="a Mac with an Apple processor")
+            raise ConfigError("torch finds no MPS device", hint="MPS needs a Mac with an Apple processor: choose another backend")
         self.name = "torch" if device == "cpu" else f"torch-{device}"
         self.threads = threads
         self._device = Device(device, Workers(threads))

@@ -1,4 +1,4 @@
-"""Small tensor functions of the torch path."""
+"""Small tensor functions of the torch backend."""
 
 import torch
 
@@ -6,20 +6,29 @@ from meshd.kernels.weights.layers import CLAMP, CLAMPED_SLOPE
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """`[tokens, hidden]` to a mean square of one, times `weight` `[hidden]` (https://arxiv.org/abs/1910.07467)."""
+    """Scale each row of `x` `[tokens, hidden]` to a mean square of one, times `weight` `[hidden]`.
+
+    Source: https://arxiv.org/abs/1910.07467.
+    """
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, halves: bool) -> torch.Tensor:
-    """The first dimensions of `[tokens, heads, head_dim]` by `[tokens, 1, rope_dim / 2]`: neighbours as pairs, or halves."""
-    turned, rest = torch.split(x, [2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
-    one, other = turned.chunk(2, dim=-1) if halves else (turned[..., 0::2], turned[..., 1::2])
+    """Rotate the first `rope_dim` dimensions of `x` `[tokens, heads, head_dim]`. `cos` and `sin` are `[tokens, 1, rope_dim / 2]`.
+
+    `halves`: a pair is one dimension of each half (GPT-NeoX); otherwise it is two neighbours.
+    """
+    rotated, rest = torch.split(x, [2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
+    one, other = rotated.chunk(2, dim=-1) if halves else (rotated[..., 0::2], rotated[..., 1::2])
     pair = one * cos - other * sin, one * sin + other * cos
     return torch.cat([*pair, rest], dim=-1) if halves else torch.cat([torch.stack(pair, dim=-1).flatten(-2), rest], dim=-1)
 
 
 def gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
-    """`[tokens, 2 * ffn]` to `[tokens, ffn]`: the gate's activation times the other half (https://arxiv.org/abs/2002.05202)."""
+    """Multiply the activation of the first half, the gate, with the second half: `[tokens, 2 * ffn]` to `[tokens, ffn]`.
+
+    Source: https://arxiv.org/abs/2002.05202.
+    """
     gate, up = gate_up.chunk(2, dim=-1)
     match activation:
         case "silu":
@@ -31,4 +40,5 @@ def gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 def soft_capped(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """Limit values to between -cap and cap by tanh. 0: no cap."""
     return torch.tanh(x / cap) * cap if cap else x

@@ -1,4 +1,4 @@
-"""Products of the torch backend: weights as stored, widened to float32 a block of rows at a time, on any of torch's devices."""
+"""Matrix products of the torch backend, on any of torch's devices. Weights become float32 only a block of rows at a time."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from meshd.kernels.weights.layers import Projection
 from meshd.kernels.weights.load import BlockMatrix, DenseMatrix
 
 ROWS = 512
-"""Rows dequantised at a time: a block of them stays in the cache (256 to 512 measured best)."""
+"""Rows dequantised at a time, so that they stay in the processor's cache. 256 to 512 were the fastest in measurements."""
 PARALLEL_WORK = 16 << 20
-"""Multiplications: below this, a hand-over to a second thread costs more than it saves."""
+"""Number of multiplications below which a second thread costs more than it saves."""
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 """`[tokens, columns]` to `[tokens, rows]`."""
@@ -25,39 +25,42 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Where tensors lie and what computes on them: this code is the same for the CPU, CUDA and Apple's MPS."""
+    """The device that holds tensors and computes on them: the CPU, CUDA or Apple's MPS."""
 
     name: str
-    """torch's: `cpu`, `cuda` or `mps`."""
+    """torch's name: `cpu`, `cuda` or `mps`."""
     workers: Workers
-    """Threads of the CPU; another device needs none."""
+    """Threads for products on the CPU; other devices do not use them."""
 
-    def hold(self, array: npt.NDArray[Any]) -> torch.Tensor:
-        """Weights, of whatever type; on the CPU a view."""
+    def upload(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        """Move a writeable array, such as weights, to the device. On the CPU the tensor is a view."""
         return torch.from_numpy(array).to(self.name)
 
-    def take(self, array: F32) -> torch.Tensor:
-        """Activations from the interface."""
+    def to_device(self, array: F32) -> torch.Tensor:
+        """Move activations to the device."""
         return to_tensor(array).to(self.name)
 
-    def give(self, tensor: torch.Tensor) -> F32:
-        """Activations to the interface."""
+    def to_host(self, tensor: torch.Tensor) -> F32:
+        """Move activations back to the CPU, as a numpy array."""
         return tensor.contiguous().cpu().numpy()
 
     def rows_at_once(self) -> int:
         return ROWS if self.name == "cpu" else ROWS * 16
 
-    def share(self, part: Callable[[int], torch.Tensor], rows: int, work: int) -> torch.Tensor:
-        """A product of so many rows from its parts; by several threads if there is enough to do."""
+    def by_rows(self, part: Callable[[int], torch.Tensor], rows: int, work: int) -> torch.Tensor:
+        """Compute a product of `rows` rows in parts, on several threads if it is large.
+
+        `part` computes the rows that begin with its argument; `work` is the product's number of multiplications.
+        """
         starts = range(0, rows, self.rows_at_once())
         parallel = self.name == "cpu" and work >= PARALLEL_WORK
         return torch.cat(self.workers.map(part, starts) if parallel else [part(start) for start in starts], dim=1)
 
 
 class BlockProduct:
-    """`x @ w.T` with quantised w, as `x @ (scale * code).T + blocksum(x) @ (shift - scale * zero).T`.
+    """`x @ w.T` with a quantised w, computed as `x @ (scale * code).T + blocksum(x) @ (shift - scale * zero).T`.
 
-    The columns of a block of nibbles stand even ones first, as they come out of their bytes; x is put in that order.
+    Unpacking 4-bit codes gives the even columns of a block before the odd ones. The columns of x are put in the same order.
     """
 
     def __init__(self, matrix: BlockMatrix, device: Device) -> None:
@@ -67,10 +70,11 @@ class BlockProduct:
         shift = matrix.shift
         if matrix.bits == 4:
             shift = (0 if shift is None else shift) - matrix.scale * matrix.zero
-        codes = matrix.codes if matrix.bits == 4 else (matrix.codes ^ 0x80).view(np.int8)  # 8 bits become signed, zero 0
-        self._codes = device.hold(codes)  # [rows, blocks, block * bits / 8]
-        self._scale = device.hold(matrix.scale).unsqueeze(-1)  # [rows, blocks, 1]
-        self._shift = None if shift is None else device.hold(shift)  # [rows, blocks]
+        # 8-bit codes become signed, so that the code of a zero weight is 0.
+        codes = matrix.codes if matrix.bits == 4 else (matrix.codes ^ 0x80).view(np.int8)
+        self._codes = device.upload(codes)  # [rows, blocks, block * bits / 8]
+        self._scale = device.upload(matrix.scale).unsqueeze(-1)  # [rows, blocks, 1]
+        self._shift = None if shift is None else device.upload(shift)  # [rows, blocks]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         blocks = x.view(len(x), -1, self._block)
@@ -84,10 +88,10 @@ class BlockProduct:
             y = ordered @ self._dequantise(rows).T
             return y if self._shift is None else y.addmm_(sums, self._shift[rows].T)
 
-        return self._device.share(part, len(self._codes), x.numel() * len(self._codes))
+        return self._device.by_rows(part, len(self._codes), x.numel() * len(self._codes))
 
     def _dequantise(self, rows: slice) -> torch.Tensor:
-        """`scale * code` of some rows: `[rows, columns]`, columns in the product's order."""
+        """Compute `scale * code` of some rows. Returns: `[rows, columns]`, even columns of each 4-bit block before the odd ones."""
         codes, scale = self._codes[rows], self._scale[rows]
         if self._bits == 4:
             half = self._block // 2
@@ -100,7 +104,7 @@ class BlockProduct:
 
 
 class DenseProduct:
-    """`x @ w.T` with w as stored, widened a block of rows at a time."""
+    """`x @ w.T` with a w of F32, F16 or BF16, which becomes float32 a block of rows at a time."""
 
     def __init__(self, matrix: DenseMatrix, device: Device) -> None:
         self._device = device
@@ -111,15 +115,15 @@ class DenseProduct:
         def part(first: int) -> torch.Tensor:
             return x @ self._values[first : first + self._device.rows_at_once()].to(x.dtype).T
 
-        return self._device.share(part, len(self._values), x.numel() * len(self._values))
+        return self._device.by_rows(part, len(self._values), x.numel() * len(self._values))
 
 
 def make_product(linear: Projection, device: Device) -> Product:
-    """The product with matrices laid end to end, and its bias."""
+    """Make the product with a projection: the concatenated results of its matrices, plus its bias."""
     products: list[Product] = [
         BlockProduct(m, device) if isinstance(m, BlockMatrix) else DenseProduct(m, device) for m in linear.matrices
     ]
     if len(products) == 1 and linear.bias is None:
         return products[0]
-    bias = 0 if linear.bias is None else device.hold(linear.bias)
+    bias = 0 if linear.bias is None else device.upload(linear.bias)
     return lambda x: torch.cat([product(x) for product in products], dim=1) + bias

@@ -6,7 +6,7 @@ import sys
 
 
 def return_freed_memory() -> None:
-    """Hand free pages back to the system: loading frees about as much as it keeps, and glibc would hold on to it."""
+    """Return free pages to the system. Loading frees about as much memory as it keeps, and glibc would not return it."""
     if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # another C library
+        with contextlib.suppress(AttributeError):  # only glibc has malloc_trim
             ctypes.CDLL(None).malloc_trim(0)

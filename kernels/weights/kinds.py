@@ -1,9 +1,11 @@
-"""GGUF's quantised kinds: how a block lies in the file, and what its weights are.
+"""GGUF's quantised kinds: the layout of their blocks, and how to compute weights from them.
 
-Layouts after ggml's `ggml-common.h` and `ggml-quants.c` (https://github.com/ggml-org/ggml). A row of weights is a run of blocks, a
-block one or several groups, a group 16 or 32 weights with a scale (and a minimum) of its own. Without minima a weight is
-`scale * (code - middle)`, with minima `scale * code + minimum`. Scales are a float16, or one times a signed integer of eight bits;
-codes have eight bits, or six beside such scales: float32 holds `scale * code` exactly, and a minimum costs one rounding.
+The layouts follow ggml's `ggml-common.h` and `ggml-quants.c` (https://github.com/ggml-org/ggml). A row of weights consists of
+blocks, a block of one or several groups, and a group of 16 or 32 weights with their own scale (and minimum). In kinds without
+minima a weight is `scale * (code - middle)`, in kinds with minima `scale * code + minimum`.
+
+A scale is a float16, or a float16 times an 8-bit signed integer. A code has at most 8 bits, or at most 6 bits with a scale of the
+second form. So float32 represents `scale * code` exactly, and adding a minimum rounds once.
 """
 
 from collections.abc import Callable
@@ -18,33 +20,36 @@ U8 = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class BlockKind:
-    """One kind. Its functions take blocks `[n, size]`."""
+    """The layout of one kind. Its functions take blocks `[n, size]`."""
 
     weights: int
-    """In a block."""
+    """Number of weights in a block."""
     size: int
     """Bytes of a block."""
     group: int
-    """Weights that share a scale."""
+    """Number of weights that share a scale."""
     bits: int
-    """4 or 8: of a code in the form that is computed on."""
+    """Bits of a code in a `BlockMatrix`: 4 or 8."""
     middle: int
-    """The code of a zero weight; with minima the code in the middle of their range."""
+    """The code of a zero weight; in kinds with minima, the middle of the range of codes."""
     codes: Callable[[U8], U8]
-    """`[n, weights]`."""
+    """Extracts codes `[n, weights]`."""
     scale: Callable[[U8], F32]
-    """`[n, weights / group]`; not finite: damaged."""
+    """Extracts scales `[n, weights / group]`. A scale that is not finite means that the file is damaged."""
     minimum: Callable[[U8], F32] | None = None
-    """`[n, weights / group]`; None: the kind has none."""
+    """Extracts minima `[n, weights / group]`. None: the kind has no minima."""
 
 
 def _half(blocks: U8, first: int) -> F32:
-    """The float16 at byte `first` of each block: `[n, 1]`."""
+    """Read the float16 at byte `first` of each block. Returns: `[n, 1]`."""
     return np.ascontiguousarray(blocks[:, first : first + 2]).view(np.float16).astype(np.float32)
 
 
 def _nibbles(packed: U8, run: int = 16) -> U8:
-    """ggml's order: of every `run` bytes first all low halves, then all high ones. `[n, bytes]` to `[n, 2 * bytes]`."""
+    """Unpack 4-bit codes in ggml's order: of each `run` bytes first all low halves, then all high halves.
+
+    Returns: `[n, 2 * bytes]` for `packed` `[n, bytes]`.
+    """
     runs = packed.reshape(len(packed), -1, run)
     codes = np.empty((len(packed), runs.shape[1], 2, run), np.uint8)
     np.bitwise_and(runs, 15, out=codes[:, :, 0])
@@ -53,13 +58,13 @@ def _nibbles(packed: U8, run: int = 16) -> U8:
 
 
 def _fifth_bits(low: U8, packed: U8) -> U8:
-    """Codes 0..31 `[n, 32]`: the fifth bit of column k is bit k of four bytes."""
+    """Add the fifth bits to 4-bit codes `[n, 32]`, in place: that of column k is bit k of the four bytes `packed`."""
     low |= np.unpackbits(packed, axis=1, bitorder="little") << np.uint8(4)
     return low
 
 
 def _q5_k_codes(blocks: U8) -> U8:
-    """Codes 0..31: the fifth bit of weight k of group g is bit g of byte k."""
+    """Extract the 5-bit codes of Q5_K: the fifth bit of weight k of group g is bit g of byte k."""
     low = _nibbles(blocks[:, 48:], 32)
     bits = np.arange(8, dtype=np.uint8)[:, None]
     low |= (((blocks[:, None, 16:48] >> bits) & 1) << np.uint8(4)).reshape(low.shape)
@@ -67,7 +72,10 @@ def _q5_k_codes(blocks: U8) -> U8:
 
 
 def _q6_k_codes(blocks: U8) -> U8:
-    """Codes 0..63, in two halves of 128 weights: four low bits each in 64 bytes, two high bits each in 32."""
+    """Extract the 6-bit codes of Q6_K.
+
+    Each half of 128 weights has its four low bits in 64 bytes and its two high bits in 32 bytes.
+    """
     codes = np.empty((len(blocks), 2, 4, 32), np.uint8)
     four, two = blocks[:, :128].reshape(-1, 2, 2, 32), blocks[:, 128:192].reshape(-1, 2, 32)
     np.bitwise_and(four, 15, out=codes[:, :, :2])
@@ -82,24 +90,24 @@ def _q6_k_scale(blocks: U8) -> F32:
 
 
 def _k_scale(blocks: U8) -> F32:
-    """Eight scales: six bits each, times the block's own."""
+    """Extract the eight scales of a K block: six bits each, times the block's float16 scale."""
     packed = blocks[:, 4:16]
     low, high = packed[:, :4] & 63, (packed[:, 8:] & 15) | ((packed[:, :4] >> 2) & 48)
     return np.concatenate([low, high], axis=1).astype(np.float32) * _half(blocks, 0)
 
 
 def _k_minimum(blocks: U8) -> F32:
-    """Eight minima, none above zero: six bits each, times the block's own."""
+    """Extract the eight minima of a K block, none above zero: six bits each, times the block's float16 minimum."""
     packed = blocks[:, 4:16]
     low, high = packed[:, 4:8] & 63, (packed[:, 8:] >> 4) | ((packed[:, 4:8] >> 2) & 48)
     return np.concatenate([low, high], axis=1).astype(np.float32) * -_half(blocks, 2)
 
 
 def _power(blocks: U8) -> F32:
-    """`2^(e - 128)` by the block's first byte, exact where that is subnormal.
+    """Compute `2^(e - 128)`, where `e` is the block's first byte; exact also for subnormal results.
 
     It is half of OCP's E8M0 scale, since the codes are doubled (https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf).
-    255 is NaN there; 253 and 254 are infinite here, since twelve times them is.
+    255 is NaN in that specification. 253 and 254 become infinite here, since twelve times that scale would overflow.
     """
     exponents = np.arange(256) - 128
     powers = np.ldexp(np.float32(1), exponents).astype(np.float32)
@@ -108,20 +116,20 @@ def _power(blocks: U8) -> F32:
 
 
 def _table(values: tuple[int, ...]) -> U8:
-    """Two codes for each byte, `[256, 2]`: values + 128."""
+    """Make a table from a byte to the codes of its two halves, `[256, 2]`. A code is its value + 128."""
     codes = np.array(values, np.int16) + 128
     byte = np.arange(256)
     return np.stack([codes[byte & 15], codes[byte >> 4]], axis=1).astype(np.uint8)
 
 
 def _looked_up(table: U8, packed: U8) -> U8:
-    """`[n, 16]` to `[n, 32]`, in ggml's order."""
+    """Look up the codes of packed bytes, in ggml's order: `[n, 16]` to `[n, 32]`."""
     return np.concatenate([table[:, 0][packed], table[:, 1][packed]], axis=1)
 
 
 _IQ4_NL = _table((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))
 _E2M1 = _table((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12))
-"""MXFP4's values, doubled."""
+"""MXFP4's values times two, which makes them whole numbers."""
 
 BLOCK_KINDS: dict[str, BlockKind] = {
     "Q4_0": BlockKind(32, 18, 32, 4, 8, lambda b: _nibbles(b[:, 2:]), lambda b: _half(b, 0)),

@@ -1,4 +1,4 @@
-"""A network's weights by their GGUF names, checked against the model's dimensions."""
+"""Reads a network's weights by their GGUF names and checks them against the model's dimensions."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from meshd.errors import ModelFileError
 from meshd.kernels.backend import AttentionRule, WeightSource
 from meshd.kernels.rope import Rope, rope_of
 from meshd.kernels.threads import Workers
-from meshd.kernels.weights.load import F32, Matrix, check_finite, dequantise, expert, load_matrix, load_stacked, some_rows
+from meshd.kernels.weights.load import F32, Matrix, check_finite, dequantise, expert_matrix, load_matrix, load_stacked, slice_rows
 from meshd.tensors import ROPE_FACTORS, tensor_shape
 from meshd.types import ModelSpec, Tensor
 
@@ -19,7 +19,7 @@ CLAMP, CLAMPED_SLOPE = 7.0, 1.702
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """A projection: one matrix `[out, in]`, or several to be laid end to end where their kinds differ; perhaps a bias `[out]`."""
+    """A projection `[out, in]`: one matrix, or several along `out` where their kinds differ; with or without a bias `[out]`."""
 
     matrices: tuple[Matrix, ...]
     bias: F32 | None = None
@@ -31,7 +31,7 @@ class Projection:
 
 @dataclass(frozen=True, slots=True)
 class Expert:
-    """One MLP of several."""
+    """The weights of one expert's MLP."""
 
     gate_up: Projection
     """`[2 * ffn, hidden]`."""
@@ -41,26 +41,26 @@ class Expert:
 
 @dataclass(frozen=True, slots=True)
 class NetworkWeights:
-    """Reads what a layer needs; each method raises ModelFileError for a tensor that is missing, broken or of another shape."""
+    """Reads the weights of layers. Each method raises ModelFileError for a tensor that is missing, broken or of another shape."""
 
     spec: ModelSpec
     source: WeightSource
 
     def check(self) -> None:
-        """Raises: ModelFileError for a network that can't be computed."""
+        """Check that this version can compute the network. Raises: ModelFileError."""
         spec = self.spec
         if spec.heads % spec.kv_heads:
-            raise ModelFileError(f"{spec.heads} heads can't share {spec.kv_heads} KV heads: no whole number each")
+            raise ModelFileError(f"{spec.heads} heads can't be divided evenly among {spec.kv_heads} KV heads")
         kind = spec.rope_scaling.kind if spec.rope_scaling else "linear"
         known = ("silu", "gelu_tanh", "clamped"), ("", "head", "all"), ("linear", "yarn")
         if any(value not in values for value, values in zip((spec.activation, spec.qk_norm, kind), known, strict=True)):
             raise ModelFileError(
                 f"this model can't be computed: its architecture {spec.architecture!r} is not known here",
-                hint="all peers need a meshd that knows it",
+                hint="update meshd on all peers",
             )
 
     def ropes(self) -> list[Rope | None]:
-        """The rotations of each layer; layers with the same ones share them. None: the layer does not turn."""
+        """Make the `Rope` of each layer; layers with the same rotations share one. None: the layer has no rotation."""
         spec = self.spec
         factors = next((self._vector(name) for name in ROPE_FACTORS if name in self.source), None)
         full = rope_of(spec, factors)
@@ -68,7 +68,6 @@ class NetworkWeights:
         return [(windowed if spec.window_of(layer) else full) if spec.is_rotated(layer) else None for layer in range(spec.layers)]
 
     def rule(self, layer: int) -> AttentionRule:
-        """How this layer attends."""
         spec = self.spec
         return AttentionRule(
             scale=spec.attention_scale or spec.head_dim**-0.5,
@@ -78,49 +77,52 @@ class NetworkWeights:
         )
 
     def embedding(self) -> Tensor:
-        """`[vocab, hidden]`, as it lies in the file."""
+        """Read the embedding table `[vocab, hidden]`, as stored in the file."""
         table = self._tensor("token_embd.weight")
         check_finite(table)
         return table
 
     def norm(self, layer: int, name: str) -> F32:
-        """`attn_norm`, `post_ffw_norm` and so on."""
+        """Read a norm by its short name, such as `attn_norm`."""
         return self._vector(f"blk.{layer}.{name}.weight")
 
     def qkv(self, layer: int) -> Projection:
-        """`[(heads + 2 kv_heads) * head_dim, hidden]`."""
+        """Read Q, K and V as one projection `[(heads + 2 kv_heads) * head_dim, hidden]`."""
         fused = "attn_qkv" in self.spec.fused
         return self._linear(layer, *(("attn_qkv",) if fused else ("attn_q", "attn_k", "attn_v")))
 
     def qk_norms(self, layer: int) -> tuple[F32, F32] | None:
-        """For Q and for K: `[head_dim]` each, or `[heads * head_dim]` and `[kv_heads * head_dim]`."""
+        """Read the norms of Q and K:
+
+        `[head_dim]` each, or `[heads * head_dim]` and `[kv_heads * head_dim]`. None: there are none.
+        """
         if not self.spec.qk_norm:
             return None
         return self.norm(layer, "attn_q_norm"), self.norm(layer, "attn_k_norm")
 
     def attention_output(self, layer: int) -> Projection:
-        """`[hidden, heads * head_dim]`."""
+        """Read the output projection `[hidden, heads * head_dim]`."""
         return self._linear(layer, "attn_output")
 
     def gate_up(self, layer: int) -> Projection:
-        """`[2 * ffn, hidden]`."""
+        """Read the MLP's gate and up projections as one `[2 * ffn, hidden]`."""
         return self._linear(layer, *(("ffn_up",) if "ffn_up" in self.spec.fused else ("ffn_gate", "ffn_up")))
 
     def down(self, layer: int) -> Projection:
-        """`[hidden, ffn]`."""
+        """Read the MLP's down projection `[hidden, ffn]`."""
         return self._linear(layer, "ffn_down")
 
     def router(self, layer: int) -> Projection:
-        """`[experts, hidden]`."""
+        """Read the router `[experts, hidden]`."""
         return self._linear(layer, "ffn_gate_inp")
 
     def experts(self, layer: int) -> Iterator[Expert]:
-        """One after another, so that no more than one is held beside the backend's own."""
+        """Read a layer's experts one after another, so that only one is in memory beside the backend's own form."""
         names = {"gate": "ffn_gate_exps", "up": "ffn_up_exps", "down": "ffn_down_exps"}
         tensors = {part: self._tensor(f"blk.{layer}.{name}.weight") for part, name in names.items()}
         biases = {part: self._vector(f"blk.{layer}.{name}.bias") for part, name in names.items() if name in self.spec.biases}
         for index in range(self.spec.experts):
-            gate, up, down = (expert(tensors[part], index) for part in names)
+            gate, up, down = (expert_matrix(tensors[part], index) for part in names)
             wide = np.concatenate([biases["gate"][index], biases["up"][index]]) if "gate" in biases else None
             narrow = biases["down"][index].copy() if "down" in biases else None
             yield Expert(Projection(load_stacked([gate, up]), wide), Projection((load_matrix(down),), narrow))
@@ -129,13 +131,13 @@ class NetworkWeights:
         return self._vector("output_norm.weight")
 
     def head(self, rows: int | None = None) -> Iterator[Projection]:
-        """`[vocab, hidden]`, the embedding table where the head is tied to it; in parts of so many rows, or whole."""
+        """Read the head `[vocab, hidden]`, in parts of `rows` rows, or whole if None. A tied head is the embedding table."""
         tensor = self._tensor("token_embd.weight" if self.spec.tied_head else "output.weight")
         for first in range(0, self.spec.vocab, rows or self.spec.vocab):
-            yield Projection((load_matrix(some_rows(tensor, first, first + rows if rows else self.spec.vocab)),))
+            yield Projection((load_matrix(slice_rows(tensor, first, first + rows if rows else self.spec.vocab)),))
 
     def _linear(self, layer: int, *names: str) -> Projection:
-        """Projections under one another."""
+        """Read tensors as one projection, with the rows of the first tensor first."""
         matrices = load_stacked([self._tensor(f"blk.{layer}.{name}.weight") for name in names])
         if not set(names) & set(self.spec.biases):
             return Projection(matrices)
@@ -154,15 +156,18 @@ class NetworkWeights:
         return tensor
 
     def _vector(self, name: str) -> F32:
-        """A copy of its own, since torch can't hold a view of a read-only file."""
+        """Read a tensor as float32. Copies it, since torch has no tensors over read-only memory."""
         return dequantise(self._tensor(name)).copy()
 
 
-def mixed_experts(x: F32, scores: F32, used: int, mlp: Callable[[int, F32], F32], workers: Workers | None = None) -> F32:
-    """What experts make of `x` `[tokens, hidden]`: the mean over each token's `used` best by the softmax of their scores.
+def mix_experts(x: F32, scores: F32, used: int, mlp: Callable[[int, F32], F32], workers: Workers | None = None) -> F32:
+    """Compute the output of each token's `used` best experts, weighted by the softmax of their scores.
 
-    `scores` is `[tokens, experts]`. `mlp` computes one expert's over the rows that chose it; `workers` compute several at
-    once. A token's bits do not depend on who else is there: its terms are added in the order of its own choice.
+    `x` is `[tokens, hidden]`, `scores` `[tokens, experts]`. `mlp` computes one expert's output for the rows that chose it; with
+    `workers`, several experts run at once. A token's bits do not depend on the other tokens: its terms are added in the order of
+    its own scores.
+
+    Returns: `[tokens, hidden]`.
     """
     chosen = np.argsort(-scores, axis=1, kind="stable")[:, :used]
     best = np.take_along_axis(scores, chosen, axis=1)

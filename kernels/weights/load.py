@@ -1,6 +1,6 @@
-"""Reads weights: to float32, or to the form that both backends compute on.
+"""Reads weights: as float32, or as the matrices that both backends compute with.
 
-A weight that is NaN or infinite is found when its tensor is read: it would silently make every answer NaN.
+Reading a tensor also checks it for NaN and infinity, which would silently make every answer NaN.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,16 +23,16 @@ __all__ = [
     "check_finite",
     "dequantise",
     "dequantise_rows",
-    "expert",
+    "expert_matrix",
     "load_matrix",
     "load_stacked",
-    "some_rows",
+    "slice_rows",
     "unpack_codes",
     "widen_bf16",
 ]
 
 CHUNK = 1 << 18
-"""Weights unpacked at a time: what they need beside the result stays in the cache, and under 4 MB."""
+"""Weights unpacked at a time. The temporary arrays for them fit in the processor's cache and stay below 4 MB."""
 
 Floats = npt.NDArray[np.float32] | npt.NDArray[np.float16] | npt.NDArray[np.uint16]
 _FLOATS: dict[str, tuple[type[np.unsignedinteger], int]] = {
@@ -40,13 +40,17 @@ _FLOATS: dict[str, tuple[type[np.unsignedinteger], int]] = {
     "F16": (np.uint16, 0x7C00),
     "BF16": (np.uint16, 0x7F80),
 }
-"""(the type that holds its bits, infinity's)."""
+"""Kind -> (unsigned type of the same size, bits of infinity)."""
 KINDS = (*_FLOATS, *BLOCK_KINDS)
-"""All that can be read."""
+"""All kinds that can be read."""
 
 
 def dequantise(tensor: Tensor) -> F32:
-    """All of a tensor as float32, of its shape; F32 as a view. Raises: ModelFileError for a wrong kind, size or weight."""
+    """Read a whole tensor as float32.
+
+    Returns: an array of the tensor's shape; a view if the tensor is F32.
+    Raises: ModelFileError for an unknown kind, a wrong size, or a weight that is not finite.
+    """
     kind = _kind(tensor)
     if kind is None:
         _check_bits(tensor)
@@ -59,7 +63,7 @@ def dequantise(tensor: Tensor) -> F32:
 
 
 def dequantise_rows(tensor: Tensor, rows: npt.NDArray[np.integer]) -> F32:
-    """`tensor[rows]` of a `[rows, columns]` tensor: only these rows are read. Raises: ModelFileError."""
+    """Read some rows of a `[rows, columns]` tensor as float32, and only these. Raises: ModelFileError."""
     kind = _kind(tensor)
     height, width = _matrix_shape(tensor)
     if kind is None:
@@ -74,14 +78,15 @@ def dequantise_rows(tensor: Tensor, rows: npt.NDArray[np.integer]) -> F32:
 
 
 def load_matrix(tensor: Tensor) -> Matrix:
-    """A `[rows, columns]` tensor in the form that is computed on; a quantised one stays so. Raises: ModelFileError."""
+    """Read a `[rows, columns]` tensor as a matrix; a quantised tensor stays quantised. Raises: ModelFileError."""
     return load_stacked([tensor])[0]
 
 
 def load_stacked(tensors: Sequence[Tensor]) -> tuple[Matrix, ...]:
-    """`[rows, columns]` tensors under one another: one matrix if their forms and widths are alike, else one for each.
+    """Read `[rows, columns]` tensors and stack their rows.
 
-    Memory is taken once, for the result. Raises: ModelFileError.
+    Returns: one matrix if all tensors have the same form and width, otherwise one matrix for each tensor.
+    Raises: ModelFileError.
     """
     for tensor in tensors:
         _matrix_shape(tensor)
@@ -94,8 +99,8 @@ def load_stacked(tensors: Sequence[Tensor]) -> tuple[Matrix, ...]:
     return tuple(_load_floats(tensor) if kind is None else _load_blocks([tensor], [kind]) for tensor, kind in pairs)
 
 
-def expert(tensor: Tensor, index: int) -> Tensor:
-    """One matrix `[rows, columns]` of a tensor `[experts, rows, columns]`, not copied. Raises: ModelFileError."""
+def expert_matrix(tensor: Tensor, index: int) -> Tensor:
+    """Return one expert's matrix `[rows, columns]` of a tensor `[experts, rows, columns]`, as a view. Raises: ModelFileError."""
     if len(tensor.shape) != 3 or not 0 <= index < tensor.shape[0]:
         raise ModelFileError(f"tensor {tensor.name} of shape {tensor.shape} has no expert {index}")
     size, rest = divmod(tensor.data.nbytes, tensor.shape[0])
@@ -104,8 +109,8 @@ def expert(tensor: Tensor, index: int) -> Tensor:
     return Tensor(f"{tensor.name}[{index}]", tensor.kind, tensor.shape[1:], tensor.data[index * size : (index + 1) * size])
 
 
-def some_rows(tensor: Tensor, first: int, last: int) -> Tensor:
-    """Rows `[first, last)` of a matrix, where they lie; a last row beyond the end is the end."""
+def slice_rows(tensor: Tensor, first: int, last: int) -> Tensor:
+    """Return rows `[first, last)` of a matrix as a view. A `last` beyond the end means the end."""
     rows, columns = _matrix_shape(tensor)
     last = min(last, rows)
     size = len(tensor.data) // rows
@@ -113,7 +118,7 @@ def some_rows(tensor: Tensor, first: int, last: int) -> Tensor:
 
 
 def check_finite(tensor: Tensor) -> None:
-    """Look for NaN and infinite weights without unpacking them. Raises: ModelFileError if there are, or the tensor is torn."""
+    """Check that all weights are finite, without unpacking them. Raises: ModelFileError, also for a tensor of the wrong size."""
     kind = _kind(tensor)
     if kind is None:
         _check_bits(tensor)
@@ -124,14 +129,14 @@ def check_finite(tensor: Tensor) -> None:
 
 
 def widen_bf16(bits: npt.NDArray[np.uint16]) -> F32:
-    """The upper half of a float32 to the float32."""
+    """Convert BF16, the upper half of a float32, to float32."""
     wide = bits.astype(np.uint32)
     wide <<= 16
     return wide.view(np.float32)
 
 
 def _load_blocks(tensors: Sequence[Tensor], kinds: Sequence[BlockKind]) -> BlockMatrix:
-    """Tensors of one form and width."""
+    """Stack tensors of one form and width into one matrix."""
     first = kinds[0]
     views = [_blocks(tensor, kind) for tensor, kind in zip(tensors, kinds, strict=True)]
     rows, groups = sum(tensor.shape[0] for tensor in tensors), tensors[0].shape[1] // first.group
@@ -140,14 +145,14 @@ def _load_blocks(tensors: Sequence[Tensor], kinds: Sequence[BlockKind]) -> Block
     shift = None if first.minimum is None else np.empty_like(scale)
     start = 0
     for tensor, kind, blocks in zip(tensors, kinds, views, strict=True):
-        under = slice(start, start + tensor.shape[0])
-        _fill(tensor, kind, blocks, codes[under], scale[under], None if shift is None else shift[under])
+        rows_of = slice(start, start + tensor.shape[0])
+        _fill(tensor, kind, blocks, codes[rows_of], scale[rows_of], None if shift is None else shift[rows_of])
         start += tensor.shape[0]
     return BlockMatrix(first.bits, first.group, codes, scale, shift)
 
 
 def _fill(tensor: Tensor, kind: BlockKind, blocks: U8, codes: U8, scale: F32, shift: F32 | None) -> None:
-    """Blocks to the form's arrays, a part at a time."""
+    """Convert a tensor's blocks into the arrays of a `BlockMatrix`, a part at a time."""
     flat_codes, flat_scale = codes.reshape(len(blocks), -1), scale.reshape(len(blocks), -1)
     for part in _parts(len(blocks), kind):
         scales, minima = _scales(tensor, kind, blocks[part])
@@ -156,14 +161,14 @@ def _fill(tensor: Tensor, kind: BlockKind, blocks: U8, codes: U8, scale: F32, sh
             shift.reshape(len(blocks), -1)[part] = minima + kind.middle * scales
         unpacked = kind.codes(blocks[part])
         if kind.bits == 4:
-            pairs = unpacked.view("<u2")  # the even code below, the odd one above
+            pairs = unpacked.view("<u2")  # the even column's code is the low byte, the odd column's the high byte
             flat_codes[part] = (pairs | (pairs >> np.uint16(4))).astype(np.uint8)
         else:
             np.add(unpacked, np.uint8(128 - kind.middle), out=flat_codes[part])
 
 
 def _unpack(tensor: Tensor, kind: BlockKind, blocks: U8, values: F32) -> None:
-    """Blocks to weights `[n, weights]`."""
+    """Compute the weights of blocks into `values` `[n, weights]`."""
     scales, minima = _scales(tensor, kind, blocks)
     values[:] = kind.codes(blocks)
     if minima is None:
@@ -175,8 +180,8 @@ def _unpack(tensor: Tensor, kind: BlockKind, blocks: U8, values: F32) -> None:
 
 
 def _scales(tensor: Tensor, kind: BlockKind, blocks: U8) -> tuple[F32, F32 | None]:
-    """(scales, minima), each `[n, groups]`. Raises: ModelFileError if one is not finite."""
-    with np.errstate(invalid="ignore"):  # infinity times a zero
+    """Extract scales and minima, each `[n, groups]`. Raises: ModelFileError if one is not finite."""
+    with np.errstate(invalid="ignore"):  # a damaged file may have infinity times zero
         scales = kind.scale(blocks)
         minima = None if kind.minimum is None else kind.minimum(blocks)
     if not np.isfinite(scales).all() or (minima is not None and not np.isfinite(minima).all()):
@@ -195,7 +200,7 @@ def _load_floats(tensor: Tensor) -> DenseMatrix:
 
 
 def _float_view(tensor: Tensor) -> Floats:
-    """A float tensor where it lies, of its shape; BF16's bits in uint16."""
+    """View a float tensor's data in its shape; BF16 as uint16."""
     kind = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[tensor.kind]
     return _bits(tensor).view(kind).reshape(tensor.shape)
 
@@ -205,7 +210,7 @@ def _widened(values: Floats) -> F32:
 
 
 def _check_bits(tensor: Tensor) -> None:
-    """Raises: ModelFileError if a float is NaN or infinite: if all bits of its exponent are set."""
+    """Check that no float is NaN or infinite, that is, has all bits of its exponent set. Raises: ModelFileError."""
     bits, infinity = _bits(tensor), _FLOATS[tensor.kind][1]
     for start in range(0, len(bits), CHUNK):
         exponents = bits[start : start + CHUNK] & bits.dtype.type(infinity)
@@ -214,7 +219,7 @@ def _check_bits(tensor: Tensor) -> None:
 
 
 def _bits(tensor: Tensor) -> npt.NDArray[np.unsignedinteger]:
-    """A float tensor's bits in one row, where they lie, aligned or not. Raises: ModelFileError if the size is wrong."""
+    """View a float tensor's data as a flat array of unsigned integers, aligned or not. Raises: ModelFileError for a wrong size."""
     unsigned = np.dtype(_FLOATS[tensor.kind][0])
     if tensor.data.nbytes != prod(tensor.shape) * unsigned.itemsize or not tensor.data:
         raise _broken(tensor)
@@ -222,7 +227,7 @@ def _bits(tensor: Tensor) -> npt.NDArray[np.unsignedinteger]:
 
 
 def _blocks(tensor: Tensor, kind: BlockKind) -> U8:
-    """`[n, size]`. Raises: ModelFileError if the size does not fit the shape."""
+    """View a tensor's data as blocks `[n, size]`. Raises: ModelFileError if its size does not match its shape."""
     count = prod(tensor.shape) // kind.weights
     if tensor.shape[-1] % kind.weights or tensor.data.nbytes != count * kind.size or not count:
         raise _broken(tensor)
@@ -230,7 +235,7 @@ def _blocks(tensor: Tensor, kind: BlockKind) -> U8:
 
 
 def _kind(tensor: Tensor) -> BlockKind | None:
-    """None: floats. Raises: ModelFileError for a kind that is not known here."""
+    """Return a tensor's block kind; None if it holds floats. Raises: ModelFileError for an unknown kind."""
     if tensor.kind in _FLOATS:
         return None
     kind = BLOCK_KINDS.get(tensor.kind)
@@ -244,7 +249,7 @@ def _kind(tensor: Tensor) -> BlockKind | None:
 
 def _matrix_shape(tensor: Tensor) -> tuple[int, int]:
     if len(tensor.shape) != 2:
-        raise ModelFileError(f"tensor {tensor.name} is no matrix: its shape is {tensor.shape}")
+        raise ModelFileError(f"tensor {tensor.name} is not a matrix: its shape is {tensor.shape}")
     return tensor.shape[0], tensor.shape[1]
 
 

@@ -1,7 +1,7 @@
 """The supported architectures by their GGUF names: how each differs from Llama, and how to read its metadata.
 
-The names of keys follow llama.cpp's converters (https://github.com/ggml-org/llama.cpp, `conversion/`), their meaning follows the
-models' code in `transformers`.
+The names of metadata keys are those of llama.cpp's converters (https://github.com/ggml-org/llama.cpp, `conversion/`). What they
+mean for the computation follows the models' code in `transformers`.
 """
 
 import math
@@ -19,20 +19,21 @@ from meshd.types import ModelSpec, RopeScaling
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """How a network differs from Llama's where the metadata does not state it."""
+    """How an architecture differs from Llama, as far as the metadata does not say it."""
 
     spec: Mapping[str, Any] = field(default_factory=dict)
-    """Values for fields of `ModelSpec`."""
+    """Values of fields of `ModelSpec`."""
     window_pattern: int = 0
-    """Where the metadata gives a window but no pattern: of so many layers the last attends to all tokens; 0: none does."""
-    stretches_windowed: bool = True
-    """RoPE scaling applies to layers with a window too."""
+    """If the metadata has a window but no pattern: every n-th layer attends to all tokens. 0: all layers have the window."""
+    scales_windowed_rope: bool = True
+    """RoPE scaling also applies to layers with a window."""
     whole_bounds: bool = True
-    """The bounds of YaRN's ramp are rounded to whole dimensions."""
+    """The bounds of YaRN's ramp are rounded to whole indices of frequencies."""
     scaled_embedding: bool = False
     """Embeddings are multiplied by the square root of the hidden size."""
-    unlike_layers: int = 0
-    """Number of layers of its largest model, which scales scores by `(hidden / heads) ** -0.5` although its head size differs."""
+    hidden_scale_layers: int = 0
+    """Number of layers of the one model (Gemma 2 27B, Gemma 3 27B) that scales scores by `(hidden / heads) ** -0.5`, although its
+    head size is not `hidden / heads`. 0: there is none."""
 
 
 _HALVES: dict[str, Any] = {"rope_halves": True}
@@ -52,23 +53,23 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": Architecture(spec=_HALVES | {"biases": ("attn_q", "attn_k", "attn_v")}),
     "qwen3": Architecture(spec=_HALVES | {"qk_norm": "head"}),
     "qwen3moe": Architecture(spec=_HALVES | {"qk_norm": "head"}),
-    "gemma2": Architecture(spec=_GEMMA, window_pattern=2, scaled_embedding=True, unlike_layers=46),
-    "gemma3": Architecture(spec=_GEMMA_3, window_pattern=6, scaled_embedding=True, unlike_layers=62),
+    "gemma2": Architecture(spec=_GEMMA, window_pattern=2, scaled_embedding=True, hidden_scale_layers=46),
+    "gemma3": Architecture(spec=_GEMMA_3, window_pattern=6, scaled_embedding=True, hidden_scale_layers=62),
     "phi3": Architecture(spec=_HALVES | {"fused": ("attn_qkv", "ffn_up")}),
     "granite": Architecture(),
-    "olmo2": Architecture(spec=_OLMO, window_pattern=4, stretches_windowed=False),  # OLMo 3 too
+    "olmo2": Architecture(spec=_OLMO, window_pattern=4, scales_windowed_rope=False),  # OLMo 3 too
     "gpt-oss": Architecture(spec=_GPT_OSS, window_pattern=2, whole_bounds=False),
 }
-"""By GGUF's `general.architecture`."""
+"""Keys are values of GGUF's `general.architecture`."""
 
 _BIASES = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 _UNSUPPORTED_HINT = "meshd can't run this model yet; README says which it can"
 
 
 def spec_from_metadata(name: str, metadata: Mapping[str, MetadataValue], tensors: Mapping[str, TensorInfo]) -> ModelSpec:
-    """Read a model's network from its metadata. `name` is for messages.
+    """Read a model's structure from its metadata. `name` is for error messages.
 
-    Raises: ModelFileError for an unsupported architecture, or for metadata that describe no valid network.
+    Raises: ModelFileError for an unsupported architecture, or for metadata that do not describe a valid network.
     """
     keys = _Keys(name, metadata)
     about = ARCHITECTURES[keys.architecture]
@@ -79,10 +80,10 @@ def spec_from_metadata(name: str, metadata: Mapping[str, MetadataValue], tensors
     kv_heads = keys.count("attention.head_count_kv", heads)
     head_dim = keys.count("attention.key_length", hidden // heads)
     if heads % kv_heads:
-        raise keys.wrong("attention.head_count_kv", f"{heads} heads do not share {kv_heads} evenly")
+        raise keys.wrong("attention.head_count_kv", f"{heads} heads can't be divided evenly among {kv_heads} KV heads")
     layers, experts = keys.count("block_count"), keys.count("expert_count", 0)
     if layers > len(tensors):  # before memory is allocated for each layer
-        raise ModelFileError(f"{name} can't be run: it has {len(tensors)} tensors for {layers} layers")
+        raise ModelFileError(f"{name} can't be run: it has only {len(tensors)} tensors for {layers} layers")
     fields: dict[str, Any] = {
         "architecture": keys.architecture,
         "layers": layers,
@@ -95,7 +96,9 @@ def spec_from_metadata(name: str, metadata: Mapping[str, MetadataValue], tensors
         "context_length": keys.count("context_length"),
         "norm_eps": keys.positive("attention.layer_norm_rms_epsilon"),
         "tied_head": "output.weight" not in tensors,
-        "attention_scale": keys.positive("attention.scale", (hidden // heads) ** -0.5 if layers == about.unlike_layers else 0.0),
+        "attention_scale": keys.positive(
+            "attention.scale", (hidden // heads) ** -0.5 if layers == about.hidden_scale_layers else 0.0
+        ),
         "attention_soft_cap": keys.positive("attn_logit_softcapping", 0.0),
         "logit_soft_cap": keys.positive("final_logit_softcapping", 0.0),
         "embedding_scale": keys.positive("embedding_scale", math.sqrt(hidden) if about.scaled_embedding else 1.0),
@@ -108,29 +111,29 @@ def spec_from_metadata(name: str, metadata: Mapping[str, MetadataValue], tensors
     biases = (part for part in _BIASES if f"blk.0.{part}.bias" in tensors)
     fields["biases"] = tuple(dict.fromkeys((*fields.get("biases", ()), *biases)))
     if fields["experts_used"] > experts:
-        raise keys.wrong("expert_used_count", f"{fields['experts_used']} of {experts} experts can't be used")
+        raise keys.wrong("expert_used_count", f"{fields['experts_used']} is more than the model's {experts} experts")
     spec = ModelSpec(**fields)
-    if alone := [part for part in spec.biases if part not in projections(spec)]:
-        raise ModelFileError(f"{name} can't be run: {keys.architecture} has a bias {alone[0]}, for which it has no matrix here")
-    return _ended_at_factors(spec, keys, tensors)
+    if unknown := [part for part in spec.biases if part not in projections(spec)]:
+        raise ModelFileError(f"{name} can't be run: {keys.architecture} has no projection {unknown[0]}, but the file has its bias")
+    return _limited_to_short_factors(spec, keys, tensors)
 
 
 def _rope(keys: "_Keys", about: Architecture, head_dim: int) -> dict[str, Any]:
-    turned = keys.count("rope.dimension_count", head_dim)
-    if turned > head_dim or turned % 2:
-        raise keys.wrong("rope.dimension_count", f"{turned} of {head_dim} dimensions can't be turned in pairs")
-    found: dict[str, Any] = {
+    rope_dim = keys.count("rope.dimension_count", head_dim)
+    if rope_dim > head_dim or rope_dim % 2:
+        raise keys.wrong("rope.dimension_count", f"{rope_dim} is not an even number of at most {head_dim} dimensions")
+    fields: dict[str, Any] = {
         "rope_theta": keys.positive("rope.freq_base", 10000.0),
-        "rope_dim": 0 if turned == head_dim else turned,
+        "rope_dim": 0 if rope_dim == head_dim else rope_dim,
         "rope_magnitude": keys.positive("rope.scaling.attn_factor", 1.0),
     }
-    if windowed := keys.positive("rope.freq_base_swa", 0.0 if about.stretches_windowed else found["rope_theta"]):
-        found["rope_theta_windowed"] = windowed
+    if windowed := keys.positive("rope.freq_base_swa", 0.0 if about.scales_windowed_rope else fields["rope_theta"]):
+        fields["rope_theta_windowed"] = windowed
     kind, factor = keys.text("rope.scaling.type", "none"), keys.positive("rope.scaling.factor", 1.0)
     if kind not in ("none", "linear", "yarn", "longrope"):
         raise keys.wrong("rope.scaling.type", f"{kind!r} is not among none, linear, yarn, longrope")
     if kind in ("linear", "yarn") and factor != 1.0:
-        found["rope_scaling"] = RopeScaling(
+        fields["rope_scaling"] = RopeScaling(
             kind=kind,
             factor=factor,
             original_context=keys.count("rope.scaling.original_context_length", 0 if kind == "linear" else None),
@@ -139,8 +142,8 @@ def _rope(keys: "_Keys", about: Architecture, head_dim: int) -> dict[str, Any]:
             whole_bounds=about.whole_bounds,
         )
         if kind == "yarn":
-            found["rope_magnitude"] *= 0.1 * math.log(factor) + 1
-    return found
+            fields["rope_magnitude"] *= 0.1 * math.log(factor) + 1
+    return fields
 
 
 def _window(keys: "_Keys", about: Architecture, layers: int) -> dict[str, Any]:
@@ -150,23 +153,26 @@ def _window(keys: "_Keys", about: Architecture, layers: int) -> dict[str, Any]:
         return {"rope_theta_windowed": 0.0}
     if isinstance(pattern, tuple):
         if len(pattern) != layers:
-            raise keys.wrong("attention.sliding_window_pattern", f"{len(pattern)} layers are not {layers}")
+            raise keys.wrong("attention.sliding_window_pattern", f"it has {len(pattern)} values for {layers} layers")
         return {"window": window, "windowed": tuple(map(bool, pattern))}
     if isinstance(pattern, bool) or not isinstance(pattern, int) or pattern < 0:
-        raise keys.wrong("attention.sliding_window_pattern", f"{pattern!r} is no number of layers")
+        raise keys.wrong("attention.sliding_window_pattern", f"{pattern!r} is not a number of layers")
     return {"window": window, "windowed": tuple((layer + 1) % pattern != 0 for layer in range(layers)) if pattern else ()}
 
 
-def _ended_at_factors(spec: ModelSpec, keys: "_Keys", tensors: Mapping[str, TensorInfo]) -> ModelSpec:
-    """Limit the context of a model with short and long RoPE factors: only the short ones are used."""
+def _limited_to_short_factors(spec: ModelSpec, keys: "_Keys", tensors: Mapping[str, TensorInfo]) -> ModelSpec:
+    """Limit the context of a model with short and long RoPE factors to that of the short ones, since only these are used."""
     if "rope_factors_short.weight" not in tensors:
         return spec
-    reach = keys.count("rope.scaling.original_context_length")
-    return msgspec.structs.replace(spec, context_length=min(spec.context_length, reach))
+    original_context = keys.count("rope.scaling.original_context_length")
+    return msgspec.structs.replace(spec, context_length=min(spec.context_length, original_context))
 
 
 class _Keys:
-    """An architecture's metadata, checked as it is read."""
+    """Reads checked values from the metadata. Its methods take keys without the architecture's prefix.
+
+    Methods that read a value raise ModelFileError if it is missing or invalid.
+    """
 
     def __init__(self, name: str, metadata: Mapping[str, MetadataValue]) -> None:
         """Raises: ModelFileError for an unsupported architecture."""
@@ -187,29 +193,30 @@ class _Keys:
         return self.full(key) in self.metadata
 
     def count(self, key: str, default: int | None = None) -> int:
-        """A positive integer; 0 only where that is the default."""
+        """Read a positive integer. 0 is allowed only if it is the default."""
         value = self.metadata.get(self.full(key), default)
         if isinstance(value, bool) or not isinstance(value, int) or value < (1 if default != 0 else 0):
-            raise self.wrong(key, "it is missing" if value is None else f"{value!r} is no positive integer")
+            raise self.wrong(key, "it is missing" if value is None else f"{value!r} is not a positive integer")
         return value
 
     def positive(self, key: str, default: float | None = None) -> float:
-        """A positive number; 0 only where that is the default."""
+        """Read a positive number. 0 is allowed only if it is the default."""
         value = self.metadata.get(self.full(key), default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf or value == default == 0):
-            raise self.wrong(key, "it is missing" if value is None else f"{value!r} is no positive number")
+            raise self.wrong(key, "it is missing" if value is None else f"{value!r} is not a positive number")
         return float(value)
 
     def text(self, key: str, default: str) -> str:
         value = self.metadata.get(self.full(key), default)
         if not isinstance(value, str):
-            raise self.wrong(key, f"{value!r} is no text")
+            raise self.wrong(key, f"{value!r} is not a text")
         return value
 
     def same(self, key: str, expected: int) -> int:
+        """Check that a value, if present, is the only one that is supported. Returns: that value."""
         value = self.metadata.get(self.full(key), expected)
         if value != expected:
-            raise self.wrong(key, f"{value!r} is not {expected!r}, all that can be run yet")
+            raise self.wrong(key, f"{value!r} is not {expected!r}, the only value that is supported yet")
         return expected
 
     def wrong(self, key: str, why: str) -> ModelFileError:

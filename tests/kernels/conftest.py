@@ -1,4 +1,4 @@
-"""Both backends, and models small enough to compute in no time."""
+"""Both backends, a tiny model, and the real SmolLM2."""
 
 from collections.abc import Iterator
 
@@ -15,20 +15,20 @@ from tiny.llama import TinyLlama, tiny_spec
 
 @pytest.fixture(scope="session", params=["torch", "onnxruntime"])
 def backend(request: pytest.FixtureRequest) -> Backend:
-    """Tests that are about precision ask for `onnxruntime-exact` too."""
+    """Each backend in turn; tests of precision also parametrise it with `onnxruntime-exact`."""
     assert request.param.removesuffix(EXACT) in available_backends()
     return make_backend(request.param, threads=2)
 
 
 @pytest.fixture(scope="session")
 def model() -> TinyLlama:
-    """Q4_1 as in SmolLM2, with its Q8_0 table for both ends."""
+    """A model in Q4_1, with a tied head in Q8_0, as in SmolLM2."""
     return TinyLlama(tiny_spec(tied=True), kinds={"token_embd": "Q8_0"})
 
 
 @pytest.fixture(scope="session")
 def loaded(backend: Backend, model: TinyLlama) -> Iterator[LoadedLayers]:
-    """All layers of the model in one piece."""
+    """All layers of the model, loaded as one range."""
     layers = backend.load(model.spec, LayerRange(0, model.spec.layers), model, embedding=True, head=True)
     yield layers
     layers.close()
@@ -36,7 +36,7 @@ def loaded(backend: Backend, model: TinyLlama) -> Iterator[LoadedLayers]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Iterator[GgufFile]:
-    """The real model, where `make test` has put it."""
+    """The real model, if `make test` or a user has pulled it."""
     stored = Store(Settings()["models-dir"].value).get("smollm2:135m")
     if stored is None:
         pytest.skip("meshd pull smollm2:135m")

@@ -1,4 +1,4 @@
-"""Every architecture against `transformers`: tiny random models, layer by layer, on both backends, whole and in pieces."""
+"""Compares every architecture with `transformers`: tiny random models, layer by layer, on both backends, whole and in stages."""
 
 import itertools
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ from tiny.steps import Chain
 IDS = np.random.default_rng(1).integers(3, 160, 70).tolist()
 CHUNKS = [33, 1, 1, 17, 18]
 LARGEST = 1e-4
-"""Difference of any value, of activations about 1 to 5 in size; the largest seen was 1.1e-5 (Gemma 3)."""
+"""Largest allowed difference of a value. Activations are about 1 to 5; the largest difference measured was 1.1e-5 (Gemma 3)."""
 
 
 class Quantised(TinyModel):
-    """The same model with its projections in Q4_1, which the fast path computes on as they are."""
+    """The same model with its projections in Q4_1."""
 
     def tensor(self, name: str) -> Tensor:
         tensor = super().tensor(name)
@@ -45,7 +45,7 @@ def whole(backend: Backend, tiny: TinyModel) -> Iterator[LoadedLayers]:
     layers.close()
 
 
-def test_every_layer_is_that_of_transformers(tiny: TinyModel, whole: LoadedLayers) -> None:
+def test_every_layer_agrees_with_transformers(tiny: TinyModel, whole: LoadedLayers) -> None:
     expected, pool = tiny.layers(IDS), KVPool(tiny.spec, whole.layers, blocks=3)
     stages = [whole.stage(LayerRange(layer, layer + 1)) for layer in range(4)]
     seen, table = [stages[0].embed(np.array(IDS, np.int32))], pool.allocate(len(IDS))
@@ -55,12 +55,12 @@ def test_every_layer_is_that_of_transformers(tiny: TinyModel, whole: LoadedLayer
     assert [float(abs(got - right).max()) for got, right in zip(seen, expected, strict=True)] == pytest.approx([0] * 6, abs=LARGEST)
 
 
-def test_prefill_in_one_go_in_chunks_and_token_by_token_agree(tiny: TinyModel, whole: LoadedLayers) -> None:
-    at_once, chunked, single = (
+def test_prefill_in_one_chunk_in_several_and_token_by_token_agree(tiny: TinyModel, whole: LoadedLayers) -> None:
+    one_chunk, chunked, single = (
         Chain.of(tiny.spec, [whole.stage(whole.layers)]).run(IDS, chunks) for chunks in ([len(IDS)], CHUNKS, [1] * len(IDS))
     )
-    assert abs(chunked - at_once).max() < LARGEST
-    assert abs(single - at_once).max() < LARGEST
+    assert abs(chunked - one_chunk).max() < LARGEST
+    assert abs(single - one_chunk).max() < LARGEST
 
 
 def test_three_stages_give_the_same_bits_and_tokens(backend: Backend, tiny: TinyModel, whole: LoadedLayers) -> None:
@@ -76,8 +76,8 @@ def test_three_stages_give_the_same_bits_and_tokens(backend: Backend, tiny: Tiny
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime"], indirect=True)
-def test_quantised_it_has_the_same_bits_in_any_chunks(backend: Backend, tiny: TinyModel) -> None:
-    """What recovery by replay rests upon, on the fast path; torch's products depend in their last bits on the number of rows."""
+def test_a_quantised_model_gives_the_same_bits_in_any_chunks(backend: Backend, tiny: TinyModel) -> None:
+    """Recovery by replay depends on this. Only onnxruntime: the last bits of torch's products depend on the number of rows."""
     weights = Quantised(tiny.reference, tiny.folder, tiny.plan, tiny.arrays)
     layers = backend.load(tiny.spec, LayerRange(0, 4), weights, embedding=True, head=True)
     hidden = [
@@ -87,6 +87,6 @@ def test_quantised_it_has_the_same_bits_in_any_chunks(backend: Backend, tiny: Ti
     assert hidden[0].tobytes() == hidden[1].tobytes() == hidden[2].tobytes()
 
 
-def test_every_architecture_has_a_model_here() -> None:
+def test_every_architecture_has_a_tiny_model() -> None:
     assert {name.partition(",")[0].split()[0] for name in MODELS} - {"mistral", "mixtral", "olmo3"} == set(ARCHITECTURES)
     assert {family.architecture for family in FAMILIES.values()} == set(ARCHITECTURES)

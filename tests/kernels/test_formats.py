@@ -1,6 +1,6 @@
-"""Every kind of weights in every architecture: exact against `transformers` on the same weights dequantised by the `gguf` package.
+"""Compares every kind of weights in every architecture with `transformers`, on the same weights dequantised by the `gguf` package.
 
-`make formats` runs all of it and writes the table in README from what passed.
+`make formats` runs all pairs and writes README's table of formats from the results.
 """
 
 from pathlib import Path
@@ -25,25 +25,25 @@ from tiny.steps import Chain
 
 IDS = np.random.default_rng(3).integers(3, 160, 24).tolist()
 SIZES = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}
-"""Whole blocks of 256, as the K kinds need them."""
+"""Rows of whole blocks of 256 weights, which the K kinds need."""
 LARGEST = 1e-3
 OWN: dict[str, dict[str, Any]] = {
     "qwen3moe": {"moe_intermediate_size": 256},
     "gemma3": {"layer_types": ["sliding_attention", "full_attention"]},
 }
 PAIRS = [(architecture, kind) for architecture in ARCHITECTURES for kind in KINDS]
-ALONG = sorted({(a, KINDS[at % len(KINDS)]) for at, a in enumerate(ARCHITECTURES)} | {("llama", kind) for kind in KINDS})
-"""Each architecture and each kind at least once: what `make test` runs."""
+FAST_PAIRS = sorted({(a, KINDS[at % len(KINDS)]) for at, a in enumerate(ARCHITECTURES)} | {("llama", kind) for kind in KINDS})
+"""The pairs that `make test` runs: each architecture and each kind at least once."""
 
 
 class Weights(TinyModel):
-    """A model with its matrices in one kind."""
+    """A model whose matrices are all of one kind."""
 
     kind: str
     made: dict[str, Tensor]
 
     def quantise(self, kind: str) -> None:
-        """And put what the blocks say back into the folder, in place, whatever turned or cut the tensor on its way."""
+        """Quantise the matrices, then write their dequantised values back to the model's folder and load the reference from it."""
         self.kind, self.made = kind, {}
         self.arrays = {name: array.copy() for name, array in self.arrays.items()}
         for each in self.plan.tensors:
@@ -74,7 +74,7 @@ def logits(weights: Weights, backend: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "kind"), [pytest.param(*pair, marks=() if pair in ALONG else pytest.mark.slow) for pair in PAIRS]
+    ("architecture", "kind"), [pytest.param(*pair, marks=() if pair in FAST_PAIRS else pytest.mark.slow) for pair in PAIRS]
 )
 def test_a_kind_in_an_architecture_is_exact(tmp_path: Path, architecture: str, kind: str) -> None:
     weights = Weights.make(architecture, tmp_path, **SIZES, **OWN.get(architecture, {}))
@@ -92,7 +92,7 @@ def test_a_kind_in_an_architecture_is_exact(tmp_path: Path, architecture: str, k
         assert np.median(errors) < 0.1, "activations of 8 bits cost more than they may"  # a few tokens may go to another expert
 
 
-def test_the_table_in_readme_is_of_these(tmp_path: Path) -> None:
-    """It is written by `make formats`, which runs all pairs; an architecture or a kind that was added since is missed here."""
+def test_the_table_in_readme_has_every_architecture_and_kind(tmp_path: Path) -> None:
+    """Fails if an architecture or a kind was added after `make formats` last wrote the table."""
     formats_table = load_script("formats_table")
     assert formats_table.table(dict.fromkeys(PAIRS, "passed")) in (formats_table.ROOT / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""Blocks are given out once, come back whole, and hold what was written."""
+"""The KV pool: no block is allocated twice or lost, and a block holds what was written."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def rows(count: int, mark: float) -> np.ndarray:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Sessions come, write, and go in any order."""
+    """Allocates, writes and frees tables in any order."""
 
     tables: Bundle[BlockTable] = Bundle("tables")
 
@@ -65,16 +65,16 @@ class PoolMachine(RuleBasedStateMachine):
         self.written.pop(table.id, None)
 
     @rule(table=tables)
-    def free_and_keep_the_name(self, table: BlockTable) -> None:
+    def free_and_use_the_table_again(self, table: BlockTable) -> None:
         self.pool.free(table)
         self.live.pop(table.id, None)
         self.written.pop(table.id, None)
 
     @invariant()
     def no_block_is_lost_or_shared(self) -> None:
-        held = [block for table in self.live.values() for block in table.blocks]
-        assert len(held) == len(set(held)) == BLOCKS - self.pool.blocks_free
-        assert all(0 <= block < BLOCKS for block in held)
+        allocated = [block for table in self.live.values() for block in table.blocks]
+        assert len(allocated) == len(set(allocated)) == BLOCKS - self.pool.blocks_free
+        assert all(0 <= block < BLOCKS for block in allocated)
 
     @invariant()
     def what_was_written_is_read(self) -> None:
@@ -102,10 +102,10 @@ def test_a_run_of_blocks_is_preferred_and_read_without_a_copy() -> None:
     assert np.array_equal(k[3], rows(1, 7)[0])
 
 
-def test_scattered_blocks_look_like_contiguous_ones() -> None:
+def test_scattered_blocks_are_read_like_contiguous_ones() -> None:
     pool = make_pool()
-    held = [pool.allocate(4) for _ in range(BLOCKS)]
-    for table in held[::2]:
+    tables = [pool.allocate(4) for _ in range(BLOCKS)]
+    for table in tables[::2]:
         pool.free(table)
     scattered = pool.allocate(20)
     assert not scattered.contiguous
@@ -117,18 +117,18 @@ def test_scattered_blocks_look_like_contiguous_ones() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_is_refused(bad: float) -> None:
-    """It would outlive its session in the block."""
+def test_values_that_are_not_finite_are_refused(bad: float) -> None:
+    """They would stay in the block after the session ends."""
     pool = make_pool()
-    table, spoilt = pool.allocate(4), rows(3, 0)
-    spoilt[1, 1, 5] = bad
-    for k, v in ((spoilt, rows(3, 0)), (rows(3, 0), spoilt)):
-        with pytest.raises(LocalFault, match="layer 2 can't go on at position 1: its K or V is not finite"):
+    table, broken = pool.allocate(4), rows(3, 0)
+    broken[1, 1, 5] = bad
+    for k, v in ((broken, rows(3, 0)), (rows(3, 0), broken)):
+        with pytest.raises(LocalFault, match="layer 2 can't store position 1: its K or V is not finite"):
             pool.write(2, table, 1, k, v)
     assert all(np.isfinite(part).all() for part in pool.read(2, table, 4))
 
 
-def test_too_much_is_refused_and_changes_nothing() -> None:
+def test_an_allocation_that_does_not_fit_is_refused_and_changes_nothing() -> None:
     pool = make_pool()
     pool.allocate(40)
     with pytest.raises(OutOfMemory, match="3 blocks needed, 2 of 12 free"):
@@ -154,24 +154,24 @@ def test_positions_and_layers_outside_are_refused() -> None:
         pool.read(4, table, 1)
 
 
-def filled(pool: KVPool, table: BlockTable, tokens: int) -> None:
+def fill(pool: KVPool, table: BlockTable, tokens: int) -> None:
     for layer in LAYERS:
         pool.write(layer, table, 0, rows(tokens, layer), -rows(tokens, layer))
 
 
-def scattered(pool: KVPool, tokens: int) -> BlockTable:
-    held = [pool.allocate(BLOCK_TOKENS) for _ in range(BLOCKS)]
-    for table in held[::2]:
+def allocate_scattered(pool: KVPool, tokens: int) -> BlockTable:
+    tables = [pool.allocate(BLOCK_TOKENS) for _ in range(BLOCKS)]
+    for table in tables[::2]:
         pool.free(table)
     return pool.allocate(tokens)
 
 
 @pytest.mark.parametrize("part", [LAYERS, LayerRange(3, 4)])
 @pytest.mark.parametrize(("start", "end"), [(0, 20), (3, 9), (7, 8)])
-def test_a_copy_in_another_pool_reads_alike(part: LayerRange, start: int, end: int) -> None:
+def test_a_copy_in_another_pool_reads_the_same(part: LayerRange, start: int, end: int) -> None:
     pool, other = make_pool(), KVPool(tiny_spec(), part, BLOCKS, BLOCK_TOKENS)
-    table, copy = scattered(pool, 20), other.allocate(20)
-    filled(pool, table, 20)
+    table, copy = allocate_scattered(pool, 20), other.allocate(20)
+    fill(pool, table, 20)
     values = pool.copy_out(part, table, start, end)
     assert values.shape == (len(part), 2, end - start, 2, 32)
     assert values.nbytes == (end - start) * len(part) * pool.layer_bytes
@@ -186,7 +186,7 @@ def test_a_copy_in_another_pool_reads_alike(part: LayerRange, start: int, end: i
 def test_a_copy_out_does_not_change_with_the_pool() -> None:
     pool = make_pool()
     table = pool.allocate(4)
-    filled(pool, table, 4)
+    fill(pool, table, 4)
     values = pool.copy_out(LAYERS, table, 0, 2)
     before = values.copy()
     pool.write(2, table, 0, rows(4, 99), rows(4, 99))
@@ -196,19 +196,19 @@ def test_a_copy_out_does_not_change_with_the_pool() -> None:
 def test_a_copy_that_does_not_fit_is_refused_and_changes_nothing() -> None:
     pool = make_pool()
     table = pool.allocate(8)
-    filled(pool, table, 8)
+    fill(pool, table, 8)
     size = len(LAYERS) * pool.layer_bytes
     nan = np.full(size, np.nan, "<f4").data.cast("B")[:size]
-    for layers, start, values, told in (
-        (LAYERS, 0, memoryview(bytes(size - 4)), "no whole tokens"),
-        (LAYERS, 0, memoryview(b""), "no whole tokens"),
+    for layers, start, values, message in (
+        (LAYERS, 0, memoryview(bytes(size - 4)), "not whole tokens"),
+        (LAYERS, 0, memoryview(b""), "not whole tokens"),
         (LAYERS, 7, memoryview(bytes(2 * size)), "room for 8 tokens"),
         (LAYERS, -1, memoryview(bytes(size)), "room for 8 tokens"),
-        (LayerRange(2, 2), 0, memoryview(bytes(size)), "no whole tokens"),
+        (LayerRange(2, 2), 0, memoryview(bytes(size)), "not whole tokens"),
         (LayerRange(1, 3), 0, memoryview(bytes(size)), "no KV here"),
         (LAYERS, 0, nan, "not finite"),
     ):
-        with pytest.raises(LocalFault, match=told):
+        with pytest.raises(LocalFault, match=message):
             pool.copy_in(layers, table, start, values)
     for layers, start, end in ((LAYERS, 5, 9), (LAYERS, -1, 3), (LAYERS, 4, 4), (LayerRange(3, 5), 0, 1)):
         with pytest.raises(LocalFault):
@@ -217,12 +217,12 @@ def test_a_copy_that_does_not_fit_is_refused_and_changes_nothing() -> None:
         assert np.array_equal(pool.read(layer, table, 8)[0], rows(8, layer))
 
 
-def test_bytes_are_two_per_value_of_k_and_v() -> None:
+def test_the_size_is_that_of_k_and_v_in_float32() -> None:
     assert make_pool().bytes == BLOCKS * BLOCK_TOKENS * 2 * 2 * 2 * 32 * 4
 
 
 def test_memory_is_committed_when_it_is_used() -> None:
-    """Four gigabytes of address space, of which a session takes a few pages."""
+    """Four gigabytes of address space, of which a session uses a few pages."""
     import psutil
 
     before = psutil.Process().memory_info().rss

@@ -1,4 +1,4 @@
-"""Measurements of this device."""
+"""Measured rates, and the synthetic weights they are measured with."""
 
 import time
 
@@ -15,7 +15,7 @@ from tiny.llama import tiny_spec
 
 @pytest.mark.parametrize("name", available_backends())
 def test_rates_are_of_the_right_order(name: str) -> None:
-    """Wide enough for a busy machine; an error of units would still show."""
+    """The bounds allow for a busy machine; an error of units would still fail."""
     measured = measure(name, threads=1, budget_s=0.2)
     assert 1e6 < measured.decode_bytes_s < 1e12
     assert 1e8 < measured.prefill_flops_s < 1e14
@@ -24,7 +24,7 @@ def test_rates_are_of_the_right_order(name: str) -> None:
     assert 0 <= measured.layer_overhead_s < 1
 
 
-def test_works_take_turns_until_the_budget_is_spent() -> None:
+def test_workloads_take_turns_until_the_budget_is_spent() -> None:
     turns: list[int] = []
     times = medians_s([lambda: turns.append(0), lambda: turns.append(1)], 0.01)
     assert turns == [0, 1] * (len(turns) // 2)
@@ -32,7 +32,7 @@ def test_works_take_turns_until_the_budget_is_spent() -> None:
     assert all(0 <= seconds < 0.01 for seconds in times)
 
 
-def test_every_work_is_timed_once_at_least() -> None:
+def test_every_workload_is_timed_at_least_once() -> None:
     started = time.perf_counter()
     times = medians_s([lambda: None, lambda: None], 0.0)
     assert len(times) == 2
@@ -49,12 +49,12 @@ def test_synthetic_weights_are_finite_repeatable_and_differ_by_name() -> None:
     assert not np.array_equal(one, dequantise(weights.tensor("blk.1.attn_q.weight")))
 
 
-def test_synthetic_weights_can_be_loaded_whole() -> None:
+def test_a_whole_model_of_synthetic_weights_can_be_loaded() -> None:
     spec = tiny_spec(layers=1)
     make_backend("torch", 1).load(spec, LayerRange(0, 1), SyntheticWeights(spec), embedding=True, head=True).close()
 
 
-def test_an_unknown_backend_is_a_wrong_setting() -> None:
+def test_an_unknown_backend_or_no_threads_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="no backend 'cuda'"):
         make_backend("cuda", 1)
     with pytest.raises(ConfigError, match="0 threads"):

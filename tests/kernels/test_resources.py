@@ -1,4 +1,4 @@
-"""What a backend takes of the machine: memory while it holds weights, threads, and processor time when it has nothing to do."""
+"""Resources that a backend uses: memory for its weights, threads, and processor time while it is idle."""
 
 import json
 import subprocess
@@ -36,8 +36,8 @@ more_threads, weights = process.num_threads() - threads, loaded.weight_bytes
 loaded.close()
 gc.collect()
 left = process.memory_info().rss - before
-told = 4 * sum(rows * columns for rows, columns in projections(spec).values()) * HELD_BITS["Q4_1"] / 8
-print(json.dumps({"told": told, "held": held, "left": left, "weights": weights, "threads": more_threads}))
+planned = 4 * sum(rows * columns for rows, columns in projections(spec).values()) * HELD_BITS["Q4_1"] / 8
+print(json.dumps({"planned": planned, "held": held, "left": left, "weights": weights, "threads": more_threads}))
 """
 
 
@@ -48,18 +48,18 @@ def load_in_a_process(name: str, threads: int) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", available_backends())
-def test_loaded_weights_are_held_about_once_and_given_back(name: str) -> None:
-    """A second copy would be 2, the same in float32 more than 6. What plans reckon with is what onnxruntime holds."""
-    taken = load_in_a_process(name, threads=1)
-    assert taken["held"] < 1.1 * taken["told"]
-    assert name != "onnxruntime" or taken["held"] > 0.9 * taken["told"]
-    assert taken["held"] < 1.5 * taken["weights"]
-    assert taken["left"] < 0.3 * taken["weights"]
-    assert taken["threads"] == 0
+def test_loaded_weights_take_their_size_once_and_are_freed(name: str) -> None:
+    """A second copy would double `held`, weights in float32 would make it six times as large. Plans expect onnxruntime's size."""
+    used = load_in_a_process(name, threads=1)
+    assert used["held"] < 1.1 * used["planned"]
+    assert name != "onnxruntime" or used["held"] > 0.9 * used["planned"]
+    assert used["held"] < 1.5 * used["weights"]
+    assert used["left"] < 0.3 * used["weights"]
+    assert used["threads"] == 0
 
 
-def test_an_idle_backend_uses_no_processor(loaded: LoadedLayers) -> None:
-    """Pools that go on spinning would starve the other daemons of this machine."""
+def test_an_idle_backend_uses_no_processor_time(loaded: LoadedLayers) -> None:
+    """Thread pools that keep spinning would slow down the other daemons of this machine."""
     stage, pool = loaded.stage(loaded.layers), KVPool(tiny_spec(), loaded.layers, blocks=2)
     table = pool.allocate(40)
     hidden = stage.embed(np.arange(8, dtype=np.int32))

@@ -1,4 +1,4 @@
-"""Which token is picked, and that it is the same everywhere."""
+"""Sampling: filters, penalties, and that every peer picks the same token."""
 
 import collections
 import math
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshd.errors import InvalidRequest, LocalFault
-from meshd.kernels.sampler import Sampler, needs_known, uniform
+from meshd.kernels.sampler import Sampler, needs_past_tokens, uniform
 from meshd.types import SamplingParams
 
 LOGITS = np.array([1.0, 3.0, 2.0, 3.0, -1.0, 0.5], np.float32)
@@ -29,7 +29,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return weights / weights.sum()
 
 
-def test_greedy_takes_the_largest_and_of_equals_the_lowest_id() -> None:
+def test_greedy_picks_the_largest_logit_and_of_equal_ones_the_lowest_id() -> None:
     assert pick(temperature=0) == 1
 
 
@@ -40,7 +40,7 @@ def test_draws_follow_the_distribution() -> None:
         assert abs(counts[token] / 20000 - chance) < 4 * math.sqrt(chance * (1 - chance) / 20000) + 1e-9
 
 
-def test_a_draw_depends_on_seed_and_position_alone() -> None:
+def test_a_draw_depends_only_on_seed_and_position() -> None:
     one = [pick(position=p, seed=42) for p in range(50)]
     assert one == [pick(position=p, seed=42) for p in range(50)]
     assert one != [pick(position=p, seed=43) for p in range(50)]
@@ -49,7 +49,7 @@ def test_a_draw_depends_on_seed_and_position_alone() -> None:
 
 
 def test_the_generator_is_the_same_on_every_device() -> None:
-    """Golden values: a change of generator would part peers of two versions."""
+    """Golden values: with another generator, peers of two versions would pick different tokens."""
     assert [round(uniform(0, 0), 12), round(uniform(1, 2), 12), round(uniform(-1, 1 << 20), 12)] == [
         0.011546754286,
         0.94567752206,
@@ -63,7 +63,7 @@ def test_neighbouring_positions_and_seeds_are_independent() -> None:
     assert abs(np.mean(values) - 0.5) < 0.05
 
 
-def test_top_k_keeps_the_likeliest_and_of_equals_the_lowest_ids() -> None:
+def test_top_k_keeps_the_likeliest_and_of_equal_ones_the_lowest_ids() -> None:
     assert set(drawn(top_k=1, temperature=2.0)) == {1}
     assert set(drawn(top_k=2)) == {1, 3}
     assert set(drawn(top_k=3)) == {1, 2, 3}
@@ -71,7 +71,7 @@ def test_top_k_keeps_the_likeliest_and_of_equals_the_lowest_ids() -> None:
     assert len(drawn(top_k=100, temperature=3.0)) == 6
 
 
-def test_top_p_keeps_the_fewest_that_reach_it() -> None:
+def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
     share = softmax(LOGITS)
     assert set(drawn(top_p=float(share[1]) * 0.99)) == {1}
     assert set(drawn(top_p=float(share[1]) * 1.01)) == {1, 3}
@@ -96,7 +96,7 @@ def test_min_p_is_relative_to_the_likeliest() -> None:
     temperature=st.sampled_from([0.3, 1.0, 5.0]),
 )
 @settings(deadline=None, max_examples=60)
-def test_top_p_is_the_plain_definition(seed: int, vocab: int, top_p: float, temperature: float) -> None:
+def test_top_p_agrees_with_its_definition(seed: int, vocab: int, top_p: float, temperature: float) -> None:
     logits = np.random.default_rng(seed).standard_normal(vocab).astype(np.float32)
     chances = softmax(logits.astype(np.float64) / temperature)
     order = np.lexsort((np.arange(vocab), -chances))
@@ -104,7 +104,7 @@ def test_top_p_is_the_plain_definition(seed: int, vocab: int, top_p: float, temp
     assert set(drawn(30, logits, top_p=top_p, temperature=temperature, seed=seed)) <= set(kept.tolist())
 
 
-def test_presence_and_frequency_count_the_answer_only() -> None:
+def test_presence_and_frequency_penalties_count_the_answer_only() -> None:
     sampler = Sampler(SamplingParams(temperature=0, presence_penalty=0.4, frequency_penalty=0.7), prompt_ids=[1, 1])
     picks = []
     for position in range(4):
@@ -113,7 +113,7 @@ def test_presence_and_frequency_count_the_answer_only() -> None:
     assert picks == [1, 3, 2, 1]
 
 
-def test_repetition_counts_prompt_and_answer_once() -> None:
+def test_the_repetition_penalty_counts_each_token_of_prompt_and_answer_once() -> None:
     sampler = Sampler(SamplingParams(temperature=0, repetition_penalty=2.0), prompt_ids=[1, 1, 4])
     assert sampler.pick(LOGITS, 0)[0] == 3
     sampler.accept(3)
@@ -122,16 +122,16 @@ def test_repetition_counts_prompt_and_answer_once() -> None:
     assert negative.pick(np.array([-1.0, -1.5], np.float32), 0)[0] == 1
 
 
-def test_an_answer_that_is_there_counts_as_if_it_had_been_picked() -> None:
+def test_given_answer_tokens_count_like_picked_ones() -> None:
     params = SamplingParams(temperature=0, presence_penalty=0.4, frequency_penalty=0.7, repetition_penalty=1.5)
     one = Sampler(params, prompt_ids=[2])
     picks = []
     for position in range(6):
         picks.append(one.pick(LOGITS, position)[0])
         one.accept(picks[-1])
-    for there in range(6):
-        other = Sampler(params, prompt_ids=[2], answer_ids=picks[:there])
-        assert other.pick(LOGITS, there)[0] == picks[there]
+    for count in range(6):
+        other = Sampler(params, prompt_ids=[2], answer_ids=picks[:count])
+        assert other.pick(LOGITS, count)[0] == picks[count]
 
 
 @pytest.mark.parametrize(
@@ -144,8 +144,8 @@ def test_an_answer_that_is_there_counts_as_if_it_had_been_picked() -> None:
         ({"frequency_penalty": -1.0}, 1, True),
     ],
 )
-def test_known_tokens_are_needed_where_a_penalty_looks_back(params: dict[str, float], answered: int, needed: bool) -> None:
-    assert needs_known(SamplingParams(**params), answered) is needed
+def test_past_tokens_are_needed_for_a_penalty(params: dict[str, float], answered: int, needed: bool) -> None:
+    assert needs_past_tokens(SamplingParams(**params), answered) is needed
 
 
 def test_bias_is_added() -> None:
@@ -155,7 +155,7 @@ def test_bias_is_added() -> None:
         pick(logit_bias={6: 1.0})
 
 
-def test_inputs_are_left_as_they_are() -> None:
+def test_logits_are_not_modified() -> None:
     logits = LOGITS.copy()
     logits.flags.writeable = False
     sampler = Sampler(SamplingParams(repetition_penalty=1.3, logprobs=2, logit_bias={1: 1.0}), prompt_ids=[1])
@@ -163,7 +163,7 @@ def test_inputs_are_left_as_they_are() -> None:
     assert np.array_equal(logits, LOGITS)
 
 
-def test_logprobs_are_those_before_temperature_and_filters() -> None:
+def test_logprobs_are_taken_before_temperature_and_filters() -> None:
     sampler = Sampler(SamplingParams(temperature=0.1, top_k=1, logit_bias={0: 50.0}, logprobs=3))
     token, logprobs = sampler.pick(LOGITS, 0)
     expected = np.log(softmax(LOGITS))
@@ -174,7 +174,7 @@ def test_logprobs_are_those_before_temperature_and_filters() -> None:
     assert [value for _, value in logprobs.top] == pytest.approx([expected[1], expected[3], expected[2]])
 
 
-def test_logprobs_of_the_chosen_alone() -> None:
+def test_logprobs_0_returns_that_of_the_chosen_token_only() -> None:
     logprobs = Sampler(SamplingParams(temperature=0, logprobs=0)).pick(LOGITS, 0)[1]
     assert logprobs is not None
     assert logprobs.top == ()

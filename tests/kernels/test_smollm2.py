@@ -1,4 +1,4 @@
-"""The real model, on both backends: sensible text, and the same bits however it is cut."""
+"""The real model on both backends: sensible text, and the same bits for any split into stages."""
 
 import itertools
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ def test_greedy_text_is_sensible(loaded: LoadedLayers, spec: ModelSpec, vocabula
 
 
 @pytest.mark.parametrize("borders", CUTS)
-def test_cuts_keep_the_bits(loaded: LoadedLayers, spec: ModelSpec, prompt: list[int], borders: tuple[int, ...]) -> None:
+def test_any_split_gives_the_same_bits(loaded: LoadedLayers, spec: ModelSpec, prompt: list[int], borders: tuple[int, ...]) -> None:
     ranges = [LayerRange(a, b) for a, b in itertools.pairwise((0, *borders, spec.layers))]
     one = Chain.of(spec, [loaded.stage(loaded.layers)])
     many = Chain.of(spec, [loaded.stage(layers) for layers in ranges])
@@ -56,12 +56,12 @@ def test_cuts_keep_the_bits(loaded: LoadedLayers, spec: ModelSpec, prompt: list[
     assert many.logits(split).tobytes() == one.logits(hidden).tobytes()
 
 
-def test_chunks_keep_the_tokens(backend: Backend, loaded: LoadedLayers, spec: ModelSpec, prompt: list[int]) -> None:
-    """And with onnxruntime the bits, so that a prompt read again after a loss goes on as it would have."""
+def test_any_chunks_give_the_same_tokens(backend: Backend, loaded: LoadedLayers, spec: ModelSpec, prompt: list[int]) -> None:
+    """With onnxruntime also the same bits, so that an answer continues unchanged after its prompt was read again."""
     stage = loaded.stage(loaded.layers)
     answers = [Chain.of(spec, [stage]).greedy(prompt, 8, chunk) for chunk in (1, 2, 5)]
     assert answers[0] == answers[1] == answers[2]
-    at_once, one_by_one = (Chain.of(spec, [stage]).run(prompt, chunks) for chunks in ([5], [1] * 5))
+    one_chunk, one_by_one = (Chain.of(spec, [stage]).run(prompt, chunks) for chunks in ([5], [1] * 5))
     if backend.name == "onnxruntime":
-        assert at_once.tobytes() == one_by_one.tobytes()
-    assert np.linalg.norm(at_once - one_by_one) < 1e-5 * np.linalg.norm(at_once)
+        assert one_chunk.tobytes() == one_by_one.tobytes()
+    assert np.linalg.norm(one_chunk - one_by_one) < 1e-5 * np.linalg.norm(one_chunk)

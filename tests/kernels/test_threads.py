@@ -1,4 +1,4 @@
-"""Work shared out among threads."""
+"""The thread pool of the kernels."""
 
 import threading
 
@@ -14,7 +14,7 @@ def test_results_come_in_the_order_of_their_items(threads: int) -> None:
         assert workers.map(lambda x: x * x, range(count)) == [x * x for x in range(count)]
 
 
-def test_items_are_worked_on_at_once() -> None:
+def test_items_run_at_the_same_time() -> None:
     both = threading.Barrier(2, timeout=10)
     Workers(2).map(lambda _: both.wait(), range(2))
 

@@ -1,4 +1,4 @@
-"""Activations as bytes."""
+"""Encoding and decoding of activations."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def test_f32_is_exact_and_copies_nothing() -> None:
     assert np.shares_memory(back, HIDDEN)
 
 
-def test_bytes_that_are_read_only_stay_so() -> None:
+def test_a_read_only_payload_decodes_to_a_read_only_array() -> None:
     assert not decode(HIDDEN.tobytes(), "f32", 3, 8).flags.writeable
 
 

@@ -1,4 +1,4 @@
-"""GGUF files made by hand, the real small model, and a package index that can misbehave."""
+"""Small GGUF files, the real small models, and a package index that can misbehave."""
 
 import asyncio
 import hashlib
@@ -31,7 +31,7 @@ def text(value: str | bytes) -> bytes:
 
 
 def value(kind: int, content: Any) -> bytes:
-    """`kind` is a GGUF value type; an array is given as (its items' type, items)."""
+    """Encode a value. `kind` is a GGUF value type; the content of an array is (type of its items, items)."""
     if kind == STRING:
         return text(content)
     if kind == ARRAY:
@@ -42,18 +42,18 @@ def value(kind: int, content: Any) -> bytes:
 
 @dataclass
 class GgufMaker:
-    """Makes a GGUF file as bytes. A test can set a wrong value in every part."""
+    """Builds a GGUF file as bytes. Every field can be set to a wrong value."""
 
     metadata: dict[str, tuple[int, Any]] = field(default_factory=dict)
     tensors: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Name -> dimensions, innermost first as in the file. All values are F32."""
+    """Name -> dimensions of an F32 tensor, innermost first, as in the file."""
     magic: bytes = b"GGUF"
     version: int = 3
     alignment: int = 32
     tensor_count: int | None = None
     key_count: int | None = None
     raw_keys: bytes = b""
-    """Bytes after the other keys. `key_count` does not include them."""
+    """Bytes after the other keys. `key_count` does not include keys in it."""
     raw_tensors: bytes = b""
 
     def header(self) -> bytes:
@@ -91,7 +91,7 @@ class GgufMaker:
 
 
 def llama(layers: int = 2, hidden: int = 8, heads: int = 2, kv_heads: int = 1, ffn: int = 12, vocab: int = 5) -> GgufMaker:
-    """A model of the llama architecture, too small to produce sensible text."""
+    """A tiny model of the llama architecture."""
     head_dim = hidden // heads
     parts: dict[str, tuple[int, ...]] = {
         "attn_norm": (hidden,),
@@ -150,7 +150,7 @@ def written(tmp_path: Path) -> Callable[[bytes], Path]:
 
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
-    """The real model, which `make test` downloads."""
+    """The real model, if `make test` or a user has pulled it."""
     stored = Store(Settings()["models-dir"].value).get("smollm2:135m")
     if stored is None:
         pytest.skip("meshd pull smollm2:135m")
@@ -164,7 +164,7 @@ def smollm2(smollm2_path: Path) -> GgufFile:
 
 @pytest.fixture(scope="session")
 def gemma3() -> GgufFile:
-    """The real model, if it was pulled to this machine."""
+    """The real model, if a user has pulled it."""
     stored = Store(Settings()["models-dir"].value).get("gemma3:270m")
     if stored is None:
         pytest.skip("meshd pull gemma3:270m")
@@ -173,7 +173,7 @@ def gemma3() -> GgufFile:
 
 @pytest.fixture(scope="session")
 def smollm2_json(smollm2: GgufFile) -> str:
-    """The same vocabulary as a `tokenizer.json` in the form that the `tokenizers` library writes."""
+    """SmolLM2's vocabulary as a tokenizer.json of the `tokenizers` library."""
     tokens, merges = smollm2.metadata["tokenizer.ggml.tokens"], smollm2.metadata["tokenizer.ggml.merges"]
     assert isinstance(tokens, tuple)
     assert isinstance(merges, tuple)
@@ -217,8 +217,8 @@ def smollm2_json(smollm2: GgufFile) -> str:
     return json.dumps(document)
 
 
-class HastyClock:
-    """A clock whose sleeps end at once. `pauses` are the requested seconds."""
+class InstantClock:
+    """A clock whose sleeps take no time; `pauses` records them."""
 
     def __init__(self) -> None:
         self.pauses: list[float] = []
@@ -238,8 +238,8 @@ class HastyClock:
 
 
 @pytest.fixture
-def hasty_clock() -> HastyClock:
-    return HastyClock()
+def instant_clock() -> InstantClock:
+    return InstantClock()
 
 
 def wheel_of(files: dict[str, bytes]) -> bytes:
@@ -257,34 +257,34 @@ def make_wheel() -> Callable[[dict[str, bytes]], bytes]:
 
 @dataclass
 class PackageIndex:
-    """A package index with the project `tiny`, of one version with one wheel, and `others`. Each test sets its faults."""
+    """A package index with the project `tiny`, of one version with one wheel, and `others`. Tests set how it misbehaves."""
 
     url: str = ""
     wheel: bytes = b""
     sha256: str | None = None
-    """Hash that the index lists. None: the right one."""
+    """The hash that the index lists. None: the right one."""
     size: int | None = None
     """Size that the index lists. None: the right one."""
     ranges: bool = True
     shift: int = 0
-    """Added to the first byte that Content-Range reports."""
+    """Added to the start of a range in the response's Content-Range."""
     statuses: list[int] = field(default_factory=list)
-    """HTTP statuses of the first requests for the wheel, one each."""
+    """Statuses of the first responses to requests for the wheel, which have no content."""
     tears: list[int] = field(default_factory=list)
-    """Bytes after which the connection breaks, for each of the first requests for the wheel."""
+    """For the first requests for the wheel: the number of bytes after which the connection breaks."""
     hold_at: int | None = None
-    """Bytes after which the response waits for `go_on`."""
+    """Number of bytes after which the response waits for `resume`."""
     page: bytes | None = None
     page_type: str = "application/vnd.pypi.simple.v1+json"
     others: dict[str, bytes] = field(default_factory=dict)
     """Wheels of more projects, by name."""
     asked: list[str] = field(default_factory=list)
-    """Range header of every request for the wheel."""
-    go_on: asyncio.Event = field(default_factory=asyncio.Event)
+    """The Range header of every request for the wheel."""
+    resume: asyncio.Event = field(default_factory=asyncio.Event)
 
     @staticmethod
     def pack(model: bytes) -> bytes:
-        """Make a wheel with a model, and with random bytes so that it is larger than one packet."""
+        """Make a wheel with a model and enough other bytes that it is larger than one packet."""
         return wheel_of({"tiny/model.gguf": model, "tiny/pad": random.Random(0).randbytes(40_000)})
 
     async def project(self, request: web.Request) -> web.Response:
@@ -323,7 +323,7 @@ class PackageIndex:
             return response
         if self.hold_at is not None:
             await response.write(content[: self.hold_at])
-            await self.go_on.wait()
+            await self.resume.wait()
             content = content[self.hold_at :]
         await response.write(content)
         return response
@@ -339,7 +339,7 @@ async def package_index(make_llama: Callable[..., GgufMaker]) -> AsyncIterator[P
     async with TestServer(app) as server:
         index.url = str(server.make_url("/simple"))
         yield index
-        index.go_on.set()
+        index.resume.set()
 
 
 @pytest.fixture

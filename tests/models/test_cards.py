@@ -61,25 +61,11 @@ def test_every_token_that_ends_an_answer_is_found(make_llama: Callable[..., Any]
     assert card(maker).end_of_sequence == (0, 2, 4)
 
 
-U32, F32, STRING, ARRAY = 4, 6, 8, 9
-WRONG: dict[str, tuple[str, tuple[int, Any] | None, str]] = {
-    "architecture": ("general.architecture", (STRING, "mamba"), "'mamba' is not among llama"),
-    "no architecture": ("general.architecture", None, "None is not among llama"),
-    "no layers": ("llama.block_count", (U32, 0), "block_count"),
-    "too many layers": ("llama.block_count", (U32, (1 << 32) - 1), "4294967295 layers"),
+U32 = 4
+WRONG: dict[str, tuple[str, tuple[int, Any], str]] = {
     "a layer more": ("llama.block_count", (U32, 3), "blk.2.*is missing"),
     "a layer fewer": ("llama.block_count", (U32, 1), "blk.1.*no place"),
-    "no width": ("llama.embedding_length", None, "embedding_length"),
     "another width": ("llama.embedding_length", (U32, 16), "has shape"),
-    "heads": ("llama.attention.head_count", (U32, 0), "head_count"),
-    "heads by layer": ("llama.attention.head_count_kv", (ARRAY, (U32, [1, 1])), "head_count_kv"),
-    "uneven heads": ("llama.attention.head_count_kv", (U32, 3), "evenly"),
-    "no epsilon": ("llama.attention.layer_norm_rms_epsilon", None, "epsilon"),
-    "epsilon": ("llama.attention.layer_norm_rms_epsilon", (F32, float("nan")), "epsilon"),
-    "scaled rope": ("llama.rope.scaling.type", (STRING, "ntk"), "scaling"),
-    "too much rope": ("llama.rope.dimension_count", (U32, 32), "dimension_count"),
-    "odd rope": ("llama.rope.dimension_count", (U32, 3), "dimension_count"),
-    "rope base": ("llama.rope.freq_base", (F32, 0.0), "freq_base"),
 }
 
 
@@ -87,9 +73,7 @@ WRONG: dict[str, tuple[str, tuple[int, Any] | None, str]] = {
 def test_metadata_that_meshd_can_not_run_is_refused_by_name(make_llama: Callable[..., Any], wrong: str) -> None:
     key, entry, named = WRONG[wrong]
     maker = make_llama()
-    maker.metadata.pop(key, None)
-    if entry is not None:
-        maker.metadata[key] = entry
+    maker.metadata[key] = entry
     with pytest.raises(ModelFileError, match=named):
         card(maker)
 
@@ -100,7 +84,3 @@ def test_extra_and_missing_tensors_are_refused(make_llama: Callable[..., Any]) -
         maker.tensors[extra] = (8,)
         with pytest.raises(ModelFileError, match=extra):
             card(maker)
-    maker = make_llama()
-    del maker.tensors["token_embd.weight"]
-    with pytest.raises(ModelFileError, match="token_embd"):
-        card(maker)

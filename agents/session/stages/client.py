@@ -12,7 +12,7 @@ from meshd.agents.session.events import CloseStages, OpenStages, ResumeStages
 from meshd.agents.session.journal.record import SessionRecord
 from meshd.agents.session.plan.resume import StageHeld
 from meshd.errors import PeerFault
-from meshd.kernels.sampler import needs_known
+from meshd.kernels.sampler import needs_past_tokens
 from meshd.protocol.messages import Close, Credit, Message, Open, Opened, Prompt, Renew, Resume
 from meshd.types import PeerId, Plan, SessionId
 
@@ -73,7 +73,7 @@ class StageClient:
 
     def _ids_for(self, plan: Plan, stage: int, tokens: Sequence[int]) -> memoryview | None:
         """Returns: all known token ids for a last stage whose penalties need them, else None."""
-        looks_back = needs_known(self.record.sampling, len(tokens))
+        looks_back = needs_past_tokens(self.record.sampling, len(tokens))
         return self._known_ids(tokens).data.cast("B") if looks_back and stage == len(plan.stages) - 1 else None
 
     def _known_ids(self, tokens: Sequence[int]) -> "np.ndarray[Any, np.dtype[np.int32]]":

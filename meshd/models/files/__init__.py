@@ -1,1 +1,1 @@
-"""Model files as they are on disk: GGUF, safetensors, JSON."""
+"""Reads and writes model files: GGUF, safetensors, JSON."""

@@ -1,4 +1,4 @@
-"""Files on this device's disk: free space, hashes, locks, and renames that survive a crash."""
+"""Functions on this device's disk: free space, hashes, locks, and renames that survive a crash."""
 
 import hashlib
 import os
@@ -14,11 +14,11 @@ from meshd.errors import StorageError
 
 CHUNK_BYTES = 1 << 20
 _MARGIN_BYTES = 16 << 20
-"""Left free on the disk for other programs."""
+"""Space that is left free for other programs."""
 
 
 class FileStamp(NamedTuple):
-    """Identifies an unmodified file without reading it."""
+    """A file's size, time and inode. If they are unchanged, its content is taken to be unchanged."""
 
     size_bytes: int
     mtime_ns: int
@@ -26,7 +26,7 @@ class FileStamp(NamedTuple):
 
 
 def stamp_of(path: Path) -> FileStamp | None:
-    """Returns: None if there is no such file, or if it is a folder or a device."""
+    """Read a file's stamp. Returns: None if there is no such file, or if it is a folder or a device."""
     try:
         status = path.stat()
     except OSError:
@@ -37,28 +37,29 @@ def stamp_of(path: Path) -> FileStamp | None:
 
 
 def origin_of(paths: Iterable[Path]) -> str:
-    """Summarise the paths and stamps of files. Returns: a hash that stays the same while none of them is modified."""
+    """Hash the paths and stamps of files. The hash changes when one of the files is modified."""
     stamps = [(str(path), stamp_of(path)) for path in paths]
     return hashlib.sha256(repr(stamps).encode()).hexdigest()[:32]
 
 
 def size_of(path: Path) -> int:
-    """Returns: 0 if there is no such file."""
+    """Return a file's size in bytes; 0 if there is no such file."""
     stamp = stamp_of(path)
     return stamp.size_bytes if stamp else 0
 
 
 def remove_file(path: Path) -> int:
-    """Remove a file if it exists. Returns: the bytes freed. Raises: OSError."""
+    """Remove a file if it exists. Returns: the number of bytes freed. Raises: OSError."""
     freed = size_of(path)
     path.unlink(missing_ok=True)
     return freed
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:
-    """The error for a file that can't be written, with one wording everywhere."""
+    """Make the error for a file that can't be written."""
     return StorageError(
-        f"{path} can't be written: {error.strerror or error}", hint="free some disk and pull again: what has arrived is kept"
+        f"{path} can't be written: {error.strerror or error}",
+        hint="free some disk space and pull again: what was downloaded is kept",
     )
 
 
@@ -73,7 +74,7 @@ def need_space(folder: Path, size_bytes: int) -> None:
 
 
 def sha256_of(path: Path, advance: Callable[[int], None]) -> str:
-    """Hash a file and report each chunk's bytes to `advance`. Raises: StorageError."""
+    """Hash a file; call `advance` with the size of each chunk. Raises: StorageError."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
@@ -86,7 +87,7 @@ def sha256_of(path: Path, advance: Callable[[int], None]) -> str:
 
 
 def read_range(path: Path, offset: int, length: int) -> bytes:
-    """Read exactly `length` bytes of a file. Raises: StorageError, also if the file ends earlier."""
+    """Read exactly `length` bytes of a file. Raises: StorageError, also if the file is shorter."""
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(offset)
@@ -99,7 +100,7 @@ def read_range(path: Path, offset: int, length: int) -> bytes:
 
 
 def replace_durably(finished: Path, final: Path) -> None:
-    """Rename a finished file. After a crash, the name means the old file or the complete new one. Raises: OSError."""
+    """Rename a finished file to `final`. After a crash, `final` is either the old file or the complete new one. Raises: OSError."""
     with finished.open("rb+") as file:
         os.fsync(file.fileno())
     finished.replace(final)

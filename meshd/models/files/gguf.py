@@ -1,4 +1,4 @@
-"""A GGUF file: its header is read, its weights are mapped."""
+"""Opens GGUF files: parses the header and maps the weights."""
 
 import contextlib
 import mmap
@@ -15,15 +15,15 @@ __all__ = ["GgufFile", "MetadataValue", "TensorInfo"]
 
 
 class GgufFile:
-    """A model's metadata and, where its file is there, its tensors as views of the file's mapping.
+    """A model's metadata and, unless only its header is available, its tensors as views of the mapped file.
 
-    Only pages that are touched are read from disk, so a peer that holds some layers reads those alone. The mapping is read-only
-    and lives until the file is closed and the last view of it is gone. The file must not be cut short meanwhile: files are
-    replaced by renaming, never written in place.
+    Only pages that are accessed are read from disk, so a peer that holds some layers reads only those. The mapping is read-only and
+    exists until the file is closed and the last view of it is freed. The file must not be truncated meanwhile: to change a model's
+    file, replace it by renaming a new one.
     """
 
     def __init__(self, name: str, header: Header, data: memoryview, mapping: mmap.mmap | None) -> None:
-        """`data` is the whole file with its `mapping`, or the header alone."""
+        """`data` is the whole file, or only its header; then `mapping` is None."""
         self.name = name
         self._header = header
         self._data = data
@@ -31,13 +31,13 @@ class GgufFile:
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
-        """Map a file and check all of its header. Raises: ModelFileError."""
+        """Map a file and check its header. Raises: ModelFileError."""
         name = str(path)
         try:
             with open(path, "rb") as file:
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise ModelFileError(f"{name} can't be opened: {error.strerror}", hint="is the path right?") from error
+            raise ModelFileError(f"{name} can't be opened: {error.strerror}", hint="check the path") from error
         except ValueError as error:
             raise broken(name, "the file", "it is empty") from error
         data = memoryview(mapping)
@@ -45,7 +45,7 @@ class GgufFile:
 
     @classmethod
     def from_header(cls, data: bytes, name: str = "the model's header") -> Self:
-        """A model without its weights, from `header_bytes()` of another peer. Raises: ModelFileError."""
+        """Make a model without weights from the `header_bytes()` of another peer. Raises: ModelFileError."""
         return cls(name, parse_header(memoryview(data), name=name, file_bytes=None), memoryview(data), None)
 
     @property
@@ -54,15 +54,15 @@ class GgufFile:
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor's description, in the file's order; also where only the header is here."""
+        """Describes every tensor, in the file's order; also available without the weights."""
         return self._header.tensors
 
     def header_bytes(self) -> bytes:
-        """The file up to its first weight: what `from_header` needs. Not after `close`."""
+        """Copy the file up to its first weight, for `from_header`. Must not be called after `close`."""
         return bytes(self._data[: self._header.data_start])
 
     def tensor(self, name: str) -> Tensor:
-        """A weight where it lies, not copied. Raises: ModelFileError if it is not in the file, or the file is not here."""
+        """Return a tensor as a view. Raises: ModelFileError if the file has no such tensor, or is closed or only a header."""
         info = self.tensors.get(name)
         if info is None:
             raise ModelFileError(f"{self.name} has no tensor {name!r}")
@@ -70,8 +70,8 @@ class GgufFile:
             raise ModelFileError(f"tensor {name!r} of {self.name} can't be read: its file is not open here")
         return Tensor(name, info.kind, info.shape, self._data[info.offset : info.offset + info.nbytes])
 
-    def let_go_of_pages(self) -> None:
-        """Have the system take back the memory of what was read; it is read anew when it is touched."""
+    def release_pages(self) -> None:
+        """Release the memory of the pages read so far. They are read again when they are accessed."""
         if self._mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._mapping.madvise(mmap.MADV_DONTNEED)
 
@@ -79,12 +79,12 @@ class GgufFile:
         return name in self.tensors
 
     def close(self) -> None:
-        """No tensor can be had after this; those that were are good until they are dropped. Idempotent."""
+        """Close the file. Idempotent. Tensors returned before stay valid."""
         if self._mapping is None:
             return
         mapping, self._mapping = self._mapping, None
         self._data.release()
-        with contextlib.suppress(BufferError):  # views are still out there: the mapping goes with the last of them
+        with contextlib.suppress(BufferError):  # views still exist: the mapping is freed with the last of them
             mapping.close()
 
     def __enter__(self) -> Self:

@@ -1,7 +1,8 @@
-"""The head of a GGUF file (v2 and v3): metadata and tensor descriptions. Pure: bytes in, a checked `Header` out.
+"""Parses the header of a GGUF file (v2 and v3): metadata and tensor descriptions. Does no I/O.
 
-Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Every count, length and extent is checked before memory is taken
-for it, so that a hostile file costs no more than its own size and ends in a ModelFileError that names the key or tensor.
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Every count, length and extent is checked before memory is
+allocated for it. So a hostile file takes no more memory than its own size, and causes a ModelFileError that names the key or
+tensor.
 """
 
 import math
@@ -19,9 +20,9 @@ MAX_HEADER_BYTES = 64 << 20
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 16
 MAX_ARRAY_VALUES = 1 << 21
-"""Of all arrays of a file together; a vocabulary of 262,144 with merges takes 1.3 million."""
+"""Limit for all arrays of a file together. A vocabulary of 262,144 tokens with merges takes 1.3 million."""
 MAX_NESTED = 1 << 12
-"""Arrays in an array: nobody writes them, and they are read one by one."""
+"""Limit for arrays within an array. Real files have none, and they are slow to read, since they are read one at a time."""
 MAX_KEY_BYTES = (1 << 16) - 1
 MAX_TENSOR_NAME_BYTES = 128
 MAX_ARRAY_DEPTH = 2
@@ -75,7 +76,7 @@ KINDS: Mapping[int, tuple[str, int, int]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies and how."""
+    """A tensor's kind, shape and place in the file."""
 
     kind: str
     """GGUF's type name, e.g. `Q4_1`."""
@@ -88,18 +89,18 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """All of a GGUF file but its weights."""
+    """Everything in a GGUF file except the weights."""
 
     metadata: Mapping[str, MetadataValue]
     tensors: Mapping[str, TensorInfo]
     data_start: int
-    """Where the header ends: the first byte that may belong to a tensor."""
+    """Offset of the first byte that may belong to a tensor."""
 
 
 def parse_header(data: memoryview, *, name: str, file_bytes: int | None) -> Header:
-    """Read a header at the start of `data`.
+    """Parse the header at the start of `data`.
 
-    `name` is for messages. `file_bytes` is what tensors must lie within; None where only the header is there.
+    `name` is for error messages. `file_bytes` is the size of the file, which tensors must not exceed; None if it is unknown.
     Raises: ModelFileError.
     """
     reader = _Reader(data[:MAX_HEADER_BYTES], name)
@@ -113,13 +114,13 @@ def parse_header(data: memoryview, *, name: str, file_bytes: int | None) -> Head
 
 
 def broken(name: str, what: str, why: str) -> ModelFileError:
-    """The one form of complaint about a GGUF file."""
-    return ModelFileError(f"{name} can't be used: {what}: {why}", hint="the file is damaged or no GGUF v2/v3: fetch it again")
+    """Make the error for a GGUF file that can't be used. `what` names the part of the file."""
+    return ModelFileError(f"{name} can't be used: {what}: {why}", hint="the file is damaged or not GGUF v2/v3: fetch it again")
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A tensor's description as it stands in the file."""
+    """A tensor's description as written in the file."""
 
     name: str
     kind: int
@@ -129,7 +130,7 @@ class _Row:
 
 
 class _Reader:
-    """A cursor that never reads past its view and knows what it is reading."""
+    """Reads from a view, never past its end. Its errors name the key or tensor that it is reading."""
 
     def __init__(self, data: memoryview, name: str) -> None:
         self._data = data
@@ -142,7 +143,7 @@ class _Reader:
         raise broken(self._name, self._what, why)
 
     def preamble(self) -> tuple[int, int]:
-        """(tensor count, key count)."""
+        """Read magic, version and counts. Returns: (tensor count, key count)."""
         magic = bytes(self._take(4))
         if magic != _MAGIC:
             self.fail(f"they are {magic!r}, not {_MAGIC!r}")
@@ -161,7 +162,7 @@ class _Reader:
             key = self._string(MAX_KEY_BYTES)
             self._what = f"metadata key {key[:200]!r}"
             if key in found:
-                self.fail("it is there twice")
+                self.fail("it appears twice")
             found[key] = self._value(self._number("I"), MAX_ARRAY_DEPTH)
         return found
 
@@ -196,7 +197,7 @@ class _Reader:
         return struct.unpack_from(f"<{count}{self._scalar(kind)}", self._take(count * self._size(kind)))
 
     def _strings(self, count: int) -> tuple[str, ...]:
-        """The vocabulary comes through here, so the loop is flat."""
+        """Read an array of strings. Vocabularies are read here, so the loop calls no methods, for speed."""
         data, position, limit = self._data, self.position, len(self._data)
         length_at = struct.Struct("<Q").unpack_from
         found = []
@@ -236,7 +237,7 @@ class _Reader:
         return taken
 
     def _bound(self, count: int, most: int, what: str, *, each: int) -> None:
-        """`count` items of at least `each` bytes must be allowed, and must fit in what is left."""
+        """Check that `count` items are allowed, and that as many items of at least `each` bytes fit into the rest of the data."""
         if count > most:
             self.fail(f"{count} {what} are more than the {most} allowed")
         if count * each > len(self._data) - self.position:
@@ -248,7 +249,7 @@ class _Reader:
         return _SCALARS[kind]
 
     def _size(self, kind: int) -> int:
-        """The least bytes that a value of this kind takes."""
+        """Return the least number of bytes that a value of this type takes."""
         if kind in (_STRING, _ARRAY):
             return 8
         return struct.calcsize("<" + self._scalar(kind))
@@ -257,7 +258,7 @@ class _Reader:
 def _alignment(metadata: Mapping[str, MetadataValue], reader: _Reader) -> int:
     value = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_ALIGNMENT or value & (value - 1):
-        reader.fail(f"general.alignment {value!r} is no power of two up to {MAX_ALIGNMENT}")
+        reader.fail(f"general.alignment {value!r} is not a power of two up to {MAX_ALIGNMENT}")
     return value
 
 
@@ -266,11 +267,11 @@ def _align(offset: int, alignment: int) -> int:
 
 
 def _placed(rows: list[_Row], data_start: int, alignment: int, file_bytes: int | None, name: str) -> dict[str, TensorInfo]:
-    """Describe every tensor, in the file's order, once its extent is known to be its own and inside the file."""
+    """Describe every tensor, in the file's order. Raises: ModelFileError for a tensor that overlaps another or exceeds the file."""
     tensors: dict[str, TensorInfo] = {}
     for row in rows:
         if row.name in tensors:
-            raise broken(name, f"tensor {row.name!r}", "it is there twice")
+            raise broken(name, f"tensor {row.name!r}", "it appears twice")
         if row.offset % alignment:
             raise broken(name, f"tensor {row.name!r}", f"its offset {row.offset} is not a multiple of {alignment}")
         tensors[row.name] = info = _described(row, data_start, name)

@@ -1,6 +1,6 @@
-"""Writes a GGUF file (v3) from front to back, each tensor as it comes.
+"""Writes GGUF files (v3) from front to back, one tensor at a time.
 
-Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The same content gives the same bytes, so the same id.
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The same content gives the same bytes, and so the same model id.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ _U32, _I32, _F32, _BOOL, _STRING, _ARRAY, _U64, _I64 = 4, 5, 6, 7, 8, 9, 10, 11
 _FORMATS = {_U32: "I", _I32: "i", _F32: "f", _BOOL: "?", _U64: "Q", _I64: "q"}
 _RANGES = ((_U32, 0, 1 << 32), (_I32, -(1 << 31), 1 << 31), (_U64, 0, 1 << 64), (_I64, -(1 << 63), 1 << 63))
 _ARRAY_RANGES = (_RANGES[1], _RANGES[0], _RANGES[3], _RANGES[2])
-"""Numbers are U32 and lists of them I32 where they can be, as llama.cpp writes them."""
+"""Types to try for integers, in order. Like llama.cpp, a single integer is U32 and a list of integers I32 if the values fit."""
 
 
 @dataclass(frozen=True, slots=True)
 class OutTensor:
-    """A tensor to be written."""
+    """A tensor to write."""
 
     name: str
     kind: str
@@ -38,7 +38,7 @@ class OutTensor:
     shape: tuple[int, ...]
     """Row-major, outermost first."""
     chunks: Callable[[], Iterable[Chunk]]
-    """Its bytes, in order; called once, when its turn has come."""
+    """Yields its bytes, in order. Called once, when the tensors before it are written."""
 
     @property
     def nbytes(self) -> int:
@@ -46,11 +46,11 @@ class OutTensor:
         return math.prod(self.shape) // weights * size
 
 
-class GgufOut:
-    """A file to be written: all is checked and its size is known before a byte of a weight is read."""
+class GgufWriter:
+    """Writes one file. The header is checked and the file's size is known before any weight is read."""
 
     def __init__(self, metadata: Mapping[str, MetadataValue], tensors: Sequence[OutTensor], name: str) -> None:
-        """The header is read back as any file's, so that nothing is written that can't be used. Raises: ModelFileError."""
+        """Build the header and parse it, so that no unusable file is written. Raises: ModelFileError."""
         alignment = metadata.get("general.alignment", _ALIGNMENT)
         if isinstance(alignment, bool) or not isinstance(alignment, int) or alignment < 1:
             raise ModelFileError(f"{name} can't be written: its alignment is {alignment!r}")
@@ -59,13 +59,14 @@ class GgufOut:
         self._name = name
         self._header = self._described(metadata)
         self.size = len(self._header) + sum(self._padded(tensor.nbytes) for tensor in tensors)
-        """Of the whole file, in bytes."""
+        """Size of the whole file in bytes."""
         parse_header(memoryview(self._header), name=name, file_bytes=self.size)
 
     def write(self, file: BinaryIO, advance: Callable[[int], None]) -> str:
-        """Write it all; its sha256. Memory: the header and one chunk. `advance` hears of each chunk's bytes.
+        """Write the file; call `advance` with the size of each chunk. Takes memory for the header and one chunk.
 
-        Raises: ModelFileError for chunks that do not make their tensor, OSError.
+        Returns: the file's SHA-256.
+        Raises: ModelFileError for chunks that do not add up to their tensor, OSError.
         """
         digest = hashlib.sha256()
 
@@ -126,10 +127,10 @@ def _packed(key: str, kind: int, value: MetadataValue) -> bytes:
 
 
 def _kind_of(key: str, values: Sequence[MetadataValue], ranges: Sequence[tuple[int, int, int]]) -> int:
-    """GGUF's type for all of these values; floats are F32, the only kind that llama.cpp reads."""
+    """Choose one GGUF type for all values. Floats become F32, the only float type that llama.cpp reads."""
     kinds = {type(value) for value in values}
     if kinds <= {str}:
-        return _STRING  # also of an empty list, whose type nobody knows any more
+        return _STRING  # also for an empty list, whose original type is unknown
     if kinds == {bool}:
         return _BOOL
     if kinds == {tuple}:

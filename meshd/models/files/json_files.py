@@ -1,4 +1,4 @@
-"""JSON beside a model's weights: read whole, but never more of it than is sensible."""
+"""Reads the JSON files of a model, with limits on their size and number of items."""
 
 import json
 import os
@@ -10,19 +10,19 @@ from meshd.errors import ModelFileError
 
 MAX_JSON_BYTES = 16 << 20
 MAX_ITEMS = 1 << 20
-"""Commas and brackets of a document: what it can come to in memory is bound by them, whatever its size."""
+"""Limit for the commas and brackets of a document. Their number bounds the memory that the parsed document takes."""
 
 
 def read_json(path: Path, *, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """A file's JSON object. Raises: ModelFileError."""
+    """Read a file that contains a JSON object. Raises: ModelFileError."""
     return parse_object(read_bytes(path, most_bytes=most_bytes), str(path))
 
 
 def read_bytes(path: Path, *, most_bytes: int) -> bytes:
-    """All of a small file. Raises: ModelFileError."""
+    """Read a file of at most `most_bytes`. Raises: ModelFileError."""
     try:
         with path.open("rb") as file:
-            # Not `most_bytes` at once: a reader takes memory for all that it is asked for.
+            # read() allocates as many bytes as it may read, so don't pass it the limit if the file is smaller.
             data = file.read(min(most_bytes, os.fstat(file.fileno()).st_size) + 1)
     except OSError as error:
         raise ModelFileError(f"{path} can't be read: {error.strerror or error}") from error
@@ -32,10 +32,10 @@ def read_bytes(path: Path, *, most_bytes: int) -> bytes:
 
 
 def parse_object(data: bytes, name: str, *, most_items: int = MAX_ITEMS) -> dict[str, Any]:
-    """A JSON object. A key that is there twice is refused: readers would differ in which of them counts. Raises: ModelFileError."""
+    """Parse a JSON object. A duplicate key is an error, since readers differ in which value they take. Raises: ModelFileError."""
 
     def fail(why: str) -> NoReturn:
-        raise ModelFileError(f"{name} can't be used: {why}", hint="the file is damaged or no such file: fetch it again")
+        raise ModelFileError(f"{name} can't be used: {why}", hint="the file is damaged or of another format: fetch it again")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -43,7 +43,7 @@ def parse_object(data: bytes, name: str, *, most_items: int = MAX_ITEMS) -> dict
             seen: set[str] = set()
             for key, _ in pairs:
                 if key in seen:
-                    fail(f"{shown(key)} is there twice")
+                    fail(f"{shown(key)} appears twice")
                 seen.add(key)
         return found
 
@@ -52,26 +52,26 @@ def parse_object(data: bytes, name: str, *, most_items: int = MAX_ITEMS) -> dict
     try:
         found = json.loads(data.decode(), object_pairs_hook=unique)
         if b"\\u" in data:
-            json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no text: nobody could write it down
+            json.dumps(found, ensure_ascii=False).encode()  # fails for a lone surrogate, which is not valid text
     except RecursionError:
         fail("its JSON is nested too deep")
     except ValueError as error:
         fail(f"its JSON can't be read: {error}")
     if not isinstance(found, dict):
-        fail("its JSON is no object")
+        fail("its JSON is not an object")
     return found
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: short, and in characters that can be written."""
+    """Format a value for a message: at most 100 characters, in ASCII."""
     return ascii(str(value)[:100])
 
 
 def whole_number(value: Any, most: int) -> int | None:
-    """A JSON number that is an integer from 0 to `most`; None: it is something else."""
+    """Return a JSON value if it is an integer from 0 to `most`, otherwise None."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most else None
 
 
-def texts(value: Any) -> Mapping[str, str] | None:
-    """A JSON object of strings; None: it is something else."""
+def string_map(value: Any) -> Mapping[str, str] | None:
+    """Return a JSON value if it is an object whose values are strings, otherwise None."""
     return value if isinstance(value, dict) and all(isinstance(item, str) for item in value.values()) else None

@@ -1,6 +1,6 @@
 """The parts of a model's file: its header and its tensors, each with its offset and SHA-256.
 
-A part ends where the next one begins, so that the padding after a tensor belongs to it and all parts together are the file. The
+A part ends where the next one begins: the padding after a tensor belongs to the tensor, and all parts together are the file. The
 header is the part without a name.
 
 A manifest from another peer is checked before use: `decode_offer` checks its form, `check_layout` compares it with the file's
@@ -24,12 +24,12 @@ from meshd.types import LayerRange, ModelSpec
 HEADER = ""
 """The name of the first part."""
 MAX_FILE_BYTES = 1 << 44
-"""16 TiB: the largest file that common file systems take."""
+"""16 TiB: the largest file that common file systems support."""
 MAX_OFFER_BYTES = 8 << 20
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True):
-    """One tensor with its padding, or the header."""
+    """A tensor with its padding, or the header."""
 
     name: Annotated[str, msgspec.Meta(max_length=MAX_TENSOR_NAME_BYTES)]
     offset: Annotated[int, msgspec.Meta(ge=0, lt=MAX_FILE_BYTES)]
@@ -42,7 +42,7 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, array_like=True):
-    """All parts, in the file's order, without a gap."""
+    """All parts of a file, in order, without gaps."""
 
     parts: Annotated[tuple[Part, ...], msgspec.Meta(min_length=2, max_length=MAX_TENSORS + 1)]
 
@@ -53,7 +53,7 @@ class Manifest(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def digest(self) -> str:
-        """Hash of the manifest, to compare those of several peers."""
+        """Hash of the manifest, for comparing the manifests of several peers."""
         return hashlib.sha256(msgspec.msgpack.encode(self)).hexdigest()
 
     def indices(self, names: Iterable[str]) -> frozenset[int]:
@@ -90,8 +90,8 @@ def layout_of(tensors: Mapping[str, TensorInfo], size: int) -> list[tuple[str, i
     return parts
 
 
-def sum_up(path: Path, layout: Iterable[tuple[str, int, int]], advance: Callable[[int], None]) -> Manifest:
-    """Hash every part of a file. Raises: StorageError."""
+def hash_parts(path: Path, layout: Iterable[tuple[str, int, int]], advance: Callable[[int], None]) -> Manifest:
+    """Hash every part of a file into a manifest; call `advance` with the size of each chunk. Raises: StorageError."""
     try:
         with path.open("rb") as file:
             return Manifest(
@@ -107,7 +107,7 @@ def sum_up(path: Path, layout: Iterable[tuple[str, int, int]], advance: Callable
 def sha256_within(
     read: Callable[[int], bytes], seek: Callable[[int], int], offset: int, length: int, advance: Callable[[int], None]
 ) -> bytes:
-    """Hash a range of an open file and report each chunk's bytes to `advance`. A file that ends earlier gives another hash."""
+    """Hash a range of an open file; call `advance` with the size of each chunk. A file that is too short gives another hash."""
     digest = hashlib.sha256()
     seek(offset)
     while length and (chunk := read(min(length, CHUNK_BYTES))):
@@ -130,7 +130,7 @@ def read_manifest(path: Path) -> Manifest | None:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Save a manifest; after a crash there is the old file or the complete new one. Raises: StorageError."""
+    """Save a manifest. After a crash, the file is either the old one or the complete new one. Raises: StorageError."""
     written = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ def decode_offer(data: bytes | memoryview) -> Offer:
         raise ModelFileError(f"the list of tensors can't be read: {error}") from None
     check(offer.manifest)
     if offer.have is not None and not all(0 <= index < len(offer.manifest.parts) for index in offer.have):
-        raise ModelFileError("the list of tensors says that there are some which it does not name")
+        raise ModelFileError("the list of tensors offers parts that it does not name")
     return offer
 
 
@@ -181,21 +181,21 @@ def check_layout(manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> None:
     """Check that the manifest matches the file's own header. Raises: ModelFileError."""
     listed = [(part.name, part.offset, part.length) for part in manifest.parts]
     if layout_of(tensors, manifest.size) != listed:
-        raise ModelFileError("the list of tensors is not that of the model's header")
+        raise ModelFileError("the list of tensors does not match the model's header")
 
 
 def tensors_of(spec: ModelSpec, layers: LayerRange, *, embedding: bool, head: bool, names: Iterable[str]) -> frozenset[str]:
-    """Select the tensors that a backend reads for these layers. `names`: all tensors of the file."""
-    wanted = set(ROPE_FACTORS)
+    """Select the tensors that a backend reads for these layers. `names` are all tensors of the file."""
+    selected = set(ROPE_FACTORS)
     if embedding:
-        wanted.add("token_embd.weight")
+        selected.add("token_embd.weight")
     if head:
-        wanted |= {"output_norm.weight", "token_embd.weight" if spec.tied_head else "output.weight"}
-    return frozenset(name for name in names if name in wanted or layer_of(name) in layers)
+        selected |= {"output_norm.weight", "token_embd.weight" if spec.tied_head else "output.weight"}
+    return frozenset(name for name in names if name in selected or layer_of(name) in layers)
 
 
 def layer_of(name: str) -> int | None:
-    """The layer of a tensor: 7 for `blk.7.attn_q.weight`; None outside the layers."""
+    """Return the layer of a tensor, such as 7 for `blk.7.attn_q.weight`. Returns: None for a tensor outside the layers."""
     block, _, rest = name.partition(".")
     number = rest.partition(".")[0]
     return int(number) if block == "blk" and number.isascii() and number.isdecimal() else None

@@ -1,8 +1,8 @@
 """Read safetensors files: check the header here, then read the tensors through the `safetensors` library.
 
 Format: https://github.com/huggingface/safetensors#format. Eight bytes of length, a JSON object of name -> type, shape and offsets,
-then the tensors, which cover the rest of the file without a gap. The check comes before the library sees the file: it bounds the
-header's size, depth and item count, and its errors name the file and the tensor.
+then the tensors, which cover the rest of the file without gaps. The header is checked here first, because this check limits its
+size, depth and number of items, and its errors name the file and the tensor.
 """
 
 import math
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from meshd.errors import ModelFileError
 from meshd.models.files.gguf_header import MAX_TENSORS
-from meshd.models.files.json_files import parse_object, shown, texts, whole_number
+from meshd.models.files.json_files import parse_object, shown, string_map, whole_number
 from meshd.models.importing.source_files import INDEX, weight_files
 
 MAX_HEADER_BYTES = 32 << 20
@@ -28,7 +28,7 @@ _MAX_ITEMS = 12 * MAX_TENSORS
 _MAX_DIMENSIONS = 8
 _MAX_NAME = 512
 _MAX_EXTENT = 1 << 60
-_DAMAGED = "the file is damaged or no safetensors: fetch it again"
+_DAMAGED = "the file is damaged or not safetensors: fetch it again"
 
 DTYPES: Mapping[str, npt.DTypeLike] = MappingProxyType(
     {
@@ -50,12 +50,15 @@ DTYPES: Mapping[str, npt.DTypeLike] = MappingProxyType(
         "F8_E8M0": "u1",
     }
 )
-"""Type in the file -> numpy's type of the same size. BF16 is read as its bits; 8-bit floats are only counted, not read."""
+"""Type in the file -> numpy's type of the same size.
+
+BF16 is read as uint16; 8-bit floats are not read, only their size is checked.
+"""
 
 _NOT_READ = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0"})
-"""Types that the library can't give to numpy, which has no 8-bit float."""
+"""Types that the library can't return as numpy arrays, since numpy has no 8-bit floats."""
 _REOPEN_BYTES = 256 << 20
-"""Bytes read before the file is mapped anew, which returns the pages that were read to the system."""
+"""After reading this many bytes, the file is mapped again, which returns the memory of the pages read to the system."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class Extent:
 
 
 class SafetensorsFile:
-    """One file, mapped read-only by the library. Must not be truncated while it is open."""
+    """One file, mapped read-only by the library. The file must not be truncated while it is open."""
 
     def __init__(self, path: Path, tensors: Mapping[str, Extent]) -> None:
         self.name = str(path)
@@ -81,7 +84,7 @@ class SafetensorsFile:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Raises: ModelFileError."""
+        """Open a file and check its header. Raises: ModelFileError."""
         try:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping:
                 tensors = parse_header(mapping, str(path))
@@ -94,8 +97,9 @@ class SafetensorsFile:
         return opened
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
-        """A copy of the rows `[start, stop)` along a tensor's first axis; a scalar or an empty tensor whole. BF16 as uint16.
+        """Read rows `[start, stop)` of a tensor's first axis. A scalar or an empty tensor is read whole.
 
+        Returns: a copy; BF16 as uint16.
         Raises: ModelFileError for an 8-bit float, and for a file that was replaced after it was opened.
         """
         info = self.tensors[name]
@@ -149,8 +153,8 @@ def parse_header(data: mmap.mmap | bytes, name: str) -> Mapping[str, Extent]:
     if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
         fail(f"its header of {length:,} bytes is not within its {size:,} bytes (and {MAX_HEADER_BYTES:,} at most)")
     header = parse_object(data[8 : 8 + length], name, most_items=_MAX_ITEMS)
-    if "__metadata__" in header and texts(header.pop("__metadata__")) is None:
-        fail("its __metadata__ is no object of strings")
+    if "__metadata__" in header and string_map(header.pop("__metadata__")) is None:
+        fail("its __metadata__ is not an object of strings")
     if len(header) > MAX_TENSORS:
         fail(f"its {len(header):,} tensors are more than the {MAX_TENSORS:,} allowed")
     start = 8 + length
@@ -181,7 +185,7 @@ class _WrongTensor(Exception):
 
 
 def _order(row: tuple[str, Extent]) -> tuple[int, int]:
-    """Tensors without elements come before the one that begins where they do."""
+    """Sort by offset. Of tensors with the same offset, those without elements come first."""
     return row[1].offset, row[1].nbytes
 
 
@@ -194,9 +198,9 @@ def _extent(tensor: str, entry: Any, start: int) -> Extent:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _WrongTensor(tensor, f"its type {shown(dtype)} is unknown here")
     if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS or any(whole_number(n, _MAX_EXTENT) is None for n in shape):
-        raise _WrongTensor(tensor, f"its shape is no list of at most {_MAX_DIMENSIONS} sizes")
+        raise _WrongTensor(tensor, f"its shape is not a list of at most {_MAX_DIMENSIONS} sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or any(whole_number(n, _MAX_EXTENT) is None for n in offsets):
-        raise _WrongTensor(tensor, "its data_offsets are no two positions")
+        raise _WrongTensor(tensor, "its data_offsets are not two positions")
     nbytes = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
     if offsets[1] - offsets[0] != nbytes:
         raise _WrongTensor(tensor, f"its extent of {offsets[1] - offsets[0]} bytes is not the {nbytes} of {dtype} {shape}")
@@ -207,13 +211,13 @@ class SafetensorsFolder:
     """All weights of a Hugging Face folder, in one file or several."""
 
     def __init__(self, name: str, files: Mapping[str, SafetensorsFile]) -> None:
-        """`files`: by tensor."""
+        """`files` maps each tensor's name to its file."""
         self.name = name
         self._files = files
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Raises: ModelFileError, also for a file or a tensor that the index names and the folder lacks."""
+        """Open all files of a folder. Raises: ModelFileError, also if a file or tensor that the index names is missing."""
         paths, promised = weight_files(folder)
         opened: list[SafetensorsFile] = []
         by_tensor: dict[str, SafetensorsFile] = {}
@@ -226,7 +230,9 @@ class SafetensorsFolder:
                     by_tensor[tensor] = opened[-1]
             for tensor, shard in promised.items():
                 if tensor not in by_tensor or by_tensor[tensor].name != str(folder / shard):
-                    raise ModelFileError(f"{folder / shard} can't be used: it has no tensor {shown(tensor)}, which {INDEX} says")
+                    raise ModelFileError(
+                        f"{folder / shard} can't be used: it has no tensor {shown(tensor)}, but {INDEX} lists it there"
+                    )
         except ModelFileError:
             for file in opened:
                 file.close()
@@ -239,11 +245,11 @@ class SafetensorsFolder:
         return {name: (file.tensors[name].dtype, file.tensors[name].shape) for name, file in self._files.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
-        """See `SafetensorsFile.read`."""
+        """Read rows of a tensor, as `SafetensorsFile.read` does."""
         return self._files[name].read(name, start, stop)
 
     def close(self) -> None:
-        """Idempotent."""
+        """Close all files. Idempotent."""
         for file in set(self._files.values()):
             file.close()
 

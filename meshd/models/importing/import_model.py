@@ -19,7 +19,7 @@ from meshd.models.cards import END_OF_ANSWER
 from meshd.models.files.disk import CHUNK_BYTES, need_space, remove_file
 from meshd.models.files.gguf import GgufFile
 from meshd.models.files.gguf_header import MetadataValue
-from meshd.models.files.gguf_writer import Chunk, GgufOut, OutTensor
+from meshd.models.files.gguf_writer import Chunk, GgufWriter, OutTensor
 from meshd.models.files.json_files import read_json, shown
 from meshd.models.files.safetensors_file import DTYPES, SafetensorsFolder
 from meshd.models.importing.huggingface import plan_import
@@ -51,7 +51,7 @@ def import_to(target: Path, path: Path, quant: str | None, begin: Callable[[int]
     """
     with ExitStack() as opened:
         metadata, tensors = (_of_folder if path.is_dir() else _of_parts)(path, quant, opened)
-        out = GgufOut(metadata, tensors, str(path))
+        out = GgufWriter(metadata, tensors, str(path))
         need_space(target.parent, out.size)
         begin(out.size)
         whole = False

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from meshd.errors import ModelFileError
-from meshd.models.files.json_files import read_json, shown, texts
+from meshd.models.files.json_files import read_json, shown, string_map
 from meshd.models.importing.text_metadata import TEXT_FILES
 
 INDEX = "model.safetensors.index.json"
@@ -66,7 +66,7 @@ def weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
     """
     index = folder / INDEX
     if index.is_file():
-        where = texts(read_json(index).get("weight_map"))
+        where = string_map(read_json(index).get("weight_map"))
         if not where:
             raise ModelFileError(f"{index} can't be used: its weight_map is no object of file names")
         shards = sorted(set(where.values()))

@@ -32,7 +32,7 @@ from meshd.models.files.disk import (
     try_lock,
 )
 from meshd.models.files.gguf import GgufFile
-from meshd.models.files.manifest import Manifest, layout_of, read_manifest, sum_up, write_manifest
+from meshd.models.files.manifest import Manifest, hash_parts, layout_of, read_manifest, write_manifest
 from meshd.models.importing.source_files import files_of, needs_import
 from meshd.models.store.catalogue import FileSource, HubSource, ModelRef, PackageSource, Source, resolve, unknown
 from meshd.models.store.index import Index, StoredModel
@@ -131,7 +131,7 @@ class Store:
         if known is not None and known.size == model.size_bytes and stamp_of(model.path) == model.stamp:
             return known
         with self.open(model) as file:
-            known = sum_up(model.path, layout_of(file.tensors, model.size_bytes), advance)
+            known = hash_parts(model.path, layout_of(file.tensors, model.size_bytes), advance)
         write_manifest(path, known)
         return known
 

@@ -6,7 +6,7 @@ import pytest
 from meshd.agents.device.disk import disk_read_rate
 
 
-def test_the_disk_is_read_and_left_as_it_was(tmp_path: Path) -> None:
+def test_the_rate_is_positive_and_no_file_remains(tmp_path: Path) -> None:
     assert disk_read_rate(tmp_path, limit_bytes=2**20, limit_s=0.2) > 0
     assert list(tmp_path.iterdir()) == []
 

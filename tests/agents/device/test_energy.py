@@ -6,7 +6,7 @@ from meshd.agents.device.energy import EnergyMeter
 
 
 class Packages:
-    """RAPL counters in a made-up sysfs: two packages, and a part of one that must not count twice."""
+    """RAPL counters in a fake sysfs: two packages, and a subzone of the first, whose energy must not count twice."""
 
     def __init__(self, root: Path) -> None:
         self.folder = root / "sys/class/powercap"
@@ -36,7 +36,7 @@ def test_power_is_the_energy_of_all_packages_over_time(tmp_path: Path, now: list
     assert meter.mean_w() == 20.0
 
 
-def test_a_counter_that_wrapped_is_followed(tmp_path: Path, now: list[float]) -> None:
+def test_the_wrap_of_a_counter_is_taken_into_account(tmp_path: Path, now: list[float]) -> None:
     packages = Packages(tmp_path)
     packages.set("intel-rapl:0", 990_000_000)
     meter = EnergyMeter(tmp_path)
@@ -45,5 +45,5 @@ def test_a_counter_that_wrapped_is_followed(tmp_path: Path, now: list[float]) ->
     assert meter.mean_w() == 20.0
 
 
-def test_without_counters_there_is_no_figure(tmp_path: Path) -> None:
+def test_without_counters_there_is_no_power(tmp_path: Path) -> None:
     assert EnergyMeter(tmp_path).mean_w() is None

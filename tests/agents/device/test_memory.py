@@ -10,7 +10,7 @@ V1_NONE = 9223372036854771712
 
 
 class Tree:
-    """A made-up `/proc` and `/sys`."""
+    """A fake `/proc` and `/sys`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -48,7 +48,7 @@ def tree(tmp_path: Path) -> Tree:
     return Tree(tmp_path)
 
 
-def test_every_level_of_cgroup_v2_counts(tree: Tree) -> None:
+def test_limits_of_every_level_of_cgroup_v2_are_read(tree: Tree) -> None:
     tree.processes("0::/user.slice/app.slice/meshd.service", V2_MOUNT)
     tree.v2("user.slice/app.slice/meshd.service", "max", GIB)
     tree.v2("user.slice/app.slice", 4 * GIB, 3 * GIB)
@@ -59,13 +59,13 @@ def test_every_level_of_cgroup_v2_counts(tree: Tree) -> None:
     ]
 
 
-def test_memory_high_counts_as_a_limit_and_cache_that_can_go_does_not_count_as_use(tree: Tree) -> None:
+def test_memory_high_is_a_limit_and_reclaimable_cache_is_free(tree: Tree) -> None:
     tree.processes("0::/meshd", V2_MOUNT)
     tree.v2("meshd", 4 * GIB, 3 * GIB, cache=2 * GIB, high=2 * GIB)
     assert cgroup_memory_limits(tree.root) == [MemoryLimit("cgroup meshd", 2 * GIB, GIB)]
 
 
-def test_inside_a_container_the_mount_is_our_own_group(tree: Tree) -> None:
+def test_inside_a_container_the_mount_is_the_process_own_cgroup(tree: Tree) -> None:
     tree.processes("0::/", V2_MOUNT)
     tree.v2("", 2 * GIB, GIB)
     assert [(limit.total_bytes, limit.free_bytes) for limit in cgroup_memory_limits(tree.root)] == [(2 * GIB, GIB)]
@@ -78,7 +78,7 @@ def test_cgroup_v1_without_limits_is_no_limit(tree: Tree) -> None:
     assert cgroup_memory_limits(tree.root) == []
 
 
-def test_every_level_of_cgroup_v1_counts(tree: Tree) -> None:
+def test_limits_of_every_level_of_cgroup_v1_are_read(tree: Tree) -> None:
     tree.processes("9:cpu,cpuacct:/\n4:memory:/jobs/one", V1_MOUNT)
     tree.v1("jobs/one", 3 * GIB, 2 * GIB, cache=GIB)
     tree.v1("jobs", 2 * GIB, GIB)
@@ -96,7 +96,7 @@ def test_a_container_that_sees_the_hosts_path_reads_its_own_mount(tree: Tree, pa
     assert [limit.free_bytes for limit in cgroup_memory_limits(tree.root)] == [GIB]
 
 
-def test_both_versions_at_once_are_both_read(tree: Tree) -> None:
+def test_limits_of_both_cgroup_versions_are_read_together(tree: Tree) -> None:
     tree.processes("4:memory:/one\n0::/two", f"{V1_MOUNT}\n{V2_MOUNT.replace('/sys/fs/cgroup ', '/sys/fs/cgroup/unified ')}")
     tree.v1("one", 3 * GIB, GIB)
     tree.v2("unified/two", 5 * GIB, GIB)
@@ -106,7 +106,7 @@ def test_both_versions_at_once_are_both_read(tree: Tree) -> None:
 @pytest.mark.parametrize(
     ("cgroup", "mountinfo"), [("", ""), ("garbage", "more garbage"), ("0::/x", "1 2 3 - cgroup2"), ("0::/x", V2_MOUNT)]
 )
-def test_what_cannot_be_read_is_no_limit(tree: Tree, cgroup: str, mountinfo: str) -> None:
+def test_files_that_cannot_be_read_set_no_limit(tree: Tree, cgroup: str, mountinfo: str) -> None:
     tree.processes(cgroup, mountinfo)
     tree.write("sys/fs/cgroup/x/memory.max", "many")
     assert cgroup_memory_limits(tree.root) == []
@@ -129,11 +129,11 @@ def test_the_tightest_limit_binds() -> None:
     assert (memory.total_bytes, memory.free_bytes, memory.bound_by) == (4 * GIB, 3 * GIB, "cgroup a")
 
 
-def test_nothing_is_less_than_no_memory() -> None:
+def test_free_memory_is_never_negative() -> None:
     assert tightest([MemoryLimit("cgroup a", GIB, -GIB)]).free_bytes == 0
 
 
-def test_a_cap_binds_less_what_is_taken_of_it(tmp_path: Path) -> None:
+def test_the_taken_part_of_a_cap_is_not_free(tmp_path: Path) -> None:
     memory = measure_memory(cap_bytes=3 * 2**20, taken_bytes=2**20, root=tmp_path)
     assert (memory.total_bytes, memory.free_bytes, memory.bound_by) == (3 * 2**20, 2 * 2**20, "--memory")
 
@@ -150,13 +150,13 @@ def test_an_address_space_limit_binds(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 @pytest.mark.parametrize(("quota", "cores"), [("150000 100000", 1.5), ("max 100000", None), ("100000", None), ("50000 0", None)])
-def test_cpu_quota_of_v2(tree: Tree, quota: str, cores: float | None) -> None:
+def test_the_cpu_quota_of_cgroup_v2_is_read(tree: Tree, quota: str, cores: float | None) -> None:
     tree.processes("0::/meshd", V2_MOUNT)
     tree.write("sys/fs/cgroup/meshd/cpu.max", quota)
     assert cgroup_cpu_limit(tree.root) == cores
 
 
-def test_the_tightest_cpu_quota_of_all_levels_binds(tree: Tree) -> None:
+def test_the_tightest_cpu_quota_of_all_levels_is_used(tree: Tree) -> None:
     tree.processes("3:cpu,cpuacct:/jobs/one", V1_CPU_MOUNT)
     for folder, quota in (("jobs/one", -1), ("jobs", 300000), ("", -1)):
         tree.write(f"sys/fs/cgroup/cpu,cpuacct/{folder}/cpu.cfs_quota_us", quota)

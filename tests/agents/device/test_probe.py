@@ -29,7 +29,7 @@ def rates(decode_bytes_s: float = 1e9, layer_overhead_s: float = 1e-4) -> Rates:
 
 @dataclass
 class Trials:
-    """Stands where the measuring processes are."""
+    """Replaces the measuring processes and returns prepared results."""
 
     results: dict[str, BackendTrial]
     asked: int = 0
@@ -54,7 +54,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> Trials:
     return trials
 
 
-async def test_the_fastest_backend_is_advertised_with_its_own_figures(tmp_path: Path, trials: Trials) -> None:
+async def test_the_fastest_backend_is_advertised_with_its_rates(tmp_path: Path, trials: Trials) -> None:
     result = await probe(tmp_path, clock=CLOCK, threads=2, memory_cap_bytes=2**30, roles=("compute",))
     capability = result.capability
     assert (capability.backend, capability.threads, capability.roles) == ("onnxruntime", 2, ("compute",))
@@ -68,7 +68,7 @@ async def test_overhead_counts_when_backends_are_compared(tmp_path: Path, trials
     assert (await probe(tmp_path, clock=CLOCK)).capability.backend == "torch"
 
 
-async def test_a_second_start_recalls_and_a_refresh_measures(tmp_path: Path, trials: Trials) -> None:
+async def test_a_second_start_uses_the_cache_and_a_refresh_measures(tmp_path: Path, trials: Trials) -> None:
     first = await probe(tmp_path, clock=CLOCK)
     again = await probe(tmp_path, clock=CLOCK)
     assert trials.asked == 2
@@ -86,14 +86,14 @@ async def test_daemons_that_start_together_measure_once(tmp_path: Path, trials: 
     assert len({result.capability.rates for result in results}) == 1
 
 
-async def test_a_backend_that_fails_leaves_the_other(tmp_path: Path, trials: Trials) -> None:
+async def test_if_a_backend_fails_the_other_is_used(tmp_path: Path, trials: Trials) -> None:
     trials.results["onnxruntime"] = BackendTrial(backend="onnxruntime", error="no such instruction")
     result = await probe(tmp_path, clock=CLOCK)
     assert result.capability.backend == "torch"
     assert report(result)["backends"][0]["error"] == "no such instruction"
 
 
-async def test_if_none_can_be_measured_it_says_why_and_remembers_nothing(tmp_path: Path, trials: Trials) -> None:
+async def test_if_all_backends_fail_the_error_says_why_and_nothing_is_cached(tmp_path: Path, trials: Trials) -> None:
     for name in trials.results:
         trials.results[name] = BackendTrial(backend=name, error="broken")
     with pytest.raises(LocalFault, match="onnxruntime: broken; torch: broken"):
@@ -134,7 +134,7 @@ async def test_the_report_has_stable_keys_and_is_json(tmp_path: Path, trials: Tr
     assert msgspec.json.decode(msgspec.json.encode(made))["rates"]["disk_bytes_s"] == 5e8
 
 
-def test_a_process_that_chatters_is_read_by_its_last_line() -> None:
+def test_only_the_last_line_of_a_process_output_is_read() -> None:
     output = b"a library's greeting\n" + msgspec.json.encode(rates()) + b"\n"
     assert read_trial("torch", 0, output, b"warning\n", 12.0) == BackendTrial(backend="torch", rates=rates(), power_w=12.0)
 

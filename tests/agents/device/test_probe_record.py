@@ -1,4 +1,4 @@
-"""What is remembered of a device's measurement, and that only one daemon measures at a time."""
+"""The cache of measurements, and the lock so that only one daemon measures at a time."""
 
 import asyncio
 import sys
@@ -14,7 +14,7 @@ from meshd.agents.device.probe_record import (
     ProbeKey,
     ProbeRecord,
     load_record,
-    measuring_alone,
+    measurement_lock,
     save_record,
 )
 from meshd.clock import SystemClock
@@ -52,7 +52,7 @@ def test_a_record_is_found_by_its_whole_key(tmp_path: Path) -> None:
     assert load_record(tmp_path, msgspec.structs.replace(key(), software={"torch": "2.7"})) is None
 
 
-def test_a_new_record_replaces_the_one_with_its_key_and_the_oldest_goes_past_eight(tmp_path: Path) -> None:
+def test_a_record_replaces_one_with_the_same_key_and_the_ninth_drops_the_oldest(tmp_path: Path) -> None:
     save_record(tmp_path, record())
     save_record(tmp_path, record(disk_bytes_s=2e8))
     assert load_record(tmp_path, key()) == record(disk_bytes_s=2e8)
@@ -65,7 +65,7 @@ def test_a_new_record_replaces_the_one_with_its_key_and_the_oldest_goes_past_eig
 
 
 @pytest.mark.parametrize("content", [b"", b"[{", b'{"an": "object"}', b'[{"key": 1}]', b"\xff"])
-def test_a_torn_file_remembers_nothing_and_is_replaced(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_file_has_no_records_and_is_replaced(tmp_path: Path, content: bytes) -> None:
     (tmp_path / CACHE_FILE).write_bytes(content)
     (tmp_path / CACHE_FILE).chmod(0o600)
     assert load_record(tmp_path, key()) is None
@@ -90,7 +90,7 @@ async def test_only_one_measures_at_a_time(tmp_path: Path) -> None:
 
     async def measure() -> None:
         nonlocal running, most
-        async with measuring_alone(tmp_path / "new", CLOCK, 30.0):
+        async with measurement_lock(tmp_path / "new", CLOCK, 30.0):
             running += 1
             most = max(most, running)
             await asyncio.sleep(0.01)
@@ -102,13 +102,13 @@ async def test_only_one_measures_at_a_time(tmp_path: Path) -> None:
     assert most == 1
 
 
-async def test_another_process_that_was_killed_while_it_measured_holds_up_nobody(tmp_path: Path) -> None:
+async def test_a_process_that_was_killed_while_it_measured_blocks_no_other(tmp_path: Path) -> None:
     script = (
         "import asyncio, pathlib, sys\n"
-        "from meshd.agents.device.probe_record import measuring_alone\n"
+        "from meshd.agents.device.probe_record import measurement_lock\n"
         "from meshd.clock import SystemClock\n"
         "async def main():\n"
-        "    async with measuring_alone(pathlib.Path(sys.argv[1]), SystemClock(), 1.0):\n"
+        "    async with measurement_lock(pathlib.Path(sys.argv[1]), SystemClock(), 1.0):\n"
         "        print('held', flush=True)\n"
         "        await asyncio.sleep(60)\n"
         "asyncio.run(main())\n"
@@ -124,17 +124,17 @@ async def test_another_process_that_was_killed_while_it_measured_holds_up_nobody
     other = await asyncio.create_subprocess_exec(sys.executable, "-c", script, str(tmp_path), stdout=asyncio.subprocess.PIPE)
     assert other.stdout is not None
     assert await other.stdout.readline() == b"held\n"
-    async with asyncio.timeout(10.0), measuring_alone(tmp_path, KillingClock(), 30.0):
+    async with asyncio.timeout(10.0), measurement_lock(tmp_path, KillingClock(), 30.0):
         assert len(waits) == 1
 
 
-async def test_one_that_never_ends_measuring_does_not_hold_up_others_for_good(tmp_path: Path) -> None:
-    async with measuring_alone(tmp_path, CLOCK, 1.0), asyncio.timeout(5.0), measuring_alone(tmp_path, CLOCK, 0.0):
+async def test_a_measurement_that_never_ends_does_not_block_others_forever(tmp_path: Path) -> None:
+    async with measurement_lock(tmp_path, CLOCK, 1.0), asyncio.timeout(5.0), measurement_lock(tmp_path, CLOCK, 0.0):
         pass
 
 
 async def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError):
-        async with measuring_alone(tmp_path / "file/below", CLOCK, 0.0):
+        async with measurement_lock(tmp_path / "file/below", CLOCK, 0.0):
             pass

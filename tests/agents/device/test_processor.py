@@ -25,5 +25,5 @@ def test_the_processors_name_is_found(tmp_path: Path, text: str, name: str) -> N
     assert processor_name(cpuinfo(tmp_path, text)) == name
 
 
-def test_a_processor_without_a_name_has_one_all_the_same(tmp_path: Path) -> None:
+def test_the_name_is_never_empty(tmp_path: Path) -> None:
     assert processor_name(tmp_path)

@@ -1,4 +1,4 @@
-"""GGUF's kinds, held against the `gguf` package, and their products against float64."""
+"""Compares weights of every kind with the `gguf` package, and both backends' products with float64."""
 
 import tracemalloc
 
@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from meshd.errors import ModelFileError
 from meshd.kernels.ort import backend as ort_backend
-from meshd.kernels.ort.backend import open_session, zeros_are_right
-from meshd.kernels.ort.graph import Piece, Precision, product_piece
+from meshd.kernels.ort.backend import open_session, zero_points_work
+from meshd.kernels.ort.graph import Precision, Subgraph, product_subgraph
 from meshd.kernels.threads import Workers
 from meshd.kernels.torch.products import Device, make_product
 from meshd.kernels.weights.kinds import BLOCK_KINDS
@@ -25,13 +25,13 @@ from meshd.kernels.weights.load import (
     check_finite,
     dequantise,
     dequantise_rows,
-    expert,
+    expert_matrix,
     load_matrix,
     load_stacked,
     unpack_codes,
     widen_bf16,
 )
-from meshd.kernels.weights.matrices import centred
+from meshd.kernels.weights.matrices import zero_points_and_shifts
 from meshd.types import Tensor
 
 ROWS, COLUMNS = 6, 512
@@ -39,13 +39,16 @@ FLOATS = {"F32": (np.uint32, 0x7F800000), "F16": (np.uint16, 0x7C00), "BF16": (n
 FORM_BITS = {
     "Q4_0": 5, "Q4_1": 6, "Q5_0": 9, "Q5_1": 10, "Q8_0": 9, "Q4_K": 6, "Q5_K": 10, "Q6_K": 10, "IQ4_NL": 9, "MXFP4": 9,
 }  # fmt: skip
-"""Of a weight in the form for computing: the table in `kernels/weights/matrices.py`."""
+"""Bits per weight in a `BlockMatrix`, from the table in `kernels/weights/matrices.py`."""
 HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
-"""Where a block's float16 scales are; at 0 in the others."""
+"""Offsets of the float16 numbers in a block; (0,) for kinds that are not listed."""
 
 
 def random_bytes(kind: str, rows: int, *, columns: int = COLUMNS, seed: int = 7, wild: bool = False) -> np.ndarray:
-    """`[rows, bytes]`, random bits. Wild: every finite scale there is, denormal, huge and zero; else scales of about one."""
+    """Make random bits `[rows, bytes]`.
+
+    `wild`: with any finite scale, also denormal, huge and zero; otherwise scales of about one.
+    """
     rng = np.random.default_rng(seed)
     if kind in FLOATS and wild:
         unsigned, infinity = FLOATS[kind]
@@ -74,14 +77,14 @@ def tensor_of(kind: str, raw: np.ndarray, shape: tuple[int, ...]) -> Tensor:
 
 
 def random_tensor(kind: str, rows: int = ROWS, **options: object) -> tuple[Tensor, np.ndarray]:
-    """A tensor with its values by other code."""
+    """Make a random tensor. Returns: the tensor, and its values as dequantised by the `gguf` package."""
     raw = random_bytes(kind, rows, **options)
     values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind]).reshape(rows, -1)
     return tensor_of(kind, raw, values.shape), values
 
 
 def values_of(matrix: Matrix) -> np.ndarray:
-    """In float64, where the form's sums and products are exact or nearly."""
+    """Compute a matrix's weights in float64, in which its sums and products are exact or almost exact."""
     if isinstance(matrix, DenseMatrix):
         return (widen_bf16(matrix.values) if matrix.values.dtype == np.uint16 else matrix.values).astype(np.float64)
     codes = unpack_codes(matrix).astype(np.float64).reshape(*matrix.scale.shape, matrix.block)
@@ -90,14 +93,14 @@ def values_of(matrix: Matrix) -> np.ndarray:
 
 
 def ort_product(matrices: tuple[Matrix, ...], x: np.ndarray, level: int, *, zeros: bool = True) -> np.ndarray:
-    """`x @ w.T` by the graph of the onnxruntime backend, with int8 (4) or float32 (1) activations."""
-    result: np.ndarray = open_session(product_piece(Projection(matrices), Precision(level, zeros)), 1).run(("y",), {"x": x})[0]
+    """Compute `x @ w.T` with the onnxruntime backend's graph; `level` 4 is int8 activations, 1 is float32."""
+    result: np.ndarray = open_session(product_subgraph(Projection(matrices), Precision(level, zeros)), 1).run(("y",), {"x": x})[0]
     return result
 
 
 @pytest.mark.parametrize("wild", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_values_are_those_of_gguf_to_the_bit(kind: str, wild: bool) -> None:
+def test_values_equal_those_of_gguf_bit_for_bit(kind: str, wild: bool) -> None:
     tensor, values = random_tensor(kind, rows=64, wild=wild)
     assert np.array_equal(dequantise(tensor).view(np.uint32), values.view(np.uint32))
     check_finite(tensor)
@@ -105,7 +108,7 @@ def test_values_are_those_of_gguf_to_the_bit(kind: str, wild: bool) -> None:
 
 @given(st.sampled_from(KINDS), st.integers(1, 5), st.integers(1, 3), st.integers(0, 1 << 32))
 @settings(max_examples=150, deadline=None)
-def test_values_and_rows_of_any_shape_are_those_of_gguf(kind: str, rows: int, blocks: int, seed: int) -> None:
+def test_values_and_rows_of_any_shape_equal_those_of_gguf(kind: str, rows: int, blocks: int, seed: int) -> None:
     tensor, values = random_tensor(kind, rows, columns=256 * blocks, seed=seed, wild=True)
     chosen = np.random.default_rng(seed).integers(0, rows, 4)
     assert np.array_equal(dequantise(tensor).view(np.uint32), values.view(np.uint32))
@@ -121,7 +124,7 @@ def test_a_tensor_of_several_chunks_is_read_whole(kind: str) -> None:
 
 @pytest.mark.parametrize("wild", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_form_for_computing_rounds_nothing_but_the_shift(kind: str, wild: bool) -> None:
+def test_loading_a_matrix_rounds_only_the_shift(kind: str, wild: bool) -> None:
     raw = random_bytes(kind, 64, wild=wild)
     tensor = tensor_of(kind, raw, (64, COLUMNS))
     matrix = load_matrix(tensor)
@@ -140,10 +143,10 @@ def test_the_form_for_computing_rounds_nothing_but_the_shift(kind: str, wild: bo
 
 @pytest.mark.parametrize("wild", [False, True])
 @pytest.mark.parametrize("kind", ["Q4_1", "Q5_1", "Q4_K", "Q5_K"])
-def test_zeros_of_their_own_leave_the_weights_and_little_shift(kind: str, wild: bool) -> None:
+def test_zero_points_keep_the_weights_and_leave_a_small_shift(kind: str, wild: bool) -> None:
     tensor, values = random_tensor(kind, rows=64, wild=wild)
     matrix = load_matrix(tensor)
-    packed, shift = centred(matrix)
+    packed, shift = zero_points_and_shifts(matrix)
     zero = packed if matrix.bits == 8 else np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
     codes = unpack_codes(matrix).astype(np.float64).reshape(*matrix.scale.shape, matrix.block)
     found = matrix.scale[..., None] * (codes - zero[..., None]) + shift[..., None]
@@ -156,8 +159,8 @@ def test_zeros_of_their_own_leave_the_weights_and_little_shift(kind: str, wild: 
 
 
 @pytest.mark.parametrize(("kind", "zeros"), [(kind, zeros) for kind in KINDS for zeros in (True, False)])
-def test_both_backends_products_are_right(kind: str, zeros: bool) -> None:
-    """`zeros` False: as on processors where products with zero points are wrong."""
+def test_products_of_both_backends_are_right(kind: str, zeros: bool) -> None:
+    """`zeros` False tests the products for processors on which zero points do not work."""
     tensor, values = random_tensor(kind, rows=40)
     matrix = load_matrix(tensor)
     x = np.random.default_rng(1).standard_normal((3, COLUMNS), dtype=np.float32)
@@ -168,31 +171,32 @@ def test_both_backends_products_are_right(kind: str, zeros: bool) -> None:
     assert (abs(ort_product((matrix,), x, 1, zeros=zeros) - right) <= slack).all()
     if isinstance(matrix, BlockMatrix):
         rounded = ort_product((matrix,), x, 4, zeros=zeros)
-        shift = 0 if matrix.shift is None else np.repeat(centred(matrix)[1] if zeros else matrix.shift, matrix.block, axis=1)
+        shift = matrix.shift if matrix.shift is None or not zeros else zero_points_and_shifts(matrix)[1]
+        by_column = 0 if shift is None else np.repeat(shift, matrix.block, axis=1)
         groups = abs(x).reshape(3, -1, matrix.block).max(axis=2)
         half_step = np.repeat(groups / 127 / 2, matrix.block, axis=1)
-        assert (abs(rounded - right) <= half_step @ abs(values - shift).T * 1.001 + slack).all()
+        assert (abs(rounded - right) <= half_step @ abs(values - by_column).T * 1.001 + slack).all()
         alone = ort_product((matrix,), x[:1], 4, zeros=zeros)
-        assert np.array_equal(rounded[:1], alone), "a token's bits depend on those beside it"
+        assert np.array_equal(rounded[:1], alone), "a token's bits depend on the other tokens"
 
 
-def test_a_processor_with_wrong_products_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As onnxruntime's are for a single token where there is AVX2 alone."""
+def test_wrong_products_with_zero_points_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Imitates onnxruntime with AVX2 alone, whose products of a single token are wrong."""
 
     class Wrong:
-        def __init__(self, piece: Piece, threads: int) -> None:
-            self._right = open_session(piece, threads)
+        def __init__(self, subgraph: Subgraph, threads: int) -> None:
+            self._right = open_session(subgraph, threads)
 
         def run(self, names: tuple[str, ...], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
             (y,) = self._right.run(names, inputs)
             return [y * np.float32(0.6)] if len(y) == 1 else [y]
 
-    assert zeros_are_right.__wrapped__()
+    assert zero_points_work.__wrapped__()
     monkeypatch.setattr(ort_backend, "open_session", Wrong)
-    assert not zeros_are_right.__wrapped__()
+    assert not zero_points_work.__wrapped__()
 
 
-def test_products_of_unlike_matrices_are_laid_end_to_end() -> None:
+def test_products_of_matrices_of_different_kinds_are_concatenated() -> None:
     tensors, values = zip(*(random_tensor(kind, rows=5) for kind in ("Q4_K", "IQ4_NL", "F16")), strict=True)
     matrices = load_stacked(tensors)
     assert len(matrices) == 3
@@ -210,7 +214,7 @@ def test_matrices_of_one_form_become_one(kinds: tuple[str, ...]) -> None:
     np.testing.assert_allclose(values_of(loaded), np.concatenate(values), rtol=1e-5, atol=1e-3)
 
 
-def test_unlike_matrices_stay_apart() -> None:
+def test_matrices_of_different_forms_or_widths_stay_separate() -> None:
     tensors = [random_tensor(kind)[0] for kind in ("Q4_1", "Q4_0", "F16")]
     assert len(load_stacked(tensors)) == len(load_stacked(tensors[::-1])) == 3
     assert len(load_stacked([random_tensor("Q4_1")[0], random_tensor("Q4_1", columns=256)[0]])) == 2
@@ -221,7 +225,7 @@ def test_an_expert_is_a_view_of_its_matrix(kind: str) -> None:
     raw = random_bytes(kind, 12)
     tensor = tensor_of(kind, raw, (3, 4, COLUMNS))
     values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind]).reshape(tensor.shape)
-    second = expert(tensor, 1)
+    second = expert_matrix(tensor, 1)
     assert second.data.obj is tensor.data.obj
     assert second.name == f"{kind}.weight[1]"
     assert np.array_equal(dequantise(second), values[1])
@@ -232,15 +236,15 @@ def test_an_expert_is_a_view_of_its_matrix(kind: str) -> None:
 @pytest.mark.parametrize(
     ("shape", "size", "index"), [((3, 4, 32), 240, 3), ((3, 4, 32), 240, -1), ((12, 32), 240, 0), ((3, 4, 32), 239, 0)]
 )
-def test_an_expert_that_is_not_there_is_refused(shape: tuple[int, ...], size: int, index: int) -> None:
+def test_a_missing_expert_is_refused(shape: tuple[int, ...], size: int, index: int) -> None:
     with pytest.raises(ModelFileError, match="tensor x "):
-        expert(Tensor("x", "Q4_1", shape, memoryview(bytes(size))), index)
+        expert_matrix(Tensor("x", "Q4_1", shape, memoryview(bytes(size))), index)
 
 
 @pytest.mark.parametrize("read", [dequantise, load_matrix, check_finite, lambda tensor: dequantise_rows(tensor, np.array([5]))])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_that_are_no_numbers_are_named(kind: str, bad: float, read: object) -> None:
+def test_an_error_names_the_tensor_with_weights_that_are_not_finite(kind: str, bad: float, read: object) -> None:
     raw = random_bytes(kind, ROWS).copy()
     for at in HALVES.get(kind, (0,)):
         broken = raw.copy()
@@ -258,7 +262,7 @@ def test_weights_that_are_no_numbers_are_named(kind: str, bad: float, read: obje
 
 
 @pytest.mark.parametrize("read", [dequantise, load_matrix, check_finite, lambda tensor: dequantise_rows(tensor, np.array([0]))])
-def test_an_unknown_kind_is_named_with_those_that_are_known(read: object) -> None:
+def test_the_error_for_an_unknown_kind_lists_the_known_kinds(read: object) -> None:
     with pytest.raises(ModelFileError, match=r"output\.weight .* IQ2_XS .* F32, F16, BF16, Q4_0, .*, MXFP4"):
         read(Tensor("output.weight", "IQ2_XS", (1, 256), memoryview(bytes(74))))  # type: ignore[operator]
 
@@ -278,29 +282,29 @@ def test_an_unknown_kind_is_named_with_those_that_are_known(read: object) -> Non
         ("F16", (0, 3), 0),
     ],
 )
-def test_torn_tensors_are_refused(kind: str, shape: tuple[int, int], size: int, read: object) -> None:
+def test_tensors_of_the_wrong_size_are_refused(kind: str, shape: tuple[int, int], size: int, read: object) -> None:
     with pytest.raises(ModelFileError, match="x is broken"):
         read(Tensor("x", kind, shape, memoryview(bytes(size))))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("kind", FLOATS)
-def test_floats_are_not_copied_unless_they_lie_askew(kind: str) -> None:
+def test_floats_are_copied_only_if_they_are_not_aligned(kind: str) -> None:
     tensor, values = random_tensor(kind)
     matrix = load_matrix(tensor)
     assert isinstance(matrix, DenseMatrix)
     assert np.shares_memory(matrix.values, np.frombuffer(tensor.data, np.uint8))
-    askew = Tensor("x", kind, (ROWS, COLUMNS), memoryview(b"-" + bytes(tensor.data))[1:])
-    copied = load_matrix(askew)
+    unaligned = Tensor("x", kind, (ROWS, COLUMNS), memoryview(b"-" + bytes(tensor.data))[1:])
+    copied = load_matrix(unaligned)
     assert isinstance(copied, DenseMatrix)
     assert copied.values.flags.aligned
-    assert dequantise(askew).flags.aligned
+    assert dequantise(unaligned).flags.aligned
     assert np.array_equal(values_of(copied), values)
-    assert np.array_equal(dequantise(askew), values)
-    assert np.array_equal(dequantise_rows(askew, np.array([2])), values[[2]])
+    assert np.array_equal(dequantise(unaligned), values)
+    assert np.array_equal(dequantise_rows(unaligned, np.array([2])), values[[2]])
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q5_1", "Q6_K", "MXFP4"])
-def test_loading_takes_little_beside_its_result(kind: str) -> None:
+def test_loading_takes_little_memory_beside_its_result(kind: str) -> None:
     raw = np.tile(random_bytes(kind, 32, columns=4096), (256, 1))
     tensor = tensor_of(kind, raw, (32 * 256, 4096))
     del raw

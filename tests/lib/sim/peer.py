@@ -77,7 +77,7 @@ class SimFile:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def let_go_of_pages(self) -> None:
+    def release_pages(self) -> None:
         """It has none."""
 
     def close(self) -> None:

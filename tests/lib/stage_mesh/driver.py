@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from meshd.agents.session.plan.resume import ResumePoint, StageHeld, resume_points
-from meshd.kernels.sampler import needs_known
+from meshd.kernels.sampler import needs_past_tokens
 from meshd.protocol.messages import Close, Closed, Credit, Message, Mirror, Open, Opened, Prompt, Renew, Resume, Token
 from meshd.types import LayerRange, PeerId, Plan, PlanId, SamplingParams, SessionId, StagePlan
 from stage_mesh.mesh import MODEL, StageMesh, StagePeer
@@ -98,7 +98,7 @@ class Driver:
     async def open_stage(self, stage: int, *, resume: bool, **changes: Any) -> Opened:
         assert self.plan is not None
         last = stage == len(self.plan.stages) - 1
-        payload = self.ids() if last and needs_known(self.sampling, len(self.tokens)) else None
+        payload = self.ids() if last and needs_past_tokens(self.sampling, len(self.tokens)) else None
         peer = self.plan.stages[stage].peer
         open_message = self.open_message(stage, resume=resume, **changes)
         reply, _ = await self.at.links.request(peer, open_message, payload, timeout_s=WAIT_S)

@@ -12,7 +12,7 @@ import numpy as np
 
 from meshd.models.architectures import ARCHITECTURES
 from meshd.models.files.gguf_header import KINDS, MetadataValue, parse_header
-from meshd.models.files.gguf_writer import GgufOut, OutTensor
+from meshd.models.files.gguf_writer import GgufWriter, OutTensor
 from tiny.hf_folders import CONFIG, save, tokenizer_json
 
 _EDGES = (
@@ -77,7 +77,7 @@ def small_gguf(part: int | None = None, *, pieces: bool = False) -> bytes:
         metadata = metadata | split if part == 0 else dict(split)
         tensors = tensors[:6] if part == 0 else tensors[6:]
     with tempfile.TemporaryFile() as file:
-        GgufOut(metadata, tensors, "seed").write(file, lambda _: None)
+        GgufWriter(metadata, tensors, "seed").write(file, lambda _: None)
         file.seek(0)
         return file.read()
 

@@ -5,7 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from meshd.models.files.gguf import GgufFile
-from meshd.models.files.manifest import Manifest, layout_of, sum_up
+from meshd.models.files.manifest import (
+    Manifest,
+    hash_parts,
+    layout_of,
+)
 from meshd.models.store.partial_copy import CopyInfo, PartialCopy
 from meshd.types import ModelId
 
@@ -14,7 +18,7 @@ QUIET: Callable[[int], None] = lambda count: None  # noqa: E731
 
 def manifest_of(path: Path) -> Manifest:
     with GgufFile.open(path) as file:
-        return sum_up(path, layout_of(file.tensors, path.stat().st_size), QUIET)
+        return hash_parts(path, layout_of(file.tensors, path.stat().st_size), QUIET)
 
 
 def copy_info(path: Path) -> CopyInfo:

@@ -1,4 +1,4 @@
-"""Files on the disk: stamps, space, hashes, durable renames and locks."""
+"""Functions on the disk: stamps, space, hashes, durable renames and locks."""
 
 import hashlib
 import os
@@ -48,9 +48,9 @@ def test_an_origin_names_each_file_and_its_stamp(tmp_path: Path) -> None:
     paths = [tmp_path / "a", tmp_path / "b"]
     missing = origin_of(paths)
     paths[0].write_bytes(b"x")
-    there = origin_of(paths)
-    assert there not in (missing, origin_of(paths[:1]), origin_of(reversed(paths)))
-    assert origin_of(paths) == there
+    present = origin_of(paths)
+    assert present not in (missing, origin_of(paths[:1]), origin_of(reversed(paths)))
+    assert origin_of(paths) == present
 
 
 def test_removing_returns_the_bytes_freed(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_removing_returns_the_bytes_freed(tmp_path: Path) -> None:
     assert remove_file(path) == 0
 
 
-def test_space_is_needed_with_a_margin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_an_error_with_a_margin_for_other_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=disk._MARGIN_BYTES + 100))
     need_space(tmp_path, 100)
     with pytest.raises(StorageError, match="too little room: 101 bytes are needed") as caught:

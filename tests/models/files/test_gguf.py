@@ -1,4 +1,4 @@
-"""The file as a whole, held against the `gguf` package's own reader."""
+"""Opening GGUF files, compared with the reader of the `gguf` package."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +46,7 @@ def test_shapes_are_row_major(make_llama: Any, written: Callable[[bytes], Path])
         assert "blk.2.ffn_up.weight" not in file
 
 
-def test_a_header_alone_tells_all_but_the_weights(smollm2: GgufFile) -> None:
+def test_a_header_alone_has_everything_except_the_weights(smollm2: GgufFile) -> None:
     header = smollm2.header_bytes()
     assert len(header) < 2_000_000
     alone = GgufFile.from_header(header)
@@ -57,12 +57,12 @@ def test_a_header_alone_tells_all_but_the_weights(smollm2: GgufFile) -> None:
         alone.tensor("token_embd.weight")
 
 
-def test_an_unknown_tensor_is_named(smollm2: GgufFile) -> None:
+def test_the_error_for_a_missing_tensor_names_it(smollm2: GgufFile) -> None:
     with pytest.raises(ModelFileError, match=r"no tensor 'blk\.99\.attn_q\.weight'"):
         smollm2.tensor("blk.99.attn_q.weight")
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_empty_and_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.gguf").touch()
     for path in (tmp_path / "empty.gguf", tmp_path / "missing.gguf", tmp_path):
         with pytest.raises(ModelFileError, match=str(path)):

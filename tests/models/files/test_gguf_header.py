@@ -1,4 +1,4 @@
-"""Hostile and broken headers: each costs no more than its size, and ends in an error that names the place."""
+"""Parsing GGUF headers. Hostile ones take little memory and cause an error that names the key or tensor."""
 
 import struct
 import tracemalloc
@@ -28,7 +28,7 @@ def row(name: str = "t", dimensions: tuple[int, ...] = (8,), kind: int = 0, offs
     return text(name) + struct.pack(f"<I{len(dimensions)}QIQ", len(dimensions), *dimensions, kind, offset)
 
 
-def test_block_sizes_are_ggmls() -> None:
+def test_block_sizes_equal_those_of_ggml() -> None:
     for number, (name, block, block_bytes) in KINDS.items():
         kind = gguf.GGMLQuantizationType(number)
         assert (kind.name, gguf.GGML_QUANT_SIZES[kind]) == (name, (block, block_bytes))
@@ -64,12 +64,12 @@ def test_the_file_sets_its_alignment(make_gguf: Any, alignment: int) -> None:
     assert header.tensors["b"].offset % alignment == 0
 
 
-LIES: dict[str, tuple[dict[str, Any], str]] = {
+HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "magic": ({"magic": b"GGML"}, "GGML"),
     "old version": ({"version": 1}, "version 1"),
     "big-endian": ({"version": 3 << 24}, "big-endian"),
     "tensor count": ({"tensor_count": HUGE}, "tensors"),
-    "tensor count, small lie": ({"tensor_count": 60_000}, "tensors run past"),
+    "tensor count below the limit": ({"tensor_count": 60_000}, "tensors run past"),
     "key count": ({"key_count": HUGE}, "keys"),
     "key length": ({"key_count": 1, "raw_keys": struct.pack("<Q", HUGE)}, "key 0"),
     "string length": ({"key_count": 1, "raw_keys": text("k") + struct.pack("<IQ", 8, HUGE)}, "'k'"),
@@ -101,10 +101,10 @@ LIES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_a_lie_is_named_and_costs_nothing(make_gguf: Any, lie: str) -> None:
-    fields, named = LIES[lie]
-    content = make_gguf(**fields).build() + bytes(0 if lie == "extent" else 128)
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_wrong_field_is_named_and_takes_no_memory(make_gguf: Any, case: str) -> None:
+    fields, named = HOSTILE[case]
+    content = make_gguf(**fields).build() + bytes(0 if case == "extent" else 128)
     tracemalloc.start()
     with pytest.raises(ModelFileError, match=named) as caught:
         parse(content)
@@ -120,7 +120,7 @@ def test_array_values_are_bounded_over_all_arrays_together(make_gguf: Any) -> No
         parse(make_gguf(key_count=2, raw_keys=text("first") + array + text("second") + array).build())
 
 
-def test_every_cut_is_noticed(make_llama: Any) -> None:
+def test_every_truncation_is_detected(make_llama: Any) -> None:
     content = make_llama(layers=1).build()
     for length in range(len(content) - 1):
         with pytest.raises(ModelFileError, match=r"x\.gguf"):

@@ -1,4 +1,4 @@
-"""The GGUF writer, read back by our reader and by the gguf package."""
+"""Files of the GGUF writer, read by meshd's reader and by the gguf package."""
 
 import io
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 
 from meshd.errors import ModelFileError
 from meshd.models.files.gguf import GgufFile
-from meshd.models.files.gguf_writer import GgufOut, OutTensor
+from meshd.models.files.gguf_writer import GgufWriter, OutTensor
 
 
 def test_every_kind_of_metadata_is_written_and_read_back(tmp_path: Path) -> None:
@@ -21,7 +21,7 @@ def test_every_kind_of_metadata_is_written_and_read_back(tmp_path: Path) -> None
     values = np.arange(33, dtype=np.float32)
     tensors = [OutTensor("a", "F32", (33,), lambda: [values]), OutTensor("b", "F16", (1, 1), lambda: [bytes(2)])]
     with (tmp_path / "x.gguf").open("wb") as out:
-        GgufOut(metadata, tensors, "x").write(out, lambda _: None)
+        GgufWriter(metadata, tensors, "x").write(out, lambda _: None)
     with GgufFile.open(tmp_path / "x.gguf") as file:
         assert dict(file.metadata) == metadata
         np.testing.assert_array_equal(np.frombuffer(file.tensor("a").data, np.float32), values)
@@ -30,8 +30,8 @@ def test_every_kind_of_metadata_is_written_and_read_back(tmp_path: Path) -> None
         key: list(metadata[key]) if key == "words" else metadata[key] for key in ("text", "minus", "far", "yes", "half", "words")
     }
     with pytest.raises(ModelFileError, match=r"'a' .*4 bytes, not 132"):
-        GgufOut({}, [OutTensor("a", "F32", (33,), lambda: [bytes(4)])], "y").write(io.BytesIO(), lambda _: None)
-    with pytest.raises(ModelFileError, match="there twice"):
-        GgufOut({}, [tensors[0], tensors[0]], "y")
+        GgufWriter({}, [OutTensor("a", "F32", (33,), lambda: [bytes(4)])], "y").write(io.BytesIO(), lambda _: None)
+    with pytest.raises(ModelFileError, match="appears twice"):
+        GgufWriter({}, [tensors[0], tensors[0]], "y")
     with pytest.raises(ModelFileError, match="'odd' can't be written"):
-        GgufOut({"odd": ("a", 1)}, [], "y")
+        GgufWriter({"odd": ("a", 1)}, [], "y")

@@ -1,4 +1,4 @@
-"""JSON files beside a model: size, depth, items, encoding and keys are bounded."""
+"""JSON files of a model: limits on size, depth and items, encoding, and duplicate keys."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from meshd.errors import ModelFileError
-from meshd.models.files.json_files import parse_object, read_bytes, read_json, shown, texts, whole_number
+from meshd.models.files.json_files import parse_object, read_bytes, read_json, shown, string_map, whole_number
 
 
-def test_a_file_is_read_up_to_its_bound_and_not_a_byte_more(tmp_path: Path) -> None:
+def test_a_file_may_have_exactly_the_allowed_size(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(b'{"a": 1}')
     assert read_json(path, most_bytes=8) == {"a": 1}
@@ -26,17 +26,17 @@ def test_a_file_is_read_up_to_its_bound_and_not_a_byte_more(tmp_path: Path) -> N
     ("data", "why"),
     [
         (b"", "can't be read"),
-        (b"[]", "no object"),
-        (b'"x"', "no object"),
+        (b"[]", "not an object"),
+        (b'"x"', "not an object"),
         (b"\xff{}", "can't be read"),
         (b'{"a": 1', "can't be read"),
-        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "'c' is there twice"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "'c' appears twice"),
         (b'{"a": "\\ud800"}', "can't be read"),
         (b'{"a":' * 5000, "nested too deep|can't be read"),
         (b'{"a": ' + b"9" * 5000 + b"}", "can't be read"),
     ],
 )
-def test_what_is_no_json_object_is_one_error_with_the_files_name(data: bytes, why: str) -> None:
+def test_anything_but_a_json_object_is_an_error_with_the_files_name(data: bytes, why: str) -> None:
     with pytest.raises(ModelFileError, match=why) as caught:
         parse_object(data, "x.json")
     assert caught.value.message.startswith("x.json can't be used: ")
@@ -50,7 +50,7 @@ def test_items_are_counted_before_they_are_parsed() -> None:
         parse_object(data, "x", most_items=3)
 
 
-def test_what_a_message_shows_is_short_and_ascii() -> None:
+def test_values_in_messages_are_short_and_ascii() -> None:
     assert shown("é\ud800\n") == "'\\xe9\\ud800\\n'"
     assert len(shown("x" * 10_000)) == 102
 
@@ -60,8 +60,8 @@ def test_whole_numbers_are_integers_within_the_bound(value: Any, found: int | No
     assert whole_number(value, 5) == found
 
 
-def test_texts_are_objects_of_strings() -> None:
-    assert texts({"a": "b"}) == {"a": "b"}
-    assert texts({}) == {}
+def test_a_string_map_is_an_object_of_strings() -> None:
+    assert string_map({"a": "b"}) == {"a": "b"}
+    assert string_map({}) == {}
     for value in ({"a": 1}, ["a"], None):
-        assert texts(value) is None
+        assert string_map(value) is None

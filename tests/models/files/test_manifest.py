@@ -70,12 +70,12 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_a_hostile_offer_is_one_clear_error(what: str) -> None:
+def test_a_hostile_offer_is_a_model_file_error(what: str) -> None:
     with pytest.raises(ModelFileError, match="list of tensors"):
         decode_offer(encode_offer(HOSTILE[what]))
 
 
-def test_junk_is_one_clear_error() -> None:
+def test_random_bytes_are_a_model_file_error() -> None:
     rng = random.Random(5)
     whole = encode_offer(HOSTILE["a name twice"])
     for data in (b"", b"\xdf\xff\xff\xff\xff", whole[:-3], *(rng.randbytes(rng.randrange(1, 60)) for _ in range(200))):
@@ -91,24 +91,24 @@ def test_too_many_tensors_are_refused() -> None:
         decode_offer(encode_offer(Offer(Manifest(parts))))
 
 
-def test_a_list_that_is_not_the_headers_is_refused(source: Path) -> None:
+def test_a_manifest_that_does_not_match_the_header_is_refused(source: Path) -> None:
     manifest = manifest_of(source)
     first, second, *rest = manifest.parts
     swapped = Manifest((first, msgspec.structs.replace(second, name=rest[0].name), *rest))
     moved = Manifest((first, msgspec.structs.replace(second, length=second.length + 4), *rest))
     with GgufFile.open(source) as file:
         for other in (swapped, moved):
-            with pytest.raises(ModelFileError, match="not that of the model's header"):
+            with pytest.raises(ModelFileError, match="does not match the model's header"):
                 check_layout(other, file.tensors)
 
 
-def test_a_file_with_much_that_belongs_to_nothing_is_not_shared(source: Path) -> None:
+def test_a_file_with_many_bytes_outside_its_tensors_is_not_shared(source: Path) -> None:
     with GgufFile.open(source) as file, pytest.raises(ModelFileError, match="belong to nothing"):
         layout_of(file.tensors, source.stat().st_size + (1 << 17))
 
 
 class Recorder:
-    """A weight source that remembers what it was asked for."""
+    """A weight source that records the tensors read from it."""
 
     def __init__(self, weights: TinyLlama) -> None:
         self.weights = weights
@@ -132,7 +132,7 @@ def names_of(weights: TinyLlama) -> list[str]:
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("start", "end"), [(0, 12), (0, 1), (1, 2), (10, 12), (1, 11)])
-def test_it_is_exactly_what_the_backends_ask_for(backend: str, tied: bool, start: int, end: int) -> None:
+def test_the_selected_tensors_are_exactly_those_that_backends_read(backend: str, tied: bool, start: int, end: int) -> None:
     spec = tiny_spec(layers=12, tied=tied)
     recorder = Recorder(TinyLlama(spec))
     ends: dict[str, bool] = {"embedding": start == 0, "head": end == spec.layers}
@@ -143,6 +143,6 @@ def test_it_is_exactly_what_the_backends_ask_for(backend: str, tied: bool, start
     loaded.close()
 
 
-def test_rotation_factors_are_needed_by_every_stage_of_a_model_that_has_them() -> None:
+def test_every_stage_needs_the_rotation_factors() -> None:
     names = ["rope_freqs.weight", "blk.2.attn_q.weight"]
     assert tensors_of(tiny_spec(), LayerRange(1, 2), embedding=False, head=False, names=names) == {"rope_freqs.weight"}

@@ -1,4 +1,4 @@
-"""The safetensors reader, against files that the library wrote and hostile headers."""
+"""The safetensors reader, on files that the library wrote and on hostile headers."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def file_of(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
-def test_what_the_library_writes_is_read_back(tmp_path: Path, dtype: str) -> None:
+def test_files_of_the_library_are_read_back(tmp_path: Path, dtype: str) -> None:
     path, made = tmp_path / "x.safetensors", weights(dtype)
     save(path, made, dtype)
     file = SafetensorsFile.open(path)
@@ -50,7 +50,7 @@ def test_scalars_and_empty_tensors_are_read_whole_and_8_bit_floats_refused(tmp_p
         file.read("eight")
 
 
-def test_a_long_read_maps_the_file_anew_and_notices_that_it_was_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_read_maps_the_file_again_and_detects_a_replaced_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(safetensors_file, "_REOPEN_BYTES", 16)
     path = tmp_path / "x.safetensors"
     save(path, {"a": np.arange(8, dtype=np.float32).reshape(2, 4)})
@@ -74,12 +74,12 @@ def test_a_long_read_maps_the_file_anew_and_notices_that_it_was_replaced(tmp_pat
         (b"\0" * 8, "its header of 0 bytes"),
         (b"\xff" * 64, "is not within its 64 bytes"),
         (file_of({"a": ROW}, bytes(16), length=1 << 20), "is not within"),
-        (file_of(b"[]" + b" " * 8), "no object"),
+        (file_of(b"[]" + b" " * 8), "not an object"),
         (file_of(b"\xff{}"), "can't be read"),
         (file_of(b'{"a":' * 5000), "nested too deep|can't be read"),
         (file_of(b"[" * 100_000), "nested too deep"),
         (file_of(b'{"a":' + b"1," * 1_000_000 + b"}"), "more than 786,432 items"),
-        (file_of(b'{"a": 1, "a": 2}'), "'a' is there twice"),
+        (file_of(b'{"a": 1, "a": 2}'), "'a' appears twice"),
         (file_of({"a": 3}), "tensor 'a': its entry is not exactly"),
         (file_of({"a": ROW | {"more": 1}}, bytes(16)), "tensor 'a': its entry is not exactly"),
         (file_of({"a": ROW | {"dtype": "F4"}}, bytes(16)), "tensor 'a': its type 'F4'"),
@@ -102,19 +102,19 @@ def test_a_long_read_maps_the_file_anew_and_notices_that_it_was_replaced(tmp_pat
         (file_of({"a": ROW | {"shape": [int("9" * 30)]}}, bytes(16)), "tensor 'a': its shape"),
     ],
 )  # fmt: skip
-def test_a_hostile_header_is_one_error_that_names_file_and_tensor(data: bytes, why: str) -> None:
+def test_the_error_for_a_hostile_header_names_file_and_tensor(data: bytes, why: str) -> None:
     with pytest.raises(ModelFileError, match=why) as caught:
         parse_header(data, "x.safetensors")
     assert caught.value.message.startswith("x.safetensors can't be used: ")
     assert len(caught.value.message) < 1000
 
 
-def test_metadata_and_empty_tensors_are_fine() -> None:
+def test_metadata_and_empty_tensors_are_accepted() -> None:
     header = {"__metadata__": {"format": "pt"}, "a": ROW, "none": {"dtype": "F32", "shape": [0, 3], "data_offsets": [0, 0]}}
     assert list(parse_header(file_of(header, bytes(16)), "x")) == ["none", "a"]
 
 
-def test_shards_are_one_folder(tmp_path: Path) -> None:
+def test_a_folder_reads_tensors_from_all_its_shards(tmp_path: Path) -> None:
     write_folder(tmp_path, shards=3)
     with SafetensorsFolder.open(tmp_path) as folder:
         for name, value in weights().items():
@@ -138,7 +138,9 @@ def _map(index: dict[str, Any], name: str) -> dict[str, Any]:
         (lambda index: {"weight_map": {"a": 3}}, "weight_map"),
     ],
 )
-def test_a_hostile_index_is_one_clear_error(tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], why: str) -> None:
+def test_a_hostile_index_is_a_model_file_error(
+    tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], why: str
+) -> None:
     write_folder(tmp_path, shards=2)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps(change(json.loads(index.read_text()))))

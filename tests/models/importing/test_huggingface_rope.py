@@ -68,7 +68,7 @@ def test_longrope_has_a_factor_for_each_frequency() -> None:
     keys, tensors = imported(rope_scaling=scaling)
     assert keys["rope.scaling.attn_factor"] == pytest.approx(math.sqrt(1 + math.log(4) / math.log(2048)))
     assert tensors == {"rope_factors_short.weight": (1.0,) * 8, "rope_factors_long.weight": (2.0,) * 8}
-    with pytest.raises(ModelFileError, match="long_factor is no list of 8"):
+    with pytest.raises(ModelFileError, match="long_factor is not a list of 8"):
         imported(rope_scaling=scaling | {"long_factor": [2.0] * 7})
 
 
@@ -92,7 +92,7 @@ def test_layers_with_a_window_have_a_separate_base() -> None:
         ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1}, "less than 2"),
         ({"rope_type": "yarn", "factor": 2.0, "truncate": False}, "ramp"),
         ({"rope_type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0}, "mscale"),
-        ([1], "rope_scaling is no object"),
+        ([1], "rope_scaling is not an object"),
     ],
 )
 def test_unsupported_scaling_is_refused(scaling: Any, why: str) -> None:

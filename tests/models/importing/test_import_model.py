@@ -18,7 +18,7 @@ import tokenizers
 from meshd.errors import ModelFileError, StorageError
 from meshd.models.cards import card_from_gguf
 from meshd.models.files.gguf import GgufFile
-from meshd.models.files.gguf_writer import GgufOut, OutTensor
+from meshd.models.files.gguf_writer import GgufWriter, OutTensor
 from meshd.models.importing.import_model import import_to
 from meshd.models.importing.plan import TENSOR_CHUNK_BYTES
 from meshd.models.store.progress import PullPhase, PullProgress
@@ -139,7 +139,7 @@ def _configured(**changes: Any) -> Callable[[Path], None]:
         (_configured(model_type="mamba"), "'mamba' is not among"),
         (_configured(num_attention_heads=5), "rope_interleave:5"),
         (lambda folder: (folder / "config.json").write_text("[" * 100_000), "nested too deep"),
-        (lambda folder: (folder / "config.json").write_text('{"a": 1, "a": 2}'), "'a' is there twice"),
+        (lambda folder: (folder / "config.json").write_text('{"a": 1, "a": 2}'), "'a' appears twice"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json can't be used"),
         (lambda folder: (folder / "tokenizer.json").rename(folder / "tokenizer.model"), "only a tokenizer.model"),
         (lambda folder: (folder / "chat_template.jinja").write_bytes(b"\xff"), "not UTF-8"),
@@ -240,7 +240,7 @@ def split(whole: Path, folder: Path, count: int) -> Path:
                 for name in names[number * len(names) // count : (number + 1) * len(names) // count]
             ]
             with (folder / f"m-{number + 1:05}-of-{count:05}.gguf").open("wb") as out:
-                GgufOut(metadata, tensors, "part").write(out, lambda _: None)
+                GgufWriter(metadata, tensors, "part").write(out, lambda _: None)
     return folder / f"m-00001-of-{count:05}.gguf"
 
 

@@ -10,8 +10,8 @@ from meshd.models.store.store import Store
 
 
 @pytest.fixture
-def store(tmp_path: Path, package_index: Any, hasty_clock: Any) -> Store:
-    return Store(tmp_path / "models", tmp_path / "hf", index_url=package_index.url, clock=hasty_clock)
+def store(tmp_path: Path, package_index: Any, instant_clock: Any) -> Store:
+    return Store(tmp_path / "models", tmp_path / "hf", index_url=package_index.url, clock=instant_clock)
 
 
 @pytest.fixture

@@ -31,9 +31,11 @@ def test_copies_are_not_listed_as_models_and_are_removed_by_name(source: Path, t
         store.remove("tiny")
 
 
-async def test_a_copy_has_one_writer_and_is_not_removed_while_it_is_filled(source: Path, tmp_path: Path, hasty_clock: Any) -> None:
+async def test_a_copy_has_one_writer_and_is_not_removed_while_it_is_filled(
+    source: Path, tmp_path: Path, instant_clock: Any
+) -> None:
     info = copy_info(source)
-    mine, other = Partials(tmp_path / "parts", SystemClock()), Partials(tmp_path / "parts", hasty_clock)
+    mine, other = Partials(tmp_path / "parts", SystemClock()), Partials(tmp_path / "parts", instant_clock)
     entered = False
 
     async def wait() -> None:
@@ -44,7 +46,7 @@ async def test_a_copy_has_one_writer_and_is_not_removed_while_it_is_filled(sourc
     async with mine.filling(info.id):
         fill(mine.begin(info), source, [0])
         waiting = asyncio.create_task(wait())
-        while len(hasty_clock.pauses) < 3:  # noqa: ASYNC110
+        while len(instant_clock.pauses) < 3:  # noqa: ASYNC110
             await asyncio.sleep(0)
         assert not entered
         assert other.remove("tiny") == 0

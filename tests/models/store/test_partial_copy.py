@@ -133,7 +133,7 @@ def test_a_header_that_does_not_match_the_manifest_is_refused(source: Path, tmp_
     first, second, third, *rest = right.manifest.parts
     wrong = (first, msgspec.structs.replace(second, length=second.length + third.length), *rest)
     copy = PartialCopy.create(tmp_path / "copy", msgspec.structs.replace(right, manifest=Manifest(wrong)))
-    with pytest.raises(ModelFileError, match="not that of the model's header"):
+    with pytest.raises(ModelFileError, match="does not match the model's header"):
         fill(copy, source, [0])
     copy.close()
     assert copy.path.stat().st_size == first.length

