@@ -58,8 +58,8 @@ def measure(mesh: Mesh, context: int, rounds: int) -> None:
         moved = mesh[door].post("/mesh/v1/migrate", asked)
         over = time.monotonic()
         answer = running_one.end()
-        if wrong := answer.same_as(calm):
-            raise MeshBroken(f"session {answer.session} went on wrongly: {wrong}\n{mesh.told_story(answer.session)}")
+        if wrong := answer.differences_from(calm):
+            raise MeshBroken(f"session {answer.session} went on wrongly: {wrong}\n{mesh.story_text(answer.session)}")
         if third not in moved["plan"]:
             raise MeshBroken(f"it was not moved to {third}: {moved}")
         steps.append(1000 * step_s(answer, began))

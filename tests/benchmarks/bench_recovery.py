@@ -125,14 +125,14 @@ class Bench:
         self._mesh[victim].signal(number)
         answer = running.end()
         assert self._calm is not None
-        if told := answer.same_as(self._calm):
-            raise MeshBroken(f"session {answer.session} went on wrongly: {told}\n{self._mesh.told_story(answer.session)}")
+        if told := answer.differences_from(self._calm):
+            raise MeshBroken(f"session {answer.session} went on wrongly: {told}\n{self._mesh.story_text(answer.session)}")
         self._methods[fault].update(row["method"] for row in self._mesh.story(answer.session) if row["what"] == "goes on")
         self._steps += [later - earlier for earlier, later in pairwise(answer.times[:BEFORE])]
         if number is signal.SIGSTOP:
             self._mesh[victim].signal(signal.SIGCONT)
         else:
-            self._mesh[victim].gone(10)
+            self._mesh[victim].wait_for_exit(10)
             self._mesh[victim].start()
         return longest_gap_s(answer, at)
 
