@@ -1,9 +1,9 @@
-"""Run `meshd` unchanged until SIGUSR1. After the signal its stages send garbage for some seconds, as the file DIR/garbage says.
+"""Run `meshd` unchanged until SIGUSR1. After the signal its stages send garbage for some seconds.
 
     python tests/lib/chaos/garbage_daemon.py up --state DIR ...
 
-The file contains `{"kind": "nan" | "size" | "vocabulary" | "torn", "seconds": 4}`. Only messages to other peers become garbage,
-not those that the peer sends to itself.
+The file DIR/garbage says what: `{"kind": "nan" | "size" | "vocabulary" | "torn", "seconds": 4}`. Only messages to other peers
+become garbage, not those that the peer sends to itself.
 """
 
 import json

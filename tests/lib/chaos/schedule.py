@@ -49,7 +49,7 @@ class Fault:
     mode: str
     """Which direction is cut, or which kind of garbage is sent."""
     pick: float
-    """From 0 to 1: which of the candidates is the victim."""
+    """Random number from 0 to 1 that selects the victim among the candidates."""
 
     @property
     def label(self) -> str:

@@ -23,7 +23,7 @@ class Checks:
         self.count = 0
         self._world = world
         self._epochs: dict[int, tuple[Any, int]] = {}
-        """Each answer or `SessionKv` with its last epoch, by `id`. A reference to the object keeps its `id` from being reused."""
+        """The last epoch of each answer and `SessionKv`, by `id`. The object is kept too, so that no other one gets its `id`."""
         self._pools: dict[int, tuple[int, int, int]] = {}
         """State of each pool at its last check, by `id`: a pool that has not changed is not checked again."""
 

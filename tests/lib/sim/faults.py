@@ -21,7 +21,7 @@ class Fault:
     kind: str
     lasts_s: float
     chance: float
-    """From 0 to 1: which of the possible victims it strikes, and for some kinds how hard."""
+    """Random number from 0 to 1. It selects the victim and, for some kinds, the severity."""
 
     def __str__(self) -> str:
         return f"{self.kind} at {self.at:.2f} for {self.lasts_s:.2f} s"
@@ -34,7 +34,7 @@ _LASTS: dict[str, tuple[float, float]] = {}
 
 
 def _fault(kind: str, shortest_s: float, longest_s: float) -> Callable[[Inject], Inject]:
-    """Register the decorated function as what injects this kind of fault."""
+    """Register the decorated function as the injector of this kind of fault."""
 
     def register(inject: Inject) -> Inject:
         _KINDS[kind], _LASTS[kind] = inject, (shortest_s, longest_s)
@@ -48,7 +48,7 @@ def kinds() -> tuple[str, ...]:
 
 
 def make_faults(rng: random.Random, count: int, within_s: float, only: tuple[str, ...] | None = None) -> list[Fault]:
-    """Return a random schedule. A third of the faults follow closely after another one, so that they hit a recovery."""
+    """Return a random schedule. About a third of the faults follow closely after another one, so that they hit a recovery."""
     faults: list[Fault] = []
     for _ in range(count):
         close = faults and rng.random() < 0.35
@@ -268,7 +268,7 @@ async def _drain(world: "World", fault: Fault) -> None:
 
 @_fault("move", 0.0, 0.1)
 async def _move(world: "World", fault: Fault) -> None:
-    """Move a running answer to another peer, as a user may. This harms no peer, so it is not counted against its health."""
+    """Move a running answer to another peer, as a user may. No peer is harmed, so none is marked faulty."""
     running = [
         (peer.process, session)
         for peer in world.peers.values()

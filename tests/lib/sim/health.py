@@ -1,4 +1,4 @@
-"""Knows which peers have a fault or had one recently, and so which errors of clients are excused."""
+"""Tracks the faults of all peers, and decides which errors of clients they excuse."""
 
 import math
 from collections.abc import Mapping
@@ -12,21 +12,21 @@ from sim.toy.mathematics import MIB
 from sim.trace import Trace
 
 _AFTERMATH_S = 5.0
-"""For so long after its fault a peer does not count as one that can hold the models. For twice as long its errors are excused."""
+"""A peer counts as unable to hold layers until this long after its fault. Its errors are excused for twice as long."""
 _CLOSE_S = 6.0
-"""Peers lost within this time of one another may be all that held a session's record."""
+"""If several peers are lost within this time, they may be the only ones that had a session's record."""
 _LOSSES = ("freeze", "isolate", "partition", "one-way cut", "harsh network", "stall")
-"""Faults that make other peers give up a peer although its process exists."""
+"""Faults by which other peers lose a peer although its process still exists."""
 
 
 class PeerHealth:
-    """The faults of all peers."""
+    """Which peers have a fault, or had one recently."""
 
     def __init__(self, loop: SimLoop, trace: Trace, peers: Mapping[PeerId, SimPeer], cards: tuple[ModelCard, ...]) -> None:
         self.faulty: dict[PeerId, str] = {}
         """Peers with a fault now, and its kind."""
         self.injected = 0
-        """Faults so far."""
+        """Number of faults so far."""
         self._loop = loop
         self._trace = trace
         self._peers = peers
@@ -57,13 +57,13 @@ class PeerHealth:
             self.note_loss()
 
     def begin_all(self, kind: str) -> None:
-        """Note that a fault of every peer begins that has none."""
+        """Note that a fault begins on every peer that has none."""
         for peer in self._peers.values():
             if peer.id not in self.faulty:
                 self.begin(peer, kind)
 
     def end_all(self, kind: str) -> None:
-        """Note that this kind of fault ends for every peer that has it."""
+        """Note that this kind of fault ends on every peer that has it."""
         for peer in self._peers.values():
             if self.faulty.get(peer.id) == kind:
                 self.end(peer, kind)
@@ -79,7 +79,8 @@ class PeerHealth:
     def excuses_error(self, process: SimProcess, since: float) -> bool:
         """Return whether an error of this peer is excused, in an answer that was requested at `since`.
 
-        It is if the peer has a fault or is leaving, or if the unaffected peers could not hold the models at some time since then.
+        An error is excused if the peer is affected by a fault or is leaving, or if at some time since then the unaffected peers
+        could not hold the models.
         """
         self._note_capacity()
         return self.is_affected(process.spec.id) or self._short_at >= since - _AFTERMATH_S or process.leaving

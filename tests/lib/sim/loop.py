@@ -28,13 +28,13 @@ class Owner:
 
     name: str
     stopped: bool = False
-    """Frozen: callbacks go to `deferred`."""
+    """The process is frozen: its callbacks are put into `deferred`."""
     killed: bool = False
     """Only the clean-up of cancelled tasks still runs; its errors are ignored."""
     deferred: deque[asyncio.Handle] = field(default_factory=deque)
     tasks: dict[int, "SimTask"] = field(default_factory=dict)
     after: Callable[[], None] | None = None
-    """Called after each of its callbacks."""
+    """Called after each callback of this owner."""
 
     def context(self) -> Context:
         """Return a fresh context; callbacks and tasks that run in it belong to this owner."""
@@ -193,7 +193,7 @@ class SimLoop(asyncio.BaseEventLoop):
 
 
 class SimClock:
-    """One peer's clock and random bytes. Each peer's monotonic clock starts at a different value, and its wall clock is off."""
+    """One peer's clock and random bytes. Its monotonic clock starts at a random value, its wall clock is off by up to 30 s."""
 
     def __init__(self, loop: SimLoop, rng: random.Random) -> None:
         self._loop = loop

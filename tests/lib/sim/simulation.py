@@ -21,11 +21,11 @@ from sim.world import World
 
 _METHODS = (KEPT, MIRROR, REPLAY, PREFILL)
 _SETTLE_S = 15.0
-"""So long after the last fault and the last client, no peer may hold anything that no coordinator needs."""
+"""This long after the last fault and the last client, no peer may hold a lease of a session that nobody coordinates."""
 _UNREAD_S = 35.0
-"""So long after that, nothing may be left. An answer that nobody reads is suspended after 30 s."""
+"""This much later, nothing may be left: an answer that nobody reads is suspended after 30 s."""
 _END_S = 150.0
-"""So long after the last fault, every request must have ended."""
+"""This long after the last fault, every request must have ended."""
 _LATE_SHARE = 0.15
 """Share of the peers that join while the others already work."""
 _CLOSING_ROUNDS = 20
@@ -35,7 +35,7 @@ def simulate(seed: int, options: Options, *, keep: int = 0, echo: bool = False) 
     """Run the simulator once.
 
     `keep` is how many of the trace's last lines the outcome contains; with `echo` all lines are printed. A broken invariant ends
-    the run; it is not raised, but stands in the outcome's `failure`.
+    the run and is reported in the outcome's `failure`; it is not raised.
     """
     return _Simulation(World(seed, options, keep=keep, echo=echo)).run()
 

@@ -51,7 +51,7 @@ class World:
             self._add_peer(number)
 
     def _add_peer(self, number: int) -> None:
-        """Add a peer of random hardware, and random paths to and from the peers before it."""
+        """Add a peer with random hardware, and random paths between it and the earlier peers."""
         rng = self.rng_cluster
         identity = b32encode(hashlib.sha256(f"{self.seed}-{number}".encode()).digest()).decode().lower().rstrip("=")
         layer_s = 10 ** rng.uniform(-3.0, -2.1)

@@ -8,7 +8,7 @@ from meshd.types import LinkStats, PeerId
 
 @dataclass(slots=True)
 class Path:
-    """The way from one peer to another, in this direction only."""
+    """The network from one peer to another. The opposite direction has a path of its own."""
 
     delay_s: float
     jitter_s: float

@@ -40,7 +40,7 @@ class SimPeer:
         self._cards = cards
         self._checks = checks
         self._past_counts = Counter[str]()
-        """Of processes that have ended."""
+        """Sums over the processes that have ended."""
         self._past_searching_s = 0.0
 
     @property
@@ -52,7 +52,7 @@ class SimPeer:
         return self.spec.name
 
     def counts(self) -> Counter[str]:
-        """Return how often all processes of this peer did what: steps, plans, recoveries, searches, and methods of recovery."""
+        """Return the sums over all processes of this peer: steps, plans, recoveries (also by method), searches."""
         return self._past_counts + (_counts(self.process) if self.process is not None else Counter())
 
     @property
