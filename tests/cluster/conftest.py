@@ -27,12 +27,3 @@ def shared_cache() -> Path:
 def cluster(tmp_path: Path, shared_cache: Path) -> Iterator[Cluster]:
     """A new cluster without daemons, for one test."""
     yield from make_cluster(tmp_path, shared_cache)
-
-
-@pytest.fixture(scope="module")
-def standing(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Iterator[Cluster]:
-    """Five daemons that all tests of a module share. No test may stop one."""
-    for cluster in make_cluster(tmp_path_factory.mktemp("standing"), shared_cache):
-        cluster.start("a", "b", "c", "d", "e")
-        cluster.see_each_other()
-        yield cluster
