@@ -1,8 +1,7 @@
-# Everything happens in .venv, which the first target that needs it creates. The machine needs only Python 3.11, git and make.
+# Everything is installed into .venv; the first target that needs it creates it. The machine needs only Python 3.11, git and make.
 #
-# torch is installed first, at a fixed version. Where the package index has a CPU build under that version, nothing more
-# is needed. The build for Linux x86-64 on the default index brings several GB of CUDA, which this release does not use. To get the CPU
-# build there:
+# torch is installed first, at a fixed version. On Linux x86-64 the default index has a build with several GB of CUDA,
+# which this release does not use. To get the CPU build there:
 #   make demo TORCH='--index-url https://download.pytorch.org/whl/cpu torch==2.13.0'
 
 TORCH ?= torch==2.13.0
@@ -50,7 +49,7 @@ bench: $(VENV)/installed $(VENV)/group-test
 	$(BIN)/meshd bench
 	for figure in tests/benchmarks/bench_*.py; do echo "--- $$figure"; $(BIN)/python -P "$$figure" || exit; done
 
-# The short form of each benchmark: it proves that it runs, not how fast.
+# The short form of each benchmark: it shows that the benchmark runs, not how fast meshd is.
 bench-short: FIGURE = $(BIN)/python -P tests/benchmarks/bench
 bench-short: $(VENV)/installed $(VENV)/group-test
 	$(FIGURE)_planner.py --clusters 1

@@ -1,4 +1,4 @@
-"""Writes docs/state-machines.md: one diagram for each state machine, made from its table.
+"""Write docs/state-machines.md: one diagram for each state machine, from its table.
 
 python -P tests/diagrams.py
 """
@@ -39,9 +39,14 @@ MACHINES = (
 )
 
 
+_INTRODUCTION = (
+    "`make diagrams` writes this page from the tables of the state machines. Do not edit it: a test compares it with the tables."
+)
+
+
 def page() -> str:
-    """The whole page."""
-    parts = ["# State machines", "", "Made from the tables by `make diagrams`; a test compares the two. Do not edit by hand."]
+    """Return the whole page."""
+    parts = ["# State machines", "", _INTRODUCTION]
     for title, path, table, initial in MACHINES:
         parts += ["", f"## {title}", "", f"`{path}`", "", "```mermaid", diagram(table, initial), "```"]
     return "\n".join(parts) + "\n"

@@ -55,7 +55,7 @@ def main() -> None:
             answer = Streaming(mesh.site, "h1", of_length(PROMPT, options.tokens), how).end()
             copied = sum(line["what"] == "mirror caught up" for line in mesh.story(answer.session))
             if bool(copied) != how.get("mirror", False):
-                raise MeshBroken(f"asked for {how}, but {copied} copies caught up:\n{mesh.told_story(answer.session)}")
+                raise MeshBroken(f"asked for {how}, but {copied} copies caught up:\n{mesh.story_text(answer.session)}")
             return (len(answer.times) - 1) / (answer.times[-1] - answer.times[0])
 
         compare("journal", options.rounds, lambda: speed(alone, {"stages": WHOLE}), lambda: speed(two, {"stages": WHOLE}))

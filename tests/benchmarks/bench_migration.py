@@ -60,8 +60,8 @@ def measure(mesh: Mesh, context: int, rounds: int) -> None:
         moved = mesh[entry].post("/mesh/v1/migrate", request)
         ended = time.monotonic()
         answer = streaming.end()
-        if difference := answer.same_as(undisturbed):
-            raise MeshBroken(f"session {answer.session} continued wrongly: {difference}\n{mesh.told_story(answer.session)}")
+        if difference := answer.differences_from(undisturbed):
+            raise MeshBroken(f"session {answer.session} continued wrongly: {difference}\n{mesh.story_text(answer.session)}")
         if third not in moved["plan"]:
             raise MeshBroken(f"the answer was not moved to {third}: {moved}")
         steps.append(1000 * step_s(answer, began))

@@ -127,14 +127,14 @@ class Bench:
         self._mesh[victim].signal(number)
         answer = running.end()
         assert self._undisturbed is not None
-        if difference := answer.same_as(self._undisturbed):
-            raise MeshBroken(f"session {answer.session} continued wrongly: {difference}\n{self._mesh.told_story(answer.session)}")
+        if difference := answer.differences_from(self._undisturbed):
+            raise MeshBroken(f"session {answer.session} continued wrongly: {difference}\n{self._mesh.story_text(answer.session)}")
         self._methods[fault].update(row["method"] for row in self._mesh.story(answer.session) if row["what"] == "goes on")
         self._steps += [later - earlier for earlier, later in pairwise(answer.times[:BEFORE])]
         if number is signal.SIGSTOP:
             self._mesh[victim].signal(signal.SIGCONT)
         else:
-            self._mesh[victim].gone(10)
+            self._mesh[victim].wait_for_exit(10)
             self._mesh[victim].start()
         return longest_gap_s(answer, at)
 

@@ -1,4 +1,4 @@
-"""The short form of the chaos run, and tests of the checks that judge it."""
+"""The short form of the chaos run, and tests of its schedule, requests and verdict."""
 
 import subprocess
 import sys
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from chaos.clients import Asked, make_specs
-from chaos.faults import Struck
+from chaos.clients import ClientRequest, make_specs
+from chaos.repairs import InjectedFault
 from chaos.schedule import DOUBLE, NETWORK, Kind, make_schedule
 from chaos.verdict import Reading, leaks, pause_s
 from real_daemons.streams import Answer, Interrupted, Spec
@@ -19,14 +19,14 @@ SPEC = Spec("one", "/v1/completions", {})
 
 
 @pytest.mark.timeout(600)
-def test_a_short_chaos_run_ends_every_answer_as_a_calm_mesh_does() -> None:
+def test_every_answer_of_a_short_chaos_run_equals_that_of_an_undisturbed_mesh() -> None:
     command = [sys.executable, "-P", str(RUN), "--seed", "20", "--faults", "12", "--short", "--minutes", "3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=580, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-3000:]
 
 
-def test_a_schedule_is_its_seeds_and_has_all_kinds_alike() -> None:
+def test_a_schedule_follows_from_its_seed_and_has_all_kinds_equally_often() -> None:
     schedule = make_schedule(7, 200, network=True)
     assert schedule == make_schedule(7, 200, network=True)
     assert schedule != make_schedule(8, 200, network=True)
@@ -38,7 +38,7 @@ def test_a_schedule_is_its_seeds_and_has_all_kinds_alike() -> None:
     assert not any(fault.coordinator for fault in schedule if fault.kind in DOUBLE)
 
 
-def test_requests_are_of_every_route_and_kind_of_sampling() -> None:
+def test_requests_cover_every_route_and_kind_of_sampling() -> None:
     specs = make_specs(3, 18, (64, 200))
     assert specs == make_specs(3, 18, (64, 200))
     assert {spec.path for spec in specs} == {"/v1/completions", "/v1/chat/completions", "/v1/responses"}
@@ -60,15 +60,15 @@ def answer_of(*events: tuple[int, str]) -> Answer:
     return answer
 
 
-CALM = answer_of((1, "a"), (2, "b"), (3, "c"))
+UNDISTURBED = answer_of((1, "a"), (2, "b"), (3, "c"))
 
 
-def test_the_same_answer_is_the_same_however_long_it_took() -> None:
-    assert answer_of((1, "a"), (2, "b"), (3, "c")).same_as(CALM) == []
+def test_an_answer_with_the_same_events_has_no_differences() -> None:
+    assert answer_of((1, "a"), (2, "b"), (3, "c")).differences_from(UNDISTURBED) == []
 
 
 @pytest.mark.parametrize(
-    ("events", "told"),
+    ("events", "difference"),
     [
         (((1, "a"), (2, "x"), (3, "c")), "wrong at 1"),
         (((1, "a"), (2, "c")), "lost at 1"),
@@ -78,11 +78,11 @@ def test_the_same_answer_is_the_same_however_long_it_took() -> None:
         (((1, "a"), (2, "b"), (4, "c")), "1 events left out"),
     ],
 )
-def test_what_differs_is_told(events: tuple[tuple[int, str], ...], told: str) -> None:
-    assert told in "; ".join(answer_of(*events).same_as(CALM))
+def test_each_difference_is_described(events: tuple[tuple[int, str], ...], difference: str) -> None:
+    assert difference in "; ".join(answer_of(*events).differences_from(UNDISTURBED))
 
 
-def test_an_error_event_interrupts() -> None:
+def test_an_error_event_raises_interrupted() -> None:
     with pytest.raises(Interrupted, match="peer_lost: gone"):
         Answer(SPEC).take(None, {"error": {"code": "peer_lost", "message": "gone"}}, 0.0)
 
@@ -91,15 +91,19 @@ def test_a_pause_counts_from_the_fault_to_the_next_token() -> None:
     (fault,) = [fault for fault in make_schedule(1, 12, network=False) if fault.kind is Kind.KILL][:1]
     answer = answer_of(*((number, "a") for number in range(4)))
     answer.times = [10.0, 11.0, 14.0, 30.0]
-    assert pause_s(Asked(answer), Struck(fault, 11.5, {}, over_at=12.0)) == 16.0
-    assert pause_s(Asked(answer), Struck(fault, 11.5, {}, over_at=8.0)) == 2.5
-    assert pause_s(Asked(answer), Struck(fault, 31.0, {}, over_at=32.0)) is None
+    assert pause_s(ClientRequest(answer), InjectedFault(fault, 11.5, {}, over_at=12.0)) == 16.0
+    assert pause_s(ClientRequest(answer), InjectedFault(fault, 11.5, {}, over_at=8.0)) == 2.5
+    assert pause_s(ClientRequest(answer), InjectedFault(fault, 31.0, {}, over_at=32.0)) is None
 
 
-def test_what_is_left_behind_is_told() -> None:
-    calm = Reading(sessions=0, kv_tokens_held=0, blocks_free=9, sockets=14, resident_bytes=300 << 20, loads=(), layers=0)
-    loaded = Reading(sessions=0, kv_tokens_held=0, blocks_free=9, sockets=14, resident_bytes=600 << 20, loads=("0-30",), layers=30)
-    assert leaks({"h1": calm, "h2": loaded}, {"h1": loaded, "h2": calm}) == []
-    left = Reading(sessions=1, kv_tokens_held=32, blocks_free=8, sockets=20, resident_bytes=900 << 20, loads=("0-30",), layers=30)
-    told = "; ".join(leaks({"h1": calm, "h2": loaded}, {"h1": left}))
-    assert all(part in told for part in ("1 sessions", "32 KV tokens", "20 sockets", "900 MiB"))
+def test_leaks_of_sessions_kv_sockets_and_memory_are_reported() -> None:
+    empty = Reading(sessions=0, kv_tokens_held=0, blocks_free=9, sockets=14, resident_bytes=300 << 20, resident=(), layers=0)
+    loaded = Reading(
+        sessions=0, kv_tokens_held=0, blocks_free=9, sockets=14, resident_bytes=600 << 20, resident=("0-30",), layers=30
+    )
+    assert leaks({"h1": empty, "h2": loaded}, {"h1": loaded, "h2": empty}) == []
+    left = Reading(
+        sessions=1, kv_tokens_held=32, blocks_free=8, sockets=20, resident_bytes=900 << 20, resident=("0-30",), layers=30
+    )
+    found = "; ".join(leaks({"h1": empty, "h2": loaded}, {"h1": left}))
+    assert all(part in found for part in ("1 sessions", "32 KV tokens", "20 sockets", "900 MiB"))

@@ -1,4 +1,4 @@
-"""A cluster of real daemons for a test or a module."""
+"""Fixtures: a cluster of real daemons for one test or for a module."""
 
 import subprocess
 import sys
@@ -12,27 +12,18 @@ from real_daemons.cluster import MODEL, Cluster, make_cluster
 
 @pytest.fixture(scope="session")
 def shared_cache() -> Path:
-    """The product's own cache: the model is fetched once (`make test` does it), and the device measured once."""
+    """The user's own cache of meshd, so that the model is pulled once (`make test` does it) and the device is measured once."""
     from meshd.config import Settings
 
     cache: Path = Settings()["cache"].value
     command = [sys.executable, "-P", "-m", "meshd", "pull", MODEL, "--cache", str(cache)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode:
-        pytest.fail(f"the model can't be fetched: {done.stderr}")
+        pytest.fail(f"the model {MODEL} cannot be pulled: {done.stderr}")
     return cache
 
 
 @pytest.fixture
 def cluster(tmp_path: Path, shared_cache: Path) -> Iterator[Cluster]:
-    """An empty cluster of its own for one test."""
+    """A new cluster without daemons, for one test."""
     yield from make_cluster(tmp_path, shared_cache)
-
-
-@pytest.fixture(scope="module")
-def standing(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Iterator[Cluster]:
-    """Five daemons that all tests of a module use; none of those tests may stop one."""
-    for cluster in make_cluster(tmp_path_factory.mktemp("standing"), shared_cache):
-        cluster.start("a", "b", "c", "d", "e")
-        cluster.see_each_other()
-        yield cluster

@@ -1,4 +1,4 @@
-"""What a client of a split model meets: answers, errors, going away, a peer that dies."""
+"""Answers of a split model: text, errors, limits, clients that disconnect, peers that die."""
 
 import http.client
 import json
@@ -12,7 +12,7 @@ import pytest
 from real_daemons.cluster import MODEL, Cluster, Daemon, make_cluster, wait_for
 
 SPLIT = "a:0-17,b:17-30"
-FACT, KNOWN = "What is 2 + 2? Answer with a number.", "4"
+QUESTION, FACT = "What is 2 + 2? Answer with a number.", "4"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def chat(text: str, **fields: Any) -> dict[str, Any]:
 
 
 class Stream:
-    """A raw event stream, so that a test can leave it as a client that crashes does."""
+    """An event stream whose connection a test can close at any time, as a client that crashes does."""
 
     def __init__(self, daemon: Daemon, body: dict[str, Any]) -> None:
         self.connection = http.client.HTTPConnection(daemon.api.removeprefix("http://"), timeout=60)
@@ -49,45 +49,45 @@ class Stream:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.leave()
+        self.close()
 
-    def leave(self) -> None:
+    def close(self) -> None:
         self.response.close()
         self.connection.close()
 
 
 def kv_tokens_held(daemon: Daemon) -> int:
-    """The sum over all peers, from their adverts."""
-    holdings = [held for row in daemon.rows("peers") for held in row["holdings"]]
-    return sum(held["kv_tokens_total"] - held["kv_tokens_free"] for held in holdings)
+    """Return the KV tokens that are reserved on all peers, from their adverts."""
+    holdings = [holding for row in daemon.rows("peers") for holding in row["holdings"]]
+    return sum(holding["kv_tokens_total"] - holding["kv_tokens_free"] for holding in holdings)
 
 
-def test_a_split_model_answers_and_says_how(pair: Cluster) -> None:
-    status, document, headers = pair["a"].post_raw("/v1/chat/completions", chat(FACT))
+def test_a_split_model_answers_and_reports_its_plan(pair: Cluster) -> None:
+    status, document, headers = pair["a"].post_raw("/v1/chat/completions", chat(QUESTION))
     assert status == 200
-    assert KNOWN in document["choices"][0]["message"]["content"]
+    assert FACT in document["choices"][0]["message"]["content"]
     assert headers["x-meshd-plan"] == SPLIT
     assert float(headers["x-meshd-predicted-tpot-ms"]) > 0
     assert headers["x-meshd-session"]
 
 
-def test_the_other_peer_answers_the_same_without_being_told_the_split(pair: Cluster) -> None:
-    asked = chat(FACT)
-    first = pair["a"].post("/v1/chat/completions", asked)["choices"][0]["message"]["content"]
-    del asked["mesh"]
-    assert pair["b"].post("/v1/chat/completions", asked)["choices"][0]["message"]["content"] == first
+def test_another_peer_finds_the_split_by_itself_and_answers_the_same(pair: Cluster) -> None:
+    body = chat(QUESTION)
+    first = pair["a"].post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
+    del body["mesh"]
+    assert pair["b"].post("/v1/chat/completions", body)["choices"][0]["message"]["content"] == first
 
 
-def test_streamed_and_whole_are_the_same_text(pair: Cluster) -> None:
+def test_a_streamed_answer_has_the_same_text_as_a_whole_one(pair: Cluster) -> None:
     body = chat("Write one sentence about tea. Use an emoji.", max_tokens=40)
     whole = pair["a"].post("/v1/chat/completions", body)["choices"][0]
     with Stream(pair["a"], body) as stream:
-        pieces = [choice for event in stream.events() for choice in event["choices"]]
-    assert "".join(choice["delta"].get("content") or "" for choice in pieces) == whole["message"]["content"]
-    assert pieces[-1]["finish_reason"] == whole["finish_reason"]
+        chunks = [choice for event in stream.events() for choice in event["choices"]]
+    assert "".join(choice["delta"].get("content") or "" for choice in chunks) == whole["message"]["content"]
+    assert chunks[-1]["finish_reason"] == whole["finish_reason"]
 
 
-def test_the_same_seed_gives_the_same_answer_and_another_one_another(pair: Cluster) -> None:
+def test_the_same_seed_gives_the_same_answer_and_another_seed_a_different_one(pair: Cluster) -> None:
     def text(seed: int) -> str:
         body = chat("Tell me a story.", temperature=1.2, seed=seed, max_tokens=24)
         content: str = pair["a"].post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
@@ -103,7 +103,7 @@ def test_a_stop_string_ends_the_answer_before_it_and_frees_the_stages(pair: Clus
     choice = pair["a"].post("/v1/chat/completions", chat("Count from one to ten.", max_tokens=40, stop=[stop]))["choices"][0]
     assert choice["finish_reason"] == "stop"
     assert choice["message"]["content"] == text[: text.index(stop)]
-    wait_for(lambda: not pair["b"].rows("sessions"), "the stages to be free", pair["b"], within_s=5)
+    wait_for(lambda: not pair["b"].rows("sessions"), "the stages to end", pair["b"], within_s=5)
 
 
 def test_a_prompt_of_several_chunks_is_answered(pair: Cluster) -> None:
@@ -112,7 +112,7 @@ def test_a_prompt_of_several_chunks_is_answered(pair: Cluster) -> None:
     assert usage["prompt_tokens"] > 2 * 128
 
 
-def test_over_the_context_is_a_400_that_says_so(pair: Cluster) -> None:
+def test_a_request_over_the_context_length_is_a_400(pair: Cluster) -> None:
     status, document, _ = pair["a"].post_raw("/v1/chat/completions", chat("hello", max_tokens=100_000))
     assert status == 400
     assert document["error"]["code"] == "context_length_exceeded"
@@ -126,29 +126,29 @@ def test_an_unknown_model_is_a_404(pair: Cluster) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stages", "told"),
+    ("stages", "reason"),
     [("a:0-17", "17-30"), ("a:0-17,b:16-30", "overlap"), ("nobody:0-30", "nobody"), ("a:0-40", "out of range")],
 )
-def test_stages_that_can_not_be_are_refused_with_the_reason(pair: Cluster, stages: str, told: str) -> None:
+def test_impossible_stages_are_refused_with_the_reason(pair: Cluster, stages: str, reason: str) -> None:
     status, document, _ = pair["a"].post_raw("/v1/chat/completions", chat("hello", mesh={"stages": stages}))
     assert status in (400, 503)
-    assert told in document["error"]["message"]
+    assert reason in document["error"]["message"]
 
 
-def test_a_client_that_goes_away_frees_what_it_held(pair: Cluster) -> None:
+def test_the_kv_of_a_client_that_disconnects_is_freed(pair: Cluster) -> None:
     stream = Stream(pair["a"], chat("Tell me a very long story.", max_tokens=1500, ignore_eos=True))
     events = stream.events()
     for _ in range(3):
         next(events)
-    wait_for(lambda: kv_tokens_held(pair["a"]) > 2 * 1500, "both peers to tell that KV is held", pair["a"], within_s=5)
-    stream.leave()
+    wait_for(lambda: kv_tokens_held(pair["a"]) > 2 * 1500, "KV to be reserved on both peers", pair["a"], within_s=5)
+    stream.close()
     for daemon in pair.daemons.values():
-        wait_for(lambda daemon=daemon: not daemon.rows("sessions"), "no session to be left", daemon, within_s=2)
-    wait_for(lambda: kv_tokens_held(pair["a"]) == 0, "all KV to be free again", pair["a"], within_s=2)
+        wait_for(lambda daemon=daemon: not daemon.rows("sessions"), "all sessions to end", daemon, within_s=2)
+    wait_for(lambda: kv_tokens_held(pair["a"]) == 0, "all KV to be free", pair["a"], within_s=2)
 
 
-def test_a_queue_that_is_full_is_a_429_with_retry_after(pair: Cluster) -> None:
-    """Two answers run and one request may wait; of three more, two are sent away at once."""
+def test_a_full_queue_is_a_429_with_retry_after(pair: Cluster) -> None:
+    """Two answers run and one request may wait, so two of three more requests are refused at once."""
     body = chat("Tell me a very long story.", max_tokens=1500, ignore_eos=True)
     replies: list[tuple[int, Any, dict[str, str]]] = []
 
@@ -169,8 +169,8 @@ def test_a_queue_that_is_full_is_a_429_with_retry_after(pair: Cluster) -> None:
     assert replies[2][0] == 200
 
 
-def test_two_answers_at_once_are_both_right(pair: Cluster) -> None:
-    questions = (FACT, "Name three colours.")
+def test_two_answers_at_once_are_the_same_as_one_after_the_other(pair: Cluster) -> None:
+    questions = (QUESTION, "Name three colours.")
     alone = [pair["a"].post("/v1/chat/completions", chat(text))["choices"][0]["message"]["content"] for text in questions]
     together: dict[int, str] = {}
 
@@ -186,7 +186,7 @@ def test_two_answers_at_once_are_both_right(pair: Cluster) -> None:
     assert [together[0], together[1]] == alone
 
 
-def test_a_request_waits_for_the_room_that_another_takes(cluster: Cluster) -> None:
+def test_a_request_waits_for_the_kv_that_another_one_uses(cluster: Cluster) -> None:
     cluster.start("a", flags=("--memory", "450MiB"))
     whole = chat("Tell me a very long story.", mesh={"context": 4096}, max_tokens=None, ignore_eos=True)
     with Stream(cluster["a"], whole) as stream:
@@ -204,19 +204,19 @@ def test_a_request_waits_for_the_room_that_another_takes(cluster: Cluster) -> No
     assert replies == [200]
 
 
-def test_a_peer_lost_in_mid_answer_costs_no_token_though_its_layers_lie_nowhere_else(cluster: Cluster) -> None:
+def test_an_answer_loses_no_token_with_a_peer_whose_layers_no_other_peer_has(cluster: Cluster) -> None:
     cluster.start("a", "b")
     cluster.see_each_other()
     body = chat("Tell me a long story.", max_tokens=120, ignore_eos=True)
     whole = cluster["a"].post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
     with Stream(cluster["a"], body) as stream:
         events = stream.events()
-        begun = [next(events) for _ in range(8)]
+        first = [next(events) for _ in range(8)]
         cluster["b"].kill()
-        pieces = [choice["delta"].get("content") or "" for event in [*begun, *events] for choice in event["choices"]]
-    assert "".join(pieces) == whole
-    document = cluster["a"].post("/v1/chat/completions", chat(FACT, mesh={}))
-    assert KNOWN in document["choices"][0]["message"]["content"]
+        chunks = [choice["delta"].get("content") or "" for event in [*first, *events] for choice in event["choices"]]
+    assert "".join(chunks) == whole
+    document = cluster["a"].post("/v1/chat/completions", chat(QUESTION, mesh={}))
+    assert FACT in document["choices"][0]["message"]["content"]
 
 
 def test_a_daemon_that_stops_ends_its_streams_with_an_error(cluster: Cluster) -> None:

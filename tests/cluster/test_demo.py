@@ -1,4 +1,4 @@
-"""`meshd demo`, whole: three daemons that find one another, share the layers, answer, and are gone after it."""
+"""`meshd demo`: three daemons find one another, share the layers, answer, and end with the demo."""
 
 import re
 import signal
@@ -35,14 +35,16 @@ def test_the_demo_answers_over_three_daemons_survives_a_loss_and_leaves_nothing_
     assert [child.name() for child in psutil.Process().children(recursive=True) if "meshd" in " ".join(child.cmdline())] == []
 
 
-def test_daemons_that_were_kept_end_with_the_demo_however_it_ends(shared_cache: Path) -> None:
+def test_kept_daemons_end_when_the_demo_is_killed(shared_cache: Path) -> None:
     with demo(shared_cache, "--keep") as process:
         assert process.stdout is not None
         for line in process.stdout:
             if "meshd run" in line:
                 break
         children = psutil.Process(process.pid).children()
-        assert len([child for child in children if child.status() != psutil.STATUS_ZOMBIE]) == 2, "one was killed"
+        assert len([child for child in children if child.status() != psutil.STATUS_ZOMBIE]) == 2, (
+            "the demo must have killed one of three"
+        )
         process.send_signal(signal.SIGKILL)
         process.wait(10)
     _, alive = psutil.wait_procs(children, timeout=10)

@@ -7,7 +7,7 @@ import time
 from real_daemons.cluster import Cluster, wait_for
 
 
-def test_a_peer_that_stops_is_gone_within_a_second(cluster: Cluster) -> None:
+def test_a_peer_that_stops_is_soon_gone(cluster: Cluster) -> None:
     cluster.start("a", "b")
     cluster.see_each_other()
     stopped = time.monotonic()
@@ -18,7 +18,7 @@ def test_a_peer_that_stops_is_gone_within_a_second(cluster: Cluster) -> None:
     assert row["state"] == "left"
 
 
-def test_a_peer_that_is_killed_is_seen_dead_and_comes_back(cluster: Cluster) -> None:
+def test_a_killed_peer_is_dead_until_it_starts_again(cluster: Cluster) -> None:
     cluster.start("a", "b")
     cluster.see_each_other()
     cluster["b"].kill()
@@ -27,7 +27,7 @@ def test_a_peer_that_is_killed_is_seen_dead_and_comes_back(cluster: Cluster) -> 
     cluster.see_each_other()
 
 
-def test_another_clusters_key_is_never_joined(cluster: Cluster, tmp_path_factory: object) -> None:
+def test_a_daemon_with_another_key_is_refused(cluster: Cluster, tmp_path_factory: object) -> None:
     cluster.start("a")
     stranger = Cluster(cluster.root / "other", cluster.shared)
     stranger.root.mkdir()
@@ -45,7 +45,7 @@ def test_another_clusters_key_is_never_joined(cluster: Cluster, tmp_path_factory
         stranger.close()
 
 
-def test_a_second_daemon_on_the_same_folder_says_who_holds_it(cluster: Cluster) -> None:
+def test_a_second_daemon_on_the_same_state_folder_names_the_process_that_uses_it(cluster: Cluster) -> None:
     cluster.start("a")
     daemon = cluster["a"]
     command = [sys.executable, "-P", "-m", "meshd", "up", "--state", str(daemon.state)]

@@ -1,4 +1,4 @@
-"""What was placed stays placed, and who leaves does so in good order."""
+"""Layers that were placed stay placed when peers are lost, and a peer leaves only after its answers have moved or ended."""
 
 import threading
 import time
@@ -10,17 +10,17 @@ SPLIT = "a:0-17,b:17-30"
 
 
 def holdings(daemon: Daemon, peer: str) -> set[tuple[str, str, bool]]:
-    """Layers, state and whether they are a standby copy, as `daemon` sees a peer."""
+    """Return (layers, state, whether they are a standby copy) of a peer's holdings, as `daemon` sees them."""
     rows = [row for row in daemon.rows("peers") if row["name"] == peer]
-    return {(held["layers"], held["state"], held["standby"]) for row in rows for held in row["holdings"]}
+    return {(holding["layers"], holding["state"], holding["standby"]) for row in rows for holding in row["holdings"]}
 
 
-def everything(daemon: Daemon, *peers: str) -> set[tuple[str, str, str, bool]]:
-    return {(peer, *held) for peer in peers for held in holdings(daemon, peer)}
+def all_holdings(daemon: Daemon, *peers: str) -> set[tuple[str, str, str, bool]]:
+    return {(peer, *holding) for peer in peers for holding in holdings(daemon, peer)}
 
 
 def ask(daemon: Daemon, **fields: Any) -> tuple[str, str]:
-    """An answer's text, and the plan it was made by."""
+    """Return an answer's text and its plan."""
     body = {"model": MODEL, "prompt": "The capital of France is", "max_tokens": 6, "temperature": 0} | fields
     status, document, headers = daemon.post_raw("/v1/completions", body)
     assert status == 200, document
@@ -35,23 +35,23 @@ def test_a_lost_stage_is_taken_over_by_its_copy(cluster: Cluster) -> None:
     both = {("0-17", "active", True), ("17-30", "active", True)}
     wait_for(lambda: holdings(a, "c") == both, "c to hold copies of both stages", a, within_s=30)
     text, plan = ask(a)
-    assert plan == SPLIT, "copies serve nobody while the originals are there"
+    assert plan == SPLIT, "copies must not be used while the originals are there"
     cluster["b"].kill()
     assert ask(a) == (text, "a:0-17,c:17-30")
-    wait_for(lambda: ("17-30", "active", False) in holdings(a, "c"), "the copy to be one no more", a, within_s=10)
+    wait_for(lambda: ("17-30", "active", False) in holdings(a, "c"), "the copy to become an original", a, within_s=10)
     assert ask(cluster["c"]) == (text, "a:0-17,c:17-30")
     a.post("/mesh/v1/unplace", {"model": MODEL})
-    wait_for(lambda: not everything(a, "a", "c"), "all layers and copies to be let go", a, within_s=10)
+    wait_for(lambda: not all_holdings(a, "a", "c"), "all layers and copies to be unloaded", a, within_s=10)
 
 
-def test_lost_layers_without_a_copy_are_placed_anew(cluster: Cluster) -> None:
+def test_lost_layers_without_a_copy_are_placed_on_another_peer(cluster: Cluster) -> None:
     cluster.start("a", "b", "c")
     cluster.see_each_other()
     cluster.place("a", stages=SPLIT, context=512)
     cluster["b"].kill()
     a = cluster["a"]
-    anew = {("a", "0-17", "active", False), ("c", "17-30", "active", False)}
-    wait_for(lambda: everything(a, "a", "c") == anew, "the lost layers to be on c", a, within_s=30)
+    replaced = {("a", "0-17", "active", False), ("c", "17-30", "active", False)}
+    wait_for(lambda: all_holdings(a, "a", "c") == replaced, "the lost layers to be on c", a, within_s=30)
     assert ask(a)[1] == "a:0-17,c:17-30"
 
 
@@ -64,13 +64,13 @@ def test_a_peer_that_drains_gets_no_new_requests_and_others_take_its_layers(clus
     assert done["sessions_left"] == 0
     wait_for(lambda: [row["name"] for row in a.rows("peers") if row["draining"]] == ["b"], "b to be shown as draining", a, 5)
     assert [row["name"] for row in cluster["b"].rows("peers") if row["draining"]] == ["b"]
-    wait_for(lambda: ("17-30", "active", False) in holdings(a, "c"), "c to hold what b does", a, within_s=30)
+    wait_for(lambda: ("17-30", "active", False) in holdings(a, "c"), "c to hold the layers of b", a, within_s=30)
     assert ask(a)[1] == "a:0-17,c:17-30"
     a.post("/mesh/v1/drain", {"peer": "b", "undo": True})
     wait_for(lambda: not any(row["draining"] for row in a.rows("peers")), "b to take work again", a, 5)
 
 
-def test_an_idle_daemon_leaves_in_no_time(cluster: Cluster) -> None:
+def test_an_idle_daemon_leaves_at_once(cluster: Cluster) -> None:
     cluster.start("a", "b", flags=("--drain-timeout", "30"))
     cluster.see_each_other()
     cluster.place("a", stages=SPLIT, context=512)
@@ -82,7 +82,7 @@ def test_an_idle_daemon_leaves_in_no_time(cluster: Cluster) -> None:
     assert "waiting up to" not in cluster["b"].log.read_text()
 
 
-def test_a_daemon_waits_for_the_answers_that_run_on_it_and_says_so(cluster: Cluster) -> None:
+def test_a_daemon_waits_for_its_running_answers_and_logs_it(cluster: Cluster) -> None:
     cluster.start("a", flags=("--drain-timeout", "30"))
     a = cluster["a"]
     cluster.place("a", context=512)
@@ -108,7 +108,7 @@ def test_a_second_signal_leaves_at_once(cluster: Cluster) -> None:
     asking.start()
     wait_for(lambda: a.rows("sessions"), "the answer to run", a)
     a.process.terminate()
-    wait_for(lambda: "waiting up to" in a.log.read_text(), "the first signal to be taken", a)
+    wait_for(lambda: "waiting up to" in a.log.read_text(), "the daemon to wait after the first signal", a)
     assert a.process.poll() is None
     began = time.monotonic()
     a.process.terminate()

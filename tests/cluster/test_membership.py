@@ -1,11 +1,11 @@
-"""Mistakes of users: copied state folders and devices that are too small; models placed and removed."""
+"""Copied state folders, devices that are too small, and models that are placed and removed."""
 
 import shutil
 
 from real_daemons.cluster import MODEL, Cluster, wait_for
 
 
-def test_a_copied_state_folder_becomes_a_peer_of_its_own_and_says_so(cluster: Cluster) -> None:
+def test_a_copied_state_folder_becomes_a_new_peer_with_a_notice(cluster: Cluster) -> None:
     cluster.start("a")
     shutil.copytree(cluster["a"].state, cluster.root / "b")
     cluster.start("b")
@@ -16,7 +16,7 @@ def test_a_copied_state_folder_becomes_a_peer_of_its_own_and_says_so(cluster: Cl
     assert any("copy" in notice["message"] for notice in notices)
 
 
-def test_a_model_that_does_not_fit_says_how_many_bytes_are_missing(cluster: Cluster) -> None:
+def test_the_error_for_a_model_that_does_not_fit_has_the_missing_bytes(cluster: Cluster) -> None:
     cluster.start("a", flags=("--memory", "150MiB"))
     status, document, _ = cluster["a"].post_raw("/mesh/v1/plan", {"model": MODEL, "context": 8192})
     assert status == 503
@@ -24,7 +24,7 @@ def test_a_model_that_does_not_fit_says_how_many_bytes_are_missing(cluster: Clus
     assert "MiB" in document["error"]["message"]
 
 
-def test_two_small_devices_hold_together_what_neither_holds_alone(cluster: Cluster) -> None:
+def test_two_small_devices_together_hold_a_model_that_fits_on_neither(cluster: Cluster) -> None:
     cluster.start("a", "b", flags=("--memory", "250MiB"))
     cluster.see_each_other()
     alone = {"model": MODEL, "context": 2048, "mesh": {"peers": ["a"]}}
@@ -36,7 +36,7 @@ def test_two_small_devices_hold_together_what_neither_holds_alone(cluster: Clust
     assert answer["usage"]["completion_tokens"] == 4
 
 
-def test_a_model_can_be_let_go_and_its_memory_is_free_again(cluster: Cluster) -> None:
+def test_a_model_can_be_unplaced_and_its_memory_is_freed(cluster: Cluster) -> None:
     cluster.start("a", "b")
     cluster.see_each_other()
     cluster.place("a", stages="a:0-10,b:10-30", context=1024)
@@ -46,7 +46,7 @@ def test_a_model_can_be_let_go_and_its_memory_is_free_again(cluster: Cluster) ->
         wait_for(lambda daemon=daemon: not daemon.get("/v1/models")["data"], "no model to be served", daemon, within_s=5)
 
 
-def test_ready_waits_for_the_models_that_were_asked_for(cluster: Cluster) -> None:
+def test_ready_is_503_until_the_requested_models_are_placed(cluster: Cluster) -> None:
     cluster.start("a", flags=("--model", MODEL))
     status, document, headers = _ready(cluster)
     assert status == 503

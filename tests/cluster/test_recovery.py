@@ -1,4 +1,4 @@
-"""Real daemons lost, frozen, drained and moved away in mid-answer: the client gets the same tokens as without."""
+"""Answers of real daemons while peers are killed, frozen or drained: the client gets the same tokens as without a fault."""
 
 import http.client
 import signal
@@ -11,7 +11,7 @@ import pytest
 
 from real_daemons.mesh import Mesh, pull_model, running
 from real_daemons.sites import LocalSite
-from real_daemons.streams import Answer, Interrupted, Spec, ask, go_on
+from real_daemons.streams import Answer, Interrupted, Spec, ask, resume
 
 COORDINATOR, FIRST, SECOND, SPARE = "h1", "h2", "h3", "h4"
 STAGES = f"{FIRST}:0-14,{SECOND}:14-30"
@@ -46,7 +46,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
 
 @pytest.fixture(autouse=True)
 def healed(mesh: Mesh) -> Iterator[None]:
-    """Every test finds all daemons up, and the layers where they belong."""
+    """Restart daemons and place the layers again after each test."""
     yield
     for host in mesh:
         host.signal(signal.SIGCONT)
@@ -59,7 +59,8 @@ def healed(mesh: Mesh) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def calm(mesh: Mesh) -> Answer:
+def undisturbed(mesh: Mesh) -> Answer:
+    """The same answer without a fault."""
     return read(mesh, Answer(spec()))
 
 
@@ -68,8 +69,8 @@ def read(mesh: Mesh, answer: Answer, at: str = COORDINATOR, **options: object) -
     return answer
 
 
-def struck(mesh: Mesh, strike: Callable[[Answer], None], after: int = 30, at: str = COORDINATOR, **options: object) -> Answer:
-    """An answer with a fault in the middle; it must continue without help from the client."""
+def disturbed(mesh: Mesh, strike: Callable[[Answer], None], after: int = 30, at: str = COORDINATOR, **options: object) -> Answer:
+    """Return an answer that `strike` disturbed after some tokens. It must continue without help from the client."""
     answer = Answer(spec())
     reader = threading.Thread(target=read, args=(mesh, answer, at), kwargs=options)
     reader.start()
@@ -81,53 +82,53 @@ def struck(mesh: Mesh, strike: Callable[[Answer], None], after: int = 30, at: st
 
 
 def methods(mesh: Mesh, answer: Answer) -> list[str]:
-    """How it went on, each time that it did."""
+    """Return the method by which the answer continued after each change of its plan."""
     return [line["method"] for line in mesh.story(answer.session) if line["what"] == "goes on"]
 
 
 def wait_for_tokens(answer: Answer, count: int) -> None:
     until = time.monotonic() + 30
     while len(answer.times) < count:
-        assert time.monotonic() < until, f"{len(answer.times)} of {count} tokens came"
+        assert time.monotonic() < until, f"only {len(answer.times)} of {count} tokens arrived"
         time.sleep(0.002)
 
 
 @pytest.mark.parametrize("victim", [FIRST, SECOND])
-def test_a_killed_stage_costs_a_pause_and_no_token(mesh: Mesh, calm: Answer, victim: str) -> None:
-    answer = struck(mesh, lambda _: mesh[victim].kill())
-    assert answer.same_as(calm) == []
+def test_a_killed_stage_costs_a_pause_and_no_token(mesh: Mesh, undisturbed: Answer, victim: str) -> None:
+    answer = disturbed(mesh, lambda _: mesh[victim].kill())
+    assert answer.differences_from(undisturbed) == []
     assert methods(mesh, answer) in (["replay"], ["prefill"])
 
 
-def test_a_mirrored_stage_goes_on_without_computing_anew(mesh: Mesh, calm: Answer) -> None:
-    answer = struck(mesh, lambda _: mesh[SECOND].kill(), after=60, mirror=True)
-    assert answer.same_as(calm) == []
+def test_a_mirrored_stage_continues_without_a_new_prefill(mesh: Mesh, undisturbed: Answer) -> None:
+    answer = disturbed(mesh, lambda _: mesh[SECOND].kill(), after=60, mirror=True)
+    assert answer.differences_from(undisturbed) == []
     assert methods(mesh, answer) == ["mirror"]
 
 
-def test_a_frozen_stage_is_not_waited_for(mesh: Mesh, calm: Answer) -> None:
-    answer = struck(mesh, lambda _: mesh[FIRST].signal(signal.SIGSTOP))
-    assert answer.same_as(calm) == []
+def test_a_frozen_stage_is_not_waited_for(mesh: Mesh, undisturbed: Answer) -> None:
+    answer = disturbed(mesh, lambda _: mesh[FIRST].signal(signal.SIGSTOP))
+    assert answer.differences_from(undisturbed) == []
 
 
-def test_two_losses_in_a_row(mesh: Mesh, calm: Answer) -> None:
+def test_an_answer_survives_two_losses_in_a_row(mesh: Mesh, undisturbed: Answer) -> None:
     def both(answer: Answer) -> None:
         mesh[FIRST].kill()
         wait_for_tokens(answer, len(answer.times) + 10)
         mesh[SECOND].kill()
 
-    assert struck(mesh, both).same_as(calm) == []
+    assert disturbed(mesh, both).differences_from(undisturbed) == []
 
 
-def test_two_losses_at_once(mesh: Mesh, calm: Answer) -> None:
+def test_an_answer_survives_two_losses_at_once(mesh: Mesh, undisturbed: Answer) -> None:
     def both(answer: Answer) -> None:
         mesh[FIRST].kill()
         mesh[SECOND].kill()
 
-    assert struck(mesh, both).same_as(calm) == []
+    assert disturbed(mesh, both).differences_from(undisturbed) == []
 
 
-def test_a_lost_coordinator_is_resumed_at_any_other_peer(mesh: Mesh, calm: Answer) -> None:
+def test_an_answer_of_a_lost_coordinator_is_resumed_at_another_peer(mesh: Mesh, undisturbed: Answer) -> None:
     answer = Answer(spec())
     reader = threading.Thread(target=_until_torn, args=(mesh, answer))
     reader.start()
@@ -135,28 +136,28 @@ def test_a_lost_coordinator_is_resumed_at_any_other_peer(mesh: Mesh, calm: Answe
     mesh[COORDINATOR].kill()
     reader.join(30)
     assert not answer.ended
-    go_on(mesh.site, SPARE, answer, silence_s=SILENCE_S)
-    assert answer.same_as(calm) == []
+    resume(mesh.site, SPARE, answer, silence_s=SILENCE_S)
+    assert answer.differences_from(undisturbed) == []
 
 
-def test_a_client_that_went_away_frees_the_stages_and_can_come_back(mesh: Mesh, calm: Answer) -> None:
+def test_a_client_that_disconnects_frees_the_stages_and_can_resume(mesh: Mesh, undisturbed: Answer) -> None:
     answer = Answer(spec())
-    with pytest.raises(_GoneAway):
-        ask(mesh.site, COORDINATOR, _Leaving(answer, after=20), {"stages": STAGES}, silence_s=SILENCE_S)
+    with pytest.raises(_Disconnected):
+        ask(mesh.site, COORDINATOR, _DisconnectingAnswer(answer, after=20), {"stages": STAGES}, silence_s=SILENCE_S)
     until = time.monotonic() + 1.0
     while mesh[FIRST].rows("sessions"):
-        assert time.monotonic() < until, "what the client left is still held after a second"
+        assert time.monotonic() < until, "the stages of the disconnected client still run after a second"
         time.sleep(0.02)
-    go_on(mesh.site, COORDINATOR, answer, silence_s=SILENCE_S)
-    assert answer.same_as(calm) == []
+    resume(mesh.site, COORDINATOR, answer, silence_s=SILENCE_S)
+    assert answer.differences_from(undisturbed) == []
 
 
-class _GoneAway(Exception):
-    """By its own will."""
+class _Disconnected(Exception):
+    """The client has closed its connection."""
 
 
-class _Leaving(Answer):
-    """Reads into another answer, and goes away after so many pieces of it."""
+class _DisconnectingAnswer(Answer):
+    """Passes events on to another answer, and disconnects after so many of them."""
 
     def __init__(self, answer: Answer, after: int) -> None:
         super().__init__(answer.spec)
@@ -166,7 +167,7 @@ class _Leaving(Answer):
         self._answer.session = self.session
         self._answer.take(number, event, at)
         if len(self._answer.times) == self._after:
-            raise _GoneAway
+            raise _Disconnected
 
 
 def _until_torn(mesh: Mesh, answer: Answer, **options: object) -> None:
@@ -176,27 +177,27 @@ def _until_torn(mesh: Mesh, answer: Answer, **options: object) -> None:
         answer.finish = str(error)
 
 
-def test_a_session_moves_while_it_decodes(mesh: Mesh, calm: Answer) -> None:
+def test_a_session_moves_while_it_decodes(mesh: Mesh, undisturbed: Answer) -> None:
     moved: list[dict[str, object]] = []
 
     def move(answer: Answer) -> None:
         moved.append(mesh[SECOND].post("/mesh/v1/migrate", {"session": answer.session, "target": SPARE, "source": SECOND}))
 
-    answer = struck(mesh, move)
-    assert answer.same_as(calm) == []
+    answer = disturbed(mesh, move)
+    assert answer.differences_from(undisturbed) == []
     assert f"{SPARE}:14-30" in str(moved[0]["plan"])
     assert methods(mesh, answer) == ["mirror"]
 
 
-def test_a_drained_peer_is_left_by_what_runs_on_it(mesh: Mesh, calm: Answer) -> None:
-    answer = struck(mesh, lambda _: mesh[FIRST].signal(signal.SIGTERM))
-    assert answer.same_as(calm) == []
-    assert mesh[FIRST].gone(15) == 0
+def test_the_stages_of_a_drained_peer_move_away(mesh: Mesh, undisturbed: Answer) -> None:
+    answer = disturbed(mesh, lambda _: mesh[FIRST].signal(signal.SIGTERM))
+    assert answer.differences_from(undisturbed) == []
+    assert mesh[FIRST].wait_for_exit(15) == 0
     assert methods(mesh, answer) == ["mirror"]
 
 
-def test_when_nothing_can_hold_the_model_the_client_hears_it_soon_and_goes_on_later(mesh: Mesh, calm: Answer) -> None:
-    """The only peer that may take part is gone."""
+def test_a_client_gets_an_error_soon_if_no_peer_can_continue_and_resumes_later(mesh: Mesh, undisturbed: Answer) -> None:
+    """The only peer that the request allows is killed."""
     only = {"peers": [SECOND], "stages": f"{SECOND}:0-30"}
     answer = Answer(spec())
     reader = threading.Thread(target=_until_torn, args=(mesh, answer), kwargs=only)
@@ -207,9 +208,9 @@ def test_when_nothing_can_hold_the_model_the_client_hears_it_soon_and_goes_on_la
     assert not reader.is_alive()
     assert time.monotonic() - lost < 10
     assert SECOND in answer.finish
-    assert "starting_after" in answer.finish, "the error says how to go on"
+    assert "starting_after" in answer.finish, "the error must say how to resume"
     mesh[SECOND].start()
-    mesh.wait(lambda: mesh[COORDINATOR].sees() >= set(mesh.hosts), "all to be back", mesh[COORDINATOR])
+    mesh.wait(lambda: mesh[COORDINATOR].sees() >= set(mesh.hosts), "all peers to be back", mesh[COORDINATOR])
     answer.finish = ""
-    go_on(mesh.site, COORDINATOR, answer, silence_s=60)
-    assert answer.same_as(calm) == []
+    resume(mesh.site, COORDINATOR, answer, silence_s=60)
+    assert answer.differences_from(undisturbed) == []

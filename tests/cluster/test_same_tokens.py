@@ -1,4 +1,4 @@
-"""Any split, same tokens: one peer = two peers = five uneven peers, logprobs to the last bit."""
+"""The same tokens and logprobs, to the last bit, by one peer, by two, and by five with uneven stages."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +37,7 @@ PROMPTS = (
     "To be, or not to be,",
 )
 LONG = "The history of the lighthouse, told by those who kept it. " * 30
-"""Some 400 tokens: several prefill chunks."""
+"""About 400 tokens, which are several prefill chunks."""
 
 
 @pytest.fixture(scope="module", params=["onnxruntime", "torch"])
@@ -68,8 +68,8 @@ def answer(cluster: Cluster, at: str, split: str, prompt: str, tokens: int, **sa
     return {key: choice[key] for key in ("text", "finish_reason", "logprobs")}
 
 
-def same(cluster: Cluster, prompts: tuple[str, ...], tokens: int) -> None:
-    """Two prompts at a time, so that their steps take turns on every stage."""
+def check_same(cluster: Cluster, prompts: tuple[str, ...], tokens: int) -> None:
+    """Check that all splits give the same answers. Two prompts run at a time, so that their steps alternate on every stage."""
 
     def one(number: int) -> None:
         prompt = prompts[number]
@@ -82,9 +82,9 @@ def same(cluster: Cluster, prompts: tuple[str, ...], tokens: int) -> None:
         list(pool.map(one, range(len(prompts))))
 
 
-@pytest.mark.timeout(300)  # the torch backend took 89 s beside other work, and once over 120 s: this only guards against a hang
+@pytest.mark.timeout(300)  # the torch backend took 89 s, once over 120 s, on a busy machine: the limit only catches a hang
 def test_short_answers_are_the_same_on_one_two_and_five_peers(five: Cluster) -> None:
-    same(five, (*PROMPTS[:2], LONG), tokens=24)
+    check_same(five, (*PROMPTS[:2], LONG), tokens=24)
 
 
 def test_penalties_are_the_same_on_one_two_and_five_peers(five: Cluster) -> None:
@@ -96,4 +96,4 @@ def test_penalties_are_the_same_on_one_two_and_five_peers(five: Cluster) -> None
 @pytest.mark.slow
 @pytest.mark.timeout(5400)
 def test_twenty_prompts_of_128_tokens_are_the_same_on_one_two_and_five_peers(five: Cluster) -> None:
-    same(five, PROMPTS, tokens=128)
+    check_same(five, PROMPTS, tokens=128)

@@ -1,4 +1,4 @@
-"""`meshd up` as a process: how it starts, what it says and how it ends."""
+"""`meshd up` as a process: how it starts, what it prints and how it ends."""
 
 import signal
 import subprocess
@@ -15,7 +15,7 @@ from meshd.state import read_holder
 
 @contextmanager
 def up(state: Path, cache: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
-    """A daemon of its own, waited for until it says that it is up; standard input is a pipe."""
+    """A daemon that is killed at the end of the block; its standard streams are pipes."""
     command = [sys.executable, "-P", "-m", "meshd", "up", "--state", str(state), "--cache", str(cache), "--threads", "1"]
     command += ["--api", "127.0.0.1:0", "--link", "127.0.0.1:0", "--discovery", "static", *flags]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -26,8 +26,8 @@ def up(state: Path, cache: Path, *flags: str) -> Iterator[subprocess.Popen[str]]
             process.kill()
 
 
-def said(process: subprocess.Popen[str]) -> str:
-    """All that it prints up to the line for the next device."""
+def startup_output(process: subprocess.Popen[str]) -> str:
+    """Return what the daemon prints up to the line for the next device; then it is up."""
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
@@ -39,21 +39,21 @@ def said(process: subprocess.Popen[str]) -> str:
 
 def test_the_first_start_prints_the_line_for_the_next_device(tmp_path: Path, shared_cache: Path) -> None:
     with up(tmp_path / "a", shared_cache) as first:
-        text = said(first)
+        text = startup_output(first)
         code = text.split("meshd up --key ")[1].strip()
         holder = read_holder(tmp_path / "a")
         assert holder is not None
         assert f"http://{holder.api}/v1" in text
         with up(tmp_path / "b", shared_cache, "--key", code) as second:
-            assert "meshd key show" in said(second)
+            assert "meshd key show" in startup_output(second)
     with up(tmp_path / "a", shared_cache) as again:
-        assert "meshd key show" in said(again)
+        assert "meshd key show" in startup_output(again)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_it_soon_and_in_good_order(tmp_path: Path, shared_cache: Path, number: signal.Signals) -> None:
+def test_a_signal_ends_the_daemon_soon_and_cleanly(tmp_path: Path, shared_cache: Path, number: signal.Signals) -> None:
     with up(tmp_path / "a", shared_cache) as process:
-        said(process)
+        startup_output(process)
         asked = time.monotonic()
         process.send_signal(number)
         _, err = process.communicate(timeout=10)
@@ -63,15 +63,15 @@ def test_a_signal_ends_it_soon_and_in_good_order(tmp_path: Path, shared_cache: P
     assert read_holder(tmp_path / "a") is None
 
 
-def test_it_ends_with_its_parents_pipe_if_asked_to(tmp_path: Path, shared_cache: Path) -> None:
+def test_with_stop_with_stdin_the_daemon_ends_when_its_standard_input_closes(tmp_path: Path, shared_cache: Path) -> None:
     with up(tmp_path / "a", shared_cache, "--stop-with-stdin") as process:
-        said(process)
+        startup_output(process)
         assert process.stdin is not None
         process.stdin.close()
         assert process.wait(10) == 0
 
 
-def test_a_device_that_is_still_being_measured_stops_at_once(tmp_path: Path) -> None:
+def test_a_daemon_that_still_measures_its_device_stops_at_once(tmp_path: Path) -> None:
     with up(tmp_path / "a", tmp_path / "cache") as process:
         assert process.stderr is not None
         while "measuring" not in process.stderr.readline():
@@ -80,7 +80,7 @@ def test_a_device_that_is_still_being_measured_stops_at_once(tmp_path: Path) -> 
         assert process.wait(10) == 0
 
 
-def test_an_api_key_is_asked_for_once_there_is_one(tmp_path: Path, shared_cache: Path) -> None:
+def test_an_api_key_is_required_once_it_was_made(tmp_path: Path, shared_cache: Path) -> None:
     def meshd(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-P", "-m", "meshd", *words]
         return subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -88,7 +88,7 @@ def test_an_api_key_is_asked_for_once_there_is_one(tmp_path: Path, shared_cache:
     state = ("--state", str(tmp_path / "a"))
     key = meshd("key", "api", *state).stdout.strip()
     with up(tmp_path / "a", shared_cache) as process:
-        said(process)
+        startup_output(process)
         holder = read_holder(tmp_path / "a")
         assert holder is not None
         assert meshd("status", *state).returncode == 0

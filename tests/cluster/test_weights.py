@@ -1,4 +1,4 @@
-"""Peers with empty disks and no way to the model's own source become useful by themselves: their layers come from other peers."""
+"""Peers without the model's file and without its source fetch their layers from other peers."""
 
 import json
 import re
@@ -21,7 +21,7 @@ HEADER_BYTES, EMBEDDING_BYTES, LAYER_BYTES = 1_785_664, 30_081_024, 2_216_448
 
 
 def start_empty(cluster: Cluster, *names: str) -> None:
-    """Daemons without a model and without a source for one; how fast this machine is, they know."""
+    """Start daemons without models and without a source for them. They share the cached measurements of this machine."""
     for name in names:
         folders = ("--models-dir", str(models_of(cluster, name)), "--hf-cache", str(cluster.root / "hf"))
         cluster.start(name, flags=(*folders, "--pypi-index", NOWHERE))
@@ -32,7 +32,7 @@ def models_of(cluster: Cluster, name: str) -> Path:
 
 
 def start_with_file(cluster: Cluster, shared_cache: Path, name: str) -> None:
-    """A daemon with its own copy of the file, so that its checksums are computed again."""
+    """Start a daemon with its own copy of the model store, so that it computes the checksums again."""
     models = models_of(cluster, name)
     models.mkdir()
     for path in (shared_cache / "models").glob("*.gguf"):
@@ -43,18 +43,18 @@ def start_with_file(cluster: Cluster, shared_cache: Path, name: str) -> None:
 
 
 def disk_bytes(cluster: Cluster, name: str) -> int:
-    """What a sparse file really takes."""
+    """Return the disk space that a peer's partial files really take; they are sparse."""
     files = list(models_of(cluster, name).glob("parts/*/file.gguf"))
     return sum(path.stat().st_blocks * 512 for path in files)
 
 
-def remembered(cluster: Cluster, name: str) -> int:
-    """Tensors that it would not fetch again after a crash."""
+def tensors_on_disk(cluster: Cluster, name: str) -> int:
+    """Return the number of tensors that a peer would not fetch again after a crash."""
     return sum(len(path.read_bytes().splitlines()) for path in models_of(cluster, name).glob("parts/*/have"))
 
 
 def fetches(daemon: Daemon) -> list[tuple[int, int]]:
-    """(bytes received, bytes already present) of each fetch, from its log."""
+    """Return (bytes received, bytes already on disk) of each fetch, from the daemon's log."""
     found = re.findall(r"(\d+) bytes of \S+ came in .*?; (\d+) were here", daemon.log.read_text())
     return [(int(came), int(here)) for came, here in found]
 
@@ -69,21 +69,21 @@ def answer(daemon: Daemon, stages: str) -> str:
 
 
 def place_in_background(cluster: Cluster, at: str, stages: str) -> tuple[threading.Thread, list[str]]:
-    """The thread that asks for it, and a list that gets its output at the end."""
-    told: list[str] = []
+    """Place the model in a thread. Returns: the thread, and a list that contains the daemon's output when the thread ends."""
+    output: list[str] = []
     body = json.dumps({"model": MODEL, "stages": stages, "context": 512}).encode()
-    asked = urllib.request.Request(cluster[at].api + "/mesh/v1/place", body, {"content-type": "application/json"})
+    request = urllib.request.Request(cluster[at].api + "/mesh/v1/place", body, {"content-type": "application/json"})
 
     def ask() -> None:
-        with urllib.request.urlopen(asked, timeout=120) as stream:
-            told.append(stream.read().decode())
+        with urllib.request.urlopen(request, timeout=120) as stream:
+            output.append(stream.read().decode())
 
     thread = threading.Thread(target=ask)
     thread.start()
-    return thread, told
+    return thread, output
 
 
-def test_peers_without_file_or_source_get_their_layers_and_answer_alike(cluster: Cluster, shared_cache: Path) -> None:
+def test_peers_without_file_or_source_fetch_their_layers_and_answer_the_same(cluster: Cluster, shared_cache: Path) -> None:
     start_with_file(cluster, shared_cache, "a")
     start_empty(cluster, "b", "c")
     cluster.see_each_other()
@@ -112,16 +112,16 @@ def test_peers_without_file_or_source_get_their_layers_and_answer_alike(cluster:
     assert [path.stat().st_size for path in models_of(cluster, "c").glob("*.gguf")] == [98_362_432]
 
 
-def test_a_peer_killed_while_it_fetches_goes_on_from_there(cluster: Cluster, shared_cache: Path) -> None:
+def test_a_peer_killed_while_it_fetches_continues_where_it_stopped(cluster: Cluster, shared_cache: Path) -> None:
     start_with_file(cluster, shared_cache, "a")
     start_empty(cluster, "b")
     cluster.see_each_other()
     thread, _ = place_in_background(cluster, "a", "a:0-1,b:1-30")
-    wait_until(lambda: remembered(cluster, "b") > 60)
+    wait_until(lambda: tensors_on_disk(cluster, "b") > 60)
     [shown] = [row["holdings"] for row in cluster["b"].rows("peers") if row["name"] == "b"]
     cluster["b"].kill()
     thread.join()
-    assert [(held["layers"], held["state"]) for held in shown] == [("1-30", "loading")]
+    assert [(holding["layers"], holding["state"]) for holding in shown] == [("1-30", "loading")]
     assert 0 < shown[0]["progress"] < 0.5
     assert len(fetches(cluster["b"])) == 1, "it was killed too late"
     start_empty(cluster, "b")
@@ -134,17 +134,17 @@ def test_a_peer_killed_while_it_fetches_goes_on_from_there(cluster: Cluster, sha
     assert answer(cluster["b"], "a:0-1,b:1-30") == answer(cluster["b"], "a:0-30")
 
 
-def test_a_source_killed_while_it_gives_is_made_up_for_by_another(cluster: Cluster, shared_cache: Path) -> None:
+def test_another_peer_replaces_a_source_that_is_killed_while_it_sends(cluster: Cluster, shared_cache: Path) -> None:
     for name in "ab":
         start_with_file(cluster, shared_cache, name)
     start_empty(cluster, "c")
     cluster.see_each_other()
-    thread, told = place_in_background(cluster, "a", "a:0-1,c:1-30")
+    thread, output = place_in_background(cluster, "a", "a:0-1,c:1-30")
     wait_until(lambda: disk_bytes(cluster, "c") > 20_000_000)
     cluster["b"].kill()
     assert disk_bytes(cluster, "c") < 90_000_000
     thread.join()
-    assert "data: [DONE]" in told[0]
+    assert "data: [DONE]" in output[0]
     log = cluster["c"].log.read_text()
     assert re.search(r"b \(\w+\) gives no more weights", log)
     assert re.search(r"came in .*from a, \d+ from b|came in .*from b, \d+ from a", log)
@@ -152,26 +152,26 @@ def test_a_source_killed_while_it_gives_is_made_up_for_by_another(cluster: Clust
     assert answer(cluster["a"], "a:0-1,c:1-30") == answer(cluster["a"], "a:0-30")
 
 
-def test_without_any_source_there_is_one_clear_error_soon(cluster: Cluster, shared_cache: Path) -> None:
+def test_without_any_source_there_is_soon_one_clear_error(cluster: Cluster, shared_cache: Path) -> None:
     start_with_file(cluster, shared_cache, "a")
     start_empty(cluster, "b")
     cluster.see_each_other()
-    thread, told = place_in_background(cluster, "b", "b:0-30")
+    thread, output = place_in_background(cluster, "b", "b:0-30")
     wait_until(lambda: disk_bytes(cluster, "b") > 10_000_000)
     began = time.monotonic()
     cluster["a"].kill()
     thread.join()
     assert time.monotonic() - began < 30
-    assert told[0].count('"error"') == 1
-    assert "no live peer can give" in told[0]
-    assert "127.0.0.1:9" in told[0]
+    assert output[0].count('"error"') == 1
+    assert "no live peer can give" in output[0]
+    assert "127.0.0.1:9" in output[0]
     assert [row["holdings"] for row in cluster["b"].rows("peers") if row["name"] == "b"] == [[]]
 
 
 def wait_until(condition: Callable[[], object], within_s: float = 60.0) -> None:
-    """Closely: the next moment may be too late."""
+    """Poll every 2 ms, because tests must act before a fetch has ended."""
     until = time.monotonic() + within_s
     while not condition():
         if time.monotonic() > until:
-            pytest.fail("it did not begin")
+            pytest.fail(f"the condition did not hold within {within_s:g} s")
         time.sleep(0.002)

@@ -1,4 +1,4 @@
-"""Loads a script of `tests/` that is no package, so that a test can check what it makes."""
+"""Loads a script of `tests/` as a module, so that a test can check what it generates."""
 
 import importlib.util
 from pathlib import Path

@@ -1,6 +1,8 @@
-"""One peer's mDNS and nothing else, in a host of a lab: PEER CLUSTER [LIFE_S]. Prints each sighting as a line of JSON.
+"""Run the mDNS discovery of one peer, and nothing else, on a host of a lab. Print each sighting as a line of JSON.
 
-SIGTERM ends it. With LIFE_S it is killed after so many seconds, and is back at once.
+    python tests/netlab/mdns_peer.py PEER CLUSTER [LIFE_S ...]
+
+SIGTERM ends it. For each LIFE_S, a process runs for so many seconds, is killed, and the next one starts at once.
 """
 
 import asyncio
@@ -35,18 +37,18 @@ async def main(peer: str, cluster: str) -> None:
     say("stopped", others=mdns.other_clusters())
 
 
-def lose_a_life(life_s: float) -> None:
-    """Return in a child, and here as soon as the child has been killed."""
-    first = os.fork()
-    if first:
+def fork_and_kill(life_s: float) -> None:
+    """Fork. Return in the child at once, and in this process when it has killed the child after `life_s`."""
+    child = os.fork()
+    if child:
         time.sleep(life_s)
-        os.kill(first, signal.SIGKILL)
-        os.waitpid(first, 0)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
         say("lost")
 
 
 if __name__ == "__main__":
     peer, cluster, *life_s = sys.argv[1:]
     for each in life_s:
-        lose_a_life(float(each))
+        fork_and_kill(float(each))
     asyncio.run(main(peer, cluster))

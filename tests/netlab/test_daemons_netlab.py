@@ -1,4 +1,4 @@
-"""Whole daemons on three hosts: found, kept apart by key, gone when they leave or are cut off. `pytest -s` prints the times."""
+"""Daemons on three hosts find one another, ignore other clusters, and notice who leaves. `pytest -s` prints the times."""
 
 import json
 import math
@@ -24,7 +24,7 @@ CUT_S = 3.0
 
 
 class Host:
-    """`meshd up` on one host, followed by its log."""
+    """`meshd up` on one host; its log is its only output."""
 
     def __init__(self, lab: Any, host: str, root: Path, *flags: str) -> None:
         self.name, self.state = host, root / host
@@ -41,7 +41,7 @@ class Host:
                 yield datetime.fromisoformat(entry["time"]).timestamp(), entry["event"]
 
     def when(self, text: str, since: float = 0.0) -> float | None:
-        """When it first logged this, if it did."""
+        """Return when it first logged an event with this text; None: not yet."""
         return next((at for at, event in self.events() if at >= since and text in event), None)
 
     def key(self) -> str:
@@ -54,22 +54,22 @@ def wait_for(condition: Callable[[], float | None], what: str, host: Host, withi
     until = time.monotonic() + within_s
     while (at := condition()) is None:
         if time.monotonic() > until:
-            pytest.fail(f"no {what} on {host.name}:\n{host.log.read_text()[-3000:]}")
+            pytest.fail(f"gave up waiting for {what} on {host.name}:\n{host.log.read_text()[-3000:]}")
         time.sleep(0.01)
     return at
 
 
 def now() -> float:
-    """The time as logged, cut to the millisecond: a goodbye in the same one must not seem to come before."""
+    """Return the time rounded down to the millisecond, as logged times are, so that an event logged just after is not before it."""
     return math.floor(time.time() * 1000) / 1000
 
 
 def when_all(hosts: list[Host], of: list[Host], text: str, since: float = 0.0) -> float:
-    """When the last of `hosts` has logged `peer NAME (id) is TEXT` of each of `of`."""
+    """Wait until each of `hosts` has logged `peer NAME (id) is TEXT` of each of `of`. Returns: when the last one did."""
 
     def seen(host: Host, other: Host) -> float | None:
-        said = ((at, event) for at, event in host.events() if at >= since)
-        return next((at for at, event in said if event.startswith(f"peer {other.name} (") and f") is {text}" in event), None)
+        logged = ((at, event) for at, event in host.events() if at >= since)
+        return next((at for at, event in logged if event.startswith(f"peer {other.name} (") and f") is {text}" in event), None)
 
     pairs = [(host, other) for host in hosts for other in of if host is not other]
     return max(wait_for(lambda host=host, other=other: seen(host, other), f"{other.name} {text}", host) for host, other in pairs)
@@ -77,7 +77,7 @@ def when_all(hosts: list[Host], of: list[Host], text: str, since: float = 0.0) -
 
 @pytest.fixture
 def three(make_lab: Any, tmp_path: Path) -> tuple[Any, list[Host], float]:
-    """A lab of four hosts, daemons of one cluster on three of them, and when the last of them was up."""
+    """A lab of four hosts, the daemons of one cluster on three of them, and the time when the last one was up."""
     lab = make_lab(hosts=4)
     first = Host(lab, "h1", tmp_path)
     wait_for(lambda: first.when("up: links on"), "start", first)
@@ -85,7 +85,7 @@ def three(make_lab: Any, tmp_path: Path) -> tuple[Any, list[Host], float]:
     return lab, hosts, max(wait_for(lambda host=host: host.when("up: links on"), "start", host) for host in hosts)
 
 
-def test_three_daemons_find_one_another_and_never_a_stranger(three: tuple[Any, list[Host], float], tmp_path: Path) -> None:
+def test_three_daemons_find_one_another_and_ignore_another_cluster(three: tuple[Any, list[Host], float], tmp_path: Path) -> None:
     lab, hosts, up = three
     found_s = when_all(hosts, hosts, "alive") - up
     stranger = Host(lab, "h4", tmp_path)
@@ -97,7 +97,7 @@ def test_three_daemons_find_one_another_and_never_a_stranger(three: tuple[Any, l
     assert found_s < FIND_S
 
 
-def test_a_daemon_that_stops_or_is_cut_off_is_gone_soon(three: tuple[Any, list[Host], float]) -> None:
+def test_a_daemon_that_stops_or_is_cut_off_is_noticed_soon(three: tuple[Any, list[Host], float]) -> None:
     lab, hosts, _ = three
     when_all(hosts, hosts, "alive")
     stopped = now()

@@ -1,4 +1,4 @@
-"""mDNS between real hosts. The times are the product's promises; `pytest -s` prints what was measured."""
+"""mDNS between real hosts, within the times that meshd promises. `pytest -s` prints the measured times."""
 
 import json
 import signal
@@ -18,17 +18,17 @@ pytestmark = pytest.mark.netlab
 
 SCRIPT = Path(__file__).with_name("mdns_peer.py")
 FIND_S = 3.0
-"""From the last start until every peer sees every other."""
+"""Longest time from the last start until every peer has found every other."""
 GOODBYE_S = 1.0
 
 
 class Peer:
-    """A peer on a lab's host, and what it has said so far."""
+    """A peer on a lab's host, and the lines that it has printed so far."""
 
     def __init__(self, lab: Any, host: str, letter: str, cluster: str = "c1", life_s: float | None = None) -> None:
         self.id = letter * 52
         self.host = host
-        self.said: list[dict[str, Any]] = []
+        self.lines: list[dict[str, Any]] = []
         self._lab = lab
         self._arguments = [cluster] if life_s is None else [cluster, str(life_s)]
         self.start()
@@ -42,13 +42,14 @@ class Peer:
     def _read(self, lines: IO[str]) -> None:
         with lines:
             for line in lines:
-                self.said.append(json.loads(line))
+                self.lines.append(json.loads(line))
 
     def first(self, kind: str | type[Sighting], other: "Peer | None" = None, since: float = 0.0) -> dict[str, Any] | None:
-        """The first line of this kind (and about the other peer), from `since` on."""
+        """Return the first line of this kind (about the other peer, if given) that was printed after `since`."""
         peer = other.id if other is not None else None
         kind = kind if isinstance(kind, str) else kind.__name__
-        return next((said for said in self.said if said["kind"] == kind and said.get("peer") == peer and said["at"] >= since), None)
+        lines = (line for line in self.lines if line["kind"] == kind and line.get("peer") == peer)
+        return next((line for line in lines if line["at"] >= since), None)
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -64,40 +65,40 @@ def wait_for(condition: Callable[[], bool], what: str, within_s: float = 8.0) ->
         time.sleep(0.005)
 
 
-def heard_s(who: Sequence[Peer], kind: type[Sighting], of: Sequence[Peer], since: float) -> float:
-    """Wait until each of `who` has said so of each of `of`; seconds from `since` to the last of it."""
+def sighted_s(who: Sequence[Peer], kind: type[Sighting], of: Sequence[Peer], since: float) -> float:
+    """Wait until each of `who` has printed this sighting of each of `of`. Returns: seconds from `since` to the last one."""
     pairs = [(one, other) for one in who for other in of if one is not other]
     wait_for(lambda: all(one.first(kind, other, since) for one, other in pairs), f"{kind.__name__} printed by all")
-    return max(float(said["at"]) - since for one, other in pairs if (said := one.first(kind, other, since)) is not None)
+    return max(float(line["at"]) - since for one, other in pairs if (line := one.first(kind, other, since)) is not None)
 
 
 def last_start(peers: Sequence[Peer]) -> float:
     wait_for(lambda: all(peer.first("started") for peer in peers), "start")
-    return max(float(said["at"]) for peer in peers if (said := peer.first("started")) is not None)
+    return max(float(line["at"]) for peer in peers if (line := peer.first("started")) is not None)
 
 
 def find_s(peers: Sequence[Peer]) -> float:
-    """Until all have seen all, from the last start; what was seen before that start counts as seen at once."""
+    """Wait until all peers have found one another. Returns: seconds from the last start; negative if all were found before it."""
     start = last_start(peers)
-    heard_s(peers, PeerFound, peers, 0.0)
-    seen = [
-        float(said["at"])
+    sighted_s(peers, PeerFound, peers, 0.0)
+    found = [
+        float(line["at"])
         for one in peers
         for other in peers
-        if one is not other and (said := one.first(PeerFound, other)) is not None
+        if one is not other and (line := one.first(PeerFound, other)) is not None
     ]
-    return max(seen) - start
+    return max(found) - start
 
 
 @pytest.mark.parametrize("apart_s", [0.0, 0.3, 0.7, 1.5])
-def test_all_see_all_soon_after_the_last_start(make_lab: Any, apart_s: float) -> None:
+def test_all_peers_find_one_another_soon_after_the_last_start(make_lab: Any, apart_s: float) -> None:
     lab = make_lab(hosts=3)
     peers = []
     for host, letter in zip(lab.hosts, "abc", strict=True):
         peers.append(Peer(lab, host, letter))
         time.sleep(apart_s)
     took = find_s(peers)
-    print(f"\nthree hosts, started {apart_s} s apart: all see all after {took * 1e3:.1f} ms")
+    print(f"\nthree hosts, started {apart_s} s apart: all found all after {took * 1e3:.1f} ms")
     assert took < FIND_S
     found = peers[0].first(PeerFound, peers[2])
     assert found is not None
@@ -105,14 +106,14 @@ def test_all_see_all_soon_after_the_last_start(make_lab: Any, apart_s: float) ->
 
 
 @pytest.mark.parametrize("apart_s", [0.0, 0.7])
-def test_peers_on_one_host_see_one_another(make_lab: Any, apart_s: float) -> None:
+def test_peers_on_one_host_find_one_another(make_lab: Any, apart_s: float) -> None:
     lab = make_lab(hosts=1)
     peers = []
     for letter in "abc":
         peers.append(Peer(lab, "h1", letter))
         time.sleep(apart_s)
     took = find_s(peers)
-    print(f"\none host, started {apart_s} s apart: all see all after {took * 1e3:.1f} ms")
+    print(f"\none host, started {apart_s} s apart: all found all after {took * 1e3:.1f} ms")
     assert took < FIND_S
 
 
@@ -122,14 +123,14 @@ def test_a_peer_that_stops_is_gone_within_a_second(make_lab: Any) -> None:
     find_s(peers)
     asked = time.time()
     peers[2].stop()
-    took = heard_s(peers[:2], PeerWithdrawn, peers[2:], asked)
+    took = sighted_s(peers[:2], PeerWithdrawn, peers[2:], asked)
     print(
         f"\ngoodbye: gone from the others after {took * 1e3:.1f} ms; the process ended after {(time.time() - asked) * 1e3:.0f} ms"
     )
     assert took < GOODBYE_S
 
 
-def test_one_that_comes_back_after_a_power_loss_is_heard_again(make_lab: Any) -> None:
+def test_a_peer_is_found_again_after_a_power_loss(make_lab: Any) -> None:
     lab = make_lab(hosts=2)
     peers = [Peer(lab, host, letter) for host, letter in zip(lab.hosts, "ab", strict=True)]
     find_s(peers)
@@ -137,14 +138,14 @@ def test_one_that_comes_back_after_a_power_loss_is_heard_again(make_lab: Any) ->
     peers[1].process.wait(10)
     lost = time.time()
     peers[1].start()
-    took = heard_s(peers[:1], PeerFound, peers[1:], lost)
-    print(f"\nback after a power loss: heard {took * 1e3:.0f} ms after it was started")
+    took = sighted_s(peers[:1], PeerFound, peers[1:], lost)
+    print(f"\nback after a power loss: found {took * 1e3:.0f} ms after it was started")
     assert took < FIND_S
 
 
 @pytest.mark.parametrize("life_s", [0.05, 0.2])
-def test_one_that_is_back_at_once_is_heard_again(make_lab: Any, life_s: float) -> None:
-    """Its announcements are the same to the last bit as those of its former life, a moment ago."""
+def test_a_peer_that_restarts_at_once_is_found_again(make_lab: Any, life_s: float) -> None:
+    """The new process sends exactly the announcements that the killed one sent a moment ago."""
     lab = make_lab(hosts=2)
     peers = [Peer(lab, "h1", "a")]
     last_start(peers)
@@ -152,12 +153,12 @@ def test_one_that_is_back_at_once_is_heard_again(make_lab: Any, life_s: float) -
     wait_for(lambda: peers[1].first("lost") is not None, "loss")
     lost = peers[1].first("lost")
     assert lost is not None
-    took = heard_s(peers[:1], PeerFound, peers[1:], lost["at"])
-    print(f"\nback at once: heard {took * 1e3:.0f} ms after it was lost")
+    took = sighted_s(peers[:1], PeerFound, peers[1:], lost["at"])
+    print(f"\nback at once: found {took * 1e3:.0f} ms after it was lost")
     assert took < FIND_S
 
 
-def test_a_cable_that_is_put_back_brings_the_peer_back(make_lab: Any) -> None:
+def test_a_peer_is_found_again_when_its_cable_is_put_back(make_lab: Any) -> None:
     lab = make_lab(hosts=2)
     peers = [Peer(lab, host, letter) for host, letter in zip(lab.hosts, "ab", strict=True)]
     find_s(peers)
@@ -166,12 +167,12 @@ def test_a_cable_that_is_put_back_brings_the_peer_back(make_lab: Any) -> None:
     wait_for(lambda: peers[1].first(SourceNotice, None, cut) is not None, "notice of the lost interface")
     lab.heal("h2")
     healed = time.time()
-    took = heard_s(peers[:1], PeerFound, peers[1:], healed)
-    print(f"\ncable put back: heard again after {took * 1e3:.0f} ms")
+    took = sighted_s(peers[:1], PeerFound, peers[1:], healed)
+    print(f"\ncable put back: found again after {took * 1e3:.0f} ms")
     assert took < 5.0
 
 
-def test_another_cluster_is_counted_and_not_reported(make_lab: Any) -> None:
+def test_peers_of_another_cluster_are_counted_but_not_reported(make_lab: Any) -> None:
     lab = make_lab(hosts=3)
     peers = [Peer(lab, "h1", "a"), Peer(lab, "h2", "b"), Peer(lab, "h3", "c", cluster="c2")]
     find_s(peers[:2])

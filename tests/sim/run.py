@@ -1,7 +1,7 @@
-"""Runs the simulator: a whole cluster in one process, under a virtual clock and a seeded network.
+"""Run the simulator: a whole cluster in one process, under a virtual clock and a seeded network.
 
     python -P tests/sim/run.py --seeds 1000..2000 [--peers 5] [--faults 20] [--kinds kill,freeze]
-    python -P tests/sim/run.py --seed 1234 [the same options]      one run, with all that happens
+    python -P tests/sim/run.py --seed 1234 [the same options]      one run, with its whole trace
     python -P tests/sim/run.py --events 1000000 --peers 50 --churn
                                                                    one long run, and its figures
 
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "lib"))
 from sim.faults import kinds
 from sim.options import Options, replay
 from sim.outcome import Outcome
-from sim.world import World
+from sim.simulation import simulate
 
 _COUNTED = (
     "events",
@@ -47,8 +47,8 @@ _COUNTED = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, help="run this one and print all that happens")
-    parser.add_argument("--seeds", type=_range, help="FIRST..LAST, the last one not included")
+    parser.add_argument("--seed", type=int, help="run this one and print its trace")
+    parser.add_argument("--seeds", type=_range, help="FIRST..LAST, without LAST; default: 0..100")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, with --seeds")
     for field in dataclasses.fields(Options):
         name = f"--{field.name.replace('_', '-')}"
@@ -56,7 +56,7 @@ def main() -> int:
             parser.add_argument(name, action="store_true", default=None)
         elif field.name != "kinds":
             parser.add_argument(name, type=type(field.default), help=f"default: {field.default}")
-    parser.add_argument("--kinds", help=f"only these faults, with commas: {', '.join(kinds())}")
+    parser.add_argument("--kinds", help=f"only these faults, separated by commas: {', '.join(kinds())}")
     given = parser.parse_args()
     named = {field.name: getattr(given, field.name) for field in dataclasses.fields(Options)}
     chosen = {name: value for name, value in named.items() if value is not None}
@@ -76,7 +76,7 @@ def _range(text: str) -> range:
 
 
 def _one(seed: int, options: Options) -> int:
-    outcome = World(seed, options, keep=1, echo=True).run()
+    outcome = simulate(seed, options, keep=1, echo=True)
     print(_summary([outcome]))
     print(f"{outcome}, digest {outcome.digest:08x}")
     return bool(outcome.failure)
@@ -99,11 +99,11 @@ def _many(seeds: range, options: Options, jobs: int) -> int:
 
 
 def _run(seed: int, options: Options) -> Outcome:
-    return World(seed, options).run()
+    return simulate(seed, options)
 
 
 def _long(seed: int, options: Options) -> int:
-    outcome = World(seed, options).run()
+    outcome = simulate(seed, options)
     print(_summary([outcome]))
     print(outcome)
     return bool(outcome.failure)
@@ -128,11 +128,11 @@ def _summary(outcomes: Iterable[Outcome]) -> str:
         f"decisions {decisions:.0f} ({decisions / real_s:.1f}/s): plans {total['plans']:.0f}, recoveries {total['recoveries']:.0f}",
         f"searches for a plan {total['searches']:.0f}, {1e3 * total['searching_s'] / max(1, total['searches']):.2f} ms each "
         f"({total['searches'] / max(1e-9, total['searching_s']):.0f}/s)",
-        f"changes of plan that a token followed: {changes or 'none'}",
+        f"changes of plan after which a token came: {changes or 'none'}",
         f"invariants checked {total['checks']:.0f} times, faults {total['faults']:.0f}",
         f"virtual time {total['virtual_s']:.0f} s, real time {real_s:.1f} s",
         f"answers exact {total['exact']:.0f}, cancelled {total['cancelled']:.0f}; "
-        f"errors and breaks that clients saw {total['client_errors']:.0f}",
+        f"errors and broken connections that clients saw {total['client_errors']:.0f}",
     ]
     if pauses:
         shares = ", ".join(f"p{100 * share:g} {_at(pauses, share) * 1e3:.0f} ms" for share in (0.5, 0.9, 0.99, 1.0))

@@ -1,4 +1,4 @@
-"""The simulator's loop: virtual time, frozen and killed owners, the same order every time."""
+"""The simulator's event loop: virtual time, stopped owners, and errors that it detects."""
 
 import asyncio
 import random
@@ -13,7 +13,7 @@ def loop_of(seed: int = 0) -> SimLoop:
     return SimLoop(random.Random(seed))
 
 
-def test_time_jumps_and_nothing_waits() -> None:
+def test_the_clock_jumps_and_nothing_waits() -> None:
     loop = loop_of()
     began = time.monotonic()
     before = loop.time()
@@ -23,7 +23,7 @@ def test_time_jumps_and_nothing_waits() -> None:
     loop.close()
 
 
-def test_timers_go_off_in_order() -> None:
+def test_timers_fire_in_order_of_time_and_creation() -> None:
     loop = loop_of()
     seen: list[int] = []
     for number, delay in enumerate((0.3, 0.1, 0.2, 0.1)):
@@ -35,7 +35,7 @@ def test_timers_go_off_in_order() -> None:
     loop.close()
 
 
-def test_timeouts_and_threads_work() -> None:
+def test_timeouts_and_threads_work_in_virtual_time() -> None:
     async def main() -> int:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(5):
@@ -47,7 +47,7 @@ def test_timeouts_and_threads_work() -> None:
     loop.close()
 
 
-def test_a_stopped_owner_goes_on_where_it_was() -> None:
+def test_a_stopped_owner_continues_where_it_was_stopped() -> None:
     loop = loop_of()
     owner = Owner("p")
     ticks: list[float] = []
@@ -65,7 +65,7 @@ def test_a_stopped_owner_goes_on_where_it_was() -> None:
         assert len(ticks) == 2
         loop.resume(owner)
         await asyncio.sleep(2.5)
-        assert len(ticks) == 5  # the one that was due, and two more
+        assert len(ticks) == 5  # one was due while the owner was stopped, and two followed
         task.cancel()
         await asyncio.wait([task])
 
@@ -74,7 +74,7 @@ def test_a_stopped_owner_goes_on_where_it_was() -> None:
     loop.close()
 
 
-def test_what_an_owner_starts_is_its_own() -> None:
+def test_a_task_belongs_to_the_owner_of_its_context() -> None:
     loop = loop_of()
     owner, checked = Owner("p"), []
     owner.after = lambda: checked.append(loop.time())
@@ -95,28 +95,28 @@ def test_what_an_owner_starts_is_its_own() -> None:
     loop.close()
 
 
-def test_a_deadlock_is_told() -> None:
+def test_a_deadlock_raises_stuck() -> None:
     loop = loop_of()
     with pytest.raises(Stuck, match="nothing is left"):
         loop.run_until_complete(loop.create_future())
     loop.close()
 
 
-def test_a_loop_that_never_ends_is_told() -> None:
+def test_callbacks_without_end_raise_stuck() -> None:
     async def spin() -> None:
         while True:  # noqa: ASYNC110
             await asyncio.sleep(0)
 
     loop = loop_of()
     task = loop.create_task(spin())
-    with pytest.raises(Stuck, match="does not move"):
+    with pytest.raises(Stuck, match="does not advance"):
         loop.run_until_complete(task)
     task.cancel()
     loop.run_until_complete(asyncio.wait([task]))
     loop.close()
 
 
-def test_what_nobody_catches_is_kept() -> None:
+def test_an_error_that_no_code_catches_is_kept_as_a_fault() -> None:
     def fail() -> None:
         raise ValueError("lost")
 

@@ -1,4 +1,4 @@
-"""The toy model: any split gives the reference's tokens, and any damage to the KV other ones."""
+"""The toy model: any split gives the reference's tokens, and any damage to KV gives other tokens."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -11,13 +11,16 @@ from meshd.kernels.backend import Segment
 from meshd.kernels.kv import KVPool
 from meshd.kernels.sampler import Sampler
 from meshd.types import LayerRange, SamplingParams
-from sim.toy import CONTEXT, HIDDEN, Expected, Meter, PlainModel, Speed, ToyBackend, random_prompt, reference, toy_card
+from sim.toy.backend import Meter, Speed, ToyBackend
+from sim.toy.mathematics import CONTEXT, HIDDEN, PRIME, toy_card
+from sim.toy.reference import Expected, PlainModel, reference
+from sim.toy.text import random_prompt
 
 CARD = toy_card()
 
 
 class Split:
-    """The model over stages, fed by hand."""
+    """The toy model, split into stages at `cuts`."""
 
     def __init__(self, cuts: Sequence[int]) -> None:
         self.meter = Meter()
@@ -44,11 +47,11 @@ def test_any_split_and_any_chunks_give_the_same_tokens(seed: int) -> None:
     expected = reference(6, prompt, sampling, 30, ignore_eos=True)
     split = Split(sorted(rng.sample(range(1, 6), rng.randint(0, 4))))
     sampler = Sampler(sampling, prompt)
-    rest, tokens = list(prompt), []
-    while rest:
+    remaining, tokens = list(prompt), []
+    while remaining:
         size = rng.randint(1, 64)
-        logits = split.feed(rest[:size])
-        rest = rest[size:]
+        logits = split.feed(remaining[:size])
+        remaining = remaining[size:]
     while len(tokens) < 30:
         token, _ = sampler.pick(logits, split.position)
         sampler.accept(token)
@@ -58,7 +61,7 @@ def test_any_split_and_any_chunks_give_the_same_tokens(seed: int) -> None:
     assert split.meter.spent_s > 0
 
 
-def test_one_token_and_many_are_the_same_mathematics() -> None:
+def test_a_chunk_gives_the_same_logits_as_single_tokens() -> None:
     one, many, plain = Split([2]), Split([3]), PlainModel(6)
     ids = random_prompt(random.Random(3), 60)
     for token in ids:
@@ -71,42 +74,43 @@ def test_one_token_and_many_are_the_same_mathematics() -> None:
 @pytest.mark.parametrize("layer", range(6))
 @pytest.mark.parametrize("position", [0, 17, 39])
 @pytest.mark.parametrize("part", range(4))
-def test_every_value_of_kv_counts(layer: int, position: int, part: int) -> None:
+def test_every_value_of_kv_changes_the_logits(layer: int, position: int, part: int) -> None:
     ids = random_prompt(random.Random(1), 200)[:40] + (1,) * 40
-    intact, hurt = Split([]), Split([])
+    intact, damaged = Split([]), Split([])
     intact.feed(ids[:40])
-    hurt.feed(ids[:40])
-    slots = hurt.pools[0]._slots[layer, part // 2]
-    first = hurt.tables[0].blocks[0] * 32
+    damaged.feed(ids[:40])
+    slots = damaged.pools[0]._slots[layer, part // 2]
+    first = damaged.tables[0].blocks[0] * 32
     slots[first + position, 0, part % 2] += 1
-    assert (intact.feed(ids[40:41]) != hurt.feed(ids[40:41])).any()
+    assert (intact.feed(ids[40:41]) != damaged.feed(ids[40:41])).any()
 
 
 def _swap(pool: KVPool) -> None:
-    """Two positions of one layer change places."""
+    """Swap two positions of one layer."""
     pool._slots[2][:, [5, 6]] = pool._slots[2][:, [6, 5]]
 
 
 def _stale(pool: KVPool) -> None:
-    """One block of one layer is another one's."""
+    """Overwrite a block of one layer with another block."""
     pool._slots[1][:, 32:64] = pool._slots[1][:, 0:32]
 
 
 def _lost(pool: KVPool) -> None:
+    """Clear a block of one layer."""
     pool._slots[4][:, 32:64] = 0
 
 
 @pytest.mark.parametrize("damage", [_swap, _stale, _lost])
-def test_damage_shows(damage: Callable[[KVPool], None]) -> None:
+def test_damaged_kv_changes_the_logits(damage: Callable[[KVPool], None]) -> None:
     ids = tuple(random.Random(2).randrange(64) for _ in range(70))
-    intact, hurt = Split([]), Split([])
+    intact, damaged = Split([]), Split([])
     intact.feed(ids)
-    hurt.feed(ids)
-    damage(hurt.pools[0])
-    assert (intact.feed([3]) != hurt.feed([3])).any()
+    damaged.feed(ids)
+    damage(damaged.pools[0])
+    assert (intact.feed([3]) != damaged.feed([3])).any()
 
 
-def test_steps_out_of_order_show() -> None:
+def test_steps_out_of_order_change_the_logits() -> None:
     right, wrong = Split([]), Split([])
     right.feed([1, 2, 3])
     for position, token in ((0, 1), (2, 3), (1, 2)):
@@ -116,7 +120,7 @@ def test_steps_out_of_order_show() -> None:
     assert (right.feed([4]) != wrong.feed([4])).any()
 
 
-def test_the_reference_stops() -> None:
+def test_the_reference_ends_by_token_or_by_length() -> None:
     ends = {_reference(seed).finish for seed in range(40)}
     assert ends == {"stop", "length"}
 
@@ -125,6 +129,6 @@ def _reference(seed: int) -> Expected:
     return reference(6, (seed % 64, 1), SamplingParams(seed=seed), 40)
 
 
-def test_it_is_small_enough_to_be_exact() -> None:
+def test_products_are_exact_in_float32() -> None:
     assert CARD.spec.hidden == HIDDEN
-    assert 4093 * 4093 < 2**24
+    assert PRIME * PRIME < 2**24

@@ -10,7 +10,7 @@ from meshd.agents.service import Finished, TextDelta
 from meshd.errors import Cancelled, DoesNotFit
 from meshd.protocol.messages import Close, Prompt
 from meshd.types import FinishReason
-from sim.toy import letter
+from sim.toy.text import letter
 
 
 @pytest.fixture

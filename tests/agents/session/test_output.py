@@ -10,7 +10,7 @@ from in_process.clusters import make_card
 from in_process.journals import record
 from meshd.agents.session.output import AnswerOutput
 from meshd.types import FinishReason, SamplingParams, TokenLogprobs
-from sim.toy import letter, toy_text
+from sim.toy.text import letter, toy_text
 
 CARD = make_card()
 EOS = CARD.end_of_sequence[0]

@@ -1,1 +1,1 @@
-"""Clients, faults and verdicts of a chaos run."""
+"""The parts of a chaos run: clients, faults, repairs, and the verdict."""

@@ -1,4 +1,4 @@
-"""Clients of the chaos run: they ask, read, and continue at another peer when a connection breaks, as any client may."""
+"""Clients of the chaos run: they send requests, read answers, and resume at another peer when a connection breaks."""
 
 import http.client
 import queue
@@ -12,14 +12,14 @@ from typing import Any
 
 from real_daemons.mesh import MODEL
 from real_daemons.sites import Site
-from real_daemons.streams import Answer, Interrupted, Refused, Spec, ask, go_on
+from real_daemons.streams import Answer, Interrupted, Refused, Spec, ask, resume
 
 SILENCE_S = 8.0
-"""A client that hears nothing for so long turns to another peer."""
+"""A client that receives nothing for so long turns to another peer."""
 ANSWER_S = 150.0
-"""An answer that has not ended by then never will."""
-_AGAIN_S = 0.3
-_BROKEN = (Interrupted, OSError, http.client.HTTPException, ValueError)
+"""An answer that has not ended after this time counts as one that never ends."""
+_RETRY_S = 0.3
+_INTERRUPTIONS = (Interrupted, OSError, http.client.HTTPException, ValueError)
 
 _PROMPTS = (
     "Once upon a time, in a small village by the sea,",
@@ -33,11 +33,11 @@ _PROMPTS = (
 )
 _LONG = "The history of the lighthouse, told by those who kept it. "
 _CUTS = ((10, 20), (10,), (20,))
-"""A few cuts only, so that few different ranges of layers are loaded."""
+"""Few ways to split the layers, so that peers load few different ranges."""
 
 
 def make_specs(seed: int, count: int, tokens: tuple[int, int]) -> list[Spec]:
-    """Requests of all routes, greedy and drawn, with penalties, with logprobs and without."""
+    """Return requests for all routes: greedy and sampled, with and without penalties, with and without logprobs."""
     rng = random.Random(seed)
     specs = []
     for number in range(count):
@@ -47,13 +47,13 @@ def make_specs(seed: int, count: int, tokens: tuple[int, int]) -> list[Spec]:
             body |= {"temperature": 0.9, "top_p": 0.95, "seed": rng.randrange(2**31)}
         if number % 4 == 3:
             body |= {"frequency_penalty": 0.6, "presence_penalty": 0.3, "repetition_penalty": 1.1}
-        wanted = rng.randint(*tokens)
-        specs.append(_spec(f"short {number}", number % 3, body, prompt, wanted, logprobs=number % 4 != 2))
+        length = rng.randint(*tokens)
+        specs.append(_spec(f"short {number}", number % 3, body, prompt, length, logprobs=number % 4 != 2))
     return specs
 
 
 def make_long(seed: int, words: int) -> Spec:
-    """One whose prefill takes seconds."""
+    """Return a request whose prefill takes seconds."""
     body = {"model": MODEL, "temperature": 0.8, "seed": seed}
     return _spec("long", 0, body, _LONG * (words // 12), 32, logprobs=True)
 
@@ -73,67 +73,70 @@ def _spec(name: str, route: int, body: dict[str, Any], prompt: str, tokens: int,
             return Spec(name, "/v1/responses", body | (shown if logprobs else {}))
 
 
-def with_stop(spec: Spec, calm: Answer) -> Spec | None:
-    """The same request, stopped two thirds into its answer by a string from there; None if it is too short for one."""
-    at = 2 * len(calm.text) // 3
-    stop = calm.text[at : at + 6]
+def with_stop(spec: Spec, undisturbed: Answer) -> Spec | None:
+    """Return the same request with a stop string from two thirds into its answer; None if the answer is too short."""
+    at = 2 * len(undisturbed.text) // 3
+    stop = undisturbed.text[at : at + 6]
     if len(stop) < 6:
         return None
     return Spec(spec.name + " with stop", spec.path, spec.body | {"stop": [stop]})
 
 
 @dataclass(slots=True)
-class Asked:
-    """One answer that a client wanted, and how it got it."""
+class ClientRequest:
+    """One request of a client, its answer, and how the client got it."""
 
     answer: Answer
     order: "Order | None" = None
     resumed: int = 0
-    anew: int = 0
-    """Asked again from the start, before any event of it had come."""
+    """How often the client resumed the answer after an interruption."""
+    restarted: int = 0
+    """How often the client sent the request again, because no event of the answer had arrived."""
     problem: str = ""
     story: list[dict[str, Any]] = field(default_factory=list)
-    """What the mesh remembers of it, if a fault hit it."""
+    """The session's story as the mesh recorded it, if a fault hit the session."""
     ended_at: float = 0.0
 
     @property
     def methods(self) -> list[str]:
-        """How it went on after changes of its plan: `mirror`, `replay`, ..."""
+        """By which methods the answer continued after changes of its plan: `mirror`, `replay`, ..."""
         return [row["method"] for row in self.story if row["what"] == "goes on"]
 
     @property
-    def heard_at(self) -> float:
-        """When it last made progress."""
+    def last_progress_at(self) -> float:
+        """When the last token arrived, or when the request was sent."""
         return self.answer.times[-1] if self.answer.times else self.answer.asked_at
 
 
 @dataclass(slots=True)
 class Order:
-    """A request that the driver wants one of the clients to make next."""
+    """A request that the next free client makes instead of a random one."""
 
     spec: Spec
     at: str
     mesh: dict[str, Any]
-    asked: Asked | None = None
+    request: ClientRequest | None = None
+    """Set when a client has taken the order."""
 
 
 @dataclass
-class Crowd:
+class ClientPool:
     """All clients, and what they share."""
 
     site: Site
     specs: list[Spec]
-    well: Callable[[], set[str]]
-    """Peers without a fault now: requests name only these as stages."""
-    on_end: Callable[[Asked], None]
+    healthy: Callable[[], set[str]]
+    """Returns the peers without a fault now: requests name only these as stages."""
+    on_end: Callable[[ClientRequest], None]
     seed: int
-    front: frozenset[str] = frozenset()
-    """If any are named, only these are asked for new answers."""
+    entry_peers: frozenset[str] = frozenset()
+    """The peers that clients send requests to. Empty: all."""
     orders: "queue.Queue[Order]" = field(default_factory=lambda: queue.Queue(8))
-    now: dict[int, Asked] = field(default_factory=dict)
-    ended: list[Asked] = field(default_factory=list)
-    told: Counter[str] = field(default_factory=Counter)
-    """Refusals and interruptions by what they said."""
+    current: dict[int, ClientRequest] = field(default_factory=dict)
+    """The request that each client makes now."""
+    ended: list[ClientRequest] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
+    """Refusals and interruptions, by status and code."""
     _stop: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
 
@@ -144,15 +147,15 @@ class Crowd:
             thread.start()
 
     def stop(self) -> None:
-        """Let each finish its answer."""
+        """Wait until each client has finished its current answer."""
         self._stop.set()
         for thread in self._threads:
             thread.join(ANSWER_S + 2 * SILENCE_S)
 
-    def stalled(self, longer_than_s: float) -> list[Asked]:
-        """Answers that wait for a token for longer than that."""
+    def stalled(self, longer_than_s: float) -> list[ClientRequest]:
+        """Return the requests that have waited longer than this for a token."""
         now = time.monotonic()
-        return [asked for asked in list(self.now.values()) if now - asked.heard_at > longer_than_s]
+        return [request for request in list(self.current.values()) if now - request.last_progress_at > longer_than_s]
 
     def _run(self, number: int) -> None:
         rng = random.Random(f"{self.seed} {number}")
@@ -161,60 +164,61 @@ class Crowd:
                 order = self.orders.get_nowait()
             except queue.Empty:
                 order = None
-            asked = self._one(number, rng, order)
-            asked.ended_at = time.monotonic()
-            del self.now[number]
-            self.ended.append(asked)
-            self.on_end(asked)
+            request = self._request(number, rng, order)
+            request.ended_at = time.monotonic()
+            del self.current[number]
+            self.ended.append(request)
+            self.on_end(request)
 
-    def _one(self, number: int, rng: random.Random, order: Order | None) -> Asked:
+    def _request(self, number: int, rng: random.Random, order: Order | None) -> ClientRequest:
+        """Make one request and read its answer to the end, resuming at other peers. Failures are noted in its `problem`."""
         spec = order.spec if order else rng.choice(self.specs)
-        asked = self.now[number] = Asked(Answer(spec, asked_at=time.monotonic()), order)
+        request = self.current[number] = ClientRequest(Answer(spec, asked_at=time.monotonic()), order)
         if order:
-            order.asked = asked
+            order.request = request
         until = time.monotonic() + ANSWER_S
-        at = order.at if order else self._door(rng)
-        while not asked.answer.ended and not asked.problem:
+        at = order.at if order else self._entry_peer(rng)
+        while not request.answer.ended and not request.problem:
             try:
-                if asked.answer.last_event is not None or asked.answer.times:
-                    asked.resumed += 1
-                    go_on(self.site, at, asked.answer, silence_s=SILENCE_S)
+                if request.answer.last_event is not None or request.answer.times:
+                    request.resumed += 1
+                    resume(self.site, at, request.answer, silence_s=SILENCE_S)
                 else:
-                    asked.anew += asked.answer.begun_at > 0
-                    asked.answer = Answer(spec)
-                    ask(self.site, at, asked.answer, order.mesh if order else self._mesh(rng), silence_s=SILENCE_S)
+                    request.restarted += request.answer.begun_at > 0
+                    request.answer = Answer(spec)
+                    ask(self.site, at, request.answer, order.mesh if order else self._mesh(rng), silence_s=SILENCE_S)
             except Refused as refused:
-                self.told[f"refused {refused.status} {refused.code}"] += 1
-                self._check(asked, refused)
-                time.sleep(_AGAIN_S)
-            except _BROKEN as error:
+                self.errors[f"refused {refused.status} {refused.code}"] += 1
+                self._check(request, refused)
+                time.sleep(_RETRY_S)
+            except _INTERRUPTIONS as error:
                 code = error.code if isinstance(error, Interrupted) else type(error).__name__
-                self.told[f"interrupted {code}"] += 1
-                time.sleep(_AGAIN_S / 3)
+                self.errors[f"interrupted {code}"] += 1
+                time.sleep(_RETRY_S / 3)
             if time.monotonic() > until:
-                asked.problem = f"it did not end within {ANSWER_S:.0f} s"
-            order, at = None, self._door(rng, at)
-        return asked
+                request.problem = f"it did not end within {ANSWER_S:.0f} s"
+            order, at = None, self._entry_peer(rng, at)
+        return request
 
-    def _check(self, asked: Asked, refused: Refused) -> None:
-        """A refusal is fine while another try can help."""
-        if refused.status in (400, 401, 403, 405, 500) and asked.answer.last_event is not None:
-            asked.problem = f"refused for good: {refused}"
+    def _check(self, request: ClientRequest, refused: Refused) -> None:
+        """Note a refusal as a problem if retrying cannot help."""
+        if refused.status in (400, 401, 403, 405, 500) and request.answer.last_event is not None:
+            request.problem = f"refused for good: {refused}"
 
-    def _door(self, rng: random.Random, other_than: str = "") -> str:
-        return rng.choice([name for name in sorted(self.front or self.site.names) if name != other_than])
+    def _entry_peer(self, rng: random.Random, other_than: str = "") -> str:
+        return rng.choice([name for name in sorted(self.entry_peers or self.site.names) if name != other_than])
 
     def _mesh(self, rng: random.Random) -> dict[str, Any]:
-        """The planner's choice, or stages over some of the peers; sometimes with a mirror."""
+        """Return mesh options: stages on some of the peers, or the planner's choice; sometimes with a mirror."""
         mirror = {"mirror": True} if rng.random() < 0.4 else {}
-        well = sorted(self.well())
+        healthy = sorted(self.healthy())
         cuts = rng.choice(_CUTS)
-        if rng.random() < 0.3 or len(well) <= len(cuts):
+        if rng.random() < 0.3 or len(healthy) <= len(cuts):
             return mirror
-        return mirror | {"stages": stages_over(rng.sample(well, len(cuts) + 1), cuts)}
+        return mirror | {"stages": stages_over(rng.sample(healthy, len(cuts) + 1), cuts)}
 
 
 def stages_over(names: list[str], cuts: tuple[int, ...]) -> str:
-    """`h1:0-10,h2:10-30`."""
+    """Return the text of stages on these peers, such as `h1:0-10,h2:10-30`."""
     edges = (0, *cuts, 30)
     return ",".join(f"{name}:{start}-{end}" for name, start, end in zip(names, edges[:-1], edges[1:], strict=True))

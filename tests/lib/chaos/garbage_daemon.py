@@ -1,9 +1,9 @@
-"""`meshd` as it is, until SIGUSR1: then what its stages send is garbage for some seconds, as the file DIR/garbage says.
+"""Run `meshd` unchanged until SIGUSR1. After the signal its stages send garbage for some seconds.
 
     python tests/lib/chaos/garbage_daemon.py up --state DIR ...
 
-`{"kind": "nan" | "size" | "vocabulary" | "torn", "seconds": 4}`. Only what goes over links is spoilt, not what the peer tells
-itself.
+The file DIR/garbage says what: `{"kind": "nan" | "size" | "vocabulary" | "torn", "seconds": 4}`. Only messages to other peers
+become garbage, not those that the peer sends to itself.
 """
 
 import json
@@ -27,7 +27,7 @@ _TORN_EVERY_S = 1.0
 
 
 class _Garbage:
-    """Stands in for `Links.send` while it lasts."""
+    """Replaces `Links.send` until its time is over."""
 
     def __init__(self, kind: str, seconds: float) -> None:
         self._kind = kind
@@ -68,8 +68,8 @@ class _Garbage:
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
     state = Path(sys.argv[sys.argv.index("--state") + 1])
-    told = json.loads((state / "garbage").read_text())
-    _Garbage(told["kind"], told["seconds"]).begin()
+    request = json.loads((state / "garbage").read_text())
+    _Garbage(request["kind"], request["seconds"]).begin()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which faults come, in what order and how hard: made of the seed alone. Whom they hit is seen when they strike."""
+"""The schedule of faults: their kinds, order and severity follow from the seed. Victims are chosen when a fault begins."""
 
 import enum
 import random
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 class Kind(enum.Enum):
-    """What goes wrong, as the table names it."""
+    """The kinds of faults, with their names in the table of results."""
 
     KILL = "kill -9"
     COORDINATOR = "kill -9 of the coordinator"
@@ -25,31 +25,31 @@ class Kind(enum.Enum):
 
 
 NETWORK = frozenset({Kind.POWER, Kind.PARTITION, Kind.ONE_WAY, Kind.SLOW})
-"""Need hosts with links of their own."""
+"""Faults of a host's link: they need hosts in network namespaces."""
 DOUBLE = frozenset({Kind.TWO, Kind.DURING, Kind.REPLACEMENT})
-"""Take two peers. Those that coordinate are spared: an answer whose coordinator and deputy die at once is lost by design."""
+"""Faults of two peers. They spare coordinators: an answer whose coordinator and deputy die at once is lost by design."""
 _EITHER = frozenset({Kind.POWER, Kind.FREEZE, Kind.PARTITION, Kind.ONE_WAY, Kind.SLOW, Kind.DRAIN})
-"""May hit a coordinator as well as a stage."""
+"""Faults that may hit a coordinator or a stage."""
 _COORDINATOR_SHARE = 0.35
 GARBAGES = ("nan", "size", "vocabulary", "torn")
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One of them."""
+    """One fault of the schedule."""
 
     number: int
     kind: Kind
     coordinator: bool
-    """It strikes a coordinator of a running answer, else a stage of one."""
+    """The victim coordinates a running answer; if False, it computes a stage of one."""
     seconds: float
-    """How long it lasts, or until the peer is started again."""
+    """How long the fault lasts, or how long until the peer is started again."""
     delay_s: float
-    """From the first blow to the second, where there are two; for prefill from its begin to the blow."""
+    """Time from the first loss to the second, if there are two; for a loss during prefill, the time since the prefill began."""
     mode: str
-    """Which direction is cut, what garbage it is."""
+    """Which direction is cut, or which kind of garbage is sent."""
     pick: float
-    """0 to 1: which of the candidates."""
+    """Random number from 0 to 1 that selects the victim among the candidates."""
 
     @property
     def label(self) -> str:
@@ -57,7 +57,7 @@ class Fault:
 
 
 def make_schedule(seed: int, count: int, *, network: bool) -> list[Fault]:
-    """`count` faults, all kinds as often as one another, with a migration after each round of them."""
+    """Return `count` faults, each kind equally often, with a migration after each round of all kinds."""
     rng = random.Random(seed)
     kinds = [kind for kind in Kind if kind is not Kind.MIGRATE and (network or kind not in NETWORK)]
     schedule: list[Fault] = []

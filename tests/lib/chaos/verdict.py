@@ -1,4 +1,4 @@
-"""What came of a chaos run: pauses by kind of fault, answers against the fault-free ones, and what was left behind."""
+"""The results of a chaos run: pauses by kind of fault, and leaks of sessions, KV, sockets and memory."""
 
 import statistics
 from collections import Counter
@@ -6,48 +6,49 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from chaos.clients import Asked
-from chaos.faults import Struck
+from chaos.clients import ClientRequest
+from chaos.repairs import InjectedFault
 from chaos.schedule import Kind
 from real_daemons.mesh import Host, Mesh
 from real_daemons.streams import quantile
 
 _AFTER_S = 5.0
-"""A pause that begins this soon after a fault is over still counts as its own."""
+"""A pause that begins this soon after the end of a fault still counts as caused by it."""
 _RSS_SLACK = 1.25
-_SOCKETS_ROOM = 2
-"""A client of the API may be connected while we count."""
+_SOCKETS_SLACK = 2
+"""A client of the API may be connected while sockets are counted."""
 
 
-def pause_s(asked: Asked, struck: Struck) -> float | None:
-    """The longest wait for the next token that this fault can have caused; None if the answer was over before it."""
-    times = asked.answer.times
-    if not asked.answer.ended or not times or times[-1] <= struck.at:
+def pause_s(request: ClientRequest, injected: InjectedFault) -> float | None:
+    """Return the longest wait for a token that this fault can have caused; None if the answer had ended before the fault."""
+    times = request.answer.times
+    if not request.answer.ended or not times or times[-1] <= injected.at:
         return None
-    edges = [max(asked.answer.asked_at, struck.at), *times] if times[0] > struck.at else times
+    edges = [max(request.answer.asked_at, injected.at), *times] if times[0] > injected.at else times
     gaps = [
-        later - max(earlier, struck.at)
+        later - max(earlier, injected.at)
         for earlier, later in pairwise(edges)
-        if later > struck.at and earlier < struck.over_at + _AFTER_S
+        if later > injected.at and earlier < injected.over_at + _AFTER_S
     ]
     return max(gaps, default=None)
 
 
-def table(struck: Sequence[Struck], ended: Iterable[Asked]) -> list[str]:
-    """Fault kind, how often, the answers that it hit, as a stage's peer or as their coordinator, and their pauses.
+def table(faults: Sequence[InjectedFault], ended: Iterable[ClientRequest]) -> list[str]:
+    """Return the lines of a table: for each kind of fault how often it came, how many answers it hit, and their pauses.
 
-    The second kind waits for its client too, which turns to another peer after a while.
+    Answers that lost a stage and answers that lost their coordinator have lines of their own. The pauses of the latter include the
+    time until the client turns to another peer.
     """
-    by_session = {asked.answer.session: asked for asked in ended}
-    lines = [f"{'fault':24} {'count':>5}  {'it hit':16} {'answers':>7} {'pause p50':>10} {'p99':>8} {'longest':>8}  went on by"]
+    by_session = {request.answer.session: request for request in ended}
+    lines = [f"{'fault':24} {'count':>5}  {'it hit':16} {'answers':>7} {'pause p50':>10} {'p99':>8} {'longest':>8}  continued by"]
     for kind in Kind:
-        of_kind = [one for one in struck if one.fault.kind is kind]
+        of_kind = [one for one in faults if one.fault.kind is kind]
         for coordinator in (False, True):
-            hit = [(one, session) for one in of_kind for session, was in one.hit.items() if was is coordinator]
+            hit = [(one, session) for one in of_kind for session, coordinates in one.hit.items() if coordinates is coordinator]
             if not hit and (coordinator or not of_kind):
                 continue
-            found = [pause_s(by_session[session], one) for one, session in hit if session in by_session]
-            pauses = [pause for pause in found if pause is not None]
+            measured = [pause_s(by_session[session], one) for one, session in hit if session in by_session]
+            pauses = [pause for pause in measured if pause is not None]
             shown = f"{_quantile(pauses, 0.5)} {_quantile(pauses, 0.99, 8)} {_quantile(pauses, 1, 8)}"
             sessions = {session for _, session in hit} & set(by_session)
             methods = Counter(method for session in sessions for method in by_session[session].methods)
@@ -57,12 +58,14 @@ def table(struck: Sequence[Struck], ended: Iterable[Asked]) -> list[str]:
     return lines
 
 
-def longest(struck: Sequence[Struck], ended: Iterable[Asked], count: int) -> list[tuple[float, Struck, Asked]]:
-    """The longest pauses; of faults that came close together, each gets the blame."""
-    by_session = {asked.answer.session: asked for asked in ended}
+def longest(
+    faults: Sequence[InjectedFault], ended: Iterable[ClientRequest], count: int
+) -> list[tuple[float, InjectedFault, ClientRequest]]:
+    """Return the longest pauses. A pause after several faults that came close together is listed for each of them."""
+    by_session = {request.answer.session: request for request in ended}
     found = [
         (pause, one, by_session[session])
-        for one in struck
+        for one in faults
         for session in set(one.hit) & set(by_session)
         if (pause := pause_s(by_session[session], one)) is not None
     ]
@@ -75,46 +78,47 @@ def _quantile(values: Sequence[float], share: float, width: int = 10) -> str:
     return f"{quantile(values, share):{width - 2}.2f} s"
 
 
-def usual_gap_s(ended: Iterable[Asked]) -> float:
-    """The median time between two tokens, faults or not."""
-    gaps = [later - earlier for asked in ended for earlier, later in pairwise(asked.answer.times)]
+def median_gap_s(ended: Iterable[ClientRequest]) -> float:
+    """Return the median time between two tokens of all answers."""
+    gaps = [later - earlier for request in ended for earlier, later in pairwise(request.answer.times)]
     return statistics.median(gaps) if gaps else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One daemon at rest."""
+    """What one daemon holds while no client uses the mesh."""
 
     sessions: int
     kv_tokens_held: int
     blocks_free: float
     sockets: int
     resident_bytes: int
-    loads: tuple[str, ...]
+    resident: tuple[str, ...]
+    """The ranges of layers in memory, such as `0-17`."""
     layers: int
-    """Of all loads together."""
+    """Number of layers in all these ranges."""
 
     def __str__(self) -> str:
         return (
             f"{self.sessions} sessions, {self.kv_tokens_held} KV tokens held, {self.blocks_free:.0f} blocks free, "
-            f"{self.sockets} sockets, {self.resident_bytes / 2**20:.0f} MiB, layers {', '.join(self.loads) or '-'}"
+            f"{self.sockets} sockets, {self.resident_bytes / 2**20:.0f} MiB, layers {', '.join(self.resident) or '-'}"
         )
 
 
 def read(host: Host) -> Reading:
-    """Raises: OSError, HTTPException, MeshBroken."""
+    """Ask a daemon what it holds. Raises: OSError, HTTPException, MeshBroken."""
     own = next(row for row in host.rows("peers") if row["name"] == host.name)
-    loads = tuple(sorted(str(held["layers"]) for held in own["holdings"]))
+    resident = tuple(sorted(str(holding["layers"]) for holding in own["holdings"]))
     metrics = host.get("/metrics").splitlines()
     blocks = next((float(line.split()[1]) for line in metrics if line.startswith("meshd_kv_blocks_free ")), 0.0)
     return Reading(
         sessions=len(host.rows("sessions")),
-        kv_tokens_held=sum(held["kv_tokens_total"] - held["kv_tokens_free"] for held in own["holdings"]),
+        kv_tokens_held=sum(holding["kv_tokens_total"] - holding["kv_tokens_free"] for holding in own["holdings"]),
         blocks_free=blocks,
         sockets=host.sockets(),
         resident_bytes=host.resident_bytes(),
-        loads=loads,
-        layers=sum(int(end) - int(start) for start, _, end in (load.partition("-") for load in loads)),
+        resident=resident,
+        layers=sum(int(end) - int(start) for start, _, end in (layers.partition("-") for layers in resident)),
     )
 
 
@@ -122,21 +126,24 @@ def read_all(mesh: Mesh) -> dict[str, Reading]:
     return {host.name: read(host) for host in mesh}
 
 
-def leaks(calm: dict[str, Reading], now: dict[str, Reading]) -> list[str]:
-    """What is left that should not be. Any peer may hold any layers by now, so memory is held against that of one at the calm start
+def leaks(before: dict[str, Reading], after: dict[str, Reading]) -> list[str]:
+    """Return a line for each thing that is left after the run but should not be.
 
-    with nothing loaded, and what each layer took there at most.
+    Any peer may have any layers after the run. So the memory it may take is that of an empty peer before the run, and for each of
+    its layers the most that a layer took before the run.
     """
-    empty = min(reading.resident_bytes for reading in calm.values())
-    per_layer = max(((reading.resident_bytes - empty) // reading.layers for reading in calm.values() if reading.layers), default=0)
-    sockets = max(reading.sockets for reading in calm.values())
-    told = []
-    for name, reading in now.items():
-        told += [f"{name} has {reading.sessions} sessions left"] * bool(reading.sessions)
-        told += [f"{name} holds {reading.kv_tokens_held} KV tokens for nobody"] * bool(reading.kv_tokens_held)
-        if reading.sockets > sockets + _SOCKETS_ROOM:
-            told.append(f"{name} has {reading.sockets} sockets open, {sockets} at the calm start")
-        fair = empty + per_layer * reading.layers
-        if reading.resident_bytes > fair * _RSS_SLACK:
-            told.append(f"{name} takes {reading.resident_bytes / 2**20:.0f} MiB; by the calm start {fair / 2**20:.0f} MiB are fair")
-    return told
+    empty = min(reading.resident_bytes for reading in before.values())
+    loaded = [reading for reading in before.values() if reading.layers]
+    per_layer = max(((reading.resident_bytes - empty) // reading.layers for reading in loaded), default=0)
+    sockets = max(reading.sockets for reading in before.values())
+    found = []
+    for name, reading in after.items():
+        found += [f"{name} has {reading.sessions} sessions left"] * bool(reading.sessions)
+        found += [f"{name} holds {reading.kv_tokens_held} KV tokens for no session"] * bool(reading.kv_tokens_held)
+        if reading.sockets > sockets + _SOCKETS_SLACK:
+            found.append(f"{name} has {reading.sockets} sockets open; before the faults no peer had more than {sockets}")
+        expected = empty + per_layer * reading.layers
+        if reading.resident_bytes > expected * _RSS_SLACK:
+            taken = f"{name} takes {reading.resident_bytes / 2**20:.0f} MiB"
+            found.append(f"{taken}; by the readings before the faults {expected / 2**20:.0f} MiB are expected")
+    return found

@@ -13,7 +13,7 @@ from meshd.agents.session.answer import Answer, AnswerContext
 from meshd.agents.session.events import Replan
 from meshd.protocol.messages import Close, Credit, Message, Mirror, Open, Opened, Prompt, Renew, Reply, Resume, Token
 from meshd.types import LayerRange, PeerId, Plan, PlanId, StagePlan
-from sim.toy import toy_text
+from sim.toy.text import toy_text
 
 CARD = make_card()
 

@@ -1,4 +1,4 @@
-"""Real daemons for tests: processes of `meshd up` on this machine, of one cluster, each with its own state folder."""
+"""A cluster of real daemons on this machine for tests: each is a process of `meshd up` with its own state folder."""
 
 import json
 import signal
@@ -22,7 +22,7 @@ _START_S = 60.0
 
 @dataclass
 class Daemon:
-    """One `meshd up`."""
+    """One process of `meshd up`."""
 
     name: str
     state: Path
@@ -41,12 +41,12 @@ class Daemon:
             return json.load(answer)
 
     def post_raw(self, path: str, body: dict[str, Any], timeout_s: float = 120.0) -> tuple[int, Any, dict[str, str]]:
-        """Status, body and headers, errors included."""
+        """Return status, body and headers, also of an error."""
         headers = {"content-type": "application/json"}
         return _raw(urllib.request.Request(self.api + path, json.dumps(body).encode(), headers), timeout_s)
 
     def get_raw(self, path: str) -> tuple[int, Any, dict[str, str]]:
-        """Status, body and headers, errors included."""
+        """Return status, body and headers, also of an error."""
         return _raw(urllib.request.Request(self.api + path), 30.0)
 
     def rows(self, what: str) -> list[dict[str, Any]]:
@@ -54,7 +54,7 @@ class Daemon:
         return rows
 
     def stop(self) -> int:
-        """SIGTERM and the exit status."""
+        """Send SIGTERM. Returns: the exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(15)
 
@@ -65,11 +65,11 @@ class Daemon:
 
 @dataclass
 class Cluster:
-    """Daemons that know one another's addresses."""
+    """Daemons with one cluster key. The first one's address is given to all others."""
 
     root: Path
     shared: Path
-    """Model store and cached measurements, the same for all clusters of this run."""
+    """Folder of models and cached measurements, the same for all clusters of this test run."""
     daemons: dict[str, Daemon] = field(default_factory=dict)
     _key: str = ""
 
@@ -88,7 +88,7 @@ class Cluster:
         log = self.root / f"{name}.log"
         command = [sys.executable, "-P", "-m", "meshd", "up", "--name", name, "--state", str(state), "--api", "127.0.0.1:0"]
         command += ["--link", "127.0.0.1:0", "--threads", "1", "--cache", str(self.shared), "--discovery", discovery]
-        command += ["--copies", "1", "--drain-timeout", "0"]  # layers stay where a test puts them, and the daemon stops at once
+        command += ["--copies", "1", "--drain-timeout", "0"]  # no copies of layers beside those that a test places; stop at once
         if self.daemons:
             first = next(iter(self.daemons.values()))
             wait_for(lambda: self._address_of(first), f"{first.name} to be up", first)
@@ -104,7 +104,7 @@ class Cluster:
         return code
 
     def _address_of(self, daemon: Daemon) -> bool:
-        """Read the addresses that the daemon wrote down once it listens."""
+        """Read the addresses from the daemon's state folder. Returns: False while it does not listen yet."""
         if daemon.api:
             return True
         holder = read_holder(daemon.state)
@@ -115,23 +115,22 @@ class Cluster:
         return True
 
     def see_each_other(self, *names: str) -> None:
-        """Wait until each of these daemons has all the others alive and measured."""
+        """Wait until each of these daemons has a link with, and the capability of, every other."""
         expected = set(names or self.daemons)
         for name in expected:
             daemon = self.daemons[name]
             wait_for(lambda daemon=daemon: expected <= self.alive(daemon), f"{name} to see {sorted(expected)}", daemon)
 
-    def place(self, at: str, **how: object) -> None:
+    def place(self, at: str, **options: object) -> None:
         """Place the model and wait until it can answer."""
-        request = {"model": MODEL, **how}
-        body = json.dumps(request).encode()
-        asked = urllib.request.Request(self.daemons[at].api + "/mesh/v1/place", body, {"content-type": "application/json"})
-        with urllib.request.urlopen(asked, timeout=120) as stream:
-            told = stream.read().decode()
-        assert "data: [DONE]" in told, told
+        body = json.dumps({"model": MODEL, **options}).encode()
+        request = urllib.request.Request(self.daemons[at].api + "/mesh/v1/place", body, {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=120) as stream:
+            events = stream.read().decode()
+        assert "data: [DONE]" in events, events
 
     def alive(self, daemon: Daemon) -> set[str]:
-        """Names of the peers that a daemon has a link with and measurements of, itself included."""
+        """Return the names of the peers whose link and capability a daemon has, and its own name."""
         return {row["name"] for row in daemon.rows("peers") if row["state"] == "alive" and row["capability"]} | {daemon.name}
 
     def close(self) -> None:
@@ -155,11 +154,11 @@ def _raw(request: urllib.request.Request, timeout_s: float) -> tuple[int, Any, d
 
 
 def wait_for(condition: Callable[[], object], what: str, daemon: Daemon, within_s: float = _START_S) -> None:
-    """Poll a condition of a real process; its log is shown if it never holds."""
+    """Poll a condition of a daemon. If it does not hold in time, fail the test with the end of the daemon's log."""
     until = time.monotonic() + within_s
     while not condition():
         if daemon.process.poll() is not None or time.monotonic() > until:
-            pytest.fail(f"waited in vain for {what} (exit {daemon.process.poll()}):\n{daemon.log.read_text()[-4000:]}")
+            pytest.fail(f"gave up waiting for {what} (exit {daemon.process.poll()}):\n{daemon.log.read_text()[-4000:]}")
         time.sleep(0.05)
 
 

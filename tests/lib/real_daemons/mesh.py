@@ -1,4 +1,4 @@
-"""A mesh of real daemons on a site: starts them, asks them, disturbs them and restarts them under the same identity."""
+"""A mesh of real daemons on a site: start and ask them, disturb them, and restart them under the same identity."""
 
 import contextlib
 import http.client
@@ -16,7 +16,7 @@ from typing import Any
 
 from meshd.config import Settings
 from meshd.protocol.identity import ClusterKey
-from real_daemons.sites import Site, strike
+from real_daemons.sites import Site, send_signal
 
 MODEL = "smollm2:135m"
 API_KEY = "tests-of-meshd"
@@ -27,13 +27,13 @@ _POLL_S = 0.05
 
 
 class MeshBroken(Exception):
-    """A daemon did not do what every test needs."""
+    """A daemon did not start, did not answer, or ended unexpectedly."""
 
 
 def http_to(
     site: Site, name: str, method: str, path: str, body: Any = None, *, timeout_s: float, inside: bool = False
 ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-    """One request; the caller reads the reply and closes the connection. Raises: OSError, HTTPException."""
+    """Send one request. The caller reads the response and closes the connection. Raises: OSError, HTTPException."""
     connection = http.client.HTTPConnection("meshd")
     connection.sock = site.connect(name, min(_CONNECT_S, timeout_s), inside=inside)
     connection.sock.settimeout(timeout_s)
@@ -48,7 +48,7 @@ def http_to(
 
 @dataclass
 class Host:
-    """One daemon's place: its state stays, its process comes and goes."""
+    """One peer of a mesh: its name and state folder stay the same, its process can be stopped and started again."""
 
     name: str
     site: Site
@@ -76,17 +76,17 @@ class Host:
 
     def signal(self, number: signal.Signals) -> None:
         if self.process is not None:
-            strike(self.process, number)
+            send_signal(self.process, number)
 
     def kill(self) -> float:
-        """kill -9; the instant."""
+        """Send SIGKILL and wait for the process to end. Returns: the time of the signal."""
         at = time.monotonic()
         self.signal(signal.SIGKILL)
-        self.gone(10)
+        self.wait_for_exit(10)
         return at
 
-    def gone(self, within_s: float) -> int | None:
-        """Wait for the end of the process; its exit status, or None if it still runs."""
+    def wait_for_exit(self, within_s: float) -> int | None:
+        """Wait for the process to end. Returns: its exit status, or None if it still runs."""
         assert self.process is not None
         try:
             status = self.process.wait(within_s)
@@ -97,14 +97,14 @@ class Host:
         return status
 
     def get(self, path: str, timeout_s: float = _ASK_S) -> Any:
-        """Ask over the daemon's own loopback, which no cut link hinders.
+        """Send a GET over the daemon's own loopback address, which works although links are cut.
 
         Raises: OSError, HTTPException, MeshBroken for any status but 200.
         """
         return self.ask("GET", path, timeout_s=timeout_s)
 
     def post(self, path: str, body: Any, timeout_s: float = 60.0) -> Any:
-        """Raises: as `get`."""
+        """Send a POST in the same way. Raises: as `get`."""
         return self.ask("POST", path, body, timeout_s=timeout_s)
 
     def ask(self, method: str, path: str, body: Any = None, *, timeout_s: float = _ASK_S) -> Any:
@@ -121,7 +121,7 @@ class Host:
         return rows
 
     def rows_or_none(self, what: str, timeout_s: float = 1.0) -> list[dict[str, Any]]:
-        """Nothing, if it can't answer now."""
+        """Return the rows, or an empty list if the daemon does not answer in time."""
         try:
             rows: list[dict[str, Any]] = self.get(f"/mesh/v1/{what}", timeout_s)["data"]
         except (OSError, http.client.HTTPException, MeshBroken):
@@ -129,7 +129,7 @@ class Host:
         return rows
 
     def sees(self) -> set[str]:
-        """Names of the peers that it has a link with and measurements of, itself included."""
+        """Return the names of the peers whose link and capability this daemon has, and its own name."""
         return {row["name"] for row in self.rows_or_none("peers") if row["state"] == "alive" and row["capability"]} | {self.name}
 
     def up(self) -> bool:
@@ -157,13 +157,13 @@ class Host:
 
 @dataclass
 class Mesh:
-    """All hosts of one cluster."""
+    """All daemons of one cluster."""
 
     site: Site
     root: Path
     flags: Sequence[str] = ()
     entry: Sequence[str] = ("-m", "meshd")
-    """How a daemon is run: the module, or a script that runs it."""
+    """Arguments of Python that run a daemon: a module or a script."""
     threads: int = 1
     cache: Path = field(default_factory=lambda: Path(Settings()["cache"].value))
     hosts: dict[str, Host] = field(default_factory=dict)
@@ -185,7 +185,7 @@ class Mesh:
         return iter(self.hosts.values())
 
     def start(self) -> None:
-        """All of them, the first one first: it measures this machine if nobody has. Raises: MeshBroken."""
+        """Start all daemons. The first one starts alone, because it measures this machine for all. Raises: MeshBroken."""
         first, *others = self
         first.start()
         self.wait(first.up, f"{first.name} to be up", first)
@@ -194,7 +194,7 @@ class Mesh:
         self.wait_until_all_see()
 
     def wait_until_all_see(self) -> None:
-        """Until each has links with all others. Raises: MeshBroken."""
+        """Wait until each daemon has links with all others. Raises: MeshBroken."""
         for host in self:
             self.wait(partial(self._sees_all, host), f"{host.name} to see all others", host)
 
@@ -202,30 +202,30 @@ class Mesh:
         return host.sees() >= set(self.hosts)
 
     def wait(self, condition: Callable[[], object], what: str, host: Host, within_s: float = START_S) -> None:
-        """Raises: MeshBroken, with the end of the host's log."""
+        """Poll a condition. Raises: MeshBroken, with the end of the daemon's log, if it does not hold in time."""
         until = time.monotonic() + within_s
         while not condition():
             if not host.running or time.monotonic() > until:
                 tail = host.log.read_text(errors="replace")[-3000:]
-                raise MeshBroken(f"waited in vain for {what} (running: {host.running}):\n{tail}")
+                raise MeshBroken(f"gave up waiting for {what} (running: {host.running}):\n{tail}")
             time.sleep(_POLL_S)
 
     def place(self, at: str, stages: str, context: int) -> None:
-        """Have layers loaded ahead of requests. Raises: MeshBroken."""
-        told = self[at].post("/mesh/v1/place", {"model": MODEL, "stages": stages, "context": context}, 120)
-        if "data: [DONE]" not in told:
-            raise MeshBroken(f"{stages} were not placed: {told[-500:]}")
+        """Place layers ahead of requests. Raises: MeshBroken."""
+        events = self[at].post("/mesh/v1/place", {"model": MODEL, "stages": stages, "context": context}, 120)
+        if "data: [DONE]" not in events:
+            raise MeshBroken(f"{stages} were not placed: {events[-500:]}")
 
     def story(self, session: str) -> list[dict[str, Any]]:
-        """A session's story, collected from all peers by the first one that answers."""
+        """Return a session's story, as the first daemon that answers collects it from all peers."""
         for host in self:
             with contextlib.suppress(OSError, http.client.HTTPException, MeshBroken):
                 rows: list[dict[str, Any]] = host.get(f"/mesh/v1/sessions/{session}/story")["data"]
                 return rows
         return []
 
-    def told_story(self, session: str) -> str:
-        """The same, as `meshd debug story` shows it."""
+    def story_text(self, session: str) -> str:
+        """Return a session's story as `meshd debug story` prints it."""
         for host in self:
             if host.running and host.up():
                 command = [sys.executable, "-P", "-m", "meshd", "debug", "story", session]
@@ -233,13 +233,13 @@ class Mesh:
         return "no peer answers"
 
     def close(self) -> None:
-        """End every daemon: asked to first, killed if that does not help."""
+        """Stop every daemon by SIGTERM, and kill those that still run after 5 s."""
         for host in self:
             host.signal(signal.SIGCONT)
             host.signal(signal.SIGTERM)
         until = time.monotonic() + 5
         for host in self:
-            if host.process is not None and host.gone(max(0.0, until - time.monotonic())) is None:
+            if host.process is not None and host.wait_for_exit(max(0.0, until - time.monotonic())) is None:
                 host.kill()
 
 
@@ -247,7 +247,7 @@ class Mesh:
 def running(
     site: Site, root: Path, flags: Sequence[str] = (), entry: Sequence[str] = ("-m", "meshd"), threads: int = 1
 ) -> Iterator[Mesh]:
-    """A mesh that is up, and ended afterwards, its site too."""
+    """Start a mesh on a site; stop both afterwards."""
     try:
         mesh = Mesh(site, root, flags, entry, threads)
         try:
@@ -260,7 +260,7 @@ def running(
 
 
 def pull_model() -> None:
-    """Once into the cache that all daemons share. Raises: MeshBroken."""
+    """Pull the model into the cache that all daemons share. Raises: MeshBroken."""
     command = [sys.executable, "-P", "-m", "meshd", "pull", MODEL, "--cache", str(Settings()["cache"].value)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode:

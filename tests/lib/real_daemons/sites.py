@@ -1,6 +1,6 @@
-"""Where daemons of a test run: hosts in network namespaces, or processes of this machine.
+"""Where the daemons of a test run: on hosts in network namespaces, or as processes of this machine.
 
-Tests start, disturb and reach them in the same way on both.
+Tests start, disturb and reach them in the same way in both places.
 """
 
 import ctypes
@@ -16,18 +16,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-_BESIDE = Path(__file__).resolve().parents[3].parent / "shared/netlab/netlab.py"
-"""Beside the repository, unless MESHD_NETLAB names another place."""
+_DEFAULT_NETLAB = Path(__file__).resolve().parents[3].parent / "shared/netlab/netlab.py"
+"""Beside the repository. MESHD_NETLAB overrides it."""
 _API_PORT, _LINK_PORT = 6374, 6375
 _CLONE_NEWNET = 0x40000000
 _RUN_S = 60.0
 
 
 def find_netlab() -> Any:
-    """The module that makes hosts, or a text that says why it can't be used."""
-    path = Path(os.environ.get("MESHD_NETLAB", _BESIDE))
+    """Return the module that makes hosts, or the reason why it cannot be used."""
+    path = Path(os.environ.get("MESHD_NETLAB", _DEFAULT_NETLAB))
     if not path.is_file():
-        return f"no netlab at {path} (MESHD_NETLAB names another)"
+        return f"no netlab at {path} (MESHD_NETLAB can name another place)"
     if os.geteuid() != 0:
         return "netlab needs root"
     if (module := sys.modules.get("netlab")) is not None:
@@ -42,43 +42,47 @@ def find_netlab() -> Any:
 
 
 class Site(Protocol):
-    """Names of peers, and what can be done to each."""
+    """Starts daemons, connects to them, and cuts or slows their links."""
 
     names: tuple[str, ...]
     has_network: bool
-    """A site where single links can be cut and slowed."""
+    """Whether `cut` and `shape` work."""
 
     def flags(self, name: str) -> list[str]:
-        """Where a daemon listens and how it finds the others."""
+        """Return the daemon's flags for its addresses and for discovery."""
         ...
 
     def popen(self, name: str, command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]": ...
 
     def run(self, name: str, command: Sequence[str]) -> str:
-        """A command in a peer's host, to its end; what it says."""
+        """Run a command on a peer's host. Returns: its output and errors."""
         ...
 
     def api(self, name: str) -> str:
-        """A daemon's API as seen in its own host."""
+        """Return the URL of a daemon's API as seen on its own host."""
         ...
 
     def connect(self, name: str, timeout_s: float, *, inside: bool = False) -> socket.socket:
-        """To a daemon's API: over the network, or from within its own host, which no cut hinders. Raises: OSError."""
+        """Connect to a daemon's API over the network, or with `inside` from its own host, despite cuts. Raises: OSError."""
         ...
 
     def cut(self, name: str, mode: str) -> None:
-        """`silent`, `in` or `out`: drop frames without notice to either side."""
+        """Drop a host's frames without notice to either side: `in`, `out`, or `silent` for both directions."""
         ...
 
-    def heal(self, name: str) -> None: ...
+    def heal(self, name: str) -> None:
+        """End a `cut`."""
+        ...
 
-    def shape(self, name: str, rate: str, delay: str) -> None: ...
+    def shape(self, name: str, rate: str, delay: str) -> None:
+        """Limit the rate of a host's link and delay its frames."""
+        ...
 
     def close(self) -> None: ...
 
 
 class LabSite:
-    """A host for each peer, and one more for the clients."""
+    """A host in a network namespace for each peer, and one more for the clients."""
 
     has_network = True
 
@@ -87,7 +91,7 @@ class LabSite:
         self._lab.up()
         *names, self._client = self._lab.hosts
         self.names = tuple(names)
-        self._change = threading.Lock()
+        self._lock = threading.Lock()
 
     def flags(self, name: str) -> list[str]:
         return ["--api", f"0.0.0.0:{_API_PORT}", "--link", f"0.0.0.0:{_LINK_PORT}"]
@@ -112,15 +116,15 @@ class LabSite:
             return socket.create_connection((address, _API_PORT), timeout_s)
 
     def cut(self, name: str, mode: str) -> None:
-        with self._change:
+        with self._lock:
             self._lab.cut(name, mode)
 
     def heal(self, name: str) -> None:
-        with self._change:
+        with self._lock:
             self._lab.heal(name)
 
     def shape(self, name: str, rate: str, delay: str) -> None:
-        with self._change:
+        with self._lock:
             self._lab.shape(name, rate=rate, delay=delay)
 
     def close(self) -> None:
@@ -134,7 +138,7 @@ class LabSite:
 
 
 class LocalSite:
-    """Processes on the loopback address: they can be killed, frozen and stopped, their links are all one."""
+    """Processes on the loopback address. They can be killed, frozen and stopped, but their links cannot be cut or slowed."""
 
     has_network = False
 
@@ -166,40 +170,40 @@ class LocalSite:
         return socket.create_connection(("127.0.0.1", self._api[name]), timeout_s)
 
     def cut(self, name: str, mode: str) -> None:
-        raise NotImplementedError("processes of one machine have no links of their own")
+        raise NotImplementedError("a LocalSite cannot cut or slow links: its processes share the loopback device")
 
     def heal(self, name: str) -> None:
-        """Nothing was cut."""
+        """Do nothing: nothing can be cut here."""
 
     def shape(self, name: str, rate: str, delay: str) -> None:
-        raise NotImplementedError("processes of one machine have no links of their own")
+        raise NotImplementedError("a LocalSite cannot cut or slow links: its processes share the loopback device")
 
     def close(self) -> None:
-        """Nothing is left of it."""
+        """Do nothing: there are only the processes, which the mesh stops."""
 
 
 def make_site(peers: int) -> tuple[Site, str]:
-    """Hosts if that is possible, else processes and the reason."""
+    """Return hosts in network namespaces if possible, else processes and the reason why."""
     netlab = find_netlab()
     if isinstance(netlab, str):
         return LocalSite(peers), netlab
     return LabSite(netlab, peers), ""
 
 
-def strike(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
-    """A signal to a daemon, if it still runs."""
+def send_signal(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
+    """Send a signal to a process if it still runs."""
     with suppress(ProcessLookupError):
         process.send_signal(number)
 
 
 @contextmanager
 def _within(namespace: str) -> Iterator[None]:
-    """This thread's new sockets belong to another network namespace meanwhile."""
+    """Move this thread into another network namespace for a while: its new sockets belong there."""
     libc = ctypes.CDLL(None, use_errno=True)
 
     def enter(descriptor: int) -> None:
         if libc.setns(descriptor, _CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), f"can't enter {namespace}")
+            raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
 
     with open("/proc/thread-self/ns/net") as home, open(namespace) as other:
         enter(other.fileno())
@@ -218,6 +222,6 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _environment() -> dict[str, str]:
-    """The environment without this user's settings of meshd; the tests pass the folders of caches and models themselves."""
+    """Return the environment without this user's settings of meshd, except the folders of caches and models."""
     kept = {"MESHD_CACHE", "MESHD_MODELS_DIR", "MESHD_HF_CACHE"}
     return {name: value for name, value in os.environ.items() if not name.startswith("MESHD_") or name in kept}

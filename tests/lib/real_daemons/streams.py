@@ -1,4 +1,4 @@
-"""Answers as a client reads them: streamed, timed event by event, and gone on with at another peer when a connection breaks."""
+"""Answers as a client reads them: streamed, with the time of each event, and resumed at another peer if needed."""
 
 import contextlib
 import http.client
@@ -21,7 +21,7 @@ _PREFIX = {"/v1/chat/completions": "chatcmpl-", "/v1/completions": "cmpl-", "/v1
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One request, whatever peer it is sent to."""
+    """One request; it can be sent to any peer."""
 
     name: str
     path: str
@@ -29,7 +29,7 @@ class Spec:
 
 
 class Refused(Exception):
-    """Answered with an error in place of a stream."""
+    """The daemon responded with an error instead of a stream."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(f"{status} {code}: {message}")
@@ -37,7 +37,7 @@ class Refused(Exception):
 
 
 class Interrupted(Exception):
-    """The stream ended with an error event, or without its end."""
+    """The stream ended with an error event or without its last event."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{code}: {message}")
@@ -46,7 +46,7 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """As shown with logprobs asked for."""
+    """A token with its logprobs."""
 
     text: str
     logprob: float
@@ -55,7 +55,7 @@ class Token:
 
 @dataclass(slots=True)
 class Answer:
-    """What a client has of one answer, over all the streams in which it came."""
+    """What a client has received of one answer so far, over all streams that it read."""
 
     spec: Spec
     session: str = ""
@@ -68,34 +68,35 @@ class Answer:
     plan: str = ""
     asked_at: float = 0.0
     begun_at: float = 0.0
-    """When the status line came: the session is open."""
+    """When the status line arrived: from then on the session exists. 0: not yet."""
     times: list[float] = field(default_factory=list)
-    """When each event with text or tokens came."""
+    """When each event with text or tokens arrived."""
     repeated: int = 0
-    """Events whose number was had already."""
+    """Number of events that arrived again."""
     skipped: int = 0
-    """Numbers that were left out."""
+    """Number of events that never arrived."""
 
     @property
     def id(self) -> str:
-        """As its events carry it; what to resume with."""
+        """The answer's id in its events and in requests to resume it."""
         return _PREFIX[self.spec.path] + self.session
 
-    def same_as(self, calm: "Answer") -> list[str]:
-        """How it differs from the fault-free answer: nothing, or a line for each thing."""
-        told = [f"{self.repeated} events repeated"] * bool(self.repeated) + [f"{self.skipped} events left out"] * bool(self.skipped)
-        if self.tokens != calm.tokens:
-            told.append(f"tokens differ: {_difference(self.tokens, calm.tokens)}")
-        if self.text != calm.text:
-            told.append(f"text differs: {_difference(list(self.text), list(calm.text))}")
-        if self.finish != calm.finish:
-            told.append(f"it ended by {self.finish!r}, not {calm.finish!r}")
-        if self.completion_tokens != calm.completion_tokens:
-            told.append(f"{self.completion_tokens} completion tokens are told, not {calm.completion_tokens}")
-        return told
+    def differences_from(self, expected: "Answer") -> list[str]:
+        """Return a line for each difference from the expected answer; none if they are equal."""
+        found = [f"{self.repeated} events repeated"] * bool(self.repeated)
+        found += [f"{self.skipped} events left out"] * bool(self.skipped)
+        if self.tokens != expected.tokens:
+            found.append(f"tokens differ: {_difference(self.tokens, expected.tokens)}")
+        if self.text != expected.text:
+            found.append(f"text differs: {_difference(list(self.text), list(expected.text))}")
+        if self.finish != expected.finish:
+            found.append(f"the finish reason is {self.finish!r}, not {expected.finish!r}")
+        if self.completion_tokens != expected.completion_tokens:
+            found.append(f"the usage is {self.completion_tokens} completion tokens, not {expected.completion_tokens}")
+        return found
 
     def take(self, number: int | None, event: dict[str, Any], at: float) -> None:
-        """One event of the stream. Raises: Interrupted, if it is an error."""
+        """Add one event of the stream. Raises: Interrupted if it is an error."""
         if event.get("error"):
             raise Interrupted(str(event["error"].get("code")), str(event["error"].get("message")))
         if number is not None and not self._is_next(number):
@@ -118,8 +119,8 @@ class Answer:
         if event.get("usage"):
             self.completion_tokens = event["usage"]["completion_tokens"]
         for choice in event["choices"]:
-            piece = choice["text"] if "text" in choice else choice["delta"].get("content") or ""
-            self._add(piece, _tokens_of(choice.get("logprobs")), at)
+            text = choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+            self._add(text, _tokens_of(choice.get("logprobs")), at)
             self.finish = choice["finish_reason"] or self.finish
 
     def _take_response(self, event: dict[str, Any], at: float) -> None:
@@ -135,9 +136,9 @@ class Answer:
                 error = event.get("response", event).get("error") or event
                 raise Interrupted(str(error.get("code")), str(error.get("message")))
 
-    def _add(self, piece: str, tokens: list[Token], at: float) -> None:
-        if piece or tokens:
-            self.text += piece
+    def _add(self, text: str, tokens: list[Token], at: float) -> None:
+        if text or tokens:
+            self.text += text
             self.tokens.extend(tokens)
             self.times.append(at)
 
@@ -149,8 +150,8 @@ def ask(site: Site, at: str, answer: Answer, mesh: dict[str, Any], *, silence_s:
     _read(site, at, "POST", answer.spec.path, body, answer, silence_s)
 
 
-def go_on(site: Site, at: str, answer: Answer, *, silence_s: float) -> None:
-    """Resume an answer at any peer after the last event that came. Raises: as `ask`."""
+def resume(site: Site, at: str, answer: Answer, *, silence_s: float) -> None:
+    """Resume an answer at any peer, after the last event that arrived. Raises: as `ask`."""
     after = "" if answer.last_event is None else f"&starting_after={answer.last_event}"
     _read(site, at, "GET", f"/v1/responses/{answer.id}?stream=true{after}", None, answer, silence_s)
 
@@ -171,11 +172,11 @@ def _read(site: Site, at: str, method: str, path: str, body: Any, answer: Answer
                 answer.take(number, event, time.monotonic())
             if answer.ended:
                 return
-    raise Interrupted("torn", "the stream ended without its end")
+    raise Interrupted("torn", "the stream ended without its last event")
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[tuple[int | None, dict[str, Any] | None]]:
-    """(number, event) of each; None for `[DONE]`. Raises: OSError when nothing comes for too long."""
+    """Yield (number, event) of each event; the event is None for `[DONE]`. Raises: OSError when nothing arrives for too long."""
     number: int | None = None
     while line := response.readline():
         name, _, value = line.decode().rstrip("\r\n").partition(": ")
@@ -187,7 +188,7 @@ def _events(response: http.client.HTTPResponse) -> Iterator[tuple[int | None, di
 
 
 def _tokens_of(logprobs: Any) -> list[Token]:
-    """From either route's shape."""
+    """Parse the logprobs of a chat completion or of a completion."""
     if not logprobs:
         return []
     if "content" in logprobs:
@@ -224,7 +225,7 @@ def _difference(got: list[Any], wanted: list[Any]) -> str:
 
 
 class Streaming:
-    """An answer that a thread of its own reads, while something is done to the mesh."""
+    """An answer that a thread reads in the background, while a test disturbs the mesh."""
 
     def __init__(self, site: Site, at: str, spec: Spec, mesh: dict[str, Any], *, silence_s: float = 60.0) -> None:
         self.answer = Answer(spec)
@@ -239,34 +240,34 @@ class Streaming:
             self.error = error
 
     def wait_for(self, tokens: int, within_s: float = 60.0) -> None:
-        """Until so many have come. Raises: MeshBroken, if they don't."""
+        """Wait until so many tokens have arrived. Raises: MeshBroken if they do not."""
         until = time.monotonic() + within_s
         while len(self.answer.times) < tokens:
             if time.monotonic() > until or not self._thread.is_alive():
-                raise MeshBroken(f"{len(self.answer.times)} of {tokens} tokens came: {self.error or self.answer.finish}")
+                raise MeshBroken(f"only {len(self.answer.times)} of {tokens} tokens arrived: {self.error or self.answer.finish}")
             time.sleep(0.001)
 
     def end(self, within_s: float = 120.0) -> Answer:
-        """The whole answer. Raises: MeshBroken, if it does not come."""
+        """Wait for the end. Returns: the whole answer. Raises: MeshBroken if it does not end, or ends with an error."""
         self._thread.join(within_s)
         if self.error is not None or not self.answer.ended:
-            raise MeshBroken(f"session {self.answer.session} did not end well: {self.error}")
+            raise MeshBroken(f"session {self.answer.session} did not finish: {self.error or 'no end in time'}")
         return self.answer
 
 
 def longest_gap_s(answer: Answer, at: float) -> float:
-    """The longest wait for a token from this instant on. The first ones may have been on their way already."""
+    """Return the longest wait for a token after time `at`. Tokens just after it may have been in transit before it."""
     return max(later - max(earlier, at) for earlier, later in pairwise(answer.times) if later > at)
 
 
 def step_s(answer: Answer, before: float, steps: int = 16) -> float:
-    """The median time between two tokens, over the last steps before an instant."""
+    """Return the median time between two tokens, over the last steps before a time."""
     times = [time for time in answer.times if time <= before][-steps - 1 :]
     return statistics.median(later - earlier for earlier, later in pairwise(times))
 
 
 def of_length(tokens: int, answer_tokens: int, seed: int = 0) -> Spec:
-    """A greedy request whose prompt has exactly so many tokens; each token of its answer is an event of its own."""
+    """Return a greedy request whose prompt has exactly `tokens` tokens. Each token of its answer is one event."""
     rng = random.Random(f"{tokens} {seed}")
     prompt = [rng.randrange(1000, 30000) for _ in range(tokens)]
     body = {"model": MODEL, "prompt": prompt, "max_tokens": answer_tokens, "temperature": 0, "ignore_eos": True, "logprobs": 0}
@@ -274,6 +275,6 @@ def of_length(tokens: int, answer_tokens: int, seed: int = 0) -> Spec:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value that this share of them does not exceed."""
+    """Return the value that this share of the values does not exceed."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]

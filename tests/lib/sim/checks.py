@@ -1,107 +1,113 @@
-"""The invariants of architecture.md: after every callback of a peer, all of it now and then, and what must be true in the end."""
+"""Checks of invariants: quick ones after every callback of a peer, slow ones now and then, and others at the end of the run."""
 
 from typing import TYPE_CHECKING, Any
 
 from meshd.types import SessionId
+from sim.peer.inspection import leftovers, queues, used_tables
 
 if TYPE_CHECKING:
-    from sim.peer import Life
+    from sim.peer.process import SimProcess
     from sim.world import World
 
 _SWEEP_EVERY = 500
-_MAX_QUEUE = 1024
 
 
-class Broken(AssertionError):
+class InvariantBroken(AssertionError):
     """An invariant does not hold."""
 
 
 class Checks:
-    """Of one world."""
+    """The checks of one run. All raise `InvariantBroken`."""
 
     def __init__(self, world: "World") -> None:
         self.count = 0
         self._world = world
         self._epochs: dict[int, tuple[Any, int]] = {}
-        """By the identity of its owner: the coordinator's answer, or a stage peer's state of a session."""
+        """The last epoch of each answer and `SessionKv`, by `id`. The object is kept too, so that no other one gets its `id`."""
         self._pools: dict[int, tuple[int, int, int]] = {}
-        self._faults_seen = 0
+        """State of each pool at its last check, by `id`: a pool that has not changed is not checked again."""
 
-    def after(self, life: "Life") -> None:
-        """One callback of this peer has run."""
+    def after(self, process: "SimProcess") -> None:
+        """Check a process after one of its callbacks."""
         self.count += 1
         if self._world.loop.faults:
-            raise Broken(self._world.loop.faults[0])
-        for answer in life.coordinator.answers.values():
+            raise InvariantBroken(self._world.loop.faults[0])
+        for answer in process.coordinator.answers.values():
             answer.machine.validate()
-            self._rises(life, answer, answer.session, answer.machine.epoch)
-        for active in life.stages._active.values():
+            self._check_epoch(process, answer, answer.session, answer.machine.epoch)
+        for active in process.stages._active.values():
             active.machine.validate()
-        for session_kv in life.stages._kv_manager:
-            self._rises(life, session_kv, session_kv.session, session_kv.epoch)
-        for load in life.holdings:
-            if load.pool is not None:
-                self._pool(life, load)
+        for session_kv in process.stages._kv_manager:
+            self._check_epoch(process, session_kv, session_kv.session, session_kv.epoch)
+        for resident in process.holdings:
+            if resident.pool is not None:
+                self._check_pool(process, resident)
         if self.count % _SWEEP_EVERY == 0:
             self.sweep()
 
     def sweep(self) -> None:
-        """What is too long to look at each time."""
+        """Run the checks that take too long to run after each callback."""
         self._pools.clear()
         present: set[int] = set()
         for peer in self._world.peers.values():
-            if peer.life is not None:
-                self._queues(peer.life)
-                present.update(map(id, peer.life.coordinator.answers.values()))
-                present.update(map(id, peer.life.stages._kv_manager))
+            if peer.process is not None:
+                self._check_queues(peer.process)
+                present.update(map(id, peer.process.coordinator.answers.values()))
+                present.update(map(id, peer.process.stages._kv_manager))
         self._epochs = {key: known for key, known in self._epochs.items() if key in present}
 
-    def _rises(self, life: "Life", owner: Any, session: SessionId, epoch: int) -> None:
+    def _check_epoch(self, process: "SimProcess", owner: Any, session: SessionId, epoch: int) -> None:
+        """Check that the epoch of `owner` never falls."""
         known = self._epochs.get(id(owner))
         if known is not None and known[1] == epoch:
             return
         if known is not None and epoch < known[1]:
-            raise Broken(f"{life.spec.name}: session {session} went from epoch {known[1]} back to {epoch}")
+            raise InvariantBroken(f"{process.spec.name}: session {session} went from epoch {known[1]} back to {epoch}")
         self._epochs[id(owner)] = owner, epoch
 
-    def _pool(self, life: "Life", load: Any) -> None:
-        """Blocks that are taken are those of tables that somebody owns."""
-        pool = load.pool
+    def _check_pool(self, process: "SimProcess", resident: Any) -> None:
+        """Check that every block is either free or in exactly one table, and that a session uses every table."""
+        pool = resident.pool
         state = (len(pool._live), pool._next_id, pool.blocks_free)
         if self._pools.get(id(pool)) == state:
             return
         self._pools[id(pool)] = state
         taken = [block for table in pool._live.values() for block in table.blocks]
         if len(taken) != len(set(taken)) or not pool._free.isdisjoint(taken) or len(taken) + len(pool._free) != pool.blocks:
-            raise Broken(f"{life.spec.name}: {len(taken)} blocks are taken and {len(pool._free)} free of {pool.blocks}")
-        owned = {table.id for table in life.tables(load)}
-        if owned != set(pool._live):
-            raise Broken(f"{life.spec.name} {load.layers}: tables {sorted(pool._live)} are taken, {sorted(owned)} are in use")
+            raise InvariantBroken(f"{process.spec.name}: {len(taken)} blocks are taken and {len(pool._free)} free of {pool.blocks}")
+        used = {table.id for table in used_tables(process, resident)}
+        if used != set(pool._live):
+            raise InvariantBroken(
+                f"{process.spec.name} {resident.layers}: tables {sorted(pool._live)} are taken, {sorted(used)} are in use"
+            )
 
-    def _queues(self, life: "Life") -> None:
-        for what, size, limit in life.queues():
+    def _check_queues(self, process: "SimProcess") -> None:
+        for name, size, limit in queues(process):
             if size > limit:
-                raise Broken(f"{life.spec.name}: {size} {what} wait where {limit} may")
+                raise InvariantBroken(f"{process.spec.name}: {size} {name}, the limit is {limit}")
 
-    def nothing_unwanted(self) -> None:
-        """What stages hold is wanted by a coordinator that lives."""
-        lives = [peer.life for peer in self._world.peers.values() if peer.life is not None]
-        wanted = {session for life in lives for session in life.coordinator.answers}
-        for life in lives:
-            for session_kv in life.stages._kv_manager:
-                if session_kv.session not in wanted:
-                    raise Broken(f"{life.spec.name} holds a lease of session {session_kv.session}, which nobody coordinates")
+    def no_orphaned_leases(self) -> None:
+        """Check that some running peer coordinates the session of every lease."""
+        processes = [peer.process for peer in self._world.peers.values() if peer.process is not None]
+        coordinated = {session for process in processes for session in process.coordinator.answers}
+        for process in processes:
+            for session_kv in process.stages._kv_manager:
+                if session_kv.session not in coordinated:
+                    raise InvariantBroken(
+                        f"{process.spec.name} holds a lease of session {session_kv.session}, which nobody coordinates"
+                    )
 
     def nothing_left(self) -> None:
-        """No session, no lease, no block, no task is left of what was."""
+        """Check that no session, lease, block or task is left once all sessions have ended."""
         self.sweep()
         for peer in self._world.peers.values():
-            life = peer.life
-            if life is None:
+            process = peer.process
+            if process is None:
                 continue
-            left = life.left_over()
+            left = leftovers(process)
             if left:
-                raise Broken(f"{life.spec.name}: when all is over there is still {'; '.join(left)}")
-            for load in life.holdings:
-                if load.pool is not None and load.pool.blocks_free != load.pool.blocks:
-                    raise Broken(f"{life.spec.name} {load.layers}: {load.pool.blocks - load.pool.blocks_free} blocks leaked")
+                raise InvariantBroken(f"{process.spec.name}: left over after all sessions have ended: {'; '.join(left)}")
+            for resident in process.holdings:
+                if resident.pool is not None and resident.pool.blocks_free != resident.pool.blocks:
+                    leaked = resident.pool.blocks - resident.pool.blocks_free
+                    raise InvariantBroken(f"{process.spec.name} {resident.layers}: {leaked} blocks leaked")

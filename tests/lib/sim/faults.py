@@ -1,4 +1,4 @@
-"""What goes wrong, drawn from the seed."""
+"""The faults of a run: which there are, random schedules of them, and how each is injected."""
 
 import asyncio
 import random
@@ -6,20 +6,22 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sim.wires import Harsh
+from sim.network.wires import HarshNetwork
 
 if TYPE_CHECKING:
-    from sim.peer import SimPeer
+    from sim.peer.peer import SimPeer
     from sim.world import World
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
+    """One scheduled fault. Its victim is chosen when it begins."""
+
     at: float
     kind: str
     lasts_s: float
     chance: float
-    """Picks the victim among those that are possible then."""
+    """Random number from 0 to 1. It selects the victim and, for some kinds, the severity."""
 
     def __str__(self) -> str:
         return f"{self.kind} at {self.at:.2f} for {self.lasts_s:.2f} s"
@@ -28,9 +30,12 @@ class Fault:
 Inject = Callable[["World", Fault], Awaitable[None]]
 _KINDS: dict[str, Inject] = {}
 _LASTS: dict[str, tuple[float, float]] = {}
+"""Shortest and longest duration, by kind."""
 
 
 def _fault(kind: str, shortest_s: float, longest_s: float) -> Callable[[Inject], Inject]:
+    """Register the decorated function as the injector of this kind of fault."""
+
     def register(inject: Inject) -> Inject:
         _KINDS[kind], _LASTS[kind] = inject, (shortest_s, longest_s)
         return inject
@@ -43,7 +48,7 @@ def kinds() -> tuple[str, ...]:
 
 
 def make_faults(rng: random.Random, count: int, within_s: float, only: tuple[str, ...] | None = None) -> list[Fault]:
-    """Some come close after one another: a loss during recovery is an ordinary thing."""
+    """Return a random schedule. About a third of the faults follow closely after another one, so that they hit a recovery."""
     faults: list[Fault] = []
     for _ in range(count):
         close = faults and rng.random() < 0.35
@@ -54,14 +59,14 @@ def make_faults(rng: random.Random, count: int, within_s: float, only: tuple[str
 
 
 async def inject(world: "World", fault: Fault) -> None:
-    """From its beginning to its end."""
+    """Wait for the fault's time, begin it, and return when it has ended."""
     await asyncio.sleep(fault.at)
     await _KINDS[fault.kind](world, fault)
 
 
 def _pick(world: "World", fault: Fault) -> "SimPeer | None":
-    """A peer that lives and to which nothing is being done, busy ones first: half of the time one that is in a session."""
-    free = [peer for peer in world.peers.values() if peer.life is not None and peer.id not in world.troubled]
+    """Return a running peer without a fault; in 70 % of the cases one with a session, if there is one. None: fewer than two run."""
+    free = [peer for peer in world.peers.values() if peer.process is not None and peer.id not in world.health.faulty]
     if len(free) < 2:
         return None
     busy = [peer for peer in free if world.is_busy(peer)]
@@ -74,21 +79,17 @@ async def _process_fault(
     fault: Fault,
     begin: Callable[["SimPeer"], None],
     end: Callable[["SimPeer"], None],
-    wish: "SimPeer | None" = None,
+    victim: "SimPeer | None" = None,
 ) -> None:
-    peer = wish or _pick(world, fault)
+    """Inject a fault into `victim`, or into a peer that `_pick` chooses, and end it after its time."""
+    peer = victim or _pick(world, fault)
     if peer is None:
         return
-    world.trouble(peer, fault.kind)
+    world.health.begin(peer, fault.kind)
     begin(peer)
     await asyncio.sleep(fault.lasts_s)
     end(peer)
-    world.well_again(peer, fault.kind)
-
-
-def _start(peer: "SimPeer") -> None:
-    if peer.life is None:
-        peer.start()
+    world.health.end(peer, fault.kind)
 
 
 @_fault("kill", 0.3, 20.0)
@@ -98,7 +99,7 @@ async def _kill(world: "World", fault: Fault) -> None:
 
 @_fault("kill coordinator", 0.3, 20.0)
 async def _kill_coordinator(world: "World", fault: Fault) -> None:
-    free = [peer for peer in world.peers.values() if peer.life is not None and peer.id not in world.troubled]
+    free = [peer for peer in world.peers.values() if peer.process is not None and peer.id not in world.health.faulty]
     coordinators = [peer for peer in free if world.coordinates(peer)]
     if coordinators and len(free) > 1:
         victim = coordinators[int(fault.chance * 1000) % len(coordinators)]
@@ -117,18 +118,18 @@ async def _freeze(world: "World", fault: Fault) -> None:
 
 @_fault("stall", 1.0, 30.0)
 async def _stall(world: "World", fault: Fault) -> None:
-    """Its compute thread hangs; its links are fine."""
-    lives = {}
+    """The compute thread hangs while the event loop and the links work."""
+    processes = {}
 
     def begin(peer: "SimPeer") -> None:
-        lives[peer.id] = peer.life
-        if peer.life is not None:
-            peer.life.compute.stall()
+        processes[peer.id] = peer.process
+        if peer.process is not None:
+            peer.process.compute.stall()
 
     def end(peer: "SimPeer") -> None:
-        life = lives[peer.id]
-        if life is not None and not life.dead:
-            life.compute.go_on()
+        process = processes[peer.id]
+        if process is not None and not process.killed:
+            process.compute.end_stall()
 
     await _process_fault(world, fault, begin, end)
 
@@ -149,19 +150,19 @@ async def _garbage(world: "World", fault: Fault) -> None:
 
 @_fault("leave", 0.5, 15.0)
 async def _leave(world: "World", fault: Fault) -> None:
-    """SIGTERM, and a start some time later."""
+    """Stop the peer by SIGTERM, and start it again some time later."""
     peer = _pick(world, fault)
     if peer is None:
         return
-    world.trouble(peer, fault.kind)
+    world.health.begin(peer, fault.kind)
     await world.stop(peer)
     await asyncio.sleep(fault.lasts_s)
     world.start(peer)
-    world.well_again(peer, fault.kind)
+    world.health.end(peer, fault.kind)
 
 
-def _pair(world: "World", fault: Fault) -> tuple["SimPeer", "SimPeer"] | None:
-    free = [peer for peer in world.peers.values() if peer.id not in world.troubled]
+def _pick_pair(world: "World", fault: Fault) -> tuple["SimPeer", "SimPeer"] | None:
+    free = [peer for peer in world.peers.values() if peer.id not in world.health.faulty]
     if len(free) < 2:
         return None
     first = free.pop(int(fault.chance * 1000) % len(free))
@@ -174,21 +175,22 @@ async def _pair_fault(
     begin: Callable[["SimPeer", "SimPeer"], None],
     end: Callable[["SimPeer", "SimPeer"], None],
 ) -> None:
-    pair = _pair(world, fault)
+    """Inject a fault between two random peers, and end it after its time."""
+    pair = _pick_pair(world, fault)
     if pair is None:
         return
     for peer in pair:
-        world.trouble(peer, fault.kind)
+        world.health.begin(peer, fault.kind)
     begin(*pair)
     await asyncio.sleep(fault.lasts_s)
     end(*pair)
     for peer in pair:
-        world.well_again(peer, fault.kind)
+        world.health.end(peer, fault.kind)
 
 
 @_fault("partition", 0.2, 15.0)
 async def _partition(world: "World", fault: Fault) -> None:
-    """Silent, both ways, between two."""
+    """Cut both directions between two peers, without notice to either."""
 
     def begin(one: "SimPeer", other: "SimPeer") -> None:
         world.network.cut(one.id, other.id)
@@ -213,7 +215,7 @@ async def _one_way(world: "World", fault: Fault) -> None:
 
 @_fault("isolate", 0.2, 15.0)
 async def _isolate(world: "World", fault: Fault) -> None:
-    """One peer is cut off from all others, silently."""
+    """Cut a peer off from all others, without notice to either side."""
 
     def others(peer: "SimPeer") -> list["SimPeer"]:
         return [other for other in world.peers.values() if other is not peer]
@@ -221,7 +223,7 @@ async def _isolate(world: "World", fault: Fault) -> None:
     cut: list[SimPeer] = []
 
     def begin(peer: "SimPeer") -> None:
-        cut.extend(other for other in others(peer) if other.id not in world.troubled)
+        cut.extend(other for other in others(peer) if other.id not in world.health.faulty)
         for other in cut:
             world.network.cut(peer.id, other.id)
             world.network.cut(other.id, peer.id)
@@ -241,7 +243,7 @@ async def _reset(world: "World", fault: Fault) -> None:
 
 @_fault("slow link", 1.0, 10.0)
 async def _slow_link(world: "World", fault: Fault) -> None:
-    """A hundred times slower."""
+    """Make the link between two peers a hundred times slower."""
 
     def set_slow(one: "SimPeer", other: "SimPeer", slow: float) -> None:
         world.network.path(one.id, other.id).slow = slow
@@ -252,42 +254,45 @@ async def _slow_link(world: "World", fault: Fault) -> None:
 
 @_fault("drain", 0.5, 8.0)
 async def _drain(world: "World", fault: Fault) -> None:
-    """It is asked to let what runs on it move away, and then to take work again."""
+    """Drain a peer, so that its sessions move away, then let it take work again."""
     peer = _pick(world, fault)
-    if peer is None or peer.life is None:
+    if peer is None or peer.process is None:
         return
-    world.trouble(peer, fault.kind)
-    life = peer.life
-    await world.do(life, life.drainer.drain(life.spec.id, False, fault.lasts_s), fault.lasts_s)
-    if not life.dead:
-        await world.do(life, life.drainer.drain(life.spec.id, True, 1.0), 2.0)
-    world.well_again(peer, fault.kind)
+    world.health.begin(peer, fault.kind)
+    process = peer.process
+    await world.do(process, process.drainer.drain(process.spec.id, False, fault.lasts_s), fault.lasts_s)
+    if not process.killed:
+        await world.do(process, process.drainer.drain(process.spec.id, True, 1.0), 2.0)
+    world.health.end(peer, fault.kind)
 
 
 @_fault("move", 0.0, 0.1)
 async def _move(world: "World", fault: Fault) -> None:
-    """Somebody has a running answer moved; that hurts nobody."""
+    """Move a running answer to another peer, as a user may. No peer is harmed, so none is marked faulty."""
     running = [
-        (peer.life, session)
+        (peer.process, session)
         for peer in world.peers.values()
-        if peer.life is not None and not peer.frozen
-        for session in peer.life.coordinator.answers
+        if peer.process is not None and not peer.frozen
+        for session in peer.process.coordinator.answers
     ]
     if running:
-        life, session = running[int(fault.chance * 1000) % len(running)]
+        process, session = running[int(fault.chance * 1000) % len(running)]
         target = list(world.peers)[int(fault.chance * 7919) % len(world.peers)]
-        world.injected += 1
-        world.trace.note("move", life.spec.name, session[:6], world.names[target])
-        await world.do(life, life.coordinator.move(session, target, None), 30.0)
+        world.health.injected += 1
+        world.trace.note("move", process.spec.name, session[:6], world.names[target])
+        await world.do(process, process.coordinator.move(session, target, None), 30.0)
 
 
 @_fault("harsh network", 0.5, 5.0)
 async def _harsh(world: "World", fault: Fault) -> None:
-    """Single messages are lost, repeated and overtaken, all over. TCP loses none and lives on: such links are reset after."""
-    world.trouble_all(fault.kind)
+    """Lose, repeat and reorder single messages on all links.
+
+    TCP never loses a message of a link that stays up, so links that lost one are reset in the end.
+    """
+    world.health.begin_all(fault.kind)
     level = fault.chance * 0.05
-    world.network.harsh = Harsh(drop=level, repeat=level, reorder=level)
+    world.network.delivery.harsh = HarshNetwork(drop=level, repeat=level, reorder=level)
     await asyncio.sleep(fault.lasts_s)
-    world.network.harsh = Harsh()
+    world.network.delivery.harsh = HarshNetwork()
     world.network.break_lossy()
-    world.all_well_again(fault.kind)
+    world.health.end_all(fault.kind)

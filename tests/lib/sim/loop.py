@@ -1,7 +1,7 @@
-"""An event loop in virtual time: nothing waits, the clock jumps to the next timer. The same start gives the same run.
+"""An event loop in virtual time: it never waits, its clock jumps to the next timer. The same start gives the same run.
 
-Every callback belongs to an owner (a peer), by its context. A stopped owner's callbacks are put aside: that is a frozen process. A
-killed one's are run to their end where nobody sees it.
+Every callback belongs to an owner (a peer's process), which its context names. Callbacks of a stopped owner are deferred, as in a
+frozen process. Callbacks of a killed owner still run, but their errors are ignored.
 """
 
 import asyncio
@@ -17,26 +17,27 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _SAME_TIME_LIMIT = 200_000
-"""Callbacks without the clock moving: more are a loop that never ends."""
+"""More callbacks than this at one instant mean that the code loops for ever."""
 _THREAD_S = 0.0005
-"""What a job on another thread takes at most."""
+"""Longest time of a job on another thread."""
 
 
 @dataclass(eq=False, slots=True)
 class Owner:
-    """Whose callbacks these are."""
+    """The simulated process that callbacks and tasks belong to."""
 
     name: str
     stopped: bool = False
-    dead: bool = False
-    """What it still does is the end of a killed process: it counts for nothing."""
+    """The process is frozen: its callbacks are put into `deferred`."""
+    killed: bool = False
+    """Only the clean-up of cancelled tasks still runs; its errors are ignored."""
     deferred: deque[asyncio.Handle] = field(default_factory=deque)
     tasks: dict[int, "SimTask"] = field(default_factory=dict)
     after: Callable[[], None] | None = None
-    """Called after each of its callbacks."""
+    """Called after each callback of this owner."""
 
     def context(self) -> Context:
-        """A fresh context whose callbacks and tasks are this owner's."""
+        """Return a fresh context; callbacks and tasks that run in it belong to this owner."""
         context = Context()
         context.run(OWNER.set, self)
         return context
@@ -46,11 +47,11 @@ OWNER: ContextVar[Owner | None] = ContextVar("owner", default=None)
 
 
 class Stuck(AssertionError):
-    """Nothing can ever happen again, or everything happens at once for ever."""
+    """The clock cannot advance: no timer is left, or callbacks start one another without end at one instant."""
 
 
 class SimTask(asyncio.Task[Any]):
-    """A task whose hash is its number: sets of tasks are walked in the same order in every run."""
+    """A task whose hash is its number, so that sets of tasks have the same order in every run."""
 
     number: int
     owner: Owner | None = None
@@ -60,22 +61,22 @@ class SimTask(asyncio.Task[Any]):
 
 
 class SimLoop(asyncio.BaseEventLoop):
-    """Run it with `run_until_complete`."""
+    """The loop of one run; use `run_until_complete`."""
 
     def __init__(self, rng: random.Random, start: float = 1000.0) -> None:
         super().__init__()
         self.callbacks = 0
-        """Run so far."""
+        """Callbacks run so far."""
         self.timers_run = 0
-        """Of these, those that a timer started: a message arrived, a step came back, a wait was over."""
+        """Timers that have fired: a message arrived, a step finished, a wait ended."""
         self.faults: list[str] = []
-        """What no code caught."""
+        """Errors that no code caught, and errors that meshd logged."""
         self._rng = rng
         self._virtual_now = start
         self._order = itertools.count()
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._numbers = itertools.count(1)
-        self._since_moved = 0
+        self._at_this_instant = 0
         self._ready: deque[asyncio.Handle]
         self.set_task_factory(self._make_task)
         self.set_exception_handler(self._note_fault)
@@ -97,7 +98,7 @@ class SimLoop(asyncio.BaseEventLoop):
         return self.call_soon(callback, *args, context=context)
 
     def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:  # type: ignore[override]
-        """Here, a moment later."""
+        """Run `func` on this thread, a moment later."""
         future: asyncio.Future[T] = self.create_future()
 
         def run() -> None:
@@ -114,7 +115,7 @@ class SimLoop(asyncio.BaseEventLoop):
         return future
 
     def resume(self, owner: Owner) -> None:
-        """What was put aside while the owner was stopped runs now, in order."""
+        """Let a stopped owner continue: run its deferred callbacks, in order."""
         owner.stopped = False
         self._ready.extend(owner.deferred)
         owner.deferred.clear()
@@ -142,10 +143,10 @@ class SimLoop(asyncio.BaseEventLoop):
                 if owner.after is not None:
                     owner.after()
             self.callbacks += 1
-            self._since_moved += 1
-        if self._since_moved > _SAME_TIME_LIMIT:
-            self._since_moved = 0
-            raise Stuck(f"{_SAME_TIME_LIMIT} callbacks at {self._virtual_now:.6f}: the clock does not move")
+            self._at_this_instant += 1
+        if self._at_this_instant > _SAME_TIME_LIMIT:
+            self._at_this_instant = 0
+            raise Stuck(f"{_SAME_TIME_LIMIT} callbacks at {self._virtual_now:.6f}: the clock does not advance")
 
     def _advance(self) -> None:
         while self._timers and self._timers[0][2]._cancelled:
@@ -154,13 +155,13 @@ class SimLoop(asyncio.BaseEventLoop):
             raise Stuck(f"nothing is left to happen at {self._virtual_now:.6f}")
         if self._timers[0][0] > self._virtual_now:
             self._virtual_now = self._timers[0][0]
-            self._since_moved = 0
+            self._at_this_instant = 0
 
     def _make_task(
         self, loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, T] | Generator[Any, None, T], **named: Any
     ) -> SimTask:
         number = next(self._numbers)
-        SimTask.number = number  # the C constructor hashes it already
+        SimTask.number = number  # the constructor hashes the task before its own number can be set
         task = SimTask(coro, loop=self, **named)
         task.number = number
         context = named.get("context")
@@ -175,7 +176,7 @@ class SimLoop(asyncio.BaseEventLoop):
         handle, owner = context.get("handle"), OWNER.get()
         owner = handle._context.get(OWNER) if handle is not None else owner
         owner = getattr(context.get("task") or context.get("future"), "owner", owner)
-        if owner is not None and owner.dead:
+        if owner is not None and owner.killed:
             return
         self.faults.append(
             f"{context.get('message')}: {context.get('exception')!r} in {context.get('task') or context.get('handle')}"
@@ -192,7 +193,7 @@ class SimLoop(asyncio.BaseEventLoop):
 
 
 class SimClock:
-    """One peer's clock and entropy: its zero is its own, as between real machines."""
+    """One peer's clock and random bytes. Its monotonic clock starts at a random value, its wall clock is off by up to 30 s."""
 
     def __init__(self, loop: SimLoop, rng: random.Random) -> None:
         self._loop = loop

@@ -7,26 +7,31 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Together with the seed these determine a run completely."""
+    """Options of a run. Together with the seed they determine it completely."""
 
     peers: int = 4
     models: int = 1
-    """With 6 layers, 7, ..."""
+    """The first has 6 layers, each further one has one more."""
     faults: int = 4
     requests: int = 6
     within_s: float = 12.0
+    """Requests start, and faults begin, within this time."""
     kinds: tuple[str, ...] | None = None
+    """The kinds of faults. None: all."""
     repeats: float = 0.002
+    """Share of session messages that arrive twice."""
     prompt: int = 150
+    """Longest prompt, in tokens."""
     answer: int = 120
+    """Longest answer, in tokens."""
     events: int = 0
-    """Run until so many events have happened."""
+    """If not 0: requests keep coming until this many timers have fired."""
     churn: bool = False
-    """With `events`: faults arrive until the end, too."""
+    """With `events`: faults keep coming until the end, too."""
 
 
 def replay(seed: int, options: Options) -> str:
-    """The command that repeats a run, and shows all of it."""
+    """Return the command that repeats a run and prints its trace."""
     return " ".join(["python -P tests/sim/run.py", f"--seed {seed}", *_arguments(options)])
 
 

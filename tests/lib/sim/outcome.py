@@ -1,4 +1,4 @@
-"""What a run of the simulator shows."""
+"""The result of one run of the simulator."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Outcome:
-    """Figures of one run, and why it failed."""
+    """Figures of one run, and why it failed, if it did."""
 
     seed: int
     failure: str = ""
+    """The first invariant that broke. Empty: all held."""
     digest: int = 0
     events: int = 0
     callbacks: int = 0
@@ -26,12 +27,15 @@ class Outcome:
     plans: int = 0
     searches: int = 0
     searching_s: float = 0.0
-    """Of real time."""
+    """Real time."""
     methods: Counter[str] = field(default_factory=Counter)
-    """How answers continued after a change of plan."""
+    """How often answers continued by each method after a change of plan."""
     pauses: list[float] = field(default_factory=list)
+    """Virtual seconds that clients waited for each token."""
     worst: tuple[float, str] = 0.0, ""
+    """The longest of the pauses, and where it was."""
     lines: list[str] = field(default_factory=list)
+    """The last lines of the trace."""
 
     def __str__(self) -> str:
         return f"seed {self.seed}: {self.failure or 'ok'}"

@@ -1,4 +1,4 @@
-"""What happened in a run, as a running checksum and, if wanted, as lines."""
+"""The trace of a run: a running checksum, and lines of text if wanted."""
 
 import logging
 import zlib
@@ -8,11 +8,12 @@ from collections.abc import Callable
 from meshd.protocol.messages import Message
 from meshd.types import PeerId
 
-_TOLD = ("session", "epoch", "step", "index", "token", "stage", "position", "held", "start", "request", "code", "layers")
+_FIELDS = ("session", "epoch", "step", "index", "token", "stage", "position", "held", "start", "request", "code", "layers")
+"""Fields of messages that the trace shows."""
 
 
 class Trace:
-    """The same seed must give the same `digest`."""
+    """Notes of all that happens. The same seed must give the same `digest`."""
 
     def __init__(self, now: Callable[[], float], names: dict[PeerId, str], *, keep: int = 0, echo: bool = False) -> None:
         self.digest = 0
@@ -20,7 +21,8 @@ class Trace:
         self._names = names
         self._echo = echo
         self.lines: deque[str] = deque(maxlen=keep)
-        self._told: dict[type[Message], tuple[str, ...]] = {}
+        self._fields: dict[type[Message], tuple[str, ...]] = {}
+        """The fields to show, by type of message."""
 
     def note(self, *parts: object) -> None:
         line = f"{self._now():.6f} " + " ".join(map(str, parts))
@@ -30,7 +32,7 @@ class Trace:
             print(line, flush=True)
 
     def log(self, who: str, record: logging.LogRecord) -> None:
-        """A line of the product's own log: not part of the digest, since how much is logged is not behaviour."""
+        """Add a line of meshd's own log. It is not part of the digest, because what is logged is not behaviour."""
         line = f"{self._now():.6f} {who} log {record.levelname.lower()}: {record.getMessage()}"
         self.lines.append(line)
         if self._echo:
@@ -38,11 +40,11 @@ class Trace:
 
     def message(self, source: PeerId, target: PeerId, message: Message) -> None:
         kind = type(message)
-        told = self._told.get(kind)
-        if told is None:
-            told = self._told[kind] = tuple(name for name in _TOLD if name in kind.__struct_fields__)
-        facts = [f"{name}={_short(getattr(message, name))}" for name in told]
-        self.note(self._names[source], ">", self._names[target], kind.__name__, *facts)
+        fields = self._fields.get(kind)
+        if fields is None:
+            fields = self._fields[kind] = tuple(name for name in _FIELDS if name in kind.__struct_fields__)
+        values = [f"{name}={_short(getattr(message, name))}" for name in fields]
+        self.note(self._names[source], ">", self._names[target], kind.__name__, *values)
 
 
 def _short(value: object) -> str:

@@ -1,4 +1,4 @@
-"""What clients ask, and what they must get."""
+"""Random requests of clients, each with its correct answer."""
 
 import random
 from collections.abc import Sequence
@@ -6,36 +6,38 @@ from dataclasses import dataclass, field
 
 from meshd.agents.service import GenerationRequest, MeshOptions
 from meshd.types import FinishReason, ModelCard, SamplingParams
-from sim.toy import Expected, letter, random_prompt, reference
+from sim.toy.reference import Expected, reference
+from sim.toy.text import letter, random_prompt
 
 
 @dataclass(slots=True)
-class Wish:
-    """One request, and how its client behaves."""
+class ClientRequest:
+    """One request, its correct answer, and how its client behaves."""
 
     number: int
-    request: GenerationRequest
+    generation: GenerationRequest
     expected: Expected
     text: str
-    """All that the client may ever see, stop string cut off."""
+    """The whole text that the client must receive, without the stop string."""
     finish: FinishReason
     completion_tokens: int
     starts_at: float
     patience_s: float
-    """It goes to another peer when nothing comes for so long."""
+    """The client turns to another peer when no event comes for so long."""
     reads_s: float = 0.0
-    """How long the client takes for each delta."""
+    """How long the client takes to read each delta."""
     leaves_at: int | None = None
-    """It goes away after this many deltas."""
+    """Number of deltas after which the client disconnects. None: it stays."""
     stays_away_s: float = 0.0
     cancels_at: int | None = None
+    """Number of deltas after which the client cancels its request. None: it does not."""
     seen: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
-    """Deltas in order: text, and token ids if logprobs were asked for."""
+    """The deltas received so far, in order: text, and token ids if logprobs were requested."""
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """How much is asked."""
+class Workload:
+    """How many requests clients make in what time, and how long prompts and answers are at most, in tokens."""
 
     requests: int
     within_s: float
@@ -43,18 +45,18 @@ class Load:
     answer: int = 60
 
 
-def make_wishes(rng: random.Random, cards: Sequence[ModelCard], load: Load) -> list[Wish]:
-    """In the order of their start."""
-    starts = sorted(rng.uniform(0, load.within_s) for _ in range(load.requests))
-    return [make_wish(rng, cards, load, number, start) for number, start in enumerate(starts)]
+def make_requests(rng: random.Random, cards: Sequence[ModelCard], workload: Workload) -> list[ClientRequest]:
+    """Return the requests of a whole run, in the order of their start."""
+    starts = sorted(rng.uniform(0, workload.within_s) for _ in range(workload.requests))
+    return [make_request(rng, cards, workload, number, start) for number, start in enumerate(starts)]
 
 
-def make_wish(rng: random.Random, cards: Sequence[ModelCard], load: Load, number: int, start: float) -> Wish:
-    """One request, and its answer by the reference."""
+def make_request(rng: random.Random, cards: Sequence[ModelCard], workload: Workload, number: int, start: float) -> ClientRequest:
+    """Return a random request; its correct answer is computed by `reference`."""
     card = cards[0] if len(cards) == 1 else rng.choice(cards)
-    prompt = random_prompt(rng, load.prompt if rng.random() < 0.8 else 8)
+    prompt = random_prompt(rng, workload.prompt if rng.random() < 0.8 else 8)
     sampling = _sampling(rng)
-    max_tokens = rng.randint(1, load.answer)
+    max_tokens = rng.randint(1, workload.answer)
     ignore_eos = rng.random() < 0.5
     expected = reference(card.spec.layers, prompt, sampling, max_tokens, ignore_eos=ignore_eos)
     letters = [letter(token) for token in expected.tokens]
@@ -70,9 +72,9 @@ def make_wish(rng: random.Random, cards: Sequence[ModelCard], load: Load, number
         cut = text.index(stop[0])
         text, finish, completion = text[:cut], FinishReason.STOP, cut + len(stop[0])
     leaves = rng.randrange(1, 20) if rng.random() < 0.15 else None
-    return Wish(
+    return ClientRequest(
         number=number,
-        request=GenerationRequest(
+        generation=GenerationRequest(
             model=card.name,
             prompt=prompt,
             sampling=sampling,

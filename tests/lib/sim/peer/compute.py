@@ -1,4 +1,4 @@
-"""The compute thread in virtual time: one job after another, each as long as the toy model says, the peer's slowness included."""
+"""The compute thread in virtual time: one job after another, each as long as the toy model and the peer's slowness make it."""
 
 import asyncio
 import random
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from meshd.agents.device.compute import ComputeQueue
 from sim.loop import SimLoop
-from sim.toy import Meter, Speed
+from sim.toy.backend import Meter, Speed
 
 T = TypeVar("T")
 _LATEST_START_S = 0.0002
@@ -25,27 +25,29 @@ class _Job:
 
 
 class SimCompute(ComputeQueue):
-    """The compute thread, simulated.
+    """The simulated compute thread.
 
-    The work itself happens at one moment of its time: what its caller does before that (free its memory, say) it sees, what comes
-    after it does not.
+    A job's work runs at a single instant, before the job's virtual time passes: it sees what the event loop did before (such as
+    freeing its memory), but nothing that the loop does while the job "computes".
     """
 
     def __init__(self, loop: SimLoop, rng: random.Random, meter: Meter, speed: Speed) -> None:
         self.jobs = 0
+        """Jobs run so far."""
         self.stalled = False
-        """The thread hangs in its job; the event loop lives."""
+        """The thread hangs in its job while the event loop runs."""
         self._loop = loop
         self._rng = rng
         self._meter = meter
         self._waiting: deque[_Job] = deque()
         self._running: _Job | None = None
         self._speed = speed
-        self._kept: Callable[[], None] | None = None
+        self._stalled_call: Callable[[], None] | None = None
+        """What the stalled job does when the stall ends."""
         self._context = copy_context()
-        """Shared by the peer: faults stall it and release it."""
-        self._due: tuple[asyncio.TimerHandle, float, Callable[[], None]] | None = None
-        """When the present job comes back, and how slow the peer was when that was reckoned."""
+        """The peer's context. Faults call this class from their own context, but the peer's callbacks must run in the peer's."""
+        self._pending: tuple[asyncio.TimerHandle, float, Callable[[], None]] | None = None
+        """Timer of the current job's end, the slowness that its time was computed with, and its callback."""
 
     def submit(self, work: Callable[[], T], done: Callable[[T], None], failed: Callable[[Exception], None]) -> None:
         assert len(self._waiting) < _MAX_JOBS, "the compute thread's queue grows without bound"
@@ -53,7 +55,7 @@ class SimCompute(ComputeQueue):
         self._next()
 
     def works(self) -> list[Callable[[], Any]]:
-        """What waits and what is under way."""
+        """Return the work of the running job and of all that wait."""
         running = [self._running] if self._running is not None else []
         return [job.work for job in (*running, *self._waiting)]
 
@@ -63,12 +65,12 @@ class SimCompute(ComputeQueue):
     def stall(self) -> None:
         self.stalled = True
 
-    def go_on(self) -> None:
-        """After a stall: the job that hung comes back now."""
+    def end_stall(self) -> None:
+        """Let the stalled job continue now."""
         self.stalled = False
-        kept, self._kept = self._kept, None
-        if kept is not None:
-            self._loop.call_soon(kept, context=self._context)
+        call, self._stalled_call = self._stalled_call, None
+        if call is not None:
+            self._loop.call_soon(call, context=self._context)
 
     def _next(self) -> None:
         if self._running is None and self._waiting:
@@ -77,7 +79,7 @@ class SimCompute(ComputeQueue):
 
     def _run(self, job: _Job) -> None:
         if self.stalled:
-            self._kept = lambda: self._run(job)
+            self._stalled_call = lambda: self._run(job)
             return
         before = self._meter.spent_s
         callback: Callable[[Any], None]
@@ -92,18 +94,18 @@ class SimCompute(ComputeQueue):
         self._wait(took_s, self._speed.slow, lambda: self._finished(callback, result))
 
     def _wait(self, seconds: float, slow: float, then: Callable[[], None]) -> None:
-        self._due = self._loop.call_later(seconds, then, context=self._context), slow, then
+        self._pending = self._loop.call_later(seconds, then, context=self._context), slow, then
 
     def speed_changed(self) -> None:
-        """What is left of the present job goes at the new speed."""
-        if self._due is not None and not self._due[0].cancelled() and self._due[0].when() > self._loop.time():
-            timer, slow, then = self._due
+        """Run the rest of the current job at the new speed."""
+        if self._pending is not None and not self._pending[0].cancelled() and self._pending[0].when() > self._loop.time():
+            timer, slow, then = self._pending
             timer.cancel()
             self._wait((timer.when() - self._loop.time()) * self._speed.slow / slow, self._speed.slow, then)
 
     def _finished(self, callback: Callable[[Any], None], result: Any) -> None:
         if self.stalled:
-            self._kept = lambda: self._finished(callback, result)
+            self._stalled_call = lambda: self._finished(callback, result)
             return
         self._running = None
         self._next()

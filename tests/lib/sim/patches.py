@@ -1,4 +1,4 @@
-"""What a run changes in the process around it, and puts back: the clock and the log."""
+"""Replaces the module `time` and the log of meshd while a run lasts."""
 
 import logging
 import sys
@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 from sim.loop import OWNER, SimLoop
-from sim.toy import Meter
+from sim.toy.backend import Meter
 from sim.trace import Trace
 
 
 @contextmanager
 def virtual_time(loop: SimLoop, meter: Meter) -> Iterator[None]:
-    """Make the module `time`, as meshd's modules see it, return virtual time."""
+    """Replace `time` in all of meshd's modules by one that returns virtual time."""
 
     def now() -> float:
         return loop.time() + meter.spent_s
@@ -36,7 +36,7 @@ def virtual_time(loop: SimLoop, meter: Meter) -> Iterator[None]:
 
 
 class _Watcher(logging.Handler):
-    """Writes log records to the trace; an error in the log of a living peer is a fault of the run."""
+    """Writes log records to the trace. An error that a running peer logs makes the run fail."""
 
     def __init__(self, loop: SimLoop, trace: Trace) -> None:
         super().__init__(logging.DEBUG)
@@ -44,7 +44,7 @@ class _Watcher(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         owner = OWNER.get()
-        if owner is not None and owner.dead:
+        if owner is not None and owner.killed:
             return
         self._trace.log(owner.name if owner else "-", record)
         if record.levelno >= logging.ERROR:
@@ -62,7 +62,7 @@ def _where(error: BaseException) -> str:
 
 @contextmanager
 def watched_log(loop: SimLoop, trace: Trace) -> Iterator[None]:
-    """Send meshd's log to the trace, and its errors to the faults of the loop."""
+    """Send meshd's log to the trace, and the errors in it to `SimLoop.faults`."""
     logger = logging.getLogger("meshd")
     before = logger.level, logger.propagate, logger.handlers[:]
     watcher = _Watcher(loop, trace)

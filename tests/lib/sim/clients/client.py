@@ -1,0 +1,179 @@
+"""A client: sends its request to some peer, resumes elsewhere after an error, and compares what it gets with the correct answer."""
+
+import asyncio
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from meshd.agents.service import Finished, TextDelta
+from meshd.errors import Cancelled, ContextTooLong, InvalidRequest, MeshdError, Unavailable, UnknownModel, UnknownSession
+from meshd.types import SessionId
+from sim.clients.connection import Connection, ConnectionLost, SessionNamed, handle
+from sim.clients.requests import ClientRequest
+from sim.peer.process import SimProcess
+
+if TYPE_CHECKING:
+    from sim.world import World
+
+_LINGERS = 0.3
+"""How often a client leaves a lost connection open while it turns to another peer, so that its answer has two readers."""
+_LINGERS_S = 4.0
+_NEVER_RIGHT = (InvalidRequest, ContextTooLong, UnknownModel)
+"""Errors that no fault excuses."""
+
+
+class WrongAnswer(AssertionError):
+    """A client got a wrong answer, an error that no fault excuses, or nothing in time."""
+
+
+class Client:
+    """Makes one request, and sees it through to its end."""
+
+    def __init__(self, world: "World", request: ClientRequest) -> None:
+        self.world = world
+        self.request = request
+        self.session: SessionId | None = None
+        self.ended = ""
+        """`exact` or `cancelled`. Empty: not ended."""
+        self.errors: list[str] = []
+        self.pauses: list[float] = []
+        """Seconds before each token, counted within one connection."""
+        self.began = 0.0
+        self._last_token_at = 0.0
+
+    async def run(self) -> None:
+        world, request = self.world, self.request
+        await asyncio.sleep(request.starts_at)
+        self.began = world.loop.time()
+        while not self.ended:
+            process = await world.some_process()
+            wait_s = await self._attempt(process)
+            if self.ended:
+                break
+            await asyncio.sleep(wait_s)
+        world.trace.note("client", request.number, self.ended, len(request.seen))
+
+    async def _attempt(self, process: SimProcess) -> float:
+        """Read from one connection until something ends it. Returns: seconds to wait before the next one."""
+        world, request = self.world, self.request
+        connection = Connection(process)
+        self._last_token_at = world.loop.time()
+        world.connections.append(connection)
+        world.trace.note("client", request.number, "asks", process.spec.name, (self.session or "")[:6])
+        connection.handler = world.loop.create_task(handle(connection, request, self.session), context=process.owner.context())
+        process.handlers.append(connection.handler)
+        at, lingers = 0, False
+        try:
+            while True:
+                event = await connection.next(request.patience_s)
+                match event:
+                    case SessionNamed(session):
+                        if self.session is not None and session != self.session:
+                            raise WrongAnswer(f"client {request.number} asked for {self.session} and got {session}")
+                        self.session = session
+                    case TextDelta():
+                        self._take(at, event)
+                        at += 1
+                        if request.reads_s:
+                            await asyncio.sleep(request.reads_s)
+                        if at == request.cancels_at:
+                            self.ended = "cancelled"
+                            await self._cancel(process)
+                            return 0.0
+                        if at == request.leaves_at:
+                            request.leaves_at = None
+                            return request.stays_away_s
+                    case Finished():
+                        self._finish(at, event)
+                        return 0.0
+                    case ConnectionLost(why):
+                        self.errors.append(why)
+                        world.trace.note("client", request.number, "lost", why)
+                        lingers = world.rng_clients.random() < _LINGERS
+                        return world.rng_clients.random()
+                    case MeshdError():
+                        return self._failed(process, event)
+                    case Exception():
+                        raise WrongAnswer(f"client {request.number} got an error that is no MeshdError: {event!r}") from event
+        finally:
+            if lingers:
+                world.loop.call_later(_LINGERS_S, connection.close)
+            else:
+                connection.close()
+            process.handlers.remove(connection.handler)
+            world.connections.remove(connection)
+
+    async def _cancel(self, process: SimProcess) -> None:
+        if process.killed or self.session is None:
+            return
+        session = self.session
+
+        async def end() -> None:
+            with suppress(MeshdError):
+                await process.coordinator.end(session)
+
+        await asyncio.wait([self.world.loop.create_task(end(), context=process.owner.context())], timeout=10.0)
+
+    def _take(self, at: int, delta: TextDelta) -> None:
+        """Check the delta with number `at`: it is new, or equal to the one received before under this number."""
+        request = self.request
+        item = (delta.text, tuple(token.token_id for token in delta.tokens))
+        if at < len(request.seen):
+            if request.seen[at] != item:
+                raise WrongAnswer(f"client {request.number}: event {at} was {request.seen[at]} and is {item} when read again")
+            return
+        if self.ended:
+            raise WrongAnswer(f"client {request.number}: a token after the end")
+        request.seen.append(item)
+        so_far = "".join(text for text, _ in request.seen)
+        if not request.text.startswith(so_far):
+            raise WrongAnswer(
+                f"client {request.number}: {len(so_far)} tokens are not the reference's: {so_far!r}, expected {request.text!r}"
+            )
+        if request.generation.sampling.logprobs is not None:
+            self._check_logprobs(delta)
+        now = self.world.loop.time()
+        self.pauses.append(now - self._last_token_at)
+        self.world.note_pause(self, now - self._last_token_at)
+        self._last_token_at = now
+
+    def _check_logprobs(self, delta: TextDelta) -> None:
+        request = self.request
+        first = sum(len(ids) for _, ids in request.seen) - len(delta.tokens)
+        for index, token in enumerate(delta.tokens, first):
+            expected = request.expected.logprobs[index]
+            if token.token_id != request.expected.tokens[index] or expected is None or token.logprob != expected.chosen:
+                raise WrongAnswer(f"client {request.number}: token {index} has other logprobs than the reference")
+
+    def _finish(self, at: int, end: Finished) -> None:
+        request = self.request
+        if at != len(request.seen):
+            raise WrongAnswer(f"client {request.number}: the answer ended after {at} events, but it had {len(request.seen)} before")
+        so_far = "".join(text for text, _ in request.seen)
+        got = (so_far, end.reason, end.completion_tokens)
+        expected = (request.text, request.finish, request.completion_tokens)
+        if got != expected:
+            raise WrongAnswer(f"client {request.number}: the answer ended as {got}, expected {expected}")
+        self.ended = "exact"
+
+    def _failed(self, process: SimProcess, error: MeshdError) -> float:
+        """Check that a fault excuses an error. Returns: seconds to wait before the next attempt. Raises: WrongAnswer."""
+        world, request = self.world, self.request
+        self.errors.append(f"{error.code}: {error}")
+        world.trace.note("client", request.number, "error", process.spec.name, error.code, error)
+        if isinstance(error, _NEVER_RIGHT):
+            raise WrongAnswer(f"client {request.number} got {type(error).__name__}: {error}")
+        if isinstance(error, UnknownSession):
+            if world.health.is_affected(process.spec.id):
+                return 0.5  # this peer may be cut off from the peers that know the session
+            if not world.health.may_have_lost_records():
+                raise WrongAnswer(
+                    f"client {request.number}: session {self.session} is unknown though no two peers were lost: {error}"
+                )
+            # The session's record is lost: the client starts a new answer and reads it from the beginning.
+            self.session = None
+            request.seen.clear()
+            return 0.1
+        if request.seen and not isinstance(error, Cancelled):
+            world.judge_error(self, process, error)
+        wait_s = error.retry_after_s if isinstance(error, Unavailable) else 0.5
+        return min(wait_s, 2.0)

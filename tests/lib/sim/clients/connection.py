@@ -1,0 +1,97 @@
+"""A client's connection with one peer, and the handler that serves it in place of the HTTP server."""
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from meshd.agents.service import Generation
+from meshd.types import SessionId
+from sim.clients.requests import ClientRequest
+from sim.peer.process import SimProcess
+
+_MAX_UNREAD = 4
+"""Unread events in a connection after which its handler waits for the client."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionNamed:
+    """The peer has accepted the request: the id of its session."""
+
+    session: SessionId
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLost:
+    """The connection broke, or nothing came for too long."""
+
+    why: str
+
+
+@dataclass(eq=False, slots=True)
+class Connection:
+    """Events on their way from a peer to a client. The handler runs in the peer's context, the client in its own."""
+
+    process: SimProcess
+    events: deque[Any] = field(default_factory=deque)
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    taken: asyncio.Event = field(default_factory=asyncio.Event)
+    handler: asyncio.Task[None] | None = None
+    closed: bool = False
+
+    def push(self, event: object) -> None:
+        """Send an event to the client, unless the connection is closed or the peer's process was killed."""
+        if not self.closed and not self.process.killed:
+            self.events.append(event)
+            self.arrived.set()
+
+    def break_off(self, why: str) -> None:
+        """Break the connection from the peer's side: its process ends."""
+        self.events.append(ConnectionLost(why))
+        self.arrived.set()
+
+    async def next(self, timeout_s: float) -> Any:
+        """Return the next event, or `ConnectionLost` if none comes in time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self.events:
+                    self.arrived.clear()
+                    await self.arrived.wait()
+        except TimeoutError:
+            return ConnectionLost(f"nothing for {timeout_s:g} s")
+        event = self.events.popleft()
+        self.taken.set()
+        return event
+
+    async def wait_for_reader(self) -> None:
+        """Wait until the client has read enough of what was pushed."""
+        while len(self.events) >= _MAX_UNREAD:
+            self.taken.clear()
+            await self.taken.wait()
+
+    def close(self) -> None:
+        """Close the connection from the client's side."""
+        self.closed = True
+        if self.handler is not None and not self.process.killed:
+            self.handler.cancel()
+
+
+async def handle(connection: Connection, request: ClientRequest, session: SessionId | None) -> None:
+    """Serve a connection as the HTTP server does: generate, or resume `session`, and push the events."""
+    coordinator = connection.process.coordinator
+    try:
+        generation: Generation
+        if session is None:
+            generation = await coordinator.generate(request.generation)
+        else:
+            generation = await coordinator.resume(session)
+        connection.push(SessionNamed(generation.session))
+        events = generation.events()
+        try:
+            async for event in events:
+                connection.push(event)
+                await connection.wait_for_reader()
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+    except Exception as error:
+        connection.push(error)

@@ -1,0 +1,140 @@
+"""Carries messages from peer to peer: delay, bandwidth, cuts, losses."""
+
+import random
+from functools import partial
+from typing import TYPE_CHECKING
+
+from meshd.agents.links.link import _lane_of
+from meshd.errors import InvalidRequest, Overloaded
+from meshd.protocol.codec import decode, encode
+from meshd.protocol.framing import MAX_HEADER, MAX_PAYLOAD
+from meshd.protocol.messages import Advertise, Lane, Message, SessionMessage
+from meshd.protocol.transport import QUEUE_BYTES, Buffer
+from meshd.types import LinkStats, PeerId
+from sim.loop import SimLoop
+from sim.network.wires import HarshNetwork, Link, Path, Pipe
+from sim.trace import Trace
+
+if TYPE_CHECKING:
+    from sim.network.links import SimLinks
+
+_HEADER_BYTES = 120
+_ADVERTS_ENCODED = 0.05
+"""Share of adverts that are encoded and decoded. With many peers adverts are long and frequent, so encoding all is slow."""
+
+
+class Delivery:
+    """Delivers each message after its path's delay, in order within its lane, and notes the arrival in the trace."""
+
+    def __init__(
+        self,
+        loop: SimLoop,
+        rng: random.Random,
+        trace: Trace,
+        paths: dict[tuple[PeerId, PeerId], Path],
+        ends: dict[PeerId, "SimLinks"],
+    ) -> None:
+        self.harsh = HarshNetwork()
+        self.repeats = 0.0
+        """Share of session messages that arrive twice, each time in order."""
+        self.messages = 0
+        self._loop = loop
+        self._rng = rng
+        self._trace = trace
+        self._paths = paths
+        self._ends = ends
+
+    def send(self, end: "SimLinks", target: PeerId, link: Link, message: Message, payload: Buffer | None) -> None:
+        """Send over a link. Raises: Overloaded if the lane's queue is full; InvalidRequest if the message is too long."""
+        pipe = link.pipes[end.id, _lane_of(message, payload)]
+        size = _HEADER_BYTES + (0 if payload is None else memoryview(payload).nbytes)
+        if pipe.queued_bytes + size > QUEUE_BYTES:
+            raise Overloaded(f"{pipe.queued_bytes} bytes wait for {target:.8} already", retry_after_s=0.1)
+        received = self._encode_and_decode(message, size)
+        self._put(end.id, target, link, pipe, received, payload, size)
+        if self.repeats and isinstance(message, SessionMessage) and self._rng.random() < self.repeats:
+            self._put(end.id, target, link, pipe, received, payload, size)
+
+    def release(self, source: PeerId, target: PeerId) -> None:
+        """Send the messages that waited for a cut to heal."""
+        end = self._ends.get(source)
+        link = end.links.get(target) if end is not None else None
+        if link is None:
+            return
+        for lane in Lane:
+            pipe = link.pipes[source, lane]
+            held, pipe.held = pipe.held, []
+            for message, payload, size in held:
+                pipe.queued_bytes -= size
+                self._put(source, target, link, pipe, message, payload, size)
+
+    def note_arrival(self, source: PeerId, target: PeerId, message: Message) -> None:
+        self.messages += 1
+        self._trace.message(source, target, message)
+
+    def delay_s(self, path: Path) -> float:
+        return (path.delay_s + self._rng.random() * path.jitter_s) * path.slow
+
+    def stats(self, source: PeerId, target: PeerId) -> LinkStats:
+        """Return what a measurement of the link gives. The first one counts until the link is replaced."""
+        path, back = self._paths[source, target], self._paths[target, source]
+        if path.measured is None:
+            delay = path.delay_s * path.slow
+            path.measured = LinkStats(
+                rtt_s=delay + back.delay_s * back.slow,
+                bandwidth_bytes_s=path.bandwidth_bytes_s / path.slow,
+                hop_s=delay + 8192 * path.slow / path.bandwidth_bytes_s,
+                measured_at=self._loop.time(),
+            )
+        return path.measured
+
+    def _encode_and_decode(self, message: Message, size: int) -> Message:
+        """Return the message as its receiver decodes it. Raises: InvalidRequest if it is too long, as a connection does."""
+        if isinstance(message, Advertise) and self._rng.random() > _ADVERTS_ENCODED:
+            return message
+        header = encode(message)
+        if len(header) > MAX_HEADER or size - _HEADER_BYTES > MAX_PAYLOAD:
+            raise InvalidRequest(f"{type(message).__name__} is too long: {len(header)} bytes of header, {size} in all")
+        return decode(header)
+
+    def _put(
+        self, source: PeerId, target: PeerId, link: Link, pipe: Pipe, message: Message, payload: Buffer | None, size: int
+    ) -> None:
+        path = self._paths[source, target]
+        pipe.queued_bytes += size
+        if path.cut:
+            pipe.held.append((message, b"" if payload is None else bytes(payload), size))
+            return
+        now = self._loop.time()
+        pipe.free_at = max(now, pipe.free_at) + size * path.slow / path.bandwidth_bytes_s
+        arrival = max(pipe.free_at + self.delay_s(path), pipe.last_arrival + 1e-9)
+        deliver = partial(self._deliver, source, target, link, pipe, message, payload, size)
+        receiver = self._ends.get(target)
+        if receiver is None:
+            return
+        harsh, chance = self.harsh, self._rng.random() if (self.harsh.drop or self.harsh.repeat or self.harsh.reorder) else 1.0
+        if chance < harsh.drop:
+            link.lossy = True
+            return
+        if chance < harsh.drop + harsh.reorder:
+            self._loop.call_at(arrival + self._rng.random() * 0.2, deliver, context=receiver.context)
+            return
+        pipe.last_arrival = arrival
+        self._loop.call_at(arrival, deliver, context=receiver.context)
+        if chance > 1 - harsh.repeat:
+            self._loop.call_at(arrival + self._rng.random() * 0.5, deliver, context=receiver.context)
+
+    def _deliver(
+        self, source: PeerId, target: PeerId, link: Link, pipe: Pipe, message: Message, payload: Buffer | None, size: int
+    ) -> None:
+        pipe.queued_bytes = max(0, pipe.queued_bytes - size)
+        receiver = self._ends.get(target)
+        if receiver is None or receiver.links.get(source) is not link or self._loop.time() > link.lost_after:
+            return
+        if self._paths[source, target].cut:  # the path was cut while the message was in transit
+            pipe.queued_bytes += size
+            pipe.held.append((message, b"" if payload is None else bytes(payload), size))
+            return
+        self.note_arrival(source, target, message)
+        # The payload is copied on arrival, not on sending, so that a sender that changes a payload after sending it is detected.
+        receiver.dispatcher.deliver(source, message, memoryview(b"" if payload is None else bytes(memoryview(payload).cast("B"))))

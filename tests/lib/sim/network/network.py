@@ -1,0 +1,224 @@
+"""Brings links up and down, and applies the network's faults to them.
+
+A link has two lanes in each direction, each in order, as over TCP. Heartbeats are not sent: the network knows whether they
+would arrive, and a peer that would miss them for 2 s ends the link. Messages that a cut holds back arrive when the cut heals, if
+the link still exists. When a link breaks, the messages that would arrive after a random time are lost.
+"""
+
+import asyncio
+import random
+
+from meshd.protocol.framing import MAX_HEADER, MAX_PAYLOAD
+from meshd.protocol.messages import FEATURES, PROTOCOL_VERSION, Hello, Lane
+from meshd.types import PeerId
+from sim.loop import SimLoop
+from sim.network.delivery import Delivery
+from sim.network.links import SimLinks
+from sim.network.wires import Link, Path, Pipe
+from sim.trace import Trace
+
+_SILENCE_S = 2.0
+_BEAT_S = 0.5
+_LATEST_REDIAL_S = 0.25
+Pair = tuple[PeerId, PeerId]
+
+
+class SimNetwork:
+    """All paths and links of one simulated cluster."""
+
+    def __init__(self, loop: SimLoop, rng: random.Random, trace: Trace) -> None:
+        self._loop = loop
+        self._rng = rng
+        self._trace = trace
+        self._paths: dict[Pair, Path] = {}
+        self._ends: dict[PeerId, SimLinks] = {}
+        """Each peer that is on the network, with its side of the links."""
+        self._redials: dict[Pair, asyncio.TimerHandle] = {}
+        self._links = 0
+        self.delivery = Delivery(loop, rng, trace, self._paths, self._ends)
+
+    def path(self, source: PeerId, target: PeerId) -> Path:
+        return self._paths[source, target]
+
+    def set_path(self, source: PeerId, target: PeerId, path: Path) -> None:
+        self._paths[source, target] = path
+
+    def attach(self, end: SimLinks) -> None:
+        """Put a peer on the network: it listens and dials."""
+        self._ends[end.id] = end
+        for other in self._ends:
+            if other != end.id:
+                self._unblock_if_reachable(other, end.id)
+                self._unblock_if_reachable(end.id, other)
+                self._redial(end.id, other)
+
+    def detach(self, end: SimLinks, reason: str, *, silently: bool = False) -> None:
+        """Remove a peer. With `silently` the others get no notice, as after a power cut."""
+        if end.detached:
+            return
+        end.detached = True
+        if self._ends.get(end.id) is end:
+            del self._ends[end.id]
+        for other, link in list(end.links.items()):
+            if silently:
+                self._block(end.id, other)
+            else:
+                self._notify_ended(end, other, link, reason)
+        end.links.clear()
+        end.dispatcher.cancel_tasks()
+
+    def freeze(self, peer: PeerId) -> None:
+        """Stop everything that a peer sends, because its process is frozen."""
+        for other in self._ends:
+            if other != peer:
+                self._block(peer, other)
+
+    def thaw(self, peer: PeerId) -> None:
+        """End a `freeze`."""
+        for other in self._ends:
+            if other != peer:
+                self._unblock_if_reachable(peer, other)
+                self._redial(peer, other)
+
+    def cut(self, source: PeerId, target: PeerId) -> None:
+        """Stop everything in this direction, without notice to either side."""
+        self._paths[source, target].cut = True
+        self._block(source, target)
+
+    def heal(self, source: PeerId, target: PeerId) -> None:
+        """End a `cut`: what it held back arrives."""
+        self._paths[source, target].cut = False
+        self._unblock_if_reachable(source, target)
+        self.delivery.release(source, target)
+        self._redial(source, target)
+
+    def break_link(self, one: PeerId, other: PeerId) -> None:
+        """Reset the link: both sides notice, and messages in transit are lost from a random time on."""
+        end = self._ends.get(one)
+        link = end.links.get(other) if end is not None else None
+        if end is None or link is None:
+            return
+        link.lost_after = min(link.lost_after, self._loop.time() + self._rng.random() * 0.01)
+        self._loop.call_soon(self._end, end, other, link, "connection reset", context=end.context)
+
+    def break_lossy(self) -> None:
+        """Reset the links on which a message was dropped."""
+        for end in list(self._ends.values()):
+            for other, link in list(end.links.items()):
+                if link.lossy:
+                    self.break_link(end.id, other)
+
+    def silence_s(self, source: PeerId, target: PeerId) -> float:
+        """Return for how long nothing of `source` has arrived at `target`; 0 while heartbeats arrive."""
+        since = self._paths[source, target].blocked_since
+        return 0.0 if since is None else self._loop.time() - since
+
+    def _blocked(self, source: PeerId, target: PeerId) -> bool:
+        end = self._ends.get(source)
+        return self._paths[source, target].cut or end is None or end.owner.stopped
+
+    def _block(self, source: PeerId, target: PeerId) -> None:
+        path = self._paths[source, target]
+        if path.blocked_since is not None:
+            return
+        since = path.blocked_since = self._loop.time()
+        listener = self._ends.get(target)
+        if listener is not None:
+            wait = _SILENCE_S + self._rng.random() * _BEAT_S
+            self._loop.call_later(wait, self._give_up, listener, source, path, since, context=listener.context)
+
+    def _unblock_if_reachable(self, source: PeerId, target: PeerId) -> None:
+        if not self._blocked(source, target):
+            self._paths[source, target].blocked_since = None
+
+    def _give_up(self, listener: SimLinks, source: PeerId, path: Path, since: float) -> None:
+        """End the link with `source` if it has been silent since `since` without a break."""
+        link = listener.links.get(source)
+        if path.blocked_since == since and link is not None and listener.id in link.up:
+            self._end(listener, source, link, f"silent for {self._loop.time() - since:.1f} s")
+
+    def _redial(self, one: PeerId, other: PeerId) -> None:
+        pair = (one, other) if one < other else (other, one)
+        if pair in self._redials:
+            return
+        wait = self._rng.random() * _LATEST_REDIAL_S
+        self._redials[pair] = self._loop.call_later(wait, self._dial, *pair)
+
+    def _dial(self, one: PeerId, other: PeerId) -> None:
+        """Link two peers. While one can't reach the other, do nothing: the change that ends this dials again."""
+        del self._redials[one, other]
+        ends = self._ends.get(one), self._ends.get(other)
+        if ends[0] is None or ends[1] is None or self._blocked(one, other) or self._blocked(other, one):
+            return
+        links = ends[0].links.get(other), ends[1].links.get(one)
+        if links[0] is not None and links[0] is links[1]:
+            return
+        self._links += 1
+        link = Link(self._links)
+        for source, target in ((one, other), (other, one)):
+            for lane in Lane:
+                link.pipes[source, lane] = Pipe()
+            self._paths[source, target].measured = None
+        there, back = self._paths[one, other], self._paths[other, one]
+        ready_s = 2 * (there.delay_s * there.slow + back.delay_s * back.slow)
+        # The dialler sends first, so the other side has the link one delay later.
+        self._loop.call_later(ready_s + there.delay_s * there.slow, self._bring_up, ends[1], ends[0], link, context=ends[1].context)
+        self._loop.call_later(ready_s, self._bring_up, ends[0], ends[1], link, context=ends[0].context)
+
+    def _bring_up(self, end: SimLinks, other: SimLinks, link: Link) -> None:
+        if end.detached or link.ended:
+            return
+        old = end.links.get(other.id)
+        if old is not None and old.number > link.number:
+            return
+        if old is not None:
+            self._end(end, other.id, old, "it has dialled anew")
+        end.links[other.id] = link
+        link.up.add(end.id)
+        self._trace.note("up", end.name, other.name)
+        hello = Hello(
+            version=PROTOCOL_VERSION,
+            features=tuple(sorted(FEATURES)),
+            software="meshd/sim",
+            peer=other.id,
+            name=other.name,
+            incarnation=other.incarnation,
+            link=link.number,
+            lane=Lane.CONTROL,
+            max_header=MAX_HEADER,
+            max_payload=MAX_PAYLOAD,
+            port=6375,
+        )
+        end.on_up(other.id, hello, (f"sim-{other.id[:8]}", 6375))
+
+    def _end(self, end: SimLinks, other: PeerId, link: Link, reason: str) -> None:
+        """End the link on this side and notify the other side."""
+        if end.links.get(other) is not link:
+            return
+        self._notify_ended(end, other, link, "connection closed")
+        self._down(end, other, link, reason)
+
+    def _notify_ended(self, end: SimLinks, other: PeerId, link: Link, reason: str) -> None:
+        """Notify the other side after everything that was sent before has arrived."""
+        link.ended.add(end.id)
+        far = self._ends.get(other)
+        if far is None or far.links.get(end.id) is not link:
+            return
+        if self._paths[end.id, other].cut:
+            self._block(end.id, other)  # the notice can't arrive: the other side ends the link after the silence
+            return
+        last = max(link.pipes[end.id, lane].last_arrival for lane in Lane)
+        delay_s = self.delivery.delay_s(self._paths[end.id, other])
+        arrival = max(self._loop.time() + delay_s, min(last, link.lost_after)) + 1e-6
+        self._loop.call_at(arrival, self._down, far, end.id, link, reason, context=far.context)
+
+    def _down(self, end: SimLinks, other: PeerId, link: Link, reason: str) -> None:
+        if end.detached or end.links.get(other) is not link:
+            return
+        link.ended.add(end.id)
+        link.up.discard(end.id)
+        del end.links[other]
+        self._trace.note("down", end.name, other[:4], reason)
+        end.dispatcher.peer_lost(other, reason)
+        end.on_down(other, reason)
+        self._redial(end.id, other)

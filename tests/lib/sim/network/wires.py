@@ -1,0 +1,60 @@
+"""The state of the simulated network: paths between peers, links, and the links' pipes."""
+
+from dataclasses import dataclass, field
+
+from meshd.protocol.messages import Lane, Message
+from meshd.types import LinkStats, PeerId
+
+
+@dataclass(slots=True)
+class Path:
+    """The network from one peer to another. The opposite direction has a path of its own."""
+
+    delay_s: float
+    jitter_s: float
+    bandwidth_bytes_s: float
+    slow: float = 1.0
+    """Factor on delay and transfer time."""
+    cut: bool = False
+    blocked_since: float | None = None
+    """Time since which the sender's heartbeats don't arrive, because of a cut or a frozen sender. None: they arrive."""
+    measured: LinkStats | None = None
+    """Measured once for each link. None: not measured yet."""
+
+
+@dataclass(slots=True)
+class HarshNetwork:
+    """Shares of messages that are dropped, repeated, or overtaken by later ones. TCP does none of these."""
+
+    drop: float = 0.0
+    repeat: float = 0.0
+    reorder: float = 0.0
+
+
+@dataclass(slots=True)
+class Pipe:
+    """One lane of a link in one direction."""
+
+    free_at: float = 0.0
+    """Time at which the bandwidth is free for the next message."""
+    last_arrival: float = 0.0
+    queued_bytes: int = 0
+    held: list[tuple[Message, bytes, int]] = field(default_factory=list)
+    """Messages that wait for a cut to heal: message, payload, size in bytes."""
+
+
+@dataclass(eq=False, slots=True)
+class Link:
+    """A connection between two peers, with two lanes in each direction."""
+
+    number: int
+    lost_after: float = float("inf")
+    """The link broke: messages that would arrive after this time are lost."""
+    lossy: bool = False
+    """A message was dropped."""
+    up: set[PeerId] = field(default_factory=set)
+    """Peers that use the link."""
+    ended: set[PeerId] = field(default_factory=set)
+    """Peers that have ended the link on their side."""
+    pipes: dict[tuple[PeerId, Lane], Pipe] = field(default_factory=dict)
+    """By sender and lane."""

@@ -1,0 +1,1 @@
+"""A simulated peer: the real agents on a simulated network, clock and compute thread."""

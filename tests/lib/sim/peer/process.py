@@ -1,0 +1,153 @@
+"""One process of a simulated peer: the real agents, composed over the simulated network, clock and compute thread."""
+
+import asyncio
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from meshd.agents.membership.table import PeerTable
+from meshd.compose import Parts, PeerSettings, PeerSignals, compose
+from meshd.types import Capability, ModelCard, PeerId, Rates
+from sim.loop import Owner, SimClock, SimLoop
+from sim.network.links import SimLinks, SimProber
+from sim.network.network import SimNetwork
+from sim.peer.compute import SimCompute
+from sim.peer.counting import CountingCoordinator, CountingRouter
+from sim.peer.stand_ins import NoTelemetry, SimLibrary, SimStore, SimWeights
+from sim.toy.backend import Meter, Speed, ToyBackend
+from sim.toy.mathematics import MIB
+
+MAX_SESSIONS, QUEUE_LIMIT, QUEUE_WAIT_S = 16, 64, 60.0
+_DRAIN_S = 8.0
+
+
+@dataclass(slots=True)
+class PeerSpec:
+    """What a peer keeps over a restart: its identity and its hardware."""
+
+    id: PeerId
+    name: str
+    memory_bytes: int = 1024 * MIB
+    speed: Speed = field(default_factory=Speed)
+    outputs_bytes: int = 64 * 1024
+    copies: int = 2
+
+
+class SimProcess:
+    """One process of a peer, from its start to its end. Must be constructed in its owner's context."""
+
+    def __init__(
+        self,
+        loop: SimLoop,
+        network: SimNetwork,
+        rng: random.Random,
+        meter: Meter,
+        owner: Owner,
+        spec: PeerSpec,
+        cards: tuple[ModelCard, ...],
+    ) -> None:
+        self.spec = spec
+        self.owner = owner
+        self.loop = loop
+        self.killed = False
+        self.leaving = False
+        self.handlers: list[asyncio.Task[None]] = []
+        """Handlers of clients' connections."""
+        self.idle_tasks: Counter[str] = Counter()
+        """The tasks of this process while it has no session."""
+        self.clock = clock = SimClock(loop, random.Random(rng.random()))
+        self.incarnation = int.from_bytes(clock.random_bytes(8), "big") >> 1
+        self.compute = SimCompute(loop, random.Random(rng.random()), meter, spec.speed)
+        signals = PeerSignals()
+        self.links = SimLinks(
+            network, owner, spec.id, spec.name, self.incarnation, clock, on_up=signals.link_up, on_down=signals.link_down
+        )
+        self.agents = compose(self._parts(network, rng, meter, cards, signals))
+        self.stages = self.agents.stages
+        self.holdings = self.agents.holdings
+        self.drainer = self.agents.drainer
+        self.router = cast("CountingRouter", self.agents.router)
+        self.coordinator = cast("CountingCoordinator", self.agents.coordinator)
+        self.coordinator.methods = Counter()
+
+    def _parts(
+        self, network: SimNetwork, rng: random.Random, meter: Meter, cards: tuple[ModelCard, ...], signals: PeerSignals
+    ) -> Parts:
+        """Return the simulated device, network and files that the agents are composed over."""
+        table = PeerTable()
+        links: Any = self.links
+        prober: Any = SimProber(self.links, network, self.clock, on_change=signals.changed)
+        store: Any = SimStore(cards)
+        weights: Any = SimWeights(cards, self.clock, random.Random(rng.random()))
+        backend: Any = ToyBackend(meter, self.spec.speed)
+        return Parts(
+            me=self.spec.id,
+            name=self.spec.name,
+            version="sim",
+            incarnation=self.incarnation,
+            settings=PeerSettings(
+                copies=self.spec.copies,
+                max_sessions=MAX_SESSIONS,
+                queue_limit=QUEUE_LIMIT,
+                queue_wait_s=QUEUE_WAIT_S,
+                outputs_limit_bytes=self.spec.outputs_bytes,
+            ),
+            signals=signals,
+            clock=self.clock,
+            telemetry=cast("Any", NoTelemetry()),
+            capability=_capability(self.spec),
+            measure_free_bytes=lambda: self.spec.memory_bytes,
+            backend=backend,
+            compute=self.compute,
+            links=links,
+            prober=prober,
+            table=table,
+            library=SimLibrary(links=links, store=store, adverts=table.adverts, on_change=signals.changed),
+            weights=weights,
+            router=CountingRouter,
+            coordinator=CountingCoordinator,
+        )
+
+    async def run(self) -> None:
+        """Run the agents until cancelled."""
+        self.agents.register()
+        await self.agents.library.refresh()
+        async with self.agents.running([]):
+            await asyncio.Event().wait()
+
+    async def leave(self) -> None:
+        """Drain and leave the cluster, as a daemon does on SIGTERM."""
+        self.leaving = True
+        await self.agents.drain(_DRAIN_S, lambda text: None)
+        await self.agents.leave(self._close_connections)
+
+    async def _close_connections(self) -> None:
+        """Cancel the handlers of clients' connections, as the HTTP server does."""
+        handlers = [handler for handler in self.handlers if not handler.done()]
+        for handler in handlers:
+            handler.cancel()
+        if handlers:
+            await asyncio.wait(handlers, timeout=5.0)
+
+    def tasks(self) -> Counter[str]:
+        """Count the tasks that are not done, by the name of their coroutine."""
+        return Counter(str(getattr(task.get_coro(), "__qualname__", task)) for task in self.owner.tasks.values() if not task.done())
+
+
+def _capability(spec: PeerSpec) -> Capability:
+    return Capability(
+        backend="toy",
+        processor="sim",
+        threads=1,
+        memory_total_bytes=spec.memory_bytes,
+        memory_free_bytes=spec.memory_bytes,
+        rates=Rates(
+            decode_bytes_s=50 * MIB / spec.speed.token_layer_s,
+            prefill_flops_s=25 * MIB / (spec.speed.token_layer_s * spec.speed.prefill_share),
+            memory_bytes_s=1e10,
+            attention_bytes_s=1e9,
+            disk_bytes_s=1e9,
+            layer_overhead_s=1e-5,
+        ),
+    )

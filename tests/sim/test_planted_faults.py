@@ -1,0 +1,129 @@
+"""Faults planted into meshd: the simulator must find each of them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from meshd.agents.machine import Transition
+from meshd.agents.session import events, session
+from meshd.agents.session.admission import Admission
+from meshd.agents.stage import session as stage_session
+from meshd.agents.stage.kv import KvLease, KvManager
+from meshd.kernels.kv import KVPool
+from meshd.kernels.sampler import Sampler
+from sim.options import Options
+from sim.simulation import simulate
+
+USUAL = Options(faults=6)
+QUIET = Options(faults=0, requests=10, within_s=5.0)
+REPEATS = Options(faults=2, repeats=0.1)
+
+
+def finds(failure: str, options: Options, seeds: int = 25) -> bool:
+    """Return whether one of the runs fails with a message that contains `failure`."""
+    return any(failure in simulate(seed, options).failure for seed in range(seeds))
+
+
+def set_action(
+    monkeypatch: pytest.MonkeyPatch, table: dict[Any, Transition], row: tuple[Any, Any], action: Callable[..., Any]
+) -> None:
+    """Replace the action of one row of a state machine's table."""
+    monkeypatch.setitem(table, row, replace(table[row], action=action))
+
+
+def test_it_finds_kv_that_is_written_to_the_wrong_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = KVPool.write
+
+    def wrong(pool: KVPool, layer: int, table: Any, start: int, k: Any, v: Any) -> None:
+        right(pool, layer, table, start + (layer == 4 and start % 16 == 9 and start + len(k) < table.capacity), k, v)
+
+    monkeypatch.setattr(KVPool, "write", wrong)
+    assert finds("not the reference's", QUIET)
+
+
+def test_it_finds_a_cache_that_claims_a_position_it_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = KvManager.adopt
+
+    def wrong(caches: KvManager, *given: Any) -> Any:
+        cache = right(caches, *given)
+        if cache is not None and cache.filled < cache.lease.table.capacity - 1:
+            cache.filled += 1
+        return cache
+
+    monkeypatch.setattr(KvManager, "adopt", wrong)
+    assert finds("not the reference's", USUAL)
+
+
+def test_it_finds_a_token_that_is_emitted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(machine: session.Session, event: events.TokenArrived) -> list[events.Command]:
+        machine.tokens.append(event.token)
+        return [events.EmitToken(event.index, event.token, event.logprobs, event.finish)] + (
+            machine._end(session.SessionState.FINISHED, event.finish) if event.finish else []
+        )
+
+    set_action(monkeypatch, session.TRANSITIONS, (session.SessionState.DECODING, events.TokenArrived), wrong)
+    assert finds("reference", REPEATS)
+
+
+@pytest.mark.parametrize(("states", "seeds"), [(("IDLE",), 100), (("IDLE", "WAITING", "COMPUTING"), 25)], ids=["idle", "any"])
+def test_it_finds_a_step_that_is_computed_twice(monkeypatch: pytest.MonkeyPatch, states: tuple[str, ...], seeds: int) -> None:
+    """If only idle stages accept a repeated step, about one run in thirty fails."""
+    right = stage_session._step_arrived
+
+    def wrong(machine: stage_session.StageSession, event: stage_session.StepArrived) -> list[stage_session.Command]:
+        machine.next_position = event.step.position
+        return right(machine, event)
+
+    for state in states:
+        set_action(monkeypatch, stage_session.TRANSITIONS, (stage_session.StageState[state], stage_session.StepArrived), wrong)
+    assert finds("reference", REPEATS, seeds)
+
+
+def test_it_finds_a_sampler_that_ignores_earlier_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meshd.agents.stage.opening.Sampler", lambda params, *known: Sampler(params))
+    assert finds("not the reference's", USUAL)
+
+
+def test_it_finds_blocks_that_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KVPool, "free", lambda pool, table: 0)
+    assert finds("are taken", QUIET)
+
+
+def test_it_finds_blocks_that_are_freed_while_a_step_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(lease: KvLease) -> None:
+        lease.users -= 1
+        lease.pool.free(lease.table)
+        lease.resident.sessions -= not lease.users
+
+    monkeypatch.setattr(KvLease, "release", wrong)
+    assert finds("are in use", USUAL)
+
+
+def test_it_finds_an_admission_ticket_that_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    right: Callable[[Admission, float], None] = Admission.leave
+    monkeypatch.setattr(Admission, "leave", lambda admission, lasted: right(admission, lasted) if lasted > 0.5 else None)
+    assert finds("tickets", QUIET)
+
+
+def test_it_finds_an_answer_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = session.TRANSITIONS[session.SessionState.DECODING, events.TokenArrived].action
+
+    def wrong(machine: session.Session, event: events.TokenArrived) -> list[events.Command]:
+        return right(machine, event) if event.finish is None else []
+
+    set_action(monkeypatch, session.TRANSITIONS, (session.SessionState.DECODING, events.TokenArrived), wrong)
+    monkeypatch.setattr("meshd.agents.session.stages.stall.StallWatch.check", lambda watch, answer, now: answer.renew(now))
+    assert finds("not ended", QUIET)
+
+
+def test_it_finds_an_epoch_that_falls(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = session.TRANSITIONS[session.SessionState.RECOVERING, events.Planned].action
+
+    def wrong(machine: session.Session, event: events.Planned) -> list[events.Command]:
+        machine.epoch = 0
+        return right(machine, event)
+
+    set_action(monkeypatch, session.TRANSITIONS, (session.SessionState.RECOVERING, events.Planned), wrong)
+    assert finds("back to", USUAL)
