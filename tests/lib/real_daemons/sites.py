@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from real_daemons.forked import Process, fork
+
 _BESIDE = Path(__file__).resolve().parents[3].parent / "shared/netlab/netlab.py"
 """Beside the repository, unless MESHD_NETLAB names another place."""
 _API_PORT, _LINK_PORT = 6374, 6375
@@ -52,7 +54,7 @@ class Site(Protocol):
         """Where a daemon listens and how it finds the others."""
         ...
 
-    def popen(self, name: str, command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]": ...
+    def popen(self, name: str, command: Sequence[str], log: Path) -> Process: ...
 
     def run(self, name: str, command: Sequence[str]) -> str:
         """A command in a peer's host, to its end; what it says."""
@@ -92,12 +94,8 @@ class LabSite:
     def flags(self, name: str) -> list[str]:
         return ["--api", f"0.0.0.0:{_API_PORT}", "--link", f"0.0.0.0:{_LINK_PORT}"]
 
-    def popen(self, name: str, command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
-        with log.open("ab") as output:
-            process: subprocess.Popen[bytes] = self._lab.popen(
-                name, list(command), stdin=subprocess.PIPE, stdout=output, stderr=output, env=_environment()
-            )
-        return process
+    def popen(self, name: str, command: Sequence[str], log: Path) -> Process:
+        return fork(command, log, _environment(), (f"/run/netns/{self._lab.ns(name)}", name))
 
     def run(self, name: str, command: Sequence[str]) -> str:
         done = self._lab.run(name, list(command), timeout=_RUN_S, env=_environment())
@@ -149,11 +147,8 @@ class LocalSite:
         where = ["--api", f"127.0.0.1:{self._api[name]}", "--link", f"127.0.0.1:{self._link[name]}"]
         return [*where, "--discovery", "static", *others]
 
-    def popen(self, name: str, command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
-        with log.open("ab") as output:
-            return subprocess.Popen(
-                list(command), stdin=subprocess.PIPE, stdout=output, stderr=output, env=_environment(), start_new_session=True
-            )
+    def popen(self, name: str, command: Sequence[str], log: Path) -> Process:
+        return fork(command, log, _environment())
 
     def run(self, name: str, command: Sequence[str]) -> str:
         done = subprocess.run(list(command), capture_output=True, text=True, timeout=_RUN_S, env=_environment(), check=False)
@@ -186,7 +181,7 @@ def make_site(peers: int) -> tuple[Site, str]:
     return LabSite(netlab, peers), ""
 
 
-def strike(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
+def strike(process: Process, number: signal.Signals) -> None:
     """A signal to a daemon, if it still runs."""
     with suppress(ProcessLookupError):
         process.send_signal(number)
