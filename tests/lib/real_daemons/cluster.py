@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from meshd.state import read_holder
+from real_daemons.forked import Process, fork
 
 MODEL = "smollm2:135m"
 _START_S = 60.0
@@ -26,7 +27,7 @@ class Daemon:
 
     name: str
     state: Path
-    process: subprocess.Popen[str]
+    process: Process
     log: Path
     api: str = ""
     link: str = ""
@@ -94,9 +95,7 @@ class Cluster:
             wait_for(lambda: self._address_of(first), f"{first.name} to be up", first)
             self._key = self._key or self.key(first)
             command += ["--key", self._key, "--peer", first.link]
-        with log.open("a") as output:
-            process = subprocess.Popen([*command, *flags], stdout=output, stderr=output, stdin=subprocess.DEVNULL, text=True)
-        return Daemon(name, state, process, log)
+        return Daemon(name, state, fork([*command, *flags], log), log)
 
     def key(self, daemon: Daemon) -> str:
         command = [sys.executable, "-P", "-m", "meshd", "key", "show", "--json", "--state", str(daemon.state)]

@@ -16,6 +16,7 @@ from typing import Any
 
 from meshd.config import Settings
 from meshd.protocol.identity import ClusterKey
+from real_daemons.forked import Process
 from real_daemons.sites import Site, send_signal
 
 MODEL = "smollm2:135m"
@@ -54,7 +55,7 @@ class Host:
     site: Site
     root: Path
     command: list[str]
-    process: "subprocess.Popen[bytes] | None" = None
+    process: Process | None = None
     starts: int = 0
 
     @property
@@ -92,8 +93,6 @@ class Host:
             status = self.process.wait(within_s)
         except subprocess.TimeoutExpired:
             return None
-        if self.process.stdin:
-            self.process.stdin.close()
         return status
 
     def get(self, path: str, timeout_s: float = _ASK_S) -> Any:

@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from real_daemons.forked import Process, fork
+
 _DEFAULT_NETLAB = Path(__file__).resolve().parents[3].parent / "shared/netlab/netlab.py"
 """Beside the repository. MESHD_NETLAB overrides it."""
 _API_PORT, _LINK_PORT = 6374, 6375
@@ -52,7 +54,7 @@ class Site(Protocol):
         """Return the daemon's flags for its addresses and for discovery."""
         ...
 
-    def popen(self, name: str, command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]": ...
+    def popen(self, name: str, command: Sequence[str], log: Path) -> Process: ...
 
     def run(self, name: str, command: Sequence[str]) -> str:
         """Run a command on a peer's host. Returns: its output and errors."""
@@ -96,12 +98,8 @@ class LabSite:
     def flags(self, name: str) -> list[str]:
         return ["--api", f"0.0.0.0:{_API_PORT}", "--link", f"0.0.0.0:{_LINK_PORT}"]
 
-    def popen(self, name: str, command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
-        with log.open("ab") as output:
-            process: subprocess.Popen[bytes] = self._lab.popen(
-                name, list(command), stdin=subprocess.PIPE, stdout=output, stderr=output, env=_environment()
-            )
-        return process
+    def popen(self, name: str, command: Sequence[str], log: Path) -> Process:
+        return fork(command, log, _environment(), (f"/run/netns/{self._lab.ns(name)}", name))
 
     def run(self, name: str, command: Sequence[str]) -> str:
         done = self._lab.run(name, list(command), timeout=_RUN_S, env=_environment())
@@ -153,11 +151,8 @@ class LocalSite:
         where = ["--api", f"127.0.0.1:{self._api[name]}", "--link", f"127.0.0.1:{self._link[name]}"]
         return [*where, "--discovery", "static", *others]
 
-    def popen(self, name: str, command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
-        with log.open("ab") as output:
-            return subprocess.Popen(
-                list(command), stdin=subprocess.PIPE, stdout=output, stderr=output, env=_environment(), start_new_session=True
-            )
+    def popen(self, name: str, command: Sequence[str], log: Path) -> Process:
+        return fork(command, log, _environment())
 
     def run(self, name: str, command: Sequence[str]) -> str:
         done = subprocess.run(list(command), capture_output=True, text=True, timeout=_RUN_S, env=_environment(), check=False)
@@ -190,7 +185,7 @@ def make_site(peers: int) -> tuple[Site, str]:
     return LabSite(netlab, peers), ""
 
 
-def send_signal(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
+def send_signal(process: Process, number: signal.Signals) -> None:
     """Send a signal to a process if it still runs."""
     with suppress(ProcessLookupError):
         process.send_signal(number)

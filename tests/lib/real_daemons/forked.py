@@ -1,0 +1,124 @@
+"""Daemons forked from a process that has imported their libraries: a start then costs no import (2.5 s of a core).
+
+Everything after the imports is the real thing: a process of its own with its arguments, environment, files and signals. What is
+about the start itself (`tests/cluster/test_up.py`, the demo, memory) runs the command instead.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Protocol
+
+_PRELOAD = ["meshd.daemon", "meshd.cli.up", "meshd.kernels.attention", "meshd.kernels.torch.backend", "real_daemons.forked"]
+"""All but onnxruntime, which starts a thread when it is imported: a fork would lose it."""
+_CLONE_NEWUTS, _CLONE_NEWNET = 0x04000000, 0x40000000
+
+
+class Process(Protocol):
+    """What the tests use of a process, in the words of `subprocess.Popen`."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, sig: int) -> None: ...
+
+    def terminate(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+class ForkedProcess:
+    """A forked process with the interface of `subprocess.Popen`."""
+
+    def __init__(self, process: BaseProcess, command: Sequence[str], stdin: Connection) -> None:
+        assert process.pid is not None
+        self._process = process
+        self._command = command
+        self._stdin = stdin
+        self.pid = process.pid
+
+    def poll(self) -> int | None:
+        status = self._process.exitcode
+        if status is not None:
+            self._stdin.close()
+        return status
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Raises: subprocess.TimeoutExpired."""
+        self._process.join(timeout)
+        status = self.poll()
+        if status is None:
+            assert timeout is not None
+            raise subprocess.TimeoutExpired(list(self._command), timeout)
+        return status
+
+    def send_signal(self, sig: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, sig)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def fork(
+    command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None, host: tuple[str, str] | None = None
+) -> ForkedProcess:
+    """Run `python [-P] -m MODULE ...` or `python [-P] SCRIPT ...` in a fork.
+
+    Its output is appended to `log`. Its input is a pipe that ends with the test process, however that ends. `host` is the path of a
+    network namespace and a host name.
+    """
+    words = [word for word in command[1:] if word != "-P"]
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(_PRELOAD)
+    reader, writer = server.Pipe(duplex=False)
+    arguments = (words, reader, str(log), dict(os.environ if environment is None else environment), host)
+    process = server.Process(target=_run, args=arguments, daemon=True)
+    process.start()
+    reader.close()
+    return ForkedProcess(process, command, writer)
+
+
+def _run(words: list[str], stdin: Connection, log: str, environment: dict[str, str], host: tuple[str, str] | None) -> None:
+    """In the fork: become the command."""
+    os.setsid()
+    os.dup2(stdin.fileno(), 0)
+    stdin.close()
+    with open(log, "ab") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    sys.stdin = os.fdopen(0)
+    os.environ.clear()
+    os.environ.update(environment)
+    if host is not None:
+        _enter(*host)
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def _enter(namespace: str, name: str) -> None:
+    """Move this process into a network namespace and give it a host name of its own. Raises: OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(namespace) as network:
+        if libc.setns(network.fileno(), _CLONE_NEWNET) or libc.unshare(_CLONE_NEWUTS):
+            raise OSError(ctypes.get_errno(), f"can't enter {namespace}")
+    socket.sethostname(name)
