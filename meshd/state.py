@@ -21,10 +21,11 @@ MACHINE_FILES = (
 """Files with an id of the installation, or of the board, since an SD card may be cloned. `location_id` hashes those that exist."""
 _LOCK = "lock"
 _TRIES, _RETRY_S = 5, 0.02
-"""Tries of a daemon to get the lock, since `read_holder` of another process may hold it for a moment."""
+"""How many times a daemon tries to get the lock, and the pause between tries: another process may hold it for a moment in
+`read_holder`."""
 _READ_TRIES = 3
-"""Tries of `read_holder`, since two readers at the same time would take each other for a daemon. With eight threads that read
-without a pause, 1017 of 5000 answers were wrong with one try, 5 with two tries, and none with three."""
+"""How many times `read_holder` tries: two readers at the same time would each take the other for a daemon. With eight threads that
+read without a pause, 1017 of 5000 answers were wrong with one try, 5 with two tries, and none with three."""
 _OTHERS = 0o077
 
 

@@ -23,7 +23,7 @@ ACTIVATION_BYTES = 8 * KIB
 RAMP_BYTES = (64 * KIB, 256 * KIB, 1 * MIB, 4 * MIB, 8 * MIB)
 _SAMPLES = 12
 _SAMPLING_S = 0.2
-"""Time limit of the round-trip samples, and again of the hop samples; a slow link gives fewer samples."""
+"""Time limit of all round-trip samples together, and of all hop samples together: a slow link gives fewer than `_SAMPLES`."""
 _SLOW_S = 0.05
 """The growth of probes stops at the first round trip longer than this, because a step may have to wait for a probe."""
 _ANSWER_S = 2.0

@@ -29,9 +29,9 @@ class Timing:
     silence_s: float = 2.0
     """A link ends when nothing was received for this long."""
     handshake_s: float = 5.0
-    """Limit of each step of opening: TLS, HELLO, and the second lane."""
+    """Time limit of each step of opening a link: TLS, HELLO, and the second lane."""
     connect_s: float = 1.0
-    """Limit of the TCP connection to one address."""
+    """Time limit of a TCP connection attempt to one address."""
 
 
 OnUp = Callable[[PeerId, Hello, Address], None]

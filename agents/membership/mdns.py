@@ -40,7 +40,7 @@ _LOAD_EVERY_S = 10.0
 _WOKEN_S = 5.0
 """If the wall clock gains this much on the monotonic clock between two checks, the device was asleep."""
 _MAX_PEERS = 256
-"""Peers that are remembered of the own cluster, and as many of other clusters: a flood of forged records takes no more memory."""
+"""Most peers remembered of this cluster, and of all other clusters together, so that forged records can't fill the memory."""
 _ANY_HOST = frozenset({"", "0.0.0.0", "::"})
 _T = TypeVar("_T")
 
@@ -74,7 +74,7 @@ class MdnsDiscovery:
 
     @property
     def interfaces(self) -> list[InterfaceChoice]:
-        """All interfaces with whether each is used and why, as of the last check."""
+        """Every interface, with whether it is used and why, as of the last check."""
         return list(self._choices)
 
     def other_clusters(self) -> dict[str, int]:

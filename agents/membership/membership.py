@@ -182,7 +182,7 @@ class Membership:
             del self.notices[next(iter(self.notices))]
 
     def on_sighting(self, sighting: Sighting) -> None:
-        """Handle a report of a source."""
+        """Handle a report from one of the sources of peers, such as mDNS."""
         match sighting:
             case PeerFound() | PeerWithdrawn():
                 self._apply(sighting)

@@ -15,7 +15,7 @@ class PeerFound:
     """
 
     source: str
-    """`mdns` or `static`."""
+    """`mdns`, `static` or `gossip`."""
     peer: PeerId | None
     """None if only an address is known."""
     addresses: tuple[str, ...]

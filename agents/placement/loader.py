@@ -256,7 +256,7 @@ class Loader:
         return Unplaced(request=message.request, freed_bytes=self.unplace(message.model))
 
     def unplace(self, model: ModelId) -> int:
-        """Drain all layers of a model; each is released when its last session ends. Returns: bytes freed now or then."""
+        """Drain all layers of a model. Each is released when its last session ends. Returns: bytes freed by that, now or later."""
         freed = 0
         for resident in self.residents.of(model):
             if resident.state is LoadState.ACTIVE:

@@ -88,14 +88,14 @@ class ResumeRequested:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """Another peer coordinates the session from now on, and its stages stay open."""
+    """Another peer coordinates the session from now on. The session's stages stay open for that peer."""
 
     error: MeshdError
 
 
 @dataclass(frozen=True, slots=True)
 class Reclaimed:
-    """Another peer has continued the session, and gave it back."""
+    """This peer coordinates the session again: it has taken it back from another coordinator."""
 
     used: int
     """The highest epoch that the other peer can have used."""

@@ -19,7 +19,7 @@ from meshd.types import ModelSpec
 
 MS = "com.microsoft"
 HEAD_PART_WEIGHTS = 16 << 20
-"""Weights in one part of the head. Packing takes twice the memory of the part, beside the part itself."""
+"""Weights in one part of the head. Packing takes twice the memory of the part, in addition to the part itself."""
 ACCURACY_F32, ACCURACY_INT8 = 1, 4
 """`accuracy_level` of MatMulNBits: float32, or activations quantised to int8 with one scale per block. Sums are float32 in both."""
 
@@ -107,7 +107,7 @@ class GraphBuilder:
         return names
 
     def _block_product(self, x: str, matrix: BlockMatrix) -> str:
-        """Add the integer product with codes and scales, and the float32 product of the shifts with the sums of x by block."""
+        """Add `x @ matrix.T`: the product with the codes and scales, plus any shifts times the sum of x in each block."""
         rows, columns = matrix.shape
         inputs = [x, self.weight(matrix.codes), self.weight(matrix.scale)]
         attributes = {"K": columns, "N": rows, "bits": matrix.bits, "block_size": matrix.block}

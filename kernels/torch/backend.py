@@ -88,7 +88,10 @@ class Layer:
         return heads[0], heads[1], heads[2]
 
     def mix(self, mixed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Compute the layer after its attention, from `mixed` `[tokens, heads * head_dim]`. Returns: `[tokens, hidden]`."""
+        """Compute the rest of the layer from the attention's result `mixed`, `[tokens, heads * head_dim]`.
+
+        Returns: `[tokens, hidden]`.
+        """
         hidden = self._added(residual, self._normed(self._output(mixed), "post_attention_norm", self._spec.post_norm))
         out = self._mlp(self._normed(hidden, self._spec.ffn_norm))
         return self._added(hidden, self._normed(out, "post_ffw_norm", self._spec.post_norm))

@@ -117,7 +117,7 @@ class NetworkWeights:
         return self._linear(layer, "ffn_gate_inp")
 
     def experts(self, layer: int) -> Iterator[Expert]:
-        """Read a layer's experts one after another, so that only one is in memory beside the backend's own form."""
+        """Read a layer's experts one at a time, so that the backend can convert each before the next one is in memory."""
         names = {"gate": "ffn_gate_exps", "up": "ffn_up_exps", "down": "ffn_down_exps"}
         tensors = {part: self._tensor(f"blk.{layer}.{name}.weight") for part, name in names.items()}
         biases = {part: self._vector(f"blk.{layer}.{name}.bias") for part, name in names.items() if name in self.spec.biases}

@@ -1,4 +1,4 @@
-"""Messages of the link itself."""
+"""Messages that open, watch, measure and close a link, and the error that answers a failed request."""
 
 from typing import ClassVar
 
@@ -29,7 +29,7 @@ class Hello(Message, frozen=True, kw_only=True):
 
 @message(2)
 class Error(Reply, frozen=True, kw_only=True):
-    """A request could not be handled. With `request` 0: a message could not be handled."""
+    """A request failed. With `request` 0: a message that is not a request failed, or the sender closes the connection."""
 
     request: int = 0
     code: str

@@ -35,7 +35,7 @@ def original(smollm2: GgufFile, ids: list[int]) -> list[F32]:
 
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime", f"onnxruntime{EXACT}"], indirect=True)
 def test_logits_agree_with_transformers(backend: Backend, smollm2: GgufFile, ids: list[int], original: list[F32]) -> None:
-    """With exact activations up to rounding, with int8 activations within the measured limits."""
+    """Exact activations: equal but for rounding. Int8 activations: within the `FAST_` limits."""
     spec = card_from_gguf(smollm2, name="smollm2", ref="file:smollm2", model_id=ModelId("0" * 32)).spec
     loaded = backend.load(spec, LayerRange(0, spec.layers), smollm2, embedding=True, head=True)
     found, plain = Fidelity(), Fidelity()

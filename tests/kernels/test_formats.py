@@ -25,7 +25,7 @@ from tiny.steps import Chain
 
 IDS = np.random.default_rng(3).integers(3, 160, 24).tolist()
 SIZES = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}
-"""Rows of whole blocks of 256 weights, which the K kinds need."""
+"""The K-quants (Q4_K and the like) have blocks of 256 weights, so each row must be a multiple of that."""
 LARGEST = 1e-3
 OWN: dict[str, dict[str, Any]] = {
     "qwen3moe": {"moe_intermediate_size": 256},

@@ -1,8 +1,9 @@
 """Schedules which chunk of a model's file is fetched from which peer. Pure: no I/O, no clock.
 
-Missing parts are joined to ranges of some MiB, and each range is checked when its last chunk is written. A source owns a range and
-is asked for its chunks, two at a time. When no range is free, the source is asked for chunks of other sources' ranges. At the end
-it is asked for chunks that another source is late with. So all sources finish at about the same time, however fast their links are.
+Missing parts are joined into ranges of a few MiB, and each range is checked when its last chunk is written. A source owns a range
+and is asked for its chunks, two at a time. When no range is free, the source is asked for chunks of other sources' ranges. At the
+end it is asked for chunks that another source is late with. So all sources finish at about the same time, however fast their links
+are.
 """
 
 from collections import Counter
@@ -28,13 +29,13 @@ from meshd.types import PeerId
 IN_FLIGHT = 2
 """Chunks that one source is asked for at once: the second is in transit while the first is written."""
 RANGE_BYTES = 4 << 20
-"""Parts are joined to ranges up to this size; a larger tensor is a range of its own."""
+"""Parts are joined into ranges of up to this size; a larger tensor is a range of its own."""
 LATE_S = 1.0
 """A chunk that is unanswered for this long is also asked of another source, once no other chunk is left to ask for."""
 
 
 def file_ranges(parts: Sequence[Part], wanted: Iterable[int]) -> list[FileRange]:
-    """Join the wanted parts to ranges, in the file's order.
+    """Join the wanted parts into ranges, in the file's order.
 
     No range crosses the end of a layer, so a peer that has a layer has all of each of its ranges.
     """
@@ -156,7 +157,11 @@ class ChunkSchedule:
         return have is None or have.issuperset(transfer.file_range.parts)
 
     def _unasked(self, source: PeerId, now: float) -> ChunkAsked | None:
-        """Choose from the source's own range, else from a free one, else the last chunk of the range with the most chunks left."""
+        """Choose a chunk that no source has been asked for.
+
+        It is the next one of the source's own range, else the first one of a free range, else the last one of the range with the
+        most such chunks.
+        """
         own = self._own.get(source)
         if own is not None and own.owner == source and own.todo and not own.restarting:
             return ChunkAsked(own.todo[0], source, now)

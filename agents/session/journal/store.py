@@ -86,8 +86,8 @@ class JournalStore:
     def append(self, sender: PeerId, message: JournalTokens, now: float) -> bool:
         """Append tokens that the coordinator sent.
 
-        Returns: False if they were refused, so that the coordinator must send the full record: the record is not here, belongs to
-        another coordinator, has ended, lacks tokens before these, or there is no room.
+        Returns: False if they were refused; the coordinator must then send the full record. They are refused if there is no record,
+        if it belongs to another coordinator, has ended or lacks tokens before these, or if there is no room.
         """
         stored = self._records.get(message.session)
         if stored is None or stored.head.coordinator != sender:
@@ -180,7 +180,7 @@ class JournalStore:
         return True
 
     def _drop_unwanted(self, stored: _StoredRecord) -> None:
-        """Delete an ended record that its client asked not to be stored."""
+        """Delete the record if its answer has ended and the client asked not to store it."""
         if stored.head.finish and not stored.head.store:
             self._remove(stored.head.session)
 

@@ -40,7 +40,8 @@ class ResumePoint:
     start: int
     """The first position that the stage computes."""
     send_from: int
-    """The first position whose output the next stage needs. Outputs of `[send_from, start)` are sent from the kept ones."""
+    """The first position whose output the next stage needs. If it is before `start`, the stage sends the outputs of
+    `[send_from, start)` that it kept from an earlier epoch."""
 
 
 def resume_points(held: Sequence[StageHeld], known: int) -> tuple[ResumePoint, ...]:

@@ -106,7 +106,7 @@ class MirrorCopy(Machine[Event, Command]):
     """State of one copy. Only `handle` changes it."""
 
     filled: int
-    """Positions of the stage's own KV."""
+    """Positions in the stage's own KV, which is being copied."""
     chunk_tokens: int
     """Most positions in one message."""
     block_tokens: int

@@ -203,7 +203,7 @@ def _failure(status: int, document: Any, headers: Mapping[str, str]) -> MeshdErr
 
 
 def _seconds(text: str | None) -> float:
-    """Parse a Retry-After header; 1 if it is absent or no number."""
+    """Parse a Retry-After header; 1 if it is absent or not a number."""
     try:
         return float(text or 1.0)
     except ValueError:

@@ -23,7 +23,7 @@ BLOCK = 32
 SPARE = (2.0, 1.0, 0.0, -1.0)
 """Scales to try: the block's span divided by (levels + this number). 0 restores weights that are on a grid already."""
 REFITS = 2
-"""How often scale and minimum are refitted to the codes of the best pair so far."""
+"""How many times scale and minimum are refitted to the codes of the best pair so far."""
 _HALVES = {"Q8_0": 2, "Q4_1": 4}
 """Kind -> bytes at the start of a block that are float16 values: the scale, and Q4_1's minimum."""
 

@@ -140,9 +140,10 @@ class _Tails:
         self._wholes: list[Array] = []
 
     def grow(self, limits: SearchLimits) -> float:
-        """Fill the table for sets with one peer more than so far.
+        """Fill the table for the sets with one more peer than the last ones.
 
-        Returns: the least cost of a whole chain over one of these sets that the limits allow.
+        Returns: the least cost of a chain over all layers whose peers are such a set. Only sets that `limits` allow count; inf if
+        there is none.
         """
         peers = range(self._costs.peers)
         members = list(combinations(peers, len(self._tables) + 1))

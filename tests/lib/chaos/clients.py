@@ -89,9 +89,9 @@ class ClientRequest:
     answer: Answer
     order: "Order | None" = None
     resumed: int = 0
-    """How often the client resumed the answer after an interruption."""
+    """How many times the client resumed the answer after an interruption."""
     restarted: int = 0
-    """How often the client sent the request again, because no event of the answer had arrived."""
+    """How many times the client sent the request again, because no event of the answer had arrived."""
     problem: str = ""
     story: list[dict[str, Any]] = field(default_factory=list)
     """The session's story as the mesh recorded it, if a fault hit the session."""

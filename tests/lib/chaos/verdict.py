@@ -34,7 +34,7 @@ def pause_s(request: ClientRequest, injected: InjectedFault) -> float | None:
 
 
 def table(faults: Sequence[InjectedFault], ended: Iterable[ClientRequest]) -> list[str]:
-    """Return the lines of a table: for each kind of fault how often it came, how many answers it hit, and their pauses.
+    """Return the lines of a table: for each kind of fault how many times it came, how many answers it hit, and their pauses.
 
     Answers that lost a stage and answers that lost their coordinator have lines of their own. The pauses of the latter include the
     time until the client turns to another peer.

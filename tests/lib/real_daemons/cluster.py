@@ -114,7 +114,7 @@ class Cluster:
         return True
 
     def see_each_other(self, *names: str) -> None:
-        """Wait until each of these daemons has a link with, and the capability of, every other."""
+        """Wait until each of these daemons (none named: all) has a live link with every other and an advert from it."""
         expected = set(names or self.daemons)
         for name in expected:
             daemon = self.daemons[name]
@@ -129,7 +129,7 @@ class Cluster:
         assert "data: [DONE]" in events, events
 
     def alive(self, daemon: Daemon) -> set[str]:
-        """Return the names of the peers whose link and capability a daemon has, and its own name."""
+        """Return the names of the peers that a daemon has a live link with and an advert from, and its own name."""
         return {row["name"] for row in daemon.rows("peers") if row["state"] == "alive" and row["capability"]} | {daemon.name}
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ class Outcome:
     searching_s: float = 0.0
     """Real time."""
     methods: Counter[str] = field(default_factory=Counter)
-    """How often answers continued by each method after a change of plan."""
+    """How many times answers continued by each method after a change of plan."""
     pauses: list[float] = field(default_factory=list)
     """Virtual seconds that clients waited for each token."""
     worst: tuple[float, str] = 0.0, ""

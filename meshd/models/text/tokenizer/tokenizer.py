@@ -23,7 +23,7 @@ class Vocabulary:
     control: Mapping[str, int]
     """Control token -> id. Text is encoded to one of them only if the caller asks for it."""
     verbatim: frozenset[int] = frozenset()
-    """Ids of tokens that are plain text, not in the vocabulary's spelling."""
+    """Ids of the tokens that `tokens` has as plain text, not in that spelling: control tokens and added ones."""
     spelling: Callable[[str], bytes] = byte_level
     """Decodes a token to its bytes."""
     strips_left: frozenset[str] = frozenset()

@@ -120,7 +120,8 @@ def test_there_is_a_candidate_unless_layers_or_free_kv_are_missing(drawn: tuple[
         assert not short.missing
         assert not short.busy
     elif not short.missing and not short.busy:
-        # Every layer has a peer with free KV for one stage: only free KV for several stages in one holding can be missing.
+        # For each layer some holding has free KV for a stage. So there can only be no candidate because one holding would have to
+        # run two stages and has no free KV for the second.
         whole = [holding for _, holding in usable(search, adverts, rules) if len(holding.layers) == LAYERS]
         assert all(holding.kv_tokens_free < 2 * CONTEXT for holding in whole)
 

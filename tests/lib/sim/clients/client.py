@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sim.world import World
 
 _LINGERS = 0.3
-"""How often a client leaves a lost connection open while it turns to another peer, so that its answer has two readers."""
+"""Probability that a client leaves a lost connection open while it turns to another peer, so that its answer has two readers."""
 _LINGERS_S = 4.0
 _NEVER_RIGHT = (InvalidRequest, ContextTooLong, UnknownModel)
 """Errors that no fault excuses."""

@@ -64,7 +64,7 @@ class Connection:
         return event
 
     async def wait_for_reader(self) -> None:
-        """Wait until the client has read enough of what was pushed."""
+        """Wait until the client has left fewer than `_MAX_UNREAD` events unread."""
         while len(self.events) >= _MAX_UNREAD:
             self.taken.clear()
             await self.taken.wait()
