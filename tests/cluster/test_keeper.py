@@ -95,7 +95,7 @@ def test_a_daemon_waits_for_its_running_answers_and_logs_it(cluster: Cluster) ->
     asking.join(10)
     assert replies == [200]
     log = a.log.read_text()
-    assert "waiting up to 30 s for 1 answer and 1 stage to end or move away; a second signal leaves at once" in log
+    assert "waiting up to 30 s for 1 answer and 1 stage to end or move away; a second signal exits at once" in log
     assert "nothing runs here now" in log
 
 

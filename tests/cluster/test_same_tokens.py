@@ -36,8 +36,8 @@ PROMPTS = (
     "My favourite season is autumn, because",
     "To be, or not to be,",
 )
-LONG = "The history of the lighthouse, told by those who kept it. " * 30
-"""About 400 tokens, which are several prefill chunks."""
+LONG = "The history of the lighthouse, told by those who kept it. " * 20
+"""About 270 tokens, which are several prefill chunks."""
 
 
 @pytest.fixture(scope="module", params=["onnxruntime", "torch"])
@@ -84,7 +84,7 @@ def check_same(cluster: Cluster, prompts: tuple[str, ...], tokens: int) -> None:
 
 @pytest.mark.timeout(300)  # the torch backend took 89 s, once over 120 s, on a busy machine: the limit only catches a hang
 def test_short_answers_are_the_same_on_one_two_and_five_peers(five: Cluster) -> None:
-    check_same(five, (*PROMPTS[:2], LONG), tokens=24)
+    check_same(five, (*PROMPTS[:2], LONG), tokens=16)
 
 
 def test_penalties_are_the_same_on_one_two_and_five_peers(five: Cluster) -> None:
