@@ -39,11 +39,11 @@ check: $(VENV)/installed $(VENV)/group-test $(VENV)/group-check
 
 # Writes docs/state-machines.md from the tables of the state machines.
 diagrams: $(VENV)/installed
-	$(BIN)/python -P tests/diagrams.py
+	$(BIN)/python -P tests/project/diagrams.py
 
 # Writes the README's table of formats and architectures from the tests that passed.
 formats: $(VENV)/installed $(VENV)/group-test
-	$(BIN)/python -P tests/formats_table.py
+	$(BIN)/python -P tests/project/formats_table.py
 
 bench: $(VENV)/installed $(VENV)/group-test
 	$(BIN)/meshd bench

@@ -37,11 +37,11 @@ from meshd.agents.session.plan.drain import Drainer
 from meshd.agents.session.plan.move import Mover
 from meshd.agents.session.plan.retry import PlanRetrier
 from meshd.agents.session.plan.route import Router
+from meshd.agents.signals import Signal
 from meshd.agents.stage.host import StageHost
 from meshd.clock import Clock
 from meshd.kernels.backend import Backend
 from meshd.protocol.messages import Error, Hello, Token
-from meshd.signals import Signal
 from meshd.telemetry import Telemetry
 from meshd.types import Advert, Capability, PeerId
 

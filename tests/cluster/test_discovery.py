@@ -1,5 +1,6 @@
 """Daemons find one another and lose one another."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -54,3 +55,14 @@ def test_a_second_daemon_on_the_same_state_folder_names_the_process_that_uses_it
     assert second.returncode == 1
     assert str(daemon.process.pid) in second.stderr
     assert "Traceback" not in second.stderr
+
+
+def test_a_copied_state_folder_becomes_a_new_peer_with_a_notice(cluster: Cluster) -> None:
+    cluster.start("a")
+    shutil.copytree(cluster["a"].state, cluster.root / "b")
+    cluster.start("b")
+    cluster.see_each_other()
+    ids = {daemon.get("/mesh/v1/self")["id"] for daemon in cluster.daemons.values()}
+    assert len(ids) == 2
+    notices = cluster["b"].get("/mesh/v1/self")["notices"]
+    assert any("copy" in notice["message"] for notice in notices)

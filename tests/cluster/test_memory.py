@@ -64,6 +64,7 @@ def test_a_stage_takes_at_most_a_quarter_more_than_its_weights_and_kv(cluster: C
     card = card_of(shared_cache, model)
     weights = sum(card.layer_bytes) + card.embedding_bytes + card.head_bytes
     allowed = 1.25 * (weights + CONTEXT * card.kv_bytes_per_token_layer() * card.spec.layers) + SLACK_BYTES
+    cluster.forked = False
     cluster.start("a", "b")
     cluster.see_each_other()
     stage = cluster["b"].process.pid

@@ -95,6 +95,23 @@ async def test_a_repair_replaces_a_peer_that_can_not_load() -> None:
     assert (stage.peer, str(stage.layers)) == ("b-id", "3-7")
 
 
+async def test_a_repair_gives_up_after_three_peers_and_raises_the_last_error() -> None:
+    cluster = Cluster(*(make_peer(name) for name in "abcde"))
+    cluster.refusing = {PeerId(f"{name}-id"): "download_failed" for name in "abcde"}
+    with pytest.raises(RemoteFailure, match="no more"):
+        await cluster.placer.repair(CARD, [LayerRange(3, 7)], kv_tokens=512)
+    assert len(cluster.asked) == 3
+
+
+async def test_a_repair_returns_when_the_layers_are_advertised() -> None:
+    cluster = Cluster(make_peer("a", holdings=(make_holding(3, 7, kv_tokens=128),)))
+    cluster.advert_delay_s = 0.1
+    (stage,) = await cluster.placer.repair(CARD, [LayerRange(3, 7)], kv_tokens=512)
+    holdings = [(holding.kv_tokens_total, holding.state) for holding in cluster.live()[0].holdings]
+    assert holdings == [(128, "active"), (512, "active")]
+    assert (stage.peer, str(stage.layers)) == ("a-id", "3-7")
+
+
 def test_progress_is_that_of_the_slowest_load() -> None:
     loading = [held(0, 10, state="loading", progress=0.25), held(10, 20, state="loading", progress=0.75)]
     cluster = Cluster(make_peer("a", holdings=tuple(loading)), make_peer("b", holdings=(make_holding(20, 30),)))

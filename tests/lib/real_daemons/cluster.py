@@ -71,6 +71,8 @@ class Cluster:
     root: Path
     shared: Path
     """Folder of models and cached measurements, the same for all clusters of this test run."""
+    forked: bool = True
+    """False: run the command itself, for a test that measures the process."""
     daemons: dict[str, Daemon] = field(default_factory=dict)
     _key: str = ""
 
@@ -95,7 +97,12 @@ class Cluster:
             wait_for(lambda: self._address_of(first), f"{first.name} to be up", first)
             self._key = self._key or self.key(first)
             command += ["--key", self._key, "--peer", first.link]
-        return Daemon(name, state, fork([*command, *flags], log), log)
+        command += flags
+        if self.forked:
+            return Daemon(name, state, fork(command, log), log)
+        with log.open("a") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+        return Daemon(name, state, process, log)
 
     def key(self, daemon: Daemon) -> str:
         command = [sys.executable, "-P", "-m", "meshd", "key", "show", "--json", "--state", str(daemon.state)]

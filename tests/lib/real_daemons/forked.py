@@ -1,7 +1,7 @@
 """Daemons forked from a process that has imported their libraries: a start then costs no import (2.5 s of a core).
 
-Everything after the imports is the real thing: a process of its own with its arguments, environment, files and signals. What is
-about the start itself (`tests/cluster/test_up.py`, the demo, memory) runs the command instead.
+After the imports nothing differs from a daemon that a user starts: it is a process with its own arguments, environment, files and
+signals. Tests of the start itself, of the demo and of memory run the command instead.
 """
 
 import ctypes

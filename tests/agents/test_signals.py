@@ -2,7 +2,7 @@
 
 import pytest
 
-from meshd.signals import Signal
+from meshd.agents.signals import Signal
 
 
 def test_every_subscriber_gets_the_arguments_in_the_order_of_subscription() -> None:

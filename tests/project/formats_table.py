@@ -1,6 +1,6 @@
-"""Runs every kind of weights in every architecture (`tests/kernels/test_formats.py`) and writes its table in README.
+"""Runs every kind of weights in every architecture (`tests/kernels/whole_models/test_formats.py`) and writes its table in README.
 
-python -P tests/formats_table.py
+python -P tests/project/formats_table.py
 """
 
 import re
@@ -13,7 +13,7 @@ from meshd.kernels.weights.load import KINDS
 from meshd.models.architectures import ARCHITECTURES
 from meshd.models.importing.huggingface import FAMILIES
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- formats: written by `make formats` -->", "<!-- formats end -->"
 
 
@@ -48,7 +48,7 @@ def written(readme: str, made: str) -> str:
 
 def main() -> int:
     results = Results()
-    target = str(ROOT / "tests/kernels/test_formats.py")
+    target = str(ROOT / "tests/kernels/whole_models/test_formats.py")
     status = pytest.main(["-q", "-m", "", "-k", "is_exact", "-p", "no:cacheprovider", target], [results])
     readme = ROOT / "README.md"
     readme.write_text(written(readme.read_text(), table(results.of)))

@@ -1,6 +1,6 @@
 """Write docs/state-machines.md: one diagram for each state machine, from its table.
 
-python -P tests/diagrams.py
+python -P tests/project/diagrams.py
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from meshd.agents.session import session
 from meshd.agents.stage import session as stage_session
 from meshd.agents.stage.mirror import copy as mirror_copy
 
-PAGE = Path(__file__).resolve().parents[1] / "docs/state-machines.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs/state-machines.md"
 
 MACHINES = (
     ("A peer, as another peer sees it", "agents/membership/peer.py", peer.TRANSITIONS, PeerState.UNKNOWN),

@@ -1,19 +1,6 @@
-"""Copied state folders, devices that are too small, and models that are placed and removed."""
-
-import shutil
+"""Models that are placed on devices with enough or too little memory, and removed."""
 
 from real_daemons.cluster import MODEL, Cluster, wait_for
-
-
-def test_a_copied_state_folder_becomes_a_new_peer_with_a_notice(cluster: Cluster) -> None:
-    cluster.start("a")
-    shutil.copytree(cluster["a"].state, cluster.root / "b")
-    cluster.start("b")
-    cluster.see_each_other()
-    ids = {daemon.get("/mesh/v1/self")["id"] for daemon in cluster.daemons.values()}
-    assert len(ids) == 2
-    notices = cluster["b"].get("/mesh/v1/self")["notices"]
-    assert any("copy" in notice["message"] for notice in notices)
 
 
 def test_the_error_for_a_model_that_does_not_fit_has_the_missing_bytes(cluster: Cluster) -> None:
