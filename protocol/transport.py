@@ -26,7 +26,7 @@ Address = tuple[str, int]
 QUEUE_BYTES = 32 * MIB
 """Bytes that may be queued on one connection: two of the largest payloads."""
 _JOINED = 32 * KIB
-"""Header and payload are joined into one write up to this size. The rest of a larger payload is written without a copy."""
+"""Bytes of a payload that are copied behind the header, into one write. The rest of a larger payload is written uncopied."""
 _CHUNK = 128 * KIB
 _TRANSPORT_BYTES = 256 * KIB
 """Encrypted bytes that asyncio may buffer before it pauses the writer."""

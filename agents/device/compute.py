@@ -42,7 +42,7 @@ class ComputeQueue(ABC):
 
     @abstractmethod
     def close(self, timeout_s: float = 2.0) -> None:
-        """Stop running jobs. Returns after `timeout_s` at the latest."""
+        """Stop. Jobs that have not started may never run. Returns after `timeout_s` at the latest."""
 
 
 class ComputeThread(ComputeQueue):

@@ -114,7 +114,7 @@ Event = (
     | GoodbyeReceived
     | RetentionExpired
 )
-"""Reports of sources (PeerFound, PeerWithdrawn) are events too."""
+"""What can happen to another peer. The discovery sources (`sources.py`) report PeerFound and PeerWithdrawn."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,6 +186,6 @@ class Keeper:
 
 
 def _measured(adverts: list[Advert], model: ModelId) -> frozenset[PeerId]:
-    """The peers that have measured their links with every holder of the model. Without these a plan's speed can't be predicted."""
+    """Return the peers that have measured their links with all holders of the model: only for them can speed be predicted."""
     holders = {advert.peer for advert in adverts if any(holding.model == model for holding in advert.holdings)}
     return frozenset(advert.peer for advert in adverts if not advert.draining and holders <= {advert.peer, *advert.links})

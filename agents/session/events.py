@@ -191,7 +191,7 @@ class EmitSuspended:
     """The answer is suspended: nothing is emitted until it is resumed."""
 
     error: MeshdError | None
-    """None: its last reader left."""
+    """Why it was suspended. None: no reader of the answer was left."""
 
 
 @dataclass(frozen=True, slots=True)

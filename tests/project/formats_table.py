@@ -18,7 +18,7 @@ BEGIN, END = "<!-- formats: written by `make formats` -->", "<!-- formats end --
 
 
 class Results:
-    """The outcome of each pair."""
+    """The outcome of each test, by its pair of architecture and kind of weights. A pytest plugin."""
 
     def __init__(self) -> None:
         self.of: dict[tuple[str, str], str] = {}
@@ -30,7 +30,7 @@ class Results:
 
 
 def table(results: dict[tuple[str, str], str]) -> str:
-    """Markdown: a row for each architecture. A pair that failed or did not run shows its outcome."""
+    """Make the Markdown table: a row for each architecture, a column for each kind. A cell says `yes`, or what happened instead."""
     rows = [("architecture", "folders of `model_type`", *KINDS), ("---",) * (2 + len(KINDS))]
     for architecture in ARCHITECTURES:
         families = ", ".join(kind for kind, family in FAMILIES.items() if family.architecture == architecture)

@@ -102,7 +102,7 @@ Event = ChunkAsked | ChunkArrived | ChunkRefused | ChunkWritten | SourceLeft | R
 
 @dataclass(frozen=True, slots=True)
 class CheckRange:
-    """Hash the range's parts: all chunks are on the disk."""
+    """Hash the parts of the range, now that all its chunks are on the disk."""
 
 
 @dataclass(frozen=True, slots=True)

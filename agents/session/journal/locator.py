@@ -80,10 +80,10 @@ class Locator:
         return any(location.coordinates for location in await self._ask_all(session, _TAKEOVER_FIND_S, 0.0))
 
     async def fetch(self, session: SessionId, *, take: bool) -> SessionRecord:
-        """Fetch the most recent record. `take`: the session's coordinator releases it, and the caller must continue it.
+        """Fetch the most recent record. `take`: the coordinator releases the session, and the caller must continue it.
 
         Raises: UnknownSession.
-        Cancel: a peer may have released the session already. It still has the record.
+        Cancel: the coordinator may have released the session already; it keeps the record.
         """
         for _ in range(_FETCH_ROUNDS):
             locations = sorted(await self._find(session), key=lambda location: location.rank, reverse=True)

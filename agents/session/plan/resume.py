@@ -27,7 +27,7 @@ class StageHeld:
     held: int
     """The stage has the KV of positions `[0, held)`."""
     mirrored: bool = False
-    """Whether that KV is a copy from another peer."""
+    """Whether the KV of `[0, held)` is a copy from another peer."""
     kept_from: int = 0
     """The stage has kept its outputs of positions `[kept_from, kept_to)` and can send them again."""
     kept_to: int = 0

@@ -142,7 +142,7 @@ class MirrorCopy(Machine[Event, Command]):
         return self.filled - self.held
 
     def _pump(self) -> list[Command]:
-        """Send the next chunks, if there is a block to send (eager: a position) and space for more in flight."""
+        """Send chunks while fewer than two are in flight. Sending starts once a block is unsent (eager copy: one position)."""
         if self.filled - self.sent >= (1 if self.eager else self.block_tokens):
             self.flushing = True
         commands: list[Command] = []

@@ -33,7 +33,7 @@ class AnswerSummary:
 
     @property
     def tokens_s(self) -> float:
-        """Tokens per second after the first; 0 if the answer is too short to measure."""
+        """Tokens per second, without the first token and its wait; 0 if the answer is too short to measure."""
         return (self.completion_tokens - 1) / self.decode_s if self.completion_tokens > 1 and self.decode_s > 0 else 0.0
 
     def summary(self) -> str:

@@ -19,7 +19,7 @@ F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
 BLOCK = 32
-"""Weights in a block of either kind."""
+"""Number of weights in a block, both of Q8_0 and of Q4_1."""
 SPARE = (2.0, 1.0, 0.0, -1.0)
 """Scales to try: the block's span divided by (levels + this number). 0 restores weights that are on a grid already."""
 REFITS = 2

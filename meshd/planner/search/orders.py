@@ -154,7 +154,10 @@ class _InOrder:
         return not self._required or place >= self._required[-1]
 
     def _onward(self, place: int) -> Array | None:
-        """Return the cost of link and tail after the peer at `place`, by its follower: `[followers, counts, ends, cuts]`."""
+        """Return the cost of all that follows the peer at `place`: its link to each possible follower, and that follower's tails.
+
+        Returns: `[followers, counts, ends, cuts]`; None if no peer may follow.
+        """
         stop = next((needed for needed in self._required if needed > place), len(self._order) - 1)
         if stop == place:
             return None

@@ -62,7 +62,7 @@ async def other(coordinator: WordsCoordinator) -> AsyncIterator[WordsCoordinator
 @pytest.fixture
 async def elsewhere(other: WordsCoordinator, telemetry: Any) -> AsyncIterator[aiohttp.ClientSession]:
     """A client of the other peer."""
-    app = create_app(other, other, telemetry, api_key=None, clock=SystemClock())  # no test requests a route of its mesh
+    app = create_app(other, other, telemetry, api_key=None, clock=SystemClock())  # the second `other` stands in for a mesh: unused
     server = await serve(app, "127.0.0.1", 0)
     async with aiohttp.ClientSession(server.url, timeout=aiohttp.ClientTimeout(10)) as session:
         yield session

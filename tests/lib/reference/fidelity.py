@@ -68,7 +68,10 @@ class Fidelity:
     """Largest difference of any logit."""
 
     def add(self, original: F32, expected: torch.Tensor, rows: F32, following: Sequence[int]) -> None:
-        """`[n, vocab]` each, `expected` the original's log-probabilities; `following`: the tokens after, fewer at the end."""
+        """Add `n` positions. The logits are `[n, vocab]`, and so is `expected`, the original's log-probabilities.
+
+        `following`: the token after each position. The last position of a window has none.
+        """
         found = log_probabilities(rows)
         self.hits += (original.argmax(-1) == rows.argmax(-1)).tolist()
         self.largest = max(self.largest, float(np.abs(original - rows).max()))
@@ -98,7 +101,7 @@ class Fidelity:
 
 
 def compare(ids: Sequence[int], original: Iterable[F32], others: Sequence[tuple[Fidelity, Iterable[F32]]]) -> None:
-    """Add one window's positions, in step, so that no more than some rows of each are in memory."""
+    """Add the positions of one window to each `Fidelity`. All logits are read part by part together, to save memory."""
     done = 0
     for parts in zip(original, *(rows for _, rows in others), strict=True):
         following = ids[done + 1 : done + 1 + len(parts[0])]

@@ -47,7 +47,7 @@ class Original:
 
 
 def dense(file: GgufFile, name: str) -> F32:
-    """A tensor as float32, by other code than ours."""
+    """Return a tensor as float32, dequantised by the `gguf` package and not by meshd."""
     tensor = file.tensor(name)
     raw = np.frombuffer(tensor.data, np.uint8).reshape(*tensor.shape[:-1], -1)
     if tensor.kind == "F32":
@@ -90,7 +90,7 @@ def _llama(keys: _Keys, file: GgufFile) -> transformers.PreTrainedConfig:
 
 
 def _gemma3(keys: _Keys, file: GgufFile) -> transformers.PreTrainedConfig:
-    """What the file does not contain is the same for the whole family: a window in five of six layers, and their RoPE base."""
+    """Files need not contain what all Gemma 3 models share: a window in five of six layers, and the RoPE base of these layers."""
     rope = {
         "full_attention": {"rope_type": "default", "rope_theta": keys("rope.freq_base", 1e6)},
         "sliding_attention": {"rope_type": "default", "rope_theta": keys("rope.freq_base_swa", 1e4)},
@@ -108,7 +108,7 @@ _CONFIGS = {"llama": _llama, "gemma3": _gemma3}
 
 
 def _as_made(architecture: str, name: str, values: F32, config: transformers.PreTrainedConfig) -> F32:
-    """What the file's maker did to a weight, undone: Llama's Q and K have their rotated pairs apart, Gemma's norms are about 0."""
+    """Undo what the conversion to GGUF did to a weight: it interleaves the rows of Llama's Q and K, and adds 1 to Gemma's norms."""
     part = name.split(".")[-2]
     if architecture == "llama" and part in ("attn_q", "attn_k"):
         heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads

@@ -1,7 +1,8 @@
 """Find control tokens spelt out in a text, and keep a client's messages from smuggling them into a prompt.
 
 `ControlTokens.insert_mark` puts a mark (a character that no message uses) into every spelling in the client's messages. The
-rendered prompt then has control tokens only where the template wrote them. `remove_mark` restores the text between them.
+rendered prompt then has control tokens only where the template wrote them. `remove_mark` removes the mark from the text between
+these tokens.
 """
 
 import re

@@ -51,7 +51,7 @@ class TokenizerKeys:
         return value  # type: ignore[return-value]
 
     def token(self, key: str, count: int) -> int | None:
-        """Return the id of the token with a role, which must be less than `count`; None if the file names none."""
+        """Return the token id stored under `key`, which must be less than `count`; None if the file does not have the key."""
         value = self.get(key)
         if value is None:
             return None

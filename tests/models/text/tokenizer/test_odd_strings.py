@@ -1,4 +1,4 @@
-"""The real models' tokenizers on ten thousand odd strings: the same ids as the reference, and whole characters when streamed."""
+"""The real models' tokenizers on 10,000 difficult texts: the same ids as the reference, and whole characters when streamed."""
 
 import pytest
 from tokenizers import Tokenizer as LibraryTokenizer
