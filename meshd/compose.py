@@ -14,8 +14,8 @@ from meshd.agents.device.compute import ComputeQueue
 from meshd.agents.links.links import Links
 from meshd.agents.links.probe import LinkProber
 from meshd.agents.membership.membership import Membership, SelfDescription
+from meshd.agents.membership.peer_table import PeerTable
 from meshd.agents.membership.sources import Source
-from meshd.agents.membership.table import PeerTable
 from meshd.agents.observe.events import EventBus
 from meshd.agents.observe.story import Story
 from meshd.agents.placement.client import PlacementClient

@@ -18,9 +18,9 @@ from meshd.agents.links.links import Links, LinkSettings
 from meshd.agents.links.probe import LinkProber
 from meshd.agents.membership.mdns import MdnsDiscovery
 from meshd.agents.membership.mdns_records import Announcement
+from meshd.agents.membership.peer_table import PeerTable
 from meshd.agents.membership.sources import Source
 from meshd.agents.membership.static import StaticPeers
-from meshd.agents.membership.table import PeerTable
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.agents.placement.weights.sources import WeightSources

@@ -1,4 +1,6 @@
-"""Measures this device's rates in less than 15 s and caches them. A peer advertises only what it has measured.
+"""Measures this device's rates and caches them, with `kernels/measure.py` and each backend, in less than 15 s.
+
+A peer advertises only what it has measured.
 
 Each backend is measured in its own process (`python -m meshd.agents.device.probe BACKEND THREADS BUDGET_S`), so that the daemon's
 thread pools and memory are not affected, and a backend that hangs or crashes loses only its own measurement. Free memory is

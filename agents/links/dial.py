@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from meshd.agents.links.link import Link
-from meshd.agents.links.table import LinkTable
+from meshd.agents.links.link_table import LinkTable
 from meshd.clock import Clock
 from meshd.errors import MeshdError
 from meshd.protocol.transport import Address

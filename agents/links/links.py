@@ -16,10 +16,10 @@ from typing import TypedDict
 import meshd
 from meshd.agents.links.dial import Dialler
 from meshd.agents.links.link import Link
+from meshd.agents.links.link_table import LinkTable, OnDown, OnUp, Timing
 from meshd.agents.links.log import LinkLog, RefusalRow
 from meshd.agents.links.open import LinkOpener
 from meshd.agents.links.rpc import Dispatcher, Handler, M, to_view
-from meshd.agents.links.table import LinkTable, OnDown, OnUp, Timing
 from meshd.clock import Clock
 from meshd.errors import ConfigError, Overloaded, PeerLost
 from meshd.protocol import transport

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import msgspec
 
+from meshd.agents.links.link_table import LinkTable
 from meshd.agents.links.log import LinkLog
-from meshd.agents.links.table import LinkTable
 from meshd.clock import Clock
 from meshd.errors import MeshdError, PeerLost, PeerRefused, ProtocolViolation
 from meshd.protocol import transport

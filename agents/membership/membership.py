@@ -3,8 +3,8 @@
 Every peer keeps the newest advert of every other one. A change is sent to all peers within a tenth of a second. The advert is also
 repeated every few seconds, so that drifting figures (free memory, measured times) stay current.
 
-This module reports a peer's silence to the table (`_report_silence`), and `peer.py` makes the peer SUSPECT. `links/table.py` ends
-the link of a peer that stays silent, and `peer.py` then makes the peer DEAD.
+This module reports a peer's silence to the table (`_report_silence`), and `peer.py` makes the peer SUSPECT. `links/link_table.py`
+ends the link of a peer that stays silent, and `peer.py` then makes the peer DEAD.
 """
 
 import asyncio
@@ -14,10 +14,10 @@ from itertools import islice
 from logging import getLogger
 from typing import Any
 
+from meshd.agents.links.link_table import LEFT
 from meshd.agents.links.links import Links
 from meshd.agents.links.probe import LinkProber
 from meshd.agents.links.rpc import try_send
-from meshd.agents.links.table import LEFT
 from meshd.agents.machine import IllegalTransition
 from meshd.agents.membership.peer_events import (
     AdvertReceived,
@@ -33,8 +33,8 @@ from meshd.agents.membership.peer_events import (
     StopDialling,
 )
 from meshd.agents.membership.peer_rows import unlinked_row
+from meshd.agents.membership.peer_table import PeerTable
 from meshd.agents.membership.sources import DuplicateIdentity, PeerFound, PeerWithdrawn, Sighting, Source, SourceNotice
-from meshd.agents.membership.table import PeerTable
 from meshd.agents.observe.events import EventBus
 from meshd.clock import Clock
 from meshd.errors import MeshdError

@@ -3,7 +3,8 @@
 Decided here:
 
 - Where a requested model goes: `client.py` asks the planner and sends PLACE to the chosen peers.
-- Which peer takes over a lost stage: `policy.py` promotes a standby copy or has the layers loaded elsewhere. `keeper.py` runs it.
+- Which layers get a standby copy and where, and which peer takes over the layers of a lost peer: `replication.py`, run by
+  `keeper.py`.
 - What a peer releases when its memory is short: `loader.py`.
 
 Left to others: `membership` decides that a peer is suspect or dead; `planner` computes which placement fits and how fast it is;

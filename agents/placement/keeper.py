@@ -1,4 +1,4 @@
-"""Keeps models placed while peers come and go: lets `policy.py` decide what to load, and asks peers to load it.
+"""Keeps models placed while peers come and go: lets `replication.py` decide what to load, and asks peers to load it.
 
 Every peer runs a keeper, and the live peer with the smallest id leads. Two leaders at once do no harm, because PLACE is idempotent.
 If the leader does nothing about a request, the next peer in line sends it too.
@@ -12,7 +12,7 @@ from logging import getLogger
 from meshd.agents.links.links import Links
 from meshd.agents.placement.client import request_place
 from meshd.agents.placement.history import HoldingHistory
-from meshd.agents.placement.policy import ClusterState, LoadRequest, decide, grow, orphaned_copies
+from meshd.agents.placement.replication import ClusterState, LoadRequest, decide, grow, orphaned_copies
 from meshd.clock import Clock
 from meshd.errors import MeshdError
 from meshd.protocol.messages import Unplace

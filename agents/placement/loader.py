@@ -1,7 +1,7 @@
 """Loads and unloads layers on this peer: fetch the weights, read them, run the check step, serve, release.
 
 It decides what gives way when memory is short. Which layers belong on which peer is decided elsewhere: by a user or the planner
-(`client.py`) and by the keeper (`policy.py`). Their requests arrive here as PLACE and UNPLACE.
+(`client.py`) and by the keeper (`replication.py`). Their requests arrive here as PLACE and UNPLACE.
 
 A run of layers goes LOADING -> WARM (the check step, which also measures it) -> ACTIVE -> DRAINING -> released. A failed load
 changes nothing else: layers that served before keep serving.

@@ -1,7 +1,7 @@
 """One answer on its coordinator: runs the session's state machine, carries out its commands, and serves the client's readers.
 
 Three parts keep their own state: messages to the stages (`stages/client.py`), tokens and text (`output.py`), and faults
-(`recovery.py`).
+(`recovery_history.py`).
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from meshd.agents.session import events as fsm
 from meshd.agents.session.journal.record import SessionRecord
 from meshd.agents.session.output import AnswerOutput
 from meshd.agents.session.plan.resume import method_of
-from meshd.agents.session.recovery import Recovered, RecoveryHistory
+from meshd.agents.session.recovery_history import Recovered, RecoveryHistory
 from meshd.agents.session.session import RUNNING, TERMINAL, Session, SessionState
 from meshd.agents.session.stages.client import StageClient
 from meshd.agents.session.tasks import AnswerTasks

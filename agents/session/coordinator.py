@@ -24,7 +24,7 @@ from meshd.agents.session.journal.writer import JournalWriters
 from meshd.agents.session.plan.move import Mover
 from meshd.agents.session.plan.retry import TAKEOVER_EPOCHS, PlanRetrier
 from meshd.agents.session.plan.route import Router
-from meshd.agents.session.recovery import Recovered
+from meshd.agents.session.recovery_history import Recovered
 from meshd.agents.session.report import report_end
 from meshd.agents.session.stages.receiver import StageReceiver
 from meshd.agents.session.stages.stall import StallWatch

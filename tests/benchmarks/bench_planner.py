@@ -23,10 +23,10 @@ from meshd.planner.eligible import eligible
 from meshd.planner.model.memory import memory_table
 from meshd.planner.model.tables import CostTables
 from meshd.planner.problem import PlanInput
-from meshd.planner.search.chains import exact_search
+from meshd.planner.search.exact import exact_search
+from meshd.planner.search.heuristic import HeuristicSearch
 from meshd.planner.search.limits import SearchLimits
 from meshd.planner.search.objectives import cheapest
-from meshd.planner.search.orders import HeuristicSearch
 from meshd.planner.search.solve import solve
 from meshd.types import Objective
 

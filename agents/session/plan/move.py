@@ -14,7 +14,7 @@ from meshd.agents.service import MeshOptions
 from meshd.agents.session.answer import Answer
 from meshd.agents.session.plan.retry import PlanRetrier
 from meshd.agents.session.plan.route import Router
-from meshd.agents.session.recovery import Recovered
+from meshd.agents.session.recovery_history import Recovered
 from meshd.agents.session.session import SessionState
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest, MeshdError, NoPeer, PeerFault

@@ -14,7 +14,7 @@ import numpy as np
 from meshd.planner.chain import Array, Chain
 from meshd.planner.model import cost
 from meshd.planner.model.tables import CostTables
-from meshd.planner.search.chains import ChainCosts, Search
+from meshd.planner.search.exact import ChainCosts, Search
 from meshd.planner.search.limits import TIE, SearchLimits
 from meshd.types import Objective
 

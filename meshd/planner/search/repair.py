@@ -18,7 +18,7 @@ from meshd.planner.model.tables import CostTables
 from meshd.planner.network import UNMEASURED_BANDWIDTH_BYTES_S
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import PeerProfile
-from meshd.planner.search.chains import ChainCosts
+from meshd.planner.search.exact import ChainCosts
 from meshd.planner.search.limits import SearchLimits
 from meshd.planner.search.select import search_for
 from meshd.planner.units import show_bytes

@@ -1,7 +1,7 @@
 """Choose the search for a problem by its number of peers."""
 
-from meshd.planner.search.chains import Search, exact_search
-from meshd.planner.search.orders import HeuristicSearch
+from meshd.planner.search.exact import Search, exact_search
+from meshd.planner.search.heuristic import HeuristicSearch
 
 EXACT_PEERS = 10
 """Most peers of an exact search. For 10 peers and 30 layers, `bench_planner.py` measured 1 to 91 ms for the least TPOT."""

@@ -10,7 +10,7 @@ from meshd.planner.model.estimate import peer_memory
 from meshd.planner.model.memory import RESERVE, capacity_bytes, missing_bytes
 from meshd.planner.model.tables import CostTables
 from meshd.planner.problem import PlanInput
-from meshd.planner.search.chains import ChainCosts
+from meshd.planner.search.exact import ChainCosts
 from meshd.planner.search.limits import SearchLimits
 from meshd.planner.search.select import search_for
 from meshd.planner.units import show_bytes

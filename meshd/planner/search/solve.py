@@ -51,7 +51,7 @@ def objective_value(predicted: Estimate, objective: Objective) -> float:
 def solve(problem: PlanInput) -> Solution:
     """Find the best plan. The same problem always has the same solution.
 
-    The search is exact up to `EXACT_PEERS` peers, and heuristic (`meshd.planner.search.orders`) beyond. Of equal plans it takes
+    The search is exact up to `EXACT_PEERS` peers, and heuristic (`meshd.planner.search.heuristic`) beyond. Of equal plans it takes
     the one with the fewest peers, then the one whose peers' names come first. If the best plan exceeds the time limits, the plan
     of least TPOT or of least TTFT replaces it, if that keeps them.
 

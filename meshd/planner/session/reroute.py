@@ -17,7 +17,7 @@ from meshd.planner.model import cost
 from meshd.planner.model.tables import CostTables, range_sums
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import USABLE_STATE, PeerProfile
-from meshd.planner.session.cover import CoverCosts, cover
+from meshd.planner.session.cheapest_chain import CoverCosts, cover
 from meshd.planner.session.pause import compute_s
 from meshd.types import Holding, LayerRange, PeerId, StagePlan
 

@@ -8,7 +8,7 @@ import pytest
 
 from in_process.journals import advert
 from meshd.agents.admin.view import ClusterView
-from meshd.agents.session.recovery import Recovered
+from meshd.agents.session.recovery_history import Recovered
 from meshd.errors import InvalidRequest, NoPeer, UnknownSession
 from meshd.protocol.messages import Moved
 from meshd.types import LayerRange, ModelId, PeerId, Plan, PlanId, SessionId, StagePlan

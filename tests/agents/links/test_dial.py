@@ -6,9 +6,9 @@ from itertools import pairwise
 import pytest
 
 from meshd.agents.links.dial import MAX_TARGETS, Dialler, back_off_s
+from meshd.agents.links.link_table import LinkTable, Timing
 from meshd.agents.links.log import LinkLog
 from meshd.agents.links.rpc import Dispatcher
-from meshd.agents.links.table import LinkTable, Timing
 from meshd.clock import SystemClock
 from meshd.errors import PeerLost
 from meshd.protocol.transport import Address

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from in_process.peers import QUICK, WAIT_S, Peer, Peers, until
-from meshd.agents.links.table import LEFT
+from meshd.agents.links.link_table import LEFT
 from meshd.errors import InvalidRequest, NotReady, Overloaded, PeerLost, RemoteFailure
 from meshd.protocol.framing import MIB
 from meshd.protocol.identity import ClusterKey

@@ -3,7 +3,7 @@ import msgspec
 from in_process.peer_events import ANN, BOB, advert, found, link_up
 from meshd.agents.membership.peer_events import AdvertReceived, PeerState
 from meshd.agents.membership.peer_rows import unlinked_row
-from meshd.agents.membership.table import PeerTable
+from meshd.agents.membership.peer_table import PeerTable
 from meshd.values import Address
 
 

@@ -3,7 +3,7 @@
 from in_process.adverts import KV, advert, held
 from in_process.clusters import MODEL
 from meshd.agents.placement.history import HoldingHistory, ServedLayers
-from meshd.agents.placement.policy import orphaned_copies
+from meshd.agents.placement.replication import orphaned_copies
 from meshd.types import LayerRange
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from in_process.answers import AnswerSite
 from in_process.peers import Peers
-from meshd.agents.session.recovery import Recovered
+from meshd.agents.session.recovery_history import Recovered
 from meshd.agents.session.report import report_end
 from meshd.telemetry import Telemetry
 

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from in_process.clusters import make_card, make_holding
-from meshd.agents.placement.policy import LoadRequest, apply_request
+from meshd.agents.placement.replication import LoadRequest, apply_request
 from meshd.types import Advert, Capability, Holding, LinkStats, ModelCard, PeerId, Rates
 
 CARD = make_card(30)

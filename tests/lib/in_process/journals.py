@@ -10,7 +10,7 @@ import msgspec
 
 from in_process.peers import SLOW, Peer, Peers, until
 from meshd.agents.admin.story_collector import StoryCollector
-from meshd.agents.links.table import Timing
+from meshd.agents.links.link_table import Timing
 from meshd.agents.observe.story import Story
 from meshd.agents.session.journal.deputy import Deputy
 from meshd.agents.session.journal.locator import Locator

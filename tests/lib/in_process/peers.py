@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from meshd.agents.links.link_table import Timing
 from meshd.agents.links.links import Links, LinkSettings
-from meshd.agents.links.table import Timing
 from meshd.clock import SystemClock
 from meshd.protocol.identity import ClusterKey, Identity, load_identity
 from meshd.protocol.messages import Hello

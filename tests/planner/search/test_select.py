@@ -1,5 +1,5 @@
-from meshd.planner.search.chains import exact_search
-from meshd.planner.search.orders import HeuristicSearch
+from meshd.planner.search.exact import exact_search
+from meshd.planner.search.heuristic import HeuristicSearch
 from meshd.planner.search.select import EXACT_PEERS, search_for
 
 

@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from meshd.agents.links.link_table import LEFT, OnDown, OnUp
 from meshd.agents.links.log import LinkLog
 from meshd.agents.links.rpc import Dispatcher, Handler, M, to_view
-from meshd.agents.links.table import LEFT, OnDown, OnUp
 from meshd.errors import Overloaded, PeerLost
 from meshd.protocol.messages import Message, Reply, Request
 from meshd.protocol.transport import Buffer

@@ -11,7 +11,7 @@ from meshd.agents.session.coordinator import Coordinator
 from meshd.agents.session.plan.candidates import PeerRules
 from meshd.agents.session.plan.resume import RecoveryPlan, RecoveryRequest
 from meshd.agents.session.plan.route import Router
-from meshd.agents.session.recovery import Recovered
+from meshd.agents.session.recovery_history import Recovered
 from meshd.types import Advert, ModelCard, Plan
 
 T = TypeVar("T")

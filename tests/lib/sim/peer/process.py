@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from meshd.agents.membership.table import PeerTable
+from meshd.agents.membership.peer_table import PeerTable
 from meshd.compose import Parts, PeerSettings, PeerSignals, compose
 from meshd.types import Capability, ModelCard, PeerId, Rates
 from sim.loop import Owner, SimClock, SimLoop

@@ -4,9 +4,9 @@ import pytest
 
 from in_process.clocks import SetClock
 from meshd.agents.links.link import Link
+from meshd.agents.links.link_table import LinkTable, Timing
 from meshd.agents.links.log import LinkLog
 from meshd.agents.links.rpc import Dispatcher
-from meshd.agents.links.table import LinkTable, Timing
 from meshd.types import PeerId
 
 OWN, OTHER = PeerId("a" * 52), PeerId("b" * 52)

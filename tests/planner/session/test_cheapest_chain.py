@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from meshd.planner.chain import Array, LayerRun
-from meshd.planner.session.cover import CoverCosts, cover
+from meshd.planner.session.cheapest_chain import CoverCosts, cover
 
 RANDOM_GAPS = 150
 

@@ -18,7 +18,7 @@ from itertools import pairwise
 import numpy as np
 
 from meshd.planner.chain import Array, Chain, LayerRun
-from meshd.planner.search.chains import ChainCosts, exact_search, prepend, runs_by_length
+from meshd.planner.search.exact import ChainCosts, exact_search, prepend, runs_by_length
 from meshd.planner.search.limits import TIE, SearchLimits
 
 ORDERS_TRIED = 120

@@ -1,6 +1,6 @@
 """Find the cheapest chain over some layers when a peer may have several stages: the Viterbi algorithm (1967) over the cuts.
 
-A new plan gives each peer at most one run of layers (`meshd.planner.search.chains`). A changed plan of a running session need
+A new plan gives each peer at most one run of layers (`meshd.planner.search.exact`). A changed plan of a running session need
 not: its surviving stages stay, and other peers fill the gaps. Without the rule of one run per peer, the search is fast enough to
 run while a client waits:
 

@@ -27,8 +27,8 @@ from meshd.agents.membership.peer_events import (
     RetentionExpired,
     StopDialling,
 )
+from meshd.agents.membership.peer_table import REFUSED_RETRY_S, PeerTable
 from meshd.agents.membership.sources import PeerWithdrawn
-from meshd.agents.membership.table import REFUSED_RETRY_S, PeerTable
 from meshd.errors import Overloaded
 from meshd.types import PeerId
 from meshd.values import Address

@@ -16,10 +16,10 @@ from meshd.planner.eligible import eligible
 from meshd.planner.model.estimate import estimate
 from meshd.planner.model.tables import CostTables
 from meshd.planner.problem import PlanInput
-from meshd.planner.search.chains import ChainCosts, Search, exact_search
+from meshd.planner.search.exact import ChainCosts, Search, exact_search
+from meshd.planner.search.heuristic import HeuristicSearch, best_in_order, chain_value
 from meshd.planner.search.limits import SearchLimits
 from meshd.planner.search.objectives import cheapest
-from meshd.planner.search.orders import HeuristicSearch, best_in_order, chain_value
 from meshd.planner.search.select import EXACT_PEERS
 from meshd.planner.search.solve import solve
 from meshd.types import Objective

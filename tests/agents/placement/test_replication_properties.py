@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from in_process.adverts import advert, held, once_loaded
 from in_process.clusters import MODEL, make_card
 from meshd.agents.placement.history import HELD, ServedLayers
-from meshd.agents.placement.policy import ClusterState, LoadRequest, decide
+from meshd.agents.placement.replication import ClusterState, LoadRequest, decide
 from meshd.types import Holding, ModelCard, PeerId
 
 

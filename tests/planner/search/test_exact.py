@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from meshd.planner.chain import Array, LayerRun
-from meshd.planner.search import chains
-from meshd.planner.search.chains import ChainCosts, exact_search, prepend, relaxed_bound, runs_by_length
+from meshd.planner.search.exact import ChainCosts, exact_search, prepend, relaxed_bound, runs_by_length
 from meshd.planner.search.limits import SearchLimits
 
 Runs = tuple[LayerRun, ...]

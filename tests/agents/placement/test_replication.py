@@ -8,7 +8,7 @@ import pytest
 from in_process.adverts import CARD, KV, advert, held, once_loaded
 from in_process.clusters import MODEL, make_problem
 from meshd.agents.placement.history import ServedLayers
-from meshd.agents.placement.policy import ClusterState, Decision, LoadRequest, decide, grow
+from meshd.agents.placement.replication import ClusterState, Decision, LoadRequest, decide, grow
 from meshd.planner.model.memory import stage_memory
 from meshd.planner.profile import profiles_from_adverts
 from meshd.types import Advert, LayerRange, ModelCard, ModelId, PeerId, StagePlan

@@ -1,6 +1,6 @@
 """The recovery history: distrust that expires, copies that are lost, changes of plan that a token completes."""
 
-from meshd.agents.session.recovery import Recovered, RecoveryHistory
+from meshd.agents.session.recovery_history import Recovered, RecoveryHistory
 from meshd.types import PeerId
 
 A, B = PeerId("a"), PeerId("b")
