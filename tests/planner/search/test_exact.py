@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from meshd.planner.chain import Array, LayerRun
+from meshd.planner.search import exact
 from meshd.planner.search.exact import ChainCosts, exact_search, prepend, relaxed_bound, runs_by_length
 from meshd.planner.search.limits import SearchLimits
 
@@ -108,5 +109,5 @@ def test_both_ways_to_prepend_a_run_agree(monkeypatch: pytest.MonkeyPatch, worst
     for peer, runs in enumerate(runs_by_length(costs)):
         broadcast = prepend(costs, peer, runs, onward)
         with monkeypatch.context() as patch:
-            patch.setattr(chains, "SMALL", 0)
+            patch.setattr(exact, "SMALL", 0)
             np.testing.assert_array_equal(prepend(costs, peer, runs, onward), broadcast)
