@@ -235,7 +235,7 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of KV per second in the attention of a decode step."""
     disk_bytes_s: float
     layer_overhead_s: float
-    """Time of one layer's calls that does not depend on the size of its weights."""
+    """The part of one layer's time that does not depend on the size of its weights."""
 
 
 class Capability(msgspec.Struct, frozen=True, kw_only=True):

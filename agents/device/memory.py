@@ -125,7 +125,7 @@ def _own_path(root: Path, controller: str, version: int) -> str | None:
 
 
 def _mounts(root: Path, controller: str, version: int) -> Iterator[tuple[str, str]]:
-    """Yield (root within the hierarchy, mount point) of each mount, from `/proc/self/mountinfo` (proc(5))."""
+    """Yield (path of the mounted cgroup, mount point) for each mount of the hierarchy, from `/proc/self/mountinfo` (proc(5))."""
     for line in _lines(root / "proc/self/mountinfo"):
         before, _, after = line.partition(" - ")
         match before.split(), after.split():

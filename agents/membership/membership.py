@@ -218,7 +218,7 @@ class Membership:
             self._hear_of(peer, address)
 
     def _hear_of(self, peer: PeerId, address: str) -> None:
-        """Handle a neighbour in another peer's advert as a sighting by the source `GOSSIP`."""
+        """Handle an entry of `neighbours` in another peer's advert: it is a sighting by the source `GOSSIP`."""
         known = self.table.get(peer)
         if peer == self.description.peer or (known is not None and (known.linked or known.state is PeerState.REFUSED)):
             return

@@ -145,7 +145,7 @@ class PlacementClient:
         )
 
     def _solve(self, card: ModelCard, mesh: MeshOptions, context: int | None) -> tuple[PlanInput, Solution]:
-        """Search a placement. The usual context is halved until it fits, but not below the one that the user asked for."""
+        """Search for a placement. The usual context is halved until it fits, but not below the one that the user asked for."""
         tokens = max(context or 0, min(card.spec.context_length, USUAL_CONTEXT))
         while True:
             problem = plan_input_of(card, self.adverts(), mesh, context=tokens)
@@ -170,7 +170,7 @@ class PlacementClient:
         await request_place(self.links, stage.peer, card, stage.layers, kv_tokens, pinned=pinned)
 
     async def _watch(self, card: ModelCard, running: dict[StagePlan, "asyncio.Task[None]"]) -> AsyncGenerator[PlacementStep, None]:
-        """Yield the changes of progress, as the adverts show it, until every peer has answered."""
+        """Yield the changes of progress that the adverts show, until every peer has answered."""
         latest: dict[StagePlan, PlacementStep] = {}
         while True:
             waiting = [task for task in running.values() if not task.done()]

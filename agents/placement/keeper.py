@@ -57,12 +57,12 @@ class Keeper:
     copies: int
     _history: HoldingHistory = field(default_factory=HoldingHistory)
     _wanted: dict[LoadRequest, float] = field(default_factory=dict)
-    """Unmet requests, each with the time since when it is unmet."""
+    """Unmet requests, each with the time at which it became unmet."""
     _asked: dict[LoadRequest, "asyncio.Task[None]"] = field(default_factory=dict)
     """Requests that are sent and not answered yet."""
     _refusals: dict[tuple[PeerId, ModelId], _Refusal] = field(default_factory=dict)
     _compared_peers: dict[ModelId, frozenset[PeerId]] = field(default_factory=dict)
-    """The peers that took part when a faster placement of the model was last searched."""
+    """The peers that took part in the last search for a faster placement of the model."""
     _compared_at: dict[ModelId, float] = field(default_factory=dict)
     _logged: tuple[str, ...] = ()
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -166,7 +166,7 @@ class Keeper:
                 )
 
     async def _grow(self, alive: list[Advert], cards: Mapping[ModelId, ModelCard], now: float) -> None:
-        """Search a faster placement of each model whose measured peers have changed, and send the requests for it."""
+        """Search for a faster placement of each model whose measured peers have changed, and send the requests for it."""
         busy = {request.model for request in (*self._asked, *self._wanted)} | self._history.lost.keys() | self._history.unplaced
         active = {holding.model for advert in alive for holding in advert.holdings if holding.state == "active"}
         self._compared_peers = {model: peers for model, peers in self._compared_peers.items() if model in active}

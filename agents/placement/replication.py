@@ -161,9 +161,10 @@ class _Policy:
                 self._place(card, runs, entry)
 
     def _place(self, card: ModelCard, runs: tuple[LayerRange, ...], lost: ServedLayers) -> None:
-        """Request lost layers from peers that serve nothing else of the model, or from any peer if no whole context fits there.
+        """Request that peers load lost layers. Peers that hold no other layers of the model come first.
 
-        Other peers are preferred because a route takes only one run of layers from each peer.
+        They are preferred because a route takes only one run of layers from each peer. If KV for a whole context does not fit on
+        them, any peer may be chosen.
         """
         serving = {peer for peer, _ in holdings_of(self._staying(), card.id)}
         whole_context = max(LEAST_CONTEXT, lost.kv_tokens // CONTEXTS_OF_KV)

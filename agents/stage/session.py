@@ -224,7 +224,7 @@ class StageSession(Machine[Event, Command]):
         return ""
 
     def _runnable(self, step: Step) -> bool:
-        """Whether the prefill window or the credit has space for the step."""
+        """Whether the step may start: a prefill needs space in the prefill window, a decode step needs credit."""
         if step.prefill:
             return self.last or len(self.untaken) < PREFILL_WINDOW
         return not self.first or step.index < self.credit

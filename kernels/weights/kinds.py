@@ -74,7 +74,7 @@ def _q5_k_codes(blocks: U8) -> U8:
 def _q6_k_codes(blocks: U8) -> U8:
     """Extract the 6-bit codes of Q6_K.
 
-    Each half of 128 weights has its four low bits in 64 bytes and its two high bits in 32 bytes.
+    For each half of a block, 128 weights, the low four bits of the codes are in 64 bytes and the high two bits in 32 bytes.
     """
     codes = np.empty((len(blocks), 2, 4, 32), np.uint8)
     four, two = blocks[:, :128].reshape(-1, 2, 2, 32), blocks[:, 128:192].reshape(-1, 2, 32)
@@ -106,8 +106,9 @@ def _k_minimum(blocks: U8) -> F32:
 def _power(blocks: U8) -> F32:
     """Compute `2^(e - 128)`, where `e` is the block's first byte; exact also for subnormal results.
 
-    It is half of OCP's E8M0 scale, since the codes are doubled (https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf).
-    255 is NaN in that specification. 253 and 254 become infinite here, since twelve times that scale would overflow.
+    This is half of OCP's E8M0 scale, since `_E2M1` has doubled values (https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf).
+    An `e` of 255 is NaN in that specification. For 253 and 254 the result is infinite, since its product with 12, the largest value
+    of `_E2M1`, would overflow.
     """
     exponents = np.arange(256) - 128
     powers = np.ldexp(np.float32(1), exponents).astype(np.float32)

@@ -114,7 +114,7 @@ class _Stopping:
 
 
 def _print_waiting(text: str) -> None:
-    with contextlib.suppress(OSError):  # the reader may have gone
+    with contextlib.suppress(OSError):  # whoever read standard output may have gone
         print(f"meshd: {text}; a second signal exits at once", flush=True)
 
 

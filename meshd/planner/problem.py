@@ -26,7 +26,7 @@ class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
     peers: tuple[PeerId, ...] | None = None
     """Peers that may take part. None: all."""
     stages: tuple[StagePlan, ...] | None = None
-    """Stages to use as they are: they are checked and predicted, and there is no search. None: search for stages."""
+    """Stages to use as they are: they are checked and their times predicted, without a search. None: search for stages."""
     resident_only: bool = False
     """True: route only over layers that are resident now. False: place layers anywhere."""
     max_ttft_s: float | None = None

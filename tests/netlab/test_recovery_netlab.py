@@ -21,7 +21,7 @@ CONTEXT = 1024
 WITHIN_S = 10.0
 """Longest pause that a test accepts, also on a busy machine. `bench_recovery.py` measures the real pauses."""
 LEASE_S = 12.0
-"""A little more than the time after which the leases of a lost coordinator are free."""
+"""A little more than the length of a lease. When it runs out, peers free the sessions of a lost coordinator."""
 Act = Callable[[Mesh, str], object]
 
 
@@ -34,7 +34,7 @@ def mesh(netlab: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh
 
 @pytest.fixture(scope="module")
 def undisturbed(mesh: Mesh) -> Answer:
-    """The same answer without a fault."""
+    """The answer to `SPEC` when no fault occurs, for comparison."""
     return Streaming(mesh.site, "h1", SPEC, {"stages": "h1:0-15,h2:15-30"}).end()
 
 
@@ -99,7 +99,7 @@ def test_a_client_whose_coordinator_falls_silent_resumes_at_another_peer(mesh: M
 
 
 def _resume(mesh: Mesh, at: str, answer: Answer) -> None:
-    """Read the rest of an answer whose first reader gets no more events."""
+    """Read the rest of an answer at another peer, after the coordinator has fallen silent."""
     until = time.monotonic() + 20
     while not answer.ended:
         assert time.monotonic() < until, f"{answer.session} cannot be resumed at {at}"

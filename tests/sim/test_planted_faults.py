@@ -69,7 +69,7 @@ def test_it_finds_a_token_that_is_emitted_twice(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(("states", "seeds"), [(("IDLE",), 100), (("IDLE", "WAITING", "COMPUTING"), 25)], ids=["idle", "any"])
 def test_it_finds_a_step_that_is_computed_twice(monkeypatch: pytest.MonkeyPatch, states: tuple[str, ...], seeds: int) -> None:
-    """If only idle stages accept a repeated step, about one run in thirty fails."""
+    """With the fault in idle stages only, about one run in thirty fails, so more seeds are tried."""
     right = stage_session._step_arrived
 
     def wrong(machine: stage_session.StageSession, event: stage_session.StepArrived) -> list[stage_session.Command]:

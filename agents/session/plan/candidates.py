@@ -73,7 +73,7 @@ class LayerShortage:
 
 @dataclass(frozen=True)
 class CandidateSearch:
-    """Searches plans for one session, over the peers that it may use."""
+    """Searches for a plan for one session, over the peers that it may use."""
 
     problem: PlanInput
     """Resident layers only. KV that the session itself has reserved counts as free."""
@@ -91,8 +91,8 @@ class CandidateSearch:
         """Find a plan that is worth moving a running session to.
 
         least_peers: the plan must have at least this many different peers.
-        Returns: the plan that saves most time after the cost of the move. None if no plan saves any, and at least `LEAST_GAIN` of
-        the time per token.
+        Returns: of the plans that save at least `LEAST_GAIN` of the time per token, the one that saves most time in total, after
+        the cost of the move. None if none of them saves time in total.
         """
         old = self._old_stages
         if not old or len(self.surviving) < len(old):

@@ -57,7 +57,7 @@ class Mover:
     clock: Clock
     _moving: dict[SessionId, list[_Copy]] = field(default_factory=dict)
     _seen: dict[SessionId, int] = field(default_factory=dict)
-    """Session -> hash of the cluster's adverts when a better plan was last searched."""
+    """Session -> hash of the cluster's adverts at the last search for a better plan."""
     _searching: set[SessionId] = field(default_factory=set)
     _not_before: dict[SessionId, float] = field(default_factory=dict)
     """Session whose move failed -> time when it is considered again."""

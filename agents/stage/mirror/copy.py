@@ -29,7 +29,7 @@ class MirrorState(Enum):
     OFFERED = "offered"
     """The target has not accepted the offer yet."""
     BEHIND = "behind"
-    """The target lacks a block or more, or has not caught up since it did."""
+    """The target lacked a block or more, and has not caught up since."""
     LEVEL = "level"
     """The target lacks less than a block."""
     ENDED = "ended"
@@ -202,7 +202,7 @@ def _eagerness_changed(copy: MirrorCopy, event: EagernessChanged) -> list[Comman
     copy.eager = event.eager
     if copy.state is MirrorState.OFFERED:
         return []
-    copy.state = MirrorState.BEHIND  # so that it is reported again once it is level by the new limit
+    copy.state = MirrorState.BEHIND  # so that the copy is reported again once it is LEVEL by the new limit
     return [*copy._update_state(), *copy._pump()]
 
 

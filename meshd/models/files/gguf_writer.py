@@ -25,7 +25,7 @@ _U32, _I32, _F32, _BOOL, _STRING, _ARRAY, _U64, _I64 = 4, 5, 6, 7, 8, 9, 10, 11
 _FORMATS = {_U32: "I", _I32: "i", _F32: "f", _BOOL: "?", _U64: "Q", _I64: "q"}
 _RANGES = ((_U32, 0, 1 << 32), (_I32, -(1 << 31), 1 << 31), (_U64, 0, 1 << 64), (_I64, -(1 << 63), 1 << 63))
 _ARRAY_RANGES = (_RANGES[1], _RANGES[0], _RANGES[3], _RANGES[2])
-"""Types to try for integers, in order. Like llama.cpp, a single integer is U32 and a list of integers I32 if the values fit."""
+"""Types to try for integers, in order. As in llama.cpp, a single integer becomes U32, and those of a list I32, if they fit."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,9 +124,10 @@ def prepend(costs: ChainCosts, peer: int, runs: list[tuple[int, Array]], onward:
 
 
 class _Tails:
-    """The table `tails` of the module's docstring, filled for one size of peer sets after another.
+    """The table `tails` of the module's docstring. It is filled for all sets of one peer, then of two, and so on.
 
-    Sets of peers are bit masks. Peer i is bit n-1-i, so that masks fall in the order in which `combinations` lists the sets.
+    A set of peers is a bit mask, in which peer i is bit n-1-i. In the order in which `combinations` lists the sets of one size,
+    each mask is smaller than the one before.
     """
 
     def __init__(self, costs: ChainCosts) -> None:
@@ -184,7 +185,7 @@ class _Tails:
         table[having, peer] = prepend(costs, peer, self._runs[peer], onward)
 
     def _walk(self, members: int, peer: int, ends: Numbers) -> list[LayerRun]:
-        """Trace the cheapest chain over `members` from `peer` to one of `ends`. Of equal ones, take that with the lowest peers."""
+        """Trace the cheapest chain over `members` from `peer` to one of `ends`. Of equal ones, take the first by peer index."""
         costs, start, runs = self._costs, 0, []
         while members != self._bit[peer]:
             members ^= int(self._bit[peer])

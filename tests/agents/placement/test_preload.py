@@ -34,7 +34,7 @@ async def test_an_empty_list_ends_without_a_wait() -> None:
 
 
 class RecordedSleeps(SystemClock):
-    """Does not sleep, and records for how long it should."""
+    """Does not sleep, and records how long each sleep should be."""
 
     def __init__(self) -> None:
         self.sleeps: list[float] = []
@@ -72,7 +72,7 @@ class Models:
 
 
 async def run(models: Models, *wanted: str, covered: bool = False) -> tuple[Preload, list[float]]:
-    """Run a preload. Returns: it, and its sleeps after the initial one."""
+    """Run a preload. Returns: the preload, and its sleeps after the first one."""
     clock = RecordedSleeps()
     finished = Preload(wanted, cast("Any", models), cast("Any", models), lambda card: covered, clock)
     await finished.run()

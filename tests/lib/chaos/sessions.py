@@ -1,4 +1,4 @@
-"""Which peer has which part in which session, read from the session rows of all peers."""
+"""Which peer coordinates a session and which peers run its stages, read from the session rows of all peers."""
 
 from typing import Any
 
@@ -7,18 +7,18 @@ Rows = dict[str, list[dict[str, Any]]]
 
 
 def has_part(row: dict[str, Any], *, coordinator: bool) -> bool:
-    """Return whether a row is that of the coordinator, or else that of a stage."""
+    """Return whether a row is the coordinator's (`coordinator` is True) or a stage's (False)."""
     return bool(row["role"] == "coordinator" if coordinator else row["role"].startswith("stage"))
 
 
 def sessions_hit(rows: list[dict[str, Any]]) -> dict[str, bool]:
-    """Return the sessions of one peer, each with whether the peer coordinates it."""
+    """Return the sessions of one peer: id -> whether the peer coordinates the session."""
     computed = {row["id"]: False for row in rows if has_part(row, coordinator=False)}
     return computed | {row["id"]: True for row in rows if has_part(row, coordinator=True)}
 
 
 def choose_victim(sessions: Rows, pick: float, *, coordinator: bool) -> str:
-    """Choose a peer that coordinates a session, or else one with a stage; any peer if there is none.
+    """Choose a peer that coordinates a session (`coordinator` is True) or runs a stage (False); any peer if there is none.
 
     Of the peers with a stage, those that coordinate nothing come first: what is measured is the loss of a stage.
     """

@@ -48,7 +48,7 @@ async def recover(cluster: Cluster, request: RecoveryRequest, mesh: MeshOptions 
 
 
 def three_peers(*more: Any, **fields: Any) -> Cluster:
-    """A cluster in which a, b and c hold ten layers each, and any others."""
+    """Make a cluster of a, b and c, which hold ten layers each, and of the peers in `more`."""
     peers = [make_peer(name, holdings=(make_holding(start, start + 10),)) for name, start in (("a", 0), ("b", 10), ("c", 20))]
     return Cluster(*peers, *more, **fields)
 

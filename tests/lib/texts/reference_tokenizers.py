@@ -15,7 +15,7 @@ Make = Callable[[Mapping[str, Any]], PreTrainedTokenizerBase]
 
 
 def of_class(kind: Callable[..., PreTrainedTokenizerBase], **more: Any) -> Make:
-    """Return a maker of tokenizers of a family's class, with the vocabulary of GGUF metadata."""
+    """Return a function that makes a tokenizer of class `kind`, which serves one family, from the vocabulary in GGUF metadata."""
 
     def make(metadata: Mapping[str, Any]) -> PreTrainedTokenizerBase:
         tokens = metadata["tokenizer.ggml.tokens"]
@@ -31,9 +31,9 @@ def of_class(kind: Callable[..., PreTrainedTokenizerBase], **more: Any) -> Make:
 
 
 def of_gguf(*, architecture: str = "llama", whole_words: bool = False) -> Make:
-    """Return a maker of tokenizers by transformers' own conversion of GGUF metadata.
+    """Return a function that makes a tokenizer from GGUF metadata by transformers' own conversion.
 
-    `whole_words` is set here, since the conversion does not know it: only a `tokenizer.json` states it.
+    `whole_words` (`ignore_merges` in a `tokenizer.json`) is a parameter, since the conversion does not set it.
     """
 
     def make(metadata: Mapping[str, Any]) -> PreTrainedTokenizerBase:

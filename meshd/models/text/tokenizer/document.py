@@ -90,7 +90,7 @@ class TokenizerDocument:
 
     @staticmethod
     def steps(parts: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield the steps of a decoder or a pre-tokenizer: each sequence, then its own steps."""
+        """Yield the steps of a decoder or a pre-tokenizer. A `Sequence` is a step too, and comes before the steps in it."""
         waiting = [parts] if parts else []
         while waiting:
             step = waiting.pop()

@@ -1,4 +1,4 @@
-"""Messages of stages: only those of peers that run one of its stages reach an answer."""
+"""The receiver of messages from stages: an answer gets only those whose sender runs one of its stages."""
 
 from typing import cast
 
@@ -25,7 +25,7 @@ async def site(peers: Peers) -> AnswerSite:
 
 @pytest.fixture
 def receiver(site: AnswerSite) -> StageReceiver:
-    """A receiver without retrier and mover, which only MIRRORED needs."""
+    """A receiver without a retrier and a mover: only MIRRORED needs them."""
     return StageReceiver({site.answer.session: site.answer}, cast("PlanRetrier", None), cast("Mover", None), lambda peer: "name")
 
 

@@ -52,7 +52,7 @@ def toy_card(layers: int = 6, layer_bytes: int = 50 * MIB, name: str = "toy") ->
 
 @lru_cache(maxsize=64)
 def position_weights(layer: int) -> npt.NDArray[np.float64]:
-    """Return the weight of each position in a layer's sums, `[CONTEXT]`. None is 0."""
+    """Return the weight of each position in a layer's sums, `[CONTEXT]`. No weight is 0."""
     at = np.arange(CONTEXT, dtype=np.int64)
     return (1 + (at * at * 7 + at * 131 + layer * 17) % (PRIME - 1)).astype(np.float64)
 
