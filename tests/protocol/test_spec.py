@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 import meshd.types
-from meshd.agents.links import link, rpc, table
+from meshd.agents.links import link, link_table, rpc
 from meshd.protocol import framing, handshake, messages
 from meshd.protocol.messages import REGISTRY, Message, Reply, Request
 
@@ -105,7 +105,7 @@ def test_the_test_vector_is_in_the_text(value: str) -> None:
 
 
 def test_the_constants_are_the_code() -> None:
-    timing = table.Timing()
+    timing = link_table.Timing()
     major, minor = messages.PROTOCOL_VERSION
     for expected in (
         f"Version `[{major}, {minor}]`",

@@ -84,7 +84,7 @@ def check_same(cluster: Cluster, prompts: tuple[str, ...], tokens: int) -> None:
 
 @pytest.mark.timeout(300)  # the torch backend took 89 s, once over 120 s, on a busy machine: the limit only catches a hang
 def test_short_answers_are_the_same_on_one_two_and_five_peers(five: Cluster) -> None:
-    check_same(five, (*PROMPTS[:2], LONG), tokens=16)
+    check_same(five, (PROMPTS[1], LONG), tokens=16)
 
 
 def test_penalties_are_the_same_on_one_two_and_five_peers(five: Cluster) -> None:

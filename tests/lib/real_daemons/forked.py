@@ -14,12 +14,15 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
+from unittest.mock import patch
 
-_PRELOAD = ["meshd.daemon", "meshd.cli.up", "meshd.kernels.attention", "meshd.kernels.torch.backend", "real_daemons.forked"]
-"""All but onnxruntime, which starts a thread when it is imported: a fork would lose it."""
+_PRELOAD = ["meshd.daemon", "meshd.cli.up", "meshd.kernels.ort.backend", "meshd.kernels.torch.backend", "real_daemons.forked"]
+_NO_THREAD = "ORT_DISABLE_TELEMETRY"
+"""Without this variable, importing onnxruntime starts a thread, which a fork would lose."""
 _CLONE_NEWUTS, _CLONE_NEWNET = 0x04000000, 0x40000000
 
 
@@ -86,6 +89,8 @@ def fork(
     words = [word for word in command[1:] if word != "-P"]
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(_PRELOAD)
+    with patch.dict(os.environ, {_NO_THREAD: "1"}):
+        ensure_running()
     reader, writer = server.Pipe(duplex=False)
     arguments = (words, reader, str(log), dict(os.environ if environment is None else environment), host)
     process = server.Process(target=_run, args=arguments, daemon=True)
