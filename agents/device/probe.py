@@ -36,7 +36,7 @@ LIMIT_S = 13.0
 DEADLINE_S = 60.0
 """Deadline of each backend until one is measured, so that a device gets rates even if its libraries load slowly."""
 _MIN_DEADLINE_S = 5.0
-"""Shortest deadline of a backend after another one is measured: if `LIMIT_S` is used up, it still gets this much time."""
+"""Shortest deadline of a backend once another backend is measured, even if `LIMIT_S` is used up."""
 _PACKING_S = 1.5
 """Estimated time that a backend takes to load the synthetic weights."""
 _MIN_MEASURING_S = 1.0

@@ -14,7 +14,7 @@ from meshd.state import StateFolder
 from meshd.types import Rates
 
 FORMAT = 1
-"""Version of the cache file. Increase it when other rates are measured, or when they are measured in another way."""
+"""Version of the cache file. Increase it when the measured rates, or the way in which they are measured, change."""
 CACHE_FILE = "probe.json"
 _LOCK_FILE = "probe.lock"
 _MAX_RECORDS = 8

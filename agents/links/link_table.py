@@ -121,7 +121,7 @@ class LinkTable:
     def check(self) -> None:
         """Send each peer a heartbeat; end links that are silent or did not come up in time. Called once per heartbeat interval.
 
-        If this process was stalled, no link ends for one more interval, because unread messages may still be in the sockets.
+        If this process was stalled, no link ends by silence for one more interval: the sockets may contain unread messages.
         """
         now = self._now()
         stalled = now - self._checked > 2 * self.timing.heartbeat_s

@@ -14,7 +14,7 @@ class PeerState(Enum):
     UNKNOWN = "unknown"
     """Not in the table: never seen, or forgotten."""
     FOUND = "found"
-    """Reported by a source, but not linked since it became known or left."""
+    """Reported by a source; no link has come up yet, or none since the peer left."""
     ALIVE = "alive"
     """Linked, and heard recently (see `membership._SUSPECT_S`)."""
     SUSPECT = "suspect"

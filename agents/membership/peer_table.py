@@ -27,7 +27,7 @@ from meshd.values import Address
 
 MAX_PEERS = 256
 REFUSED_RETRY_S = 30.0
-"""After a refusal, a static address is not dialled for this long. Then the peer there may have got the right key."""
+"""How long a static address is not dialled after it refused a link. Its peer may have the right key by then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

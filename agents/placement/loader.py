@@ -30,7 +30,7 @@ from meshd.types import LayerRange, ModelCard, ModelId, PeerId
 log = getLogger(__name__)
 
 _PULL_SHARE = 0.5
-"""Progress, as a fraction, when the weights are fetched. Reading the weights takes it from there to 1."""
+"""Reported progress (0 to 1) at which all weights are fetched. The rest stands for reading them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class Loader:
         )
 
     def _adopt_flags(self, resident: ResidentLayers, request: Place) -> None:
-        """Update `standby` and `pinned`: a request that is not for a standby copy promotes the copy; a pinned one pins the layers."""
+        """Update `standby` and `pinned`: a request that is not for a standby copy promotes the copy, a pinned one pins it."""
         before = resident.standby, resident.pinned
         resident.standby = resident.standby and request.standby
         resident.pinned = resident.pinned or request.pinned

@@ -14,7 +14,7 @@ from meshd.types import ModelCard
 log = getLogger(__name__)
 
 _GATHER_S = 3.0
-"""Delay of the first placement, in which this peer finds others that started at the same time and would be left out."""
+"""Delay of the first placement, so that peers that start at the same time are found and can take part."""
 _RETRY_S = 5.0
 
 

@@ -212,7 +212,7 @@ class _Policy:
     def _copy_target(self, card: ModelCard, layers: LayerRange, kv_tokens: int) -> PeerId | None:
         """Choose the peer with the most free memory for a standby copy. Returns: None if no peer has enough.
 
-        Peers that serve no other stage of the model come first, so that the loss of one peer affects only one stage or copy.
+        Peers that serve no other stage of the model come first, so that no loss takes one stage and the copy of another.
         """
         excluded = exclusions(plan_input_of(card, list(self._adverts.values()), MeshOptions(), context=kv_tokens))
         fitting = []

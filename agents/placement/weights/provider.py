@@ -1,4 +1,4 @@
-"""Fetches the weights that this peer needs to its disk.
+"""Makes sure that the weights that this peer needs are on its disk.
 
 A peer without a model's file fetches the header and the tensors of its own layers from peers that have them. If no peer has a
 tensor, it fetches the whole file from the model's own source.
@@ -167,7 +167,7 @@ class WeightProvider:
         self.library.now_whole(card)
 
     async def _pull(self, model: ModelId, ref: str, progress: Progress, because: MeshdError) -> ModelCard:
-        """Fetch the whole file from the model's own source. `because` is the error for which no peer could be used."""
+        """Fetch the whole file from the model's own source. `because` is the error that made all peers unusable."""
         log.info("%s is fetched from its own source: %s", ref, because)
         try:
             card = await self.library.pull(ref, progress)

@@ -2,7 +2,7 @@
 
 WANTED --ChunkAsked--> COMING --ChunkWritten, the last one--> CHECKING --RangeVerified--> HERE
 COMING --SourceLeft--> WANTED, if the source has sent a chunk, and was banned or had to send the whole range alone
-CHECKING --RangeCorrupt--> WANTED; then one source has to send the whole range alone, so a second wrong hash is its fault
+CHECKING --RangeCorrupt--> WANTED; then one source has to send the whole range alone, so a second wrong hash identifies it
 """
 
 from collections import deque
