@@ -22,7 +22,7 @@ class PeerState(Enum):
     DEAD = "dead"
     """The peer's link broke, or was ended because of silence."""
     REFUSED = "refused"
-    """The handshake failed for a reason that a retry does not remove."""
+    """The handshake failed for a reason that a retry can't fix."""
     LEFT = "left"
     """The peer said goodbye, or its source withdrew it before a link came up."""
 

@@ -49,7 +49,7 @@ class PlacementClient:
         is reserved for fewer tokens, but never for fewer than `context` or `LEAST_CONTEXT`.
 
         Raises: InvalidRequest, NoPeer, DoesNotFit, and the error of a peer that could not load its layers.
-        Cancel: peers that have begun to load finish that.
+        Cancel: peers that have begun to load their layers finish the load.
         """
         problem, solution = self._solve(card, mesh, context)
         loop = asyncio.get_running_loop()
@@ -85,7 +85,7 @@ class PlacementClient:
 
         Returns: the stages that were loaded, in the order of their layers.
         Raises: NoPeer, DoesNotFit, and the error of a peer that could not load its layers.
-        Cancel: peers that have begun to load finish that.
+        Cancel: peers that have begun to load their layers finish the load.
         """
         excluded, waiting = set(avoid), tuple(missing)
         placed: list[StagePlan] = []
@@ -112,7 +112,7 @@ class PlacementClient:
     async def _advertised(self, model: ModelId, stages: Mapping[StagePlan, int]) -> None:
         """Wait until the adverts show the stages as active, because routes are planned from adverts.
 
-        Returns after `_ADVERTISED_S` in any case. `stages` maps each stage to the number of tokens that it has KV for.
+        Returns after `_ADVERTISED_S` at the latest. `stages` maps each stage to the number of tokens that it has KV for.
         """
         until = self.clock.monotonic() + _ADVERTISED_S
         while self.clock.monotonic() < until and not all(self._active(model, stage, kv) for stage, kv in stages.items()):
@@ -227,7 +227,7 @@ async def request_place(
 
 
 def _is_pinned(mesh: MeshOptions) -> bool:
-    """Whether the user asked for peers, stages or another objective than latency. The keeper does not move such a placement."""
+    """Whether the user chose peers, their number, stages or an objective other than latency. The keeper keeps such a placement."""
     by_speed = mesh.objective in (None, Objective.LATENCY)
     return mesh.stages is not None or mesh.min_peers is not None or mesh.peers is not None or not by_speed
 

@@ -6,7 +6,7 @@ from meshd.agents.placement.resident import ResidentModels
 from meshd.clock import Clock
 
 _MEASURED_AGAIN_S = 1.0
-"""Maximum age of the measured free memory: each measurement reads several files."""
+"""Maximum age of the measured free memory. A measurement is reused because it reads several files."""
 
 
 class FreeMemory:

@@ -212,7 +212,7 @@ class _Policy:
     def _copy_target(self, card: ModelCard, layers: LayerRange, kv_tokens: int) -> PeerId | None:
         """Choose the peer with the most free memory for a standby copy. Returns: None if no peer has enough.
 
-        Peers that serve no other stage of the model come first, so that no loss takes one stage and the copy of another.
+        Peers that serve no other stage of the model come first: one lost peer should not take both a stage and another's copy.
         """
         excluded = exclusions(plan_input_of(card, list(self._adverts.values()), MeshOptions(), context=kv_tokens))
         fitting = []
