@@ -1,1 +1,1 @@
-"""Measures this device: rates, memory, cores, disk and power. Also holds the thread that it computes on."""
+"""Measures this device's compute rates, memory, cores, disk and power. Also contains the thread that runs compute jobs."""

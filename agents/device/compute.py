@@ -23,7 +23,7 @@ class ComputeQueue(ABC):
 
     @abstractmethod
     def submit(self, work: Callable[[], T], done: Callable[[T], None], failed: Callable[[Exception], None]) -> None:
-        """Queue `work`; when it has run, call `done(result)` or `failed(error)` on the event loop."""
+        """Queue `work`. After it has run, `done(result)` or `failed(error)` is called on the event loop."""
 
     async def call(self, work: Callable[[], T]) -> T:
         """Queue `work` and wait for its result. Raises: what `work` raises. Cancel: `work` still runs; its result is dropped."""
@@ -42,14 +42,14 @@ class ComputeQueue(ABC):
 
     @abstractmethod
     def close(self, timeout_s: float = 2.0) -> None:
-        """Stop. Jobs that have not started may never run. Returns after `timeout_s` at the latest."""
+        """Stop running jobs. Jobs that have not started may never run. Returns after `timeout_s` at the latest."""
 
 
 class ComputeThread(ComputeQueue):
     """A `ComputeQueue` on a thread of its own.
 
-    It does not use an executor, because waking this thread takes a third of the time of `run_in_executor`, and every hop of a
-    decode step pays for it. The queue has no limit: its users submit a job only after the result of their last one.
+    It does not use an executor: `run_in_executor` takes three times as long to wake its thread, and every hop of a decode step
+    waits for that. The queue has no size limit, because each caller submits a job only after the result of its last one.
     """
 
     def __init__(self) -> None:

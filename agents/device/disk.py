@@ -1,4 +1,4 @@
-"""Measures how fast this device's disk is read."""
+"""Measures how fast this device reads from its disk."""
 
 import contextlib
 import mmap
@@ -17,7 +17,7 @@ _BLOCK_BYTES = 8 * _MIB
 def disk_read_rate(folder: Path, limit_bytes: int = _DISK_LIMIT_BYTES, limit_s: float = _DISK_LIMIT_S) -> float:
     """Measure the read rate of `folder`'s disk, bypassing the page cache where the system allows it.
 
-    Writes a temporary file of at most `limit_bytes`, for at most `limit_s` seconds, then reads it.
+    Writes a temporary file in `folder` until it has `limit_bytes` or `limit_s` has passed, then reads it for at most `limit_s`.
 
     Returns: bytes per second.
     Raises: OSError.
@@ -32,7 +32,7 @@ def disk_read_rate(folder: Path, limit_bytes: int = _DISK_LIMIT_BYTES, limit_s: 
 
 
 def _fill(descriptor: int, limit_bytes: int, limit_s: float) -> None:
-    """Fill a file with random bytes, which no file system can compress. Syncs each block, so that a slow disk keeps the limit."""
+    """Fill a file with random bytes, which no file system can compress. Syncs each block, so that a slow disk keeps `limit_s`."""
     block = os.urandom(min(_BLOCK_BYTES, limit_bytes))
     start, written = time.monotonic(), 0
     while written < limit_bytes and (not written or time.monotonic() - start < limit_s):

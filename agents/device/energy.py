@@ -1,11 +1,11 @@
-"""Measures the power that this device draws while it computes."""
+"""Measures the power that this device's processor draws."""
 
 import time
 from pathlib import Path
 
 
 class EnergyMeter:
-    """Measures the energy that the processor packages use, from RAPL (Linux powercap). On most systems only root can read it."""
+    """Measures the energy that the processor packages use, from RAPL (Linux powercap), which on most systems only root can read."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._packages = sorted((root / "sys/class/powercap").glob("intel-rapl:[0-9]*"))
@@ -14,7 +14,7 @@ class EnergyMeter:
         self._since = time.monotonic()
 
     def mean_w(self) -> float | None:
-        """Compute the mean power since construction, in watts. Returns: None if the counters can't be read."""
+        """Compute the mean power since construction, in watts. Returns: None if there are no counters or they can't be read."""
         now, elapsed_s = self._read(), time.monotonic() - self._since
         if not self._packages or now is None or self._start is None or elapsed_s <= 0:
             return None

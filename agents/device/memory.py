@@ -9,17 +9,17 @@ from pathlib import Path
 import psutil
 
 _UNLIMITED = 2**60
-"""A limit of this size or more means no limit: cgroup v1 then shows a number near 2^63."""
+"""A limit of this many bytes or more means no limit: without a limit, cgroup v1 shows a number near 2^63."""
 
 
 @dataclass(frozen=True, slots=True)
 class _MemoryFiles:
-    """Names of a cgroup's files about memory."""
+    """Where a cgroup shows its memory limits and usage: names of files and of a line."""
 
     bounds: tuple[str, ...]
     usage: str
     reclaimable: str
-    """The line of `memory.stat` with the page cache that the kernel reclaims first."""
+    """Key in `memory.stat` of the page cache that the kernel reclaims first."""
 
 
 _V1 = _MemoryFiles(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
@@ -42,13 +42,13 @@ class MemoryBudget:
     total_bytes: int
     free_bytes: int
     bound_by: str
-    """The source of the tightest limit."""
+    """The source of the limit with the least free memory."""
 
 
 def measure_memory(cap_bytes: int | None = None, taken_bytes: int = 0, root: Path = Path("/")) -> MemoryBudget:
-    """Find the tightest of: the system's available memory, the limits of cgroups, RLIMIT_AS, and `cap_bytes` (`--memory`).
+    """Combine the system's available memory, the limits of cgroups, RLIMIT_AS and `cap_bytes` (`--memory`; None: no cap).
 
-    `taken_bytes`: how much of the cap meshd already uses. `root`: the folder that contains `proc` and `sys`.
+    `taken_bytes`: bytes of the cap that meshd already uses. `root`: the folder that contains `proc` and `sys`.
     """
     system = psutil.virtual_memory()
     limits = [MemoryLimit("system", system.total, system.available), *cgroup_memory_limits(root)]
@@ -60,7 +60,7 @@ def measure_memory(cap_bytes: int | None = None, taken_bytes: int = 0, root: Pat
 
 
 def tightest(limits: list[MemoryLimit]) -> MemoryBudget:
-    """Find the tightest limit. Free memory is never below 0."""
+    """Take the smallest total and the smallest free memory of all limits. Free memory is never below 0."""
     binding = min(limits, key=lambda limit: limit.free_bytes)
     return MemoryBudget(min(limit.total_bytes for limit in limits), max(0, binding.free_bytes), binding.source)
 
@@ -83,14 +83,14 @@ def cgroup_cpu_limit(root: Path = Path("/")) -> float | None:
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """Count the cores that this process may use: at most its CPU affinity and the whole cores of its quota, at least one."""
+    """Count the cores that this process may use: those of its CPU affinity, limited by its CPU quota rounded down; at least one."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     quota = cgroup_cpu_limit(root)
     return max(1, cores if quota is None else min(cores, int(quota)))
 
 
 def _folders(root: Path, controller: str, version: int) -> Iterator[Path]:
-    """Yield this process's folder in a cgroup hierarchy and every folder above it, up to the mount point, for each mount."""
+    """Yield, for each mount of a cgroup hierarchy, this process's folder and every folder above it, up to the mount point."""
     path = _own_path(root, controller, version)
     if path is None:
         return
@@ -106,8 +106,10 @@ def _folders(root: Path, controller: str, version: int) -> Iterator[Path]:
 def _below(path: str, mounted: str) -> str:
     """Return a cgroup's path below its mount.
 
-    In a container, `/proc/self/cgroup` may show the host's path, which is not below the mount. Then the mount is this process's
-    cgroup.
+    In a container, `/proc/self/cgroup` may show the path on the host, which is not below the mount. Then the mount itself is this
+    process's cgroup.
+
+    Returns: an empty path for the mount itself.
     """
     if mounted == "/":
         return path
@@ -115,7 +117,7 @@ def _below(path: str, mounted: str) -> str:
 
 
 def _own_path(root: Path, controller: str, version: int) -> str | None:
-    """Read this process's cgroup from `/proc/self/cgroup` (cgroups(7)): lines of `id:controllers:path`; v2 has no controllers."""
+    """Read this process's cgroup from `/proc/self/cgroup`, see cgroups(7): `id:controllers:path`, without controllers in v2."""
     for line in _lines(root / "proc/self/cgroup"):
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -159,7 +161,7 @@ def _address_space_limit() -> MemoryLimit | None:
 
 
 def _quota(words: list[str]) -> float | None:
-    """Compute the cores of a quota and its period, both in microseconds. Returns: None for no quota (`max` or -1)."""
+    """Divide a CPU quota by its period, both in microseconds, which gives cores. Returns: None for no quota (`max` or -1)."""
     match words:
         case [quota, period] if quota.isdecimal() and period.isdecimal() and int(period) > 0:
             return int(quota) / int(period)

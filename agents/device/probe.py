@@ -1,6 +1,6 @@
-"""Measures this device's rates and caches them, with `kernels/measure.py` and each backend, in less than 15 s.
+"""Measures this device's rates with each backend (`kernels/measure.py`) and caches them.
 
-A peer advertises only what it has measured.
+A peer advertises only rates that it has measured. The measurement takes less than 15 s, unless the first backend loads slowly.
 
 Each backend is measured in its own process (`python -m meshd.agents.device.probe BACKEND THREADS BUDGET_S`), so that the daemon's
 thread pools and memory are not affected, and a backend that hangs or crashes loses only its own measurement. Free memory is
@@ -32,23 +32,23 @@ from meshd.types import Capability, Rates
 
 AUTO = "auto"
 LIMIT_S = 13.0
-"""Time for the whole probe, including the loading of libraries. The backends share what the disk's measurement leaves."""
+"""Planned time of the whole probe, libraries included. The backends share the time that is left after the disk measurement."""
 DEADLINE_S = 60.0
-"""Deadline of the first backend, so that a device is measured even if its libraries take long to load."""
+"""Deadline of each backend until one is measured, so that a device gets rates even if its libraries load slowly."""
 _MIN_DEADLINE_S = 5.0
-"""Least deadline of the other backends. One that needs longer after `LIMIT_S` is slower than the first."""
+"""Shortest deadline of a backend once another backend is measured, even if `LIMIT_S` is used up."""
 _PACKING_S = 1.5
-"""Time that a backend takes to load the synthetic weights."""
+"""Estimated time that a backend takes to load the synthetic weights."""
 _MIN_MEASURING_S = 1.0
 _SOFTWARE = ("numpy", "onnxruntime", "torch")
 
 Progress = Callable[[str, float], None]
-"""Called with what is being measured now, and the fraction done (0 to 1)."""
+"""Called with the name of the measurement that runs now and the fraction of the probe that is done (0 to 1)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeResult:
-    """What this peer advertises, and the measurements behind it."""
+    """The capability that this peer advertises, and the measurements that it is based on."""
 
     capability: Capability
     memory: MemoryBudget
@@ -69,10 +69,11 @@ async def probe(
     refresh: bool = False,
     progress: Progress = lambda _what, _fraction: None,
 ) -> ProbeResult:
-    """Measure this device, or return the cached measurement of the same hardware, software and settings.
+    """Measure this device, or reuse the cached measurement of the same hardware, software and settings.
 
-    `folder` holds the cache, and its disk is measured; daemons of one machine may share it. `threads` 0 means one per usable core;
-    `backend` `auto` chooses the fastest. `refresh` measures even if there is a cached measurement.
+    `folder` contains the cache, and its disk is measured; daemons on one machine may share it. With `threads` 0 there is one thread
+    per usable core. With `backend` `auto` all available backends are measured and the fastest is chosen. `refresh` ignores a cached
+    measurement.
 
     Raises: LocalFault if no backend could be measured, StorageError.
     Cancel: the measuring process is killed and nothing is cached.
@@ -95,7 +96,7 @@ async def probe(
 
 
 def report(result: ProbeResult) -> dict[str, Any]:
-    """Make the JSON object that `meshd bench` prints. Its keys are stable; `rates` are those that the peer advertises."""
+    """Make the JSON object that `meshd bench` prints. Its keys are stable; its `rates` are the ones that the peer advertises."""
     capability = result.capability
     return {
         "processor": capability.processor,
@@ -121,7 +122,7 @@ def _available() -> tuple[str, ...]:
 
 
 def probe_key(cores: int, threads: int, backends: tuple[str, ...]) -> ProbeKey:
-    """Make the key of a measurement on this device, with the installed versions of the libraries."""
+    """Make the key under which a measurement of this device is cached. It contains the installed versions of the libraries."""
     software = {"meshd": meshd.__version__, "python": platform.python_version()}
     for name in _SOFTWARE:
         try:
@@ -166,7 +167,7 @@ def _best(trials: Sequence[BackendTrial]) -> BackendTrial:
 
 
 async def _measure_exclusively(key: ProbeKey, folder: Path, clock: Clock, progress: Progress, *, refresh: bool) -> ProbeRecord:
-    """Measure while no other daemon does. Uses another daemon's measurement if that daemon measured the same in the meantime."""
+    """Measure while no other daemon does. Without `refresh`, a record that another daemon has cached meanwhile is used."""
     progress("waiting", 0.0)
     try:
         async with measurement_lock(folder, clock, DEADLINE_S):
@@ -198,10 +199,10 @@ async def _measure(key: ProbeKey, folder: Path, clock: Clock, progress: Progress
 
 
 async def _try(backend: str, threads: int, budget_s: float, deadline_s: float) -> BackendTrial:
-    """Measure one backend in its own process. Cancel: the process is killed."""
+    """Measure one backend in its own process for about `budget_s`. Returns: rates or an error. Cancel: the process is killed."""
     meter = EnergyMeter()
     arguments = ("-m", "meshd.agents.device.probe", backend, str(threads), str(budget_s))
-    # The folder that contains meshd: meshd can be imported there, and no file of the user shadows a module.
+    # The process runs in the folder that contains meshd: there it can import meshd, and no file of the user shadows a module.
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *arguments,
@@ -223,7 +224,7 @@ async def _try(backend: str, threads: int, budget_s: float, deadline_s: float) -
 
 
 def read_trial(backend: str, status: int, output: bytes, stderr: bytes, power_w: float | None) -> BackendTrial:
-    """Read the result of a measuring process: the last line of `output` has its rates, or the last line of `stderr` its error."""
+    """Read a measuring process's result: rates in the last line of `output`, or else an error in the last line of `stderr`."""
     try:
         rates = msgspec.json.decode((output.splitlines() or [b""])[-1], type=Rates)
     except msgspec.DecodeError:
@@ -233,7 +234,7 @@ def read_trial(backend: str, status: int, output: bytes, stderr: bytes, power_w:
 
 
 def main(backend: str, threads: int, budget_s: float) -> None:
-    """Measure a backend, in the measuring process, and print its rates as one line of JSON. The budget includes loading."""
+    """Measure a backend in this process and print its rates as one line of JSON. `budget_s` includes the loading of libraries."""
     from meshd.kernels.measure import measure
     from meshd.kernels.registry import make_backend
 

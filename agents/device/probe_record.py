@@ -14,18 +14,18 @@ from meshd.state import StateFolder
 from meshd.types import Rates
 
 FORMAT = 1
-"""Format of the file. Raise it when the measurements, or the way they are made, change."""
+"""Version of the cache file. Increase it when the measured rates, or the way in which they are measured, change."""
 CACHE_FILE = "probe.json"
 _LOCK_FILE = "probe.lock"
 _MAX_RECORDS = 8
-"""Records in the file. There is one for each combination of threads and backends that is in use."""
+"""Maximum number of records in the file. Each combination of threads and backends has its own record."""
 _RETRY_S = 0.2
 _TYPICAL_LAYER_BYTES = 16 * 2**20
-"""A layer of a model of 1B parameters in 4 bits. Backends are compared by their time for it."""
+"""Size of one layer of a 4-bit model with 1B parameters. Backends are compared by their time for such a layer."""
 
 
 class BackendTrial(msgspec.Struct, frozen=True, kw_only=True):
-    """One backend's measurement, or why it failed. `disk_bytes_s` is 0, since the disk is measured separately."""
+    """One backend's rates, or the error if it failed. Their `disk_bytes_s` is 0, because the disk is measured separately."""
 
     backend: str
     rates: Rates | None = None
@@ -34,7 +34,7 @@ class BackendTrial(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def layer_s(self) -> float:
-        """Seconds that one token takes through a typical layer; infinite without rates."""
+        """Seconds in which this backend decodes one token through a typical layer; infinite without rates."""
         if self.rates is None or self.rates.decode_bytes_s <= 0:
             return float("inf")
         return _TYPICAL_LAYER_BYTES / self.rates.decode_bytes_s + self.rates.layer_overhead_s
@@ -54,7 +54,7 @@ class ProbeKey(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProbeRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A measurement of this device."""
+    """A cached measurement of this device, with every backend."""
 
     key: ProbeKey
     trials: tuple[BackendTrial, ...]
@@ -63,12 +63,12 @@ class ProbeRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_record(folder: Path, key: ProbeKey) -> ProbeRecord | None:
-    """Read the record of `key`. Returns: None if there is none, or if the file is damaged or of another format."""
+    """Read the record of `key`. Returns: None if there is none, or if the file can't be read."""
     return next((record for record in _read(folder) if record.key == key), None)
 
 
 def save_record(folder: Path, record: ProbeRecord) -> None:
-    """Store a record; it replaces one with the same key. The oldest of too many records are dropped. Raises: StorageError."""
+    """Store a record in place of an older one with the same key. Keeps the newest `_MAX_RECORDS`. Raises: StorageError."""
     others = [other for other in _read(folder) if other.key != record.key]
     content = msgspec.json.encode([record, *others][:_MAX_RECORDS])
     StateFolder(folder).write(CACHE_FILE, msgspec.json.format(content))
@@ -83,10 +83,10 @@ def _read(folder: Path) -> list[ProbeRecord]:
 
 @asynccontextmanager
 async def measurement_lock(folder: Path, clock: Clock, wait_s: float) -> AsyncIterator[None]:
-    """Lock out other daemons of this machine, since daemons that measure at the same time get only a share of the device each.
+    """Lock out other daemons on this machine: daemons that measure at the same time slow each other down.
 
-    Makes the folder if needed. Waits at most `wait_s` for the lock, then continues without it: the other daemon may be stuck, and a
-    measurement of a shared device is better than none.
+    Makes the folder if needed. Waits at most `wait_s` for the lock, then continues without it: the daemon that has it may be stuck,
+    and a measurement that is too low is better than none.
 
     Raises: OSError.
     """

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 _PROCESSOR_KEYS = ("model name", "Model", "Hardware", "cpu model", "uarch")
-"""Keys of `/proc/cpuinfo` with the name: on x86, Raspberry Pi, other ARM, MIPS and RISC-V."""
+"""Keys of the processor's name in `/proc/cpuinfo`: on x86, Raspberry Pi, other ARM, MIPS and RISC-V."""
 
 
 def processor_name(root: Path = Path("/")) -> str:
-    """Return the processor's name, or the machine type or `unknown` if it has none."""
+    """Return the processor's name. If the system does not show it, return the machine type, or else `unknown`."""
     if sys.platform == "darwin":
         brand = _sysctl("machdep.cpu.brand_string")
         if brand:

@@ -1,4 +1,4 @@
-"""Connections with other peers: one authenticated link each, with requests, replies and measurements over it.
+"""Authenticated links: one with each other peer, which carries messages, requests and their replies, and is measured.
 
-`link_table.py` decides that a link has ended; `membership` decides what that means for the peer.
+`link_table.py` decides when a link has ended; `membership` then changes the peer's state.
 """

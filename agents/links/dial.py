@@ -1,4 +1,4 @@
-"""Dials the addresses at which peers may listen: one task per address, with back-off."""
+"""Dials the addresses at which peers may listen. Each address has its own task and its own back-off."""
 
 import asyncio
 import logging
@@ -14,17 +14,17 @@ from meshd.types import PeerId
 
 log = logging.getLogger("meshd.links")
 STATIC = "static"
-"""The source of addresses from `--peer`; they are dialled for ever."""
+"""Name of the source of addresses from `--peer`. These addresses are never forgotten."""
 MAX_TARGETS = 256
 _FIRST_S = 0.2
 _LONGEST_S = 5.0
 _RECENT_LONGEST_S = 0.25
-"""Longest back-off for `_RECENT_S` after a link: a peer that was just linked is likely to come back."""
+"""Longest back-off in the `_RECENT_S` after a link has ended: that peer is likely to come back soon."""
 _RECENT_S = 120.0
 _LIVED_S = 5.0
-"""A link that was up for this long resets the count of failures."""
+"""A link that was up for at least this long resets the address's count of failures."""
 _OWN_S = 60.0
-"""Interval of dialling this peer's own address, which may become another peer's."""
+"""Interval between dials of this peer's own address, which another peer may take over."""
 
 
 @dataclass(slots=True)
@@ -39,12 +39,12 @@ class _Target:
 
 
 def back_off_s(failures: int, longest_s: float, chance: float) -> float:
-    """Compute the seconds to wait after this many failures in a row. `chance` in [0, 1) spreads peers that failed together."""
+    """Compute the wait in seconds after consecutive failures. `chance`, random in [0, 1), spreads peers that failed together."""
     return min(longest_s, _FIRST_S * 2.0 ** min(failures - 1, 10)) * (0.5 + chance / 2)
 
 
 class Dialler:
-    """Dials every address until it is forgotten. While the peer at the address is linked, its dialling pauses."""
+    """Dials every address until all its sources have forgotten it. Pauses while the peer at the address is linked."""
 
     def __init__(self, dial: Callable[[Address], Awaitable[PeerId]], own: PeerId, table: LinkTable, clock: Clock) -> None:
         self._dial = dial
@@ -55,7 +55,7 @@ class Dialler:
         self._group: asyncio.TaskGroup | None = None
 
     def connect(self, address: Address, source: str) -> None:
-        """Dial an address at once, and cut short its back-off if it is known."""
+        """Dial an address at once; a known address ends its back-off. Beyond `MAX_TARGETS` addresses a new one is only logged."""
         target = self._targets.get(address)
         if target is None:
             if len(self._targets) >= MAX_TARGETS:
@@ -67,7 +67,7 @@ class Dialler:
         target.wake.set()
 
     def forget(self, address: Address, source: str) -> None:
-        """Remove a source of the address; without sources it is no longer dialled. A link that is up stays."""
+        """Remove a source of the address. An address without sources is no longer dialled; its link stays up."""
         target = self._targets.get(address)
         if target is None or source == STATIC:
             return
@@ -78,7 +78,7 @@ class Dialler:
                 target.task.cancel()
 
     def start(self, group: asyncio.TaskGroup) -> None:
-        """Dial all addresses, in tasks of this group."""
+        """Begin to dial all addresses, in tasks of this group."""
         self._group = group
         for target in self._targets.values():
             self._start(target)
@@ -113,7 +113,7 @@ class Dialler:
                 await self._wait(target)
 
     def _ended(self, target: _Target, link: Link) -> None:
-        """Count a link that broke soon as a failure, so that the next dial waits; one that lived resets the count."""
+        """Count a link that was up for less than `_LIVED_S` as a failure, which delays the next dial; else reset the count."""
         now = self._clock.monotonic()
         target.failures = 0 if link.lived_s(now) >= _LIVED_S else target.failures + 1
         if link.lived_s(now):

@@ -1,4 +1,4 @@
-"""One link: the two connections with a peer (its lanes), when the peer was last heard, and the round-trip time."""
+"""One link: its two connections with a peer (the lanes), the time when the peer was last heard, and the round-trip time."""
 
 import asyncio
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from meshd.protocol.transport import Buffer, Connection
 from meshd.types import PeerId
 
 _SMALL_ACTIVATION = 64 * KIB
-"""Activations up to this size, those of decode steps, use the control lane, so that they don't wait behind prefill chunks."""
+"""Activations up to this size use the control lane: those of decode steps then don't wait behind prefill chunks."""
 _RTT_WEIGHT = 0.125
-"""Weight of a new sample in the mean, as in TCP (RFC 6298)."""
+"""Weight of a new sample in the mean round-trip time, as in TCP (RFC 6298)."""
 
 
 class Link:
-    """A link from its first HELLO to its end. It is up once both lanes are joined and both peers know that."""
+    """A link with a peer, from its first HELLO to its end. It is up once both peers know that both lanes are connected."""
 
     def __init__(
         self, peer: PeerId, number: int, *, dialled: bool, now: float, on_end: Callable[["Link", str, bool], None]
@@ -47,16 +47,16 @@ class Link:
         return sum(connection.queued_bytes for connection in self.lanes.values())
 
     def lived_s(self, now: float) -> float:
-        """Returns: how long the link has been up."""
+        """Returns: seconds since the link came up; 0 if it never did."""
         return now - self.up_since if self.up_since else 0.0
 
     def as_existing(self, now: float) -> ExistingLink:
-        """Describe this link for `choose_link`, which decides between it and a second link with the same peer."""
+        """Describe this link for `choose_link`, which decides whether a second link with the same peer replaces it."""
         incarnation = self.agreement.hello.incarnation if self.agreement else None
         return ExistingLink(incarnation=incarnation, dialled=self.dialled, up=self.up, silent_s=now - self.heard)
 
     def send(self, message: Message, payload: Buffer | None = None) -> None:
-        """Send on the message's lane. Raises: PeerLost, Overloaded, InvalidRequest."""
+        """Send a message on its lane. Raises: PeerLost, Overloaded, InvalidRequest."""
         connection = self.lanes.get(_lane_of(message, payload))
         if connection is None:
             raise PeerLost(f"the link with {self.peer} is not up")
@@ -76,9 +76,9 @@ class Link:
         self.rtt_mean_s = rtt_s if self.rtt_mean_s is None else self.rtt_mean_s + _RTT_WEIGHT * (rtt_s - self.rtt_mean_s)
 
     def end(self, reason: str, farewell: Message | None = None, *, on_purpose: bool = False) -> None:
-        """Close both lanes, after `farewell` if there is one. Later calls do nothing.
+        """Close both lanes, and send `farewell` on them first if there is one. Later calls do nothing.
 
-        An end without a farewell counts as a fault, unless it is `on_purpose`.
+        An end without a farewell is logged as a fault, unless it is `on_purpose`.
         """
         if self.gone.is_set():
             return
@@ -87,7 +87,7 @@ class Link:
             if farewell is None:
                 connection.abort(reason)
             else:
-                connection.close(reason, farewell)  # on both, because the other side may see either close first
+                connection.close(reason, farewell)  # on both lanes: the peer may see the end of either first
         self._on_end(self, reason, on_purpose or farewell is not None)
 
     async def closed(self) -> None:

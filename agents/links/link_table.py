@@ -1,4 +1,4 @@
-"""The table of links, at most one with each other peer: brings them up, keeps them alive, and decides when they have ended."""
+"""The table of links, at most one with each other peer. Brings links up, sends heartbeats, and ends links that are silent."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -18,20 +18,20 @@ from meshd.types import PeerId
 
 log = logging.getLogger("meshd.links")
 LEFT = "it left"
-"""Prefix of the reason when a link ends by GOODBYE, which is no fault."""
+"""Prefix of the reason of a link that ended by GOODBYE. Such an end is not a fault."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Heartbeats and time limits of a link, in seconds."""
+    """Heartbeat interval and time limits of a link, in seconds."""
 
     heartbeat_s: float = 0.5
     silence_s: float = 2.0
-    """A link ends when nothing was received for this long."""
+    """A link ends when nothing has been received on it for this long."""
     handshake_s: float = 5.0
     """Time limit of each step of opening a link: TLS, HELLO, and the second lane."""
     connect_s: float = 1.0
-    """Time limit of a TCP connection attempt to one address."""
+    """Time limit of one TCP connection attempt."""
 
 
 OnUp = Callable[[PeerId, Hello, Address], None]
@@ -39,7 +39,7 @@ OnDown = Callable[[PeerId, str], None]
 
 
 class LinkTable:
-    """Owns every Link. Calls `on_up` before a link's first message, and `on_down` after its last."""
+    """Owns every Link. Calls `on_up` before the first message of a link is handled, and `on_down` when the link has ended."""
 
     def __init__(
         self, own: PeerId, dispatcher: Dispatcher, clock: Clock, linklog: LinkLog, timing: Timing, on_up: OnUp, on_down: OnDown
@@ -65,11 +65,11 @@ class LinkTable:
         return self._links.get(peer)
 
     def begin_dialled(self, peer: PeerId, number: int) -> Link:
-        """Begin a link that this peer dials; there must be none with the other peer."""
+        """Begin a link that this peer dials. The table must have no link with `peer` yet."""
         return self._begin(peer, number, dialled=True)
 
     def begin_accepted(self, agreement: HelloAgreement) -> Link | None:
-        """Begin a link that another peer dialled. Returns: None if the existing one is kept."""
+        """Begin a link that another peer dialled, and end an existing one. Returns: None if the existing link is kept instead."""
         hello = agreement.hello
         present = self._links.get(hello.peer)
         fresh_s = 2 * self.timing.heartbeat_s
@@ -83,14 +83,14 @@ class LinkTable:
         return self._begin(hello.peer, hello.link, dialled=False)
 
     def join(self, link: Link, lane: Lane, connection: Connection, agreement: HelloAgreement) -> None:
-        """Add a lane. Raises: PeerLost if its connection has closed already."""
+        """Add a lane to a link. Raises: PeerLost if the lane's connection has closed already."""
         link.agreement = agreement
         connection.accepts = agreement.limits
         connection.attach(partial(self._received, link), lambda _, reason: link.end(reason))
         link.lanes[lane] = connection
 
     def bring_up(self, link: Link) -> None:
-        """Mark a link as up: both peers have both lanes."""
+        """Mark a link as up, because both peers have both lanes, and call `on_up`."""
         assert link.agreement is not None
         link.up = True
         link.heard = link.up_since = self._now()
@@ -119,9 +119,9 @@ class LinkTable:
         _notify(partial(self._on_down, link.peer, reason))
 
     def check(self) -> None:
-        """Send each peer a heartbeat, and end the links that were silent for too long. Called once per heartbeat interval.
+        """Send each peer a heartbeat; end links that are silent or did not come up in time. Called once per heartbeat interval.
 
-        If this process was stalled, every peer gets one more interval, because its messages may still be unread in the socket.
+        If this process was stalled, no link ends by silence for one more interval: the sockets may contain unread messages.
         """
         now = self._now()
         stalled = now - self._checked > 2 * self.timing.heartbeat_s
@@ -145,13 +145,13 @@ class LinkTable:
         if not link.up:
             if link.dialled or not link.joined:
                 raise ProtocolViolation(f"{type(message).__name__} before the link was up")
-            # The dialler sends its first message only when it has both lanes, so now both peers know that the link is up.
+            # The dialler sends its first message only when it has both lanes, so now both peers know that both are connected.
             self.bring_up(link)
         if message.number > ProbeAck.number or not self._link_message(link, message, frame):
             self._dispatcher.deliver(link.peer, message, frame.payload)
 
     def _link_message(self, link: Link, message: Message, frame: Frame) -> bool:
-        """Handle a message about the link itself. Returns: False if it is for the dispatcher."""
+        """Handle a message about the link itself. Returns: False if the message is for the dispatcher."""
         match message:
             case Heartbeat():
                 _try(partial(link.send, HeartbeatAck(sequence=message.sequence, sent_ns=message.sent_ns)))
@@ -170,7 +170,7 @@ class LinkTable:
 
 
 def _try(send: Callable[[], None]) -> None:
-    """Send a message that the next heartbeat or probe replaces, so a failure is only logged."""
+    """Send a heartbeat or an answer. A failure is only logged, because the next heartbeat or probe makes up for it."""
     try:
         send()
     except MeshdError as error:
@@ -178,7 +178,7 @@ def _try(send: Callable[[], None]) -> None:
 
 
 def _notify(listener: Callable[[], None]) -> None:
-    """Call a listener. An exception in it must not end the link."""
+    """Call `on_up` or `on_down`. An exception is only logged, so that it does not end the link."""
     try:
         listener()
     except Exception:

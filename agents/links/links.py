@@ -1,7 +1,7 @@
-"""The links of this peer: one authenticated pair of connections with each other peer, dialled, kept alive and dialled again.
+"""The links of this peer: one authenticated pair of connections with each other peer, dialled again when it breaks.
 
-Everything runs in one event loop. Handlers are called while it reads from a socket and must not block; a handler that takes time
-returns an awaitable.
+Everything runs in one event loop. The loop calls message handlers while it reads from a socket, so they must not block; a handler
+that takes time returns an awaitable.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ log = logging.getLogger("meshd.links")
 _CLOSE_S = 0.9
 _ADDRESSES_PER_PEER = 16
 _MAX_LOCAL = 4096
-"""Maximum number of messages of this peer to itself that wait for the event loop."""
+"""Maximum number of this peer's messages to itself that wait for their handlers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +42,12 @@ class LinkSettings:
 
     host: str = "0.0.0.0"
     port: int = 6375
-    """0: any free port."""
+    """0 means any free port."""
     timing: Timing = field(default_factory=Timing)
 
 
 class LinkRow(TypedDict):
-    """One link, for people and for `meshd status --json`."""
+    """One link that is up, as `meshd status --json` and the API show it."""
 
     peer: PeerId
     name: str
@@ -67,8 +67,9 @@ class LinkRow(TypedDict):
 class Links:
     """The actor that owns all links.
 
-    `on_up(peer, hello, address)` is called before the first message of a link, `on_down(peer, reason)` after its last. A peer that
-    restarts goes down and up. `on_notice(text)` receives problems to show to the user: a copied identity, or a version mismatch.
+    `on_up(peer, hello, address)` is called before the first message of a link, `on_down(peer, reason)` when the link has ended. For
+    a peer that restarts, `on_down` is called and then `on_up`. `on_notice(text)` receives problems to show to the user, such as a
+    copied identity or a version mismatch.
     """
 
     def __init__(
@@ -101,17 +102,17 @@ class Links:
     def register(self, message_type: type[M], handler: Handler[M]) -> None:
         """Register `handler(peer, message, payload)` for messages of this type.
 
-        The handler returns None, a Reply, or (Reply, payload), or an awaitable of these, which then runs as a task. A MeshdError
-        that it raises is sent as ERROR. The payload's memory belongs to the handler.
+        The handler returns None, a Reply or (Reply, payload); or an awaitable of one of these, which runs as a task. An exception
+        that the handler raises is sent to the peer as ERROR. The handler may keep `payload`.
 
-        Raises: ValueError if there is a handler already.
+        Raises: ValueError if the type has a handler already.
         """
         self._dispatcher.register(message_type, handler)
 
     def send(self, peer: PeerId, message: Message, payload: Buffer | None = None) -> None:
         """Send a message, or queue it until the socket is writable.
 
-        A message to this peer itself goes to its own handlers, in order. The payload must not change afterwards.
+        A message to this peer itself goes to its own handlers, in order. The caller must not change the payload afterwards.
 
         Raises: PeerLost, Overloaded; InvalidRequest if the message is larger than the peer accepts.
         """
@@ -131,7 +132,7 @@ class Links:
         *,
         timeout_s: float,
     ) -> tuple[Reply, memoryview]:
-        """Send a request and wait for its reply. `message` may be a function that makes the request from a request number.
+        """Send a request and wait for its reply. `message` is the request, or a function that makes it from a new request number.
 
         Returns: the reply and its payload.
         Raises: RemoteFailure if the peer answers ERROR; PeerLost if the link ends or no reply comes in time; Overloaded,
@@ -141,15 +142,15 @@ class Links:
         return await self._dispatcher.request(peer, message, payload, timeout_s)
 
     def next_request(self) -> int:
-        """Returns: a request number that was not used yet."""
+        """Returns: a request number that this peer has not used yet."""
         return self._dispatcher.next_request()
 
     def connect(self, host: str, port: int, source: str) -> None:
-        """Dial an address now, and with back-off until its source forgets it. The source `static` never forgets."""
+        """Dial an address now, and with back-off until `source` forgets it. The source `static` never forgets an address."""
         self._dialler.connect((host, port), source)
 
     def forget(self, host: str, port: int, source: str) -> None:
-        """Remove a source of an address; without sources it is no longer dialled."""
+        """Remove a source of an address. An address without sources is no longer dialled."""
         self._dialler.forget((host, port), source)
 
     def peers(self) -> list[PeerId]:
@@ -157,12 +158,12 @@ class Links:
         return [link.peer for link in self._table if link.up]
 
     def silence_s(self, peer: PeerId) -> float:
-        """Returns: how long nothing has come from a peer; infinity if its link is not up."""
+        """Returns: seconds since the last message of a peer; infinity if its link is not up."""
         link = self._table.get(peer)
         return self._clock.monotonic() - link.heard if link is not None and link.up else float("inf")
 
     def addresses(self, peer: PeerId) -> list[str]:
-        """Returns: the addresses at which this peer was reached, oldest first."""
+        """Returns: the addresses (`host:port`) at which `peer` was reached or says that it listens, oldest first."""
         return [f"{host}:{port}" for host, port in self._addresses.get(peer, ())]
 
     def rows(self) -> list[LinkRow]:
@@ -170,11 +171,11 @@ class Links:
         return [self._row(link) for link in self._table if link.up]
 
     def refusals(self) -> list[RefusalRow]:
-        """Returns: the latest 64 refusals of peers and other devices, with reasons."""
+        """Returns: the latest 64 peers and other devices that were refused a link, with reasons."""
         return self._linklog.rows()
 
     def bind(self) -> int:
-        """Start listening. Returns: the port. Raises: ConfigError if the address can't be used."""
+        """Start listening, if that is not done yet. Returns: the port. Raises: ConfigError if the address can't be used."""
         if not self._listeners:
             host, port = self._settings.host, self._settings.port
             try:
@@ -187,7 +188,7 @@ class Links:
         return self._opener.greeting.port
 
     async def run(self) -> None:
-        """Run all links until `close`. Raises: ConfigError as `bind`. Cancel: all connections are aborted."""
+        """Run all links until `close` is called. Raises: ConfigError as `bind` does. Cancel: all connections are aborted."""
         self.bind()
         try:
             async with asyncio.TaskGroup() as group:
@@ -301,7 +302,7 @@ def _greeting(own: PeerId, name: str, incarnation: int) -> Hello:
 
 
 def _close_unwelcomed(raw: socket.socket, welcome: asyncio.Task[None]) -> None:
-    """Close the socket of a task that was cancelled before its first step, and so could not close it."""
+    """Close the socket of a `welcome` task that was cancelled before its first step, and so could not close the socket itself."""
     if welcome.cancelled():
         raw.close()
 

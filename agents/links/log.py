@@ -1,4 +1,4 @@
-"""Reports problems between peers without flooding: a few rows for `meshd status`, and one log line per cause and minute."""
+"""Reports problems between peers without flooding the log: at most one line per cause and minute, and rows for `meshd status`."""
 
 import logging
 from collections import OrderedDict, deque
@@ -20,12 +20,12 @@ class RefusalRow(TypedDict):
     peer: PeerId | None
     reason: str
     at: float
-    """When it was last refused, in seconds since the Unix epoch."""
+    """Time of the latest refusal, in seconds since the Unix epoch."""
     count: int
 
 
 class LinkLog:
-    """Keeps the latest refusals and limits how often the same cause is logged."""
+    """Remembers the latest refusals, and logs each cause at most once a minute."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -33,7 +33,7 @@ class LinkLog:
         self._logged: OrderedDict[str, float] = OrderedDict()
 
     def refused(self, address: str, peer: PeerId | None, reason: str) -> bool:
-        """Record a refusal. Returns: whether it is new, and so worth a notice to the user."""
+        """Record a refusal. Returns: True if no recorded one has the same address, peer and reason, so the user is notified."""
         for row in self._rows:
             if (row["address"], row["peer"], row["reason"]) == (address, peer, reason):
                 row["at"] = self._clock.wall()
@@ -44,7 +44,7 @@ class LinkLog:
         return True
 
     def warn(self, cause: str, text: str, *values: object) -> bool:
-        """Log unless this cause was logged within the last minute. Returns: whether it was logged now."""
+        """Log a warning, unless one with this cause was logged within the last minute. Returns: whether it was logged now."""
         now = self._clock.monotonic()
         if now - self._logged.get(cause, -_QUIET_S) < _QUIET_S:
             return False
@@ -56,5 +56,5 @@ class LinkLog:
         return True
 
     def rows(self) -> list[RefusalRow]:
-        """The latest refusals, oldest first."""
+        """Returns: the latest refusals, oldest first."""
         return [row.copy() for row in self._rows]

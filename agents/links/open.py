@@ -1,4 +1,4 @@
-"""Opens links, as dialler and as acceptor: TLS, HELLO on both lanes, and one clear reason if no link comes up."""
+"""Opens links, as the peer that dials and as the one that accepts: TLS and HELLO on both lanes, or a clear reason for a failure."""
 
 import asyncio
 import logging
@@ -23,7 +23,7 @@ from meshd.types import PeerId
 log = logging.getLogger("meshd.links")
 MAX_LINKS = 256
 HALF_OPEN = 64
-"""Maximum number of accepted connections without a HELLO; further ones are closed at once."""
+"""Maximum number of accepted connections that have not sent HELLO yet; further connections are closed at once."""
 HALF_OPEN_PER_HOST = 16
 
 
@@ -41,7 +41,7 @@ class LinkOpener:
         on_address: Callable[[PeerId, Address], None],
     ) -> None:
         self.greeting = greeting
-        """This peer's HELLO; link and lane are filled in for each connection."""
+        """This peer's HELLO. Its `link` and `lane` are set for each connection."""
         self._identity = identity
         self._table = table
         self._clock = clock
@@ -52,15 +52,15 @@ class LinkOpener:
         self._half_open: Counter[str] = Counter()
 
     def listens_on(self, port: int) -> None:
-        """Set the port that this peer's HELLO shows."""
+        """Set the port that this peer's HELLO announces."""
         self.greeting = msgspec.structs.replace(self.greeting, port=port)
 
     async def dial(self, address: Address) -> PeerId:
-        """Open a link with the peer at this address, unless there is one with that peer already.
+        """Open a link with the peer at this address, unless this peer has a link with it already.
 
-        Returns: the id of the peer there, which may be this peer's own.
-        Raises: PeerLost if the peer can't be reached or withdraws; PeerRefused, ProtocolViolation (both are recorded in the link
-        log).
+        Returns: the id of the peer that answers at the address; it may be this peer's own id.
+        Raises: PeerLost if the peer can't be reached or the link ends before it is up; PeerRefused and ProtocolViolation, which are
+        also recorded in the link log.
         Cancel: the connections are closed.
         """
         control = await self._connect(address)
@@ -131,7 +131,7 @@ class LinkOpener:
         self._check_own(agreement.hello, connection)
 
     async def welcome(self, raw: socket.socket, remote: Address) -> None:
-        """Take an accepted socket through TLS and HELLO. Cancel: the socket is closed."""
+        """Do TLS and HELLO on an accepted socket, and add it to its link. Cancel: the socket is closed."""
         host = remote[0]
         if self._half_open.total() >= HALF_OPEN or self._half_open[host] >= HALF_OPEN_PER_HOST:
             raw.close()
@@ -156,7 +156,7 @@ class LinkOpener:
             try:
                 self._admit(connection, check_hello(await connection.first(), connection.peer))
             except PeerRefused as error:
-                # With this HELLO the other side can report why it was refused.
+                # From this HELLO the other device can tell its user why it was refused.
                 connection.close(str(error), self._hello(Lane.CONTROL, 0))
                 self._refuse(connection.remote[0], connection.peer, error)
             except ProtocolViolation as error:

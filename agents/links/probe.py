@@ -1,8 +1,8 @@
-"""Measures links from the sending peer: round-trip time, hop time of one activation, and bandwidth.
+"""Measures this peer's links: round-trip time, hop time of one activation, and bandwidth to the other peer.
 
-There are three rounds of PROBE, within a second and 32 MiB together. Empty probes give the round trip, echoed probes of an
-activation's size give the hop time, and growing probes give the bandwidth. The growth stops at the first size that takes longer
-than a step may be delayed.
+A measurement sends three series of PROBE. Empty probes give the round-trip time, echoed probes of an activation's size give the
+hop time, and probes of growing size give the bandwidth. Together they send less than 32 MiB, usually within a second. The sizes
+grow only until a probe takes longer than a step may be delayed.
 """
 
 import asyncio
@@ -23,16 +23,16 @@ ACTIVATION_BYTES = 8 * KIB
 RAMP_BYTES = (64 * KIB, 256 * KIB, 1 * MIB, 4 * MIB, 8 * MIB)
 _SAMPLES = 12
 _SAMPLING_S = 0.2
-"""Time limit of all round-trip samples together, and of all hop samples together: a slow link gives fewer than `_SAMPLES`."""
+"""Time limit of all round-trip samples together, and of all hop samples together. A slow link gets fewer than `_SAMPLES`."""
 _SLOW_S = 0.05
-"""The growth of probes stops at the first round trip longer than this, because a step may have to wait for a probe."""
+"""Probes grow no further after one that took longer than this, because a step may have to wait for a probe."""
 _ANSWER_S = 2.0
 
 
 class LinkProber:
     """Measures each peer's link when it comes up, every ten minutes, and when asked.
 
-    Links are measured one at a time, so that no measurement disturbs another. `on_change` is called after each of them.
+    Links are measured one at a time, so that measurements don't disturb each other. `on_change` is called when one has succeeded.
     """
 
     def __init__(self, links: Links, clock: Clock, on_change: Callable[[], None]) -> None:
@@ -47,7 +47,7 @@ class LinkProber:
         self._group: asyncio.TaskGroup | None = None
 
     async def run(self) -> None:
-        """Run the probes of all links until cancelled."""
+        """Measure all links, at once and repeatedly, until cancelled."""
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
@@ -75,7 +75,7 @@ class LinkProber:
             task.cancel()
 
     async def probe(self, peer: PeerId) -> LinkStats | None:
-        """Measure now, or wait for a measurement of this peer that is running. Returns: None if it failed; the log shows why."""
+        """Measure the link with a peer now, or wait for its running measurement. Returns: None if it fails; the log shows why."""
         if (running := self._running.get(peer)) is not None:
             return await asyncio.shield(running)
         outcome: asyncio.Future[LinkStats | None] = asyncio.get_running_loop().create_future()
@@ -115,7 +115,7 @@ class LinkProber:
         return samples
 
     async def _bandwidth(self, peer: PeerId, rtt_s: float) -> float:
-        """Returns: the best bandwidth of all sizes. With small sizes, the fixed cost of a message dominates."""
+        """Returns: the highest bandwidth of all probe sizes, in bytes/s. At small sizes the fixed cost of a message dominates."""
         best = 0.0
         for size in RAMP_BYTES:
             elapsed_s = await self._round_trip(peer, self._filler[:size], echo=False)

@@ -1,4 +1,4 @@
-"""Passes each message to its handler, and each reply to the request that waits for it."""
+"""Passes each received message to its handler, and each reply to the request that waits for it."""
 
 import asyncio
 import inspect
@@ -23,7 +23,7 @@ Handler = Callable[[PeerId, M, memoryview], Answer | Awaitable[Answer]]
 Send = Callable[[PeerId, Message, Buffer | None], None]
 
 MAX_TASKS = 256
-"""Maximum number of asynchronous handlers that run at once; further requests are answered `overloaded`."""
+"""Maximum number of asynchronous handlers that run at once. Further messages for them are answered with the error `overloaded`."""
 MAX_REQUESTS = 1024
 """Maximum number of this peer's requests that wait for a reply at once."""
 
@@ -35,7 +35,7 @@ class _Waiting:
 
 
 class Dispatcher:
-    """Calls the handler of each message and sends its answer. Completes a request when its reply comes.
+    """Calls the handler of each message and sends the handler's answer. Completes a request when its reply arrives.
 
     Handlers are called while the event loop reads from a socket; an awaitable that a handler returns runs as a task.
     """
@@ -57,7 +57,7 @@ class Dispatcher:
         self._handlers[message_type] = handler
 
     def next_request(self) -> int:
-        """Returns: a request number that this peer has not used."""
+        """Returns: a request number that this peer has not used yet."""
         self._last_request += 1
         return self._last_request
 
@@ -101,7 +101,7 @@ class Dispatcher:
         return reply, data
 
     def peer_lost(self, peer: PeerId, reason: str) -> None:
-        """Fail the requests that wait for a reply of this peer."""
+        """Fail the requests that wait for a reply from `peer`, with PeerLost."""
         for waiting in self._waiting.values():
             if waiting.peer == peer and not waiting.reply.done():
                 waiting.reply.set_exception(PeerLost(reason))
@@ -166,7 +166,7 @@ class Dispatcher:
 def try_send(
     send: Callable[[PeerId, Message, Buffer | None], None], peer: PeerId, message: Message, payload: Buffer | None = None
 ) -> None:
-    """Send a message whose loss does no harm, because its receiver learns the same in another way, such as the link's end."""
+    """Send a message and only log a failure. For messages whose receiver notices a loss otherwise, such as by the link's end."""
     try:
         send(peer, message, payload)
     except MeshdError as error:
@@ -174,5 +174,5 @@ def try_send(
 
 
 def to_view(payload: Buffer | None) -> memoryview:
-    """View a payload as bytes, as its receiver does."""
+    """View a payload as bytes, the form in which handlers receive payloads. None gives an empty view."""
     return EMPTY if payload is None else memoryview(payload).cast("B")

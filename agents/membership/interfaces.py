@@ -1,6 +1,6 @@
 """Chooses the network interfaces to look for peers on: every LAN; container bridges and tunnels only if they are named.
 
-On Linux, sysfs shows what an interface is. Names decide only without it (other systems, or a sysfs of another namespace).
+On Linux, sysfs shows an interface's kind. Without it (on other systems, or if sysfs is of another namespace), the name decides.
 """
 
 import ipaddress
@@ -15,10 +15,10 @@ import psutil
 
 SYSFS_NET = Path("/sys/class/net")
 _ARPHRD_ETHERNET = frozenset({1, 6, 24, 32, 801, 802, 803})
-"""From linux/if_arp.h: Ethernet, IEEE 802, FireWire, InfiniBand and 802.11. Other types, except loopback, are tunnels."""
+"""From linux/if_arp.h: Ethernet, IEEE 802, FireWire, InfiniBand, 802.11. All other types but loopback are taken for tunnels."""
 _ARPHRD_LOOPBACK = 772
 _LOWER_DEPTH = 4
-"""How many levels to search below an interface: bridge, VLAN, bond, card."""
+"""How many levels to search below an interface for a network card, such as VLAN, bond and card below a bridge."""
 
 
 class InterfaceKind(StrEnum):
@@ -65,7 +65,7 @@ class Interface:
 
 @dataclass(frozen=True, slots=True)
 class InterfaceChoice:
-    """Whether an interface is used, with the reason for people."""
+    """Whether an interface is used, with a reason to show to the user."""
 
     interface: Interface
     used: bool
@@ -75,9 +75,9 @@ class InterfaceChoice:
 def choose_interfaces(interfaces: Iterable[Interface], named: Sequence[str] = ()) -> list[InterfaceChoice]:
     """Pick the interfaces to look for peers on.
 
-    With `named` (names or addresses), these are used if they are up. Otherwise every LAN is used. Without a LAN, virtual pairs are
-    used (in a container whose only interface is one end of a veth); without these, loopback, so that daemons on one machine find
-    each other. Container bridges and tunnels are used only by name.
+    If the user has `named` interfaces (by name or address), those that work are used. Otherwise every working LAN interface is
+    used. Without a LAN, virtual pairs are used, as in a container whose only interface is one end of a veth. Without virtual pairs,
+    loopback is used, so that daemons on one machine find each other. Container bridges and tunnels are used only if named.
     """
     present = list(interfaces)
     if named:
@@ -129,12 +129,12 @@ def choice_warning(choices: Sequence[InterfaceChoice], named: Sequence[str] = ()
 
 
 def used_addresses(choices: Iterable[InterfaceChoice]) -> list[str]:
-    """Returns: the IPv4 addresses of the interfaces in use, in order."""
+    """Returns: the IPv4 addresses of the interfaces in use, in the order of `choices`."""
     return [address for choice in choices if choice.used for address in choice.interface.addresses]
 
 
 def nearest_first(addresses: Iterable[str], choices: Iterable[InterfaceChoice]) -> tuple[str, ...]:
-    """Order a peer's addresses: those on a network of this device come first; the order is otherwise kept."""
+    """Sort a peer's addresses: those on a network of this device come first. The sort is stable."""
     local = [ipaddress.ip_interface(network).network for choice in choices if choice.used for network in choice.interface.networks]
     return tuple(sorted(addresses, key=lambda address: not any(ipaddress.ip_address(address) in network for network in local)))
 
@@ -178,7 +178,7 @@ def interface_kind(name: str, index: int, flags: set[str], sysfs: Path = SYSFS_N
 
 
 def _index(name: str) -> int:
-    """Returns: the interface's number; 0 if it has just gone or the system has no number for it."""
+    """Returns: the interface's index; 0 if the interface has just gone or the system has no index for it."""
     try:
         return socket.if_nametoindex(name)
     except OSError:
@@ -186,7 +186,7 @@ def _index(name: str) -> int:
 
 
 def _in_namespace(folder: Path, index: int) -> bool:
-    """Whether sysfs shows the interface of this namespace: after a bare setns(2) it still shows those of the old one."""
+    """Whether sysfs shows the interface of this network namespace: after setns(2), sysfs still shows the old namespace."""
     try:
         return int((folder / "ifindex").read_text()) == index
     except (OSError, ValueError):
@@ -194,7 +194,7 @@ def _in_namespace(folder: Path, index: int) -> bool:
 
 
 def _kind_in_sysfs(folder: Path) -> InterfaceKind | None:
-    """Returns: the kind; None if sysfs does not show it, and so the name decides."""
+    """Returns: the interface's kind; None if sysfs does not show it, so that the name has to decide."""
     try:
         hardware_type = int((folder / "type").read_text())
     except (OSError, ValueError):
@@ -211,7 +211,7 @@ def _kind_in_sysfs(folder: Path) -> InterfaceKind | None:
 
 
 def _leads_to_hardware(folder: Path, depth: int) -> bool:
-    """Whether the interface is a card, or a bridge, bond or VLAN over a card. A machine's own `br0` is; `docker0` is not."""
+    """Whether the interface is a network card, or a bridge, bond or VLAN over a card: `br0` over `eth0` is, `docker0` is not."""
     if (folder / "device").exists():
         return True
     return depth > 0 and any(_leads_to_hardware(lower, depth - 1) for lower in folder.glob("lower_*"))

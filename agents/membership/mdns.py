@@ -1,11 +1,11 @@
-"""Finds the peers of a cluster on the LAN by mDNS. Its findings are hints; only an authenticated link proves a peer.
+"""Finds the peers of a cluster on the LAN by mDNS. A find is only a hint: only an authenticated link proves who the peer is.
 
 Everyone on the LAN can read what mDNS sends: the peer's id (the instance name), the link's port (SRV), and in TXT the cluster's
-public fingerprint, the protocol and software versions, the device's name and a load summary. It sends nothing else.
+public fingerprint, the protocol and software versions, the device's name and a load summary. mDNS sends nothing else.
 
 Speed. By RFC 6762 section 8.1 a responder probes before it announces (zeroconf takes 1.2 s for that), unless it knows by other
-means that its name is unique. Here the name is the hash of a public key, so the peer announces at once. It still sends one probe,
-because all responders answer a probe immediately: so a new peer finds all others within milliseconds.
+means that its name is unique. A peer's name is the hash of its public key, so the peer announces at once. It still sends one probe,
+because all responders answer a probe immediately, so that a new peer finds all others within milliseconds.
 """
 
 import asyncio
@@ -31,22 +31,22 @@ from meshd.clock import Clock
 from meshd.types import PeerId
 
 RECHECK_S = 2.0
-"""Interval of reading the list of interfaces."""
+"""Interval between checks of the list of interfaces."""
 _AGAIN_S = 1.0
-"""Delay of the second announcement (RFC 6762 section 8.3). zeroconf drops a packet that equals one from the last 0.8 s, so others
-may miss the first announcement of a peer that restarts at once after a power loss."""
+"""Delay of the second announcement (RFC 6762 section 8.3). zeroconf drops a packet that equals one from the last 0.8 s, so other
+peers may miss the first announcement of a peer that crashes and restarts at once."""
 _LOAD_EVERY_S = 10.0
-"""A changed load summary is announced at most this often."""
+"""Shortest time between two announcements of a changed load summary."""
 _WOKEN_S = 5.0
-"""If the wall clock gains this much on the monotonic clock between two checks, the device was asleep."""
+"""If the wall clock has advanced by this much more than the monotonic clock between two checks, the device was asleep."""
 _MAX_PEERS = 256
-"""Most peers remembered of this cluster, and of all other clusters together, so that forged records can't fill the memory."""
+"""Maximum number of peers remembered of this cluster, and of all others together, so that forged records can't fill memory."""
 _ANY_HOST = frozenset({"", "0.0.0.0", "::"})
 _T = TypeVar("_T")
 
 
 class MdnsDiscovery:
-    """Advertises this peer and listens for others, on every usable interface or on those named."""
+    """Advertises this peer and listens for other peers, on every usable interface or on those that the user named."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class MdnsDiscovery:
         host: str = "0.0.0.0",
         scan: Callable[[], list[Interface]] = present_interfaces,
     ) -> None:
-        """`interfaces` are names or addresses. `host` is where links listen; if it is a single address, only that is advertised."""
+        """`interfaces` are names or addresses. `host` is where links listen; unless it is a wildcard, only `host` is advertised."""
         self._announcement = announcement
         self._on_sighting = on_sighting
         self._clock = clock
@@ -74,22 +74,22 @@ class MdnsDiscovery:
 
     @property
     def interfaces(self) -> list[InterfaceChoice]:
-        """Every interface, with whether it is used and why, as of the last check."""
+        """Every interface at the last check, with whether it is used and why."""
         return list(self._choices)
 
     def other_clusters(self) -> dict[str, int]:
-        """Returns: the number of peers seen of each other cluster, by its fingerprint."""
+        """Returns: how many peers of each other cluster were seen, by the cluster's fingerprint."""
         counts: dict[str, int] = {}
         for cluster in self._others.values():
             counts[cluster] = counts.get(cluster, 0) + 1
         return counts
 
     def set_load(self, load: str) -> None:
-        """Set the load summary that people see. A change is announced after at most `_LOAD_EVERY_S` and one check."""
+        """Set the load summary that users see. A change is announced within `_LOAD_EVERY_S` + `RECHECK_S`."""
         self._load = load
 
     async def run(self) -> None:
-        """Advertise and listen. If the system does not allow it, report that and retry.
+        """Advertise and listen. If the system does not allow mDNS, report that to the user and retry.
 
         Cancel: sends a goodbye, which takes 0.3 s.
         """
@@ -115,7 +115,7 @@ class MdnsDiscovery:
 
     async def _advertise_and_listen(self, zeroconf: AsyncZeroconf, tasks: asyncio.TaskGroup) -> None:
         zc = zeroconf.zeroconf
-        # Before the first await: a record that arrives before the listener is added is cached and never reported.
+        # Add the listener before the first await: a record that arrives before that is cached and never reported.
         zc.async_add_listener(PointerListener(Resolver(zc, tasks, self._report).heard, self._gone), None)
         browser = browse(zc)
         try:
@@ -134,7 +134,7 @@ class MdnsDiscovery:
             await browser.async_cancel()
 
     async def _wait_for_change(self, zeroconf: AsyncZeroconf) -> None:
-        """Announce changes of load until the interfaces change or the device wakes up; then announce the addresses again."""
+        """Announce changes of load until the interfaces change or the device wakes up; then announce on the present interfaces."""
         since = self._clock.monotonic()
         while True:
             before, offset = self._choices, self._clock.wall() - self._clock.monotonic()
@@ -148,9 +148,9 @@ class MdnsDiscovery:
                 await (await zeroconf.async_update_service(self._info()))
 
     async def _move(self, zeroconf: AsyncZeroconf, before: list[InterfaceChoice]) -> None:
-        """Announce on the present interfaces.
+        """Announce this peer on the present interfaces.
 
-        Sockets are reopened on every changed interface, including one that came back with the same address.
+        Sockets are reopened on every interface that has changed, even if it has the same address as `before`.
         """
         announcing = await zeroconf.async_update_service(self._info())
         unchanged = {address for _, _, address in _bound(before) & _bound(self._choices)}
@@ -186,9 +186,9 @@ class MdnsDiscovery:
             self._on_sighting(found)
 
     def _report_duplicate(self, found: PeerFound) -> None:
-        """Report a daemon with a copy of this identity.
+        """Report a daemon that uses a copy of this peer's identity.
 
-        This peer also receives its own records; only foreign addresses or another port show a duplicate.
+        This peer also receives its own records. Only another device's addresses or another port show a duplicate.
         """
         foreign = tuple(address for address in found.addresses if address not in self._own_addresses)
         if foreign or found.port != self._announcement.port:
@@ -202,7 +202,7 @@ class MdnsDiscovery:
             self._on_sighting(PeerWithdrawn(source="mdns", peer=peer))
 
     def _notice(self, about: str, trouble: tuple[str, str] | None) -> None:
-        """Report trouble when it differs from the last report about the same subject. None: all is well."""
+        """Report trouble to the user, unless the last report about this subject was equal. None means that there is no trouble."""
         if trouble != self._noticed.get(about):
             self._noticed[about] = trouble
             if trouble is not None:
@@ -216,7 +216,7 @@ def _failure(error: Exception) -> tuple[str, str]:
 
 
 def _bound(choices: Sequence[InterfaceChoice]) -> set[tuple[int, str, str]]:
-    """Returns: the interfaces and addresses that sockets are bound to. When they change, the sockets must be reopened."""
+    """Returns: (index, name, address) of each interface in use. When this set changes, the sockets must be reopened."""
     return {
         (choice.interface.index, choice.interface.name, address)
         for choice in choices
@@ -226,7 +226,7 @@ def _bound(choices: Sequence[InterfaceChoice]) -> set[tuple[int, str, str]]:
 
 
 def _remember(memory: dict[PeerId, _T], peer: PeerId, value: _T) -> None:
-    """Store a value as the newest, and drop the oldest beyond `_MAX_PEERS`."""
+    """Store a value as the newest entry; beyond `_MAX_PEERS` entries, drop the oldest."""
     memory.pop(peer, None)
     memory[peer] = value
     if len(memory) > _MAX_PEERS:

@@ -1,4 +1,4 @@
-"""Writes and reads the mDNS records of peers. Discovery uses zeroconf's internals only in this module."""
+"""Writes and reads the mDNS records of peers. Only this module uses zeroconf's internals."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +33,7 @@ class Announcement:
 
 
 def to_txt(announcement: Announcement, load: str) -> dict[str, str]:
-    """Build the TXT record. A value that is too long is cut between two characters."""
+    """Build the TXT record. A value that is too long is cut at a character boundary."""
     fields = {
         "cluster": announcement.cluster,
         "protocol": announcement.protocol,
@@ -45,7 +45,7 @@ def to_txt(announcement: Announcement, load: str) -> dict[str, str]:
 
 
 def to_info(announcement: Announcement, load: str, addresses: Sequence[str]) -> AsyncServiceInfo:
-    """Build this peer's records. The host name is the peer's own, so that it conflicts with no other responder on this machine."""
+    """Build this peer's records. The host name is the peer's id, so that no other responder on this machine has the same name."""
     return AsyncServiceInfo(
         SERVICE,
         f"{announcement.peer}.{SERVICE}",
@@ -57,7 +57,7 @@ def to_info(announcement: Announcement, load: str, addresses: Sequence[str]) -> 
 
 
 def from_records(instance: str, txt: Mapping[str, str | None], addresses: Sequence[str], port: int) -> PeerFound | None:
-    """Read the records of another device, which may be hostile. Returns: None if they are not a peer's."""
+    """Read the records of another device, which may be hostile. Returns: None if they are not valid records of a peer."""
     cluster = _printable(txt.get("cluster"))
     if not is_peer_id(instance) or not cluster or not addresses or not 0 < port < 65536:
         return None
@@ -79,15 +79,15 @@ def _clip(text: str, limit_bytes: int) -> str:
 
 
 def _printable(text: str | None) -> str:
-    """Drop control characters: the text is printed on people's terminals."""
+    """Remove control characters, because the text is printed on terminals."""
     return "".join(character for character in text or "" if character.isprintable())
 
 
 def probe(zc: Zeroconf, info: AsyncServiceInfo) -> None:
-    """Send one probe: a query for peers that carries this peer's own pointer (RFC 6762 section 8.1).
+    """Send one probe: a query for peers that contains this peer's own PTR record (RFC 6762 section 8.1).
 
-    Others answer a probe at once, even if they multicast the same answer within the last second. The query asks for multicast
-    answers (QM), because a unicast answer reaches only one of several daemons on a machine.
+    Other peers answer a probe at once, even if they have multicast the same answer within the last second. The query asks for
+    multicast answers (QM), because a unicast answer reaches only one of several daemons on a machine.
     """
     question = zc.generate_service_query(info)
     for each in question.questions:
@@ -96,7 +96,7 @@ def probe(zc: Zeroconf, info: AsyncServiceInfo) -> None:
 
 
 def browse(zc: Zeroconf) -> AsyncServiceBrowser:
-    """Query for peers after 0.02 to 0.12 s, then 1, 4 and 9 s later, and when records are about to expire.
+    """Send queries for peers after 0.02 to 0.12 s, then 1, 4 and 9 s later, and when records are about to expire.
 
     `PointerListener` receives the answers.
     """
@@ -104,21 +104,21 @@ def browse(zc: Zeroconf) -> AsyncServiceBrowser:
 
 
 def _ignore(**_change: object) -> None:
-    """Zeroconf requires a handler, but does not call it for a record that is received again; `PointerListener` is used instead."""
+    """Do nothing: zeroconf requires a handler, but does not call it for repeated records, so `PointerListener` is used instead."""
 
 
 class PointerListener(RecordUpdateListener):
-    """Reports every pointer to a peer, repeats included: a peer may have restarted with the same records."""
+    """Reports every PTR record of a peer, even a repeated one: the peer may have restarted with the same records."""
 
     def __init__(self, heard: Callable[[str], None], gone: Callable[[str], None]) -> None:
-        """`heard` and `gone` receive the instance name; only its form, that of a peer's id, is checked."""
+        """`heard` and `gone` receive the instance name, of which only the form is checked: it looks like a peer's id."""
         super().__init__()
         self._heard = heard
         self._gone = gone
         self._pending: dict[str, bool] = {}
 
     def async_update_records(self, zc: Zeroconf, now: float, records: list[RecordUpdate]) -> None:
-        """Collect changed pointers. Called by zeroconf when a packet arrives or records expire, before the cache is updated."""
+        """Collect PTR records. zeroconf calls this when a packet arrives or records expire, before it updates its cache."""
         for update in records:
             alias = getattr(update.new, "alias", "").lower()
             instance = alias.removesuffix("." + SERVICE)
@@ -126,14 +126,14 @@ class PointerListener(RecordUpdateListener):
                 self._pending[instance] = update.new.is_expired(now)
 
     def async_update_records_complete(self) -> None:
-        """Report the collected pointers. Called by zeroconf when the cache is updated."""
+        """Report the collected PTR records. zeroconf calls this after it has updated its cache."""
         pending, self._pending = self._pending, {}
         for instance, expired in pending.items():
             (self._gone if expired else self._heard)(instance)
 
 
 class Resolver:
-    """Finds the records of an instance name: in the cache, if they came with the pointer, or else by a query."""
+    """Finds the records of an instance name in zeroconf's cache, if they came with the PTR record, or else by a query."""
 
     def __init__(self, zc: Zeroconf, tasks: asyncio.TaskGroup, report: Callable[[PeerFound], None]) -> None:
         self._zc = zc
@@ -142,7 +142,7 @@ class Resolver:
         self._resolving: set[str] = set()
 
     def heard(self, instance: str) -> None:
-        """Report the peer, at once if its records are cached. Beyond `_MAX_RESOLVING` queries, this pointer is dropped."""
+        """Report the peer at once if its records are cached, or else after a query, unless `_MAX_RESOLVING` queries run already."""
         info = AsyncServiceInfo(SERVICE, f"{instance}.{SERVICE}")
         if info.load_from_cache(self._zc):
             self._found(instance, info)

@@ -1,7 +1,7 @@
 """Passes events to the table of peers, carries out its commands, and sends this peer's adverts.
 
-Every peer keeps the newest advert of every other one. A change is sent to all peers within a tenth of a second. The advert is also
-repeated every few seconds, so that drifting figures (free memory, measured times) stay current.
+Every peer keeps the newest advert of every other peer. A changed advert is sent to all peers within a tenth of a second. It is also
+repeated every few seconds, so that values that drift (free memory, measured times) stay current.
 
 This module reports a peer's silence to the table (`_report_silence`), and `peer.py` makes the peer SUSPECT. `links/link_table.py`
 ends the link of a peer that stays silent, and `peer.py` then makes the peer DEAD.
@@ -45,20 +45,20 @@ from meshd.values import Address, parse_address
 log = getLogger(__name__)
 
 _GATHER_S = 0.05
-"""Changes within this time are sent in one advert."""
+"""Changes that occur within this time are sent in one advert."""
 _REPEAT_S = 5.0
 _SWEEP_S = 0.5
 _SUSPECT_S = 1.2
-"""Silence that makes a peer a suspect: two missed heartbeats. `Timing.silence_s` (2 s) ends its link."""
+"""Silence after which a peer is SUSPECT: two missed heartbeats. After `Timing.silence_s` (2 s) its link ends."""
 _NOTICES = 20
 _MAX_NEIGHBOURS = 64
 GOSSIP = "gossip"
-"""The name of the source for addresses from other peers' adverts."""
+"""Source of the addresses that other peers list in their adverts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelfDescription:
-    """The content of this peer's advert; the functions return the present state."""
+    """The content of this peer's advert. The functions return present values."""
 
     peer: PeerId
     name: str
@@ -73,7 +73,7 @@ class SelfDescription:
 
 @dataclass(slots=True)
 class Membership:
-    """Owns the table. `on_advert` is called with every advert of another peer, `on_gone` with every peer whose link is down."""
+    """Owns the table of peers. `on_advert` is called with every advert of another peer, `on_gone` when a peer's link has ended."""
 
     description: SelfDescription
     links: Links
@@ -84,7 +84,7 @@ class Membership:
     on_gone: Callable[[PeerId, str], None]
     link_address: str = ""
     api_address: str = ""
-    """Both addresses are set once the sockets are bound."""
+    """Set, like `link_address`, once the sockets are bound."""
     table: PeerTable = field(default_factory=PeerTable)
     notices: dict[str, str] = field(default_factory=dict)
     """Messages for the user, each with a hint on how to fix it."""
@@ -105,11 +105,11 @@ class Membership:
             tasks.create_task(self._sweep(), name="sweep")
 
     def changed(self) -> None:
-        """Send a new advert soon: something in it has changed."""
+        """Send a new advert soon, because its content has changed."""
         self._changed.set()
 
     def own_advert(self) -> Advert:
-        """This peer's advert as of now."""
+        """Build this peer's advert from present values."""
         return Advert(
             peer=self.description.peer,
             name=self.description.name,
@@ -146,11 +146,11 @@ class Membership:
                 try_send(self.links.send, peer, Advertise(advert=advert))
 
     def adverts(self) -> list[Advert]:
-        """Returns: the adverts of all live peers, this peer's first. Plans are made from them."""
+        """Returns: the adverts of all ALIVE peers, after this peer's own. Plans are made from these adverts."""
         return [self.own_advert(), *self.table.adverts()]
 
     def suspects(self) -> list[Advert]:
-        """Returns: the adverts of the suspects. They get no new work, but their layers do not count as lost yet."""
+        """Returns: the adverts of SUSPECT peers. These peers get no new work, but their layers do not count as lost yet."""
         return [peer.advert for peer in self.table.linked() if peer.state is PeerState.SUSPECT and peer.advert is not None]
 
     def name_of(self, peer: PeerId) -> str:
@@ -160,7 +160,7 @@ class Membership:
         return self.table.name_of(peer)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Returns: the table's rows, and one for each refused address that no row shows."""
+        """Returns: the table's rows, and one for each device that was refused a link and is in no row of the table."""
         rows = self.table.rows(self.clock.monotonic())
         shown = {row["peer"] for row in rows} | {f"{known['host']}:{known['port']}" for row in rows for known in row["addresses"]}
         refused = [row for row in self.links.refusals() if row["address"] not in shown and (row["peer"] or "") not in shown]
@@ -218,7 +218,7 @@ class Membership:
             self._hear_of(peer, address)
 
     def _hear_of(self, peer: PeerId, address: str) -> None:
-        """Handle an entry of `neighbours` in another peer's advert: it is a sighting by the source `GOSSIP`."""
+        """Handle an entry of `neighbours` in another peer's advert, as a sighting by the source `GOSSIP`."""
         known = self.table.get(peer)
         if peer == self.description.peer or (known is not None and (known.linked or known.state is PeerState.REFUSED)):
             return
@@ -266,7 +266,7 @@ class Membership:
         self.bus.publish("peer", peer=peer, name=self.name_of(peer), state=state, was=was, reason=why)
 
     def _report_silence(self) -> None:
-        """Report to the table which linked peers are silent, and which suspects are heard again."""
+        """Report to the table which linked peers are silent, and which SUSPECT peers were heard again."""
         for known in self.table.linked():
             if self.links.silence_s(known.id) > _SUSPECT_S:
                 self._apply(HeartbeatMissed(known.id))

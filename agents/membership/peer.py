@@ -1,9 +1,9 @@
 """The state of one other peer, as this peer sees it: a pure state machine, events in and commands out.
 
-It decides when the peer is ALIVE, SUSPECT or DEAD, and when it is dialled. A sighting by a source (mDNS, the static list, other
+It decides when the peer is ALIVE, SUSPECT or DEAD, and when to dial the peer. A report from a source (mDNS, the static list, other
 peers) is only a hint: a peer becomes ALIVE only by an authenticated link.
 
-House rules of this file: no I/O and no clock. `TRANSITIONS` lists every event that may come in each state; the diagram in
+House rules of this file: no I/O and no clock. `TRANSITIONS` lists the events that may occur in each state; the diagram in
 `docs/state-machines.md` is generated from it.
 """
 
@@ -36,23 +36,23 @@ from meshd.types import Advert, PeerId
 from meshd.values import Address
 
 MAX_ADDRESSES = 16
-"""Addresses that are kept of one peer."""
+"""Maximum number of addresses that are kept of one peer."""
 RETENTION_S: Mapping[PeerState, float] = {
     PeerState.FOUND: 60.0,
     PeerState.DEAD: 600.0,
     PeerState.REFUSED: 600.0,
     PeerState.LEFT: 60.0,
 }
-"""How long a peer without a link is shown after it was last heard of. A FOUND peer that still has an address stays."""
+"""Seconds for which a peer without a link stays in the table after its last event. A FOUND peer with an address always stays."""
 _MAX_PAST_INCARNATIONS = 4
-"""Kept to detect two devices that alternate under one identity: an earlier incarnation comes back."""
+"""How many earlier incarnations are remembered. If one of them comes back, two devices use the same identity."""
 _TWIN = "two devices use its identity: a state folder was copied"
 _SILENT = "silent"
 
 
 @dataclass(frozen=True, slots=True)
 class KnownAddress:
-    """An address, and the source that reported it; `link` if it comes from a link."""
+    """An address of a peer, and the source that reported it; the source is `link` for the address of a link."""
 
     address: Address
     source: str
@@ -64,14 +64,14 @@ class Peer(Machine[Event, Command]):
 
     id: PeerId
     now: float = field(compare=False)
-    """Time of the event that is handled; `PeerTable` sets it before each `handle`."""
+    """Time of the event that is being handled. `PeerTable` sets it before each `handle`."""
     state: PeerState = PeerState.UNKNOWN
     first_seen: float = field(init=False)
     last_seen: float = field(init=False)
     since: float = field(init=False)
     """When the peer entered its state."""
     why: str = ""
-    """Reason of the state; for a linked peer, a problem with it."""
+    """Reason of the state; for a linked peer, a problem with the peer, or empty."""
     name: str = ""
     version: str = ""
     protocol: str = ""
@@ -90,7 +90,7 @@ class Peer(Machine[Event, Command]):
 
     @property
     def is_over(self) -> bool:
-        """Whether the retention time has passed, as of `now`, so that the peer is dropped from the table."""
+        """Whether the peer's retention time has passed at `now`, so that the table drops the peer."""
         if self.linked or (self.state is PeerState.FOUND and self.addresses):
             return False
         return self.now - max(self.last_seen, self.since) > RETENTION_S[self.state]
@@ -109,7 +109,7 @@ class Peer(Machine[Event, Command]):
             raise AssertionError(f"unexpected reason in state {self.state.value}: {self.why}")
 
     def _enter(self, state: PeerState, why: str = "", *, news: bool = False) -> list[Command]:
-        """Enter a state, or change the reason. Returns: a PublishChange, if anything changed or there is other `news`."""
+        """Set the state and its reason. Returns: a PublishChange if one of them has changed, or if the advert has (`news`)."""
         was, was_why = self.state, self.why
         if state is not was:
             self.since = self.now
@@ -120,7 +120,7 @@ class Peer(Machine[Event, Command]):
         return [Dial(self.id, tuple(known.address for known in self.addresses))] if self.addresses else []
 
     def _note_addresses(self, event: PeerFound) -> None:
-        """Record the addresses from a source; they replace its earlier ones."""
+        """Record the addresses from a source, in place of its earlier ones."""
         self.last_seen = self.now
         self.protocol = event.protocol
         named = [KnownAddress(Address(host, event.port), event.source) for host in event.addresses]
@@ -128,7 +128,7 @@ class Peer(Machine[Event, Command]):
         self.addresses = tuple([*named, *others][:MAX_ADDRESSES])
 
     def _note_link_address(self, address: Address | None) -> None:
-        """Record the address of the latest link, after those from sources. The address of an earlier link is removed."""
+        """Record the address of the latest link, after the addresses from sources. Removes the address of an earlier link."""
         known = [each for each in self.addresses if each.source != "link"]
         if address is not None and all(each.address != address for each in known):
             known = [*known[: MAX_ADDRESSES - 1], KnownAddress(address, "link")]
@@ -162,7 +162,7 @@ def _withdrawn_before_a_link(peer: Peer, event: PeerWithdrawn) -> list[Command]:
 def _link_up(peer: Peer, event: LinkUp) -> list[Command]:
     """Enter ALIVE. A new incarnation starts without an advert.
 
-    An incarnation that was replaced before and comes back is no restart: two devices use the same identity.
+    If an earlier incarnation comes back, that is not a restart: two devices use the same identity.
     """
     why = _TWIN if event.incarnation in peer.past else ""
     outdated = None
@@ -281,7 +281,7 @@ TRANSITIONS: dict[tuple[Enum, type[Any]], Transition] = {
     (PeerState.LEFT, DialFailed): Transition(_not_reached),
     (PeerState.LEFT, HandshakeRefused): _is_refused,
     (PeerState.LEFT, RetentionExpired): _is_forgotten,
-    # After a goodbye, a few more messages and events of the link may arrive.
+    # After a goodbye, a few more messages and events of its link may arrive.
     (PeerState.LEFT, LinkDown): Transition(_not_reached),
     (PeerState.LEFT, AdvertReceived): Transition(_advert),
     (PeerState.LEFT, HeartbeatReceived): Transition(_heartbeat),

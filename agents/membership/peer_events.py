@@ -9,22 +9,22 @@ from meshd.values import Address
 
 
 class PeerState(Enum):
-    """State of another peer, as this peer sees it."""
+    """The state of another peer, as this peer sees it."""
 
     UNKNOWN = "unknown"
     """Not in the table: never seen, or forgotten."""
     FOUND = "found"
-    """Reported by a source, but never linked."""
+    """Reported by a source; no link has come up yet, or none since the peer left."""
     ALIVE = "alive"
-    """Linked and heard within the heartbeat limit."""
+    """Linked, and heard recently (see `membership._SUSPECT_S`)."""
     SUSPECT = "suspect"
-    """Linked, but silent beyond the heartbeat limit."""
+    """Linked, but silent for longer than `membership._SUSPECT_S`."""
     DEAD = "dead"
-    """Its link broke, or was ended because of silence."""
+    """The peer's link broke, or was ended because of silence."""
     REFUSED = "refused"
-    """The handshake failed for a reason that a retry does not cure."""
+    """The handshake failed for a reason that a retry can't fix."""
     LEFT = "left"
-    """It said goodbye."""
+    """The peer said goodbye, or its source withdrew it before a link came up."""
 
 
 LINKED = frozenset({PeerState.ALIVE, PeerState.SUSPECT})
@@ -43,7 +43,7 @@ class LinkUp:
 
 @dataclass(frozen=True, slots=True)
 class LinkDown:
-    """All connections with the peer are closed."""
+    """The link with the peer has ended without a goodbye."""
 
     peer: PeerId
     reason: str
@@ -51,7 +51,7 @@ class LinkDown:
 
 @dataclass(frozen=True, slots=True)
 class DialFailed:
-    """No peer answered at the address; the links keep trying. `peer` is None if only the address is known."""
+    """No peer answered at the address, which is dialled again. `peer` is None if only the address is known."""
 
     peer: PeerId | None
     address: Address
@@ -60,7 +60,7 @@ class DialFailed:
 
 @dataclass(frozen=True, slots=True)
 class HandshakeRefused:
-    """The handshake failed for good: another cluster's key, another protocol, a revoked peer, or this peer itself."""
+    """The handshake failed for a lasting reason: another cluster's key, another protocol, a revoked peer, or this peer itself."""
 
     peer: PeerId | None
     address: Address | None
@@ -83,7 +83,7 @@ class HeartbeatReceived:
 
 @dataclass(frozen=True, slots=True)
 class HeartbeatMissed:
-    """Nothing came from the peer within the heartbeat limit; its link is still up."""
+    """Nothing has come from the peer for `membership._SUSPECT_S`; its link is still up."""
 
     peer: PeerId
 
@@ -114,12 +114,12 @@ Event = (
     | GoodbyeReceived
     | RetentionExpired
 )
-"""What can happen to another peer. The discovery sources (`sources.py`) report PeerFound and PeerWithdrawn."""
+"""An event about another peer. The discovery sources (`sources.py`) report PeerFound and PeerWithdrawn."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dial:
-    """Dial these addresses now, and with back-off until a link is up or `StopDialling` comes. Idempotent."""
+    """Dial these addresses now, and with back-off whenever there is no link, until `StopDialling`. Idempotent."""
 
     peer: PeerId | None
     addresses: tuple[Address, ...]

@@ -1,4 +1,4 @@
-"""Builds the rows that `meshd status` and the API show of peers. They are JSON-ready and all have the same keys."""
+"""Builds the rows about peers in `meshd status` and the API. They can be encoded as JSON and all have the same keys."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def peer_row(peer: Peer, now: float) -> dict[str, Any]:
 
 
 def unlinked_row(address: Address, source: str, state: PeerState, why: str, peer: str = "") -> dict[str, Any]:
-    """Describe a peer that was never linked: only an address, and perhaps an id, is known."""
+    """Build the row of a peer of which only an address, and perhaps the id, is known."""
     return {
         "peer": peer,
         "name": str(address),

@@ -1,4 +1,4 @@
-"""The table of peers: their state machines, and the static addresses at which no peer has answered yet.
+"""The table of peers: their state machines, and the addresses from `--peer`.
 
 House rules of this file: no I/O and no clock; time comes with each event.
 """
@@ -27,12 +27,12 @@ from meshd.values import Address
 
 MAX_PEERS = 256
 REFUSED_RETRY_S = 30.0
-"""A static address that refused is dialled again after this: its key may have been corrected."""
+"""How long a static address is not dialled after it refused a link. Its peer may have the right key by then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StaticAddress:
-    """An address from `--peer`, and the last peer that answered there."""
+    """An address from `--peer`, and the last peer that answered there (None: none yet)."""
 
     address: Address
     peer: PeerId | None = None
@@ -65,12 +65,13 @@ class PeerTable:
         return [peer for peer in self._peers.values() if peer.linked]
 
     def adverts(self) -> list[Advert]:
-        """Returns: the newest advert of each ALIVE peer. Plans use these peers only."""
+        """Returns: the newest advert of each ALIVE peer. Plans use only these peers and this one."""
         return [peer.advert for peer in self._peers.values() if peer.state is PeerState.ALIVE and peer.advert is not None]
 
     def apply(self, event: Event, now: float) -> list[Command]:
         """Apply one event.
 
+        Returns: the commands to carry out.
         Raises: IllegalTransition, with nothing changed; Overloaded if the table is full of linked peers.
         """
         if event.peer is None:
@@ -89,7 +90,7 @@ class PeerTable:
         return commands
 
     def expire(self, now: float) -> list[Command]:
-        """Drop the peers whose retention time has passed. Called every half second."""
+        """Drop the peers whose retention time has passed. Returns: the commands to carry out."""
         commands: list[Command] = []
         for peer in list(self._peers.values()):
             peer.now = now
@@ -107,7 +108,7 @@ class PeerTable:
         return [peer_row(peer, now) for peer in peers] + [_row_of_address(known) for known in unanswered]
 
     def validate(self) -> None:
-        """Check the invariants that hold between events; tests call it after each. Raises: AssertionError."""
+        """Check the invariants that hold between events; tests call this after each event. Raises: AssertionError."""
         if len(self._peers) > self._max_peers or len(self._static) > self._max_peers:
             raise AssertionError("the table is larger than allowed")
         for peer_id, peer in self._peers.items():

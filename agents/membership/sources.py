@@ -1,4 +1,4 @@
-"""The reports of a source of peers, such as mDNS or the static list."""
+"""The interface of a source of peers, such as mDNS or the static list, and the sightings that it reports."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from meshd.types import PeerId
 class PeerFound:
     """A peer of this cluster may be reached at these addresses. The report is repeated when the peer is heard again.
 
-    It is only a hint: the authenticated link shows which peer answers.
+    The report is only a hint: the authenticated link shows which peer answers.
     """
 
     source: str
@@ -19,7 +19,7 @@ class PeerFound:
     peer: PeerId | None
     """None if only an address is known."""
     addresses: tuple[str, ...]
-    """Hosts, the most likely to answer first. Names are resolved at each dial."""
+    """IP addresses or host names, the likeliest to answer first. Names are resolved at each dial."""
     port: int
     name: str = ""
     cluster: str = ""
@@ -29,7 +29,7 @@ class PeerFound:
     version: str = ""
     """Version of the peer's software."""
     load: str = ""
-    """Load summary for people."""
+    """Load summary to show to users."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ class StaticPeers:
         self._every_s = every_s
 
     async def run(self) -> None:
-        """Report every peer now and every `every_s` seconds, so that a lost one is dialled again."""
+        """Report every peer now and again every `every_s` seconds, so that a lost peer is dialled again."""
         while True:
             for peer in self._peers:
                 self._on_sighting(PeerFound(source="static", peer=None, addresses=(peer.host,), port=peer.port))

@@ -1,6 +1,6 @@
-"""Places models on request: asks the planner for the stages, sends PLACE to their peers, and reports progress.
+"""Places models on request: gets stages from the planner, sends PLACE to the peer of each stage, and reports progress.
 
-A user, `meshd up --model`, or a session that needs missing layers starts a placement here; `keeper.py` maintains it.
+A user, `meshd up --model`, or a session that needs missing layers starts a placement; `keeper.py` maintains it.
 """
 
 import asyncio
@@ -24,17 +24,17 @@ from meshd.protocol.messages import Place, Unplace, Unplaced
 from meshd.types import Advert, Holding, LayerRange, ModelCard, ModelId, Objective, PeerId, StagePlan
 
 _DEADLINE_S = 3600.0
-"""Long, because the peer may have to download the weights over a slow line."""
+"""Deadline of a PLACE request. It is long because the peer may have to download the weights over a slow connection."""
 _UNPLACE_S = 10.0
 _PROGRESS_S = 0.2
 _ADVERTISED_S = 5.0
 _REPAIR_TRIES = 3
-"""How many sets of peers a repair tries when some peers can't load their layers."""
+"""How many times a repair chooses peers, if some of the chosen peers can't load their layers."""
 
 
 @dataclass(slots=True)
 class PlacementClient:
-    """Sends placements from this peer; any peer can place a model on any others."""
+    """Places models from this peer. Any peer can place a model on any peers."""
 
     links: Links
     library: ModelLibrary
@@ -45,10 +45,11 @@ class PlacementClient:
     async def place(self, card: ModelCard, mesh: MeshOptions, *, context: int | None = None) -> AsyncGenerator[PlacementStep, None]:
         """Load the model on the peers that the planner, or `mesh.stages`, chooses. Yields each peer's progress when it changes.
 
-        KV is reserved for the usual context; if memory is short, for less, but at least for `context`.
+        KV is reserved for contexts of `USUAL_CONTEXT` tokens, or of the model's maximum if that is smaller. If memory is short, it
+        is reserved for fewer tokens, but never for fewer than `context` or `LEAST_CONTEXT`.
 
-        Raises: InvalidRequest, NoPeer, DoesNotFit, and the error of a peer that could not load its part.
-        Cancel: peers that have begun finish their part.
+        Raises: InvalidRequest, NoPeer, DoesNotFit, and the error of a peer that could not load its layers.
+        Cancel: peers that have begun to load their layers finish the load.
         """
         problem, solution = self._solve(card, mesh, context)
         loop = asyncio.get_running_loop()
@@ -77,21 +78,21 @@ class PlacementClient:
         avoid: Collection[PeerId] = (),
         among: Collection[PeerId] | None = None,
     ) -> tuple[StagePlan, ...]:
-        """Load missing layers, and keep all that is loaded already. A peer that can't load its part is replaced by another.
+        """Load missing layers, and keep the layers that are loaded. A peer that can't load its layers is replaced by another peer.
 
-        KV is reserved for `kv_tokens`; if memory is short, for half of that and so on, down to `least_tokens`. Only peers are used
-        that are in `among` (None: any), not in `avoid` and not draining.
+        KV is reserved for `kv_tokens` tokens. If memory is short, this number is halved repeatedly, down to `least_tokens` (None:
+        not at all). Uses only peers in `among` (None: any) that are not in `avoid` and not draining.
 
         Returns: the stages that were loaded, in the order of their layers.
-        Raises: NoPeer, DoesNotFit, and the error of the last peer that could not load.
-        Cancel: peers that have begun finish their part.
+        Raises: NoPeer, DoesNotFit, and the error of a peer that could not load its layers.
+        Cancel: peers that have begun to load their layers finish the load.
         """
         excluded, waiting = set(avoid), tuple(missing)
         placed: list[StagePlan] = []
         failure: MeshdError | None = None
         for _ in range(_REPAIR_TRIES):
             problem = repair_input(card, self.adverts(), avoid=excluded, among=among)
-            # On a thread: with many peers the search takes longer than a heartbeat may be late.
+            # On a thread: with many peers the search would delay heartbeats for too long.
             stages, tokens = await asyncio.to_thread(
                 _choose_stages, problem, waiting, kv_tokens, least_tokens or kv_tokens, failure
             )
@@ -111,7 +112,7 @@ class PlacementClient:
     async def _advertised(self, model: ModelId, stages: Mapping[StagePlan, int]) -> None:
         """Wait until the adverts show the stages as active, because routes are planned from adverts.
 
-        Gives up after `_ADVERTISED_S`. `stages` maps each stage to the tokens that it has KV for.
+        Returns after `_ADVERTISED_S` at the latest. `stages` maps each stage to the number of tokens that it has KV for.
         """
         until = self.clock.monotonic() + _ADVERTISED_S
         while self.clock.monotonic() < until and not all(self._active(model, stage, kv) for stage, kv in stages.items()):
@@ -129,7 +130,7 @@ class PlacementClient:
         )
 
     async def unplace(self, model: ModelId) -> int:
-        """Unload a model on every live peer. Returns: bytes that are or will be freed. Raises: PeerFault."""
+        """Unload a model on every live peer. Returns: bytes that are freed now, or when sessions end. Raises: PeerFault."""
         holders = [advert.peer for advert in self.adverts() if any(holding.model == model for holding in advert.holdings)]
         freed = 0
         for peer in holders:
@@ -139,13 +140,13 @@ class PlacementClient:
         return freed
 
     def progress(self, model: ModelId) -> float:
-        """Returns: the progress of the peer that is furthest behind in loading this model; 1 if no peer holds any of it."""
+        """Returns: the progress, 0 to 1, of the peer that is slowest to load its layers of this model; 1 if no peer has any."""
         return min(
             (holding.progress for advert in self.adverts() for holding in advert.holdings if holding.model == model), default=1.0
         )
 
     def _solve(self, card: ModelCard, mesh: MeshOptions, context: int | None) -> tuple[PlanInput, Solution]:
-        """Search for a placement. The usual context is halved until it fits, but not below the one that the user asked for."""
+        """Search for a placement. If it doesn't fit, halve the context, but not below `context` or `LEAST_CONTEXT`."""
         tokens = max(context or 0, min(card.spec.context_length, USUAL_CONTEXT))
         while True:
             problem = plan_input_of(card, self.adverts(), mesh, context=tokens)
@@ -158,7 +159,7 @@ class PlacementClient:
                 tokens = smaller
 
     def _kv_tokens(self, problem: PlanInput, stage: StagePlan) -> int:
-        """Choose how many tokens to reserve KV for: several whole contexts, if the peer has the memory."""
+        """Choose how many tokens to reserve KV for: up to `CONTEXTS_OF_KV` whole contexts, as far as the peer has memory."""
         profile = problem.profile(stage.peer)
         assert profile is not None
         used = stage_memory(problem, stage)
@@ -170,7 +171,7 @@ class PlacementClient:
         await request_place(self.links, stage.peer, card, stage.layers, kv_tokens, pinned=pinned)
 
     async def _watch(self, card: ModelCard, running: dict[StagePlan, "asyncio.Task[None]"]) -> AsyncGenerator[PlacementStep, None]:
-        """Yield the changes of progress that the adverts show, until every peer has answered."""
+        """Yield each stage's progress when it changes in the adverts, until every peer has answered PLACE."""
         latest: dict[StagePlan, PlacementStep] = {}
         while True:
             waiting = [task for task in running.values() if not task.done()]
@@ -210,7 +211,7 @@ async def request_place(
     """Ask a peer to load layers, and wait until they are active there.
 
     Raises: PeerFault.
-    Cancel: the peer finishes a load that it has begun.
+    Cancel: the peer still finishes the load if it has begun.
     """
     request = Place(
         request=links.next_request(),
@@ -226,13 +227,13 @@ async def request_place(
 
 
 def _is_pinned(mesh: MeshOptions) -> bool:
-    """Whether the user chose the placement by more than its speed; then the keeper does not move it to faster peers."""
+    """Whether the user chose peers, their number, stages or an objective other than latency. The keeper keeps such a placement."""
     by_speed = mesh.objective in (None, Objective.LATENCY)
     return mesh.stages is not None or mesh.min_peers is not None or mesh.peers is not None or not by_speed
 
 
 def _failure_of(results: Mapping[StagePlan, BaseException | None]) -> MeshdError:
-    """Pick the error of a peer that could not load. Re-raises any exception that is not a MeshdError."""
+    """Pick the error of a peer that could not load its layers. Raises: any exception among `results` that is not a MeshdError."""
     failures = [result for result in results.values() if result is not None]
     for failure in failures:
         if not isinstance(failure, MeshdError):
@@ -244,10 +245,10 @@ def _failure_of(results: Mapping[StagePlan, BaseException | None]) -> MeshdError
 def _choose_stages(
     problem: PlanInput, missing: tuple[LayerRange, ...], kv_tokens: int, least_tokens: int, failure: MeshdError | None
 ) -> tuple[tuple[StagePlan, ...], int]:
-    """Choose the peers for missing layers.
+    """Choose the peers that load missing layers.
 
-    Returns: the stages, and the tokens to reserve KV for.
-    Raises: NoPeer; DoesNotFit, with `failure` (why the previous peers could not load) as its cause.
+    Returns: the stages, and the number of tokens to reserve KV for.
+    Raises: NoPeer; DoesNotFit, with `failure` as its cause: the error of the peers that were chosen before.
     """
     try:
         return repair_within(problem, missing, kv_tokens=kv_tokens, least_tokens=least_tokens)

@@ -1,4 +1,4 @@
-"""How much memory may still be reserved on this peer."""
+"""Computes how much memory may still be reserved on this peer."""
 
 from collections.abc import Callable
 
@@ -6,14 +6,14 @@ from meshd.agents.placement.resident import ResidentModels
 from meshd.clock import Clock
 
 _MEASURED_AGAIN_S = 1.0
-"""Maximum age of the measured free memory: each measurement reads several files."""
+"""Maximum age of the measured free memory. A measurement is reused because it reads several files."""
 
 
 class FreeMemory:
     """Computes the free memory as the smaller of two figures.
 
-    One is the memory that was free at the start minus all reservations. The other is the memory that is free now minus what is
-    reserved but not yet allocated: other processes may have taken memory since the start.
+    The first is the memory that was free when the daemon started, minus all reservations. The second is the memory that is free
+    now, minus the reservations that are not allocated yet; it counts what other processes have taken since the start.
     """
 
     def __init__(self, at_start_bytes: int, residents: ResidentModels, measure: Callable[[], int], clock: Clock) -> None:
@@ -26,7 +26,7 @@ class FreeMemory:
         self._measured_bytes = 0
 
     def free_bytes(self) -> int:
-        """Returns: bytes that may still be reserved, from a measurement that is at most a second old."""
+        """Returns: bytes that may still be reserved. The measurement behind them is at most `_MEASURED_AGAIN_S` old."""
         now = self._clock.monotonic()
         if now - self._measured_at > _MEASURED_AGAIN_S:
             self._measured_at, self._measured_bytes = now, self._measure()

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from meshd.types import Advert, Holding, LayerRange, ModelId, PeerId
 
 HELD = frozenset({"loading", "warm", "active"})
-"""States of a holding whose layers serve or soon will."""
+"""States of a holding whose layers serve sessions or soon will."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class ServedLayers:
-    """Layers that a peer serves, or served before it was lost."""
+    """A run of layers that a peer serves, or served before the peer was lost."""
 
     layers: LayerRange
     kv_tokens: int
@@ -22,23 +22,23 @@ class ServedLayers:
 
 
 class HoldingHistory:
-    """Compares the adverts of successive updates.
+    """Compares the adverts of successive updates to find lost layers and unplaced models.
 
-    Layers are lost when their peer is gone or has restarted. A model is unplaced when a peer that is still there stops serving it.
+    Layers are lost when their peer is gone or has restarted. A model is unplaced when a linked peer stops serving it.
     """
 
     def __init__(self) -> None:
         self.lost: dict[ModelId, set[ServedLayers]] = {}
         """Lost layers that no other peer serves yet, of models that are still active somewhere."""
         self.unplaced: set[ModelId] = set()
-        """Unplaced models of which some peer still holds a standby copy."""
+        """Unplaced models of which some peer still has a standby copy."""
         self._served: dict[tuple[PeerId, int], dict[ModelId, set[ServedLayers]]] = {}
-        """By peer and incarnation."""
+        """The layers that each peer serves, by (peer, incarnation) and model."""
         self._newly_unplaced: set[ModelId] = set()
-        """Models that some peer stopped serving since the last update."""
+        """Models that some linked peer has stopped serving since the last update."""
 
     def note(self, advert: Advert) -> None:
-        """Record one advert when it arrives, so that layers loaded and lost between two updates count as lost too."""
+        """Record one advert when it arrives, so that layers that are loaded and lost between two updates count as lost."""
         after = served_by(advert)
         before = self._served.get((advert.peer, advert.incarnation), {})
         self._newly_unplaced |= before.keys() - after.keys()
@@ -61,7 +61,7 @@ class HoldingHistory:
         self._drop_served(known, unplaced - served)
 
     def _drop_served(self, adverts: Sequence[Advert], unplaced: Collection[ModelId]) -> None:
-        """Remove from `lost` the layers that another peer serves now, and the models that are gone or unplaced."""
+        """Remove from `lost` the layers that another peer serves now, and the models that are unplaced or active on no peer."""
         staying = [advert for advert in adverts if not advert.draining]
         for model in self.lost.keys() - (models_in(adverts, {"active"}) - set(unplaced)):
             del self.lost[model]
@@ -75,7 +75,7 @@ class HoldingHistory:
 
 
 def served_by(advert: Advert) -> dict[ModelId, set[ServedLayers]]:
-    """Collect the layers that a peer serves or soon will, by model; standby copies don't count."""
+    """Collect the layers that a peer serves or will soon serve, by model, without standby copies."""
     served: dict[ModelId, set[ServedLayers]] = {}
     for holding in advert.holdings:
         if holding.state in HELD and not holding.standby:
@@ -84,7 +84,7 @@ def served_by(advert: Advert) -> dict[ModelId, set[ServedLayers]]:
 
 
 def holdings_of(adverts: Iterable[Advert], model: ModelId) -> list[tuple[PeerId, Holding]]:
-    """List the holdings of a model, standby copies included, with the peers that have them."""
+    """List the holdings of a model in a state of `HELD`, standby copies included, each with its peer."""
     return [
         (advert.peer, holding)
         for advert in adverts
@@ -94,7 +94,7 @@ def holdings_of(adverts: Iterable[Advert], model: ModelId) -> list[tuple[PeerId,
 
 
 def models_in(adverts: Iterable[Advert], states: Collection[str]) -> set[ModelId]:
-    """Collect the models of which some peer has a holding in one of these states."""
+    """Collect the models of which at least one peer has a holding in one of these states."""
     return {holding.model for advert in adverts for holding in advert.holdings if holding.state in states}
 
 

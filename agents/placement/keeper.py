@@ -1,7 +1,7 @@
-"""Keeps models placed while peers come and go: lets `replication.py` decide what to load, and asks peers to load it.
+"""Keeps models placed while peers come and go: asks peers to load the layers that `replication.py` chooses.
 
-Every peer runs a keeper, and the live peer with the smallest id leads. Two leaders at once do no harm, because PLACE is idempotent.
-If the leader does nothing about a request, the next peer in line sends it too.
+Every peer runs a keeper. The live peer with the smallest id is the leader and sends the requests. If a request stays unmet, the
+peer with the next larger id sends it too. Several leaders at once do no harm, because PLACE is idempotent.
 """
 
 import asyncio
@@ -22,11 +22,11 @@ log = getLogger(__name__)
 
 _CHECK_S = 2.0
 _GATHER_S = 1.0
-"""Delay after a change, so that the adverts of other peers that saw it arrive too."""
+"""Delay of a check after a peer came or went, so that the adverts of other peers that noticed it arrive before the check."""
 _STAND_IN_S = 6.0
-"""How long a request may stay unmet before the next peer in line sends it too."""
+"""How long a request may stay unmet before the peer with the next larger id sends it too."""
 _GROW_S = 10.0
-"""Shortest time between two searches for a faster placement of the same model."""
+"""Shortest time between two searches for a faster placement of one model."""
 _MAX_ASKED = 8
 _UNPLACE_S = 10.0
 _BACK_OFF_S = 5.0
@@ -35,7 +35,7 @@ _LONGEST_BACK_OFF_S = 300.0
 
 @dataclass(frozen=True, slots=True)
 class _Refusal:
-    """A peer could not load layers of a model."""
+    """Records that a peer could not load layers of a model, and how many times in a row."""
 
     times: int
     until: float
@@ -44,7 +44,7 @@ class _Refusal:
 
 @dataclass(slots=True, kw_only=True)
 class Keeper:
-    """Owns the requests that this peer sends to keep models placed."""
+    """Decides regularly which layers are to be loaded, and owns the requests that this peer sends for it."""
 
     me: PeerId
     links: Links
@@ -57,9 +57,9 @@ class Keeper:
     copies: int
     _history: HoldingHistory = field(default_factory=HoldingHistory)
     _wanted: dict[LoadRequest, float] = field(default_factory=dict)
-    """Unmet requests, each with the time at which it became unmet."""
+    """Unmet requests, each with the time when it was first found to be unmet."""
     _asked: dict[LoadRequest, "asyncio.Task[None]"] = field(default_factory=dict)
-    """Requests that are sent and not answered yet."""
+    """Requests that this peer has sent and that are not answered yet."""
     _refusals: dict[tuple[PeerId, ModelId], _Refusal] = field(default_factory=dict)
     _compared_peers: dict[ModelId, frozenset[PeerId]] = field(default_factory=dict)
     """The peers that took part in the last search for a faster placement of the model."""
@@ -68,7 +68,7 @@ class Keeper:
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def note(self, advert: Advert) -> None:
-        """Record an advert when it arrives."""
+        """Record an advert that has just arrived."""
         self._history.note(advert)
 
     def changed(self) -> None:
@@ -76,7 +76,7 @@ class Keeper:
         self._changed.set()
 
     async def run(self) -> None:
-        """Check every few seconds, and soon after a change. Cancel: peers finish the loads that they were asked for."""
+        """Check every `_CHECK_S`, and soon after a peer came or went. Cancel: peers finish the loads that they were asked for."""
         try:
             while True:
                 await self._wait()
@@ -166,7 +166,7 @@ class Keeper:
                 )
 
     async def _grow(self, alive: list[Advert], cards: Mapping[ModelId, ModelCard], now: float) -> None:
-        """Search for a faster placement of each model whose measured peers have changed, and send the requests for it."""
+        """Search for a faster placement of each model for which new peers are `_measured`, and send the requests for it."""
         busy = {request.model for request in (*self._asked, *self._wanted)} | self._history.lost.keys() | self._history.unplaced
         active = {holding.model for advert in alive for holding in advert.holdings if holding.state == "active"}
         self._compared_peers = {model: peers for model, peers in self._compared_peers.items() if model in active}
@@ -186,6 +186,6 @@ class Keeper:
 
 
 def _measured(adverts: list[Advert], model: ModelId) -> frozenset[PeerId]:
-    """Return the peers that have measured their links with all holders of the model: only for them can speed be predicted."""
+    """Return the peers that have measured their links with all holders of a model, so that speed with them can be predicted."""
     holders = {advert.peer for advert in adverts if any(holding.model == model for holding in advert.holdings)}
     return frozenset(advert.peer for advert in adverts if not advert.draining and holders <= {advert.peer, *advert.links})

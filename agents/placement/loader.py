@@ -1,10 +1,10 @@
 """Loads and unloads layers on this peer: fetch the weights, read them, run the check step, serve, release.
 
-It decides what gives way when memory is short. Which layers belong on which peer is decided elsewhere: by a user or the planner
-(`client.py`) and by the keeper (`replication.py`). Their requests arrive here as PLACE and UNPLACE.
+It decides which layers to release when memory is short. Which layers belong on which peer is decided elsewhere: by a user or the
+planner (`client.py`) and by the keeper (`replication.py`). Their requests arrive as PLACE and UNPLACE.
 
-A run of layers goes LOADING -> WARM (the check step, which also measures it) -> ACTIVE -> DRAINING -> released. A failed load
-changes nothing else: layers that served before keep serving.
+A run of layers goes LOADING -> WARM (the check step, which also measures the layers) -> ACTIVE -> DRAINING -> released. When a load
+fails, layers that served before keep serving.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from meshd.types import LayerRange, ModelCard, ModelId, PeerId
 log = getLogger(__name__)
 
 _PULL_SHARE = 0.5
-"""Fraction of the reported progress that stands for fetching the weights; the rest stands for reading them."""
+"""Reported progress (0 to 1) at which all weights are fetched. The rest stands for reading them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Loader:
     """Whether this peer is being drained, and so loads nothing more."""
     _loading: dict[_Key, asyncio.Task[ResidentLayers]] = field(default_factory=dict)
     _files: dict[int, GgufFile] = field(default_factory=dict)
-    """Open files by the `id` of the resident layers that use them."""
+    """Open files by the `id()` of the resident layers that use them."""
 
     def register(self) -> None:
         """Register the handlers of PLACE and UNPLACE."""
@@ -78,7 +78,7 @@ class Loader:
         return Placed(request=message.request, layers=resident.layers, kv_tokens=resident.kv_tokens)
 
     async def place(self, request: Place) -> ResidentLayers:
-        """Load layers, unless they are resident with enough KV already. Equal requests at the same time share one load.
+        """Load layers, unless they are active with enough KV. Requests for the same layers at the same time share one load.
 
         Returns: active layers that contain the requested ones.
         Raises: UnknownModel, DownloadError, StorageError, ModelFileError, OutOfMemory; Unavailable while this peer is drained.
@@ -101,7 +101,7 @@ class Loader:
         return resident
 
     def _present(self, request: Place) -> ResidentLayers | None:
-        """Find active layers that satisfy the request. Layers that serve are preferred to standby copies."""
+        """Find active layers that satisfy a request; a standby copy only if no other layers do. Returns: None if there are none."""
         fitting = [
             resident
             for resident in self.residents.of(request.model)
@@ -114,7 +114,7 @@ class Loader:
         )
 
     def _adopt_flags(self, resident: ResidentLayers, request: Place) -> None:
-        """Update `standby` and `pinned`: any request that is not for a standby copy promotes it, and any may pin it."""
+        """Update `standby` and `pinned`: a request that is not for a standby copy promotes the copy, a pinned one pins it."""
         before = resident.standby, resident.pinned
         resident.standby = resident.standby and request.standby
         resident.pinned = resident.pinned or request.pinned
@@ -165,7 +165,7 @@ class Loader:
         return resident
 
     async def _fetch(self, request: Place) -> ModelCard:
-        """Get the model's card, from this disk or else from a peer or the model's source."""
+        """Get the model's card from this disk, or else from a peer or the model's source."""
         known = self.library.local.get(request.model)
         return known if known is not None else await self.weights.card(request.model, request.ref)
 
@@ -181,13 +181,13 @@ class Loader:
         progress(1.0)
 
     def _read(self, resident: ResidentLayers, progress: Callable[[float], None]) -> None:
-        """Map the file and build the weights and the KV pool. Runs on a worker thread."""
+        """Map the model's file and build the weights and the KV pool. Runs on a worker thread."""
         file = self.library.open(resident.card)
         self._files[id(resident)] = file
         layers = resident.layers
 
         def read(share: float) -> None:
-            file.release_pages()  # the backend has its own form of what it read
+            file.release_pages()  # the backend has converted the tensors that it read into its own format
             progress(share)
 
         resident.weights = self.backend.load(
@@ -198,11 +198,11 @@ class Loader:
             head=layers.end == resident.card.spec.layers,
             progress=read,
         )
-        resident.weight_bytes = max(resident.weight_bytes, resident.weights.weight_bytes)  # packing can add to the file's size
+        resident.weight_bytes = max(resident.weight_bytes, resident.weights.weight_bytes)  # packing can enlarge the weights
         resident.pool = KVPool(resident.card.spec, layers, resident.kv_tokens // BLOCK_TOKENS, BLOCK_TOKENS)
 
     def _make_room(self, new: ResidentLayers) -> None:
-        """Release idle layers until the reservation of `new` fits; runs before any memory is allocated for it.
+        """Release idle layers until the memory that `new` reserves is free. Runs before any memory is allocated for `new`.
 
         Idle standby copies are released first, then idle layers of the same model. Nothing is released for a standby copy.
 
@@ -222,13 +222,13 @@ class Loader:
             )
 
     def _releasable(self, new: ResidentLayers) -> list[ResidentLayers]:
-        """List what may be released to make room for `new`, in the order of release."""
+        """List the idle layers that may be released to make room for `new`, in the order of release."""
         standby = [other for other in self.residents if other.gives_way]
         same = [other for other in self.residents.of(new.card.id) if other.state is LoadState.ACTIVE and not other.in_use]
         return standby + [other for other in same if not other.standby]
 
     def _retire_covered(self, new: ResidentLayers) -> None:
-        """Drain older layers that `new` contains. A standby copy does not replace layers that serve."""
+        """Drain older layers that `new` contains, except layers that serve if `new` is a standby copy."""
         for resident in self.residents.of(new.card.id):
             is_covered = resident is not new and resident.layers in new.layers and resident.state is LoadState.ACTIVE
             if is_covered and not (new.standby and not resident.standby):
@@ -236,7 +236,7 @@ class Loader:
         self.sweep()
 
     def sweep(self) -> None:
-        """Release draining layers that no session uses any more. Called whenever a session ends."""
+        """Release draining layers that no session uses any more. Must be called whenever a session ends."""
         for resident in list(self.residents):
             if resident.state is LoadState.DRAINING and not resident.in_use:
                 self._release(resident)
@@ -256,7 +256,7 @@ class Loader:
         return Unplaced(request=message.request, freed_bytes=self.unplace(message.model))
 
     def unplace(self, model: ModelId) -> int:
-        """Drain all layers of a model. Each is released when its last session ends. Returns: bytes freed by that, now or later."""
+        """Drain all layers of a model; they are released when their last session ends. Returns: bytes freed now or then."""
         freed = 0
         for resident in self.residents.of(model):
             if resident.state is LoadState.ACTIVE:

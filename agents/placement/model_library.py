@@ -1,4 +1,4 @@
-"""The models that this peer knows: their cards, and the tokenizer and chat template of each."""
+"""Keeps the models that this peer knows: their cards, tokenizers and chat templates."""
 
 import asyncio
 import hashlib
@@ -26,7 +26,7 @@ log = getLogger(__name__)
 
 _HEADER_TIMEOUT_S = 20.0
 _MAX_HEARD = 64
-"""Cards from other peers that are remembered; the oldest is dropped first."""
+"""Maximum number of cards that are remembered from other peers; the oldest is dropped first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class ModelText:
     def tokens_of(
         self, prompt: tuple[ChatMessage, ...] | str | tuple[int, ...], variables: Mapping[str, Any] | None = None
     ) -> tuple[int, ...]:
-        """Convert a chat, a text or token ids to token ids. `variables` go to the chat template.
+        """Convert a prompt (chat messages, text or token ids) to token ids. The chat template gets `variables`.
 
         Raises: InvalidRequest.
         """
@@ -61,19 +61,19 @@ class ModelText:
 
 @dataclass(slots=True)
 class ModelLibrary:
-    """The models on this peer's disk and those that other peers advertise."""
+    """Knows the models on this peer's disk and the models that other peers advertise."""
 
     links: Links
     store: Store
     adverts: Callable[[], Iterable[Advert]]
-    """Returns the adverts of the live peers; whether this peer's own is among them does not matter."""
+    """Returns the adverts of the live peers, with or without this peer's own."""
     on_change: Callable[[], None]
     local: dict[ModelId, ModelCard] = field(default_factory=dict)
     """Models whose whole file is on this disk."""
     partial: dict[ModelId, ModelCard] = field(default_factory=dict)
     """Models of which this disk has some tensors."""
     _heard: dict[ModelId, ModelCard] = field(default_factory=dict)
-    """Advertised by peers, which may have gone since."""
+    """Cards that peers have advertised. These peers may have gone since."""
     _texts: dict[ModelId, asyncio.Task[ModelText]] = field(default_factory=dict)
 
     def register(self) -> None:
@@ -113,7 +113,7 @@ class ModelLibrary:
     def cards(self) -> dict[ModelId, ModelCard]:
         """Collect the cards of all known models, those on this disk first.
 
-        A model whose only file has gone with its peer stays known while some peer holds layers of it.
+        If the only peer with a model's file has gone, the model stays known while some peer has layers of it.
         """
         adverts = list(self.adverts())
         for advert in adverts:
@@ -125,11 +125,11 @@ class ModelLibrary:
         return {**self.local, **{model: card for model, card in (heard | self.partial).items() if model not in self.local}}
 
     def card_here(self, model: ModelId) -> ModelCard | None:
-        """Returns: the card of a model that is on this disk, whole or in part."""
+        """Returns: the card of a model that is on this disk, whole or in part; None if it is not."""
         return self.local.get(model) or self.partial.get(model)
 
     def now_whole(self, card: ModelCard) -> None:
-        """Record that a model's whole file has come to this disk."""
+        """Record that a model's whole file is on this disk now."""
         self.partial.pop(card.id, None)
         if self.local.get(card.id) != card:
             self.local[card.id] = card
@@ -141,7 +141,7 @@ class ModelLibrary:
             self.on_change()
 
     def open(self, card: ModelCard) -> GgufFile:
-        """Open a model's file or the partial copy of it. Blocks. Raises: ModelFileError, StorageError."""
+        """Open a model's file, or its partial copy. Blocks. Raises: ModelFileError, StorageError."""
         file = self._file_of(card.id)
         if file is None:
             raise ModelFileError(f"the file of {card.name} has gone from this disk")
@@ -162,7 +162,7 @@ class ModelLibrary:
                 del self._heard[next(iter(self._heard))]
 
     def find(self, name: str) -> ModelCard:
-        """Find a model by name, reference or id. Raises: UnknownModel, which lists the nearest names."""
+        """Find a model by name, reference or id. Raises: UnknownModel, whose hint lists similar names."""
         cards = self.cards()
         for card in cards.values():
             if name in (card.name, card.ref, card.id):
@@ -173,7 +173,7 @@ class ModelLibrary:
         raise UnknownModel(f"the model {name!r} does not exist in this cluster", hint=hint)
 
     async def pull(self, ref: str, progress: Callable[[float], None]) -> ModelCard:
-        """Fetch a model from its own source, unless it is on this disk. Returns: its card.
+        """Fetch a model from its own source, unless it is on this disk already. Returns: the model's card.
 
         Raises: UnknownModel, DownloadError, StorageError.
         """
@@ -185,7 +185,7 @@ class ModelLibrary:
         return card
 
     async def text(self, card: ModelCard) -> ModelText:
-        """Get the tokenizer and template, from this disk or else from a peer that has the file. Both are built once and cached.
+        """Get a model's tokenizer and template, from this disk or else from a peer with the file. They are built once and cached.
 
         Raises: NoPeer, PeerFault.
         """
@@ -210,7 +210,7 @@ class ModelLibrary:
             return _text_of(card, file)
 
     async def _fetch_header(self, card: ModelCard) -> bytes:
-        """Fetch the header from the first peer that sends it. Peers with the whole file are asked first, then those with layers.
+        """Fetch the header of a model's file. Asks the peers with the whole file, then the peers with layers, until one sends it.
 
         Raises: NoPeer, PeerFault.
         """
@@ -243,7 +243,7 @@ class ModelLibrary:
 
 
 def holders_of(model: ModelId, adverts: Iterable[Advert]) -> list[PeerId]:
-    """List the peers that have the file, then those that hold layers and so may have a part of it."""
+    """List the peers that have a model's file, then the peers that have loaded layers and so may have a part of the file."""
     known = list(adverts)
     whole = [advert.peer for advert in known if any(card.id == model for card in advert.models)]
     part = [advert.peer for advert in known if any(holding.model == model for holding in advert.holdings)]

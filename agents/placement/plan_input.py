@@ -14,11 +14,11 @@ from meshd.planner.stages import parse_stages, resolve_peer
 from meshd.types import Advert, ModelCard, Objective, PeerId
 
 USUAL_CONTEXT = 16_384
-"""Largest context to reserve KV for, unless a request asks for more."""
+"""Largest context, in tokens, to reserve KV for, unless a request asks for more."""
 LEAST_CONTEXT = 512
-"""Smallest context to reserve KV for, however short memory is."""
+"""Smallest context, in tokens, to reserve KV for. A placement that has no memory for it does not fit."""
 CONTEXTS_OF_KV = 4
-"""How many whole contexts a placement reserves KV for, where memory allows."""
+"""How many whole contexts a placement reserves KV for, if there is enough memory."""
 
 
 def plan_input_of(
@@ -34,7 +34,8 @@ def plan_input_of(
 ) -> PlanInput:
     """Build the input of a search for a placement or a route.
 
-    `standby` includes standby copies; `leaving` includes draining peers.
+    `context` is the number of tokens to have KV for. `prompt_tokens` None means 128 or half the context. `resident_only` uses only
+    loaded layers. `standby` includes standby copies; `leaving` includes draining peers.
 
     Raises: InvalidRequest, NoPeer.
     """
@@ -58,7 +59,7 @@ def repair_input(
 ) -> PlanInput:
     """Build the input of a search that adds layers to a placement.
 
-    Only peers in `among` (None: all) and not in `avoid` may get new layers.
+    Only peers that are in `among` (None: all) and not in `avoid` may get new layers.
     """
     profiles = profiles_from_adverts(adverts, card.id)
     allowed = [profile.id for profile in profiles if (among is None or profile.id in among) and profile.id not in avoid]
@@ -72,7 +73,7 @@ def repair_input(
 
 
 def named_peers(mesh: MeshOptions, profiles: Sequence[PeerProfile]) -> tuple[PeerId, ...] | None:
-    """Resolve the peers that the request names, and skip those that are not in the cluster now.
+    """Resolve the peers that a request names. Skips names of peers that are not in the cluster now.
 
     Returns: None if the request names no peers.
     Raises: NoPeer if none of the named peers is in the cluster.

@@ -14,19 +14,19 @@ from meshd.types import ModelCard
 log = getLogger(__name__)
 
 _GATHER_S = 3.0
-"""Peers that start at the same time are found within this time; placing sooner would leave them out."""
+"""Delay of the first placement, so that peers that start at the same time are found and can take part."""
 _RETRY_S = 5.0
 
 
 @dataclass(slots=True)
 class Preload:
-    """Owns the list of models and their progress, which `/ready` reports."""
+    """Owns the models that the user wants loaded from the start, and their progress, which `/ready` reports."""
 
     wanted: Sequence[str]
     library: ModelLibrary
     placer: PlacementClient
     covered: Callable[[ModelCard], bool]
-    """Whether every layer of a model is served by some live peer."""
+    """Returns whether every layer of a model is served by a live peer."""
     clock: Clock
     done: int = 0
     fetched: float = 0.0
@@ -35,7 +35,7 @@ class Preload:
     async def run(self) -> None:
         """Place the models one after the other.
 
-        A failure that may pass (no peers, too little memory) is retried. A model that can never work is logged and skipped.
+        A failure that may be temporary (no peers, too little memory) is retried. A UsageError is logged and its model is skipped.
         """
         if not self.wanted:
             return
@@ -78,7 +78,7 @@ class Preload:
                 await self.clock.sleep(error.retry_after_s if isinstance(error, Unavailable) else _RETRY_S)
 
     async def _card(self, ref: str) -> ModelCard:
-        """Get the card of a model of the cluster, or fetch the model from its own source."""
+        """Find a model's card in the cluster, or else fetch the model from its own source."""
         try:
             return self.library.find(ref)
         except UnknownModel:

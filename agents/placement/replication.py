@@ -1,9 +1,9 @@
-"""Decides what to load, and on which peer, to keep models placed.
+"""Decides which layers to load, and on which peers, to keep models placed.
 
 `decide` chooses the peers that take over the layers of lost or draining peers, and the peers that get standby copies. `grow`
-decides whether another placement is so much faster that it is worth the loading. `keeper.py` sends the requests.
+finds a placement that is so much faster that it is worth loading. `keeper.py` sends the requests.
 
-House rules of this file: no I/O, no clock. The same adverts give the same requests, and once these are met there are no more.
+House rules of this file: no I/O, no clock. Equal adverts give equal requests. Once all requests are met, there are no new ones.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -25,14 +25,14 @@ from meshd.planner.search.solve import Solution, solve
 from meshd.types import Advert, Holding, LayerRange, ModelCard, ModelId, PeerId, StagePlan, ranges_of
 
 _STAYS_FREE = 0.5
-"""Fraction of a peer's offered memory that must stay free beside a standby copy."""
+"""A standby copy must leave this fraction of a peer's offered memory (free and reserved) free."""
 _GAIN = 0.10
-"""How much faster a new placement must be predicted to be before it is worth the loading."""
+"""A new placement is worth loading if its predicted time per token is shorter by at least this fraction."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class LoadRequest:
-    """Asks a peer to load layers. If the peer has them as a standby copy and `standby` is false, it promotes the copy."""
+    """A request that a peer load layers. If the peer has a standby copy of them and `standby` is false, the copy is promoted."""
 
     peer: PeerId
     model: ModelId
@@ -44,19 +44,19 @@ class LoadRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterState:
-    """All that a decision depends on."""
+    """The input of `decide`."""
 
     adverts: Sequence[Advert]
-    """From the live peers and the suspects."""
+    """Adverts of the live peers and the suspects."""
     cards: Mapping[ModelId, ModelCard]
     lost: Mapping[ModelId, Collection[ServedLayers]] = field(default_factory=dict)
     """See `HoldingHistory.lost`."""
     unplaced: Collection[ModelId] = ()
     """See `HoldingHistory.unplaced`."""
     suspects: Collection[PeerId] = ()
-    """Their layers count as served, but they get no new ones."""
+    """Peers whose layers count as served, but which get no new layers."""
     refused: Collection[tuple[PeerId, ModelId]] = ()
-    """Peers that recently could not load layers of a model, with the model."""
+    """Pairs of a peer and a model of which that peer recently could not load layers."""
     pending: Sequence[LoadRequest] = ()
     """Requests that are sent and not answered yet."""
     copies: int = 2
@@ -69,16 +69,16 @@ class Decision:
 
     requests: tuple[LoadRequest, ...]
     missing: tuple[str, ...]
-    """One message for each model whose lost layers fit nowhere."""
+    """Messages about lost layers that fit on no peers."""
 
 
 def decide(cluster: ClusterState) -> Decision:
-    """Decide what the active models need: first that all their layers are served, then standby copies."""
+    """Decide which layers to load for the active models: first layers that no peer serves, then standby copies."""
     return _Policy(cluster).decide()
 
 
 def orphaned_copies(adverts: Iterable[Advert], unplaced: Collection[ModelId]) -> list[tuple[PeerId, ModelId]]:
-    """Find standby copies of unplaced models: they were still loading when their model was unplaced."""
+    """Find active standby copies of unplaced models. They were still loading when their model was unplaced."""
     return [
         (advert.peer, model)
         for advert in adverts
@@ -87,10 +87,10 @@ def orphaned_copies(adverts: Iterable[Advert], unplaced: Collection[ModelId]) ->
 
 
 def grow(card: ModelCard, adverts: Sequence[Advert]) -> list[LoadRequest]:
-    """Choose what to load to make new sessions of a model clearly faster. Returns: nothing if the placement is pinned.
+    """Choose layers to load that make new sessions of a model clearly faster. Returns: no requests if the placement is pinned.
 
-    The placements are compared by the rates that every device measured when it started. Times measured on loaded layers are left
-    out, because only the peers that have such layers know them.
+    Placements are compared by the rates that every device measured when it started. Times that were measured on loaded layers are
+    ignored, because only peers with such layers have them.
     """
     staying = [advert for advert in adverts if not advert.draining]
     serving = [holding for _, holding in holdings_of(staying, card.id) if holding.state == "active" and not holding.standby]
@@ -110,7 +110,7 @@ def grow(card: ModelCard, adverts: Sequence[Advert]) -> list[LoadRequest]:
 
 
 class _Policy:
-    """One run of `decide`. Each request is applied to the adverts, so that the requests after it assume that it is met."""
+    """One run of `decide`. Each request is applied to the adverts, so that later decisions assume that the request is met."""
 
     def __init__(self, cluster: ClusterState) -> None:
         self._cluster = cluster
@@ -133,12 +133,12 @@ class _Policy:
         return [advert for advert in self._adverts.values() if not advert.draining]
 
     def _lost(self, card: ModelCard) -> list[ServedLayers]:
-        """List the layers that went with lost peers or will go with draining ones."""
+        """List the layers that lost peers served and those that draining peers still serve."""
         leaving = (served_by(advert).get(card.id, ()) for advert in self._adverts.values() if advert.draining)
         return sorted({*self._cluster.lost.get(card.id, ()), *chain.from_iterable(leaving)})
 
     def _promote(self, card: ModelCard, lost: Sequence[ServedLayers]) -> None:
-        """Promote standby copies of layers that no peer serves any more."""
+        """Request that peers promote standby copies of layers that no peer serves any more."""
         holdings = holdings_of(self._staying(), card.id)
         unserved = set(card.layers) - layers_of(holding for _, holding in holdings if not holding.standby)
         copies = ((holding.layers.start, -holding.layers.end, peer, holding) for peer, holding in holdings if holding.standby)
@@ -149,7 +149,7 @@ class _Policy:
                 self._request(LoadRequest(peer, card.id, copy.layers, copy.kv_tokens_total, pinned=pinned))
 
     def _repair(self, card: ModelCard, lost: Sequence[ServedLayers]) -> None:
-        """Place lost layers on other peers, if that makes the model complete again; if not, the model is being unplaced."""
+        """Place lost layers on other peers, if that makes the model complete. Otherwise the model is being unplaced."""
         present = layers_of(holding for _, holding in holdings_of(self._staying(), card.id))
         gone = {layer for entry in lost for layer in entry.layers}
         if present.issuperset(card.layers) or not (present | gone).issuperset(card.layers):
@@ -161,10 +161,10 @@ class _Policy:
                 self._place(card, runs, entry)
 
     def _place(self, card: ModelCard, runs: tuple[LayerRange, ...], lost: ServedLayers) -> None:
-        """Request that peers load lost layers. Peers that hold no other layers of the model come first.
+        """Request that peers load lost layers, preferably peers that have no other layers of the model.
 
-        They are preferred because a route takes only one run of layers from each peer. If KV for a whole context does not fit on
-        them, any peer may be chosen.
+        A route uses only one run of layers of each peer. If KV for a whole context does not fit on the preferred peers, any peer
+        may be chosen.
         """
         serving = {peer for peer, _ in holdings_of(self._staying(), card.id)}
         whole_context = max(LEAST_CONTEXT, lost.kv_tokens // CONTEXTS_OF_KV)
@@ -182,13 +182,13 @@ class _Policy:
     def _choose_stages(
         self, card: ModelCard, runs: tuple[LayerRange, ...], kv_tokens: int, least_tokens: int, avoid: Collection[PeerId] = ()
     ) -> tuple[tuple[StagePlan, ...], int]:
-        """Choose peers for the missing layers. Returns: stages, and the tokens to reserve KV for. Raises: DoesNotFit, NoPeer."""
+        """Choose peers for missing layers. Returns: stages, and how many tokens to reserve KV for. Raises: DoesNotFit, NoPeer."""
         unfit = {peer for peer, model in self._cluster.refused if model == card.id} | set(self._cluster.suspects) | set(avoid)
         problem = repair_input(card, list(self._adverts.values()), avoid=unfit)
         return repair_within(problem, runs, kv_tokens=kv_tokens, least_tokens=least_tokens)
 
     def _copy(self, card: ModelCard) -> None:
-        """Request standby copies of stages that too few peers hold. A copy is a whole stage, so that one peer can take over."""
+        """Request standby copies of stages that too few peers have. A copy is of a whole stage, so that one peer can take over."""
         holdings = holdings_of(self._staying(), card.id)
         if not layers_of(holding for _, holding in holdings if holding.state == "active").issuperset(card.layers):
             return
@@ -212,7 +212,7 @@ class _Policy:
     def _copy_target(self, card: ModelCard, layers: LayerRange, kv_tokens: int) -> PeerId | None:
         """Choose the peer with the most free memory for a standby copy. Returns: None if no peer has enough.
 
-        Peers that serve no other stage of the model come first: the loss of a peer should not take a stage and the copy of another.
+        Peers that serve no other stage of the model come first: one lost peer should not take both a stage and another's copy.
         """
         excluded = exclusions(plan_input_of(card, list(self._adverts.values()), MeshOptions(), context=kv_tokens))
         fitting = []
@@ -240,7 +240,7 @@ class _Policy:
 
 
 def apply_request(advert: Advert, request: LoadRequest, card: ModelCard) -> Advert:
-    """Compute the advert that a peer sends once it has begun to load what it was asked for."""
+    """Compute the advert that a peer sends once it has begun to meet `request`."""
     for place, holding in enumerate(advert.holdings):
         if holding.model == request.model and holding.layers == request.layers and holding.state in HELD:
             updated = msgspec.structs.replace(
@@ -270,7 +270,7 @@ def _needed_bytes(card: ModelCard, peer: PeerId, layers: LayerRange, kv_tokens: 
 
 
 def _reserved_bytes(advert: Advert, cards: Mapping[ModelId, ModelCard]) -> int:
-    """Add up what a peer's holdings reserve. KV of a model without a card is left out, so the peer may look smaller than it is."""
+    """Add up the memory that a peer's holdings reserve. KV of models without a card is left out, so the sum may be too small."""
     kv_bytes = {model: card.kv_bytes_per_token_layer() for model, card in cards.items()}
     return sum(
         holding.weight_bytes + holding.kv_tokens_total * len(holding.layers) * kv_bytes.get(holding.model, 0)
@@ -279,7 +279,7 @@ def _reserved_bytes(advert: Advert, cards: Mapping[ModelId, ModelCard]) -> int:
 
 
 def _without_times(advert: Advert) -> Advert:
-    """Remove the times that were measured on loaded layers."""
+    """Return the advert without the times that were measured on loaded layers."""
     holdings = tuple(
         msgspec.structs.replace(holding, layer_decode_s=None, layer_prefill_s=None, head_s=None) for holding in advert.holdings
     )
@@ -287,7 +287,7 @@ def _without_times(advert: Advert) -> Advert:
 
 
 def _idle(advert: Advert) -> Advert:
-    """Remove measured times, sessions and standby copies: what remains is what serves new sessions."""
+    """Return the advert without measured times and standby copies, and with all KV free, as if no session ran."""
     holdings = tuple(
         msgspec.structs.replace(holding, kv_tokens_free=holding.kv_tokens_total)
         for holding in _without_times(advert).holdings
@@ -297,7 +297,7 @@ def _idle(advert: Advert) -> Advert:
 
 
 def _requests_of(problem: PlanInput, solution: Solution, kv_tokens: int) -> list[LoadRequest]:
-    """Turn a placement into requests, each with KV for `kv_tokens` tokens, or for fewer if the peer's memory is short."""
+    """Turn a placement into requests with KV for `kv_tokens` tokens each, or for fewer if the peer's memory is short."""
     requests = []
     for stage in solution.stages:
         spare = allowed_bytes(problem, problem.profile(stage.peer)) - stage_memory(problem, stage).total_bytes

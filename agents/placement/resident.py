@@ -9,13 +9,13 @@ from meshd.kernels.kv import KVPool
 from meshd.types import Holding, LayerRange, ModelCard, ModelId
 
 _SMOOTHING = 0.05
-"""Weight of one decode step in the running mean, which so follows a change in about 20 steps."""
+"""Weight of one decode step in the running mean, which follows a change within about 20 steps."""
 
 
 class LoadState(Enum):
-    """State of a run of layers; it only moves forward.
+    """The state of a run of layers. It never goes back to an earlier state.
 
-    WARM: the weights are read, and the check step (`warmup.py`) runs. DRAINING: sessions finish, no new one starts.
+    WARM: the weights are read, and the check step (`warmup.py`) runs. DRAINING: running sessions finish, but none starts.
     """
 
     LOADING = "loading"
@@ -33,30 +33,30 @@ class ResidentLayers:
     layers: LayerRange
     kv_tokens: int
     weight_bytes: int
-    """An estimate from the model's card while loading; afterwards at least what the backend reports."""
+    """While loading, an estimate from the model's card; afterwards that or the size that the backend reports, if it is larger."""
     state: LoadState = LoadState.LOADING
     progress: float = 0.0
     weights: LoadedLayers | None = None
     pool: KVPool | None = None
     sessions: int = 0
     standby: bool = False
-    """Whether this is a copy that takes over when another peer with these layers is lost. It is released first to make room."""
+    """Whether this copy serves only when another peer with these layers is lost. A standby copy is the first to be released."""
     pinned: bool = False
-    """A user asked for these layers on this peer."""
+    """Whether the user asked for certain peers, stages or an objective, so that the keeper does not move these layers."""
     layer_decode_s: float | None = None
     layer_prefill_s: float | None = None
     head_s: float | None = None
     steady: bool = True
-    """Whether a token has the same bits alone as in a batch. If not, an answer may change when a recovery computes tokens again."""
+    """Whether a token's output has the same bits alone as in a batch. If not, a recovery that recomputes it can alter an answer."""
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes of weights and KV, including KV that is not written yet."""
+        """Bytes of weights and KV, including KV blocks that are not used yet."""
         return self.weight_bytes + self.kv_tokens * self.card.kv_bytes_per_token_layer() * len(self.layers)
 
     @property
     def in_use(self) -> bool:
-        """Whether a session computes on these layers or has KV in their pool."""
+        """Whether a session uses these layers or has KV in their pool."""
         return self.sessions > 0 or (self.pool is not None and self.pool.blocks_free < self.pool.blocks)
 
     @property
@@ -66,13 +66,13 @@ class ResidentLayers:
 
     @property
     def untouched_bytes(self) -> int:
-        """Bytes that are reserved but not yet allocated: free KV blocks, or everything before the weights are read."""
+        """Bytes that are reserved but not yet allocated: free KV blocks; everything until there is a pool."""
         if self.pool is None:
             return self.reserved_bytes
         return self.pool.blocks_free * self.pool.block_tokens * self.card.kv_bytes_per_token_layer() * len(self.layers)
 
     def observe_decode(self, layers: int, seconds: float) -> None:
-        """Add one decode step to the running mean. `seconds` excludes attention and the head; the step ran `layers` layers."""
+        """Add one decode step of `layers` layers to the running mean. `seconds` excludes attention and the head."""
         per_layer = seconds / layers
         known = self.layer_decode_s
         self.layer_decode_s = per_layer if known is None else known + _SMOOTHING * (per_layer - known)
@@ -98,17 +98,17 @@ class ResidentLayers:
 
 @dataclass(slots=True)
 class ResidentModels:
-    """All resident layers of this peer. Only the loader adds and removes them; the stage host looks them up and counts sessions."""
+    """All resident layers of this peer. Only the loader adds and removes entries; the stage host finds them and counts sessions."""
 
     attention_bytes_s: float
-    """Measured by the device probe. `observe_decode` uses it to subtract attention from the time of a step."""
+    """Attention rate that the device probe measured. `observe_decode` uses it to subtract attention from the time of a step."""
     entries: list[ResidentLayers] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[ResidentLayers]:
         return iter(self.entries)
 
     def find(self, model: ModelId, layers: LayerRange) -> ResidentLayers | None:
-        """Find the active entry that contains these layers; of several, the one with the most free KV."""
+        """Find the active entry that contains these layers, the one with the most free KV. Returns: None if there is none."""
         fitting = [
             resident
             for resident in self.entries
@@ -120,7 +120,7 @@ class ResidentModels:
         return [resident for resident in self.entries if resident.card.id == model]
 
     def observe_decode(self, resident: ResidentLayers, layers: int, position: int, seconds: float) -> None:
-        """Record one decode step that ran `layers` layers and read the KV of `position` tokens."""
+        """Record one decode step that ran `layers` layers of `resident` and read the KV of `position` tokens."""
         kv_bytes = position * resident.card.kv_bytes_per_token_layer() * layers
         resident.observe_decode(layers, max(0.0, seconds - kv_bytes / self.attention_bytes_s))
 

@@ -1,4 +1,4 @@
-"""The check step of freshly loaded layers: their output must be finite, and the measured times go to the planner."""
+"""The check step of layers that were just loaded: checks that their output is finite, and measures times for the planner."""
 
 import time
 
@@ -13,13 +13,13 @@ from meshd.kernels.kv import BlockTable, KVPool
 _PREFILL_TOKENS = 32
 _DECODE_STEPS = 16
 _COMPARED = 4
-"""Tokens that are also computed alone, to compare their bits with those of the batch."""
+"""Number of tokens that are also computed alone, to compare their bits with the result in a batch."""
 
 
 def warm_up(resident: ResidentLayers) -> None:
-    """Prefill and decode a few tokens, and set the measured times and `steady`. Runs on the compute thread.
+    """Prefill and decode a few tokens, and set the times and `steady` of `resident`. Runs on the compute thread.
 
-    Each time is the minimum of several runs: the first run includes what the backend builds lazily, and other work on the device
+    Each time is the minimum of several runs: in the first run the backend still builds some objects, and other work on the device
     can only make a run slower.
 
     Raises: ModelFileError if the output is not finite; OutOfMemory.
@@ -49,13 +49,13 @@ def warm_up(resident: ResidentLayers) -> None:
 def _is_steady(
     stage: Stage, pool: KVPool, hidden: npt.NDArray[np.float32], table: BlockTable, together: npt.NDArray[np.float32]
 ) -> bool:
-    """Compare the bits of tokens computed alone with their bits in the batch `together`."""
+    """Compare the last tokens computed alone with their output in the batch (`together`). Returns: whether all bits are equal."""
     alone = range(len(hidden) - _COMPARED, len(hidden))
     return all((_run(stage, pool, hidden[at : at + 1], table, at)[0] == together[at]).all() for at in alone)
 
 
 def _hidden(resident: ResidentLayers, stage: Stage, tokens: int) -> npt.NDArray[np.float32]:
-    """Make input for the layers: embedded tokens for the first stage, else noise."""
+    """Make the layers' input: embedded tokens if they start at layer 0, random numbers otherwise."""
     if resident.layers.start == 0:
         return stage.embed(np.arange(tokens, dtype=np.int32) % resident.card.spec.vocab)
     return np.random.Generator(np.random.Philox(0)).standard_normal((tokens, resident.card.spec.hidden), dtype=np.float32)
@@ -64,7 +64,7 @@ def _hidden(resident: ResidentLayers, stage: Stage, tokens: int) -> npt.NDArray[
 def _run(
     stage: Stage, pool: KVPool, hidden: npt.NDArray[np.float32], table: BlockTable, start: int
 ) -> tuple[npt.NDArray[np.float32], float]:
-    """Run one step. Returns: its output and its seconds."""
+    """Run one step. Returns: its output, and the seconds that it took."""
     began = time.perf_counter()
     out = stage.forward(hidden, [Segment(table=table, start=start, tokens=len(hidden))], pool)
     return out, time.perf_counter() - began

@@ -1,1 +1,1 @@
-"""Weight tensors fetched from and served to other peers."""
+"""Fetches weight tensors from other peers and serves them to other peers."""

@@ -1,9 +1,9 @@
-"""Schedules which chunk of a model's file is fetched from which peer. Pure: no I/O, no clock.
+"""Decides which chunk of a model's file is fetched from which peer. Pure: no I/O, no clock.
 
-Missing parts are joined into ranges of a few MiB, and each range is checked when its last chunk is written. A source owns a range
-and is asked for its chunks, two at a time. When no range is free, the source is asked for chunks of other sources' ranges. At the
-end it is asked for chunks that another source is late with. So all sources finish at about the same time, however fast their links
-are.
+Missing parts of the file are joined into ranges of a few MiB, and each range is checked when its last chunk is written. A source
+(a peer that has parts) owns one range at a time and is asked for that range's chunks, two at a time. When every range has an owner,
+a source is asked for chunks of other sources' ranges; when all chunks are asked for, for chunks that another source is late with.
+So all sources finish at about the same time, however fast their links are.
 """
 
 from collections import Counter
@@ -27,17 +27,17 @@ from meshd.models.files.manifest import Part, layer_of
 from meshd.types import PeerId
 
 IN_FLIGHT = 2
-"""Chunks that one source is asked for at once: the second is in transit while the first is written."""
+"""Number of chunks that one source is asked for at once: while one is written, the next is in transit."""
 RANGE_BYTES = 4 << 20
-"""Parts are joined into ranges of up to this size; a larger tensor is a range of its own."""
+"""Parts are joined into ranges of up to this size. A larger part is a range of its own."""
 LATE_S = 1.0
-"""A chunk that is unanswered for this long is also asked of another source, once no other chunk is left to ask for."""
+"""A source is late with a chunk after this time. Another source is then also asked for it, once all chunks are asked for."""
 
 
 def file_ranges(parts: Sequence[Part], wanted: Iterable[int]) -> list[FileRange]:
     """Join the wanted parts into ranges, in the file's order.
 
-    No range crosses the end of a layer, so a peer that has a layer has all of each of its ranges.
+    A range contains parts of one layer, or one part outside the layers. So a peer that has a layer has all of its ranges.
     """
     ranges: list[FileRange] = []
     for index in sorted(wanted):
@@ -55,7 +55,7 @@ def _joins(before: Part, part: Part) -> bool:
 
 
 class ChunkSchedule:
-    """Holds the transfers of all ranges of one fetch, and the sources that take part."""
+    """Owns the transfers of all ranges of one fetch, and knows which sources take part."""
 
     def __init__(self, ranges: Iterable[FileRange]) -> None:
         self.transfers = [RangeTransfer(number, one) for number, one in enumerate(ranges)]
@@ -78,14 +78,14 @@ class ChunkSchedule:
         return frozenset(part for transfer in unoffered for part in transfer.file_range.parts)
 
     def join(self, source: PeerId, have: Iterable[int] | None) -> None:
-        """Add a source that has these parts (None: all), or update the parts of a source.
+        """Add a source that has these parts (None: all), or update the parts of a known source.
 
-        A source that left may join again only after it has answered all that it was asked before.
+        A source that left may join again only after all requests to it have been answered or have failed.
         """
         self._have[source] = None if have is None else frozenset(have)
 
     def leave(self, source: PeerId, *, banned: bool = False) -> None:
-        """Remove a source; others get its open chunks. If `banned`, unchecked ranges with bytes from it are fetched again."""
+        """Remove a source; its open chunks go to others. If `banned`, incomplete ranges with bytes from it are fetched again."""
         if source not in self._have:
             return
         del self._have[source]
@@ -95,7 +95,7 @@ class ChunkSchedule:
             transfer.handle(SourceLeft(source, banned))
 
     def next(self, source: PeerId, now: float) -> Chunk | None:
-        """Choose the next chunk to ask this source for. Returns: None if there is none, or if `IN_FLIGHT` chunks are open."""
+        """Choose the next chunk to ask this source for. Returns: None if there is none, or if `IN_FLIGHT` are open already."""
         if source not in self._have or self._asked[source] >= IN_FLIGHT:
             return None
         asked = self._unasked(source, now) or self._late(source, now)
@@ -109,7 +109,7 @@ class ChunkSchedule:
         return asked.chunk
 
     def accept(self, source: PeerId, chunk: Chunk) -> bool:
-        """Take a source's answer. Returns: whether to write its bytes; False if another source was faster."""
+        """Accept a source's chunk. Returns: whether to write its bytes; False if they are no longer needed from this source."""
         transfer = self.transfers[chunk.transfer]
         self._answered(source)
         if source not in self._have or not transfer.awaits(chunk, source):
@@ -118,12 +118,12 @@ class ChunkSchedule:
         return True
 
     def give_back(self, source: PeerId, chunk: Chunk) -> None:
-        """Return a chunk that a source could not send this time."""
+        """Make a chunk available again, because a source was too busy to send it."""
         self._answered(source)
         self.transfers[chunk.transfer].handle(ChunkRefused(chunk, source))
 
     def written(self, chunk: Chunk) -> RangeTransfer | None:
-        """Record that a chunk's bytes are on the disk. Returns: the transfer to check now, if that was its last chunk."""
+        """Record that a chunk's bytes are on the disk. Returns: the transfer to check, if this was its last chunk; else None."""
         transfer = self.transfers[chunk.transfer]
         return transfer if transfer.handle(ChunkWritten()) else None
 
@@ -135,9 +135,9 @@ class ChunkSchedule:
             del self._own[source]
 
     def corrupt(self, transfer: RangeTransfer) -> PeerId | None:
-        """Record that a part has a wrong hash; the range is fetched again, from one source alone.
+        """Record that a part of a range has a wrong hash. The range is fetched again, from one source alone.
 
-        Returns: the source that sent the range, if there was only one; it is to be banned.
+        Returns: the source to ban, if only one source sent the range; else None.
         """
         return next((command.source for command in transfer.handle(RangeCorrupt()) if isinstance(command, BanSource)), None)
 
@@ -159,8 +159,8 @@ class ChunkSchedule:
     def _unasked(self, source: PeerId, now: float) -> ChunkAsked | None:
         """Choose a chunk that no source has been asked for.
 
-        It is the next one of the source's own range, else the first one of a free range, else the last one of the range with the
-        most such chunks.
+        That is the next chunk of the source's own range; else the first chunk of a range without an owner; else the last chunk of
+        the range with the most such chunks.
         """
         own = self._own.get(source)
         if own is not None and own.owner == source and own.todo and not own.restarting:
@@ -179,7 +179,7 @@ class ChunkSchedule:
         return ChunkAsked(fullest.todo[-1], source, now) if fullest is not None else None
 
     def _late(self, source: PeerId, now: float) -> ChunkAsked | None:
-        """Choose a chunk that one other source, and only one, is late with."""
+        """Choose a chunk that exactly one other source was asked for, if that source is late with it."""
         for transfer in self._open.values():
             if transfer.alone or transfer.restarting or not self._has(source, transfer):
                 continue

@@ -22,25 +22,25 @@ log = getLogger(__name__)
 
 _CHUNK_S = 20.0
 _LOOK_S = 0.25
-"""Interval of looking for new sources, and for sources that have more parts than before."""
+"""Interval between checks for new sources, and for sources that have more parts than before."""
 _PAUSE_S = 0.5
 """Delay before a source that is busy or has failed is asked again."""
 _MAX_FAILURES = 5
 _PATIENCE_S = 2.0
-"""How long a part may be missing on every live peer before the fetch fails: a broken link is usually back by then."""
+"""The fetch fails when no live peer has had some part for this long: a broken link is usually back by then."""
 _FLUSH_BYTES = 16 << 20
 _FLUSH_S = 1.0
-"""The copy's record on the disk is written after this many bytes or seconds: parts that are not recorded are fetched again after a
-crash."""
+"""The copy's record on the disk is written after `_FLUSH_BYTES` or `_FLUSH_S`. Parts that are not recorded are fetched again after
+a crash."""
 
 
 class ManifestConflict(NoPeer):
-    """Some peers have a different file under this model's id than the one that the partial copy is of."""
+    """Some peers have another file under this model's id than the one that the partial copy was begun from."""
 
 
 @dataclass(slots=True)
 class WeightFetch:
-    """Fills a partial copy that is open for writing. An instance is run once."""
+    """Fetches parts into a partial copy that is open for writing. Each instance runs once."""
 
     links: Links
     sources: WeightSources
@@ -49,7 +49,7 @@ class WeightFetch:
     schedule: ChunkSchedule
     meter: ProgressMeter
     received_bytes: Counter[PeerId] = field(default_factory=Counter)
-    """Bytes from each source."""
+    """Bytes of weights received from each source."""
     _conflicting: set[PeerId] = field(default_factory=set)
     """Peers that have another file under this model's id."""
     _tasks: dict[PeerId, asyncio.Task[None]] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class WeightFetch:
     _digest: str = ""
 
     async def run(self) -> None:
-        """Fetch until all parts are here, checked and recorded.
+        """Fetch until all parts of `schedule` are on this disk, checked and recorded.
 
         Raises: NoPeer when no live peer has a missing part, ManifestConflict if some peers have another file; StorageError.
         Cancel: the parts that have arrived are kept.
@@ -81,7 +81,7 @@ class WeightFetch:
                 await in_thread(self.meter, self.copy.flush)
 
     async def _drive(self) -> None:
-        obtainable_at = self.clock.monotonic()  # when every missing part had, or could have had, a source
+        obtainable_at = self.clock.monotonic()  # the last time when each missing part had a source or might get one
         while not self.schedule.done:
             self._wake.clear()
             missing = self.schedule.unoffered()
@@ -103,7 +103,7 @@ class WeightFetch:
         return f"{names[0]} and {len(names) - 1} more tensors" if len(names) > 1 else names[0]
 
     def _start_sources(self, *, everyone: bool) -> None:
-        """Start a task for each source that has none. Re-raises an unexpected exception of a task that has ended."""
+        """Start a task for each source without one. Raises: any unexpected exception of a task that has ended."""
         for peer, task in list(self._tasks.items()):
             if task.done():
                 del self._tasks[peer]
@@ -115,7 +115,7 @@ class WeightFetch:
                 self._tasks[peer] = loop.create_task(self._use(peer), name=f"weights from {peer:.8}")
 
     async def _use(self, peer: PeerId) -> None:
-        """Fetch from one source until all parts are here or the source fails."""
+        """Fetch from one source until all parts are on this disk or the source fails."""
         try:
             await self._fetch_from(peer)
         except (ModelFileError, ProtocolViolation) as error:
@@ -152,7 +152,7 @@ class WeightFetch:
                     break  # a source with a partial copy may have more parts by now
 
     async def _request_chunks(self, peer: PeerId) -> None:
-        """Keep `IN_FLIGHT` requests to a source open until the schedule has no chunk for it.
+        """Keep `IN_FLIGHT` requests to a source open until the schedule has no more chunk for the source.
 
         When one request fails, the others are not cancelled: bytes that are being written must be on the disk when this returns.
         """
@@ -162,7 +162,7 @@ class WeightFetch:
                 raise outcome
 
     async def _request_each(self, peer: PeerId) -> None:
-        """Request one chunk after the other."""
+        """Request and write one chunk after another, until the schedule has no more."""
         while (chunk := self.schedule.next(peer, self.clock.monotonic())) is not None:
             try:
                 data = await self._ask(peer, chunk)
@@ -184,7 +184,7 @@ class WeightFetch:
             await self._check(transfer)
 
     async def _ask(self, peer: PeerId, chunk: Chunk) -> memoryview | None:
-        """Request a chunk. Returns: its bytes; None if the source is busy. Raises: PeerFault."""
+        """Request a chunk from a source. Returns: the chunk's bytes; None if the source is busy. Raises: PeerFault."""
         request = FetchWeights(
             request=self.links.next_request(), model=self.copy.about.id, offset=chunk.offset, length=chunk.length
         )
@@ -199,7 +199,7 @@ class WeightFetch:
         return data
 
     async def _check(self, transfer: RangeTransfer) -> None:
-        """Hash a complete range. On a wrong hash, ban its sender if there was only one, and fetch the range again."""
+        """Hash a complete range. On a wrong hash, have the range fetched again, and ban its sender if there was only one."""
         wrong = await in_thread(self.meter, self._first_wrong, transfer)
         if wrong is None:
             self.copy.keep(transfer.file_range.parts)
@@ -217,13 +217,13 @@ class WeightFetch:
             self.schedule.leave(corrupt_sender, banned=True)
 
     def _first_wrong(self, transfer: RangeTransfer) -> str | None:
-        """Returns: the name of the first part with a wrong hash (the header's is empty); None if all are right."""
+        """Returns: the name of the first part with a wrong hash (empty for the header); None if all hashes are right."""
         parts = self.copy.about.manifest.parts
         wrong = (index for index in transfer.file_range.parts if not self.copy.is_right(index, lambda count: self.meter.advance(0)))
         return next((parts[index].name for index in wrong), None)
 
     async def _flush(self, size_bytes: int) -> None:
-        """Count the bytes, and write the copy's record to the disk now and then."""
+        """Count `size_bytes`, and write the copy's record to the disk after `_FLUSH_BYTES` or `_FLUSH_S`."""
         self._unflushed += size_bytes
         now = self.clock.monotonic()
         if self._unflushed >= _FLUSH_BYTES or now - self._flushed_at >= _FLUSH_S:

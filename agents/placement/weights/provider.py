@@ -1,14 +1,14 @@
-"""Gets the weights that this peer needs onto its disk.
+"""Makes sure that the weights that this peer needs are on its disk.
 
 A peer without a model's file fetches the header and the tensors of its own layers from peers that have them. If no peer has a
 tensor, it fetches the whole file from the model's own source.
 
 Trust. A model's id is the hash of its whole file, which a peer with only some tensors can't compute. So a peer trusts its cluster
-for the manifest (the list of all tensors with their hashes), but trusts no peer for bytes: it hashes each tensor before it uses it
-or sends it on. A peer with the whole file checked the file against the id and computes the manifest itself; a peer with a partial
-copy repeats the manifest that it was sent. If peers send different manifests, the one that most peers with the whole file sent
-counts; if these are equal in number, the one that most peers with a partial copy sent. On a tie the model's own source is used. A
-copy that has all tensors is hashed as a whole: if the hash is the model's id it becomes an ordinary model, otherwise it is deleted.
+for the manifest (the list of all tensors with their hashes), but trusts no peer for bytes: it hashes each tensor before it uses or
+serves the tensor. A peer with the whole file has checked the file against the id and computes the manifest itself; a peer with a
+partial copy serves the manifest that it received. If peers send different manifests, the one from most peers with the whole file is
+used; if that is a tie, the one from most peers with a partial copy; if that is a tie too, the model's own source. A partial copy
+that has all tensors is hashed as a whole: if the hash is the model's id, the copy becomes an ordinary model, else it is deleted.
 """
 
 import asyncio
@@ -31,12 +31,12 @@ from meshd.types import LayerRange, ModelCard, ModelId, PeerId
 log = getLogger(__name__)
 
 Progress = Callable[[float], None]
-"""Receives the fraction that is done, 0 to 1. Called on the event loop."""
+"""Called on the event loop with the fraction that is done, 0 to 1."""
 
 
 @dataclass(slots=True)
 class WeightProvider:
-    """Makes sure that weights are on this disk."""
+    """Fetches cards and weights that are not on this disk."""
 
     links: Links
     library: ModelLibrary
@@ -57,7 +57,7 @@ class WeightProvider:
             return await self._pull(model, ref, lambda share: None, error)
 
     async def fill(self, card: ModelCard, ref: str, layers: LayerRange, progress: Progress) -> None:
-        """Fetch the tensors that a backend reads for these layers, unless they are on this disk.
+        """Fetch the tensors that a backend reads for these layers and that are not on this disk.
 
         Raises: DownloadError if neither a peer nor the model's own source has the missing tensors; ModelFileError, StorageError.
         Cancel: the tensors that have arrived are kept, and the next call fetches only the rest.
@@ -73,7 +73,7 @@ class WeightProvider:
             await self._pull(card.id, ref, progress, error)
 
     async def _begin(self, model: ModelId) -> tuple[PartialCopy, ModelCard]:
-        """Open the partial copy on this disk, or begin one by fetching the header.
+        """Find the partial copy on this disk, or begin one by fetching the header. Returns: the copy and its card.
 
         Raises: NoPeer, ModelFileError, StorageError.
         """
@@ -153,7 +153,7 @@ class WeightProvider:
         return frozenset(fetch.received_bytes)
 
     async def _adopt(self, copy: PartialCopy, card: ModelCard, senders: Iterable[PeerId]) -> None:
-        """Make a complete copy an ordinary model. Raises: ModelFileError if its hash is not the model's id; StorageError."""
+        """Make a complete copy an ordinary model. Raises: StorageError; ModelFileError, with `senders` banned, on a wrong hash."""
         meter = ProgressMeter(card.name, lambda step: None)
         meter.begin(PullPhase.CHECKING, total=copy.about.manifest.size)
         try:
@@ -167,7 +167,7 @@ class WeightProvider:
         self.library.now_whole(card)
 
     async def _pull(self, model: ModelId, ref: str, progress: Progress, because: MeshdError) -> ModelCard:
-        """Fetch the whole file from the model's own source; `because` is why no peer could help."""
+        """Fetch the whole file from the model's own source. `because` is the error that made all peers unusable."""
         log.info("%s is fetched from its own source: %s", ref, because)
         try:
             card = await self.library.pull(ref, progress)
@@ -181,7 +181,7 @@ class WeightProvider:
 
 
 def _rising_share(progress: Progress) -> Callable[[PullProgress], None]:
-    """Wrap `progress` so that it is called only when the fraction has grown."""
+    """Wrap `progress` so that it is called only when the fraction is larger than before."""
     last = -1.0
 
     def report(step: PullProgress) -> None:

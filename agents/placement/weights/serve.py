@@ -1,6 +1,7 @@
-"""Serves weights to other peers: the list of tensors that this peer has, their hashes and their bytes.
+"""Serves weights to other peers: the list of the tensors that this peer has, the tensors' hashes and their bytes.
 
-They come from a model's whole file, or from a partial copy whose parts were checked. While sessions run here, the rate is limited.
+The bytes come from a model's whole file, or from checked parts of a partial copy. While sessions run on this peer, the rate is
+limited.
 """
 
 import asyncio
@@ -28,11 +29,11 @@ from meshd.protocol.messages import FetchManifest, FetchWeights, ManifestData, W
 from meshd.types import LinkStats, ModelId, PeerId
 
 SHARE = 0.3
-"""Fraction of a link's measured bandwidth that weights may use while sessions run here."""
+"""Fraction of a link's measured bandwidth that weights may use while sessions run on this peer."""
 _UNMEASURED_BYTES_S = 10e6
 """Bandwidth that is assumed for a link without a measurement."""
 _LONGEST_WAIT_S = 10.0
-"""A request that would have to wait longer is refused; the peer sends it again later."""
+"""A request that would have to wait longer is refused; the requesting peer sends it again later."""
 _HASHING_WAIT_S = 2.0
 """How long a request waits for the hashes of a file before it is answered with NotReady."""
 _HASHING_NICE = 10
@@ -41,7 +42,7 @@ _MAX_OPEN = 64
 
 @dataclass(slots=True)
 class RateLimiter:
-    """Delays weights for all peers together, so that the activations of running sessions find the links free."""
+    """Limits the rate of weights to all peers together, so that activations of running sessions don't wait for them."""
 
     clock: Clock
     busy: Callable[[], bool]
@@ -78,7 +79,7 @@ class _Opened:
         return self.copy.is_fresh() if self.copy is not None else self.stamp == stamp_of(self.path)
 
     def check(self, offset: int, end: int) -> None:
-        """Check that all these bytes are on this disk. Raises: InvalidRequest."""
+        """Check that the bytes from `offset` to `end` are on this disk. Raises: InvalidRequest if not."""
         here = end <= self.size if self.copy is None else self.copy.covers(offset, end)
         if not here:
             raise InvalidRequest(f"bytes {offset} to {end} of this model are not here")
@@ -123,7 +124,7 @@ class WeightServer:
         return Offer(copy.about.manifest, tuple(sorted(copy.have)))
 
     async def _manifest_of(self, stored: StoredModel) -> Manifest:
-        """Get a model's manifest, which is made once and cached. Raises: NotReady while the file is being hashed."""
+        """Get a model's manifest, which is made once and cached. Raises: NotReady if that takes over `_HASHING_WAIT_S`."""
         task = self._manifests.get(stored.id)
         if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
             task = asyncio.get_running_loop().create_task(self._make_manifest(stored), name=f"hash {stored.name}")
@@ -163,7 +164,7 @@ class WeightServer:
         return read_range(opened.path, offset, length)
 
     def _open(self, model: ModelId) -> _Opened:
-        """Find the file; check it again if it has changed on the disk. Raises: UnknownModel, ModelFileError, StorageError."""
+        """Find a model's file, and check it if it has changed on the disk. Raises: UnknownModel, ModelFileError, StorageError."""
         stored = self.library.store.get(model)
         if stored is not None:
             stamp = stamp_of(stored.path)
@@ -182,6 +183,6 @@ class WeightServer:
 
 
 def _lower_priority() -> None:
-    """Let the threads that compute answers run before this one."""
+    """Lower this thread's priority, so that the threads that compute answers run first."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _HASHING_NICE)

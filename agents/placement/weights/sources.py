@@ -1,4 +1,4 @@
-"""Finds the peers that have weights of a model, and the manifest that most of them agree on."""
+"""Finds the peers that have weights of a model (its sources), and the manifest that most of them agree on."""
 
 import asyncio
 from collections.abc import Callable, Iterable
@@ -17,21 +17,21 @@ from meshd.types import Advert, LinkStats, ModelId, PeerId
 log = getLogger(__name__)
 
 MAX_SOURCES = 8
-"""How many peers are asked at once: those with the whole file first, then those with the best links."""
+"""Maximum number of sources of one fetch: peers with the whole file first, then peers with layers, each by bandwidth."""
 _ANSWER_S = 10.0
 _RETRY_S = 0.3
-"""Interval of asking a source again while it hashes its file."""
+"""Interval between requests to a source while it hashes its file."""
 _HASHING_S = 900.0
 """Longest time that a source may take to hash its file."""
 _GRACE_S = 2.0
-"""How long the other sources may still answer after the first one has."""
+"""How long to wait for answers of other sources after the first answer."""
 _BAN_S = 600.0
 _MAX_NAME = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class SourceAnswer:
-    """What one source has of a model."""
+    """The parts of a model that one source has, and its manifest."""
 
     offer: Offer
     about: CopyInfo
@@ -46,16 +46,16 @@ class WeightSources:
     me: PeerId
     links: Links
     adverts: Callable[[], Iterable[Advert]]
-    """Returns the adverts of the other live peers."""
+    """Returns the adverts of the live peers, with or without this peer's own."""
     names: Callable[[PeerId], str]
     clock: Clock
     link_stats: Callable[[], dict[PeerId, LinkStats]]
     _banned: dict[PeerId, float] = field(default_factory=dict)
 
     def candidates(self, model: ModelId, *, everyone: bool = False) -> list[PeerId]:
-        """List the peers with the model's file, then those with its layers, each group by bandwidth to this peer.
+        """List up to `MAX_SOURCES` peers: those with the model's file, then those with its layers, each group by bandwidth to here.
 
-        With `everyone`, all other peers follow, because they may have tensors on their disks that they have not loaded.
+        With `everyone`, all other live peers follow, because their disks may have tensors that they have not loaded.
         """
         known = {advert.peer: advert for advert in self.adverts() if advert.peer != self.me and not self.is_banned(advert.peer)}
         whole = {peer for peer, advert in known.items() if any(card.id == model for card in advert.models)}
@@ -67,12 +67,12 @@ class WeightSources:
         return sorted(known if everyone else whole | part, key=rank)[:MAX_SOURCES]
 
     def _bandwidth(self, advert: Advert) -> float:
-        """The bandwidth from a peer to this one as the peer measured it, or else of the opposite direction as measured here."""
+        """Returns: bytes/s from a peer to this one as that peer measured it, or else in the other direction; 0 if unmeasured."""
         stats = advert.links.get(self.me) or self.link_stats().get(advert.peer)
         return stats.bandwidth_bytes_s if stats is not None else 0.0
 
     def ban(self, peer: PeerId, why: str) -> None:
-        """Stop using a peer as a source for `_BAN_S`, because it sent wrong data."""
+        """Stop using a peer as a source for `_BAN_S`, because the peer sent wrong data."""
         log.warning("%s (%.8s) is not asked for weights any more: %s", self.names(peer), peer, why)
         self._banned[peer] = self.clock.monotonic() + _BAN_S
 
@@ -84,7 +84,7 @@ class WeightSources:
         return until is not None
 
     async def ask(self, peer: PeerId, model: ModelId) -> SourceAnswer:
-        """Ask a source which tensors it has, and wait while it hashes its file.
+        """Ask a source for its manifest and which parts it has, and wait while it hashes its file.
 
         Raises: PeerFault, Overloaded; ModelFileError if the manifest is invalid.
         """
@@ -108,11 +108,11 @@ class WeightSources:
         return SourceAnswer(offer, about, offer.manifest.digest)
 
     async def agreed(self, model: ModelId) -> tuple[CopyInfo, frozenset[PeerId]]:
-        """Choose the manifest that most sources sent. Peers with the whole file count first, since the others only repeat.
+        """Choose the manifest that most peers with the whole file sent. Peers with a partial copy only decide between equal votes.
 
         Sources that sent another manifest are banned.
 
-        Returns: what the copy is made of, and the sources that agree on it.
+        Returns: the data to begin a partial copy with, which includes the manifest, and the sources that sent this manifest.
         Raises: NoPeer if no source answers; ModelFileError on a tie.
         """
         answers = await self._ask_all(model, self.candidates(model))
@@ -135,7 +135,7 @@ class WeightSources:
         return next(iter(agreeing.values())), frozenset(agreeing)
 
     async def _ask_all(self, model: ModelId, peers: list[PeerId]) -> dict[PeerId, SourceAnswer]:
-        """Ask all peers at once. Returns: the answers that come within `_GRACE_S` of the first one, in the order of `peers`."""
+        """Ask all peers at once. Returns: the answers until `_GRACE_S` after the first one, in the order of `peers`."""
         loop = asyncio.get_running_loop()
         asked = {loop.create_task(self._try(peer, model), name=f"ask {peer:.8} for weights"): peer for peer in peers}
         answers: dict[PeerId, SourceAnswer] = {}
@@ -164,6 +164,6 @@ class WeightSources:
         return None
 
     def log_refusal(self, peer: PeerId, error: MeshdError) -> None:
-        """Log that a source sends nothing more. That it never had anything of the model is only worth a debug line."""
+        """Log that a source failed. If it has nothing of the model, the line has level DEBUG."""
         nothing = isinstance(error, RemoteFailure) and error.remote_code == UnknownModel.code
         log.log(DEBUG if nothing else INFO, "%s (%.8s) gives no more weights: %s", self.names(peer), peer, error)

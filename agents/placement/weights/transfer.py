@@ -1,8 +1,8 @@
 """The transfer of one range of a model's file: a pure state machine, events in and commands out.
 
 WANTED --ChunkAsked--> COMING --ChunkWritten, the last one--> CHECKING --RangeVerified--> HERE
-COMING --SourceLeft--> WANTED, if the source's bytes can't be trusted, or no other source may complete them
-CHECKING --RangeCorrupt--> WANTED, and then from one source alone: a second wrong hash identifies the sender
+COMING --SourceLeft--> WANTED, if the source has sent a chunk, and was banned or had to send the whole range alone
+CHECKING --RangeCorrupt--> WANTED; then one source has to send the whole range alone, so a second wrong hash identifies it
 """
 
 from collections import deque
@@ -14,11 +14,11 @@ from meshd.agents.machine import Machine, Transition
 from meshd.types import PeerId
 
 CHUNK_BYTES = 256 << 10
-"""Size of one request. It is small because an activation on the same link may have to wait for one chunk."""
+"""Maximum size of a chunk. It is small because an activation on the same link may have to wait for one chunk."""
 
 
 class TransferState(Enum):
-    """Progress of a range: not asked for, being fetched, being hashed, on the disk."""
+    """State of a range: not asked for, being fetched, being hashed, or complete and checked on this disk."""
 
     WANTED = "wanted"
     COMING = "coming"
@@ -33,14 +33,14 @@ class Chunk:
     transfer: int
     """Number of the range's transfer."""
     round: int
-    """Incremented each time the range is fetched again, so that late answers of an earlier round are recognised."""
+    """Incremented each time the range is fetched again, so that a late answer to an earlier round is recognised."""
     offset: int
     length: int
 
 
 @dataclass(frozen=True, slots=True)
 class FileRange:
-    """Adjacent parts of the file."""
+    """Adjacent parts of a model's file. `parts` are their indices in the manifest."""
 
     parts: tuple[int, ...]
     offset: int
@@ -55,7 +55,7 @@ class ChunkAsked:
     source: PeerId
     now: float
     owns: bool = False
-    """The source takes the whole range as its own."""
+    """Whether the source becomes the owner of the chunk's range."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class ChunkWritten:
 
 @dataclass(frozen=True, slots=True)
 class SourceLeft:
-    """A source is gone, or is `banned` because it sent wrong bytes."""
+    """A source is gone, or was `banned` because it sent wrong bytes."""
 
     source: PeerId
     banned: bool
@@ -89,12 +89,12 @@ class SourceLeft:
 
 @dataclass(frozen=True, slots=True)
 class RangeVerified:
-    """All parts have the right hashes."""
+    """All parts of the range have the right hashes."""
 
 
 @dataclass(frozen=True, slots=True)
 class RangeCorrupt:
-    """A part has a wrong hash."""
+    """A part of the range has a wrong hash."""
 
 
 Event = ChunkAsked | ChunkArrived | ChunkRefused | ChunkWritten | SourceLeft | RangeVerified | RangeCorrupt
@@ -125,12 +125,12 @@ class RangeTransfer(Machine[Event, Command]):
     round: int = 0
     owner: PeerId | None = None
     alone: bool = False
-    """All chunks must come from the owner."""
+    """Whether all chunks must come from the owner."""
     restarting: bool = False
-    """A new round begins as soon as the writes of this one are done."""
+    """Whether a new round begins as soon as the writes of this round are done."""
     todo: deque[Chunk] = field(default_factory=deque)
     in_flight: dict[Chunk, dict[PeerId, float]] = field(default_factory=dict)
-    """For each chunk that was asked for, the sources and the time at which each was asked."""
+    """For each chunk that is asked for and not received, the sources that were asked, each with the time."""
     writing: int = 0
     written: int = 0
     senders: set[PeerId] = field(default_factory=set)
@@ -143,7 +143,7 @@ class RangeTransfer(Machine[Event, Command]):
         return -(-self.file_range.length // CHUNK_BYTES)
 
     def awaits(self, chunk: Chunk, source: PeerId) -> bool:
-        """Whether the source's answer still counts: not if another source was faster, or a new round has begun."""
+        """Whether the source's answer still counts: False if another source was faster or a new round has begun."""
         return source in self.in_flight.get(chunk, ())
 
     def is_stale(self, event: Event) -> bool:
@@ -181,7 +181,7 @@ class RangeTransfer(Machine[Event, Command]):
         self.restarting = False
 
     def _restart(self) -> None:
-        """Begin a new round, after the writes of this one: a late write would overwrite bytes of the new round."""
+        """Begin a new round once the writes of this round are done: a late write would overwrite bytes of the new round."""
         if self.writing:
             self.restarting = True
             return
@@ -190,7 +190,7 @@ class RangeTransfer(Machine[Event, Command]):
         self._begin_round()
 
     def _withdraw(self, chunk: Chunk, source: PeerId) -> None:
-        """Forget that a source was asked for a chunk. A chunk that no source is asked for any more goes back to `todo`."""
+        """Forget that a source was asked for a chunk. If no other source was asked for the chunk, it goes back to `todo`."""
         sources = self.in_flight[chunk]
         if sources.pop(source, None) is not None and not sources:
             del self.in_flight[chunk]
@@ -198,7 +198,7 @@ class RangeTransfer(Machine[Event, Command]):
 
 
 def _asked(transfer: RangeTransfer, event: ChunkAsked) -> list[Command]:
-    # A new chunk is taken from either end of `todo`. A late one that is asked for again is in flight already, not in `todo`.
+    # A new chunk is at either end of `todo`. A late chunk that another source is asked for is in flight, not in `todo`.
     if transfer.todo and transfer.todo[0] == event.chunk:
         transfer.todo.popleft()
     elif transfer.todo and transfer.todo[-1] == event.chunk:
@@ -245,7 +245,7 @@ def _left(transfer: RangeTransfer, event: SourceLeft) -> list[Command]:
 
 
 def _disowned(transfer: RangeTransfer, event: SourceLeft) -> list[Command]:
-    """In WANTED and CHECKING no chunk is in flight, so only the owner is removed."""
+    """Remove the source if it is the owner. In WANTED and CHECKING, no chunk is in flight."""
     if transfer.owner == event.source:
         transfer.owner = None
     return []
