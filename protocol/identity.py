@@ -1,7 +1,8 @@
 """A peer's identity and trust: the cluster key, the certificate authority derived from it, and the TLS contexts of a link.
 
-Every holder of the cluster key rebuilds the same authority, byte for byte; each peer signs its own certificate with it. The dates
-in both cover all time, so that a device whose clock is wrong can join. SPEC.md, section 2, specifies both, with a test vector.
+Every holder of the cluster key derives the same authority, byte for byte; each peer signs its own certificate with the authority's
+key. Both certificates are valid from 1970 to 9999, so that a device whose clock is wrong can join. SPEC.md, section 2, specifies
+both, with a test vector.
 """
 
 import base64
@@ -47,7 +48,7 @@ _PLACE = "meshd identity of "
 
 @dataclass(frozen=True)
 class ClusterKey:
-    """The secret that makes peers one cluster: 32 random bytes."""
+    """The secret that all peers of a cluster share: 32 random bytes."""
 
     secret: bytes
 

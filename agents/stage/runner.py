@@ -1,7 +1,6 @@
 """Runs the stages of this peer: executes the commands of their state machines and computes their steps, one at a time.
 
-Events reach a machine only through `apply`. The compute thread has at most one step; when that step ends, the scheduler chooses
-the next one.
+Events reach a machine only through `apply`. The compute thread has at most one step at a time; the scheduler chooses the next.
 """
 
 from collections.abc import Callable

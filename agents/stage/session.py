@@ -160,9 +160,9 @@ class StageSession(Machine[Event, Command]):
     credit: int
     """Number of answer tokens that may be generated."""
     first: bool
-    """This is stage 0: its decode steps come from TOKEN and are limited by CREDIT."""
+    """Whether this is stage 0, whose decode steps come from TOKEN and are limited by CREDIT."""
     last: bool
-    """This is the last stage: it samples, and has no next stage to wait for."""
+    """Whether this is the last stage, which samples and has no next stage to wait for."""
     state: StageState = StageState.IDLE
     held: int = 0
     """KV of positions `[0, held)` was valid when the stage opened."""

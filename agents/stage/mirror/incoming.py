@@ -18,7 +18,7 @@ log = getLogger(__name__)
 
 @dataclass(slots=True)
 class IncomingMirrors:
-    """Reserves and fills caches with the KV that other peers send."""
+    """Reserves caches and fills them with the KV that other peers send."""
 
     links: Links
     residents: ResidentModels
