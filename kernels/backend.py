@@ -26,7 +26,7 @@ Progress = Callable[[float], None]
 
 
 class WeightSource(Protocol):
-    """A model's tensors by their GGUF names, as stored in its file."""
+    """A model's tensors by their GGUF names, as stored in the model's file."""
 
     def tensor(self, name: str) -> Tensor:
         """Return the tensor. Raises: ModelFileError if it can't be read."""

@@ -16,7 +16,7 @@ from meshd.types import LayerRange, ModelSpec
 
 F32 = npt.NDArray[np.float32]
 BLOCK_TOKENS = 32
-"""Tokens in a block. Attention reads whole blocks; a size that is not a multiple of `KEY_STEP` would change its last bits."""
+"""Tokens in a block. Attention reads whole blocks; a size that is not a multiple of `KEY_STEP` would change the last bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ class KVPool:
     """K and V of `layers`, each `[block, token, kv_head, head_dim]` float32.
 
     Any thread may call `allocate` and `free`; only the compute thread may call `write` and `read`. Another thread may call
-    `copy_out` and `copy_in` for positions that the running step does not write: those of other tables, and those before the step's
-    first one.
+    `copy_out` and `copy_in` for positions that the running step does not write: positions of other tables, and positions before
+    the first one of the step.
     """
 
     def __init__(self, spec: ModelSpec, layers: LayerRange, blocks: int, block_tokens: int = BLOCK_TOKENS) -> None:
@@ -139,7 +139,7 @@ class KVPool:
         """Store a result of `copy_out`, as little-endian bytes, from position `start` on.
 
         Raises: LocalFault, without having stored anything: for a position outside the table, a layer outside the pool, a size that
-        is not that of whole tokens, or a value that is not finite.
+        is not a whole number of tokens, or a value that is not finite.
         """
         size = len(layers) * self.layer_bytes
         if not size or not len(values) or len(values) % size:

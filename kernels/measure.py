@@ -79,7 +79,7 @@ def measure(backend_name: str, threads: int, budget_s: float) -> BackendRates:
     small_s = small_s / SMALL_LAYERS
     large_s, long_s, chunk_s = (seconds / LARGE_LAYERS for seconds in (large_s, long_s, chunk_s))
     memory = reader.bytes / read_s
-    # Noise may make the difference too small or negative, so at least half of the large step's time is used instead.
+    # Noise may make the difference too small or negative, so it counts as at least half of the large step's time.
     decode = (large.layer_bytes - small.layer_bytes) / max(large_s - small_s, large_s / 2)
     attention_s = max(long_s - large_s, large.kv_bytes(LONG_CONTEXT) / memory)
     return BackendRates(

@@ -37,8 +37,8 @@ class Connection(asyncio.BufferedProtocol):
     """Sends and receives messages on one socket.
 
     `on_message(connection, message, frame)` is called for each message while the event loop reads from the socket, so it must not
-    block. `on_closed(connection, reason)` is called once. Before `attach`, the first message is kept for `first`, and a second one
-    closes the connection.
+    block. `on_closed(connection, reason)` is called once. Before `attach`, the first message is kept for `first`, and a second
+    message closes the connection.
     """
 
     peer: PeerId
@@ -104,7 +104,7 @@ class Connection(asyncio.BufferedProtocol):
             self._pump()
 
     def close(self, reason: str, farewell: Message | None = None) -> None:
-        """Send `farewell` if possible, and close once all written bytes are sent. `on_closed` is called at once."""
+        """Send `farewell` if possible, drop queued messages, and close once written bytes are sent. Calls `on_closed` at once."""
         if self.reason:
             return
         if farewell is not None:

@@ -1,4 +1,4 @@
-"""Keeps the outputs that stages sent, within a budget of bytes. If the next stage is lost, its replacement needs them again."""
+"""Keeps the outputs that stages sent, within a budget of bytes. A replacement of a lost next stage needs the outputs again."""
 
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict

@@ -1,7 +1,7 @@
 """The state of one session at one stage, as a pure state machine: events in, commands out.
 
-It orders the steps, answers repeated steps, waits for credit and for the next stage, sends kept outputs before it computes, and
-decides when the stage's KV may be released. It never sees a tensor: a step's input and output are opaque to it.
+The machine orders the steps, answers repeated steps, waits for credit and for the next stage, sends kept outputs before it
+computes, and decides when the stage's KV may be released. The machine never sees a tensor: inputs and outputs of steps are opaque.
 
     OPEN --StageResumed--> IDLE, WAITING or COMPUTING             (a later epoch only; the first epoch starts in IDLE)
     IDLE --StepArrived--> COMPUTING --StepComputed--> IDLE        (or COMPUTING the next step of the inbox)
@@ -117,7 +117,7 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """Send a step's output: its activation without the first `skip` tokens, or the token that it sampled."""
+    """Send a step's output: its activation without the first `skip` tokens, or the token that the step sampled."""
 
     step: Step
     output: object
@@ -185,7 +185,7 @@ class StageSession(Machine[Event, Command]):
     untaken: set[int] = field(default_factory=set)
     """Positions of sent prefill steps that the next stage has not begun."""
     done: Step | None = None
-    """The newest computed step. A repeat of it is answered with `done_output`."""
+    """The newest computed step. A repeat of this step is answered with `done_output`."""
     done_output: object = None
     reason: str = ""
 

@@ -60,7 +60,7 @@ class NetworkWeights:
             )
 
     def ropes(self) -> list[Rope | None]:
-        """Make the `Rope` of each layer; layers with the same rotations share one. None: the layer has no rotation."""
+        """Make the `Rope` of each layer; layers with the same rotations share one `Rope`. None: the layer has no rotation."""
         spec = self.spec
         factors = next((self._vector(name) for name in ROPE_FACTORS if name in self.source), None)
         full = rope_of(spec, factors)

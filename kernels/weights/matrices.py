@@ -33,7 +33,7 @@ class BlockMatrix:
     """4 or 8."""
     block: int
     codes: U8
-    """`[rows, blocks, block * bits / 8]`. A byte holds two 4-bit codes, that of the even column in its low half."""
+    """`[rows, blocks, block * bits / 8]`. A byte holds two 4-bit codes, the even column's in its low half."""
     scale: F32
     """`[rows, blocks]`."""
     shift: F32 | None
@@ -74,7 +74,7 @@ Matrix = BlockMatrix | DenseMatrix
 
 
 def zero_points_and_shifts(matrix: BlockMatrix) -> tuple[U8, F32]:
-    """Turn the shifts into a zero point for each group, as far as they are multiples of the scale.
+    """Turn as much of each group's shift as possible into a zero point, a whole multiple of the scale.
 
     The integer product then multiplies activations with the weights themselves, not with their distance from the middle of the
     group's range. This makes the error of int8 activations smaller, by a tenth for Q4_1.

@@ -64,7 +64,7 @@ class Goodbye(Message, frozen=True, kw_only=True):
 
 @message(6)
 class Probe(Request, frozen=True, kw_only=True):
-    """Measure the link. Payload: any bytes. The reply is sent when all of them have arrived; with `echo` it repeats the payload."""
+    """Measure the link. Payload: any bytes. The reply is sent when the payload has arrived; with `echo`, it repeats the payload."""
 
     default_lane: ClassVar[Lane] = Lane.BULK
     echo: bool = False

@@ -1,6 +1,6 @@
 """The state of one copy of a stage's KV to a target peer, as a pure state machine: events in, commands out.
 
-The stage's peer runs the machine. KV only grows at its end, so the progress of a copy is one number: the positions that the target
+The stage's peer runs the machine. KV only grows at its end, so the progress of a copy is one number: how many positions the target
 holds. Chunks are sent in order, at most two of them unanswered. If the target did not store a chunk, sending restarts at the
 position that the target reports.
 
