@@ -1,1 +1,1 @@
-"""Model mathematics: tensors in, tensors out. Nothing here depends on peers, plans or sockets."""
+"""Model mathematics: tensors in, tensors out. No module depends on peers, plans or sockets."""

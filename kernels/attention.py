@@ -1,13 +1,14 @@
 """Partial attention: `(o, lse)` over a part of the keys, and the merge of such parts.
 
-`lse` is the natural logarithm of the sum of exponentials of the scaled scores, as in FlashAttention
-(https://arxiv.org/abs/2205.14135). Any split of the keys merges to the same result up to rounding. `reference.py` has simple
-versions of these functions, for tests.
+`o` is the output of the attention, `lse` is the natural logarithm of the sum of exponentials of the scaled scores, as in
+FlashAttention (https://arxiv.org/abs/2205.14135). Any split of the keys merges to the same result up to rounding. `reference.py`
+has simple versions of these functions, for tests.
 
-A token's bits do not depend on how many tokens are computed with it. Otherwise a prompt read in other chunks, or read again after a
-peer was lost, could continue with other tokens. Torch's kernel leaves the sums to MKL, which chooses an algorithm by the shape of
-the product, and chooses differently on each processor. So each token reads exactly the keys that it would read alone, and a block
-has only a number of rows for which a trial run gave the same bits as a full block (`_exact_rows`).
+The result for a token is the same, bit for bit, however many tokens are computed with it. Otherwise a prompt split into other
+chunks, or computed again after a peer was lost, could continue with other tokens. Torch's kernel leaves matrix products to MKL,
+which chooses an algorithm by the shape of the product; the choice differs between processors. So each token reads exactly the keys
+that it would read alone, and a block only has a number of rows for which a trial run gave the same bits as a full block
+(`_exact_rows`).
 """
 
 from collections.abc import Sequence
@@ -28,9 +29,9 @@ Part = tuple[F32, F32]
 """o `[tokens, heads, head_dim]`, lse `[tokens, heads]`."""
 
 KEY_STEP = 32
-"""Keys are read in multiples of this."""
+"""A range of keys that is read begins at a multiple of this, and ends at a multiple or at the last key."""
 MAX_BLOCK_ROWS = 32
-"""Rows in one query block of torch's kernel."""
+"""Maximum number of rows in one query block of torch's kernel."""
 _TRIAL_KEYS = 1024
 """Two key blocks of torch's kernel, so that a trial covers the addition of one block to another."""
 PARALLEL_WORK = 4 << 20
@@ -58,7 +59,7 @@ def attend_part(q: F32, k: F32, v: F32, first: int | None = None, rule: Attentio
 
 
 def attend(q: F32, k: F32, v: F32, first: int, rule: AttentionRule = PLAIN) -> F32:
-    """Compute attention over all keys up to each token, sinks included.
+    """Compute attention of each token to the keys up to its own, with the rule's sinks. Arguments as in `attend_part`.
 
     Returns: o `[tokens, heads, head_dim]`.
     """
@@ -68,9 +69,9 @@ def attend(q: F32, k: F32, v: F32, first: int, rule: AttentionRule = PLAIN) -> F
 
 
 def with_sinks(part: Part, sinks: F32) -> F32:
-    """Scale the o of a complete attention down by the softmax share of each head's sink. `sinks` is `[heads]`.
+    """Apply each head's sink, `[heads]`, to a complete attention: multiply o by 1 minus the sink's share of the softmax.
 
-    Uses numpy's exponential, since the bits of torch's depend on the position of the number in its array.
+    Uses numpy's exponential: the last bits of torch's depend on the position of the number in its array.
     """
     o, lse = part
     scaled: F32 = o / (1 + np.exp(sinks - lse))[..., None]
@@ -98,7 +99,7 @@ def _joined(runs: Sequence[torch.Tensor]) -> F32:
 
 
 def _attend_run_or_nothing(q: F32, k: F32, v: F32, first: int | None, rule: AttentionRule) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do the same as `_attend_run`, also for tokens that attend to no key."""
+    """Compute attention as `_attend_run` does; o is 0 and lse -inf for tokens that attend to no key."""
     tokens, heads, head_dim = q.shape
     sees_nothing = torch.full((tokens,), not len(k))
     if first is not None:
@@ -141,14 +142,14 @@ def _kernel(
     """Compute o and lse of blocks.
 
     `q` is `[blocks, kv_heads, rows, head_dim]`, `k` and `v` are `[blocks, kv_heads, keys, head_dim]`, `mask` is
-    `[blocks, 1, rows, keys]`. Torch's own kernel has no soft cap, so attention with a soft cap is computed here.
+    `[blocks, 1, rows, keys]`. Torch's own kernel has no soft cap, so attention with a soft cap is computed by single operators.
     """
     if not soft_cap:
         o, lse = _flash(q, k, v, attn_mask=mask, scale=scale)
         return o, lse
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
     scale = scale or q.shape[-1] ** -0.5
-    for block, head in product(range(q.shape[0]), range(q.shape[1])):  # a batched product's bits depend on the size of the batch
+    for block, head in product(range(q.shape[0]), range(q.shape[1])):  # a batched product's last bits depend on the batch size
         scores = (q[block, head] @ k[block, head].T) * (scale / soft_cap)
         scores = scores.tanh_().mul_(soft_cap).add_(mask[block, 0])
         lse[block, head] = scores.logsumexp(-1)
@@ -159,7 +160,7 @@ def _kernel(
 def _layout(tokens: int, group: int, head_dim: int, capped: bool) -> tuple[int, int]:
     """Choose how many blocks a call has and how many tokens each block has.
 
-    A block has at most as many rows as the kernel takes at once, and enough rows for the bits of a full block.
+    A block has at most as many rows as the kernel takes at once, and enough that its tokens get the same bits as in a full block.
 
     Returns: (blocks, tokens in each).
     """
@@ -211,7 +212,7 @@ def _exact_rows(head_dim: int, capped: bool) -> tuple[int, ...]:
 def merge_parts(parts: Sequence[Part]) -> Part:
     """Merge parts over disjoint keys into one part.
 
-    Parts without keys have no effect; if no part has keys, neither has the result.
+    Parts without keys have no effect. If no part has keys, o is 0 and lse -inf.
     """
     if len(parts) == 1:
         return parts[0]
@@ -244,7 +245,7 @@ class LocalAttention:
         return out
 
     def _attend(self, q: F32, k: F32, v: F32, start: int, rule: AttentionRule) -> F32:
-        """Compute attention of one segment, on several threads by KV heads if the work is large. Threads do not change the bits."""
+        """Compute attention of one segment, by KV heads on several threads if the work is large, with the same result."""
         if self._workers.threads == 1 or q.size * len(k) < PARALLEL_WORK:
             return attend(q, k, v, start, rule)
         group = q.shape[1] // k.shape[1]

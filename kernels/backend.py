@@ -26,10 +26,10 @@ Progress = Callable[[float], None]
 
 
 class WeightSource(Protocol):
-    """A model's tensors by their GGUF names, as stored in its file."""
+    """A model's tensors by their GGUF names, as stored in the model's file."""
 
     def tensor(self, name: str) -> Tensor:
-        """Raises: ModelFileError."""
+        """Return the tensor. Raises: ModelFileError if it can't be read."""
         ...
 
     def __contains__(self, name: str) -> bool: ...
@@ -51,11 +51,11 @@ class AttentionRule:
     scale: float | None = None
     """Factor on q.k. None: 1 / sqrt(head_dim)."""
     window: int = 0
-    """A token attends to itself and the `window - 1` tokens before it. 0: to all tokens before it."""
+    """A token attends to itself and the `window - 1` tokens before it. 0: to itself and all tokens before it."""
     soft_cap: float = 0.0
-    """Scores become `cap tanh(score / cap)`. 0: no cap."""
+    """Scores become `soft_cap * tanh(score / soft_cap)`. 0: no cap."""
     sinks: F32 | None = None
-    """`[heads]`: for each head, a score that takes part in the softmax but has no value."""
+    """`[heads]`: for each head, a score that is added to the softmax without a value vector."""
 
 
 PLAIN = AttentionRule()
@@ -75,12 +75,12 @@ class Projected:
 Attend = Callable[[int, Projected, Sequence[Segment], KVPool], F32]
 """(layer, projected, segments, kv) -> [tokens, heads, head_dim].
 
-Stores the new K and V, then attends from each token to all up to it.
+Stores the new K and V, then computes the attention of each token to itself and the tokens before it, as the rule says.
 """
 
 
 class Stage(Protocol):
-    """Layers `[a, b)`, ready to compute. The bits of a result do not depend on how the layers are split into stages."""
+    """Layers `[a, b)`, ready to compute. Results don't depend, bit for bit, on the split into stages."""
 
     @property
     def layers(self) -> LayerRange: ...
@@ -110,7 +110,7 @@ class Stage(Protocol):
     def forward(self, hidden: F32, segments: Sequence[Segment], kv: KVPool, attend: Attend | None = None) -> F32:
         """Compute a step through all layers. `hidden` is `[tokens, hidden]`; `kv` holds the KV of these layers.
 
-        `attend` None: attention is computed here, over `kv`.
+        If `attend` is None, the stage itself computes attention, over `kv`.
 
         Raises: LocalFault if `hidden` does not match the segments, a position is outside its block table, or KV is not finite.
         """
@@ -129,7 +129,7 @@ class LoadedLayers(Protocol):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights in memory now. The first `stage` that begins or ends inside the loaded range may add some."""
+        """Bytes of weights in memory now. The first stage over only a part of the layers may add some."""
         ...
 
     def stage(self, layers: LayerRange) -> Stage:
@@ -160,7 +160,7 @@ class Backend(Protocol):
         head: bool,
         progress: Progress | None = None,
     ) -> LoadedLayers:
-        """Read the weights of `layers`, with the embedding table or the head if asked for. `progress` receives 0 to 1.
+        """Read the weights of `layers`, and the embedding table or the head if requested. `progress` gets the done part, 0 to 1.
 
         Raises: ModelFileError, OutOfMemory.
         """
@@ -168,4 +168,4 @@ class Backend(Protocol):
 
 
 EXACT = "-exact"
-"""Suffix of a backend's name: activations stay in full precision. With `torch` they always do."""
+"""Suffix of a backend's name: products use float32 activations. `torch` always does, so it has no suffix."""

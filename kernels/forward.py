@@ -27,7 +27,7 @@ class BaseStage(ABC):
         return self._layers
 
     def embed(self, ids: Ids) -> F32:
-        """Dequantise the table's rows of these ids. Raises: InvalidRequest, LocalFault."""
+        """Look up embeddings, as `Stage.embed` does."""
         if self._embedding is None:
             raise LocalFault(f"layers {self._layers} were loaded without the embedding table")
         vocab = self._embedding.shape[0]

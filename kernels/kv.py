@@ -16,7 +16,7 @@ from meshd.types import LayerRange, ModelSpec
 
 F32 = npt.NDArray[np.float32]
 BLOCK_TOKENS = 32
-"""Attention reads whole blocks. A size that is no multiple of `attention.KEY_STEP` would change the last bits of its result."""
+"""Tokens in a block. Attention reads whole blocks; a size that is not a multiple of `KEY_STEP` would change the last bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +28,11 @@ class BlockTable:
     blocks: tuple[int, ...]
     block_tokens: int
     contiguous: bool
-    """The blocks follow one another, so that reading needs no copy."""
+    """Whether the block numbers are consecutive, so that reading needs no copy."""
 
     @property
     def capacity(self) -> int:
-        """Number of tokens that fit."""
+        """Number of tokens that fit into the blocks."""
         return len(self.blocks) * self.block_tokens
 
 
@@ -40,8 +40,8 @@ class KVPool:
     """K and V of `layers`, each `[block, token, kv_head, head_dim]` float32.
 
     Any thread may call `allocate` and `free`; only the compute thread may call `write` and `read`. Another thread may call
-    `copy_out` and `copy_in` for positions that the running step does not write: those of other tables, and those before the step's
-    first one.
+    `copy_out` and `copy_in` for positions that the running step does not write: positions of other tables, and positions before
+    the first one of the step.
     """
 
     def __init__(self, spec: ModelSpec, layers: LayerRange, blocks: int, block_tokens: int = BLOCK_TOKENS) -> None:
@@ -51,7 +51,7 @@ class KVPool:
         self.block_tokens = block_tokens
         shape = (len(layers), 2, blocks * block_tokens, spec.kv_heads, spec.head_dim)
         self.layer_bytes = 4 * 2 * spec.kv_heads * spec.head_dim
-        """K and V of one token in one layer."""
+        """Bytes of K and V of one token in one layer."""
         self.bytes = 4 * int(np.prod(shape))
         # An anonymous mapping rather than np.empty: numpy asks for huge pages, which commit 2 MiB per layer for the first token.
         try:
@@ -97,10 +97,10 @@ class KVPool:
             return len(table.blocks)
 
     def write(self, layer: int, table: BlockTable, start: int, k: F32, v: F32) -> None:
-        """Store `[tokens, kv_heads, head_dim]` at the positions that begin with `start`.
+        """Store `k` and `v`, each `[tokens, kv_heads, head_dim]`, from position `start` on.
 
         Raises: LocalFault for a position outside the table, a layer outside the pool, or a value that is not finite. Attention
-        reads whole blocks, and NaN gets through a mask: it would spoil the answers of the block's next session.
+        reads whole blocks and a mask does not stop NaN, so a stored NaN would spoil the answers of the block's next session.
         """
         end = start + len(k)
         self._check(layer, table, end)
@@ -115,8 +115,8 @@ class KVPool:
         """Read K and V of the blocks that hold the first `tokens` positions.
 
         Returns: K and V, each `[tokens rounded up to whole blocks, kv_heads, head_dim]`: a view if the blocks are contiguous,
-        otherwise a copy of the same shape and strides, so that results have the same bits for any blocks. Slots not yet written are
-        finite.
+        otherwise a copy of the same shape and strides, so that attention has the same bits for any blocks. Slots not yet written
+        are finite.
         Raises: LocalFault for a position outside the table or a layer outside the pool.
         """
         self._check(layer, table, tokens)
@@ -136,10 +136,10 @@ class KVPool:
         return np.ascontiguousarray(self._slots[first : first + len(layers), :, where], "<f4")
 
     def copy_in(self, layers: LayerRange, table: BlockTable, start: int, values: memoryview) -> None:
-        """Store a result of `copy_out`, as little-endian bytes, at the positions that begin with `start`.
+        """Store a result of `copy_out`, as little-endian bytes, from position `start` on.
 
         Raises: LocalFault, without having stored anything: for a position outside the table, a layer outside the pool, a size that
-        is not that of whole tokens, or a value that is not finite.
+        is not a whole number of tokens, or a value that is not finite.
         """
         size = len(layers) * self.layer_bytes
         if not size or not len(values) or len(values) % size:
@@ -175,7 +175,7 @@ class KVPool:
 
 
 def _choose(free: list[int], count: int) -> tuple[int, ...]:
-    """Choose the first `count` contiguous blocks of the ascending list `free`; if there are none, its first `count` blocks."""
+    """Choose the first `count` contiguous blocks of the ascending list `free`; if none are contiguous, its first `count` blocks."""
     for first in range(len(free) - count + 1):
         if free[first + count - 1] - free[first] == count - 1:
             return tuple(free[first : first + count])

@@ -1,4 +1,4 @@
-"""Measures this device's rates with a backend, on synthetic weights of the kind that most models have."""
+"""Measures this device's rates with a backend, on layers of the Llama architecture with synthetic weights."""
 
 import statistics
 import time
@@ -19,12 +19,12 @@ CHUNK_TOKENS = 128
 LONG_CONTEXT = 2048
 SMALL_LAYERS, LARGE_LAYERS = 8, 2
 BANDWIDTH_BYTES = 64 << 20
-"""Bytes that each thread reads: more than the caches of most processors."""
+"""Bytes that each thread reads: more than the caches of most processors hold."""
 
 
 @dataclass(frozen=True, slots=True)
 class BackendRates:
-    """Rates of one backend with one thread count. The size of weights is that in the model's file, not in memory."""
+    """Rates of one backend with one thread count. Bytes of weights are those in the model's file, not in memory."""
 
     decode_bytes_s: float
     prefill_flops_s: float
@@ -35,7 +35,7 @@ class BackendRates:
 
 @dataclass(frozen=True, slots=True)
 class SyntheticWeights:
-    """A weight source whose layers are random Q4_1."""
+    """A weight source with random Q4_1 matrices, and norms of ones."""
 
     spec: ModelSpec
     seed: int = 0
@@ -79,7 +79,7 @@ def measure(backend_name: str, threads: int, budget_s: float) -> BackendRates:
     small_s = small_s / SMALL_LAYERS
     large_s, long_s, chunk_s = (seconds / LARGE_LAYERS for seconds in (large_s, long_s, chunk_s))
     memory = reader.bytes / read_s
-    # Noise may make the large step no slower than the small one. Then the large step's own rate is the best estimate.
+    # Noise may make the difference too small or negative, so it counts as at least half of the large step's time.
     decode = (large.layer_bytes - small.layer_bytes) / max(large_s - small_s, large_s / 2)
     attention_s = max(long_s - large_s, large.kv_bytes(LONG_CONTEXT) / memory)
     return BackendRates(
@@ -107,7 +107,7 @@ class BandwidthReader:
 
 
 def medians_s(workloads: Sequence[Callable[[], object]], budget_s: float) -> list[float]:
-    """Time workloads in turns, so that a busy moment affects all of them: one warm-up round, then at least one timed round.
+    """Time workloads in turns, so that other load affects all of them alike: one warm-up round, then at least one timed round.
 
     Returns: the median time of each workload, in seconds.
     """

@@ -1,4 +1,4 @@
-"""Lists the installed backends and makes one by its name."""
+"""Lists the installed backends, and makes a backend by its name."""
 
 from importlib.util import find_spec
 
@@ -6,11 +6,11 @@ from meshd.errors import ConfigError
 from meshd.kernels.backend import EXACT, Backend
 
 ACCELERATED = ("torch-cuda", "torch-mps")
-"""The reference backend with its products on an accelerator."""
+"""Names of the torch backend with its products on an accelerator."""
 
 
 def available_backends() -> tuple[str, ...]:
-    """List the backends whose libraries are installed, fastest first, without `-exact` ones. Does not import the libraries."""
+    """List the backends whose libraries are installed, fastest first, without their variants. Does not import the libraries."""
     libraries = {"onnxruntime": ("onnxruntime", "onnx", "torch"), "torch": ("torch",)}
     return tuple(name for name, needed in libraries.items() if all(find_spec(library) for library in needed))
 
@@ -18,7 +18,7 @@ def available_backends() -> tuple[str, ...]:
 def make_backend(name: str, threads: int) -> Backend:
     """Make a backend that computes with `threads` threads of this process.
 
-    Raises: ConfigError for an unknown name or a thread count below 1.
+    Raises: ConfigError for an unknown name, a library or accelerator that is missing, or a thread count below 1.
     """
     if threads < 1:
         raise ConfigError(f"{threads} threads can't compute: at least one is needed", hint="set --threads to 1 or more")

@@ -13,7 +13,7 @@ Positions = npt.NDArray[np.int64]
 
 
 class Rope:
-    """Computes rotations, the same for several layers.
+    """Computes the cosines and sines of rotations, for all layers with the same frequencies.
 
     Caches the last result, since all layers of a step use the same positions.
     """
@@ -41,7 +41,10 @@ def base_frequencies(rope_dim: int, theta: float) -> F64:
 
 
 def rope_of(spec: ModelSpec, factors: F32 | None = None, *, windowed: bool = False) -> Rope:
-    """Make the `Rope` of a model's layers, or of its layers with a window. `factors` `[rope_dim / 2]` divide the frequencies."""
+    """Make the `Rope` of a model's layers, or with `windowed` of its layers with a window.
+
+    `factors` `[rope_dim / 2]` divide the frequencies. With `windowed`, the frequencies are neither divided nor scaled.
+    """
     theta = spec.rope_theta_windowed if windowed else spec.rope_theta
     frequencies = base_frequencies(spec.rope_dim or spec.head_dim, theta)
     if windowed:

@@ -21,7 +21,7 @@ Ids = npt.NDArray[np.int64]
 def needs_past_tokens(params: SamplingParams, answered: int) -> bool:
     """Whether picking the next token needs the tokens before it. `answered` is the number of tokens in the answer so far.
 
-    The repetition penalty needs prompt and answer; the other two penalties need the answer only.
+    The repetition penalty needs prompt and answer; presence and frequency penalty need the answer only.
     """
     return params.repetition_penalty != 1 or bool(answered and (params.presence_penalty or params.frequency_penalty))
 
@@ -102,7 +102,7 @@ def _candidates(weights: F64, params: SamplingParams) -> Ids | None:
         ids = np.sort(_largest(weights, params.top_k))
     if params.top_p < 1:
         ids = _nucleus(weights, params.top_p) if ids is None else ids[_nucleus(weights[ids], params.top_p)]
-    if params.min_p > 0:  # as a share of the largest weight, which is 1
+    if params.min_p > 0:  # min_p is a share of the largest weight, which is 1
         ids = np.flatnonzero(weights >= params.min_p) if ids is None else ids[weights[ids] >= params.min_p]
     return None if ids is None else np.sort(ids)
 
@@ -114,7 +114,7 @@ def _nucleus(weights: F64, top_p: float) -> Ids:
 
 
 def _largest(values: npt.NDArray[np.floating], count: int) -> Ids:
-    """Find the ids of the `count` largest values, in no order. Of equal values at the threshold, the lowest ids are taken."""
+    """Find the ids of the `count` largest values, in any order. Of equal values at the threshold, the lowest ids are taken."""
     if count >= len(values):
         return np.arange(len(values))
     if count == 0:

@@ -1,8 +1,8 @@
 """A thread pool for large work items, in place of torch's own pool.
 
-Torch is limited to one thread, because its pool waits by spinning. Measured next to onnxruntime's pool, it had a third to a
-fifteenth of its speed; next to two other busy processes, a product took more than ten times as long. The order of MKL's sums also
-depends on the number of its threads, so the last bits would too.
+Torch is limited to one thread, because its pool waits by spinning. In measurements, torch's pool fell to between a third and a
+fifteenth of its speed while onnxruntime's pool was in use; while two other processes were busy, a product took more than ten times
+as long. The order of MKL's sums also depends on the number of MKL's threads, so the last bits of results would too.
 """
 
 import threading
@@ -37,7 +37,7 @@ class Workers:
         self._pool = ThreadPoolExecutor(threads - 1, "kernels", limit_torch_threads) if threads > 1 else None
 
     def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """Call `work` for every item. A free thread takes the next item, so a thread that wakes up late delays no other.
+        """Call `work` for every item. A free thread takes the next item, so a thread that wakes up late delays no other thread.
 
         Returns: the results, in the order of the items.
         """

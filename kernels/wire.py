@@ -13,7 +13,7 @@ F32 = npt.NDArray[np.float32]
 
 
 class WireDtype(Protocol):
-    """How activations of one precision become bytes."""
+    """Converts activations to bytes of one precision, and back."""
 
     def size(self, tokens: int, hidden: int) -> int:
         """Return the number of bytes of `[tokens, hidden]`."""

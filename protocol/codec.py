@@ -3,9 +3,9 @@
 `msgpack` turns bytes into plain values and back, within the bounds of SPEC.md, section 3; `msgspec` checks the plain values against
 the message's fields. Encoding and decoding an ACTIVATION takes 4 microseconds; sending it to another peer takes 50 or more.
 
-Payloads that are msgpack (session records, tensor lists) don't come here: `msgspec.msgpack.decode` reads them straight into their
-type. `msgpack` would first build plain values, and a payload of 16 MiB of empty arrays takes 1.1 GiB as lists. Headers are too
-short for such an attack.
+Payloads in msgpack (session records, tensor lists) don't pass through this module: `msgspec.msgpack.decode` reads them directly
+into their type. `msgpack` would first build plain values, and a payload of 16 MiB of empty arrays takes 1.1 GiB as lists. Headers
+are too short for such an attack.
 """
 
 from typing import Any
@@ -17,9 +17,9 @@ from meshd.errors import InvalidRequest, ProtocolViolation
 from meshd.protocol.messages import REGISTRY, Message
 
 _MAX_ITEMS = 16_384
-"""Most entries of one array or map in a header."""
+"""Maximum number of entries of one array or map in a header."""
 _MAX_TEXT = 32_768
-"""Most UTF-8 bytes of one string in a header."""
+"""Maximum number of UTF-8 bytes of one string in a header."""
 _U64 = 1 << 64
 
 
@@ -43,7 +43,7 @@ def encode(message: Message) -> bytes:
 def decode(header: bytes | memoryview) -> Message:
     """Decode a frame header.
 
-    Returns: the message; `UnknownMessage` if no message has its type number.
+    Returns: the message; `UnknownMessage` if no message has the header's type number.
     Raises: ProtocolViolation if the header is malformed.
     """
     number, body = _unpack(header)

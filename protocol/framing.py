@@ -16,9 +16,9 @@ PREFIX = struct.Struct(">II")
 KIB = 1024
 MIB = 1024 * KIB
 MAX_HEADER = 64 * KIB
-"""The largest header that this build accepts, as its HELLO states."""
+"""The largest header, in bytes, that this build accepts and announces in HELLO."""
 MAX_HEADER_HARD = MIB
-"""The largest `max_header` that a HELLO may have."""
+"""The largest `max_header`, in bytes, that a HELLO may have."""
 MAX_PAYLOAD = 16 * MIB
 _SCRATCH = 32 * KIB
 """Size of the scratch buffer. A decode step's activation fits in it, and of a larger payload at most this much is copied."""

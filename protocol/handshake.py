@@ -36,8 +36,8 @@ class LinkChoice(Enum):
 def check_hello(message: Message, certified: PeerId, *, features: Iterable[str] = FEATURES) -> HelloAgreement:
     """Check the first message of a connection, which must be HELLO from the peer in the certificate.
 
-    Raises: ProtocolViolation if it breaks the protocol; PeerRefused if its major version differs; PeerLost if it is GOODBYE or
-    ERROR.
+    Raises: ProtocolViolation if the message breaks the protocol; PeerRefused if its major version differs; PeerLost if it is
+    GOODBYE or ERROR.
     """
     if isinstance(message, Goodbye):
         raise PeerLost(message.reason)
@@ -74,7 +74,7 @@ class ExistingLink(msgspec.Struct, frozen=True, kw_only=True):
     """The link that exists with a peer when that peer offers another one."""
 
     incarnation: int | None
-    """None: no HELLO has arrived yet."""
+    """The other peer's incarnation. None: no HELLO has arrived yet."""
     dialled: bool
     """Whether this peer dialled the link."""
     up: bool
@@ -85,9 +85,10 @@ class ExistingLink(msgspec.Struct, frozen=True, kw_only=True):
 def choose_link(present: ExistingLink | None, offered: Hello, own: PeerId, *, fresh_s: float) -> LinkChoice:
     """Decide whether a link that a peer dials replaces the existing one. Both sides decide alike (SPEC.md, section 4).
 
-    A peer never dials one that it has a link with. So a peer that dials again has lost the link that it dialled before. Of two
-    links dialled at the same time, the one dialled by the peer with the smaller id survives. A link that this peer dialled and
-    that received a frame within `fresh_s` is kept: the other peer dialled before that link came up, and withdraws its offer.
+    A peer never dials a peer with which it has a link. So if the peer that dialled the existing link dials again, it has lost
+    that link. Of two links dialled at the same time, the one dialled by the peer with the smaller id survives. A link that this
+    peer dialled and that received a frame within `fresh_s` seconds is kept: the other peer dialled before that link came up, and
+    withdraws its offer.
     """
     if present is None:
         return LinkChoice.ACCEPT

@@ -1,7 +1,8 @@
 """A peer's identity and trust: the cluster key, the certificate authority derived from it, and the TLS contexts of a link.
 
-Every holder of the cluster key rebuilds the same authority, byte for byte; each peer signs its own certificate with it. The dates
-in both cover all time, so that a device whose clock is wrong can join. SPEC.md, section 2, specifies both, with a test vector.
+Every holder of the cluster key derives the same authority, byte for byte; each peer signs its own certificate with the authority's
+key. Both certificates are valid from 1970 to 9999, so that a device whose clock is wrong can join. SPEC.md, section 2, specifies
+both, with a test vector.
 """
 
 import base64
@@ -47,7 +48,7 @@ _PLACE = "meshd identity of "
 
 @dataclass(frozen=True)
 class ClusterKey:
-    """The secret that makes peers one cluster: 32 random bytes."""
+    """The secret that all peers of a cluster share: 32 random bytes."""
 
     secret: bytes
 
@@ -65,9 +66,9 @@ class ClusterKey:
 
     @classmethod
     def from_code(cls, code: str) -> "ClusterKey":
-        """Read a join code as a person typed it: case, dashes and spaces don't matter, nor O for 0, I and L for 1.
+        """Read a join code as a person typed it: case, dashes and spaces don't matter; O is read as 0, I and L as 1.
 
-        Raises: ConfigError if it is mistyped.
+        Raises: ConfigError if the code is mistyped.
         """
         letters = "".join(code.split()).replace("-", "").upper().removeprefix(_PREFIX.upper())
         if len(letters) != _CODE_LETTERS:
@@ -140,7 +141,7 @@ class Identity:
 
 
 def peer_id(public: Ed25519PublicKey) -> PeerId:
-    """Return the lower-case base32 of SHA-256 of the public key's 32 raw bytes."""
+    """Return the peer id of a public key: the lower-case base32 of SHA-256 of the public key's 32 raw bytes."""
     return PeerId(_base32(hashlib.sha256(_raw(public)).digest()))
 
 
@@ -178,7 +179,7 @@ def store_cluster_key(folder: StateFolder, key: ClusterKey) -> None:
 
 
 def load_identity(folder: StateFolder, cluster: ClusterKey, random_bytes: Callable[[int], bytes]) -> Identity:
-    """Load the folder's identity and certify it in the cluster. Make a new one at the first start, and in a copied folder.
+    """Load the folder's identity and certify it in the cluster. At the first start and in a copied folder, make a new one.
 
     Raises: StorageError if the key file is broken, or other users may read it.
     """

@@ -1,4 +1,4 @@
-"""One authenticated connection: messages over TLS 1.3 over TCP. The only file of this folder that does I/O."""
+"""One authenticated connection: messages over TLS 1.3 over TCP. The only module that does network I/O."""
 
 import asyncio
 import logging
@@ -21,12 +21,12 @@ log = logging.getLogger("meshd.transport")
 
 Buffer = bytes | bytearray | memoryview
 Address = tuple[str, int]
-"""(host, TCP port)"""
+"""(host, TCP port)."""
 
 QUEUE_BYTES = 32 * MIB
 """Bytes that may be queued on one connection: two of the largest payloads."""
 _JOINED = 32 * KIB
-"""Bytes of a payload that are copied behind the header, into one write. The rest of a larger payload is written uncopied."""
+"""Maximum bytes of a payload that are copied to follow the header in one write. The rest is written without a copy."""
 _CHUNK = 128 * KIB
 _TRANSPORT_BYTES = 256 * KIB
 """Encrypted bytes that asyncio may buffer before it pauses the writer."""
@@ -37,8 +37,8 @@ class Connection(asyncio.BufferedProtocol):
     """Sends and receives messages on one socket.
 
     `on_message(connection, message, frame)` is called for each message while the event loop reads from the socket, so it must not
-    block. `on_closed(connection, reason)` is called once. Before `attach`, the first message is kept for `first`, and a second one
-    closes the connection.
+    block. `on_closed(connection, reason)` is called once. Before `attach`, the first message is kept for `first`, and a second
+    message closes the connection.
     """
 
     peer: PeerId
@@ -70,7 +70,7 @@ class Connection(asyncio.BufferedProtocol):
         self._on_closed = on_closed
 
     async def first(self) -> Message:
-        """Wait for the first message. Raises: PeerFault if the connection closes before."""
+        """Wait for the first message. Raises: PeerFault if the connection closes before that."""
         return await self._first
 
     @property
@@ -104,7 +104,7 @@ class Connection(asyncio.BufferedProtocol):
             self._pump()
 
     def close(self, reason: str, farewell: Message | None = None) -> None:
-        """Send `farewell` if possible, and close once all written bytes are sent. `on_closed` is called at once."""
+        """Send `farewell` if possible, drop queued messages, and close once written bytes are sent. Calls `on_closed` at once."""
         if self.reason:
             return
         if farewell is not None:
@@ -208,7 +208,7 @@ def _reason(error: Exception | None) -> str:
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Open sockets that listen on every address of `host`. Port 0 chooses a free port, the same for all. Raises: OSError."""
+    """Open one listening socket for each address of `host`. Port 0 chooses one free port for all of them. Raises: OSError."""
     infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: list[socket.socket] = []
     try:
@@ -234,7 +234,7 @@ async def accept(
 ) -> Connection:
     """Complete TLS on an accepted socket.
 
-    Raises: PeerRefused if TLS fails; PeerLost if the connection breaks before. Cancel: the socket is closed.
+    Raises: PeerRefused if TLS fails; PeerLost if the connection breaks during the handshake. Cancel: the socket is closed.
     """
     connection = Connection(limits, now)
     raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -314,7 +314,7 @@ def _abandon(connection: Connection, connecting: asyncio.Future[object]) -> None
 
 
 async def _connect(address: Address, connect_s: float) -> socket.socket:
-    """Open a TCP connection to the first address that answers. Each address has `connect_s` to do so."""
+    """Open a TCP connection to the first address that answers within `connect_s`. Raises: PeerLost."""
     loop = asyncio.get_running_loop()
     host, port = address
     failure = "its name has no address"

@@ -7,9 +7,9 @@
     leases     RENEW, CLOSE, time         -> how long KV stays
     mirror/    MIRROR, KV_OFFER           -> copies of KV on other peers
 
-The plan determines which peer may send a message; one from any other peer is dropped. KV and outputs outlive the stage that
-computed them. They are kept for a stage of a later epoch, until that epoch resumes without them, the session is closed, or its
-lease runs out.
+A session's plan determines which peer may send each message; a message from any other peer is dropped. KV and outputs outlive the
+stage that computed them. They are kept for stages of a later epoch, until that epoch resumes without them, the session is closed,
+or the session's lease runs out.
 """
 
 from collections.abc import Awaitable, Callable
@@ -61,7 +61,7 @@ from meshd.types import ModelId, PeerId, SessionId
 log = getLogger(__name__)
 
 _SWEEP_S = 0.5
-"""How often expired leases are freed and the timeouts of copies advance."""
+"""Interval at which expired leases are freed and the timeouts of copies advance."""
 
 
 @dataclass(slots=True)
@@ -147,7 +147,7 @@ class StageHost:
             self._leases.free_all("this peer stops")
 
     def on_token(self, sender: PeerId, message: Token, payload: memoryview) -> None:
-        """Start the first stage's next step with the last stage's token."""
+        """Start the first stage's next step with the token that the last stage sampled."""
         active = self._active.get((message.session, 0))
         if active is None or active.open.epoch != message.epoch or message.final:
             return
@@ -160,9 +160,9 @@ class StageHost:
             self._runner.apply(active, fsm.StepArrived(token_step(active, message)))
 
     def on_peer_gone(self, peer: PeerId, reason: str) -> None:
-        """Fail the stages that exchange steps with this peer, and the copies on it.
+        """Fail the stages that exchange steps with `peer`, and the copies on `peer`, after the link with it went down.
 
-        The coordinator may still have a link of its own with the peer, so it would not notice the loss by itself.
+        The coordinator may still have its own link with `peer`, so it would not notice the loss by itself.
         """
         for active in list(self._active.values()):
             stages = len(active.open.plan.stages)
@@ -173,7 +173,7 @@ class StageHost:
         self._mirrors_out.on_peer_gone(peer, reason)
 
     def on_error(self, sender: PeerId, message: Error) -> None:
-        """Fail the stages of a session after a peer of its plan rejected one of its messages."""
+        """Fail the stages of a session after a peer of the session's plan rejected a message of the session."""
         for active in [active for (session, _), active in self._active.items() if session == message.session]:
             if sender in active.open.plan.peers:
                 error = RemoteFailure(message.message, remote_code=message.code)

@@ -5,7 +5,7 @@
     StageCache   KV of one session for the layers of one stage, and the kept outputs of that stage
     KvLease      the blocks that one or more caches and stages share
 
-KV outlives the stage that computed it: in a later epoch, a stage of the same session takes it over for some or all of its layers.
+KV outlives the stage that computed it: in a later epoch, a stage of the same session takes it over, for all or some of the layers.
 Caches of different layers may share a lease, because a block has space for all layers that are resident together.
 """
 
@@ -32,7 +32,7 @@ class KvLease:
     users: int = 0
 
     def acquire(self) -> None:
-        """Add a user. While there is one, the layers stay in memory."""
+        """Add a user. While the lease has a user, the layers stay in memory."""
         if not self.users:
             self.resident.sessions += 1
         self.users += 1
@@ -57,11 +57,11 @@ class StageCache:
     epoch_start: int = 0
     """Position at which the epoch resumed. KV of `[0, epoch_start)` is from older epochs."""
     source: PeerId | None = None
-    """The peer that copies its KV to this cache. None: a stage on this peer fills it."""
+    """The peer that sends the KV, if this cache is a copy. None: a stage on this peer fills the cache."""
     mirrored: bool = False
-    """The KV that was valid when the epoch opened was copied from another peer."""
+    """Whether the KV that was valid when the epoch opened was copied from another peer."""
     spared_epoch: int = 0
-    """Epoch in which this copy was kept although the source did not offer it again. 0: never."""
+    """Epoch for which `drop_before` kept this copy, although the copy belongs to an older epoch. 0: none."""
     log: OutputLog | None = None
 
 
@@ -72,7 +72,7 @@ class SessionKv:
     session: SessionId
     coordinator: PeerId
     epoch: int
-    """The newest epoch opened on this peer."""
+    """The newest epoch that OPEN or KV_OFFER began on this peer."""
     expires: float
     """When the coordinator's lease ends, in the clock's monotonic time. All caches are freed then."""
     caches: list[StageCache] = field(default_factory=list)
@@ -112,7 +112,7 @@ class KvManager:
     def adopt(self, session_kv: SessionKv, model: ModelId, layers: LayerRange, tokens: int) -> StageCache | None:
         """Add a cache that takes over the KV of an older epoch for these layers. The older cache stays until it is dropped.
 
-        Returns: a cache of the current epoch on the same blocks; None if no older cache fits.
+        Returns: a cache of the current epoch on the older cache's blocks; None if no older cache fits.
         """
         fitting = [cache for cache in session_kv.caches if cache.epoch < session_kv.epoch and _fits(cache, model, layers, tokens)]
         best = max(fitting, key=lambda cache: (cache.filled, cache.source is None), default=None)
@@ -129,7 +129,7 @@ class KvManager:
     def reserve_copy(
         self, session_kv: SessionKv, resident: ResidentLayers | None, model: ModelId, layers: LayerRange, tokens: int, valid: int
     ) -> StageCache:
-        """Add a cache for a copy from another peer. It takes over KV that no stage uses, up to position `valid`, or starts empty.
+        """Add a cache for a copy from another peer. The cache takes over KV that no stage uses, up to `valid`, or is empty.
 
         Raises: NoPeer if the layers are not ready in memory; OutOfMemory if the pool has too few free blocks.
         """
@@ -145,7 +145,7 @@ class KvManager:
             if other.layers in layers:
                 self.drop(session_kv, other)
             else:
-                other.filled = min(other.filled, cache.filled)  # from there on the copy overwrites the shared blocks
+                other.filled = min(other.filled, cache.filled)  # beyond this position the copy overwrites the shared blocks
         return cache
 
     def drop_before(self, session_kv: SessionKv, epoch: int) -> None:
@@ -162,7 +162,7 @@ class KvManager:
         self.drop_where(session_kv, unwanted)
 
     def _stage_uses(self, session_kv: SessionKv, lease: KvLease) -> bool:
-        """Whether a stage uses the blocks: a running one, or an ended one whose last step still computes."""
+        """Return whether a running stage uses the blocks, or an ended stage whose last step still computes."""
         return lease.users > sum(cache.lease is lease for cache in session_kv.caches)
 
     def drop(self, session_kv: SessionKv, cache: StageCache) -> None:

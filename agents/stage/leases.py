@@ -40,8 +40,8 @@ class SessionLeases:
     def check_coordinator(self, session_kv: SessionKv, coordinator: PeerId, epoch: int, *, handed_over: bool = False) -> None:
         """Check that this coordinator may start this epoch.
 
-        A session has one coordinator at a time. Another one takes over with a higher epoch, after the link with the first one
-        went down or the first one gave the session away (`handed_over`).
+        A session has one coordinator at a time. Another peer takes over with a higher epoch, after the link with the current
+        coordinator went down or the current coordinator handed the session over (`handed_over`).
 
         Raises: Superseded if the epoch is past, or if another coordinator still controls the session.
         """
@@ -72,7 +72,7 @@ class SessionLeases:
             session_kv.expires = self.expiry(message.lease_ms)
 
     def on_close(self, sender: PeerId, message: Close, payload: memoryview) -> None:
-        """Free the session's caches up to the epoch that its coordinator closes, and answer with the number of freed blocks."""
+        """Free the session's caches of epochs up to the closed one, and answer with the number of freed blocks."""
         session_kv = self.kv_manager.get(message.session)
         freed = 0
         if session_kv is not None and session_kv.coordinator == sender:
@@ -95,7 +95,7 @@ class SessionLeases:
             self._free(session_kv, session_kv.epoch, reason)
 
     def _free(self, session_kv: SessionKv, epoch: int, reason: str) -> int:
-        """End the session's stages and free its caches up to `epoch`.
+        """End the session's stages and free its caches, of epochs up to `epoch`.
 
         Returns: the number of blocks that are free now, or will be when the running step ends.
         """

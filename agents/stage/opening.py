@@ -79,7 +79,7 @@ class StageOpener:
             raise InvalidRequest(f"stage {message.stage} has failed in epoch {message.epoch}", hint="open a later one")
 
     def _sampler(self, message: Open, payload: memoryview) -> Sampler:
-        """Create the sampler. At the last stage it gets all known tokens, if a penalty depends on them."""
+        """Create the sampler. The last stage's sampler gets all known tokens, if a penalty depends on them."""
         last = message.stage == len(message.plan.stages) - 1
         if not last or not needs_past_tokens(message.sampling, message.answered):
             return Sampler(message.sampling)

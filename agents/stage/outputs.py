@@ -1,4 +1,4 @@
-"""Keeps the outputs that stages sent, within a budget of bytes. If the next stage is lost, its replacement needs them again."""
+"""Keeps the outputs that stages sent, within a budget of bytes. A replacement of a lost next stage needs the outputs again."""
 
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
@@ -12,9 +12,9 @@ from meshd.errors import LocalFault
 F32 = npt.NDArray[np.float32]
 
 _PART_BYTES = 160
-"""Memory that an array takes beside its values."""
+"""Bytes that an array takes in addition to its values."""
 _TRIM_SHARE = 8
-"""When a log exceeds the budget alone, it is trimmed by 1/8 of the budget at once, so that not every step has to trim."""
+"""A log that alone exceeds the budget is trimmed until 1/8 of the budget is free, so that not every step has to trim."""
 
 
 @dataclass(slots=True, eq=False)
@@ -23,7 +23,7 @@ class OutputLog:
 
     kept_to: int = 0
     pinned: bool = False
-    """Never evicted: OPENED offered the outputs to the coordinator, which has not yet used or declined them."""
+    """Whether eviction skips this log, because OPENED offered its outputs and they may still have to be sent."""
     starts: list[int] = field(default_factory=list)
     """Position of the first row of each array in `parts`."""
     parts: list[F32] = field(default_factory=list)
@@ -33,7 +33,7 @@ class OutputLog:
         return self.starts[0] if self.starts else self.kept_to
 
     def rows(self, start: int, end: int) -> F32:
-        """Return the outputs of `[start, end)`, `[tokens, hidden]`. Raises: LocalFault if some are not kept."""
+        """Return the outputs of positions `[start, end)` as `[tokens, hidden]`. Raises: LocalFault if some are not kept."""
         if not self.kept_from <= start < end <= self.kept_to:
             raise LocalFault(f"outputs {self.kept_from} to {self.kept_to} are kept, not those from {start} to {end}")
         first = bisect_right(self.starts, start) - 1
@@ -59,7 +59,10 @@ class Outputs:
         return log
 
     def append(self, log: OutputLog, position: int, hidden: F32) -> None:
-        """Append a step's outputs, `[tokens, hidden]`, without a copy: they must not change. A gap clears the log first."""
+        """Append a step's outputs `[tokens, hidden]`. If `position` is not the log's end, the log is cleared first.
+
+        The array is not copied, so it must not change afterwards.
+        """
         if position != log.kept_to:
             self._clear(log)
             log.kept_to = position
@@ -88,7 +91,7 @@ class Outputs:
             self._clear(log)
 
     def _evict(self, newest: OutputLog) -> None:
-        """Clear the least recently used logs; if that is not enough, trim the beginning of `newest`."""
+        """Clear the least recently used logs, except pinned ones; if that is not enough, trim the beginning of `newest`."""
         for log in list(self._logs.values()):
             if self.used_bytes <= self.limit_bytes:
                 return

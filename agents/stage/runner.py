@@ -1,6 +1,6 @@
 """Runs the stages of this peer: executes the commands of their state machines and computes their steps, one at a time.
 
-Events reach a machine only through `apply`. The compute thread has at most one step; when it ends, the scheduler chooses the next.
+Events reach a machine only through `apply`. The compute thread has at most one step at a time; the scheduler chooses the next.
 """
 
 from collections.abc import Callable
@@ -47,7 +47,7 @@ class StageRunner:
     ready: Scheduler
     sender: StageSender = field(init=False)
     computing_since: float | None = None
-    """When the step on the compute thread began, in the clock's monotonic time; it may be of any session. None: no step runs."""
+    """When the step on the compute thread, of any session, began, in the clock's monotonic time. None: no step runs."""
 
     def __post_init__(self) -> None:
         self.sender = StageSender(self.me, self.links, self.fail)
@@ -121,7 +121,7 @@ class StageRunner:
         self.on_change()
 
     def _end(self, active: ActiveStage, reason: str) -> None:
-        """End a stage. Its KV and outputs stay, and it remains a user of its blocks until its running step ends."""
+        """End a stage. Its KV and outputs stay, and the stage remains a user of its blocks until its running step ends."""
         if self.active.get(active.key) is active:
             del self.active[active.key]
         self.mirrors.stop(active)
@@ -155,7 +155,7 @@ class StageRunner:
         cache = active.cache
         if active.machine.state is not fsm.StageState.ENDED:
             cache.filled = step.end
-        # Before the bookkeeping below, because the next stage waits for the output.
+        # The output is sent before the bookkeeping below, because the next stage waits for it.
         self.apply(active, fsm.StepComputed(step.position, output))
         if active.machine.state is not fsm.StageState.ENDED:
             if cache.log is not None and output.hidden is not None:

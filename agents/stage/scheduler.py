@@ -1,4 +1,4 @@
-"""Chooses the next of the steps that are ready to compute."""
+"""Chooses which ready step is computed next."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -7,12 +7,12 @@ from meshd.agents.stage.session import Step
 from meshd.agents.stage.steps import ActiveStage
 
 _DECODES_PER_PREFILL = 8
-"""Decode steps computed in a row while a prefill step waits."""
+"""Maximum number of decode steps computed in a row while a prefill step waits."""
 
 
 @dataclass(slots=True)
 class Scheduler:
-    """The queue of ready steps: decodes before prefills, first in, first out within each.
+    """The queue of ready steps: decodes before prefills, first in, first out within each kind.
 
     A stage has at most one ready step, so the number of stages bounds the queue.
     """

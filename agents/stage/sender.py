@@ -26,7 +26,7 @@ class StageSender:
     """Ends a stage whose output could not be sent: (stage, position, error, peer to blame)."""
 
     def deliver(self, active: ActiveStage, step: Step, output: StepOutput, skip: int) -> None:
-        """Send the activation of a step, without its first `skip` tokens, or the token that it sampled."""
+        """Send the activation of a step, without its first `skip` tokens, or the token that the step sampled."""
         if output.hidden is not None:
             hidden = output.hidden[skip:] if skip else output.hidden
             self._send_activation(active, step.position + skip, hidden, sample=step.sample)
@@ -46,7 +46,7 @@ class StageSender:
             self._send_activation(active, position, hidden, sample=False)
 
     def send_taken(self, active: ActiveStage, step: Step) -> None:
-        """Report to the previous stage that this prefill step begins, so that it may send one more."""
+        """Report to the previous stage that this prefill step begins, so that the previous stage may send one more."""
         message = Taken(session=active.open.session, epoch=active.open.epoch, step=step.position, stage=active.open.stage)
         try_send(self.links.send, active.peer_of(active.open.stage - 1), message)
 

@@ -1,7 +1,7 @@
 """The state of one session at one stage, as a pure state machine: events in, commands out.
 
-It orders the steps, answers repeats, waits for credit and for the next stage, sends kept outputs before it computes, and decides
-when the stage's KV may be released. It never sees a tensor: a step's input and output are opaque to it.
+The machine orders the steps, answers repeated steps, waits for credit and for the next stage, sends kept outputs before it
+computes, and decides when the stage's KV may be released. The machine never sees a tensor: inputs and outputs of steps are opaque.
 
     OPEN --StageResumed--> IDLE, WAITING or COMPUTING             (a later epoch only; the first epoch starts in IDLE)
     IDLE --StepArrived--> COMPUTING --StepComputed--> IDLE        (or COMPUTING the next step of the inbox)
@@ -39,11 +39,11 @@ class Step:
     position: int
     tokens: int
     sample: bool
-    """The last stage samples a token after this step."""
+    """Whether the last stage samples a token after this step."""
     prefill: bool
-    """The tokens were known when the epoch began; otherwise this is a decode step."""
+    """Whether the tokens were known when the epoch began; otherwise this is a decode step."""
     index: int = 0
-    """Decode: index in the answer of the token that follows this step."""
+    """For a decode step: index in the answer of the token that is sampled after this step."""
     data: object = None
     """Token ids or hidden states."""
 
@@ -82,7 +82,7 @@ class StepTaken:
 class CreditGranted:
     index: int
     hold: bool = False
-    """Set the credit to `index`, even if more was granted before."""
+    """Whether the credit becomes `index` even if more was granted before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """Send a step's output: its activation without the first `skip` tokens, or the token that it sampled."""
+    """Send a step's output: its activation without the first `skip` tokens, or the token that the step sampled."""
 
     step: Step
     output: object
@@ -158,11 +158,11 @@ class StageSession(Machine[Event, Command]):
     max_tokens: int
     """Tokens of prompt and answer for which KV is reserved."""
     credit: int
-    """Answer tokens that may be generated."""
+    """Number of answer tokens that may be generated."""
     first: bool
-    """This is stage 0: its decode steps come from TOKEN and are limited by CREDIT."""
+    """Whether this is stage 0, whose decode steps come from TOKEN and are limited by CREDIT."""
     last: bool
-    """This is the last stage: it samples, and has no next stage to wait for."""
+    """Whether this is the last stage, which samples and has no next stage to wait for."""
     state: StageState = StageState.IDLE
     held: int = 0
     """KV of positions `[0, held)` was valid when the stage opened."""
@@ -170,7 +170,7 @@ class StageSession(Machine[Event, Command]):
     """Outputs of `[kept_from, kept_to)` were kept when the stage opened."""
     kept_to: int = 0
     chunk_tokens: int = 1
-    """Tokens of one replayed step."""
+    """Maximum number of tokens in one replayed step."""
     next_position: int = 0
     """Position of the next step that may arrive."""
     send_from: int = 0
@@ -183,9 +183,9 @@ class StageSession(Machine[Event, Command]):
     """Steps that wait to be computed, in order."""
     computing: Step | None = None
     untaken: set[int] = field(default_factory=set)
-    """Prefill steps sent that the next stage has not begun."""
+    """Positions of sent prefill steps that the next stage has not begun."""
     done: Step | None = None
-    """The newest computed step. A repeat of it is answered with `done_output`."""
+    """The newest computed step. A repeat of this step is answered with `done_output`."""
     done_output: object = None
     reason: str = ""
 
@@ -283,7 +283,10 @@ def _resumed(session: StageSession, event: StageResumed) -> list[Command]:
 
 
 def _step_early(session: StageSession, event: StepArrived) -> list[Command]:
-    """Queue a step of the previous stage, which resumed before this one. It may send a full prefill window before RESUME comes."""
+    """Queue a step that arrived before RESUME.
+
+    The previous stage may resume before this one, and may then send a full prefill window.
+    """
     if len(session.inbox) >= PREFILL_WINDOW:
         return [RejectStep(event.step, f"more than {PREFILL_WINDOW} steps came before RESUME")]
     session.inbox.append(event.step)
@@ -295,7 +298,7 @@ def _step_arrived(session: StageSession, event: StepArrived) -> list[Command]:
     if step.position < session.next_position:
         if session.done is not None and step.position == session.done.position:
             return session._deliver(session.done, session.done_output)
-        return []  # a repeat of an older step, whose output was sent, or of the computing one, whose output will be
+        return []  # repeats an older step, whose output was sent, or the running step, whose output will be sent
     reason = session._admit(step)
     if reason:
         return [RejectStep(step, reason)]

@@ -64,7 +64,7 @@ class ActiveStage:
         return self.open.stage == len(self.open.plan.stages) - 1
 
     def source_of(self, step: fsm.Step) -> PeerId:
-        """The peer that sent the step's input."""
+        """Return the peer that sent the step's input."""
         if self.open.stage:
             return self.peer_of(self.open.stage - 1)
         return self.open.coordinator if step.prefill else self.peer_of(len(self.open.plan.stages) - 1)
@@ -149,7 +149,7 @@ def compute_step(active: ActiveStage, step: fsm.Step) -> StepOutput:
 def _forward(active: ActiveStage, step: fsm.Step, hidden: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     segment = Segment(table=active.table, start=step.position, tokens=step.tokens)
     out = active.stage.forward(hidden, [segment], active.cache.lease.pool)
-    # No layer turns NaN or infinity into a finite value, so checking the output is enough. The input is checked only if that fails.
+    # No layer turns NaN or infinity into a finite value, so `compute_step` checks the input only if the step fails.
     if not active.last and not np.isfinite(out).all():
         raise LocalFault(f"layers {active.stage.layers} computed hidden states that are not finite", hint="check the model file")
     return out

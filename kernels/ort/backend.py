@@ -1,11 +1,11 @@
 """The fast backend for CPUs: onnxruntime, with one onnxruntime session from each attention to the next.
 
-Precision: weights as in the file (4- or 8-bit codes, float32 scales). A product quantises its activations to int8 by block, as
-llama.cpp does, and sums in float32. Everything else is float32. Bits do not depend on the split into stages, on how tokens are
-grouped into chunks and batches, or on the number of threads. Tests check this on x86-64 with AVX-512.
+Precision: weights keep the file's quantisation (4- or 8-bit codes, float32 scales). A product quantises its activations to int8 by
+block, as llama.cpp does, and sums in float32. Everything else is float32. Results don't depend, bit for bit, on the split into
+stages, on how tokens are grouped into chunks and batches, or on the number of threads. Tests check this on x86-64 with AVX-512.
 
-Threads: each session has its own pool, whose idle threads spin for at most 0.1 ms (`SPIN_US`). Measured for SmolLM2-135M on two
-cores, in ms per token without the head:
+Threads: each onnxruntime session has its own pool, whose idle threads spin for at most 0.1 ms (`SPIN_US`). Measured for
+SmolLM2-135M on two cores, in ms per token without the head:
 
 | spinning | one daemon, two threads | three daemons that share the layers |
 |---|---|---|
@@ -46,7 +46,7 @@ from meshd.kernels.weights.matrices import BlockMatrix, unpack_codes
 from meshd.types import LayerRange, ModelSpec, Tensor
 
 SPIN_US = 100
-"""Microseconds that an idle thread of a session's pool spins before it sleeps."""
+"""Microseconds that an idle thread of an onnxruntime session's pool spins before it sleeps."""
 
 TRIM_BYTES = 64 << 20
 """After packing this many bytes of weights, the heap is trimmed, since the unpacked weights are freed one at a time."""
@@ -55,9 +55,9 @@ SubgraphMaker = Callable[[NetworkWeights, int, Precision], Subgraph]
 
 
 def open_session(subgraph: Subgraph, threads: int) -> ort.InferenceSession:
-    """Open a session with its own packed copy of the weights, so that the subgraph can be freed."""
+    """Open an onnxruntime session with its own packed copy of the weights, so that the subgraph can be freed."""
     options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # the reason is in graph.py
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # graph.py explains why
     options.enable_cpu_mem_arena = False
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -93,7 +93,7 @@ def zero_points_work() -> bool:
 class OrtStage(BaseStage):
     """Layers as onnxruntime sessions: one before the first attention, one between every two attentions, one after the last.
 
-    A layer with experts has one more for the router and one for each expert.
+    A layer with experts instead has one up to its attention, one for the router and one for each expert.
     """
 
     def __init__(self, loaded: "OrtLayers", layers: LayerRange, embedding: Tensor | None) -> None:
@@ -145,8 +145,8 @@ class OrtStage(BaseStage):
 class OrtLayers:
     """The onnxruntime sessions of a range of layers.
 
-    `open` opens those that a stage over the whole range needs. A stage over a part of it needs other sessions at its ends, which
-    are opened when the first such stage is made.
+    `open` opens the sessions that a stage over the whole range needs. A stage over a part of the range needs other sessions at its
+    ends, which are opened when the first such stage is made.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class OrtLayers:
         return self._bytes
 
     def open(self, head: bool, progress: Progress | None) -> None:
-        """Read the weights of all layers, and of the head if asked for. Raises: ModelFileError."""
+        """Open the sessions of all layers, and of the head if requested. Raises: ModelFileError."""
         parts = head_part_count(self.spec) if head else 0
         done, total = 0, len(self._layers) + 1 + parts
 
@@ -238,7 +238,7 @@ class OrtLayers:
         self._experts[layer] = [self._open(subgraph, 1) for subgraph in made]
 
     def head(self) -> list[ort.InferenceSession]:
-        """Return the head's sessions, in the order of their parts of the vocabulary. Raises: LocalFault if it was not loaded."""
+        """Return the head's sessions, ordered by part of the vocabulary. Raises: LocalFault if the head was not loaded."""
         if not self._head:
             raise LocalFault(f"layers {self._layers} were loaded without the head")
         return self._head
@@ -271,7 +271,7 @@ class OrtBackend:
     """onnxruntime on the CPU."""
 
     def __init__(self, threads: int, *, exact: bool = False) -> None:
-        """`exact`: activations stay float32 in products. This is several times slower."""
+        """With `exact`, products use float32 activations, which is several times slower."""
         self.name = f"onnxruntime{EXACT}" if exact else "onnxruntime"
         self.threads = threads
         self._precision = (

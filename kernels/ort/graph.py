@@ -19,7 +19,7 @@ from meshd.types import ModelSpec
 
 MS = "com.microsoft"
 HEAD_PART_WEIGHTS = 16 << 20
-"""Weights in one part of the head. Packing takes twice the memory of the part, in addition to the part itself."""
+"""Maximum number of weights in one part of the head. Packing takes twice the memory of the part, in addition to the part itself."""
 ACCURACY_F32, ACCURACY_INT8 = 1, 4
 """`accuracy_level` of MatMulNBits: float32, or activations quantised to int8 with one scale per block. Sums are float32 in both."""
 
@@ -31,7 +31,7 @@ class Precision:
     level: int
     """ACCURACY_F32 or ACCURACY_INT8."""
     zero_points: bool
-    """Weights of kinds with minima get a zero point per group, which makes the error of int8 activations smaller."""
+    """Whether weights of kinds with minima get a zero point per group, which makes the error of int8 activations smaller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class GraphBuilder:
     weights: dict[str, Weight] = field(default_factory=dict)
 
     def node(self, operator: str, *inputs: str, outputs: tuple[str, ...] = (), domain: str = "", **attributes: float) -> str:
-        """Add an operator. Without `outputs` it has one output, named after the operator and its number."""
+        """Add an operator. Without `outputs`, the operator has one output. Returns: the name of the first output."""
         names = outputs or (f"{operator}_{len(self.nodes)}",)
         node = helper.make_node(operator, inputs, names, domain=domain)
         node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
@@ -132,14 +132,17 @@ class GraphBuilder:
 
 
 def project_subgraph(weights: NetworkWeights, layer: int, precision: Precision) -> Subgraph:
-    """Make (hidden, cos, sin) -> (q, k, v): `layer` up to its attention."""
+    """Make the subgraph (hidden, cos, sin) -> (q, k, v): `layer` up to its attention."""
     graph = GraphBuilder(precision)
     _project(graph, weights, layer, "hidden")
     return _subgraph(graph, weights.spec, ["hidden", *_rotation_inputs(weights.spec, layer)], ["q", "k", "v"])
 
 
 def mix_project_subgraph(weights: NetworkWeights, layer: int, precision: Precision) -> Subgraph:
-    """Make (mixed, residual, cos, sin) -> (hidden, q, k, v): `layer` after its attention, then `layer + 1` up to its attention."""
+    """Make the subgraph (mixed, residual, cos, sin) -> (hidden, q, k, v).
+
+    It computes `layer` after its attention, then `layer + 1` up to its attention.
+    """
     graph = GraphBuilder(precision)
     _project(graph, weights, layer + 1, _mix(graph, weights, layer))
     return _subgraph(
@@ -148,14 +151,14 @@ def mix_project_subgraph(weights: NetworkWeights, layer: int, precision: Precisi
 
 
 def mix_subgraph(weights: NetworkWeights, layer: int, precision: Precision) -> Subgraph:
-    """Make (mixed, residual) -> (hidden): `layer` after its attention."""
+    """Make the subgraph (mixed, residual) -> (hidden): `layer` after its attention."""
     graph = GraphBuilder(precision)
     _mix(graph, weights, layer)
     return _subgraph(graph, weights.spec, ["mixed", "residual"], ["hidden"])
 
 
 def route_subgraph(weights: NetworkWeights, layer: int, precision: Precision) -> Subgraph:
-    """Make (mixed, residual) -> (hidden, normed, scores): a layer with experts, from its attention to the router's scores."""
+    """Make the subgraph (mixed, residual) -> (hidden, normed, scores): from the attention to the router's scores."""
     graph = GraphBuilder(precision)
     hidden, normed = _after_attention(graph, weights, layer)
     scores = graph.product(normed, weights.router(layer))
@@ -165,16 +168,16 @@ def route_subgraph(weights: NetworkWeights, layer: int, precision: Precision) ->
 
 
 def expert_subgraph(spec: ModelSpec, expert: Expert, precision: Precision) -> Subgraph:
-    """Make (normed) -> (hidden): one expert's MLP."""
+    """Make the subgraph (normed) -> (hidden): one expert's MLP."""
     graph = GraphBuilder(precision)
     graph.node("Identity", _mlp(graph, spec, "normed", expert.gate_up, expert.down), outputs=("hidden",))
     return _subgraph(graph, spec, ["normed"], ["hidden"])
 
 
 def head_subgraphs(weights: NetworkWeights, precision: Precision) -> Iterator[Subgraph]:
-    """Make (hidden) -> (logits) for each part of the vocabulary.
+    """Make a subgraph (hidden) -> (logits) for each part of the vocabulary.
 
-    Packing a large table whole would take twice its memory beside it.
+    Packing a large head at once would take twice its memory, in addition to the head itself.
     """
     for part in weights.head(_head_rows(weights.spec)):
         yield _head_subgraph(weights, part, precision)
@@ -200,7 +203,7 @@ def _head_subgraph(weights: NetworkWeights, part: Projection, precision: Precisi
 
 
 def product_subgraph(linear: Projection, precision: Precision) -> Subgraph:
-    """Make (x) -> (y): a single product."""
+    """Make the subgraph (x) -> (y): a single product."""
     graph = GraphBuilder(precision)
     graph.node("Identity", graph.product("x", linear), outputs=("y",))
     return _build(graph, {"x": linear.matrices[0].shape[1]}, {"y": sum(matrix.shape[0] for matrix in linear.matrices)})

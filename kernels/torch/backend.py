@@ -3,8 +3,8 @@
 Precision: a product dequantises a block of rows to float32 and multiplies in float32, so its only error is rounding. Only that
 block is in memory in full precision. Activations stay float32.
 
-Threads: the products of a prefill chunk are split by rows among the threads. Those of a single token are too small for that and use
-one thread. Bits do not depend on the number of threads.
+Threads: the products of a prefill chunk are split by rows among the threads. The products of a single token are too small for that
+and use one thread. Results don't depend, bit for bit, on the number of threads.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Mlp:
 
 
 class Experts:
-    """Several MLPs; each token is sent to the few with the highest scores of a router."""
+    """Several MLPs, of which each token uses the few that its router scores highest."""
 
     def __init__(self, weights: NetworkWeights, layer: int, device: Device) -> None:
         router = weights.router(layer)
@@ -188,7 +188,7 @@ class TorchBackend:
     """Plain torch, on the CPU or an accelerator. Attention and KV stay on the CPU."""
 
     def __init__(self, threads: int, device: str = "cpu") -> None:
-        """`device` is torch's name for it. Raises: ConfigError if torch can't use it."""
+        """`device` is torch's name of the device: `cpu`, `cuda` or `mps`. Raises: ConfigError if torch can't use it."""
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("torch finds no CUDA device", hint="install a torch built with CUDA, and a driver that it can use")
         if device == "mps" and not torch.backends.mps.is_available():

@@ -16,7 +16,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, halves: bool) -> torch.Tensor:
     """Rotate the first `rope_dim` dimensions of `x` `[tokens, heads, head_dim]`. `cos` and `sin` are `[tokens, 1, rope_dim / 2]`.
 
-    `halves`: a pair is one dimension of each half (GPT-NeoX); otherwise it is two neighbours.
+    With `halves`, a pair is dimension i of the first and of the second half (GPT-NeoX); otherwise, two neighbouring dimensions.
     """
     rotated, rest = torch.split(x, [2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
     one, other = rotated.chunk(2, dim=-1) if halves else (rotated[..., 0::2], rotated[..., 1::2])
@@ -25,7 +25,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, halves: boo
 
 
 def gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
-    """Multiply the activation of the first half, the gate, with the second half: `[tokens, 2 * ffn]` to `[tokens, ffn]`.
+    """Compute `activation(gate) * up` of the halves gate and up (`clamped`: `up + 1`): `[tokens, 2 * ffn]` to `[tokens, ffn]`.
 
     Source: https://arxiv.org/abs/2002.05202.
     """

@@ -1,4 +1,7 @@
-"""Matrix products of the torch backend, on any of torch's devices. Weights become float32 only a block of rows at a time."""
+"""Matrix products of the torch backend, on any of torch's devices.
+
+A product converts its weights to float32 one block of rows at a time.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,12 +18,12 @@ from meshd.kernels.weights.layers import Projection
 from meshd.kernels.weights.load import BlockMatrix, DenseMatrix
 
 ROWS = 512
-"""Rows dequantised at a time, so that they stay in the processor's cache. 256 to 512 were the fastest in measurements."""
+"""Rows dequantised at a time on the CPU, so that they stay in the processor's cache. 256 to 512 were fastest in measurements."""
 PARALLEL_WORK = 16 << 20
 """Number of multiplications below which a second thread costs more than it saves."""
 
 Product = Callable[[torch.Tensor], torch.Tensor]
-"""`[tokens, columns]` to `[tokens, rows]`."""
+"""Maps activations `[tokens, columns]` to `[tokens, rows]`."""
 
 
 @dataclass(frozen=True, slots=True)

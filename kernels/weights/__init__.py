@@ -1,1 +1,1 @@
-"""Weights as matrices that a backend computes on."""
+"""Reads weights as matrices that a backend computes with."""

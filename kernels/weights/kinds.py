@@ -1,11 +1,11 @@
-"""GGUF's quantised kinds: the layout of their blocks, and how to compute weights from them.
+"""GGUF's quantised tensor types, called kinds: the layout of their blocks, and how to compute weights from them.
 
 The layouts follow ggml's `ggml-common.h` and `ggml-quants.c` (https://github.com/ggml-org/ggml). A row of weights consists of
-blocks, a block of one or several groups, and a group of 16 or 32 weights with their own scale (and minimum). In kinds without
+blocks, a block of one or several groups, and a group of 16 or 32 weights that share a scale (and a minimum). In kinds without
 minima a weight is `scale * (code - middle)`, in kinds with minima `scale * code + minimum`.
 
-A scale is a float16, or a float16 times an 8-bit signed integer. A code has at most 8 bits, or at most 6 bits with a scale of the
-second form. So float32 represents `scale * code` exactly, and adding a minimum rounds once.
+A scale is a float16, a power of two (MXFP4), or a float16 times an integer of at most 8 bits. A code has at most 8 bits, or at most
+6 bits with a scale of the last form. So float32 represents `scale * code` exactly, and adding a minimum rounds once.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def _half(blocks: U8, first: int) -> F32:
 
 
 def _nibbles(packed: U8, run: int = 16) -> U8:
-    """Unpack 4-bit codes in ggml's order: of each `run` bytes first all low halves, then all high halves.
+    """Unpack 4-bit codes in ggml's order: for each `run` bytes, all low halves first, then all high halves.
 
     Returns: `[n, 2 * bytes]` for `packed` `[n, bytes]`.
     """
@@ -58,13 +58,13 @@ def _nibbles(packed: U8, run: int = 16) -> U8:
 
 
 def _fifth_bits(low: U8, packed: U8) -> U8:
-    """Add the fifth bits to 4-bit codes `[n, 32]`, in place: that of column k is bit k of the four bytes `packed`."""
+    """Add the fifth bits to 4-bit codes `[n, 32]`, in place: the fifth bit of code k is bit k of the four bytes `packed`."""
     low |= np.unpackbits(packed, axis=1, bitorder="little") << np.uint8(4)
     return low
 
 
 def _q5_k_codes(blocks: U8) -> U8:
-    """Extract the 5-bit codes of Q5_K: the fifth bit of weight k of group g is bit g of byte k."""
+    """Extract the 5-bit codes of Q5_K: the fifth bit of weight k of group g is bit g of byte 16 + k."""
     low = _nibbles(blocks[:, 48:], 32)
     bits = np.arange(8, dtype=np.uint8)[:, None]
     low |= (((blocks[:, None, 16:48] >> bits) & 1) << np.uint8(4)).reshape(low.shape)
@@ -97,7 +97,7 @@ def _k_scale(blocks: U8) -> F32:
 
 
 def _k_minimum(blocks: U8) -> F32:
-    """Extract the eight minima of a K block, none above zero: six bits each, times the block's float16 minimum."""
+    """Extract the eight minima of a K block: six bits each, times the negated float16 at byte 2 of the block."""
     packed = blocks[:, 4:16]
     low, high = packed[:, 4:8] & 63, (packed[:, 8:] >> 4) | ((packed[:, 4:8] >> 2) & 48)
     return np.concatenate([low, high], axis=1).astype(np.float32) * -_half(blocks, 2)
@@ -117,7 +117,7 @@ def _power(blocks: U8) -> F32:
 
 
 def _table(values: tuple[int, ...]) -> U8:
-    """Make a table from a byte to the codes of its two halves, `[256, 2]`. A code is its value + 128."""
+    """Make a table `[256, 2]` from a byte to the codes of its low and its high half. A code is a value of `values` plus 128."""
     codes = np.array(values, np.int16) + 128
     byte = np.arange(256)
     return np.stack([codes[byte & 15], codes[byte >> 4]], axis=1).astype(np.uint8)
@@ -130,7 +130,7 @@ def _looked_up(table: U8, packed: U8) -> U8:
 
 _IQ4_NL = _table((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))
 _E2M1 = _table((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12))
-"""MXFP4's values times two, which makes them whole numbers."""
+"""The values of MXFP4's 4-bit floats, times two to make them integers."""
 
 BLOCK_KINDS: dict[str, BlockKind] = {
     "Q4_0": BlockKind(32, 18, 32, 4, 8, lambda b: _nibbles(b[:, 2:]), lambda b: _half(b, 0)),

@@ -60,7 +60,7 @@ class NetworkWeights:
             )
 
     def ropes(self) -> list[Rope | None]:
-        """Make the `Rope` of each layer; layers with the same rotations share one. None: the layer has no rotation."""
+        """Make the `Rope` of each layer; layers with the same rotations share one `Rope`. None: the layer has no rotation."""
         spec = self.spec
         factors = next((self._vector(name) for name in ROPE_FACTORS if name in self.source), None)
         full = rope_of(spec, factors)
@@ -92,9 +92,9 @@ class NetworkWeights:
         return self._linear(layer, *(("attn_qkv",) if fused else ("attn_q", "attn_k", "attn_v")))
 
     def qk_norms(self, layer: int) -> tuple[F32, F32] | None:
-        """Read the norms of Q and K:
+        """Read the norms of Q and K.
 
-        `[head_dim]` each, or `[heads * head_dim]` and `[kv_heads * head_dim]`. None: there are none.
+        Returns: `[head_dim]` each, or `[heads * head_dim]` and `[kv_heads * head_dim]`; None if the model has no such norms.
         """
         if not self.spec.qk_norm:
             return None
@@ -163,9 +163,9 @@ class NetworkWeights:
 def mix_experts(x: F32, scores: F32, used: int, mlp: Callable[[int, F32], F32], workers: Workers | None = None) -> F32:
     """Compute the output of each token's `used` best experts, weighted by the softmax of their scores.
 
-    `x` is `[tokens, hidden]`, `scores` `[tokens, experts]`. `mlp` computes one expert's output for the rows that chose it; with
-    `workers`, several experts run at once. A token's bits do not depend on the other tokens: its terms are added in the order of
-    its own scores.
+    `x` is `[tokens, hidden]`, `scores` `[tokens, experts]`. `mlp` computes one expert's output for the rows of x that use it; with
+    `workers`, several experts run at once. A token's result does not depend on the other tokens: the outputs of its experts are
+    added in the order of its own scores.
 
     Returns: `[tokens, hidden]`.
     """

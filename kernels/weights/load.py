@@ -40,7 +40,7 @@ _FLOATS: dict[str, tuple[type[np.unsignedinteger], int]] = {
     "F16": (np.uint16, 0x7C00),
     "BF16": (np.uint16, 0x7F80),
 }
-"""Kind -> (unsigned type of the same size, bits of infinity)."""
+"""Float kind -> (unsigned type of the same size, bits of infinity, which are the exponent's bits)."""
 KINDS = (*_FLOATS, *BLOCK_KINDS)
 """All kinds that can be read."""
 
@@ -63,7 +63,7 @@ def dequantise(tensor: Tensor) -> F32:
 
 
 def dequantise_rows(tensor: Tensor, rows: npt.NDArray[np.integer]) -> F32:
-    """Read some rows of a `[rows, columns]` tensor as float32, and only these. Raises: ModelFileError."""
+    """Read some rows of a `[rows, columns]` tensor as float32, without the other rows. Raises: ModelFileError."""
     kind = _kind(tensor)
     height, width = _matrix_shape(tensor)
     if kind is None:
@@ -85,7 +85,8 @@ def load_matrix(tensor: Tensor) -> Matrix:
 def load_stacked(tensors: Sequence[Tensor]) -> tuple[Matrix, ...]:
     """Read `[rows, columns]` tensors and stack their rows.
 
-    Returns: one matrix if all tensors have the same form and width, otherwise one matrix for each tensor.
+    Returns: one matrix if all tensors are quantised in the same form (bits, group size, with or without minima) and have the same
+    width, otherwise one matrix for each tensor.
     Raises: ModelFileError.
     """
     for tensor in tensors:
@@ -110,7 +111,7 @@ def expert_matrix(tensor: Tensor, index: int) -> Tensor:
 
 
 def slice_rows(tensor: Tensor, first: int, last: int) -> Tensor:
-    """Return rows `[first, last)` of a matrix as a view. A `last` beyond the end means the end."""
+    """Return rows `[first, last)` of a matrix as a view. A `last` above the number of rows means all rows from `first` on."""
     rows, columns = _matrix_shape(tensor)
     last = min(last, rows)
     size = len(tensor.data) // rows
@@ -136,7 +137,7 @@ def widen_bf16(bits: npt.NDArray[np.uint16]) -> F32:
 
 
 def _load_blocks(tensors: Sequence[Tensor], kinds: Sequence[BlockKind]) -> BlockMatrix:
-    """Stack tensors of one form and width into one matrix."""
+    """Stack quantised tensors of the same form and width into one matrix."""
     first = kinds[0]
     views = [_blocks(tensor, kind) for tensor, kind in zip(tensors, kinds, strict=True)]
     rows, groups = sum(tensor.shape[0] for tensor in tensors), tensors[0].shape[1] // first.group

@@ -7,14 +7,14 @@ float32 shift, which is multiplied with the sum of the group's activations. Bits
 | kind | Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | Q4_K | Q5_K | Q6_K | IQ4_NL | MXFP4 |
 |---|---|---|---|---|---|---|---|---|---|---|
 | file | 4.5 | 5 | 5.5 | 6 | 8.5 | 4.5 | 5.5 | 6.56 | 4.5 | 4.25 |
-| here | 5 | 6 | 9 | 10 | 9 | 6 | 10 | 10 | 9 | 9 |
+| this form | 5 | 6 | 9 | 10 | 9 | 6 | 10 | 10 | 9 | 9 |
 
 The operator has codes of 2, 4 and 8 bits and no lookup tables. So codes of five and six bits, and the values in the tables of
 IQ4_NL and MXFP4, take eight bits.
 
 All weights are exact except for the shift `minimum + middle * scale`, which is rounded to float32. Since the shift is itself a
-weight that the group's codes can express, the error is at most 2^-24 of the largest such weight. F32, F16 and BF16 are views of the
-file.
+weight that the group's codes can express, the error is at most 2^-24 of the largest such weight. Matrices in F32, F16 and BF16
+are views of the file.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class BlockMatrix:
     """4 or 8."""
     block: int
     codes: U8
-    """`[rows, blocks, block * bits / 8]`. A byte holds two 4-bit codes, that of the even column in its low half."""
+    """`[rows, blocks, block * bits / 8]`. A byte holds two 4-bit codes, the even column's in its low half."""
     scale: F32
     """`[rows, blocks]`."""
     shift: F32 | None
@@ -74,7 +74,7 @@ Matrix = BlockMatrix | DenseMatrix
 
 
 def zero_points_and_shifts(matrix: BlockMatrix) -> tuple[U8, F32]:
-    """Turn the shifts into a zero point for each group, as far as they are multiples of the scale.
+    """Turn as much of each group's shift as possible into a zero point, a whole multiple of the scale.
 
     The integer product then multiplies activations with the weights themselves, not with their distance from the middle of the
     group's range. This makes the error of int8 activations smaller, by a tenth for Q4_1.

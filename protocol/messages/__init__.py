@@ -1,15 +1,15 @@
 """The messages of the link protocol, by subject. `protocol/SPEC.md` specifies them for other languages.
 
 A message is a frozen struct with a type number. Its fields are the frame's msgpack header; tensors and file contents are the
-frame's raw payload. Numbers are never reused. A reader skips fields that it does not know. A field that an older writer does not
-send has a default. A message with an unknown number is answered with ERROR, and the link stays up.
+frame's raw payload. Type numbers are never reused. A reader skips fields that it does not know. A field that an older writer does
+not send has a default. A message with an unknown type number is answered with ERROR, and the link stays up.
 
 The messages of one session:
 
     coordinator --OPEN--> every stage's peer            --OPENED--> coordinator
     coordinator --PROMPT--> first stage                 (token ids; one per prefill chunk)
     stage i --ACTIVATION--> stage i+1                   (hidden states)
-    stage i+1 --TAKEN--> stage i                        (prefill: one more may come)
+    stage i+1 --TAKEN--> stage i                        (prefill: one more step may be sent)
     last stage --TOKEN--> first stage and coordinator
     coordinator --CREDIT--> first stage                 (the limit of decoding ahead of the client)
     coordinator --RENEW--> every stage's peer           (the lease)
@@ -20,7 +20,7 @@ A later epoch (after a loss, or to move a stage) reuses existing KV:
 
     coordinator --OPEN(resume)--> every stage's peer    --OPENED(held, outputs kept)--> coordinator
     coordinator --RESUME(start, send_from)--> every stage's peer
-    coordinator --PROMPT--> first stage                 (the known tokens from its start)
+    coordinator --PROMPT--> first stage                 (the known tokens from the first stage's start)
     stage i --ACTIVATION--> stage i+1                   (kept outputs from send_from to start, then as computed)
 
 A copy of a stage's KV on another peer (as a mirror, or to prepare a move):

@@ -1,4 +1,4 @@
-"""Messages by which a user's commands reach sessions on other peers."""
+"""Messages that carry a user's commands to sessions on other peers."""
 
 from typing import ClassVar
 
@@ -8,7 +8,7 @@ from meshd.types import PeerId, Plan, SessionId
 
 @message(88)
 class EndSession(Request, frozen=True, kw_only=True):
-    """Cancel a session that the receiver coordinates. With `forget` its record is deleted too."""
+    """Cancel a session that the receiver coordinates. With `forget`, the session's record is deleted too."""
 
     session: SessionId
     forget: bool = False
@@ -21,7 +21,7 @@ class SessionEnded(Reply, frozen=True, kw_only=True):
 
 @message(90)
 class FetchStory(Request, frozen=True, kw_only=True):
-    """Request the events of a session at the receiver."""
+    """Request the events that the receiver recorded for a session."""
 
     session: SessionId
 
@@ -38,7 +38,7 @@ class StoryData(Reply, frozen=True, kw_only=True):
 
 @message(92)
 class Move(Request, frozen=True, kw_only=True):
-    """Ask a session's coordinator to move the stages at `source` (None: all stages) to `target`."""
+    """Ask a session's coordinator to move the stages on peer `source` (None: on all peers) to peer `target`."""
 
     session: SessionId
     target: PeerId

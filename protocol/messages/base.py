@@ -16,7 +16,7 @@ FEATURES: frozenset[str] = frozenset({"f32"})
 
 
 class Lane(IntEnum):
-    """The two connections of a link. Small messages have their own, so that they never wait behind large ones."""
+    """The two connections of a link. Small messages have their own lane, so that they never wait behind large ones."""
 
     CONTROL = 0
     BULK = 1
@@ -42,7 +42,7 @@ class Reply(Message, frozen=True, kw_only=True):
 
 
 class SessionMessage(Message, frozen=True, kw_only=True):
-    """A message of a session's epoch. The receiver drops one of an older epoch than its own."""
+    """A message of a session's epoch. The receiver drops a message of an epoch older than its own."""
 
     session: SessionId
     epoch: int

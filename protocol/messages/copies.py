@@ -25,7 +25,7 @@ class Mirrored(SessionMessage, frozen=True, kw_only=True):
     target: PeerId
     held: int
     filled: int
-    """Positions that the stage itself has."""
+    """Number of positions in the KV of the stage."""
     error: str = ""
     """Why the copy has ended, while the stage continues. Empty: it has not ended."""
 
@@ -49,7 +49,7 @@ class KvOffer(Request, frozen=True, kw_only=True):
 @message(63)
 class KvAccepted(Reply, frozen=True, kw_only=True):
     held: int
-    """Positions that the receiver holds already."""
+    """Number of positions that the replying peer holds already."""
 
 
 @message(64)

@@ -8,7 +8,10 @@ from meshd.types import SessionId, TokenLogprobs
 
 @message(80)
 class Journal(Request, frozen=True, kw_only=True):
-    """Store this session's whole record and become its deputy. Payload: the record (msgpack)."""
+    """Store a session's whole record and become a deputy: a peer that can continue the session if its coordinator is lost.
+
+    Payload: the record (msgpack).
+    """
 
     default_lane: ClassVar[Lane] = Lane.BULK
     session: SessionId
@@ -22,7 +25,7 @@ class Journaled(Reply, frozen=True, kw_only=True):
 
 @message(82)
 class JournalTokens(SessionMessage, frozen=True, kw_only=True):
-    """The answer's tokens from `index` on, and its finish reason if it has ended."""
+    """The answer's tokens from `index` on, and the finish reason if the answer has ended."""
 
     index: int
     tokens: tuple[tuple[int, TokenLogprobs | None], ...]

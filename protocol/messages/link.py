@@ -19,7 +19,7 @@ class Hello(Message, frozen=True, kw_only=True):
     incarnation: int
     """Random number drawn at start, so that a restarted peer is a new incarnation."""
     link: int
-    """Random number of the dialler, the same on both connections of a link. The answering side repeats it."""
+    """Random number that the dialler draws, the same on both connections of a link. The answering side repeats it."""
     lane: int
     max_header: int
     max_payload: int
@@ -64,7 +64,7 @@ class Goodbye(Message, frozen=True, kw_only=True):
 
 @message(6)
 class Probe(Request, frozen=True, kw_only=True):
-    """Measure the link. Payload: any bytes. The reply is sent when all of them have arrived; with `echo` it repeats the payload."""
+    """Measure the link. Payload: any bytes. The reply is sent when the payload has arrived; with `echo`, it repeats the payload."""
 
     default_lane: ClassVar[Lane] = Lane.BULK
     echo: bool = False
@@ -74,4 +74,4 @@ class Probe(Request, frozen=True, kw_only=True):
 class ProbeAck(Reply, frozen=True, kw_only=True):
     received_bytes: int
     receive_s: float
-    """From the first byte of the payload to the last, by the receiver's clock."""
+    """Seconds from the first byte of the payload to the last, by the clock of the peer that replies."""

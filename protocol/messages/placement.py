@@ -14,8 +14,8 @@ class Place(Request, frozen=True, kw_only=True):
     kv_tokens: int
     deadline_ms: int
     standby: bool = False
-    """A copy in case another peer is lost. It never displaces another load, and any load that is not a standby copy may
-    displace it. A PLACE of the same layers without `standby` makes it an ordinary load."""
+    """Load a standby copy, for the case that another peer is lost. The copy never displaces another load, and any load that is
+    not a standby copy may displace it. A PLACE of the same layers without `standby` makes it an ordinary load."""
     pinned: bool = False
     """A user chose this peer for the layers, so they are not moved to a faster one."""
 
@@ -28,7 +28,7 @@ class Placed(Reply, frozen=True, kw_only=True):
 
 @message(34)
 class Unplace(Request, frozen=True, kw_only=True):
-    """Free a model: at once if no session uses it, otherwise when the last one ends (DRAINING)."""
+    """Free a model: at once if no session uses it, otherwise when the last session ends (DRAINING)."""
 
     model: ModelId
 
@@ -40,7 +40,10 @@ class Unplaced(Reply, frozen=True, kw_only=True):
 
 @message(36)
 class Drain(Request, frozen=True, kw_only=True):
-    """Accept no new work, and let sessions move away. The reply is sent when no session is left, or at the deadline."""
+    """Accept no new work, and let sessions move away; with `undo`, accept work again.
+
+    The reply is sent when no session is left, or at the deadline.
+    """
 
     deadline_ms: int
     undo: bool = False

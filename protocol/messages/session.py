@@ -27,7 +27,7 @@ class Open(Request, frozen=True, kw_only=True):
     resume: bool = False
     """Reuse KV and outputs of an older epoch for these layers: report them in OPENED, and wait for RESUME."""
     handed_over: bool = False
-    """The previous coordinator gave the session away, so its link with the receiver may still be up."""
+    """The previous coordinator handed the session over, so its link with the receiver may still be up."""
 
 
 @message(49)
@@ -97,7 +97,7 @@ class Closed(SessionMessage, frozen=True, kw_only=True):
 
 @message(66)
 class FetchProgress(Request, frozen=True, kw_only=True):
-    """Request a session's progress at the receiver. Sent when no token arrived for too long."""
+    """Request a session's progress at the receiver. Sent when no token has arrived for too long."""
 
     session: SessionId
     epoch: int

@@ -1,1 +1,1 @@
-"""Copies of a stage's KV on another peer: sends those of this peer's stages, and stores those of other peers' stages."""
+"""Copies of KV between peers: sends the KV of this peer's stages, and stores the KV of other peers' stages."""

@@ -1,10 +1,12 @@
-"""The copying of a stage's KV to a target peer, as a pure state machine on the stage's peer: events in, commands out.
+"""The state of one copy of a stage's KV to a target peer, as a pure state machine: events in, commands out.
 
-KV only grows at its end, so the progress of a copy is one number: the positions that the target holds. Chunks are sent in order,
-at most two of them unacknowledged. If the target did not store one, sending restarts at the target's position.
+The stage's peer runs the machine. KV only grows at its end, so the progress of a copy is one number: how many positions the target
+holds. Chunks are sent in order, at most two of them unanswered. If the target did not store a chunk, sending restarts at the
+position that the target reports.
 
-    OFFERED --Accepted--> BEHIND --Stored near the end--> LEVEL --Grown by a block--> BEHIND
-    any --Failed, Stopped--> ENDED
+    OFFERED --OfferAccepted--> BEHIND or LEVEL
+    BEHIND --BlocksStored, caught up--> LEVEL --KvGrown, a block or more is missing--> BEHIND
+    any --CopyFailed, CopyStopped, no progress--> ENDED
 """
 
 from dataclasses import dataclass
@@ -14,13 +16,13 @@ from typing import Any
 from meshd.agents.machine import Machine, Transition
 
 _UNACKNOWLEDGED = 2
-"""Most chunks in flight: the target stores one while the next is in transit."""
+"""Maximum number of chunks in flight: the target stores one while the next is in transit."""
 _EAGER_LAG = 4
-"""An eager copy counts as level while it lacks fewer positions than this: a single step computes them again."""
+"""An eager copy becomes level when it lacks fewer positions than this: one step of the target can compute them."""
 _MAX_REFUSED = 3
-"""Chunks in a row that the target may fail to store before the copy fails."""
+"""Maximum number of restarts without progress of the target; at the next one the copy fails."""
 _PATIENCE_TICKS = 20
-"""Ticks (of 0.5 s) without an acknowledgement after which the copy fails."""
+"""Ticks (of 0.5 s) that a copy may wait without progress of the target, before it fails."""
 
 
 class MirrorState(Enum):
@@ -29,7 +31,7 @@ class MirrorState(Enum):
     OFFERED = "offered"
     """The target has not accepted the offer yet."""
     BEHIND = "behind"
-    """The target lacked a block or more, and has not caught up since."""
+    """The target lacks positions and has not caught up yet."""
     LEVEL = "level"
     """The target lacks less than a block."""
     ENDED = "ended"
@@ -51,21 +53,21 @@ class KvGrown:
 
 @dataclass(frozen=True, slots=True)
 class BlocksStored:
-    """The target answered a chunk, whether it stored it or not. It now holds this many positions."""
+    """The target answered a chunk, which it may not have stored. It now holds this many positions."""
 
     held: int
 
 
 @dataclass(frozen=True, slots=True)
 class EagernessChanged:
-    """The copy must follow each token (eager) or each block."""
+    """From now on, KV is sent after each token (eager) or in whole blocks."""
 
     eager: bool
 
 
 @dataclass(frozen=True, slots=True)
 class TimePassed:
-    """Sent every 0.5 s."""
+    """Another 0.5 s have passed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,24 +108,24 @@ class MirrorCopy(Machine[Event, Command]):
     """State of one copy. Only `handle` changes it."""
 
     filled: int
-    """Positions in the stage's own KV, which is being copied."""
+    """Number of positions in the stage's KV."""
     chunk_tokens: int
-    """Most positions in one message."""
+    """Maximum number of positions in one chunk."""
     block_tokens: int
     eager: bool = False
     state: MirrorState = MirrorState.OFFERED
     held: int = 0
-    """Positions that the target holds."""
+    """Number of positions that the target holds."""
     sent: int = 0
-    """Positions that the target holds or that are in flight to it."""
+    """Number of positions that the target holds or that are in flight to it."""
     in_flight: int = 0
-    """Chunks without an answer."""
+    """Number of sent chunks that the target has not answered."""
     flushing: bool = False
-    """Send all that is left, even less than a block."""
+    """Whether all unsent positions are to be sent, even less than a block."""
     quiet_ticks: int = 0
-    """Ticks since the target last made progress."""
+    """Ticks during which the copy waited for the target, since the target last made progress."""
     refused: int = 0
-    """Times in a row that the target did not store all that was sent."""
+    """Restarts since the target last made progress."""
 
     def validate(self) -> None:
         """Check the invariants between events. Tests call it after each event. Raises: AssertionError."""
@@ -138,11 +140,11 @@ class MirrorCopy(Machine[Event, Command]):
 
     @property
     def lag(self) -> int:
-        """Positions that the target lacks."""
+        """Number of positions that the target lacks."""
         return self.filled - self.held
 
     def _pump(self) -> list[Command]:
-        """Send chunks while fewer than two are in flight. Sending starts once a block is unsent (eager copy: one position)."""
+        """Send chunks while fewer than two are in flight. Sending starts when a block is unsent (eager: one position)."""
         if self.filled - self.sent >= (1 if self.eager else self.block_tokens):
             self.flushing = True
         commands: list[Command] = []
@@ -156,7 +158,7 @@ class MirrorCopy(Machine[Event, Command]):
         return commands
 
     def _update_state(self) -> list[Command]:
-        """Change the state if the copy has caught up or fallen behind. A copy that has caught up is reported."""
+        """Change the state if the copy has caught up or fallen behind. Returns: a report if the copy has caught up."""
         if self.state is MirrorState.BEHIND and self.lag < (_EAGER_LAG if self.eager else self.block_tokens):
             self.state = MirrorState.LEVEL
             return [ReportProgress(self.held, self.filled)]

@@ -18,7 +18,7 @@ log = getLogger(__name__)
 
 @dataclass(slots=True)
 class IncomingMirrors:
-    """Reserves and fills caches with the KV that other peers send."""
+    """Reserves caches and fills them with the KV that other peers send."""
 
     links: Links
     residents: ResidentModels
@@ -52,7 +52,7 @@ class IncomingMirrors:
         return KvAccepted(request=message.request, held=cache.filled)
 
     def on_blocks(self, sender: PeerId, message: KvBlocks, payload: memoryview) -> None:
-        """Store a chunk, unless one before it is missing. Answer with the number of positions that this peer now holds."""
+        """Store a chunk, unless an earlier one is missing. Answer with the number of positions that this peer now holds."""
         session_kv = self.kv_manager.get(message.session)
         cache = _find(session_kv, sender, message.layers, message.epoch) if session_kv is not None else None
         held, error = 0, "this peer has no such copy"

@@ -16,9 +16,9 @@ from meshd.types import PeerId, SessionId
 log = getLogger(__name__)
 
 _CHUNK_BYTES = 256 << 10
-"""Largest chunk. Reading one blocks the event loop and sending it blocks the lane, so a larger one would delay decode steps."""
+"""Maximum bytes of a chunk. Reading a chunk blocks the event loop and so delays decode steps; sending it blocks the bulk lane."""
 _MAX_COPIES = 4
-"""Most copies of one stage at once: a mirror, and moves in preparation (SPEC.md, section 10)."""
+"""Maximum number of copies of one stage at once: a mirror, and moves in preparation (SPEC.md, section 10)."""
 _OFFER_S = 5.0
 """Time limit for the answer to KV_OFFER."""
 
@@ -40,7 +40,7 @@ class OutgoingMirrors:
     _copies: dict[tuple[SessionId, int], dict[PeerId, _Copy]] = field(default_factory=dict)
 
     def mirror(self, active: ActiveStage, message: Mirror) -> Awaitable[None] | None:
-        """Follow MIRROR: begin a copy, change its eagerness, or stop all copies of the stage.
+        """Handle MIRROR: begin a copy, make a copy eager or not, or stop all copies of the stage.
 
         Returns: an awaitable that offers the copy to its target; None if no offer is needed.
         """
@@ -70,7 +70,7 @@ class OutgoingMirrors:
                 self._apply(copy, fsm.KvGrown(active.cache.filled))
 
     def stop(self, active: ActiveStage) -> None:
-        """Stop all copies of this stage. What the targets hold stays there."""
+        """Stop all copies of this stage. The targets keep the KV that they hold."""
         for copy in self._copies.pop(active.key, {}).values():
             self._apply(copy, fsm.CopyStopped())
 
