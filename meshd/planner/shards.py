@@ -42,5 +42,5 @@ def check_tiling(parts: Iterable[tuple[Span | None, Span | None]], kv_heads: int
 
 
 def unsound_plan(message: str) -> InvalidRequest:
-    """Make the error for stages, or for a DAG, that break a rule of plans."""
+    """Make the error for stages or a DAG that break a rule of plans."""
     return InvalidRequest(f"this plan is not sound: {message}", param="attention")
