@@ -1,4 +1,4 @@
-"""The links between peers, as directed measurements."""
+"""The links between peers, as measured in each direction."""
 
 from collections.abc import Iterable, Mapping
 from typing import Literal, Self

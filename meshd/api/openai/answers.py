@@ -156,12 +156,12 @@ async def _deltas(
 
 
 def set_generation_headers(request: web.Request, generation: Generation) -> None:
-    """Set the response headers that name the session and its plan."""
+    """Set the response headers for the session, its plan and its predicted TPOT."""
     request[GENERATION_HEADERS] = _headers({0: generation})
 
 
 def _headers(admitted: Mapping[int, Generation]) -> dict[str, str]:
-    """Make the response headers: the sessions of the admitted answers in order, and the plan of the first of these answers."""
+    """Make the response headers: sessions of all admitted answers in order, plan and predicted TPOT of the first answer."""
     generations = [admitted[index] for index in sorted(admitted)]
     return {
         "x-meshd-session": ",".join(generation.session for generation in generations),

@@ -1,8 +1,9 @@
 """Request fields that several routes have, and their conversion for the coordinator.
 
 If meshd does not support a field of OpenAI's API, the field accepts only its neutral values (null, an empty list, the default).
-Any other value is an error that names the field, so that no option is ignored silently. There is one exception: `user` and its
-successor `safety_identifier` are accepted and ignored, since they are labels for the provider's accounting.
+Any other value is an error that names the field, so that no option is ignored silently. There are two exceptions. `user` and its
+successor `safety_identifier` have no effect, since they are labels for the provider's accounting. `parallel_tool_calls` has no
+effect, since no tools are supported.
 """
 
 from typing import Annotated, Any

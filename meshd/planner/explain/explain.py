@@ -64,7 +64,10 @@ class _Explanation:
 
     @property
     def faster_alone(self) -> SingleDevice | None:
-        """The fastest single device, if its TPOT is lower than the plan's. None: it is not, or the plan has only one stage."""
+        """The fastest device that can hold the whole model, if its TPOT alone is below the plan's.
+
+        None: no such device is faster, or the plan has only one stage.
+        """
         fitting = [row for row in self.alone if not row.missing_bytes]
         best = min(fitting, key=lambda row: row.estimate.tpot_s, default=None)
         split = len(self.solution.stages) > 1

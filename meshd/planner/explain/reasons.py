@@ -110,9 +110,9 @@ def excluded_peers(problem: PlanInput, solution: Solution) -> tuple[ExcludedPeer
 
 
 def _lifted(problem: PlanInput) -> Iterator[tuple[str, str, PlanInput]]:
-    """Yield, for each constraint of the problem, (its name, the reason to report, the problem without it).
+    """Yield, for each constraint of the problem: (name, reason to report, problem without the constraint).
 
-    The reason is empty for `memory`: it depends on the solution of the changed problem.
+    The reason for `memory` is empty, since the text depends on the solution of the changed problem.
     """
     change = msgspec.structs.replace
     if problem.stages is not None:
@@ -157,8 +157,8 @@ def _largest(predicted: Estimate) -> BindingConstraint:
 def _not_chosen(problem: PlanInput, solution: Solution, peer: PeerId) -> tuple[str, float | None]:
     """Find why an eligible peer got no layers.
 
-    Returns: (reason, value of the best plan that uses this peer and may use those of `solution`). The value is None if there is no
-    such plan, or if none was searched for.
+    Returns: (reason, value of the best plan that uses this peer and no others than those of `solution`). The value is None if
+    there is no such plan, or if none was searched for.
     """
     if solution.method == "given":
         return "the request names the stages", None

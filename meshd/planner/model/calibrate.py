@@ -34,7 +34,7 @@ class Ratio(msgspec.Struct, frozen=True):
         return self.samples > 0 and not FLAG_BELOW <= self.value <= FLAG_ABOVE
 
     def observed(self, measured_s: float, predicted_s: float) -> "Ratio":
-        """Return the ratio with one more sample; unchanged if a time is 0 or less. `predicted_s` is the time before correction."""
+        """Return the ratio with one more sample; unchanged if a time is 0 or less. `predicted_s`: before correction."""
         if measured_s <= 0 or predicted_s <= 0:
             return self
         sample = _capped(measured_s / predicted_s)

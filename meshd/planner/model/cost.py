@@ -79,7 +79,7 @@ def head_s(profile: PeerProfile, card: ModelCard) -> float:
 def chunking(prompt_tokens: int, chunk_tokens: int) -> tuple[int, float]:
     """Split a prompt into chunks.
 
-    Returns: (tokens per chunk, number of chunks). The number is at least 1, and a fraction if the last chunk is shorter.
+    Returns: (tokens per chunk, number of chunks). The number is at least 1, and fractional if the last chunk is shorter.
     """
     chunk = max(1, min(prompt_tokens, chunk_tokens))
     return chunk, max(1.0, prompt_tokens / chunk)
@@ -126,7 +126,10 @@ def shard_decode_s(
     kv_token_layer_bytes: int,
     wire_element_bytes: int,
 ) -> float:
-    """Predict one token's attention in one layer on a shard's peer, round trip included, in seconds."""
+    """Predict one token's attention in one layer on a shard's peer, round trip included, in seconds.
+
+    `owner` computes the stage, and `holder` has the shard.
+    """
     there, back = shard_wire_bytes(shard, spec, wire_element_bytes)
     wire = network.hop_s(owner.id, holder.id, there) + network.hop_s(holder.id, owner.id, back)
     return wire + attention_decode_s(holder, shard_fraction(shard, spec, position) * position * kv_token_layer_bytes)

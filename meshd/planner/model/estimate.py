@@ -107,7 +107,7 @@ def estimate(problem: PlanInput, stages: tuple[StagePlan, ...]) -> Estimate:
 
 
 def peer_memory(problem: PlanInput, stages: tuple[StagePlan, ...]) -> tuple[PeerMemory, ...]:
-    """Predict the memory that these stages take on each peer, in the order of the stages. Peers with only shards are included."""
+    """Predict the memory that these stages take on each peer, in their order. Peers with only attention shards are included."""
     use: dict[PeerId, MemoryUse] = {}
     for stage in stages:
         use[stage.peer] = use.get(stage.peer, MemoryUse()) + stage_memory(problem, stage)

@@ -62,7 +62,7 @@ class Search(Protocol):
 
 
 def exact_search(costs: ChainCosts, limits: SearchLimits) -> Chain | None:
-    """Find the cheapest chain. Of equally cheap chains, take the one with the fewest peers, then the one with the lowest indices.
+    """Find the cheapest chain. Of equal chains, take the one with the fewest peers, then the one with the lowest peer indices.
 
     Returns: the chain; None if no chain is possible within the limits.
     """

@@ -196,7 +196,8 @@ def _greedy_orders(costs: ChainCosts) -> list[Order]:
     """Make the orders that the search starts with.
 
     The first has the fastest peers first. The second has first the peers whose stages can end at the most cuts. Up to five more
-    orders start at one of the five fastest peers each and continue with the peer that has the cheapest link from the previous one.
+    orders each start at one of the five fastest peers, and always continue with the peer that has the cheapest link from the
+    previous peer.
     """
     speed = _by_speed(costs)
     ends = np.isfinite(costs.stage).any(axis=1).sum(axis=1)

@@ -35,7 +35,7 @@ def repair(problem: PlanInput, missing: Sequence[LayerRange], *, kv_tokens: int)
     quickly, and peers with more free memory, are preferred.
 
     Returns: stages that together have exactly the layers in `missing`.
-    Raises: NoPeer if no peer may take layers; DoesNotFit.
+    Raises: NoPeer if no peer may take layers; DoesNotFit if memory is short.
     """
     peers = candidates(problem)
     stages: list[StagePlan] = []

@@ -22,7 +22,7 @@ SMALLEST_CONTEXT = 64
 
 
 def does_not_fit(problem: PlanInput) -> MeshdError:
-    """Make the error for a problem without a plan."""
+    """Make the error for a problem without a plan: DoesNotFit, or with `resident_only` NotReady or Overloaded."""
     if problem.resident_only:
         return _not_resident(problem)
     runs, tables, missing = _least_overflow(problem, problem.context)

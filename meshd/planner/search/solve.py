@@ -37,7 +37,7 @@ class Solution(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def objective_value(predicted: Estimate, objective: Objective) -> float:
-    """Return the value of an estimate by one objective; inf if its energy is not known."""
+    """Return the value that `objective` minimises; inf for ENERGY if the energy is not known."""
     values = {
         Objective.LATENCY: predicted.tpot_s,
         Objective.TTFT: predicted.ttft_s,
@@ -54,7 +54,7 @@ def solve(problem: PlanInput) -> Solution:
     The search is exact up to `EXACT_PEERS` peers, and heuristic (`meshd.planner.search.heuristic`) beyond. Of equal plans it takes
     the one with the fewest peers, then the one whose peers' names come first. If the best plan exceeds the time limits, the
     solution is the plan with the least TPOT or, if that also exceeds them, the plan with the least TTFT. If the problem names
-    stages, they are the solution: they are only checked.
+    stages, they are only checked, and the solution has these stages.
 
     Raises: InvalidRequest, ContextTooLong, NoPeer; DoesNotFit if no plan fits in memory; Unavailable if none of these plans keeps
     the time limits. With `resident_only`: NotReady if the resident layers form no route; Overloaded if only free KV is missing.

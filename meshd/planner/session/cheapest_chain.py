@@ -2,12 +2,11 @@
 
 A new plan gives each peer at most one run of layers (`meshd.planner.search.exact`). The changed plan of a running session may give
 a peer several runs: the surviving stages stay, and any peers fill the gaps. Without the rule of one run per peer, the search is
-fast enough to run while a client waits:
+fast enough to run while a client waits. The cost of the cheapest chain over layers [c, L) that starts at peer p is:
 
     tails[c, p, f] = min over d > c of  stage[p, c, d] + (min over q of  link[p, q] + tails[d, q, f])
 
-is the cost of the cheapest chain over layers [c, L) that starts at peer p. The first peer f of the whole chain is needed for the
-link from the last stage back to it.
+The first peer f of the whole chain is needed for the link from the last stage back to f.
 """
 
 from dataclasses import dataclass

@@ -104,7 +104,7 @@ class Reroute:
         return self._pace + again
 
     def _recompute_s(self, first: int, peer: PeerProfile | None = None) -> Array:
-        """Predict the seconds to compute all known positions from `first` on: `[peers, cuts, cuts]`. `peer`: for it alone."""
+        """Predict the seconds to compute all known positions from `first` on, for `peer` or all peers: `[peers, cuts, cuts]`."""
         known = self._problem.prompt_tokens
         peers = self.peers if peer is None else (peer,)
         return range_sums(np.stack([compute_s(self._problem, one, first, known) for one in peers]))
@@ -147,7 +147,10 @@ def reserve_all(problem: PlanInput, stages: Iterable[StagePlan]) -> PlanInput | 
 
 
 def reserve_in(holdings: tuple[Holding, ...], layers: LayerRange, tokens: int) -> tuple[Holding, ...] | None:
-    """Return the holdings after a stage has reserved KV in the fullest holding with enough of it. None: no holding has enough."""
+    """Return the holdings after a stage has reserved KV in one of them. None: no holding has enough free KV.
+
+    Of the holdings with enough free KV, the stage takes the one with the least.
+    """
     fitting = [
         holding
         for holding in holdings

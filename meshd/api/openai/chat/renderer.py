@@ -51,7 +51,7 @@ class ChatRenderer(ChunkRenderer, frozen=True, kw_only=True, tag="chat"):
 
 
 class ChatWriter(ChunkWriter):
-    """Writes the chunks of a chat. Each answer begins with a chunk that has only the role."""
+    """Writes the chunks of a chat. Each answer begins with a chunk that has the role and no text."""
 
     def __init__(self, renderer: ChatRenderer, answer_id: str) -> None:
         super().__init__(renderer, answer_id)

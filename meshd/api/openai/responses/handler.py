@@ -1,6 +1,6 @@
 """The routes under `/v1/responses`: create responses, and read, cancel or delete answers by their id.
 
-Answers outlive their connection and can be read at any peer. Reading and deleting also work for chats and text completions.
+Stored answers outlive their connection and can be read at any peer. Reading and deleting also work for chats and text completions.
 """
 
 from collections.abc import AsyncIterator
