@@ -23,7 +23,7 @@ class Readiness(msgspec.Struct, frozen=True, kw_only=True):
 
     status: Literal["ready", "loading"]
     progress: float
-    """From 0 to 1."""
+    """Progress of loading the daemon's models, from 0 to 1."""
     waiting_for: str
 
 

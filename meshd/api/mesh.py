@@ -38,7 +38,7 @@ class DrainRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     undo: bool = False
     """True: end the drain, so that the peer accepts work again."""
     timeout_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 60.0
-    """Longest time to wait until all sessions have moved away. The peer keeps draining after it."""
+    """Longest time to wait until all sessions have moved away. When it has passed, the peer continues to drain."""
 
 
 class Drained(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,7 +57,7 @@ class MigrateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     target: str
     """Name of the peer to move stages to, or an unambiguous prefix of its id."""
     source: str | None = None
-    """Peer whose stages are moved. null: all stages are moved."""
+    """Name of the peer whose stages are moved, or an unambiguous prefix of its id. null: all stages are moved."""
 
 
 class Migrated(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,7 +127,7 @@ async def unplace(request: web.Request) -> web.Response:
 
 
 async def drain(request: web.Request) -> web.Response:
-    """Move running sessions away from a peer, so that it can be stopped."""
+    """Move running sessions away from a peer, so that the peer can be stopped. With `undo`, end the drain."""
     body = await read_body(request, DrainRequest)
     services = request.app[SERVICES]
     async with services.work.interruptible():

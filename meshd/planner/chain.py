@@ -1,4 +1,7 @@
-"""Chains of stages as the searches see them: peers are indices, and layers `[a, b)` are given by their two cuts."""
+"""Chains of stages, as the searches represent them.
+
+A peer is an index. Cut c is the boundary before layer c, so layers `[a, b)` lie between the cuts a and b.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,13 +24,13 @@ class LayerRun(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """Consecutive runs of layers, and what they cost together."""
+    """Consecutive runs of layers, and their cost by the objective of the search."""
 
     value: float
     runs: tuple[LayerRun, ...]
 
     def stages(self, peers: Sequence[PeerProfile], first_layer: int = 0) -> tuple[StagePlan, ...]:
-        """Return the runs as stages. Indices refer to `peers`; cut 0 of the chain is layer `first_layer` of the model."""
+        """Return the runs as stages. Peer indices refer to `peers`; cut 0 of the chain is layer `first_layer` of the model."""
         return tuple(
             StagePlan(peer=peers[run.peer].id, layers=LayerRange(first_layer + run.start, first_layer + run.end))
             for run in self.runs

@@ -17,8 +17,9 @@ def exclusions(problem: PlanInput) -> dict[PeerId, str]:
 def eligible(problem: PlanInput) -> tuple[PeerProfile, ...]:
     """Return the peers that may take layers, ordered by name, then id.
 
-    Raises: NoPeer if there are none, or fewer than `min_peers`; NotReady if there are enough, but too few of them hold layers yet;
-    InvalidRequest if the objective is energy and the power of a peer was not measured.
+    Raises: NoPeer if a peer that the request names is absent, or if there are no eligible peers or fewer than `min_peers`; NotReady
+    if there are enough peers, but too few of them hold layers yet; InvalidRequest if the model has fewer layers than `min_peers`,
+    or if the objective is energy and the power of a peer was not measured.
     """
     named = set(problem.peers or ())
     absent = named - {profile.id for profile in problem.profiles}

@@ -1,4 +1,4 @@
-"""The links between peers, as directed measurements."""
+"""The links between peers, as measured in each direction."""
 
 from collections.abc import Iterable, Mapping
 from typing import Literal, Self
@@ -47,11 +47,11 @@ class Network(msgspec.Struct, frozen=True):
         return cls({(advert.peer, target): stats for advert in adverts for target, stats in advert.links.items()})
 
     def with_links(self, extra: Mapping[tuple[PeerId, PeerId], LinkStats]) -> "Network":
-        """Return this network with the links of `extra` added. They replace measured links of the same peers."""
+        """Return this network with the links of `extra` added. They replace measured links between the same peers."""
         return Network({**self.stats, **extra})
 
     def link(self, source: PeerId, target: PeerId) -> Link:
-        """Return the link from `source` to `target`: measured, else measured backwards, else the default."""
+        """Return the link from `source` to `target`: as measured, else as measured backwards, else with default values."""
         if source == target:
             return _LOCAL
         forward = self.stats.get((source, target))

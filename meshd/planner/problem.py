@@ -8,7 +8,10 @@ from meshd.planner.profile import PeerProfile
 from meshd.types import ModelCard, Objective, PeerId, StagePlan
 
 PREFILL_CHUNK_TOKENS = 128
-"""Tokens of a prefill chunk, equal in all plans: the last bits of results may depend on it, but must not depend on the plan."""
+"""Number of tokens in a prefill chunk. It is equal in all plans.
+
+The last bits of results may depend on the size of chunks, and they must not depend on the plan.
+"""
 
 
 class PlanInput(msgspec.Struct, frozen=True, kw_only=True):

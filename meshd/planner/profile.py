@@ -76,7 +76,7 @@ def gives_way(holding: Holding) -> bool:
 
 
 def profiles_from_adverts(adverts: Iterable[Advert], model: ModelId) -> tuple[PeerProfile, ...]:
-    """Make the profiles of the advertising peers for planning `model`, ordered by name, then id."""
+    """Make the profiles of the peers in `adverts` for planning `model`, ordered by name, then id."""
     known = list(adverts)
     kv_bytes = {card.id: card.kv_bytes_per_token_layer() for advert in known for card in advert.models}
     profiles = [_profile(advert, model, kv_bytes) for advert in known]
@@ -84,7 +84,7 @@ def profiles_from_adverts(adverts: Iterable[Advert], model: ModelId) -> tuple[Pe
 
 
 def _profile(advert: Advert, model: ModelId, kv_bytes: Mapping[ModelId, int]) -> PeerProfile:
-    """`kv_bytes`: bytes of K and V of one token in one layer, by model."""
+    """Make the profile of one peer. `kv_bytes`: bytes of K and V of one token in one layer, by model."""
     capability = advert.capability
     idle_copies = [holding for holding in advert.holdings if holding.model != model and gives_way(holding)]
     return PeerProfile(

@@ -11,9 +11,11 @@ Span = tuple[int, int]
 
 
 def check_shards(stage: StagePlan, spec: ModelSpec, context: int) -> None:
-    """Check that the shards of each layer cover its heads and tokens exactly once. A layer without shards has all KV on its stage.
+    """Check that the shards of each layer cover its heads and tokens exactly once.
 
-    Raises: InvalidRequest.
+    A layer without shards has all its KV on the stage's own peer.
+
+    Raises: InvalidRequest if they do not.
     """
     for shard in stage.attention:
         if shard.layers not in stage.layers or not len(shard.layers):
@@ -42,5 +44,5 @@ def check_tiling(parts: Iterable[tuple[Span | None, Span | None]], kv_heads: int
 
 
 def unsound_plan(message: str) -> InvalidRequest:
-    """Make the error for stages, or for a DAG, that break a rule of plans."""
+    """Make the error for stages or a DAG that break a rule of plans."""
     return InvalidRequest(f"this plan is not sound: {message}", param="attention")

@@ -26,7 +26,7 @@ def stages_text(stages: Sequence[StagePlan], profiles: Sequence[PeerProfile]) ->
 
 
 def resolve_peer(text: str, profiles: Sequence[PeerProfile], *, param: str = "stages") -> PeerId:
-    """Find the peer by its name, its id or a prefix of its id. Raises: NoPeer; InvalidRequest if several match."""
+    """Find the peer by its name, its id or a prefix of its id. Raises: NoPeer if none matches; InvalidRequest if several match."""
     named = [profile for profile in profiles if text in (profile.name, profile.id)]
     matches = named or [profile for profile in profiles if text and profile.id.startswith(text)]
     if len(matches) == 1:
@@ -39,7 +39,7 @@ def resolve_peer(text: str, profiles: Sequence[PeerProfile], *, param: str = "st
 
 
 def check_cover(stages: Sequence[StagePlan], layers: int) -> None:
-    """Check that the stages cover every layer once and in order, and that no peer has two. Raises: InvalidRequest."""
+    """Check that the stages cover every layer once and in order, and that no peer has two stages. Raises: InvalidRequest."""
     reached = 0
     seen: set[PeerId] = set()
     for stage in stages:
@@ -61,7 +61,7 @@ def check_cover(stages: Sequence[StagePlan], layers: int) -> None:
 def check_stages(stages: Sequence[StagePlan], problem: PlanInput) -> None:
     """Check stages against the problem: layers, peers and attention shards, but not memory.
 
-    Raises: InvalidRequest, NoPeer.
+    Raises: InvalidRequest; NoPeer if a peer is absent, unmeasured or about to leave.
     """
     check_cover(stages, problem.card.spec.layers)
     if len(stages) < problem.min_peers:

@@ -20,7 +20,7 @@ def show_seconds(seconds: float) -> str:
 
 
 def show_rate(seconds_per_token: float) -> str:
-    """Format the rate for a time per token, such as `81.3 tok/s`."""
+    """Format a time per token as a rate, such as `81.3 tok/s`."""
     return f"{1 / seconds_per_token:.3g} tok/s"
 
 

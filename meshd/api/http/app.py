@@ -82,7 +82,7 @@ class Server:
 
     @property
     def address(self) -> tuple[str, int]:
-        """Host and port that the server listens on. If port 0 was requested, this is the port that was bound."""
+        """Host and port that the server listens on. If port 0 was requested, the port is the one that was bound."""
         return self.host, self.port
 
     @property

@@ -1,4 +1,4 @@
-"""Decode a request's body or query string into a typed struct. Errors name the wrong field."""
+"""Decode a request's body or query string into a typed struct. An error names the field that is wrong."""
 
 import asyncio
 import functools
@@ -21,7 +21,7 @@ _MISSING = re.compile(r"missing required field `(?P<field>.*)`")
 
 
 async def read_body(request: web.Request, shape: type[T]) -> T:
-    """Read the body and decode it. Raises: InvalidRequest, HTTPRequestEntityTooLarge, HTTPRequestTimeout."""
+    """Read the body and decode it as `decode_body` does. Raises: InvalidRequest, HTTPRequestEntityTooLarge, HTTPRequestTimeout."""
     try:
         async with asyncio.timeout(request.app[SERVICES].limits.body_s):
             data = await request.read()
@@ -31,7 +31,7 @@ async def read_body(request: web.Request, shape: type[T]) -> T:
 
 
 def decode_body(data: bytes, shape: type[T]) -> T:
-    """Decode JSON. A field that `shape` lacks is an error. Raises: InvalidRequest; its `param` names the first wrong field."""
+    """Decode JSON, and reject fields that `shape` lacks. Raises: InvalidRequest, whose `param` names the first wrong field."""
     try:
         return cast("T", _decoder(shape).decode(data))
     except msgspec.ValidationError as error:

@@ -7,7 +7,7 @@
 | Overloaded                              | 429    | rate_limit_error      |
 | Unavailable, OutOfMemory, Cancelled     | 503    | server_error          |
 | PeerFault, DownloadError                | 502    | server_error          |
-| all other                               | 500    | server_error          |
+| all other errors                        | 500    | server_error          |
 
 `code` is the error's stable code. The response to an `Unavailable` has a Retry-After header. If the failed answer can be resumed,
 the message says how.
@@ -51,7 +51,7 @@ class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
-    """The body of every response with a status of 400 or more, and the last event of a failed stream."""
+    """The body of an error response. Also the last event of a failed stream, unless the stream is that of a `Response`."""
 
     error: ErrorDetail
 
@@ -65,7 +65,7 @@ class HttpProblem(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """The error's code, or the status if there is none."""
+        """The error's code, or the HTTP status if the error has no code."""
         return self.detail.code or str(self.status)
 
     def body(self) -> bytes:
@@ -107,7 +107,7 @@ class ResumableAnswer:
     generation: Generation
 
     def resume_hint(self, last: int = -1) -> str:
-        """Describe how a client that has the events up to number `last` resumes the stream. Empty if the answer has ended."""
+        """Describe how a client that has the events up to number `last` resumes the stream; empty if the answer has ended."""
         if self.generation.status in ENDED:
             return ""
         after = f"&starting_after={last}" if last >= 0 else ""
@@ -115,7 +115,7 @@ class ResumableAnswer:
 
 
 RESUMABLE = web.RequestKey("resumable", ResumableAnswer)
-"""Key under which a request stores its answer, if that can be resumed."""
+"""Key under which a request stores its answer, if the answer's record is stored."""
 
 
 def problem_for_client(request: web.Request, error: BaseException, last: int = -1) -> HttpProblem:

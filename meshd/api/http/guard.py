@@ -1,4 +1,4 @@
-"""Admit requests. With an API key: those that carry the key. Without one: those of programs on this machine.
+"""Admit requests. With an API key: requests that carry the key. Without a key: requests of programs on this machine.
 
 Without a key the daemon listens only on loopback. A web page in a local browser could still reach it: its scripts can send
 requests to `http://127.0.0.1:6374`, and its domain name can resolve to 127.0.0.1 (DNS rebinding). So the `Host` header must name
@@ -18,7 +18,7 @@ OPEN_PATHS = frozenset({"/health"})
 
 
 def guard(api_key: str | None) -> Middleware:
-    """Make the middleware that admits requests. The middleware raises HTTPUnauthorized and HTTPForbidden."""
+    """Make the middleware that admits requests, and raises HTTPUnauthorized or HTTPForbidden for those that it rejects."""
     digest = hashlib.sha256(api_key.encode()).digest() if api_key is not None else None
 
     @web.middleware

@@ -11,7 +11,10 @@ T = TypeVar("T")
 
 @asynccontextmanager
 async def beside(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run coroutines beside the block and cancel them at its end. They must not raise. Errors of the block are raised unchanged."""
+    """Run coroutines concurrently with the block, and cancel them at its end.
+
+    The coroutines must not raise. Errors of the block are raised unchanged.
+    """
     failure: Exception | None = None
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(coroutine) for coroutine in coroutines]
@@ -38,7 +41,7 @@ async def closing(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
 
 @dataclass(frozen=True, slots=True)
 class _Ended:
-    """Marks the end of a source, with the error that ended it."""
+    """Marks the end of a source, with the error that ended it. None: the source was exhausted."""
 
     error: Exception | None = None
 
@@ -47,8 +50,8 @@ class _Ended:
 async def merge_iterators(sources: Sequence[AsyncIterator[T]], *, limit: int = 16) -> AsyncIterator[AsyncIterator[tuple[int, T]]]:
     """Merge `sources` into one iterator of (index of the source, item), in order of arrival.
 
-    A source pauses while `limit` of its items are unread. The error of a source is raised after its items. Leaving the block
-    closes all sources.
+    A source pauses while `limit` of its items are unread. If a source fails, its error is raised after the items before it.
+    Leaving the block closes all sources.
     """
     queue: asyncio.Queue[tuple[int, T | _Ended]] = asyncio.Queue()
     # One bounded queue would let a fast source starve the others: it would take each free slot before a waiting source wakes up.

@@ -19,7 +19,7 @@ _JSON = "application/json"
 
 
 async def openapi(request: web.Request) -> web.Response:
-    """Send the description of all routes."""
+    """Send the OpenAPI document."""
     return json_response(document())
 
 
@@ -63,7 +63,7 @@ def _operation(route: Route, schema_of: dict[int, dict[str, Any]]) -> dict[str, 
 
 
 def _kinds(part: Any) -> tuple[Any, ...]:
-    """Return the alternatives of a body."""
+    """Return the alternative types of a body: several, one, or none if the route has no such body."""
     return part if isinstance(part, tuple) else () if part is None else (part,)
 
 

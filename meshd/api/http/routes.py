@@ -23,8 +23,8 @@ from meshd.api.openai.responses.schemas import AnyStreamEvent, Deleted, Response
 class Route:
     """One method of one path.
 
-    `takes` is the type of the request's JSON body, `query` that of its query string, `gives` that of the response's JSON body, and
-    `streams` that of the data of an event. A tuple lists alternatives.
+    `takes`, `query`, `gives` and `streams` are types: of the request's JSON body, of its query string, of the response's JSON body,
+    and of the data of a streamed event. A tuple lists alternatives. None: the route has no such part.
     """
 
     method: str

@@ -15,17 +15,17 @@ from meshd.telemetry import Telemetry
 
 @dataclass(frozen=True, slots=True)
 class ClientLimits:
-    """Limits for one client."""
+    """Limits for the requests and connections of clients."""
 
     body_bytes: int = 8 * 2**20
     body_s: float = 60.0
     """Longest time for a request's body to arrive."""
     write_s: float = 60.0
-    """Longest time for a client to read what was sent. A slower client is disconnected."""
+    """Longest time that a write waits for the client to read. A slower client is disconnected."""
     keep_alive_s: float = 10.0
     """Time between the comments that keep an event stream open."""
     answers_at_once: int = 8
-    """Most answers of one request (`n`, several prompts) that run at a time. The others start as these end."""
+    """Most answers of one request (`n`, several prompts) that run at the same time. Each further answer starts when one ends."""
     answers: int = 256
     """Most answers of one request in total."""
     shutdown_s: float = 0.4
@@ -33,7 +33,7 @@ class ClientLimits:
 
 
 class InFlightRequests:
-    """The running requests. A shutdown ends each of them with an error instead of closing its connection."""
+    """The running requests. At a shutdown, each request ends with an error instead of a closed connection."""
 
     def __init__(self) -> None:
         self._scopes: set[asyncio.Timeout] = set()

@@ -23,9 +23,10 @@ _HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control":
 
 
 class EventStream:
-    """A response as a stream of events. Status and headers are sent with the first event.
+    """A response that is a stream of events. Status and headers are sent with the first event or comment.
 
-    About 128 KiB are buffered; then writes wait until the client reads. A client that does not read for `write_s` is disconnected.
+    About 128 KiB are buffered; then writes wait until the client reads. A client that does not read for `ClientLimits.write_s` is
+    disconnected.
     """
 
     def __init__(self, request: web.Request) -> None:
@@ -34,7 +35,7 @@ class EventStream:
         self._clock = request.app[SERVICES].clock
         self.response = web.StreamResponse(headers=_HEADERS)
         self.last = -1
-        """Number of the last event that was sent; -1 for none."""
+        """Number of the last event that the client has; -1 for none."""
         self.sends_done = True
         """Whether a successful stream ends with `[DONE]`."""
         self.failure: Callable[[HttpProblem], StreamedEvent] = error_event
@@ -49,7 +50,7 @@ class EventStream:
         await self.put(StreamedEvent(item))
 
     async def put(self, event: StreamedEvent) -> None:
-        """Send an event, unless the client has it. Raises: ConnectionError if the client has disconnected or does not read."""
+        """Send an event if its number is above `last`. Raises: ConnectionError if the client has disconnected or does not read."""
         if event.number is not None and event.number <= self.last:
             return
         name = f"event: {event.name}\n" if event.name else ""
@@ -63,13 +64,13 @@ class EventStream:
         await self._write(f": {text}\n\n".encode())
 
     async def done(self) -> None:
-        """End a successful stream."""
+        """Send the end of a successful stream. Raises: ConnectionError."""
         if self.sends_done:
             await self._write(b"data: [DONE]\n\n")
         await self.response.write_eof()
 
     async def fail(self, error: Exception) -> None:
-        """End a failed stream."""
+        """Send the error as the last event, and end the stream. Raises: ConnectionError."""
         problem = problem_for_client(self._request, error, self.last)
         self._request[OUTCOME] = problem.name
         await self.put(self.failure(problem))
@@ -99,7 +100,7 @@ class EventStream:
 
 
 async def respond(request: web.Request, produce: Callable[[EventStream], Awaitable[None]]) -> web.StreamResponse:
-    """Answer with the stream that `produce` sends. An error before the first event is raised; a later one becomes the last event.
+    """Answer with the stream that `produce` sends. An error before the first event is raised; a later error becomes the last event.
 
     Raises: what `produce` raises before the first event; ConnectionError.
     """

@@ -17,7 +17,7 @@ from meshd.api.openai.stored_responses import AnyRenderer, encode_renderer
 from meshd.errors import InvalidRequest
 
 GENERATION_HEADERS = web.RequestKey("generation_headers", dict[str, str])
-"""Key under which a request stores its response headers, once its answers are admitted."""
+"""Key under which a request stores the headers for its response, as soon as its answers are admitted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class RunningAnswers:
     events: AsyncIterator[tuple[int, TextDelta | Finished]]
     """(index of the answer, event), in order of arrival."""
     generation: Generation | None = None
-    """The only answer. None: there are several."""
+    """The answer, if the request has only one. None: it has several."""
 
     @property
     def failed(self) -> bool:
@@ -46,10 +46,10 @@ class _Admitted:
 async def started(
     request: web.Request, renderer: AnyRenderer, generation_requests: Sequence[GenerationRequest], *, known: bool
 ) -> AsyncIterator[RunningAnswers]:
-    """Start the answers to all `generation_requests`. Leaving the block releases those that still run.
+    """Start the answers to all `generation_requests`. Leaving the block releases the answers that still run.
 
-    A single answer is suspended if its record is stored and the client knows its id (`known`), so that the client can resume it.
-    In all other cases, answers are cancelled.
+    A single answer is suspended, so that the client can resume it, if its record is stored and the client knows the answer's id
+    (`known`) or receives the id in an error. In all other cases, answers are cancelled.
 
     Raises: what Coordinator.generate raises; Cancelled if another request ended an answer.
     Cancel: same as leaving the block.
@@ -64,7 +64,7 @@ async def started(
 
 
 async def generate(request: web.Request, renderer: AnyRenderer, generation_request: GenerationRequest) -> Generation:
-    """Start a single answer that any peer can render.
+    """Start a single answer, and store its renderer with it, so that any peer can render the answer.
 
     Raises: what Coordinator.generate raises.
     Cancel: the answer is not started, and nothing stays reserved.
@@ -110,7 +110,7 @@ async def _events(generation: Generation) -> AsyncGenerator[tuple[int, TextDelta
 async def _several(
     request: web.Request, renderer: AnyRenderer, generation_requests: Sequence[GenerationRequest]
 ) -> AsyncIterator[RunningAnswers]:
-    """Start several answers. The block begins when all are admitted, or when the first of them has text."""
+    """Start several answers. The block begins when all answers are admitted, or when the first of them has text or ends."""
     services = request.app[SERVICES]
     if len(generation_requests) > services.limits.answers:
         raise InvalidRequest(
@@ -156,15 +156,15 @@ async def _deltas(
 
 
 def set_generation_headers(request: web.Request, generation: Generation) -> None:
-    """Set the response headers that name the session and its plan."""
+    """Set the response headers for the session, its plan and its predicted TPOT."""
     request[GENERATION_HEADERS] = _headers({0: generation})
 
 
 def _headers(admitted: Mapping[int, Generation]) -> dict[str, str]:
-    """Make the headers, with the sessions of all answers in order, and the plan of the first answer."""
+    """Make the response headers: sessions of all admitted answers in order, plan and predicted TPOT of the first answer."""
     generations = [admitted[index] for index in sorted(admitted)]
     return {
         "x-meshd-session": ",".join(generation.session for generation in generations),
-        "x-meshd-plan": quote(generations[0].plan_header, safe=" :,"),  # names of peers may have characters that headers may not
+        "x-meshd-plan": quote(generations[0].plan_header, safe=" :,"),  # header values allow fewer characters than peer names
         "x-meshd-predicted-tpot-ms": f"{generations[0].predicted_tpot_s * 1000:.3f}",
     }

@@ -1,4 +1,4 @@
-"""The common part of chats and text completions: their streams consist of chunks."""
+"""The code that chats and text completions share: the streams of both consist of chunks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class ChunkWriter(ABC):
 
     @abstractmethod
     def chunk(self, choices: list[object], usage: Usage | UnsetType | None) -> object:
-        """Make the body of an event."""
+        """Make the body of an event. `usage`: UNSET leaves the field out."""
 
     def take(self, index: int, item: TextDelta | Finished) -> list[StreamedEvent]:
         """See `EventWriter.take`."""

@@ -25,7 +25,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ObjectHeader(msgspec.Struct, frozen=True, kw_only=True):
-    """The first fields of every object, equal in all objects of a request."""
+    """The fields that every object of a chat or text completion begins with. They are equal in all objects of a request."""
 
     id: str
     created: int
@@ -42,7 +42,7 @@ class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
-    """The chosen token, and the most likely tokens at its position."""
+    """The token that was chosen at a position, and the most likely tokens at this position."""
 
     token: str
     logprob: float
@@ -52,7 +52,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True)
 class CollectedAnswer:
-    """The tokens and text of one answer, so far or complete."""
+    """The tokens and text of one answer that is complete or still grows."""
 
     text: list[str] = field(default_factory=list)
     tokens: list[TokenText] = field(default_factory=list)
@@ -93,7 +93,7 @@ class UsageCounter:
 
 
 def finish_name(finished: Finished) -> FinishName:
-    """Return OpenAI's name for the reason why an answer ended. Raises: Cancelled if its session was ended."""
+    """Return OpenAI's name for the reason why an answer ended. Raises: Cancelled if the reason is neither STOP nor LENGTH."""
     match finished.reason:
         case FinishReason.STOP:
             return "stop"
@@ -106,7 +106,10 @@ def finish_name(finished: Finished) -> FinishName:
 async def collect(
     events: AsyncIterator[tuple[int, TextDelta | Finished]], count: int, counter: UsageCounter
 ) -> list[CollectedAnswer]:
-    """Collect `count` complete answers, in order. Raises: what `events` raises; Cancelled if the session of one was ended."""
+    """Wait for `count` answers to end, and return them in order. `counter` counts their tokens.
+
+    Raises: what `events` raises; Cancelled if an answer ended for a reason other than STOP or LENGTH.
+    """
     answers = [CollectedAnswer() for _ in range(count)]
     async for index, event in events:
         if isinstance(event, Finished):

@@ -1,8 +1,9 @@
 """Request fields that several routes have, and their conversion for the coordinator.
 
 If meshd does not support a field of OpenAI's API, the field accepts only its neutral values (null, an empty list, the default).
-Any other value is an error that names the field, so that no option is ignored silently. There is one exception: `user` and its
-successor `safety_identifier` are accepted and ignored, since they are labels for the provider's accounting.
+Any other value is an error that names the field, so that no option is ignored silently. There are two exceptions. `user` and its
+successor `safety_identifier` have no effect, since they are labels for the provider's accounting. `parallel_tool_calls` has no
+effect, since no tools are supported.
 """
 
 from typing import Annotated, Any
@@ -21,7 +22,7 @@ Penalty = Annotated[float, Meta(ge=-2, le=2)]
 StopText = Annotated[str, Meta(min_length=1, max_length=1024)]
 
 UNSUPPORTED = "x-unsupported"
-"""Schema key that marks a field which accepts only neutral values."""
+"""Key in a field's JSON schema. It marks a field that accepts only neutral values."""
 
 NoList = Annotated[
     Annotated[list[Any], Meta(max_length=0)] | None,
@@ -37,7 +38,7 @@ _SEED_SPAN = 2**63
 
 
 def neutral(*values: str) -> Meta:
-    """Make the schema of a field that accepts only these neutral values."""
+    """Make the schema of a field that accepts only null and these neutral values."""
     allowed = ", ".join(f'"{value}"' for value in values)
     return Meta(description=f"Not supported: only null or {allowed}.", extra_json_schema={UNSUPPORTED: True})
 
@@ -100,7 +101,7 @@ class AnswerFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise unsupported("stream_options.include_obfuscation", "leave it out or send false")
 
     def sampling(self, seed: int, logprobs: int | None) -> SamplingParams:
-        """Return the sampling parameters. Fields that are not given have OpenAI's defaults."""
+        """Return the sampling parameters. A parameter that the request lacks has its default. `logprobs`: None requests none."""
         given = {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -138,7 +139,7 @@ class GenerationFields(AnswerFields, frozen=True, kw_only=True, forbid_unknown_f
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def seeds(self, clock: Clock) -> list[int]:
-        """Return the seeds of the `n` answers: `first_seed` and the numbers after it."""
+        """Return the seeds of the `n` answers to each prompt: `first_seed` and the numbers after it."""
         first = self.first_seed(clock)
         return [(first + index) % _SEED_SPAN for index in range(self.count)]
 

@@ -29,14 +29,14 @@ class StreamedEvent(msgspec.Struct, frozen=True):
 
 
 class EventWriter(Protocol):
-    """Makes the events of one request. The same answers must give the same events on every peer."""
+    """Makes the events of one stream. The same answers must give the same events on every peer."""
 
     def begin(self) -> list[StreamedEvent]:
         """Return the events before the first delta."""
         ...
 
     def take(self, index: int, item: TextDelta | Finished) -> list[StreamedEvent]:
-        """Return the events for the next delta or the end of answer `index`. Raises: Cancelled if its session was ended."""
+        """Return the events for the next delta or the end of answer `index`. Raises: Cancelled if its session ended early."""
         ...
 
     def fail(self, failure: HttpProblem, last: int, *, for_good: bool) -> StreamedEvent:
@@ -68,17 +68,17 @@ class Renderer(msgspec.Struct, frozen=True, kw_only=True, tag_field="form"):
         return {"id": answer_id, "created": self.created, "model": self.model, "system_fingerprint": self.system_fingerprint}
 
     def numbers(self) -> Iterator[int | None]:
-        """Return the numbers of a stream's events. Those of several answers have none: their order is not reproducible."""
+        """Return the numbers of a stream's events. A stream of several answers has none: its order is not reproducible."""
         return itertools.count() if self.answers == 1 else itertools.repeat(None)
 
 
 def error_event(failure: HttpProblem) -> StreamedEvent:
-    """Make the last event of a stream that failed."""
+    """Make the last event of a failed stream of chunks or of the cluster's routes."""
     return StreamedEvent(ErrorBody(failure.detail))
 
 
 def model_fields(services: Services, model: str) -> dict[str, Any]:
-    """Return a renderer's first fields: the time, the model's name, and a fingerprint of its weights and of meshd's version."""
+    """Return the first fields of `Renderer`: time, name of the model, and fingerprint of its weights and of meshd's version."""
     card = next((card for card in services.coordinator.models() if model in (card.name, card.id, card.ref)), None)
     weights = card.id if card else model
     return {

@@ -15,7 +15,7 @@ from meshd.api.openai.common_objects import UsageCounter, collect
 from meshd.api.openai.stored_responses import AnyRenderer
 
 _EVENTS_PER_TURN = 64
-"""Number of events after which a writer yields to the event loop, since a replay would otherwise never yield."""
+"""Number of events after which a stream yields to the event loop. The replay of past events would otherwise never yield."""
 
 
 async def answer(

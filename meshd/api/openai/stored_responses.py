@@ -1,4 +1,4 @@
-"""Encode renderers for a session's record, and decode the ids by which clients request stored answers."""
+"""Encode and decode the renderers in session records, and extract the session's id from an answer's id."""
 
 import re
 
@@ -22,7 +22,7 @@ def encode_renderer(renderer: AnyRenderer) -> bytes:
 
 
 def session_of(answer_id: str) -> SessionId:
-    """Extract the session from an answer's id. Raises: UnknownSession if the id is malformed."""
+    """Extract the session's id from an answer's id. Raises: UnknownSession if the answer's id is malformed."""
     match = _ID.fullmatch(answer_id)
     if match is None:
         raise _unknown(answer_id)
@@ -36,7 +36,7 @@ def decode_renderer(encoded: bytes, answer_id: str) -> AnyRenderer:
     """
     try:
         renderer = _decoder.decode(encoded)
-    except msgspec.MsgspecError:  # one of several answers, which store none, or a record of another version
+    except msgspec.MsgspecError:  # `encoded` is empty (one of several answers) or of another version
         raise _unknown(answer_id) from None
     if not (renderer.store and answer_id.startswith(renderer.prefix)):
         raise _unknown(answer_id)

@@ -26,7 +26,7 @@ def explain(problem: PlanInput, solution: Solution) -> dict[str, Any]:
     """Explain a plan as a dict that JSON can encode.
 
     The lines of `text` summarise the plan: stages, speed and memory. The lines of `explanation` give the reasons for it. The other
-    keys have the same content as data. The reasons need further searches, so this takes several times as long as `solve`.
+    keys have the same content as data. The reasons need further searches, so `explain` takes several times as long as `solve`.
     """
     reasons = _Explanation(problem, solution)
     return {
@@ -64,7 +64,10 @@ class _Explanation:
 
     @property
     def faster_alone(self) -> SingleDevice | None:
-        """The device that would be faster alone than the plan's several devices together. None: there is none."""
+        """The fastest device that can hold the whole model, if its TPOT alone is below the plan's.
+
+        None: no such device is faster, or the plan has only one stage.
+        """
         fitting = [row for row in self.alone if not row.missing_bytes]
         best = min(fitting, key=lambda row: row.estimate.tpot_s, default=None)
         split = len(self.solution.stages) > 1

@@ -1,4 +1,4 @@
-"""Find the reasons for a plan. Each is found by solving a changed problem and comparing the solutions."""
+"""Find the reasons for a plan. Most are found by solving a changed problem and comparing its solution with the plan."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,18 +16,18 @@ from meshd.planner.units import show_bytes, show_value
 from meshd.types import LayerRange, Objective, PeerId, StagePlan
 
 MIN_GAIN = 0.01
-"""A constraint binds if the plan without it is better by more than this share."""
+"""A constraint binds if the best plan without it has a value that is lower by more than this share."""
 UNLIMITED_BYTES = 1 << 50
 """Memory of a peer in a problem without memory limits: more than any model needs."""
 
 
 class SingleDevice(msgspec.Struct, frozen=True, kw_only=True):
-    """The prediction for one device alone."""
+    """The prediction for one device that computes all layers alone."""
 
     peer: PeerId
     name: str
     missing_bytes: int
-    """0: the whole model fits on the device."""
+    """Free memory that the device lacks. 0: the whole model fits on the device."""
     estimate: Estimate
 
 
@@ -35,7 +35,7 @@ class BindingConstraint(msgspec.Struct, frozen=True, kw_only=True):
     """A constraint that keeps the plan from being better."""
 
     constraint: str
-    """`memory`, `min_peers`, `peers`, `stages` or `resident_only`. If none binds: `compute` or `network`."""
+    """`memory`, `min_peers`, `peers`, `stages` or `resident_only`. If none of these binds: `compute` or `network`."""
     reason: str
     value_if_lifted: float | None = None
 
@@ -69,7 +69,7 @@ def single_devices(problem: PlanInput) -> tuple[SingleDevice, ...]:
 
 
 def runner_up(problem: PlanInput, solution: Solution) -> Solution | None:
-    """Find the best plan that lacks at least one of the chosen peers.
+    """Find the best plan that lacks at least one of the peers of `solution`.
 
     Returns: None if there is no such plan, or if the request named the stages.
     """
@@ -80,9 +80,9 @@ def runner_up(problem: PlanInput, solution: Solution) -> Solution | None:
 
 
 def bindings(problem: PlanInput, solution: Solution) -> tuple[BindingConstraint, ...]:
-    """Find the constraints that make the plan worse, each with the value of the plan without it.
+    """Find the constraints that make the plan worse, each with the value of the best plan without that constraint.
 
-    Returns: these constraints; if there is none, the largest part of a token's time.
+    Returns: these constraints; if there are none, the stage or hop that takes the largest part of a token's time.
     """
     found = []
     for name, reason, lifted in _lifted(problem):
@@ -110,7 +110,10 @@ def excluded_peers(problem: PlanInput, solution: Solution) -> tuple[ExcludedPeer
 
 
 def _lifted(problem: PlanInput) -> Iterator[tuple[str, str, PlanInput]]:
-    """Yield the problem without one constraint, for each of its constraints: (name, reason, changed problem)."""
+    """Yield, for each constraint of the problem: (name, reason to report, problem without the constraint).
+
+    The reason for `memory` is empty, since the text depends on the solution of the changed problem.
+    """
     change = msgspec.structs.replace
     if problem.stages is not None:
         yield "stages", "the request names the stages", change(problem, stages=None)
@@ -154,7 +157,8 @@ def _largest(predicted: Estimate) -> BindingConstraint:
 def _not_chosen(problem: PlanInput, solution: Solution, peer: PeerId) -> tuple[str, float | None]:
     """Find why an eligible peer got no layers.
 
-    Returns: (reason, value of the best plan over this peer and the chosen ones).
+    Returns: (reason, value of the best plan that uses this peer and no others than those of `solution`). The value is None if
+    there is no such plan, or if none was searched for.
     """
     if solution.method == "given":
         return "the request names the stages", None
@@ -173,5 +177,5 @@ def _not_chosen(problem: PlanInput, solution: Solution, peer: PeerId) -> tuple[s
 
 
 def _least_memory(problem: PlanInput, peer: PeerId) -> tuple[int, int]:
-    """Return (the peer's capacity, the free memory that the smallest stage needs with its reserve), in bytes."""
+    """Return (capacity of the peer, free memory that the smallest stage and the reserve need), in bytes."""
     return capacity_bytes(problem, problem.profile(peer)), missing_bytes(float(memory_table(problem).min()), 0)

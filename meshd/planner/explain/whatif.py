@@ -1,8 +1,8 @@
 """Parse what-if peers, which do not exist yet: `+name ram=32GiB bw=60GB/s link=1Gbps rtt=0.3ms`.
 
 `ram` and `bw` (weights read per second while decoding) are required. `link` and `rtt` default to 1 Gbit/s and 0.5 ms. `flops=`
-(prefill, FLOP/s) and `power=` (W) are optional. Rates that a person cannot know (prefill, attention, overhead) are scaled from the
-measured peer with the most similar `bw`, by the ratio of the two. The profile is marked as hypothetical.
+(prefill, FLOP/s) and `power=` (W) are optional. All other rates are taken from the measured peer whose decode bandwidth is closest
+to `bw`. Except for the disk's, they are scaled by the ratio of the two bandwidths. The profile is marked as hypothetical.
 """
 
 import re
@@ -38,14 +38,14 @@ _EXAMPLE = "+name ram=32GiB bw=60GB/s link=1Gbps rtt=0.3ms"
 
 
 class WhatIf(msgspec.Struct, frozen=True, kw_only=True):
-    """A what-if peer, and its links to and from all present peers."""
+    """A what-if peer, and its links in both directions with every peer of the cluster."""
 
     profile: PeerProfile
     links: dict[tuple[PeerId, PeerId], LinkStats]
 
 
 def parse_what_if(text: str, present: Sequence[PeerProfile]) -> WhatIf:
-    """Parse a what-if peer, and link it to and from every present peer. Raises: InvalidRequest."""
+    """Parse a what-if peer, and link it in both directions with every peer in `present`. Raises: InvalidRequest."""
     name, *settings = text.split() or [""]
     if not name.startswith("+") or len(name) < 2:
         raise _wrong(f"{text!r} does not begin with +name")

@@ -1,4 +1,4 @@
-"""Correct predictions by measurements.
+"""Correct predictions with measurements.
 
 For each peer and phase, the ratio of measured to predicted time is smoothed exponentially and multiplies later predictions. The
 method and its constants come from no paper and no measurement.
@@ -15,7 +15,7 @@ from meshd.types import PeerId
 SMOOTHING = 0.2
 """Weight of the newest sample in a ratio."""
 LEAST, MOST = 0.5, 2.0
-"""Bounds of a ratio. Beyond them the cost model is wrong, which a factor would hide."""
+"""Bounds of a ratio. A ratio beyond them means that the cost model is wrong, which a correction would hide."""
 FLAG_BELOW, FLAG_ABOVE = 0.75, 1.33
 """Bounds beyond which a ratio is flagged: predictions are a third too long, or a quarter too short."""
 
@@ -34,7 +34,7 @@ class Ratio(msgspec.Struct, frozen=True):
         return self.samples > 0 and not FLAG_BELOW <= self.value <= FLAG_ABOVE
 
     def observed(self, measured_s: float, predicted_s: float) -> "Ratio":
-        """Return the ratio with one more sample. `predicted_s` excludes the factor. A time of 0 or less is ignored."""
+        """Return the ratio with one more sample; unchanged if a time is 0 or less. `predicted_s`: before correction."""
         if measured_s <= 0 or predicted_s <= 0:
             return self
         sample = _capped(measured_s / predicted_s)
@@ -60,7 +60,7 @@ class Calibration(msgspec.Struct, frozen=True):
         return Calibration({key: ratio for key, ratio in self.ratios.items() if key[0] != peer})
 
     def applied(self, profiles: Iterable[PeerProfile]) -> tuple[PeerProfile, ...]:
-        """Return the profiles with these ratios as their factors."""
+        """Return the profiles with these ratios as `decode_factor` and `prefill_factor`."""
         return tuple(
             msgspec.structs.replace(
                 profile,

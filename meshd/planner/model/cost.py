@@ -3,8 +3,8 @@
 Sources: times of a layer follow GenZ (Bambhaniya et al., 2024), written out for a Llama-style block. The pipeline of prefill chunks
 follows Pipette (Yim et al., 2024). The traffic of attention shards follows Lamina (Chen et al., 2024, arXiv 2405.01814).
 
-If a peer has measured a time on its own layers, that time replaces the one derived from its rates. The embedding costs nothing
-here, since it reads only one row per token.
+If a peer has measured a time on its own layers, that time replaces the one derived from its rates. The embedding is assumed to take
+no time, since it reads only one row per token.
 """
 
 from collections.abc import Iterable
@@ -39,12 +39,12 @@ def _attention_parameters(spec: ModelSpec) -> int:
 
 
 def project_share(spec: ModelSpec) -> float:
-    """Return the share of the weights in use that comes before attention (q, k, v)."""
+    """Return the share of q, k and v, which come before attention, in the weights of a block that one token uses."""
     return spec.hidden * (spec.heads + 2 * spec.kv_heads) * spec.head_dim / block_parameters(spec)
 
 
 def layer_decode_s(profile: PeerProfile, card: ModelCard) -> Seconds:
-    """Predict the time of each layer for one token, without attention. Returns: seconds, `[layers]`."""
+    """Predict the time of each layer for one token of decoding, without attention. Returns: seconds, `[layers]`."""
     if profile.layer_decode_s is not None:
         return np.full(card.spec.layers, profile.layer_decode_s * profile.decode_factor)
     weights = np.asarray(card.layer_bytes, dtype=np.float64) * active_weight_share(card.spec)
@@ -79,7 +79,7 @@ def head_s(profile: PeerProfile, card: ModelCard) -> float:
 def chunking(prompt_tokens: int, chunk_tokens: int) -> tuple[int, float]:
     """Split a prompt into chunks.
 
-    Returns: (tokens per chunk, number of chunks). The number is at least 1, and not whole if the last chunk is shorter.
+    Returns: (tokens per chunk, number of chunks). The number is at least 1, and fractional if the last chunk is shorter.
     """
     chunk = max(1, min(prompt_tokens, chunk_tokens))
     return chunk, max(1.0, prompt_tokens / chunk)
@@ -104,9 +104,9 @@ def shard_fraction(shard: AttentionShard, spec: ModelSpec, position: int) -> flo
 def shard_wire_bytes(shard: AttentionShard, spec: ModelSpec, element_bytes: int) -> tuple[int, int]:
     """Count the bytes that one token sends to a shard and back in one layer.
 
-    The message to the shard has q, k and v. The message back has the partial output and its log-sum-exp in f32. Together they
-    have Lamina's (2 + 2/G)·e·d bytes, plus the log-sum-exp. Here G is the number of query heads per KV head, e the bytes per
-    element and d the width of the shard's query heads.
+    The message to the shard has q, k and v. The message back has the partial output and its log-sum-exp in f32. Without the
+    log-sum-exp, both messages together have Lamina's (2 + 2/G)·e·d bytes, where G is the number of query heads per KV head, e the
+    number of bytes per element, and d the total width of the shard's query heads.
 
     Returns: (bytes to the shard, bytes back).
     """
@@ -126,7 +126,10 @@ def shard_decode_s(
     kv_token_layer_bytes: int,
     wire_element_bytes: int,
 ) -> float:
-    """Predict one token's attention in one layer on a shard's peer, round trip included, in seconds."""
+    """Predict one token's attention in one layer on a shard's peer, round trip included, in seconds.
+
+    `owner` computes the stage, and `holder` has the shard.
+    """
     there, back = shard_wire_bytes(shard, spec, wire_element_bytes)
     wire = network.hop_s(owner.id, holder.id, there) + network.hop_s(holder.id, owner.id, back)
     return wire + attention_decode_s(holder, shard_fraction(shard, spec, position) * position * kv_token_layer_bytes)

@@ -1,6 +1,6 @@
 """A plan's DAG for one decode step: `embed -> (project -> attend... -> mix)* -> head`.
 
-The head also sends its token to the embedding of the next step. That is not an edge here: it would close a cycle.
+The head also sends its token to the embedding of the next step. The DAG has no edge for this, since the edge would close a cycle.
 """
 
 from collections import Counter
@@ -33,7 +33,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     """One computation on one peer."""
 
     id: int
-    """Its index in `Dag.nodes`."""
+    """Index of the node in `Dag.nodes`."""
     kind: NodeKind
     peer: PeerId
     layer: int | None = None
@@ -52,7 +52,7 @@ class Edge(msgspec.Struct, frozen=True, kw_only=True):
     target: int
     bytes_per_token: int
     seconds: float
-    """Predicted time for one token; 0 between nodes of one peer."""
+    """Predicted time for one token; 0 if both nodes are on one peer."""
 
 
 class Dag(msgspec.Struct, frozen=True):
@@ -65,7 +65,7 @@ class Dag(msgspec.Struct, frozen=True):
 def draw(problem: PlanInput, stages: Sequence[StagePlan]) -> Dag:
     """Build the DAG of these stages, with predicted times.
 
-    Raises: InvalidRequest if shards do not cover a layer exactly once; NoPeer.
+    Raises: InvalidRequest if shards do not cover a layer exactly once; NoPeer if a peer has no profile.
     """
     for stage in stages:
         check_shards(stage, problem.card.spec, problem.context)
@@ -73,7 +73,7 @@ def draw(problem: PlanInput, stages: Sequence[StagePlan]) -> Dag:
 
 
 def validate(dag: Dag, spec: ModelSpec, context: int) -> None:
-    """Check that every node follows its inputs, that every layer is computed once and that its attention is complete.
+    """Check that every node follows its inputs, and that every layer is computed once and with its whole attention.
 
     Raises: InvalidRequest.
     """
@@ -153,6 +153,6 @@ class _DagBuilder:
 
 
 def _shards(stage: StagePlan, layer: int) -> list[AttentionShard]:
-    """Return the layer's shards. If there are none, one shard on the stage's own peer has all of its KV."""
+    """Return the layer's shards. A layer without shards is returned as one shard with all its KV on the stage's own peer."""
     whole = AttentionShard(peer=stage.peer, layers=LayerRange(layer, layer + 1))
     return [shard for shard in stage.attention if layer in shard.layers] or [whole]

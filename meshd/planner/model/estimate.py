@@ -73,9 +73,12 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     tpot_s: float
     ttft_s: float
     period_s: float
-    """Time per token with many requests in flight: that of the slowest stage or link."""
+    """Time per token with many requests in flight: the time of the slowest stage or link."""
     energy_j: float | None
-    """Energy for one token: power times time, of each stage and of the sender of each hop. None: a power was not measured."""
+    """Energy for one token: the sum of power times time over all stages and hops. A hop counts the power of its sender.
+
+    None: the power of a peer was not measured.
+    """
 
     @property
     def memory_share(self) -> float:
@@ -104,7 +107,7 @@ def estimate(problem: PlanInput, stages: tuple[StagePlan, ...]) -> Estimate:
 
 
 def peer_memory(problem: PlanInput, stages: tuple[StagePlan, ...]) -> tuple[PeerMemory, ...]:
-    """Predict the memory of every peer in the plan, in the plan's order. Peers that hold only attention shards are included."""
+    """Predict the memory that these stages take on each peer, in their order. Peers with only attention shards are included."""
     use: dict[PeerId, MemoryUse] = {}
     for stage in stages:
         use[stage.peer] = use.get(stage.peer, MemoryUse()) + stage_memory(problem, stage)

@@ -1,7 +1,7 @@
-"""Predict the memory that a stage takes, and how much its peer has.
+"""Predict the memory that a stage takes, and compute the memory that its peer has for it.
 
-Pipette (Yim et al., 2024) trains a network to estimate memory. Here it is a sum of known parts: weights, KV, the activations of one
-prefill chunk and a base for the backend. A reserve covers the rest.
+Pipette (Yim et al., 2024) trains a neural network to estimate memory. This module adds up known parts: weights, KV, the activations
+of one prefill chunk and a constant for the backend. A reserve covers the rest.
 """
 
 import math
@@ -17,7 +17,7 @@ from meshd.types import AttentionShard, StagePlan
 RESERVE = 0.10
 """Share of a peer's free memory that no plan takes. It covers allocator slack and other programs on the device."""
 RUNTIME_BASE_BYTES = 64 << 20
-"""Buffers and threads of a backend, independent of what it has loaded."""
+"""Memory for a backend's buffers and threads, whatever layers it has loaded."""
 
 
 class MemoryUse(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,9 +80,9 @@ def memory_table(problem: PlanInput) -> NDArray[np.float64]:
 
 
 def capacity_bytes(problem: PlanInput, profile: PeerProfile) -> int:
-    """Return the peer's free memory plus what its holdings of this model take, which a plan may reuse.
+    """Return the peer's free memory plus the memory of those of its holdings of this model that a plan may reuse or replace.
 
-    A route over resident layers reuses all usable holdings. A new placement replaces only those without sessions.
+    A route over resident layers reuses all usable holdings. A new placement replaces only usable holdings without sessions.
     """
     reused = [item for item in profile.usable_holdings if problem.resident_only or item.kv_tokens_free == item.kv_tokens_total]
     per_token_layer = problem.kv_token_layer_bytes
@@ -96,7 +96,7 @@ def allowed_bytes(problem: PlanInput, profile: PeerProfile) -> float:
 
 
 def missing_bytes(used_bytes: float, capacity: float) -> int:
-    """Return the bytes of free memory that a peer lacks for `used_bytes` and the reserve."""
+    """Return the bytes of free memory that a peer lacks for `used_bytes` and the reserve; 0 if it lacks none."""
     return max(0, math.ceil(used_bytes / (1 - RESERVE) - capacity))
 
 
@@ -109,7 +109,11 @@ def _head_bytes(problem: PlanInput, *, shared: bool) -> int:
 
 
 def _working_bytes(problem: PlanInput, last: bool) -> int:
-    """Return the bytes of a chunk's f32 activations: residual, norm, q, k, v, attention output, gate, up and their product."""
+    """Return the bytes of a prefill chunk's f32 activations and, on the `last` stage, of one token's logits.
+
+    The activations of a token: three hidden vectors, such as residual and norm; q, k, v and the attention output; gate, up and
+    their product.
+    """
     spec = problem.card.spec
     heads = (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim
     per_token = 3 * spec.hidden + heads + 3 * spec.ffn

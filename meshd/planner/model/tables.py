@@ -1,6 +1,6 @@
 """Costs of every possible stage and hop, as arrays for the searches.
 
-Cuts are numbered 0 to `layers`, and layers `[a, b)` are entry (a, b) of a table. Values are those of `cost` and `memory`.
+Cuts are numbered 0 to `layers`, and layers `[a, b)` are entry (a, b) of a table. The formulas are those of `cost` and `memory`.
 """
 
 from functools import cached_property
@@ -23,7 +23,7 @@ class CostTables:
 
     @cached_property
     def memory(self) -> Array:
-        """Bytes of a stage, the same on every peer: `[cuts, cuts]`."""
+        """Bytes of a stage, equal on every peer: `[cuts, cuts]`."""
         return memory_table(self.problem)
 
     @cached_property
@@ -38,7 +38,7 @@ class CostTables:
 
     @cached_property
     def share(self) -> Array:
-        """Share of a peer's capacity that a stage takes: `[peers, cuts, cuts]`."""
+        """Share of a peer's capacity that a stage takes, inf where the peer may not take it: `[peers, cuts, cuts]`."""
         capacity = np.array([max(1, capacity_bytes(self.problem, peer)) for peer in self.peers], dtype=np.float64)
         return self.memory[None] / capacity[:, None, None] + self.possible
 
@@ -57,7 +57,7 @@ class CostTables:
 
     @cached_property
     def chunk(self) -> Array:
-        """Seconds of a stage for one prefill chunk: `[peers, cuts, cuts]`."""
+        """Seconds of a stage for one prefill chunk, inf where the peer may not take it: `[peers, cuts, cuts]`."""
         tokens, count = cost.chunking(self.problem.prompt_tokens, self.problem.chunk_tokens)
         first = mean_chunk_start(tokens, count)
         layers = np.stack([cost.layer_prefill_s(peer, self.problem.card, tokens, first) for peer in self.peers])
@@ -65,12 +65,12 @@ class CostTables:
 
     @cached_property
     def first_chunk(self) -> Array:
-        """Like `chunk`, plus the head: it runs only once in a prefill, after the last chunk."""
+        """`chunk` plus the head's time on the last stage. The head runs once in a prefill, so only one chunk counts it."""
         return self._with_head(self.chunk.copy())
 
     @cached_property
     def energy(self) -> Array:
-        """Joules of a stage for one token: `[peers, cuts, cuts]`."""
+        """Joules of a stage for one token, inf where the peer may not take it: `[peers, cuts, cuts]`."""
         joules: Array = self.decode * self.power[:, None, None]
         return joules
 
@@ -80,12 +80,12 @@ class CostTables:
 
     @cached_property
     def hop(self) -> Array:
-        """Seconds of one token's activation between two peers: `[peers, peers]`."""
+        """Seconds to send one token's activation from one peer to another: `[peers, peers]`."""
         return self.links(self.problem.activation_bytes)
 
     @cached_property
     def chunk_hop(self) -> Array:
-        """Seconds of a prefill chunk's activations between two peers: `[peers, peers]`."""
+        """Seconds to send a prefill chunk's activations from one peer to another: `[peers, peers]`."""
         tokens, _ = cost.chunking(self.problem.prompt_tokens, self.problem.chunk_tokens)
         return self.links(tokens * self.problem.activation_bytes)
 
@@ -95,7 +95,7 @@ class CostTables:
         return self.links(cost.TOKEN_MESSAGE_BYTES)
 
     def links(self, size_bytes: int) -> Array:
-        """Return the seconds of a message of this size between two peers: `[peers, peers]`."""
+        """Return the seconds to send a message of this size from one peer to another: `[peers, peers]`."""
         network = self.problem.network
         return np.array([[network.hop_s(one.id, other.id, size_bytes) for other in self.peers] for one in self.peers])
 
@@ -114,7 +114,7 @@ class CostTables:
 
 
 def mean_chunk_start(tokens: int, chunks: float) -> float:
-    """Return the mean number of tokens before a chunk, over the chunks of a prompt."""
+    """Return the number of tokens before a chunk, as a mean over the chunks of a prompt. `tokens`: tokens per chunk."""
     return tokens * (chunks - 1) / 2
 
 

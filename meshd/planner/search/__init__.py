@@ -1,5 +1,5 @@
-"""Search for the best plan, for repairs, and for what to report if no plan fits.
+"""Search for the best plan, search for repairs, and make the error if no plan fits.
 
-`solve.py` is the entry. `select.py` chooses between the exact search (`exact.py`) and, for many peers, the heuristic one
+`solve.py` is the entry point. `select.py` chooses the exact search (`exact.py`) or, for many peers, the heuristic search
 (`heuristic.py`).
 """

@@ -4,7 +4,7 @@ A chain is an ordered subset of the peers. Each of them takes one contiguous run
 search is the dynamic program of Held and Karp (1962) for the travelling salesman, with the cut as one more dimension. It builds
 chains from the last stage backwards:
 
-    tails[S, i, e, c] = the cheapest chain of exactly the peers S over layers [c, L) that starts at i and ends at e
+    tails[S, i, e, c] = cost of the cheapest chain of exactly the peers S over layers [c, L) that starts at i and ends at e
     tails[S+i, i, e, c] = least over c' > c of  stage[i, c, c'] + (least over j in S of  link[i, j] + tails[S, j, e, c'])
 
 If a chain costs its largest term instead of the sum, `max` replaces `+`. The end e is needed for the link back to the first stage;
@@ -25,7 +25,7 @@ from meshd.planner.search.limits import TIE, SearchLimits
 Numbers = NDArray[np.int64]
 
 SMALL = 60_000
-"""Up to this number of entries, one broadcast over the whole table is faster than a loop over run lengths."""
+"""Most entries of a table for which one broadcast over the table is faster than a loop over run lengths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Search(Protocol):
 
 
 def exact_search(costs: ChainCosts, limits: SearchLimits) -> Chain | None:
-    """Find the cheapest chain. Of equally cheap ones, take the one with the fewest peers, then with the lowest peer indices.
+    """Find the cheapest chain. Of equal chains, take the one with the fewest peers, then the one with the lowest peer indices.
 
     Returns: the chain; None if no chain is possible within the limits.
     """
@@ -80,7 +80,7 @@ def exact_search(costs: ChainCosts, limits: SearchLimits) -> Chain | None:
 
 
 def relaxed_bound(costs: ChainCosts) -> float:
-    """Return a lower bound on the cost of every chain: the optimum if peers could repeat and links were free."""
+    """Return a lower bound on the cost of every chain: the optimum if a peer could have several stages and links were free."""
     cheapest = costs.stage.min(axis=0)
     bound = np.zeros(costs.layers + 1)
     for start in range(costs.layers - 1, -1, -1):
@@ -89,7 +89,7 @@ def relaxed_bound(costs: ChainCosts) -> float:
 
 
 def _at_least(costs: ChainCosts, floor: float, size: int) -> float:
-    """Return a lower bound on the cost of chains of `size` or more peers."""
+    """Return a lower bound on the cost of chains of `size` or more peers. `floor`: the result of `relaxed_bound`."""
     if size == 1:
         return floor
     apart = ~np.eye(costs.peers, dtype=bool)
@@ -99,7 +99,7 @@ def _at_least(costs: ChainCosts, floor: float, size: int) -> float:
 
 
 def runs_by_length(costs: ChainCosts) -> list[list[tuple[int, Array]]]:
-    """List, for each peer, the run lengths possible at any cut: (length, cost of `[c, c + length)` at each cut c)."""
+    """List, for each peer, the run lengths possible at one cut or more: (length, cost of `[c, c + length)` at each cut c)."""
     table = []
     for stage in costs.stage:
         diagonals = ((length, np.ascontiguousarray(stage.diagonal(length))) for length in range(1, costs.layers + 1))
@@ -108,9 +108,11 @@ def runs_by_length(costs: ChainCosts) -> list[list[tuple[int, Array]]]:
 
 
 def prepend(costs: ChainCosts, peer: int, runs: list[tuple[int, Array]], onward: Array) -> Array:
-    """Put the cheapest run of `peer` before each tail.
+    """Put the cheapest run of `peer` before the rest of a chain.
 
-    `onward` is the cost from the end of that run, by cut: `[..., cuts]`. Returns: the cost from its start, by cut: `[..., cuts]`.
+    `runs` is the peer's item of `runs_by_length`. `onward` is the cost of the rest, by the cut where the run ends: `[..., cuts]`.
+
+    Returns: the cost of the run and the rest, by the cut where the run starts: `[..., cuts]`.
     """
     cuts = costs.layers + 1
     if onward.size * cuts <= SMALL:
@@ -126,8 +128,8 @@ def prepend(costs: ChainCosts, peer: int, runs: list[tuple[int, Array]], onward:
 class _Tails:
     """The table `tails` of the module's docstring. It is filled for all sets of one peer, then of two, and so on.
 
-    A set of peers is a bit mask, in which peer i is bit n-1-i. In the order in which `combinations` lists the sets of one size,
-    each mask is smaller than the one before.
+    A set of peers is a bit mask, in which peer i is bit n-1-i. The sets of one size are the rows of one table, in the order of
+    `itertools.combinations`; `_row` has the row of each mask.
     """
 
     def __init__(self, costs: ChainCosts) -> None:
@@ -141,10 +143,10 @@ class _Tails:
         self._wholes: list[Array] = []
 
     def grow(self, limits: SearchLimits) -> float:
-        """Fill the table for the sets with one more peer than the last ones.
+        """Fill the table for the sets with one more peer than those of the previous call.
 
-        Returns: the least cost of a chain over all layers whose peers are such a set. Only sets that `limits` allow count; inf if
-        there is none.
+        Returns: the least cost of a chain over all layers whose peers are such a set and are allowed by `limits`; inf if there is
+        no such chain.
         """
         peers = range(self._costs.peers)
         members = list(combinations(peers, len(self._tables) + 1))
@@ -174,7 +176,7 @@ class _Tails:
         return Chain(float(self._wholes[size][row, first].min()), tuple(runs))
 
     def _start_with(self, peer: int, sets: Numbers, table: Array) -> None:
-        """Fill the entries of chains that start at the peer."""
+        """Fill the entries of `table` for chains that start at `peer`. `sets`: the masks of its rows."""
         costs, bit = self._costs, self._bit[peer]
         having = np.flatnonzero(sets & bit)
         shorter = self._row[sets[having] ^ bit]
@@ -185,7 +187,7 @@ class _Tails:
         table[having, peer] = prepend(costs, peer, self._runs[peer], onward)
 
     def _walk(self, members: int, peer: int, ends: Numbers) -> list[LayerRun]:
-        """Trace the cheapest chain over `members` from `peer` to one of `ends`. Of equal ones, take the first by peer index."""
+        """Trace the cheapest chain of `members` from `peer` to one of `ends`. Of equal chains, take the lowest peer indices."""
         costs, start, runs = self._costs, 0, []
         while members != self._bit[peer]:
             members ^= int(self._bit[peer])

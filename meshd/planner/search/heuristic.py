@@ -1,13 +1,14 @@
 """The heuristic search, for clusters with too many peers for the exact one.
 
-For a given order of the peers, a dynamic program over peers and cuts finds the cheapest chain that keeps this order; it may skip
-any peer. The search tries many orders in three steps:
+For a given order of the peers, a dynamic program over peers and cuts finds the cheapest chain that keeps this order. The chain may
+skip any peer. The search tries many orders in three steps:
 
 1. A few greedy orders.
 2. Random changes of the best order, by the moves of Pipette (Yim et al., 2024): insert, swap, reverse a segment.
-3. The exact search among the best chain's peers and a few of the others, group after group, until no group improves the chain.
+3. The exact search among the best chain's peers and a few other peers, one group of other peers after another, until no group
+   improves the chain.
 
-The number of orders and exact searches is limited, not their time, and the random seed is fixed. So the same problem always has the
+The limits are numbers of orders and of exact searches, not times, and the random seed is fixed. So the same problem always has the
 same plan.
 """
 
@@ -22,17 +23,17 @@ from meshd.planner.search.exact import ChainCosts, exact_search, prepend, runs_b
 from meshd.planner.search.limits import TIE, SearchLimits
 
 ORDERS_TRIED = 120
-"""Limit of randomly changed orders for one problem."""
+"""Most randomly changed orders that are tried for one problem."""
 EXACT_SEARCHES = 60
-"""Limit of exact searches for one problem."""
+"""Most exact searches for one problem."""
 GROUP = 7
-"""Number of peers in one of these exact searches."""
+"""Most peers in one of these exact searches."""
 
 Order = tuple[int, ...]
 
 
 class HeuristicSearch:
-    """A `Search` for one problem. Later calls, with other costs, start from the best orders of earlier ones."""
+    """A `Search` for one problem. Later calls, with other costs, start from the best orders of earlier calls."""
 
     def __init__(self) -> None:
         self._random = random.Random(0)
@@ -41,7 +42,7 @@ class HeuristicSearch:
         self._exact_searches_left = EXACT_SEARCHES
 
     def __call__(self, costs: ChainCosts, limits: SearchLimits) -> Chain | None:
-        """Find a cheap chain within the limits. Returns: None if none was found."""
+        """Find a cheap chain within the limits. Returns: the chain; None if none was found."""
         orders = list(dict.fromkeys([*self._elite, *_greedy_orders(costs)])) if not self._elite else self._elite
         best: Chain | None = None
         for order in orders:
@@ -86,7 +87,7 @@ class HeuristicSearch:
 
 
 def best_in_order(costs: ChainCosts, order: Order, limits: SearchLimits) -> Chain | None:
-    """Find the cheapest chain whose peers come in this order. Returns: None if there is none."""
+    """Find the cheapest chain within the limits whose peers come in this order. Returns: the chain; None if there is none."""
     if limits.forbid is None:
         return _InOrder(costs, order, limits).best()
     best: Chain | None = None
@@ -108,8 +109,8 @@ def chain_value(costs: ChainCosts, runs: tuple[LayerRun, ...]) -> float:
 class _InOrder:
     """The dynamic program for one order of the peers.
 
-    `tails[t, q, e, c]` is the cheapest chain of q + 1 peers over layers [c, L) that starts at the order's peer t and ends at its
-    peer e. The last q also stands for chains of more peers, unless the limits ask for an exact number.
+    `tails[t, q, e, c]` is the cost of the cheapest chain of q + 1 peers over layers [c, L) that starts at peer `order[t]` and ends
+    at peer `order[e]`. The last q also includes chains of more peers, unless the limits ask for an exact number.
     """
 
     def __init__(self, costs: ChainCosts, order: Order, limits: SearchLimits) -> None:
@@ -154,7 +155,7 @@ class _InOrder:
         return not self._required or place >= self._required[-1]
 
     def _onward(self, place: int) -> Array | None:
-        """Return the cost of all that follows the peer at `place`: its link to each possible follower, and that follower's tails.
+        """Return the costs of what may follow the peer at `place`: the link to each possible follower, and the follower's tails.
 
         Returns: `[followers, counts, ends, cuts]`; None if no peer may follow.
         """
@@ -192,10 +193,11 @@ class _InOrder:
 
 
 def _greedy_orders(costs: ChainCosts) -> list[Order]:
-    """Make orders to start with.
+    """Make the orders that the search starts with.
 
-    One has the fastest peers first, one has the peers that can take most stages first, and five start at each of the five fastest
-    peers and then always take the peer with the cheapest link.
+    The first has the fastest peers first. The second has first the peers whose stages can end at the most cuts. Up to five more
+    orders each start at one of the five fastest peers, and always continue with the peer that has the cheapest link from the
+    previous peer.
     """
     speed = _by_speed(costs)
     ends = np.isfinite(costs.stage).any(axis=1).sum(axis=1)
@@ -245,13 +247,13 @@ def _search_among(costs: ChainCosts, limits: SearchLimits, peers: list[int]) -> 
 
 
 def _starting_with(chain: Chain, peers: int) -> Order:
-    """Make an order that begins with the chain's peers."""
+    """Make an order of all peers that begins with the peers of the chain."""
     used = [run.peer for run in chain.runs]
     return tuple(used + [peer for peer in range(peers) if peer not in used])
 
 
 def _cheaper(one: Chain | None, other: Chain | None) -> Chain | None:
-    """Return the cheaper chain, of equal ones that with fewer peers, else the first."""
+    """Return the cheaper chain. If both cost the same, return the one with fewer peers, else `one`. None: both are None."""
     if one is None or other is None:
         return one or other
     if abs(one.value - other.value) <= TIE * one.value:

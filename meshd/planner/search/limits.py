@@ -1,4 +1,4 @@
-"""Limits on the chains that a search may return, and when two costs count as equal."""
+"""Limits on the chains that a search may return, and the tolerance within which two costs count as equal."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class SearchLimits:
     require: frozenset[int] = frozenset()
     """Peers that must all take part."""
     forbid: frozenset[int] | None = None
-    """Peers that may not all take part together. This excludes the best chain in the search for a runner-up."""
+    """Peers that may not all take part together. The search for a runner-up excludes the best plan's set of peers in this way."""
 
     def allow(self, peers: Collection[int]) -> bool:
         """Whether a chain over these peers may be returned."""

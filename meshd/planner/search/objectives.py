@@ -1,8 +1,9 @@
 """Find the best chain by each objective, with one or more searches.
 
-LATENCY and ENERGY minimise the sum of a chain's terms (`cost`, from GenZ). THROUGHPUT and MEMORY minimise the largest term; of
-chains that are equal in it and in their number of peers, they take the one with the least TPOT. TTFT minimises the time of a
-pipeline of prefill chunks (`cost.pipelined_s`, from Pipette): Σ terms + (chunks - 1) · the slowest term.
+The terms of a chain are the costs of its stages and links. LATENCY and ENERGY minimise their sum (`cost`, from GenZ). THROUGHPUT
+and MEMORY minimise the largest term. Among chains with the same largest term and number of peers, they take the one with the least
+TPOT. TTFT minimises the time of a pipeline of prefill chunks (`cost.pipelined_s`, from Pipette): Σ terms + (chunks - 1) · the
+slowest term.
 """
 
 import heapq
@@ -68,12 +69,12 @@ def _least_ttft(tables: CostTables, limits: SearchLimits, search: Search) -> Cha
 
 
 class _Pipelined:
-    """Minimise Σ terms + following · slowest term, with searches under a bound on the slowest term.
+    """Minimise Σ terms + following · slowest term, with searches under a bound on the slowest term. following = chunks - 1.
 
     Let A(T) be the least sum of a chain that has no term above T. A falls as T rises, so every chain whose slowest term is
-    between lo and hi costs at least A(hi) + following · lo. An interval in which this lower bound is no better than the best
-    chain so far is dropped. Any other interval is split at the middle one of the term values in it. The result is exact if the
-    search is exact.
+    between lo and hi costs at least A(hi) + following · lo. An interval is dropped if this lower bound is not below the cost of
+    the best chain so far. Otherwise it is split at the middle one of the term values in it. The result is exact if the search is
+    exact.
     """
 
     def __init__(self, whole: ChainCosts, chunk: Array, following: float, limits: SearchLimits, search: Search) -> None:
@@ -103,7 +104,10 @@ class _Pipelined:
         return self._best
 
     def _try(self, index: int) -> tuple[float, int]:
-        """Search for the least sum with no term above `_terms[index]`. Returns: (the sum, the index of its slowest term)."""
+        """Search for the chain with the least sum that has no term above `_terms[index]`, and keep it if it is the best so far.
+
+        Returns: (its sum, the index of its slowest term); (inf, `index`) if there is no such chain.
+        """
         top = float(self._terms[index])
         costs = ChainCosts(_no_more(self._whole.stage, self._chunk, top), _no_more(self._whole.link, self._whole.link, top))
         found = self._search(costs, self._limits)

@@ -6,7 +6,7 @@ from meshd.types import Plan, PlanId
 
 
 def build_plan(plan_id: PlanId, problem: PlanInput, solution: Solution) -> Plan:
-    """Make the plan of a solution, with its predicted times."""
+    """Make the plan with the stages of a solution and their predicted times."""
     return Plan(
         id=plan_id,
         model=problem.card.id,

@@ -1,7 +1,7 @@
 """Choose peers that load layers with too few resident copies.
 
-The cost of a stage is the time to load it, plus its time for `TOKENS_AHEAD` tokens (both by the formulas of `model`), scaled up
-on full peers. The chain of least cost is found by the search for plans.
+The cost of a stage is the time to load it, plus its time for `TOKENS_AHEAD` tokens by the formulas of `model`. The more of a peer's
+memory the layers would fill, the more the cost is scaled up. The searches for plans also find the cheapest chain of these stages.
 """
 
 import math
@@ -29,12 +29,13 @@ TOKENS_AHEAD = 256
 
 
 def repair(problem: PlanInput, missing: Sequence[LayerRange], *, kv_tokens: int) -> tuple[StagePlan, ...]:
-    """Place the layers in `missing`, with KV for `kv_tokens`, in memory that is free now. Nothing is unloaded for them.
+    """Choose stages for the layers in `missing`, with KV for `kv_tokens` tokens, that fit in the peers' free memory.
 
-    Prefers peers that load and decode the layers quickly, and peers with more free memory.
+    Idle standby copies of other models count as free memory; holdings of this model do not. Peers that load and decode the layers
+    quickly, and peers with more free memory, are preferred.
 
     Returns: stages that together have exactly the layers in `missing`.
-    Raises: NoPeer, DoesNotFit.
+    Raises: NoPeer if no peer may take layers; DoesNotFit if memory is short.
     """
     peers = candidates(problem)
     stages: list[StagePlan] = []
@@ -48,10 +49,10 @@ def repair(problem: PlanInput, missing: Sequence[LayerRange], *, kv_tokens: int)
 def repair_within(
     problem: PlanInput, missing: Sequence[LayerRange], *, kv_tokens: int, least_tokens: int
 ) -> tuple[tuple[StagePlan, ...], int]:
-    """Like `repair`, but halve the KV as long as memory is short, down to `least_tokens`.
+    """Choose stages as `repair` does, but halve `kv_tokens` as long as memory is short, down to `least_tokens`.
 
     Returns: (stages, number of tokens that they have KV for).
-    Raises: NoPeer, DoesNotFit.
+    Raises: NoPeer if no peer may take layers; DoesNotFit if memory is short even for `least_tokens`.
     """
     while True:
         try:
@@ -86,7 +87,7 @@ class _RepairSearch:
         cuts = slice(self._layers.start, self._layers.end + 1)
         stage = (self._load_s() + TOKENS_AHEAD * self._tables.decode_anywhere)[:, cuts, cuts]
         memory, allowed = self._memory[None, cuts, cuts], self._allowed[:, None, None]
-        # Fullness is that of a peer with the whole run, so that splitting the run does not make peers look emptier.
+        # Fullness is computed as if a peer took the whole run, so that splitting the run does not make peers look emptier.
         fullness = np.minimum(1.0, memory[0, 0, -1] / np.maximum(1.0, allowed))
         stage = np.where(memory <= allowed, stage * (1 + fullness), np.inf)
         stage[:, 0, :] += self._hops_s(self._layers.start - 1, towards=True)[:, None]
@@ -99,7 +100,7 @@ class _RepairSearch:
     def _load_s(self) -> Array:
         """Predict the seconds until a stage's weights are in memory: `[peers, cuts, cuts]`.
 
-        They are read from the peer's disk, or fetched over the fastest link from a peer that has them.
+        The weights are read from the peer's disk, or fetched over the fastest link from another peer that has some of the model.
         """
         card, count = self._problem.card, self._problem.card.spec.layers
         sizes = np.concatenate(([0.0], np.cumsum(np.asarray(card.layer_bytes, dtype=np.float64))))
@@ -145,7 +146,7 @@ class _RepairSearch:
 
 
 def _after(problem: PlanInput, peer: PeerProfile, stages: Sequence[StagePlan], kv_tokens: int) -> PeerProfile:
-    """Return the peer's profile after it has loaded those of the stages that are its own."""
+    """Return the peer's profile after the peer has loaded its own stages among `stages`."""
     asked = msgspec.structs.replace(problem, context=kv_tokens)
     taken = sum(stage_memory(asked, stage).total_bytes for stage in stages if stage.peer == peer.id)
     left = peer.memory_free_bytes - math.ceil(taken / (1 - RESERVE))  # so the reserve stays a share of what was free before

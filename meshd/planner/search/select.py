@@ -4,7 +4,7 @@ from meshd.planner.search.exact import Search, exact_search
 from meshd.planner.search.heuristic import HeuristicSearch
 
 EXACT_PEERS = 10
-"""Most peers of an exact search. For 10 peers and 30 layers, `bench_planner.py` measured 1 to 91 ms for the least TPOT."""
+"""Most peers of an exact search. For 10 peers and 30 layers, `bench_planner.py` measured 1 to 91 ms for the objective LATENCY."""
 
 
 def search_for(peers: int) -> Search:

@@ -22,7 +22,7 @@ SMALLEST_CONTEXT = 64
 
 
 def does_not_fit(problem: PlanInput) -> MeshdError:
-    """Make the error for a problem without a plan."""
+    """Make the error for a problem without a plan: DoesNotFit, or with `resident_only` NotReady or Overloaded."""
     if problem.resident_only:
         return _not_resident(problem)
     runs, tables, missing = _least_overflow(problem, problem.context)
@@ -37,7 +37,7 @@ def does_not_fit(problem: PlanInput) -> MeshdError:
 
 
 def check_given(problem: PlanInput, stages: tuple[StagePlan, ...]) -> None:
-    """Check that the requested stages fit. Raises: DoesNotFit; with `resident_only`, NotReady and Overloaded."""
+    """Check that the requested stages fit. Raises: DoesNotFit; with `resident_only`, NotReady or Overloaded instead."""
     if problem.resident_only:
         _check_resident(problem, stages)
         return
@@ -54,7 +54,7 @@ def check_given(problem: PlanInput, stages: tuple[StagePlan, ...]) -> None:
 
 
 def _least_overflow(problem: PlanInput, context: int) -> tuple[tuple[LayerRun, ...], CostTables, list[int]]:
-    """Find the placement that lacks the least free memory in total.
+    """Find the placement of all layers that lacks the least free memory in total.
 
     Returns: (its runs, the tables, bytes that each run lacks).
     """
@@ -79,7 +79,10 @@ def _hint(problem: PlanInput) -> str:
 
 
 def _not_resident(problem: PlanInput) -> MeshdError:
-    """Make the error for a route over resident layers: no peer holds some layers, or all KV is in use."""
+    """Make the error for a problem that has no route over resident layers.
+
+    Returns: NotReady if the resident layers form no route even without other sessions; Overloaded if other sessions use the KV.
+    """
     card, count = problem.card, problem.card.spec.layers
     peers = eligible(problem)
     covered = {layer for peer in peers for holding in peer.usable_holdings for layer in holding.layers}
@@ -101,7 +104,7 @@ def _not_resident(problem: PlanInput) -> MeshdError:
 
 
 def _route_if_idle(problem: PlanInput, context: int) -> bool:
-    """Whether a chain of resident layers would have KV for `context` tokens if no other session used any."""
+    """Whether a chain of resident layers would have KV for `context` tokens if there were no other sessions."""
     idle = tuple(msgspec.structs.replace(profile, holdings=tuple(map(_idle, profile.holdings))) for profile in problem.profiles)
     asked = msgspec.structs.replace(problem, profiles=idle, context=context, prompt_tokens=1)
     tables = CostTables(asked, eligible(asked))

@@ -18,7 +18,7 @@ from meshd.types import Objective, PeerId, StagePlan
 
 
 class Solution(msgspec.Struct, frozen=True, kw_only=True):
-    """The chosen stages and their predictions."""
+    """The chosen stages and the predictions for them."""
 
     stages: tuple[StagePlan, ...]
     estimate: Estimate
@@ -37,7 +37,7 @@ class Solution(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def objective_value(predicted: Estimate, objective: Objective) -> float:
-    """Return the value of an estimate by one objective; inf if its energy is not known."""
+    """Return the value that `objective` minimises; inf for ENERGY if the energy is not known."""
     values = {
         Objective.LATENCY: predicted.tpot_s,
         Objective.TTFT: predicted.ttft_s,
@@ -52,11 +52,12 @@ def solve(problem: PlanInput) -> Solution:
     """Find the best plan. The same problem always has the same solution.
 
     The search is exact up to `EXACT_PEERS` peers, and heuristic (`meshd.planner.search.heuristic`) beyond. Of equal plans it takes
-    the one with the fewest peers, then the one whose peers' names come first. If the best plan exceeds the time limits, the plan
-    of least TPOT or of least TTFT replaces it, if that keeps them.
+    the one with the fewest peers, then the one whose peers' names come first. If the best plan exceeds the time limits, the
+    solution is the plan with the least TPOT or, if that also exceeds them, the plan with the least TTFT. If the problem names
+    stages, they are only checked, and the solution has these stages.
 
-    Raises: InvalidRequest, ContextTooLong, NoPeer; DoesNotFit if no plan fits in memory; Unavailable if no plan keeps the time
-    limits. With `resident_only`: NotReady if no peer holds some layers, Overloaded if only memory for KV is missing.
+    Raises: InvalidRequest, ContextTooLong, NoPeer; DoesNotFit if no plan fits in memory; Unavailable if none of these plans keeps
+    the time limits. With `resident_only`: NotReady if the resident layers form no route; Overloaded if only free KV is missing.
     """
     _check(problem)
     if problem.stages is not None:
@@ -74,9 +75,11 @@ def solve(problem: PlanInput) -> Solution:
 
 
 def search(problem: PlanInput, limits: SearchLimits) -> Solution | None:
-    """Find the best plan within further limits. Peers in `limits` are indices into `eligible(problem)`.
+    """Find the best plan by the problem's objective within `limits`, whose peers are indices into `eligible(problem)`.
 
-    Returns: None if there is no such plan.
+    The time limits of the problem and its `stages` are ignored.
+
+    Returns: the solution; None if there is no such plan.
     Raises: the errors of `eligible`.
     """
     peers = eligible(problem)

@@ -1,13 +1,12 @@
 """Find the cheapest chain over some layers when a peer may have several stages: the Viterbi algorithm (1967) over the cuts.
 
-A new plan gives each peer at most one run of layers (`meshd.planner.search.exact`). A changed plan of a running session need
-not: its surviving stages stay, and other peers fill the gaps. Without the rule of one run per peer, the search is fast enough to
-run while a client waits:
+A new plan gives each peer at most one run of layers (`meshd.planner.search.exact`). The changed plan of a running session may give
+a peer several runs: the surviving stages stay, and any peers fill the gaps. Without the rule of one run per peer, the search is
+fast enough to run while a client waits. The cost of the cheapest chain over layers [c, L) that starts at peer p is:
 
     tails[c, p, f] = min over d > c of  stage[p, c, d] + (min over q of  link[p, q] + tails[d, q, f])
 
-is the cost of the cheapest chain over layers [c, L) that starts at peer p. The first peer f of the whole chain is needed for the
-link from the last stage back to it.
+The first peer f of the whole chain is needed for the link from the last stage back to f.
 """
 
 from dataclasses import dataclass
@@ -19,22 +18,22 @@ from meshd.planner.chain import Array, Chain, LayerRun
 
 @dataclass(frozen=True, slots=True)
 class CoverCosts:
-    """Costs of the stages and links of chains, which are added up. Cuts count from the first of the layers. inf: not possible."""
+    """Costs of stages and links; a chain costs their sum. Cut 0 is before the first layer to cover. inf: not possible."""
 
     stage: Array
     """Cost of layers `[a, b)` on a peer: `[peers, cuts, cuts]`; inf where b <= a."""
     link: Array
     """Cost of the link between the peers of consecutive stages: `[peers, peers]`."""
     before: Array | None = None
-    """Cost of the link that leads to the first stage: `[peers]`. None: free."""
+    """Cost of the link to the first stage, by the peer of this stage: `[peers]`. None: free."""
     after: Array | None = None
-    """Cost of the link that leaves the last stage: `[peers]`. None: free."""
+    """Cost of the link from the last stage, by the peer of this stage: `[peers]`. None: free."""
     back: Array | None = None
     """Cost of the link from the last stage to the first: `[peers, peers]`. None: free."""
 
 
 def cover(costs: CoverCosts) -> Chain | None:
-    """Find the cheapest chain. Of equally cheap ones, take that with the lowest peers and the longest runs.
+    """Find the cheapest chain. Of equally cheap chains, take the one with the lowest peer indices and the longest runs.
 
     Returns: the chain; None if there is none, for example because no peer can take a layer.
     """

@@ -1,7 +1,7 @@
 """Predict how long a session pauses when its plan changes.
 
-Times come from the formulas of `cost`. The recomputation runs as a pipeline of chunks, as in Pipette (Yim et al., 2024), with a
-different amount of work on each stage.
+Times come from the formulas of `cost`. The stages recompute missing KV in a pipeline of chunks, as in Pipette (Yim et al., 2024).
+Each stage may have a different number of positions to recompute.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from meshd.types import PeerId, StagePlan
 CONTROL_BYTES = 1024
 """Size assumed for each of the messages OPEN, OPENED and RESUME."""
 _CONTROL_HOPS = 3
-"""OPEN to the stage, OPENED back, and RESUME to the stage."""
+"""Number of messages to and from each stage: OPEN to the stage, OPENED back, and RESUME to the stage."""
 
 
 def compute_s(problem: PlanInput, profile: PeerProfile, first: int, last: int) -> Seconds:
-    """Predict the time of each layer to compute positions `[first, last)`, in chunks or, for one position, in a decode step.
+    """Predict the time of each layer to compute positions `[first, last)`: in prefill chunks, or one position in a decode step.
 
     Returns: seconds, `[layers]`.
     """
@@ -37,10 +37,11 @@ def compute_s(problem: PlanInput, profile: PeerProfile, first: int, last: int) -
 
 
 def pause_s(problem: PlanInput, stages: Sequence[StagePlan], starts: Sequence[int], known: int, coordinator: PeerId) -> float:
-    """Predict the seconds from the choice of a plan to its first token, if each stage recomputes positions `[start, known)`.
+    """Predict the seconds from the choice of a plan to its first token.
 
-    Each stage receives its input from the stage before it, and all stages work in parallel. So the first chunk takes the sum of all
-    stages and links, and the remaining chunks take as long as the slowest stage or link.
+    Each stage computes the positions from its item of `starts` up to `known`, the number of tokens known so far. A stage receives
+    its input from the stage before it, and all stages work in parallel. So the first chunk takes the sum of the times of all stages
+    and links, and the remaining chunks take as long as the slowest stage or link.
     """
     first_chunks: list[float] = []
     wholes: list[float] = []

@@ -1,7 +1,7 @@
-"""Choose the cheapest stages for layers of a running session, over resident layers.
+"""Choose the cheapest stages for some or all layers of a running session, among the layers that are resident on peers.
 
-A stage costs the time to recompute KV before the next token, plus its time for each of the tokens that are expected to follow. Both
-come from the formulas of `cost`.
+A stage costs the time to recompute missing KV before the next token, plus its time for each of the tokens that are expected to
+follow. Both times come from the formulas of `cost`.
 """
 
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ STAGE_S = 400e-6
 """Extra cost of a stage for each token, because two threads are woken for it. `bench_split.py` measured 0.8 ms for a second
 stage. Half of that is charged, so that it decides only between plans of nearly equal cost."""
 _BACK_PEERS = 32
-"""With more peers, the search ignores the link from the last stage to the first: it costs least and takes the longest to search."""
+"""With more peers, the search ignores the link from the last stage to the first. It costs least and slows the search most."""
 
 
 class HeldKv(NamedTuple):
@@ -37,7 +37,11 @@ class HeldKv(NamedTuple):
 
 
 class Reroute:
-    """Finds routes for one session. The problem's `prompt_tokens` is the number of tokens known so far."""
+    """Finds routes for one session.
+
+    The problem's `prompt_tokens` is the number of tokens known so far, `tokens_ahead` the number expected to follow, and `held_kv`
+    the KV that need not be recomputed.
+    """
 
     def __init__(self, problem: PlanInput, tokens_ahead: int, held_kv: Iterable[HeldKv] = ()) -> None:
         excluded = exclusions(problem)
@@ -49,9 +53,9 @@ class Reroute:
     def whole(self, *, under_way: bool = True) -> tuple[StagePlan, ...] | None:
         """Find the best route over all layers.
 
-        `under_way`: count the time to recompute KV. False: find the best route of a session without KV to recompute.
+        `under_way`: True counts the time to recompute KV. False finds the best route of a session without KV to recompute.
 
-        Returns: None if there is no route.
+        Returns: the stages; None if there is no route.
         """
         if not self.peers:
             return None
@@ -62,11 +66,11 @@ class Reroute:
     def fill(self, layers: LayerRange, before: PeerId | None, after: PeerId | None) -> tuple[StagePlan, ...] | None:
         """Find the best stages for these layers.
 
-        `before` and `after` are the peers that compute the adjacent layers. If there are no layers before, `before` is the peer
-        of the last stage, from which the first stage receives tokens; if there are none after, `after` is the peer of the first
-        stage. None: the peer is not known, and its link costs nothing.
+        `before` and `after` are the peers that compute the adjacent layers. If `layers` begins with the model's first layer,
+        `before` is the peer of the last stage, from which the first stage receives tokens. If `layers` ends with the model's last
+        layer, `after` is the peer of the first stage. None: the peer is not known, and its link costs nothing.
 
-        Returns: None if there are no such stages.
+        Returns: the stages; None if there are none.
         """
         if not self.peers:
             return None
@@ -100,7 +104,7 @@ class Reroute:
         return self._pace + again
 
     def _recompute_s(self, first: int, peer: PeerProfile | None = None) -> Array:
-        """Predict the seconds to compute all known positions from `first` on: `[peers, cuts, cuts]`, for one peer or for all."""
+        """Predict the seconds to compute all known positions from `first` on, for `peer` or all peers: `[peers, cuts, cuts]`."""
         known = self._problem.prompt_tokens
         peers = self.peers if peer is None else (peer,)
         return range_sums(np.stack([compute_s(self._problem, one, first, known) for one in peers]))
@@ -113,7 +117,7 @@ class Reroute:
 
     @cached_property
     def _link(self) -> Array:
-        """`_hop` plus the seconds to send the hidden states of all known tokens once."""
+        """`_hop` plus the seconds to send the hidden states of all known tokens once: `[peers, peers]`."""
         link: Array = self._hop + self._tables.links(self._problem.prompt_tokens * self._problem.activation_bytes)
         return link
 
@@ -143,7 +147,10 @@ def reserve_all(problem: PlanInput, stages: Iterable[StagePlan]) -> PlanInput | 
 
 
 def reserve_in(holdings: tuple[Holding, ...], layers: LayerRange, tokens: int) -> tuple[Holding, ...] | None:
-    """Return the holdings after a stage has reserved KV in the fullest holding with enough of it. None: no holding has enough."""
+    """Return the holdings after a stage has reserved KV in one of them. None: no holding has enough free KV.
+
+    Of the holdings with enough free KV, the stage takes the one with the least.
+    """
     fitting = [
         holding
         for holding in holdings

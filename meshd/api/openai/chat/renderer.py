@@ -21,7 +21,7 @@ from meshd.api.openai.renderers import StreamedEvent
 
 
 class ChatRenderer(ChunkRenderer, frozen=True, kw_only=True, tag="chat"):
-    """Renderer of chats, with the options of their request."""
+    """Renderer of the answers to one chat request, with the options of the request."""
 
     logprobs: bool
 
@@ -29,7 +29,7 @@ class ChatRenderer(ChunkRenderer, frozen=True, kw_only=True, tag="chat"):
     object_name: ClassVar[str] = "chat.completion"
 
     def writer(self, answer_id: str) -> "ChatWriter":
-        """Return a writer for a stream."""
+        """Return a writer for one stream of the answers."""
         return ChatWriter(self, answer_id)
 
     def whole(self, answer_id: str, answers: Sequence[CollectedAnswer], usage: Usage) -> ChatCompletion:
@@ -46,12 +46,12 @@ class ChatRenderer(ChunkRenderer, frozen=True, kw_only=True, tag="chat"):
         return ChatCompletion(**self.head(answer_id), choices=choices, usage=usage)
 
     def chat_logprobs(self, tokens: Sequence[TokenText]) -> ChatLogprobs | None:
-        """Return the logprobs of tokens. None: they are not requested."""
+        """Return the logprobs of tokens. None: the request does not ask for logprobs."""
         return ChatLogprobs(content=token_logprobs(tokens)) if self.logprobs else None
 
 
 class ChatWriter(ChunkWriter):
-    """Writes the chunks of a chat. The first chunks have the role of each answer."""
+    """Writes the chunks of a chat. Each answer begins with a chunk that has the role and no text."""
 
     def __init__(self, renderer: ChatRenderer, answer_id: str) -> None:
         super().__init__(renderer, answer_id)

@@ -20,7 +20,7 @@ class TextPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One turn of a chat. The fields after `name` occur in answers that clients send back, and must be empty."""
+    """One turn of a chat. The fields after `name` occur in answers that clients send back as turns, and must be empty."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Meta(min_length=1)]
@@ -32,9 +32,9 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     function_call: None = None
 
     def turn(self) -> ChatMessage:
-        """Convert the turn for the coordinator: join its parts of text, and rename the role `developer`.
+        """Convert the turn for the coordinator: join its parts of text, and rename the role `developer` to `system`.
 
-        That is OpenAI's new name for `system`, and chat templates know only `system`.
+        `developer` is OpenAI's new name for the role `system`, and chat templates know only `system`.
         """
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return ChatMessage(role="system" if self.role == "developer" else self.role, content=text, name=self.name)
@@ -141,7 +141,7 @@ class AnswerMessage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """One whole answer."""
+    """One complete answer."""
 
     index: int
     message: AnswerMessage

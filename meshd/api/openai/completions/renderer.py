@@ -13,11 +13,11 @@ from meshd.api.openai.renderers import StreamedEvent
 
 
 class CompletionRenderer(ChunkRenderer, frozen=True, kw_only=True, tag="completion"):
-    """Renderer of text completions, with the options of their request."""
+    """Renderer of the answers to one request for text completions, with the options of the request."""
 
     logprobs: int | None
     echoes: tuple[str, ...]
-    """The text that the answers to each prompt begin with, by prompt."""
+    """For each prompt, the text that its answers begin with: the prompt, or nothing if `echo` is not requested."""
 
     prefix: ClassVar[str] = "cmpl-"
     object_name: ClassVar[str] = "text_completion"
@@ -27,7 +27,7 @@ class CompletionRenderer(ChunkRenderer, frozen=True, kw_only=True, tag="completi
         return self.echoes[index // self.per_prompt]
 
     def writer(self, answer_id: str) -> "CompletionWriter":
-        """Return a writer for a stream."""
+        """Return a writer for one stream of the answers."""
         return CompletionWriter(self, answer_id)
 
     def whole(self, answer_id: str, answers: Sequence[CollectedAnswer], usage: Usage) -> Completion:
@@ -45,7 +45,7 @@ class CompletionRenderer(ChunkRenderer, frozen=True, kw_only=True, tag="completi
 
 
 class CompletionWriter(ChunkWriter):
-    """Writes the chunks of text completions. The first chunks echo the prompts if the request asks for it."""
+    """Writes the chunks of text completions. The first chunks repeat the prompts if `echo` is requested."""
 
     def __init__(self, renderer: CompletionRenderer, answer_id: str) -> None:
         super().__init__(renderer, answer_id)
@@ -72,14 +72,14 @@ class CompletionWriter(ChunkWriter):
 
 
 class _Logprobs:
-    """Converts the tokens of one answer to this route's logprobs, and counts characters for their offsets."""
+    """Converts the tokens of one answer to this route's logprobs, and counts characters for the offsets of tokens."""
 
     def __init__(self, count: int | None) -> None:
         self._count = count
         self._offset = 0
 
     def next(self, tokens: Sequence[TokenText]) -> CompletionLogprobs | None:
-        """Return the logprobs of the answer's next tokens. None: they are not requested."""
+        """Return the logprobs of the answer's next tokens. None: the request does not ask for logprobs."""
         if self._count is None:
             return None
         offsets = []

@@ -55,7 +55,7 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True, forbid_unkn
         raise InvalidRequest("`prompt` mixes texts and token ids", param="prompt", hint="send one kind")
 
     def echoes(self) -> list[str]:
-        """Return the text that the answers to each prompt begin with, by prompt."""
+        """Return, for each prompt, the text that its answers begin with: the prompt, or nothing if `echo` is not requested."""
         return [prompt if self.echo and isinstance(prompt, str) else "" for prompt in self.prompts()]
 
     def check(self) -> None:
@@ -88,18 +88,18 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True, forbid_unkn
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
-    """Logprobs of the tokens of an answer or a chunk: four lists of equal length."""
+    """Logprobs of the tokens of an answer or a chunk: lists with one item for each token."""
 
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]] | None
-    """The most likely tokens and the chosen one. null: `logprobs` is 0."""
+    """Logprobs of the most likely tokens and of the chosen token. null: `logprobs` is 0."""
     text_offset: list[int]
     """Number of characters in the answer before each token."""
 
 
 class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """One answer or, in a stream, a part of it."""
+    """One complete answer or, in a stream, a part of one answer."""
 
     index: int
     text: str

@@ -1,6 +1,6 @@
 """The routes under `/v1/responses`: create responses, and read, cancel or delete answers by their id.
 
-Answers outlive their connection and can be read at any peer. Reading and deleting also work for chats and text completions.
+Stored answers outlive their connection and can be read at any peer. Reading and deleting also work for chats and text completions.
 """
 
 from collections.abc import AsyncIterator
@@ -48,7 +48,7 @@ class RetrieveQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             raise unsupported("include_obfuscation", "leave it out or send false")
 
     def check_for(self, renderer: AnyRenderer) -> None:
-        """Check that this answer can be rendered as requested. Raises: InvalidRequest."""
+        """Check that the answer of this renderer has what `include` requests. Raises: InvalidRequest."""
         if self.include and not (isinstance(renderer, ResponseRenderer) and renderer.logprobs):
             raise InvalidRequest(
                 f"`include` asks for {LOGPROBS}, but the answer has none",
@@ -85,7 +85,10 @@ async def create(request: web.Request) -> web.StreamResponse:
 
 
 async def retrieve(request: web.Request) -> web.StreamResponse:
-    """Send an answer by its id: its current state, or its stream from any event. Waits for a chat or completion that still runs."""
+    """Send an answer by its id: its current state, or its stream from any event on.
+
+    Without `stream`, a chat or text completion that still runs is sent when it has ended.
+    """
     query = read_query(request, RetrieveQuery)
     query.check()
     after = query.after(request) if query.stream else -1
@@ -100,7 +103,7 @@ async def retrieve(request: web.Request) -> web.StreamResponse:
 
 
 async def cancel(request: web.Request) -> web.Response:
-    """Cancel a response that was created with `background`. If it has ended already, nothing changes."""
+    """Cancel a response that was created with `background`, and send its state. A response that has ended does not change."""
     generation, renderer = await _look(request)
     if not (isinstance(renderer, ResponseRenderer) and renderer.background):
         raise InvalidRequest(
@@ -137,7 +140,7 @@ async def _look(request: web.Request) -> tuple[Generation, AnyRenderer]:
 
 @asynccontextmanager
 async def _resumed(request: web.Request, renderer: AnyRenderer) -> AsyncIterator[RunningAnswers]:
-    """Take over the answer whose id is in the path, and resume it here. Raises: what Coordinator.resume raises."""
+    """Take over the answer whose id is in the path, and resume it on this peer. Raises: what Coordinator.resume raises."""
     generation = await request.app[SERVICES].coordinator.resume(session_of(request.match_info["id"]))
     set_generation_headers(request, generation)
     async with reading(request, renderer, generation) as running:

@@ -24,7 +24,7 @@ _STATUSES: dict[str, shapes.ResponseStatus] = {
 
 
 class ResponseRenderer(Renderer, frozen=True, kw_only=True, tag="response"):
-    """Renderer of responses, with the fields that they repeat from their request."""
+    """Renderer of one response, with the fields of the request that the response repeats."""
 
     asked: shapes.RequestEcho
     logprobs: bool
@@ -34,7 +34,7 @@ class ResponseRenderer(Renderer, frozen=True, kw_only=True, tag="response"):
     sends_done: ClassVar[bool] = False
 
     def writer(self, answer_id: str) -> "ResponseWriter":
-        """Return a writer for a stream."""
+        """Return a writer for one stream of the answer."""
         return ResponseWriter(self, answer_id)
 
     def whole(self, answer_id: str, answers: Sequence[CollectedAnswer], usage: Usage) -> shapes.Response:
@@ -45,7 +45,8 @@ class ResponseRenderer(Renderer, frozen=True, kw_only=True, tag="response"):
     def snapshot(self, generation: Generation) -> shapes.Response:
         """Make the object of an answer's current state.
 
-        A suspended answer with an error is shown as failed, so that a polling client gets the error and how to resume the answer.
+        An unfinished answer with an error is shown as failed, even if it is only suspended, so that a polling client gets the
+        error. If the answer is suspended, the error says how to resume it.
         """
         deltas, finished = generation.so_far()
         answer, counter = CollectedAnswer(), UsageCounter(1)
@@ -78,7 +79,7 @@ class ResponseRenderer(Renderer, frozen=True, kw_only=True, tag="response"):
         usage: Usage | None = None,
         error: shapes.ResponseError | None = None,
     ) -> shapes.Response:
-        """Make the object of an answer in this state."""
+        """Make the object of an answer with this status. `answer`: None leaves the output empty."""
         asked: dict[str, Any] = {name: getattr(self.asked, name) for name in self.asked.__struct_fields__}
         return shapes.Response(
             **asked,
@@ -112,7 +113,7 @@ class ResponseRenderer(Renderer, frozen=True, kw_only=True, tag="response"):
 
 
 class ResponseWriter:
-    """Writes the events of a response: two with the object, the message as it grows, the complete message, the final object."""
+    """Writes the events of a response: two with the new object, the growing message, the complete message, the final object."""
 
     def __init__(self, renderer: ResponseRenderer, answer_id: str) -> None:
         self._renderer = renderer
@@ -149,7 +150,7 @@ class ResponseWriter:
             answer = None if self._answer.empty else self._answer
             return self._event(shapes.ResponseFailed, response=self._renderer.response(self._id, "failed", answer, error=error))
         detail = failure.detail
-        # The error repeats the last number. A client that resumes after it gets the event that is missing because of the error.
+        # The error has the number of the last event that was sent. A client that resumes after this number misses no event.
         error_event = shapes.ErrorEvent(sequence_number=max(last, 0), code=detail.code, message=detail.message, param=detail.param)
         return StreamedEvent(error_event, name="error")
 

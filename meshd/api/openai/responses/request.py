@@ -21,7 +21,7 @@ def _unsupported(description: str) -> Meta:
 
 
 class InputText(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One part of a message. `annotations` and `logprobs` occur in answers that clients send back."""
+    """One part of a message. `annotations` and `logprobs` occur in answers that clients send back as input."""
 
     type: Literal["input_text", "output_text"]
     text: str
@@ -31,7 +31,7 @@ class InputText(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class InputMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One turn. `id` and `status` occur in answers that clients send back; they are ignored."""
+    """One turn. `id` and `status` occur in answers that clients send back as input. They are ignored."""
 
     type: Literal["message"] | None = None
     role: Literal["user", "assistant", "system", "developer"]
@@ -41,9 +41,9 @@ class InputMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     phase: NoValue = None
 
     def turn(self) -> ChatMessage:
-        """Convert the turn for the coordinator: join its parts of text, and rename the role `developer`.
+        """Convert the turn for the coordinator: join its parts of text, and rename the role `developer` to `system`.
 
-        That is OpenAI's new name for `system`, and chat templates know only `system`.
+        `developer` is OpenAI's new name for the role `system`, and chat templates know only `system`.
         """
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return ChatMessage(role="system" if self.role == "developer" else self.role, content=text)
@@ -129,7 +129,7 @@ class ResponseRequest(AnswerFields, frozen=True, kw_only=True, forbid_unknown_fi
             raise InvalidRequest("`top_logprobs` needs `include`", param="top_logprobs", hint=f'add "{LOGPROBS}" to `include`')
 
     def generation_requests(self, clock: Clock) -> list[GenerationRequest]:
-        """Make the request to the coordinator, in a list as for other routes. Raises: InvalidRequest."""
+        """Make the only request to the coordinator. It is in a list, as on other routes. Raises: InvalidRequest."""
         self.check()
         return [
             GenerationRequest(

@@ -29,7 +29,7 @@ class OutputMessage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ResponseError(msgspec.Struct, frozen=True, kw_only=True):
-    """Why an answer failed. `type` is what other routes send as `code`."""
+    """Why an answer failed. `type` has the value that other routes send as `code`."""
 
     code: Literal["server_error"] = "server_error"
     message: str
@@ -44,14 +44,14 @@ class IncompleteDetails(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class InputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
-    """Details of the input tokens. meshd counts none as cached."""
+    """Details of the input tokens. meshd counts no tokens as cached."""
 
     cached_tokens: int = 0
     cache_write_tokens: int = 0
 
 
 class OutputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
-    """Details of the output tokens. meshd counts none as reasoning."""
+    """Details of the output tokens. meshd counts no tokens as reasoning."""
 
     reasoning_tokens: int = 0
 
@@ -67,7 +67,7 @@ class ResponseUsage(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, usage: Usage) -> "ResponseUsage":
-        """Convert to this route's field names."""
+        """Convert a usage to the field names of `/v1/responses`."""
         return cls(input_tokens=usage.prompt_tokens, output_tokens=usage.completion_tokens, total_tokens=usage.total_tokens)
 
 
@@ -146,7 +146,7 @@ class StreamEvent(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
 
 
 class WholeEvent(StreamEvent, frozen=True, kw_only=True):
-    """An event with the whole object."""
+    """An event with the response in its current state."""
 
     response: Response
 
@@ -220,7 +220,7 @@ class PartDone(ContentEvent, frozen=True, kw_only=True, tag="response.content_pa
 
 
 class ErrorEvent(StreamEvent, frozen=True, kw_only=True, tag="error"):
-    """The stream fails after the event with this number. If the answer can be resumed, `message` describes how."""
+    """The stream fails after event `sequence_number`. If the answer can be resumed, `message` describes how."""
 
     code: str | None
     message: str
