@@ -30,7 +30,7 @@ def run(args: Namespace) -> int:
 
 
 def collect(daemon: Daemon) -> dict[str, Any]:
-    """Collect what `--json` prints: `self`, and the rows of each of LISTS."""
+    """Collect what `--json` prints: `self`, and the rows of each list in LISTS."""
     return {"self": daemon.get("/mesh/v1/self")} | {name: daemon.rows(f"/mesh/v1/{name}") for name in LISTS}
 
 

@@ -91,7 +91,7 @@ def _head_tensors(file: GgufFile) -> list[TensorInfo]:
 
 
 def _quantisation(tensors: Iterable[TensorInfo]) -> str:
-    """Return the GGUF kind, such as `Q4_K`, that takes the most bytes."""
+    """Return the GGUF kind, such as `Q4_K`, that takes the most bytes of these tensors."""
     sizes: Counter[str] = Counter()
     for info in tensors:
         sizes[info.kind] += info.nbytes

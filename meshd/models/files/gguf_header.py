@@ -22,7 +22,7 @@ MAX_TENSORS = 1 << 16
 MAX_ARRAY_VALUES = 1 << 21
 """Limit for the values in all arrays of a file together. A vocabulary of 262,144 tokens with merges has 1.3 million."""
 MAX_NESTED = 1 << 12
-"""Limit for the number of arrays in one array. Real files have no nested arrays; each of them is read by a separate, slow call."""
+"""Limit for the number of arrays in one array. Real files have no nested arrays, and reading each one takes a slow call."""
 MAX_KEY_BYTES = (1 << 16) - 1
 MAX_TENSOR_NAME_BYTES = 128
 MAX_ARRAY_DEPTH = 2

@@ -22,7 +22,7 @@ def read_bytes(path: Path, *, most_bytes: int) -> bytes:
     """Read a file of at most `most_bytes`. Raises: ModelFileError."""
     try:
         with path.open("rb") as file:
-            # read(n) allocates n bytes even if the file is smaller, so n is not simply the limit.
+            # read(n) allocates n bytes even if the file is smaller, so n is at most the file's size + 1.
             data = file.read(min(most_bytes, os.fstat(file.fileno()).st_size) + 1)
     except OSError as error:
         raise ModelFileError(f"{path} can't be read: {error.strerror or error}") from error

@@ -112,7 +112,7 @@ def _converted(
 
 
 def _mxfp4_tensor(tensor: ImportTensor, weights: SafetensorsFolder, known: Mapping[str, tuple[str, tuple[int, ...]]]) -> OutTensor:
-    """Describe an MXFP4 tensor for the writer. Its blocks are reordered but not requantised, one expert at a time."""
+    """Describe an MXFP4 tensor for the writer. Its weights are reordered but not requantised, one expert at a time."""
     if missing := [source for source in tensor.sources if known.get(source, ("", ()))[0] != "U8"]:
         raise ModelFileError(f"tensor {shown(missing[0])} is missing or no U8: {tensor.name} is made from it")
     nibbles, scales = (view_shape(known[source][1], tensor.transform) for source in tensor.sources)

@@ -22,7 +22,7 @@ U8 = npt.NDArray[np.uint8]
 BLOCK = 32
 """Number of weights in a block, both of Q8_0 and of Q4_1."""
 SPARE = (2.0, 1.0, 0.0, -1.0)
-"""The search tries the scale (largest - smallest weight) / (15 + n) for each n. With 0, weights that are on an even grid of 16
+"""The search tries the scale (largest - smallest weight) / (15 + n) for each n. With n = 0, weights that are on an even grid of 16
 levels are restored exactly."""
 REFITS = 2
 """Number of times that a scale and a minimum are fitted again, to the codes of the best pair so far."""
@@ -79,7 +79,7 @@ def _fit(x: F32, levels: int) -> tuple[F32, F32]:
         sums, squares, products = codes.sum(axis=0), np.einsum("ij,ij->j", codes, codes), np.einsum("ij,ij->j", codes, x)
         spread, common = BLOCK * squares - sums * sums, BLOCK * products - total * sums
         slope = np.where(spread > 0, common / np.maximum(spread, 1), 0)
-        gain = common * slope  # 32 times the squared error of a constant minus that of the line scale * code + minimum
+        gain = common * slope  # 32 * (squared error of the best constant - that of the line)
         better = gain > best
         best = np.where(better, gain, best)
         scale, minimum = np.where(better, slope, scale), np.where(better, (total - slope * sums) / BLOCK, minimum)

