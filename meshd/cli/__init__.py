@@ -106,14 +106,14 @@ def _nearest(word: str) -> str:
 
 
 def _cause(error: Exception) -> Exception:
-    """Return the first error of a group: the others usually follow from it."""
+    """Return the first error of an exception group, since the others usually follow from it; any other error unchanged."""
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     return error
 
 
 def _explain(error: Exception) -> int:
-    """Print an error in one line. Returns: the exit status."""
+    """Print an error on one line, after its traceback if MESHD_DEBUG is set. Returns: the exit status."""
     if debug_wanted():
         import traceback
 
@@ -129,5 +129,5 @@ def _unexpected(error: Exception) -> MeshdError:
 
 
 def _forget_stdout() -> None:
-    """Redirect standard output: its reader has gone, and Python would report the unwritten rest at exit."""
+    """Redirect standard output to the null device: its reader has gone, and Python would report unwritten output at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -47,7 +47,10 @@ def _next_line(interactive: bool) -> str | None:
 
 
 def _turn(daemon: Daemon, args: Namespace, messages: list[dict[str, str]], interactive: bool) -> list[dict[str, str]]:
-    """Ask, print the answer and append it. If no text arrives, the last message is dropped."""
+    """Send the conversation and print the answer as it streams.
+
+    Returns: the messages with the answer appended, or without the last message if no text arrived.
+    """
     chunks: list[str] = []
 
     def receive(text: str) -> None:
@@ -70,5 +73,5 @@ def _turn(daemon: Daemon, args: Namespace, messages: list[dict[str, str]], inter
 def _enable_line_editing() -> None:
     try:
         import readline  # noqa: F401  (importing it gives input() a history)
-    except ImportError:  # not on every platform
+    except ImportError:  # Python has no readline on some platforms
         return

@@ -60,7 +60,7 @@ def _what(row: Row, names: Mapping[str, str]) -> str:
 
 
 def _fact(value: object, names: Mapping[str, str]) -> str:
-    """Format a value that another peer wrote, on one line. Peer ids become names."""
+    """Format a value of an event on one line. Peer ids become names."""
     match value:
         case float():
             return f"{value:.6g}"

@@ -37,7 +37,7 @@ FIND_WITHIN_S = 30.0
 MEASURE_WITHIN_S = 30.0
 STANDBY_WITHIN_S = 30.0
 KILL_AFTER = 8
-"""Text chunks received before a daemon is killed."""
+"""Number of text chunks that arrive before a daemon is killed."""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -85,7 +85,7 @@ Say = Callable[[str], None]
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Make SIGTERM and a closed terminal end the demo like Ctrl-C: it stops its daemons before it exits."""
+    """Make SIGTERM and a closed terminal end the demo as Ctrl-C does, so that it stops its daemons before it exits."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -100,7 +100,10 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _start(daemons: ChildDaemons, config: Config, say: Say) -> list[Daemon]:
-    """Start three daemons in a new cluster, each with one thread. They share models and measurements."""
+    """Start three daemons in a new cluster, each with one thread. They share models and measurements.
+
+    Returns: their clients, in the order of NAMES.
+    """
     say(f"starting {', '.join(NAMES)}: three daemons, one thread each")
     links = {name: f"127.0.0.1:{port}" for name, port in zip(NAMES, free_ports(len(NAMES)), strict=True)}
     common = [
@@ -133,7 +136,7 @@ def _new_key() -> str:
 
 
 def _show_discovery(children: Sequence[ChildDaemon], apis: Sequence[Daemon], say: Say) -> None:
-    """Wait until each daemon has an authenticated link to the two others."""
+    """Wait until each daemon has an authenticated link to both of the others."""
     seen: set[tuple[str, str]] = set()
 
     def all_linked() -> bool:
@@ -149,7 +152,7 @@ def _show_discovery(children: Sequence[ChildDaemon], apis: Sequence[Daemon], say
 
 
 def _show_links(daemon: Daemon, say: Say) -> None:
-    """Wait until both directions of every link are measured. The planner needs these numbers."""
+    """Wait until both directions of every link are measured, since the planner needs these measurements."""
     rows: list[dict[str, Any]] = []
 
     def all_measured() -> bool:
@@ -187,7 +190,7 @@ def _show_answer(daemon: Daemon, prompt: str, split: str) -> AnswerSummary:
 
 
 def _show_standby(daemon: Daemon, say: Say) -> None:
-    """Wait until every layer has a standby copy on a second device, or until the time for that is over."""
+    """Wait until every layer has a standby copy on a second device, or until STANDBY_WITHIN_S has passed."""
     standby: list[str] = []
 
     def all_twice() -> bool:
@@ -204,7 +207,7 @@ def _show_standby(daemon: Daemon, say: Say) -> None:
 
 
 def _show_loss(victim: ChildDaemon, daemon: Daemon, prompt: str, split: str, expected: AnswerSummary, say: Say) -> None:
-    """Ask the same question and kill the last stage's daemon after a few words. Raises: RemoteFailure if the answer changes."""
+    """Ask the same question, and kill the last stage's daemon during the answer. Raises: RemoteFailure if the answer changes."""
     say(f"the same question again, and {victim.name} is killed in mid-answer")
     print(f"\n>>> {prompt}")
     times: list[float] = []

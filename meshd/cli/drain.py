@@ -12,7 +12,8 @@ from meshd.errors import Unavailable
 
 EXAMPLE = "meshd drain attic\n  meshd drain attic --undo"
 _STEP_S = 1.0
-"""The longest wait of one request, so that the number of remaining sessions is shown every second. The first one does not wait."""
+"""Longest time that one request waits, so that the number of remaining sessions is shown every second. The first request does
+not wait."""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -39,7 +40,10 @@ def run(args: Namespace) -> int:
 
 
 def _drain(daemon: Daemon, peer: str, timeout_s: float) -> str:
-    """Wait until nothing runs on a peer. Returns: its name. Raises: Unavailable at the timeout; what `Daemon.post` raises."""
+    """Drain a peer and wait until no session is left on it.
+
+    Returns: its name. Raises: Unavailable after `timeout_s`; what `Daemon.post` raises.
+    """
     until = time.monotonic() + timeout_s
     most, wait_s, left_s = 1, 0.0, timeout_s
     with progress() as shown:

@@ -40,7 +40,10 @@ def run(args: Namespace) -> int:
 
 
 def merged(stored: list[StoredModel], mesh: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Merge the mesh's models, this device's and the catalogue's: one row per model. `path` is its file on this device."""
+    """Merge the models of the mesh, of this device and of the catalogue: one row per model.
+
+    A row's `path` is the model's file on this device; None if this device does not have the model.
+    """
     rows = {row["name"]: {**row, "path": None} for row in mesh}
     for model in stored:
         known = rows.setdefault(model.name, _row(model.name, model.ref, model.id, model.size_bytes))
@@ -51,7 +54,7 @@ def merged(stored: list[StoredModel], mesh: list[dict[str, Any]]) -> list[dict[s
 
 
 def _row(name: str, ref: str, identifier: str | None, size_bytes: int | None) -> dict[str, Any]:
-    """Make the row of a model that the mesh did not list, with the same keys."""
+    """Make the row of a model that the mesh did not list, with the keys of a row of the mesh."""
     return {
         "id": identifier,
         "name": name,

@@ -44,7 +44,7 @@ def store_of(config: Config) -> Store:
 
 
 def fetch(config: Config, ref: str) -> StoredModel:
-    """Fetch a model unless this device has it, and show the progress. Raises: what `Store.pull` raises."""
+    """Fetch a model, unless this device has it already, and show the progress. Raises: what `Store.pull` raises."""
     store = store_of(config)
     with progress(of_bytes=True) as shown:
 

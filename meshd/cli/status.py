@@ -12,7 +12,7 @@ EXAMPLE = "meshd status\n  meshd status --json"
 LISTS = ("peers", "links", "models", "sessions")
 Row = Mapping[str, Any]
 _RECOVERIES = 3
-"""Recoveries shown per session. `--json` lists all of them, with their reasons."""
+"""Number of recoveries shown per session. `--json` lists all of them, with their reasons."""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -30,7 +30,7 @@ def run(args: Namespace) -> int:
 
 
 def collect(daemon: Daemon) -> dict[str, Any]:
-    """Collect what `--json` prints: `self`, and the rows of each of LISTS."""
+    """Collect what `--json` prints: `self`, and the rows of each list in LISTS."""
     return {"self": daemon.get("/mesh/v1/self")} | {name: daemon.rows(f"/mesh/v1/{name}") for name in LISTS}
 
 
@@ -120,7 +120,7 @@ def _session(row: Row) -> tuple[str, ...]:
 
 
 def _recovered(changes: Sequence[Row]) -> str:
-    """Format the latest changes of plan, and the number of earlier ones."""
+    """Format the latest recoveries of a session, and the number of earlier ones."""
     shown = [f"{change['method']} {duration(change['pause_ms'] / 1e3)}" for change in changes[-_RECOVERIES:]]
     more = len(changes) - len(shown)
     return ", ".join([f"{more} more", *shown] if more else shown) or ABSENT

@@ -50,7 +50,7 @@ def run(args: Namespace) -> int:
 
 
 def _loop_factory() -> "Callable[[], asyncio.AbstractEventLoop] | None":
-    """Return uvloop's factory if it is installed."""
+    """Return uvloop's factory of event loops; None, for asyncio's own loop, if uvloop is not installed."""
     try:
         import uvloop
     except ImportError:
@@ -83,18 +83,18 @@ async def _serve(config: Config, *, stop_with_stdin: bool) -> int:
 
 
 class _Stopping:
-    """Stops the daemon: at the first signal it shuts down in order, at the second one it exits at once."""
+    """Stops the daemon: the first signal shuts it down in order, the second one ends the process at once."""
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
         self.can_wait = False
-        """Whether the daemon waits for `asked`. Before that, while the device is measured, a signal cancels it."""
+        """Whether the daemon has started and waits for `asked`. During the start, a signal cancels the daemon's task instead."""
 
     def watch(self, daemon: "asyncio.Future[None]", *, stdin: bool) -> None:
-        """Watch for signals and, with `stdin`, for the end of standard input: it ends if the parent process is killed."""
+        """Watch for signals and, with `stdin`, for the end of standard input, which comes if the parent process is killed."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell's background job
+            if signal.getsignal(number) is not signal.SIG_IGN:  # SIG_IGN: set by nohup, or by a shell for a background job
                 loop.add_signal_handler(number, self._stop, daemon, 128 + number)
         if stdin:
             threading.Thread(target=self._watch_stdin, args=(loop, daemon), name="stdin", daemon=True).start()
@@ -114,7 +114,7 @@ class _Stopping:
 
 
 def _print_waiting(text: str) -> None:
-    with contextlib.suppress(OSError):  # whoever read standard output may have gone
+    with contextlib.suppress(OSError):  # the reader of standard output may have gone
         print(f"meshd: {text}; a second signal exits at once", flush=True)
 
 

@@ -19,21 +19,21 @@ from meshd.types import ModelSpec, RopeScaling
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """How an architecture differs from Llama, as far as the metadata does not say it."""
+    """How an architecture differs from Llama in ways that the metadata does not state."""
 
     spec: Mapping[str, Any] = field(default_factory=dict)
     """Values of fields of `ModelSpec`."""
     window_pattern: int = 0
-    """If the metadata has a window but no pattern: every n-th layer attends to all tokens. 0: all layers have the window."""
+    """n: if the metadata has a window but no pattern, every n-th layer attends to all tokens. 0: all layers have the window."""
     scales_windowed_rope: bool = True
-    """RoPE scaling also applies to layers with a window."""
+    """Whether RoPE scaling also applies to layers with a window."""
     whole_bounds: bool = True
-    """The bounds of YaRN's ramp are rounded to whole indices of frequencies."""
+    """Whether the bounds of YaRN's ramp are rounded to whole indices of frequencies."""
     scaled_embedding: bool = False
-    """Embeddings are multiplied by the square root of the hidden size."""
+    """Whether embeddings are multiplied by the square root of the hidden size."""
     hidden_scale_layers: int = 0
-    """Number of layers of the one model (Gemma 2 27B, Gemma 3 27B) that scales scores by `(hidden / heads) ** -0.5`, although its
-    head size is not `hidden / heads`. 0: there is none."""
+    """Identifies, by its number of layers, the model that scales attention scores by `(hidden / heads) ** -0.5` instead of
+    `head_dim ** -0.5`: Gemma 2 27B and Gemma 3 27B. 0: the architecture has no such model."""
 
 
 _HALVES: dict[str, Any] = {"rope_halves": True}
@@ -161,7 +161,7 @@ def _window(keys: "_Keys", about: Architecture, layers: int) -> dict[str, Any]:
 
 
 def _limited_to_short_factors(spec: ModelSpec, keys: "_Keys", tensors: Mapping[str, TensorInfo]) -> ModelSpec:
-    """Limit the context of a model with short and long RoPE factors to that of the short ones, since only these are used."""
+    """Limit the context of a model with short and long RoPE factors to the range of the short ones: meshd uses only these."""
     if "rope_factors_short.weight" not in tensors:
         return spec
     original_context = keys.count("rope.scaling.original_context_length")
@@ -213,7 +213,7 @@ class _Keys:
         return value
 
     def same(self, key: str, expected: int) -> int:
-        """Check that a value, if present, is the only one that is supported. Returns: that value."""
+        """Check that a value is absent or `expected`, the only supported one. Returns: `expected`."""
         value = self.metadata.get(self.full(key), expected)
         if value != expected:
             raise self.wrong(key, f"{value!r} is not {expected!r}, the only value that is supported yet")

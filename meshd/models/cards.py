@@ -16,15 +16,15 @@ END_OF_ANSWER = frozenset(
 )
 """Control tokens that end an answer in one of the model families, even if a file's metadata does not list them."""
 EOS_TOKEN_IDS = "meshd.eos_token_ids"
-"""meshd's own metadata key: all tokens that end an answer. GGUF has keys for three only."""
+"""meshd's own metadata key: all tokens that end an answer. GGUF has keys for only three such tokens."""
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 CONTROL_TOKEN = 3
-"""GGUF's `tokenizer.ggml.token_type` of control tokens."""
+"""The value of GGUF's `tokenizer.ggml.token_type` for control tokens."""
 _UNSUPPORTED_HINT = "meshd can't run this model yet; README says which it can"
 
 
 def card_from_gguf(file: GgufFile, *, name: str, ref: str, model_id: ModelId, created: int = 0) -> ModelCard:
-    """Read a model's card. `file` may be a header without the weights.
+    """Read a model's card. `file` may be a header without the weights. `created` is in seconds since the epoch.
 
     Raises: ModelFileError if the architecture is unknown, or if the tensors are not the ones that the metadata implies.
     """
@@ -69,7 +69,7 @@ def end_of_sequence(metadata: Mapping[str, MetadataValue]) -> tuple[int, ...]:
 
 
 def _check_tensors(file: GgufFile, spec: ModelSpec) -> None:
-    """Check that the file has exactly the tensors of its architecture. To ignore an extra bias would give wrong answers."""
+    """Check that the file has exactly the tensors of its architecture: if an extra bias were ignored, answers would be wrong."""
     if spec.layers > len(file.tensors):
         raise ModelFileError(f"{file.name} can't be run: it has {len(file.tensors)} tensors for {spec.layers} layers")
     expected = border_shapes(spec)
@@ -91,7 +91,7 @@ def _head_tensors(file: GgufFile) -> list[TensorInfo]:
 
 
 def _quantisation(tensors: Iterable[TensorInfo]) -> str:
-    """Return the kind that takes most of the tensors' bytes."""
+    """Return the GGUF kind, such as `Q4_K`, that takes the most bytes of these tensors."""
     sizes: Counter[str] = Counter()
     for info in tensors:
         sizes[info.kind] += info.nbytes

@@ -24,7 +24,7 @@ class AnswerSummary:
     plan: str
     """The layers of each peer, e.g. `ash:0-12,birch:12-30`."""
     predicted_tpot_s: float
-    """0: the daemon sent no prediction."""
+    """Predicted seconds per output token. 0: the daemon sent no prediction."""
     prompt_tokens: int
     completion_tokens: int
     ttft_s: float
@@ -33,7 +33,7 @@ class AnswerSummary:
 
     @property
     def tokens_s(self) -> float:
-        """Tokens per second, without the first token and its wait; 0 if the answer is too short to measure."""
+        """Tokens per second after the first token; 0 if the answer is too short to measure."""
         return (self.completion_tokens - 1) / self.decode_s if self.completion_tokens > 1 and self.decode_s > 0 else 0.0
 
     def summary(self) -> str:
@@ -45,7 +45,7 @@ class AnswerSummary:
 
 
 def add_sampling(parser: ArgumentParser) -> None:
-    """Add flags for the fields of OpenAI's API of the same names, and for those of the request's `mesh` object."""
+    """Add `--system`, and flags named after the fields of a chat request and of its `mesh` object."""
     parser.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
     parser.add_argument(
         "--max-tokens", type=int, metavar="N", help="maximum number of tokens in the answer; default: until the context is full"
@@ -84,7 +84,7 @@ def add_sampling(parser: ArgumentParser) -> None:
 
 
 def request_of(args: Namespace, messages: list[dict[str, str]]) -> dict[str, Any]:
-    """Make the body of a chat completion. Fields without a flag are left to the daemon."""
+    """Make the body of a chat completion. The daemon chooses the values of fields whose flags are not given."""
     system = [{"role": "system", "content": args.system}] if args.system else []
     body: dict[str, Any] = {"model": args.model, "messages": [*system, *messages]}
     body |= {field: getattr(args, field) for field in _FIELDS if getattr(args, field) is not None}
@@ -95,7 +95,7 @@ def request_of(args: Namespace, messages: list[dict[str, str]]) -> dict[str, Any
 def stream_answer(daemon: Daemon, body: Mapping[str, Any], write: Callable[[str], object]) -> AnswerSummary:
     """Send a request and pass each chunk of text to `write` as it arrives.
 
-    Waits up to READY_WITHIN_S while the model is still being placed.
+    While the model is being placed, the request is repeated for up to READY_WITHIN_S.
 
     Raises: what `Daemon.stream` raises.
     """

@@ -27,7 +27,7 @@ class Parser(ArgumentParser):
 
 
 def add_settings(parser: ArgumentParser, names: Iterable[str]) -> None:
-    """Add a flag for each of these settings. Its value is None if it is not given."""
+    """Add a flag for each of these settings. The value of a flag that is not given is None."""
     wanted = set(names)
     for setting in SETTINGS:
         if setting.name in wanted:
@@ -97,7 +97,7 @@ def add_quant(parser: ArgumentParser) -> None:
 
 
 def model_of(args: Namespace) -> str:
-    """Return the model that `model` and `--quant` name; paths are relative to the working directory. Raises: InvalidRequest."""
+    """Return the reference that `model` and `--quant` make, with an absolute path after `file:`. Raises: InvalidRequest."""
     ref = quantised(args.model, args.quant)
     return resolve(ref).name if ref.startswith("file:") else ref
 

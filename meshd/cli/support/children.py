@@ -36,7 +36,7 @@ class ChildDaemon:
         return self.state.with_suffix(".log")
 
     def daemon(self) -> Daemon | None:
-        """Return a client of its API; None while it does not listen yet. Raises: RemoteFailure if it has ended."""
+        """Return a client of the daemon's API; None until the API listens. Raises: RemoteFailure if the daemon has ended."""
         if self.process.poll() is not None:
             raise RemoteFailure(f"{self.name} did not stay up (exit status {self.process.returncode}): {self._last_words()}")
         holder = read_holder(self.state)
@@ -52,14 +52,14 @@ class ChildDaemons:
     """Starts daemons. Leaving the block stops those that still run."""
 
     def __init__(self, folder: Path) -> None:
-        """Keep state folders and logs in `folder`."""
+        """`folder` is for the daemons' state folders and logs."""
         self.children: list[ChildDaemon] = []
         self._folder = folder
 
     def start(self, name: str, flags: Sequence[str]) -> ChildDaemon:
         """Run `meshd up` with these flags.
 
-        Its standard input is a pipe without data, which closes when this process ends and so stops it.
+        The daemon's standard input is a pipe that closes when this process ends, which stops the daemon.
         """
         state = self._folder / name
         state.mkdir(mode=0o700)
@@ -98,7 +98,7 @@ class ChildDaemons:
         self.stop()
 
     def stop(self) -> None:
-        """Terminate all; kill those that still run after STOP_WITHIN_S."""
+        """Terminate all daemons, and kill those that still run after STOP_WITHIN_S."""
         for child in self.children:
             child.process.terminate()
         deadline = time.monotonic() + STOP_WITHIN_S

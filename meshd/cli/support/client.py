@@ -65,7 +65,7 @@ class Daemon:
     """A client of one daemon."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
-        """`url` is `http(s)://host[:port]`. Raises: ConfigError."""
+        """`url` is `http(s)://host[:port][/path]`; the path is put before those of requests. Raises: ConfigError."""
         parts = urlsplit(url)
         try:
             port = parts.port
@@ -82,11 +82,14 @@ class Daemon:
             self._headers["authorization"] = f"Bearer {api_key}"
 
     def get(self, path: str, *, timeout_s: float = ANSWER_S) -> Any:
-        """Get the JSON document at `path`. Raises: Unavailable; RemoteFailure; the error that the daemon sent."""
+        """Get the JSON document at `path`.
+
+        Raises: Unavailable if no daemon answers or the daemon is busy, RemoteFailure or UnknownModel for other errors.
+        """
         return self._document("GET", path, None, timeout_s)
 
     def rows(self, path: str) -> list[dict[str, Any]]:
-        """Get the `data` of a list."""
+        """Get the list object at `path` and return its `data`."""
         rows: list[dict[str, Any]] = self.get(path)["data"]
         return rows
 
@@ -146,7 +149,7 @@ def daemon_of(args: Namespace) -> Daemon:
 
 
 def api_url(settings: Settings) -> str:
-    """Return `--api` or `MESHD_API` if given, else the address of the daemon of this state folder, else the configured address."""
+    """Return `--api` or `MESHD_API` if given, else the URL of the daemon that uses the state folder, else the configured one."""
     named = settings.named("api")
     if named is not None and named.startswith("https://"):
         return named
@@ -157,7 +160,7 @@ def api_url(settings: Settings) -> str:
 
 
 def running_api(settings: Settings) -> str | None:
-    """Return the URL of the daemon that holds the state folder; None if none runs."""
+    """Return the URL of the daemon that uses the state folder; None if none runs, or its API does not listen yet."""
     from meshd.state import read_holder
 
     holder = read_holder(settings["state"].value)
@@ -189,7 +192,7 @@ def _json_or_none(response: HTTPResponse) -> Any:
 
 
 def _failure(status: int, document: Any, headers: Mapping[str, str]) -> MeshdError:
-    """Convert the daemon's error to the class of its code."""
+    """Make the exception for an error response, by its HTTP status and the `code` in its document."""
     error = document.get("error") if isinstance(document, dict) else None
     fields = error if isinstance(error, dict) else {}
     message = str(fields.get("message") or f"the daemon answered with HTTP status {status}")

@@ -23,7 +23,7 @@ class Progress(Protocol):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
     def update(self, name: str, done: float, total: float | None, text: str = "") -> None:
-        """Show that `done` of `total` is done (None: unknown), and `text`, what the task is doing now."""
+        """Show that `done` of `total` (None: unknown) is complete. `text` says what the task is doing now."""
         ...
 
 
@@ -39,7 +39,7 @@ def progress(*, of_bytes: bool = False) -> Progress:
 
 
 class Lines:
-    """Prints a line when a task begins, changes its text or ends, and every LINE_EVERY_S in between."""
+    """Prints a line when a task begins, changes its text or ends, and at most every LINE_EVERY_S in between."""
 
     def __init__(self, *, of_bytes: bool) -> None:
         self._of_bytes = of_bytes

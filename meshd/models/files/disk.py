@@ -14,11 +14,11 @@ from meshd.errors import StorageError
 
 CHUNK_BYTES = 1 << 20
 _MARGIN_BYTES = 16 << 20
-"""Space that is left free for other programs."""
+"""Bytes that are left free for other programs."""
 
 
 class FileStamp(NamedTuple):
-    """A file's size, time and inode. If they are unchanged, its content is taken to be unchanged."""
+    """A file's size, modification time and inode. If they are unchanged, its content is taken to be unchanged."""
 
     size_bytes: int
     mtime_ns: int
@@ -64,7 +64,7 @@ def storage_error(path: Path, error: OSError) -> StorageError:
 
 
 def need_space(folder: Path, size_bytes: int) -> None:
-    """Check that the folder's disk has this much free space. Raises: StorageError."""
+    """Check that the folder's disk has `size_bytes` of free space, and a margin. Raises: StorageError."""
     free = shutil.disk_usage(folder).free
     if free < size_bytes + _MARGIN_BYTES:
         raise StorageError(
@@ -87,7 +87,7 @@ def sha256_of(path: Path, advance: Callable[[int], None]) -> str:
 
 
 def read_range(path: Path, offset: int, length: int) -> bytes:
-    """Read exactly `length` bytes of a file. Raises: StorageError, also if the file is shorter."""
+    """Read exactly `length` bytes of a file from `offset`. Raises: StorageError, also if the file ends before that."""
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(offset)
@@ -113,7 +113,7 @@ def replace_durably(finished: Path, final: Path) -> None:
 
 
 def try_lock(lock: FileLock) -> bool:
-    """Try to acquire a lock without waiting. Returns: whether it was free. Raises: StorageError if its file can't be created."""
+    """Try to acquire a lock without waiting. Returns: whether it was free. Raises: StorageError if the lock file can't be made."""
     path = Path(lock.lock_file)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

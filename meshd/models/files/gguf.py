@@ -18,12 +18,12 @@ class GgufFile:
     """A model's metadata and, unless only its header is available, its tensors as views of the mapped file.
 
     Only pages that are accessed are read from disk, so a peer that holds some layers reads only those. The mapping is read-only and
-    exists until the file is closed and the last view of it is freed. The file must not be truncated meanwhile: to change a model's
-    file, replace it by renaming a new one.
+    exists until the file is closed and the last view of it is freed. The file must not be truncated before that: to change a
+    model's file, rename a new file over it.
     """
 
     def __init__(self, name: str, header: Header, data: memoryview, mapping: mmap.mmap | None) -> None:
-        """`data` is the whole file, or only its header; then `mapping` is None."""
+        """`data` is the whole mapped file, or only its header if `mapping` is None."""
         self.name = name
         self._header = header
         self._data = data
@@ -54,7 +54,7 @@ class GgufFile:
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Describes every tensor, in the file's order; also available without the weights."""
+        """Descriptions of all tensors by name, in the file's order; also available without the weights."""
         return self._header.tensors
 
     def header_bytes(self) -> bytes:
@@ -84,7 +84,7 @@ class GgufFile:
             return
         mapping, self._mapping = self._mapping, None
         self._data.release()
-        with contextlib.suppress(BufferError):  # views still exist: the mapping is freed with the last of them
+        with contextlib.suppress(BufferError):  # views still exist: the mapping is freed with the last view
             mapping.close()
 
     def __enter__(self) -> Self:

@@ -1,8 +1,8 @@
 """Parses the header of a GGUF file (v2 and v3): metadata and tensor descriptions. Does no I/O.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Every count, length and extent is checked before memory is
-allocated for it. So a hostile file takes no more memory than its own size, and causes a ModelFileError that names the key or
-tensor.
+allocated for it. So a hostile file takes memory only in proportion to its own size, and causes a ModelFileError that names the key
+or tensor.
 """
 
 import math
@@ -20,9 +20,9 @@ MAX_HEADER_BYTES = 64 << 20
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 16
 MAX_ARRAY_VALUES = 1 << 21
-"""Limit for all arrays of a file together. A vocabulary of 262,144 tokens with merges takes 1.3 million."""
+"""Limit for the values in all arrays of a file together. A vocabulary of 262,144 tokens with merges has 1.3 million."""
 MAX_NESTED = 1 << 12
-"""Limit for arrays within an array. Real files have none, and they are slow to read, since they are read one at a time."""
+"""Limit for the number of arrays in one array. Real files have no nested arrays, and reading each one takes a slow call."""
 MAX_KEY_BYTES = (1 << 16) - 1
 MAX_TENSOR_NAME_BYTES = 128
 MAX_ARRAY_DEPTH = 2
@@ -130,7 +130,7 @@ class _Row:
 
 
 class _Reader:
-    """Reads from a view, never past its end. Its errors name the key or tensor that it is reading."""
+    """Reads values from a view, never past its end. Its errors name the key or tensor that is being read."""
 
     def __init__(self, data: memoryview, name: str) -> None:
         self._data = data
@@ -237,7 +237,7 @@ class _Reader:
         return taken
 
     def _bound(self, count: int, most: int, what: str, *, each: int) -> None:
-        """Check that `count` items are allowed, and that as many items of at least `each` bytes fit into the rest of the data."""
+        """Check that `count` is at most `most`, and that `count` items of at least `each` bytes fit into the rest of the data."""
         if count > most:
             self.fail(f"{count} {what} are more than the {most} allowed")
         if count * each > len(self._data) - self.position:
@@ -249,7 +249,7 @@ class _Reader:
         return _SCALARS[kind]
 
     def _size(self, kind: int) -> int:
-        """Return the least number of bytes that a value of this type takes."""
+        """Return the smallest number of bytes that a value of this type takes."""
         if kind in (_STRING, _ARRAY):
             return 8
         return struct.calcsize("<" + self._scalar(kind))

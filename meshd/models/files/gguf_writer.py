@@ -25,7 +25,8 @@ _U32, _I32, _F32, _BOOL, _STRING, _ARRAY, _U64, _I64 = 4, 5, 6, 7, 8, 9, 10, 11
 _FORMATS = {_U32: "I", _I32: "i", _F32: "f", _BOOL: "?", _U64: "Q", _I64: "q"}
 _RANGES = ((_U32, 0, 1 << 32), (_I32, -(1 << 31), 1 << 31), (_U64, 0, 1 << 64), (_I64, -(1 << 63), 1 << 63))
 _ARRAY_RANGES = (_RANGES[1], _RANGES[0], _RANGES[3], _RANGES[2])
-"""Types to try for integers, in order. As in llama.cpp, a single integer becomes U32, and those of a list I32, if they fit."""
+"""Integer types of a list, in the order in which they are tried; `_RANGES` has those of a single integer. As in llama.cpp, a single
+integer becomes U32 and a list becomes I32 if the values fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class OutTensor:
     shape: tuple[int, ...]
     """Row-major, outermost first."""
     chunks: Callable[[], Iterable[Chunk]]
-    """Yields its bytes, in order. Called once, when the tensors before it are written."""
+    """Yields the tensor's bytes, in order. Called once, after the previous tensors are written."""
 
     @property
     def nbytes(self) -> int:
@@ -66,7 +67,7 @@ class GgufWriter:
         """Write the file; call `advance` with the size of each chunk. Takes memory for the header and one chunk.
 
         Returns: the file's SHA-256.
-        Raises: ModelFileError for chunks that do not add up to their tensor, OSError.
+        Raises: ModelFileError if the chunks of a tensor do not add up to its size, OSError.
         """
         digest = hashlib.sha256()
 
@@ -127,7 +128,7 @@ def _packed(key: str, kind: int, value: MetadataValue) -> bytes:
 
 
 def _kind_of(key: str, values: Sequence[MetadataValue], ranges: Sequence[tuple[int, int, int]]) -> int:
-    """Choose one GGUF type for all values. Floats become F32, the only float type that llama.cpp reads."""
+    """Choose one GGUF type for all values. Floats become F32, the only float type that llama.cpp reads. Raises: ModelFileError."""
     kinds = {type(value) for value in values}
     if kinds <= {str}:
         return _STRING  # also for an empty list, whose original type is unknown

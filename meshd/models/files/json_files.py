@@ -10,7 +10,7 @@ from meshd.errors import ModelFileError
 
 MAX_JSON_BYTES = 16 << 20
 MAX_ITEMS = 1 << 20
-"""Limit for the commas and brackets of a document. Their number bounds the memory that the parsed document takes."""
+"""Limit for the number of commas and opening brackets in a document, which bounds the memory that the parsed document takes."""
 
 
 def read_json(path: Path, *, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def read_bytes(path: Path, *, most_bytes: int) -> bytes:
     """Read a file of at most `most_bytes`. Raises: ModelFileError."""
     try:
         with path.open("rb") as file:
-            # read() allocates as many bytes as it may read, so don't pass it the limit if the file is smaller.
+            # read(n) allocates n bytes even if the file is smaller, so n is at most the file's size + 1.
             data = file.read(min(most_bytes, os.fstat(file.fileno()).st_size) + 1)
     except OSError as error:
         raise ModelFileError(f"{path} can't be read: {error.strerror or error}") from error
@@ -63,7 +63,7 @@ def parse_object(data: bytes, name: str, *, most_items: int = MAX_ITEMS) -> dict
 
 
 def shown(value: Any) -> str:
-    """Format a value for a message: at most 100 characters, in ASCII."""
+    """Format a value for a message: its first 100 characters, quoted, with escapes for those outside ASCII."""
     return ascii(str(value)[:100])
 
 

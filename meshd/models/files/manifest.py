@@ -57,7 +57,7 @@ class Manifest(msgspec.Struct, frozen=True, array_like=True):
         return hashlib.sha256(msgspec.msgpack.encode(self)).hexdigest()
 
     def indices(self, names: Iterable[str]) -> frozenset[int]:
-        """Indices of the parts with these names. Raises: ModelFileError for an unknown name."""
+        """Return the indices of the parts with these names. Raises: ModelFileError for an unknown name."""
         known = {part.name: index for index, part in enumerate(self.parts)}
         try:
             return frozenset(known[name] for name in names)
@@ -107,7 +107,7 @@ def hash_parts(path: Path, layout: Iterable[tuple[str, int, int]], advance: Call
 def sha256_within(
     read: Callable[[int], bytes], seek: Callable[[int], int], offset: int, length: int, advance: Callable[[int], None]
 ) -> bytes:
-    """Hash a range of an open file; call `advance` with the size of each chunk. A file that is too short gives another hash."""
+    """Hash a range of an open file; call `advance` with the size of each chunk. If the file ends early, the range ends there."""
     digest = hashlib.sha256()
     seek(offset)
     while length and (chunk := read(min(length, CHUNK_BYTES))):
@@ -185,7 +185,10 @@ def check_layout(manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> None:
 
 
 def tensors_of(spec: ModelSpec, layers: LayerRange, *, embedding: bool, head: bool, names: Iterable[str]) -> frozenset[str]:
-    """Select the tensors that a backend reads for these layers. `names` are all tensors of the file."""
+    """Select the tensors that a backend reads for these layers, and for the embedding and the head if wanted.
+
+    `names` are the names of all tensors of the file.
+    """
     selected = set(ROPE_FACTORS)
     if embedding:
         selected.add("token_embd.weight")

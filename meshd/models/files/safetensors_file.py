@@ -1,8 +1,8 @@
-"""Read safetensors files: check the header here, then read the tensors through the `safetensors` library.
+"""Reads safetensors files: checks the header, then reads the tensors with the `safetensors` library.
 
 Format: https://github.com/huggingface/safetensors#format. Eight bytes of length, a JSON object of name -> type, shape and offsets,
-then the tensors, which cover the rest of the file without gaps. The header is checked here first, because this check limits its
-size, depth and number of items, and its errors name the file and the tensor.
+then the tensors, which cover the rest of the file without gaps. The header is checked before the library reads it, so that its
+size, depth and number of items are limited and errors name the file and the tensor.
 """
 
 import math
@@ -58,7 +58,7 @@ BF16 is read as uint16; 8-bit floats are not read, only their size is checked.
 _NOT_READ = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0"})
 """Types that the library can't return as numpy arrays, since numpy has no 8-bit floats."""
 _REOPEN_BYTES = 256 << 20
-"""After reading this many bytes, the file is mapped again, which returns the memory of the pages read to the system."""
+"""The file is mapped again after this many bytes were read, which returns the memory of their pages to the system."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class SafetensorsFile:
         self.name = str(path)
         self.tensors = tensors
         self._path = path
-        self._library: Any = None  # a safe_open, whose methods have no types
+        self._library: Any = None  # a safe_open, which has no type annotations
         self._bytes_read = 0
 
     @classmethod
@@ -176,7 +176,7 @@ def parse_header(data: mmap.mmap | bytes, name: str) -> Mapping[str, Extent]:
 
 
 class _WrongTensor(Exception):
-    """A tensor's entry contradicts the file."""
+    """A tensor's entry in the header is invalid or does not match the file."""
 
     def __init__(self, tensor: str, why: str) -> None:
         super().__init__(why)
@@ -185,7 +185,7 @@ class _WrongTensor(Exception):
 
 
 def _order(row: tuple[str, Extent]) -> tuple[int, int]:
-    """Sort by offset. Of tensors with the same offset, those without elements come first."""
+    """Return the key for sorting by offset. Of tensors with the same offset, those without elements come first."""
     return row[1].offset, row[1].nbytes
 
 
@@ -241,7 +241,7 @@ class SafetensorsFolder:
 
     @property
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Name -> (type, shape)."""
+        """Type and shape of every tensor, by name."""
         return {name: (file.tensors[name].dtype, file.tensors[name].shape) for name, file in self._files.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:

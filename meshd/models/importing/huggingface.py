@@ -24,11 +24,11 @@ class Family:
 
     architecture: str
     interleaved: bool = False
-    """Whether the rows of Q and K are reordered from half-split to adjacent pairs."""
+    """Whether the rows of Q and K are reordered: RoPE's pairs are half a head apart in the folder, and adjacent in GGUF."""
     norms_less_one: bool = False
     """Whether the folder stores norm weights minus 1."""
     keys: Mapping[str, str] = field(default_factory=dict)
-    """Numbers that only this family's config has: name in config.json -> GGUF's key."""
+    """Numbers that only some families have in their config: name in config.json -> GGUF's key."""
     parts: Mapping[str, str] = field(default_factory=dict)
     """Tensor names that differ from `_PARTS`: Hugging Face's name -> GGUF's."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -92,14 +92,14 @@ _STACKED = {
     "mlp.experts.down_proj": (("ffn_down_exps.weight", "transpose"),),
     "mlp.experts.down_proj_bias": (("ffn_down_exps.bias", ""),),
 }
-"""gpt-oss's tensors of all experts, with alternating rows of gate and up: name -> pairs (GGUF's name, transform)."""
+"""gpt-oss's tensors that each hold all experts, with gate and up alternating: name -> pairs (GGUF's name, transform)."""
 _PACKED = re.compile(r"mlp\.experts\.(gate_up_proj|down_proj)_(blocks|scales)")
 """Tensors of gpt-oss in MXFP4."""
 _EXPERT = re.compile(r"(?:mlp|block_sparse_moe)\.experts\.(\d{1,5})\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
 _EXPERT_PARTS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
 _OUTSIDE = {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
 _LEFT_OUT = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\.|.*\.rotary_emb\.inv_freq$")
-"""Tensors that are not imported: meshd does not read pictures, and computes the rotary frequencies itself."""
+"""Tensors that are not imported: meshd takes no images, and computes the rotary frequencies itself."""
 _PREFIX = re.compile(r"^(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)")
 _LAYER = re.compile(r"layers\.(\d{1,6})\.(.+)")
 
@@ -125,7 +125,7 @@ def plan_import(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, Shap
 
 
 def _metadata(config: Config, family: Family) -> tuple[dict[str, MetadataValue], tuple[ImportTensor, ...]]:
-    """Return the architecture's keys, and the tensors that its rotary embedding needs."""
+    """Return the architecture's metadata keys, and the tensors that its rotary embedding needs."""
     heads, hidden = config.count("num_attention_heads"), config.count("hidden_size")
     head_dim = config.count("head_dim", max(1, hidden // heads))
     keys: dict[str, MetadataValue] = {

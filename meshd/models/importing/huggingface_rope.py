@@ -60,7 +60,7 @@ def rope_import(config: Config, head_dim: int) -> tuple[Keys, tuple[ImportTensor
 
 
 def _attention_factor(scaling: Config, usual: float) -> float:
-    """Return the factor by which rotated vectors are scaled."""
+    """Return the factor by which rotated vectors are scaled; `usual` if the config does not set it. Raises: ModelFileError."""
     if scaling.given("attention_factor"):
         return scaling.number("attention_factor")
     if scaling.given("mscale") and scaling.given("mscale_all_dim"):
@@ -73,7 +73,7 @@ def _factors(name: str, values: tuple[float, ...]) -> ImportTensor:
 
 
 def _llama3(scaling: Config, rotated_dims: int, theta: float) -> tuple[float, ...]:
-    """Compute the divisor of each frequency (Llama 3.1, as in `transformers`): `factor` for low frequencies, 1 for high ones."""
+    """Compute the divisor of each frequency (Llama 3.1, as in `transformers`): `factor` for low frequencies, 1 for high."""
     factor, context = scaling.number("factor"), scaling.number("original_max_position_embeddings", 8192)
     low, high = scaling.number("low_freq_factor", 1.0), scaling.number("high_freq_factor", 4.0)
     if low >= high:

@@ -1,9 +1,9 @@
 """Convert Hugging Face folders and split GGUF files to the one form that meshd runs: a single GGUF file.
 
-Memory: the headers, and about a megabyte of one tensor, or one expert's matrix where a tensor of all experts is transposed.
-The same source gives the same bytes, and so the same id, on every device. With a quantisation, matrices become Q8_0 or Q4_1
-(`quants.QUANTS`). The embedding and the head always become Q8_0, since errors show most there; norms, biases and routers become
-float32. A matrix whose rows are not whole blocks keeps its type.
+An import holds in memory the headers and about a megabyte of one tensor; of a tensor with all experts, it may hold the matrix of
+one expert. The same source gives the same bytes, and so the same id, on every device. With a quantisation, matrices become Q8_0
+or Q4_1 (`quants.QUANTS`), but the embedding and the head become Q8_0 even with `q4`, since errors show most there; norms, biases
+and routers become float32. A matrix whose rows are not whole blocks keeps its type.
 """
 
 import math
@@ -45,9 +45,11 @@ _DENSE = ("F32", "F16", "BF16")
 
 
 def import_to(target: Path, path: Path, quant: str | None, begin: Callable[[int], None], advance: Callable[[int], None]) -> str:
-    """Convert a folder or a split file to one GGUF file. `begin` gets its size, `advance` the bytes of each chunk written.
+    """Convert a folder or a split file to one GGUF file.
 
-    Returns: its sha256. Raises: ModelFileError, StorageError, and what `advance` raises; `target` is removed then.
+    `begin` is called with the size of that file, then `advance` with the size of each chunk that is written.
+
+    Returns: the file's sha256. Raises: ModelFileError, StorageError, and what `advance` raises; then `target` is removed.
     """
     with ExitStack() as opened:
         metadata, tensors = (_of_folder if path.is_dir() else _of_parts)(path, quant, opened)
@@ -85,7 +87,7 @@ def _of_folder(folder: Path, quant: str | None, opened: ExitStack) -> tuple[dict
 def _converted(
     tensor: ImportTensor, weights: SafetensorsFolder, known: Mapping[str, tuple[str, tuple[int, ...]]], quant: str | None
 ) -> OutTensor:
-    """Check a tensor against its sources. Its values are read later, as it is written."""
+    """Check that a tensor's sources fit, and describe it for the writer, which reads its values later. Raises: ModelFileError."""
     if not tensor.sources:
         values = np.array(tensor.values, "<f4")
         return OutTensor(tensor.name, "F32", tensor.shape, lambda: [values])
@@ -110,7 +112,7 @@ def _converted(
 
 
 def _mxfp4_tensor(tensor: ImportTensor, weights: SafetensorsFolder, known: Mapping[str, tuple[str, tuple[int, ...]]]) -> OutTensor:
-    """Copy blocks and scales of MXFP4 without conversion, one expert at a time."""
+    """Describe an MXFP4 tensor for the writer. Its weights are reordered but not requantised, one expert at a time."""
     if missing := [source for source in tensor.sources if known.get(source, ("", ()))[0] != "U8"]:
         raise ModelFileError(f"tensor {shown(missing[0])} is missing or no U8: {tensor.name} is made from it")
     nibbles, scales = (view_shape(known[source][1], tensor.transform) for source in tensor.sources)
@@ -131,7 +133,7 @@ def _mxfp4_tensor(tensor: ImportTensor, weights: SafetensorsFolder, known: Mappi
 
 
 def _kind_for(name: str, shape: tuple[int, ...], given: str, quant: str | None) -> str:
-    """Choose the GGUF kind of a dense tensor."""
+    """Choose the GGUF kind that a dense tensor of kind `given` is written in."""
     if len(shape) < 2 or name.endswith(_ROUTER) or not name.endswith(".weight"):
         return "F32"
     if quant is None or shape[-1] % BLOCK:
@@ -150,7 +152,7 @@ def _chunks(
 
 
 def _convert(chunk: Array, dtype: str, kind: str, *, add_one: bool, name: str) -> Array:
-    """Convert flat values from one kind to another. Raises: ModelFileError for a weight that is no finite number."""
+    """Convert a flat chunk of weights from kind `dtype` to `kind`. Raises: ModelFileError for a weight that is infinite or NaN."""
     same = dtype == kind and not add_one
     if same and dtype == "BF16":
         finite = bool((chunk & 0x7F80 != 0x7F80).all())
@@ -174,7 +176,7 @@ def _convert(chunk: Array, dtype: str, kind: str, *, add_one: bool, name: str) -
 
 
 def _of_parts(path: Path, quant: str | None, opened: ExitStack) -> tuple[dict[str, MetadataValue], list[OutTensor]]:
-    """Take the metadata of the first part, and the tensors of all parts in order."""
+    """Return the metadata of the first part, and the tensors of all parts in order. Raises: ModelFileError."""
     paths = parts_of(path)
     tensors: list[OutTensor] = []
     metadata: dict[str, MetadataValue] = {}
@@ -206,5 +208,5 @@ def _copied(file: GgufFile, name: str, kind: str) -> Iterator[Chunk]:
 
 
 def _version(tensors: Sequence[OutTensor]) -> dict[str, MetadataValue]:
-    """Return the version of GGUF's block layouts, which a file with block kinds must state."""
+    """Return the metadata that a file with quantised tensors must have: the version of GGUF's block layouts."""
     return {"general.quantization_version": 2} if any(tensor.kind not in _DENSE for tensor in tensors) else {}

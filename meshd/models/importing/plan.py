@@ -8,7 +8,7 @@ A transform is a list of steps separated by `|`, applied from left to right to e
     slice:AXIS:START:STOP:STEP     as numpy's, an empty field being None
     mxfp4                          the two sources are gpt-oss's blocks of nibbles `[..., blocks, 16]` and scales `[..., blocks]`
 
-All steps but `add_one` only reorder values. `chunks_of` reads a source a few rows at a time.
+All steps but `add_one` only select or reorder values. `chunks_of` reads a source a block of rows at a time.
 """
 
 import math
@@ -32,9 +32,9 @@ class ImportTensor:
     """One tensor of the GGUF file."""
 
     name: str
-    """Its name in GGUF, e.g. `blk.0.attn_q.weight`."""
+    """The tensor's name in GGUF, e.g. `blk.0.attn_q.weight`."""
     sources: tuple[str, ...]
-    """Names in the folder: one, or several to stack along a new first axis (experts). Empty: the tensor is `values`."""
+    """Names of tensors in the folder: one, or several to stack along a new first axis (experts). Empty: the tensor is `values`."""
     shape: tuple[int, ...]
     """Shape after the transform and the stacking, in row-major order."""
     transform: str = ""
@@ -44,7 +44,7 @@ class ImportTensor:
 
 @dataclass(frozen=True, slots=True)
 class ImportPlan:
-    """All that a GGUF file needs except the tokenizer's metadata."""
+    """All that a GGUF file needs except the metadata of the tokenizer and the chat template."""
 
     metadata: dict[str, MetadataValue]
     """The architecture's keys."""
@@ -52,7 +52,7 @@ class ImportPlan:
 
 
 def adds_one(transform: str) -> bool:
-    """Whether the transform changes values, not only their order."""
+    """Whether the transform has the step `add_one`, the only one that changes values."""
     return "add_one" in transform.split("|")
 
 
@@ -64,8 +64,8 @@ def is_mxfp4(transform: str) -> bool:
 def mxfp4_blocks(nibbles: Array, scales: Array) -> Array:
     """Convert Hugging Face's MXFP4 to ggml's blocks, as flat bytes.
 
-    Hugging Face has weights 0 and 1 in the first byte, 2 and 3 in the second. A block of ggml is the scale, then 16 bytes with
-    weights 0 to 15 in their low halves and 16 to 31 in their high ones.
+    Hugging Face stores weights 0 and 1 in the first byte, 2 and 3 in the second, and so on. A block of ggml is the scale, then 16
+    bytes with weights 0 to 15 in their low halves and 16 to 31 in their high halves.
 
     Raises: ValueError if a scale is NaN.
     """
@@ -131,7 +131,7 @@ def chunks_of(shape: tuple[int, ...], itemsize: int, read: Callable[[int, int], 
 
 
 def _independent_rows(shape: tuple[int, ...], transform: str) -> int:
-    """Return the smallest number of rows such that blocks of so many rows can be transformed independently."""
+    """Return the smallest block size, in rows, such that blocks can be transformed independently of one another."""
     unit, axes = 1, len(shape)
     for index, step in enumerate(filter(None, transform.split("|"))):
         match step.split(":"):

@@ -2,7 +2,8 @@
 
 8 bits: Q8_0, with the same bits as ggml's. 4 bits: Q4_1, with a search for the best scale and minimum. Q4_1 has the same formula
 as Q4_K, but scales of 16 instead of 6 bits, and its rows need only be multiples of 32 weights. The table has the RMS error in % of
-the weights' RMS, for random weights with a normal and with a heavy-tailed distribution (Student's t, 5 degrees of freedom):
+the weights' RMS, for random weights with a normal and with a heavy-tailed distribution (Student's t, 5 degrees of freedom).
+"Searched" means: with a search for the best scale, and minimum if the kind has one.
 
 | | Q4_0 | Q4_0, searched | Q4_1 | Q4_K, searched | Q4_1, searched | Q8_0 |
 |---|---|---|---|---|---|---|
@@ -21,11 +22,12 @@ U8 = npt.NDArray[np.uint8]
 BLOCK = 32
 """Number of weights in a block, both of Q8_0 and of Q4_1."""
 SPARE = (2.0, 1.0, 0.0, -1.0)
-"""Scales to try: the block's span divided by (levels + this number). 0 restores weights that are on a grid already."""
+"""The search tries the scale (largest - smallest weight) / (15 + n) for each n. With n = 0, weights that are on an even grid of 16
+levels are restored exactly."""
 REFITS = 2
-"""How many times scale and minimum are refitted to the codes of the best pair so far."""
+"""Number of times that a scale and a minimum are fitted again, to the codes of the best pair so far."""
 _HALVES = {"Q8_0": 2, "Q4_1": 4}
-"""Kind -> bytes at the start of a block that are float16 values: the scale, and Q4_1's minimum."""
+"""Kind -> number of bytes at the start of a block that hold float16 values: the scale, and Q4_1's minimum."""
 
 
 def quantise(values: F32, kind: str) -> U8:
@@ -62,7 +64,7 @@ def _q4_1(weights: F32) -> U8:
 
 
 def _fit(x: F32, levels: int) -> tuple[F32, F32]:
-    """Fit scale and minimum to each column of `x` `[32, n]`, whose smallest value is 0.
+    """Fit a scale and a minimum to each column of `x` `[32, n]`. The smallest value of a column must be 0.
 
     Returns: (scale, minimum) `[n]`, those with the smallest sum of squared errors among all that were tried.
     """
@@ -77,7 +79,7 @@ def _fit(x: F32, levels: int) -> tuple[F32, F32]:
         sums, squares, products = codes.sum(axis=0), np.einsum("ij,ij->j", codes, codes), np.einsum("ij,ij->j", codes, x)
         spread, common = BLOCK * squares - sums * sums, BLOCK * products - total * sums
         slope = np.where(spread > 0, common / np.maximum(spread, 1), 0)
-        gain = common * slope  # 32 times the decrease of the squared error by the line through the codes
+        gain = common * slope  # 32 * (squared error of the best constant - that of the line)
         better = gain > best
         best = np.where(better, gain, best)
         scale, minimum = np.where(better, slope, scale), np.where(better, (total - slope * sums) / BLOCK, minimum)
@@ -93,7 +95,7 @@ def _codes(x: F32, scale: F32, minimum: F32, levels: int, out: F32) -> F32:
 
 
 def _inverse(scale: F32) -> F32:
-    """Return 1 / scale, or 0 where that would be infinite: such weights are far below the smallest float16 scale."""
+    """Return 1 / scale, or 0 if the scale is so small that 1 / scale could overflow: such a scale is 0 in float16."""
     inverse: F32 = np.divide(1, scale, out=np.zeros_like(scale), where=scale >= np.finfo(np.float32).tiny)
     return inverse
 

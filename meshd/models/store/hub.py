@@ -85,7 +85,7 @@ def _all_parts(file: str) -> list[str]:
 
 
 def _weights(files: list[str]) -> list[str]:
-    """Choose the files with the usual names: some repositories have the same weights a second time in a file of another name."""
+    """Choose the files with the usual names, if any: some repositories have the same weights in a file of another name too."""
     usual = [file for file in files if file == "model.safetensors" or file.startswith("model-")]
     return usual or files
 

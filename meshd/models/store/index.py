@@ -42,7 +42,7 @@ class StoredModel(msgspec.Struct, frozen=True, kw_only=True):
         return name in (self.name, self.ref, self.id)
 
     def is_here(self) -> bool:
-        """Whether the file exists. One that meshd fetched must also have its size: its hash was checked before it got its name."""
+        """Whether the file exists. A file that meshd wrote must also have the recorded size; its hash was checked when written."""
         stamp = stamp_of(self.path)
         return stamp is not None and (self.in_place or stamp.size_bytes == self.size_bytes)
 

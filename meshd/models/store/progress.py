@@ -20,22 +20,22 @@ class PullPhase(StrEnum):
     """The phases of a pull."""
 
     WAITING = "waiting"
-    """Another process pulls the same source: its bytes are reported."""
+    """Another process pulls the same source; `done_bytes` are those that it has received."""
     FINDING = "finding"
-    """Ask the source which files it has."""
+    """The source is asked which files it has."""
     DOWNLOADING = "downloading"
     EXTRACTING = "extracting"
     IMPORTING = "importing"
-    """Convert a folder or a split file to one GGUF file."""
+    """A folder or a split file is converted to one GGUF file."""
     CHECKING = "checking"
-    """Hash the file."""
+    """The file is hashed."""
     FAILED = "failed"
     """This source failed, as `message` explains; the next one is tried."""
     DONE = "done"
 
 
 class PullProgress(msgspec.Struct, frozen=True, kw_only=True):
-    """One step of a pull, to show to people."""
+    """One step of a pull, to show to users."""
 
     model: str
     source: str
@@ -51,7 +51,7 @@ ReportProgress = Callable[[PullProgress], None]
 
 
 class ProgressMeter:
-    """Counts bytes and reports them, at most ten times a second, on the event loop that created it."""
+    """Counts bytes and reports them on the event loop that created it. `advance` reports at most ten times a second."""
 
     def __init__(self, model: str, report: ReportProgress) -> None:
         self._report = report
@@ -89,7 +89,7 @@ class ProgressMeter:
             self._state = msgspec.structs.replace(self._state, done_bytes=self._settled + done)
 
     def settle(self, count: int) -> None:
-        """Finish a file of `count` bytes; `restart` then counts the next one."""
+        """Count a finished file of `count` bytes. From now on, `restart` sets the count of the next file."""
         with self._lock:
             self._settled += count
             self._state = msgspec.structs.replace(self._state, done_bytes=self._settled)
@@ -108,7 +108,7 @@ class ProgressMeter:
 
 
 async def in_thread(meter: ProgressMeter, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """Run a function in a thread. It must call `meter.advance` after each chunk.
+    """Run a function in a thread. The function must call `meter.advance` after each chunk, or be short.
 
     Cancel: the function stops at its next chunk and is awaited, so that nothing is written after this returns.
     """

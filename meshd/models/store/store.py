@@ -59,7 +59,7 @@ class Store:
         hf_endpoint: str | None = None,
         clock: Clock | None = None,
     ) -> None:
-        """`hf_cache` None: Hugging Face's standard cache; `hf_endpoint` None: its own site. Nothing is written before a pull."""
+        """`hf_cache` and `hf_endpoint` None: the defaults of Hugging Face's library. Nothing is written before a pull."""
         self._root = root
         self._index = Index(root)
         self.partials = Partials(root / "parts", clock or SystemClock())
@@ -92,7 +92,7 @@ class Store:
         return GgufFile.open(model.path)
 
     def remove(self, name: str) -> int:
-        """Remove a model and the remains of a stopped pull of it. A file that another tool or another name uses stays.
+        """Remove a model and the remains of a stopped pull of it. A file stays if meshd did not write it or another name uses it.
 
         Returns: the bytes freed. Raises: UnknownModel, StorageError.
         """
@@ -200,7 +200,7 @@ class Store:
             return await self._pull_package(wanted, source, folder, meter)
 
     def _known(self, wanted: ModelRef, source: Source) -> StoredModel | None:
-        """Find the model by its name, or else by the same source or hash under another name."""
+        """Find the model by its name, or by its source or hash under another name; then record it under the wanted name too."""
         for model in self.list():
             if model.name == wanted.name:
                 return model
@@ -211,7 +211,7 @@ class Store:
     async def _pull_file(self, wanted: ModelRef, source: FileSource, meter: ProgressMeter) -> StoredModel:
         if not needs_import(source.path, source.quant):
             return await self._adopt(wanted, source, source.path, meter, in_place=True)
-        files_of(source.path)  # a wrong path raises before a folder is created for it
+        files_of(source.path)  # raises for a wrong path before a folder is created for the pull
         async with self._locked_folder(source, meter) as folder:
             return await self._import(wanted, source, source.path, folder, meter)
 
@@ -254,7 +254,7 @@ class Store:
         return self._keep(wanted, source, fetched, sha256)
 
     def _keep(self, wanted: ModelRef, source: Source, fetched: Path, sha256: str, *, origin: str = "") -> StoredModel:
-        """Move a file that meshd wrote to its final name and record it, or remove it if it is no valid model."""
+        """Move a file that meshd wrote to its final name and record it, or remove it if it is not valid."""
         final = self._path_of(sha256)
         try:
             _check(wanted, source, fetched, sha256)
@@ -266,7 +266,7 @@ class Store:
         return self._record(self._stored(wanted, source, final, sha256, in_place=False, origin=origin))
 
     def _forget_unused(self, model: StoredModel) -> None:
-        """Remove the file of a model whose name now means another one, unless some other name still uses it."""
+        """Remove the file of a model whose name now refers to another model, unless another name still uses the file."""
         with self._index.changing() as models:
             if not model.in_place and model.path not in {other.path for other in models.values()}:
                 remove_file(model.path)
@@ -314,7 +314,7 @@ class Store:
 
     @asynccontextmanager
     async def _locked_folder(self, source: Source, meter: ProgressMeter) -> AsyncIterator[Path]:
-        """Lock this source's folder among all processes. While another pull holds it, report that pull's bytes."""
+        """Hold the lock of a source's pull folder, across processes. While another pull holds it, report the bytes of that pull."""
         folder = self._pull_folder(source)
         lock = FileLock(folder / "lock")
         while not try_lock(lock):

@@ -38,7 +38,7 @@ _LIST_FILTERS = frozenset(
 _TEXT_FILTERS = frozenset({"capitalize", "lower", "string", "title", "trim", "upper"})
 _UNPRICED_METHODS = frozenset({"center", "expandtabs", "format_map", "ljust", "rjust", "translate", "zfill"})
 _MAX_INDENT = 16
-"""Most characters by which JSON and text may be indented."""
+"""Maximum number of characters by which JSON and text may be indented."""
 
 
 class GenerationTag(Extension):
@@ -82,7 +82,10 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         return super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """Replace `str.format` by a version that knows plain fields only. `is_safe_attribute` refuses `format_map`."""
+        """Replace `str.format` with a version that supports only plain fields, such as `{}` and `{name}`.
+
+        Returns: None if `value` is not `str.format`. `is_safe_attribute` refuses `str.format_map`.
+        """
         text = getattr(value, "__self__", None)
         if not isinstance(text, str) or getattr(value, "__name__", "") != "format":
             return None
@@ -123,7 +126,7 @@ def _formatted(budget: Budget, text: str, args: tuple[object, ...], named: Mappi
 
 
 def _priced(plain: Callable[..., Any], pay: Callable[[Budget, object], None]) -> Callable[..., Any]:
-    """Wrap one of jinja2's own filters: `pay` is called before the filter runs."""
+    """Wrap a filter of jinja2: `pay` charges the filter's input to the budget before the filter runs."""
     wants = getattr(getattr(plain, "jinja_pass_arg", None), "name", None)
 
     @pass_context
@@ -142,7 +145,7 @@ def _finalize(context: BudgetContext, value: object) -> object:
 
 
 def _same(value: object) -> object:
-    """The `safe` filter. This environment escapes nothing, so there is nothing to mark as safe."""
+    """Return the value unchanged: the `safe` filter. This environment escapes nothing, so nothing needs to be marked as safe."""
     return value
 
 
@@ -179,7 +182,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """The `tojson` filter of transformers, which escapes neither non-ASCII characters nor HTML."""
+    """Convert a value to JSON: the `tojson` filter of transformers, which escapes neither non-ASCII characters nor HTML."""
     if indent is not None and not 0 <= indent <= _MAX_INDENT:
         raise TemplateLimit(f"it indents JSON by {indent}")
     context.budget.spend_on(value)
@@ -207,7 +210,7 @@ def _slice(context: BudgetContext, value: Any, start: Any, stop: Any, step: Any)
 
 @pass_context
 def _container(context: BudgetContext, value: object) -> object:
-    """Charge for a list, tuple or dict literal, including all nested values, so that no container outgrows the budget."""
+    """Charge for a list, tuple or dict literal and all nested values, so that no container outgrows the budget."""
     context.budget.spend_on(value)
     return value
 
@@ -239,7 +242,10 @@ _HELPERS: dict[str, Any] = {
 
 
 class _Pricer(NodeTransformer):
-    """Inserts the helpers above into loops, concatenations, slices and container literals, for which jinja2 has no hooks."""
+    """Makes loops, concatenations, slices and literals call `_HELPERS`, which charge for them, since jinja2 has no hooks for these.
+
+    Raises TemplateLimit for statements that the sandbox does not support.
+    """
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         if node.recursive:

@@ -8,7 +8,7 @@ from jinja2 import TemplateRuntimeError
 from jinja2.runtime import Context
 
 MAX_WORK = 64 << 20
-"""Units that one rendering may spend. A new character costs 1 unit."""
+"""Maximum number of units that one rendering may spend. A new character costs 1 unit."""
 STEP = 256
 """Price of a loop iteration or a call, in units."""
 MAX_SECONDS = 1.0
@@ -32,7 +32,7 @@ class Budget:
             raise TemplateLimit("it takes more work than a chat template may")
 
     def spend_on_items(self, value: object) -> None:
-        """Pay for a list of a value's items. An iterator costs one step: it iterates over a value that was paid for before."""
+        """Pay for a list of a value's items. An iterator costs only STEP, since the values that it yields were paid for before."""
         self.spend(8 * len(value) if isinstance(value, Sized) else STEP)
 
     def spend_on(self, value: object) -> None:
@@ -68,7 +68,7 @@ def spend_on_method(budget: Budget, text: str, method: str, args: tuple[Any, ...
 
 
 def binop_price(operator: str, left: object, right: object) -> int:
-    """Return the price of a binary operation. Raises: TemplateLimit for `%` on text, and for integers of too many bits."""
+    """Return the price of a binary operation. Raises: TemplateLimit for `%` on text, and for integers over MAX_INTEGER_BITS."""
     if operator == "%" and isinstance(left, str):
         raise TemplateLimit("it formats text with %, which the sandbox does not support")
     if isinstance(left, int) and isinstance(right, int):

@@ -17,7 +17,7 @@ Message: TypeAlias = Mapping[str, Any]
 MAX_SOURCE_CHARACTERS = 256 << 10
 MAX_PROMPT_CHARACTERS = 16 << 20
 _RENDER_ERRORS = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError, NameError)
-"""Errors that a template can raise. NameError: jinja2 compiles a float literal that is too large to the name `inf`."""
+"""Errors that a template can raise. NameError: jinja2 compiles an overflowing float literal, such as 1e999, to the name `inf`."""
 _OWN_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"})
 _WITH_TOOLS = "tokenizer.chat_template.tool_use"
 """GGUF's key of the template for conversations with tools, in models that have a separate one."""
@@ -39,7 +39,7 @@ class ChatTemplate:
 
         `with_tools` is the source for conversations with tools; None: `source`.
 
-        Raises: ModelFileError if a source is no valid template.
+        Raises: ModelFileError if a source is not a valid template.
         """
         self._environment = BoundedSandbox()
         self._environment.globals["strftime_now"] = lambda form: _formatted(now(), form)
@@ -59,7 +59,7 @@ class ChatTemplate:
 
         `tools` are functions described by JSON Schema. `variables` are further variables of the template, e.g. `enable_thinking`.
 
-        Raises: InvalidRequest, with the template's own message.
+        Raises: InvalidRequest if the template raises an error, whose message it includes, or if the prompt is too long.
         """
         others = variables or {}
         if taken := sorted(_OWN_VARIABLES & others.keys()):
@@ -105,7 +105,7 @@ def template_from_gguf(metadata: Mapping[str, MetadataValue], *, now: Callable[[
 
 
 def _token_texts(metadata: Mapping[str, MetadataValue], *keys: str) -> list[str]:
-    """Return the texts of the tokens with these roles; empty for a role that the file does not assign."""
+    """Return the texts of the tokens whose ids are under these keys; an empty text for a key that the file does not have."""
     ids = [metadata.get(f"tokenizer.ggml.{key}") for key in keys]
     if HUGGINGFACE_KEY in metadata and (document := huggingface_json(metadata)) is not None:
         return [document.text_of(id_) if isinstance(id_, int) else "" for id_ in ids]

@@ -1,8 +1,8 @@
 """Find control tokens spelt out in a text, and keep a client's messages from smuggling them into a prompt.
 
-`ControlTokens.insert_mark` puts a mark (a character that no message uses) into every spelling in the client's messages. The
-rendered prompt then has control tokens only where the template wrote them. `remove_mark` removes the mark from the text between
-these tokens.
+`ControlTokens.insert_mark` puts a mark (a character that no message uses) into every control token that the client's messages
+spell out. The rendered prompt then has control tokens only where the template wrote them. `remove_mark` removes the mark from the
+text between these tokens.
 """
 
 import re
@@ -16,14 +16,14 @@ _MARKS = tuple(chr(code) for code in range(0xA500, 0xA60C))
 """Possible marks: letters of the Vai script. They are printable and have no case, so templates and `repr` keep them unchanged."""
 _MAX_DEPTH = 64
 MAX_CHARACTERS = 256
-"""Longest control token. `ControlTokens.find` tries every length of a token wherever its first character occurs."""
+"""Limit for the length of a control token: `ControlTokens.find` tries each length that a token at a position may have."""
 _SPACES = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 """All characters with Unicode's property White_Space, which the tokenizers library strips."""
 
 
 @dataclass(frozen=True, slots=True)
 class ControlTokenMatch:
-    """A control token in a text. `start` and `end` include the white space that it strips."""
+    """A control token in a text. `start` and `end` include the white space that the token strips."""
 
     token: str
     start: int
@@ -71,7 +71,7 @@ class ControlTokens:
         return next((candidate for candidate in spelt if candidate in self._tokens), None)
 
     def insert_mark(self, given: Any, mark: str) -> Any:
-        """Copy texts, lists and dicts of any depth, with `mark` after the first character of each token spelt out in them."""
+        """Copy texts, lists and dicts of any depth, with `mark` after the first character of every token in them."""
         if isinstance(given, str):
             parts, position = [], 0
             for found in self.find(given):
@@ -98,12 +98,12 @@ def unused_mark(given: Any) -> str:
 
 
 def remove_mark(text: str, mark: str) -> str:
-    """Remove the mark from a text, also in the escaped form in which a template may have written it as JSON."""
+    """Remove the mark from a text, and also its JSON escape, which a template may have written instead."""
     return text.replace(mark, "").replace(_escaped(mark), "") if mark else text
 
 
 def _escaped(mark: str) -> str:
-    """Return the mark as ASCII JSON escapes it."""
+    """Return the JSON escape of the mark, such as `\\ua500`."""
     return f"\\u{ord(mark):04x}"
 
 

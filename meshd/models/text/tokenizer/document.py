@@ -13,9 +13,9 @@ HUGGINGFACE_KEY = "tokenizer.huggingface.json"
 """GGUF's key of a whole `tokenizer.json`. A file with this key may lack the token lists."""
 MAX_BYTES = 64 << 20
 MAX_ITEMS = 1 << 22
-"""Most commas and opening brackets, which bound the memory that the parsed JSON takes. Gemma's file has 1.8 million."""
+"""Limit for the number of commas and opening brackets, which bounds the memory of the parsed JSON. Gemma's has 1.8 million."""
 MAX_ID = 1 << 21
-"""Upper bound of token ids: four times the largest known vocabulary."""
+"""Token ids must be less than this, which is eight times the size of Gemma's vocabulary."""
 _HINT = "meshd does not support this tokenizer yet; try smollm2:135m"
 _DECODERS = frozenset({"ByteLevel", "ByteFallback", "Fuse", "Replace", "Strip", "Sequence"})
 _Read = TypeVar("_Read")
@@ -32,7 +32,7 @@ class AddedToken(msgspec.Struct, frozen=True):
 
 
 class _Model(msgspec.Struct, frozen=True):
-    """The fields of `model` that meshd checks. The library parses the vocabulary and the merges, which are most of the text."""
+    """The fields of `model` that meshd checks. The tokenizers library parses the rest, above all the vocabulary and the merges."""
 
     type: str | None = None
     merges: Raw | UnsetType = UNSET
@@ -90,7 +90,7 @@ class TokenizerDocument:
 
     @staticmethod
     def steps(parts: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield the steps of a decoder or a pre-tokenizer. A `Sequence` is a step too, and comes before the steps in it."""
+        """Yield the steps of a decoder or a pre-tokenizer. A `Sequence` is also a step, and comes before its own steps."""
         waiting = [parts] if parts else []
         while waiting:
             step = waiting.pop()

@@ -7,7 +7,7 @@ from meshd.errors import ModelFileError
 from meshd.models.files.gguf_header import MetadataValue
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-"""GGUF's `tokenizer.ggml.token_type`."""
+"""Values of GGUF's `tokenizer.ggml.token_type`."""
 
 
 class TokenizerKeys:
@@ -17,11 +17,11 @@ class TokenizerKeys:
         self._metadata = metadata
 
     def get(self, key: str) -> MetadataValue | None:
-        """Return a value unchecked; None if the file does not have the key."""
+        """Return the value stored under `key`, unchecked; None if the file does not have the key."""
         return self._metadata.get(f"tokenizer.ggml.{key}")
 
     def strings(self, key: str) -> tuple[str, ...]:
-        """Return a list of strings, which must not be empty."""
+        """Return the list of strings stored under `key`, which must not be empty."""
         value = self.get(key)
         if not isinstance(value, tuple) or not value or not isinstance(value[0], str):
             raise wrong(key, "it is no list of strings")
@@ -42,7 +42,7 @@ class TokenizerKeys:
         return value
 
     def scores(self, count: int) -> tuple[float, ...]:
-        """Return the score of each of `count` tokens. Parts of a token with a higher score are merged first."""
+        """Return the score of each of `count` tokens. BPE first makes the merge whose result has the highest score."""
         value = self.get("scores")
         if not isinstance(value, tuple) or len(value) != count or not isinstance(value[0], float):
             raise wrong("scores", f"it is not {count} numbers")
@@ -60,7 +60,7 @@ class TokenizerKeys:
         return value
 
     def flag(self, key: str, default: bool) -> bool:
-        """Return a boolean, or `default` if the file does not have the key."""
+        """Return the boolean stored under `key`; `default` if the file does not have the key."""
         value = self.get(key)
         if value is not None and not isinstance(value, bool):
             raise wrong(key, f"{value!r} is neither true nor false")

@@ -12,7 +12,7 @@ from meshd.models.text.tokenizer.tokenizer import Tokenizer, Vocabulary, library
 
 @dataclass(frozen=True, slots=True)
 class AffixTokens:
-    """The BOS and EOS settings of a model file. They override the `tokenizer.json`. None: the file has no such setting."""
+    """The BOS and EOS settings of a model file, which override those of its `tokenizer.json`. None: the file does not set this."""
 
     bos: int | None = None
     eos: int | None = None
@@ -93,9 +93,9 @@ def _affixes_of(document: TokenizerDocument, bpe: tokenizers.Tokenizer) -> tuple
 
 
 def _after_control(document: TokenizerDocument, bpe: tokenizers.Tokenizer) -> tokenizers.Tokenizer | None:
-    """Build the tokenizer of text after a control token, for pre-tokenizers that put a space before the first text only.
+    """Build a tokenizer for text after a control token, if the pre-tokenizer puts a space only before the beginning of a prompt.
 
-    Returns: None if `bpe` can encode this text too.
+    Returns: None if `bpe` can also encode text after a control token.
     """
     pre_tokenizer = copy.deepcopy(document.pre_tokenizer)
     metaspaces = [step for step in document.steps(pre_tokenizer) if step["type"] == "Metaspace"]

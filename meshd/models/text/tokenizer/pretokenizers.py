@@ -1,7 +1,7 @@
 """The rules that split text into words before byte-level BPE, by their names in GGUF's `tokenizer.ggml.pre`.
 
 The names are llama.cpp's (`llama-vocab.cpp`). The patterns are those of the models' own `tokenizer.json`, which transformers uses.
-The same holds for Unicode's normal form, which GGUF files do not state.
+Whether text is converted to NFC also follows `tokenizer.json`, since GGUF files do not state it.
 """
 
 from dataclasses import dataclass
@@ -34,16 +34,16 @@ class PretokenizerRule:
     """A rule that splits text into words."""
 
     patterns: tuple[str, ...]
-    """Regular expressions, applied in order. Each splits the parts that the previous one made into matches and text between."""
+    """Regular expressions, applied in order. Each one splits the parts from the previous one into matches and the text between."""
     nfc: bool = False
     """Whether text is first converted to Unicode's normal form NFC."""
     whole_words: bool = False
-    """Whether a word that is a token becomes this token without merging."""
+    """Whether a whole word that is a token is encoded as that token, without BPE merges."""
     adds_bos: bool = False
     """Default of GGUF's `add_bos_token`: whether a text begins with BOS."""
 
     def normalizer(self) -> normalizers.Normalizer | None:
-        """Build the normalizer. Returns: None if text is not changed."""
+        """Build the normalizer. Returns: None if the rule does not normalize text."""
         return normalizers.NFC() if self.nfc else None
 
     def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:

@@ -1,7 +1,7 @@
 """SentencePiece's BPE, which GGUF files call `llama`: pieces with scores, and byte tokens for text that no piece covers.
 
 The vocabulary has no list of merges: two adjacent pieces are merged if the result is a piece, the highest score first. The
-tokenizers library needs such a list. `merges_of` makes it, in the order of transformers' own conversion of such models.
+tokenizers library needs such a list. `merges_of` makes it, in the same order as transformers does when it converts such models.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,10 +19,10 @@ from meshd.models.text.tokenizer.tokenizer import Tokenizer, Vocabulary, library
 MAX_PIECE = 512
 MAX_CHARACTERS = 1 << 23
 MAX_MERGES = 1 << 20
-"""`merges_of` tries every split of every piece. These limits bound its time and its result, which the file's size does not bound.
+"""MAX_PIECE, MAX_CHARACTERS and MAX_MERGES bound the time and the result of `merges_of`, which tries every split of every piece.
 Gemma's 262,144 pieces have 1.5 million characters, at most 31 each, and give half a million merges."""
 _KEEPS_RIGHT_SPACE = {"phi3": frozenset({"<unk>", "<s>", "<|endoftext|>"})}
-"""Architecture whose control and added tokens strip the white space after them -> the exceptions. No GGUF key states this."""
+"""Architecture whose control and added tokens strip the white space after them -> tokens that do not. No GGUF key states this."""
 
 
 def spm_from_gguf(metadata: Mapping[str, MetadataValue]) -> Tokenizer:
@@ -85,12 +85,12 @@ def _lengths(cut: tuple[str, str]) -> tuple[int, int]:
 
 
 def _piece(token: str, type_: MetadataValue) -> str:
-    """Replace the spaces of an added token that is a run of spaces: it is matched in text whose spaces are marks already."""
+    """Spell an added token that is a run of spaces with WORD_START, since BPE merges run on text whose spaces are WORD_START."""
     return WORD_START * len(token) if type_ == USER_DEFINED and not token.strip(f" {WORD_START}") else token
 
 
 def _ranked(pieces: Sequence[str], types: Sequence[MetadataValue], scores: Sequence[float]) -> dict[str, float]:
-    """Return the scores of the pieces that merges may make: all ordinary pieces, and added runs of spaces with the top score."""
+    """Return the scores of the pieces that merges may make: ordinary pieces, and added runs of spaces with the top score."""
     first = max(scores, default=0.0) + 1
     ranked = {piece: scores[id_] for id_, piece in enumerate(pieces) if types[id_] not in (UNKNOWN, CONTROL, BYTE, USER_DEFINED)}
     runs = (piece for id_, piece in enumerate(pieces) if types[id_] == USER_DEFINED and not piece.strip(WORD_START))

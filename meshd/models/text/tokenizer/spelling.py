@@ -3,12 +3,12 @@
 import re
 
 WORD_START = "\u2581"
-"""SentencePiece's mark of a space."""
+"""The character that SentencePiece writes for a space."""
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_of() -> dict[str, int]:
-    """Make GPT-2's alphabet, character -> byte. Printable bytes are spelt as themselves, the others by U+0100 and up."""
+    """Make GPT-2's alphabet, character -> byte. Printable bytes are spelt as themselves, the others from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}

@@ -19,13 +19,13 @@ class Vocabulary:
     """Tokens by id, and how they are spelt."""
 
     tokens: Sequence[str]
-    """Tokens in the vocabulary's own spelling; the index is the id."""
+    """Tokens as the vocabulary spells them, except those in `verbatim`; the index is the id."""
     control: Mapping[str, int]
-    """Control token -> id. Text is encoded to one of them only if the caller asks for it."""
+    """Control token -> id. Text that spells a control token is encoded to it only if the caller asks for that."""
     verbatim: frozenset[int] = frozenset()
-    """Ids of the tokens that `tokens` has as plain text, not in that spelling: control tokens and added ones."""
+    """Ids of control and added tokens that `tokens` has as plain text, not in the vocabulary's spelling."""
     spelling: Callable[[str], bytes] = byte_level
-    """Decodes a token to its bytes."""
+    """Decodes a token in the vocabulary's spelling to its bytes."""
     strips_left: frozenset[str] = frozenset()
     """Control tokens that strip the white space before them."""
     strips_right: frozenset[str] = frozenset()
@@ -33,7 +33,7 @@ class Vocabulary:
 
 
 class Tokenizer:
-    """One model's vocabulary. Immutable and safe to share between threads."""
+    """Encodes and decodes text with one model's vocabulary. Immutable and safe to share between threads."""
 
     def __init__(
         self,
@@ -49,8 +49,8 @@ class Tokenizer:
     ) -> None:
         """`bpe` encodes plain text and must not know control tokens.
 
-        `after_control` encodes text after a control token; None: `bpe` does. `add_special` adds `prefix` and `suffix` to a text.
-        `leading_space`: `bpe` puts a space before a text, and `decode` removes it.
+        `after_control` encodes text after a control token; None: `bpe` does. `encode` with `add_special` puts `prefix` before a
+        text and `suffix` after it. `leading_space`: whether `bpe` puts a space before a text, which `decode` then removes.
         """
         self._bpe = bpe
         self._bpe_after_control = after_control or bpe
@@ -106,7 +106,7 @@ class Tokenizer:
         return text.removeprefix(" ") if self.leading_space else text
 
     def token_bytes(self, id_: int) -> bytes:
-        """Return a token's bytes, which may be a part of a character. A control token has its name's bytes, an unknown id none."""
+        """Return a token's bytes, which may be a part of a character. For a control token: its name; for an unknown id: none."""
         if not 0 <= id_ < len(self._vocabulary.tokens):
             return b""
         token = self._vocabulary.tokens[id_]
@@ -119,8 +119,8 @@ class Tokenizer:
     def stream(self, *, skip_special: bool = True, after: int | None = None) -> "StreamDecoder":
         """Make a decoder for the tokens of one answer as they arrive.
 
-        `after` is the token before the answer. If it is text, the answer continues this text: a space at its beginning separates
-        two words and is kept. Otherwise the streamed text is the one that `decode` returns.
+        `after` is the last token before the answer. If it is text, the answer continues that text, and a space at the beginning of
+        the answer is kept, since it separates two words. Otherwise such a space is removed as `decode` does.
         """
         continues = after is not None and not self.is_control(after)
         return StreamDecoder(self, skip_special, strips_space=self.leading_space and not continues)
