@@ -24,8 +24,8 @@ _TRIES, _RETRY_S = 5, 0.02
 """Number of times that a daemon tries to get the lock, and the pause between tries: another process may hold the lock for a moment
 in `read_holder`."""
 _READ_TRIES = 3
-"""Number of times that `read_holder` tries to get the lock: two simultaneous readers would each take the other for a daemon. With eight
-threads that read without a pause, 1017 of 5000 answers were wrong with one try, 5 with two tries, and none with three."""
+"""Number of times that `read_holder` tries to get the lock: two simultaneous readers would each take the other for a daemon. With
+eight threads that read without a pause, 1017 of 5000 answers were wrong with one try, 5 with two tries, and none with three."""
 _OTHERS = 0o077
 
 
