@@ -65,7 +65,7 @@ class Site(Protocol):
         ...
 
     def connect(self, name: str, timeout_s: float, *, inside: bool = False) -> socket.socket:
-        """Connect to an API over the network, or with `inside` from its own host, where no cut matters. Raises: OSError."""
+        """Connect to a daemon's API from another host, or with `inside` from the same host, despite cuts. Raises: OSError."""
         ...
 
     def cut(self, name: str, mode: str) -> None:
