@@ -18,7 +18,7 @@ MACHINE_FILES = (
     Path("/var/lib/dbus/machine-id"),
     Path("/sys/firmware/devicetree/base/serial-number"),
 )
-"""Files with an id of the installation, or of the board, since an SD card may be cloned. `location_id` hashes those that exist."""
+"""Files for `location_id`: ids of the installation, and of the board, because a cloned SD card has the same installation id."""
 _LOCK = "lock"
 _TRIES, _RETRY_S = 5, 0.02
 """Number of times that a daemon tries to get the lock, and the pause between tries: another process may hold the lock for a moment

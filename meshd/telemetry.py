@@ -154,9 +154,9 @@ _HANDLER = "meshd"
 
 
 def configure_logging(level: str = "info", log_format: LogFormat = "text", *, stream: TextIO | None = None) -> None:
-    """Log to `stream` (default: standard error), one line per event, with the fields of `extra`. A second call replaces the first.
+    """Log to `stream` (default: standard error), one line per event, with the fields of `extra`. The last call is valid.
 
-    `level` applies to meshd. Libraries log from `warning` up, or everything if `level` is `debug`.
+    Events below `level` are dropped. If `level` is `info`, events of libraries below `warning` are dropped too.
 
     Raises: ValueError for an unknown level.
     """

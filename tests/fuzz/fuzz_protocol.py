@@ -147,7 +147,7 @@ async def fuzz_peer(dice: random.Random, frames: list[bytes], seconds: float) ->
 
 
 def main() -> None:
-    """Fuzz the reader for half of the time, and a running peer for the other half."""
+    """Fuzz the reader for half of `--seconds`, then a running peer for as long."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))

@@ -201,7 +201,7 @@ class ClientPool:
         return request
 
     def _check(self, request: ClientRequest, refused: Refused) -> None:
-        """Note a refusal to resume as a problem if retrying cannot help."""
+        """Record a refusal to resume as the request's problem if retrying cannot help."""
         if refused.status in (400, 401, 403, 405, 500) and request.answer.last_event is not None:
             request.problem = f"refused for good: {refused}"
 

@@ -1,4 +1,4 @@
-"""Injects the faults of a schedule: waits until enough peers are healthy, chooses victims, strikes. Faults may overlap."""
+"""Injects the faults of a schedule, each when enough peers are healthy, and chooses their victims. Faults may overlap."""
 
 import http.client
 import json

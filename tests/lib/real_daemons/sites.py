@@ -1,6 +1,6 @@
 """The places where daemons of a test run: hosts in network namespaces, or this machine.
 
-Both have the same interface, `Site`.
+Both implement the interface `Site`.
 """
 
 import ctypes

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Options of a run. Together with the seed they determine it completely."""
+    """Options of a run. Together with the seed they determine the run completely."""
 
     peers: int = 4
     models: int = 1

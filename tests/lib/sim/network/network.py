@@ -192,20 +192,20 @@ class SimNetwork:
         end.on_up(other.id, hello, (f"sim-{other.id[:8]}", 6375))
 
     def _end(self, end: SimLinks, other: PeerId, link: Link, reason: str) -> None:
-        """End the link on this side and notify the other side."""
+        """End the link at the peer of `end`, and notify the peer `other`."""
         if end.links.get(other) is not link:
             return
         self._notify_ended(end, other, link, "connection closed")
         self._down(end, other, link, reason)
 
     def _notify_ended(self, end: SimLinks, other: PeerId, link: Link, reason: str) -> None:
-        """Notify the other side after everything that was sent before has arrived."""
+        """Notify the peer `other`, after everything that was sent to it before has arrived."""
         link.ended.add(end.id)
         far = self._ends.get(other)
         if far is None or far.links.get(end.id) is not link:
             return
         if self._paths[end.id, other].cut:
-            self._block(end.id, other)  # the notice can't arrive: the other side ends the link after the silence
+            self._block(end.id, other)  # the notice can't arrive: `other` ends the link after the silence
             return
         last = max(link.pipes[end.id, lane].last_arrival for lane in Lane)
         delay_s = self.delivery.delay_s(self._paths[end.id, other])

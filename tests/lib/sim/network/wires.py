@@ -14,7 +14,7 @@ class Path:
     jitter_s: float
     bandwidth_bytes_s: float
     slow: float = 1.0
-    """Factor on delay and transfer time."""
+    """Factor by which delay and transfer take longer."""
     cut: bool = False
     blocked_since: float | None = None
     """Time since which the sender's heartbeats don't arrive, because of a cut or a frozen sender. None: they arrive."""
@@ -24,7 +24,7 @@ class Path:
 
 @dataclass(slots=True)
 class HarshNetwork:
-    """Shares of messages that are dropped, repeated, or overtaken by later ones. TCP does none of these."""
+    """Shares (0 to 1) of messages that are dropped, repeated, or overtaken by later messages, none of which happens with TCP."""
 
     drop: float = 0.0
     repeat: float = 0.0
