@@ -7,27 +7,27 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Where an actor gets its time and its random bytes."""
+    """The source of time and random bytes for an agent."""
 
     def monotonic(self) -> float:
-        """Seconds that never go back."""
+        """Return seconds since an arbitrary point in time; they never decrease."""
         ...
 
     def wall(self) -> float:
-        """Seconds since the epoch, for people and for `created` fields."""
+        """Return seconds since 1970 (UTC), for people and for `created` fields."""
         ...
 
     async def sleep(self, seconds: float) -> None:
-        """Wait; cancel ends it at once."""
+        """Wait for this many seconds. Cancel: ends the wait at once."""
         ...
 
     def random_bytes(self, count: int) -> bytes:
-        """Unpredictable bytes (ids, incarnations)."""
+        """Return `count` random bytes, for ids, incarnations and keys."""
         ...
 
 
 class SystemClock:
-    """The machine's own clock and entropy."""
+    """The clock and the random source of the operating system."""
 
     def monotonic(self) -> float:
         return time.monotonic()

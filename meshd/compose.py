@@ -50,7 +50,7 @@ log = getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PeerSignals:
-    """Signals from agents to agents that are constructed later."""
+    """Signals that connect an agent to agents that are constructed after it."""
 
     link_up: Signal[PeerId, Hello, tuple[str, int]] = field(default_factory=Signal)
     link_down: Signal[PeerId, str] = field(default_factory=Signal)
@@ -62,9 +62,9 @@ class PeerSignals:
     changed: Signal[()] = field(default_factory=Signal[()])
     """Something in this peer's advert changed."""
     sessions_changed: Signal[()] = field(default_factory=Signal[()])
-    """A stage session opened or closed here."""
+    """A stage session opened or closed on this peer."""
     layers_changed: Signal[()] = field(default_factory=Signal[()])
-    """Layers were loaded or freed here."""
+    """Layers were loaded or freed on this peer."""
     orphaned: Signal[SessionRecord] = field(default_factory=Signal)
     """The coordinator of a session is gone, and this peer has the session's record."""
 
@@ -74,7 +74,7 @@ class PeerSettings:
     """The settings that agents need, and the limits of a peer's queues."""
 
     models: tuple[str, ...] = ()
-    """Models to place at the start."""
+    """References of the models to place at the start."""
     mirror: bool = False
     copies: int
     """Number of copies of each layer that the keeper maintains in the cluster."""
@@ -99,7 +99,7 @@ class Parts:
     clock: Clock
     telemetry: Telemetry
     capability: Capability
-    """As measured at the start of the daemon."""
+    """This device's capability, measured when the daemon starts."""
     measure_free_bytes: Callable[[], int]
     """Measures the free memory, in bytes."""
     backend: Backend
@@ -187,9 +187,9 @@ class Peer:
             self.compute.close()
 
     async def leave(self, close_clients: Callable[[], Awaitable[None]]) -> None:
-        """Hand over sessions, close the clients' connections, then the links.
+        """Hand over sessions, close the clients' connections, then close the links.
 
-        Clients come before links, because a coordinator without links would send them an error about lost peers.
+        The clients' connections are closed first, because a coordinator without links would send clients an error about lost peers.
         """
         self.journal.flush()
         self.coordinator.leave()
@@ -198,9 +198,9 @@ class Peer:
         await self.links.close("this peer stops")
 
     async def drain(self, timeout_s: float, on_waiting: Callable[[str], None]) -> None:
-        """Refuse new work, and wait for at most `timeout_s` until all sessions here have ended or moved to other peers.
+        """Refuse new work, and wait at most `timeout_s` until all sessions of this peer have ended or moved to other peers.
 
-        `on_waiting` is called with a description of what it waits for.
+        `on_waiting` is called with a description of what this peer waits for.
         """
         await self.drainer.leave(timeout_s, on_waiting, answers=lambda: len(self.coordinator.answers))
 

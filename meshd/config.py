@@ -32,12 +32,12 @@ class Config:
     discovery: tuple[str, ...]
     interfaces: tuple[str, ...]
     memory_bytes: int | None
-    """The most memory that meshd may use. None: all free memory."""
+    """The most memory that meshd may use, in bytes. None: all free memory."""
     threads: int
     """Compute threads. 0: one for each core that this process may use."""
     backend: str
     exact: bool
-    """Activations stay in full precision."""
+    """Whether activations keep their full precision."""
     models: tuple[str, ...]
     """References of the models to place at the start."""
     roles: tuple[str, ...]
@@ -88,7 +88,7 @@ class Settings:
         return str(found[0]) if found else None
 
     def user_folder(self, kind: str) -> Path:
-        """Return this user's folder of a kind (`config`, `state` or `cache`) on this platform."""
+        """Return the platform's folder for this user's files of meshd; `kind` is `config`, `state` or `cache`."""
         import platformdirs
 
         return Path(getattr(platformdirs, f"user_{kind}_dir")("meshd", appauthor=False))

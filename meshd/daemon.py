@@ -70,7 +70,7 @@ async def run_daemon(
 ) -> None:
     """Run a peer until `stop` is set, then leave the cluster.
 
-    Leaving waits up to `--drain-timeout` for running sessions; `on_waiting` is called with a description of what it waits for.
+    Leaving waits up to `--drain-timeout` for running sessions; `on_waiting` is called with a description of what is waited for.
     After that, within a second, the clients of answers that still run get an error, and the other peers a goodbye message.
 
     Raises: ConfigError, StorageError (the folder is in use), LocalFault (the device can't be measured).
@@ -110,7 +110,7 @@ async def run_daemon(
 
 
 def _cluster_key(config: Config, folder: StateFolder, clock: Clock) -> tuple[ClusterKey, bool]:
-    """Choose the cluster's key: the folder's, or the one given in the settings, or a new one. Stores it in the folder.
+    """Choose the cluster's key: the stored one, else the one from the settings, else a new one. Store it in the folder.
 
     Returns: the key, and whether it is new.
     Raises: ConfigError, StorageError.
@@ -132,7 +132,7 @@ class Daemon:
     """This device's peer and its API server."""
 
     def __init__(self, config: Config, identity: Identity, measured: ProbeResult, clock: Clock) -> None:
-        """Must be called inside the event loop."""
+        """Construct the peer and its API view. Must be called inside the event loop."""
         self._config = config
         self._identity = identity
         self._clock = clock

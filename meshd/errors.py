@@ -7,7 +7,7 @@ MeshdError                      code, message, hint; only its subclasses are rai
  |   +- UnknownModel            no such model; nearest names in the hint
  |   +- UnknownSession          no such answer, or its record is gone
  |   +- ConfigError             a setting is wrong
- +- Unavailable                 a valid request that can't be met now; retry_after_s estimates when
+ +- Unavailable                 a valid request that can't be met now; retry_after_s estimates when it can
  |   +- Overloaded              a queue is full
  |   +- NotReady                the model is still loading (progress in 0..1)
  |   +- DoesNotFit              no plan fits; missing_bytes says by how much
@@ -16,7 +16,7 @@ MeshdError                      code, message, hint; only its subclasses are rai
  |   +- ProtocolViolation       its bytes break the protocol: the link closes
  |   +- PeerLost                it is gone, or silent for too long
  |   +- PeerRefused             it may not link with this peer
- |   +- RemoteFailure           it answered ERROR
+ |   +- RemoteFailure           it answered with an ERROR message
  |   +- Superseded              another coordinator has taken over the session
  +- LocalFault                  this device failed
      +- StorageError            disk full, file damaged, folder in use by another daemon

@@ -40,7 +40,7 @@ class Resolver(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """One row of the table: `--name`, `MESHD_NAME` and the file's `name` are the same setting."""
+    """One row of the table. The flag `--NAME`, the variable `MESHD_NAME` and the config file's key `NAME` set the same setting."""
 
     name: str
     help: str
@@ -52,9 +52,9 @@ class Setting:
     many: bool = False
     """The flag may be repeated, and a value may be a list separated by commas."""
     switch: bool = False
-    """On or off. The flag without a value means on."""
+    """The setting is on or off; the flag without a value means on."""
     field: str = ""
-    """The field of `Config`. Empty: the name with underscores. The setting `config` has no field."""
+    """The field of `Config` that gets the value. Empty: `name` with underscores. The setting `config` has no field."""
     fallbacks: tuple[tuple[str, str], ...] = ()
     """Environment variables of other tools, used if `MESHD_*` is not set: (variable, path to append to its value)."""
     secret: bool = False

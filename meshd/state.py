@@ -18,14 +18,14 @@ MACHINE_FILES = (
     Path("/var/lib/dbus/machine-id"),
     Path("/sys/firmware/devicetree/base/serial-number"),
 )
-"""Files with an id of the installation, or of the board, since an SD card may be cloned. `location_id` hashes those that exist."""
+"""Files for `location_id`: ids of the installation, and of the board, because a cloned SD card has the same installation id."""
 _LOCK = "lock"
 _TRIES, _RETRY_S = 5, 0.02
-"""How many times a daemon tries to get the lock, and the pause between tries: another process may hold it for a moment in
-`read_holder`."""
+"""Number of times that a daemon tries to get the lock, and the pause between tries: another process may hold the lock for a moment
+in `read_holder`."""
 _READ_TRIES = 3
-"""How many times `read_holder` tries: two readers at the same time would each take the other for a daemon. With eight threads that
-read without a pause, 1017 of 5000 answers were wrong with one try, 5 with two tries, and none with three."""
+"""Number of times that `read_holder` tries to get the lock: two simultaneous readers would each take the other for a daemon. With
+eight threads that read without a pause, 1017 of 5000 answers were wrong with one try, 5 with two tries, and none with three."""
 _OTHERS = 0o077
 
 
@@ -85,7 +85,7 @@ class StateFolder:
         return path
 
     def location_id(self) -> str:
-        """Hash the machine's ids and the folder's inode. A copy of the folder gives another hash, on any machine."""
+        """Hash the machine's ids and the folder's inode number. A copy of the folder has another hash, even on this machine."""
         digest = hashlib.sha256(b"meshd place")
         for path in self._machine_files:
             try:
@@ -108,7 +108,7 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
 
     pid: int
     api: str = ""
-    """Its HTTP address, once it listens; empty before."""
+    """The HTTP address of its API, as `HOST:PORT`. Empty: the daemon does not listen yet."""
 
 
 class StateLock:
@@ -167,7 +167,7 @@ def _try_lock(descriptor: int, tries: int) -> bool:
 
 
 def read_holder(path: Path) -> Holder | None:
-    """Read which daemon holds the folder's lock. Returns: None if no daemon does."""
+    """Read which daemon holds the folder's lock. Returns: None if no daemon holds it, or if the lock file can't be read."""
     try:
         with open(path / _LOCK, "r+b") as file:
             if _try_lock(file.fileno(), _READ_TRIES):

@@ -1,7 +1,7 @@
 """A peer's metrics for `GET /metrics`, and the format of its log.
 
-Times are in seconds and sizes in bytes, as Prometheus recommends. Labels have few different values: the cluster's peers, the lanes
-of a link, the outcomes of a request.
+Times are in seconds and sizes in bytes, as Prometheus recommends. Each label has only a few values: the peers of the cluster,
+the lanes of a link, the outcomes of a request.
 """
 
 import json
@@ -59,7 +59,7 @@ class Telemetry:
         )
 
     def recovery(self, method: str, pause_s: float) -> None:
-        """Record that an answer continued after a change of plan."""
+        """Record the pause of an answer that continued after a change of plan. `method` says how it continued, such as `replay`."""
         self._recovery.labels(method).observe(pause_s)
 
     def ttft(self, seconds: float) -> None:
@@ -71,11 +71,11 @@ class Telemetry:
         self._tpot.observe(seconds)
 
     def hop(self, peer: str, seconds: float) -> None:
-        """Record the time of one activation from or to `peer`."""
+        """Record the time from sending to receiving one activation on the link with `peer`."""
         self._hop.labels(peer).observe(seconds)
 
     def stage_step(self, layers: str, phase: Literal["prefill", "decode"], seconds: float) -> None:
-        """Record one step of a stage with `layers`, such as `0-12`."""
+        """Record the compute time of one step of a stage. `layers` is the stage's range, such as `0-12`."""
         self._stage.labels(layers, phase).observe(seconds)
 
     def queue_wait(self, seconds: float) -> None:
@@ -154,9 +154,9 @@ _HANDLER = "meshd"
 
 
 def configure_logging(level: str = "info", log_format: LogFormat = "text", *, stream: TextIO | None = None) -> None:
-    """Log to `stream` (default: standard error), one line per event, with the fields of `extra`. A second call replaces the first.
+    """Log to `stream` (default: standard error), one line per event, with the fields of `extra`. The last call is valid.
 
-    `level` applies to meshd. Libraries log from `warning` up, or everything if `level` is `debug`.
+    Events below `level` are dropped. If `level` is `info`, events of libraries below `warning` are dropped too.
 
     Raises: ValueError for an unknown level.
     """

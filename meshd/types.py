@@ -75,7 +75,7 @@ class RopeScaling(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     """`linear` or `yarn` (https://arxiv.org/abs/2309.00071).
 
-    Separate factors for each frequency are a tensor of the model's file.
+    Models with one factor for each frequency have these in a tensor instead (`meshd.tensors.ROPE_FACTORS`).
     """
     factor: float
     original_context: int = 0
@@ -83,11 +83,11 @@ class RopeScaling(msgspec.Struct, frozen=True, kw_only=True):
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     whole_bounds: bool = True
-    """The bounds of YaRN's ramp are rounded to whole indices of frequencies."""
+    """Whether the two indices between which YaRN's ramp lies are rounded to whole numbers."""
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The structure of a decoder-only network, in the terms of its config. The default of each field is Llama's."""
+    """The structure of a decoder-only network. The default of each field is Llama's value."""
 
     architecture: str
     layers: int
@@ -107,9 +107,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     rope_dim: int = 0
     """Number of a head's dimensions that are rotated. 0: all."""
     rope_halves: bool = False
-    """Pairs consist of one dimension from each half (GPT-NeoX) instead of two neighbours."""
+    """RoPE rotates pairs of dimensions, one from each half of the head (GPT-NeoX), instead of pairs of adjacent dimensions."""
     rope_theta_windowed: float = 0.0
-    """`rope_theta` of layers with a window; their rotations are not scaled. 0: they have the rotations of the other layers."""
+    """`rope_theta` of layers with a window; their rotations are not scaled. 0: they are rotated like layers without a window."""
     rope_scaling: RopeScaling | None = None
     rope_magnitude: float = 1.0
     """Factor on the length of rotated vectors."""
@@ -175,9 +175,9 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """Size of each layer's weights in the file, in order."""
     embedding_bytes: int
     head_bytes: int
-    """Size of final norm and output head in the file. A tied head counts the embedding table, since the last stage needs it too."""
+    """Size of final norm and output head in the file. A tied head counts the embedding table: the last stage needs a copy of it."""
     layer_parameters: tuple[int, ...]
-    """Number of weights of each layer that compute one token: 2 FLOP per parameter and token. Experts not used do not count."""
+    """For each layer, the number of weights that one token uses (2 FLOP each). Experts that it is not sent to do not count."""
     head_parameters: int
     end_of_sequence: tuple[int, ...]
     """Token ids that end an answer."""
@@ -224,7 +224,7 @@ class Tensor(msgspec.Struct, frozen=True):
 
 
 class Rates(msgspec.Struct, frozen=True, kw_only=True):
-    """A device's rates, measured with the backend and the number of threads that it serves with."""
+    """A device's rates, measured with the backend and the number of threads that the daemon uses."""
 
     decode_bytes_s: float
     """Bytes of weights per second in a decode step of one token."""
@@ -276,11 +276,11 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
     kv_tokens_total: int = 0
     kv_tokens_free: int = 0
     layer_decode_s: float | None = None
-    """Measured time of one layer for one token with a short context."""
+    """Measured seconds for one decode step of one layer with a short context. None: not measured."""
     layer_prefill_s: float | None = None
-    """Measured time of one layer per token of a prefill chunk."""
+    """Measured seconds of one layer per token of a prefill chunk. None: not measured."""
     head_s: float | None = None
-    """Measured time of final norm, head and sampler for one token."""
+    """Measured seconds of final norm, head and sampler for one token. None: not measured."""
     standby: bool = False
     """A standby copy for when a peer is lost. New sessions use it only if no other peer holds the layers."""
     pinned: bool = False
@@ -298,10 +298,10 @@ class Advert(msgspec.Struct, frozen=True, kw_only=True):
     capability: Capability
     holdings: tuple[Holding, ...] = ()
     models: tuple[ModelCard, ...] = ()
-    """Cards of the models that are complete on this peer's disk."""
+    """Cards of the models whose files are complete on this peer's disk."""
     links: dict[PeerId, LinkStats] = {}
     neighbours: dict[PeerId, str] = {}
-    """`HOST:PORT` of its linked peers. So a peer that knows one peer finds all of them, even without multicast."""
+    """`HOST:PORT` of linked peers. From these, a peer that knows one address finds the whole cluster, even without multicast."""
     sessions: int = 0
     api: str = ""
     draining: bool = False
@@ -309,7 +309,7 @@ class Advert(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AttentionShard(msgspec.Struct, frozen=True, kw_only=True):
-    """KV of some layers, heads and tokens of a stage, on the stage's own peer or on another one."""
+    """A part of a stage's KV, by layers, heads and tokens, and the peer that holds this part: the stage's own peer or another."""
 
     peer: PeerId
     layers: LayerRange
@@ -320,7 +320,7 @@ class AttentionShard(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StagePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """Layers `[a, b)` on one peer, and the peers that compute their attention."""
+    """One stage: a range of layers, the peer that computes them, and the peers that compute their attention."""
 
     peer: PeerId
     layers: LayerRange
@@ -355,7 +355,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    """0: no limit."""
+    """Number of likeliest tokens to choose from. 0: all tokens."""
     min_p: float = 0.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -367,7 +367,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Natural logarithms of a token's probability and of the likeliest tokens', before temperature and filters."""
+    """Natural logarithms of probabilities before temperature and filters: of the chosen token, and of the likeliest tokens."""
 
     chosen: float
     top: tuple[tuple[int, float], ...] = ()

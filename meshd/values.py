@@ -27,12 +27,12 @@ class Address:
 
     @property
     def loopback(self) -> bool:
-        """Whether only this machine can reach it."""
+        """Whether only this machine can reach the address."""
         return self.host in {"localhost", "::1"} or self.host.startswith("127.")
 
 
 def parse_text(text: str) -> str:
-    """Strip text; blank text is an error."""
+    """Remove white space at both ends. Blank text is an error."""
     if not text.strip():
         raise ValueError("it is empty")
     return text.strip()
@@ -73,7 +73,7 @@ def parse_path(text: str) -> Path:
 
 
 def parse_url(text: str) -> str:
-    """Parse an http(s) URL; a slash at its end is removed."""
+    """Parse an http(s) URL, and remove a slash at its end."""
     if not text.startswith(("http://", "https://")):
         raise ValueError(f"{text!r} is not an http(s) URL")
     return text.rstrip("/")

@@ -1,17 +1,17 @@
-"""Compare meshd's logits with those of `transformers` in float32, for the same weights and a real text, and those of llama.cpp.
+"""Compare the logits of meshd, and of llama.cpp if wanted, with those of `transformers` in float32, for one model and a real text.
 
     python tests/benchmarks/bench_fidelity.py [--model smollm2:135m | FILE.gguf] [--kinds file Q4_0 ... | all] [--exact]
         [--positions 2000] [--context 1000] [--llama-python PYTHON]
 
-The kind `file` measures the file unchanged. For any other kind, the dequantised weights are quantised again, all matrices to that
-kind, and the result is compared with `transformers` on the requantised weights. A matrix whose rows are not a whole number of
-blocks becomes Q8_0 instead.
+The kind `file` measures the model's file as it is. For any other kind, the benchmark dequantises all matrices, quantises them again
+to that kind, and measures the new file, with `transformers` on the same requantised weights. A matrix whose rows are not a whole
+number of blocks becomes Q8_0 instead.
 
-`--llama-python` names an interpreter that has `llama_cpp`. Its logits are then measured too, and its quantisers make Q4_K, Q5_K,
-Q6_K and IQ4_NL (see tests/lib/reference/llama_peer.py).
+`--llama-python` names a Python interpreter that can import `llama_cpp`. Then llama.cpp's logits are measured too, and llama.cpp
+quantises to Q4_K, Q5_K, Q6_K and IQ4_NL (see tests/lib/reference/llama_peer.py).
 
 The text is tests/lib/reference/real_text.txt, read in separate windows of `--context` tokens. Every position is measured, with all
-earlier positions of its window as context. The perplexity is that of the text's next tokens.
+earlier positions of its window as context. The perplexity comes from the probability of the text's next token at each position.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from reference.requantise import requantise
 KINDS = ("file", *(kind for kind in quant.KINDS if kind != "F32"))
 FAST = "onnxruntime"
 TOP_MARGIN, DIVERGENCE_MARGIN = 0.003, 1.1
-"""Allowed differences from llama.cpp: share of positions with the right top token, and factor of the mean divergence."""
+"""How much worse than llama.cpp meshd may be: in the share of right top tokens, and as a factor of divergence and perplexity."""
 
 
 def main() -> None:
@@ -82,7 +82,7 @@ def find(model: str) -> Path:
 
 
 def measure(path: Path, kind: str, texts: list[list[int]], backends: list[str], llama: LlamaCpp | None) -> None:
-    """Measure all backends on one file, and print one line for each."""
+    """Measure the original, all backends and llama.cpp on one file. Print one line for each of them."""
     started = time.perf_counter()
     with GgufFile.open(path) as file:
         original = Original(file)
@@ -121,7 +121,7 @@ def load(name: str, spec: ModelSpec, file: GgufFile) -> LoadedLayers:
 
 
 def twice(rows: Iterator[F32]) -> tuple[Iterator[F32], Iterator[F32]]:
-    """Split an iterator in two. The second may not be read further than the first."""
+    """Return two iterators over the same items. The second one yields only items that were already read from the first one."""
     unread: list[F32] = []
 
     def first() -> Iterator[F32]:

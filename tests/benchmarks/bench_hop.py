@@ -77,7 +77,7 @@ async def _measure(folder: Path, key: ClusterKey, port: int, count: int, payload
     def echoed(peer: PeerId, message: Activation, data: memoryview) -> None:
         hops.append((now() - sent) / 2)
         if len(hops) < count + _WARM_UP:
-            # Not from this handler, but in a later iteration of the event loop, as a stage sends after computing.
+            # Send in a later iteration of the event loop, not from this handler: a stage too sends only after computing.
             asyncio.get_running_loop().call_soon(send_next, peer)
         else:
             done.set()
@@ -110,7 +110,7 @@ _KEY = ClusterKey(bytes(32))
 
 
 def main() -> None:
-    """Run the server process (`--serve`) or the whole measurement."""
+    """Run the server process (with `--serve`) or the measurement, which starts the server."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bytes", type=int, default=8192)
     parser.add_argument("--count", type=int, default=5000)

@@ -1,4 +1,4 @@
-"""Measure the cost of the journal and of the KV mirror: tokens/s with and without each of them, in alternating rounds.
+"""Measure the cost of the journal and of the KV mirror: tokens/s without and with each of them.
 
     python tests/benchmarks/bench_journal.py [--rounds 8] [--tokens 256]
 
@@ -7,7 +7,7 @@ All daemons run on this machine, with one thread each.
 Journal: one peer computes the whole model. Without the journal it is alone in its cluster, so that there is no deputy. With the
 journal there is a second peer, which is the deputy. The figure includes the other costs of a second peer (heartbeats, adverts).
 
-Mirror: two peers compute an answer, with or without a third peer that has a copy of its KV. Both have a journal.
+Mirror: two peers compute an answer, without or with a third peer that has a copy of its KV. The journal is on in both cases.
 
 The daemons share the cores of one machine, unlike on real devices.
 """
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def compare(name: str, rounds: int, without: Callable[[], float], with_it: Callable[[], float]) -> None:
-    """Measure in pairs, after a warm-up, and print the cost. Which of the two goes first alternates."""
+    """Measure `rounds` pairs of speeds after a warm-up, and print the cost. The order within a pair alternates."""
     without(), with_it()
     pairs = []
     for number in range(rounds):

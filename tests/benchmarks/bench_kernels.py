@@ -1,4 +1,4 @@
-"""Measure how fast this device computes a model, by backend, threads and context, and the memory of its weights.
+"""Measure how fast this device computes a model with each backend, thread count and context, and how much memory the weights take.
 
     python tests/benchmarks/bench_kernels.py [--model FILE.gguf] [--backend onnxruntime torch] [--threads 1 2] [--context 128 2048]
 

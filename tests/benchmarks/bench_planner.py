@@ -1,4 +1,4 @@
-"""Measure the time to solve planning problems, and how much worse the heuristic's plans are than the exact ones.
+"""Measure how long the planner takes, and how much worse the plans of its heuristic are than the best plans.
 
     python tests/benchmarks/bench_planner.py [--layers 30] [--clusters 5]
 
@@ -80,7 +80,7 @@ def timed(problem: PlanInput, objective: Objective) -> float:
 
 
 def gap(problem: PlanInput, objective: Objective) -> float:
-    """Return how much worse the heuristic's plan is, as a share of the exact one's value."""
+    """Return how much worse the heuristic's plan is than the best plan, as a share of the best plan's value."""
     tables = CostTables(problem, eligible(problem))
     exact, found = (cheapest(tables, objective, SearchLimits(), search) for search in (exact_search, HeuristicSearch()))
     if exact is None or found is None:

@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_recovery.py [--rounds 10] [--context 1000] [--threads 1]
 
 An answer runs over all three peers, each with a third of the layers. The first peer is the coordinator, to which the client
-connects. The second and the third peer take turns to fail: the peer is killed (SIGKILL) or frozen (SIGSTOP), with or without a
-mirror of its KV. Another peer, which has a standby copy of its layers (`--copies 2`), continues.
+connects. The second and the third peer take turns to fail: one of them is killed (SIGKILL) or frozen (SIGSTOP), with or without a
+mirror of its KV. A peer that has a standby copy of the failed peer's layers (`--copies 2`) takes them over.
 
 The pause is the client's longest wait for a token after the fault. For comparison, the benchmark also measures the time to first
 token of a fresh prefill with the same context, over the same three peers. Every answer must equal one without faults.
@@ -99,7 +99,7 @@ class Bench:
         return Streaming(self._mesh.site, self._entry, spec, {"stages": self._stages, "mirror": mirror})
 
     def _ready(self) -> str:
-        """Wait until all peers are back and another peer has a copy of the next victim's layers. Returns: the victim."""
+        """Wait until all peers are back and another peer has a copy of the next victim's layers. Returns: the victim's name."""
         self._others.reverse()
         victim = self._others[0]
         entry = self._mesh[self._entry]

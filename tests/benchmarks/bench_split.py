@@ -1,10 +1,10 @@
-"""Measure the cost of a split: one peer against two peers, all with one thread. Real daemons with TLS.
+"""Measure the cost of a split: tokens/s on one peer and on two peers. Each peer is a real daemon with one thread.
 
     python tests/benchmarks/bench_split.py [--tokens 128] [--rounds 4]
 
-Rounds alternate between the two, so that a slower or faster machine affects both. For each, it prints the tokens/s (median of the
-rounds), the tokens/s that the planner predicted, and those that result from the parts measured in the same run: the mean decode
-step of each stage, one hop between consecutive stages, and one hop for the token back to the first stage.
+Each round measures one peer, then two, so that changes of the machine's speed affect both. For one peer and for two, the benchmark
+prints medians over the rounds: the measured tokens/s, the tokens/s that the planner predicted, and the tokens/s computed from parts
+measured in the same round, which are the mean decode step of each stage, the hops between stages, and the hop back to the first.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def measure(cluster: Cluster, tokens: int, rounds: int) -> None:
 
 
 def ask(cluster: Cluster, stages: str, tokens: int) -> tuple[float, float]:
-    """Send one request. Returns: (TPOT as the coordinator measured it, TPOT as predicted), in seconds."""
+    """Send one request. Returns: the TPOT that the coordinator measured and the predicted TPOT, in seconds."""
     body = {"model": MODEL, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     body |= {"mesh": {"stages": stages}}
     before = tpot_total(cluster)
@@ -84,7 +84,7 @@ def tpot_total(cluster: Cluster) -> tuple[float, int]:
 
 
 def stage_totals(cluster: Cluster) -> dict[str, tuple[float, float]]:
-    """Collect (seconds, steps) of decoding so far for each stage, by peer and layers."""
+    """Read each stage's decode time so far, as (seconds, steps). The keys contain the peer's name and the layers."""
     totals = {}
     for daemon in cluster.daemons.values():
         values = metrics(daemon.api)

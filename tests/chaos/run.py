@@ -48,7 +48,7 @@ class Run:
         self._options = options
         self._started = time.monotonic()
         self._undisturbed: dict[str, Answer] = {}
-        """Answers of the mesh before the first fault, by the name of their request."""
+        """Answers from before the first fault, by the name of their request."""
         self._problems: list[str] = []
         self._injector: FaultInjector
         self._print_lock = threading.Lock()
@@ -58,7 +58,7 @@ class Run:
             print(f"[{time.monotonic() - self._started:7.1f} s] {text}", flush=True)
 
     def go(self) -> list[str]:
-        """Do the whole run. Returns: a line for each problem."""
+        """Run everything from the undisturbed answers to the check for leaks. Returns: a line for each problem."""
         options = self._options
         short = options.short
         specs = self._answer_undisturbed(make_specs(options.seed, 6 if short else 18, (40, 80) if short else (64, 200)))
@@ -97,9 +97,9 @@ class Run:
             injector.inject(fault)
 
     def _answer_undisturbed(self, specs: list[Spec], *, stop: bool = True) -> list[Spec]:
-        """Answer each request by one peer and again by three peers: the answers must agree.
+        """Send each request to the mesh twice, for one peer and for three peers to compute; the answers must agree.
 
-        With `stop`, answer half of them once more with a stop string. Returns: all requests that have been answered.
+        With `stop`, send half of the requests once more with a stop string. Returns: all requests that were answered.
         """
         names = list(self._mesh.hosts)
         with ThreadPoolExecutor(2) as pool:
@@ -157,7 +157,7 @@ class Run:
         print("errors of clients: " + (", ".join(f"{what} ({count})" for what, count in sorted(clients.errors.items())) or "none"))
 
     def _write_story(self, pause: float, injected: InjectedFault, request: ClientRequest) -> None:
-        """Write the times of an answer's events, in seconds since the fault, and its session's story to a file beside the logs."""
+        """Write a file beside the logs: the times of an answer's events, in seconds since the fault, and the session's story."""
         lines = [f"{pause:.2f} s after fault {injected.fault.number}, {injected.fault.label}: {request.answer.spec.name}"]
         lines += [f"event {at - injected.at:8.3f} s" for at in request.answer.times]
         with (self._folder / f"story-{request.answer.session}.txt").open("w") as file:

@@ -12,7 +12,7 @@ from real_daemons.cluster import MODEL, Cluster, make_cluster
 
 @pytest.fixture(scope="session")
 def shared_cache() -> Path:
-    """The user's own cache of meshd, so that the model is pulled once (`make test` does it) and the device is measured once."""
+    """The user's own cache folder, so that runs share the pulled model and the measurement of the device."""
     from meshd.config import Settings
 
     cache: Path = Settings()["cache"].value

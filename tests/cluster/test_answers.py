@@ -57,7 +57,7 @@ class Stream:
 
 
 def kv_tokens_held(daemon: Daemon) -> int:
-    """Return the KV tokens that are reserved on all peers, from their adverts."""
+    """Return the sum of KV tokens that are reserved on all peers, from their adverts."""
     holdings = [holding for row in daemon.rows("peers") for holding in row["holdings"]]
     return sum(holding["kv_tokens_total"] - holding["kv_tokens_free"] for holding in holdings)
 
@@ -148,7 +148,7 @@ def test_the_kv_of_a_client_that_disconnects_is_freed(pair: Cluster) -> None:
 
 
 def test_a_full_queue_is_a_429_with_retry_after(pair: Cluster) -> None:
-    """Two answers run and one request may wait, so two of three more requests are refused at once."""
+    """Two answers may run and one request may wait. With two running, two of three new requests are refused at once."""
     body = chat("Tell me a very long story.", max_tokens=1500, ignore_eos=True)
     replies: list[tuple[int, Any, dict[str, str]]] = []
 

@@ -1,4 +1,4 @@
-"""Daemons find one another and lose one another."""
+"""Daemons find one another, and notice when one of them stops."""
 
 import shutil
 import subprocess

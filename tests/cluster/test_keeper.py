@@ -10,7 +10,7 @@ SPLIT = "a:0-17,b:17-30"
 
 
 def holdings(daemon: Daemon, peer: str) -> set[tuple[str, str, bool]]:
-    """Return (layers, state, whether they are a standby copy) of a peer's holdings, as `daemon` sees them."""
+    """Return (layers, state, standby) of each holding of a peer, as `daemon` sees them."""
     rows = [row for row in daemon.rows("peers") if row["name"] == peer]
     return {(holding["layers"], holding["state"], holding["standby"]) for row in rows for holding in row["holdings"]}
 
@@ -20,7 +20,7 @@ def all_holdings(daemon: Daemon, *peers: str) -> set[tuple[str, str, str, bool]]
 
 
 def ask(daemon: Daemon, **fields: Any) -> tuple[str, str]:
-    """Return an answer's text and its plan."""
+    """Send a request. Returns: the answer's text and its plan."""
     body = {"model": MODEL, "prompt": "The capital of France is", "max_tokens": 6, "temperature": 0} | fields
     status, document, headers = daemon.post_raw("/v1/completions", body)
     assert status == 200, document

@@ -1,4 +1,4 @@
-"""The memory that a daemon takes for a model: while it loads, while it answers, and after it."""
+"""The memory that a daemon takes for a model: while it loads, while it answers, and after the answer."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ SLACK_BYTES = 400e6
 
 
 class MemoryWatch:
-    """Keeps the largest resident memory that a process had while it was watched."""
+    """Records the largest resident memory of a process, in a thread that runs `run` until `stopped` is set."""
 
     def __init__(self, process: psutil.Process) -> None:
         self._process = process
@@ -57,9 +57,9 @@ def card_of(shared_cache: Path, model: str) -> ModelCard:
 
 @pytest.mark.parametrize("model", [pytest.param("smollm2:135m", marks=pytest.mark.slow), "gemma3:270m"])
 def test_a_stage_takes_at_most_a_quarter_more_than_its_weights_and_kv(cluster: Cluster, shared_cache: Path, model: str) -> None:
-    """400 MB more are allowed for Python, torch and onnxruntime. A tied embedding counts twice, as in plans.
+    """The limit includes 400 MB for Python, torch and onnxruntime. A tied embedding counts twice, as in plans.
 
-    The request goes to the other peer, so that the stage's memory does not include the tokenizer.
+    Peer `a` gets the request and peer `b` computes the stage, so that the memory of `b` does not include the tokenizer.
     """
     card = card_of(shared_cache, model)
     weights = sum(card.layer_bytes) + card.embedding_bytes + card.head_bytes

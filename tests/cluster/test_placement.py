@@ -1,4 +1,4 @@
-"""Models that are placed on devices with enough or too little memory, and removed."""
+"""Models are placed on devices with enough or too little memory, and removed from them."""
 
 from real_daemons.cluster import MODEL, Cluster, wait_for
 

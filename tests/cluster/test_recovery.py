@@ -46,7 +46,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
 
 @pytest.fixture(autouse=True)
 def healed(mesh: Mesh) -> Iterator[None]:
-    """Restart daemons and place the layers again after each test."""
+    """After each test, restart ended daemons, continue frozen ones, and place the layers again."""
     yield
     for host in mesh:
         host.signal(signal.SIGCONT)
@@ -60,7 +60,7 @@ def healed(mesh: Mesh) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def undisturbed(mesh: Mesh) -> Answer:
-    """The same answer without a fault."""
+    """The answer to `spec()` without a fault, for comparison."""
     return read(mesh, Answer(spec()))
 
 
@@ -70,7 +70,7 @@ def read(mesh: Mesh, answer: Answer, at: str = COORDINATOR, **options: object) -
 
 
 def disturbed(mesh: Mesh, strike: Callable[[Answer], None], after: int = 30, at: str = COORDINATOR, **options: object) -> Answer:
-    """Return an answer that `strike` disturbed after some tokens. It must continue without help from the client."""
+    """Start an answer and call `strike` after `after` tokens. Returns: the answer, which the client has not resumed."""
     answer = Answer(spec())
     reader = threading.Thread(target=read, args=(mesh, answer, at), kwargs=options)
     reader.start()
@@ -157,7 +157,7 @@ class _Disconnected(Exception):
 
 
 class _DisconnectingAnswer(Answer):
-    """Passes events on to another answer, and disconnects after so many of them."""
+    """Passes events on to `answer`, and disconnects the client when `answer` has `after` tokens."""
 
     def __init__(self, answer: Answer, after: int) -> None:
         super().__init__(answer.spec)
@@ -197,7 +197,7 @@ def test_the_stages_of_a_drained_peer_move_away(mesh: Mesh, undisturbed: Answer)
 
 
 def test_a_client_gets_an_error_soon_if_no_peer_can_continue_and_resumes_later(mesh: Mesh, undisturbed: Answer) -> None:
-    """The only peer that the request allows is killed."""
+    """The only peer on which the request may run is killed."""
     only = {"peers": [SECOND], "stages": f"{SECOND}:0-30"}
     answer = Answer(spec())
     reader = threading.Thread(target=_until_torn, args=(mesh, answer), kwargs=only)

@@ -15,7 +15,7 @@ from meshd.state import read_holder
 
 @contextmanager
 def up(state: Path, cache: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
-    """A daemon that is killed at the end of the block; its standard streams are pipes."""
+    """Run a daemon inside the block and kill it at the end. Its standard streams are pipes."""
     command = [sys.executable, "-P", "-m", "meshd", "up", "--state", str(state), "--cache", str(cache), "--threads", "1"]
     command += ["--api", "127.0.0.1:0", "--link", "127.0.0.1:0", "--discovery", "static", *flags]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -27,7 +27,7 @@ def up(state: Path, cache: Path, *flags: str) -> Iterator[subprocess.Popen[str]]
 
 
 def startup_output(process: subprocess.Popen[str]) -> str:
-    """Return what the daemon prints up to the line for the next device; then it is up."""
+    """Return what the daemon prints up to the line with the command for the next device, the last line of its start."""
     assert process.stdout is not None
     lines = []
     for line in process.stdout:

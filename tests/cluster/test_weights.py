@@ -15,7 +15,7 @@ from real_daemons.cluster import MODEL, Cluster, Daemon
 pytestmark = pytest.mark.timeout(300)  # up to five daemons are started one after the other, each with an empty disk
 
 NOWHERE = "http://127.0.0.1:9/simple"
-"""No package index listens there."""
+"""The address of a package index that does not exist."""
 PROMPT = "Once upon a time, in a small village by the sea,"
 HEADER_BYTES, EMBEDDING_BYTES, LAYER_BYTES = 1_785_664, 30_081_024, 2_216_448
 
@@ -32,7 +32,7 @@ def models_of(cluster: Cluster, name: str) -> Path:
 
 
 def start_with_file(cluster: Cluster, shared_cache: Path, name: str) -> None:
-    """Start a daemon with its own copy of the model store, so that it computes the checksums again."""
+    """Start a daemon with a model store of links to the cached files, so that it computes their checksums again."""
     models = models_of(cluster, name)
     models.mkdir()
     for path in (shared_cache / "models").glob("*.gguf"):
@@ -43,13 +43,13 @@ def start_with_file(cluster: Cluster, shared_cache: Path, name: str) -> None:
 
 
 def disk_bytes(cluster: Cluster, name: str) -> int:
-    """Return the disk space that a peer's partial files really take; they are sparse."""
+    """Return the disk space that a peer's partial files take. The files are sparse, so this is less than their size."""
     files = list(models_of(cluster, name).glob("parts/*/file.gguf"))
     return sum(path.stat().st_blocks * 512 for path in files)
 
 
 def tensors_on_disk(cluster: Cluster, name: str) -> int:
-    """Return the number of tensors that a peer would not fetch again after a crash."""
+    """Return the number of tensors that a peer has recorded as complete on its disk, and so would not fetch again."""
     return sum(len(path.read_bytes().splitlines()) for path in models_of(cluster, name).glob("parts/*/have"))
 
 
@@ -69,7 +69,7 @@ def answer(daemon: Daemon, stages: str) -> str:
 
 
 def place_in_background(cluster: Cluster, at: str, stages: str) -> tuple[threading.Thread, list[str]]:
-    """Place the model in a thread. Returns: the thread, and a list that contains the daemon's output when the thread ends."""
+    """Place the model in a thread. Returns: the thread, and a list to which the thread appends the daemon's response at its end."""
     output: list[str] = []
     body = json.dumps({"model": MODEL, "stages": stages, "context": 512}).encode()
     request = urllib.request.Request(cluster[at].api + "/mesh/v1/place", body, {"content-type": "application/json"})
@@ -169,7 +169,7 @@ def test_without_any_source_there_is_soon_one_clear_error(cluster: Cluster, shar
 
 
 def wait_until(condition: Callable[[], object], within_s: float = 60.0) -> None:
-    """Poll every 2 ms, because tests must act before a fetch has ended."""
+    """Poll a condition every 2 ms: often enough for a test to act before a fetch has ended."""
     until = time.monotonic() + within_s
     while not condition():
         if time.monotonic() > until:

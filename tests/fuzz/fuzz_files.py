@@ -1,10 +1,10 @@
-"""Opens mutated model files. The first failure ends the run, and prints the seed and the number of the case to repeat.
+"""Opens mutated model files. The first failure ends the run and prints the options that repeat the case.
 
     python tests/fuzz/fuzz_files.py [--seconds 60 | --count N] [--seed N] [--first CASE]
 
-Required: a GGUF file, a split one and a Hugging Face folder give a model or one MeshdError, within seconds and with bounded
-memory. No file or mapping stays open, no unfinished file stays on the disk, and a weight that is not a finite number is always
-reported.
+Required: opening a GGUF file, a split GGUF file or a Hugging Face folder gives a model or a MeshdError, within seconds and with
+bounded memory. No file or mapping stays open, no unfinished file stays on the disk, and a weight that is not a finite number is
+always reported.
 """
 
 import argparse
@@ -58,11 +58,11 @@ from tiny.bad_files import (
 
 CASE_S = 10
 DATA_BYTES = 192 << 20
-"""Data memory that the process may allocate beyond that at its start. More raises MemoryError."""
+"""Data memory that the process may allocate in addition to what it has when the cases begin. More raises MemoryError."""
 TRACED_BYTES = 2 << 20
-"""Memory that a case may allocate beside a multiple of its file: interpreter, text buffers, the tokenizer's tables."""
+"""Memory that a case may allocate in addition to `TRACED_FACTOR` times its files, for text buffers and the tokenizer's tables."""
 TRACED_FACTOR = 24
-"""That multiple of the size of the case's files."""
+"""Memory that a case may allocate, as a multiple of the size of its files."""
 TRACE_EVERY = 40
 LEAK_CHECK_EVERY = 500
 
@@ -72,7 +72,7 @@ class Hang(BaseException):
 
 
 def use_gguf(path: Path) -> None:
-    """Do all that meshd does with a file's header and weights. If one part fails, the next one still runs."""
+    """Load a file's weights, tokenizer, chat template and card, as meshd does. A MeshdError in one does not skip the next."""
     with GgufFile.open(path) as file:
         for name in file.tensors:
             with suppress(MeshdError):
@@ -122,7 +122,7 @@ class Fuzzer:
         self._import(self._folder)
 
     def run(self, dice: random.Random, *, traced: bool) -> None:
-        """Run one case. Raises: AssertionError, and any error of the tested code that is not a MeshdError."""
+        """Run one case. With `traced`, check its memory too. Raises: any error but MeshdError, which the tested code may raise."""
         kind = dice.choices(list(self._kinds), [weight for weight, _ in self._kinds.values()])[0]
         use = self._kinds[kind][1](dice)
         size = sum(path.stat().st_size for path in self._root.rglob("*") if path.is_file()) if traced else 0
@@ -132,7 +132,7 @@ class Fuzzer:
             use()
             self.outcomes[f"{kind} used"] += 1
         except MeshdError as error:
-            if len(str(error).encode()) > 4000:  # encoding it also checks that it can be printed
+            if len(str(error).encode()) > 4000:  # a message that cannot be printed fails to encode
                 raise AssertionError("an error message of more than 4000 bytes") from error
             self.outcomes[f"{kind} refused"] += 1
         finally:
@@ -239,7 +239,7 @@ class Fuzzer:
         return use
 
     def check_leaks(self) -> None:
-        """Check that no file is open or mapped between two cases."""
+        """Check that no case has left one of its files open or mapped."""
         gc.collect()
         if Path("/proc/self/maps").exists():
             mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(self._root) in line]
@@ -250,7 +250,7 @@ class Fuzzer:
 
 
 def limit_memory() -> None:
-    """Limit the data memory of the process, including its libraries, to the current size and DATA_BYTES."""
+    """Limit the data memory of this process to its current size plus `DATA_BYTES`."""
     status = Path("/proc/self/status")
     if status.exists():
         held = int(next(line for line in status.read_text().splitlines() if line.startswith("VmData")).split()[1]) << 10
@@ -262,7 +262,7 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Run numbered cases. `--seed`, `--first` and `--count 1` repeat one of them."""
+    """Run numbered cases. With `--seed`, `--first` and `--count 1`, repeat one case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--count", type=int, help="number of cases; replaces --seconds")

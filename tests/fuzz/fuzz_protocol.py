@@ -1,9 +1,9 @@
-"""Sends mutated frames to the reader and to a running peer. The first failure ends the run; the printed seed repeats it.
+"""Sends mutated frames to the reader and to a running peer. The first failure ends the run.
 
     python tests/fuzz/fuzz_protocol.py [--seconds 60] [--seed N]
 
-Required: a stream gives messages or one ProtocolViolation, the same however it is chunked; the reader allocates no more than one
-frame; and a peer under attack keeps its other links.
+Required: a stream of bytes gives messages and at most one ProtocolViolation, and how it is cut into chunks makes no difference; the
+reader allocates at most one frame; a peer under attack keeps its other links. The printed seed repeats the reader's streams.
 """
 
 import argparse
@@ -35,7 +35,7 @@ _EDGES = (0, 1, 7, 8, 0x7F, 0x80, 0xC0, 0xC1, 0xD9, 0xDB, 0xDC, 0xDD, 0xDE, 0xDF
 
 
 def mutate(dice: random.Random, frames: list[bytes]) -> bytes:
-    """Join some golden frames to a stream and damage it at random places."""
+    """Join up to six of the golden frames to a stream, and damage the stream at up to eight random places."""
     stream = bytearray(b"".join(dice.choices(frames, k=dice.randint(1, 6))))
     for _ in range(dice.choice((0, 1, 1, 2, 8))):
         at = dice.randrange(len(stream))
@@ -56,7 +56,7 @@ def mutate(dice: random.Random, frames: list[bytes]) -> bytes:
 
 
 def read(stream: bytes, sizes: Iterator[int]) -> tuple[list[tuple[Message, bytes]], str]:
-    """Read a stream in chunks. Returns: its messages, and the text of the violation that ended it or ""."""
+    """Read a stream in chunks. Returns: its messages, and the text of the violation that ended it. Empty: no violation."""
     reader = FrameReader(LIMITS)
     bound = reader.held_bytes() + LIMITS.max_header + LIMITS.max_payload + 8
     messages: list[tuple[Message, bytes]] = []
@@ -76,11 +76,11 @@ def read(stream: bytes, sizes: Iterator[int]) -> tuple[list[tuple[Message, bytes
 
 
 def fuzz_reader(dice: random.Random, frames: list[bytes]) -> None:
-    """Read one stream whole and in chunks, and compare."""
+    """Read one mutated stream in large and in small chunks, and check that both give the same messages."""
     stream = mutate(dice, frames)
     whole = read(stream, iter(lambda: 1 << 30, None))
     chunked = read(stream, iter(lambda: dice.randint(1, 200), None))
-    # Compared as text, because NaN differs from itself.
+    # Compare as text, because NaN is not equal to NaN.
     assert repr(whole) == repr(chunked), "chunking changes what is read"
     for message, _ in whole[0]:
         if not isinstance(message, UnknownMessage):
@@ -147,7 +147,7 @@ async def fuzz_peer(dice: random.Random, frames: list[bytes], seconds: float) ->
 
 
 def main() -> None:
-    """Fuzz the reader for half of the time, and a running peer for the other half."""
+    """Fuzz the reader for half of `--seconds`, then a running peer for as long."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))

@@ -13,7 +13,7 @@ MakeLab = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def netlab() -> Any:
-    """The module `netlab`; skips the test with the reason if it cannot be used."""
+    """The module `netlab`. If it cannot be used, the test is skipped with the reason."""
     found = find_netlab()
     if isinstance(found, str):
         pytest.skip(found)
@@ -22,6 +22,6 @@ def netlab() -> Any:
 
 @pytest.fixture
 def make_lab(netlab: Any) -> Iterator[MakeLab]:
-    """Makes labs that last as long as the test: `lab = make_lab(hosts=3)`."""
+    """Makes labs, which are closed at the end of the test: `lab = make_lab(hosts=3)`."""
     with ExitStack() as labs:
         yield lambda **options: labs.enter_context(netlab.Lab(**options))

@@ -1,8 +1,9 @@
-"""Run the mDNS discovery of one peer, and nothing else, on a host of a lab. Print each sighting as a line of JSON.
+"""Run only the mDNS discovery of one peer, on a host of a lab. Print each sighting as a line of JSON.
 
     python tests/netlab/mdns_peer.py PEER CLUSTER [LIFE_S ...]
 
-SIGTERM ends it. For each LIFE_S, a process runs for so many seconds, is killed, and the next one starts at once.
+SIGTERM ends the script. For each LIFE_S, a process runs the discovery for this many seconds and is killed; then the next process
+starts at once. The last one runs until SIGTERM.
 """
 
 import asyncio
@@ -38,7 +39,7 @@ async def main(peer: str, cluster: str) -> None:
 
 
 def fork_and_kill(life_s: float) -> None:
-    """Fork. Return in the child at once, and in this process when it has killed the child after `life_s`."""
+    """Fork a child and kill it after `life_s`. Returns in the child at once, and in the parent after the kill."""
     child = os.fork()
     if child:
         time.sleep(life_s)

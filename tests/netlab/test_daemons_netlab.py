@@ -1,4 +1,4 @@
-"""Daemons on three hosts find one another, ignore other clusters, and notice who leaves. `pytest -s` prints the times."""
+"""Daemons on three hosts find one another, ignore other clusters, and notice peers that leave. `pytest -s` prints the times."""
 
 import json
 import math
@@ -24,7 +24,7 @@ CUT_S = 3.0
 
 
 class Host:
-    """`meshd up` on one host; its log is its only output."""
+    """A process of `meshd up` on one host, and its log."""
 
     def __init__(self, lab: Any, host: str, root: Path, *flags: str) -> None:
         self.name, self.state = host, root / host
@@ -41,7 +41,7 @@ class Host:
                 yield datetime.fromisoformat(entry["time"]).timestamp(), entry["event"]
 
     def when(self, text: str, since: float = 0.0) -> float | None:
-        """Return when it first logged an event with this text; None: not yet."""
+        """Return when the daemon first logged an event that contains `text`, not before `since`. None: not yet."""
         return next((at for at, event in self.events() if at >= since and text in event), None)
 
     def key(self) -> str:
@@ -60,12 +60,12 @@ def wait_for(condition: Callable[[], float | None], what: str, host: Host, withi
 
 
 def now() -> float:
-    """Return the time rounded down to the millisecond, as logged times are, so that an event logged just after is not before it."""
+    """Return the time, rounded down to milliseconds like the times in the log, so that later events have no earlier time."""
     return math.floor(time.time() * 1000) / 1000
 
 
 def when_all(hosts: list[Host], of: list[Host], text: str, since: float = 0.0) -> float:
-    """Wait until each of `hosts` has logged `peer NAME (id) is TEXT` of each of `of`. Returns: when the last one did."""
+    """Wait until each of `hosts` has logged `peer NAME (id) is TEXT` for each peer in `of`. Returns: the time of the last log."""
 
     def seen(host: Host, other: Host) -> float | None:
         logged = ((at, event) for at, event in host.events() if at >= since)
@@ -77,7 +77,7 @@ def when_all(hosts: list[Host], of: list[Host], text: str, since: float = 0.0) -
 
 @pytest.fixture
 def three(make_lab: Any, tmp_path: Path) -> tuple[Any, list[Host], float]:
-    """A lab of four hosts, the daemons of one cluster on three of them, and the time when the last one was up."""
+    """A lab of four hosts, daemons of one cluster on three of the hosts, and the time when the last daemon was up."""
     lab = make_lab(hosts=4)
     first = Host(lab, "h1", tmp_path)
     wait_for(lambda: first.when("up: links on"), "start", first)

@@ -18,12 +18,12 @@ pytestmark = pytest.mark.netlab
 
 SCRIPT = Path(__file__).with_name("mdns_peer.py")
 FIND_S = 3.0
-"""Longest time from the last start until every peer has found every other."""
+"""Longest allowed time from the last start until every peer has found every other one."""
 GOODBYE_S = 1.0
 
 
 class Peer:
-    """A peer on a lab's host, and the lines that it has printed so far."""
+    """A process of `mdns_peer.py` on a host of a lab, and the lines that it has printed so far."""
 
     def __init__(self, lab: Any, host: str, letter: str, cluster: str = "c1", life_s: float | None = None) -> None:
         self.id = letter * 52
@@ -45,7 +45,7 @@ class Peer:
                 self.lines.append(json.loads(line))
 
     def first(self, kind: str | type[Sighting], other: "Peer | None" = None, since: float = 0.0) -> dict[str, Any] | None:
-        """Return the first line of this kind (about the other peer, if given) that was printed after `since`."""
+        """Return the first line of this kind, about `other` if given, that was printed at or after `since`. None: not yet."""
         peer = other.id if other is not None else None
         kind = kind if isinstance(kind, str) else kind.__name__
         lines = (line for line in self.lines if line["kind"] == kind and line.get("peer") == peer)
@@ -66,7 +66,7 @@ def wait_for(condition: Callable[[], bool], what: str, within_s: float = 8.0) ->
 
 
 def sighted_s(who: Sequence[Peer], kind: type[Sighting], of: Sequence[Peer], since: float) -> float:
-    """Wait until each of `who` has printed this sighting of each of `of`. Returns: seconds from `since` to the last one."""
+    """Wait until each peer in `who` has printed a sighting of each in `of`. Returns: seconds from `since` to the last sighting."""
     pairs = [(one, other) for one in who for other in of if one is not other]
     wait_for(lambda: all(one.first(kind, other, since) for one, other in pairs), f"{kind.__name__} printed by all")
     return max(float(line["at"]) - since for one, other in pairs if (line := one.first(kind, other, since)) is not None)
@@ -78,7 +78,7 @@ def last_start(peers: Sequence[Peer]) -> float:
 
 
 def find_s(peers: Sequence[Peer]) -> float:
-    """Wait until all peers have found one another. Returns: seconds from the last start; negative if all were found before it."""
+    """Wait until all peers have found one another. Returns: seconds from the last start to the last sighting."""
     start = last_start(peers)
     sighted_s(peers, PeerFound, peers, 0.0)
     found = [
@@ -145,7 +145,7 @@ def test_a_peer_is_found_again_after_a_power_loss(make_lab: Any) -> None:
 
 @pytest.mark.parametrize("life_s", [0.05, 0.2])
 def test_a_peer_that_restarts_at_once_is_found_again(make_lab: Any, life_s: float) -> None:
-    """The new process sends exactly the announcements that the killed one sent a moment ago."""
+    """The new process sends the same announcements as the killed process shortly before."""
     lab = make_lab(hosts=2)
     peers = [Peer(lab, "h1", "a")]
     last_start(peers)

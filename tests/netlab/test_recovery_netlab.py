@@ -1,4 +1,4 @@
-"""An answer over two of four hosts continues with the same tokens when one host falls silent. `pytest -s` prints the pauses."""
+"""An answer of two hosts continues with the same tokens when one of them falls silent. `pytest -s` prints the pauses."""
 
 import http.client
 import signal
@@ -19,7 +19,7 @@ SPEC = of_length(256, 64)
 BEFORE = 16
 CONTEXT = 1024
 WITHIN_S = 10.0
-"""Longest pause that a test accepts, also on a busy machine. `bench_recovery.py` measures the real pauses."""
+"""Longest pause that a test accepts, with a margin for busy machines. `bench_recovery.py` measures the usual pauses."""
 LEASE_S = 12.0
 """A little more than the length of a lease. When it runs out, peers free the sessions of a lost coordinator."""
 Act = Callable[[Mesh, str], object]
@@ -39,7 +39,7 @@ def undisturbed(mesh: Mesh) -> Answer:
 
 
 def begin(mesh: Mesh, spec: Spec = SPEC, **options: object) -> Streaming:
-    """Start an answer and wait for its first tokens."""
+    """Start an answer and wait for its first `BEFORE` tokens."""
     begun = Streaming(mesh.site, "h1", spec, {"stages": "h1:0-15,h2:15-30", **options}, silence_s=30)
     begun.wait_for(BEFORE)
     return begun
@@ -88,7 +88,7 @@ def test_a_client_whose_coordinator_falls_silent_resumes_at_another_peer(mesh: M
     begun = begin(mesh)
     strike(mesh, "h1")
     try:
-        time.sleep(4)  # a client that gets no token for so long asks another peer
+        time.sleep(4)  # as long as a client waits for a token before it asks another peer
         answer = deepcopy(begun.answer)
         _resume(mesh, "h3", answer)
     finally:
@@ -99,7 +99,7 @@ def test_a_client_whose_coordinator_falls_silent_resumes_at_another_peer(mesh: M
 
 
 def _resume(mesh: Mesh, at: str, answer: Answer) -> None:
-    """Read the rest of an answer at another peer, after the coordinator has fallen silent."""
+    """Read the rest of an answer at another peer after the loss of the coordinator. Retries for up to 20 s."""
     until = time.monotonic() + 20
     while not answer.ended:
         assert time.monotonic() < until, f"{answer.session} cannot be resumed at {at}"

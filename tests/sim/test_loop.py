@@ -65,7 +65,7 @@ def test_a_stopped_owner_continues_where_it_was_stopped() -> None:
         assert len(ticks) == 2
         loop.resume(owner)
         await asyncio.sleep(2.5)
-        assert len(ticks) == 5  # one was due while the owner was stopped, and two followed
+        assert len(ticks) == 5  # one tick was due while the owner was stopped, and two came after it
         task.cancel()
         await asyncio.wait([task])
 

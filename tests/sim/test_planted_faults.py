@@ -1,4 +1,4 @@
-"""Faults planted into meshd: the simulator must find each of them."""
+"""Tests of the simulator: it must find each fault that a test plants into meshd."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +22,7 @@ REPEATS = Options(faults=2, repeats=0.1)
 
 
 def finds(failure: str, options: Options, seeds: int = 25) -> bool:
-    """Return whether one of the runs fails with a message that contains `failure`."""
+    """Return whether a run with one of the first `seeds` seeds fails with a message that contains `failure`."""
     return any(failure in simulate(seed, options).failure for seed in range(seeds))
 
 
@@ -69,7 +69,7 @@ def test_it_finds_a_token_that_is_emitted_twice(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(("states", "seeds"), [(("IDLE",), 100), (("IDLE", "WAITING", "COMPUTING"), 25)], ids=["idle", "any"])
 def test_it_finds_a_step_that_is_computed_twice(monkeypatch: pytest.MonkeyPatch, states: tuple[str, ...], seeds: int) -> None:
-    """With the fault in idle stages only, about one run in thirty fails, so more seeds are tried."""
+    """If the fault is planted only in the state IDLE, about one run in thirty fails, so more seeds are tried."""
     right = stage_session._step_arrived
 
     def wrong(machine: stage_session.StageSession, event: stage_session.StepArrived) -> list[stage_session.Command]:

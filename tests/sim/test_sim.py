@@ -16,13 +16,13 @@ from sim.simulation import simulate
 
 ROOT = Path(__file__).parents[2]
 EACH = 10
-"""Number of seeds in one test."""
+"""Number of seeds that one test runs."""
 
 USUAL = Options(faults=6)
 CROWDED = Options(peers=5, faults=20, requests=12, within_s=25.0)
 QUIET = Options(faults=0, requests=10, within_s=5.0)
 TIGHT = Options(peers=3, faults=4, requests=8, within_s=8.0, prompt=300, answer=200)
-"""Many long answers at once, so that KV memory is short."""
+"""Options for many long answers at once, so that memory for KV is scarce."""
 REPEATS = Options(faults=2, repeats=0.1)
 HARSH = Options(faults=4, kinds=("harsh network", "reset", "kill"))
 
@@ -80,7 +80,7 @@ def test_a_trace_does_not_change_the_run(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.parametrize("hash_seed", ["0", "1"])
 def test_the_replay_command_repeats_the_run(hash_seed: str) -> None:
-    """The run is repeated in another process, with another order of its sets."""
+    """The run is repeated in another process, in which sets of strings have another order."""
     options = Options(faults=8, kinds=("kill", "freeze", "harsh network"), repeats=0.01)
     here = simulate(5, options)
     command = shlex.split(replay(5, options))

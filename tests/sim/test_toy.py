@@ -1,4 +1,4 @@
-"""The toy model: any split gives the reference's tokens, and any damage to KV gives other tokens."""
+"""The toy model: any split gives the tokens of `reference`, and damage to KV changes the logits."""
 
 import random
 from collections.abc import Callable, Sequence

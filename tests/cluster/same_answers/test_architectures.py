@@ -1,4 +1,4 @@
-"""Every architecture on real daemons: import a folder, place its layers on three peers, compare the tokens."""
+"""For every architecture, three real daemons import a model from a folder and answer with the same tokens as transformers."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ from tiny.models import MODELS, TinyModel
 PROMPT = np.random.default_rng(2).integers(3, 160, 40).tolist()
 TOKENS = 16
 WORDS = ["<unk>", "<s>", "</s>", *(a + b for a in "abcdefg" for b in "abcdefghijklmnopqrstuvwxyz")][:160]
-"""A different pair of letters for each token, so that tokens can be read from the text."""
+"""A different word for each token, so that a test can tell the tokens from the text."""
 STAGES = "b:0-1,a:1-3,c:3-4"
 
 
@@ -50,7 +50,7 @@ def answer(cluster: Cluster, model: str) -> list[int]:
 
 
 def expected(model: TinyModel) -> list[int]:
-    """Return the greedy answer of transformers."""
+    """Return the token ids of the greedy answer of transformers."""
     ids = list(PROMPT)
     with torch.no_grad():
         for _ in range(TOKENS):

@@ -1,4 +1,4 @@
-"""The same tokens and logprobs, to the last bit, by one peer, by two, and by five with uneven stages."""
+"""One peer, two peers, and five peers with uneven stages give the same tokens and logprobs, to the last bit."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +37,7 @@ PROMPTS = (
     "To be, or not to be,",
 )
 LONG = "The history of the lighthouse, told by those who kept it. " * 20
-"""About 270 tokens, which are several prefill chunks."""
+"""A prompt of about 270 tokens, which is several prefill chunks."""
 
 
 @pytest.fixture(scope="module", params=["onnxruntime", "torch"])
@@ -82,7 +82,7 @@ def check_same(cluster: Cluster, prompts: tuple[str, ...], tokens: int) -> None:
         list(pool.map(one, range(len(prompts))))
 
 
-@pytest.mark.timeout(300)  # the torch backend took 89 s, once over 120 s, on a busy machine: the limit only catches a hang
+@pytest.mark.timeout(300)  # for a hang only: on a busy machine, the torch backend once took over 120 s
 def test_short_answers_are_the_same_on_one_two_and_five_peers(five: Cluster) -> None:
     check_same(five, (PROMPTS[1], LONG), tokens=16)
 

@@ -15,9 +15,9 @@ from real_daemons.sites import Site
 from real_daemons.streams import Answer, Interrupted, Refused, Spec, ask, resume
 
 SILENCE_S = 8.0
-"""A client that receives nothing for so long turns to another peer."""
+"""Seconds without any data after which a client turns to another peer."""
 ANSWER_S = 150.0
-"""An answer that has not ended after this time counts as one that never ends."""
+"""Seconds after which an answer that has not ended counts as a failure."""
 _RETRY_S = 0.3
 _INTERRUPTIONS = (Interrupted, OSError, http.client.HTTPException, ValueError)
 
@@ -33,11 +33,11 @@ _PROMPTS = (
 )
 _LONG = "The history of the lighthouse, told by those who kept it. "
 _CUTS = ((10, 20), (10,), (20,))
-"""Few ways to split the layers, so that peers load few different ranges."""
+"""Layers at which a model is split. There are only three variants, so that peers load few different ranges."""
 
 
 def make_specs(seed: int, count: int, tokens: tuple[int, int]) -> list[Spec]:
-    """Return requests for all routes: greedy and sampled, with and without penalties, with and without logprobs."""
+    """Return `count` requests over all API routes: greedy and sampled, with and without penalties, with and without logprobs."""
     rng = random.Random(seed)
     specs = []
     for number in range(count):
@@ -74,7 +74,7 @@ def _spec(name: str, route: int, body: dict[str, Any], prompt: str, tokens: int,
 
 
 def with_stop(spec: Spec, undisturbed: Answer) -> Spec | None:
-    """Return the same request with a stop string from two thirds into its answer; None if the answer is too short."""
+    """Copy a request and add a stop string, taken from two thirds into its answer. Returns: None if the answer is too short."""
     at = 2 * len(undisturbed.text) // 3
     stop = undisturbed.text[at : at + 6]
     if len(stop) < 6:
@@ -99,7 +99,7 @@ class ClientRequest:
 
     @property
     def methods(self) -> list[str]:
-        """By which methods the answer continued after changes of its plan: `mirror`, `replay`, ..."""
+        """The method by which the answer continued after each change of its plan, such as `mirror` or `replay`."""
         return [row["method"] for row in self.story if row["what"] == "goes on"]
 
     @property
@@ -110,7 +110,7 @@ class ClientRequest:
 
 @dataclass(slots=True)
 class Order:
-    """A request that the next free client makes instead of a random one."""
+    """A given request, which the next free client sends instead of a random one."""
 
     spec: Spec
     at: str
@@ -121,19 +121,19 @@ class Order:
 
 @dataclass
 class ClientPool:
-    """All clients, and what they share."""
+    """Runs all clients, one thread each, and collects their requests."""
 
     site: Site
     specs: list[Spec]
     healthy: Callable[[], set[str]]
-    """Returns the peers without a fault now: requests name only these as stages."""
+    """Returns the peers without a fault now. Requests place stages only on these."""
     on_end: Callable[[ClientRequest], None]
     seed: int
     entry_peers: frozenset[str] = frozenset()
     """The peers that clients send requests to. Empty: all."""
     orders: "queue.Queue[Order]" = field(default_factory=lambda: queue.Queue(8))
     current: dict[int, ClientRequest] = field(default_factory=dict)
-    """The request that each client makes now."""
+    """The present request of each client, by the client's number."""
     ended: list[ClientRequest] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     """Refusals and interruptions, by status and code."""
@@ -153,7 +153,7 @@ class ClientPool:
             thread.join(ANSWER_S + 2 * SILENCE_S)
 
     def stalled(self, longer_than_s: float) -> list[ClientRequest]:
-        """Return the requests that have waited longer than this for a token."""
+        """Return the running requests whose last token, or whose start, is more than `longer_than_s` ago."""
         now = time.monotonic()
         return [request for request in list(self.current.values()) if now - request.last_progress_at > longer_than_s]
 
@@ -171,7 +171,7 @@ class ClientPool:
             self.on_end(request)
 
     def _request(self, number: int, rng: random.Random, order: Order | None) -> ClientRequest:
-        """Make one request and read its answer to the end, resuming at other peers. Failures are noted in its `problem`."""
+        """Send one request and read its answer to the end, at several peers if needed. Record a failure in its `problem`."""
         spec = order.spec if order else rng.choice(self.specs)
         request = self.current[number] = ClientRequest(Answer(spec, asked_at=time.monotonic()), order)
         if order:
@@ -201,7 +201,7 @@ class ClientPool:
         return request
 
     def _check(self, request: ClientRequest, refused: Refused) -> None:
-        """Note a refusal as a problem if retrying cannot help."""
+        """Record a refusal to resume as the request's problem if retrying cannot help."""
         if refused.status in (400, 401, 403, 405, 500) and request.answer.last_event is not None:
             request.problem = f"refused for good: {refused}"
 
@@ -209,7 +209,7 @@ class ClientPool:
         return rng.choice([name for name in sorted(self.entry_peers or self.site.names) if name != other_than])
 
     def _mesh(self, rng: random.Random) -> dict[str, Any]:
-        """Return mesh options: stages on some of the peers, or the planner's choice; sometimes with a mirror."""
+        """Return random `mesh` options: stages on healthy peers, or no stages so that the planner chooses; sometimes a mirror."""
         mirror = {"mirror": True} if rng.random() < 0.4 else {}
         healthy = sorted(self.healthy())
         cuts = rng.choice(_CUTS)
@@ -219,6 +219,6 @@ class ClientPool:
 
 
 def stages_over(names: list[str], cuts: tuple[int, ...]) -> str:
-    """Return the text of stages on these peers, such as `h1:0-10,h2:10-30`."""
+    """Return a stage list over these peers, split at `cuts`, such as `h1:0-10,h2:10-30`."""
     edges = (0, *cuts, 30)
     return ",".join(f"{name}:{start}-{end}" for name, start, end in zip(names, edges[:-1], edges[1:], strict=True))

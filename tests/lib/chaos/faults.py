@@ -1,4 +1,4 @@
-"""Injects the faults of a schedule: waits for the right moment, chooses victims, strikes. Several faults may last at once."""
+"""Injects the faults of a schedule, each when enough peers are healthy, and chooses their victims. Faults may overlap."""
 
 import http.client
 import json
@@ -17,10 +17,10 @@ from real_daemons.streams import Spec
 HEALTHY_AT_LEAST = 3
 _SPACING_S = 2.0
 _SETTLE_S = 15.0
-"""How long the next fault waits for answers that the last one has stalled."""
+"""Longest time that a fault waits for answers that the fault before it has stalled."""
 _STALLED_S = 2.0
 _COORDINATORS_END_S = 20.0
-"""How long a fault waits until its possible victims coordinate nothing."""
+"""Longest time that a fault of two peers waits until its possible victims coordinate no answer."""
 _SLOW = ("10mbit", "10ms")
 _PREFILL_CUT = (10,)
 
@@ -33,13 +33,13 @@ class FaultInjector:
     clients: ClientPool
     repairs: Repairs
     long: Spec
-    """The request whose prefill takes seconds."""
+    """A request whose prefill takes seconds, for the losses during prefill."""
     say: Callable[[str], None]
     injected: list[InjectedFault] = field(default_factory=list)
     _last_at: float = 0.0
 
     def inject(self, fault: Fault) -> None:
-        """Wait until the mesh can bear the fault, inject it, and start its repair in the background."""
+        """Wait until enough peers are healthy, inject the fault, and start its repair in the background."""
         self._wait_until_bearable(2 if fault.kind in DOUBLE else 1)
         injectors: dict[Kind, Callable[[Fault], None]] = {
             Kind.TWO: self._double,
@@ -55,7 +55,7 @@ class FaultInjector:
             self._last_at = time.monotonic()
 
     def _wait_until_bearable(self, victims: int) -> None:
-        """Wait until enough peers are healthy and the answers have recovered from the last fault."""
+        """Wait until the answers have recovered from the fault before, and enough peers are healthy. Raises: MeshBroken."""
         settled_by = time.monotonic() + _SETTLE_S
         while time.monotonic() < self._last_at + _SPACING_S or (self.clients.stalled(_STALLED_S) and time.monotonic() < settled_by):
             time.sleep(0.05)
@@ -69,7 +69,7 @@ class FaultInjector:
     def check_running(self) -> None:
         """Raises: MeshBroken if a daemon has ended without a fault."""
         for name in self.repairs.healthy():
-            # Looked up again, because a fault may have begun in between.
+            # Call `healthy` again, because a fault may have begun since the first call.
             if not self.mesh[name].running and name in self.repairs.healthy():
                 raise MeshBroken(f"{name} ended without a fault:\n{self.mesh[name].log.read_text(errors='replace')[-3000:]}")
 
@@ -78,7 +78,7 @@ class FaultInjector:
         return {name: self.mesh[name].rows_or_none("sessions") for name in sorted(self.repairs.healthy())}
 
     def _move_coordinators_to(self, entry_peers: set[str]) -> None:
-        """Send new requests to these peers only, and wait until no other peer coordinates an answer."""
+        """Send new requests to these peers only, and wait until no other peer coordinates an answer, but at most 20 s."""
         self.clients.entry_peers = frozenset(entry_peers)
         until = time.monotonic() + _COORDINATORS_END_S
         while time.monotonic() < until:
@@ -107,7 +107,7 @@ class FaultInjector:
         self.repairs.start(injected, first, second)
 
     def _replacement(self, fault: Fault) -> None:
-        """Kill a stage's peer, wait to see which peer takes its layers over, and kill that one too."""
+        """Kill a peer with a stage, wait until another peer takes the stage over, and kill this peer too."""
         healthy = sorted(self.repairs.healthy())
         start = int(fault.pick * len(healthy))
         entry_peers = {healthy[start], healthy[(start + 1) % len(healthy)]}
@@ -130,7 +130,7 @@ class FaultInjector:
         self.repairs.start(injected, first, second)
 
     def _replacement_of(self, hit: dict[str, bool], before: set[tuple[str, str]], among: set[str]) -> str | None:
-        """Return the first of these peers with a new stage of a session that was hit. None: none within 3 s."""
+        """Return the first peer of `among` that runs a new stage of a session in `hit`. None: no peer does so within 3 s."""
         until = time.monotonic() + 3.0
         while hit and time.monotonic() < until:
             for name in sorted(among):
@@ -160,7 +160,7 @@ class FaultInjector:
         self.repairs.start(injected, victim)
 
     def _migrate(self, fault: Fault) -> None:
-        """Move an answer to another peer while it decodes. This is no fault."""
+        """Move a stage of a decoding answer to another peer. No peer fails."""
         until = time.monotonic() + _SETTLE_S
         while not (moves := self._possible_moves()) and time.monotonic() < until:
             time.sleep(0.2)

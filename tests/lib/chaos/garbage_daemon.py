@@ -1,9 +1,9 @@
-"""Run `meshd` unchanged until SIGUSR1. After the signal its stages send garbage for some seconds.
+"""Run `meshd`, which sends garbage to other peers for some seconds after each SIGUSR1.
 
     python tests/lib/chaos/garbage_daemon.py up --state DIR ...
 
-The file DIR/garbage says what: `{"kind": "nan" | "size" | "vocabulary" | "torn", "seconds": 4}`. Only messages to other peers
-become garbage, not those that the peer sends to itself.
+The file DIR/garbage describes the garbage and its duration: `{"kind": "nan" | "size" | "vocabulary" | "torn", "seconds": 4}`.
+Messages that the peer sends to itself stay correct.
 """
 
 import json
@@ -27,7 +27,7 @@ _TORN_EVERY_S = 1.0
 
 
 class _Garbage:
-    """Replaces `Links.send` until its time is over."""
+    """Replaces `Links.send` for `seconds` by a function that damages messages."""
 
     def __init__(self, kind: str, seconds: float) -> None:
         self._kind = kind

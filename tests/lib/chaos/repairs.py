@@ -1,4 +1,4 @@
-"""Ends faults after their time and waits until the peers work again, each fault in a thread of its own."""
+"""Ends each fault after its duration and waits until its peers work again. Each fault has a thread of its own."""
 
 import signal
 import threading
@@ -21,19 +21,19 @@ FAST = ("1gbit", "0ms")
 
 @dataclass(slots=True)
 class InjectedFault:
-    """A fault that was injected, as the table of results shows it."""
+    """A fault that was injected: when, in which sessions, and a note for the results."""
 
     fault: Fault
     at: float
     hit: dict[str, bool]
-    """Sessions in which the victims had a part, each with whether a victim was its coordinator."""
+    """Sessions in which a victim had a part: id -> whether a victim coordinated the session."""
     over_at: float = 0.0
     note: str = ""
 
 
 @dataclass
 class Repairs:
-    """Keeps which peers have a fault, and repairs them."""
+    """Records which peers have a fault, and repairs them."""
 
     mesh: Mesh
     say: Callable[[str], None]
@@ -52,7 +52,7 @@ class Repairs:
             self._faulty.update(names)
 
     def start(self, injected: InjectedFault, *names: str) -> None:
-        """Repair these peers once the fault has lasted its time."""
+        """Start a thread that repairs these peers when the fault's duration is over."""
         thread = threading.Thread(
             target=self._repair_all, args=(injected, names), name=f"fault {injected.fault.number}", daemon=True
         )

@@ -41,15 +41,15 @@ class Fault:
     number: int
     kind: Kind
     coordinator: bool
-    """The victim coordinates a running answer; if False, it computes a stage of one."""
+    """Whether the victim should be a peer that coordinates an answer, not one that computes a stage."""
     seconds: float
-    """How long the fault lasts, or how long until the peer is started again."""
+    """Duration of the fault, or time until an ended daemon is started again."""
     delay_s: float
-    """Time from the first loss to the second, if there are two; for a loss during prefill, the time since the prefill began."""
+    """Time from the first loss to the second, for two losses; time from the start of the prefill, for a loss during prefill."""
     mode: str
-    """Which direction is cut, or which kind of garbage is sent."""
+    """The direction that is cut, or the kind of garbage. Empty: the kind of fault has no modes."""
     pick: float
-    """Random number from 0 to 1 that selects the victim among the candidates."""
+    """Random number, at least 0 and less than 1, that selects the victim among the candidates."""
 
     @property
     def label(self) -> str:
@@ -57,7 +57,7 @@ class Fault:
 
 
 def make_schedule(seed: int, count: int, *, network: bool) -> list[Fault]:
-    """Return `count` faults, each kind equally often, with a migration after each round of all kinds."""
+    """Return `count` faults, in rounds of all kinds in random order, and one migration more after each round."""
     rng = random.Random(seed)
     kinds = [kind for kind in Kind if kind is not Kind.MIGRATE and (network or kind not in NETWORK)]
     schedule: list[Fault] = []

@@ -7,7 +7,7 @@ Rows = dict[str, list[dict[str, Any]]]
 
 
 def has_part(row: dict[str, Any], *, coordinator: bool) -> bool:
-    """Return whether a row is the coordinator's (`coordinator` is True) or a stage's (False)."""
+    """Return whether the row's peer coordinates the session, or with `coordinator=False` whether it runs a stage."""
     return bool(row["role"] == "coordinator" if coordinator else row["role"].startswith("stage"))
 
 
@@ -20,7 +20,7 @@ def sessions_hit(rows: list[dict[str, Any]]) -> dict[str, bool]:
 def choose_victim(sessions: Rows, pick: float, *, coordinator: bool) -> str:
     """Choose a peer that coordinates a session (`coordinator` is True) or runs a stage (False); any peer if there is none.
 
-    Of the peers with a stage, those that coordinate nothing come first: what is measured is the loss of a stage.
+    Of the peers with a stage, those that coordinate no session are preferred, because the loss of a stage is to be measured.
     """
     fitting = [name for name, rows in sessions.items() if any(has_part(row, coordinator=coordinator) for row in rows)]
     if not coordinator:
@@ -37,7 +37,7 @@ def coordinators_outside(sessions: Rows, names: set[str]) -> bool:
 def possible_moves(sessions: Rows, peers: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
     """Return the moves (coordinator, session, source, target) for which the target already has the source's layers.
 
-    `peers` are the peer rows of one peer. The target must have no part in the session yet.
+    `peers` are the rows of `/mesh/v1/peers` at one peer. The target must not have a stage of the session yet.
     """
     resident = {
         row["name"]: [_layer_range(holding["layers"]) for holding in row["holdings"] if holding["state"] == "active"]

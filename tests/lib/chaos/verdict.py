@@ -13,14 +13,14 @@ from real_daemons.mesh import Host, Mesh
 from real_daemons.streams import quantile
 
 _AFTER_S = 5.0
-"""A pause that begins this soon after the end of a fault still counts as caused by it."""
+"""A pause that begins up to this many seconds after the end of a fault counts as caused by the fault."""
 _RSS_SLACK = 1.25
 _SOCKETS_SLACK = 2
-"""A client of the API may be connected while sockets are counted."""
+"""Sockets above the highest count before the run that are no leak: an API client may be connected during the count."""
 
 
 def pause_s(request: ClientRequest, injected: InjectedFault) -> float | None:
-    """Return the longest wait for a token that this fault can have caused; None if the answer had ended before the fault."""
+    """Return the longest wait for a token that the fault may have caused. None: the answer had ended before the fault."""
     times = request.answer.times
     if not request.answer.ended or not times or times[-1] <= injected.at:
         return None
@@ -34,10 +34,10 @@ def pause_s(request: ClientRequest, injected: InjectedFault) -> float | None:
 
 
 def table(faults: Sequence[InjectedFault], ended: Iterable[ClientRequest]) -> list[str]:
-    """Return the lines of a table: for each kind of fault how many times it came, how many answers it hit, and their pauses.
+    """Return the lines of a table: for each kind of fault, the number of faults, the number of answers hit, and the pauses.
 
-    Answers that lost a stage and answers that lost their coordinator have lines of their own. The pauses of the latter include the
-    time until the client turns to another peer.
+    Answers that lost a stage and answers that lost their coordinator have separate lines. The pause after the loss of a coordinator
+    includes the time until the client turns to another peer.
     """
     by_session = {request.answer.session: request for request in ended}
     lines = [f"{'fault':24} {'count':>5}  {'it hit':16} {'answers':>7} {'pause p50':>10} {'p99':>8} {'longest':>8}  continued by"]
@@ -61,7 +61,7 @@ def table(faults: Sequence[InjectedFault], ended: Iterable[ClientRequest]) -> li
 def longest(
     faults: Sequence[InjectedFault], ended: Iterable[ClientRequest], count: int
 ) -> list[tuple[float, InjectedFault, ClientRequest]]:
-    """Return the longest pauses. A pause after several faults that came close together is listed for each of them."""
+    """Return the `count` longest pauses. A pause that several faults may have caused is listed once for each of them."""
     by_session = {request.answer.session: request for request in ended}
     found = [
         (pause, one, by_session[session])
@@ -79,7 +79,7 @@ def _quantile(values: Sequence[float], share: float, width: int = 10) -> str:
 
 
 def median_gap_s(ended: Iterable[ClientRequest]) -> float:
-    """Return the median time between two tokens of all answers."""
+    """Return the median time between consecutive events, over all answers."""
     gaps = [later - earlier for request in ended for earlier, later in pairwise(request.answer.times)]
     return statistics.median(gaps) if gaps else 0.0
 
@@ -127,10 +127,10 @@ def read_all(mesh: Mesh) -> dict[str, Reading]:
 
 
 def leaks(before: dict[str, Reading], after: dict[str, Reading]) -> list[str]:
-    """Return a line for each thing that is left after the run but should not be.
+    """Return a line for each leak of sessions, KV, sockets or memory.
 
-    Any peer may have any layers after the run. So the memory it may take is that of an empty peer before the run, and for each of
-    its layers the most that a layer took before the run.
+    After the run, a peer may have other layers than before. Its memory may be 1.25 times what the smallest peer took before the
+    run, plus for each of its layers the most that a layer took (also times 1.25).
     """
     empty = min(reading.resident_bytes for reading in before.values())
     loaded = [reading for reading in before.values() if reading.layers]

@@ -42,12 +42,12 @@ class Daemon:
             return json.load(answer)
 
     def post_raw(self, path: str, body: dict[str, Any], timeout_s: float = 120.0) -> tuple[int, Any, dict[str, str]]:
-        """Return status, body and headers, also of an error."""
+        """Send a POST. Returns: status, body and headers (names in lower case), also of an error response."""
         headers = {"content-type": "application/json"}
         return _raw(urllib.request.Request(self.api + path, json.dumps(body).encode(), headers), timeout_s)
 
     def get_raw(self, path: str) -> tuple[int, Any, dict[str, str]]:
-        """Return status, body and headers, also of an error."""
+        """Send a GET. Returns: status, body and headers (names in lower case), also of an error response."""
         return _raw(urllib.request.Request(self.api + path), 30.0)
 
     def rows(self, what: str) -> list[dict[str, Any]]:
@@ -55,7 +55,7 @@ class Daemon:
         return rows
 
     def stop(self) -> int:
-        """Send SIGTERM. Returns: the exit status."""
+        """Send SIGTERM and wait for the process to end. Returns: the exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(15)
 
@@ -66,13 +66,13 @@ class Daemon:
 
 @dataclass
 class Cluster:
-    """Daemons with one cluster key. The first one's address is given to all others."""
+    """Daemons with the same cluster key. All others get the address of the first one as `--peer`."""
 
     root: Path
     shared: Path
-    """Folder of models and cached measurements, the same for all clusters of this test run."""
+    """Cache folder of all clusters of this test run: models and measurements of the device."""
     forked: bool = True
-    """False: run the command itself, for a test that measures the process."""
+    """Whether daemons are forked (`real_daemons.forked`). False: each is a new Python process, for tests that measure memory."""
     daemons: dict[str, Daemon] = field(default_factory=dict)
     _key: str = ""
 
@@ -91,7 +91,7 @@ class Cluster:
         log = self.root / f"{name}.log"
         command = [sys.executable, "-P", "-m", "meshd", "up", "--name", name, "--state", str(state), "--api", "127.0.0.1:0"]
         command += ["--link", "127.0.0.1:0", "--threads", "1", "--cache", str(self.shared), "--discovery", discovery]
-        command += ["--copies", "1", "--drain-timeout", "0"]  # no copies of layers beside those that a test places; stop at once
+        command += ["--copies", "1", "--drain-timeout", "0"]  # hold only the layers that a test places; stop at once
         if self.daemons:
             first = next(iter(self.daemons.values()))
             wait_for(lambda: self._address_of(first), f"{first.name} to be up", first)
@@ -110,7 +110,7 @@ class Cluster:
         return code
 
     def _address_of(self, daemon: Daemon) -> bool:
-        """Read the addresses from the daemon's state folder. Returns: False while it does not listen yet."""
+        """Find out the daemon's API and link addresses. Returns: False if the daemon does not listen yet."""
         if daemon.api:
             return True
         holder = read_holder(daemon.state)
@@ -121,7 +121,7 @@ class Cluster:
         return True
 
     def see_each_other(self, *names: str) -> None:
-        """Wait until each of these daemons (none named: all) has a live link with every other and an advert from it."""
+        """Wait until each of these daemons has a live link with each of the others, and its advert. No names: all daemons."""
         expected = set(names or self.daemons)
         for name in expected:
             daemon = self.daemons[name]
@@ -136,7 +136,7 @@ class Cluster:
         assert "data: [DONE]" in events, events
 
     def alive(self, daemon: Daemon) -> set[str]:
-        """Return the names of the peers that a daemon has a live link with and an advert from, and its own name."""
+        """Return the names of the peers whose link is live and whose advert has arrived at `daemon`, and the name of `daemon`."""
         return {row["name"] for row in daemon.rows("peers") if row["state"] == "alive" and row["capability"]} | {daemon.name}
 
     def close(self) -> None:
@@ -160,7 +160,7 @@ def _raw(request: urllib.request.Request, timeout_s: float) -> tuple[int, Any, d
 
 
 def wait_for(condition: Callable[[], object], what: str, daemon: Daemon, within_s: float = _START_S) -> None:
-    """Poll a condition of a daemon. If it does not hold in time, fail the test with the end of the daemon's log."""
+    """Poll a condition. If it does not hold in time or the daemon ends, fail the test with the end of the daemon's log."""
     until = time.monotonic() + within_s
     while not condition():
         if daemon.process.poll() is not None or time.monotonic() > until:

@@ -1,7 +1,7 @@
-"""Daemons forked from a process that has imported their libraries: a start then costs no import (2.5 s of a core).
+"""Forks daemons from a process that has imported their libraries. This saves the imports, 2.5 s of CPU time for each start.
 
-After the imports nothing differs from a daemon that a user starts: it is a process with its own arguments, environment, files and
-signals. Tests of the start itself, of the demo and of memory run the command instead.
+Otherwise a forked daemon is like one that a user starts: a process with its own arguments, environment, files and signals. Tests of
+`meshd up` itself, of the demo and of memory run the command instead.
 """
 
 import ctypes
@@ -22,12 +22,12 @@ from unittest.mock import patch
 
 _PRELOAD = ["meshd.daemon", "meshd.cli.up", "meshd.kernels.ort.backend", "meshd.kernels.torch.backend", "real_daemons.forked"]
 _NO_THREAD = "ORT_DISABLE_TELEMETRY"
-"""Without this variable, importing onnxruntime starts a thread, which a fork would lose."""
+"""Variable without which the import of onnxruntime starts a thread. A forked process would not have this thread."""
 _CLONE_NEWUTS, _CLONE_NEWNET = 0x04000000, 0x40000000
 
 
 class Process(Protocol):
-    """What the tests use of a process, in the words of `subprocess.Popen`."""
+    """The part of the interface of `subprocess.Popen` that tests use."""
 
     pid: int
 
@@ -59,7 +59,7 @@ class ForkedProcess:
         return status
 
     def wait(self, timeout: float | None = None) -> int:
-        """Raises: subprocess.TimeoutExpired."""
+        """Wait for the process to end. Returns: its exit status. Raises: subprocess.TimeoutExpired."""
         self._process.join(timeout)
         status = self.poll()
         if status is None:
@@ -81,10 +81,10 @@ class ForkedProcess:
 def fork(
     command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None, host: tuple[str, str] | None = None
 ) -> ForkedProcess:
-    """Run `python [-P] -m MODULE ...` or `python [-P] SCRIPT ...` in a fork.
+    """Run `python [-P] -m MODULE ...` or `python [-P] SCRIPT ...` in a forked process.
 
-    Its output is appended to `log`. Its input is a pipe that ends with the test process, however that ends. `host` is the path of a
-    network namespace and a host name.
+    Its output and errors are appended to `log`. Its input is a pipe that the kernel closes when the test process ends, even by a
+    signal. `host` is the path of a network namespace for the process, and a host name. `environment` defaults to this process's.
     """
     words = [word for word in command[1:] if word != "-P"]
     server = multiprocessing.get_context("forkserver")
@@ -100,7 +100,7 @@ def fork(
 
 
 def _run(words: list[str], stdin: Connection, log: str, environment: dict[str, str], host: tuple[str, str] | None) -> None:
-    """In the fork: become the command."""
+    """Run the command. Called in the forked process."""
     os.setsid()
     os.dup2(stdin.fileno(), 0)
     stdin.close()

@@ -1,4 +1,4 @@
-"""A mesh of real daemons on a site: start and ask them, disturb them, and restart them under the same identity."""
+"""A mesh of real daemons on a site. Tests start them, send requests to them, kill them, and restart them with the same identity."""
 
 import contextlib
 import http.client
@@ -49,7 +49,7 @@ def http_to(
 
 @dataclass
 class Host:
-    """One peer of a mesh: its name and state folder stay the same, its process can be stopped and started again."""
+    """One peer of a mesh. Its process can be ended and started again, with the same name and state folder."""
 
     name: str
     site: Site
@@ -80,7 +80,7 @@ class Host:
             send_signal(self.process, number)
 
     def kill(self) -> float:
-        """Send SIGKILL and wait for the process to end. Returns: the time of the signal."""
+        """Send SIGKILL and wait for the process to end. Returns: the time of the signal (`time.monotonic`)."""
         at = time.monotonic()
         self.signal(signal.SIGKILL)
         self.wait_for_exit(10)
@@ -96,14 +96,14 @@ class Host:
         return status
 
     def get(self, path: str, timeout_s: float = _ASK_S) -> Any:
-        """Send a GET over the daemon's own loopback address, which works although links are cut.
+        """Send a GET from the daemon's own host, over loopback, so that cut links do not matter.
 
         Raises: OSError, HTTPException, MeshBroken for any status but 200.
         """
         return self.ask("GET", path, timeout_s=timeout_s)
 
     def post(self, path: str, body: Any, timeout_s: float = 60.0) -> Any:
-        """Send a POST in the same way. Raises: as `get`."""
+        """Send a POST from the daemon's own host, over loopback. Raises: as `get`."""
         return self.ask("POST", path, body, timeout_s=timeout_s)
 
     def ask(self, method: str, path: str, body: Any = None, *, timeout_s: float = _ASK_S) -> Any:
@@ -120,7 +120,7 @@ class Host:
         return rows
 
     def rows_or_none(self, what: str, timeout_s: float = 1.0) -> list[dict[str, Any]]:
-        """Return the rows, or an empty list if the daemon does not answer in time."""
+        """Return the rows of `/mesh/v1/WHAT`. Returns: an empty list if the daemon gives none within `timeout_s`."""
         try:
             rows: list[dict[str, Any]] = self.get(f"/mesh/v1/{what}", timeout_s)["data"]
         except (OSError, http.client.HTTPException, MeshBroken):
@@ -128,7 +128,7 @@ class Host:
         return rows
 
     def sees(self) -> set[str]:
-        """Return the names of the peers whose link and capability this daemon has, and its own name."""
+        """Return the names of the peers whose link is live and whose advert has arrived at this daemon, and its own name."""
         return {row["name"] for row in self.rows_or_none("peers") if row["state"] == "alive" and row["capability"]} | {self.name}
 
     def up(self) -> bool:
@@ -162,7 +162,7 @@ class Mesh:
     root: Path
     flags: Sequence[str] = ()
     entry: Sequence[str] = ("-m", "meshd")
-    """Arguments of Python that run a daemon: a module or a script."""
+    """Arguments of Python that run `meshd`: a module or a script."""
     threads: int = 1
     cache: Path = field(default_factory=lambda: Path(Settings()["cache"].value))
     hosts: dict[str, Host] = field(default_factory=dict)
@@ -184,7 +184,7 @@ class Mesh:
         return iter(self.hosts.values())
 
     def start(self) -> None:
-        """Start all daemons. The first one starts alone, because it measures this machine for all. Raises: MeshBroken."""
+        """Start all daemons. The first one starts alone and measures this machine for all. Raises: MeshBroken."""
         first, *others = self
         first.start()
         self.wait(first.up, f"{first.name} to be up", first)
@@ -193,7 +193,7 @@ class Mesh:
         self.wait_until_all_see()
 
     def wait_until_all_see(self) -> None:
-        """Wait until each daemon has links with all others. Raises: MeshBroken."""
+        """Wait until each daemon has a live link with each of the others, and its advert. Raises: MeshBroken."""
         for host in self:
             self.wait(partial(self._sees_all, host), f"{host.name} to see all others", host)
 
@@ -201,7 +201,7 @@ class Mesh:
         return host.sees() >= set(self.hosts)
 
     def wait(self, condition: Callable[[], object], what: str, host: Host, within_s: float = START_S) -> None:
-        """Poll a condition. Raises: MeshBroken, with the end of the daemon's log, if it does not hold in time."""
+        """Poll a condition. Raises: MeshBroken with the end of the log if it does not hold in time or the daemon has ended."""
         until = time.monotonic() + within_s
         while not condition():
             if not host.running or time.monotonic() > until:
@@ -210,13 +210,13 @@ class Mesh:
             time.sleep(_POLL_S)
 
     def place(self, at: str, stages: str, context: int) -> None:
-        """Place layers ahead of requests. Raises: MeshBroken."""
+        """Place layers as in `stages`, through the daemon `at`. Raises: OSError, HTTPException, MeshBroken."""
         events = self[at].post("/mesh/v1/place", {"model": MODEL, "stages": stages, "context": context}, 120)
         if "data: [DONE]" not in events:
             raise MeshBroken(f"{stages} were not placed: {events[-500:]}")
 
     def story(self, session: str) -> list[dict[str, Any]]:
-        """Return a session's story, as the first daemon that answers collects it from all peers."""
+        """Return a session's story, which the first daemon that answers collects from all peers. Empty: none answers."""
         for host in self:
             with contextlib.suppress(OSError, http.client.HTTPException, MeshBroken):
                 rows: list[dict[str, Any]] = host.get(f"/mesh/v1/sessions/{session}/story")["data"]
@@ -224,7 +224,7 @@ class Mesh:
         return []
 
     def story_text(self, session: str) -> str:
-        """Return a session's story as `meshd debug story` prints it."""
+        """Return the output of `meshd debug story` for a session."""
         for host in self:
             if host.running and host.up():
                 command = [sys.executable, "-P", "-m", "meshd", "debug", "story", session]
@@ -232,7 +232,7 @@ class Mesh:
         return "no peer answers"
 
     def close(self) -> None:
-        """Stop every daemon by SIGTERM, and kill those that still run after 5 s."""
+        """Send SIGTERM to all daemons, also to frozen ones, and SIGKILL to those that still run after 5 s."""
         for host in self:
             host.signal(signal.SIGCONT)
             host.signal(signal.SIGTERM)
@@ -246,7 +246,7 @@ class Mesh:
 def running(
     site: Site, root: Path, flags: Sequence[str] = (), entry: Sequence[str] = ("-m", "meshd"), threads: int = 1
 ) -> Iterator[Mesh]:
-    """Start a mesh on a site; stop both afterwards."""
+    """Run a mesh on a site inside the block. On exit, stop the mesh and close the site."""
     try:
         mesh = Mesh(site, root, flags, entry, threads)
         try:

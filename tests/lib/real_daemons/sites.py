@@ -1,6 +1,6 @@
-"""Where the daemons of a test run: on hosts in network namespaces, or as processes of this machine.
+"""The places where daemons of a test run: hosts in network namespaces, or this machine.
 
-Tests start, disturb and reach them in the same way in both places.
+Both implement the interface `Site`.
 """
 
 import ctypes
@@ -19,14 +19,14 @@ from typing import Any, Protocol, Self
 from real_daemons.forked import Process, fork
 
 _DEFAULT_NETLAB = Path(__file__).resolve().parents[3].parent / "shared/netlab/netlab.py"
-"""Beside the repository. MESHD_NETLAB overrides it."""
+"""The file of the module `netlab`, beside the repository. The variable MESHD_NETLAB can name another file."""
 _API_PORT, _LINK_PORT = 6374, 6375
 _CLONE_NEWNET = 0x40000000
 _RUN_S = 60.0
 
 
 def find_netlab() -> Any:
-    """Return the module that makes hosts, or the reason why it cannot be used."""
+    """Import the module `netlab`, which makes hosts. Returns: the module, or as text the reason why it cannot be used."""
     path = Path(os.environ.get("MESHD_NETLAB", _DEFAULT_NETLAB))
     if not path.is_file():
         return f"no netlab at {path} (MESHD_NETLAB can name another place)"
@@ -44,7 +44,7 @@ def find_netlab() -> Any:
 
 
 class Site(Protocol):
-    """Starts daemons, connects to them, and cuts or slows their links."""
+    """A place where daemons run: starts them, connects to them, and cuts or slows their links."""
 
     names: tuple[str, ...]
     has_network: bool
@@ -57,7 +57,7 @@ class Site(Protocol):
     def popen(self, name: str, command: Sequence[str], log: Path) -> Process: ...
 
     def run(self, name: str, command: Sequence[str]) -> str:
-        """Run a command on a peer's host. Returns: its output and errors."""
+        """Run a command on a peer's host. Returns: the text of standard output and standard error."""
         ...
 
     def api(self, name: str) -> str:
@@ -65,11 +65,11 @@ class Site(Protocol):
         ...
 
     def connect(self, name: str, timeout_s: float, *, inside: bool = False) -> socket.socket:
-        """Connect to a daemon's API over the network, or with `inside` from its own host, despite cuts. Raises: OSError."""
+        """Connect to a daemon's API from another host, or with `inside` from the same host, despite cuts. Raises: OSError."""
         ...
 
     def cut(self, name: str, mode: str) -> None:
-        """Drop a host's frames without notice to either side: `in`, `out`, or `silent` for both directions."""
+        """Drop a host's frames without notice to either side. `mode`: `in`, `out`, or `silent` for both directions."""
         ...
 
     def heal(self, name: str) -> None:
@@ -77,7 +77,7 @@ class Site(Protocol):
         ...
 
     def shape(self, name: str, rate: str, delay: str) -> None:
-        """Limit the rate of a host's link and delay its frames."""
+        """Limit the rate of a host's link, such as `1gbit`, and delay its frames, such as by `10ms`."""
         ...
 
     def close(self) -> None: ...
@@ -168,17 +168,17 @@ class LocalSite:
         raise NotImplementedError("a LocalSite cannot cut or slow links: its processes share the loopback device")
 
     def heal(self, name: str) -> None:
-        """Do nothing: nothing can be cut here."""
+        """Do nothing: the links of a `LocalSite` cannot be cut."""
 
     def shape(self, name: str, rate: str, delay: str) -> None:
         raise NotImplementedError("a LocalSite cannot cut or slow links: its processes share the loopback device")
 
     def close(self) -> None:
-        """Do nothing: there are only the processes, which the mesh stops."""
+        """Do nothing: the mesh stops the processes, and nothing else exists."""
 
 
 def make_site(peers: int) -> tuple[Site, str]:
-    """Return hosts in network namespaces if possible, else processes and the reason why."""
+    """Make a `LabSite` if possible, else a `LocalSite`. Returns: the site, and why it is not a `LabSite` (empty if it is)."""
     netlab = find_netlab()
     if isinstance(netlab, str):
         return LocalSite(peers), netlab
@@ -193,7 +193,7 @@ def send_signal(process: Process, number: signal.Signals) -> None:
 
 @contextmanager
 def _within(namespace: str) -> Iterator[None]:
-    """Move this thread into another network namespace for a while: its new sockets belong there."""
+    """Move this thread into a network namespace for the block: sockets made inside belong to the namespace."""
     libc = ctypes.CDLL(None, use_errno=True)
 
     def enter(descriptor: int) -> None:
@@ -217,6 +217,6 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _environment() -> dict[str, str]:
-    """Return the environment without this user's settings of meshd, except the folders of caches and models."""
+    """Copy this process's environment without `MESHD_*`, except the variables for the folders of caches and models."""
     kept = {"MESHD_CACHE", "MESHD_MODELS_DIR", "MESHD_HF_CACHE"}
     return {name: value for name, value in os.environ.items() if not name.startswith("MESHD_") or name in kept}

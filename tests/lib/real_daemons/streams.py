@@ -1,4 +1,4 @@
-"""Answers as a client reads them: streamed, with the time of each event, and resumed at another peer if needed."""
+"""Reads streamed answers as a client does, with the time of each event, and resumes them at another peer if needed."""
 
 import contextlib
 import http.client
@@ -21,7 +21,7 @@ _PREFIX = {"/v1/chat/completions": "chatcmpl-", "/v1/completions": "cmpl-", "/v1
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One request; it can be sent to any peer."""
+    """The path and body of one request, which can be sent to any peer. `name` is for messages of the test."""
 
     name: str
     path: str
@@ -55,7 +55,7 @@ class Token:
 
 @dataclass(slots=True)
 class Answer:
-    """What a client has received of one answer so far, over all streams that it read."""
+    """What a client has received of one answer so far, in the first stream and in those that resumed it."""
 
     spec: Spec
     session: str = ""
@@ -68,11 +68,11 @@ class Answer:
     plan: str = ""
     asked_at: float = 0.0
     begun_at: float = 0.0
-    """When the status line arrived: from then on the session exists. 0: not yet."""
+    """Time when the first response began, with which the session exists. 0: not yet."""
     times: list[float] = field(default_factory=list)
-    """When each event with text or tokens arrived."""
+    """Time when each event with text or tokens arrived (`time.monotonic`)."""
     repeated: int = 0
-    """Number of events that arrived again."""
+    """Number of events that had already arrived before."""
     skipped: int = 0
     """Number of events that never arrived."""
 
@@ -82,7 +82,7 @@ class Answer:
         return _PREFIX[self.spec.path] + self.session
 
     def differences_from(self, expected: "Answer") -> list[str]:
-        """Return a line for each difference from the expected answer; none if they are equal."""
+        """Return a line for each difference from the expected answer. Empty: the answers are equal."""
         found = [f"{self.repeated} events repeated"] * bool(self.repeated)
         found += [f"{self.skipped} events left out"] * bool(self.skipped)
         if self.tokens != expected.tokens:
@@ -96,7 +96,7 @@ class Answer:
         return found
 
     def take(self, number: int | None, event: dict[str, Any], at: float) -> None:
-        """Add one event of the stream. Raises: Interrupted if it is an error."""
+        """Add one event of the stream. Raises: Interrupted if the event is an error."""
         if event.get("error"):
             raise Interrupted(str(event["error"].get("code")), str(event["error"].get("message")))
         if number is not None and not self._is_next(number):
@@ -176,7 +176,7 @@ def _read(site: Site, at: str, method: str, path: str, body: Any, answer: Answer
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[tuple[int | None, dict[str, Any] | None]]:
-    """Yield (number, event) of each event; the event is None for `[DONE]`. Raises: OSError when nothing arrives for too long."""
+    """Yield (number, event); number is None if the event has none, event is None for `[DONE]`. Raises: OSError after a silence."""
     number: int | None = None
     while line := response.readline():
         name, _, value = line.decode().rstrip("\r\n").partition(": ")
@@ -225,7 +225,7 @@ def _difference(got: list[Any], wanted: list[Any]) -> str:
 
 
 class Streaming:
-    """An answer that a thread reads in the background, while a test disturbs the mesh."""
+    """Reads an answer in a background thread, while a test disturbs the mesh."""
 
     def __init__(self, site: Site, at: str, spec: Spec, mesh: dict[str, Any], *, silence_s: float = 60.0) -> None:
         self.answer = Answer(spec)
@@ -240,7 +240,7 @@ class Streaming:
             self.error = error
 
     def wait_for(self, tokens: int, within_s: float = 60.0) -> None:
-        """Wait until so many tokens have arrived. Raises: MeshBroken if they do not."""
+        """Wait until `tokens` tokens have arrived. Raises: MeshBroken if they do not arrive in time or the stream ends."""
         until = time.monotonic() + within_s
         while len(self.answer.times) < tokens:
             if time.monotonic() > until or not self._thread.is_alive():
@@ -248,7 +248,7 @@ class Streaming:
             time.sleep(0.001)
 
     def end(self, within_s: float = 120.0) -> Answer:
-        """Wait for the end. Returns: the whole answer. Raises: MeshBroken if it does not end, or ends with an error."""
+        """Wait for the end of the answer. Returns: the answer. Raises: MeshBroken if it ends with an error or not in time."""
         self._thread.join(within_s)
         if self.error is not None or not self.answer.ended:
             raise MeshBroken(f"session {self.answer.session} did not finish: {self.error or 'no end in time'}")
@@ -256,18 +256,18 @@ class Streaming:
 
 
 def longest_gap_s(answer: Answer, at: float) -> float:
-    """Return the longest wait for a token after time `at`. Tokens just after it may have been in transit before it."""
+    """Return the longest wait for a token after time `at`, in seconds. Tokens in transit at this time may still arrive first."""
     return max(later - max(earlier, at) for earlier, later in pairwise(answer.times) if later > at)
 
 
 def step_s(answer: Answer, before: float, steps: int = 16) -> float:
-    """Return the median time between two tokens, over the last steps before a time."""
+    """Return the median seconds between consecutive tokens, over the last `steps` steps before time `before`."""
     times = [time for time in answer.times if time <= before][-steps - 1 :]
     return statistics.median(later - earlier for earlier, later in pairwise(times))
 
 
 def of_length(tokens: int, answer_tokens: int, seed: int = 0) -> Spec:
-    """Return a greedy request whose prompt has exactly `tokens` tokens. Each token of its answer is one event."""
+    """Return a greedy request with a prompt of exactly `tokens` tokens. Each token of the answer arrives as one event."""
     rng = random.Random(f"{tokens} {seed}")
     prompt = [rng.randrange(1000, 30000) for _ in range(tokens)]
     body = {"model": MODEL, "prompt": prompt, "max_tokens": answer_tokens, "temperature": 0, "ignore_eos": True, "logprobs": 0}
@@ -275,6 +275,6 @@ def of_length(tokens: int, answer_tokens: int, seed: int = 0) -> Spec:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """Return the value that this share of the values does not exceed."""
+    """Return the smallest of the values that at least this share (0 to 1) of the values does not exceed."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]

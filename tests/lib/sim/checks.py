@@ -1,4 +1,4 @@
-"""Checks of invariants: quick ones after every callback of a peer, slow ones now and then, and others at the end of the run."""
+"""Checks of invariants: quick ones after every callback of a peer, slow ones after every 500th, others at the end of the run."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +17,15 @@ class InvariantBroken(AssertionError):
 
 
 class Checks:
-    """The checks of one run. All raise `InvariantBroken`."""
+    """The checks of one run. Each raises `InvariantBroken` if it fails."""
 
     def __init__(self, world: "World") -> None:
         self.count = 0
         self._world = world
         self._epochs: dict[int, tuple[Any, int]] = {}
-        """The last epoch of each answer and `SessionKv`, by `id`. The object is kept too, so that no other one gets its `id`."""
+        """The last epoch of each answer and `SessionKv`, by `id()`. The object is kept, so that no other one gets its `id()`."""
         self._pools: dict[int, tuple[int, int, int]] = {}
-        """State of each pool at its last check, by `id`: a pool that has not changed is not checked again."""
+        """State of each pool at its last check, by the pool's `id()`. A pool that has not changed since is not checked again."""
 
     def after(self, process: "SimProcess") -> None:
         """Check a process after one of its callbacks."""
@@ -57,7 +57,7 @@ class Checks:
         self._epochs = {key: known for key, known in self._epochs.items() if key in present}
 
     def _check_epoch(self, process: "SimProcess", owner: Any, session: SessionId, epoch: int) -> None:
-        """Check that the epoch of `owner` never falls."""
+        """Check that the epoch of `owner`, an answer or a `SessionKv`, has not fallen."""
         known = self._epochs.get(id(owner))
         if known is not None and known[1] == epoch:
             return
@@ -66,7 +66,7 @@ class Checks:
         self._epochs[id(owner)] = owner, epoch
 
     def _check_pool(self, process: "SimProcess", resident: Any) -> None:
-        """Check that every block is either free or in exactly one table, and that a session uses every table."""
+        """Check that every block is either free or in exactly one table, and that every table is in use by a session or a step."""
         pool = resident.pool
         state = (len(pool._live), pool._next_id, pool.blocks_free)
         if self._pools.get(id(pool)) == state:
@@ -87,7 +87,7 @@ class Checks:
                 raise InvariantBroken(f"{process.spec.name}: {size} {name}, the limit is {limit}")
 
     def no_orphaned_leases(self) -> None:
-        """Check that some running peer coordinates the session of every lease."""
+        """Check that the session of every lease has a running peer as coordinator."""
         processes = [peer.process for peer in self._world.peers.values() if peer.process is not None]
         coordinated = {session for process in processes for session in process.coordinator.answers}
         for process in processes:

@@ -1,4 +1,4 @@
-"""The faults of a run: which there are, random schedules of them, and how each is injected."""
+"""The faults of a run: their kinds, random schedules, and a function for each kind that injects it."""
 
 import asyncio
 import random
@@ -21,7 +21,7 @@ class Fault:
     kind: str
     lasts_s: float
     chance: float
-    """Random number from 0 to 1. It selects the victim and, for some kinds, the severity."""
+    """Random number, at least 0 and less than 1, that selects the victim and for some kinds the severity."""
 
     def __str__(self) -> str:
         return f"{self.kind} at {self.at:.2f} for {self.lasts_s:.2f} s"
@@ -30,7 +30,7 @@ class Fault:
 Inject = Callable[["World", Fault], Awaitable[None]]
 _KINDS: dict[str, Inject] = {}
 _LASTS: dict[str, tuple[float, float]] = {}
-"""Shortest and longest duration, by kind."""
+"""Shortest and longest duration of a fault in seconds, by kind."""
 
 
 def _fault(kind: str, shortest_s: float, longest_s: float) -> Callable[[Inject], Inject]:
@@ -48,7 +48,7 @@ def kinds() -> tuple[str, ...]:
 
 
 def make_faults(rng: random.Random, count: int, within_s: float, only: tuple[str, ...] | None = None) -> list[Fault]:
-    """Return a random schedule. About a third of the faults follow closely after another one, so that they hit a recovery."""
+    """Return `count` random faults, sorted by time. A third begin up to 2.5 s after another one, to hit a recovery."""
     faults: list[Fault] = []
     for _ in range(count):
         close = faults and rng.random() < 0.35
@@ -65,7 +65,7 @@ async def inject(world: "World", fault: Fault) -> None:
 
 
 def _pick(world: "World", fault: Fault) -> "SimPeer | None":
-    """Return a running peer without a fault; in 70 % of the cases one with a session, if there is one. None: fewer than two run."""
+    """Return a running peer without a fault, in 70 % of the cases one with a session. None: fewer than two such peers run."""
     free = [peer for peer in world.peers.values() if peer.process is not None and peer.id not in world.health.faulty]
     if len(free) < 2:
         return None
@@ -81,7 +81,7 @@ async def _process_fault(
     end: Callable[["SimPeer"], None],
     victim: "SimPeer | None" = None,
 ) -> None:
-    """Inject a fault into `victim`, or into a peer that `_pick` chooses, and end it after its time."""
+    """Inject a fault into `victim`, or into a peer that `_pick` chooses, and end the fault after its duration."""
     peer = victim or _pick(world, fault)
     if peer is None:
         return
@@ -118,7 +118,7 @@ async def _freeze(world: "World", fault: Fault) -> None:
 
 @_fault("stall", 1.0, 30.0)
 async def _stall(world: "World", fault: Fault) -> None:
-    """The compute thread hangs while the event loop and the links work."""
+    """Make a peer's compute thread hang, while its event loop and links work."""
     processes = {}
 
     def begin(peer: "SimPeer") -> None:
@@ -175,7 +175,7 @@ async def _pair_fault(
     begin: Callable[["SimPeer", "SimPeer"], None],
     end: Callable[["SimPeer", "SimPeer"], None],
 ) -> None:
-    """Inject a fault between two random peers, and end it after its time."""
+    """Inject a fault between two random peers, and end the fault after its duration."""
     pair = _pick_pair(world, fault)
     if pair is None:
         return
@@ -215,7 +215,7 @@ async def _one_way(world: "World", fault: Fault) -> None:
 
 @_fault("isolate", 0.2, 15.0)
 async def _isolate(world: "World", fault: Fault) -> None:
-    """Cut a peer off from all others, without notice to either side."""
+    """Cut a peer off from all peers without a fault, without notice to either side."""
 
     def others(peer: "SimPeer") -> list["SimPeer"]:
         return [other for other in world.peers.values() if other is not peer]
@@ -268,7 +268,7 @@ async def _drain(world: "World", fault: Fault) -> None:
 
 @_fault("move", 0.0, 0.1)
 async def _move(world: "World", fault: Fault) -> None:
-    """Move a running answer to another peer, as a user may. No peer is harmed, so none is marked faulty."""
+    """Move a running answer to a random peer, as a user may. This disturbs no peer, so none is marked as faulty."""
     running = [
         (peer.process, session)
         for peer in world.peers.values()
@@ -285,9 +285,9 @@ async def _move(world: "World", fault: Fault) -> None:
 
 @_fault("harsh network", 0.5, 5.0)
 async def _harsh(world: "World", fault: Fault) -> None:
-    """Lose, repeat and reorder single messages on all links.
+    """Drop, repeat and reorder some messages on all links.
 
-    TCP never loses a message of a link that stays up, so links that lost one are reset in the end.
+    TCP never loses a message on a link that stays up. So at the end, each link that has lost one is reset.
     """
     world.health.begin_all(fault.kind)
     level = fault.chance * 0.05

@@ -1,7 +1,7 @@
-"""An event loop in virtual time: it never waits, its clock jumps to the next timer. The same start gives the same run.
+"""An event loop in virtual time: instead of waiting, it sets its clock to the time of the next timer. Runs are reproducible.
 
-Every callback belongs to an owner (a peer's process), which its context names. Callbacks of a stopped owner are deferred, as in a
-frozen process. Callbacks of a killed owner still run, but their errors are ignored.
+A callback's context may name an owner, which is a process of a peer. Callbacks of a stopped owner are deferred, as in a frozen
+process. Callbacks of a killed owner still run, but their errors are ignored.
 """
 
 import asyncio
@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _SAME_TIME_LIMIT = 200_000
-"""More callbacks than this at one instant mean that the code loops for ever."""
+"""Number of callbacks at one virtual time beyond which the code is taken to loop for ever."""
 _THREAD_S = 0.0005
-"""Longest time of a job on another thread."""
+"""Longest virtual time of a function in `run_in_executor`, in seconds."""
 
 
 @dataclass(eq=False, slots=True)
@@ -28,16 +28,16 @@ class Owner:
 
     name: str
     stopped: bool = False
-    """The process is frozen: its callbacks are put into `deferred`."""
+    """The process is frozen: its callbacks are appended to `deferred` instead of run."""
     killed: bool = False
-    """Only the clean-up of cancelled tasks still runs; its errors are ignored."""
+    """The process has ended. Its cancelled tasks still run their clean-up, whose errors are ignored."""
     deferred: deque[asyncio.Handle] = field(default_factory=deque)
     tasks: dict[int, "SimTask"] = field(default_factory=dict)
     after: Callable[[], None] | None = None
     """Called after each callback of this owner."""
 
     def context(self) -> Context:
-        """Return a fresh context; callbacks and tasks that run in it belong to this owner."""
+        """Return a new context. Callbacks and tasks that run in the context belong to this owner."""
         context = Context()
         context.run(OWNER.set, self)
         return context
@@ -47,7 +47,7 @@ OWNER: ContextVar[Owner | None] = ContextVar("owner", default=None)
 
 
 class Stuck(AssertionError):
-    """The clock cannot advance: no timer is left, or callbacks start one another without end at one instant."""
+    """The clock cannot advance: no timer is left, or callbacks schedule one another for ever at one virtual time."""
 
 
 class SimTask(asyncio.Task[Any]):
@@ -61,14 +61,14 @@ class SimTask(asyncio.Task[Any]):
 
 
 class SimLoop(asyncio.BaseEventLoop):
-    """The loop of one run; use `run_until_complete`."""
+    """The event loop of one run of the simulator."""
 
     def __init__(self, rng: random.Random, start: float = 1000.0) -> None:
         super().__init__()
         self.callbacks = 0
-        """Callbacks run so far."""
+        """Number of callbacks run so far."""
         self.timers_run = 0
-        """Timers that have fired: a message arrived, a step finished, a wait ended."""
+        """Number of timers that have fired, for example because a message arrived or a step finished."""
         self.faults: list[str] = []
         """Errors that no code caught, and errors that meshd logged."""
         self._rng = rng
@@ -98,7 +98,7 @@ class SimLoop(asyncio.BaseEventLoop):
         return self.call_soon(callback, *args, context=context)
 
     def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:  # type: ignore[override]
-        """Run `func` on this thread, a moment later."""
+        """Run `func` on this thread after a random time of at most `_THREAD_S`."""
         future: asyncio.Future[T] = self.create_future()
 
         def run() -> None:
@@ -161,7 +161,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self, loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, T] | Generator[Any, None, T], **named: Any
     ) -> SimTask:
         number = next(self._numbers)
-        SimTask.number = number  # the constructor hashes the task before its own number can be set
+        SimTask.number = number  # the constructor hashes the task before `task.number` can be set
         task = SimTask(coro, loop=self, **named)
         task.number = number
         context = named.get("context")

@@ -7,27 +7,27 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Options of a run. Together with the seed they determine it completely."""
+    """Options of a run. Together with the seed they determine the run completely."""
 
     peers: int = 4
     models: int = 1
-    """The first has 6 layers, each further one has one more."""
+    """Number of models. The first one has 6 layers, and each further one has one layer more than the one before."""
     faults: int = 4
     requests: int = 6
     within_s: float = 12.0
-    """Requests start, and faults begin, within this time."""
+    """Seconds within which requests start and faults begin."""
     kinds: tuple[str, ...] | None = None
-    """The kinds of faults. None: all."""
+    """The kinds of faults to inject. None: all kinds."""
     repeats: float = 0.002
-    """Share of session messages that arrive twice."""
+    """Share of session messages that are sent twice in a row."""
     prompt: int = 150
     """Longest prompt, in tokens."""
     answer: int = 120
     """Longest answer, in tokens."""
     events: int = 0
-    """If not 0: requests keep coming until this many timers have fired."""
+    """Number of timers that must have fired before clients stop sending requests. 0: send `requests` requests in all."""
     churn: bool = False
-    """With `events`: faults keep coming until the end, too."""
+    """Whether to inject faults too until `events` timers have fired. Only if `events` is not 0."""
 
 
 def replay(seed: int, options: Options) -> str:

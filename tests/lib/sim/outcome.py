@@ -10,7 +10,7 @@ class Outcome:
 
     seed: int
     failure: str = ""
-    """The first invariant that broke. Empty: all held."""
+    """The broken invariant, wrong answer or other error that ended the run. Empty: none."""
     digest: int = 0
     events: int = 0
     callbacks: int = 0
@@ -27,15 +27,15 @@ class Outcome:
     plans: int = 0
     searches: int = 0
     searching_s: float = 0.0
-    """Real time."""
+    """Real time of all searches of the routers, in seconds."""
     methods: Counter[str] = field(default_factory=Counter)
-    """How many times answers continued by each method after a change of plan."""
+    """Number of times that answers continued by each method after a change of plan."""
     pauses: list[float] = field(default_factory=list)
-    """Virtual seconds that clients waited for each token."""
+    """Virtual seconds that clients waited for each delta."""
     worst: tuple[float, str] = 0.0, ""
-    """The longest of the pauses, and where it was."""
+    """The longest of `pauses`, and its client, time and event."""
     lines: list[str] = field(default_factory=list)
-    """The last lines of the trace."""
+    """The last lines of the trace, as many as the caller wanted."""
 
     def __str__(self) -> str:
         return f"seed {self.seed}: {self.failure or 'ok'}"

@@ -1,4 +1,4 @@
-"""Replaces the module `time` and the log of meshd while a run lasts."""
+"""Replaces the module `time` in meshd's modules and the handlers of meshd's log during a run."""
 
 import logging
 import sys
@@ -14,7 +14,7 @@ from sim.trace import Trace
 
 @contextmanager
 def virtual_time(loop: SimLoop, meter: Meter) -> Iterator[None]:
-    """Replace `time` in all of meshd's modules by one that returns virtual time."""
+    """Inside the block, replace the module `time` in all of meshd's modules by functions that return virtual time."""
 
     def now() -> float:
         return loop.time() + meter.spent_s
@@ -62,7 +62,7 @@ def _where(error: BaseException) -> str:
 
 @contextmanager
 def watched_log(loop: SimLoop, trace: Trace) -> Iterator[None]:
-    """Send meshd's log to the trace, and the errors in it to `SimLoop.faults`."""
+    """Inside the block, send meshd's log to the trace, and its errors also to `SimLoop.faults`."""
     logger = logging.getLogger("meshd")
     before = logger.level, logger.propagate, logger.handlers[:]
     watcher = _Watcher(loop, trace)

@@ -21,21 +21,21 @@ from sim.world import World
 
 _METHODS = (KEPT, MIRROR, REPLAY, PREFILL)
 _SETTLE_S = 15.0
-"""This long after the last fault and the last client, no peer may hold a lease of a session that nobody coordinates."""
+"""Seconds after all faults and clients have ended until no peer may hold a lease of a session without a coordinator."""
 _UNREAD_S = 35.0
-"""This much later, nothing may be left: an answer that nobody reads is suspended after 30 s."""
+"""Seconds after `_SETTLE_S` until nothing of any session may be left: an answer without a reader is suspended after 30 s."""
 _END_S = 150.0
-"""This long after the last fault, every request must have ended."""
+"""Seconds after the last fault within which every request must end."""
 _LATE_SHARE = 0.15
-"""Share of the peers that join while the others already work."""
+"""Probability that a peer, other than the first two, starts only while clients already send requests."""
 _CLOSING_ROUNDS = 20
 
 
 def simulate(seed: int, options: Options, *, keep: int = 0, echo: bool = False) -> Outcome:
     """Run the simulator once.
 
-    `keep` is how many of the trace's last lines the outcome contains; with `echo` all lines are printed. A broken invariant ends
-    the run and is reported in the outcome's `failure`; it is not raised.
+    The outcome contains the last `keep` lines of the trace; with `echo` all lines are printed. A broken invariant ends the run. It
+    is not raised, but reported as the outcome's `failure`.
     """
     return _Simulation(World(seed, options, keep=keep, echo=echo)).run()
 
@@ -85,7 +85,7 @@ class _Simulation:
         outcome.lines = list(world.trace.lines)
 
     def _close(self) -> None:
-        """Cancel and await all remaining tasks: the garbage collector would close their coroutines outside the loop."""
+        """Cancel and await all remaining tasks. Otherwise the garbage collector would close their coroutines outside the loop."""
         for peer in self._world.peers.values():
             peer.kill(silently=True)
         try:
@@ -128,7 +128,7 @@ class _Simulation:
         return Workload(requests=options.requests, within_s=options.within_s, prompt=options.prompt, answer=options.answer)
 
     async def _run_fixed(self) -> None:
-        """Draw all requests and faults first, then run them."""
+        """Run a fixed number of requests and faults, which are all drawn at the start."""
         world, options = self._world, self._options
         requests = make_requests(world.rng_clients, world.cards, self._workload())
         self._clients = [Client(world, request) for request in requests]
@@ -139,7 +139,7 @@ class _Simulation:
         await self._wait_for(client_tasks, _END_S, "requests have not ended: " + ", ".join(map(str, faults)))
 
     async def _run_until_events(self) -> None:
-        """Start requests and faults until the run ends: on average `requests` and `faults` of them in `within_s`."""
+        """Start random requests and faults until `events` timers have fired, at rates of `requests` and `faults` per `within_s`."""
         requests = self._loop.create_task(self._keep_requesting())
         faults = self._loop.create_task(self._keep_injecting())
         await self._wait_for([faults])
@@ -179,7 +179,7 @@ class _Simulation:
             raise WrongAnswer(f"{what}; clients {', '.join(stuck)}")
 
     async def _place(self) -> None:
-        """Place the models ahead of requests, in 70 % of the runs. In the others the first request does."""
+        """In 70 % of the runs, place the models before the first request. In the other runs, requests place them."""
         world = self._world
         if world.rng_cluster.random() < 0.3:
             return
@@ -200,7 +200,7 @@ class _Simulation:
 
 
 def _raise_first(task: "asyncio.Task[Any]") -> None:
-    """Raise the first error of a task, unpacked from its exception groups."""
+    """Raise the task's error, if it has one; of an exception group, raise the first error."""
     error = task.exception()
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

@@ -1,4 +1,4 @@
-"""The trace of a run: a running checksum, and lines of text if wanted."""
+"""The trace of a run: a checksum of all events, and lines of text if wanted."""
 
 import logging
 import zlib
@@ -13,7 +13,7 @@ _FIELDS = ("session", "epoch", "step", "index", "token", "stage", "position", "h
 
 
 class Trace:
-    """Notes of all that happens. The same seed must give the same `digest`."""
+    """Records all events of a run as lines. Runs with the same seed and options must have the same `digest`."""
 
     def __init__(self, now: Callable[[], float], names: dict[PeerId, str], *, keep: int = 0, echo: bool = False) -> None:
         self.digest = 0
@@ -22,7 +22,7 @@ class Trace:
         self._echo = echo
         self.lines: deque[str] = deque(maxlen=keep)
         self._fields: dict[type[Message], tuple[str, ...]] = {}
-        """The fields to show, by type of message."""
+        """The fields that the trace shows, by type of message."""
 
     def note(self, *parts: object) -> None:
         line = f"{self._now():.6f} " + " ".join(map(str, parts))
@@ -32,7 +32,7 @@ class Trace:
             print(line, flush=True)
 
     def log(self, who: str, record: logging.LogRecord) -> None:
-        """Add a line of meshd's own log. It is not part of the digest, because what is logged is not behaviour."""
+        """Add a line of meshd's own log. It does not change the digest, because the log is not behaviour."""
         line = f"{self._now():.6f} {who} log {record.levelname.lower()}: {record.getMessage()}"
         self.lines.append(line)
         if self._echo:

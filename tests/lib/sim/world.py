@@ -1,4 +1,4 @@
-"""The simulated cluster of one run: its peers and network, and what faults and clients do to them."""
+"""The simulated cluster of one run: its peers and network, and the actions of faults and clients on them."""
 
 import asyncio
 import hashlib
@@ -30,7 +30,7 @@ class World:
     def __init__(self, seed: int, options: Options, *, keep: int = 0, echo: bool = False) -> None:
         self.seed = seed
         self.options = options
-        # Each part has its own generator, so that one more draw in one part does not change the others.
+        # Each part has its own generator: then an additional draw in one part does not change the numbers of the other parts.
         self.rng_cluster = random.Random(f"{seed}-cluster")
         self.rng_faults = random.Random(f"{seed}-faults")
         self.rng_clients = random.Random(f"{seed}-clients")
@@ -45,7 +45,7 @@ class World:
         self.connections: list[Connection] = []
         self.health = PeerHealth(self.loop, self.trace, self.peers, self.cards)
         self.worst = 0.0, ""
-        """The longest pause between two tokens that a client saw, and where."""
+        """The longest time that a client waited for a delta, and its client, time and event."""
         self.checks = Checks(self)
         for number in range(options.peers):
             self._add_peer(number)
@@ -101,7 +101,7 @@ class World:
                 connection.break_off("connection closed")
 
     async def do(self, process: SimProcess, work: Coroutine[Any, Any, Any], within_s: float) -> None:
-        """Run a user's command in a peer's context. A `MeshdError` does not fail the run: the peer may refuse the command."""
+        """Run a user's command in a peer's context, for at most `within_s`. A MeshdError is no failure: the peer may refuse."""
         task = self.loop.create_task(work, context=process.owner.context())
         await asyncio.wait([task], timeout=within_s)
         task.cancel()

@@ -1,4 +1,4 @@
-"""A client: sends its request to some peer, resumes elsewhere after an error, and compares what it gets with the correct answer."""
+"""A client: sends its request to a random peer, resumes at another one after an error, and checks each part of the answer."""
 
 import asyncio
 from contextlib import suppress
@@ -15,28 +15,28 @@ if TYPE_CHECKING:
     from sim.world import World
 
 _LINGERS = 0.3
-"""Probability that a client leaves a lost connection open while it turns to another peer, so that its answer has two readers."""
+"""Probability that a client keeps a lost connection open while it turns to another peer, so that its answer has two readers."""
 _LINGERS_S = 4.0
 _NEVER_RIGHT = (InvalidRequest, ContextTooLong, UnknownModel)
 """Errors that no fault excuses."""
 
 
 class WrongAnswer(AssertionError):
-    """A client got a wrong answer, an error that no fault excuses, or nothing in time."""
+    """A client got a wrong answer or an error that no fault excuses, or its answer did not end in time."""
 
 
 class Client:
-    """Makes one request, and sees it through to its end."""
+    """Sends one request, and resumes its answer until it is complete or cancelled."""
 
     def __init__(self, world: "World", request: ClientRequest) -> None:
         self.world = world
         self.request = request
         self.session: SessionId | None = None
         self.ended = ""
-        """`exact` or `cancelled`. Empty: not ended."""
+        """`exact` (the whole correct answer arrived) or `cancelled`. Empty: not ended."""
         self.errors: list[str] = []
         self.pauses: list[float] = []
-        """Seconds before each token, counted within one connection."""
+        """Seconds of waiting for each new delta, from the delta before or from the start of the connection."""
         self.began = 0.0
         self._last_token_at = 0.0
 
@@ -53,7 +53,7 @@ class Client:
         world.trace.note("client", request.number, self.ended, len(request.seen))
 
     async def _attempt(self, process: SimProcess) -> float:
-        """Read from one connection until something ends it. Returns: seconds to wait before the next one."""
+        """Open a connection and read until the answer or the connection ends. Returns: seconds to wait before the next attempt."""
         world, request = self.world, self.request
         connection = Connection(process)
         self._last_token_at = world.loop.time()
@@ -114,7 +114,7 @@ class Client:
         await asyncio.wait([self.world.loop.create_task(end(), context=process.owner.context())], timeout=10.0)
 
     def _take(self, at: int, delta: TextDelta) -> None:
-        """Check the delta with number `at`: it is new, or equal to the one received before under this number."""
+        """Check the delta with number `at`: it must equal the delta received before with this number, or continue the answer."""
         request = self.request
         item = (delta.text, tuple(token.token_id for token in delta.tokens))
         if at < len(request.seen):
@@ -156,7 +156,7 @@ class Client:
         self.ended = "exact"
 
     def _failed(self, process: SimProcess, error: MeshdError) -> float:
-        """Check that a fault excuses an error. Returns: seconds to wait before the next attempt. Raises: WrongAnswer."""
+        """Handle a peer's error. Returns: seconds to wait before the next attempt. Raises: WrongAnswer if no fault excuses it."""
         world, request = self.world, self.request
         self.errors.append(f"{error.code}: {error}")
         world.trace.note("client", request.number, "error", process.spec.name, error.code, error)

@@ -11,26 +11,26 @@ from sim.clients.requests import ClientRequest
 from sim.peer.process import SimProcess
 
 _MAX_UNREAD = 4
-"""Unread events in a connection after which its handler waits for the client."""
+"""Number of unread events at which the handler of a connection waits for the client."""
 
 
 @dataclass(frozen=True, slots=True)
 class SessionNamed:
-    """The peer has accepted the request: the id of its session."""
+    """Event: the peer has accepted the request, as part of this session."""
 
     session: SessionId
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLost:
-    """The connection broke, or nothing came for too long."""
+    """Event: the connection broke, or no event came in time."""
 
     why: str
 
 
 @dataclass(eq=False, slots=True)
 class Connection:
-    """Events on their way from a peer to a client. The handler runs in the peer's context, the client in its own."""
+    """A queue of events from a peer to a client. Its handler runs in the context of the peer's process."""
 
     process: SimProcess
     events: deque[Any] = field(default_factory=deque)
@@ -46,7 +46,7 @@ class Connection:
             self.arrived.set()
 
     def break_off(self, why: str) -> None:
-        """Break the connection from the peer's side: its process ends."""
+        """Break the connection, because the peer's process has ended."""
         self.events.append(ConnectionLost(why))
         self.arrived.set()
 
@@ -64,20 +64,20 @@ class Connection:
         return event
 
     async def wait_for_reader(self) -> None:
-        """Wait until the client has left fewer than `_MAX_UNREAD` events unread."""
+        """Wait until fewer than `_MAX_UNREAD` events are unread."""
         while len(self.events) >= _MAX_UNREAD:
             self.taken.clear()
             await self.taken.wait()
 
     def close(self) -> None:
-        """Close the connection from the client's side."""
+        """Close the connection as the client: events are dropped, and the handler is cancelled."""
         self.closed = True
         if self.handler is not None and not self.process.killed:
             self.handler.cancel()
 
 
 async def handle(connection: Connection, request: ClientRequest, session: SessionId | None) -> None:
-    """Serve a connection as the HTTP server does: generate, or resume `session`, and push the events."""
+    """Serve a connection as the HTTP server does: generate an answer, or resume that of `session`, and push its events."""
     coordinator = connection.process.coordinator
     try:
         generation: Generation

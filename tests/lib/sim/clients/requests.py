@@ -23,9 +23,9 @@ class ClientRequest:
     completion_tokens: int
     starts_at: float
     patience_s: float
-    """The client turns to another peer when no event comes for so long."""
+    """Seconds without an event after which the client turns to another peer."""
     reads_s: float = 0.0
-    """How long the client takes to read each delta."""
+    """Seconds that the client takes to read each delta."""
     leaves_at: int | None = None
     """Number of deltas after which the client disconnects. None: it stays."""
     stays_away_s: float = 0.0
@@ -37,7 +37,7 @@ class ClientRequest:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """How many requests clients make in what time, and how long prompts and answers are at most, in tokens."""
+    """Number of requests, seconds within which they start, and the longest prompt and answer in tokens."""
 
     requests: int
     within_s: float
@@ -46,13 +46,13 @@ class Workload:
 
 
 def make_requests(rng: random.Random, cards: Sequence[ModelCard], workload: Workload) -> list[ClientRequest]:
-    """Return the requests of a whole run, in the order of their start."""
+    """Return the random requests of a whole run, in the order of their start."""
     starts = sorted(rng.uniform(0, workload.within_s) for _ in range(workload.requests))
     return [make_request(rng, cards, workload, number, start) for number, start in enumerate(starts)]
 
 
 def make_request(rng: random.Random, cards: Sequence[ModelCard], workload: Workload, number: int, start: float) -> ClientRequest:
-    """Return a random request; its correct answer is computed by `reference`."""
+    """Return a random request with its correct answer, which `reference` computes."""
     card = cards[0] if len(cards) == 1 else rng.choice(cards)
     prompt = random_prompt(rng, workload.prompt if rng.random() < 0.8 else 8)
     sampling = _sampling(rng)

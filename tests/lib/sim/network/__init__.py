@@ -1,1 +1,1 @@
-"""The seeded network: what agents use of `meshd.agents.links`, over virtual time instead of sockets."""
+"""The seeded network: replaces the parts of `meshd.agents.links` that agents use, with virtual time instead of sockets."""

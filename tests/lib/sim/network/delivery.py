@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 _HEADER_BYTES = 120
 _ADVERTS_ENCODED = 0.05
-"""Share of adverts that are encoded and decoded. With many peers adverts are long and frequent, so encoding all is slow."""
+"""Share of adverts that are encoded and decoded. Encoding all of them is slow: with many peers, adverts are long and frequent."""
 
 
 class Delivery:
-    """Delivers each message after its path's delay, in order within its lane, and notes the arrival in the trace."""
+    """Delivers each message after its path's delay, in order within its lane, and records the arrival in the trace."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Delivery:
     ) -> None:
         self.harsh = HarshNetwork()
         self.repeats = 0.0
-        """Share of session messages that arrive twice, each time in order."""
+        """Share of session messages that are sent twice in a row."""
         self.messages = 0
         self._loop = loop
         self._rng = rng
@@ -76,7 +76,7 @@ class Delivery:
         return (path.delay_s + self._rng.random() * path.jitter_s) * path.slow
 
     def stats(self, source: PeerId, target: PeerId) -> LinkStats:
-        """Return what a measurement of the link gives. The first one counts until the link is replaced."""
+        """Return the measurement of the link from `source` to `target`. It is made once, and again when the link is replaced."""
         path, back = self._paths[source, target], self._paths[target, source]
         if path.measured is None:
             delay = path.delay_s * path.slow
@@ -89,7 +89,7 @@ class Delivery:
         return path.measured
 
     def _encode_and_decode(self, message: Message, size: int) -> Message:
-        """Return the message as its receiver decodes it. Raises: InvalidRequest if it is too long, as a connection does."""
+        """Return the message as its receiver decodes it. Raises: InvalidRequest if the message is too long."""
         if isinstance(message, Advertise) and self._rng.random() > _ADVERTS_ENCODED:
             return message
         header = encode(message)
@@ -136,5 +136,5 @@ class Delivery:
             pipe.held.append((message, b"" if payload is None else bytes(payload), size))
             return
         self.note_arrival(source, target, message)
-        # The payload is copied on arrival, not on sending, so that a sender that changes a payload after sending it is detected.
+        # Copy the payload on arrival, not on sending: then a sender that changes a sent payload causes a wrong answer.
         receiver.dispatcher.deliver(source, message, memoryview(b"" if payload is None else bytes(memoryview(payload).cast("B"))))

@@ -21,7 +21,7 @@ _MAX_LOCAL = 4096
 
 
 class SimLinks:
-    """Replaces `meshd.agents.links.links.Links` for one process of a peer; implements what agents use of it."""
+    """Replaces `meshd.agents.links.links.Links` in one process of a peer. Has only the methods that agents use."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class SimLinks:
         self.context = owner.context()
         self._network = network
         self._local = 0
-        """Messages to this peer itself that are not delivered yet."""
+        """Number of messages to this peer itself that are not delivered yet."""
         self._stop = asyncio.Event()
         self.dispatcher = Dispatcher(self.send, LinkLog(clock))
 
@@ -52,7 +52,7 @@ class SimLinks:
         self.dispatcher.register(message_type, handler)
 
     def send(self, peer: PeerId, message: Message, payload: Buffer | None = None) -> None:
-        """Send, to this peer itself too. Raises: PeerLost, Overloaded, InvalidRequest."""
+        """Send a message to a peer, which may be this peer itself. Raises: PeerLost, Overloaded, InvalidRequest."""
         assert OWNER.get() is self.owner, "fault of the simulator: a peer's code runs in the context of another owner"
         if peer == self.id:
             self._send_local(message, payload)
@@ -74,7 +74,7 @@ class SimLinks:
         """Do nothing: the network links all peers that can reach one another."""
 
     def forget(self, host: str, port: int, source: str) -> None:
-        """Do nothing, as `connect`."""
+        """Do nothing, for the same reason as `connect`."""
 
     def peers(self) -> list[PeerId]:
         return [peer for peer, link in self.links.items() if self.id in link.up]
@@ -95,7 +95,7 @@ class SimLinks:
         return []
 
     async def run(self) -> None:
-        """Be on the network until `close`. Cancel: leaves the network."""
+        """Join the network, and stay until `close` is called. Cancel: leaves the network."""
         try:
             async with asyncio.TaskGroup() as group:
                 self.dispatcher.group = group

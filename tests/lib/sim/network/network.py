@@ -1,8 +1,8 @@
 """Brings links up and down, and applies the network's faults to them.
 
-A link has two lanes in each direction, each in order, as over TCP. Heartbeats are not sent: the network knows whether they
-would arrive, and a peer that would miss them for 2 s ends the link. Messages that a cut holds back arrive when the cut heals, if
-the link still exists. When a link breaks, the messages that would arrive after a random time are lost.
+A link has two lanes in each direction, and each lane keeps the order of messages, as TCP does. Heartbeats are not sent: the network
+knows whether they would arrive, and a peer that would miss them for 2 s ends the link. Messages that a cut holds back arrive when
+the cut heals, if the link still exists. When a link breaks, the messages that would arrive after a random time are lost.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ class SimNetwork:
         self._trace = trace
         self._paths: dict[Pair, Path] = {}
         self._ends: dict[PeerId, SimLinks] = {}
-        """Each peer that is on the network, with its side of the links."""
+        """The `SimLinks` of each peer that is on the network."""
         self._redials: dict[Pair, asyncio.TimerHandle] = {}
         self._links = 0
         self.delivery = Delivery(loop, rng, trace, self._paths, self._ends)
@@ -44,7 +44,7 @@ class SimNetwork:
         self._paths[source, target] = path
 
     def attach(self, end: SimLinks) -> None:
-        """Put a peer on the network: it listens and dials."""
+        """Add a peer to the network, and link it with the peers that it can reach."""
         self._ends[end.id] = end
         for other in self._ends:
             if other != end.id:
@@ -68,7 +68,7 @@ class SimNetwork:
         end.dispatcher.cancel_tasks()
 
     def freeze(self, peer: PeerId) -> None:
-        """Stop everything that a peer sends, because its process is frozen."""
+        """Stop the heartbeats of a peer, because its process is frozen."""
         for other in self._ends:
             if other != peer:
                 self._block(peer, other)
@@ -81,19 +81,19 @@ class SimNetwork:
                 self._redial(peer, other)
 
     def cut(self, source: PeerId, target: PeerId) -> None:
-        """Stop everything in this direction, without notice to either side."""
+        """Hold back everything from `source` to `target`, without notice to either side."""
         self._paths[source, target].cut = True
         self._block(source, target)
 
     def heal(self, source: PeerId, target: PeerId) -> None:
-        """End a `cut`: what it held back arrives."""
+        """End a `cut`: the messages that were held back are sent on."""
         self._paths[source, target].cut = False
         self._unblock_if_reachable(source, target)
         self.delivery.release(source, target)
         self._redial(source, target)
 
     def break_link(self, one: PeerId, other: PeerId) -> None:
-        """Reset the link: both sides notice, and messages in transit are lost from a random time on."""
+        """Reset the link: both sides notice, and messages that would arrive after a random time (at most 10 ms) are lost."""
         end = self._ends.get(one)
         link = end.links.get(other) if end is not None else None
         if end is None or link is None:
@@ -109,7 +109,7 @@ class SimNetwork:
                     self.break_link(end.id, other)
 
     def silence_s(self, source: PeerId, target: PeerId) -> float:
-        """Return for how long nothing of `source` has arrived at `target`; 0 while heartbeats arrive."""
+        """Return for how many seconds no heartbeat of `source` has arrived at `target`. 0: heartbeats arrive."""
         since = self._paths[source, target].blocked_since
         return 0.0 if since is None else self._loop.time() - since
 
@@ -132,7 +132,7 @@ class SimNetwork:
             self._paths[source, target].blocked_since = None
 
     def _give_up(self, listener: SimLinks, source: PeerId, path: Path, since: float) -> None:
-        """End the link with `source` if it has been silent since `since` without a break."""
+        """End the link with `source` if nothing has arrived from `source` since time `since`."""
         link = listener.links.get(source)
         if path.blocked_since == since and link is not None and listener.id in link.up:
             self._end(listener, source, link, f"silent for {self._loop.time() - since:.1f} s")
@@ -145,7 +145,7 @@ class SimNetwork:
         self._redials[pair] = self._loop.call_later(wait, self._dial, *pair)
 
     def _dial(self, one: PeerId, other: PeerId) -> None:
-        """Link two peers. While one can't reach the other, do nothing: the change that ends this dials again."""
+        """Link two peers. If one can't reach the other, do nothing: `heal`, `thaw` or `attach` will dial again."""
         del self._redials[one, other]
         ends = self._ends.get(one), self._ends.get(other)
         if ends[0] is None or ends[1] is None or self._blocked(one, other) or self._blocked(other, one):
@@ -161,7 +161,7 @@ class SimNetwork:
             self._paths[source, target].measured = None
         there, back = self._paths[one, other], self._paths[other, one]
         ready_s = 2 * (there.delay_s * there.slow + back.delay_s * back.slow)
-        # The dialler sends first, so the other side has the link one delay later.
+        # The dialler sends first, so the link comes up one delay later at the other peer.
         self._loop.call_later(ready_s + there.delay_s * there.slow, self._bring_up, ends[1], ends[0], link, context=ends[1].context)
         self._loop.call_later(ready_s, self._bring_up, ends[0], ends[1], link, context=ends[0].context)
 
@@ -192,20 +192,20 @@ class SimNetwork:
         end.on_up(other.id, hello, (f"sim-{other.id[:8]}", 6375))
 
     def _end(self, end: SimLinks, other: PeerId, link: Link, reason: str) -> None:
-        """End the link on this side and notify the other side."""
+        """End the link at the peer of `end`, and notify the peer `other`."""
         if end.links.get(other) is not link:
             return
         self._notify_ended(end, other, link, "connection closed")
         self._down(end, other, link, reason)
 
     def _notify_ended(self, end: SimLinks, other: PeerId, link: Link, reason: str) -> None:
-        """Notify the other side after everything that was sent before has arrived."""
+        """Notify the peer `other`, after everything that was sent to it before has arrived."""
         link.ended.add(end.id)
         far = self._ends.get(other)
         if far is None or far.links.get(end.id) is not link:
             return
         if self._paths[end.id, other].cut:
-            self._block(end.id, other)  # the notice can't arrive: the other side ends the link after the silence
+            self._block(end.id, other)  # the notice can't arrive: `other` ends the link after the silence
             return
         last = max(link.pipes[end.id, lane].last_arrival for lane in Lane)
         delay_s = self.delivery.delay_s(self._paths[end.id, other])

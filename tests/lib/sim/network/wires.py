@@ -8,23 +8,23 @@ from meshd.types import LinkStats, PeerId
 
 @dataclass(slots=True)
 class Path:
-    """The network from one peer to another. The opposite direction has a path of its own."""
+    """The properties of the network from one peer to another. The opposite direction has a separate path."""
 
     delay_s: float
     jitter_s: float
     bandwidth_bytes_s: float
     slow: float = 1.0
-    """Factor on delay and transfer time."""
+    """Factor by which delay and transfer take longer."""
     cut: bool = False
     blocked_since: float | None = None
     """Time since which the sender's heartbeats don't arrive, because of a cut or a frozen sender. None: they arrive."""
     measured: LinkStats | None = None
-    """Measured once for each link. None: not measured yet."""
+    """The measurement of the present link over this path. None: not measured yet."""
 
 
 @dataclass(slots=True)
 class HarshNetwork:
-    """Shares of messages that are dropped, repeated, or overtaken by later ones. TCP does none of these."""
+    """Shares (0 to 1) of messages that are dropped, repeated, or overtaken by later messages, none of which happens with TCP."""
 
     drop: float = 0.0
     repeat: float = 0.0
@@ -36,7 +36,7 @@ class Pipe:
     """One lane of a link in one direction."""
 
     free_at: float = 0.0
-    """Time at which the bandwidth is free for the next message."""
+    """Time at which the transfer of all messages so far ends, and the next one can begin."""
     last_arrival: float = 0.0
     queued_bytes: int = 0
     held: list[tuple[Message, bytes, int]] = field(default_factory=list)
@@ -49,12 +49,12 @@ class Link:
 
     number: int
     lost_after: float = float("inf")
-    """The link broke: messages that would arrive after this time are lost."""
+    """Time after which messages no longer arrive, because the link broke. Infinity: the link is not broken."""
     lossy: bool = False
-    """A message was dropped."""
+    """Whether a message of this link was dropped."""
     up: set[PeerId] = field(default_factory=set)
-    """Peers that use the link."""
+    """Peers at which the link is up."""
     ended: set[PeerId] = field(default_factory=set)
     """Peers that have ended the link on their side."""
     pipes: dict[tuple[PeerId, Lane], Pipe] = field(default_factory=dict)
-    """By sender and lane."""
+    """The pipes of both directions, by sender and lane."""

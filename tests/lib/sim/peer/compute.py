@@ -1,4 +1,4 @@
-"""The compute thread in virtual time: one job after another, each as long as the toy model and the peer's slowness make it."""
+"""The compute thread in virtual time: one job after another. The toy model and the peer's slowness determine durations."""
 
 import asyncio
 import random
@@ -27,15 +27,15 @@ class _Job:
 class SimCompute(ComputeQueue):
     """The simulated compute thread.
 
-    A job's work runs at a single instant, before the job's virtual time passes: it sees what the event loop did before (such as
-    freeing its memory), but nothing that the loop does while the job "computes".
+    A job's function runs at once when the job starts, and then the job's virtual duration passes. So the function sees what the
+    event loop did before the start (such as freeing memory), but nothing that the loop does during the job.
     """
 
     def __init__(self, loop: SimLoop, rng: random.Random, meter: Meter, speed: Speed) -> None:
         self.jobs = 0
-        """Jobs run so far."""
+        """Number of jobs run so far."""
         self.stalled = False
-        """The thread hangs in its job while the event loop runs."""
+        """Whether the thread hangs in its job, while the event loop runs."""
         self._loop = loop
         self._rng = rng
         self._meter = meter
@@ -43,11 +43,11 @@ class SimCompute(ComputeQueue):
         self._running: _Job | None = None
         self._speed = speed
         self._stalled_call: Callable[[], None] | None = None
-        """What the stalled job does when the stall ends."""
+        """Continues the stalled job when the stall ends."""
         self._context = copy_context()
-        """The peer's context. Faults call this class from their own context, but the peer's callbacks must run in the peer's."""
+        """The context of the peer's process, for callbacks: faults call this class from another context."""
         self._pending: tuple[asyncio.TimerHandle, float, Callable[[], None]] | None = None
-        """Timer of the current job's end, the slowness that its time was computed with, and its callback."""
+        """Timer of the running job's end, the slowness for which the timer was set, and the timer's callback."""
 
     def submit(self, work: Callable[[], T], done: Callable[[T], None], failed: Callable[[Exception], None]) -> None:
         assert len(self._waiting) < _MAX_JOBS, "the compute thread's queue grows without bound"
@@ -55,7 +55,7 @@ class SimCompute(ComputeQueue):
         self._next()
 
     def works(self) -> list[Callable[[], Any]]:
-        """Return the work of the running job and of all that wait."""
+        """Return the functions of the running job and of all waiting jobs."""
         running = [self._running] if self._running is not None else []
         return [job.work for job in (*running, *self._waiting)]
 
@@ -97,7 +97,7 @@ class SimCompute(ComputeQueue):
         self._pending = self._loop.call_later(seconds, then, context=self._context), slow, then
 
     def speed_changed(self) -> None:
-        """Run the rest of the current job at the new speed."""
+        """Compute the end of the running job again, for the new speed."""
         if self._pending is not None and not self._pending[0].cancelled() and self._pending[0].when() > self._loop.time():
             timer, slow, then = self._pending
             timer.cancel()

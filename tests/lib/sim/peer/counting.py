@@ -1,4 +1,4 @@
-"""Router and coordinator that count their decisions, for the figures of a run."""
+"""A router and a coordinator that count their decisions, for the figures of a run."""
 
 import time
 from collections import Counter
@@ -58,7 +58,7 @@ class CountingRouter(Router):
 
 
 class CountingCoordinator(Coordinator):
-    """Counts by which method answers continued after a change of plan."""
+    """Counts, for each method, the answers that continued by it after a change of plan."""
 
     methods: Counter[str]
 

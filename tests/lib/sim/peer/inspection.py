@@ -12,7 +12,7 @@ from sim.peer.process import MAX_SESSIONS, QUEUE_LIMIT, SimProcess
 
 
 def used_tables(process: SimProcess, resident: ResidentLayers) -> list[BlockTable]:
-    """Return the block tables in the pool of `resident` that a session's cache or a running step uses."""
+    """Return the block tables of `resident` that a session's cache or a waiting or running step uses."""
     leases = {id(cache.lease): cache.lease for session_kv in process.stages._kv_manager for cache in session_kv.caches}
     for active in (*process.stages._active.values(), *_computing(process)):
         leases[id(active.cache.lease)] = active.cache.lease
@@ -20,7 +20,7 @@ def used_tables(process: SimProcess, resident: ResidentLayers) -> list[BlockTabl
 
 
 def _computing(process: SimProcess) -> Iterator[ActiveStage]:
-    """Yield the stages with a step that waits or computes. Some may have ended: their step still uses its KV."""
+    """Yield the stages with a step that waits for the compute thread or runs on it. A stage may have ended before its step."""
     for active, step in (*process.stages._ready._decodes, *process.stages._ready._prefills):
         if active.machine.computing is step:
             yield active

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class SimPeer:
-    """One peer over all its restarts."""
+    """One peer, with one process after another."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class SimPeer:
         self._cards = cards
         self._checks = checks
         self._past_counts = Counter[str]()
-        """Sums over the processes that have ended."""
+        """Counts of this peer's processes that have ended, added up."""
         self._past_searching_s = 0.0
 
     @property
@@ -52,12 +52,12 @@ class SimPeer:
         return self.spec.name
 
     def counts(self) -> Counter[str]:
-        """Return the sums over all processes of this peer: steps, plans, recoveries (also by method), searches."""
+        """Return counts over all processes of this peer: steps, plans, searches, recoveries (in all and by method)."""
         return self._past_counts + (_counts(self.process) if self.process is not None else Counter())
 
     @property
     def searching_s(self) -> float:
-        """Real time that all routers of this peer have searched."""
+        """Real time in seconds that the routers of all processes of this peer have searched."""
         return self._past_searching_s + (self.process.router.searching_s if self.process is not None else 0.0)
 
     def start(self) -> None:
@@ -69,7 +69,7 @@ class SimPeer:
             SimProcess, self._loop, self._network, random.Random(self._rng.random()), self._meter, owner, self.spec, self._cards
         )
         owner.after = partial(self._checks.after, process)
-        self._loop.create_task(process.run(), context=context)  # its owner keeps a reference
+        self._loop.create_task(process.run(), context=context)  # the task's owner keeps a reference to it
 
     def kill(self, *, silently: bool = False) -> None:
         """End the process as SIGKILL does, or with `silently` as a power cut does: the other peers get no notice."""
@@ -84,7 +84,7 @@ class SimPeer:
         self.frozen = False
 
     async def stop(self) -> None:
-        """End the process as SIGTERM does."""
+        """Leave the cluster and end the process, as a daemon does on SIGTERM."""
         process = self.process
         if process is None:
             return
@@ -113,7 +113,7 @@ class SimPeer:
             self._network.thaw(self.id)
 
     def _cancel_tasks(self, process: SimProcess) -> None:
-        """Cancel all tasks of a killed process. Their clean-up has no effect: it has no links, and its errors are ignored."""
+        """Cancel all tasks of a killed process. Their clean-up has no effect outside: no links are left, and errors are ignored."""
         process.killed = process.owner.killed = True
         process.owner.after = None
         self._loop.resume(process.owner)

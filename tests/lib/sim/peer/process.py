@@ -24,7 +24,7 @@ _DRAIN_S = 8.0
 
 @dataclass(slots=True)
 class PeerSpec:
-    """What a peer keeps over a restart: its identity and its hardware."""
+    """The identity and hardware of a peer, which stay the same after a restart."""
 
     id: PeerId
     name: str
@@ -55,7 +55,7 @@ class SimProcess:
         self.handlers: list[asyncio.Task[None]] = []
         """Handlers of clients' connections."""
         self.idle_tasks: Counter[str] = Counter()
-        """The tasks of this process while it has no session."""
+        """The tasks of this process before the first session, counted by the name of the coroutine."""
         self.clock = clock = SimClock(loop, random.Random(rng.random()))
         self.incarnation = int.from_bytes(clock.random_bytes(8), "big") >> 1
         self.compute = SimCompute(loop, random.Random(rng.random()), meter, spec.speed)
@@ -74,7 +74,7 @@ class SimProcess:
     def _parts(
         self, network: SimNetwork, rng: random.Random, meter: Meter, cards: tuple[ModelCard, ...], signals: PeerSignals
     ) -> Parts:
-        """Return the simulated device, network and files that the agents are composed over."""
+        """Return the parts for `compose`: a simulated device, network and files."""
         table = PeerTable()
         links: Any = self.links
         prober: Any = SimProber(self.links, network, self.clock, on_change=signals.changed)

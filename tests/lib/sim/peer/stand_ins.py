@@ -10,11 +10,11 @@ from sim.loop import SimClock
 from sim.toy.text import toy_text
 
 _READ_LAYER_S = 0.1
-"""Longest time to read one layer."""
+"""Half of the longest virtual time to read one layer, in seconds."""
 
 
 class NoTelemetry:
-    """Has every method of the telemetry; each does nothing."""
+    """Replaces `Telemetry`. Every method does nothing."""
 
     def __getattr__(self, name: str) -> Any:
         return _nothing
@@ -47,7 +47,7 @@ class SimFile:
 
 
 class SimStore:
-    """A model store that has every model's file."""
+    """A model store that has the files of all models of the run."""
 
     def __init__(self, cards: tuple[ModelCard, ...]) -> None:
         self._cards = {card.id: card for card in cards}
@@ -76,7 +76,7 @@ class SimLibrary(ModelLibrary):
 
 
 class SimWeights:
-    """Replaces `meshd.agents.placement.weights.provider.WeightProvider`: all weights are on disk, reading them takes a while."""
+    """Replaces `meshd.agents.placement.weights.provider.WeightProvider`: all weights are on disk, reading takes time."""
 
     def __init__(self, cards: tuple[ModelCard, ...], clock: SimClock, rng: random.Random) -> None:
         self._cards = {card.id: card for card in cards}

@@ -1,7 +1,7 @@
 """The toy model as a backend, over the real KV pool.
 
-The tokens depend on every K and V of every layer and position, and on the position of each. A block that is lost, stale, repeated
-or in the wrong place, or a step out of order, changes them.
+The tokens depend on all values of K and V in all layers, and on the positions of these values. A block that is lost, stale,
+repeated or in the wrong place changes the tokens, and so does a step out of order.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from sim.toy.mathematics import F32, HIDDEN, PRIME, VOCAB, logits_of, mix, posit
 
 @dataclass(slots=True)
 class Meter:
-    """Virtual time that computation has taken. While a simulation runs, `perf_counter` includes it."""
+    """Virtual seconds that computation has taken. During a run, meshd's clocks (`time.perf_counter`, ...) include them."""
 
     spent_s: float = 0.0
 
@@ -31,15 +31,15 @@ class Speed:
     token_layer_s: float = 0.001
     call_s: float = 0.0002
     prefill_share: float = 0.1
-    """Cost of each further token of a step, as a share of the first token's cost."""
+    """Time for each further token of a step, as a share of the first token's time."""
     slow: float = 1.0
-    """Factor on all times."""
+    """Factor by which all computation takes longer."""
     garbage: str = ""
     """`nan`: all results are NaN. Empty: results are correct."""
 
 
 class ToyBackend:
-    """Implements `kernels.backend.Backend`."""
+    """Implements `meshd.kernels.backend.Backend`."""
 
     name = "toy"
     threads = 1
@@ -65,7 +65,7 @@ class ToyBackend:
 
 @dataclass(slots=True)
 class ToyLoaded:
-    """Implements `kernels.backend.LoadedLayers`."""
+    """Implements `meshd.kernels.backend.LoadedLayers`."""
 
     spec: ModelSpec
     layers: LayerRange
@@ -92,7 +92,7 @@ class ToyLoaded:
 
 @dataclass(slots=True)
 class ToyStage:
-    """Implements what sessions use of `kernels.backend.Stage`."""
+    """Implements the part of `meshd.kernels.backend.Stage` that sessions use."""
 
     loaded: ToyLoaded
     layers: LayerRange
@@ -164,7 +164,7 @@ def _store(kv: KVPool, layer: int, segment: Segment, k: npt.NDArray[np.int64], v
 
 
 def _sums(kv: KVPool, layer: int, table: BlockTable, tokens: int) -> tuple[int, int]:
-    """Return a layer's two sums over the first `tokens` positions, from what the pool holds."""
+    """Compute a layer's two sums over the first `tokens` positions from the K and V in the pool."""
     if tokens == 0:
         return 0, 0
     k, v = kv.read(layer, table, tokens)

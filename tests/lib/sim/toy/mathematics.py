@@ -10,7 +10,7 @@ from meshd.types import ModelCard, ModelId, ModelSpec
 
 F32 = npt.NDArray[np.float32]
 PRIME = 4093
-"""Products of two values below it are exact in float32, which has 24 bits of precision."""
+"""All values are below this prime, so that a product of two is exact in float32, which has 24 bits of precision."""
 VOCAB = 64
 HIDDEN = 4
 CONTEXT = 512
@@ -52,7 +52,7 @@ def toy_card(layers: int = 6, layer_bytes: int = 50 * MIB, name: str = "toy") ->
 
 @lru_cache(maxsize=64)
 def position_weights(layer: int) -> npt.NDArray[np.float64]:
-    """Return the weight of each position in a layer's sums, `[CONTEXT]`. No weight is 0."""
+    """Return the factor of each position in a layer's sums, as an array `[CONTEXT]`. No factor is 0."""
     at = np.arange(CONTEXT, dtype=np.int64)
     return (1 + (at * at * 7 + at * 131 + layer * 17) % (PRIME - 1)).astype(np.float64)
 
@@ -68,7 +68,7 @@ def embed(token: int) -> tuple[int, int, int, int]:
 
 
 def project(layer: int, position: int, h: Sequence[int]) -> tuple[int, int, int, int]:
-    """Return (k0, k1, v0, v1) of hidden values `h`: integers, or arrays `[tokens]`."""
+    """Compute (k0, k1, v0, v1), the K and V of hidden values `h`. All are integers, or arrays `[tokens]`."""
     return (
         (31 * h[0] + h[1] + position) % PRIME,
         (57 * h[2] + h[3] + layer) % PRIME,

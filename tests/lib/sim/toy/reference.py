@@ -12,7 +12,7 @@ from sim.toy.mathematics import END, F32, PRIME, embed, logits_of, mix, position
 
 @dataclass(slots=True)
 class PlainModel:
-    """The model on its own: `feed` tokens, then read `logits`."""
+    """The model without cluster: `feed` tokens one by one, then read `logits`."""
 
     layers: int
     position: int = 0
@@ -42,7 +42,7 @@ class Expected:
     """The correct answer to a request."""
 
     tokens: tuple[int, ...]
-    """Including the end-of-sequence token, if the answer ends with it."""
+    """The token ids, including the end-of-sequence token if the answer ends with it."""
     logprobs: tuple[TokenLogprobs | None, ...]
     finish: str
 

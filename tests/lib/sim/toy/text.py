@@ -8,7 +8,7 @@ from sim.toy.mathematics import VOCAB
 
 
 class ToyStream:
-    """Implements `text.StreamDecoder`."""
+    """Implements `meshd.models.text.tokenizer.tokenizer.StreamDecoder`."""
 
     def push(self, token: int) -> str:
         return letter(token)
@@ -18,7 +18,7 @@ class ToyStream:
 
 
 class ToyTokenizer:
-    """Implements what answers use of a tokenizer."""
+    """Implements the part of a tokenizer that answers use."""
 
     def stream(self, *, after: int | None = None) -> ToyStream:
         return ToyStream()
