@@ -1,7 +1,7 @@
 """Quantises weights to every kind that meshd reads, for tests of kinds in which no model file is available.
 
-The `gguf` package quantises to some kinds. This module does the others by rounding: the blocks are valid, but their errors are
-larger than those of llama.cpp, which searches for good scales.
+The `gguf` package quantises to some kinds. This module does the others by rounding: the blocks are valid, but for most
+kinds their errors are larger than those of llama.cpp, which searches for good scales.
 """
 
 import gguf
