@@ -53,7 +53,7 @@ def test_the_shape_of_any_tensor_is_found_by_its_name() -> None:
 
 
 def test_every_kind_that_can_be_read_has_a_size_in_memory() -> None:
-    """Without one, cards and plans count 32 bits for each weight."""
+    """For a kind without a size, cards and plans count 32 bits per weight."""
     assert set(HELD_BITS) == set(load.KINDS)
 
 

@@ -1,4 +1,4 @@
-"""The base class of state machines: the table decides, an illegal event changes nothing, the story shows earlier changes."""
+"""The base class of state machines: the table decides, an illegal event changes nothing, and its error lists earlier changes."""
 
 from dataclasses import dataclass
 from enum import Enum

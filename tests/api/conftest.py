@@ -119,7 +119,7 @@ async def server(
 
 @pytest.fixture
 def base_url(server: Server) -> str:
-    """The URL of a daemon. Suites that also run against real daemons use only this, `model` and `api_key`."""
+    """The URL of a daemon. Suites that also run against real daemons use only this, `model`, `api_key` and `openai_client`."""
     return server.url
 
 

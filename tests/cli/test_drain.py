@@ -11,7 +11,7 @@ Meshd = Callable[..., CompletedProcess[str]]
 
 
 def _left(api: Api, *left: int) -> None:
-    """Answer with these numbers of remaining sessions, one per request. The last one is repeated."""
+    """Answer drain requests with these numbers of remaining sessions, one per request. The last number is repeated."""
     answers = list(left)
 
     async def handler(_: web.Request) -> web.Response:

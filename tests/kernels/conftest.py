@@ -15,7 +15,7 @@ from tiny.llama import TinyLlama, tiny_spec
 
 @pytest.fixture(scope="session", params=["torch", "onnxruntime"])
 def backend(request: pytest.FixtureRequest) -> Backend:
-    """Each backend in turn; tests of precision also parametrise it with `onnxruntime-exact`."""
+    """Each backend in turn; tests of precision also parametrise this fixture with `onnxruntime-exact`."""
     assert request.param.removesuffix(EXACT) in available_backends()
     return make_backend(request.param, threads=2)
 

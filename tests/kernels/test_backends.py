@@ -96,7 +96,7 @@ def test_kinds_may_be_mixed_within_a_layer(backend: Backend, kinds: dict[str, st
 
 @pytest.mark.parametrize("chunks", [[1] * 24, [2] * 12, [13, 11], [24]])
 def test_results_do_not_depend_on_the_chunks(backend: Backend, loaded: LoadedLayers, chunks: list[int]) -> None:
-    """Bit for bit with onnxruntime; the last bits of torch's products depend on the number of rows."""
+    """With onnxruntime, results are equal bit for bit. The last bits of torch's products depend on the number of rows."""
     expected, got = whole(loaded).run(IDS, CHUNKS), whole(loaded).run(IDS, chunks)
     if backend.name == "onnxruntime":
         assert got.tobytes() == expected.tobytes()
@@ -135,7 +135,7 @@ def test_scattered_blocks_give_the_same_bits(loaded: LoadedLayers) -> None:
 
 
 def test_attention_can_be_computed_elsewhere(loaded: LoadedLayers) -> None:
-    """`forward` with another `attend` equals project, mix_project and mix called one after another."""
+    """`forward` with an `attend` from the caller returns the same as `project`, `mix_project` and `mix` called in that order."""
     stage, pool = loaded.stage(loaded.layers), KVPool(tiny_spec(), loaded.layers, blocks=4)
     segments, seen = [Segment(pool.allocate(24), 0, 24)], []
     hidden = stage.embed(np.array(IDS, np.int32))
@@ -155,7 +155,7 @@ def test_attention_can_be_computed_elsewhere(loaded: LoadedLayers) -> None:
 
 @pytest.mark.parametrize("name", ["torch", "onnxruntime", "onnxruntime-exact"])
 def test_bits_do_not_depend_on_the_number_of_threads(name: str, model: TinyLlama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor on whether the work was large enough to use several threads."""
+    """`PARALLEL_WORK` is 0, so that even this small model uses several threads."""
     monkeypatch.setattr(attention, "PARALLEL_WORK", 0)
     monkeypatch.setattr(torch_products, "PARALLEL_WORK", 0)
     monkeypatch.setattr(torch_products, "ROWS", 64)
@@ -170,7 +170,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(name: str, model: TinyLlama
 
 
 def test_bits_do_not_depend_on_the_calling_thread(loaded: LoadedLayers) -> None:
-    """A daemon loads on one thread and computes on another; torch has a separate thread limit for each."""
+    """A daemon loads on one thread and computes on another; torch has a separate limit of threads for each of them."""
     chain = whole(loaded)
     with ThreadPoolExecutor(1) as other:
         elsewhere = other.submit(chain.run, IDS, CHUNKS).result()
@@ -215,7 +215,7 @@ def test_a_middle_stage_has_neither_embedding_nor_head(backend: Backend, model: 
 
 
 def test_weights_stay_quantised(loaded: LoadedLayers) -> None:
-    """32 weights of Q4_1 take 20 bytes in the file, and 24 with scales and shifts in float32; those of Q8_0 take 34 and 36."""
+    """32 weights take 20 bytes in a Q4_1 file and 24 in memory, with scales and shifts in float32; in Q8_0, 34 and 36 bytes."""
     spec = tiny_spec()
     per_layer = spec.hidden * (spec.heads + spec.kv_heads) * 2 * spec.head_dim + 3 * spec.hidden * spec.ffn
     expected = 4 * per_layer * 24 / 32 + spec.vocab * spec.hidden * 36 / 32

@@ -118,7 +118,7 @@ def test_scattered_blocks_are_read_like_contiguous_ones() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_values_that_are_not_finite_are_refused(bad: float) -> None:
-    """They would stay in the block after the session ends."""
+    """A NaN or infinity would stay in the block after the session ends."""
     pool = make_pool()
     table, broken = pool.allocate(4), rows(3, 0)
     broken[1, 1, 5] = bad
@@ -222,7 +222,7 @@ def test_the_size_is_that_of_k_and_v_in_float32() -> None:
 
 
 def test_memory_is_committed_when_it_is_used() -> None:
-    """Four gigabytes of address space, of which a session uses a few pages."""
+    """The pool takes 4 GiB of address space, of which the session uses a few pages."""
     import psutil
 
     before = psutil.Process().memory_info().rss

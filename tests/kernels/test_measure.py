@@ -1,4 +1,4 @@
-"""Measured rates, and the synthetic weights they are measured with."""
+"""Measured rates, and the synthetic weights with which they are measured."""
 
 import time
 
@@ -15,7 +15,7 @@ from tiny.llama import tiny_spec
 
 @pytest.mark.parametrize("name", available_backends())
 def test_rates_are_of_the_right_order(name: str) -> None:
-    """The bounds allow for a busy machine; an error of units would still fail."""
+    """The bounds allow for a busy machine; a wrong unit would still fail."""
     measured = measure(name, threads=1, budget_s=0.2)
     assert 1e6 < measured.decode_bytes_s < 1e12
     assert 1e8 < measured.prefill_flops_s < 1e14

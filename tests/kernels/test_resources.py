@@ -49,7 +49,7 @@ def load_in_a_process(name: str, threads: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", available_backends())
 def test_loaded_weights_take_their_size_once_and_are_freed(name: str) -> None:
-    """A second copy would double `held`, weights in float32 would make it six times as large. Plans expect onnxruntime's size."""
+    """A second copy would double `held`; float32 weights would make it six times as large. Plans count what onnxruntime needs."""
     used = load_in_a_process(name, threads=1)
     assert used["held"] < 1.1 * used["planned"]
     assert name != "onnxruntime" or used["held"] > 0.9 * used["planned"]

@@ -53,7 +53,7 @@ class GgufMaker:
     tensor_count: int | None = None
     key_count: int | None = None
     raw_keys: bytes = b""
-    """Bytes after the other keys. `key_count` does not include keys in it."""
+    """Bytes that follow the other keys. Keys in them are not part of `key_count`."""
     raw_tensors: bytes = b""
 
     def header(self) -> bytes:
@@ -257,7 +257,10 @@ def make_wheel() -> Callable[[dict[str, bytes]], bytes]:
 
 @dataclass
 class PackageIndex:
-    """A package index with the project `tiny`, of one version with one wheel, and `others`. Tests set how it misbehaves."""
+    """A package index with the project `tiny`, which lists a wheel, a newer wheel and a source archive, and the projects `others`.
+
+    Tests set how it misbehaves.
+    """
 
     url: str = ""
     wheel: bytes = b""
@@ -267,19 +270,19 @@ class PackageIndex:
     """Size that the index lists. None: the right one."""
     ranges: bool = True
     shift: int = 0
-    """Added to the start of a range in the response's Content-Range."""
+    """Error of the first byte in the response's Content-Range, in bytes."""
     statuses: list[int] = field(default_factory=list)
-    """Statuses of the first responses to requests for the wheel, which have no content."""
+    """Statuses of the responses to the first requests for a wheel. These responses have no content."""
     tears: list[int] = field(default_factory=list)
-    """For the first requests for the wheel: the number of bytes after which the connection breaks."""
+    """For each of the next requests for a wheel: the number of bytes after which the connection breaks."""
     hold_at: int | None = None
     """Number of bytes after which the response waits for `resume`."""
     page: bytes | None = None
     page_type: str = "application/vnd.pypi.simple.v1+json"
     others: dict[str, bytes] = field(default_factory=dict)
-    """Wheels of more projects, by name."""
+    """Name -> wheel of further projects."""
     asked: list[str] = field(default_factory=list)
-    """The Range header of every request for the wheel."""
+    """The Range header of every request for a wheel; "" if it had none."""
     resume: asyncio.Event = field(default_factory=asyncio.Event)
 
     @staticmethod

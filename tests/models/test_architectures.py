@@ -76,7 +76,7 @@ def test_the_head_size_may_differ_from_hidden_by_heads() -> None:
 def test_each_architecture_has_its_own_values(architecture: str) -> None:
     spec = read(architecture)
     for name, value in ARCHITECTURES[architecture].spec.items():
-        if name != "rope_theta_windowed":  # only with a window
+        if name != "rope_theta_windowed":  # set only in models with a window
             assert getattr(spec, name) == value
     assert spec.embedding_scale == (math.sqrt(HIDDEN) if architecture.startswith("gemma") else 1.0)
 
@@ -131,7 +131,7 @@ def test_without_a_window_no_layer_has_other_rotations() -> None:
 def test_layers_with_a_window_have_the_base_in_the_metadata() -> None:
     changes: dict[str, MetadataValue | None] = {"attention.sliding_window": 32, "rope.freq_base": 1e6}
     assert read("gemma3", changes | {"rope.freq_base_swa": 5000.0}).rope_theta_windowed == 5000.0
-    assert read("olmo2", changes).rope_theta_windowed == 1e6  # the same base, but without the scaling
+    assert read("olmo2", changes).rope_theta_windowed == 1e6  # the base of the other layers, without their scaling
     assert read("llama", changes).rope_theta_windowed == 0.0
 
 

@@ -40,7 +40,7 @@ def table(results: dict[tuple[str, str], str]) -> str:
 
 
 def written(readme: str, made: str) -> str:
-    """The README with its table replaced."""
+    """Return the text of README with `made` as its table."""
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{made}{END}{after}"

@@ -1,4 +1,4 @@
-"""The frames of a stream do not depend on its chunks, and a broken stream raises ProtocolViolation within bounded memory."""
+"""Frames do not depend on how a stream is cut into chunks; a broken stream raises ProtocolViolation within bounded memory."""
 
 import pytest
 from hypothesis import given

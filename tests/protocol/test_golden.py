@@ -53,5 +53,5 @@ def test_another_msgpack_reads_the_same_message(stem: str) -> None:
     assert msgspec.msgpack.decode(body, type=message_type) == decode(header)
     again = msgspec.msgpack.encode(
         (number, decode(header))
-    )  # compared as values: msgspec encodes maps with omitted fields with a longer head
+    )  # values, not bytes: msgspec gives maps with omitted fields a longer head
     assert msgspec.msgpack.decode(again) == msgspec.msgpack.decode(header)

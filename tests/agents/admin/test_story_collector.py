@@ -1,4 +1,4 @@
-"""A session's story, collected from all peers in one order."""
+"""The story of a session, collected from all peers and sorted by time."""
 
 import math
 from typing import Any
@@ -29,7 +29,7 @@ class InvalidStory(Story):
 
 async def test_the_lines_of_all_peers_come_in_one_order(keepers: Keepers) -> None:
     async with keepers.linked("a", "b", "c") as (a, b, c):
-        b.story_collector.clock = HandClock(50_000.0)  # a clock with another origin
+        b.story_collector.clock = HandClock(50_000.0)  # the clocks of peers have different origins
         a.story_collector.story.note(S, "planned", epoch=1)
         b.story_collector.story.clock = b.story_collector.clock
 

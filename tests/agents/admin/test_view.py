@@ -1,4 +1,4 @@
-"""Operations on the cluster: names are resolved to peers, beginnings of ids to sessions."""
+"""Operations on the cluster: names are resolved to peers, prefixes of ids to sessions."""
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace

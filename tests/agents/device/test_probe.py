@@ -163,7 +163,7 @@ async def test_a_process_that_hangs_is_ended_at_the_deadline() -> None:
 
 
 async def test_cancelling_ends_the_process() -> None:
-    before = psutil.Process().children()  # other tests of this process may have a server that forks their daemons
+    before = psutil.Process().children()  # earlier tests may have left a server process that forks daemons
     task = asyncio.create_task(probing._try("torch", 1, 30.0, 30.0))
     await asyncio.sleep(0.2)
     measuring = set(psutil.Process().children()) - set(before)

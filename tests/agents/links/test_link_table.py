@@ -1,4 +1,4 @@
-"""When a link ends, by a clock that the test sets."""
+"""How long a link survives silence, with a clock that the test sets."""
 
 import pytest
 

@@ -47,7 +47,7 @@ async def test_a_reply_counts_only_from_the_peer_that_was_asked(dispatcher: Disp
     await asyncio.sleep(0)
     assert not waiting.done()
     dispatcher.deliver(ANN, ack(1), memoryview(b"payload"))
-    dispatcher.deliver(ANN, ack(1), EMPTY)  # a repeat
+    dispatcher.deliver(ANN, ack(1), EMPTY)  # a repeated reply
     reply, payload = await waiting
     assert (reply, bytes(payload)) == (ack(1), b"payload")
 

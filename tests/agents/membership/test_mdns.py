@@ -200,7 +200,7 @@ async def test_a_missing_permission_for_the_port_is_reported_once_and_retried(
 
 
 class WakingClock(QuickClock):
-    """Its wall clock jumps by `slept_s`, as after a sleep of the device."""
+    """Shows a wall time that is `slept_s` ahead, as after the device slept for that long."""
 
     slept_s = 0.0
 

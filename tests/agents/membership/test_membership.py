@@ -26,7 +26,7 @@ STRANGER = PeerId("c" * 52)
 
 
 class Member:
-    """A peer with links and membership, which records its reports."""
+    """A peer with links and membership, which records what the membership reports."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.sessions = 0

@@ -1,4 +1,4 @@
-"""Events reach every reader in order; a slow reader loses the oldest and gets their number."""
+"""Events reach every reader in order; a slow reader loses the oldest events and gets the number of lost events."""
 
 import asyncio
 

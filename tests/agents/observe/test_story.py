@@ -1,4 +1,4 @@
-"""The notes of one peer on its sessions, and their bounds."""
+"""The notes of one peer on its sessions, and how many of them it keeps."""
 
 from in_process.journals import HandClock, S
 from meshd.agents.observe.story import Story

@@ -23,7 +23,7 @@ SPLIT = MeshOptions(stages="a:0-10,b:10-30")
 async def placed(
     cluster: Cluster, mesh: MeshOptions, *, context: int | None = None, steps: list[PlacementStep] | None = None
 ) -> list[PlacementStep]:
-    """Place the model. Returns: `steps`, with the steps appended."""
+    """Place the model. Returns: `steps` (None: a new list) with the placement's steps appended."""
     steps = [] if steps is None else steps
     async for step in cluster.placer.place(CARD, mesh, context=context):
         steps.append(step)
@@ -121,7 +121,7 @@ def test_progress_is_that_of_the_slowest_load() -> None:
 
 @dataclass
 class Holder:
-    """A linked peer that records UNPLACE and frees 100 bytes each time."""
+    """A peer that records the UNPLACE requests that it receives, and answers that each freed 100 bytes."""
 
     peer: Peer
     unplaced: list[str] = field(default_factory=list)

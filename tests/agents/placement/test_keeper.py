@@ -1,4 +1,4 @@
-"""The keeper: which peer sends the requests, when, and how often after a refusal."""
+"""The keeper: which peer sends PLACE and UNPLACE requests, when, and how long it waits after a refusal."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from meshd.types import Advert, Holding, PeerId
 
 @dataclass
 class Recipient:
-    """A peer that records the requests that it gets, and refuses them while `full`."""
+    """A peer that records the PLACE and UNPLACE requests that it receives, and refuses PLACE while `full`."""
 
     peer: Peer
     places: list[Place] = field(default_factory=list)

@@ -44,7 +44,7 @@ class FromMemory(Loader):
     __slots__ = ("broken",)
 
     async def _fill(self, resident: ResidentLayers, ref: str) -> None:
-        """No file is needed."""
+        """Fetch nothing: this loader needs no file."""
 
     def _read(self, resident: ResidentLayers, progress: Callable[[float], None]) -> None:
         source = TinyLlama(SPEC, kinds={"token_embd": "Q8_0"})
@@ -65,7 +65,7 @@ class LoaderDriver:
         return await self.loader.place(place_request(start, end, model=model, kv_tokens=kv_tokens, **how))
 
     def room_for(self, *loads: tuple[int, int]) -> None:
-        """Set the memory to what these layer ranges need together."""
+        """Set the memory budget to exactly what these layer ranges need together."""
         self.budget[0] = sum(sized(start, end) for start, end in loads)
 
     @property
@@ -168,7 +168,7 @@ async def test_nothing_gives_way_to_a_copy(driver: LoaderDriver) -> None:
 
 
 async def test_a_copy_that_covers_an_ordinary_load_does_not_replace_it(driver: LoaderDriver) -> None:
-    """The copy may have less KV, and it may be released at any time."""
+    """A standby copy may have less KV, and may be released at any time."""
     small = await driver.load(1, 2, kv_tokens=4 * KV)
     await driver.load(0, 2, standby=True)
     assert small.state is LoadState.ACTIVE

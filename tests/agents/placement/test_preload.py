@@ -45,7 +45,7 @@ class RecordedSleeps(SystemClock):
 
 @dataclass
 class Models:
-    """Stands for the library and the placer: `find` knows some models, and `place` raises `failures` first."""
+    """Stands for the library and the placer: `place` raises each of `failures` once, then succeeds."""
 
     known: set[str]
     failures: list[Exception] = field(default_factory=list)

@@ -146,7 +146,7 @@ def test_lost_layers_are_placed_with_less_kv_if_memory_is_short() -> None:
 
 
 def test_lost_layers_go_to_a_peer_that_serves_none_of_the_model_if_there_is_one() -> None:
-    """A route takes only one run of layers from each peer."""
+    """A route can use only one contiguous range of layers of each peer."""
     adverts = advert("a", held(0, 10), memory=8 << 30), advert("b", held(10, 20)), advert("c", memory=1 << 30)
     assert requests(decided(*adverts, lost=lost((20, 30)), copies=1)) == [("c", "20-30", False)]
     assert {request.peer for request in decided(*adverts[:2], lost=lost((20, 30)), copies=1).requests} <= {"a", "b"}
@@ -160,7 +160,7 @@ def test_lost_layers_that_fit_nowhere_are_reported() -> None:
 
 
 def test_a_model_that_would_stay_incomplete_is_left_alone() -> None:
-    """It is being unplaced: one peer has unloaded its layers, and the other will soon."""
+    """It is being unplaced: one peer has unloaded its layers, and the other peer will soon."""
     assert decided(advert("a", held(0, 10)), advert("c"), lost=lost((20, 30))) == Decision((), ())
 
 

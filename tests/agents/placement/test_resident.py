@@ -1,4 +1,4 @@
-"""The layers in this peer's memory: which entry serves a request, and how much memory they reserve."""
+"""The layers in this peer's memory: which of them serve a request, and how much memory they reserve."""
 
 import pytest
 
@@ -42,7 +42,7 @@ def test_decode_times_are_a_running_mean_without_attention() -> None:
     models.observe_decode(layers, 2, 0, 0.4)
     assert layers.layer_decode_s == pytest.approx(0.1 + 0.05 * 0.1)
     before = layers.layer_decode_s
-    models.observe_decode(layers, 2, 10**9, 0.2)  # attention alone would take longer, so the rest counts as 0 s
+    models.observe_decode(layers, 2, 10**9, 0.2)  # the predicted attention exceeds 0.2 s, so the rest counts as 0 s
     assert layers.layer_decode_s == pytest.approx(0.95 * before)
 
 

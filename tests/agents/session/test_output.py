@@ -17,7 +17,7 @@ EOS = CARD.end_of_sequence[0]
 
 
 def output(*tokens: int, **fields: Any) -> AnswerOutput:
-    """The output of an answer with at most four tokens, of which its record has these."""
+    """Make the output of an answer of at most four tokens. Its record already has `tokens`."""
     given = msgspec.structs.replace(record(), max_tokens=4, tokens=tuple((token, None) for token in tokens))
     return AnswerOutput(msgspec.structs.replace(given, **fields), CARD, toy_text(CARD), started=10.0)
 

@@ -12,7 +12,7 @@ from meshd.telemetry import Telemetry
 
 
 async def made(peers: Peers, **fields: object) -> AnswerSite:
-    """An answer with two tokens: the first after 2 s, the second 1 s later, where 0.5 s was predicted."""
+    """Make an answer with two tokens: the first after 2 s, the second 1 s later. The plan predicts 0.5 s per token."""
     site = AnswerSite(peers.start("a"), **fields)
     await site.open()
     site.clock.now += 2

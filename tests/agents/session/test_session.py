@@ -256,7 +256,7 @@ def test_invariants_hold_under_any_order_of_events(sequence: list[events.Event],
         match event:
             case events.TokenArrived():
                 if len(session.tokens) >= session.credit:
-                    continue  # the first stage never exceeds the credit
+                    continue  # stages stop at the credit, so no further token can arrive
                 event = events.TokenArrived(session.epoch, data.draw(st.integers(0, len(session.tokens) + 1)), 7)
             case events.Planned():
                 event = events.Planned(data.draw(PLANS))

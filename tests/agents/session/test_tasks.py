@@ -1,4 +1,4 @@
-"""The tasks of one answer: all can be cancelled, and only one search runs."""
+"""The tasks of one answer: all can be cancelled, and at most one search for a plan runs at a time."""
 
 import asyncio
 

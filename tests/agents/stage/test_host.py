@@ -64,7 +64,7 @@ async def test_nothing_leaks_after_random_opens_losses_and_copies(mesh: StageMes
 
 
 async def _run_random_actions(mesh: StageMesh, seed: int) -> None:
-    """Open, cut, copy, renew and close at random, with late messages. Then let the leases run out: everything must be free."""
+    """Open stages, cut links, copy KV, renew leases and close at random. Check that everything is free once the leases ran out."""
     dice = random.Random(seed)
     peers = [mesh.peers.get(type(SESSION)(name * 52)) or mesh.start(name, blocks=10) for name in "abcd"]  # type: ignore[call-overload]
     session = driver(mesh, peers[0], max_tokens=40)

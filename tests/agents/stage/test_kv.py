@@ -19,7 +19,7 @@ async def test_two_stages_that_split_an_older_one_share_its_blocks(mesh: StageMe
     assert a.pool.blocks - a.pool.blocks_free == used
     await session.wait_tokens(40)
     session.credit = ANSWER
-    await session.next_epoch((a, "0-2"), (b, "2-3"), (b, "3-4"))  # one of the two stages moves to the other peer
+    await session.next_epoch((a, "0-2"), (b, "2-3"), (b, "3-4"))  # the stage of layer 2 moves from a to b
     assert [opened.held for opened in session.opened] == [79, 0, 79]
     await session.wait_tokens(ANSWER)
     assert session.tokens == await expected(mesh)
@@ -64,5 +64,5 @@ async def test_an_open_without_resume_frees_the_kv_of_the_epoch_before(mesh: Sta
     a, b = mesh.start("a"), mesh.start("b", blocks=4)
     session = driver(mesh, a)
     await session.open((b, "0-4"))
-    await session.begin((b, "0-4"))  # the pool has blocks for one session only
+    await session.begin((b, "0-4"))  # the pool has blocks for one epoch only
     await session.wait_tokens(ANSWER)

@@ -1,4 +1,4 @@
-"""Which OPEN is accepted, and what its answer reports."""
+"""Which OPEN messages are accepted, and what the reply reports."""
 
 import msgspec
 import numpy as np

@@ -12,7 +12,7 @@ WIDTH = 16
 
 
 def hidden(start: int, tokens: int, mark: float = 0) -> np.ndarray:
-    """Rows of `[tokens, WIDTH]` that contain their position, plus `mark`."""
+    """Make rows `[tokens, WIDTH]`. Each value is the row's position plus `mark`."""
     return np.repeat(np.arange(start, start + tokens, dtype=np.float32)[:, None], WIDTH, 1) + np.float32(mark)
 
 

@@ -1,4 +1,4 @@
-"""The peer that a failed stage blames."""
+"""Which peer a failed stage blames."""
 
 from typing import Any
 

@@ -28,7 +28,7 @@ def fresh(*, first: bool = True, last: bool = False, credit: int = 4) -> StageSe
 
 
 def reopened(**changes: Any) -> StageSession:
-    """A session in a later epoch, with KV and kept outputs of all known tokens but the last."""
+    """Make a session in a later epoch, with KV and kept outputs of all known tokens but the last."""
     fields = {
         "held": PROMPT - 1,
         "kept_from": 0,
@@ -267,7 +267,7 @@ def test_steps_are_computed_once_and_in_order_and_kv_is_freed_once(
     for action in actions:
         position = session.next_position
         step = prefill(position) if position < PROMPT else decode(position)
-        idle = session.computing is None and not session.inbox  # the token of a decode comes from the step before it
+        idle = session.computing is None and not session.inbox  # a decode step needs the token of the step before it
         event: machine.Event
         if action == "next" and (position < PROMPT or (idle and position < CAPACITY)) and session.state is not StageState.OPEN:
             event = machine.StepArrived(step)

@@ -95,7 +95,7 @@ async def test_headers_come_with_admission(http: aiohttp.ClientSession) -> None:
 
 
 async def test_several_answers_start_before_all_are_admitted(http: aiohttp.ClientSession, coordinator: Any, events_of: Any) -> None:
-    """There are more prompts than may run at a time. The others are admitted as the first answers end."""
+    """There are more prompts than may run at a time. Those that wait are admitted as earlier answers end."""
     body = {"model": "words", "prompt": [f"p{i}" for i in range(20)], "stream": True, "max_tokens": 2}
     async with http.post("/v1/completions", json=body) as response:
         assert len(response.headers["x-meshd-session"].split(",")) <= 8

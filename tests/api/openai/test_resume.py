@@ -24,13 +24,13 @@ each_route = pytest.mark.parametrize("path", list(ASKED))
 
 
 def body(path: str, **fields: Any) -> dict[str, Any]:
-    """A request for a stream."""
+    """Make the body of a request for a stream."""
     usage = {} if path == "/v1/responses" else {"stream_options": {"include_usage": True}}
     return {"model": "words", "seed": 5, "stream": True} | ASKED[path] | usage | fields
 
 
 def whole(path: str, **fields: Any) -> dict[str, Any]:
-    """A request for a whole answer."""
+    """Make the body of a request for a whole answer."""
     return {name: value for name, value in body(path, **fields).items() if name not in ("stream", "stream_options")}
 
 
@@ -39,12 +39,12 @@ def id_of(text: str) -> str:
 
 
 def frames(text: str) -> list[str]:
-    """Split a stream into the bytes of its events, without comments."""
+    """Split the text of a stream into its events, and drop the comments."""
     return [frame for frame in text.split("\n\n") if frame and not frame.startswith(":")]
 
 
 async def read_events(response: aiohttp.ClientResponse, count: int) -> str:
-    """Read `count` events of a stream that has more."""
+    """Read `count` events of a stream, which must have that many."""
     text = ""
     while len(frames(text)) < count or not text.endswith("\n\n"):
         text += (await response.content.readline()).decode()
@@ -61,8 +61,8 @@ async def other(coordinator: WordsCoordinator) -> AsyncIterator[WordsCoordinator
 
 @pytest.fixture
 async def elsewhere(other: WordsCoordinator, telemetry: Any) -> AsyncIterator[aiohttp.ClientSession]:
-    """A client of the other peer."""
-    app = create_app(other, other, telemetry, api_key=None, clock=SystemClock())  # the second `other` stands in for a mesh: unused
+    """An HTTP client of the other peer's API."""
+    app = create_app(other, other, telemetry, api_key=None, clock=SystemClock())  # the second argument, the mesh, is unused
     server = await serve(app, "127.0.0.1", 0)
     async with aiohttp.ClientSession(server.url, timeout=aiohttp.ClientTimeout(10)) as session:
         yield session

@@ -47,7 +47,7 @@ HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K"
 def random_bytes(kind: str, rows: int, *, columns: int = COLUMNS, seed: int = 7, wild: bool = False) -> np.ndarray:
     """Make random bits `[rows, bytes]`.
 
-    `wild`: with any finite scale, also denormal, huge and zero; otherwise scales of about one.
+    `wild`: scales are any finite numbers, also subnormal, huge and zero; otherwise they are about 1.
     """
     rng = np.random.default_rng(seed)
     if kind in FLOATS and wild:
@@ -137,7 +137,7 @@ def test_loading_a_matrix_rounds_only_the_shift(kind: str, wild: bool) -> None:
     scale, minimum = layout.scale(blocks)[..., None].astype(np.float64), layout.minimum(blocks)[..., None].astype(np.float64)
     codes = layout.codes(blocks).reshape(*scale.shape[:2], layout.group)
     exact = scale * codes + minimum
-    widest = np.maximum(abs(minimum), abs(minimum + (2 * layout.middle - 1) * scale))  # of the weights that codes can express
+    widest = np.maximum(abs(minimum), abs(minimum + (2 * layout.middle - 1) * scale))  # the largest weight that codes express
     assert (abs(values_of(matrix).reshape(exact.shape) - exact) <= 2.0**-24 * widest).all()
 
 
@@ -160,7 +160,7 @@ def test_zero_points_keep_the_weights_and_leave_a_small_shift(kind: str, wild: b
 
 @pytest.mark.parametrize(("kind", "zeros"), [(kind, zeros) for kind in KINDS for zeros in (True, False)])
 def test_products_of_both_backends_are_right(kind: str, zeros: bool) -> None:
-    """`zeros` False tests the products for processors on which zero points do not work."""
+    """`zeros` False: products without zero points, for processors on which zero points do not work."""
     tensor, values = random_tensor(kind, rows=40)
     matrix = load_matrix(tensor)
     x = np.random.default_rng(1).standard_normal((3, COLUMNS), dtype=np.float32)
@@ -181,7 +181,7 @@ def test_products_of_both_backends_are_right(kind: str, zeros: bool) -> None:
 
 
 def test_wrong_products_with_zero_points_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Imitates onnxruntime with AVX2 alone, whose products of a single token are wrong."""
+    """Imitates onnxruntime on a processor with AVX2 only, where products of a single token are wrong."""
 
     class Wrong:
         def __init__(self, subgraph: Subgraph, threads: int) -> None:

@@ -77,7 +77,7 @@ def test_three_stages_give_the_same_bits_and_tokens(backend: Backend, tiny: Tiny
 
 @pytest.mark.parametrize("backend", ["onnxruntime"], indirect=True)
 def test_a_quantised_model_gives_the_same_bits_in_any_chunks(backend: Backend, tiny: TinyModel) -> None:
-    """Recovery by replay depends on this. Only onnxruntime: the last bits of torch's products depend on the number of rows."""
+    """Recovery by replay depends on this. Not with torch: the last bits of its products depend on the number of rows."""
     weights = Quantised(tiny.reference, tiny.folder, tiny.plan, tiny.arrays)
     layers = backend.load(tiny.spec, LayerRange(0, 4), weights, embedding=True, head=True)
     hidden = [

@@ -14,9 +14,9 @@ from reference.originals import F32, Original
 
 POSITIONS = 200
 FAST_TOP, FAST_DIVERGENCE, FAST_PERPLEXITY = 0.92, 3.5e-3, 0.015
-"""Limits with int8 activations.
+"""Limits with int8 activations: share of positions with the same top token, mean divergence in nats, relative error of perplexity.
 
-Measured: 94.5 %, 2.8e-3 and 0.5 %; over twelve such texts 94.5 to 98 %, 2.8e-3 to 5.4e-3, up to 1.2 %.
+Measured with this text: 94.5 %, 2.8e-3 and 0.5 %. With twelve texts: 94.5 to 98 %, 2.8e-3 to 5.4e-3, and up to 1.2 %.
 """
 LARGEST = 1e-3
 """Largest allowed difference of a logit with exact activations. Measured: 1e-4 here, 5e-4 over 2,000 positions."""

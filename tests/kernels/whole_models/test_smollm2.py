@@ -57,7 +57,7 @@ def test_any_split_gives_the_same_bits(loaded: LoadedLayers, spec: ModelSpec, pr
 
 
 def test_any_chunks_give_the_same_tokens(backend: Backend, loaded: LoadedLayers, spec: ModelSpec, prompt: list[int]) -> None:
-    """With onnxruntime also the same bits, so that an answer continues unchanged after its prompt was read again."""
+    """With onnxruntime also the same bits, so that an answer continues unchanged after a replay of its prompt."""
     stage = loaded.stage(loaded.layers)
     answers = [Chain.of(spec, [stage]).greedy(prompt, 8, chunk) for chunk in (1, 2, 5)]
     assert answers[0] == answers[1] == answers[2]

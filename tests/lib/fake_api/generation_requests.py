@@ -1,4 +1,4 @@
-"""Convert bodies of each route to requests to the coordinator."""
+"""Convert the body of each route to the requests that the coordinator gets."""
 
 from typing import Any
 

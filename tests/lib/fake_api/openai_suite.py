@@ -306,7 +306,7 @@ async def test_a_broken_chat_can_be_resumed(openai_client: AsyncOpenAI, base_url
 
 
 async def _numbered(response: aiohttp.ClientResponse, count: int | None = None) -> list[tuple[int, dict[str, Any]]]:
-    """Read `count` events, or all up to `[DONE]`. Returns: (number of the `id:` line, data) of each."""
+    """Read `count` events, or all up to `[DONE]`. Returns: for each event, the number in its `id:` line and its data."""
     assert response.status == 200, await response.text()
     events: list[tuple[int, dict[str, Any]]] = []
     number = -1

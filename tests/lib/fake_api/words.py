@@ -24,7 +24,7 @@ from meshd.types import FinishReason, ModelCard, ModelId, ModelSpec, SessionId
 VOCABULARY = (" the", " a", " mesh", " of", " small", " devices", " answers", " as", " one", " große", " 数", " stream", " and")
 CONTEXT = 4096
 PACE_S = 0.001
-"""Time of a token in the background, so that tests can act in the middle of an answer."""
+"""Seconds for each word of a background answer, so that tests can act in the middle of the answer."""
 
 REFUSALS: dict[str, Callable[[], MeshdError | Exception]] = {
     "busy": lambda: Overloaded("the queue is full", retry_after_s=2.5),
@@ -64,11 +64,11 @@ class Record:
     error: MeshdError | None = None
     faults: int = 0
     at: "WordsGeneration | None" = None
-    """The answer on the peer that continues it now."""
+    """The answer on the peer that runs it now; None until a peer has begun it."""
 
 
 class WordsGeneration:
-    """An answer on one peer. Its readers draw the words; in the background, a task does."""
+    """An answer on one peer. It draws a word whenever a reader needs one; the words of a background answer are drawn by a task."""
 
     predicted_tpot_s = 0.0125
 
@@ -100,7 +100,7 @@ class WordsGeneration:
         return tuple(self.record.made), self.record.finished
 
     def take_over(self) -> None:
-        """Take over the answer. Its previous reader gets no more events."""
+        """Run the answer on this peer from now on. Its readers at the previous peer get `Cancelled`."""
         before, self.record.at = self.record.at, self
         if before is not None and before is not self:
             before.count(False)
@@ -144,7 +144,7 @@ class WordsGeneration:
                 self._end("suspended")
 
     async def _step(self, read: int) -> None:
-        """Make one more word. Raises: the error that ended the answer on this peer."""
+        """Make word number `read`, unless another reader has made it. Raises: the error that ended the answer on this peer."""
         record = self.record
         async with self._turn:
             if record.at is not self:
@@ -213,7 +213,7 @@ class WordsGeneration:
         return (one(token, -1.0, tuple(one(token + rank, -1.0 - rank) for rank in range(count))),)
 
     async def run(self) -> None:
-        """Make all words, for an answer in the background."""
+        """Make all words of a background answer."""
         while self.record.at is self and self.runs:
             await asyncio.sleep(PACE_S)
             async with self._turn:
@@ -222,7 +222,7 @@ class WordsGeneration:
 
 
 class WordsCoordinator:
-    """Answers with words drawn by the request's seed. Some model names make it fail or wait, to test what clients receive."""
+    """Answers with words drawn from the request's seed. Some models fail or wait, to test what clients receive."""
 
     def __init__(self, name: str = "here", records: dict[SessionId, Record] | None = None) -> None:
         """Coordinators that share `records` are peers of one cluster."""
@@ -242,7 +242,7 @@ class WordsCoordinator:
                 event.set()
 
     async def until(self, holds: Callable[["WordsCoordinator"], bool], within_s: float = 5.0) -> None:
-        """Wait until the condition `holds`. Raises: TimeoutError after `within_s`, by default long enough for a busy machine."""
+        """Wait until `holds` returns True. Raises: TimeoutError after `within_s`; the default is long enough for a busy machine."""
         event = asyncio.Event()
         self._conditions.append((holds, event))
         self.changed()

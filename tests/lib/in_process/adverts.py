@@ -25,7 +25,7 @@ def advert(
     incarnation: int = 1,
     draining: bool = False,
 ) -> Advert:
-    """Build the advert of a peer with `memory` free bytes beside its holdings, and with links to `others`."""
+    """Build the advert of a peer with these holdings, `memory` further bytes that are free, and links to `others`."""
     rates = Rates(
         decode_bytes_s=gb_s * 1e9,
         prefill_flops_s=gb_s * 1e10,
@@ -57,7 +57,7 @@ def advert(
 
 
 def held(start: int, end: int, **fields: Any) -> Holding:
-    """Build the advert's entry for layers that a peer holds, by default active ones."""
+    """Build the entry of an advert for layers that the peer holds. They are active unless `fields` say otherwise."""
     return msgspec.structs.replace(make_holding(start, end, kv_tokens=fields.pop("kv_tokens", KV)), **fields)
 
 

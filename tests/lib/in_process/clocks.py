@@ -7,7 +7,7 @@ from meshd.clock import SystemClock
 
 @dataclass
 class SetClock(SystemClock):
-    """Returns `now` until the test changes it."""
+    """A clock that shows `now`, which the test changes."""
 
     now: float = 1000.0
 

@@ -53,7 +53,7 @@ class HandClock:
         await asleep
 
     async def move(self, seconds: float) -> None:
-        """Move the clock forward and wake the sleepers that are due on the way."""
+        """Move the clock forward, and wake each sleeper when the clock reaches its time."""
         end = self.now + seconds
         await _settle()
         while self._sleepers and self._sleepers[0][0] <= end:
@@ -147,7 +147,7 @@ class Keeper:
     released: list[SessionId] = field(default_factory=list)
     ended: list[tuple[SessionId, bool]] = field(default_factory=list)
     draining: set[PeerId] = field(default_factory=set)
-    """Peers that drain, as far as this peer knows."""
+    """Peers that drain according to the adverts that this peer has."""
     rtt_s: dict[PeerId, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -44,4 +44,4 @@ EVENTS_TO: dict[PeerState, list[Event]] = {
     PeerState.REFUSED: [found(), HandshakeRefused(ANN, HOME, "another key")],
     PeerState.LEFT: [found(), link_up(), GoodbyeReceived(ANN, "stopped")],
 }
-"""The events that bring peer ANN from the beginning to each state."""
+"""State -> the events that bring peer ANN from UNKNOWN to it."""

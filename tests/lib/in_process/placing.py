@@ -27,7 +27,7 @@ class Cluster:
         self.refusing: dict[PeerId, str] = {}
         self.load_s = 0.0
         self.advert_delay_s = 0.0
-        """Time from the end of a load to its advert."""
+        """Seconds from the end of a load to the advert that shows it."""
         self._requests = 0
         names = {peer.id: peer.name for peer in peers}
         self.placer = PlacementClient(

@@ -35,13 +35,16 @@ def ids(*names: str) -> frozenset[PeerId]:
 
 
 def recovery_request(old: str | None, lost: frozenset[PeerId] = frozenset(), **fields: Any) -> RecoveryRequest:
-    """The request of a session with 300 known tokens, 200 of them in the prompt, and a context of 512."""
+    """Build the recovery request of a session with 300 known tokens, 200 of them in the prompt, and a context of 512.
+
+    `old`: the session's plan as text; None if it had none.
+    """
     given: dict[str, Any] = {"avoid": frozenset(), "prompt_tokens": 200, "max_tokens": 312, "known": 300}
     return RecoveryRequest(old=None if old is None else plan_of(old), lost=lost, **given | fields)
 
 
 async def recover(cluster: Cluster, request: RecoveryRequest, mesh: MeshOptions = NO_OPTIONS) -> RecoveryPlan:
-    """Find a plan, and check that it has every layer once."""
+    """Find a plan, and check that its stages have every layer exactly once."""
     found = await cluster.router.recover(CARD, mesh, request)
     assert [layer for stage in found.plan.stages for layer in stage.layers] == list(CARD.layers)
     return found

@@ -43,7 +43,7 @@ class Server(WeightServer):
     sleep_s = 0.0
     """Delay before each reply."""
     die_after: int | None = None
-    """Bytes after which `on_dying` is called, once."""
+    """Bytes after which `on_dying` is called once. None: never."""
     on_dying: Callable[[], None]
     spoil: Callable[[bytes], bytes] = staticmethod(lambda data: data)
     """Changes the bytes of each reply."""

@@ -1,1 +1,1 @@
-"""What a model should compute: transformers, gguf and llama.cpp."""
+"""Reference results for models, from transformers, gguf and llama.cpp."""

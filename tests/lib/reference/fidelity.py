@@ -1,4 +1,4 @@
-"""How far a model's logits are from what they should be, over real text."""
+"""Measures how far a model's logits are from those of a reference, over real text."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,15 +19,15 @@ F32 = npt.NDArray[np.float32]
 ROWS = 32
 """Positions compared at once: with a vocabulary of 262,144 their logits take 34 MB."""
 CHUNK = 128
-"""Tokens of a prefill step."""
+"""Number of tokens in a prefill step."""
 TEXT = Path(__file__).with_name("real_text.txt")
 """Prose (Carroll, Darwin, Verne: in the public domain), and this project's own documentation and code."""
 
 
 def windows(file: GgufFile, positions: int, context: int) -> list[list[int]]:
-    """The text's first `positions` tokens in windows of at most `context`, each begun as the model expects a text to begin.
+    """Split the start of the text into windows of at most `context` tokens, `positions` in all.
 
-    Each window is computed on its own, so a token sees all those before it in its window.
+    Each window begins with the tokens that the model expects at the start of a text, and is computed without the other windows.
     """
     tokenizer = tokenizer_from_gguf(file.metadata)
     start = tokenizer.encode("", add_special=True)
@@ -41,7 +41,7 @@ def windows(file: GgufFile, positions: int, context: int) -> list[list[int]]:
 
 
 def stage_rows(stage: Stage, spec: ModelSpec, ids: Sequence[int], at_once: int = ROWS) -> Iterator[F32]:
-    """meshd's logits after each token: parts of `[at_once, vocab]`."""
+    """Yield meshd's logits after each token, in parts of `[at_once, vocab]`."""
     pool = KVPool(spec, stage.layers, blocks=-(-len(ids) // 32))
     table = pool.allocate(len(ids))
     parts = []
@@ -55,22 +55,23 @@ def stage_rows(stage: Stage, spec: ModelSpec, ids: Sequence[int], at_once: int =
 
 @dataclass(slots=True)
 class Fidelity:
-    """Sums over the positions compared so far."""
+    """The differences between a model and the original, summed over the positions compared so far."""
 
     hits: list[bool] = field(default_factory=list)
-    """Whether the top token is the same, at each position."""
+    """For each position, whether both have the same most probable token."""
     divergence: float = 0.0
-    """KL(original || this), in nats."""
+    """Sum of KL(original || model), in nats."""
     surprise: float = 0.0
-    """-ln p of the text's next tokens."""
+    """Sum of -ln p(next token of the text), where p is the model's probability."""
     predicted: int = 0
     largest: float = 0.0
-    """Largest difference of any logit."""
+    """Largest absolute difference between two logits."""
 
     def add(self, original: F32, expected: torch.Tensor, rows: F32, following: Sequence[int]) -> None:
-        """Add `n` positions. The logits are `[n, vocab]`, and so is `expected`, the original's log-probabilities.
+        """Add `n` positions. `original` and `rows` are the logits of the original and of the model, `[n, vocab]`.
 
-        `following`: the token after each position. The last position of a window has none.
+        `expected`: the original's log-probabilities, `[n, vocab]`. `following`: the token after each position; the last position of
+        a window has none.
         """
         found = log_probabilities(rows)
         self.hits += (original.argmax(-1) == rows.argmax(-1)).tolist()
@@ -101,7 +102,7 @@ class Fidelity:
 
 
 def compare(ids: Sequence[int], original: Iterable[F32], others: Sequence[tuple[Fidelity, Iterable[F32]]]) -> None:
-    """Add the positions of one window to each `Fidelity`. All logits are read part by part together, to save memory."""
+    """Add the positions of one window to each `Fidelity`. The logits of all models are read part by part, to save memory."""
     done = 0
     for parts in zip(original, *(rows for _, rows in others), strict=True):
         following = ids[done + 1 : done + 1 + len(parts[0])]
@@ -112,5 +113,5 @@ def compare(ids: Sequence[int], original: Iterable[F32], others: Sequence[tuple[
 
 
 def log_probabilities(logits: F32) -> torch.Tensor:
-    """In float64, so that a divergence of 1e-10 is no rounding error."""
+    """Compute them in float64, so that a divergence of 1e-10 is not a rounding error."""
     return torch.log_softmax(torch.tensor(logits, dtype=torch.float64), dim=-1)

@@ -1,6 +1,7 @@
-"""llama.cpp's logits and quantisers, for `llama_peer.py`, which asks on stdin. Runs under an interpreter that has `llama_cpp`.
+"""Serves llama.cpp's logits and quantisers to `llama_peer.py`, over stdin and stdout. Its interpreter must have `llama_cpp`.
 
-Every request is one line of JSON, every answer raw bytes whose length the asker knows (a line of JSON for "open"):
+Every request is one line of JSON. The answer to "open" is one line of JSON; the other answers are raw bytes, whose number the
+client computes:
 
     {"open": path, "context": tokens}           -> {"vocab": n, "about": "versions and settings"}
     {"rows": token ids}                         -> [tokens, vocab] float32, in parts as they are computed
@@ -18,13 +19,13 @@ import llama_cpp
 import numpy as np
 
 BATCH = 128
-"""Tokens of a step: all their logits are in memory at once."""
+"""Number of tokens in a step; the logits of all of them are in memory at once."""
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 GGML_TYPE_F32 = 0
 
 
 class Model:
-    """One file, ready to compute: KV in float32, flash attention off, the rest at llama.cpp's defaults."""
+    """A loaded model file. KV is in float32 and flash attention is off; other settings are llama.cpp's defaults."""
 
     def __init__(self, path: str, context: int) -> None:
         settings = llama_cpp.llama_model_default_params()

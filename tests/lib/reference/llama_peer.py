@@ -1,6 +1,6 @@
-"""Asks llama.cpp in another interpreter: meshd does not depend on it, and it is built only where a comparison is wanted.
+"""Runs llama.cpp in another Python interpreter, since meshd does not depend on it. To build that interpreter's environment:
 
-python -m venv other && CMAKE_ARGS=-DLLAVA_BUILD=OFF other/bin/pip install llama-cpp-python     # compiles for some ten minutes
+python -m venv other && CMAKE_ARGS=-DLLAVA_BUILD=OFF other/bin/pip install llama-cpp-python     # compiles for about ten minutes
 """
 
 import json
@@ -17,7 +17,7 @@ F32 = npt.NDArray[np.float32]
 
 
 class LlamaCpp:
-    """One process of it."""
+    """A process that runs `llama_cpp_side.py`."""
 
     def __init__(self, python: Path) -> None:
         """`python`: an interpreter that can import `llama_cpp`."""
@@ -27,7 +27,7 @@ class LlamaCpp:
         self._vocab = 0
 
     def open(self, path: Path, context: int) -> str:
-        """Load a model, in place of the one before; which llama.cpp with which settings."""
+        """Load a model, and unload the previous one. Returns: a text with the version and settings of llama.cpp."""
         self._ask({"open": str(path), "context": context})
         assert self._process.stdout
         opened = json.loads(self._process.stdout.readline() or b"{}")
@@ -37,14 +37,14 @@ class LlamaCpp:
         return opened["about"]
 
     def rows(self, ids: Sequence[int], at_once: int) -> Iterator[F32]:
-        """Logits after each token, which sees those before it: parts of `[at_once, vocab]`. To be read to the end."""
+        """Yield the logits after each token of a text, in parts of `[at_once, vocab]`. The caller must read all parts."""
         self._ask({"rows": list(ids)})
         for start in range(0, len(ids), at_once):
             shape = min(at_once, len(ids) - start), self._vocab
             yield np.frombuffer(self._read(4 * shape[0] * shape[1]), np.float32).reshape(shape)
 
     def quantise(self, values: F32, kind: gguf.GGMLQuantizationType) -> npt.NDArray[np.uint8]:
-        """`[rows, columns]` to `[rows, bytes]`."""
+        """Quantise `[rows, columns]`. Returns: the blocks, `[rows, bytes]`."""
         block, size = gguf.GGML_QUANT_SIZES[kind]
         rows, columns = values.shape
         count = rows * columns // block * size

@@ -1,6 +1,6 @@
-"""A GGUF file's model as its makers compute it: `transformers` in float32, on weights that the `gguf` package dequantised.
+"""Computes the model of a GGUF file with `transformers` in float32, on weights that the `gguf` package dequantises.
 
-Of meshd's own code only the reader of the file's layout is used, so that meshd's mathematics can be judged by this.
+The only code of meshd in it is the reader of the file, so that meshd's computations can be compared with it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,13 +19,13 @@ F32 = npt.NDArray[np.float32]
 
 
 class Original:
-    """The model of one file."""
+    """The model of a GGUF file, as a `transformers` model."""
 
     def __init__(self, file: GgufFile) -> None:
-        """Raises: KeyError for an architecture that is not described here."""
+        """Raises: KeyError for an architecture that is not in `_CONFIGS`."""
         architecture = str(file.metadata["general.architecture"])
         config = _CONFIGS[architecture](_Keys(file.metadata, architecture), file)
-        with no_init_weights():  # else all weights are drawn at random first
+        with no_init_weights():  # saves the time to draw random weights first
             self._model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
         names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
@@ -39,7 +39,7 @@ class Original:
         self._model.eval()
 
     def rows(self, ids: Sequence[int], at_once: int) -> Iterator[F32]:
-        """Logits after each token, which sees those before it: parts of `[at_once, vocab]`, so that they need little memory."""
+        """Yield the logits after each token of a text, in parts of `[at_once, vocab]` to save memory."""
         with torch.inference_mode():
             hidden = self._model.model(torch.tensor([ids]), use_cache=False).last_hidden_state[0]
             for part in hidden.split(at_once):
@@ -56,7 +56,7 @@ def dense(file: GgufFile, name: str) -> F32:
 
 
 class _Keys:
-    """An architecture's metadata."""
+    """Reads the metadata of an architecture by keys without its prefix. A missing key without a default is an error."""
 
     def __init__(self, metadata: Mapping[str, Any], architecture: str) -> None:
         self._metadata, self._prefix = metadata, architecture
@@ -90,7 +90,7 @@ def _llama(keys: _Keys, file: GgufFile) -> transformers.PreTrainedConfig:
 
 
 def _gemma3(keys: _Keys, file: GgufFile) -> transformers.PreTrainedConfig:
-    """Files need not contain what all Gemma 3 models share: a window in five of six layers, and the RoPE base of these layers."""
+    """Files may omit what all Gemma 3 models share: which layers have a window, and the RoPE base of these layers."""
     rope = {
         "full_attention": {"rope_type": "default", "rope_theta": keys("rope.freq_base", 1e6)},
         "sliding_attention": {"rope_type": "default", "rope_theta": keys("rope.freq_base_swa", 1e4)},
@@ -100,7 +100,7 @@ def _gemma3(keys: _Keys, file: GgufFile) -> transformers.PreTrainedConfig:
         **common,
         rope_parameters=rope,
         sliding_window=keys("attention.sliding_window"),
-        query_pre_attn_scalar=common["head_dim"],  # but not of the 27B model
+        query_pre_attn_scalar=common["head_dim"],  # the 27B model has another value
     )
 
 
@@ -108,7 +108,7 @@ _CONFIGS = {"llama": _llama, "gemma3": _gemma3}
 
 
 def _as_made(architecture: str, name: str, values: F32, config: transformers.PreTrainedConfig) -> F32:
-    """Undo what the conversion to GGUF did to a weight: it interleaves the rows of Llama's Q and K, and adds 1 to Gemma's norms."""
+    """Undo how the conversion to GGUF changed a weight: it permutes the rows of Llama's Q and K, and adds 1 to Gemma's norms."""
     part = name.split(".")[-2]
     if architecture == "llama" and part in ("attn_q", "attn_k"):
         heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads

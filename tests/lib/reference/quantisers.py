@@ -1,6 +1,7 @@
-"""Weights to blocks of every kind that meshd reads, for tests that need a real model in a kind in which nobody publishes it.
+"""Quantises weights to every kind that meshd reads, for tests of kinds in which no model file is available.
 
-The `gguf` package makes the plain kinds; the others are made here by rounding, without a search: right, not as good as could be.
+The `gguf` package quantises to some kinds. This module does the others by rounding: the blocks are valid, but for most
+kinds their errors are larger than those of llama.cpp, which searches for good scales.
 """
 
 import gguf
@@ -8,13 +9,13 @@ import numpy as np
 
 IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 E2M1 = (0, 1, 2, 3, 4, 6, 8, 12)
-"""Doubled, without signs."""
+"""Absolute values of the 4-bit numbers of MXFP4, times 2."""
 CHUNK = 1 << 21
-"""Weights made at a time: some tens of megabytes."""
+"""Number of weights quantised at a time, which takes some tens of megabytes."""
 
 
 def quantised(values: np.ndarray, kind: str) -> np.ndarray:
-    """`[rows, columns]` float32 to `[rows, bytes]`; columns must be whole blocks of the kind."""
+    """Quantise `[rows, columns]` float32 to `[rows, bytes]`. A row must consist of whole blocks of the kind."""
     type_number = gguf.GGMLQuantizationType[kind]
     make = _OWN.get(kind)
     if make is None:
@@ -29,7 +30,7 @@ def quantised(values: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _over(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """`values / scale`; 0 where the scale is 0."""
+    """Return `values / scale`, and 0 where the scale is 0."""
     return np.divide(values, scale, out=np.zeros(np.broadcast_shapes(values.shape, scale.shape), np.float32), where=scale != 0)
 
 
@@ -42,12 +43,12 @@ def _bytes(halves: np.ndarray) -> np.ndarray:
 
 
 def _extreme(x: np.ndarray) -> np.ndarray:
-    """The value of the largest size along the last axis, with its sign; that axis stays."""
+    """Return the value with the largest magnitude along the last axis, which becomes 1 long."""
     return np.take_along_axis(x, abs(x).argmax(axis=-1, keepdims=True), axis=-1)
 
 
 def _with_minima(x: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks `[n, 256]` to the 16 bytes of scales that Q4_K and Q5_K share, and codes `[n, 8, 32]`."""
+    """Quantise blocks `[n, 256]`. Returns: the 16 bytes of scales and minima, as in Q4_K and Q5_K, and the codes `[n, 8, 32]`."""
     groups = x.reshape(-1, 8, 32)
     low = -np.minimum(groups.min(axis=2), 0)
     scale = (groups.max(axis=2) + low) / levels
@@ -60,7 +61,10 @@ def _with_minima(x: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pairs(codes: np.ndarray, run: int) -> np.ndarray:
-    """`[n, weights]`: of every two runs the first below, the second above."""
+    """Pack the low 4 bits of codes into bytes `[n, weights / 2]`.
+
+    Each two runs of `run` codes become `run` bytes: the first run in the low halves, the second in the high halves.
+    """
     runs = codes.reshape(len(codes), -1, 2, run)
     return ((runs[:, :, 0] & 15) | (runs[:, :, 1] << 4)).reshape(len(codes), -1)
 

@@ -15,15 +15,15 @@ Kind = gguf.GGMLQuantizationType
 Quantise = Callable[[npt.NDArray[np.float32], Kind], npt.NDArray[np.uint8]]
 
 SEARCHED = frozenset({"Q4_K", "Q5_K", "Q6_K", "IQ4_NL"})
-"""Kinds whose makers search for good scales; ours only round (`quantisers.py`), so another's are welcome."""
+"""Kinds for which llama.cpp searches for good scales, while `quantisers.py` only rounds. A better quantiser may be passed."""
 _FALLBACK = Kind.Q8_0
-"""For matrices whose rows are no whole blocks of the kind."""
+"""Kind of a matrix whose rows do not consist of whole blocks of the wanted kind."""
 
 
 def requantise(file: GgufFile, path: Path, kind: str, search: Quantise | None = None) -> dict[str, int]:
-    """Every matrix in `kind`, vectors in float32, and no vocabulary. How many matrices each kind got.
+    """Write a file with the same model: every matrix in `kind`, vectors in float32, and no vocabulary.
 
-    `search` quantises to those kinds that are `SEARCHED`.
+    `search`: quantiser for the kinds in `SEARCHED`; None for that of `quantisers.py`. Returns: kind -> number of its matrices.
     """
     architecture = str(file.metadata["general.architecture"])
     writer = gguf.GGUFWriter(path, architecture)

@@ -33,9 +33,9 @@ class Driver:
         self.lease_ms = 10_000
         self.plan: Plan | None = None
         self.opened: list[Opened] = []
-        """The stages' answers to OPEN in the current epoch."""
+        """The stages' replies to OPEN in the current epoch."""
         self.resume_points: tuple[ResumePoint, ...] = ()
-        """Where the current epoch resumed, by stage."""
+        """Where each stage resumed in the current epoch."""
         self._changed = asyncio.Event()
         at.listeners.append(self._on_message)
 
@@ -144,7 +144,7 @@ class Driver:
             self.at.links.send(peer.id, Renew(session=self.session, epoch=self.epoch, lease_ms=self.lease_ms))
 
     async def close(self, *peers: StagePeer) -> None:
-        """Send CLOSE to these peers and wait for their answers."""
+        """Send CLOSE to these peers and wait for the CLOSED of each."""
         before = len(self.at.received(Closed))
         for peer in peers:
             self.at.links.send(peer.id, Close(session=self.session, epoch=self.epoch, reason="done"))

@@ -66,7 +66,7 @@ class MemoryLinks:
 
 @dataclass
 class StagePeer:
-    """A stage host with one run of layers in memory, and the messages that its peer received as a coordinator."""
+    """A stage host with one contiguous range of layers in memory, and the messages that its peer received as a coordinator."""
 
     links: MemoryLinks
     residents: ResidentModels

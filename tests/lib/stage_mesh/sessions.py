@@ -15,7 +15,7 @@ from tiny.llama import TinyLlama, tiny_spec
 LLAMA = TinyLlama(tiny_spec(tied=True), kinds={"token_embd": "Q8_0"})
 PROMPT = np.random.default_rng(4).integers(0, 320, 40).tolist()
 ANSWER = 60
-"""Tokens of a whole answer."""
+"""Number of tokens of a whole answer."""
 
 
 def driver(mesh: StageMesh, at: StagePeer, max_tokens: int = ANSWER, **sampling: Any) -> Driver:
@@ -46,7 +46,7 @@ def stage_of(peer: StagePeer) -> Any:
 
 
 def sent_tokens(peer: StagePeer, kind: type = Activation) -> int:
-    """Count the tokens in the peer's messages of this kind."""
+    """Count the tokens in the messages of this kind that the peer sent."""
     return sum(message.tokens for _, message in peer.links.sent if isinstance(message, kind))
 
 

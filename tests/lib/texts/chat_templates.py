@@ -356,6 +356,6 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 
 
 def as_transformers_takes(given: dict[str, Any]) -> dict[str, Any]:
-    """Convert arguments of `ChatTemplate.render` to those of transformers, which takes `variables` as further arguments."""
+    """Convert arguments of `ChatTemplate.render` to those of transformers, which takes each of `variables` as an argument."""
     others = {key: value for key, value in given.items() if key != "variables"}
     return {"add_generation_prompt": True} | others | given.get("variables", {})

@@ -1,6 +1,6 @@
 """Texts that tokenizers often get wrong, made from a seed."""
 
-# ruff: noqa: RUF001  # characters that look like others are the point
+# ruff: noqa: RUF001  # look-alike characters are wanted here
 
 import random
 from collections.abc import Callable, Sequence
@@ -133,7 +133,7 @@ _KINDS: tuple[Callable[[random.Random], str], ...] = (
 
 
 def odd_strings(count: int, seed: int = 4) -> list[str]:
-    """Make `count` strings. The first is empty; each of the others joins 1 to 12 random parts of the kinds above."""
+    """Make `count` strings. The first is empty; each of the others joins 1 to 12 random parts of `_KINDS`."""
     rng = random.Random(seed)
     made = ("".join(rng.choice(_KINDS)(rng) for _ in range(rng.randint(1, 12))) for _ in range(count - 1))
     return ["", *made]

@@ -67,7 +67,7 @@ def check_ids(tokenizer: Tokenizer, ids: list[list[int]]) -> None:
 
 
 def check_streams(tokenizer: Tokenizer, ids: list[list[int]]) -> None:
-    """Check that streamed text is the same as decoded text, so that only invalid bytes show as broken characters."""
+    """Check that the streamed parts of a text join to the decoded text, so that no character is broken between two tokens."""
     for some in ids:
         stream = tokenizer.stream(skip_special=False)
         assert "".join([stream.push(id_) for id_ in some]) == tokenizer.decode(some, skip_special=False)

@@ -125,7 +125,7 @@ CONFIGS: tuple[dict[str, Any], ...] = (
     {"model_type": "gpt_oss", "num_local_experts": 2, "num_experts_per_tok": 1, "swiglu_limit": 7.0},
     {"model_type": "granite", "attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.4},
 )  # fmt: skip
-"""Changes to config.json before it is mutated. Most of them need tensors that are missing, but that is checked last."""
+"""Changes to config.json before it is mutated. Most of them need tensors that the folder lacks, which the import checks last."""
 PARTS = (
     "mlp.experts.0.w1.weight", "mlp.experts.1.up_proj.weight", "mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj_bias",
     "mlp.experts.down_proj_blocks", "mlp.experts.down_proj_scales", "mlp.experts.gate_up_proj_blocks", "self_attn.sinks",
@@ -164,7 +164,7 @@ def mutate_binary(dice: random.Random, data: bytes, header: int) -> bytes:
 
 
 def _change_number(dice: random.Random, broken: bytearray, at: int, reach: int) -> None:
-    """Change the next small 64-bit number (a count, length, kind or offset), which six zero bytes reveal."""
+    """Change the next small 64-bit number (a count, length or offset), which is recognised by its six zero bytes."""
     found = broken.find(bytes(6), at, reach)
     if found < 2 or found + 6 > len(broken) - 8:
         return
@@ -182,9 +182,9 @@ def mutate_json(dice: random.Random, data: bytes) -> bytes:
         at = dice.choice(spots)
         end = min((found for mark in b",]}" if (found := broken.find(bytes((mark,)), at + 1)) > 0), default=len(broken))
         match dice.randrange(8):
-            case 0 | 1:  # another value
+            case 0 | 1:  # replace a value
                 broken = broken[: at + 1] + dice.choice(_JSON) + broken[end:]
-            case 2:  # an item twice
+            case 2:  # repeat an item
                 broken = broken[:end] + b"," + broken[at + 1 : end] + broken[end:]
             case 3:
                 broken = broken[: at + 1] + dice.choice((b"[", b'{"a":')) * dice.choice((3, 900, 20_000)) + broken[at + 1 :]
@@ -201,7 +201,7 @@ def mutate_json(dice: random.Random, data: bytes) -> bytes:
 
 
 def mutate_safetensors(dice: random.Random, data: bytes) -> bytes:
-    """Mutate the header's JSON, with a correct header length most of the time; or mutate any bytes."""
+    """Mutate either some bytes, or the header's JSON with a header length that is correct most of the time."""
     length = int.from_bytes(data[:8], "little")
     if dice.random() < 0.3:
         return mutate_binary(dice, data, 8 + length)
@@ -253,18 +253,18 @@ def mutate_metadata(dice: random.Random, metadata: Mapping[str, MetadataValue]) 
 
 
 def plant_nan(dice: random.Random, data: bytes) -> bytes:
-    """Make one weight of a safetensors file NaN, in BF16 as in F32."""
+    """Set four bytes of a safetensors file's data to 0xff: one F32 weight, or two 16-bit weights, become NaN."""
     start = 8 + int.from_bytes(data[:8], "little")
     at = start + 4 * dice.randrange((len(data) - start) // 4)
     return data[:at] + b"\xff\xff\xff\xff" + data[at + 4 :]
 
 
 _SCALES = {"F32": (4, 0), "F16": (2, 0), "BF16": (2, 0), "Q4_0": (18, 0), "Q4_1": (20, 2), "Q8_0": (34, 0), "Q6_K": (210, 208)}
-"""Kind -> (bytes of a block, offset of the float16 that scales the block's weights)."""
+"""Kind -> (bytes of a block, offset of a number in the block that makes weights NaN if it is NaN)."""
 
 
 def plant_nan_in_gguf(dice: random.Random, data: bytes) -> tuple[bytes, str]:
-    """Make one block of weights NaN. Returns: the file, and the name of the block's tensor."""
+    """Make the weights of one block NaN. Returns: the file, and the name of the block's tensor."""
     header = parse_header(memoryview(data), name="seed", file_bytes=len(data))
     name, info = dice.choice(list(header.tensors.items()))
     size, within = _SCALES[info.kind]

@@ -27,7 +27,7 @@ def copy_info(path: Path) -> CopyInfo:
 
 
 def fill(copy: PartialCopy, source: Path, indices: list[int], *, flush: bool = True) -> None:
-    """Fill a copy as a fetch does: write parts in any order, check them and keep them."""
+    """Fill a copy as a fetch does: write the parts `indices` in this order, and check and keep each."""
     content = source.read_bytes()
     copy.begin(QUIET)
     for index in indices:

@@ -30,7 +30,7 @@ CONFIG: dict[str, Any] = {
 
 
 def weights(dtype: str = "F32", layers: int = 2, seed: int = 0) -> dict[str, np.ndarray]:
-    """Make random weights by Hugging Face's names. For BF16 they are float32, since numpy lacks it: `save` converts them."""
+    """Make random weights with Hugging Face's names. For BF16 they are float32, since numpy has no BF16; `save` converts them."""
     rng = np.random.default_rng(seed)
     kv = HIDDEN // HEADS * KV_HEADS
     shapes: dict[str, tuple[int, ...]] = {
@@ -58,7 +58,7 @@ def weights(dtype: str = "F32", layers: int = 2, seed: int = 0) -> dict[str, np.
 
 
 def save(path: Path, tensors: Mapping[str, np.ndarray], dtype: str = "F32") -> None:
-    """Write a safetensors file. The library can't write BF16 from numpy: it writes U16, and the header's types are replaced."""
+    """Write a safetensors file. BF16 is written as U16, which the library can do from numpy, and then renamed."""
     if dtype != "BF16":
         safetensors.numpy.save_file(dict(tensors), path)
         return

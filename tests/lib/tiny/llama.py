@@ -34,7 +34,7 @@ def tiny_spec(*, layers: int = 4, tied: bool = False, architecture: str = "llama
 
 @dataclass
 class TinyLlama:
-    """A weight source. `kinds`: middle of a tensor's name (`attn_v`, `output`, ...) -> its kind. Other tensors are Q4_1."""
+    """A weight source. `kinds`: middle of a matrix's name (`attn_v`, ...) -> its kind; others are Q4_1. Vectors are F32."""
 
     spec: ModelSpec
     seed: int = 0

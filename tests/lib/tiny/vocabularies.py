@@ -44,7 +44,10 @@ def byte_level(pre: str) -> dict[str, Any]:
 
 
 def spm(*, spaced: bool, added: tuple[str, ...] = ()) -> tuple[dict[str, Any], sentencepiece.SentencePieceProcessor]:
-    """Train SentencePiece BPE with byte fallback. Returns: its GGUF metadata, and the library's processor of the same model."""
+    """Train SentencePiece BPE with byte fallback. `spaced`: it puts a space before a text.
+
+    Returns: the GGUF metadata, and the sentencepiece library's processor of the same model.
+    """
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([text.replace("\0", "") for text in odd_strings(3000, seed=7)] + [PLAIN] * 50),
@@ -78,7 +81,7 @@ def spm(*, spaced: bool, added: tuple[str, ...] = ()) -> tuple[dict[str, Any], s
 
 
 def model_of(metadata: Mapping[str, Any]) -> sentencepiece.SentencePieceProcessor:
-    """Load GGUF metadata of a vocabulary without a leading space into the sentencepiece library."""
+    """Build the sentencepiece library's processor from GGUF metadata. The vocabulary must not put a space before a text."""
     proto = sentencepiece_model_pb2.ModelProto()
     unknown = metadata["tokenizer.ggml.unknown_token_id"]
     rows = zip(*(metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type", "scores")), strict=True)

@@ -1,4 +1,4 @@
-"""Functions on the disk: stamps, space, hashes, durable renames and locks."""
+"""Functions for files on disk: stamps, space, hashes, durable renames and locks."""
 
 import hashlib
 import os

@@ -86,7 +86,7 @@ def test_a_block_is_a_megabyte_of_rows_that_the_transform_keeps_together() -> No
     list(chunks_of((1024, 1024), 4, rows, ""))
     assert read == [(0, 256), (256, 512), (512, 768), (768, 1024)]
     read.clear()
-    list(chunks_of((1200, 1024), 4, rows, "rope_interleave:12"))  # heads of 100 rows: a block has two
+    list(chunks_of((1200, 1024), 4, rows, "rope_interleave:12"))  # heads of 100 rows: a block takes two heads
     assert read == [(start, start + 200) for start in range(0, 1200, 200)]
 
 

@@ -37,7 +37,7 @@ def test_q8_0_has_the_same_bits_as_ggml(rows: int, blocks: int, exponent: int, s
     rng = np.random.default_rng(seed)
     values = np.ldexp(rng.standard_normal((rows, 32 * blocks)), exponent).astype(np.float32)
     values[rng.random(values.shape) < 0.3] = 0
-    values[0, :32] = np.arange(32) - 127  # with the next line, the scale is 2: odd weights are ties
+    values[0, :32] = np.arange(32) - 127  # 254 makes the scale 2, so odd weights are ties in rounding
     values[0, 31] = 254
     right = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0).tobytes()
     made = requantised(values, "Q8_0")
@@ -71,7 +71,7 @@ def test_weights_on_a_grid_are_restored_exactly(quant: str) -> None:
     top = 15 if quant == "q4" else 127
     steps[:, ::32], steps[:, 1::32] = top, 0 if quant == "q4" else -top
     values = (steps * 0.25 - (3.5 if quant == "q4" else 0)).astype(np.float32)
-    values[3] = 0.75 if quant == "q4" else 0  # all weights of a row equal
+    values[3] = 0.75 if quant == "q4" else 0  # a row of equal weights
     assert np.array_equal(dequantise(requantised(values, QUANTS[quant])), values)
 
 

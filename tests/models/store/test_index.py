@@ -1,4 +1,4 @@
-"""The store's index: every call reads it, and it is replaced atomically."""
+"""The store's index: every call reads the file, and every change replaces the file atomically."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The solver against every chain (all ordered subsets of the peers with all cuts), on 1,000 random clusters.
+"""The solver, compared with every chain (all ordered subsets of the peers with all cuts) on 1,000 random clusters.
 
 The oracle shares no arithmetic with the planner: it computes bytes and seconds from the card and the rates with its own code.
 """

@@ -1,4 +1,4 @@
-"""The exact search against a list of all chains."""
+"""The exact search, compared with a list of all chains."""
 
 from collections.abc import Iterator
 from itertools import combinations, pairwise, permutations
@@ -24,7 +24,7 @@ def random_costs(seed: int, peers: int, layers: int, *, back: bool, worst: bool)
 
 
 def even_costs(peers: int, layers: int) -> ChainCosts:
-    """Each layer costs 1 on every peer, and links cost nothing."""
+    """Make costs: 1 for each layer on every peer, and 0 for links."""
     stage = np.full((peers, layers + 1, layers + 1), np.inf)
     for start, end in combinations(range(layers + 1), 2):
         stage[:, start, end] = end - start

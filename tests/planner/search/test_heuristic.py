@@ -1,4 +1,4 @@
-"""The heuristic search against the exact one, on clusters small enough for both."""
+"""The heuristic search, compared with the exact search on clusters small enough for both."""
 
 import itertools
 import random

@@ -1,4 +1,4 @@
-"""The search for the cheapest cover, against a list of all chains."""
+"""The search for the cheapest cover of a gap, compared with a list of all covers."""
 
 import random
 from itertools import combinations, pairwise, product

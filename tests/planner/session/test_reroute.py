@@ -1,4 +1,4 @@
-"""Stages for layers of a running session, against a list of all covers of a gap."""
+"""Stages for layers of a running session, compared with a list of all covers of a gap."""
 
 import random
 from itertools import pairwise, product
@@ -41,7 +41,7 @@ def test_the_cheapest_cover_of_a_gap_is_found() -> None:
 
 
 def _serial_s(problem: PlanInput, gap: tuple[StagePlan, ...], ahead: int) -> float:
-    """Compute the cost that `fill` minimises, without its code."""
+    """Compute the cost that `fill` minimises, without the code of `fill`."""
     whole = (*stages("a:0-10"), *gap, *stages("b:20-30"))
     predicted = estimate(problem, whole)
     decode = sum(part.decode_s for part in predicted.stages[1:-1]) + sum(hop.decode_s for hop in predicted.hops)

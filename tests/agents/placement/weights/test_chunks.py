@@ -25,7 +25,7 @@ def ranges(*sizes: int) -> list[FileRange]:
 
 
 def bring(schedule: ChunkSchedule, source: PeerId, chunk: Chunk | None) -> object:
-    """Accept and write a chunk. Returns: the transfer to check, if it was the range's last chunk."""
+    """Accept and write a chunk. Returns: the transfer to check if the chunk was its last one, otherwise None."""
     assert chunk is not None
     assert schedule.accept(source, chunk)
     schedule.validate()
@@ -197,7 +197,7 @@ def test_a_range_begins_a_new_round_only_when_none_of_its_chunks_is_being_writte
 
 
 class World:
-    """Sources that answer in a random order; one may send wrong bytes."""
+    """Simulates a fetch from sources that answer in a random order; one source may send wrong bytes."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -277,7 +277,7 @@ class World:
             self.schedule.leave(self.rng.choice(sorted(self.schedule.sources)))
 
     def finish(self) -> None:
-        """Keep the honest sources joined from now on. Raises: AssertionError if the fetch does not end."""
+        """Finish the fetch, with the honest sources joined all the time. Raises: AssertionError if the fetch does not end."""
         for _ in range(20_000):
             if self.schedule.done:
                 return

@@ -53,7 +53,7 @@ async def test_a_source_with_only_some_layers_sends_those(sites: Sites) -> None:
 
 
 async def test_a_fetch_waits_for_layers_that_a_source_is_still_fetching(sites: Sites) -> None:
-    """One source has the file but is slow; the other fetches the file from it at the same time."""
+    """The peer `a` has the file but is slow. `b` fetches it from `a` while `c` fetches it from `a` and `b`."""
     a, b, c = await sites.start("a", "b", "c")
     card = await sites.have_file(a)
     a.server.sleep_s = 0.05
@@ -159,7 +159,7 @@ async def test_a_cancelled_fetch_continues_where_it_stopped(sites: Sites) -> Non
     assert copy is not None
     came = copy.bytes_here
     assert came > 2 * CHUNK_BYTES
-    await asyncio.sleep(0.1)  # the last requests are still answered
+    await asyncio.sleep(0.1)  # the source still answers the requests in flight
     a.server.given, a.server.sleep_s = 0, 0.0
     await b.fill(card, 0, 5)
     check_tensors(b, sites, card, 0, 5)

@@ -111,7 +111,7 @@ async def test_a_partial_copy_is_found_again_after_a_restart(sites: Sites) -> No
 
 
 def other_layout(offer: Offer) -> Offer:
-    """Make a consistent manifest that contradicts the header."""
+    """Move the border between two tensors of the manifest, so that it contradicts the file's header."""
     head, first, second, *parts = offer.manifest.parts
     longer = msgspec.structs.replace(first, length=first.length + 32)
     shorter = msgspec.structs.replace(second, offset=second.offset + 32, length=second.length - 32)
@@ -147,7 +147,7 @@ async def test_a_hostile_manifest_fails_with_a_clear_error_and_leaves_nothing(si
 
 
 async def test_a_complete_copy_with_the_wrong_hash_is_deleted(sites: Sites) -> None:
-    """The only source has a consistent manifest of another file."""
+    """The only source offers a valid manifest, but of another file."""
     a, b = await sites.start("a", "b")
     card = await sites.have_file(a)
     other = write_gguf(sites.root / "other.gguf", layers=LAYERS, seed=1)

@@ -1,4 +1,4 @@
-"""Which peers are asked for weights, in which order, and which manifest counts."""
+"""Which peers are asked for weights, in which order, and which manifest is used when sources disagree."""
 
 import asyncio
 import logging

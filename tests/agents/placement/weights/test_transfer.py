@@ -1,4 +1,4 @@
-"""The transfer of one range: every row of its table, illegal events and stale events."""
+"""The transfer of one range: every row of its transition table, illegal events and stale events."""
 
 import pytest
 
@@ -30,7 +30,7 @@ def transfer_of(chunks: int) -> RangeTransfer:
 
 
 def apply(transfer: RangeTransfer, *events: Event) -> list[object]:
-    """Apply events in order. Returns: the commands of the last one."""
+    """Apply events in order. Returns: the commands that the last event caused."""
     commands: list[object] = []
     for event in events:
         commands = list(transfer.handle(event))

@@ -10,7 +10,7 @@ from meshd.types import SessionId
 
 
 class Deputy:
-    """A peer that notes the JOURNAL_DROP messages that it gets."""
+    """A peer that records the JOURNAL_DROP messages that it receives."""
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer

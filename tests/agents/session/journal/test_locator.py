@@ -18,7 +18,7 @@ def keepers(peers: Peers) -> Keepers:
 
 
 def keep(keeper: Keeper, coordinator: PeerId, **fields: object) -> None:
-    """Store a record at a peer, as its deputy would."""
+    """Store a record at a peer, as if it were a deputy of the coordinator."""
     keeper.deputy.store.keep(record(coordinator=coordinator, **fields), keeper.clock.now)  # type: ignore[arg-type]
 
 

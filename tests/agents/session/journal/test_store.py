@@ -142,7 +142,7 @@ def test_records_are_kept_for_ten_minutes_after_their_last_change(store: Journal
 
 
 def _three(**bounds: int) -> JournalStore:
-    """A store with the records a, which runs, b, which has ended, and c, which ended before b."""
+    """Make a store with the records of three sessions: a still runs, b ended at 2 s, and c ended at 1 s."""
     store = JournalStore(**bounds)
     store.keep(record(SessionId("a"), tokens=10), 0.0)
     store.keep(record(SessionId("b"), tokens=10, finish="stop"), 2.0)

@@ -1,4 +1,4 @@
-"""The fixture of an answer of which one token has arrived."""
+"""The fixture `site`: an answer of which one token has arrived."""
 
 import pytest
 

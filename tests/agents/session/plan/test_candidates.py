@@ -69,7 +69,7 @@ def searches(draw: st.DrawFn) -> tuple[CandidateSearch, list[Advert], PeerRules]
 
 
 def usable(search: CandidateSearch, adverts: list[Advert], rules: PeerRules) -> Iterator[tuple[PeerId, Holding]]:
-    """The holdings that the rules allow, without those that the session has reserved."""
+    """Yield the holdings that the rules allow and that have free KV for the session, besides what the session has reserved."""
     for advert in adverts:
         if (advert.draining and not rules.leaving) or (advert.peer in search.request.avoid and not rules.avoided):
             continue
@@ -120,8 +120,8 @@ def test_there_is_a_candidate_unless_layers_or_free_kv_are_missing(drawn: tuple[
         assert not short.missing
         assert not short.busy
     elif not short.missing and not short.busy:
-        # For each layer some holding has free KV for a stage. So there can only be no candidate because one holding would have to
-        # run two stages and has no free KV for the second.
+        # Every layer is in a holding with free KV for one stage. The only possible reason that there is no candidate: one holding
+        # would have to run two stages, and has free KV for only one of them.
         whole = [holding for _, holding in usable(search, adverts, rules) if len(holding.layers) == LAYERS]
         assert all(holding.kv_tokens_free < 2 * CONTEXT for holding in whole)
 

@@ -19,7 +19,7 @@ class Work:
     stages: int = 0
     answers: int = 0
     changes: list[bool] = field(default_factory=list)
-    """The drain state at each change."""
+    """The drainer's `draining` after each change of it."""
 
 
 def drainer_of(peer: Peer, work: Work) -> Drainer:

@@ -1,4 +1,4 @@
-"""Resume points: which positions are computed again, and which kept outputs are only sent again."""
+"""Resume points: which positions a stage computes again, and which kept outputs it sends without computing them again."""
 
 from itertools import pairwise, product
 

@@ -1,4 +1,4 @@
-"""The plan retrier: how long it searches, who coordinates an answer after a takeover, and reports of the copies of its KV."""
+"""The plan retrier: how long it searches, who coordinates an answer after a takeover, and which reports about KV copies count."""
 
 from contextlib import aclosing
 from typing import Any, cast
@@ -22,7 +22,7 @@ NOTHING = cast("Any", None)
 
 
 def retrier_of(site: AnswerSite, cluster: Cluster | None = None, **fields: Any) -> PlanRetrier:
-    """A retrier that plans over a made-up cluster. None of its peers can be reached, so none of the plans opens."""
+    """Make a retrier that plans over an invented cluster. Its peers can't be reached, so the stages of its plans never open."""
     router = NOTHING if cluster is None else cluster.router
     given: dict[str, Any] = {"mirror": False, "take": NOTHING, "coordinated_elsewhere": NOTHING}
     return PlanRetrier(site.peer.links, router, list, site.clock, **given | fields)
@@ -78,7 +78,7 @@ async def test_an_unexpected_error_in_a_search_fails_the_answer(peers: Peers, ca
 
 
 async def superseded(site: AnswerSite, retrier: PlanRetrier) -> None:
-    """A stage refuses this coordinator, because it obeys another one."""
+    """Report a stage that follows another coordinator, and let the retrier handle it."""
     error = RemoteFailure("another coordinator", remote_code="superseded")
     site.answer.stage_failed(site.answer.machine.epoch, 1, error, None)
     retrier.replan(site.answer, site.replans[-1])

@@ -25,7 +25,7 @@ async def site(peers: Peers) -> AnswerSite:
 
 @pytest.fixture
 def receiver(site: AnswerSite) -> StageReceiver:
-    """A receiver without a retrier and a mover: only MIRRORED needs them."""
+    """A receiver without retrier and mover, which only MIRRORED messages need."""
     return StageReceiver({site.answer.session: site.answer}, cast("PlanRetrier", None), cast("Mover", None), lambda peer: "name")
 
 

@@ -1,4 +1,4 @@
-"""The state machine of a copy: all transitions; it catches up, reports that once, and never sends what the target has."""
+"""The state machine of a copy: all transitions; a copy catches up, reports that once, and sends nothing that the target has."""
 
 import pytest
 from hypothesis import given

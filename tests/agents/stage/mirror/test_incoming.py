@@ -38,7 +38,7 @@ async def test_a_copy_outlives_one_epoch_without_a_new_offer(mesh: StageMesh) ->
 
 
 async def test_kv_beyond_the_start_of_the_epoch_is_copied_again(mesh: StageMesh) -> None:
-    """The stages may be ahead of the coordinator. The tokens that they computed beyond it may then differ on some backends."""
+    """Stages may have computed more tokens than the coordinator knows. Computed again, these may differ on some backends."""
     a, b, c = mesh.start("a"), mesh.start("b"), mesh.start("c")
     session = driver(mesh, a)
     session.credit = 30

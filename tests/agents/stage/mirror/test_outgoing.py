@@ -62,7 +62,7 @@ async def test_a_move_there_and_back_sends_only_new_kv(mesh: StageMesh) -> None:
     session.credit = 40
     await session.next_epoch((c, "0-4"))
     await session.wait_tokens(40)
-    session.mirror(0, b, eager=True)  # b still has the KV that it computed itself
+    session.mirror(0, b, eager=True)  # b still has the KV that it computed in the first epoch
     await session.until(lambda: any(mirrored.held == 79 and mirrored.target == b.id for mirrored in a.received(Mirrored)))
     assert sent_tokens(c, KvBlocks) == 79 - 59
     assert b.pool.blocks - b.pool.blocks_free == 4

@@ -267,7 +267,6 @@ def test_a_pattern_with_endless_backtracking_is_stopped() -> None:
 
 
 def test_mutated_documents_are_refused_or_usable() -> None:
-    """A mutated document is refused, or its tokenizer works."""
     rng = random.Random(5)
     plain: list[Any] = [None, True, -1, 0, 1 << 33, 1.5, "", "a", "▁"]
     values = [*plain, [], {}, [[]], {"type": "ByteLevel"}, {"type": "x"}, {"String": ""}, {"Regex": ""}]
