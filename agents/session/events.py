@@ -95,12 +95,12 @@ class Released:
 
 @dataclass(frozen=True, slots=True)
 class Reclaimed:
-    """This peer coordinates the session again: it has taken it back from another coordinator."""
+    """This peer has taken the session back from another coordinator."""
 
     used: int
-    """The highest epoch that the other peer can have used."""
+    """The highest epoch that the other coordinator can have used."""
     tokens: tuple[tuple[int, TokenLogprobs | None, FinishReason | None], ...]
-    """All answer tokens, each with its logprobs and, if the answer ends there, the reason."""
+    """All answer tokens, each with its logprobs and, if the answer ends with this token, the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +200,7 @@ class EmitEnd:
 
     reason: FinishReason
     error: MeshdError | None = None
-    """Set with ERROR, and with CANCELLED when another peer has taken the session over."""
+    """Set if `reason` is ERROR, or if it is CANCELLED because another peer has taken the session over."""
 
 
 Command = OpenStages | ResumeStages | SendPrompt | Replan | EmitToken | GrantCredit | CloseStages | EmitSuspended | EmitEnd

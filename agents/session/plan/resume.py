@@ -1,4 +1,4 @@
-"""How a session continues under another plan: from what each stage still has, where each stage starts to compute.
+"""How a session continues under another plan: where each stage starts to compute, given what each stage still has.
 
 House rules of this file: no I/O, no clock. A change of plan has one procedure, whatever its cause (a loss, a move, a takeover):
 each stage of the new plan reports what it still has of the session, and the reports decide which positions are computed again and
