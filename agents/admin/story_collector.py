@@ -40,7 +40,7 @@ class StoryCollector:
         self.links.register(FetchStory, self._on_fetch)
 
     async def collect(self, session: SessionId) -> Lines:
-        """Collect the lines of all linked peers and this one about a session.
+        """Collect the lines of this peer and all linked peers about a session.
 
         Clocks are compared by one round trip to each peer, so lines of two peers that are closer in time than half a round trip may
         be in the wrong order.

@@ -153,7 +153,7 @@ class Answer:
 
     @property
     def _new_tokens(self) -> int:
-        """Number of tokens that arrived here, without those restored from the record."""
+        """Number of tokens that this coordinator received, without the tokens restored from the record."""
         return len(self.machine.tokens) - len(self.record.tokens)
 
     def snapshot(self) -> SessionRecord:
@@ -175,7 +175,7 @@ class Answer:
         self._apply(fsm.Planned(plan))
 
     def plan_failed(self, error: MeshdError) -> None:
-        """Suspend the answer, or fail it if it never ran: no plan is possible now."""
+        """Suspend the answer, or fail it if it never ran, because no plan is possible now."""
         self._apply(fsm.PlanFailed(error))
 
     def hold(self, index: int | None) -> None:
@@ -224,7 +224,7 @@ class Answer:
             self._apply(fsm.CancelRequested())
 
     def suspend(self) -> None:
-        """Free the answer's memory on every peer, but keep its tokens, so that it can be resumed."""
+        """Free the answer's memory on every peer, but keep its tokens, so that the answer can be resumed."""
         if self.running:
             self._apply(fsm.Suspend())
 

@@ -40,7 +40,7 @@ _TICK_S = 0.1
 _CHECK_PLANS_S = 1.0
 """Interval at which running answers are checked for missing mirrors and better plans."""
 _SETTLE_S = 0.5
-"""Delay before a lost coordinator's answers are taken over: if only its link broke, it is linked again by then."""
+"""Delay before a lost coordinator's answers are taken over: if only the link broke, the coordinator is linked again by then."""
 _MAX_RETAINED = 256
 _RETAIN_S = 600.0
 """How long an answer that has ended or is suspended is retained for later readers."""
@@ -201,7 +201,7 @@ class Coordinator:
     async def end(self, session: SessionId, *, forget: bool = False) -> None:
         """See `service.Coordinator.end`."""
         if forget or not self.finish(session, forget):
-            await self.locator.end(session, forget=forget)  # ends it on this peer too
+            await self.locator.end(session, forget=forget)  # ends the session on this peer too
 
     def own(self, session: SessionId) -> SessionRecord | None:
         """Returns: the record of an answer that this peer coordinates or retains; None for any other."""
@@ -219,7 +219,7 @@ class Coordinator:
     def leave(self) -> None:
         """Give up all running answers, because this peer stops.
 
-        An answer with `store` and a deputy is released: its stages stay open for the deputy that takes it over. Others are suspended.
+        An answer with `store` and a deputy is released: its stages stay open for the deputy. Other answers are suspended.
         """
         for answer in list(self.answers.values()):
             if answer.record.store and self.journal.deputies_of(answer.session):
@@ -239,7 +239,7 @@ class Coordinator:
         return True
 
     async def _take(self, session: SessionId) -> Answer:
-        """Take an answer over from another peer, and resume it here if it has not ended."""
+        """Take an answer over from another peer, and resume it on this peer if it has not ended."""
         record = await self.locator.fetch(session, take=True)
         answer = await self._restore(record)
         if answer.ended:
@@ -275,7 +275,7 @@ class Coordinator:
         return answer
 
     def _adopt(self, answer: Answer) -> None:
-        """Become the answer's coordinator: journal it to deputies, and drop the record kept here for its previous coordinator."""
+        """Become the answer's coordinator: journal it to deputies, and delete the record that this peer kept as a deputy."""
         self.deputy.forget(answer.session)
         self._journal(answer)
 

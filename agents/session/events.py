@@ -137,7 +137,7 @@ class OpenStages:
 
 @dataclass(frozen=True, slots=True)
 class ResumeStages:
-    """All stages of a later plan are open: send each one its resume point."""
+    """Send every stage of a later plan its resume point, now that all stages are open."""
 
     epoch: int
     plan: Plan
@@ -191,7 +191,7 @@ class EmitSuspended:
     """The answer is suspended: nothing is emitted until it is resumed."""
 
     error: MeshdError | None
-    """Why it was suspended. None: no reader of the answer was left."""
+    """Why the answer was suspended. None: it had no reader any more, or this peer stops."""
 
 
 @dataclass(frozen=True, slots=True)

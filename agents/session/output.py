@@ -1,6 +1,6 @@
 """One answer's tokens, their text and their timing, as every reader sees them.
 
-Each token is turned into text when it arrives, whether or not anyone reads. So every reader sees the same sequence of deltas, on
+Each token is turned into text when it arrives, whether or not a reader waits. So every reader sees the same sequence of deltas, on
 this peer or on a later coordinator.
 """
 
@@ -47,11 +47,11 @@ class AnswerOutput:
 
     @property
     def ttft_s(self) -> float:
-        """Seconds from `started` to the first token that arrived here; 0 before that token."""
+        """Seconds from `started` to the first token that this coordinator received; 0 before that token."""
         return self.first_token_at - self.started if self.first_token_at is not None else 0.0
 
     def tpot_s(self, new_tokens: int) -> float:
-        """Mean seconds per token; 0 before the second one. `new_tokens`: number of tokens that arrived here."""
+        """Mean seconds per token; 0 before the second one. `new_tokens`: number of tokens that this coordinator received."""
         if self.first_token_at is None or new_tokens < 2:
             return 0.0
         return (self.last_token_at - self.first_token_at) / (new_tokens - 1)
@@ -76,7 +76,7 @@ class AnswerOutput:
         return self.finish_at(len(self.tokens) - 1, self.tokens[-1][0]) if self.tokens else None
 
     def finish_at(self, index: int, token: int) -> FinishReason | None:
-        """Returns: why the answer ends with this token, by the rule that the last stage also applies; None if it does not end."""
+        """Returns: why this token ends the answer, by the rule that the last stage also applies; None if it does not end it."""
         if self._ends(token):
             return FinishReason.STOP
         return FinishReason.LENGTH if index + 1 == self.record.max_tokens else None
@@ -100,7 +100,7 @@ class AnswerOutput:
             self.deltas.append(delta)
 
     def finish(self, reason: FinishReason, new_tokens: int) -> None:
-        """Complete the text. Only the first call has an effect. `new_tokens`: number of tokens that arrived here."""
+        """Complete the text. Only the first call has an effect. `new_tokens`: number of tokens that this coordinator received."""
         if self.finished is not None:
             return
         if (delta := self._assembler.finish()) is not None:

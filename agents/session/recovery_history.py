@@ -47,11 +47,11 @@ class RecoveryHistory:
 
     def changed(self, epoch: int, method: str) -> None:
         """Record that the stages of a new plan resume. The next token ends the pause."""
-        self.mirrors.clear()  # they are copies of the old plan's stages
+        self.mirrors.clear()  # all mirrors are copies of the old plan's stages
         self._pending = (epoch, method, self.reason)
 
     def first_token(self, pause_s: float) -> Recovered | None:
-        """Complete a change of plan, if one is pending: a token arrived, `pause_s` after the one before it.
+        """Complete the pending change of plan, if any, because a token arrived `pause_s` seconds after the token before it.
 
         Returns: the change of plan; None if the plan had not changed.
         """

@@ -139,7 +139,7 @@ class Session(Machine[Event, Command]):
 
     @property
     def waits_for_client(self) -> bool:
-        """Whether decoding has used up its credit: it continues when the client has read more tokens."""
+        """Whether decoding has used up its credit. Decoding continues when the client has read more tokens."""
         return len(self.tokens) >= self.credit
 
     @property

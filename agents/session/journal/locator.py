@@ -24,7 +24,7 @@ _FETCH_ROUNDS = 2
 
 @dataclass(frozen=True, slots=True)
 class SessionLocation:
-    """What one peer reports of a session that it coordinates or has a record of."""
+    """What a peer reports about a session that it coordinates or has a record of."""
 
     peer: PeerId
     coordinates: bool
@@ -54,7 +54,7 @@ class SessionOwner(Protocol):
 
 @dataclass(slots=True)
 class Locator:
-    """Finds, fetches and ends sessions at the linked peers, and answers the same requests from them. Owns no state."""
+    """Finds, fetches and ends sessions at the linked peers, and answers such requests from linked peers. Owns no state."""
 
     me: PeerId
     links: Links
@@ -69,7 +69,7 @@ class Locator:
         self.links.register(EndSession, self._on_end)
 
     async def coordinator_of(self, session: SessionId) -> PeerId:
-        """Returns: the peer that coordinates the session, which may be this one. Raises: UnknownSession."""
+        """Returns: the peer that coordinates the session, which may be this peer. Raises: UnknownSession."""
         coordinators = [location for location in await self._find(session) if location.coordinates]
         if not coordinators:
             raise _unknown(session)
@@ -194,7 +194,7 @@ class Locator:
         return SessionEnded(request=message.request, known=self._end_here(message.session, message.forget))
 
     def _hand_out(self, session: SessionId, to: PeerId, take: bool) -> SessionRecord:
-        """Return the record to peer `to`. `take`: make it the session's coordinator, and release the session here.
+        """Return the record for peer `to`. `take`: make `to` the session's coordinator, and release the session on this peer.
 
         Raises: UnknownSession.
         """

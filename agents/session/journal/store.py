@@ -1,7 +1,7 @@
 """The records that a deputy keeps for other peers' coordinators: pure, and bounded in count, memory and time.
 
-House rules of this file: a record belongs to one coordinator at a time, and only that one may add to it. Another coordinator takes
-a record over with a higher epoch. Tokens are only appended, in order: a repeat changes nothing, and a gap is refused.
+House rules of this file: a record belongs to one coordinator at a time, and only that coordinator may add to it. Another one takes
+the record over with a higher epoch. Tokens are only appended, in order: a repeat changes nothing, and a gap is refused.
 """
 
 from dataclasses import dataclass, field
@@ -63,8 +63,8 @@ class JournalStore:
     def keep(self, record: SessionRecord, now: float) -> None:
         """Store a full record.
 
-        Raises: InvalidRequest if the stored one has a later epoch, or the same epoch and another coordinator; Overloaded if there
-        is no room.
+        Raises: InvalidRequest if the stored record has a later epoch, or the same epoch and another coordinator; Overloaded if
+        there is no room.
         """
         present = self._records.get(record.session)
         tokens = list(record.tokens)

@@ -24,7 +24,7 @@ log = getLogger(__name__)
 BATCH_TOKENS = 16
 BATCH_S = 0.25
 _CHECK_S = 1.0
-"""Interval at which a deputy is searched for sessions without one."""
+"""Interval at which a deputy is chosen for sessions that have none."""
 _RENEW_S = 120.0
 """Interval at which an unfinished record without new tokens is renewed, because deputies delete records that do not change."""
 _CONFIRM_S = 5.0
@@ -38,7 +38,7 @@ _MAX_ENDED = 256
 _DROP_RELEASED_S = 60.0
 """When another peer takes a session over, the old deputy keeps its record this long: by then a new deputy surely has one."""
 _DROP_MOVED_S = 10.0
-"""When the deputy changes, the old one keeps its record this long: by then the new one surely has it."""
+"""When the deputy changes, the old one keeps its record this long: by then the new deputy surely has the record."""
 
 
 @dataclass(slots=True, eq=False)
@@ -59,8 +59,7 @@ class _Entry:
     """The finish reason that was last sent to the deputy."""
     sent_at: float = 0.0
     transfer: int = 0
-    """Number of the latest full transfer. A transfer that is queued or given up raises it, so that later replies to older transfers
-    are ignored."""
+    """Counts the full transfers that were queued or given up, so that a late reply to an older transfer can be ignored."""
     avoid: dict[PeerId, float] = field(default_factory=dict)
     """Peer that must not be chosen as deputy -> time until which it is excluded."""
 

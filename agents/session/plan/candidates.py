@@ -39,7 +39,7 @@ Stages = tuple[StagePlan, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerRules:
-    """Which peers may get layers of the session, besides those that have them already."""
+    """Which peers may get stages of the session, besides the peers that already have some."""
 
     standby: bool = True
     """Standby copies of layers may be used."""
@@ -91,7 +91,7 @@ class CandidateSearch:
         """Find a plan that is worth moving a running session to.
 
         least_peers: the plan must have at least this many different peers.
-        Returns: of the plans that save at least `LEAST_GAIN` of the time per token, the one that saves most time in total, after
+        Returns: of the plans that save at least `LEAST_GAIN` of the time per token, the plan that saves most time in total, after
         the cost of the move. None if none of them saves time in total.
         """
         old = self._old_stages
@@ -200,7 +200,7 @@ class CandidateSearch:
                 return None
             stages += found
             stages_to_fill -= len(numbers)
-            if stages_to_fill:  # the next gap must not use the KV that this one takes
+            if stages_to_fill:  # the next gap must not use KV that the stages of this gap take
                 reserved = reserve_all(problem, found)
                 if reserved is None:
                     return None

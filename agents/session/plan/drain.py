@@ -42,7 +42,7 @@ class Drainer:
         return self._drain_requested or self.leaving
 
     async def drain(self, peer: PeerId, undo: bool, timeout_s: float) -> int:
-        """Ask a peer, which may be this one, to drain and wait until it has; with `undo`, to take work again.
+        """Ask a peer, which may be this peer, to drain, and wait until it has done so; with `undo`, ask it to take work again.
 
         Returns: number of stages that still run there; more than 0 only with `undo` or when `timeout_s` has passed.
         Raises: PeerLost, RemoteFailure.

@@ -51,7 +51,7 @@ class PlanRetrier:
     """Whether another peer coordinates the session."""
 
     def replan(self, answer: Answer, command: Replan) -> None:
-        """Find a plan for an answer that lost its plan. Replaces a search that is running."""
+        """Search for a plan for an answer that lost its plan. Cancels the answer's previous search."""
         work = partial(self._recover, answer, command) if answer.machine.begun else partial(self._retry_first, answer)
         answer.tasks.search(self._run_search(answer, work))
 
@@ -86,7 +86,7 @@ class PlanRetrier:
                 return answer.planned(plan)
 
     async def _retry_first(self, answer: Answer) -> None:
-        """Find another first plan, after one that could not be opened. Give up if the error is not transient."""
+        """Find another first plan after a stage of the previous one could not be opened. Give up if the error is not transient."""
         error = answer.machine.error
         if isinstance(error, RemoteFailure) and error.remote_code not in _TRANSIENT:
             return answer.plan_failed(error)

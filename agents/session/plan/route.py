@@ -48,7 +48,7 @@ class Router:
     library: ModelLibrary
     placer: PlacementClient
     adverts: Callable[[], list[Advert]]
-    """Returns the adverts of the live peers, this one included."""
+    """Returns the adverts of the live peers, including this peer."""
     suspects: Callable[[], list[Advert]] = list
     """Returns the adverts of peers that are silent but still linked. They are used only if there is no other plan."""
     _placing: dict[Hashable, asyncio.Task[None]] = field(default_factory=dict)
@@ -184,7 +184,7 @@ class Router:
     def _route(self, card: ModelCard, mesh: MeshOptions, context: int, prompt_tokens: int) -> Plan:
         """Make a plan over resident layers, with standby copies and leaving peers only if there is no plan without them.
 
-        Raises: the same as `solve`.
+        Raises: as `solve`.
         """
         adverts = self.adverts()
         failure: MeshdError | None = None
