@@ -37,7 +37,7 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     finish: str = ""
     """Why the answer ended; empty while the answer runs or is suspended."""
     suspended: bool = False
-    """Whether the session is suspended. It is then resumed only for a client, or, if `background` is set, when its model can answer."""
+    """Whether the session is suspended. It is then resumed only for a client, or, with `background`, once its model can answer."""
 
 
 def new_record(

@@ -1,7 +1,7 @@
 """Moves running sessions to other peers: copies their KV while they decode, then changes the plan between two tokens.
 
 The change of plan is a recovery in which nothing was lost (`agents.session.session`). The source keeps its KV until the new epoch
-runs, so a move that fails at any point leaves it serving. Copying in rounds while the source decodes follows Llumnix
+runs, so the source goes on serving if the move fails before that. Copying in rounds while the source decodes follows Llumnix
 (https://arxiv.org/abs/2406.03243).
 """
 
@@ -30,8 +30,8 @@ _CHANGE_S = 15.0
 _RETRY_S = 5.0
 """Time after a failed move before the same answer may be moved again."""
 _CAUGHT_UP_TOKENS = 4
-"""A copy that lacks at most this many positions counts as complete. The missing positions are copied during
-the last step, or computed again."""
+"""A copy that lacks at most this many positions counts as complete. The missing positions are copied during the last step, or
+computed again."""
 _LAST_STEP_S = 5.0
 """Time limit for the last token under the old plan."""
 _LEAST_REMAINING = 32
@@ -58,7 +58,7 @@ class Mover:
     clock: Clock
     _moving: dict[SessionId, list[_Copy]] = field(default_factory=dict)
     _seen: dict[SessionId, int] = field(default_factory=dict)
-    """Session -> hash of the cluster's adverts at the last search for a better plan."""
+    """Session -> hash of all adverts' `_summary` at the last search for a better plan."""
     _searching: set[SessionId] = field(default_factory=set)
     _not_before: dict[SessionId, float] = field(default_factory=dict)
     """Session whose move failed -> time when it may be moved again."""
@@ -78,7 +78,7 @@ class Mover:
         """Change the plan of a running answer.
 
         Returns: the pause in seconds.
-        Raises: InvalidRequest, PeerFault. The answer then continues under the plan that it has.
+        Raises: InvalidRequest, PeerFault. The answer then continues under the old plan, or another one if the new plan failed.
         """
         if answer.session in self._moving:
             raise InvalidRequest(f"session {answer.session} is being moved already")

@@ -89,7 +89,7 @@ class RecoveryRequest:
     old: Plan | None
     """The last plan that ran, whether it broke or still runs. None: there was none."""
     lost: frozenset[PeerId]
-    """Peers that lost their KV of the session. One that has come back may get a stage like any other peer."""
+    """Peers that lost their KV of the session. A lost peer that has come back may get a stage like any other peer."""
     avoid: frozenset[PeerId]
     """Peers that get a stage only if there is no other plan. Their KV of the session is not used."""
     prompt_tokens: int

@@ -23,7 +23,7 @@ _RETRY_S = 0.25
 _KV_WAIT_S = 30.0
 """How long a request waits for free KV on its stages before it fails with Overloaded."""
 _NOTICE_S = 0.4
-"""A stage may take this long to notice that its coordinator is lost, before it accepts another one."""
+"""A stage may take this long to notice that its coordinator is lost, before it accepts another coordinator."""
 _LOADING_WAIT_S = 120.0
 """How long a running answer waits for lost layers to be loaded elsewhere."""
 _NO_PLAN_WAIT_S = 3.0
