@@ -6,5 +6,6 @@
 - `placement`: which layers are loaded on which peers, and which peer takes over a lost stage.
 - `stage`: this peer's part of sessions: steps, KV and copies of KV.
 - `session`: requests on the peer that took them: plans, recovery, answers.
-- `observe`, `admin`: events, stories, and the operations that people start.
+- `observe`: live events, and the story of each session: what happened to it on this peer.
+- `admin`: the rows and operations of the API and the command line.
 """

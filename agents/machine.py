@@ -1,8 +1,8 @@
 """The base class of all state machines, and the diagram that is generated from a machine's table.
 
-A machine is pure: events in, commands out, no I/O and no clock. Its table lists, for each state, the events that may come, what
-each does, and which states may follow. An event that is not in the table raises IllegalTransition and changes nothing. A machine
-keeps its latest changes of state (its story) for error reports.
+A machine is pure: events in, commands out, no I/O and no clock. Its table lists, for each state, the allowed events, the action
+of each event, and the states that may follow. An event that is not in the table raises IllegalTransition and changes nothing. A
+machine keeps its latest changes of state (its story) for error reports.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,11 +14,11 @@ EventT = TypeVar("EventT")
 CommandT = TypeVar("CommandT")
 
 STORY_LINES = 16
-"""Changes of state that a machine remembers. A recovery of a session makes three, so this covers about five recoveries."""
+"""Changes of state that a machine remembers. A recovery of a session makes four, so this covers four recoveries."""
 
 
 class IllegalTransition(RuntimeError):
-    """The event may not come in this state, which is a bug in meshd. The machine is unchanged."""
+    """The event is not allowed in this state, which is a bug in meshd. The machine is unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,8 @@ class Machine(Generic[EventT, CommandT]):
     def handle(self, event: EventT) -> list[CommandT]:
         """Apply one event.
 
-        Raises: IllegalTransition, with nothing changed; AssertionError if the action entered a state that its row does not name.
+        Returns: commands, which the caller must carry out; none for a stale event.
+        Raises: IllegalTransition, with nothing changed; AssertionError if the action entered a state that the table does not allow.
         """
         if self.is_stale(event):
             return []
@@ -81,7 +82,7 @@ class Machine(Generic[EventT, CommandT]):
         return commands
 
     def validate(self) -> None:
-        """Check the invariants that hold between events; tests call it after each. Raises: AssertionError."""
+        """Check the invariants that hold between events; tests call it after each event. Raises: AssertionError."""
 
     def is_stale(self, event: EventT) -> bool:
         """Whether the event belongs to work that is over. `handle` drops such an event before it consults the table."""

@@ -10,22 +10,22 @@ from meshd.types import FinishReason, LayerRange, ModelCard, Objective, PeerId, 
 
 
 class MeshOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The request's `mesh` object."""
+    """Options for a request's plan: the JSON object `mesh`."""
 
     stages: str | None = None
-    """`name:0-12,name:12-30`, with a peer's name or an unambiguous beginning of its id."""
+    """Which peer runs which layers, as `name:0-12,name:12-30`. A name may be an unambiguous beginning of the peer's id."""
     peers: tuple[str, ...] | None = None
-    """Peers that may take part; None: all."""
+    """Names, or beginnings of ids, of the peers that may take part; None: all peers."""
     min_peers: Annotated[int, msgspec.Meta(ge=1)] | None = None
     objective: Objective | None = None
     context: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    """Tokens to reserve KV for."""
+    """Maximum number of tokens of prompt and answer together; None: the model's context length."""
     mirror: bool | None = None
     """Whether to keep a copy of the KV on other peers; None: as set by `--mirror`."""
 
 
 class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """One turn of a chat, with its content joined to one text."""
+    """One message of a chat. The parts of its content are joined to one text."""
 
     role: str
     content: str
@@ -41,16 +41,16 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Variables for the model's chat template, such as `enable_thinking`."""
     sampling: SamplingParams = SamplingParams()
     max_tokens: int | None = None
-    """None: as many as fit into the context."""
+    """Maximum number of answer tokens; None: as many as fit into the context."""
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     mesh: MeshOptions = MeshOptions()
     background: bool = False
-    """Continue without a reader. If false, the answer is suspended and its memory freed when its last reader leaves."""
+    """Whether to continue without a reader. If false, the answer is suspended and its memory freed when its last reader leaves."""
     store: bool = True
-    """Keep the record for a while after the end, so that it can be read again."""
+    """Whether to keep the answer's record for 10 minutes after its end, so that the answer can be read again."""
     renderer: bytes = b""
-    """State with which the API on any peer can render this answer: opaque to the agents, kept with the record."""
+    """The API's encoded state, with which the API on any peer can format this answer. The agents keep it but don't decode it."""
 
 
 class TokenText(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,7 +64,7 @@ class TokenText(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TextDelta(msgspec.Struct, frozen=True, kw_only=True):
-    """Final text: whole characters, and no part of a possible stop string. Empty if there are only tokens."""
+    """The next piece of an answer: text that cannot change any more. The text is empty if the delta has only tokens."""
 
     text: str
     tokens: tuple[TokenText, ...] = ()
@@ -82,7 +82,7 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Generation(Protocol):
-    """A running answer."""
+    """An answer, which may be running, suspended or ended."""
 
     @property
     def session(self) -> SessionId: ...
@@ -92,7 +92,7 @@ class Generation(Protocol):
 
     @property
     def plan_header(self) -> str:
-        """`name:0-12,name:12-30`."""
+        """The present plan as `name:0-12,name:12-30`; empty while there is none."""
         ...
 
     @property
@@ -118,13 +118,13 @@ class Generation(Protocol):
 
         May be called several times, also after the end: the sequence is always the same.
 
-        Raises: PeerFault, Unavailable if the answer can't continue now but can be resumed; Cancelled if it was ended or taken over
-        by another peer.
+        Raises: the error for which the answer was suspended or has failed; Cancelled if it was cancelled or taken over by another
+        peer.
         """
         ...
 
     def so_far(self) -> tuple[tuple[TextDelta, ...], Finished | None]:
-        """Returns: the events so far, which `events` would yield without waiting."""
+        """Returns: (all deltas so far, the last event if the answer has finished)."""
         ...
 
     async def cancel(self) -> None:
@@ -133,28 +133,28 @@ class Generation(Protocol):
 
 
 class Coordinator(Protocol):
-    """Takes requests on this peer."""
+    """Starts, resumes and ends answers for the clients of this peer."""
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Tokenise, plan and open a session.
 
-        Returns: the running answer, once its session is admitted and its plan is known.
+        Returns: the running answer, once all stages of its first plan are open.
         Raises: UnknownModel, InvalidRequest, ContextTooLong, Overloaded, NotReady, DoesNotFit, NoPeer, PeerFault.
         Cancel: all reservations are released.
         """
         ...
 
     async def resume(self, session: SessionId) -> Generation:
-        """Take over an answer from wherever in the cluster it runs or its record is kept, and continue it on this peer.
+        """Continue an answer on this peer. Take it over first if it runs, or its record is kept, on another peer.
 
-        An answer that has ended can be read again.
+        An answer that has ended is not continued, but can be read again.
 
-        Raises: UnknownSession; as `generate` if the answer needs a new plan.
+        Raises: UnknownSession, UnknownModel; Overloaded if this peer cannot run one more answer.
         """
         ...
 
     async def look(self, session: SessionId) -> Generation:
-        """Returns: an answer in its current state, without taking it over. Raises: UnknownSession."""
+        """Find an answer without taking it over. Returns: its present state. Raises: UnknownSession, UnknownModel."""
         ...
 
     async def end(self, session: SessionId, *, forget: bool = False) -> None:
@@ -166,7 +166,7 @@ class Coordinator(Protocol):
         ...
 
     def readiness(self) -> tuple[bool, float, str]:
-        """Returns: (ready, progress 0 to 1, what the peer waits for). It is not ready while a model of `--model` is loading."""
+        """Returns: (ready, progress 0 to 1, what the peer waits for). A peer is not ready while a model of `--model` loads."""
         ...
 
 
@@ -192,7 +192,7 @@ class PlaceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class PlacementStep(msgspec.Struct, frozen=True, kw_only=True):
-    """Progress of a placement: one line of `POST /mesh/v1/place`'s event stream."""
+    """Progress of a placement: one event in the stream of `POST /mesh/v1/place`."""
 
     peer: PeerId
     name: str
@@ -220,15 +220,18 @@ class ClusterService(Protocol):
     def sessions(self) -> list[dict[str, Any]]: ...
 
     def events(self) -> AsyncIterator[dict[str, Any]]:
-        """Yield `{"type": ..., "at": ..., ...}` for each event. A slow reader misses the oldest ones and gets a count of them."""
+        """Yield `{"type": ..., "at": ..., ...}` for each event. A slow reader misses the oldest events and gets a count of them."""
         ...
 
     async def plan(self, request: PlanRequest) -> dict[str, Any]:
-        """Compute a placement without carrying it out. Returns: the plan with predictions and reasons."""
+        """Compute a plan without loading any layers. Returns: the plan with predictions and reasons."""
         ...
 
     def place(self, request: PlaceRequest) -> AsyncIterator[PlacementStep]:
-        """Load layers on the peers that the planner or the request chooses. Ends when all are active. Raises: as `generate`."""
+        """Load layers on the peers that the planner or the request chooses, and yield progress until all layers are active.
+
+        Raises: MeshdError, for example UnknownModel or DoesNotFit.
+        """
         ...
 
     async def unplace(self, model: str) -> int:
@@ -236,15 +239,15 @@ class ClusterService(Protocol):
         ...
 
     async def drain(self, peer: str, *, undo: bool = False, timeout_s: float = 60.0) -> dict[str, Any]:
-        """Stop new work on a peer and move its sessions away.
+        """Have a peer take no new work, and wait until its sessions have ended or moved away. `undo`: have it take work again.
 
         Returns: `{"peer", "name", "sessions_left"}`.
-        Raises: NoPeer, PeerFault.
+        Raises: NoPeer, InvalidRequest, PeerFault.
         """
         ...
 
     async def migrate(self, session: str, target: str, source: str | None = None) -> dict[str, Any]:
-        """Move a session's stages (all, or those at `source`) to another peer. If that fails, the session continues where it was.
+        """Move a session's stages (all, or those at `source`) to `target`. If that fails, the session continues where it was.
 
         Returns: `{"session", "plan", "pause_ms"}`.
         Raises: UnknownSession, NoPeer, InvalidRequest, PeerFault.
@@ -252,7 +255,7 @@ class ClusterService(Protocol):
         ...
 
     async def story(self, session: str) -> list[dict[str, Any]]:
-        """Collect what all peers noted about a session, in order.
+        """Collect what all peers noted about a session, sorted by time.
 
         Returns: lines `{"at_s", "peer", "name", "what", ...}`.
         Raises: UnknownSession.

@@ -1,4 +1,4 @@
-"""Collects what all peers noted about a session, in one order. Each peer sends its lines; the asking peer converts their times."""
+"""Collects what all peers noted about a session, sorted by time. The peer that asks converts the others' times to its clock."""
 
 import asyncio
 import math
@@ -20,14 +20,14 @@ _MAX_BYTES = 2**20
 """Size limit of one peer's story."""
 _MAX_LINES = 1024
 _RESERVED = ("at_s", "peer", "name", "what")
-"""Keys of every line; a fact of the same name gets an underscore."""
+"""Keys that every line has. An underscore is appended to the name of a fact that has one of these names."""
 
 Lines = list[dict[str, Any]]
 
 
 @dataclass(slots=True)
 class StoryCollector:
-    """Sends this peer's lines on request, and collects those of all peers."""
+    """Sends this peer's notes on a session on request, and collects the notes of all peers."""
 
     me: PeerId
     links: Links
@@ -36,18 +36,18 @@ class StoryCollector:
     names: Callable[[PeerId], str]
 
     def register(self) -> None:
-        """Answer FETCH_STORY."""
+        """Register the handler of FETCH_STORY."""
         self.links.register(FetchStory, self._on_fetch)
 
     async def collect(self, session: SessionId) -> Lines:
-        """Collect all peers' lines.
+        """Collect the lines of this peer and all linked peers about a session.
 
         Clocks are compared by one round trip to each peer, so lines of two peers that are closer in time than half a round trip may
         be in the wrong order.
 
-        Returns: lines in order, with `at_s` (seconds since the first), `peer`, `name`, `what` and the facts; then one line for
-        each peer that did not answer.
-        Raises: UnknownSession.
+        Returns: lines sorted by time, with `at_s` (seconds since the first), `peer`, `name`, `what` and the facts; then one line
+        for each peer that did not answer.
+        Raises: UnknownSession if no peer has notes on the session.
         """
         stories: dict[PeerId, Lines] = {self.me: self.story.lines(session)}
         silent: dict[PeerId, str] = {}
@@ -106,7 +106,7 @@ def _is_line(line: dict[str, Any]) -> bool:
 
 
 def to_local_time(lines: Lines, *, theirs: float, ours: float) -> Lines:
-    """Convert the times of a peer's lines. Its clock showed `theirs` when this peer's clock showed `ours`."""
+    """Convert the times of a peer's lines to this peer's clock, which showed `ours` when that peer's clock showed `theirs`."""
     return [{**line, "at": line["at"] - theirs + ours} for line in lines]
 
 

@@ -1,4 +1,4 @@
-"""The cluster as this peer sees it, and the operations on it. Rows are JSON-ready; their keys are public."""
+"""The cluster as this peer sees it, and the operations on it. Rows are JSON-ready dicts; their keys are part of the API."""
 
 import re
 from collections.abc import AsyncIterator, Callable
@@ -28,9 +28,9 @@ from meshd.planner.stages import resolve_peer
 from meshd.types import Advert, ModelCard, ModelId, PeerId, SessionId
 
 _PROBE_CONTEXT = 4096
-"""Context of `meshd plan` without --context, for models with a longer one."""
+"""Context in tokens that `meshd plan` assumes without `--context`, unless the model's own context is shorter."""
 _WHOLE_ID = re.compile(r"(?:.*[-_])?([0-9a-f]{32})")
-"""A session's id, or an answer's id, which ends with the session's id."""
+"""Matches a whole session id, or an answer's id, which ends with the session's id."""
 
 
 @dataclass(slots=True)
@@ -155,14 +155,17 @@ class ClusterView:
         return self.links()
 
     async def _card(self, model: str) -> ModelCard:
-        """Get the card of a known model. An unknown reference is fetched first."""
+        """Find the card of a model. A model that no live peer has is downloaded first."""
         try:
             return self.library.find(model)
         except UnknownModel:
             return await self.library.pull(model, lambda share: None)
 
     def _peer(self, text: str, param: str) -> PeerId:
-        """Find a peer by its name or the beginning of its id. Raises: NoPeer, InvalidRequest."""
+        """Find a peer by its name or the beginning of its id. `param`: the field that an error names.
+
+        Raises: NoPeer, InvalidRequest.
+        """
         return resolve_peer(text, profiles_from_adverts(self.membership.adverts(), ModelId("")), param=param)
 
     def _session(self, text: str) -> SessionId:

@@ -1,4 +1,4 @@
-"""The event stream of this peer. Each reader has a bounded queue, so a slow reader blocks no other."""
+"""The event stream of this peer. Each reader has a bounded queue, so a slow reader does not delay the others."""
 
 import asyncio
 from collections import deque

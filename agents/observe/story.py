@@ -1,4 +1,4 @@
-"""Notes of what happened to each session on this peer, for `meshd debug story`. Lines and sessions are bounded."""
+"""Notes of what happened to each session on this peer, for `meshd debug story`. The number of lines and of sessions is limited."""
 
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class _Lines:
 
 @dataclass(slots=True)
 class Story:
-    """Notes on the newest sessions. Each line has this peer's monotonic time."""
+    """Keeps the notes on the newest sessions. Each line has this peer's monotonic time."""
 
     clock: Clock
     _sessions: OrderedDict[SessionId, _Lines] = field(default_factory=OrderedDict)
@@ -36,7 +36,7 @@ class Story:
         notes.lines.append({"at": self.clock.monotonic(), "what": what, **facts})
 
     def lines(self, session: SessionId) -> list[dict[str, Any]]:
-        """The session's lines, oldest first; empty if nothing is known."""
+        """Returns: the session's lines, oldest first, after a line that counts the dropped ones; empty if there are no notes."""
         notes = self._sessions.get(session)
         if notes is None:
             return []

@@ -7,7 +7,7 @@ from meshd.errors import Overloaded
 
 
 class Admission:
-    """Grants a fixed number of slots in the order of the calls. Each `enter` that returns needs exactly one `leave`."""
+    """Grants a fixed number of slots, in the order of the calls of `enter`. Each `enter` that returns needs exactly one `leave`."""
 
     def __init__(self, *, running: int, waiting: int, wait_s: float) -> None:
         self._limit = running
@@ -16,7 +16,7 @@ class Admission:
         self._queue: deque[asyncio.Future[None]] = deque()
         self.running = 0
         self._mean_s = 5.0
-        """Moving average of how long a session runs, from which `Overloaded.retry_after_s` is estimated."""
+        """Moving average of how long a session runs, in seconds, from which `Overloaded.retry_after_s` is estimated."""
 
     @property
     def waiting(self) -> int:
@@ -30,7 +30,7 @@ class Admission:
     async def enter(self) -> None:
         """Wait for a slot.
 
-        Raises: Overloaded if the queue is full, or no slot was free in time.
+        Raises: Overloaded if the queue is full, or no slot was free within `wait_s`.
         Cancel: the request leaves the queue and takes no slot.
         """
         if self.free:
@@ -41,7 +41,7 @@ class Admission:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queue.append(waiter)
         try:
-            async with asyncio.timeout(self._wait_s):  # not wait_for: it swallows a cancellation that arrives with the slot
+            async with asyncio.timeout(self._wait_s):  # `wait_for` can lose a cancellation that arrives with the slot
                 await waiter
         except TimeoutError:
             if waiter.done() and not waiter.cancelled():

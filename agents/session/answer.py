@@ -39,7 +39,7 @@ class AnswerContext:
     story: Story
     names: Callable[[PeerId], str]
     on_replan: Callable[["Answer", fsm.Replan], None]
-    """Must find a plan and then call `planned` or `plan_failed`."""
+    """Called when the answer needs another plan. The callee must then call the answer's `planned` or `plan_failed`."""
     on_opened: Callable[["Answer"], None]
     """Called when all stages of a plan are open."""
     on_token: Callable[["Answer", int, int, TokenLogprobs | None], None]
@@ -62,12 +62,13 @@ class Answer:
     output: AnswerOutput = field(init=False)
     recovery: RecoveryHistory = field(default_factory=RecoveryHistory)
     progress_at: float = field(init=False)
-    """Time of the last progress: a plan began to open, the prompt was sent, or a token arrived."""
+    """Monotonic time of the last progress: a plan began to open, the prompt was sent, or a token arrived."""
     ended_at: float = field(init=False)
     unread_since: float = field(init=False)
     readers: int = 0
     opened: "asyncio.Future[None]" = field(init=False)
-    """Done when all stages of the first plan are open. If the answer ends before that, it fails with the answer's error."""
+    """Done when all stages of the first plan are open. If the answer ends before that, the future gets the answer's error; without
+    an error it is cancelled."""
     tasks: AnswerTasks = field(default_factory=AnswerTasks)
 
     def __post_init__(self) -> None:
@@ -147,12 +148,12 @@ class Answer:
 
     @property
     def measured_tpot_s(self) -> float:
-        """Mean time per token over the tokens that this coordinator received; 0 before the second one."""
+        """Mean seconds per token over the tokens that this coordinator received; 0 before the second one."""
         return self.output.tpot_s(self._new_tokens)
 
     @property
     def _new_tokens(self) -> int:
-        """Number of tokens that arrived here, without those restored from the record."""
+        """Number of tokens that this coordinator received, without the tokens restored from the record."""
         return len(self.machine.tokens) - len(self.record.tokens)
 
     def snapshot(self) -> SessionRecord:
@@ -174,7 +175,7 @@ class Answer:
         self._apply(fsm.Planned(plan))
 
     def plan_failed(self, error: MeshdError) -> None:
-        """Suspend the answer, or fail it if it never ran: no plan is possible now."""
+        """Suspend the answer, or fail it if it never ran, because no plan is possible now."""
         self._apply(fsm.PlanFailed(error))
 
     def hold(self, index: int | None) -> None:
@@ -197,7 +198,10 @@ class Answer:
             self._apply(fsm.Released(Cancelled(why)))
 
     def reclaim(self, record: SessionRecord, used: int) -> None:
-        """Take the answer back from another coordinator. `record`: its record. `used`: the highest epoch that it can have used."""
+        """Take the answer back from another coordinator.
+
+        `record`: the other coordinator's record. `used`: the highest epoch that the other coordinator can have used.
+        """
         self.stages.handed_over = True
         tokens = tuple(
             (token, logprobs, self.output.finish_at(index, token)) for index, (token, logprobs) in enumerate(record.tokens)
@@ -205,7 +209,7 @@ class Answer:
         self._apply(fsm.Reclaimed(used, tokens))
 
     def overdue(self, reason: str, blame: PeerId | None) -> None:
-        """Recover: there was no progress for too long. `blame`: the peer at fault, if it is known."""
+        """Recover the answer, because it made no progress for too long. `blame`: the peer at fault, if it is known."""
         if self.machine.state in RUNNING:
             self._distrust(blame)
             self._apply(fsm.DeadlinePassed(reason, blame))
@@ -220,7 +224,7 @@ class Answer:
             self._apply(fsm.CancelRequested())
 
     def suspend(self) -> None:
-        """Free the answer's memory on every peer, but keep its tokens, so that it can be resumed."""
+        """Free the answer's memory on every peer, but keep its tokens, so that the answer can be resumed."""
         if self.running:
             self._apply(fsm.Suspend())
 
@@ -234,7 +238,7 @@ class Answer:
         self._apply(fsm.TokenArrived(message.epoch, message.index, message.token, message.logprobs, finish))
 
     def stage_failed(self, epoch: int, stage: int, error: MeshdError, blame: PeerId | None) -> None:
-        """Recover: a stage cannot continue. `blame`: the peer at fault, if it is known."""
+        """Recover the answer, because a stage cannot continue. `blame`: the peer at fault, if it is known."""
         if epoch == self.machine.epoch:
             self._distrust(blame)
         self._apply(fsm.StageFailed(epoch, stage, error, blame))
@@ -360,7 +364,7 @@ class Answer:
     async def events(self) -> AsyncIterator[TextDelta | Finished]:
         """See `service.Generation.events`.
 
-        Cancel, or closing the iterator: suspends the answer if this was its last reader and it is no background answer.
+        Cancel, or closing the iterator: suspends the answer if this was its last reader and it is not a background answer.
         """
         output, read = self.output, 0
         self.readers += 1

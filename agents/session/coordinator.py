@@ -38,14 +38,14 @@ log = getLogger(__name__)
 
 _TICK_S = 0.1
 _CHECK_PLANS_S = 1.0
-"""How often running answers are checked for mirrors and better plans."""
+"""Interval at which running answers are checked for missing mirrors and better plans."""
 _SETTLE_S = 0.5
-"""Delay before a lost coordinator's answers are taken over: if only its link broke, it is linked again by then."""
+"""Delay before a lost coordinator's answers are taken over: if only the link broke, the coordinator is linked again by then."""
 _MAX_RETAINED = 256
 _RETAIN_S = 600.0
 """How long an answer that has ended or is suspended is retained for later readers."""
 _MOVE_REPLY_S = 150.0
-"""More than the time limits of a move (`plan/move.py`) together."""
+"""Time limit of a MOVE request: more than the time limits of a move in `plan/move.py` together."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,9 +68,9 @@ class Coordinator:
     names: Callable[[PeerId], str]
     readiness_of: Callable[[], tuple[bool, float, str]]
     leaving: Callable[[], bool]
-    """Whether this peer is stopping: it takes no new requests and waits for running answers."""
+    """Returns whether this peer is stopping: it then takes no new requests and waits for running answers."""
     answers: dict[SessionId, Answer] = field(default_factory=dict)
-    """Answers that run."""
+    """Running answers."""
     retained: OrderedDict[SessionId, Answer] = field(default_factory=OrderedDict)
     """Answers that have ended or are suspended, for later readers, oldest first."""
     _answerable: frozenset[ModelId] = frozenset()
@@ -99,12 +99,12 @@ class Coordinator:
         )
 
     def register(self) -> None:
-        """Take FAILED, CLOSED, MIRRORED and MOVE from the links. TOKEN and ERROR come from `meshd.compose`."""
+        """Register the handlers of FAILED, CLOSED, MIRRORED and MOVE. `meshd.compose` calls `on_token` and `on_error`."""
         self._receiver.register(self.links)
         self.links.register(Move, self._on_move)
 
     async def run(self) -> None:
-        """Renew leases, watch deadlines, and move sessions to better plans. Cancel: closes every session on its stages."""
+        """Renew leases, watch deadlines, and move sessions to better plans. Cancel: cancels the running answers."""
         checked_at = 0.0
         try:
             while True:
@@ -130,7 +130,7 @@ class Coordinator:
         await self._retry_background()
 
     async def _retry_background(self) -> None:
-        """Resume suspended background answers whose model has become answerable: no reader will ask for them."""
+        """Resume suspended background answers whose model has become answerable, because no reader will resume them."""
         models = frozenset(card.id for card in self.router.answerable())
         changed, self._answerable = models - self._answerable, models
         for answer in list(self.retained.values()):
@@ -201,7 +201,7 @@ class Coordinator:
     async def end(self, session: SessionId, *, forget: bool = False) -> None:
         """See `service.Coordinator.end`."""
         if forget or not self.finish(session, forget):
-            await self.locator.end(session, forget=forget)  # ends it on this peer too
+            await self.locator.end(session, forget=forget)  # ends the session on this peer too
 
     def own(self, session: SessionId) -> SessionRecord | None:
         """Returns: the record of an answer that this peer coordinates or retains; None for any other."""
@@ -217,7 +217,10 @@ class Coordinator:
             self.journal.release(session)
 
     def leave(self) -> None:
-        """Give up all answers: this peer stops. Those with deputies are left to them with open stages; others are suspended."""
+        """Give up all running answers, because this peer stops.
+
+        An answer with `store` and a deputy is released: its stages stay open for the deputy. Other answers are suspended.
+        """
         for answer in list(self.answers.values()):
             if answer.record.store and self.journal.deputies_of(answer.session):
                 answer.release("this peer stops")
@@ -236,7 +239,7 @@ class Coordinator:
         return True
 
     async def _take(self, session: SessionId) -> Answer:
-        """Take an answer over from another peer, and resume it here if it has not ended."""
+        """Take an answer over from another peer, and resume it on this peer if it has not ended."""
         record = await self.locator.fetch(session, take=True)
         answer = await self._restore(record)
         if answer.ended:
@@ -260,7 +263,7 @@ class Coordinator:
         return card
 
     async def _revive(self, answer: Answer) -> Answer:
-        """Resume a suspended answer. Returns: the answer that runs, which another reader may have resumed first."""
+        """Resume a suspended answer. Returns: the session's answer, which another reader may have resumed first."""
         await self.admission.enter()
         running = self.answers.get(answer.session)
         if running is not None or answer.running or answer.ended:
@@ -272,7 +275,7 @@ class Coordinator:
         return answer
 
     def _adopt(self, answer: Answer) -> None:
-        """Become the answer's coordinator: journal it to deputies, and drop the record kept here for its previous coordinator."""
+        """Become the answer's coordinator: journal it to deputies, and delete the record that this peer kept as a deputy."""
         self.deputy.forget(answer.session)
         self._journal(answer)
 
@@ -302,7 +305,10 @@ class Coordinator:
             log.warning("session %s could not be taken over: %s", record.session, error)
 
     async def move(self, session: SessionId, target: PeerId, source: PeerId | None) -> Moved:
-        """Move an answer's stages, whichever peer coordinates it. Raises: UnknownSession, InvalidRequest, NoPeer, PeerFault."""
+        """Move an answer's stages at `source` (None: all stages) to `target`, whichever peer coordinates the answer.
+
+        Raises: UnknownSession, InvalidRequest, NoPeer, PeerFault.
+        """
         answer = self.answers.get(session)
         if answer is None:
             coordinator = await self.locator.coordinator_of(session)
@@ -336,7 +342,7 @@ class Coordinator:
         self._receiver.on_error(sender, message)
 
     def on_peer_gone(self, peer: PeerId, reason: str) -> None:
-        """Recover the answers whose plans use this peer: its link is down."""
+        """Recover the answers whose plans use this peer, because its link is down."""
         for answer in list(self.answers.values()):
             answer.on_peer_gone(peer, reason)
 
@@ -376,7 +382,7 @@ class Coordinator:
         self.journal.begin(answer.session, answer.snapshot, lambda: answer.plan.peers if answer.plan else ())
 
     def _retain(self, answer: Answer) -> None:
-        """Retain an answer for later readers. Forgets the oldest ones if there are too many."""
+        """Retain an answer for later readers. Forget the oldest answers beyond `_MAX_RETAINED`."""
         self.retained[answer.session] = answer
         self.retained.move_to_end(answer.session)
         while len(self.retained) > _MAX_RETAINED:

@@ -95,12 +95,12 @@ class Released:
 
 @dataclass(frozen=True, slots=True)
 class Reclaimed:
-    """This peer coordinates the session again: it has taken it back from another coordinator."""
+    """This peer has taken the session back from another coordinator."""
 
     used: int
-    """The highest epoch that the other peer can have used."""
+    """The highest epoch that the other coordinator can have used."""
     tokens: tuple[tuple[int, TokenLogprobs | None, FinishReason | None], ...]
-    """All answer tokens, each with its logprobs and, if the answer ends there, the reason."""
+    """All answer tokens, each with its logprobs and, if the answer ends with this token, the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ class OpenStages:
 
 @dataclass(frozen=True, slots=True)
 class ResumeStages:
-    """All stages of a later plan are open: send each one its resume point."""
+    """Send every stage of a later plan its resume point, now that all stages are open."""
 
     epoch: int
     plan: Plan
@@ -191,7 +191,7 @@ class EmitSuspended:
     """The answer is suspended: nothing is emitted until it is resumed."""
 
     error: MeshdError | None
-    """Why it was suspended. None: no reader of the answer was left."""
+    """Why the answer was suspended. None: it had no reader any more, or this peer stops."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +200,7 @@ class EmitEnd:
 
     reason: FinishReason
     error: MeshdError | None = None
-    """Set with ERROR, and with CANCELLED when another peer has taken the session over."""
+    """Set if `reason` is ERROR, or if it is CANCELLED because another peer has taken the session over."""
 
 
 Command = OpenStages | ResumeStages | SendPrompt | Replan | EmitToken | GrantCredit | CloseStages | EmitSuspended | EmitEnd

@@ -1,6 +1,6 @@
 """One answer's tokens, their text and their timing, as every reader sees them.
 
-Each token is turned into text when it arrives, whether or not anyone reads. So every reader sees the same sequence of deltas, on
+Each token is turned into text when it arrives, whether or not a reader waits. So every reader sees the same sequence of deltas, on
 this peer or on a later coordinator.
 """
 
@@ -47,17 +47,17 @@ class AnswerOutput:
 
     @property
     def ttft_s(self) -> float:
-        """Time from `started` to the first token that arrived here; 0 before it."""
+        """Seconds from `started` to the first token that this coordinator received; 0 before that token."""
         return self.first_token_at - self.started if self.first_token_at is not None else 0.0
 
     def tpot_s(self, new_tokens: int) -> float:
-        """Mean time per token; 0 before the second one. `new_tokens`: number of tokens that arrived here."""
+        """Mean seconds per token; 0 before the second one. `new_tokens`: number of tokens that this coordinator received."""
         if self.first_token_at is None or new_tokens < 2:
             return 0.0
         return (self.last_token_at - self.first_token_at) / (new_tokens - 1)
 
     def restart(self, now: float) -> None:
-        """Count times from `now`: the answer runs again after a suspension."""
+        """Measure times from `now`, because the answer runs again after a suspension."""
         self.started, self.first_token_at = now, None
 
     def restore(self) -> FinishReason | None:
@@ -76,7 +76,7 @@ class AnswerOutput:
         return self.finish_at(len(self.tokens) - 1, self.tokens[-1][0]) if self.tokens else None
 
     def finish_at(self, index: int, token: int) -> FinishReason | None:
-        """Returns: why the answer ends with this token, by the rule that its last stage applies too; None if it continues."""
+        """Returns: why this token ends the answer, by the rule that the last stage also applies; None if it does not end it."""
         if self._ends(token):
             return FinishReason.STOP
         return FinishReason.LENGTH if index + 1 == self.record.max_tokens else None
@@ -100,7 +100,7 @@ class AnswerOutput:
             self.deltas.append(delta)
 
     def finish(self, reason: FinishReason, new_tokens: int) -> None:
-        """Complete the text. Only the first call has an effect. `new_tokens`: number of tokens that arrived here."""
+        """Complete the text. Only the first call has an effect. `new_tokens`: number of tokens that this coordinator received."""
         if self.finished is not None:
             return
         if (delta := self._assembler.finish()) is not None:
@@ -123,7 +123,7 @@ class AnswerOutput:
         await self._changed.wait()
 
     async def until(self, condition: Callable[[], object], within_s: float) -> None:
-        """Wait until the condition holds, for at most `within_s`. It is checked after each `touch`."""
+        """Wait until the condition holds, for at most `within_s` seconds. The condition is checked after each `touch`."""
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 while not condition():

@@ -16,7 +16,7 @@ class Recovered:
     """`kept`, `mirror`, `replay` or `prefill`: the most expensive method that any stage needed."""
     reason: str
     pause_s: float
-    """From the last token before the change to the first one after it."""
+    """Seconds from the last token before the change to the first one after it."""
 
 
 @dataclass(slots=True)
@@ -29,12 +29,12 @@ class RecoveryHistory:
     reason: str = ""
     """Why the plan is changing now, or why it last changed."""
     _distrusted: dict[PeerId, float] = field(default_factory=dict)
-    """Peer at fault in this session -> time until which it gets no stage of the session."""
+    """Peer at fault in this session -> time until which the session's plans avoid it."""
     _pending: tuple[int, str, str] | None = None
     """(epoch, method, reason) of a change of plan after which no token has arrived yet."""
 
     def distrust(self, peer: PeerId | None, now: float) -> None:
-        """Give this peer no stage of the session for a while. None: the fault is known, but not the peer."""
+        """Avoid this peer in the session's plans for `_DISTRUST_S`. None: the peer at fault is not known, and nothing changes."""
         if peer is not None:
             self._distrusted[peer] = now + _DISTRUST_S
 
@@ -42,16 +42,16 @@ class RecoveryHistory:
         return {peer for peer, until in self._distrusted.items() if until > now}
 
     def forget_copies(self, peer: PeerId) -> None:
-        """Remove the copies at this peer: it is lost."""
+        """Remove the copies at this peer, which is lost."""
         self.mirrors = {stage: copy for stage, copy in self.mirrors.items() if copy[0] != peer}
 
     def changed(self, epoch: int, method: str) -> None:
         """Record that the stages of a new plan resume. The next token ends the pause."""
-        self.mirrors.clear()  # they are copies of the old plan's stages
+        self.mirrors.clear()  # all mirrors are copies of the old plan's stages
         self._pending = (epoch, method, self.reason)
 
     def first_token(self, pause_s: float) -> Recovered | None:
-        """Complete a change of plan, if one is pending: a token arrived, `pause_s` after the one before it.
+        """Complete the pending change of plan, if any, because a token arrived `pause_s` seconds after the token before it.
 
         Returns: the change of plan; None if the plan had not changed.
         """

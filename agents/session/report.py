@@ -1,4 +1,4 @@
-"""Reports an answer's measured times to telemetry and the log, beside those that its plan predicted."""
+"""Reports an answer's measured and predicted times to telemetry and the log."""
 
 from logging import getLogger
 

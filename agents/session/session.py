@@ -52,9 +52,9 @@ class SessionState(Enum):
     PREFILLING = "prefilling"
     DECODING = "decoding"
     RECOVERING = "recovering"
-    """Waits for another plan."""
+    """The session waits for another plan."""
     SUSPENDED = "suspended"
-    """Nothing runs; it can be resumed."""
+    """Nothing runs; the session can be resumed."""
     FINISHED = "finished"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -122,7 +122,7 @@ class Session(Machine[Event, Command]):
 
     @property
     def running(self) -> bool:
-        """Whether the session makes tokens, or waits for a plan so that it can."""
+        """Whether the session makes tokens, or waits for a plan to make them under."""
         return self.state in RUNNING or self.state is SessionState.NEW
 
     @property
@@ -139,7 +139,7 @@ class Session(Machine[Event, Command]):
 
     @property
     def waits_for_client(self) -> bool:
-        """Whether decoding has used up its credit: it continues when the client has read more tokens."""
+        """Whether decoding has used up its credit. Decoding continues when the client has read more tokens."""
         return len(self.tokens) >= self.credit
 
     @property
@@ -153,7 +153,7 @@ class Session(Machine[Event, Command]):
         return self.prompt_tokens + len(self.tokens)
 
     def validate(self) -> None:
-        """Check the invariants that hold between events; tests call it after each. Raises: AssertionError."""
+        """Check the invariants that hold between events; tests call it after each event. Raises: AssertionError."""
         if self.plan is None and self.state in (SessionState.OPENING, SessionState.PREFILLING, SessionState.DECODING):
             raise AssertionError("the session runs without a plan")
         if (self.state in TERMINAL) != (self.finish is not None):
@@ -301,7 +301,7 @@ def _peer_gone(session: Session, event: PeerGone) -> list[Command]:
 
 
 def _peer_gone_in_recovery(session: Session, event: PeerGone) -> list[Command]:
-    """Ask for another plan: the one that is being searched may use the lost peer."""
+    """Ask for another plan, because the present search may choose the lost peer."""
     return session._recover(event.reason, lost=event.peer)
 
 

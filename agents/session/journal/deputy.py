@@ -33,7 +33,7 @@ class Deputy:
     store: JournalStore = field(default_factory=JournalStore)
 
     def register(self) -> None:
-        """Take JOURNAL, JOURNAL_TOKENS and JOURNAL_DROP from the links."""
+        """Register the handlers of JOURNAL, JOURNAL_TOKENS and JOURNAL_DROP."""
         self.links.register(Journal, self._on_journal)
         self.links.register(JournalTokens, self._on_tokens)
         self.links.register(JournalDrop, self._on_drop)
@@ -76,7 +76,7 @@ class Deputy:
 
     def _on_tokens(self, sender: PeerId, message: JournalTokens, payload: memoryview) -> None:
         if not self.store.append(sender, message, self.clock.monotonic()):
-            with suppress(MeshdError):  # may fail: the next tokens cause another JOURNAL_DROP
+            with suppress(MeshdError):  # if this fails, the next tokens cause another JOURNAL_DROP
                 self.links.send(sender, JournalDrop(session=message.session, epoch=message.epoch))
 
     def _on_drop(self, sender: PeerId, message: JournalDrop, payload: memoryview) -> None:

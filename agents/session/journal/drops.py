@@ -1,4 +1,4 @@
-"""JOURNAL_DROP messages, which make a deputy delete a record that is no longer needed."""
+"""Queues JOURNAL_DROP messages, which make a deputy delete a record that is no longer needed."""
 
 from logging import getLogger
 
@@ -22,10 +22,10 @@ class DropQueue:
         self._links = links
         self._clock = clock
         self._due: dict[tuple[PeerId, SessionId], tuple[float, int]] = {}
-        """(peer, session) -> (time when it is due, epoch)"""
+        """(peer, session) -> (monotonic time when the message is due, epoch of the record)"""
 
     def add(self, peer: PeerId, session: SessionId, epoch: int, after_s: float = 0.0) -> None:
-        """Make this peer delete the record after `after_s`, or later, as soon as it can be reached."""
+        """Make this peer delete the record after `after_s` seconds, or later, as soon as the peer can be reached."""
         self._due.pop((peer, session), None)
         self._due[peer, session] = self._clock.monotonic() + after_s, epoch
         while len(self._due) > _MAX_DROPS:

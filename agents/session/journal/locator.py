@@ -1,4 +1,4 @@
-"""Finds a session in the cluster: the peer that coordinates it and those with its record. Hands it to another coordinator."""
+"""Finds a session's coordinator and its records in the cluster, and hands the session to another coordinator."""
 
 import asyncio
 from contextlib import suppress
@@ -13,18 +13,18 @@ from meshd.protocol.messages import EndSession, FetchSession, FindSession, Sessi
 from meshd.types import FinishReason, PeerId, SessionId
 
 _FIND_S = 2.0
-"""A peer that is silent for longer counts as lost anyway."""
+"""Time limit for a peer's reply. A peer that is silent for longer counts as lost anyway."""
 _GRACE_S = 0.25
-"""How long other peers are waited for once a coordinator has replied: one of them may have taken over from it."""
+"""How long to wait for other peers once a coordinator has replied: one of them may have taken over from that coordinator."""
 _TAKEOVER_FIND_S = 0.5
 _FETCH_S = 10.0
-"""Enough for a long record over a slow link."""
+"""Time limit for fetching a record: enough for a long record over a slow link."""
 _FETCH_ROUNDS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class SessionLocation:
-    """What one peer reports of a session that it coordinates or has a record of."""
+    """What a peer reports about a session that it coordinates or has a record of."""
 
     peer: PeerId
     coordinates: bool
@@ -54,7 +54,7 @@ class SessionOwner(Protocol):
 
 @dataclass(slots=True)
 class Locator:
-    """Asks the linked peers for sessions, and answers their requests. Owns no state."""
+    """Finds, fetches and ends sessions at the linked peers, and answers such requests from linked peers. Owns no state."""
 
     me: PeerId
     links: Links
@@ -62,14 +62,14 @@ class Locator:
     _sessions: SessionOwner = field(init=False)
 
     def register(self, sessions: SessionOwner) -> None:
-        """Take FIND_SESSION, FETCH_SESSION and END_SESSION from the links. `sessions`: the owner of this peer's sessions."""
+        """Register the handlers of FIND_SESSION, FETCH_SESSION and END_SESSION. `sessions`: the owner of this peer's sessions."""
         self._sessions = sessions
         self.links.register(FindSession, self._on_find)
         self.links.register(FetchSession, self._on_fetch)
         self.links.register(EndSession, self._on_end)
 
     async def coordinator_of(self, session: SessionId) -> PeerId:
-        """Returns: the peer that coordinates the session, which may be this one. Raises: UnknownSession."""
+        """Returns: the peer that coordinates the session, which may be this peer. Raises: UnknownSession."""
         coordinators = [location for location in await self._find(session) if location.coordinates]
         if not coordinators:
             raise _unknown(session)
@@ -83,7 +83,7 @@ class Locator:
         """Fetch the most recent record. `take`: the coordinator releases the session, and the caller must continue it.
 
         Raises: UnknownSession.
-        Cancel: the coordinator may have released the session already; it keeps the record.
+        Cancel: the coordinator may have released the session already. Its deputies then keep the record for a minute.
         """
         for _ in range(_FETCH_ROUNDS):
             locations = sorted(await self._find(session), key=lambda location: location.rank, reverse=True)
@@ -93,11 +93,11 @@ class Locator:
         raise _unknown(session)
 
     async def should_take_over(self, record: SessionRecord) -> bool:
-        """Whether this peer must continue a session whose coordinator is lost: no peer has done so, and none has a later record."""
+        """Whether this peer must continue a session whose coordinator is lost: no other peer does so or has a later record."""
         session = record.session
         stored = self.deputy.record(session)
         if stored is None or stored.finish or stored.coordinator != record.coordinator:
-            return False  # meanwhile another peer has fetched the record from here, or the client has ended the session
+            return False  # meanwhile another peer has fetched this record, or the client has ended the session
         own_location = SessionLocation(self.me, False, stored.epoch, len(stored.tokens))
         return all(
             location.rank <= own_location.rank
@@ -129,10 +129,10 @@ class Locator:
         return [SessionLocation(self.me, coordinates, record.epoch, len(record.tokens))] if record is not None else []
 
     async def _ask_all(self, session: SessionId, within_s: float, grace_s: float | None = None) -> list[SessionLocation]:
-        """Ask all linked peers for the session.
+        """Ask all linked peers whether they coordinate the session or have its record.
 
-        within_s: how long their replies are waited for.
-        grace_s: when a coordinator has replied, the wait for the others is cut to this.
+        within_s: how long to wait for replies, in seconds.
+        grace_s: how long to wait for the other peers once a coordinator has replied; None: until `within_s` has passed.
         Returns: the locations that were reported in time.
         """
         found: list[SessionLocation] = []
@@ -194,7 +194,7 @@ class Locator:
         return SessionEnded(request=message.request, known=self._end_here(message.session, message.forget))
 
     def _hand_out(self, session: SessionId, to: PeerId, take: bool) -> SessionRecord:
-        """Return the record to peer `to`. `take`: make it the session's coordinator, and release the session here.
+        """Return the record for peer `to`. `take`: make `to` the session's coordinator, and release the session on this peer.
 
         Raises: UnknownSession.
         """

@@ -6,7 +6,7 @@ from itertools import islice
 from meshd.agents.session.journal.record import AnswerToken
 
 _MESSAGE_TOKENS = 128
-"""Limit for one message: so many tokens with 20 logprobs each still fit its header."""
+"""Maximum number of tokens in one message: with 20 logprobs each, they still fit into the message's header."""
 
 
 @dataclass(slots=True)
@@ -18,7 +18,7 @@ class PendingTokens:
     pending: list[AnswerToken] = field(default_factory=list)
 
     def add(self, index: int, token: AnswerToken) -> bool:
-        """Add the token with this index. A repeat changes nothing.
+        """Add the token with this index. Adding a token a second time changes nothing.
 
         Returns: False if a token before it is missing; the token is then not added.
         """

@@ -17,7 +17,7 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelId
     coordinator: PeerId
     epoch: int
-    """The highest epoch that the coordinator has used, as far as this record shows."""
+    """The highest epoch that the coordinator had used when it sent this record. It may have used later ones since."""
     prompt: tuple[int, ...]
     max_tokens: int
     sampling: SamplingParams
@@ -35,9 +35,9 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The last plan that ran: its peers may still have KV."""
     tokens: tuple[AnswerToken, ...] = ()
     finish: str = ""
-    """Why the answer ended; empty while it runs or is suspended."""
+    """Why the answer ended; empty while the answer runs or is suspended."""
     suspended: bool = False
-    """Whether the session is suspended. It is then resumed only when a client asks for it."""
+    """Whether the session is suspended. It is then resumed only for a client, or, with `background`, once its model can answer."""
 
 
 def new_record(

@@ -1,7 +1,7 @@
 """The records that a deputy keeps for other peers' coordinators: pure, and bounded in count, memory and time.
 
-House rules of this file: a record belongs to one coordinator at a time, and only that one may add to it. Another coordinator takes
-a record over with a higher epoch. Tokens are only appended, in order: a repeat changes nothing, and a gap is refused.
+House rules of this file: a record belongs to one coordinator at a time, and only that coordinator may add to it. Another one takes
+the record over with a higher epoch. Tokens are only appended, in order: a repeat changes nothing, and a gap is refused.
 """
 
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ MAX_BYTES = 64 * 2**20
 KEEP_S = 600.0
 """How long a record is kept after its last change, whether the answer has ended or its coordinator is lost."""
 
-# Approximate sizes of Python's objects; `tests/agents/session/journal/test_store.py` compares them with measured memory.
+# Approximate sizes of Python objects in bytes; `tests/agents/session/journal/test_store.py` compares them with measured memory.
 _RECORD_BYTES = 2048
 _PROMPT_TOKEN_BYTES = 40
 _TOKEN_BYTES = 128
@@ -63,15 +63,15 @@ class JournalStore:
     def keep(self, record: SessionRecord, now: float) -> None:
         """Store a full record.
 
-        Raises: InvalidRequest if the stored one has a later epoch, or the same epoch and another coordinator; Overloaded if there
-        is no room.
+        Raises: InvalidRequest if the stored record has a later epoch, or the same epoch and another coordinator; Overloaded if
+        there is no room.
         """
         present = self._records.get(record.session)
         tokens = list(record.tokens)
         if present is not None:
             _check_later(present.head, record)
             if record.epoch == present.head.epoch and len(tokens) < len(present.tokens):
-                tokens = present.tokens  # tokens that were sent after this record have arrived before it
+                tokens = present.tokens  # the coordinator sent these tokens later than `record`, but they arrived earlier
         head = msgspec.structs.replace(record, tokens=())
         size = size_of(head) + sum(map(_token_size, tokens))
         if not self._make_room(size - (present.size if present else 0), record.session):
@@ -113,13 +113,13 @@ class JournalStore:
         return True
 
     def hand_to(self, session: SessionId, coordinator: PeerId, now: float) -> None:
-        """Make another peer the record's coordinator. If that peer is lost before it has a deputy, this record is still here."""
+        """Make another peer the record's coordinator. Keep the record, in case that peer is lost before it has a deputy."""
         if (stored := self._records.get(session)) is not None:
             stored.head = msgspec.structs.replace(stored.head, coordinator=coordinator)
             stored.touched = now
 
     def end(self, session: SessionId, finish: str, now: float) -> bool:
-        """Mark the session as ended, unless it is already. Returns: whether the record is here."""
+        """Mark the session as ended, unless it has ended already. Returns: whether there is a record."""
         stored = self._records.get(session)
         if stored is None:
             return False
@@ -138,7 +138,7 @@ class JournalStore:
         return True
 
     def forget(self, session: SessionId) -> bool:
-        """Delete the record, whichever coordinator it has. Returns: whether it was here."""
+        """Delete the record, whichever coordinator it has. Returns: whether there was a record."""
         known = session in self._records
         self._remove(session)
         return known

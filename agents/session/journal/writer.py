@@ -1,8 +1,8 @@
-"""The coordinator's side of the journal: other peers, the deputies, keep copies of each session's record in case this one is lost.
+"""The coordinator's side of the journal: other peers, the deputies, keep copies of each session's record in case this peer is lost.
 
 A new deputy gets the full record and confirms it. After that it gets only tokens, in batches that it does not acknowledge: the link
-keeps them in order. A deputy that misses tokens or has no room sends JOURNAL_DROP, and a full record is sent again. A token costs
-an append to a list, a batch one small message, and one timer serves all sessions.
+keeps them in order. A deputy that misses tokens or has no room sends JOURNAL_DROP, and a full record is sent again. Each
+token costs one append to a list, and each batch one small message. One timer serves all sessions.
 """
 
 import asyncio
@@ -24,21 +24,21 @@ log = getLogger(__name__)
 BATCH_TOKENS = 16
 BATCH_S = 0.25
 _CHECK_S = 1.0
-"""How often sessions without a deputy look for one."""
+"""Interval at which a deputy is chosen for sessions that have none."""
 _RENEW_S = 120.0
-"""How often an unfinished record without new tokens is renewed, because deputies delete records that do not change."""
+"""Interval at which an unfinished record without new tokens is renewed, because deputies delete records that do not change."""
 _CONFIRM_S = 5.0
 _AVOID_REFUSING_S = 10.0
-"""How long a peer that refused a record is not asked again."""
+"""How long a peer that refused a record is not asked again to keep it."""
 _AVOID_DROPPED_S = 1.0
-"""How long a deputy that reported JOURNAL_DROP is not asked again."""
+"""How long a deputy that sent JOURNAL_DROP is not asked again to keep the record."""
 _MAX_TRANSFERS = 8
 """Full records that may be in transit at once: a lost deputy causes many transfers, which must not crowd the links."""
 _MAX_ENDED = 256
 _DROP_RELEASED_S = 60.0
-"""When another peer takes a session over, the old deputy keeps its record this long: by then the new one surely has it."""
+"""When another peer takes a session over, the old deputy keeps its record this long: by then a new deputy surely has one."""
 _DROP_MOVED_S = 10.0
-"""When the deputy changes, the old one keeps its record this long: by then the new one surely has it."""
+"""When the deputy changes, the old one keeps its record this long: by then the new deputy surely has the record."""
 
 
 @dataclass(slots=True, eq=False)
@@ -59,7 +59,7 @@ class _Entry:
     """The finish reason that was last sent to the deputy."""
     sent_at: float = 0.0
     transfer: int = 0
-    """Number of the latest full transfer. It rises when one is queued or given up: the reply to an older one is then ignored."""
+    """Counts the full transfers that were queued or given up, so that a late reply to an older transfer can be ignored."""
     avoid: dict[PeerId, float] = field(default_factory=dict)
     """Peer that must not be chosen as deputy -> time until which it is excluded."""
 
@@ -83,9 +83,9 @@ class JournalWriter:
         self._adverts = adverts
         self._entries: dict[SessionId, _Entry] = {}
         self._unsent: dict[_Entry, None] = {}
-        """Entries with tokens that wait for the timer, in order."""
+        """Entries with tokens that wait for the timer, first in, first out."""
         self._transfers: dict[_Entry, None] = {}
-        """Entries whose full record must be sent, in order."""
+        """Entries whose full record must be sent, first in, first out."""
         self._wake = asyncio.Event()
         self._drops = DropQueue(links, clock)
 
@@ -131,7 +131,7 @@ class JournalWriter:
     def end(self, session: SessionId, finish: str, *, keep: bool) -> None:
         """Journal that the answer has ended, or is suspended (`finish` is empty).
 
-        keep: whether the deputy keeps the record for later readers. Otherwise it is made to delete it.
+        keep: whether the deputy keeps the record for later readers. If false, the deputy is told to delete it.
         """
         entry = self._entries.get(session)
         if entry is None:
@@ -151,13 +151,13 @@ class JournalWriter:
             self._detach(entry, _DROP_RELEASED_S)
 
     def on_peer_gone(self, peer: PeerId) -> None:
-        """Choose new deputies for the sessions whose deputy was this peer: its link is down."""
+        """Choose new deputies for the sessions whose deputy was this peer, because its link is down."""
         for entry in list(self._entries.values()):
             if entry.deputy == peer:
                 self._start_over(entry)
 
     def on_dropped(self, peer: PeerId, session: SessionId) -> None:
-        """Choose a deputy again: this one reports that it lacks the record or a part of it."""
+        """Choose a deputy for the session again, because `peer` reports that it lacks the record or a part of it."""
         entry = self._entries.get(session)
         if entry is not None and entry.deputy == peer and entry.confirmed:
             self._start_over(entry, _AVOID_DROPPED_S)
@@ -183,7 +183,7 @@ class JournalWriter:
         self._wake.set()
 
     def _start_over(self, entry: _Entry, avoid_s: float = 0.0) -> None:
-        """Give up the deputy, and queue a full transfer to one that is chosen anew. `avoid_s`: how long the old one is excluded."""
+        """Give up the deputy, choose one again and send it the full record. `avoid_s`: how long the old deputy is excluded."""
         if entry.deputy is not None and avoid_s:
             entry.avoid[entry.deputy] = self._clock.monotonic() + avoid_s
         self._detach(entry)
@@ -385,7 +385,8 @@ def choose_deputy(
 ) -> PeerId | None:
     """Choose a deputy among the live peers that are not leaving.
 
-    A peer outside the plan is preferred, because one fault should not hit both; then the present deputy; then the nearest peer.
+    A peer outside the plan is preferred, because one fault should not hit both; then the present deputy; then the peer with
+    the lowest round-trip time.
 
     Returns: None if there is no such peer.
     """

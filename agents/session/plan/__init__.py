@@ -1,8 +1,8 @@
 """Plans for sessions: the first one, and every change of plan afterwards.
 
-- `retry.py`: when a plan is looked for, and again while none is possible.
-- `route.py`: over which peers and layers; layers that no peer has are loaded first.
-- `candidates.py`: which of the possible plans, by their cost.
+- `retry.py`: when to search for a plan, and how long to retry while none is possible.
+- `route.py`: makes plans over the layers that are loaded, and first has missing layers loaded.
+- `candidates.py`: chooses the cheapest of the possible plans.
 - `resume.py`: from which position each stage of the new plan computes.
 - `move.py` and `drain.py`: changes of plan without a loss.
 """

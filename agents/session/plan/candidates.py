@@ -25,12 +25,12 @@ from meshd.planner.session.reroute import STAGE_S, HeldKv, Reroute, reserve_all,
 from meshd.types import Advert, Holding, LayerRange, ModelCard, PeerId, StagePlan, ranges_of
 
 MAX_STAGES = 64
-"""Limit for one plan."""
+"""Maximum number of stages of one plan."""
 LEAST_GAIN = 0.10
-"""Fraction of the time per token that a move must save: for less, a running session stays where it is."""
+"""Fraction of the time per token that a move must save. A running session is not moved for less."""
 _EXPECTED_TOKENS = 64
 """An answer is expected to grow by this many tokens, or to double if it is longer. `max_tokens` is no guide: most answers end long
-before it. If the answer grows further, its plan can still be changed later, without a pause."""
+before it. If the answer grows further, its plan can be changed again later."""
 _SERVING = frozenset({"active", "draining"})
 """States of a holding that can still have the KV of a running session."""
 
@@ -39,7 +39,7 @@ Stages = tuple[StagePlan, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerRules:
-    """Which peers may get layers of the session, besides those that have them already."""
+    """Which peers may get stages of the session, besides the peers that already have some."""
 
     standby: bool = True
     """Standby copies of layers may be used."""
@@ -51,7 +51,7 @@ class PeerRules:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """Stages to continue with."""
+    """Stages of a possible plan, with their predicted cost."""
 
     stages: Stages
     method: str
@@ -91,7 +91,7 @@ class CandidateSearch:
         """Find a plan that is worth moving a running session to.
 
         least_peers: the plan must have at least this many different peers.
-        Returns: of the plans that save at least `LEAST_GAIN` of the time per token, the one that saves most time in total, after
+        Returns: of the plans that save at least `LEAST_GAIN` of the time per token, the plan that saves most time in total, after
         the cost of the move. None if none of them saves time in total.
         """
         old = self._old_stages
@@ -112,7 +112,7 @@ class CandidateSearch:
         return best
 
     def evaluate(self, stages: Stages, *, moved: bool = False) -> Candidate:
-        """Predict pause, time per token and cost of these stages. `moved`: KV that can be copied was copied before the change."""
+        """Predict pause, time per token and cost of these stages. `moved`: KV is copied before the change, where possible."""
         known = self.request.known
         held = list(expected_held(self.request, stages, self.surviving))
         for number in self._copies(stages) if moved else ():
@@ -163,7 +163,10 @@ class CandidateSearch:
         return stages is not None and len(stages) <= MAX_STAGES and reserve_all(self.problem, stages) is not None
 
     def _patches(self) -> Iterator[Stages | None]:
-        """Yield the surviving stages with their gaps filled; then also with lost stages replaced by the peers that have copies."""
+        """Yield the surviving stages with the gaps filled; then the same with lost stages on the peers that have copies of them.
+
+        None: a gap cannot be filled.
+        """
         surviving = {number: self._old_stages[number] for number in self.surviving}
         copied = {
             number: StagePlan(peer=peer, layers=self._old_stages[number].layers)
@@ -176,7 +179,7 @@ class CandidateSearch:
             yield self._with_gaps_filled(surviving | copied)
 
     def _swaps(self) -> Iterator[Stages | None]:
-        """Yield the old plan with one stage replaced, for each of its stages."""
+        """Yield, for each stage of the old plan, the plan with this stage replaced; None if it cannot be replaced."""
         for replaced in range(len(self._old_stages)):
             yield self._with_gaps_filled({number: stage for number, stage in enumerate(self._old_stages) if number != replaced})
 
@@ -197,7 +200,7 @@ class CandidateSearch:
                 return None
             stages += found
             stages_to_fill -= len(numbers)
-            if stages_to_fill:  # the next gap must not use the KV that this one takes
+            if stages_to_fill:  # the next gap must not use KV that the stages of this gap take
                 reserved = reserve_all(problem, found)
                 if reserved is None:
                     return None
@@ -205,7 +208,7 @@ class CandidateSearch:
         return tuple(stages)
 
     def _copies(self, stages: Stages) -> dict[int, tuple[int, float]]:
-        """Returns: number in `stages` -> (old stage whose KV can be copied there while it runs, seconds that the copy takes)."""
+        """Returns: index in `stages` -> (old stage whose KV can be copied there while the session runs, seconds for the copy)."""
         return {number: copy for number, stage in enumerate(stages) if (copy := self._copy(stage)) is not None}
 
     def _copy(self, stage: StagePlan) -> tuple[int, float] | None:
@@ -266,7 +269,7 @@ def _as_usable(profile: PeerProfile, request: RecoveryRequest, surviving: frozen
 
 
 def _reserved(profile: PeerProfile, request: RecoveryRequest, surviving: frozenset[int], rules: PeerRules) -> Iterator[Holding]:
-    """Yield the layers of this peer that the session has reserved, as holdings that are free for its whole context."""
+    """Yield the layers of this peer that the session has reserved, as holdings with KV for the session's whole context."""
     if request.old is None:
         return
     avoided = rules.avoided and profile.id in request.avoid - request.lost

@@ -33,7 +33,7 @@ class Drainer:
     _drain_requested: bool = False
 
     def register(self) -> None:
-        """Take DRAIN from the links."""
+        """Register the handler of DRAIN."""
         self.links.register(Drain, self._on_drain)
 
     @property
@@ -42,7 +42,7 @@ class Drainer:
         return self._drain_requested or self.leaving
 
     async def drain(self, peer: PeerId, undo: bool, timeout_s: float) -> int:
-        """Ask a peer, which may be this one, to drain and wait until it has; with `undo`, to take work again.
+        """Ask a peer, which may be this peer, to drain, and wait until it has done so; with `undo`, ask it to take work again.
 
         Returns: number of stages that still run there; more than 0 only with `undo` or when `timeout_s` has passed.
         Raises: PeerLost, RemoteFailure.
@@ -55,7 +55,7 @@ class Drainer:
         return reply.sessions_left
 
     async def leave(self, timeout_s: float, on_waiting: Callable[[str], None], *, answers: Callable[[], int]) -> None:
-        """Take no new work, and wait until nothing runs here any more or the time is over.
+        """Take no new work, and wait until nothing runs on this peer or `timeout_s` has passed.
 
         on_waiting: called with one line of text that says what this peer waits for; not called if nothing runs.
         answers: returns how many running answers this peer coordinates.

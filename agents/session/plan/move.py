@@ -1,7 +1,7 @@
 """Moves running sessions to other peers: copies their KV while they decode, then changes the plan between two tokens.
 
 The change of plan is a recovery in which nothing was lost (`agents.session.session`). The source keeps its KV until the new epoch
-runs, so a move that fails at any point leaves it serving. Copying in rounds while the source decodes follows Llumnix
+runs, so the source goes on serving if the move fails before that. Copying in rounds while the source decodes follows Llumnix
 (https://arxiv.org/abs/2406.03243).
 """
 
@@ -28,13 +28,14 @@ _COPY_S = 120.0
 _CHANGE_S = 15.0
 """Time limit for the first token under the new plan."""
 _RETRY_S = 5.0
-"""Pause after a failed move before the answer is considered again."""
+"""Time after a failed move before the same answer may be moved again."""
 _CAUGHT_UP_TOKENS = 4
-"""A copy that lacks at most this many positions counts as complete. They are copied during the last step, or computed again."""
+"""A copy that lacks at most this many positions counts as complete. The missing positions are copied during the last step, or
+computed again."""
 _LAST_STEP_S = 5.0
-"""Time limit for the step that is being computed."""
+"""Time limit for the last token under the old plan."""
 _LEAST_REMAINING = 32
-"""An answer with fewer tokens left is not worth moving."""
+"""An answer with fewer tokens left before `max_tokens` is not worth moving."""
 
 
 @dataclass(slots=True)
@@ -57,10 +58,10 @@ class Mover:
     clock: Clock
     _moving: dict[SessionId, list[_Copy]] = field(default_factory=dict)
     _seen: dict[SessionId, int] = field(default_factory=dict)
-    """Session -> hash of the cluster's adverts at the last search for a better plan."""
+    """Session -> hash of all adverts' `_summary` at the last search for a better plan."""
     _searching: set[SessionId] = field(default_factory=set)
     _not_before: dict[SessionId, float] = field(default_factory=dict)
-    """Session whose move failed -> time when it is considered again."""
+    """Session whose move failed -> time when it may be moved again."""
 
     async def move(self, answer: Answer, target: PeerId, source: PeerId | None) -> float:
         """Move all stages, or those at `source`, to `target`.
@@ -77,7 +78,7 @@ class Mover:
         """Change the plan of a running answer.
 
         Returns: the pause in seconds.
-        Raises: InvalidRequest, PeerFault. The answer then continues under the plan that it has.
+        Raises: InvalidRequest, PeerFault. The answer then continues under the old plan, or another one if the new plan failed.
         """
         if answer.session in self._moving:
             raise InvalidRequest(f"session {answer.session} is being moved already")
@@ -111,7 +112,7 @@ class Mover:
         await answer.output.until(ready, _COPY_S)
 
     async def _end_step(self, answer: Answer, epoch: int) -> None:
-        """Wait for the token that is being computed, and let no further step start: the change of plan would discard it."""
+        """Wait for the token that is being computed. Let no later step start: the change of plan would discard its result."""
         if answer.machine.waits_for_client:
             return
         last = len(answer.machine.tokens) + 1
@@ -141,7 +142,7 @@ class Mover:
         raise PeerFault(f"the move was not completed: the session ended, or made no token within {_CHANGE_S:.0f} s")
 
     def on_mirrored(self, answer: Answer, message: Mirrored) -> None:
-        """Take a stage's report of how far a copy is."""
+        """Record a stage's report of a copy's progress."""
         for copy in self._moving.get(answer.session, ()):
             if (copy.stage, copy.target) == (message.stage, message.target):
                 copy.error = message.error
@@ -186,7 +187,8 @@ class Mover:
             await self._change_and_log(answer, better.plan, "a better plan")
 
     async def _plan_without(self, answer: Answer, plan: Plan, leaving: frozenset[PeerId]) -> Plan:
-        """Returns: the plan with each leaving peer replaced by one other, so that KV can be copied; else any plan without them."""
+        """Returns: the plan with each leaving peer replaced by one other peer, so that KV can be copied; if there is none, any plan
+        without the leaving peers."""
         for source in sorted(leaving):
             others = [advert.peer for advert in self.adverts() if _may_take(advert, answer.record.mesh)]
             moved = [candidate for target in others if (candidate := self._with_target(answer, plan, target, source)) is not None]
@@ -232,7 +234,7 @@ def _copies(old: Plan, new: Plan) -> list[_Copy]:
 
 
 def _may_take(advert: Advert, mesh: MeshOptions) -> bool:
-    """Whether the peer stays in the cluster and the request allows it."""
+    """Whether the peer may get stages: it is not draining, and the request allows it."""
     allowed = mesh.peers is None or any(name == advert.name or advert.peer.startswith(name) for name in mesh.peers)
     return allowed and not advert.draining
 

@@ -1,4 +1,4 @@
-"""How a session continues under another plan: from what each stage still has, where each stage starts to compute.
+"""How a session continues under another plan: where each stage starts to compute, given what each stage still has.
 
 House rules of this file: no I/O, no clock. A change of plan has one procedure, whatever its cause (a loss, a move, a takeover):
 each stage of the new plan reports what it still has of the session, and the reports decide which positions are computed again and
@@ -89,7 +89,7 @@ class RecoveryRequest:
     old: Plan | None
     """The last plan that ran, whether it broke or still runs. None: there was none."""
     lost: frozenset[PeerId]
-    """Peers that lost their KV of the session. One that has come back may get a stage like any other peer."""
+    """Peers that lost their KV of the session. A lost peer that has come back may get a stage like any other peer."""
     avoid: frozenset[PeerId]
     """Peers that get a stage only if there is no other plan. Their KV of the session is not used."""
     prompt_tokens: int

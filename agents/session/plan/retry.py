@@ -23,13 +23,13 @@ _RETRY_S = 0.25
 _KV_WAIT_S = 30.0
 """How long a request waits for free KV on its stages before it fails with Overloaded."""
 _NOTICE_S = 0.4
-"""A stage may take this long to notice that its coordinator is lost, before it accepts another one."""
+"""A stage may take this long to notice that its coordinator is lost, before it accepts another coordinator."""
 _LOADING_WAIT_S = 120.0
 """How long a running answer waits for lost layers to be loaded elsewhere."""
 _NO_PLAN_WAIT_S = 3.0
 """How long an answer waits when the live peers cannot hold the model: short, but a peer that restarts may be back by then."""
 TAKEOVER_EPOCHS = 1000
-"""A new coordinator raises the recorded epoch by this much, to be above any that the last one used but could not record."""
+"""A new coordinator raises the recorded epoch by this much, to be above all epochs that the last one used but did not record."""
 _TRANSIENT = frozenset({OutOfMemory.code, NoPeer.code, Overloaded.code})
 """Errors with which a stage refuses to open when the peer has changed since the plan was made, for example because another session
 took the memory. A new plan may succeed."""
@@ -44,14 +44,14 @@ class PlanRetrier:
     adverts: Callable[[], list[Advert]]
     clock: Clock
     mirror: bool
-    """Whether to mirror KV when the request does not say."""
+    """Whether to mirror KV if the request has no `mirror` option."""
     take: Callable[[SessionId], Awaitable[SessionRecord]]
     """Makes this peer the session's coordinator and returns the record."""
     coordinated_elsewhere: Callable[[SessionId], Awaitable[bool]]
     """Whether another peer coordinates the session."""
 
     def replan(self, answer: Answer, command: Replan) -> None:
-        """Find a plan for an answer that lost its plan. Replaces a search that is running."""
+        """Search for a plan for an answer that lost its plan. Cancels the answer's previous search."""
         work = partial(self._recover, answer, command) if answer.machine.begun else partial(self._retry_first, answer)
         answer.tasks.search(self._run_search(answer, work))
 
@@ -68,7 +68,7 @@ class PlanRetrier:
             answer.plan_failed(MeshdError(f"the search for a plan failed: {error}"))
 
     async def _find_first(self, answer: Answer) -> None:
-        """Find a plan, as soon as other answers leave enough KV free."""
+        """Find the first plan of an answer. Retry for up to `_KV_WAIT_S` while other answers take the KV."""
         until = answer.output.started + _KV_WAIT_S
         record = answer.record
         while True:
@@ -86,7 +86,7 @@ class PlanRetrier:
                 return answer.planned(plan)
 
     async def _retry_first(self, answer: Answer) -> None:
-        """Find another first plan, after one that could not be opened. Give up if the error is not transient."""
+        """Find another first plan after a stage of the previous one could not be opened. Give up if the error is not transient."""
         error = answer.machine.error
         if isinstance(error, RemoteFailure) and error.remote_code not in _TRANSIENT:
             return answer.plan_failed(error)
@@ -120,10 +120,11 @@ class PlanRetrier:
                 return answer.planned(found.plan)
 
     async def _reclaim(self, answer: Answer) -> bool:
-        """Settle who coordinates an answer, after a stage has refused this peer because it obeys another coordinator.
+        """Settle which peer coordinates an answer, after a stage refused this peer because the stage obeys another coordinator.
 
-        The other coordinator may have taken over because it believed this peer lost. If the answer has readers here, this peer
-        takes it back; otherwise it gives it up. If no peer claims to coordinate it, the stage still obeys a lost coordinator.
+        The other coordinator may have taken over because it believed that this peer was lost. If the answer has readers here, this
+        peer takes the answer back; otherwise it gives the answer up. If no other peer claims to coordinate the answer, the stage
+        still obeys a lost coordinator, and will soon notice the loss.
 
         Returns: whether this peer continues the answer.
         """
@@ -174,7 +175,7 @@ class PlanRetrier:
             )
 
     def on_mirrored(self, answer: Answer, message: Mirrored) -> None:
-        """Take a stage's report of how far the copy of its KV is."""
+        """Record a stage's report of the progress of its mirror."""
         mirror = answer.mirrors.get(message.stage)
         if mirror is None or mirror[0] != message.target or message.epoch != answer.machine.epoch:
             return

@@ -37,7 +37,7 @@ _LOADING = frozenset({"loading", "warm"})
 """States of a holding whose layers will be active soon."""
 _WITH_LEAVING = PeerRules(leaving=True)
 _MIRROR_BYTES = 1 << 20
-"""Size of the KV transfer by which links are compared."""
+"""Links are compared by the time of a KV transfer of this size."""
 
 
 @dataclass(slots=True)
@@ -48,7 +48,7 @@ class Router:
     library: ModelLibrary
     placer: PlacementClient
     adverts: Callable[[], list[Advert]]
-    """Returns the adverts of the live peers, this one included."""
+    """Returns the adverts of the live peers, including this peer."""
     suspects: Callable[[], list[Advert]] = list
     """Returns the adverts of peers that are silent but still linked. They are used only if there is no other plan."""
     _placing: dict[Hashable, asyncio.Task[None]] = field(default_factory=dict)
@@ -58,8 +58,8 @@ class Router:
     async def plan_for(self, card: ModelCard, mesh: MeshOptions, *, prompt_tokens: int, max_tokens: int) -> Plan:
         """Make a plan over resident layers, with free KV for the whole answer. Place the model first if layers are not resident.
 
-        Raises: InvalidRequest, NoPeer, DoesNotFit; NotReady if the placement takes long (it continues); Overloaded while other
-        answers take all KV.
+        Raises: InvalidRequest, NoPeer, DoesNotFit; NotReady if the placement takes longer than `_REQUEST_WAIT_S` (it continues);
+        Overloaded while other answers take all KV.
         """
         context = prompt_tokens + max_tokens
         try:
@@ -74,7 +74,8 @@ class Router:
     def _route_over_fragments(self, card: ModelCard, mesh: MeshOptions, prompt_tokens: int, max_tokens: int) -> Plan | None:
         """Make a plan in which a peer may run several stages, over holdings that are not adjacent.
 
-        That is faster than placing the model anew.
+        Such a plan is ready sooner than a new placement of the model.
+
         Returns: None if the request forbids such a plan, or there is none.
         """
         if mesh.stages is not None or (mesh.min_peers or 1) > 1:
@@ -112,7 +113,10 @@ class Router:
         return found
 
     def better(self, card: ModelCard, mesh: MeshOptions, request: RecoveryRequest) -> RecoveryPlan | None:
-        """Returns: a plan that is worth moving a running session to; None if there is none, or the request names its stages."""
+        """Find a plan that is worth moving a running session to.
+
+        Returns: None if there is no such plan, or if the request names its stages or an objective other than latency.
+        """
         if mesh.stages is not None or mesh.objective not in (None, Objective.LATENCY):
             return None
         try:
@@ -180,7 +184,7 @@ class Router:
     def _route(self, card: ModelCard, mesh: MeshOptions, context: int, prompt_tokens: int) -> Plan:
         """Make a plan over resident layers, with standby copies and leaving peers only if there is no plan without them.
 
-        Raises: the same as `solve`.
+        Raises: as `solve`.
         """
         adverts = self.adverts()
         failure: MeshdError | None = None
@@ -218,7 +222,10 @@ class Router:
     def _resident(
         self, card: ModelCard, mesh: MeshOptions, request: RecoveryRequest, rules: PeerRules, silent: Sequence[Advert] = ()
     ) -> RecoveryPlan | None:
-        """Find the cheapest plan over the resident layers of the live peers and of the `silent` ones."""
+        """Find the cheapest plan over the resident layers of the live peers and of the `silent` ones.
+
+        Returns: None if there is no such plan.
+        """
         try:
             search = candidate_search(card, [*self.adverts(), *silent], mesh, request, self.me, rules)
         except NoPeer:
@@ -227,7 +234,7 @@ class Router:
         return None if found is None else self._recovery(search, found)
 
     def _last_resort(self, card: ModelCard, mesh: MeshOptions, request: RecoveryRequest) -> RecoveryPlan | None:
-        """Find the cheapest plan when also peers to avoid and silent peers may be used."""
+        """Find the cheapest plan that may also use silent peers and peers to avoid. Returns: None if there is none."""
         silent = self.suspects()
         request = replace(request, avoid=request.avoid.union(advert.peer for advert in silent))
         return self._resident(card, mesh, request, PeerRules(leaving=True, avoided=True), silent)
@@ -299,9 +306,9 @@ class Router:
         return NotReady(f"lost layers could not be loaded yet: {text}")
 
     async def _place_once(self, card: ModelCard, key: Hashable, what: str, work: Callable[[], Coroutine[None, None, None]]) -> None:
-        """Run a placement, or join the running one with the same key. A cancelled request does not stop it.
+        """Run a placement, or join the running one with the same key. Cancelling a request does not stop the placement.
 
-        Raises: NotReady if it takes longer than a request may wait; whatever the placement raises.
+        Raises: NotReady if the placement takes longer than `_REQUEST_WAIT_S`; the placement's own error if it fails in time.
         """
         task = self._placing.get(key)
         if task is None:

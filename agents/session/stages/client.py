@@ -72,7 +72,7 @@ class StageClient:
         )
 
     def _ids_for(self, plan: Plan, stage: int, tokens: Sequence[int]) -> memoryview | None:
-        """Returns: all known token ids for a last stage whose penalties need them, else None."""
+        """Returns: all known token ids, if this is the last stage and its sampling needs past tokens; else None."""
         looks_back = needs_past_tokens(self.record.sampling, len(tokens))
         return self._known_ids(tokens).data.cast("B") if looks_back and stage == len(plan.stages) - 1 else None
 
@@ -100,14 +100,14 @@ class StageClient:
         self.send(peer, Credit(session=self.session, epoch=epoch, index=index, hold=hold))
 
     def renew(self, peers: Collection[PeerId], epoch: int, now: float) -> None:
-        """Renew the leases at these peers, at most once in `RENEW_S`."""
+        """Renew the leases at these peers, at most once per `RENEW_S` seconds."""
         if peers and now - self.renewed_at >= RENEW_S:
             self.renewed_at = now
             for peer in sorted(peers):
                 self.send(peer, Renew(session=self.session, epoch=epoch, lease_ms=int(LEASE_S * 1000)))
 
     def close(self, command: CloseStages) -> None:
-        """Have these peers free their memory of the session."""
+        """Have the command's peers free their memory of the session."""
         for peer in command.peers:
             self.send(peer, Close(session=self.session, epoch=command.epoch, reason=command.reason))
 

@@ -22,13 +22,13 @@ class StageReceiver:
     names: Callable[[PeerId], str]
 
     def register(self, links: Links) -> None:
-        """Take FAILED, CLOSED and MIRRORED from the links. TOKEN and ERROR come from `meshd.compose`."""
+        """Register the handlers of FAILED, CLOSED and MIRRORED. The coordinator passes TOKEN and ERROR on."""
         links.register(Failed, self._on_failed)
         links.register(Closed, lambda sender, message, payload: None)
         links.register(Mirrored, self._on_mirrored)
 
     def on_token(self, sender: PeerId, message: Token) -> None:
-        """Take a token. Only the last stage may send one."""
+        """Pass a token to its answer. Ignore it unless it comes from the peer of the last stage."""
         answer = self._answer_of(sender, message.session)
         if answer is None or answer.plan is None or answer.plan.peers[-1] != sender:
             return
@@ -40,7 +40,7 @@ class StageReceiver:
         answer.stage_failed(message.epoch, len(answer.plan.stages) - 1, error, sender)
 
     def on_error(self, sender: PeerId, message: Error) -> None:
-        """Recover: a stage's peer refused a message of the session."""
+        """Recover the answer, because a stage's peer refused a message of its session."""
         answer = self._answer_of(sender, message.session)
         if answer is not None:
             answer.stage_failed(answer.machine.epoch, 0, RemoteFailure(message.message, remote_code=message.code), sender)

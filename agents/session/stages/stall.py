@@ -12,15 +12,15 @@ from meshd.protocol.messages import FetchProgress, ProgressData
 from meshd.types import PeerId, SessionId
 
 SILENT_S = 1.2
-"""Two missed heartbeats: if no token arrives either, the peer counts as lost."""
+"""A peer that is silent for this long has missed two heartbeats. If no token arrives either, the peer counts as lost."""
 _QUIET_S = 0.4
-"""A peer with missing heartbeats is tolerated while tokens still arrive: the last one less than this ago."""
+"""A silent peer is tolerated while the latest token is younger than this."""
 _LEAST_STEP_S = 3.0
-"""A step may always take this long before the stages are asked for it: its peer may be busy with other sessions."""
+"""The stages are not asked for their progress earlier than this after the last token: a peer may be busy with other sessions."""
 _PATIENCE = 20.0
-"""A step may also take this many times its predicted time."""
+"""The stages are not asked for their progress before this many times the predicted time of the next token has passed."""
 _HARD_STEP_S = 60.0
-"""A stage that has had a step for this long counts as stuck, even if its peer is busy with other sessions."""
+"""After this time without a token, a stage with an unfinished step counts as stuck, even if other sessions keep its peer busy."""
 _ASK_S = 1.0
 _BETWEEN_ASKS_S = 0.3
 _REST_S = 1.0
@@ -36,7 +36,7 @@ class StageWhereabouts:
     due: int
     """The next position that the stage expects."""
     sent: int
-    """Number of positions that the stage has sent to the next one."""
+    """Number of positions whose outputs the stage has sent to the next stage."""
     computing_s: float
     """How long the stage's peer has been computing its present step, which may be another session's."""
 
@@ -85,7 +85,7 @@ class StallWatch:
         return None
 
     async def _locate_stall(self, answer: Answer, limit: float) -> None:
-        """Ask every stage for its progress twice. Recover the answer if a stage does not reply, or if none has moved in between."""
+        """Ask every stage for its progress twice. Recover the answer if a stage does not reply or no stage has made progress."""
         epoch, progress = answer.machine.epoch, answer.progress_at
         before = await self._ask(answer, epoch)
         await self.clock.sleep(_BETWEEN_ASKS_S)
@@ -128,7 +128,7 @@ def stuck_at(
 
     known: number of tokens of prompt and answer that the coordinator has.
     limit_s: how long a stage's peer may compute one step.
-    Returns: (reason, number of the stage at fault if it is known). None if a stage has moved, or may still be computing.
+    Returns: (reason, number of the stage at fault if it is known). None if a stage has made progress, or may still be computing.
     """
     if [(stage.due, stage.sent) for stage in before] != [(stage.due, stage.sent) for stage in after]:
         return None
