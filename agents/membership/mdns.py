@@ -168,7 +168,7 @@ class MdnsDiscovery:
         return [self._host] if self._host in addresses else addresses
 
     def _info(self) -> AsyncServiceInfo:
-        """Build the records to announce, and remember the load in them as announced."""
+        """Build the records to announce, and store their load as the last announced one."""
         self._announced_load = self._load
         return to_info(self._announcement, self._load, self._addresses())
 

@@ -56,7 +56,7 @@ class ClusterState:
     suspects: Collection[PeerId] = ()
     """Peers whose layers count as served, but which get no new layers."""
     refused: Collection[tuple[PeerId, ModelId]] = ()
-    """Pairs of a peer and a model of which that peer recently could not load layers."""
+    """Pairs `(peer, model)`: the peer recently failed to load layers of the model."""
     pending: Sequence[LoadRequest] = ()
     """Requests that are sent and not answered yet."""
     copies: int = 2

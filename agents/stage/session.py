@@ -174,7 +174,7 @@ class StageSession(Machine[Event, Command]):
     next_position: int = 0
     """Position of the next step that may arrive."""
     send_from: int = 0
-    """The next stage has the outputs of all positions before this one."""
+    """Position from which outputs are sent: the next stage had all earlier ones when this stage resumed."""
     sent_to: int = 0
     """Outputs of all positions before this one have been sent to the next stage."""
     replay_to: int = 0

@@ -196,7 +196,7 @@ class OrtLayers:
         return_freed_memory()
 
     def prepare(self, layers: LayerRange, step: Callable[[], None] = lambda: None) -> None:
-        """Open the missing sessions of a stage over `layers`. Calls `step` `len(layers) + 1` times, for progress."""
+        """Open the ONNX Runtime sessions that a stage over `layers` needs. Calls `step` `len(layers) + 1` times, for progress."""
         self.session(project_subgraph, layers.start)
         step()
         for layer in layers:

@@ -1,4 +1,4 @@
-"""The cluster key, its join code, its authority and the identities certified by it."""
+"""The cluster key, its join code, the authority derived from it, and the identities that the authority certifies."""
 
 import hashlib
 import json

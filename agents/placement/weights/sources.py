@@ -46,7 +46,7 @@ class WeightSources:
     me: PeerId
     links: Links
     adverts: Callable[[], Iterable[Advert]]
-    """Returns the adverts of the live peers, with or without this peer's own."""
+    """Returns the adverts of the live peers. This peer's own advert may be among them, and is ignored."""
     names: Callable[[PeerId], str]
     clock: Clock
     link_stats: Callable[[], dict[PeerId, LinkStats]]

@@ -44,7 +44,7 @@ class HopEstimate(msgspec.Struct, frozen=True, kw_only=True):
     bytes_per_token: int
     decode_s: float
     prefill_chunk_s: float
-    """0 for the hop that returns the token to the first stage."""
+    """Seconds for the hidden states of one prefill chunk; 0 for the hop that returns the token to the first stage."""
     link: str
     """Where the figures of the link come from; see `Link.source`."""
 

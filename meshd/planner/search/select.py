@@ -8,5 +8,5 @@ EXACT_PEERS = 10
 
 
 def search_for(peers: int) -> Search:
-    """Return the search for one problem with `peers` peers."""
+    """Return the exact search for up to `EXACT_PEERS` peers, else a new heuristic search."""
     return exact_search if peers <= EXACT_PEERS else HeuristicSearch()

@@ -182,7 +182,7 @@ class WordsGeneration:
 
     def _draw(self) -> None:
         request, made = self.record.request, self.record.made
-        # The random numbers depend only on the position, so that every peer draws the same words.
+        # The random numbers depend only on the seed and the position, so that every peer draws the same words.
         picks = random.Random(f"{request.sampling.seed if request.sampling.temperature else 0}:{len(made)}")
         token = picks.randrange(len(VOCABULARY))
         text = "".join(delta.text for delta in made[-64:]) + VOCABULARY[token]

@@ -86,7 +86,10 @@ class PeerHealth:
         return self.is_affected(process.spec.id) or self._short_at >= since - _AFTERMATH_S or process.leaving
 
     def may_have_lost_records(self) -> bool:
-        """Return whether losses were close together or just happened: only then may a session's record be lost."""
+        """Return whether a session's record may be lost.
+
+        It may be if two peers were lost or came back within `_CLOSE_S` of each other, or one was or did in the last `_CLOSE_S`.
+        """
         times = sorted(self._losses)
         close = any(later - earlier < _CLOSE_S for earlier, later in pairwise(times))
         return close or any(self._loop.time() - at < _CLOSE_S for at in times)
