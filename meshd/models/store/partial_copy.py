@@ -61,8 +61,8 @@ class PartialFile(GgufFile):
 class PartialCopy:
     """A partial copy in one folder. Several processes may read it; only the holder of its lock may fill it.
 
-    To fill it: call `begin`; then `write`, `is_right`, `keep` and `flush`, from any thread; then `close`. Call `grow` once, when the
-    header is kept.
+    To fill it: call `begin`; then `write`, `is_right`, `keep` and `flush`, from any thread; then `close`. Call `grow` once, when
+    the header is kept.
     """
 
     def __init__(self, folder: Path, about: CopyInfo, have: set[int]) -> None:
