@@ -8,6 +8,7 @@ TORCH ?= torch==2.13.0
 MODELS ?= smollm2:135m gemma3:270m
 PYTEST ?= -m 'not slow'
 CHAOS ?= --seed 1 --peers 5 --clients 4 --faults 200
+CHAOS_SHORT ?= --seed 20 --faults 12 --short --minutes 3
 SIM ?= --seeds 0..2000 --faults 6
 FUZZ ?= --seconds 60
 
@@ -19,7 +20,7 @@ ENOUGH = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14 python; do \
 	"$$python" -c '$(ENOUGH)' 2>/dev/null && echo "$$python" && break; done)
 
-.PHONY: install demo test check diagrams formats bench bench-short chaos sim fuzz wheel clean
+.PHONY: install demo test check diagrams formats bench bench-short chaos chaos-short sim fuzz wheel clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -66,6 +67,10 @@ sim: $(VENV)/installed $(VENV)/group-test
 
 chaos: $(VENV)/installed $(VENV)/group-test
 	$(BIN)/python -P tests/chaos/run.py $(CHAOS)
+
+# Each kind of fault once.
+chaos-short: $(VENV)/installed $(VENV)/group-test
+	$(BIN)/python -P tests/chaos/run.py $(CHAOS_SHORT)
 
 fuzz: $(VENV)/installed $(VENV)/group-test
 	for target in tests/fuzz/fuzz_*.py; do echo "--- $$target"; $(BIN)/python -P "$$target" $(FUZZ) || exit; done
