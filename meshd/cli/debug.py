@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from meshd.cli.support.arguments import Parser, add_client, add_json
+from meshd.cli.support.arguments import Parser, add_client, add_commands, add_json
 from meshd.cli.support.client import daemon_of
 from meshd.cli.support.output import print_json, short_id, table
 from meshd.types import is_peer_id
@@ -15,19 +15,9 @@ Row = Mapping[str, Any]
 _COLUMN_KEYS = ("at_s", "peer", "name", "what")
 
 
-class _SubcommandParser(Parser):
-    """The parser that argparse creates for each subcommand."""
-
-    def __init__(self, *, prog: str, description: str) -> None:
-        super().__init__(prog.removeprefix("meshd "), description, EXAMPLE)
-
-
 def add_arguments(parser: Parser) -> None:
-    commands = parser.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", prog="meshd debug", parser_class=_SubcommandParser
-    )
     text = "show a session's events in order, collected from all peers"
-    story = commands.add_parser("story", help=text, description=text)
+    story = add_commands(parser, {"story": text}, EXAMPLE)["story"]
     story.add_argument(
         "session",
         metavar="SESSION",

@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from meshd.cli.support.answering import notice
-from meshd.cli.support.arguments import Parser, add_json, add_state, settings_of
+from meshd.cli.support.arguments import Parser, add_commands, add_json, add_state, settings_of
 from meshd.cli.support.output import print_json
 from meshd.config import API_KEY_FILE
 from meshd.errors import StorageError
@@ -24,18 +24,8 @@ _COMMANDS = {
 }
 
 
-class _SubcommandParser(Parser):
-    """The parser that argparse creates for each subcommand."""
-
-    def __init__(self, *, prog: str, description: str) -> None:
-        super().__init__(prog.removeprefix("meshd "), description, EXAMPLE)
-
-
 def add_arguments(parser: Parser) -> None:
-    commands = parser.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", prog="meshd key", parser_class=_SubcommandParser
-    )
-    parsers = {name: commands.add_parser(name, help=text, description=text) for name, text in _COMMANDS.items()}
+    parsers = add_commands(parser, _COMMANDS, EXAMPLE)
     parsers["join"].add_argument(
         "code", metavar="CODE", help="the join code that `meshd key show` prints on a device of the cluster"
     )
