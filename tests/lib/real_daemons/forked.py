@@ -120,10 +120,19 @@ def _run(words: list[str], stdin: Connection, log: str, environment: dict[str, s
         runpy.run_path(words[0], run_name="__main__")
 
 
+def enter_network(namespace: int) -> None:
+    """Move this thread into the network namespace of an open descriptor. Raises: OSError."""
+    _check(ctypes.CDLL(None, use_errno=True).setns(namespace, _CLONE_NEWNET), "cannot enter the network namespace")
+
+
 def _enter(namespace: str, name: str) -> None:
     """Move this process into a network namespace and give it a host name of its own. Raises: OSError."""
-    libc = ctypes.CDLL(None, use_errno=True)
     with open(namespace) as network:
-        if libc.setns(network.fileno(), _CLONE_NEWNET) or libc.unshare(_CLONE_NEWUTS):
-            raise OSError(ctypes.get_errno(), f"can't enter {namespace}")
+        enter_network(network.fileno())
+    _check(ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWUTS), "cannot have a host name of its own")
     socket.sethostname(name)
+
+
+def _check(result: int, failure: str) -> None:
+    if result:
+        raise OSError(ctypes.get_errno(), failure)

@@ -3,7 +3,6 @@
 Both implement the interface `Site`.
 """
 
-import ctypes
 import importlib.util
 import os
 import signal
@@ -16,12 +15,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from real_daemons.forked import Process, fork
+from real_daemons.forked import Process, enter_network, fork
 
 _DEFAULT_NETLAB = Path(__file__).resolve().parents[3].parent / "shared/netlab/netlab.py"
 """The file of the module `netlab`, beside the repository. The variable MESHD_NETLAB can name another file."""
 _API_PORT, _LINK_PORT = 6374, 6375
-_CLONE_NEWNET = 0x40000000
 _RUN_S = 60.0
 
 
@@ -194,18 +192,12 @@ def send_signal(process: Process, number: signal.Signals) -> None:
 @contextmanager
 def _within(namespace: str) -> Iterator[None]:
     """Move this thread into a network namespace for the block: sockets made inside belong to the namespace."""
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def enter(descriptor: int) -> None:
-        if libc.setns(descriptor, _CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
-
     with open("/proc/thread-self/ns/net") as home, open(namespace) as other:
-        enter(other.fileno())
+        enter_network(other.fileno())
         try:
             yield
         finally:
-            enter(home.fileno())
+            enter_network(home.fileno())
 
 
 def _free_ports(count: int) -> list[int]:
