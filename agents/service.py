@@ -30,6 +30,8 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
     role: str
     content: str
     name: str | None = None
+    reasoning: str | None = None
+    """What the assistant thought before this message. The chat template decides whether the model sees it."""
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,6 +3,7 @@
 MeshdError                      code, message, hint; only its subclasses are raised
  +- UsageError                  the request itself is wrong
  |   +- InvalidRequest          a field is wrong (param names it)
+ |   |   +- ToolsUnsupported    it asks for tools
  |   +- ContextTooLong          prompt and answer exceed the model's context
  |   +- UnknownModel            no such model; nearest names in the hint
  |   +- UnknownSession          no such answer, or its record is gone
@@ -59,6 +60,12 @@ class InvalidRequest(UsageError):
     def __init__(self, message: str, *, param: str | None = None, hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.param = param
+
+
+class ToolsUnsupported(InvalidRequest):
+    """The request asks the model to call tools, which meshd does not support."""
+
+    code = "tools_unsupported"
 
 
 class ContextTooLong(UsageError):

@@ -22,17 +22,17 @@ class FixedClock(SystemClock):
 def chat(**fields: Any) -> list[GenerationRequest]:
     """Convert the body of a chat, with these fields changed."""
     body = {"model": "m", "messages": [{"role": "user", "content": "hello"}]} | fields
-    return decode_body(msgspec.json.encode(body), ChatRequest).generation_requests(FixedClock())
+    return decode_body(msgspec.json.encode(body), ChatRequest)[0].generation_requests(FixedClock())
 
 
 def completion(**fields: Any) -> list[GenerationRequest]:
     """Convert the body of a text completion, with these fields changed."""
     body = {"model": "m", "prompt": "hello"} | fields
-    return decode_body(msgspec.json.encode(body), CompletionRequest).generation_requests(FixedClock())
+    return decode_body(msgspec.json.encode(body), CompletionRequest)[0].generation_requests(FixedClock())
 
 
 def response(**fields: Any) -> GenerationRequest:
     """Convert the body of a response, with these fields changed."""
     body = {"model": "m", "input": "hello"} | fields
-    [one] = decode_body(msgspec.json.encode(body), ResponseRequest).generation_requests(FixedClock())
+    [one] = decode_body(msgspec.json.encode(body), ResponseRequest)[0].generation_requests(FixedClock())
     return one

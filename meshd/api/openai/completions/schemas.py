@@ -14,12 +14,15 @@ from meshd.errors import InvalidRequest
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's default for this route."""
 
+MAX_PROMPTS = 256
+"""Most prompts of one request."""
+
 Text = Annotated[str, Meta(min_length=1)]
 TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
 Prompt = str | tuple[int, ...]
 
 
-class CompletionRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class CompletionRequest(GenerationFields, frozen=True, kw_only=True):
     """The body of POST /v1/completions."""
 
     prompt: Annotated[
@@ -61,6 +64,11 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True, forbid_unkn
     def check(self) -> None:
         """Check the rules that types can't express. Raises: InvalidRequest."""
         GenerationFields.check(self)
+        # The first item decides: token ids of one prompt may be many. `prompts` refuses a mixture.
+        if isinstance(self.prompt, list) and len(self.prompt) > MAX_PROMPTS and not isinstance(self.prompt[0], int):
+            raise InvalidRequest(
+                f"`prompt` has {len(self.prompt)} prompts, and {MAX_PROMPTS} are allowed", param="prompt", hint="send fewer at once"
+            )
         if self.best_of is not None and self.best_of != self.count:
             raise InvalidRequest("`best_of` is not supported", param="best_of", hint="leave it out or send the value of `n`")
         if self.echo and self.logprobs is not None:
