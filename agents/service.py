@@ -1,6 +1,6 @@
 """The interfaces of a peer that the HTTP API uses: `Coordinator` for answers, `ClusterService` for the cluster."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any, Protocol
 
 import msgspec
@@ -32,6 +32,11 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
     name: str | None = None
     reasoning: str | None = None
     """What the assistant thought before this message. The chat template decides whether the model sees it."""
+
+    def for_template(self) -> dict[str, Any]:
+        """Return the message with the names that chat templates use. What was not given is absent."""
+        given = {"role": self.role, "content": self.content, "name": self.name, "reasoning_content": self.reasoning}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,6 +106,11 @@ class Generation(Protocol):
     def predicted_tpot_s(self) -> float: ...
 
     @property
+    def ignored(self) -> tuple[str, ...]:
+        """Fields of the request that the model's chat template does not use, such as `messages[0].name`."""
+        ...
+
+    @property
     def renderer(self) -> bytes:
         """See `GenerationRequest.renderer`."""
         ...
@@ -137,8 +147,8 @@ class Generation(Protocol):
 class Coordinator(Protocol):
     """Starts, resumes and ends answers for the clients of this peer."""
 
-    async def generate(self, request: GenerationRequest) -> Generation:
-        """Tokenise, plan and open a session.
+    async def generate(self, request: GenerationRequest, *, on_wait: Callable[[], None] | None = None) -> Generation:
+        """Tokenise, plan and open a session. `on_wait` is called if the request waits until another answer ends.
 
         Returns: the running answer, once all stages of its first plan are open.
         Raises: UnknownModel, InvalidRequest, ContextTooLong, Overloaded, NotReady, DoesNotFit, NoPeer, PeerFault.

@@ -37,6 +37,10 @@ class ModelText:
     tokenizer: Tokenizer
     template: ChatTemplate | None
 
+    def max_bytes(self, context: int) -> int:
+        """Size of the longest prompt that fits into `context` tokens, if every token were the longest one."""
+        return context * self.tokenizer.longest_bytes
+
     def tokens_of(
         self, prompt: tuple[ChatMessage, ...] | str | tuple[int, ...], variables: Mapping[str, Any] | None = None
     ) -> tuple[int, ...]:
@@ -55,7 +59,7 @@ class ModelText:
             raise InvalidRequest(
                 f"{self.card.name} has no chat template", param="messages", hint="use /v1/completions with a text prompt"
             )
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        turns = [message.for_template() for message in messages]
         return tuple(self.tokenizer.encode_chat(self.template, turns, variables=variables))
 
 

@@ -66,6 +66,8 @@ class Answer:
     ended_at: float = field(init=False)
     unread_since: float = field(init=False)
     readers: int = 0
+    ignored: tuple[str, ...] = ()
+    """See `service.Generation.ignored`. Empty after a takeover: the answer's headers were sent by its first coordinator."""
     opened: "asyncio.Future[None]" = field(init=False)
     """Done when all stages of the first plan are open. If the answer ends before that, the future gets the answer's error; without
     an error it is cancelled."""

@@ -24,6 +24,7 @@ from meshd.agents.session.journal.writer import JournalWriters
 from meshd.agents.session.plan.move import Mover
 from meshd.agents.session.plan.retry import TAKEOVER_EPOCHS, PlanRetrier
 from meshd.agents.session.plan.route import Router
+from meshd.agents.session.prompt import PromptIntake, check_sampling
 from meshd.agents.session.recovery_history import Recovered
 from meshd.agents.session.report import report_end
 from meshd.agents.session.stages.receiver import StageReceiver
@@ -78,6 +79,7 @@ class Coordinator:
     _admitted: dict[SessionId, float] = field(default_factory=dict)
     """Time at which each running answer got its admission slot."""
     _tasks: set["asyncio.Task[None]"] = field(default_factory=set)
+    _prompts: PromptIntake = field(default_factory=PromptIntake)
     _watch: StallWatch = field(init=False)
     _context: AnswerContext = field(init=False)
     _receiver: StageReceiver = field(init=False)
@@ -146,28 +148,29 @@ class Coordinator:
         """See `service.Coordinator.readiness`."""
         return self.readiness_of()
 
-    async def generate(self, request: GenerationRequest) -> Answer:
+    async def generate(self, request: GenerationRequest, *, on_wait: Callable[[], None] | None = None) -> Answer:
         """See `service.Coordinator.generate`."""
         if self.leaving():
             raise Unavailable("this peer is about to stop and takes no new requests", hint="ask another peer")
         card = self.library.find(request.model)
+        check_sampling(request, card)
         text = await self.library.text(card)
-        # In a thread: a long prompt, or a template with an endless loop, must not delay the heartbeats.
-        prompt = await asyncio.to_thread(text.tokens_of, request.prompt, request.template)
-        record = new_record(request, card, prompt, self.me, self.clock)
-        answer = await self._admit(record, card, text)
+        prompt = await self._prompts.encode(request, card, text)
+        record = new_record(request, card, prompt.tokens, self.me, self.clock)
+        answer = await self._admit(record, card, text, on_wait)
+        answer.ignored = prompt.ignored
         self.retrier.start(answer)
         try:
             await answer.opened
         except asyncio.CancelledError:
             await answer.cancel()
             raise
-        log.info("session %s: %s, %d prompt tokens, over %s", answer.session, card.name, len(prompt), answer.plan_header)
+        log.info("session %s: %s, %d prompt tokens, over %s", answer.session, card.name, len(record.prompt), answer.plan_header)
         return answer
 
-    async def _admit(self, record: SessionRecord, card: ModelCard, text: ModelText) -> Answer:
+    async def _admit(self, record: SessionRecord, card: ModelCard, text: ModelText, on_wait: Callable[[], None] | None) -> Answer:
         asked = self.clock.monotonic()
-        await self.admission.enter()
+        await self.admission.enter(on_wait)
         now = self.clock.monotonic()
         self.telemetry.queue_wait(now - asked)
         try:

@@ -55,6 +55,8 @@ class WordsMesh:
     async def place(self, request: PlaceRequest) -> AsyncIterator[PlacementStep]:
         if request.model == "missing":
             raise UnknownModel("no model 'missing'")
+        if request.model == "stalls":
+            await asyncio.Event().wait()
         layers = LayerRange(0, 2)
         yield PlacementStep(peer=PeerId("p" * 52), name="here", layers=layers, state="loading", progress=0.5)
         if request.model == "breaks":

@@ -35,7 +35,7 @@ Tools = Annotated[
 ]
 ToolChoice = Annotated[
     Literal["none", "auto", "required"] | dict[str, Any] | None,
-    Meta(description="Not supported: only null, \"none\" or \"auto\".", extra_json_schema={UNSUPPORTED: True}),
+    Meta(description='Not supported: only null, "none" or "auto".', extra_json_schema={UNSUPPORTED: True}),
 ]
 MAX_LOGIT_BIASES = 1024
 """Most entries of `logit_bias`. They are sent to the last stage in one message, whose header has 64 KiB."""
@@ -162,7 +162,7 @@ def unsupported(param: str, hint: str) -> InvalidRequest:
 
 def asks_for_tools(tools: list[Any] | None, choice: str | dict[str, Any] | None) -> bool:
     """Whether a request may be answered with a call of a tool: it has tools and does not rule them out, or it demands a call."""
-    return bool(tools) and choice != "none" or demands_tool(choice)
+    return (bool(tools) and choice != "none") or demands_tool(choice)
 
 
 def demands_tool(choice: str | dict[str, Any] | None) -> bool:
@@ -170,6 +170,8 @@ def demands_tool(choice: str | dict[str, Any] | None) -> bool:
     return choice == "required" or isinstance(choice, dict)
 
 
-def tools_unsupported(param: str, hint: str = "leave it out; with \"tool_choice\": \"none\", the tools are ignored") -> ToolsUnsupported:
+def tools_unsupported(
+    param: str, hint: str = 'leave it out; with "tool_choice": "none", the tools are ignored'
+) -> ToolsUnsupported:
     """Make the error for a field that asks for tools."""
     return ToolsUnsupported(f"`{param}` asks for tools, which are not supported", param=param, hint=hint)

@@ -10,7 +10,7 @@ from meshd.agents.service import GenerationRequest
 from meshd.api.http.reply import json_response
 from meshd.api.http.services import SERVICES
 from meshd.api.http.sse import EventStream, respond
-from meshd.api.openai.answers import RunningAnswers, started
+from meshd.api.openai.answers import GENERATION_HEADERS, RunningAnswers, started
 from meshd.api.openai.common_objects import UsageCounter, collect
 from meshd.api.openai.stored_responses import AnyRenderer
 
@@ -42,6 +42,9 @@ async def send_stream(
     async def produce(stream: EventStream) -> None:
         stream.last = after
         async with source as running:
+            if stream.response.prepared:  # the request waited: its headers were sent before these values were known
+                for name, value in request[GENERATION_HEADERS].items():
+                    await stream.comment(f"{name}: {value}")
             await _write(stream, running)
 
     return await respond(request, produce)

@@ -50,7 +50,9 @@ async def test_fields_inside_messages_and_their_parts_are_named(http: aiohttp.Cl
             "messages[0].content[0].cache_control", "messages[0].id", "messages[1].opts",
         }  # fmt: skip
     items = [{"role": "user", "content": [{"type": "input_text", "text": "x", "hint": 1}], "phase": "commentary"}]
-    async with http.post("/v1/responses", json=ROUTES["/v1/responses"] | {"input": items, "text": {"verbosity": "low"}}) as response:
+    async with http.post(
+        "/v1/responses", json=ROUTES["/v1/responses"] | {"input": items, "text": {"verbosity": "low"}}
+    ) as response:
         assert response.status == 200, await response.text()
         assert set(response.headers["x-meshd-ignored"].split(", ")) == {
             "input[0].content[0].hint", "input[0].phase", "text.verbosity",

@@ -66,7 +66,9 @@ class InputItem(msgspec.Struct, frozen=True, kw_only=True):
             self._check_type(path)
             return
         if self.role is None:
-            raise InvalidRequest(f"`{path}.role` is required", param=f"{path}.role", hint="send user, assistant, system or developer")
+            raise InvalidRequest(
+                f"`{path}.role` is required", param=f"{path}.role", hint="send user, assistant, system or developer"
+            )
         if self.role != "assistant" and (self.content is None or self.content == []):
             raise InvalidRequest(f"`{path}.content` is required", param=f"{path}.content", hint="send a text or parts of text")
         for index, part in enumerate(self.content if isinstance(self.content, list) else ()):
@@ -135,7 +137,10 @@ class ResponseRequest(AnswerFields, frozen=True, kw_only=True):
     tool_choice: ToolChoice = None
     tools: Annotated[
         list[Any] | None,
-        Meta(description="Not supported: tools are ignored, so that agents can ask without them.", extra_json_schema={UNSUPPORTED: True}),
+        Meta(
+            description="Not supported: tools are ignored, so that agents can ask without them.",
+            extra_json_schema={UNSUPPORTED: True},
+        ),
     ] = None
 
     @property

@@ -4,6 +4,7 @@ import codecs
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import tokenizers
@@ -62,6 +63,11 @@ class Tokenizer:
         self._prefix = prefix
         self._suffix = suffix
         self.leading_space = leading_space
+
+    @cached_property
+    def longest_bytes(self) -> int:
+        """Size of the longest token in bytes."""
+        return max((len(self.token_bytes(id_)) for id_ in range(len(self))), default=1)
 
     def __len__(self) -> int:
         """Return the number of token ids."""

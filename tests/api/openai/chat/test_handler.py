@@ -164,3 +164,10 @@ async def test_repeat_penalty_is_another_name_of_repetition_penalty(http: aiohtt
         async with http.post("/v1/chat/completions", json=CHAT | {name: 1.25, "max_tokens": 2}) as response:
             assert "x-meshd-ignored" not in response.headers
         assert coordinator.requests[-1].sampling.repetition_penalty == 1.25
+
+
+async def test_a_name_that_the_template_does_not_use_is_named(http: aiohttp.ClientSession) -> None:
+    messages = [{"role": "user", "content": "x"}, {"role": "user", "content": "x", "name": "bob"}]
+    for n in (1, 2):
+        async with http.post("/v1/chat/completions", json=CHAT | {"messages": messages, "max_tokens": 2, "n": n}) as response:
+            assert response.headers["x-meshd-ignored"] == "messages[1].name"
