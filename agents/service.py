@@ -9,6 +9,9 @@ from meshd.errors import MeshdError
 from meshd.types import FinishReason, LayerRange, ModelCard, Objective, PeerId, SamplingParams, SessionId
 
 
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+
+
 class MeshOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Options for a request's plan: the JSON object `mesh`."""
 
@@ -16,9 +19,9 @@ class MeshOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Which peer runs which layers, as `name:0-12,name:12-30`. A name may be an unambiguous beginning of the peer's id."""
     peers: tuple[str, ...] | None = None
     """Names, or beginnings of ids, of the peers that may take part; None: all peers."""
-    min_peers: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    min_peers: Count | None = None
     objective: Objective | None = None
-    context: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    context: Count | None = None
     """Maximum number of tokens of prompt and answer together; None: the model's context length."""
     mirror: bool | None = None
     """Whether to keep a copy of the KV on other peers; None: as set by `--mirror`."""
@@ -186,7 +189,7 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """The request of `meshd plan` and `POST /mesh/v1/plan`."""
 
     model: str
-    context: int | None = None
+    context: Count | None = None
     objective: Objective = Objective.LATENCY
     what_if: tuple[str, ...] = ()
     """Hypothetical peers to add: `+name ram=32GiB bw=60GB/s link=1Gbps rtt=0.3ms`."""
@@ -198,9 +201,9 @@ class PlaceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     model: str
     stages: str | None = None
-    min_peers: int | None = None
+    min_peers: Count | None = None
     objective: Objective | None = None
-    context: int | None = None
+    context: Count | None = None
 
 
 class PlacementStep(msgspec.Struct, frozen=True, kw_only=True):

@@ -29,6 +29,8 @@ from meshd.types import Advert, ModelCard, ModelId, PeerId, SessionId
 
 _PROBE_CONTEXT = 4096
 """Context in tokens that `meshd plan` assumes without `--context`, unless the model's own context is shorter."""
+_SHOWN_MATCHES = 3
+"""How many sessions the error for an ambiguous beginning of an id lists."""
 _WHOLE_ID = re.compile(r"(?:.*[-_])?([0-9a-f]{32})")
 """Matches a whole session id, or an answer's id, which ends with the session's id."""
 
@@ -180,8 +182,8 @@ class ClusterView:
         if not matches:
             raise UnknownSession(f"no session here has an id that begins with {text!r}", hint="write the whole id")
         if len(matches) > 1:
-            several = f"{text!r} matches several sessions: {', '.join(matches)}"
-            raise InvalidRequest(several, param="session", hint="write more of the id")
+            first = ", ".join(matches[:_SHOWN_MATCHES]) + (", ..." if len(matches) > _SHOWN_MATCHES else "")
+            raise InvalidRequest(f"{text!r} matches {len(matches)} sessions: {first}", param="session", hint="write more of the id")
         return SessionId(matches[0])
 
     def _session_row(self, answer: Answer, name_of: Callable[[ModelId], str]) -> dict[str, Any]:

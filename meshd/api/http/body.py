@@ -29,16 +29,31 @@ async def read_body(request: web.Request, shape: type[T]) -> T:
 
     Raises: InvalidRequest, HTTPRequestEntityTooLarge, HTTPRequestTimeout.
     """
-    try:
-        async with asyncio.timeout(request.app[SERVICES].limits.body_s):
-            data = await request.read()
-    except TimeoutError:
-        raise web.HTTPRequestTimeout(text="the body did not arrive in time: send it without a pause") from None
+    data = await _read(request)
     if len(data) <= IN_PLACE_BYTES:
         body, request[IGNORED] = decode_body(data, shape)
     else:
         body, request[IGNORED] = await asyncio.to_thread(decode_body, data, shape)
     return body
+
+
+async def _read(request: web.Request) -> bytes:
+    limits = request.app[SERVICES].limits
+    if (request.content_length or 0) > limits.body_bytes:
+        raise web.HTTPRequestEntityTooLarge(max_size=limits.body_bytes, actual_size=request.content_length or 0)
+    try:
+        async with asyncio.timeout(limits.body_s):
+            return await request.read()
+    except TimeoutError:
+        raise web.HTTPRequestTimeout(text="the body did not arrive in time: send it without a pause") from None
+    except web.RequestPayloadError:
+        # Where the body ends is not known any more: the rest is not read, and the connection closes after the response.
+        request.content.feed_eof()
+        if request.protocol is not None:
+            request.protocol.close()
+        raise InvalidRequest(
+            "the body can't be read: it is not encoded as its headers say", hint="check `Content-Encoding` and `Transfer-Encoding`"
+        ) from None
 
 
 def decode_body(data: bytes, shape: type[T]) -> tuple[T, IgnoredFields]:

@@ -2,7 +2,7 @@
 
 A field falls into one of three groups. One that meshd supports is used. One that is known to change the answer and is not supported
 accepts only its neutral values (null, an empty list, the default): any other value is an error that names the field. All others,
-such as hints for other servers (`prompt_cache_key`, `verbosity`), are ignored, and the answer's header `x-meshd-ignored` names them.
+such as hints for other servers (`prompt_cache_key`, `verbosity`), are ignored, and the header `x-meshd-ignored` names them.
 """
 
 from collections.abc import Iterator
@@ -170,8 +170,6 @@ def demands_tool(choice: str | dict[str, Any] | None) -> bool:
     return choice == "required" or isinstance(choice, dict)
 
 
-def tools_unsupported(
-    param: str, hint: str = 'leave it out; with "tool_choice": "none", the tools are ignored'
-) -> ToolsUnsupported:
+def tools_unsupported(param: str, hint: str = 'leave it out, or set "tool_choice" to "none"') -> ToolsUnsupported:
     """Make the error for a field that asks for tools."""
     return ToolsUnsupported(f"`{param}` asks for tools, which are not supported", param=param, hint=hint)

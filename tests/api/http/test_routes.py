@@ -12,9 +12,7 @@ def test_each_method_of_a_path_has_one_route() -> None:
 @pytest.mark.parametrize(
     "route", [route for route in ROUTES if route.takes and route.path.startswith("/mesh/")], ids=lambda route: route.path
 )
-async def test_a_body_with_an_unknown_field_is_refused_by_the_clusters_own_routes(
-    http: aiohttp.ClientSession, route: Route
-) -> None:
+async def test_the_clusters_own_routes_refuse_unknown_fields(http: aiohttp.ClientSession, route: Route) -> None:
     async with http.request(route.method, route.path, json={"no_such_field": 1}) as response:
         error = (await response.json())["error"]
     assert (response.status, error["param"]) == (400, "no_such_field")
