@@ -8,7 +8,6 @@ import msgspec
 from meshd.errors import MeshdError
 from meshd.types import FinishReason, LayerRange, ModelCard, Objective, PeerId, SamplingParams, SessionId
 
-
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
 
@@ -89,6 +88,14 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True):
     completion_tokens: int
     ttft_s: float
     tpot_s: float
+
+
+class AvailableModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that a request would be answered with."""
+
+    card: ModelCard
+    loaded: bool
+    """Whether live peers hold all layers. If not, the first request waits until they are loaded."""
 
 
 class Generation(Protocol):
@@ -176,8 +183,12 @@ class Coordinator(Protocol):
         """Cancel an answer wherever it runs; with `forget`, delete its record too. Raises: UnknownSession."""
         ...
 
-    def models(self) -> list[ModelCard]:
-        """Returns: the models that can answer now."""
+    def card(self, model: str) -> ModelCard | None:
+        """Find a known model by its name, reference or id. Returns: None if no live peer has it."""
+        ...
+
+    async def models(self) -> list[AvailableModel]:
+        """Returns: the models that a request would be answered with, whether they are loaded or would be loaded for it."""
         ...
 
     def readiness(self) -> tuple[bool, float, str]:
@@ -228,7 +239,7 @@ class ClusterService(Protocol):
 
     def links(self) -> list[dict[str, Any]]: ...
 
-    def known_models(self) -> list[dict[str, Any]]: ...
+    async def known_models(self) -> list[dict[str, Any]]: ...
 
     def plans(self) -> list[dict[str, Any]]: ...
 

@@ -5,7 +5,7 @@ Units are in the names (`_bytes`, `_s`, `_ms`, `_bytes_s`); layer ranges are hal
 
 from collections.abc import Collection, Iterator
 from enum import StrEnum
-from typing import NewType, Self
+from typing import Annotated, NewType, Self
 
 import msgspec
 
@@ -161,6 +161,18 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return not self.unrotated_every or (layer + 1) % self.unrotated_every != 0
 
 
+class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The sampling parameters that a model's authors recommend. None: they recommend no value."""
+
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(ge=0.01, le=10)] | None = None
+    presence_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
+
+
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """Describes a model to the planner and to peers that do not have its weights."""
 
@@ -186,6 +198,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """Size of each layer in memory. Empty: as in the file."""
     head_memory_bytes: int = 0
     """Size of the head in memory. 0: as in the file. The embedding takes no memory: its rows are read from the file."""
+    sampling: SamplingDefaults = SamplingDefaults()
+    """Used where a request says nothing."""
 
     @property
     def layers(self) -> LayerRange:

@@ -73,10 +73,11 @@ class ClusterView:
             for target, stats in advert.links.items()
         ]
 
-    def known_models(self) -> list[dict[str, Any]]:
+    async def known_models(self) -> list[dict[str, Any]]:
         """List the models that live peers have on disk or in memory."""
+        loaded = {model.card.id: model.loaded for model in await self.coordinator.models()}
         adverts = self.membership.adverts()
-        return [self._model_row(card, adverts) for card in self.library.cards().values()]
+        return [_model_row(card, adverts, loaded.get(card.id)) for card in self.library.cards().values()]
 
     def plans(self) -> list[dict[str, Any]]:
         """List the plans of the answers that this peer coordinates now."""
@@ -208,24 +209,27 @@ class ClusterView:
             "deputies": self.coordinator.journal.deputies_of(answer.session),
         }
 
-    def _model_row(self, card: ModelCard, adverts: list[Advert]) -> dict[str, Any]:
-        return {
-            "id": card.id,
-            "name": card.name,
-            "ref": card.ref,
-            "quantisation": card.quantisation,
-            "layers": card.spec.layers,
-            "context_length": card.spec.context_length,
-            "bytes": sum(card.layer_bytes) + card.embedding_bytes + (0 if card.spec.tied_head else card.head_bytes),
-            "answers": self.router.covered(card),
-            "on_disk": [advert.name for advert in adverts if any(known.id == card.id for known in advert.models)],
-            "holdings": [
-                {"peer": advert.peer, "name": advert.name, **msgspec.to_builtins(holding), "layers": str(holding.layers)}
-                for advert in adverts
-                for holding in advert.holdings
-                if holding.model == card.id
-            ],
-        }
+
+def _model_row(card: ModelCard, adverts: list[Advert], loaded: bool | None) -> dict[str, Any]:
+    """Make a model's row. `loaded`: as in `AvailableModel`; None if no request would be answered with it."""
+    return {
+        "id": card.id,
+        "name": card.name,
+        "ref": card.ref,
+        "quantisation": card.quantisation,
+        "layers": card.spec.layers,
+        "context_length": card.spec.context_length,
+        "bytes": sum(card.layer_bytes) + card.embedding_bytes + (0 if card.spec.tied_head else card.head_bytes),
+        "answers": loaded is not None,
+        "loaded": bool(loaded),
+        "on_disk": [advert.name for advert in adverts if any(known.id == card.id for known in advert.models)],
+        "holdings": [
+            {"peer": advert.peer, "name": advert.name, **msgspec.to_builtins(holding), "layers": str(holding.layers)}
+            for advert in adverts
+            for holding in advert.holdings
+            if holding.model == card.id
+        ],
+    }
 
 
 def _own_row(advert: Advert, address: str) -> dict[str, Any]:

@@ -14,13 +14,14 @@ import msgspec
 from meshd.agents.links.links import Links
 from meshd.agents.observe.story import Story
 from meshd.agents.placement.model_library import ModelLibrary, ModelText
-from meshd.agents.service import GenerationRequest
+from meshd.agents.service import AvailableModel, GenerationRequest
 from meshd.agents.session.admission import Admission
 from meshd.agents.session.answer import Answer, AnswerContext
 from meshd.agents.session.journal.deputy import Deputy
 from meshd.agents.session.journal.locator import Locator
 from meshd.agents.session.journal.record import SessionRecord, new_record
 from meshd.agents.session.journal.writer import JournalWriters
+from meshd.agents.session.plan.availability import Availability
 from meshd.agents.session.plan.move import Mover
 from meshd.agents.session.plan.retry import TAKEOVER_EPOCHS, PlanRetrier
 from meshd.agents.session.plan.route import Router
@@ -80,12 +81,14 @@ class Coordinator:
     """Time at which each running answer got its admission slot."""
     _tasks: set["asyncio.Task[None]"] = field(default_factory=set)
     _prompts: PromptIntake = field(default_factory=PromptIntake)
+    _available: Availability = field(init=False)
     _watch: StallWatch = field(init=False)
     _context: AnswerContext = field(init=False)
     _receiver: StageReceiver = field(init=False)
 
     def __post_init__(self) -> None:
         self._receiver = StageReceiver(self.answers, self.retrier, self.mover, self.names)
+        self._available = Availability(self.library, lambda: self.router.adverts())
         self._watch = StallWatch(self.links, self.clock, self.me)
         self._context = AnswerContext(
             me=self.me,
@@ -140,9 +143,13 @@ class Coordinator:
             if waits and answer.record.model in changed and self.admission.free:
                 await self._revive(answer)
 
-    def models(self) -> list[ModelCard]:
+    def card(self, model: str) -> ModelCard | None:
+        """See `service.Coordinator.card`."""
+        return next((card for card in self.library.cards().values() if model in (card.name, card.ref, card.id)), None)
+
+    async def models(self) -> list[AvailableModel]:
         """See `service.Coordinator.models`."""
-        return self.router.answerable()
+        return await self._available.models()
 
     def readiness(self) -> tuple[bool, float, str]:
         """See `service.Coordinator.readiness`."""

@@ -34,7 +34,7 @@ class WordsMesh:
     def links(self) -> list[dict[str, Any]]:
         return []
 
-    def known_models(self) -> list[dict[str, Any]]:
+    async def known_models(self) -> list[dict[str, Any]]:
         return [{"name": "words"}]
 
     def plans(self) -> list[dict[str, Any]]:

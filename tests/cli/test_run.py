@@ -29,6 +29,20 @@ def test_the_prompt_may_come_from_stdin(meshd: Meshd, api: Api, monkeypatch: pyt
     assert api.bodies[0]["messages"] == [{"role": "user", "content": "from a pipe"}]
 
 
+def test_a_model_without_recommended_sampling_gets_the_command_lines(meshd: Meshd, api: Api) -> None:
+    api.stream(CHAT, chat_events("x"))
+    api.answer("GET", "/v1/models/own", {"id": "own", "meshd": {"sampling": {"temperature": 0.3}}})
+    api.answer("GET", "/v1/models/a/b:c", {"id": "a/b:c", "meshd": {"sampling": {}}})
+    for model, flags, sampling in (
+        ("own", (), {}),
+        ("a/b:c", (), {"temperature": 0.7, "top_p": 0.9}),
+        ("nosuch", (), {"temperature": 0.7, "top_p": 0.9}),
+        ("a/b:c", ("--top-k", "5"), {"top_k": 5}),
+    ):
+        assert meshd("run", model, "Why?", *flags, "--api", api.url).returncode == 0
+        assert {name: value for name, value in api.bodies[-1].items() if name in ("temperature", "top_p", "top_k")} == sampling
+
+
 def test_an_empty_prompt_is_wrong_usage(meshd: Meshd, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
     outcome = meshd("run", "m")

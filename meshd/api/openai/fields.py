@@ -14,7 +14,7 @@ from msgspec import Meta
 from meshd.agents.service import MeshOptions
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest, ToolsUnsupported
-from meshd.types import SamplingParams
+from meshd.types import SamplingDefaults, SamplingParams
 
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -67,7 +67,8 @@ class AnswerFields(msgspec.Struct, frozen=True, kw_only=True):
 
     model: Annotated[str, Meta(min_length=1, max_length=512, description="A model of GET /v1/models.")]
     temperature: Annotated[
-        Annotated[float, Meta(ge=0, le=2)] | None, Meta(description="From 0 (always the most likely token) to 2; 1 if not given.")
+        Annotated[float, Meta(ge=0, le=2)] | None,
+        Meta(description="From 0 (always the most likely token) to 2. Default: the model's own, or 1. So for the next six."),
     ] = None
     top_p: Annotated[Annotated[float, Meta(gt=0, le=1)] | None, Meta(description="Above 0, up to 1 (all tokens).")] = None
     top_k: Annotated[Annotated[int, Meta(ge=0, le=2**31 - 1)] | None, Meta(description="0: all tokens.")] = None
@@ -111,8 +112,11 @@ class AnswerFields(msgspec.Struct, frozen=True, kw_only=True):
         """Yield the names of fields that this type has, but that have no effect in this request."""
         yield from ()
 
-    def sampling(self, seed: int, logprobs: int | None) -> SamplingParams:
-        """Return the sampling parameters. A parameter that the request lacks has its default. `logprobs`: None requests none."""
+    def sampling(self, seed: int, logprobs: int | None, defaults: SamplingDefaults) -> SamplingParams:
+        """Return the sampling parameters. `logprobs`: None requests none.
+
+        A parameter that the request lacks has the value of `defaults`, the model's own, or else that of OpenAI's API.
+        """
         given = {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -123,6 +127,7 @@ class AnswerFields(msgspec.Struct, frozen=True, kw_only=True):
             "repetition_penalty": self.repeat_penalty if self.repetition_penalty is None else self.repetition_penalty,
             "logit_bias": self.logit_bias,
         }
+        given |= {name: getattr(defaults, name) for name in defaults.__struct_fields__ if given[name] is None}
         known: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return SamplingParams(seed=seed, logprobs=logprobs, **known)
 

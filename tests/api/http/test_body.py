@@ -16,6 +16,7 @@ from meshd.api.openai.completions.schemas import CompletionRequest
 from meshd.api.openai.responses.request import ResponseRequest
 from meshd.clock import SystemClock
 from meshd.errors import InvalidRequest
+from meshd.types import SamplingDefaults
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
 COMPLETION = {"model": "m", "prompt": "x"}
@@ -34,7 +35,7 @@ json_values = st.one_of(
 def wrong_field(body: dict[str, Any], shape: type[ChatRequest] | type[CompletionRequest] | type[ResponseRequest]) -> str | None:
     """Decode a body. Returns: the field that the error names; "" if there is no error."""
     try:
-        decode_body(msgspec.json.encode(body), shape)[0].generation_requests(SystemClock())
+        decode_body(msgspec.json.encode(body), shape)[0].generation_requests(SystemClock(), SamplingDefaults())
     except InvalidRequest as error:
         return error.param
     return ""

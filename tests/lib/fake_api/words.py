@@ -5,7 +5,7 @@ import random
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from meshd.agents.service import Finished, GenerationRequest, TextDelta, TokenText
+from meshd.agents.service import AvailableModel, Finished, GenerationRequest, TextDelta, TokenText
 from meshd.errors import (
     Cancelled,
     ContextTooLong,
@@ -236,6 +236,7 @@ class WordsCoordinator:
         self.turn = asyncio.Event()
         """Ends the wait of requests to the model `queued`."""
         self.full = False
+        self.available = [AvailableModel(card=CARD, loaded=True)]
         self._conditions: list[tuple[Callable[[WordsCoordinator], bool], asyncio.Event]] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -331,8 +332,11 @@ class WordsCoordinator:
             case turns:
                 return sum(1 if isinstance(turn, int) else 2 + len(turn.content.split()) for turn in turns)
 
-    def models(self) -> list[ModelCard]:
-        return [CARD]
+    def card(self, model: str) -> ModelCard | None:
+        return next((one.card for one in self.available if model in (one.card.name, one.card.ref, one.card.id)), None)
+
+    async def models(self) -> list[AvailableModel]:
+        return self.available
 
     def readiness(self) -> tuple[bool, float, str]:
         return self.ready

@@ -22,6 +22,7 @@ from meshd.api.openai.fields import (
 )
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest
+from meshd.types import SamplingDefaults
 
 
 class TextPart(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,7 +132,7 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True):
         """See `AnswerFields.without_effect`: tools that the request itself rules out."""
         yield from (name for name in ("tools", "functions") if getattr(self, name))
 
-    def generation_requests(self, clock: Clock) -> list[GenerationRequest]:
+    def generation_requests(self, clock: Clock, defaults: SamplingDefaults) -> list[GenerationRequest]:
         """Make `n` requests to the coordinator, one for each answer. Raises: InvalidRequest."""
         self.check()
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
@@ -141,7 +142,7 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True):
                 model=self.model,
                 prompt=prompt,
                 template=self.chat_template_kwargs or {},
-                sampling=self.sampling(seed, logprobs),
+                sampling=self.sampling(seed, logprobs, defaults),
                 max_tokens=self.max_completion_tokens or self.max_tokens,
                 stop=self.stops(),
                 ignore_eos=bool(self.ignore_eos),

@@ -10,6 +10,7 @@ from meshd.api.openai.common_objects import FinishName, ObjectHeader, Usage
 from meshd.api.openai.fields import UNSUPPORTED, GenerationFields, TokenId
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest
+from meshd.types import SamplingDefaults
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's default for this route."""
@@ -76,7 +77,7 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True):
         if self.echo and not all(isinstance(prompt, str) for prompt in self.prompts()):
             raise InvalidRequest("`echo` needs the prompt as text", param="echo", hint="send `prompt` as text or leave `echo` out")
 
-    def generation_requests(self, clock: Clock) -> list[GenerationRequest]:
+    def generation_requests(self, clock: Clock, defaults: SamplingDefaults) -> list[GenerationRequest]:
         """Make `n` requests to the coordinator for each prompt. Raises: InvalidRequest."""
         self.check()
         seeds = self.seeds(clock)
@@ -84,7 +85,7 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True):
             GenerationRequest(
                 model=self.model,
                 prompt=prompt,
-                sampling=self.sampling(seed, self.logprobs),
+                sampling=self.sampling(seed, self.logprobs, defaults),
                 max_tokens=self.max_tokens or DEFAULT_MAX_TOKENS,
                 stop=self.stops(),
                 ignore_eos=bool(self.ignore_eos),

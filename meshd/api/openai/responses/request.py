@@ -21,6 +21,7 @@ from meshd.api.openai.fields import (
 )
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest
+from meshd.types import SamplingDefaults
 
 LOGPROBS = "message.output_text.logprobs"
 """Value of `include` that requests logprobs."""
@@ -176,14 +177,14 @@ class ResponseRequest(AnswerFields, frozen=True, kw_only=True):
         if not isinstance(self.input, str):
             yield from (f"input[{index}]" for index, item in enumerate(self.input) if not item.is_turn)
 
-    def generation_requests(self, clock: Clock) -> list[GenerationRequest]:
+    def generation_requests(self, clock: Clock, defaults: SamplingDefaults) -> list[GenerationRequest]:
         """Make the only request to the coordinator. It is in a list, as on other routes. Raises: InvalidRequest."""
         self.check()
         return [
             GenerationRequest(
                 model=self.model,
                 prompt=self._turns(),
-                sampling=self.sampling(self.first_seed(clock), (self.top_logprobs or 0) if self.logprobs else None),
+                sampling=self.sampling(self.first_seed(clock), (self.top_logprobs or 0) if self.logprobs else None, defaults),
                 max_tokens=self.max_output_tokens,
                 stop=self.stops(),
                 ignore_eos=bool(self.ignore_eos),
