@@ -35,8 +35,8 @@ def test_a_model_without_recommended_sampling_gets_the_command_lines(meshd: Mesh
     api.answer("GET", "/v1/models/a/b:c", {"id": "a/b:c", "meshd": {"sampling": {}}})
     for model, flags, sampling in (
         ("own", (), {}),
-        ("a/b:c", (), {"temperature": 0.7, "top_p": 0.9}),
-        ("nosuch", (), {"temperature": 0.7, "top_p": 0.9}),
+        ("a/b:c", (), {"temperature": 0.6, "top_p": 0.9}),
+        ("nosuch", (), {"temperature": 0.6, "top_p": 0.9}),
         ("a/b:c", ("--top-k", "5"), {"top_k": 5}),
     ):
         assert meshd("run", model, "Why?", *flags, "--api", api.url).returncode == 0
