@@ -8,6 +8,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from meshd.agents.service import ClusterService, Coordinator
+from meshd.api.http.body import drop_broken_body
 from meshd.api.http.errors import problem_for_client
 from meshd.api.http.guard import guard
 from meshd.api.http.ignored import HEADER as IGNORED_HEADER
@@ -58,6 +59,7 @@ async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamRe
         outcome = problem.name
         response = problem.response()
     finally:
+        drop_broken_body(request)
         _record_outcome(request, outcome)
     return response
 

@@ -47,13 +47,21 @@ async def _read(request: web.Request) -> bytes:
     except TimeoutError:
         raise web.HTTPRequestTimeout(text="the body did not arrive in time: send it without a pause") from None
     except web.RequestPayloadError:
-        # Where the body ends is not known any more: the rest is not read, and the connection closes after the response.
-        request.content.feed_eof()
-        if request.protocol is not None:
-            request.protocol.close()
+        drop_broken_body(request)
         raise InvalidRequest(
             "the body can't be read: it is not encoded as its headers say", hint="check `Content-Encoding` and `Transfer-Encoding`"
         ) from None
+
+
+def drop_broken_body(request: web.Request) -> None:
+    """Skip the rest of a body that can't be read, and close the connection after the response: nobody knows where the body ends.
+
+    Does nothing for other bodies. If it is not called, aiohttp reads the rest and logs a traceback.
+    """
+    if request.content.exception() is not None:
+        request.content.feed_eof()
+        if request.protocol is not None:
+            request.protocol.close()
 
 
 def decode_body(data: bytes, shape: type[T]) -> tuple[T, IgnoredFields]:

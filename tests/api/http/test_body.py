@@ -110,6 +110,15 @@ async def test_a_body_that_is_not_encoded_as_its_headers_say_is_the_clients_mist
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
+async def test_a_broken_body_that_no_route_reads_is_not_read_either(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    reader, writer = await asyncio.open_connection(*server.address)
+    writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: gzip\r\nContent-Length: 9\r\n\r\nnot gzip!")
+    async with asyncio.timeout(5):
+        assert (await reader.read()).startswith(b"HTTP/1.1 200")
+    writer.close()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 async def test_a_body_that_announces_too_many_bytes_is_refused_before_they_arrive(server: Server) -> None:
     status, answer = await exchange(server, (f"Content-Length: {9 << 20}",), b"")
     assert (status, answer["error"]["code"]) == (413, "body_too_large")
