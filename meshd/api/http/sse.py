@@ -17,8 +17,8 @@ from meshd.api.http.merge import beside
 from meshd.api.http.services import SERVICES
 from meshd.api.openai.renderers import StreamedEvent, error_event
 
-ON_WAIT = web.RequestKey("on_wait", Callable[[], None])
-"""Key under which a stream stores what is to be called when its request waits for another answer's end."""
+HEADERS_DUE = web.RequestKey("headers_due", asyncio.Event)
+"""Key under which a stream stores the event to set when its request waits for another answer's end."""
 OUTCOME = web.RequestKey("outcome", str)
 """Key under which a request stores the code of an error that occurred after the status was sent."""
 
@@ -46,7 +46,7 @@ class EventStream:
         """Whether a successful stream ends with `[DONE]`."""
         self._due = asyncio.Event()
         """Set when the headers are sent, or should be."""
-        request[ON_WAIT] = self._due.set
+        request[HEADERS_DUE] = self._due
         self.failure: Callable[[HttpProblem], StreamedEvent] = error_event
         """Makes the last event of a failed stream."""
 

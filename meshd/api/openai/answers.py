@@ -1,7 +1,7 @@
 """The running answers of one request: start or resume them, and release them when the client disconnects."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from urllib.parse import quote
@@ -14,7 +14,7 @@ from meshd.api.http.errors import RESUMABLE, ResumableAnswer
 from meshd.api.http.ignored import IGNORED, IgnoredFields
 from meshd.api.http.merge import closing, merge_iterators
 from meshd.api.http.services import SERVICES
-from meshd.api.http.sse import ON_WAIT
+from meshd.api.http.sse import HEADERS_DUE
 from meshd.api.openai.stored_responses import AnyRenderer, encode_renderer
 from meshd.errors import InvalidRequest
 
@@ -75,7 +75,7 @@ async def generate(request: web.Request, renderer: AnyRenderer, generation_reque
     whole = msgspec.structs.replace(
         generation_request, store=renderer.store, background=renderer.background, renderer=encode_renderer(renderer)
     )
-    generation = await coordinator.generate(whole, on_wait=request.get(ON_WAIT))
+    generation = await coordinator.generate(whole, on_wait=_on_wait(request))
     set_generation_headers(request, generation)
     return generation
 
@@ -138,7 +138,7 @@ async def _answer(
 ) -> AsyncGenerator[_Admitted | TextDelta | Finished, None]:
     async with slots:
         generation = await request.app[SERVICES].coordinator.generate(
-            msgspec.structs.replace(generation_request, store=False), on_wait=request.get(ON_WAIT)
+            msgspec.structs.replace(generation_request, store=False), on_wait=_on_wait(request)
         )
         try:
             yield _Admitted(generation)
@@ -157,6 +157,11 @@ async def _deltas(
     async for index, event in events:
         if not isinstance(event, _Admitted):
             yield index, event
+
+
+def _on_wait(request: web.Request) -> Callable[[], None] | None:
+    due = request.get(HEADERS_DUE)
+    return None if due is None else due.set
 
 
 def set_generation_headers(request: web.Request, generation: Generation) -> None:
