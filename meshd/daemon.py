@@ -24,11 +24,12 @@ from meshd.agents.membership.static import StaticPeers
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.agents.placement.weights.sources import WeightSources
+from meshd.agents.supervisor import Supervisor
 from meshd.api.http.app import Server, create_app, serve
 from meshd.clock import Clock, SystemClock
 from meshd.compose import Parts, PeerSettings, PeerSignals, compose
 from meshd.config import Config, require_guarded_api
-from meshd.errors import ConfigError
+from meshd.errors import ConfigError, LocalFault
 from meshd.kernels.registry import make_backend
 from meshd.models.store.store import Store
 from meshd.protocol.identity import ClusterKey, Identity, load_cluster_key, load_identity, store_cluster_key
@@ -73,7 +74,8 @@ async def run_daemon(
     Leaving waits up to `--drain-timeout` for running sessions; `on_waiting` is called with a description of what is waited for.
     After that, within a second, the clients of answers that still run get an error, and the other peers a goodbye message.
 
-    Raises: ConfigError, StorageError (the folder is in use), LocalFault (the device can't be measured).
+    Raises: ConfigError, StorageError (the folder is in use), LocalFault (the device can't be measured, or an agent failed too
+    often, in which case the peer has left the cluster in the same orderly way).
     Cancel: the peer leaves without waiting for its sessions.
     """
     require_guarded_api(config)
@@ -105,8 +107,23 @@ async def run_daemon(
                     probe=measured,
                 )
             )
-            await stop.wait()
+            failed = await _stopped(stop, daemon.peer.supervisor)
+            if failed:
+                on_waiting(f"stopping: {failed}")
             await daemon.peer.drain(config.drain_timeout, on_waiting)
+        if failed:
+            raise LocalFault(f"the daemon stopped itself: {failed}", hint="start it again; the log has the errors")
+
+
+async def _stopped(stop: asyncio.Event, supervisor: Supervisor) -> str:
+    """Wait until `stop` is set or an agent has failed too often. Returns: the reason; empty if `stop` was set."""
+    waits = [asyncio.create_task(event.wait()) for event in (stop, supervisor.gave_up)]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+    return "" if stop.is_set() else supervisor.reason
 
 
 def _cluster_key(config: Config, folder: StateFolder, clock: Clock) -> tuple[ClusterKey, bool]:
@@ -264,4 +281,5 @@ def _parts(config: Config, identity: Identity, measured: ProbeResult, clock: Clo
         table=table,
         library=library,
         weights=WeightProvider(links, library, weight_sources, clock),
+        supervisor=Supervisor(clock),
     )

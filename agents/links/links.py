@@ -20,6 +20,7 @@ from meshd.agents.links.link_table import LinkTable, OnDown, OnUp, Timing
 from meshd.agents.links.log import LinkLog, RefusalRow
 from meshd.agents.links.open import LinkOpener
 from meshd.agents.links.rpc import Dispatcher, Handler, M, to_view
+from meshd.agents.supervisor import Supervise, unsupervised
 from meshd.clock import Clock
 from meshd.errors import ConfigError, Overloaded, PeerLost
 from meshd.protocol import transport
@@ -187,15 +188,15 @@ class Links:
             self._opener.listens_on(self._listeners[0].getsockname()[1])
         return self._opener.greeting.port
 
-    async def run(self) -> None:
+    async def run(self, supervise: Supervise = unsupervised) -> None:
         """Run all links until `close` is called. Raises: ConfigError as `bind` does. Cancel: all connections are aborted."""
         self.bind()
         try:
             async with asyncio.TaskGroup() as group:
                 self._dispatcher.group = group
                 for listener in self._listeners:
-                    self._own(group.create_task(self._listen(group, listener)))
-                self._own(group.create_task(self._beat()))
+                    self._own(group.create_task(supervise("accepting links", partial(self._listen, group, listener))))
+                self._own(group.create_task(supervise("heartbeats", self._beat)))
                 self._dialler.start(group)
                 await self._stop.wait()
                 self._cancel_tasks()

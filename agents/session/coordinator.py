@@ -104,23 +104,24 @@ class Coordinator:
         self.links.register(Move, self._on_move)
 
     async def run(self) -> None:
-        """Renew leases, watch deadlines, and move sessions to better plans. Cancel: cancels the running answers."""
+        """Renew leases, watch deadlines, and move sessions to better plans, until cancelled."""
         checked_at = 0.0
-        try:
-            while True:
-                await self.clock.sleep(_TICK_S)
-                now = self.clock.monotonic()
-                for answer in list(self.answers.values()):
-                    self._watch.check(answer, now)
-                self._expire(now)
-                if now - checked_at > _CHECK_PLANS_S:
-                    checked_at = now
-                    await self._check_plans()
-        finally:
-            for task in self._tasks:
-                task.cancel()
+        while True:
+            await self.clock.sleep(_TICK_S)
+            now = self.clock.monotonic()
             for answer in list(self.answers.values()):
-                await answer.cancel()
+                self._watch.check(answer, now)
+            self._expire(now)
+            if now - checked_at > _CHECK_PLANS_S:
+                checked_at = now
+                await self._check_plans()
+
+    async def close(self) -> None:
+        """Cancel the running answers, and the tasks that would continue sessions of other peers."""
+        for task in self._tasks:
+            task.cancel()
+        for answer in list(self.answers.values()):
+            await answer.cancel()
 
     async def _check_plans(self) -> None:
         answers = list(self.answers.values())

@@ -119,6 +119,8 @@ class StageMesh:
         return self
 
     async def __aexit__(self, *error: object) -> None:
+        for peer in self.peers.values():
+            peer.host.close()
         for task in self._running:
             task.cancel()
         for peer in self.peers.values():
