@@ -1,8 +1,9 @@
 """The daemon of one device: a peer that is composed from a `Config`, and its API server."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from logging import getLogger
 from typing import Any
@@ -14,7 +15,7 @@ from meshd.agents.admin.view import ClusterView
 from meshd.agents.device.compute import ComputeThread
 from meshd.agents.device.memory import measure_memory
 from meshd.agents.device.probe import ProbeResult, Progress, probe
-from meshd.agents.links.links import Links, LinkSettings
+from meshd.agents.links import links
 from meshd.agents.links.probe import LinkProber
 from meshd.agents.membership.mdns import MdnsDiscovery
 from meshd.agents.membership.mdns_records import Announcement
@@ -25,7 +26,8 @@ from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.agents.placement.weights.sources import WeightSources
 from meshd.agents.supervisor import Supervisor
-from meshd.api.http.app import Server, create_app, serve
+from meshd.api.http import server
+from meshd.api.http.app import create_app
 from meshd.clock import Clock, SystemClock
 from meshd.compose import Parts, PeerSettings, PeerSignals, compose
 from meshd.config import Config, require_guarded_api
@@ -80,8 +82,8 @@ async def run_daemon(
     """
     require_guarded_api(config)
     folder = StateFolder.open(config.state)
-    with lock_state(config.state) as lock:
-        clock = SystemClock()
+    clock = SystemClock()
+    with lock_state(config.state) as lock, _bound(config) as sockets:
         cluster, new = _cluster_key(config, folder, clock)
         identity = load_identity(folder, cluster, clock.random_bytes)
         measured = await probe(
@@ -93,8 +95,8 @@ async def run_daemon(
             roles=config.roles,
             progress=on_progress,
         )
-        daemon = Daemon(config, identity, measured, clock)
-        async with daemon.serving(lock) as server:
+        daemon = Daemon(config, identity, measured, clock, sockets)
+        async with daemon.serving(lock) as api:
             on_ready(
                 DaemonInfo(
                     name=config.name,
@@ -102,7 +104,7 @@ async def run_daemon(
                     cluster=identity.fingerprint,
                     join_code=cluster.code,
                     new_cluster=new,
-                    api=server.url,
+                    api=api.url,
                     link=daemon.peer.membership.link_address,
                     probe=measured,
                 )
@@ -124,6 +126,23 @@ async def _stopped(stop: asyncio.Event, supervisor: Supervisor) -> str:
         for wait in waits:
             wait.cancel()
     return "" if stop.is_set() else supervisor.reason
+
+
+@dataclass(frozen=True, slots=True)
+class Sockets:
+    """The sockets of the two addresses, bound before the device is measured, so that a taken port is reported at once."""
+
+    api: list[socket.socket]
+    link: list[socket.socket]
+
+
+@contextmanager
+def _bound(config: Config) -> Iterator[Sockets]:
+    """Bind the addresses of the API and the links. Raises: ConfigError if one can't be used."""
+    with ExitStack() as stack:
+        api = [stack.enter_context(closing(bound)) for bound in server.bind(config.api.host, config.api.port)]
+        link = [stack.enter_context(closing(bound)) for bound in links.bind(config.link.host, config.link.port)]
+        yield Sockets(api, link)
 
 
 def _cluster_key(config: Config, folder: StateFolder, clock: Clock) -> tuple[ClusterKey, bool]:
@@ -148,15 +167,16 @@ def _cluster_key(config: Config, folder: StateFolder, clock: Clock) -> tuple[Clu
 class Daemon:
     """This device's peer and its API server."""
 
-    def __init__(self, config: Config, identity: Identity, measured: ProbeResult, clock: Clock) -> None:
+    def __init__(self, config: Config, identity: Identity, measured: ProbeResult, clock: Clock, sockets: Sockets) -> None:
         """Construct the peer and its API view. Must be called inside the event loop."""
         self._config = config
         self._identity = identity
         self._clock = clock
+        self._sockets = sockets
         self._started = clock.monotonic()
         self._mdns: MdnsDiscovery | None = None
         self._telemetry = Telemetry()
-        self.peer = compose(_parts(config, identity, measured, clock, self._telemetry))
+        self.peer = compose(_parts(config, identity, measured, clock, self._telemetry, sockets))
         self.view = ClusterView(
             drainer=self.peer.drainer,
             story_collector=self.peer.story_collector,
@@ -171,7 +191,7 @@ class Daemon:
         )
 
     @asynccontextmanager
-    async def serving(self, lock: StateLock) -> AsyncIterator[Server]:
+    async def serving(self, lock: StateLock) -> AsyncIterator[server.Server]:
         """Run the peer and the API server inside the block.
 
         On exit, the clients of running answers get an error, the other peers get a goodbye message, and memory is freed.
@@ -184,15 +204,15 @@ class Daemon:
             membership.notice(self._identity.notice)
         await peer.library.refresh()
         app = create_app(peer.coordinator, self.view, self._telemetry, api_key=self._config.api_key, clock=self._clock)
-        server = await serve(app, self._config.api.host, self._config.api.port)
-        membership.api_address = f"{self._config.api.host}:{server.port}"
+        api = await server.serve_at(app, self._sockets.api)
+        membership.api_address = f"{self._config.api.host}:{api.port}"
         async with peer.running(self._sources(port)):
             lock.announce(membership.api_address)
             log.info("up: links on %s, API on %s", membership.link_address, membership.api_address)
             try:
-                yield server
+                yield api
             finally:
-                await peer.leave(server.aclose)
+                await peer.leave(api.aclose)
 
     def _sources(self, port: int) -> list[Source]:
         sources: list[Source] = []
@@ -234,26 +254,28 @@ class Daemon:
         }
 
 
-def _parts(config: Config, identity: Identity, measured: ProbeResult, clock: Clock, telemetry: Telemetry) -> Parts:
+def _parts(
+    config: Config, identity: Identity, measured: ProbeResult, clock: Clock, telemetry: Telemetry, sockets: Sockets
+) -> Parts:
     """Make the parts of this device's peer."""
     capability = measured.capability
     signals, table = PeerSignals(), PeerTable()
     incarnation = int.from_bytes(clock.random_bytes(8), "big") >> 1
-    links = Links(
+    peer_links = links.Links(
         identity,
         config.name,
         incarnation,
-        LinkSettings(host=config.link.host, port=config.link.port),
+        links.LinkSettings(host=config.link.host, port=config.link.port, sockets=tuple(sockets.link)),
         clock,
         on_up=signals.link_up,
         on_down=signals.link_down,
         on_notice=signals.notice,
     )
-    prober = LinkProber(links, clock, on_change=signals.changed)
+    prober = LinkProber(peer_links, clock, on_change=signals.changed)
     store = Store(config.models_dir, config.hf_cache, index_url=config.pypi_index, clock=clock)
-    library = ModelLibrary(links=links, store=store, adverts=table.adverts, on_change=signals.changed)
+    library = ModelLibrary(links=peer_links, store=store, adverts=table.adverts, on_change=signals.changed)
     weight_sources = WeightSources(
-        me=identity.peer, links=links, adverts=table.adverts, names=table.name_of, clock=clock, link_stats=prober.stats
+        me=identity.peer, links=peer_links, adverts=table.adverts, names=table.name_of, clock=clock, link_stats=prober.stats
     )
     return Parts(
         me=identity.peer,
@@ -276,10 +298,10 @@ def _parts(config: Config, identity: Identity, measured: ProbeResult, clock: Clo
         measure_free_bytes=lambda: measure_memory().free_bytes,
         backend=make_backend(capability.backend, capability.threads),
         compute=ComputeThread(),
-        links=links,
+        links=peer_links,
         prober=prober,
         table=table,
         library=library,
-        weights=WeightProvider(links, library, weight_sources, clock),
+        weights=WeightProvider(peer_links, library, weight_sources, clock),
         supervisor=Supervisor(clock),
     )

@@ -31,7 +31,7 @@ async def parts(local_config: Config) -> AsyncIterator[Parts]:
     cluster = ClusterKey.generate(clock.random_bytes)
     identity = load_identity(StateFolder.open(local_config.state), cluster, clock.random_bytes)
     measured = await probe(local_config.cache, clock=clock, threads=1, backend="torch")
-    made = daemon._parts(local_config, identity, measured, clock, Telemetry())
+    made = daemon._parts(local_config, identity, measured, clock, Telemetry(), daemon.Sockets([], []))
     yield made
     made.compute.close()
 

@@ -2,8 +2,9 @@
 
 import asyncio
 import dataclasses
+import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 
 import aiohttp
 import pytest
@@ -100,6 +101,17 @@ async def test_a_daemon_whose_agent_keeps_failing_drains_and_ends_with_the_reaso
     assert starts >= 3
     assert said[0].startswith("stopping: stages failed 3 times")
     assert read_holder(local_config.state) is None
+
+
+@pytest.mark.parametrize("address", ["api", "link"])
+async def test_a_taken_port_is_reported_before_the_device_is_measured(local_config: Config, address: str) -> None:
+    measured: list[str] = []
+    with closing(socket.create_server(("127.0.0.1", 0))) as other:
+        config = dataclasses.replace(local_config, **{address: Address("127.0.0.1", other.getsockname()[1])})
+        (local_config.cache / "probe.json").unlink()
+        with pytest.raises(ConfigError, match=f"Address already in use; choose another address with --{address} HOST:PORT"):
+            await run_daemon(config, stop=asyncio.Event(), on_progress=lambda what, fraction: measured.append(what))
+    assert measured == []
 
 
 async def test_cancelling_frees_the_state_folder(local_config: Config) -> None:

@@ -32,6 +32,7 @@ from meshd.types import PeerId
 
 log = logging.getLogger("meshd.links")
 _CLOSE_S = 0.9
+_BACKLOG = 128
 _ADDRESSES_PER_PEER = 16
 _MAX_LOCAL = 4096
 """Maximum number of this peer's messages to itself that wait for their handlers."""
@@ -44,6 +45,8 @@ class LinkSettings:
     host: str = "0.0.0.0"
     port: int = 6375
     """0 means any free port."""
+    sockets: tuple[socket.socket, ...] = ()
+    """Sockets that are bound to the address already; none: `Links.bind` binds them."""
     timing: Timing = field(default_factory=Timing)
 
 
@@ -179,12 +182,12 @@ class Links:
         """Start listening, if that is not done yet. Returns: the port. Raises: ConfigError if the address can't be used."""
         if not self._listeners:
             host, port = self._settings.host, self._settings.port
+            self._listeners = list(self._settings.sockets) or bind(host, port)
             try:
-                self._listeners = transport.listen(host, port)
+                for listener in self._listeners:
+                    listener.listen(_BACKLOG)
             except OSError as error:
-                raise ConfigError(
-                    f"links can't listen on {host}:{port}: {error.strerror or error}", hint="choose another with --link HOST:PORT"
-                ) from error
+                raise _unusable(host, port, error) from error
             self._opener.listens_on(self._listeners[0].getsockname()[1])
         return self._opener.greeting.port
 
@@ -284,6 +287,20 @@ class Links:
             software=hello.software,
             features=sorted(link.agreement.features),
         )
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Bind the address of links, without listening yet. Raises: ConfigError if it can't be used."""
+    try:
+        return transport.bind(host, port)
+    except OSError as error:
+        raise _unusable(host, port, error) from error
+
+
+def _unusable(host: str, port: int, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"links can't listen on {host}:{port}: {error.strerror or error}", hint="choose another address with --link HOST:PORT"
+    )
 
 
 def _greeting(own: PeerId, name: str, incarnation: int) -> Hello:
