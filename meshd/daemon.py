@@ -13,6 +13,7 @@ import msgspec
 from meshd import __version__
 from meshd.agents.admin.view import ClusterView
 from meshd.agents.device.compute import ComputeThread
+from meshd.agents.device.descriptors import DescriptorShares, raise_limit, share_descriptors
 from meshd.agents.device.memory import measure_memory
 from meshd.agents.device.probe import ProbeResult, Progress, probe
 from meshd.agents.links import links
@@ -28,6 +29,7 @@ from meshd.agents.placement.weights.sources import WeightSources
 from meshd.agents.supervisor import Supervisor
 from meshd.api.http import server
 from meshd.api.http.app import create_app
+from meshd.api.http.services import ClientLimits
 from meshd.clock import Clock, SystemClock
 from meshd.compose import Parts, PeerSettings, PeerSignals, compose
 from meshd.config import Config, require_guarded_api
@@ -83,6 +85,7 @@ async def run_daemon(
     require_guarded_api(config)
     folder = StateFolder.open(config.state)
     clock = SystemClock()
+    shares = share_descriptors(raise_limit())
     with lock_state(config.state) as lock, _bound(config) as sockets:
         cluster, new = _cluster_key(config, folder, clock)
         identity = load_identity(folder, cluster, clock.random_bytes)
@@ -95,7 +98,7 @@ async def run_daemon(
             roles=config.roles,
             progress=on_progress,
         )
-        daemon = Daemon(config, identity, measured, clock, sockets)
+        daemon = Daemon(config, identity, measured, clock, sockets, shares)
         async with daemon.serving(lock) as api:
             on_ready(
                 DaemonInfo(
@@ -167,16 +170,25 @@ def _cluster_key(config: Config, folder: StateFolder, clock: Clock) -> tuple[Clu
 class Daemon:
     """This device's peer and its API server."""
 
-    def __init__(self, config: Config, identity: Identity, measured: ProbeResult, clock: Clock, sockets: Sockets) -> None:
+    def __init__(
+        self,
+        config: Config,
+        identity: Identity,
+        measured: ProbeResult,
+        clock: Clock,
+        sockets: Sockets,
+        shares: DescriptorShares,
+    ) -> None:
         """Construct the peer and its API view. Must be called inside the event loop."""
         self._config = config
         self._identity = identity
         self._clock = clock
         self._sockets = sockets
+        self._limits = ClientLimits(connections=shares.clients)
         self._started = clock.monotonic()
         self._mdns: MdnsDiscovery | None = None
         self._telemetry = Telemetry()
-        self.peer = compose(_parts(config, identity, measured, clock, self._telemetry, sockets))
+        self.peer = compose(_parts(config, identity, measured, clock, self._telemetry, sockets, shares))
         self.view = ClusterView(
             drainer=self.peer.drainer,
             story_collector=self.peer.story_collector,
@@ -203,7 +215,9 @@ class Daemon:
         if self._identity.notice:
             membership.notice(self._identity.notice)
         await peer.library.refresh()
-        app = create_app(peer.coordinator, self.view, self._telemetry, api_key=self._config.api_key, clock=self._clock)
+        app = create_app(
+            peer.coordinator, self.view, self._telemetry, api_key=self._config.api_key, clock=self._clock, limits=self._limits
+        )
         api = await server.serve_at(app, self._sockets.api)
         membership.api_address = f"{self._config.api.host}:{api.port}"
         async with peer.running(self._sources(port)):
@@ -255,7 +269,13 @@ class Daemon:
 
 
 def _parts(
-    config: Config, identity: Identity, measured: ProbeResult, clock: Clock, telemetry: Telemetry, sockets: Sockets
+    config: Config,
+    identity: Identity,
+    measured: ProbeResult,
+    clock: Clock,
+    telemetry: Telemetry,
+    sockets: Sockets,
+    shares: DescriptorShares,
 ) -> Parts:
     """Make the parts of this device's peer."""
     capability = measured.capability
@@ -265,7 +285,13 @@ def _parts(
         identity,
         config.name,
         incarnation,
-        links.LinkSettings(host=config.link.host, port=config.link.port, sockets=tuple(sockets.link)),
+        links.LinkSettings(
+            host=config.link.host,
+            port=config.link.port,
+            sockets=tuple(sockets.link),
+            max_links=shares.links,
+            max_half_open=shares.half_open,
+        ),
         clock,
         on_up=signals.link_up,
         on_down=signals.link_down,

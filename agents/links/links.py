@@ -47,6 +47,9 @@ class LinkSettings:
     """0 means any free port."""
     sockets: tuple[socket.socket, ...] = ()
     """Sockets that are bound to the address already; none: `Links.bind` binds them."""
+    max_links: int = 256
+    max_half_open: int = 64
+    """Most accepted connections that have not sent HELLO yet; further ones are closed at once."""
     timing: Timing = field(default_factory=Timing)
 
 
@@ -94,7 +97,15 @@ class Links:
         self._dispatcher = Dispatcher(self.send, self._linklog)
         self._table = LinkTable(self.id, self._dispatcher, clock, self._linklog, settings.timing, on_up, on_down)
         self._opener = LinkOpener(
-            identity, _greeting(self.id, name, incarnation), self._table, clock, self._linklog, on_notice, self._record_address
+            identity,
+            _greeting(self.id, name, incarnation),
+            self._table,
+            clock,
+            self._linklog,
+            on_notice,
+            self._record_address,
+            max_links=settings.max_links,
+            max_half_open=settings.max_half_open,
         )
         self._dialler = Dialler(self._opener.dial, self.id, self._table, clock)
         self._addresses: dict[PeerId, dict[Address, None]] = {}
