@@ -1,4 +1,5 @@
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -128,3 +129,19 @@ def test_ctrl_c_ends_a_waiting_command_at_once_and_quietly(api: Api, tmp_path: P
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=5)
     assert (process.returncode, out, err) == (130, b"", b"")
+
+
+@pytest.mark.parametrize(
+    ("number", "hint"), [(errno.ENOSPC, "free some disk space"), (errno.EMFILE, "ulimit -n"), (errno.EIO, "disk")]
+)
+def test_a_fault_of_the_system_names_the_file_and_a_next_step(
+    number: int, hint: str, meshd: Meshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(number, os.strerror(number), "/models/index.json")
+
+    monkeypatch.setattr("meshd.cli.config.run", fail)
+    outcome = meshd("config")
+    assert outcome.returncode == 1
+    assert outcome.stderr.startswith(f"meshd: /models/index.json: {os.strerror(number)}; ")
+    assert hint in outcome.stderr
