@@ -115,7 +115,8 @@ def test_a_read_only_folder_is_a_storage_error(folder: StateFolder) -> None:
 
 def test_a_lock_file_that_cannot_be_written_is_a_storage_error(folder: StateFolder) -> None:
     script = (
-        "import resource, sys; from pathlib import Path; from meshd.errors import StorageError; from meshd.state import lock_state\n"
+        "import resource, sys; from pathlib import Path; from meshd.errors import StorageError\n"
+        "from meshd.state import lock_state\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # as on a full disk, no file can grow\n"
         "try: lock_state(Path(sys.argv[1]))\n"
         "except StorageError as error: print(error)"
