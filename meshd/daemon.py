@@ -33,10 +33,10 @@ from meshd.api.http.services import ClientLimits
 from meshd.clock import Clock, SystemClock
 from meshd.compose import Parts, PeerSettings, PeerSignals, compose
 from meshd.config import Config, require_guarded_api
-from meshd.errors import ConfigError, LocalFault
+from meshd.errors import LocalFault
 from meshd.kernels.registry import make_backend
 from meshd.models.store.store import Store
-from meshd.protocol.identity import ClusterKey, Identity, load_cluster_key, load_identity, store_cluster_key
+from meshd.protocol.identity import Identity, choose_cluster_key, load_identity
 from meshd.protocol.messages import PROTOCOL_VERSION
 from meshd.state import StateFolder, StateLock, lock_state
 from meshd.telemetry import Telemetry
@@ -87,7 +87,7 @@ async def run_daemon(
     clock = SystemClock()
     shares = share_descriptors(raise_limit())
     with lock_state(config.state) as lock, _bound(config) as sockets:
-        cluster, new = _cluster_key(config, folder, clock)
+        cluster, new = choose_cluster_key(folder, config.key, clock.random_bytes)
         identity = load_identity(folder, cluster, clock.random_bytes)
         measured = await probe(
             config.cache,
@@ -146,25 +146,6 @@ def _bound(config: Config) -> Iterator[Sockets]:
         api = [stack.enter_context(closing(bound)) for bound in server.bind(config.api.host, config.api.port)]
         link = [stack.enter_context(closing(bound)) for bound in links.bind(config.link.host, config.link.port)]
         yield Sockets(api, link)
-
-
-def _cluster_key(config: Config, folder: StateFolder, clock: Clock) -> tuple[ClusterKey, bool]:
-    """Choose the cluster's key: the stored one, else the one from the settings, else a new one. Store it in the folder.
-
-    Returns: the key, and whether it is new.
-    Raises: ConfigError, StorageError.
-    """
-    stored = load_cluster_key(folder)
-    given = ClusterKey.from_code(config.key) if config.key else None
-    if stored is not None and given is not None and given != stored:
-        raise ConfigError(
-            f"{folder.path} belongs to cluster {stored.fingerprint}, but the join code is of cluster {given.fingerprint}",
-            hint="move this device with `meshd key join CODE`, or use another folder with --state DIR",
-        )
-    key = stored or given or ClusterKey.generate(clock.random_bytes)
-    if stored is None:
-        store_cluster_key(folder, key)
-    return key, stored is None and given is None
 
 
 class Daemon:
