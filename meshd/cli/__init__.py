@@ -70,6 +70,9 @@ class Verb(Protocol):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns: the exit status, which is 0 for success, 1 for failure, 2 for wrong usage, 130 if interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if sys.platform == "win32":
+        print("meshd: Windows is not supported: use Linux or macOS, or the Windows Subsystem for Linux (WSL)", file=sys.stderr)
+        return 1
     try:
         status = _dispatch(words)
         sys.stdout.flush()

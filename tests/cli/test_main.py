@@ -145,3 +145,17 @@ def test_a_fault_of_the_system_names_the_file_and_a_next_step(
     assert outcome.returncode == 1
     assert outcome.stderr.startswith(f"meshd: /models/index.json: {os.strerror(number)}; ")
     assert hint in outcome.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["up"], ["status", "--json"], ["demo"]])
+def test_on_windows_every_verb_says_that_it_is_not_supported(words: list[str]) -> None:
+    script = (
+        "import sys\n"
+        "sys.modules.update({name: None for name in ('fcntl', 'resource', 'termios', 'pwd', 'grp')})  # as on Windows\n"
+        "from meshd.cli import main\n"
+        "sys.platform = 'win32'\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    outcome = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=60)
+    assert outcome.returncode == 1
+    assert outcome.stderr == ("meshd: Windows is not supported: use Linux or macOS, or the Windows Subsystem for Linux (WSL)\n")
