@@ -21,8 +21,10 @@ from meshd.protocol import transport
 
 log = logging.getLogger(__name__)
 
-_BACKLOG = 1024
+_BACKLOG = 4096
 """Connections that the kernel holds until they are accepted. They need no file descriptor of this process."""
+_AT_ONCE = 64
+"""Most connections that are accepted in one turn of the event loop, which takes about 2 ms."""
 _SWEEP_S = 1.0
 _NO_DESCRIPTORS_S = 0.05
 """Wait after the process ran out of file descriptors, before it accepts again."""
@@ -30,22 +32,27 @@ _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 
 
 
 class Connections:
-    """The open connections of clients: those that have not sent a request yet, those between two requests, and busy ones."""
+    """The open connections of clients: without any data, without a whole request so far, between two requests, or busy."""
 
     def __init__(self, limits: ClientLimits) -> None:
         self._limits = limits
+        self.unheard: dict[socket.socket, float] = {}
+        """Connections on which nothing has come, and when each was opened, oldest first. They have no handler yet."""
         self._silent: dict[web.RequestHandler, float] = {}
-        """Connections without a request so far, and when each was opened, oldest first."""
+        """Connections without a whole request so far, and when each got its handler, oldest first."""
         self._idle: dict[web.RequestHandler, None] = {}
         """Connections between two requests, the least recently used first."""
         self._busy: set[web.RequestHandler] = set()
 
     def __len__(self) -> int:
-        return len(self._silent) + len(self._idle) + len(self._busy)
+        return len(self.unheard) + len(self._silent) + len(self._idle) + len(self._busy)
 
-    def make_room(self) -> bool:
+    def make_room(self, loop: asyncio.AbstractEventLoop) -> bool:
         """Close the most dispensable connection if there are as many as allowed. Returns: False if all have a running request."""
         if len(self) < self._limits.connections:
+            return True
+        if self.unheard:
+            self._close_unheard(next(iter(self.unheard)), loop)
             return True
         self._forget_closed()
         if len(self) < self._limits.connections:
@@ -71,13 +78,28 @@ class Connections:
         self._busy.discard(handler)
         self._idle[handler] = None
 
-    def sweep(self, now: float) -> None:
+    def sweep(self, loop: asyncio.AbstractEventLoop) -> None:
         """Close the connections whose first request has not come in time, and forget those that clients have closed."""
+        now = loop.time()
+        for client, opened in list(self.unheard.items()):
+            if now - opened < self._limits.first_request_s:
+                break
+            self._close_unheard(client, loop)
         for handler, opened in list(self._silent.items()):
             if now - opened < self._limits.first_request_s:
                 break
             self._close(handler)
         self._forget_closed()
+
+    def close_unheard(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Close all connections on which nothing has come."""
+        for client in list(self.unheard):
+            self._close_unheard(client, loop)
+
+    def _close_unheard(self, client: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+        del self.unheard[client]
+        loop.remove_reader(client)
+        client.close()
 
     def _close(self, handler: web.RequestHandler) -> None:
         self._silent.pop(handler, None)
@@ -179,34 +201,100 @@ async def serve_at(app: web.Application, listeners: list[socket.socket]) -> Serv
         host, port, *_ = listeners[0].getsockname()
         raise ConfigError(f"can't listen on {host}:{port}: {error.strerror}", hint="choose another address with --api") from error
     loop = asyncio.get_running_loop()
-    tasks = [loop.create_task(_accept(runner, listener), name="accept API connections") for listener in listeners]
+    tasks = [loop.create_task(_Acceptor(runner, listener).run(), name="accept API connections") for listener in listeners]
     tasks.append(loop.create_task(_sweep(app[CONNECTIONS]), name="close silent API connections"))
     host, port, *_ = listeners[0].getsockname()
     return Server(runner, host, port, tuple(listeners), tuple(tasks))
 
 
-async def _accept(runner: web.AppRunner, listener: socket.socket) -> None:
-    loop, connections, factory = asyncio.get_running_loop(), runner.app[CONNECTIONS], runner.server
-    assert factory is not None
-    while True:
+class _Acceptor:
+    """Accepts the connections of one listening socket.
+
+    A client sends its request as soon as it is connected, so a connection gets a handler, which is the expensive part, only when it
+    has data to read. Until then it is a bare socket: thousands of silent connections a second are accepted and closed again without
+    the queue of the kernel overflowing, which would delay honest clients by the second after which TCP tries again.
+    """
+
+    def __init__(self, runner: web.AppRunner, listener: socket.socket) -> None:
+        assert runner.server is not None
+        self._factory = runner.server
+        self._connections = runner.app[CONNECTIONS]
+        self._listener = listener
+        self._loop = asyncio.get_running_loop()
+        self._handing_over: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Accept until cancelled."""
         try:
-            client, _ = await loop.sock_accept(listener)
-        except OSError as error:
-            log.warning("API connections can't be accepted, trying again: %s", error.strerror or error)
-            await asyncio.sleep(_NO_DESCRIPTORS_S)
-            continue
-        if not connections.make_room():
-            _refuse(client)
-            await asyncio.sleep(0)  # sock_accept returns without a pause while connections wait
-            continue
+            while True:
+                await self._acceptable()
+                try:
+                    self._accept_waiting()
+                except OSError as error:
+                    log.warning("API connections can't be accepted, trying again: %s", error.strerror or error)
+                    await asyncio.sleep(_NO_DESCRIPTORS_S)
+        finally:
+            self._connections.close_unheard(self._loop)
+
+    async def _acceptable(self) -> None:
+        ready = self._loop.create_future()
+        self._loop.add_reader(self._listener, _set_once, ready)
         try:
-            _, handler = await loop.connect_accepted_socket(factory, client)
+            await ready
+        finally:
+            self._loop.remove_reader(self._listener)
+
+    def _accept_waiting(self) -> None:
+        """Accept what the kernel has queued, at most `_AT_ONCE`, so that the other work of the loop gets its turn."""
+        for _ in range(_AT_ONCE):
+            try:
+                client, _ = self._listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            client.setblocking(False)
+            if not self._connections.make_room(self._loop):
+                _refuse(client)
+            elif _has_data(client):
+                self._hand_over(client)
+            else:
+                self._connections.unheard[client] = self._loop.time()
+                self._loop.add_reader(client, self._heard, client)
+
+    def _heard(self, client: socket.socket) -> None:
+        self._loop.remove_reader(client)
+        self._connections.unheard.pop(client, None)
+        self._hand_over(client)
+
+    def _hand_over(self, client: socket.socket) -> None:
+        task = self._loop.create_task(self._serve(client))
+        self._handing_over.add(task)
+        task.add_done_callback(self._handing_over.discard)
+
+    async def _serve(self, client: socket.socket) -> None:
+        try:
+            _, handler = await self._loop.connect_accepted_socket(self._factory, client)
         except OSError:
             client.close()
-        else:
-            if not isinstance(loop, asyncio.BaseEventLoop):
-                client.detach()  # uvloop's transport owns the descriptor; the socket's finaliser must not close it too
-            connections.opened(handler, loop.time())
+            return
+        if not isinstance(self._loop, asyncio.BaseEventLoop):
+            client.detach()  # uvloop's transport owns the descriptor; the socket's finaliser must not close it too
+        self._connections.opened(handler, self._loop.time())
+
+
+def _set_once(ready: "asyncio.Future[None]") -> None:
+    if not ready.done():
+        ready.set_result(None)
+
+
+def _has_data(client: socket.socket) -> bool:
+    """Whether a read would not wait: there is data, or the client has gone."""
+    try:
+        client.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _refuse(client: socket.socket) -> None:
@@ -219,9 +307,10 @@ def _refuse(client: socket.socket) -> None:
 
 
 async def _sweep(connections: Connections) -> None:
+    loop = asyncio.get_running_loop()
     while True:
         await asyncio.sleep(_SWEEP_S)
-        connections.sweep(asyncio.get_running_loop().time())
+        connections.sweep(loop)
 
 
 def _connection_log() -> logging.Logger:
