@@ -14,6 +14,7 @@ import msgspec
 from meshd.agents.links.links import Links
 from meshd.agents.observe.story import Story
 from meshd.agents.placement.model_library import ModelLibrary, ModelText
+from meshd.agents.placement.plan_input import with_peer_ids
 from meshd.agents.service import GenerationRequest
 from meshd.agents.session.admission import Admission
 from meshd.agents.session.answer import Answer, AnswerContext
@@ -152,6 +153,8 @@ class Coordinator:
         if self.leaving():
             raise Unavailable("this peer is about to stop and takes no new requests", hint="ask another peer")
         card = self.library.find(request.model)
+        mesh = with_peer_ids(request.mesh, self.router.adverts(), card.id)
+        request = msgspec.structs.replace(request, mesh=mesh)
         text = await self.library.text(card)
         # In a thread: a long prompt, or a template with an endless loop, must not delay the heartbeats.
         prompt = await asyncio.to_thread(text.tokens_of, request.prompt, request.template)

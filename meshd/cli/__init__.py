@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Protocol, cast
 
 from meshd import __version__
+from meshd.bounds import printable
 from meshd.cli.support.arguments import Parser
 from meshd.config import debug_wanted
 from meshd.errors import ConfigError, InvalidRequest, MeshdError
@@ -134,7 +135,7 @@ def _explain(error: Exception) -> int:
 
         traceback.print_exception(error)
     known = error if isinstance(error, MeshdError) else _unexpected(error)
-    print("meshd: " + " ".join(str(known).split()), file=sys.stderr)
+    print("meshd: " + printable(" ".join(str(known).split())), file=sys.stderr)
     return 2 if isinstance(error, ConfigError | InvalidRequest) else 1
 
 

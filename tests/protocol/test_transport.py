@@ -164,7 +164,7 @@ async def test_a_violation_ends_the_connection_with_one_reason(identities: Calla
         await sender.end()
         assert receiver.ends.empty()
         with pytest.raises(PeerLost):
-            there.send(Credit(session="s", epoch=1, index=1))
+            there.send(Credit(session="5e" * 16, epoch=1, index=1))
         with pytest.raises(PeerLost):
             there.attach(receiver.on_message, lambda connection, reason: None)
 
