@@ -10,7 +10,8 @@ from openai import AsyncOpenAI
 
 from fake_api.words import WordsCoordinator
 from fake_api.words_mesh import WordsMesh
-from meshd.api.http.app import Server, create_app, serve
+from meshd.api.http.app import create_app
+from meshd.api.http.server import Server, serve
 from meshd.api.http.services import ClientLimits
 from meshd.clock import SystemClock
 from meshd.telemetry import Telemetry

@@ -32,9 +32,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "api"))
 from conftest import WordsMesh
 
 from fake_api.words import WordsCoordinator
-from meshd.api.http.app import create_app, serve
+from meshd.api.http.app import create_app
 from meshd.api.http.openapi import document
 from meshd.api.http.routes import ROUTES, Route
+from meshd.api.http.server import serve
 from meshd.clock import SystemClock
 from meshd.config import Settings
 from meshd.telemetry import Telemetry

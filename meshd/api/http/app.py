@@ -1,8 +1,7 @@
-"""Compose the HTTP API of one peer, and serve it."""
+"""Compose the HTTP API of one peer."""
 
 import asyncio
 import logging
-from dataclasses import dataclass
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -15,11 +14,11 @@ from meshd.api.http.ignored import HEADER as IGNORED_HEADER
 from meshd.api.http.ignored import IGNORED
 from meshd.api.http.openapi import openapi
 from meshd.api.http.routes import ROUTES
+from meshd.api.http.server import CONNECTIONS, Connections
 from meshd.api.http.services import SERVICES, ClientLimits, Services
 from meshd.api.http.sse import OUTCOME
 from meshd.api.openai.answers import GENERATION_HEADERS
 from meshd.clock import Clock
-from meshd.errors import ConfigError
 from meshd.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -38,6 +37,7 @@ def create_app(
     limits = limits or ClientLimits()
     app = web.Application(middlewares=[_answer_errors, guard(api_key)], client_max_size=limits.body_bytes)
     app[SERVICES] = Services(coordinator, mesh, telemetry, clock, limits)
+    app[CONNECTIONS] = Connections(limits)
     for route in ROUTES:
         app.router.add_route(route.method, route.path, route.handler)
     app.router.add_get("/openapi.json", openapi)
@@ -48,6 +48,8 @@ def create_app(
 @web.middleware
 async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     outcome = "ok"
+    connections = request.app[CONNECTIONS]
+    connections.begin(request.protocol)
     try:
         response = await handler(request)
         outcome = request.get(OUTCOME, outcome)
@@ -60,6 +62,7 @@ async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamRe
         response = problem.response()
     finally:
         drop_broken_body(request)
+        connections.end(request.protocol)
         _record_outcome(request, outcome)
     return response
 
@@ -76,47 +79,3 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
     response.headers.update(request.get(GENERATION_HEADERS, {}))
     if (ignored := request.get(IGNORED)) is not None and ignored.count:
         response.headers[IGNORED_HEADER] = ignored.header()
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """A running server."""
-
-    runner: web.AppRunner
-    host: str
-    port: int
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """Host and port that the server listens on. If port 0 was requested, the port is the one that was bound."""
-        return self.host, self.port
-
-    @property
-    def url(self) -> str:
-        """The base URL, such as `http://127.0.0.1:6374`."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
-
-    async def aclose(self) -> None:
-        """Stop listening, end running answers with an error, and close all connections within a second. Idempotent."""
-        app = self.runner.app
-        app[SERVICES].work.interrupt()
-        await self.runner.cleanup()
-
-
-async def serve(app: web.Application, host: str, port: int) -> Server:
-    """Listen on `host:port`. Port 0 binds a free port. When a client disconnects, its handler is cancelled.
-
-    Raises: ConfigError if the address can't be used.
-    """
-    runner = web.AppRunner(
-        app, handler_cancellation=True, access_log=None, shutdown_timeout=app[SERVICES].limits.shutdown_s, handle_signals=False
-    )
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, host, port).start()
-    except OSError as error:
-        await runner.cleanup()
-        raise ConfigError(f"can't listen on {host}:{port}: {error.strerror}", hint="choose another address with --api") from error
-    bound = runner.addresses[0]
-    return Server(runner, bound[0], bound[1])

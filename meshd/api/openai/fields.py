@@ -12,15 +12,14 @@ import msgspec
 from msgspec import Meta
 
 from meshd.agents.service import MeshOptions
+from meshd.bounds import MAX_LOGIT_BIAS, MAX_STOP_CHARACTERS, MAX_STOPS, AskedPenalty, AskedRepetition, AskedTemperature
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest, ToolsUnsupported
 from meshd.types import SamplingDefaults, SamplingParams
 
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-Penalty = Annotated[float, Meta(ge=-2, le=2)]
-Repetition = Annotated[float, Meta(ge=0.01, le=10)]
-StopText = Annotated[str, Meta(min_length=1, max_length=1024)]
+StopText = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 UNSUPPORTED = "x-unsupported"
 """Key in a field's JSON schema. It marks a field that accepts only neutral values."""
@@ -37,8 +36,6 @@ ToolChoice = Annotated[
     Literal["none", "auto", "required"] | dict[str, Any] | None,
     Meta(description='Not supported: only null, "none" or "auto".', extra_json_schema={UNSUPPORTED: True}),
 ]
-MAX_LOGIT_BIASES = 1024
-"""Most entries of `logit_bias`. They are sent to the last stage in one message, whose header has 64 KiB."""
 MAX_MESSAGES = 16_384
 """Most messages of a chat. Each has at least some tokens, so that longer chats fit into no context."""
 
@@ -67,26 +64,26 @@ class AnswerFields(msgspec.Struct, frozen=True, kw_only=True):
 
     model: Annotated[str, Meta(min_length=1, max_length=512, description="A model of GET /v1/models.")]
     temperature: Annotated[
-        Annotated[float, Meta(ge=0, le=2)] | None,
+        AskedTemperature | None,
         Meta(description="From 0 (always the most likely token) to 2. Default: the model's own, or 1. So for the next six."),
     ] = None
     top_p: Annotated[Annotated[float, Meta(gt=0, le=1)] | None, Meta(description="Above 0, up to 1 (all tokens).")] = None
     top_k: Annotated[Annotated[int, Meta(ge=0, le=2**31 - 1)] | None, Meta(description="0: all tokens.")] = None
     min_p: Annotated[Annotated[float, Meta(ge=0, le=1)] | None, Meta(description="From 0 (all tokens) to 1.")] = None
-    presence_penalty: Annotated[Penalty | None, Meta(description="From -2 to 2.")] = None
-    frequency_penalty: Annotated[Penalty | None, Meta(description="From -2 to 2.")] = None
-    repetition_penalty: Annotated[Repetition | None, Meta(description="From 0.01 to 10; 1: no penalty.")] = None
-    repeat_penalty: Annotated[Repetition | None, Meta(description="Another name of `repetition_penalty`.")] = None
+    presence_penalty: Annotated[AskedPenalty | None, Meta(description="From -2 to 2.")] = None
+    frequency_penalty: Annotated[AskedPenalty | None, Meta(description="From -2 to 2.")] = None
+    repetition_penalty: Annotated[AskedRepetition | None, Meta(description="From 0.01 to 10; 1: no penalty.")] = None
+    repeat_penalty: Annotated[AskedRepetition | None, Meta(description="Another name of `repetition_penalty`.")] = None
     logit_bias: Annotated[
-        Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_LOGIT_BIASES)] | None,
-        Meta(description=f"Token id to a bias from -100 to 100, for up to {MAX_LOGIT_BIASES} tokens."),
+        Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_LOGIT_BIAS)] | None,
+        Meta(description=f"Token id to a bias from -100 to 100, for up to {MAX_LOGIT_BIAS} tokens."),
     ] = None
     seed: Annotated[
         Annotated[int, Meta(ge=-_SEED_SPAN, le=_SEED_SPAN - 1)] | None,
         Meta(description="64 bits; the same seed gives the same answer. Answer i of n has seed + i. Random if not given."),
     ] = None
     stop: Annotated[
-        StopText | Annotated[list[StopText], Meta(max_length=16)] | None, Meta(description="One text, or up to 16 of them.")
+        StopText | Annotated[list[StopText], Meta(max_length=MAX_STOPS)] | None, Meta(description="One text, or up to 16 of them.")
     ] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
+from meshd.bounds import printable
 from meshd.cli.support.client import Daemon, Stream
+from meshd.cli.support.output import show
 from meshd.errors import NotReady, PeerFault, UsageError
 
 READY_WITHIN_S = 600.0
@@ -161,11 +163,11 @@ def _read(stream: Stream, write: Callable[[str], object], sent_at: float) -> Ans
 
 
 def write_out(text: str) -> None:
-    """Write to standard output and flush."""
-    sys.stdout.write(text)
+    """Write a part of an answer to standard output and flush. On a terminal, unprintable characters become spaces or escapes."""
+    sys.stdout.write(printable(text, keep="\n\t") if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 def notice(text: str) -> None:
     """Print a line to standard error."""
-    print(text, file=sys.stderr, flush=True)
+    show(text, file=sys.stderr)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshd.api.http.app import Server
 from meshd.api.http.body import decode_body
+from meshd.api.http.server import Server
 from meshd.api.openai.chat.schemas import ChatRequest
 from meshd.api.openai.completions.schemas import CompletionRequest
 from meshd.api.openai.responses.request import ResponseRequest

@@ -83,7 +83,7 @@ def test_a_folder_becomes_a_file_that_other_tools_can_read(tmp_path: Path, dtype
     assert reader.get_field("llama.rope.freq_base").contents() == 10000.0
     with GgufFile.open(target) as file:
         text = {key: file.metadata[key] for key in file.metadata if "token" in key and "json" not in key}
-        card = card_from_gguf(file, name="x", ref="x", model_id=ModelId("x"))
+        card = card_from_gguf(file, name="x", ref="x", model_id=ModelId("0" * 32))
     assert text == {
         "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 3,
         "meshd.eos_token_ids": (2, 3), "tokenizer.ggml.add_bos_token": True, "tokenizer.chat_template": "{{ messages }}",
