@@ -120,6 +120,11 @@ class Generation(Protocol):
     def predicted_tpot_s(self) -> float: ...
 
     @property
+    def prompt_end(self) -> str:
+        """The text of the prompt's last tokens. Chat templates of some models end with the beginning of a thought."""
+        ...
+
+    @property
     def ignored(self) -> tuple[str, ...]:
         """Fields of the request that the model's chat template does not use, such as `messages[0].name`."""
         ...

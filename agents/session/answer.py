@@ -28,6 +28,9 @@ from meshd.errors import Cancelled, MeshdError
 from meshd.protocol.messages import Token
 from meshd.types import FinishReason, ModelCard, PeerId, Plan, SessionId, TokenLogprobs
 
+_PROMPT_END_TOKENS = 16
+"""How many tokens `prompt_end` shows. `<think>` and the white space after it have up to eight."""
+
 
 @dataclass(frozen=True, slots=True)
 class AnswerContext:
@@ -104,6 +107,11 @@ class Answer:
     @property
     def prompt_tokens(self) -> int:
         return len(self.record.prompt)
+
+    @property
+    def prompt_end(self) -> str:
+        """See `service.Generation.prompt_end`."""
+        return self.text.tokenizer.decode(self.record.prompt[-_PROMPT_END_TOKENS:])
 
     @property
     def plan(self) -> Plan | None:

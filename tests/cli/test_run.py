@@ -43,6 +43,16 @@ def test_a_model_without_recommended_sampling_gets_the_command_lines(meshd: Mesh
         assert {name: value for name, value in api.bodies[-1].items() if name in ("temperature", "top_p", "top_k")} == sampling
 
 
+def test_what_the_model_thinks_goes_to_stderr(meshd: Meshd, api: Api) -> None:
+    thoughts = [
+        f'data: {{"choices": [{{"index": 0, "delta": {{"reasoning_content": "{text}"}}}}]}}\n\n'.encode() for text in ("hm", "m")
+    ]
+    role, *rest = chat_events("Blue", ".")
+    api.stream(CHAT, [role, *thoughts, *rest])
+    outcome = meshd("run", "m", "Why?", "--quiet", "--api", api.url)
+    assert (outcome.stdout, outcome.stderr) == ("Blue.\n", "hmm\n\n")
+
+
 def test_an_empty_prompt_is_wrong_usage(meshd: Meshd, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
     outcome = meshd("run", "m")

@@ -30,6 +30,8 @@ class RunningAnswers:
     id: str
     events: AsyncIterator[tuple[int, TextDelta | Finished]]
     """(index of the answer, event), in order of arrival."""
+    first: Generation
+    """The first answer that was admitted. All answers to a chat have the same prompt."""
     generation: Generation | None = None
     """The answer, if the request has only one. None: it has several."""
 
@@ -91,7 +93,7 @@ async def reading(
         request[RESUMABLE] = ResumableAnswer(answer_id, generation)
     try:
         async with closing(_events(generation)) as events:
-            yield RunningAnswers(renderer, answer_id, events, generation)
+            yield RunningAnswers(renderer, answer_id, events, generation, generation)
     except asyncio.CancelledError:
         # A client without the id could not resume the answer. At a shutdown, however, the client receives an error with the id.
         if not known and not work.closing:
@@ -130,7 +132,8 @@ async def _several(
             if len(admitted) == len(generation_requests):
                 break
         _set_headers(request, admitted)
-        yield RunningAnswers(renderer, f"{renderer.prefix}{services.clock.random_bytes(16).hex()}", _deltas(early, events))
+        answer_id = f"{renderer.prefix}{services.clock.random_bytes(16).hex()}"
+        yield RunningAnswers(renderer, answer_id, _deltas(early, events), admitted[min(admitted)])
 
 
 async def _answer(

@@ -31,7 +31,7 @@ async def send_whole(request: web.Request, source: AbstractAsyncContextManager[R
     async with request.app[SERVICES].work.interruptible(), source as running:
         counter = UsageCounter(running.renderer.per_prompt)
         answers = await collect(running.events, running.renderer.answers, counter)
-        return json_response(running.renderer.whole(running.id, answers, counter.usage()))
+        return json_response(running.renderer.whole(running.id, answers, counter.usage(), prompt_end=running.first.prompt_end))
 
 
 async def send_stream(
@@ -51,7 +51,7 @@ async def send_stream(
 
 
 async def _write(stream: EventStream, running: RunningAnswers) -> None:
-    writer = running.renderer.writer(running.id)
+    writer = running.renderer.writer(running.id, prompt_end=running.first.prompt_end)
     stream.sends_done = running.renderer.sends_done
     stream.failure = lambda problem: writer.fail(problem, stream.last, for_good=running.failed)
     for event in writer.begin():

@@ -139,13 +139,20 @@ def stream_answer(daemon: Daemon, body: Mapping[str, Any], write: Callable[[str]
 
 def _read(stream: Stream, write: Callable[[str], object], sent_at: float) -> AnswerSummary:
     first = last = 0.0
+    thinking = False
     chunks: list[str] = []
     finish, usage = "", {"prompt_tokens": 0, "completion_tokens": 0}
     for event in stream.events():
         usage = event.get("usage") or usage
         for choice in event.get("choices", ()):
             finish = choice.get("finish_reason") or finish
+            if thought := choice.get("delta", {}).get("reasoning_content"):
+                thinking = True
+                show(thought, file=sys.stderr, end="")  # standard output has only the answer
             if text := choice.get("delta", {}).get("content"):
+                if thinking:
+                    thinking = False
+                    show("\n", file=sys.stderr)
                 last = time.monotonic()
                 first = first or last
                 chunks.append(text)

@@ -72,6 +72,7 @@ class WordsGeneration:
 
     predicted_tpot_s = 0.0125
     ignored: tuple[str, ...] = ()
+    prompt_end = "assistant:"
 
     def __init__(self, owner: "WordsCoordinator", record: Record) -> None:
         self._owner, self.record = owner, record

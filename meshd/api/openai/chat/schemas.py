@@ -164,6 +164,8 @@ class AnswerMessage(msgspec.Struct, frozen=True, kw_only=True):
 
     role: Literal["assistant"] = "assistant"
     content: str
+    reasoning_content: str | UnsetType = UNSET
+    """What the model thought before it answered. Absent: nothing."""
     refusal: None = None
     annotations: list[Any] = []
 
@@ -191,6 +193,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
     refusal: UnsetType | None = UNSET
 
 
