@@ -44,9 +44,8 @@ def test_a_model_without_recommended_sampling_gets_the_command_lines(meshd: Mesh
 
 
 def test_what_the_model_thinks_goes_to_stderr(meshd: Meshd, api: Api) -> None:
-    thoughts = [
-        f'data: {{"choices": [{{"index": 0, "delta": {{"reasoning_content": "{text}"}}}}]}}\n\n'.encode() for text in ("hm", "m")
-    ]
+    deltas = [{"choices": [{"index": 0, "delta": {"reasoning_content": text}}]} for text in ("hm", "m")]
+    thoughts = [f"data: {json.dumps(delta)}\n\n".encode() for delta in deltas]
     role, *rest = chat_events("Blue", ".")
     api.stream(CHAT, [role, *thoughts, *rest])
     outcome = meshd("run", "m", "Why?", "--quiet", "--api", api.url)
