@@ -182,6 +182,7 @@ class Peer:
                     for task in running:
                         task.cancel()
         finally:
+            await self.library.close()
             await self.loader.close()
             await self.weight_server.close()
             self.compute.close()

@@ -24,6 +24,8 @@ from meshd.agents.membership.static import StaticPeers
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.agents.placement.weights.sources import WeightSources
+from meshd.agents.text.model_texts import ModelTexts
+from meshd.agents.text.workers import TextWorkers, memory_limit
 from meshd.api.http.app import Server, create_app, serve
 from meshd.clock import Clock, SystemClock
 from meshd.compose import Parts, PeerSettings, PeerSignals, compose
@@ -234,7 +236,8 @@ def _parts(config: Config, identity: Identity, measured: ProbeResult, clock: Clo
     )
     prober = LinkProber(links, clock, on_change=signals.changed)
     store = Store(config.models_dir, config.hf_cache, index_url=config.pypi_index, clock=clock)
-    library = ModelLibrary(links=links, store=store, adverts=table.adverts, on_change=signals.changed)
+    texts = ModelTexts(TextWorkers(memory_bytes=memory_limit(capability.memory_total_bytes)))
+    library = ModelLibrary(links=links, store=store, adverts=table.adverts, on_change=signals.changed, texts=texts)
     weight_sources = WeightSources(
         me=identity.peer, links=links, adverts=table.adverts, names=table.name_of, clock=clock, link_stats=prober.stats
     )

@@ -13,7 +13,6 @@ import msgspec
 
 from meshd.agents.links.links import Links
 from meshd.agents.observe.story import Story
-from meshd.agents.placement.model_library import ModelText
 from meshd.agents.service import Finished, TextDelta
 from meshd.agents.session import events as fsm
 from meshd.agents.session.journal.record import SessionRecord
@@ -23,6 +22,7 @@ from meshd.agents.session.recovery_history import Recovered, RecoveryHistory
 from meshd.agents.session.session import RUNNING, TERMINAL, Session, SessionState
 from meshd.agents.session.stages.client import StageClient
 from meshd.agents.session.tasks import AnswerTasks
+from meshd.agents.text.model_texts import ModelText
 from meshd.clock import Clock
 from meshd.errors import Cancelled, MeshdError
 from meshd.protocol.messages import Token

@@ -13,7 +13,7 @@ import msgspec
 
 from meshd.agents.links.links import Links
 from meshd.agents.observe.story import Story
-from meshd.agents.placement.model_library import ModelLibrary, ModelText
+from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.service import GenerationRequest
 from meshd.agents.session.admission import Admission
 from meshd.agents.session.answer import Answer, AnswerContext
@@ -28,6 +28,7 @@ from meshd.agents.session.recovery_history import Recovered
 from meshd.agents.session.report import report_end
 from meshd.agents.session.stages.receiver import StageReceiver
 from meshd.agents.session.stages.stall import StallWatch
+from meshd.agents.text.model_texts import ModelText
 from meshd.clock import Clock
 from meshd.errors import MeshdError, PeerFault, Unavailable, UnknownModel, UnknownSession
 from meshd.protocol.messages import Error, Move, Moved, Token
@@ -131,8 +132,10 @@ class Coordinator:
 
     async def _retry_background(self) -> None:
         """Resume suspended background answers whose model has become answerable, because no reader will resume them."""
-        models = frozenset(card.id for card in self.router.answerable())
-        changed, self._answerable = models - self._answerable, models
+        cards = {card.id: card for card in self.router.answerable()}
+        changed, self._answerable = cards.keys() - self._answerable, frozenset(cards)
+        for model in changed:
+            self.library.warm(cards[model])
         for answer in list(self.retained.values()):
             waits = answer.record.background and answer.status == "suspended"
             if waits and answer.record.model in changed and self.admission.free:
@@ -152,8 +155,7 @@ class Coordinator:
             raise Unavailable("this peer is about to stop and takes no new requests", hint="ask another peer")
         card = self.library.find(request.model)
         text = await self.library.text(card)
-        # In a thread: a long prompt, or a template with an endless loop, must not delay the heartbeats.
-        prompt = await asyncio.to_thread(text.tokens_of, request.prompt, request.template)
+        prompt = await text.tokens_of(request.prompt, request.template)
         record = new_record(request, card, prompt, self.me, self.clock)
         answer = await self._admit(record, card, text)
         self.retrier.start(answer)

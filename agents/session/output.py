@@ -9,10 +9,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from meshd.agents.placement.model_library import ModelText
 from meshd.agents.service import Finished, TextDelta
 from meshd.agents.session.journal.record import AnswerToken, SessionRecord
 from meshd.agents.session.text import Assembler, StopMatcher
+from meshd.agents.text.model_texts import ModelText
 from meshd.types import FinishReason, ModelCard, TokenLogprobs
 
 
@@ -34,8 +34,8 @@ class AnswerOutput:
 
     def __post_init__(self) -> None:
         self._assembler = Assembler(
-            decoder=self.text.tokenizer.stream(after=self.record.prompt[-1] if self.record.prompt else None),
-            vocabulary=self.text.tokenizer,
+            decoder=self.text.table.stream(after=self.record.prompt[-1] if self.record.prompt else None),
+            vocabulary=self.text.table,
             stops=StopMatcher(self.record.stop),
             with_logprobs=self.record.sampling.logprobs is not None,
         )

@@ -163,8 +163,8 @@ class Router:
             raise NoPeer(f"{name} has no KV free for {problem.context} tokens", hint="try again when other sessions have ended")
 
     def answerable(self) -> list[ModelCard]:
-        """Returns: the models whose layers are all active on live peers."""
-        return [card for card in self.library.cards().values() if self.covered(card)]
+        """Returns: the models whose layers are all active on live peers, but for those whose text could not be read."""
+        return [card for card in self.library.cards().values() if self.covered(card) and self.library.readable(card.id)]
 
     def covered(self, card: ModelCard) -> bool:
         """Whether the live peers together hold all layers of a model."""
