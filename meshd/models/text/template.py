@@ -10,6 +10,7 @@ from meshd.errors import InvalidRequest, ModelFileError
 from meshd.models.files.gguf_header import MetadataValue
 from meshd.models.text.sandbox import chat_environment
 from meshd.models.text.tokenizer.document import HUGGINGFACE_KEY, huggingface_json
+from meshd.models.text.tokenizer.gguf_keys import TokenizerKeys
 
 Message: TypeAlias = Mapping[str, Any]
 """`role`, `content` (text, or a list of parts), and other keys that a template may read, such as `tool_calls`."""
@@ -112,4 +113,6 @@ def _token_texts(metadata: Mapping[str, MetadataValue], *keys: str) -> list[str]
         return [document.text_of(id_) if isinstance(id_, int) else "" for id_ in ids]
     tokens = metadata.get("tokenizer.ggml.tokens")
     known = tokens if isinstance(tokens, tuple) else ()
-    return [str(known[id_]) if isinstance(id_, int) and 0 <= id_ < len(known) else "" for id_ in ids]
+    reader = TokenizerKeys(metadata)
+    used = [reader.special(key, reader.types(len(known))) if known else None for key in keys]
+    return ["" if id_ is None else str(known[id_]) for id_ in used]

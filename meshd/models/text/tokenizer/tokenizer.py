@@ -50,13 +50,16 @@ class Tokenizer(TokenTable):
         eos: int | None = None,
         prefix: tuple[int, ...] = (),
         suffix: tuple[int, ...] = (),
+        chat_prefix: tuple[int, ...] = (),
         leading_space: bool = False,
         warnings: tuple[str, ...] = (),
     ) -> None:
         """`bpe` encodes plain text and must not know control tokens.
 
         `after_control` encodes text after a control token; None: `bpe` does. `encode` with `add_special` puts `prefix` before a
-        text and `suffix` after it. `leading_space`: whether `bpe` puts a space before a text, which `decode` then removes.
+        text and `suffix` after it. `encode_chat` puts `chat_prefix` before a conversation. A prefix that the
+        text or the template spells itself is not added. `leading_space`: whether `bpe` puts a space before a text, which `decode`
+        then removes.
         `warnings`: what was odd in the file, and what is done instead.
         """
         pieces, ends = joined(vocabulary.bytes_of_tokens())
@@ -69,6 +72,7 @@ class Tokenizer(TokenTable):
         self.eos = eos
         self._prefix = prefix
         self._suffix = suffix
+        self._chat_prefix = chat_prefix
         self.warnings = warnings
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool = False) -> list[int]:
@@ -80,7 +84,7 @@ class Tokenizer(TokenTable):
         Raises: InvalidRequest for text that UTF-8 can't encode (a lone surrogate), or on which the vocabulary's patterns fail.
         """
         ids = list(self._encode_parts(text)) if parse_special else self._encode_plain(text, self._bpe)
-        return [*self._prefix, *ids, *self._suffix] if add_special else ids
+        return [*_missing(self._prefix, ids), *ids, *self._suffix] if add_special else ids
 
     def encode_chat(
         self,
@@ -102,7 +106,8 @@ class Tokenizer(TokenTable):
         mark = unused_mark(given)
         turns, functions, others = self._control.insert_mark(given, mark)
         prompt = template.render(turns, tools=functions, add_generation_prompt=add_generation_prompt, variables=others)
-        return list(self._encode_parts(prompt, mark))
+        ids = list(self._encode_parts(prompt, mark))
+        return [*_missing(self._chat_prefix, ids), *ids]
 
     def _encode_plain(self, text: str, bpe: tokenizers.Tokenizer) -> list[int]:
         if not text:
@@ -123,6 +128,11 @@ class Tokenizer(TokenTable):
             yield self._control_tokens[found.token]
             position, bpe = found.end, self._bpe_after_control
         yield from self._encode_plain(remove_mark(text[position:], mark), bpe)
+
+
+def _missing(prefix: tuple[int, ...], ids: list[int]) -> tuple[int, ...]:
+    """Return the prefix, or nothing if the ids begin with it."""
+    return () if ids[: len(prefix)] == list(prefix) else prefix
 
 
 @contextmanager
