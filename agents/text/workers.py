@@ -26,7 +26,7 @@ MAX_PROCESSES = 2
 SHORT_BYTES = 64 << 10
 """A text up to this size is encoded within milliseconds, unless its tokenizer or template is at fault."""
 SHORT_S = 1.0
-LONG_S = 10.0
+LONG_S = 5.0
 LONG_S_PER_MIB = 5.0
 """Processor time of a job that is not risky; of one that is, with more for each MiB of its text (1 s on a desktop processor)."""
 LOAD_S = 30.0

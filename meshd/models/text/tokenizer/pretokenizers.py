@@ -1,8 +1,8 @@
 """The rules that split text into words before byte-level BPE, by their names in GGUF's `tokenizer.ggml.pre`.
 
 The names are llama.cpp's (`llama-vocab.cpp`). The patterns, and whether text is converted to NFC, are those of the models' own
-`tokenizer.json` or code. Not here: rules without GPT-2's byte alphabet (gemma4, sarvam-moe, whitespace), and those of models that only
-embed texts and end them with a separator (jina-v1-en, jina-v2-code, roberta-bpe).
+`tokenizer.json` or code. Not here: rules without GPT-2's byte alphabet (gemma4, sarvam-moe, whitespace), and those of models that
+only embed texts and end them with a separator (jina-v1-en, jina-v2-code, roberta-bpe).
 """
 
 from dataclasses import dataclass
