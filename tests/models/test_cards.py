@@ -104,3 +104,21 @@ def test_a_missing_or_wrong_end_token_has_the_default_of_its_kind() -> None:
     assert ends(("<unk>", "<s>", "</s>"), model="llama", eos_token_id=99, eot_token_id=98) == ["</s>"]
     assert ends(("<unk>", "<s>", "</s>"), model="llama", eos_token_id=1) == ["<s>"]
     assert ends(("<s>",), eos_token_id=9) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("llama.context_length", (4, 1 << 31)), ("llama.rope.freq_base", (6, 1e30)), ("llama.rope.freq_base", (6, float("inf")))],
+)
+def test_a_model_that_other_peers_would_refuse_is_refused_here(make_llama: Callable[..., Any], key: str, value: Any) -> None:
+    maker = make_llama()
+    maker.metadata[key] = value
+    with pytest.raises(ModelFileError, match="can't be run"):
+        card(maker)
+
+
+def test_a_name_or_a_path_that_changes_a_terminal_is_refused(make_llama: Callable[..., Any]) -> None:
+    file = GgufFile.from_header(make_llama().header())
+    for name, ref in (("n\x1b[2J", "file:n"), ("n", "file:/a\nb")):
+        with pytest.raises(ModelFileError, match="out of bounds"):
+            card_from_gguf(file, name=name, ref=ref, model_id=ID)

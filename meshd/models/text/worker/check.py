@@ -51,6 +51,7 @@ def _result(output: bytes) -> Result | None:
     if len(output) < LENGTH.size:
         return None
     try:
-        return decode_result(output[LENGTH.size :])
+        result: Result = decode_result(output[LENGTH.size :])
     except msgspec.DecodeError:
         return None
+    return result
