@@ -274,6 +274,8 @@ class TextWorkers:
             _remember(self._broken, job.model.id, (now + FORGIVE_S, error))
             log.warning("%s", error)
             _fail(job, error)
+        elif job.result.done():
+            return  # the request has gone
         elif not job.risky and not self._closed:
             job.risky = True
             self._waiting.insert(0, job)

@@ -7,11 +7,12 @@ import pytest
 
 from fake_api.words import CARD
 from in_process.adverts import advert, held
-from in_process.peers import Peers
+from in_process.peers import Peers, until
 from meshd.agents.placement.model_library import ModelLibrary, holders_of
-from meshd.errors import UnknownModel
+from meshd.errors import ModelFileError, UnknownModel
 from meshd.models.store.store import Store
 from meshd.types import Advert, ModelCard, ModelId
+from tiny.bad_files import small_gguf
 
 
 def named(name: str) -> ModelCard:
@@ -72,3 +73,24 @@ def test_holders_with_the_file_come_before_those_with_layers() -> None:
     layers = msgspec.structs.replace(stored("b"), holdings=(held(0, 2, model=card.id),))
     both = msgspec.structs.replace(stored("c", card), holdings=(held(0, 2, model=card.id),))
     assert holders_of(card.id, [layers, both, stored("d")]) == ["c", "b"]
+
+
+async def test_a_models_text_is_read_from_its_file_and_a_broken_one_is_known_as_unreadable(
+    library: ModelLibrary, tmp_path: Path
+) -> None:
+    templates = {"good": "{{ messages[0].content }}", "broken": "{% for m in %}"}
+    cards = {}
+    for name, template in templates.items():
+        path = tmp_path / f"{name}.gguf"
+        path.write_bytes(small_gguf(more={"tokenizer.chat_template": template}))
+        cards[name] = await library.pull(f"file:{path}", lambda _: None)
+    try:
+        text = await library.text(cards["good"])
+        assert text.table.decode(await text.tokens_of('!"#')) == '!"#'
+        library.warm(cards["broken"])
+        await until(lambda: not library.readable(cards["broken"].id))
+        assert library.readable(cards["good"].id)
+        with pytest.raises(ModelFileError, match="chat template"):
+            await library.text(cards["broken"])
+    finally:
+        await library.close()
