@@ -63,11 +63,16 @@ class ActiveStage:
     def last(self) -> bool:
         return self.open.stage == len(self.open.plan.stages) - 1
 
+    @property
+    def input_peer(self) -> PeerId:
+        """The peer that sends the stage's prefill steps."""
+        return self.peer_of(self.open.stage - 1) if self.open.stage else self.open.coordinator
+
     def source_of(self, step: fsm.Step) -> PeerId:
         """Return the peer that sent the step's input."""
-        if self.open.stage:
-            return self.peer_of(self.open.stage - 1)
-        return self.open.coordinator if step.prefill else self.peer_of(len(self.open.plan.stages) - 1)
+        if self.open.stage or step.prefill:
+            return self.input_peer
+        return self.peer_of(len(self.open.plan.stages) - 1)
 
     def opened(self, request: int) -> Opened:
         """Return the answer to OPEN."""

@@ -1,5 +1,7 @@
 """Messages that open, resume and end a session."""
 
+import msgspec
+
 from meshd.protocol.messages.base import Reply, Request, SessionMessage, message
 from meshd.types import PeerId, Plan, SamplingParams, SessionId
 
@@ -103,10 +105,37 @@ class FetchProgress(Request, frozen=True, kw_only=True):
     epoch: int
 
 
+class StageProgress(msgspec.Struct, frozen=True, array_like=True):
+    """How far one stage of a session has come."""
+
+    stage: int
+    due: int
+    """The next position that the stage expects."""
+    sent: int
+    """Number of positions whose outputs the stage has sent to the next stage."""
+    idle_s: float
+    """Seconds since the last bytes arrived on the lane of the stage's prefill steps, at most 3600."""
+
+
+class RunningStep(msgspec.Struct, frozen=True, kw_only=True):
+    """The step that a peer computes now. It may belong to any session."""
+
+    session: SessionId
+    """Empty: the peer computes something that belongs to no session, and a step has waited for that since `running_s`."""
+    epoch: int
+    stage: int
+    step: int
+    tokens: int
+    running_s: float
+    """Seconds since the step began. The time that it waited in a queue before does not count."""
+    predicted_s: float = 0.0
+    """How long the step was expected to take, by the plan of its session. 0: unknown."""
+
+
 @message(67)
 class ProgressData(Reply, frozen=True, kw_only=True):
-    """Progress of each of the session's stages at the sender."""
+    """Progress of each of the session's stages at the sender, and what the sender computes now."""
 
-    stages: tuple[tuple[int, int, int, float], ...]
-    """(stage, next position expected, position up to which outputs were sent, seconds since the sender began its current step,
-    which may belong to any session)."""
+    stages: tuple[StageProgress, ...]
+    running: RunningStep | None = None
+    """None: nothing."""

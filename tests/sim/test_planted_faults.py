@@ -13,6 +13,7 @@ from meshd.agents.stage import session as stage_session
 from meshd.agents.stage.kv import KvLease, KvManager
 from meshd.kernels.kv import KVPool
 from meshd.kernels.sampler import Sampler
+from meshd.protocol.messages import Activation, Lane, Message
 from sim.options import Options
 from sim.simulation import simulate
 
@@ -99,6 +100,18 @@ def test_it_finds_blocks_that_are_freed_while_a_step_uses_them(monkeypatch: pyte
 
     monkeypatch.setattr(KvLease, "release", wrong)
     assert finds("are in use", USUAL)
+
+
+def test_it_finds_lanes_that_are_chosen_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short prefill step then overtakes a long one, and the next stage blames the peer that sent both."""
+
+    def by_size(message: Message) -> Lane:
+        if isinstance(message, Activation):
+            return Lane.BULK if message.tokens * 576 * 4 > 64 * 1024 else Lane.CONTROL
+        return message.lane
+
+    monkeypatch.setattr("sim.network.delivery.lane_of", by_size)
+    assert finds("is blamed", QUIET)
 
 
 def test_it_finds_an_admission_ticket_that_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:

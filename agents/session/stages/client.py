@@ -1,11 +1,13 @@
 """Sends one answer's messages to the peers that run its stages: OPEN, RESUME, prompt chunks, credit, lease renewals, CLOSE."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from logging import getLogger
 from typing import Any
 
 import numpy as np
 
+from meshd.agents.links.backlog import Backlog
 from meshd.agents.links.links import Links
 from meshd.agents.links.rpc import try_send
 from meshd.agents.session.events import CloseStages, OpenStages, ResumeStages
@@ -15,6 +17,8 @@ from meshd.errors import PeerFault
 from meshd.kernels.sampler import needs_past_tokens
 from meshd.protocol.messages import Close, Credit, Message, Open, Opened, Prompt, Renew, Resume
 from meshd.types import PeerId, Plan, SessionId
+
+log = getLogger(__name__)
 
 LEASE_S = 10.0
 RENEW_S = 3.0
@@ -32,6 +36,12 @@ class StageClient:
     renewed_at: float
     handed_over: bool = False
     """Whether the previous coordinator handed the session over to this peer."""
+    _prompt_epoch: int = 0
+    """The epoch whose prompt is wanted. Chunks of any other epoch that wait for room on their lane are dropped."""
+    _prompts: Backlog = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._prompts = Backlog(self.links)
 
     @property
     def session(self) -> SessionId:
@@ -88,12 +98,19 @@ class StageClient:
 
     def send_prompt(self, epoch: int, plan: Plan, start: int, tokens: Sequence[int]) -> None:
         """Send the first stage the known ids from position `start` on, in chunks of the plan's size."""
-        ids = self._known_ids(tokens)
+        self._prompt_epoch = epoch
+        peer, ids = plan.stages[0].peer, self._known_ids(tokens)
         chunk = plan.prefill_chunk_tokens
         for step in range(start, len(ids), chunk):
             part = ids[step : step + chunk]
             message = Prompt(session=self.session, epoch=epoch, step=step, tokens=len(part), last=step + len(part) == len(ids))
-            self.send(plan.stages[0].peer, message, part.data.cast("B"))
+            self._prompts.send(
+                peer,
+                message,
+                part.data.cast("B"),
+                wanted=lambda: self._prompt_epoch == epoch,
+                failed=lambda error: log.debug("PROMPT to %.8s not sent: %s", peer, error),
+            )
 
     def grant(self, epoch: int, peer: PeerId, index: int, *, hold: bool = False) -> None:
         """Allow the stages to make answer tokens before `index`. `hold`: withdraw any larger credit that was granted before."""
@@ -108,6 +125,8 @@ class StageClient:
 
     def close(self, command: CloseStages) -> None:
         """Have the command's peers free their memory of the session."""
+        if self._prompt_epoch <= command.epoch:
+            self._prompt_epoch = 0
         for peer in command.peers:
             self.send(peer, Close(session=self.session, epoch=command.epoch, reason=command.reason))
 
