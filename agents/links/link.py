@@ -98,4 +98,3 @@ class Link:
         """Wait until both sockets are closed."""
         for connection in self.lanes.values():
             await connection.closed()
-

@@ -21,7 +21,7 @@ from meshd.agents.stage.scheduler import Scheduler
 from meshd.agents.stage.sender import StageSender
 from meshd.agents.stage.steps import ActiveStage, StepOutput, compute_step
 from meshd.clock import Clock
-from meshd.errors import MeshdError, ProtocolViolation
+from meshd.errors import MeshdError, ProtocolViolation, UsageError
 from meshd.protocol.messages import Failed, RunningStep
 from meshd.telemetry import Telemetry
 from meshd.types import PeerId, SessionId
@@ -103,8 +103,11 @@ class StageRunner:
                     self._free(active, reason)
         self._pump()
 
-    def fail(self, active: ActiveStage, position: int, error: MeshdError, blame: PeerId) -> None:
-        """Report a failure to the coordinator and end the stage. Its KV and outputs are kept for the next epoch."""
+    def fail(self, active: ActiveStage, position: int, error: MeshdError, blame: PeerId | None) -> None:
+        """Report a failure to the coordinator and end the stage. Its KV and outputs are kept for the next epoch.
+
+        blame: the peer at fault. None: the request itself is wrong.
+        """
         if active.machine.state is fsm.StageState.ENDED:
             return
         log.warning("session %s stage %d failed: %s", active.open.session, active.open.stage, error)
@@ -200,7 +203,9 @@ class StageRunner:
 
     def _compute_failed(self, active: ActiveStage, step: fsm.Step, error: Exception) -> None:
         self.job = None
-        blame = active.source_of(step) if isinstance(error, ProtocolViolation) else self.me
+        blame = (
+            None if isinstance(error, UsageError) else active.source_of(step) if isinstance(error, ProtocolViolation) else self.me
+        )
         if not isinstance(error, MeshdError):
             log.exception("session %s stage %d: computing failed", active.open.session, active.open.stage, exc_info=error)
             error = MeshdError(f"computing step {step.position} failed: {error}")

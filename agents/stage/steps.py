@@ -49,7 +49,8 @@ class ActiveStage:
     stage: Stage
     cache: StageCache
     table: BlockTable
-    sampler: Sampler
+    sampler: Sampler | None
+    """The last stage's sampler; None at any other stage."""
     machine: fsm.StageSession
 
     @property
@@ -163,6 +164,7 @@ def _forward(active: ActiveStage, step: fsm.Step, hidden: npt.NDArray[np.float32
 def _sample(active: ActiveStage, step: fsm.Step, hidden: npt.NDArray[np.float32]) -> tuple[int | None, TokenLogprobs | None]:
     if not step.sample:
         return None, None
+    assert active.sampler is not None
     logits = active.stage.logits(hidden[-1:])[0]
     token, logprobs = active.sampler.pick(logits, step.end)
     active.sampler.accept(token)

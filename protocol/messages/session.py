@@ -18,7 +18,8 @@ class Open(Request, frozen=True, kw_only=True):
     coordinator: PeerId
     prompt_tokens: int
     max_tokens: int
-    sampling: SamplingParams
+    sampling: SamplingParams | None = None
+    """For the last stage, which samples; the others get none."""
     ignore_eos: bool = False
     lease_ms: int
     credit: int
@@ -87,9 +88,11 @@ class Failed(SessionMessage, frozen=True, kw_only=True):
 
 @message(56)
 class Close(SessionMessage, frozen=True, kw_only=True):
-    """Free everything of this session. Idempotent."""
+    """Free everything that this epoch and older ones have of the session. Idempotent."""
 
     reason: str
+    undo: bool = False
+    """Free only what this epoch reserved, because its plan did not open: what older epochs left stays for the next one."""
 
 
 @message(57)

@@ -19,6 +19,8 @@ from sim.simulation import simulate
 
 USUAL = Options(faults=6)
 QUIET = Options(faults=0, requests=10, within_s=5.0)
+LONG_STEPS = Options(faults=0, requests=10, within_s=5.0, slowness=5.0)
+KV_FOR_ONE = Options(peers=3, faults=0, requests=3, within_s=0.002, prompt=340, answer=150, contexts=1)
 REPEATS = Options(faults=2, repeats=0.1)
 
 
@@ -112,6 +114,16 @@ def test_it_finds_lanes_that_are_chosen_by_size(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("sim.network.delivery.lane_of", by_size)
     assert finds("is blamed", QUIET)
+
+
+def test_it_finds_a_peer_that_is_blamed_for_the_long_step_of_another_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meshd.agents.session.stages.stall._limit_of", lambda running: 3.0)
+    assert finds("is blamed", LONG_STEPS)
+
+
+def test_it_finds_sessions_that_hold_memory_while_they_wait_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session.Session, "_undo_opening", lambda machine: [])
+    assert finds("is blamed", KV_FOR_ONE)
 
 
 def test_it_finds_an_admission_ticket_that_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:

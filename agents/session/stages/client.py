@@ -13,8 +13,10 @@ from meshd.agents.links.rpc import try_send
 from meshd.agents.session.events import CloseStages, OpenStages, ResumeStages
 from meshd.agents.session.journal.record import SessionRecord
 from meshd.agents.session.plan.resume import StageHeld
-from meshd.errors import PeerFault
+from meshd.errors import InvalidSampling, MeshdError, NoPeer, OutOfMemory, Overloaded, PeerFault, RemoteFailure
 from meshd.kernels.sampler import needs_past_tokens
+from meshd.protocol.codec import encode
+from meshd.protocol.framing import MAX_HEADER
 from meshd.protocol.messages import Close, Credit, Message, Open, Opened, Prompt, Renew, Resume
 from meshd.types import PeerId, Plan, SessionId
 
@@ -24,6 +26,27 @@ LEASE_S = 10.0
 RENEW_S = 3.0
 OPEN_TIMEOUT_S = 5.0
 """A stage only reserves memory in OPEN, so a slower reply means that something is wrong with its peer."""
+
+
+REFUSALS = frozenset({OutOfMemory.code, NoPeer.code, Overloaded.code})
+"""Errors with which a stage refuses to open when its peer has changed since the plan was made, for example because another session
+took the memory. That is load and no fault of the peer, and a new plan may succeed."""
+
+
+def is_refusal(error: MeshdError | None) -> bool:
+    """Whether a peer refused to open a stage for lack of room."""
+    return isinstance(error, RemoteFailure) and error.remote_code in REFUSALS
+
+
+def _check_size(message: Open) -> None:
+    """Check that every peer accepts the message, wherever the last stage is. Raises: InvalidSampling."""
+    size = len(encode(message))
+    if size > MAX_HEADER:
+        raise InvalidSampling(
+            f"the request's sampling parameters are too large: OPEN would take {size} bytes, and a peer accepts {MAX_HEADER}",
+            param="logit_bias",
+            hint="send fewer entries in `logit_bias`",
+        )
 
 
 @dataclass(slots=True)
@@ -52,12 +75,20 @@ class StageClient:
 
         tokens: the answer so far.
         Returns: what the stage still has of the session.
-        Raises: MeshdError.
+        Raises: MeshdError; UsageError if the request itself is wrong, so that no other peer could open the stage.
         Cancel: the stage may be open already; CLOSE or the end of its lease frees it.
         """
         peer = command.plan.stages[stage].peer
         payload = self._ids_for(command.plan, stage, tokens)
-        reply, _ = await self.links.request(peer, self._open_message(command, stage), payload, timeout_s=OPEN_TIMEOUT_S)
+        message = self._open_message(command, stage)
+        if message.sampling is not None and message.sampling.logit_bias:
+            _check_size(message)
+        try:
+            reply, _ = await self.links.request(peer, message, payload, timeout_s=OPEN_TIMEOUT_S)
+        except RemoteFailure as error:
+            if error.remote_code == InvalidSampling.code:
+                raise InvalidSampling(error.message, hint=error.hint) from error
+            raise
         if not isinstance(reply, Opened):
             raise PeerFault(f"OPEN was answered with {type(reply).__name__}")
         return StageHeld(reply.held, reply.mirrored, reply.kept_from, reply.kept_to)
@@ -72,7 +103,7 @@ class StageClient:
             coordinator=self.me,
             prompt_tokens=len(self.record.prompt),
             max_tokens=self.record.max_tokens,
-            sampling=self.record.sampling,
+            sampling=self.record.sampling if stage == len(command.plan.stages) - 1 else None,
             ignore_eos=self.record.ignore_eos,
             lease_ms=int(LEASE_S * 1000),
             credit=command.credit,
@@ -128,7 +159,7 @@ class StageClient:
         if self._prompt_epoch <= command.epoch:
             self._prompt_epoch = 0
         for peer in command.peers:
-            self.send(peer, Close(session=self.session, epoch=command.epoch, reason=command.reason))
+            self.send(peer, Close(session=self.session, epoch=command.epoch, reason=command.reason, undo=command.undo))
 
     def send(self, peer: PeerId, message: Message, payload: memoryview | None = None) -> None:
         """Send without waiting. A failure is only logged, because the link reports the loss of the peer."""
