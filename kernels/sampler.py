@@ -69,7 +69,9 @@ class Sampler:
         if repeated:
             ids = np.fromiter(repeated, np.int64)
             values = scores[ids]
-            scores[ids] = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+            with np.errstate(over="ignore"):  # `pick` refuses scores that are not finite
+                adjusted = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+            scores[ids] = adjusted
         for token, count in penalised.items():
             scores[token] -= params.presence_penalty + params.frequency_penalty * count
         for token, bias in params.logit_bias.items():

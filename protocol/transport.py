@@ -53,7 +53,7 @@ class Connection(asyncio.BufferedProtocol):
         self.bytes_in = 0
         self.bytes_out = 0
         self.received_at = now()
-        """When the last bytes arrived, by the clock `now`: a long message that is still arriving shows that the other side works."""
+        """When the last bytes arrived, by the clock `now`. A long message that is still arriving is a sign of life."""
         self._now = now
         self._reader = FrameReader(limits, now)
         self._queue = SendQueue(QUEUE_BYTES, _CHUNK)

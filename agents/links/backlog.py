@@ -24,8 +24,8 @@ class _Waiting:
 class Backlog:
     """Sends messages in the order of the calls of `send`, for each peer and lane.
 
-    The number of waiting messages is bounded by the callers: each has only so many messages under way (the prefill window of a stage,
-    the chunks of a prompt). A caller that can do something else meanwhile asks `waits` first.
+    The number of waiting messages is bounded by the callers: each has only so many messages under way (the prefill window of a
+    stage, the chunks of a prompt). A caller that can do something else meanwhile asks `waits` first.
     """
 
     links: Links
@@ -53,7 +53,7 @@ class Backlog:
         wanted: whether a message that waited is still to be sent.
         failed: called if the message can't be sent, for a reason other than a full lane.
         """
-        key, item = (peer, message.lane), _Waiting(message, payload, wanted, failed)
+        key, item = (peer, message.send_lane), _Waiting(message, payload, wanted, failed)
         if key in self._queues:
             self._queues[key].append(item)
         elif not self._try(peer, item):

@@ -54,7 +54,7 @@ class Link:
 
     def send(self, message: Message, payload: Buffer | None = None) -> None:
         """Send a message on its lane. Raises: PeerLost, Overloaded, InvalidRequest."""
-        connection = self.lanes.get(message.lane)
+        connection = self.lanes.get(message.send_lane)
         if connection is None:
             raise PeerLost(f"the link with {self.peer} is not up")
         connection.send(message, payload)

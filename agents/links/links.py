@@ -171,8 +171,8 @@ class Links:
         return self._clock.monotonic() - link.heard if link is not None and link.up else float("inf")
 
     def idle_s(self, peer: PeerId, lane: Lane) -> float:
-        """Returns: seconds since the last bytes from `peer` arrived on a lane, which may be a part of a message; infinity if its link
-        is not up."""
+        """Returns: seconds since the last bytes from `peer` arrived on a lane, which may be a part of a message; infinity if its
+        link is not up."""
         link = self._table.get(peer)
         return self._clock.monotonic() - link.lanes[lane].received_at if link is not None and link.up else float("inf")
 

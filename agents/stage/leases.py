@@ -72,7 +72,10 @@ class SessionLeases:
             session_kv.expires = self.expiry(message.lease_ms)
 
     def on_close(self, sender: PeerId, message: Close, payload: memoryview) -> None:
-        """Free the session's caches of epochs up to the closed one (`undo`: of that one only), and answer with the number of blocks."""
+        """Free the session's caches of epochs up to the closed one, or with `undo` of that one only.
+
+        The answer contains the number of freed blocks.
+        """
         session_kv = self.kv_manager.get(message.session)
         freed = 0
         if session_kv is not None and session_kv.coordinator == sender:

@@ -32,7 +32,8 @@ class StageOpener:
     def on_open(self, sender: PeerId, message: Open, payload: memoryview) -> Opened:
         """Open a stage of a session for one epoch. A repeated OPEN gets the same answer.
 
-        Raises: ProtocolViolation or InvalidRequest if OPEN is invalid; InvalidSampling if the request is; Superseded as `SessionLeases.check_coordinator` does; NoPeer
+        Raises: ProtocolViolation or InvalidRequest if OPEN is invalid; InvalidSampling if the request is; Superseded as
+        `SessionLeases.check_coordinator` does; NoPeer
         if the layers are not in memory; OutOfMemory if the pool has too few free blocks.
         """
         running = self.runner.active.get((message.session, message.stage))

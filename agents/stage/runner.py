@@ -37,7 +37,7 @@ class StepJob:
     step: fsm.Step
     submitted_at: float
     started_at: float | None = None
-    """When the compute thread began it. None: the thread is busy with other work, such as measuring layers that were just loaded."""
+    """When the compute thread began it. None: the thread does other work, such as measuring layers that were just loaded."""
 
     def progress(self, now: float) -> RunningStep:
         """Describe what the compute thread does: this step, or the other work that the step waits for."""

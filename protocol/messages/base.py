@@ -29,7 +29,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     default_lane: ClassVar[Lane] = Lane.CONTROL
 
     @property
-    def lane(self) -> Lane:
+    def send_lane(self) -> Lane:
         """The lane that carries this message. It depends on the kind of the message, never on its size: messages of one kind must
         not overtake one another."""
         return self.default_lane

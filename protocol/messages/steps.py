@@ -33,11 +33,11 @@ class Activation(SessionMessage, frozen=True, kw_only=True):
     deadline_ms: int = 0
     """Time left for the step when the message was sent. 0: no deadline."""
     prefill: bool = False
-    """The step's tokens were known when the epoch began. All prefill steps take the bulk lane, so that a short one never overtakes a
-    long one. A decode step takes the control lane: it begins after the last prefill step has been computed by every stage."""
+    """The step's tokens were known when the epoch began. All prefill steps take the bulk lane, so that a short one never overtakes
+    a long one. A decode step takes the control lane: it begins after every stage has computed the last prefill step."""
 
     @property
-    def lane(self) -> Lane:
+    def send_lane(self) -> Lane:
         return Lane.BULK if self.prefill else Lane.CONTROL
 
 

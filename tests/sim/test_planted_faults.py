@@ -110,7 +110,7 @@ def test_it_finds_lanes_that_are_chosen_by_size(monkeypatch: pytest.MonkeyPatch)
     def by_size(message: Message) -> Lane:
         if isinstance(message, Activation):
             return Lane.BULK if message.tokens * 576 * 4 > 64 * 1024 else Lane.CONTROL
-        return message.lane
+        return message.send_lane
 
     monkeypatch.setattr("sim.network.delivery.lane_of", by_size)
     assert finds("is blamed", QUIET)

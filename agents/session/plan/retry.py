@@ -10,6 +10,7 @@ from meshd.agents.links.links import Links
 from meshd.agents.session.answer import Answer
 from meshd.agents.session.events import Replan
 from meshd.agents.session.journal.record import SessionRecord
+from meshd.agents.session.plan.open_ended import LEAST_ANSWER, plan_open_ended
 from meshd.agents.session.plan.resume import RecoveryRequest
 from meshd.agents.session.plan.route import Router, mirror_targets
 from meshd.agents.session.session import SessionState
@@ -17,7 +18,7 @@ from meshd.agents.session.stages.client import is_refusal
 from meshd.clock import Clock
 from meshd.errors import DoesNotFit, MeshdError, NoPeer, NotReady, Overloaded, PeerFault, RemoteFailure, Superseded, UsageError
 from meshd.protocol.messages import Mirror, Mirrored
-from meshd.types import Advert, PeerId, SessionId
+from meshd.types import Advert, PeerId, Plan, SessionId
 
 log = getLogger(__name__)
 
@@ -71,20 +72,32 @@ class PlanRetrier:
     async def _find_first(self, answer: Answer) -> None:
         """Find the first plan of an answer. Retry for up to `_KV_WAIT_S` while other answers take the KV."""
         until = answer.output.started + _KV_WAIT_S
-        record = answer.record
         while True:
+            late = self.clock.monotonic() > until
             try:
-                plan = await self.router.plan_for(
-                    answer.card, record.mesh, prompt_tokens=len(record.prompt), max_tokens=record.max_tokens
-                )
+                plan = await self._first_plan(answer, late=late)
             except Overloaded as error:
-                if self.clock.monotonic() > until:
+                if late:
                     return answer.plan_failed(error)
                 await self.clock.sleep(_RETRY_S)
             except MeshdError as error:
                 return answer.plan_failed(error)
             else:
                 return answer.planned(plan)
+
+    async def _first_plan(self, answer: Answer, *, late: bool) -> Plan:
+        """Plan with KV for the whole answer. An answer whose length nobody asked for is limited to the KV that is free.
+
+        late: this is the last try, so such an answer may be as short as one token.
+        """
+        record = answer.record
+        tokens = {"prompt_tokens": len(record.prompt), "max_tokens": record.max_tokens}
+        if not record.open_ended:
+            return await self.router.plan_for(answer.card, record.mesh, **tokens)
+        least_tokens = 1 if late else LEAST_ANSWER
+        plan = await plan_open_ended(self.router, answer.card, record.mesh, **tokens, least_tokens=least_tokens)
+        answer.limit(plan.context - len(record.prompt))
+        return plan
 
     async def _retry_first(self, answer: Answer) -> None:
         """Find another first plan after a stage of the previous one could not be opened. Give up if the error is not transient."""

@@ -51,7 +51,7 @@ class StallWatch:
         answer.renew(now)
         if answer.record.background:
             answer.read_all()  # without readers, nothing else would extend its credit
-        if not answer.readers and not answer.record.background and now - answer.unread_since > _UNREAD_S:
+        if answer.opened.done() and not answer.readers and not answer.record.background and now - answer.unread_since > _UNREAD_S:
             answer.suspend()
         state = answer.machine.state
         plan = answer.plan

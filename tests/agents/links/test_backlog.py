@@ -25,7 +25,7 @@ class Lanes:
     def send(self, peer: PeerId, message: Message, payload: Any = None) -> None:
         if peer in self.lost:
             raise PeerLost("no link")
-        if (peer, message.lane) in self.full:
+        if (peer, message.send_lane) in self.full:
             raise Overloaded("the lane is full")
         self.sent.append((peer, getattr(message, "step", -1)))
 

@@ -54,7 +54,7 @@ class MemoryLinks:
     def send(self, peer: PeerId, message: Message, payload: Any = None) -> None:
         if not self.mesh.linked(self.id, peer):
             raise PeerLost(f"{peer:.8} is not linked with this peer")
-        if message.lane is Lane.BULK and (self.id, peer) in self.mesh.full:
+        if message.send_lane is Lane.BULK and (self.id, peer) in self.mesh.full:
             raise Overloaded("the lane is full")
         self.sent.append((peer, message))
         decoded, view = decode(encode(message)), memoryview(bytes(to_view(payload)))

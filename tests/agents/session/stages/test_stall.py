@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from meshd.agents.session.stages.stall import StageReport, stuck_at
+from in_process.answers import AnswerSite
+from in_process.peers import Peers
+from meshd.agents.session.stages.stall import StageReport, StallWatch, stuck_at
 from meshd.protocol.messages import RunningStep, StageProgress
 from meshd.types import SessionId
 
@@ -93,6 +95,18 @@ def test_a_stage_that_waits_for_the_next_one_does_not_hide_where_the_fault_is() 
 def test_a_prefill_step_behind_other_messages_of_its_lane_is_on_its_way(pairs: tuple[tuple[int, int], ...]) -> None:
     assert found(stages(*pairs, idle_s=0.4), prefilling=True) is None
     assert found(stages(*pairs, idle_s=3.5), prefilling=True) is not None
+
+
+async def test_an_answer_that_waits_for_room_has_a_reader_its_request(peers: Peers) -> None:
+    site = AnswerSite(peers.start("a"))
+    watch = StallWatch(site.peer.links, site.clock, site.peer.id)
+    watch.check(site.answer, site.clock.now + 31.0)
+    assert site.answer.running, "its request still waits for the first plan"
+    await site.open()
+    watch.check(site.answer, site.answer.unread_since + 29.0)
+    assert site.answer.running
+    watch.check(site.answer, site.answer.unread_since + 31.0)
+    assert site.answer.status == "suspended"
 
 
 def test_a_decode_step_does_not_use_the_lane_of_large_messages() -> None:

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 _HEADER_BYTES = 120
 _WIDER = {Activation: 144, KvBlocks: 96}
-"""Messages whose payload counts as this many times its size: as if the toy model, which is 4 wide, were 576 wide, with KV to match."""
+"""Messages whose payload counts as this many times its size: as if the toy model, which is 4 wide, were 576 wide, with its KV."""
 _ADVERTS_ENCODED = 0.05
 """Share of adverts that are encoded and decoded. Encoding all of them is slow: with many peers, adverts are long and frequent."""
 
 
 def lane_of(message: Message) -> Lane:
     """The lane of a message. A test may replace this rule by another one."""
-    return message.lane
+    return message.send_lane
 
 
 class Delivery:
