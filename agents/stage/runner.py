@@ -42,7 +42,7 @@ class StepJob:
     def progress(self, now: float) -> RunningStep:
         """Describe what the compute thread does: this step, or the other work that the step waits for."""
         if self.started_at is None:
-            return RunningStep(session=SessionId(""), epoch=0, stage=0, step=0, tokens=0, running_s=now - self.submitted_at)
+            return RunningStep(session=None, epoch=0, stage=0, step=0, tokens=0, running_s=now - self.submitted_at)
         plan, machine = self.active.open.plan, self.active.machine
         share = self.step.tokens / machine.known_tokens
         return RunningStep(

@@ -1,8 +1,11 @@
 """Messages that open, resume and end a session."""
 
+from typing import Annotated
+
 import msgspec
 
-from meshd.protocol.messages.base import Reply, Request, SessionMessage, message
+from meshd.bounds import MAX_PEERS, Count, Epoch, Millis, Seconds, StageIndex, Text, Tokens, Word, at_most
+from meshd.protocol.messages.base import Reply, Request, SessionMessage, make_printable, message
 from meshd.types import PeerId, Plan, SamplingParams, SessionId
 
 
@@ -11,20 +14,20 @@ class Open(Request, frozen=True, kw_only=True):
     """Reserve KV for a session's stage and prepare for its steps. A repeat of the same epoch gets the same answer."""
 
     session: SessionId
-    epoch: int
+    epoch: Epoch
     plan: Plan
-    stage: int
+    stage: StageIndex
     """Index of the receiver's stage in the plan."""
     coordinator: PeerId
-    prompt_tokens: int
-    max_tokens: int
+    prompt_tokens: Tokens
+    max_tokens: Tokens
     sampling: SamplingParams | None = None
     """For the last stage, which samples; the others get none."""
     ignore_eos: bool = False
-    lease_ms: int
-    credit: int
+    lease_ms: Millis
+    credit: Tokens
     """Answer tokens that may be generated before the first CREDIT."""
-    answered: int = 0
+    answered: Tokens = 0
     """Answer tokens that are known already. Payload, for the last stage if its sampler needs them: all known tokens,
     `i32[prompt_tokens + answered]`."""
     resume: bool = False
@@ -36,25 +39,25 @@ class Open(Request, frozen=True, kw_only=True):
 @message(49)
 class Opened(Reply, frozen=True, kw_only=True):
     session: SessionId
-    epoch: int
-    blocks: int
-    held: int = 0
+    epoch: Epoch
+    blocks: Count
+    held: Tokens = 0
     """The sender holds KV of positions `[0, held)`."""
     mirrored: bool = False
     """The held KV was copied from another peer."""
-    kept_from: int = 0
+    kept_from: Tokens = 0
     """The stage's outputs for positions `[kept_from, kept_to)` are kept and can be sent again."""
-    kept_to: int = 0
+    kept_to: Tokens = 0
 
 
 @message(59)
 class Resume(SessionMessage, frozen=True, kw_only=True):
     """All stages of a later epoch are open: continue. The receiver frees KV and outputs that no stage of the epoch uses."""
 
-    stage: int
-    start: int
+    stage: StageIndex
+    start: Tokens
     """Position of the first token that this stage computes. The stage's KV before it is valid."""
-    send_from: int
+    send_from: Tokens
     """First position whose output the next stage needs. Kept outputs are sent for `[send_from, start)`."""
 
 
@@ -62,7 +65,7 @@ class Resume(SessionMessage, frozen=True, kw_only=True):
 class Credit(SessionMessage, frozen=True, kw_only=True):
     """Answer tokens up to `index` (exclusive) may be generated."""
 
-    index: int
+    index: Tokens
     hold: bool = False
     """Replace higher credits granted before: the plan is about to change."""
 
@@ -71,33 +74,39 @@ class Credit(SessionMessage, frozen=True, kw_only=True):
 class Renew(SessionMessage, frozen=True, kw_only=True):
     """Extend the lease to `lease_ms` from now."""
 
-    lease_ms: int
+    lease_ms: Millis
 
 
 @message(55)
 class Failed(SessionMessage, frozen=True, kw_only=True):
     """A stage can't continue. The coordinator makes a new plan or ends the session."""
 
-    step: int
-    stage: int
-    code: str
-    message: str
+    step: Tokens
+    stage: StageIndex
+    code: Word
+    message: Text
     blame: PeerId | None = None
     """The peer at fault, as far as the sender knows."""
+
+    def __post_init__(self) -> None:
+        make_printable(self, "message")
 
 
 @message(56)
 class Close(SessionMessage, frozen=True, kw_only=True):
     """Free everything that this epoch and older ones have of the session. Idempotent."""
 
-    reason: str
+    reason: Text
     undo: bool = False
     """Free only what this epoch reserved, because its plan did not open: what older epochs left stays for the next one."""
+
+    def __post_init__(self) -> None:
+        make_printable(self, "reason")
 
 
 @message(57)
 class Closed(SessionMessage, frozen=True, kw_only=True):
-    freed_blocks: int
+    freed_blocks: Count
 
 
 @message(66)
@@ -105,33 +114,33 @@ class FetchProgress(Request, frozen=True, kw_only=True):
     """Request a session's progress at the receiver. Sent when no token has arrived for too long."""
 
     session: SessionId
-    epoch: int
+    epoch: Epoch
 
 
 class StageProgress(msgspec.Struct, frozen=True, array_like=True):
     """How far one stage of a session has come."""
 
-    stage: int
-    due: int
+    stage: StageIndex
+    due: Tokens
     """The next position that the stage expects."""
-    sent: int
+    sent: Tokens
     """Number of positions whose outputs the stage has sent to the next stage."""
-    idle_s: float
+    idle_s: Seconds
     """Seconds since the last bytes arrived on the lane of the stage's prefill steps, at most 3600."""
 
 
 class RunningStep(msgspec.Struct, frozen=True, kw_only=True):
     """The step that a peer computes now. It may belong to any session."""
 
-    session: SessionId
-    """Empty: the peer computes something that belongs to no session, and a step has waited for that since `running_s`."""
-    epoch: int
-    stage: int
-    step: int
-    tokens: int
-    running_s: float
+    session: SessionId | None
+    """None: the peer computes something that belongs to no session, and a step has waited for that since `running_s`."""
+    epoch: Epoch
+    stage: StageIndex
+    step: Tokens
+    tokens: Tokens
+    running_s: Seconds
     """Seconds since the step began. The time that it waited in a queue before does not count."""
-    predicted_s: float = 0.0
+    predicted_s: Seconds = 0.0
     """How long the step was expected to take, by the plan of its session. 0: unknown."""
 
 
@@ -139,6 +148,6 @@ class RunningStep(msgspec.Struct, frozen=True, kw_only=True):
 class ProgressData(Reply, frozen=True, kw_only=True):
     """Progress of each of the session's stages at the sender, and what the sender computes now."""
 
-    stages: tuple[StageProgress, ...]
+    stages: Annotated[tuple[StageProgress, ...], at_most(MAX_PEERS)]
     running: RunningStep | None = None
     """None: nothing."""

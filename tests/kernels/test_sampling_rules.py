@@ -11,7 +11,7 @@ from meshd.kernels.sampler import Sampler
 from meshd.kernels.sampling_rules import check_sampling
 from meshd.types import SamplingParams
 
-VOCAB = 100
+VOCAB = 2000
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,7 @@ VOCAB = 100
         {"repetition_penalty": 0.0},
         {"repetition_penalty": -1.0},
         {"repetition_penalty": 1e300},
+        {"logit_bias": dict.fromkeys(range(1025), 1.0)},
         {"temperature": -0.1},
         {"temperature": math.nan},
         {"top_p": 1.5},

@@ -15,8 +15,6 @@ from meshd.agents.session.journal.record import SessionRecord
 from meshd.agents.session.plan.resume import StageHeld
 from meshd.errors import InvalidSampling, MeshdError, NoPeer, OutOfMemory, Overloaded, PeerFault, RemoteFailure
 from meshd.kernels.sampler import needs_past_tokens
-from meshd.protocol.codec import encode
-from meshd.protocol.framing import MAX_HEADER
 from meshd.protocol.messages import Close, Credit, Message, Open, Opened, Prompt, Renew, Resume
 from meshd.types import PeerId, Plan, SessionId
 
@@ -36,17 +34,6 @@ took the memory. That is load and no fault of the peer, and a new plan may succe
 def is_refusal(error: MeshdError | None) -> bool:
     """Whether a peer refused to open a stage for lack of room."""
     return isinstance(error, RemoteFailure) and error.remote_code in REFUSALS
-
-
-def _check_size(message: Open) -> None:
-    """Check that every peer accepts the message, wherever the last stage is. Raises: InvalidSampling."""
-    size = len(encode(message))
-    if size > MAX_HEADER:
-        raise InvalidSampling(
-            f"the request's sampling parameters are too large: OPEN would take {size} bytes, and a peer accepts {MAX_HEADER}",
-            param="logit_bias",
-            hint="send fewer entries in `logit_bias`",
-        )
 
 
 @dataclass(slots=True)
@@ -81,8 +68,6 @@ class StageClient:
         peer = command.plan.stages[stage].peer
         payload = self._ids_for(command.plan, stage, tokens)
         message = self._open_message(command, stage)
-        if message.sampling is not None and message.sampling.logit_bias:
-            _check_size(message)
         try:
             reply, _ = await self.links.request(peer, message, payload, timeout_s=OPEN_TIMEOUT_S)
         except RemoteFailure as error:

@@ -165,11 +165,17 @@ def _position(report: StageReport) -> tuple[int, int]:
 
 
 def _limit_of(running: RunningStep) -> float:
-    return time_limit_s(running.predicted_s) if running.session else _OTHER_WORK_S
+    return time_limit_s(running.predicted_s) if running.session is not None else _OTHER_WORK_S
 
 
 def _overdue(number: int, running: RunningStep, session: SessionId) -> str:
-    whose = "" if running.session == session else " of another session" if running.session else " that belongs to no session"
+    whose = (
+        ""
+        if running.session == session
+        else " of another session"
+        if running.session is not None
+        else " that belongs to no session"
+    )
     return (
         f"the peer of stage {number} has computed one step{whose} for {running.running_s:.1f} s; "
         f"{running.predicted_s:.2f} s were predicted"

@@ -48,14 +48,6 @@ async def test_only_the_last_stage_gets_the_sampling_parameters(peers: Peers) ->
     assert [message.sampling for message in site.got(Open)] == [None, params]
 
 
-@pytest.mark.parametrize("entries", [5_500, 6_000, 25_000])
-async def test_parameters_that_do_not_fit_into_open_are_the_requests_mistake(peers: Peers, entries: int) -> None:
-    site = AnswerSite(peers.start("a"), sampling=SamplingParams(logit_bias={20_000 + token: 1.5 for token in range(entries)}))
-    with pytest.raises(InvalidSampling, match="fewer entries"):
-        await site.answer.stages.open(OpenStages(1, site.plan(10), 64, 0), 1, [])
-    assert site.got(Open) == []
-
-
 async def test_a_stage_that_cannot_use_the_parameters_refuses_the_request_and_not_the_plan(site: AnswerSite) -> None:
     site.reply = Error(request=0, code=InvalidSampling.code, message="a penalty", hint="use smaller ones")
     with pytest.raises(InvalidSampling, match="a penalty"):
