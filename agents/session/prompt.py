@@ -1,15 +1,14 @@
 """Encodes the prompts of new requests: refuses those that can't fit by their size, and bounds how much is encoded at once."""
 
-import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import msgspec
 
-from meshd.agents.placement.model_library import ModelText
 from meshd.agents.service import ChatMessage, GenerationRequest
-from meshd.errors import ContextTooLong, InvalidRequest, Overloaded
+from meshd.agents.text.model_texts import ModelText
+from meshd.errors import ContextTooLong, Overloaded
 from meshd.types import ModelCard
 
 MAX_BYTES = 32 * 2**20
@@ -42,8 +41,7 @@ class PromptIntake:
         size = size_of(request.prompt)
         _check_size(request, card, text, size)
         with self._room(size):
-            # In a thread: a long prompt, or a template with an endless loop, must not delay the heartbeats.
-            tokens = await asyncio.to_thread(text.tokens_of, request.prompt, request.template)
+            tokens = await text.tokens_of(request.prompt, request.template)
             ignored = await _ignored_fields(request, text, tokens)
         return EncodedPrompt(tokens, ignored)
 
@@ -92,17 +90,6 @@ async def _ignored_fields(request: GenerationRequest, text: ModelText, tokens: t
         given = [index for index, message in enumerate(messages) if getattr(message, name) is not None]
         if given:
             without = tuple(msgspec.structs.replace(message, **{name: None}) for message in messages)
-            if await asyncio.to_thread(text.tokens_of, without, request.template) == tokens:
+            if await text.tokens_of(without, request.template) == tokens:
                 ignored += [f"messages[{index}].{shown}" for index in given]
     return tuple(ignored)
-
-
-def check_sampling(request: GenerationRequest, card: ModelCard) -> None:
-    """Check the sampling parameters that depend on the model. Raises: InvalidRequest."""
-    outside = [token for token in request.sampling.logit_bias if not 0 <= token < card.spec.vocab]
-    if outside:
-        raise InvalidRequest(
-            f"`logit_bias` names token {outside[0]}, which is outside the vocabulary: ids go from 0 to {card.spec.vocab - 1}",
-            param="logit_bias",
-            hint="leave it out",
-        )

@@ -37,7 +37,7 @@ class Availability:
         Cancel: a search that has begun continues for its other callers, and for the next one.
         """
         adverts = self.adverts()
-        cards = self.library.cards()
+        cards = {model: card for model, card in self.library.cards().items() if self.library.readable(model)}
         loaded = {card.id for card in cards.values() if covered(card, adverts)}
         on_disk = {card.id for advert in adverts for card in advert.models if not advert.draining}
         waiting = [card for card in cards.values() if card.id in on_disk and card.id not in loaded]

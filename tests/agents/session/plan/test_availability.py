@@ -17,7 +17,9 @@ HUGE = msgspec.structs.replace(CARD, id=ModelId("huge"), name="huge", layer_byte
 
 
 def available(adverts: list[Advert], *cards: ModelCard) -> Availability:
-    library = SimpleNamespace(cards=lambda: {card.id: card for card in cards or (CARD,)})
+    library = SimpleNamespace(
+        cards=lambda: {card.id: card for card in cards or (CARD,)}, readable=lambda model: model != ModelId("unreadable")
+    )
     return Availability(cast("Any", library), lambda: adverts)
 
 
@@ -58,3 +60,9 @@ async def test_a_search_is_made_once_for_each_state_of_the_cluster(monkeypatch: 
     adverts.append(advert("b"))
     await found.models()
     assert searched == [CARD.name] * 2
+
+
+async def test_a_model_whose_text_can_not_be_read_is_not_available() -> None:
+    broken = msgspec.structs.replace(CARD, id=ModelId("unreadable"), name="broken")
+    held_and_stored = msgspec.structs.replace(advert("a"), models=(CARD, broken))
+    assert await names(available([held_and_stored], CARD, broken)) == {CARD.name: False}
