@@ -362,7 +362,9 @@ def _coordinator(
         links=parts.links,
         library=parts.library,
         router=router,
-        admission=Admission(running=settings.max_sessions, waiting=settings.queue_limit, wait_s=settings.queue_wait_s),
+        admission=Admission(
+            running=settings.max_sessions, waiting=settings.queue_limit, wait_s=settings.queue_wait_s, now=parts.clock.monotonic
+        ),
         retrier=retrier,
         mover=Mover(retrier, router, adverts, clock),
         journal=journal,

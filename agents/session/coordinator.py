@@ -31,7 +31,8 @@ from meshd.agents.session.stages.receiver import StageReceiver
 from meshd.agents.session.stages.stall import StallWatch
 from meshd.agents.text.model_texts import ModelText
 from meshd.clock import Clock
-from meshd.errors import MeshdError, PeerFault, Unavailable, UnknownModel, UnknownSession
+from meshd.errors import MeshdError, Overloaded, PeerFault, Unavailable, UnknownModel, UnknownSession
+from meshd.kernels.sampling_rules import check_sampling
 from meshd.protocol.messages import Error, Move, Moved, Token
 from meshd.telemetry import Telemetry
 from meshd.types import ModelCard, ModelId, PeerId, SessionId, TokenLogprobs
@@ -156,6 +157,7 @@ class Coordinator:
         if self.leaving():
             raise Unavailable("this peer is about to stop and takes no new requests", hint="ask another peer")
         card = self.library.find(request.model)
+        check_sampling(request.sampling, card.spec.vocab)
         mesh = with_peer_ids(request.mesh, self.router.adverts(), card.id)
         request = msgspec.structs.replace(request, mesh=mesh)
         text = await self.library.text(card)
@@ -168,6 +170,9 @@ class Coordinator:
         except asyncio.CancelledError:
             await answer.cancel()
             raise
+        except Overloaded as error:
+            retry_after_s = max(error.retry_after_s, self.admission.retry_after_s)
+            raise Overloaded(error.message, hint=error.hint, retry_after_s=retry_after_s) from error
         log.info("session %s: %s, %d prompt tokens, over %s", answer.session, card.name, len(prompt), answer.plan_header)
         return answer
 
@@ -258,9 +263,10 @@ class Coordinator:
     async def _restore(self, record: SessionRecord) -> Answer:
         card = self._find_card(record.model)
         text = await self.library.text(card)
-        return Answer(
-            msgspec.structs.replace(record, epoch=record.epoch + TAKEOVER_EPOCHS, coordinator=self.me), card, text, self._context
-        )
+        record = msgspec.structs.replace(record, epoch=record.epoch + TAKEOVER_EPOCHS, coordinator=self.me)
+        answer = Answer(record, card, text, self._context)
+        await answer.restore()
+        return answer
 
     def _find_card(self, model: ModelId) -> ModelCard:
         card = self.library.cards().get(model)
@@ -329,9 +335,8 @@ class Coordinator:
         return await self._move(0, answer, target, source)
 
     async def _move(self, request: int, answer: Answer, target: PeerId, source: PeerId | None) -> Moved:
-        pause_s = await self.mover.move(answer, target, source)
-        assert answer.plan is not None
-        return Moved(request=request, pause_s=pause_s, plan=answer.plan)
+        pause_s, plan = await self.mover.move(answer, target, source)
+        return Moved(request=request, pause_s=pause_s, plan=plan)
 
     async def _on_move(self, sender: PeerId, message: Move, payload: memoryview) -> Moved:
         answer = self.answers.get(message.session)

@@ -63,13 +63,13 @@ class Router:
         """
         context = prompt_tokens + max_tokens
         try:
-            return self._route(card, mesh, context, prompt_tokens)
+            return self.route(card, mesh, context, prompt_tokens)
         except (NotReady, DoesNotFit):
             plan = self._route_over_fragments(card, mesh, prompt_tokens, max_tokens)
             if plan is not None:
                 return plan
             await self._place(card, mesh, context)
-        return self._route(card, mesh, context, prompt_tokens)
+        return self.route(card, mesh, context, prompt_tokens)
 
     def _route_over_fragments(self, card: ModelCard, mesh: MeshOptions, prompt_tokens: int, max_tokens: int) -> Plan | None:
         """Make a plan in which a peer may run several stages, over holdings that are not adjacent.
@@ -181,7 +181,7 @@ class Router:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _route(self, card: ModelCard, mesh: MeshOptions, context: int, prompt_tokens: int) -> Plan:
+    def route(self, card: ModelCard, mesh: MeshOptions, context: int, prompt_tokens: int) -> Plan:
         """Make a plan over resident layers, with standby copies and leaving peers only if there is no plan without them.
 
         Raises: as `solve`.
