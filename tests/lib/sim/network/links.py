@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from meshd.agents.links.link_table import LEFT, OnDown, OnUp
 from meshd.agents.links.log import LinkLog
 from meshd.agents.links.rpc import Dispatcher, Handler, M, to_view
+from meshd.agents.supervisor import Supervise
 from meshd.errors import Overloaded, PeerLost
-from meshd.protocol.messages import Message, Reply, Request
+from meshd.protocol.messages import Lane, Message, Reply, Request
 from meshd.protocol.transport import Buffer
 from meshd.types import LinkStats, PeerId
 from sim.loop import OWNER, Owner, SimClock
@@ -62,6 +63,17 @@ class SimLinks:
             raise PeerLost(f"{peer:.8} is not linked with this peer")
         self._network.delivery.send(self, peer, link, message, payload)
 
+    def when_room(self, peer: PeerId, lane: Lane, callback: Callable[[], None]) -> None:
+        link = self.links.get(peer)
+        if link is None:
+            asyncio.get_running_loop().call_soon(callback)
+        else:
+            self._network.delivery.when_room(self.id, link.pipes[self.id, lane], callback)
+
+    def idle_s(self, peer: PeerId, lane: Lane) -> float:
+        link = self.links.get(peer)
+        return float("inf") if link is None else self._network.delivery.idle_s(link.pipes[peer, lane])
+
     async def request(
         self, peer: PeerId, message: Request | Callable[[int], Request], payload: Buffer | None = None, *, timeout_s: float
     ) -> tuple[Reply, memoryview]:
@@ -94,7 +106,7 @@ class SimLinks:
     def refusals(self) -> list[Any]:
         return []
 
-    async def run(self) -> None:
+    async def run(self, supervise: Supervise) -> None:
         """Join the network, and stay until `close` is called. Cancel: leaves the network."""
         try:
             async with asyncio.TaskGroup() as group:
