@@ -232,7 +232,9 @@ def _parts(config: Config, identity: Identity, measured: ProbeResult, clock: Clo
         on_down=signals.link_down,
         on_notice=signals.notice,
     )
-    prober = LinkProber(links, clock, on_change=signals.changed)
+    prober = LinkProber(
+        links, clock, on_change=signals.changed, on_round_trip=lambda peer, seconds: telemetry.hop(peer, seconds / 2)
+    )
     store = Store(config.models_dir, config.hf_cache, index_url=config.pypi_index, clock=clock)
     library = ModelLibrary(links=links, store=store, adverts=table.adverts, on_change=signals.changed)
     weight_sources = WeightSources(

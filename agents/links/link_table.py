@@ -101,7 +101,7 @@ class LinkTable:
         _notify(partial(self._on_up, link.peer, hello, address))
 
     def _begin(self, peer: PeerId, number: int, *, dialled: bool) -> Link:
-        link = Link(peer, number, dialled=dialled, now=self._now(), on_end=self._ended)
+        link = Link(peer, number, dialled=dialled, now=self._now, on_end=self._ended)
         self._links[peer] = link
         return link
 
@@ -141,7 +141,7 @@ class LinkTable:
             _try(partial(link.beat, now))
 
     def _received(self, link: Link, connection: Connection, message: Message, frame: Frame) -> None:
-        link.heard = self._now()
+        link.received(message, frame, self._now())
         if not link.up:
             if link.dialled or not link.joined:
                 raise ProtocolViolation(f"{type(message).__name__} before the link was up")
@@ -154,7 +154,7 @@ class LinkTable:
         """Handle a message about the link itself. Returns: False if the message is for the dispatcher."""
         match message:
             case Heartbeat():
-                _try(partial(link.send, HeartbeatAck(sequence=message.sequence, sent_ns=message.sent_ns)))
+                _try(partial(link.answer_beat, message))
             case HeartbeatAck():
                 link.beat_answered(message, link.heard)
             case Goodbye():

@@ -53,6 +53,8 @@ class Heartbeat(Message, frozen=True, kw_only=True):
 class HeartbeatAck(Message, frozen=True, kw_only=True):
     sequence: int
     sent_ns: int
+    arrival_bytes_s: float = 0.0
+    """Rate at which the last large payload since the previous answer arrived, in bytes/s. 0: none arrived."""
 
 
 @message(5)

@@ -48,7 +48,7 @@ def test_factors_scale_their_phase_only() -> None:
     card, peer = make_card(2), make_peer("a")
     slow = msgspec.structs.replace(peer, decode_factor=2.0, prefill_factor=1.5)
     assert cost.layer_decode_s(slow, card) == pytest.approx(2 * cost.layer_decode_s(peer, card))
-    assert cost.attention_decode_s(slow, 1e6) == pytest.approx(2 * cost.attention_decode_s(peer, 1e6))
+    assert cost.attention_decode_s(slow, 100, 1536) == pytest.approx(2 * cost.attention_decode_s(peer, 100, 1536))
     assert cost.head_s(slow, card) == pytest.approx(2 * cost.head_s(peer, card))
     assert cost.layer_prefill_s(slow, card, 64, 64) == pytest.approx(1.5 * cost.layer_prefill_s(peer, card, 64, 64))
 
