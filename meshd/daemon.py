@@ -1,6 +1,7 @@
 """The daemon of one device: a peer that is composed from a `Config`, and its API server."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ from meshd.types import PeerId
 
 log = getLogger(__name__)
 
+_SWITCH_S = 0.0005
+"""Longest time that Python code of one thread keeps the others waiting. A step hands Python over some 60 times for each token, so
+that with the default of 5 ms it takes many times as long beside a search for a plan."""
 _QUEUE_WAIT_S = 60.0
 _OUTPUTS_BYTES = 128 << 20
 """Memory for stage outputs that are kept in case they must be sent again."""
@@ -77,6 +81,7 @@ async def run_daemon(
     Cancel: the peer leaves without waiting for its sessions.
     """
     require_guarded_api(config)
+    sys.setswitchinterval(_SWITCH_S)
     folder = StateFolder.open(config.state)
     with lock_state(config.state) as lock:
         clock = SystemClock()

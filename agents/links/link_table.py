@@ -147,10 +147,10 @@ class LinkTable:
                 raise ProtocolViolation(f"{type(message).__name__} before the link was up")
             # The dialler sends its first message only when it has both lanes, so now both peers know that both are connected.
             self.bring_up(link)
-        if message.number > ProbeAck.number or not self._link_message(link, message, frame):
+        if message.number > ProbeAck.number or not self._link_message(link, message):
             self._dispatcher.deliver(link.peer, message, frame.payload)
 
-    def _link_message(self, link: Link, message: Message, frame: Frame) -> bool:
+    def _link_message(self, link: Link, message: Message) -> bool:
         """Handle a message about the link itself. Returns: False if the message is for the dispatcher."""
         match message:
             case Heartbeat():
@@ -162,8 +162,7 @@ class LinkTable:
             case Hello():
                 raise ProtocolViolation("HELLO on a link that is up")
             case Probe():
-                answer = ProbeAck(request=message.request, received_bytes=len(frame.payload), receive_s=frame.receive_s)
-                _try(partial(link.send, answer, frame.payload if message.echo else None))
+                _try(partial(link.send, ProbeAck(request=message.request)))
             case _:
                 return False
         return True

@@ -66,14 +66,11 @@ class Goodbye(Message, frozen=True, kw_only=True):
 
 @message(6)
 class Probe(Request, frozen=True, kw_only=True):
-    """Measure the link. Payload: any bytes. The reply is sent when the payload has arrived; with `echo`, it repeats the payload."""
+    """Measure the link. Payload: any bytes. The reply is sent when the payload has arrived."""
 
     default_lane: ClassVar[Lane] = Lane.BULK
-    echo: bool = False
 
 
 @message(7)
 class ProbeAck(Reply, frozen=True, kw_only=True):
-    received_bytes: int
-    receive_s: float
-    """Seconds from the first byte of the payload to the last, by the clock of the peer that replies."""
+    """The whole payload of a PROBE has arrived."""

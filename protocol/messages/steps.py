@@ -13,7 +13,6 @@ class Prompt(SessionMessage, frozen=True, kw_only=True):
     tokens: int
     last: bool
     """This chunk contains the last known token, and the last stage samples after it."""
-    deadline_ms: int = 0
 
 
 @message(51)
@@ -27,8 +26,6 @@ class Activation(SessionMessage, frozen=True, kw_only=True):
     hidden: int
     dtype: str
     sample: bool
-    deadline_ms: int = 0
-    """Time left for the step when the message was sent. 0: no deadline."""
 
 
 @message(58)

@@ -33,6 +33,9 @@ class StageEstimate(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of one prefill chunk, overhead included."""
     energy_j: float | None
     """Energy for one token. None: the peer's power was not measured."""
+    decode_factor: float
+    """Correction that the times of decoding contain: measured over predicted time of the peer's recent steps."""
+    prefill_factor: float
 
     @property
     def decode_s(self) -> float:
@@ -137,6 +140,8 @@ def _stage(problem: PlanInput, stage: StagePlan) -> StageEstimate:
         overhead_s=profile.step_overhead_s,
         prefill_chunk_s=_prefill_chunk_s(problem, stage, profile),
         energy_j=None,
+        decode_factor=profile.decode_factor,
+        prefill_factor=profile.prefill_factor,
     )
     if profile.power_w is None:
         return part

@@ -9,9 +9,9 @@ Each error is corrected in one place only:
 The coordinator only adds these up. It measures whole tokens and reports the error, but corrects nothing by it.
 
 The method: a factor is the mean of measured over predicted time, weighted exponentially, over about `MEMORY_S` seconds of
-computing. A step that took more or less than `OUTLIER` times the usual counts as this many. After `GRACE_S` without steps the factor
-returns to 1, half of the way in each `HALF_LIFE_S`: the load that it was learned under may have ended. Constants were chosen with
-`bench_predictions.py`.
+computing. A step that took over `OUTLIER` times as long as usual counts as this many times. After `GRACE_S` without steps the
+factor returns to 1, half of the way in each `HALF_LIFE_S`: the load that it was learned under may have ended. Constants were chosen
+with `bench_predictions.py`.
 """
 
 import math
