@@ -37,12 +37,13 @@ def warm_up(resident: ResidentLayers) -> None:
     assert resident.weights is not None
     assert resident.pool is not None
     stage, pool = resident.weights.stage(resident.layers), resident.pool
-    table = pool.allocate(max(_PREFILL_TOKENS + _DECODE_STEPS, min(_LONG_POSITION + _CHUNK_TOKENS, _room(pool))))
+    room = min(_LONG_POSITION + _CHUNK_TOKENS, pool.blocks_free * pool.block_tokens, resident.card.spec.context_length)
+    table = pool.allocate(max(_PREFILL_TOKENS + _DECODE_STEPS, room))
     try:
         hidden = _hidden(resident, stage, _CHUNK_TOKENS)
         together, first_s = _run(stage, pool, hidden[:_PREFILL_TOKENS], table, 0)
         resident.steady = _is_steady(stage, pool, hidden[:_PREFILL_TOKENS], table, together)
-        run = _Timer(stage, pool, hidden, table)
+        run = _Timer(stage, pool, hidden, table, room)
         step_s, out = run.median_s(_PREFILL_TOKENS, 1, _DECODE_STEPS)
         _check_finite(resident, out)
         _set_times(resident, run, step_s, quick=first_s < _SLOW_PREFILL_S)
@@ -55,9 +56,10 @@ def warm_up(resident: ResidentLayers) -> None:
 class _Timer:
     """Times steps of the layers that are checked."""
 
-    def __init__(self, stage: Stage, pool: KVPool, hidden: npt.NDArray[np.float32], table: BlockTable) -> None:
+    def __init__(self, stage: Stage, pool: KVPool, hidden: npt.NDArray[np.float32], table: BlockTable, room: int) -> None:
         self._stage, self._pool, self._hidden, self._table = stage, pool, hidden, table
-        self.room = table.capacity
+        self.room = room
+        """Number of positions that steps may use."""
 
     def median_s(self, start: int, tokens: int, runs: int) -> tuple[float, npt.NDArray[np.float32]]:
         """Run a step several times. Returns: its median time in seconds, and the output of the last run."""
@@ -89,10 +91,6 @@ def _set_times(resident: ResidentLayers, run: _Timer, step_s: float, *, quick: b
     if far_s > chunk_s:
         resident.attention_pair_s = (far_s - chunk_s) / (chunk * long * layers)
         resident.layer_prefill_s -= min(resident.attention_pair_s * pairs / chunk, resident.layer_prefill_s / 2)
-
-
-def _room(pool: KVPool) -> int:
-    return pool.blocks_free * pool.block_tokens
 
 
 def _is_steady(
