@@ -12,6 +12,8 @@ USABLE_STATE = "active"
 """State in which a holding can serve new sessions."""
 CONTEXT_CLASSES = (512, 4096)
 """Positions at which a class of contexts ends. A peer learns about each class separately: the share of attention grows with it."""
+LEAST_FACTOR, MOST_FACTOR = 0.25, 8.0
+"""Bounds of a factor. Eight: a thread that shares its core with seven others."""
 DEFAULT_OVERHEAD_S = 400e-6
 """Overhead of a step before it is measured. `bench_split.py` measured 0.8 ms for a second stage, two hops included."""
 
@@ -22,9 +24,9 @@ def context_class(position: float) -> int:
 
 
 def factor_at(factors: tuple[float, ...], position: float) -> float:
-    """Return the advertised factor for a position; 1 if there is none."""
+    """Return the advertised factor for a position, within the bounds; 1 if there is none."""
     place = context_class(position)
-    return factors[place] if place < len(factors) else 1.0
+    return min(MOST_FACTOR, max(LEAST_FACTOR, factors[place])) if place < len(factors) else 1.0
 
 
 _Measured = Literal["layer_decode_s", "layer_prefill_s", "head_s", "attention_token_s", "attention_pair_s"]

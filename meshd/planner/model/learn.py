@@ -19,14 +19,12 @@ from typing import Literal
 
 import msgspec
 
-from meshd.planner.profile import CONTEXT_CLASSES, DEFAULT_OVERHEAD_S, context_class
+from meshd.planner.profile import CONTEXT_CLASSES, DEFAULT_OVERHEAD_S, LEAST_FACTOR, MOST_FACTOR, context_class
 from meshd.types import LearnedRates
 
 MEMORY_S = 1.0
 """Seconds of computing after which a factor has forgotten two thirds of what it was before."""
 GRACE_S, HALF_LIFE_S = 30.0, 60.0
-LEAST, MOST = 0.25, 8.0
-"""Bounds of a factor. Eight: a thread that shares its core with seven others."""
 OUTLIER = 4.0
 """On a busy machine single steps take several times as long as most, and a client waits for these too."""
 MOST_OVERHEAD_S = 0.05
@@ -103,4 +101,4 @@ class StepLearner:
 
 
 def _capped(value: float) -> float:
-    return min(MOST, max(LEAST, value))
+    return min(MOST_FACTOR, max(LEAST_FACTOR, value))

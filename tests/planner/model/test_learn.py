@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshd.planner.model.learn import GRACE_S, HALF_LIFE_S, LEAST, MOST, OUTLIER, Factor, StepLearner
-from meshd.planner.profile import DEFAULT_OVERHEAD_S, factor_at
+from meshd.planner.model.learn import GRACE_S, HALF_LIFE_S, OUTLIER, Factor, StepLearner
+from meshd.planner.profile import DEFAULT_OVERHEAD_S, LEAST_FACTOR, MOST_FACTOR, factor_at
 from meshd.types import LearnedRates
 
 TIMES = st.floats(min_value=1e-9, max_value=1e9)
@@ -17,8 +17,8 @@ def test_a_factor_stays_in_its_bounds(samples: list[tuple[float, float, float]])
     for measured, predicted, later in samples:
         now += later
         factor = factor.observed(measured, predicted, now)
-        assert LEAST <= factor.value <= MOST
-        assert LEAST <= factor.current(now + later) <= MOST
+        assert LEAST_FACTOR <= factor.value <= MOST_FACTOR
+        assert LEAST_FACTOR <= factor.current(now + later) <= MOST_FACTOR
 
 
 @given(st.floats(0.3, 6.0), st.floats(0.3, 6.0), st.sampled_from([0.002, 0.05, 0.5]))
@@ -82,6 +82,8 @@ def test_a_context_without_steps_of_its_own_takes_the_factor_of_the_latest_ones(
 def test_a_peer_without_steps_has_learned_nothing() -> None:
     assert StepLearner().learned(5.0) == LearnedRates()
     assert factor_at((), 700) == 1.0
+    assert factor_at((0.0, 1e18), 100) == LEAST_FACTOR
+    assert factor_at((0.0, 1e18), 700) == MOST_FACTOR
 
 
 def test_the_overhead_is_learned_and_returns_to_the_usual_one() -> None:
