@@ -44,11 +44,11 @@ class Factor(msgspec.Struct, frozen=True):
 
     def trust(self, now: float) -> float:
         """Return how much the factor still counts, from 1 at a sample down to 0."""
-        return 0.5 ** (max(0.0, now - self.at - GRACE_S) / HALF_LIFE_S)
+        return math.pow(0.5, max(0.0, now - self.at - GRACE_S) / HALF_LIFE_S)
 
     def current(self, now: float) -> float:
         """Return the factor after its decay towards 1."""
-        return float(self.value ** self.trust(now))
+        return math.pow(self.value, self.trust(now))
 
     def observed(self, measured_s: float, predicted_s: float, now: float) -> "Factor":
         """Return the factor with one more sample; unchanged if a time is not positive. `predicted_s`: without any correction."""
