@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from meshd.errors import InvalidRequest, LocalFault
+from meshd.errors import InvalidSampling, LocalFault
 from meshd.types import SamplingParams, TokenLogprobs
 
 F32 = npt.NDArray[np.float32]
@@ -45,11 +45,16 @@ class Sampler:
         """Pick the token at `position` from `logits` `[vocab]`.
 
         Returns: the token, and its logprobs if the parameters ask for them.
-        Raises: LocalFault if a logit is not finite, InvalidRequest if logit_bias names a token outside the vocabulary.
+        Raises: LocalFault if a logit is not finite; InvalidSampling if only the adjusted scores are not, or if logit_bias names a
+        token outside the vocabulary.
         """
         if not np.isfinite(logits).all():
             raise LocalFault(f"no token can be picked at {position}: the logits hold NaN or infinity", hint="check the model file")
         scores = self._adjust(logits)
+        if scores is not logits and not np.isfinite(scores).all():
+            raise InvalidSampling(
+                "with these penalties and biases the scores of the tokens are not finite", hint="use smaller ones"
+            )
         token = int(scores.argmax()) if self._params.temperature == 0 else _draw(scores, self._params, position)
         return token, None if self._params.logprobs is None else _logprobs(logits, token, self._params.logprobs)
 
@@ -64,12 +69,14 @@ class Sampler:
         if repeated:
             ids = np.fromiter(repeated, np.int64)
             values = scores[ids]
-            scores[ids] = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+            with np.errstate(over="ignore"):  # `pick` refuses scores that are not finite
+                adjusted = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+            scores[ids] = adjusted
         for token, count in penalised.items():
             scores[token] -= params.presence_penalty + params.frequency_penalty * count
         for token, bias in params.logit_bias.items():
             if not 0 <= token < len(scores):
-                raise InvalidRequest(f"logit_bias names token {token}: the vocabulary has {len(scores)}", param="logit_bias")
+                raise InvalidSampling(f"logit_bias names token {token}: the vocabulary has {len(scores)}", param="logit_bias")
             scores[token] += bias
         return scores
 

@@ -8,12 +8,10 @@ from meshd.agents.links.estimate import LinkEstimate
 from meshd.errors import PeerLost
 from meshd.protocol.framing import KIB, Frame
 from meshd.protocol.handshake import ExistingLink, HelloAgreement
-from meshd.protocol.messages import Activation, Heartbeat, HeartbeatAck, Lane, Message, Probe, SessionMessage
+from meshd.protocol.messages import Heartbeat, HeartbeatAck, Lane, Message, Probe, SessionMessage
 from meshd.protocol.transport import Buffer, Connection
 from meshd.types import PeerId
 
-_SMALL_ACTIVATION = 64 * KIB
-"""Activations up to this size use the control lane: those of decode steps then don't wait behind prefill chunks."""
 _LARGE = 16 * KIB
 """A payload from this size on may delay the heartbeats behind it."""
 _TELLING = 64 * KIB
@@ -64,7 +62,7 @@ class Link:
 
     def send(self, message: Message, payload: Buffer | None = None) -> None:
         """Send a message on its lane. Raises: PeerLost, Overloaded, InvalidRequest."""
-        connection = self.lanes.get(_lane_of(message, payload))
+        connection = self.lanes.get(message.send_lane)
         if connection is None:
             raise PeerLost(f"the link with {self.peer} is not up")
         connection.send(message, payload)
@@ -84,6 +82,13 @@ class Link:
             self.estimate.disturb(self._now())
         if isinstance(message, SessionMessage):
             self.used_at = self._now()
+
+    def when_room(self, lane: Lane, callback: Callable[[], None]) -> None:
+        """See `Connection.when_room`. Raises: PeerLost."""
+        connection = self.lanes.get(lane)
+        if connection is None:
+            raise PeerLost(f"the link with {self.peer} is not up")
+        connection.when_room(callback)
 
     def beat(self, now: float) -> None:
         """Send a heartbeat. Raises: as `send`."""
@@ -123,9 +128,3 @@ class Link:
         """Wait until both sockets are closed."""
         for connection in self.lanes.values():
             await connection.closed()
-
-
-def _lane_of(message: Message, payload: Buffer | None) -> Lane:
-    if isinstance(message, Activation) and payload is not None and memoryview(payload).nbytes > _SMALL_ACTIVATION:
-        return Lane.BULK
-    return message.default_lane

@@ -13,7 +13,7 @@ import msgspec
 
 from meshd.agents.links.links import Links
 from meshd.agents.observe.story import Story
-from meshd.agents.placement.model_library import ModelLibrary, ModelText
+from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.plan_input import with_peer_ids
 from meshd.agents.service import GenerationRequest
 from meshd.agents.session.admission import Admission
@@ -29,8 +29,10 @@ from meshd.agents.session.recovery_history import Recovered
 from meshd.agents.session.report import report_end
 from meshd.agents.session.stages.receiver import StageReceiver
 from meshd.agents.session.stages.stall import StallWatch
+from meshd.agents.text.model_texts import ModelText
 from meshd.clock import Clock
-from meshd.errors import MeshdError, PeerFault, Unavailable, UnknownModel, UnknownSession
+from meshd.errors import MeshdError, Overloaded, PeerFault, Unavailable, UnknownModel, UnknownSession
+from meshd.kernels.sampling_rules import check_sampling
 from meshd.protocol.messages import Error, Move, Moved, Token
 from meshd.telemetry import Telemetry
 from meshd.types import ModelCard, ModelId, PeerId, SessionId, TokenLogprobs
@@ -133,8 +135,10 @@ class Coordinator:
 
     async def _retry_background(self) -> None:
         """Resume suspended background answers whose model has become answerable, because no reader will resume them."""
-        models = frozenset(card.id for card in self.router.answerable())
-        changed, self._answerable = models - self._answerable, models
+        cards = {card.id: card for card in self.router.answerable()}
+        changed, self._answerable = cards.keys() - self._answerable, frozenset(cards)
+        for model in changed:
+            self.library.warm(cards[model])
         for answer in list(self.retained.values()):
             waits = answer.record.background and answer.status == "suspended"
             if waits and answer.record.model in changed and self.admission.free:
@@ -153,11 +157,11 @@ class Coordinator:
         if self.leaving():
             raise Unavailable("this peer is about to stop and takes no new requests", hint="ask another peer")
         card = self.library.find(request.model)
+        check_sampling(request.sampling, card.spec.vocab)
         mesh = with_peer_ids(request.mesh, self.router.adverts(), card.id)
         request = msgspec.structs.replace(request, mesh=mesh)
         text = await self.library.text(card)
-        # In a thread: a long prompt, or a template with an endless loop, must not delay the heartbeats.
-        prompt = await asyncio.to_thread(text.tokens_of, request.prompt, request.template)
+        prompt = await text.tokens_of(request.prompt, request.template)
         record = new_record(request, card, prompt, self.me, self.clock)
         answer = await self._admit(record, card, text)
         self.retrier.start(answer)
@@ -166,6 +170,9 @@ class Coordinator:
         except asyncio.CancelledError:
             await answer.cancel()
             raise
+        except Overloaded as error:
+            retry_after_s = max(error.retry_after_s, self.admission.retry_after_s)
+            raise Overloaded(error.message, hint=error.hint, retry_after_s=retry_after_s) from error
         log.info("session %s: %s, %d prompt tokens, over %s", answer.session, card.name, len(prompt), answer.plan_header)
         return answer
 
@@ -256,9 +263,10 @@ class Coordinator:
     async def _restore(self, record: SessionRecord) -> Answer:
         card = self._find_card(record.model)
         text = await self.library.text(card)
-        return Answer(
-            msgspec.structs.replace(record, epoch=record.epoch + TAKEOVER_EPOCHS, coordinator=self.me), card, text, self._context
-        )
+        record = msgspec.structs.replace(record, epoch=record.epoch + TAKEOVER_EPOCHS, coordinator=self.me)
+        answer = Answer(record, card, text, self._context)
+        await answer.restore()
+        return answer
 
     def _find_card(self, model: ModelId) -> ModelCard:
         card = self.library.cards().get(model)
@@ -327,9 +335,8 @@ class Coordinator:
         return await self._move(0, answer, target, source)
 
     async def _move(self, request: int, answer: Answer, target: PeerId, source: PeerId | None) -> Moved:
-        pause_s = await self.mover.move(answer, target, source)
-        assert answer.plan is not None
-        return Moved(request=request, pause_s=pause_s, plan=answer.plan)
+        pause_s, plan = await self.mover.move(answer, target, source)
+        return Moved(request=request, pause_s=pause_s, plan=plan)
 
     async def _on_move(self, sender: PeerId, message: Move, payload: memoryview) -> Moved:
         answer = self.answers.get(message.session)
