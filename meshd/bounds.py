@@ -27,6 +27,8 @@ MAX_LISTED = 1024
 MAX_LOGIT_BIAS = 1024
 """Most entries of `logit_bias`. With them, OPEN's header still fits 64 KiB."""
 MAX_TOP_LOGPROBS = 20
+MAX_CONTEXT_CLASSES = 16
+"""Most classes of contexts for which a peer advertises factors."""
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_LABEL = 512

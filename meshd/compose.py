@@ -39,6 +39,7 @@ from meshd.agents.session.plan.retry import PlanRetrier
 from meshd.agents.session.plan.route import Router
 from meshd.agents.signals import Signal
 from meshd.agents.stage.host import StageHost
+from meshd.agents.stage.learning import StepLearning
 from meshd.agents.supervisor import Supervisor
 from meshd.clock import Clock
 from meshd.kernels.backend import Backend
@@ -226,7 +227,7 @@ def compose(parts: Parts) -> Peer:
     """Construct a peer's agents and connect them. Must be called inside the event loop."""
     signals, settings, clock, links, library = parts.signals, parts.settings, parts.clock, parts.links, parts.library
     story, bus = Story(clock), EventBus(clock)
-    holdings = ResidentModels(parts.capability.rates.attention_bytes_s)
+    holdings = ResidentModels()
     memory = FreeMemory(parts.capability.memory_free_bytes, holdings, parts.measure_free_bytes, clock)
     stages = _stages(parts, holdings, story)
     drainer = Drainer(links=links, clock=clock, stages=lambda: stages.sessions, on_change=signals.changed)
@@ -286,6 +287,7 @@ def _stages(parts: Parts, holdings: ResidentModels, story: Story) -> StageHost:
         me=parts.me,
         links=links,
         residents=holdings,
+        learning=StepLearning(parts.me, parts.capability.rates, parts.clock),
         compute=parts.compute,
         clock=parts.clock,
         telemetry=parts.telemetry,
@@ -323,6 +325,7 @@ def _membership(
             capability=lambda: msgspec.structs.replace(parts.capability, memory_free_bytes=memory.free_bytes()),
             holdings=lambda: tuple(resident.holding() for resident in holdings),
             models=lambda: tuple(parts.library.local.values()),
+            learned=stages.learning.learned,
             sessions=lambda: stages.sessions,
             draining=lambda: drainer.draining,
         ),

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,9 @@ from meshd.types import PeerId
 
 log = getLogger(__name__)
 
+_SWITCH_S = 0.0005
+"""Longest time that Python code of one thread keeps the others waiting. A step hands Python over some 60 times for each token, so
+that with the default of 5 ms it takes many times as long beside a search for a plan."""
 _QUEUE_WAIT_S = 60.0
 _OUTPUTS_BYTES = 128 << 20
 """Memory for stage outputs that are kept in case they must be sent again."""
@@ -85,6 +89,7 @@ async def run_daemon(
     Cancel: the peer leaves without waiting for its sessions.
     """
     require_guarded_api(config)
+    sys.setswitchinterval(_SWITCH_S)
     folder = StateFolder.open(config.state)
     clock = SystemClock()
     shares = share_descriptors(raise_limit())
@@ -280,7 +285,9 @@ def _parts(
         on_down=signals.link_down,
         on_notice=signals.notice,
     )
-    prober = LinkProber(peer_links, clock, on_change=signals.changed)
+    prober = LinkProber(
+        peer_links, clock, on_change=signals.changed, on_round_trip=lambda peer, seconds: telemetry.hop(peer, seconds / 2)
+    )
     store = Store(config.models_dir, config.hf_cache, index_url=config.pypi_index, clock=clock)
     texts = ModelTexts(TextWorkers(memory_bytes=memory_limit(capability.memory_total_bytes)))
     library = ModelLibrary(links=peer_links, store=store, adverts=table.adverts, on_change=signals.changed, texts=texts)

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import socket
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 
@@ -66,6 +67,15 @@ async def test_a_given_join_code_is_stored_and_another_one_is_refused(local_conf
         await run_daemon(dataclasses.replace(local_config, key=codes[1]), stop=asyncio.Event())
     assert info.cluster in caught.value.message
     assert "meshd key join" in caught.value.hint
+
+
+async def test_a_daemon_lets_threads_take_turns_within_half_a_millisecond(local_config: Config) -> None:
+    before = sys.getswitchinterval()
+    try:
+        async with running(local_config):
+            assert sys.getswitchinterval() <= 0.0005
+    finally:
+        sys.setswitchinterval(before)
 
 
 async def test_a_state_folder_that_another_daemon_uses_is_refused(local_config: Config) -> None:

@@ -40,7 +40,7 @@ from meshd.agents.supervisor import Supervise, unsupervised
 from meshd.clock import Clock
 from meshd.errors import MeshdError
 from meshd.protocol.messages import Advertise, Hello
-from meshd.types import Advert, Capability, Holding, ModelCard, PeerId, is_peer_id
+from meshd.types import Advert, Capability, Holding, LearnedRates, ModelCard, PeerId, is_peer_id
 from meshd.values import Address, parse_address
 
 log = getLogger(__name__)
@@ -68,6 +68,7 @@ class SelfDescription:
     capability: Callable[[], Capability]
     holdings: Callable[[], tuple[Holding, ...]]
     models: Callable[[], tuple[ModelCard, ...]]
+    learned: Callable[[], LearnedRates]
     sessions: Callable[[], int]
     draining: Callable[[], bool]
 
@@ -122,6 +123,7 @@ class Membership:
             models=self.description.models(),
             links=self.prober.stats(),
             neighbours=self._neighbours(),
+            learned=self.description.learned(),
             sessions=self.description.sessions(),
             api=self.api_address,
             draining=self.description.draining(),

@@ -20,7 +20,7 @@ from meshd.clock import SystemClock
 from meshd.protocol.identity import load_identity
 from meshd.protocol.messages import Advertise
 from meshd.state import StateFolder
-from meshd.types import Advert, PeerId
+from meshd.types import Advert, LearnedRates, PeerId
 
 STRANGER = PeerId("c" * 52)
 
@@ -52,6 +52,7 @@ class Member:
                 capability=lambda: CAPABILITY,
                 holdings=tuple,
                 models=tuple,
+                learned=LearnedRates,
                 sessions=lambda: self.sessions,
                 draining=bool,
             ),
