@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from logging import getLogger
 
-import msgspec
-
 from meshd.agents.admin.story_collector import StoryCollector
 from meshd.agents.device.compute import ComputeQueue
 from meshd.agents.links.links import Links
 from meshd.agents.links.probe import LinkProber
-from meshd.agents.membership.membership import Membership, SelfDescription
+from meshd.agents.membership.adverts.publisher import SelfDescription
+from meshd.agents.membership.membership import Membership
 from meshd.agents.membership.peer_table import PeerTable
 from meshd.agents.membership.sources import Source
 from meshd.agents.observe.events import EventBus
@@ -315,7 +314,8 @@ def _membership(
             name=parts.name,
             incarnation=parts.incarnation,
             version=parts.version,
-            capability=lambda: msgspec.structs.replace(parts.capability, memory_free_bytes=memory.free_bytes()),
+            capability=parts.capability,
+            memory_free_bytes=memory.free_bytes,
             holdings=lambda: tuple(resident.holding() for resident in holdings),
             models=lambda: tuple(parts.library.local.values()),
             sessions=lambda: stages.sessions,

@@ -168,10 +168,10 @@ class Daemon:
         await peer.library.refresh()
         app = create_app(peer.coordinator, self.view, self._telemetry, api_key=self._config.api_key, clock=self._clock)
         server = await serve(app, self._config.api.host, self._config.api.port)
-        membership.api_address = f"{self._config.api.host}:{server.port}"
+        membership.publisher.api_address = f"{self._config.api.host}:{server.port}"
         async with peer.running(self._sources(port)):
-            lock.announce(membership.api_address)
-            log.info("up: links on %s, API on %s", membership.link_address, membership.api_address)
+            lock.announce(membership.publisher.api_address)
+            log.info("up: links on %s, API on %s", membership.link_address, membership.publisher.api_address)
             try:
                 yield server
             finally:
@@ -208,7 +208,7 @@ class Daemon:
             "version": __version__,
             "protocol": ".".join(map(str, PROTOCOL_VERSION)),
             "cluster": self._identity.fingerprint,
-            "api": self.peer.membership.api_address,
+            "api": self.peer.membership.publisher.api_address,
             "link": self.peer.membership.link_address,
             "uptime_s": self._clock.monotonic() - self._started,
             "notices": [{"message": message, "hint": hint} for message, hint in self.peer.membership.notices.items()],

@@ -287,8 +287,36 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
     """A user placed these layers on this peer."""
 
 
+class Profile(msgspec.Struct, frozen=True, kw_only=True):
+    """What a peer is, can and has on disk. It changes seldom: other peers fetch it when its hash changes."""
+
+    capability: Capability
+    """With the free memory that was measured when the peer started. `Status` has the present value."""
+    models: tuple[ModelCard, ...] = ()
+    """Cards of the models whose files are complete on this peer's disk."""
+    api: str = ""
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """What changes while a peer works. Small, because it is sent on every change."""
+
+    revision: int
+    """Within an incarnation, the highest revision is valid."""
+    profile: str
+    """Hash of the sender's present profile (`agents/membership/profile/encoding.py`)."""
+    memory_free_bytes: int
+    holdings: tuple[Holding, ...] = ()
+    links: dict[PeerId, LinkStats] = {}
+    neighbours: dict[PeerId, str] = {}
+    """`IP:PORT` of linked peers. From these, a peer that knows one address finds the whole cluster, even without multicast."""
+    sessions: int = 0
+    """Number of sessions that have a stage on this peer."""
+    draining: bool = False
+    """The peer is about to leave: it takes no new work, and its sessions move to other peers."""
+
+
 class Advert(msgspec.Struct, frozen=True, kw_only=True):
-    """What a peer publishes about itself on authenticated links. Within an incarnation, the highest `revision` is valid."""
+    """All that is known of one peer: its HELLO, its profile and its newest status. Plans are made from adverts."""
 
     peer: PeerId
     name: str
@@ -296,16 +324,14 @@ class Advert(msgspec.Struct, frozen=True, kw_only=True):
     revision: int
     version: str
     capability: Capability
+    """With the present free memory."""
     holdings: tuple[Holding, ...] = ()
     models: tuple[ModelCard, ...] = ()
-    """Cards of the models whose files are complete on this peer's disk."""
     links: dict[PeerId, LinkStats] = {}
     neighbours: dict[PeerId, str] = {}
-    """`HOST:PORT` of linked peers. From these, a peer that knows one address finds the whole cluster, even without multicast."""
     sessions: int = 0
     api: str = ""
     draining: bool = False
-    """The peer is about to leave: it takes no new work, and its sessions move to other peers."""
 
 
 class AttentionShard(msgspec.Struct, frozen=True, kw_only=True):

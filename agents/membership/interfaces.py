@@ -139,6 +139,15 @@ def nearest_first(addresses: Iterable[str], choices: Iterable[InterfaceChoice]) 
     return tuple(sorted(addresses, key=lambda address: not any(ipaddress.ip_address(address) in network for network in local)))
 
 
+def is_unicast(address: str) -> bool:
+    """Whether the text is an IP address of one host, so that it can be dialled."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return not (parsed.is_multicast or parsed.is_unspecified or parsed.is_reserved or str(parsed) == "255.255.255.255")
+
+
 def present_interfaces(sysfs: Path = SYSFS_NET) -> list[Interface]:
     """List the interfaces of this device, in its network namespace and in the system's order."""
     statistics = psutil.net_if_stats()

@@ -13,13 +13,14 @@ from enum import Enum
 from typing import Any
 
 from meshd.agents.machine import Machine, Transition
+from meshd.agents.membership.adverts.encoding import merge
 from meshd.agents.membership.peer_events import (
     LINKED,
-    AdvertReceived,
     Command,
     Dial,
     DialFailed,
     Event,
+    FetchPeerProfile,
     GoodbyeReceived,
     HandshakeRefused,
     HeartbeatMissed,
@@ -27,12 +28,14 @@ from meshd.agents.membership.peer_events import (
     LinkDown,
     LinkUp,
     PeerState,
+    ProfileReceived,
     PublishChange,
     RetentionExpired,
+    StatusReceived,
     StopDialling,
 )
 from meshd.agents.membership.sources import PeerFound, PeerWithdrawn
-from meshd.types import Advert, PeerId
+from meshd.types import Advert, PeerId, Profile, Status
 from meshd.values import Address
 
 MAX_ADDRESSES = 16
@@ -79,7 +82,12 @@ class Peer(Machine[Event, Command]):
     past: tuple[int, ...] = ()
     """Its earlier incarnations, oldest first."""
     addresses: tuple[KnownAddress, ...] = ()
+    profile: Profile | None = None
+    profile_hash: str = ""
+    status: Status | None = None
+    """The newest status of the present incarnation."""
     advert: Advert | None = None
+    """`profile` and `status` together. None while one of them is missing."""
 
     def __post_init__(self) -> None:
         self.first_seen = self.last_seen = self.since = self.now
@@ -115,6 +123,12 @@ class Peer(Machine[Event, Command]):
             self.since = self.now
         self.state, self.why = state, why
         return [PublishChange(self.id, state, was, why)] if news or (state, why) != (was, was_why) else []
+
+    def _merge(self) -> None:
+        """Build the advert anew. Until a changed profile has been fetched, the earlier one stays in use."""
+        self.advert = None
+        if self.profile is not None and self.status is not None:
+            self.advert = merge(self.id, self.name, self.version, self.incarnation, self.profile, self.status)
 
     def _dial(self) -> list[Command]:
         return [Dial(self.id, tuple(known.address for known in self.addresses))] if self.addresses else []
@@ -160,7 +174,7 @@ def _withdrawn_before_a_link(peer: Peer, event: PeerWithdrawn) -> list[Command]:
 
 
 def _link_up(peer: Peer, event: LinkUp) -> list[Command]:
-    """Enter ALIVE. A new incarnation starts without an advert.
+    """Enter ALIVE. A new incarnation starts without a status, but its profile is likely to be the same.
 
     If an earlier incarnation comes back, that is not a restart: two devices use the same identity.
     """
@@ -169,7 +183,7 @@ def _link_up(peer: Peer, event: LinkUp) -> list[Command]:
     if event.incarnation != peer.incarnation:
         if peer.incarnation:
             peer.past = (*peer.past, peer.incarnation)[-_MAX_PAST_INCARNATIONS:]
-        outdated, peer.advert = peer.advert, None
+        outdated, peer.advert, peer.status = peer.advert, None, None
     peer.name, peer.version, peer.incarnation = event.name, event.version, event.incarnation
     peer._note_link_address(event.dialled)
     peer.last_seen = peer.now
@@ -180,15 +194,26 @@ def _link_down(peer: Peer, event: LinkDown) -> list[Command]:
     return [*peer._dial(), *peer._enter(PeerState.DEAD, event.reason)]
 
 
-def _advert(peer: Peer, event: AdvertReceived) -> list[Command]:
+def _status(peer: Peer, event: StatusReceived) -> list[Command]:
+    """Record a status that is newer. It counts as a sign of life even if it is not."""
     peer.last_seen = peer.now
-    newer = peer.advert is None or event.advert.revision > peer.advert.revision
-    news = newer and event.advert.incarnation == peer.incarnation
-    if news:
-        peer.advert = event.advert
+    newer = peer.status is None or event.status.revision > peer.status.revision
+    if newer:
+        peer.status = event.status
+        peer._merge()
+    missing = peer.status is not None and peer.status.profile != peer.profile_hash
+    fetch: list[Command] = [FetchPeerProfile(peer.id, peer.status.profile)] if missing and peer.status is not None else []
+    news = newer and peer.advert is not None
     if peer.state is PeerState.SUSPECT:
-        return peer._enter(PeerState.ALIVE, news=news)
-    return peer._enter(peer.state, peer.why, news=news)
+        return [*fetch, *peer._enter(PeerState.ALIVE, news=news)]
+    return [*fetch, *peer._enter(peer.state, peer.why, news=news)]
+
+
+def _profile(peer: Peer, event: ProfileReceived) -> list[Command]:
+    peer.last_seen = peer.now
+    peer.profile, peer.profile_hash = event.profile, event.hash
+    peer._merge()
+    return peer._enter(peer.state, peer.why, news=peer.advert is not None)
 
 
 def _heartbeat(peer: Peer, event: HeartbeatReceived) -> list[Command]:
@@ -249,7 +274,8 @@ TRANSITIONS: dict[tuple[Enum, type[Any]], Transition] = {
     (PeerState.ALIVE, LinkDown): _breaks,
     (PeerState.ALIVE, DialFailed): _ignored,
     (PeerState.ALIVE, HandshakeRefused): _ignored,
-    (PeerState.ALIVE, AdvertReceived): Transition(_advert),
+    (PeerState.ALIVE, StatusReceived): Transition(_status),
+    (PeerState.ALIVE, ProfileReceived): Transition(_profile),
     (PeerState.ALIVE, HeartbeatReceived): Transition(_heartbeat),
     (PeerState.ALIVE, HeartbeatMissed): Transition(_silent, (PeerState.SUSPECT,)),
     (PeerState.ALIVE, GoodbyeReceived): _leaves,
@@ -259,7 +285,8 @@ TRANSITIONS: dict[tuple[Enum, type[Any]], Transition] = {
     (PeerState.SUSPECT, LinkDown): _breaks,
     (PeerState.SUSPECT, DialFailed): _ignored,
     (PeerState.SUSPECT, HandshakeRefused): _ignored,
-    (PeerState.SUSPECT, AdvertReceived): Transition(_advert, (PeerState.ALIVE,)),
+    (PeerState.SUSPECT, StatusReceived): Transition(_status, (PeerState.ALIVE,)),
+    (PeerState.SUSPECT, ProfileReceived): Transition(_profile),
     (PeerState.SUSPECT, HeartbeatReceived): Transition(_heartbeat, (PeerState.ALIVE,)),
     (PeerState.SUSPECT, HeartbeatMissed): Transition(_silent),
     (PeerState.SUSPECT, GoodbyeReceived): _leaves,
@@ -283,7 +310,8 @@ TRANSITIONS: dict[tuple[Enum, type[Any]], Transition] = {
     (PeerState.LEFT, RetentionExpired): _is_forgotten,
     # After a goodbye, a few more messages and events of its link may arrive.
     (PeerState.LEFT, LinkDown): Transition(_not_reached),
-    (PeerState.LEFT, AdvertReceived): Transition(_advert),
+    (PeerState.LEFT, StatusReceived): _ignored,
+    (PeerState.LEFT, ProfileReceived): _ignored,
     (PeerState.LEFT, HeartbeatReceived): Transition(_heartbeat),
     (PeerState.LEFT, HeartbeatMissed): _ignored,
     (PeerState.LEFT, GoodbyeReceived): Transition(_goodbye),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from meshd.agents.membership.sources import PeerFound, PeerWithdrawn
-from meshd.types import Advert, PeerId
+from meshd.types import PeerId, Profile, Status
 from meshd.values import Address
 
 
@@ -68,12 +68,18 @@ class HandshakeRefused:
 
 
 @dataclass(frozen=True, slots=True)
-class AdvertReceived:
-    advert: Advert
+class StatusReceived:
+    peer: PeerId
+    status: Status
 
-    @property
-    def peer(self) -> PeerId:
-        return self.advert.peer
+
+@dataclass(frozen=True, slots=True)
+class ProfileReceived:
+    """The peer's profile was fetched. `hash` is of the bytes that were received."""
+
+    peer: PeerId
+    hash: str
+    profile: Profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +114,8 @@ Event = (
     | LinkDown
     | DialFailed
     | HandshakeRefused
-    | AdvertReceived
+    | StatusReceived
+    | ProfileReceived
     | HeartbeatReceived
     | HeartbeatMissed
     | GoodbyeReceived
@@ -133,6 +140,14 @@ class StopDialling:
 
 
 @dataclass(frozen=True, slots=True)
+class FetchPeerProfile:
+    """Fetch the peer's profile, because its status names another hash than that of the known one. Idempotent."""
+
+    peer: PeerId
+    hash: str
+
+
+@dataclass(frozen=True, slots=True)
 class PublishChange:
     """Publish on the event stream that the peer's state or advert changed."""
 
@@ -142,4 +157,4 @@ class PublishChange:
     why: str
 
 
-Command = Dial | StopDialling | PublishChange
+Command = Dial | StopDialling | FetchPeerProfile | PublishChange

@@ -8,7 +8,7 @@ import msgspec
 
 from meshd.types import SessionId
 
-PROTOCOL_VERSION = (2, 0)
+PROTOCOL_VERSION = (3, 0)
 """(major, minor). Peers of different major versions refuse each other. A higher minor version only adds to the protocol."""
 
 FEATURES: frozenset[str] = frozenset({"f32"})

@@ -74,6 +74,7 @@ def nested_structs() -> dict[str, type[msgspec.Struct]]:
     for message in REGISTRY.values():
         for field in msgspec.structs.fields(message):
             look(typing.get_type_hints(message)[field.name])
+    look(meshd.types.Profile)  # a payload
     return found
 
 

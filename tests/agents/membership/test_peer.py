@@ -5,15 +5,15 @@ from copy import copy
 
 import pytest
 
-from in_process.peer_events import ANN, AWAY, EVENTS_TO, HOME, advert, found, link_up
+from in_process.peer_events import ANN, AWAY, EVENTS_TO, HOME, PROFILE_CAME, PROFILE_HASH, advert, found, link_up, status
 from meshd.agents.machine import IllegalTransition
 from meshd.agents.membership.peer import MAX_ADDRESSES, RETENTION_S, TRANSITIONS, KnownAddress, Peer
 from meshd.agents.membership.peer_events import (
-    AdvertReceived,
     Command,
     Dial,
     DialFailed,
     Event,
+    FetchPeerProfile,
     GoodbyeReceived,
     HandshakeRefused,
     HeartbeatMissed,
@@ -33,7 +33,8 @@ EVENTS: list[Event] = [
     LinkDown(ANN, "connection reset"),
     DialFailed(ANN, HOME, "connection refused"),
     HandshakeRefused(ANN, HOME, "another key"),
-    AdvertReceived(advert()),
+    status(),
+    PROFILE_CAME,
     HeartbeatReceived(ANN),
     HeartbeatMissed(ANN),
     GoodbyeReceived(ANN, "stopped"),
@@ -138,28 +139,47 @@ def test_silence_makes_a_suspect_and_a_heartbeat_makes_it_alive_again() -> None:
     assert handle(peer, HeartbeatReceived(ANN), 3.0) == [PublishChange(ANN, PeerState.ALIVE, PeerState.SUSPECT, "")]
 
 
-def test_only_a_newer_revision_of_the_present_incarnation_counts() -> None:
+def test_a_peer_is_known_whole_once_its_profile_and_its_status_are_there() -> None:
     peer = peer_at(PeerState.ALIVE)
-    assert handle(peer, AdvertReceived(advert(revision=2)), 2.0) == [PublishChange(ANN, PeerState.ALIVE, PeerState.ALIVE, "")]
-    assert handle(peer, AdvertReceived(advert(revision=1)), 3.0) == []
-    assert handle(peer, AdvertReceived(advert(incarnation=9, revision=5)), 3.0) == []
-    assert peer.advert == advert(revision=2)
-    handle(peer, AdvertReceived(advert(revision=3)), 4.0)
+    assert handle(peer, status(), 2.0) == [FetchPeerProfile(ANN, PROFILE_HASH)]
+    assert peer.advert is None
+    assert handle(peer, PROFILE_CAME, 3.0) == [PublishChange(ANN, PeerState.ALIVE, PeerState.ALIVE, "")]
+    assert peer.advert == advert()
+
+
+def test_a_profile_is_fetched_when_its_hash_changes_and_the_old_one_is_used_until_then() -> None:
+    peer = known_peer()
+    assert handle(peer, status(revision=2), 3.0) == [PublishChange(ANN, PeerState.ALIVE, PeerState.ALIVE, "")]
+    commands = handle(peer, status(revision=3, profile="11" * 16), 4.0)
+    assert commands_of(commands, FetchPeerProfile) == [FetchPeerProfile(ANN, "11" * 16)]
     assert peer.advert == advert(revision=3)
 
 
-def test_a_restarted_peer_starts_without_its_old_advert() -> None:
+def known_peer() -> Peer:
     peer = peer_at(PeerState.ALIVE)
-    handle(peer, AdvertReceived(advert(revision=7)), 2.0)
+    handle(peer, status(), 2.0)
+    handle(peer, PROFILE_CAME, 2.0)
+    return peer
+
+
+def test_only_a_newer_revision_counts() -> None:
+    peer = known_peer()
+    handle(peer, status(revision=2), 2.0)
+    assert handle(peer, status(revision=1), 3.0) == []
+    assert peer.advert == advert(revision=2)
+
+
+def test_a_restarted_peer_starts_without_its_old_status_and_keeps_its_profile_if_that_is_the_same() -> None:
+    peer = known_peer()
+    handle(peer, status(revision=7), 2.0)
     handle(peer, link_up(incarnation=2), 3.0)
     assert peer.advert is None
-    handle(peer, AdvertReceived(advert(incarnation=2, revision=1)), 4.0)
+    assert commands_of(handle(peer, status(revision=1), 4.0), FetchPeerProfile) == []
     assert peer.advert == advert(incarnation=2, revision=1)
 
 
 def test_a_link_that_comes_back_keeps_the_advert() -> None:
-    peer = peer_at(PeerState.ALIVE)
-    handle(peer, AdvertReceived(advert()), 2.0)
+    peer = known_peer()
     handle(peer, LinkDown(ANN, "connection reset"), 3.0)
     handle(peer, link_up(), 4.0)
     assert peer.advert == advert()

@@ -7,12 +7,24 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from in_process.peer_events import ANN, AWAY, BOB, EVENTS_TO, HOME, advert, found, link_up
+from in_process.peer_events import (
+    ANN,
+    AWAY,
+    BOB,
+    EVENTS_TO,
+    HOME,
+    PROFILE,
+    PROFILE_CAME,
+    PROFILE_HASH,
+    advert,
+    found,
+    link_up,
+    status,
+)
 from meshd.agents.machine import IllegalTransition
 from meshd.agents.membership.peer import RETENTION_S
 from meshd.agents.membership.peer_events import (
     LINKED,
-    AdvertReceived,
     Command,
     Dial,
     DialFailed,
@@ -23,6 +35,7 @@ from meshd.agents.membership.peer_events import (
     HeartbeatReceived,
     LinkDown,
     PeerState,
+    ProfileReceived,
     PublishChange,
     RetentionExpired,
     StopDialling,
@@ -66,7 +79,8 @@ def test_a_failed_dial_or_a_withdrawal_adds_no_unknown_peer() -> None:
 
 def test_plans_leave_out_suspects() -> None:
     table = table_at(PeerState.ALIVE)
-    table.apply(AdvertReceived(advert()), 2.0)
+    table.apply(status(), 2.0)
+    table.apply(PROFILE_CAME, 2.0)
     assert table.adverts() == [advert()]
     table.apply(HeartbeatMissed(ANN), 3.0)
     assert table.adverts() == []
@@ -160,9 +174,13 @@ class Membership(RuleBasedStateMachine):
     def a_link_comes_up(self, peer: PeerId, incarnation: int, dialled: Address | None) -> None:
         self.take(link_up(peer, incarnation, dialled))
 
-    @rule(peer=peers, incarnation=incarnations, revision=st.integers(1, 5))
-    def an_advert_comes(self, peer: PeerId, incarnation: int, revision: int) -> None:
-        self.take(AdvertReceived(advert(peer, incarnation, revision)))
+    @rule(peer=peers, revision=st.integers(1, 5), profile=st.sampled_from([PROFILE_HASH, "11" * 16]))
+    def a_status_comes(self, peer: PeerId, revision: int, profile: str) -> None:
+        self.take(status(peer, revision, profile))
+
+    @rule(peer=peers)
+    def a_profile_comes(self, peer: PeerId) -> None:
+        self.take(ProfileReceived(peer, PROFILE_HASH, PROFILE))
 
     @rule(peer=peers, kind=st.sampled_from([HeartbeatReceived, HeartbeatMissed, RetentionExpired]))
     def silence_is_reported(self, peer: PeerId, kind: type[HeartbeatReceived | HeartbeatMissed | RetentionExpired]) -> None:

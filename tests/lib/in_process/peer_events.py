@@ -1,5 +1,7 @@
 """Builds membership events of invented peers."""
 
+import msgspec
+
 from meshd.agents.membership.peer_events import (
     Event,
     GoodbyeReceived,
@@ -8,9 +10,11 @@ from meshd.agents.membership.peer_events import (
     LinkDown,
     LinkUp,
     PeerState,
+    ProfileReceived,
+    StatusReceived,
 )
 from meshd.agents.membership.sources import PeerFound
-from meshd.types import Advert, Capability, PeerId, Rates
+from meshd.types import Advert, Capability, PeerId, Profile, Rates, Status
 from meshd.values import Address
 
 ANN, BOB = PeerId("ann"), PeerId("bob")
@@ -27,8 +31,18 @@ def found(peer: PeerId | None = ANN, *hosts: str, source: str = "mdns", port: in
     )
 
 
+PROFILE, PROFILE_HASH = Profile(capability=CAPABILITY), "0f" * 16
+PROFILE_CAME = ProfileReceived(ANN, PROFILE_HASH, PROFILE)
+
+
+def status(peer: PeerId = ANN, revision: int = 1, profile: str = PROFILE_HASH) -> StatusReceived:
+    return StatusReceived(peer, Status(revision=revision, profile=profile, memory_free_bytes=3))
+
+
 def advert(peer: PeerId = ANN, incarnation: int = 1, revision: int = 1) -> Advert:
-    return Advert(peer=peer, name="desk", incarnation=incarnation, revision=revision, version="0.1.0", capability=CAPABILITY)
+    """What PROFILE and `status` give together."""
+    capability = msgspec.structs.replace(CAPABILITY, memory_free_bytes=3)
+    return Advert(peer=peer, name="desk", incarnation=incarnation, revision=revision, version="0.1.0", capability=capability)
 
 
 def link_up(peer: PeerId = ANN, incarnation: int = 1, dialled: Address | None = None) -> LinkUp:

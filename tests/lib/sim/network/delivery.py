@@ -8,7 +8,7 @@ from meshd.agents.links.link import _lane_of
 from meshd.errors import InvalidRequest, Overloaded
 from meshd.protocol.codec import decode, encode
 from meshd.protocol.framing import MAX_HEADER, MAX_PAYLOAD
-from meshd.protocol.messages import Advertise, Lane, Message, SessionMessage
+from meshd.protocol.messages import Lane, Message, PeerStatus, SessionMessage
 from meshd.protocol.transport import QUEUE_BYTES, Buffer
 from meshd.types import LinkStats, PeerId
 from sim.loop import SimLoop
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from sim.network.links import SimLinks
 
 _HEADER_BYTES = 120
-_ADVERTS_ENCODED = 0.05
-"""Share of adverts that are encoded and decoded. Encoding all of them is slow: with many peers, adverts are long and frequent."""
+_STATUSES_ENCODED = 0.05
+"""Share of statuses that are encoded and decoded. Encoding all of them is slow: with many peers, they are long and frequent."""
 
 
 class Delivery:
@@ -90,7 +90,7 @@ class Delivery:
 
     def _encode_and_decode(self, message: Message, size: int) -> Message:
         """Return the message as its receiver decodes it. Raises: InvalidRequest if the message is too long."""
-        if isinstance(message, Advertise) and self._rng.random() > _ADVERTS_ENCODED:
+        if isinstance(message, PeerStatus) and self._rng.random() > _STATUSES_ENCODED:
             return message
         header = encode(message)
         if len(header) > MAX_HEADER or size - _HEADER_BYTES > MAX_PAYLOAD:
