@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import socket
 import ssl
 from collections.abc import Callable, Coroutine
@@ -14,7 +15,7 @@ from meshd.protocol import codec
 from meshd.protocol.flow import SendQueue
 from meshd.protocol.framing import EMPTY, KIB, MIB, Frame, FrameLimits, FrameReader, frame_head
 from meshd.protocol.identity import peer_of_certificate
-from meshd.protocol.messages import Error, Message
+from meshd.protocol.messages import Error, Hello, Message
 from meshd.types import PeerId
 
 log = logging.getLogger("meshd.transport")
@@ -31,6 +32,8 @@ _CHUNK = 128 * KIB
 _TRANSPORT_BYTES = 256 * KIB
 """Encrypted bytes that asyncio may buffer before it pauses the writer."""
 _SHUTDOWN_S = 0.5
+_CLOSE_S = 0.5
+"""How long a connection that is being closed may take to write its last frame and the farewell."""
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -50,6 +53,8 @@ class Connection(asyncio.BufferedProtocol):
         """Largest header and payload that the other side accepts, from its HELLO."""
         self.reason = ""
         """Why the connection is closed; empty while it is open."""
+        self.hello: Hello | None = None
+        """The other side's first message, if it is HELLO."""
         self.bytes_in = 0
         self.bytes_out = 0
         self._reader = FrameReader(limits, now)
@@ -100,24 +105,34 @@ class Connection(asyncio.BufferedProtocol):
             return
         self._write(joined)
         if rest:
-            self._queue.put(rest)
+            self._queue.put(rest, begun=True)
             self._pump()
 
     def close(self, reason: str, farewell: Message | None = None) -> None:
-        """Send `farewell` if possible, drop queued messages, and close once written bytes are sent. Calls `on_closed` at once."""
+        """Finish the frame that is being written, send `farewell`, and close. Other queued messages are dropped.
+
+        `on_closed` is called at once. If the other side does not read, the connection is aborted after `_CLOSE_S`.
+        """
         if self.reason:
             return
+        # Without the rest of the frame, the other side could not tell the farewell from the frame's bytes.
+        self._queue.keep_current()
         if farewell is not None:
             try:
                 self.send(farewell)
             except MeshdError as error:
                 log.debug("no farewell to %.8s: %s", self.peer, error)
         self._end(reason)
-        self._transport.close()
+        if self._queue:
+            asyncio.get_running_loop().call_later(_CLOSE_S, self._transport.abort)
+            self._pump()
+        else:
+            self._transport.close()
 
     def abort(self, reason: str) -> None:
         """Close at once and discard unsent bytes."""
         self._end(reason)
+        self._queue.clear()
         self._transport.abort()
 
     async def closed(self) -> None:
@@ -165,12 +180,14 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end(_reason(exc))
+        self._queue.clear()
         self._gone.set()
 
     def _deliver(self, message: Message, frame: Frame) -> None:
         if self._on_message is not None:
             self._on_message(self, message, frame)
         elif not self._first.done():
+            self.hello = message if isinstance(message, Hello) else None
             self._first.set_result(message)
         else:
             raise ProtocolViolation(f"{type(message).__name__} before HELLO was answered")
@@ -180,8 +197,10 @@ class Connection(asyncio.BufferedProtocol):
         self._transport.write(data)
 
     def _pump(self) -> None:
-        while self._queue and not self._paused and not self.reason:
+        while self._queue and not self._paused:
             self._write(self._queue.take())
+        if self.reason and not self._queue:
+            self._transport.close()
 
     def _fail(self, error: MeshdError) -> None:
         if not self._first.done():
@@ -193,7 +212,6 @@ class Connection(asyncio.BufferedProtocol):
         if self.reason:
             return
         self.reason = reason
-        self._queue.clear()
         if not self._first.done():
             self._first.set_exception(PeerLost(reason))
             self._first.exception()
@@ -331,7 +349,8 @@ async def _connect(address: Address, connect_s: float) -> socket.socket:
                 await loop.sock_connect(raw, resolved)
         except OSError as error:
             raw.close()
-            failure = error.strerror or "no answer in time"
+            # asyncio puts its own words in `strerror`, such as "Connect call failed".
+            failure = os.strerror(error.errno) if error.errno else "no answer in time"
         except BaseException:
             raw.close()
             raise
