@@ -230,7 +230,7 @@ def _parts(config: Config, identity: Identity, measured: ProbeResult, clock: Clo
         clock,
         on_up=signals.link_up,
         on_down=signals.link_down,
-        on_notice=signals.notice,
+        on_outcome=signals.dialled,
     )
     prober = LinkProber(links, clock, on_change=signals.changed)
     store = Store(config.models_dir, config.hf_cache, index_url=config.pypi_index, clock=clock)

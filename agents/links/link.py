@@ -7,11 +7,12 @@ from meshd.errors import PeerLost
 from meshd.protocol.framing import KIB
 from meshd.protocol.handshake import ExistingLink, HelloAgreement
 from meshd.protocol.messages import Activation, Heartbeat, HeartbeatAck, Lane, Message
-from meshd.protocol.transport import Buffer, Connection
+from meshd.protocol.transport import Address, Buffer, Connection
 from meshd.types import PeerId
 
 _SMALL_ACTIVATION = 64 * KIB
 """Activations up to this size use the control lane: those of decode steps then don't wait behind prefill chunks."""
+_ADDRESSES = 16
 _RTT_WEIGHT = 0.125
 """Weight of a new sample in the mean round-trip time, as in TCP (RFC 6298)."""
 
@@ -34,6 +35,8 @@ class Link:
         self.rtt_mean_s: float | None = None
         self.gone = asyncio.Event()
         self.lanes: dict[Lane, Connection] = {}
+        self.addresses: dict[Address, None] = {}
+        """Where the peer was reached or says that it listens, oldest first."""
         self._on_end = on_end
         self._sequence = 0
 
@@ -49,6 +52,11 @@ class Link:
     def lived_s(self, now: float) -> float:
         """Returns: seconds since the link came up; 0 if it never did."""
         return now - self.up_since if self.up_since else 0.0
+
+    def note_address(self, address: Address) -> None:
+        """Remember an address of the peer, at most `_ADDRESSES` of them."""
+        if len(self.addresses) < _ADDRESSES:
+            self.addresses[address] = None
 
     def as_existing(self, now: float) -> ExistingLink:
         """Describe this link for `choose_link`, which decides whether a second link with the same peer replaces it."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from meshd.agents.links.link_table import LEFT
 from meshd.agents.links.links import Links
+from meshd.agents.links.open import DialOutcome
 from meshd.agents.links.probe import LinkProber
 from meshd.agents.machine import IllegalTransition
 from meshd.agents.membership.adverts.fetcher import ProfileFetcher
@@ -21,10 +22,13 @@ from meshd.agents.membership.adverts.gossip import GossipBudget
 from meshd.agents.membership.adverts.publisher import Publisher, SelfDescription
 from meshd.agents.membership.notices import Notices
 from meshd.agents.membership.peer_events import (
+    Command,
     Dial,
+    DialFailed,
     Event,
     FetchPeerProfile,
     GoodbyeReceived,
+    HandshakeRefused,
     HeartbeatMissed,
     HeartbeatReceived,
     LinkDown,
@@ -145,6 +149,30 @@ class Membership:
             case SourceNotice():
                 self.notice(sighting.message, sighting.hint)
 
+    def on_dialled(self, outcome: DialOutcome) -> None:
+        """Record which peer answers at an address, or why there is no link with it."""
+        address = Address(*outcome.address)
+        if outcome.peer is not None:
+            self.table.answered(address, outcome.peer)
+        if not outcome.reason:
+            return
+        if outcome.peer == self.description.peer:
+            self.notices.add(outcome.reason, outcome.hint, about="identity")
+        elif outcome.refused and outcome.peer is not None:
+            self._apply(HandshakeRefused(outcome.peer, address, outcome.reason, outcome.name))
+            self.notices.add(f"{address.host}: {outcome.reason}", outcome.hint, about=f"refused {outcome.peer}")
+        else:
+            self._note_static(address, outcome)
+            # Without a proof of identity, a refusal says nothing about the peer that a source reported at the address.
+            for peer in [peer for peer, dialled in self._dialled.items() if any(known == address for known, _ in dialled)]:
+                self._apply(DialFailed(peer, address, outcome.reason))
+
+    def _note_static(self, address: Address, outcome: DialOutcome) -> None:
+        before = self.table.static_why(address)
+        self._apply((HandshakeRefused if outcome.refused else DialFailed)(None, address, outcome.reason))
+        if before is not None and before != self.table.static_why(address):
+            log.warning("no link with %s (--peer): %s", address, outcome.reason)
+
     def on_up(self, peer: PeerId, hello: Hello, address: tuple[str, int]) -> None:
         """Record that a link is up, and send this peer's status over it."""
         dialled = Address(*address)
@@ -199,10 +227,13 @@ class Membership:
         except IllegalTransition:
             log.exception("the table of peers does not allow this event (a bug in meshd); it is dropped")
             return
+        self._carry_out(commands, event.source if isinstance(event, PeerFound) else GOSSIP)
+
+    def _carry_out(self, commands: Iterable[Command], source: str) -> None:
         for command in commands:
             match command:
                 case Dial(peer, addresses):
-                    self._dial(peer, addresses, event.source if isinstance(event, PeerFound) else GOSSIP)
+                    self._dial(peer, addresses, source)
                 case StopDialling(peer):
                     self._forget(peer)
                 case FetchPeerProfile(peer, wanted):
@@ -224,6 +255,8 @@ class Membership:
             self.links.forget(address.host, address.port, source)
 
     def _publish_change(self, peer: PeerId, state: str, was: str, why: str) -> None:
+        if was == PeerState.REFUSED.value != state:
+            self.notices.withdraw(f"refused {peer}")
         if state != was:
             # Hints about peers that were never linked cost their sender nothing, so they must not fill the log.
             known = self.table.get(peer)
@@ -243,9 +276,7 @@ class Membership:
         while True:
             await self.clock.sleep(_SWEEP_S)
             self._report_silence()
-            for command in self.table.expire(self.clock.monotonic()):
-                if isinstance(command, StopDialling):
-                    self._forget(command.peer)
+            self._carry_out(self.table.expire(self.clock.monotonic()), GOSSIP)
 
 
 def _refused_row(address: str, peer: str, why: str) -> dict[str, Any]:

@@ -42,11 +42,16 @@ MAX_ADDRESSES = 16
 """Maximum number of addresses that are kept of one peer."""
 RETENTION_S: Mapping[PeerState, float] = {
     PeerState.FOUND: 60.0,
+    PeerState.UNREACHED: 120.0,
     PeerState.DEAD: 600.0,
-    PeerState.REFUSED: 600.0,
+    PeerState.REFUSED: 120.0,
     PeerState.LEFT: 60.0,
 }
-"""Seconds for which a peer without a link stays in the table after its last event. A FOUND peer with an address always stays."""
+"""Seconds for which a peer without a link stays in the table after the last event that shows that it exists.
+
+A report of a source shows that only when it is new: anyone on the LAN can repeat one. A REFUSED peer that is still there is refused
+again at each dial, twice a minute.
+"""
 _MAX_PAST_INCARNATIONS = 4
 """How many earlier incarnations are remembered. If one of them comes back, two devices use the same identity."""
 _TWIN = "two devices use its identity: a state folder was copied"
@@ -78,6 +83,8 @@ class Peer(Machine[Event, Command]):
     name: str = ""
     version: str = ""
     protocol: str = ""
+    load: int = 0
+    """Number of its sessions by the source that found it. A linked peer's status is more exact."""
     incarnation: int = 0
     past: tuple[int, ...] = ()
     """Its earlier incarnations, oldest first."""
@@ -99,9 +106,7 @@ class Peer(Machine[Event, Command]):
     @property
     def is_over(self) -> bool:
         """Whether the peer's retention time has passed at `now`, so that the table drops the peer."""
-        if self.linked or (self.state is PeerState.FOUND and self.addresses):
-            return False
-        return self.now - max(self.last_seen, self.since) > RETENTION_S[self.state]
+        return not self.linked and self.now - max(self.last_seen, self.since) > RETENTION_S[self.state]
 
     def title(self) -> str:
         return f"peer {self.id}"
@@ -134,12 +139,11 @@ class Peer(Machine[Event, Command]):
         return [Dial(self.id, tuple(known.address for known in self.addresses))] if self.addresses else []
 
     def _note_addresses(self, event: PeerFound) -> None:
-        """Record the addresses from a source, in place of its earlier ones."""
-        self.last_seen = self.now
+        """Record the addresses from a source, in place of its earlier ones. Hints of other peers come last."""
         self.protocol = event.protocol
         named = [KnownAddress(Address(host, event.port), event.source) for host in event.addresses]
         others = [known for known in self.addresses if known.source != event.source]
-        self.addresses = tuple([*named, *others][:MAX_ADDRESSES])
+        self.addresses = tuple(sorted([*named, *others], key=lambda known: known.source == "gossip")[:MAX_ADDRESSES])
 
     def _note_link_address(self, address: Address | None) -> None:
         """Record the address of the latest link, after the addresses from sources. Removes the address of an earlier link."""
@@ -153,6 +157,7 @@ def _found(peer: Peer, event: PeerFound) -> list[Command]:
     peer._note_addresses(event)
     peer.name = event.name or peer.name
     peer.version = event.version or peer.version
+    peer.load = event.load
     changes = peer._enter(PeerState.FOUND) if peer.state in (PeerState.UNKNOWN, PeerState.LEFT) else []
     return [*peer._dial(), *changes]
 
@@ -235,8 +240,17 @@ def _not_reached(peer: Peer, event: DialFailed | LinkDown) -> list[Command]:
     return peer._enter(peer.state, event.reason)
 
 
+def _unreached(peer: Peer, event: DialFailed) -> list[Command]:
+    return peer._enter(PeerState.UNREACHED, event.reason)
+
+
 def _refused(peer: Peer, event: HandshakeRefused) -> list[Command]:
-    return [StopDialling(peer.id), *peer._enter(PeerState.REFUSED, event.reason)]
+    peer.last_seen = peer.now
+    peer.name = event.name or peer.name
+    if event.address.port:
+        peer._note_link_address(event.address)
+    dial = peer._dial() if peer.state is not PeerState.REFUSED else []
+    return [*dial, *peer._enter(PeerState.REFUSED, event.reason)]
 
 
 def _expired(peer: Peer, event: RetentionExpired) -> list[Command]:
@@ -254,6 +268,7 @@ _comes_up = Transition(_link_up, (PeerState.ALIVE,))
 _breaks = Transition(_link_down, (PeerState.DEAD,))
 _leaves = Transition(_goodbye, (PeerState.LEFT,))
 _is_refused = Transition(_refused, (PeerState.REFUSED,))
+_is_unreached = Transition(_unreached, (PeerState.UNREACHED,))
 _is_forgotten = Transition(_expired, (PeerState.UNKNOWN,))
 
 TRANSITIONS: dict[tuple[Enum, type[Any]], Transition] = {
@@ -265,9 +280,15 @@ TRANSITIONS: dict[tuple[Enum, type[Any]], Transition] = {
     (PeerState.FOUND, PeerFound): Transition(_found),
     (PeerState.FOUND, PeerWithdrawn): _is_withdrawn,
     (PeerState.FOUND, LinkUp): _comes_up,
-    (PeerState.FOUND, DialFailed): Transition(_not_reached),
+    (PeerState.FOUND, DialFailed): _is_unreached,
     (PeerState.FOUND, HandshakeRefused): _is_refused,
     (PeerState.FOUND, RetentionExpired): _is_forgotten,
+    (PeerState.UNREACHED, PeerFound): Transition(_found),
+    (PeerState.UNREACHED, PeerWithdrawn): _is_withdrawn,
+    (PeerState.UNREACHED, LinkUp): _comes_up,
+    (PeerState.UNREACHED, DialFailed): Transition(_not_reached),
+    (PeerState.UNREACHED, HandshakeRefused): _is_refused,
+    (PeerState.UNREACHED, RetentionExpired): _is_forgotten,
     (PeerState.ALIVE, PeerFound): Transition(_found_though_linked),
     (PeerState.ALIVE, PeerWithdrawn): Transition(_withdrawn),
     (PeerState.ALIVE, LinkUp): Transition(_link_up),
@@ -299,7 +320,7 @@ TRANSITIONS: dict[tuple[Enum, type[Any]], Transition] = {
     (PeerState.REFUSED, PeerFound): Transition(_found),
     (PeerState.REFUSED, PeerWithdrawn): _is_withdrawn,
     (PeerState.REFUSED, LinkUp): _comes_up,
-    (PeerState.REFUSED, DialFailed): Transition(_not_reached),
+    (PeerState.REFUSED, DialFailed): _is_unreached,
     (PeerState.REFUSED, HandshakeRefused): Transition(_refused),
     (PeerState.REFUSED, RetentionExpired): _is_forgotten,
     (PeerState.LEFT, PeerFound): _is_found,

@@ -21,8 +21,10 @@ class PeerState(Enum):
     """Linked, but silent for longer than `membership._SUSPECT_S`."""
     DEAD = "dead"
     """The peer's link broke, or was ended because of silence."""
+    UNREACHED = "not reached"
+    """No peer answers at the addresses that a source reported. They are dialled again."""
     REFUSED = "refused"
-    """The handshake failed for a reason that a retry can't fix."""
+    """The handshake failed for a reason that a retry can't fix. It is dialled again now and then."""
     LEFT = "left"
     """The peer said goodbye, or its source withdrew it before a link came up."""
 
@@ -60,11 +62,12 @@ class DialFailed:
 
 @dataclass(frozen=True, slots=True)
 class HandshakeRefused:
-    """The handshake failed for a lasting reason: another cluster's key, another protocol, a revoked peer, or this peer itself."""
+    """The handshake failed for a lasting reason: another cluster's key, or another protocol. `peer` is the id that was proved."""
 
     peer: PeerId | None
-    address: Address | None
+    address: Address
     reason: str
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)

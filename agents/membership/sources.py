@@ -28,8 +28,8 @@ class PeerFound:
     """`major.minor`, so that a mismatch can be shown before a link is tried."""
     version: str = ""
     """Version of the peer's software."""
-    load: str = ""
-    """Load summary to show to users."""
+    load: int = 0
+    """Number of sessions that have a stage on the peer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,6 +32,8 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
 class Request(Message, frozen=True, kw_only=True):
     """A message that expects one reply with the same `request` number. A repeat has no further effect and gets the same answer."""
 
+    lasting: ClassVar[bool] = False
+    """The receiver may take minutes to answer."""
     request: int
 
 

@@ -12,7 +12,8 @@ import msgspec
 import pytest
 
 import meshd.types
-from meshd.agents.links import link, link_table, rpc
+from meshd.agents.links import link, link_table, task_budget
+from meshd.agents.membership.adverts.encoding import MAX_PROFILE_BYTES
 from meshd.protocol import framing, handshake, messages
 from meshd.protocol.messages import REGISTRY, Message, Reply, Request
 
@@ -117,7 +118,10 @@ def test_the_constants_are_the_code() -> None:
         f"every {timing.heartbeat_s:g} s",
         f"for {timing.silence_s:g} s",
         f"within {timing.handshake_s:g} s",
-        f"{rpc.MAX_TASKS} requests",
+        f"at most {task_budget.PER_PEER} requests",
+        f"at most {task_budget.PER_KIND} of one type",
+        f"at most {task_budget.LASTING_PER_PEER} of one peer",
+        f"at most {MAX_PROFILE_BYTES} bytes",
         f"larger than {link._SMALL_ACTIVATION} bytes",
     ):
         assert expected in SPEC, expected

@@ -13,6 +13,7 @@ import pytest
 from in_process.clusters import make_card, make_holding
 from in_process.peer_events import CAPABILITY
 from in_process.peers import KEY, QUICK, until
+from meshd.agents.links import dial
 from meshd.agents.links.links import Links, LinkSettings
 from meshd.agents.links.probe import LinkProber
 from meshd.agents.membership.adverts.encoding import EncodedProfile, hash_of
@@ -22,8 +23,8 @@ from meshd.agents.membership.peer_events import PeerState
 from meshd.agents.membership.sources import DuplicateIdentity, PeerFound, SourceNotice
 from meshd.agents.observe.events import EventBus
 from meshd.clock import SystemClock
-from meshd.protocol.identity import load_identity
-from meshd.protocol.messages import FetchProfile, PeerStatus, ProfileData
+from meshd.protocol.identity import ClusterKey, load_identity
+from meshd.protocol.messages import PROTOCOL_VERSION, FetchProfile, PeerStatus, ProfileData
 from meshd.state import StateFolder
 from meshd.types import Advert, Holding, ModelCard, ModelId, PeerId, Profile, Status
 
@@ -35,7 +36,7 @@ _LETTERS = str.maketrans("0123456789", "bcdefghijk")
 class Member:
     """A peer with links and membership, which records what the membership reports."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, key: ClusterKey = KEY) -> None:
         self.sessions = 0
         self.free_bytes = 4
         self.models: tuple[ModelCard, ...] = ()
@@ -44,14 +45,14 @@ class Member:
         self.gone: list[PeerId] = []
         clock = SystemClock()
         self.links = Links(
-            load_identity(StateFolder.open(folder / name), KEY, os.urandom),
+            load_identity(StateFolder.open(folder / name), key, os.urandom),
             name,
             1,
             LinkSettings(host="127.0.0.1", port=0, timing=QUICK),
             clock,
             on_up=lambda *link: self.membership.on_up(*link),
             on_down=lambda *link: self.membership.on_down(*link),
-            on_notice=lambda text: self.membership.notice(text),
+            on_outcome=lambda outcome: self.membership.on_dialled(outcome),
         )
         self.membership = Membership(
             description=SelfDescription(
@@ -248,6 +249,57 @@ async def test_a_member_that_invents_neighbours_causes_few_hints_and_no_line_of_
     await until(lambda: ann.adverts[-1].revision == 399)
     assert len(ann.membership.table) < 80
     assert [record for record in caplog.records if record.levelno >= logging.INFO] == []
+
+
+async def test_an_address_of_the_user_where_nobody_answers_is_not_reached_for_a_reason(
+    members: list[Member], caplog: pytest.LogCaptureFixture, unused_tcp_port: int
+) -> None:
+    ann, _, _ = members
+    for host, port in (("nosuch.invalid", 6375), ("127.0.0.1", unused_tcp_port)):
+        ann.membership.on_sighting(PeerFound(source="static", peer=None, addresses=(host,), port=port))
+    await until(lambda: [row["state"] for row in ann.membership.rows()] == ["not reached", "not reached"])
+    why = {row["name"]: row["why"] for row in ann.membership.rows()}
+    assert "nosuch.invalid is not known" in why["nosuch.invalid:6375"]
+    assert "Connection refused" in why[f"127.0.0.1:{unused_tcp_port}"]
+    assert all(name in caplog.text for name in why)
+
+
+async def test_a_peer_of_another_version_is_one_row_and_one_notice_until_it_has_gone(
+    members: list[Member], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann, _, _ = members
+    newer = Member(tmp_path, "newer")
+    greeting = newer.links._opener.greeting
+    newer.links._opener.greeting = msgspec.structs.replace(greeting, version=(PROTOCOL_VERSION[0] + 1, 0), software="meshd/9")
+    async with newer.running():
+        ann.hears_of(newer)
+        newer.hears_of(ann)
+        await until(lambda: ann.state_of(newer) is PeerState.REFUSED)
+        ann.links.connect("127.0.0.2", newer.port, "static")
+        await asyncio.sleep(0.3)
+        (row,) = ann.membership.rows()
+        assert (row["peer"], row["name"], row["state"]) == (newer.links.id, "newer", "refused")
+        assert f"protocol {PROTOCOL_VERSION[0] + 1}.0 (meshd/9)" in row["why"]
+        assert {known["port"] for known in row["addresses"]} == {newer.port}
+        ((message, hint),) = ann.membership.notices.items()
+        assert "speaks protocol" in message
+        assert "same version" in hint
+    monkeypatch.setattr(dial, "_REFUSED_S", 0.0)
+    ann.links._dialler._targets["127.0.0.1", newer.port].wake.set()
+    await until(lambda: ann.state_of(newer) is PeerState.UNREACHED)
+    assert ann.membership.notices.items() == []
+
+
+async def test_a_stranger_at_the_address_of_a_peer_does_not_make_it_refused(members: list[Member], tmp_path: Path) -> None:
+    """Anyone on the LAN can announce a peer's id with an address of another device."""
+    ann, bob, _ = members
+    stranger = Member(tmp_path, "stranger", ClusterKey(b"x" * 32))
+    async with stranger.running():
+        forged = PeerFound(source="mdns", peer=bob.links.id, addresses=("127.0.0.1",), port=stranger.port)
+        ann.membership.on_sighting(forged)
+        await until(lambda: ann.state_of(bob) is PeerState.UNREACHED)
+        ann.hears_of(bob)
+        await until(lambda: ann.state_of(bob) is PeerState.ALIVE)
 
 
 async def test_a_repeated_notice_is_kept_once_and_notices_are_bounded(members: list[Member]) -> None:

@@ -98,7 +98,9 @@ def test_a_linked_peer_is_not_dialled_when_a_source_reports_it() -> None:
     assert handle(peer_at(PeerState.ALIVE), found(), 2.0) == []
 
 
-@pytest.mark.parametrize("state", [PeerState.FOUND, PeerState.DEAD, PeerState.REFUSED, PeerState.LEFT])
+@pytest.mark.parametrize(
+    "state", [PeerState.FOUND, PeerState.UNREACHED, PeerState.DEAD, PeerState.REFUSED, PeerState.LEFT], ids=lambda state: state.name
+)
 def test_a_peer_without_a_link_is_dialled_when_a_source_reports_it(state: PeerState) -> None:
     assert commands_of(handle(peer_at(state), found(), 2.0), Dial)
 
@@ -114,22 +116,40 @@ def test_a_peer_that_left_is_not_dialled() -> None:
     assert commands == [StopDialling(ANN), PublishChange(ANN, PeerState.LEFT, PeerState.ALIVE, "stopped")]
 
 
-def test_a_refused_peer_is_not_dialled_and_has_the_reason() -> None:
+def test_a_refused_peer_has_the_reason_and_is_dialled_now_and_then() -> None:
     peer = peer_at(PeerState.FOUND)
-    assert commands_of(handle(peer, HandshakeRefused(ANN, HOME, "another key"), 2.0), StopDialling) == [StopDialling(ANN)]
-    assert peer.why == "another key"
-
-
-def test_a_refused_peer_is_dialled_again_when_a_source_reports_it() -> None:
-    peer = peer_at(PeerState.REFUSED)
+    assert handle(peer, HandshakeRefused(ANN, HOME, "another protocol", "den"), 2.0) == [
+        Dial(ANN, (HOME,)),
+        PublishChange(ANN, PeerState.REFUSED, PeerState.FOUND, "another protocol")
+    ]
+    assert (peer.why, peer.name) == ("another protocol", "den")
     assert handle(peer, found(), 2.0) == [Dial(ANN, (HOME,))]
-    assert handle(peer, HandshakeRefused(ANN, HOME, "another key"), 3.0) == [StopDialling(ANN)]
 
 
-def test_an_unreachable_peer_has_the_reason() -> None:
+def test_a_refused_peer_stays_while_it_is_refused_again_and_goes_when_nobody_answers() -> None:
+    peer = peer_at(PeerState.REFUSED)
+    for now in range(30, 3000, 30):
+        handle(peer, HandshakeRefused(ANN, HOME, "another protocol"), float(now))
+        assert not peer.is_over
+    handle(peer, DialFailed(ANN, HOME, "connection refused"), 3000.0)
+    assert (peer.state, peer.why) == (PeerState.UNREACHED, "connection refused")
+    peer.now = 3001.0 + RETENTION_S[PeerState.UNREACHED]
+    assert peer.is_over
+
+
+def test_a_peer_that_does_not_answer_is_not_reached_for_a_reason_and_repeated_reports_do_not_keep_it() -> None:
     peer = peer_at(PeerState.FOUND)
-    handle(peer, DialFailed(ANN, HOME, "no route to host"), 2.0)
-    assert (peer.state, peer.why) == (PeerState.FOUND, "no route to host")
+    for now in range(2, 200):
+        handle(peer, found(), float(now))
+        handle(peer, DialFailed(ANN, HOME, "no route to host"), float(now))
+    assert (peer.state, peer.why) == (PeerState.UNREACHED, "no route to host")
+    assert peer.is_over
+
+
+def test_addresses_from_other_peers_come_after_those_from_the_lan() -> None:
+    peer = peer_at(PeerState.FOUND)
+    handle(peer, found(ANN, AWAY.host, source="gossip"), 2.0)
+    assert [known.source for known in peer.addresses] == ["mdns", "gossip"]
 
 
 def test_silence_makes_a_suspect_and_a_heartbeat_makes_it_alive_again() -> None:
@@ -220,7 +240,7 @@ def test_addresses_are_bounded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "ends"), [(PeerState.ALIVE, False), (PeerState.FOUND, False), (PeerState.DEAD, True), (PeerState.LEFT, True)]
+    ("state", "ends"), [(PeerState.ALIVE, False), (PeerState.FOUND, True), (PeerState.DEAD, True), (PeerState.LEFT, True)]
 )
 def test_a_peer_without_a_link_is_over_after_its_retention(state: PeerState, ends: bool) -> None:
     peer = peer_at(state)

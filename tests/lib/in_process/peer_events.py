@@ -3,6 +3,7 @@
 import msgspec
 
 from meshd.agents.membership.peer_events import (
+    DialFailed,
     Event,
     GoodbyeReceived,
     HandshakeRefused,
@@ -52,6 +53,7 @@ def link_up(peer: PeerId = ANN, incarnation: int = 1, dialled: Address | None = 
 EVENTS_TO: dict[PeerState, list[Event]] = {
     PeerState.UNKNOWN: [],
     PeerState.FOUND: [found()],
+    PeerState.UNREACHED: [found(), DialFailed(ANN, HOME, "no route to host")],
     PeerState.ALIVE: [found(), link_up()],
     PeerState.SUSPECT: [found(), link_up(), HeartbeatMissed(ANN)],
     PeerState.DEAD: [found(), link_up(), LinkDown(ANN, "connection reset")],
