@@ -120,7 +120,7 @@ def _cluster_key(config: Config, folder: StateFolder, clock: Clock) -> tuple[Clu
     if stored is not None and given is not None and given != stored:
         raise ConfigError(
             f"{folder.path} belongs to cluster {stored.fingerprint}, but the join code is of cluster {given.fingerprint}",
-            hint="move this device with `meshd key join CODE`, or use another folder with --state DIR",
+            hint="move this device with `meshd key join CODE --replace`, then `meshd up`; or use another folder with --state DIR",
         )
     key = stored or given or ClusterKey.generate(clock.random_bytes)
     if stored is None:
@@ -194,6 +194,7 @@ class Daemon:
                 clock=self._clock,
                 interfaces=self._config.interfaces,
                 host=self._config.link.host,
+                load=lambda: self.peer.stages.sessions,
             )
             sources.append(self._mdns)
         if "static" in self._config.discovery and self._config.peers:

@@ -12,6 +12,7 @@ import msgspec
 PeerId = NewType("PeerId", str)
 """Lower-case base32 of SHA-256 of the peer's public key, 52 characters."""
 _PEER_ID_LENGTH = 52
+_FINGERPRINT_LENGTH = 16
 _PEER_ID_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz234567")
 SessionId = NewType("SessionId", str)
 """Random, 32 hex digits. A session is one request's decoding state."""
@@ -23,6 +24,11 @@ ModelId = NewType("ModelId", str)
 def is_peer_id(text: str) -> bool:
     """Whether the text has the form of a peer's id."""
     return len(text) == _PEER_ID_LENGTH and _PEER_ID_LETTERS.issuperset(text)
+
+
+def is_fingerprint(text: str) -> bool:
+    """Whether the text has the form of a cluster's fingerprint."""
+    return len(text) == _FINGERPRINT_LENGTH and _PEER_ID_LETTERS.issuperset(text)
 
 
 class LayerRange(msgspec.Struct, frozen=True, order=True, array_like=True):

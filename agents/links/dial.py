@@ -51,6 +51,8 @@ _REMEMBERED = 1024
 @dataclass(slots=True)
 class _Target:
     address: Address
+    origin: str
+    """What counts as one host in limits."""
     sources: set[str]
     peer: PeerId | None = None
     failures: int = 0
@@ -94,23 +96,24 @@ class Dialler:
         """
         target = self._targets.get(address)
         if target is None:
-            if source != STATIC and (why := self._no_room(address)):
+            origin = origin_of(address[0])
+            if source != STATIC and (why := self._no_room(origin)):
                 log.debug("%s:%d is not dialled: %s", *address, why)
                 return
-            target = self._targets[address] = _Target(address, {source})
+            target = self._targets[address] = _Target(address, origin, {source})
             self._start(target)
             return
         target.sources.add(source)
         if not target.is_hint and target.wakes.take(self._clock.monotonic()):
             target.wake.set()
 
-    def _no_room(self, address: Address) -> str:
+    def _no_room(self, origin: str) -> str:
         if sum(STATIC not in target.sources for target in self._targets.values()) >= MAX_TARGETS:
             return f"{MAX_TARGETS} addresses are being dialled already"
-        hints = Counter(origin_of(target.address[0]) for target in self._targets.values() if target.is_hint)
+        hints = Counter(target.origin for target in self._targets.values() if target.is_hint)
         if hints.total() >= MAX_HINTS:
             return f"{MAX_HINTS} addresses at which no peer has answered yet are being dialled already"
-        if hints[origin_of(address[0])] >= MAX_HINTS_PER_HOST:
+        if hints[origin] >= MAX_HINTS_PER_HOST:
             return f"{MAX_HINTS_PER_HOST} addresses of this host at which no peer has answered yet are being dialled already"
         return ""
 

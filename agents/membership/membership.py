@@ -41,7 +41,15 @@ from meshd.agents.membership.peer_events import (
 )
 from meshd.agents.membership.peer_rows import unlinked_row
 from meshd.agents.membership.peer_table import PeerTable
-from meshd.agents.membership.sources import DuplicateIdentity, PeerFound, PeerWithdrawn, Sighting, Source, SourceNotice
+from meshd.agents.membership.sources import (
+    DuplicateIdentity,
+    OtherClusters,
+    PeerFound,
+    PeerWithdrawn,
+    Sighting,
+    Source,
+    SourceNotice,
+)
 from meshd.agents.observe.events import EventBus
 from meshd.clock import Clock
 from meshd.errors import MeshdError
@@ -142,12 +150,29 @@ class Membership:
             case PeerFound() | PeerWithdrawn():
                 self._apply(sighting)
             case DuplicateIdentity():
-                self.notice(
+                self.notices.add(
                     f"another daemon at {', '.join(sighting.addresses)} has this peer's identity: its state folder was copied",
                     "remove identity.key from the copy and start it again",
+                    about="copy",
                 )
+            case OtherClusters():
+                self._show_other_clusters(sighting)
+            case SourceNotice(message="", about=about):
+                self.notices.withdraw(about)
             case SourceNotice():
-                self.notice(sighting.message, sighting.hint)
+                self.notices.add(sighting.message, sighting.hint, sighting.about)
+
+    def _show_other_clusters(self, others: OtherClusters) -> None:
+        if not others.peers:
+            self.notices.withdraw("clusters")
+            return
+        several = len(others.peers) > 1
+        self.notices.add(
+            f"{'other clusters are' if several else 'another cluster is'} on this network: {', '.join(others.peers)}",
+            f"to join {'one' if several else 'it'}, type `meshd key join CODE --replace` here and start `meshd up` again; "
+            "`meshd key show` on one of its devices prints the CODE",
+            about="clusters",
+        )
 
     def on_dialled(self, outcome: DialOutcome) -> None:
         """Record which peer answers at an address, or why there is no link with it."""

@@ -1,6 +1,6 @@
 """The interface of a source of peers, such as mDNS or the static list, and the sightings that it reports."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,10 +56,22 @@ class SourceNotice:
 
     source: str
     message: str
+    """Empty: the problem is over."""
     hint: str = ""
+    about: str = ""
+    """Subject: a notice takes the place of the earlier one about the same subject."""
 
 
-Sighting = PeerFound | PeerWithdrawn | DuplicateIdentity | SourceNotice
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OtherClusters:
+    """The other clusters that are on this network now. Reported when they change."""
+
+    source: str
+    peers: Mapping[str, int]
+    """Fingerprint -> number of its peers that were seen."""
+
+
+Sighting = PeerFound | PeerWithdrawn | DuplicateIdentity | SourceNotice | OtherClusters
 OnSighting = Callable[[Sighting], None]
 
 

@@ -20,7 +20,7 @@ from meshd.agents.membership.adverts.encoding import EncodedProfile, hash_of
 from meshd.agents.membership.adverts.publisher import SelfDescription
 from meshd.agents.membership.membership import Membership
 from meshd.agents.membership.peer_events import PeerState
-from meshd.agents.membership.sources import DuplicateIdentity, PeerFound, SourceNotice
+from meshd.agents.membership.sources import DuplicateIdentity, OtherClusters, PeerFound, SourceNotice
 from meshd.agents.observe.events import EventBus
 from meshd.clock import SystemClock
 from meshd.protocol.identity import ClusterKey, load_identity
@@ -300,6 +300,19 @@ async def test_a_stranger_at_the_address_of_a_peer_does_not_make_it_refused(memb
         await until(lambda: ann.state_of(bob) is PeerState.UNREACHED)
         ann.hears_of(bob)
         await until(lambda: ann.state_of(bob) is PeerState.ALIVE)
+
+
+async def test_another_cluster_on_the_network_is_shown_with_the_command_that_joins_it(members: list[Member]) -> None:
+    membership = members[0].membership
+    membership.on_sighting(OtherClusters(source="mdns", peers={"a" * 16: 2}))
+    ((message, hint),) = membership.notices.items()
+    assert message == f"another cluster is on this network: {'a' * 16}"
+    assert "meshd key join CODE --replace" in hint
+    membership.on_sighting(OtherClusters(source="mdns", peers={"a" * 16: 2, "b" * 16: 1}))
+    ((message, _),) = membership.notices.items()
+    assert message == f"other clusters are on this network: {'a' * 16}, {'b' * 16}"
+    membership.on_sighting(OtherClusters(source="mdns", peers={}))
+    assert membership.notices.items() == []
 
 
 async def test_a_repeated_notice_is_kept_once_and_notices_are_bounded(members: list[Member]) -> None:

@@ -120,7 +120,7 @@ def test_a_refused_peer_has_the_reason_and_is_dialled_now_and_then() -> None:
     peer = peer_at(PeerState.FOUND)
     assert handle(peer, HandshakeRefused(ANN, HOME, "another protocol", "den"), 2.0) == [
         Dial(ANN, (HOME,)),
-        PublishChange(ANN, PeerState.REFUSED, PeerState.FOUND, "another protocol")
+        PublishChange(ANN, PeerState.REFUSED, PeerState.FOUND, "another protocol"),
     ]
     assert (peer.why, peer.name) == ("another protocol", "den")
     assert handle(peer, found(), 2.0) == [Dial(ANN, (HOME,))]

@@ -22,7 +22,7 @@ def test_a_peer_that_joins_learns_of_a_whole_cluster_from_one_status() -> None:
 
 def test_one_sender_brings_few_hints_after_its_first() -> None:
     gossip = GossipBudget()
-    used = [len(gossip.choose(SENDER, invented(64, 64 * each), 1.0 + each / 155)) for each in range(1550)]
+    used = [len(gossip.choose(SENDER, invented(64, 64 * each), 1.0 + each / 20)) for each in range(200)]
     assert sum(used) <= PER_SENDER_AT_ONCE + 10
 
 
