@@ -64,6 +64,7 @@ class Connection(asyncio.BufferedProtocol):
         self._gone = asyncio.Event()
         self._on_message: Callable[[Connection, Message, Frame], None] | None = None
         self._on_closed: Callable[[Connection, str], None] | None = None
+        self._when_gone: Callable[[Connection], None] | None = None
 
     def attach(
         self, on_message: Callable[["Connection", Message, Frame], None], on_closed: Callable[["Connection", str], None]
@@ -73,6 +74,12 @@ class Connection(asyncio.BufferedProtocol):
             raise PeerLost(self.reason)
         self._on_message = on_message
         self._on_closed = on_closed
+
+    def when_gone(self, callback: Callable[["Connection"], None]) -> None:
+        """Set the function to call when the socket is closed, which may be some time after `on_closed`."""
+        self._when_gone = callback
+        if self._gone.is_set():
+            callback(self)
 
     async def first(self) -> Message:
         """Wait for the first message. Raises: PeerFault if the connection closes before that."""
@@ -182,6 +189,8 @@ class Connection(asyncio.BufferedProtocol):
         self._end(_reason(exc))
         self._queue.clear()
         self._gone.set()
+        if self._when_gone is not None:
+            self._when_gone(self)
 
     def _deliver(self, message: Message, frame: Frame) -> None:
         if self._on_message is not None:
@@ -225,8 +234,11 @@ def _reason(error: Exception | None) -> str:
     return f"the connection broke: {error}" if error else "the other side closed the connection"
 
 
-def listen(host: str, port: int) -> list[socket.socket]:
-    """Open one listening socket for each address of `host`. Port 0 chooses one free port for all of them. Raises: OSError."""
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Bind one socket for each address of `host`, without listening yet. Port 0 chooses one free port for all of them.
+
+    Raises: OSError.
+    """
     infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: list[socket.socket] = []
     try:
@@ -237,7 +249,6 @@ def listen(host: str, port: int) -> list[socket.socket]:
             if family == socket.AF_INET6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             listener.bind((address[0], port, *address[2:]))
-            listener.listen(128)
             listener.setblocking(False)
             port = port or listener.getsockname()[1]
     except OSError:

@@ -4,11 +4,6 @@ import ipaddress
 from collections import Counter
 from collections.abc import Callable
 
-HALF_OPEN = 128
-"""Maximum number of such connections. One more ends the oldest of the host that has the most."""
-HALF_OPEN_PER_HOST = 64
-"""One more from the same host ends that host's oldest."""
-
 
 class HalfOpen:
     """The connections whose handshake is under way, oldest first.
@@ -17,7 +12,10 @@ class HalfOpen:
     so a peer that joins is through before its connection is the oldest, unless it shares its address with a very fast flood.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        """`most` connections are allowed, and half as many from one host."""
+        self.most = most
+        self.most_per_host = max(1, most // 2)
         self._entries: dict[int, tuple[str, Callable[[], object]]] = {}
         self._last = 0
 
@@ -28,9 +26,9 @@ class HalfOpen:
         """Add a connection. `end` is called if the connection must make room. Returns: a number to pass to `leave`."""
         origin = origin_of(host)
         counts = Counter(known for known, _ in self._entries.values())
-        if counts[origin] >= HALF_OPEN_PER_HOST:
+        if counts[origin] >= self.most_per_host:
             self._end_oldest(origin)
-        elif len(self._entries) >= HALF_OPEN:
+        elif len(self._entries) >= self.most:
             self._end_oldest(counts.most_common(1)[0][0])
         self._last += 1
         self._entries[self._last] = origin, end

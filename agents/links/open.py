@@ -4,6 +4,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import msgspec
@@ -23,11 +24,9 @@ from meshd.protocol.transport import Address, Connection
 from meshd.types import PeerId
 
 log = logging.getLogger("meshd.links")
-MAX_LINKS = 256
+_CLOSE_S = 1.0
 MAX_LINKS_PER_HOST = 32
 """Each member can make any number of identities, so links are limited per address too: no single host can take all of them."""
-_WELCOMED = 512
-"""Maximum number of accepted sockets whose handshake runs or is being ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +60,9 @@ class LinkOpener:
         clock: Clock,
         linklog: LinkLog,
         on_outcome: OnOutcome,
+        *,
+        max_links: int,
+        max_half_open: int,
     ) -> None:
         self.greeting = greeting
         """This peer's HELLO. Its `link` and `lane` are set for each connection."""
@@ -70,12 +72,27 @@ class LinkOpener:
         self._linklog = linklog
         self._on_outcome = on_outcome
         self._limits = FrameLimits(greeting.max_header, greeting.max_payload)
-        self._half_open = HalfOpen()
+        self._connections: set[Connection] = set()
+        """All connections whose socket is open, also those that are being closed."""
+        self._max_links = max_links
+        self._max_welcomed = max_half_open
+        # A part is left for connections that are being ended to make room.
+        self._half_open = HalfOpen(max(2, max_half_open * 3 // 4))
         self._welcomed = 0
+        """Number of accepted sockets whose handshake runs or is being ended."""
 
     def listens_on(self, port: int) -> None:
         """Set the port that this peer's HELLO announces."""
         self.greeting = msgspec.structs.replace(self.greeting, port=port)
+
+    async def close(self) -> None:
+        """Close all connections, and wait until their sockets are closed, for at most `_CLOSE_S`."""
+        for connection in list(self._connections):
+            connection.abort("this peer stops")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_S):
+                for connection in list(self._connections):
+                    await connection.closed()
 
     async def dial(self, address: Address) -> PeerId:
         """Open a link with the peer at this address, unless this peer has a link with it already.
@@ -110,7 +127,7 @@ class LinkOpener:
 
     async def _connect(self, address: Address) -> Connection:
         timing = self._table.timing
-        return await transport.dial(
+        connection = await transport.dial(
             address,
             self._identity.client,
             limits=self._limits,
@@ -118,6 +135,12 @@ class LinkOpener:
             connect_s=timing.connect_s,
             handshake_s=timing.handshake_s,
         )
+        self._note_open(connection)
+        return connection
+
+    def _note_open(self, connection: Connection) -> None:
+        self._connections.add(connection)
+        connection.when_gone(self._connections.discard)
 
     async def _dial_link(self, control: Connection) -> None:
         if crowd := self._crowd(control.remote[0]):
@@ -161,7 +184,7 @@ class LinkOpener:
         """Do TLS and HELLO on an accepted socket, and add it to its link. Cancel: the socket is closed."""
         host = remote[0]
         task = asyncio.current_task()
-        if self._welcomed >= _WELCOMED or task is None:
+        if self._welcomed >= self._max_welcomed or task is None:
             raw.close()
             self._linklog.warn("crowd", "%d connections have not said HELLO; one of %s was closed", self._welcomed, host)
             return
@@ -183,6 +206,7 @@ class LinkOpener:
             connection = await transport.accept(
                 raw, self._identity.server, limits=self._limits, now=self._clock.monotonic, handshake_s=timing.handshake_s
             )
+            self._note_open(connection)
             try:
                 hello = await connection.first()
                 self._half_open.leave(number)
@@ -241,8 +265,8 @@ class LinkOpener:
 
     def _crowd(self, host: str) -> str:
         """Returns: why there can be no further link with this host; empty if there can."""
-        if len(self._table) >= MAX_LINKS:
-            return f"no room for more links: there are {MAX_LINKS} already"
+        if len(self._table) >= self._max_links:
+            return f"no room for more links: there are {self._max_links} already"
         origin = origin_of(host)
         if sum(_host_of(link) == origin for link in self._table) >= MAX_LINKS_PER_HOST:
             return f"no room for more links with {host}: there are {MAX_LINKS_PER_HOST} already"

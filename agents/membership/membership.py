@@ -51,6 +51,7 @@ from meshd.agents.membership.sources import (
     SourceNotice,
 )
 from meshd.agents.observe.events import EventBus
+from meshd.agents.supervisor import Supervise, unsupervised
 from meshd.clock import Clock
 from meshd.errors import MeshdError
 from meshd.protocol.messages import Hello, PeerStatus
@@ -96,14 +97,14 @@ class Membership:
         self.links.register(PeerStatus, self._on_status)
         self.publisher.register()
 
-    async def run(self, sources: Iterable[Source]) -> None:
+    async def run(self, sources: Iterable[Source], supervise: Supervise = unsupervised) -> None:
         """Run the sources, send statuses and check for silent peers. Cancel: the sources announce that this peer leaves."""
         async with asyncio.TaskGroup() as tasks:
             for source in sources:
-                tasks.create_task(source.run(), name=type(source).__name__)
-            tasks.create_task(self.publisher.run(), name="status")
-            tasks.create_task(self._fetcher.run(), name="profiles")
-            tasks.create_task(self._sweep(), name="sweep")
+                tasks.create_task(supervise(f"discovery ({type(source).__name__})", source.run))
+            tasks.create_task(supervise("statuses", self.publisher.run))
+            tasks.create_task(supervise("profiles of peers", self._fetcher.run))
+            tasks.create_task(supervise("membership", self._sweep))
 
     def changed(self) -> None:
         """Send a new status soon, because its content has changed."""

@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+from meshd.bounds import Count, Millis, Size, Text, Tokens
 from meshd.protocol.messages.base import Reply, Request, message
 from meshd.types import LayerRange, ModelId
 
@@ -12,10 +13,10 @@ class Place(Request, frozen=True, kw_only=True):
 
     lasting: ClassVar[bool] = True
     model: ModelId
-    ref: str
+    ref: Text
     layers: LayerRange
-    kv_tokens: int
-    deadline_ms: int
+    kv_tokens: Tokens
+    deadline_ms: Millis
     standby: bool = False
     """Load a standby copy, for the case that another peer is lost. The copy never displaces another load, and any load that is
     not a standby copy may displace it. A PLACE of the same layers without `standby` makes it an ordinary load."""
@@ -26,7 +27,7 @@ class Place(Request, frozen=True, kw_only=True):
 @message(33)
 class Placed(Reply, frozen=True, kw_only=True):
     layers: LayerRange
-    kv_tokens: int
+    kv_tokens: Tokens
 
 
 @message(34)
@@ -39,7 +40,7 @@ class Unplace(Request, frozen=True, kw_only=True):
 
 @message(35)
 class Unplaced(Reply, frozen=True, kw_only=True):
-    freed_bytes: int
+    freed_bytes: Size
 
 
 @message(36)
@@ -50,10 +51,10 @@ class Drain(Request, frozen=True, kw_only=True):
     """
 
     lasting: ClassVar[bool] = True
-    deadline_ms: int
+    deadline_ms: Millis
     undo: bool = False
 
 
 @message(37)
 class Drained(Reply, frozen=True, kw_only=True):
-    sessions_left: int
+    sessions_left: Count

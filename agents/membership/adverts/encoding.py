@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from meshd.bounds import MAX_LISTED
 from meshd.errors import ProtocolViolation
 from meshd.types import Advert, ModelCard, PeerId, Profile, Status
 
@@ -26,15 +27,17 @@ class EncodedProfile:
     data: bytes
     hash: str
     left_out: int
-    """Number of models whose cards did not fit in `MAX_PROFILE_BYTES`."""
+    """Number of models whose cards did not fit in `MAX_PROFILE_BYTES`, or in the number of cards that a profile may list."""
 
 
 def encode_profile(profile: Profile) -> EncodedProfile:
     """Encode a profile. Cards that do not fit are left out, from the end of `profile.models`."""
     data = _encoder.encode(profile)
     models = profile.models
-    if len(data) > MAX_PROFILE_BYTES:
-        models = tuple(_that_fit(models, MAX_PROFILE_BYTES - len(_encoder.encode(msgspec.structs.replace(profile, models=())))))
+    if len(data) > MAX_PROFILE_BYTES or len(models) > MAX_LISTED:
+        models = tuple(
+            _that_fit(models[:MAX_LISTED], MAX_PROFILE_BYTES - len(_encoder.encode(msgspec.structs.replace(profile, models=()))))
+        )
         data = _encoder.encode(msgspec.structs.replace(profile, models=models))
     return EncodedProfile(data, hash_of(data), len(profile.models) - len(models))
 

@@ -15,6 +15,7 @@ from typing import Protocol
 from meshd.agents.links.links import Links
 from meshd.agents.links.probe import LinkProber
 from meshd.agents.membership.adverts.encoding import MAX_PROFILE_BYTES, EncodedProfile, encode_profile, merge
+from meshd.bounds import MAX_LISTED
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest, MeshdError
 from meshd.protocol.messages import FetchProfile, PeerStatus, ProfileData
@@ -139,7 +140,7 @@ class Publisher:
             return
         self.notice(
             f"{left_out} of the {models} models on this device are not announced to other peers: "
-            f"their descriptions take more than {MAX_PROFILE_BYTES >> 10} KiB",
+            f"a profile has room for {MAX_LISTED} descriptions of models and {MAX_PROFILE_BYTES >> 10} KiB",
             "remove models that you don't use with `meshd rm REF`",
             about="profile",
         )

@@ -10,7 +10,6 @@ import msgspec
 import pytest
 
 from in_process.peers import WAIT_S, Peer, Peers, until
-from meshd.agents.links.half_open import HALF_OPEN_PER_HOST
 from meshd.protocol import transport
 from meshd.protocol.codec import encode
 from meshd.protocol.framing import FrameLimits, frame_head
@@ -85,7 +84,7 @@ async def test_junk_closes_its_own_link_with_a_reason_and_no_other_link(
     assert reason
     assert [record.name for record in caplog.records if record.levelname == "WARNING"] == ["meshd.links"]
     assert target.links.peers() == [friend.id]
-    target.links.send(friend.id, Credit(session="s", epoch=1, index=1))
+    target.links.send(friend.id, Credit(session="5e" * 16, epoch=1, index=1))
 
 
 async def test_an_unknown_message_is_answered_with_an_error_and_the_link_stays(peers: Peers) -> None:
@@ -116,7 +115,7 @@ async def test_another_major_version_is_refused_answered_and_listed(peers: Peers
     assert target.story == []
 
 
-@pytest.mark.parametrize("changes", [{"peer": "x" * 52}, {"lane": 7}, {"max_header": 1}, {"max_payload": 1 << 40}], ids=repr)
+@pytest.mark.parametrize("changes", [{"peer": "x" * 52}, {"lane": 7}, {"max_header": 1}, {"max_payload": 1 << 30}], ids=repr)
 async def test_a_false_hello_is_refused(peers: Peers, changes: dict[str, Any]) -> None:
     target, other = peers.start("t"), peers.start("o")
     connection, answer = await greet(other, target, **changes)
@@ -153,7 +152,7 @@ async def test_both_lanes_end_when_one_breaks(peers: Peers) -> None:
 
 async def test_a_connection_beyond_the_half_open_limit_takes_the_place_of_the_oldest(peers: Peers) -> None:
     target, other = peers.start("t"), peers.start("o")
-    silent = [await connect(other, target) for _ in range(HALF_OPEN_PER_HOST + 3)]
+    silent = [await connect(other, target) for _ in range(target.links._opener._half_open.most_per_host + 3)]
     await until(lambda: [bool(connection.reason) for connection in silent[:4]] == [True, True, True, False])
     assert not any(connection.reason for connection in silent[3:])
     other.dial(target)
