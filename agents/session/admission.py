@@ -37,8 +37,8 @@ class Admission:
         """Whether `enter` would return at once."""
         return self.running < self._limit and not self._queue
 
-    async def enter(self) -> None:
-        """Wait for a slot.
+    async def enter(self, on_wait: Callable[[], None] | None = None) -> None:
+        """Wait for a slot. `on_wait` is called if none is free now.
 
         Raises: Overloaded if the queue is full, or no slot was free within `wait_s`.
         Cancel: the request leaves the queue and takes no slot.
@@ -50,6 +50,8 @@ class Admission:
             raise self._overloaded(f"{self.running} requests run and {len(self._queue)} wait")
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queue.append(waiter)
+        if on_wait is not None:
+            on_wait()
         try:
             async with asyncio.timeout(self._wait_s):  # `wait_for` can lose a cancellation that arrives with the slot
                 await waiter

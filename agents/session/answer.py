@@ -28,6 +28,9 @@ from meshd.errors import Cancelled, MeshdError, Unavailable, UsageError
 from meshd.protocol.messages import Token
 from meshd.types import FinishReason, ModelCard, PeerId, Plan, SessionId, TokenLogprobs
 
+_PROMPT_END_TOKENS = 16
+"""How many tokens `prompt_end` shows. `<think>` and the white space after it have up to eight."""
+
 
 @dataclass(frozen=True, slots=True)
 class AnswerContext:
@@ -66,6 +69,8 @@ class Answer:
     ended_at: float = field(init=False)
     unread_since: float = field(init=False)
     readers: int = 0
+    ignored: tuple[str, ...] = ()
+    """See `service.Generation.ignored`. Empty after a takeover: the answer's headers were sent by its first coordinator."""
     opened: "asyncio.Future[None]" = field(init=False)
     """Done when all stages of the first plan are open. If the answer ends before that, the future gets the reason as an error."""
     tasks: AnswerTasks = field(default_factory=AnswerTasks)
@@ -99,6 +104,11 @@ class Answer:
     @property
     def prompt_tokens(self) -> int:
         return len(self.record.prompt)
+
+    @property
+    def prompt_end(self) -> str:
+        """See `service.Generation.prompt_end`."""
+        return self.text.table.decode(self.record.prompt[-_PROMPT_END_TOKENS:])
 
     @property
     def plan(self) -> Plan | None:

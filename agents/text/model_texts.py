@@ -74,7 +74,7 @@ class ModelText:
             raise InvalidRequest(
                 f"{self.card.name} has no chat template", param="messages", hint="use /v1/completions with a text prompt"
             )
-        messages = [{"role": part.role, "content": part.content} for part in prompt if isinstance(part, ChatMessage)]
+        messages = [part.for_template() for part in prompt if isinstance(part, ChatMessage)]
         return await self.encoder.chat(messages, dict(variables or {}))
 
 
@@ -108,6 +108,12 @@ class ModelTexts:
     def problem(self, model: ModelId) -> str:
         """Returns: why a model's text can't be used, as far as it was tried; empty if nothing speaks against it."""
         return self._unreadable.get(model, "")
+
+    def forget(self, model: ModelId) -> None:
+        """Read a model's text anew when it is needed next. Answers that run keep the text that they have."""
+        self._kept.pop(model, None)
+        self._unreadable.pop(model, None)
+        self.workers.forget(model)
 
     async def close(self) -> None:
         """End the workers. Prompts that wait fail with Unavailable."""

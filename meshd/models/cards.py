@@ -10,6 +10,7 @@ from meshd.bounds import printable
 from meshd.errors import ModelFileError
 from meshd.models.architectures import spec_from_metadata
 from meshd.models.files.gguf import GgufFile, MetadataValue, TensorInfo
+from meshd.models.sampling import sampling_from_gguf
 from meshd.models.text.tokenizer.document import huggingface_json
 from meshd.models.text.tokenizer.gguf_keys import TokenizerKeys
 from meshd.tensors import EXPERT_PROJECTIONS, HELD_BITS, ROPE_FACTORS, UNUSED, border_shapes, layer_shapes, rope_shape
@@ -54,6 +55,7 @@ def card_from_gguf(file: GgufFile, *, name: str, ref: str, model_id: ModelId, cr
         created=created,
         layer_memory_bytes=tuple(_held_bytes(layer.values()) for layer in layers),
         head_memory_bytes=_held_bytes(head),
+        sampling=sampling_from_gguf(file.metadata),
     )
     _check_bounds(file.name, card)
     return card

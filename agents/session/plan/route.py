@@ -14,6 +14,7 @@ from meshd.agents.placement.client import PlacementClient
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.plan_input import plan_input_of
 from meshd.agents.service import MeshOptions
+from meshd.agents.session.plan.availability import covered
 from meshd.agents.session.plan.candidates import Candidate, CandidateSearch, LayerShortage, PeerRules, candidate_search
 from meshd.agents.session.plan.resume import RecoveryPlan, RecoveryRequest
 from meshd.errors import DoesNotFit, InvalidRequest, MeshdError, NoPeer, NotReady, Overloaded, PeerFault, RemoteFailure
@@ -165,15 +166,13 @@ class Router:
 
     def answerable(self) -> list[ModelCard]:
         """Returns: the models whose layers are all active on live peers, but for those whose text could not be read."""
-        return [card for card in self.library.cards().values() if self.covered(card) and self.library.readable(card.id)]
+        adverts = self.adverts()
+        cards = self.library.cards().values()
+        return [card for card in cards if covered(card, adverts) and self.library.readable(card.id)]
 
     def covered(self, card: ModelCard) -> bool:
         """Whether the live peers together hold all layers of a model."""
-        reached = 0
-        for layers in sorted(holding.layers for advert in self.adverts() for holding in _active(advert, card.id)):
-            if layers.start <= reached:
-                reached = max(reached, layers.end)
-        return reached == card.spec.layers
+        return covered(card, self.adverts())
 
     async def close(self) -> None:
         """Cancel the placements that requests have started."""
