@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from logging import getLogger
 
-import msgspec
-
 from meshd.agents.admin.story_collector import StoryCollector
 from meshd.agents.device.compute import ComputeQueue
 from meshd.agents.links.links import Links
+from meshd.agents.links.open import DialOutcome
 from meshd.agents.links.probe import LinkProber
-from meshd.agents.membership.membership import Membership, SelfDescription
+from meshd.agents.membership.adverts.publisher import SelfDescription
+from meshd.agents.membership.membership import Membership
 from meshd.agents.membership.peer_table import PeerTable
 from meshd.agents.membership.sources import Source
 from meshd.agents.observe.events import EventBus
@@ -56,8 +56,8 @@ class PeerSignals:
 
     link_up: Signal[PeerId, Hello, tuple[str, int]] = field(default_factory=Signal)
     link_down: Signal[PeerId, str] = field(default_factory=Signal)
-    notice: Signal[str] = field(default_factory=Signal)
-    """A message for the user."""
+    dialled: Signal[DialOutcome] = field(default_factory=Signal)
+    """What a dial showed, or why another device's connection made no link."""
     peer_gone: Signal[PeerId, str] = field(default_factory=Signal)
     """A peer's link is down, and the peer table already has this change."""
     advert_received: Signal[Advert] = field(default_factory=Signal)
@@ -322,7 +322,8 @@ def _membership(
             name=parts.name,
             incarnation=parts.incarnation,
             version=parts.version,
-            capability=lambda: msgspec.structs.replace(parts.capability, memory_free_bytes=memory.free_bytes()),
+            capability=parts.capability,
+            memory_free_bytes=memory.free_bytes,
             holdings=lambda: tuple(resident.holding() for resident in holdings),
             models=lambda: tuple(parts.library.local.values()),
             learned=stages.learning.learned,
@@ -399,7 +400,7 @@ def _subscribe(parts: Parts, memory: FreeMemory, peer: Peer) -> None:
 
     signals.link_up.subscribe(membership.on_up)
     signals.link_down.subscribe(membership.on_down)
-    signals.notice.subscribe(membership.notice)
+    signals.dialled.subscribe(membership.on_dialled)
     signals.peer_gone.subscribe(peer_gone)
     signals.advert_received.subscribe(peer.keeper.note)
     signals.changed.subscribe(membership.changed)

@@ -207,10 +207,10 @@ class Daemon:
             peer.coordinator, self.view, self._telemetry, api_key=self._config.api_key, clock=self._clock, limits=self._limits
         )
         api = await server.serve_at(app, self._sockets.api)
-        membership.api_address = f"{self._config.api.host}:{api.port}"
+        membership.publisher.api_address = f"{self._config.api.host}:{api.port}"
         async with peer.running(self._sources(port)):
-            lock.announce(membership.api_address)
-            log.info("up: links on %s, API on %s", membership.link_address, membership.api_address)
+            lock.announce(membership.publisher.api_address)
+            log.info("up: links on %s, API on %s", membership.link_address, membership.publisher.api_address)
             try:
                 yield api
             finally:
@@ -233,6 +233,7 @@ class Daemon:
                 clock=self._clock,
                 interfaces=self._config.interfaces,
                 host=self._config.link.host,
+                load=lambda: self.peer.stages.sessions,
             )
             sources.append(self._mdns)
         if "static" in self._config.discovery and self._config.peers:
@@ -247,7 +248,7 @@ class Daemon:
             "version": __version__,
             "protocol": ".".join(map(str, PROTOCOL_VERSION)),
             "cluster": self._identity.fingerprint,
-            "api": self.peer.membership.api_address,
+            "api": self.peer.membership.publisher.api_address,
             "link": self.peer.membership.link_address,
             "uptime_s": self._clock.monotonic() - self._started,
             "notices": [{"message": message, "hint": hint} for message, hint in self.peer.membership.notices.items()],
@@ -283,7 +284,7 @@ def _parts(
         clock,
         on_up=signals.link_up,
         on_down=signals.link_down,
-        on_notice=signals.notice,
+        on_outcome=signals.dialled,
     )
     prober = LinkProber(
         peer_links, clock, on_change=signals.changed, on_round_trip=lambda peer, seconds: telemetry.hop(peer, seconds / 2)

@@ -23,6 +23,7 @@ from meshd.bounds import (
     AskedRepetition,
     AskedTemperature,
     Count,
+    Digest,
     Factor,
     Fraction,
     Label,
@@ -51,6 +52,7 @@ from meshd.bounds import (
 _PEER_ID = r"\A[a-z2-7]{52}\Z"
 PeerId = NewType("PeerId", Annotated[str, Meta(title="PeerId", pattern=_PEER_ID)])
 """Lower-case base32 of SHA-256 of the peer's public key, 52 characters."""
+_FINGERPRINT = r"\A[a-z2-7]{16}\Z"
 SessionId = NewType("SessionId", Annotated[str, Meta(title="SessionId", pattern=r"\A[0-9a-f]{32}\Z")])
 """Random, 32 hex digits. A session is one request's decoding state."""
 PlanId = NewType("PlanId", Annotated[str, Meta(title="PlanId", pattern=r"\A[A-Za-z0-9._:-]{1,64}\Z")])
@@ -61,6 +63,11 @@ ModelId = NewType("ModelId", Annotated[str, Meta(title="ModelId", pattern=r"\A[0
 def is_peer_id(text: str) -> bool:
     """Whether the text has the form of a peer's id."""
     return re.match(_PEER_ID, text) is not None
+
+
+def is_fingerprint(text: str) -> bool:
+    """Whether the text has the form of a cluster's fingerprint."""
+    return re.match(_FINGERPRINT, text) is not None
 
 
 class LayerRange(msgspec.Struct, frozen=True, order=True, array_like=True):
@@ -367,8 +374,37 @@ class LearnedRates(msgspec.Struct, frozen=True, kw_only=True):
     """Time of a step on the peer beside its computation: hand-over between threads, coding and sending. None: not measured."""
 
 
+class Profile(msgspec.Struct, frozen=True, kw_only=True):
+    """What a peer is, can and has on disk. It changes seldom: other peers fetch it when its hash changes."""
+
+    capability: Capability
+    """With the free memory that was measured when the peer started. `Status` has the present value."""
+    models: Annotated[tuple[ModelCard, ...], at_most(MAX_LISTED)] = ()
+    """Cards of the models whose files are complete on this peer's disk."""
+    api: Address = ""
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """What changes while a peer works. Small, because it is sent on every change."""
+
+    revision: Serial
+    """Within an incarnation, the highest revision is valid."""
+    profile: Digest
+    """Hash of the sender's present profile (`agents/membership/adverts/encoding.py`)."""
+    memory_free_bytes: Size
+    holdings: Annotated[tuple[Holding, ...], at_most(MAX_PEERS)] = ()
+    links: Annotated[dict[PeerId, LinkStats], at_most(MAX_PEERS)] = {}
+    neighbours: Annotated[dict[PeerId, Address], at_most(MAX_PEERS)] = {}
+    """`IP:PORT` of linked peers. From these, a peer that knows one address finds the whole cluster, even without multicast."""
+    learned: LearnedRates = LearnedRates()
+    sessions: Count = 0
+    """Number of sessions that have a stage on this peer."""
+    draining: bool = False
+    """The peer is about to leave: it takes no new work, and its sessions move to other peers."""
+
+
 class Advert(msgspec.Struct, frozen=True, kw_only=True):
-    """What a peer publishes about itself on authenticated links. Within an incarnation, the highest `revision` is valid."""
+    """All that is known of one peer: its HELLO, its profile and its newest status. Plans are made from adverts."""
 
     peer: PeerId
     name: PeerName
@@ -376,17 +412,15 @@ class Advert(msgspec.Struct, frozen=True, kw_only=True):
     revision: Serial
     version: Label
     capability: Capability
-    holdings: Annotated[tuple[Holding, ...], at_most(MAX_PEERS)] = ()
-    models: Annotated[tuple[ModelCard, ...], at_most(MAX_LISTED)] = ()
-    """Cards of the models whose files are complete on this peer's disk."""
-    links: Annotated[dict[PeerId, LinkStats], at_most(MAX_PEERS)] = {}
-    neighbours: Annotated[dict[PeerId, Address], at_most(MAX_PEERS)] = {}
-    """`HOST:PORT` of linked peers. From these, a peer that knows one address finds the whole cluster, even without multicast."""
+    """With the present free memory."""
+    holdings: tuple[Holding, ...] = ()
+    models: tuple[ModelCard, ...] = ()
+    links: dict[PeerId, LinkStats] = {}
+    neighbours: dict[PeerId, str] = {}
     learned: LearnedRates = LearnedRates()
-    sessions: Count = 0
-    api: Address = ""
+    sessions: int = 0
+    api: str = ""
     draining: bool = False
-    """The peer is about to leave: it takes no new work, and its sessions move to other peers."""
 
 
 class AttentionShard(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,9 +9,10 @@ from meshd.errors import PeerLost
 from meshd.protocol.framing import KIB, Frame
 from meshd.protocol.handshake import ExistingLink, HelloAgreement
 from meshd.protocol.messages import Heartbeat, HeartbeatAck, Lane, Message, Probe, SessionMessage
-from meshd.protocol.transport import Buffer, Connection
+from meshd.protocol.transport import Address, Buffer, Connection
 from meshd.types import PeerId
 
+_ADDRESSES = 16
 _LARGE = 16 * KIB
 """A payload from this size on may delay the heartbeats behind it."""
 _TELLING = 64 * KIB
@@ -37,6 +38,8 @@ class Link:
         """Time of the last message of a session."""
         self.gone = asyncio.Event()
         self.lanes: dict[Lane, Connection] = {}
+        self.addresses: dict[Address, None] = {}
+        """Where the peer was reached or says that it listens, oldest first."""
         self._on_end = on_end
         self._now = now
         self._sequence = 0
@@ -54,6 +57,11 @@ class Link:
     def lived_s(self, now: float) -> float:
         """Returns: seconds since the link came up; 0 if it never did."""
         return now - self.up_since if self.up_since else 0.0
+
+    def note_address(self, address: Address) -> None:
+        """Remember an address of the peer, at most `_ADDRESSES` of them."""
+        if len(self.addresses) < _ADDRESSES:
+            self.addresses[address] = None
 
     def as_existing(self, now: float) -> ExistingLink:
         """Describe this link for `choose_link`, which decides whether a second link with the same peer replaces it."""
