@@ -41,7 +41,7 @@ from meshd.agents.signals import Signal
 from meshd.agents.stage.host import StageHost
 from meshd.clock import Clock
 from meshd.kernels.backend import Backend
-from meshd.protocol.messages import Error, Hello, Token
+from meshd.protocol.messages import Error, HandedOver, HandOver, Hello, Token
 from meshd.telemetry import Telemetry
 from meshd.types import Advert, Capability, PeerId
 
@@ -155,6 +155,7 @@ class Peer:
             agent.register()
         self.locator.register(self.coordinator)
         self.links.register(Token, self._on_token)
+        self.links.register(HandOver, self._on_hand_over)
         self.links.register(Error, self._on_error)
 
     @asynccontextmanager
@@ -208,6 +209,10 @@ class Peer:
         # Stages come before the coordinator: the first stage must start its next step before the token is sent to the client.
         self.stages.on_token(sender, message, payload)
         self.coordinator.on_token(sender, message, payload)
+
+    def _on_hand_over(self, sender: PeerId, message: HandOver, payload: memoryview) -> HandedOver:
+        has_kv, has_record = self.stages.on_hand_over(sender, message), self.deputy.on_hand_over(sender, message)
+        return HandedOver(request=message.request, known=has_kv or has_record)
 
     def _on_error(self, sender: PeerId, message: Error, payload: memoryview) -> None:
         if message.request:

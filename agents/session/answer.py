@@ -16,7 +16,7 @@ from meshd.agents.observe.story import Story
 from meshd.agents.placement.model_library import ModelText
 from meshd.agents.service import Finished, TextDelta
 from meshd.agents.session import events as fsm
-from meshd.agents.session.journal.record import SessionRecord
+from meshd.agents.session.journal.record import SessionRecord, followed_by
 from meshd.agents.session.output import AnswerOutput
 from meshd.agents.session.plan.resume import method_of
 from meshd.agents.session.recovery_history import Recovered, RecoveryHistory
@@ -75,7 +75,8 @@ class Answer:
         now = self.context.clock.monotonic()
         self.progress_at = self.unread_since = self.ended_at = now
         self.machine = Session(self.record.session, len(self.record.prompt))
-        self.stages = StageClient(self.record, self.context.me, self.context.links, renewed_at=now)
+        links, predecessors = self.context.links, self.record.coordinators
+        self.stages = StageClient(self.record, self.context.me, links, renewed_at=now, predecessors=predecessors)
         self.output = AnswerOutput(self.record, self.card, self.text, started=now)
         self.opened = asyncio.get_running_loop().create_future()
         if self.record.tokens or self.record.epoch:
@@ -162,6 +163,7 @@ class Answer:
         return msgspec.structs.replace(
             self.record,
             coordinator=self.context.me,
+            coordinators=self.stages.predecessors,
             epoch=self.machine.epoch,
             plan=self.machine.kv_plan,
             tokens=tuple(self.output.tokens),
@@ -202,7 +204,7 @@ class Answer:
 
         `record`: the other coordinator's record. `used`: the highest epoch that the other coordinator can have used.
         """
-        self.stages.handed_over = True
+        self.stages.predecessors = followed_by(self.stages.predecessors, record.coordinator)
         tokens = tuple(
             (token, logprobs, self.output.finish_at(index, token)) for index, (token, logprobs) in enumerate(record.tokens)
         )

@@ -6,6 +6,7 @@ It also takes over answers from a coordinator that was lost.
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from logging import getLogger
 
@@ -19,10 +20,10 @@ from meshd.agents.session.admission import Admission
 from meshd.agents.session.answer import Answer, AnswerContext
 from meshd.agents.session.journal.deputy import Deputy
 from meshd.agents.session.journal.locator import Locator
-from meshd.agents.session.journal.record import SessionRecord, new_record
+from meshd.agents.session.journal.record import SessionRecord, new_record, taken_over
 from meshd.agents.session.journal.writer import JournalWriters
 from meshd.agents.session.plan.move import Mover
-from meshd.agents.session.plan.retry import TAKEOVER_EPOCHS, PlanRetrier
+from meshd.agents.session.plan.retry import PlanRetrier
 from meshd.agents.session.plan.route import Router
 from meshd.agents.session.recovery_history import Recovered
 from meshd.agents.session.report import report_end
@@ -30,7 +31,7 @@ from meshd.agents.session.stages.receiver import StageReceiver
 from meshd.agents.session.stages.stall import StallWatch
 from meshd.clock import Clock
 from meshd.errors import MeshdError, PeerFault, Unavailable, UnknownModel, UnknownSession
-from meshd.protocol.messages import Error, Move, Moved, Token
+from meshd.protocol.messages import Error, HandOver, Move, Moved, Token
 from meshd.telemetry import Telemetry
 from meshd.types import ModelCard, ModelId, PeerId, SessionId, TokenLogprobs
 
@@ -44,6 +45,8 @@ _SETTLE_S = 0.5
 _MAX_RETAINED = 256
 _RETAIN_S = 600.0
 """How long an answer that has ended or is suspended is retained for later readers."""
+_HAND_OVER_S = 0.5
+"""Time limit for the replies to HAND_OVER, while the next coordinator waits for the record."""
 _MOVE_REPLY_S = 150.0
 """Time limit of a MOVE request: more than the time limits of a move in `plan/move.py` together."""
 
@@ -208,13 +211,28 @@ class Coordinator:
         answer = self.answers.get(session) or self.retained.get(session)
         return answer.snapshot() if answer is not None else None
 
-    def release(self, session: SessionId) -> None:
-        """Stop coordinating an answer and leave its stages open: another peer continues it."""
+    async def hand_over(self, session: SessionId, to: PeerId) -> None:
+        """Stop coordinating an answer and leave its stages open, because `to` continues it.
+
+        The peers that have the session's KV or its record hear from this peer who coordinates it now: they believe nobody else.
+        """
         answer = self.answers.get(session) or self.retained.get(session)
-        if answer is not None:
-            answer.release()
-            self.retained.pop(session, None)
-            self.journal.release(session)
+        if answer is None:
+            return
+        peers = {*answer.machine.holders, *self.journal.deputies_of(session)}
+        answer.release()
+        self.retained.pop(session, None)
+        self.journal.release(session)
+
+        async def tell(peer: PeerId) -> None:
+            with suppress(MeshdError):  # a peer that does not hear it obeys the new coordinator once this peer is gone
+                await self.links.request(
+                    peer, lambda number: HandOver(request=number, session=session, to=to), timeout_s=_HAND_OVER_S
+                )
+
+        async with asyncio.TaskGroup() as group:
+            for peer in sorted(peers):
+                group.create_task(tell(peer))
 
     def leave(self) -> None:
         """Give up all running answers, because this peer stops.
@@ -246,15 +264,12 @@ class Coordinator:
             self._retain(answer)
             self._adopt(answer)
             return answer
-        answer.stages.handed_over = True
         return await self._revive(answer)
 
     async def _restore(self, record: SessionRecord) -> Answer:
         card = self._find_card(record.model)
         text = await self.library.text(card)
-        return Answer(
-            msgspec.structs.replace(record, epoch=record.epoch + TAKEOVER_EPOCHS, coordinator=self.me), card, text, self._context
-        )
+        return Answer(taken_over(record, self.me), card, text, self._context)
 
     def _find_card(self, model: ModelId) -> ModelCard:
         card = self.library.cards().get(model)

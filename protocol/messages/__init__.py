@@ -25,6 +25,7 @@ A later epoch (after a loss, or to move a stage) reuses existing KV:
 
 A copy of a stage's KV on another peer (as a mirror, or to prepare a move):
 
+    coordinator --EXPECT_COPY(source)--> target         --COPY_EXPECTED--> coordinator
     coordinator --MIRROR(target)--> stage's peer
     stage's peer --KV_OFFER--> target                   --KV_ACCEPTED(held)--> stage's peer
     stage's peer --KV_BLOCKS--> target                  --KV_STORED(held)--> stage's peer
@@ -33,7 +34,7 @@ A copy of a stage's KV on another peer (as a mirror, or to prepare a move):
 
 from meshd.protocol.messages.admin import EndSession, FetchStory, Move, Moved, SessionEnded, StoryData
 from meshd.protocol.messages.base import FEATURES, PROTOCOL_VERSION, REGISTRY, Lane, Message, Reply, Request, SessionMessage
-from meshd.protocol.messages.copies import KvAccepted, KvBlocks, KvOffer, KvStored, Mirror, Mirrored
+from meshd.protocol.messages.copies import CopyExpected, ExpectCopy, KvAccepted, KvBlocks, KvOffer, KvStored, Mirror, Mirrored
 from meshd.protocol.messages.journal import (
     FetchSession,
     FindSession,
@@ -47,7 +48,20 @@ from meshd.protocol.messages.journal import (
 from meshd.protocol.messages.link import Error, Goodbye, Heartbeat, HeartbeatAck, Hello, Probe, ProbeAck
 from meshd.protocol.messages.membership import Advertise, FetchHeader, HeaderData
 from meshd.protocol.messages.placement import Drain, Drained, Place, Placed, Unplace, Unplaced
-from meshd.protocol.messages.session import Close, Closed, Credit, Failed, FetchProgress, Open, Opened, ProgressData, Renew, Resume
+from meshd.protocol.messages.session import (
+    Close,
+    Closed,
+    Credit,
+    Failed,
+    FetchProgress,
+    HandedOver,
+    HandOver,
+    Open,
+    Opened,
+    ProgressData,
+    Renew,
+    Resume,
+)
 from meshd.protocol.messages.steps import Activation, Prompt, Taken, Token
 from meshd.protocol.messages.weights import FetchManifest, FetchWeights, ManifestData, WeightData
 
@@ -59,11 +73,13 @@ __all__ = [
     "Advertise",
     "Close",
     "Closed",
+    "CopyExpected",
     "Credit",
     "Drain",
     "Drained",
     "EndSession",
     "Error",
+    "ExpectCopy",
     "Failed",
     "FetchHeader",
     "FetchManifest",
@@ -73,6 +89,8 @@ __all__ = [
     "FetchWeights",
     "FindSession",
     "Goodbye",
+    "HandOver",
+    "HandedOver",
     "HeaderData",
     "Heartbeat",
     "HeartbeatAck",

@@ -6,6 +6,33 @@ from meshd.protocol.messages.base import Lane, Reply, Request, SessionMessage, m
 from meshd.types import LayerRange, ModelId, PeerId, SessionId
 
 
+@message(68)
+class ExpectCopy(Request, frozen=True, kw_only=True):
+    """Reserve KV for a copy of a session's layers, which `source` will send. The receiver must hold these layers.
+
+    From the session's coordinator to the target of a copy. The target takes KV from no peer that the coordinator did not name.
+    A repeat gets the same answer.
+    """
+
+    session: SessionId
+    epoch: int
+    source: PeerId
+    """The peer that computes these layers in this epoch."""
+    model: ModelId
+    layers: LayerRange
+    tokens: int
+    """Tokens to reserve KV for."""
+    lease_ms: int
+    predecessors: tuple[PeerId, ...] = ()
+    """See `Open.predecessors`."""
+
+
+@message(69)
+class CopyExpected(Reply, frozen=True, kw_only=True):
+    session: SessionId
+    epoch: int
+
+
 @message(60)
 class Mirror(SessionMessage, frozen=True, kw_only=True):
     """Copy the KV of a stage to another peer while the stage runs."""
@@ -32,16 +59,11 @@ class Mirrored(SessionMessage, frozen=True, kw_only=True):
 
 @message(62)
 class KvOffer(Request, frozen=True, kw_only=True):
-    """Reserve KV for a copy of a session's layers. The receiver must hold these layers. A repeat gets the same answer."""
+    """Begin to send the copy that the coordinator announced to the receiver with EXPECT_COPY. A repeat gets the same answer."""
 
     session: SessionId
     epoch: int
-    coordinator: PeerId
-    model: ModelId
     layers: LayerRange
-    tokens: int
-    """Tokens to reserve KV for."""
-    lease_ms: int
     valid: int = 0
     """KV that the receiver already has beyond this position may belong to other tokens, so it is sent again."""
 

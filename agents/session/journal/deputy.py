@@ -12,7 +12,7 @@ from meshd.agents.session.journal.record import SessionRecord, decode_record
 from meshd.agents.session.journal.store import JournalStore
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest, MeshdError
-from meshd.protocol.messages import Journal, JournalDrop, Journaled, JournalTokens
+from meshd.protocol.messages import HandOver, Journal, JournalDrop, Journaled, JournalTokens
 from meshd.types import PeerId, SessionId
 
 MAX_RECORD_BYTES = 8 * 2**20
@@ -51,6 +51,14 @@ class Deputy:
     def hand_to(self, session: SessionId, coordinator: PeerId) -> None:
         """Record that another peer has fetched the record and now coordinates the session."""
         self.store.hand_to(session, coordinator, self.clock.monotonic())
+
+    def on_hand_over(self, sender: PeerId, message: HandOver) -> bool:
+        """Take additions to the record from another coordinator from now on. Returns: whether `sender` was its coordinator."""
+        record = self.store.get(message.session)
+        if record is None or record.coordinator != sender:
+            return False
+        self.hand_to(message.session, message.to)
+        return True
 
     def end(self, session: SessionId, finish: str, *, forget: bool) -> bool:
         """Mark the session as ended; with `forget`, delete its record. Returns: whether this peer had the record."""

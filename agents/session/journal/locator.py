@@ -45,8 +45,8 @@ class SessionOwner(Protocol):
     def own(self, session: SessionId) -> SessionRecord | None:
         """Returns: the record of a session that this peer coordinates, or has coordinated and retains; None for any other."""
 
-    def release(self, session: SessionId) -> None:
-        """Stop coordinating a session and leave its stages open."""
+    async def hand_over(self, session: SessionId, to: PeerId) -> None:
+        """Stop coordinating a session and leave its stages open for `to`."""
 
     def finish(self, session: SessionId, forget: bool) -> bool:
         """Cancel a session; with `forget`, delete its record too. Returns: whether this peer has the session."""
@@ -165,7 +165,7 @@ class Locator:
 
     async def _fetch_from(self, peer: PeerId, session: SessionId, take: bool) -> SessionRecord:
         if peer == self.me:
-            return self._hand_out(session, self.me, take)
+            return await self._hand_out(session, self.me, take)
         reply, payload = await self.links.request(
             peer, lambda number: FetchSession(request=number, session=session, take=take), timeout_s=_FETCH_S
         )
@@ -186,14 +186,14 @@ class Locator:
             tokens=len(record.tokens) if record is not None else 0,
         )
 
-    def _on_fetch(self, sender: PeerId, message: FetchSession, payload: memoryview) -> tuple[SessionData, bytes]:
-        record = self._hand_out(message.session, sender, message.take)
+    async def _on_fetch(self, sender: PeerId, message: FetchSession, payload: memoryview) -> tuple[SessionData, bytes]:
+        record = await self._hand_out(message.session, sender, message.take)
         return SessionData(request=message.request, session=record.session, epoch=record.epoch), encode_record(record)
 
     def _on_end(self, sender: PeerId, message: EndSession, payload: memoryview) -> SessionEnded:
         return SessionEnded(request=message.request, known=self._end_here(message.session, message.forget))
 
-    def _hand_out(self, session: SessionId, to: PeerId, take: bool) -> SessionRecord:
+    async def _hand_out(self, session: SessionId, to: PeerId, take: bool) -> SessionRecord:
         """Return the record for peer `to`. `take`: make `to` the session's coordinator, and release the session on this peer.
 
         Raises: UnknownSession.
@@ -202,7 +202,7 @@ class Locator:
         if record is None:
             raise _unknown(session)
         if take and coordinates and to != self.me:
-            self._sessions.release(session)
+            await self._sessions.hand_over(session, to)
         if take:
             self.deputy.hand_to(session, to)
         return record

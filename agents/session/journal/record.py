@@ -9,6 +9,11 @@ from meshd.types import ModelCard, ModelId, PeerId, Plan, SamplingParams, Sessio
 
 AnswerToken = tuple[int, TokenLogprobs | None]
 
+MAX_COORDINATORS = 16
+"""Earlier coordinators that a record names. KV of one that is not named any more is computed again."""
+TAKEOVER_EPOCHS = 1000
+"""A new coordinator raises the recorded epoch by this much, to be above all epochs that the last one used but did not record."""
+
 
 class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A request with all defaults resolved, and the tokens so far. It gives the same answer on any peer."""
@@ -16,6 +21,8 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     session: SessionId
     model: ModelId
     coordinator: PeerId
+    coordinators: tuple[PeerId, ...] = ()
+    """The coordinators before this one, oldest first, at most `MAX_COORDINATORS`. Stages use KV that these peers had computed."""
     epoch: int
     """The highest epoch that the coordinator had used when it sent this record. It may have used later ones since."""
     prompt: tuple[int, ...]
@@ -38,6 +45,21 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Why the answer ended; empty while the answer runs or is suspended."""
     suspended: bool = False
     """Whether the session is suspended. It is then resumed only for a client, or, with `background`, once its model can answer."""
+
+
+def taken_over(record: SessionRecord, by: PeerId) -> SessionRecord:
+    """Returns: the record as its next coordinator begins with it."""
+    return msgspec.structs.replace(
+        record,
+        epoch=record.epoch + TAKEOVER_EPOCHS,
+        coordinator=by,
+        coordinators=followed_by(record.coordinators, record.coordinator),
+    )
+
+
+def followed_by(coordinators: tuple[PeerId, ...], last: PeerId) -> tuple[PeerId, ...]:
+    """Returns: the earlier coordinators with one more at the end."""
+    return (*(peer for peer in coordinators if peer != last), last)[-MAX_COORDINATORS:]
 
 
 def new_record(

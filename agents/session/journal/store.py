@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from meshd.agents.session.journal.record import AnswerToken, SessionRecord
+from meshd.agents.session.journal.record import AnswerToken, SessionRecord, followed_by
 from meshd.errors import InvalidRequest, Overloaded
 from meshd.protocol.messages import JournalTokens
 from meshd.types import PeerId, SessionId
@@ -33,6 +33,8 @@ class _StoredRecord:
     tokens: list[AnswerToken]
     size: int
     touched: float
+    previous: PeerId | None = None
+    """The coordinator that handed the session over to the present one."""
 
     def record(self) -> SessionRecord:
         return msgspec.structs.replace(self.head, tokens=tuple(self.tokens))
@@ -115,7 +117,9 @@ class JournalStore:
     def hand_to(self, session: SessionId, coordinator: PeerId, now: float) -> None:
         """Make another peer the record's coordinator. Keep the record, in case that peer is lost before it has a deputy."""
         if (stored := self._records.get(session)) is not None:
-            stored.head = msgspec.structs.replace(stored.head, coordinator=coordinator)
+            stored.previous, before = stored.head.coordinator, stored.head
+            coordinators = followed_by(before.coordinators, before.coordinator)
+            stored.head = msgspec.structs.replace(before, coordinator=coordinator, coordinators=coordinators)
             stored.touched = now
 
     def end(self, session: SessionId, finish: str, now: float) -> bool:
@@ -130,9 +134,9 @@ class JournalStore:
         return True
 
     def drop(self, session: SessionId, sender: PeerId) -> bool:
-        """Delete the record if `sender` is its coordinator. Returns: whether it was deleted."""
+        """Delete the record if `sender` is its coordinator, or has handed it over. Returns: whether it was deleted."""
         stored = self._records.get(session)
-        if stored is None or stored.head.coordinator != sender:
+        if stored is None or sender not in (stored.head.coordinator, stored.previous):
             return False
         self._remove(session)
         return True

@@ -18,7 +18,7 @@ from meshd.agents.session.recovery_history import Recovered
 from meshd.agents.session.session import SessionState
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest, MeshdError, NoPeer, PeerFault
-from meshd.protocol.messages import Mirror, Mirrored
+from meshd.protocol.messages import Mirrored
 from meshd.types import Advert, LayerRange, PeerId, Plan, SessionId
 
 log = getLogger(__name__)
@@ -103,7 +103,8 @@ class Mover:
         """Copy KV until every copy has caught up or failed. KV whose copy fails is computed again at the target."""
         assert answer.plan is not None
         for copy in copies:
-            self._request_copy(answer, epoch, copy.stage, copy.target)
+            answer.machine.holders.add(copy.target)
+            answer.tasks.spawn(self._request_copy(answer, epoch, answer.plan, copy))
 
         def ready() -> bool:
             copied = all(copy.caught_up or copy.error for copy in copies)
@@ -120,11 +121,12 @@ class Mover:
         machine = answer.machine
         await answer.output.until(lambda: machine.epoch != epoch or not answer.running or len(machine.tokens) >= last, _LAST_STEP_S)
 
-    def _request_copy(self, answer: Answer, epoch: int, stage: int, target: PeerId) -> None:
-        assert answer.plan is not None
-        answer.machine.holders.add(target)
-        message = Mirror(session=answer.session, epoch=epoch, stage=stage, target=target, eager=True)
-        answer.stages.send(answer.plan.stages[stage].peer, message)
+    async def _request_copy(self, answer: Answer, epoch: int, plan: Plan, copy: _Copy) -> None:
+        try:
+            await answer.stages.mirror(epoch, plan, copy.stage, copy.target, eager=True)
+        except MeshdError as error:
+            copy.error = str(error)
+            answer.output.touch()
 
     async def _first_token(self, answer: Answer, plan: Plan) -> float:
         epoch = answer.machine.epoch

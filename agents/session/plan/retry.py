@@ -8,14 +8,14 @@ from logging import getLogger
 from meshd.agents.links.links import Links
 from meshd.agents.session.answer import Answer
 from meshd.agents.session.events import Replan
-from meshd.agents.session.journal.record import SessionRecord
+from meshd.agents.session.journal.record import TAKEOVER_EPOCHS, SessionRecord
 from meshd.agents.session.plan.resume import RecoveryRequest
 from meshd.agents.session.plan.route import Router, mirror_targets
 from meshd.agents.session.session import SessionState
 from meshd.clock import Clock
 from meshd.errors import DoesNotFit, MeshdError, NoPeer, NotReady, OutOfMemory, Overloaded, PeerFault, RemoteFailure, Superseded
-from meshd.protocol.messages import Mirror, Mirrored
-from meshd.types import Advert, PeerId, SessionId
+from meshd.protocol.messages import Mirrored
+from meshd.types import Advert, PeerId, Plan, SessionId
 
 log = getLogger(__name__)
 
@@ -28,8 +28,6 @@ _LOADING_WAIT_S = 120.0
 """How long a running answer waits for lost layers to be loaded elsewhere."""
 _NO_PLAN_WAIT_S = 3.0
 """How long an answer waits when the live peers cannot hold the model: short, but a peer that restarts may be back by then."""
-TAKEOVER_EPOCHS = 1000
-"""A new coordinator raises the recorded epoch by this much, to be above all epochs that the last one used but did not record."""
 _TRANSIENT = frozenset({OutOfMemory.code, NoPeer.code, Overloaded.code})
 """Errors with which a stage refuses to open when the peer has changed since the plan was made, for example because another session
 took the memory. A new plan may succeed."""
@@ -170,9 +168,15 @@ class PlanRetrier:
             if stage.mirror is None or number in answer.mirrors:
                 continue
             answer.mirrored(number, stage.mirror, 0)
-            answer.stages.send(
-                stage.peer, Mirror(session=answer.session, epoch=answer.machine.epoch, stage=number, target=stage.mirror)
-            )
+            answer.tasks.spawn(self._mirror(answer, answer.machine.epoch, plan, number, stage.mirror))
+
+    async def _mirror(self, answer: Answer, epoch: int, plan: Plan, stage: int, target: PeerId) -> None:
+        try:
+            await answer.stages.mirror(epoch, plan, stage, target)
+        except MeshdError as error:
+            log.info("session %s: %s takes no copy of stage %d: %s", answer.session, answer.context.names(target), stage, error)
+            if answer.machine.epoch == epoch and answer.mirrors.get(stage) == (target, 0):
+                answer.mirrored(stage, target, None)
 
     def on_mirrored(self, answer: Answer, message: Mirrored) -> None:
         """Record a stage's report of the progress of its mirror."""

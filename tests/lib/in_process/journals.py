@@ -185,7 +185,7 @@ class Keeper:
         made = self.answers.get(session)
         return made.record if made is not None else None
 
-    def release(self, session: SessionId) -> None:
+    async def hand_over(self, session: SessionId, to: PeerId) -> None:
         self.released.append(session)
         del self.answers[session]
         self.writer.release(session)
