@@ -1,12 +1,17 @@
 """The interfaces of a peer that the HTTP API uses: `Coordinator` for answers, `ClusterService` for the cluster."""
 
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, NewType, Protocol
 
 import msgspec
 
 from meshd.errors import MeshdError
 from meshd.types import FinishReason, LayerRange, ModelCard, Objective, PeerId, SamplingParams, SessionId
+
+AnswerSecret = NewType("AnswerSecret", str)
+"""The random part of an answer's id, 32 hexadecimal digits. Whoever has it may read and continue the answer at any peer."""
+NO_SECRET = AnswerSecret("")
+"""On a peer that no client has sent the answer's id to."""
 
 
 class MeshOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -85,6 +90,11 @@ class Generation(Protocol):
     """An answer, which may be running, suspended or ended."""
 
     @property
+    def secret(self) -> AnswerSecret:
+        """The secret part of the answer's id. `NO_SECRET` on a peer that no client has asked for the answer yet."""
+        ...
+
+    @property
     def session(self) -> SessionId: ...
 
     @property
@@ -144,7 +154,7 @@ class Coordinator(Protocol):
         """
         ...
 
-    async def resume(self, session: SessionId) -> Generation:
+    async def resume(self, secret: AnswerSecret) -> Generation:
         """Continue an answer on this peer. Take it over first if it runs, or its record is kept, on another peer.
 
         An answer that has ended is not continued, but can be read again.
@@ -153,7 +163,7 @@ class Coordinator(Protocol):
         """
         ...
 
-    async def look(self, session: SessionId) -> Generation:
+    async def look(self, secret: AnswerSecret) -> Generation:
         """Find an answer without taking it over. Returns: its present state. Raises: UnknownSession, UnknownModel."""
         ...
 

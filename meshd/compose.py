@@ -238,8 +238,14 @@ def compose(parts: Parts) -> Peer:
     router = parts.router(me=parts.me, library=library, placer=placer, adverts=adverts, suspects=membership.suspects)
     preload = Preload(settings.models, library, placer, router.covered, clock)
     journal = JournalWriters(parts.me, links, clock, adverts)
-    deputy = Deputy(links, clock, on_orphan=signals.orphaned, on_dropped=journal.on_dropped)
-    locator = Locator(parts.me, links, deputy)
+    deputy = Deputy(
+        links,
+        clock,
+        on_orphan=signals.orphaned,
+        on_dropped=journal.on_dropped,
+        coordinates=lambda session: session in coordinator.answers,
+    )
+    locator = Locator(parts.me, links, deputy, clock)
     coordinator = _coordinator(parts, router, preload, journal, deputy, locator, membership, drainer, story)
     keeper = Keeper(
         me=parts.me,

@@ -14,7 +14,7 @@ import msgspec
 from meshd.agents.links.links import Links
 from meshd.agents.observe.story import Story
 from meshd.agents.placement.model_library import ModelText
-from meshd.agents.service import Finished, TextDelta
+from meshd.agents.service import NO_SECRET, AnswerSecret, Finished, TextDelta
 from meshd.agents.session import events as fsm
 from meshd.agents.session.journal.record import SessionRecord, followed_by
 from meshd.agents.session.output import AnswerOutput
@@ -57,6 +57,8 @@ class Answer:
     card: ModelCard
     text: ModelText
     context: AnswerContext
+    secret: AnswerSecret = NO_SECRET
+    """See `service.Generation.secret`."""
     machine: Session = field(init=False)
     stages: StageClient = field(init=False)
     output: AnswerOutput = field(init=False)
@@ -199,16 +201,13 @@ class Answer:
         if not self.ended:
             self._apply(fsm.Released(Cancelled(why)))
 
-    def reclaim(self, record: SessionRecord, used: int) -> None:
-        """Take the answer back from another coordinator.
+    def reclaim(self, coordinator: PeerId, used: int) -> None:
+        """Take the answer back from another coordinator. Its tokens are not taken: this peer's stages give the same ones.
 
-        `record`: the other coordinator's record. `used`: the highest epoch that the other coordinator can have used.
+        `used`: the highest epoch that the other coordinator can have used.
         """
-        self.stages.predecessors = followed_by(self.stages.predecessors, record.coordinator)
-        tokens = tuple(
-            (token, logprobs, self.output.finish_at(index, token)) for index, (token, logprobs) in enumerate(record.tokens)
-        )
-        self._apply(fsm.Reclaimed(used, tokens))
+        self.stages.predecessors = followed_by(self.stages.predecessors, coordinator)
+        self._apply(fsm.Reclaimed(used))
 
     def overdue(self, reason: str, blame: PeerId | None) -> None:
         """Recover the answer, because it made no progress for too long. `blame`: the peer at fault, if it is known."""

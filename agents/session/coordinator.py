@@ -10,15 +10,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from logging import getLogger
 
-import msgspec
-
 from meshd.agents.links.links import Links
 from meshd.agents.observe.story import Story
 from meshd.agents.placement.model_library import ModelLibrary, ModelText
-from meshd.agents.service import GenerationRequest
+from meshd.agents.service import NO_SECRET, AnswerSecret, GenerationRequest
 from meshd.agents.session.admission import Admission
 from meshd.agents.session.answer import Answer, AnswerContext
 from meshd.agents.session.journal.deputy import Deputy
+from meshd.agents.session.journal.keys import new_secret, session_of
 from meshd.agents.session.journal.locator import Locator
 from meshd.agents.session.journal.record import SessionRecord, new_record, taken_over
 from meshd.agents.session.journal.writer import JournalWriters
@@ -157,8 +156,9 @@ class Coordinator:
         text = await self.library.text(card)
         # In a thread: a long prompt, or a template with an endless loop, must not delay the heartbeats.
         prompt = await asyncio.to_thread(text.tokens_of, request.prompt, request.template)
-        record = new_record(request, card, prompt, self.me, self.clock)
-        answer = await self._admit(record, card, text)
+        secret = new_secret(self.clock)
+        record = new_record(request, card, prompt, self.me, secret, self.clock)
+        answer = await self._admit(record, card, text, secret)
         self.retrier.start(answer)
         try:
             await answer.opened
@@ -168,13 +168,13 @@ class Coordinator:
         log.info("session %s: %s, %d prompt tokens, over %s", answer.session, card.name, len(prompt), answer.plan_header)
         return answer
 
-    async def _admit(self, record: SessionRecord, card: ModelCard, text: ModelText) -> Answer:
+    async def _admit(self, record: SessionRecord, card: ModelCard, text: ModelText, secret: AnswerSecret) -> Answer:
         asked = self.clock.monotonic()
         await self.admission.enter()
         now = self.clock.monotonic()
         self.telemetry.queue_wait(now - asked)
         try:
-            answer = Answer(record, card, text, self._context)
+            answer = Answer(record, card, text, self._context, secret)
         except BaseException:
             self.admission.leave(0.0)
             raise
@@ -187,19 +187,26 @@ class Coordinator:
         self._admitted[answer.session] = since
         self.telemetry.sessions_active(len(self.answers))
 
-    async def resume(self, session: SessionId) -> Answer:
+    async def resume(self, secret: AnswerSecret) -> Answer:
         """See `service.Coordinator.resume`."""
-        answer = self.answers.get(session) or self.retained.get(session)
+        answer = self._answer_with(secret)
         if answer is None:
-            return await self._take(session)
+            return await self._take(secret)
         return answer if answer.running or answer.ended else await self._revive(answer)
 
-    async def look(self, session: SessionId) -> Answer:
+    async def look(self, secret: AnswerSecret) -> Answer:
         """See `service.Coordinator.look`."""
-        answer = self.answers.get(session) or self.retained.get(session)
+        answer = self._answer_with(secret)
         if answer is not None:
             return answer
-        return await self._restore(await self.locator.fetch(session, take=False))
+        return await self._restore(await self.locator.fetch(secret, take=False), secret)
+
+    def _answer_with(self, secret: AnswerSecret) -> Answer | None:
+        session = session_of(secret)
+        answer = self.answers.get(session) or self.retained.get(session)
+        if answer is not None:
+            answer.secret = secret  # a peer that took the answer over as a deputy does not have it
+        return answer
 
     async def end(self, session: SessionId, *, forget: bool = False) -> None:
         """See `service.Coordinator.end`."""
@@ -256,20 +263,20 @@ class Coordinator:
             self.journal.end(session, "cancelled", keep=False)
         return True
 
-    async def _take(self, session: SessionId) -> Answer:
+    async def _take(self, secret: AnswerSecret) -> Answer:
         """Take an answer over from another peer, and resume it on this peer if it has not ended."""
-        record = await self.locator.fetch(session, take=True)
-        answer = await self._restore(record)
+        record = await self.locator.fetch(secret, take=True)
+        answer = await self._restore(record, secret)
         if answer.ended:
             self._retain(answer)
             self._adopt(answer)
             return answer
         return await self._revive(answer)
 
-    async def _restore(self, record: SessionRecord) -> Answer:
+    async def _restore(self, record: SessionRecord, secret: AnswerSecret = NO_SECRET) -> Answer:
         card = self._find_card(record.model)
         text = await self.library.text(card)
-        return Answer(taken_over(record, self.me), card, text, self._context)
+        return Answer(taken_over(record, self.me), card, text, self._context, secret)
 
     def _find_card(self, model: ModelId) -> ModelCard:
         card = self.library.cards().get(model)

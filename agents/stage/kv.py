@@ -131,7 +131,13 @@ class KvManager:
         cache.log = max(logs, key=lambda log: log.kept_to, default=None) or self.outputs.open()
 
     def reserve_copy(
-        self, session_kv: SessionKv, resident: ResidentLayers | None, model: ModelId, layers: LayerRange, tokens: int, source: PeerId
+        self,
+        session_kv: SessionKv,
+        resident: ResidentLayers | None,
+        model: ModelId,
+        layers: LayerRange,
+        tokens: int,
+        source: PeerId,
     ) -> StageCache:
         """Add a cache for a copy that `source` will send, on the blocks of an older cache that no stage uses, or on new ones.
 

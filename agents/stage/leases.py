@@ -52,7 +52,9 @@ class SessionLeases:
             if not gone or epoch == session_kv.epoch:
                 raise Superseded(f"session {session_kv.session} has a coordinator that is alive: {session_kv.coordinator}")
 
-    def begin_epoch(self, session: SessionId, coordinator: PeerId, epoch: int, predecessors: Collection[PeerId]) -> SessionKv | None:
+    def begin_epoch(
+        self, session: SessionId, coordinator: PeerId, epoch: int, predecessors: Collection[PeerId]
+    ) -> SessionKv | None:
         """End the session's stages of older epochs, because its coordinator begins this one.
 
         KV from a coordinator that is neither this one nor one of its predecessors is dropped: that peer reserved memory under the

@@ -27,7 +27,7 @@ class Open(Request, frozen=True, kw_only=True):
     resume: bool = False
     """Reuse KV and outputs of an older epoch for these layers: report them in OPENED, and wait for RESUME."""
     predecessors: tuple[PeerId, ...] = ()
-    """The session's earlier coordinators, as its record names them. KV that the receiver has from any other coordinator is not used,
+    """The session's earlier coordinators, as its record names them. The receiver uses no KV that it has from any other coordinator,
     because only these peers had the session's tokens."""
 
 

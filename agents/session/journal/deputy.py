@@ -11,7 +11,7 @@ from meshd.agents.links.links import Links
 from meshd.agents.session.journal.record import SessionRecord, decode_record
 from meshd.agents.session.journal.store import JournalStore
 from meshd.clock import Clock
-from meshd.errors import InvalidRequest, MeshdError
+from meshd.errors import InvalidRequest, MeshdError, Superseded
 from meshd.protocol.messages import HandOver, Journal, JournalDrop, Journaled, JournalTokens
 from meshd.types import PeerId, SessionId
 
@@ -30,6 +30,8 @@ class Deputy:
     """Called for each session whose coordinator is lost."""
     on_dropped: Callable[[PeerId, SessionId], None]
     """Called when another peer, a deputy of this one, reports that it lacks a session's record or a part of it."""
+    coordinates: Callable[[SessionId], bool]
+    """Whether this peer coordinates a session, and so keeps no record of it for another peer."""
     store: JournalStore = field(default_factory=JournalStore)
 
     def register(self) -> None:
@@ -54,8 +56,7 @@ class Deputy:
 
     def on_hand_over(self, sender: PeerId, message: HandOver) -> bool:
         """Take additions to the record from another coordinator from now on. Returns: whether `sender` was its coordinator."""
-        record = self.store.get(message.session)
-        if record is None or record.coordinator != sender:
+        if self.store.coordinator_of(message.session) != sender:
             return False
         self.hand_to(message.session, message.to)
         return True
@@ -79,8 +80,17 @@ class Deputy:
         record = decode_record(payload)
         if record.session != message.session or record.coordinator != sender:
             raise InvalidRequest("only a session's coordinator may send its record, and under the session's own id")
+        self._check_coordinator(message.session, sender)
         self.store.keep(record, self.clock.monotonic())
         return Journaled(request=message.request, session=message.session)
+
+    def _check_coordinator(self, session: SessionId, sender: PeerId) -> None:
+        """Check that a peer may replace the session's record. Raises: Superseded while another peer coordinates the session."""
+        if self.coordinates(session):
+            raise Superseded(f"session {session} is coordinated by this peer")
+        present = self.store.coordinator_of(session)
+        if present not in (None, sender) and present in self.links.peers():
+            raise Superseded(f"session {session} has a coordinator that is alive: {present}")
 
     def _on_tokens(self, sender: PeerId, message: JournalTokens, payload: memoryview) -> None:
         if not self.store.append(sender, message, self.clock.monotonic()):

@@ -2,7 +2,8 @@
 
 import msgspec
 
-from meshd.agents.service import GenerationRequest, MeshOptions
+from meshd.agents.service import AnswerSecret, GenerationRequest, MeshOptions
+from meshd.agents.session.journal.keys import key_of, session_of, session_with
 from meshd.clock import Clock
 from meshd.errors import ContextTooLong, InvalidRequest, ProtocolViolation
 from meshd.types import ModelCard, ModelId, PeerId, Plan, SamplingParams, SessionId, TokenLogprobs
@@ -19,6 +20,8 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A request with all defaults resolved, and the tokens so far. It gives the same answer on any peer."""
 
     session: SessionId
+    key: str
+    """See `journal/keys.py`."""
     model: ModelId
     coordinator: PeerId
     coordinators: tuple[PeerId, ...] = ()
@@ -63,9 +66,14 @@ def followed_by(coordinators: tuple[PeerId, ...], last: PeerId) -> tuple[PeerId,
 
 
 def new_record(
-    request: GenerationRequest, card: ModelCard, prompt: tuple[int, ...], coordinator: PeerId, clock: Clock
+    request: GenerationRequest,
+    card: ModelCard,
+    prompt: tuple[int, ...],
+    coordinator: PeerId,
+    secret: AnswerSecret,
+    clock: Clock,
 ) -> SessionRecord:
-    """Returns: the record of a new request. `prompt`: its token ids.
+    """Returns: the record of a new request. `prompt`: its token ids. `secret`: the secret of the answer's id.
 
     Raises: ContextTooLong, InvalidRequest.
     """
@@ -76,7 +84,8 @@ def new_record(
             f"the prompt has a token id outside the vocabulary: ids go from 0 to {card.spec.vocab - 1}", param="prompt"
         )
     return SessionRecord(
-        session=SessionId(clock.random_bytes(16).hex()),
+        session=session_of(secret),
+        key=key_of(secret),
         model=card.id,
         coordinator=coordinator,
         epoch=0,
@@ -114,8 +123,11 @@ def encode_record(record: SessionRecord) -> bytes:
 
 
 def decode_record(data: bytes | memoryview) -> SessionRecord:
-    """Decode a record from the wire. Raises: ProtocolViolation."""
+    """Decode a record from the wire. Raises: ProtocolViolation, also if its key is not the session's."""
     try:
-        return msgspec.msgpack.decode(data, type=SessionRecord)
+        record = msgspec.msgpack.decode(data, type=SessionRecord)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise ProtocolViolation(f"a session's record cannot be decoded: {error}") from error
+    if session_with(record.key) != record.session:
+        raise ProtocolViolation(f"the record of session {record.session} was made by a peer that never had it: its key is wrong")
+    return record

@@ -58,6 +58,11 @@ class JournalStore:
         stored = self._records.get(session)
         return stored.record() if stored is not None else None
 
+    def coordinator_of(self, session: SessionId) -> PeerId | None:
+        """Returns: the peer that may add to the session's record; None if there is no record."""
+        stored = self._records.get(session)
+        return stored.head.coordinator if stored is not None else None
+
     def records_of(self, coordinator: PeerId) -> list[SessionRecord]:
         """Returns: the records of all sessions of this coordinator."""
         return [stored.record() for stored in self._records.values() if stored.head.coordinator == coordinator]

@@ -6,6 +6,7 @@ from functools import partial
 from logging import getLogger
 
 from meshd.agents.links.links import Links
+from meshd.agents.service import AnswerSecret
 from meshd.agents.session.answer import Answer
 from meshd.agents.session.events import Replan
 from meshd.agents.session.journal.record import TAKEOVER_EPOCHS, SessionRecord
@@ -15,7 +16,7 @@ from meshd.agents.session.session import SessionState
 from meshd.clock import Clock
 from meshd.errors import DoesNotFit, MeshdError, NoPeer, NotReady, OutOfMemory, Overloaded, PeerFault, RemoteFailure, Superseded
 from meshd.protocol.messages import Mirrored
-from meshd.types import Advert, PeerId, Plan, SessionId
+from meshd.types import Advert, PeerId, Plan
 
 log = getLogger(__name__)
 
@@ -43,10 +44,10 @@ class PlanRetrier:
     clock: Clock
     mirror: bool
     """Whether to mirror KV if the request has no `mirror` option."""
-    take: Callable[[SessionId], Awaitable[SessionRecord]]
-    """Makes this peer the session's coordinator and returns the record."""
-    coordinated_elsewhere: Callable[[SessionId], Awaitable[bool]]
-    """Whether another peer coordinates the session."""
+    take: Callable[[AnswerSecret], Awaitable[SessionRecord]]
+    """Makes this peer the coordinator of the answer with this secret, and returns its record."""
+    coordinated_elsewhere: Callable[[SessionRecord], Awaitable[bool]]
+    """Whether another peer coordinates the record's session."""
 
     def replan(self, answer: Answer, command: Replan) -> None:
         """Search for a plan for an answer that lost its plan. Cancels the answer's previous search."""
@@ -126,16 +127,16 @@ class PlanRetrier:
 
         Returns: whether this peer continues the answer.
         """
-        if await self.coordinated_elsewhere(answer.session):
+        if await self.coordinated_elsewhere(answer.record):
             if not answer.readers:
                 answer.release()
                 return False
             try:
-                record = await self.take(answer.session)
+                record = await self.take(answer.secret)
             except MeshdError as error:
                 answer.plan_failed(error)
                 return False
-            answer.reclaim(record, record.epoch + TAKEOVER_EPOCHS)
+            answer.reclaim(record.coordinator, record.epoch + TAKEOVER_EPOCHS)
         await self.clock.sleep(_NOTICE_S)
         return answer.running
 

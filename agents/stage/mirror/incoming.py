@@ -1,7 +1,7 @@
 """Stores the copies of other peers' stages on this peer.
 
-A copy begins with the word of the session's coordinator: EXPECT_COPY names the peer that will send the KV, the layers and the epoch.
-KV from any other peer is refused, whatever that peer knows of the session: it would be used without a check after a loss.
+The session's coordinator announces a copy: EXPECT_COPY names the peer that will send the KV, the layers and the epoch. KV from any
+other peer is refused, whatever that peer knows of the session: after a loss it would be used without a check.
 """
 
 from collections.abc import Callable
@@ -49,16 +49,17 @@ class IncomingMirrors:
         if _find(session_kv, message.source, message.layers) is None:
             resident = self.residents.find(message.model, message.layers)
             try:
-                self.kv_manager.reserve_copy(
-                    session_kv, resident, message.model, message.layers, message.tokens, message.source
-                )
+                self.kv_manager.reserve_copy(session_kv, resident, message.model, message.layers, message.tokens, message.source)
             finally:
                 self.kv_manager.forget_if_empty(session_kv)
             self.on_change()
         return CopyExpected(request=message.request, session=message.session, epoch=message.epoch)
 
     def on_offer(self, sender: PeerId, message: KvOffer, payload: memoryview) -> KvAccepted:
-        """Begin a copy that the coordinator announced. A repeated offer gets the same cache. Raises: InvalidRequest for any other."""
+        """Begin a copy that the coordinator announced. A repeated offer gets the same cache.
+
+        Raises: InvalidRequest for a copy that was not announced.
+        """
         session_kv, cache = self._expected(sender, message.session, message.epoch, message.layers)
         if session_kv is None or cache is None:
             raise InvalidRequest(

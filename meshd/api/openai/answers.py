@@ -74,7 +74,7 @@ async def generate(request: web.Request, renderer: AnyRenderer, generation_reque
         generation_request, store=renderer.store, background=renderer.background, renderer=encode_renderer(renderer)
     )
     generation = await coordinator.generate(whole)
-    set_generation_headers(request, generation)
+    set_generation_headers(request, generation, renderer)
     return generation
 
 
@@ -84,7 +84,7 @@ async def reading(
 ) -> AsyncIterator[RunningAnswers]:
     """Read a single answer from its beginning. Leaving the block releases the answer as `started` does."""
     work = request.app[SERVICES].work
-    answer_id = renderer.prefix + generation.session
+    answer_id = renderer.prefix + generation.secret
     if renderer.store:
         request[RESUMABLE] = ResumableAnswer(answer_id, generation)
     try:
@@ -155,9 +155,11 @@ async def _deltas(
             yield index, event
 
 
-def set_generation_headers(request: web.Request, generation: Generation) -> None:
-    """Set the response headers for the session, its plan and its predicted TPOT."""
+def set_generation_headers(request: web.Request, generation: Generation, renderer: AnyRenderer) -> None:
+    """Set the response headers for the session, its plan, its predicted TPOT and, if it can be read again, the answer's id."""
     request[GENERATION_HEADERS] = _headers({0: generation})
+    if renderer.store:
+        request[GENERATION_HEADERS]["x-meshd-answer"] = renderer.prefix + generation.secret
 
 
 def _headers(admitted: Mapping[int, Generation]) -> dict[str, str]:

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from in_process.clusters import make_card
-from in_process.journals import HandClock, record
+from in_process.journals import SECRET, HandClock, S, named, record
 from meshd.agents.service import GenerationRequest, MeshOptions
 from meshd.agents.session.journal.record import SessionRecord, decode_record, encode_record, new_record
 from meshd.errors import ContextTooLong, InvalidRequest, ProtocolViolation
@@ -17,7 +17,22 @@ CONTEXT, VOCAB = CARD.spec.context_length, CARD.spec.vocab
 
 
 def made(prompt: tuple[int, ...] = (1, 2, 3), **fields: Any) -> SessionRecord:
-    return new_record(GenerationRequest(model="tiny", prompt=prompt, **fields), CARD, prompt, PeerId("me"), HandClock(1000.0))
+    request = GenerationRequest(model="tiny", prompt=prompt, **fields)
+    return new_record(request, CARD, prompt, PeerId("me"), SECRET, HandClock(1000.0))
+
+
+def test_the_session_and_the_key_follow_from_the_secret_of_the_answers_id() -> None:
+    begun = made()
+    assert begun.session == S
+    assert SECRET not in (begun.key, begun.session)
+    assert begun.key != begun.session
+
+
+def test_a_record_whose_key_is_not_the_sessions_is_refused() -> None:
+    """Only a peer that was given the session's record has its key: the id alone is known to many."""
+    forged = msgspec.structs.replace(record(named("mine")), session=S)
+    with pytest.raises(ProtocolViolation, match="its key is wrong"):
+        decode_record(encode_record(forged))
 
 
 def test_a_record_begins_without_tokens_or_epochs() -> None:

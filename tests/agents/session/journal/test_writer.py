@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from in_process.journals import Answer, HandClock, Keeper, Keepers, S, advert, record
+from in_process.journals import Answer, HandClock, Keeper, Keepers, S, advert, named, record
 from in_process.peers import Peers
 from meshd.agents.session.journal.store import size_of
 from meshd.agents.session.journal.writer import BATCH_TOKENS, JournalWriter, choose_deputy
@@ -170,11 +170,11 @@ async def test_an_answer_that_is_not_kept_is_deleted_at_the_deputy_too(keepers: 
         session.end(keep=False)
         await keepers.until(lambda: b.kept() is None)
         assert len(a.writer) == 0
-        at_once = a.answer(SessionId("short"))
+        at_once = a.answer(named("short"))
         await keepers.clock.move(0)
         at_once.end(keep=False)
         await keepers.clock.move(0)
-        await keepers.until(lambda: b.kept(SessionId("short")) is None and len(b.deputy.store) == 0)
+        await keepers.until(lambda: b.kept(named("short")) is None and len(b.deputy.store) == 0)
 
 
 async def test_a_suspended_answer_stays_unfinished_and_can_continue(keepers: Keepers) -> None:
@@ -260,7 +260,7 @@ async def test_a_peer_that_confirms_a_record_too_late_is_sent_a_drop(keepers: Ke
 async def test_a_hundred_sessions_change_their_deputy_at_once(keepers: Keepers) -> None:
     async with keepers.linked("a", "b", "c") as (a, b, c):
         a.rtt_s = {b.id: 0.001, c.id: 0.1}
-        running: list[Answer] = [a.answer(SessionId(f"{number}"), tokens=number) for number in range(100)]
+        running: list[Answer] = [a.answer(named(f"{number}"), tokens=number) for number in range(100)]
         await keepers.until(lambda: len(b.deputy.store) == 100)
         await b.peer.links.close("it goes")
         for session in running:
