@@ -22,6 +22,7 @@ from meshd.agents.membership.peer_table import PeerTable
 from meshd.agents.membership.sources import Source
 from meshd.agents.membership.static import StaticPeers
 from meshd.agents.placement.model_library import ModelLibrary
+from meshd.agents.placement.weights.headers import HeaderFetcher
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.agents.placement.weights.sources import WeightSources
 from meshd.api.http.app import Server, create_app, serve
@@ -234,9 +235,15 @@ def _parts(config: Config, identity: Identity, measured: ProbeResult, clock: Clo
     )
     prober = LinkProber(links, clock, on_change=signals.changed)
     store = Store(config.models_dir, config.hf_cache, index_url=config.pypi_index, clock=clock)
-    library = ModelLibrary(links=links, store=store, adverts=table.adverts, on_change=signals.changed)
     weight_sources = WeightSources(
         me=identity.peer, links=links, adverts=table.adverts, names=table.name_of, clock=clock, link_stats=prober.stats
+    )
+    library = ModelLibrary(
+        links=links,
+        store=store,
+        adverts=table.adverts,
+        on_change=signals.changed,
+        headers=HeaderFetcher(links, weight_sources),
     )
     return Parts(
         me=identity.peer,

@@ -9,8 +9,9 @@ from logging import getLogger
 from typing import Any
 
 from meshd.agents.links.links import Links
+from meshd.agents.placement.weights.headers import HeaderFetcher
 from meshd.agents.service import ChatMessage
-from meshd.errors import InvalidRequest, MeshdError, ModelFileError, NoPeer, PeerFault, ProtocolViolation, UnknownModel
+from meshd.errors import InvalidRequest, MeshdError, ModelFileError, UnknownModel
 from meshd.models.cards import card_from_gguf
 from meshd.models.files.gguf import GgufFile
 from meshd.models.store.partial_copy import HEADER_INDEX, PartialCopy
@@ -24,7 +25,6 @@ from meshd.types import Advert, ModelCard, ModelId, PeerId
 
 log = getLogger(__name__)
 
-_HEADER_TIMEOUT_S = 20.0
 _MAX_HEARD = 64
 """Maximum number of cards that are remembered from other peers; the oldest is dropped first."""
 
@@ -59,6 +59,15 @@ class ModelText:
         return tuple(self.tokenizer.encode_chat(self.template, turns, variables=variables))
 
 
+@dataclass(frozen=True, slots=True)
+class _PeerHeader:
+    """A header that a peer sent."""
+
+    sha256: bytes
+    holders: frozenset[PeerId]
+    """The peers that had the model when they agreed on this header."""
+
+
 @dataclass(slots=True)
 class ModelLibrary:
     """Knows the models on this peer's disk and the models that other peers advertise."""
@@ -68,6 +77,7 @@ class ModelLibrary:
     adverts: Callable[[], Iterable[Advert]]
     """Returns the adverts of the live peers, with or without this peer's own."""
     on_change: Callable[[], None]
+    headers: HeaderFetcher
     local: dict[ModelId, ModelCard] = field(default_factory=dict)
     """Models whose whole file is on this disk."""
     partial: dict[ModelId, ModelCard] = field(default_factory=dict)
@@ -75,6 +85,8 @@ class ModelLibrary:
     _heard: dict[ModelId, ModelCard] = field(default_factory=dict)
     """Cards that peers have advertised. These peers may have gone since."""
     _texts: dict[ModelId, asyncio.Task[ModelText]] = field(default_factory=dict)
+    _from_peers: dict[ModelId, _PeerHeader] = field(default_factory=dict)
+    """The headers of `_texts` that came from peers."""
 
     def register(self) -> None:
         """Register the handler of FETCH_HEADER."""
@@ -187,8 +199,12 @@ class ModelLibrary:
     async def text(self, card: ModelCard) -> ModelText:
         """Get a model's tokenizer and template, from this disk or else from a peer with the file. They are built once and cached.
 
-        Raises: NoPeer, PeerFault.
+        A text that was made from a peer's header is made anew when the model is on this disk, or when more peers have its file and
+        the majority has another header.
+
+        Raises: NoPeer, PeerFault; ModelFileError if no majority of the peers agrees on the model's contents.
         """
+        await self._forget_wrong(card)
         task = self._texts.get(card.id)
         if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
             task = asyncio.get_running_loop().create_task(self._load_text(card), name=f"text of {card.name}")
@@ -199,8 +215,31 @@ class ModelLibrary:
         text = await asyncio.to_thread(self._text_here, card)
         if text is not None:
             return text
-        header = await self._fetch_header(card)
+        holders = frozenset(holders_of(card.id, self.adverts()))
+        header = await self.headers.fetch(card)
+        self._from_peers[card.id] = _PeerHeader(hashlib.sha256(header).digest(), holders)
         return await asyncio.to_thread(_text_of, card, GgufFile.from_header(header))
+
+    async def _forget_wrong(self, card: ModelCard) -> None:
+        """Forget the text of a header that a peer sent, if it is on this disk by now or a majority has another one."""
+        header = self._from_peers.get(card.id)
+        if header is None:
+            return
+        holders = frozenset(holders_of(card.id, self.adverts()))
+        if card.id not in self.local:
+            if holders <= header.holders:
+                return
+            try:
+                agreed = await self.headers.agreed_hash(card.id)
+            except MeshdError as error:
+                log.info("the header of %s can't be compared with that of more peers: %s", card.name, error)
+                return
+            if agreed == header.sha256:
+                self._from_peers[card.id] = _PeerHeader(agreed, holders | header.holders)
+                return
+            log.warning("the tokenizer and template of %s came from a peer that had another header than most peers have", card.name)
+        if self._from_peers.pop(card.id, None) is not None:
+            self._texts.pop(card.id, None)
 
     def _text_here(self, card: ModelCard) -> ModelText | None:
         file = self._file_of(card.id)
@@ -208,27 +247,6 @@ class ModelLibrary:
             return None
         with file:
             return _text_of(card, file)
-
-    async def _fetch_header(self, card: ModelCard) -> bytes:
-        """Fetch the header of a model's file. Asks the peers with the whole file, then the peers with layers, until one sends it.
-
-        Raises: NoPeer, PeerFault.
-        """
-        failure: MeshdError = NoPeer(f"no live peer has the file of {card.name}", hint=f"fetch it with `meshd pull {card.ref}`")
-        for peer in holders_of(card.id, self.adverts()):
-            try:
-                return await self._ask_header(peer, card)
-            except PeerFault as error:
-                failure = error
-        raise failure
-
-    async def _ask_header(self, peer: PeerId, card: ModelCard) -> bytes:
-        request = FetchHeader(request=self.links.next_request(), model=card.id)
-        reply, payload = await self.links.request(peer, request, timeout_s=_HEADER_TIMEOUT_S)
-        data = bytes(payload)
-        if not isinstance(reply, HeaderData) or hashlib.sha256(data).hexdigest() != reply.sha256:
-            raise ProtocolViolation(f"the header of {card.name} does not match its hash")
-        return data
 
     async def _on_fetch_header(self, sender: PeerId, message: FetchHeader, payload: memoryview) -> tuple[HeaderData, bytes]:
         card = self.card_here(message.model)

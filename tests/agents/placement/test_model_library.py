@@ -9,7 +9,10 @@ from fake_api.words import CARD
 from in_process.adverts import advert, held
 from in_process.peers import Peers
 from meshd.agents.placement.model_library import ModelLibrary, ModelText, holders_of
+from meshd.agents.placement.weights.headers import HeaderFetcher
+from meshd.agents.placement.weights.sources import WeightSources
 from meshd.agents.service import ChatMessage
+from meshd.clock import SystemClock
 from meshd.errors import InvalidRequest, UnknownModel
 from meshd.models.store.store import Store
 from meshd.models.text.template import ChatTemplate
@@ -60,7 +63,15 @@ def adverts() -> list[Advert]:
 
 @pytest.fixture
 async def library(peers: Peers, tmp_path: Path, adverts: list[Advert]) -> ModelLibrary:
-    return ModelLibrary(links=peers.start("a").links, store=Store(tmp_path), adverts=lambda: adverts, on_change=lambda: None)
+    links = peers.start("a").links
+    sources = WeightSources(links.id, links, adverts=lambda: adverts, names=str, clock=SystemClock(), link_stats=dict)
+    return ModelLibrary(
+        links=links,
+        store=Store(tmp_path),
+        adverts=lambda: adverts,
+        on_change=lambda: None,
+        headers=HeaderFetcher(links, sources),
+    )
 
 
 async def test_a_model_is_found_by_name_reference_or_id(library: ModelLibrary, adverts: list[Advert]) -> None:

@@ -11,6 +11,7 @@ import msgspec
 
 from in_process.peers import WAIT_S, Peer, Peers, until
 from meshd.agents.placement.model_library import ModelLibrary
+from meshd.agents.placement.weights.headers import HeaderFetcher
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.agents.placement.weights.serve import RateLimiter, WeightServer
 from meshd.agents.placement.weights.sources import WeightSources
@@ -132,11 +133,17 @@ class Sites:
         clock = SystemClock()
         peer = self.peers.start(name)
         store = Store(self.root / f"models-{name}", self.root / "hf", index_url="http://127.0.0.1:9/simple")
-        library = ModelLibrary(links=peer.links, store=store, adverts=lambda: self.adverts(name), on_change=lambda: None)
-        server = Server(peer.links, library, RateLimiter(clock, busy=lambda: False, link_stats=dict))
         sources = WeightSources(
             me=peer.id, links=peer.links, adverts=lambda: self.adverts(name), names=self.name_of, clock=clock, link_stats=dict
         )
+        library = ModelLibrary(
+            links=peer.links,
+            store=store,
+            adverts=lambda: self.adverts(name),
+            on_change=lambda: None,
+            headers=HeaderFetcher(peer.links, sources),
+        )
+        server = Server(peer.links, library, RateLimiter(clock, busy=lambda: False, link_stats=dict))
         site = Site(name, peer, store, library, server, sources, WeightProvider(peer.links, library, sources, clock))
         library.register()
         server.register()
