@@ -41,6 +41,7 @@ from meshd.agents.signals import Signal
 from meshd.agents.stage.host import StageHost
 from meshd.clock import Clock
 from meshd.kernels.backend import Backend
+from meshd.models.cards import shown_to_peers
 from meshd.protocol.messages import Error, HandedOver, HandOver, Hello, Token
 from meshd.telemetry import Telemetry
 from meshd.types import Advert, Capability, PeerId
@@ -328,7 +329,7 @@ def _membership(
             version=parts.version,
             capability=lambda: msgspec.structs.replace(parts.capability, memory_free_bytes=memory.free_bytes()),
             holdings=lambda: tuple(resident.holding() for resident in holdings),
-            models=lambda: tuple(parts.library.local.values()),
+            models=lambda: tuple(map(shown_to_peers, parts.library.local.values())),
             sessions=lambda: stages.sessions,
             draining=lambda: drainer.draining,
         ),

@@ -12,8 +12,9 @@ from meshd.agents.links.links import Links
 from meshd.agents.placement.weights.headers import HeaderFetcher
 from meshd.agents.service import ChatMessage
 from meshd.errors import InvalidRequest, MeshdError, ModelFileError, UnknownModel
-from meshd.models.cards import card_from_gguf
+from meshd.models.cards import card_from_gguf, shown_to_peers
 from meshd.models.files.gguf import GgufFile
+from meshd.models.store.catalogue import claims_other_model
 from meshd.models.store.partial_copy import HEADER_INDEX, PartialCopy
 from meshd.models.store.progress import PullPhase, PullProgress
 from meshd.models.store.store import Store, StoredModel
@@ -130,7 +131,8 @@ class ModelLibrary:
         adverts = list(self.adverts())
         for advert in adverts:
             for card in advert.models:
-                self._hear(card)
+                if not claims_other_model(card.name, card.id):
+                    self._hear(card)
         advertised = {card.id for advert in adverts for card in advert.models}
         advertised |= {holding.model for advert in adverts for holding in advert.holdings}
         heard = {model: card for model, card in self._heard.items() if model in advertised}
@@ -177,19 +179,30 @@ class ModelLibrary:
         """Find a model by name, reference or id. Raises: UnknownModel, whose hint lists similar names."""
         cards = self.cards()
         for card in cards.values():
-            if name in (card.name, card.ref, card.id):
+            if name in (card.name, card.ref, card.id, shown_to_peers(card).name):
                 return card
         names = [card.name for card in cards.values()]
         near = get_close_matches(name, names, n=3, cutoff=0.4) or sorted(names)[:5]
         hint = f"nearest: {', '.join(near)}" if near else "fetch one with `meshd pull` or place one with `meshd place`"
         raise UnknownModel(f"the model {name!r} does not exist in this cluster", hint=hint)
 
-    async def pull(self, ref: str, progress: Callable[[float], None]) -> ModelCard:
+    async def pull(self, ref: str, progress: Callable[[float], None], *, by_owner: bool = False) -> ModelCard:
         """Fetch a model from its own source, unless it is on this disk already. Returns: the model's card.
 
-        Raises: UnknownModel, DownloadError, StorageError.
+        by_owner: the owner of this device named the model when the daemon was started. Anybody else (a client of the API, a peer)
+        can name a file of this device only if the owner has put it into the store: the files are the owner's, and even whether one
+        exists is nobody else's business.
+
+        Raises: UnknownModel, InvalidRequest, DownloadError, StorageError.
         """
-        stored = self.store.get(ref) or await self.store.pull(ref, lambda step: progress(_fraction(step)))
+        stored = self.store.get(ref)
+        if stored is None and ref.startswith("file:") and not by_owner:
+            raise InvalidRequest(
+                f"{ref} is none of this device's models, and a file can be named only by the device's owner",
+                param="model",
+                hint=f"run `meshd pull {ref}` on this device first",
+            )
+        stored = stored or await self.store.pull(ref, lambda step: progress(_fraction(step)))
         card = self.local.get(stored.id)
         if card is None:
             card = await asyncio.to_thread(self._card_of, stored)
@@ -253,7 +266,7 @@ class ModelLibrary:
         if card is None:
             raise UnknownModel("this peer does not have that model's file")
         data = await asyncio.to_thread(self._header_of, card)
-        return HeaderData(request=message.request, card=card, sha256=hashlib.sha256(data).hexdigest()), data
+        return HeaderData(request=message.request, card=shown_to_peers(card)), data
 
     def _header_of(self, card: ModelCard) -> bytes:
         with self.open(card) as file:

@@ -26,5 +26,3 @@ class HeaderData(Reply, frozen=True, kw_only=True):
 
     default_lane: ClassVar[Lane] = Lane.BULK
     card: ModelCard
-    sha256: str
-    """SHA-256 of the payload, in hex."""

@@ -1,7 +1,7 @@
-"""Fetches the header of a model's file from peers. It contains the tokenizer and the chat template, and so decides what a model reads.
+"""Fetches the header of a model's file from peers. It contains the tokenizer and the chat template: what a model reads and writes.
 
-A header is used only if its hash is that in the manifest on which the peers with the model agree (`sources.py`): one peer alone can't
-give a model another template.
+A header is used only if its hash is that in the manifest on which the peers with the model agree (`sources.py`), so that one peer
+alone can't give a model another template.
 """
 
 from dataclasses import dataclass

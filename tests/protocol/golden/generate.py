@@ -196,7 +196,7 @@ SAMPLES: tuple[tuple[Message, bytes], ...] = (
     (ProbeAck(request=3, received_bytes=16, receive_s=0.0), bytes(range(16))),
     (Advertise(advert=ADVERT), b""),
     (FetchHeader(request=4, model=MODEL), b""),
-    (HeaderData(request=4, card=CARD, sha256="00" * 32), b"GGUF\x03\x00\x00\x00"),
+    (HeaderData(request=4, card=CARD), b"GGUF\x03\x00\x00\x00"),
     (Place(request=5, model=MODEL, ref=CARD.ref, layers=LayerRange(0, 1), kv_tokens=64, deadline_ms=60_000), b""),
     (Placed(request=5, layers=LayerRange(0, 1), kv_tokens=64), b""),
     (Unplace(request=6, model=MODEL), b""),

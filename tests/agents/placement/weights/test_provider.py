@@ -90,7 +90,7 @@ async def test_card_and_header_come_from_a_partial_copy_too(sites: Sites) -> Non
     await a.die()
     assert c.library.cards()[card.id] == card
     with GgufFile.open(sites.file) as file:
-        assert await c.library._fetch_header(card) == file.header_bytes()
+        assert await c.library.headers.fetch(card) == file.header_bytes()
     b.holdings = ()
     assert c.library.cards() == {}
 
