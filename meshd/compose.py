@@ -31,7 +31,6 @@ from meshd.agents.session.admission import Admission
 from meshd.agents.session.coordinator import Coordinator
 from meshd.agents.session.journal.deputy import Deputy
 from meshd.agents.session.journal.locator import Locator
-from meshd.agents.session.journal.record import SessionRecord
 from meshd.agents.session.journal.writer import JournalWriters
 from meshd.agents.session.plan.drain import Drainer
 from meshd.agents.session.plan.move import Mover
@@ -44,7 +43,7 @@ from meshd.kernels.backend import Backend
 from meshd.models.cards import shown_to_peers
 from meshd.protocol.messages import Error, HandedOver, HandOver, Hello, Token
 from meshd.telemetry import Telemetry
-from meshd.types import Advert, Capability, PeerId
+from meshd.types import Advert, Capability, PeerId, SessionId
 
 log = getLogger(__name__)
 
@@ -66,7 +65,7 @@ class PeerSignals:
     """A stage session opened or closed on this peer."""
     layers_changed: Signal[()] = field(default_factory=Signal[()])
     """Layers were loaded or freed on this peer."""
-    orphaned: Signal[SessionRecord] = field(default_factory=Signal)
+    orphaned: Signal[SessionId, PeerId] = field(default_factory=Signal)
     """The coordinator of a session is gone, and this peer has the session's record."""
 
 

@@ -28,6 +28,7 @@ from meshd.agents.session.recovery_history import Recovered
 from meshd.agents.session.report import report_end
 from meshd.agents.session.stages.receiver import StageReceiver
 from meshd.agents.session.stages.stall import StallWatch
+from meshd.agents.session.takeover import Takeovers
 from meshd.clock import Clock
 from meshd.errors import MeshdError, PeerFault, Unavailable, UnknownModel, UnknownSession
 from meshd.protocol.messages import Error, HandOver, Move, Moved, Token
@@ -39,8 +40,6 @@ log = getLogger(__name__)
 _TICK_S = 0.1
 _CHECK_PLANS_S = 1.0
 """Interval at which running answers are checked for missing mirrors and better plans."""
-_SETTLE_S = 0.5
-"""Delay before a lost coordinator's answers are taken over: if only the link broke, the coordinator is linked again by then."""
 _MAX_RETAINED = 256
 _RETAIN_S = 600.0
 """How long an answer that has ended or is suspended is retained for later readers."""
@@ -79,7 +78,7 @@ class Coordinator:
     """Models that were answerable at the last check."""
     _admitted: dict[SessionId, float] = field(default_factory=dict)
     """Time at which each running answer got its admission slot."""
-    _tasks: set["asyncio.Task[None]"] = field(default_factory=set)
+    _takeovers: Takeovers = field(init=False)
     _watch: StallWatch = field(init=False)
     _context: AnswerContext = field(init=False)
     _receiver: StageReceiver = field(init=False)
@@ -87,6 +86,9 @@ class Coordinator:
     def __post_init__(self) -> None:
         self._receiver = StageReceiver(self.answers, self.retrier, self.mover, self.names)
         self._watch = StallWatch(self.links, self.clock, self.me)
+        self._takeovers = Takeovers(
+            self.links, self.deputy, self.locator, self.clock, lambda session: session in self.answers, self._take_over
+        )
         self._context = AnswerContext(
             me=self.me,
             links=self.links,
@@ -114,13 +116,13 @@ class Coordinator:
                 now = self.clock.monotonic()
                 for answer in list(self.answers.values()):
                     self._watch.check(answer, now)
+                self._takeovers.tick(now)
                 self._expire(now)
                 if now - checked_at > _CHECK_PLANS_S:
                     checked_at = now
                     await self._check_plans()
         finally:
-            for task in self._tasks:
-                task.cancel()
+            self._takeovers.cancel()
             for answer in list(self.answers.values()):
                 await answer.cancel()
 
@@ -284,9 +286,16 @@ class Coordinator:
             raise UnknownModel(f"no live peer has the model {model} of this session", hint="start one that has its file")
         return card
 
-    async def _revive(self, answer: Answer) -> Answer:
-        """Resume a suspended answer. Returns: the session's answer, which another reader may have resumed first."""
-        await self.admission.enter()
+    async def _revive(self, answer: Answer, *, at_once: bool = False) -> Answer:
+        """Resume a suspended answer. `at_once`: don't wait behind other requests.
+
+        Returns: the session's answer, which another reader may have resumed first.
+        Raises: Overloaded.
+        """
+        if at_once:
+            self.admission.enter_ahead()
+        else:
+            await self.admission.enter()
         running = self.answers.get(answer.session)
         if running is not None or answer.running or answer.ended:
             self.admission.leave(0.0)
@@ -301,30 +310,20 @@ class Coordinator:
         self.deputy.forget(answer.session)
         self._journal(answer)
 
-    def take_over(self, record: SessionRecord) -> None:
-        """Start a task that takes over an answer from a lost coordinator, unless another peer should."""
-        task = asyncio.get_running_loop().create_task(self._take_over(record), name=f"take over {record.session}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def take_over(self, session: SessionId, coordinator: PeerId) -> None:
+        """Take an answer over from a lost coordinator, unless another peer should."""
+        self._takeovers.add(session, coordinator)
 
     async def _take_over(self, record: SessionRecord) -> None:
-        await self.clock.sleep(_SETTLE_S)
-        if record.coordinator in self.links.peers():
-            return  # the link broke only for a moment
-        try:
-            if record.session in self.answers or not (record.finish or await self.locator.should_take_over(record)):
-                return
-            answer = await self._restore(self.deputy.record(record.session) or record)
-            if answer.ended or record.suspended:
-                self._retain(answer)
-                self._adopt(answer)
-                return
-            previous = self.names(record.coordinator)
-            log.info("session %s: taking over from %s, at token %d", record.session, previous, len(answer.output.tokens))
-            self.story.note(record.session, "taken over", coordinator=previous, tokens=len(answer.output.tokens))
-            await self._revive(answer)
-        except MeshdError as error:
-            log.warning("session %s could not be taken over: %s", record.session, error)
+        answer = await self._restore(record)
+        if answer.ended or record.suspended:
+            self._retain(answer)
+            self._adopt(answer)
+            return
+        previous = self.names(record.coordinator)
+        log.info("session %s: taking over from %s, at token %d", record.session, previous, len(answer.output.tokens))
+        self.story.note(record.session, "taken over", coordinator=previous, tokens=len(answer.output.tokens))
+        await self._revive(answer, at_once=True)
 
     async def move(self, session: SessionId, target: PeerId, source: PeerId | None) -> Moved:
         """Move an answer's stages at `source` (None: all stages) to `target`, whichever peer coordinates the answer.

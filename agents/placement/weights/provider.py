@@ -170,8 +170,8 @@ class WeightProvider:
     async def _pull(self, model: ModelId, ref: str, progress: Progress, because: MeshdError) -> ModelCard:
         """Fetch the whole file from the model's own source, if that can give only this model.
 
-        `ref` comes from a peer, or from a card that a peer advertised. So it must be an entry of the catalogue with the model's hash:
-        anything else would have this device read any file of its own, or download what another device likes.
+        `ref` comes from a peer, or from a card that a peer advertised. So it must be an entry of the catalogue with the model's
+        hash: anything else would have this device read any of its files, or download what another device likes.
 
         `because` is the error that made all peers unusable.
         """

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from meshd.agents.links.links import Links
 from meshd.agents.session.journal.record import SessionRecord, decode_record
 from meshd.agents.session.journal.store import JournalStore
+from meshd.agents.session.journal.stored_record import StoredRecord
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest, MeshdError, Superseded
 from meshd.protocol.messages import HandOver, Journal, JournalDrop, Journaled, JournalTokens
 from meshd.types import PeerId, SessionId
 
 MAX_RECORD_BYTES = 8 * 2**20
-"""Limit for one encoded record. Decoded, it takes several times as much memory."""
+"""Limit for the payload of JOURNAL. The tokens of a longer answer follow in JOURNAL_TOKENS."""
 _SWEEP_S = 5.0
 
 
@@ -26,8 +27,8 @@ class Deputy:
 
     links: Links
     clock: Clock
-    on_orphan: Callable[[SessionRecord], None]
-    """Called for each session whose coordinator is lost."""
+    on_orphan: Callable[[SessionId, PeerId], None]
+    """Called with each session whose coordinator is lost, and the coordinator."""
     on_dropped: Callable[[PeerId, SessionId], None]
     """Called when another peer, a deputy of this one, reports that it lacks a session's record or a part of it."""
     coordinates: Callable[[SessionId], bool]
@@ -50,6 +51,10 @@ class Deputy:
         """Returns: this peer's record of the session; None if it has none."""
         return self.store.get(session)
 
+    def look(self, session: SessionId) -> StoredRecord | None:
+        """Returns: this peer's record of the session, not decoded; None if it has none."""
+        return self.store.look(session)
+
     def hand_to(self, session: SessionId, coordinator: PeerId) -> None:
         """Record that another peer has fetched the record and now coordinates the session."""
         self.store.hand_to(session, coordinator, self.clock.monotonic())
@@ -71,8 +76,8 @@ class Deputy:
 
     def on_peer_gone(self, peer: PeerId) -> None:
         """Report all sessions of a coordinator whose link is down, including those that have ended and can still be read."""
-        for record in self.store.records_of(peer):
-            self.on_orphan(record)
+        for session in self.store.sessions_of(peer):
+            self.on_orphan(session, peer)
 
     def _on_journal(self, sender: PeerId, message: Journal, payload: memoryview) -> Journaled:
         if len(payload) > MAX_RECORD_BYTES:

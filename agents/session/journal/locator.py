@@ -11,7 +11,7 @@ from meshd.agents.links.links import Links
 from meshd.agents.service import AnswerSecret
 from meshd.agents.session.journal.deputy import Deputy
 from meshd.agents.session.journal.keys import NONCE_BYTES, key_of, proof_of, session_of
-from meshd.agents.session.journal.record import SessionRecord, decode_record, encode_record
+from meshd.agents.session.journal.record import MAX_TOKENS_BYTES, SessionRecord, decode_record, encode_record, first_part
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest, MeshdError, PeerFault, UnknownSession
 from meshd.protocol.messages import EndSession, FetchSession, FindSession, SessionData, SessionEnded, SessionFound
@@ -104,13 +104,12 @@ class Locator:
                     return await self._fetch_from(location.peer, secret, take)
         raise _unknown(session)
 
-    async def should_take_over(self, record: SessionRecord) -> bool:
+    async def should_take_over(self, session: SessionId, coordinator: PeerId) -> bool:
         """Whether this peer must continue a session whose coordinator is lost: no other peer does so or has a later record."""
-        session = record.session
-        stored = self.deputy.record(session)
-        if stored is None or stored.finish or stored.coordinator != record.coordinator:
+        stored = self.deputy.look(session)
+        if stored is None or stored.finish or stored.coordinator != coordinator:
             return False  # meanwhile another peer has fetched this record, or the client has ended the session
-        own_location = SessionLocation(self.me, False, stored.epoch, len(stored.tokens))
+        own_location = SessionLocation(self.me, False, stored.epoch, stored.count)
         return all(
             location.rank <= own_location.rank
             for location in [*self._known_here(session), *await self._ask_all(session, _TAKEOVER_FIND_S, key=stored.key)]
@@ -214,7 +213,8 @@ class Locator:
                 hint="ask with the id of the answer",
             )
         record = await self._hand_out(message.session, sender, message.take)
-        return SessionData(request=message.request, session=record.session, epoch=record.epoch), encode_record(record)
+        part = first_part(record, MAX_TOKENS_BYTES)
+        return SessionData(request=message.request, session=record.session, epoch=record.epoch), encode_record(part)
 
     def _on_end(self, sender: PeerId, message: EndSession, payload: memoryview) -> SessionEnded:
         return SessionEnded(request=message.request, known=self._end_here(message.session, message.forget))

@@ -6,12 +6,19 @@ from meshd.agents.service import AnswerSecret, GenerationRequest, MeshOptions
 from meshd.agents.session.journal.keys import key_of, session_of, session_with
 from meshd.clock import Clock
 from meshd.errors import ContextTooLong, InvalidRequest, ProtocolViolation
-from meshd.types import ModelCard, ModelId, PeerId, Plan, SamplingParams, SessionId, TokenLogprobs
+from meshd.types import FinishReason, ModelCard, ModelId, PeerId, Plan, SamplingParams, SessionId, TokenLogprobs
 
 AnswerToken = tuple[int, TokenLogprobs | None]
 
+FINISHES = frozenset({"", *(reason.value for reason in FinishReason)})
+"""The ends of an answer that a record knows; empty: it has not ended."""
+_PEER_ID = 64
+"""A peer's id has 52 characters."""
 MAX_COORDINATORS = 16
 """Earlier coordinators that a record names. KV of one that is not named any more is computed again."""
+MAX_TOKENS_BYTES = 10 * 2**20
+"""Tokens of one record that another peer gets: a longer answer's later tokens are computed again after a loss. With the rest of the
+record they fit into one message."""
 TAKEOVER_EPOCHS = 1000
 """A new coordinator raises the recorded epoch by this much, to be above all epochs that the last one used but did not record."""
 
@@ -117,6 +124,22 @@ def _max_tokens(request: GenerationRequest, card: ModelCard, prompt_tokens: int)
     return max_tokens
 
 
+def token_bytes(token: AnswerToken) -> int:
+    """Returns: the bytes of a token in a record or message, at most."""
+    logprobs = token[1]
+    return 6 if logprobs is None else 22 + 15 * len(logprobs.top)
+
+
+def first_part(record: SessionRecord, limit_bytes: int) -> SessionRecord:
+    """Returns: the record with as many of its tokens as `limit_bytes` bytes hold. A record that lacks tokens has not ended."""
+    size = 0
+    for count, token in enumerate(record.tokens):
+        size += token_bytes(token)
+        if size > limit_bytes:
+            return msgspec.structs.replace(record, tokens=record.tokens[:count], finish="", suspended=bool(record.finish))
+    return record
+
+
 def encode_record(record: SessionRecord) -> bytes:
     """Encode a record for the wire."""
     return msgspec.msgpack.encode(record)
@@ -128,6 +151,10 @@ def decode_record(data: bytes | memoryview) -> SessionRecord:
         record = msgspec.msgpack.decode(data, type=SessionRecord)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise ProtocolViolation(f"a session's record cannot be decoded: {error}") from error
+    if record.finish not in FINISHES or len(record.coordinators) > MAX_COORDINATORS:
+        raise ProtocolViolation(f"the record of session {record.session:.32} has an unknown end or too many coordinators")
+    if any(len(peer) > _PEER_ID for peer in (record.coordinator, *record.coordinators)):
+        raise ProtocolViolation(f"the record of session {record.session:.32} names a coordinator that is no peer's id")
     if session_with(record.key) != record.session:
         raise ProtocolViolation(f"the record of session {record.session} was made by a peer that never had it: its key is wrong")
     return record

@@ -160,7 +160,7 @@ class Keeper:
     locator: Locator = field(init=False)
     story_collector: StoryCollector = field(init=False)
     answers: dict[SessionId, Answer] = field(default_factory=dict)
-    orphans: list[SessionRecord] = field(default_factory=list)
+    orphans: list[tuple[SessionId, PeerId]] = field(default_factory=list)
     released: list[SessionId] = field(default_factory=list)
     ended: list[tuple[SessionId, bool]] = field(default_factory=list)
     draining: set[PeerId] = field(default_factory=set)
@@ -173,7 +173,7 @@ class Keeper:
         self.deputy = Deputy(
             links,
             self.clock,
-            on_orphan=self.orphans.append,
+            on_orphan=lambda session, coordinator: self.orphans.append((session, coordinator)),
             on_dropped=self.writer.on_dropped,
             coordinates=lambda session: session in self.answers,
         )

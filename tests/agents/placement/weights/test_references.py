@@ -1,4 +1,4 @@
-"""References that come from a peer or a client: they name no file of this device, and cause no download that its owner did not want."""
+"""References that come from a peer or a client: they name no file of this device, and cause no download."""
 
 import hashlib
 import shutil

@@ -19,11 +19,11 @@ async def test_all_answers_of_a_lost_coordinator_are_orphans_even_ended_ones(kee
     async with keepers.linked("a", "b") as (a, b):
         running, ended = a.answer(tokens=3), a.answer(named("ended"))
         ended.end()
-        await keepers.until(lambda: [bool(known.finish) for known in b.deputy.store.records_of(a.id)] == [False, True])
+        await keepers.until(lambda: [bool(known.finish) for known in b.deputy.store._records.values()] == [False, True])
         await a.peer.links.close("it goes")
         await keepers.until(lambda: len(b.orphans) == 2)
-        assert b.orphans[0] == running.record
-        assert b.orphans[1].session == named("ended")
+        assert b.orphans == [(S, a.id), (named("ended"), a.id)]
+        assert b.deputy.record(S) == running.record
 
 
 async def test_only_a_records_own_coordinator_may_send_it(keepers: Keepers) -> None:

@@ -119,32 +119,32 @@ async def test_the_deputy_with_most_tokens_takes_an_orphan_over(keepers: Keepers
         keep(c, a.id, tokens=3)
         await a.peer.links.close("it goes")
         await keepers.until(lambda: bool(b.orphans and c.orphans))
-        assert await b.locator.should_take_over(b.orphans[0])
-        assert not await c.locator.should_take_over(c.orphans[0])
+        assert await b.locator.should_take_over(*b.orphans[0])
+        assert not await c.locator.should_take_over(*c.orphans[0])
 
 
 async def test_of_deputies_with_equal_records_exactly_one_takes_over(keepers: Keepers) -> None:
     async with keepers.linked("a", "b", "c") as (a, b, c):
-        known = record(coordinator=PeerId("x"), tokens=3)
+        record(coordinator=PeerId("x"), tokens=3)
         for keeper in (a, b, c):
             keep(keeper, PeerId("x"), tokens=3)
-        assert sorted([await keeper.locator.should_take_over(known) for keeper in (a, b, c)]) == [False, False, True]
+        assert sorted([await keeper.locator.should_take_over(S, PeerId("x")) for keeper in (a, b, c)]) == [False, False, True]
 
 
 async def test_no_takeover_of_a_session_that_runs_elsewhere_has_ended_or_was_taken(keepers: Keepers) -> None:
     async with keepers.linked("a", "b") as (a, b):
-        known = record(coordinator=PeerId("x"), tokens=3)
+        record(coordinator=PeerId("x"), tokens=3)
         keep(b, PeerId("x"), tokens=3)
-        assert await b.locator.should_take_over(known)
+        assert await b.locator.should_take_over(S, PeerId("x"))
         a.answer(tokens=3, epoch=1001)
-        assert not await b.locator.should_take_over(known)
+        assert not await b.locator.should_take_over(S, PeerId("x"))
         del a.answers[S]
         b.deputy.hand_to(S, a.id)
-        assert not await b.locator.should_take_over(known)
+        assert not await b.locator.should_take_over(S, PeerId("x"))
         b.deputy.forget(S)
-        assert not await b.locator.should_take_over(known)
+        assert not await b.locator.should_take_over(S, PeerId("x"))
         keep(b, PeerId("x"), tokens=3, finish="stop")
-        assert not await b.locator.should_take_over(known)
+        assert not await b.locator.should_take_over(S, PeerId("x"))
 
 
 async def test_ending_reaches_the_coordinator_and_every_record(keepers: Keepers) -> None:
@@ -232,5 +232,5 @@ async def test_a_peer_without_the_record_cannot_pretend_to_have_it(keepers: Keep
         known = b.deputy.record(S)
         assert known is not None
         assert not await c.locator.coordinated_elsewhere(known)
-        assert await b.locator.should_take_over(known)
+        assert await b.locator.should_take_over(S, PeerId("x"))
         assert a.orphans == []

@@ -8,7 +8,7 @@ import pytest
 from in_process.clusters import make_card
 from in_process.journals import SECRET, HandClock, S, named, record
 from meshd.agents.service import GenerationRequest, MeshOptions
-from meshd.agents.session.journal.record import SessionRecord, decode_record, encode_record, new_record
+from meshd.agents.session.journal.record import SessionRecord, decode_record, encode_record, first_part, new_record, token_bytes
 from meshd.errors import ContextTooLong, InvalidRequest, ProtocolViolation
 from meshd.types import PeerId, TokenLogprobs
 
@@ -82,3 +82,21 @@ def test_a_record_survives_the_wire() -> None:
 def test_a_record_that_cannot_be_decoded_is_a_protocol_violation(data: bytes) -> None:
     with pytest.raises(ProtocolViolation, match="cannot be decoded"):
         decode_record(data)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"finish": "x" * 1000}, {"coordinators": (PeerId("x"),) * 17}, {"coordinators": (PeerId("x" * 1000),)}]
+)
+def test_a_record_with_impossible_parts_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolViolation):
+        decode_record(encode_record(record(**wrong)))
+
+
+def test_the_first_part_of_an_ended_record_can_only_be_resumed() -> None:
+    whole = record(tokens=5, finish="stop")
+    assert first_part(whole, 5 * token_bytes((100, None))) == whole
+    part = first_part(whole, 5 * token_bytes((100, None)) - 1)
+    assert part == record(tokens=4, suspended=True)
+    top = tuple((200_000 + rank, -1.23456789 * rank) for rank in range(20))
+    for token in ((200_000, None), (1 << 31, TokenLogprobs(-1.5, top)), (5, TokenLogprobs(-1.5, ()))):
+        assert len(msgspec.msgpack.encode(token)) <= token_bytes(token)
