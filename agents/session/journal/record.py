@@ -127,7 +127,7 @@ def _max_tokens(request: GenerationRequest, card: ModelCard, prompt_tokens: int)
 def token_bytes(token: AnswerToken) -> int:
     """Returns: the bytes of a token in a record or message, at most."""
     logprobs = token[1]
-    return 6 if logprobs is None else 22 + 15 * len(logprobs.top)
+    return 7 if logprobs is None else 22 + 15 * len(logprobs.top)
 
 
 def first_part(record: SessionRecord, limit_bytes: int) -> SessionRecord:

@@ -336,7 +336,7 @@ async def test_an_answer_of_many_megabytes_is_kept_by_small_messages(
 async def test_of_an_answer_that_is_too_long_the_first_part_is_kept_with_one_warning(
     keepers: Keepers, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "MAX_TOKENS_BYTES", 6 * 50)
+    monkeypatch.setattr(writer, "MAX_TOKENS_BYTES", 7 * 50)
     async with keepers.linked("a", "b") as (a, b):
         session = a.answer(tokens=3)
         await keepers.until(lambda: b.kept() == 3)
