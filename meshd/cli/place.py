@@ -5,7 +5,7 @@ from typing import Any
 
 from meshd.cli.support.arguments import Parser, add_client, add_quant, model_of
 from meshd.cli.support.client import Daemon, daemon_of
-from meshd.cli.support.output import layers
+from meshd.cli.support.output import layers, show
 from meshd.cli.support.progress import progress
 from meshd.errors import RemoteFailure
 
@@ -30,7 +30,7 @@ def run(args: Namespace) -> int:
     body = {key: getattr(args, key) for key in ("stages", "min_peers", "context") if getattr(args, key) is not None}
     body["model"] = model_of(args)
     for holding in place(daemon_of(args), body):
-        print(holding)
+        show(holding)
     return 0
 
 

@@ -4,7 +4,7 @@ import asyncio
 from argparse import Namespace
 
 from meshd.cli.support.arguments import Parser, add_quant, add_settings, model_of, settings_of
-from meshd.cli.support.output import size
+from meshd.cli.support.output import show, size
 from meshd.cli.support.progress import progress
 from meshd.config import Config
 from meshd.models.store.catalogue import CATALOGUE
@@ -26,9 +26,9 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: Namespace) -> int:
     model = fetch(settings_of(args).config(), model_of(args))
-    print(f"{model.name} is here: {size(model.size_bytes)} in {model.path}")
+    show(f"{model.name} is here: {size(model.size_bytes)} in {model.path}")
     if licence := licence_of(model.name):
-        print(f"licence: {licence}")
+        show(f"licence: {licence}")
     return 0
 
 

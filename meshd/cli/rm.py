@@ -4,7 +4,7 @@ from argparse import Namespace
 
 from meshd.cli.pull import store_of
 from meshd.cli.support.arguments import Parser, add_settings, settings_of
-from meshd.cli.support.output import size
+from meshd.cli.support.output import show, size
 
 EXAMPLE = "meshd rm smollm2:135m"
 
@@ -16,5 +16,5 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: Namespace) -> int:
     freed = store_of(settings_of(args).config()).remove(args.model)
-    print(f"{args.model} is removed: {size(freed)} freed")
+    show(f"{args.model} is removed: {size(freed)} freed")
     return 0

@@ -4,7 +4,7 @@ from argparse import Namespace
 
 from meshd.cli.support.arguments import Parser, add_client
 from meshd.cli.support.client import STREAM_SILENCE_S, daemon_of
-from meshd.cli.support.output import size
+from meshd.cli.support.output import show, size
 
 EXAMPLE = "meshd unplace smollm2:135m"
 
@@ -16,5 +16,5 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: Namespace) -> int:
     answer = daemon_of(args).post("/mesh/v1/unplace", {"model": args.model}, timeout_s=STREAM_SILENCE_S)
-    print(f"{args.model}: {size(answer['freed_bytes'])} freed")
+    show(f"{args.model}: {size(answer['freed_bytes'])} freed")
     return 0

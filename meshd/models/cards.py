@@ -7,6 +7,7 @@ from pathlib import PurePath
 
 import msgspec
 
+from meshd.bounds import printable
 from meshd.errors import ModelFileError
 from meshd.models.architectures import spec_from_metadata
 from meshd.models.files.gguf import GgufFile, MetadataValue, TensorInfo
@@ -43,7 +44,7 @@ def card_from_gguf(file: GgufFile, *, name: str, ref: str, model_id: ModelId, cr
     _check_tensors(file, spec)
     layers = [{part: file.tensors[f"blk.{layer}.{part}"] for part in layer_shapes(spec)} for layer in range(spec.layers)]
     head = _head_tensors(file)
-    return ModelCard(
+    card = ModelCard(
         id=model_id,
         name=name,
         ref=ref,
@@ -59,6 +60,8 @@ def card_from_gguf(file: GgufFile, *, name: str, ref: str, model_id: ModelId, cr
         layer_memory_bytes=tuple(_held_bytes(layer.values()) for layer in layers),
         head_memory_bytes=_held_bytes(head),
     )
+    _check_bounds(file.name, card)
+    return card
 
 
 def end_of_sequence(metadata: Mapping[str, MetadataValue]) -> tuple[int, ...]:
@@ -94,6 +97,14 @@ def _check_tensors(file: GgufFile, spec: ModelSpec) -> None:
     for name, shape in expected.items():
         if file.tensors[name].shape != shape:
             raise ModelFileError(f"{file.name} can't be run: tensor {name} has shape {file.tensors[name].shape}, not {shape}")
+
+
+def _check_bounds(name: str, card: ModelCard) -> None:
+    """Check that other peers accept the card: it has the bounds of what peers send. Raises: ModelFileError."""
+    try:
+        msgspec.convert(msgspec.to_builtins(card), ModelCard)
+    except msgspec.ValidationError as error:
+        raise ModelFileError(f"{printable(name)} can't be run: its header is out of bounds: {error}") from None
 
 
 def _head_tensors(file: GgufFile) -> list[TensorInfo]:

@@ -1,8 +1,9 @@
 """Messages that copy a stage's KV to another peer."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from meshd.protocol.messages.base import Lane, Reply, Request, SessionMessage, message
+from meshd.bounds import MAX_COORDINATORS, Epoch, Millis, StageIndex, Text, Tokens, at_most
+from meshd.protocol.messages.base import Lane, Reply, Request, SessionMessage, make_printable, message
 from meshd.types import LayerRange, ModelId, PeerId, SessionId
 
 
@@ -15,29 +16,29 @@ class ExpectCopy(Request, frozen=True, kw_only=True):
     """
 
     session: SessionId
-    epoch: int
+    epoch: Epoch
     source: PeerId
     """The peer that computes these layers in this epoch."""
     model: ModelId
     layers: LayerRange
-    tokens: int
+    tokens: Tokens
     """Tokens to reserve KV for."""
-    lease_ms: int
-    predecessors: tuple[PeerId, ...] = ()
+    lease_ms: Millis
+    predecessors: Annotated[tuple[PeerId, ...], at_most(MAX_COORDINATORS)] = ()
     """See `Open.predecessors`."""
 
 
 @message(69)
 class CopyExpected(Reply, frozen=True, kw_only=True):
     session: SessionId
-    epoch: int
+    epoch: Epoch
 
 
 @message(60)
 class Mirror(SessionMessage, frozen=True, kw_only=True):
     """Copy the KV of a stage to another peer while the stage runs."""
 
-    stage: int
+    stage: StageIndex
     target: PeerId | None
     """The peer that receives the copy. None: stop all copies of the stage."""
     eager: bool = False
@@ -48,13 +49,16 @@ class Mirror(SessionMessage, frozen=True, kw_only=True):
 class Mirrored(SessionMessage, frozen=True, kw_only=True):
     """Progress of a copy. Sent when the copy catches up, when it fails, and every 0.5 s while it is behind."""
 
-    stage: int
+    stage: StageIndex
     target: PeerId
-    held: int
-    filled: int
+    held: Tokens
+    filled: Tokens
     """Number of positions in the KV of the stage."""
-    error: str = ""
+    error: Text = ""
     """Why the copy has ended, while the stage continues. Empty: it has not ended."""
+
+    def __post_init__(self) -> None:
+        make_printable(self, "error")
 
 
 @message(62)
@@ -62,15 +66,15 @@ class KvOffer(Request, frozen=True, kw_only=True):
     """Begin to send the copy that the coordinator announced to the receiver with EXPECT_COPY. A repeat gets the same answer."""
 
     session: SessionId
-    epoch: int
+    epoch: Epoch
     layers: LayerRange
-    valid: int = 0
+    valid: Tokens = 0
     """KV that the receiver already has beyond this position may belong to other tokens, so it is sent again."""
 
 
 @message(63)
 class KvAccepted(Reply, frozen=True, kw_only=True):
-    held: int
+    held: Tokens
     """Number of positions that the replying peer holds already."""
 
 
@@ -80,13 +84,16 @@ class KvBlocks(SessionMessage, frozen=True, kw_only=True):
 
     default_lane: ClassVar[Lane] = Lane.BULK
     layers: LayerRange
-    position: int
-    tokens: int
+    position: Tokens
+    tokens: Tokens
 
 
 @message(65)
 class KvStored(SessionMessage, frozen=True, kw_only=True):
     layers: LayerRange
-    held: int
-    error: str = ""
+    held: Tokens
+    error: Text = ""
     """Why the sender has dropped the copy. Empty: it has not dropped it."""
+
+    def __post_init__(self) -> None:
+        make_printable(self, "error")

@@ -1,7 +1,8 @@
 """Messages that copy a session's record to other peers, so that the session survives its coordinator."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from meshd.bounds import MAX_LISTED, Epoch, TokenId, Tokens, Word, at_most
 from meshd.protocol.messages.base import Lane, Reply, Request, SessionMessage, message
 from meshd.types import SessionId, TokenLogprobs
 
@@ -15,7 +16,7 @@ class Journal(Request, frozen=True, kw_only=True):
 
     default_lane: ClassVar[Lane] = Lane.BULK
     session: SessionId
-    epoch: int
+    epoch: Epoch
 
 
 @message(81)
@@ -27,9 +28,9 @@ class Journaled(Reply, frozen=True, kw_only=True):
 class JournalTokens(SessionMessage, frozen=True, kw_only=True):
     """The answer's tokens from `index` on, and the finish reason if the answer has ended."""
 
-    index: int
-    tokens: tuple[tuple[int, TokenLogprobs | None], ...]
-    finish: str = ""
+    index: Tokens
+    tokens: Annotated[tuple[tuple[TokenId, TokenLogprobs | None], ...], at_most(MAX_LISTED)]
+    finish: Word = ""
 
 
 @message(83)
@@ -42,7 +43,7 @@ class FindSession(Request, frozen=True, kw_only=True):
     """Ask whether the receiver coordinates this session or has its record."""
 
     session: SessionId
-    nonce: str
+    nonce: Word
     """Random hexadecimal digits, drawn for this request."""
 
 
@@ -50,9 +51,9 @@ class FindSession(Request, frozen=True, kw_only=True):
 class SessionFound(Reply, frozen=True, kw_only=True):
     coordinates: bool
     keeps: bool
-    epoch: int = 0
-    tokens: int = 0
-    proof: str = ""
+    epoch: Epoch = 0
+    tokens: Tokens = 0
+    proof: Word = ""
     """HMAC-SHA-256, in hex, with the record's key over the nonce and the sender's id. Without it, the sender has no record."""
 
 
@@ -61,7 +62,7 @@ class FetchSession(Request, frozen=True, kw_only=True):
     """Request a session's record. With `take` the receiver stops coordinating the session and the sender continues it."""
 
     session: SessionId
-    secret: str
+    secret: Word
     """The secret of the answer's id, which the session's client sent to the sender."""
     take: bool = False
 
@@ -72,4 +73,4 @@ class SessionData(Reply, frozen=True, kw_only=True):
 
     default_lane: ClassVar[Lane] = Lane.BULK
     session: SessionId
-    epoch: int
+    epoch: Epoch

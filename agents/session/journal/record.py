@@ -1,21 +1,33 @@
 """The record of a session: all that another peer needs to continue it. Its coordinator and its deputies have it."""
 
+from typing import Annotated
+
 import msgspec
 
 from meshd.agents.service import AnswerSecret, GenerationRequest, MeshOptions
 from meshd.agents.session.journal.keys import key_of, session_of, session_with
+from meshd.bounds import (
+    MAX_COORDINATORS,
+    MAX_STOP_CHARACTERS,
+    MAX_STOPS,
+    MAX_TOKENS,
+    Epoch,
+    Timestamp,
+    TokenId,
+    Tokens,
+    Word,
+    at_most,
+)
 from meshd.clock import Clock
 from meshd.errors import ContextTooLong, InvalidRequest, ProtocolViolation
 from meshd.types import FinishReason, ModelCard, ModelId, PeerId, Plan, SamplingParams, SessionId, TokenLogprobs
 
-AnswerToken = tuple[int, TokenLogprobs | None]
+AnswerToken = tuple[TokenId, TokenLogprobs | None]
+_MAX_RENDERER_BYTES = 8 << 20
+"""Also the largest record."""
 
 FINISHES = frozenset({"", *(reason.value for reason in FinishReason)})
 """The ends of an answer that a record knows; empty: it has not ended."""
-_PEER_ID = 64
-"""A peer's id has 52 characters."""
-MAX_COORDINATORS = 16
-"""Earlier coordinators that a record names. KV of one that is not named any more is computed again."""
 MAX_TOKENS_BYTES = 10 * 2**20
 """Tokens of one record that another peer gets: a longer answer's later tokens are computed again after a loss. With the rest of the
 record they fit into one message."""
@@ -27,31 +39,31 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A request with all defaults resolved, and the tokens so far. It gives the same answer on any peer."""
 
     session: SessionId
-    key: str
+    key: Word
     """See `journal/keys.py`."""
     model: ModelId
     coordinator: PeerId
-    coordinators: tuple[PeerId, ...] = ()
+    coordinators: Annotated[tuple[PeerId, ...], at_most(MAX_COORDINATORS)] = ()
     """The coordinators before this one, oldest first, at most `MAX_COORDINATORS`. Stages use KV that these peers had computed."""
-    epoch: int
+    epoch: Epoch
     """The highest epoch that the coordinator had used when it sent this record. It may have used later ones since."""
-    prompt: tuple[int, ...]
-    max_tokens: int
+    prompt: Annotated[tuple[TokenId, ...], at_most(MAX_TOKENS)]
+    max_tokens: Tokens
     sampling: SamplingParams
     """Includes the seed that was drawn, if the client gave none."""
     ignore_eos: bool = False
-    stop: tuple[str, ...] = ()
+    stop: Annotated[tuple[Annotated[str, at_most(MAX_STOP_CHARACTERS)], ...], at_most(MAX_STOPS)] = ()
     mesh: MeshOptions = MeshOptions()
     background: bool = False
     store: bool = True
-    renderer: bytes = msgspec.field(default=b"", name="edge")
+    renderer: Annotated[bytes, at_most(_MAX_RENDERER_BYTES)] = msgspec.field(default=b"", name="edge")
     """See `GenerationRequest.renderer`."""
-    created: float = 0.0
+    created: Timestamp = 0.0
     """Unix time of the request in seconds, by the clock of the first coordinator."""
     plan: Plan | None = None
     """The last plan that ran: its peers may still have KV."""
-    tokens: tuple[AnswerToken, ...] = ()
-    finish: str = ""
+    tokens: Annotated[tuple[AnswerToken, ...], at_most(MAX_TOKENS)] = ()
+    finish: Word = ""
     """Why the answer ended; empty while the answer runs or is suspended."""
     suspended: bool = False
     """Whether the session is suspended. It is then resumed only for a client, or, with `background`, once its model can answer."""
@@ -151,10 +163,8 @@ def decode_record(data: bytes | memoryview) -> SessionRecord:
         record = msgspec.msgpack.decode(data, type=SessionRecord)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise ProtocolViolation(f"a session's record cannot be decoded: {error}") from error
-    if record.finish not in FINISHES or len(record.coordinators) > MAX_COORDINATORS:
-        raise ProtocolViolation(f"the record of session {record.session:.32} has an unknown end or too many coordinators")
-    if any(len(peer) > _PEER_ID for peer in (record.coordinator, *record.coordinators)):
-        raise ProtocolViolation(f"the record of session {record.session:.32} names a coordinator that is no peer's id")
+    if record.finish not in FINISHES:
+        raise ProtocolViolation(f"the record of session {record.session} has an end that there is not: {record.finish}")
     if session_with(record.key) != record.session:
         raise ProtocolViolation(f"the record of session {record.session} was made by a peer that never had it: its key is wrong")
     return record

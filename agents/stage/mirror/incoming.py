@@ -39,8 +39,8 @@ class IncomingMirrors:
         Raises: InvalidRequest if the copy is empty or its source is this peer; Superseded if the epoch is past or another peer
         coordinates the session; NoPeer if the layers are not in memory; OutOfMemory.
         """
-        if message.tokens < 1 or len(message.layers) < 1:
-            raise InvalidRequest("a copy needs at least one layer and one token")
+        if message.tokens < 1:
+            raise InvalidRequest("a copy needs at least one token")
         if message.source == self.me:
             raise InvalidRequest("the target of a copy is the stage's own peer")
         self.leases.begin_epoch(message.session, sender, message.epoch, message.predecessors)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from ids import peer_id
 from in_process.journals import Keeper, Keepers, S, named, record
 from in_process.peers import Peers
 from meshd.agents.session import takeover
@@ -13,7 +14,7 @@ from meshd.agents.session.takeover import Takeovers
 from meshd.errors import NoPeer, Overloaded
 from meshd.types import PeerId, SessionId
 
-LOST = PeerId("lost")
+LOST = peer_id("lost")
 
 
 @dataclass

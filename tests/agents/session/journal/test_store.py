@@ -10,14 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ids import peer_id
 from in_process.journals import S, answer, named, record
 from meshd.agents.session.journal.record import SessionRecord, decode_record, encode_record
 from meshd.agents.session.journal.store import JournalStore, size_of
 from meshd.errors import InvalidRequest, Overloaded
 from meshd.protocol.messages import JournalTokens
-from meshd.types import PeerId, SamplingParams, SessionId, TokenLogprobs
+from meshd.types import SamplingParams, SessionId, TokenLogprobs
 
-C, D = PeerId("c"), PeerId("d")
+C, D = peer_id("c"), peer_id("d")
 
 
 def tokens_message(index: int, end: int, finish: str = "", *, epoch: int = 1, session: SessionId = S) -> JournalTokens:
@@ -244,8 +245,8 @@ def keep_many(store: JournalStore, count: int, **fields: Any) -> None:
 @pytest.mark.parametrize(
     "large",
     [
-        {"sampling": SamplingParams(logit_bias=dict.fromkeys(range(100_000), 1.0))},
-        {"stop": tuple(f"{number}" for number in range(100_000))},
+        {"sampling": SamplingParams(logit_bias=dict.fromkeys(range(1024), 1.0))},
+        {"stop": ("x" * 1000,) * 16},
         {"renderer": b"x" * 1_000_000},
         {"prompt": (70_000,) * 200_000},
     ],

@@ -5,6 +5,7 @@ import asyncio
 import msgspec
 import pytest
 
+from ids import peer_id
 from in_process.journals import Answer, HandClock, Keeper, Keepers, S, advert, named, record
 from in_process.peers import Peers
 from meshd.agents.session.journal import writer
@@ -15,7 +16,7 @@ from meshd.agents.session.journal.writer import BATCH_TOKENS, JournalWriter, cho
 from meshd.protocol.messages import Journal, JournalDrop, Journaled
 from meshd.types import Advert, PeerId, SessionId, TokenLogprobs
 
-ME, NEAR, FAR, STAGE = (PeerId(name) for name in ("me", "near", "far", "stage"))
+ME, NEAR, FAR, STAGE = (peer_id(name) for name in ("me", "near", "far", "stage"))
 RTT_S = {NEAR: 0.001, FAR: 0.1, STAGE: 0.0001}
 
 
