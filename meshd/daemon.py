@@ -28,6 +28,8 @@ from meshd.agents.placement.weights.headers import HeaderFetcher
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.agents.placement.weights.sources import WeightSources
 from meshd.agents.supervisor import Supervisor
+from meshd.agents.text.model_texts import ModelTexts
+from meshd.agents.text.workers import TextWorkers, memory_limit
 from meshd.api.http import server
 from meshd.api.http.app import create_app
 from meshd.api.http.services import ClientLimits
@@ -281,6 +283,7 @@ def _parts(
     )
     prober = LinkProber(peer_links, clock, on_change=signals.changed)
     store = Store(config.models_dir, config.hf_cache, index_url=config.pypi_index, clock=clock)
+    texts = ModelTexts(TextWorkers(memory_bytes=memory_limit(capability.memory_total_bytes)))
     weight_sources = WeightSources(
         me=identity.peer, links=peer_links, adverts=table.adverts, names=table.name_of, clock=clock, link_stats=prober.stats
     )
@@ -290,6 +293,7 @@ def _parts(
         adverts=table.adverts,
         on_change=signals.changed,
         headers=HeaderFetcher(peer_links, weight_sources),
+        texts=texts,
     )
     return Parts(
         me=identity.peer,

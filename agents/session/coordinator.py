@@ -14,9 +14,9 @@ import msgspec
 
 from meshd.agents.links.links import Links
 from meshd.agents.observe.story import Story
-from meshd.agents.placement.model_library import ModelLibrary, ModelText
+from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.plan_input import with_peer_ids
-from meshd.agents.service import NO_SECRET, AnswerSecret, GenerationRequest
+from meshd.agents.service import NO_SECRET, AnswerSecret, AvailableModel, GenerationRequest
 from meshd.agents.session.admission import Admission
 from meshd.agents.session.answer import Answer, AnswerContext
 from meshd.agents.session.journal.deputy import Deputy
@@ -24,16 +24,20 @@ from meshd.agents.session.journal.keys import new_secret, session_of
 from meshd.agents.session.journal.locator import Locator
 from meshd.agents.session.journal.record import SessionRecord, new_record, taken_over
 from meshd.agents.session.journal.writer import JournalWriters
+from meshd.agents.session.plan.availability import Availability
 from meshd.agents.session.plan.move import Mover
 from meshd.agents.session.plan.retry import PlanRetrier
 from meshd.agents.session.plan.route import Router
+from meshd.agents.session.prompt import PromptIntake
 from meshd.agents.session.recovery_history import Recovered
 from meshd.agents.session.report import report_end
 from meshd.agents.session.stages.receiver import StageReceiver
 from meshd.agents.session.stages.stall import StallWatch
 from meshd.agents.session.takeover import Takeovers
+from meshd.agents.text.model_texts import ModelText
 from meshd.clock import Clock
-from meshd.errors import MeshdError, PeerFault, Unavailable, UnknownModel, UnknownSession
+from meshd.errors import MeshdError, Overloaded, PeerFault, Unavailable, UnknownModel, UnknownSession
+from meshd.kernels.sampling_rules import check_sampling
 from meshd.protocol.messages import Error, HandOver, Move, Moved, Token
 from meshd.telemetry import Telemetry
 from meshd.types import ModelCard, ModelId, PeerId, SessionId, TokenLogprobs
@@ -82,12 +86,15 @@ class Coordinator:
     _admitted: dict[SessionId, float] = field(default_factory=dict)
     """Time at which each running answer got its admission slot."""
     _takeovers: Takeovers = field(init=False)
+    _prompts: PromptIntake = field(default_factory=PromptIntake)
+    _available: Availability = field(init=False)
     _watch: StallWatch = field(init=False)
     _context: AnswerContext = field(init=False)
     _receiver: StageReceiver = field(init=False)
 
     def __post_init__(self) -> None:
         self._receiver = StageReceiver(self.answers, self.retrier, self.mover, self.names)
+        self._available = Availability(self.library, lambda: self.router.adverts())
         self._watch = StallWatch(self.links, self.clock, self.me)
         self._takeovers = Takeovers(
             self.links, self.deputy, self.locator, self.clock, lambda session: session in self.answers, self._take_over
@@ -139,46 +146,58 @@ class Coordinator:
 
     async def _retry_background(self) -> None:
         """Resume suspended background answers whose model has become answerable, because no reader will resume them."""
-        models = frozenset(card.id for card in self.router.answerable())
-        changed, self._answerable = models - self._answerable, models
+        cards = {card.id: card for card in self.router.answerable()}
+        changed, self._answerable = cards.keys() - self._answerable, frozenset(cards)
+        for model in changed:
+            self.library.warm(cards[model])
         for answer in list(self.retained.values()):
             waits = answer.record.background and answer.status == "suspended"
             if waits and answer.record.model in changed and self.admission.free:
                 await self._revive(answer)
 
-    def models(self) -> list[ModelCard]:
+    def card(self, model: str) -> ModelCard | None:
+        """See `service.Coordinator.card`."""
+        return next((card for card in self.library.cards().values() if model in (card.name, card.ref, card.id)), None)
+
+    async def models(self) -> list[AvailableModel]:
         """See `service.Coordinator.models`."""
-        return self.router.answerable()
+        return await self._available.models()
 
     def readiness(self) -> tuple[bool, float, str]:
         """See `service.Coordinator.readiness`."""
         return self.readiness_of()
 
-    async def generate(self, request: GenerationRequest) -> Answer:
+    async def generate(self, request: GenerationRequest, *, on_wait: Callable[[], None] | None = None) -> Answer:
         """See `service.Coordinator.generate`."""
         if self.leaving():
             raise Unavailable("this peer is about to stop and takes no new requests", hint="ask another peer")
         card = self.library.find(request.model)
+        check_sampling(request.sampling, card.spec.vocab)
         mesh = with_peer_ids(request.mesh, self.router.adverts(), card.id)
         request = msgspec.structs.replace(request, mesh=mesh)
         text = await self.library.text(card)
-        # In a thread: a long prompt, or a template with an endless loop, must not delay the heartbeats.
-        prompt = await asyncio.to_thread(text.tokens_of, request.prompt, request.template)
+        prompt = await self._prompts.encode(request, card, text)
         secret = new_secret(self.clock)
-        record = new_record(request, card, prompt, self.me, secret, self.clock)
-        answer = await self._admit(record, card, text, secret)
+        record = new_record(request, card, prompt.tokens, self.me, secret, self.clock)
+        answer = await self._admit(record, card, text, secret, on_wait)
+        answer.ignored = prompt.ignored
         self.retrier.start(answer)
         try:
             await answer.opened
         except asyncio.CancelledError:
             await answer.cancel()
             raise
-        log.info("session %s: %s, %d prompt tokens, over %s", answer.session, card.name, len(prompt), answer.plan_header)
+        except Overloaded as error:
+            retry_after_s = max(error.retry_after_s, self.admission.retry_after_s)
+            raise Overloaded(error.message, hint=error.hint, retry_after_s=retry_after_s) from error
+        log.info("session %s: %s, %d prompt tokens, over %s", answer.session, card.name, len(record.prompt), answer.plan_header)
         return answer
 
-    async def _admit(self, record: SessionRecord, card: ModelCard, text: ModelText, secret: AnswerSecret) -> Answer:
+    async def _admit(
+        self, record: SessionRecord, card: ModelCard, text: ModelText, secret: AnswerSecret, on_wait: Callable[[], None] | None
+    ) -> Answer:
         asked = self.clock.monotonic()
-        await self.admission.enter()
+        await self.admission.enter(on_wait)
         now = self.clock.monotonic()
         self.telemetry.queue_wait(now - asked)
         try:
@@ -284,7 +303,9 @@ class Coordinator:
     async def _restore(self, record: SessionRecord, secret: AnswerSecret = NO_SECRET) -> Answer:
         card = self._find_card(record.model)
         text = await self.library.text(card)
-        return Answer(taken_over(record, self.me), card, text, self._context, secret)
+        answer = Answer(taken_over(record, self.me), card, text, self._context, secret)
+        await answer.restore()
+        return answer
 
     def _find_card(self, model: ModelId) -> ModelCard:
         card = self.library.cards().get(model)
@@ -350,9 +371,8 @@ class Coordinator:
         return await self._move(0, answer, target, source)
 
     async def _move(self, request: int, answer: Answer, target: PeerId, source: PeerId | None) -> Moved:
-        pause_s = await self.mover.move(answer, target, source)
-        assert answer.plan is not None
-        return Moved(request=request, pause_s=pause_s, plan=answer.plan)
+        pause_s, plan = await self.mover.move(answer, target, source)
+        return Moved(request=request, pause_s=pause_s, plan=plan)
 
     async def _on_move(self, sender: PeerId, message: Move, payload: memoryview) -> Moved:
         answer = self.answers.get(message.session)

@@ -61,6 +61,8 @@ from meshd.protocol.messages.session import (
     ProgressData,
     Renew,
     Resume,
+    RunningStep,
+    StageProgress,
 )
 from meshd.protocol.messages.steps import Activation, Prompt, Taken, Token
 from meshd.protocol.messages.weights import FetchManifest, FetchWeights, ManifestData, WeightData
@@ -122,10 +124,12 @@ __all__ = [
     "Reply",
     "Request",
     "Resume",
+    "RunningStep",
     "SessionData",
     "SessionEnded",
     "SessionFound",
     "SessionMessage",
+    "StageProgress",
     "StoryData",
     "Taken",
     "Token",

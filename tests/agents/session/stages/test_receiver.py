@@ -10,7 +10,8 @@ from meshd.agents.session.plan.move import Mover
 from meshd.agents.session.plan.retry import PlanRetrier
 from meshd.agents.session.session import SessionState
 from meshd.agents.session.stages.receiver import StageReceiver, blamed_peer
-from meshd.protocol.messages import Error
+from meshd.errors import InvalidSampling
+from meshd.protocol.messages import Error, Failed
 from meshd.types import LayerRange, PeerId, Plan, PlanId, StagePlan
 
 STRANGER = PeerId("stranger")
@@ -70,3 +71,12 @@ def test_a_failed_stage_blames_itself_a_neighbour_or_the_coordinator(sender: str
     plan = Plan(id=PlanId("p"), model=CARD.id, stages=stages, prefill_chunk_tokens=2, context=64)
     assert blamed_peer(plan, PeerId("me"), PeerId(sender), PeerId(blame)) == blamed
     assert blamed_peer(plan, PeerId("me"), PeerId(sender), None) is None
+
+
+async def test_a_request_that_the_last_stage_cannot_sample_for_is_not_a_fault_of_its_peer(
+    site: AnswerSite, receiver: StageReceiver
+) -> None:
+    failed = Failed(session=site.answer.session, epoch=1, step=0, stage=0, code=InvalidSampling.code, message="not finite")
+    receiver._on_failed(site.peer.id, failed, memoryview(b""))
+    assert isinstance(site.answer.machine.error, InvalidSampling)
+    assert site.answer.recovery.distrusted(site.clock.now) == set()
