@@ -46,7 +46,7 @@ from meshd.protocol.messages.journal import (
     SessionFound,
 )
 from meshd.protocol.messages.link import Error, Goodbye, Heartbeat, HeartbeatAck, Hello, Probe, ProbeAck
-from meshd.protocol.messages.membership import Advertise, FetchHeader, HeaderData
+from meshd.protocol.messages.membership import FetchHeader, FetchProfile, HeaderData, PeerStatus, ProfileData
 from meshd.protocol.messages.placement import Drain, Drained, Place, Placed, Unplace, Unplaced
 from meshd.protocol.messages.session import (
     Close,
@@ -72,7 +72,6 @@ __all__ = [
     "PROTOCOL_VERSION",
     "REGISTRY",
     "Activation",
-    "Advertise",
     "Close",
     "Closed",
     "CopyExpected",
@@ -85,6 +84,7 @@ __all__ = [
     "Failed",
     "FetchHeader",
     "FetchManifest",
+    "FetchProfile",
     "FetchProgress",
     "FetchSession",
     "FetchStory",
@@ -114,10 +114,12 @@ __all__ = [
     "Moved",
     "Open",
     "Opened",
+    "PeerStatus",
     "Place",
     "Placed",
     "Probe",
     "ProbeAck",
+    "ProfileData",
     "ProgressData",
     "Prompt",
     "Renew",

@@ -14,7 +14,7 @@ def test_every_message_has_a_row_that_says_who_may_send_it() -> None:
     named = [name.strip() for row in rows for name in row.split(",")]
     assert len(named) == len(set(named)), "each message has one row"
     registered = {re.sub(r"(?<=[a-z])(?=[A-Z])", "_", message.__name__).upper() for message in REGISTRY.values()}
-    assert registered <= set(named), registered - set(named)
+    assert registered == set(named), registered ^ set(named)
 
 
 def test_the_tests_of_the_attacks_exist() -> None:

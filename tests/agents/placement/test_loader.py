@@ -101,7 +101,7 @@ async def driver(peers: Peers, tmp_path: Path) -> AsyncIterator[LoaderDriver]:
     headers = HeaderFetcher(links, sources)
     library = ModelLibrary(links=links, store=Store(tmp_path), adverts=list, on_change=lambda: None, headers=headers)
     library.local |= {card.id: card for card in CARDS}
-    residents, budget, draining = ResidentModels(attention_bytes_s=1e9), [1 << 30], [False]
+    residents, budget, draining = ResidentModels(), [1 << 30], [False]
     compute = ComputeThread()
     loader = FromMemory(
         links=links,
