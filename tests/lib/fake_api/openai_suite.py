@@ -293,7 +293,7 @@ async def test_a_broken_chat_can_be_resumed(openai_client: AsyncOpenAI, base_url
         path = f"/v1/responses/{begun[0][1]['id']}"
         async with http.get(path, params={"stream": "true", "starting_after": begun[-1][0]}) as response:
             rest = await _numbered(response)
-            assert response.headers["x-meshd-session"] == begun[0][1]["id"].removeprefix("chatcmpl-")
+            assert response.headers["x-meshd-answer"] == begun[0][1]["id"]
         async with http.get(path) as response:
             found = await response.json()
     chunks = [chunk for _, chunk in begun + rest]
