@@ -20,7 +20,7 @@ from meshd.agents.placement.resident import LoadState, ResidentLayers, ResidentM
 from meshd.agents.placement.warmup import warm_up
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.clock import Clock
-from meshd.errors import MeshdError, ModelFileError, OutOfMemory, Unavailable
+from meshd.errors import MeshdError, ModelFileError, NotReady, OutOfMemory, Unavailable
 from meshd.kernels.backend import Backend, LoadedLayers
 from meshd.kernels.kv import BLOCK_TOKENS, KVPool
 from meshd.models.files.gguf import GgufFile
@@ -77,8 +77,11 @@ class Loader:
             self._release(resident)
 
     async def _on_place(self, sender: PeerId, message: Place, payload: memoryview) -> Placed:
-        async with asyncio.timeout(message.deadline_ms / 1000):
-            resident = await self.place(message)
+        try:
+            async with asyncio.timeout(message.deadline_ms / 1000):
+                resident = await self.place(message)
+        except TimeoutError:
+            raise NotReady(f"layers {message.layers} are not loaded within {message.deadline_ms} ms; the load continues") from None
         return Placed(request=message.request, layers=resident.layers, kv_tokens=resident.kv_tokens)
 
     async def place(self, request: Place) -> ResidentLayers:
@@ -100,6 +103,7 @@ class Loader:
             task = asyncio.get_running_loop().create_task(self._load(request), name=f"load {request.layers}")
             self._loading[key] = task
             task.add_done_callback(lambda _: self._loading.pop(key, None))
+            task.add_done_callback(_note_failure)
         try:
             resident = await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -289,6 +293,12 @@ class Loader:
         self.sweep()
         self.on_change()
         return freed
+
+
+def _note_failure(load: asyncio.Task[ResidentLayers]) -> None:
+    """Log why a load failed. The request that began it may have reached its deadline before."""
+    if not load.cancelled() and (error := load.exception()) is not None:
+        log.info("%s failed: %s", load.get_name(), error)
 
 
 def _unplaced(layers: LayerRange) -> Unavailable:

@@ -109,6 +109,12 @@ class ModelTexts:
         """Returns: why a model's text can't be used, as far as it was tried; empty if nothing speaks against it."""
         return self._unreadable.get(model, "")
 
+    def forget(self, model: ModelId) -> None:
+        """Read a model's text anew when it is needed next. Answers that run keep the text that they have."""
+        self._kept.pop(model, None)
+        self._unreadable.pop(model, None)
+        self.workers.forget(model)
+
     async def close(self) -> None:
         """End the workers. Prompts that wait fail with Unavailable."""
         await self.workers.close()

@@ -127,6 +127,12 @@ class TextWorkers:
             model, size, lambda s: EncodeChat(model=model.id, messages=messages, variables=variables, cpu_s=s)
         )
 
+    def forget(self, model: ModelId) -> None:
+        """Load a model anew before its next job: what its file was read from is no longer trusted."""
+        self._broken.pop(model, None)
+        for slot in self._slots:
+            slot.models.discard(model)
+
     async def close(self) -> None:
         """End all workers and refuse further jobs. Jobs that wait or run fail with Unavailable."""
         self._closed = True

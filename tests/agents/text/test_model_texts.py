@@ -117,3 +117,12 @@ async def test_a_reader_that_has_gone_does_not_end_the_load(texts: ModelTexts) -
     await asyncio.gather(first, return_exceptions=True)
     assert (await texts.get(CARD, file)).chats
     assert file.reads == 1
+
+
+async def test_a_text_that_is_forgotten_is_read_anew_and_used_for_the_next_prompt(texts: ModelTexts) -> None:
+    turns = (ChatMessage(role="user", content="the fox"),)
+    forged = await texts.get(CARD, File(text_header("forged")))
+    assert forged.table.decode(await forged.tokens_of(turns)) == "forged"
+    texts.forget(CARD.id)
+    right = await texts.get(CARD, File(text_header()))
+    assert right.table.decode(await right.tokens_of(turns)) == "the fox"
