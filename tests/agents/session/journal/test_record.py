@@ -53,6 +53,9 @@ def test_a_prompt_must_be_tokens_of_the_vocabulary(prompt: tuple[int, ...]) -> N
 
 def test_max_tokens_is_by_default_what_the_context_leaves() -> None:
     assert made().max_tokens == CONTEXT - 3
+    assert made().open_ended
+    assert not made(max_tokens=CONTEXT - 3).open_ended, "a client that names a limit gets it or an error"
+    assert not made(mesh=MeshOptions(context=100)).open_ended
     assert made(mesh=MeshOptions(context=10)).max_tokens == 7
     assert made(max_tokens=7, mesh=MeshOptions(context=10)).max_tokens == 7
 
