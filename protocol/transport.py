@@ -57,8 +57,13 @@ class Connection(asyncio.BufferedProtocol):
         """The other side's first message, if it is HELLO."""
         self.bytes_in = 0
         self.bytes_out = 0
+        self.received_at = now()
+        """When the last bytes arrived, by the clock `now`. A long message that is still arriving is a sign of life."""
+        self._now = now
         self._reader = FrameReader(limits, now)
         self._queue = SendQueue(QUEUE_BYTES, _CHUNK)
+        self._waiting: list[Callable[[], None]] = []
+        """Callbacks of senders that wait for room in the queue."""
         self._paused = False
         self._first: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._gone = asyncio.Event()
@@ -115,6 +120,11 @@ class Connection(asyncio.BufferedProtocol):
             self._queue.put(rest, begun=True)
             self._pump()
 
+    def when_room(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once, when at most half of the queue's limit is queued or the connection has closed. Never at once."""
+        self._waiting.append(callback)
+        self._call_waiting()
+
     def close(self, reason: str, farewell: Message | None = None) -> None:
         """Finish the frame that is being written, send `farewell`, and close. Other queued messages are dropped.
 
@@ -164,6 +174,7 @@ class Connection(asyncio.BufferedProtocol):
         if self.reason:
             return
         self.bytes_in += nbytes
+        self.received_at = self._now()
         try:
             for frame in self._reader.received(nbytes):
                 self._deliver(codec.decode(frame.header), frame)
@@ -208,8 +219,15 @@ class Connection(asyncio.BufferedProtocol):
     def _pump(self) -> None:
         while self._queue and not self._paused:
             self._write(self._queue.take())
+        self._call_waiting()
         if self.reason and not self._queue:
             self._transport.close()
+
+    def _call_waiting(self) -> None:
+        if self._waiting and (self.reason or self._queue.queued_bytes <= QUEUE_BYTES // 2):
+            waiting, self._waiting = self._waiting, []
+            for callback in waiting:
+                asyncio.get_running_loop().call_soon(callback)
 
     def _fail(self, error: MeshdError) -> None:
         if not self._first.done():
@@ -221,6 +239,7 @@ class Connection(asyncio.BufferedProtocol):
         if self.reason:
             return
         self.reason = reason
+        self._call_waiting()
         if not self._first.done():
             self._first.set_exception(PeerLost(reason))
             self._first.exception()

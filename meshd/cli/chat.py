@@ -2,8 +2,9 @@
 
 import sys
 from argparse import Namespace
+from typing import Any
 
-from meshd.cli.support.answering import add_sampling, notice, request_of, stream_answer, write_out
+from meshd.cli.support.answering import add_sampling, notice, request_of, sampling_of, stream_answer, write_out
 from meshd.cli.support.arguments import Parser, add_client
 from meshd.cli.support.client import Daemon, daemon_of
 from meshd.errors import MeshdError
@@ -26,11 +27,13 @@ def run(args: Namespace) -> int:
         _enable_line_editing()
         notice(_HELP)
     messages: list[dict[str, str]] = []
+    sampling = sampling_of(daemon, args)
     while (line := _next_line(interactive)) not in {None, "/quit", "/exit"}:
         if line == "/new":
             messages.clear()
         elif line:
-            messages = _turn(daemon, args, [*messages, {"role": "user", "content": line}], interactive)
+            turns = [*messages, {"role": "user", "content": line}]
+            messages = _turn(daemon, request_of(args, turns, sampling), turns, interactive)
     return 0
 
 
@@ -46,7 +49,7 @@ def _next_line(interactive: bool) -> str | None:
         return None
 
 
-def _turn(daemon: Daemon, args: Namespace, messages: list[dict[str, str]], interactive: bool) -> list[dict[str, str]]:
+def _turn(daemon: Daemon, body: dict[str, Any], messages: list[dict[str, str]], interactive: bool) -> list[dict[str, str]]:
     """Send the conversation and print the answer as it streams.
 
     Returns: the messages with the answer appended, or without the last message if no text arrived.
@@ -58,7 +61,7 @@ def _turn(daemon: Daemon, args: Namespace, messages: list[dict[str, str]], inter
         write_out(text)
 
     try:
-        stream_answer(daemon, request_of(args, messages), receive)
+        stream_answer(daemon, body, receive)
     except KeyboardInterrupt:
         if not interactive:
             raise

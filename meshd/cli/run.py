@@ -3,7 +3,7 @@
 import sys
 from argparse import Namespace
 
-from meshd.cli.support.answering import add_sampling, notice, request_of, stream_answer, write_out
+from meshd.cli.support.answering import add_sampling, notice, request_of, sampling_of, stream_answer, write_out
 from meshd.cli.support.arguments import Parser, add_client
 from meshd.cli.support.client import STREAM_SILENCE_S, daemon_of
 from meshd.cli.support.output import print_json
@@ -24,8 +24,9 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> int:
-    body = request_of(args, [{"role": "user", "content": args.prompt or _piped()}])
+    prompt = args.prompt or _piped()
     daemon = daemon_of(args)
+    body = request_of(args, [{"role": "user", "content": prompt}], sampling_of(daemon, args))
     if args.json:
         print_json(daemon.post("/v1/chat/completions", body, timeout_s=STREAM_SILENCE_S))
         return 0

@@ -14,7 +14,7 @@ from msgspec import Meta
 
 import meshd.bounds
 import meshd.types
-from meshd.agents.links import link, link_table, task_budget
+from meshd.agents.links import link_table, task_budget
 from meshd.agents.membership.adverts.encoding import MAX_PROFILE_BYTES
 from meshd.protocol import framing, handshake, messages
 from meshd.protocol.messages import REGISTRY, Message, Reply, Request
@@ -147,7 +147,6 @@ def test_the_constants_are_the_code() -> None:
         f"at most {task_budget.PER_KIND} of one type",
         f"at most {task_budget.LASTING_PER_PEER} of one peer",
         f"at most {MAX_PROFILE_BYTES} bytes",
-        f"larger than {link._SMALL_ACTIVATION} bytes",
     ):
         assert expected in SPEC, expected
 

@@ -13,9 +13,10 @@ from meshd.agents.placement.client import PlacementClient
 from meshd.agents.placement.plan_input import CONTEXTS_OF_KV
 from meshd.agents.service import MeshOptions, PlacementStep
 from meshd.clock import SystemClock
-from meshd.errors import DoesNotFit, NoPeer, RemoteFailure
+from meshd.errors import DoesNotFit, ModelFileError, NoPeer, RemoteFailure
 from meshd.protocol.messages import Unplace, Unplaced
 from meshd.types import Advert, LayerRange, Objective, PeerId
+from texts.headers import text_header
 
 SPLIT = MeshOptions(stages="a:0-10,b:10-30")
 
@@ -143,3 +144,22 @@ async def test_a_model_is_unloaded_on_every_peer_that_holds_it(peers: Peers) -> 
     placer = PlacementClient(own.peer.links, cast("Any", None), lambda: adverts, str, SystemClock())
     assert await placer.unplace(MODEL) == 200
     assert (own.unplaced, other.unplaced, idle.unplaced) == ([MODEL], [MODEL], [])
+
+
+async def test_a_model_whose_text_can_not_be_read_is_not_placed_and_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(make_peer("a", holdings=(make_holding(0, 30),)), make_peer("b"))
+    library = cluster.placer.library
+    library.local[CARD.id] = CARD
+    assert [card.id for card in cluster.router.answerable()] == [CARD.id]
+
+    async def source() -> bytes:
+        return text_header("{% for m in %}")
+
+    monkeypatch.setattr(library, "text", lambda card: library.texts.get(card, source))
+    try:
+        with pytest.raises(ModelFileError, match="chat template can't be used"):
+            await placed(cluster, SPLIT, context=512)
+    finally:
+        await library.close()
+    assert cluster.asked == []
+    assert cluster.router.answerable() == []
