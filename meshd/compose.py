@@ -166,6 +166,7 @@ class Peer:
                     tasks.create_task(coroutine)
                     for coroutine in (
                         self.links.run(),
+                        self.library.run(),
                         self.membership.run(sources),
                         self.prober.run(),
                         self.stages.run(),

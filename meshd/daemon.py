@@ -170,7 +170,7 @@ class Daemon:
         server = await serve(app, self._config.api.host, self._config.api.port)
         membership.api_address = f"{self._config.api.host}:{server.port}"
         async with peer.running(self._sources(port)):
-            lock.announce(membership.api_address)
+            lock.announce(membership.api_address, str(self._config.models_dir.absolute()))
             log.info("up: links on %s, API on %s", membership.link_address, membership.api_address)
             try:
                 yield server
@@ -234,7 +234,7 @@ def _parts(config: Config, identity: Identity, measured: ProbeResult, clock: Clo
     )
     prober = LinkProber(links, clock, on_change=signals.changed)
     store = Store(config.models_dir, config.hf_cache, index_url=config.pypi_index, clock=clock)
-    library = ModelLibrary(links=links, store=store, adverts=table.adverts, on_change=signals.changed)
+    library = ModelLibrary(links=links, store=store, adverts=table.adverts, on_change=signals.changed, clock=clock)
     weight_sources = WeightSources(
         me=identity.peer, links=links, adverts=table.adverts, names=table.name_of, clock=clock, link_stats=prober.stats
     )

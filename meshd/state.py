@@ -109,6 +109,8 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     api: str = ""
     """The HTTP address of its API, as `HOST:PORT`. Empty: the daemon does not listen yet."""
+    models: str = ""
+    """The folder of its models. The command line puts a model there that the daemon is to run."""
 
 
 class StateLock:
@@ -117,9 +119,9 @@ class StateLock:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
-    def announce(self, api: str) -> None:
-        """Write this daemon's process id and API address into the lock file, for `read_holder`."""
-        content = msgspec.json.encode(Holder(pid=os.getpid(), api=api))
+    def announce(self, api: str, models: str = "") -> None:
+        """Write this daemon's process id, API address and folder of models into the lock file, for `read_holder`."""
+        content = msgspec.json.encode(Holder(pid=os.getpid(), api=api, models=models))
         os.pwrite(self._descriptor, content, 0)
         os.ftruncate(self._descriptor, len(content))
 

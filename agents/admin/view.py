@@ -131,7 +131,7 @@ class ClusterView:
 
     async def unplace(self, model: str) -> int:
         """See `service.ClusterService.unplace`."""
-        return await self.placer.unplace(self.library.find(model).id)
+        return await self.placer.unplace((await self.library.known(model)).id)
 
     async def drain(self, peer: str, *, undo: bool = False, timeout_s: float = 60.0) -> dict[str, Any]:
         """See `service.ClusterService.drain`."""
@@ -157,7 +157,7 @@ class ClusterView:
     async def _card(self, model: str) -> ModelCard:
         """Find the card of a model. A model that no live peer has is downloaded first."""
         try:
-            return self.library.find(model)
+            return await self.library.known(model)
         except UnknownModel:
             return await self.library.pull(model, lambda share: None)
 

@@ -150,7 +150,7 @@ class Coordinator:
         """See `service.Coordinator.generate`."""
         if self.leaving():
             raise Unavailable("this peer is about to stop and takes no new requests", hint="ask another peer")
-        card = self.library.find(request.model)
+        card = await self.library.known(request.model)
         text = await self.library.text(card)
         # In a thread: a long prompt, or a template with an endless loop, must not delay the heartbeats.
         prompt = await asyncio.to_thread(text.tokens_of, request.prompt, request.template)

@@ -3,9 +3,10 @@
 import sys
 from argparse import Namespace
 
-from meshd.cli.support.answering import add_sampling, notice, request_of, stream_answer, write_out
+from meshd.cli.support.answering import MODEL_HELP, add_sampling, notice, request_of, stream_answer, write_out
 from meshd.cli.support.arguments import Parser, add_client
 from meshd.cli.support.client import Daemon, daemon_of
+from meshd.cli.support.fetching import known_model, with_model
 from meshd.errors import MeshdError
 
 EXAMPLE = "meshd chat smollm2:135m\n  (then: /new starts over, /quit or Ctrl-D leaves, Ctrl-C stops an answer)"
@@ -13,7 +14,7 @@ _HELP = "/new starts over, /quit (or Ctrl-D) leaves, Ctrl-C stops an answer"
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a model's name or reference (`meshd models`)")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_sampling(parser)
     add_client(parser)
 
@@ -21,6 +22,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: Namespace) -> int:
     daemon = daemon_of(args)
     daemon.get("/health")
+    args.model = known_model(args, daemon)
     interactive = sys.stdin.isatty()
     if interactive:
         _enable_line_editing()
@@ -58,7 +60,7 @@ def _turn(daemon: Daemon, args: Namespace, messages: list[dict[str, str]], inter
         write_out(text)
 
     try:
-        stream_answer(daemon, request_of(args, messages), receive)
+        with_model(args, daemon, lambda: stream_answer(daemon, request_of(args, messages), receive))
     except KeyboardInterrupt:
         if not interactive:
             raise

@@ -3,10 +3,10 @@
 from argparse import Namespace
 from typing import Any
 
-from meshd.cli.pull import store_of
 from meshd.cli.support.answering import notice
 from meshd.cli.support.arguments import Parser, add_client, add_json, add_settings, settings_of
 from meshd.cli.support.client import daemon_of
+from meshd.cli.support.fetching import store_of
 from meshd.cli.support.output import ABSENT, print_json, size, table
 from meshd.errors import Unavailable
 from meshd.models.store.catalogue import CATALOGUE

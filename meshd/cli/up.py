@@ -15,7 +15,7 @@ from meshd.cli.support.arguments import Parser, add_quant, add_settings, setting
 from meshd.cli.support.output import duration, flops, rate, short_id, size
 from meshd.cli.support.progress import Measuring
 from meshd.config import Config, require_guarded_api
-from meshd.models.store.catalogue import quantised
+from meshd.models.store.catalogue import one_spelling, quantised
 from meshd.settings import SETTINGS
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: Namespace) -> int:
     config = settings_of(args).config()
-    config = replace(config, models=tuple(quantised(model, args.quant) for model in config.models))
+    config = replace(config, models=tuple(quantised(one_spelling(model), args.quant) for model in config.models))
     require_guarded_api(config)
     from meshd.telemetry import configure_logging
 

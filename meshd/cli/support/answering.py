@@ -11,6 +11,7 @@ from meshd.cli.support.client import Daemon, Stream
 from meshd.errors import NotReady
 
 READY_WITHIN_S = 600.0
+MODEL_HELP = "a model's name or reference (`meshd models`); a model that the cluster does not have is fetched first, if it can be"
 _FIELDS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 _MESH_FIELDS = ("stages", "peers", "min_peers", "objective", "context", "mirror")
 

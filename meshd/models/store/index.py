@@ -67,6 +67,10 @@ class Index:
         except (OSError, msgspec.DecodeError) as error:
             raise StorageError(f"{self._path} can't be read: {error}", hint="remove it, and pull the models again") from error
 
+    def stamp(self) -> FileStamp | None:
+        """Return the stamp of the file, which changes with every change of the index. None: there is no index yet."""
+        return stamp_of(self._path)
+
     def put(self, model: StoredModel) -> None:
         """Record a model, and replace the one that had its name. Raises: StorageError."""
         with self.changing() as models:

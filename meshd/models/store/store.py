@@ -75,6 +75,10 @@ class Store:
             (model for model in self._index.read() if model.is_here()), key=lambda model: (model.name == model.ref, model.name)
         )
 
+    def version(self) -> FileStamp | None:
+        """Return a value that differs after a model was added or removed, by any process."""
+        return self._index.stamp()
+
     def get(self, name: str) -> StoredModel | None:
         """Find a model by name, reference or id.
 

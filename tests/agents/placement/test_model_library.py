@@ -1,5 +1,6 @@
 """The models that a peer knows, and how each kind of prompt is converted to tokens."""
 
+import asyncio
 from pathlib import Path
 
 import msgspec
@@ -10,12 +11,14 @@ from in_process.adverts import advert, held
 from in_process.peers import Peers
 from meshd.agents.placement.model_library import ModelLibrary, ModelText, holders_of
 from meshd.agents.service import ChatMessage
-from meshd.errors import InvalidRequest, UnknownModel
+from meshd.clock import SystemClock
+from meshd.errors import InvalidRequest, ModelFileError, UnknownModel
 from meshd.models.store.store import Store
 from meshd.models.text.template import ChatTemplate
 from meshd.models.text.tokenizer.files import tokenizer_from_gguf
 from meshd.types import Advert, ModelCard, ModelId
 from tiny import vocabularies as tiny_vocabularies
+from tiny.gguf_file import write_gguf
 
 SOURCE = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}{% if enable_thinking is false %}</think>{% endif %}"
 
@@ -51,6 +54,18 @@ def named(name: str) -> ModelCard:
 def stored(peer: str, *cards: ModelCard) -> Advert:
     """Make the advert of a peer that has these models on its disk."""
     return msgspec.structs.replace(advert(peer), models=cards)
+
+
+class QuickClock(SystemClock):
+    """A clock whose sleeps take a hundredth of their time."""
+
+    async def sleep(self, seconds: float) -> None:
+        await super().sleep(seconds / 100)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_gguf(tmp_path / "source.gguf", layers=1)
 
 
 @pytest.fixture
@@ -95,6 +110,56 @@ async def test_a_model_without_a_file_is_known_while_a_peer_holds_layers_of_it(
 async def test_cards_from_peers_are_bounded(library: ModelLibrary, adverts: list[Advert]) -> None:
     adverts.append(stored("b", *(named(f"model-{number}") for number in range(70))))
     assert [card.name for card in library.cards().values()] == [f"model-{number}" for number in range(6, 70)]
+
+
+async def test_what_another_process_pulls_or_removes_is_noticed_when_it_is_asked_for(
+    library: ModelLibrary, source: Path, tmp_path: Path
+) -> None:
+    await library.refresh()
+    other = Store(tmp_path)
+    with pytest.raises(UnknownModel):
+        await library.known(f"file:{source}")
+    stored = await other.pull(f"file:{source}")
+    assert (await library.known(f"file:{source}")).id == (await library.known(stored.id)).id == stored.id
+    second = tmp_path / "second.gguf"
+    second.write_bytes(source.read_bytes())
+    await other.pull(f"file:{second}")
+    assert (await library.known(f"file:{second}")).id == stored.id
+    other.remove(f"file:{source}")
+    other.remove(f"file:{second}")
+    with pytest.raises(UnknownModel):
+        await library.known("something else")
+    assert library.cards() == {}
+
+
+async def test_the_store_is_watched(peers: Peers, source: Path, tmp_path: Path) -> None:
+    changes: list[None] = []
+    library = ModelLibrary(
+        links=peers.start("a").links,
+        store=Store(tmp_path),
+        adverts=list,
+        on_change=lambda: changes.append(None),
+        clock=QuickClock(),
+    )
+    watch = asyncio.create_task(library.run())
+    stored = await Store(tmp_path).pull(f"file:{source}")
+    async with asyncio.timeout(30):
+        while stored.id not in library.local:
+            await asyncio.sleep(0.01)
+    assert changes == [None]
+    watch.cancel()
+
+
+async def test_a_model_that_can_not_be_used_is_left_out_and_its_reason_is_given_when_it_is_asked_for(
+    library: ModelLibrary, source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await Store(tmp_path).pull(f"file:{source}")
+    source.write_bytes(source.read_bytes()[:-1] + b"\1")
+    await library.refresh()
+    assert library.local == {}
+    assert [record.levelname for record in caplog.records if "left out" in record.message] == []
+    with pytest.raises(ModelFileError, match=r"source\.gguf is no longer file:"):
+        await library.known(f"file:{source}")
 
 
 def test_holders_with_the_file_come_before_those_with_layers() -> None:
