@@ -192,6 +192,11 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         return LayerRange(0, self.spec.layers)
 
     @property
+    def weight_bytes(self) -> int:
+        """Size of all weights in the file."""
+        return sum(self.layer_bytes) + self.embedding_bytes + (0 if self.spec.tied_head else self.head_bytes)
+
+    @property
     def held_layer_bytes(self) -> tuple[int, ...]:
         """Size of each layer in memory, in order."""
         return self.layer_memory_bytes or self.layer_bytes

@@ -214,7 +214,7 @@ class ClusterView:
             "quantisation": card.quantisation,
             "layers": card.spec.layers,
             "context_length": card.spec.context_length,
-            "bytes": sum(card.layer_bytes) + card.embedding_bytes + (0 if card.spec.tied_head else card.head_bytes),
+            "bytes": card.weight_bytes,
             "answers": self.router.covered(card),
             "on_disk": [advert.name for advert in adverts if any(known.id == card.id for known in advert.models)],
             "holdings": [
