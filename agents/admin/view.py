@@ -20,11 +20,13 @@ from meshd.agents.session.plan.drain import Drainer
 from meshd.agents.session.plan.route import Router
 from meshd.agents.stage.host import StageHost
 from meshd.errors import InvalidRequest, UnknownModel, UnknownSession
+from meshd.models.store.store import ModelPreview
 from meshd.planner.explain.explain import explain
 from meshd.planner.explain.whatif import with_what_if
 from meshd.planner.profile import profiles_from_adverts
 from meshd.planner.search.solve import solve
 from meshd.planner.stages import resolve_peer
+from meshd.planner.units import show_bytes
 from meshd.types import Advert, ModelCard, ModelId, PeerId, SessionId
 
 _PROBE_CONTEXT = 4096
@@ -114,13 +116,16 @@ class ClusterView:
 
     async def plan(self, request: PlanRequest) -> dict[str, Any]:
         """See `service.ClusterService.plan`."""
-        card = await self._card(request.model)
+        card, preview = await self._card_or_preview(request.model)
         mesh = msgspec.structs.replace(request.mesh, objective=request.mesh.objective or request.objective)
         context = request.context or mesh.context or min(card.spec.context_length, _PROBE_CONTEXT)
         problem = plan_input_of(card, self.membership.adverts(), mesh, context=context)
         profiles, network = with_what_if(request.what_if, problem.profiles, problem.network)
         problem = msgspec.structs.replace(problem, profiles=profiles, network=network)
-        return explain(problem, solve(problem))
+        explained = explain(problem, solve(problem))
+        if preview is not None:
+            explained["text"] += [f"to place it, {show_bytes(preview.fetch_bytes)} are fetched from {preview.source} first"]
+        return explained | {"fetch": {"bytes": preview.fetch_bytes, "source": preview.source} if preview else None}
 
     async def place(self, request: PlaceRequest) -> AsyncIterator[PlacementStep]:
         """See `service.ClusterService.place`."""
@@ -153,6 +158,14 @@ class ClusterView:
         """See `service.ClusterService.probe_links`."""
         await self.membership.probe_links()
         return self.links()
+
+    async def _card_or_preview(self, model: str) -> tuple[ModelCard, ModelPreview | None]:
+        """Find the card of a model. That of a model that no live peer has is read from its source, without the weights."""
+        try:
+            return await self.library.known(model), None
+        except UnknownModel:
+            preview = await self.library.look(model)
+            return preview.card, preview
 
     async def _card(self, model: str) -> ModelCard:
         """Find the card of a model. A model that no live peer has is downloaded first."""

@@ -17,7 +17,7 @@ from meshd.models.files.disk import FileStamp
 from meshd.models.files.gguf import GgufFile
 from meshd.models.store.partial_copy import HEADER_INDEX, PartialCopy
 from meshd.models.store.progress import PullPhase, PullProgress
-from meshd.models.store.store import Store, StoredModel
+from meshd.models.store.store import ModelPreview, Store, StoredModel
 from meshd.models.text.template import ChatTemplate, template_from_gguf
 from meshd.models.text.tokenizer.files import tokenizer_from_gguf
 from meshd.models.text.tokenizer.tokenizer import Tokenizer
@@ -238,6 +238,13 @@ class ModelLibrary:
             card = await asyncio.to_thread(self._card_of, stored)
             self.now_whole(card)
         return card
+
+    async def look(self, ref: str) -> ModelPreview:
+        """Read a model's header from its source, without its weights.
+
+        Raises: UnknownModel, DownloadError, ModelFileError, StorageError.
+        """
+        return await self.store.look(ref)
 
     async def text(self, card: ModelCard) -> ModelText:
         """Get a model's tokenizer and template, from this disk or else from a peer with the file. They are built once and cached.

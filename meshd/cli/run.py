@@ -10,7 +10,10 @@ from meshd.cli.support.fetching import known_model, with_model
 from meshd.cli.support.output import print_json
 from meshd.errors import InvalidRequest
 
-EXAMPLE = 'meshd run smollm2:135m "Why is the sky blue?"\n  meshd run file:~/my-model.gguf "Hello"\n  meshd run smollm2:135m < question.txt'
+EXAMPLE = (
+    'meshd run smollm2:135m "Why is the sky blue?"\n  meshd run file:~/my-model.gguf "Hello"\n'
+    "  meshd run smollm2:135m < question.txt"
+)
 
 
 def add_arguments(parser: Parser) -> None:

@@ -1,7 +1,7 @@
 """Fetch models to this device, and put the model that a command names where the daemon finds it.
 
-A daemon opens no `file:` path that it is only asked for over the API. The command line runs as the owner of the daemon's folders, so
-it records the file in the daemon's store and then asks for the model by name.
+A daemon opens no `file:` path that it is only asked for over the API. The command line runs as the owner of the daemon's folders,
+so it records the file in the daemon's store and then asks for the model by name.
 """
 
 from argparse import Namespace
@@ -34,12 +34,18 @@ def fetch(store: Store, ref: str) -> StoredModel:
 
     Raises: what `Store.pull` raises; KeyboardInterrupt within a second of Ctrl-C or SIGTERM. The bytes received so far are kept.
     """
+    failures: list[str] = []
     with progress(of_bytes=True) as shown:
 
         def show(step: PullProgress) -> None:
             if step.phase is PullPhase.FAILED:
-                shown.update(f"{step.model} from {step.source}", 0, None, step.message)
-            elif step.phase is not PullPhase.DONE:
+                failures.append(f"{step.source} was not used: {step.message}")  # if all fail, the error says why
+            elif step.phase is PullPhase.NOTED:
+                shown.say(f"note: {step.message}")
+            elif step.phase is PullPhase.DONE:
+                for failure in failures:
+                    shown.say(failure)
+            else:
                 shown.update(f"{step.model}, {step.phase}", step.done_bytes, step.total_bytes, step.source)
 
         return run_interruptibly(store.pull(ref, show))

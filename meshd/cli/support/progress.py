@@ -26,6 +26,10 @@ class Progress(Protocol):
         """Show that `done` of `total` (None: unknown) is complete. `text` says what the task is doing now."""
         ...
 
+    def say(self, line: str) -> None:
+        """Print a line of its own."""
+        ...
+
 
 def progress(*, of_bytes: bool = False) -> Progress:
     """Return bars if standard error is a terminal that can show them, otherwise lines."""
@@ -60,6 +64,9 @@ class Lines:
         self._printed[name] = (text, ended, now)
         print(" ".join(part for part in (f"{name}:", text, self._amount(done, total)) if part), file=sys.stderr, flush=True)
 
+    def say(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
     def _amount(self, done: float, total: float | None) -> str:
         if self._of_bytes:
             return size(done) + (f" of {size(total)}" if total else "")
@@ -93,6 +100,9 @@ class Bars:
         if name not in self._tasks:
             self._tasks[name] = self._rich.add_task(name, total=total, text=text)
         self._rich.update(self._tasks[name], completed=done, total=total, text=text)
+
+    def say(self, line: str) -> None:
+        self._rich.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class Measuring:

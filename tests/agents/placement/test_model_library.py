@@ -121,8 +121,7 @@ async def test_what_another_process_pulls_or_removes_is_noticed_when_it_is_asked
         await library.known(f"file:{source}")
     stored = await other.pull(f"file:{source}")
     assert (await library.known(f"file:{source}")).id == (await library.known(stored.id)).id == stored.id
-    second = tmp_path / "second.gguf"
-    second.write_bytes(source.read_bytes())
+    second = write_gguf(tmp_path / "second.gguf", layers=1)
     await other.pull(f"file:{second}")
     assert (await library.known(f"file:{second}")).id == stored.id
     other.remove(f"file:{source}")
@@ -133,20 +132,18 @@ async def test_what_another_process_pulls_or_removes_is_noticed_when_it_is_asked
 
 
 async def test_the_store_is_watched(peers: Peers, source: Path, tmp_path: Path) -> None:
-    changes: list[None] = []
+    changed = asyncio.Event()
     library = ModelLibrary(
         links=peers.start("a").links,
         store=Store(tmp_path),
         adverts=list,
-        on_change=lambda: changes.append(None),
+        on_change=changed.set,
         clock=QuickClock(),
     )
     watch = asyncio.create_task(library.run())
     stored = await Store(tmp_path).pull(f"file:{source}")
-    async with asyncio.timeout(30):
-        while stored.id not in library.local:
-            await asyncio.sleep(0.01)
-    assert changes == [None]
+    await asyncio.wait_for(changed.wait(), 30)
+    assert stored.id in library.local
     watch.cancel()
 
 
@@ -154,7 +151,7 @@ async def test_a_model_that_can_not_be_used_is_left_out_and_its_reason_is_given_
     library: ModelLibrary, source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     await Store(tmp_path).pull(f"file:{source}")
-    source.write_bytes(source.read_bytes()[:-1] + b"\1")
+    write_gguf(source, layers=1, seed=1)
     await library.refresh()
     assert library.local == {}
     assert [record.levelname for record in caplog.records if "left out" in record.message] == []
