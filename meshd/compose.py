@@ -301,7 +301,7 @@ def _loader(parts: Parts, holdings: ResidentModels, memory: FreeMemory, drainer:
         backend=parts.backend,
         compute=parts.compute,
         clock=parts.clock,
-        free_bytes=memory.free_bytes,
+        spare_bytes=memory.spare_bytes,
         on_change=parts.signals.layers_changed,
         draining=lambda: drainer.draining,
     )

@@ -27,11 +27,15 @@ class FreeMemory:
 
     def free_bytes(self) -> int:
         """Returns: bytes that may still be reserved. The measurement behind them is at most `_MEASURED_AGAIN_S` old."""
+        return max(0, self.spare_bytes())
+
+    def spare_bytes(self) -> int:
+        """Returns: as `free_bytes`, but less than 0 while layers are promised memory that others are yet to give up."""
         now = self._clock.monotonic()
         if now - self._measured_at > _MEASURED_AGAIN_S:
             self._measured_at, self._measured_bytes = now, self._measure()
         unreserved = self._at_start_bytes - self._residents.reserved_bytes
-        return max(0, min(unreserved, self._measured_bytes - self._residents.untouched_bytes))
+        return min(unreserved, self._measured_bytes - self._residents.untouched_bytes)
 
     def forget(self) -> None:
         """Drop the cached measurement, because layers were loaded or freed."""

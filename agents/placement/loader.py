@@ -39,6 +39,14 @@ class _Key:
     layers: LayerRange
 
 
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """A load that runs."""
+
+    kv_tokens: int
+    task: "asyncio.Task[ResidentLayers]"
+
+
 @dataclass(slots=True)
 class Loader:
     """Owns this peer's resident layers."""
@@ -50,12 +58,14 @@ class Loader:
     backend: Backend
     compute: ComputeQueue
     clock: Clock
-    free_bytes: Callable[[], int]
-    """Returns the bytes that may still be reserved."""
+    spare_bytes: Callable[[], int]
+    """Returns the bytes that may still be reserved; less than 0 while layers are promised memory that others are yet to give up."""
     on_change: Callable[[], None]
     draining: Callable[[], bool] = lambda: False
     """Whether this peer is being drained, and so loads nothing more."""
-    _loading: dict[_Key, asyncio.Task[ResidentLayers]] = field(default_factory=dict)
+    _loading: dict[_Key, _Load] = field(default_factory=dict)
+    _restoring: set["asyncio.Task[None]"] = field(default_factory=set)
+    """Loads of layers that were released for a load which then failed."""
     _files: dict[int, GgufFile] = field(default_factory=dict)
     """Open files by the `id()` of the resident layers that use them."""
 
@@ -66,9 +76,10 @@ class Loader:
 
     async def close(self) -> None:
         """Cancel all loads and release all layers."""
-        for task in self._loading.values():
+        tasks = [*self._restoring, *(load.task for load in self._loading.values())]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._loading.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         for resident in list(self.residents):
             self._release(resident)
 
@@ -78,27 +89,34 @@ class Loader:
         return Placed(request=message.request, layers=resident.layers, kv_tokens=resident.kv_tokens)
 
     async def place(self, request: Place) -> ResidentLayers:
-        """Load layers, unless they are active with enough KV. Requests for the same layers at the same time share one load.
+        """Load layers, unless they are active with enough KV.
+
+        Requests for the same layers at the same time share one load. A request for more KV than the load reserves waits for its end.
 
         Returns: active layers that contain the requested ones.
         Raises: UnknownModel, DownloadError, StorageError, ModelFileError, OutOfMemory; Unavailable while this peer is drained.
         Cancel: the load continues for its other callers.
         """
-        present = self._present(request)
-        if present is not None:
-            self._adopt_flags(present, request)
-            return present
-        if self.draining():
-            raise Unavailable("this peer is about to leave and takes no more layers", hint="place them on another")
         key = _Key(request.model, request.layers)
-        task = self._loading.get(key)
-        if task is None:
-            task = asyncio.get_running_loop().create_task(self._load(request), name=f"load {request.layers}")
-            self._loading[key] = task
-            task.add_done_callback(lambda _: self._loading.pop(key, None))
-        resident = await asyncio.shield(task)
-        self._adopt_flags(resident, request)
-        return resident
+        while True:
+            present = self._present(request)
+            if present is not None:
+                self._adopt_flags(present, request)
+                return present
+            if self.draining():
+                raise Unavailable("this peer is about to leave and takes no more layers", hint="place them on another")
+            load = self._loading.get(key) or self._begin(key, request)
+            if load.kv_tokens >= request.kv_tokens:
+                resident = await asyncio.shield(load.task)
+                self._adopt_flags(resident, request)
+                return resident
+            await asyncio.wait([load.task])
+
+    def _begin(self, key: _Key, request: Place) -> _Load:
+        task = asyncio.get_running_loop().create_task(self._load(request), name=f"load {request.layers}")
+        self._loading[key] = load = _Load(_whole_blocks(request.kv_tokens), task)
+        task.add_done_callback(lambda _: self._loading.pop(key, None))
+        return load
 
     def _present(self, request: Place) -> ResidentLayers | None:
         """Find active layers that satisfy a request; a standby copy only if no other layers do. Returns: None if there are none."""
@@ -133,11 +151,14 @@ class Loader:
             _weight_bytes(card, request.layers),
             standby=request.standby,
             pinned=request.pinned,
+            has_room=False,
         )
-        self._make_room(resident)
+        self._check_room(resident)
         self.residents.entries.append(resident)
+        released: list[ResidentLayers] = []
         try:
             await self._fill(resident, request.ref)
+            self._make_room(resident, released)
 
             def progress(share: float) -> None:
                 resident.progress = _PULL_SHARE + share * (1 - _PULL_SHARE)
@@ -149,6 +170,7 @@ class Loader:
         except BaseException as error:
             resident.state = LoadState.FAILED
             self._release(resident)
+            self._restore(released)
             if isinstance(error, MeshdError | asyncio.CancelledError):
                 raise
             raise ModelFileError(f"loading layers {request.layers} of {card.name} failed: {error}") from error
@@ -201,25 +223,67 @@ class Loader:
         resident.weight_bytes = max(resident.weight_bytes, resident.weights.weight_bytes)  # packing can enlarge the weights
         resident.pool = KVPool(resident.card.spec, layers, resident.kv_tokens // BLOCK_TOKENS, BLOCK_TOKENS)
 
-    def _make_room(self, new: ResidentLayers) -> None:
-        """Release idle layers until the memory that `new` reserves is free. Runs before any memory is allocated for `new`.
+    def _check_room(self, new: ResidentLayers) -> None:
+        """Check that the memory that `new` reserves is free, or would be without idle layers. Releases nothing.
 
-        Idle standby copies are released first, then idle layers of the same model. Nothing is released for a standby copy.
+        Raises: OutOfMemory.
+        """
+        idle = 0 if new.standby else sum(other.reserved_bytes for other in self._releasable(new))
+        self._require(new, self.spare_bytes() + idle - new.reserved_bytes)
+
+    def _make_room(self, new: ResidentLayers, released: list[ResidentLayers]) -> None:
+        """Release idle layers until the memory that `new` reserves is free, and append them to `released`.
+
+        It runs when the weights of `new` are on this disk, and before memory is allocated for them. Idle standby copies are released
+        first, then idle layers of the same model. Nothing is released for a standby copy.
 
         Raises: OutOfMemory.
         """
         for other in [] if new.standby else self._releasable(new):
-            if self.free_bytes() >= new.reserved_bytes:
-                return
+            if self._room_beside(new) >= 0:
+                break
+            released.append(other)
             self._release(other)
-        free = self.free_bytes()
-        if free < new.reserved_bytes:
-            missing = new.reserved_bytes - free
+        self._require(new, self._room_beside(new))
+        new.has_room = True
+
+    def _room_beside(self, new: ResidentLayers) -> int:
+        """Returns: the bytes that are free beside `new`, less than 0 if it lacks some. Loads that are still fetched do not count."""
+        fetching = (other.reserved_bytes for other in self.residents if other is not new and not other.has_room)
+        return self.spare_bytes() + sum(fetching)
+
+    def _require(self, new: ResidentLayers, left_bytes: int) -> None:
+        if left_bytes < 0:
             raise OutOfMemory(
                 f"layers {new.layers} of {new.card.name} need {new.reserved_bytes} bytes with KV for {new.kv_tokens} tokens, "
-                f"{missing} more than are free here",
+                f"{-left_bytes} more than are free here",
                 hint="fewer layers on this peer, a smaller context, or a higher --memory",
             )
+
+    def _restore(self, released: list[ResidentLayers]) -> None:
+        """Load layers again that were released for a load which failed."""
+        for resident in released:
+            task = asyncio.get_running_loop().create_task(self._load_again(resident), name=f"restore {resident.layers}")
+            self._restoring.add(task)
+            task.add_done_callback(self._restoring.discard)
+
+    async def _load_again(self, resident: ResidentLayers) -> None:
+        card = resident.card
+        try:
+            await self.place(
+                Place(
+                    request=0,
+                    model=card.id,
+                    ref=card.ref,
+                    layers=resident.layers,
+                    kv_tokens=resident.kv_tokens,
+                    deadline_ms=0,
+                    standby=resident.standby,
+                    pinned=resident.pinned,
+                )
+            )
+        except MeshdError as error:
+            log.warning("layers %s of %s, released for a load that failed, can't be loaded again: %s", resident.layers, card.name, error)
 
     def _releasable(self, new: ResidentLayers) -> list[ResidentLayers]:
         """List the idle layers that may be released to make room for `new`, in the order of release."""

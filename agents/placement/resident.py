@@ -38,6 +38,8 @@ class ResidentLayers:
     progress: float = 0.0
     weights: LoadedLayers | None = None
     pool: KVPool | None = None
+    has_room: bool = True
+    """Whether the memory for these layers was made free. False while their weights are fetched: nothing was released for them yet."""
     sessions: int = 0
     standby: bool = False
     """Whether this copy serves only when another peer with these layers is lost. A standby copy is the first to be released."""
