@@ -25,6 +25,8 @@ from meshd.agents.placement.loader import Loader
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.preload import Preload
 from meshd.agents.placement.resident import ResidentModels
+from meshd.agents.placement.restart.placements import Placements
+from meshd.agents.placement.restart.restore import Restorer
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.agents.placement.weights.serve import RateLimiter, WeightServer
 from meshd.agents.session.admission import Admission
@@ -109,6 +111,8 @@ class Parts:
     table: PeerTable
     library: ModelLibrary
     weights: WeightProvider
+    placements: Placements
+    """What was placed on this peer when it last ran."""
     router: type[Router] = Router
     coordinator: type[Coordinator] = Coordinator
 
@@ -132,6 +136,7 @@ class Peer:
     placer: PlacementClient
     router: Router
     preload: Preload
+    restorer: Restorer
     journal: JournalWriters
     deputy: Deputy
     locator: Locator
@@ -174,6 +179,7 @@ class Peer:
                         self.journal.run(),
                         self.deputy.run(),
                         self.preload.run(),
+                        self.restorer.run(),
                         self.keeper.run(),
                     )
                 ]
@@ -246,7 +252,9 @@ def compose(parts: Parts) -> Peer:
         names=names,
         clock=clock,
         copies=settings.copies,
+        placements=parts.placements,
     )
+    restorer = Restorer(me=parts.me, placements=parts.placements, loader=loader, placer=placer, adverts=adverts, clock=clock)
     peer = Peer(
         bus=bus,
         story=story,
@@ -265,6 +273,7 @@ def compose(parts: Parts) -> Peer:
         placer=placer,
         router=router,
         preload=preload,
+        restorer=restorer,
         journal=journal,
         deputy=deputy,
         locator=locator,
@@ -303,6 +312,7 @@ def _loader(parts: Parts, holdings: ResidentModels, memory: FreeMemory, drainer:
         clock=parts.clock,
         spare_bytes=memory.spare_bytes,
         on_change=parts.signals.layers_changed,
+        placements=parts.placements,
         draining=lambda: drainer.draining,
     )
 

@@ -22,6 +22,7 @@ from meshd.agents.membership.peer_table import PeerTable
 from meshd.agents.membership.sources import Source
 from meshd.agents.membership.static import StaticPeers
 from meshd.agents.placement.model_library import ModelLibrary
+from meshd.agents.placement.restart.placements import Placements
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.agents.placement.weights.sources import WeightSources
 from meshd.api.http.app import Server, create_app, serve
@@ -264,4 +265,5 @@ def _parts(config: Config, identity: Identity, measured: ProbeResult, clock: Clo
         table=table,
         library=library,
         weights=WeightProvider(links, library, weight_sources, clock),
+        placements=Placements(StateFolder.open(config.state)),
     )

@@ -290,6 +290,8 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
     """A standby copy for when a peer is lost. New sessions use it only if no other peer holds the layers."""
     pinned: bool = False
     """A user placed these layers on this peer."""
+    restored: bool = False
+    """The peer loaded these layers by itself, because they were placed on it before it restarted. A PLACE for them ends this."""
 
 
 class Advert(msgspec.Struct, frozen=True, kw_only=True):

@@ -242,7 +242,8 @@ def _failure_of(results: Mapping[StagePlan, BaseException | int], kv_tokens: int
     """
     failures = [result for result in results.values() if isinstance(result, BaseException)]
     if not failures:
-        return OutOfMemory(f"a peer reserved KV for {min(r for r in results.values() if isinstance(r, int))} tokens, not {kv_tokens}")
+        granted = min(result for result in results.values() if isinstance(result, int))
+        return OutOfMemory(f"a peer reserved KV for {granted} tokens, not {kv_tokens}", hint="see that peer's log")
     for failure in failures:
         if not isinstance(failure, MeshdError):
             raise failure

@@ -17,6 +17,7 @@ from meshd.agents.device.compute import ComputeQueue
 from meshd.agents.links.links import Links
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.resident import LoadState, ResidentLayers, ResidentModels
+from meshd.agents.placement.restart.placements import InMemory, PlacedLayers, Placements
 from meshd.agents.placement.warmup import warm_up
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.clock import Clock
@@ -61,6 +62,7 @@ class Loader:
     spare_bytes: Callable[[], int]
     """Returns the bytes that may still be reserved; less than 0 while layers are promised memory that others are yet to give up."""
     on_change: Callable[[], None]
+    placements: Placements = field(default_factory=lambda: Placements(InMemory()))
     draining: Callable[[], bool] = lambda: False
     """Whether this peer is being drained, and so loads nothing more."""
     _loading: dict[_Key, _Load] = field(default_factory=dict)
@@ -88,10 +90,12 @@ class Loader:
             resident = await self.place(message)
         return Placed(request=message.request, layers=resident.layers, kv_tokens=resident.kv_tokens)
 
-    async def place(self, request: Place) -> ResidentLayers:
-        """Load layers, unless they are active with enough KV.
+    async def place(self, request: Place, *, restored: bool = False) -> ResidentLayers:
+        """Load layers, unless they are active with enough KV, and record that they are placed here.
 
-        Requests for the same layers at the same time share one load. A request for more KV than the load reserves waits for its end.
+        `restored`: this peer asks for them itself, because they were placed here before it restarted.
+
+        Requests for the same layers at the same time share one load. One for more KV than the load reserves waits for its end.
 
         Returns: active layers that contain the requested ones.
         Raises: UnknownModel, DownloadError, StorageError, ModelFileError, OutOfMemory; Unavailable while this peer is drained.
@@ -101,19 +105,16 @@ class Loader:
         while True:
             present = self._present(request)
             if present is not None:
-                self._adopt_flags(present, request)
-                return present
+                return await self._asked_for(present, request, restored)
             if self.draining():
                 raise Unavailable("this peer is about to leave and takes no more layers", hint="place them on another")
-            load = self._loading.get(key) or self._begin(key, request)
+            load = self._loading.get(key) or self._begin(key, request, restored)
             if load.kv_tokens >= request.kv_tokens:
-                resident = await asyncio.shield(load.task)
-                self._adopt_flags(resident, request)
-                return resident
+                return await self._asked_for(await asyncio.shield(load.task), request, restored)
             await asyncio.wait([load.task])
 
-    def _begin(self, key: _Key, request: Place) -> _Load:
-        task = asyncio.get_running_loop().create_task(self._load(request), name=f"load {request.layers}")
+    def _begin(self, key: _Key, request: Place, restored: bool) -> _Load:
+        task = asyncio.get_running_loop().create_task(self._load(request, restored), name=f"load {request.layers}")
         self._loading[key] = load = _Load(_whole_blocks(request.kv_tokens), task)
         task.add_done_callback(lambda _: self._loading.pop(key, None))
         return load
@@ -131,15 +132,33 @@ class Loader:
             default=None,
         )
 
-    def _adopt_flags(self, resident: ResidentLayers, request: Place) -> None:
-        """Update `standby` and `pinned`: a request that is not for a standby copy promotes the copy, a pinned one pins it."""
-        before = resident.standby, resident.pinned
+    async def _asked_for(self, resident: ResidentLayers, request: Place, restored: bool) -> ResidentLayers:
+        """Update the flags of layers that a request asked for, and record them.
+
+        A request that is not for a standby copy promotes the copy, a pinned one pins it, and one of a peer ends `restored`.
+        """
+        before = resident.standby, resident.pinned, resident.restored
         resident.standby = resident.standby and request.standby
         resident.pinned = resident.pinned or request.pinned
-        if (resident.standby, resident.pinned) != before:
+        resident.restored = resident.restored and restored
+        if (resident.standby, resident.pinned, resident.restored) != before:
             self.on_change()
+        if not resident.standby and resident.state is LoadState.ACTIVE:
+            card = resident.card
+            self.placements.add(
+                PlacedLayers(
+                    model=card.id,
+                    name=card.name,
+                    ref=card.ref,
+                    layers=resident.layers,
+                    kv_tokens=resident.kv_tokens,
+                    pinned=resident.pinned,
+                )
+            )
+            await asyncio.to_thread(self.placements.save)
+        return resident
 
-    async def _load(self, request: Place) -> ResidentLayers:
+    async def _load(self, request: Place, restored: bool) -> ResidentLayers:
         loop = asyncio.get_running_loop()
         card = await self._fetch(request)
         if request.layers not in card.layers:
@@ -151,6 +170,7 @@ class Loader:
             _weight_bytes(card, request.layers),
             standby=request.standby,
             pinned=request.pinned,
+            restored=restored,
             has_room=False,
         )
         self._check_room(resident)
@@ -234,8 +254,8 @@ class Loader:
     def _make_room(self, new: ResidentLayers, released: list[ResidentLayers]) -> None:
         """Release idle layers until the memory that `new` reserves is free, and append them to `released`.
 
-        It runs when the weights of `new` are on this disk, and before memory is allocated for them. Idle standby copies are released
-        first, then idle layers of the same model. Nothing is released for a standby copy.
+        It runs when the weights of `new` are on this disk, and before memory is allocated for them. Idle standby copies are
+        released first, then idle layers of the same model. Nothing is released for a standby copy.
 
         Raises: OutOfMemory.
         """
@@ -243,12 +263,13 @@ class Loader:
             if self._room_beside(new) >= 0:
                 break
             released.append(other)
+            self.placements.released(other.card.id, other.layers)
             self._release(other)
         self._require(new, self._room_beside(new))
         new.has_room = True
 
     def _room_beside(self, new: ResidentLayers) -> int:
-        """Returns: the bytes that are free beside `new`, less than 0 if it lacks some. Loads that are still fetched do not count."""
+        """Returns: the bytes that are free beside `new`, less than 0 if it lacks some. Loads that are fetched do not count."""
         fetching = (other.reserved_bytes for other in self.residents if other is not new and not other.has_room)
         return self.spare_bytes() + sum(fetching)
 
@@ -283,7 +304,8 @@ class Loader:
                 )
             )
         except MeshdError as error:
-            log.warning("layers %s of %s, released for a load that failed, can't be loaded again: %s", resident.layers, card.name, error)
+            what = f"layers {resident.layers} of {card.name}"
+            log.warning("%s, released for a load that failed, can't be loaded again: %s", what, error)
 
     def _releasable(self, new: ResidentLayers) -> list[ResidentLayers]:
         """List the idle layers that may be released to make room for `new`, in the order of release."""
@@ -317,11 +339,14 @@ class Loader:
         self.on_change()
 
     async def _on_unplace(self, sender: PeerId, message: Unplace, payload: memoryview) -> Unplaced:
-        return Unplaced(request=message.request, freed_bytes=self.unplace(message.model))
+        freed = self.unplace(message.model)
+        await asyncio.to_thread(self.placements.save)
+        return Unplaced(request=message.request, freed_bytes=freed)
 
     def unplace(self, model: ModelId) -> int:
         """Drain all layers of a model; they are released when their last session ends. Returns: bytes freed now or then."""
         freed = 0
+        self.placements.end(model)
         for resident in self.residents.of(model):
             if resident.state is LoadState.ACTIVE:
                 freed += resident.reserved_bytes

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from meshd.agents.membership.peer_table import PeerTable
+from meshd.agents.placement.restart.placements import InMemory, Placements
 from meshd.compose import Parts, PeerSettings, PeerSignals, compose
 from meshd.types import Capability, ModelCard, PeerId, Rates
 from sim.loop import Owner, SimClock, SimLoop
@@ -105,6 +106,7 @@ class SimProcess:
             table=table,
             library=SimLibrary(links=links, store=store, adverts=table.adverts, on_change=signals.changed),
             weights=weights,
+            placements=Placements(InMemory()),
             router=CountingRouter,
             coordinator=CountingCoordinator,
         )
