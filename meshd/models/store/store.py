@@ -46,6 +46,8 @@ from meshd.types import ModelCard, ModelId
 
 PYPI = "https://pypi.org/simple"
 _LOCK_POLL_S = 0.2
+_ANOTHER = "fetch the model again, or take it from another source or in another form"
+"""What to do about a model file that does not say it itself."""
 
 __all__ = ["PYPI", "ModelPreview", "PullPhase", "PullProgress", "Store", "StoredModel"]
 
@@ -201,9 +203,10 @@ class Store:
                 meter.begin(PullPhase.DONE, source=model.ref, done=model.size_bytes, total=model.size_bytes)
                 return model
         if len(failures) == 1:
+            failures[0].hint = failures[0].hint or _ANOTHER
             raise failures[0]
         reasons = "; ".join(error.message for error in failures)
-        raise DownloadError(f"{wanted.name} can't be fetched from any source: {reasons}", hint=failures[0].hint)
+        raise DownloadError(f"{wanted.name} can't be fetched from any source: {reasons}", hint=failures[0].hint or _ANOTHER)
 
     async def look(self, ref: str) -> ModelPreview:
         """Read a model's header from its source on a hub. Its weights are not fetched.

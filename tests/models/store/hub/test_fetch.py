@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -308,3 +309,28 @@ async def test_no_room_is_an_error_before_the_weights_are_fetched(
     with pytest.raises(StorageError, match="too little room"):
         await store.pull("hf:org/big")
     assert hub.sent_bytes <= 1 << 20
+
+
+PULL = """
+import asyncio, resource, sys
+from pathlib import Path
+from meshd.errors import MeshdError
+from meshd.models.store.store import Store
+root = Path(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000))
+try:
+    asyncio.run(Store(root / "models", root / "hf", hf_endpoint=sys.argv[2]).pull("hf:org/big"))
+except MeshdError as error:
+    print(error.code, error)
+"""
+
+
+async def test_a_full_disk_is_one_error_and_keeps_what_has_come(store: Store, hub: Hub, big: bytes, tmp_path: Path) -> None:
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", PULL, tmp_path, hub.url, stdout=asyncio.subprocess.PIPE)
+    printed = (await process.communicate())[0].decode()
+    assert printed.startswith("storage_error")
+    assert printed.count("\n") == 1
+    assert "free some disk space and pull again: what was downloaded is kept" in printed
+    hub.asked.clear()
+    assert (await store.pull("hf:org/big")).size_bytes == len(big)
+    assert [each for each in hub.asked if each[0] == "GET"] == [("GET", "m.gguf", "bytes=5000000-")]
