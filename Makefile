@@ -61,6 +61,7 @@ bench-short: $(VENV)/installed $(VENV)/group-test
 	$(FIGURE)_journal.py --rounds 1 --tokens 32
 	$(FIGURE)_migration.py --rounds 1 --contexts 256
 	$(FIGURE)_recovery.py --rounds 1 --context 256
+	$(FIGURE)_survival.py --seconds 4 --connections 1000
 
 sim: $(VENV)/installed $(VENV)/group-test
 	$(BIN)/python -P tests/sim/run.py $(SIM)

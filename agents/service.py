@@ -5,20 +5,26 @@ from typing import Annotated, Any, Protocol
 
 import msgspec
 
+from meshd.bounds import MAX_PEERS, MAX_TOKENS, Label, at_most
 from meshd.errors import MeshdError
 from meshd.types import FinishReason, LayerRange, ModelCard, Objective, PeerId, SamplingParams, SessionId
+
+_MAX_STAGES_TEXT = 64 * MAX_PEERS
+"""Room for one stage of each peer, with the peer's id."""
+ContextTokens = Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
+PeerCount = Annotated[int, msgspec.Meta(ge=1, le=MAX_PEERS)]
 
 
 class MeshOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Options for a request's plan: the JSON object `mesh`."""
 
-    stages: str | None = None
+    stages: Annotated[str, at_most(_MAX_STAGES_TEXT)] | None = None
     """Which peer runs which layers, as `name:0-12,name:12-30`. A name may be an unambiguous beginning of the peer's id."""
-    peers: tuple[str, ...] | None = None
+    peers: Annotated[tuple[Label, ...], at_most(MAX_PEERS)] | None = None
     """Names, or beginnings of ids, of the peers that may take part; None: all peers."""
-    min_peers: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    min_peers: PeerCount | None = None
     objective: Objective | None = None
-    context: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    context: ContextTokens | None = None
     """Maximum number of tokens of prompt and answer together; None: the model's context length."""
     mirror: bool | None = None
     """Whether to keep a copy of the KV on other peers; None: as set by `--mirror`."""
@@ -174,7 +180,7 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """The request of `meshd plan` and `POST /mesh/v1/plan`."""
 
     model: str
-    context: int | None = None
+    context: ContextTokens | None = None
     objective: Objective = Objective.LATENCY
     what_if: tuple[str, ...] = ()
     """Hypothetical peers to add: `+name ram=32GiB bw=60GB/s link=1Gbps rtt=0.3ms`."""
@@ -186,9 +192,9 @@ class PlaceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     model: str
     stages: str | None = None
-    min_peers: int | None = None
+    min_peers: PeerCount | None = None
     objective: Objective | None = None
-    context: int | None = None
+    context: ContextTokens | None = None
 
 
 class PlacementStep(msgspec.Struct, frozen=True, kw_only=True):

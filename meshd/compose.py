@@ -41,6 +41,7 @@ from meshd.agents.session.plan.retry import PlanRetrier
 from meshd.agents.session.plan.route import Router
 from meshd.agents.signals import Signal
 from meshd.agents.stage.host import StageHost
+from meshd.agents.supervisor import Supervisor
 from meshd.clock import Clock
 from meshd.kernels.backend import Backend
 from meshd.protocol.messages import Error, Hello, Token
@@ -113,6 +114,7 @@ class Parts:
     weights: WeightProvider
     placements: Placements
     """What was placed on this peer when it last ran."""
+    supervisor: Supervisor
     router: type[Router] = Router
     coordinator: type[Coordinator] = Coordinator
 
@@ -143,6 +145,7 @@ class Peer:
     coordinator: Coordinator
     keeper: Keeper
     story_collector: StoryCollector
+    supervisor: Supervisor
 
     def register(self) -> None:
         """Register the agents' handlers of messages from other peers."""
@@ -164,24 +167,22 @@ class Peer:
 
     @asynccontextmanager
     async def running(self, sources: Iterable[Source]) -> AsyncIterator[None]:
-        """Run all agents inside the block. On exit they are cancelled and their memory is freed."""
+        """Run all agents inside the block, restarting those that fail. On exit they are cancelled and their memory is freed."""
+        supervise = self.supervisor.supervise
         try:
             async with asyncio.TaskGroup() as tasks:
                 running = [
-                    tasks.create_task(coroutine)
-                    for coroutine in (
-                        self.links.run(),
-                        self.library.run(),
-                        self.membership.run(sources),
-                        self.prober.run(),
-                        self.stages.run(),
-                        self.coordinator.run(),
-                        self.journal.run(),
-                        self.deputy.run(),
-                        self.preload.run(),
-                        self.restorer.run(),
-                        self.keeper.run(),
-                    )
+                    tasks.create_task(self.links.run(supervise)),
+                    tasks.create_task(supervise("models on disk", self.library.run)),
+                    tasks.create_task(self.membership.run(sources, supervise)),
+                    tasks.create_task(supervise("link measurements", self.prober.run)),
+                    tasks.create_task(supervise("stages", self.stages.run)),
+                    tasks.create_task(supervise("coordinator", self.coordinator.run)),
+                    tasks.create_task(supervise("journal", self.journal.run)),
+                    tasks.create_task(supervise("deputy", self.deputy.run)),
+                    tasks.create_task(supervise("models to place", self.preload.run)),
+                    tasks.create_task(supervise("layers of before", self.restorer.run)),
+                    tasks.create_task(supervise("placement keeper", self.keeper.run)),
                 ]
                 try:
                     yield
@@ -189,6 +190,8 @@ class Peer:
                     for task in running:
                         task.cancel()
         finally:
+            self.stages.close()
+            await self.coordinator.close()
             await self.loader.close()
             await self.weight_server.close()
             self.compute.close()
@@ -280,6 +283,7 @@ def compose(parts: Parts) -> Peer:
         coordinator=coordinator,
         keeper=keeper,
         story_collector=StoryCollector(parts.me, links, story, clock, names),
+        supervisor=parts.supervisor,
     )
     _subscribe(parts, memory, peer)
     return peer

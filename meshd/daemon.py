@@ -1,8 +1,9 @@
 """The daemon of one device: a peer that is composed from a `Config`, and its API server."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from logging import getLogger
 from typing import Any
@@ -12,9 +13,10 @@ import msgspec
 from meshd import __version__
 from meshd.agents.admin.view import ClusterView
 from meshd.agents.device.compute import ComputeThread
+from meshd.agents.device.descriptors import DescriptorShares, raise_limit, share_descriptors
 from meshd.agents.device.memory import measure_memory
 from meshd.agents.device.probe import ProbeResult, Progress, probe
-from meshd.agents.links.links import Links, LinkSettings
+from meshd.agents.links import links
 from meshd.agents.links.probe import LinkProber
 from meshd.agents.membership.mdns import MdnsDiscovery
 from meshd.agents.membership.mdns_records import Announcement
@@ -25,14 +27,17 @@ from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.restart.placements import Placements
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.agents.placement.weights.sources import WeightSources
-from meshd.api.http.app import Server, create_app, serve
+from meshd.agents.supervisor import Supervisor
+from meshd.api.http import server
+from meshd.api.http.app import create_app
+from meshd.api.http.services import ClientLimits
 from meshd.clock import Clock, SystemClock
 from meshd.compose import Parts, PeerSettings, PeerSignals, compose
 from meshd.config import Config, require_guarded_api
-from meshd.errors import ConfigError
+from meshd.errors import LocalFault
 from meshd.kernels.registry import make_backend
 from meshd.models.store.store import Store
-from meshd.protocol.identity import ClusterKey, Identity, load_cluster_key, load_identity, store_cluster_key
+from meshd.protocol.identity import Identity, choose_cluster_key, load_identity
 from meshd.protocol.messages import PROTOCOL_VERSION
 from meshd.state import StateFolder, StateLock, lock_state
 from meshd.telemetry import Telemetry
@@ -74,14 +79,16 @@ async def run_daemon(
     Leaving waits up to `--drain-timeout` for running sessions; `on_waiting` is called with a description of what is waited for.
     After that, within a second, the clients of answers that still run get an error, and the other peers a goodbye message.
 
-    Raises: ConfigError, StorageError (the folder is in use), LocalFault (the device can't be measured).
+    Raises: ConfigError, StorageError (the folder is in use), LocalFault (the device can't be measured, or an agent failed too
+    often, in which case the peer has left the cluster in the same orderly way).
     Cancel: the peer leaves without waiting for its sessions.
     """
     require_guarded_api(config)
     folder = StateFolder.open(config.state)
-    with lock_state(config.state) as lock:
-        clock = SystemClock()
-        cluster, new = _cluster_key(config, folder, clock)
+    clock = SystemClock()
+    shares = share_descriptors(raise_limit())
+    with lock_state(config.state) as lock, _bound(config) as sockets:
+        cluster, new = choose_cluster_key(folder, config.key, clock.random_bytes)
         identity = load_identity(folder, cluster, clock.random_bytes)
         measured = await probe(
             config.cache,
@@ -92,8 +99,8 @@ async def run_daemon(
             roles=config.roles,
             progress=on_progress,
         )
-        daemon = Daemon(config, identity, measured, clock)
-        async with daemon.serving(lock) as server:
+        daemon = Daemon(config, identity, measured, clock, sockets, shares)
+        async with daemon.serving(lock) as api:
             on_ready(
                 DaemonInfo(
                     name=config.name,
@@ -101,46 +108,69 @@ async def run_daemon(
                     cluster=identity.fingerprint,
                     join_code=cluster.code,
                     new_cluster=new,
-                    api=server.url,
+                    api=api.url,
                     link=daemon.peer.membership.link_address,
                     probe=measured,
                 )
             )
-            await stop.wait()
+            failed = await _stopped(stop, daemon.peer.supervisor)
+            if failed:
+                on_waiting(f"stopping: {failed}")
             await daemon.peer.drain(config.drain_timeout, on_waiting)
+        if failed:
+            raise LocalFault(f"the daemon stopped itself: {failed}", hint="start it again; the log has the errors")
 
 
-def _cluster_key(config: Config, folder: StateFolder, clock: Clock) -> tuple[ClusterKey, bool]:
-    """Choose the cluster's key: the stored one, else the one from the settings, else a new one. Store it in the folder.
+async def _stopped(stop: asyncio.Event, supervisor: Supervisor) -> str:
+    """Wait until `stop` is set or an agent has failed too often. Returns: the reason; empty if `stop` was set."""
+    waits = [asyncio.create_task(event.wait()) for event in (stop, supervisor.gave_up)]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+    return "" if stop.is_set() else supervisor.reason
 
-    Returns: the key, and whether it is new.
-    Raises: ConfigError, StorageError.
-    """
-    stored = load_cluster_key(folder)
-    given = ClusterKey.from_code(config.key) if config.key else None
-    if stored is not None and given is not None and given != stored:
-        raise ConfigError(
-            f"{folder.path} belongs to cluster {stored.fingerprint}, but the join code is of cluster {given.fingerprint}",
-            hint="move this device with `meshd key join CODE`, or use another folder with --state DIR",
-        )
-    key = stored or given or ClusterKey.generate(clock.random_bytes)
-    if stored is None:
-        store_cluster_key(folder, key)
-    return key, stored is None and given is None
+
+@dataclass(frozen=True, slots=True)
+class Sockets:
+    """The sockets of the two addresses, bound before the device is measured, so that a taken port is reported at once."""
+
+    api: list[socket.socket]
+    link: list[socket.socket]
+
+
+@contextmanager
+def _bound(config: Config) -> Iterator[Sockets]:
+    """Bind the addresses of the API and the links. Raises: ConfigError if one can't be used."""
+    with ExitStack() as stack:
+        api = [stack.enter_context(closing(bound)) for bound in server.bind(config.api.host, config.api.port)]
+        link = [stack.enter_context(closing(bound)) for bound in links.bind(config.link.host, config.link.port)]
+        yield Sockets(api, link)
 
 
 class Daemon:
     """This device's peer and its API server."""
 
-    def __init__(self, config: Config, identity: Identity, measured: ProbeResult, clock: Clock) -> None:
+    def __init__(
+        self,
+        config: Config,
+        identity: Identity,
+        measured: ProbeResult,
+        clock: Clock,
+        sockets: Sockets,
+        shares: DescriptorShares,
+    ) -> None:
         """Construct the peer and its API view. Must be called inside the event loop."""
         self._config = config
         self._identity = identity
         self._clock = clock
+        self._sockets = sockets
+        self._limits = ClientLimits(connections=shares.clients)
         self._started = clock.monotonic()
         self._mdns: MdnsDiscovery | None = None
         self._telemetry = Telemetry()
-        self.peer = compose(_parts(config, identity, measured, clock, self._telemetry))
+        self.peer = compose(_parts(config, identity, measured, clock, self._telemetry, sockets, shares))
         self.view = ClusterView(
             drainer=self.peer.drainer,
             story_collector=self.peer.story_collector,
@@ -155,7 +185,7 @@ class Daemon:
         )
 
     @asynccontextmanager
-    async def serving(self, lock: StateLock) -> AsyncIterator[Server]:
+    async def serving(self, lock: StateLock) -> AsyncIterator[server.Server]:
         """Run the peer and the API server inside the block.
 
         On exit, the clients of running answers get an error, the other peers get a goodbye message, and memory is freed.
@@ -167,16 +197,18 @@ class Daemon:
         if self._identity.notice:
             membership.notice(self._identity.notice)
         await peer.library.refresh()
-        app = create_app(peer.coordinator, self.view, self._telemetry, api_key=self._config.api_key, clock=self._clock)
-        server = await serve(app, self._config.api.host, self._config.api.port)
-        membership.api_address = f"{self._config.api.host}:{server.port}"
+        app = create_app(
+            peer.coordinator, self.view, self._telemetry, api_key=self._config.api_key, clock=self._clock, limits=self._limits
+        )
+        api = await server.serve_at(app, self._sockets.api)
+        membership.api_address = f"{self._config.api.host}:{api.port}"
         async with peer.running(self._sources(port)):
             lock.announce(membership.api_address, str(self._config.models_dir.absolute()))
             log.info("up: links on %s, API on %s", membership.link_address, membership.api_address)
             try:
-                yield server
+                yield api
             finally:
-                await peer.leave(server.aclose)
+                await peer.leave(api.aclose)
 
     def _sources(self, port: int) -> list[Source]:
         sources: list[Source] = []
@@ -218,26 +250,40 @@ class Daemon:
         }
 
 
-def _parts(config: Config, identity: Identity, measured: ProbeResult, clock: Clock, telemetry: Telemetry) -> Parts:
+def _parts(
+    config: Config,
+    identity: Identity,
+    measured: ProbeResult,
+    clock: Clock,
+    telemetry: Telemetry,
+    sockets: Sockets,
+    shares: DescriptorShares,
+) -> Parts:
     """Make the parts of this device's peer."""
     capability = measured.capability
     signals, table = PeerSignals(), PeerTable()
     incarnation = int.from_bytes(clock.random_bytes(8), "big") >> 1
-    links = Links(
+    peer_links = links.Links(
         identity,
         config.name,
         incarnation,
-        LinkSettings(host=config.link.host, port=config.link.port),
+        links.LinkSettings(
+            host=config.link.host,
+            port=config.link.port,
+            sockets=tuple(sockets.link),
+            max_links=shares.links,
+            max_half_open=shares.half_open,
+        ),
         clock,
         on_up=signals.link_up,
         on_down=signals.link_down,
         on_notice=signals.notice,
     )
-    prober = LinkProber(links, clock, on_change=signals.changed)
+    prober = LinkProber(peer_links, clock, on_change=signals.changed)
     store = Store(config.models_dir, config.hf_cache, index_url=config.pypi_index, clock=clock)
-    library = ModelLibrary(links=links, store=store, adverts=table.adverts, on_change=signals.changed, clock=clock)
+    library = ModelLibrary(links=peer_links, store=store, adverts=table.adverts, on_change=signals.changed, clock=clock)
     weight_sources = WeightSources(
-        me=identity.peer, links=links, adverts=table.adverts, names=table.name_of, clock=clock, link_stats=prober.stats
+        me=identity.peer, links=peer_links, adverts=table.adverts, names=table.name_of, clock=clock, link_stats=prober.stats
     )
     return Parts(
         me=identity.peer,
@@ -260,10 +306,11 @@ def _parts(config: Config, identity: Identity, measured: ProbeResult, clock: Clo
         measure_free_bytes=lambda: measure_memory().free_bytes,
         backend=make_backend(capability.backend, capability.threads),
         compute=ComputeThread(),
-        links=links,
+        links=peer_links,
         prober=prober,
         table=table,
         library=library,
-        weights=WeightProvider(links, library, weight_sources, clock),
+        weights=WeightProvider(peer_links, library, weight_sources, clock),
         placements=Placements(StateFolder.open(config.state)),
+        supervisor=Supervisor(clock),
     )

@@ -111,7 +111,12 @@ def _host_name() -> str:
 
 
 SETTINGS: tuple[Setting, ...] = (
-    Setting(name="key", metavar="CODE", secret=True, help="join the cluster of this code (`meshd key show`)"),
+    Setting(
+        name="key",
+        metavar="CODE",
+        secret=True,
+        help="join the cluster of this code (`meshd key show`); `-` reads the code from standard input",
+    ),
     Setting(name="name", parse=parse_name, computed=lambda _: _host_name(), help="name of this peer; default: the host name"),
     Setting(
         name="api",

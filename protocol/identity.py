@@ -178,6 +178,25 @@ def store_cluster_key(folder: StateFolder, key: ClusterKey) -> None:
     folder.write(CLUSTER_FILE, f"{key.code}\n".encode())
 
 
+def choose_cluster_key(folder: StateFolder, code: str | None, random_bytes: Callable[[int], bytes]) -> tuple[ClusterKey, bool]:
+    """Choose the cluster's key: the stored one, else the one of the join code, else a new one. Store it in the folder.
+
+    Returns: the key, and whether it is new.
+    Raises: ConfigError if the code is mistyped or of another cluster than the folder; StorageError.
+    """
+    stored = load_cluster_key(folder)
+    given = ClusterKey.from_code(code) if code else None
+    if stored is not None and given is not None and given != stored:
+        raise ConfigError(
+            f"{folder.path} belongs to cluster {stored.fingerprint}, but the join code is of cluster {given.fingerprint}",
+            hint="move this device with `meshd key join CODE`, or use another folder with --state DIR",
+        )
+    key = stored or given or ClusterKey.generate(random_bytes)
+    if stored is None:
+        store_cluster_key(folder, key)
+    return key, stored is None and given is None
+
+
 def load_identity(folder: StateFolder, cluster: ClusterKey, random_bytes: Callable[[int], bytes]) -> Identity:
     """Load the folder's identity and certify it in the cluster. At the first start and in a copied folder, make a new one.
 

@@ -207,8 +207,11 @@ def _reason(error: Exception | None) -> str:
     return f"the connection broke: {error}" if error else "the other side closed the connection"
 
 
-def listen(host: str, port: int) -> list[socket.socket]:
-    """Open one listening socket for each address of `host`. Port 0 chooses one free port for all of them. Raises: OSError."""
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Bind one socket for each address of `host`, without listening yet. Port 0 chooses one free port for all of them.
+
+    Raises: OSError.
+    """
     infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: list[socket.socket] = []
     try:
@@ -219,7 +222,6 @@ def listen(host: str, port: int) -> list[socket.socket]:
             if family == socket.AF_INET6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             listener.bind((address[0], port, *address[2:]))
-            listener.listen(128)
             listener.setblocking(False)
             port = port or listener.getsockname()[1]
     except OSError:

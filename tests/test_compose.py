@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from meshd import daemon
+from meshd.agents.device.descriptors import share_descriptors
 from meshd.agents.device.probe import probe
 from meshd.agents.session.coordinator import Coordinator
 from meshd.agents.session.journal.deputy import Deputy
@@ -31,7 +32,7 @@ async def parts(local_config: Config) -> AsyncIterator[Parts]:
     cluster = ClusterKey.generate(clock.random_bytes)
     identity = load_identity(StateFolder.open(local_config.state), cluster, clock.random_bytes)
     measured = await probe(local_config.cache, clock=clock, threads=1, backend="torch")
-    made = daemon._parts(local_config, identity, measured, clock, Telemetry())
+    made = daemon._parts(local_config, identity, measured, clock, Telemetry(), daemon.Sockets([], []), share_descriptors(1024))
     yield made
     made.compute.close()
 

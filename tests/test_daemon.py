@@ -2,15 +2,18 @@
 
 import asyncio
 import dataclasses
+import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 
 import aiohttp
 import pytest
 
+from meshd.agents import supervisor
+from meshd.agents.stage.host import StageHost
 from meshd.config import Config
 from meshd.daemon import DaemonInfo, run_daemon
-from meshd.errors import ConfigError, StorageError
+from meshd.errors import ConfigError, LocalFault, StorageError
 from meshd.protocol.identity import ClusterKey
 from meshd.state import StateFolder, lock_state, read_holder
 from meshd.values import Address
@@ -77,6 +80,38 @@ async def test_an_open_api_without_a_key_does_not_start(local_config: Config) ->
     with pytest.raises(ConfigError, match="without an API key"):
         await run_daemon(dataclasses.replace(local_config, api=Address("0.0.0.0", 0)), stop=asyncio.Event())
     assert not local_config.state.exists()
+
+
+async def test_a_daemon_whose_agent_keeps_failing_drains_and_ends_with_the_reason(
+    local_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = 0
+
+    async def fail(host: StageHost) -> None:
+        nonlocal starts
+        starts += 1
+        raise KeyError(-5)
+
+    monkeypatch.setattr(StageHost, "run", fail)
+    monkeypatch.setattr(supervisor, "RESTART_S", 0.01)
+    said: list[str] = []
+    with pytest.raises(LocalFault, match=r"stopped itself: stages failed 3 times within 0 s, the last time with KeyError: -5"):
+        async with asyncio.timeout(60.0):
+            await run_daemon(local_config, stop=asyncio.Event(), on_waiting=said.append)
+    assert starts >= 3
+    assert said[0].startswith("stopping: stages failed 3 times")
+    assert read_holder(local_config.state) is None
+
+
+@pytest.mark.parametrize("address", ["api", "link"])
+async def test_a_taken_port_is_reported_before_the_device_is_measured(local_config: Config, address: str) -> None:
+    measured: list[str] = []
+    with closing(socket.create_server(("127.0.0.1", 0))) as other:
+        config = dataclasses.replace(local_config, **{address: Address("127.0.0.1", other.getsockname()[1])})
+        (local_config.cache / "probe.json").unlink()
+        with pytest.raises(ConfigError, match=f"Address already in use; choose another address with --{address} HOST:PORT"):
+            await run_daemon(config, stop=asyncio.Event(), on_progress=lambda what, fraction: measured.append(what))
+    assert measured == []
 
 
 async def test_cancelling_frees_the_state_folder(local_config: Config) -> None:

@@ -113,6 +113,29 @@ def test_a_read_only_folder_is_a_storage_error(folder: StateFolder) -> None:
         lock_state(folder.path)
 
 
+def test_a_lock_file_that_cannot_be_written_is_a_storage_error(folder: StateFolder) -> None:
+    script = (
+        "import resource, sys; from pathlib import Path; from meshd.errors import StorageError\n"
+        "from meshd.state import lock_state\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # as on a full disk, no file can grow\n"
+        "try: lock_state(Path(sys.argv[1]))\n"
+        "except StorageError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(folder.path)], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{folder.path / 'lock'} can't be used: File too large; free space")
+    with lock_state(folder.path):
+        pass
+
+
+def test_a_link_in_place_of_the_lock_file_is_not_followed(folder: StateFolder, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("data")
+    (folder.path / "lock").symlink_to(precious)
+    with pytest.raises(StorageError, match="can't be used"):
+        lock_state(folder.path)
+    assert precious.read_text() == "data"
+
+
 def test_the_lock_of_a_killed_daemon_is_free(folder: StateFolder) -> None:
     script = (
         "import pathlib, sys; from meshd.state import lock_state; lock = lock_state(pathlib.Path(sys.argv[1]), 'x:1');"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from meshd.telemetry import LogFormat, Telemetry, configure_logging
+from meshd.telemetry import LineLimit, LogFormat, Telemetry, TextFormatter, configure_logging
 
 
 def samples(telemetry: Telemetry) -> dict[str, float]:
@@ -106,3 +106,37 @@ def test_debug_shows_libraries_too() -> None:
 def test_an_unknown_level_is_an_error() -> None:
     with pytest.raises(ValueError, match="loud"):
         configure_logging("loud")
+
+
+def event(message: str, number: int, at: float, level: int = logging.ERROR) -> logging.LogRecord:
+    record = logging.LogRecord("meshd.agents", level, __file__, 1, message, (number,), None)
+    record.created = at
+    return record
+
+
+def test_a_source_that_logs_too_much_is_limited_and_the_next_line_counts_what_was_dropped() -> None:
+    limit = LineLimit()
+    passed = [number for number in range(1000) if limit.filter(event("the advert of %s is wrong", number, 100.0 + number * 0.001))]
+    assert passed == list(range(20))
+    later = event("the advert of %s is wrong", 1, 111.0)
+    assert limit.filter(later)
+    assert vars(later)["dropped"] == 980
+    assert "dropped=980" in TextFormatter().format(later)
+    quiet = event("the advert of %s is wrong", 1, 122.0)
+    assert limit.filter(quiet)
+    assert "dropped" not in vars(quiet)
+
+
+def test_one_source_does_not_silence_another() -> None:
+    limit = LineLimit()
+    for number in range(100):
+        limit.filter(event("the advert of %s is wrong", number, 100.0))
+    assert limit.filter(event("the link with %s is down", 1, 100.0))
+
+
+def test_debug_lines_are_not_limited_and_sources_are_bounded() -> None:
+    limit = LineLimit()
+    assert all(limit.filter(event("step %s", number, 100.0, logging.DEBUG)) for number in range(100))
+    for number in range(3000):
+        limit.filter(event(f"message {number} %s", number, 100.0))
+    assert len(limit._sources) <= 1024

@@ -1,5 +1,6 @@
 """Measures how much memory and how many cores this process may use, within the limits of cgroups (v1 and v2) and ulimit."""
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -18,12 +19,15 @@ class _MemoryFiles:
 
     bounds: tuple[str, ...]
     usage: str
-    reclaimable: str
-    """Key in `memory.stat` of the page cache that the kernel reclaims first."""
+    reclaimable: tuple[str, ...]
+    """Keys in `memory.stat` of what the kernel reclaims before a process of the group runs out of memory: page cache, whether it
+    was used recently (active) or not, and caches of the kernel itself."""
 
 
-_V1 = _MemoryFiles(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
-_V2 = _MemoryFiles(("memory.max", "memory.high"), "memory.current", "inactive_file")
+_V1 = _MemoryFiles(("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+_V2 = _MemoryFiles(("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file", "slab_reclaimable"))
+_NOT_AVAILABLE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""Errors of a reading that say nothing of the file: this process, or the system, is out of descriptors or memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,8 @@ def measure_memory(cap_bytes: int | None = None, taken_bytes: int = 0, root: Pat
     """Combine the system's available memory, the limits of cgroups, RLIMIT_AS and `cap_bytes` (`--memory`; None: no cap).
 
     `taken_bytes`: bytes of the cap that meshd already uses. `root`: the folder that contains `proc` and `sys`.
+
+    Raises: OSError if it can't be read at present, for example because all file descriptors are in use.
     """
     system = psutil.virtual_memory()
     limits = [MemoryLimit("system", system.total, system.available), *cgroup_memory_limits(root)]
@@ -144,7 +150,7 @@ def _memory_limit(folder: Path, files: _MemoryFiles) -> MemoryLimit | None:
         return None
     words = _words(folder / "memory.stat")
     statistics = dict(zip(words[::2], words[1::2], strict=False))
-    used = max(0, usage - int(statistics.get(files.reclaimable, "0")))
+    used = max(0, usage - sum(int(statistics.get(key, "0")) for key in files.reclaimable))
     return MemoryLimit(f"cgroup {folder.name}", min(bounds), min(bounds) - used)
 
 
@@ -178,7 +184,11 @@ def _words(path: Path) -> list[str]:
 
 
 def _lines(path: Path) -> list[str]:
+    """Read a file's lines; none for a file that does not exist. Raises: OSError if nothing can be read at present, since a limit
+    that is not read must not count as no limit."""
     try:
         return path.read_text().splitlines()
-    except OSError:
+    except OSError as error:
+        if error.errno in _NOT_AVAILABLE:
+            raise
         return []

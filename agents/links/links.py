@@ -20,6 +20,7 @@ from meshd.agents.links.link_table import LinkTable, OnDown, OnUp, Timing
 from meshd.agents.links.log import LinkLog, RefusalRow
 from meshd.agents.links.open import LinkOpener
 from meshd.agents.links.rpc import Dispatcher, Handler, M, to_view
+from meshd.agents.supervisor import Supervise, unsupervised
 from meshd.clock import Clock
 from meshd.errors import ConfigError, Overloaded, PeerLost
 from meshd.protocol import transport
@@ -31,6 +32,7 @@ from meshd.types import PeerId
 
 log = logging.getLogger("meshd.links")
 _CLOSE_S = 0.9
+_BACKLOG = 128
 _ADDRESSES_PER_PEER = 16
 _MAX_LOCAL = 4096
 """Maximum number of this peer's messages to itself that wait for their handlers."""
@@ -43,6 +45,11 @@ class LinkSettings:
     host: str = "0.0.0.0"
     port: int = 6375
     """0 means any free port."""
+    sockets: tuple[socket.socket, ...] = ()
+    """Sockets that are bound to the address already; none: `Links.bind` binds them."""
+    max_links: int = 256
+    max_half_open: int = 64
+    """Most accepted connections that have not sent HELLO yet; further ones are closed at once."""
     timing: Timing = field(default_factory=Timing)
 
 
@@ -90,7 +97,15 @@ class Links:
         self._dispatcher = Dispatcher(self.send, self._linklog)
         self._table = LinkTable(self.id, self._dispatcher, clock, self._linklog, settings.timing, on_up, on_down)
         self._opener = LinkOpener(
-            identity, _greeting(self.id, name, incarnation), self._table, clock, self._linklog, on_notice, self._record_address
+            identity,
+            _greeting(self.id, name, incarnation),
+            self._table,
+            clock,
+            self._linklog,
+            on_notice,
+            self._record_address,
+            max_links=settings.max_links,
+            max_half_open=settings.max_half_open,
         )
         self._dialler = Dialler(self._opener.dial, self.id, self._table, clock)
         self._addresses: dict[PeerId, dict[Address, None]] = {}
@@ -178,24 +193,24 @@ class Links:
         """Start listening, if that is not done yet. Returns: the port. Raises: ConfigError if the address can't be used."""
         if not self._listeners:
             host, port = self._settings.host, self._settings.port
+            self._listeners = list(self._settings.sockets) or bind(host, port)
             try:
-                self._listeners = transport.listen(host, port)
+                for listener in self._listeners:
+                    listener.listen(_BACKLOG)
             except OSError as error:
-                raise ConfigError(
-                    f"links can't listen on {host}:{port}: {error.strerror or error}", hint="choose another with --link HOST:PORT"
-                ) from error
+                raise _unusable(host, port, error) from error
             self._opener.listens_on(self._listeners[0].getsockname()[1])
         return self._opener.greeting.port
 
-    async def run(self) -> None:
+    async def run(self, supervise: Supervise = unsupervised) -> None:
         """Run all links until `close` is called. Raises: ConfigError as `bind` does. Cancel: all connections are aborted."""
         self.bind()
         try:
             async with asyncio.TaskGroup() as group:
                 self._dispatcher.group = group
                 for listener in self._listeners:
-                    self._own(group.create_task(self._listen(group, listener)))
-                self._own(group.create_task(self._beat()))
+                    self._own(group.create_task(supervise("accepting links", partial(self._listen, group, listener))))
+                self._own(group.create_task(supervise("heartbeats", self._beat)))
                 self._dialler.start(group)
                 await self._stop.wait()
                 self._cancel_tasks()
@@ -283,6 +298,20 @@ class Links:
             software=hello.software,
             features=sorted(link.agreement.features),
         )
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Bind the address of links, without listening yet. Raises: ConfigError if it can't be used."""
+    try:
+        return transport.bind(host, port)
+    except OSError as error:
+        raise _unusable(host, port, error) from error
+
+
+def _unusable(host: str, port: int, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"links can't listen on {host}:{port}: {error.strerror or error}", hint="choose another address with --link HOST:PORT"
+    )
 
 
 def _greeting(own: PeerId, name: str, incarnation: int) -> Hello:

@@ -21,9 +21,6 @@ from meshd.protocol.transport import Address, Connection
 from meshd.types import PeerId
 
 log = logging.getLogger("meshd.links")
-MAX_LINKS = 256
-HALF_OPEN = 64
-"""Maximum number of accepted connections that have not sent HELLO yet; further connections are closed at once."""
 HALF_OPEN_PER_HOST = 16
 
 
@@ -39,6 +36,9 @@ class LinkOpener:
         linklog: LinkLog,
         on_notice: Callable[[str], None],
         on_address: Callable[[PeerId, Address], None],
+        *,
+        max_links: int,
+        max_half_open: int,
     ) -> None:
         self.greeting = greeting
         """This peer's HELLO. Its `link` and `lane` are set for each connection."""
@@ -49,6 +49,8 @@ class LinkOpener:
         self._on_notice = on_notice
         self._on_address = on_address
         self._limits = FrameLimits(greeting.max_header, greeting.max_payload)
+        self._max_links = max_links
+        self._max_half_open = max_half_open
         self._half_open: Counter[str] = Counter()
 
     def listens_on(self, port: int) -> None:
@@ -68,6 +70,8 @@ class LinkOpener:
             if control.peer == self._identity.peer:
                 await self._meet_own(control)
             elif self._table.get(control.peer) is None:
+                if len(self._table) >= self._max_links:
+                    raise PeerLost(f"this peer has {self._max_links} links, and no room for more")
                 await self._dial_link(control)
         except (PeerRefused, ProtocolViolation) as error:
             self._refuse(_text(address), control.peer, error)
@@ -133,7 +137,7 @@ class LinkOpener:
     async def welcome(self, raw: socket.socket, remote: Address) -> None:
         """Do TLS and HELLO on an accepted socket, and add it to its link. Cancel: the socket is closed."""
         host = remote[0]
-        if self._half_open.total() >= HALF_OPEN or self._half_open[host] >= HALF_OPEN_PER_HOST:
+        if self._half_open.total() >= self._max_half_open or self._half_open[host] >= HALF_OPEN_PER_HOST:
             raw.close()
             self._linklog.warn(f"crowd {host}", "%s opens too many connections without a HELLO; further ones are closed", host)
             return
@@ -179,7 +183,7 @@ class LinkOpener:
             self._admit_control(connection, agreement, answer)
 
     def _admit_control(self, connection: Connection, agreement: HelloAgreement, answer: Hello) -> None:
-        crowded = len(self._table) >= MAX_LINKS and self._table.get(connection.peer) is None
+        crowded = len(self._table) >= self._max_links and self._table.get(connection.peer) is None
         link = None if crowded else self._table.begin_accepted(agreement)
         if link is None:
             reason = "no room for more links" if crowded else "there is a link already"

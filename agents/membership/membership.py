@@ -36,6 +36,7 @@ from meshd.agents.membership.peer_rows import unlinked_row
 from meshd.agents.membership.peer_table import PeerTable
 from meshd.agents.membership.sources import DuplicateIdentity, PeerFound, PeerWithdrawn, Sighting, Source, SourceNotice
 from meshd.agents.observe.events import EventBus
+from meshd.agents.supervisor import Supervise, unsupervised
 from meshd.clock import Clock
 from meshd.errors import MeshdError
 from meshd.protocol.messages import Advertise, Hello
@@ -96,13 +97,13 @@ class Membership:
         """Register the handler of ADVERTISE."""
         self.links.register(Advertise, self._on_advertise)
 
-    async def run(self, sources: Iterable[Source]) -> None:
+    async def run(self, sources: Iterable[Source], supervise: Supervise = unsupervised) -> None:
         """Run the sources, send adverts and check for silent peers. Cancel: the sources announce that this peer leaves."""
         async with asyncio.TaskGroup() as tasks:
             for source in sources:
-                tasks.create_task(source.run(), name=type(source).__name__)
-            tasks.create_task(self._publish(), name="adverts")
-            tasks.create_task(self._sweep(), name="sweep")
+                tasks.create_task(supervise(f"discovery ({type(source).__name__})", source.run))
+            tasks.create_task(supervise("adverts", self._publish))
+            tasks.create_task(supervise("membership", self._sweep))
 
     def changed(self) -> None:
         """Send a new advert soon, because its content has changed."""

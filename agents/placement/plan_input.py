@@ -10,8 +10,8 @@ from meshd.errors import NoPeer
 from meshd.planner.network import Network
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import PeerProfile, profiles_from_adverts
-from meshd.planner.stages import parse_stages, resolve_peer
-from meshd.types import Advert, ModelCard, Objective, PeerId
+from meshd.planner.stages import id_of, parse_stages, resolve_peer, with_ids
+from meshd.types import Advert, ModelCard, ModelId, Objective, PeerId, is_peer_id
 
 USUAL_CONTEXT = 16_384
 """Largest context, in tokens, to reserve KV for, unless a request asks for more."""
@@ -72,6 +72,19 @@ def repair_input(
     )
 
 
+def with_peer_ids(mesh: MeshOptions, adverts: list[Advert], model: ModelId) -> MeshOptions:
+    """Replace the names of peers by their ids. A peer that takes one of the names later then changes nothing for the answer.
+
+    Raises: InvalidRequest if several peers have the name now.
+    """
+    profiles = profiles_from_adverts(adverts, model)
+    return msgspec.structs.replace(
+        mesh,
+        stages=with_ids(mesh.stages, profiles) if mesh.stages else mesh.stages,
+        peers=tuple(id_of(name, profiles, param="mesh.peers") for name in mesh.peers) if mesh.peers else mesh.peers,
+    )
+
+
 def named_peers(mesh: MeshOptions, profiles: Sequence[PeerProfile]) -> tuple[PeerId, ...] | None:
     """Resolve the peers that a request names. Skips names of peers that are not in the cluster now.
 
@@ -85,7 +98,8 @@ def named_peers(mesh: MeshOptions, profiles: Sequence[PeerProfile]) -> tuple[Pee
         with suppress(NoPeer):
             found.append(resolve_peer(name, profiles, param="mesh.peers"))
     if not found:
-        raise NoPeer(f"not in the cluster now: {', '.join(mesh.peers)}", hint="see `meshd status`")
+        gone = ", ".join(name[:8] if is_peer_id(name) else name for name in mesh.peers)
+        raise NoPeer(f"not in the cluster now: {gone}", hint="see `meshd status`")
     return tuple(found)
 
 

@@ -14,6 +14,7 @@ import msgspec
 from meshd.agents.links.links import Links
 from meshd.agents.observe.story import Story
 from meshd.agents.placement.model_library import ModelLibrary, ModelText
+from meshd.agents.placement.plan_input import with_peer_ids
 from meshd.agents.service import GenerationRequest
 from meshd.agents.session.admission import Admission
 from meshd.agents.session.answer import Answer, AnswerContext
@@ -104,23 +105,24 @@ class Coordinator:
         self.links.register(Move, self._on_move)
 
     async def run(self) -> None:
-        """Renew leases, watch deadlines, and move sessions to better plans. Cancel: cancels the running answers."""
+        """Renew leases, watch deadlines, and move sessions to better plans, until cancelled."""
         checked_at = 0.0
-        try:
-            while True:
-                await self.clock.sleep(_TICK_S)
-                now = self.clock.monotonic()
-                for answer in list(self.answers.values()):
-                    self._watch.check(answer, now)
-                self._expire(now)
-                if now - checked_at > _CHECK_PLANS_S:
-                    checked_at = now
-                    await self._check_plans()
-        finally:
-            for task in self._tasks:
-                task.cancel()
+        while True:
+            await self.clock.sleep(_TICK_S)
+            now = self.clock.monotonic()
             for answer in list(self.answers.values()):
-                await answer.cancel()
+                self._watch.check(answer, now)
+            self._expire(now)
+            if now - checked_at > _CHECK_PLANS_S:
+                checked_at = now
+                await self._check_plans()
+
+    async def close(self) -> None:
+        """Cancel the running answers, and the tasks that would continue sessions of other peers."""
+        for task in self._tasks:
+            task.cancel()
+        for answer in list(self.answers.values()):
+            await answer.cancel()
 
     async def _check_plans(self) -> None:
         answers = list(self.answers.values())
@@ -151,6 +153,8 @@ class Coordinator:
         if self.leaving():
             raise Unavailable("this peer is about to stop and takes no new requests", hint="ask another peer")
         card = await self.library.known(request.model)
+        mesh = with_peer_ids(request.mesh, self.router.adverts(), card.id)
+        request = msgspec.structs.replace(request, mesh=mesh)
         text = await self.library.text(card)
         # In a thread: a long prompt, or a template with an endless loop, must not delay the heartbeats.
         prompt = await asyncio.to_thread(text.tokens_of, request.prompt, request.template)

@@ -137,14 +137,15 @@ class StageHost:
         return session_rows(self._active.values(), self._kv_manager, name_of)
 
     async def run(self) -> None:
-        """Free sessions whose lease ran out, and advance the timeouts of copies. Cancel: all sessions are freed."""
-        try:
-            while True:
-                await self.clock.sleep(_SWEEP_S)
-                self._leases.sweep()
-                self._mirrors_out.tick()
-        finally:
-            self._leases.free_all("this peer stops")
+        """Free sessions whose lease ran out, and advance the timeouts of copies, until cancelled."""
+        while True:
+            await self.clock.sleep(_SWEEP_S)
+            self._leases.sweep()
+            self._mirrors_out.tick()
+
+    def close(self) -> None:
+        """Free all sessions."""
+        self._leases.free_all("this peer stops")
 
     def on_token(self, sender: PeerId, message: Token, payload: memoryview) -> None:
         """Start the first stage's next step with the token that the last stage sampled."""

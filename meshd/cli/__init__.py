@@ -1,5 +1,6 @@
 """The command line: one file per verb. Only the file of the verb that runs is loaded."""
 
+import errno
 import os
 import sys
 from argparse import Namespace
@@ -8,6 +9,7 @@ from importlib import import_module
 from typing import Protocol, cast
 
 from meshd import __version__
+from meshd.bounds import printable
 from meshd.cli.support.arguments import Parser
 from meshd.config import debug_wanted
 from meshd.errors import ConfigError, InvalidRequest, MeshdError
@@ -32,6 +34,17 @@ VERBS = {
     "config": "show every setting, its value and where the value comes from",
 }
 INTERRUPTED = 130
+_SYSTEM_HINTS = {
+    errno.ENOSPC: "free some disk space",
+    errno.EDQUOT: "free some disk space, or ask for a larger quota",
+    errno.EROFS: "the disk is read-only: use another folder with --state DIR, or XDG_CACHE_HOME for models",
+    errno.EMFILE: "raise the limit of open files: `ulimit -n 4096`",
+    errno.ENFILE: "this system has too many open files: end other programs",
+    errno.ENOMEM: "free some memory",
+    errno.EACCES: "check its owner and permissions",
+    errno.EIO: "the disk can't be read or written: check it",
+}
+"""Errors of the system that any verb may meet, and what the user can do."""
 _OVERVIEW = """\
 usage: meshd VERB [OPTION ...]
 
@@ -58,6 +71,9 @@ class Verb(Protocol):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns: the exit status, which is 0 for success, 1 for failure, 2 for wrong usage, 130 if interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if sys.platform == "win32":
+        print("meshd: Windows is not supported: use Linux or macOS, or the Windows Subsystem for Linux (WSL)", file=sys.stderr)
+        return 1
     try:
         status = _dispatch(words)
         sys.stdout.flush()
@@ -119,11 +135,14 @@ def _explain(error: Exception) -> int:
 
         traceback.print_exception(error)
     known = error if isinstance(error, MeshdError) else _unexpected(error)
-    print("meshd: " + " ".join(str(known).split()), file=sys.stderr)
+    print("meshd: " + printable(" ".join(str(known).split())), file=sys.stderr)
     return 2 if isinstance(error, ConfigError | InvalidRequest) else 1
 
 
 def _unexpected(error: Exception) -> MeshdError:
+    if isinstance(error, OSError) and error.errno in _SYSTEM_HINTS:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return MeshdError(f"{where}{error.strerror}", hint=_SYSTEM_HINTS[error.errno])
     what = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
     return MeshdError(f"unexpected error: {what}", hint="MESHD_DEBUG=1 shows where")
 

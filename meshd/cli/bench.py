@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from meshd.cli.status import links_table
 from meshd.cli.support.arguments import Parser, add_client, add_json, add_settings, settings_of
 from meshd.cli.support.client import STREAM_SILENCE_S, daemon_of
-from meshd.cli.support.output import ABSENT, duration, flops, print_json, rate, size, table
+from meshd.cli.support.output import ABSENT, duration, flops, print_json, rate, show, size, table
 from meshd.cli.support.progress import Measuring
 from meshd.config import Config
 
@@ -91,4 +91,4 @@ def _print(args: Namespace, document: Any, text: str) -> None:
     if args.json:
         print_json(document)
     else:
-        print(text)
+        show(text)

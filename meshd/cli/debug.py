@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 from meshd.cli.support.arguments import Parser, add_client, add_commands, add_json
 from meshd.cli.support.client import daemon_of
-from meshd.cli.support.output import print_json, short_id, table
+from meshd.cli.support.output import print_json, short_id, show, table
 from meshd.types import is_peer_id
 
 EXAMPLE = "meshd debug story 10d4a1b2"
@@ -32,7 +32,7 @@ def run(args: Namespace) -> int:
     if args.json:
         print_json({"object": "list", "data": rows})
     else:
-        print(render(rows))
+        show(render(rows))
     return 0
 
 

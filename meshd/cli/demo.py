@@ -107,13 +107,14 @@ def _start(daemons: ChildDaemons, config: Config, say: Say) -> list[Daemon]:
     say(f"starting {', '.join(NAMES)}: three daemons, one thread each")
     links = {name: f"127.0.0.1:{port}" for name, port in zip(NAMES, free_ports(len(NAMES)), strict=True)}
     common = [
-        *("--key", _new_key(), "--api", "127.0.0.1:0", "--interface", "127.0.0.1"),
+        *("--api", "127.0.0.1:0", "--interface", "127.0.0.1"),
         *("--threads", "1", "--backend", config.backend, "--cache", str(config.cache), "--models-dir", str(config.models_dir)),
         *("--hf-cache", str(config.hf_cache)),
     ]
+    join_code = _new_key()
     for name in NAMES:
         others = [part for other in NAMES if other != name for part in ("--peer", links[other])]
-        daemons.start(name, [*common, "--link", links[name], *others])
+        daemons.start(name, join_code, [*common, "--link", links[name], *others])
     apis: dict[str, Daemon] = {}
 
     def all_listen() -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from meshd.cli.support.arguments import Parser, add_client
 from meshd.cli.support.client import ANSWER_S, Daemon, daemon_of
-from meshd.cli.support.output import plural
+from meshd.cli.support.output import plural, show
 from meshd.cli.support.progress import progress
 from meshd.errors import Unavailable
 
@@ -32,10 +32,10 @@ def add_arguments(parser: Parser) -> None:
 def run(args: Namespace) -> int:
     daemon = daemon_of(args)
     if args.undo:
-        print(f"{_ask(daemon, args.peer, undo=True)['name']} takes work again")
+        show(f"{_ask(daemon, args.peer, undo=True)['name']} takes work again")
         return 0
     name = _drain(daemon, args.peer, args.timeout)
-    print(f"{name} is drained: nothing runs on it and it takes no new work; stop it, or `meshd drain {name} --undo`")
+    show(f"{name} is drained: nothing runs on it and it takes no new work; stop it, or `meshd drain {name} --undo`")
     return 0
 
 

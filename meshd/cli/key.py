@@ -8,6 +8,7 @@ from pathlib import Path
 from meshd.cli.support.answering import notice
 from meshd.cli.support.arguments import Parser, add_commands, add_json, add_state, settings_of
 from meshd.cli.support.output import print_json
+from meshd.cli.support.secret_arguments import given
 from meshd.config import API_KEY_FILE
 from meshd.errors import StorageError
 from meshd.protocol.identity import ClusterKey, load_cluster_key, store_cluster_key
@@ -27,7 +28,9 @@ _COMMANDS = {
 def add_arguments(parser: Parser) -> None:
     parsers = add_commands(parser, _COMMANDS, EXAMPLE)
     parsers["join"].add_argument(
-        "code", metavar="CODE", help="the join code that `meshd key show` prints on a device of the cluster"
+        "code",
+        metavar="CODE",
+        help="the join code that `meshd key show` prints on a device of the cluster; `-`: from standard input",
     )
     for name in ("new", "join"):
         parsers[name].add_argument("--replace", action="store_true", help="replace the present key, and leave its cluster")
@@ -45,7 +48,7 @@ def run(args: Namespace) -> int:
         case "new":
             _print_code(_store(state, ClusterKey.generate(os.urandom), replace=args.replace), args.json)
         case "join":
-            _print_code(_store(state, ClusterKey.from_code(args.code), replace=args.replace), args.json)
+            _print_code(_store(state, ClusterKey.from_code(given(args.code, "join code")), replace=args.replace), args.json)
         case _:
             _print_api_key(_api_key(state, renew=args.new), args.json)
     return 0

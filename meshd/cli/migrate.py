@@ -4,7 +4,7 @@ from argparse import Namespace
 
 from meshd.cli.support.arguments import Parser, add_client
 from meshd.cli.support.client import STREAM_SILENCE_S, daemon_of
-from meshd.cli.support.output import duration, short_id
+from meshd.cli.support.output import duration, short_id, show
 from meshd.cli.support.progress import progress
 
 EXAMPLE = "meshd migrate 10d4a1b2 attic --from desk"
@@ -26,5 +26,5 @@ def run(args: Namespace) -> int:
         shown.update(name, 0.0, None, f"to {args.peer}")
         moved = daemon_of(args).post("/mesh/v1/migrate", body, timeout_s=STREAM_SILENCE_S)
         shown.update(name, 1.0, 1.0, f"to {args.peer}")
-    print(f"{moved['session']} runs on {moved['plan']}: a pause of {duration(moved['pause_ms'] / 1e3)}")
+    show(f"{moved['session']} runs on {moved['plan']}: a pause of {duration(moved['pause_ms'] / 1e3)}")
     return 0

@@ -7,7 +7,7 @@ from meshd.cli.support.answering import notice
 from meshd.cli.support.arguments import Parser, add_client, add_json, add_settings, settings_of
 from meshd.cli.support.client import daemon_of
 from meshd.cli.support.fetching import store_of
-from meshd.cli.support.output import ABSENT, print_json, size, table
+from meshd.cli.support.output import ABSENT, print_json, show, size, table
 from meshd.errors import MeshdError, Unavailable
 from meshd.models.cards import card_from_gguf
 from meshd.models.store.catalogue import CATALOGUE
@@ -37,7 +37,7 @@ def run(args: Namespace) -> int:
     if args.json:
         print_json({"object": "list", "data": rows})
     else:
-        print(table(("MODEL", "SIZE", "QUANT", "HERE", "ON DISK OF", "LAYERS HELD", "ANSWERS"), map(_cells, rows)))
+        show(table(("MODEL", "SIZE", "QUANT", "HERE", "ON DISK OF", "LAYERS HELD", "ANSWERS"), map(_cells, rows)))
     return 0
 
 

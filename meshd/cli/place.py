@@ -6,7 +6,7 @@ from typing import Any
 from meshd.cli.support.arguments import Parser, add_client, add_quant
 from meshd.cli.support.client import Daemon, daemon_of
 from meshd.cli.support.fetching import known_model
-from meshd.cli.support.output import layers
+from meshd.cli.support.output import layers, show
 from meshd.cli.support.progress import progress
 from meshd.errors import RemoteFailure
 
@@ -32,7 +32,7 @@ def run(args: Namespace) -> int:
     daemon = daemon_of(args)
     body["model"] = known_model(args, daemon)
     for holding in place(daemon, body):
-        print(holding)
+        show(holding)
     return 0
 
 

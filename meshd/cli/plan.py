@@ -6,7 +6,7 @@ from typing import Any
 from meshd.cli.support.arguments import Parser, add_client, add_json, add_quant
 from meshd.cli.support.client import STREAM_SILENCE_S, daemon_of
 from meshd.cli.support.fetching import known_model
-from meshd.cli.support.output import print_json
+from meshd.cli.support.output import print_json, show
 
 EXAMPLE = 'meshd plan smollm2:135m --context 4096 --what-if "+attic ram=32GiB bw=60GB/s link=1Gbps rtt=0.3ms"'
 
@@ -44,7 +44,7 @@ def run(args: Namespace) -> int:
     if args.json:
         print_json(plan)
         return 0
-    print("\n".join([*plan["text"], *(plan.get("explanation", ()) if args.explain else ())]))
+    show("\n".join([*plan["text"], *(plan.get("explanation", ()) if args.explain else ())]))
     return 0
 
 

@@ -4,7 +4,7 @@ from argparse import Namespace
 
 from meshd.cli.support.arguments import Parser, add_quant, add_settings, model_of, settings_of
 from meshd.cli.support.fetching import fetch, store_of
-from meshd.cli.support.output import size
+from meshd.cli.support.output import show, size
 from meshd.models.store.catalogue import CATALOGUE
 
 EXAMPLE = "meshd pull smollm2:135m\n  meshd pull hf:ORG/NAME:FILE.gguf\n  meshd pull file:FOLDER --quant q4"
@@ -22,9 +22,9 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: Namespace) -> int:
     model = fetch(store_of(settings_of(args).config()), model_of(args))
-    print(f"{model.name} is here: {size(model.size_bytes)} in {model.path}")
+    show(f"{model.name} is here: {size(model.size_bytes)} in {model.path}")
     if licence := licence_of(model.name):
-        print(f"licence: {licence}")
+        show(f"licence: {licence}")
     return 0
 
 

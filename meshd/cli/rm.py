@@ -4,7 +4,7 @@ from argparse import Namespace
 
 from meshd.cli.support.arguments import Parser, add_settings, model_of, settings_of
 from meshd.cli.support.fetching import store_of
-from meshd.cli.support.output import size
+from meshd.cli.support.output import show, size
 
 EXAMPLE = "meshd rm smollm2:135m"
 
@@ -17,5 +17,5 @@ def add_arguments(parser: Parser) -> None:
 def run(args: Namespace) -> int:
     model = model_of(args)
     freed = store_of(settings_of(args).config()).remove(model)
-    print(f"{model} is removed: {size(freed)} freed")
+    show(f"{model} is removed: {size(freed)} freed")
     return 0

@@ -6,7 +6,7 @@ from typing import Any
 
 from meshd.cli.support.arguments import Parser, add_client, add_json
 from meshd.cli.support.client import Daemon, daemon_of
-from meshd.cli.support.output import ABSENT, duration, flops, plural, print_json, rate, short_id, size, table
+from meshd.cli.support.output import ABSENT, duration, flops, plural, print_json, rate, short_id, show, size, table
 
 EXAMPLE = "meshd status\n  meshd status --json"
 LISTS = ("peers", "links", "models", "sessions")
@@ -25,7 +25,7 @@ def run(args: Namespace) -> int:
     if args.json:
         print_json(status)
     else:
-        print(render(status))
+        show(render(status))
     return 0
 
 

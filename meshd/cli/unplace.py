@@ -4,7 +4,7 @@ from argparse import Namespace
 
 from meshd.cli.support.arguments import Parser, add_client, model_of
 from meshd.cli.support.client import STREAM_SILENCE_S, daemon_of
-from meshd.cli.support.output import size
+from meshd.cli.support.output import show, size
 
 EXAMPLE = "meshd unplace smollm2:135m"
 
@@ -17,5 +17,5 @@ def add_arguments(parser: Parser) -> None:
 def run(args: Namespace) -> int:
     model = model_of(args)
     answer = daemon_of(args).post("/mesh/v1/unplace", {"model": model}, timeout_s=STREAM_SILENCE_S)
-    print(f"{model}: {size(answer['freed_bytes'])} freed")
+    show(f"{model}: {size(answer['freed_bytes'])} freed")
     return 0

@@ -14,6 +14,7 @@ from meshd import __version__
 from meshd.cli.support.arguments import Parser, add_quant, add_settings, settings_of
 from meshd.cli.support.output import duration, flops, rate, short_id, size
 from meshd.cli.support.progress import Measuring
+from meshd.cli.support.secret_arguments import given, start_anew, without_secrets
 from meshd.config import Config, require_guarded_api
 from meshd.models.store.catalogue import one_spelling, quantised
 from meshd.settings import SETTINGS
@@ -41,12 +42,35 @@ def add_arguments(parser: Parser) -> None:
 def run(args: Namespace) -> int:
     config = settings_of(args).config()
     config = replace(config, models=tuple(quantised(one_spelling(model), args.quant) for model in config.models))
+    if config.key:
+        config = replace(config, key=given(config.key, "join code"))
     require_guarded_api(config)
+    _hide_secrets(config)
     from meshd.telemetry import configure_logging
 
     configure_logging(config.log_level, "json" if config.log_format == "json" else "text")
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(_serve(config, stop_with_stdin=args.stop_with_stdin))
+
+
+def _hide_secrets(config: Config) -> None:
+    """Start anew without the keys among the arguments, where `ps` would show them as long as the daemon runs.
+
+    The join code is stored in the state folder, where a later start finds it. The API key moves into the environment, which only
+    this user can read.
+    """
+    words = without_secrets(sys.orig_argv)
+    if words == sys.orig_argv:
+        return
+    from meshd.protocol.identity import choose_cluster_key
+    from meshd.state import StateFolder, lock_state
+
+    folder = StateFolder.open(config.state)
+    with lock_state(config.state):
+        choose_cluster_key(folder, config.key, os.urandom)
+    if config.api_key is not None:
+        os.environ["MESHD_API_KEY"] = config.api_key
+    start_anew(words)
 
 
 def _loop_factory() -> "Callable[[], asyncio.AbstractEventLoop] | None":
@@ -128,5 +152,6 @@ def _print_ready(info: "DaemonInfo") -> None:
         f"  device  {capability.backend} x{capability.threads}: decode {rate(rates.decode_bytes_s)}, "
         f"prefill {flops(rates.prefill_flops_s)}, {size(capability.memory_free_bytes)} free ({how})",
     ]
-    joining = f"meshd up --key {info.join_code}" if info.new_cluster else "see `meshd key show`"
+    # Without a terminal, the output is kept in a log, where the code must not be.
+    joining = f"meshd up --key {info.join_code}" if info.new_cluster and sys.stdout.isatty() else "see `meshd key show`"
     print("\n".join([*lines, f"  on the next device: {joining}"]), flush=True)

@@ -4,6 +4,9 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+import msgspec
+
+from meshd.bounds import printable
 from meshd.errors import ModelFileError
 from meshd.models.architectures import prediction_layers, spec_from_metadata
 from meshd.models.files.gguf import GgufFile, MetadataValue, TensorInfo
@@ -35,7 +38,7 @@ def card_from_gguf(file: GgufFile, *, name: str, ref: str, model_id: ModelId, cr
     _check_tensors(file, spec)
     layers = [{part: file.tensors[f"blk.{layer}.{part}"] for part in layer_shapes(spec)} for layer in range(spec.layers)]
     head = _head_tensors(file)
-    return ModelCard(
+    card = ModelCard(
         id=model_id,
         name=name,
         ref=ref,
@@ -51,6 +54,8 @@ def card_from_gguf(file: GgufFile, *, name: str, ref: str, model_id: ModelId, cr
         layer_memory_bytes=tuple(_held_bytes(layer.values()) for layer in layers),
         head_memory_bytes=_held_bytes(head),
     )
+    _check_bounds(file.name, card)
+    return card
 
 
 def end_of_sequence(metadata: Mapping[str, MetadataValue]) -> tuple[int, ...]:
@@ -94,6 +99,14 @@ def prediction_tensors(file: GgufFile) -> list[str]:
     """List the tensors of the layers that predict several tokens ahead (MTP). meshd computes the network without them."""
     layers = tuple(f"blk.{layer}." for layer in prediction_layers(file.tensors))
     return [name for name in file.tensors if layers and name.startswith(layers)]
+
+
+def _check_bounds(name: str, card: ModelCard) -> None:
+    """Check that other peers accept the card: it has the bounds of what peers send. Raises: ModelFileError."""
+    try:
+        msgspec.convert(msgspec.to_builtins(card), ModelCard)
+    except msgspec.ValidationError as error:
+        raise ModelFileError(f"{printable(name)} can't be run: its header is out of bounds: {error}") from None
 
 
 def _head_tensors(file: GgufFile) -> list[TensorInfo]:

@@ -18,7 +18,7 @@ def check_shards(stage: StagePlan, spec: ModelSpec, context: int) -> None:
     Raises: InvalidRequest if they do not.
     """
     for shard in stage.attention:
-        if shard.layers not in stage.layers or not len(shard.layers):
+        if shard.layers not in stage.layers:
             raise unsound_plan(f"attention layers {shard.layers} are not in the stage's layers {stage.layers}")
     for layer in sorted({layer for shard in stage.attention for layer in shard.layers}):
         parts = [(shard.kv_heads, shard.tokens) for shard in stage.attention if layer in shard.layers]

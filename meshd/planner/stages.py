@@ -1,5 +1,6 @@
 """Parse, format and check stages. People write them as `a:0-12,b:12-30`."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from meshd.errors import InvalidRequest, NoPeer
@@ -19,16 +20,37 @@ def parse_stages(text: str, profiles: Sequence[PeerProfile], layers: int) -> tup
     return stages
 
 
+def with_ids(text: str, profiles: Sequence[PeerProfile]) -> str:
+    """Replace the names of peers in a list of stages by their ids. What names no peer stays as it is.
+
+    Raises: InvalidRequest if several peers match a name.
+    """
+    parts = [part.strip().rpartition(":") for part in text.split(",")]
+    return ",".join(f"{id_of(name, profiles)}{colon}{layers}" for name, colon, layers in parts)
+
+
+def id_of(text: str, profiles: Sequence[PeerProfile], *, param: str = "stages") -> str:
+    """Return the id of the peer that `text` names; `text` if it names none. Raises: InvalidRequest if several peers match."""
+    try:
+        return resolve_peer(text, profiles, param=param)
+    except NoPeer:
+        return text
+
+
 def stages_text(stages: Sequence[StagePlan], profiles: Sequence[PeerProfile]) -> str:
-    """Format stages as `name:0-12,name:12-30`. A peer without a profile is shown by the first characters of its id."""
-    names = {profile.id: profile.name for profile in profiles}
+    """Format stages as `name:0-12,name:12-30`.
+
+    A peer without a profile, or with a name that another peer has too, is shown by the first characters of its id.
+    """
+    known = Counter(profile.name for profile in profiles)
+    names = {profile.id: profile.name for profile in profiles if known[profile.name] == 1}
     return ",".join(f"{names.get(stage.peer, stage.peer[:8])}:{stage.layers}" for stage in stages)
 
 
 def resolve_peer(text: str, profiles: Sequence[PeerProfile], *, param: str = "stages") -> PeerId:
-    """Find the peer by its name, its id or a prefix of its id. Raises: NoPeer if none matches; InvalidRequest if several match."""
-    named = [profile for profile in profiles if text in (profile.name, profile.id)]
-    matches = named or [profile for profile in profiles if text and profile.id.startswith(text)]
+    """Find the peer by its id, its name or a prefix of its id. Raises: NoPeer if none matches; InvalidRequest if several match."""
+    exact = [profile for profile in profiles if text == profile.id] or [profile for profile in profiles if text == profile.name]
+    matches = exact or [profile for profile in profiles if text and profile.id.startswith(text)]
     if len(matches) == 1:
         return matches[0].id
     if matches:

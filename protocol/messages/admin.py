@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+from meshd.bounds import Seconds, Timestamp
 from meshd.protocol.messages.base import Lane, Reply, Request, message
 from meshd.types import PeerId, Plan, SessionId
 
@@ -31,7 +32,7 @@ class StoryData(Reply, frozen=True, kw_only=True):
     """Payload: JSON list of `{"at": monotonic seconds, "what": str, ...}`, oldest first."""
 
     default_lane: ClassVar[Lane] = Lane.BULK
-    now: float
+    now: Timestamp
     """Reading of the sender's clock when it replied. From it and half the round trip, the requester converts the events' times to
     its own clock."""
 
@@ -47,6 +48,6 @@ class Move(Request, frozen=True, kw_only=True):
 
 @message(93)
 class Moved(Reply, frozen=True, kw_only=True):
-    pause_s: float
+    pause_s: Seconds
     """Time between the last token before the change of plan and the first one after it."""
     plan: Plan

@@ -6,6 +6,7 @@ from typing import ClassVar, TypeVar
 
 import msgspec
 
+from meshd.bounds import MAX_TEXT, Epoch, Serial, printable
 from meshd.types import SessionId
 
 PROTOCOL_VERSION = (2, 0)
@@ -32,20 +33,28 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
 class Request(Message, frozen=True, kw_only=True):
     """A message that expects one reply with the same `request` number. A repeat has no further effect and gets the same answer."""
 
-    request: int
+    request: Serial
 
 
 class Reply(Message, frozen=True, kw_only=True):
     """A message that answers the request with the same `request` number."""
 
-    request: int
+    request: Serial
 
 
 class SessionMessage(Message, frozen=True, kw_only=True):
     """A message of a session's epoch. The receiver drops a message of an epoch older than its own."""
 
     session: SessionId
-    epoch: int
+    epoch: Epoch
+
+
+def make_printable(message: Message, *fields: str) -> None:
+    """Make new texts fit the bounds of `Text`: an error's message may quote a file, a library or another peer."""
+    for field in fields:
+        text = getattr(message, field)
+        if len(text) > MAX_TEXT or not text.isprintable():
+            msgspec.structs.force_setattr(message, field, printable(text, MAX_TEXT))
 
 
 M = TypeVar("M", bound=Message)

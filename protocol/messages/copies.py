@@ -2,7 +2,8 @@
 
 from typing import ClassVar
 
-from meshd.protocol.messages.base import Lane, Reply, Request, SessionMessage, message
+from meshd.bounds import Epoch, Millis, StageIndex, Text, Tokens
+from meshd.protocol.messages.base import Lane, Reply, Request, SessionMessage, make_printable, message
 from meshd.types import LayerRange, ModelId, PeerId, SessionId
 
 
@@ -10,7 +11,7 @@ from meshd.types import LayerRange, ModelId, PeerId, SessionId
 class Mirror(SessionMessage, frozen=True, kw_only=True):
     """Copy the KV of a stage to another peer while the stage runs."""
 
-    stage: int
+    stage: StageIndex
     target: PeerId | None
     """The peer that receives the copy. None: stop all copies of the stage."""
     eager: bool = False
@@ -21,13 +22,16 @@ class Mirror(SessionMessage, frozen=True, kw_only=True):
 class Mirrored(SessionMessage, frozen=True, kw_only=True):
     """Progress of a copy. Sent when the copy catches up, when it fails, and every 0.5 s while it is behind."""
 
-    stage: int
+    stage: StageIndex
     target: PeerId
-    held: int
-    filled: int
+    held: Tokens
+    filled: Tokens
     """Number of positions in the KV of the stage."""
-    error: str = ""
+    error: Text = ""
     """Why the copy has ended, while the stage continues. Empty: it has not ended."""
+
+    def __post_init__(self) -> None:
+        make_printable(self, "error")
 
 
 @message(62)
@@ -35,20 +39,20 @@ class KvOffer(Request, frozen=True, kw_only=True):
     """Reserve KV for a copy of a session's layers. The receiver must hold these layers. A repeat gets the same answer."""
 
     session: SessionId
-    epoch: int
+    epoch: Epoch
     coordinator: PeerId
     model: ModelId
     layers: LayerRange
-    tokens: int
+    tokens: Tokens
     """Tokens to reserve KV for."""
-    lease_ms: int
-    valid: int = 0
+    lease_ms: Millis
+    valid: Tokens = 0
     """KV that the receiver already has beyond this position may belong to other tokens, so it is sent again."""
 
 
 @message(63)
 class KvAccepted(Reply, frozen=True, kw_only=True):
-    held: int
+    held: Tokens
     """Number of positions that the replying peer holds already."""
 
 
@@ -58,13 +62,16 @@ class KvBlocks(SessionMessage, frozen=True, kw_only=True):
 
     default_lane: ClassVar[Lane] = Lane.BULK
     layers: LayerRange
-    position: int
-    tokens: int
+    position: Tokens
+    tokens: Tokens
 
 
 @message(65)
 class KvStored(SessionMessage, frozen=True, kw_only=True):
     layers: LayerRange
-    held: int
-    error: str = ""
+    held: Tokens
+    error: Text = ""
     """Why the sender has dropped the copy. Empty: it has not dropped it."""
+
+    def __post_init__(self) -> None:
+        make_printable(self, "error")

@@ -1,7 +1,8 @@
 """Messages that copy a session's record to other peers, so that the session survives its coordinator."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from meshd.bounds import MAX_LISTED, Epoch, TokenId, Tokens, Word, at_most
 from meshd.protocol.messages.base import Lane, Reply, Request, SessionMessage, message
 from meshd.types import SessionId, TokenLogprobs
 
@@ -15,7 +16,7 @@ class Journal(Request, frozen=True, kw_only=True):
 
     default_lane: ClassVar[Lane] = Lane.BULK
     session: SessionId
-    epoch: int
+    epoch: Epoch
 
 
 @message(81)
@@ -27,9 +28,9 @@ class Journaled(Reply, frozen=True, kw_only=True):
 class JournalTokens(SessionMessage, frozen=True, kw_only=True):
     """The answer's tokens from `index` on, and the finish reason if the answer has ended."""
 
-    index: int
-    tokens: tuple[tuple[int, TokenLogprobs | None], ...]
-    finish: str = ""
+    index: Tokens
+    tokens: Annotated[tuple[tuple[TokenId, TokenLogprobs | None], ...], at_most(MAX_LISTED)]
+    finish: Word = ""
 
 
 @message(83)
@@ -48,8 +49,8 @@ class FindSession(Request, frozen=True, kw_only=True):
 class SessionFound(Reply, frozen=True, kw_only=True):
     coordinates: bool
     keeps: bool
-    epoch: int = 0
-    tokens: int = 0
+    epoch: Epoch = 0
+    tokens: Tokens = 0
 
 
 @message(86)
@@ -66,4 +67,4 @@ class SessionData(Reply, frozen=True, kw_only=True):
 
     default_lane: ClassVar[Lane] = Lane.BULK
     session: SessionId
-    epoch: int
+    epoch: Epoch

@@ -1,8 +1,9 @@
 """Messages that open, watch, measure and close a link, and the error that answers a failed request."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from meshd.protocol.messages.base import Lane, Message, Reply, Request, message
+from meshd.bounds import MAX_LISTED, Count, Label, PeerName, Port, Seconds, Serial, Size, Text, Word, at_most
+from meshd.protocol.messages.base import Lane, Message, Reply, Request, make_printable, message
 from meshd.types import PeerId, SessionId
 
 
@@ -10,20 +11,20 @@ from meshd.types import PeerId, SessionId
 class Hello(Message, frozen=True, kw_only=True):
     """The first message of each connection, from both sides. The dialler chooses the lane and the link number."""
 
-    version: tuple[int, int]
-    features: tuple[str, ...]
-    software: str
+    version: tuple[Count, Count]
+    features: Annotated[tuple[Word, ...], at_most(MAX_LISTED)]
+    software: Label
     peer: PeerId
     """The sender's id: the hash of the key in its TLS certificate."""
-    name: str
-    incarnation: int
+    name: PeerName
+    incarnation: Serial
     """Random number drawn at start, so that a restarted peer is a new incarnation."""
-    link: int
+    link: Serial
     """Random number that the dialler draws, the same on both connections of a link. The answering side repeats it."""
-    lane: int
-    max_header: int
-    max_payload: int
-    port: int
+    lane: Count
+    max_header: Count
+    max_payload: Count
+    port: Port
     """TCP port on which the sender listens for links."""
 
 
@@ -31,35 +32,41 @@ class Hello(Message, frozen=True, kw_only=True):
 class Error(Reply, frozen=True, kw_only=True):
     """A request failed. With `request` 0: a message that is not a request failed, or the sender closes the connection."""
 
-    request: int = 0
-    code: str
-    message: str
-    hint: str = ""
+    request: Serial = 0
+    code: Word
+    message: Text
+    hint: Text = ""
     session: SessionId | None = None
-    number_of: int = 0
+    number_of: Serial = 0
     """The unknown type number that this error answers; 0 if the number was known."""
+
+    def __post_init__(self) -> None:
+        make_printable(self, "message", "hint")
 
 
 @message(3)
 class Heartbeat(Message, frozen=True, kw_only=True):
     """Sent by each side every 0.5 s on the control lane."""
 
-    sequence: int
-    sent_ns: int
+    sequence: Serial
+    sent_ns: Serial
     """Reading of the sender's monotonic clock. The answer repeats it."""
 
 
 @message(4)
 class HeartbeatAck(Message, frozen=True, kw_only=True):
-    sequence: int
-    sent_ns: int
+    sequence: Serial
+    sent_ns: Serial
 
 
 @message(5)
 class Goodbye(Message, frozen=True, kw_only=True):
     """The sender leaves on purpose, so its silence is not a failure."""
 
-    reason: str
+    reason: Text
+
+    def __post_init__(self) -> None:
+        make_printable(self, "reason")
 
 
 @message(6)
@@ -72,6 +79,6 @@ class Probe(Request, frozen=True, kw_only=True):
 
 @message(7)
 class ProbeAck(Reply, frozen=True, kw_only=True):
-    received_bytes: int
-    receive_s: float
+    received_bytes: Size
+    receive_s: Seconds
     """Seconds from the first byte of the payload to the last, by the clock of the peer that replies."""

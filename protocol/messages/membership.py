@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+from meshd.bounds import Sha256
 from meshd.protocol.messages.base import Lane, Message, Reply, Request, message
 from meshd.types import Advert, ModelCard, ModelId
 
@@ -26,5 +27,5 @@ class HeaderData(Reply, frozen=True, kw_only=True):
 
     default_lane: ClassVar[Lane] = Lane.BULK
     card: ModelCard
-    sha256: str
+    sha256: Sha256
     """SHA-256 of the payload, in hex."""

@@ -1,5 +1,6 @@
 """Messages that load, free and drain layers on peers."""
 
+from meshd.bounds import Count, Millis, Size, Text, Tokens
 from meshd.protocol.messages.base import Reply, Request, message
 from meshd.types import LayerRange, ModelId
 
@@ -9,10 +10,10 @@ class Place(Request, frozen=True, kw_only=True):
     """Load these layers and reserve their KV. The reply is sent when they are WARM; adverts show the progress."""
 
     model: ModelId
-    ref: str
+    ref: Text
     layers: LayerRange
-    kv_tokens: int
-    deadline_ms: int
+    kv_tokens: Tokens
+    deadline_ms: Millis
     standby: bool = False
     """Load a standby copy, for the case that another peer is lost. The copy never displaces another load, and any load that is
     not a standby copy may displace it. A PLACE of the same layers without `standby` makes it an ordinary load."""
@@ -23,7 +24,7 @@ class Place(Request, frozen=True, kw_only=True):
 @message(33)
 class Placed(Reply, frozen=True, kw_only=True):
     layers: LayerRange
-    kv_tokens: int
+    kv_tokens: Tokens
 
 
 @message(34)
@@ -35,7 +36,7 @@ class Unplace(Request, frozen=True, kw_only=True):
 
 @message(35)
 class Unplaced(Reply, frozen=True, kw_only=True):
-    freed_bytes: int
+    freed_bytes: Size
 
 
 @message(36)
@@ -45,10 +46,10 @@ class Drain(Request, frozen=True, kw_only=True):
     The reply is sent when no session is left, or at the deadline.
     """
 
-    deadline_ms: int
+    deadline_ms: Millis
     undo: bool = False
 
 
 @message(37)
 class Drained(Reply, frozen=True, kw_only=True):
-    sessions_left: int
+    sessions_left: Count

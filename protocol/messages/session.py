@@ -1,6 +1,9 @@
 """Messages that open, resume and end a session."""
 
-from meshd.protocol.messages.base import Reply, Request, SessionMessage, message
+from typing import Annotated
+
+from meshd.bounds import MAX_PEERS, Count, Epoch, Millis, Seconds, StageIndex, Text, Tokens, Word, at_most
+from meshd.protocol.messages.base import Reply, Request, SessionMessage, make_printable, message
 from meshd.types import PeerId, Plan, SamplingParams, SessionId
 
 
@@ -9,19 +12,19 @@ class Open(Request, frozen=True, kw_only=True):
     """Reserve KV for a session's stage and prepare for its steps. A repeat of the same epoch gets the same answer."""
 
     session: SessionId
-    epoch: int
+    epoch: Epoch
     plan: Plan
-    stage: int
+    stage: StageIndex
     """Index of the receiver's stage in the plan."""
     coordinator: PeerId
-    prompt_tokens: int
-    max_tokens: int
+    prompt_tokens: Tokens
+    max_tokens: Tokens
     sampling: SamplingParams
     ignore_eos: bool = False
-    lease_ms: int
-    credit: int
+    lease_ms: Millis
+    credit: Tokens
     """Answer tokens that may be generated before the first CREDIT."""
-    answered: int = 0
+    answered: Tokens = 0
     """Answer tokens that are known already. Payload, for the last stage if its sampler needs them: all known tokens,
     `i32[prompt_tokens + answered]`."""
     resume: bool = False
@@ -33,25 +36,25 @@ class Open(Request, frozen=True, kw_only=True):
 @message(49)
 class Opened(Reply, frozen=True, kw_only=True):
     session: SessionId
-    epoch: int
-    blocks: int
-    held: int = 0
+    epoch: Epoch
+    blocks: Count
+    held: Tokens = 0
     """The sender holds KV of positions `[0, held)`."""
     mirrored: bool = False
     """The held KV was copied from another peer."""
-    kept_from: int = 0
+    kept_from: Tokens = 0
     """The stage's outputs for positions `[kept_from, kept_to)` are kept and can be sent again."""
-    kept_to: int = 0
+    kept_to: Tokens = 0
 
 
 @message(59)
 class Resume(SessionMessage, frozen=True, kw_only=True):
     """All stages of a later epoch are open: continue. The receiver frees KV and outputs that no stage of the epoch uses."""
 
-    stage: int
-    start: int
+    stage: StageIndex
+    start: Tokens
     """Position of the first token that this stage computes. The stage's KV before it is valid."""
-    send_from: int
+    send_from: Tokens
     """First position whose output the next stage needs. Kept outputs are sent for `[send_from, start)`."""
 
 
@@ -59,7 +62,7 @@ class Resume(SessionMessage, frozen=True, kw_only=True):
 class Credit(SessionMessage, frozen=True, kw_only=True):
     """Answer tokens up to `index` (exclusive) may be generated."""
 
-    index: int
+    index: Tokens
     hold: bool = False
     """Replace higher credits granted before: the plan is about to change."""
 
@@ -68,31 +71,37 @@ class Credit(SessionMessage, frozen=True, kw_only=True):
 class Renew(SessionMessage, frozen=True, kw_only=True):
     """Extend the lease to `lease_ms` from now."""
 
-    lease_ms: int
+    lease_ms: Millis
 
 
 @message(55)
 class Failed(SessionMessage, frozen=True, kw_only=True):
     """A stage can't continue. The coordinator makes a new plan or ends the session."""
 
-    step: int
-    stage: int
-    code: str
-    message: str
+    step: Tokens
+    stage: StageIndex
+    code: Word
+    message: Text
     blame: PeerId | None = None
     """The peer at fault, as far as the sender knows."""
+
+    def __post_init__(self) -> None:
+        make_printable(self, "message")
 
 
 @message(56)
 class Close(SessionMessage, frozen=True, kw_only=True):
     """Free everything of this session. Idempotent."""
 
-    reason: str
+    reason: Text
+
+    def __post_init__(self) -> None:
+        make_printable(self, "reason")
 
 
 @message(57)
 class Closed(SessionMessage, frozen=True, kw_only=True):
-    freed_blocks: int
+    freed_blocks: Count
 
 
 @message(66)
@@ -100,13 +109,13 @@ class FetchProgress(Request, frozen=True, kw_only=True):
     """Request a session's progress at the receiver. Sent when no token has arrived for too long."""
 
     session: SessionId
-    epoch: int
+    epoch: Epoch
 
 
 @message(67)
 class ProgressData(Reply, frozen=True, kw_only=True):
     """Progress of each of the session's stages at the sender."""
 
-    stages: tuple[tuple[int, int, int, float], ...]
+    stages: Annotated[tuple[tuple[StageIndex, Tokens, Tokens, Seconds], ...], at_most(MAX_PEERS)]
     """(stage, next position expected, position up to which outputs were sent, seconds since the sender began its current step,
     which may belong to any session)."""

@@ -1,5 +1,6 @@
 """Messages of a session's steps, from the prompt to the tokens."""
 
+from meshd.bounds import Millis, StageIndex, TokenId, Tokens, Width, Word
 from meshd.protocol.messages.base import SessionMessage, message
 from meshd.types import TokenLogprobs
 
@@ -8,26 +9,26 @@ from meshd.types import TokenLogprobs
 class Prompt(SessionMessage, frozen=True, kw_only=True):
     """Payload: token ids, `i32[tokens]`. One prefill chunk for the first stage."""
 
-    step: int
+    step: Tokens
     """Position of the chunk's first token, which is the step's number."""
-    tokens: int
+    tokens: Tokens
     last: bool
     """This chunk contains the last known token, and the last stage samples after it."""
-    deadline_ms: int = 0
+    deadline_ms: Millis = 0
 
 
 @message(51)
 class Activation(SessionMessage, frozen=True, kw_only=True):
     """Payload: hidden states `[tokens, hidden]`, row-major, little-endian, of `dtype`."""
 
-    step: int
-    stage: int
+    step: Tokens
+    stage: StageIndex
     """The receiving stage."""
-    tokens: int
-    hidden: int
-    dtype: str
+    tokens: Tokens
+    hidden: Width
+    dtype: Word
     sample: bool
-    deadline_ms: int = 0
+    deadline_ms: Millis = 0
     """Time left for the step when the message was sent. 0: no deadline."""
 
 
@@ -35,20 +36,20 @@ class Activation(SessionMessage, frozen=True, kw_only=True):
 class Taken(SessionMessage, frozen=True, kw_only=True):
     """A stage has begun this prefill step, so the previous stage may send one more. This bounds the steps in transit."""
 
-    step: int
-    stage: int
+    step: Tokens
+    stage: StageIndex
 
 
 @message(52)
 class Token(SessionMessage, frozen=True, kw_only=True):
     """A token that the last stage sampled. It is sent to the coordinator, and to the first stage as its next step."""
 
-    step: int
+    step: Tokens
     """The step after which the token was sampled."""
-    index: int
+    index: Tokens
     """Index in the answer, from 0."""
-    token: int
+    token: TokenId
     logprobs: TokenLogprobs | None = None
     final: bool = False
-    finish: str = ""
+    finish: Word = ""
     """`stop` (end of sequence) or `length`, if final."""

@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+from meshd.bounds import Sha256, Size
 from meshd.protocol.messages.base import Lane, Reply, Request, message
 from meshd.types import ModelCard, ModelId
 
@@ -19,7 +20,7 @@ class ManifestData(Reply, frozen=True, kw_only=True):
 
     default_lane: ClassVar[Lane] = Lane.BULK
     card: ModelCard
-    sha256: str
+    sha256: Sha256
     """SHA-256 of the payload, in hex."""
 
 
@@ -28,8 +29,8 @@ class FetchWeights(Request, frozen=True, kw_only=True):
     """Request bytes `[offset, offset + length)` of a model's file, all of them in tensors that the receiver has."""
 
     model: ModelId
-    offset: int
-    length: int
+    offset: Size
+    length: Size
 
 
 @message(43)
@@ -37,4 +38,4 @@ class WeightData(Reply, frozen=True, kw_only=True):
     """Payload: the requested bytes."""
 
     default_lane: ClassVar[Lane] = Lane.BULK
-    offset: int
+    offset: Size

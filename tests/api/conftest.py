@@ -11,7 +11,8 @@ from openai import AsyncOpenAI
 
 from fake_api.words import WordsCoordinator
 from meshd.agents.service import PlacementStep, PlaceRequest, PlanRequest
-from meshd.api.http.app import Server, create_app, serve
+from meshd.api.http.app import create_app
+from meshd.api.http.server import Server, serve
 from meshd.api.http.services import ClientLimits
 from meshd.clock import SystemClock
 from meshd.errors import InvalidRequest, NoPeer, PeerLost, UnknownModel, UnknownSession

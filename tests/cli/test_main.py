@@ -1,4 +1,5 @@
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -128,3 +129,33 @@ def test_ctrl_c_ends_a_waiting_command_at_once_and_quietly(api: Api, tmp_path: P
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=5)
     assert (process.returncode, out, err) == (130, b"", b"")
+
+
+@pytest.mark.parametrize(
+    ("number", "hint"), [(errno.ENOSPC, "free some disk space"), (errno.EMFILE, "ulimit -n"), (errno.EIO, "disk")]
+)
+def test_a_fault_of_the_system_names_the_file_and_a_next_step(
+    number: int, hint: str, meshd: Meshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(number, os.strerror(number), "/models/index.json")
+
+    monkeypatch.setattr("meshd.cli.config.run", fail)
+    outcome = meshd("config")
+    assert outcome.returncode == 1
+    assert outcome.stderr.startswith(f"meshd: /models/index.json: {os.strerror(number)}; ")
+    assert hint in outcome.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["up"], ["status", "--json"], ["demo"]])
+def test_on_windows_every_verb_says_that_it_is_not_supported(words: list[str]) -> None:
+    script = (
+        "import sys\n"
+        "sys.modules.update({name: None for name in ('fcntl', 'resource', 'termios', 'pwd', 'grp')})  # as on Windows\n"
+        "from meshd.cli import main\n"
+        "sys.platform = 'win32'\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    outcome = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=60)
+    assert outcome.returncode == 1
+    assert outcome.stderr == ("meshd: Windows is not supported: use Linux or macOS, or the Windows Subsystem for Linux (WSL)\n")

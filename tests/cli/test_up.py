@@ -50,13 +50,21 @@ def _info(*, new_cluster: bool, cached: bool = False) -> DaemonInfo:
     )  # fmt: skip
 
 
-def test_a_new_cluster_prints_the_command_for_the_next_device(capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_a_terminal_a_new_cluster_prints_the_command_for_the_next_device(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     _print_ready(_info(new_cluster=True))
     lines = capsys.readouterr().out.splitlines()
     assert "desk (k3j2x9d1) is up, in cluster bufmutkh" in lines[0]
     assert lines[1].split() == ["API", "http://127.0.0.1:6374/v1"]
     assert lines[3].endswith("4 B free (measured in 12.0 s)")
     assert lines[4] == "  on the next device: meshd up --key mesh-CODE"
+
+
+def test_the_join_code_does_not_get_into_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    _print_ready(_info(new_cluster=True))
+    assert "mesh-CODE" not in capsys.readouterr().out
 
 
 def test_the_join_code_of_a_known_cluster_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -37,17 +39,58 @@ def startup_output(process: subprocess.Popen[str]) -> str:
     return "".join(lines)
 
 
-def test_the_first_start_prints_the_line_for_the_next_device(tmp_path: Path, shared_cache: Path) -> None:
+def join_code(state: Path) -> str:
+    command = [sys.executable, "-P", "-m", "meshd", "key", "show", "--state", str(state)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+
+
+def test_the_first_start_says_how_the_next_device_joins(tmp_path: Path, shared_cache: Path) -> None:
     with up(tmp_path / "a", shared_cache) as first:
         text = startup_output(first)
-        code = text.split("meshd up --key ")[1].strip()
+        assert "meshd key show" in text
+        assert join_code(tmp_path / "a") not in text
         holder = read_holder(tmp_path / "a")
         assert holder is not None
         assert f"http://{holder.api}/v1" in text
-        with up(tmp_path / "b", shared_cache, "--key", code) as second:
-            assert "meshd key show" in startup_output(second)
     with up(tmp_path / "a", shared_cache) as again:
         assert "meshd key show" in startup_output(again)
+
+
+def test_keys_of_the_command_line_are_not_among_the_arguments_of_the_running_daemon(tmp_path: Path, shared_cache: Path) -> None:
+    code = subprocess.run(
+        [sys.executable, "-P", "-m", "meshd", "key", "new", "--state", str(tmp_path / "other")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout.strip()
+    with up(tmp_path / "a", shared_cache, f"--key={code}", "--api-key", "a-secret", "--name", "desk") as process:
+        startup_output(process)
+        arguments = Path(f"/proc/{process.pid}/cmdline").read_text().split("\0")
+        assert "desk" in arguments
+        assert not any(secret in argument for argument in arguments for secret in (code, "a-secret"))
+        holder = read_holder(tmp_path / "a")
+        assert holder is not None
+        assert holder.pid == process.pid
+        with pytest.raises(HTTPError, match="401"):
+            urlopen(f"http://{holder.api}/v1/models", timeout=10)
+        with urlopen(Request(f"http://{holder.api}/v1/models", headers={"Authorization": "Bearer a-secret"}), timeout=10):
+            pass
+    assert join_code(tmp_path / "a") == code
+
+
+def test_a_join_code_is_read_from_standard_input(tmp_path: Path, shared_cache: Path) -> None:
+    with up(tmp_path / "a", shared_cache) as first:
+        startup_output(first)
+        code = join_code(tmp_path / "a")
+    with up(tmp_path / "b", shared_cache, "--key", "-", "--stop-with-stdin") as second:
+        assert second.stdin is not None
+        second.stdin.write(f"{code}\n")
+        second.stdin.flush()
+        startup_output(second)
+        second.stdin.close()
+        assert second.wait(10) == 0
+    assert join_code(tmp_path / "b") == code
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

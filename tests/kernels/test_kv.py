@@ -204,7 +204,6 @@ def test_a_copy_that_does_not_fit_is_refused_and_changes_nothing() -> None:
         (LAYERS, 0, memoryview(b""), "not whole tokens"),
         (LAYERS, 7, memoryview(bytes(2 * size)), "room for 8 tokens"),
         (LAYERS, -1, memoryview(bytes(size)), "room for 8 tokens"),
-        (LayerRange(2, 2), 0, memoryview(bytes(size)), "not whole tokens"),
         (LayerRange(1, 3), 0, memoryview(bytes(size)), "no KV here"),
         (LAYERS, 0, nan, "not finite"),
     ):

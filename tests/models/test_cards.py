@@ -84,3 +84,21 @@ def test_extra_and_missing_tensors_are_refused(make_llama: Callable[..., Any]) -
         maker.tensors[extra] = (8,)
         with pytest.raises(ModelFileError, match=extra):
             card(maker)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("llama.context_length", (4, 1 << 31)), ("llama.rope.freq_base", (6, 1e30)), ("llama.rope.freq_base", (6, float("inf")))],
+)
+def test_a_model_that_other_peers_would_refuse_is_refused_here(make_llama: Callable[..., Any], key: str, value: Any) -> None:
+    maker = make_llama()
+    maker.metadata[key] = value
+    with pytest.raises(ModelFileError, match="can't be run"):
+        card(maker)
+
+
+def test_a_name_or_a_path_that_changes_a_terminal_is_refused(make_llama: Callable[..., Any]) -> None:
+    file = GgufFile.from_header(make_llama().header())
+    for name, ref in (("n\x1b[2J", "file:n"), ("n", "file:/a\nb")):
+        with pytest.raises(ModelFileError, match="out of bounds"):
+            card_from_gguf(file, name=name, ref=ref, model_id=ID)

@@ -4,7 +4,7 @@ import pytest
 from in_process.clusters import make_peer, make_problem
 from meshd.errors import InvalidRequest, NoPeer
 from meshd.planner.profile import PeerProfile
-from meshd.planner.stages import check_cover, check_stages, parse_stages, resolve_peer, stages_text
+from meshd.planner.stages import check_cover, check_stages, parse_stages, resolve_peer, stages_text, with_ids
 from meshd.types import LayerRange, PeerId, StagePlan
 
 Peers = tuple[PeerProfile, ...]
@@ -79,3 +79,19 @@ def test_stages_that_contradict_the_problem_are_refused() -> None:
         check_stages(stages, make_problem(a, b, min_peers=3))
     with pytest.raises(NoPeer, match="not measured yet"):
         check_stages((StagePlan(peer=raw.id, layers=LayerRange(0, 30)),), make_problem(raw))
+
+
+def test_a_peer_that_takes_the_name_or_the_id_of_another_is_not_mistaken_for_it(peers: Peers) -> None:
+    twin = msgspec.structs.replace(peers[2], name="b")
+    with pytest.raises(InvalidRequest, match=r"'b' matches several peers: b [(]k3zzbbbb[)], b [(]mmmmmmmm[)]"):
+        parse_stages("b:0-30", (*peers[:2], twin), 30)
+    posing = msgspec.structs.replace(peers[2], name=peers[1].id)
+    assert resolve_peer(peers[1].id, (*peers[:2], posing)) == peers[1].id
+    assert stages_text(parse_stages("a:0-12,k3zz:12-30", (*peers[:2], twin), 30), (*peers[:2], twin)) == "a:0-12,k3zzbbbb:12-30"
+
+
+def test_names_in_a_list_of_stages_become_ids(peers: Peers) -> None:
+    assert with_ids("a:0-12, k3zz:12-20,gone:20-30", peers) == f"{peers[0].id}:0-12,{peers[1].id}:12-20,gone:20-30"
+    assert with_ids("b", peers) == "b"
+    with pytest.raises(InvalidRequest, match="several peers"):
+        with_ids("k3:0-30", peers)

@@ -10,7 +10,9 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec import Meta
 
+import meshd.bounds
 import meshd.types
 from meshd.agents.links import link, link_table, rpc
 from meshd.protocol import framing, handshake, messages
@@ -21,24 +23,32 @@ ROWS = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in S
 IDENTITY = json.loads((Path(__file__).parent / "golden" / "identity.json").read_text())
 
 
-def type_text(annotation: Any) -> str:
-    """Write a field's type in the notation of SPEC.md."""
+def type_text(annotation: Any, most: str = "") -> str:
+    """Write a field's type in the notation of SPEC.md. `most`: the bound of a list or map."""
     if isinstance(annotation, typing.NewType):
         return annotation.__name__
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        meta = inner[1]
+        return meta.title or type_text(inner[0], f"; {meta.max_length}")
+    if origin is tuple and inner[-1] is Ellipsis:
+        assert most, f"{annotation} has no bound"
+        return f"[{type_text(inner[0])}{most}]"
     if origin is tuple:
-        return f"[{type_text(inner[0])}]" if inner[-1] is Ellipsis else f"[{', '.join(map(type_text, inner))}]"
+        return f"[{', '.join(map(type_text, inner))}]"
     if origin is dict:
-        return f"{{{type_text(inner[0])}: {type_text(inner[1])}}}"
+        assert most, f"{annotation} has no bound"
+        return f"{{{type_text(inner[0])}: {type_text(inner[1])}{most}}}"
     if origin in (types.UnionType, typing.Union):
         (known,) = [part for part in inner if part is not type(None)]
         return f"{type_text(known)}?"
+    assert annotation is bool or issubclass(annotation, msgspec.Struct), f"{annotation} has no bound"
     return str(annotation.__name__)
 
 
 def fields_text(struct: type[msgspec.Struct]) -> str:
     """Write all fields in order, with the defaults of those that may be missing."""
-    hints = typing.get_type_hints(struct)
+    hints = typing.get_type_hints(struct, include_extras=True)
     shown = []
     for field in msgspec.structs.fields(struct):
         text = f"{field.name}: {type_text(hints[field.name])}"
@@ -91,6 +101,21 @@ def test_the_table_of_structs_is_the_code() -> None:
     assert described == {
         name: ("array" if struct.__struct_config__.array_like else "map", fields_text(struct)) for name, struct in structs.items()
     }
+
+
+def bounded_types() -> dict[str, tuple[str, Meta]]:
+    """Collect the named types of numbers, texts and ids: the Python type and the bounds of each, by name."""
+    named = {name: value for module in (meshd.bounds, meshd.types) for name, value in vars(module).items()}
+    annotated = {name: getattr(value, "__supertype__", value) for name, value in named.items()}
+    parts = {name: typing.get_args(value) for name, value in annotated.items() if typing.get_origin(value) is typing.Annotated}
+    return {name: (inner[0].__name__, inner[1]) for name, inner in parts.items()}
+
+
+def test_the_table_of_bounds_is_the_code() -> None:
+    types_ = bounded_types()
+    assert {meta.title for _, meta in types_.values()} == set(types_)
+    described = {row[0]: row[1:3] for row in ROWS if row[0] in types_}
+    assert described == {name: (kind, meshd.bounds.describe(meta)) for name, (kind, meta) in types_.items()}
 
 
 def test_every_message_is_explained() -> None:

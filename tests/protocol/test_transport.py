@@ -1,6 +1,7 @@
 """Connections over real sockets: back-pressure, limits, and one reported reason when a connection ends."""
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -20,6 +21,13 @@ WAIT_S = 5.0
 KEY = ClusterKey(bytes(32))
 
 
+def listen(host: str, port: int) -> list[socket.socket]:
+    listeners = transport.bind(host, port)
+    for listener in listeners:
+        listener.listen()
+    return listeners
+
+
 @pytest.fixture
 def identities(tmp_path: Path) -> Callable[..., Identity]:
     def make(name: str, key: ClusterKey = KEY) -> Identity:
@@ -31,7 +39,7 @@ def identities(tmp_path: Path) -> Callable[..., Identity]:
 @asynccontextmanager
 async def pair(alice: Identity, bob: Identity, limits: FrameLimits | None = None) -> AsyncIterator[tuple[Connection, Connection]]:
     """Connect Alice to Bob. Yields: the connection that Alice dialled and the one that Bob accepted."""
-    (listener,) = transport.listen("127.0.0.1", 0)
+    (listener,) = listen("127.0.0.1", 0)
     loop = asyncio.get_running_loop()
 
     async def accepted() -> Connection:
@@ -100,7 +108,7 @@ async def test_another_clusters_certificate_is_refused(identities: Callable[...,
 
 
 async def test_a_dial_to_an_address_that_does_not_answer_fails() -> None:
-    (listener,) = transport.listen("127.0.0.1", 0)
+    (listener,) = listen("127.0.0.1", 0)
     port = listener.getsockname()[1]
     listener.close()
     for host, reason in (("127.0.0.1", "can't be reached"), ("no host " * 40, "not known")):
@@ -156,7 +164,7 @@ async def test_a_violation_ends_the_connection_with_one_reason(identities: Calla
         await sender.end()
         assert receiver.ends.empty()
         with pytest.raises(PeerLost):
-            there.send(Credit(session="s", epoch=1, index=1))
+            there.send(Credit(session="5e" * 16, epoch=1, index=1))
         with pytest.raises(PeerLost):
             there.attach(receiver.on_message, lambda connection, reason: None)
 
@@ -194,7 +202,7 @@ async def test_a_farewell_arrives_before_the_end(identities: Callable[..., Ident
 
 
 async def test_port_0_chooses_the_same_port_on_every_address() -> None:
-    listeners = transport.listen("localhost", 0)
+    listeners = listen("localhost", 0)
     assert len({listener.getsockname()[1] for listener in listeners}) == 1
     for listener in listeners:
         listener.close()

@@ -1,13 +1,18 @@
 """The record of a session: all that another peer needs to continue it. Its coordinator and its deputies have it."""
 
+from typing import Annotated
+
 import msgspec
 
 from meshd.agents.service import GenerationRequest, MeshOptions
+from meshd.bounds import MAX_STOP_CHARACTERS, MAX_STOPS, MAX_TOKENS, Epoch, Timestamp, TokenId, Tokens, Word, at_most
 from meshd.clock import Clock
 from meshd.errors import ContextTooLong, InvalidRequest, ProtocolViolation
 from meshd.types import ModelCard, ModelId, PeerId, Plan, SamplingParams, SessionId, TokenLogprobs
 
-AnswerToken = tuple[int, TokenLogprobs | None]
+AnswerToken = tuple[TokenId, TokenLogprobs | None]
+_MAX_RENDERER_BYTES = 8 << 20
+"""Also the largest record."""
 
 
 class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -16,25 +21,25 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     session: SessionId
     model: ModelId
     coordinator: PeerId
-    epoch: int
+    epoch: Epoch
     """The highest epoch that the coordinator had used when it sent this record. It may have used later ones since."""
-    prompt: tuple[int, ...]
-    max_tokens: int
+    prompt: Annotated[tuple[TokenId, ...], at_most(MAX_TOKENS)]
+    max_tokens: Tokens
     sampling: SamplingParams
     """Includes the seed that was drawn, if the client gave none."""
     ignore_eos: bool = False
-    stop: tuple[str, ...] = ()
+    stop: Annotated[tuple[Annotated[str, at_most(MAX_STOP_CHARACTERS)], ...], at_most(MAX_STOPS)] = ()
     mesh: MeshOptions = MeshOptions()
     background: bool = False
     store: bool = True
-    renderer: bytes = msgspec.field(default=b"", name="edge")
+    renderer: Annotated[bytes, at_most(_MAX_RENDERER_BYTES)] = msgspec.field(default=b"", name="edge")
     """See `GenerationRequest.renderer`."""
-    created: float = 0.0
+    created: Timestamp = 0.0
     """Unix time of the request in seconds, by the clock of the first coordinator."""
     plan: Plan | None = None
     """The last plan that ran: its peers may still have KV."""
-    tokens: tuple[AnswerToken, ...] = ()
-    finish: str = ""
+    tokens: Annotated[tuple[AnswerToken, ...], at_most(MAX_TOKENS)] = ()
+    finish: Word = ""
     """Why the answer ended; empty while the answer runs or is suspended."""
     suspended: bool = False
     """Whether the session is suspended. It is then resumed only for a client, or, with `background`, once its model can answer."""

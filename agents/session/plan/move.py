@@ -235,7 +235,7 @@ def _copies(old: Plan, new: Plan) -> list[_Copy]:
 
 def _may_take(advert: Advert, mesh: MeshOptions) -> bool:
     """Whether the peer may get stages: it is not draining, and the request allows it."""
-    allowed = mesh.peers is None or any(name == advert.name or advert.peer.startswith(name) for name in mesh.peers)
+    allowed = mesh.peers is None or advert.peer in mesh.peers
     return allowed and not advert.draining
 
 

@@ -34,8 +34,8 @@ class IncomingMirrors:
         Raises: InvalidRequest if the offer is empty; Superseded if its epoch is past or another coordinator controls the session;
         NoPeer if the layers are not in memory; OutOfMemory.
         """
-        if message.tokens < 1 or len(message.layers) < 1:
-            raise InvalidRequest("a copy needs at least one layer and one token")
+        if message.tokens < 1:
+            raise InvalidRequest("a copy needs at least one token")
         session_kv = self.admit(message)
         cache = _find(session_kv, sender, message.layers, message.epoch)
         if cache is None:

@@ -1,8 +1,7 @@
-"""Compose the HTTP API of one peer, and serve it."""
+"""Compose the HTTP API of one peer."""
 
 import asyncio
 import logging
-from dataclasses import dataclass
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -12,11 +11,11 @@ from meshd.api.http.errors import problem_for_client
 from meshd.api.http.guard import guard
 from meshd.api.http.openapi import openapi
 from meshd.api.http.routes import ROUTES
+from meshd.api.http.server import CONNECTIONS, Connections
 from meshd.api.http.services import SERVICES, ClientLimits, Services
 from meshd.api.http.sse import OUTCOME
 from meshd.api.openai.answers import GENERATION_HEADERS
 from meshd.clock import Clock
-from meshd.errors import ConfigError
 from meshd.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -35,6 +34,7 @@ def create_app(
     limits = limits or ClientLimits()
     app = web.Application(middlewares=[_answer_errors, guard(api_key)], client_max_size=limits.body_bytes)
     app[SERVICES] = Services(coordinator, mesh, telemetry, clock, limits)
+    app[CONNECTIONS] = Connections(limits)
     for route in ROUTES:
         app.router.add_route(route.method, route.path, route.handler)
     app.router.add_get("/openapi.json", openapi)
@@ -45,6 +45,8 @@ def create_app(
 @web.middleware
 async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     outcome = "ok"
+    connections = request.app[CONNECTIONS]
+    connections.begin(request.protocol)
     try:
         response = await handler(request)
         outcome = request.get(OUTCOME, outcome)
@@ -56,6 +58,7 @@ async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamRe
         outcome = problem.name
         response = problem.response()
     finally:
+        connections.end(request.protocol)
         _record_outcome(request, outcome)
     return response
 
@@ -70,47 +73,3 @@ def _record_outcome(request: web.Request, outcome: str) -> None:
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
     response.headers["x-request-id"] = f"req_{request.app[SERVICES].clock.random_bytes(16).hex()}"
     response.headers.update(request.get(GENERATION_HEADERS, {}))
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """A running server."""
-
-    runner: web.AppRunner
-    host: str
-    port: int
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """Host and port that the server listens on. If port 0 was requested, the port is the one that was bound."""
-        return self.host, self.port
-
-    @property
-    def url(self) -> str:
-        """The base URL, such as `http://127.0.0.1:6374`."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
-
-    async def aclose(self) -> None:
-        """Stop listening, end running answers with an error, and close all connections within a second. Idempotent."""
-        app = self.runner.app
-        app[SERVICES].work.interrupt()
-        await self.runner.cleanup()
-
-
-async def serve(app: web.Application, host: str, port: int) -> Server:
-    """Listen on `host:port`. Port 0 binds a free port. When a client disconnects, its handler is cancelled.
-
-    Raises: ConfigError if the address can't be used.
-    """
-    runner = web.AppRunner(
-        app, handler_cancellation=True, access_log=None, shutdown_timeout=app[SERVICES].limits.shutdown_s, handle_signals=False
-    )
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, host, port).start()
-    except OSError as error:
-        await runner.cleanup()
-        raise ConfigError(f"can't listen on {host}:{port}: {error.strerror}", hint="choose another address with --api") from error
-    bound = runner.addresses[0]
-    return Server(runner, bound[0], bound[1])

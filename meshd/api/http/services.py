@@ -17,6 +17,12 @@ from meshd.telemetry import Telemetry
 class ClientLimits:
     """Limits for the requests and connections of clients."""
 
+    connections: int = 1024
+    """Most connections at once. A further one replaces a connection without a running request."""
+    first_request_s: float = 10.0
+    """Longest time from the opening of a connection to the end of its first request's headers."""
+    idle_s: float = 75.0
+    """Time for which a connection stays open between two requests, somewhat longer than proxies keep theirs (nginx: 60 s)."""
     body_bytes: int = 8 * 2**20
     body_s: float = 60.0
     """Longest time for a request's body to arrive."""

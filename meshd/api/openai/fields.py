@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from meshd.agents.service import MeshOptions
+from meshd.bounds import MAX_LOGIT_BIAS, MAX_STOP_CHARACTERS, MAX_STOPS
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest
 from meshd.types import SamplingParams
@@ -19,7 +20,7 @@ from meshd.types import SamplingParams
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
-StopText = Annotated[str, Meta(min_length=1, max_length=1024)]
+StopText = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 UNSUPPORTED = "x-unsupported"
 """Key in a field's JSON schema. It marks a field that accepts only neutral values."""
@@ -72,14 +73,15 @@ class AnswerFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Annotated[float, Meta(gt=0, le=10)] | None, Meta(description="Above 0, up to 10; 1: no penalty.")
     ] = None
     logit_bias: Annotated[
-        dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]] | None, Meta(description="Token id to a bias from -100 to 100.")
+        Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_LOGIT_BIAS)] | None,
+        Meta(description=f"Token id to a bias from -100 to 100, for up to {MAX_LOGIT_BIAS} tokens."),
     ] = None
     seed: Annotated[
         Annotated[int, Meta(ge=-_SEED_SPAN, le=_SEED_SPAN - 1)] | None,
         Meta(description="64 bits; the same seed gives the same answer. Answer i of n has seed + i. Random if not given."),
     ] = None
     stop: Annotated[
-        StopText | Annotated[list[StopText], Meta(max_length=16)] | None, Meta(description="One text, or up to 16 of them.")
+        StopText | Annotated[list[StopText], Meta(max_length=MAX_STOPS)] | None, Meta(description="One text, or up to 16 of them.")
     ] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

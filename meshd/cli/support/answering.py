@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from meshd.bounds import printable
 from meshd.cli.support.client import Daemon, Stream
+from meshd.cli.support.output import show
 from meshd.errors import NotReady
 
 READY_WITHIN_S = 600.0
@@ -140,11 +142,11 @@ def _read(stream: Stream, write: Callable[[str], object], sent_at: float) -> Ans
 
 
 def write_out(text: str) -> None:
-    """Write to standard output and flush."""
-    sys.stdout.write(text)
+    """Write a part of an answer to standard output and flush. On a terminal, unprintable characters become spaces or escapes."""
+    sys.stdout.write(printable(text, keep="\n\t") if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 def notice(text: str) -> None:
     """Print a line to standard error."""
-    print(text, file=sys.stderr, flush=True)
+    show(text, file=sys.stderr)

@@ -56,8 +56,8 @@ class ChildDaemons:
         self.children: list[ChildDaemon] = []
         self._folder = folder
 
-    def start(self, name: str, flags: Sequence[str]) -> ChildDaemon:
-        """Run `meshd up` with these flags.
+    def start(self, name: str, join_code: str, flags: Sequence[str]) -> ChildDaemon:
+        """Run `meshd up` with these flags, in the cluster of a join code, which is passed where other users can't read it.
 
         The daemon's standard input is a pipe that closes when this process ends, which stops the daemon.
         """
@@ -84,7 +84,7 @@ class ChildDaemons:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=clean_environment(),
+                env=clean_environment() | {"MESHD_KEY": join_code},
                 start_new_session=True,
             )
         child = ChildDaemon(name, state, process)

@@ -5,7 +5,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
-from meshd.cli.support.output import size
+from meshd.bounds import printable
+from meshd.cli.support.output import show, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,7 +63,7 @@ class Lines:
         if before and before[:2] == (text, ended) and (ended or now - before[2] < LINE_EVERY_S):
             return
         self._printed[name] = (text, ended, now)
-        print(" ".join(part for part in (f"{name}:", text, self._amount(done, total)) if part), file=sys.stderr, flush=True)
+        show(" ".join(part for part in (f"{name}:", text, self._amount(done, total)) if part), file=sys.stderr)
 
     def say(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -97,8 +98,9 @@ class Bars:
         self._rich.stop()
 
     def update(self, name: str, done: float, total: float | None, text: str = "") -> None:
+        text = printable(text)
         if name not in self._tasks:
-            self._tasks[name] = self._rich.add_task(name, total=total, text=text)
+            self._tasks[name] = self._rich.add_task(printable(name), total=total, text=text)
         self._rich.update(self._tasks[name], completed=done, total=total, text=text)
 
     def say(self, line: str) -> None:

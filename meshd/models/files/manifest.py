@@ -15,6 +15,7 @@ from typing import Annotated
 
 import msgspec
 
+from meshd.bounds import Count, at_most
 from meshd.errors import ModelFileError, StorageError
 from meshd.models.files.disk import CHUNK_BYTES, replace_durably, size_of, storage_error
 from meshd.models.files.gguf_header import MAX_ALIGNMENT, MAX_HEADER_BYTES, MAX_TENSOR_NAME_BYTES, MAX_TENSORS, TensorInfo
@@ -69,7 +70,7 @@ class Offer(msgspec.Struct, frozen=True, array_like=True):
     """The parts that a peer offers to send."""
 
     manifest: Manifest
-    have: tuple[int, ...] | None = None
+    have: Annotated[tuple[Count, ...], at_most(MAX_TENSORS + 1)] | None = None
     """Indices of the parts that the peer has; None: all."""
 
 

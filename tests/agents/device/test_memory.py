@@ -1,3 +1,4 @@
+import errno
 import sys
 from pathlib import Path
 
@@ -69,6 +70,39 @@ def test_inside_a_container_the_mount_is_the_process_own_cgroup(tree: Tree) -> N
     tree.processes("0::/", V2_MOUNT)
     tree.v2("", 2 * GIB, GIB)
     assert [(limit.total_bytes, limit.free_bytes) for limit in cgroup_memory_limits(tree.root)] == [(2 * GIB, GIB)]
+
+
+def test_page_cache_in_use_and_reclaimable_slab_are_free(tree: Tree) -> None:
+    statistics = {
+        "inactive_file": GIB // 2,
+        "active_file": 2 * GIB,
+        "slab_reclaimable": GIB // 4,
+        "anon": GIB // 2,
+        "shmem": GIB // 4,
+    }
+    text = "".join(f"{name} {size}\ntotal_{name} {size}\n" for name, size in statistics.items())
+    tree.processes("4:memory:/box\n0::/box", f"{V1_MOUNT}\n{V2_MOUNT}")
+    tree.v2("box", 4 * GIB, 7 * GIB // 2)
+    tree.v1("box", 4 * GIB, 7 * GIB // 2)
+    tree.write("sys/fs/cgroup/box/memory.stat", text)
+    tree.write("sys/fs/cgroup/memory/box/memory.stat", text)
+    v2, v1 = cgroup_memory_limits(tree.root)
+    assert v2.free_bytes == 4 * GIB - (7 * GIB // 2 - 11 * GIB // 4)
+    assert v1.free_bytes == 4 * GIB - (7 * GIB // 2 - 5 * GIB // 2)  # v1 shows no reclaimable slab
+
+
+def test_a_limit_that_cannot_be_read_for_lack_of_descriptors_does_not_count_as_no_limit(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree.processes("0::/meshd", V2_MOUNT)
+    tree.v2("meshd", 2 * GIB, GIB)
+
+    def read_text(path: Path) -> str:
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    with pytest.raises(OSError, match="Too many open files"):
+        cgroup_memory_limits(tree.root)
 
 
 def test_cgroup_v1_without_limits_is_no_limit(tree: Tree) -> None:

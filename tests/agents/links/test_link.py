@@ -8,7 +8,7 @@ from meshd.protocol.messages import Activation, Goodbye, Heartbeat, HeartbeatAck
 from meshd.protocol.transport import Buffer, Connection
 from meshd.types import PeerId
 
-STEP = Activation(session="s", epoch=1, step=1, stage=1, tokens=1, hidden=1, dtype="f32", sample=False)
+STEP = Activation(session="5e" * 16, epoch=1, step=1, stage=1, tokens=1, hidden=1, dtype="f32", sample=False)
 
 
 class RecordedConnection:

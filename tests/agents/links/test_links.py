@@ -22,11 +22,11 @@ async def linked(*all_peers: Peer) -> None:
 
 
 def place(request: int, tokens: int = 64) -> Place:
-    return Place(request=request, model="m", ref="file:x", layers=LayerRange(0, 2), kv_tokens=tokens, deadline_ms=1000)
+    return Place(request=request, model="fe" * 16, ref="file:x", layers=LayerRange(0, 2), kv_tokens=tokens, deadline_ms=1000)
 
 
 def activation(step: int, elements: int) -> Activation:
-    return Activation(session="s", epoch=1, step=step, stage=1, tokens=1, hidden=elements, dtype="f32", sample=False)
+    return Activation(session="5e" * 16, epoch=1, step=step, stage=1, tokens=1, hidden=max(1, elements), dtype="f32", sample=False)
 
 
 async def test_when_one_peer_dials_both_have_the_link(peers: Peers) -> None:
@@ -93,7 +93,7 @@ async def test_large_payloads_arrive_whole_and_do_not_delay_small_ones(peers: Pe
     a.dial(b)
     await a.next_up()
     a.links.send(b.id, activation(0, len(payload) // 4), payload)
-    a.links.send(b.id, Credit(session="s", epoch=1, index=1))
+    a.links.send(b.id, Credit(session="5e" * 16, epoch=1, index=1))
     await until(lambda: len(got) == 2)
     assert got == ["small", "large"]
     assert intact == [True]
@@ -136,7 +136,7 @@ async def test_an_error_in_a_handler_is_answered_with_its_code(peers: Peers) -> 
         await a.links.request(b.id, place, timeout_s=WAIT_S)
     assert raised.value.remote_code == "model_loading"
     with pytest.raises(RemoteFailure) as raised:
-        await a.links.request(b.id, lambda number: Unplace(request=number, model="m"), timeout_s=WAIT_S)
+        await a.links.request(b.id, lambda number: Unplace(request=number, model="fe" * 16), timeout_s=WAIT_S)
     assert raised.value.remote_code == "internal_error"
     with pytest.raises(RemoteFailure) as raised:
         await b.links.request(a.id, place, timeout_s=WAIT_S)
@@ -165,7 +165,7 @@ async def test_a_request_fails_at_its_timeout_or_when_its_peer_stops(peers: Peer
     with pytest.raises(PeerLost, match=LEFT):
         await waiting
     with pytest.raises(PeerLost):
-        a.links.send(b.id, Credit(session="s", epoch=1, index=1))
+        a.links.send(b.id, Credit(session="5e" * 16, epoch=1, index=1))
 
 
 async def test_a_message_that_is_too_large_is_refused_at_the_sender(peers: Peers) -> None:

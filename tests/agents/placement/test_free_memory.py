@@ -1,5 +1,9 @@
 """Free memory: reservations, memory that other processes took, and the age of the measurement."""
 
+import errno
+
+import pytest
+
 from in_process.adverts import CARD
 from in_process.journals import HandClock
 from meshd.agents.placement.free_memory import FreeMemory
@@ -18,9 +22,12 @@ class Machine:
     def __init__(self, free_bytes: int) -> None:
         self.free_bytes = free_bytes
         self.measurements = 0
+        self.failure: OSError | None = None
 
     def __call__(self) -> int:
         self.measurements += 1
+        if self.failure is not None:
+            raise self.failure
         return self.free_bytes
 
 
@@ -63,3 +70,24 @@ def test_a_forgotten_measurement_is_made_again_at_once() -> None:
     machine.free_bytes = 50
     memory.forget()
     assert memory.free_bytes() == 50
+
+
+async def test_the_last_figure_is_used_while_memory_cannot_be_measured(caplog: pytest.LogCaptureFixture) -> None:
+    machine, clock = Machine(100), HandClock()
+    memory = FreeMemory(1000, ResidentModels(1e9), machine, clock)
+    assert memory.free_bytes() == 100
+    machine.failure = OSError(errno.EMFILE, "Too many open files", "/proc/meminfo")
+    for _ in range(3):
+        await clock.move(2.0)
+        assert memory.free_bytes() == 100
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "/proc/meminfo" in caplog.text
+    machine.failure, machine.free_bytes = None, 70
+    await clock.move(2.0)
+    assert memory.free_bytes() == 70
+
+
+def test_before_the_first_measurement_the_figure_of_the_start_is_used() -> None:
+    machine = Machine(100)
+    machine.failure = OSError(errno.EMFILE, "Too many open files", "/proc/meminfo")
+    assert FreeMemory(1000, ResidentModels(1e9), machine, HandClock()).free_bytes() == 1000

@@ -62,7 +62,7 @@ async def test_an_invalid_step_is_the_senders_fault(
     assert message_part in failed.message
 
 
-@pytest.mark.parametrize("token", [-1, 2**30])
+@pytest.mark.parametrize("token", [50_000, 2**30])
 async def test_a_token_outside_the_vocabulary_is_its_senders_fault(mesh: StageMesh, token: int) -> None:
     a, b = mesh.start("a"), mesh.start("b")
     session = driver(mesh, a)

@@ -7,7 +7,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from meshd.api.http.app import Server
+from meshd.api.http.server import Server
 from meshd.api.http.services import ClientLimits
 
 CHAT = {"model": "words", "messages": [{"role": "user", "content": "hello"}], "stream": True, "max_tokens": 4}

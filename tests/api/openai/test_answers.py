@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from meshd.api.http.app import Server
+from meshd.api.http.server import Server
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 

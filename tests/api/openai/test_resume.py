@@ -11,7 +11,8 @@ import pytest
 
 from fake_api.words import WordsCoordinator
 from meshd.agents.service import GenerationRequest
-from meshd.api.http.app import Server, create_app, serve
+from meshd.api.http.app import create_app
+from meshd.api.http.server import Server, serve
 from meshd.clock import SystemClock
 
 MESSAGES = [{"role": "user", "content": "hello"}]

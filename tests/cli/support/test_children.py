@@ -11,7 +11,7 @@ from meshd.errors import NotReady, RemoteFailure
 
 def test_a_daemon_that_can_not_start_is_reported_with_its_last_words(tmp_path: Path) -> None:
     with ChildDaemons(tmp_path) as children:
-        child = children.start("ash", ["--no-such-flag"])
+        child = children.start("ash", "mesh-CODE", ["--no-such-flag"])
         child.process.wait(60)
         with pytest.raises(RemoteFailure, match=r"ash did not stay up \(exit status 2\): meshd: wrong usage of `meshd up`"):
             child.daemon()

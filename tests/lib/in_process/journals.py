@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from ids import model_id, peer_id
 from in_process.peers import SLOW, Peer, Peers, until
 from meshd.agents.admin.story_collector import StoryCollector
 from meshd.agents.links.link_table import Timing
@@ -16,7 +17,7 @@ from meshd.agents.session.journal.deputy import Deputy
 from meshd.agents.session.journal.locator import Locator
 from meshd.agents.session.journal.record import SessionRecord
 from meshd.agents.session.journal.writer import JournalWriter
-from meshd.types import Advert, Capability, LinkStats, ModelId, PeerId, Rates, SamplingParams, SessionId, TokenLogprobs
+from meshd.types import Advert, Capability, LinkStats, PeerId, Rates, SamplingParams, SessionId, TokenLogprobs
 
 S = SessionId("5e" * 16)
 CAPABILITY = Capability(
@@ -74,8 +75,8 @@ def record(session: SessionId = S, *, tokens: int = 0, **other: object) -> Sessi
     """Build the record of a session whose answer tokens are 100, 101, ..."""
     fields: dict[str, object] = {
         "session": session,
-        "model": ModelId("m"),
-        "coordinator": PeerId("c"),
+        "model": model_id("m"),
+        "coordinator": peer_id("c"),
         "epoch": 1,
         "prompt": (1, 2, 3),
         "max_tokens": 64,

@@ -20,7 +20,7 @@ from meshd.protocol.messages import Closed, Error, Failed, Message, Mirrored, To
 from meshd.telemetry import Telemetry
 from meshd.types import LayerRange, ModelCard, ModelId, ModelSpec, PeerId
 
-MODEL = ModelId("m" * 32)
+MODEL = ModelId("fe" * 16)
 POOL_BLOCKS = 24
 
 
@@ -119,6 +119,8 @@ class StageMesh:
         return self
 
     async def __aexit__(self, *error: object) -> None:
+        for peer in self.peers.values():
+            peer.host.close()
         for task in self._running:
             task.cancel()
         for peer in self.peers.values():

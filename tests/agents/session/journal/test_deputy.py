@@ -2,6 +2,7 @@
 
 import pytest
 
+from ids import session_id
 from in_process.journals import Keeper, Keepers, S, record
 from in_process.peers import Peers
 from meshd.agents.session.journal.record import encode_record
@@ -17,13 +18,13 @@ def keepers(peers: Peers) -> Keepers:
 
 async def test_all_answers_of_a_lost_coordinator_are_orphans_even_ended_ones(keepers: Keepers) -> None:
     async with keepers.linked("a", "b") as (a, b):
-        running, ended = a.answer(tokens=3), a.answer(SessionId("ended"))
+        running, ended = a.answer(tokens=3), a.answer(session_id("ended"))
         ended.end()
         await keepers.until(lambda: [bool(known.finish) for known in b.deputy.store.records_of(a.id)] == [False, True])
         await a.peer.links.close("it goes")
         await keepers.until(lambda: len(b.orphans) == 2)
         assert b.orphans[0] == running.record
-        assert b.orphans[1].session == "ended"
+        assert b.orphans[1].session == session_id("ended")
 
 
 async def test_only_a_records_own_coordinator_may_send_it(keepers: Keepers) -> None:
@@ -39,7 +40,7 @@ async def test_only_a_records_own_coordinator_may_send_it(keepers: Keepers) -> N
             with pytest.raises(RemoteFailure):
                 await journal(c, payload)
         with pytest.raises(RemoteFailure):
-            await journal(a, encode_record(known), SessionId("other"))
+            await journal(a, encode_record(known), session_id("other"))
         await journal(a, encode_record(known))
         await journal(a, encode_record(known))
         c.peer.links.send(b.id, JournalTokens(session=S, epoch=1, index=2, tokens=((9, None),), finish="stop"))

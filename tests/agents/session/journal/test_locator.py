@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from ids import peer_id
 from in_process.journals import Keeper, Keepers, S, record
 from in_process.peers import QUICK, Peers
 from meshd.agents.session.journal.record import SessionRecord
@@ -54,7 +55,7 @@ async def test_without_its_coordinator_the_record_with_most_tokens_is_fetched(ke
 async def test_a_record_of_a_later_epoch_ranks_above_a_coordinator_of_an_earlier_one(keepers: Keepers) -> None:
     async with keepers.linked("a", "b", "c") as (a, b, c):
         a.answer(tokens=9, epoch=1)
-        keep(b, PeerId("x"), tokens=4, epoch=1001)
+        keep(b, peer_id("x"), tokens=4, epoch=1001)
         await keepers.until(lambda: a.writer.deputy_of(S) is not None)
         taken = await c.locator.fetch(S, take=True)
         assert (taken.epoch, len(taken.tokens)) == (1001, 4)
@@ -63,9 +64,9 @@ async def test_a_record_of_a_later_epoch_ranks_above_a_coordinator_of_an_earlier
 
 async def test_the_record_on_this_peer_is_used_unless_another_has_more_tokens(keepers: Keepers) -> None:
     async with keepers.linked("a", "b") as (a, b):
-        keep(a, PeerId("x"), tokens=2)
+        keep(a, peer_id("x"), tokens=2)
         assert len((await a.locator.fetch(S, take=True)).tokens) == 2
-        keep(b, PeerId("x"), tokens=3)
+        keep(b, peer_id("x"), tokens=3)
         assert len((await a.locator.fetch(S, take=True)).tokens) == 3
 
 
@@ -81,7 +82,7 @@ async def test_the_next_best_record_is_fetched_when_the_best_peer_is_lost_meanwh
     keepers: Keepers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with keepers.linked("a", "b", "c") as (a, b, c):
-        keep(b, PeerId("x"), tokens=3)
+        keep(b, peer_id("x"), tokens=3)
         asked: list[SessionId] = []
 
         def dying(session: SessionId) -> SessionRecord:
@@ -125,16 +126,16 @@ async def test_the_deputy_with_most_tokens_takes_an_orphan_over(keepers: Keepers
 
 async def test_of_deputies_with_equal_records_exactly_one_takes_over(keepers: Keepers) -> None:
     async with keepers.linked("a", "b", "c") as (a, b, c):
-        known = record(coordinator=PeerId("x"), tokens=3)
+        known = record(coordinator=peer_id("x"), tokens=3)
         for keeper in (a, b, c):
-            keep(keeper, PeerId("x"), tokens=3)
+            keep(keeper, peer_id("x"), tokens=3)
         assert sorted([await keeper.locator.should_take_over(known) for keeper in (a, b, c)]) == [False, False, True]
 
 
 async def test_no_takeover_of_a_session_that_runs_elsewhere_has_ended_or_was_taken(keepers: Keepers) -> None:
     async with keepers.linked("a", "b") as (a, b):
-        known = record(coordinator=PeerId("x"), tokens=3)
-        keep(b, PeerId("x"), tokens=3)
+        known = record(coordinator=peer_id("x"), tokens=3)
+        keep(b, peer_id("x"), tokens=3)
         assert await b.locator.should_take_over(known)
         a.answer(tokens=3, epoch=1001)
         assert not await b.locator.should_take_over(known)
@@ -143,7 +144,7 @@ async def test_no_takeover_of_a_session_that_runs_elsewhere_has_ended_or_was_tak
         assert not await b.locator.should_take_over(known)
         b.deputy.forget(S)
         assert not await b.locator.should_take_over(known)
-        keep(b, PeerId("x"), tokens=3, finish="stop")
+        keep(b, peer_id("x"), tokens=3, finish="stop")
         assert not await b.locator.should_take_over(known)
 
 
@@ -163,7 +164,7 @@ async def test_ending_reaches_the_coordinator_and_every_record(keepers: Keepers)
 
 async def test_an_orphan_can_be_ended_too(keepers: Keepers) -> None:
     async with keepers.linked("a", "b") as (a, b):
-        keep(b, PeerId("x"), tokens=2)
+        keep(b, peer_id("x"), tokens=2)
         await a.locator.end(S, forget=False)
         known = b.deputy.record(S)
         assert known is not None
@@ -179,11 +180,11 @@ async def test_a_reply_to_find_session_describes_the_latest_record_here(keepers:
             return reply.coordinates, reply.keeps, reply.epoch, reply.tokens
 
         assert await found() == (False, False, 0, 0)
-        keep(a, PeerId("x"), tokens=4, epoch=2)
+        keep(a, peer_id("x"), tokens=4, epoch=2)
         assert await found() == (False, True, 2, 4)
         a.answer(tokens=6, epoch=3)
         assert await found() == (True, False, 3, 6)
-        keep(a, PeerId("y"), tokens=5, epoch=1003)
+        keep(a, peer_id("y"), tokens=5, epoch=1003)
         assert await found() == (False, True, 1003, 5)
         _, payload = await b.peer.links.request(
             a.id, lambda number: FetchSession(request=number, session=S, take=True), timeout_s=5

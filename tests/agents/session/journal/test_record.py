@@ -5,25 +5,26 @@ from typing import Any
 import msgspec
 import pytest
 
+from ids import peer_id
 from in_process.clusters import make_card
 from in_process.journals import HandClock, record
 from meshd.agents.service import GenerationRequest, MeshOptions
 from meshd.agents.session.journal.record import SessionRecord, decode_record, encode_record, new_record
 from meshd.errors import ContextTooLong, InvalidRequest, ProtocolViolation
-from meshd.types import PeerId, TokenLogprobs
+from meshd.types import TokenLogprobs
 
 CARD = make_card()
 CONTEXT, VOCAB = CARD.spec.context_length, CARD.spec.vocab
 
 
 def made(prompt: tuple[int, ...] = (1, 2, 3), **fields: Any) -> SessionRecord:
-    return new_record(GenerationRequest(model="tiny", prompt=prompt, **fields), CARD, prompt, PeerId("me"), HandClock(1000.0))
+    return new_record(GenerationRequest(model="tiny", prompt=prompt, **fields), CARD, prompt, peer_id("me"), HandClock(1000.0))
 
 
 def test_a_record_begins_without_tokens_or_epochs() -> None:
     begun = made(max_tokens=5, stop=("x",), background=True, renderer=b"e")
     assert (begun.tokens, begun.epoch, begun.finish, begun.plan) == ((), 0, "", None)
-    assert (begun.model, begun.coordinator, begun.created) == (CARD.id, "me", 1000.0)
+    assert (begun.model, begun.coordinator, begun.created) == (CARD.id, peer_id("me"), 1000.0)
     assert (begun.max_tokens, begun.stop, begun.background, begun.renderer) == (5, ("x",), True, b"e")
 
 
@@ -67,3 +68,30 @@ def test_a_record_survives_the_wire() -> None:
 def test_a_record_that_cannot_be_decoded_is_a_protocol_violation(data: bytes) -> None:
     with pytest.raises(ProtocolViolation, match="cannot be decoded"):
         decode_record(data)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"epoch": -1},
+        {"epoch": 2**62},
+        {"max_tokens": 2**40},
+        {"prompt": [-1]},
+        {"prompt": [2**33]},
+        {"tokens": [[2**62, None]]},
+        {"created": float("nan")},
+        {"finish": "\x1b[2J"},
+        {"stop": ["x"] * 17},
+        {"coordinator": "x"},
+        {"sampling": {"logit_bias": dict.fromkeys(range(1025), 1.0)}},
+        {"sampling": {"temperature": float("inf")}},
+        {"mesh": {"peers": ["\x1b[2J"]}},
+        {"mesh": {"context": 2**62}},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_a_record_whose_values_are_out_of_bounds_is_refused(changes: dict[str, Any]) -> None:
+    body = msgspec.msgpack.decode(encode_record(made()))
+    assert decode_record(msgspec.msgpack.encode(body)) == made()
+    with pytest.raises(ProtocolViolation, match="cannot be decoded"):
+        decode_record(msgspec.msgpack.encode(body | changes))

@@ -8,14 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ids import peer_id, session_id
 from in_process.journals import S, answer, record
 from meshd.agents.session.journal.record import SessionRecord, decode_record, encode_record
 from meshd.agents.session.journal.store import JournalStore, size_of
 from meshd.errors import InvalidRequest, Overloaded
 from meshd.protocol.messages import JournalTokens
-from meshd.types import PeerId, SessionId, TokenLogprobs
+from meshd.types import SessionId, TokenLogprobs
 
-C, D = PeerId("c"), PeerId("d")
+C, D = peer_id("c"), peer_id("d")
 
 
 def tokens_message(index: int, end: int, finish: str = "", *, epoch: int = 1, session: SessionId = S) -> JournalTokens:
@@ -57,7 +58,7 @@ def test_a_gap_is_refused_and_changes_nothing(store: JournalStore, index: int) -
 
 
 def test_tokens_and_drops_of_unknown_sessions_or_from_strangers_are_refused(store: JournalStore) -> None:
-    assert not store.append(C, tokens_message(0, 1, session=SessionId("other")), 1.0)
+    assert not store.append(C, tokens_message(0, 1, session=session_id("other")), 1.0)
     assert not store.append(D, tokens_message(2, 3), 1.0)
     assert not store.drop(S, D)
     assert kept(store) == record(tokens=2)
@@ -115,7 +116,7 @@ def test_a_client_can_end_or_forget_a_session_without_its_coordinator(store: Jou
     assert store.end(S, "cancelled", 1.0)
     assert store.end(S, "stop", 2.0)
     assert kept(store).finish == "cancelled"
-    assert not store.end(SessionId("other"), "cancelled", 1.0)
+    assert not store.end(session_id("other"), "cancelled", 1.0)
     assert store.forget(S)
     assert not store.forget(S)
 
@@ -132,10 +133,10 @@ def test_a_record_with_store_false_is_deleted_at_its_end() -> None:
 
 
 def test_records_are_kept_for_ten_minutes_after_their_last_change(store: JournalStore) -> None:
-    store.keep(record(SessionId("ended"), finish="stop"), 0.0)
+    store.keep(record(session_id("ended"), finish="stop"), 0.0)
     assert store.append(C, tokens_message(2, 2), 500.0)
     store.expire(601.0)
-    assert store.get(SessionId("ended")) is None
+    assert store.get(session_id("ended")) is None
     assert store.get(S) is not None
     store.expire(1101.0)
     assert len(store) == store.size == 0
@@ -144,21 +145,21 @@ def test_records_are_kept_for_ten_minutes_after_their_last_change(store: Journal
 def _three(**bounds: int) -> JournalStore:
     """Make a store with the records of three sessions: a still runs, b ended at 2 s, and c ended at 1 s."""
     store = JournalStore(**bounds)
-    store.keep(record(SessionId("a"), tokens=10), 0.0)
-    store.keep(record(SessionId("b"), tokens=10, finish="stop"), 2.0)
-    store.keep(record(SessionId("c"), tokens=10, finish="stop"), 1.0)
+    store.keep(record(session_id("a"), tokens=10), 0.0)
+    store.keep(record(session_id("b"), tokens=10, finish="stop"), 2.0)
+    store.keep(record(session_id("c"), tokens=10, finish="stop"), 1.0)
     return store
 
 
 def test_when_there_are_too_many_the_oldest_ended_one_is_deleted_first() -> None:
     store = _three(max_records=3)
-    store.keep(record(SessionId("d")), 3.0)
-    assert store.get(SessionId("c")) is None
-    store.keep(record(SessionId("e")), 3.0)
-    assert store.get(SessionId("b")) is None
+    store.keep(record(session_id("d")), 3.0)
+    assert store.get(session_id("c")) is None
+    store.keep(record(session_id("e")), 3.0)
+    assert store.get(session_id("b")) is None
     with pytest.raises(Overloaded):
-        store.keep(record(SessionId("f")), 3.0)
-    assert [store.get(SessionId(name)) is not None for name in "ade"] == [True] * 3
+        store.keep(record(session_id("f")), 3.0)
+    assert [store.get(session_id(name)) is not None for name in "ade"] == [True] * 3
     store.validate()
 
 
@@ -166,10 +167,10 @@ def test_a_record_that_is_too_large_is_refused_and_none_is_deleted_for_it() -> N
     size = size_of(record(tokens=10))
     store = _three(max_bytes=3 * size)
     with pytest.raises(Overloaded):
-        store.keep(record(SessionId("d"), tokens=1000), 3.0)
+        store.keep(record(session_id("d"), tokens=1000), 3.0)
     assert len(store) == 3
-    store.keep(record(SessionId("d"), tokens=11), 3.0)
-    assert {name for name in "abcd" if store.get(SessionId(name))} == {"a", "d"}
+    store.keep(record(session_id("d"), tokens=11), 3.0)
+    assert {name for name in "abcd" if store.get(session_id(name))} == {"a", "d"}
     store.validate()
 
 

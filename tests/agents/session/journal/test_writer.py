@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from ids import peer_id, session_id
 from in_process.journals import Answer, HandClock, Keeper, Keepers, S, advert, record
 from in_process.peers import Peers
 from meshd.agents.session.journal.store import size_of
@@ -11,7 +12,7 @@ from meshd.agents.session.journal.writer import BATCH_TOKENS, JournalWriter, cho
 from meshd.protocol.messages import Journal, JournalDrop, Journaled
 from meshd.types import Advert, PeerId, SessionId
 
-ME, NEAR, FAR, STAGE = (PeerId(name) for name in ("me", "near", "far", "stage"))
+ME, NEAR, FAR, STAGE = (peer_id(name) for name in ("me", "near", "far", "stage"))
 RTT_S = {NEAR: 0.001, FAR: 0.1, STAGE: 0.0001}
 
 
@@ -170,11 +171,11 @@ async def test_an_answer_that_is_not_kept_is_deleted_at_the_deputy_too(keepers: 
         session.end(keep=False)
         await keepers.until(lambda: b.kept() is None)
         assert len(a.writer) == 0
-        at_once = a.answer(SessionId("short"))
+        at_once = a.answer(session_id("short"))
         await keepers.clock.move(0)
         at_once.end(keep=False)
         await keepers.clock.move(0)
-        await keepers.until(lambda: b.kept(SessionId("short")) is None and len(b.deputy.store) == 0)
+        await keepers.until(lambda: b.kept(session_id("short")) is None and len(b.deputy.store) == 0)
 
 
 async def test_a_suspended_answer_stays_unfinished_and_can_continue(keepers: Keepers) -> None:
@@ -260,7 +261,7 @@ async def test_a_peer_that_confirms_a_record_too_late_is_sent_a_drop(keepers: Ke
 async def test_a_hundred_sessions_change_their_deputy_at_once(keepers: Keepers) -> None:
     async with keepers.linked("a", "b", "c") as (a, b, c):
         a.rtt_s = {b.id: 0.001, c.id: 0.1}
-        running: list[Answer] = [a.answer(SessionId(f"{number}"), tokens=number) for number in range(100)]
+        running: list[Answer] = [a.answer(session_id(f"{number}"), tokens=number) for number in range(100)]
         await keepers.until(lambda: len(b.deputy.store) == 100)
         await b.peer.links.close("it goes")
         for session in running:

@@ -58,7 +58,7 @@ async def test_kv_beyond_the_start_of_the_epoch_is_copied_again(mesh: StageMesh)
 
 
 @pytest.mark.parametrize(
-    ("changes", "payload"), [({}, 100), ({"tokens": 0}, 0), ({"tokens": 129}, 129 * 2048), ({}, -1), ({"position": -1}, 2048)]
+    ("changes", "payload"), [({}, 100), ({"tokens": 0}, 0), ({"tokens": 129}, 129 * 2048), ({}, -1), ({"tokens": 2}, 2048)]
 )
 async def test_an_invalid_chunk_ends_the_copy(mesh: StageMesh, changes: dict[str, int], payload: int) -> None:
     a, b = mesh.start("a"), mesh.start("b")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from meshd.agents.links.link_table import LEFT, OnDown, OnUp
 from meshd.agents.links.log import LinkLog
 from meshd.agents.links.rpc import Dispatcher, Handler, M, to_view
+from meshd.agents.supervisor import Supervise
 from meshd.errors import Overloaded, PeerLost
 from meshd.protocol.messages import Message, Reply, Request
 from meshd.protocol.transport import Buffer
@@ -94,7 +95,7 @@ class SimLinks:
     def refusals(self) -> list[Any]:
         return []
 
-    async def run(self) -> None:
+    async def run(self, supervise: Supervise) -> None:
         """Join the network, and stay until `close` is called. Cancel: leaves the network."""
         try:
             async with asyncio.TaskGroup() as group:

@@ -3,11 +3,13 @@
 import asyncio
 import random
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from meshd.agents.membership.peer_table import PeerTable
 from meshd.agents.placement.restart.placements import InMemory, Placements
+from meshd.agents.supervisor import Supervisor
 from meshd.compose import Parts, PeerSettings, PeerSignals, compose
 from meshd.types import Capability, ModelCard, PeerId, Rates
 from sim.loop import Owner, SimClock, SimLoop
@@ -33,6 +35,13 @@ class PeerSpec:
     speed: Speed = field(default_factory=Speed)
     outputs_bytes: int = 64 * 1024
     copies: int = 2
+
+
+class NoRestarts(Supervisor):
+    """Passes an agent's error on: in a simulation it is a fault to be found, not to be survived."""
+
+    async def supervise(self, name: str, run: Callable[[], Awaitable[None]]) -> None:
+        await run()
 
 
 class SimProcess:
@@ -107,6 +116,7 @@ class SimProcess:
             library=SimLibrary(links=links, store=store, adverts=table.adverts, on_change=signals.changed),
             weights=weights,
             placements=Placements(InMemory()),
+            supervisor=NoRestarts(self.clock),
             router=CountingRouter,
             coordinator=CountingCoordinator,
         )
