@@ -7,6 +7,8 @@ from meshd.models.text.template import template_from_gguf
 from meshd.models.text.tokenizer.files import tokenizer_from_gguf
 from meshd.types import ModelCard, ModelId
 
+_NO_ID = "0" * 32
+"""The id in the card of a model whose file is not hashed yet."""
 _OTHER_FILES = {
     "clip": "a projector for images or sound (mmproj)",
     "mmproj": "a projector for images or sound (mmproj)",
@@ -17,7 +19,7 @@ _OTHER_FILES = {
 """Values of `general.type` and `general.architecture` of GGUF files that hold no language model, and what they hold."""
 
 
-def check_model(file: GgufFile, *, name: str = "", ref: str = "", model_id: str = "") -> ModelCard:
+def check_model(file: GgufFile, *, name: str = "", ref: str = "", model_id: str = _NO_ID) -> ModelCard:
     """Check a model's network, tokenizer and chat template. `file` may be a header without the weights. Takes up to seconds.
 
     Returns: the model's card. Raises: ModelFileError, which names the file.

@@ -49,7 +49,7 @@ def test_a_model_has_the_same_row_with_and_without_a_daemon(meshd: Meshd, api: A
     meshd("pull", f"file:{source}")
     row = next(row for row in json.loads(meshd("models", "--json").stdout)["data"] if row["ref"] == f"file:{source}")
     with GgufFile.open(source) as file:
-        card = card_from_gguf(file, name="m", ref="", model_id=ModelId(""))
+        card = card_from_gguf(file, name="m", ref="", model_id=ModelId("0" * 32))
     assert (row["quantisation"], row["layers"], row["context_length"], row["bytes"]) == ("F32", 6, 64, card.weight_bytes)
     assert row["bytes"] < source.stat().st_size
 

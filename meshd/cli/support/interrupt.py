@@ -37,16 +37,21 @@ def run_interruptibly(work: Coroutine[Any, Any, _T]) -> _T:
             timer.start()
             task.cancel()
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, interrupt, number)
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:  # set by nohup, or by a shell for a background job
+                loop.add_signal_handler(number, interrupt, number)
         return await task
 
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return asyncio.run(watched())
     except asyncio.CancelledError:
         if interrupted == [signal.SIGINT]:
             raise KeyboardInterrupt from None
         raise SystemExit(128 + interrupted[0] if interrupted else 1) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)  # the loop has set the defaults
 
 
 def _end_now(number: int) -> None:

@@ -66,7 +66,7 @@ class Lines:
         show(" ".join(part for part in (f"{name}:", text, self._amount(done, total)) if part), file=sys.stderr)
 
     def say(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        show(line, file=sys.stderr)
 
     def _amount(self, done: float, total: float | None) -> str:
         if self._of_bytes:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from meshd.errors import DownloadError
-from meshd.models.check import check_model, notes_on
 from meshd.models.files.gguf import GgufFile
 from meshd.models.store.catalogue import ModelRef, Source
 from meshd.models.store.progress import ProgressMeter, in_thread
@@ -27,6 +26,8 @@ async def check_file(meter: ProgressMeter, path: Path, name: str) -> None:
 
 async def check_header(meter: ProgressMeter, file: GgufFile) -> None:
     """Check that a model with this header could answer, and report what of it is not used. Raises: ModelFileError."""
+    from meshd.models.check import check_model, notes_on  # it loads the tokenizers library, which the command line starts without
+
     await in_thread(meter, check_model, file)
     for note in notes_on(file):
         meter.note(note)

@@ -1,11 +1,14 @@
 """Ctrl-C and SIGTERM end work within a second, even work in a thread that does not look for it."""
 
+import asyncio
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+
+from meshd.cli.support.interrupt import run_interruptibly
 
 WORK = """
 import asyncio, sys, time
@@ -28,6 +31,17 @@ try:
 except KeyboardInterrupt:
     sys.exit(INTERRUPTED)
 """
+
+
+def test_the_handlers_of_before_are_set_again() -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        assert run_interruptibly(asyncio.sleep(0, "done")) == "done"
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM]
 
 
 @pytest.mark.parametrize(

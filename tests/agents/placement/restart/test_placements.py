@@ -19,7 +19,7 @@ from meshd.agents.placement.restart.placements import (
 from meshd.state import StateFolder
 from meshd.types import LayerRange, ModelId
 
-MODEL = ModelId("m" * 32)
+MODEL = ModelId("a" * 32)
 
 
 def entry(start: int, end: int, model: ModelId = MODEL) -> PlacedLayers:
@@ -30,11 +30,11 @@ def test_the_record_survives_a_process_that_is_killed(tmp_path: Path) -> None:
     folder = StateFolder.open(tmp_path)
     record = Placements(folder)
     record.add(entry(0, 12))
-    record.end(ModelId("x" * 32))
+    record.end(ModelId("b" * 32))
     record.save()
     again = Placements(folder)
     assert again.placed == (entry(0, 12),)
-    assert again.was_unplaced(ModelId("x" * 32))
+    assert again.was_unplaced(ModelId("b" * 32))
     assert (tmp_path / NAME).stat().st_mode & 0o777 == 0o600
 
 
