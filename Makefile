@@ -57,6 +57,7 @@ bench-short: $(VENV)/installed $(VENV)/group-test
 	$(FIGURE)_hop.py --count 200
 	$(FIGURE)_kernels.py --backend onnxruntime --threads 1 --context 128
 	$(FIGURE)_fidelity.py --positions 64 --context 64 --kinds file Q4_K --exact
+	$(FIGURE)_sampler.py --vocab 49152 --repeat 3
 	$(FIGURE)_split.py --rounds 1 --tokens 16
 	$(FIGURE)_journal.py --rounds 1 --tokens 32
 	$(FIGURE)_migration.py --rounds 1 --contexts 256

@@ -1,6 +1,6 @@
 """The interfaces of a peer that the HTTP API uses: `Coordinator` for answers, `ClusterService` for the cluster."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any, Protocol
 
 import msgspec
@@ -36,6 +36,13 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
     role: str
     content: str
     name: str | None = None
+    reasoning: str | None = None
+    """What the assistant thought before this message. The chat template decides whether the model sees it."""
+
+    def for_template(self) -> dict[str, Any]:
+        """Return the message with the names that chat templates use. What was not given is absent."""
+        given = {"role": self.role, "content": self.content, "name": self.name, "reasoning_content": self.reasoning}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,6 +94,14 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True):
     tpot_s: float
 
 
+class AvailableModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that a request would be answered with."""
+
+    card: ModelCard
+    loaded: bool
+    """Whether live peers hold all layers. If not, the first request waits until they are loaded."""
+
+
 class Generation(Protocol):
     """An answer, which may be running, suspended or ended."""
 
@@ -103,6 +118,16 @@ class Generation(Protocol):
 
     @property
     def predicted_tpot_s(self) -> float: ...
+
+    @property
+    def prompt_end(self) -> str:
+        """The text of the prompt's last tokens. Chat templates of some models end with the beginning of a thought."""
+        ...
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Fields of the request that the model's chat template does not use, such as `messages[0].name`."""
+        ...
 
     @property
     def renderer(self) -> bytes:
@@ -141,8 +166,8 @@ class Generation(Protocol):
 class Coordinator(Protocol):
     """Starts, resumes and ends answers for the clients of this peer."""
 
-    async def generate(self, request: GenerationRequest) -> Generation:
-        """Tokenise, plan and open a session.
+    async def generate(self, request: GenerationRequest, *, on_wait: Callable[[], None] | None = None) -> Generation:
+        """Tokenise, plan and open a session. `on_wait` is called if the request waits until another answer ends.
 
         Returns: the running answer, once all stages of its first plan are open.
         Raises: UnknownModel, InvalidRequest, ContextTooLong, Overloaded, NotReady, DoesNotFit, NoPeer, PeerFault.
@@ -167,8 +192,12 @@ class Coordinator(Protocol):
         """Cancel an answer wherever it runs; with `forget`, delete its record too. Raises: UnknownSession."""
         ...
 
-    def models(self) -> list[ModelCard]:
-        """Returns: the models that can answer now."""
+    def card(self, model: str) -> ModelCard | None:
+        """Find a known model by its name, reference or id. Returns: None if no live peer has it."""
+        ...
+
+    async def models(self) -> list[AvailableModel]:
+        """Returns: the models that a request would be answered with, whether they are loaded or would be loaded for it."""
         ...
 
     def readiness(self) -> tuple[bool, float, str]:
@@ -219,7 +248,7 @@ class ClusterService(Protocol):
 
     def links(self) -> list[dict[str, Any]]: ...
 
-    def known_models(self) -> list[dict[str, Any]]: ...
+    async def known_models(self) -> list[dict[str, Any]]: ...
 
     def plans(self) -> list[dict[str, Any]]: ...
 

@@ -76,6 +76,11 @@ Watts = Annotated[float, _float("Watts", 0.0, 1e6)]
 Factor = Annotated[float, _float("Factor", 0.0, 1e18)]
 Temperature = Annotated[float, _float("Temperature", 0.0, 100.0)]
 Penalty = Annotated[float, _float("Penalty", -100.0, 100.0)]
+AskedTemperature = Annotated[float, _float("AskedTemperature", 0.0, 2.0)]
+"""What a request may ask for, and a model recommend. The same holds for the next two."""
+AskedPenalty = Annotated[float, _float("AskedPenalty", -2.0, 2.0)]
+AskedRepetition = Annotated[float, _float("AskedRepetition", 0.01, 10.0)]
+"""Smaller factors overflow: the repetition penalty divides scores by them."""
 Logprob = Annotated[float, _float("Logprob", -1e40, 1.0)]
 """The natural logarithm of a probability. Rounding can lift it above 0."""
 

@@ -192,6 +192,7 @@ class Peer:
         finally:
             self.stages.close()
             await self.coordinator.close()
+            await self.library.close()
             await self.loader.close()
             await self.weight_server.close()
             self.compute.close()
@@ -372,7 +373,9 @@ def _coordinator(
         links=parts.links,
         library=parts.library,
         router=router,
-        admission=Admission(running=settings.max_sessions, waiting=settings.queue_limit, wait_s=settings.queue_wait_s),
+        admission=Admission(
+            running=settings.max_sessions, waiting=settings.queue_limit, wait_s=settings.queue_wait_s, now=parts.clock.monotonic
+        ),
         retrier=retrier,
         mover=Mover(retrier, router, adverts, clock),
         journal=journal,

@@ -28,6 +28,8 @@ from meshd.agents.placement.restart.placements import Placements
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.agents.placement.weights.sources import WeightSources
 from meshd.agents.supervisor import Supervisor
+from meshd.agents.text.model_texts import ModelTexts
+from meshd.agents.text.workers import TextWorkers, memory_limit
 from meshd.api.http import server
 from meshd.api.http.app import create_app
 from meshd.api.http.services import ClientLimits
@@ -281,7 +283,10 @@ def _parts(
     )
     prober = LinkProber(peer_links, clock, on_change=signals.changed)
     store = Store(config.models_dir, config.hf_cache, index_url=config.pypi_index, clock=clock)
-    library = ModelLibrary(links=peer_links, store=store, adverts=table.adverts, on_change=signals.changed, clock=clock)
+    texts = ModelTexts(TextWorkers(memory_bytes=memory_limit(capability.memory_total_bytes)))
+    library = ModelLibrary(
+        links=peer_links, store=store, adverts=table.adverts, on_change=signals.changed, clock=clock, texts=texts
+    )
     weight_sources = WeightSources(
         me=identity.peer, links=peer_links, adverts=table.adverts, names=table.name_of, clock=clock, link_stats=prober.stats
     )

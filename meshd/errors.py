@@ -3,6 +3,8 @@
 MeshdError                      code, message, hint; only its subclasses are raised
  +- UsageError                  the request itself is wrong
  |   +- InvalidRequest          a field is wrong (param names it)
+ |   |   +- ToolsUnsupported    it asks for tools
+ |   |   +- InvalidSampling     a sampling parameter can't be used with this model, on any peer
  |   +- ContextTooLong          prompt and answer exceed the model's context
  |   +- UnknownModel            no such model; nearest names in the hint
  |   +- UnknownSession          no such answer, or its record is gone
@@ -59,6 +61,18 @@ class InvalidRequest(UsageError):
     def __init__(self, message: str, *, param: str | None = None, hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.param = param
+
+
+class ToolsUnsupported(InvalidRequest):
+    """The request asks the model to call tools, which meshd does not support."""
+
+    code = "tools_unsupported"
+
+
+class InvalidSampling(InvalidRequest):
+    """A sampling parameter can't be used with this model. No other peer could use it either."""
+
+    code = "invalid_sampling"
 
 
 class ContextTooLong(UsageError):

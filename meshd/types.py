@@ -18,6 +18,9 @@ from meshd.bounds import (
     MAX_PEERS,
     MAX_TOP_LOGPROBS,
     Address,
+    AskedPenalty,
+    AskedRepetition,
+    AskedTemperature,
     Count,
     Factor,
     Fraction,
@@ -202,6 +205,18 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return not self.unrotated_every or (layer + 1) % self.unrotated_every != 0
 
 
+class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The sampling parameters that a model's authors recommend. None: they recommend no value."""
+
+    temperature: AskedTemperature | None = None
+    top_p: Fraction | None = None
+    top_k: Count | None = None
+    min_p: Fraction | None = None
+    repetition_penalty: AskedRepetition | None = None
+    presence_penalty: AskedPenalty | None = None
+    frequency_penalty: AskedPenalty | None = None
+
+
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """Describes a model to the planner and to peers that do not have its weights."""
 
@@ -227,6 +242,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """Size of each layer in memory. Empty: as in the file."""
     head_memory_bytes: Size = 0
     """Size of the head in memory. 0: as in the file. The embedding takes no memory: its rows are read from the file."""
+    sampling: SamplingDefaults = SamplingDefaults()
+    """Used where a request says nothing."""
 
     def __post_init__(self) -> None:
         counts = {self.spec.layers, len(self.layer_bytes), len(self.layer_parameters), len(self.held_layer_bytes)}

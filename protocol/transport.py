@@ -52,8 +52,13 @@ class Connection(asyncio.BufferedProtocol):
         """Why the connection is closed; empty while it is open."""
         self.bytes_in = 0
         self.bytes_out = 0
+        self.received_at = now()
+        """When the last bytes arrived, by the clock `now`. A long message that is still arriving is a sign of life."""
+        self._now = now
         self._reader = FrameReader(limits, now)
         self._queue = SendQueue(QUEUE_BYTES, _CHUNK)
+        self._waiting: list[Callable[[], None]] = []
+        """Callbacks of senders that wait for room in the queue."""
         self._paused = False
         self._first: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._gone = asyncio.Event()
@@ -103,6 +108,11 @@ class Connection(asyncio.BufferedProtocol):
             self._queue.put(rest)
             self._pump()
 
+    def when_room(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once, when at most half of the queue's limit is queued or the connection has closed. Never at once."""
+        self._waiting.append(callback)
+        self._call_waiting()
+
     def close(self, reason: str, farewell: Message | None = None) -> None:
         """Send `farewell` if possible, drop queued messages, and close once written bytes are sent. Calls `on_closed` at once."""
         if self.reason:
@@ -142,6 +152,7 @@ class Connection(asyncio.BufferedProtocol):
         if self.reason:
             return
         self.bytes_in += nbytes
+        self.received_at = self._now()
         try:
             for frame in self._reader.received(nbytes):
                 self._deliver(codec.decode(frame.header), frame)
@@ -182,6 +193,13 @@ class Connection(asyncio.BufferedProtocol):
     def _pump(self) -> None:
         while self._queue and not self._paused and not self.reason:
             self._write(self._queue.take())
+        self._call_waiting()
+
+    def _call_waiting(self) -> None:
+        if self._waiting and (self.reason or self._queue.queued_bytes <= QUEUE_BYTES // 2):
+            waiting, self._waiting = self._waiting, []
+            for callback in waiting:
+                asyncio.get_running_loop().call_soon(callback)
 
     def _fail(self, error: MeshdError) -> None:
         if not self._first.done():
@@ -194,6 +212,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         self.reason = reason
         self._queue.clear()
+        self._call_waiting()
         if not self._first.done():
             self._first.set_exception(PeerLost(reason))
             self._first.exception()

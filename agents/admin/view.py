@@ -31,6 +31,8 @@ from meshd.types import Advert, ModelCard, ModelId, PeerId, SessionId
 
 _PROBE_CONTEXT = 4096
 """Context in tokens that `meshd plan` assumes without `--context`, unless the model's own context is shorter."""
+_SHOWN_MATCHES = 3
+"""How many sessions the error for an ambiguous beginning of an id lists."""
 _WHOLE_ID = re.compile(r"(?:.*[-_])?([0-9a-f]{32})")
 """Matches a whole session id, or an answer's id, which ends with the session's id."""
 
@@ -73,10 +75,11 @@ class ClusterView:
             for target, stats in advert.links.items()
         ]
 
-    def known_models(self) -> list[dict[str, Any]]:
+    async def known_models(self) -> list[dict[str, Any]]:
         """List the models that live peers have on disk or in memory."""
+        loaded = {model.card.id: model.loaded for model in await self.coordinator.models()}
         adverts = self.membership.adverts()
-        return [self._model_row(card, adverts) for card in self.library.cards().values()]
+        return [_model_row(card, adverts, loaded.get(card.id)) for card in self.library.cards().values()]
 
     def plans(self) -> list[dict[str, Any]]:
         """List the plans of the answers that this peer coordinates now."""
@@ -193,8 +196,8 @@ class ClusterView:
         if not matches:
             raise UnknownSession(f"no session here has an id that begins with {text!r}", hint="write the whole id")
         if len(matches) > 1:
-            several = f"{text!r} matches several sessions: {', '.join(matches)}"
-            raise InvalidRequest(several, param="session", hint="write more of the id")
+            first = ", ".join(matches[:_SHOWN_MATCHES]) + (", ..." if len(matches) > _SHOWN_MATCHES else "")
+            raise InvalidRequest(f"{text!r} matches {len(matches)} sessions: {first}", param="session", hint="write more of the id")
         return SessionId(matches[0])
 
     def _session_row(self, answer: Answer, name_of: Callable[[ModelId], str]) -> dict[str, Any]:
@@ -219,24 +222,27 @@ class ClusterView:
             "deputies": self.coordinator.journal.deputies_of(answer.session),
         }
 
-    def _model_row(self, card: ModelCard, adverts: list[Advert]) -> dict[str, Any]:
-        return {
-            "id": card.id,
-            "name": card.name,
-            "ref": card.ref,
-            "quantisation": card.quantisation,
-            "layers": card.spec.layers,
-            "context_length": card.spec.context_length,
-            "bytes": card.weight_bytes,
-            "answers": self.router.covered(card),
-            "on_disk": [advert.name for advert in adverts if any(known.id == card.id for known in advert.models)],
-            "holdings": [
-                {"peer": advert.peer, "name": advert.name, **msgspec.to_builtins(holding), "layers": str(holding.layers)}
-                for advert in adverts
-                for holding in advert.holdings
-                if holding.model == card.id
-            ],
-        }
+
+def _model_row(card: ModelCard, adverts: list[Advert], loaded: bool | None) -> dict[str, Any]:
+    """Make a model's row. `loaded`: as in `AvailableModel`; None if no request would be answered with it."""
+    return {
+        "id": card.id,
+        "name": card.name,
+        "ref": card.ref,
+        "quantisation": card.quantisation,
+        "layers": card.spec.layers,
+        "context_length": card.spec.context_length,
+        "bytes": card.weight_bytes,
+        "answers": loaded is not None,
+        "loaded": bool(loaded),
+        "on_disk": [advert.name for advert in adverts if any(known.id == card.id for known in advert.models)],
+        "holdings": [
+            {"peer": advert.peer, "name": advert.name, **msgspec.to_builtins(holding), "layers": str(holding.layers)}
+            for advert in adverts
+            for holding in advert.holdings
+            if holding.model == card.id
+        ],
+    }
 
 
 def _own_row(advert: Advert, address: str) -> dict[str, Any]:

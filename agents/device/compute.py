@@ -42,7 +42,7 @@ class ComputeQueue(ABC):
 
     @abstractmethod
     def close(self, timeout_s: float = 2.0) -> None:
-        """Stop running jobs. Jobs that have not started may never run. Returns after `timeout_s` at the latest."""
+        """Stop running jobs. Jobs that have not started never run. Returns after `timeout_s` at the latest."""
 
 
 class ComputeThread(ComputeQueue):
@@ -54,6 +54,7 @@ class ComputeThread(ComputeQueue):
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
+        self._closing = False
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="meshd-compute", daemon=True)
         self._thread.start()
@@ -62,12 +63,13 @@ class ComputeThread(ComputeQueue):
         self._jobs.put(_Job(work, done, failed))
 
     def close(self, timeout_s: float = 2.0) -> None:
-        """Run the jobs submitted so far, then stop. Returns after `timeout_s` at the latest."""
+        """Wait for the running job, for at most `timeout_s`. Jobs that have not started never run."""
+        self._closing = True
         self._jobs.put(None)
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (job := self._jobs.get()) is not None and not self._closing:
             try:
                 result = job.work()
             except Exception as error:

@@ -4,14 +4,11 @@ import asyncio
 from collections.abc import Callable
 
 from meshd.errors import PeerLost
-from meshd.protocol.framing import KIB
 from meshd.protocol.handshake import ExistingLink, HelloAgreement
-from meshd.protocol.messages import Activation, Heartbeat, HeartbeatAck, Lane, Message
+from meshd.protocol.messages import Heartbeat, HeartbeatAck, Lane, Message
 from meshd.protocol.transport import Buffer, Connection
 from meshd.types import PeerId
 
-_SMALL_ACTIVATION = 64 * KIB
-"""Activations up to this size use the control lane: those of decode steps then don't wait behind prefill chunks."""
 _RTT_WEIGHT = 0.125
 """Weight of a new sample in the mean round-trip time, as in TCP (RFC 6298)."""
 
@@ -57,10 +54,17 @@ class Link:
 
     def send(self, message: Message, payload: Buffer | None = None) -> None:
         """Send a message on its lane. Raises: PeerLost, Overloaded, InvalidRequest."""
-        connection = self.lanes.get(_lane_of(message, payload))
+        connection = self.lanes.get(message.send_lane)
         if connection is None:
             raise PeerLost(f"the link with {self.peer} is not up")
         connection.send(message, payload)
+
+    def when_room(self, lane: Lane, callback: Callable[[], None]) -> None:
+        """See `Connection.when_room`. Raises: PeerLost."""
+        connection = self.lanes.get(lane)
+        if connection is None:
+            raise PeerLost(f"the link with {self.peer} is not up")
+        connection.when_room(callback)
 
     def beat(self, now: float) -> None:
         """Send a heartbeat. Raises: as `send`."""
@@ -94,9 +98,3 @@ class Link:
         """Wait until both sockets are closed."""
         for connection in self.lanes.values():
             await connection.closed()
-
-
-def _lane_of(message: Message, payload: Buffer | None) -> Lane:
-    if isinstance(message, Activation) and payload is not None and memoryview(payload).nbytes > _SMALL_ACTIVATION:
-        return Lane.BULK
-    return message.default_lane

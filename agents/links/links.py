@@ -139,6 +139,14 @@ class Links:
             raise PeerLost(f"{peer:.8} is not linked with this peer")
         link.send(message, payload)
 
+    def when_room(self, peer: PeerId, lane: Lane, callback: Callable[[], None]) -> None:
+        """Call `callback` once, when a lane that was full has room again or its link has ended. Never at once."""
+        link = self._table.get(peer)
+        if link is None or not link.up:
+            asyncio.get_running_loop().call_soon(callback)
+        else:
+            link.when_room(lane, callback)
+
     async def request(
         self,
         peer: PeerId,
@@ -176,6 +184,12 @@ class Links:
         """Returns: seconds since the last message of a peer; infinity if its link is not up."""
         link = self._table.get(peer)
         return self._clock.monotonic() - link.heard if link is not None and link.up else float("inf")
+
+    def idle_s(self, peer: PeerId, lane: Lane) -> float:
+        """Returns: seconds since the last bytes from `peer` arrived on a lane, which may be a part of a message; infinity if its
+        link is not up."""
+        link = self._table.get(peer)
+        return self._clock.monotonic() - link.lanes[lane].received_at if link is not None and link.up else float("inf")
 
     def addresses(self, peer: PeerId) -> list[str]:
         """Returns: the addresses (`host:port`) at which `peer` was reached or says that it listens, oldest first."""

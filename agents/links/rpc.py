@@ -63,7 +63,10 @@ class Dispatcher:
 
     def deliver(self, peer: PeerId, message: Message, payload: memoryview) -> None:
         """Pass a message to its handler, or a reply to the request that waits for it."""
-        if isinstance(message, Reply) and self._resolve(peer, message, payload):
+        if isinstance(message, Reply) and message.request:
+            if not self._resolve(peer, message, payload):
+                # It came too late. An ERROR among them says nothing about what its session does now.
+                log.debug("%s of %.8s answers request %d, for which nothing waits", type(message).__name__, peer, message.request)
             return
         handler = self._handlers.get(type(message))
         if handler is None:

@@ -5,7 +5,7 @@ A user, `meshd up --model`, or a session that needs missing layers starts a plac
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
 import msgspec
@@ -15,7 +15,7 @@ from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.plan_input import CONTEXTS_OF_KV, LEAST_CONTEXT, USUAL_CONTEXT, plan_input_of, repair_input
 from meshd.agents.service import MeshOptions, PlacementStep
 from meshd.clock import Clock
-from meshd.errors import DoesNotFit, MeshdError, OutOfMemory, ProtocolViolation
+from meshd.errors import DoesNotFit, MeshdError, NoPeer, OutOfMemory, PeerFault, ProtocolViolation, Unavailable
 from meshd.planner.model.memory import allowed_bytes, stage_memory
 from meshd.planner.problem import PlanInput
 from meshd.planner.search.repair import repair_within
@@ -48,10 +48,12 @@ class PlacementClient:
         KV is reserved for contexts of `USUAL_CONTEXT` tokens, or of the model's maximum if that is smaller. If memory is short, it
         is reserved for fewer tokens, but never for fewer than `context` or `LEAST_CONTEXT`.
 
-        Raises: InvalidRequest, NoPeer, DoesNotFit, and the error of a peer that could not load its layers.
+        Raises: InvalidRequest, NoPeer, DoesNotFit, ModelFileError if the model's text can't be used, and the error of a peer that
+        could not load its layers.
         Cancel: peers that have begun to load their layers finish the load.
         """
         problem, solution = self._solve(card, mesh, context)
+        await self._check_text(card)
         loop = asyncio.get_running_loop()
         kv_tokens = {stage: self._kv_tokens(problem, stage) for stage in solution.stages}
         pinned = _is_pinned(mesh)
@@ -65,6 +67,11 @@ class PlacementClient:
             for task in running.values():
                 task.cancel()
             await asyncio.gather(*running.values(), return_exceptions=True)
+
+    async def _check_text(self, card: ModelCard) -> None:
+        """Read the model's tokenizer and template, without which it can't answer. Raises: ModelFileError if they can't be used."""
+        with suppress(NoPeer, PeerFault, Unavailable):  # then nobody can send its header now; a request will find out
+            await self.library.text(card)
 
     async def repair(
         self,

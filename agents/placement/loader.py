@@ -21,7 +21,7 @@ from meshd.agents.placement.restart.placements import InMemory, PlacedLayers, Pl
 from meshd.agents.placement.warmup import warm_up
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.clock import Clock
-from meshd.errors import MeshdError, ModelFileError, OutOfMemory, Unavailable
+from meshd.errors import MeshdError, ModelFileError, NotReady, OutOfMemory, Unavailable
 from meshd.kernels.backend import Backend, LoadedLayers
 from meshd.kernels.kv import BLOCK_TOKENS, KVPool
 from meshd.models.files.gguf import GgufFile
@@ -66,6 +66,10 @@ class Loader:
     draining: Callable[[], bool] = lambda: False
     """Whether this peer is being drained, and so loads nothing more."""
     _loading: dict[_Key, _Load] = field(default_factory=dict)
+    _reading: set[_Key] = field(default_factory=set)
+    """Loads on a worker thread or on the compute thread: they can't be ended there."""
+    _withdrawn: set[_Key] = field(default_factory=set)
+    """Loads of `_reading` whose model was unplaced meanwhile: they are released at their end."""
     _restoring: set["asyncio.Task[None]"] = field(default_factory=set)
     """Loads of layers that were released for a load which then failed."""
     _files: dict[int, GgufFile] = field(default_factory=dict)
@@ -86,8 +90,11 @@ class Loader:
             self._release(resident)
 
     async def _on_place(self, sender: PeerId, message: Place, payload: memoryview) -> Placed:
-        async with asyncio.timeout(message.deadline_ms / 1000):
-            resident = await self.place(message)
+        try:
+            async with asyncio.timeout(message.deadline_ms / 1000):
+                resident = await self.place(message)
+        except TimeoutError:
+            raise NotReady(f"layers {message.layers} are not loaded within {message.deadline_ms} ms; the load continues") from None
         return Placed(request=message.request, layers=resident.layers, kv_tokens=resident.kv_tokens)
 
     async def place(self, request: Place, *, restored: bool = False) -> ResidentLayers:
@@ -110,14 +117,25 @@ class Loader:
                 raise Unavailable("this peer is about to leave and takes no more layers", hint="place them on another")
             load = self._loading.get(key) or self._begin(key, request, restored)
             if load.kv_tokens >= request.kv_tokens:
-                return await self._asked_for(await asyncio.shield(load.task), request, restored)
+                return await self._asked_for(await self._end_of(load, request.layers), request, restored)
             await asyncio.wait([load.task])
+            if load.task.cancelled():
+                raise _unplaced(request.layers)
 
     def _begin(self, key: _Key, request: Place, restored: bool) -> _Load:
         task = asyncio.get_running_loop().create_task(self._load(request, restored), name=f"load {request.layers}")
         self._loading[key] = load = _Load(_whole_blocks(request.kv_tokens), task)
         task.add_done_callback(lambda _: self._loading.pop(key, None))
+        task.add_done_callback(_note_failure)
         return load
+
+    async def _end_of(self, load: _Load, layers: LayerRange) -> ResidentLayers:
+        try:
+            return await asyncio.shield(load.task)
+        except asyncio.CancelledError:
+            if load.task.cancelled():
+                raise _unplaced(layers) from None
+            raise
 
     def _present(self, request: Place) -> ResidentLayers | None:
         """Find active layers that satisfy a request; a standby copy only if no other layers do. Returns: None if there are none."""
@@ -160,6 +178,7 @@ class Loader:
 
     async def _load(self, request: Place, restored: bool) -> ResidentLayers:
         loop = asyncio.get_running_loop()
+        key = _Key(request.model, request.layers)
         card = await self._fetch(request)
         if request.layers not in card.layers:
             raise ModelFileError(f"{card.name} has layers {card.layers}, not {request.layers}")
@@ -184,9 +203,12 @@ class Loader:
                 resident.progress = _PULL_SHARE + share * (1 - _PULL_SHARE)
                 loop.call_soon_threadsafe(self.on_change)
 
+            self._reading.add(key)
             await asyncio.to_thread(self._read, resident, progress)
             resident.state = LoadState.WARM
             await self.compute.call(lambda: warm_up(resident))
+            if key in self._withdrawn:
+                raise _unplaced(request.layers)
         except BaseException as error:
             resident.state = LoadState.FAILED
             self._release(resident)
@@ -194,6 +216,9 @@ class Loader:
             if isinstance(error, MeshdError | asyncio.CancelledError):
                 raise
             raise ModelFileError(f"loading layers {request.layers} of {card.name} failed: {error}") from error
+        finally:
+            self._reading.discard(key)
+            self._withdrawn.discard(key)
         resident.state, resident.progress = LoadState.ACTIVE, 1.0
         log.info("layers %s of %s are active: %d MB of weights", resident.layers, card.name, resident.weight_bytes // 10**6)
         if not resident.steady:
@@ -344,9 +369,17 @@ class Loader:
         return Unplaced(request=message.request, freed_bytes=freed)
 
     def unplace(self, model: ModelId) -> int:
-        """Drain all layers of a model; they are released when their last session ends. Returns: bytes freed now or then."""
+        """Drain all layers of a model, which are released when their last session ends, and end the loads of more of them.
+
+        Returns: bytes freed now or then.
+        """
         freed = 0
         self.placements.end(model)
+        for key, load in list(self._loading.items()):
+            if key.model == model and key in self._reading:
+                self._withdrawn.add(key)
+            elif key.model == model:
+                load.task.cancel()
         for resident in self.residents.of(model):
             if resident.state is LoadState.ACTIVE:
                 freed += resident.reserved_bytes
@@ -354,6 +387,16 @@ class Loader:
         self.sweep()
         self.on_change()
         return freed
+
+
+def _note_failure(load: asyncio.Task[ResidentLayers]) -> None:
+    """Log why a load failed. The request that began it may have reached its deadline before."""
+    if not load.cancelled() and (error := load.exception()) is not None:
+        log.info("%s failed: %s", load.get_name(), error)
+
+
+def _unplaced(layers: LayerRange) -> Unavailable:
+    return Unavailable(f"layers {layers} were not loaded: the model was unplaced meanwhile", hint="place it again")
 
 
 def _close_quietly(weights: LoadedLayers) -> None:

@@ -1,26 +1,24 @@
-"""Keeps the models that this peer knows: their cards, tokenizers and chat templates."""
+"""Keeps the models that this peer knows: their cards, and what their text is read from."""
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from logging import getLogger
-from typing import Any
+from pathlib import Path
 
 from meshd.agents.links.links import Links
-from meshd.agents.service import ChatMessage
+from meshd.agents.text.model_texts import ModelText, ModelTexts
 from meshd.clock import Clock, SystemClock
-from meshd.errors import InvalidRequest, MeshdError, ModelFileError, NoPeer, PeerFault, ProtocolViolation, UnknownModel
+from meshd.errors import MeshdError, ModelFileError, NoPeer, PeerFault, ProtocolViolation, UnknownModel
 from meshd.models.cards import card_from_gguf
 from meshd.models.files.disk import FileStamp
 from meshd.models.files.gguf import GgufFile
 from meshd.models.store.partial_copy import HEADER_INDEX, PartialCopy
 from meshd.models.store.progress import PullPhase, PullProgress
 from meshd.models.store.store import ModelPreview, Store, StoredModel
-from meshd.models.text.template import ChatTemplate, template_from_gguf
-from meshd.models.text.tokenizer.files import tokenizer_from_gguf
-from meshd.models.text.tokenizer.tokenizer import Tokenizer
 from meshd.protocol.messages import FetchHeader, HeaderData
 from meshd.types import Advert, ModelCard, ModelId, PeerId
 
@@ -31,36 +29,6 @@ _WATCH_S = 2.0
 """Interval at which the store's index is looked at, since `meshd pull` and `meshd rm` change it in a process of their own."""
 _MAX_HEARD = 64
 """Maximum number of cards that are remembered from other peers; the oldest is dropped first."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelText:
-    """A model's tokenizer and chat template."""
-
-    card: ModelCard
-    tokenizer: Tokenizer
-    template: ChatTemplate | None
-
-    def tokens_of(
-        self, prompt: tuple[ChatMessage, ...] | str | tuple[int, ...], variables: Mapping[str, Any] | None = None
-    ) -> tuple[int, ...]:
-        """Convert a prompt (chat messages, text or token ids) to token ids. The chat template gets `variables`.
-
-        Raises: InvalidRequest.
-        """
-        if isinstance(prompt, str):
-            return tuple(self.tokenizer.encode(prompt, add_special=True, parse_special=True))
-        if all(isinstance(part, int) for part in prompt):
-            return tuple(part for part in prompt if isinstance(part, int))
-        return self._chat(tuple(part for part in prompt if isinstance(part, ChatMessage)), variables)
-
-    def _chat(self, messages: tuple[ChatMessage, ...], variables: Mapping[str, Any] | None) -> tuple[int, ...]:
-        if self.template is None:
-            raise InvalidRequest(
-                f"{self.card.name} has no chat template", param="messages", hint="use /v1/completions with a text prompt"
-            )
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        return tuple(self.tokenizer.encode_chat(self.template, turns, variables=variables))
 
 
 @dataclass(slots=True)
@@ -85,7 +53,8 @@ class ModelLibrary:
     """The version of the store's index at the last `refresh`."""
     _heard: dict[ModelId, ModelCard] = field(default_factory=dict)
     """Cards that peers have advertised. These peers may have gone since."""
-    _texts: dict[ModelId, asyncio.Task[ModelText]] = field(default_factory=dict)
+    texts: ModelTexts = field(default_factory=ModelTexts)
+    _warming: set["asyncio.Task[None]"] = field(default_factory=set)
 
     def register(self) -> None:
         """Register the handler of FETCH_HEADER."""
@@ -247,29 +216,46 @@ class ModelLibrary:
         return await self.store.look(ref)
 
     async def text(self, card: ModelCard) -> ModelText:
-        """Get a model's tokenizer and template, from this disk or else from a peer with the file. They are built once and cached.
+        """Get a model's tokens and its way to encode prompts, from this disk or else from a peer with the file.
 
-        Raises: NoPeer, PeerFault.
+        Raises: ModelFileError if its tokenizer or template can't be used; NoPeer, PeerFault, Overloaded.
         """
-        task = self._texts.get(card.id)
-        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            task = asyncio.get_running_loop().create_task(self._load_text(card), name=f"text of {card.name}")
-            self._texts[card.id] = task
-        return await asyncio.shield(task)
+        return await self.texts.get(card, partial(self._text_source, card))
 
-    async def _load_text(self, card: ModelCard) -> ModelText:
-        text = await asyncio.to_thread(self._text_here, card)
-        if text is not None:
-            return text
-        header = await self._fetch_header(card)
-        return await asyncio.to_thread(_text_of, card, GgufFile.from_header(header))
+    def warm(self, card: ModelCard) -> None:
+        """Read a model's text in the background, so that its first request does not wait for it."""
+        task = asyncio.get_running_loop().create_task(self._warm(card), name=f"read the text of {card.name}")
+        self._warming.add(task)
+        task.add_done_callback(self._warming.discard)
 
-    def _text_here(self, card: ModelCard) -> ModelText | None:
-        file = self._file_of(card.id)
-        if file is None:
-            return None
-        with file:
-            return _text_of(card, file)
+    def readable(self, model: ModelId) -> bool:
+        """Whether a model's text was read, or was not tried yet."""
+        return not self.texts.problem(model)
+
+    async def close(self) -> None:
+        """End the processes that encode prompts."""
+        for task in self._warming:
+            task.cancel()
+        await asyncio.gather(*self._warming, return_exceptions=True)
+        await self.texts.close()
+
+    async def _warm(self, card: ModelCard) -> None:
+        try:
+            await self.text(card)
+        except MeshdError as error:
+            log.warning("%s can't answer: %s", card.name, error)
+
+    async def _text_source(self, card: ModelCard) -> str | bytes:
+        """Find what a model's text is read from. Returns: the path of its file, or else the header that a peer sent."""
+        path = await asyncio.to_thread(self._path_of, card.id)
+        return str(path) if path is not None else await self._fetch_header(card)
+
+    def _path_of(self, model: ModelId) -> Path | None:
+        stored = self.store.get(model)
+        if stored is not None:
+            return self.store.verified_path(stored)
+        copy = self.store.partials.get(model)
+        return copy.path if copy is not None and HEADER_INDEX in copy.have else None
 
     async def _fetch_header(self, card: ModelCard) -> bytes:
         """Fetch the header of a model's file. Asks the peers with the whole file, then the peers with layers, until one sends it.
@@ -316,11 +302,6 @@ def card_of_copy(copy: PartialCopy) -> ModelCard:
     """Read the card from a partial copy's header. Raises: ModelFileError, StorageError."""
     about = copy.about
     return card_from_gguf(copy.header(), name=about.name, ref=about.ref, model_id=about.id, created=about.created)
-
-
-def _text_of(card: ModelCard, file: GgufFile) -> ModelText:
-    template = template_from_gguf(file.metadata) if "tokenizer.chat_template" in file.metadata else None
-    return ModelText(card, tokenizer_from_gguf(file.metadata), template)
 
 
 def _fraction(step: PullProgress) -> float:

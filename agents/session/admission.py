@@ -1,22 +1,32 @@
 """Admission control: limits how many sessions run at once. Further requests wait in a bounded first-in-first-out queue."""
 
 import asyncio
+import time
 from collections import deque
+from collections.abc import Callable
 
 from meshd.errors import Overloaded
+
+_LONGEST_RETRY_S = 300.0
 
 
 class Admission:
     """Grants a fixed number of slots, in the order of the calls of `enter`. Each `enter` that returns needs exactly one `leave`."""
 
-    def __init__(self, *, running: int, waiting: int, wait_s: float) -> None:
+    def __init__(self, *, running: int, waiting: int, wait_s: float, now: Callable[[], float] = time.monotonic) -> None:
         self._limit = running
         self._waiting_limit = waiting
         self._wait_s = wait_s
         self._queue: deque[asyncio.Future[None]] = deque()
-        self.running = 0
+        self._now = now
+        self._began: list[float] = []
+        """When each running session got its slot."""
         self._mean_s = 5.0
-        """Moving average of how long a session runs, in seconds, from which `Overloaded.retry_after_s` is estimated."""
+        """Moving average of how long a session runs, in seconds."""
+
+    @property
+    def running(self) -> int:
+        return len(self._began)
 
     @property
     def waiting(self) -> int:
@@ -27,19 +37,21 @@ class Admission:
         """Whether `enter` would return at once."""
         return self.running < self._limit and not self._queue
 
-    async def enter(self) -> None:
-        """Wait for a slot.
+    async def enter(self, on_wait: Callable[[], None] | None = None) -> None:
+        """Wait for a slot. `on_wait` is called if none is free now.
 
         Raises: Overloaded if the queue is full, or no slot was free within `wait_s`.
         Cancel: the request leaves the queue and takes no slot.
         """
         if self.free:
-            self.running += 1
+            self._began.append(self._now())
             return
         if len(self._queue) >= self._waiting_limit:
             raise self._overloaded(f"{self.running} requests run and {len(self._queue)} wait")
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queue.append(waiter)
+        if on_wait is not None:
+            on_wait()
         try:
             async with asyncio.timeout(self._wait_s):  # `wait_for` can lose a cancellation that arrives with the slot
                 await waiter
@@ -59,13 +71,22 @@ class Admission:
         """Free a slot, or pass it to the first waiting request. `lasted_s`: how long the session ran; 0 if it did not run."""
         if lasted_s > 0:
             self._mean_s += 0.2 * (lasted_s - self._mean_s)
+        began = self._now() - lasted_s
+        self._began.remove(min(self._began, key=lambda other: abs(other - began)))
         while self._queue:
             waiter = self._queue.popleft()
             if not waiter.done():
+                self._began.append(self._now())
                 waiter.set_result(None)
                 return
-        self.running -= 1
+
+    @property
+    def retry_after_s(self) -> float:
+        """Estimate in how many seconds a further request would get a slot, behind those that wait already."""
+        ages = [self._now() - began for began in self._began]
+        # A running session is seen at half of its time on average. So where the running ones are older, sessions take longer now.
+        typical_s = max(self._mean_s, 2 * sum(ages) / max(1, len(ages)))
+        return max(1.0, min(typical_s * (len(self._queue) + 1) / self._limit, _LONGEST_RETRY_S))
 
     def _overloaded(self, why: str) -> Overloaded:
-        wait_s = self._mean_s * (len(self._queue) + 1) / self._limit
-        return Overloaded(f"this peer is full: {why}", hint="try again later", retry_after_s=max(1.0, min(wait_s, 60.0)))
+        return Overloaded(f"this peer is full: {why}", hint="try again later", retry_after_s=self.retry_after_s)

@@ -13,7 +13,6 @@ import msgspec
 
 from meshd.agents.links.links import Links
 from meshd.agents.observe.story import Story
-from meshd.agents.placement.model_library import ModelText
 from meshd.agents.service import Finished, TextDelta
 from meshd.agents.session import events as fsm
 from meshd.agents.session.journal.record import SessionRecord
@@ -21,12 +20,16 @@ from meshd.agents.session.output import AnswerOutput
 from meshd.agents.session.plan.resume import method_of
 from meshd.agents.session.recovery_history import Recovered, RecoveryHistory
 from meshd.agents.session.session import RUNNING, TERMINAL, Session, SessionState
-from meshd.agents.session.stages.client import StageClient
+from meshd.agents.session.stages.client import StageClient, is_refusal
 from meshd.agents.session.tasks import AnswerTasks
+from meshd.agents.text.model_texts import ModelText
 from meshd.clock import Clock
-from meshd.errors import Cancelled, MeshdError
+from meshd.errors import Cancelled, MeshdError, Unavailable, UsageError
 from meshd.protocol.messages import Token
 from meshd.types import FinishReason, ModelCard, PeerId, Plan, SessionId, TokenLogprobs
+
+_PROMPT_END_TOKENS = 16
+"""How many tokens `prompt_end` shows. `<think>` and the white space after it have up to eight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +69,10 @@ class Answer:
     ended_at: float = field(init=False)
     unread_since: float = field(init=False)
     readers: int = 0
+    ignored: tuple[str, ...] = ()
+    """See `service.Generation.ignored`. Empty after a takeover: the answer's headers were sent by its first coordinator."""
     opened: "asyncio.Future[None]" = field(init=False)
-    """Done when all stages of the first plan are open. If the answer ends before that, the future gets the answer's error; without
-    an error it is cancelled."""
+    """Done when all stages of the first plan are open. If the answer ends before that, the future gets the reason as an error."""
     tasks: AnswerTasks = field(default_factory=AnswerTasks)
 
     def __post_init__(self) -> None:
@@ -78,18 +82,16 @@ class Answer:
         self.stages = StageClient(self.record, self.context.me, self.context.links, renewed_at=now)
         self.output = AnswerOutput(self.record, self.card, self.text, started=now)
         self.opened = asyncio.get_running_loop().create_future()
-        if self.record.tokens or self.record.epoch:
-            self._restore()
 
-    def _restore(self) -> None:
-        """Continue from the record of an answer that has run before."""
-        finish = self.output.restore()
+    async def restore(self) -> None:
+        """Continue from the record of an answer that has run before. Must be called before anything else."""
+        finish = await self.output.restore()
         tokens = [token for token, _ in self.record.tokens]
         self.machine = Session.restored(
             self.session, self.prompt_tokens, epoch=self.record.epoch, plan=self.record.plan, tokens=tokens, finish=finish
         )
         if finish not in (None, FinishReason.CANCELLED):
-            self.output.finish(finish, self._new_tokens)
+            self.output.finish(finish)
 
     @property
     def session(self) -> SessionId:
@@ -102,6 +104,11 @@ class Answer:
     @property
     def prompt_tokens(self) -> int:
         return len(self.record.prompt)
+
+    @property
+    def prompt_end(self) -> str:
+        """See `service.Generation.prompt_end`."""
+        return self.text.table.decode(self.record.prompt[-_PROMPT_END_TOKENS:])
 
     @property
     def plan(self) -> Plan | None:
@@ -148,13 +155,8 @@ class Answer:
 
     @property
     def measured_tpot_s(self) -> float:
-        """Mean seconds per token over the tokens that this coordinator received; 0 before the second one."""
-        return self.output.tpot_s(self._new_tokens)
-
-    @property
-    def _new_tokens(self) -> int:
-        """Number of tokens that this coordinator received, without the tokens restored from the record."""
-        return len(self.machine.tokens) - len(self.record.tokens)
+        """Mean seconds per token since the answer was requested or resumed here; 0 before the second token."""
+        return self.output.tpot_s
 
     def snapshot(self) -> SessionRecord:
         """Returns: the session's record with all tokens so far."""
@@ -168,6 +170,11 @@ class Answer:
             finish=finished.reason.value if finished else finish.value if finish else "",
             suspended=self.machine.state is SessionState.SUSPENDED,
         )
+
+    def limit(self, max_tokens: int) -> None:
+        """End the answer after at most this many tokens, because the first plan has KV for no more."""
+        self.record = msgspec.structs.replace(self.record, max_tokens=max_tokens)
+        self.stages.record = self.output.record = self.record
 
     def planned(self, plan: Plan, reason: str = "") -> None:
         """Continue under this plan: open its stages. `reason`: why a running answer changes its plan."""
@@ -288,7 +295,7 @@ class Answer:
                 self._stopped("suspended", str(error) if error else "nobody reads it")
             case fsm.EmitEnd(reason, error):
                 if error is None and reason is not FinishReason.CANCELLED:
-                    self.output.finish(reason, self._new_tokens)
+                    self.output.finish(reason)
                 self._stopped(reason.value, str(error or ""))
 
     def _open_stages(self, command: fsm.OpenStages) -> None:
@@ -303,15 +310,21 @@ class Answer:
             held = await self.stages.open(command, stage, self.machine.tokens)
         except MeshdError as error:
             peer = command.plan.stages[stage].peer
-            if self.machine.begun and command.epoch == self.machine.epoch:
+            if (
+                self.machine.begun
+                and command.epoch == self.machine.epoch
+                and not isinstance(error, UsageError)
+                and not is_refusal(error)
+            ):
                 self._distrust(peer)
-            self._apply(fsm.StageFailed(command.epoch, stage, error, peer))
+            self._apply(fsm.StageFailed(command.epoch, stage, error, None if isinstance(error, UsageError) else peer))
         else:
             self._apply(fsm.StageOpened(command.epoch, stage, held))
 
     def _all_opened(self) -> None:
         if not self.opened.done():
             self.opened.set_result(None)
+            self.unread_since = self.context.clock.monotonic()
         self.context.on_opened(self)
 
     def _resume_stages(self, command: fsm.ResumeStages) -> None:
@@ -336,7 +349,7 @@ class Answer:
         self.context.on_token(self, command.index, command.token, command.logprobs)
         self.output.decode(command.token, command.logprobs, end_of_sequence=command.finish is FinishReason.STOP)
         if self.output.stopped and self.output.finished is None:
-            self.output.finish(FinishReason.STOP, self._new_tokens)
+            self.output.finish(FinishReason.STOP)
             self._apply(fsm.StopMatched())
         self.output.touch()
 
@@ -346,11 +359,8 @@ class Answer:
         self._note(what, tokens=len(self.output.tokens), why=why)
         self.tasks.cancel()
         if not self.opened.done():
-            if self.machine.error is not None:
-                self.opened.set_exception(self.machine.error)
-                self.opened.exception()  # marks the error as retrieved: asyncio logs an exception that nobody has awaited
-            else:
-                self.opened.cancel()
+            self.opened.set_exception(self.machine.error or self._stop_reason())
+            self.opened.exception()  # marks the error as retrieved: asyncio logs an exception that nobody has awaited
         self.output.touch()
         self.context.on_end(self)
 
@@ -389,9 +399,13 @@ class Answer:
     def _raise_if_stopped(self) -> None:
         if self.running:
             return
-        if self.machine.error is not None:
-            raise self.machine.error
-        raise Cancelled("the answer was cancelled before it was complete", hint="send the request again")
+        raise self.machine.error or self._stop_reason()
+
+    def _stop_reason(self) -> MeshdError:
+        """Returns: why the answer stopped, if no error stopped it."""
+        if self.machine.state is SessionState.SUSPENDED:
+            return Unavailable("the answer was suspended before it was complete: this peer stops", hint="send the request again")
+        return Cancelled("the answer was cancelled before it was complete", hint="send the request again")
 
     def read_all(self) -> None:
         """Count all tokens so far as read, which extends the credit: how far decoding may run ahead of the readers."""

@@ -13,24 +13,28 @@ import msgspec
 
 from meshd.agents.links.links import Links
 from meshd.agents.observe.story import Story
-from meshd.agents.placement.model_library import ModelLibrary, ModelText
+from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.plan_input import with_peer_ids
-from meshd.agents.service import GenerationRequest
+from meshd.agents.service import AvailableModel, GenerationRequest
 from meshd.agents.session.admission import Admission
 from meshd.agents.session.answer import Answer, AnswerContext
 from meshd.agents.session.journal.deputy import Deputy
 from meshd.agents.session.journal.locator import Locator
 from meshd.agents.session.journal.record import SessionRecord, new_record
 from meshd.agents.session.journal.writer import JournalWriters
+from meshd.agents.session.plan.availability import Availability
 from meshd.agents.session.plan.move import Mover
 from meshd.agents.session.plan.retry import TAKEOVER_EPOCHS, PlanRetrier
 from meshd.agents.session.plan.route import Router
+from meshd.agents.session.prompt import PromptIntake
 from meshd.agents.session.recovery_history import Recovered
 from meshd.agents.session.report import report_end
 from meshd.agents.session.stages.receiver import StageReceiver
 from meshd.agents.session.stages.stall import StallWatch
+from meshd.agents.text.model_texts import ModelText
 from meshd.clock import Clock
-from meshd.errors import MeshdError, PeerFault, Unavailable, UnknownModel, UnknownSession
+from meshd.errors import MeshdError, Overloaded, PeerFault, Unavailable, UnknownModel, UnknownSession
+from meshd.kernels.sampling_rules import check_sampling
 from meshd.protocol.messages import Error, Move, Moved, Token
 from meshd.telemetry import Telemetry
 from meshd.types import ModelCard, ModelId, PeerId, SessionId, TokenLogprobs
@@ -79,12 +83,15 @@ class Coordinator:
     _admitted: dict[SessionId, float] = field(default_factory=dict)
     """Time at which each running answer got its admission slot."""
     _tasks: set["asyncio.Task[None]"] = field(default_factory=set)
+    _prompts: PromptIntake = field(default_factory=PromptIntake)
+    _available: Availability = field(init=False)
     _watch: StallWatch = field(init=False)
     _context: AnswerContext = field(init=False)
     _receiver: StageReceiver = field(init=False)
 
     def __post_init__(self) -> None:
         self._receiver = StageReceiver(self.answers, self.retrier, self.mover, self.names)
+        self._available = Availability(self.library, lambda: self.router.adverts())
         self._watch = StallWatch(self.links, self.clock, self.me)
         self._context = AnswerContext(
             me=self.me,
@@ -133,45 +140,55 @@ class Coordinator:
 
     async def _retry_background(self) -> None:
         """Resume suspended background answers whose model has become answerable, because no reader will resume them."""
-        models = frozenset(card.id for card in self.router.answerable())
-        changed, self._answerable = models - self._answerable, models
+        cards = {card.id: card for card in self.router.answerable()}
+        changed, self._answerable = cards.keys() - self._answerable, frozenset(cards)
+        for model in changed:
+            self.library.warm(cards[model])
         for answer in list(self.retained.values()):
             waits = answer.record.background and answer.status == "suspended"
             if waits and answer.record.model in changed and self.admission.free:
                 await self._revive(answer)
 
-    def models(self) -> list[ModelCard]:
+    def card(self, model: str) -> ModelCard | None:
+        """See `service.Coordinator.card`."""
+        return next((card for card in self.library.cards().values() if model in (card.name, card.ref, card.id)), None)
+
+    async def models(self) -> list[AvailableModel]:
         """See `service.Coordinator.models`."""
-        return self.router.answerable()
+        return await self._available.models()
 
     def readiness(self) -> tuple[bool, float, str]:
         """See `service.Coordinator.readiness`."""
         return self.readiness_of()
 
-    async def generate(self, request: GenerationRequest) -> Answer:
+    async def generate(self, request: GenerationRequest, *, on_wait: Callable[[], None] | None = None) -> Answer:
         """See `service.Coordinator.generate`."""
         if self.leaving():
             raise Unavailable("this peer is about to stop and takes no new requests", hint="ask another peer")
         card = await self.library.known(request.model)
+        check_sampling(request.sampling, card.spec.vocab)
         mesh = with_peer_ids(request.mesh, self.router.adverts(), card.id)
         request = msgspec.structs.replace(request, mesh=mesh)
         text = await self.library.text(card)
-        # In a thread: a long prompt, or a template with an endless loop, must not delay the heartbeats.
-        prompt = await asyncio.to_thread(text.tokens_of, request.prompt, request.template)
-        record = new_record(request, card, prompt, self.me, self.clock)
-        answer = await self._admit(record, card, text)
+        prompt = await self._prompts.encode(request, card, text)
+        record = new_record(request, card, prompt.tokens, self.me, self.clock)
+        answer = await self._admit(record, card, text, on_wait)
+        answer.ignored = prompt.ignored
         self.retrier.start(answer)
         try:
             await answer.opened
         except asyncio.CancelledError:
             await answer.cancel()
             raise
-        log.info("session %s: %s, %d prompt tokens, over %s", answer.session, card.name, len(prompt), answer.plan_header)
+        except Overloaded as error:
+            retry_after_s = max(error.retry_after_s, self.admission.retry_after_s)
+            raise Overloaded(error.message, hint=error.hint, retry_after_s=retry_after_s) from error
+        log.info("session %s: %s, %d prompt tokens, over %s", answer.session, card.name, len(record.prompt), answer.plan_header)
         return answer
 
-    async def _admit(self, record: SessionRecord, card: ModelCard, text: ModelText) -> Answer:
+    async def _admit(self, record: SessionRecord, card: ModelCard, text: ModelText, on_wait: Callable[[], None] | None) -> Answer:
         asked = self.clock.monotonic()
-        await self.admission.enter()
+        await self.admission.enter(on_wait)
         now = self.clock.monotonic()
         self.telemetry.queue_wait(now - asked)
         try:
@@ -256,9 +273,10 @@ class Coordinator:
     async def _restore(self, record: SessionRecord) -> Answer:
         card = self._find_card(record.model)
         text = await self.library.text(card)
-        return Answer(
-            msgspec.structs.replace(record, epoch=record.epoch + TAKEOVER_EPOCHS, coordinator=self.me), card, text, self._context
-        )
+        record = msgspec.structs.replace(record, epoch=record.epoch + TAKEOVER_EPOCHS, coordinator=self.me)
+        answer = Answer(record, card, text, self._context)
+        await answer.restore()
+        return answer
 
     def _find_card(self, model: ModelId) -> ModelCard:
         card = self.library.cards().get(model)
@@ -327,9 +345,8 @@ class Coordinator:
         return await self._move(0, answer, target, source)
 
     async def _move(self, request: int, answer: Answer, target: PeerId, source: PeerId | None) -> Moved:
-        pause_s = await self.mover.move(answer, target, source)
-        assert answer.plan is not None
-        return Moved(request=request, pause_s=pause_s, plan=answer.plan)
+        pause_s, plan = await self.mover.move(answer, target, source)
+        return Moved(request=request, pause_s=pause_s, plan=plan)
 
     async def _on_move(self, sender: PeerId, message: Move, payload: memoryview) -> Moved:
         answer = self.answers.get(message.session)

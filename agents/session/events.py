@@ -184,6 +184,8 @@ class CloseStages:
     epoch: int
     peers: tuple[PeerId, ...]
     reason: str
+    undo: bool = False
+    """Free only what this epoch reserved: KV of older epochs stays for the next plan."""
 
 
 @dataclass(frozen=True, slots=True)

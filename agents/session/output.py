@@ -9,11 +9,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from meshd.agents.placement.model_library import ModelText
 from meshd.agents.service import Finished, TextDelta
 from meshd.agents.session.journal.record import AnswerToken, SessionRecord
 from meshd.agents.session.text import Assembler, StopMatcher
+from meshd.agents.text.model_texts import ModelText
 from meshd.types import FinishReason, ModelCard, TokenLogprobs
+
+_SLICE = 64
+"""Number of tokens that `restore` decodes at once: less than a millisecond of work."""
 
 
 @dataclass(slots=True)
@@ -26,6 +29,8 @@ class AnswerOutput:
     started: float
     first_token_at: float | None = None
     last_token_at: float = 0.0
+    timed_tokens: int = 0
+    """Number of tokens since `started` that this coordinator received."""
     tokens: list[AnswerToken] = field(default_factory=list)
     deltas: list[TextDelta] = field(default_factory=list)
     finished: Finished | None = None
@@ -34,8 +39,8 @@ class AnswerOutput:
 
     def __post_init__(self) -> None:
         self._assembler = Assembler(
-            decoder=self.text.tokenizer.stream(after=self.record.prompt[-1] if self.record.prompt else None),
-            vocabulary=self.text.tokenizer,
+            decoder=self.text.table.stream(after=self.record.prompt[-1] if self.record.prompt else None),
+            vocabulary=self.text.table,
             stops=StopMatcher(self.record.stop),
             with_logprobs=self.record.sampling.logprobs is not None,
         )
@@ -50,23 +55,26 @@ class AnswerOutput:
         """Seconds from `started` to the first token that this coordinator received; 0 before that token."""
         return self.first_token_at - self.started if self.first_token_at is not None else 0.0
 
-    def tpot_s(self, new_tokens: int) -> float:
-        """Mean seconds per token; 0 before the second one. `new_tokens`: number of tokens that this coordinator received."""
-        if self.first_token_at is None or new_tokens < 2:
+    @property
+    def tpot_s(self) -> float:
+        """Mean seconds per token since `started`; 0 before the second one."""
+        if self.first_token_at is None or self.timed_tokens < 2:
             return 0.0
-        return (self.last_token_at - self.first_token_at) / (new_tokens - 1)
+        return (self.last_token_at - self.first_token_at) / (self.timed_tokens - 1)
 
     def restart(self, now: float) -> None:
         """Measure times from `now`, because the answer runs again after a suspension."""
-        self.started, self.first_token_at = now, None
+        self.started, self.first_token_at, self.timed_tokens = now, None, 0
 
-    def restore(self) -> FinishReason | None:
-        """Load the record's tokens.
+    async def restore(self) -> FinishReason | None:
+        """Load the record's tokens. A long answer is decoded in slices, between which other tasks run.
 
         Returns: why the answer ended; None if it did not. The tokens show it even if the coordinator was lost before it could
         write the reason into the record.
         """
-        for token, logprobs in self.record.tokens:
+        for index, (token, logprobs) in enumerate(self.record.tokens):
+            if index % _SLICE == _SLICE - 1:
+                await asyncio.sleep(0)
             self.tokens.append((token, logprobs))
             self.decode(token, logprobs, end_of_sequence=self._ends(token))
         if self.record.finish:
@@ -87,6 +95,7 @@ class AnswerOutput:
     def add(self, token: int, logprobs: TokenLogprobs | None, now: float) -> None:
         """Append a token that arrived at `now`. `decode` adds its text."""
         self.last_token_at = now
+        self.timed_tokens += 1
         if self.first_token_at is None:
             self.first_token_at = now
         self.tokens.append((token, logprobs))
@@ -99,8 +108,8 @@ class AnswerOutput:
         if delta is not None:
             self.deltas.append(delta)
 
-    def finish(self, reason: FinishReason, new_tokens: int) -> None:
-        """Complete the text. Only the first call has an effect. `new_tokens`: number of tokens that this coordinator received."""
+    def finish(self, reason: FinishReason) -> None:
+        """Complete the text. Only the first call has an effect."""
         if self.finished is not None:
             return
         if (delta := self._assembler.finish()) is not None:
@@ -110,7 +119,7 @@ class AnswerOutput:
             prompt_tokens=len(self.record.prompt),
             completion_tokens=len(self.tokens),
             ttft_s=self.ttft_s,
-            tpot_s=self.tpot_s(new_tokens),
+            tpot_s=self.tpot_s,
         )
 
     def touch(self) -> None:

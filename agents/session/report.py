@@ -10,7 +10,7 @@ log = getLogger(__name__)
 
 def report_end(answer: Answer, telemetry: Telemetry) -> None:
     """Report an answer that has ended or is suspended."""
-    new_tokens = len(answer.output.tokens) - len(answer.record.tokens)
+    new_tokens = answer.output.timed_tokens
     telemetry.tokens(prompt=answer.prompt_tokens, completion=new_tokens)
     if answer.ttft_s and answer.plan is not None and not answer.recoveries:
         telemetry.ttft(answer.ttft_s)

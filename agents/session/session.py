@@ -40,7 +40,7 @@ from meshd.agents.session.events import (
     TokensRead,
 )
 from meshd.agents.session.plan.resume import StageHeld, resume_points
-from meshd.errors import MeshdError, PeerLost
+from meshd.errors import MeshdError, PeerLost, UsageError
 from meshd.types import FinishReason, PeerId, Plan, SessionId
 
 
@@ -91,6 +91,8 @@ class Session(Machine[Event, Command]):
     credit: int = CREDIT_TOKENS
     holders: set[PeerId] = field(default_factory=set)
     """Peers that may hold memory of this session: they are sent RENEW, and CLOSE at the end."""
+    joined: set[PeerId] = field(default_factory=set)
+    """Peers of the present plan that held nothing of the session before."""
     lost: set[PeerId] = field(default_factory=set)
     """Peers that were lost since the last token."""
     avoid: set[PeerId] = field(default_factory=set)
@@ -191,13 +193,22 @@ class Session(Machine[Event, Command]):
 
     def _recover(self, reason: str, *, lost: PeerId | None = None, avoid: PeerId | None = None) -> list[Command]:
         """Ask for another plan after a fault. `lost`: a peer whose KV is gone. `avoid`: a peer at fault."""
+        commands = self._undo_opening() if self.state is SessionState.OPENING else []
         if lost is not None:
             self.lost.add(lost)
             self.holders.discard(lost)
         if avoid is not None:
             self.avoid.add(avoid)
         self.state = SessionState.RECOVERING
-        return [Replan(reason, frozenset(self.lost), frozenset(self.avoid))]
+        return [*commands, Replan(reason, frozenset(self.lost), frozenset(self.avoid))]
+
+    def _undo_opening(self) -> list[Command]:
+        """Free what the stages of a plan that opened only in part have reserved. A session that waits for memory holds none that
+        another session waits for."""
+        assert self.plan is not None
+        peers = tuple(sorted(self.holders.intersection(self.plan.peers)))
+        self.holders -= self.joined
+        return [CloseStages(self.epoch, peers, "the plan did not open", undo=True)] if peers else []
 
 
 def _planned(session: Session, event: Planned) -> list[Command]:
@@ -209,13 +220,14 @@ def _planned(session: Session, event: Planned) -> list[Command]:
     session.epoch += 1
     session.credit = max(session.credit, len(session.tokens) + 1)  # resumed stages sample one token even without credit
     session.opened = {}
+    session.joined = set(event.plan.peers) - session.holders
     session.holders.update(event.plan.peers)
     session.state = SessionState.OPENING
     return [OpenStages(session.epoch, event.plan, session.credit, len(session.tokens))]
 
 
 def _plan_failed(session: Session, event: PlanFailed) -> list[Command]:
-    if session.begun:
+    if session.begun and not isinstance(event.error, UsageError):
         return session._suspend(event.error)
     return session._end(SessionState.FAILED, FinishReason.ERROR, event.error)
 

@@ -9,7 +9,7 @@ from meshd.types import TokenLogprobs
 
 
 class StreamDecoder(Protocol):
-    """Decodes one answer's tokens in order. Implemented in `meshd.models.text.tokenizer.tokenizer`."""
+    """Decodes one answer's tokens in order. Implemented in `meshd.models.text.token_table`."""
 
     def push(self, token: int) -> str: ...
 

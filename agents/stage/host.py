@@ -44,6 +44,7 @@ from meshd.protocol.messages import (
     KvBlocks,
     KvOffer,
     KvStored,
+    Lane,
     Mirror,
     Mirrored,
     Open,
@@ -52,6 +53,7 @@ from meshd.protocol.messages import (
     Renew,
     Resume,
     SessionMessage,
+    StageProgress,
     Taken,
     Token,
 )
@@ -62,6 +64,8 @@ log = getLogger(__name__)
 
 _SWEEP_S = 0.5
 """Interval at which expired leases are freed and the timeouts of copies advance."""
+_LONGEST_IDLE_S = 3600.0
+"""A lane that was idle for longer than this is reported as idle for this long, as is a lane that is not up."""
 
 
 @dataclass(slots=True)
@@ -225,14 +229,22 @@ class StageHost:
         return None
 
     def _on_fetch_progress(self, sender: PeerId, message: FetchProgress, payload: memoryview) -> ProgressData:
-        since = self._runner.computing_since
-        computing_s = self.clock.monotonic() - since if since is not None else 0.0
         stages = [
-            (active.open.stage, active.machine.next_position, active.machine.sent_to, computing_s)
+            StageProgress(
+                stage=active.open.stage,
+                due=active.machine.next_position,
+                sent=active.machine.sent_to,
+                idle_s=min(self.links.idle_s(active.input_peer, Lane.BULK), _LONGEST_IDLE_S),
+            )
             for active in self._active.values()
             if active.open.session == message.session and active.open.epoch == message.epoch
         ]
-        return ProgressData(request=message.request, stages=tuple(sorted(stages)))
+        job = self._runner.job
+        return ProgressData(
+            request=message.request,
+            stages=tuple(sorted(stages, key=lambda progress: progress.stage)),
+            running=job.progress(self.clock.monotonic()) if job is not None else None,
+        )
 
     def _stage_for(self, sender: PeerId, message: SessionMessage, *, stage: int, source: int | str) -> ActiveStage | None:
         """Find the stage that a message is for. `source` is the stage that may send it, or "coordinator".

@@ -72,11 +72,14 @@ class SessionLeases:
             session_kv.expires = self.expiry(message.lease_ms)
 
     def on_close(self, sender: PeerId, message: Close, payload: memoryview) -> None:
-        """Free the session's caches of epochs up to the closed one, and answer with the number of freed blocks."""
+        """Free the session's caches of epochs up to the closed one, or with `undo` of that one only.
+
+        The answer contains the number of freed blocks.
+        """
         session_kv = self.kv_manager.get(message.session)
         freed = 0
         if session_kv is not None and session_kv.coordinator == sender:
-            freed = self._free(session_kv, message.epoch, message.reason)
+            freed = self._free(session_kv, message.epoch, message.reason, only_epoch=message.undo)
             self.story.note(message.session, "closed", epoch=message.epoch, reason=message.reason)
         try_send(self.links.send, sender, Closed(session=message.session, epoch=message.epoch, freed_blocks=freed))
 
@@ -94,13 +97,13 @@ class SessionLeases:
         for session_kv in self.kv_manager:
             self._free(session_kv, session_kv.epoch, reason)
 
-    def _free(self, session_kv: SessionKv, epoch: int, reason: str) -> int:
-        """End the session's stages and free its caches, of epochs up to `epoch`.
+    def _free(self, session_kv: SessionKv, epoch: int, reason: str, *, only_epoch: bool = False) -> int:
+        """End the session's stages of epochs up to `epoch`, and free its caches of these epochs, or of `epoch` only.
 
         Returns: the number of blocks that are free now, or will be when the running step ends.
         """
         self.runner.end_before(session_kv.session, epoch + 1, reason)
-        freed = self.kv_manager.drop_where(session_kv, lambda cache: cache.epoch <= epoch)
+        freed = self.kv_manager.drop_where(session_kv, lambda cache: cache.epoch == epoch if only_epoch else cache.epoch <= epoch)
         self.on_change()
         return freed
 

@@ -12,6 +12,7 @@ from meshd.agents.stage.runner import StageRunner
 from meshd.agents.stage.steps import ActiveStage, token_ids
 from meshd.errors import InvalidRequest, NoPeer, ProtocolViolation
 from meshd.kernels.sampler import Sampler, needs_past_tokens
+from meshd.kernels.sampling_rules import check_sampling
 from meshd.protocol.messages import Open, Opened
 from meshd.types import PeerId
 
@@ -31,7 +32,8 @@ class StageOpener:
     def on_open(self, sender: PeerId, message: Open, payload: memoryview) -> Opened:
         """Open a stage of a session for one epoch. A repeated OPEN gets the same answer.
 
-        Raises: ProtocolViolation or InvalidRequest if OPEN is invalid; Superseded as `SessionLeases.check_coordinator` does; NoPeer
+        Raises: ProtocolViolation or InvalidRequest if OPEN is invalid; InvalidSampling if the request is; Superseded as
+        `SessionLeases.check_coordinator` does; NoPeer
         if the layers are not in memory; OutOfMemory if the pool has too few free blocks.
         """
         running = self.runner.active.get((message.session, message.stage))
@@ -78,18 +80,26 @@ class StageOpener:
         if any(cache.epoch == message.epoch and cache.layers == layers and not cache.source for cache in session_kv.caches):
             raise InvalidRequest(f"stage {message.stage} has failed in epoch {message.epoch}", hint="open a later one")
 
-    def _sampler(self, message: Open, payload: memoryview) -> Sampler:
-        """Create the sampler. The last stage's sampler gets all known tokens, if a penalty depends on them."""
-        last = message.stage == len(message.plan.stages) - 1
-        if not last or not needs_past_tokens(message.sampling, message.answered):
-            return Sampler(message.sampling)
+    def _sampler(self, message: Open, payload: memoryview) -> Sampler | None:
+        """Create the last stage's sampler, with all known tokens if a penalty depends on them. Returns: None for any other stage.
+
+        Raises: NoPeer; ProtocolViolation; InvalidSampling if the model can't use the parameters.
+        """
+        if message.stage < len(message.plan.stages) - 1:
+            return None
+        if message.sampling is None:
+            raise ProtocolViolation("OPEN of the last stage has no sampling parameters")
         resident = self.residents.of(message.plan.model)
         if not resident:
             raise NoPeer("this peer has no layers of this model in memory", hint="place it first")
-        ids = token_ids(payload, message.prompt_tokens + message.answered, resident[0].card.spec.vocab).tolist()
+        vocab = resident[0].card.spec.vocab
+        check_sampling(message.sampling, vocab)
+        if not needs_past_tokens(message.sampling, message.answered):
+            return Sampler(message.sampling)
+        ids = token_ids(payload, message.prompt_tokens + message.answered, vocab).tolist()
         return Sampler(message.sampling, ids[: message.prompt_tokens], ids[message.prompt_tokens :])
 
-    def _reserve(self, message: Open, sampler: Sampler) -> ActiveStage:
+    def _reserve(self, message: Open, sampler: Sampler | None) -> ActiveStage:
         layers = message.plan.stages[message.stage].layers
         last = message.stage == len(message.plan.stages) - 1
         tokens = message.prompt_tokens + message.max_tokens
@@ -106,7 +116,7 @@ class StageOpener:
         return _active_stage(message, cache, sampler, last=last)
 
 
-def _active_stage(message: Open, cache: StageCache, sampler: Sampler, *, last: bool) -> ActiveStage:
+def _active_stage(message: Open, cache: StageCache, sampler: Sampler | None, *, last: bool) -> ActiveStage:
     lease, outputs = cache.lease, cache.log
     assert lease.resident.weights is not None
     machine = fsm.StageSession(

@@ -9,6 +9,7 @@ from functools import partial
 from logging import getLogger
 
 from meshd.agents.device.compute import ComputeQueue
+from meshd.agents.links.backlog import Backlog
 from meshd.agents.links.links import Links
 from meshd.agents.links.rpc import try_send
 from meshd.agents.observe.story import Story
@@ -20,12 +21,39 @@ from meshd.agents.stage.scheduler import Scheduler
 from meshd.agents.stage.sender import StageSender
 from meshd.agents.stage.steps import ActiveStage, StepOutput, compute_step
 from meshd.clock import Clock
-from meshd.errors import MeshdError, ProtocolViolation
-from meshd.protocol.messages import Failed
+from meshd.errors import MeshdError, ProtocolViolation, UsageError
+from meshd.protocol.messages import Failed, RunningStep
 from meshd.telemetry import Telemetry
 from meshd.types import PeerId, SessionId
 
 log = getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class StepJob:
+    """A step that was given to the compute thread."""
+
+    active: ActiveStage
+    step: fsm.Step
+    submitted_at: float
+    started_at: float | None = None
+    """When the compute thread began it. None: the thread does other work, such as measuring layers that were just loaded."""
+
+    def progress(self, now: float) -> RunningStep:
+        """Describe what the compute thread does: this step, or the other work that the step waits for."""
+        if self.started_at is None:
+            return RunningStep(session=None, epoch=0, stage=0, step=0, tokens=0, running_s=now - self.submitted_at)
+        plan, machine = self.active.open.plan, self.active.machine
+        share = self.step.tokens / machine.known_tokens
+        return RunningStep(
+            session=self.active.open.session,
+            epoch=self.active.open.epoch,
+            stage=self.active.open.stage,
+            step=self.step.position,
+            tokens=self.step.tokens,
+            running_s=now - self.started_at,
+            predicted_s=plan.predicted_ttft_s * share if self.step.prefill else plan.predicted_tpot_s,
+        )
 
 
 @dataclass(slots=True)
@@ -46,11 +74,11 @@ class StageRunner:
     """Running stages, by session and index in the plan."""
     ready: Scheduler
     sender: StageSender = field(init=False)
-    computing_since: float | None = None
-    """When the step on the compute thread, of any session, began, in the clock's monotonic time. None: no step runs."""
+    job: StepJob | None = None
+    """The step that the compute thread has. None: it has none."""
 
     def __post_init__(self) -> None:
-        self.sender = StageSender(self.me, self.links, self.fail)
+        self.sender = StageSender(self.me, self.links, Backlog(self.links, on_room=self._pump), self.fail)
 
     def apply(self, active: ActiveStage, event: fsm.Event) -> None:
         """Pass an event to a stage's machine, execute its commands, and start the next step if the compute thread is free."""
@@ -75,8 +103,11 @@ class StageRunner:
                     self._free(active, reason)
         self._pump()
 
-    def fail(self, active: ActiveStage, position: int, error: MeshdError, blame: PeerId) -> None:
-        """Report a failure to the coordinator and end the stage. Its KV and outputs are kept for the next epoch."""
+    def fail(self, active: ActiveStage, position: int, error: MeshdError, blame: PeerId | None) -> None:
+        """Report a failure to the coordinator and end the stage. Its KV and outputs are kept for the next epoch.
+
+        blame: the peer at fault. None: the request itself is wrong.
+        """
         if active.machine.state is fsm.StageState.ENDED:
             return
         log.warning("session %s stage %d failed: %s", active.open.session, active.open.stage, error)
@@ -134,24 +165,29 @@ class StageRunner:
         self.on_change()
 
     def _pump(self) -> None:
-        while self.computing_since is None and (job := self.ready.take()) is not None:
-            active, step = job
+        while self.job is None and (ready := self.ready.take(self.sender.must_wait)) is not None:
+            active, step = ready
             if active.machine.computing is not step:
                 continue
             if active.machine.state is fsm.StageState.ENDED:
                 self.apply(active, fsm.StepComputed(step.position, None))
                 continue
-            self.computing_since = self.clock.monotonic()
+            self.job = StepJob(active, step, submitted_at=self.clock.monotonic())
             if step.prefill and active.open.stage > 0:
                 self.sender.send_taken(active, step)
             self.compute.submit(
-                partial(compute_step, active, step),
+                partial(self._compute, active, step, self.job),
                 partial(self._computed, active, step),
                 partial(self._compute_failed, active, step),
             )
 
+    def _compute(self, active: ActiveStage, step: fsm.Step, job: StepJob) -> StepOutput:
+        """Compute a step. Runs on the compute thread."""
+        job.started_at = self.clock.monotonic()
+        return compute_step(active, step)
+
     def _computed(self, active: ActiveStage, step: fsm.Step, output: StepOutput) -> None:
-        self.computing_since = None
+        self.job = None
         cache = active.cache
         if active.machine.state is not fsm.StageState.ENDED:
             cache.filled = step.end
@@ -166,8 +202,10 @@ class StageRunner:
         self.telemetry.stage_step(str(active.stage.layers), "prefill" if step.prefill else "decode", output.stage_s)
 
     def _compute_failed(self, active: ActiveStage, step: fsm.Step, error: Exception) -> None:
-        self.computing_since = None
-        blame = active.source_of(step) if isinstance(error, ProtocolViolation) else self.me
+        self.job = None
+        blame = (
+            None if isinstance(error, UsageError) else active.source_of(step) if isinstance(error, ProtocolViolation) else self.me
+        )
         if not isinstance(error, MeshdError):
             log.exception("session %s stage %d: computing failed", active.open.session, active.open.stage, exc_info=error)
             error = MeshdError(f"computing step {step.position} failed: {error}")

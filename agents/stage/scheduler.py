@@ -1,6 +1,7 @@
 """Chooses which ready step is computed next."""
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from meshd.agents.stage.session import Step
@@ -24,14 +25,18 @@ class Scheduler:
     def put(self, active: ActiveStage, step: Step) -> None:
         (self._prefills if step.prefill else self._decodes).append((active, step))
 
-    def take(self) -> tuple[ActiveStage, Step] | None:
+    def take(self, must_wait: Callable[[ActiveStage, Step], bool] = lambda stage, step: False) -> tuple[ActiveStage, Step] | None:
         """Remove and return the next step. After eight decodes a waiting prefill is next, so that new sessions never starve.
 
+        must_wait: whether a prefill step has to wait because there is no room for its output. Steps behind it may be taken.
         Returns: the stage and its step; None if no step is ready.
         """
         if self._prefills and (not self._decodes or self._decodes_in_row >= _DECODES_PER_PREFILL):
-            self._decodes_in_row = 0
-            return self._prefills.popleft()
+            ready = next((job for job in self._prefills if not must_wait(*job)), None)
+            if ready is not None:
+                self._prefills.remove(ready)
+                self._decodes_in_row = 0
+                return ready
         if not self._decodes:
             return None
         self._decodes_in_row += 1

@@ -6,22 +6,24 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from meshd.agents.links.backlog import Backlog
 from meshd.agents.links.links import Links
 from meshd.agents.links.rpc import try_send
-from meshd.agents.stage.session import Step
+from meshd.agents.stage.session import StageState, Step
 from meshd.agents.stage.steps import ActiveStage, StepOutput
 from meshd.errors import MeshdError
 from meshd.kernels.wire import encode
-from meshd.protocol.messages import Activation, Message, Taken, Token
+from meshd.protocol.messages import Activation, Lane, Message, Taken, Token
 from meshd.types import FinishReason, PeerId
 
 
 @dataclass(slots=True)
 class StageSender:
-    """Sends the outputs of this peer's stages. A stage whose output can't be sent fails."""
+    """Sends the outputs of this peer's stages. An output waits while its lane is full; a stage whose link is lost fails."""
 
     me: PeerId
     links: Links
+    backlog: Backlog
     fail: Callable[[ActiveStage, int, MeshdError, PeerId], None]
     """Ends a stage whose output could not be sent: (stage, position, error, peer to blame)."""
 
@@ -29,11 +31,17 @@ class StageSender:
         """Send the activation of a step, without its first `skip` tokens, or the token that the step sampled."""
         if output.hidden is not None:
             hidden = output.hidden[skip:] if skip else output.hidden
-            self._send_activation(active, step.position + skip, hidden, sample=step.sample)
+            self._send_activation(active, step.position + skip, hidden, sample=step.sample, prefill=step.prefill)
         elif output.token is not None:
             message = _token(active, step, output, output.token)
             for peer in dict.fromkeys((active.peer_of(0), active.open.coordinator)):
                 self._send_or_fail(active, step.position, peer, message)
+
+    def must_wait(self, active: ActiveStage, step: Step) -> bool:
+        """Whether a prefill step has no room for its output: earlier outputs still wait to be sent to the next stage's peer."""
+        if not step.prefill or active.last or active.machine.state is StageState.ENDED:
+            return False
+        return self.backlog.waits(active.peer_of(active.open.stage + 1), Lane.BULK)
 
     def replay(self, active: ActiveStage, position: int, tokens: int) -> None:
         """Send the kept outputs of `[position, position + tokens)` again."""
@@ -43,14 +51,16 @@ class StageSender:
         except MeshdError as error:
             self.fail(active, position, error, self.me)
         else:
-            self._send_activation(active, position, hidden, sample=False)
+            self._send_activation(active, position, hidden, sample=False, prefill=True)
 
     def send_taken(self, active: ActiveStage, step: Step) -> None:
         """Report to the previous stage that this prefill step begins, so that the previous stage may send one more."""
         message = Taken(session=active.open.session, epoch=active.open.epoch, step=step.position, stage=active.open.stage)
         try_send(self.links.send, active.peer_of(active.open.stage - 1), message)
 
-    def _send_activation(self, active: ActiveStage, position: int, hidden: npt.NDArray[np.float32], *, sample: bool) -> None:
+    def _send_activation(
+        self, active: ActiveStage, position: int, hidden: npt.NDArray[np.float32], *, sample: bool, prefill: bool
+    ) -> None:
         tokens, width = hidden.shape
         message = Activation(
             session=active.open.session,
@@ -61,6 +71,7 @@ class StageSender:
             hidden=width,
             dtype=active.open.plan.wire_dtype,
             sample=sample,
+            prefill=prefill,
         )
         self._send_or_fail(active, position, active.peer_of(message.stage), message, encode(hidden, message.dtype))
 
@@ -68,10 +79,13 @@ class StageSender:
         self, active: ActiveStage, position: int, peer: PeerId, message: Message, payload: memoryview | None = None
     ) -> None:
         """Send a message without which the session can't continue; fail the stage if it can't be sent."""
-        try:
-            self.links.send(peer, message, payload)
-        except MeshdError as error:
-            self.fail(active, position, error, peer)
+        self.backlog.send(
+            peer,
+            message,
+            payload,
+            wanted=lambda: active.machine.state is not StageState.ENDED,
+            failed=lambda error: self.fail(active, position, error, peer),
+        )
 
 
 def _token(active: ActiveStage, step: Step, output: StepOutput, token: int) -> Token:

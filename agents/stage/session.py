@@ -201,7 +201,7 @@ class StageSession(Machine[Event, Command]):
             raise AssertionError("steps wait in state IDLE, or none waits in state WAITING")
         if self.state is StageState.COMPUTING and self.replaying:
             raise AssertionError("a step computes before the kept outputs are sent")
-        if len(self.inbox) > (PREFILL_WINDOW if self.state is StageState.OPEN else self.known_tokens + 1):
+        if len(self.inbox) > (self.early_limit if self.state is StageState.OPEN else self.known_tokens + 1):
             raise AssertionError("the inbox exceeds its bound")
         if self.next_position > self.max_tokens:
             raise AssertionError("the steps exceed the reserved KV")
@@ -210,6 +210,14 @@ class StageSession(Machine[Event, Command]):
     def replaying(self) -> bool:
         """Whether kept outputs wait to be sent."""
         return self.sent_to < self.replay_to
+
+    @property
+    def early_limit(self) -> int:
+        """Number of steps that may arrive before RESUME.
+
+        The first stage's steps come from the coordinator, which sends all of them with RESUME but on another lane.
+        """
+        return self.known_tokens if self.first else PREFILL_WINDOW
 
     def _admit(self, step: Step) -> str:
         """Check a new step. Returns: why it can't be next; empty if it can."""
@@ -287,8 +295,8 @@ def _step_early(session: StageSession, event: StepArrived) -> list[Command]:
 
     The previous stage may resume before this one, and may then send a full prefill window.
     """
-    if len(session.inbox) >= PREFILL_WINDOW:
-        return [RejectStep(event.step, f"more than {PREFILL_WINDOW} steps came before RESUME")]
+    if len(session.inbox) >= session.early_limit:
+        return [RejectStep(event.step, f"more than {session.early_limit} steps came before RESUME")]
     session.inbox.append(event.step)
     return []
 

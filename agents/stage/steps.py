@@ -49,7 +49,8 @@ class ActiveStage:
     stage: Stage
     cache: StageCache
     table: BlockTable
-    sampler: Sampler
+    sampler: Sampler | None
+    """The last stage's sampler; None at any other stage."""
     machine: fsm.StageSession
 
     @property
@@ -63,11 +64,16 @@ class ActiveStage:
     def last(self) -> bool:
         return self.open.stage == len(self.open.plan.stages) - 1
 
+    @property
+    def input_peer(self) -> PeerId:
+        """The peer that sends the stage's prefill steps."""
+        return self.peer_of(self.open.stage - 1) if self.open.stage else self.open.coordinator
+
     def source_of(self, step: fsm.Step) -> PeerId:
         """Return the peer that sent the step's input."""
-        if self.open.stage:
-            return self.peer_of(self.open.stage - 1)
-        return self.open.coordinator if step.prefill else self.peer_of(len(self.open.plan.stages) - 1)
+        if self.open.stage or step.prefill:
+            return self.input_peer
+        return self.peer_of(len(self.open.plan.stages) - 1)
 
     def opened(self, request: int) -> Opened:
         """Return the answer to OPEN."""
@@ -158,6 +164,7 @@ def _forward(active: ActiveStage, step: fsm.Step, hidden: npt.NDArray[np.float32
 def _sample(active: ActiveStage, step: fsm.Step, hidden: npt.NDArray[np.float32]) -> tuple[int | None, TokenLogprobs | None]:
     if not step.sample:
         return None, None
+    assert active.sampler is not None
     logits = active.stage.logits(hidden[-1:])[0]
     token, logprobs = active.sampler.pick(logits, step.end)
     active.sampler.accept(token)

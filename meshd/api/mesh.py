@@ -79,6 +79,13 @@ def rows(read: Callable[[ClusterService], list[dict[str, Any]]]) -> Handler:
     return listing
 
 
+async def models(request: web.Request) -> web.Response:
+    """Send the models that this mesh knows."""
+    services = request.app[SERVICES]
+    async with services.work.interruptible():
+        return json_response(Rows(await services.mesh.known_models()))
+
+
 async def identity(request: web.Request) -> web.Response:
     """Send this peer's identity."""
     return json_response(request.app[SERVICES].mesh.identity())

@@ -3,7 +3,7 @@
 import sys
 from argparse import Namespace
 
-from meshd.cli.support.answering import MODEL_HELP, add_sampling, notice, request_of, stream_answer, write_out
+from meshd.cli.support.answering import MODEL_HELP, add_sampling, notice, request_of, sampling_of, stream_answer, write_out
 from meshd.cli.support.arguments import Parser, add_client
 from meshd.cli.support.client import Daemon, daemon_of
 from meshd.cli.support.fetching import known_model, with_model
@@ -32,7 +32,8 @@ def run(args: Namespace) -> int:
         if line == "/new":
             messages.clear()
         elif line:
-            messages = _turn(daemon, args, [*messages, {"role": "user", "content": line}], interactive)
+            turns = [*messages, {"role": "user", "content": line}]
+            messages = _turn(daemon, args, turns, interactive)
     return 0
 
 
@@ -60,7 +61,7 @@ def _turn(daemon: Daemon, args: Namespace, messages: list[dict[str, str]], inter
         write_out(text)
 
     try:
-        with_model(args, daemon, lambda: stream_answer(daemon, request_of(args, messages), receive))
+        with_model(args, daemon, lambda: stream_answer(daemon, request_of(args, messages, sampling_of(daemon, args)), receive))
     except KeyboardInterrupt:
         if not interactive:
             raise

@@ -84,6 +84,7 @@ def _row(name: str, ref: str, identifier: str | None, size_bytes: int | None) ->
         "context_length": None,
         "bytes": size_bytes,
         "answers": False,
+        "loaded": False,
         "on_disk": [],
         "holdings": [],
         "path": None,
@@ -98,5 +99,5 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         "yes" if row["path"] else "no",
         ", ".join(row["on_disk"]) or ABSENT,
         ", ".join(f"{held['name']}:{held['layers']}" for held in row["holdings"]) or ABSENT,
-        "yes" if row["answers"] else "no",
+        "yes" if row["loaded"] else "when asked" if row["answers"] else "no",
     )

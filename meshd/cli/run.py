@@ -2,8 +2,9 @@
 
 import sys
 from argparse import Namespace
+from typing import Any
 
-from meshd.cli.support.answering import MODEL_HELP, add_sampling, notice, request_of, stream_answer, write_out
+from meshd.cli.support.answering import MODEL_HELP, add_sampling, notice, request_of, sampling_of, stream_answer, write_out
 from meshd.cli.support.arguments import Parser, add_client
 from meshd.cli.support.client import STREAM_SILENCE_S, daemon_of
 from meshd.cli.support.fetching import known_model, with_model
@@ -31,11 +32,14 @@ def run(args: Namespace) -> int:
     prompt = args.prompt or _piped()
     daemon = daemon_of(args)
     args.model = known_model(args, daemon)
-    body = request_of(args, [{"role": "user", "content": prompt}])
+
+    def body() -> dict[str, Any]:
+        return request_of(args, [{"role": "user", "content": prompt}], sampling_of(daemon, args))
+
     if args.json:
-        print_json(with_model(args, daemon, lambda: daemon.post("/v1/chat/completions", body, timeout_s=STREAM_SILENCE_S)))
+        print_json(with_model(args, daemon, lambda: daemon.post("/v1/chat/completions", body(), timeout_s=STREAM_SILENCE_S)))
         return 0
-    answer = with_model(args, daemon, lambda: stream_answer(daemon, body, write_out))
+    answer = with_model(args, daemon, lambda: stream_answer(daemon, body(), write_out))
     write_out("\n")
     if not args.quiet:
         notice(f"[{answer.summary()}]")

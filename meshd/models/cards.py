@@ -11,7 +11,9 @@ from meshd.errors import ModelFileError
 from meshd.models.architectures import prediction_layers, spec_from_metadata
 from meshd.models.files.gguf import GgufFile, MetadataValue, TensorInfo
 from meshd.models.files.gguf_header import uncomputed
+from meshd.models.sampling import sampling_from_gguf
 from meshd.models.text.tokenizer.document import huggingface_json
+from meshd.models.text.tokenizer.gguf_keys import TokenizerKeys
 from meshd.tensors import EXPERT_PROJECTIONS, HELD_BITS, ROPE_FACTORS, UNUSED, border_shapes, layer_shapes, rope_shape
 from meshd.types import ModelCard, ModelId, ModelSpec
 
@@ -19,6 +21,9 @@ END_OF_ANSWER = frozenset(
     {"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>", "<|return|>"}
 )
 """Control tokens that end an answer in one of the model families, even if a file's metadata does not list them."""
+_CHANNELS = frozenset({"<|channel|>", "<|message|>", "<|call|>", "<|end|>"})
+"""Control tokens of gpt-oss, whose answers are several messages: each ends with `<|end|>`, the last one otherwise."""
+_END_OF_CHANNELS = END_OF_ANSWER - {"<|end|>"} | {"<|call|>"}
 EOS_TOKEN_IDS = "meshd.eos_token_ids"
 """meshd's own metadata key: all tokens that end an answer. GGUF has keys for only three such tokens."""
 LEFT_OUT = "meshd.import.left_out"
@@ -53,6 +58,7 @@ def card_from_gguf(file: GgufFile, *, name: str, ref: str, model_id: ModelId, cr
         created=created,
         layer_memory_bytes=tuple(_held_bytes(layer.values()) for layer in layers),
         head_memory_bytes=_held_bytes(head),
+        sampling=sampling_from_gguf(file.metadata),
     )
     _check_bounds(file.name, card)
     return card
@@ -63,17 +69,30 @@ def end_of_sequence(metadata: Mapping[str, MetadataValue]) -> tuple[int, ...]:
 
     Raises: ModelFileError if the file has a `tokenizer.json` that can't be read.
     """
-    found = {value for key in _END_KEYS if isinstance(value := metadata.get(f"tokenizer.ggml.{key}"), int)}
+    keys = TokenizerKeys(metadata)
+    found = {value for key in _END_KEYS[1:] if isinstance(value := metadata.get(f"tokenizer.ggml.{key}"), int)}
     if isinstance(listed := metadata.get(EOS_TOKEN_IDS), tuple):
         found.update(id_ for id_ in listed if isinstance(id_, int))
     if (document := huggingface_json(metadata)) is not None:
-        return tuple(sorted(found.union(token.id for token in document.added if token.special and token.content in END_OF_ANSWER)))
+        if isinstance(eos := keys.get(_END_KEYS[0]), int):
+            found.add(eos)
+        control = {token.content: token.id for token in document.added if token.special}
+        return tuple(sorted(found.union(_ending(control))))
     tokens = metadata.get("tokenizer.ggml.tokens", ())
     types = metadata.get("tokenizer.ggml.token_type", ())
     if isinstance(tokens, tuple) and isinstance(types, tuple):
         pairs = enumerate(zip(tokens, types, strict=False))
-        found.update(index for index, (token, kind) in pairs if kind == CONTROL_TOKEN and token in END_OF_ANSWER)
+        found.update(_ending({str(token): index for index, (token, kind) in pairs if kind == CONTROL_TOKEN}))
+        found = {id_ for id_ in found if 0 <= id_ < len(tokens)} if tokens else found
+        if tokens and (eos := keys.special(_END_KEYS[0], types or (CONTROL_TOKEN,) * len(tokens))) is not None:
+            found.add(eos)
     return tuple(sorted(found))
+
+
+def _ending(control: Mapping[str, int]) -> set[int]:
+    """Return the ids of the control tokens that end an answer in models with such a vocabulary."""
+    names = _END_OF_CHANNELS if control.keys() >= _CHANNELS else END_OF_ANSWER
+    return {id_ for token, id_ in control.items() if token in names}
 
 
 def _check_tensors(file: GgufFile, spec: ModelSpec) -> None:

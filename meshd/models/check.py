@@ -3,8 +3,7 @@
 from meshd.errors import ModelFileError
 from meshd.models.cards import LEFT_OUT, card_from_gguf, prediction_tensors
 from meshd.models.files.gguf import GgufFile
-from meshd.models.text.template import template_from_gguf
-from meshd.models.text.tokenizer.files import tokenizer_from_gguf
+from meshd.models.text.worker.check import check_text
 from meshd.types import ModelCard, ModelId
 
 _NO_ID = "0" * 32
@@ -37,12 +36,9 @@ def check_model(file: GgufFile, *, name: str = "", ref: str = "", model_id: str 
             hint=f"put all parts into one folder, named NAME-00001-of-{parts:05}.gguf and so on, and name the first",
         )
     card = card_from_gguf(file, name=name, ref=ref, model_id=ModelId(model_id))
-    try:
-        tokenizer_from_gguf(file.metadata)
-        if "tokenizer.chat_template" in file.metadata:
-            template_from_gguf(file.metadata)
-    except ModelFileError as error:
-        raise ModelFileError(f"{file.name} can't be run: {error.message}", hint=error.hint) from error
+    if problem := check_text(file.header_bytes()):
+        why, _, hint = problem.partition("; ")
+        raise ModelFileError(f"{file.name} can't be run: {why}", hint=hint)
     return card
 
 

@@ -47,7 +47,20 @@ from meshd.protocol.messages.journal import (
 from meshd.protocol.messages.link import Error, Goodbye, Heartbeat, HeartbeatAck, Hello, Probe, ProbeAck
 from meshd.protocol.messages.membership import Advertise, FetchHeader, HeaderData
 from meshd.protocol.messages.placement import Drain, Drained, Place, Placed, Unplace, Unplaced
-from meshd.protocol.messages.session import Close, Closed, Credit, Failed, FetchProgress, Open, Opened, ProgressData, Renew, Resume
+from meshd.protocol.messages.session import (
+    Close,
+    Closed,
+    Credit,
+    Failed,
+    FetchProgress,
+    Open,
+    Opened,
+    ProgressData,
+    Renew,
+    Resume,
+    RunningStep,
+    StageProgress,
+)
 from meshd.protocol.messages.steps import Activation, Prompt, Taken, Token
 from meshd.protocol.messages.weights import FetchManifest, FetchWeights, ManifestData, WeightData
 
@@ -104,10 +117,12 @@ __all__ = [
     "Reply",
     "Request",
     "Resume",
+    "RunningStep",
     "SessionData",
     "SessionEnded",
     "SessionFound",
     "SessionMessage",
+    "StageProgress",
     "StoryData",
     "Taken",
     "Token",

@@ -29,6 +29,12 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     number: ClassVar[int] = 0
     default_lane: ClassVar[Lane] = Lane.CONTROL
 
+    @property
+    def send_lane(self) -> Lane:
+        """The lane that carries this message. It depends on the kind of the message, never on its size: messages of one kind must
+        not overtake one another."""
+        return self.default_lane
+
 
 class Request(Message, frozen=True, kw_only=True):
     """A message that expects one reply with the same `request` number. A repeat has no further effect and gets the same answer."""

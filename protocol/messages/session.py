@@ -2,6 +2,8 @@
 
 from typing import Annotated
 
+import msgspec
+
 from meshd.bounds import MAX_PEERS, Count, Epoch, Millis, Seconds, StageIndex, Text, Tokens, Word, at_most
 from meshd.protocol.messages.base import Reply, Request, SessionMessage, make_printable, message
 from meshd.types import PeerId, Plan, SamplingParams, SessionId
@@ -19,7 +21,8 @@ class Open(Request, frozen=True, kw_only=True):
     coordinator: PeerId
     prompt_tokens: Tokens
     max_tokens: Tokens
-    sampling: SamplingParams
+    sampling: SamplingParams | None = None
+    """For the last stage, which samples; the others get none."""
     ignore_eos: bool = False
     lease_ms: Millis
     credit: Tokens
@@ -91,9 +94,11 @@ class Failed(SessionMessage, frozen=True, kw_only=True):
 
 @message(56)
 class Close(SessionMessage, frozen=True, kw_only=True):
-    """Free everything of this session. Idempotent."""
+    """Free everything that this epoch and older ones have of the session. Idempotent."""
 
     reason: Text
+    undo: bool = False
+    """Free only what this epoch reserved, because its plan did not open: what older epochs left stays for the next one."""
 
     def __post_init__(self) -> None:
         make_printable(self, "reason")
@@ -112,10 +117,37 @@ class FetchProgress(Request, frozen=True, kw_only=True):
     epoch: Epoch
 
 
+class StageProgress(msgspec.Struct, frozen=True, array_like=True):
+    """How far one stage of a session has come."""
+
+    stage: StageIndex
+    due: Tokens
+    """The next position that the stage expects."""
+    sent: Tokens
+    """Number of positions whose outputs the stage has sent to the next stage."""
+    idle_s: Seconds
+    """Seconds since the last bytes arrived on the lane of the stage's prefill steps, at most 3600."""
+
+
+class RunningStep(msgspec.Struct, frozen=True, kw_only=True):
+    """The step that a peer computes now. It may belong to any session."""
+
+    session: SessionId | None
+    """None: the peer computes something that belongs to no session, and a step has waited for that since `running_s`."""
+    epoch: Epoch
+    stage: StageIndex
+    step: Tokens
+    tokens: Tokens
+    running_s: Seconds
+    """Seconds since the step began. The time that it waited in a queue before does not count."""
+    predicted_s: Seconds = 0.0
+    """How long the step was expected to take, by the plan of its session. 0: unknown."""
+
+
 @message(67)
 class ProgressData(Reply, frozen=True, kw_only=True):
-    """Progress of each of the session's stages at the sender."""
+    """Progress of each of the session's stages at the sender, and what the sender computes now."""
 
-    stages: Annotated[tuple[tuple[StageIndex, Tokens, Tokens, Seconds], ...], at_most(MAX_PEERS)]
-    """(stage, next position expected, position up to which outputs were sent, seconds since the sender began its current step,
-    which may belong to any session)."""
+    stages: Annotated[tuple[StageProgress, ...], at_most(MAX_PEERS)]
+    running: RunningStep | None = None
+    """None: nothing."""

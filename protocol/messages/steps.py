@@ -1,7 +1,9 @@
 """Messages of a session's steps, from the prompt to the tokens."""
 
+from typing import ClassVar
+
 from meshd.bounds import Millis, StageIndex, TokenId, Tokens, Width, Word
-from meshd.protocol.messages.base import SessionMessage, message
+from meshd.protocol.messages.base import Lane, SessionMessage, message
 from meshd.types import TokenLogprobs
 
 
@@ -9,6 +11,7 @@ from meshd.types import TokenLogprobs
 class Prompt(SessionMessage, frozen=True, kw_only=True):
     """Payload: token ids, `i32[tokens]`. One prefill chunk for the first stage."""
 
+    default_lane: ClassVar[Lane] = Lane.BULK
     step: Tokens
     """Position of the chunk's first token, which is the step's number."""
     tokens: Tokens
@@ -30,6 +33,13 @@ class Activation(SessionMessage, frozen=True, kw_only=True):
     sample: bool
     deadline_ms: Millis = 0
     """Time left for the step when the message was sent. 0: no deadline."""
+    prefill: bool = False
+    """The step's tokens were known when the epoch began. All prefill steps take the bulk lane, so that a short one never overtakes
+    a long one. A decode step takes the control lane: it begins after every stage has computed the last prefill step."""
+
+    @property
+    def send_lane(self) -> Lane:
+        return Lane.BULK if self.prefill else Lane.CONTROL
 
 
 @message(58)

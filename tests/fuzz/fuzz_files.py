@@ -85,7 +85,7 @@ def use_gguf(path: Path) -> None:
             tokenizer.decode(tokenizer.encode('!"#$ é <s>', add_special=True, parse_special=True))
         with suppress(MeshdError):
             template_from_gguf(file.metadata).render([{"role": "user", "content": "!"}])
-        card_from_gguf(file, name="x", ref="x", model_id=ModelId("x"))
+        card_from_gguf(file, name="x", ref="x", model_id=ModelId("0" * 32))
 
 
 class Fuzzer:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshd.errors import InvalidRequest, LocalFault
+from meshd.kernels import sampler
 from meshd.kernels.sampler import Sampler, needs_past_tokens, uniform
 from meshd.types import SamplingParams
 
@@ -193,3 +194,76 @@ def test_broken_logits_are_an_error(bad: float, temperature: float) -> None:
 @pytest.mark.parametrize("temperature", [1e-6, 1e6])
 def test_extreme_temperatures_are_finite(temperature: float) -> None:
     assert 0 <= pick(temperature=temperature, top_p=0.9) < 6
+
+
+def plain_draw(logits: np.ndarray, params: SamplingParams, position: int) -> int:
+    """The definition without shortcuts: sort the whole vocabulary, keep the candidates, draw by their cumulated weights."""
+    weights = np.exp((logits - logits.max()) / np.float32(params.temperature))
+    ranked = sorted(range(len(weights)), key=lambda id_: (-weights[id_], id_))
+    if 0 < params.top_k < len(ranked):
+        ranked = ranked[: params.top_k]
+    if params.top_p < 1:
+        total = float(weights[np.sort(ranked)].sum(dtype=np.float64))
+        share, kept = 0.0, []
+        for id_ in ranked:
+            share += float(weights[id_])
+            kept.append(id_)
+            if share >= params.top_p * total:
+                break
+        ranked = kept
+    ids = sorted(id_ for id_ in ranked if weights[id_] >= params.min_p)
+    sums = np.cumsum(weights[ids], dtype=np.float64)
+    chosen = int(np.searchsorted(sums, uniform(params.seed, position) * sums[-1], side="right"))
+    return ids[min(chosen, len(ids) - 1)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    vocab=st.sampled_from([1, 2, 7, 300, 1000]),
+    spread=st.sampled_from([0.0, 0.3, 2.0, 8.0, 60.0]),
+    equal=st.booleans(),
+    temperature=st.sampled_from([1e-3, 0.2, 1.0, 1.7, 100.0]),
+    top_k=st.sampled_from([0, 1, 40, 500]),
+    top_p=st.sampled_from([1e-9, 0.1, 0.5, 0.9, 0.999, 1 - 1e-12, 1.0]),
+    min_p=st.sampled_from([0.0, 0.05, 1.0]),
+)
+def test_the_token_is_that_of_the_plain_definition(
+    seed: int, vocab: int, spread: float, equal: bool, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    logits = (np.random.default_rng(seed).standard_normal(vocab) * spread).astype(np.float32)
+    if equal:
+        logits = np.round(logits)
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    assert [Sampler(params).pick(logits, position)[0] for position in range(4)] == [
+        plain_draw(logits, params, position) for position in range(4)
+    ]
+
+
+@pytest.mark.parametrize("limits", [(), (0.5,), (1e-3, 1e-30), (1e-7,)])
+@pytest.mark.parametrize("spread", [0.0, 0.5, 5.0])
+def test_which_part_of_the_vocabulary_is_sorted_does_not_change_the_token(
+    monkeypatch: pytest.MonkeyPatch, limits: tuple[float, ...], spread: float
+) -> None:
+    logits = np.round(np.random.default_rng(5).standard_normal(2000) * spread, 1).astype(np.float32)
+    params = [SamplingParams(top_p=top_p, top_k=top_k, seed=3, logprobs=20) for top_p in (0.3, 0.95) for top_k in (0, 50)]
+    usual = [Sampler(param).pick(logits, position) for param in params for position in range(8)]
+    monkeypatch.setattr(sampler, "_LIMITS", limits)
+    assert [Sampler(param).pick(logits, position) for param in params for position in range(8)] == usual
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6])
+def test_the_lowest_temperatures_pick_a_likeliest_token(temperature: float) -> None:
+    assert set(drawn(50, temperature=temperature)) == {1, 3}
+
+
+@pytest.mark.parametrize("spread", [1.0, 20.0])
+def test_logprobs_are_those_of_a_softmax_in_double_precision(spread: float) -> None:
+    logits = (np.random.default_rng(2).standard_normal(5000) * spread).astype(np.float32)
+    expected = np.log(softmax(logits))
+    _, found = Sampler(SamplingParams(temperature=0, logprobs=20)).pick(logits, 0)
+    assert found is not None
+    ranked = sorted(range(len(logits)), key=lambda id_: (-logits[id_], id_))[:20]
+    assert [id_ for id_, _ in found.top] == ranked
+    assert [value for _, value in found.top] == pytest.approx([expected[id_] for id_ in ranked], abs=1e-5)
+    assert found.chosen == pytest.approx(expected[ranked[0]], abs=1e-5)

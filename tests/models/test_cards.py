@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from meshd.errors import ModelFileError
-from meshd.models.cards import card_from_gguf
+from meshd.models.cards import card_from_gguf, end_of_sequence
 from meshd.models.files.gguf import GgufFile
 from meshd.tensors import HELD_BITS
 from meshd.types import LayerRange, ModelCard, ModelId
@@ -84,6 +84,26 @@ def test_extra_and_missing_tensors_are_refused(make_llama: Callable[..., Any]) -
         maker.tensors[extra] = (8,)
         with pytest.raises(ModelFileError, match=extra):
             card(maker)
+
+
+def ends(control: tuple[str, ...], **more: object) -> list[str]:
+    """Return the texts of the tokens that end an answer of a model with these control tokens."""
+    tokens = (*control, "a", "b")
+    keys = {"model": "gpt2", "tokens": tokens, "token_type": (3,) * len(control) + (1, 1)} | more
+    return [tokens[id_] for id_ in end_of_sequence({f"tokenizer.ggml.{key}": value for key, value in keys.items()})]
+
+
+def test_an_answer_of_several_messages_does_not_end_with_the_first() -> None:
+    channels = ("<|endoftext|>", "<|return|>", "<|call|>", "<|end|>", "<|start|>", "<|channel|>", "<|message|>")
+    assert ends(channels, eos_token_id=1) == ["<|endoftext|>", "<|return|>", "<|call|>"]
+    assert ends(("<|endoftext|>", "<|end|>", "<|user|>"), eos_token_id=0) == ["<|endoftext|>", "<|end|>"]
+
+
+def test_a_missing_or_wrong_end_token_has_the_default_of_its_kind() -> None:
+    assert ends(("<unk>", "<s>", "</s>"), model="llama") == ["</s>"]
+    assert ends(("<unk>", "<s>", "</s>"), model="llama", eos_token_id=99, eot_token_id=98) == ["</s>"]
+    assert ends(("<unk>", "<s>", "</s>"), model="llama", eos_token_id=1) == ["<s>"]
+    assert ends(("<s>",), eos_token_id=9) == []
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,14 @@ from meshd.agents.stage import session as stage_session
 from meshd.agents.stage.kv import KvLease, KvManager
 from meshd.kernels.kv import KVPool
 from meshd.kernels.sampler import Sampler
+from meshd.protocol.messages import Activation, Lane, Message
 from sim.options import Options
 from sim.simulation import simulate
 
 USUAL = Options(faults=6)
 QUIET = Options(faults=0, requests=10, within_s=5.0)
+LONG_STEPS = Options(faults=0, requests=10, within_s=5.0, slowness=5.0)
+KV_FOR_ONE = Options(peers=3, faults=0, requests=3, within_s=0.002, prompt=340, answer=150, contexts=1)
 REPEATS = Options(faults=2, repeats=0.1)
 
 
@@ -99,6 +102,28 @@ def test_it_finds_blocks_that_are_freed_while_a_step_uses_them(monkeypatch: pyte
 
     monkeypatch.setattr(KvLease, "release", wrong)
     assert finds("are in use", USUAL)
+
+
+def test_it_finds_lanes_that_are_chosen_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short prefill step then overtakes a long one, and the next stage blames the peer that sent both."""
+
+    def by_size(message: Message) -> Lane:
+        if isinstance(message, Activation):
+            return Lane.BULK if message.tokens * 576 * 4 > 64 * 1024 else Lane.CONTROL
+        return message.send_lane
+
+    monkeypatch.setattr("sim.network.delivery.lane_of", by_size)
+    assert finds("is blamed", QUIET)
+
+
+def test_it_finds_a_peer_that_is_blamed_for_the_long_step_of_another_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meshd.agents.session.stages.stall._limit_of", lambda running: 3.0)
+    assert finds("is blamed", LONG_STEPS)
+
+
+def test_it_finds_sessions_that_hold_memory_while_they_wait_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session.Session, "_undo_opening", lambda machine: [])
+    assert finds("is blamed", KV_FOR_ONE)
 
 
 def test_it_finds_an_admission_ticket_that_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,10 @@ CROWDED = Options(peers=5, faults=20, requests=12, within_s=25.0)
 QUIET = Options(faults=0, requests=10, within_s=5.0)
 TIGHT = Options(peers=3, faults=4, requests=8, within_s=8.0, prompt=300, answer=200)
 """Options for many long answers at once, so that memory for KV is scarce."""
+LONG_STEPS = Options(faults=0, requests=10, within_s=5.0, slowness=5.0)
+"""Options for prefill steps of many seconds, so that the steps of other sessions wait behind them."""
+KV_FOR_ONE = Options(peers=3, faults=0, requests=3, within_s=0.002, prompt=340, answer=150, contexts=1)
+"""Options for requests that reach several coordinators at once, with KV for one of them."""
 REPEATS = Options(faults=2, repeats=0.1)
 HARSH = Options(faults=4, kinds=("harsh network", "reset", "kill"))
 
@@ -43,6 +47,18 @@ def test_invariants_hold_under_usual_faults(first: int) -> None:
 def test_invariants_hold_under_other_conditions(options: Options) -> None:
     for seed in range(EACH // 2):
         run(seed, options)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_peer_is_not_blamed_for_a_step_that_waits_behind_a_long_one(seed: int) -> None:
+    assert run(seed, LONG_STEPS).exact
+
+
+def test_coordinators_that_want_the_same_kv_all_get_their_turn() -> None:
+    for seed in range(20):
+        outcome = run(seed, KV_FOR_ONE)
+        assert not outcome.refused, f"seed {seed}"
+        assert outcome.worst[0] < 10, f"seed {seed}: {outcome.worst}"
 
 
 @pytest.mark.parametrize("kind", kinds())

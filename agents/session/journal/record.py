@@ -25,6 +25,8 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The highest epoch that the coordinator had used when it sent this record. It may have used later ones since."""
     prompt: Annotated[tuple[TokenId, ...], at_most(MAX_TOKENS)]
     max_tokens: Tokens
+    open_ended: bool = False
+    """The request named no limit of answer tokens: `max_tokens` may be lowered to what the first plan has KV for."""
     sampling: SamplingParams
     """Includes the seed that was drawn, if the client gave none."""
     ignore_eos: bool = False
@@ -65,6 +67,7 @@ def new_record(
         epoch=0,
         prompt=prompt,
         max_tokens=_max_tokens(request, card, len(prompt)),
+        open_ended=request.max_tokens is None and request.mesh.context is None,
         sampling=request.sampling,
         ignore_eos=request.ignore_eos,
         stop=request.stop,

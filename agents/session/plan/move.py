@@ -63,32 +63,32 @@ class Mover:
     _not_before: dict[SessionId, float] = field(default_factory=dict)
     """Session whose move failed -> time when it may be moved again."""
 
-    async def move(self, answer: Answer, target: PeerId, source: PeerId | None) -> float:
+    async def move(self, answer: Answer, target: PeerId, source: PeerId | None) -> tuple[float, Plan]:
         """Move all stages, or those at `source`, to `target`.
 
-        Returns: the pause in seconds.
+        Returns: the pause in seconds, and the plan under which the answer continued.
         Raises: InvalidRequest, NoPeer, PeerFault.
         """
         if answer.plan is None or answer.machine.state not in (SessionState.PREFILLING, SessionState.DECODING):
             raise InvalidRequest(f"session {answer.session} is {answer.machine.state.value}: only a running one can move")
         plan = self.router.with_target(answer.card, answer.plan, target, source)
-        return await self.change(answer, plan, f"moved to {answer.context.names(target)}")
+        return await self.change(answer, answer.plan, plan, f"moved to {answer.context.names(target)}"), plan
 
-    async def change(self, answer: Answer, plan: Plan, reason: str) -> float:
-        """Change the plan of a running answer.
+    async def change(self, answer: Answer, old: Plan, plan: Plan, reason: str) -> float:
+        """Change the plan of an answer that runs under `old`.
 
         Returns: the pause in seconds.
         Raises: InvalidRequest, PeerFault. The answer then continues under the old plan, or another one if the new plan failed.
         """
         if answer.session in self._moving:
             raise InvalidRequest(f"session {answer.session} is being moved already")
-        old = answer.plan
-        assert old is not None
+        if answer.plan is not old:
+            raise PeerFault("its plan changed for another reason meanwhile", hint="try again")
         epoch = answer.machine.epoch
         copies = self._moving[answer.session] = _copies(old, plan)
         try:
             answer.context.story.note(answer.session, "move begins", reason=reason, copies=len(copies))
-            await self._copy(answer, epoch, copies)
+            await self._copy(answer, old, epoch, copies)
             await self._end_step(answer, epoch)
             if answer.machine.epoch != epoch or answer.machine.state is not SessionState.DECODING:
                 raise PeerFault("its plan changed for another reason meanwhile", hint="try again")
@@ -99,11 +99,12 @@ class Mover:
             if answer.machine.epoch == epoch:
                 answer.hold(None)
 
-    async def _copy(self, answer: Answer, epoch: int, copies: list[_Copy]) -> None:
+    async def _copy(self, answer: Answer, old: Plan, epoch: int, copies: list[_Copy]) -> None:
         """Copy KV until every copy has caught up or failed. KV whose copy fails is computed again at the target."""
-        assert answer.plan is not None
         for copy in copies:
-            self._request_copy(answer, epoch, copy.stage, copy.target)
+            answer.machine.holders.add(copy.target)
+            message = Mirror(session=answer.session, epoch=epoch, stage=copy.stage, target=copy.target, eager=True)
+            answer.stages.send(old.stages[copy.stage].peer, message)
 
         def ready() -> bool:
             copied = all(copy.caught_up or copy.error for copy in copies)
@@ -119,12 +120,6 @@ class Mover:
         answer.hold(last)
         machine = answer.machine
         await answer.output.until(lambda: machine.epoch != epoch or not answer.running or len(machine.tokens) >= last, _LAST_STEP_S)
-
-    def _request_copy(self, answer: Answer, epoch: int, stage: int, target: PeerId) -> None:
-        assert answer.plan is not None
-        answer.machine.holders.add(target)
-        message = Mirror(session=answer.session, epoch=epoch, stage=stage, target=target, eager=True)
-        answer.stages.send(answer.plan.stages[stage].peer, message)
 
     async def _first_token(self, answer: Answer, plan: Plan) -> float:
         epoch = answer.machine.epoch
@@ -170,21 +165,21 @@ class Mover:
                 self._start_once(answer, partial(self._move_away, answer, plan, leaving))
             elif self._seen[answer.session] != cluster:
                 self._seen[answer.session] = cluster
-                self._start_once(answer, partial(self._improve, answer))
+                self._start_once(answer, partial(self._improve, answer, plan))
 
     async def _move_away(self, answer: Answer, plan: Plan, leaving: frozenset[PeerId]) -> None:
         new_plan = await self._plan_without(answer, plan, leaving)
         if leaving.intersection(new_plan.peers):
             raise NoPeer("no other peer can hold its layers")
         names = ", ".join(map(answer.context.names, sorted(leaving)))
-        await self._change_and_log(answer, new_plan, f"{names} leaves")
+        await self._change_and_log(answer, plan, new_plan, f"{names} leaves")
 
-    async def _improve(self, answer: Answer) -> None:
+    async def _improve(self, answer: Answer, plan: Plan) -> None:
         if answer.record.max_tokens - len(answer.output.tokens) < _LEAST_REMAINING:
             return
         better = self.router.better(answer.card, answer.record.mesh, self.retrier.recovery_request(answer))
         if better is not None:
-            await self._change_and_log(answer, better.plan, "a better plan")
+            await self._change_and_log(answer, plan, better.plan, "a better plan")
 
     async def _plan_without(self, answer: Answer, plan: Plan, leaving: frozenset[PeerId]) -> Plan:
         """Returns: the plan with each leaving peer replaced by one other peer, so that KV can be copied; if there is none, any plan
@@ -218,8 +213,8 @@ class Mover:
             self._not_before[answer.session] = self.clock.monotonic() + _RETRY_S
             log.info("session %s was not moved: %s", answer.session, error)
 
-    async def _change_and_log(self, answer: Answer, plan: Plan, reason: str) -> None:
-        pause_s = await self.change(answer, plan, reason)
+    async def _change_and_log(self, answer: Answer, old: Plan, plan: Plan, reason: str) -> None:
+        pause_s = await self.change(answer, old, plan, reason)
         log.info("session %s moved (%s), pause %.1f ms", answer.session, reason, 1000 * pause_s)
 
 

@@ -4,18 +4,21 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from logging import getLogger
+from zlib import crc32
 
 from meshd.agents.links.links import Links
 from meshd.agents.session.answer import Answer
 from meshd.agents.session.events import Replan
 from meshd.agents.session.journal.record import SessionRecord
+from meshd.agents.session.plan.open_ended import LEAST_ANSWER, plan_open_ended
 from meshd.agents.session.plan.resume import RecoveryRequest
 from meshd.agents.session.plan.route import Router, mirror_targets
 from meshd.agents.session.session import SessionState
+from meshd.agents.session.stages.client import is_refusal
 from meshd.clock import Clock
-from meshd.errors import DoesNotFit, MeshdError, NoPeer, NotReady, OutOfMemory, Overloaded, PeerFault, RemoteFailure, Superseded
+from meshd.errors import DoesNotFit, MeshdError, NoPeer, NotReady, Overloaded, PeerFault, RemoteFailure, Superseded, UsageError
 from meshd.protocol.messages import Mirror, Mirrored
-from meshd.types import Advert, PeerId, SessionId
+from meshd.types import Advert, PeerId, Plan, SessionId
 
 log = getLogger(__name__)
 
@@ -30,9 +33,8 @@ _NO_PLAN_WAIT_S = 3.0
 """How long an answer waits when the live peers cannot hold the model: short, but a peer that restarts may be back by then."""
 TAKEOVER_EPOCHS = 1000
 """A new coordinator raises the recorded epoch by this much, to be above all epochs that the last one used but did not record."""
-_TRANSIENT = frozenset({OutOfMemory.code, NoPeer.code, Overloaded.code})
-"""Errors with which a stage refuses to open when the peer has changed since the plan was made, for example because another session
-took the memory. A new plan may succeed."""
+_LONGEST_RETRY_S = 4.0
+"""Sessions that found no room on a stage try again after `_RETRY_S`, doubled with each attempt up to this time."""
 
 
 @dataclass(slots=True)
@@ -70,14 +72,12 @@ class PlanRetrier:
     async def _find_first(self, answer: Answer) -> None:
         """Find the first plan of an answer. Retry for up to `_KV_WAIT_S` while other answers take the KV."""
         until = answer.output.started + _KV_WAIT_S
-        record = answer.record
         while True:
+            late = self.clock.monotonic() > until
             try:
-                plan = await self.router.plan_for(
-                    answer.card, record.mesh, prompt_tokens=len(record.prompt), max_tokens=record.max_tokens
-                )
+                plan = await self._first_plan(answer, late=late)
             except Overloaded as error:
-                if self.clock.monotonic() > until:
+                if late:
                     return answer.plan_failed(error)
                 await self.clock.sleep(_RETRY_S)
             except MeshdError as error:
@@ -85,23 +85,41 @@ class PlanRetrier:
             else:
                 return answer.planned(plan)
 
+    async def _first_plan(self, answer: Answer, *, late: bool) -> Plan:
+        """Plan with KV for the whole answer. An answer whose length nobody asked for is limited to the KV that is free.
+
+        late: this is the last try, so such an answer may be as short as one token.
+        """
+        record = answer.record
+        tokens = {"prompt_tokens": len(record.prompt), "max_tokens": record.max_tokens}
+        if not record.open_ended:
+            return await self.router.plan_for(answer.card, record.mesh, **tokens)
+        least_tokens = 1 if late else LEAST_ANSWER
+        plan = await plan_open_ended(self.router, answer.card, record.mesh, **tokens, least_tokens=least_tokens)
+        answer.limit(plan.context - len(record.prompt))
+        return plan
+
     async def _retry_first(self, answer: Answer) -> None:
         """Find another first plan after a stage of the previous one could not be opened. Give up if the error is not transient."""
         error = answer.machine.error
-        if isinstance(error, RemoteFailure) and error.remote_code not in _TRANSIENT:
+        if isinstance(error, UsageError) or (isinstance(error, RemoteFailure) and not is_refusal(error)):
             return answer.plan_failed(error)
         if self.clock.monotonic() > answer.output.started + _KV_WAIT_S:
             why = error.message if error is not None else "no stage opened"
             return answer.plan_failed(Overloaded(f"no memory for this request's context: {why}", retry_after_s=5.0))
         if not isinstance(error, PeerFault) or isinstance(error, RemoteFailure):
-            await self.clock.sleep(_RETRY_S)
+            await self.clock.sleep(retry_after_s(answer.session, answer.machine.attempts))
         await self._find_first(answer)
 
     async def _recover(self, answer: Answer, command: Replan) -> None:
         began = self.clock.monotonic()
         error = answer.machine.error
+        if isinstance(error, UsageError):
+            return answer.plan_failed(error)
         if isinstance(error, RemoteFailure) and error.remote_code == Superseded.code and not await self._reclaim(answer):
             return None
+        if is_refusal(error) and answer.machine.attempts:
+            await self.clock.sleep(retry_after_s(answer.session, answer.machine.attempts))
         while True:
             try:
                 found = await self.router.recover(
@@ -180,3 +198,13 @@ class PlanRetrier:
         if mirror is None or mirror[0] != message.target or message.epoch != answer.machine.epoch:
             return
         answer.mirrored(message.stage, message.target, None if message.error else message.held)
+
+
+def retry_after_s(session: SessionId, attempts: int) -> float:
+    """Returns: seconds until a session tries again after a stage refused it for lack of room.
+
+    Sessions of different coordinators that want the same room would otherwise refuse one another again and again in step. So the
+    time differs from session to session and grows with each attempt.
+    """
+    share = crc32(f"{session} {attempts}".encode()) / 2**32
+    return min(_LONGEST_RETRY_S, _RETRY_S * 2.0 ** max(0, attempts - 1)) * (0.5 + share)

@@ -14,6 +14,7 @@ from meshd.agents.placement.client import PlacementClient
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.plan_input import plan_input_of
 from meshd.agents.service import MeshOptions
+from meshd.agents.session.plan.availability import covered
 from meshd.agents.session.plan.candidates import Candidate, CandidateSearch, LayerShortage, PeerRules, candidate_search
 from meshd.agents.session.plan.resume import RecoveryPlan, RecoveryRequest
 from meshd.errors import DoesNotFit, InvalidRequest, MeshdError, NoPeer, NotReady, Overloaded, PeerFault, RemoteFailure
@@ -63,13 +64,13 @@ class Router:
         """
         context = prompt_tokens + max_tokens
         try:
-            return self._route(card, mesh, context, prompt_tokens)
+            return self.route(card, mesh, context, prompt_tokens)
         except (NotReady, DoesNotFit):
             plan = self._route_over_fragments(card, mesh, prompt_tokens, max_tokens)
             if plan is not None:
                 return plan
             await self._place(card, mesh, context)
-        return self._route(card, mesh, context, prompt_tokens)
+        return self.route(card, mesh, context, prompt_tokens)
 
     def _route_over_fragments(self, card: ModelCard, mesh: MeshOptions, prompt_tokens: int, max_tokens: int) -> Plan | None:
         """Make a plan in which a peer may run several stages, over holdings that are not adjacent.
@@ -163,16 +164,14 @@ class Router:
             raise NoPeer(f"{name} has no KV free for {problem.context} tokens", hint="try again when other sessions have ended")
 
     def answerable(self) -> list[ModelCard]:
-        """Returns: the models whose layers are all active on live peers."""
-        return [card for card in self.library.cards().values() if self.covered(card)]
+        """Returns: the models whose layers are all active on live peers, but for those whose text could not be read."""
+        adverts = self.adverts()
+        cards = self.library.cards().values()
+        return [card for card in cards if covered(card, adverts) and self.library.readable(card.id)]
 
     def covered(self, card: ModelCard) -> bool:
         """Whether the live peers together hold all layers of a model."""
-        reached = 0
-        for layers in sorted(holding.layers for advert in self.adverts() for holding in _active(advert, card.id)):
-            if layers.start <= reached:
-                reached = max(reached, layers.end)
-        return reached == card.spec.layers
+        return covered(card, self.adverts())
 
     async def close(self) -> None:
         """Cancel the placements that requests have started."""
@@ -181,7 +180,7 @@ class Router:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _route(self, card: ModelCard, mesh: MeshOptions, context: int, prompt_tokens: int) -> Plan:
+    def route(self, card: ModelCard, mesh: MeshOptions, context: int, prompt_tokens: int) -> Plan:
         """Make a plan over resident layers, with standby copies and leaving peers only if there is no plan without them.
 
         Raises: as `solve`.

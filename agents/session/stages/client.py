@@ -1,25 +1,39 @@
 """Sends one answer's messages to the peers that run its stages: OPEN, RESUME, prompt chunks, credit, lease renewals, CLOSE."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from logging import getLogger
 from typing import Any
 
 import numpy as np
 
+from meshd.agents.links.backlog import Backlog
 from meshd.agents.links.links import Links
 from meshd.agents.links.rpc import try_send
 from meshd.agents.session.events import CloseStages, OpenStages, ResumeStages
 from meshd.agents.session.journal.record import SessionRecord
 from meshd.agents.session.plan.resume import StageHeld
-from meshd.errors import PeerFault
+from meshd.errors import InvalidSampling, MeshdError, NoPeer, OutOfMemory, Overloaded, PeerFault, RemoteFailure
 from meshd.kernels.sampler import needs_past_tokens
 from meshd.protocol.messages import Close, Credit, Message, Open, Opened, Prompt, Renew, Resume
 from meshd.types import PeerId, Plan, SessionId
+
+log = getLogger(__name__)
 
 LEASE_S = 10.0
 RENEW_S = 3.0
 OPEN_TIMEOUT_S = 5.0
 """A stage only reserves memory in OPEN, so a slower reply means that something is wrong with its peer."""
+
+
+REFUSALS = frozenset({OutOfMemory.code, NoPeer.code, Overloaded.code})
+"""Errors with which a stage refuses to open when its peer has changed since the plan was made, for example because another session
+took the memory. That is load and no fault of the peer, and a new plan may succeed."""
+
+
+def is_refusal(error: MeshdError | None) -> bool:
+    """Whether a peer refused to open a stage for lack of room."""
+    return isinstance(error, RemoteFailure) and error.remote_code in REFUSALS
 
 
 @dataclass(slots=True)
@@ -32,6 +46,12 @@ class StageClient:
     renewed_at: float
     handed_over: bool = False
     """Whether the previous coordinator handed the session over to this peer."""
+    _prompt_epoch: int = 0
+    """The epoch whose prompt is wanted. Chunks of any other epoch that wait for room on their lane are dropped."""
+    _prompts: Backlog = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._prompts = Backlog(self.links)
 
     @property
     def session(self) -> SessionId:
@@ -42,12 +62,18 @@ class StageClient:
 
         tokens: the answer so far.
         Returns: what the stage still has of the session.
-        Raises: MeshdError.
+        Raises: MeshdError; UsageError if the request itself is wrong, so that no other peer could open the stage.
         Cancel: the stage may be open already; CLOSE or the end of its lease frees it.
         """
         peer = command.plan.stages[stage].peer
         payload = self._ids_for(command.plan, stage, tokens)
-        reply, _ = await self.links.request(peer, self._open_message(command, stage), payload, timeout_s=OPEN_TIMEOUT_S)
+        message = self._open_message(command, stage)
+        try:
+            reply, _ = await self.links.request(peer, message, payload, timeout_s=OPEN_TIMEOUT_S)
+        except RemoteFailure as error:
+            if error.remote_code == InvalidSampling.code:
+                raise InvalidSampling(error.message, hint=error.hint) from error
+            raise
         if not isinstance(reply, Opened):
             raise PeerFault(f"OPEN was answered with {type(reply).__name__}")
         return StageHeld(reply.held, reply.mirrored, reply.kept_from, reply.kept_to)
@@ -62,7 +88,7 @@ class StageClient:
             coordinator=self.me,
             prompt_tokens=len(self.record.prompt),
             max_tokens=self.record.max_tokens,
-            sampling=self.record.sampling,
+            sampling=self.record.sampling if stage == len(command.plan.stages) - 1 else None,
             ignore_eos=self.record.ignore_eos,
             lease_ms=int(LEASE_S * 1000),
             credit=command.credit,
@@ -88,12 +114,19 @@ class StageClient:
 
     def send_prompt(self, epoch: int, plan: Plan, start: int, tokens: Sequence[int]) -> None:
         """Send the first stage the known ids from position `start` on, in chunks of the plan's size."""
-        ids = self._known_ids(tokens)
+        self._prompt_epoch = epoch
+        peer, ids = plan.stages[0].peer, self._known_ids(tokens)
         chunk = plan.prefill_chunk_tokens
         for step in range(start, len(ids), chunk):
             part = ids[step : step + chunk]
             message = Prompt(session=self.session, epoch=epoch, step=step, tokens=len(part), last=step + len(part) == len(ids))
-            self.send(plan.stages[0].peer, message, part.data.cast("B"))
+            self._prompts.send(
+                peer,
+                message,
+                part.data.cast("B"),
+                wanted=lambda: self._prompt_epoch == epoch,
+                failed=lambda error: log.debug("PROMPT to %.8s not sent: %s", peer, error),
+            )
 
     def grant(self, epoch: int, peer: PeerId, index: int, *, hold: bool = False) -> None:
         """Allow the stages to make answer tokens before `index`. `hold`: withdraw any larger credit that was granted before."""
@@ -108,8 +141,10 @@ class StageClient:
 
     def close(self, command: CloseStages) -> None:
         """Have the command's peers free their memory of the session."""
+        if self._prompt_epoch <= command.epoch:
+            self._prompt_epoch = 0
         for peer in command.peers:
-            self.send(peer, Close(session=self.session, epoch=command.epoch, reason=command.reason))
+            self.send(peer, Close(session=self.session, epoch=command.epoch, reason=command.reason, undo=command.undo))
 
     def send(self, peer: PeerId, message: Message, payload: memoryview | None = None) -> None:
         """Send without waiting. A failure is only logged, because the link reports the loss of the peer."""

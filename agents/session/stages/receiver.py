@@ -7,7 +7,7 @@ from meshd.agents.links.links import Links
 from meshd.agents.session.answer import Answer
 from meshd.agents.session.plan.move import Mover
 from meshd.agents.session.plan.retry import PlanRetrier
-from meshd.errors import PeerFault, PeerLost, RemoteFailure
+from meshd.errors import InvalidSampling, MeshdError, PeerFault, PeerLost, RemoteFailure
 from meshd.protocol.messages import Closed, Error, Failed, Mirrored, Token
 from meshd.types import PeerId, SessionId
 
@@ -52,7 +52,11 @@ class StageReceiver:
         stages = answer.plan.stages
         name = self.names(stages[message.stage].peer) if message.stage < len(stages) else "a peer"
         text = f"{name} could not continue: {message.message}"
-        error = PeerLost(text) if message.code == PeerLost.code else RemoteFailure(text, remote_code=message.code)
+        error: MeshdError = RemoteFailure(text, remote_code=message.code)
+        if message.code == PeerLost.code:
+            error = PeerLost(text)
+        elif message.code == InvalidSampling.code:
+            error = InvalidSampling(message.message)
         answer.stage_failed(message.epoch, message.stage, error, message.blame)
 
     def _on_mirrored(self, sender: PeerId, message: Mirrored, payload: memoryview) -> None:

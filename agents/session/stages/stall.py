@@ -8,7 +8,7 @@ from meshd.agents.session.answer import Answer
 from meshd.agents.session.session import SessionState
 from meshd.clock import Clock
 from meshd.errors import MeshdError
-from meshd.protocol.messages import FetchProgress, ProgressData
+from meshd.protocol.messages import FetchProgress, ProgressData, RunningStep, StageProgress
 from meshd.types import PeerId, SessionId
 
 SILENT_S = 1.2
@@ -16,11 +16,11 @@ SILENT_S = 1.2
 _QUIET_S = 0.4
 """A silent peer is tolerated while the latest token is younger than this."""
 _LEAST_STEP_S = 3.0
-"""The stages are not asked for their progress earlier than this after the last token: a peer may be busy with other sessions."""
+"""No step counts as overdue earlier than this, and no lane as stuck."""
 _PATIENCE = 20.0
-"""The stages are not asked for their progress before this many times the predicted time of the next token has passed."""
-_HARD_STEP_S = 60.0
-"""After this time without a token, a stage with an unfinished step counts as stuck, even if other sessions keep its peer busy."""
+"""A step is overdue after this many times its predicted time."""
+_OTHER_WORK_S = 120.0
+"""A peer may compute something that belongs to no session for this long: it measures layers that it has just loaded."""
 _ASK_S = 1.0
 _BETWEEN_ASKS_S = 0.3
 _REST_S = 1.0
@@ -30,15 +30,11 @@ _UNREAD_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class StageWhereabouts:
-    """A stage's report of how far a session has come."""
+class StageReport:
+    """What the peer of one stage of a session reports: how far the stage has come, and what the peer computes now."""
 
-    due: int
-    """The next position that the stage expects."""
-    sent: int
-    """Number of positions whose outputs the stage has sent to the next stage."""
-    computing_s: float
-    """How long the stage's peer has been computing its present step, which may be another session's."""
+    progress: StageProgress
+    running: RunningStep | None
 
 
 @dataclass(slots=True)
@@ -55,7 +51,7 @@ class StallWatch:
         answer.renew(now)
         if answer.record.background:
             answer.read_all()  # without readers, nothing else would extend its credit
-        if not answer.readers and not answer.record.background and now - answer.unread_since > _UNREAD_S:
+        if answer.opened.done() and not answer.readers and not answer.record.background and now - answer.unread_since > _UNREAD_S:
             answer.suspend()
         state = answer.machine.state
         plan = answer.plan
@@ -68,10 +64,10 @@ class StallWatch:
             answer.overdue(f"{answer.context.names(silent)} is silent", silent)
             return
         predicted = plan.predicted_tpot_s if state is SessionState.DECODING else plan.predicted_ttft_s
-        limit = max(_LEAST_STEP_S, _PATIENCE * predicted)
-        if now - answer.progress_at > limit and state is not SessionState.OPENING and answer.session not in self._asking:
+        waited_s = now - answer.progress_at
+        if waited_s > time_limit_s(predicted) and state is not SessionState.OPENING and answer.session not in self._asking:
             self._asking.add(answer.session)
-            answer.tasks.spawn(self._locate_stall(answer, limit)).add_done_callback(lambda _: self._asking.discard(answer.session))
+            answer.tasks.spawn(self._locate_stall(answer)).add_done_callback(lambda _: self._asking.discard(answer.session))
 
     def _silent(self, answer: Answer) -> PeerId | None:
         """Returns: a peer of the plan that is linked but has been silent for too long; None if there is none."""
@@ -84,7 +80,7 @@ class StallWatch:
                 return stage.peer
         return None
 
-    async def _locate_stall(self, answer: Answer, limit: float) -> None:
+    async def _locate_stall(self, answer: Answer) -> None:
         """Ask every stage for its progress twice. Recover the answer if a stage does not reply or no stage has made progress."""
         epoch, progress = answer.machine.epoch, answer.progress_at
         before = await self._ask(answer, epoch)
@@ -97,7 +93,8 @@ class StallWatch:
             return
         assert isinstance(before, list)
         waited_s = self.clock.monotonic() - progress
-        found = stuck_at(before, after, answer.machine.known, limit_s=limit if waited_s < _HARD_STEP_S else 0.0)
+        prefilling = answer.machine.state is SessionState.PREFILLING
+        found = stuck_at(before, after, answer.machine.known, answer.session, prefilling=prefilling)
         if found is None:
             await self.clock.sleep(_REST_S)
             return
@@ -105,10 +102,10 @@ class StallWatch:
         blame = answer.plan.stages[stage].peer if stage is not None else None
         answer.overdue(f"{waited_s:.1f} s without a token: {reason}", blame)
 
-    async def _ask(self, answer: Answer, epoch: int) -> list[StageWhereabouts] | PeerId:
+    async def _ask(self, answer: Answer, epoch: int) -> list[StageReport] | PeerId:
         """Returns: each stage's report, in order, or the peer that did not send one."""
         assert answer.plan is not None
-        replies: dict[int, StageWhereabouts] = {}
+        replies: dict[int, StageReport] = {}
         for peer in dict.fromkeys(answer.plan.peers):
             request = FetchProgress(request=self.links.next_request(), session=answer.session, epoch=epoch)
             try:
@@ -116,28 +113,70 @@ class StallWatch:
             except MeshdError:
                 return peer
             if isinstance(reply, ProgressData):
-                replies |= {stage: StageWhereabouts(due, sent, computing) for stage, due, sent, computing in reply.stages}
+                replies |= {progress.stage: StageReport(progress, reply.running) for progress in reply.stages}
         missing = [number for number in range(len(answer.plan.stages)) if number not in replies]
         return answer.plan.stages[missing[0]].peer if missing else [replies[number] for number in sorted(replies)]
 
 
+def time_limit_s(predicted_s: float) -> float:
+    """Returns: how long something may take that was predicted to take `predicted_s`."""
+    return max(_LEAST_STEP_S, _PATIENCE * predicted_s)
+
+
 def stuck_at(
-    before: Sequence[StageWhereabouts], after: Sequence[StageWhereabouts], known: int, *, limit_s: float
+    before: Sequence[StageReport], after: Sequence[StageReport], known: int, session: SessionId, *, prefilling: bool
 ) -> tuple[str, int | None] | None:
     """Find where a session is stuck, from two reports of each of its stages.
 
+    A slow thing is not a dead thing: a step that waits in a queue, behind a step of another session or on a lane that carries
+    something else is load. A peer is at fault only if the step that it computes is overdue by that step's own prediction.
+
     known: number of tokens of prompt and answer that the coordinator has.
-    limit_s: how long a stage's peer may compute one step.
+    prefilling: whether the steps under way are prefill steps, which share their lane with other large messages.
     Returns: (reason, number of the stage at fault if it is known). None if a stage has made progress, or may still be computing.
     """
-    if [(stage.due, stage.sent) for stage in before] != [(stage.due, stage.sent) for stage in after]:
+    if [_position(report) for report in before] != [_position(report) for report in after]:
         return None
-    for number, stage in enumerate(after):
-        if stage.sent < stage.due:
-            stuck = stage.computing_s >= limit_s
-            return (f"the peer of stage {number} has computed one step for {stage.computing_s:.1f} s", number) if stuck else None
-        if number and stage.due < after[number - 1].sent:
-            return f"a step from stage {number - 1} did not reach stage {number}", number
-    if after[-1].sent >= known:
+    waiting = [number for number, report in enumerate(after) if report.progress.sent < report.progress.due]
+    for number in waiting:
+        running = after[number].running
+        if running is not None and running.running_s > _limit_of(running):
+            return _overdue(number, running, session), number
+    if any(after[number].running is not None for number in waiting):
+        return None
+    due = known
+    for number, report in enumerate(after):
+        progress = report.progress
+        if progress.due < due and prefilling and progress.idle_s < _LEAST_STEP_S:
+            return None  # the step is on its way, behind other messages of its lane
+        if progress.due < due:
+            return (f"a step from stage {number - 1} did not reach stage {number}", number) if number else (_NO_STEP, None)
+        due = progress.sent
+    if due >= known:
         return "the token of the last stage did not arrive", len(after) - 1
     return "every stage is idle", None
+
+
+_NO_STEP = "the next step did not reach stage 0"
+
+
+def _position(report: StageReport) -> tuple[int, int]:
+    return report.progress.due, report.progress.sent
+
+
+def _limit_of(running: RunningStep) -> float:
+    return time_limit_s(running.predicted_s) if running.session is not None else _OTHER_WORK_S
+
+
+def _overdue(number: int, running: RunningStep, session: SessionId) -> str:
+    whose = (
+        ""
+        if running.session == session
+        else " of another session"
+        if running.session is not None
+        else " that belongs to no session"
+    )
+    return (
+        f"the peer of stage {number} has computed one step{whose} for {running.running_s:.1f} s; "
+        f"{running.predicted_s:.2f} s were predicted"
+    )

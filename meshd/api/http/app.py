@@ -7,8 +7,11 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from meshd.agents.service import ClusterService, Coordinator
+from meshd.api.http.body import drop_broken_body
 from meshd.api.http.errors import problem_for_client
 from meshd.api.http.guard import guard
+from meshd.api.http.ignored import HEADER as IGNORED_HEADER
+from meshd.api.http.ignored import IGNORED
 from meshd.api.http.openapi import openapi
 from meshd.api.http.routes import ROUTES
 from meshd.api.http.server import CONNECTIONS, Connections
@@ -58,6 +61,7 @@ async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamRe
         outcome = problem.name
         response = problem.response()
     finally:
+        drop_broken_body(request)
         connections.end(request.protocol)
         _record_outcome(request, outcome)
     return response
@@ -73,3 +77,5 @@ def _record_outcome(request: web.Request, outcome: str) -> None:
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
     response.headers["x-request-id"] = f"req_{request.app[SERVICES].clock.random_bytes(16).hex()}"
     response.headers.update(request.get(GENERATION_HEADERS, {}))
+    if (ignored := request.get(IGNORED)) is not None and ignored.count:
+        response.headers[IGNORED_HEADER] = ignored.header()

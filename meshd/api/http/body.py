@@ -8,11 +8,15 @@ from typing import Any, TypeVar, cast
 import msgspec
 from aiohttp import web
 
+from meshd.api.http.ignored import IGNORED, IgnoredFields, unknown_fields
 from meshd.api.http.services import SERVICES
-from meshd.api.openai.fields import UNSUPPORTED, unsupported
+from meshd.api.openai.fields import UNSUPPORTED, AnswerFields, unsupported
 from meshd.errors import InvalidRequest
 
 T = TypeVar("T", bound=msgspec.Struct)
+
+IN_PLACE_BYTES = 64 * 1024
+"""Largest body that is decoded on the event loop, in at most about a millisecond. A larger one is decoded in a thread."""
 
 # The parts of msgspec's error messages that name a field.
 _AT = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`$")
@@ -21,34 +25,80 @@ _MISSING = re.compile(r"missing required field `(?P<field>.*)`")
 
 
 async def read_body(request: web.Request, shape: type[T]) -> T:
-    """Read the body and decode it as `decode_body` does. Raises: InvalidRequest, HTTPRequestEntityTooLarge, HTTPRequestTimeout."""
+    """Read the body and decode it as `decode_body` does. The names of ignored fields are stored with the request.
+
+    Raises: InvalidRequest, HTTPRequestEntityTooLarge, HTTPRequestTimeout.
+    """
+    data = await _read(request)
+    if len(data) <= IN_PLACE_BYTES:
+        body, request[IGNORED] = decode_body(data, shape)
+    else:
+        body, request[IGNORED] = await asyncio.to_thread(decode_body, data, shape)
+    return body
+
+
+async def _read(request: web.Request) -> bytes:
+    limits = request.app[SERVICES].limits
+    if (request.content_length or 0) > limits.body_bytes:
+        raise web.HTTPRequestEntityTooLarge(max_size=limits.body_bytes, actual_size=request.content_length or 0)
     try:
-        async with asyncio.timeout(request.app[SERVICES].limits.body_s):
-            data = await request.read()
+        async with asyncio.timeout(limits.body_s):
+            return await request.read()
     except TimeoutError:
         raise web.HTTPRequestTimeout(text="the body did not arrive in time: send it without a pause") from None
-    return decode_body(data, shape)
+    except web.RequestPayloadError:
+        drop_broken_body(request)
+        raise InvalidRequest(
+            "the body can't be read: it is not encoded as its headers say", hint="check `Content-Encoding` and `Transfer-Encoding`"
+        ) from None
 
 
-def decode_body(data: bytes, shape: type[T]) -> T:
-    """Decode JSON, and reject fields that `shape` lacks. Raises: InvalidRequest, whose `param` names the first wrong field."""
+def drop_broken_body(request: web.Request) -> None:
+    """Skip the rest of a body that can't be read, and close the connection after the response: nobody knows where the body ends.
+
+    Does nothing for other bodies. If it is not called, aiohttp reads the rest and logs a traceback.
+    """
+    if request.content.exception() is not None:
+        request.content.feed_eof()
+        if request.protocol is not None:
+            request.protocol.close()
+
+
+def decode_body(data: bytes, shape: type[T]) -> tuple[T, IgnoredFields]:
+    """Decode JSON.
+
+    Returns: the body, and the fields that have no effect. A struct that forbids unknown fields has none.
+    Raises: InvalidRequest, whose `param` names the first wrong field.
+    """
     try:
-        return cast("T", _decoder(shape).decode(data))
+        body = cast("T", _decoder(shape).decode(data))
+        ignored = unknown_fields(data, shape)
     except msgspec.ValidationError as error:
         raise _field_error(str(error), shape) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}", hint="send one JSON object in UTF-8") from None
+    if isinstance(body, AnswerFields):
+        for name in body.without_effect():
+            ignored.add(name)
+    return body, ignored
 
 
 def read_query(request: web.Request, shape: type[T]) -> T:
     """Decode the query string, and convert its values to the types of `shape`. Lists are written `name=a&name=b` or `name[]=a`.
 
+    The names of unknown fields are stored with the request.
+
     Raises: InvalidRequest.
     """
     values: dict[str, str | list[str]] = {}
+    known, ignored = properties_of(shape), IgnoredFields([])
+    request[IGNORED] = ignored
     for key in request.query:
         name = key.removesuffix("[]")
         found = request.query.getall(key)
+        if name not in known:
+            ignored.add(name)
+            continue
         values[name] = found if _is_list(shape, name) or len(found) > 1 else found[0]
     try:
         return msgspec.convert(values, shape, strict=False)

@@ -30,6 +30,11 @@ class ClientLimits:
     """Longest time that a write waits for the client to read. A slower client is disconnected."""
     keep_alive_s: float = 10.0
     """Time between the comments that keep an event stream open."""
+    headers_s: float = 25.0
+    """Longest time until a stream's headers are sent. Proxies close connections on which nothing arrives, some after 30 s.
+
+    Until then an error has its own HTTP status. A request that waits for another answer's end gets its headers at once.
+    """
     answers_at_once: int = 8
     """Most answers of one request (`n`, several prompts) that run at the same time. Each further answer starts when one ends."""
     answers: int = 256

@@ -6,6 +6,7 @@ Streams of `/v1/responses` have other last events in both cases, as in OpenAI's 
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -16,6 +17,8 @@ from meshd.api.http.merge import beside
 from meshd.api.http.services import SERVICES
 from meshd.api.openai.renderers import StreamedEvent, error_event
 
+HEADERS_DUE = web.RequestKey("headers_due", asyncio.Event)
+"""Key under which a stream stores the event to set when its request waits for another answer's end."""
 OUTCOME = web.RequestKey("outcome", str)
 """Key under which a request stores the code of an error that occurred after the status was sent."""
 
@@ -24,6 +27,9 @@ _HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control":
 
 class EventStream:
     """A response that is a stream of events. Status and headers are sent with the first event or comment.
+
+    They are sent earlier if the request waits for another answer's end, or after `ClientLimits.headers_s`. From then on comments
+    keep the connection open, and an error is sent as an event.
 
     About 128 KiB are buffered; then writes wait until the client reads. A client that does not read for `ClientLimits.write_s` is
     disconnected.
@@ -38,6 +44,9 @@ class EventStream:
         """Number of the last event that the client has; -1 for none."""
         self.sends_done = True
         """Whether a successful stream ends with `[DONE]`."""
+        self._due = asyncio.Event()
+        """Set when the headers are sent, or should be."""
+        request[HEADERS_DUE] = self._due
         self.failure: Callable[[HttpProblem], StreamedEvent] = error_event
         """Makes the last event of a failed stream."""
 
@@ -77,18 +86,23 @@ class EventStream:
         await self.response.write_eof()
 
     async def keep_alive(self) -> None:
-        """Send comments while the stream is open, so that proxies don't close an idle connection."""
-        while True:
-            await self._clock.sleep(self._limits.keep_alive_s)
-            if self.response.prepared:
-                try:
-                    await self.comment("keep-alive")
-                except ConnectionError:
-                    return
+        """Send the headers when they are due, and comments after them, so that proxies don't close an idle connection."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._limits.headers_s):
+                await self._due.wait()
+        try:
+            if not self.response.prepared:
+                await self.comment("waiting")
+            while True:
+                await self._clock.sleep(self._limits.keep_alive_s)
+                await self.comment("keep-alive")
+        except ConnectionError:
+            return
 
     async def _write(self, data: bytes) -> None:
         try:
             async with asyncio.timeout(self._limits.write_s) as deadline:
+                self._due.set()
                 await self.response.prepare(self._request)
                 await self.response.write(data)
         except TimeoutError:

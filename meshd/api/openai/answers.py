@@ -1,7 +1,7 @@
 """The running answers of one request: start or resume them, and release them when the client disconnects."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from urllib.parse import quote
@@ -9,10 +9,12 @@ from urllib.parse import quote
 import msgspec
 from aiohttp import web
 
-from meshd.agents.service import Coordinator, Finished, Generation, GenerationRequest, TextDelta
+from meshd.agents.service import Finished, Generation, GenerationRequest, TextDelta
 from meshd.api.http.errors import RESUMABLE, ResumableAnswer
+from meshd.api.http.ignored import IGNORED, IgnoredFields
 from meshd.api.http.merge import closing, merge_iterators
 from meshd.api.http.services import SERVICES
+from meshd.api.http.sse import HEADERS_DUE
 from meshd.api.openai.stored_responses import AnyRenderer, encode_renderer
 from meshd.errors import InvalidRequest
 
@@ -28,6 +30,8 @@ class RunningAnswers:
     id: str
     events: AsyncIterator[tuple[int, TextDelta | Finished]]
     """(index of the answer, event), in order of arrival."""
+    first: Generation
+    """The first answer that was admitted. All answers to a chat have the same prompt."""
     generation: Generation | None = None
     """The answer, if the request has only one. None: it has several."""
 
@@ -73,7 +77,7 @@ async def generate(request: web.Request, renderer: AnyRenderer, generation_reque
     whole = msgspec.structs.replace(
         generation_request, store=renderer.store, background=renderer.background, renderer=encode_renderer(renderer)
     )
-    generation = await coordinator.generate(whole)
+    generation = await coordinator.generate(whole, on_wait=_on_wait(request))
     set_generation_headers(request, generation)
     return generation
 
@@ -89,7 +93,7 @@ async def reading(
         request[RESUMABLE] = ResumableAnswer(answer_id, generation)
     try:
         async with closing(_events(generation)) as events:
-            yield RunningAnswers(renderer, answer_id, events, generation)
+            yield RunningAnswers(renderer, answer_id, events, generation, generation)
     except asyncio.CancelledError:
         # A client without the id could not resume the answer. At a shutdown, however, the client receives an error with the id.
         if not known and not work.closing:
@@ -117,7 +121,7 @@ async def _several(
             f"{len(generation_requests)} answers are too many for one request", param="prompt", hint="send fewer prompts"
         )
     slots = asyncio.Semaphore(services.limits.answers_at_once)
-    async with merge_iterators([_answer(services.coordinator, one, slots) for one in generation_requests]) as events:
+    async with merge_iterators([_answer(request, one, slots) for one in generation_requests]) as events:
         admitted: dict[int, Generation] = {}
         early: list[tuple[int, TextDelta | Finished]] = []
         async for index, event in events:
@@ -127,15 +131,18 @@ async def _several(
             admitted[index] = event.generation
             if len(admitted) == len(generation_requests):
                 break
-        request[GENERATION_HEADERS] = _headers(admitted)
-        yield RunningAnswers(renderer, f"{renderer.prefix}{services.clock.random_bytes(16).hex()}", _deltas(early, events))
+        _set_headers(request, admitted)
+        answer_id = f"{renderer.prefix}{services.clock.random_bytes(16).hex()}"
+        yield RunningAnswers(renderer, answer_id, _deltas(early, events), admitted[min(admitted)])
 
 
 async def _answer(
-    coordinator: Coordinator, generation_request: GenerationRequest, slots: asyncio.Semaphore
+    request: web.Request, generation_request: GenerationRequest, slots: asyncio.Semaphore
 ) -> AsyncGenerator[_Admitted | TextDelta | Finished, None]:
     async with slots:
-        generation = await coordinator.generate(msgspec.structs.replace(generation_request, store=False))
+        generation = await request.app[SERVICES].coordinator.generate(
+            msgspec.structs.replace(generation_request, store=False), on_wait=_on_wait(request)
+        )
         try:
             yield _Admitted(generation)
             async with closing(generation.events()) as events:
@@ -155,9 +162,21 @@ async def _deltas(
             yield index, event
 
 
+def _on_wait(request: web.Request) -> Callable[[], None] | None:
+    due = request.get(HEADERS_DUE)
+    return None if due is None else due.set
+
+
 def set_generation_headers(request: web.Request, generation: Generation) -> None:
     """Set the response headers for the session, its plan and its predicted TPOT."""
-    request[GENERATION_HEADERS] = _headers({0: generation})
+    _set_headers(request, {0: generation})
+
+
+def _set_headers(request: web.Request, admitted: Mapping[int, Generation]) -> None:
+    request[GENERATION_HEADERS] = _headers(admitted)
+    ignored = request.setdefault(IGNORED, IgnoredFields([]))
+    for name in admitted[min(admitted)].ignored:
+        ignored.add(name)
 
 
 def _headers(admitted: Mapping[int, Generation]) -> dict[str, str]:

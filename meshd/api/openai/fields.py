@@ -1,25 +1,24 @@
 """Request fields that several routes have, and their conversion for the coordinator.
 
-If meshd does not support a field of OpenAI's API, the field accepts only its neutral values (null, an empty list, the default).
-Any other value is an error that names the field, so that no option is ignored silently. There are two exceptions. `user` and its
-successor `safety_identifier` have no effect, since they are labels for the provider's accounting. `parallel_tool_calls` has no
-effect, since no tools are supported.
+A field falls into one of three groups. One that meshd supports is used. One that is known to change the answer and is not supported
+accepts only its neutral values (null, an empty list, the default): any other value is an error that names the field. All others,
+such as hints for other servers (`prompt_cache_key`, `verbosity`), are ignored, and the header `x-meshd-ignored` names them.
 """
 
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
 from meshd.agents.service import MeshOptions
-from meshd.bounds import MAX_LOGIT_BIAS, MAX_STOP_CHARACTERS, MAX_STOPS
+from meshd.bounds import MAX_LOGIT_BIAS, MAX_STOP_CHARACTERS, MAX_STOPS, AskedPenalty, AskedRepetition, AskedTemperature
 from meshd.clock import Clock
-from meshd.errors import InvalidRequest
-from meshd.types import SamplingParams
+from meshd.errors import InvalidRequest, ToolsUnsupported
+from meshd.types import SamplingDefaults, SamplingParams
 
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-Penalty = Annotated[float, Meta(ge=-2, le=2)]
 StopText = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 UNSUPPORTED = "x-unsupported"
@@ -30,10 +29,15 @@ NoList = Annotated[
     Meta(description="Not supported: only null or an empty list.", extra_json_schema={UNSUPPORTED: True}),
 ]
 NoValue = Annotated[None, Meta(description="Not supported: only null.", extra_json_schema={UNSUPPORTED: True})]
-NotTrue = Annotated[
-    bool | None,
-    Meta(description="Not supported: only false or null.", extra_json_schema={UNSUPPORTED: True, "enum": [False, None]}),
+Tools = Annotated[
+    list[Any] | None, Meta(description="Not supported: only null or an empty list.", extra_json_schema={UNSUPPORTED: True})
 ]
+ToolChoice = Annotated[
+    Literal["none", "auto", "required"] | dict[str, Any] | None,
+    Meta(description='Not supported: only null, "none" or "auto".', extra_json_schema={UNSUPPORTED: True}),
+]
+MAX_MESSAGES = 16_384
+"""Most messages of a chat. Each has at least some tokens, so that longer chats fit into no context."""
 
 _SEED_SPAN = 2**63
 
@@ -44,34 +48,32 @@ def neutral(*values: str) -> Meta:
     return Meta(description=f"Not supported: only null or {allowed}.", extra_json_schema={UNSUPPORTED: True})
 
 
-class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Options of a stream."""
 
-    include_obfuscation: NotTrue = None
 
-
-class ChunkOptions(StreamOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ChunkOptions(StreamOptions, frozen=True, kw_only=True):
     """Options of a stream of chunks."""
 
     include_usage: bool | None = None
     """Whether the stream ends with a chunk that has the usage and no choices."""
 
 
-class AnswerFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class AnswerFields(msgspec.Struct, frozen=True, kw_only=True):
     """Fields of all routes that generate answers."""
 
     model: Annotated[str, Meta(min_length=1, max_length=512, description="A model of GET /v1/models.")]
     temperature: Annotated[
-        Annotated[float, Meta(ge=0, le=2)] | None, Meta(description="From 0 (always the most likely token) to 2; 1 if not given.")
+        AskedTemperature | None,
+        Meta(description="From 0 (always the most likely token) to 2. Default: the model's own, or 1. So for the next six."),
     ] = None
     top_p: Annotated[Annotated[float, Meta(gt=0, le=1)] | None, Meta(description="Above 0, up to 1 (all tokens).")] = None
     top_k: Annotated[Annotated[int, Meta(ge=0, le=2**31 - 1)] | None, Meta(description="0: all tokens.")] = None
     min_p: Annotated[Annotated[float, Meta(ge=0, le=1)] | None, Meta(description="From 0 (all tokens) to 1.")] = None
-    presence_penalty: Annotated[Penalty | None, Meta(description="From -2 to 2.")] = None
-    frequency_penalty: Annotated[Penalty | None, Meta(description="From -2 to 2.")] = None
-    repetition_penalty: Annotated[
-        Annotated[float, Meta(gt=0, le=10)] | None, Meta(description="Above 0, up to 10; 1: no penalty.")
-    ] = None
+    presence_penalty: Annotated[AskedPenalty | None, Meta(description="From -2 to 2.")] = None
+    frequency_penalty: Annotated[AskedPenalty | None, Meta(description="From -2 to 2.")] = None
+    repetition_penalty: Annotated[AskedRepetition | None, Meta(description="From 0.01 to 10; 1: no penalty.")] = None
+    repeat_penalty: Annotated[AskedRepetition | None, Meta(description="Another name of `repetition_penalty`.")] = None
     logit_bias: Annotated[
         Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_LOGIT_BIAS)] | None,
         Meta(description=f"Token id to a bias from -100 to 100, for up to {MAX_LOGIT_BIAS} tokens."),
@@ -85,7 +87,6 @@ class AnswerFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
     ignore_eos: Annotated[bool | None, Meta(description="Continue to max_tokens, past the model's end of text.")] = None
     mesh: Annotated[MeshOptions | None, Meta(description="Where and how the mesh computes the answer.")] = None
 
@@ -99,11 +100,20 @@ class AnswerFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise InvalidRequest(
                 "`stream_options` is only for streams", param="stream_options", hint="set `stream` to true or leave it out"
             )
-        if self.stream_options is not None and self.stream_options.include_obfuscation:
-            raise unsupported("stream_options.include_obfuscation", "leave it out or send false")
+        if None not in (self.repetition_penalty, self.repeat_penalty) and self.repetition_penalty != self.repeat_penalty:
+            raise InvalidRequest(
+                "`repetition_penalty` and `repeat_penalty` differ", param="repeat_penalty", hint="send only `repetition_penalty`"
+            )
 
-    def sampling(self, seed: int, logprobs: int | None) -> SamplingParams:
-        """Return the sampling parameters. A parameter that the request lacks has its default. `logprobs`: None requests none."""
+    def without_effect(self) -> Iterator[str]:
+        """Yield the names of fields that this type has, but that have no effect in this request."""
+        yield from ()
+
+    def sampling(self, seed: int, logprobs: int | None, defaults: SamplingDefaults) -> SamplingParams:
+        """Return the sampling parameters. `logprobs`: None requests none.
+
+        A parameter that the request lacks has the value of `defaults`, the model's own, or else that of OpenAI's API.
+        """
         given = {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -111,9 +121,10 @@ class AnswerFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "min_p": self.min_p,
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
-            "repetition_penalty": self.repetition_penalty,
+            "repetition_penalty": self.repeat_penalty if self.repetition_penalty is None else self.repetition_penalty,
             "logit_bias": self.logit_bias,
         }
+        given |= {name: getattr(defaults, name) for name in defaults.__struct_fields__ if given[name] is None}
         known: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return SamplingParams(seed=seed, logprobs=logprobs, **known)
 
@@ -123,7 +134,7 @@ class AnswerFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return seed % _SEED_SPAN
 
 
-class GenerationFields(AnswerFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class GenerationFields(AnswerFields, frozen=True, kw_only=True):
     """Fields that chats and text completions have and responses don't."""
 
     max_tokens: Annotated[Count | None, Meta(description="At least 1.")] = None
@@ -149,3 +160,18 @@ class GenerationFields(AnswerFields, frozen=True, kw_only=True, forbid_unknown_f
 def unsupported(param: str, hint: str) -> InvalidRequest:
     """Make the error for a field that requests something that meshd does not support."""
     return InvalidRequest(f"`{param}` is not supported", param=param, hint=hint)
+
+
+def asks_for_tools(tools: list[Any] | None, choice: str | dict[str, Any] | None) -> bool:
+    """Whether a request may be answered with a call of a tool: it has tools and does not rule them out, or it demands a call."""
+    return (bool(tools) and choice != "none") or demands_tool(choice)
+
+
+def demands_tool(choice: str | dict[str, Any] | None) -> bool:
+    """Whether `tool_choice` or `function_call` demands that the answer is a call of a tool."""
+    return choice == "required" or isinstance(choice, dict)
+
+
+def tools_unsupported(param: str, hint: str = 'leave it out, or set "tool_choice" to "none"') -> ToolsUnsupported:
+    """Make the error for a field that asks for tools."""
+    return ToolsUnsupported(f"`{param}` asks for tools, which are not supported", param=param, hint=hint)

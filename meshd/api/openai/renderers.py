@@ -16,6 +16,7 @@ from meshd import __version__
 from meshd.agents.service import Finished, TextDelta
 from meshd.api.http.errors import ErrorBody, HttpProblem
 from meshd.api.http.services import Services
+from meshd.types import SamplingDefaults
 
 
 class StreamedEvent(msgspec.Struct, frozen=True):
@@ -79,10 +80,16 @@ def error_event(failure: HttpProblem) -> StreamedEvent:
 
 def model_fields(services: Services, model: str) -> dict[str, Any]:
     """Return the first fields of `Renderer`: time, name of the model, and fingerprint of its weights and of meshd's version."""
-    card = next((card for card in services.coordinator.models() if model in (card.name, card.id, card.ref)), None)
+    card = services.coordinator.card(model)
     weights = card.id if card else model
     return {
         "created": int(services.clock.wall()),
         "model": card.name if card else model,
         "system_fingerprint": f"fp_{hashlib.sha256(f'{__version__}:{weights}'.encode()).hexdigest()[:10]}",
     }
+
+
+def sampling_defaults(services: Services, model: str) -> SamplingDefaults:
+    """Return the sampling parameters that the model's authors recommend; none if no live peer has the model."""
+    card = services.coordinator.card(model)
+    return card.sampling if card is not None else SamplingDefaults()

@@ -10,7 +10,7 @@ from meshd.agents.service import GenerationRequest
 from meshd.api.http.reply import json_response
 from meshd.api.http.services import SERVICES
 from meshd.api.http.sse import EventStream, respond
-from meshd.api.openai.answers import RunningAnswers, started
+from meshd.api.openai.answers import GENERATION_HEADERS, RunningAnswers, started
 from meshd.api.openai.common_objects import UsageCounter, collect
 from meshd.api.openai.stored_responses import AnyRenderer
 
@@ -31,7 +31,7 @@ async def send_whole(request: web.Request, source: AbstractAsyncContextManager[R
     async with request.app[SERVICES].work.interruptible(), source as running:
         counter = UsageCounter(running.renderer.per_prompt)
         answers = await collect(running.events, running.renderer.answers, counter)
-        return json_response(running.renderer.whole(running.id, answers, counter.usage()))
+        return json_response(running.renderer.whole(running.id, answers, counter.usage(), prompt_end=running.first.prompt_end))
 
 
 async def send_stream(
@@ -42,13 +42,16 @@ async def send_stream(
     async def produce(stream: EventStream) -> None:
         stream.last = after
         async with source as running:
+            if stream.response.prepared:  # the request waited: its headers were sent before these values were known
+                for name, value in request[GENERATION_HEADERS].items():
+                    await stream.comment(f"{name}: {value}")
             await _write(stream, running)
 
     return await respond(request, produce)
 
 
 async def _write(stream: EventStream, running: RunningAnswers) -> None:
-    writer = running.renderer.writer(running.id)
+    writer = running.renderer.writer(running.id, prompt_end=running.first.prompt_end)
     stream.sends_done = running.renderer.sends_done
     stream.failure = lambda problem: writer.fail(problem, stream.last, for_good=running.failed)
     for event in writer.begin():

@@ -6,14 +6,18 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from meshd.bounds import printable
 from meshd.cli.support.client import Daemon, Stream
 from meshd.cli.support.output import show
-from meshd.errors import NotReady
+from meshd.errors import NotReady, PeerFault, UsageError
 
 READY_WITHIN_S = 600.0
 MODEL_HELP = "a model's name or reference (`meshd models`); a model that the cluster does not have is fetched first, if it can be"
+SAMPLING_DEFAULTS = {"temperature": 0.6, "top_p": 0.9}
+"""For `run` and `chat`, if the model's authors recommend nothing: at OpenAI's temperature of 1, small models lose the thread."""
+_SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p")
 _FIELDS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 _MESH_FIELDS = ("stages", "peers", "min_peers", "objective", "context", "mirror")
 
@@ -53,19 +57,23 @@ def add_sampling(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--max-tokens", type=int, metavar="N", help="maximum number of tokens in the answer; default: until the context is full"
     )
-    parser.add_argument("--temperature", type=float, metavar="T", help="from 0 (always the likeliest token) to 2; default: 1")
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="from 0 (always the likeliest token) to 2; default: the model's own, or 0.6"
+    )
     parser.add_argument(
         "--top-p",
         type=float,
         metavar="P",
-        help="sample from the likeliest tokens whose probabilities sum to P, above 0 and up to 1; default: 1 (all)",
+        help="sample from the likeliest tokens whose probabilities sum to P, above 0 and up to 1; default: the model's own, or 0.9",
     )
-    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens; default: 0 (all)")
+    parser.add_argument(
+        "--top-k", type=int, metavar="K", help="sample from the K likeliest tokens; default: the model's own, or 0 (all)"
+    )
     parser.add_argument(
         "--min-p",
         type=float,
         metavar="P",
-        help="drop tokens less likely than P times the likeliest one, from 0 to 1; default: 0 (none)",
+        help="drop tokens less likely than P times the likeliest one, from 0 to 1; default: the model's own, or 0 (none)",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="64-bit seed; the same seed gives the same answer; default: random")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text; repeatable")
@@ -86,10 +94,24 @@ def add_sampling(parser: ArgumentParser) -> None:
     )
 
 
-def request_of(args: Namespace, messages: list[dict[str, str]]) -> dict[str, Any]:
-    """Make the body of a chat completion. The daemon chooses the values of fields whose flags are not given."""
+def sampling_of(daemon: Daemon, args: Namespace) -> dict[str, float]:
+    """Return `SAMPLING_DEFAULTS` if neither the flags nor the model's authors say how to sample; else nothing, as the daemon knows.
+
+    Raises: Unavailable if no daemon answers.
+    """
+    if any(getattr(args, field) is not None for field in _SAMPLING_FIELDS):
+        return {}
+    try:
+        model = daemon.get(f"/v1/models/{quote(args.model, safe='')}")
+    except (PeerFault, UsageError):
+        return SAMPLING_DEFAULTS  # the request itself may load the model, or say why it can't
+    return {} if model.get("meshd", {}).get("sampling") else SAMPLING_DEFAULTS
+
+
+def request_of(args: Namespace, messages: list[dict[str, str]], sampling: Mapping[str, float]) -> dict[str, Any]:
+    """Make the body of a chat completion. The daemon chooses the values of fields that neither `sampling` nor a flag sets."""
     system = [{"role": "system", "content": args.system}] if args.system else []
-    body: dict[str, Any] = {"model": args.model, "messages": [*system, *messages]}
+    body: dict[str, Any] = {"model": args.model, "messages": [*system, *messages], **sampling}
     body |= {field: getattr(args, field) for field in _FIELDS if getattr(args, field) is not None}
     mesh = {field: getattr(args, field) for field in _MESH_FIELDS if getattr(args, field) is not None}
     return body | ({"mesh": mesh} if mesh else {})
@@ -118,13 +140,20 @@ def stream_answer(daemon: Daemon, body: Mapping[str, Any], write: Callable[[str]
 
 def _read(stream: Stream, write: Callable[[str], object], sent_at: float) -> AnswerSummary:
     first = last = 0.0
+    thinking = False
     chunks: list[str] = []
     finish, usage = "", {"prompt_tokens": 0, "completion_tokens": 0}
     for event in stream.events():
         usage = event.get("usage") or usage
         for choice in event.get("choices", ()):
             finish = choice.get("finish_reason") or finish
+            if thought := choice.get("delta", {}).get("reasoning_content"):
+                thinking = True
+                show(thought, file=sys.stderr, end="")  # standard output has only the answer
             if text := choice.get("delta", {}).get("content"):
+                if thinking:
+                    thinking = False
+                    show("\n", file=sys.stderr)
                 last = time.monotonic()
                 first = first or last
                 chunks.append(text)

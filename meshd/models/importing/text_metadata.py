@@ -7,6 +7,7 @@ tokenizer.ggml.bos_token_id         from tokenizer_config.json, config.json or g
 tokenizer.ggml.eos_token_id         the first token that ends an answer: if possible tokenizer_config.json's, which templates use
 tokenizer.ggml.eot_token_id         the second token that ends an answer
 meshd.eos_token_ids                 all tokens that end an answer, in the same order
+general.sampling.*                  the recommended sampling parameters, from generation_config.json
 tokenizer.ggml.add_bos_token        from tokenizer_config.json, if it has this key; add_eos_token likewise
 """
 
@@ -19,6 +20,7 @@ import msgspec
 from meshd.errors import ModelFileError
 from meshd.models.files.gguf_header import MetadataValue
 from meshd.models.files.json_files import read_bytes, read_json, whole_number
+from meshd.models.sampling import sampling_metadata
 
 MAX_TOKENIZER_BYTES = 48 << 20
 """Largest tokenizer.json. It becomes part of a GGUF header, which may have 64 MiB."""
@@ -75,7 +77,7 @@ def text_metadata(folder: Path, config: Mapping[str, Any], end_of_answer: frozen
     for key in ("add_bos_token", "add_eos_token"):
         if isinstance(value := options.get(key), bool):
             found[f"tokenizer.ggml.{key}"] = value
-    return found | _templates(folder, options)
+    return found | sampling_metadata(generation) | _templates(folder, options)
 
 
 def _tokenizer(folder: Path) -> tuple[str, list[_Added]]:

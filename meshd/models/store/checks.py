@@ -26,7 +26,7 @@ async def check_file(meter: ProgressMeter, path: Path, name: str) -> None:
 
 async def check_header(meter: ProgressMeter, file: GgufFile) -> None:
     """Check that a model with this header could answer, and report what of it is not used. Raises: ModelFileError."""
-    from meshd.models.check import check_model, notes_on  # it loads the tokenizers library, which the command line starts without
+    from meshd.models.check import check_model, notes_on
 
     await in_thread(meter, check_model, file)
     for note in notes_on(file):

@@ -107,9 +107,16 @@ class Store:
 
         Raises: ModelFileError if its content changed, StorageError.
         """
+        return GgufFile.open(self.verified_path(model))
+
+    def verified_path(self, model: StoredModel) -> Path:
+        """Get the path of a model's file. If it was modified since the last check, it is hashed first.
+
+        Raises: ModelFileError if its content changed, StorageError.
+        """
         if stamp_of(model.path) != model.stamp and sha256_of(model.path, lambda _: None) != model.sha256:
             raise ModelFileError(f"{model.path} is no longer {model.name}: it was changed", hint=f"meshd pull {model.name}")
-        return GgufFile.open(model.path)
+        return model.path
 
     def remove(self, name: str) -> int:
         """Remove a model and the remains of a stopped pull of it. A file stays if meshd did not write it or another name uses it.

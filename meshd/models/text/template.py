@@ -8,8 +8,9 @@ from jinja2 import Template, TemplateError
 
 from meshd.errors import InvalidRequest, ModelFileError
 from meshd.models.files.gguf_header import MetadataValue
-from meshd.models.text.sandbox import BoundedSandbox
+from meshd.models.text.sandbox import chat_environment
 from meshd.models.text.tokenizer.document import HUGGINGFACE_KEY, huggingface_json
+from meshd.models.text.tokenizer.gguf_keys import TokenizerKeys
 
 Message: TypeAlias = Mapping[str, Any]
 """`role`, `content` (text, or a list of parts), and other keys that a template may read, such as `tool_calls`."""
@@ -24,7 +25,7 @@ _WITH_TOOLS = "tokenizer.chat_template.tool_use"
 
 
 class ChatTemplate:
-    """A compiled template, rendered in a sandbox that bounds its work. Safe to share between threads."""
+    """A compiled template. It may come from anybody and take any time and memory: only a text worker renders it."""
 
     def __init__(
         self,
@@ -41,8 +42,7 @@ class ChatTemplate:
 
         Raises: ModelFileError if a source is not a valid template.
         """
-        self._environment = BoundedSandbox()
-        self._environment.globals["strftime_now"] = lambda form: _formatted(now(), form)
+        self._environment = chat_environment(now)
         self._tokens = {"bos_token": bos, "eos_token": eos}
         self._template = self._compiled(source)
         self._with_tools = self._template if with_tools is None else self._compiled(with_tools)
@@ -91,6 +91,8 @@ class ChatTemplate:
             return self._environment.from_string(source)
         except (TemplateError, RecursionError, SyntaxError, ValueError) as error:
             raise ModelFileError(f"the chat template can't be used: {error}") from error
+        except MemoryError as error:  # also what Python's parser raises when its stack is full
+            raise ModelFileError("the chat template can't be used: it is nested too deep") from error
 
 
 def template_from_gguf(metadata: Mapping[str, MetadataValue], *, now: Callable[[], datetime] = datetime.now) -> ChatTemplate:
@@ -111,10 +113,6 @@ def _token_texts(metadata: Mapping[str, MetadataValue], *keys: str) -> list[str]
         return [document.text_of(id_) if isinstance(id_, int) else "" for id_ in ids]
     tokens = metadata.get("tokenizer.ggml.tokens")
     known = tokens if isinstance(tokens, tuple) else ()
-    return [str(known[id_]) if isinstance(id_, int) and 0 <= id_ < len(known) else "" for id_ in ids]
-
-
-def _formatted(moment: datetime, form: str) -> str:
-    if len(form) > 64 or any(character.isdigit() for character in form):
-        raise ValueError("strftime_now takes a short format without widths")
-    return moment.strftime(form)
+    reader = TokenizerKeys(metadata)
+    used = [reader.special(key, reader.types(len(known))) if known else None for key in keys]
+    return ["" if id_ is None else str(known[id_]) for id_ in used]

@@ -126,6 +126,14 @@ async def test_a_text_that_matches_no_session_or_several_is_refused(view: Cluste
         await view.story(text)
 
 
+async def test_the_error_for_an_ambiguous_beginning_counts_the_sessions_and_lists_three(view: ClusterView) -> None:
+    sessions = [SessionId(f"{digit:032x}") for digit in range(12)]
+    view.coordinator.retained.update({session: cast("Any", _answer(session)) for session in sessions})
+    with pytest.raises(InvalidRequest) as refused:
+        await view.migrate("0", "desk")
+    assert str(refused.value) == f"'0' matches 12 sessions: {', '.join(sessions[:3])}, ...; write more of the id"
+
+
 def test_a_sessions_row_shows_its_recoveries(view: ClusterView) -> None:
     own, staged = view.sessions()
     assert own == {

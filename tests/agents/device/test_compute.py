@@ -68,13 +68,23 @@ async def test_a_cancelled_call_runs_to_its_end_and_its_result_is_dropped(comput
         assert await compute.call(lambda: list(ended)) == [True]
 
 
-async def test_close_lets_submitted_jobs_end() -> None:
+async def test_close_waits_for_the_running_job_and_drops_the_others() -> None:
     thread = ComputeThread()
     ran: list[int] = []
-    for number in range(3):
+    begun, go = threading.Event(), threading.Event()
+
+    def first() -> None:
+        begun.set()
+        go.wait(5.0)
+        ran.append(0)
+
+    thread.submit(first, lambda _: None, results_fail)
+    for number in (1, 2):
         thread.submit(lambda number=number: ran.append(number), lambda _: None, results_fail)
+    await asyncio.to_thread(begun.wait, 5.0)
+    threading.Timer(0.05, go.set).start()
     thread.close()
-    assert ran == [0, 1, 2]
+    assert ran == [0]
 
 
 def test_a_result_for_a_loop_that_is_closed_is_dropped() -> None:

@@ -1,10 +1,11 @@
 from typing import cast
 
+import msgspec
 import pytest
 
 from meshd.agents.links.link import Link
 from meshd.errors import PeerLost
-from meshd.protocol.messages import Activation, Goodbye, Heartbeat, HeartbeatAck, Lane, Message
+from meshd.protocol.messages import Activation, Goodbye, Heartbeat, HeartbeatAck, Lane, Message, Prompt
 from meshd.protocol.transport import Buffer, Connection
 from meshd.types import PeerId
 
@@ -48,14 +49,16 @@ def joined(link: Link) -> dict[Lane, RecordedConnection]:
     return lanes
 
 
-def test_only_a_large_activation_takes_the_bulk_lane(link: Link) -> None:
+def test_the_lane_follows_from_the_kind_of_a_message_and_not_from_its_size(link: Link) -> None:
     lanes = joined(link)
-    link.send(STEP, bytes(64 * 1024))
+    link.send(STEP, bytes(256 * 1024))
     link.beat(100.0)
     assert [type(message) for message in lanes[Lane.CONTROL].sent] == [Activation, Heartbeat]
     assert lanes[Lane.BULK].sent == []
-    link.send(STEP, bytes(64 * 1024 + 1))
-    assert len(lanes[Lane.BULK].sent) == 1
+    for size in (16, 256 * 1024):
+        link.send(msgspec.structs.replace(STEP, prefill=True), bytes(size))
+    link.send(Prompt(session="s", epoch=1, step=0, tokens=1, last=True), bytes(4))
+    assert [type(message) for message in lanes[Lane.BULK].sent] == [Activation, Activation, Prompt]
 
 
 def test_sending_fails_before_the_lane_is_connected(link: Link) -> None:

@@ -3,9 +3,10 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from in_process.peers import QUICK, WAIT_S, Peer, Peers, until
@@ -13,7 +14,7 @@ from meshd.agents.links.link_table import LEFT
 from meshd.errors import InvalidRequest, NotReady, Overloaded, PeerLost, RemoteFailure
 from meshd.protocol.framing import MIB
 from meshd.protocol.identity import ClusterKey
-from meshd.protocol.messages import Activation, Credit, Message, Place, Placed, Unplace
+from meshd.protocol.messages import Activation, Credit, Lane, Message, Place, Placed, Unplace
 from meshd.types import LayerRange, PeerId
 
 
@@ -27,6 +28,17 @@ def place(request: int, tokens: int = 64) -> Place:
 
 def activation(step: int, elements: int) -> Activation:
     return Activation(session="5e" * 16, epoch=1, step=step, stage=1, tokens=1, hidden=max(1, elements), dtype="f32", sample=False)
+
+
+def fill_lane(source: Peer, target: Peer) -> int:
+    """Send prefill steps until the bulk lane is full. Returns: how many were sent."""
+    sent = 0
+    with suppress(Overloaded):
+        while sent < 100:
+            source.links.send(target.id, msgspec.structs.replace(activation(sent, 1), prefill=True), bytes(8 * MIB))
+            sent += 1
+    assert sent < 100
+    return sent
 
 
 async def test_when_one_peer_dials_both_have_the_link(peers: Peers) -> None:
@@ -78,6 +90,64 @@ async def test_messages_arrive_in_order_with_their_payloads(peers: Peers) -> Non
         assert got == [(step, bytes([step]) * size) for step, size in enumerate(sizes)]
 
 
+async def test_a_short_prefill_step_never_overtakes_a_long_one(peers: Peers) -> None:
+    a, b = peers.start("a"), peers.start("b")
+    got: list[int] = []
+    b.links.register(Activation, lambda sender, message, payload: got.append(message.step))
+    a.dial(b)
+    await a.next_up()
+    for number in range(20):
+        for step, tokens in ((2 * number, 128), (2 * number + 1, 20)):
+            message = Activation(
+                session="5e" * 16, epoch=1, step=step, stage=1, tokens=tokens, hidden=576, dtype="f32", sample=False, prefill=True
+            )
+            a.links.send(b.id, message, bytes(tokens * 576 * 4))
+        await until(lambda: len(got) % 2 == 0)
+    await until(lambda: len(got) == 40)
+    assert got == list(range(40))
+
+
+async def test_a_sender_is_called_when_a_full_lane_has_room(peers: Peers) -> None:
+    a, b = peers.start("a"), peers.start("b")
+    got: list[int] = []
+    b.links.register(Activation, lambda sender, message, payload: got.append(message.step))
+    a.dial(b)
+    await a.next_up()
+    payload = bytes(8 * MIB)
+    sent, room = fill_lane(a, b), asyncio.Event()
+    a.links.when_room(b.id, Lane.BULK, room.set)
+    assert not room.is_set()
+    async with asyncio.timeout(WAIT_S):
+        await room.wait()
+    a.links.send(b.id, msgspec.structs.replace(activation(sent, 1), prefill=True), payload)
+    await until(lambda: got == list(range(sent + 1)))
+
+
+async def test_a_sender_that_waits_for_room_is_called_when_the_link_ends(peers: Peers) -> None:
+    a, b = peers.start("a"), peers.start("b")
+    a.dial(b)
+    await a.next_up()
+    fill_lane(a, b)
+    called: list[str] = []
+    a.links.when_room(b.id, Lane.BULK, lambda: called.append("room"))
+    await b.links.close("b stops")
+    await until(lambda: called == ["room"])
+    a.links.when_room(b.id, Lane.BULK, lambda: called.append("not linked"))
+    await until(lambda: called == ["room", "not linked"])
+
+
+async def test_a_long_message_that_is_still_arriving_counts_as_a_sign_of_life(peers: Peers) -> None:
+    a, b = peers.start("a"), peers.start("b")
+    b.links.register(Activation, lambda sender, message, payload: None)
+    assert b.links.idle_s(a.id, Lane.BULK) == float("inf")
+    a.dial(b)
+    await a.next_up()
+    await b.next_up()
+    await until(lambda: b.links.idle_s(a.id, Lane.BULK) > 0.3)
+    a.links.send(b.id, msgspec.structs.replace(activation(0, 1), prefill=True), bytes(4 * MIB))
+    await until(lambda: b.links.idle_s(a.id, Lane.BULK) < 0.2)
+
+
 async def test_large_payloads_arrive_whole_and_do_not_delay_small_ones(peers: Peers) -> None:
     a, b = peers.start("a"), peers.start("b")
     got: list[str] = []
@@ -92,7 +162,7 @@ async def test_large_payloads_arrive_whole_and_do_not_delay_small_ones(peers: Pe
     b.links.register(Credit, lambda sender, message, data: got.append("small"))
     a.dial(b)
     await a.next_up()
-    a.links.send(b.id, activation(0, len(payload) // 4), payload)
+    a.links.send(b.id, msgspec.structs.replace(activation(0, len(payload) // 4), prefill=True), payload)
     a.links.send(b.id, Credit(session="5e" * 16, epoch=1, index=1))
     await until(lambda: len(got) == 2)
     assert got == ["small", "large"]

@@ -70,6 +70,20 @@ async def test_a_request_fails_by_an_error_reply_a_lost_peer_or_a_timeout(dispat
         await lost
 
 
+async def test_an_error_that_answers_a_request_too_late_is_not_an_error_of_the_session(dispatcher: Dispatcher) -> None:
+    """Under load a request of an older epoch is given up and answered later: that must not end the session's present epoch."""
+    handled: list[Error] = []
+    dispatcher.register(Error, lambda peer, message, payload: handled.append(message))
+    waiting = asyncio.create_task(dispatcher.request(ANN, lambda number: Probe(request=number, echo=False), None, 0.001))
+    with pytest.raises(PeerLost):
+        await waiting
+    dispatcher.deliver(ANN, Error(request=1, code="superseded", message="epoch 3 is past", session="5" * 32), EMPTY)
+    assert handled == []
+    rejected = Error(code="protocol_violation", message="a step was rejected", session="5" * 32)
+    dispatcher.deliver(ANN, rejected, EMPTY)
+    assert handled == [rejected]
+
+
 async def test_a_cancelled_request_drops_its_late_reply(dispatcher: Dispatcher, sent: Sent) -> None:
     waiting = asyncio.create_task(dispatcher.request(ANN, Probe(request=7, echo=False), None, 5.0))
     await asyncio.sleep(0)

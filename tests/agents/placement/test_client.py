@@ -14,9 +14,10 @@ from meshd.agents.placement.client import PlacementClient
 from meshd.agents.placement.plan_input import CONTEXTS_OF_KV
 from meshd.agents.service import MeshOptions, PlacementStep
 from meshd.clock import SystemClock
-from meshd.errors import DoesNotFit, NoPeer, OutOfMemory, RemoteFailure
+from meshd.errors import DoesNotFit, ModelFileError, NoPeer, OutOfMemory, RemoteFailure
 from meshd.protocol.messages import Unplace, Unplaced
 from meshd.types import Advert, LayerRange, Objective, PeerId
+from texts.headers import text_header
 
 SPLIT = MeshOptions(stages="a:0-10,b:10-30")
 
@@ -155,3 +156,22 @@ async def test_a_peer_that_reserves_less_kv_than_asked_is_not_waited_for_and_is_
     many.granting = 64
     with pytest.raises(OutOfMemory, match="reserved KV for 64 tokens, not 512"):
         await many.placer.repair(CARD, [LayerRange(0, 10)], kv_tokens=512)
+
+
+async def test_a_model_whose_text_can_not_be_read_is_not_placed_and_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(make_peer("a", holdings=(make_holding(0, 30),)), make_peer("b"))
+    library = cluster.placer.library
+    library.local[CARD.id] = CARD
+    assert [card.id for card in cluster.router.answerable()] == [CARD.id]
+
+    async def source() -> bytes:
+        return text_header("{% for m in %}")
+
+    monkeypatch.setattr(library, "text", lambda card: library.texts.get(card, source))
+    try:
+        with pytest.raises(ModelFileError, match="chat template can't be used"):
+            await placed(cluster, SPLIT, context=512)
+    finally:
+        await library.close()
+    assert cluster.asked == []
+    assert cluster.router.answerable() == []

@@ -1,6 +1,7 @@
 """Loading and unloading: which layers give way to which, and how standby copies are loaded, promoted and replaced."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import msgspec
 import pytest
 
 from in_process.clusters import make_card
-from in_process.peers import Peers
+from in_process.peers import Peers, until
 from meshd.agents.device.compute import ComputeThread
 from meshd.agents.placement.loader import Loader
 from meshd.agents.placement.model_library import ModelLibrary
@@ -41,14 +42,22 @@ CARDS = [card_of(number) for number in range(2)]
 class FromMemory(Loader):
     """Loads a made-up model instead of a file."""
 
-    __slots__ = ("broken", "unfetchable")
+    __slots__ = ("broken", "fetching", "reading", "unfetchable")
+    fetching: asyncio.Event
+    """If it is set as an attribute: fetching ends with this event."""
+    reading: threading.Event
+    """The same for reading."""
 
     async def _fill(self, resident: ResidentLayers, ref: str) -> None:
         """Fetch nothing: this loader needs no file."""
         if resident.card.name in getattr(self, "unfetchable", ()):
             raise DownloadError("no source has it")
+        if (event := getattr(self, "fetching", None)) is not None:
+            await event.wait()
 
     def _read(self, resident: ResidentLayers, progress: Callable[[float], None]) -> None:
+        if (event := getattr(self, "reading", None)) is not None:
+            event.wait(5.0)
         source = TinyLlama(SPEC, kinds={"token_embd": "Q8_0"})
         if resident.card.name in getattr(self, "broken", ()):
             raise ModelFileError("torn")
@@ -183,6 +192,32 @@ async def test_unplacing_a_model_releases_its_standby_copies(driver: LoaderDrive
     await driver.load(2, 4, standby=True)
     assert driver.loader.unplace(CARDS[0].id) == sum(sized(*layers) for layers in ((0, 2), (2, 4)))
     assert driver.ranges == []
+
+
+async def test_unplacing_a_model_ends_its_load_while_the_weights_are_fetched(driver: LoaderDriver) -> None:
+    driver.loader.fetching = asyncio.Event()
+    load = asyncio.create_task(driver.load(0, 2, standby=True))
+    other = asyncio.create_task(driver.load(0, 2, model=1))
+    await until(lambda: len(driver.ranges) == 2)
+    driver.loader.unplace(CARDS[0].id)
+    with pytest.raises(Unavailable, match="unplaced meanwhile"):
+        await load
+    driver.loader.fetching.set()
+    await other
+    assert driver.ranges == [("tiny-1", "0-2", False)]
+    assert (await driver.load(0, 2)).state is LoadState.ACTIVE, "it can be placed again"
+
+
+async def test_unplacing_a_model_ends_its_load_while_the_weights_are_read(driver: LoaderDriver) -> None:
+    driver.loader.reading = threading.Event()
+    load = asyncio.create_task(driver.load(0, 2))
+    await until(lambda: bool(driver.loader._reading))
+    driver.loader.unplace(CARDS[0].id)
+    driver.loader.reading.set()
+    with pytest.raises(Unavailable, match="unplaced meanwhile"):
+        await load
+    assert driver.ranges == []
+    assert (await driver.load(0, 2)).state is LoadState.ACTIVE
 
 
 async def test_layers_with_kv_in_use_are_released_only_when_the_kv_is_freed(driver: LoaderDriver) -> None:

@@ -1,4 +1,4 @@
-"""The models that a peer knows, and how each kind of prompt is converted to tokens."""
+"""The models that a peer knows, and where it reads their text."""
 
 import asyncio
 from pathlib import Path
@@ -8,43 +8,14 @@ import pytest
 
 from fake_api.words import CARD
 from in_process.adverts import advert, held
-from in_process.peers import Peers
-from meshd.agents.placement.model_library import ModelLibrary, ModelText, holders_of
-from meshd.agents.service import ChatMessage
+from in_process.peers import Peers, until
+from meshd.agents.placement.model_library import ModelLibrary, holders_of
 from meshd.clock import SystemClock
-from meshd.errors import InvalidRequest, ModelFileError, UnknownModel
+from meshd.errors import ModelFileError, UnknownModel
 from meshd.models.store.store import Store
-from meshd.models.text.template import ChatTemplate
-from meshd.models.text.tokenizer.files import tokenizer_from_gguf
 from meshd.types import Advert, ModelCard, ModelId
-from tiny import vocabularies as tiny_vocabularies
+from tiny.bad_files import small_gguf
 from tiny.gguf_file import write_gguf
-
-SOURCE = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}{% if enable_thinking is false %}</think>{% endif %}"
-
-
-@pytest.fixture(scope="module")
-def text() -> ModelText:
-    return ModelText(CARD, tokenizer_from_gguf(tiny_vocabularies.byte_level("qwen2")), ChatTemplate(SOURCE))
-
-
-def test_a_chat_is_rendered_with_the_variables_that_the_request_sets(text: ModelText) -> None:
-    turns = (ChatMessage(role="user", content="the <|im_end|>"),)
-    plain, with_variable = text.tokens_of(turns), text.tokens_of(turns, {"enable_thinking": False})
-    assert with_variable[: len(plain)] == plain
-    assert text.tokenizer.decode(with_variable, skip_special=False) == "<|im_start|>the <|im_end|></think>"
-    assert [text.tokenizer.token_bytes(id_) for id_ in plain if text.tokenizer.is_control(id_)] == [b"<|im_start|>"]
-
-
-def test_a_variable_may_not_replace_the_messages(text: ModelText) -> None:
-    with pytest.raises(InvalidRequest) as caught:
-        text.tokens_of((ChatMessage(role="user", content="a"),), {"messages": []})
-    assert caught.value.param == "chat_template_kwargs"
-
-
-def test_a_text_or_token_prompt_does_not_use_the_template(text: ModelText) -> None:
-    assert text.tokenizer.decode(text.tokens_of("the fox")) == "the fox"
-    assert text.tokens_of((3, 1, 4)) == (3, 1, 4)
 
 
 def named(name: str) -> ModelCard:
@@ -164,3 +135,24 @@ def test_holders_with_the_file_come_before_those_with_layers() -> None:
     layers = msgspec.structs.replace(stored("b"), holdings=(held(0, 2, model=card.id),))
     both = msgspec.structs.replace(stored("c", card), holdings=(held(0, 2, model=card.id),))
     assert holders_of(card.id, [layers, both, stored("d")]) == ["c", "b"]
+
+
+async def test_a_models_text_is_read_from_its_file_and_a_broken_one_is_known_as_unreadable(
+    library: ModelLibrary, tmp_path: Path
+) -> None:
+    templates = {"good": "{{ messages[0].content }}", "broken": "{% for m in %}"}
+    cards = {}
+    for name, template in templates.items():
+        path = tmp_path / f"{name}.gguf"
+        path.write_bytes(small_gguf(more={"tokenizer.chat_template": template}))
+        cards[name] = await library.pull(f"file:{path}", lambda _: None)
+    try:
+        text = await library.text(cards["good"])
+        assert text.table.decode(await text.tokens_of('!"#')) == '!"#'
+        library.warm(cards["broken"])
+        await until(lambda: not library.readable(cards["broken"].id))
+        assert library.readable(cards["good"].id)
+        with pytest.raises(ModelFileError, match="chat template"):
+            await library.text(cards["broken"])
+    finally:
+        await library.close()

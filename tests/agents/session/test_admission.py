@@ -60,3 +60,34 @@ async def test_a_slot_given_to_a_request_that_is_just_being_cancelled_goes_to_th
     assert admission.running == 1
     admission.leave(0.1)
     assert admission.running == 0
+
+
+async def test_the_time_to_try_again_grows_with_the_queue_and_with_the_age_of_the_running_requests() -> None:
+    now = [100.0]
+    admission = Admission(running=1, waiting=2, wait_s=5, now=lambda: now[0])
+    await admission.enter()
+    assert admission.retry_after_s == 5.0, "nothing is known yet"
+    waiting = [asyncio.create_task(admission.enter()) for _ in range(2)]
+    await asyncio.sleep(0)
+    assert admission.retry_after_s == 15.0
+    now[0] += 10.0
+    assert admission.retry_after_s == 60.0, "a request that has run for ten seconds takes twenty"
+    with pytest.raises(Overloaded) as caught:
+        await admission.enter()
+    assert caught.value.retry_after_s == 60.0
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def test_the_time_to_try_again_follows_how_long_requests_ran() -> None:
+    now = [100.0]
+    admission = Admission(running=2, waiting=1, wait_s=5, now=lambda: now[0])
+    for _ in range(40):
+        await admission.enter()
+        await admission.enter()
+        now[0] += 20.0
+        admission.leave(20.0)
+        admission.leave(20.0)
+    assert 9.0 < admission.retry_after_s <= 10.0
+    assert admission.running == 0

@@ -7,8 +7,8 @@ import pytest
 from in_process.answers import AnswerSite
 from in_process.peers import Peers, until
 from meshd.agents.service import Finished, TextDelta
-from meshd.errors import Cancelled, DoesNotFit
-from meshd.protocol.messages import Close, Prompt
+from meshd.errors import Cancelled, DoesNotFit, InvalidSampling, MeshdError
+from meshd.protocol.messages import Close, Error, Prompt
 from meshd.types import FinishReason
 from sim.toy.text import letter
 
@@ -93,5 +93,36 @@ async def test_a_record_restores_the_answer_that_it_was_made_of(site: AnswerSite
     record = site.answer.snapshot()
     assert (record.epoch, record.tokens, record.finish, record.suspended) == (1, ((7, None),), "", False)
     again = AnswerSite(peers.start("b"), epoch=record.epoch, plan=record.plan, tokens=record.tokens)
+    await again.answer.restore()
     assert again.answer.so_far() == site.answer.so_far()
     assert again.answer.machine.tokens == [7]
+
+
+async def test_an_answer_that_is_cancelled_before_it_opens_says_so_to_its_request(site: AnswerSite) -> None:
+    site.answer.end()
+    with pytest.raises(Cancelled):
+        await site.answer.opened
+
+
+async def test_an_answer_that_is_suspended_before_it_opens_can_be_requested_again(site: AnswerSite) -> None:
+    site.answer.suspend()
+    with pytest.raises(MeshdError):
+        await site.answer.opened
+
+
+@pytest.mark.parametrize(("code", "distrusted"), [("out_of_memory", False), ("overloaded", False), ("internal_error", True)])
+async def test_a_peer_that_refuses_to_open_for_lack_of_room_is_not_distrusted(
+    site: AnswerSite, code: str, distrusted: bool
+) -> None:
+    await site.open()
+    site.reply = Error(request=0, code=code, message="no")
+    site.answer.planned(site.plan(10))
+    await site.answer.output.until(lambda: site.replans, 5.0)
+    assert site.answer.recovery.distrusted(site.clock.now) == ({site.peer.id} if distrusted else set())
+
+
+async def test_a_mistake_of_the_request_that_a_stage_finds_blames_nobody(site: AnswerSite) -> None:
+    await site.open()
+    site.answer.stage_failed(1, 0, InvalidSampling("not finite"), None)
+    assert site.answer.recovery.distrusted(site.clock.now) == set()
+    assert not site.replans[-1].avoid

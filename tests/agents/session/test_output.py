@@ -34,16 +34,18 @@ def text_of(answer: AnswerOutput) -> str:
 
 def test_times_count_from_the_last_start() -> None:
     answer = output()
-    assert (answer.ttft_s, answer.tpot_s(0)) == (0.0, 0.0)
+    assert (answer.ttft_s, answer.tpot_s) == (0.0, 0.0)
     answer.add(7, None, 12.0)
-    assert (answer.ttft_s, answer.tpot_s(1)) == (2.0, 0.0)
+    assert (answer.ttft_s, answer.tpot_s) == (2.0, 0.0)
     answer.add(8, None, 12.5)
     answer.add(9, None, 13.0)
-    assert (answer.ttft_s, answer.tpot_s(3)) == (2.0, 0.5)
+    assert (answer.ttft_s, answer.tpot_s) == (2.0, 0.5)
     answer.restart(20.0)
     assert answer.ttft_s == 0.0
     answer.add(5, None, 21.0)
-    assert answer.ttft_s == 1.0
+    assert (answer.ttft_s, answer.tpot_s) == (1.0, 0.0)
+    answer.add(6, None, 21.5)
+    assert answer.tpot_s == 0.5, "tokens from before the suspension do not count"
 
 
 def test_nothing_follows_a_stop_string() -> None:
@@ -59,19 +61,19 @@ def test_nothing_follows_a_stop_string() -> None:
 def test_the_end_emits_the_withheld_text_and_has_an_effect_only_once() -> None:
     answer = output(stop=(letter(8) + letter(9),))
     push(answer, 7, 8)
-    answer.finish(FinishReason.LENGTH, new_tokens=2)
+    answer.finish(FinishReason.LENGTH)
     assert text_of(answer) == letter(7) + letter(8)
     first = answer.finished
     assert first is not None
     assert (first.reason, first.prompt_tokens, first.completion_tokens) == (FinishReason.LENGTH, 3, 2)
-    answer.finish(FinishReason.STOP, new_tokens=2)
+    answer.finish(FinishReason.STOP)
     assert answer.finished is first
 
 
 def test_a_stop_string_takes_precedence_as_finish_reason() -> None:
     answer = output(stop=(letter(8),))
     push(answer, 8)
-    answer.finish(FinishReason.LENGTH, new_tokens=1)
+    answer.finish(FinishReason.LENGTH)
     assert answer.finished is not None
     assert answer.finished.reason is FinishReason.STOP
 
@@ -106,17 +108,19 @@ def test_an_answer_ends_with_an_end_token_or_at_its_limit(
     ],
     ids=["no token", "runs", "end token", "stop string", "length", "as recorded"],
 )
-def test_a_restored_answer_knows_how_it_ended(tokens: tuple[int, ...], fields: dict[str, Any], finish: FinishReason | None) -> None:
+async def test_a_restored_answer_knows_how_it_ended(
+    tokens: tuple[int, ...], fields: dict[str, Any], finish: FinishReason | None
+) -> None:
     answer = output(*tokens, **fields)
-    assert answer.restore() is finish
+    assert await answer.restore() is finish
     assert [token for token, _ in answer.tokens] == list(tokens)
 
 
-def test_a_restored_answer_has_the_same_text_as_one_that_ran_through() -> None:
+async def test_a_restored_answer_has_the_same_text_as_one_that_ran_through() -> None:
     stop = (letter(8) + letter(9),)
     ran, restored = output(stop=stop), output(7, 8, stop=stop)
     push(ran, 7, 8, 10)
-    restored.restore()
+    await restored.restore()
     push(restored, 10)
     assert text_of(restored) == text_of(ran) == letter(7) + letter(8) + letter(10)
 
@@ -144,3 +148,21 @@ async def test_each_touch_wakes_waiting_tasks_and_conditions_are_checked_again()
 
 async def test_waiting_ends_without_an_error_when_the_time_is_over() -> None:
     await output().until(lambda: False, within_s=0.01)
+
+
+async def test_other_tasks_run_while_a_long_answer_is_restored() -> None:
+    answer = output(*range(7, 17), max_tokens=10_000)
+    answer.record = msgspec.structs.replace(answer.record, tokens=answer.record.tokens * 200)
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    other = asyncio.create_task(count_turns())
+    await answer.restore()
+    other.cancel()
+    assert len(answer.tokens) == 2000
+    assert turns >= 20

@@ -15,7 +15,7 @@ from meshd.agents.session.session import (
     Session,
     SessionState,
 )
-from meshd.errors import Cancelled, DoesNotFit, OutOfMemory
+from meshd.errors import Cancelled, DoesNotFit, InvalidSampling, OutOfMemory
 from meshd.types import FinishReason, LayerRange, ModelId, PeerId, Plan, PlanId, SessionId, StagePlan
 
 PROMPT = 10
@@ -161,9 +161,41 @@ def test_a_second_loss_during_recovery_asks_for_a_plan_without_both_peers() -> N
 def test_a_replacement_that_fails_to_open_is_avoided_next() -> None:
     session = in_state(SessionState.RECOVERING)
     session.handle(events.Planned(WITHOUT_B))
-    (replan,) = session.handle(events.StageFailed(2, 1, OutOfMemory("full"), C))
+    close, replan = session.handle(events.StageFailed(2, 1, OutOfMemory("full"), C))
+    assert close == events.CloseStages(2, (A, C), "the plan did not open", undo=True)
     assert isinstance(replan, events.Replan)
     assert replan.avoid == {C}
+
+
+def test_a_first_plan_that_opens_only_in_part_is_closed_before_the_next_try() -> None:
+    session = in_state(SessionState.OPENING)
+    session.handle(events.StageOpened(1, 0))
+    close, replan = session.handle(events.StageFailed(1, 1, OutOfMemory("full"), B))
+    assert close == events.CloseStages(1, (A, B), "the plan did not open", undo=True)
+    assert isinstance(replan, events.Replan)
+    assert not session.holders, "no peer holds anything of it, so none is sent RENEW"
+
+
+@pytest.mark.parametrize("event", [events.DeadlinePassed("silence", C), events.PeerGone(C, "killed")])
+def test_a_later_plan_that_does_not_open_frees_only_what_it_reserved(event: events.Event) -> None:
+    session = in_state(SessionState.RECOVERING)
+    session.handle(events.Planned(WITHOUT_B))
+    session.handle(events.StageOpened(2, 0, StageHeld(10)))
+    close, _ = session.handle(event)
+    assert isinstance(close, events.CloseStages)
+    assert (close.epoch, close.undo) == (2, True)
+    assert A in close.peers
+    assert A in session.holders, "it still has the KV of the plan that ran"
+    assert C not in session.holders
+
+
+def test_a_request_that_no_peer_could_meet_fails_even_if_it_has_begun() -> None:
+    session = in_state(SessionState.DECODING)
+    (replan,) = session.handle(events.StageFailed(1, 1, InvalidSampling("a penalty"), None))
+    assert isinstance(replan, events.Replan)
+    assert not replan.avoid
+    session.handle(events.PlanFailed(InvalidSampling("a penalty")))
+    assert session.state is SessionState.FAILED
 
 
 def test_without_a_plan_a_begun_session_is_suspended_with_the_error_and_can_resume() -> None:
@@ -183,7 +215,8 @@ def test_a_move_is_a_change_of_plan_with_nothing_lost() -> None:
     (open_stages,) = session.handle(events.Planned(WITHOUT_B))
     assert isinstance(open_stages, events.OpenStages)
     assert session.state is SessionState.OPENING
-    (replan,) = session.handle(events.StageFailed(2, 1, OutOfMemory("full"), C))
+    close, replan = session.handle(events.StageFailed(2, 1, OutOfMemory("full"), C))
+    assert close == events.CloseStages(2, (A, C), "the plan did not open", undo=True)
     assert isinstance(replan, events.Replan)
     assert session.kv_plan == PLAN, "the source still has all KV"
 

@@ -8,7 +8,7 @@ import pytest
 
 from meshd.agents.stage.session import StageState
 from meshd.errors import RemoteFailure
-from meshd.protocol.messages import Close, Closed, FetchProgress, Prompt, Resume
+from meshd.protocol.messages import Close, Closed, FetchProgress, Prompt, Resume, StageProgress
 from stage_mesh.driver import SESSION
 from stage_mesh.mesh import StageMesh, StagePeer
 from stage_mesh.sessions import ANSWER, driver, expected, until_empty
@@ -50,8 +50,8 @@ async def test_a_stage_reports_its_progress(mesh: StageMesh) -> None:
 
         return (await a.links.request(peer.id, fetch, timeout_s=1))[0].stages
 
-    assert await progress(a, 1) == ((0, 50, 49, 0.0),), "one step waits for credit"
-    assert await progress(b, 1) == ((1, 49, 49, 0.0),)
+    assert await progress(a, 1) == (StageProgress(0, 50, 49, 3600.0),), "one step waits for credit"
+    assert await progress(b, 1) == (StageProgress(1, 49, 49, 0.0),)
     assert await progress(b, 2) == ()
 
 

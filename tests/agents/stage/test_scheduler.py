@@ -38,3 +38,16 @@ def test_a_prefill_is_next_after_eight_decodes() -> None:
         queue.put(active, step(number, prefill=False))
     order = [prefill for _, prefill in drained(queue)]
     assert order.index(True) <= 8
+
+
+def test_a_prefill_without_room_for_its_output_is_passed_over() -> None:
+    queue = Scheduler()
+    full: Any = SimpleNamespace()
+    free: Any = SimpleNamespace()
+    for number, active in enumerate((full, free, full)):
+        queue.put(active, step(number, prefill=True))
+    taken = queue.take(lambda active, step: active is full)
+    assert taken is not None
+    assert taken[0] is free
+    assert queue.take(lambda active, step: active is full) is None
+    assert [number for number, _ in drained(queue)] == [0, 2]

@@ -3,6 +3,7 @@
 from typing import Any
 
 from meshd.protocol.messages import Activation, Failed, Taken
+from meshd.types import SessionId
 from stage_mesh.driver import SESSION
 from stage_mesh.mesh import StageMesh
 from stage_mesh.sessions import ANSWER, driver, expected, sent_tokens, until_empty
@@ -118,3 +119,64 @@ async def test_offered_outputs_are_not_evicted_before_they_are_sent(mesh: StageM
     await session.wait_tokens(ANSWER)
     assert session.tokens == other.tokens == await expected(mesh)
     assert [failed.epoch for failed in a.received(Failed)] == [1]
+
+
+async def test_a_full_lane_slows_a_stage_down_and_no_peer_is_blamed(mesh: StageMesh) -> None:
+    a, b = mesh.start("a"), mesh.start("b")
+    session = driver(mesh, a)
+    session.chunk = 3
+    mesh.full.add((a.id, b.id))
+    await session.begin((a, "0-2"), (b, "2-4"))
+    machine = a.host._active[SESSION, 0].machine
+    await session.until(lambda: a.links.waiting and machine.computing is not None and a.host._runner.job is None)
+    assert machine.sent_to == 3, "the output of one step waits, and the next step waits for room before it computes"
+    assert sent_tokens(a) == 0
+    mesh.make_room(a, b)
+    await session.wait_tokens(ANSWER)
+    assert not a.received(Failed)
+    assert session.tokens == await expected(mesh)
+    await session.close(a, b)
+    await until_empty(mesh)
+
+
+async def test_a_session_whose_next_lane_has_room_runs_while_another_waits(mesh: StageMesh) -> None:
+    a, b = mesh.start("a"), mesh.start("b")
+    waiting, running = driver(mesh, a), driver(mesh, a)
+    running.session = SessionId("6" * 32)
+    mesh.full.add((a.id, b.id))
+    await waiting.begin((a, "0-2"), (b, "2-4"))
+    await waiting.until(lambda: a.links.waiting)
+    a.listeners.remove(waiting._on_message)
+    await running.begin((a, "0-4"))
+    await running.wait_tokens(ANSWER)
+    assert not a.received(Failed)
+
+
+async def test_outputs_that_wait_for_room_are_replayed_in_order(mesh: StageMesh) -> None:
+    a, b, c = mesh.start("a"), mesh.start("b"), mesh.start("c")
+    session = driver(mesh, a)
+    session.credit, session.chunk = 20, 3
+    await session.begin((a, "0-2"), (b, "2-4"))
+    await session.wait_tokens(20)
+    mesh.isolate(b)
+    await session.until(lambda: a.received(Failed))
+    mesh.full.add((a.id, c.id))
+    session.credit = ANSWER
+    await session.next_epoch((a, "0-2"), (c, "2-4"))
+    await session.until(lambda: a.links.waiting)
+    mesh.make_room(a, c)
+    await session.wait_tokens(ANSWER)
+    assert len(a.received(Failed)) == 1
+    assert session.tokens == await expected(mesh)
+
+
+async def test_a_stage_that_ends_while_its_output_waits_sends_nothing_more(mesh: StageMesh) -> None:
+    a, b = mesh.start("a"), mesh.start("b")
+    session = driver(mesh, a)
+    mesh.full.add((a.id, b.id))
+    await session.begin((a, "0-2"), (b, "2-4"))
+    await session.until(lambda: a.links.waiting)
+    await session.close(a, b)
+    mesh.make_room(a, b)
+    await until_empty(mesh)
+    assert sent_tokens(a) == 0

@@ -29,9 +29,10 @@ async def test_the_document_has_every_route(document: dict[str, Any]) -> None:
 
 async def test_the_fields_of_a_chat_are_described(document: dict[str, Any]) -> None:
     schema = document["components"]["schemas"]["ChatRequest"]
-    assert schema["additionalProperties"] is False
+    assert "additionalProperties" not in schema
     assert schema["required"] == ["model", "messages"]
-    assert schema["properties"]["temperature"]["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 2}
+    number = schema["properties"]["temperature"]["anyOf"][0]
+    assert (number["type"], number["minimum"], number["maximum"]) == ("number", 0, 2)
     assert schema["properties"]["tools"]["x-unsupported"] is True
     assert "/v1/chat/completions" in document["paths"]
     content = document["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]
@@ -42,7 +43,7 @@ async def test_the_fields_of_a_chat_are_described(document: dict[str, Any]) -> N
 async def test_reading_a_stored_answer_is_described(document: dict[str, Any]) -> None:
     operation = document["paths"]["/v1/responses/{id}"]["get"]
     assert {(one["name"], one["in"]) for one in operation["parameters"]} == {
-        ("id", "path"), ("stream", "query"), ("starting_after", "query"), ("include", "query"), ("include_obfuscation", "query"),
+        ("id", "path"), ("stream", "query"), ("starting_after", "query"), ("include", "query"),
     }  # fmt: skip
     content = operation["responses"]["200"]["content"]
     assert [one["$ref"].rpartition("/")[2] for one in content["application/json"]["schema"]["anyOf"]] == [

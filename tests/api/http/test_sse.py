@@ -44,6 +44,48 @@ class TestKeepAlive:
         assert lines[3:7] == [b": keep-alive\n", b"\n"] * 2
 
 
+async def test_a_request_that_waits_for_its_turn_gets_its_headers_at_once(http: aiohttp.ClientSession, coordinator: Any) -> None:
+    async with http.post("/v1/chat/completions", json=CHAT | {"model": "queued", "hint": 1}) as response:
+        assert response.status == 200
+        assert response.headers["x-meshd-ignored"] == "hint"
+        assert await response.content.readline() == b": waiting\n"
+        assert coordinator.waiting == 1
+        coordinator.turn.set()
+        rest = await response.text()
+    assert re.search(r"^: x-meshd-plan: here:0-1,there:1-2$", rest, re.MULTILINE)
+    assert rest.endswith("data: [DONE]\n\n")
+
+
+async def test_an_error_after_the_wait_is_the_last_event(http: aiohttp.ClientSession, coordinator: Any, events_of: Any) -> None:
+    for path, body in (("/v1/chat/completions", CHAT), ("/v1/responses", {"input": "x", "stream": True})):
+        coordinator.full = True
+        coordinator.turn.clear()
+        async with http.post(path, json=body | {"model": "queued"}) as response:
+            await response.content.readline()
+            coordinator.turn.set()
+            [event] = await events_of(response)
+        assert (response.status, event["error"]["code"], event["error"]["type"]) == (200, "overloaded", "rate_limit_error")
+
+
+async def test_a_whole_answer_that_waited_in_vain_has_its_own_status(http: aiohttp.ClientSession, coordinator: Any) -> None:
+    coordinator.full = True
+    coordinator.turn.set()
+    async with http.post("/v1/chat/completions", json=CHAT | {"model": "queued", "stream": False}) as response:
+        assert (response.status, response.headers["Retry-After"]) == (429, "3")
+
+
+class TestHeaders:
+    @pytest.fixture
+    def limits(self) -> ClientLimits:
+        return ClientLimits(headers_s=0.05, keep_alive_s=0.01)
+
+    async def test_any_stream_has_its_headers_after_some_time(self, http: aiohttp.ClientSession) -> None:
+        async with http.post("/mesh/v1/place", json={"model": "stalls"}) as response:
+            assert response.status == 200
+            lines = [await response.content.readline() for _ in range(4)]
+        assert lines == [b": waiting\n", b"\n", b": keep-alive\n", b"\n"]
+
+
 class TestSlowReader:
     @pytest.fixture
     def limits(self) -> ClientLimits:

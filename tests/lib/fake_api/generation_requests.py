@@ -10,6 +10,7 @@ from meshd.api.openai.chat.schemas import ChatRequest
 from meshd.api.openai.completions.schemas import CompletionRequest
 from meshd.api.openai.responses.request import ResponseRequest
 from meshd.clock import SystemClock
+from meshd.types import SamplingDefaults
 
 
 class FixedClock(SystemClock):
@@ -22,17 +23,17 @@ class FixedClock(SystemClock):
 def chat(**fields: Any) -> list[GenerationRequest]:
     """Convert the body of a chat, with these fields changed."""
     body = {"model": "m", "messages": [{"role": "user", "content": "hello"}]} | fields
-    return decode_body(msgspec.json.encode(body), ChatRequest).generation_requests(FixedClock())
+    return decode_body(msgspec.json.encode(body), ChatRequest)[0].generation_requests(FixedClock(), SamplingDefaults())
 
 
 def completion(**fields: Any) -> list[GenerationRequest]:
     """Convert the body of a text completion, with these fields changed."""
     body = {"model": "m", "prompt": "hello"} | fields
-    return decode_body(msgspec.json.encode(body), CompletionRequest).generation_requests(FixedClock())
+    return decode_body(msgspec.json.encode(body), CompletionRequest)[0].generation_requests(FixedClock(), SamplingDefaults())
 
 
 def response(**fields: Any) -> GenerationRequest:
     """Convert the body of a response, with these fields changed."""
     body = {"model": "m", "input": "hello"} | fields
-    [one] = decode_body(msgspec.json.encode(body), ResponseRequest).generation_requests(FixedClock())
+    [one] = decode_body(msgspec.json.encode(body), ResponseRequest)[0].generation_requests(FixedClock(), SamplingDefaults())
     return one

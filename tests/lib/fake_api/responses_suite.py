@@ -168,7 +168,7 @@ async def test_a_response_that_is_not_stored_is_not_found(openai_client: AsyncOp
     ("fields", "param"),
     [
         ({"previous_response_id": "resp_x"}, "previous_response_id"),
-        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tool_choice": {"type": "web_search"}}, "tool_choice"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input[0].content[0].type"),
         ({"truncation": "auto"}, "truncation"),
     ],

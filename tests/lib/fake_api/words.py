@@ -5,7 +5,7 @@ import random
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from meshd.agents.service import Finished, GenerationRequest, TextDelta, TokenText
+from meshd.agents.service import AvailableModel, Finished, GenerationRequest, TextDelta, TokenText
 from meshd.errors import (
     Cancelled,
     ContextTooLong,
@@ -71,6 +71,8 @@ class WordsGeneration:
     """An answer on one peer. It draws a word whenever a reader needs one; the words of a background answer are drawn by a task."""
 
     predicted_tpot_s = 0.0125
+    ignored: tuple[str, ...] = ()
+    prompt_end = "assistant:"
 
     def __init__(self, owner: "WordsCoordinator", record: Record) -> None:
         self._owner, self.record = owner, record
@@ -232,6 +234,10 @@ class WordsCoordinator:
         self.waiting = 0
         self.ready: tuple[bool, float, str] = (True, 1.0, "")
         self.requests: list[GenerationRequest] = []
+        self.turn = asyncio.Event()
+        """Ends the wait of requests to the model `queued`."""
+        self.full = False
+        self.available = [AvailableModel(card=CARD, loaded=True)]
         self._conditions: list[tuple[Callable[[WordsCoordinator], bool], asyncio.Event]] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -254,7 +260,7 @@ class WordsCoordinator:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def generate(self, request: GenerationRequest) -> WordsGeneration:
+    async def generate(self, request: GenerationRequest, *, on_wait: Callable[[], None] | None = None) -> WordsGeneration:
         self.requests.append(request)
         await asyncio.sleep(0)
         if refusal := REFUSALS.get(request.model):
@@ -267,7 +273,7 @@ class WordsCoordinator:
         if tokens + (request.max_tokens or 1) > CONTEXT:
             raise ContextTooLong(f"{tokens} tokens and the answer exceed the context of {CONTEXT}", hint="shorten the prompt")
         if request.model == "queued":
-            await self._wait()
+            await self._wait(on_wait)
         record = Record(SessionId(random.randbytes(16).hex()), request, tokens)
         self.records[record.session] = record
         return self._continue(record)
@@ -290,6 +296,11 @@ class WordsCoordinator:
     def _continue(self, record: Record) -> WordsGeneration:
         mine = record.at if record.at is not None and record.at._owner is self else WordsGeneration(self, record)
         mine.take_over()
+        mine.ignored = tuple(
+            f"messages[{index}].name"
+            for index, turn in enumerate(record.request.prompt)
+            if not isinstance(turn, int | str) and turn.name is not None
+        )
         if record.request.background:
             task = asyncio.create_task(mine.run())
             self._tasks.add(task)
@@ -301,11 +312,16 @@ class WordsCoordinator:
             raise UnknownSession(f"nobody knows session {session}")
         return self.records[session]
 
-    async def _wait(self) -> None:
+    async def _wait(self, on_wait: Callable[[], None] | None) -> None:
+        """Wait in the queue until `turn` is set. Raises: Overloaded if `full` is set then."""
         self.waiting += 1
         self.changed()
+        if on_wait is not None:
+            on_wait()
         try:
-            await asyncio.Event().wait()
+            await self.turn.wait()
+            if self.full:
+                raise Overloaded("no other request ended within 30 s", retry_after_s=2.5)
         finally:
             self.waiting -= 1
             self.changed()
@@ -317,8 +333,11 @@ class WordsCoordinator:
             case turns:
                 return sum(1 if isinstance(turn, int) else 2 + len(turn.content.split()) for turn in turns)
 
-    def models(self) -> list[ModelCard]:
-        return [CARD]
+    def card(self, model: str) -> ModelCard | None:
+        return next((one.card for one in self.available if model in (one.card.name, one.card.ref, one.card.id)), None)
+
+    async def models(self) -> list[AvailableModel]:
+        return self.available
 
     def readiness(self) -> tuple[bool, float, str]:
         return self.ready

@@ -8,13 +8,14 @@ import msgspec
 from in_process.clusters import make_adverts
 from meshd.agents.links.links import Links
 from meshd.agents.placement.client import PlacementClient
-from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.session.plan.route import Router
 from meshd.clock import SystemClock
 from meshd.errors import RemoteFailure
+from meshd.models.store.store import Store
 from meshd.planner.profile import PeerProfile
 from meshd.protocol.messages import Message, Place, Placed, Request
 from meshd.types import Advert, Holding, PeerId
+from sim.peer.stand_ins import SimLibrary, SimStore
 
 
 class Cluster:
@@ -32,16 +33,17 @@ class Cluster:
         """Seconds from the end of a load to the advert that shows it."""
         self._requests = 0
         names = {peer.id: peer.name for peer in peers}
+        library = SimLibrary(cast("Links", self), cast("Store", SimStore(())), self.live, lambda: None)
         self.placer = PlacementClient(
             links=cast("Links", self),
-            library=cast("ModelLibrary", None),
+            library=library,
             adverts=self.live,
             names=lambda peer: names.get(peer, peer[:8]),
             clock=SystemClock(),
         )
         self.router = Router(
             me=peers[0].id,
-            library=cast("ModelLibrary", None),
+            library=library,
             placer=self.placer,
             adverts=self.live,
             suspects=lambda: self.suspects,

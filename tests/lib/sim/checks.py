@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from meshd.types import SessionId
+from meshd.types import PeerId, SessionId
 from sim.peer.inspection import leftovers, queues, used_tables
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ class Checks:
         self._world = world
         self._epochs: dict[int, tuple[Any, int]] = {}
         """The last epoch of each answer and `SessionKv`, by `id()`. The object is kept, so that no other one gets its `id()`."""
+        self._blamed: dict[tuple[SessionId, PeerId], float] = {}
+        """Until when each peer is distrusted in each session, as it was at the last check."""
         self._pools: dict[int, tuple[int, int, int]] = {}
         """State of each pool at its last check, by the pool's `id()`. A pool that has not changed since is not checked again."""
 
@@ -35,6 +37,7 @@ class Checks:
         for answer in process.coordinator.answers.values():
             answer.machine.validate()
             self._check_epoch(process, answer, answer.session, answer.machine.epoch)
+            self._check_blame(process, answer)
         for active in process.stages._active.values():
             active.machine.validate()
         for session_kv in process.stages._kv_manager:
@@ -64,6 +67,21 @@ class Checks:
         if known is not None and epoch < known[1]:
             raise InvariantBroken(f"{process.spec.name}: session {session} went from epoch {known[1]} back to {epoch}")
         self._epochs[id(owner)] = owner, epoch
+
+    def _check_blame(self, process: "SimProcess", answer: Any) -> None:
+        """Check that no peer is blamed in an answer unless a peer of the answer has a fault or had one: load is no fault."""
+        for peer, until in answer.recovery._distrusted.items():
+            if self._blamed.get((answer.session, peer)) == until:
+                continue
+            self._blamed[answer.session, peer] = until
+            plans = [plan for plan in (answer.machine.plan, answer.machine.kv_plan) if plan is not None]
+            involved = {process.spec.id, peer}.union(*(plan.peers for plan in plans))
+            if not any(map(self._world.health.is_affected, involved)):
+                names = self._world.names
+                raise InvariantBroken(
+                    f"{process.spec.name}: {names[peer]} is blamed in session {answer.session}, though no peer of it has a fault: "
+                    f"{answer.recovery.reason or answer.machine.error}"
+                )
 
     def _check_pool(self, process: "SimProcess", resident: Any) -> None:
         """Check that every block is either free or in exactly one table, and that every table is in use by a session or a step."""

@@ -24,6 +24,10 @@ class Options:
     """Longest prompt, in tokens."""
     answer: int = 120
     """Longest answer, in tokens."""
+    contexts: int = 0
+    """Number of whole contexts that a placement reserves KV for at most. 0: as many as meshd chooses."""
+    slowness: float = 1.0
+    """Factor by which all peers compute slower. At 5, a whole prefill chunk takes up to ten seconds."""
     events: int = 0
     """Number of timers that must have fired before clients stop sending requests. 0: send `requests` requests in all."""
     churn: bool = False

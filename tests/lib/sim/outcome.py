@@ -23,6 +23,8 @@ class Outcome:
     exact: int = 0
     cancelled: int = 0
     client_errors: int = 0
+    refused: int = 0
+    """Number of the clients' errors that say that the peers are full."""
     recoveries: int = 0
     plans: int = 0
     searches: int = 0

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+from meshd.agents.placement import client
 from sim.loop import OWNER, SimLoop
 from sim.toy.backend import Meter
 from sim.trace import Trace
@@ -33,6 +34,17 @@ def virtual_time(loop: SimLoop, meter: Meter) -> Iterator[None]:
     finally:
         for module in patched:
             module.time = time  # type: ignore[attr-defined]
+
+
+@contextmanager
+def kv_for(contexts: int) -> Iterator[None]:
+    """Inside the block, let placements reserve KV for at most this many whole contexts. 0: for as many as usual."""
+    usual = client.CONTEXTS_OF_KV
+    client.CONTEXTS_OF_KV = contexts or usual
+    try:
+        yield
+    finally:
+        client.CONTEXTS_OF_KV = usual
 
 
 class _Watcher(logging.Handler):

@@ -9,13 +9,13 @@ from typing import Any
 
 from meshd.agents.service import MeshOptions
 from meshd.agents.session.plan.resume import KEPT, MIRROR, PREFILL, REPLAY
-from meshd.errors import MeshdError
+from meshd.errors import MeshdError, Overloaded
 from sim.clients.client import Client, WrongAnswer
 from sim.clients.requests import Workload, make_request, make_requests
 from sim.faults import inject, make_faults
 from sim.options import Options
 from sim.outcome import Outcome
-from sim.patches import virtual_time, watched_log
+from sim.patches import kv_for, virtual_time, watched_log
 from sim.peer.inspection import leftovers
 from sim.world import World
 
@@ -51,7 +51,7 @@ class _Simulation:
         world = self._world
         outcome = Outcome(world.seed)
         began = time.perf_counter()
-        with virtual_time(self._loop, world.meter), watched_log(self._loop, world.trace):
+        with virtual_time(self._loop, world.meter), watched_log(self._loop, world.trace), kv_for(world.options.contexts):
             try:
                 self._loop.run_until_complete(self._main())
             except AssertionError as error:
@@ -79,6 +79,7 @@ class _Simulation:
         outcome.virtual_s = self._loop.time() - 1000.0
         outcome.exact = sum(client.ended == "exact" for client in clients)
         outcome.cancelled = sum(client.ended == "cancelled" for client in clients)
+        outcome.refused = sum(error.startswith(Overloaded.code) for client in clients for error in client.errors)
         outcome.client_errors = sum(len(client.errors) for client in clients)
         outcome.pauses = [pause for client in clients for pause in client.pauses]
         outcome.worst = world.worst

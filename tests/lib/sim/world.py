@@ -54,7 +54,7 @@ class World:
         """Add a peer with random hardware, and random paths between it and the earlier peers."""
         rng = self.rng_cluster
         identity = b32encode(hashlib.sha256(f"{self.seed}-{number}".encode()).digest()).decode().lower().rstrip("=")
-        layer_s = 10 ** rng.uniform(-3.0, -2.1)
+        layer_s = 10 ** rng.uniform(-3.0, -2.1) * self.options.slowness
         spec = PeerSpec(
             id=PeerId(identity),
             name=f"p{number}",

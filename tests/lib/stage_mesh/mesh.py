@@ -12,11 +12,11 @@ from meshd.agents.observe.story import Story
 from meshd.agents.placement.resident import LoadState, ResidentLayers, ResidentModels
 from meshd.agents.stage.host import StageHost
 from meshd.clock import SystemClock
-from meshd.errors import PeerLost
+from meshd.errors import Overloaded, PeerLost
 from meshd.kernels.backend import LoadedLayers
 from meshd.kernels.kv import KVPool
 from meshd.protocol.codec import decode, encode
-from meshd.protocol.messages import Closed, Error, Failed, Message, Mirrored, Token
+from meshd.protocol.messages import Closed, Error, Failed, Lane, Message, Mirrored, Token
 from meshd.telemetry import Telemetry
 from meshd.types import LayerRange, ModelCard, ModelId, ModelSpec, PeerId
 
@@ -45,6 +45,8 @@ class MemoryLinks:
         self.id = id_
         self.mesh = mesh
         self.sent: list[tuple[PeerId, Message]] = []
+        self.waiting: list[Callable[[], None]] = []
+        """Callbacks of senders that wait for room on the bulk lane."""
         self.dispatcher = Dispatcher(self.send, LinkLog(mesh.clock))
         self.register = self.dispatcher.register
         self.next_request = self.dispatcher.next_request
@@ -52,9 +54,17 @@ class MemoryLinks:
     def send(self, peer: PeerId, message: Message, payload: Any = None) -> None:
         if not self.mesh.linked(self.id, peer):
             raise PeerLost(f"{peer:.8} is not linked with this peer")
+        if message.send_lane is Lane.BULK and (self.id, peer) in self.mesh.full:
+            raise Overloaded("the lane is full")
         self.sent.append((peer, message))
         decoded, view = decode(encode(message)), memoryview(bytes(to_view(payload)))
         asyncio.get_running_loop().call_soon(self._arrive, peer, decoded, view)
+
+    def when_room(self, peer: PeerId, lane: Lane, callback: Callable[[], None]) -> None:
+        self.waiting.append(callback)
+
+    def idle_s(self, peer: PeerId, lane: Lane) -> float:
+        return float("inf") if peer == self.id else 0.0
 
     def _arrive(self, peer: PeerId, message: Message, payload: memoryview) -> None:
         if self.mesh.linked(self.id, peer):
@@ -111,6 +121,8 @@ class StageMesh:
         self.peers: dict[PeerId, StagePeer] = {}
         self.down: set[frozenset[PeerId]] = set()
         """Pairs of peers whose link is down."""
+        self.full: set[tuple[PeerId, PeerId]] = set()
+        """(sender, receiver) of each bulk lane that is full."""
         self._tasks = asyncio.TaskGroup()
         self._running: list[asyncio.Task[None]] = []
 
@@ -168,6 +180,13 @@ class StageMesh:
         for peer, lost in ((one, other), (other, one)):
             peer.links.dispatcher.peer_lost(lost.id, "cut")
             peer.host.on_peer_gone(lost.id, "cut")
+
+    def make_room(self, one: StagePeer, other: StagePeer) -> None:
+        """End the state `full` of the bulk lane from one peer to the other, and call the senders that wait."""
+        self.full.discard((one.id, other.id))
+        waiting, one.links.waiting = one.links.waiting, []
+        for callback in waiting:
+            asyncio.get_running_loop().call_soon(callback)
 
     def isolate(self, lost: StagePeer) -> None:
         """Take all links of a peer down."""

@@ -6,6 +6,7 @@ import struct
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,11 @@ Seeds = dict[str, bytes]
 """The files of one valid model: name -> content."""
 
 
-def small_gguf(part: int | None = None, *, pieces: bool = False) -> bytes:
+def small_gguf(part: int | None = None, *, pieces: bool = False, more: Mapping[str, MetadataValue] = MappingProxyType({})) -> bytes:
     """Make a GGUF file of a llama of one layer, with weights of many kinds.
 
     `part`: only this part (0 or 1) of the file split in two. `pieces`: with a SentencePiece vocabulary.
+    `more`: further metadata, or other values.
     """
     hidden, ffn, vocab = 256, 32, 32
     rng = np.random.default_rng(0)
@@ -72,6 +74,7 @@ def small_gguf(part: int | None = None, *, pieces: bool = False) -> bytes:
             "tokenizer.ggml.token_type": (3, 3, 2, 6, 6, *[1] * (vocab - 6), 4),
         }  # fmt: skip
         del metadata["tokenizer.ggml.merges"]
+    metadata |= more
     if part is not None:
         split = {"split.no": part, "split.count": 2, "split.tensors.count": len(tensors)}
         metadata = metadata | split if part == 0 else dict(split)

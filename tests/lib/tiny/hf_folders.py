@@ -95,7 +95,9 @@ def write_folder(folder: Path, *, dtype: str = "F32", shards: int = 1, config: M
             save(folder / shard, {name: value for name, value in tensors.items() if where[name] == shard}, dtype)
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.6, "top_k": 20})
+    )
     (folder / "tokenizer.json").write_text(tokenizer_json())
     (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "chat_template": "{{ messages }}"}))
     return folder

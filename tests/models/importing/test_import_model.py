@@ -23,7 +23,7 @@ from meshd.models.importing.import_model import import_to
 from meshd.models.importing.plan import TENSOR_CHUNK_BYTES
 from meshd.models.store.progress import PullPhase, PullProgress
 from meshd.models.store.store import Store
-from meshd.types import ModelId
+from meshd.types import ModelId, SamplingDefaults
 from tiny.gguf_file import write_gguf as write_with_library
 from tiny.hf_folders import CONFIG, FFN, HEADS, HIDDEN, KV_HEADS, VOCAB, save, weights, write_folder
 
@@ -83,11 +83,12 @@ def test_a_folder_becomes_a_file_that_other_tools_can_read(tmp_path: Path, dtype
     assert reader.get_field("llama.rope.freq_base").contents() == 10000.0
     with GgufFile.open(target) as file:
         text = {key: file.metadata[key] for key in file.metadata if "token" in key and "json" not in key}
-        card = card_from_gguf(file, name="x", ref="x", model_id=ModelId("x"))
+        card = card_from_gguf(file, name="x", ref="x", model_id=ModelId("0" * 32))
     assert text == {
         "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 3,
         "meshd.eos_token_ids": (2, 3), "tokenizer.ggml.add_bos_token": True, "tokenizer.chat_template": "{{ messages }}",
     }  # fmt: skip
+    assert card.sampling == SamplingDefaults(temperature=float(np.float32(0.6)), top_k=20)
     assert (card.spec.hidden, card.spec.ffn, card.spec.vocab, card.end_of_sequence) == (HIDDEN, FFN, VOCAB, (2, 3))
 
 

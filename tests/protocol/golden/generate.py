@@ -62,9 +62,11 @@ from meshd.protocol.messages import (
     Prompt,
     Renew,
     Resume,
+    RunningStep,
     SessionData,
     SessionEnded,
     SessionFound,
+    StageProgress,
     StoryData,
     Taken,
     Token,
@@ -94,6 +96,7 @@ from meshd.types import (
 
 ALICE, BOB = PeerId("a" * 52), PeerId("b" * 52)
 SESSION = SessionId("0123456789abcdef" * 2)
+RUNNING = RunningStep(session=SESSION, epoch=2, stage=1, step=5, tokens=1, running_s=0.25, predicted_s=0.125)
 MODEL = ModelId("fedcba9876543210" * 2)
 SPEC = ModelSpec(
     architecture="llama",
@@ -228,6 +231,7 @@ SAMPLES: tuple[tuple[Message, bytes], ...] = (
             dtype="f32",
             sample=True,
             deadline_ms=2_000,
+            prefill=True,
         ),
         b"\x00\x00\x80\x3f\x00\x00\x00\x40\x00\x00\x40\x40\x00\x00\x80\xc0",
     ),
@@ -274,7 +278,7 @@ SAMPLES: tuple[tuple[Message, bytes], ...] = (
     ),
     (KvStored(session=SESSION, epoch=2, layers=LayerRange(1, 2), held=5), b""),
     (FetchProgress(request=10, session=SESSION, epoch=2), b""),
-    (ProgressData(request=10, stages=((0, 6, 5, 0.0), (1, 5, 5, 0.25))), b""),
+    (ProgressData(request=10, stages=(StageProgress(0, 6, 5, 0.0), StageProgress(1, 5, 5, 0.25)), running=RUNNING), b""),
     (Journal(request=11, session=SESSION, epoch=2), b"\x80"),
     (Journaled(request=11, session=SESSION), b""),
     (JournalTokens(session=SESSION, epoch=2, index=1, tokens=((11, TokenLogprobs(-0.25)), (3, None)), finish="length"), b""),

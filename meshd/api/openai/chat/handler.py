@@ -6,7 +6,7 @@ from meshd.api.http.body import read_body
 from meshd.api.http.services import SERVICES
 from meshd.api.openai.chat.renderer import ChatRenderer
 from meshd.api.openai.chat.schemas import ChatRequest
-from meshd.api.openai.renderers import model_fields
+from meshd.api.openai.renderers import model_fields, sampling_defaults
 from meshd.api.openai.respond import answer
 
 
@@ -14,7 +14,7 @@ async def create(request: web.Request) -> web.StreamResponse:
     """Answer a chat. The answers are sent whole or as a stream."""
     services = request.app[SERVICES]
     body = await read_body(request, ChatRequest)
-    generation_requests = body.generation_requests(services.clock)
+    generation_requests = body.generation_requests(services.clock, sampling_defaults(services, body.model))
     renderer = ChatRenderer(
         **model_fields(services, body.model),
         store=body.store is not False,

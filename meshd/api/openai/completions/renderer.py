@@ -26,11 +26,11 @@ class CompletionRenderer(ChunkRenderer, frozen=True, kw_only=True, tag="completi
         """Return the text that answer `index` begins with."""
         return self.echoes[index // self.per_prompt]
 
-    def writer(self, answer_id: str) -> "CompletionWriter":
+    def writer(self, answer_id: str, *, prompt_end: str = "") -> "CompletionWriter":
         """Return a writer for one stream of the answers."""
         return CompletionWriter(self, answer_id)
 
-    def whole(self, answer_id: str, answers: Sequence[CollectedAnswer], usage: Usage) -> Completion:
+    def whole(self, answer_id: str, answers: Sequence[CollectedAnswer], usage: Usage, *, prompt_end: str = "") -> Completion:
         """Make the object with all complete answers."""
         choices = [
             CompletionChoice(

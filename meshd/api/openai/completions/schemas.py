@@ -10,16 +10,20 @@ from meshd.api.openai.common_objects import FinishName, ObjectHeader, Usage
 from meshd.api.openai.fields import UNSUPPORTED, GenerationFields, TokenId
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest
+from meshd.types import SamplingDefaults
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's default for this route."""
+
+MAX_PROMPTS = 256
+"""Most prompts of one request."""
 
 Text = Annotated[str, Meta(min_length=1)]
 TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
 Prompt = str | tuple[int, ...]
 
 
-class CompletionRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class CompletionRequest(GenerationFields, frozen=True, kw_only=True):
     """The body of POST /v1/completions."""
 
     prompt: Annotated[
@@ -61,6 +65,11 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True, forbid_unkn
     def check(self) -> None:
         """Check the rules that types can't express. Raises: InvalidRequest."""
         GenerationFields.check(self)
+        # The first item decides: token ids of one prompt may be many. `prompts` refuses a mixture.
+        if isinstance(self.prompt, list) and len(self.prompt) > MAX_PROMPTS and not isinstance(self.prompt[0], int):
+            raise InvalidRequest(
+                f"`prompt` has {len(self.prompt)} prompts, and {MAX_PROMPTS} are allowed", param="prompt", hint="send fewer at once"
+            )
         if self.best_of is not None and self.best_of != self.count:
             raise InvalidRequest("`best_of` is not supported", param="best_of", hint="leave it out or send the value of `n`")
         if self.echo and self.logprobs is not None:
@@ -68,7 +77,7 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True, forbid_unkn
         if self.echo and not all(isinstance(prompt, str) for prompt in self.prompts()):
             raise InvalidRequest("`echo` needs the prompt as text", param="echo", hint="send `prompt` as text or leave `echo` out")
 
-    def generation_requests(self, clock: Clock) -> list[GenerationRequest]:
+    def generation_requests(self, clock: Clock, defaults: SamplingDefaults) -> list[GenerationRequest]:
         """Make `n` requests to the coordinator for each prompt. Raises: InvalidRequest."""
         self.check()
         seeds = self.seeds(clock)
@@ -76,7 +85,7 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True, forbid_unkn
             GenerationRequest(
                 model=self.model,
                 prompt=prompt,
-                sampling=self.sampling(seed, self.logprobs),
+                sampling=self.sampling(seed, self.logprobs, defaults),
                 max_tokens=self.max_tokens or DEFAULT_MAX_TOKENS,
                 stop=self.stops(),
                 ignore_eos=bool(self.ignore_eos),

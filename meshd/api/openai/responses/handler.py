@@ -17,17 +17,17 @@ from meshd.api.http.reply import json_response
 from meshd.api.http.services import SERVICES
 from meshd.api.openai.answers import RunningAnswers, generate, reading, set_generation_headers
 from meshd.api.openai.common_objects import ENDED
-from meshd.api.openai.fields import NotTrue, unsupported
-from meshd.api.openai.renderers import model_fields
+from meshd.api.openai.renderers import model_fields, sampling_defaults
 from meshd.api.openai.respond import answer, send_stream, send_whole
 from meshd.api.openai.responses.renderer import ResponseRenderer
 from meshd.api.openai.responses.request import LOGPROBS, Include, ResponseRequest
 from meshd.api.openai.responses.schemas import Deleted, RequestEcho
 from meshd.api.openai.stored_responses import AnyRenderer, decode_renderer, session_of
 from meshd.errors import InvalidRequest
+from meshd.types import SamplingParams
 
 
-class RetrieveQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RetrieveQuery(msgspec.Struct, frozen=True, kw_only=True):
     """The query of GET /v1/responses/{id}."""
 
     stream: Annotated[
@@ -38,18 +38,15 @@ class RetrieveQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Meta(description="Number of the last event received; the header `Last-Event-ID` means the same. Needs `stream`."),
     ] = None
     include: Include = None
-    include_obfuscation: NotTrue = None
 
     def check(self) -> None:
         """Check the rules that types can't express. Raises: InvalidRequest."""
         if self.starting_after is not None and not self.stream:
             raise InvalidRequest("`starting_after` is only for streams", param="starting_after", hint="set `stream` to true")
-        if self.include_obfuscation:
-            raise unsupported("include_obfuscation", "leave it out or send false")
 
     def check_for(self, renderer: AnyRenderer) -> None:
         """Check that the answer of this renderer has what `include` requests. Raises: InvalidRequest."""
-        if self.include and not (isinstance(renderer, ResponseRenderer) and renderer.logprobs):
+        if LOGPROBS in (self.include or ()) and not (isinstance(renderer, ResponseRenderer) and renderer.logprobs):
             raise InvalidRequest(
                 f"`include` asks for {LOGPROBS}, but the answer has none",
                 param="include",
@@ -75,8 +72,8 @@ async def create(request: web.Request) -> web.StreamResponse:
     """Create a response. It is sent whole or as a stream, or runs in the background."""
     services = request.app[SERVICES]
     body = await read_body(request, ResponseRequest)
-    generation_requests = body.generation_requests(services.clock)
-    renderer = _renderer_of(body, request)
+    generation_requests = body.generation_requests(services.clock, sampling_defaults(services, body.model))
+    renderer = _renderer_of(body, request, generation_requests[0].sampling)
     if not body.background or body.stream:
         return await answer(request, renderer, generation_requests, stream=bool(body.stream))
     async with services.work.interruptible():
@@ -147,7 +144,7 @@ async def _resumed(request: web.Request, renderer: AnyRenderer) -> AsyncIterator
         yield running
 
 
-def _renderer_of(body: ResponseRequest, request: web.Request) -> ResponseRenderer:
+def _renderer_of(body: ResponseRequest, request: web.Request, sampling: SamplingParams) -> ResponseRenderer:
     return ResponseRenderer(
         **model_fields(request.app[SERVICES], body.model),
         store=body.stored,
@@ -159,10 +156,10 @@ def _renderer_of(body: ResponseRequest, request: web.Request) -> ResponseRendere
             metadata=body.metadata or {},
             parallel_tool_calls=body.parallel_tool_calls is not False,
             safety_identifier=body.safety_identifier,
-            temperature=1.0 if body.temperature is None else body.temperature,
-            tool_choice=body.tool_choice or "auto",
+            temperature=sampling.temperature,
+            tool_choice="none" if body.tool_choice == "none" else "auto",
             top_logprobs=body.top_logprobs or 0,
-            top_p=1.0 if body.top_p is None else body.top_p,
+            top_p=sampling.top_p,
             user=body.user,
         ),
     )

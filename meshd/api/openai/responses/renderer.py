@@ -33,11 +33,11 @@ class ResponseRenderer(Renderer, frozen=True, kw_only=True, tag="response"):
     object_name: ClassVar[str] = "response"
     sends_done: ClassVar[bool] = False
 
-    def writer(self, answer_id: str) -> "ResponseWriter":
+    def writer(self, answer_id: str, *, prompt_end: str = "") -> "ResponseWriter":
         """Return a writer for one stream of the answer."""
         return ResponseWriter(self, answer_id)
 
-    def whole(self, answer_id: str, answers: Sequence[CollectedAnswer], usage: Usage) -> shapes.Response:
+    def whole(self, answer_id: str, answers: Sequence[CollectedAnswer], usage: Usage, *, prompt_end: str = "") -> shapes.Response:
         """Make the object of a complete answer."""
         [answer] = answers
         return self.response(answer_id, "completed" if answer.finish == "stop" else "incomplete", answer, usage=usage)

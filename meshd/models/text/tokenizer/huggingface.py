@@ -27,24 +27,28 @@ def tokenizer_of(document: TokenizerDocument, affixes: AffixTokens = NO_AFFIXES)
     """Build a document's tokenizer. Raises: ModelFileError."""
     bpe = _loaded(document, document.text)
     tokens = _tokens(document, bpe)
-    for id_ in (affixes.bos, affixes.eos):
-        if id_ is not None and not 0 <= id_ < len(tokens):
-            raise document.wrong(f"has no token {id_}, which the model's metadata names")
+    bos, eos = (id_ if id_ is not None and 0 <= id_ < len(tokens) else None for id_ in (affixes.bos, affixes.eos))
     prefix, suffix = _affixes_of(document, bpe)
-    if affixes.add_bos is not None and affixes.bos is not None:
-        prefix = (affixes.bos,) if affixes.add_bos else ()
-    if affixes.add_eos is not None and affixes.eos is not None:
-        suffix = (affixes.eos,) if affixes.add_eos else ()
+    if affixes.add_bos is not None and bos is not None:
+        prefix = (bos,) if affixes.add_bos else ()
+    if affixes.add_eos is not None and eos is not None:
+        suffix = (eos,) if affixes.add_eos else ()
     bpe.encode_special_tokens = True
     return Tokenizer(
         bpe,
         _vocabulary(document, tokens),
         after_control=_after_control(document, bpe),
-        bos=affixes.bos,
-        eos=affixes.eos,
+        bos=bos,
+        eos=eos,
         prefix=prefix,
+        chat_prefix=prefix if affixes.add_bos else (),
         suffix=suffix,
         leading_space="Strip" in document.kinds(document.decoder),
+        warnings=tuple(
+            f"the file names token {named} as {role}, which is no token of the {len(tokens)}: none is used for it"
+            for role, named, used in (("BOS", affixes.bos, bos), ("EOS", affixes.eos, eos))
+            if named is not None and used is None
+        ),
     )
 
 

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, models, normalizers
 
 from meshd.errors import ModelFileError
 from meshd.models.files.gguf_header import MetadataValue
-from meshd.models.text.tokenizer.gguf_keys import BYTE, CONTROL, UNKNOWN, USER_DEFINED, TokenizerKeys, wrong
+from meshd.models.text.tokenizer.gguf_keys import BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED, TokenizerKeys, ids_of, wrong
 from meshd.models.text.tokenizer.spelling import WORD_START, sentencepiece
 from meshd.models.text.tokenizer.tokenizer import Tokenizer, Vocabulary, library_errors
 
@@ -33,25 +33,29 @@ def spm_from_gguf(metadata: Mapping[str, MetadataValue]) -> Tokenizer:
     tokens = keys.tokens()
     types, scores = keys.types(len(tokens)), keys.scores(len(tokens))
     pieces = [_piece(token, type_) for token, type_ in zip(tokens, types, strict=True)]
-    if len(set(pieces)) != len(pieces):
+    runs = [piece for piece, type_ in zip(pieces, types, strict=True) if type_ != UNUSED and piece and not piece.strip(WORD_START)]
+    if len(set(runs)) != len(runs):
         raise wrong("tokens", "it has a run of spaces twice")
-    unknown = keys.token("unknown_token_id", len(tokens))
+    unknown = keys.special("unknown_token_id", types)
     spaced = keys.flag("add_space_prefix", True)
     control = {token: id_ for id_, token in enumerate(tokens) if types[id_] in (CONTROL, UNKNOWN) and token}
     added = {piece for id_, piece in enumerate(pieces) if types[id_] == USER_DEFINED and piece}
     strips_right = _strips_right(metadata, control.keys() | added)
-    bpe = _bpe(pieces, _ranked(pieces, types, scores), None if unknown is None else tokens[unknown])
+    bpe = _bpe(ids_of(pieces, types), _ranked(pieces, types, scores), None if unknown is None else tokens[unknown])
     bpe.normalizer = _normalizer(spaced)
     bpe.add_tokens([AddedToken(token, normalized=False, rstrip=token in strips_right) for token in sorted(added)])
-    bos, eos = (keys.token(key, len(tokens)) for key in ("bos_token_id", "eos_token_id"))
+    bos, eos = (keys.special(key, types) for key in ("bos_token_id", "eos_token_id"))
+    prefix = (bos,) if bos is not None and keys.flag("add_bos_token", True) else ()
     return Tokenizer(
         bpe,
         Vocabulary(tokens=pieces, control=control, spelling=sentencepiece, strips_right=strips_right & control.keys()),
         bos=bos,
         eos=eos,
-        prefix=(bos,) if bos is not None and keys.flag("add_bos_token", True) else (),
+        prefix=prefix,
+        chat_prefix=prefix,
         suffix=(eos,) if eos is not None and keys.flag("add_eos_token", False) else (),
         leading_space=spaced,
+        warnings=tuple(keys.warnings),
     )
 
 
@@ -92,14 +96,14 @@ def _piece(token: str, type_: MetadataValue) -> str:
 def _ranked(pieces: Sequence[str], types: Sequence[MetadataValue], scores: Sequence[float]) -> dict[str, float]:
     """Return the scores of the pieces that merges may make: ordinary pieces, and added runs of spaces with the top score."""
     first = max(scores, default=0.0) + 1
-    ranked = {piece: scores[id_] for id_, piece in enumerate(pieces) if types[id_] not in (UNKNOWN, CONTROL, BYTE, USER_DEFINED)}
+    unranked = (UNKNOWN, CONTROL, BYTE, USER_DEFINED)
+    ranked = {piece: scores[id_] for id_, piece in enumerate(pieces) if piece and types[id_] not in unranked}
     runs = (piece for id_, piece in enumerate(pieces) if types[id_] == USER_DEFINED and not piece.strip(WORD_START))
     return ranked | dict.fromkeys(runs, first)
 
 
-def _bpe(pieces: Sequence[str], scores: Mapping[str, float], unknown: str | None) -> tokenizers.Tokenizer:
-    vocabulary = {piece: id_ for id_, piece in enumerate(pieces)}
-    merges = merges_of(pieces, scores)
+def _bpe(vocabulary: dict[str, int], scores: Mapping[str, float], unknown: str | None) -> tokenizers.Tokenizer:
+    merges = merges_of(vocabulary, scores)
     with library_errors(lambda why: ModelFileError(f"the tokenizer can't be used: {why}")):
         return tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
 

@@ -15,11 +15,17 @@ def _byte_of() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_of()
+_NOT_LATIN = "\u0100"
+_TO_LATIN = dict.fromkeys(range(256), _NOT_LATIN) | {ord(character): chr(byte) for character, byte in _BYTE_OF.items()}
+"""Translates the alphabet to the characters with the same number as the bytes; other characters to ones that Latin-1 lacks."""
 
 
 def byte_level(token: str) -> bytes:
     """Decode a token in GPT-2's spelling, one character per byte. Characters outside the alphabet become their UTF-8 bytes."""
-    return b"".join(_bytes_of(character) for character in token)
+    try:
+        return token.translate(_TO_LATIN).encode("latin-1")
+    except UnicodeEncodeError:
+        return b"".join(_bytes_of(character) for character in token)
 
 
 def sentencepiece(token: str) -> bytes:

@@ -1,7 +1,6 @@
 """Text to token ids and back, for byte-level BPE (GPT-2's kind: Llama 3, Qwen, SmolLM) and SentencePiece BPE (Llama 2, Gemma)."""
 
-import codecs
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ import tokenizers
 
 from meshd.errors import InvalidRequest, MeshdError
 from meshd.models.text.template import ChatTemplate, Message
+from meshd.models.text.token_table import TokenTable, joined
 from meshd.models.text.tokenizer.control_tokens import ControlTokens, remove_mark, unused_mark
 from meshd.models.text.tokenizer.spelling import byte_level
 
@@ -31,8 +31,13 @@ class Vocabulary:
     strips_right: frozenset[str] = frozenset()
     """Control tokens that strip the white space after them."""
 
+    def bytes_of_tokens(self) -> Iterator[bytes]:
+        """Yield the bytes of each token, in the order of the ids."""
+        for id_, token in enumerate(self.tokens):
+            yield token.encode("utf-8", errors="replace") if id_ in self.verbatim else self.spelling(token)
 
-class Tokenizer:
+
+class Tokenizer(TokenTable):
     """Encodes and decodes text with one model's vocabulary. Immutable and safe to share between threads."""
 
     def __init__(
@@ -45,27 +50,30 @@ class Tokenizer:
         eos: int | None = None,
         prefix: tuple[int, ...] = (),
         suffix: tuple[int, ...] = (),
+        chat_prefix: tuple[int, ...] = (),
         leading_space: bool = False,
+        warnings: tuple[str, ...] = (),
     ) -> None:
         """`bpe` encodes plain text and must not know control tokens.
 
         `after_control` encodes text after a control token; None: `bpe` does. `encode` with `add_special` puts `prefix` before a
-        text and `suffix` after it. `leading_space`: whether `bpe` puts a space before a text, which `decode` then removes.
+        text and `suffix` after it. `encode_chat` puts `chat_prefix` before a conversation. A prefix that the
+        text or the template spells itself is not added. `leading_space`: whether `bpe` puts a space before a text, which `decode`
+        then removes.
+        `warnings`: what was odd in the file, and what is done instead.
         """
+        pieces, ends = joined(vocabulary.bytes_of_tokens())
+        super().__init__(pieces, ends, vocabulary.control.values(), leading_space=leading_space)
         self._bpe = bpe
         self._bpe_after_control = after_control or bpe
-        self._vocabulary = vocabulary
-        self._control_ids = frozenset(vocabulary.control.values())
+        self._control_tokens = vocabulary.control
         self._control = ControlTokens(vocabulary.control, strips_left=vocabulary.strips_left, strips_right=vocabulary.strips_right)
         self.bos = bos
         self.eos = eos
         self._prefix = prefix
         self._suffix = suffix
-        self.leading_space = leading_space
-
-    def __len__(self) -> int:
-        """Return the number of token ids."""
-        return len(self._vocabulary.tokens)
+        self._chat_prefix = chat_prefix
+        self.warnings = warnings
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool = False) -> list[int]:
         """Encode a text to token ids.
@@ -76,7 +84,7 @@ class Tokenizer:
         Raises: InvalidRequest for text that UTF-8 can't encode (a lone surrogate), or on which the vocabulary's patterns fail.
         """
         ids = list(self._encode_parts(text)) if parse_special else self._encode_plain(text, self._bpe)
-        return [*self._prefix, *ids, *self._suffix] if add_special else ids
+        return [*_missing(self._prefix, ids), *ids, *self._suffix] if add_special else ids
 
     def encode_chat(
         self,
@@ -98,36 +106,8 @@ class Tokenizer:
         mark = unused_mark(given)
         turns, functions, others = self._control.insert_mark(given, mark)
         prompt = template.render(turns, tools=functions, add_generation_prompt=add_generation_prompt, variables=others)
-        return list(self._encode_parts(prompt, mark))
-
-    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Decode tokens to text. Bytes that are not UTF-8 become U+FFFD."""
-        text = b"".join(self.shown_bytes(id_, skip_special) for id_ in ids).decode("utf-8", errors="replace")
-        return text.removeprefix(" ") if self.leading_space else text
-
-    def token_bytes(self, id_: int) -> bytes:
-        """Return a token's bytes, which may be a part of a character. For a control token: its name; for an unknown id: none."""
-        if not 0 <= id_ < len(self._vocabulary.tokens):
-            return b""
-        token = self._vocabulary.tokens[id_]
-        return token.encode() if id_ in self._vocabulary.verbatim else self._vocabulary.spelling(token)
-
-    def is_control(self, id_: int) -> bool:
-        """Whether a token steers the model rather than standing for text."""
-        return id_ in self._control_ids
-
-    def stream(self, *, skip_special: bool = True, after: int | None = None) -> "StreamDecoder":
-        """Make a decoder for the tokens of one answer as they arrive.
-
-        `after` is the last token before the answer. If it is text, the answer continues that text, and a space at the beginning of
-        the answer is kept, since it separates two words. Otherwise such a space is removed as `decode` does.
-        """
-        continues = after is not None and not self.is_control(after)
-        return StreamDecoder(self, skip_special, strips_space=self.leading_space and not continues)
-
-    def shown_bytes(self, id_: int, skip_special: bool) -> bytes:
-        """Return the bytes that are shown for a token: none for a control token with `skip_special`."""
-        return b"" if skip_special and id_ in self._control_ids else self.token_bytes(id_)
+        ids = list(self._encode_parts(prompt, mark))
+        return [*_missing(self._chat_prefix, ids), *ids]
 
     def _encode_plain(self, text: str, bpe: tokenizers.Tokenizer) -> list[int]:
         if not text:
@@ -137,43 +117,22 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"the text can't be encoded: {error.reason} at character {error.start}") from error
         with library_errors(lambda why: InvalidRequest(f"the text can't be encoded: the tokenizer's patterns fail on it ({why})")):
-            return bpe.encode(text, add_special_tokens=False).ids
+            # The fast kind keeps no offsets, which would take a hundred bytes for each byte of a long text.
+            return bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def _encode_parts(self, text: str, mark: str = "") -> Iterator[int]:
         """Encode control tokens as such, and the text between them, without the mark, as plain text."""
         position, bpe = 0, self._bpe
         for found in self._control.find(text):
             yield from self._encode_plain(remove_mark(text[position : found.start], mark), bpe)
-            yield self._vocabulary.control[found.token]
+            yield self._control_tokens[found.token]
             position, bpe = found.end, self._bpe_after_control
         yield from self._encode_plain(remove_mark(text[position:], mark), bpe)
 
 
-class StreamDecoder:
-    """Turns one answer's tokens into text of whole characters."""
-
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool, *, strips_space: bool = False) -> None:
-        """`strips_space`: a space at the beginning of the text is removed."""
-        self._tokenizer = tokenizer
-        self._skip_special = skip_special
-        self._strips_space = strips_space
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, id_: int) -> str:
-        """Decode one more token. Bytes that can't begin or continue a character become U+FFFD, as in `Tokenizer.decode`.
-
-        Returns: the characters that this token completes; empty while a character is incomplete.
-        """
-        text = self._decoder.decode(self._tokenizer.shown_bytes(id_, self._skip_special))
-        if text and self._strips_space:
-            self._strips_space = False
-            return text.removeprefix(" ")
-        return text
-
-    def flush(self) -> str:
-        """End the answer and drop an incomplete last character. Returns: an empty text."""
-        self._decoder.reset()
-        return ""
+def _missing(prefix: tuple[int, ...], ids: list[int]) -> tuple[int, ...]:
+    """Return the prefix, or nothing if the ids begin with it."""
+    return () if ids[: len(prefix)] == list(prefix) else prefix
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from in_process.clusters import make_holding, make_peer
 from in_process.peers import Peers
 from in_process.placing import Cluster
 from meshd.agents.session.journal.record import SessionRecord
-from meshd.agents.session.plan.retry import TAKEOVER_EPOCHS, PlanRetrier
-from meshd.errors import Overloaded, RemoteFailure
-from meshd.protocol.messages import Close, Mirrored
+from meshd.agents.session.plan.retry import TAKEOVER_EPOCHS, PlanRetrier, retry_after_s
+from meshd.errors import InvalidSampling, Overloaded, RemoteFailure
+from meshd.protocol.messages import Close, Error, Mirrored, Open
 from meshd.types import PeerId, SessionId
 
 COPY = PeerId("copy")
@@ -51,6 +51,58 @@ async def test_a_first_plan_is_given_up_after_half_a_minute(peers: Peers) -> Non
     with pytest.raises(Overloaded, match="KV free"):
         await site.answer.opened
     assert site.answer.status == "failed"
+
+
+async def test_an_answer_whose_length_nobody_asked_for_ends_with_the_kv_of_its_plan(peers: Peers) -> None:
+    few = (make_holding(0, 30, kv_tokens=2048, free=400),)
+    site = AnswerSite(peers.start("new"), open_ended=True, max_tokens=8000)
+    retrier_of(site, Cluster(make_peer("x", holdings=few))).start(site.answer)
+    await site.clock.move(0.1)
+    assert site.answer.plan is not None
+    limit = site.answer.plan.context - site.answer.prompt_tokens
+    assert site.answer.plan.context == 400
+    assert site.answer.snapshot().max_tokens == site.answer.stages.record.max_tokens == limit
+    assert site.answer.output.finish_at(limit - 1, 9) == "length"
+
+
+async def test_an_answer_whose_length_nobody_asked_for_is_not_refused_after_half_a_minute(peers: Peers) -> None:
+    few = (make_holding(0, 30, kv_tokens=2048, free=40),)
+    site = AnswerSite(peers.start("new"), open_ended=True, max_tokens=8000)
+    retrier_of(site, Cluster(make_peer("x", holdings=few))).start(site.answer)
+    await site.clock.move(29.0)
+    assert site.answer.plan is None
+    await site.clock.move(1.5)
+    assert site.answer.plan is not None
+    assert site.answer.plan.context == 40
+
+
+def test_sessions_that_refused_one_another_try_again_at_different_and_growing_times() -> None:
+    def times(session: str) -> list[float]:
+        return [retry_after_s(SessionId(session), attempt) for attempt in range(1, 12)]
+
+    one, other = times("a" * 32), times("b" * 32)
+    assert all(abs(mine - theirs) > 0.001 for mine, theirs in zip(one, other, strict=True))
+    assert all(0.1 < wait <= 6.0 for wait in one)
+    assert one[6] > 4 * one[0]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_request_that_no_peer_could_meet_fails_at_once_and_blames_nobody(peers: Peers, begun: bool) -> None:
+    site = AnswerSite(peers.start("new"))
+    retrier = retrier_of(site, Cluster(make_peer("x", holdings=FREE)))
+    if begun:
+        await site.open()
+        site.answer.stage_failed(1, 0, InvalidSampling("a penalty"), None)
+    else:
+        site.reply = Error(request=0, code=InvalidSampling.code, message="a penalty")
+        site.answer.planned(site.plan())
+        await site.answer.output.until(lambda: site.replans, 1.0)
+    retrier.replan(site.answer, site.replans[-1])
+    await site.clock.move(0)
+    assert site.answer.status == "failed"
+    assert isinstance(site.answer.error, InvalidSampling)
+    assert not site.answer.recovery.distrusted(0.0)
+    assert len(site.got(Open)) == 1
 
 
 @pytest.mark.parametrize(("code", "retried"), [("out_of_memory", True), ("internal_error", False)])

@@ -8,8 +8,8 @@ from in_process.peers import Peers, until
 from meshd.agents.session.events import CloseStages, OpenStages, ResumeStages
 from meshd.agents.session.plan.resume import ResumePoint, StageHeld
 from meshd.agents.session.stages.client import RENEW_S
-from meshd.errors import PeerFault
-from meshd.protocol.messages import Close, Journaled, Open, Opened, Prompt, Renew, Resume
+from meshd.errors import InvalidSampling, PeerFault
+from meshd.protocol.messages import Close, Error, Journaled, Open, Opened, Prompt, Renew, Resume
 from meshd.types import PeerId, SamplingParams
 
 
@@ -38,6 +38,20 @@ async def test_only_a_last_stage_with_penalties_gets_the_known_tokens(peers: Pee
     for stage in (0, 1):
         await site.answer.stages.open(command, stage, [100, 101])
     assert [ids(payload) for payload in site.payloads] == [[], [1, 2, 3, 100, 101]]
+
+
+async def test_only_the_last_stage_gets_the_sampling_parameters(peers: Peers) -> None:
+    params = SamplingParams(logit_bias=dict.fromkeys(range(200), 1.0))
+    site = AnswerSite(peers.start("a"), sampling=params)
+    for stage in (0, 1):
+        await site.answer.stages.open(OpenStages(1, site.plan(10), 64, 0), stage, [])
+    assert [message.sampling for message in site.got(Open)] == [None, params]
+
+
+async def test_a_stage_that_cannot_use_the_parameters_refuses_the_request_and_not_the_plan(site: AnswerSite) -> None:
+    site.reply = Error(request=0, code=InvalidSampling.code, message="a penalty", hint="use smaller ones")
+    with pytest.raises(InvalidSampling, match="a penalty"):
+        await site.answer.stages.open(OpenStages(1, site.plan(), 64, 0), 0, [])
 
 
 async def test_any_reply_to_open_but_opened_is_the_peers_fault(site: AnswerSite) -> None:

@@ -10,7 +10,8 @@ from meshd.agents.session.plan.move import Mover
 from meshd.agents.session.plan.retry import PlanRetrier
 from meshd.agents.session.session import SessionState
 from meshd.agents.session.stages.receiver import StageReceiver
-from meshd.protocol.messages import Error
+from meshd.errors import InvalidSampling
+from meshd.protocol.messages import Error, Failed
 from meshd.types import PeerId
 
 STRANGER = PeerId("stranger")
@@ -51,3 +52,12 @@ async def test_an_error_counts_only_from_a_peer_of_the_plan(site: AnswerSite, re
     assert site.answer.machine.state is SessionState.PREFILLING
     receiver.on_error(site.peer.id, error)
     assert site.answer.machine.state is SessionState.RECOVERING
+
+
+async def test_a_request_that_the_last_stage_cannot_sample_for_is_not_a_fault_of_its_peer(
+    site: AnswerSite, receiver: StageReceiver
+) -> None:
+    failed = Failed(session=site.answer.session, epoch=1, step=0, stage=0, code=InvalidSampling.code, message="not finite")
+    receiver._on_failed(site.peer.id, failed, memoryview(b""))
+    assert isinstance(site.answer.machine.error, InvalidSampling)
+    assert site.answer.recovery.distrusted(site.clock.now) == set()

@@ -25,7 +25,8 @@ COMPLETION = {"model": "words", "prompt": "hello"}
         ({"echo": True, "prompt": [1, 2]}, "echo"),
         ({"best_of": 3}, "best_of"),
         ({"suffix": "the end"}, "suffix"),
-        ({"messages": []}, "messages"),
+        ({"prompt": ["x"] * 257}, "prompt"),
+        ({"prompt": [[1]] * 257}, "prompt"),
     ],
 )
 async def test_the_error_names_the_wrong_field(http: aiohttp.ClientSession, fields: dict[str, Any], param: str) -> None:

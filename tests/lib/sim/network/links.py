@@ -9,7 +9,7 @@ from meshd.agents.links.log import LinkLog
 from meshd.agents.links.rpc import Dispatcher, Handler, M, to_view
 from meshd.agents.supervisor import Supervise
 from meshd.errors import Overloaded, PeerLost
-from meshd.protocol.messages import Message, Reply, Request
+from meshd.protocol.messages import Lane, Message, Reply, Request
 from meshd.protocol.transport import Buffer
 from meshd.types import LinkStats, PeerId
 from sim.loop import OWNER, Owner, SimClock
@@ -62,6 +62,17 @@ class SimLinks:
         if link is None or peer not in self.links or self.id not in link.up:
             raise PeerLost(f"{peer:.8} is not linked with this peer")
         self._network.delivery.send(self, peer, link, message, payload)
+
+    def when_room(self, peer: PeerId, lane: Lane, callback: Callable[[], None]) -> None:
+        link = self.links.get(peer)
+        if link is None:
+            asyncio.get_running_loop().call_soon(callback)
+        else:
+            self._network.delivery.when_room(self.id, link.pipes[self.id, lane], callback)
+
+    def idle_s(self, peer: PeerId, lane: Lane) -> float:
+        link = self.links.get(peer)
+        return float("inf") if link is None else self._network.delivery.idle_s(link.pipes[peer, lane])
 
     async def request(
         self, peer: PeerId, message: Request | Callable[[int], Request], payload: Buffer | None = None, *, timeout_s: float

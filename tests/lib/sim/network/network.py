@@ -199,7 +199,7 @@ class SimNetwork:
         self._down(end, other, link, reason)
 
     def _notify_ended(self, end: SimLinks, other: PeerId, link: Link, reason: str) -> None:
-        """Notify the peer `other`, after everything that was sent to it before has arrived."""
+        """Notify the peer `other`, after every small message that was sent to it before has arrived."""
         link.ended.add(end.id)
         far = self._ends.get(other)
         if far is None or far.links.get(end.id) is not link:
@@ -207,7 +207,8 @@ class SimNetwork:
         if self._paths[end.id, other].cut:
             self._block(end.id, other)  # the notice can't arrive: `other` ends the link after the silence
             return
-        last = max(link.pipes[end.id, lane].last_arrival for lane in Lane)
+        # The control lane is closed at once: it does not wait for large messages on the bulk lane, which are lost.
+        last = link.pipes[end.id, Lane.CONTROL].last_arrival
         delay_s = self.delivery.delay_s(self._paths[end.id, other])
         arrival = max(self._loop.time() + delay_s, min(last, link.lost_after)) + 1e-6
         self._loop.call_at(arrival, self._down, far, end.id, link, reason, context=far.context)
@@ -218,6 +219,7 @@ class SimNetwork:
         link.ended.add(end.id)
         link.up.discard(end.id)
         del end.links[other]
+        self.delivery.end(end.id, link)
         self._trace.note("down", end.name, other[:4], reason)
         end.dispatcher.peer_lost(other, reason)
         end.on_down(other, reason)

@@ -1,5 +1,6 @@
 """The state of the simulated network: paths between peers, links, and the links' pipes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from meshd.protocol.messages import Lane, Message
@@ -41,6 +42,8 @@ class Pipe:
     queued_bytes: int = 0
     held: list[tuple[Message, bytes, int]] = field(default_factory=list)
     """Messages that wait for a cut to heal: message, payload, size in bytes."""
+    waiting: list[Callable[[], None]] = field(default_factory=list)
+    """Callbacks of senders that wait for room."""
 
 
 @dataclass(eq=False, slots=True)

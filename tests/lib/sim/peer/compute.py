@@ -78,9 +78,6 @@ class SimCompute(ComputeQueue):
             self._loop.call_later(self._rng.random() * _LATEST_START_S, self._run, self._running)
 
     def _run(self, job: _Job) -> None:
-        if self.stalled:
-            self._stalled_call = lambda: self._run(job)
-            return
         before = self._meter.spent_s
         callback: Callable[[Any], None]
         result: Any

@@ -33,8 +33,8 @@ class CountingRouter(Router):
             self.searches += 1
             self.searching_s += time.perf_counter() - began
 
-    def _route(self, card: ModelCard, mesh: MeshOptions, context: int, prompt_tokens: int) -> Plan:
-        search = super()._route
+    def route(self, card: ModelCard, mesh: MeshOptions, context: int, prompt_tokens: int) -> Plan:
+        search = super().route
         return self._timed(lambda: search(card, mesh, context, prompt_tokens))
 
     def _resident(

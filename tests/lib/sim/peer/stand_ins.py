@@ -4,7 +4,8 @@ import random
 from collections.abc import Callable
 from typing import Any, Self
 
-from meshd.agents.placement.model_library import ModelLibrary, ModelText
+from meshd.agents.placement.model_library import ModelLibrary
+from meshd.agents.text.model_texts import ModelText
 from meshd.types import LayerRange, ModelCard, ModelId
 from sim.loop import SimClock
 from sim.toy.text import toy_text
@@ -76,6 +77,9 @@ class SimLibrary(ModelLibrary):
 
     async def text(self, card: ModelCard) -> ModelText:
         return toy_text(card)
+
+    def warm(self, card: ModelCard) -> None:
+        pass
 
     def open(self, card: ModelCard) -> Any:
         return SimFile()

@@ -2,13 +2,13 @@
 
 import random
 
-from meshd.agents.placement.model_library import ModelText
+from meshd.agents.text.model_texts import ModelText
 from meshd.types import ModelCard
 from sim.toy.mathematics import VOCAB
 
 
 class ToyStream:
-    """Implements `meshd.models.text.tokenizer.tokenizer.StreamDecoder`."""
+    """Implements `meshd.models.text.token_table.StreamDecoder`."""
 
     def push(self, token: int) -> str:
         return letter(token)
@@ -32,7 +32,7 @@ def letter(token: int) -> str:
 
 
 def toy_text(card: ModelCard) -> ModelText:
-    return ModelText(card, ToyTokenizer(), None)  # type: ignore[arg-type]
+    return ModelText(card, ToyTokenizer(), False, None)  # type: ignore[arg-type]
 
 
 def random_prompt(rng: random.Random, longest: int) -> tuple[int, ...]:

@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from meshd.errors import InvalidRequest
 from meshd.models.text.template import ChatTemplate
+from meshd.models.text.tokenizer.files import tokenizer_from_gguf
 from meshd.models.text.tokenizer.tokenizer import Tokenizer
 from texts import chat_templates
+from tiny import vocabularies as tiny_vocabularies
 
 GOLDEN: list[dict[str, Any]] = json.loads(Path(__file__).with_name("golden_smollm2.json").read_text())
 IM_START, IM_END = 1, 2
@@ -126,3 +128,23 @@ def test_a_chat_has_the_ids_of_transformers(smollm2_json: str, tokenizer: Tokeni
         template = ChatTemplate(chat_templates.SMOLLM3, bos="<s>")
         expected = reference.apply_chat_template(messages, chat_template=chat_templates.SMOLLM3, return_dict=False, **wanted)
         assert tokenizer.encode_chat(template, messages, **asked) == expected
+
+
+@pytest.mark.parametrize("adds", [True, False, None])
+@pytest.mark.parametrize("spelt", [True, False])
+@pytest.mark.parametrize("kind", ["spm", "byte-level"])
+def test_a_prompt_begins_with_one_bos_if_the_model_says_so(kind: str, spelt: bool, adds: bool | None) -> None:
+    metadata = tiny_vocabularies.spm(spaced=True)[0] if kind == "spm" else tiny_vocabularies.byte_level("qwen2")
+    control = next(id_ for id_, type_ in enumerate(metadata["tokenizer.ggml.token_type"]) if type_ == 3)
+    metadata = metadata | {"tokenizer.ggml.bos_token_id": control, "tokenizer.ggml.add_bos_token": adds}
+    if adds is None:
+        del metadata["tokenizer.ggml.add_bos_token"]
+    name = metadata["tokenizer.ggml.tokens"][control]
+    made = tokenizer_from_gguf(metadata)
+    template = ChatTemplate("{{ bos_token }}{{ messages[0].content }}" if spelt else "{{ messages[0].content }}", bos=name)
+    wanted = bool(adds or spelt or (adds is None and kind == "spm"))
+    chat = made.encode_chat(template, [{"role": "user", "content": "the fox"}])
+    text = made.encode((name if spelt else "") + "the fox", add_special=True, parse_special=True)
+    for ids in (chat, text):
+        assert ids.count(control) == wanted
+        assert (ids[0] == control) == wanted

@@ -1,0 +1,1 @@
+"""Encoding of prompts and rendering of chat templates, in processes that can be ended."""
