@@ -117,6 +117,11 @@ class Generation(Protocol):
         ...
 
     @property
+    def predicted_ttft_s(self) -> float:
+        """Seconds from the answer's admission to its first token, as predicted by its plan; 0 while there is none."""
+        ...
+
+    @property
     def predicted_tpot_s(self) -> float: ...
 
     @property

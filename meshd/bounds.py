@@ -27,6 +27,8 @@ MAX_LISTED = 1024
 MAX_LOGIT_BIAS = 1024
 """Most entries of `logit_bias`. With them, OPEN's header still fits 64 KiB."""
 MAX_TOP_LOGPROBS = 20
+MAX_CONTEXT_CLASSES = 16
+"""Most classes of contexts for which a peer advertises factors."""
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_LABEL = 512
@@ -94,6 +96,8 @@ Text = Annotated[str, Meta(title="Text", max_length=MAX_TEXT, pattern=rf"\A[^{UN
 """A sentence that people see, or a path."""
 Address = Annotated[str, Meta(title="Address", max_length=MAX_ADDRESS, pattern=r"\A[\x21-\x7e]*\Z")]
 """`HOST:PORT`."""
+Digest = Annotated[str, Meta(title="Digest", pattern=r"\A[0-9a-f]{32}\Z")]
+"""The first half of a SHA-256."""
 Sha256 = Annotated[str, Meta(title="Sha256", pattern=r"\A[0-9a-f]{64}\Z")]
 
 

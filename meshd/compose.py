@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from logging import getLogger
 
-import msgspec
-
 from meshd.agents.admin.story_collector import StoryCollector
 from meshd.agents.device.compute import ComputeQueue
 from meshd.agents.links.links import Links
+from meshd.agents.links.open import DialOutcome
 from meshd.agents.links.probe import LinkProber
-from meshd.agents.membership.membership import Membership, SelfDescription
+from meshd.agents.membership.adverts.publisher import SelfDescription
+from meshd.agents.membership.membership import Membership
 from meshd.agents.membership.peer_table import PeerTable
 from meshd.agents.membership.sources import Source
 from meshd.agents.observe.events import EventBus
@@ -41,6 +41,7 @@ from meshd.agents.session.plan.retry import PlanRetrier
 from meshd.agents.session.plan.route import Router
 from meshd.agents.signals import Signal
 from meshd.agents.stage.host import StageHost
+from meshd.agents.stage.learning import StepLearning
 from meshd.agents.supervisor import Supervisor
 from meshd.clock import Clock
 from meshd.kernels.backend import Backend
@@ -57,8 +58,8 @@ class PeerSignals:
 
     link_up: Signal[PeerId, Hello, tuple[str, int]] = field(default_factory=Signal)
     link_down: Signal[PeerId, str] = field(default_factory=Signal)
-    notice: Signal[str] = field(default_factory=Signal)
-    """A message for the user."""
+    dialled: Signal[DialOutcome] = field(default_factory=Signal)
+    """What a dial showed, or why another device's connection made no link."""
     peer_gone: Signal[PeerId, str] = field(default_factory=Signal)
     """A peer's link is down, and the peer table already has this change."""
     advert_received: Signal[Advert] = field(default_factory=Signal)
@@ -233,7 +234,7 @@ def compose(parts: Parts) -> Peer:
     """Construct a peer's agents and connect them. Must be called inside the event loop."""
     signals, settings, clock, links, library = parts.signals, parts.settings, parts.clock, parts.links, parts.library
     story, bus = Story(clock), EventBus(clock)
-    holdings = ResidentModels(parts.capability.rates.attention_bytes_s)
+    holdings = ResidentModels()
     memory = FreeMemory(parts.capability.memory_free_bytes, holdings, parts.measure_free_bytes, clock)
     stages = _stages(parts, holdings, story)
     drainer = Drainer(links=links, clock=clock, stages=lambda: stages.sessions, on_change=signals.changed)
@@ -296,6 +297,7 @@ def _stages(parts: Parts, holdings: ResidentModels, story: Story) -> StageHost:
         me=parts.me,
         links=links,
         residents=holdings,
+        learning=StepLearning(parts.me, parts.capability.rates, parts.clock),
         compute=parts.compute,
         clock=parts.clock,
         telemetry=parts.telemetry,
@@ -331,9 +333,11 @@ def _membership(
             name=parts.name,
             incarnation=parts.incarnation,
             version=parts.version,
-            capability=lambda: msgspec.structs.replace(parts.capability, memory_free_bytes=memory.free_bytes()),
+            capability=parts.capability,
+            memory_free_bytes=memory.free_bytes,
             holdings=lambda: tuple(resident.holding() for resident in holdings),
             models=lambda: tuple(parts.library.local.values()),
+            learned=stages.learning.learned,
             sessions=lambda: stages.sessions,
             draining=lambda: drainer.draining,
         ),
@@ -407,7 +411,7 @@ def _subscribe(parts: Parts, memory: FreeMemory, peer: Peer) -> None:
 
     signals.link_up.subscribe(membership.on_up)
     signals.link_down.subscribe(membership.on_down)
-    signals.notice.subscribe(membership.notice)
+    signals.dialled.subscribe(membership.on_dialled)
     signals.peer_gone.subscribe(peer_gone)
     signals.advert_received.subscribe(peer.keeper.note)
     signals.changed.subscribe(membership.changed)

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
@@ -47,6 +48,9 @@ from meshd.types import PeerId
 
 log = getLogger(__name__)
 
+_SWITCH_S = 0.0005
+"""Longest time that Python code of one thread keeps the others waiting. A step hands Python over some 60 times for each token, so
+that with the default of 5 ms it takes many times as long beside a search for a plan."""
 _QUEUE_WAIT_S = 60.0
 _OUTPUTS_BYTES = 128 << 20
 """Memory for stage outputs that are kept in case they must be sent again."""
@@ -86,6 +90,7 @@ async def run_daemon(
     Cancel: the peer leaves without waiting for its sessions.
     """
     require_guarded_api(config)
+    sys.setswitchinterval(_SWITCH_S)
     folder = StateFolder.open(config.state)
     clock = SystemClock()
     shares = share_descriptors(raise_limit())
@@ -203,10 +208,10 @@ class Daemon:
             peer.coordinator, self.view, self._telemetry, api_key=self._config.api_key, clock=self._clock, limits=self._limits
         )
         api = await server.serve_at(app, self._sockets.api)
-        membership.api_address = f"{self._config.api.host}:{api.port}"
+        membership.publisher.api_address = f"{self._config.api.host}:{api.port}"
         async with peer.running(self._sources(port)):
-            lock.announce(membership.api_address, str(self._config.models_dir.absolute()))
-            log.info("up: links on %s, API on %s", membership.link_address, membership.api_address)
+            lock.announce(membership.publisher.api_address, str(self._config.models_dir.absolute()))
+            log.info("up: links on %s, API on %s", membership.link_address, membership.publisher.api_address)
             try:
                 yield api
             finally:
@@ -229,6 +234,7 @@ class Daemon:
                 clock=self._clock,
                 interfaces=self._config.interfaces,
                 host=self._config.link.host,
+                load=lambda: self.peer.stages.sessions,
             )
             sources.append(self._mdns)
         if "static" in self._config.discovery and self._config.peers:
@@ -243,7 +249,7 @@ class Daemon:
             "version": __version__,
             "protocol": ".".join(map(str, PROTOCOL_VERSION)),
             "cluster": self._identity.fingerprint,
-            "api": self.peer.membership.api_address,
+            "api": self.peer.membership.publisher.api_address,
             "link": self.peer.membership.link_address,
             "uptime_s": self._clock.monotonic() - self._started,
             "notices": [{"message": message, "hint": hint} for message, hint in self.peer.membership.notices.items()],
@@ -279,9 +285,11 @@ def _parts(
         clock,
         on_up=signals.link_up,
         on_down=signals.link_down,
-        on_notice=signals.notice,
+        on_outcome=signals.dialled,
     )
-    prober = LinkProber(peer_links, clock, on_change=signals.changed)
+    prober = LinkProber(
+        peer_links, clock, on_change=signals.changed, on_round_trip=lambda peer, seconds: telemetry.hop(peer, seconds / 2)
+    )
     store = Store(config.models_dir, config.hf_cache, index_url=config.pypi_index, clock=clock)
     texts = ModelTexts(TextWorkers(memory_bytes=memory_limit(capability.memory_total_bytes)))
     library = ModelLibrary(

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from meshd.bounds import (
+    MAX_CONTEXT_CLASSES,
     MAX_LAYERS,
     MAX_LISTED,
     MAX_LOGIT_BIAS,
@@ -22,6 +23,7 @@ from meshd.bounds import (
     AskedRepetition,
     AskedTemperature,
     Count,
+    Digest,
     Factor,
     Fraction,
     Label,
@@ -50,6 +52,7 @@ from meshd.bounds import (
 _PEER_ID = r"\A[a-z2-7]{52}\Z"
 PeerId = NewType("PeerId", Annotated[str, Meta(title="PeerId", pattern=_PEER_ID)])
 """Lower-case base32 of SHA-256 of the peer's public key, 52 characters."""
+_FINGERPRINT = r"\A[a-z2-7]{16}\Z"
 SessionId = NewType("SessionId", Annotated[str, Meta(title="SessionId", pattern=r"\A[0-9a-f]{32}\Z")])
 """Random, 32 hex digits. A session is one request's decoding state."""
 PlanId = NewType("PlanId", Annotated[str, Meta(title="PlanId", pattern=r"\A[A-Za-z0-9._:-]{1,64}\Z")])
@@ -60,6 +63,11 @@ ModelId = NewType("ModelId", Annotated[str, Meta(title="ModelId", pattern=r"\A[0
 def is_peer_id(text: str) -> bool:
     """Whether the text has the form of a peer's id."""
     return re.match(_PEER_ID, text) is not None
+
+
+def is_fingerprint(text: str) -> bool:
+    """Whether the text has the form of a cluster's fingerprint."""
+    return re.match(_FINGERPRINT, text) is not None
 
 
 class LayerRange(msgspec.Struct, frozen=True, order=True, array_like=True):
@@ -322,13 +330,13 @@ class Capability(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LinkStats(msgspec.Struct, frozen=True, kw_only=True):
-    """One direction of a link, measured by the sending peer."""
+    """One direction of a link, measured by the sending peer over the last seconds (`agents/links/estimate.py`)."""
 
     rtt_s: Seconds
-    """Round trip of a small message."""
+    """Shortest recent round trip of a small message."""
     bandwidth_bytes_s: Rate
     hop_s: Seconds = 0.0
-    """Time of one activation from send to receive: half the round trip of an 8 KiB frame."""
+    """Usual time of a small message from send to receive: half the median of recent round trips. 0: half of `rtt_s`."""
     measured_at: Timestamp = 0.0
 
 
@@ -349,6 +357,11 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
     """Measured seconds of one layer per token of a prefill chunk. None: not measured."""
     head_s: Seconds | None = None
     """Measured seconds of final norm, head and sampler for one token. None: not measured."""
+    attention_token_s: Seconds | None = None
+    """Measured seconds of one layer's attention in a decode step, for each earlier position. None: not measured."""
+    attention_pair_s: Seconds | None = None
+    """Measured seconds of one layer's attention in a prefill chunk, for each pair of a token and an earlier position. None: not
+    measured."""
     standby: bool = False
     """A standby copy for when a peer is lost. New sessions use it only if no other peer holds the layers."""
     pinned: bool = False
@@ -357,8 +370,48 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
     """The peer loaded these layers by itself, because they were placed on it before it restarted. A PLACE for them ends this."""
 
 
+class LearnedRates(msgspec.Struct, frozen=True, kw_only=True):
+    """What a peer has learned from the steps that its stages computed lately (`planner/model/learn.py`)."""
+
+    decode: Annotated[tuple[Factor, ...], at_most(MAX_CONTEXT_CLASSES)] = ()
+    """Measured over predicted compute time of decode steps, for each class of context in `CONTEXT_CLASSES`. Empty: as predicted."""
+    prefill: Annotated[tuple[Factor, ...], at_most(MAX_CONTEXT_CLASSES)] = ()
+    """The same for prefill chunks."""
+    step_overhead_s: Seconds | None = None
+    """Time of a step on the peer beside its computation: hand-over between threads, coding and sending. None: not measured."""
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True):
+    """What a peer is, can and has on disk. It changes seldom: other peers fetch it when its hash changes."""
+
+    capability: Capability
+    """With the free memory that was measured when the peer started. `Status` has the present value."""
+    models: Annotated[tuple[ModelCard, ...], at_most(MAX_LISTED)] = ()
+    """Cards of the models whose files are complete on this peer's disk."""
+    api: Address = ""
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """What changes while a peer works. Small, because it is sent on every change."""
+
+    revision: Serial
+    """Within an incarnation, the highest revision is valid."""
+    profile: Digest
+    """Hash of the sender's present profile (`agents/membership/adverts/encoding.py`)."""
+    memory_free_bytes: Size
+    holdings: Annotated[tuple[Holding, ...], at_most(MAX_PEERS)] = ()
+    links: Annotated[dict[PeerId, LinkStats], at_most(MAX_PEERS)] = {}
+    neighbours: Annotated[dict[PeerId, Address], at_most(MAX_PEERS)] = {}
+    """`IP:PORT` of linked peers. From these, a peer that knows one address finds the whole cluster, even without multicast."""
+    learned: LearnedRates = LearnedRates()
+    sessions: Count = 0
+    """Number of sessions that have a stage on this peer."""
+    draining: bool = False
+    """The peer is about to leave: it takes no new work, and its sessions move to other peers."""
+
+
 class Advert(msgspec.Struct, frozen=True, kw_only=True):
-    """What a peer publishes about itself on authenticated links. Within an incarnation, the highest `revision` is valid."""
+    """All that is known of one peer: its HELLO, its profile and its newest status. Plans are made from adverts."""
 
     peer: PeerId
     name: PeerName
@@ -366,16 +419,15 @@ class Advert(msgspec.Struct, frozen=True, kw_only=True):
     revision: Serial
     version: Label
     capability: Capability
-    holdings: Annotated[tuple[Holding, ...], at_most(MAX_PEERS)] = ()
-    models: Annotated[tuple[ModelCard, ...], at_most(MAX_LISTED)] = ()
-    """Cards of the models whose files are complete on this peer's disk."""
-    links: Annotated[dict[PeerId, LinkStats], at_most(MAX_PEERS)] = {}
-    neighbours: Annotated[dict[PeerId, Address], at_most(MAX_PEERS)] = {}
-    """`HOST:PORT` of linked peers. From these, a peer that knows one address finds the whole cluster, even without multicast."""
-    sessions: Count = 0
-    api: Address = ""
+    """With the present free memory."""
+    holdings: tuple[Holding, ...] = ()
+    models: tuple[ModelCard, ...] = ()
+    links: dict[PeerId, LinkStats] = {}
+    neighbours: dict[PeerId, str] = {}
+    learned: LearnedRates = LearnedRates()
+    sessions: int = 0
+    api: str = ""
     draining: bool = False
-    """The peer is about to leave: it takes no new work, and its sessions move to other peers."""
 
 
 class AttentionShard(msgspec.Struct, frozen=True, kw_only=True):

@@ -189,7 +189,7 @@ def choose_cluster_key(folder: StateFolder, code: str | None, random_bytes: Call
     if stored is not None and given is not None and given != stored:
         raise ConfigError(
             f"{folder.path} belongs to cluster {stored.fingerprint}, but the join code is of cluster {given.fingerprint}",
-            hint="move this device with `meshd key join CODE`, or use another folder with --state DIR",
+            hint="move this device with `meshd key join CODE --replace`, then `meshd up`; or use another folder with --state DIR",
         )
     key = stored or given or ClusterKey.generate(random_bytes)
     if stored is None:

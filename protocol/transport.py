@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import socket
 import ssl
 from collections.abc import Callable, Coroutine
@@ -14,7 +15,7 @@ from meshd.protocol import codec
 from meshd.protocol.flow import SendQueue
 from meshd.protocol.framing import EMPTY, KIB, MIB, Frame, FrameLimits, FrameReader, frame_head
 from meshd.protocol.identity import peer_of_certificate
-from meshd.protocol.messages import Error, Message
+from meshd.protocol.messages import Error, Hello, Message
 from meshd.types import PeerId
 
 log = logging.getLogger("meshd.transport")
@@ -31,6 +32,8 @@ _CHUNK = 128 * KIB
 _TRANSPORT_BYTES = 256 * KIB
 """Encrypted bytes that asyncio may buffer before it pauses the writer."""
 _SHUTDOWN_S = 0.5
+_CLOSE_S = 0.5
+"""How long a connection that is being closed may take to write its last frame and the farewell."""
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -50,6 +53,8 @@ class Connection(asyncio.BufferedProtocol):
         """Largest header and payload that the other side accepts, from its HELLO."""
         self.reason = ""
         """Why the connection is closed; empty while it is open."""
+        self.hello: Hello | None = None
+        """The other side's first message, if it is HELLO."""
         self.bytes_in = 0
         self.bytes_out = 0
         self.received_at = now()
@@ -64,6 +69,7 @@ class Connection(asyncio.BufferedProtocol):
         self._gone = asyncio.Event()
         self._on_message: Callable[[Connection, Message, Frame], None] | None = None
         self._on_closed: Callable[[Connection, str], None] | None = None
+        self._when_gone: Callable[[Connection], None] | None = None
 
     def attach(
         self, on_message: Callable[["Connection", Message, Frame], None], on_closed: Callable[["Connection", str], None]
@@ -73,6 +79,12 @@ class Connection(asyncio.BufferedProtocol):
             raise PeerLost(self.reason)
         self._on_message = on_message
         self._on_closed = on_closed
+
+    def when_gone(self, callback: Callable[["Connection"], None]) -> None:
+        """Set the function to call when the socket is closed, which may be some time after `on_closed`."""
+        self._when_gone = callback
+        if self._gone.is_set():
+            callback(self)
 
     async def first(self) -> Message:
         """Wait for the first message. Raises: PeerFault if the connection closes before that."""
@@ -105,7 +117,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         self._write(joined)
         if rest:
-            self._queue.put(rest)
+            self._queue.put(rest, begun=True)
             self._pump()
 
     def when_room(self, callback: Callable[[], None]) -> None:
@@ -114,20 +126,30 @@ class Connection(asyncio.BufferedProtocol):
         self._call_waiting()
 
     def close(self, reason: str, farewell: Message | None = None) -> None:
-        """Send `farewell` if possible, drop queued messages, and close once written bytes are sent. Calls `on_closed` at once."""
+        """Finish the frame that is being written, send `farewell`, and close. Other queued messages are dropped.
+
+        `on_closed` is called at once. If the other side does not read, the connection is aborted after `_CLOSE_S`.
+        """
         if self.reason:
             return
+        # Without the rest of the frame, the other side could not tell the farewell from the frame's bytes.
+        self._queue.keep_current()
         if farewell is not None:
             try:
                 self.send(farewell)
             except MeshdError as error:
                 log.debug("no farewell to %.8s: %s", self.peer, error)
         self._end(reason)
-        self._transport.close()
+        if self._queue:
+            asyncio.get_running_loop().call_later(_CLOSE_S, self._transport.abort)
+            self._pump()
+        else:
+            self._transport.close()
 
     def abort(self, reason: str) -> None:
         """Close at once and discard unsent bytes."""
         self._end(reason)
+        self._queue.clear()
         self._transport.abort()
 
     async def closed(self) -> None:
@@ -176,12 +198,16 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end(_reason(exc))
+        self._queue.clear()
         self._gone.set()
+        if self._when_gone is not None:
+            self._when_gone(self)
 
     def _deliver(self, message: Message, frame: Frame) -> None:
         if self._on_message is not None:
             self._on_message(self, message, frame)
         elif not self._first.done():
+            self.hello = message if isinstance(message, Hello) else None
             self._first.set_result(message)
         else:
             raise ProtocolViolation(f"{type(message).__name__} before HELLO was answered")
@@ -191,9 +217,11 @@ class Connection(asyncio.BufferedProtocol):
         self._transport.write(data)
 
     def _pump(self) -> None:
-        while self._queue and not self._paused and not self.reason:
+        while self._queue and not self._paused:
             self._write(self._queue.take())
         self._call_waiting()
+        if self.reason and not self._queue:
+            self._transport.close()
 
     def _call_waiting(self) -> None:
         if self._waiting and (self.reason or self._queue.queued_bytes <= QUEUE_BYTES // 2):
@@ -211,7 +239,6 @@ class Connection(asyncio.BufferedProtocol):
         if self.reason:
             return
         self.reason = reason
-        self._queue.clear()
         self._call_waiting()
         if not self._first.done():
             self._first.set_exception(PeerLost(reason))
@@ -352,7 +379,8 @@ async def _connect(address: Address, connect_s: float) -> socket.socket:
                 await loop.sock_connect(raw, resolved)
         except OSError as error:
             raw.close()
-            failure = error.strerror or "no answer in time"
+            # asyncio puts its own words in `strerror`, such as "Connect call failed".
+            failure = os.strerror(error.errno) if error.errno else "no answer in time"
         except BaseException:
             raw.close()
             raise

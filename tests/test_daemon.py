@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import socket
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 
@@ -11,6 +12,7 @@ import pytest
 
 from meshd.agents import supervisor
 from meshd.agents.stage.host import StageHost
+from meshd.cli import main
 from meshd.config import Config
 from meshd.daemon import DaemonInfo, run_daemon
 from meshd.errors import ConfigError, LocalFault, StorageError
@@ -65,7 +67,19 @@ async def test_a_given_join_code_is_stored_and_another_one_is_refused(local_conf
     with pytest.raises(ConfigError, match="belongs to cluster") as caught:
         await run_daemon(dataclasses.replace(local_config, key=codes[1]), stop=asyncio.Event())
     assert info.cluster in caught.value.message
-    assert "meshd key join" in caught.value.hint
+    assert "`meshd key join CODE --replace`, then `meshd up`" in caught.value.hint
+    assert main(["key", "join", codes[1], "--replace", "--state", str(local_config.state)]) == 0
+    async with running(dataclasses.replace(local_config, key=codes[1])) as info:
+        assert info.join_code == codes[1]
+
+
+async def test_a_daemon_lets_threads_take_turns_within_half_a_millisecond(local_config: Config) -> None:
+    before = sys.getswitchinterval()
+    try:
+        async with running(local_config):
+            assert sys.getswitchinterval() <= 0.0005
+    finally:
+        sys.setswitchinterval(before)
 
 
 async def test_a_state_folder_that_another_daemon_uses_is_refused(local_config: Config) -> None:

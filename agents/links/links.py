@@ -15,10 +15,11 @@ from typing import TypedDict
 
 import meshd
 from meshd.agents.links.dial import Dialler
+from meshd.agents.links.estimate import LinkEstimate
 from meshd.agents.links.link import Link
 from meshd.agents.links.link_table import LinkTable, OnDown, OnUp, Timing
 from meshd.agents.links.log import LinkLog, RefusalRow
-from meshd.agents.links.open import LinkOpener
+from meshd.agents.links.open import LinkOpener, OnOutcome
 from meshd.agents.links.rpc import Dispatcher, Handler, M, to_view
 from meshd.agents.supervisor import Supervise, unsupervised
 from meshd.clock import Clock
@@ -27,13 +28,13 @@ from meshd.protocol import transport
 from meshd.protocol.framing import MAX_HEADER, MAX_PAYLOAD
 from meshd.protocol.identity import Identity
 from meshd.protocol.messages import FEATURES, PROTOCOL_VERSION, Goodbye, Hello, Lane, Message, Reply, Request
-from meshd.protocol.transport import Address, Buffer
+from meshd.protocol.transport import Buffer
 from meshd.types import PeerId
+from meshd.values import Address
 
 log = logging.getLogger("meshd.links")
 _CLOSE_S = 0.9
 _BACKLOG = 128
-_ADDRESSES_PER_PEER = 16
 _MAX_LOCAL = 4096
 """Maximum number of this peer's messages to itself that wait for their handlers."""
 
@@ -49,7 +50,7 @@ class LinkSettings:
     """Sockets that are bound to the address already; none: `Links.bind` binds them."""
     max_links: int = 256
     max_half_open: int = 64
-    """Most accepted connections that have not sent HELLO yet; further ones are closed at once."""
+    """Most accepted connections that have not sent HELLO yet. A further one takes the place of an older one."""
     timing: Timing = field(default_factory=Timing)
 
 
@@ -75,8 +76,8 @@ class Links:
     """The actor that owns all links.
 
     `on_up(peer, hello, address)` is called before the first message of a link, `on_down(peer, reason)` when the link has ended. For
-    a peer that restarts, `on_down` is called and then `on_up`. `on_notice(text)` receives problems to show to the user, such as a
-    copied identity or a version mismatch.
+    a peer that restarts, `on_down` is called and then `on_up`. `on_outcome(outcome)` is called after each dial, and when another
+    device's connection made no link.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Links:
         clock: Clock,
         on_up: OnUp,
         on_down: OnDown,
-        on_notice: Callable[[str], None],
+        on_outcome: OnOutcome,
     ) -> None:
         self.id = identity.peer
         self._settings = settings
@@ -96,19 +97,18 @@ class Links:
         self._linklog = LinkLog(clock)
         self._dispatcher = Dispatcher(self.send, self._linklog)
         self._table = LinkTable(self.id, self._dispatcher, clock, self._linklog, settings.timing, on_up, on_down)
+        greeting = _greeting(self.id, name, incarnation)
         self._opener = LinkOpener(
             identity,
-            _greeting(self.id, name, incarnation),
+            greeting,
             self._table,
             clock,
             self._linklog,
-            on_notice,
-            self._record_address,
+            on_outcome,
             max_links=settings.max_links,
             max_half_open=settings.max_half_open,
         )
         self._dialler = Dialler(self._opener.dial, self.id, self._table, clock)
-        self._addresses: dict[PeerId, dict[Address, None]] = {}
         self._listeners: list[socket.socket] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
@@ -185,6 +185,16 @@ class Links:
         link = self._table.get(peer)
         return self._clock.monotonic() - link.heard if link is not None and link.up else float("inf")
 
+    def unused_s(self, peer: PeerId) -> float:
+        """Returns: seconds since the last message of a session on the link with a peer; infinity if its link is not up."""
+        link = self._table.get(peer)
+        return self._clock.monotonic() - link.used_at if link is not None and link.up else float("inf")
+
+    def estimate(self, peer: PeerId) -> LinkEstimate | None:
+        """Returns: what is known of the link with a peer; None if its link is not up."""
+        link = self._table.get(peer)
+        return link.estimate if link is not None and link.up else None
+
     def idle_s(self, peer: PeerId, lane: Lane) -> float:
         """Returns: seconds since the last bytes from `peer` arrived on a lane, which may be a part of a message; infinity if its
         link is not up."""
@@ -192,8 +202,9 @@ class Links:
         return self._clock.monotonic() - link.lanes[lane].received_at if link is not None and link.up else float("inf")
 
     def addresses(self, peer: PeerId) -> list[str]:
-        """Returns: the addresses (`host:port`) at which `peer` was reached or says that it listens, oldest first."""
-        return [f"{host}:{port}" for host, port in self._addresses.get(peer, ())]
+        """Returns: the addresses (`host:port`) at which a linked peer was reached or says that it listens, oldest first."""
+        link = self._table.get(peer)
+        return [str(Address(*address)) for address in link.addresses] if link is not None else []
 
     def rows(self) -> list[LinkRow]:
         """Describe the links that are up."""
@@ -232,6 +243,7 @@ class Links:
             self._dispatcher.group = None
             for link in self._table:
                 link.end("this peer stops", on_purpose=True)
+            await self._opener.close()
             for listener in self._listeners:
                 listener.close()
 
@@ -288,24 +300,21 @@ class Links:
         self._local -= 1
         self._dispatcher.deliver(self.id, message, payload)
 
-    def _record_address(self, peer: PeerId, address: Address) -> None:
-        known = self._addresses.setdefault(peer, {})
-        if len(known) < _ADDRESSES_PER_PEER:
-            known[address] = None
-
     def _row(self, link: Link) -> LinkRow:
         assert link.agreement is not None
         hello = link.agreement.hello
         host, port = link.lanes[Lane.CONTROL].remote
+        now = self._clock.monotonic()
+        hop_s = link.estimate.hop_s(now)
         return LinkRow(
             peer=link.peer,
             name=hello.name,
-            address=f"{host}:{port}",
+            address=str(Address(host, port)),
             addresses=self.addresses(link.peer),
             dialled=link.dialled,
-            up_s=self._clock.monotonic() - link.up_since,
-            rtt_ms=_ms(link.rtt_mean_s),
-            rtt_min_ms=_ms(link.rtt_min_s),
+            up_s=now - link.up_since,
+            rtt_ms=_ms(None if hop_s is None else 2 * hop_s),
+            rtt_min_ms=_ms(link.estimate.rtt_s(now)),
             queued_bytes=link.queued_bytes,
             bytes_in=sum(connection.bytes_in for connection in link.lanes.values()),
             bytes_out=sum(connection.bytes_out for connection in link.lanes.values()),

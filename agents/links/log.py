@@ -11,6 +11,8 @@ log = logging.getLogger("meshd.links")
 _ROWS = 64
 _CAUSES = 256
 _QUIET_S = 60.0
+_ROW_S = 120.0
+"""How long a refusal is shown. A device that is still there is refused again within half a minute."""
 
 
 class RefusalRow(TypedDict):
@@ -29,17 +31,19 @@ class LinkLog:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._rows: deque[RefusalRow] = deque(maxlen=_ROWS)
+        self._rows: deque[tuple[RefusalRow, list[float]]] = deque(maxlen=_ROWS)
+        """Each refusal, and the monotonic time of its latest repetition."""
         self._logged: OrderedDict[str, float] = OrderedDict()
 
     def refused(self, address: str, peer: PeerId | None, reason: str) -> bool:
-        """Record a refusal. Returns: True if no recorded one has the same address, peer and reason, so the user is notified."""
-        for row in self._rows:
+        """Record a refusal. Returns: True if no recorded one has the same address, peer and reason."""
+        now, wall = self._clock.monotonic(), self._clock.wall()
+        for row, seen in self._recent():
             if (row["address"], row["peer"], row["reason"]) == (address, peer, reason):
-                row["at"] = self._clock.wall()
+                row["at"], seen[0] = wall, now
                 row["count"] += 1
                 return False
-        self._rows.append(RefusalRow(address=address, peer=peer, reason=reason, at=self._clock.wall(), count=1))
+        self._rows.append((RefusalRow(address=address, peer=peer, reason=reason, at=wall, count=1), [now]))
         self.warn(f"refused {address}", "no link with %s: %s", address, reason)
         return True
 
@@ -56,5 +60,9 @@ class LinkLog:
         return True
 
     def rows(self) -> list[RefusalRow]:
-        """Returns: the latest refusals, oldest first."""
-        return [row.copy() for row in self._rows]
+        """Returns: the refusals of the last two minutes, oldest first."""
+        return [row.copy() for row, _ in self._recent()]
+
+    def _recent(self) -> list[tuple[RefusalRow, list[float]]]:
+        now = self._clock.monotonic()
+        return [(row, seen) for row, seen in self._rows if now - seen[0] <= _ROW_S]

@@ -3,11 +3,14 @@
 import asyncio
 import logging
 import socket
-from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 
 import msgspec
 
+from meshd.agents.links.half_open import HalfOpen, origin_of
+from meshd.agents.links.link import Link
 from meshd.agents.links.link_table import LinkTable
 from meshd.agents.links.log import LinkLog
 from meshd.clock import Clock
@@ -21,7 +24,29 @@ from meshd.protocol.transport import Address, Connection
 from meshd.types import PeerId
 
 log = logging.getLogger("meshd.links")
-HALF_OPEN_PER_HOST = 16
+_CLOSE_S = 1.0
+MAX_LINKS_PER_HOST = 32
+"""Each member can make any number of identities, so links are limited per address too: no single host can take all of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DialOutcome:
+    """What a dial of an address showed, or why another device's connection made no link."""
+
+    address: Address
+    """Where the other device listens, as far as it is known."""
+    peer: PeerId | None
+    """The id that the other device has proved. None: it has proved none."""
+    name: str = ""
+    """The name in its HELLO; empty if there was none."""
+    refused: bool = False
+    """Whether a retry is unlikely to help."""
+    reason: str = ""
+    """Why there is no link. Empty: `peer` answers at the address, and is linked or is this peer itself."""
+    hint: str = ""
+
+
+OnOutcome = Callable[[DialOutcome], None]
 
 
 class LinkOpener:
@@ -34,8 +59,7 @@ class LinkOpener:
         table: LinkTable,
         clock: Clock,
         linklog: LinkLog,
-        on_notice: Callable[[str], None],
-        on_address: Callable[[PeerId, Address], None],
+        on_outcome: OnOutcome,
         *,
         max_links: int,
         max_half_open: int,
@@ -46,59 +70,81 @@ class LinkOpener:
         self._table = table
         self._clock = clock
         self._linklog = linklog
-        self._on_notice = on_notice
-        self._on_address = on_address
+        self._on_outcome = on_outcome
         self._limits = FrameLimits(greeting.max_header, greeting.max_payload)
+        self._connections: set[Connection] = set()
+        """All connections whose socket is open, also those that are being closed."""
         self._max_links = max_links
-        self._max_half_open = max_half_open
-        self._half_open: Counter[str] = Counter()
+        self._max_welcomed = max_half_open
+        # A part is left for connections that are being ended to make room.
+        self._half_open = HalfOpen(max(2, max_half_open * 3 // 4))
+        self._welcomed = 0
+        """Number of accepted sockets whose handshake runs or is being ended."""
 
     def listens_on(self, port: int) -> None:
         """Set the port that this peer's HELLO announces."""
         self.greeting = msgspec.structs.replace(self.greeting, port=port)
 
+    async def close(self) -> None:
+        """Close all connections, and wait until their sockets are closed, for at most `_CLOSE_S`."""
+        for connection in list(self._connections):
+            connection.abort("this peer stops")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_S):
+                for connection in list(self._connections):
+                    await connection.closed()
+
     async def dial(self, address: Address) -> PeerId:
         """Open a link with the peer at this address, unless this peer has a link with it already.
 
         Returns: the id of the peer that answers at the address; it may be this peer's own id.
-        Raises: PeerLost if the peer can't be reached or the link ends before it is up; PeerRefused and ProtocolViolation, which are
-        also recorded in the link log.
+        Raises: PeerLost if the peer can't be reached or the link ends before it is up; PeerRefused and ProtocolViolation. All of
+        them are reported to `on_outcome`.
         Cancel: the connections are closed.
         """
-        control = await self._connect(address)
+        try:
+            control = await self._connect(address)
+        except MeshdError as error:
+            self._failed(address, None, error)
+            raise
         try:
             if control.peer == self._identity.peer:
                 await self._meet_own(control)
             elif self._table.get(control.peer) is None:
-                if len(self._table) >= self._max_links:
-                    raise PeerLost(f"this peer has {self._max_links} links, and no room for more")
                 await self._dial_link(control)
-        except (PeerRefused, ProtocolViolation) as error:
-            self._refuse(_text(address), control.peer, error)
+        except MeshdError as error:
+            self._failed(address, control, error)
             raise
         finally:
             link = self._table.get(control.peer)
             if link is None or link.lanes.get(Lane.CONTROL) is not control:
                 control.abort("no link came of it")
-        self._on_address(control.peer, address)
+        if link is not None:
+            link.note_address(address)
+            link.note_address((control.remote[0], address[1]))
+        self._on_outcome(DialOutcome(address=address, peer=control.peer))
         return control.peer
 
     async def _connect(self, address: Address) -> Connection:
         timing = self._table.timing
-        try:
-            return await transport.dial(
-                address,
-                self._identity.client,
-                limits=self._limits,
-                now=self._clock.monotonic,
-                connect_s=timing.connect_s,
-                handshake_s=timing.handshake_s,
-            )
-        except PeerRefused as error:
-            self._refuse(_text(address), None, error)
-            raise
+        connection = await transport.dial(
+            address,
+            self._identity.client,
+            limits=self._limits,
+            now=self._clock.monotonic,
+            connect_s=timing.connect_s,
+            handshake_s=timing.handshake_s,
+        )
+        self._note_open(connection)
+        return connection
+
+    def _note_open(self, connection: Connection) -> None:
+        self._connections.add(connection)
+        connection.when_gone(self._connections.discard)
 
     async def _dial_link(self, control: Connection) -> None:
+        if crowd := self._crowd(control.remote[0]):
+            raise PeerLost(crowd)
         link = self._table.begin_dialled(control.peer, int.from_bytes(self._clock.random_bytes(8), "big") >> 1)
         try:
             agreement = await self._greet(control, Lane.CONTROL, link.number)
@@ -137,35 +183,41 @@ class LinkOpener:
     async def welcome(self, raw: socket.socket, remote: Address) -> None:
         """Do TLS and HELLO on an accepted socket, and add it to its link. Cancel: the socket is closed."""
         host = remote[0]
-        if self._half_open.total() >= self._max_half_open or self._half_open[host] >= HALF_OPEN_PER_HOST:
+        task = asyncio.current_task()
+        if self._welcomed >= self._max_welcomed or task is None:
             raw.close()
-            self._linklog.warn(f"crowd {host}", "%s opens too many connections without a HELLO; further ones are closed", host)
+            self._linklog.warn("crowd", "%d connections have not said HELLO; one of %s was closed", self._welcomed, host)
             return
-        self._half_open[host] += 1
+        self._welcomed += 1
+        number = self._half_open.enter(host, task.cancel)
         try:
-            await self._greeted(raw)
+            await self._greeted(raw, number)
         except PeerRefused as error:
-            self._refuse(host, None, error)
+            self._linklog.refused(host, None, str(error))
         except (MeshdError, TimeoutError) as error:
             log.debug("a connection from %s made no link: %s", host, error)
         finally:
-            self._half_open -= Counter({host: 1})
+            self._half_open.leave(number)
+            self._welcomed -= 1
 
-    async def _greeted(self, raw: socket.socket) -> None:
+    async def _greeted(self, raw: socket.socket, number: int) -> None:
         timing = self._table.timing
         async with asyncio.timeout(timing.handshake_s):
             connection = await transport.accept(
                 raw, self._identity.server, limits=self._limits, now=self._clock.monotonic, handshake_s=timing.handshake_s
             )
+            self._note_open(connection)
             try:
-                self._admit(connection, check_hello(await connection.first(), connection.peer))
+                hello = await connection.first()
+                self._half_open.leave(number)
+                self._admit(connection, check_hello(hello, connection.peer))
             except PeerRefused as error:
                 # From this HELLO the other device can tell its user why it was refused.
                 connection.close(str(error), self._hello(Lane.CONTROL, 0))
-                self._refuse(connection.remote[0], connection.peer, error)
+                self._failed(_listening(connection), connection, error)
             except ProtocolViolation as error:
                 connection.close(str(error), Goodbye(reason=str(error)))
-                self._refuse(connection.remote[0], connection.peer, error)
+                self._failed(_listening(connection), connection, error)
             except BaseException as error:
                 connection.abort(str(error) or "it did not say HELLO in time")
                 raise
@@ -183,15 +235,15 @@ class LinkOpener:
             self._admit_control(connection, agreement, answer)
 
     def _admit_control(self, connection: Connection, agreement: HelloAgreement, answer: Hello) -> None:
-        crowded = len(self._table) >= self._max_links and self._table.get(connection.peer) is None
-        link = None if crowded else self._table.begin_accepted(agreement)
+        crowd = "" if self._table.get(connection.peer) is not None else self._crowd(connection.remote[0])
+        link = None if crowd else self._table.begin_accepted(agreement)
         if link is None:
-            reason = "no room for more links" if crowded else "there is a link already"
+            reason = crowd or "there is a link already"
             connection.close(reason, Goodbye(reason=reason))
             return
         self._table.join(link, Lane.CONTROL, connection, agreement)
         connection.send(answer)
-        self._on_address(connection.peer, (connection.remote[0], agreement.hello.port))
+        link.note_address((connection.remote[0], agreement.hello.port))
 
     def _admit_bulk(self, connection: Connection, agreement: HelloAgreement, answer: Hello) -> None:
         link = self._table.get(connection.peer)
@@ -211,10 +263,39 @@ class LinkOpener:
                 hint="remove identity.key from the copy and start it again",
             )
 
-    def _refuse(self, address: str, peer: PeerId | None, error: MeshdError) -> None:
-        if self._linklog.refused(address, peer, str(error)) and peer is not None:
-            self._on_notice(f"{address}: {error}")
+    def _crowd(self, host: str) -> str:
+        """Returns: why there can be no further link with this host; empty if there can."""
+        if len(self._table) >= self._max_links:
+            return f"no room for more links: there are {self._max_links} already"
+        origin = origin_of(host)
+        if sum(_host_of(link) == origin for link in self._table) >= MAX_LINKS_PER_HOST:
+            return f"no room for more links with {host}: there are {MAX_LINKS_PER_HOST} already"
+        return ""
+
+    def _failed(self, address: Address, connection: Connection | None, error: MeshdError) -> None:
+        """Report why no link came of an address. `connection` is set once TLS has shown which peer the other device is."""
+        hello = connection.hello if connection is not None else None
+        peer = connection.peer if connection is not None else None
+        refused = isinstance(error, PeerRefused | ProtocolViolation)
+        if refused:
+            self._linklog.refused(f"{address[0]}:{address[1]}", peer, str(error))
+        self._on_outcome(
+            DialOutcome(
+                address=address,
+                peer=peer,
+                name=hello.name if hello is not None else "",
+                refused=refused,
+                reason=error.message,
+                hint=error.hint,
+            )
+        )
 
 
-def _text(address: Address) -> str:
-    return f"{address[0]}:{address[1]}"
+def _listening(connection: Connection) -> Address:
+    """Returns: where the other side of an accepted connection listens, by its HELLO; port 0 if that is unknown."""
+    return connection.remote[0], connection.hello.port if connection.hello is not None else 0
+
+
+def _host_of(link: Link) -> str:
+    control = link.lanes.get(Lane.CONTROL)
+    return origin_of(control.remote[0]) if control is not None else ""

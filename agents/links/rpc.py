@@ -5,9 +5,11 @@ import inspect
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from meshd.agents.links.log import LinkLog
+from meshd.agents.links.task_budget import TaskBudget
 from meshd.errors import MeshdError, Overloaded, PeerLost, RemoteFailure
 from meshd.protocol.codec import UnknownMessage
 from meshd.protocol.framing import EMPTY
@@ -22,8 +24,6 @@ Answer = Reply | tuple[Reply, Buffer] | None
 Handler = Callable[[PeerId, M, memoryview], Answer | Awaitable[Answer]]
 Send = Callable[[PeerId, Message, Buffer | None], None]
 
-MAX_TASKS = 256
-"""Maximum number of asynchronous handlers that run at once. Further messages for them are answered with the error `overloaded`."""
 MAX_REQUESTS = 1024
 """Maximum number of this peer's requests that wait for a reply at once."""
 
@@ -37,7 +37,8 @@ class _Waiting:
 class Dispatcher:
     """Calls the handler of each message and sends the handler's answer. Completes a request when its reply arrives.
 
-    Handlers are called while the event loop reads from a socket; an awaitable that a handler returns runs as a task.
+    Handlers are called while the event loop reads from a socket; an awaitable that a handler returns runs as a task. A peer whose
+    tasks use up its budget is answered with the error `overloaded`.
     """
 
     def __init__(self, send: Send, linklog: LinkLog) -> None:
@@ -46,6 +47,7 @@ class Dispatcher:
         self._handlers: dict[type[Message], Handler[Any]] = {}
         self._waiting: dict[int, _Waiting] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._budget = TaskBudget()
         self._last_request = 0
         self.group: asyncio.TaskGroup | None = None
         """Owns the tasks of asynchronous handlers; set while the links run."""
@@ -80,7 +82,7 @@ class Dispatcher:
         if answer is None or isinstance(answer, Reply | tuple):
             self._answer(peer, message, answer)
         else:
-            self._spawn(peer, message, answer)
+            self._spawn(peer, message, answer, len(payload))
 
     async def request(
         self, peer: PeerId, message: Request | Callable[[int], Request], payload: Buffer | None, timeout_s: float
@@ -122,15 +124,23 @@ class Dispatcher:
             waiting.reply.set_result((reply, payload))
         return True
 
-    def _spawn(self, peer: PeerId, message: Message, answer: Awaitable[Answer]) -> None:
-        if self.group is None or len(self._tasks) >= MAX_TASKS:
+    def _spawn(self, peer: PeerId, message: Message, answer: Awaitable[Answer], payload_bytes: int) -> None:
+        try:
+            if self.group is None:
+                raise Overloaded("this peer is about to stop")
+            self._budget.enter(peer, message, payload_bytes)
+        except Overloaded as error:
             if inspect.iscoroutine(answer):
                 answer.close()
-            self._failed(peer, message, Overloaded(f"{len(self._tasks)} requests of peers are under way already"))
+            self._failed(peer, message, error)
             return
         task = self.group.create_task(self._finish(peer, message, answer))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(partial(self._ended, peer, message, payload_bytes))
+
+    def _ended(self, peer: PeerId, message: Message, payload_bytes: int, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._budget.leave(peer, message, payload_bytes)
 
     async def _finish(self, peer: PeerId, message: Message, answer: Awaitable[Answer]) -> None:
         try:

@@ -133,10 +133,33 @@ def used_addresses(choices: Iterable[InterfaceChoice]) -> list[str]:
     return [address for choice in choices if choice.used for address in choice.interface.addresses]
 
 
-def nearest_first(addresses: Iterable[str], choices: Iterable[InterfaceChoice]) -> tuple[str, ...]:
-    """Sort a peer's addresses: those on a network of this device come first. The sort is stable."""
-    local = [ipaddress.ip_interface(network).network for choice in choices if choice.used for network in choice.interface.networks]
-    return tuple(sorted(addresses, key=lambda address: not any(ipaddress.ip_address(address) in network for network in local)))
+def on_own_networks(addresses: Iterable[str], choices: Iterable[InterfaceChoice]) -> tuple[str, ...]:
+    """Returns: the addresses of other hosts on the networks of the interfaces in use, in their order.
+
+    mDNS does not leave a network, so a peer that is found by it has an address there. Everything else in a record is forged, or of
+    no use from here.
+    """
+    own = [ipaddress.ip_interface(network) for choice in choices if choice.used for network in choice.interface.networks]
+    return tuple(text for text in addresses if is_unicast(text) and _is_host_of(text, own))
+
+
+def _is_host_of(text: str, own: Iterable[ipaddress.IPv4Interface | ipaddress.IPv6Interface]) -> bool:
+    address = ipaddress.ip_address(text)
+    for interface in own:
+        network = interface.network
+        ends = (network.network_address, network.broadcast_address) if network.num_addresses > 2 else ()
+        if address in network and address not in ends:
+            return True
+    return False
+
+
+def is_unicast(address: str) -> bool:
+    """Whether the text is an IP address of one host, so that it can be dialled."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return not (parsed.is_multicast or parsed.is_unspecified or parsed.is_reserved or str(parsed) == "255.255.255.255")
 
 
 def present_interfaces(sysfs: Path = SYSFS_NET) -> list[Interface]:

@@ -1,7 +1,10 @@
 """Finds the peers of a cluster on the LAN by mDNS. A find is only a hint: only an authenticated link proves who the peer is.
 
 Everyone on the LAN can read what mDNS sends: the peer's id (the instance name), the link's port (SRV), and in TXT the cluster's
-public fingerprint, the protocol and software versions, the device's name and a load summary. mDNS sends nothing else.
+public fingerprint, the protocol and software versions, the device's name and its number of sessions. mDNS sends nothing else.
+
+Everyone on the LAN can also forge it: only addresses on this device's own networks are used, records live no longer than usual, and
+reports have a budget.
 
 Speed. By RFC 6762 section 8.1 a responder probes before it announces (zeroconf takes 1.2 s for that), unless it knows by other
 means that its name is unique. A peer's name is the hash of its public key, so the peer announces at once. It still sends one probe,
@@ -9,6 +12,7 @@ because all responders answer a probe immediately, so that a new peer finds all 
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -16,17 +20,18 @@ from typing import TypeVar
 from zeroconf import Error as ZeroconfError
 from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
+from meshd.agents.budget import TokenBucket
 from meshd.agents.membership.interfaces import (
     Interface,
     InterfaceChoice,
     choice_warning,
     choose_interfaces,
-    nearest_first,
+    on_own_networks,
     present_interfaces,
     used_addresses,
 )
-from meshd.agents.membership.mdns_records import Announcement, PointerListener, Resolver, browse, probe, to_info
-from meshd.agents.membership.sources import DuplicateIdentity, OnSighting, PeerFound, PeerWithdrawn, SourceNotice
+from meshd.agents.membership.mdns_records import Announcement, PointerListener, Resolver, SayOnce, browse, probe, to_info
+from meshd.agents.membership.sources import DuplicateIdentity, OnSighting, OtherClusters, PeerFound, PeerWithdrawn, SourceNotice
 from meshd.clock import Clock
 from meshd.types import PeerId
 
@@ -36,7 +41,13 @@ _AGAIN_S = 1.0
 """Delay of the second announcement (RFC 6762 section 8.3). zeroconf drops a packet that equals one from the last 0.8 s, so other
 peers may miss the first announcement of a peer that crashes and restarts at once."""
 _LOAD_EVERY_S = 10.0
-"""Shortest time between two announcements of a changed load summary."""
+"""Shortest time between two announcements of a changed load."""
+_REPEAT_S = 1.0
+"""Shortest time between two reports of the same records of one peer."""
+_REPORTS_S, _REPORTS_AT_ONCE = 20.0, 256
+"""Reports per second, and at once. A flood of forged records is dropped; an honest peer among them dials this one."""
+_OTHER_CLUSTERS = 3
+"""Number of other clusters that are named to the user, those with most peers first."""
 _WOKEN_S = 5.0
 """If the wall clock has advanced by this much more than the monotonic clock between two checks, the device was asleep."""
 _MAX_PEERS = 256
@@ -57,8 +68,12 @@ class MdnsDiscovery:
         interfaces: Sequence[str] = (),
         host: str = "0.0.0.0",
         scan: Callable[[], list[Interface]] = present_interfaces,
+        load: Callable[[], int] = lambda: 0,
     ) -> None:
-        """`interfaces` are names or addresses. `host` is where links listen; unless it is a wildcard, only `host` is advertised."""
+        """`interfaces` are names or addresses. `host` is where links listen; unless it is a wildcard, only `host` is advertised.
+
+        `load` returns the number of sessions that have a stage on this peer.
+        """
         self._announcement = announcement
         self._on_sighting = on_sighting
         self._clock = clock
@@ -68,8 +83,13 @@ class MdnsDiscovery:
         self._choices: list[InterfaceChoice] = []
         self._own_addresses: set[str] = set()
         self._others: dict[PeerId, str] = {}
-        self._present: dict[PeerId, PeerFound] = {}
-        self._load = self._announced_load = ""
+        self._others_reported: dict[str, int] = {}
+        self._present: dict[PeerId, tuple[PeerFound, float]] = {}
+        """The newest records of each peer of this cluster, and when they were reported last."""
+        self._budget = TokenBucket(_REPORTS_S, _REPORTS_AT_ONCE)
+        self._load = load
+        self._announced_load = 0
+        self._say_once = SayOnce()
         self._noticed: dict[str, tuple[str, str] | None] = {}
 
     @property
@@ -84,24 +104,25 @@ class MdnsDiscovery:
             counts[cluster] = counts.get(cluster, 0) + 1
         return counts
 
-    def set_load(self, load: str) -> None:
-        """Set the load summary that users see. A change is announced within `_LOAD_EVERY_S` + `RECHECK_S`."""
-        self._load = load
-
     async def run(self) -> None:
         """Advertise and listen. If the system does not allow mDNS, report that to the user and retry.
 
         Cancel: sends a goodbye, which takes 0.3 s.
         """
-        while True:
-            self._read_interfaces()
-            try:
-                zeroconf = AsyncZeroconf(interfaces=self._addresses())
-            except OSError as error:
-                self._notice("mdns", _failure(error))
-            else:
-                await self._serve(zeroconf)
-            await self._clock.sleep(RECHECK_S)
+        zeroconf_log = logging.getLogger("zeroconf")
+        zeroconf_log.addFilter(self._say_once)
+        try:
+            while True:
+                self._read_interfaces()
+                try:
+                    zeroconf = AsyncZeroconf(interfaces=self._addresses())
+                except OSError as error:
+                    self._notice("mdns", _failure(error))
+                else:
+                    await self._serve(zeroconf)
+                await self._clock.sleep(RECHECK_S)
+        finally:
+            zeroconf_log.removeFilter(self._say_once)
 
     async def _serve(self, zeroconf: AsyncZeroconf) -> None:
         """Advertise and listen until cancelled or until mDNS fails."""
@@ -140,10 +161,11 @@ class MdnsDiscovery:
             before, offset = self._choices, self._clock.wall() - self._clock.monotonic()
             await self._clock.sleep(RECHECK_S)
             self._read_interfaces()
+            self._report_other_clusters()
             slept_s = self._clock.wall() - self._clock.monotonic() - offset
             if slept_s > _WOKEN_S or _bound(before) != _bound(self._choices):
                 return await self._move(zeroconf, before)
-            if self._load != self._announced_load and self._clock.monotonic() - since >= _LOAD_EVERY_S:
+            if self._load() != self._announced_load and self._clock.monotonic() - since >= _LOAD_EVERY_S:
                 since = self._clock.monotonic()
                 await (await zeroconf.async_update_service(self._info()))
 
@@ -169,21 +191,35 @@ class MdnsDiscovery:
 
     def _info(self) -> AsyncServiceInfo:
         """Build the records to announce, and store their load as the last announced one."""
-        self._announced_load = self._load
-        return to_info(self._announcement, self._load, self._addresses())
+        self._announced_load = self._load()
+        return to_info(self._announcement, self._announced_load, self._addresses())
 
     def _report(self, found: PeerFound) -> None:
+        """Report a peer of this cluster, unless it is the same report again or there are too many. Remember those of others."""
+        found = replace(found, addresses=on_own_networks(found.addresses, self._choices))
         peer = found.peer
+        if peer is None or not found.addresses:
+            return
         if peer == self._announcement.peer:
             self._report_duplicate(found)
-        elif peer is not None and found.cluster != self._announcement.cluster:
+        elif found.cluster != self._announcement.cluster:
             self._gone(peer)
             _remember(self._others, peer, found.cluster)
-        elif peer is not None:
+        else:
             self._others.pop(peer, None)
-            found = replace(found, addresses=nearest_first(found.addresses, self._choices))
-            _remember(self._present, peer, found)
+            now = self._clock.monotonic()
+            known, reported = self._present.get(peer, (None, 0.0))
+            if (found == known and now - reported < _REPEAT_S) or not self._budget.take(now):
+                return
+            _remember(self._present, peer, (found, now))
             self._on_sighting(found)
+
+    def _report_other_clusters(self) -> None:
+        counts = self.other_clusters()
+        most = {cluster: counts[cluster] for cluster in sorted(counts, key=lambda each: (-counts[each], each))[:_OTHER_CLUSTERS]}
+        if most.keys() != self._others_reported.keys():
+            self._others_reported = most
+            self._on_sighting(OtherClusters(source="mdns", peers=most))
 
     def _report_duplicate(self, found: PeerFound) -> None:
         """Report a daemon that uses a copy of this peer's identity.
@@ -202,12 +238,11 @@ class MdnsDiscovery:
             self._on_sighting(PeerWithdrawn(source="mdns", peer=peer))
 
     def _notice(self, about: str, trouble: tuple[str, str] | None) -> None:
-        """Report trouble to the user, unless the last report about this subject was equal. None means that there is no trouble."""
+        """Report trouble to the user, unless the last report about this subject was equal. None: the trouble is over."""
         if trouble != self._noticed.get(about):
             self._noticed[about] = trouble
-            if trouble is not None:
-                message, hint = trouble
-                self._on_sighting(SourceNotice(source="mdns", message=message, hint=hint))
+            message, hint = trouble or ("", "")
+            self._on_sighting(SourceNotice(source="mdns", message=message, hint=hint, about=about))
 
 
 def _failure(error: Exception) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """Writes and reads the mDNS records of peers. Only this module uses zeroconf's internals."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,11 +9,15 @@ from zeroconf import DNSQuestionType, RecordUpdate, RecordUpdateListener, Zeroco
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo
 
 from meshd.agents.membership.sources import PeerFound
-from meshd.types import PeerId, is_peer_id
+from meshd.types import PeerId, is_fingerprint, is_peer_id
 
 SERVICE = "_meshd._tcp.local."
 _RESOLVE_S = 10.0
 _MAX_RESOLVING = 32
+_LONGEST_TTL_S = 4500
+"""How long a record is believed at most: the usual lifetime of an mDNS record (RFC 6762 section 10). The sender chooses the TTL,
+and a forged record must not stay for days."""
+_MOST_LOAD = 99_999
 _TXT_LIMIT_BYTES = 255
 """Longest `key=value` entry (RFC 6763 section 6.1)."""
 
@@ -32,19 +37,19 @@ class Announcement:
     """Version of the software."""
 
 
-def to_txt(announcement: Announcement, load: str) -> dict[str, str]:
+def to_txt(announcement: Announcement, load: int) -> dict[str, str]:
     """Build the TXT record. A value that is too long is cut at a character boundary."""
     fields = {
         "cluster": announcement.cluster,
         "protocol": announcement.protocol,
         "version": announcement.version,
         "name": announcement.name,
-        "load": load,
+        "load": str(load),
     }
     return {key: _clip(value, _TXT_LIMIT_BYTES - len(key) - 1) for key, value in fields.items()}
 
 
-def to_info(announcement: Announcement, load: str, addresses: Sequence[str]) -> AsyncServiceInfo:
+def to_info(announcement: Announcement, load: int, addresses: Sequence[str]) -> AsyncServiceInfo:
     """Build this peer's records. The host name is the peer's id, so that no other responder on this machine has the same name."""
     return AsyncServiceInfo(
         SERVICE,
@@ -59,7 +64,7 @@ def to_info(announcement: Announcement, load: str, addresses: Sequence[str]) -> 
 def from_records(instance: str, txt: Mapping[str, str | None], addresses: Sequence[str], port: int) -> PeerFound | None:
     """Read the records of another device, which may be hostile. Returns: None if they are not valid records of a peer."""
     cluster = _printable(txt.get("cluster"))
-    if not is_peer_id(instance) or not cluster or not addresses or not 0 < port < 65536:
+    if not is_peer_id(instance) or not is_fingerprint(cluster) or not addresses or not 0 < port < 65536:
         return None
     return PeerFound(
         source="mdns",
@@ -70,8 +75,12 @@ def from_records(instance: str, txt: Mapping[str, str | None], addresses: Sequen
         cluster=cluster,
         protocol=_printable(txt.get("protocol")),
         version=_printable(txt.get("version")),
-        load=_printable(txt.get("load")),
+        load=_load_of(txt.get("load")),
     )
+
+
+def _load_of(text: str | None) -> int:
+    return min(int(text), _MOST_LOAD) if text and text.isascii() and text.isdecimal() and len(text) <= len(str(_MOST_LOAD)) else 0
 
 
 def _clip(text: str, limit_bytes: int) -> str:
@@ -107,6 +116,30 @@ def _ignore(**_change: object) -> None:
     """Do nothing: zeroconf requires a handler, but does not call it for repeated records, so `PointerListener` is used instead."""
 
 
+class SayOnce(logging.Filter):
+    """Lets each kind of message through at most once in `_SAID_S`.
+
+    zeroconf logs an error at each attempt while the port is taken, and this peer tries every two seconds.
+    """
+
+    _SAID_S = 600.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to log the record. Its kind is the text before its values are filled in."""
+        kind = str(record.msg)[:80]
+        if record.created - self._said.get(kind, float("-inf")) < self._SAID_S:
+            return False
+        self._said.pop(kind, None)
+        self._said[kind] = record.created
+        while len(self._said) > _MAX_RESOLVING:
+            del self._said[next(iter(self._said))]
+        return True
+
+
 class PointerListener(RecordUpdateListener):
     """Reports every PTR record of a peer, even a repeated one: the peer may have restarted with the same records."""
 
@@ -120,6 +153,8 @@ class PointerListener(RecordUpdateListener):
     def async_update_records(self, zc: Zeroconf, now: float, records: list[RecordUpdate]) -> None:
         """Collect PTR records. zeroconf calls this when a packet arrives or records expire, before it updates its cache."""
         for update in records:
+            if update.new.ttl > _LONGEST_TTL_S:
+                update.new.ttl = _LONGEST_TTL_S
             alias = getattr(update.new, "alias", "").lower()
             instance = alias.removesuffix("." + SERVICE)
             if update.new.name.lower() == SERVICE and is_peer_id(instance):

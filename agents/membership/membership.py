@@ -1,7 +1,6 @@
-"""Passes events to the table of peers, carries out its commands, and sends this peer's adverts.
+"""Passes events to the table of peers, and carries out its commands.
 
-Every peer keeps the newest advert of every other peer. A changed advert is sent to all peers within a tenth of a second. It is also
-repeated every few seconds, so that values that drift (free memory, measured times) stay current.
+`adverts/` publishes what this peer is and does, and fetches the profiles of other peers.
 
 This module reports a peer's silence to the table (`_report_silence`), and `peer.py` makes the peer SUSPECT. `links/link_table.py`
 ends the link of a peer that stays silent, and `peer.py` then makes the peer DEAD.
@@ -10,66 +9,62 @@ ends the link of a peer that stays silent, and `peer.py` then makes the peer DEA
 import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import islice
-from logging import getLogger
+from logging import DEBUG, INFO, getLogger
 from typing import Any
 
 from meshd.agents.links.link_table import LEFT
 from meshd.agents.links.links import Links
+from meshd.agents.links.open import DialOutcome
 from meshd.agents.links.probe import LinkProber
-from meshd.agents.links.rpc import try_send
 from meshd.agents.machine import IllegalTransition
+from meshd.agents.membership.adverts.fetcher import ProfileFetcher
+from meshd.agents.membership.adverts.gossip import GossipBudget
+from meshd.agents.membership.adverts.publisher import Publisher, SelfDescription
+from meshd.agents.membership.notices import Notices
 from meshd.agents.membership.peer_events import (
-    AdvertReceived,
+    Command,
     Dial,
+    DialFailed,
     Event,
+    FetchPeerProfile,
     GoodbyeReceived,
+    HandshakeRefused,
     HeartbeatMissed,
     HeartbeatReceived,
     LinkDown,
     LinkUp,
     PeerState,
+    ProfileReceived,
     PublishChange,
+    StatusReceived,
     StopDialling,
 )
 from meshd.agents.membership.peer_rows import unlinked_row
 from meshd.agents.membership.peer_table import PeerTable
-from meshd.agents.membership.sources import DuplicateIdentity, PeerFound, PeerWithdrawn, Sighting, Source, SourceNotice
+from meshd.agents.membership.sources import (
+    DuplicateIdentity,
+    OtherClusters,
+    PeerFound,
+    PeerWithdrawn,
+    Sighting,
+    Source,
+    SourceNotice,
+)
 from meshd.agents.observe.events import EventBus
 from meshd.agents.supervisor import Supervise, unsupervised
 from meshd.clock import Clock
 from meshd.errors import MeshdError
-from meshd.protocol.messages import Advertise, Hello
-from meshd.types import Advert, Capability, Holding, ModelCard, PeerId, is_peer_id
-from meshd.values import Address, parse_address
+from meshd.protocol.messages import Hello, PeerStatus
+from meshd.types import Advert, PeerId, Profile
+from meshd.values import Address
 
 log = getLogger(__name__)
 
-_GATHER_S = 0.05
-"""Changes that occur within this time are sent in one advert."""
-_REPEAT_S = 5.0
 _SWEEP_S = 0.5
 _SUSPECT_S = 1.2
 """Silence after which a peer is SUSPECT: two missed heartbeats. After `Timing.silence_s` (2 s) its link ends."""
-_NOTICES = 20
-_MAX_NEIGHBOURS = 64
 GOSSIP = "gossip"
-"""Source of the addresses that other peers list in their adverts."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SelfDescription:
-    """The content of this peer's advert. The functions return present values."""
-
-    peer: PeerId
-    name: str
-    incarnation: int
-    version: str
-    capability: Callable[[], Capability]
-    holdings: Callable[[], tuple[Holding, ...]]
-    models: Callable[[], tuple[ModelCard, ...]]
-    sessions: Callable[[], int]
-    draining: Callable[[], bool]
+"""Source of the addresses that other peers list in their statuses."""
 
 
 @dataclass(slots=True)
@@ -84,67 +79,40 @@ class Membership:
     on_advert: Callable[[Advert], None]
     on_gone: Callable[[PeerId, str], None]
     link_address: str = ""
-    api_address: str = ""
-    """Set, like `link_address`, once the sockets are bound."""
+    """Set once the sockets are bound, like `publisher.api_address`."""
     table: PeerTable = field(default_factory=PeerTable)
-    notices: dict[str, str] = field(default_factory=dict)
-    """Messages for the user, each with a hint on how to fix it."""
+    notices: Notices = field(init=False)
+    publisher: Publisher = field(init=False)
+    _fetcher: ProfileFetcher = field(init=False)
+    _gossip: GossipBudget = field(default_factory=GossipBudget)
     _dialled: dict[PeerId, set[tuple[Address, str]]] = field(default_factory=dict)
-    _revision: int = 0
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.notices = Notices(self.clock.monotonic)
+        self.publisher = Publisher(self.description, self.links, self.prober, self.clock, self.notices.add, self.notices.withdraw)
+        self._fetcher = ProfileFetcher(self.links, self.clock, self._on_profile, self._on_unusable_profile)
 
     def register(self) -> None:
-        """Register the handler of ADVERTISE."""
-        self.links.register(Advertise, self._on_advertise)
+        """Register the handlers of messages."""
+        self.links.register(PeerStatus, self._on_status)
+        self.publisher.register()
 
     async def run(self, sources: Iterable[Source], supervise: Supervise = unsupervised) -> None:
-        """Run the sources, send adverts and check for silent peers. Cancel: the sources announce that this peer leaves."""
+        """Run the sources, send statuses and check for silent peers. Cancel: the sources announce that this peer leaves."""
         async with asyncio.TaskGroup() as tasks:
             for source in sources:
                 tasks.create_task(supervise(f"discovery ({type(source).__name__})", source.run))
-            tasks.create_task(supervise("adverts", self._publish))
+            tasks.create_task(supervise("statuses", self.publisher.run))
+            tasks.create_task(supervise("profiles of peers", self._fetcher.run))
             tasks.create_task(supervise("membership", self._sweep))
 
     def changed(self) -> None:
-        """Send a new advert soon, because its content has changed."""
-        self._changed.set()
+        """Send a new status soon, because its content has changed."""
+        self.publisher.changed()
 
     def own_advert(self) -> Advert:
         """Build this peer's advert from present values."""
-        return Advert(
-            peer=self.description.peer,
-            name=self.description.name,
-            incarnation=self.description.incarnation,
-            revision=self._revision,
-            version=self.description.version,
-            capability=self.description.capability(),
-            holdings=self.description.holdings(),
-            models=self.description.models(),
-            links=self.prober.stats(),
-            neighbours=self._neighbours(),
-            sessions=self.description.sessions(),
-            api=self.api_address,
-            draining=self.description.draining(),
-        )
-
-    def _neighbours(self) -> dict[PeerId, str]:
-        met = {peer: self.links.addresses(peer) for peer in self.links.peers()[:_MAX_NEIGHBOURS]}
-        return {peer: addresses[0] for peer, addresses in met.items() if addresses}
-
-    async def _publish(self) -> None:
-        while True:
-            try:
-                async with asyncio.timeout(_REPEAT_S):
-                    await self._changed.wait()
-            except TimeoutError:
-                pass
-            else:
-                await self.clock.sleep(_GATHER_S)
-            self._changed.clear()
-            self._revision += 1
-            advert = self.own_advert()
-            for peer in self.links.peers():
-                try_send(self.links.send, peer, Advertise(advert=advert))
+        return self.publisher.own_advert()
 
     def adverts(self) -> list[Advert]:
         """Returns: the adverts of all ALIVE peers, after this peer's own. Plans are made from these adverts."""
@@ -175,12 +143,7 @@ class Membership:
 
     def notice(self, message: str, hint: str = "") -> None:
         """Log a message for the user. `meshd status` shows the newest ones."""
-        if message not in self.notices:
-            log.warning("%s%s", message, f"; {hint}" if hint else "")
-        self.notices.pop(message, None)
-        self.notices[message] = hint
-        while len(self.notices) > _NOTICES:
-            del self.notices[next(iter(self.notices))]
+        self.notices.add(message, hint)
 
     def on_sighting(self, sighting: Sighting) -> None:
         """Handle a report from one of the sources of peers, such as mDNS."""
@@ -188,19 +151,60 @@ class Membership:
             case PeerFound() | PeerWithdrawn():
                 self._apply(sighting)
             case DuplicateIdentity():
-                self.notice(
+                self.notices.add(
                     f"another daemon at {', '.join(sighting.addresses)} has this peer's identity: its state folder was copied",
                     "remove identity.key from the copy and start it again",
+                    about="copy",
                 )
+            case OtherClusters():
+                self._show_other_clusters(sighting)
+            case SourceNotice(message="", about=about):
+                self.notices.withdraw(about)
             case SourceNotice():
-                self.notice(sighting.message, sighting.hint)
+                self.notices.add(sighting.message, sighting.hint, sighting.about)
+
+    def _show_other_clusters(self, others: OtherClusters) -> None:
+        if not others.peers:
+            self.notices.withdraw("clusters")
+            return
+        several = len(others.peers) > 1
+        self.notices.add(
+            f"{'other clusters are' if several else 'another cluster is'} on this network: {', '.join(others.peers)}",
+            f"to join {'one' if several else 'it'}, type `meshd key join CODE --replace` here and start `meshd up` again; "
+            "`meshd key show` on one of its devices prints the CODE",
+            about="clusters",
+        )
+
+    def on_dialled(self, outcome: DialOutcome) -> None:
+        """Record which peer answers at an address, or why there is no link with it."""
+        address = Address(*outcome.address)
+        if outcome.peer is not None:
+            self.table.answered(address, outcome.peer)
+        if not outcome.reason:
+            return
+        if outcome.peer == self.description.peer:
+            self.notices.add(outcome.reason, outcome.hint, about="identity")
+        elif outcome.refused and outcome.peer is not None:
+            self._apply(HandshakeRefused(outcome.peer, address, outcome.reason, outcome.name))
+            self.notices.add(f"{address.host}: {outcome.reason}", outcome.hint, about=f"refused {outcome.peer}")
+        else:
+            self._note_static(address, outcome)
+            # Without a proof of identity, a refusal says nothing about the peer that a source reported at the address.
+            for peer in [peer for peer, dialled in self._dialled.items() if any(known == address for known, _ in dialled)]:
+                self._apply(DialFailed(peer, address, outcome.reason))
+
+    def _note_static(self, address: Address, outcome: DialOutcome) -> None:
+        before = self.table.static_why(address)
+        self._apply((HandshakeRefused if outcome.refused else DialFailed)(None, address, outcome.reason))
+        if before is not None and before != self.table.static_why(address):
+            log.warning("no link with %s (--peer): %s", address, outcome.reason)
 
     def on_up(self, peer: PeerId, hello: Hello, address: tuple[str, int]) -> None:
-        """Record that a link is up, and send this peer's advert over it."""
+        """Record that a link is up, and send this peer's status over it."""
         dialled = Address(*address)
         version = hello.software.removeprefix("meshd/")
         self._apply(LinkUp(peer, hello.incarnation, hello.name, version, dialled))
-        try_send(self.links.send, peer, Advertise(advert=self.own_advert()))
+        self.publisher.greet(peer)
         self.prober.link_up(peer)
 
     def on_down(self, peer: PeerId, reason: str) -> None:
@@ -208,27 +212,37 @@ class Membership:
         left = reason.startswith(LEFT)
         self._apply(GoodbyeReceived(peer, reason) if left else LinkDown(peer, reason))
         self.prober.link_down(peer)
+        self._fetcher.forget(peer)
+        self._gossip.forget(peer)
         self.on_gone(peer, reason)
 
-    def _on_advertise(self, sender: PeerId, message: Advertise, payload: memoryview) -> None:
-        if message.advert.peer != sender:
-            return
-        self._apply(AdvertReceived(message.advert))
-        self.on_advert(message.advert)
-        for peer, address in islice(message.advert.neighbours.items(), _MAX_NEIGHBOURS):
-            self._hear_of(peer, address)
+    def _on_status(self, sender: PeerId, message: PeerStatus, payload: memoryview) -> None:
+        self._apply(StatusReceived(sender, message.status))
+        self._report_advert(sender)
+        unlinked = {peer: text for peer, text in message.status.neighbours.items() if self._may_be_dialled(peer)}
+        for peer, address in self._gossip.choose(sender, unlinked, self.clock.monotonic()):
+            self._apply(PeerFound(source=GOSSIP, peer=peer, addresses=(address.host,), port=address.port))
 
-    def _hear_of(self, peer: PeerId, address: str) -> None:
-        """Handle an entry of `neighbours` in another peer's advert, as a sighting by the source `GOSSIP`."""
+    def _may_be_dialled(self, peer: PeerId) -> bool:
+        """Whether another peer's hint about `peer` can be of use."""
         known = self.table.get(peer)
-        if peer == self.description.peer or (known is not None and (known.linked or known.state is PeerState.REFUSED)):
-            return
-        try:
-            found = parse_address(address, 0)
-        except ValueError:
-            return
-        if is_peer_id(peer) and found.port:
-            self._apply(PeerFound(source=GOSSIP, peer=peer, addresses=(found.host,), port=found.port))
+        return peer != self.description.peer and (known is None or not (known.linked or known.state is PeerState.REFUSED))
+
+    def _on_profile(self, sender: PeerId, profile_hash: str, profile: Profile) -> None:
+        self._apply(ProfileReceived(sender, profile_hash, profile))
+        self._report_advert(sender)
+
+    def _report_advert(self, peer: PeerId) -> None:
+        known = self.table.get(peer)
+        if known is not None and known.linked and known.advert is not None:
+            self.on_advert(known.advert)
+
+    def _on_unusable_profile(self, peer: PeerId, why: str) -> None:
+        self.notices.add(
+            f"{self.name_of(peer)} ({peer:.8}) gets no work from this peer: {why}",
+            "install the same version of meshd on both",
+            about=f"profile of {peer}",
+        )
 
     def _apply(self, event: Event) -> None:
         try:
@@ -239,12 +253,17 @@ class Membership:
         except IllegalTransition:
             log.exception("the table of peers does not allow this event (a bug in meshd); it is dropped")
             return
+        self._carry_out(commands, event.source if isinstance(event, PeerFound) else GOSSIP)
+
+    def _carry_out(self, commands: Iterable[Command], source: str) -> None:
         for command in commands:
             match command:
                 case Dial(peer, addresses):
-                    self._dial(peer, addresses, event.source if isinstance(event, PeerFound) else GOSSIP)
+                    self._dial(peer, addresses, source)
                 case StopDialling(peer):
                     self._forget(peer)
+                case FetchPeerProfile(peer, wanted):
+                    self._fetcher.fetch(peer, wanted)
                 case PublishChange(peer, state, was, why):
                     unknown = PeerState.UNKNOWN
                     self._publish_change(
@@ -262,8 +281,13 @@ class Membership:
             self.links.forget(address.host, address.port, source)
 
     def _publish_change(self, peer: PeerId, state: str, was: str, why: str) -> None:
+        if was == PeerState.REFUSED.value != state:
+            self.notices.withdraw(f"refused {peer}")
         if state != was:
-            log.info("peer %s (%.8s) is %s%s", self.name_of(peer), peer, state, f": {why}" if why else "")
+            # Hints about peers that were never linked cost their sender nothing, so they must not fill the log.
+            known = self.table.get(peer)
+            level = INFO if known is not None and known.incarnation else DEBUG
+            log.log(level, "peer %s (%.8s) is %s%s", self.name_of(peer), peer, state, f": {why}" if why else "")
         self.bus.publish("peer", peer=peer, name=self.name_of(peer), state=state, was=was, reason=why)
 
     def _report_silence(self) -> None:
@@ -278,9 +302,7 @@ class Membership:
         while True:
             await self.clock.sleep(_SWEEP_S)
             self._report_silence()
-            for command in self.table.expire(self.clock.monotonic()):
-                if isinstance(command, StopDialling):
-                    self._forget(command.peer)
+            self._carry_out(self.table.expire(self.clock.monotonic()), GOSSIP)
 
 
 def _refused_row(address: str, peer: str, why: str) -> dict[str, Any]:

@@ -13,13 +13,14 @@ from enum import Enum
 from typing import Any
 
 from meshd.agents.machine import Machine, Transition
+from meshd.agents.membership.adverts.encoding import merge
 from meshd.agents.membership.peer_events import (
     LINKED,
-    AdvertReceived,
     Command,
     Dial,
     DialFailed,
     Event,
+    FetchPeerProfile,
     GoodbyeReceived,
     HandshakeRefused,
     HeartbeatMissed,
@@ -27,23 +28,30 @@ from meshd.agents.membership.peer_events import (
     LinkDown,
     LinkUp,
     PeerState,
+    ProfileReceived,
     PublishChange,
     RetentionExpired,
+    StatusReceived,
     StopDialling,
 )
 from meshd.agents.membership.sources import PeerFound, PeerWithdrawn
-from meshd.types import Advert, PeerId
+from meshd.types import Advert, PeerId, Profile, Status
 from meshd.values import Address
 
 MAX_ADDRESSES = 16
 """Maximum number of addresses that are kept of one peer."""
 RETENTION_S: Mapping[PeerState, float] = {
     PeerState.FOUND: 60.0,
+    PeerState.UNREACHED: 120.0,
     PeerState.DEAD: 600.0,
-    PeerState.REFUSED: 600.0,
+    PeerState.REFUSED: 120.0,
     PeerState.LEFT: 60.0,
 }
-"""Seconds for which a peer without a link stays in the table after its last event. A FOUND peer with an address always stays."""
+"""Seconds for which a peer without a link stays in the table after the last event that shows that it exists.
+
+A report of a source shows that only when it is new: anyone on the LAN can repeat one. A REFUSED peer that is still there is refused
+again at each dial, twice a minute.
+"""
 _MAX_PAST_INCARNATIONS = 4
 """How many earlier incarnations are remembered. If one of them comes back, two devices use the same identity."""
 _TWIN = "two devices use its identity: a state folder was copied"
@@ -75,11 +83,18 @@ class Peer(Machine[Event, Command]):
     name: str = ""
     version: str = ""
     protocol: str = ""
+    load: int = 0
+    """Number of its sessions by the source that found it. A linked peer's status is more exact."""
     incarnation: int = 0
     past: tuple[int, ...] = ()
     """Its earlier incarnations, oldest first."""
     addresses: tuple[KnownAddress, ...] = ()
+    profile: Profile | None = None
+    profile_hash: str = ""
+    status: Status | None = None
+    """The newest status of the present incarnation."""
     advert: Advert | None = None
+    """`profile` and `status` together. None while one of them is missing."""
 
     def __post_init__(self) -> None:
         self.first_seen = self.last_seen = self.since = self.now
@@ -91,9 +106,7 @@ class Peer(Machine[Event, Command]):
     @property
     def is_over(self) -> bool:
         """Whether the peer's retention time has passed at `now`, so that the table drops the peer."""
-        if self.linked or (self.state is PeerState.FOUND and self.addresses):
-            return False
-        return self.now - max(self.last_seen, self.since) > RETENTION_S[self.state]
+        return not self.linked and self.now - max(self.last_seen, self.since) > RETENTION_S[self.state]
 
     def title(self) -> str:
         return f"peer {self.id}"
@@ -116,16 +129,21 @@ class Peer(Machine[Event, Command]):
         self.state, self.why = state, why
         return [PublishChange(self.id, state, was, why)] if news or (state, why) != (was, was_why) else []
 
+    def _merge(self) -> None:
+        """Build the advert anew. Until a changed profile has been fetched, the earlier one stays in use."""
+        self.advert = None
+        if self.profile is not None and self.status is not None:
+            self.advert = merge(self.id, self.name, self.version, self.incarnation, self.profile, self.status)
+
     def _dial(self) -> list[Command]:
         return [Dial(self.id, tuple(known.address for known in self.addresses))] if self.addresses else []
 
     def _note_addresses(self, event: PeerFound) -> None:
-        """Record the addresses from a source, in place of its earlier ones."""
-        self.last_seen = self.now
+        """Record the addresses from a source, in place of its earlier ones. Hints of other peers come last."""
         self.protocol = event.protocol
         named = [KnownAddress(Address(host, event.port), event.source) for host in event.addresses]
         others = [known for known in self.addresses if known.source != event.source]
-        self.addresses = tuple([*named, *others][:MAX_ADDRESSES])
+        self.addresses = tuple(sorted([*named, *others], key=lambda known: known.source == "gossip")[:MAX_ADDRESSES])
 
     def _note_link_address(self, address: Address | None) -> None:
         """Record the address of the latest link, after the addresses from sources. Removes the address of an earlier link."""
@@ -139,6 +157,7 @@ def _found(peer: Peer, event: PeerFound) -> list[Command]:
     peer._note_addresses(event)
     peer.name = event.name or peer.name
     peer.version = event.version or peer.version
+    peer.load = event.load
     changes = peer._enter(PeerState.FOUND) if peer.state in (PeerState.UNKNOWN, PeerState.LEFT) else []
     return [*peer._dial(), *changes]
 
@@ -160,7 +179,7 @@ def _withdrawn_before_a_link(peer: Peer, event: PeerWithdrawn) -> list[Command]:
 
 
 def _link_up(peer: Peer, event: LinkUp) -> list[Command]:
-    """Enter ALIVE. A new incarnation starts without an advert.
+    """Enter ALIVE. A new incarnation starts without a status, but its profile is likely to be the same.
 
     If an earlier incarnation comes back, that is not a restart: two devices use the same identity.
     """
@@ -169,7 +188,7 @@ def _link_up(peer: Peer, event: LinkUp) -> list[Command]:
     if event.incarnation != peer.incarnation:
         if peer.incarnation:
             peer.past = (*peer.past, peer.incarnation)[-_MAX_PAST_INCARNATIONS:]
-        outdated, peer.advert = peer.advert, None
+        outdated, peer.advert, peer.status = peer.advert, None, None
     peer.name, peer.version, peer.incarnation = event.name, event.version, event.incarnation
     peer._note_link_address(event.dialled)
     peer.last_seen = peer.now
@@ -180,15 +199,26 @@ def _link_down(peer: Peer, event: LinkDown) -> list[Command]:
     return [*peer._dial(), *peer._enter(PeerState.DEAD, event.reason)]
 
 
-def _advert(peer: Peer, event: AdvertReceived) -> list[Command]:
+def _status(peer: Peer, event: StatusReceived) -> list[Command]:
+    """Record a status that is newer. It counts as a sign of life even if it is not."""
     peer.last_seen = peer.now
-    newer = peer.advert is None or event.advert.revision > peer.advert.revision
-    news = newer and event.advert.incarnation == peer.incarnation
-    if news:
-        peer.advert = event.advert
+    newer = peer.status is None or event.status.revision > peer.status.revision
+    if newer:
+        peer.status = event.status
+        peer._merge()
+    missing = peer.status is not None and peer.status.profile != peer.profile_hash
+    fetch: list[Command] = [FetchPeerProfile(peer.id, peer.status.profile)] if missing and peer.status is not None else []
+    news = newer and peer.advert is not None
     if peer.state is PeerState.SUSPECT:
-        return peer._enter(PeerState.ALIVE, news=news)
-    return peer._enter(peer.state, peer.why, news=news)
+        return [*fetch, *peer._enter(PeerState.ALIVE, news=news)]
+    return [*fetch, *peer._enter(peer.state, peer.why, news=news)]
+
+
+def _profile(peer: Peer, event: ProfileReceived) -> list[Command]:
+    peer.last_seen = peer.now
+    peer.profile, peer.profile_hash = event.profile, event.hash
+    peer._merge()
+    return peer._enter(peer.state, peer.why, news=peer.advert is not None)
 
 
 def _heartbeat(peer: Peer, event: HeartbeatReceived) -> list[Command]:
@@ -210,8 +240,17 @@ def _not_reached(peer: Peer, event: DialFailed | LinkDown) -> list[Command]:
     return peer._enter(peer.state, event.reason)
 
 
+def _unreached(peer: Peer, event: DialFailed) -> list[Command]:
+    return peer._enter(PeerState.UNREACHED, event.reason)
+
+
 def _refused(peer: Peer, event: HandshakeRefused) -> list[Command]:
-    return [StopDialling(peer.id), *peer._enter(PeerState.REFUSED, event.reason)]
+    peer.last_seen = peer.now
+    peer.name = event.name or peer.name
+    if event.address.port:
+        peer._note_link_address(event.address)
+    dial = peer._dial() if peer.state is not PeerState.REFUSED else []
+    return [*dial, *peer._enter(PeerState.REFUSED, event.reason)]
 
 
 def _expired(peer: Peer, event: RetentionExpired) -> list[Command]:
@@ -229,6 +268,7 @@ _comes_up = Transition(_link_up, (PeerState.ALIVE,))
 _breaks = Transition(_link_down, (PeerState.DEAD,))
 _leaves = Transition(_goodbye, (PeerState.LEFT,))
 _is_refused = Transition(_refused, (PeerState.REFUSED,))
+_is_unreached = Transition(_unreached, (PeerState.UNREACHED,))
 _is_forgotten = Transition(_expired, (PeerState.UNKNOWN,))
 
 TRANSITIONS: dict[tuple[Enum, type[Any]], Transition] = {
@@ -240,16 +280,23 @@ TRANSITIONS: dict[tuple[Enum, type[Any]], Transition] = {
     (PeerState.FOUND, PeerFound): Transition(_found),
     (PeerState.FOUND, PeerWithdrawn): _is_withdrawn,
     (PeerState.FOUND, LinkUp): _comes_up,
-    (PeerState.FOUND, DialFailed): Transition(_not_reached),
+    (PeerState.FOUND, DialFailed): _is_unreached,
     (PeerState.FOUND, HandshakeRefused): _is_refused,
     (PeerState.FOUND, RetentionExpired): _is_forgotten,
+    (PeerState.UNREACHED, PeerFound): Transition(_found),
+    (PeerState.UNREACHED, PeerWithdrawn): _is_withdrawn,
+    (PeerState.UNREACHED, LinkUp): _comes_up,
+    (PeerState.UNREACHED, DialFailed): Transition(_not_reached),
+    (PeerState.UNREACHED, HandshakeRefused): _is_refused,
+    (PeerState.UNREACHED, RetentionExpired): _is_forgotten,
     (PeerState.ALIVE, PeerFound): Transition(_found_though_linked),
     (PeerState.ALIVE, PeerWithdrawn): Transition(_withdrawn),
     (PeerState.ALIVE, LinkUp): Transition(_link_up),
     (PeerState.ALIVE, LinkDown): _breaks,
     (PeerState.ALIVE, DialFailed): _ignored,
     (PeerState.ALIVE, HandshakeRefused): _ignored,
-    (PeerState.ALIVE, AdvertReceived): Transition(_advert),
+    (PeerState.ALIVE, StatusReceived): Transition(_status),
+    (PeerState.ALIVE, ProfileReceived): Transition(_profile),
     (PeerState.ALIVE, HeartbeatReceived): Transition(_heartbeat),
     (PeerState.ALIVE, HeartbeatMissed): Transition(_silent, (PeerState.SUSPECT,)),
     (PeerState.ALIVE, GoodbyeReceived): _leaves,
@@ -259,7 +306,8 @@ TRANSITIONS: dict[tuple[Enum, type[Any]], Transition] = {
     (PeerState.SUSPECT, LinkDown): _breaks,
     (PeerState.SUSPECT, DialFailed): _ignored,
     (PeerState.SUSPECT, HandshakeRefused): _ignored,
-    (PeerState.SUSPECT, AdvertReceived): Transition(_advert, (PeerState.ALIVE,)),
+    (PeerState.SUSPECT, StatusReceived): Transition(_status, (PeerState.ALIVE,)),
+    (PeerState.SUSPECT, ProfileReceived): Transition(_profile),
     (PeerState.SUSPECT, HeartbeatReceived): Transition(_heartbeat, (PeerState.ALIVE,)),
     (PeerState.SUSPECT, HeartbeatMissed): Transition(_silent),
     (PeerState.SUSPECT, GoodbyeReceived): _leaves,
@@ -272,7 +320,7 @@ TRANSITIONS: dict[tuple[Enum, type[Any]], Transition] = {
     (PeerState.REFUSED, PeerFound): Transition(_found),
     (PeerState.REFUSED, PeerWithdrawn): _is_withdrawn,
     (PeerState.REFUSED, LinkUp): _comes_up,
-    (PeerState.REFUSED, DialFailed): Transition(_not_reached),
+    (PeerState.REFUSED, DialFailed): _is_unreached,
     (PeerState.REFUSED, HandshakeRefused): Transition(_refused),
     (PeerState.REFUSED, RetentionExpired): _is_forgotten,
     (PeerState.LEFT, PeerFound): _is_found,
@@ -283,7 +331,8 @@ TRANSITIONS: dict[tuple[Enum, type[Any]], Transition] = {
     (PeerState.LEFT, RetentionExpired): _is_forgotten,
     # After a goodbye, a few more messages and events of its link may arrive.
     (PeerState.LEFT, LinkDown): Transition(_not_reached),
-    (PeerState.LEFT, AdvertReceived): Transition(_advert),
+    (PeerState.LEFT, StatusReceived): _ignored,
+    (PeerState.LEFT, ProfileReceived): _ignored,
     (PeerState.LEFT, HeartbeatReceived): Transition(_heartbeat),
     (PeerState.LEFT, HeartbeatMissed): _ignored,
     (PeerState.LEFT, GoodbyeReceived): Transition(_goodbye),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from meshd.agents.membership.sources import PeerFound, PeerWithdrawn
-from meshd.types import Advert, PeerId
+from meshd.types import PeerId, Profile, Status
 from meshd.values import Address
 
 
@@ -21,8 +21,10 @@ class PeerState(Enum):
     """Linked, but silent for longer than `membership._SUSPECT_S`."""
     DEAD = "dead"
     """The peer's link broke, or was ended because of silence."""
+    UNREACHED = "not reached"
+    """No peer answers at the addresses that a source reported. They are dialled again."""
     REFUSED = "refused"
-    """The handshake failed for a reason that a retry can't fix."""
+    """The handshake failed for a reason that a retry can't fix. It is dialled again now and then."""
     LEFT = "left"
     """The peer said goodbye, or its source withdrew it before a link came up."""
 
@@ -60,20 +62,27 @@ class DialFailed:
 
 @dataclass(frozen=True, slots=True)
 class HandshakeRefused:
-    """The handshake failed for a lasting reason: another cluster's key, another protocol, a revoked peer, or this peer itself."""
+    """The handshake failed for a lasting reason: another cluster's key, or another protocol. `peer` is the id that was proved."""
 
     peer: PeerId | None
-    address: Address | None
+    address: Address
     reason: str
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class AdvertReceived:
-    advert: Advert
+class StatusReceived:
+    peer: PeerId
+    status: Status
 
-    @property
-    def peer(self) -> PeerId:
-        return self.advert.peer
+
+@dataclass(frozen=True, slots=True)
+class ProfileReceived:
+    """The peer's profile was fetched. `hash` is of the bytes that were received."""
+
+    peer: PeerId
+    hash: str
+    profile: Profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +117,8 @@ Event = (
     | LinkDown
     | DialFailed
     | HandshakeRefused
-    | AdvertReceived
+    | StatusReceived
+    | ProfileReceived
     | HeartbeatReceived
     | HeartbeatMissed
     | GoodbyeReceived
@@ -133,6 +143,14 @@ class StopDialling:
 
 
 @dataclass(frozen=True, slots=True)
+class FetchPeerProfile:
+    """Fetch the peer's profile, because its status names another hash than that of the known one. Idempotent."""
+
+    peer: PeerId
+    hash: str
+
+
+@dataclass(frozen=True, slots=True)
 class PublishChange:
     """Publish on the event stream that the peer's state or advert changed."""
 
@@ -142,4 +160,4 @@ class PublishChange:
     why: str
 
 
-Command = Dial | StopDialling | PublishChange
+Command = Dial | StopDialling | FetchPeerProfile | PublishChange

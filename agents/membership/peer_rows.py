@@ -26,7 +26,7 @@ def peer_row(peer: Peer, now: float) -> dict[str, Any]:
         "capability": msgspec.to_builtins(advert.capability) if advert else None,
         "holdings": msgspec.to_builtins(advert.holdings) if advert else [],
         "models": [card.name for card in advert.models] if advert else [],
-        "sessions": advert.sessions if advert else 0,
+        "sessions": advert.sessions if advert else peer.load,
         "api": advert.api if advert else "",
         "draining": advert.draining if advert else False,
     }

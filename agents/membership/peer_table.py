@@ -26,8 +26,8 @@ from meshd.types import Advert, PeerId
 from meshd.values import Address
 
 MAX_PEERS = 256
-REFUSED_RETRY_S = 30.0
-"""How long a static address is not dialled after it refused a link. Its peer may have the right key by then."""
+MAX_UNLINKED = 192
+"""Maximum number of peers that were never linked: sources report them, and anyone can forge a report."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +36,9 @@ class StaticAddress:
 
     address: Address
     peer: PeerId | None = None
-    why: str = ""
-    refused_at: float | None = None
+    state: PeerState = PeerState.FOUND
+    """FOUND, UNREACHED or REFUSED, while no peer has answered."""
+    why: str = "being dialled"
 
 
 class PeerTable:
@@ -60,6 +61,16 @@ class PeerTable:
         known = self._peers.get(peer)
         return known.name if known is not None and known.name else peer[:8]
 
+    def answered(self, address: Address, peer: PeerId) -> None:
+        """Record which peer answers at an address from `--peer`."""
+        if address in self._static:
+            self._static[address] = StaticAddress(address=address, peer=peer)
+
+    def static_why(self, address: Address) -> str | None:
+        """Returns: why no peer answers at an address from `--peer`; None if it is not from there, or a peer has answered."""
+        known = self._static.get(address)
+        return known.why if known is not None and known.peer is None else None
+
     def linked(self) -> list[Peer]:
         """Returns: the peers whose link is up, suspects included."""
         return [peer for peer in self._peers.values() if peer.linked]
@@ -75,7 +86,7 @@ class PeerTable:
         Raises: IllegalTransition, with nothing changed; Overloaded if the table is full of linked peers.
         """
         if event.peer is None:
-            return self._apply_to_address(event, now)
+            return self._apply_to_address(event)
         peer = self._peers.get(event.peer) or Peer(id=event.peer, now=now)
         peer.now = now
         commands = peer.handle(event)
@@ -83,10 +94,10 @@ class PeerTable:
             self._peers.pop(peer.id, None)
             return commands
         if peer.id not in self._peers:
-            commands = self._make_room(peer.id) + commands
+            commands = self._make_room(peer) + commands
             self._peers[peer.id] = peer
-        if isinstance(event, LinkUp) and event.dialled in self._static:
-            self._static[event.dialled] = StaticAddress(address=event.dialled, peer=peer.id)
+        if isinstance(event, LinkUp) and event.dialled is not None:
+            self.answered(event.dialled, peer.id)
         return commands
 
     def expire(self, now: float) -> list[Command]:
@@ -116,43 +127,44 @@ class PeerTable:
                 raise AssertionError(f"{peer_id} should not be in the table")
             peer.validate()
 
-    def _make_room(self, newcomer: PeerId) -> list[Command]:
+    def _make_room(self, newcomer: Peer) -> list[Command]:
+        """Drop a peer if the table is full, or full of peers that were never linked. Raises: Overloaded."""
+        strangers = [peer for peer in self._peers.values() if not peer.incarnation]
+        if not newcomer.incarnation and len(strangers) >= min(MAX_UNLINKED, self._max_peers):
+            return self._drop(min(strangers, key=lambda peer: peer.first_seen))
         if len(self._peers) < self._max_peers:
             return []
         idle = [peer for peer in self._peers.values() if not peer.linked]
         if not idle:
-            raise Overloaded(f"peer {newcomer} can't be added: {len(self._peers)} are linked", hint="split the cluster in two")
-        oldest = min(idle, key=lambda peer: (peer.state is PeerState.FOUND, peer.last_seen))
-        del self._peers[oldest.id]
-        return [StopDialling(oldest.id), PublishChange(oldest.id, PeerState.UNKNOWN, oldest.state, "the table is full")]
+            raise Overloaded(f"peer {newcomer.id} can't be added: {len(self._peers)} are linked", hint="split the cluster in two")
+        return self._drop(min(idle, key=lambda peer: (peer.incarnation != 0, peer.last_seen)))
 
-    def _apply_to_address(self, event: Event, now: float) -> list[Command]:
+    def _drop(self, peer: Peer) -> list[Command]:
+        del self._peers[peer.id]
+        return [StopDialling(peer.id), PublishChange(peer.id, PeerState.UNKNOWN, peer.state, "the table is full")]
+
+    def _apply_to_address(self, event: Event) -> list[Command]:
         """Apply an event about an address whose peer is unknown."""
         match event:
             case PeerFound():
-                return self._dial_static(Address(event.addresses[0], event.port), now)
+                return self._dial_static(Address(event.addresses[0], event.port))
             case DialFailed():
-                self._note(event.address, event.reason, None)
-            case HandshakeRefused(address=Address() as address):
-                self._note(address, event.reason, now)
+                self._note(event.address, PeerState.UNREACHED, event.reason)
+            case HandshakeRefused():
+                self._note(event.address, PeerState.REFUSED, event.reason)
         return []
 
-    def _dial_static(self, address: Address, now: float) -> list[Command]:
+    def _dial_static(self, address: Address) -> list[Command]:
         if address not in self._static and len(self._static) >= self._max_peers:
             return []
         known = self._static.setdefault(address, StaticAddress(address=address))
         peer = self._peers.get(known.peer) if known.peer is not None else None
-        if peer is not None and peer.linked:
-            return []
-        if known.refused_at is not None and now - known.refused_at < REFUSED_RETRY_S:
-            return []
-        return [Dial(known.peer, (address,))]
+        return [] if peer is not None and peer.linked else [Dial(known.peer, (address,))]
 
-    def _note(self, address: Address, why: str, refused_at: float | None) -> None:
+    def _note(self, address: Address, state: PeerState, why: str) -> None:
         if (known := self._static.get(address)) is not None:
-            self._static[address] = replace(known, why=why, refused_at=refused_at)
+            self._static[address] = replace(known, state=state, why=why)
 
 
 def _row_of_address(known: StaticAddress) -> dict[str, Any]:
-    state = PeerState.FOUND if known.refused_at is None else PeerState.REFUSED
-    return unlinked_row(known.address, "static", state, known.why or "being dialled")
+    return unlinked_row(known.address, "static", known.state, known.why)

@@ -1,6 +1,6 @@
 """The interface of a source of peers, such as mDNS or the static list, and the sightings that it reports."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,8 +28,8 @@ class PeerFound:
     """`major.minor`, so that a mismatch can be shown before a link is tried."""
     version: str = ""
     """Version of the peer's software."""
-    load: str = ""
-    """Load summary to show to users."""
+    load: int = 0
+    """Number of sessions that have a stage on the peer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +56,22 @@ class SourceNotice:
 
     source: str
     message: str
+    """Empty: the problem is over."""
     hint: str = ""
+    about: str = ""
+    """Subject: a notice takes the place of the earlier one about the same subject."""
 
 
-Sighting = PeerFound | PeerWithdrawn | DuplicateIdentity | SourceNotice
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OtherClusters:
+    """The other clusters that are on this network now. Reported when they change."""
+
+    source: str
+    peers: Mapping[str, int]
+    """Fingerprint -> number of its peers that were seen."""
+
+
+Sighting = PeerFound | PeerWithdrawn | DuplicateIdentity | SourceNotice | OtherClusters
 OnSighting = Callable[[Sighting], None]
 
 

@@ -115,6 +115,10 @@ class Answer:
         return self.machine.plan
 
     @property
+    def predicted_ttft_s(self) -> float:
+        return self.plan.predicted_ttft_s if self.plan else 0.0
+
+    @property
     def predicted_tpot_s(self) -> float:
         return self.plan.predicted_tpot_s if self.plan else 0.0
 

@@ -24,6 +24,7 @@ from meshd.agents.observe.story import Story
 from meshd.agents.placement.resident import ResidentModels
 from meshd.agents.stage import session as fsm
 from meshd.agents.stage.kv import KvManager
+from meshd.agents.stage.learning import StepLearning
 from meshd.agents.stage.leases import SessionLeases
 from meshd.agents.stage.mirror.incoming import IncomingMirrors
 from meshd.agents.stage.mirror.outgoing import OutgoingMirrors
@@ -75,6 +76,7 @@ class StageHost:
     me: PeerId
     links: Links
     residents: ResidentModels
+    learning: StepLearning
     compute: ComputeQueue
     clock: Clock
     telemetry: Telemetry
@@ -100,7 +102,7 @@ class StageHost:
         self._runner = StageRunner(
             me=me,
             links=links,
-            residents=self.residents,
+            learning=self.learning,
             compute=self.compute,
             clock=self.clock,
             telemetry=self.telemetry,

@@ -45,7 +45,7 @@ from meshd.protocol.messages.journal import (
     SessionFound,
 )
 from meshd.protocol.messages.link import Error, Goodbye, Heartbeat, HeartbeatAck, Hello, Probe, ProbeAck
-from meshd.protocol.messages.membership import Advertise, FetchHeader, HeaderData
+from meshd.protocol.messages.membership import FetchHeader, FetchProfile, HeaderData, PeerStatus, ProfileData
 from meshd.protocol.messages.placement import Drain, Drained, Place, Placed, Unplace, Unplaced
 from meshd.protocol.messages.session import (
     Close,
@@ -69,7 +69,6 @@ __all__ = [
     "PROTOCOL_VERSION",
     "REGISTRY",
     "Activation",
-    "Advertise",
     "Close",
     "Closed",
     "Credit",
@@ -80,6 +79,7 @@ __all__ = [
     "Failed",
     "FetchHeader",
     "FetchManifest",
+    "FetchProfile",
     "FetchProgress",
     "FetchSession",
     "FetchStory",
@@ -107,10 +107,12 @@ __all__ = [
     "Moved",
     "Open",
     "Opened",
+    "PeerStatus",
     "Place",
     "Placed",
     "Probe",
     "ProbeAck",
+    "ProfileData",
     "ProgressData",
     "Prompt",
     "Renew",

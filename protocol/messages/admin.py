@@ -41,6 +41,7 @@ class StoryData(Reply, frozen=True, kw_only=True):
 class Move(Request, frozen=True, kw_only=True):
     """Ask a session's coordinator to move the stages on peer `source` (None: on all peers) to peer `target`."""
 
+    lasting: ClassVar[bool] = True
     session: SessionId
     target: PeerId
     source: PeerId | None = None

@@ -9,7 +9,7 @@ import msgspec
 from meshd.bounds import MAX_TEXT, Epoch, Serial, printable
 from meshd.types import SessionId
 
-PROTOCOL_VERSION = (2, 0)
+PROTOCOL_VERSION = (3, 0)
 """(major, minor). Peers of different major versions refuse each other. A higher minor version only adds to the protocol."""
 
 FEATURES: frozenset[str] = frozenset({"f32"})
@@ -39,6 +39,8 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
 class Request(Message, frozen=True, kw_only=True):
     """A message that expects one reply with the same `request` number. A repeat has no further effect and gets the same answer."""
 
+    lasting: ClassVar[bool] = False
+    """The receiver may take minutes to answer."""
     request: Serial
 
 

@@ -4,14 +4,7 @@ from typing import ClassVar
 
 from meshd.bounds import Sha256
 from meshd.protocol.messages.base import Lane, Message, Reply, Request, message
-from meshd.types import Advert, ModelCard, ModelId
-
-
-@message(16)
-class Advertise(Message, frozen=True, kw_only=True):
-    """The sender's whole advert. Sent when a link comes up, on every change and every 5 s."""
-
-    advert: Advert
+from meshd.types import ModelCard, ModelId, Status
 
 
 @message(17)
@@ -29,3 +22,22 @@ class HeaderData(Reply, frozen=True, kw_only=True):
     card: ModelCard
     sha256: Sha256
     """SHA-256 of the payload, in hex."""
+
+
+@message(19)
+class PeerStatus(Message, frozen=True, kw_only=True):
+    """The sender's status. Sent when a link comes up, on every change and every 5 s."""
+
+    status: Status
+
+
+@message(20)
+class FetchProfile(Request, frozen=True, kw_only=True):
+    """Request the receiver's profile, because the hash in its status has changed."""
+
+
+@message(21)
+class ProfileData(Reply, frozen=True, kw_only=True):
+    """Payload: the sender's `Profile`, as a msgpack map."""
+
+    default_lane: ClassVar[Lane] = Lane.BULK

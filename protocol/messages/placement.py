@@ -1,5 +1,7 @@
 """Messages that load, free and drain layers on peers."""
 
+from typing import ClassVar
+
 from meshd.bounds import Count, Millis, Size, Text, Tokens
 from meshd.protocol.messages.base import Reply, Request, message
 from meshd.types import LayerRange, ModelId
@@ -9,6 +11,7 @@ from meshd.types import LayerRange, ModelId
 class Place(Request, frozen=True, kw_only=True):
     """Load these layers and reserve their KV. The reply is sent when they are WARM; adverts show the progress."""
 
+    lasting: ClassVar[bool] = True
     model: ModelId
     ref: Text
     layers: LayerRange
@@ -31,6 +34,7 @@ class Placed(Reply, frozen=True, kw_only=True):
 class Unplace(Request, frozen=True, kw_only=True):
     """Free a model: at once if no session uses it, otherwise when the last session ends (DRAINING)."""
 
+    lasting: ClassVar[bool] = True
     model: ModelId
 
 
@@ -46,6 +50,7 @@ class Drain(Request, frozen=True, kw_only=True):
     The reply is sent when no session is left, or at the deadline.
     """
 
+    lasting: ClassVar[bool] = True
     deadline_ms: Millis
     undo: bool = False
 

@@ -68,6 +68,7 @@ def test_a_split_model_answers_and_reports_its_plan(pair: Cluster) -> None:
     assert FACT in document["choices"][0]["message"]["content"]
     assert headers["x-meshd-plan"] == SPLIT
     assert float(headers["x-meshd-predicted-tpot-ms"]) > 0
+    assert float(headers["x-meshd-predicted-ttft-ms"]) > 0
     assert headers["x-meshd-session"]
 
 

@@ -11,8 +11,6 @@ from real_daemons.cluster import Cluster, wait_for
 def test_a_peer_that_stops_is_soon_gone(cluster: Cluster) -> None:
     cluster.start("a", "b")
     cluster.see_each_other()
-    # A peer that stops while it sends a large probe drops the rest of it, and its GOODBYE on that lane with it.
-    wait_for(lambda: len(cluster["a"].rows("links")) == 2, "both directions to be measured", cluster["a"])
     stopped = time.monotonic()
     assert cluster["b"].stop() == 0
     wait_for(lambda: cluster.alive(cluster["a"]) == {"a"}, "b to be gone", cluster["a"], within_s=5)

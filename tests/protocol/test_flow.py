@@ -40,3 +40,22 @@ def test_chunks_are_views_of_the_queued_buffers() -> None:
     chunk = queue.take()
     data[0] = ord("z")
     assert bytes(chunk) == b"zbcd"
+
+
+@given(frames=st.lists(st.lists(st.binary(min_size=1, max_size=20), min_size=1, max_size=3), max_size=6), taken=st.integers(0, 8))
+def test_the_frame_of_which_a_part_was_taken_is_kept_and_others_are_dropped(frames: list[list[bytes]], taken: int) -> None:
+    queue = SendQueue(10_000, 7)
+    for frame in frames:
+        queue.put(*frame)
+    out = b""
+    while queue and taken:
+        out += queue.take()
+        taken -= 1
+    queue.keep_current()
+    size = queue.queued_bytes
+    rest = b""
+    while queue:
+        rest += queue.take()
+    assert len(rest) == size
+    whole = [b"".join(frame) for frame in frames]
+    assert out + rest in [b"".join(whole[:count]) for count in range(len(whole) + 1)]

@@ -14,7 +14,8 @@ from msgspec import Meta
 
 import meshd.bounds
 import meshd.types
-from meshd.agents.links import link_table, rpc
+from meshd.agents.links import link_table, task_budget
+from meshd.agents.membership.adverts.encoding import MAX_PROFILE_BYTES
 from meshd.protocol import framing, handshake, messages
 from meshd.protocol.messages import REGISTRY, Message, Reply, Request
 
@@ -84,6 +85,7 @@ def nested_structs() -> dict[str, type[msgspec.Struct]]:
     for message in REGISTRY.values():
         for field in msgspec.structs.fields(message):
             look(typing.get_type_hints(message)[field.name])
+    look(meshd.types.Profile)  # a payload
     return found
 
 
@@ -141,7 +143,10 @@ def test_the_constants_are_the_code() -> None:
         f"every {timing.heartbeat_s:g} s",
         f"for {timing.silence_s:g} s",
         f"within {timing.handshake_s:g} s",
-        f"{rpc.MAX_TASKS} requests",
+        f"at most {task_budget.PER_PEER} requests",
+        f"at most {task_budget.PER_KIND} of one type",
+        f"at most {task_budget.LASTING_PER_PEER} of one peer",
+        f"at most {MAX_PROFILE_BYTES} bytes",
     ):
         assert expected in SPEC, expected
 

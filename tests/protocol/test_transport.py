@@ -206,3 +206,30 @@ async def test_port_0_chooses_the_same_port_on_every_address() -> None:
     assert len({listener.getsockname()[1] for listener in listeners}) == 1
     for listener in listeners:
         listener.close()
+
+
+async def test_a_farewell_follows_the_frame_that_is_being_written_and_queued_frames_are_dropped(
+    identities: Callable[..., Identity],
+) -> None:
+    async with pair(identities("alice"), identities("bob")) as (here, there):
+        received = Receiver(there)
+        here.attach(lambda connection, message, frame: None, lambda connection, reason: None)
+        for number in (1, 2):
+            here.send(Probe(request=number), bytes(8 * MIB))
+        here.send(Heartbeat(sequence=1, sent_ns=1))
+        here.close("this peer stops", Goodbye(reason="this peer stops"))
+        message, payload = await received.message()
+        assert (message, len(payload)) == (Probe(request=1), 8 * MIB)
+        assert (await received.message())[0] == Goodbye(reason="this peer stops")
+        assert await received.end() == "the other side closed the connection"
+        assert received.messages.empty()
+
+
+async def test_a_connection_whose_other_side_does_not_read_is_closed_all_the_same(identities: Callable[..., Identity]) -> None:
+    async with pair(identities("alice"), identities("bob")) as (here, there):
+        there._transport.pause_reading()
+        here.send(Probe(request=1), bytes(15 * MIB))
+        here.close("this peer stops", Goodbye(reason="this peer stops"))
+        async with asyncio.timeout(WAIT_S):
+            await here.closed()
+        assert here.queued_bytes == 0

@@ -168,7 +168,7 @@ def _on_wait(request: web.Request) -> Callable[[], None] | None:
 
 
 def set_generation_headers(request: web.Request, generation: Generation) -> None:
-    """Set the response headers for the session, its plan and its predicted TPOT."""
+    """Set the response headers for the session, its plan and its predicted times."""
     _set_headers(request, {0: generation})
 
 
@@ -180,10 +180,11 @@ def _set_headers(request: web.Request, admitted: Mapping[int, Generation]) -> No
 
 
 def _headers(admitted: Mapping[int, Generation]) -> dict[str, str]:
-    """Make the response headers: sessions of all admitted answers in order, plan and predicted TPOT of the first answer."""
+    """Make the response headers: sessions of all admitted answers in order, plan and predicted times of the first answer."""
     generations = [admitted[index] for index in sorted(admitted)]
     return {
         "x-meshd-session": ",".join(generation.session for generation in generations),
         "x-meshd-plan": quote(generations[0].plan_header, safe=" :,"),  # header values allow fewer characters than peer names
+        "x-meshd-predicted-ttft-ms": f"{generations[0].predicted_ttft_s * 1000:.3f}",
         "x-meshd-predicted-tpot-ms": f"{generations[0].predicted_tpot_s * 1000:.3f}",
     }

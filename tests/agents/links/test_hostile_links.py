@@ -10,8 +10,6 @@ import msgspec
 import pytest
 
 from in_process.peers import WAIT_S, Peer, Peers, until
-from meshd.agents.links.open import HALF_OPEN_PER_HOST
-from meshd.errors import PeerLost
 from meshd.protocol import transport
 from meshd.protocol.codec import encode
 from meshd.protocol.framing import FrameLimits, frame_head
@@ -110,9 +108,10 @@ async def test_another_major_version_is_refused_answered_and_listed(peers: Peers
     assert answer.version == PROTOCOL_VERSION
     await connection.closed()
     (row,) = target.links.refusals()
-    assert (row["address"], row["peer"]) == ("127.0.0.1", other.id)
+    assert (row["address"], row["peer"]) == ("127.0.0.1:1", other.id)
     assert f"protocol {PROTOCOL_VERSION[0] + 1}.0 (meshd/9)" in row["reason"]
-    assert len(target.notices) == 1
+    (outcome,) = target.outcomes
+    assert (outcome.peer, outcome.name, outcome.refused) == (other.id, "other", True)
     assert target.story == []
 
 
@@ -151,13 +150,13 @@ async def test_both_lanes_end_when_one_breaks(peers: Peers) -> None:
         await control.closed()
 
 
-async def test_connections_beyond_the_half_open_limit_are_closed_at_once(peers: Peers) -> None:
+async def test_a_connection_beyond_the_half_open_limit_takes_the_place_of_the_oldest(peers: Peers) -> None:
     target, other = peers.start("t"), peers.start("o")
-    silent = [await connect(other, target) for _ in range(HALF_OPEN_PER_HOST)]
-    with pytest.raises(PeerLost):
-        await connect(other, target)
-    for connection in silent:
-        connection.abort("done")
-    await until(lambda: target.links._opener._half_open.total() == 0)
+    silent = [await connect(other, target) for _ in range(target.links._opener._half_open.most_per_host + 3)]
+    await until(lambda: [bool(connection.reason) for connection in silent[:4]] == [True, True, True, False])
+    assert not any(connection.reason for connection in silent[3:])
     other.dial(target)
     assert await target.next_up() == other.id
+    for connection in silent:
+        connection.abort("done")
+    await until(lambda: len(target.links._opener._half_open) == 0)

@@ -14,7 +14,7 @@ from meshd.agents.links.link_table import LEFT
 from meshd.errors import InvalidRequest, NotReady, Overloaded, PeerLost, RemoteFailure
 from meshd.protocol.framing import MIB
 from meshd.protocol.identity import ClusterKey
-from meshd.protocol.messages import Activation, Credit, Lane, Message, Place, Placed, Unplace
+from meshd.protocol.messages import Activation, Credit, Lane, Message, Place, Placed, Probe, Unplace
 from meshd.types import LayerRange, PeerId
 
 
@@ -62,7 +62,7 @@ async def test_five_peers_that_all_dial_all_have_one_link_each_and_lose_none(pee
     for peer in five:
         assert len(peer.links.rows()) == 4
         assert not any(line.startswith("down") for line in peer.story), peer.story
-        assert peer.notices == []
+        assert not any(outcome.refused for outcome in peer.outcomes)
 
 
 async def test_a_peer_at_two_addresses_has_one_link_and_both_addresses(peers: Peers) -> None:
@@ -259,6 +259,16 @@ async def test_a_goodbye_arrives_at_once_and_closing_takes_less_than_a_second(pe
         lost, reason = await peer.next_down()
         assert lost == a.id
         assert reason.startswith(LEFT)
+
+
+async def test_a_peer_that_stops_while_it_sends_a_large_frame_has_left(peers: Peers) -> None:
+    a, b = peers.start("a"), peers.start("b")
+    a.dial(b)
+    await linked(a, b)
+    for number in (1, 2):
+        b.links.send(a.id, Probe(request=number), bytes(8 * MIB))
+    await b.stop()
+    assert (await a.next_down())[1].startswith(LEFT)
 
 
 async def linked_to(hub: Peer, *others: Peer) -> None:

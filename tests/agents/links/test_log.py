@@ -40,3 +40,13 @@ def test_a_row_is_a_copy_and_shows_when_it_was_last_seen(clock: SetClock) -> Non
     assert row["at"] == 130.0
     row["count"] = 99
     assert linklog.rows()[0]["count"] == 2
+
+
+def test_a_refusal_is_shown_until_it_is_two_minutes_old(clock: SetClock) -> None:
+    linklog = LinkLog(clock)
+    linklog.refused("h:1", None, "no")
+    clock.now += 119
+    linklog.refused("h:2", None, "no")
+    assert [row["address"] for row in linklog.rows()] == ["h:1", "h:2"]
+    clock.now += 2
+    assert [row["address"] for row in linklog.rows()] == ["h:2"]

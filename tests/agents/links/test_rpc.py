@@ -7,21 +7,26 @@ import pytest
 
 from in_process.peers import until
 from meshd.agents.links.log import LinkLog
-from meshd.agents.links.rpc import MAX_TASKS, Dispatcher, to_view
+from meshd.agents.links.rpc import Dispatcher, to_view
+from meshd.agents.links.task_budget import LASTING_PER_PEER, PER_KIND
 from meshd.clock import SystemClock
 from meshd.errors import NotReady, Overloaded, PeerLost, RemoteFailure
 from meshd.protocol.codec import UnknownMessage
 from meshd.protocol.framing import EMPTY
-from meshd.protocol.messages import Error, Message, Probe, ProbeAck
+from meshd.protocol.messages import Error, FetchWeights, Message, Place, Probe, ProbeAck
 from meshd.protocol.transport import Buffer
-from meshd.types import PeerId
+from meshd.types import LayerRange, PeerId
 
 ANN, BOB = PeerId("a" * 52), PeerId("b" * 52)
 Sent = list[tuple[PeerId, Message, Buffer | None]]
 
 
 def ack(request: int) -> ProbeAck:
-    return ProbeAck(request=request, received_bytes=0, receive_s=0.0)
+    return ProbeAck(request=request)
+
+
+def place(request: int) -> Place:
+    return Place(request=request, model="m", ref="", layers=LayerRange(0, 1), kv_tokens=1, deadline_ms=1)
 
 
 @pytest.fixture
@@ -39,7 +44,7 @@ async def dispatcher(sent: Sent) -> AsyncIterator[Dispatcher]:
 
 
 async def test_a_reply_counts_only_from_the_peer_that_was_asked(dispatcher: Dispatcher, sent: Sent) -> None:
-    waiting = asyncio.create_task(dispatcher.request(ANN, lambda number: Probe(request=number, echo=False), None, 5.0))
+    waiting = asyncio.create_task(dispatcher.request(ANN, lambda number: Probe(request=number), None, 5.0))
     await asyncio.sleep(0)
     assert [(peer, type(message)) for peer, message, _ in sent] == [(ANN, Probe)]
     dispatcher.deliver(BOB, ack(1), EMPTY)
@@ -54,7 +59,7 @@ async def test_a_reply_counts_only_from_the_peer_that_was_asked(dispatcher: Disp
 
 async def test_a_request_fails_by_an_error_reply_a_lost_peer_or_a_timeout(dispatcher: Dispatcher) -> None:
     def ask(timeout_s: float) -> "asyncio.Task[object]":
-        return asyncio.create_task(dispatcher.request(ANN, lambda number: Probe(request=number, echo=False), None, timeout_s))
+        return asyncio.create_task(dispatcher.request(ANN, lambda number: Probe(request=number), None, timeout_s))
 
     refused, lost, late = ask(5.0), ask(5.0), ask(0.001)
     await asyncio.sleep(0)
@@ -74,7 +79,7 @@ async def test_an_error_that_answers_a_request_too_late_is_not_an_error_of_the_s
     """Under load a request of an older epoch is given up and answered later: that must not end the session's present epoch."""
     handled: list[Error] = []
     dispatcher.register(Error, lambda peer, message, payload: handled.append(message))
-    waiting = asyncio.create_task(dispatcher.request(ANN, lambda number: Probe(request=number, echo=False), None, 0.001))
+    waiting = asyncio.create_task(dispatcher.request(ANN, lambda number: Probe(request=number), None, 0.001))
     with pytest.raises(PeerLost):
         await waiting
     dispatcher.deliver(ANN, Error(request=1, code="superseded", message="epoch 3 is past", session="5" * 32), EMPTY)
@@ -85,7 +90,7 @@ async def test_an_error_that_answers_a_request_too_late_is_not_an_error_of_the_s
 
 
 async def test_a_cancelled_request_drops_its_late_reply(dispatcher: Dispatcher, sent: Sent) -> None:
-    waiting = asyncio.create_task(dispatcher.request(ANN, Probe(request=7, echo=False), None, 5.0))
+    waiting = asyncio.create_task(dispatcher.request(ANN, Probe(request=7), None, 5.0))
     await asyncio.sleep(0)
     waiting.cancel()
     await asyncio.wait([waiting])
@@ -99,11 +104,11 @@ async def test_a_handler_answers_at_once_or_later(dispatcher: Dispatcher, sent: 
         return ack(message.request), b"late"
 
     def handle(peer: PeerId, message: Probe, payload: memoryview) -> object:
-        return later(peer, message, payload) if message.echo else ack(message.request)
+        return later(peer, message, payload) if message.request == 1 else ack(message.request)
 
     dispatcher.register(Probe, handle)  # type: ignore[arg-type]
-    dispatcher.deliver(ANN, Probe(request=1, echo=True), EMPTY)
-    dispatcher.deliver(ANN, Probe(request=2, echo=False), EMPTY)
+    dispatcher.deliver(ANN, Probe(request=1), EMPTY)
+    dispatcher.deliver(ANN, Probe(request=2), EMPTY)
     assert sent == [(ANN, ack(2), None)]
     await until(lambda: len(sent) == 2)
     assert sent[1] == (ANN, ack(1), b"late")
@@ -115,29 +120,65 @@ async def test_what_a_handler_raises_is_sent_as_an_error(dispatcher: Dispatcher,
         raise error
 
     dispatcher.register(Probe, fails)
-    dispatcher.deliver(ANN, Probe(request=3, echo=False), EMPTY)
+    dispatcher.deliver(ANN, Probe(request=3), EMPTY)
     (_, answer, _), *others = sent
     assert isinstance(answer, Error)
     assert (answer.request, answer.code, others) == (3, code, [])
 
 
-async def test_past_the_limit_of_tasks_requests_are_answered_overloaded(dispatcher: Dispatcher, sent: Sent) -> None:
+def errors(sent: Sent, peer: PeerId) -> list[tuple[int, str]]:
+    return [(message.request, message.code) for to, message, _ in sent if to == peer and isinstance(message, Error)]
+
+
+async def test_a_busy_peer_is_answered_overloaded_and_others_are_handled(dispatcher: Dispatcher, sent: Sent) -> None:
     async def never(peer: PeerId, message: Probe, payload: memoryview) -> None:
         await asyncio.Event().wait()
 
     dispatcher.register(Probe, never)
-    for request in range(MAX_TASKS + 1):
-        dispatcher.deliver(ANN, Probe(request=request, echo=False), EMPTY)
-    (_, answer, _), *others = sent
-    assert isinstance(answer, Error)
-    assert (answer.request, answer.code, others) == (MAX_TASKS, Overloaded.code, [])
+    for request in range(1000):
+        dispatcher.deliver(ANN, Probe(request=request), EMPTY)
+    assert errors(sent, ANN) == [(request, Overloaded.code) for request in range(PER_KIND, 1000)]
+    for request in range(PER_KIND):
+        dispatcher.deliver(BOB, Probe(request=request), EMPTY)
+    assert errors(sent, BOB) == []
+
+
+async def test_requests_that_last_take_no_room_from_short_ones(dispatcher: Dispatcher, sent: Sent) -> None:
+    """A PLACE may take an hour while weights are fetched."""
+
+    async def never(peer: PeerId, message: Message, payload: memoryview) -> None:
+        await asyncio.Event().wait()
+
+    dispatcher.register(Place, never)
+    dispatcher.register(FetchWeights, never)
+    for request in range(500):
+        dispatcher.deliver(ANN, place(request), EMPTY)
+    assert errors(sent, ANN) == [(request, Overloaded.code) for request in range(LASTING_PER_PEER, 500)]
+    sent.clear()
+    for request in range(PER_KIND):
+        dispatcher.deliver(ANN, FetchWeights(request=request, model="m", offset=0, length=1), EMPTY)
+    assert errors(sent, ANN) == []
+
+
+async def test_a_handler_that_ends_gives_its_room_back(dispatcher: Dispatcher, sent: Sent) -> None:
+    async def soon(peer: PeerId, message: Probe, payload: memoryview) -> ProbeAck:
+        await asyncio.sleep(0)
+        return ack(message.request)
+
+    dispatcher.register(Probe, soon)
+    for request in range(10 * PER_KIND):
+        dispatcher.deliver(ANN, Probe(request=request), memoryview(bytes(1000)))
+        await asyncio.sleep(0)
+    await until(lambda: len(sent) == 10 * PER_KIND)
+    assert errors(sent, ANN) == []
+    assert len(dispatcher._budget) == 0
 
 
 async def test_an_unknown_or_unhandled_request_is_answered_and_an_unhandled_error_is_not(
     dispatcher: Dispatcher, sent: Sent
 ) -> None:
     dispatcher.deliver(ANN, UnknownMessage(number_of=999, request=4), EMPTY)
-    dispatcher.deliver(ANN, Probe(request=5, echo=False), EMPTY)
+    dispatcher.deliver(ANN, Probe(request=5), EMPTY)
     dispatcher.deliver(ANN, Error(code="not_ready", message="for nobody"), EMPTY)
     answers = [message for _, message, _ in sent]
     assert [(answer.request, answer.code, answer.number_of) for answer in answers if isinstance(answer, Error)] == [

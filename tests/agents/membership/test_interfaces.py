@@ -10,7 +10,8 @@ from meshd.agents.membership.interfaces import (
     choice_warning,
     choose_interfaces,
     interface_kind,
-    nearest_first,
+    is_unicast,
+    on_own_networks,
     present_interfaces,
     used_addresses,
 )
@@ -189,15 +190,28 @@ def test_a_named_interface_that_is_missing_or_down_is_reported() -> None:
     assert warning[0] == "no peer is looked for on eth1 (down), eth9 (not here)"
 
 
-def test_addresses_on_this_devices_networks_come_first() -> None:
+def test_only_addresses_of_hosts_on_this_devices_networks_are_kept() -> None:
     choices = choose_interfaces([interface("eth0", at="192.168.1.7/24"), interface("wlan0", at="10.1.0.2/16")])
     assert used_addresses(choices) == ["192.168.1.7", "10.1.0.2"]
-    assert nearest_first(["172.17.0.1", "10.1.9.9", "8.8.8.8", "192.168.1.20"], choices) == (
-        "10.1.9.9",
-        "192.168.1.20",
+    forged = [
         "172.17.0.1",
         "8.8.8.8",
-    )
+        "127.0.0.1",
+        "192.168.1.255",
+        "192.168.1.0",
+        "224.0.0.251",
+        "0.0.0.0",
+        "::1",
+        "fe80::1",
+        "no",
+    ]
+    assert on_own_networks(["10.1.9.9", *forged, "192.168.1.20"], choices) == ("10.1.9.9", "192.168.1.20")
+
+
+def test_the_address_of_one_host_can_be_dialled() -> None:
+    assert is_unicast("10.0.0.7")
+    assert is_unicast("fe80::1")
+    assert not any(map(is_unicast, ["", "box", "224.0.0.1", "0.0.0.0", "::", "255.255.255.255", "ff02::1"]))
 
 
 def test_this_device_has_a_loopback_with_its_address() -> None:

@@ -10,10 +10,11 @@ from dataclasses import replace
 import pytest
 from zeroconf.asyncio import AsyncZeroconf
 
+from in_process.clocks import SetClock
 from meshd.agents.membership.interfaces import Interface, InterfaceKind, present_interfaces
 from meshd.agents.membership.mdns import MdnsDiscovery
 from meshd.agents.membership.mdns_records import Announcement
-from meshd.agents.membership.sources import DuplicateIdentity, PeerFound, PeerWithdrawn, Sighting, SourceNotice
+from meshd.agents.membership.sources import DuplicateIdentity, OtherClusters, PeerFound, PeerWithdrawn, Sighting, SourceNotice
 from meshd.clock import SystemClock
 from meshd.types import PeerId
 
@@ -81,9 +82,10 @@ async def running(
     *,
     clock: SystemClock | None = None,
     scan: Callable[[], list[Interface]] = present_interfaces,
+    load: Callable[[], int] = lambda: 0,
 ) -> AsyncIterator[tuple[MdnsDiscovery, Seen]]:
     seen = Seen()
-    mdns = MdnsDiscovery(announcement, seen, clock=clock or SystemClock(), interfaces=[HERE], scan=scan)
+    mdns = MdnsDiscovery(announcement, seen, clock=clock or SystemClock(), interfaces=[HERE], scan=scan, load=load)
     task = asyncio.create_task(mdns.run())
     try:
         yield mdns, seen
@@ -107,7 +109,7 @@ async def test_peers_of_a_cluster_find_each_other(cluster: str) -> None:
             cluster=cluster,
             protocol="1.0",
             version="0.1.0",
-            load="",
+            load=0,
         )
         assert (await seen_by_two.found(one.peer)).name == "desk"
 
@@ -156,10 +158,35 @@ async def test_a_copied_identity_is_reported(cluster: str) -> None:
 
 async def test_a_change_of_load_is_announced(cluster: str) -> None:
     one, two = announce(cluster), announce(cluster)
-    async with running(one) as (_, seen), running(two, clock=QuickClock()) as (mdns, _):
+    sessions = 0
+    async with running(one) as (_, seen), running(two, clock=QuickClock(), load=lambda: sessions):
         await seen.found(two.peer)
-        mdns.set_load("2 sessions")
-        await seen.until(lambda each: isinstance(each, PeerFound) and each.load == "2 sessions")
+        sessions = 2
+        await seen.until(lambda each: isinstance(each, PeerFound) and each.load == 2)
+
+
+async def test_other_clusters_on_the_network_are_reported_until_they_have_gone(cluster: str) -> None:
+    ours, theirs = announce(cluster), announce(other := random_letters()[:16])
+    async with running(ours, clock=QuickClock()) as (_, seen):
+        async with running(theirs):
+            await seen.until(lambda each: isinstance(each, OtherClusters) and other in each.peers)
+            seen.sightings.clear()
+        await seen.until(lambda each: isinstance(each, OtherClusters) and other not in each.peers)
+
+
+async def test_forged_records_cause_few_reports(cluster: str) -> None:
+    """One host on the LAN can announce any number of peers, again and again."""
+    reported: list[Sighting] = []
+    mdns = MdnsDiscovery(announce(cluster), reported.append, clock=SetClock(5.0), interfaces=[HERE])
+    mdns._read_interfaces()
+    peers = [PeerId(random_letters()) for _ in range(2000)]
+    for peer in peers * 3:
+        mdns._report(PeerFound(source="mdns", peer=peer, addresses=(HERE,), port=7000, cluster=cluster))
+    assert len(reported) == 256
+    reported.clear()
+    for peer in peers:
+        mdns._report(PeerFound(source="mdns", peer=peer, addresses=("8.8.8.8", "224.0.0.1"), port=7000, cluster=cluster))
+    assert reported == []
 
 
 async def test_an_interface_that_appears_later_is_used(cluster: str) -> None:
@@ -194,8 +221,9 @@ async def test_a_missing_permission_for_the_port_is_reported_once_and_retried(
         monkeypatch.setattr("meshd.agents.membership.mdns.AsyncZeroconf", refused_at_first)
         async with running(two, clock=QuickClock()) as (_, seen_by_two):
             await seen.found(two.peer)
-            notices = [each.message for each in seen_by_two.sightings if isinstance(each, SourceNotice)]
-            assert len(notices) == 1
+            await seen_by_two.until(lambda each: isinstance(each, SourceNotice) and each.about == "mdns" and not each.message)
+            notices = [each.message for each in seen_by_two.sightings if isinstance(each, SourceNotice) and each.about == "mdns"]
+            assert len(notices) == 2
             assert "Permission denied" in notices[0]
 
 

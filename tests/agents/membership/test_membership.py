@@ -1,47 +1,58 @@
 """Membership over real links: sightings, adverts, gossip and notices."""
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from in_process.clusters import make_card, make_holding
 from in_process.peer_events import CAPABILITY
 from in_process.peers import KEY, QUICK, until
+from meshd.agents.links import dial
 from meshd.agents.links.links import Links, LinkSettings
 from meshd.agents.links.probe import LinkProber
-from meshd.agents.membership.membership import Membership, SelfDescription
+from meshd.agents.membership.adverts.encoding import EncodedProfile, hash_of
+from meshd.agents.membership.adverts.publisher import SelfDescription
+from meshd.agents.membership.membership import Membership
 from meshd.agents.membership.peer_events import PeerState
-from meshd.agents.membership.sources import DuplicateIdentity, PeerFound, SourceNotice
+from meshd.agents.membership.sources import DuplicateIdentity, OtherClusters, PeerFound, SourceNotice
 from meshd.agents.observe.events import EventBus
 from meshd.clock import SystemClock
-from meshd.protocol.identity import load_identity
-from meshd.protocol.messages import Advertise
+from meshd.protocol.identity import ClusterKey, load_identity
+from meshd.protocol.messages import PROTOCOL_VERSION, FetchProfile, PeerStatus, ProfileData
 from meshd.state import StateFolder
-from meshd.types import Advert, PeerId
+from meshd.types import Advert, Holding, LearnedRates, ModelCard, ModelId, PeerId, Profile, Status
 
 STRANGER = PeerId("c" * 52)
+CARD = make_card(30)
+_LETTERS = str.maketrans("0123456789", "bcdefghijk")
 
 
 class Member:
     """A peer with links and membership, which records what the membership reports."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, key: ClusterKey = KEY) -> None:
         self.sessions = 0
+        self.free_bytes = 4
+        self.models: tuple[ModelCard, ...] = ()
+        self.holdings: tuple[Holding, ...] = ()
         self.adverts: list[Advert] = []
         self.gone: list[PeerId] = []
         clock = SystemClock()
         self.links = Links(
-            load_identity(StateFolder.open(folder / name), KEY, os.urandom),
+            load_identity(StateFolder.open(folder / name), key, os.urandom),
             name,
             1,
             LinkSettings(host="127.0.0.1", port=0, timing=QUICK),
             clock,
             on_up=lambda *link: self.membership.on_up(*link),
             on_down=lambda *link: self.membership.on_down(*link),
-            on_notice=lambda text: self.membership.notice(text),
+            on_outcome=lambda outcome: self.membership.on_dialled(outcome),
         )
         self.membership = Membership(
             description=SelfDescription(
@@ -49,9 +60,11 @@ class Member:
                 name=name,
                 incarnation=1,
                 version="0.1.0",
-                capability=lambda: CAPABILITY,
-                holdings=tuple,
-                models=tuple,
+                capability=CAPABILITY,
+                memory_free_bytes=lambda: self.free_bytes,
+                holdings=lambda: self.holdings,
+                models=lambda: self.models,
+                learned=LearnedRates,
                 sessions=lambda: self.sessions,
                 draining=bool,
             ),
@@ -73,6 +86,9 @@ class Member:
             yield self
             membership.cancel()
             await self.links.close("the test is over")
+
+    def bytes_out(self) -> int:
+        return sum(row["bytes_out"] for row in self.links.rows())
 
     def hears_of(self, other: "Member") -> None:
         self.membership.on_sighting(
@@ -132,26 +148,172 @@ async def test_a_peer_that_closes_its_links_has_left_and_is_reported_as_gone(mem
     assert (row["state"], row["why"]) == ("left", "it left: this peer stops")
 
 
-async def test_an_advert_in_the_name_of_another_peer_is_dropped(members: list[Member]) -> None:
+async def test_a_peer_can_only_speak_of_itself(members: list[Member]) -> None:
+    """A status and a profile have no field for the peer they are of: it is the sender."""
     ann, bob, cat = members
     ann.hears_of(bob)
+    ann.hears_of(cat)
+    await until(lambda: len(ann.membership.adverts()) == 3)
+    cat.sessions, bob.sessions = 2, 9
+    cat.membership.changed()
+    bob.membership.changed()
+    await until(lambda: {advert.sessions for advert in ann.membership.adverts()} == {0, 2, 9})
+    known = {advert.name: advert.sessions for advert in ann.membership.adverts()}
+    assert known == {"ann": 0, "bob": 9, "cat": 2}
+    for message in (PeerStatus, FetchProfile, ProfileData, Status, Profile):
+        assert "peer" not in {field.name for field in msgspec.structs.fields(message)}
+
+
+def models_on_disk(count: int) -> tuple[ModelCard, ...]:
+    return tuple(msgspec.structs.replace(CARD, id=ModelId(f"{number:032x}"), name=f"model {number}") for number in range(count))
+
+
+async def test_a_peer_with_300_models_on_disk_is_known_whole_and_a_change_of_kv_sends_no_card_again(members: list[Member]) -> None:
+    ann, bob, _ = members
+    bob.models = models_on_disk(300)
+    ann.hears_of(bob)
     await until(lambda: bool(ann.adverts))
-    known = len(ann.adverts)
-    bob.links.send(ann.links.id, Advertise(advert=cat.membership.own_advert()))
-    bob.sessions = 1
-    bob.links.send(ann.links.id, Advertise(advert=bob.membership.own_advert()))
-    await until(lambda: ann.adverts[-1].sessions == 1)
-    assert {advert.peer for advert in ann.adverts[known:]} == {bob.links.id}
-    assert ann.state_of(cat) is PeerState.UNKNOWN
+    assert ann.adverts[-1].models == bob.models
+    before = bob.bytes_out()
+    for sessions in range(1, 11):
+        bob.sessions = sessions
+        bob.membership.changed()
+        await until(lambda: ann.adverts[-1].sessions == bob.sessions)
+    assert bob.bytes_out() - before < 10_000
 
 
-@pytest.mark.parametrize("address", ["", "no port", "127.0.0.1:0", "127.0.0.1:99999", ":"])
-async def test_a_neighbour_with_a_bad_address_is_ignored(members: list[Member], address: str) -> None:
-    ann = members[0]
-    ann.membership._hear_of(STRANGER, address)
-    ann.membership._hear_of(PeerId("not an id"), "127.0.0.1:6375")
-    ann.membership._hear_of(ann.links.id, "127.0.0.1:6375")
-    assert len(ann.membership.table) == 0
+async def test_a_model_that_was_pulled_is_known_to_the_others(members: list[Member]) -> None:
+    ann, bob, _ = members
+    ann.hears_of(bob)
+    await until(lambda: bool(ann.adverts))
+    bob.models = models_on_disk(1)
+    bob.membership.changed()
+    await until(lambda: ann.adverts[-1].models == bob.models)
+
+
+async def test_models_that_do_not_fit_in_a_profile_are_left_out_with_a_notice(members: list[Member]) -> None:
+    ann, bob, _ = members
+    bob.models = models_on_disk(2000)
+    ann.hears_of(bob)
+    await until(lambda: bool(ann.adverts))
+    (notice,) = bob.membership.notices.items()
+    assert f"{2000 - len(ann.adverts[-1].models)} of the 2000 models on this device are not announced" in notice[0]
+    assert "meshd rm" in notice[1]
+    bob.models = models_on_disk(3)
+    bob.membership.changed()
+    await until(lambda: not bob.membership.notices.items())
+
+
+async def test_a_status_that_no_message_can_hold_is_reported(members: list[Member]) -> None:
+    ann, bob, _ = members
+    ann.hears_of(bob)
+    await until(lambda: bool(ann.adverts))
+    bob.holdings = tuple(make_holding(layer, layer + 1) for layer in range(1000))
+    bob.membership.changed()
+    await until(lambda: bool(bob.membership.notices.items()))
+    assert "other peers do not learn what this peer does" in bob.membership.notices.items()[0][0]
+    assert ann.state_of(bob) is PeerState.ALIVE
+
+
+async def test_a_profile_that_is_malformed_is_reported_and_not_fetched_again(members: list[Member]) -> None:
+    ann, bob, _ = members
+    asked: list[int] = []
+
+    def answer(sender: PeerId, message: FetchProfile, payload: memoryview) -> tuple[ProfileData, bytes]:
+        asked.append(message.request)
+        return ProfileData(request=message.request), b"no profile"
+
+    bob.links._dispatcher._handlers[FetchProfile] = answer
+    bob.membership.publisher._encoded = (bob.membership.publisher._profile(), EncodedProfile(b"", hash_of(b"no profile"), 0))
+    ann.hears_of(bob)
+    await until(lambda: bool(ann.membership.notices.items()))
+    assert "bob" in ann.membership.notices.items()[0][0]
+    for _ in range(3):
+        bob.membership.changed()
+        await asyncio.sleep(0.1)
+    assert len(asked) == 1
+    assert [advert.name for advert in ann.membership.adverts()] == ["ann"]
+
+
+async def test_a_member_that_invents_neighbours_causes_few_hints_and_no_line_of_log(
+    members: list[Member], caplog: pytest.LogCaptureFixture
+) -> None:
+    ann, bob, _ = members
+    ann.hears_of(bob)
+    await until(lambda: bool(ann.adverts))
+    caplog.set_level(logging.INFO)
+    for revision in range(100, 400):
+        names = [PeerId(f"{revision}{number}".translate(_LETTERS).ljust(52, "a")) for number in range(64)]
+        hints = {name: f"127.0.0.2:{number + 1}" for number, name in enumerate(names)}
+        status = Status(revision=revision, profile="0" * 32, memory_free_bytes=1, neighbours=hints)
+        bob.links.send(ann.links.id, PeerStatus(status=status))
+    await until(lambda: ann.adverts[-1].revision == 399)
+    assert len(ann.membership.table) < 80
+    assert [record for record in caplog.records if record.levelno >= logging.INFO] == []
+
+
+async def test_an_address_of_the_user_where_nobody_answers_is_not_reached_for_a_reason(
+    members: list[Member], caplog: pytest.LogCaptureFixture, unused_tcp_port: int
+) -> None:
+    ann, _, _ = members
+    for host, port in (("nosuch.invalid", 6375), ("127.0.0.1", unused_tcp_port)):
+        ann.membership.on_sighting(PeerFound(source="static", peer=None, addresses=(host,), port=port))
+    await until(lambda: [row["state"] for row in ann.membership.rows()] == ["not reached", "not reached"])
+    why = {row["name"]: row["why"] for row in ann.membership.rows()}
+    assert "nosuch.invalid is not known" in why["nosuch.invalid:6375"]
+    assert "Connection refused" in why[f"127.0.0.1:{unused_tcp_port}"]
+    assert all(name in caplog.text for name in why)
+
+
+async def test_a_peer_of_another_version_is_one_row_and_one_notice_until_it_has_gone(
+    members: list[Member], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann, _, _ = members
+    newer = Member(tmp_path, "newer")
+    greeting = newer.links._opener.greeting
+    newer.links._opener.greeting = msgspec.structs.replace(greeting, version=(PROTOCOL_VERSION[0] + 1, 0), software="meshd/9")
+    async with newer.running():
+        ann.hears_of(newer)
+        newer.hears_of(ann)
+        await until(lambda: ann.state_of(newer) is PeerState.REFUSED)
+        ann.links.connect("127.0.0.2", newer.port, "static")
+        await asyncio.sleep(0.3)
+        (row,) = ann.membership.rows()
+        assert (row["peer"], row["name"], row["state"]) == (newer.links.id, "newer", "refused")
+        assert f"protocol {PROTOCOL_VERSION[0] + 1}.0 (meshd/9)" in row["why"]
+        assert {known["port"] for known in row["addresses"]} == {newer.port}
+        ((message, hint),) = ann.membership.notices.items()
+        assert "speaks protocol" in message
+        assert "same version" in hint
+    monkeypatch.setattr(dial, "_REFUSED_S", 0.0)
+    ann.links._dialler._targets["127.0.0.1", newer.port].wake.set()
+    await until(lambda: ann.state_of(newer) is PeerState.UNREACHED)
+    assert ann.membership.notices.items() == []
+
+
+async def test_a_stranger_at_the_address_of_a_peer_does_not_make_it_refused(members: list[Member], tmp_path: Path) -> None:
+    """Anyone on the LAN can announce a peer's id with an address of another device."""
+    ann, bob, _ = members
+    stranger = Member(tmp_path, "stranger", ClusterKey(b"x" * 32))
+    async with stranger.running():
+        forged = PeerFound(source="mdns", peer=bob.links.id, addresses=("127.0.0.1",), port=stranger.port)
+        ann.membership.on_sighting(forged)
+        await until(lambda: ann.state_of(bob) is PeerState.UNREACHED)
+        ann.hears_of(bob)
+        await until(lambda: ann.state_of(bob) is PeerState.ALIVE)
+
+
+async def test_another_cluster_on_the_network_is_shown_with_the_command_that_joins_it(members: list[Member]) -> None:
+    membership = members[0].membership
+    membership.on_sighting(OtherClusters(source="mdns", peers={"a" * 16: 2}))
+    ((message, hint),) = membership.notices.items()
+    assert message == f"another cluster is on this network: {'a' * 16}"
+    assert "meshd key join CODE --replace" in hint
+    membership.on_sighting(OtherClusters(source="mdns", peers={"a" * 16: 2, "b" * 16: 1}))
+    ((message, _),) = membership.notices.items()
+    assert message == f"other clusters are on this network: {'a' * 16}, {'b' * 16}"
+    membership.on_sighting(OtherClusters(source="mdns", peers={}))
+    assert membership.notices.items() == []
 
 
 async def test_a_repeated_notice_is_kept_once_and_notices_are_bounded(members: list[Member]) -> None:
@@ -159,7 +321,10 @@ async def test_a_repeated_notice_is_kept_once_and_notices_are_bounded(members: l
     membership.on_sighting(SourceNotice(source="mdns", message="no network", hint="connect one"))
     membership.on_sighting(DuplicateIdentity(source="mdns", peer=STRANGER, addresses=("10.0.0.7",), port=1))
     membership.on_sighting(SourceNotice(source="mdns", message="no network", hint="connect one"))
-    assert list(membership.notices.values()) == ["remove identity.key from the copy and start it again", "connect one"]
+    assert [hint for _, hint in membership.notices.items()] == [
+        "remove identity.key from the copy and start it again",
+        "connect one",
+    ]
     for number in range(30):
         membership.notice(f"notice {number}")
-    assert list(membership.notices) == [f"notice {number}" for number in range(10, 30)]
+    assert [message for message, _ in membership.notices.items()] == [f"notice {number}" for number in range(10, 30)]

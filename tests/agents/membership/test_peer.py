@@ -5,15 +5,15 @@ from copy import copy
 
 import pytest
 
-from in_process.peer_events import ANN, AWAY, EVENTS_TO, HOME, advert, found, link_up
+from in_process.peer_events import ANN, AWAY, EVENTS_TO, HOME, PROFILE_CAME, PROFILE_HASH, advert, found, link_up, status
 from meshd.agents.machine import IllegalTransition
 from meshd.agents.membership.peer import MAX_ADDRESSES, RETENTION_S, TRANSITIONS, KnownAddress, Peer
 from meshd.agents.membership.peer_events import (
-    AdvertReceived,
     Command,
     Dial,
     DialFailed,
     Event,
+    FetchPeerProfile,
     GoodbyeReceived,
     HandshakeRefused,
     HeartbeatMissed,
@@ -33,7 +33,8 @@ EVENTS: list[Event] = [
     LinkDown(ANN, "connection reset"),
     DialFailed(ANN, HOME, "connection refused"),
     HandshakeRefused(ANN, HOME, "another key"),
-    AdvertReceived(advert()),
+    status(),
+    PROFILE_CAME,
     HeartbeatReceived(ANN),
     HeartbeatMissed(ANN),
     GoodbyeReceived(ANN, "stopped"),
@@ -97,7 +98,9 @@ def test_a_linked_peer_is_not_dialled_when_a_source_reports_it() -> None:
     assert handle(peer_at(PeerState.ALIVE), found(), 2.0) == []
 
 
-@pytest.mark.parametrize("state", [PeerState.FOUND, PeerState.DEAD, PeerState.REFUSED, PeerState.LEFT])
+@pytest.mark.parametrize(
+    "state", [PeerState.FOUND, PeerState.UNREACHED, PeerState.DEAD, PeerState.REFUSED, PeerState.LEFT], ids=lambda state: state.name
+)
 def test_a_peer_without_a_link_is_dialled_when_a_source_reports_it(state: PeerState) -> None:
     assert commands_of(handle(peer_at(state), found(), 2.0), Dial)
 
@@ -113,22 +116,40 @@ def test_a_peer_that_left_is_not_dialled() -> None:
     assert commands == [StopDialling(ANN), PublishChange(ANN, PeerState.LEFT, PeerState.ALIVE, "stopped")]
 
 
-def test_a_refused_peer_is_not_dialled_and_has_the_reason() -> None:
+def test_a_refused_peer_has_the_reason_and_is_dialled_now_and_then() -> None:
     peer = peer_at(PeerState.FOUND)
-    assert commands_of(handle(peer, HandshakeRefused(ANN, HOME, "another key"), 2.0), StopDialling) == [StopDialling(ANN)]
-    assert peer.why == "another key"
-
-
-def test_a_refused_peer_is_dialled_again_when_a_source_reports_it() -> None:
-    peer = peer_at(PeerState.REFUSED)
+    assert handle(peer, HandshakeRefused(ANN, HOME, "another protocol", "den"), 2.0) == [
+        Dial(ANN, (HOME,)),
+        PublishChange(ANN, PeerState.REFUSED, PeerState.FOUND, "another protocol"),
+    ]
+    assert (peer.why, peer.name) == ("another protocol", "den")
     assert handle(peer, found(), 2.0) == [Dial(ANN, (HOME,))]
-    assert handle(peer, HandshakeRefused(ANN, HOME, "another key"), 3.0) == [StopDialling(ANN)]
 
 
-def test_an_unreachable_peer_has_the_reason() -> None:
+def test_a_refused_peer_stays_while_it_is_refused_again_and_goes_when_nobody_answers() -> None:
+    peer = peer_at(PeerState.REFUSED)
+    for now in range(30, 3000, 30):
+        handle(peer, HandshakeRefused(ANN, HOME, "another protocol"), float(now))
+        assert not peer.is_over
+    handle(peer, DialFailed(ANN, HOME, "connection refused"), 3000.0)
+    assert (peer.state, peer.why) == (PeerState.UNREACHED, "connection refused")
+    peer.now = 3001.0 + RETENTION_S[PeerState.UNREACHED]
+    assert peer.is_over
+
+
+def test_a_peer_that_does_not_answer_is_not_reached_for_a_reason_and_repeated_reports_do_not_keep_it() -> None:
     peer = peer_at(PeerState.FOUND)
-    handle(peer, DialFailed(ANN, HOME, "no route to host"), 2.0)
-    assert (peer.state, peer.why) == (PeerState.FOUND, "no route to host")
+    for now in range(2, 200):
+        handle(peer, found(), float(now))
+        handle(peer, DialFailed(ANN, HOME, "no route to host"), float(now))
+    assert (peer.state, peer.why) == (PeerState.UNREACHED, "no route to host")
+    assert peer.is_over
+
+
+def test_addresses_from_other_peers_come_after_those_from_the_lan() -> None:
+    peer = peer_at(PeerState.FOUND)
+    handle(peer, found(ANN, AWAY.host, source="gossip"), 2.0)
+    assert [known.source for known in peer.addresses] == ["mdns", "gossip"]
 
 
 def test_silence_makes_a_suspect_and_a_heartbeat_makes_it_alive_again() -> None:
@@ -138,28 +159,47 @@ def test_silence_makes_a_suspect_and_a_heartbeat_makes_it_alive_again() -> None:
     assert handle(peer, HeartbeatReceived(ANN), 3.0) == [PublishChange(ANN, PeerState.ALIVE, PeerState.SUSPECT, "")]
 
 
-def test_only_a_newer_revision_of_the_present_incarnation_counts() -> None:
+def test_a_peer_is_known_whole_once_its_profile_and_its_status_are_there() -> None:
     peer = peer_at(PeerState.ALIVE)
-    assert handle(peer, AdvertReceived(advert(revision=2)), 2.0) == [PublishChange(ANN, PeerState.ALIVE, PeerState.ALIVE, "")]
-    assert handle(peer, AdvertReceived(advert(revision=1)), 3.0) == []
-    assert handle(peer, AdvertReceived(advert(incarnation=9, revision=5)), 3.0) == []
-    assert peer.advert == advert(revision=2)
-    handle(peer, AdvertReceived(advert(revision=3)), 4.0)
+    assert handle(peer, status(), 2.0) == [FetchPeerProfile(ANN, PROFILE_HASH)]
+    assert peer.advert is None
+    assert handle(peer, PROFILE_CAME, 3.0) == [PublishChange(ANN, PeerState.ALIVE, PeerState.ALIVE, "")]
+    assert peer.advert == advert()
+
+
+def test_a_profile_is_fetched_when_its_hash_changes_and_the_old_one_is_used_until_then() -> None:
+    peer = known_peer()
+    assert handle(peer, status(revision=2), 3.0) == [PublishChange(ANN, PeerState.ALIVE, PeerState.ALIVE, "")]
+    commands = handle(peer, status(revision=3, profile="11" * 16), 4.0)
+    assert commands_of(commands, FetchPeerProfile) == [FetchPeerProfile(ANN, "11" * 16)]
     assert peer.advert == advert(revision=3)
 
 
-def test_a_restarted_peer_starts_without_its_old_advert() -> None:
+def known_peer() -> Peer:
     peer = peer_at(PeerState.ALIVE)
-    handle(peer, AdvertReceived(advert(revision=7)), 2.0)
+    handle(peer, status(), 2.0)
+    handle(peer, PROFILE_CAME, 2.0)
+    return peer
+
+
+def test_only_a_newer_revision_counts() -> None:
+    peer = known_peer()
+    handle(peer, status(revision=2), 2.0)
+    assert handle(peer, status(revision=1), 3.0) == []
+    assert peer.advert == advert(revision=2)
+
+
+def test_a_restarted_peer_starts_without_its_old_status_and_keeps_its_profile_if_that_is_the_same() -> None:
+    peer = known_peer()
+    handle(peer, status(revision=7), 2.0)
     handle(peer, link_up(incarnation=2), 3.0)
     assert peer.advert is None
-    handle(peer, AdvertReceived(advert(incarnation=2, revision=1)), 4.0)
+    assert commands_of(handle(peer, status(revision=1), 4.0), FetchPeerProfile) == []
     assert peer.advert == advert(incarnation=2, revision=1)
 
 
 def test_a_link_that_comes_back_keeps_the_advert() -> None:
-    peer = peer_at(PeerState.ALIVE)
-    handle(peer, AdvertReceived(advert()), 2.0)
+    peer = known_peer()
     handle(peer, LinkDown(ANN, "connection reset"), 3.0)
     handle(peer, link_up(), 4.0)
     assert peer.advert == advert()
@@ -200,7 +240,7 @@ def test_addresses_are_bounded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "ends"), [(PeerState.ALIVE, False), (PeerState.FOUND, False), (PeerState.DEAD, True), (PeerState.LEFT, True)]
+    ("state", "ends"), [(PeerState.ALIVE, False), (PeerState.FOUND, True), (PeerState.DEAD, True), (PeerState.LEFT, True)]
 )
 def test_a_peer_without_a_link_is_over_after_its_retention(state: PeerState, ends: bool) -> None:
     peer = peer_at(state)

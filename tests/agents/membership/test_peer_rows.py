@@ -1,7 +1,7 @@
 import msgspec
 
-from in_process.peer_events import ANN, BOB, advert, found, link_up
-from meshd.agents.membership.peer_events import AdvertReceived, PeerState
+from in_process.peer_events import ANN, BOB, PROFILE_CAME, found, link_up, status
+from meshd.agents.membership.peer_events import PeerState
 from meshd.agents.membership.peer_rows import unlinked_row
 from meshd.agents.membership.peer_table import PeerTable
 from meshd.values import Address
@@ -10,7 +10,8 @@ from meshd.values import Address
 def test_all_rows_are_json_with_the_same_keys() -> None:
     table = PeerTable()
     table.apply(link_up(), 1.0)
-    table.apply(AdvertReceived(advert()), 2.0)
+    table.apply(status(), 2.0)
+    table.apply(PROFILE_CAME, 2.0)
     table.apply(found(BOB), 3.0)
     table.apply(found(None, "attic.lan", source="static"), 3.0)
     rows = table.rows(5.0)

@@ -7,12 +7,24 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from in_process.peer_events import ANN, AWAY, BOB, EVENTS_TO, HOME, advert, found, link_up
+from in_process.peer_events import (
+    ANN,
+    AWAY,
+    BOB,
+    EVENTS_TO,
+    HOME,
+    PROFILE,
+    PROFILE_CAME,
+    PROFILE_HASH,
+    advert,
+    found,
+    link_up,
+    status,
+)
 from meshd.agents.machine import IllegalTransition
 from meshd.agents.membership.peer import RETENTION_S
 from meshd.agents.membership.peer_events import (
     LINKED,
-    AdvertReceived,
     Command,
     Dial,
     DialFailed,
@@ -23,11 +35,12 @@ from meshd.agents.membership.peer_events import (
     HeartbeatReceived,
     LinkDown,
     PeerState,
+    ProfileReceived,
     PublishChange,
     RetentionExpired,
     StopDialling,
 )
-from meshd.agents.membership.peer_table import REFUSED_RETRY_S, PeerTable
+from meshd.agents.membership.peer_table import MAX_UNLINKED, PeerTable
 from meshd.agents.membership.sources import PeerWithdrawn
 from meshd.errors import Overloaded
 from meshd.types import PeerId
@@ -66,7 +79,8 @@ def test_a_failed_dial_or_a_withdrawal_adds_no_unknown_peer() -> None:
 
 def test_plans_leave_out_suspects() -> None:
     table = table_at(PeerState.ALIVE)
-    table.apply(AdvertReceived(advert()), 2.0)
+    table.apply(status(), 2.0)
+    table.apply(PROFILE_CAME, 2.0)
     assert table.adverts() == [advert()]
     table.apply(HeartbeatMissed(ANN), 3.0)
     assert table.adverts() == []
@@ -86,13 +100,27 @@ def test_a_static_address_is_dialled_until_a_peer_answers_there() -> None:
     assert table.apply(static, 5.0) == [Dial(BOB, (attic,))]
 
 
-def test_a_static_address_that_refused_is_dialled_again_only_after_a_delay() -> None:
-    table, static = PeerTable(), found(None, "attic.lan", source="static")
-    table.apply(static, 1.0)
-    table.apply(HandshakeRefused(None, Address("attic.lan", 6375), "another cluster's key"), 2.0)
-    assert table.apply(static, 3.0) == []
-    assert (table.rows(3.0)[0]["state"], table.rows(3.0)[0]["why"]) == ("refused", "another cluster's key")
-    assert commands_of(table.apply(static, 2.0 + REFUSED_RETRY_S), Dial)
+def test_the_row_of_a_static_address_says_why_no_peer_answers() -> None:
+    table, attic = PeerTable(), Address("attic.lan", 6375)
+    table.apply(found(None, attic.host, source="static"), 1.0)
+    rows = lambda: [(row["state"], row["why"]) for row in table.rows(3.0)]  # noqa: E731
+    assert rows() == [("found", "being dialled")]
+    table.apply(DialFailed(None, attic, "its name is not known"), 2.0)
+    assert rows() == [("not reached", "its name is not known")]
+    table.apply(HandshakeRefused(None, attic, "another cluster's key"), 2.0)
+    assert rows() == [("refused", "another cluster's key")]
+    table.answered(attic, BOB)
+    assert rows() == []
+
+
+def test_many_reports_of_peers_that_were_never_linked_do_not_displace_those_that_were() -> None:
+    table = PeerTable()
+    table.apply(link_up(BOB), 1.0)
+    table.apply(LinkDown(BOB, "gone"), 1.0)
+    for number in range(5000):
+        table.apply(found(PeerId(f"forged {number}")), 2.0)
+    assert state_of(table, BOB) is PeerState.DEAD
+    assert len(table) == MAX_UNLINKED + 1
 
 
 def test_a_dead_peer_is_dropped_after_its_retention() -> None:
@@ -105,9 +133,10 @@ def test_a_dead_peer_is_dropped_after_its_retention() -> None:
     assert len(table) == 0
 
 
-def test_a_linked_peer_or_one_with_a_source_is_never_dropped() -> None:
-    alive, vouched = table_at(PeerState.ALIVE), table_at(PeerState.FOUND)
-    assert alive.expire(1e9) == vouched.expire(1e9) == []
+def test_a_linked_peer_is_never_dropped_and_one_that_never_answered_is() -> None:
+    alive, silent = table_at(PeerState.ALIVE), table_at(PeerState.UNREACHED)
+    assert alive.expire(1e9) == []
+    assert silent.expire(1e9)
 
 
 def test_a_full_table_drops_the_oldest_dead_and_refuses_when_all_are_linked() -> None:
@@ -160,9 +189,13 @@ class Membership(RuleBasedStateMachine):
     def a_link_comes_up(self, peer: PeerId, incarnation: int, dialled: Address | None) -> None:
         self.take(link_up(peer, incarnation, dialled))
 
-    @rule(peer=peers, incarnation=incarnations, revision=st.integers(1, 5))
-    def an_advert_comes(self, peer: PeerId, incarnation: int, revision: int) -> None:
-        self.take(AdvertReceived(advert(peer, incarnation, revision)))
+    @rule(peer=peers, revision=st.integers(1, 5), profile=st.sampled_from([PROFILE_HASH, "11" * 16]))
+    def a_status_comes(self, peer: PeerId, revision: int, profile: str) -> None:
+        self.take(status(peer, revision, profile))
+
+    @rule(peer=peers)
+    def a_profile_comes(self, peer: PeerId) -> None:
+        self.take(ProfileReceived(peer, PROFILE_HASH, PROFILE))
 
     @rule(peer=peers, kind=st.sampled_from([HeartbeatReceived, HeartbeatMissed, RetentionExpired]))
     def silence_is_reported(self, peer: PeerId, kind: type[HeartbeatReceived | HeartbeatMissed | RetentionExpired]) -> None:
@@ -185,7 +218,7 @@ class Membership(RuleBasedStateMachine):
             [
                 found(None, "attic", source="static"),
                 DialFailed(None, Address("attic", 6375), "no"),
-                HandshakeRefused(None, None, "no"),
+                HandshakeRefused(None, Address("attic", 6375), "no"),
             ]
         )
     )
@@ -220,7 +253,7 @@ class Membership(RuleBasedStateMachine):
     def lost_peers_with_an_address_are_dialled(self) -> None:
         for peer in PEERS:
             known = self.table.get(peer)
-            if known is not None and known.state in {PeerState.FOUND, PeerState.DEAD} and known.addresses:
+            if known is not None and known.state in {PeerState.FOUND, PeerState.UNREACHED, PeerState.DEAD} and known.addresses:
                 assert known.id in self.dialling
 
     @invariant()

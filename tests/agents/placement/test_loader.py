@@ -100,7 +100,7 @@ async def driver(peers: Peers, tmp_path: Path) -> AsyncIterator[LoaderDriver]:
     links = peers.start("a").links
     library = ModelLibrary(links=links, store=Store(tmp_path), adverts=list, on_change=lambda: None)
     library.local |= {card.id: card for card in CARDS}
-    residents, budget, draining = ResidentModels(attention_bytes_s=1e9), [1 << 30], [False]
+    residents, budget, draining = ResidentModels(), [1 << 30], [False]
     compute = ComputeThread()
     sources = WeightSources(links.id, links, adverts=list, names=str, clock=SystemClock(), link_stats=dict)
     loader = FromMemory(

@@ -222,6 +222,7 @@ async def test_headers_name_session_and_plan(openai_client: AsyncOpenAI, model: 
             assert len(headers["x-meshd-session"]) == 32
             assert ":0-" in headers["x-meshd-plan"]
             assert float(headers["x-meshd-predicted-tpot-ms"]) >= 0
+            assert float(headers["x-meshd-predicted-ttft-ms"]) >= 0
         await streamed.read()
     assert whole.parse()._request_id
 

@@ -70,6 +70,7 @@ class Record:
 class WordsGeneration:
     """An answer on one peer. It draws a word whenever a reader needs one; the words of a background answer are drawn by a task."""
 
+    predicted_ttft_s = 0.25
     predicted_tpot_s = 0.0125
     ignored: tuple[str, ...] = ()
     prompt_end = "assistant:"

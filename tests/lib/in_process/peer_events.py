@@ -1,6 +1,9 @@
 """Builds membership events of invented peers."""
 
+import msgspec
+
 from meshd.agents.membership.peer_events import (
+    DialFailed,
     Event,
     GoodbyeReceived,
     HandshakeRefused,
@@ -8,9 +11,11 @@ from meshd.agents.membership.peer_events import (
     LinkDown,
     LinkUp,
     PeerState,
+    ProfileReceived,
+    StatusReceived,
 )
 from meshd.agents.membership.sources import PeerFound
-from meshd.types import Advert, Capability, PeerId, Rates
+from meshd.types import Advert, Capability, PeerId, Profile, Rates, Status
 from meshd.values import Address
 
 ANN, BOB = PeerId("ann"), PeerId("bob")
@@ -27,8 +32,18 @@ def found(peer: PeerId | None = ANN, *hosts: str, source: str = "mdns", port: in
     )
 
 
+PROFILE, PROFILE_HASH = Profile(capability=CAPABILITY), "0f" * 16
+PROFILE_CAME = ProfileReceived(ANN, PROFILE_HASH, PROFILE)
+
+
+def status(peer: PeerId = ANN, revision: int = 1, profile: str = PROFILE_HASH) -> StatusReceived:
+    return StatusReceived(peer, Status(revision=revision, profile=profile, memory_free_bytes=3))
+
+
 def advert(peer: PeerId = ANN, incarnation: int = 1, revision: int = 1) -> Advert:
-    return Advert(peer=peer, name="desk", incarnation=incarnation, revision=revision, version="0.1.0", capability=CAPABILITY)
+    """What PROFILE and `status` give together."""
+    capability = msgspec.structs.replace(CAPABILITY, memory_free_bytes=3)
+    return Advert(peer=peer, name="desk", incarnation=incarnation, revision=revision, version="0.1.0", capability=capability)
 
 
 def link_up(peer: PeerId = ANN, incarnation: int = 1, dialled: Address | None = None) -> LinkUp:
@@ -38,6 +53,7 @@ def link_up(peer: PeerId = ANN, incarnation: int = 1, dialled: Address | None = 
 EVENTS_TO: dict[PeerState, list[Event]] = {
     PeerState.UNKNOWN: [],
     PeerState.FOUND: [found()],
+    PeerState.UNREACHED: [found(), DialFailed(ANN, HOME, "no route to host")],
     PeerState.ALIVE: [found(), link_up()],
     PeerState.SUSPECT: [found(), link_up(), HeartbeatMissed(ANN)],
     PeerState.DEAD: [found(), link_up(), LinkDown(ANN, "connection reset")],

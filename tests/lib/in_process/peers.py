@@ -8,6 +8,7 @@ from pathlib import Path
 
 from meshd.agents.links.link_table import Timing
 from meshd.agents.links.links import Links, LinkSettings
+from meshd.agents.links.open import DialOutcome
 from meshd.clock import SystemClock
 from meshd.protocol.identity import ClusterKey, Identity, load_identity
 from meshd.protocol.messages import Hello
@@ -32,7 +33,8 @@ class Peer:
     ups: asyncio.Queue[PeerId] = field(default_factory=asyncio.Queue)
     downs: asyncio.Queue[tuple[PeerId, str]] = field(default_factory=asyncio.Queue)
     story: list[str] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
+    outcomes: list[DialOutcome] = field(default_factory=list)
+    """The dials of which no link came."""
 
     @property
     def id(self) -> PeerId:
@@ -80,7 +82,7 @@ class Peers:
             SystemClock(),
             on_up=lambda peer, hello, address: self._up(started, peer, hello, address),
             on_down=lambda peer, reason: self._down(started, peer, reason),
-            on_notice=lambda text: started.notices.append(text),
+            on_outcome=lambda outcome: started.outcomes.append(outcome),
         )
         port = links.bind()
         started = Peer(links, identity, port, asyncio.get_running_loop().create_task(links.run()))

@@ -17,7 +17,6 @@ from meshd.protocol.framing import frame_head
 from meshd.protocol.identity import ClusterKey, peer_id
 from meshd.protocol.messages import (
     Activation,
-    Advertise,
     Close,
     Closed,
     Credit,
@@ -28,6 +27,7 @@ from meshd.protocol.messages import (
     Failed,
     FetchHeader,
     FetchManifest,
+    FetchProfile,
     FetchProgress,
     FetchSession,
     FetchStory,
@@ -54,10 +54,12 @@ from meshd.protocol.messages import (
     Moved,
     Open,
     Opened,
+    PeerStatus,
     Place,
     Placed,
     Probe,
     ProbeAck,
+    ProfileData,
     ProgressData,
     Prompt,
     Renew,
@@ -75,7 +77,6 @@ from meshd.protocol.messages import (
     WeightData,
 )
 from meshd.types import (
-    Advert,
     AttentionShard,
     Capability,
     Holding,
@@ -87,10 +88,12 @@ from meshd.types import (
     PeerId,
     Plan,
     PlanId,
+    Profile,
     Rates,
     SamplingParams,
     SessionId,
     StagePlan,
+    Status,
     TokenLogprobs,
 )
 
@@ -158,17 +161,15 @@ PLAN = Plan(
     predicted_ttft_s=0.25,
     predicted_tpot_s=0.0625,
 )
-ADVERT = Advert(
-    peer=ALICE,
-    name="kitchen",
-    incarnation=7,
+PROFILE = Profile(capability=CAPABILITY, models=(CARD,), api="127.0.0.1:6374")
+STATUS = Status(
     revision=3,
-    version="0.1.0",
-    capability=CAPABILITY,
+    profile="00112233445566778899aabbccddeeff",
+    memory_free_bytes=5 << 30,
     holdings=(Holding(model=MODEL, layers=LayerRange(0, 1), state="active", weight_bytes=120, kv_tokens_total=64),),
-    models=(CARD,),
     links={BOB: LinkStats(rtt_s=0.0005, bandwidth_bytes_s=1.25e8, hop_s=0.00025)},
-    api="127.0.0.1:6374",
+    neighbours={BOB: "192.168.1.7:6375"},
+    sessions=2,
 )
 SAMPLES: tuple[tuple[Message, bytes], ...] = (
     (
@@ -191,11 +192,13 @@ SAMPLES: tuple[tuple[Message, bytes], ...] = (
     (Heartbeat(sequence=1, sent_ns=123_456_789_012), b""),
     (HeartbeatAck(sequence=1, sent_ns=123_456_789_012), b""),
     (Goodbye(reason="this peer stops"), b""),
-    (Probe(request=3, echo=True), bytes(range(16))),
-    (ProbeAck(request=3, received_bytes=16, receive_s=0.0), bytes(range(16))),
-    (Advertise(advert=ADVERT), b""),
+    (Probe(request=3), bytes(range(16))),
+    (ProbeAck(request=3), b""),
     (FetchHeader(request=4, model=MODEL), b""),
     (HeaderData(request=4, card=CARD, sha256="00" * 32), b"GGUF\x03\x00\x00\x00"),
+    (PeerStatus(status=STATUS), b""),
+    (FetchProfile(request=11), b""),
+    (ProfileData(request=11), msgspec.msgpack.encode(PROFILE)),
     (Place(request=5, model=MODEL, ref=CARD.ref, layers=LayerRange(0, 1), kv_tokens=64, deadline_ms=60_000), b""),
     (Placed(request=5, layers=LayerRange(0, 1), kv_tokens=64), b""),
     (Unplace(request=6, model=MODEL), b""),
@@ -230,7 +233,6 @@ SAMPLES: tuple[tuple[Message, bytes], ...] = (
             hidden=4,
             dtype="f32",
             sample=True,
-            deadline_ms=2_000,
             prefill=True,
         ),
         b"\x00\x00\x80\x3f\x00\x00\x00\x40\x00\x00\x40\x40\x00\x00\x80\xc0",

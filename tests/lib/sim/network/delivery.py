@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from meshd.errors import InvalidRequest, Overloaded
 from meshd.protocol.codec import decode, encode
 from meshd.protocol.framing import MAX_HEADER, MAX_PAYLOAD
-from meshd.protocol.messages import Activation, Advertise, KvBlocks, Lane, Message, SessionMessage
+from meshd.protocol.messages import Activation, KvBlocks, Lane, Message, PeerStatus, SessionMessage
 from meshd.protocol.transport import QUEUE_BYTES, Buffer
 from meshd.types import LinkStats, PeerId
 from sim.loop import SimLoop
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _HEADER_BYTES = 120
 _WIDER = {Activation: 144, KvBlocks: 96}
 """Messages whose payload counts as this many times its size: as if the toy model, which is 4 wide, were 576 wide, with its KV."""
-_ADVERTS_ENCODED = 0.05
-"""Share of adverts that are encoded and decoded. Encoding all of them is slow: with many peers, adverts are long and frequent."""
+_STATUSES_ENCODED = 0.05
+"""Share of statuses that are encoded and decoded. Encoding all of them is slow: with many peers, they are long and frequent."""
 
 
 def lane_of(message: Message) -> Lane:
@@ -123,7 +123,7 @@ class Delivery:
 
     def _encode_and_decode(self, message: Message, size: int) -> Message:
         """Return the message as its receiver decodes it. Raises: InvalidRequest if the message is too long."""
-        if isinstance(message, Advertise) and self._rng.random() > _ADVERTS_ENCODED:
+        if isinstance(message, PeerStatus) and self._rng.random() > _STATUSES_ENCODED:
             return message
         header = encode(message)
         if len(header) > MAX_HEADER or size - _HEADER_BYTES > MAX_PAYLOAD:

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from functools import partial
 
-from meshd.agents.links.rpc import MAX_REQUESTS, MAX_TASKS
+from meshd.agents.links.rpc import MAX_REQUESTS
+from meshd.agents.links.task_budget import PER_PEER
 from meshd.agents.placement.resident import ResidentLayers
 from meshd.agents.session.journal.store import MAX_RECORDS
 from meshd.agents.stage.steps import ActiveStage
@@ -35,7 +36,7 @@ def queues(process: SimProcess) -> list[tuple[str, int, int]]:
     rows = [
         ("answers", len(coordinator.answers), MAX_SESSIONS + QUEUE_LIMIT),
         ("retained answers", len(coordinator.retained), 256),
-        ("requests of peers", len(links._tasks), MAX_TASKS),
+        ("requests of one peer", max(links._budget._peers.values(), default=0), PER_PEER),
         ("own requests", len(links._waiting), MAX_REQUESTS),
         ("journal entries", len(process.agents.journal), MAX_SESSIONS + QUEUE_LIMIT + 2 * 256),
         ("steps that are ready", len(stages._ready._decodes) + len(stages._ready._prefills), 4 * MAX_SESSIONS),
