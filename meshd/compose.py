@@ -25,6 +25,8 @@ from meshd.agents.placement.loader import Loader
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.preload import Preload
 from meshd.agents.placement.resident import ResidentModels
+from meshd.agents.placement.restart.placements import Placements
+from meshd.agents.placement.restart.restore import Restorer
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.agents.placement.weights.serve import RateLimiter, WeightServer
 from meshd.agents.session.admission import Admission
@@ -111,6 +113,8 @@ class Parts:
     table: PeerTable
     library: ModelLibrary
     weights: WeightProvider
+    placements: Placements
+    """What was placed on this peer when it last ran."""
     supervisor: Supervisor
     router: type[Router] = Router
     coordinator: type[Coordinator] = Coordinator
@@ -135,6 +139,7 @@ class Peer:
     placer: PlacementClient
     router: Router
     preload: Preload
+    restorer: Restorer
     journal: JournalWriters
     deputy: Deputy
     locator: Locator
@@ -170,6 +175,7 @@ class Peer:
             async with asyncio.TaskGroup() as tasks:
                 running = [
                     tasks.create_task(self.links.run(supervise)),
+                    tasks.create_task(supervise("models on disk", self.library.run)),
                     tasks.create_task(self.membership.run(sources, supervise)),
                     tasks.create_task(supervise("link measurements", self.prober.run)),
                     tasks.create_task(supervise("stages", self.stages.run)),
@@ -177,6 +183,7 @@ class Peer:
                     tasks.create_task(supervise("journal", self.journal.run)),
                     tasks.create_task(supervise("deputy", self.deputy.run)),
                     tasks.create_task(supervise("models to place", self.preload.run)),
+                    tasks.create_task(supervise("layers of before", self.restorer.run)),
                     tasks.create_task(supervise("placement keeper", self.keeper.run)),
                 ]
                 try:
@@ -261,7 +268,9 @@ def compose(parts: Parts) -> Peer:
         names=names,
         clock=clock,
         copies=settings.copies,
+        placements=parts.placements,
     )
+    restorer = Restorer(me=parts.me, placements=parts.placements, loader=loader, placer=placer, adverts=adverts, clock=clock)
     peer = Peer(
         bus=bus,
         story=story,
@@ -280,6 +289,7 @@ def compose(parts: Parts) -> Peer:
         placer=placer,
         router=router,
         preload=preload,
+        restorer=restorer,
         journal=journal,
         deputy=deputy,
         locator=locator,
@@ -318,8 +328,9 @@ def _loader(parts: Parts, holdings: ResidentModels, memory: FreeMemory, drainer:
         backend=parts.backend,
         compute=parts.compute,
         clock=parts.clock,
-        free_bytes=memory.free_bytes,
+        spare_bytes=memory.spare_bytes,
         on_change=parts.signals.layers_changed,
+        placements=parts.placements,
         draining=lambda: drainer.draining,
     )
 

@@ -25,6 +25,7 @@ from meshd.agents.membership.peer_table import PeerTable
 from meshd.agents.membership.sources import Source
 from meshd.agents.membership.static import StaticPeers
 from meshd.agents.placement.model_library import ModelLibrary
+from meshd.agents.placement.restart.placements import Placements
 from meshd.agents.placement.weights.headers import HeaderFetcher
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.agents.placement.weights.sources import WeightSources
@@ -210,7 +211,7 @@ class Daemon:
         api = await server.serve_at(app, self._sockets.api)
         membership.publisher.api_address = f"{self._config.api.host}:{api.port}"
         async with peer.running(self._sources(port)):
-            lock.announce(membership.publisher.api_address)
+            lock.announce(membership.publisher.api_address, str(self._config.models_dir.absolute()))
             log.info("up: links on %s, API on %s", membership.link_address, membership.publisher.api_address)
             try:
                 yield api
@@ -300,6 +301,7 @@ def _parts(
         store=store,
         adverts=table.adverts,
         on_change=signals.changed,
+        clock=clock,
         headers=HeaderFetcher(peer_links, weight_sources),
         texts=texts,
     )
@@ -329,5 +331,6 @@ def _parts(
         table=table,
         library=library,
         weights=WeightProvider(peer_links, library, weight_sources, clock),
+        placements=Placements(StateFolder.open(config.state)),
         supervisor=Supervisor(clock),
     )

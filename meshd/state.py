@@ -109,6 +109,8 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     api: str = ""
     """The HTTP address of its API, as `HOST:PORT`. Empty: the daemon does not listen yet."""
+    models: str = ""
+    """The folder of its models. The command line puts a model there that the daemon is to run."""
 
 
 class StateLock:
@@ -118,9 +120,12 @@ class StateLock:
         self._path = path
         self._descriptor = descriptor
 
-    def announce(self, api: str) -> None:
-        """Write this daemon's process id and API address into the lock file, for `read_holder`. Raises: StorageError."""
-        content = msgspec.json.encode(Holder(pid=os.getpid(), api=api))
+    def announce(self, api: str, models: str = "") -> None:
+        """Write this daemon's process id, API address and folder of models into the lock file, for `read_holder`.
+
+        Raises: StorageError.
+        """
+        content = msgspec.json.encode(Holder(pid=os.getpid(), api=api, models=models))
         try:
             os.pwrite(self._descriptor, content, 0)
             os.ftruncate(self._descriptor, len(content))

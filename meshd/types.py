@@ -263,6 +263,11 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         return LayerRange(0, self.spec.layers)
 
     @property
+    def weight_bytes(self) -> int:
+        """Size of all weights in the file."""
+        return sum(self.layer_bytes) + self.embedding_bytes + (0 if self.spec.tied_head else self.head_bytes)
+
+    @property
     def held_layer_bytes(self) -> tuple[int, ...]:
         """Size of each layer in memory, in order."""
         return self.layer_memory_bytes or self.layer_bytes
@@ -361,6 +366,8 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
     """A standby copy for when a peer is lost. New sessions use it only if no other peer holds the layers."""
     pinned: bool = False
     """A user placed these layers on this peer."""
+    restored: bool = False
+    """The peer loaded these layers by itself, because they were placed on it before it restarted. A PLACE for them ends this."""
 
 
 class LearnedRates(msgspec.Struct, frozen=True, kw_only=True):

@@ -21,11 +21,13 @@ from meshd.agents.session.plan.drain import Drainer
 from meshd.agents.session.plan.route import Router
 from meshd.agents.stage.host import StageHost
 from meshd.errors import InvalidRequest, UnknownModel, UnknownSession
+from meshd.models.store.store import ModelPreview
 from meshd.planner.explain.explain import explain
 from meshd.planner.explain.whatif import with_what_if
 from meshd.planner.profile import profiles_from_adverts
 from meshd.planner.search.solve import solve
 from meshd.planner.stages import resolve_peer
+from meshd.planner.units import show_bytes
 from meshd.types import Advert, ModelCard, ModelId, PeerId, SessionId
 
 _PROBE_CONTEXT = 4096
@@ -118,13 +120,16 @@ class ClusterView:
 
     async def plan(self, request: PlanRequest) -> dict[str, Any]:
         """See `service.ClusterService.plan`."""
-        card = await self._card(request.model)
+        card, preview = await self._card_or_preview(request.model)
         mesh = msgspec.structs.replace(request.mesh, objective=request.mesh.objective or request.objective)
         context = request.context or mesh.context or min(card.spec.context_length, _PROBE_CONTEXT)
         problem = plan_input_of(card, self.membership.adverts(), mesh, context=context)
         profiles, network = with_what_if(request.what_if, problem.profiles, problem.network)
         problem = msgspec.structs.replace(problem, profiles=profiles, network=network)
-        return explain(problem, solve(problem))
+        explained = explain(problem, solve(problem))
+        if preview is not None:
+            explained["text"] += [f"to place it, {show_bytes(preview.fetch_bytes)} are fetched from {preview.source} first"]
+        return explained | {"fetch": {"bytes": preview.fetch_bytes, "source": preview.source} if preview else None}
 
     async def place(self, request: PlaceRequest) -> AsyncIterator[PlacementStep]:
         """See `service.ClusterService.place`."""
@@ -135,7 +140,7 @@ class ClusterView:
 
     async def unplace(self, model: str) -> int:
         """See `service.ClusterService.unplace`."""
-        return await self.placer.unplace(self.library.find(model).id)
+        return await self.placer.unplace((await self.library.known(model)).id)
 
     async def drain(self, peer: str, *, undo: bool = False, timeout_s: float = 60.0) -> dict[str, Any]:
         """See `service.ClusterService.drain`."""
@@ -158,10 +163,18 @@ class ClusterView:
         await self.membership.probe_links()
         return self.links()
 
+    async def _card_or_preview(self, model: str) -> tuple[ModelCard, ModelPreview | None]:
+        """Find the card of a model. That of a model that no live peer has is read from its source, without the weights."""
+        try:
+            return await self.library.known(model), None
+        except UnknownModel:
+            preview = await self.library.look(model)
+            return preview.card, preview
+
     async def _card(self, model: str) -> ModelCard:
         """Find the card of a model. A model that no live peer has is downloaded first."""
         try:
-            return self.library.find(model)
+            return await self.library.known(model)
         except UnknownModel:
             return await self.library.pull(model, lambda share: None)
 
@@ -220,7 +233,7 @@ def _model_row(card: ModelCard, adverts: list[Advert], loaded: bool | None) -> d
         "quantisation": card.quantisation,
         "layers": card.spec.layers,
         "context_length": card.spec.context_length,
-        "bytes": sum(card.layer_bytes) + card.embedding_bytes + (0 if card.spec.tied_head else card.head_bytes),
+        "bytes": card.weight_bytes,
         "answers": loaded is not None,
         "loaded": bool(loaded),
         "on_disk": [advert.name for advert in adverts if any(known.id == card.id for known in advert.models)],

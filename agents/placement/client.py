@@ -15,13 +15,13 @@ from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.plan_input import CONTEXTS_OF_KV, LEAST_CONTEXT, USUAL_CONTEXT, plan_input_of, repair_input
 from meshd.agents.service import MeshOptions, PlacementStep
 from meshd.clock import Clock
-from meshd.errors import DoesNotFit, MeshdError, NoPeer, PeerFault, Unavailable
+from meshd.errors import DoesNotFit, MeshdError, NoPeer, OutOfMemory, PeerFault, ProtocolViolation, Unavailable
 from meshd.models.cards import shown_to_peers
 from meshd.planner.model.memory import allowed_bytes, stage_memory
 from meshd.planner.problem import PlanInput
 from meshd.planner.search.repair import repair_within
 from meshd.planner.search.solve import Solution, solve
-from meshd.protocol.messages import Place, Unplace, Unplaced
+from meshd.protocol.messages import Place, Placed, Unplace, Unplaced
 from meshd.types import Advert, Holding, LayerRange, ModelCard, ModelId, Objective, PeerId, StagePlan
 
 _DEADLINE_S = 3600.0
@@ -63,9 +63,7 @@ class PlacementClient:
             async with aclosing(self._watch(card, running)) as steps:
                 async for step in steps:
                     yield step
-            for task in running.values():
-                task.result()
-            await self._advertised(card.id, kv_tokens)
+            await self._advertised(card.id, {stage: task.result() for stage, task in running.items()})
         finally:
             for task in running.values():
                 task.cancel()
@@ -106,13 +104,14 @@ class PlacementClient:
             )
             asks = (self._ask(card, stage, tokens) for stage in stages)
             results = dict(zip(stages, await asyncio.gather(*asks, return_exceptions=True), strict=True))
-            loaded = [stage for stage in stages if results[stage] is None]
-            await self._advertised(card.id, dict.fromkeys(loaded, tokens))
+            granted = {stage: result for stage, result in results.items() if isinstance(result, int)}
+            await self._advertised(card.id, granted)
+            loaded = [stage for stage in stages if granted.get(stage, 0) >= tokens]
             placed += loaded
             waiting = tuple(stage.layers for stage in stages if stage not in loaded)
             if not waiting:
                 return tuple(sorted(placed, key=lambda stage: stage.layers))
-            failure = _failure_of(results)
+            failure = _failure_of(results, tokens)
             excluded |= {stage.peer for stage in stages if stage not in loaded}
         assert failure is not None
         raise failure
@@ -175,10 +174,10 @@ class PlacementClient:
         more = int(spare // max(1, used.kv_bytes))
         return problem.context * (1 + max(0, min(CONTEXTS_OF_KV - 1, more)))
 
-    async def _ask(self, card: ModelCard, stage: StagePlan, kv_tokens: int, *, pinned: bool = False) -> None:
-        await request_place(self.links, stage.peer, card, stage.layers, kv_tokens, pinned=pinned)
+    async def _ask(self, card: ModelCard, stage: StagePlan, kv_tokens: int, *, pinned: bool = False) -> int:
+        return await request_place(self.links, stage.peer, card, stage.layers, kv_tokens, pinned=pinned)
 
-    async def _watch(self, card: ModelCard, running: dict[StagePlan, "asyncio.Task[None]"]) -> AsyncGenerator[PlacementStep, None]:
+    async def _watch(self, card: ModelCard, running: dict[StagePlan, "asyncio.Task[int]"]) -> AsyncGenerator[PlacementStep, None]:
         """Yield each stage's progress when it changes in the adverts, until every peer has answered PLACE."""
         latest: dict[StagePlan, PlacementStep] = {}
         while True:
@@ -192,7 +191,7 @@ class PlacementClient:
                 return
             await asyncio.wait(waiting, timeout=_PROGRESS_S, return_when=asyncio.FIRST_COMPLETED)
 
-    def _step(self, card: ModelCard, stage: StagePlan, task: "asyncio.Task[None]") -> PlacementStep:
+    def _step(self, card: ModelCard, stage: StagePlan, task: "asyncio.Task[int]") -> PlacementStep:
         step = PlacementStep(peer=stage.peer, name=self.names(stage.peer), layers=stage.layers, state="loading", progress=0.0)
         if not task.done():
             holding = self._holding(card.id, stage.peer, stage.layers)
@@ -215,9 +214,10 @@ class PlacementClient:
 
 async def request_place(
     links: Links, peer: PeerId, card: ModelCard, layers: LayerRange, kv_tokens: int, *, standby: bool = False, pinned: bool = False
-) -> None:
+) -> int:
     """Ask a peer to load layers, and wait until they are active there.
 
+    Returns: the number of tokens that the peer has KV for.
     Raises: PeerFault.
     Cancel: the peer still finishes the load if it has begun.
     """
@@ -231,7 +231,10 @@ async def request_place(
         standby=standby,
         pinned=pinned,
     )
-    await links.request(peer, request, timeout_s=_DEADLINE_S)
+    reply, _ = await links.request(peer, request, timeout_s=_DEADLINE_S)
+    if not isinstance(reply, Placed):
+        raise ProtocolViolation(f"PLACE was answered with {type(reply).__name__}")
+    return reply.kv_tokens
 
 
 def _is_pinned(mesh: MeshOptions) -> bool:
@@ -240,9 +243,15 @@ def _is_pinned(mesh: MeshOptions) -> bool:
     return mesh.stages is not None or mesh.min_peers is not None or mesh.peers is not None or not by_speed
 
 
-def _failure_of(results: Mapping[StagePlan, BaseException | None]) -> MeshdError:
-    """Pick the error of a peer that could not load its layers. Raises: any exception among `results` that is not a MeshdError."""
-    failures = [result for result in results.values() if result is not None]
+def _failure_of(results: Mapping[StagePlan, BaseException | int], kv_tokens: int) -> MeshdError:
+    """Pick the error of a peer that could not load its layers, or reserved too little KV.
+
+    Raises: any exception among `results` that is not a MeshdError.
+    """
+    failures = [result for result in results.values() if isinstance(result, BaseException)]
+    if not failures:
+        granted = min(result for result in results.values() if isinstance(result, int))
+        return OutOfMemory(f"a peer reserved KV for {granted} tokens, not {kv_tokens}", hint="see that peer's log")
     for failure in failures:
         if not isinstance(failure, MeshdError):
             raise failure

@@ -31,12 +31,16 @@ class FreeMemory:
 
     def free_bytes(self) -> int:
         """Returns: bytes that may still be reserved. The measurement behind them is at most `_MEASURED_AGAIN_S` old."""
+        return max(0, self.spare_bytes())
+
+    def spare_bytes(self) -> int:
+        """Returns: as `free_bytes`, but less than 0 while layers are promised memory that others are yet to give up."""
         now = self._clock.monotonic()
         if now - self._measured_at > _MEASURED_AGAIN_S:
             self._measured_at = now
             self._measured_bytes = self._measurement()
         unreserved = self._at_start_bytes - self._residents.reserved_bytes
-        return max(0, min(unreserved, self._measured_bytes - self._residents.untouched_bytes))
+        return min(unreserved, self._measured_bytes - self._residents.untouched_bytes)
 
     def _measurement(self) -> int:
         """Measure the free memory. A failure, for example when all file descriptors are in use, is logged once until a measurement

@@ -13,6 +13,7 @@ from meshd.agents.links.links import Links
 from meshd.agents.placement.client import request_place
 from meshd.agents.placement.history import HoldingHistory
 from meshd.agents.placement.replication import ClusterState, LoadRequest, decide, grow, orphaned_copies
+from meshd.agents.placement.restart.placements import InMemory, Placements, restored_though_unplaced
 from meshd.clock import Clock
 from meshd.errors import MeshdError
 from meshd.protocol.messages import Unplace
@@ -55,6 +56,7 @@ class Keeper:
     names: Callable[[PeerId], str]
     clock: Clock
     copies: int
+    placements: Placements = field(default_factory=lambda: Placements(InMemory()))
     _history: HoldingHistory = field(default_factory=HoldingHistory)
     _wanted: dict[LoadRequest, float] = field(default_factory=dict)
     """Unmet requests, each with the time when it was first found to be unmet."""
@@ -125,6 +127,8 @@ class Keeper:
                 self._ask(request, cards[request.model])
         if rank == 0:
             await self._unplace_orphans(alive)
+        await self._unplace_restored(alive)
+        if rank == 0:
             await self._grow(alive, cards, now)
 
     def _log_missing(self, missing: tuple[str, ...]) -> None:
@@ -158,12 +162,18 @@ class Keeper:
 
     async def _unplace_orphans(self, alive: list[Advert]) -> None:
         for peer, model in orphaned_copies(alive, self._history.unplaced):
-            try:
-                await self.links.request(peer, Unplace(request=self.links.next_request(), model=model), timeout_s=_UNPLACE_S)
-            except MeshdError as error:
-                log.info(
-                    "%s did not unload its copy of a model that was unplaced, asking again: %s", self.names(peer), error.message
-                )
+            await self._unplace(peer, model)
+
+    async def _unplace_restored(self, alive: list[Advert]) -> None:
+        """Unplace what peers restored after a restart, though it was unplaced while they were off."""
+        for peer, model in restored_though_unplaced(alive, self.placements):
+            await self._unplace(peer, model)
+
+    async def _unplace(self, peer: PeerId, model: ModelId) -> None:
+        try:
+            await self.links.request(peer, Unplace(request=self.links.next_request(), model=model), timeout_s=_UNPLACE_S)
+        except MeshdError as error:
+            log.info("%s did not unload a model that was unplaced, asking again: %s", self.names(peer), error.message)
 
     async def _grow(self, alive: list[Advert], cards: Mapping[ModelId, ModelCard], now: float) -> None:
         """Search for a faster placement of each model for which new peers are `_measured`, and send the requests for it."""

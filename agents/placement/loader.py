@@ -17,6 +17,7 @@ from meshd.agents.device.compute import ComputeQueue
 from meshd.agents.links.links import Links
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.resident import LoadState, ResidentLayers, ResidentModels
+from meshd.agents.placement.restart.placements import InMemory, PlacedLayers, Placements
 from meshd.agents.placement.warmup import warm_up
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.clock import Clock
@@ -39,6 +40,14 @@ class _Key:
     layers: LayerRange
 
 
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """A load that runs."""
+
+    kv_tokens: int
+    task: "asyncio.Task[ResidentLayers]"
+
+
 @dataclass(slots=True)
 class Loader:
     """Owns this peer's resident layers."""
@@ -50,16 +59,19 @@ class Loader:
     backend: Backend
     compute: ComputeQueue
     clock: Clock
-    free_bytes: Callable[[], int]
-    """Returns the bytes that may still be reserved."""
+    spare_bytes: Callable[[], int]
+    """Returns the bytes that may still be reserved; less than 0 while layers are promised memory that others are yet to give up."""
     on_change: Callable[[], None]
+    placements: Placements = field(default_factory=lambda: Placements(InMemory()))
     draining: Callable[[], bool] = lambda: False
     """Whether this peer is being drained, and so loads nothing more."""
-    _loading: dict[_Key, asyncio.Task[ResidentLayers]] = field(default_factory=dict)
+    _loading: dict[_Key, _Load] = field(default_factory=dict)
     _reading: set[_Key] = field(default_factory=set)
     """Loads on a worker thread or on the compute thread: they can't be ended there."""
     _withdrawn: set[_Key] = field(default_factory=set)
     """Loads of `_reading` whose model was unplaced meanwhile: they are released at their end."""
+    _restoring: set["asyncio.Task[None]"] = field(default_factory=set)
+    """Loads of layers that were released for a load which then failed."""
     _files: dict[int, GgufFile] = field(default_factory=dict)
     """Open files by the `id()` of the resident layers that use them."""
 
@@ -70,9 +82,10 @@ class Loader:
 
     async def close(self) -> None:
         """Cancel all loads and release all layers."""
-        for task in self._loading.values():
+        tasks = [*self._restoring, *(load.task for load in self._loading.values())]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._loading.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         for resident in list(self.residents):
             self._release(resident)
 
@@ -84,34 +97,45 @@ class Loader:
             raise NotReady(f"layers {message.layers} are not loaded within {message.deadline_ms} ms; the load continues") from None
         return Placed(request=message.request, layers=resident.layers, kv_tokens=resident.kv_tokens)
 
-    async def place(self, request: Place) -> ResidentLayers:
-        """Load layers, unless they are active with enough KV. Requests for the same layers at the same time share one load.
+    async def place(self, request: Place, *, restored: bool = False) -> ResidentLayers:
+        """Load layers, unless they are active with enough KV, and record that they are placed here.
+
+        `restored`: this peer asks for them itself, because they were placed here before it restarted.
+
+        Requests for the same layers at the same time share one load. One for more KV than the load reserves waits for its end.
 
         Returns: active layers that contain the requested ones.
         Raises: UnknownModel, DownloadError, StorageError, ModelFileError, OutOfMemory; Unavailable while this peer is drained.
         Cancel: the load continues for its other callers.
         """
-        present = self._present(request)
-        if present is not None:
-            self._adopt_flags(present, request)
-            return present
-        if self.draining():
-            raise Unavailable("this peer is about to leave and takes no more layers", hint="place them on another")
         key = _Key(request.model, request.layers)
-        task = self._loading.get(key)
-        if task is None:
-            task = asyncio.get_running_loop().create_task(self._load(request), name=f"load {request.layers}")
-            self._loading[key] = task
-            task.add_done_callback(lambda _: self._loading.pop(key, None))
-            task.add_done_callback(_note_failure)
+        while True:
+            present = self._present(request)
+            if present is not None:
+                return await self._asked_for(present, request, restored)
+            if self.draining():
+                raise Unavailable("this peer is about to leave and takes no more layers", hint="place them on another")
+            load = self._loading.get(key) or self._begin(key, request, restored)
+            if load.kv_tokens >= request.kv_tokens:
+                return await self._asked_for(await self._end_of(load, request.layers), request, restored)
+            await asyncio.wait([load.task])
+            if load.task.cancelled():
+                raise _unplaced(request.layers)
+
+    def _begin(self, key: _Key, request: Place, restored: bool) -> _Load:
+        task = asyncio.get_running_loop().create_task(self._load(request, restored), name=f"load {request.layers}")
+        self._loading[key] = load = _Load(_whole_blocks(request.kv_tokens), task)
+        task.add_done_callback(lambda _: self._loading.pop(key, None))
+        task.add_done_callback(_note_failure)
+        return load
+
+    async def _end_of(self, load: _Load, layers: LayerRange) -> ResidentLayers:
         try:
-            resident = await asyncio.shield(task)
+            return await asyncio.shield(load.task)
         except asyncio.CancelledError:
-            if task.cancelled():
-                raise _unplaced(request.layers) from None
+            if load.task.cancelled():
+                raise _unplaced(layers) from None
             raise
-        self._adopt_flags(resident, request)
-        return resident
 
     def _present(self, request: Place) -> ResidentLayers | None:
         """Find active layers that satisfy a request; a standby copy only if no other layers do. Returns: None if there are none."""
@@ -126,15 +150,33 @@ class Loader:
             default=None,
         )
 
-    def _adopt_flags(self, resident: ResidentLayers, request: Place) -> None:
-        """Update `standby` and `pinned`: a request that is not for a standby copy promotes the copy, a pinned one pins it."""
-        before = resident.standby, resident.pinned
+    async def _asked_for(self, resident: ResidentLayers, request: Place, restored: bool) -> ResidentLayers:
+        """Update the flags of layers that a request asked for, and record them.
+
+        A request that is not for a standby copy promotes the copy, a pinned one pins it, and one of a peer ends `restored`.
+        """
+        before = resident.standby, resident.pinned, resident.restored
         resident.standby = resident.standby and request.standby
         resident.pinned = resident.pinned or request.pinned
-        if (resident.standby, resident.pinned) != before:
+        resident.restored = resident.restored and restored
+        if (resident.standby, resident.pinned, resident.restored) != before:
             self.on_change()
+        if not resident.standby and resident.state is LoadState.ACTIVE:
+            card = resident.card
+            self.placements.add(
+                PlacedLayers(
+                    model=card.id,
+                    name=card.name,
+                    ref=card.ref,
+                    layers=resident.layers,
+                    kv_tokens=resident.kv_tokens,
+                    pinned=resident.pinned,
+                )
+            )
+            await asyncio.to_thread(self.placements.save)
+        return resident
 
-    async def _load(self, request: Place) -> ResidentLayers:
+    async def _load(self, request: Place, restored: bool) -> ResidentLayers:
         loop = asyncio.get_running_loop()
         key = _Key(request.model, request.layers)
         card = await self._fetch(request)
@@ -147,11 +189,15 @@ class Loader:
             _weight_bytes(card, request.layers),
             standby=request.standby,
             pinned=request.pinned,
+            restored=restored,
+            has_room=False,
         )
-        self._make_room(resident)
+        self._check_room(resident)
         self.residents.entries.append(resident)
+        released: list[ResidentLayers] = []
         try:
             await self._fill(resident, request.ref)
+            self._make_room(resident, released)
 
             def progress(share: float) -> None:
                 resident.progress = _PULL_SHARE + share * (1 - _PULL_SHARE)
@@ -166,6 +212,7 @@ class Loader:
         except BaseException as error:
             resident.state = LoadState.FAILED
             self._release(resident)
+            self._restore(released)
             if isinstance(error, MeshdError | asyncio.CancelledError):
                 raise
             raise ModelFileError(f"loading layers {request.layers} of {card.name} failed: {error}") from error
@@ -221,25 +268,69 @@ class Loader:
         resident.weight_bytes = max(resident.weight_bytes, resident.weights.weight_bytes)  # packing can enlarge the weights
         resident.pool = KVPool(resident.card.spec, layers, resident.kv_tokens // BLOCK_TOKENS, BLOCK_TOKENS)
 
-    def _make_room(self, new: ResidentLayers) -> None:
-        """Release idle layers until the memory that `new` reserves is free. Runs before any memory is allocated for `new`.
+    def _check_room(self, new: ResidentLayers) -> None:
+        """Check that the memory that `new` reserves is free, or would be without idle layers. Releases nothing.
 
-        Idle standby copies are released first, then idle layers of the same model. Nothing is released for a standby copy.
+        Raises: OutOfMemory.
+        """
+        idle = 0 if new.standby else sum(other.reserved_bytes for other in self._releasable(new))
+        self._require(new, self.spare_bytes() + idle - new.reserved_bytes)
+
+    def _make_room(self, new: ResidentLayers, released: list[ResidentLayers]) -> None:
+        """Release idle layers until the memory that `new` reserves is free, and append them to `released`.
+
+        It runs when the weights of `new` are on this disk, and before memory is allocated for them. Idle standby copies are
+        released first, then idle layers of the same model. Nothing is released for a standby copy.
 
         Raises: OutOfMemory.
         """
         for other in [] if new.standby else self._releasable(new):
-            if self.free_bytes() >= new.reserved_bytes:
-                return
+            if self._room_beside(new) >= 0:
+                break
+            released.append(other)
+            self.placements.released(other.card.id, other.layers)
             self._release(other)
-        free = self.free_bytes()
-        if free < new.reserved_bytes:
-            missing = new.reserved_bytes - free
+        self._require(new, self._room_beside(new))
+        new.has_room = True
+
+    def _room_beside(self, new: ResidentLayers) -> int:
+        """Returns: the bytes that are free beside `new`, less than 0 if it lacks some. Loads that are fetched do not count."""
+        fetching = (other.reserved_bytes for other in self.residents if other is not new and not other.has_room)
+        return self.spare_bytes() + sum(fetching)
+
+    def _require(self, new: ResidentLayers, left_bytes: int) -> None:
+        if left_bytes < 0:
             raise OutOfMemory(
                 f"layers {new.layers} of {new.card.name} need {new.reserved_bytes} bytes with KV for {new.kv_tokens} tokens, "
-                f"{missing} more than are free here",
+                f"{-left_bytes} more than are free here",
                 hint="fewer layers on this peer, a smaller context, or a higher --memory",
             )
+
+    def _restore(self, released: list[ResidentLayers]) -> None:
+        """Load layers again that were released for a load which failed."""
+        for resident in released:
+            task = asyncio.get_running_loop().create_task(self._load_again(resident), name=f"restore {resident.layers}")
+            self._restoring.add(task)
+            task.add_done_callback(self._restoring.discard)
+
+    async def _load_again(self, resident: ResidentLayers) -> None:
+        card = resident.card
+        try:
+            await self.place(
+                Place(
+                    request=0,
+                    model=card.id,
+                    ref=card.ref,
+                    layers=resident.layers,
+                    kv_tokens=resident.kv_tokens,
+                    deadline_ms=0,
+                    standby=resident.standby,
+                    pinned=resident.pinned,
+                )
+            )
+        except MeshdError as error:
+            what = f"layers {resident.layers} of {card.name}"
+            log.warning("%s, released for a load that failed, can't be loaded again: %s", what, error)
 
     def _releasable(self, new: ResidentLayers) -> list[ResidentLayers]:
         """List the idle layers that may be released to make room for `new`, in the order of release."""
@@ -273,7 +364,9 @@ class Loader:
         self.on_change()
 
     async def _on_unplace(self, sender: PeerId, message: Unplace, payload: memoryview) -> Unplaced:
-        return Unplaced(request=message.request, freed_bytes=self.unplace(message.model))
+        freed = self.unplace(message.model)
+        await asyncio.to_thread(self.placements.save)
+        return Unplaced(request=message.request, freed_bytes=freed)
 
     def unplace(self, model: ModelId) -> int:
         """Drain all layers of a model, which are released when their last session ends, and end the loads of more of them.
@@ -281,11 +374,12 @@ class Loader:
         Returns: bytes freed now or then.
         """
         freed = 0
-        for key, task in list(self._loading.items()):
+        self.placements.end(model)
+        for key, load in list(self._loading.items()):
             if key.model == model and key in self._reading:
                 self._withdrawn.add(key)
             elif key.model == model:
-                task.cancel()
+                load.task.cancel()
         for resident in self.residents.of(model):
             if resident.state is LoadState.ACTIVE:
                 freed += resident.reserved_bytes

@@ -12,18 +12,22 @@ from pathlib import Path
 from meshd.agents.links.links import Links
 from meshd.agents.placement.weights.headers import HeaderFetcher
 from meshd.agents.text.model_texts import ModelText, ModelTexts
+from meshd.clock import Clock, SystemClock
 from meshd.errors import InvalidRequest, MeshdError, ModelFileError, UnknownModel
 from meshd.models.cards import card_from_gguf, shown_to_peers
+from meshd.models.files.disk import FileStamp
 from meshd.models.files.gguf import GgufFile
 from meshd.models.store.catalogue import claims_other_model
 from meshd.models.store.partial_copy import HEADER_INDEX, PartialCopy
 from meshd.models.store.progress import PullPhase, PullProgress
-from meshd.models.store.store import Store, StoredModel
+from meshd.models.store.store import ModelPreview, Store, StoredModel
 from meshd.protocol.messages import FetchHeader, HeaderData
 from meshd.types import Advert, ModelCard, ModelId, PeerId
 
 log = getLogger(__name__)
 
+_WATCH_S = 2.0
+"""Interval at which the store's index is looked at, since `meshd pull` and `meshd rm` change it in a process of their own."""
 _MAX_HEARD = 64
 """Maximum number of cards that are remembered from other peers; the oldest is dropped first."""
 
@@ -47,10 +51,17 @@ class ModelLibrary:
     """Returns the adverts of the live peers, with or without this peer's own."""
     on_change: Callable[[], None]
     headers: HeaderFetcher
+    clock: Clock = field(default_factory=SystemClock)
     local: dict[ModelId, ModelCard] = field(default_factory=dict)
     """Models whose whole file is on this disk."""
     partial: dict[ModelId, ModelCard] = field(default_factory=dict)
     """Models of which this disk has some tensors."""
+    _names: dict[str, ModelId] = field(default_factory=dict)
+    """Every name and reference of the models on this disk. One file can have several."""
+    _refused: dict[str, ModelFileError] = field(default_factory=dict)
+    """Why models on this disk can't be used, by their names and references."""
+    _read_version: FileStamp | None = None
+    """The version of the store's index at the last `refresh`."""
     _heard: dict[ModelId, ModelCard] = field(default_factory=dict)
     """Cards that peers have advertised. These peers may have gone since."""
     texts: ModelTexts = field(default_factory=ModelTexts)
@@ -62,22 +73,59 @@ class ModelLibrary:
         """Register the handler of FETCH_HEADER."""
         self.links.register(FetchHeader, self._on_fetch_header)
 
+    async def run(self) -> None:
+        """Notice the models that other processes put into the store or remove from it."""
+        while True:
+            await self.clock.sleep(_WATCH_S)
+            try:
+                await self._refresh_if_changed()
+            except MeshdError as error:
+                log.warning("the models on this disk can't be listed: %s", error)
+                self._read_version = self.store.version()  # one warning for each version of the index
+
+    async def known(self, name: str) -> ModelCard:
+        """Find a model as `find` does. If the name is unknown, look first whether the store has it by now.
+
+        Raises: UnknownModel; the reason why the model can't be used, if it is on this disk; StorageError.
+        """
+        try:
+            return self.find(name)
+        except UnknownModel:
+            await self._refresh_if_changed()
+            return self.find(name)
+
+    async def _refresh_if_changed(self) -> None:
+        if self.store.version() != self._read_version:
+            await self._read_store()
+
     async def refresh(self) -> None:
-        """Read the cards of all models on this disk. A broken file is logged and left out."""
+        """Read the cards of all models on this disk. A file that can't be used is left out. Raises: StorageError."""
         self.partial = await asyncio.to_thread(self._read_partial)
-        cards = await asyncio.to_thread(self._read_local)
+        await self._read_store()
+
+    async def _read_store(self) -> None:
+        version, before = self.store.version(), dict(self.local)
+        cards, self._names, self._refused = await asyncio.to_thread(self._read_local)
+        self._read_version = version
+        cards |= {model: card for model, card in self.local.items() if model not in before}  # became whole meanwhile
         if cards != self.local:
             self.local = cards
             self.on_change()
 
-    def _read_local(self) -> dict[ModelId, ModelCard]:
+    def _read_local(self) -> tuple[dict[ModelId, ModelCard], dict[str, ModelId], dict[str, ModelFileError]]:
         cards: dict[ModelId, ModelCard] = {}
+        names: dict[str, ModelId] = {}
+        refused: dict[str, ModelFileError] = {}
         for stored in self.store.list():
             try:
                 cards.setdefault(stored.id, self.local.get(stored.id) or self._card_of(stored))
             except MeshdError as error:
-                log.warning("model %s is left out: %s", stored.name, error)
-        return cards
+                log.info("model %s is left out: %s", stored.name, error)
+                reason = ModelFileError(error.message, hint=error.hint)
+                refused |= dict.fromkeys((stored.name, stored.ref, stored.id), reason)
+            else:
+                names |= dict.fromkeys((stored.name, stored.ref), stored.id)
+        return cards, names, refused
 
     def _read_partial(self) -> dict[ModelId, ModelCard]:
         cards: dict[ModelId, ModelCard] = {}
@@ -145,11 +193,18 @@ class ModelLibrary:
                 del self._heard[next(iter(self._heard))]
 
     def find(self, name: str) -> ModelCard:
-        """Find a model by name, reference or id. Raises: UnknownModel, whose hint lists similar names."""
+        """Find a model by name, reference or id.
+
+        Raises: UnknownModel, whose hint lists similar names; the reason why a model on this disk can't be used.
+        """
         cards = self.cards()
+        if (here := cards.get(self._names.get(name, ModelId("")))) is not None:
+            return here
         for card in cards.values():
             if name in (card.name, card.ref, card.id, shown_to_peers(card).name):
                 return card
+        if (reason := self._refused.get(name)) is not None:
+            raise ModelFileError(reason.message, hint=reason.hint)
         names = [card.name for card in cards.values()]
         near = get_close_matches(name, names, n=3, cutoff=0.4) or sorted(names)[:5]
         hint = f"nearest: {', '.join(near)}" if near else "fetch one with `meshd pull` or place one with `meshd place`"
@@ -177,6 +232,13 @@ class ModelLibrary:
             card = await asyncio.to_thread(self._card_of, stored)
             self.now_whole(card)
         return card
+
+    async def look(self, ref: str) -> ModelPreview:
+        """Read a model's header from its source, without its weights.
+
+        Raises: UnknownModel, DownloadError, ModelFileError, StorageError.
+        """
+        return await self.store.look(ref)
 
     async def text(self, card: ModelCard) -> ModelText:
         """Get a model's tokens and its way to encode prompts, from this disk or else from a peer with the file.

@@ -80,7 +80,7 @@ class Preload:
     async def _card(self, ref: str) -> ModelCard:
         """Find a model's card in the cluster, or else fetch the model from its own source."""
         try:
-            return self.library.find(ref)
+            return await self.library.known(ref)
         except UnknownModel:
             return await self.library.pull(ref, self._progress, by_owner=True)
 

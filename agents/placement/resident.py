@@ -35,11 +35,15 @@ class ResidentLayers:
     progress: float = 0.0
     weights: LoadedLayers | None = None
     pool: KVPool | None = None
+    has_room: bool = True
+    """Whether the memory for these layers was made free. False while their weights are fetched: nothing was released yet."""
     sessions: int = 0
     standby: bool = False
     """Whether this copy serves only when another peer with these layers is lost. A standby copy is the first to be released."""
     pinned: bool = False
     """Whether the user asked for certain peers, stages or an objective, so that the keeper does not move these layers."""
+    restored: bool = False
+    """Whether this peer loaded these layers by itself after a restart, and nobody has asked for them since."""
     layer_decode_s: float | None = None
     """Measured by the check step, like the four below. Real steps correct them for the whole peer (`stage/learning.py`)."""
     layer_prefill_s: float | None = None
@@ -90,6 +94,7 @@ class ResidentLayers:
             attention_pair_s=self.attention_pair_s,
             standby=self.standby,
             pinned=self.pinned,
+            restored=self.restored,
         )
 
 

@@ -171,7 +171,7 @@ class Coordinator:
         """See `service.Coordinator.generate`."""
         if self.leaving():
             raise Unavailable("this peer is about to stop and takes no new requests", hint="ask another peer")
-        card = self.library.find(request.model)
+        card = await self.library.known(request.model)
         check_sampling(request.sampling, card.spec.vocab)
         mesh = with_peer_ids(request.mesh, self.router.adverts(), card.id)
         request = msgspec.structs.replace(request, mesh=mesh)

@@ -1,12 +1,12 @@
 """`meshd bench`: measure this device; with --mesh, its links to the other peers."""
 
-import asyncio
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
 from meshd.cli.status import links_table
 from meshd.cli.support.arguments import Parser, add_client, add_json, add_settings, settings_of
 from meshd.cli.support.client import STREAM_SILENCE_S, daemon_of
+from meshd.cli.support.interrupt import run_interruptibly
 from meshd.cli.support.output import ABSENT, duration, flops, print_json, rate, show, size, table
 from meshd.cli.support.progress import Measuring
 from meshd.config import Config
@@ -44,7 +44,7 @@ def measure(config: Config, *, refresh: bool = False) -> "ProbeResult":
 
     measuring = Measuring()
     try:
-        return asyncio.run(
+        return run_interruptibly(
             probe(
                 config.cache,
                 clock=SystemClock(),

@@ -2,11 +2,11 @@
 
 import sys
 from argparse import Namespace
-from typing import Any
 
-from meshd.cli.support.answering import add_sampling, notice, request_of, sampling_of, stream_answer, write_out
+from meshd.cli.support.answering import MODEL_HELP, add_sampling, notice, request_of, sampling_of, stream_answer, write_out
 from meshd.cli.support.arguments import Parser, add_client
 from meshd.cli.support.client import Daemon, daemon_of
+from meshd.cli.support.fetching import known_model, with_model
 from meshd.errors import MeshdError
 
 EXAMPLE = "meshd chat smollm2:135m\n  (then: /new starts over, /quit or Ctrl-D leaves, Ctrl-C stops an answer)"
@@ -14,7 +14,7 @@ _HELP = "/new starts over, /quit (or Ctrl-D) leaves, Ctrl-C stops an answer"
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a model's name or reference (`meshd models`)")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_sampling(parser)
     add_client(parser)
 
@@ -22,18 +22,18 @@ def add_arguments(parser: Parser) -> None:
 def run(args: Namespace) -> int:
     daemon = daemon_of(args)
     daemon.get("/health")
+    args.model = known_model(args, daemon)
     interactive = sys.stdin.isatty()
     if interactive:
         _enable_line_editing()
         notice(_HELP)
     messages: list[dict[str, str]] = []
-    sampling = sampling_of(daemon, args)
     while (line := _next_line(interactive)) not in {None, "/quit", "/exit"}:
         if line == "/new":
             messages.clear()
         elif line:
             turns = [*messages, {"role": "user", "content": line}]
-            messages = _turn(daemon, request_of(args, turns, sampling), turns, interactive)
+            messages = _turn(daemon, args, turns, interactive)
     return 0
 
 
@@ -49,7 +49,7 @@ def _next_line(interactive: bool) -> str | None:
         return None
 
 
-def _turn(daemon: Daemon, body: dict[str, Any], messages: list[dict[str, str]], interactive: bool) -> list[dict[str, str]]:
+def _turn(daemon: Daemon, args: Namespace, messages: list[dict[str, str]], interactive: bool) -> list[dict[str, str]]:
     """Send the conversation and print the answer as it streams.
 
     Returns: the messages with the answer appended, or without the last message if no text arrived.
@@ -61,7 +61,7 @@ def _turn(daemon: Daemon, body: dict[str, Any], messages: list[dict[str, str]], 
         write_out(text)
 
     try:
-        stream_answer(daemon, body, receive)
+        with_model(args, daemon, lambda: stream_answer(daemon, request_of(args, messages, sampling_of(daemon, args)), receive))
     except KeyboardInterrupt:
         if not interactive:
             raise

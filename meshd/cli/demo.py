@@ -17,11 +17,11 @@ from typing import Any
 
 from meshd.cli.bench import measure
 from meshd.cli.place import place
-from meshd.cli.pull import fetch
 from meshd.cli.support.answering import AnswerSummary, stream_answer, write_out
 from meshd.cli.support.arguments import Parser, add_settings, settings_of
 from meshd.cli.support.children import ChildDaemon, ChildDaemons, free_ports, wait_until
 from meshd.cli.support.client import Daemon
+from meshd.cli.support.fetching import fetch, store_of
 from meshd.cli.support.output import duration
 from meshd.config import Config
 from meshd.errors import NotReady, RemoteFailure
@@ -52,7 +52,7 @@ def run(args: Namespace) -> int:
     with _ended_by_signals(), tempfile.TemporaryDirectory(prefix="meshd-demo-") as folder:
         fixed = {"state": folder, "threads": "1"}
         config = settings_of(args, fixed).config()
-        fetch(config, MODEL)
+        fetch(store_of(config), MODEL)
         # Measured with one thread, and stored apart from the measurement of this device's own daemon, which uses all threads.
         config = replace(config, cache=config.cache / "demo")
         measure(config)

@@ -3,8 +3,9 @@
 from argparse import Namespace
 from typing import Any
 
-from meshd.cli.support.arguments import Parser, add_client, add_quant, model_of
+from meshd.cli.support.arguments import Parser, add_client, add_quant
 from meshd.cli.support.client import Daemon, daemon_of
+from meshd.cli.support.fetching import known_model
 from meshd.cli.support.output import layers, show
 from meshd.cli.support.progress import progress
 from meshd.errors import RemoteFailure
@@ -28,8 +29,9 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: Namespace) -> int:
     body = {key: getattr(args, key) for key in ("stages", "min_peers", "context") if getattr(args, key) is not None}
-    body["model"] = model_of(args)
-    for holding in place(daemon_of(args), body):
+    daemon = daemon_of(args)
+    body["model"] = known_model(args, daemon)
+    for holding in place(daemon, body):
         show(holding)
     return 0
 

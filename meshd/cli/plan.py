@@ -3,8 +3,9 @@
 from argparse import Namespace
 from typing import Any
 
-from meshd.cli.support.arguments import Parser, add_client, add_json, add_quant, model_of
-from meshd.cli.support.client import daemon_of
+from meshd.cli.support.arguments import Parser, add_client, add_json, add_quant
+from meshd.cli.support.client import STREAM_SILENCE_S, daemon_of
+from meshd.cli.support.fetching import known_model
 from meshd.cli.support.output import print_json, show
 
 EXAMPLE = 'meshd plan smollm2:135m --context 4096 --what-if "+attic ram=32GiB bw=60GB/s link=1Gbps rtt=0.3ms"'
@@ -38,7 +39,8 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> int:
-    plan = daemon_of(args).post("/mesh/v1/plan", request_of(args))
+    daemon = daemon_of(args)
+    plan = daemon.post("/mesh/v1/plan", request_of(args, known_model(args, daemon)), timeout_s=STREAM_SILENCE_S)
     if args.json:
         print_json(plan)
         return 0
@@ -46,8 +48,8 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def request_of(args: Namespace) -> dict[str, Any]:
+def request_of(args: Namespace, model: str) -> dict[str, Any]:
     """Make the body of `POST /mesh/v1/plan`."""
     mesh = {key: getattr(args, key) for key in ("stages", "peers", "min_peers") if getattr(args, key) is not None}
     body = {key: getattr(args, key) for key in ("context", "objective", "what_if") if getattr(args, key) is not None}
-    return body | {"model": model_of(args)} | ({"mesh": mesh} if mesh else {})
+    return body | {"model": model} | ({"mesh": mesh} if mesh else {})

@@ -2,8 +2,8 @@
 
 from argparse import Namespace
 
-from meshd.cli.pull import store_of
-from meshd.cli.support.arguments import Parser, add_settings, settings_of
+from meshd.cli.support.arguments import Parser, add_settings, model_of, settings_of
+from meshd.cli.support.fetching import store_of
 from meshd.cli.support.output import show, size
 
 EXAMPLE = "meshd rm smollm2:135m"
@@ -15,6 +15,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> int:
-    freed = store_of(settings_of(args).config()).remove(args.model)
-    show(f"{args.model} is removed: {size(freed)} freed")
+    model = model_of(args)
+    freed = store_of(settings_of(args).config()).remove(model)
+    show(f"{model} is removed: {size(freed)} freed")
     return 0

@@ -2,18 +2,23 @@
 
 import sys
 from argparse import Namespace
+from typing import Any
 
-from meshd.cli.support.answering import add_sampling, notice, request_of, sampling_of, stream_answer, write_out
+from meshd.cli.support.answering import MODEL_HELP, add_sampling, notice, request_of, sampling_of, stream_answer, write_out
 from meshd.cli.support.arguments import Parser, add_client
 from meshd.cli.support.client import STREAM_SILENCE_S, daemon_of
+from meshd.cli.support.fetching import known_model, with_model
 from meshd.cli.support.output import print_json
 from meshd.errors import InvalidRequest
 
-EXAMPLE = 'meshd run smollm2:135m "Why is the sky blue?"\n  meshd run smollm2:135m < question.txt'
+EXAMPLE = (
+    'meshd run smollm2:135m "Why is the sky blue?"\n  meshd run file:~/my-model.gguf "Hello"\n'
+    "  meshd run smollm2:135m < question.txt"
+)
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a model's name or reference (`meshd models`)")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the question; default: read from standard input")
     add_sampling(parser)
     parser.add_argument(
@@ -26,11 +31,15 @@ def add_arguments(parser: Parser) -> None:
 def run(args: Namespace) -> int:
     prompt = args.prompt or _piped()
     daemon = daemon_of(args)
-    body = request_of(args, [{"role": "user", "content": prompt}], sampling_of(daemon, args))
+    args.model = known_model(args, daemon)
+
+    def body() -> dict[str, Any]:
+        return request_of(args, [{"role": "user", "content": prompt}], sampling_of(daemon, args))
+
     if args.json:
-        print_json(daemon.post("/v1/chat/completions", body, timeout_s=STREAM_SILENCE_S))
+        print_json(with_model(args, daemon, lambda: daemon.post("/v1/chat/completions", body(), timeout_s=STREAM_SILENCE_S)))
         return 0
-    answer = stream_answer(daemon, body, write_out)
+    answer = with_model(args, daemon, lambda: stream_answer(daemon, body(), write_out))
     write_out("\n")
     if not args.quiet:
         notice(f"[{answer.summary()}]")

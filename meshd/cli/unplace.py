@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from meshd.cli.support.arguments import Parser, add_client
+from meshd.cli.support.arguments import Parser, add_client, model_of
 from meshd.cli.support.client import STREAM_SILENCE_S, daemon_of
 from meshd.cli.support.output import show, size
 
@@ -15,6 +15,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> int:
-    answer = daemon_of(args).post("/mesh/v1/unplace", {"model": args.model}, timeout_s=STREAM_SILENCE_S)
-    show(f"{args.model}: {size(answer['freed_bytes'])} freed")
+    model = model_of(args)
+    answer = daemon_of(args).post("/mesh/v1/unplace", {"model": model}, timeout_s=STREAM_SILENCE_S)
+    show(f"{model}: {size(answer['freed_bytes'])} freed")
     return 0

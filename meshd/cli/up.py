@@ -16,7 +16,7 @@ from meshd.cli.support.output import duration, flops, rate, short_id, size
 from meshd.cli.support.progress import Measuring
 from meshd.cli.support.secret_arguments import given, start_anew, without_secrets
 from meshd.config import Config, require_guarded_api
-from meshd.models.store.catalogue import quantised
+from meshd.models.store.catalogue import one_spelling, quantised
 from meshd.settings import SETTINGS
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: Namespace) -> int:
     config = settings_of(args).config()
-    config = replace(config, models=tuple(quantised(model, args.quant) for model in config.models))
+    config = replace(config, models=tuple(quantised(one_spelling(model), args.quant) for model in config.models))
     if config.key:
         config = replace(config, key=given(config.key, "join code"))
     require_guarded_api(config)

@@ -5,7 +5,8 @@ mean for the computation follows the models' code in `transformers`.
 """
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +63,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 """Keys are values of GGUF's `general.architecture`."""
 
+_PREDICTION = re.compile(r"blk\.(\d{1,6})\.nextn\.")
 _BIASES = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 _UNSUPPORTED_HINT = "meshd can't run this model yet; README says which it can"
 
@@ -81,9 +83,13 @@ def spec_from_metadata(name: str, metadata: Mapping[str, MetadataValue], tensors
     head_dim = keys.count("attention.key_length", hidden // heads)
     if heads % kv_heads:
         raise keys.wrong("attention.head_count_kv", f"{heads} heads can't be divided evenly among {kv_heads} KV heads")
-    layers, experts = keys.count("block_count"), keys.count("expert_count", 0)
-    if layers > len(tensors):  # before memory is allocated for each layer
-        raise ModelFileError(f"{name} can't be run: it has only {len(tensors)} tensors for {layers} layers")
+    blocks, experts = keys.count("block_count"), keys.count("expert_count", 0)
+    if blocks > len(tensors):  # before memory is allocated for each layer
+        raise ModelFileError(f"{name} can't be run: it has only {len(tensors)} tensors for {blocks} layers")
+    ahead = prediction_layers(tensors)
+    layers = min(blocks, ahead.start) if ahead else blocks
+    if ahead and (ahead.stop < blocks or not layers):
+        raise keys.wrong("block_count", f"layer {ahead.stop - 1} predicts several tokens ahead, but is not the last of {blocks}")
     fields: dict[str, Any] = {
         "architecture": keys.architecture,
         "layers": layers,
@@ -107,7 +113,7 @@ def spec_from_metadata(name: str, metadata: Mapping[str, MetadataValue], tensors
         "experts": experts,
         "experts_used": keys.count("expert_used_count") if experts else 0,
     }
-    fields |= {**about.spec} | _rope(keys, about, head_dim) | _window(keys, about, layers)
+    fields |= {**about.spec} | _rope(keys, about, head_dim) | _window(keys, about, layers, blocks)
     biases = (part for part in _BIASES if f"blk.0.{part}.bias" in tensors)
     fields["biases"] = tuple(dict.fromkeys((*fields.get("biases", ()), *biases)))
     if fields["experts_used"] > experts:
@@ -116,6 +122,15 @@ def spec_from_metadata(name: str, metadata: Mapping[str, MetadataValue], tensors
     if unknown := [part for part in spec.biases if part not in projections(spec)]:
         raise ModelFileError(f"{name} can't be run: {keys.architecture} has no projection {unknown[0]}, but the file has its bias")
     return _limited_to_short_factors(spec, keys, tensors)
+
+
+def prediction_layers(tensors: Iterable[str]) -> range:
+    """Return the layers that predict several tokens ahead (MTP), which GGUF counts among the model's and puts after the others.
+
+    llama.cpp names their extra tensors `blk.N.nextn.*`.
+    """
+    found = {int(match[1]) for name in tensors if (match := _PREDICTION.match(name))}
+    return range(min(found), max(found) + 1) if found else range(0)
 
 
 def _rope(keys: "_Keys", about: Architecture, head_dim: int) -> dict[str, Any]:
@@ -146,15 +161,15 @@ def _rope(keys: "_Keys", about: Architecture, head_dim: int) -> dict[str, Any]:
     return fields
 
 
-def _window(keys: "_Keys", about: Architecture, layers: int) -> dict[str, Any]:
+def _window(keys: "_Keys", about: Architecture, layers: int, blocks: int) -> dict[str, Any]:
     window = keys.count("attention.sliding_window", 0)
     pattern = keys.metadata.get(keys.full("attention.sliding_window_pattern"), about.window_pattern)
     if not window:
         return {"rope_theta_windowed": 0.0}
     if isinstance(pattern, tuple):
-        if len(pattern) != layers:
+        if len(pattern) not in (layers, blocks):
             raise keys.wrong("attention.sliding_window_pattern", f"it has {len(pattern)} values for {layers} layers")
-        return {"window": window, "windowed": tuple(map(bool, pattern))}
+        return {"window": window, "windowed": tuple(map(bool, pattern[:layers]))}
     if isinstance(pattern, bool) or not isinstance(pattern, int) or pattern < 0:
         raise keys.wrong("attention.sliding_window_pattern", f"{pattern!r} is not a number of layers")
     return {"window": window, "windowed": tuple((layer + 1) % pattern != 0 for layer in range(layers)) if pattern else ()}
@@ -194,17 +209,27 @@ class _Keys:
 
     def count(self, key: str, default: int | None = None) -> int:
         """Read a positive integer. 0 is allowed only if it is the default."""
-        value = self.metadata.get(self.full(key), default)
+        value = self._of_all_layers(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < (1 if default != 0 else 0):
             raise self.wrong(key, "it is missing" if value is None else f"{value!r} is not a positive integer")
         return value
 
     def positive(self, key: str, default: float | None = None) -> float:
         """Read a positive number. 0 is allowed only if it is the default."""
-        value = self.metadata.get(self.full(key), default)
+        value = self._of_all_layers(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf or value == default == 0):
             raise self.wrong(key, "it is missing" if value is None else f"{value!r} is not a positive number")
         return float(value)
+
+    def _of_all_layers(self, key: str, default: MetadataValue | None) -> MetadataValue | None:
+        """Read a value that a file may state once for all layers, or once for each."""
+        value = self.metadata.get(self.full(key), default)
+        if not isinstance(value, tuple) or not value:
+            return value
+        if any(other != value[0] for other in value):
+            shown = ", ".join(map(str, value[:12])) + (", ..." if len(value) > 12 else "")
+            raise self.wrong(key, f"the layers differ ({shown}), and meshd runs only models whose layers are alike")
+        return value[0]
 
     def text(self, key: str, default: str) -> str:
         value = self.metadata.get(self.full(key), default)
@@ -214,7 +239,7 @@ class _Keys:
 
     def same(self, key: str, expected: int) -> int:
         """Check that a value is absent or `expected`, the only supported one. Returns: `expected`."""
-        value = self.metadata.get(self.full(key), expected)
+        value = self._of_all_layers(key, expected)
         if value != expected:
             raise self.wrong(key, f"{value!r} is not {expected!r}, the only value that is supported yet")
         return expected

@@ -9,8 +9,9 @@ import msgspec
 
 from meshd.bounds import printable
 from meshd.errors import ModelFileError
-from meshd.models.architectures import spec_from_metadata
+from meshd.models.architectures import prediction_layers, spec_from_metadata
 from meshd.models.files.gguf import GgufFile, MetadataValue, TensorInfo
+from meshd.models.files.gguf_header import uncomputed
 from meshd.models.sampling import sampling_from_gguf
 from meshd.models.text.tokenizer.document import huggingface_json
 from meshd.models.text.tokenizer.gguf_keys import TokenizerKeys
@@ -26,6 +27,8 @@ _CHANNELS = frozenset({"<|channel|>", "<|message|>", "<|call|>", "<|end|>"})
 _END_OF_CHANNELS = END_OF_ANSWER - {"<|end|>"} | {"<|call|>"}
 EOS_TOKEN_IDS = "meshd.eos_token_ids"
 """meshd's own metadata key: all tokens that end an answer. GGUF has keys for only three such tokens."""
+LEFT_OUT = "meshd.import.left_out"
+"""meshd's own metadata key: number of tensors that an import left out because they predict several tokens ahead."""
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 CONTROL_TOKEN = 3
 """The value of GGUF's `tokenizer.ggml.token_type` for control tokens."""
@@ -110,12 +113,20 @@ def _check_tensors(file: GgufFile, spec: ModelSpec) -> None:
         expected |= {f"blk.{layer}.{part}": shape for part, shape in layer_shapes(spec).items()}
     factors = [name for name in ROPE_FACTORS if name in file.tensors]
     expected |= dict.fromkeys(factors[:1], rope_shape(spec))
-    if odd := sorted(expected.keys() ^ (file.tensors.keys() - set(UNUSED))):
+    if odd := sorted(expected.keys() ^ (file.tensors.keys() - set(UNUSED) - set(prediction_tensors(file)))):
         problem = "is missing" if odd[0] in expected else "has no place in this architecture"
         raise ModelFileError(f"{file.name} can't be run: tensor {odd[0]} {problem}", hint=_UNSUPPORTED_HINT)
     for name, shape in expected.items():
         if file.tensors[name].shape != shape:
             raise ModelFileError(f"{file.name} can't be run: tensor {name} has shape {file.tensors[name].shape}, not {shape}")
+        if file.tensors[name].kind not in HELD_BITS:
+            raise uncomputed(file.name, name, file.tensors[name].kind)
+
+
+def prediction_tensors(file: GgufFile) -> list[str]:
+    """List the tensors of the layers that predict several tokens ahead (MTP). meshd computes the network without them."""
+    layers = tuple(f"blk.{layer}." for layer in prediction_layers(file.tensors))
+    return [name for name in file.tensors if layers and name.startswith(layers)]
 
 
 def _check_bounds(name: str, card: ModelCard) -> None:

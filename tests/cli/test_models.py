@@ -5,9 +5,12 @@ from subprocess import CompletedProcess
 
 from fake_api.rows_server import Api
 from meshd.cli.models import merged
+from meshd.models.cards import card_from_gguf
 from meshd.models.files.disk import FileStamp
+from meshd.models.files.gguf import GgufFile
 from meshd.models.store.store import StoredModel
 from meshd.types import ModelId
+from tiny.gguf_file import write_gguf
 
 Meshd = Callable[..., CompletedProcess[str]]
 ROW = {
@@ -41,12 +44,22 @@ def test_without_a_daemon_models_lists_this_device_and_the_catalogue(meshd: Mesh
     assert "no daemon answers" in outcome.stderr
 
 
+def test_a_model_has_the_same_row_with_and_without_a_daemon(meshd: Meshd, api: Api, tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "m.gguf")
+    meshd("pull", f"file:{source}")
+    row = next(row for row in json.loads(meshd("models", "--json").stdout)["data"] if row["ref"] == f"file:{source}")
+    with GgufFile.open(source) as file:
+        card = card_from_gguf(file, name="m", ref="", model_id=ModelId("0" * 32))
+    assert (row["quantisation"], row["layers"], row["context_length"], row["bytes"]) == ("F32", 6, 64, card.weight_bytes)
+    assert row["bytes"] < source.stat().st_size
+
+
 def test_a_daemon_named_by_a_flag_must_answer(meshd: Meshd) -> None:
     assert meshd("models", "--api", "http://127.0.0.1:1").returncode == 1
 
 
 def test_a_model_here_and_in_the_mesh_is_one_row() -> None:
-    rows = merged([_stored("smollm2:135m"), _stored("own")], [ROW])
+    rows = merged([(_stored("smollm2:135m"), None), (_stored("own"), None)], [ROW])
     assert [(row["name"], row["path"]) for row in rows] == [
         ("smollm2:135m", "/smollm2:135m.gguf"), ("own", "/own.gguf"), ("gemma3:270m", None),
     ]  # fmt: skip

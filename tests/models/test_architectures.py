@@ -195,7 +195,7 @@ INVALID: dict[str, tuple[dict[str, MetadataValue | None], str]] = {
     "more layers than tensors": ({"block_count": (1 << 32) - 1}, "only 5 tensors for 4294967295 layers"),
     "no hidden size": ({"embedding_length": None}, r"embedding_length'.*missing"),
     "no heads": ({"attention.head_count": 0}, "attention.head_count'"),
-    "heads for each layer": ({"attention.head_count_kv": (2, 2, 2, 2)}, "attention.head_count_kv'"),
+    "layers that differ": ({"attention.head_count_kv": (2, 1)}, "head_count_kv.: the layers differ"),
     "uneven heads": ({"attention.head_count_kv": 3}, "8 heads can't be divided evenly among 3"),
     "other values": ({"attention.value_length": 16}, r"value_length'.*16 is not 8"),
     "no epsilon": ({"attention.layer_norm_rms_epsilon": None}, r"epsilon'.*missing"),

@@ -14,6 +14,7 @@ from meshd.cli.support.output import show
 from meshd.errors import NotReady, PeerFault, UsageError
 
 READY_WITHIN_S = 600.0
+MODEL_HELP = "a model's name or reference (`meshd models`); a model that the cluster does not have is fetched first, if it can be"
 SAMPLING_DEFAULTS = {"temperature": 0.6, "top_p": 0.9}
 """For `run` and `chat`, if the model's authors recommend nothing: at OpenAI's temperature of 1, small models lose the thread."""
 _SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p")

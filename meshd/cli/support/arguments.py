@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 from meshd.config import Settings
 from meshd.models.importing.quants import QUANTS
-from meshd.models.store.catalogue import quantised, resolve
+from meshd.models.store.catalogue import one_spelling, quantised
 from meshd.settings import SETTINGS, RawValue, Setting
 
 
@@ -110,9 +110,13 @@ def add_quant(parser: ArgumentParser) -> None:
 
 
 def model_of(args: Namespace) -> str:
-    """Return the reference that `model` and `--quant` make, with an absolute path after `file:`. Raises: InvalidRequest."""
-    ref = quantised(args.model, args.quant)
-    return resolve(ref).name if ref.startswith("file:") else ref
+    """Return the reference that `model` and, where the verb has it, `--quant` make, in its one spelling: the path after `file:` is
+    absolute, and `hf.co/` is `hf:`.
+
+    Raises: InvalidRequest.
+    """
+    ref = one_spelling(args.model)
+    return one_spelling(quantised(ref, getattr(args, "quant", None)))
 
 
 def add_json(parser: ArgumentParser) -> None:

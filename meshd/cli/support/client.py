@@ -19,6 +19,7 @@ ANSWER_S = 30.0
 STREAM_SILENCE_S = 600.0
 _MAX_DOCUMENT_BYTES = 64 * 2**20
 _MAX_EVENT_BYTES = 8 * 2**20
+_LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 
 class Stream:
@@ -80,6 +81,15 @@ class Daemon:
         self._headers = {"accept": "application/json", "content-type": "application/json"}
         if api_key:
             self._headers["authorization"] = f"Bearer {api_key}"
+
+    def is_at(self, address: str) -> bool:
+        """Whether this is the daemon of this machine whose API listens on `address`, as `HOST:PORT`."""
+        if not address:
+            return False
+        here = parse_address(address, API_PORT)
+        reached = urlsplit(url_of(here))
+        same_host = self._host == reached.hostname or {self._host, reached.hostname} <= _LOOPBACK
+        return same_host and self._port == reached.port
 
     def get(self, path: str, *, timeout_s: float = ANSWER_S) -> Any:
         """Get the JSON document at `path`.

@@ -27,6 +27,10 @@ class Progress(Protocol):
         """Show that `done` of `total` (None: unknown) is complete. `text` says what the task is doing now."""
         ...
 
+    def say(self, line: str) -> None:
+        """Print a line of its own."""
+        ...
+
 
 def progress(*, of_bytes: bool = False) -> Progress:
     """Return bars if standard error is a terminal that can show them, otherwise lines."""
@@ -60,6 +64,9 @@ class Lines:
             return
         self._printed[name] = (text, ended, now)
         show(" ".join(part for part in (f"{name}:", text, self._amount(done, total)) if part), file=sys.stderr)
+
+    def say(self, line: str) -> None:
+        show(line, file=sys.stderr)
 
     def _amount(self, done: float, total: float | None) -> str:
         if self._of_bytes:
@@ -95,6 +102,9 @@ class Bars:
         if name not in self._tasks:
             self._tasks[name] = self._rich.add_task(printable(name), total=total, text=text)
         self._rich.update(self._tasks[name], completed=done, total=total, text=text)
+
+    def say(self, line: str) -> None:
+        self._rich.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class Measuring:

@@ -1,5 +1,6 @@
 """Functions on this device's disk: free space, hashes, locks, and renames that survive a crash."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -13,6 +14,8 @@ from filelock import FileLock, Timeout
 from meshd.errors import StorageError
 
 CHUNK_BYTES = 1 << 20
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _MARGIN_BYTES = 16 << 20
 """Bytes that are left free for other programs."""
 
@@ -56,11 +59,22 @@ def remove_file(path: Path) -> int:
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:
-    """Make the error for a file that can't be written."""
-    return StorageError(
-        f"{path} can't be written: {error.strerror or error}",
-        hint="free some disk space and pull again: what was downloaded is kept",
-    )
+    """Make the error for a file that can't be written. Its hint fits the reason."""
+    return StorageError(f"{path} can't be written: {error.strerror or error}", hint=_hint_for(error))
+
+
+def unreadable(path: Path, error: OSError) -> StorageError:
+    """Make the error for a file that can't be read."""
+    hint = f"make {path} readable for this user" if error.errno in _FORBIDDEN else "check the path and the disk"
+    return StorageError(f"{path} can't be read: {error.strerror or error}", hint=hint)
+
+
+def _hint_for(error: OSError) -> str:
+    if error.errno in _FULL:
+        return "free some disk space and pull again: what was downloaded is kept"
+    if error.errno in _FORBIDDEN:
+        return "make its folder writable for this user, or set another one with --models-dir or --hf-cache"
+    return "check the disk, and pull again: what was downloaded is kept"
 
 
 def need_space(folder: Path, size_bytes: int) -> None:
@@ -69,7 +83,7 @@ def need_space(folder: Path, size_bytes: int) -> None:
     if free < size_bytes + _MARGIN_BYTES:
         raise StorageError(
             f"{folder} has too little room: {size_bytes:,} bytes are needed and {free:,} are free",
-            hint=f"free {size_bytes + _MARGIN_BYTES - free:,} bytes there, or set another folder for models",
+            hint=f"free {size_bytes + _MARGIN_BYTES - free:,} bytes there, or set another folder with --models-dir or --hf-cache",
         )
 
 
@@ -82,7 +96,7 @@ def sha256_of(path: Path, advance: Callable[[int], None]) -> str:
                 digest.update(chunk)
                 advance(len(chunk))
     except OSError as error:
-        raise StorageError(f"{path} can't be read: {error.strerror or error}") from error
+        raise unreadable(path, error) from error
     return digest.hexdigest()
 
 
@@ -93,9 +107,9 @@ def read_range(path: Path, offset: int, length: int) -> bytes:
             file.seek(offset)
             data = file.read(length)
     except OSError as error:
-        raise StorageError(f"{path} can't be read: {error.strerror or error}") from error
+        raise unreadable(path, error) from error
     if len(data) != length:
-        raise StorageError(f"{path} ends before byte {offset + length}")
+        raise StorageError(f"{path} ends before byte {offset + length}", hint="another program has cut it: fetch the model again")
     return data
 
 

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import NoReturn, TypeAlias
 
 from meshd.errors import ModelFileError
+from meshd.tensors import HELD_BITS
 
 MetadataValue: TypeAlias = bool | int | float | str | tuple["MetadataValue", ...]
 
@@ -72,6 +73,28 @@ KINDS: Mapping[int, tuple[str, int, int]] = MappingProxyType(
     }
 )
 """ggml's type number -> (name, weights in a block, bytes of a block)."""
+_NAMED_KINDS: Mapping[int, str] = MappingProxyType(
+    {
+        4: "Q4_2",
+        5: "Q4_3",
+        31: "Q4_0_4_4",
+        32: "Q4_0_4_8",
+        33: "Q4_0_8_8",
+        36: "IQ4_NL_4_4",
+        37: "IQ4_NL_4_8",
+        38: "IQ4_NL_8_8",
+        40: "NVFP4",
+        41: "Q1_0",
+        42: "Q2_0",
+    }
+)
+"""Names, for errors, of ggml's other types: those that it removed, and those whose blocks are not described here."""
+OTHER_KIND = f"take the model in another quantisation, such as Q4_K_M or Q8_0; meshd computes {', '.join(HELD_BITS)}"
+"""What to do about a model in a kind that meshd does not compute."""
+
+
+class HeaderIncomplete(Exception):
+    """The header is longer than the first bytes of the file that were given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +124,9 @@ def parse_header(data: memoryview, *, name: str, file_bytes: int | None) -> Head
     """Parse the header at the start of `data`.
 
     `name` is for error messages. `file_bytes` is the size of the file, which tensors must not exceed; None if it is unknown.
-    Raises: ModelFileError.
+    Raises: ModelFileError; HeaderIncomplete if `data` is only a part of the file, and ends before the header does.
     """
-    reader = _Reader(data[:MAX_HEADER_BYTES], name)
+    reader = _Reader(data[:MAX_HEADER_BYTES], name, len(data) if file_bytes is None else file_bytes)
     tensor_count, key_count = reader.preamble()
     metadata = reader.metadata(key_count)
     alignment = _alignment(metadata, reader)
@@ -116,6 +139,11 @@ def parse_header(data: memoryview, *, name: str, file_bytes: int | None) -> Head
 def broken(name: str, what: str, why: str) -> ModelFileError:
     """Make the error for a GGUF file that can't be used. `what` names the part of the file."""
     return ModelFileError(f"{name} can't be used: {what}: {why}", hint="the file is damaged or not GGUF v2/v3: fetch it again")
+
+
+def uncomputed(name: str, tensor: str, kind: str) -> ModelFileError:
+    """Make the error for a tensor of a kind that meshd does not compute."""
+    return ModelFileError(f"{name} can't be run: tensor {tensor!r} is of kind {kind}, and meshd can't compute it", hint=OTHER_KIND)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +160,10 @@ class _Row:
 class _Reader:
     """Reads values from a view, never past its end. Its errors name the key or tensor that is being read."""
 
-    def __init__(self, data: memoryview, name: str) -> None:
+    def __init__(self, data: memoryview, name: str, file_bytes: int) -> None:
         self._data = data
+        self._limit = min(file_bytes, MAX_HEADER_BYTES)
+        """Number of bytes that the header can have. `data` has fewer if it is only a part of the file."""
         self._name = name
         self._what = "its first bytes"
         self._values_left = MAX_ARRAY_VALUES
@@ -141,6 +171,12 @@ class _Reader:
 
     def fail(self, why: str) -> NoReturn:
         raise broken(self._name, self._what, why)
+
+    def fail_past_end(self, end: int, why: str) -> NoReturn:
+        """Fail because the data ends before byte `end`. `why` is the reason if there is no more data."""
+        if len(self._data) < end <= self._limit:
+            raise HeaderIncomplete
+        self.fail(why)
 
     def preamble(self) -> tuple[int, int]:
         """Read magic, version and counts. Returns: (tensor count, key count)."""
@@ -199,6 +235,7 @@ class _Reader:
     def _strings(self, count: int) -> tuple[str, ...]:
         """Read an array of strings. Vocabularies are read here, so the loop calls no methods, for speed."""
         data, position, limit = self._data, self.position, len(self._data)
+        start = position
         length_at = struct.Struct("<Q").unpack_from
         found = []
         try:
@@ -206,10 +243,10 @@ class _Reader:
                 start = position + 8
                 position = start + length_at(data, position)[0]
                 if position > limit:
-                    self.fail("a string runs past the end")
+                    self.fail_past_end(position, "a string runs past the end")
                 found.append(str(data[start:position], "utf-8"))
         except struct.error:
-            self.fail("it runs past the end")
+            self.fail_past_end(start + 8, "it runs past the end")
         except UnicodeDecodeError as error:
             self.fail(f"a string is not UTF-8 ({error.reason})")
         self.position = position
@@ -231,7 +268,7 @@ class _Reader:
     def _take(self, count: int) -> memoryview:
         end = self.position + count
         if end > len(self._data):
-            self.fail(f"it runs past the end (of the file, or of the {MAX_HEADER_BYTES} bytes a header may have)")
+            self.fail_past_end(end, f"it runs past the end (of the file, or of the {MAX_HEADER_BYTES} bytes a header may have)")
         taken = self._data[self.position : end]
         self.position = end
         return taken
@@ -241,7 +278,7 @@ class _Reader:
         if count > most:
             self.fail(f"{count} {what} are more than the {most} allowed")
         if count * each > len(self._data) - self.position:
-            self.fail(f"{count} {what} run past the end")
+            self.fail_past_end(self.position + count * each, f"{count} {what} run past the end")
 
     def _scalar(self, kind: int) -> str:
         if kind not in _SCALARS:
@@ -284,7 +321,7 @@ def _placed(rows: list[_Row], data_start: int, alignment: int, file_bytes: int |
 def _described(row: _Row, data_start: int, name: str) -> TensorInfo:
     what = f"tensor {row.name!r}"
     if row.kind not in KINDS:
-        raise broken(name, what, f"its type number {row.kind} is unknown here")
+        raise uncomputed(name, row.name, _NAMED_KINDS.get(row.kind, f"number {row.kind}, which is newer than this version"))
     kind, block, block_bytes = KINDS[row.kind]
     if 0 in row.dimensions:
         raise broken(name, what, "it has no elements")

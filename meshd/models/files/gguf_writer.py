@@ -58,10 +58,10 @@ class GgufWriter:
         self._alignment = alignment
         self._tensors = tensors
         self._name = name
-        self._header = self._described(metadata)
-        self.size = len(self._header) + sum(self._padded(tensor.nbytes) for tensor in tensors)
+        self.header = self._described(metadata)
+        self.size = len(self.header) + sum(self._padded(tensor.nbytes) for tensor in tensors)
         """Size of the whole file in bytes."""
-        parse_header(memoryview(self._header), name=name, file_bytes=self.size)
+        parse_header(memoryview(self.header), name=name, file_bytes=self.size)
 
     def write(self, file: BinaryIO, advance: Callable[[int], None]) -> str:
         """Write the file; call `advance` with the size of each chunk. Takes memory for the header and one chunk.
@@ -78,7 +78,7 @@ class GgufWriter:
             advance(raw.nbytes)
             return raw.nbytes
 
-        put(self._header)
+        put(self.header)
         for tensor in self._tensors:
             written = sum(map(put, tensor.chunks()))
             if written != tensor.nbytes:

@@ -25,9 +25,10 @@ def read_bytes(path: Path, *, most_bytes: int) -> bytes:
             # read(n) allocates n bytes even if the file is smaller, so n is at most the file's size + 1.
             data = file.read(min(most_bytes, os.fstat(file.fileno()).st_size) + 1)
     except OSError as error:
-        raise ModelFileError(f"{path} can't be read: {error.strerror or error}") from error
+        hint = "make it readable, or fetch its folder again"
+        raise ModelFileError(f"{path} can't be read: {error.strerror or error}", hint=hint) from error
     if len(data) > most_bytes:
-        raise ModelFileError(f"{path} can't be used: it is larger than {most_bytes:,} bytes")
+        raise ModelFileError(f"{path} can't be used: it is larger than {most_bytes:,} bytes", hint="take another repository")
     return data
 
 

@@ -138,8 +138,17 @@ class SafetensorsFile:
         return self._library
 
 
-def parse_header(data: mmap.mmap | bytes, name: str) -> Mapping[str, Extent]:
-    """Check the header of a whole file.
+def header_length(data: mmap.mmap | bytes, name: str) -> int:
+    """Return where the header ends, from the first 8 bytes of a file. Raises: ModelFileError."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or not 2 <= length <= MAX_HEADER_BYTES:
+        why = f"its header of {length:,} bytes is not within {MAX_HEADER_BYTES:,} bytes"
+        raise ModelFileError(f"{name} can't be used: {why}", hint=_DAMAGED)
+    return 8 + length
+
+
+def parse_header(data: mmap.mmap | bytes, name: str, size: int | None = None) -> Mapping[str, Extent]:
+    """Check the header of a file of `size` bytes, of which `data` has the first ones. `size` None: `data` is the whole file.
 
     Returns: every tensor, in file order.
     Raises: ModelFileError.
@@ -148,9 +157,9 @@ def parse_header(data: mmap.mmap | bytes, name: str) -> Mapping[str, Extent]:
     def fail(why: str) -> NoReturn:
         raise ModelFileError(f"{name} can't be used: {why}", hint=_DAMAGED)
 
-    size = len(data)
+    size = len(data) if size is None else size
     length = int.from_bytes(data[:8], "little")
-    if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+    if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8, len(data) - 8):
         fail(f"its header of {length:,} bytes is not within its {size:,} bytes (and {MAX_HEADER_BYTES:,} at most)")
     header = parse_object(data[8 : 8 + length], name, most_items=_MAX_ITEMS)
     if "__metadata__" in header and string_map(header.pop("__metadata__")) is None:

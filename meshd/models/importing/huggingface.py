@@ -5,7 +5,7 @@ The names are those of `transformers`' models and of llama.cpp's converters (htt
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +100,9 @@ _EXPERT_PARTS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1"
 _OUTSIDE = {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
 _LEFT_OUT = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\.|.*\.rotary_emb\.inv_freq$")
 """Tensors that are not imported: meshd takes no images, and computes the rotary frequencies itself."""
+_PREDICTION = re.compile(r"(?:model\.)?(?:language_model\.)?mtp(?:_layers)?\.")
+_PREDICTION_PART = re.compile(r"(?:eh_proj|enorm|hnorm|shared_head|nextn)\b")
+"""Names of tensors that predict several tokens ahead, and of parts that only a layer which does so has."""
 _PREFIX = re.compile(r"^(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)")
 _LAYER = re.compile(r"layers\.(\d{1,6})\.(.+)")
 
@@ -116,12 +119,30 @@ def plan_import(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, Shap
     if family is None:
         known = ", ".join(FAMILIES)
         raise ModelFileError(f"the model can't be imported: its model_type {str(kind)[:80]!r} is not among {known}")
+    _check_not_quantised(config, str(kind))
     for key, expected in family.settings.items():
         if config.get(key, expected) not in (expected, None):
             raise ModelFileError(f"the model can't be imported: {key} is {str(config[key])[:80]}; only {expected} is supported")
     checked = Config(config)
     metadata, extra = _metadata(checked, family)
-    return ImportPlan(metadata, (*_TensorPlanner(family, checked).plan(tensors), *extra))
+    planner = _TensorPlanner(family, checked)
+    left_out = planner.prediction_tensors(tensors)
+    return ImportPlan(metadata, (*planner.plan(tensors), *extra), tuple(sorted(left_out)))
+
+
+def _check_not_quantised(config: Mapping[str, Any], kind: str) -> None:
+    """Check that the weights are not in another tool's quantised form. Raises: ModelFileError, which names the form."""
+    for key in ("quantization_config", "compression_config", "quantization"):
+        about = config.get(key)
+        if not isinstance(about, Mapping):
+            continue
+        method = str(about.get("quant_method") or ("mlx" if key == "quantization" else "an unknown method"))[:80]
+        if (kind, method) == ("gpt_oss", "mxfp4"):
+            continue
+        raise ModelFileError(
+            f"the model can't be imported: its weights are quantised with {method} ({key} in config.json), which is not supported",
+            hint="take the original weights (--quant q4 makes them small), or a GGUF file of the model",
+        )
 
 
 def _metadata(config: Config, family: Family) -> tuple[dict[str, MetadataValue], tuple[ImportTensor, ...]]:
@@ -188,8 +209,9 @@ class _TensorPlanner:
     def plan(self, tensors: Mapping[str, tuple[str, Shape]]) -> list[ImportTensor]:
         """Plan all tensors. Raises: ModelFileError for a tensor that the architecture does not have."""
         planned: list[ImportTensor] = []
+        left_out = self.prediction_tensors(tensors)
         for name, (_, shape) in tensors.items():
-            if not _LEFT_OUT.match(name):
+            if not _LEFT_OUT.match(name) and name not in left_out:
                 planned += self._plan_tensor(name, shape)
         for target, experts in self._experts.items():
             if sorted(experts) != list(range(len(experts))):
@@ -200,6 +222,19 @@ class _TensorPlanner:
             names = tuple(experts[index][0] for index in range(len(experts)))
             planned.append(ImportTensor(target, names, (len(names), *shapes.pop())))
         return planned
+
+    def prediction_tensors(self, names: Iterable[str]) -> frozenset[str]:
+        """Find the tensors that predict several tokens ahead (MTP): `mtp.*`, and extra layers at the end that have such a part."""
+        layers: dict[int, list[str]] = defaultdict(list)
+        found = {name for name in names if _PREDICTION.match(name)}
+        ahead = set()
+        for name in names:
+            match = _LAYER.fullmatch(_PREFIX.sub("", name))
+            if match is not None and int(match[1]) >= self._layers:
+                layers[int(match[1])].append(name)
+                if _PREDICTION_PART.match(match[2]):
+                    ahead.add(int(match[1]))
+        return frozenset(found.union(*(layers[layer] for layer in ahead)))
 
     def _plan_tensor(self, name: str, shape: Shape) -> list[ImportTensor]:
         inner = _PREFIX.sub("", name)

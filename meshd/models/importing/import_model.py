@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from meshd.errors import ModelFileError, StorageError
-from meshd.models.cards import END_OF_ANSWER
+from meshd.models.cards import END_OF_ANSWER, LEFT_OUT
 from meshd.models.files.disk import CHUNK_BYTES, need_space, remove_file
 from meshd.models.files.gguf import GgufFile
 from meshd.models.files.gguf_header import MetadataValue
@@ -39,6 +39,9 @@ from meshd.models.importing.quants import QUANTS
 from meshd.models.importing.source_files import files_of, parts_of
 from meshd.models.importing.text_metadata import text_metadata
 
+Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Type and shape of each tensor of a folder, by name."""
+ReadRows = Callable[[str, int, int | None], Array]
 _ALWAYS_Q8 = ("token_embd.weight", "output.weight")
 _ROUTER = ".ffn_gate_inp.weight"
 _DENSE = ("F32", "F16", "BF16")
@@ -52,8 +55,7 @@ def import_to(target: Path, path: Path, quant: str | None, begin: Callable[[int]
     Returns: the file's sha256. Raises: ModelFileError, StorageError, and what `advance` raises; then `target` is removed.
     """
     with ExitStack() as opened:
-        metadata, tensors = (_of_folder if path.is_dir() else _of_parts)(path, quant, opened)
-        out = GgufWriter(metadata, tensors, str(path))
+        out = _opened(path, quant, opened)
         need_space(target.parent, out.size)
         begin(out.size)
         whole = False
@@ -70,29 +72,46 @@ def import_to(target: Path, path: Path, quant: str | None, begin: Callable[[int]
     return sha256
 
 
-def _of_folder(folder: Path, quant: str | None, opened: ExitStack) -> tuple[dict[str, MetadataValue], list[OutTensor]]:
-    files_of(folder)
+def imported_header(path: Path, quant: str | None) -> GgufFile:
+    """Make the header of the file that an import would write, without reading weights. Raises: ModelFileError."""
+    with ExitStack() as opened:
+        return GgufFile.from_header(_opened(path, quant, opened).header, str(path))
+
+
+def _opened(path: Path, quant: str | None, opened: ExitStack) -> GgufWriter:
+    """Open a folder or a split file for import. The files are closed by `opened`. Raises: ModelFileError."""
+    if path.is_dir():
+        files_of(path)
+        weights = opened.enter_context(SafetensorsFolder.open(path))
+        return folder_writer(path, str(path), weights.tensors, quant, weights.read)
+    return parts_writer([opened.enter_context(GgufFile.open(part)) for part in parts_of(path)], str(path), quant)
+
+
+def folder_writer(folder: Path, name: str, known: Tensors, quant: str | None, read: ReadRows) -> GgufWriter:
+    """Make the writer of a folder's GGUF file. The folder needs only its small files: `known` describes the weights.
+
+    `name` is for error messages.
+
+    `read` returns rows `[start, stop)` of a tensor; it is called when the file is written. Raises: ModelFileError.
+    """
     config = read_json(folder / "config.json")
-    weights = opened.enter_context(SafetensorsFolder.open(folder))
-    known = weights.tensors
     try:
         plan = plan_import(config, known)
-        tensors = [_converted(tensor, weights, known, quant) for tensor in plan.tensors]
+        tensors = [_converted(tensor, read, known, quant) for tensor in plan.tensors]
     except ModelFileError as error:
-        raise ModelFileError(f"{folder}: {error.message}", hint=error.hint) from error
+        raise ModelFileError(f"{name}: {error.message}", hint=error.hint) from error
     text = text_metadata(folder, config, END_OF_ANSWER)
-    return {**plan.metadata, **text, **_version(tensors)}, tensors
+    left_out: dict[str, MetadataValue] = {LEFT_OUT: len(plan.left_out)} if plan.left_out else {}
+    return GgufWriter({**plan.metadata, **left_out, **text, **_version(tensors)}, tensors, name)
 
 
-def _converted(
-    tensor: ImportTensor, weights: SafetensorsFolder, known: Mapping[str, tuple[str, tuple[int, ...]]], quant: str | None
-) -> OutTensor:
+def _converted(tensor: ImportTensor, read: ReadRows, known: Tensors, quant: str | None) -> OutTensor:
     """Check that a tensor's sources fit, and describe it for the writer, which reads its values later. Raises: ModelFileError."""
     if not tensor.sources:
         values = np.array(tensor.values, "<f4")
         return OutTensor(tensor.name, "F32", tensor.shape, lambda: [values])
     if is_mxfp4(tensor.transform):
-        return _mxfp4_tensor(tensor, weights, known)
+        return _mxfp4_tensor(tensor, read, known)
     dtypes = set()
     for source in tensor.sources:
         if source not in known:
@@ -108,10 +127,10 @@ def _converted(
         raise ModelFileError(f"tensor {first} can't be used: {shape} does not make {tensor.name} {tensor.shape}")
     given = dtypes.pop() if len(dtypes) == 1 else "F32"
     kind = _kind_for(tensor.name, tensor.shape, "F32" if adds_one(tensor.transform) else given, quant)
-    return OutTensor(tensor.name, kind, tensor.shape, partial(_chunks, tensor, weights, known, kind))
+    return OutTensor(tensor.name, kind, tensor.shape, partial(_chunks, tensor, read, known, kind))
 
 
-def _mxfp4_tensor(tensor: ImportTensor, weights: SafetensorsFolder, known: Mapping[str, tuple[str, tuple[int, ...]]]) -> OutTensor:
+def _mxfp4_tensor(tensor: ImportTensor, read: ReadRows, known: Tensors) -> OutTensor:
     """Describe an MXFP4 tensor for the writer. Its weights are reordered but not requantised, one expert at a time."""
     if missing := [source for source in tensor.sources if known.get(source, ("", ()))[0] != "U8"]:
         raise ModelFileError(f"tensor {shown(missing[0])} is missing or no U8: {tensor.name} is made from it")
@@ -124,7 +143,7 @@ def _mxfp4_tensor(tensor: ImportTensor, weights: SafetensorsFolder, known: Mappi
     def chunks() -> Iterator[Chunk]:
         try:
             for expert in range(tensor.shape[0]):
-                both = (weights.read(source, expert, expert + 1) for source in tensor.sources)
+                both = (read(source, expert, expert + 1) for source in tensor.sources)
                 yield mxfp4_blocks(*(view_of(part, tensor.transform) for part in both))
         except ValueError as error:
             raise ModelFileError(f"tensor {tensor.name} can't be used: {error}", hint="the model is broken") from error
@@ -141,13 +160,11 @@ def _kind_for(name: str, shape: tuple[int, ...], given: str, quant: str | None) 
     return QUANTS["q8"] if name in _ALWAYS_Q8 else QUANTS[quant]
 
 
-def _chunks(
-    tensor: ImportTensor, weights: SafetensorsFolder, known: Mapping[str, tuple[str, tuple[int, ...]]], kind: str
-) -> Iterator[Chunk]:
+def _chunks(tensor: ImportTensor, read: ReadRows, known: Tensors, kind: str) -> Iterator[Chunk]:
     for source in tensor.sources:
         dtype, shape = known[source]
         itemsize = np.dtype(DTYPES[dtype]).itemsize
-        for chunk in chunks_of(shape, itemsize, partial(weights.read, source), tensor.transform):
+        for chunk in chunks_of(shape, itemsize, partial(read, source), tensor.transform):
             yield _convert(chunk, dtype, kind, add_one=adds_one(tensor.transform), name=tensor.name)
 
 
@@ -175,25 +192,27 @@ def _convert(chunk: Array, dtype: str, kind: str, *, add_one: bool, name: str) -
         raise ModelFileError(f"tensor {name} can't be quantised: {error}") from error
 
 
-def _of_parts(path: Path, quant: str | None, opened: ExitStack) -> tuple[dict[str, MetadataValue], list[OutTensor]]:
-    """Return the metadata of the first part, and the tensors of all parts in order. Raises: ModelFileError."""
-    paths = parts_of(path)
+def parts_writer(files: Sequence[GgufFile], path: str, quant: str | None) -> GgufWriter:
+    """Make the writer of a split file's whole file: the metadata of the first part, and the tensors of all parts in order.
+
+    Headers without weights will do to make it, but not to write the file. Raises: ModelFileError.
+    """
     tensors: list[OutTensor] = []
     metadata: dict[str, MetadataValue] = {}
     total: MetadataValue = None  # type: ignore[assignment]
-    for number, part in enumerate(paths):
-        file = opened.enter_context(GgufFile.open(part))
-        if len(paths) > 1 and (file.metadata.get("split.no"), file.metadata.get("split.count")) != (number, len(paths)):
-            raise ModelFileError(f"{part} can't be used: its metadata doesn't say that it is part {number + 1} of {len(paths)}")
+    for number, file in enumerate(files):
+        if len(files) > 1 and (file.metadata.get("split.no"), file.metadata.get("split.count")) != (number, len(files)):
+            why = f"its metadata doesn't say that it is part {number + 1} of {len(files)}"
+            raise ModelFileError(f"{file.name} can't be used: {why}", hint="fetch all parts of one model, with the names they have")
         if number == 0:
             metadata = {key: value for key, value in file.metadata.items() if not key.startswith("split.")}
             total = file.metadata.get("split.tensors.count", 0)
         for name, info in file.tensors.items():
             kind = _kind_for(name, info.shape, info.kind, quant) if quant and info.kind in _DENSE else info.kind
             tensors.append(OutTensor(name, kind, info.shape, partial(_copied, file, name, kind)))
-    if len(paths) > 1 and total != len(tensors):
+    if len(files) > 1 and total != len(tensors):
         raise ModelFileError(f"{path} can't be used: its parts have {len(tensors)} tensors, and the first says {total}")
-    return {**metadata, **_version(tensors)}, tensors
+    return GgufWriter({**metadata, **_version(tensors)}, tensors, path)
 
 
 def _copied(file: GgufFile, name: str, kind: str) -> Iterator[Chunk]:

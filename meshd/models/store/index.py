@@ -8,7 +8,7 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from meshd.errors import StorageError
-from meshd.models.files.disk import FileStamp, replace_durably, stamp_of, storage_error
+from meshd.models.files.disk import FileStamp, replace_durably, stamp_of, storage_error, unreadable
 from meshd.types import ModelId
 
 _LOCK_S = 5.0
@@ -64,8 +64,15 @@ class Index:
             return msgspec.json.decode(self._path.read_bytes(), type=_Document, dec_hook=_decode_path).models
         except FileNotFoundError:
             return ()
-        except (OSError, msgspec.DecodeError) as error:
-            raise StorageError(f"{self._path} can't be read: {error}", hint="remove it, and pull the models again") from error
+        except OSError as error:
+            raise unreadable(self._path, error) from error
+        except msgspec.DecodeError as error:
+            hint = "remove it, and pull the models again: files that are here are found by their hashes"
+            raise StorageError(f"{self._path} can't be read: {error}", hint=hint) from error
+
+    def stamp(self) -> FileStamp | None:
+        """Return the stamp of the file, which changes with every change of the index. None: there is no index yet."""
+        return stamp_of(self._path)
 
     def put(self, model: StoredModel) -> None:
         """Record a model, and replace the one that had its name. Raises: StorageError."""

@@ -31,6 +31,8 @@ class PullPhase(StrEnum):
     """The file is hashed."""
     FAILED = "failed"
     """This source failed, as `message` explains; the next one is tried."""
+    NOTED = "noted"
+    """`message` is something about the model that the user should know; the pull continues."""
     DONE = "done"
 
 
@@ -73,6 +75,11 @@ class ProgressMeter:
             )
             self._send()
 
+    def note(self, message: str) -> None:
+        """Report something that the user should know, without leaving the phase."""
+        with self._lock:
+            self._send(msgspec.structs.replace(self._state, phase=PullPhase.NOTED, message=message))
+
     def advance(self, count: int) -> None:
         """Count `count` more bytes of this phase; any thread may call it. Raises: Cancelled after `stop`."""
         if self._stopped:
@@ -99,12 +106,13 @@ class ProgressMeter:
         """Make the next `advance` raise, to end a thread's work."""
         self._stopped = True
 
-    def _send(self) -> None:
+    def _send(self, step: PullProgress | None = None) -> None:
+        """Report `step`; None: the present state."""
         self._reported_at = time.monotonic()
         if threading.get_ident() == self._home:
-            self._report(self._state)
+            self._report(step or self._state)
         else:
-            self._loop.call_soon_threadsafe(self._report, self._state)
+            self._loop.call_soon_threadsafe(self._report, step or self._state)
 
 
 async def in_thread(meter: ProgressMeter, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:

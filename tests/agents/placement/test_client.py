@@ -1,5 +1,6 @@
 """Placements on request: the steps that a caller sees, pinning, the KV that fits, failures and unloading."""
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from meshd.agents.placement.client import PlacementClient
 from meshd.agents.placement.plan_input import CONTEXTS_OF_KV
 from meshd.agents.service import MeshOptions, PlacementStep
 from meshd.clock import SystemClock
-from meshd.errors import DoesNotFit, ModelFileError, NoPeer, RemoteFailure
+from meshd.errors import DoesNotFit, ModelFileError, NoPeer, OutOfMemory, RemoteFailure
 from meshd.protocol.messages import Unplace, Unplaced
 from meshd.types import Advert, LayerRange, Objective, PeerId
 from texts.headers import text_header
@@ -144,6 +145,17 @@ async def test_a_model_is_unloaded_on_every_peer_that_holds_it(peers: Peers) -> 
     placer = PlacementClient(own.peer.links, cast("Any", None), lambda: adverts, str, SystemClock())
     assert await placer.unplace(MODEL) == 200
     assert (own.unplaced, other.unplaced, idle.unplaced) == ([MODEL], [MODEL], [])
+
+
+async def test_a_peer_that_reserves_less_kv_than_asked_is_not_waited_for_and_is_replaced_in_a_repair() -> None:
+    cluster = Cluster(make_peer("a"), make_peer("b"))
+    cluster.granting = 64
+    async with asyncio.timeout(4):  # less than the time that adverts are waited for
+        await placed(cluster, SPLIT, context=512)
+    many = Cluster(*map(make_peer, "abcd"))
+    many.granting = 64
+    with pytest.raises(OutOfMemory, match="reserved KV for 64 tokens, not 512"):
+        await many.placer.repair(CARD, [LayerRange(0, 10)], kv_tokens=512)
 
 
 async def test_a_model_whose_text_can_not_be_read_is_not_placed_and_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ def test_a_forgotten_measurement_is_made_again_at_once() -> None:
 
 async def test_the_last_figure_is_used_while_memory_cannot_be_measured(caplog: pytest.LogCaptureFixture) -> None:
     machine, clock = Machine(100), HandClock()
-    memory = FreeMemory(1000, ResidentModels(1e9), machine, clock)
+    memory = FreeMemory(1000, ResidentModels(), machine, clock)
     assert memory.free_bytes() == 100
     machine.failure = OSError(errno.EMFILE, "Too many open files", "/proc/meminfo")
     for _ in range(3):
@@ -90,4 +90,4 @@ async def test_the_last_figure_is_used_while_memory_cannot_be_measured(caplog: p
 def test_before_the_first_measurement_the_figure_of_the_start_is_used() -> None:
     machine = Machine(100)
     machine.failure = OSError(errno.EMFILE, "Too many open files", "/proc/meminfo")
-    assert FreeMemory(1000, ResidentModels(1e9), machine, HandClock()).free_bytes() == 1000
+    assert FreeMemory(1000, ResidentModels(), machine, HandClock()).free_bytes() == 1000

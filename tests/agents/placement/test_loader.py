@@ -18,7 +18,7 @@ from meshd.agents.placement.weights.headers import HeaderFetcher
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.agents.placement.weights.sources import WeightSources
 from meshd.clock import SystemClock
-from meshd.errors import ModelFileError, OutOfMemory, RemoteFailure, Unavailable
+from meshd.errors import DownloadError, ModelFileError, OutOfMemory, RemoteFailure, Unavailable
 from meshd.kernels.kv import BLOCK_TOKENS, KVPool
 from meshd.kernels.registry import make_backend
 from meshd.models.store.store import Store
@@ -43,7 +43,7 @@ CARDS = [card_of(number) for number in range(2)]
 class FromMemory(Loader):
     """Loads a made-up model instead of a file."""
 
-    __slots__ = ("broken", "fetching", "reading")
+    __slots__ = ("broken", "fetching", "reading", "unfetchable")
     fetching: asyncio.Event
     """If it is set as an attribute: fetching ends with this event."""
     reading: threading.Event
@@ -51,6 +51,8 @@ class FromMemory(Loader):
 
     async def _fill(self, resident: ResidentLayers, ref: str) -> None:
         """Fetch nothing: this loader needs no file."""
+        if resident.card.name in getattr(self, "unfetchable", ()):
+            raise DownloadError("no source has it")
         if (event := getattr(self, "fetching", None)) is not None:
             await event.wait()
 
@@ -111,7 +113,7 @@ async def driver(peers: Peers, tmp_path: Path) -> AsyncIterator[LoaderDriver]:
         backend=make_backend("torch", 1),
         compute=compute,
         clock=SystemClock(),
-        free_bytes=lambda: budget[0] - residents.reserved_bytes,
+        spare_bytes=lambda: budget[0] - residents.reserved_bytes,
         on_change=lambda: None,
         draining=lambda: draining[0],
     )
@@ -245,6 +247,51 @@ async def test_a_failed_load_leaves_nothing_behind(driver: LoaderDriver) -> None
     with pytest.raises(ModelFileError):
         await driver.load(0, 2, model=1, standby=True)
     assert driver.ranges == [("tiny-0", "0-2", False)]
+
+
+async def test_nothing_is_released_before_the_weights_of_a_load_have_come(driver: LoaderDriver) -> None:
+    copy, old = await driver.load(0, 2, model=1, standby=True), await driver.load(0, 2)
+    driver.room_for((0, 2), (0, 2))
+    driver.loader.unfetchable = {"tiny-0"}
+    with pytest.raises(DownloadError):
+        await driver.load(2, 4)
+    assert [(resident is copy, resident is old) for resident in driver.loader.residents] == [(True, False), (False, True)]
+    assert {copy.state, old.state} == {LoadState.ACTIVE}
+
+
+async def test_a_load_that_can_never_fit_is_refused_before_its_weights_are_fetched(driver: LoaderDriver) -> None:
+    await driver.load(0, 2, standby=True)
+    driver.room_for((0, 2))
+    driver.loader.unfetchable = {"tiny-1"}
+    with pytest.raises(OutOfMemory):
+        await driver.load(0, 4, model=1)
+    assert driver.ranges == [("tiny-0", "0-2", True)]
+
+
+async def test_what_was_released_for_a_load_that_fails_is_loaded_again(driver: LoaderDriver) -> None:
+    await driver.load(0, 2, standby=True)
+    driver.room_for((0, 2))
+    driver.loader.broken = {"tiny-1"}
+    with pytest.raises(ModelFileError):
+        await driver.load(0, 2, model=1)
+    await asyncio.gather(*driver.loader._restoring)
+    assert driver.ranges == [("tiny-0", "0-2", True)]
+    assert [resident.state for resident in driver.loader.residents] == [LoadState.ACTIVE]
+
+
+async def test_two_loads_that_are_fetched_at_once_do_not_take_the_same_memory(driver: LoaderDriver) -> None:
+    driver.room_for((0, 2))
+    results = await asyncio.gather(driver.load(0, 2), driver.load(0, 2, model=1), return_exceptions=True)
+    assert [type(result) for result in results].count(OutOfMemory) == 1
+    assert len(driver.ranges) == 1
+
+
+@pytest.mark.parametrize("first", [KV, 4 * KV])
+async def test_requests_at_the_same_time_each_get_the_kv_that_they_ask_for(driver: LoaderDriver, first: int) -> None:
+    one, other = await asyncio.gather(driver.load(0, 2, kv_tokens=first), driver.load(0, 2, kv_tokens=5 * KV - first))
+    assert one.kv_tokens >= first
+    assert other.kv_tokens >= 5 * KV - first
+    assert [resident.kv_tokens for resident in driver.loader.residents] == [4 * KV]
 
 
 async def test_other_peers_request_copies_with_place(driver: LoaderDriver, peers: Peers) -> None:

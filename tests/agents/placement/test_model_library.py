@@ -1,5 +1,6 @@
 """The models that a peer knows, and where it reads their text."""
 
+import asyncio
 from pathlib import Path
 
 import msgspec
@@ -16,6 +17,7 @@ from meshd.errors import ModelFileError, UnknownModel
 from meshd.models.store.store import Store
 from meshd.types import Advert, ModelCard, ModelId
 from tiny.bad_files import small_gguf
+from tiny.gguf_file import write_gguf
 
 
 def named(name: str) -> ModelCard:
@@ -25,6 +27,18 @@ def named(name: str) -> ModelCard:
 def stored(peer: str, *cards: ModelCard) -> Advert:
     """Make the advert of a peer that has these models on its disk."""
     return msgspec.structs.replace(advert(peer), models=cards)
+
+
+class QuickClock(SystemClock):
+    """A clock whose sleeps take a hundredth of their time."""
+
+    async def sleep(self, seconds: float) -> None:
+        await super().sleep(seconds / 100)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_gguf(tmp_path / "source.gguf", layers=1)
 
 
 @pytest.fixture
@@ -79,6 +93,56 @@ async def test_cards_from_peers_are_bounded(library: ModelLibrary, adverts: list
     assert [card.name for card in library.cards().values()] == [f"model-{number}" for number in range(6, 70)]
 
 
+async def test_what_another_process_pulls_or_removes_is_noticed_when_it_is_asked_for(
+    library: ModelLibrary, source: Path, tmp_path: Path
+) -> None:
+    await library.refresh()
+    other = Store(tmp_path)
+    with pytest.raises(UnknownModel):
+        await library.known(f"file:{source}")
+    stored = await other.pull(f"file:{source}")
+    assert (await library.known(f"file:{source}")).id == (await library.known(stored.id)).id == stored.id
+    second = write_gguf(tmp_path / "second.gguf", layers=1)
+    await other.pull(f"file:{second}")
+    assert (await library.known(f"file:{second}")).id == stored.id
+    other.remove(f"file:{source}")
+    other.remove(f"file:{second}")
+    with pytest.raises(UnknownModel):
+        await library.known("something else")
+    assert library.cards() == {}
+
+
+async def test_the_store_is_watched(peers: Peers, source: Path, tmp_path: Path) -> None:
+    changed = asyncio.Event()
+    links = peers.start("a").links
+    sources = WeightSources(links.id, links, adverts=list, names=str, clock=SystemClock(), link_stats=dict)
+    library = ModelLibrary(
+        links=links,
+        store=Store(tmp_path),
+        adverts=list,
+        on_change=changed.set,
+        clock=QuickClock(),
+        headers=HeaderFetcher(links, sources),
+    )
+    watch = asyncio.create_task(library.run())
+    stored = await Store(tmp_path).pull(f"file:{source}")
+    await asyncio.wait_for(changed.wait(), 30)
+    assert stored.id in library.local
+    watch.cancel()
+
+
+async def test_a_model_that_can_not_be_used_is_left_out_and_its_reason_is_given_when_it_is_asked_for(
+    library: ModelLibrary, source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await Store(tmp_path).pull(f"file:{source}")
+    write_gguf(source, layers=1, seed=1)
+    await library.refresh()
+    assert library.local == {}
+    assert [record.levelname for record in caplog.records if "left out" in record.message] == []
+    with pytest.raises(ModelFileError, match=r"source\.gguf is no longer file:"):
+        await library.known(f"file:{source}")
+
+
 def test_holders_with_the_file_come_before_those_with_layers() -> None:
     card = named("smollm2")
     layers = msgspec.structs.replace(stored("b"), holdings=(held(0, 2, model=card.id),))
@@ -87,8 +151,9 @@ def test_holders_with_the_file_come_before_those_with_layers() -> None:
 
 
 async def test_a_models_text_is_read_from_its_file_and_a_broken_one_is_known_as_unreadable(
-    library: ModelLibrary, tmp_path: Path
+    library: ModelLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("meshd.models.check.check_text", lambda header: "")  # as in a store that an earlier version filled
     templates = {"good": "{{ messages[0].content }}", "broken": "{% for m in %}"}
     cards = {}
     for name, template in templates.items():

@@ -47,13 +47,13 @@ class RecordedSleeps(SystemClock):
 class Models:
     """Stands for the library and the placer: `place` raises each of `failures` once, then succeeds."""
 
-    known: set[str]
+    here: set[str]
     failures: list[Exception] = field(default_factory=list)
     pulled: list[str] = field(default_factory=list)
     placed: int = 0
 
-    def find(self, name: str) -> ModelCard:
-        if name not in self.known:
+    async def known(self, name: str) -> ModelCard:
+        if name not in self.here:
             raise UnknownModel(f"no model {name}")
         return CARD
 

@@ -26,6 +26,8 @@ class Cluster:
         self.suspects: list[Advert] = []
         self.asked: list[tuple[PeerId, Place]] = []
         self.refusing: dict[PeerId, str] = {}
+        self.granting: int | None = None
+        """Tokens that peers reserve KV for, whatever they are asked for. None: as asked."""
         self.load_s = 0.0
         self.advert_delay_s = 0.0
         """Seconds from the end of a load to the advert that shows it."""
@@ -69,6 +71,8 @@ class Cluster:
     async def request(self, peer: PeerId, message: Request, *, timeout_s: float) -> tuple[Message, memoryview]:
         assert isinstance(message, Place)
         self.asked.append((peer, message))
+        if self.granting is not None:
+            message = msgspec.structs.replace(message, kv_tokens=self.granting)
         if peer in self.refusing:
             raise RemoteFailure("no more", remote_code=self.refusing[peer])
         advert = self.adverts[peer]

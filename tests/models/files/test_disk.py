@@ -1,5 +1,6 @@
 """Functions for files on disk: stamps, space, hashes, durable renames and locks."""
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -19,6 +20,7 @@ from meshd.models.files.disk import (
     sha256_of,
     size_of,
     stamp_of,
+    storage_error,
     try_lock,
 )
 
@@ -98,3 +100,23 @@ def test_a_lock_is_held_by_one_and_needs_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match="can't be written"):
         try_lock(FileLock(tmp_path / "file" / "lock"))
+
+
+@pytest.mark.parametrize(
+    ("number", "hint"),
+    [
+        (errno.ENOSPC, "free some disk space"),
+        (errno.EDQUOT, "free some disk space"),
+        (errno.EACCES, "make its folder writable"),
+        (errno.EROFS, "make its folder writable"),
+        (errno.EIO, "check the disk"),
+    ],
+)
+def test_the_hint_of_a_failed_write_fits_its_reason(number: int, hint: str) -> None:
+    error = storage_error(Path("/models/index.json"), OSError(number, os.strerror(number)))
+    assert str(error).startswith(f"/models/index.json can't be written: {os.strerror(number)}; {hint}")
+
+
+def test_a_file_that_can_not_be_read_is_named_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="missing can't be read: No such file or directory; check the path and the disk"):
+        sha256_of(tmp_path / "missing", lambda _: None)

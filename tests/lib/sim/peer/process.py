@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from meshd.agents.membership.peer_table import PeerTable
+from meshd.agents.placement.restart.placements import InMemory, Placements
 from meshd.agents.supervisor import Supervisor
 from meshd.compose import Parts, PeerSettings, PeerSignals, compose
 from meshd.types import Capability, ModelCard, PeerId, Rates
@@ -120,6 +121,7 @@ class SimProcess:
                 headers=cast("Any", None),  # `SimLibrary` has the text of every model
             ),
             weights=weights,
+            placements=Placements(InMemory()),
             supervisor=NoRestarts(self.clock),
             router=CountingRouter,
             coordinator=CountingCoordinator,

@@ -66,6 +66,12 @@ class SimStore:
 class SimLibrary(ModelLibrary):
     """The model library over a `SimStore`, with the toy model's text."""
 
+    async def run(self) -> None:
+        """Return at once: no other process changes the store."""
+
+    async def known(self, name: str) -> ModelCard:
+        return self.find(name)
+
     async def refresh(self) -> None:
         self.local = {card.id: card for card in self.store.list()}  # type: ignore[misc]
 
