@@ -99,7 +99,8 @@ def _draw(scores: F32, params: SamplingParams, position: int) -> int:
 def _weights(scores: F32, temperature: float) -> F32:
     """Compute each token's probability relative to that of the likeliest token, whose weight is exactly 1."""
     with np.errstate(over="ignore", under="ignore"):  # a token far below the likeliest one gets weight 0
-        return np.exp((scores - scores.max()) / np.float32(max(temperature, _LEAST_TEMPERATURE)))
+        weights: F32 = np.exp((scores - scores.max()) / np.float32(max(temperature, _LEAST_TEMPERATURE)))
+    return weights
 
 
 def uniform(seed: int, position: int) -> float:
@@ -156,7 +157,8 @@ def _largest(values: F32, count: int, limits: Iterable[float]) -> Ids:
     found = values[ids]
     threshold = np.partition(found, len(found) - count)[len(found) - count]
     above = np.flatnonzero(found > threshold)
-    return ids[np.concatenate([above, np.flatnonzero(found == threshold)[: count - len(above)]])]
+    chosen: Ids = ids[np.concatenate([above, np.flatnonzero(found == threshold)[: count - len(above)]])]
+    return chosen
 
 
 def _logprobs(logits: F32, token: int, count: int) -> TokenLogprobs:

@@ -68,6 +68,9 @@ class ModelLibrary:
     _warming: set["asyncio.Task[None]"] = field(default_factory=set)
     _from_peers: dict[ModelId, _PeerHeader] = field(default_factory=dict)
     """The headers of `texts` that came from peers."""
+    _last_header: tuple[ModelId, bytes] = (ModelId(""), b"")
+    """The header that a peer requested last."""
+    _reading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def register(self) -> None:
         """Register the handler of FETCH_HEADER."""
@@ -317,7 +320,11 @@ class ModelLibrary:
         card = self.card_here(message.model)
         if card is None:
             raise UnknownModel("this peer does not have that model's file")
-        data = await asyncio.to_thread(self._header_of, card)
+        # One at a time, because reading a header holds Python's lock: 256 at once would stop the heartbeats.
+        async with self._reading:
+            if card.id != self._last_header[0]:
+                self._last_header = card.id, await asyncio.to_thread(self._header_of, card)
+            data = self._last_header[1]
         return HeaderData(request=message.request, card=shown_to_peers(card)), data
 
     def _header_of(self, card: ModelCard) -> bytes:

@@ -15,7 +15,9 @@ from meshd.agents.placement.weights.sources import WeightSources
 from meshd.clock import SystemClock
 from meshd.errors import ModelFileError, UnknownModel
 from meshd.models.store.store import Store
-from meshd.types import Advert, ModelCard, ModelId
+from meshd.protocol.framing import EMPTY
+from meshd.protocol.messages import FetchHeader
+from meshd.types import Advert, ModelCard, ModelId, PeerId
 from tiny.bad_files import small_gguf
 from tiny.gguf_file import write_gguf
 
@@ -170,3 +172,16 @@ async def test_a_models_text_is_read_from_its_file_and_a_broken_one_is_known_as_
             await library.text(cards["broken"])
     finally:
         await library.close()
+
+
+async def test_a_header_that_many_requests_ask_for_is_read_once(library: ModelLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = named("smollm2"), named("gemma3")
+    library.local = {first.id: first, second.id: second}
+    read: list[str] = []
+    monkeypatch.setattr(ModelLibrary, "_header_of", lambda self, card: read.append(card.name) or card.name.encode())
+    asked = [FetchHeader(request=number, model=first.id) for number in range(50)]
+    answers = await asyncio.gather(*(library._on_fetch_header(PeerId("b"), message, EMPTY) for message in asked))
+    assert read == ["smollm2"]
+    assert {(reply.request, data) for reply, data in answers} == {(number, b"smollm2") for number in range(50)}
+    _, data = await library._on_fetch_header(PeerId("b"), FetchHeader(request=1, model=second.id), EMPTY)
+    assert (read, data) == (["smollm2", "gemma3"], b"gemma3")
