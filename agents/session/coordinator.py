@@ -28,12 +28,12 @@ from meshd.agents.session.plan.availability import Availability
 from meshd.agents.session.plan.move import Mover
 from meshd.agents.session.plan.retry import PlanRetrier
 from meshd.agents.session.plan.route import Router
-from meshd.agents.session.prompt import PromptIntake
 from meshd.agents.session.recovery_history import Recovered
 from meshd.agents.session.report import report_end
 from meshd.agents.session.stages.receiver import StageReceiver
 from meshd.agents.session.stages.stall import StallWatch
 from meshd.agents.session.takeover import Takeovers
+from meshd.agents.text.intake import PromptIntake
 from meshd.agents.text.model_texts import ModelText
 from meshd.clock import Clock
 from meshd.errors import MeshdError, Overloaded, PeerFault, Unavailable, UnknownModel, UnknownSession

@@ -87,7 +87,8 @@ async def test_sampling_parameters_that_no_peer_could_use_are_refused_at_once(
 ) -> None:
     async with Keepers(peers).linked("a", "b") as (a, _):
         coordinator = coordinator_of(a)
-        coordinator.library = ModelLibrary(links=a.peer.links, store=Store(tmp_path), adverts=list, on_change=lambda: None)
+        store, unused = Store(tmp_path), cast("Any", None)  # no header is fetched
+        coordinator.library = ModelLibrary(links=a.peer.links, store=store, adverts=list, on_change=lambda: None, headers=unused)
         coordinator.library.local[CARD.id] = CARD
         with pytest.raises(InvalidSampling) as refused:
             await coordinator.generate(GenerationRequest(model=CARD.name, prompt=(1, 2), sampling=sampling))

@@ -8,8 +8,8 @@ import pytest
 
 from fake_api.words import CARD
 from meshd.agents.service import ChatMessage, GenerationRequest, MeshOptions
-from meshd.agents.session import prompt as intake
-from meshd.agents.session.prompt import PromptIntake
+from meshd.agents.text import intake
+from meshd.agents.text.intake import PromptIntake
 from meshd.agents.text.model_texts import ModelText, ModelTexts
 from meshd.errors import ContextTooLong, Overloaded
 from texts.headers import text_header
