@@ -62,6 +62,7 @@ bench-short: $(VENV)/installed $(VENV)/group-test
 	$(FIGURE)_journal.py --rounds 1 --tokens 32
 	$(FIGURE)_migration.py --rounds 1 --contexts 256
 	$(FIGURE)_recovery.py --rounds 1 --context 256
+	$(FIGURE)_predictions.py --hosts 2 --rtt 5 --rate 100mbit 20mbit --context 128
 	$(FIGURE)_survival.py --seconds 4 --connections 1000
 
 sim: $(VENV)/installed $(VENV)/group-test

@@ -22,11 +22,15 @@ MAX_BYTES = 1 << 53
 """8 PiB. Up to here, floats hold sizes exactly."""
 MAX_PEERS = 256
 """Most peers of a cluster that a message can list."""
+MAX_COORDINATORS = 16
+"""Earlier coordinators that a session's record names. KV of one that is not named any more is computed again."""
 MAX_LISTED = 1024
 """Most entries of a list that has no closer bound."""
 MAX_LOGIT_BIAS = 1024
 """Most entries of `logit_bias`. With them, OPEN's header still fits 64 KiB."""
 MAX_TOP_LOGPROBS = 20
+MAX_CONTEXT_CLASSES = 16
+"""Most classes of contexts for which a peer advertises factors."""
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_LABEL = 512

@@ -31,7 +31,6 @@ from meshd.agents.session.admission import Admission
 from meshd.agents.session.coordinator import Coordinator
 from meshd.agents.session.journal.deputy import Deputy
 from meshd.agents.session.journal.locator import Locator
-from meshd.agents.session.journal.record import SessionRecord
 from meshd.agents.session.journal.writer import JournalWriters
 from meshd.agents.session.plan.drain import Drainer
 from meshd.agents.session.plan.move import Mover
@@ -39,12 +38,14 @@ from meshd.agents.session.plan.retry import PlanRetrier
 from meshd.agents.session.plan.route import Router
 from meshd.agents.signals import Signal
 from meshd.agents.stage.host import StageHost
+from meshd.agents.stage.learning import StepLearning
 from meshd.agents.supervisor import Supervisor
 from meshd.clock import Clock
 from meshd.kernels.backend import Backend
-from meshd.protocol.messages import Error, Hello, Token
+from meshd.models.cards import shown_to_peers
+from meshd.protocol.messages import Error, HandedOver, HandOver, Hello, Token
 from meshd.telemetry import Telemetry
-from meshd.types import Advert, Capability, PeerId
+from meshd.types import Advert, Capability, PeerId, SessionId
 
 log = getLogger(__name__)
 
@@ -66,7 +67,7 @@ class PeerSignals:
     """A stage session opened or closed on this peer."""
     layers_changed: Signal[()] = field(default_factory=Signal[()])
     """Layers were loaded or freed on this peer."""
-    orphaned: Signal[SessionRecord] = field(default_factory=Signal)
+    orphaned: Signal[SessionId, PeerId] = field(default_factory=Signal)
     """The coordinator of a session is gone, and this peer has the session's record."""
 
 
@@ -158,6 +159,7 @@ class Peer:
             agent.register()
         self.locator.register(self.coordinator)
         self.links.register(Token, self._on_token)
+        self.links.register(HandOver, self._on_hand_over)
         self.links.register(Error, self._on_error)
 
     @asynccontextmanager
@@ -213,6 +215,10 @@ class Peer:
         self.stages.on_token(sender, message, payload)
         self.coordinator.on_token(sender, message, payload)
 
+    def _on_hand_over(self, sender: PeerId, message: HandOver, payload: memoryview) -> HandedOver:
+        has_kv, has_record = self.stages.on_hand_over(sender, message), self.deputy.on_hand_over(sender, message)
+        return HandedOver(request=message.request, known=has_kv or has_record)
+
     def _on_error(self, sender: PeerId, message: Error, payload: memoryview) -> None:
         if message.request:
             return  # the reply to a request that already timed out or was cancelled
@@ -226,7 +232,7 @@ def compose(parts: Parts) -> Peer:
     """Construct a peer's agents and connect them. Must be called inside the event loop."""
     signals, settings, clock, links, library = parts.signals, parts.settings, parts.clock, parts.links, parts.library
     story, bus = Story(clock), EventBus(clock)
-    holdings = ResidentModels(parts.capability.rates.attention_bytes_s)
+    holdings = ResidentModels()
     memory = FreeMemory(parts.capability.memory_free_bytes, holdings, parts.measure_free_bytes, clock)
     stages = _stages(parts, holdings, story)
     drainer = Drainer(links=links, clock=clock, stages=lambda: stages.sessions, on_change=signals.changed)
@@ -237,8 +243,14 @@ def compose(parts: Parts) -> Peer:
     router = parts.router(me=parts.me, library=library, placer=placer, adverts=adverts, suspects=membership.suspects)
     preload = Preload(settings.models, library, placer, router.covered, clock)
     journal = JournalWriters(parts.me, links, clock, adverts)
-    deputy = Deputy(links, clock, on_orphan=signals.orphaned, on_dropped=journal.on_dropped)
-    locator = Locator(parts.me, links, deputy)
+    deputy = Deputy(
+        links,
+        clock,
+        on_orphan=signals.orphaned,
+        on_dropped=journal.on_dropped,
+        coordinates=lambda session: session in coordinator.answers,
+    )
+    locator = Locator(parts.me, links, deputy, clock)
     coordinator = _coordinator(parts, router, preload, journal, deputy, locator, membership, drainer, story)
     keeper = Keeper(
         me=parts.me,
@@ -286,6 +298,7 @@ def _stages(parts: Parts, holdings: ResidentModels, story: Story) -> StageHost:
         me=parts.me,
         links=links,
         residents=holdings,
+        learning=StepLearning(parts.me, parts.capability.rates, parts.clock),
         compute=parts.compute,
         clock=parts.clock,
         telemetry=parts.telemetry,
@@ -323,7 +336,8 @@ def _membership(
             capability=parts.capability,
             memory_free_bytes=memory.free_bytes,
             holdings=lambda: tuple(resident.holding() for resident in holdings),
-            models=lambda: tuple(parts.library.local.values()),
+            models=lambda: tuple(map(shown_to_peers, parts.library.local.values())),
+            learned=stages.learning.learned,
             sessions=lambda: stages.sessions,
             draining=lambda: drainer.draining,
         ),

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from meshd.agents.membership.peer_table import PeerTable
 from meshd.agents.membership.sources import Source
 from meshd.agents.membership.static import StaticPeers
 from meshd.agents.placement.model_library import ModelLibrary
+from meshd.agents.placement.weights.headers import HeaderFetcher
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.agents.placement.weights.sources import WeightSources
 from meshd.agents.supervisor import Supervisor
@@ -46,6 +48,9 @@ from meshd.types import PeerId
 
 log = getLogger(__name__)
 
+_SWITCH_S = 0.0005
+"""Longest time that Python code of one thread keeps the others waiting. A step hands Python over some 60 times for each token, so
+that with the default of 5 ms it takes many times as long beside a search for a plan."""
 _QUEUE_WAIT_S = 60.0
 _OUTPUTS_BYTES = 128 << 20
 """Memory for stage outputs that are kept in case they must be sent again."""
@@ -85,6 +90,7 @@ async def run_daemon(
     Cancel: the peer leaves without waiting for its sessions.
     """
     require_guarded_api(config)
+    sys.setswitchinterval(_SWITCH_S)
     folder = StateFolder.open(config.state)
     clock = SystemClock()
     shares = share_descriptors(raise_limit())
@@ -281,12 +287,21 @@ def _parts(
         on_down=signals.link_down,
         on_outcome=signals.dialled,
     )
-    prober = LinkProber(peer_links, clock, on_change=signals.changed)
+    prober = LinkProber(
+        peer_links, clock, on_change=signals.changed, on_round_trip=lambda peer, seconds: telemetry.hop(peer, seconds / 2)
+    )
     store = Store(config.models_dir, config.hf_cache, index_url=config.pypi_index, clock=clock)
     texts = ModelTexts(TextWorkers(memory_bytes=memory_limit(capability.memory_total_bytes)))
-    library = ModelLibrary(links=peer_links, store=store, adverts=table.adverts, on_change=signals.changed, texts=texts)
     weight_sources = WeightSources(
         me=identity.peer, links=peer_links, adverts=table.adverts, names=table.name_of, clock=clock, link_stats=prober.stats
+    )
+    library = ModelLibrary(
+        links=peer_links,
+        store=store,
+        adverts=table.adverts,
+        on_change=signals.changed,
+        headers=HeaderFetcher(peer_links, weight_sources),
+        texts=texts,
     )
     return Parts(
         me=identity.peer,

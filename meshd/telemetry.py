@@ -38,14 +38,19 @@ class Telemetry:
         Info("meshd_build", "The running version", registry=registry).info({"version": __version__})
         self._ttft = Histogram("meshd_ttft_seconds", "Request to first token", buckets=_TTFT_S, registry=registry)
         self._tpot = Histogram("meshd_tpot_seconds", "Time per output token after the first", buckets=_TPOT_S, registry=registry)
-        self._hop = Histogram("meshd_hop_seconds", "One activation, send to receive", ["peer"], buckets=_HOP_S, registry=registry)
+        self._hop = Histogram(
+            "meshd_hop_seconds",
+            "A small message, send to receive: half the round trip of a heartbeat",
+            ["peer"],
+            buckets=_HOP_S,
+            registry=registry,
+        )
         self._stage = Histogram(
             "meshd_stage_seconds", "One step's compute in a stage", ["layers", "phase"], buckets=_TPOT_S, registry=registry
         )
         self._queue_wait = Histogram("meshd_queue_wait_seconds", "Wait for admission", buckets=_TTFT_S, registry=registry)
         self._tokens = Counter("meshd_tokens", "Tokens of finished and running answers", ["kind"], registry=registry)
         self._requests = Counter("meshd_requests", "HTTP requests by route and outcome", ["route", "outcome"], registry=registry)
-        self._link_bytes = Counter("meshd_link_bytes", "Bytes on links to peers", ["peer", "lane", "direction"], registry=registry)
         self._sessions = Gauge("meshd_sessions_active", "Sessions that this peer coordinates", registry=registry)
         self._kv_free = Gauge("meshd_kv_blocks_free", "Free KV blocks of this peer", registry=registry)
         self._recovery = Histogram(
@@ -72,7 +77,7 @@ class Telemetry:
         self._tpot.observe(seconds)
 
     def hop(self, peer: str, seconds: float) -> None:
-        """Record the time from sending to receiving one activation on the link with `peer`."""
+        """Record the time from sending to receiving a small message on the link with `peer`."""
         self._hop.labels(peer).observe(seconds)
 
     def stage_step(self, layers: str, phase: Literal["prefill", "decode"], seconds: float) -> None:
@@ -91,11 +96,6 @@ class Telemetry:
     def request(self, route: str, outcome: str) -> None:
         """Count an HTTP request. `outcome` is `ok`, `client_gone` or an error's code."""
         self._requests.labels(route, outcome).inc()
-
-    def link_bytes(self, peer: str, lane: str, *, sent: int = 0, received: int = 0) -> None:
-        """Count bytes on one lane of the link to `peer`."""
-        self._link_bytes.labels(peer, lane, "sent").inc(sent)
-        self._link_bytes.labels(peer, lane, "received").inc(received)
 
     def sessions_active(self, count: int) -> None:
         """Set the number of sessions that this peer coordinates."""

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from meshd.bounds import (
+    MAX_CONTEXT_CLASSES,
     MAX_LAYERS,
     MAX_LISTED,
     MAX_LOGIT_BIAS,
@@ -324,13 +325,13 @@ class Capability(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LinkStats(msgspec.Struct, frozen=True, kw_only=True):
-    """One direction of a link, measured by the sending peer."""
+    """One direction of a link, measured by the sending peer over the last seconds (`agents/links/estimate.py`)."""
 
     rtt_s: Seconds
-    """Round trip of a small message."""
+    """Shortest recent round trip of a small message."""
     bandwidth_bytes_s: Rate
     hop_s: Seconds = 0.0
-    """Time of one activation from send to receive: half the round trip of an 8 KiB frame."""
+    """Usual time of a small message from send to receive: half the median of recent round trips. 0: half of `rtt_s`."""
     measured_at: Timestamp = 0.0
 
 
@@ -351,10 +352,26 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
     """Measured seconds of one layer per token of a prefill chunk. None: not measured."""
     head_s: Seconds | None = None
     """Measured seconds of final norm, head and sampler for one token. None: not measured."""
+    attention_token_s: Seconds | None = None
+    """Measured seconds of one layer's attention in a decode step, for each earlier position. None: not measured."""
+    attention_pair_s: Seconds | None = None
+    """Measured seconds of one layer's attention in a prefill chunk, for each pair of a token and an earlier position. None: not
+    measured."""
     standby: bool = False
     """A standby copy for when a peer is lost. New sessions use it only if no other peer holds the layers."""
     pinned: bool = False
     """A user placed these layers on this peer."""
+
+
+class LearnedRates(msgspec.Struct, frozen=True, kw_only=True):
+    """What a peer has learned from the steps that its stages computed lately (`planner/model/learn.py`)."""
+
+    decode: Annotated[tuple[Factor, ...], at_most(MAX_CONTEXT_CLASSES)] = ()
+    """Measured over predicted compute time of decode steps, for each class of context in `CONTEXT_CLASSES`. Empty: as predicted."""
+    prefill: Annotated[tuple[Factor, ...], at_most(MAX_CONTEXT_CLASSES)] = ()
+    """The same for prefill chunks."""
+    step_overhead_s: Seconds | None = None
+    """Time of a step on the peer beside its computation: hand-over between threads, coding and sending. None: not measured."""
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
@@ -379,6 +396,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     links: Annotated[dict[PeerId, LinkStats], at_most(MAX_PEERS)] = {}
     neighbours: Annotated[dict[PeerId, Address], at_most(MAX_PEERS)] = {}
     """`IP:PORT` of linked peers. From these, a peer that knows one address finds the whole cluster, even without multicast."""
+    learned: LearnedRates = LearnedRates()
     sessions: Count = 0
     """Number of sessions that have a stage on this peer."""
     draining: bool = False
@@ -399,6 +417,7 @@ class Advert(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[ModelCard, ...] = ()
     links: dict[PeerId, LinkStats] = {}
     neighbours: dict[PeerId, str] = {}
+    learned: LearnedRates = LearnedRates()
     sessions: int = 0
     api: str = ""
     draining: bool = False

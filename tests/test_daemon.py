@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import socket
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 
@@ -70,6 +71,15 @@ async def test_a_given_join_code_is_stored_and_another_one_is_refused(local_conf
     assert main(["key", "join", codes[1], "--replace", "--state", str(local_config.state)]) == 0
     async with running(dataclasses.replace(local_config, key=codes[1])) as info:
         assert info.join_code == codes[1]
+
+
+async def test_a_daemon_lets_threads_take_turns_within_half_a_millisecond(local_config: Config) -> None:
+    before = sys.getswitchinterval()
+    try:
+        async with running(local_config):
+            assert sys.getswitchinterval() <= 0.0005
+    finally:
+        sys.setswitchinterval(before)
 
 
 async def test_a_state_folder_that_another_daemon_uses_is_refused(local_config: Config) -> None:

@@ -28,7 +28,6 @@ def test_every_recorded_value_is_rendered() -> None:
     telemetry.queue_wait(1.5)
     telemetry.tokens(prompt=10, completion=3)
     telemetry.request("/v1/models", "ok")
-    telemetry.link_bytes("peer", "bulk", sent=100, received=7)
     telemetry.sessions_active(2)
     telemetry.kv_blocks_free(64)
     telemetry.prediction("tpot", 0.02, 0.03)
@@ -41,7 +40,6 @@ def test_every_recorded_value_is_rendered() -> None:
     assert seen["meshd_tokens_total[('kind', 'prompt')]"] == 10
     assert seen["meshd_tokens_total[('kind', 'completion')]"] == 3
     assert seen["meshd_requests_total[('outcome', 'ok'), ('route', '/v1/models')]"] == 1
-    assert seen["meshd_link_bytes_total[('direction', 'sent'), ('lane', 'bulk'), ('peer', 'peer')]"] == 100
     assert seen["meshd_sessions_active[]"] == 2
     assert seen["meshd_kv_blocks_free[]"] == 64
     assert seen["meshd_prediction_ratio_sum[('what', 'tpot')]"] == pytest.approx(1.5)

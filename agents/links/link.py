@@ -1,41 +1,49 @@
 """One link: its two connections with a peer (the lanes), the time when the peer was last heard, and the round-trip time."""
 
 import asyncio
+import math
 from collections.abc import Callable
 
+from meshd.agents.links.estimate import LinkEstimate
 from meshd.errors import PeerLost
+from meshd.protocol.framing import KIB, Frame
 from meshd.protocol.handshake import ExistingLink, HelloAgreement
-from meshd.protocol.messages import Heartbeat, HeartbeatAck, Lane, Message
+from meshd.protocol.messages import Heartbeat, HeartbeatAck, Lane, Message, Probe, SessionMessage
 from meshd.protocol.transport import Address, Buffer, Connection
 from meshd.types import PeerId
 
 _ADDRESSES = 16
-_RTT_WEIGHT = 0.125
-"""Weight of a new sample in the mean round-trip time, as in TCP (RFC 6298)."""
+_LARGE = 16 * KIB
+"""A payload from this size on may delay the heartbeats behind it."""
+_TELLING = 64 * KIB
+"""The arrival of a payload from this size on tells the bandwidth, if it takes `_TELLING_S` and several round trips."""
+_TELLING_S = 0.002
 
 
 class Link:
     """A link with a peer, from its first HELLO to its end. It is up once both peers know that both lanes are connected."""
 
     def __init__(
-        self, peer: PeerId, number: int, *, dialled: bool, now: float, on_end: Callable[["Link", str, bool], None]
+        self, peer: PeerId, number: int, *, dialled: bool, now: Callable[[], float], on_end: Callable[["Link", str, bool], None]
     ) -> None:
         self.peer = peer
         self.number = number
         self.dialled = dialled
-        self.born = now
-        self.heard = now
+        self.born = self.heard = now()
         self.up = False
         self.up_since = 0.0
         self.agreement: HelloAgreement | None = None
-        self.rtt_min_s: float | None = None
-        self.rtt_mean_s: float | None = None
+        self.estimate = LinkEstimate()
+        self.used_at = now()
+        """Time of the last message of a session."""
         self.gone = asyncio.Event()
         self.lanes: dict[Lane, Connection] = {}
         self.addresses: dict[Address, None] = {}
         """Where the peer was reached or says that it listens, oldest first."""
         self._on_end = on_end
+        self._now = now
         self._sequence = 0
+        self._arrival_bytes_s = 0.0
 
     @property
     def joined(self) -> bool:
@@ -66,6 +74,22 @@ class Link:
         if connection is None:
             raise PeerLost(f"the link with {self.peer} is not up")
         connection.send(message, payload)
+        self._note_use(message, memoryview(payload).nbytes if payload is not None else 0)
+
+    def received(self, message: Message, frame: Frame, now: float) -> None:
+        """Record that a message has arrived."""
+        self.heard = now
+        size = len(frame.payload)
+        self._note_use(message, size)
+        rtt_s = self.estimate.rtt_s(now) or 0.0
+        if size >= _TELLING and not isinstance(message, Probe) and frame.receive_s > max(_TELLING_S, 4 * rtt_s):
+            self._arrival_bytes_s = size / frame.receive_s
+
+    def _note_use(self, message: Message, size: int) -> None:
+        if size >= _LARGE:
+            self.estimate.disturb(self._now())
+        if isinstance(message, SessionMessage):
+            self.used_at = self._now()
 
     def when_room(self, lane: Lane, callback: Callable[[], None]) -> None:
         """See `Connection.when_room`. Raises: PeerLost."""
@@ -79,13 +103,19 @@ class Link:
         self._sequence += 1
         self.send(Heartbeat(sequence=self._sequence, sent_ns=int(now * 1e9)))
 
+    def answer_beat(self, beat: Heartbeat) -> None:
+        """Answer a heartbeat, and report how the last large message arrived. Raises: as `send`."""
+        arrival_bytes_s, self._arrival_bytes_s = self._arrival_bytes_s, 0.0
+        self.send(HeartbeatAck(sequence=beat.sequence, sent_ns=beat.sent_ns, arrival_bytes_s=arrival_bytes_s))
+
     def beat_answered(self, answer: HeartbeatAck, now: float) -> None:
-        """Update the round-trip time from the answer to a heartbeat. Implausible answers are ignored."""
+        """Update the estimate from the answer to a heartbeat. Implausible answers are ignored."""
         rtt_s = now - answer.sent_ns / 1e9
         if rtt_s < 0 or not 0 < answer.sequence <= self._sequence:
             return
-        self.rtt_min_s = rtt_s if self.rtt_min_s is None else min(self.rtt_min_s, rtt_s)
-        self.rtt_mean_s = rtt_s if self.rtt_mean_s is None else self.rtt_mean_s + _RTT_WEIGHT * (rtt_s - self.rtt_mean_s)
+        self.estimate.round_trip(rtt_s, now)
+        if 0 < answer.arrival_bytes_s < math.inf:
+            self.estimate.bandwidth(answer.arrival_bytes_s, now)
 
     def end(self, reason: str, farewell: Message | None = None, *, on_purpose: bool = False) -> None:
         """Close both lanes, and send `farewell` on them first if there is one. Later calls do nothing.

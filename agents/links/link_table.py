@@ -101,7 +101,7 @@ class LinkTable:
         _notify(partial(self._on_up, link.peer, hello, address))
 
     def _begin(self, peer: PeerId, number: int, *, dialled: bool) -> Link:
-        link = Link(peer, number, dialled=dialled, now=self._now(), on_end=self._ended)
+        link = Link(peer, number, dialled=dialled, now=self._now, on_end=self._ended)
         self._links[peer] = link
         return link
 
@@ -141,20 +141,20 @@ class LinkTable:
             _try(partial(link.beat, now))
 
     def _received(self, link: Link, connection: Connection, message: Message, frame: Frame) -> None:
-        link.heard = self._now()
+        link.received(message, frame, self._now())
         if not link.up:
             if link.dialled or not link.joined:
                 raise ProtocolViolation(f"{type(message).__name__} before the link was up")
             # The dialler sends its first message only when it has both lanes, so now both peers know that both are connected.
             self.bring_up(link)
-        if message.number > ProbeAck.number or not self._link_message(link, message, frame):
+        if message.number > ProbeAck.number or not self._link_message(link, message):
             self._dispatcher.deliver(link.peer, message, frame.payload)
 
-    def _link_message(self, link: Link, message: Message, frame: Frame) -> bool:
+    def _link_message(self, link: Link, message: Message) -> bool:
         """Handle a message about the link itself. Returns: False if the message is for the dispatcher."""
         match message:
             case Heartbeat():
-                _try(partial(link.send, HeartbeatAck(sequence=message.sequence, sent_ns=message.sent_ns)))
+                _try(partial(link.answer_beat, message))
             case HeartbeatAck():
                 link.beat_answered(message, link.heard)
             case Goodbye():
@@ -162,8 +162,7 @@ class LinkTable:
             case Hello():
                 raise ProtocolViolation("HELLO on a link that is up")
             case Probe():
-                answer = ProbeAck(request=message.request, received_bytes=len(frame.payload), receive_s=frame.receive_s)
-                _try(partial(link.send, answer, frame.payload if message.echo else None))
+                _try(partial(link.send, ProbeAck(request=message.request)))
             case _:
                 return False
         return True

@@ -15,6 +15,7 @@ from typing import TypedDict
 
 import meshd
 from meshd.agents.links.dial import Dialler
+from meshd.agents.links.estimate import LinkEstimate
 from meshd.agents.links.link import Link
 from meshd.agents.links.link_table import LinkTable, OnDown, OnUp, Timing
 from meshd.agents.links.log import LinkLog, RefusalRow
@@ -184,6 +185,16 @@ class Links:
         link = self._table.get(peer)
         return self._clock.monotonic() - link.heard if link is not None and link.up else float("inf")
 
+    def unused_s(self, peer: PeerId) -> float:
+        """Returns: seconds since the last message of a session on the link with a peer; infinity if its link is not up."""
+        link = self._table.get(peer)
+        return self._clock.monotonic() - link.used_at if link is not None and link.up else float("inf")
+
+    def estimate(self, peer: PeerId) -> LinkEstimate | None:
+        """Returns: what is known of the link with a peer; None if its link is not up."""
+        link = self._table.get(peer)
+        return link.estimate if link is not None and link.up else None
+
     def idle_s(self, peer: PeerId, lane: Lane) -> float:
         """Returns: seconds since the last bytes from `peer` arrived on a lane, which may be a part of a message; infinity if its
         link is not up."""
@@ -293,15 +304,17 @@ class Links:
         assert link.agreement is not None
         hello = link.agreement.hello
         host, port = link.lanes[Lane.CONTROL].remote
+        now = self._clock.monotonic()
+        hop_s = link.estimate.hop_s(now)
         return LinkRow(
             peer=link.peer,
             name=hello.name,
             address=str(Address(host, port)),
             addresses=self.addresses(link.peer),
             dialled=link.dialled,
-            up_s=self._clock.monotonic() - link.up_since,
-            rtt_ms=_ms(link.rtt_mean_s),
-            rtt_min_ms=_ms(link.rtt_min_s),
+            up_s=now - link.up_since,
+            rtt_ms=_ms(None if hop_s is None else 2 * hop_s),
+            rtt_min_ms=_ms(link.estimate.rtt_s(now)),
             queued_bytes=link.queued_bytes,
             bytes_in=sum(connection.bytes_in for connection in link.lanes.values()),
             bytes_out=sum(connection.bytes_out for connection in link.lanes.values()),

@@ -39,14 +39,16 @@ def plan_input_of(
 
     Raises: InvalidRequest, NoPeer.
     """
-    profiles = tuple(_restricted(profile, standby, leaving) for profile in profiles_from_adverts(adverts, card.id))
+    prompt_tokens = prompt_tokens or max(1, min(128, context // 2))
+    corrected = profiles_from_adverts(adverts, card.id, decode_at=(prompt_tokens + context) / 2, prefill_at=prompt_tokens / 2)
+    profiles = tuple(_restricted(profile, standby, leaving) for profile in corrected)
     return PlanInput(
         card=card,
         profiles=profiles,
         network=Network.from_adverts(adverts),
         context=context,
         objective=mesh.objective or Objective.LATENCY,
-        prompt_tokens=prompt_tokens or max(1, min(128, context // 2)),
+        prompt_tokens=prompt_tokens,
         min_peers=mesh.min_peers or 1,
         peers=tuple(resolve_peer(name, profiles, param="mesh.peers") for name in mesh.peers) if mesh.peers else None,
         stages=parse_stages(mesh.stages, profiles, card.spec.layers) if mesh.stages else None,

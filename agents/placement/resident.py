@@ -8,9 +8,6 @@ from meshd.kernels.backend import LoadedLayers
 from meshd.kernels.kv import KVPool
 from meshd.types import Holding, LayerRange, ModelCard, ModelId
 
-_SMOOTHING = 0.05
-"""Weight of one decode step in the running mean, which follows a change within about 20 steps."""
-
 
 class LoadState(Enum):
     """The state of a run of layers. It never goes back to an earlier state.
@@ -44,8 +41,11 @@ class ResidentLayers:
     pinned: bool = False
     """Whether the user asked for certain peers, stages or an objective, so that the keeper does not move these layers."""
     layer_decode_s: float | None = None
+    """Measured by the check step, like the four below. Real steps correct them for the whole peer (`stage/learning.py`)."""
     layer_prefill_s: float | None = None
     head_s: float | None = None
+    attention_token_s: float | None = None
+    attention_pair_s: float | None = None
     steady: bool = True
     """Whether a token's output has the same bits alone as in a batch. If not, a recovery that recomputes it can alter an answer."""
 
@@ -66,16 +66,11 @@ class ResidentLayers:
 
     @property
     def untouched_bytes(self) -> int:
-        """Bytes that are reserved but not yet allocated: free KV blocks; everything until there is a pool."""
-        if self.pool is None:
-            return self.reserved_bytes
-        return self.pool.blocks_free * self.pool.block_tokens * self.card.kv_bytes_per_token_layer() * len(self.layers)
+        """Bytes that are reserved but not yet allocated: KV blocks never written to; everything until there is a pool.
 
-    def observe_decode(self, layers: int, seconds: float) -> None:
-        """Add one decode step of `layers` layers to the running mean. `seconds` excludes attention and the head."""
-        per_layer = seconds / layers
-        known = self.layer_decode_s
-        self.layer_decode_s = per_layer if known is None else known + _SMOOTHING * (per_layer - known)
+        A block that a session has freed is allocated: the system does not get its memory back.
+        """
+        return self.reserved_bytes if self.pool is None else self.pool.bytes_untouched
 
     def holding(self) -> Holding:
         """Describe these layers for the advert."""
@@ -91,6 +86,8 @@ class ResidentLayers:
             layer_decode_s=self.layer_decode_s,
             layer_prefill_s=self.layer_prefill_s,
             head_s=self.head_s,
+            attention_token_s=self.attention_token_s,
+            attention_pair_s=self.attention_pair_s,
             standby=self.standby,
             pinned=self.pinned,
         )
@@ -100,8 +97,6 @@ class ResidentLayers:
 class ResidentModels:
     """All resident layers of this peer. Only the loader adds and removes entries; the stage host finds them and counts sessions."""
 
-    attention_bytes_s: float
-    """Attention rate that the device probe measured. `observe_decode` uses it to subtract attention from the time of a step."""
     entries: list[ResidentLayers] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[ResidentLayers]:
@@ -118,11 +113,6 @@ class ResidentModels:
 
     def of(self, model: ModelId) -> list[ResidentLayers]:
         return [resident for resident in self.entries if resident.card.id == model]
-
-    def observe_decode(self, resident: ResidentLayers, layers: int, position: int, seconds: float) -> None:
-        """Record one decode step that ran `layers` layers of `resident` and read the KV of `position` tokens."""
-        kv_bytes = position * resident.card.kv_bytes_per_token_layer() * layers
-        resident.observe_decode(layers, max(0.0, seconds - kv_bytes / self.attention_bytes_s))
 
     @property
     def reserved_bytes(self) -> int:

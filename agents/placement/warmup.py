@@ -1,5 +1,6 @@
 """The check step of layers that were just loaded: checks that their output is finite, and measures times for the planner."""
 
+import statistics
 import time
 
 import numpy as np
@@ -11,7 +12,17 @@ from meshd.kernels.backend import Segment, Stage
 from meshd.kernels.kv import BlockTable, KVPool
 
 _PREFILL_TOKENS = 32
-_DECODE_STEPS = 16
+_CHUNK_TOKENS = 128
+"""Tokens of a prefill chunk, as in an answer."""
+_LONG_POSITION = 1024
+"""Position at which attention is timed, if the pool has room for it."""
+_LEAST_LONG = 256
+"""Attention is not timed before this position: its time would vanish among the others."""
+_DECODE_STEPS, _LONG_STEPS = 16, 6
+_PAUSE_S = 0.005
+"""Pause before each timed step. In an answer other work runs between two steps, so that caches are colder than in a tight loop."""
+_SLOW_PREFILL_S = 0.3
+"""If the first prefill takes longer, larger ones are not timed, because running sessions wait for this check step."""
 _COMPARED = 4
 """Number of tokens that are also computed alone, to compare their bits with the result in a batch."""
 
@@ -19,31 +30,67 @@ _COMPARED = 4
 def warm_up(resident: ResidentLayers) -> None:
     """Prefill and decode a few tokens, and set the times and `steady` of `resident`. Runs on the compute thread.
 
-    Each time is the minimum of several runs: in the first run the backend still builds some objects, and other work on the device
-    can only make a run slower.
+    Each time is a median, since other work may disturb some runs.
 
     Raises: ModelFileError if the output is not finite; OutOfMemory.
     """
     assert resident.weights is not None
     assert resident.pool is not None
     stage, pool = resident.weights.stage(resident.layers), resident.pool
-    table = pool.allocate(_PREFILL_TOKENS + _DECODE_STEPS)
+    room = min(_LONG_POSITION + _CHUNK_TOKENS, pool.blocks_free * pool.block_tokens, resident.card.spec.context_length)
+    table = pool.allocate(max(_PREFILL_TOKENS + _DECODE_STEPS, room))
     try:
-        hidden = _hidden(resident, stage, _PREFILL_TOKENS)
-        together, _ = _run(stage, pool, hidden, table, 0)
-        resident.steady = _is_steady(stage, pool, hidden, table, together)
-        prefill_s = min(_run(stage, pool, hidden, table, 0)[1] for _ in range(3))
-        resident.layer_prefill_s = prefill_s / (_PREFILL_TOKENS * len(resident.layers))
-        times, out = [], hidden
-        for step in range(_DECODE_STEPS):
-            out, seconds = _run(stage, pool, hidden[step : step + 1], table, _PREFILL_TOKENS + step)
-            times.append(seconds)
+        hidden = _hidden(resident, stage, _CHUNK_TOKENS)
+        together, first_s = _run(stage, pool, hidden[:_PREFILL_TOKENS], table, 0)
+        resident.steady = _is_steady(stage, pool, hidden[:_PREFILL_TOKENS], table, together)
+        run = _Timer(stage, pool, hidden, table, room)
+        step_s, out = run.median_s(_PREFILL_TOKENS, 1, _DECODE_STEPS)
         _check_finite(resident, out)
-        resident.layer_decode_s = min(times) / len(resident.layers)
+        _set_times(resident, run, step_s, quick=first_s < _SLOW_PREFILL_S)
         if resident.layers.end == resident.card.spec.layers:
             resident.head_s = _time_head(resident, stage, out)
     finally:
         pool.free(table)
+
+
+class _Timer:
+    """Times steps of the layers that are checked."""
+
+    def __init__(self, stage: Stage, pool: KVPool, hidden: npt.NDArray[np.float32], table: BlockTable, room: int) -> None:
+        self._stage, self._pool, self._hidden, self._table = stage, pool, hidden, table
+        self.room = room
+        """Number of positions that steps may use."""
+
+    def median_s(self, start: int, tokens: int, runs: int) -> tuple[float, npt.NDArray[np.float32]]:
+        """Run a step several times. Returns: its median time in seconds, and the output of the last run."""
+        times = []
+        for _ in range(runs):
+            time.sleep(_PAUSE_S)
+            out, seconds = _run(self._stage, self._pool, self._hidden[:tokens], self._table, start)
+            times.append(seconds)
+        return statistics.median(times), out
+
+
+def _set_times(resident: ResidentLayers, run: _Timer, step_s: float, *, quick: bool) -> None:
+    """Set the times of layers and of attention. `step_s`: a decode step at a short context. `quick`: also time large prefills."""
+    layers, long = len(resident.layers), min(_LONG_POSITION, run.room - _CHUNK_TOKENS)
+    chunk = _CHUNK_TOKENS if quick and run.room >= _CHUNK_TOKENS else _PREFILL_TOKENS
+    chunk_s, _ = run.median_s(0, chunk, 1 if chunk == _CHUNK_TOKENS else 3)
+    pairs = chunk * (chunk + 1) / 2
+    resident.layer_decode_s = step_s / layers
+    resident.layer_prefill_s = chunk_s / (chunk * layers)
+    if long < _LEAST_LONG:
+        return
+    long_s, _ = run.median_s(long, 1, _LONG_STEPS)
+    if long_s > step_s:
+        resident.attention_token_s = (long_s - step_s) / ((long - _PREFILL_TOKENS) * layers)
+        resident.layer_decode_s -= resident.attention_token_s * _PREFILL_TOKENS
+    if chunk < _CHUNK_TOKENS:
+        return
+    far_s, _ = run.median_s(long, chunk, 1)
+    if far_s > chunk_s:
+        resident.attention_pair_s = (far_s - chunk_s) / (chunk * long * layers)
+        resident.layer_prefill_s -= min(resident.attention_pair_s * pairs / chunk, resident.layer_prefill_s / 2)
 
 
 def _is_steady(
@@ -77,7 +124,7 @@ def _time_head(resident: ResidentLayers, stage: Stage, hidden: npt.NDArray[np.fl
         logits = stage.logits(hidden[-1:])
         times.append(time.perf_counter() - began)
     _check_finite(resident, logits)
-    return min(times)
+    return statistics.median(times)
 
 
 def _check_finite(resident: ResidentLayers, values: npt.NDArray[np.float32]) -> None:

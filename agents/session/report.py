@@ -20,11 +20,12 @@ def report_end(answer: Answer, telemetry: Telemetry) -> None:
         if not answer.recoveries:
             telemetry.prediction("tpot", answer.predicted_tpot_s, answer.measured_tpot_s)
     log.info(
-        "session %s %s: %d tokens, ttft %.0f ms, tpot %.1f ms (predicted %.1f), %d recoveries",
+        "session %s %s: %d tokens, ttft %.0f ms (predicted %.0f), tpot %.1f ms (predicted %.1f), %d recoveries",
         answer.session,
         answer.status,
         new_tokens,
         1000 * answer.ttft_s,
+        1000 * answer.predicted_ttft_s,
         1000 * answer.measured_tpot_s,
         1000 * answer.predicted_tpot_s,
         len(answer.recoveries),

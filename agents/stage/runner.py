@@ -13,9 +13,9 @@ from meshd.agents.links.backlog import Backlog
 from meshd.agents.links.links import Links
 from meshd.agents.links.rpc import try_send
 from meshd.agents.observe.story import Story
-from meshd.agents.placement.resident import ResidentModels
 from meshd.agents.stage import session as fsm
 from meshd.agents.stage.kv import KvManager
+from meshd.agents.stage.learning import StepLearning
 from meshd.agents.stage.mirror.outgoing import OutgoingMirrors
 from meshd.agents.stage.scheduler import Scheduler
 from meshd.agents.stage.sender import StageSender
@@ -62,7 +62,7 @@ class StageRunner:
 
     me: PeerId
     links: Links
-    residents: ResidentModels
+    learning: StepLearning
     compute: ComputeQueue
     clock: Clock
     telemetry: Telemetry
@@ -187,18 +187,19 @@ class StageRunner:
         return compute_step(active, step)
 
     def _computed(self, active: ActiveStage, step: fsm.Step, output: StepOutput) -> None:
-        self.job = None
+        job, self.job = self.job, None
         cache = active.cache
         if active.machine.state is not fsm.StageState.ENDED:
             cache.filled = step.end
         # The output is sent before the bookkeeping below, because the next stage waits for it.
         self.apply(active, fsm.StepComputed(step.position, output))
+        if job is not None:
+            whole_s = self.clock.monotonic() - job.submitted_at
+            self.learning.observe(active.resident, active.stage.layers, step, output.stage_s, whole_s)
         if active.machine.state is not fsm.StageState.ENDED:
             if cache.log is not None and output.hidden is not None:
                 self.kv_manager.outputs.append(cache.log, step.position, output.hidden)
             self.mirrors.on_kv_grown(active)
-        if not step.prefill:
-            self.residents.observe_decode(active.resident, len(active.stage.layers), step.position, output.forward_s)
         self.telemetry.stage_step(str(active.stage.layers), "prefill" if step.prefill else "decode", output.stage_s)
 
     def _compute_failed(self, active: ActiveStage, step: fsm.Step, error: Exception) -> None:

@@ -34,8 +34,6 @@ class StepOutput:
     hidden: npt.NDArray[np.float32] | None
     token: int | None
     logprobs: TokenLogprobs | None
-    forward_s: float
-    """Time to compute the layers, without head and sampler."""
     stage_s: float
     """Time to compute the whole step, with head and sampler."""
 
@@ -142,14 +140,13 @@ def compute_step(active: ActiveStage, step: fsm.Step) -> StepOutput:
         hidden = active.stage.embed(data.ids)
     try:
         out = _forward(active, step, hidden)
-        forward_s = time.perf_counter() - started
         token, logprobs = _sample(active, step, out) if active.last else (None, None)
     except MeshdError as error:
         if np.isfinite(hidden).all():
             raise
         raise ProtocolViolation("the hidden states received are not finite") from error
     stage_s = time.perf_counter() - started
-    return StepOutput(None if active.last else out, token, logprobs, forward_s, stage_s)
+    return StepOutput(None if active.last else out, token, logprobs, stage_s)
 
 
 def _forward(active: ActiveStage, step: fsm.Step, hidden: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -1,4 +1,10 @@
-"""The links between peers, as measured in each direction."""
+"""The links between peers, as measured in each direction.
+
+The time of a message is latency + transfer. A large message also waits for TCP's slow start: after a pause, TCP sends
+`INITIAL_WINDOW_BYTES` and then waits a round trip for the acknowledgement, and with each round trip the window doubles, up to what
+the link carries in a round trip (RFC 6928, RFC 5681). Prefill chunks come after pauses, so on a distant link this counts more than
+its bandwidth.
+"""
 
 from collections.abc import Iterable, Mapping
 from typing import Literal, Self
@@ -11,13 +17,30 @@ UNMEASURED_HOP_S = 0.010
 """Assumed latency of an unmeasured link: that of poor Wi-Fi, so that measured links are preferred."""
 UNMEASURED_BANDWIDTH_BYTES_S = 1_000_000.0
 """Assumed bandwidth of an unmeasured link: 8 Mbit/s."""
+INITIAL_WINDOW_BYTES = 14_600
+"""Bytes that TCP sends after a pause before it waits for an acknowledgement: 10 segments (RFC 6928)."""
+
+
+def transfer_s(size_bytes: float, rtt_s: float, bandwidth_bytes_s: float) -> float:
+    """Predict the time from the arrival of a message's first byte to that of its last, after a pause of the connection.
+
+    Never less than size / bandwidth; a round trip of 0 gives exactly that.
+    """
+    waited_s, sent, window = 0.0, 0.0, float(INITIAL_WINDOW_BYTES)
+    while sent + window < size_bytes and window < bandwidth_bytes_s * rtt_s:
+        waited_s += rtt_s
+        sent += window
+        window *= 2
+    return waited_s + (size_bytes - sent) / bandwidth_bytes_s
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
     """A link between two peers, in one direction."""
 
     latency_s: float
-    """One-way time of a small message."""
+    """One-way time of a small message, from the sender's program to the receiver's."""
+    rtt_s: float = 0.0
+    """Round trip of the network alone, for which TCP waits."""
     bandwidth_bytes_s: float
     source: Literal["local", "measured", "measured backwards", "not measured"]
     """Where latency and bandwidth come from.
@@ -29,7 +52,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
         """Return the one-way time of a message of this size."""
         if self.source == "local":
             return 0.0
-        return self.latency_s + size_bytes / self.bandwidth_bytes_s
+        return self.latency_s + transfer_s(size_bytes, self.rtt_s, self.bandwidth_bytes_s)
 
 
 _LOCAL = Link(latency_s=0.0, bandwidth_bytes_s=float("inf"), source="local")
@@ -68,4 +91,6 @@ class Network(msgspec.Struct, frozen=True):
 
 
 def _from_stats(stats: LinkStats, source: Literal["measured", "measured backwards"]) -> Link:
-    return Link(latency_s=stats.hop_s or stats.rtt_s / 2, bandwidth_bytes_s=stats.bandwidth_bytes_s, source=source)
+    return Link(
+        latency_s=stats.hop_s or stats.rtt_s / 2, rtt_s=stats.rtt_s, bandwidth_bytes_s=stats.bandwidth_bytes_s, source=source
+    )

@@ -10,6 +10,26 @@ from meshd.types import Advert, Holding, ModelId, PeerId, Rates
 
 USABLE_STATE = "active"
 """State in which a holding can serve new sessions."""
+CONTEXT_CLASSES = (512, 4096)
+"""Positions at which a class of contexts ends. A peer learns about each class separately: the share of attention grows with it."""
+LEAST_FACTOR, MOST_FACTOR = 0.25, 8.0
+"""Bounds of a factor. Eight: a thread that shares its core with seven others."""
+DEFAULT_OVERHEAD_S = 400e-6
+"""Overhead of a step before it is measured. `bench_split.py` measured 0.8 ms for a second stage, two hops included."""
+
+
+def context_class(position: float) -> int:
+    """Return the index of the class of contexts that this position belongs to."""
+    return sum(position >= end for end in CONTEXT_CLASSES)
+
+
+def factor_at(factors: tuple[float, ...], position: float) -> float:
+    """Return the advertised factor for a position, within the bounds; 1 if there is none."""
+    place = context_class(position)
+    return min(MOST_FACTOR, max(LEAST_FACTOR, factors[place])) if place < len(factors) else 1.0
+
+
+_Measured = Literal["layer_decode_s", "layer_prefill_s", "head_s", "attention_token_s", "attention_pair_s"]
 
 
 class PeerProfile(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,8 +46,10 @@ class PeerProfile(msgspec.Struct, frozen=True, kw_only=True):
     holdings: tuple[Holding, ...] = ()
     """Holdings of the planned model, in any state."""
     decode_factor: float = 1.0
-    """Ratio of measured to predicted decode time in real traffic; see `meshd.planner.model.calibrate`."""
+    """Measured over predicted compute time of the peer's recent decode steps at contexts like the problem's."""
     prefill_factor: float = 1.0
+    step_overhead_s: float = 0.0
+    """Time of a step on the peer beside its computation."""
     hypothetical: bool = False
     """True for a what-if peer, whose rates are assumed."""
     draining: bool = False
@@ -58,11 +80,21 @@ class PeerProfile(msgspec.Struct, frozen=True, kw_only=True):
         return self._measured("head_s")
 
     @property
+    def attention_token_s(self) -> float | None:
+        """Seconds of one layer's attention in a decode step, for each position. None: not measured."""
+        return self._measured("attention_token_s")
+
+    @property
+    def attention_pair_s(self) -> float | None:
+        """Seconds of one layer's attention in a prefill chunk, for each pair of positions. None: not measured."""
+        return self._measured("attention_pair_s")
+
+    @property
     def usable_holdings(self) -> tuple[Holding, ...]:
         """The holdings that can serve new sessions now."""
         return tuple(holding for holding in self.holdings if holding.state == USABLE_STATE)
 
-    def _measured(self, field: Literal["layer_decode_s", "layer_prefill_s", "head_s"]) -> float | None:
+    def _measured(self, field: _Measured) -> float | None:
         samples = [(len(holding.layers), getattr(holding, field)) for holding in self.holdings]
         known = [(layers, seconds) for layers, seconds in samples if seconds is not None and seconds > 0]
         if not known:
@@ -75,17 +107,23 @@ def gives_way(holding: Holding) -> bool:
     return holding.standby and holding.state == USABLE_STATE and holding.kv_tokens_free == holding.kv_tokens_total
 
 
-def profiles_from_adverts(adverts: Iterable[Advert], model: ModelId) -> tuple[PeerProfile, ...]:
-    """Make the profiles of the peers in `adverts` for planning `model`, ordered by name, then id."""
+def profiles_from_adverts(
+    adverts: Iterable[Advert], model: ModelId, *, decode_at: float = 0.0, prefill_at: float = 0.0
+) -> tuple[PeerProfile, ...]:
+    """Make the profiles of the peers in `adverts` for planning `model`, ordered by name, then id.
+
+    `decode_at`, `prefill_at`: mean positions of the decode steps and of the prefill chunks to plan for. The peers' corrections for
+    such contexts are applied.
+    """
     known = list(adverts)
     kv_bytes = {card.id: card.kv_bytes_per_token_layer() for advert in known for card in advert.models}
-    profiles = [_profile(advert, model, kv_bytes) for advert in known]
+    profiles = [_profile(advert, model, kv_bytes, decode_at, prefill_at) for advert in known]
     return tuple(sorted(profiles, key=lambda profile: (profile.name, profile.id)))
 
 
-def _profile(advert: Advert, model: ModelId, kv_bytes: Mapping[ModelId, int]) -> PeerProfile:
+def _profile(advert: Advert, model: ModelId, kv_bytes: Mapping[ModelId, int], decode_at: float, prefill_at: float) -> PeerProfile:
     """Make the profile of one peer. `kv_bytes`: bytes of K and V of one token in one layer, by model."""
-    capability = advert.capability
+    capability, overhead_s = advert.capability, advert.learned.step_overhead_s
     idle_copies = [holding for holding in advert.holdings if holding.model != model and gives_way(holding)]
     return PeerProfile(
         id=advert.peer,
@@ -100,6 +138,9 @@ def _profile(advert: Advert, model: ModelId, kv_bytes: Mapping[ModelId, int]) ->
         roles=capability.roles,
         power_w=capability.power_w,
         holdings=tuple(holding for holding in advert.holdings if holding.model == model),
+        decode_factor=factor_at(advert.learned.decode, decode_at),
+        prefill_factor=factor_at(advert.learned.prefill, prefill_at),
+        step_overhead_s=DEFAULT_OVERHEAD_S if overhead_s is None else overhead_s,
         draining=advert.draining,
         stored=any(card.id == model for card in advert.models),
     )

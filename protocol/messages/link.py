@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar
 
-from meshd.bounds import MAX_LISTED, Count, Label, PeerName, Port, Seconds, Serial, Size, Text, Word, at_most
+from meshd.bounds import MAX_LISTED, Count, Label, PeerName, Port, Rate, Serial, Text, Word, at_most
 from meshd.protocol.messages.base import Lane, Message, Reply, Request, make_printable, message
 from meshd.types import PeerId, SessionId
 
@@ -57,6 +57,8 @@ class Heartbeat(Message, frozen=True, kw_only=True):
 class HeartbeatAck(Message, frozen=True, kw_only=True):
     sequence: Serial
     sent_ns: Serial
+    arrival_bytes_s: Rate = 0.0
+    """Rate at which the last large payload since the previous answer arrived, in bytes/s. 0: none arrived."""
 
 
 @message(5)
@@ -71,14 +73,11 @@ class Goodbye(Message, frozen=True, kw_only=True):
 
 @message(6)
 class Probe(Request, frozen=True, kw_only=True):
-    """Measure the link. Payload: any bytes. The reply is sent when the payload has arrived; with `echo`, it repeats the payload."""
+    """Measure the link. Payload: any bytes. The reply is sent when the payload has arrived."""
 
     default_lane: ClassVar[Lane] = Lane.BULK
-    echo: bool = False
 
 
 @message(7)
 class ProbeAck(Reply, frozen=True, kw_only=True):
-    received_bytes: Size
-    receive_s: Seconds
-    """Seconds from the first byte of the payload to the last, by the clock of the peer that replies."""
+    """The whole payload of a PROBE has arrived."""

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from meshd.bounds import Millis, StageIndex, TokenId, Tokens, Width, Word
+from meshd.bounds import StageIndex, TokenId, Tokens, Width, Word
 from meshd.protocol.messages.base import Lane, SessionMessage, message
 from meshd.types import TokenLogprobs
 
@@ -17,7 +17,6 @@ class Prompt(SessionMessage, frozen=True, kw_only=True):
     tokens: Tokens
     last: bool
     """This chunk contains the last known token, and the last stage samples after it."""
-    deadline_ms: Millis = 0
 
 
 @message(51)
@@ -31,8 +30,6 @@ class Activation(SessionMessage, frozen=True, kw_only=True):
     hidden: Width
     dtype: Word
     sample: bool
-    deadline_ms: Millis = 0
-    """Time left for the step when the message was sent. 0: no deadline."""
     prefill: bool = False
     """The step's tokens were known when the epoch began. All prefill steps take the bulk lane, so that a short one never overtakes
     a long one. A decode step takes the control lane: it begins after every stage has computed the last prefill step."""

@@ -68,6 +68,7 @@ def test_a_split_model_answers_and_reports_its_plan(pair: Cluster) -> None:
     assert FACT in document["choices"][0]["message"]["content"]
     assert headers["x-meshd-plan"] == SPLIT
     assert float(headers["x-meshd-predicted-tpot-ms"]) > 0
+    assert float(headers["x-meshd-predicted-ttft-ms"]) > 0
     assert headers["x-meshd-session"]
 
 
@@ -167,6 +168,15 @@ def test_a_full_queue_is_a_429_with_retry_after(pair: Cluster) -> None:
     for thread in asking:
         thread.join()
     assert replies[2][0] == 200
+
+
+def test_a_stream_that_waits_in_the_queue_gets_its_headers_and_comments_before_its_turn(pair: Cluster) -> None:
+    long = chat("Tell me a very long story.", max_tokens=1500, ignore_eos=True)
+    with Stream(pair["a"], long), Stream(pair["a"], long):
+        third = Stream(pair["a"], chat("hi", max_tokens=2))
+        assert third.response.readline() == b": waiting\n"
+    with third:
+        assert [event["choices"][0]["finish_reason"] for event in third.events()][-1] == "length"
 
 
 def test_two_answers_at_once_are_the_same_as_one_after_the_other(pair: Cluster) -> None:

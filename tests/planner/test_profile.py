@@ -4,8 +4,8 @@ import msgspec
 import pytest
 
 from in_process.clusters import MODEL, make_advert, make_card, make_holding, make_peer
-from meshd.planner.profile import gives_way, profiles_from_adverts
-from meshd.types import Holding, LayerRange, ModelId
+from meshd.planner.profile import DEFAULT_OVERHEAD_S, gives_way, profiles_from_adverts
+from meshd.types import Holding, LayerRange, LearnedRates, ModelId
 
 
 def test_profiles_are_ordered_and_have_only_the_models_holdings() -> None:
@@ -29,6 +29,25 @@ def test_a_peer_with_a_missing_rate_is_not_measured() -> None:
 def test_measured_times_of_two_holdings_are_weighted_by_layers() -> None:
     holdings = (make_holding(0, 3, layer_decode_s=1.0), make_holding(3, 4, layer_decode_s=5.0), make_holding(4, 8))
     assert make_peer("a", holdings=holdings).layer_decode_s == pytest.approx(2.0)
+
+
+def test_a_peers_corrections_apply_to_contexts_like_the_problems() -> None:
+    learned = LearnedRates(decode=(2.0, 3.0, 4.0), prefill=(0.5, 1.5, 1.0), step_overhead_s=0.002)
+    advert = msgspec.structs.replace(make_advert(make_peer("a")), learned=learned)
+
+    def factors(decode_at: float, prefill_at: float) -> tuple[float, float]:
+        (profile,) = profiles_from_adverts([advert], MODEL, decode_at=decode_at, prefill_at=prefill_at)
+        assert profile.step_overhead_s == 0.002
+        return profile.decode_factor, profile.prefill_factor
+
+    assert factors(140, 64) == (2.0, 0.5)
+    assert factors(1512, 750) == (3.0, 1.5)
+    assert factors(5000, 511) == (4.0, 0.5)
+
+
+def test_a_peer_that_has_learned_nothing_is_not_corrected() -> None:
+    (profile,) = profiles_from_adverts([make_advert(make_peer("a"))], MODEL, decode_at=700)
+    assert (profile.decode_factor, profile.prefill_factor, profile.step_overhead_s) == (1.0, 1.0, DEFAULT_OVERHEAD_S)
 
 
 def test_only_active_holdings_are_usable() -> None:

@@ -70,6 +70,7 @@ def merge(peer: PeerId, name: str, version: str, incarnation: int, profile: Prof
         models=profile.models,
         links=status.links,
         neighbours=status.neighbours,
+        learned=status.learned,
         sessions=status.sessions,
         api=profile.api,
         draining=status.draining,

@@ -19,7 +19,7 @@ from meshd.bounds import MAX_LISTED
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest, MeshdError
 from meshd.protocol.messages import FetchProfile, PeerStatus, ProfileData
-from meshd.types import Advert, Capability, Holding, ModelCard, PeerId, Profile, Status
+from meshd.types import Advert, Capability, Holding, LearnedRates, ModelCard, PeerId, Profile, Status
 from meshd.values import parse_address
 
 log = getLogger(__name__)
@@ -44,6 +44,7 @@ class SelfDescription:
     memory_free_bytes: Callable[[], int]
     holdings: Callable[[], tuple[Holding, ...]]
     models: Callable[[], tuple[ModelCard, ...]]
+    learned: Callable[[], LearnedRates]
     sessions: Callable[[], int]
     draining: Callable[[], bool]
 
@@ -118,6 +119,7 @@ class Publisher:
             holdings=me.holdings(),
             links=self.prober.stats(),
             neighbours=self._neighbours(),
+            learned=me.learned(),
             sessions=me.sessions(),
             draining=me.draining(),
         )

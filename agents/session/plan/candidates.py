@@ -21,7 +21,7 @@ from meshd.planner.network import Network
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import PeerProfile, profiles_from_adverts
 from meshd.planner.session.pause import pause_s
-from meshd.planner.session.reroute import STAGE_S, HeldKv, Reroute, reserve_all, reserve_in
+from meshd.planner.session.reroute import HeldKv, Reroute, reserve_all, reserve_in
 from meshd.types import Advert, Holding, LayerRange, ModelCard, PeerId, StagePlan, ranges_of
 
 MAX_STAGES = 64
@@ -104,9 +104,8 @@ class CandidateSearch:
                 continue
             candidate = self.evaluate(stages, moved=True)
             gain = present - candidate.estimate.tpot_s
-            saved_per_token = gain - (len(stages) - len(old)) * STAGE_S
             copying_s = sum(seconds for _, seconds in self._copies(stages).values())
-            saved = saved_per_token * self._expected_tokens - candidate.pause_s - copying_s
+            saved = gain * self._expected_tokens - candidate.pause_s - copying_s
             if gain >= LEAST_GAIN * present and saved > most_saved:
                 best, most_saved = candidate, saved
         return best
@@ -125,7 +124,7 @@ class CandidateSearch:
             method=method_of(held, points, known),
             pause_s=pause,
             estimate=predicted,
-            cost_s=pause + self._expected_tokens * (predicted.tpot_s + len(stages) * STAGE_S),
+            cost_s=pause + self._expected_tokens * predicted.tpot_s,
         )
 
     def shortage(self) -> LayerShortage:
@@ -231,7 +230,9 @@ def candidate_search(
     card: ModelCard, adverts: Sequence[Advert], mesh: MeshOptions, request: RecoveryRequest, me: PeerId, rules: PeerRules
 ) -> CandidateSearch:
     """Returns: the search over the peers' adverts. Raises: NoPeer if `mesh.peers` names peers, and none of them is alive."""
-    profiles = profiles_from_adverts(adverts, card.id)
+    profiles = profiles_from_adverts(
+        adverts, card.id, decode_at=(request.known + request.context) / 2, prefill_at=request.known / 2
+    )
     surviving = frozenset(_surviving(profiles, request))
     problem = PlanInput(
         card=card,

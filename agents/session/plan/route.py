@@ -24,6 +24,7 @@ from meshd.planner.problem import PlanInput
 from meshd.planner.profile import USABLE_STATE
 from meshd.planner.search.plan import build_plan
 from meshd.planner.search.solve import Solution, solve
+from meshd.planner.session.pause import opening_s
 from meshd.planner.session.reroute import reserve_all, reserve_in
 from meshd.types import Advert, Holding, LayerRange, ModelCard, ModelId, Objective, PeerId, Plan, PlanId, StagePlan, ranges_of
 
@@ -199,11 +200,17 @@ class Router:
                     standby=standby,
                     leaving=leaving,
                 )
-                return build_plan(self._next_id(), problem, solve(problem))
+                return self._new_plan(problem, solve(problem))
             except (NotReady, NoPeer) as error:
                 failure = error
         assert failure is not None
         raise failure
+
+    def _new_plan(self, problem: PlanInput, solution: Solution) -> Plan:
+        """Make the plan of a new session: its first token takes the opening of the stages besides."""
+        plan = build_plan(self._next_id(), problem, solution)
+        opening = opening_s(problem, solution.stages, self.me)
+        return msgspec.structs.replace(plan, predicted_ttft_s=plan.predicted_ttft_s + opening)
 
     async def _place(self, card: ModelCard, mesh: MeshOptions, context: int) -> None:
         """Place the model for this request. Raises: as `_place_once`."""

@@ -171,7 +171,8 @@ class _Explanation:
         if hop.source == hop.target:
             return f"{hop_name}: none, since one device computes all layers"
         assumed = "" if hop.link == "measured" else f" ({hop.link})"
-        return f"{hop_name}: {show_seconds(hop.decode_s)} for {hop.bytes_per_token} bytes a token{assumed}"
+        chunk = f", {show_seconds(hop.prefill_chunk_s)} for a prefill chunk" if hop.prefill_chunk_s else ""
+        return f"{hop_name}: {show_seconds(hop.decode_s)} for {hop.bytes_per_token} bytes a token{chunk}{assumed}"
 
     def _memory_text(self, row: PeerMemory) -> str:
         return f"{self.names[row.peer]} {show_bytes(row.use.total_bytes)} of {show_bytes(row.capacity_bytes)}"
@@ -203,7 +204,10 @@ def _stage_row(stage: StageEstimate) -> dict[str, Any]:
         "attend_s": sum(stage.attend_s),
         "mix_s": sum(stage.mix_s),
         "head_s": stage.head_s,
+        "overhead_s": stage.overhead_s,
         "prefill_chunk_s": stage.prefill_chunk_s,
+        "decode_factor": stage.decode_factor,
+        "prefill_factor": stage.prefill_factor,
         "energy_j": stage.energy_j,
     }
 
@@ -218,10 +222,18 @@ def _stage_text(stage: StageEstimate) -> str:
         "attend": sum(stage.attend_s),
         "mix": sum(stage.mix_s),
         "head": stage.head_s,
+        "overhead": stage.overhead_s,
     }
     times = ", ".join(f"{name} {show_seconds(seconds)}" for name, seconds in parts.items() if seconds)
     chunk = f"a prefill chunk {show_seconds(stage.prefill_chunk_s)}"
-    return f"stage {stage.name}:{stage.layers}: {show_seconds(stage.decode_s)} a token ({times}), {chunk}"
+    return f"stage {stage.name}:{stage.layers}: {show_seconds(stage.decode_s)} a token ({times}), {chunk}{_correction_text(stage)}"
+
+
+def _correction_text(stage: StageEstimate) -> str:
+    """Say by how much real steps have corrected what was measured when the layers were loaded. Empty: by less than 1 %."""
+    factors = {"decode": stage.decode_factor, "prefill": stage.prefill_factor}
+    shown = [f"{phase} {factor:.2f} times as measured at load" for phase, factor in factors.items() if abs(factor - 1) >= 0.01]
+    return f"; corrected by recent steps: {', '.join(shown)}" if shown else ""
 
 
 def _hops_s(predicted: Estimate) -> float:

@@ -3,8 +3,9 @@
 Sources: times of a layer follow GenZ (Bambhaniya et al., 2024), written out for a Llama-style block. The pipeline of prefill chunks
 follows Pipette (Yim et al., 2024). The traffic of attention shards follows Lamina (Chen et al., 2024, arXiv 2405.01814).
 
-If a peer has measured a time on its own layers, that time replaces the one derived from its rates. The embedding is assumed to take
-no time, since it reads only one row per token.
+If a peer has measured a time on its own layers, that time replaces the one derived from its rates. Both are multiplied by the
+peer's factors, which it learns from real steps (`learn.py`). The embedding is assumed to take no time, since it reads only one row
+per token.
 """
 
 from collections.abc import Iterable
@@ -51,9 +52,10 @@ def layer_decode_s(profile: PeerProfile, card: ModelCard) -> Seconds:
     return (weights / profile.rates.decode_bytes_s + profile.rates.layer_overhead_s) * profile.decode_factor
 
 
-def attention_decode_s(profile: PeerProfile, kv_bytes: float) -> float:
-    """Predict one token's attention in one layer over `kv_bytes` of KV, in seconds."""
-    return kv_bytes / profile.rates.attention_bytes_s * profile.decode_factor
+def attention_decode_s(profile: PeerProfile, positions: float, kv_token_layer_bytes: int) -> float:
+    """Predict one token's attention in one layer over the KV of `positions` tokens, in seconds."""
+    token_s = profile.attention_token_s or kv_token_layer_bytes / profile.rates.attention_bytes_s
+    return positions * token_s * profile.decode_factor
 
 
 def layer_prefill_s(profile: PeerProfile, card: ModelCard, chunk: int, first: float) -> Seconds:
@@ -62,7 +64,8 @@ def layer_prefill_s(profile: PeerProfile, card: ModelCard, chunk: int, first: fl
     Returns: seconds, `[layers]`.
     """
     spec, rates = card.spec, profile.rates
-    attention = 4 * chunk * (first + (chunk + 1) / 2) * spec.heads * spec.head_dim / rates.prefill_flops_s
+    pair_s = profile.attention_pair_s or 4 * spec.heads * spec.head_dim / rates.prefill_flops_s
+    attention = chunk * (first + (chunk + 1) / 2) * pair_s
     if profile.layer_prefill_s is not None:
         return np.full(spec.layers, (chunk * profile.layer_prefill_s + attention) * profile.prefill_factor)
     compute = 2 * chunk * np.asarray(card.layer_parameters, dtype=np.float64) / rates.prefill_flops_s
@@ -132,4 +135,4 @@ def shard_decode_s(
     """
     there, back = shard_wire_bytes(shard, spec, wire_element_bytes)
     wire = network.hop_s(owner.id, holder.id, there) + network.hop_s(holder.id, owner.id, back)
-    return wire + attention_decode_s(holder, shard_fraction(shard, spec, position) * position * kv_token_layer_bytes)
+    return wire + attention_decode_s(holder, shard_fraction(shard, spec, position) * position, kv_token_layer_bytes)

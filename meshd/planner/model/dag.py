@@ -106,6 +106,7 @@ class _DagBuilder:
         last = self._node(NodeKind.EMBED, stages[0].peer)
         for stage in stages:
             times = cost.layer_decode_s(self._problem.profile(stage.peer), self._problem.card)
+            times[stage.layers.start] += self._problem.profile(stage.peer).step_overhead_s
             for layer in stage.layers:
                 last = self._layer(stage, layer, float(times[layer]), last)
         profile = self._problem.profile(stages[-1].peer)
@@ -128,8 +129,8 @@ class _DagBuilder:
 
     def _attend(self, shard: AttentionShard, layer: int) -> Node:
         position = self._problem.position
-        kv = cost.shard_fraction(shard, self._spec, position) * position * self._problem.kv_token_layer_bytes
-        seconds = cost.attention_decode_s(self._problem.profile(shard.peer), kv)
+        positions = cost.shard_fraction(shard, self._spec, position) * position
+        seconds = cost.attention_decode_s(self._problem.profile(shard.peer), positions, self._problem.kv_token_layer_bytes)
         heads, tokens = shard.kv_heads or (0, self._spec.kv_heads), shard.tokens or (0, self._problem.context)
         return self._node(NodeKind.ATTEND, shard.peer, layer, kv_heads=heads, tokens=tokens, seconds=seconds)
 

@@ -27,13 +27,19 @@ class StageEstimate(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds in each layer for output projection and MLP."""
     head_s: float
     """Seconds for final norm, head and sampler; 0 except on the last stage."""
+    overhead_s: float
+    """Seconds of a step beside its computation."""
     prefill_chunk_s: float
+    """Seconds of one prefill chunk, overhead included."""
     energy_j: float | None
     """Energy for one token. None: the peer's power was not measured."""
+    decode_factor: float
+    """Correction that the times of decoding contain: measured over predicted time of the peer's recent steps."""
+    prefill_factor: float
 
     @property
     def decode_s(self) -> float:
-        return sum(self.project_s) + sum(self.attend_s) + sum(self.mix_s) + self.head_s
+        return sum(self.project_s) + sum(self.attend_s) + sum(self.mix_s) + self.head_s + self.overhead_s
 
 
 class HopEstimate(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,8 +137,11 @@ def _stage(problem: PlanInput, stage: StagePlan) -> StageEstimate:
         attend_s=tuple(_attend_s(problem, stage, profile, layer) for layer in stage.layers),
         mix_s=tuple((layers * (1 - share)).tolist()),
         head_s=cost.head_s(profile, card) if stage.layers.end == card.spec.layers else 0.0,
+        overhead_s=profile.step_overhead_s,
         prefill_chunk_s=_prefill_chunk_s(problem, stage, profile),
         energy_j=None,
+        decode_factor=profile.decode_factor,
+        prefill_factor=profile.prefill_factor,
     )
     if profile.power_w is None:
         return part
@@ -143,7 +152,7 @@ def _attend_s(problem: PlanInput, stage: StagePlan, owner: PeerProfile, layer: i
     """Predict one layer's attention in seconds. Shards work in parallel, so the slowest one counts."""
     shards = [shard for shard in stage.attention if layer in shard.layers]
     if not shards:
-        return cost.attention_decode_s(owner, problem.position * problem.kv_token_layer_bytes)
+        return cost.attention_decode_s(owner, problem.position, problem.kv_token_layer_bytes)
     return max(
         cost.shard_decode_s(
             shard,
@@ -162,7 +171,7 @@ def _attend_s(problem: PlanInput, stage: StagePlan, owner: PeerProfile, layer: i
 def _prefill_chunk_s(problem: PlanInput, stage: StagePlan, profile: PeerProfile) -> float:
     tokens, chunks = cost.chunking(problem.prompt_tokens, problem.chunk_tokens)
     layers = cost.layer_prefill_s(profile, problem.card, tokens, mean_chunk_start(tokens, chunks))
-    return float(np.sum(layers[stage.layers.start : stage.layers.end]))
+    return float(np.sum(layers[stage.layers.start : stage.layers.end])) + profile.step_overhead_s
 
 
 def _hop(problem: PlanInput, source: PeerId, target: PeerId) -> HopEstimate:

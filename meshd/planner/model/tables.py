@@ -51,9 +51,9 @@ class CostTables:
     @cached_property
     def decode_anywhere(self) -> Array:
         """Like `decode`, but finite where the peer may not take the stage."""
-        card, kv = self.problem.card, self.problem.position * self.problem.kv_token_layer_bytes
-        layers = np.stack([cost.layer_decode_s(peer, card) + cost.attention_decode_s(peer, kv) for peer in self.peers])
-        return self._with_head(range_sums(layers))
+        card, position, kv = self.problem.card, self.problem.position, self.problem.kv_token_layer_bytes
+        layers = np.stack([cost.layer_decode_s(peer, card) + cost.attention_decode_s(peer, position, kv) for peer in self.peers])
+        return self._with_head(range_sums(layers) + self._overhead)
 
     @cached_property
     def chunk(self) -> Array:
@@ -61,7 +61,7 @@ class CostTables:
         tokens, count = cost.chunking(self.problem.prompt_tokens, self.problem.chunk_tokens)
         first = mean_chunk_start(tokens, count)
         layers = np.stack([cost.layer_prefill_s(peer, self.problem.card, tokens, first) for peer in self.peers])
-        return range_sums(layers) + self.possible
+        return range_sums(layers) + self._overhead + self.possible
 
     @cached_property
     def first_chunk(self) -> Array:
@@ -98,6 +98,11 @@ class CostTables:
         """Return the seconds to send a message of this size from one peer to another: `[peers, peers]`."""
         network = self.problem.network
         return np.array([[network.hop_s(one.id, other.id, size_bytes) for other in self.peers] for one in self.peers])
+
+    @cached_property
+    def _overhead(self) -> Array:
+        """Seconds of a step beside its computation: `[peers, 1, 1]`."""
+        return np.array([peer.step_overhead_s for peer in self.peers])[:, None, None]
 
     def _with_head(self, table: Array) -> Array:
         table[:, :, -1] += np.array([cost.head_s(peer, self.problem.card) for peer in self.peers])[:, None]

@@ -19,7 +19,7 @@ from meshd.types import PeerId, StagePlan
 CONTROL_BYTES = 1024
 """Size assumed for each of the messages OPEN, OPENED and RESUME."""
 _CONTROL_HOPS = 3
-"""Number of messages to and from each stage: OPEN to the stage, OPENED back, and RESUME to the stage."""
+"""Number of messages to and from each stage: OPEN to the stage, OPENED back, and RESUME or PROMPT to the stage."""
 
 
 def compute_s(problem: PlanInput, profile: PeerProfile, first: int, last: int) -> Seconds:
@@ -31,7 +31,7 @@ def compute_s(problem: PlanInput, profile: PeerProfile, first: int, last: int) -
     if tokens <= 0:
         return np.zeros(problem.card.spec.layers)
     if tokens == 1:
-        return cost.layer_decode_s(profile, problem.card) + cost.attention_decode_s(profile, last * problem.kv_token_layer_bytes)
+        return cost.layer_decode_s(profile, problem.card) + cost.attention_decode_s(profile, last, problem.kv_token_layer_bytes)
     chunk, chunks = cost.chunking(tokens, problem.chunk_tokens)
     return cost.layer_prefill_s(profile, problem.card, chunk, first + mean_chunk_start(chunk, chunks)) * chunks
 
@@ -48,19 +48,20 @@ def pause_s(problem: PlanInput, stages: Sequence[StagePlan], starts: Sequence[in
     for stage, start in zip(stages, starts, strict=True):
         profile, span = problem.profile(stage.peer), slice(stage.layers.start, stage.layers.end)
         end = min(known, start + problem.chunk_tokens)
-        first_chunks.append(float(compute_s(problem, profile, start, end)[span].sum()))
-        wholes.append(float(compute_s(problem, profile, start, known)[span].sum()))
+        _, chunks = cost.chunking(known - start, problem.chunk_tokens)
+        first_chunks.append(float(compute_s(problem, profile, start, end)[span].sum()) + profile.step_overhead_s)
+        wholes.append(float(compute_s(problem, profile, start, known)[span].sum()) + chunks * profile.step_overhead_s)
     for (one, other), start in zip(pairwise(stages), starts[1:], strict=True):
         link, size = problem.network.link(one.peer, other.peer), problem.activation_bytes
         first_chunks.append(link.hop_s(size * min(problem.chunk_tokens, known - start)))
         wholes.append(link.hop_s(size * (known - start)))
     rest = max(whole - first for whole, first in zip(wholes, first_chunks, strict=True))
     head = cost.head_s(problem.profile(stages[-1].peer), problem.card)
-    return _opening_s(problem, stages, coordinator) + sum(first_chunks) + max(0.0, rest) + head
+    return opening_s(problem, stages, coordinator) + sum(first_chunks) + max(0.0, rest) + head
 
 
-def _opening_s(problem: PlanInput, stages: Sequence[StagePlan], coordinator: PeerId) -> float:
-    """Predict the seconds to open and resume all stages, and to send the first token to the coordinator."""
+def opening_s(problem: PlanInput, stages: Sequence[StagePlan], coordinator: PeerId) -> float:
+    """Predict the seconds to open all stages and to send them the prompt or RESUME, and the first token to the coordinator."""
     network = problem.network
     farthest = max(network.hop_s(coordinator, stage.peer, CONTROL_BYTES) for stage in stages)
     return _CONTROL_HOPS * farthest + network.hop_s(stages[-1].peer, coordinator, cost.TOKEN_MESSAGE_BYTES)

@@ -21,9 +21,6 @@ from meshd.planner.session.cheapest_chain import CoverCosts, cover
 from meshd.planner.session.pause import compute_s
 from meshd.types import Holding, LayerRange, PeerId, StagePlan
 
-STAGE_S = 400e-6
-"""Extra cost of a stage for each token, because two threads are woken for it. `bench_split.py` measured 0.8 ms for a second
-stage. Half of that is charged, so that it decides only between plans of nearly equal cost."""
 _BACK_PEERS = 32
 """With more peers, the search ignores the link from the last stage to the first. It costs least and slows the search most."""
 
@@ -87,7 +84,7 @@ class Reroute:
     @cached_property
     def _pace(self) -> Array:
         """Seconds of a stage for all tokens ahead: `[peers, cuts, cuts]`."""
-        pace: Array = self._ahead * (self._tables.decode + STAGE_S)
+        pace: Array = self._ahead * self._tables.decode
         return pace
 
     @cached_property

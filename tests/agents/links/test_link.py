@@ -5,7 +5,8 @@ import pytest
 
 from meshd.agents.links.link import Link
 from meshd.errors import PeerLost
-from meshd.protocol.messages import Activation, Goodbye, Heartbeat, HeartbeatAck, Lane, Message, Prompt
+from meshd.protocol.framing import Frame
+from meshd.protocol.messages import Activation, Goodbye, Heartbeat, HeartbeatAck, Lane, Message, Probe, Prompt
 from meshd.protocol.transport import Buffer, Connection
 from meshd.types import PeerId
 
@@ -39,7 +40,7 @@ def ends() -> list[tuple[str, bool]]:
 @pytest.fixture
 def link(ends: list[tuple[str, bool]]) -> Link:
     return Link(
-        PeerId("b" * 52), 1, dialled=True, now=100.0, on_end=lambda _, reason, on_purpose: ends.append((reason, on_purpose))
+        PeerId("b" * 52), 1, dialled=True, now=lambda: 100.0, on_end=lambda _, reason, on_purpose: ends.append((reason, on_purpose))
     )
 
 
@@ -89,11 +90,28 @@ def test_the_lifetime_counts_from_when_the_link_came_up(link: Link) -> None:
     assert link.as_existing(101.5).silent_s == 1.5
 
 
-def test_round_trips_are_smoothed_and_nonsense_is_ignored(link: Link) -> None:
+def test_the_round_trip_is_a_median_and_nonsense_is_ignored(link: Link) -> None:
     joined(link)
-    for _ in range(3):
+    for _ in range(4):
         link.beat(100.0)
-    for sequence, rtt_s in ((1, 0.010), (2, 0.018), (3, -5.0), (9, 0.001)):
+    for sequence, rtt_s in ((1, 0.010), (2, 0.018), (3, -5.0), (9, 0.001), (4, 0.011)):
         link.beat_answered(HeartbeatAck(sequence=sequence, sent_ns=int((100.0 - rtt_s) * 1e9)), 100.0)
-    assert link.rtt_min_s == pytest.approx(0.010, abs=1e-6)
-    assert link.rtt_mean_s == pytest.approx(0.011, abs=1e-6)
+    assert link.estimate.rtt_s(100.0) == pytest.approx(0.010, abs=1e-6)
+    assert link.estimate.hop_s(100.0) == pytest.approx(0.0055, abs=1e-6)
+
+
+def test_the_arrival_of_a_large_message_is_reported_with_the_next_answer_only(link: Link) -> None:
+    lanes = joined(link)
+    link.received(STEP, Frame(b"", memoryview(bytes(100_000)), receive_s=0.05), 100.0)
+    link.received(Probe(request=1), Frame(b"", memoryview(bytes(100_000)), receive_s=0.01), 100.0)
+    link.answer_beat(Heartbeat(sequence=1, sent_ns=1))
+    link.answer_beat(Heartbeat(sequence=2, sent_ns=2))
+    assert [message.arrival_bytes_s for message in lanes[Lane.CONTROL].sent] == [pytest.approx(2e6), 0.0]
+
+
+def test_reported_arrivals_give_the_bandwidth(link: Link) -> None:
+    joined(link)
+    link.beat(100.0)
+    for rate in (2e6, float("nan"), -1.0, float("inf")):
+        link.beat_answered(HeartbeatAck(sequence=1, sent_ns=int(99.99 * 1e9), arrival_bytes_s=rate), 100.0)
+    assert link.estimate.bandwidth_bytes_s(100.0) == pytest.approx(2e6)

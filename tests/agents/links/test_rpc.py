@@ -22,7 +22,7 @@ Sent = list[tuple[PeerId, Message, Buffer | None]]
 
 
 def ack(request: int) -> ProbeAck:
-    return ProbeAck(request=request, received_bytes=0, receive_s=0.0)
+    return ProbeAck(request=request)
 
 
 def place(request: int) -> Place:
@@ -44,7 +44,7 @@ async def dispatcher(sent: Sent) -> AsyncIterator[Dispatcher]:
 
 
 async def test_a_reply_counts_only_from_the_peer_that_was_asked(dispatcher: Dispatcher, sent: Sent) -> None:
-    waiting = asyncio.create_task(dispatcher.request(ANN, lambda number: Probe(request=number, echo=False), None, 5.0))
+    waiting = asyncio.create_task(dispatcher.request(ANN, lambda number: Probe(request=number), None, 5.0))
     await asyncio.sleep(0)
     assert [(peer, type(message)) for peer, message, _ in sent] == [(ANN, Probe)]
     dispatcher.deliver(BOB, ack(1), EMPTY)
@@ -59,7 +59,7 @@ async def test_a_reply_counts_only_from_the_peer_that_was_asked(dispatcher: Disp
 
 async def test_a_request_fails_by_an_error_reply_a_lost_peer_or_a_timeout(dispatcher: Dispatcher) -> None:
     def ask(timeout_s: float) -> "asyncio.Task[object]":
-        return asyncio.create_task(dispatcher.request(ANN, lambda number: Probe(request=number, echo=False), None, timeout_s))
+        return asyncio.create_task(dispatcher.request(ANN, lambda number: Probe(request=number), None, timeout_s))
 
     refused, lost, late = ask(5.0), ask(5.0), ask(0.001)
     await asyncio.sleep(0)
@@ -79,7 +79,7 @@ async def test_an_error_that_answers_a_request_too_late_is_not_an_error_of_the_s
     """Under load a request of an older epoch is given up and answered later: that must not end the session's present epoch."""
     handled: list[Error] = []
     dispatcher.register(Error, lambda peer, message, payload: handled.append(message))
-    waiting = asyncio.create_task(dispatcher.request(ANN, lambda number: Probe(request=number, echo=False), None, 0.001))
+    waiting = asyncio.create_task(dispatcher.request(ANN, lambda number: Probe(request=number), None, 0.001))
     with pytest.raises(PeerLost):
         await waiting
     dispatcher.deliver(ANN, Error(request=1, code="superseded", message="epoch 3 is past", session="5" * 32), EMPTY)
@@ -90,7 +90,7 @@ async def test_an_error_that_answers_a_request_too_late_is_not_an_error_of_the_s
 
 
 async def test_a_cancelled_request_drops_its_late_reply(dispatcher: Dispatcher, sent: Sent) -> None:
-    waiting = asyncio.create_task(dispatcher.request(ANN, Probe(request=7, echo=False), None, 5.0))
+    waiting = asyncio.create_task(dispatcher.request(ANN, Probe(request=7), None, 5.0))
     await asyncio.sleep(0)
     waiting.cancel()
     await asyncio.wait([waiting])
@@ -104,11 +104,11 @@ async def test_a_handler_answers_at_once_or_later(dispatcher: Dispatcher, sent: 
         return ack(message.request), b"late"
 
     def handle(peer: PeerId, message: Probe, payload: memoryview) -> object:
-        return later(peer, message, payload) if message.echo else ack(message.request)
+        return later(peer, message, payload) if message.request == 1 else ack(message.request)
 
     dispatcher.register(Probe, handle)  # type: ignore[arg-type]
-    dispatcher.deliver(ANN, Probe(request=1, echo=True), EMPTY)
-    dispatcher.deliver(ANN, Probe(request=2, echo=False), EMPTY)
+    dispatcher.deliver(ANN, Probe(request=1), EMPTY)
+    dispatcher.deliver(ANN, Probe(request=2), EMPTY)
     assert sent == [(ANN, ack(2), None)]
     await until(lambda: len(sent) == 2)
     assert sent[1] == (ANN, ack(1), b"late")
@@ -120,7 +120,7 @@ async def test_what_a_handler_raises_is_sent_as_an_error(dispatcher: Dispatcher,
         raise error
 
     dispatcher.register(Probe, fails)
-    dispatcher.deliver(ANN, Probe(request=3, echo=False), EMPTY)
+    dispatcher.deliver(ANN, Probe(request=3), EMPTY)
     (_, answer, _), *others = sent
     assert isinstance(answer, Error)
     assert (answer.request, answer.code, others) == (3, code, [])
@@ -136,10 +136,10 @@ async def test_a_busy_peer_is_answered_overloaded_and_others_are_handled(dispatc
 
     dispatcher.register(Probe, never)
     for request in range(1000):
-        dispatcher.deliver(ANN, Probe(request=request, echo=False), EMPTY)
+        dispatcher.deliver(ANN, Probe(request=request), EMPTY)
     assert errors(sent, ANN) == [(request, Overloaded.code) for request in range(PER_KIND, 1000)]
     for request in range(PER_KIND):
-        dispatcher.deliver(BOB, Probe(request=request, echo=False), EMPTY)
+        dispatcher.deliver(BOB, Probe(request=request), EMPTY)
     assert errors(sent, BOB) == []
 
 
@@ -167,7 +167,7 @@ async def test_a_handler_that_ends_gives_its_room_back(dispatcher: Dispatcher, s
 
     dispatcher.register(Probe, soon)
     for request in range(10 * PER_KIND):
-        dispatcher.deliver(ANN, Probe(request=request, echo=False), memoryview(bytes(1000)))
+        dispatcher.deliver(ANN, Probe(request=request), memoryview(bytes(1000)))
         await asyncio.sleep(0)
     await until(lambda: len(sent) == 10 * PER_KIND)
     assert errors(sent, ANN) == []
@@ -178,7 +178,7 @@ async def test_an_unknown_or_unhandled_request_is_answered_and_an_unhandled_erro
     dispatcher: Dispatcher, sent: Sent
 ) -> None:
     dispatcher.deliver(ANN, UnknownMessage(number_of=999, request=4), EMPTY)
-    dispatcher.deliver(ANN, Probe(request=5, echo=False), EMPTY)
+    dispatcher.deliver(ANN, Probe(request=5), EMPTY)
     dispatcher.deliver(ANN, Error(code="not_ready", message="for nobody"), EMPTY)
     answers = [message for _, message, _ in sent]
     assert [(answer.request, answer.code, answer.number_of) for answer in answers if isinstance(answer, Error)] == [

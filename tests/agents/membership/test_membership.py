@@ -26,7 +26,7 @@ from meshd.clock import SystemClock
 from meshd.protocol.identity import ClusterKey, load_identity
 from meshd.protocol.messages import PROTOCOL_VERSION, FetchProfile, PeerStatus, ProfileData
 from meshd.state import StateFolder
-from meshd.types import Advert, Holding, ModelCard, ModelId, PeerId, Profile, Status
+from meshd.types import Advert, Holding, LearnedRates, ModelCard, ModelId, PeerId, Profile, Status
 
 STRANGER = PeerId("c" * 52)
 CARD = make_card(30)
@@ -64,6 +64,7 @@ class Member:
                 memory_free_bytes=lambda: self.free_bytes,
                 holdings=lambda: self.holdings,
                 models=lambda: self.models,
+                learned=LearnedRates,
                 sessions=lambda: self.sessions,
                 draining=bool,
             ),

@@ -33,7 +33,7 @@ class Machine:
 
 def test_every_reservation_counts_before_its_memory_is_touched() -> None:
     machine = Machine(10 * RESERVED)
-    holdings = ResidentModels(1e9, [RESIDENT])
+    holdings = ResidentModels([RESIDENT])
     assert FreeMemory(10 * RESERVED, holdings, machine, HandClock()).free_bytes() == 9 * RESERVED
 
 
@@ -42,18 +42,18 @@ def test_memory_that_other_processes_took_is_not_free() -> None:
     loaded.pool = KVPool(CARD.spec, LAYERS, blocks=2)
     untouched = loaded.untouched_bytes
     assert 0 < untouched < RESERVED
-    memory = FreeMemory(10 * RESERVED, ResidentModels(1e9, [loaded]), Machine(untouched + 5), HandClock())
+    memory = FreeMemory(10 * RESERVED, ResidentModels([loaded]), Machine(untouched + 5), HandClock())
     assert memory.free_bytes() == 5
 
 
 def test_free_memory_is_never_negative() -> None:
-    assert FreeMemory(RESERVED - 1, ResidentModels(1e9, [RESIDENT]), Machine(10 * RESERVED), HandClock()).free_bytes() == 0
-    assert FreeMemory(10 * RESERVED, ResidentModels(1e9, [RESIDENT]), Machine(0), HandClock()).free_bytes() == 0
+    assert FreeMemory(RESERVED - 1, ResidentModels([RESIDENT]), Machine(10 * RESERVED), HandClock()).free_bytes() == 0
+    assert FreeMemory(10 * RESERVED, ResidentModels([RESIDENT]), Machine(0), HandClock()).free_bytes() == 0
 
 
 async def test_a_measurement_is_used_for_a_second() -> None:
     machine, clock = Machine(100), HandClock()
-    memory = FreeMemory(1000, ResidentModels(1e9), machine, clock)
+    memory = FreeMemory(1000, ResidentModels(), machine, clock)
     assert memory.free_bytes() == 100
     machine.free_bytes = 50
     await clock.move(1.0)
@@ -65,7 +65,7 @@ async def test_a_measurement_is_used_for_a_second() -> None:
 
 def test_a_forgotten_measurement_is_made_again_at_once() -> None:
     machine = Machine(100)
-    memory = FreeMemory(1000, ResidentModels(1e9), machine, HandClock())
+    memory = FreeMemory(1000, ResidentModels(), machine, HandClock())
     assert memory.free_bytes() == 100
     machine.free_bytes = 50
     memory.forget()

@@ -1,6 +1,6 @@
 """The layers in this peer's memory: which of them serve a request, and how much memory they reserve."""
 
-import pytest
+import numpy as np
 
 from in_process.adverts import CARD
 from meshd.agents.placement.resident import LoadState, ResidentLayers, ResidentModels
@@ -14,7 +14,7 @@ def resident(start: int, end: int, kv_tokens: int = 64, state: LoadState = LoadS
 
 def test_only_active_layers_that_contain_the_request_serve_it() -> None:
     active = resident(0, 10)
-    models = ResidentModels(1e9, [active, resident(10, 20, state=LoadState.WARM)])
+    models = ResidentModels([active, resident(10, 20, state=LoadState.WARM)])
     assert models.find(CARD.id, LayerRange(2, 5)) is active
     assert models.find(CARD.id, LayerRange(5, 11)) is None
     assert models.find(CARD.id, LayerRange(12, 15)) is None
@@ -23,27 +23,15 @@ def test_only_active_layers_that_contain_the_request_serve_it() -> None:
 def test_the_entry_with_the_most_free_kv_serves() -> None:
     small, large = resident(0, 2), resident(0, 2)
     small.pool, large.pool = (KVPool(CARD.spec, LayerRange(0, 2), blocks) for blocks in (2, 4))
-    assert ResidentModels(1e9, [small, large]).find(CARD.id, LayerRange(0, 2)) is large
+    assert ResidentModels([small, large]).find(CARD.id, LayerRange(0, 2)) is large
     large.pool.allocate(3 * 32)
-    assert ResidentModels(1e9, [small, large]).find(CARD.id, LayerRange(0, 2)) is small
+    assert ResidentModels([small, large]).find(CARD.id, LayerRange(0, 2)) is small
 
 
 def test_failed_layers_reserve_no_memory() -> None:
     active = resident(0, 2)
-    models = ResidentModels(1e9, [active, resident(2, 4, state=LoadState.FAILED)])
+    models = ResidentModels([active, resident(2, 4, state=LoadState.FAILED)])
     assert models.reserved_bytes == active.reserved_bytes == 1000 + 64 * CARD.kv_bytes_per_token_layer() * 2
-
-
-def test_decode_times_are_a_running_mean_without_attention() -> None:
-    layers = resident(0, 2)
-    models = ResidentModels(1e9, [layers])
-    models.observe_decode(layers, 2, 0, 0.2)
-    assert layers.layer_decode_s == pytest.approx(0.1)
-    models.observe_decode(layers, 2, 0, 0.4)
-    assert layers.layer_decode_s == pytest.approx(0.1 + 0.05 * 0.1)
-    before = layers.layer_decode_s
-    models.observe_decode(layers, 2, 10**9, 0.2)  # the predicted attention exceeds 0.2 s, so the rest counts as 0 s
-    assert layers.layer_decode_s == pytest.approx(0.95 * before)
 
 
 def test_only_an_unused_active_standby_gives_way() -> None:
@@ -53,3 +41,16 @@ def test_only_an_unused_active_standby_gives_way() -> None:
     assert copy.gives_way
     copy.sessions = 1
     assert not copy.gives_way
+
+
+def test_kv_that_a_session_has_freed_is_not_counted_as_memory_that_is_yet_to_be_taken() -> None:
+    held = resident(0, 2, kv_tokens=128)
+    held.pool = pool = KVPool(CARD.spec, LayerRange(0, 2), blocks=4)
+    whole = held.untouched_bytes
+    table = pool.allocate(64)
+    values = np.ones((64, CARD.spec.kv_heads, CARD.spec.head_dim), np.float32)
+    for layer in range(2):
+        pool.write(layer, table, 0, values, values)
+    pool.free(table)
+    assert pool.blocks_free == 4
+    assert held.untouched_bytes == whole // 2

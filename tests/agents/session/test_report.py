@@ -34,7 +34,7 @@ async def test_an_answer_without_recoveries_is_measured_and_compared_with_its_pr
     assert value("meshd_ttft_seconds_sum") == 2
     assert value("meshd_tpot_seconds_sum") == 1
     assert value("meshd_prediction_ratio_sum", {"what": "tpot"}) == 2
-    assert "completed: 2 tokens, ttft 2000 ms, tpot 1000.0 ms (predicted 500.0), 0 recoveries" in caplog.text
+    assert "completed: 2 tokens, ttft 2000 ms (predicted 0), tpot 1000.0 ms (predicted 500.0), 0 recoveries" in caplog.text
 
 
 async def test_an_answer_with_a_recovery_is_not_compared_with_its_prediction(peers: Peers) -> None:

@@ -53,6 +53,7 @@ def make_peer(
     prefill_gflops: float = 100.0,
     attention_gb_s: float = 5.0,
     overhead_s: float = 20e-6,
+    step_overhead_s: float = 50e-6,
     holdings: tuple[Holding, ...] = (),
     roles: tuple[str, ...] = ("compute", "attention", "storage"),
     draining: bool = False,
@@ -73,6 +74,7 @@ def make_peer(
         power_w=power_w,
         holdings=holdings,
         roles=roles,
+        step_overhead_s=step_overhead_s,
         draining=draining,
     )
 

@@ -16,8 +16,6 @@ from typing import Any
 from real_daemons.mesh import MODEL, MeshBroken, http_to
 from real_daemons.sites import Site
 
-_PREFIX = {"/v1/chat/completions": "chatcmpl-", "/v1/completions": "cmpl-", "/v1/responses": "resp_"}
-
 
 @dataclass(frozen=True, slots=True)
 class Spec:
@@ -59,6 +57,8 @@ class Answer:
 
     spec: Spec
     session: str = ""
+    id: str = ""
+    """The answer's id in its events and in requests to resume it."""
     last_event: int | None = None
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
@@ -66,6 +66,8 @@ class Answer:
     completion_tokens: int | None = None
     ended: bool = False
     plan: str = ""
+    predicted: dict[str, float] = field(default_factory=dict)
+    """Predicted seconds from the headers of the first response: `ttft` and `tpot`."""
     asked_at: float = 0.0
     begun_at: float = 0.0
     """Time when the first response began, with which the session exists. 0: not yet."""
@@ -75,11 +77,6 @@ class Answer:
     """Number of events that had already arrived before."""
     skipped: int = 0
     """Number of events that never arrived."""
-
-    @property
-    def id(self) -> str:
-        """The answer's id in its events and in requests to resume it."""
-        return _PREFIX[self.spec.path] + self.session
 
     def differences_from(self, expected: "Answer") -> list[str]:
         """Return a line for each difference from the expected answer. Empty: the answers are equal."""
@@ -143,11 +140,14 @@ class Answer:
             self.times.append(at)
 
 
-def ask(site: Site, at: str, answer: Answer, mesh: dict[str, Any], *, silence_s: float) -> None:
-    """Send the request and read its answer to the end. Raises: Refused, Interrupted, OSError, HTTPException."""
+def ask(site: Site, at: str, answer: Answer, mesh: dict[str, Any], *, silence_s: float, inside: bool = False) -> None:
+    """Send the request and read its answer to the end. `inside`: from the daemon's own host.
+
+    Raises: Refused, Interrupted, OSError, HTTPException.
+    """
     answer.asked_at = time.monotonic()
     body = answer.spec.body | {"stream": True, "mesh": mesh}
-    _read(site, at, "POST", answer.spec.path, body, answer, silence_s)
+    _read(site, at, "POST", answer.spec.path, body, answer, silence_s, inside=inside)
 
 
 def resume(site: Site, at: str, answer: Answer, *, silence_s: float) -> None:
@@ -156,15 +156,19 @@ def resume(site: Site, at: str, answer: Answer, *, silence_s: float) -> None:
     _read(site, at, "GET", f"/v1/responses/{answer.id}?stream=true{after}", None, answer, silence_s)
 
 
-def _read(site: Site, at: str, method: str, path: str, body: Any, answer: Answer, silence_s: float) -> None:
-    connection, response = http_to(site, at, method, path, body, timeout_s=silence_s)
+def _read(
+    site: Site, at: str, method: str, path: str, body: Any, answer: Answer, silence_s: float, *, inside: bool = False
+) -> None:
+    connection, response = http_to(site, at, method, path, body, timeout_s=silence_s, inside=inside)
     with contextlib.closing(connection):
         if response.status != 200:
             error = _error_of(response.read())
             raise Refused(response.status, str(error.get("code")), str(error.get("message")))
         answer.begun_at = answer.begun_at or time.monotonic()
         answer.session = response.headers.get("x-meshd-session") or answer.session
+        answer.id = response.headers.get("x-meshd-answer") or answer.id
         answer.plan = response.headers.get("x-meshd-plan") or answer.plan
+        answer.predicted = answer.predicted or _predicted(response)
         for number, event in _events(response):
             if event is None:
                 answer.ended = True
@@ -173,6 +177,11 @@ def _read(site: Site, at: str, method: str, path: str, body: Any, answer: Answer
             if answer.ended:
                 return
     raise Interrupted("torn", "the stream ended without its last event")
+
+
+def _predicted(response: http.client.HTTPResponse) -> dict[str, float]:
+    headers = {what: response.headers.get(f"x-meshd-predicted-{what}-ms") for what in ("ttft", "tpot")}
+    return {what: float(value) / 1000 for what, value in headers.items() if value is not None}
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[tuple[int | None, dict[str, Any] | None]]:
@@ -227,15 +236,17 @@ def _difference(got: list[Any], wanted: list[Any]) -> str:
 class Streaming:
     """Reads an answer in a background thread, while a test disturbs the mesh."""
 
-    def __init__(self, site: Site, at: str, spec: Spec, mesh: dict[str, Any], *, silence_s: float = 60.0) -> None:
+    def __init__(
+        self, site: Site, at: str, spec: Spec, mesh: dict[str, Any], *, silence_s: float = 60.0, inside: bool = False
+    ) -> None:
         self.answer = Answer(spec)
         self.error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, args=(site, at, mesh, silence_s), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(site, at, mesh, silence_s, inside), daemon=True)
         self._thread.start()
 
-    def _run(self, site: Site, at: str, mesh: dict[str, Any], silence_s: float) -> None:
+    def _run(self, site: Site, at: str, mesh: dict[str, Any], silence_s: float, inside: bool) -> None:
         try:
-            ask(site, at, self.answer, mesh, silence_s=silence_s)
+            ask(site, at, self.answer, mesh, silence_s=silence_s, inside=inside)
         except (Refused, Interrupted, OSError, http.client.HTTPException) as error:
             self.error = error
 

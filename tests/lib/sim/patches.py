@@ -23,7 +23,10 @@ def virtual_time(loop: SimLoop, meter: Meter) -> Iterator[None]:
     def now_ns() -> int:
         return int(now() * 1e9)
 
-    shim = SimpleNamespace(perf_counter=now, monotonic=now, time=now, perf_counter_ns=now_ns, monotonic_ns=now_ns)
+    def sleep(seconds: float) -> None:
+        meter.spent_s += seconds
+
+    shim = SimpleNamespace(perf_counter=now, monotonic=now, time=now, perf_counter_ns=now_ns, monotonic_ns=now_ns, sleep=sleep)
     patched = [
         module for name, module in list(sys.modules.items()) if name.startswith("meshd.") and getattr(module, "time", None) is time
     ]

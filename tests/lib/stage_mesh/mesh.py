@@ -11,17 +11,22 @@ from meshd.agents.links.rpc import Dispatcher, to_view
 from meshd.agents.observe.story import Story
 from meshd.agents.placement.resident import LoadState, ResidentLayers, ResidentModels
 from meshd.agents.stage.host import StageHost
+from meshd.agents.stage.learning import StepLearning
 from meshd.clock import SystemClock
 from meshd.errors import Overloaded, PeerLost
 from meshd.kernels.backend import LoadedLayers
 from meshd.kernels.kv import KVPool
 from meshd.protocol.codec import decode, encode
-from meshd.protocol.messages import Closed, Error, Failed, Lane, Message, Mirrored, Token
+from meshd.protocol.messages import Closed, Error, Failed, HandedOver, HandOver, Lane, Message, Mirrored, Token
 from meshd.telemetry import Telemetry
-from meshd.types import LayerRange, ModelCard, ModelId, ModelSpec, PeerId
+from meshd.types import LayerRange, ModelCard, ModelId, ModelSpec, PeerId, Rates
 
 MODEL = ModelId("fe" * 16)
 POOL_BLOCKS = 24
+
+RATES = Rates(
+    decode_bytes_s=1e9, prefill_flops_s=1e10, memory_bytes_s=1e10, attention_bytes_s=1e9, disk_bytes_s=1e9, layer_overhead_s=1e-4
+)
 
 
 class QuickClock(SystemClock):
@@ -107,6 +112,9 @@ class StagePeer:
         for listener in self.listeners:
             listener(sender, message)
 
+    def on_hand_over(self, sender: PeerId, message: HandOver, payload: memoryview) -> HandedOver:
+        return HandedOver(request=message.request, known=self.host.on_hand_over(sender, message))
+
     def received(self, kind: type[Any]) -> list[Any]:
         return [message for message in self.inbox if isinstance(message, kind)]
 
@@ -152,11 +160,12 @@ class StageMesh:
         resident = ResidentLayers(
             card_of(self.spec), parsed, blocks * 32, 0, LoadState.ACTIVE, 1.0, weights=self.weights, pool=pool
         )
-        residents = ResidentModels(1e9, [resident])
+        residents = ResidentModels([resident])
         host = StageHost(
             me=links.id,
             links=links,  # type: ignore[arg-type]
             residents=residents,
+            learning=StepLearning(links.id, RATES, self.clock),
             compute=compute,
             clock=self.clock,
             telemetry=Telemetry(),
@@ -169,6 +178,7 @@ class StageMesh:
         host.register()
         for kind in (Token, Failed, Mirrored, Closed, Error):
             links.register(kind, peer.on_message)
+        links.register(HandOver, peer.on_hand_over)
         links.dispatcher.group = self._tasks
         self.peers[links.id] = peer
         self._running.append(self._tasks.create_task(host.run()))

@@ -44,11 +44,18 @@ def test_measured_times_override_derived_ones() -> None:
     assert cost.head_s(peer, card) == 0.004
 
 
+def test_measured_attention_replaces_the_rate() -> None:
+    card, measured = make_card(2), make_holding(0, 2, attention_token_s=2e-6, attention_pair_s=3e-9, layer_prefill_s=1e-4)
+    peer = make_peer("a", holdings=(measured,))
+    assert cost.attention_decode_s(peer, 1500, 1536) == pytest.approx(0.003)
+    assert cost.layer_prefill_s(peer, card, 128, 1024) == pytest.approx([0.0128 + 128 * (1024 + 64.5) * 3e-9] * 2)
+
+
 def test_factors_scale_their_phase_only() -> None:
     card, peer = make_card(2), make_peer("a")
     slow = msgspec.structs.replace(peer, decode_factor=2.0, prefill_factor=1.5)
     assert cost.layer_decode_s(slow, card) == pytest.approx(2 * cost.layer_decode_s(peer, card))
-    assert cost.attention_decode_s(slow, 1e6) == pytest.approx(2 * cost.attention_decode_s(peer, 1e6))
+    assert cost.attention_decode_s(slow, 100, 1536) == pytest.approx(2 * cost.attention_decode_s(peer, 100, 1536))
     assert cost.head_s(slow, card) == pytest.approx(2 * cost.head_s(peer, card))
     assert cost.layer_prefill_s(slow, card, 64, 64) == pytest.approx(1.5 * cost.layer_prefill_s(peer, card, 64, 64))
 

@@ -24,6 +24,14 @@ KV = 2 * 3 * 64 * 4
 MOST_PEERS = 6
 
 
+def _transfer_s(size: float, link: LinkStats) -> float:
+    """The time of a message with TCP's slow start, as a sum over rounds: each sends its window, or all that is left."""
+    seconds, window = 0.0, 14_600.0
+    while size > window and window / link.bandwidth_bytes_s < link.rtt_s:
+        size, window, seconds = size - window, 2 * window, seconds + link.rtt_s
+    return seconds + size / link.bandwidth_bytes_s
+
+
 class Oracle:
     """The values of all possible plans for one problem."""
 
@@ -94,12 +102,12 @@ class Oracle:
             stats = self.problem.network.stats
             ids = self.peers[one].id, self.peers[other].id
             known = stats.get(ids) or stats.get(ids[::-1]) or LinkStats(rtt_s=0.020, bandwidth_bytes_s=1e6)
-            table[one, other] = (known.hop_s if known.hop_s > 0 else known.rtt_s / 2) + size / known.bandwidth_bytes_s
+            table[one, other] = (known.hop_s if known.hop_s > 0 else known.rtt_s / 2) + _transfer_s(size, known)
         return table
 
     def _decode(self, peer: PeerProfile, start: int, end: int) -> float:
         position = (min(self.problem.prompt_tokens, self.problem.context) + self.problem.context) // 2
-        seconds = self._head(peer) if end == self.layers else 0.0
+        seconds = peer.step_overhead_s + (self._head(peer) if end == self.layers else 0.0)
         for layer in range(start, end):
             measured = peer.holdings[0].layer_decode_s if peer.holdings else None
             weights = self.card.layer_bytes[layer] / peer.rates.decode_bytes_s + peer.rates.layer_overhead_s
@@ -116,7 +124,7 @@ class Oracle:
         tokens = min(prompt, 128)
         before = tokens * (max(1.0, prompt / tokens) - 1) / 2
         measured = peer.holdings[0].layer_prefill_s if peer.holdings else None
-        rate, seconds = peer.rates.prefill_flops_s, 0.0
+        rate, seconds = peer.rates.prefill_flops_s, peer.step_overhead_s
         for layer in range(start, end):
             pairs = tokens * before + tokens * (tokens + 1) / 2
             seconds += 4 * pairs * 9 * 64 / rate

@@ -50,7 +50,7 @@ def _serial_s(problem: PlanInput, gap: tuple[StagePlan, ...], ahead: int) -> flo
         compute_s(problem, problem.profile(stage.peer), 0, known)[stage.layers.start : stage.layers.end].sum() for stage in gap
     )
     sends = sum(problem.network.hop_s(one.peer, other.peer, known * problem.activation_bytes) for one, other in pairwise(whole))
-    return float(ahead * (decode + len(gap) * 50e-6) + again + sends)
+    return float(ahead * decode + again + sends)
 
 
 def test_the_peer_with_the_kv_gets_the_stage() -> None:

@@ -1,0 +1,104 @@
+"""Learn from real steps how far a peer's times are from the predicted ones, because other work shares its processor.
+
+Each error is corrected in one place only:
+
+    computing    the stage's peer compares each step with the formulas of `cost`, and advertises factors (here)
+    overhead     the stage's peer measures what a step takes beside its computation, and advertises it (here)
+    network      both ends of a link measure it, and advertise it (`agents/links/estimate.py`)
+
+The coordinator only adds these up. It measures whole tokens and reports the error, but corrects nothing by it.
+
+The method: a factor is the mean of measured over predicted time, weighted exponentially, over about `MEMORY_S` seconds of
+computing. A step that took over `OUTLIER` times as long as usual counts as this many times. After `GRACE_S` without steps the
+factor returns to 1, half of the way in each `HALF_LIFE_S`: the load that it was learned under may have ended. Constants were chosen
+with `bench_predictions.py`.
+"""
+
+import math
+from typing import Literal
+
+import msgspec
+
+from meshd.planner.profile import CONTEXT_CLASSES, DEFAULT_OVERHEAD_S, LEAST_FACTOR, MOST_FACTOR, context_class
+from meshd.types import LearnedRates
+
+MEMORY_S = 1.0
+"""Seconds of computing after which a factor has forgotten two thirds of what it was before."""
+GRACE_S, HALF_LIFE_S = 30.0, 60.0
+OUTLIER = 4.0
+"""On a busy machine single steps take several times as long as most, and a client waits for these too."""
+MOST_OVERHEAD_S = 0.05
+_OVERHEAD_WEIGHT = 0.1
+
+Phase = Literal["decode", "prefill"]
+
+
+class Factor(msgspec.Struct, frozen=True):
+    """Measured over predicted time of one kind of step, at the time of its last sample."""
+
+    value: float = 1.0
+    samples: float = 0.0
+    """Number of samples; older ones count less."""
+    at: float = -math.inf
+    """Monotonic time of the last sample, in seconds."""
+
+    def trust(self, now: float) -> float:
+        """Return how much the factor still counts, from 1 at a sample down to 0."""
+        return math.pow(0.5, max(0.0, now - self.at - GRACE_S) / HALF_LIFE_S)
+
+    def current(self, now: float) -> float:
+        """Return the factor after its decay towards 1."""
+        return math.pow(self.value, self.trust(now))
+
+    def observed(self, measured_s: float, predicted_s: float, now: float) -> "Factor":
+        """Return the factor with one more sample; unchanged if a time is not positive. `predicted_s`: without any correction."""
+        if not (0 < measured_s < math.inf and 0 < predicted_s < math.inf):
+            return self
+        before, samples = self.current(now), self.samples * self.trust(now)
+        sample = _capped(min(max(measured_s / predicted_s, before / OUTLIER), before * OUTLIER))
+        weight = max(1 - math.exp(-measured_s / MEMORY_S), 1 / (1 + samples))
+        return Factor(_capped(before + weight * (sample - before)), samples + 1, now)
+
+
+class StepLearner:
+    """The factors of one peer, by phase and class of contexts, and the overhead of its steps."""
+
+    def __init__(self) -> None:
+        count = len(CONTEXT_CLASSES) + 1
+        self._factors: dict[Phase, list[Factor]] = {"decode": [Factor()] * count, "prefill": [Factor()] * count}
+        self._overhead = Factor()
+
+    def observe(self, phase: Phase, position: int, measured_s: float, predicted_s: float, now: float) -> None:
+        """Add the computation of one step. `position`: its first position. `predicted_s`: by `cost`, without any correction."""
+        factors = self._factors[phase]
+        place = context_class(position)
+        factors[place] = factors[place].observed(measured_s, predicted_s, now)
+
+    def observe_overhead(self, seconds: float, now: float) -> None:
+        """Add what one step took beside its computation."""
+        before = self._overhead
+        scale = before.current(now)
+        sample = min(max(seconds / DEFAULT_OVERHEAD_S, scale / OUTLIER), scale * OUTLIER)
+        weight = max(_OVERHEAD_WEIGHT, 1 / (1 + before.samples * before.trust(now)))
+        value = min(scale + weight * (sample - scale), MOST_OVERHEAD_S / DEFAULT_OVERHEAD_S)
+        self._overhead = Factor(max(value, 0.01), before.samples * before.trust(now) + 1, now)
+
+    def learned(self, now: float) -> LearnedRates:
+        """Return the present factors and overhead, for the advert."""
+        return LearnedRates(
+            decode=self._current("decode", now),
+            prefill=self._current("prefill", now),
+            step_overhead_s=DEFAULT_OVERHEAD_S * self._overhead.current(now) if self._overhead.samples else None,
+        )
+
+    def _current(self, phase: Phase, now: float) -> tuple[float, ...]:
+        """Return a factor for each class; none without any step. The latest class stands in for those without recent steps."""
+        factors = self._factors[phase]
+        newest = max(factors, key=lambda factor: factor.at)
+        if not newest.samples:
+            return ()
+        return tuple(factor.current(now) * newest.current(now) ** (1 - factor.trust(now)) for factor in factors)
+
+
+def _capped(value: float) -> float:
+    return min(MOST_FACTOR, max(LEAST_FACTOR, value))
