@@ -25,7 +25,7 @@ GOODBYE_S = 1.0
 class Peer:
     """A process of `mdns_peer.py` on a host of a lab, and the lines that it has printed so far."""
 
-    def __init__(self, lab: Any, host: str, letter: str, cluster: str = "c1", life_s: float | None = None) -> None:
+    def __init__(self, lab: Any, host: str, letter: str, cluster: str = "c" * 16, life_s: float | None = None) -> None:
         self.id = letter * 52
         self.host = host
         self.lines: list[dict[str, Any]] = []
@@ -174,12 +174,12 @@ def test_a_peer_is_found_again_when_its_cable_is_put_back(make_lab: Any) -> None
 
 def test_peers_of_another_cluster_are_counted_but_not_reported(make_lab: Any) -> None:
     lab = make_lab(hosts=3)
-    peers = [Peer(lab, "h1", "a"), Peer(lab, "h2", "b"), Peer(lab, "h3", "c", cluster="c2")]
+    peers = [Peer(lab, "h1", "a"), Peer(lab, "h2", "b"), Peer(lab, "h3", "c", cluster="d" * 16)]
     find_s(peers[:2])
     last_start(peers)
     time.sleep(0.5)
     peers[0].stop()
     stopped = peers[0].first("stopped")
     assert stopped is not None
-    assert stopped["others"] == {"c2": 1}
+    assert stopped["others"] == {"d" * 16: 1}
     assert peers[0].first(PeerFound, peers[2]) is None
