@@ -27,6 +27,8 @@ LEAST_PROBE, MOST_PROBE = 32 * KIB, 256 * KIB
 _SLOWEST_BYTES_S, _FASTEST_BYTES_S = 1e3, 1e10
 _RESOLUTION_S = 2e-4
 """Time differences below this, or below 5 % of the whole time, say nothing about a link."""
+_EXPECTED = 0.1
+"""A probe took as long as predicted if its time differs by less than this share."""
 _QUIET_S = 0.15
 """A large message disturbs heartbeats for this long: its bytes may wait in the queues of the link."""
 _BANDWIDTHS = 5
@@ -77,6 +79,19 @@ class LinkEstimate:
         samples = self._disturbed if now - rtt_s < self.disturbed_until else self._undisturbed
         samples.append((now, rtt_s))
 
+    def probed(self, size_bytes: int, elapsed_s: float, now: float) -> bool:
+        """Add a probe that was sent after a pause and acknowledged after `elapsed_s`. Returns: as `bandwidth`.
+
+        A probe that took as long as predicted confirms the present bandwidth. On a distant link slow start hides the bandwidth, and
+        computing it from the time would give only a lower bound.
+        """
+        rtt_s, present = self.rtt_s(now) or 0.0, self.bandwidth_bytes_s(now)
+        if present is not None:
+            predicted_s = rtt_s + transfer_s(size_bytes, rtt_s, present)
+            if abs(predicted_s - elapsed_s) <= max(_RESOLUTION_S, _EXPECTED * elapsed_s):
+                return self.bandwidth(present, now)
+        return self.bandwidth(bandwidth_of(size_bytes, elapsed_s, rtt_s), now)
+
     def bandwidth(self, bytes_s: float, now: float) -> bool:
         """Add a sample. Returns: whether it is surprising, so that it should be confirmed by another one."""
         self.measured_at = now
@@ -86,7 +101,7 @@ class LinkEstimate:
         self._bandwidths.append((now, bytes_s))
         if present is None or _alike(bytes_s, present):
             return False
-        if _alike(bytes_s, before) and not _alike(before, present):
+        if not _alike(before, present) and (bytes_s > present) == (before > present):
             while len(self._bandwidths) > 2:
                 self._bandwidths.popleft()
             return False

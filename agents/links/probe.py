@@ -150,9 +150,7 @@ class LinkProber:
         """Probe a link once, and again with growing sizes if the result is surprising."""
         size = estimate.probe_bytes(self._clock.monotonic())
         elapsed_s = await self._round_trip(peer, self._filler[:size])
-        now = self._clock.monotonic()
-        rtt_s = estimate.rtt_s(now)
-        if rtt_s is not None and estimate.bandwidth(bandwidth_of(size, elapsed_s, rtt_s), now):
+        if estimate.probed(size, elapsed_s, self._clock.monotonic()):
             await self._ramp(peer, estimate)
 
     async def _measure(self, peer: PeerId) -> None:

@@ -50,11 +50,11 @@ def test_a_changed_link_is_seen_in_the_prediction_within_five_seconds(mesh: Mesh
     shape("1gbit", "10ms")  # each host delays both directions: a round trip grows by 40 ms
     farther_s = seen_after_s(mesh, lambda hops: all(18 < token < 40 for token, _ in hops))
     shape("1gbit", "0ms")
-    nearer_s = seen_after_s(mesh, lambda hops: all(token < 10 for token, _ in hops))
-    shape("20mbit", "0ms")  # a chunk of 128 tokens has 288 KiB: 118 ms
-    slower_s = seen_after_s(mesh, lambda hops: 85 < hops[0][1] < 180)
-    shape("1gbit", "0ms")
-    faster_s = seen_after_s(mesh, lambda hops: hops[0][1] < 60)
+    nearer_s = seen_after_s(mesh, lambda hops: all(token < 10 and chunk < 300 for token, chunk in hops))
+    shape("4mbit", "0ms")  # a chunk of 128 tokens has 288 KiB: 590 ms
+    slower_s = seen_after_s(mesh, lambda hops: 420 < hops[0][1] < 900)
+    shape("1gbit", "0ms")  # on a busy machine the daemons, not the link, limit the transfer
+    faster_s = seen_after_s(mesh, lambda hops: hops[0][1] < 300)
     print(
         f"\nseen in the prediction: a round trip that grew after {farther_s:.1f} s, shrank after {nearer_s:.1f} s; "
         f"a bandwidth that fell after {slower_s:.1f} s, rose after {faster_s:.1f} s"

@@ -81,6 +81,27 @@ def test_a_changed_bandwidth_counts_from_its_second_sample(before: float, times:
     assert estimate.bandwidth_bytes_s(now + 0.1) == pytest.approx(after)
 
 
+def test_a_probe_that_took_as_long_as_predicted_confirms_the_bandwidth() -> None:
+    estimate, rtt_s, rate = LinkEstimate(), 0.02, 1e8
+    now = beats(estimate, rtt_s, 5, 0.0)
+    estimate.bandwidth(rate, now)
+    size = estimate.probe_bytes(now)
+    for _ in range(5):
+        now += 2.0
+        assert not estimate.probed(size, rtt_s + transfer_s(size, rtt_s, rate) * 1.05, now)
+    assert estimate.bandwidth_bytes_s(now) == pytest.approx(rate)
+    assert estimate.probed(size, rtt_s + transfer_s(size, rtt_s, 2e6), now)
+
+
+def test_two_samples_in_one_direction_replace_the_old_ones_even_if_they_differ() -> None:
+    estimate = LinkEstimate()
+    for second in range(5):
+        estimate.bandwidth(5e5, float(second))
+    assert estimate.bandwidth(1.6e7, 5.0)
+    assert not estimate.bandwidth(6e7, 5.1)
+    assert 1.6e7 <= estimate.bandwidth_bytes_s(5.1) <= 6e7
+
+
 def test_one_wild_bandwidth_changes_little() -> None:
     estimate = LinkEstimate()
     for second in range(5):
