@@ -9,6 +9,9 @@ from fake_api.words import CARD
 from in_process.adverts import advert, held
 from in_process.peers import Peers, until
 from meshd.agents.placement.model_library import ModelLibrary, holders_of
+from meshd.agents.placement.weights.headers import HeaderFetcher
+from meshd.agents.placement.weights.sources import WeightSources
+from meshd.clock import SystemClock
 from meshd.errors import ModelFileError, UnknownModel
 from meshd.models.store.store import Store
 from meshd.types import Advert, ModelCard, ModelId
@@ -31,7 +34,15 @@ def adverts() -> list[Advert]:
 
 @pytest.fixture
 async def library(peers: Peers, tmp_path: Path, adverts: list[Advert]) -> ModelLibrary:
-    return ModelLibrary(links=peers.start("a").links, store=Store(tmp_path), adverts=lambda: adverts, on_change=lambda: None)
+    links = peers.start("a").links
+    sources = WeightSources(links.id, links, adverts=lambda: adverts, names=str, clock=SystemClock(), link_stats=dict)
+    return ModelLibrary(
+        links=links,
+        store=Store(tmp_path),
+        adverts=lambda: adverts,
+        on_change=lambda: None,
+        headers=HeaderFetcher(links, sources),
+    )
 
 
 async def test_a_model_is_found_by_name_reference_or_id(library: ModelLibrary, adverts: list[Advert]) -> None:
@@ -83,7 +94,7 @@ async def test_a_models_text_is_read_from_its_file_and_a_broken_one_is_known_as_
     for name, template in templates.items():
         path = tmp_path / f"{name}.gguf"
         path.write_bytes(small_gguf(more={"tokenizer.chat_template": template}))
-        cards[name] = await library.pull(f"file:{path}", lambda _: None)
+        cards[name] = await library.pull(f"file:{path}", lambda _: None, by_owner=True)
     try:
         text = await library.text(cards["good"])
         assert text.table.decode(await text.tokens_of('!"#')) == '!"#'
