@@ -10,6 +10,7 @@ from in_process.journals import Keeper, Keepers, S
 from in_process.peers import Peers
 from meshd.agents.observe.story import Story
 from meshd.agents.placement.model_library import ModelLibrary
+from meshd.agents.placement.weights.headers import HeaderFetcher
 from meshd.agents.service import GenerationRequest
 from meshd.agents.session.admission import Admission
 from meshd.agents.session.coordinator import Coordinator
@@ -87,8 +88,10 @@ async def test_sampling_parameters_that_no_peer_could_use_are_refused_at_once(
 ) -> None:
     async with Keepers(peers).linked("a", "b") as (a, _):
         coordinator = coordinator_of(a)
-        store, unused = Store(tmp_path), cast("Any", None)  # no header is fetched
-        coordinator.library = ModelLibrary(links=a.peer.links, store=store, adverts=list, on_change=lambda: None, headers=unused)
+        links, headers = a.peer.links, cast("HeaderFetcher", None)  # no header is fetched
+        coordinator.library = ModelLibrary(
+            links=links, store=Store(tmp_path), adverts=list, on_change=lambda: None, headers=headers
+        )
         coordinator.library.local[CARD.id] = CARD
         with pytest.raises(InvalidSampling) as refused:
             await coordinator.generate(GenerationRequest(model=CARD.name, prompt=(1, 2), sampling=sampling))
