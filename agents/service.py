@@ -1,7 +1,7 @@
 """The interfaces of a peer that the HTTP API uses: `Coordinator` for answers, `ClusterService` for the cluster."""
 
 from collections.abc import AsyncIterator, Callable
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, NewType, Protocol
 
 import msgspec
 
@@ -9,6 +9,10 @@ from meshd.bounds import MAX_PEERS, MAX_TOKENS, Label, at_most
 from meshd.errors import MeshdError
 from meshd.types import FinishReason, LayerRange, ModelCard, Objective, PeerId, SamplingParams, SessionId
 
+AnswerSecret = NewType("AnswerSecret", str)
+"""The random part of an answer's id, 32 hexadecimal digits. Whoever has it may read and continue the answer at any peer."""
+NO_SECRET = AnswerSecret("")
+"""On a peer that no client has sent the answer's id to."""
 _MAX_STAGES_TEXT = 64 * MAX_PEERS
 """Room for one stage of each peer, with the peer's id."""
 ContextTokens = Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
@@ -106,6 +110,11 @@ class Generation(Protocol):
     """An answer, which may be running, suspended or ended."""
 
     @property
+    def secret(self) -> AnswerSecret:
+        """The secret part of the answer's id. `NO_SECRET` on a peer that no client has asked for the answer yet."""
+        ...
+
+    @property
     def session(self) -> SessionId: ...
 
     @property
@@ -180,7 +189,7 @@ class Coordinator(Protocol):
         """
         ...
 
-    async def resume(self, session: SessionId) -> Generation:
+    async def resume(self, secret: AnswerSecret) -> Generation:
         """Continue an answer on this peer. Take it over first if it runs, or its record is kept, on another peer.
 
         An answer that has ended is not continued, but can be read again.
@@ -189,7 +198,7 @@ class Coordinator(Protocol):
         """
         ...
 
-    async def look(self, session: SessionId) -> Generation:
+    async def look(self, secret: AnswerSecret) -> Generation:
         """Find an answer without taking it over. Returns: its present state. Raises: UnknownSession, UnknownModel."""
         ...
 

@@ -60,6 +60,8 @@ class KVPool:
             raise OutOfMemory(f"no room for {self.bytes} bytes of KV: {error}", hint="lower the context or --memory") from error
         self._slots: F32 = np.frombuffer(mapping, np.float32, count=self.bytes // 4).reshape(shape)
         self._free = set(range(blocks))
+        self._touched: set[int] = set()
+        """Blocks that were written to. The system does not get their memory back when they are freed."""
         self._live: dict[int, BlockTable] = {}
         self._next_id = 0
         self._lock = threading.Lock()
@@ -67,6 +69,11 @@ class KVPool:
     @property
     def blocks_free(self) -> int:
         return len(self._free)
+
+    @property
+    def bytes_untouched(self) -> int:
+        """Size of the blocks that were never written to: the system has not committed their memory yet."""
+        return (self.blocks - len(self._touched)) * self.block_tokens * self.layer_bytes * len(self.layers)
 
     def allocate(self, tokens: int) -> BlockTable:
         """Allocate blocks for `tokens` tokens (at least 1), contiguous ones if possible.
@@ -106,6 +113,8 @@ class KVPool:
         self._check(layer, table, end)
         if not (np.isfinite(k).all() and np.isfinite(v).all()):
             raise LocalFault(f"layer {layer} can't store position {start}: its K or V is not finite", hint="check the model file")
+        if layer == self.layers.start:
+            self._touch(table, start, end)
         slots = self._slots[layer - self.layers.start]
         where = self._slots_of(table, start, end)
         slots[0, where] = k
@@ -150,7 +159,11 @@ class KVPool:
         if not np.isfinite(given).all():
             raise LocalFault(f"KV of positions {start} to {start + tokens - 1} is not finite")
         first = layers.start - self.layers.start
+        self._touch(table, start, start + tokens)
         self._slots[first : first + len(layers), :, self._slots_of(table, start, start + tokens)] = given
+
+    def _touch(self, table: BlockTable, start: int, end: int) -> None:
+        self._touched.update(table.blocks[start // self.block_tokens : -(-end // self.block_tokens)])
 
     def _check_copy(self, layers: LayerRange, table: BlockTable, start: int, end: int) -> None:
         if not layers or layers not in self.layers:

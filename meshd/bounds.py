@@ -22,6 +22,8 @@ MAX_BYTES = 1 << 53
 """8 PiB. Up to here, floats hold sizes exactly."""
 MAX_PEERS = 256
 """Most peers of a cluster that a message can list."""
+MAX_COORDINATORS = 16
+"""Earlier coordinators that a session's record names. KV of one that is not named any more is computed again."""
 MAX_LISTED = 1024
 """Most entries of a list that has no closer bound."""
 MAX_LOGIT_BIAS = 1024

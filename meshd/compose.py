@@ -33,7 +33,6 @@ from meshd.agents.session.admission import Admission
 from meshd.agents.session.coordinator import Coordinator
 from meshd.agents.session.journal.deputy import Deputy
 from meshd.agents.session.journal.locator import Locator
-from meshd.agents.session.journal.record import SessionRecord
 from meshd.agents.session.journal.writer import JournalWriters
 from meshd.agents.session.plan.drain import Drainer
 from meshd.agents.session.plan.move import Mover
@@ -45,9 +44,10 @@ from meshd.agents.stage.learning import StepLearning
 from meshd.agents.supervisor import Supervisor
 from meshd.clock import Clock
 from meshd.kernels.backend import Backend
-from meshd.protocol.messages import Error, Hello, Token
+from meshd.models.cards import shown_to_peers
+from meshd.protocol.messages import Error, HandedOver, HandOver, Hello, Token
 from meshd.telemetry import Telemetry
-from meshd.types import Advert, Capability, PeerId
+from meshd.types import Advert, Capability, PeerId, SessionId
 
 log = getLogger(__name__)
 
@@ -69,7 +69,7 @@ class PeerSignals:
     """A stage session opened or closed on this peer."""
     layers_changed: Signal[()] = field(default_factory=Signal[()])
     """Layers were loaded or freed on this peer."""
-    orphaned: Signal[SessionRecord] = field(default_factory=Signal)
+    orphaned: Signal[SessionId, PeerId] = field(default_factory=Signal)
     """The coordinator of a session is gone, and this peer has the session's record."""
 
 
@@ -164,6 +164,7 @@ class Peer:
             agent.register()
         self.locator.register(self.coordinator)
         self.links.register(Token, self._on_token)
+        self.links.register(HandOver, self._on_hand_over)
         self.links.register(Error, self._on_error)
 
     @asynccontextmanager
@@ -221,6 +222,10 @@ class Peer:
         self.stages.on_token(sender, message, payload)
         self.coordinator.on_token(sender, message, payload)
 
+    def _on_hand_over(self, sender: PeerId, message: HandOver, payload: memoryview) -> HandedOver:
+        has_kv, has_record = self.stages.on_hand_over(sender, message), self.deputy.on_hand_over(sender, message)
+        return HandedOver(request=message.request, known=has_kv or has_record)
+
     def _on_error(self, sender: PeerId, message: Error, payload: memoryview) -> None:
         if message.request:
             return  # the reply to a request that already timed out or was cancelled
@@ -245,8 +250,14 @@ def compose(parts: Parts) -> Peer:
     router = parts.router(me=parts.me, library=library, placer=placer, adverts=adverts, suspects=membership.suspects)
     preload = Preload(settings.models, library, placer, router.covered, clock)
     journal = JournalWriters(parts.me, links, clock, adverts)
-    deputy = Deputy(links, clock, on_orphan=signals.orphaned, on_dropped=journal.on_dropped)
-    locator = Locator(parts.me, links, deputy)
+    deputy = Deputy(
+        links,
+        clock,
+        on_orphan=signals.orphaned,
+        on_dropped=journal.on_dropped,
+        coordinates=lambda session: session in coordinator.answers,
+    )
+    locator = Locator(parts.me, links, deputy, clock)
     coordinator = _coordinator(parts, router, preload, journal, deputy, locator, membership, drainer, story)
     keeper = Keeper(
         me=parts.me,
@@ -336,7 +347,7 @@ def _membership(
             capability=parts.capability,
             memory_free_bytes=memory.free_bytes,
             holdings=lambda: tuple(resident.holding() for resident in holdings),
-            models=lambda: tuple(parts.library.local.values()),
+            models=lambda: tuple(map(shown_to_peers, parts.library.local.values())),
             learned=stages.learning.learned,
             sessions=lambda: stages.sessions,
             draining=lambda: drainer.draining,

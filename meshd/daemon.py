@@ -26,6 +26,7 @@ from meshd.agents.membership.sources import Source
 from meshd.agents.membership.static import StaticPeers
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.restart.placements import Placements
+from meshd.agents.placement.weights.headers import HeaderFetcher
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.agents.placement.weights.sources import WeightSources
 from meshd.agents.supervisor import Supervisor
@@ -292,11 +293,17 @@ def _parts(
     )
     store = Store(config.models_dir, config.hf_cache, index_url=config.pypi_index, clock=clock)
     texts = ModelTexts(TextWorkers(memory_bytes=memory_limit(capability.memory_total_bytes)))
-    library = ModelLibrary(
-        links=peer_links, store=store, adverts=table.adverts, on_change=signals.changed, clock=clock, texts=texts
-    )
     weight_sources = WeightSources(
         me=identity.peer, links=peer_links, adverts=table.adverts, names=table.name_of, clock=clock, link_stats=prober.stats
+    )
+    library = ModelLibrary(
+        links=peer_links,
+        store=store,
+        adverts=table.adverts,
+        on_change=signals.changed,
+        clock=clock,
+        headers=HeaderFetcher(peer_links, weight_sources),
+        texts=texts,
     )
     return Parts(
         me=identity.peer,

@@ -13,9 +13,10 @@ from meshd.agents.observe.events import EventBus
 from meshd.agents.placement.client import PlacementClient
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.plan_input import plan_input_of
-from meshd.agents.service import MeshOptions, PlacementStep, PlaceRequest, PlanRequest
+from meshd.agents.service import AnswerSecret, MeshOptions, PlacementStep, PlaceRequest, PlanRequest
 from meshd.agents.session.answer import Answer, header_of
 from meshd.agents.session.coordinator import Coordinator
+from meshd.agents.session.journal.keys import session_of
 from meshd.agents.session.plan.drain import Drainer
 from meshd.agents.session.plan.route import Router
 from meshd.agents.stage.host import StageHost
@@ -31,10 +32,10 @@ from meshd.types import Advert, ModelCard, ModelId, PeerId, SessionId
 
 _PROBE_CONTEXT = 4096
 """Context in tokens that `meshd plan` assumes without `--context`, unless the model's own context is shorter."""
+_WHOLE_ID = re.compile(r"(.*[-_])?([0-9a-f]{32})")
+"""A session's id, or an answer's id: a prefix and the secret from which the session's id follows."""
 _SHOWN_MATCHES = 3
 """How many sessions the error for an ambiguous beginning of an id lists."""
-_WHOLE_ID = re.compile(r"(?:.*[-_])?([0-9a-f]{32})")
-"""Matches a whole session id, or an answer's id, which ends with the session's id."""
 
 
 @dataclass(slots=True)
@@ -190,7 +191,7 @@ class ClusterView:
         Raises: UnknownSession, InvalidRequest.
         """
         if whole := _WHOLE_ID.fullmatch(text):
-            return SessionId(whole[1])
+            return session_of(AnswerSecret(whole[2])) if whole[1] else SessionId(whole[2])
         here = {*self.coordinator.answers, *self.coordinator.retained, *(row["id"] for row in self.stages.rows(str))}
         matches = sorted(session for session in here if text and session.startswith(text))
         if not matches:

@@ -16,6 +16,7 @@ from meshd.agents.placement.plan_input import CONTEXTS_OF_KV, LEAST_CONTEXT, USU
 from meshd.agents.service import MeshOptions, PlacementStep
 from meshd.clock import Clock
 from meshd.errors import DoesNotFit, MeshdError, NoPeer, OutOfMemory, PeerFault, ProtocolViolation, Unavailable
+from meshd.models.cards import shown_to_peers
 from meshd.planner.model.memory import allowed_bytes, stage_memory
 from meshd.planner.problem import PlanInput
 from meshd.planner.search.repair import repair_within
@@ -223,7 +224,7 @@ async def request_place(
     request = Place(
         request=links.next_request(),
         model=card.id,
-        ref=card.ref,
+        ref=shown_to_peers(card).ref,
         layers=layers,
         kv_tokens=kv_tokens,
         deadline_ms=int(_DEADLINE_S * 1000),

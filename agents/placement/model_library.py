@@ -10,12 +10,14 @@ from logging import getLogger
 from pathlib import Path
 
 from meshd.agents.links.links import Links
+from meshd.agents.placement.weights.headers import HeaderFetcher
 from meshd.agents.text.model_texts import ModelText, ModelTexts
 from meshd.clock import Clock, SystemClock
-from meshd.errors import MeshdError, ModelFileError, NoPeer, PeerFault, ProtocolViolation, UnknownModel
-from meshd.models.cards import card_from_gguf
+from meshd.errors import InvalidRequest, MeshdError, ModelFileError, UnknownModel
+from meshd.models.cards import card_from_gguf, shown_to_peers
 from meshd.models.files.disk import FileStamp
 from meshd.models.files.gguf import GgufFile
+from meshd.models.store.catalogue import claims_other_model
 from meshd.models.store.partial_copy import HEADER_INDEX, PartialCopy
 from meshd.models.store.progress import PullPhase, PullProgress
 from meshd.models.store.store import ModelPreview, Store, StoredModel
@@ -24,11 +26,19 @@ from meshd.types import Advert, ModelCard, ModelId, PeerId
 
 log = getLogger(__name__)
 
-_HEADER_TIMEOUT_S = 20.0
 _WATCH_S = 2.0
 """Interval at which the store's index is looked at, since `meshd pull` and `meshd rm` change it in a process of their own."""
 _MAX_HEARD = 64
 """Maximum number of cards that are remembered from other peers; the oldest is dropped first."""
+
+
+@dataclass(frozen=True, slots=True)
+class _PeerHeader:
+    """A header that a peer sent."""
+
+    sha256: bytes
+    holders: frozenset[PeerId]
+    """The peers that had the model when they agreed on this header."""
 
 
 @dataclass(slots=True)
@@ -40,6 +50,7 @@ class ModelLibrary:
     adverts: Callable[[], Iterable[Advert]]
     """Returns the adverts of the live peers, with or without this peer's own."""
     on_change: Callable[[], None]
+    headers: HeaderFetcher
     clock: Clock = field(default_factory=SystemClock)
     local: dict[ModelId, ModelCard] = field(default_factory=dict)
     """Models whose whole file is on this disk."""
@@ -55,6 +66,8 @@ class ModelLibrary:
     """Cards that peers have advertised. These peers may have gone since."""
     texts: ModelTexts = field(default_factory=ModelTexts)
     _warming: set["asyncio.Task[None]"] = field(default_factory=set)
+    _from_peers: dict[ModelId, _PeerHeader] = field(default_factory=dict)
+    """The headers of `texts` that came from peers."""
 
     def register(self) -> None:
         """Register the handler of FETCH_HEADER."""
@@ -135,7 +148,8 @@ class ModelLibrary:
         adverts = list(self.adverts())
         for advert in adverts:
             for card in advert.models:
-                self._hear(card)
+                if not claims_other_model(card.name, card.id):
+                    self._hear(card)
         advertised = {card.id for advert in adverts for card in advert.models}
         advertised |= {holding.model for advert in adverts for holding in advert.holdings}
         heard = {model: card for model, card in self._heard.items() if model in advertised}
@@ -187,7 +201,7 @@ class ModelLibrary:
         if (here := cards.get(self._names.get(name, ModelId("")))) is not None:
             return here
         for card in cards.values():
-            if name in (card.name, card.ref, card.id):
+            if name in (card.name, card.ref, card.id, shown_to_peers(card).name):
                 return card
         if (reason := self._refused.get(name)) is not None:
             raise ModelFileError(reason.message, hint=reason.hint)
@@ -196,12 +210,23 @@ class ModelLibrary:
         hint = f"nearest: {', '.join(near)}" if near else "fetch one with `meshd pull` or place one with `meshd place`"
         raise UnknownModel(f"the model {name!r} does not exist in this cluster", hint=hint)
 
-    async def pull(self, ref: str, progress: Callable[[float], None]) -> ModelCard:
+    async def pull(self, ref: str, progress: Callable[[float], None], *, by_owner: bool = False) -> ModelCard:
         """Fetch a model from its own source, unless it is on this disk already. Returns: the model's card.
 
-        Raises: UnknownModel, DownloadError, StorageError.
+        by_owner: the owner of this device named the model when the daemon was started. Anybody else (a client of the API, a peer)
+        can name a file of this device only if the owner has put it into the store: the files are the owner's, and even whether one
+        exists is nobody else's business.
+
+        Raises: UnknownModel, InvalidRequest, DownloadError, StorageError.
         """
-        stored = self.store.get(ref) or await self.store.pull(ref, lambda step: progress(_fraction(step)))
+        stored = self.store.get(ref)
+        if stored is None and ref.startswith("file:") and not by_owner:
+            raise InvalidRequest(
+                f"{ref} is none of this device's models, and a file can be named only by the device's owner",
+                param="model",
+                hint=f"run `meshd pull {ref}` on this device first",
+            )
+        stored = stored or await self.store.pull(ref, lambda step: progress(_fraction(step)))
         card = self.local.get(stored.id)
         if card is None:
             card = await asyncio.to_thread(self._card_of, stored)
@@ -218,8 +243,13 @@ class ModelLibrary:
     async def text(self, card: ModelCard) -> ModelText:
         """Get a model's tokens and its way to encode prompts, from this disk or else from a peer with the file.
 
-        Raises: ModelFileError if its tokenizer or template can't be used; NoPeer, PeerFault, Overloaded.
+        A text that was made from a peer's header is made anew when the model is on this disk, or when more peers have its file and
+        the majority has another header.
+
+        Raises: ModelFileError if its tokenizer or template can't be used, or if no majority of the peers agrees on them; NoPeer,
+        PeerFault, Overloaded.
         """
+        await self._forget_wrong(card)
         return await self.texts.get(card, partial(self._text_source, card))
 
     def warm(self, card: ModelCard) -> None:
@@ -248,7 +278,33 @@ class ModelLibrary:
     async def _text_source(self, card: ModelCard) -> str | bytes:
         """Find what a model's text is read from. Returns: the path of its file, or else the header that a peer sent."""
         path = await asyncio.to_thread(self._path_of, card.id)
-        return str(path) if path is not None else await self._fetch_header(card)
+        if path is not None:
+            return str(path)
+        holders = frozenset(holders_of(card.id, self.adverts()))
+        header = await self.headers.fetch(card)
+        self._from_peers[card.id] = _PeerHeader(hashlib.sha256(header).digest(), holders)
+        return header
+
+    async def _forget_wrong(self, card: ModelCard) -> None:
+        """Forget the text of a header that a peer sent, if it is on this disk by now or a majority has another one."""
+        header = self._from_peers.get(card.id)
+        if header is None:
+            return
+        holders = frozenset(holders_of(card.id, self.adverts()))
+        if card.id not in self.local:
+            if holders <= header.holders:
+                return
+            try:
+                agreed = await self.headers.agreed_hash(card.id)
+            except MeshdError as error:
+                log.info("the header of %s can't be compared with that of more peers: %s", card.name, error)
+                return
+            if agreed == header.sha256:
+                self._from_peers[card.id] = _PeerHeader(agreed, holders | header.holders)
+                return
+            log.warning("the tokenizer and template of %s came from a peer that had another header than most peers have", card.name)
+        if self._from_peers.pop(card.id, None) is not None:
+            self.texts.forget(card.id)
 
     def _path_of(self, model: ModelId) -> Path | None:
         stored = self.store.get(model)
@@ -257,33 +313,12 @@ class ModelLibrary:
         copy = self.store.partials.get(model)
         return copy.path if copy is not None and HEADER_INDEX in copy.have else None
 
-    async def _fetch_header(self, card: ModelCard) -> bytes:
-        """Fetch the header of a model's file. Asks the peers with the whole file, then the peers with layers, until one sends it.
-
-        Raises: NoPeer, PeerFault.
-        """
-        failure: MeshdError = NoPeer(f"no live peer has the file of {card.name}", hint=f"fetch it with `meshd pull {card.ref}`")
-        for peer in holders_of(card.id, self.adverts()):
-            try:
-                return await self._ask_header(peer, card)
-            except PeerFault as error:
-                failure = error
-        raise failure
-
-    async def _ask_header(self, peer: PeerId, card: ModelCard) -> bytes:
-        request = FetchHeader(request=self.links.next_request(), model=card.id)
-        reply, payload = await self.links.request(peer, request, timeout_s=_HEADER_TIMEOUT_S)
-        data = bytes(payload)
-        if not isinstance(reply, HeaderData) or hashlib.sha256(data).hexdigest() != reply.sha256:
-            raise ProtocolViolation(f"the header of {card.name} does not match its hash")
-        return data
-
     async def _on_fetch_header(self, sender: PeerId, message: FetchHeader, payload: memoryview) -> tuple[HeaderData, bytes]:
         card = self.card_here(message.model)
         if card is None:
             raise UnknownModel("this peer does not have that model's file")
         data = await asyncio.to_thread(self._header_of, card)
-        return HeaderData(request=message.request, card=card, sha256=hashlib.sha256(data).hexdigest()), data
+        return HeaderData(request=message.request, card=shown_to_peers(card)), data
 
     def _header_of(self, card: ModelCard) -> bytes:
         with self.open(card) as file:

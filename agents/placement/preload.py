@@ -82,7 +82,7 @@ class Preload:
         try:
             return await self.library.known(ref)
         except UnknownModel:
-            return await self.library.pull(ref, self._progress)
+            return await self.library.pull(ref, self._progress, by_owner=True)
 
     def _progress(self, share: float) -> None:
         self.fetched = share

@@ -114,7 +114,8 @@ class _Policy:
 
     def __init__(self, cluster: ClusterState) -> None:
         self._cluster = cluster
-        self._adverts = {advert.peer: advert for advert in sorted(cluster.adverts, key=lambda advert: advert.peer)}
+        adverts = sorted(cluster.adverts, key=lambda advert: advert.peer)
+        self._adverts = {advert.peer: _within_models(advert, cluster.cards) for advert in adverts}
         self._requests: list[LoadRequest] = []
         self._missing: list[str] = []
         for request in cluster.pending:
@@ -133,9 +134,10 @@ class _Policy:
         return [advert for advert in self._adverts.values() if not advert.draining]
 
     def _lost(self, card: ModelCard) -> list[ServedLayers]:
-        """List the layers that lost peers served and those that draining peers still serve."""
+        """List the layers that lost peers served and those that draining peers still serve, as far as the model has them."""
         leaving = (served_by(advert).get(card.id, ()) for advert in self._adverts.values() if advert.draining)
-        return sorted({*self._cluster.lost.get(card.id, ()), *chain.from_iterable(leaving)})
+        known = {*self._cluster.lost.get(card.id, ()), *chain.from_iterable(leaving)}
+        return sorted(entry for entry in known if entry.layers in card.layers)
 
     def _promote(self, card: ModelCard, lost: Sequence[ServedLayers]) -> None:
         """Request that peers promote standby copies of layers that no peer serves any more."""
@@ -237,6 +239,12 @@ class _Policy:
         card, advert = self._cluster.cards.get(request.model), self._adverts.get(request.peer)
         if card is not None and advert is not None:
             self._adverts[request.peer] = apply_request(advert, request, card)
+
+
+def _within_models(advert: Advert, cards: Mapping[ModelId, ModelCard]) -> Advert:
+    """Leave out the holdings of layers that their model does not have: a peer may advertise anything."""
+    holdings = tuple(held for held in advert.holdings if held.model not in cards or held.layers in cards[held.model].layers)
+    return advert if len(holdings) == len(advert.holdings) else msgspec.structs.replace(advert, holdings=holdings)
 
 
 def apply_request(advert: Advert, request: LoadRequest, card: ModelCard) -> Advert:

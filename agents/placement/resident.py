@@ -70,10 +70,11 @@ class ResidentLayers:
 
     @property
     def untouched_bytes(self) -> int:
-        """Bytes that are reserved but not yet allocated: free KV blocks; everything until there is a pool."""
-        if self.pool is None:
-            return self.reserved_bytes
-        return self.pool.blocks_free * self.pool.block_tokens * self.card.kv_bytes_per_token_layer() * len(self.layers)
+        """Bytes that are reserved but not yet allocated: KV blocks never written to; everything until there is a pool.
+
+        A block that a session has freed is allocated: the system does not get its memory back.
+        """
+        return self.reserved_bytes if self.pool is None else self.pool.bytes_untouched
 
     def holding(self) -> Holding:
         """Describe these layers for the advert."""

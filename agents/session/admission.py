@@ -67,12 +67,23 @@ class Admission:
             if waiter in self._queue:
                 self._queue.remove(waiter)
 
+    def enter_ahead(self) -> None:
+        """Take a slot at once, ahead of all waiting requests and beyond the limit, but not beyond twice the limit.
+
+        For a session that runs already and whose stages can't wait. Raises: Overloaded.
+        """
+        if self.running >= 2 * self._limit:
+            raise self._overloaded(f"{self.running} requests run")
+        self._began.append(self._now())
+
     def leave(self, lasted_s: float) -> None:
         """Free a slot, or pass it to the first waiting request. `lasted_s`: how long the session ran; 0 if it did not run."""
         if lasted_s > 0:
             self._mean_s += 0.2 * (lasted_s - self._mean_s)
         began = self._now() - lasted_s
         self._began.remove(min(self._began, key=lambda other: abs(other - began)))
+        if self.running >= self._limit:
+            return  # sessions that entered ahead still fill the limit
         while self._queue:
             waiter = self._queue.popleft()
             if not waiter.done():

@@ -13,9 +13,9 @@ import msgspec
 
 from meshd.agents.links.links import Links
 from meshd.agents.observe.story import Story
-from meshd.agents.service import Finished, TextDelta
+from meshd.agents.service import NO_SECRET, AnswerSecret, Finished, TextDelta
 from meshd.agents.session import events as fsm
-from meshd.agents.session.journal.record import SessionRecord
+from meshd.agents.session.journal.record import SessionRecord, followed_by
 from meshd.agents.session.output import AnswerOutput
 from meshd.agents.session.plan.resume import method_of
 from meshd.agents.session.recovery_history import Recovered, RecoveryHistory
@@ -60,6 +60,8 @@ class Answer:
     card: ModelCard
     text: ModelText
     context: AnswerContext
+    secret: AnswerSecret = NO_SECRET
+    """See `service.Generation.secret`."""
     machine: Session = field(init=False)
     stages: StageClient = field(init=False)
     output: AnswerOutput = field(init=False)
@@ -79,7 +81,8 @@ class Answer:
         now = self.context.clock.monotonic()
         self.progress_at = self.unread_since = self.ended_at = now
         self.machine = Session(self.record.session, len(self.record.prompt))
-        self.stages = StageClient(self.record, self.context.me, self.context.links, renewed_at=now)
+        links, predecessors = self.context.links, self.record.coordinators
+        self.stages = StageClient(self.record, self.context.me, links, renewed_at=now, predecessors=predecessors)
         self.output = AnswerOutput(self.record, self.card, self.text, started=now)
         self.opened = asyncio.get_running_loop().create_future()
 
@@ -168,6 +171,7 @@ class Answer:
         return msgspec.structs.replace(
             self.record,
             coordinator=self.context.me,
+            coordinators=self.stages.predecessors,
             epoch=self.machine.epoch,
             plan=self.machine.kv_plan,
             tokens=tuple(self.output.tokens),
@@ -208,16 +212,13 @@ class Answer:
         if not self.ended:
             self._apply(fsm.Released(Cancelled(why)))
 
-    def reclaim(self, record: SessionRecord, used: int) -> None:
-        """Take the answer back from another coordinator.
+    def reclaim(self, coordinator: PeerId, used: int) -> None:
+        """Take the answer back from another coordinator. Its tokens are not taken: this peer's stages give the same ones.
 
-        `record`: the other coordinator's record. `used`: the highest epoch that the other coordinator can have used.
+        `used`: the highest epoch that the other coordinator can have used.
         """
-        self.stages.handed_over = True
-        tokens = tuple(
-            (token, logprobs, self.output.finish_at(index, token)) for index, (token, logprobs) in enumerate(record.tokens)
-        )
-        self._apply(fsm.Reclaimed(used, tokens))
+        self.stages.predecessors = followed_by(self.stages.predecessors, coordinator)
+        self._apply(fsm.Reclaimed(used))
 
     def overdue(self, reason: str, blame: PeerId | None) -> None:
         """Recover the answer, because it made no progress for too long. `blame`: the peer at fault, if it is known."""

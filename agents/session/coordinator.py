@@ -6,6 +6,7 @@ It also takes over answers from a coordinator that was lost.
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from logging import getLogger
 
@@ -15,27 +16,29 @@ from meshd.agents.links.links import Links
 from meshd.agents.observe.story import Story
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.plan_input import with_peer_ids
-from meshd.agents.service import AvailableModel, GenerationRequest
+from meshd.agents.service import NO_SECRET, AnswerSecret, AvailableModel, GenerationRequest
 from meshd.agents.session.admission import Admission
 from meshd.agents.session.answer import Answer, AnswerContext
 from meshd.agents.session.journal.deputy import Deputy
+from meshd.agents.session.journal.keys import new_secret, session_of
 from meshd.agents.session.journal.locator import Locator
-from meshd.agents.session.journal.record import SessionRecord, new_record
+from meshd.agents.session.journal.record import SessionRecord, new_record, taken_over
 from meshd.agents.session.journal.writer import JournalWriters
 from meshd.agents.session.plan.availability import Availability
 from meshd.agents.session.plan.move import Mover
-from meshd.agents.session.plan.retry import TAKEOVER_EPOCHS, PlanRetrier
+from meshd.agents.session.plan.retry import PlanRetrier
 from meshd.agents.session.plan.route import Router
 from meshd.agents.session.prompt import PromptIntake
 from meshd.agents.session.recovery_history import Recovered
 from meshd.agents.session.report import report_end
 from meshd.agents.session.stages.receiver import StageReceiver
 from meshd.agents.session.stages.stall import StallWatch
+from meshd.agents.session.takeover import Takeovers
 from meshd.agents.text.model_texts import ModelText
 from meshd.clock import Clock
 from meshd.errors import MeshdError, Overloaded, PeerFault, Unavailable, UnknownModel, UnknownSession
 from meshd.kernels.sampling_rules import check_sampling
-from meshd.protocol.messages import Error, Move, Moved, Token
+from meshd.protocol.messages import Error, HandOver, Move, Moved, Token
 from meshd.telemetry import Telemetry
 from meshd.types import ModelCard, ModelId, PeerId, SessionId, TokenLogprobs
 
@@ -44,11 +47,11 @@ log = getLogger(__name__)
 _TICK_S = 0.1
 _CHECK_PLANS_S = 1.0
 """Interval at which running answers are checked for missing mirrors and better plans."""
-_SETTLE_S = 0.5
-"""Delay before a lost coordinator's answers are taken over: if only the link broke, the coordinator is linked again by then."""
 _MAX_RETAINED = 256
 _RETAIN_S = 600.0
 """How long an answer that has ended or is suspended is retained for later readers."""
+_HAND_OVER_S = 0.5
+"""Time limit for the replies to HAND_OVER, while the next coordinator waits for the record."""
 _MOVE_REPLY_S = 150.0
 """Time limit of a MOVE request: more than the time limits of a move in `plan/move.py` together."""
 
@@ -82,7 +85,7 @@ class Coordinator:
     """Models that were answerable at the last check."""
     _admitted: dict[SessionId, float] = field(default_factory=dict)
     """Time at which each running answer got its admission slot."""
-    _tasks: set["asyncio.Task[None]"] = field(default_factory=set)
+    _takeovers: Takeovers = field(init=False)
     _prompts: PromptIntake = field(default_factory=PromptIntake)
     _available: Availability = field(init=False)
     _watch: StallWatch = field(init=False)
@@ -93,6 +96,9 @@ class Coordinator:
         self._receiver = StageReceiver(self.answers, self.retrier, self.mover, self.names)
         self._available = Availability(self.library, lambda: self.router.adverts())
         self._watch = StallWatch(self.links, self.clock, self.me)
+        self._takeovers = Takeovers(
+            self.links, self.deputy, self.locator, self.clock, lambda session: session in self.answers, self._take_over
+        )
         self._context = AnswerContext(
             me=self.me,
             links=self.links,
@@ -119,6 +125,7 @@ class Coordinator:
             now = self.clock.monotonic()
             for answer in list(self.answers.values()):
                 self._watch.check(answer, now)
+            self._takeovers.tick(now)
             self._expire(now)
             if now - checked_at > _CHECK_PLANS_S:
                 checked_at = now
@@ -126,8 +133,7 @@ class Coordinator:
 
     async def close(self) -> None:
         """Cancel the running answers, and the tasks that would continue sessions of other peers."""
-        for task in self._tasks:
-            task.cancel()
+        self._takeovers.cancel()
         for answer in list(self.answers.values()):
             await answer.cancel()
 
@@ -171,8 +177,9 @@ class Coordinator:
         request = msgspec.structs.replace(request, mesh=mesh)
         text = await self.library.text(card)
         prompt = await self._prompts.encode(request, card, text)
-        record = new_record(request, card, prompt.tokens, self.me, self.clock)
-        answer = await self._admit(record, card, text, on_wait)
+        secret = new_secret(self.clock)
+        record = new_record(request, card, prompt.tokens, self.me, secret, self.clock)
+        answer = await self._admit(record, card, text, secret, on_wait)
         answer.ignored = prompt.ignored
         self.retrier.start(answer)
         try:
@@ -186,13 +193,15 @@ class Coordinator:
         log.info("session %s: %s, %d prompt tokens, over %s", answer.session, card.name, len(record.prompt), answer.plan_header)
         return answer
 
-    async def _admit(self, record: SessionRecord, card: ModelCard, text: ModelText, on_wait: Callable[[], None] | None) -> Answer:
+    async def _admit(
+        self, record: SessionRecord, card: ModelCard, text: ModelText, secret: AnswerSecret, on_wait: Callable[[], None] | None
+    ) -> Answer:
         asked = self.clock.monotonic()
         await self.admission.enter(on_wait)
         now = self.clock.monotonic()
         self.telemetry.queue_wait(now - asked)
         try:
-            answer = Answer(record, card, text, self._context)
+            answer = Answer(record, card, text, self._context, secret)
         except BaseException:
             self.admission.leave(0.0)
             raise
@@ -205,19 +214,26 @@ class Coordinator:
         self._admitted[answer.session] = since
         self.telemetry.sessions_active(len(self.answers))
 
-    async def resume(self, session: SessionId) -> Answer:
+    async def resume(self, secret: AnswerSecret) -> Answer:
         """See `service.Coordinator.resume`."""
-        answer = self.answers.get(session) or self.retained.get(session)
+        answer = self._answer_with(secret)
         if answer is None:
-            return await self._take(session)
+            return await self._take(secret)
         return answer if answer.running or answer.ended else await self._revive(answer)
 
-    async def look(self, session: SessionId) -> Answer:
+    async def look(self, secret: AnswerSecret) -> Answer:
         """See `service.Coordinator.look`."""
-        answer = self.answers.get(session) or self.retained.get(session)
+        answer = self._answer_with(secret)
         if answer is not None:
             return answer
-        return await self._restore(await self.locator.fetch(session, take=False))
+        return await self._restore(await self.locator.fetch(secret, take=False), secret)
+
+    def _answer_with(self, secret: AnswerSecret) -> Answer | None:
+        session = session_of(secret)
+        answer = self.answers.get(session) or self.retained.get(session)
+        if answer is not None:
+            answer.secret = secret  # a peer that took the answer over as a deputy does not have it
+        return answer
 
     async def end(self, session: SessionId, *, forget: bool = False) -> None:
         """See `service.Coordinator.end`."""
@@ -229,13 +245,28 @@ class Coordinator:
         answer = self.answers.get(session) or self.retained.get(session)
         return answer.snapshot() if answer is not None else None
 
-    def release(self, session: SessionId) -> None:
-        """Stop coordinating an answer and leave its stages open: another peer continues it."""
+    async def hand_over(self, session: SessionId, to: PeerId) -> None:
+        """Stop coordinating an answer and leave its stages open, because `to` continues it.
+
+        The peers that have the session's KV or its record hear from this peer who coordinates it now: they believe nobody else.
+        """
         answer = self.answers.get(session) or self.retained.get(session)
-        if answer is not None:
-            answer.release()
-            self.retained.pop(session, None)
-            self.journal.release(session)
+        if answer is None:
+            return
+        peers = {*answer.machine.holders, *self.journal.deputies_of(session)}
+        answer.release()
+        self.retained.pop(session, None)
+        self.journal.release(session)
+
+        async def tell(peer: PeerId) -> None:
+            with suppress(MeshdError):  # a peer that does not hear it obeys the new coordinator once this peer is gone
+                await self.links.request(
+                    peer, lambda number: HandOver(request=number, session=session, to=to), timeout_s=_HAND_OVER_S
+                )
+
+        async with asyncio.TaskGroup() as group:
+            for peer in sorted(peers):
+                group.create_task(tell(peer))
 
     def leave(self) -> None:
         """Give up all running answers, because this peer stops.
@@ -259,22 +290,20 @@ class Coordinator:
             self.journal.end(session, "cancelled", keep=False)
         return True
 
-    async def _take(self, session: SessionId) -> Answer:
+    async def _take(self, secret: AnswerSecret) -> Answer:
         """Take an answer over from another peer, and resume it on this peer if it has not ended."""
-        record = await self.locator.fetch(session, take=True)
-        answer = await self._restore(record)
+        record = await self.locator.fetch(secret, take=True)
+        answer = await self._restore(record, secret)
         if answer.ended:
             self._retain(answer)
             self._adopt(answer)
             return answer
-        answer.stages.handed_over = True
         return await self._revive(answer)
 
-    async def _restore(self, record: SessionRecord) -> Answer:
+    async def _restore(self, record: SessionRecord, secret: AnswerSecret = NO_SECRET) -> Answer:
         card = self._find_card(record.model)
         text = await self.library.text(card)
-        record = msgspec.structs.replace(record, epoch=record.epoch + TAKEOVER_EPOCHS, coordinator=self.me)
-        answer = Answer(record, card, text, self._context)
+        answer = Answer(taken_over(record, self.me), card, text, self._context, secret)
         await answer.restore()
         return answer
 
@@ -284,9 +313,16 @@ class Coordinator:
             raise UnknownModel(f"no live peer has the model {model} of this session", hint="start one that has its file")
         return card
 
-    async def _revive(self, answer: Answer) -> Answer:
-        """Resume a suspended answer. Returns: the session's answer, which another reader may have resumed first."""
-        await self.admission.enter()
+    async def _revive(self, answer: Answer, *, at_once: bool = False) -> Answer:
+        """Resume a suspended answer. `at_once`: don't wait behind other requests.
+
+        Returns: the session's answer, which another reader may have resumed first.
+        Raises: Overloaded.
+        """
+        if at_once:
+            self.admission.enter_ahead()
+        else:
+            await self.admission.enter()
         running = self.answers.get(answer.session)
         if running is not None or answer.running or answer.ended:
             self.admission.leave(0.0)
@@ -301,30 +337,20 @@ class Coordinator:
         self.deputy.forget(answer.session)
         self._journal(answer)
 
-    def take_over(self, record: SessionRecord) -> None:
-        """Start a task that takes over an answer from a lost coordinator, unless another peer should."""
-        task = asyncio.get_running_loop().create_task(self._take_over(record), name=f"take over {record.session}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def take_over(self, session: SessionId, coordinator: PeerId) -> None:
+        """Take an answer over from a lost coordinator, unless another peer should."""
+        self._takeovers.add(session, coordinator)
 
     async def _take_over(self, record: SessionRecord) -> None:
-        await self.clock.sleep(_SETTLE_S)
-        if record.coordinator in self.links.peers():
-            return  # the link broke only for a moment
-        try:
-            if record.session in self.answers or not (record.finish or await self.locator.should_take_over(record)):
-                return
-            answer = await self._restore(self.deputy.record(record.session) or record)
-            if answer.ended or record.suspended:
-                self._retain(answer)
-                self._adopt(answer)
-                return
-            previous = self.names(record.coordinator)
-            log.info("session %s: taking over from %s, at token %d", record.session, previous, len(answer.output.tokens))
-            self.story.note(record.session, "taken over", coordinator=previous, tokens=len(answer.output.tokens))
-            await self._revive(answer)
-        except MeshdError as error:
-            log.warning("session %s could not be taken over: %s", record.session, error)
+        answer = await self._restore(record)
+        if answer.ended or record.suspended:
+            self._retain(answer)
+            self._adopt(answer)
+            return
+        previous = self.names(record.coordinator)
+        log.info("session %s: taking over from %s, at token %d", record.session, previous, len(answer.output.tokens))
+        self.story.note(record.session, "taken over", coordinator=previous, tokens=len(answer.output.tokens))
+        await self._revive(answer, at_once=True)
 
     async def move(self, session: SessionId, target: PeerId, source: PeerId | None) -> Moved:
         """Move an answer's stages at `source` (None: all stages) to `target`, whichever peer coordinates the answer.

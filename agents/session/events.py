@@ -99,8 +99,6 @@ class Reclaimed:
 
     used: int
     """The highest epoch that the other coordinator can have used."""
-    tokens: tuple[tuple[int, TokenLogprobs | None, FinishReason | None], ...]
-    """All answer tokens, each with its logprobs and, if the answer ends with this token, the reason."""
 
 
 @dataclass(frozen=True, slots=True)

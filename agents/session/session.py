@@ -339,14 +339,7 @@ def _released(session: Session, event: Released) -> list[Command]:
 
 def _reclaimed(session: Session, event: Reclaimed) -> list[Command]:
     session.epoch = max(session.epoch, event.used)
-    commands: list[Command] = []
-    for index in range(len(session.tokens), len(event.tokens)):
-        token, logprobs, finish = event.tokens[index]
-        session.credit = max(session.credit, index + 1)
-        commands += _emit(session, TokenArrived(session.epoch, index, token, logprobs, finish))
-        if finish is not None:
-            break
-    return commands
+    return []
 
 
 def _cancel(session: Session, event: CancelRequested) -> list[Command]:
@@ -386,7 +379,7 @@ TRANSITIONS: dict[tuple[Enum, type[Any]], Transition] = {
     (SessionState.DECODING, DeadlinePassed): _is_overdue,
     (SessionState.RECOVERING, Planned): _opens,
     (SessionState.RECOVERING, PlanFailed): Transition(_plan_failed, (SessionState.SUSPENDED, SessionState.FAILED)),
-    (SessionState.RECOVERING, Reclaimed): Transition(_reclaimed, (SessionState.FINISHED,)),
+    (SessionState.RECOVERING, Reclaimed): Transition(_reclaimed),
     (SessionState.RECOVERING, StageOpened): _ignored,
     (SessionState.RECOVERING, StageFailed): Transition(_failed_in_recovery),
     (SessionState.RECOVERING, TokenArrived): Transition(_token_in_recovery, (SessionState.FINISHED,)),

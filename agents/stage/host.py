@@ -5,7 +5,7 @@
     runner     a stage's events           -> its state machine, and the steps to compute
     sender     a step's output            -> the next stage, or the first stage and the coordinator
     leases     RENEW, CLOSE, time         -> how long KV stays
-    mirror/    MIRROR, KV_OFFER           -> copies of KV on other peers
+    mirror/    MIRROR, EXPECT_COPY        -> copies of KV on other peers
 
 A session's plan determines which peer may send each message; a message from any other peer is dropped. KV and outputs outlive the
 stage that computed them. They are kept for stages of a later epoch, until that epoch resumes without them, the session is closed,
@@ -41,7 +41,9 @@ from meshd.protocol.messages import (
     Close,
     Credit,
     Error,
+    ExpectCopy,
     FetchProgress,
+    HandOver,
     KvBlocks,
     KvOffer,
     KvStored,
@@ -115,7 +117,7 @@ class StageHost:
         )
         self._leases = SessionLeases(me, links, self.clock, story, kv_manager, self._runner, self.peer_linked, on_change)
         self._opener = StageOpener(me, self.residents, story, kv_manager, self._leases, self._runner, on_change)
-        self._mirrors_in = IncomingMirrors(links, self.residents, kv_manager, story, self._leases.admit_copy, on_change)
+        self._mirrors_in = IncomingMirrors(me, links, self.residents, kv_manager, self._leases, story, on_change)
 
     def register(self) -> None:
         """Register the handlers of session messages."""
@@ -130,6 +132,7 @@ class StageHost:
         self.links.register(FetchProgress, self._on_fetch_progress)
         self.links.register(Mirror, self._on_mirror)
         self.links.register(KvStored, self._mirrors_out.on_stored)
+        self.links.register(ExpectCopy, self._mirrors_in.on_expect)
         self.links.register(KvOffer, self._mirrors_in.on_offer)
         self.links.register(KvBlocks, self._mirrors_in.on_blocks)
 
@@ -165,6 +168,10 @@ class StageHost:
             self._runner.fail(active, message.step, error, sender)
         else:
             self._runner.apply(active, fsm.StepArrived(token_step(active, message)))
+
+    def on_hand_over(self, sender: PeerId, message: HandOver) -> bool:
+        """See `SessionLeases.on_hand_over`."""
+        return self._leases.on_hand_over(sender, message)
 
     def on_peer_gone(self, peer: PeerId, reason: str) -> None:
         """Fail the stages that exchange steps with `peer`, and the copies on `peer`, after the link with it went down.
@@ -239,7 +246,7 @@ class StageHost:
                 idle_s=min(self.links.idle_s(active.input_peer, Lane.BULK), _LONGEST_IDLE_S),
             )
             for active in self._active.values()
-            if active.open.session == message.session and active.open.epoch == message.epoch
+            if (active.open.session, active.open.epoch, active.open.coordinator) == (message.session, message.epoch, sender)
         ]
         job = self._runner.job
         return ProgressData(

@@ -58,6 +58,10 @@ class StageCache:
     """Position at which the epoch resumed. KV of `[0, epoch_start)` is from older epochs."""
     source: PeerId | None = None
     """The peer that sends the KV, if this cache is a copy. None: a stage on this peer fills the cache."""
+    offered: bool = False
+    """Whether `source` has offered the copy. Until then the cache is only reserved."""
+    reusable: int = 0
+    """Positions that the blocks of an expected copy have from an older cache; the offer says how many of them are valid."""
     mirrored: bool = False
     """Whether the KV that was valid when the epoch opened was copied from another peer."""
     spared_epoch: int = 0
@@ -72,7 +76,7 @@ class SessionKv:
     session: SessionId
     coordinator: PeerId
     epoch: int
-    """The newest epoch that OPEN or KV_OFFER began on this peer."""
+    """The newest epoch that OPEN or EXPECT_COPY began on this peer."""
     expires: float
     """When the coordinator's lease ends, in the clock's monotonic time. All caches are freed then."""
     caches: list[StageCache] = field(default_factory=list)
@@ -127,26 +131,40 @@ class KvManager:
         cache.log = max(logs, key=lambda log: log.kept_to, default=None) or self.outputs.open()
 
     def reserve_copy(
-        self, session_kv: SessionKv, resident: ResidentLayers | None, model: ModelId, layers: LayerRange, tokens: int, valid: int
+        self,
+        session_kv: SessionKv,
+        resident: ResidentLayers | None,
+        model: ModelId,
+        layers: LayerRange,
+        tokens: int,
+        source: PeerId,
     ) -> StageCache:
-        """Add a cache for a copy from another peer. The cache takes over KV that no stage uses, up to `valid`, or is empty.
+        """Add a cache for a copy that `source` will send, on the blocks of an older cache that no stage uses, or on new ones.
 
         Raises: NoPeer if the layers are not ready in memory; OutOfMemory if the pool has too few free blocks.
         """
-        idle = [cache for cache in session_kv.caches if not self._stage_uses(session_kv, cache.lease)]
-        fitting = [cache for cache in idle if _fits(cache, model, layers, tokens)]
-        best = max(fitting, key=lambda cache: cache.filled, default=None)
+        fitting = [cache for cache in self._idle(session_kv) if _fits(cache, model, layers, tokens)]
+        best = max(fitting, key=lambda cache: max(cache.filled, cache.reusable), default=None)
         if best is None:
-            return self.reserve(session_kv, resident, layers, tokens)
-        cache = self._add(session_kv, StageCache(best.lease, layers, session_kv.epoch, min(best.filled, valid)))
-        for other in idle:
-            if other.lease is not best.lease or not other.layers.overlaps(layers):
+            cache = self.reserve(session_kv, resident, layers, tokens)
+        else:
+            reusable = max(best.filled, best.reusable)
+            cache = self._add(session_kv, StageCache(best.lease, layers, session_kv.epoch, reusable=reusable))
+        cache.source = source
+        return cache
+
+    def begin_copy(self, session_kv: SessionKv, cache: StageCache, valid: int) -> None:
+        """Begin to fill a reserved copy. KV that its blocks have already is used up to position `valid`."""
+        if cache.offered:
+            return
+        cache.offered, cache.filled = True, min(cache.reusable, max(0, valid))
+        for other in self._idle(session_kv):
+            if other is cache or other.lease is not cache.lease or not other.layers.overlaps(cache.layers):
                 continue
-            if other.layers in layers:
+            if other.layers in cache.layers:
                 self.drop(session_kv, other)
             else:
                 other.filled = min(other.filled, cache.filled)  # beyond this position the copy overwrites the shared blocks
-        return cache
 
     def drop_before(self, session_kv: SessionKv, epoch: int) -> None:
         """Drop the caches of epochs before `epoch`. A copy stays for one more epoch, because its source may offer it again."""
@@ -160,6 +178,9 @@ class KvManager:
             return False
 
         self.drop_where(session_kv, unwanted)
+
+    def _idle(self, session_kv: SessionKv) -> list[StageCache]:
+        return [cache for cache in session_kv.caches if not self._stage_uses(session_kv, cache.lease)]
 
     def _stage_uses(self, session_kv: SessionKv, lease: KvLease) -> bool:
         """Return whether a running stage uses the blocks, or an ended stage whose last step still computes."""

@@ -1,6 +1,6 @@
 """Decides how long a session's KV stays on this peer, and which coordinator controls the session."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from logging import getLogger
 
@@ -11,8 +11,8 @@ from meshd.agents.stage.kv import KvManager, SessionKv
 from meshd.agents.stage.runner import StageRunner
 from meshd.clock import Clock
 from meshd.errors import PeerLost, Superseded
-from meshd.protocol.messages import Close, Closed, Failed, KvOffer, Renew
-from meshd.types import PeerId
+from meshd.protocol.messages import Close, Closed, Failed, HandOver, Renew
+from meshd.types import PeerId, SessionId
 
 log = getLogger(__name__)
 
@@ -37,31 +37,50 @@ class SessionLeases:
         """Return when a lease granted now ends, in the clock's monotonic time."""
         return self.clock.monotonic() + min(lease_ms, _MAX_LEASE_MS) / 1000
 
-    def check_coordinator(self, session_kv: SessionKv, coordinator: PeerId, epoch: int, *, handed_over: bool = False) -> None:
-        """Check that this coordinator may start this epoch.
+    def check_coordinator(self, session_kv: SessionKv, coordinator: PeerId, epoch: int) -> None:
+        """Check that this coordinator may start this epoch. `coordinator`: the peer at the other end of the link.
 
         A session has one coordinator at a time. Another peer takes over with a higher epoch, after the link with the current
-        coordinator went down or the current coordinator handed the session over (`handed_over`).
+        coordinator went down. (A coordinator that gives the session away says so itself: `on_hand_over`.)
 
         Raises: Superseded if the epoch is past, or if another coordinator still controls the session.
         """
         if epoch < session_kv.epoch:
             raise Superseded(f"epoch {epoch} is past: session {session_kv.session} is in {session_kv.epoch}")
         if coordinator != session_kv.coordinator:
-            gone = handed_over or not (session_kv.coordinator == self.me or self.peer_linked(session_kv.coordinator))
+            gone = not (session_kv.coordinator == self.me or self.peer_linked(session_kv.coordinator))
             if not gone or epoch == session_kv.epoch:
                 raise Superseded(f"session {session_kv.session} has a coordinator that is alive: {session_kv.coordinator}")
 
-    def admit_copy(self, message: KvOffer) -> SessionKv:
-        """Enter the epoch of an offered copy: end the session's stages of older epochs and take the offer's coordinator and lease.
+    def begin_epoch(
+        self, session: SessionId, coordinator: PeerId, epoch: int, predecessors: Collection[PeerId]
+    ) -> SessionKv | None:
+        """End the session's stages of older epochs, because its coordinator begins this one.
 
+        KV from a coordinator that is neither this one nor one of its predecessors is dropped: that peer reserved memory under the
+        session's id without being its coordinator.
+
+        Returns: what is left of the session on this peer; None if nothing is.
         Raises: Superseded as `check_coordinator` does.
         """
+        session_kv = self.kv_manager.get(session)
+        if session_kv is None:
+            return None
+        self.check_coordinator(session_kv, coordinator, epoch)
+        self.runner.end_before(session, epoch, "a new epoch")
+        if session_kv.coordinator not in (coordinator, *predecessors):
+            log.warning("session %s: KV from %.8s, which never was its coordinator, is freed", session, session_kv.coordinator)
+            self.kv_manager.drop_where(session_kv, lambda cache: True)
+        return self.kv_manager.get(session)
+
+    def on_hand_over(self, sender: PeerId, message: HandOver) -> bool:
+        """Obey another coordinator from now on. Returns: whether `sender` was the session's coordinator."""
         session_kv = self.kv_manager.get(message.session)
-        if session_kv is not None:
-            self.check_coordinator(session_kv, message.coordinator, message.epoch)
-            self.runner.end_before(message.session, message.epoch, "a new epoch")
-        return self.kv_manager.enter(message.session, message.coordinator, message.epoch, self.expiry(message.lease_ms))
+        if session_kv is None or session_kv.coordinator != sender:
+            return False
+        session_kv.coordinator = message.to
+        self.story.note(message.session, "handed over", coordinator=message.to)
+        return True
 
     def on_renew(self, sender: PeerId, message: Renew, payload: memoryview) -> None:
         """Extend the session's lease, or report to the sender that this peer has no KV of the session."""

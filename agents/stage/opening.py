@@ -44,9 +44,9 @@ class StageOpener:
         session_kv = self.kv_manager.get(message.session)
         if session_kv is not None:
             self._check_epoch(session_kv, message)
-            self.runner.end_before(message.session, message.epoch, "a new epoch")
-            if not message.resume:
-                self.kv_manager.drop_where(session_kv, lambda cache: cache.epoch < message.epoch)
+        session_kv = self.leases.begin_epoch(message.session, sender, message.epoch, message.predecessors)
+        if session_kv is not None and not message.resume:
+            self.kv_manager.drop_where(session_kv, lambda cache: cache.epoch < message.epoch)
         active = self._reserve(message, sampler)
         self.runner.active[active.key] = active
         machine = active.machine
@@ -75,7 +75,7 @@ class StageOpener:
             raise InvalidRequest("this peer does not hold attention shards for others", hint="plan without them")
 
     def _check_epoch(self, session_kv: SessionKv, message: Open) -> None:
-        self.leases.check_coordinator(session_kv, message.coordinator, message.epoch, handed_over=message.handed_over)
+        self.leases.check_coordinator(session_kv, message.coordinator, message.epoch)
         layers = message.plan.stages[message.stage].layers
         if any(cache.epoch == message.epoch and cache.layers == layers and not cache.source for cache in session_kv.caches):
             raise InvalidRequest(f"stage {message.stage} has failed in epoch {message.epoch}", hint="open a later one")

@@ -20,8 +20,8 @@ from meshd.types import ModelId
 
 log = getLogger(__name__)
 
-MAX_WAITING = 128
-"""Jobs that may wait. One more is refused."""
+MAX_WAITING, MAX_RISKY_WAITING = 128, 32
+"""Jobs that may wait, and risky ones among them. One more is refused. So risky ones leave room for those that are done at once."""
 MAX_PROCESSES = 2
 SHORT_BYTES = 64 << 10
 """A text up to this size is encoded within milliseconds, unless its tokenizer or template is at fault."""
@@ -103,9 +103,6 @@ class TextWorkers:
 
         Raises: ModelFileError if they can't be used, or if reading them takes too long or too much memory; Overloaded.
         """
-        until, error = self._broken.get(model.id, (0.0, None))
-        if error is not None and until > asyncio.get_running_loop().time():
-            raise error
         result = await self._do(model, None, LOAD_S, risky=True)
         assert isinstance(result, Loaded)
         return result
@@ -155,15 +152,16 @@ class TextWorkers:
         self, model: TextModel, make: Callable[[float], EncodeText | EncodeChat] | None, long_s: float, *, risky: bool
     ) -> Result:
         """Queue a job and wait for its result. Cancel: a job that waits is dropped; one that runs is finished in vain."""
-        # Outside the queue: a header may have to come from another peer.
-        file = None if make is not None and any(model.id in slot.models for slot in self._slots) else await model.source()
-        if self._closed:
-            raise _closing()
-        if len(self._waiting) >= MAX_WAITING:
-            raise Overloaded(f"{MAX_WAITING} prompts wait to be encoded", hint="try again in a moment")
         loop = asyncio.get_running_loop()
-        distrusted = self._distrusted.get(model.id, 0.0) > loop.time()
-        job = _Job(model, make, long_s, risky or distrusted, loop.create_future(), file)
+        file = None
+        if make is None or not any(model.id in slot.models for slot in self._slots):
+            until, error = self._broken.get(model.id, (0.0, None))
+            if error is not None and until > loop.time():
+                raise error
+            file = await model.source()  # before the job is queued: a header may have to come from another peer
+        risky = risky or self._distrusted.get(model.id, 0.0) > loop.time()
+        self._check_room(risky)
+        job = _Job(model, make, long_s, risky, loop.create_future(), file)
         self._waiting.append(job)
         self._dispatch()
         try:
@@ -174,6 +172,14 @@ class TextWorkers:
         if isinstance(result, Failed):
             raise result.error()
         return result
+
+    def _check_room(self, risky: bool) -> None:
+        """Check that one more job may wait. Raises: Overloaded; Unavailable after `close`."""
+        if self._closed:
+            raise _closing()
+        waiting = sum(job.risky for job in self._waiting) if risky else len(self._waiting)
+        if waiting >= (MAX_RISKY_WAITING if risky else MAX_WAITING):
+            raise Overloaded(f"{waiting} prompts wait to be encoded", hint="try again in a moment")
 
     def _dispatch(self) -> None:
         """Give waiting jobs to workers that are free, the oldest first."""
@@ -222,7 +228,7 @@ class TextWorkers:
             self._after_death(job, ended)
         except MeshdError as error:
             _fail(job, error)
-        except asyncio.CancelledError:
+        except BaseException:  # `close` cancelled this task, or there is a bug: in no case may the request wait for ever
             _fail(job, _closing())
             raise
         finally:

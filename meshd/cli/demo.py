@@ -162,7 +162,7 @@ def _show_links(daemon: Daemon, say: Say) -> None:
 
     wait_until(all_measured, MEASURE_WITHIN_S, "measuring the links")
     hops = sorted(row["hop_s"] for row in rows)
-    say(f"links measured both ways: one activation takes {duration(hops[0])} to {duration(hops[-1])}")
+    say(f"links measured both ways: a small message takes {duration(hops[0])} to {duration(hops[-1])}")
 
 
 def _show_placement(daemon: Daemon, say: Say) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import PurePath
 
 import msgspec
 
@@ -32,6 +33,14 @@ _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 CONTROL_TOKEN = 3
 """The value of GGUF's `tokenizer.ggml.token_type` for control tokens."""
 _UNSUPPORTED_HINT = "meshd can't run this model yet; README says which it can"
+
+
+def shown_to_peers(card: ModelCard) -> ModelCard:
+    """Returns: the card without the path of the owner's file: the file's own name stands for it."""
+    if not card.ref.startswith("file:"):
+        return card
+    name = PurePath(card.name).name if card.name.startswith("file:") else card.name
+    return msgspec.structs.replace(card, name=name, ref="")
 
 
 def card_from_gguf(file: GgufFile, *, name: str, ref: str, model_id: ModelId, created: int = 0) -> ModelCard:

@@ -5,7 +5,7 @@ import msgspec
 from meshd.errors import NoPeer
 from meshd.planner.network import Network
 from meshd.planner.profile import PeerProfile
-from meshd.types import ModelCard, Objective, PeerId, StagePlan
+from meshd.types import LayerRange, ModelCard, Objective, PeerId, StagePlan
 
 PREFILL_CHUNK_TOKENS = 128
 """Number of tokens in a prefill chunk. It is equal in all plans.
@@ -38,6 +38,12 @@ class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
     kv_element_bytes: int = 4
     wire_element_bytes: int = 4
 
+    def __post_init__(self) -> None:
+        """Leave out the holdings of layers that the model does not have: a peer may advertise anything."""
+        if any(holding.layers not in self.card.layers for profile in self.profiles for holding in profile.holdings):
+            profiles = tuple(_within(profile, self.card.layers) for profile in self.profiles)
+            msgspec.structs.force_setattr(self, "profiles", profiles)
+
     @property
     def position(self) -> int:
         """Mean number of tokens that a decode step attends to if the answer fills the context."""
@@ -59,3 +65,8 @@ class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
             if profile.id == peer:
                 return profile
         raise NoPeer(f"peer {peer[:8]} is not in the cluster now", hint="see `meshd status`")
+
+
+def _within(profile: PeerProfile, layers: LayerRange) -> PeerProfile:
+    holdings = tuple(holding for holding in profile.holdings if holding.layers in layers)
+    return profile if len(holdings) == len(profile.holdings) else msgspec.structs.replace(profile, holdings=holdings)

@@ -25,6 +25,7 @@ A later epoch (after a loss, or to move a stage) reuses existing KV:
 
 A copy of a stage's KV on another peer (as a mirror, or to prepare a move):
 
+    coordinator --EXPECT_COPY(source)--> target         --COPY_EXPECTED--> coordinator
     coordinator --MIRROR(target)--> stage's peer
     stage's peer --KV_OFFER--> target                   --KV_ACCEPTED(held)--> stage's peer
     stage's peer --KV_BLOCKS--> target                  --KV_STORED(held)--> stage's peer
@@ -33,7 +34,7 @@ A copy of a stage's KV on another peer (as a mirror, or to prepare a move):
 
 from meshd.protocol.messages.admin import EndSession, FetchStory, Move, Moved, SessionEnded, StoryData
 from meshd.protocol.messages.base import FEATURES, PROTOCOL_VERSION, REGISTRY, Lane, Message, Reply, Request, SessionMessage
-from meshd.protocol.messages.copies import KvAccepted, KvBlocks, KvOffer, KvStored, Mirror, Mirrored
+from meshd.protocol.messages.copies import CopyExpected, ExpectCopy, KvAccepted, KvBlocks, KvOffer, KvStored, Mirror, Mirrored
 from meshd.protocol.messages.journal import (
     FetchSession,
     FindSession,
@@ -53,6 +54,8 @@ from meshd.protocol.messages.session import (
     Credit,
     Failed,
     FetchProgress,
+    HandedOver,
+    HandOver,
     Open,
     Opened,
     ProgressData,
@@ -71,11 +74,13 @@ __all__ = [
     "Activation",
     "Close",
     "Closed",
+    "CopyExpected",
     "Credit",
     "Drain",
     "Drained",
     "EndSession",
     "Error",
+    "ExpectCopy",
     "Failed",
     "FetchHeader",
     "FetchManifest",
@@ -86,6 +91,8 @@ __all__ = [
     "FetchWeights",
     "FindSession",
     "Goodbye",
+    "HandOver",
+    "HandedOver",
     "HeaderData",
     "Heartbeat",
     "HeartbeatAck",

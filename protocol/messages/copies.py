@@ -1,10 +1,37 @@
 """Messages that copy a stage's KV to another peer."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from meshd.bounds import Epoch, Millis, StageIndex, Text, Tokens
+from meshd.bounds import MAX_COORDINATORS, Epoch, Millis, StageIndex, Text, Tokens, at_most
 from meshd.protocol.messages.base import Lane, Reply, Request, SessionMessage, make_printable, message
 from meshd.types import LayerRange, ModelId, PeerId, SessionId
+
+
+@message(68)
+class ExpectCopy(Request, frozen=True, kw_only=True):
+    """Reserve KV for a copy of a session's layers, which `source` will send. The receiver must hold these layers.
+
+    From the session's coordinator to the target of a copy. The target takes KV from no peer that the coordinator did not name.
+    A repeat gets the same answer.
+    """
+
+    session: SessionId
+    epoch: Epoch
+    source: PeerId
+    """The peer that computes these layers in this epoch."""
+    model: ModelId
+    layers: LayerRange
+    tokens: Tokens
+    """Tokens to reserve KV for."""
+    lease_ms: Millis
+    predecessors: Annotated[tuple[PeerId, ...], at_most(MAX_COORDINATORS)] = ()
+    """See `Open.predecessors`."""
+
+
+@message(69)
+class CopyExpected(Reply, frozen=True, kw_only=True):
+    session: SessionId
+    epoch: Epoch
 
 
 @message(60)
@@ -36,16 +63,11 @@ class Mirrored(SessionMessage, frozen=True, kw_only=True):
 
 @message(62)
 class KvOffer(Request, frozen=True, kw_only=True):
-    """Reserve KV for a copy of a session's layers. The receiver must hold these layers. A repeat gets the same answer."""
+    """Begin to send the copy that the coordinator announced to the receiver with EXPECT_COPY. A repeat gets the same answer."""
 
     session: SessionId
     epoch: Epoch
-    coordinator: PeerId
-    model: ModelId
     layers: LayerRange
-    tokens: Tokens
-    """Tokens to reserve KV for."""
-    lease_ms: Millis
     valid: Tokens = 0
     """KV that the receiver already has beyond this position may belong to other tokens, so it is sent again."""
 

@@ -43,6 +43,8 @@ class FindSession(Request, frozen=True, kw_only=True):
     """Ask whether the receiver coordinates this session or has its record."""
 
     session: SessionId
+    nonce: Word
+    """Random hexadecimal digits, drawn for this request."""
 
 
 @message(85)
@@ -51,6 +53,8 @@ class SessionFound(Reply, frozen=True, kw_only=True):
     keeps: bool
     epoch: Epoch = 0
     tokens: Tokens = 0
+    proof: Word = ""
+    """HMAC-SHA-256, in hex, with the record's key over the nonce and the sender's id. Without it, the sender has no record."""
 
 
 @message(86)
@@ -58,6 +62,8 @@ class FetchSession(Request, frozen=True, kw_only=True):
     """Request a session's record. With `take` the receiver stops coordinating the session and the sender continues it."""
 
     session: SessionId
+    secret: Word
+    """The secret of the answer's id, which the session's client sent to the sender."""
     take: bool = False
 
 

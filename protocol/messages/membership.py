@@ -2,7 +2,6 @@
 
 from typing import ClassVar
 
-from meshd.bounds import Sha256
 from meshd.protocol.messages.base import Lane, Message, Reply, Request, message
 from meshd.types import ModelCard, ModelId, Status
 
@@ -20,8 +19,6 @@ class HeaderData(Reply, frozen=True, kw_only=True):
 
     default_lane: ClassVar[Lane] = Lane.BULK
     card: ModelCard
-    sha256: Sha256
-    """SHA-256 of the payload, in hex."""
 
 
 @message(19)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import msgspec
 
-from meshd.bounds import MAX_PEERS, Count, Epoch, Millis, Seconds, StageIndex, Text, Tokens, Word, at_most
+from meshd.bounds import MAX_COORDINATORS, MAX_PEERS, Count, Epoch, Millis, Seconds, StageIndex, Text, Tokens, Word, at_most
 from meshd.protocol.messages.base import Reply, Request, SessionMessage, make_printable, message
 from meshd.types import PeerId, Plan, SamplingParams, SessionId
 
@@ -32,8 +32,9 @@ class Open(Request, frozen=True, kw_only=True):
     `i32[prompt_tokens + answered]`."""
     resume: bool = False
     """Reuse KV and outputs of an older epoch for these layers: report them in OPENED, and wait for RESUME."""
-    handed_over: bool = False
-    """The previous coordinator handed the session over, so its link with the receiver may still be up."""
+    predecessors: Annotated[tuple[PeerId, ...], at_most(MAX_COORDINATORS)] = ()
+    """The session's earlier coordinators, as its record names them. The receiver uses no KV that it has from any other coordinator,
+    because only these peers had the session's tokens."""
 
 
 @message(49)
@@ -75,6 +76,20 @@ class Renew(SessionMessage, frozen=True, kw_only=True):
     """Extend the lease to `lease_ms` from now."""
 
     lease_ms: Millis
+
+
+@message(70)
+class HandOver(Request, frozen=True, kw_only=True):
+    """From now on, peer `to` coordinates the session. From its coordinator to the peers that have its KV or its record."""
+
+    session: SessionId
+    to: PeerId
+
+
+@message(71)
+class HandedOver(Reply, frozen=True, kw_only=True):
+    known: bool
+    """The sender of HAND_OVER was the session's coordinator, as far as the receiver knew."""
 
 
 @message(55)

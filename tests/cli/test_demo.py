@@ -65,7 +65,7 @@ def test_the_demo_waits_for_both_directions_of_every_link(api: Api, lines: list[
     rows = [{"hop_s": 1e-4 * count} for count in (3, 1, 2, 6, 5, 4)]
     api.answer("GET", "/mesh/v1/links", {"data": rows})
     demo._show_links(Daemon(api.url), lines.append)
-    assert lines == ["links measured both ways: one activation takes 100 us to 600 us"]
+    assert lines == ["links measured both ways: a small message takes 100 us to 600 us"]
     api.answer("GET", "/mesh/v1/links", {"data": rows[1:]})
     monkeypatch.setattr(demo, "MEASURE_WITHIN_S", 0.0)
     with pytest.raises(NotReady, match="measuring the links"):

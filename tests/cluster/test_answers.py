@@ -170,6 +170,15 @@ def test_a_full_queue_is_a_429_with_retry_after(pair: Cluster) -> None:
     assert replies[2][0] == 200
 
 
+def test_a_stream_that_waits_in_the_queue_gets_its_headers_and_comments_before_its_turn(pair: Cluster) -> None:
+    long = chat("Tell me a very long story.", max_tokens=1500, ignore_eos=True)
+    with Stream(pair["a"], long), Stream(pair["a"], long):
+        third = Stream(pair["a"], chat("hi", max_tokens=2))
+        assert third.response.readline() == b": waiting\n"
+    with third:
+        assert [event["choices"][0]["finish_reason"] for event in third.events()][-1] == "length"
+
+
 def test_two_answers_at_once_are_the_same_as_one_after_the_other(pair: Cluster) -> None:
     questions = (QUESTION, "Name three colours.")
     alone = [pair["a"].post("/v1/chat/completions", chat(text))["choices"][0]["message"]["content"] for text in questions]

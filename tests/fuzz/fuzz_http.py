@@ -43,7 +43,7 @@ from real_daemons.cluster import MODEL, make_cluster
 
 ANSWER_S = 30.0
 """Longest time for a response. A daemon on a busy machine takes some seconds to load the model."""
-_PATIENCE_S = 0.5
+_PATIENCE_S = 0.2
 """Longest time to wait for the answer to a request whose end the server can't know."""
 GOOD = frozenset({200, 400, 401, 403, 404, 405, 408, 411, 413, 414, 417, 429, 431, 503})
 """Statuses that a request may get. Others (500, 502) mean a fault of the daemon or of a peer, which no request may cause."""

@@ -33,6 +33,7 @@ import msgspec
 sys.path.insert(0, str(Path(__file__).parents[1] / "lib"))
 
 from hostile_values import MessageMaker
+from in_process.clusters import make_card
 from meshd.agents.links.links import Links, LinkSettings
 from meshd.clock import SystemClock
 from meshd.config import Settings
@@ -362,9 +363,7 @@ def fuzz_daemons(args: argparse.Namespace, dice: random.Random, maker: MessageMa
                 flush=True,
             )
         honest.end()
-        print(
-            f"links of the member that were closed: {member.lost}, messages out of bounds: {member.violations}; {dict(strangers.kinds)}"
-        )
+        print(f"closed links of the member: {member.lost}, for {member.violations} messages out of bounds; {dict(strangers.kinds)}")
         assert not honest.failures, (
             f"{len(honest.failures)} of {honest.right + len(honest.failures)} answers failed: {honest.failures[:4]}"
         )
@@ -392,7 +391,8 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     print(f"seed {args.seed}", flush=True)
     dice = random.Random(args.seed)
-    maker = MessageMaker(dice, {"PeerId": ["a" * 52], "SessionId": [_UNKNOWN], "ModelId": [_UNKNOWN], "LayerRange": list(_RANGES)})
+    ids = {"PeerId": ["a" * 52], "SessionId": [_UNKNOWN], "ModelId": [_UNKNOWN]}
+    maker = MessageMaker(dice, ids | {"LayerRange": list(_RANGES), "ModelCard": [make_card(30), make_card(1)]})
     outcomes = decode_in_process(maker, args.seconds / 3)
     print(f"{outcomes.total()} messages decoded in this process ({dict(outcomes)})", flush=True)
     root = args.keep or Path(tempfile.mkdtemp(prefix="meshd-fuzz-"))

@@ -1,6 +1,7 @@
 """The KV pool: no block is allocated twice or lost, and a block holds what was written."""
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
@@ -236,3 +237,38 @@ def test_memory_is_committed_when_it_is_used() -> None:
 def test_more_than_the_address_space_is_out_of_memory() -> None:
     with pytest.raises(OutOfMemory, match="bytes of KV"):
         make_pool(blocks=1 << 44)
+
+
+def test_memory_is_counted_once_also_after_a_session_has_freed_it() -> None:
+    """The system's own figure: what the pool says is untouched is what the process can still grow by."""
+    spec = tiny_spec()
+    pool = KVPool(spec, LayerRange(0, 4), blocks=16_384)  # 64 MiB or more
+    process, size = psutil.Process(), pool.bytes
+    assert size >= 32 << 20
+    assert pool.bytes_untouched == size
+    before = process.memory_info().rss
+    half = pool.blocks // 2 * pool.block_tokens
+    for _ in range(3):
+        table = pool.allocate(half)
+        assert pool.bytes_untouched in (size, size // 2), "blocks that are only allocated have no memory yet"
+        mark = rows(pool.block_tokens, 1.0)
+        for start in range(0, half, pool.block_tokens):
+            for layer in range(4):
+                pool.write(layer, table, start, mark, mark)
+        pool.free(table)
+        grown = process.memory_info().rss - before
+        assert abs(grown - (size - pool.bytes_untouched)) < 0.15 * size
+    assert pool.bytes_untouched == size // 2
+
+
+def test_a_copy_touches_the_blocks_that_it_fills() -> None:
+    pool = make_pool()
+    table = pool.allocate(3 * BLOCK_TOKENS)
+    whole = pool.bytes_untouched
+    source = make_pool()
+    other = source.allocate(BLOCK_TOKENS)
+    data = memoryview(source.copy_out(LAYERS, other, 0, BLOCK_TOKENS)).cast("B")
+    pool.copy_in(LAYERS, table, BLOCK_TOKENS, data)
+    assert whole - pool.bytes_untouched == whole // BLOCKS
+    pool.free(table)
+    assert whole - pool.bytes_untouched == whole // BLOCKS

@@ -1,7 +1,9 @@
+import msgspec
 import pytest
 
 from in_process.clusters import make_card, make_peer, make_problem
 from meshd.errors import NoPeer
+from meshd.types import Holding, LayerRange
 
 
 @pytest.mark.parametrize(("prompt", "context", "position"), [(128, 512, 320), (512, 512, 512), (2000, 512, 512), (1, 2, 1)])
@@ -23,3 +25,12 @@ def test_an_unknown_peer_is_an_error_with_a_hint() -> None:
     with pytest.raises(NoPeer, match="peer z-id is not in the cluster now") as caught:
         problem.profile("z-id")
     assert caught.value.hint == "see `meshd status`"
+
+
+def test_holdings_of_layers_that_the_model_does_not_have_are_left_out() -> None:
+    peer = make_peer("a")
+    holdings = [
+        Holding(model=make_card(4).id, layers=LayerRange(*layers), state="active") for layers in ((0, 4), (3, 5), (0, 1024))
+    ]
+    problem = make_problem(msgspec.structs.replace(peer, holdings=tuple(holdings)), card=make_card(4))
+    assert [str(holding.layers) for holding in problem.profiles[0].holdings] == ["0-4"]

@@ -1,7 +1,7 @@
 """Makes sure that the weights that this peer needs are on its disk.
 
 A peer without a model's file fetches the header and the tensors of its own layers from peers that have them. If no peer has a
-tensor, it fetches the whole file from the model's own source.
+tensor, it fetches the whole file from the model's own source, if the catalogue has the model's hash.
 
 Trust. A model's id is the hash of its whole file, which a peer with only some tensors can't compute. So a peer trusts its cluster
 for the manifest (the list of all tensors with their hashes), but trusts no peer for bytes: it hashes each tensor before it uses or
@@ -24,6 +24,7 @@ from meshd.agents.placement.weights.sources import MAX_SOURCES, WeightSources
 from meshd.clock import Clock
 from meshd.errors import DownloadError, MeshdError, ModelFileError, NoPeer, PeerFault, UsageError
 from meshd.models.files.manifest import HEADER, tensors_of
+from meshd.models.store.catalogue import is_pinned
 from meshd.models.store.partial_copy import PartialCopy
 from meshd.models.store.progress import ProgressMeter, PullPhase, PullProgress, in_thread
 from meshd.types import LayerRange, ModelCard, ModelId, PeerId
@@ -167,14 +168,24 @@ class WeightProvider:
         self.library.now_whole(card)
 
     async def _pull(self, model: ModelId, ref: str, progress: Progress, because: MeshdError) -> ModelCard:
-        """Fetch the whole file from the model's own source. `because` is the error that made all peers unusable."""
+        """Fetch the whole file from the model's own source, if that can give only this model.
+
+        `ref` comes from a peer, or from a card that a peer advertised. So it must be an entry of the catalogue with the model's
+        hash: anything else would have this device read any of its files, or download what another device likes.
+
+        `because` is the error that made all peers unusable.
+        """
+        if not is_pinned(ref, model):
+            where = f"`meshd pull {ref}`" if ref else "`meshd pull`"
+            raise DownloadError(
+                f"{because.message}, and only a device's owner may have it fetch a model without a known hash from its source",
+                hint=f"run {where} on this device, or start a peer that has the file",
+            ) from because
         log.info("%s is fetched from its own source: %s", ref, because)
         try:
             card = await self.library.pull(ref, progress)
         except (UsageError, DownloadError, ModelFileError) as error:
             raise DownloadError(f"{because.message}, and {error.message}", hint=error.hint) from error
-        if card.id != model:
-            raise ModelFileError(f"{ref} is file {card.id} on this disk, but the placement asks for file {model}")
         async with self.library.store.partials.filling(model):
             await asyncio.to_thread(self.library.store.partials.drop, model)
         return card

@@ -20,6 +20,7 @@ from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.weights.transfer import CHUNK_BYTES
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest, NotReady, Overloaded, UnknownModel
+from meshd.models.cards import shown_to_peers
 from meshd.models.files.disk import FileStamp, read_range, stamp_of
 from meshd.models.files.manifest import Manifest, Offer, encode_offer
 from meshd.models.store.partial_copy import HEADER_INDEX, PartialCopy
@@ -112,7 +113,7 @@ class WeightServer:
         if card is None:
             raise UnknownModel("this peer has nothing of that model")
         data = encode_offer(offer)
-        return ManifestData(request=message.request, card=card, sha256=sha256(data).hexdigest()), data
+        return ManifestData(request=message.request, card=shown_to_peers(card), sha256=sha256(data).hexdigest()), data
 
     async def _offer(self, model: ModelId) -> Offer:
         stored = await asyncio.to_thread(self.library.store.get, model)

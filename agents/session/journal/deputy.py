@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from meshd.agents.links.links import Links
 from meshd.agents.session.journal.record import SessionRecord, decode_record
 from meshd.agents.session.journal.store import JournalStore
+from meshd.agents.session.journal.stored_record import StoredRecord
 from meshd.clock import Clock
-from meshd.errors import InvalidRequest, MeshdError
-from meshd.protocol.messages import Journal, JournalDrop, Journaled, JournalTokens
+from meshd.errors import InvalidRequest, MeshdError, Superseded
+from meshd.protocol.messages import HandOver, Journal, JournalDrop, Journaled, JournalTokens
 from meshd.types import PeerId, SessionId
 
 MAX_RECORD_BYTES = 8 * 2**20
-"""Limit for one encoded record. Decoded, it takes several times as much memory."""
+"""Limit for the payload of JOURNAL. The tokens of a longer answer follow in JOURNAL_TOKENS."""
 _SWEEP_S = 5.0
 
 
@@ -26,10 +27,12 @@ class Deputy:
 
     links: Links
     clock: Clock
-    on_orphan: Callable[[SessionRecord], None]
-    """Called for each session whose coordinator is lost."""
+    on_orphan: Callable[[SessionId, PeerId], None]
+    """Called with each session whose coordinator is lost, and the coordinator."""
     on_dropped: Callable[[PeerId, SessionId], None]
     """Called when another peer, a deputy of this one, reports that it lacks a session's record or a part of it."""
+    coordinates: Callable[[SessionId], bool]
+    """Whether this peer coordinates a session, and so keeps no record of it for another peer."""
     store: JournalStore = field(default_factory=JournalStore)
 
     def register(self) -> None:
@@ -48,9 +51,20 @@ class Deputy:
         """Returns: this peer's record of the session; None if it has none."""
         return self.store.get(session)
 
+    def look(self, session: SessionId) -> StoredRecord | None:
+        """Returns: this peer's record of the session, not decoded; None if it has none."""
+        return self.store.look(session)
+
     def hand_to(self, session: SessionId, coordinator: PeerId) -> None:
         """Record that another peer has fetched the record and now coordinates the session."""
         self.store.hand_to(session, coordinator, self.clock.monotonic())
+
+    def on_hand_over(self, sender: PeerId, message: HandOver) -> bool:
+        """Take additions to the record from another coordinator from now on. Returns: whether `sender` was its coordinator."""
+        if self.store.coordinator_of(message.session) != sender:
+            return False
+        self.hand_to(message.session, message.to)
+        return True
 
     def end(self, session: SessionId, finish: str, *, forget: bool) -> bool:
         """Mark the session as ended; with `forget`, delete its record. Returns: whether this peer had the record."""
@@ -62,8 +76,8 @@ class Deputy:
 
     def on_peer_gone(self, peer: PeerId) -> None:
         """Report all sessions of a coordinator whose link is down, including those that have ended and can still be read."""
-        for record in self.store.records_of(peer):
-            self.on_orphan(record)
+        for session in self.store.sessions_of(peer):
+            self.on_orphan(session, peer)
 
     def _on_journal(self, sender: PeerId, message: Journal, payload: memoryview) -> Journaled:
         if len(payload) > MAX_RECORD_BYTES:
@@ -71,8 +85,17 @@ class Deputy:
         record = decode_record(payload)
         if record.session != message.session or record.coordinator != sender:
             raise InvalidRequest("only a session's coordinator may send its record, and under the session's own id")
+        self._check_coordinator(message.session, sender)
         self.store.keep(record, self.clock.monotonic())
         return Journaled(request=message.request, session=message.session)
+
+    def _check_coordinator(self, session: SessionId, sender: PeerId) -> None:
+        """Check that a peer may replace the session's record. Raises: Superseded while another peer coordinates the session."""
+        if self.coordinates(session):
+            raise Superseded(f"session {session} is coordinated by this peer")
+        present = self.store.coordinator_of(session)
+        if present not in (None, sender) and present in self.links.peers():
+            raise Superseded(f"session {session} has a coordinator that is alive: {present}")
 
     def _on_tokens(self, sender: PeerId, message: JournalTokens, payload: memoryview) -> None:
         if not self.store.append(sender, message, self.clock.monotonic()):

@@ -1,16 +1,23 @@
 """Finds a session's coordinator and its records in the cluster, and hands the session to another coordinator."""
 
 import asyncio
+import hmac
 from contextlib import suppress
 from dataclasses import dataclass, field
+from logging import getLogger
 from typing import Protocol
 
 from meshd.agents.links.links import Links
+from meshd.agents.service import AnswerSecret
 from meshd.agents.session.journal.deputy import Deputy
-from meshd.agents.session.journal.record import SessionRecord, decode_record, encode_record
-from meshd.errors import MeshdError, PeerFault, UnknownSession
+from meshd.agents.session.journal.keys import NONCE_BYTES, key_of, proof_of, session_of
+from meshd.agents.session.journal.record import MAX_TOKENS_BYTES, SessionRecord, decode_record, encode_record, first_part
+from meshd.clock import Clock
+from meshd.errors import InvalidRequest, MeshdError, PeerFault, UnknownSession
 from meshd.protocol.messages import EndSession, FetchSession, FindSession, SessionData, SessionEnded, SessionFound
 from meshd.types import FinishReason, PeerId, SessionId
+
+log = getLogger(__name__)
 
 _FIND_S = 2.0
 """Time limit for a peer's reply. A peer that is silent for longer counts as lost anyway."""
@@ -45,8 +52,8 @@ class SessionOwner(Protocol):
     def own(self, session: SessionId) -> SessionRecord | None:
         """Returns: the record of a session that this peer coordinates, or has coordinated and retains; None for any other."""
 
-    def release(self, session: SessionId) -> None:
-        """Stop coordinating a session and leave its stages open."""
+    async def hand_over(self, session: SessionId, to: PeerId) -> None:
+        """Stop coordinating a session and leave its stages open for `to`."""
 
     def finish(self, session: SessionId, forget: bool) -> bool:
         """Cancel a session; with `forget`, delete its record too. Returns: whether this peer has the session."""
@@ -59,6 +66,7 @@ class Locator:
     me: PeerId
     links: Links
     deputy: Deputy
+    clock: Clock
     _sessions: SessionOwner = field(init=False)
 
     def register(self, sessions: SessionOwner) -> None:
@@ -75,33 +83,36 @@ class Locator:
             raise _unknown(session)
         return max(coordinators, key=lambda location: location.rank).peer
 
-    async def coordinated_elsewhere(self, session: SessionId) -> bool:
-        """Whether another peer coordinates the session."""
-        return any(location.coordinates for location in await self._ask_all(session, _TAKEOVER_FIND_S, 0.0))
+    async def coordinated_elsewhere(self, record: SessionRecord) -> bool:
+        """Whether another peer coordinates the record's session."""
+        found = await self._ask_all(record.session, _TAKEOVER_FIND_S, 0.0, key=record.key)
+        return any(location.coordinates for location in found)
 
-    async def fetch(self, session: SessionId, *, take: bool) -> SessionRecord:
-        """Fetch the most recent record. `take`: the coordinator releases the session, and the caller must continue it.
+    async def fetch(self, secret: AnswerSecret, *, take: bool) -> SessionRecord:
+        """Fetch the most recent record of the answer with this secret.
+
+        `take`: the coordinator releases the session, and the caller must continue it.
 
         Raises: UnknownSession.
         Cancel: the coordinator may have released the session already. Its deputies then keep the record for a minute.
         """
+        session = session_of(secret)
         for _ in range(_FETCH_ROUNDS):
-            locations = sorted(await self._find(session), key=lambda location: location.rank, reverse=True)
+            locations = sorted(await self._find(session, key_of(secret)), key=lambda location: location.rank, reverse=True)
             for location in locations:
                 with suppress(MeshdError):
-                    return await self._fetch_from(location.peer, session, take)
+                    return await self._fetch_from(location.peer, secret, take)
         raise _unknown(session)
 
-    async def should_take_over(self, record: SessionRecord) -> bool:
+    async def should_take_over(self, session: SessionId, coordinator: PeerId) -> bool:
         """Whether this peer must continue a session whose coordinator is lost: no other peer does so or has a later record."""
-        session = record.session
-        stored = self.deputy.record(session)
-        if stored is None or stored.finish or stored.coordinator != record.coordinator:
+        stored = self.deputy.look(session)
+        if stored is None or stored.finish or stored.coordinator != coordinator:
             return False  # meanwhile another peer has fetched this record, or the client has ended the session
-        own_location = SessionLocation(self.me, False, stored.epoch, len(stored.tokens))
+        own_location = SessionLocation(self.me, False, stored.epoch, stored.count)
         return all(
             location.rank <= own_location.rank
-            for location in [*self._known_here(session), *await self._ask_all(session, _TAKEOVER_FIND_S)]
+            for location in [*self._known_here(session), *await self._ask_all(session, _TAKEOVER_FIND_S, key=stored.key)]
         )
 
     async def end(self, session: SessionId, *, forget: bool) -> None:
@@ -121,18 +132,21 @@ class Locator:
         if not any(known):
             raise _unknown(session)
 
-    async def _find(self, session: SessionId) -> list[SessionLocation]:
-        return [*self._known_here(session), *await self._ask_all(session, _FIND_S, _GRACE_S)]
+    async def _find(self, session: SessionId, key: str | None = None) -> list[SessionLocation]:
+        return [*self._known_here(session), *await self._ask_all(session, _FIND_S, _GRACE_S, key=key)]
 
     def _known_here(self, session: SessionId) -> list[SessionLocation]:
         record, coordinates = self._latest_here(session)
         return [SessionLocation(self.me, coordinates, record.epoch, len(record.tokens))] if record is not None else []
 
-    async def _ask_all(self, session: SessionId, within_s: float, grace_s: float | None = None) -> list[SessionLocation]:
+    async def _ask_all(
+        self, session: SessionId, within_s: float, grace_s: float | None = None, *, key: str | None
+    ) -> list[SessionLocation]:
         """Ask all linked peers whether they coordinate the session or have its record.
 
         within_s: how long to wait for replies, in seconds.
         grace_s: how long to wait for the other peers once a coordinator has replied; None: until `within_s` has passed.
+        key: the record's key, to believe only peers that have the record; None: this peer does not know it.
         Returns: the locations that were reported in time.
         """
         found: list[SessionLocation] = []
@@ -141,7 +155,7 @@ class Locator:
             async with asyncio.timeout(within_s) as deadline, asyncio.TaskGroup() as group:
 
                 async def ask(peer: PeerId) -> None:
-                    location = await self._ask(peer, session)
+                    location = await self._ask(peer, session, key)
                     if location is None:
                         return
                     found.append(location)
@@ -152,22 +166,27 @@ class Locator:
                     group.create_task(ask(peer))
         return found
 
-    async def _ask(self, peer: PeerId, session: SessionId) -> SessionLocation | None:
+    async def _ask(self, peer: PeerId, session: SessionId, key: str | None) -> SessionLocation | None:
+        nonce = self.clock.random_bytes(NONCE_BYTES).hex()
         try:
             reply, _ = await self.links.request(
-                peer, lambda number: FindSession(request=number, session=session), timeout_s=_FIND_S
+                peer, lambda number: FindSession(request=number, session=session, nonce=nonce), timeout_s=_FIND_S
             )
         except MeshdError:
             return None
         if not isinstance(reply, SessionFound) or not (reply.coordinates or reply.keeps):
             return None
+        if key is not None and not hmac.compare_digest(reply.proof.encode(), proof_of(key, nonce, peer).encode()):
+            log.warning("session %s: %.8s says that it has its record, but does not prove it", session, peer)
+            return None
         return SessionLocation(peer, reply.coordinates, reply.epoch, reply.tokens)
 
-    async def _fetch_from(self, peer: PeerId, session: SessionId, take: bool) -> SessionRecord:
+    async def _fetch_from(self, peer: PeerId, secret: AnswerSecret, take: bool) -> SessionRecord:
+        session = session_of(secret)
         if peer == self.me:
-            return self._hand_out(session, self.me, take)
+            return await self._hand_out(session, self.me, take)
         reply, payload = await self.links.request(
-            peer, lambda number: FetchSession(request=number, session=session, take=take), timeout_s=_FETCH_S
+            peer, lambda number: FetchSession(request=number, session=session, secret=secret, take=take), timeout_s=_FETCH_S
         )
         if not isinstance(reply, SessionData):
             raise PeerFault(f"FETCH_SESSION was answered with {type(reply).__name__}")
@@ -184,16 +203,23 @@ class Locator:
             keeps=record is not None and not coordinates,
             epoch=record.epoch if record is not None else 0,
             tokens=len(record.tokens) if record is not None else 0,
+            proof=proof_of(record.key, message.nonce, self.me) if record is not None else "",
         )
 
-    def _on_fetch(self, sender: PeerId, message: FetchSession, payload: memoryview) -> tuple[SessionData, bytes]:
-        record = self._hand_out(message.session, sender, message.take)
-        return SessionData(request=message.request, session=record.session, epoch=record.epoch), encode_record(record)
+    async def _on_fetch(self, sender: PeerId, message: FetchSession, payload: memoryview) -> tuple[SessionData, bytes]:
+        if session_of(AnswerSecret(message.secret)) != message.session:
+            raise InvalidRequest(
+                f"the record of session {message.session} is given only to a peer that a client sent the answer's id to",
+                hint="ask with the id of the answer",
+            )
+        record = await self._hand_out(message.session, sender, message.take)
+        part = first_part(record, MAX_TOKENS_BYTES)
+        return SessionData(request=message.request, session=record.session, epoch=record.epoch), encode_record(part)
 
     def _on_end(self, sender: PeerId, message: EndSession, payload: memoryview) -> SessionEnded:
         return SessionEnded(request=message.request, known=self._end_here(message.session, message.forget))
 
-    def _hand_out(self, session: SessionId, to: PeerId, take: bool) -> SessionRecord:
+    async def _hand_out(self, session: SessionId, to: PeerId, take: bool) -> SessionRecord:
         """Return the record for peer `to`. `take`: make `to` the session's coordinator, and release the session on this peer.
 
         Raises: UnknownSession.
@@ -202,7 +228,7 @@ class Locator:
         if record is None:
             raise _unknown(session)
         if take and coordinates and to != self.me:
-            self._sessions.release(session)
+            await self._sessions.hand_over(session, to)
         if take:
             self.deputy.hand_to(session, to)
         return record

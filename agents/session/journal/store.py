@@ -1,14 +1,14 @@
 """The records that a deputy keeps for other peers' coordinators: pure, and bounded in count, memory and time.
 
 House rules of this file: a record belongs to one coordinator at a time, and only that coordinator may add to it. Another one takes
-the record over with a higher epoch. Tokens are only appended, in order: a repeat changes nothing, and a gap is refused.
+the record over with a higher epoch. Tokens are only appended, in order: a repeat changes nothing, and a gap is refused. No
+coordinator may use more than its share of the memory, so that one peer can't take the room of all others.
 """
 
 from dataclasses import dataclass, field
 
-import msgspec
-
-from meshd.agents.session.journal.record import AnswerToken, SessionRecord
+from meshd.agents.session.journal.record import FINISHES, SessionRecord
+from meshd.agents.session.journal.stored_record import StoredRecord, encode_tokens, store_record
 from meshd.errors import InvalidRequest, Overloaded
 from meshd.protocol.messages import JournalTokens
 from meshd.types import PeerId, SessionId
@@ -18,25 +18,6 @@ MAX_BYTES = 64 * 2**20
 KEEP_S = 600.0
 """How long a record is kept after its last change, whether the answer has ended or its coordinator is lost."""
 
-# Approximate sizes of Python objects in bytes; `tests/agents/session/journal/test_store.py` compares them with measured memory.
-_RECORD_BYTES = 2048
-_PROMPT_TOKEN_BYTES = 40
-_TOKEN_BYTES = 128
-_LOGPROBS_BYTES = 160
-_TOP_BYTES = 160
-
-
-@dataclass(slots=True)
-class _StoredRecord:
-    head: SessionRecord
-    """The record without its tokens."""
-    tokens: list[AnswerToken]
-    size: int
-    touched: float
-
-    def record(self) -> SessionRecord:
-        return msgspec.structs.replace(self.head, tokens=tuple(self.tokens))
-
 
 @dataclass(slots=True)
 class JournalStore:
@@ -44,21 +25,32 @@ class JournalStore:
 
     max_records: int = MAX_RECORDS
     max_bytes: int = MAX_BYTES
+    share: float = 0.5
+    """The part of both limits that the records of one coordinator may take."""
     keep_s: float = KEEP_S
     size: int = 0
-    _records: dict[SessionId, _StoredRecord] = field(default_factory=dict)
+    _records: dict[SessionId, StoredRecord] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def get(self, session: SessionId) -> SessionRecord | None:
-        """Returns: the session's record; None if there is none."""
+        """Decode the session's record. Returns: None if there is none."""
         stored = self._records.get(session)
         return stored.record() if stored is not None else None
 
-    def records_of(self, coordinator: PeerId) -> list[SessionRecord]:
-        """Returns: the records of all sessions of this coordinator."""
-        return [stored.record() for stored in self._records.values() if stored.head.coordinator == coordinator]
+    def look(self, session: SessionId) -> StoredRecord | None:
+        """Returns: the session's record as it is stored; None if there is none."""
+        return self._records.get(session)
+
+    def coordinator_of(self, session: SessionId) -> PeerId | None:
+        """Returns: the peer that may add to the session's record; None if there is no record."""
+        stored = self._records.get(session)
+        return stored.coordinator if stored is not None else None
+
+    def sessions_of(self, coordinator: PeerId) -> list[SessionId]:
+        """Returns: the sessions of this coordinator that have a record here."""
+        return [session for session, stored in self._records.items() if stored.coordinator == coordinator]
 
     def keep(self, record: SessionRecord, now: float) -> None:
         """Store a full record.
@@ -66,21 +58,18 @@ class JournalStore:
         Raises: InvalidRequest if the stored record has a later epoch, or the same epoch and another coordinator; Overloaded if
         there is no room.
         """
-        present = self._records.get(record.session)
-        tokens = list(record.tokens)
+        present, stored = self._records.get(record.session), store_record(record, now)
         if present is not None:
-            _check_later(present.head, record)
-            if record.epoch == present.head.epoch and len(tokens) < len(present.tokens):
-                tokens = present.tokens  # the coordinator sent these tokens later than `record`, but they arrived earlier
-        head = msgspec.structs.replace(record, tokens=())
-        size = size_of(head) + sum(map(_token_size, tokens))
-        if not self._make_room(size - (present.size if present else 0), record.session):
+            _check_later(present, record)
+            if record.coordinator == present.coordinator and stored.count < present.count:
+                stored.take_tokens_of(present)  # a record may come with only its first tokens, or later than tokens sent after it
+        if not self._make_room(stored.size - (present.size if present else 0), stored):
             raise Overloaded(
                 f"this peer keeps {len(self._records)} records of {self.size} bytes and has no room", retry_after_s=10.0
             )
         self._remove(record.session)
-        stored = self._records[record.session] = _StoredRecord(head, tokens, size, now)
-        self.size += size
+        self._records[record.session] = stored
+        self.size += stored.size
         self._drop_unwanted(stored)
 
     def append(self, sender: PeerId, message: JournalTokens, now: float) -> bool:
@@ -90,32 +79,31 @@ class JournalStore:
         if it belongs to another coordinator, has ended or lacks tokens before these, or if there is no room.
         """
         stored = self._records.get(message.session)
-        if stored is None or stored.head.coordinator != sender:
+        if stored is None or stored.coordinator != sender or message.finish not in FINISHES:
             return False
-        if message.epoch < stored.head.epoch:
+        if message.epoch < stored.epoch:
             return True  # a late message: the record of a later epoch includes these tokens
-        new = message.tokens[max(0, len(stored.tokens) - message.index) :]
-        if stored.head.finish:
-            return not new and message.finish in ("", stored.head.finish)
-        if not 0 <= message.index <= len(stored.tokens):
+        new = message.tokens[max(0, stored.count - message.index) :]
+        if stored.finish:
+            return not new and message.finish in ("", stored.finish)
+        if not 0 <= message.index <= stored.count:
             return False
-        more = sum(map(_token_size, new))
-        if not self._make_room(more, message.session):
+        encoded = encode_tokens(new)
+        if not self._make_room(len(encoded), stored):
             self._remove(message.session)
             return False
-        stored.tokens += new
-        stored.size += more
-        self.size += more
+        stored.append(encoded, len(new))
+        self.size += len(encoded)
         stored.touched = now
-        if message.epoch > stored.head.epoch or message.finish:
-            stored.head = msgspec.structs.replace(stored.head, epoch=message.epoch, finish=message.finish)
+        stored.epoch = message.epoch
+        stored.finish = message.finish
         self._drop_unwanted(stored)
         return True
 
     def hand_to(self, session: SessionId, coordinator: PeerId, now: float) -> None:
         """Make another peer the record's coordinator. Keep the record, in case that peer is lost before it has a deputy."""
         if (stored := self._records.get(session)) is not None:
-            stored.head = msgspec.structs.replace(stored.head, coordinator=coordinator)
+            stored.hand_to(coordinator)
             stored.touched = now
 
     def end(self, session: SessionId, finish: str, now: float) -> bool:
@@ -123,16 +111,15 @@ class JournalStore:
         stored = self._records.get(session)
         if stored is None:
             return False
-        if not stored.head.finish:
-            stored.head = msgspec.structs.replace(stored.head, finish=finish)
-            stored.touched = now
+        if not stored.finish:
+            stored.finish, stored.touched = finish, now
             self._drop_unwanted(stored)
         return True
 
     def drop(self, session: SessionId, sender: PeerId) -> bool:
-        """Delete the record if `sender` is its coordinator. Returns: whether it was deleted."""
+        """Delete the record if `sender` is its coordinator, or has handed it over. Returns: whether it was deleted."""
         stored = self._records.get(session)
-        if stored is None or stored.head.coordinator != sender:
+        if stored is None or sender not in (stored.coordinator, stored.previous):
             return False
         self._remove(session)
         return True
@@ -154,35 +141,41 @@ class JournalStore:
         assert len(self._records) <= self.max_records
         assert self.size <= self.max_bytes
         for session, stored in self._records.items():
-            assert stored.head.session == session
-            assert not stored.head.tokens
-            assert stored.size == size_of(stored.record())
+            assert stored.session == session == stored.record().session
+            assert stored.count == len(stored.record().tokens)
 
-    def _make_room(self, size: int, session: SessionId) -> bool:
-        """Make room for `size` more bytes of this session: delete records of other, ended sessions, oldest first.
+    def _make_room(self, size: int, wanted: StoredRecord) -> bool:
+        """Make room for `size` more bytes of a session: delete records of other, ended sessions, oldest first.
+
+        The coordinator's own ended sessions make room for what is beyond its share.
 
         Returns: False if even that is not enough; then nothing is deleted.
         """
-        count, left = len(self._records) + (session not in self._records), self.size + size
-        victims: list[SessionId] = []
-        for stored in sorted(
-            (stored for stored in self._records.values() if stored.head.finish), key=lambda stored: stored.touched
-        ):
-            if count <= self.max_records and left <= self.max_bytes:
-                break
-            if stored.head.session != session:
-                victims.append(stored.head.session)
-                count, left = count - 1, left - stored.size
-        if count > self.max_records or left > self.max_bytes:
-            return False
+        others = [stored for stored in self._records.values() if stored.session != wanted.session]
+        replaced = self._records.get(wanted.session)
+        before = (replaced.size if replaced is not None else 0) + size
+        ended = sorted((stored for stored in others if stored.finish), key=lambda stored: stored.touched)
+        victims: list[StoredRecord] = []
+        own = [stored for stored in others if stored.coordinator == wanted.coordinator]
+        for among, share in ((own, self.share), (others, 1.0)):
+            max_records, max_bytes = max(min(1, self.max_records), share * self.max_records), share * self.max_bytes
+            left = [stored for stored in among if stored not in victims]
+            count, total = len(left) + 1, sum(stored.size for stored in left) + before
+            for stored in [stored for stored in ended if stored in left]:
+                if count <= max_records and total <= max_bytes:
+                    break
+                victims.append(stored)
+                count, total = count - 1, total - stored.size
+            if count > max_records or total > max_bytes:
+                return False
         for victim in victims:
-            self._remove(victim)
+            self._remove(victim.session)
         return True
 
-    def _drop_unwanted(self, stored: _StoredRecord) -> None:
+    def _drop_unwanted(self, stored: StoredRecord) -> None:
         """Delete the record if its answer has ended and the client asked not to store it."""
-        if stored.head.finish and not stored.head.store:
-            self._remove(stored.head.session)
+        if stored.finish and not stored.kept:
+            self._remove(stored.session)
 
     def _remove(self, session: SessionId) -> None:
         stored = self._records.pop(session, None)
@@ -190,7 +183,7 @@ class JournalStore:
             self.size -= stored.size
 
 
-def _check_later(present: SessionRecord, record: SessionRecord) -> None:
+def _check_later(present: StoredRecord, record: SessionRecord) -> None:
     """Check that `record` may replace `present`. Raises: InvalidRequest."""
     if record.epoch < present.epoch or (record.epoch == present.epoch and record.coordinator != present.coordinator):
         raise InvalidRequest(
@@ -199,11 +192,5 @@ def _check_later(present: SessionRecord, record: SessionRecord) -> None:
 
 
 def size_of(record: SessionRecord) -> int:
-    """Returns: approximate size of a decoded record in memory, in bytes."""
-    texts = len(record.renderer) + sum(map(len, record.stop))
-    return _RECORD_BYTES + texts + _PROMPT_TOKEN_BYTES * len(record.prompt) + sum(map(_token_size, record.tokens))
-
-
-def _token_size(token: AnswerToken) -> int:
-    logprobs = token[1]
-    return _TOKEN_BYTES if logprobs is None else _TOKEN_BYTES + _LOGPROBS_BYTES + _TOP_BYTES * len(logprobs.top)
+    """Returns: the bytes that a record takes in a store."""
+    return store_record(record, 0.0).size

@@ -1,8 +1,8 @@
 """The coordinator's side of the journal: other peers, the deputies, keep copies of each session's record in case this peer is lost.
 
-A new deputy gets the full record and confirms it. After that it gets only tokens, in batches that it does not acknowledge: the link
-keeps them in order. A deputy that misses tokens or has no room sends JOURNAL_DROP, and a full record is sent again. Each
-token costs one append to a list, and each batch one small message. One timer serves all sessions.
+A new deputy gets the record, for a long answer only with its first tokens, and confirms it. After that it gets only tokens, in
+batches that it does not acknowledge: the link keeps them in order. A deputy that misses tokens or has no room sends JOURNAL_DROP,
+and a record is sent again. Each token costs one append to a list, and each batch one small message. One timer serves all sessions.
 """
 
 import asyncio
@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from logging import getLogger
 
 from meshd.agents.links.links import Links
+from meshd.agents.session.journal.deputy import MAX_RECORD_BYTES
 from meshd.agents.session.journal.drops import KEEP_ENDED_S, DropQueue
 from meshd.agents.session.journal.pending import PendingTokens
-from meshd.agents.session.journal.record import SessionRecord, encode_record
+from meshd.agents.session.journal.record import MAX_TOKENS_BYTES, SessionRecord, encode_record, first_part, token_bytes
 from meshd.clock import Clock
 from meshd.errors import MeshdError
 from meshd.protocol.messages import Journal, JournalTokens
@@ -28,6 +29,12 @@ _CHECK_S = 1.0
 _RENEW_S = 120.0
 """Interval at which an unfinished record without new tokens is renewed, because deputies delete records that do not change."""
 _CONFIRM_S = 5.0
+_FIRST_BYTES = 1 << 20
+"""Bytes of tokens in JOURNAL. The others follow in small messages, so that a record is never too large for one."""
+_MESSAGES_AT_ONCE = 8
+"""Messages with tokens that are sent in a row, at most: they share a lane with the messages of all sessions."""
+_BACKLOG_TOKENS = 256
+"""If this many tokens wait, only the timer sends them."""
 _AVOID_REFUSING_S = 10.0
 """How long a peer that refused a record is not asked again to keep it."""
 _AVOID_DROPPED_S = 1.0
@@ -60,6 +67,10 @@ class _Entry:
     sent_at: float = 0.0
     transfer: int = 0
     """Counts the full transfers that were queued or given up, so that a late reply to an older transfer can be ignored."""
+    limited: bool = False
+    """Whether a warning was logged because the deputy does not get the whole record."""
+    too_large: bool = False
+    """Whether even the record without tokens is too large for any deputy."""
     avoid: dict[PeerId, float] = field(default_factory=dict)
     """Peer that must not be chosen as deputy -> time until which it is excluded."""
 
@@ -113,6 +124,7 @@ class JournalWriter:
             entry = self._entries[session] = _Entry(session, record, plan_peers)
         else:
             entry.record, entry.plan_peers, entry.finish = record, plan_peers, ""
+            entry.too_large = False
         self._queue_transfer(entry)
 
     def token(self, session: SessionId, index: int, token: int, logprobs: TokenLogprobs | None) -> None:
@@ -123,7 +135,7 @@ class JournalWriter:
         if not entry.tokens.add(index, (token, logprobs)):
             self._start_over(entry)
         elif entry.confirmed:
-            if len(entry.tokens.pending) >= BATCH_TOKENS:
+            if BATCH_TOKENS <= len(entry.tokens.pending) < _BACKLOG_TOKENS:
                 self._send(entry)
             else:
                 self._unsent[entry] = None
@@ -163,9 +175,10 @@ class JournalWriter:
             self._start_over(entry, _AVOID_DROPPED_S)
 
     def flush(self) -> None:
-        """Send the tokens that wait for the timer."""
+        """Send all tokens that wait."""
         for entry in list(self._unsent):
-            self._send(entry)
+            while entry in self._unsent:
+                self._send(entry)
 
     async def run(self) -> None:
         """Send queued records and tokens, until cancelled."""
@@ -223,14 +236,21 @@ class JournalWriter:
         if entry.deputy not in (None, peer):
             self._detach(entry, _DROP_MOVED_S)
         entry.deputy = peer
-        transfer, record = entry.transfer, entry.record()
-        entry.epoch, entry.tokens = record.epoch, PendingTokens(sent=len(record.tokens))
+        transfer, whole = entry.transfer, entry.record()
+        record = first_part(whole, _FIRST_BYTES)
+        data = encode_record(record)
+        if len(data) > MAX_RECORD_BYTES:
+            self._give_up(entry, len(data))
+            return
+        sent = len(record.tokens)
+        room_bytes = MAX_TOKENS_BYTES - sum(map(token_bytes, record.tokens))
+        entry.epoch, entry.tokens = record.epoch, PendingTokens(sent, list(whole.tokens[sent:]), room_bytes)
         self._drops.revoke(peer, entry.session)
         try:
             await self._links.request(
                 peer,
                 lambda number: Journal(request=number, session=record.session, epoch=record.epoch),
-                encode_record(record),
+                data,
                 timeout_s=_CONFIRM_S,
             )
         except MeshdError as error:
@@ -242,8 +262,19 @@ class JournalWriter:
             self._drop_if_moved(entry.session, peer, record.epoch)
             return
         entry.confirmed, entry.sent_finish, entry.sent_at = True, record.finish, self._clock.monotonic()
-        entry.finish = record.finish or entry.finish
+        entry.finish = whole.finish or entry.finish
         self._send(entry)
+
+    def _give_up(self, entry: _Entry, size: int) -> None:
+        """Keep no record of a session elsewhere, because its prompt and options alone are too large for a deputy."""
+        self._detach(entry)
+        entry.too_large = True
+        self._warn(entry, f"no other peer keeps its record, which has {size} bytes: if this peer is lost, the answer is lost")
+
+    def _warn(self, entry: _Entry, what: str) -> None:
+        if not entry.limited:
+            entry.limited = True
+            log.warning("session %s: %s", entry.session, what)
 
     def _drop_if_moved(self, session: SessionId, peer: PeerId, epoch: int) -> None:
         """Make a peer delete a record that it confirmed too late, unless it is the session's deputy again."""
@@ -252,17 +283,24 @@ class JournalWriter:
             self._drops.add(peer, session, epoch)
 
     def _send(self, entry: _Entry) -> None:
-        """Send a confirmed deputy all tokens, and the finish reason, that it does not have yet."""
-        if not entry.confirmed:
-            return
+        """Send a confirmed deputy tokens, and the finish reason, that it does not have yet. The timer sends the rest of many."""
         self._unsent.pop(entry, None)
-        while entry.confirmed and (entry.tokens.pending or entry.sent_finish != entry.finish):
+        for _ in range(_MESSAGES_AT_ONCE):
+            if not (entry.confirmed and self._has_news(entry)):
+                return
             self._send_message(entry)
+        if entry.confirmed and self._has_news(entry):
+            self._unsent[entry] = None
+
+    def _has_news(self, entry: _Entry) -> bool:
+        return bool(entry.tokens.pending) or (entry.sent_finish != entry.finish and not entry.tokens.full)
 
     def _send_message(self, entry: _Entry) -> None:
         assert entry.deputy is not None
         index, tokens = entry.tokens.take()
-        finish = "" if entry.tokens.pending else entry.finish
+        finish = "" if entry.tokens.pending or entry.tokens.full else entry.finish
+        if entry.tokens.full:
+            self._warn(entry, f"its deputies keep its first {index + len(tokens)} tokens; after a loss the rest is computed again")
         message = JournalTokens(session=entry.session, epoch=entry.epoch, index=index, tokens=tokens, finish=finish)
         try:
             self._links.send(entry.deputy, message)
@@ -276,7 +314,8 @@ class JournalWriter:
         checked = self._clock.monotonic()
         while True:
             await self._clock.sleep(BATCH_S)
-            self.flush()
+            for entry in list(self._unsent):
+                self._send(entry)
             now = self._clock.monotonic()
             if now - checked >= _CHECK_S:
                 checked = now
@@ -291,6 +330,8 @@ class JournalWriter:
         for entry in list(self._entries.values()):
             if entry.finish and now - entry.ended_at > KEEP_ENDED_S:
                 self._retire(entry)
+            elif entry.too_large:
+                continue
             elif entry.deputy is None or (entry.confirmed and entry.deputy in leaving and self._choose(entry) is not None):
                 self._queue_transfer(entry)
             elif entry.confirmed and not entry.finish and now - entry.sent_at > _RENEW_S:

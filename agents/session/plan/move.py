@@ -18,7 +18,7 @@ from meshd.agents.session.recovery_history import Recovered
 from meshd.agents.session.session import SessionState
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest, MeshdError, NoPeer, PeerFault
-from meshd.protocol.messages import Mirror, Mirrored
+from meshd.protocol.messages import Mirrored
 from meshd.types import Advert, LayerRange, PeerId, Plan, SessionId
 
 log = getLogger(__name__)
@@ -103,8 +103,7 @@ class Mover:
         """Copy KV until every copy has caught up or failed. KV whose copy fails is computed again at the target."""
         for copy in copies:
             answer.machine.holders.add(copy.target)
-            message = Mirror(session=answer.session, epoch=epoch, stage=copy.stage, target=copy.target, eager=True)
-            answer.stages.send(old.stages[copy.stage].peer, message)
+            answer.tasks.spawn(self._request_copy(answer, epoch, old, copy))
 
         def ready() -> bool:
             copied = all(copy.caught_up or copy.error for copy in copies)
@@ -120,6 +119,13 @@ class Mover:
         answer.hold(last)
         machine = answer.machine
         await answer.output.until(lambda: machine.epoch != epoch or not answer.running or len(machine.tokens) >= last, _LAST_STEP_S)
+
+    async def _request_copy(self, answer: Answer, epoch: int, plan: Plan, copy: _Copy) -> None:
+        try:
+            await answer.stages.mirror(epoch, plan, copy.stage, copy.target, eager=True)
+        except MeshdError as error:
+            copy.error = str(error)
+            answer.output.touch()
 
     async def _first_token(self, answer: Answer, plan: Plan) -> float:
         epoch = answer.machine.epoch

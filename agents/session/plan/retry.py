@@ -7,9 +7,10 @@ from logging import getLogger
 from zlib import crc32
 
 from meshd.agents.links.links import Links
+from meshd.agents.service import AnswerSecret
 from meshd.agents.session.answer import Answer
 from meshd.agents.session.events import Replan
-from meshd.agents.session.journal.record import SessionRecord
+from meshd.agents.session.journal.record import TAKEOVER_EPOCHS, SessionRecord
 from meshd.agents.session.plan.open_ended import LEAST_ANSWER, plan_open_ended
 from meshd.agents.session.plan.resume import RecoveryRequest
 from meshd.agents.session.plan.route import Router, mirror_targets
@@ -17,7 +18,7 @@ from meshd.agents.session.session import SessionState
 from meshd.agents.session.stages.client import is_refusal
 from meshd.clock import Clock
 from meshd.errors import DoesNotFit, MeshdError, NoPeer, NotReady, Overloaded, PeerFault, RemoteFailure, Superseded, UsageError
-from meshd.protocol.messages import Mirror, Mirrored
+from meshd.protocol.messages import Mirrored
 from meshd.types import Advert, PeerId, Plan, SessionId
 
 log = getLogger(__name__)
@@ -31,8 +32,6 @@ _LOADING_WAIT_S = 120.0
 """How long a running answer waits for lost layers to be loaded elsewhere."""
 _NO_PLAN_WAIT_S = 3.0
 """How long an answer waits when the live peers cannot hold the model: short, but a peer that restarts may be back by then."""
-TAKEOVER_EPOCHS = 1000
-"""A new coordinator raises the recorded epoch by this much, to be above all epochs that the last one used but did not record."""
 _LONGEST_RETRY_S = 4.0
 """Sessions that found no room on a stage try again after `_RETRY_S`, doubled with each attempt up to this time."""
 
@@ -47,10 +46,10 @@ class PlanRetrier:
     clock: Clock
     mirror: bool
     """Whether to mirror KV if the request has no `mirror` option."""
-    take: Callable[[SessionId], Awaitable[SessionRecord]]
-    """Makes this peer the session's coordinator and returns the record."""
-    coordinated_elsewhere: Callable[[SessionId], Awaitable[bool]]
-    """Whether another peer coordinates the session."""
+    take: Callable[[AnswerSecret], Awaitable[SessionRecord]]
+    """Makes this peer the coordinator of the answer with this secret, and returns its record."""
+    coordinated_elsewhere: Callable[[SessionRecord], Awaitable[bool]]
+    """Whether another peer coordinates the record's session."""
 
     def replan(self, answer: Answer, command: Replan) -> None:
         """Search for a plan for an answer that lost its plan. Cancels the answer's previous search."""
@@ -146,16 +145,16 @@ class PlanRetrier:
 
         Returns: whether this peer continues the answer.
         """
-        if await self.coordinated_elsewhere(answer.session):
+        if await self.coordinated_elsewhere(answer.record):
             if not answer.readers:
                 answer.release()
                 return False
             try:
-                record = await self.take(answer.session)
+                record = await self.take(answer.secret)
             except MeshdError as error:
                 answer.plan_failed(error)
                 return False
-            answer.reclaim(record, record.epoch + TAKEOVER_EPOCHS)
+            answer.reclaim(record.coordinator, record.epoch + TAKEOVER_EPOCHS)
         await self.clock.sleep(_NOTICE_S)
         return answer.running
 
@@ -188,9 +187,15 @@ class PlanRetrier:
             if stage.mirror is None or number in answer.mirrors:
                 continue
             answer.mirrored(number, stage.mirror, 0)
-            answer.stages.send(
-                stage.peer, Mirror(session=answer.session, epoch=answer.machine.epoch, stage=number, target=stage.mirror)
-            )
+            answer.tasks.spawn(self._mirror(answer, answer.machine.epoch, plan, number, stage.mirror))
+
+    async def _mirror(self, answer: Answer, epoch: int, plan: Plan, stage: int, target: PeerId) -> None:
+        try:
+            await answer.stages.mirror(epoch, plan, stage, target)
+        except MeshdError as error:
+            log.info("session %s: %s takes no copy of stage %d: %s", answer.session, answer.context.names(target), stage, error)
+            if answer.machine.epoch == epoch and answer.mirrors.get(stage) == (target, 0):
+                answer.mirrored(stage, target, None)
 
     def on_mirrored(self, answer: Answer, message: Mirrored) -> None:
         """Record a stage's report of the progress of its mirror."""

@@ -15,7 +15,7 @@ from meshd.agents.session.journal.record import SessionRecord
 from meshd.agents.session.plan.resume import StageHeld
 from meshd.errors import InvalidSampling, MeshdError, NoPeer, OutOfMemory, Overloaded, PeerFault, RemoteFailure
 from meshd.kernels.sampler import needs_past_tokens
-from meshd.protocol.messages import Close, Credit, Message, Open, Opened, Prompt, Renew, Resume
+from meshd.protocol.messages import Close, Credit, ExpectCopy, Message, Mirror, Open, Opened, Prompt, Renew, Resume
 from meshd.types import PeerId, Plan, SessionId
 
 log = getLogger(__name__)
@@ -44,8 +44,8 @@ class StageClient:
     me: PeerId
     links: Links
     renewed_at: float
-    handed_over: bool = False
-    """Whether the previous coordinator handed the session over to this peer."""
+    predecessors: tuple[PeerId, ...] = ()
+    """The session's earlier coordinators."""
     _prompt_epoch: int = 0
     """The epoch whose prompt is wanted. Chunks of any other epoch that wait for room on their lane are dropped."""
     _prompts: Backlog = field(init=False)
@@ -94,7 +94,7 @@ class StageClient:
             credit=command.credit,
             answered=command.answered,
             resume=command.epoch > 1,
-            handed_over=self.handed_over,
+            predecessors=self.predecessors,
         )
 
     def _ids_for(self, plan: Plan, stage: int, tokens: Sequence[int]) -> memoryview | None:
@@ -105,6 +105,29 @@ class StageClient:
     def _known_ids(self, tokens: Sequence[int]) -> "np.ndarray[Any, np.dtype[np.int32]]":
         """Returns: ids of prompt and answer, i32[prompt + tokens]."""
         return np.asarray([*self.record.prompt, *tokens], dtype="<i4")
+
+    async def mirror(self, epoch: int, plan: Plan, stage: int, target: PeerId, *, eager: bool = False) -> None:
+        """Have a stage's KV copied to another peer. `eager`: each token's at once, not in whole blocks.
+
+        The target is told first which peer will send the KV, because it takes KV from no other one.
+
+        Raises: MeshdError if the target has no room for the copy.
+        Cancel: the target frees the memory when the session is closed there or its lease ends.
+        """
+        source, layers = plan.stages[stage].peer, plan.stages[stage].layers
+        expect = ExpectCopy(
+            request=self.links.next_request(),
+            session=self.session,
+            epoch=epoch,
+            source=source,
+            model=plan.model,
+            layers=layers,
+            tokens=len(self.record.prompt) + self.record.max_tokens,
+            lease_ms=int(LEASE_S * 1000),
+            predecessors=self.predecessors,
+        )
+        await self.links.request(target, expect, timeout_s=OPEN_TIMEOUT_S)
+        self.send(source, Mirror(session=self.session, epoch=epoch, stage=stage, target=target, eager=eager))
 
     def resume(self, command: ResumeStages) -> None:
         """Send every stage its resume point."""

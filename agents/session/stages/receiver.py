@@ -9,7 +9,7 @@ from meshd.agents.session.plan.move import Mover
 from meshd.agents.session.plan.retry import PlanRetrier
 from meshd.errors import InvalidSampling, MeshdError, PeerFault, PeerLost, RemoteFailure
 from meshd.protocol.messages import Closed, Error, Failed, Mirrored, Token
-from meshd.types import PeerId, SessionId
+from meshd.types import PeerId, Plan, SessionId
 
 
 @dataclass(slots=True)
@@ -49,19 +49,17 @@ class StageReceiver:
         answer = self._answer_of(sender, message.session)
         if answer is None or answer.plan is None:
             return
-        stages = answer.plan.stages
-        name = self.names(stages[message.stage].peer) if message.stage < len(stages) else "a peer"
-        text = f"{name} could not continue: {message.message}"
+        text = f"{self.names(sender)} could not continue: {message.message}"
         error: MeshdError = RemoteFailure(text, remote_code=message.code)
         if message.code == PeerLost.code:
             error = PeerLost(text)
         elif message.code == InvalidSampling.code:
             error = InvalidSampling(message.message)
-        answer.stage_failed(message.epoch, message.stage, error, message.blame)
+        answer.stage_failed(message.epoch, message.stage, error, blamed_peer(answer.plan, answer.context.me, sender, message.blame))
 
     def _on_mirrored(self, sender: PeerId, message: Mirrored, payload: memoryview) -> None:
         answer = self._answer_of(sender, message.session)
-        if answer is not None:
+        if answer is not None and answer.plan is not None and sender in answer.plan.peers[message.stage : message.stage + 1]:
             self.retrier.on_mirrored(answer, message)
             self.mover.on_mirrored(answer, message)
 
@@ -69,3 +67,16 @@ class StageReceiver:
         """Returns: the running answer, if `sender` has a stage of its plan; else None."""
         answer = self.answers.get(session) if session is not None else None
         return answer if answer is not None and answer.plan is not None and sender in answer.plan.peers else None
+
+
+def blamed_peer(plan: Plan, coordinator: PeerId, sender: PeerId, blame: PeerId | None) -> PeerId | None:
+    """Decide which peer a failed stage may blame: itself, a peer that it exchanges steps with, or the coordinator.
+
+    Returns: `blame` if it is one of these, otherwise the sender, which blamed a peer that it knows nothing of; None for no blame.
+    """
+    if blame is None:
+        return None
+    peers, last = plan.peers, len(plan.peers) - 1
+    at = [number for number, peer in enumerate(peers) if peer == sender]
+    neighbours = {peers[other] for number in at for other in (number - 1, 0 if number == last else number + 1)}
+    return blame if blame in {sender, coordinator, *neighbours} else sender

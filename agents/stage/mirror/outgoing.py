@@ -104,11 +104,7 @@ class OutgoingMirrors:
                 request=request,
                 session=opened.session,
                 epoch=opened.epoch,
-                coordinator=opened.coordinator,
-                model=opened.plan.model,
                 layers=cache.layers,
-                tokens=opened.prompt_tokens + opened.max_tokens,
-                lease_ms=opened.lease_ms,
                 valid=cache.epoch_start,
             )
 

@@ -18,6 +18,9 @@ T = TypeVar("T", bound=msgspec.Struct)
 IN_PLACE_BYTES = 64 * 1024
 """Largest body that is decoded on the event loop, in at most about a millisecond. A larger one is decoded in a thread."""
 
+MAX_STRINGS = 100_000
+"""Most strings of a body, names included. To decode more takes so long that other requests notice: no thread runs meanwhile."""
+
 # The parts of msgspec's error messages that name a field.
 _AT = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`$")
 _UNKNOWN = re.compile(r"unknown field `(?P<field>.*)`", re.DOTALL)
@@ -70,6 +73,11 @@ def decode_body(data: bytes, shape: type[T]) -> tuple[T, IgnoredFields]:
     Returns: the body, and the fields that have no effect. A struct that forbids unknown fields has none.
     Raises: InvalidRequest, whose `param` names the first wrong field.
     """
+    # Counted without decoding. Of a name that ends with a backslash, only one mark may be counted: so up to twice as many pass.
+    if data.count(b'"') - data.count(b'\\"') > 2 * MAX_STRINGS:
+        raise InvalidRequest(
+            f"the body has more than {MAX_STRINGS} strings", hint="send fewer prompts, messages or fields in one request"
+        )
     try:
         body = cast("T", _decoder(shape).decode(data))
         ignored = unknown_fields(data, shape)

@@ -11,6 +11,7 @@ from aiohttp import web
 from meshd import __version__
 from meshd.api.http.body import properties_of
 from meshd.api.http.errors import ErrorBody
+from meshd.api.http.ignored import HEADER as IGNORED_HEADER
 from meshd.api.http.reply import json_response
 from meshd.api.http.routes import ROUTES, Route
 
@@ -51,7 +52,7 @@ def _operation(route: Route, schema_of: dict[int, dict[str, Any]]) -> dict[str, 
         "summary": route.summary,
         "operationId": _operation_id(route),
         "responses": {
-            "200": {"description": "Done", "content": content or {"text/plain": {}}},
+            "200": {"description": "Done", "content": content or {"text/plain": {}}, "headers": _headers(route)},
             "default": {"description": "An error", "content": {_JSON: {"schema": schema_of[id(ErrorBody)]}}},
         },
     }
@@ -60,6 +61,14 @@ def _operation(route: Route, schema_of: dict[int, dict[str, Any]]) -> dict[str, 
     if parameters := _parameters(route):
         operation["parameters"] = parameters
     return operation
+
+
+def _headers(route: Route) -> dict[str, Any]:
+    """Describe the headers of a response, besides those of HTTP."""
+    described = {"x-request-id": "The request's id."}
+    if route.takes is not None or route.query is not None:
+        described[IGNORED_HEADER] = "Fields of the request that had no effect, such as `messages[0].id`. Absent: none."
+    return {name: {"description": text, "schema": {"type": "string"}} for name, text in described.items()}
 
 
 def _kinds(part: Any) -> tuple[Any, ...]:

@@ -78,7 +78,7 @@ async def generate(request: web.Request, renderer: AnyRenderer, generation_reque
         generation_request, store=renderer.store, background=renderer.background, renderer=encode_renderer(renderer)
     )
     generation = await coordinator.generate(whole, on_wait=_on_wait(request))
-    set_generation_headers(request, generation)
+    set_generation_headers(request, generation, renderer)
     return generation
 
 
@@ -88,7 +88,7 @@ async def reading(
 ) -> AsyncIterator[RunningAnswers]:
     """Read a single answer from its beginning. Leaving the block releases the answer as `started` does."""
     work = request.app[SERVICES].work
-    answer_id = renderer.prefix + generation.session
+    answer_id = renderer.prefix + generation.secret
     if renderer.store:
         request[RESUMABLE] = ResumableAnswer(answer_id, generation)
     try:
@@ -167,9 +167,11 @@ def _on_wait(request: web.Request) -> Callable[[], None] | None:
     return None if due is None else due.set
 
 
-def set_generation_headers(request: web.Request, generation: Generation) -> None:
-    """Set the response headers for the session, its plan and its predicted times."""
+def set_generation_headers(request: web.Request, generation: Generation, renderer: AnyRenderer) -> None:
+    """Set the response headers for the session, its plan, its predicted times and, if it can be read again, the answer's id."""
     _set_headers(request, {0: generation})
+    if renderer.store:
+        request[GENERATION_HEADERS]["x-meshd-answer"] = renderer.prefix + generation.secret
 
 
 def _set_headers(request: web.Request, admitted: Mapping[int, Generation]) -> None:

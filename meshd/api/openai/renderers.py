@@ -46,7 +46,7 @@ class EventWriter(Protocol):
 
 
 class Renderer(msgspec.Struct, frozen=True, kw_only=True, tag_field="form"):
-    """The fields of all renderers. The id of a single answer is `prefix` followed by the id of its session."""
+    """The fields of all renderers. The id of a single answer is `prefix` followed by the answer's secret."""
 
     created: int
     model: str

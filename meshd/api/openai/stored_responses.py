@@ -1,14 +1,14 @@
-"""Encode and decode the renderers in session records, and extract the session's id from an answer's id."""
+"""Encode and decode the renderers in session records, and extract the secret from an answer's id."""
 
 import re
 
 import msgspec
 
+from meshd.agents.service import AnswerSecret
 from meshd.api.openai.chat.renderer import ChatRenderer
 from meshd.api.openai.completions.renderer import CompletionRenderer
 from meshd.api.openai.responses.renderer import ResponseRenderer
 from meshd.errors import UnknownSession
-from meshd.types import SessionId
 
 AnyRenderer = ChatRenderer | CompletionRenderer | ResponseRenderer
 
@@ -21,12 +21,12 @@ def encode_renderer(renderer: AnyRenderer) -> bytes:
     return msgspec.msgpack.encode(renderer)
 
 
-def session_of(answer_id: str) -> SessionId:
-    """Extract the session's id from an answer's id. Raises: UnknownSession if the answer's id is malformed."""
+def secret_of(answer_id: str) -> AnswerSecret:
+    """Extract the secret from an answer's id. Raises: UnknownSession if the answer's id is malformed."""
     match = _ID.fullmatch(answer_id)
     if match is None:
         raise _unknown(answer_id)
-    return SessionId(match[2])
+    return AnswerSecret(match[2])
 
 
 def decode_renderer(encoded: bytes, answer_id: str) -> AnyRenderer:

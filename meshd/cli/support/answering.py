@@ -30,6 +30,8 @@ class AnswerSummary:
     finish: str
     plan: str
     """The layers of each peer, e.g. `ash:0-12,birch:12-30`."""
+    predicted_ttft_s: float
+    """Predicted seconds to the first token. 0: the daemon sent no prediction."""
     predicted_tpot_s: float
     """Predicted seconds per output token. 0: the daemon sent no prediction."""
     prompt_tokens: int
@@ -47,7 +49,8 @@ class AnswerSummary:
         """Format the result as one line of text."""
         parts = [f"{self.completion_tokens} tokens", f"{self.tokens_s:.1f} tokens/s", f"first after {self.ttft_s * 1e3:.0f} ms"]
         if self.predicted_tpot_s > 0:
-            parts.append(f"predicted {1 / self.predicted_tpot_s:.1f} tokens/s")
+            first = f", first after {self.predicted_ttft_s * 1e3:.0f} ms" if self.predicted_ttft_s > 0 else ""
+            parts.append(f"predicted {1 / self.predicted_tpot_s:.1f} tokens/s{first}")
         return ", ".join(parts) + (f"; {self.plan}" if self.plan else "")
 
 
@@ -162,6 +165,7 @@ def _read(stream: Stream, write: Callable[[str], object], sent_at: float) -> Ans
         text="".join(chunks),
         finish=finish,
         plan=stream.headers.get("x-meshd-plan", ""),
+        predicted_ttft_s=float(stream.headers.get("x-meshd-predicted-ttft-ms") or 0) / 1e3,
         predicted_tpot_s=float(stream.headers.get("x-meshd-predicted-tpot-ms") or 0) / 1e3,
         prompt_tokens=usage["prompt_tokens"],
         completion_tokens=usage["completion_tokens"],

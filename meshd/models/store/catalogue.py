@@ -7,8 +7,9 @@ from typing import TypeAlias
 
 import msgspec
 
-from meshd.errors import InvalidRequest, UnknownModel
+from meshd.errors import InvalidRequest, UnknownModel, UsageError
 from meshd.models.importing.quants import QUANTS
+from meshd.types import ModelId
 
 
 class HubSource(msgspec.Struct, frozen=True, tag="hf"):
@@ -117,6 +118,8 @@ CATALOGUE: dict[str, ModelRef] = {
 }
 """Short name -> entry. An entry's second source is the repository that the package's description names as its file's origin."""
 
+MODEL_ID_DIGITS = 32
+"""A model's id is this many hexadecimal digits of the SHA-256 of its file."""
 _FORMS = "write a short name, hf:ORG/NAME[@REV][:FILE.gguf|:QUANT][+q4|+q8], pypi:PACKAGE==VERSION or file:PATH[+q4|+q8]"
 _WORD = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _HUB = re.compile(rf"({_WORD}/{_WORD})(?:@([\w./-]+))?(?::(?:([\w./ -]+\.gguf)|([\w-]+)))?")
@@ -161,6 +164,21 @@ def one_spelling(ref: str) -> str:
         if ref.lower().startswith(prefix):
             return "hf:" + ref[len(prefix) :]
     return resolve(ref).name if ref.startswith("file:") else ref
+
+
+def is_pinned(ref: str, model: ModelId) -> bool:
+    """Whether every source of the reference is checked against the hash of the file with this id before it is kept."""
+    try:
+        sha256 = resolve(ref).sha256
+    except UsageError:
+        return False
+    return sha256 is not None and sha256.startswith(model) and len(model) == MODEL_ID_DIGITS
+
+
+def claims_other_model(name: str, model: ModelId) -> bool:
+    """Whether a name is the catalogue's name of a model with another hash than the one with this id."""
+    entry = CATALOGUE.get(name.lower())
+    return entry is not None and entry.sha256 is not None and not entry.sha256.startswith(model)
 
 
 def unknown(name: str, known: "dict[str, ModelRef] | list[str]") -> UnknownModel:

@@ -36,7 +36,16 @@ from meshd.models.files.disk import (
 from meshd.models.files.gguf import GgufFile
 from meshd.models.files.manifest import Manifest, hash_parts, layout_of, read_manifest, write_manifest
 from meshd.models.importing.source_files import files_of, needs_import
-from meshd.models.store.catalogue import FileSource, HubSource, ModelRef, PackageSource, Source, resolve, unknown
+from meshd.models.store.catalogue import (
+    FileSource,
+    HubSource,
+    ModelRef,
+    PackageSource,
+    Source,
+    claims_other_model,
+    resolve,
+    unknown,
+)
 from meshd.models.store.checks import check_file, check_hash, check_header
 from meshd.models.store.index import Index, StoredModel
 from meshd.models.store.partial_copies import Partials
@@ -174,8 +183,9 @@ class Store:
                 copy.discard()
                 raise ModelFileError(f"the parts of {about.name} make another file: its sha256 is {sha256}")
             write_manifest(self._manifest_path(about.id), about.manifest)
+            taken = {model.name for model in self._index.read() if model.id != about.id}
             model = StoredModel(
-                name=about.name,
+                name=about.id if about.name in taken or claims_other_model(about.name, about.id) else about.name,
                 ref=about.ref,
                 id=about.id,
                 sha256=sha256,

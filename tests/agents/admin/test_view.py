@@ -8,12 +8,15 @@ import pytest
 
 from in_process.journals import advert
 from meshd.agents.admin.view import ClusterView
+from meshd.agents.service import AnswerSecret
+from meshd.agents.session.journal.keys import session_of
 from meshd.agents.session.recovery_history import Recovered
 from meshd.errors import InvalidRequest, NoPeer, UnknownSession
 from meshd.protocol.messages import Moved
 from meshd.types import LayerRange, ModelId, PeerId, Plan, PlanId, SessionId, StagePlan
 
 ATTIC, DESK = PeerId("attic" * 10 + "aa"), PeerId("desk" * 13)
+SECRET = AnswerSecret("dd55" * 8)
 FIRST, SECOND = SessionId("aa11" * 8), SessionId("aa22" * 8)
 STAGED = SessionId("bb33" * 8)
 PLAN = Plan(
@@ -106,8 +109,8 @@ async def test_a_session_is_moved_to_a_peer(view: ClusterView, agents: RecordedA
     ("text", "session"),
     [
         (FIRST, FIRST),
-        (f"resp_{FIRST}", FIRST),
-        (f"chatcmpl-{SECOND}", SECOND),
+        (f"resp_{SECRET}", session_of(SECRET)),
+        (f"chatcmpl-{SECRET}", session_of(SECRET)),
         ("aa2", SECOND),
         ("b", STAGED),
         ("cc44" * 8, SessionId("cc44" * 8)),

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from in_process.peers import WAIT_S, Peers
+from in_process.peers import QUICK, WAIT_S, Peers, until
 from meshd.agents.links import probe as linkprobe
 from meshd.agents.links.estimate import LinkEstimate
 from meshd.agents.links.probe import LinkProber
@@ -84,3 +84,16 @@ async def test_a_surprising_probe_is_confirmed_at_once(peers: Peers, monkeypatch
     await prober._check(a.id, estimate)
     assert len(asked) > 3
     assert estimate.bandwidth_bytes_s(clock.monotonic()) == pytest.approx(2e6, rel=0.1)
+
+
+async def test_round_trips_of_heartbeats_are_reported(peers: Peers) -> None:
+    a, b = peers.start("a", timing=QUICK), peers.start("b", timing=QUICK)
+    reported: list[tuple[PeerId, float]] = []
+    prober = LinkProber(a.links, SystemClock(), lambda: None, lambda *trip: reported.append(trip))
+    a.dial(b)
+    await a.next_up()
+    running = asyncio.create_task(prober.run())
+    await until(lambda: len(reported) > 1)
+    assert {peer for peer, _ in reported} == {b.id}
+    assert all(0 < seconds < WAIT_S for _, seconds in reported)
+    running.cancel()

@@ -14,6 +14,7 @@ from meshd.agents.device.compute import ComputeThread
 from meshd.agents.placement.loader import Loader
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.resident import LoadState, ResidentLayers, ResidentModels
+from meshd.agents.placement.weights.headers import HeaderFetcher
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.agents.placement.weights.sources import WeightSources
 from meshd.clock import SystemClock
@@ -98,11 +99,12 @@ def sized(start: int, end: int, kv_tokens: int = KV) -> int:
 @pytest.fixture
 async def driver(peers: Peers, tmp_path: Path) -> AsyncIterator[LoaderDriver]:
     links = peers.start("a").links
-    library = ModelLibrary(links=links, store=Store(tmp_path), adverts=list, on_change=lambda: None)
+    sources = WeightSources(links.id, links, adverts=list, names=str, clock=SystemClock(), link_stats=dict)
+    headers = HeaderFetcher(links, sources)
+    library = ModelLibrary(links=links, store=Store(tmp_path), adverts=list, on_change=lambda: None, headers=headers)
     library.local |= {card.id: card for card in CARDS}
     residents, budget, draining = ResidentModels(), [1 << 30], [False]
     compute = ComputeThread()
-    sources = WeightSources(links.id, links, adverts=list, names=str, clock=SystemClock(), link_stats=dict)
     loader = FromMemory(
         links=links,
         library=library,

@@ -10,6 +10,8 @@ from fake_api.words import CARD
 from in_process.adverts import advert, held
 from in_process.peers import Peers, until
 from meshd.agents.placement.model_library import ModelLibrary, holders_of
+from meshd.agents.placement.weights.headers import HeaderFetcher
+from meshd.agents.placement.weights.sources import WeightSources
 from meshd.clock import SystemClock
 from meshd.errors import ModelFileError, UnknownModel
 from meshd.models.store.store import Store
@@ -46,7 +48,15 @@ def adverts() -> list[Advert]:
 
 @pytest.fixture
 async def library(peers: Peers, tmp_path: Path, adverts: list[Advert]) -> ModelLibrary:
-    return ModelLibrary(links=peers.start("a").links, store=Store(tmp_path), adverts=lambda: adverts, on_change=lambda: None)
+    links = peers.start("a").links
+    sources = WeightSources(links.id, links, adverts=lambda: adverts, names=str, clock=SystemClock(), link_stats=dict)
+    return ModelLibrary(
+        links=links,
+        store=Store(tmp_path),
+        adverts=lambda: adverts,
+        on_change=lambda: None,
+        headers=HeaderFetcher(links, sources),
+    )
 
 
 async def test_a_model_is_found_by_name_reference_or_id(library: ModelLibrary, adverts: list[Advert]) -> None:
@@ -102,15 +112,9 @@ async def test_what_another_process_pulls_or_removes_is_noticed_when_it_is_asked
     assert library.cards() == {}
 
 
-async def test_the_store_is_watched(peers: Peers, source: Path, tmp_path: Path) -> None:
+async def test_the_store_is_watched(library: ModelLibrary, source: Path, tmp_path: Path) -> None:
     changed = asyncio.Event()
-    library = ModelLibrary(
-        links=peers.start("a").links,
-        store=Store(tmp_path),
-        adverts=list,
-        on_change=changed.set,
-        clock=QuickClock(),
-    )
+    library.on_change, library.clock = changed.set, QuickClock()
     watch = asyncio.create_task(library.run())
     stored = await Store(tmp_path).pull(f"file:{source}")
     await asyncio.wait_for(changed.wait(), 30)
@@ -146,7 +150,7 @@ async def test_a_models_text_is_read_from_its_file_and_a_broken_one_is_known_as_
     for name, template in templates.items():
         path = tmp_path / f"{name}.gguf"
         path.write_bytes(small_gguf(more={"tokenizer.chat_template": template}))
-        cards[name] = await library.pull(f"file:{path}", lambda _: None)
+        cards[name] = await library.pull(f"file:{path}", lambda _: None, by_owner=True)
     try:
         text = await library.text(cards["good"])
         assert text.table.decode(await text.tokens_of('!"#')) == '!"#'

@@ -57,7 +57,8 @@ class Models:
             raise UnknownModel(f"no model {name}")
         return CARD
 
-    async def pull(self, ref: str, progress: Callable[[float], None]) -> ModelCard:
+    async def pull(self, ref: str, progress: Callable[[float], None], *, by_owner: bool) -> ModelCard:
+        assert by_owner
         if ref == "nonsense":
             raise UnknownModel(f"no source has {ref}")
         progress(1.0)

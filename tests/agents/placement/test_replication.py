@@ -199,3 +199,13 @@ def test_a_much_faster_peer_gets_the_model() -> None:
 )
 def test_a_placement_is_not_changed_without_a_clear_gain(adverts: list[Advert]) -> None:
     assert not grow(CARD, adverts)
+
+
+@pytest.mark.parametrize("layers", [(0, 1024), (25, 31), (30, 31), (1000, 1024)])
+@pytest.mark.parametrize("draining", [False, True])
+def test_layers_that_the_model_does_not_have_are_ignored(layers: tuple[int, int], draining: bool) -> None:
+    adverts = [advert("a", held(0, 30)), advert("b"), advert("c", held(*layers), held(*layers, standby=True), draining=draining)]
+    decision = decided(*adverts, lost=lost(layers))
+    assert {str(request.layers) for request in decision.requests} == {"0-30"}
+    gone = decided(advert("a", held(0, 12)), advert("c", held(*layers), draining=True), advert("b"), lost=lost((12, 30), layers))
+    assert {request.layers for request in gone.requests} <= {LayerRange(0, 12), LayerRange(12, 30)}

@@ -1,5 +1,7 @@
 """The layers in this peer's memory: which of them serve a request, and how much memory they reserve."""
 
+import numpy as np
+
 from in_process.adverts import CARD
 from meshd.agents.placement.resident import LoadState, ResidentLayers, ResidentModels
 from meshd.kernels.kv import KVPool
@@ -39,3 +41,16 @@ def test_only_an_unused_active_standby_gives_way() -> None:
     assert copy.gives_way
     copy.sessions = 1
     assert not copy.gives_way
+
+
+def test_kv_that_a_session_has_freed_is_not_counted_as_memory_that_is_yet_to_be_taken() -> None:
+    held = resident(0, 2, kv_tokens=128)
+    held.pool = pool = KVPool(CARD.spec, LayerRange(0, 2), blocks=4)
+    whole = held.untouched_bytes
+    table = pool.allocate(64)
+    values = np.ones((64, CARD.spec.kv_heads, CARD.spec.head_dim), np.float32)
+    for layer in range(2):
+        pool.write(layer, table, 0, values, values)
+    pool.free(table)
+    assert pool.blocks_free == 4
+    assert held.untouched_bytes == whole // 2

@@ -62,6 +62,26 @@ async def test_a_slot_given_to_a_request_that_is_just_being_cancelled_goes_to_th
     assert admission.running == 0
 
 
+async def test_a_session_that_runs_already_enters_ahead_of_waiting_requests_and_beyond_the_limit() -> None:
+    admission = Admission(running=2, waiting=4, wait_s=5)
+    for _ in range(2):
+        await admission.enter()
+    waiting = asyncio.create_task(admission.enter())
+    await asyncio.sleep(0)
+    for _ in range(2):
+        admission.enter_ahead()
+    with pytest.raises(Overloaded):
+        admission.enter_ahead()
+    assert admission.running == 4
+    for _ in range(2):
+        admission.leave(1.0)
+        await asyncio.sleep(0)
+        assert not waiting.done(), "the limit holds again before a request enters"
+    admission.leave(1.0)
+    await waiting
+    assert admission.running == 2
+
+
 async def test_the_time_to_try_again_grows_with_the_queue_and_with_the_age_of_the_running_requests() -> None:
     now = [100.0]
     admission = Admission(running=1, waiting=2, wait_s=5, now=lambda: now[0])

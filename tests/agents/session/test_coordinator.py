@@ -1,21 +1,25 @@
 """The coordinator: moves of answers that it coordinates, or that another peer does."""
 
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from in_process.answers import AnswerSite
+from in_process.answers import CARD, AnswerSite
 from in_process.journals import Keeper, Keepers, S
 from in_process.peers import Peers
 from meshd.agents.observe.story import Story
+from meshd.agents.placement.model_library import ModelLibrary
+from meshd.agents.service import GenerationRequest
 from meshd.agents.session.admission import Admission
 from meshd.agents.session.coordinator import Coordinator
 from meshd.agents.session.plan.move import Mover
 from meshd.agents.session.plan.retry import PlanRetrier
-from meshd.errors import PeerFault, RemoteFailure
+from meshd.errors import InvalidSampling, PeerFault, RemoteFailure
+from meshd.models.store.store import Store
 from meshd.protocol.messages import Journaled, Move, Moved, Reply
 from meshd.telemetry import Telemetry
-from meshd.types import PeerId
+from meshd.types import PeerId, SamplingParams
 
 
 def coordinator_of(keeper: Keeper) -> Coordinator:
@@ -68,3 +72,24 @@ async def test_a_move_of_a_session_that_is_not_coordinated_here_is_refused(peers
         coordinator_of(b).register()
         with pytest.raises(RemoteFailure, match="is not coordinated here"):
             await coordinator_of(a).move(S, a.id, None)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "param"),
+    [
+        (SamplingParams(logit_bias={60_000: 1.0}), "logit_bias"),
+        (SamplingParams(logit_bias=dict.fromkeys(range(6000), 1.0)), "logit_bias"),
+        (SamplingParams(repetition_penalty=1e-300, top_p=0.5), "repetition_penalty"),
+    ],
+)
+async def test_sampling_parameters_that_no_peer_could_use_are_refused_at_once(
+    peers: Peers, tmp_path: Path, sampling: SamplingParams, param: str
+) -> None:
+    async with Keepers(peers).linked("a", "b") as (a, _):
+        coordinator = coordinator_of(a)
+        coordinator.library = ModelLibrary(links=a.peer.links, store=Store(tmp_path), adverts=list, on_change=lambda: None)
+        coordinator.library.local[CARD.id] = CARD
+        with pytest.raises(InvalidSampling) as refused:
+            await coordinator.generate(GenerationRequest(model=CARD.name, prompt=(1, 2), sampling=sampling))
+        assert refused.value.param == param
+        assert coordinator.admission.running == 0

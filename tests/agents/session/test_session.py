@@ -48,7 +48,7 @@ EVENTS: dict[type, events.Event] = {
     events.Suspend: events.Suspend(),
     events.ResumeRequested: events.ResumeRequested(),
     events.Released: events.Released(Cancelled("taken over")),
-    events.Reclaimed: events.Reclaimed(1000, ((7, None, None), (8, None, None))),
+    events.Reclaimed: events.Reclaimed(1000),
     events.CancelRequested: events.CancelRequested(),
 }
 
@@ -239,9 +239,9 @@ def test_a_released_session_leaves_its_stages_open() -> None:
     assert session.state is SessionState.CANCELLED
 
 
-def test_a_reclaimed_session_emits_the_other_coordinators_tokens_and_skips_its_epochs() -> None:
+def test_a_reclaimed_session_skips_the_epochs_of_the_other_coordinator() -> None:
     session = in_state(SessionState.RECOVERING)
-    assert session.handle(EVENTS[events.Reclaimed]) == [events.EmitToken(1, 8, None, None)]
+    assert session.handle(EVENTS[events.Reclaimed]) == []
     session.handle(events.Planned(WITHOUT_B))
     assert session.epoch == 1001
 

@@ -82,7 +82,9 @@ async def _run_random_actions(mesh: StageMesh, seed: int) -> None:
                 session.tokens = session.tokens[: dice.randint(0, 40)]
                 await session.next_epoch(*stages)
             elif action == "mirror" and session.plan:
-                session.mirror(dice.randrange(len(session.plan.stages)), dice.choice([*peers, None]), eager=dice.random() < 0.5)
+                await session.mirror(
+                    dice.randrange(len(session.plan.stages)), dice.choice([*peers, None]), eager=dice.random() < 0.5
+                )
             elif action == "renew":
                 session.renew(*dice.sample(peers, 2))
             elif action == "cut":

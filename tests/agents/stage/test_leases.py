@@ -15,21 +15,47 @@ async def test_another_coordinator_takes_over_only_if_the_first_is_unreachable_o
     await first.wait_tokens(10)
     second.tokens, second.epoch = list(first.tokens), 1
     assert a.id in await refused(second, (c, "0-4"), resume=True)
-    second.epoch = 0
-    assert a.id in await refused(second, (c, "0-4"), resume=True, handed_over=True), "the same epoch"
     mesh.cut(a, c)
-    await second.next_epoch((c, "0-4"))
+    second.epoch = 0
+    assert a.id in await refused(second, (c, "0-4"), resume=True), "the same epoch"
+    await second.next_epoch((c, "0-4"), predecessors=(a.id,))
     second.grant(ANSWER)
     await second.wait_tokens(ANSWER)
     assert second.tokens == await expected(mesh)
     third = driver(mesh, a)
     mesh.down.clear()
     third.tokens, third.epoch = second.tokens[:30], 2
-    await third.next_epoch((c, "0-4"), handed_over=True)
+    assert b.id in await refused(third, (c, "0-4"), resume=True), "the coordinator has not handed it over"
+    third.epoch = 2
+    assert await third.hand_over(a, c) == [False], "only the coordinator itself may hand it over"
+    assert await second.hand_over(a, c) == [True]
+    await third.next_epoch((c, "0-4"))
+    assert third.opened[0].held > 0
     await third.wait_tokens(ANSWER)
     assert third.tokens == second.tokens
     second.renew(c)
     assert not b.received(Failed)
+
+
+async def test_kv_of_a_peer_that_never_was_the_coordinator_is_not_used(mesh: StageMesh) -> None:
+    """A member that knows a session's id reserves it at a peer that the session does not use yet, fills KV there and leaves."""
+    a, b, c, d = (mesh.start(name) for name in "abcd")
+    forger = driver(mesh, d)
+    forger.prompt = [7] * 40
+    forger.credit = 10
+    await forger.begin((c, "0-4"))
+    await forger.wait_tokens(10)
+    session = driver(mesh, a)
+    session.credit = 10
+    await session.begin((b, "0-4"))
+    await session.wait_tokens(10)
+    mesh.isolate(b)
+    mesh.cut(d, c)
+    session.credit = ANSWER
+    await session.next_epoch((c, "0-4"))
+    assert [opened.held for opened in session.opened] == [0]
+    await session.wait_tokens(ANSWER)
+    assert session.tokens == await expected(mesh)
 
 
 async def test_a_peer_without_the_session_answers_renew_with_peer_lost(mesh: StageMesh) -> None:
@@ -48,7 +74,7 @@ async def test_a_lease_that_runs_out_frees_everything(mesh: StageMesh) -> None:
     session.credit = 20
     await session.begin((b, "0-2"), (c, "2-4"))
     await session.wait_tokens(20)
-    session.mirror(1, d)
+    await session.mirror(1, d)
     await session.until(lambda: any(mirrored.held for mirrored in a.received(Mirrored)))
     mesh.clock.ahead += 9
     session.renew(b, c)

@@ -164,6 +164,17 @@ async def test_jobs_that_wait_are_bounded(workers: TextWorkers, monkeypatch: pyt
     assert "wait to be encoded" in refused[0].message
 
 
+async def test_risky_jobs_that_wait_leave_room_for_others(workers: TextWorkers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_RISKY_WAITING", 2)
+    good = model("good", text_header())
+    wanted = await workers.encode_text(good, "the fox")
+    long = [asyncio.create_task(workers.encode_text(good, "the fox " * 200_000)) for _ in range(6)]
+    await asyncio.sleep(0)
+    assert await workers.encode_text(good, "the fox") == wanted
+    outcomes = await asyncio.gather(*long, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [tuple] * 3 + [Overloaded] * 3, "one runs, two wait"
+
+
 async def test_a_request_that_has_gone_leaves_the_queue(workers: TextWorkers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_WAITING", 1)
     good = model("good", text_header())

@@ -100,6 +100,7 @@ async def exchange(server: Server, headers: tuple[str, ...], body: bytes) -> tup
         ("deflate", BODY, 400),
         ("gzip", gzip.compress(b" " * (64 << 20)), 413),
     ],
+    ids=["right", "plain", "truncated", "damaged", "deflate", "bomb"],
 )
 async def test_a_body_that_is_not_encoded_as_its_headers_say_is_the_clients_mistake(
     server: Server, caplog: pytest.LogCaptureFixture, encoding: str, body: bytes, status: int
@@ -122,3 +123,22 @@ async def test_a_broken_body_that_no_route_reads_is_not_read_either(server: Serv
 async def test_a_body_that_announces_too_many_bytes_is_refused_before_they_arrive(server: Server) -> None:
     status, answer = await exchange(server, (f"Content-Length: {9 << 20}",), b"")
     assert (status, answer["error"]["code"]) == (413, "body_too_large")
+
+
+@pytest.mark.parametrize(
+    "many",
+    [
+        {"prompt": ["a"] * 1_000_000},
+        {"prompt": "a"} | {f"{number:x}\\": 1 for number in range(300_000)},
+        {"messages": [{"role": "user", "content": ""}] * 200_000},
+    ],
+    ids=["prompts", "names", "messages"],
+)
+def test_a_body_of_very_many_strings_is_refused_before_it_is_decoded(many: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="more than 100000 strings"):
+        decode_body(msgspec.json.encode({"model": "m"} | many), CompletionRequest)
+
+
+def test_quotes_in_a_text_are_no_strings() -> None:
+    body, _ = decode_body(msgspec.json.encode({"model": "m", "prompt": '"' * 1_000_000}), CompletionRequest)
+    assert body.prompt == '"' * 1_000_000

@@ -34,6 +34,8 @@ async def test_the_fields_of_a_chat_are_described(document: dict[str, Any]) -> N
     number = schema["properties"]["temperature"]["anyOf"][0]
     assert (number["type"], number["minimum"], number["maximum"]) == ("number", 0, 2)
     assert schema["properties"]["tools"]["x-unsupported"] is True
+    headers = document["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["headers"]
+    assert set(headers) == {"x-request-id", "x-meshd-ignored"}
     assert "/v1/chat/completions" in document["paths"]
     content = document["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]
     assert content["application/json"]["schema"]["$ref"].endswith("/ChatCompletion")

@@ -159,8 +159,9 @@ async def test_several_answers_have_no_event_numbers_and_are_not_stored(
 
 async def test_an_id_with_the_prefix_of_another_route_is_not_found(http: aiohttp.ClientSession, coordinator: Any) -> None:
     async with http.post("/v1/chat/completions", json=body("/v1/chat/completions", model="endless", max_tokens=4000)) as response:
-        session = response.headers["x-meshd-session"]
-        for answer_id in (f"resp_{session}", f"cmpl-{session}", session, f"chatcmpl-{session}0", "chatcmpl-", "resp_x"):
+        session, secret = response.headers["x-meshd-session"], response.headers["x-meshd-answer"].removeprefix("chatcmpl-")
+        wrong = (f"resp_{secret}", f"cmpl-{secret}", secret, f"chatcmpl-{secret}0", "chatcmpl-", "resp_x", f"chatcmpl-{session}")
+        for answer_id in wrong:
             for method, suffix in (("GET", ""), ("GET", "?stream=true"), ("DELETE", ""), ("POST", "/cancel")):
                 async with http.request(method, f"/v1/responses/{answer_id}{suffix}") as refused:
                     assert refused.status == 404

@@ -4,7 +4,7 @@ import pytest
 
 from meshd.api.openai.chat.renderer import ChatRenderer
 from meshd.api.openai.completions.renderer import CompletionRenderer
-from meshd.api.openai.stored_responses import AnyRenderer, decode_renderer, encode_renderer, session_of
+from meshd.api.openai.stored_responses import AnyRenderer, decode_renderer, encode_renderer, secret_of
 from meshd.errors import UnknownSession
 
 SESSION = "5e" * 16
@@ -34,8 +34,8 @@ def test_an_answer_that_is_not_stored_is_unknown() -> None:
         decode_renderer(encode_renderer(ChatRenderer(**HEAD, logprobs=False, store=False)), f"chatcmpl-{SESSION}")
 
 
-def test_the_session_is_the_end_of_the_answers_id() -> None:
-    assert session_of(f"resp_{SESSION}") == SESSION
+def test_the_secret_is_the_end_of_the_answers_id() -> None:
+    assert secret_of(f"resp_{SESSION}") == SESSION
 
 
 @pytest.mark.parametrize(
@@ -43,4 +43,4 @@ def test_the_session_is_the_end_of_the_answers_id() -> None:
 )
 def test_other_ids_are_unknown(answer_id: str) -> None:
     with pytest.raises(UnknownSession):
-        session_of(answer_id)
+        secret_of(answer_id)

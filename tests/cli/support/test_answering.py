@@ -68,10 +68,10 @@ def test_an_answer_that_fails_midway_prints_its_text_and_fails(meshd: Meshd, api
     assert "meshd: cedar is gone" in outcome.stderr
 
 
-def _summary(*, tokens: int, decode_s: float, predicted_tpot_s: float = 0.0) -> AnswerSummary:
+def _summary(*, tokens: int, decode_s: float, predicted_tpot_s: float = 0.0, predicted_ttft_s: float = 0.0) -> AnswerSummary:
     return AnswerSummary(
         text="x", finish="stop", plan="a:0-1", predicted_tpot_s=predicted_tpot_s, prompt_tokens=3, completion_tokens=tokens,
-        ttft_s=0.25, decode_s=decode_s,
+        predicted_ttft_s=predicted_ttft_s, ttft_s=0.25, decode_s=decode_s,
     )  # fmt: skip
 
 
@@ -84,3 +84,5 @@ def test_a_summary_shows_a_prediction_only_if_there_is_one() -> None:
     text = "11 tokens, 5.0 tokens/s, first after 250 ms"
     assert _summary(tokens=11, decode_s=2.0).summary() == f"{text}; a:0-1"
     assert _summary(tokens=11, decode_s=2.0, predicted_tpot_s=0.1).summary() == f"{text}, predicted 10.0 tokens/s; a:0-1"
+    both = _summary(tokens=11, decode_s=2.0, predicted_tpot_s=0.1, predicted_ttft_s=0.24).summary()
+    assert both == f"{text}, predicted 10.0 tokens/s, first after 240 ms; a:0-1"

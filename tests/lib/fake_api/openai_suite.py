@@ -264,6 +264,16 @@ async def test_the_error_names_the_wrong_field(
     assert f"`{param}`" in caught.value.message
 
 
+async def test_hints_of_clients_are_ignored_and_named(openai_client: AsyncOpenAI, model: str) -> None:
+    hints: dict[str, Any] = {"prompt_cache_key": "x", "reasoning_effort": "low", "verbosity": "low", "metadata": {"a": "b"}}
+    for stream in (False, True):
+        answer = await openai_client.chat.completions.with_raw_response.create(
+            model=model, messages=MESSAGES, max_tokens=2, stream=stream, user="me", extra_body={"num_ctx": 4096}, **hints
+        )
+        await answer.http_response.aread()
+        assert set(answer.headers["x-meshd-ignored"].split(", ")) == {*hints, "user", "num_ctx"}
+
+
 async def test_many_requests_at_once_are_each_answered(openai_client: AsyncOpenAI, model: str) -> None:
     async def ask(seed: int) -> str:
         answer = await openai_client.completions.create(model=model, prompt="Go", max_tokens=4, seed=seed)
@@ -293,7 +303,7 @@ async def test_a_broken_chat_can_be_resumed(openai_client: AsyncOpenAI, base_url
         path = f"/v1/responses/{begun[0][1]['id']}"
         async with http.get(path, params={"stream": "true", "starting_after": begun[-1][0]}) as response:
             rest = await _numbered(response)
-            assert response.headers["x-meshd-session"] == begun[0][1]["id"].removeprefix("chatcmpl-")
+            assert response.headers["x-meshd-answer"] == begun[0][1]["id"]
         async with http.get(path) as response:
             found = await response.json()
     chunks = [chunk for _, chunk in begun + rest]

@@ -5,7 +5,8 @@ import random
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from meshd.agents.service import AvailableModel, Finished, GenerationRequest, TextDelta, TokenText
+from meshd.agents.service import AnswerSecret, AvailableModel, Finished, GenerationRequest, TextDelta, TokenText
+from meshd.agents.session.journal.keys import session_of
 from meshd.errors import (
     Cancelled,
     ContextTooLong,
@@ -55,7 +56,7 @@ CARD = ModelCard(
 class Record:
     """The record of an answer, which all peers share."""
 
-    session: SessionId
+    secret: AnswerSecret
     request: GenerationRequest
     prompt_tokens: int
     made: list[TextDelta] = field(default_factory=list)
@@ -65,6 +66,10 @@ class Record:
     faults: int = 0
     at: "WordsGeneration | None" = None
     """The answer on the peer that runs it now; None until a peer has begun it."""
+
+    @property
+    def session(self) -> SessionId:
+        return session_of(self.secret)
 
 
 class WordsGeneration:
@@ -77,7 +82,8 @@ class WordsGeneration:
 
     def __init__(self, owner: "WordsCoordinator", record: Record) -> None:
         self._owner, self.record = owner, record
-        self.session, self.prompt_tokens, self.renderer = record.session, record.prompt_tokens, record.request.renderer
+        self.secret, self.session = record.secret, record.session
+        self.prompt_tokens, self.renderer = record.prompt_tokens, record.request.renderer
         self._turn = asyncio.Lock()
         self._readers = 0
         self._counted = False
@@ -275,17 +281,17 @@ class WordsCoordinator:
             raise ContextTooLong(f"{tokens} tokens and the answer exceed the context of {CONTEXT}", hint="shorten the prompt")
         if request.model == "queued":
             await self._wait(on_wait)
-        record = Record(SessionId(random.randbytes(16).hex()), request, tokens)
+        record = Record(AnswerSecret(random.randbytes(16).hex()), request, tokens)
         self.records[record.session] = record
         return self._continue(record)
 
-    async def resume(self, session: SessionId) -> WordsGeneration:
+    async def resume(self, secret: AnswerSecret) -> WordsGeneration:
         await asyncio.sleep(0)
-        return self._continue(self._find(session))
+        return self._continue(self._find(session_of(secret)))
 
-    async def look(self, session: SessionId) -> WordsGeneration:
+    async def look(self, secret: AnswerSecret) -> WordsGeneration:
         await asyncio.sleep(0)
-        return WordsGeneration(self, self._find(session))
+        return WordsGeneration(self, self._find(session_of(secret)))
 
     async def end(self, session: SessionId, *, forget: bool = False) -> None:
         record = self._find(session)

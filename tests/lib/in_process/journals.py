@@ -13,13 +13,17 @@ from in_process.peers import SLOW, Peer, Peers, until
 from meshd.agents.admin.story_collector import StoryCollector
 from meshd.agents.links.link_table import Timing
 from meshd.agents.observe.story import Story
+from meshd.agents.service import AnswerSecret
 from meshd.agents.session.journal.deputy import Deputy
+from meshd.agents.session.journal.keys import key_of, session_of
 from meshd.agents.session.journal.locator import Locator
 from meshd.agents.session.journal.record import SessionRecord
 from meshd.agents.session.journal.writer import JournalWriter
 from meshd.types import Advert, Capability, LinkStats, PeerId, Rates, SamplingParams, SessionId, TokenLogprobs
 
-S = SessionId("5e" * 16)
+SECRET = AnswerSecret("5e" * 16)
+S = session_of(SECRET)
+_SECRETS: dict[SessionId, AnswerSecret] = {S: SECRET}
 CAPABILITY = Capability(
     backend="none",
     processor="none",
@@ -71,10 +75,23 @@ async def _settle() -> None:
         await asyncio.sleep(0)
 
 
+def named(name: str) -> SessionId:
+    """Return the id of the session of a test's own name."""
+    secret = AnswerSecret(f"{name:x>32}")
+    _SECRETS[session_of(secret)] = secret
+    return session_of(secret)
+
+
+def secret(session: SessionId) -> AnswerSecret:
+    """Return the secret of the answer of a session of `named`."""
+    return _SECRETS[session]
+
+
 def record(session: SessionId = S, *, tokens: int = 0, **other: object) -> SessionRecord:
     """Build the record of a session whose answer tokens are 100, 101, ..."""
     fields: dict[str, object] = {
         "session": session,
+        "key": key_of(_SECRETS[session]),
         "model": model_id("m"),
         "coordinator": peer_id("c"),
         "epoch": 1,
@@ -144,7 +161,7 @@ class Keeper:
     locator: Locator = field(init=False)
     story_collector: StoryCollector = field(init=False)
     answers: dict[SessionId, Answer] = field(default_factory=dict)
-    orphans: list[SessionRecord] = field(default_factory=list)
+    orphans: list[tuple[SessionId, PeerId]] = field(default_factory=list)
     released: list[SessionId] = field(default_factory=list)
     ended: list[tuple[SessionId, bool]] = field(default_factory=list)
     draining: set[PeerId] = field(default_factory=set)
@@ -154,8 +171,14 @@ class Keeper:
     def __post_init__(self) -> None:
         links, me = self.peer.links, self.peer.id
         self.writer = JournalWriter(me, links, self.clock, self._adverts)
-        self.deputy = Deputy(links, self.clock, on_orphan=self.orphans.append, on_dropped=self.writer.on_dropped)
-        self.locator = Locator(me, links, self.deputy)
+        self.deputy = Deputy(
+            links,
+            self.clock,
+            on_orphan=lambda session, coordinator: self.orphans.append((session, coordinator)),
+            on_dropped=self.writer.on_dropped,
+            coordinates=lambda session: session in self.answers,
+        )
+        self.locator = Locator(me, links, self.deputy, self.clock)
         self.story_collector = StoryCollector(me, links, Story(self.clock), self.clock, names=lambda peer: peer[:4])
         for agent in (self.deputy, self.story_collector):
             agent.register()
@@ -186,7 +209,7 @@ class Keeper:
         made = self.answers.get(session)
         return made.record if made is not None else None
 
-    def release(self, session: SessionId) -> None:
+    async def hand_over(self, session: SessionId, to: PeerId) -> None:
         self.released.append(session)
         del self.answers[session]
         self.writer.release(session)

@@ -33,7 +33,7 @@ class Cluster:
         """Seconds from the end of a load to the advert that shows it."""
         self._requests = 0
         names = {peer.id: peer.name for peer in peers}
-        library = SimLibrary(cast("Links", self), cast("Store", SimStore(())), self.live, lambda: None)
+        library = SimLibrary(cast("Links", self), cast("Store", SimStore(())), self.live, lambda: None, headers=cast("Any", None))
         self.placer = PlacementClient(
             links=cast("Links", self),
             library=library,

@@ -11,10 +11,12 @@ import msgspec
 
 from in_process.peers import WAIT_S, Peer, Peers, until
 from meshd.agents.placement.model_library import ModelLibrary
+from meshd.agents.placement.weights.headers import HeaderFetcher
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.agents.placement.weights.serve import RateLimiter, WeightServer
 from meshd.agents.placement.weights.sources import WeightSources
 from meshd.clock import SystemClock
+from meshd.models.cards import shown_to_peers
 from meshd.models.files.gguf import GgufFile
 from meshd.models.files.manifest import Manifest, Offer
 from meshd.models.store.store import Store
@@ -81,7 +83,7 @@ class Site:
 
     def advert(self) -> Advert:
         links = {peer: LinkStats(rtt_s=0.001, bandwidth_bytes_s=figure) for peer, figure in self.bandwidths.items()}
-        models = tuple(self.library.local.values())
+        models = tuple(map(shown_to_peers, self.library.local.values()))
         return Advert(
             peer=self.peer.id,
             name=self.name,
@@ -132,11 +134,17 @@ class Sites:
         clock = SystemClock()
         peer = self.peers.start(name)
         store = Store(self.root / f"models-{name}", self.root / "hf", index_url="http://127.0.0.1:9/simple")
-        library = ModelLibrary(links=peer.links, store=store, adverts=lambda: self.adverts(name), on_change=lambda: None)
-        server = Server(peer.links, library, RateLimiter(clock, busy=lambda: False, link_stats=dict))
         sources = WeightSources(
             me=peer.id, links=peer.links, adverts=lambda: self.adverts(name), names=self.name_of, clock=clock, link_stats=dict
         )
+        library = ModelLibrary(
+            links=peer.links,
+            store=store,
+            adverts=lambda: self.adverts(name),
+            on_change=lambda: None,
+            headers=HeaderFetcher(peer.links, sources),
+        )
+        server = Server(peer.links, library, RateLimiter(clock, busy=lambda: False, link_stats=dict))
         site = Site(name, peer, store, library, server, sources, WeightProvider(peer.links, library, sources, clock))
         library.register()
         server.register()
@@ -148,13 +156,13 @@ class Sites:
         return site
 
     async def have_file(self, *sites: Site) -> ModelCard:
-        """Put a copy of the model's file on the disk of each site. Returns: the model's card."""
+        """Put a copy of the model's file on the disk of each site. Returns: the model's card as other peers see it."""
         for site in sites:
             own = self.root / f"{site.name}.gguf"
             shutil.copyfile(self.file, own)
-            await site.library.pull(f"file:{own}", lambda share: None)
+            await site.library.pull(f"file:{own}", lambda share: None, by_owner=True)
         [card] = sites[0].library.local.values()
-        return card
+        return shown_to_peers(card)
 
 
 def layer_bytes(card: ModelCard, start: int, end: int) -> int:

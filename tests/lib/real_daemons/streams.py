@@ -16,8 +16,6 @@ from typing import Any
 from real_daemons.mesh import MODEL, MeshBroken, http_to
 from real_daemons.sites import Site
 
-_PREFIX = {"/v1/chat/completions": "chatcmpl-", "/v1/completions": "cmpl-", "/v1/responses": "resp_"}
-
 
 @dataclass(frozen=True, slots=True)
 class Spec:
@@ -59,6 +57,8 @@ class Answer:
 
     spec: Spec
     session: str = ""
+    id: str = ""
+    """The answer's id in its events and in requests to resume it."""
     last_event: int | None = None
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
@@ -77,11 +77,6 @@ class Answer:
     """Number of events that had already arrived before."""
     skipped: int = 0
     """Number of events that never arrived."""
-
-    @property
-    def id(self) -> str:
-        """The answer's id in its events and in requests to resume it."""
-        return _PREFIX[self.spec.path] + self.session
 
     def differences_from(self, expected: "Answer") -> list[str]:
         """Return a line for each difference from the expected answer. Empty: the answers are equal."""
@@ -171,6 +166,7 @@ def _read(
             raise Refused(response.status, str(error.get("code")), str(error.get("message")))
         answer.begun_at = answer.begun_at or time.monotonic()
         answer.session = response.headers.get("x-meshd-session") or answer.session
+        answer.id = response.headers.get("x-meshd-answer") or answer.id
         answer.plan = response.headers.get("x-meshd-plan") or answer.plan
         answer.predicted = answer.predicted or _predicted(response)
         for number, event in _events(response):

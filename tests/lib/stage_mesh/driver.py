@@ -9,7 +9,21 @@ import numpy as np
 
 from meshd.agents.session.plan.resume import ResumePoint, StageHeld, resume_points
 from meshd.kernels.sampler import needs_past_tokens
-from meshd.protocol.messages import Close, Closed, Credit, Message, Mirror, Open, Opened, Prompt, Renew, Resume, Token
+from meshd.protocol.messages import (
+    Close,
+    Closed,
+    Credit,
+    ExpectCopy,
+    HandOver,
+    Message,
+    Mirror,
+    Open,
+    Opened,
+    Prompt,
+    Renew,
+    Resume,
+    Token,
+)
 from meshd.types import LayerRange, PeerId, Plan, PlanId, SamplingParams, SessionId, StagePlan
 from stage_mesh.mesh import MODEL, StageMesh, StagePeer
 
@@ -136,8 +150,38 @@ class Driver:
         self.credit = credit
         self.send(0, Credit, index=credit)
 
-    def mirror(self, stage: int, target: StagePeer | None, *, eager: bool = False) -> None:
+    async def mirror(self, stage: int, target: StagePeer | None, *, eager: bool = False) -> None:
+        """Have a stage's KV copied to `target`. Raises: RemoteFailure if the target refuses the copy."""
+        if target is not None:
+            await self.expect_copy(stage, target)
         self.send(stage, Mirror, stage=stage, target=target.id if target else None, eager=eager)
+
+    async def expect_copy(self, stage: int, target: StagePeer, **changes: Any) -> None:
+        """Announce a copy to its target."""
+        assert self.plan is not None
+        planned = self.plan.stages[stage]
+        expect = ExpectCopy(
+            request=self.at.links.next_request(),
+            session=self.session,
+            epoch=self.epoch,
+            source=planned.peer,
+            model=self.plan.model,
+            layers=planned.layers,
+            tokens=len(self.prompt) + self.max_tokens,
+            lease_ms=self.lease_ms,
+        )
+        await self.at.links.request(target.id, msgspec.structs.replace(expect, **changes), timeout_s=WAIT_S)
+
+    async def hand_over(self, to: StagePeer, *peers: StagePeer) -> list[bool]:
+        """Give the session to another coordinator. Returns: whether each of `peers` obeyed this one until now."""
+        message = HandOver(request=0, session=self.session, to=to.id)
+        replies = [
+            await self.at.links.request(
+                peer.id, lambda request: msgspec.structs.replace(message, request=request), timeout_s=WAIT_S
+            )
+            for peer in peers
+        ]
+        return [reply.known for reply, _ in replies]
 
     def renew(self, *peers: StagePeer) -> None:
         for peer in peers:

@@ -17,7 +17,7 @@ from meshd.errors import Overloaded, PeerLost
 from meshd.kernels.backend import LoadedLayers
 from meshd.kernels.kv import KVPool
 from meshd.protocol.codec import decode, encode
-from meshd.protocol.messages import Closed, Error, Failed, Lane, Message, Mirrored, Token
+from meshd.protocol.messages import Closed, Error, Failed, HandedOver, HandOver, Lane, Message, Mirrored, Token
 from meshd.telemetry import Telemetry
 from meshd.types import LayerRange, ModelCard, ModelId, ModelSpec, PeerId, Rates
 
@@ -112,6 +112,9 @@ class StagePeer:
         for listener in self.listeners:
             listener(sender, message)
 
+    def on_hand_over(self, sender: PeerId, message: HandOver, payload: memoryview) -> HandedOver:
+        return HandedOver(request=message.request, known=self.host.on_hand_over(sender, message))
+
     def received(self, kind: type[Any]) -> list[Any]:
         return [message for message in self.inbox if isinstance(message, kind)]
 
@@ -175,6 +178,7 @@ class StageMesh:
         host.register()
         for kind in (Token, Failed, Mirrored, Closed, Error):
             links.register(kind, peer.on_message)
+        links.register(HandOver, peer.on_hand_over)
         links.dispatcher.group = self._tasks
         self.peers[links.id] = peer
         self._running.append(self._tasks.create_task(host.run()))

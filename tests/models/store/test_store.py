@@ -13,10 +13,11 @@ import msgspec
 import pytest
 
 from meshd.errors import DownloadError, InvalidRequest, ModelFileError, StorageError, UnknownModel
+from meshd.models.files.disk import stamp_of
 from meshd.models.store import catalogue
 from meshd.models.store.catalogue import FileSource, ModelRef, PackageSource
 from meshd.models.store.progress import PullPhase, PullProgress
-from meshd.models.store.store import Store
+from meshd.models.store.store import Store, StoredModel
 from meshd.types import ModelId
 from tiny.copies import QUIET, copy_info, fill, manifest_of
 
@@ -313,6 +314,30 @@ def test_a_complete_copy_becomes_an_ordinary_model(source: Path, tmp_path: Path)
     store.open(model).close()
     assert store.remove("tiny") >= model.size_bytes
     assert list((tmp_path / "models").glob("*.gguf")) == list((tmp_path / "models").glob("*.sums")) == []
+
+
+@pytest.mark.parametrize("name", ["mine", "smollm2:135m"])
+def test_a_copy_from_peers_takes_no_name_of_another_model(source: Path, tmp_path: Path, name: str) -> None:
+    """The name of a copy is what a peer says. It may be a name that the owner, or the catalogue, gives to another model."""
+    store = Store(tmp_path / "models")
+    other = StoredModel(
+        name="mine",
+        ref="hf:a/b",
+        id=ModelId("ab" * 16),
+        sha256="ab" * 32,
+        path=source,
+        in_place=True,
+        stamp=stamp_of(source),
+        created=1,
+    )
+    store._record(other)
+    info = msgspec.structs.replace(copy_info(source), name=name)
+    copy = store.partials.begin(info)
+    fill(copy, source, list(range(len(info.manifest.parts))))
+    model = store.adopt(copy, QUIET)
+    assert model.name == info.id
+    assert store.get("mine") == other
+    assert store.get("smollm2:135m") is None
 
 
 def test_a_complete_copy_with_a_wrong_hash_is_discarded(source: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from meshd.api.openai.respond import answer, send_stream, send_whole
 from meshd.api.openai.responses.renderer import ResponseRenderer
 from meshd.api.openai.responses.request import LOGPROBS, Include, ResponseRequest
 from meshd.api.openai.responses.schemas import Deleted, RequestEcho
-from meshd.api.openai.stored_responses import AnyRenderer, decode_renderer, session_of
+from meshd.api.openai.stored_responses import AnyRenderer, decode_renderer, secret_of
 from meshd.errors import InvalidRequest
 from meshd.types import SamplingParams
 
@@ -95,7 +95,7 @@ async def retrieve(request: web.Request) -> web.StreamResponse:
         return await send_stream(request, _resumed(request, renderer), after=after)
     if not isinstance(renderer, ResponseRenderer):
         return await send_whole(request, _resumed(request, renderer))
-    set_generation_headers(request, generation)
+    set_generation_headers(request, generation, renderer)
     return json_response(renderer.snapshot(generation))
 
 
@@ -110,8 +110,8 @@ async def cancel(request: web.Request) -> web.Response:
     async with services.work.interruptible():
         if generation.status not in ENDED:
             await services.coordinator.end(generation.session)
-            generation = await services.coordinator.look(generation.session)
-        set_generation_headers(request, generation)
+            generation = await services.coordinator.look(generation.secret)
+        set_generation_headers(request, generation, renderer)
         return json_response(renderer.snapshot(generation))
 
 
@@ -121,7 +121,7 @@ async def delete(request: web.Request) -> web.Response:
     services = request.app[SERVICES]
     async with services.work.interruptible():
         await services.coordinator.end(generation.session, forget=True)
-    set_generation_headers(request, generation)
+    set_generation_headers(request, generation, renderer)
     name = "response" if isinstance(renderer, ResponseRenderer) else f"{renderer.object_name}.deleted"
     return json_response(Deleted(id=request.match_info["id"], object=name))
 
@@ -131,15 +131,15 @@ async def _look(request: web.Request) -> tuple[Generation, AnyRenderer]:
     answer_id = request.match_info["id"]
     services = request.app[SERVICES]
     async with services.work.interruptible():
-        generation = await services.coordinator.look(session_of(answer_id))
+        generation = await services.coordinator.look(secret_of(answer_id))
     return generation, decode_renderer(generation.renderer, answer_id)
 
 
 @asynccontextmanager
 async def _resumed(request: web.Request, renderer: AnyRenderer) -> AsyncIterator[RunningAnswers]:
     """Take over the answer whose id is in the path, and resume it on this peer. Raises: what Coordinator.resume raises."""
-    generation = await request.app[SERVICES].coordinator.resume(session_of(request.match_info["id"]))
-    set_generation_headers(request, generation)
+    generation = await request.app[SERVICES].coordinator.resume(secret_of(request.match_info["id"]))
+    set_generation_headers(request, generation, renderer)
     async with reading(request, renderer, generation) as running:
         yield running
 

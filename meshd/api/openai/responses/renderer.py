@@ -59,7 +59,7 @@ class ResponseRenderer(Renderer, frozen=True, kw_only=True, tag="response"):
         else:
             status = "failed" if error is not None else _STATUSES[generation.status]
         return self.response(
-            self.prefix + generation.session,
+            self.prefix + generation.secret,
             status,
             answer if finished or not answer.empty else None,
             usage=counter.usage() if finished else None,
@@ -67,7 +67,7 @@ class ResponseRenderer(Renderer, frozen=True, kw_only=True, tag="response"):
         )
 
     def _error(self, generation: Generation, error: MeshdError) -> shapes.ResponseError:
-        resumable = ResumableAnswer(self.prefix + generation.session, generation)
+        resumable = ResumableAnswer(self.prefix + generation.secret, generation)
         return _error_of(problem(error, resume_hint=resumable.resume_hint()))
 
     def response(

@@ -9,6 +9,7 @@ import pytest
 
 from in_process.weights import LAYERS, REF, Sites, check_tensors, layer_bytes, other_sums
 from meshd.agents.placement.model_library import ModelLibrary
+from meshd.agents.placement.weights.headers import HeaderFetcher
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.clock import SystemClock
 from meshd.errors import DownloadError, ModelFileError, StorageError
@@ -89,7 +90,7 @@ async def test_card_and_header_come_from_a_partial_copy_too(sites: Sites) -> Non
     await a.die()
     assert c.library.cards()[card.id] == card
     with GgufFile.open(sites.file) as file:
-        assert await c.library._fetch_header(card) == file.header_bytes()
+        assert await c.library.headers.fetch(card) == file.header_bytes()
     b.holdings = ()
     assert c.library.cards() == {}
 
@@ -99,7 +100,8 @@ async def test_a_partial_copy_is_found_again_after_a_restart(sites: Sites) -> No
     card = await sites.have_file(a)
     await b.fill(card, 2, 4)
     await a.die()
-    again = ModelLibrary(links=b.peer.links, store=Store(sites.root / "models-b"), adverts=list, on_change=lambda: None)
+    store, headers = Store(sites.root / "models-b"), HeaderFetcher(b.peer.links, b.sources)
+    again = ModelLibrary(links=b.peer.links, store=store, adverts=list, on_change=lambda: None, headers=headers)
     await again.refresh()
     assert again.local == {}
     assert again.cards() == {card.id: card}

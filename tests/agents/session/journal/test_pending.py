@@ -2,6 +2,7 @@
 
 from in_process.journals import S, answer
 from meshd.agents.session.journal.pending import PendingTokens
+from meshd.agents.session.journal.record import token_bytes
 from meshd.protocol.codec import encode
 from meshd.protocol.framing import MAX_HEADER
 from meshd.protocol.messages import JournalTokens
@@ -38,3 +39,15 @@ def test_a_token_after_a_gap_is_refused_and_changes_nothing() -> None:
     assert not pending.add(4, (104, None))
     assert pending.pending == []
     assert pending.take() == (3, ())
+
+
+def test_tokens_that_a_deputy_has_no_room_for_are_not_sent() -> None:
+    """The deputy keeps the first part of a very long answer; after a loss the rest is computed again."""
+    size = token_bytes((100, None))
+    pending = PendingTokens(room_bytes=5 * size)
+    assert all(pending.add(index, (100 + index, None)) for index in range(9))
+    assert pending.take() == (0, answer(5))
+    assert pending.full
+    assert pending.add(9, (109, None))
+    assert pending.add(20, (120, None)), "a token that is not sent leaves no gap"
+    assert pending.take() == (5, ())

@@ -7,9 +7,9 @@ import pytest
 
 from ids import peer_id
 from in_process.clusters import make_card
-from in_process.journals import HandClock, record
+from in_process.journals import SECRET, HandClock, S, named, record
 from meshd.agents.service import GenerationRequest, MeshOptions
-from meshd.agents.session.journal.record import SessionRecord, decode_record, encode_record, new_record
+from meshd.agents.session.journal.record import SessionRecord, decode_record, encode_record, first_part, new_record, token_bytes
 from meshd.errors import ContextTooLong, InvalidRequest, ProtocolViolation
 from meshd.types import TokenLogprobs
 
@@ -18,7 +18,22 @@ CONTEXT, VOCAB = CARD.spec.context_length, CARD.spec.vocab
 
 
 def made(prompt: tuple[int, ...] = (1, 2, 3), **fields: Any) -> SessionRecord:
-    return new_record(GenerationRequest(model="tiny", prompt=prompt, **fields), CARD, prompt, peer_id("me"), HandClock(1000.0))
+    request = GenerationRequest(model="tiny", prompt=prompt, **fields)
+    return new_record(request, CARD, prompt, peer_id("me"), SECRET, HandClock(1000.0))
+
+
+def test_the_session_and_the_key_follow_from_the_secret_of_the_answers_id() -> None:
+    begun = made()
+    assert begun.session == S
+    assert SECRET not in (begun.key, begun.session)
+    assert begun.key != begun.session
+
+
+def test_a_record_whose_key_is_not_the_sessions_is_refused() -> None:
+    """Only a peer that was given the session's record has its key: the id alone is known to many."""
+    forged = msgspec.structs.replace(record(named("mine")), session=S)
+    with pytest.raises(ProtocolViolation, match="its key is wrong"):
+        decode_record(encode_record(forged))
 
 
 def test_a_record_begins_without_tokens_or_epochs() -> None:
@@ -38,6 +53,9 @@ def test_a_prompt_must_be_tokens_of_the_vocabulary(prompt: tuple[int, ...]) -> N
 
 def test_max_tokens_is_by_default_what_the_context_leaves() -> None:
     assert made().max_tokens == CONTEXT - 3
+    assert made().open_ended
+    assert not made(max_tokens=CONTEXT - 3).open_ended, "a client that names a limit gets it or an error"
+    assert not made(mesh=MeshOptions(context=100)).open_ended
     assert made(mesh=MeshOptions(context=10)).max_tokens == 7
     assert made(max_tokens=7, mesh=MeshOptions(context=10)).max_tokens == 7
 
@@ -70,6 +88,21 @@ def test_a_record_that_cannot_be_decoded_is_a_protocol_violation(data: bytes) ->
         decode_record(data)
 
 
+def test_a_record_with_an_unknown_end_is_refused() -> None:
+    with pytest.raises(ProtocolViolation, match="an end that there is not: over"):
+        decode_record(encode_record(record(finish="over")))
+
+
+def test_the_first_part_of_an_ended_record_can_only_be_resumed() -> None:
+    whole = record(tokens=5, finish="stop")
+    assert first_part(whole, 5 * token_bytes((100, None))) == whole
+    part = first_part(whole, 5 * token_bytes((100, None)) - 1)
+    assert part == record(tokens=4, suspended=True)
+    top = tuple((200_000 + rank, -1.23456789 * rank) for rank in range(20))
+    for token in ((200_000, None), (1 << 31, TokenLogprobs(-1.5, top)), (5, TokenLogprobs(-1.5, ()))):
+        assert len(msgspec.msgpack.encode(token)) <= token_bytes(token)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -83,6 +116,8 @@ def test_a_record_that_cannot_be_decoded_is_a_protocol_violation(data: bytes) ->
         {"finish": "\x1b[2J"},
         {"stop": ["x"] * 17},
         {"coordinator": "x"},
+        {"coordinators": [peer_id("x")] * 17},
+        {"coordinators": ["x" * 1000]},
         {"sampling": {"logit_bias": dict.fromkeys(range(1025), 1.0)}},
         {"sampling": {"temperature": float("inf")}},
         {"mesh": {"peers": ["\x1b[2J"]}},

@@ -2,15 +2,19 @@
 
 import asyncio
 
+import msgspec
 import pytest
 
-from ids import peer_id, session_id
-from in_process.journals import Answer, HandClock, Keeper, Keepers, S, advert, record
+from ids import peer_id
+from in_process.journals import Answer, HandClock, Keeper, Keepers, S, advert, named, record
 from in_process.peers import Peers
+from meshd.agents.session.journal import writer
+from meshd.agents.session.journal.deputy import MAX_RECORD_BYTES
+from meshd.agents.session.journal.record import encode_record
 from meshd.agents.session.journal.store import size_of
 from meshd.agents.session.journal.writer import BATCH_TOKENS, JournalWriter, choose_deputy
 from meshd.protocol.messages import Journal, JournalDrop, Journaled
-from meshd.types import Advert, PeerId, SessionId
+from meshd.types import Advert, PeerId, SessionId, TokenLogprobs
 
 ME, NEAR, FAR, STAGE = (peer_id(name) for name in ("me", "near", "far", "stage"))
 RTT_S = {NEAR: 0.001, FAR: 0.1, STAGE: 0.0001}
@@ -171,11 +175,11 @@ async def test_an_answer_that_is_not_kept_is_deleted_at_the_deputy_too(keepers: 
         session.end(keep=False)
         await keepers.until(lambda: b.kept() is None)
         assert len(a.writer) == 0
-        at_once = a.answer(session_id("short"))
+        at_once = a.answer(named("short"))
         await keepers.clock.move(0)
         at_once.end(keep=False)
         await keepers.clock.move(0)
-        await keepers.until(lambda: b.kept(session_id("short")) is None and len(b.deputy.store) == 0)
+        await keepers.until(lambda: b.kept(named("short")) is None and len(b.deputy.store) == 0)
 
 
 async def test_a_suspended_answer_stays_unfinished_and_can_continue(keepers: Keepers) -> None:
@@ -185,7 +189,7 @@ async def test_a_suspended_answer_stays_unfinished_and_can_continue(keepers: Kee
         session.make(3)
         session.end("")
         await keepers.until(lambda: b.kept() == 3)
-        assert b.deputy.store.records_of(a.id) == [session.record]
+        assert b.deputy.record(S) == session.record
         for _ in range(15):
             await keepers.clock.move(60.0)
             await keepers.until(lambda: a.writer.deputy_of(S) == b.id)
@@ -261,7 +265,7 @@ async def test_a_peer_that_confirms_a_record_too_late_is_sent_a_drop(keepers: Ke
 async def test_a_hundred_sessions_change_their_deputy_at_once(keepers: Keepers) -> None:
     async with keepers.linked("a", "b", "c") as (a, b, c):
         a.rtt_s = {b.id: 0.001, c.id: 0.1}
-        running: list[Answer] = [a.answer(session_id(f"{number}"), tokens=number) for number in range(100)]
+        running: list[Answer] = [a.answer(named(f"{number}"), tokens=number) for number in range(100)]
         await keepers.until(lambda: len(b.deputy.store) == 100)
         await b.peer.links.close("it goes")
         for session in running:
@@ -295,8 +299,69 @@ async def test_a_deputy_without_room_is_replaced(keepers: Keepers) -> None:
         a.rtt_s = {b.id: 0.001, c.id: 0.1}
         session = a.answer()
         await keepers.until(lambda: b.kept() == 0)
-        b.deputy.store.max_bytes = size_of(record(tokens=10))
+        b.deputy.store.max_bytes, b.deputy.store.share = size_of(record(tokens=10)), 1.0
         session.make(BATCH_TOKENS)
         await keepers.until(lambda: c.kept() == BATCH_TOKENS)
         assert b.kept() is None
         assert b.deputy.store.size == 0
+
+
+async def test_an_answer_of_many_megabytes_is_kept_by_small_messages(
+    keepers: Keepers, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 20 logprobs a token, a record of 27,000 tokens is over the 8 MiB that a deputy takes at once."""
+    top = tuple((200_000 + rank, -1.5 * rank) for rank in range(20))
+    tokens = tuple((100 + index % 1000, TokenLogprobs(-0.5, top)) for index in range(27_000))
+    async with keepers.linked("a", "b") as (a, b):
+        large = a.answer()
+        large.record = msgspec.structs.replace(large.record, tokens=tokens)
+        assert len(encode_record(large.record)) > MAX_RECORD_BYTES - 2**20
+        sizes: list[int] = []
+        request = a.peer.links.request
+
+        async def measured(peer: PeerId, message: object, payload: bytes | None = None, *, timeout_s: float) -> object:
+            sizes.append(len(payload or b""))
+            return await request(peer, message, payload, timeout_s=timeout_s)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(a.peer.links, "request", measured)
+        large.replan()
+        await keepers.until(lambda: bool(sizes) and a.writer.deputy_of(S) == b.id)
+        large.end()
+        for _ in range(40):
+            await keepers.clock.move(0.25)
+        await keepers.until(lambda: b.deputy.record(S) == large.record)
+        assert max(sizes) < 2 * 2**20
+        assert not [line for line in caplog.records if line.levelname == "WARNING"]
+
+
+async def test_of_an_answer_that_is_too_long_the_first_part_is_kept_with_one_warning(
+    keepers: Keepers, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "MAX_TOKENS_BYTES", 7 * 50)
+    async with keepers.linked("a", "b") as (a, b):
+        session = a.answer(tokens=3)
+        await keepers.until(lambda: b.kept() == 3)
+        for _ in range(10):
+            session.make(20)
+            await keepers.clock.move(0.25)
+        await keepers.until(lambda: b.kept() == 50)
+        session.end()
+        for _ in range(10):
+            await keepers.clock.move(1.0)
+        assert b.kept() == 50
+        kept = b.deputy.record(S)
+        assert kept is not None
+        assert kept.finish == "", "the heir computes the rest again"
+        assert [line.getMessage() for line in caplog.records if line.levelname == "WARNING"] == [
+            f"session {S}: its deputies keep its first 50 tokens; after a loss the rest is computed again"
+        ]
+
+
+async def test_a_record_that_no_deputy_takes_is_tried_once(keepers: Keepers, caplog: pytest.LogCaptureFixture) -> None:
+    async with keepers.linked("a", "b") as (a, b):
+        a.answer(renderer=b"x" * (9 * 2**20))
+        for _ in range(5):
+            await keepers.clock.move(1.0)
+        assert b.kept() is None
+        [warning] = [line.getMessage() for line in caplog.records if line.levelname == "WARNING"]
+        assert "no other peer keeps its record" in warning

@@ -10,6 +10,7 @@ from in_process.answers import AnswerSite
 from in_process.clusters import make_holding, make_peer
 from in_process.peers import Peers
 from in_process.placing import Cluster
+from meshd.agents.service import AnswerSecret
 from meshd.agents.session.journal.record import SessionRecord
 from meshd.agents.session.plan.retry import TAKEOVER_EPOCHS, PlanRetrier, retry_after_s
 from meshd.errors import InvalidSampling, Overloaded, RemoteFailure
@@ -137,7 +138,7 @@ async def superseded(site: AnswerSite, retrier: PlanRetrier) -> None:
     await site.clock.move(1.0)
 
 
-async def yes(session: SessionId) -> bool:
+async def yes(record: SessionRecord) -> bool:
     return True
 
 
@@ -148,17 +149,18 @@ async def test_an_answer_without_readers_is_left_to_the_other_coordinator(site: 
     assert site.got(Close) == []
 
 
-async def test_an_answer_with_a_reader_is_taken_back_with_the_tokens_made_meanwhile(site: AnswerSite) -> None:
+async def test_an_answer_with_a_reader_is_taken_back_without_the_tokens_of_the_other_coordinator(site: AnswerSite) -> None:
     record = msgspec.structs.replace(site.answer.snapshot(), epoch=7, tokens=((7, None), (8, None), (9, None)))
 
-    async def take(session: SessionId) -> SessionRecord:
+    async def take(secret: AnswerSecret) -> SessionRecord:
         return record
 
     async with aclosing(site.answer.events()) as events:
         await anext(events)
         cluster = Cluster(make_peer("x", holdings=FREE))
         await superseded(site, retrier_of(site, cluster, take=take, coordinated_elsewhere=yes))
-        assert site.answer.machine.tokens == [7, 8, 9]
+        assert site.answer.machine.tokens == [7], "only the stages of its own plan give it tokens"
+        assert record.coordinator in site.answer.snapshot().coordinators
         assert site.answer.machine.epoch == 7 + TAKEOVER_EPOCHS + 1
         assert site.answer.plan is not None
         assert site.answer.plan.peers == ("x-id",)

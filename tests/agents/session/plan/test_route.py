@@ -1,5 +1,6 @@
 """Plans for new sessions, and plans whose stages a client moves to a peer that it names."""
 
+import msgspec
 import pytest
 
 from in_process.clusters import make_holding, make_peer
@@ -7,7 +8,7 @@ from in_process.placing import Cluster
 from in_process.recoveries import CARD, NO_OPTIONS, plan_of, text_of, three_peers
 from meshd.agents.service import MeshOptions
 from meshd.errors import InvalidRequest, NoPeer, Overloaded
-from meshd.types import PeerId
+from meshd.types import LearnedRates, PeerId
 
 
 async def routed(cluster: Cluster, mesh: MeshOptions = NO_OPTIONS) -> str:
@@ -89,3 +90,29 @@ def test_an_impossible_move_is_refused_with_the_reason() -> None:
     cluster.change("d", draining=True)
     with pytest.raises(NoPeer, match="d is about to leave"):
         move(CARD, plan, PeerId("d-id"), PeerId("a-id"))
+
+
+async def test_the_predicted_time_to_first_token_includes_the_opening_of_the_stages() -> None:
+    async def predicted_s(hop_s: float) -> float:
+        peers = (make_peer("a", holdings=(make_holding(0, 15),)), make_peer("b", holdings=(make_holding(15, 30),)))
+        plan = await Cluster(*peers, hop_s=hop_s).router.plan_for(CARD, NO_OPTIONS, prompt_tokens=10, max_tokens=10)
+        return plan.predicted_ttft_s
+
+    # OPEN, OPENED and PROMPT, the activations of the prompt, and the token; one round trip more, since TCP's first window is full
+    assert await predicted_s(0.1) - await predicted_s(0.0001) == pytest.approx(5 * 0.0999 + 0.2, abs=0.05)
+
+
+async def test_corrections_that_peers_have_learned_reach_the_plan() -> None:
+    cluster = Cluster(make_peer("a", holdings=(make_holding(0, 30),)))
+
+    async def predicted() -> tuple[float, float]:
+        plan = await cluster.router.plan_for(CARD, NO_OPTIONS, prompt_tokens=1500, max_tokens=24)
+        return plan.predicted_ttft_s, plan.predicted_tpot_s
+
+    ttft_s, tpot_s = await predicted()
+    ((peer, advert),) = cluster.adverts.items()
+    learned = LearnedRates(decode=(1.0, 3.0, 1.0), prefill=(1.0, 2.0, 1.0), step_overhead_s=0.0)
+    cluster.adverts[peer] = msgspec.structs.replace(advert, learned=learned)
+    slower_ttft_s, slower_tpot_s = await predicted()
+    assert slower_tpot_s == pytest.approx(3 * tpot_s, rel=0.1)
+    assert 1.8 * ttft_s < slower_ttft_s < 2.1 * ttft_s

@@ -9,10 +9,10 @@ from in_process.peers import Peers
 from meshd.agents.session.plan.move import Mover
 from meshd.agents.session.plan.retry import PlanRetrier
 from meshd.agents.session.session import SessionState
-from meshd.agents.session.stages.receiver import StageReceiver
+from meshd.agents.session.stages.receiver import StageReceiver, blamed_peer
 from meshd.errors import InvalidSampling
 from meshd.protocol.messages import Error, Failed
-from meshd.types import PeerId
+from meshd.types import LayerRange, PeerId, Plan, PlanId, StagePlan
 
 STRANGER = PeerId("stranger")
 
@@ -52,6 +52,25 @@ async def test_an_error_counts_only_from_a_peer_of_the_plan(site: AnswerSite, re
     assert site.answer.machine.state is SessionState.PREFILLING
     receiver.on_error(site.peer.id, error)
     assert site.answer.machine.state is SessionState.RECOVERING
+
+
+@pytest.mark.parametrize(
+    ("sender", "blame", "blamed"),
+    [
+        ("b", "b", "b"),
+        ("b", "a", "a"),
+        ("b", "c", "c"),
+        ("b", "d", "b"),
+        ("b", "elsewhere", "b"),
+        ("a", "d", "d"),
+        ("c", "me", "me"),
+    ],
+)
+def test_a_failed_stage_blames_itself_a_neighbour_or_the_coordinator(sender: str, blame: str, blamed: str) -> None:
+    stages = tuple(StagePlan(peer=PeerId(peer), layers=LayerRange(number, number + 1)) for number, peer in enumerate("abcd"))
+    plan = Plan(id=PlanId("p"), model=CARD.id, stages=stages, prefill_chunk_tokens=2, context=64)
+    assert blamed_peer(plan, PeerId("me"), PeerId(sender), PeerId(blame)) == blamed
+    assert blamed_peer(plan, PeerId("me"), PeerId(sender), None) is None
 
 
 async def test_a_request_that_the_last_stage_cannot_sample_for_is_not_a_fault_of_its_peer(

@@ -1,6 +1,9 @@
 """Copies of a running stage on another peer: mirrors that take over, moves, and copies that fail."""
 
-from meshd.protocol.messages import Close, KvBlocks, Mirrored
+import pytest
+
+from meshd.errors import RemoteFailure
+from meshd.protocol.messages import Close, KvBlocks, Mirror, Mirrored
 from stage_mesh.driver import SESSION
 from stage_mesh.mesh import StageMesh
 from stage_mesh.sessions import ANSWER, driver, expected, leftovers, sent_tokens, until_empty
@@ -11,7 +14,7 @@ async def test_a_mirror_takes_over_with_the_same_tokens(mesh: StageMesh) -> None
     session = driver(mesh, a, temperature=0.7, seed=9)
     session.credit = 30
     await session.begin((a, "0-2"), (b, "2-4"))
-    session.mirror(1, c)
+    await session.mirror(1, c)
     await session.wait_tokens(30)
     await session.until(lambda: any(mirrored.held >= 40 for mirrored in a.received(Mirrored)))
     assert c.host.rows(lambda model: "tiny")[0]["role"] == "mirror 2-4"
@@ -36,7 +39,7 @@ async def test_a_move_copies_while_decoding_continues(mesh: StageMesh) -> None:
     session.credit = 30
     await session.begin((b, "0-2"), (a, "2-4"))
     await session.wait_tokens(20)
-    session.mirror(0, c, eager=True)
+    await session.mirror(0, c, eager=True)
     await session.wait_tokens(30)
     await session.until(lambda: a.received(Mirrored) and b.host._mirrors_out._all()[0].machine.held == 69)
     session.credit = ANSWER
@@ -57,12 +60,12 @@ async def test_a_move_there_and_back_sends_only_new_kv(mesh: StageMesh) -> None:
     session.credit = 20
     await session.begin((b, "0-4"))
     await session.wait_tokens(20)
-    session.mirror(0, c, eager=True)
+    await session.mirror(0, c, eager=True)
     await session.until(lambda: c.received(KvBlocks) or any(mirrored.held == 59 for mirrored in a.received(Mirrored)))
     session.credit = 40
     await session.next_epoch((c, "0-4"))
     await session.wait_tokens(40)
-    session.mirror(0, b, eager=True)  # b still has the KV that it computed in the first epoch
+    await session.mirror(0, b, eager=True)  # b still has the KV that it computed in the first epoch
     await session.until(lambda: any(mirrored.held == 79 and mirrored.target == b.id for mirrored in a.received(Mirrored)))
     assert sent_tokens(c, KvBlocks) == 79 - 59
     assert b.pool.blocks - b.pool.blocks_free == 4
@@ -79,9 +82,11 @@ async def test_an_impossible_copy_is_reported_and_the_stage_continues(mesh: Stag
     session = driver(mesh, a)
     await session.begin((b, "0-4"))
     for target, message_part in ((c, "does not have layers 0-4"), (d, "no KV for"), (b, "own peer")):
-        session.mirror(0, target)
-        await session.until(lambda target=target: [mirrored for mirrored in a.received(Mirrored) if mirrored.target == target.id])
-        assert message_part in a.received(Mirrored)[-1].error
+        with pytest.raises(RemoteFailure, match=message_part):
+            await session.mirror(0, target)
+    session.send(0, Mirror, stage=0, target=d.id)
+    await session.until(lambda: a.received(Mirrored))
+    assert "did not ask" in a.received(Mirrored)[-1].error
     await session.wait_tokens(ANSWER)
     assert session.tokens == await expected(mesh)
     await session.close(b)
@@ -93,7 +98,7 @@ async def test_a_copy_ends_with_the_link_to_its_target_and_its_cache_with_the_le
     session = driver(mesh, a)
     session.credit = 20
     await session.begin((b, "0-4"))
-    session.mirror(0, c)
+    await session.mirror(0, c)
     await session.wait_tokens(20)
     mesh.cut(b, c)
     await session.until(lambda: any(mirrored.error for mirrored in a.received(Mirrored)))
@@ -111,9 +116,9 @@ async def test_a_mirror_that_is_stopped_receives_no_more_kv(mesh: StageMesh) -> 
     session.credit = 10
     await session.begin((b, "0-4"))
     await session.wait_tokens(10)
-    session.mirror(0, c, eager=True)
+    await session.mirror(0, c, eager=True)
     await session.until(lambda: any(mirrored.held == 49 for mirrored in a.received(Mirrored)))
-    session.mirror(0, None)
+    await session.mirror(0, None)
     session.grant(ANSWER)
     await session.wait_tokens(ANSWER)
     assert c.host.rows(lambda model: "tiny")[0]["tokens"] == 49

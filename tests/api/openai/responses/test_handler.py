@@ -7,6 +7,9 @@ import pydantic
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 
+from meshd.agents.session.journal.keys import session_of
+from meshd.api.openai.stored_responses import secret_of
+
 ASKED: dict[str, Any] = {"model": "words", "input": "hello", "max_output_tokens": 3, "temperature": 0}
 LOGPROBS = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
 UNTYPED = {"store", "bytes"}
@@ -109,10 +112,10 @@ async def test_an_answer_that_stops_is_completed(http: aiohttp.ClientSession, ev
 async def test_a_response_runs_in_the_background(http: aiohttp.ClientSession, coordinator: Any) -> None:
     async with http.post("/v1/responses", json=ASKED | {"background": True, "max_output_tokens": 100}) as response:
         begun = await response.json()
-        assert response.headers["x-meshd-session"] == begun["id"].removeprefix("resp_")
+        assert response.headers["x-meshd-answer"] == begun["id"]
     assert begun["status"] in ("queued", "in_progress")
     assert (begun["background"], begun["usage"]) == (True, None)
-    await coordinator.until(lambda c: len(c.records[begun["id"][5:]].made) > 3 or c.running == 0)
+    await coordinator.until(lambda c: len(c.records[session_of(secret_of(begun["id"]))].made) > 3 or c.running == 0)
     seen = await get(http, begun["id"])
     await coordinator.until(lambda c: c.running == 0)
     whole = await get(http, begun["id"])
@@ -125,11 +128,11 @@ async def test_a_response_in_the_background_continues_without_its_reader(
     http: aiohttp.ClientSession, coordinator: Any, events_of: Any
 ) -> None:
     async with http.post("/v1/responses", json=ASKED | {"background": True, "stream": True, "max_output_tokens": 100}) as response:
-        session = response.headers["x-meshd-session"]
+        session, answer_id = response.headers["x-meshd-session"], response.headers["x-meshd-answer"]
         await response.content.readline()
     await coordinator.until(lambda c: c.running == 0)
     assert coordinator.records[session].status == "completed"
-    async with http.get(f"/v1/responses/resp_{session}?stream=true") as response:
+    async with http.get(f"/v1/responses/{answer_id}?stream=true") as response:
         events = await events_of(response)
     assert (events[0]["response"]["status"], events[1]["response"]["status"]) == ("queued", "in_progress")
     assert events[-1]["type"] == "response.incomplete"
@@ -140,7 +143,7 @@ async def test_cancel_ends_a_response_in_the_background(http: aiohttp.ClientSess
     async with http.get(f"/v1/responses/{begun['id']}?stream=true") as stream:
         async with http.post(f"/v1/responses/{begun['id']}/cancel") as response:
             cancelled = await response.json()
-            assert response.headers["x-meshd-session"] == begun["id"][5:]
+            assert response.headers["x-meshd-answer"] == begun["id"]
         assert cancelled["status"] == "cancelled"
         assert coordinator.running == 0
         last = (await events_of(stream))[-1]
@@ -174,7 +177,7 @@ async def test_delete_cancels_an_answer_and_removes_its_record(
     http: aiohttp.ClientSession, coordinator: Any, path: str, body: dict[str, Any], prefix: str, name: str
 ) -> None:
     async with http.post(path, json=body | {"model": "prefills", "stream": True}) as stream:
-        answer_id = prefix + stream.headers["x-meshd-session"]
+        answer_id = stream.headers["x-meshd-answer"]
         async with http.delete(f"/v1/responses/{answer_id}") as response:
             assert await response.json() == {"id": answer_id, "object": name, "deleted": True}
         assert "cancelled" in await stream.text()
@@ -191,7 +194,7 @@ async def test_a_broken_answer_has_its_status_and_error(
     http: aiohttp.ClientSession, coordinator: Any, model: str, status: str
 ) -> None:
     async with http.post("/v1/responses", json=ASKED | {"model": model, "stream": True, "max_output_tokens": 9}) as stream:
-        answer_id = f"resp_{stream.headers['x-meshd-session']}"
+        answer_id = stream.headers["x-meshd-answer"]
         if model != "prefills":
             await stream.read()
     await coordinator.until(lambda c: c.running == 0)

@@ -4,7 +4,7 @@ import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from meshd.agents.service import Finished, TextDelta
+from meshd.agents.service import AnswerSecret, Finished, TextDelta
 from meshd.errors import Cancelled, ContextTooLong, InvalidRequest, MeshdError, Unavailable, UnknownModel, UnknownSession
 from meshd.types import SessionId
 from sim.clients.connection import Connection, ConnectionLost, SessionNamed, handle
@@ -32,6 +32,7 @@ class Client:
         self.world = world
         self.request = request
         self.session: SessionId | None = None
+        self.secret: AnswerSecret | None = None
         self.ended = ""
         """`exact` (the whole correct answer arrived) or `cancelled`. Empty: not ended."""
         self.errors: list[str] = []
@@ -59,17 +60,17 @@ class Client:
         self._last_token_at = world.loop.time()
         world.connections.append(connection)
         world.trace.note("client", request.number, "asks", process.spec.name, (self.session or "")[:6])
-        connection.handler = world.loop.create_task(handle(connection, request, self.session), context=process.owner.context())
+        connection.handler = world.loop.create_task(handle(connection, request, self.secret), context=process.owner.context())
         process.handlers.append(connection.handler)
         at, lingers = 0, False
         try:
             while True:
                 event = await connection.next(request.patience_s)
                 match event:
-                    case SessionNamed(session):
+                    case SessionNamed(session, secret):
                         if self.session is not None and session != self.session:
                             raise WrongAnswer(f"client {request.number} asked for {self.session} and got {session}")
-                        self.session = session
+                        self.session, self.secret = session, secret
                     case TextDelta():
                         self._take(at, event)
                         at += 1
@@ -170,7 +171,7 @@ class Client:
                     f"client {request.number}: session {self.session} is unknown though no two peers were lost: {error}"
                 )
             # The session's record is lost: the client starts a new answer and reads it from the beginning.
-            self.session = None
+            self.session = self.secret = None
             request.seen.clear()
             return 0.1
         if request.seen and not isinstance(error, Cancelled):

@@ -5,7 +5,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from meshd.agents.service import Generation
+from meshd.agents.service import AnswerSecret, Generation
 from meshd.types import SessionId
 from sim.clients.requests import ClientRequest
 from sim.peer.process import SimProcess
@@ -16,9 +16,10 @@ _MAX_UNREAD = 4
 
 @dataclass(frozen=True, slots=True)
 class SessionNamed:
-    """Event: the peer has accepted the request, as part of this session."""
+    """Event: the peer has accepted the request, as part of this session. `secret` is in the answer's id."""
 
     session: SessionId
+    secret: AnswerSecret
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +77,16 @@ class Connection:
             self.handler.cancel()
 
 
-async def handle(connection: Connection, request: ClientRequest, session: SessionId | None) -> None:
-    """Serve a connection as the HTTP server does: generate an answer, or resume that of `session`, and push its events."""
+async def handle(connection: Connection, request: ClientRequest, secret: AnswerSecret | None) -> None:
+    """Serve a connection as the HTTP server does: generate an answer, or resume the one with `secret`, and push its events."""
     coordinator = connection.process.coordinator
     try:
         generation: Generation
-        if session is None:
+        if secret is None:
             generation = await coordinator.generate(request.generation)
         else:
-            generation = await coordinator.resume(session)
-        connection.push(SessionNamed(generation.session))
+            generation = await coordinator.resume(secret)
+        connection.push(SessionNamed(generation.session, generation.secret))
         events = generation.events()
         try:
             async for event in events:

@@ -113,7 +113,13 @@ class SimProcess:
             links=links,
             prober=prober,
             table=table,
-            library=SimLibrary(links=links, store=store, adverts=table.adverts, on_change=signals.changed),
+            library=SimLibrary(
+                links=links,
+                store=store,
+                adverts=table.adverts,
+                on_change=signals.changed,
+                headers=cast("Any", None),  # `SimLibrary` has the text of every model
+            ),
             weights=weights,
             placements=Placements(InMemory()),
             supervisor=NoRestarts(self.clock),
