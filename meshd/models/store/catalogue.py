@@ -155,6 +155,17 @@ def resolve(ref: str) -> ModelRef:
     return ModelRef(name=str(source), sources=(source,))
 
 
+def one_spelling(ref: str) -> str:
+    """Return a reference in the spelling that names the model everywhere: `file:` with an absolute path, `hf:` for `hf.co/`.
+
+    Other references are returned unchanged. Raises: InvalidRequest.
+    """
+    for prefix in _HUB_ADDRESSES:
+        if ref.lower().startswith(prefix):
+            return "hf:" + ref[len(prefix) :]
+    return resolve(ref).name if ref.startswith("file:") else ref
+
+
 def is_pinned(ref: str, model: ModelId) -> bool:
     """Whether every source of the reference is checked against the hash of the file with this id before it is kept."""
     try:
@@ -168,17 +179,6 @@ def claims_other_model(name: str, model: ModelId) -> bool:
     """Whether a name is the catalogue's name of a model with another hash than the one with this id."""
     entry = CATALOGUE.get(name.lower())
     return entry is not None and entry.sha256 is not None and not entry.sha256.startswith(model)
-
-
-def one_spelling(ref: str) -> str:
-    """Return a reference in the spelling that names the model everywhere: `file:` with an absolute path, `hf:` for `hf.co/`.
-
-    Other references are returned unchanged. Raises: InvalidRequest.
-    """
-    for prefix in _HUB_ADDRESSES:
-        if ref.lower().startswith(prefix):
-            return "hf:" + ref[len(prefix) :]
-    return resolve(ref).name if ref.startswith("file:") else ref
 
 
 def unknown(name: str, known: "dict[str, ModelRef] | list[str]") -> UnknownModel:

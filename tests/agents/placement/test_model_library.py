@@ -114,18 +114,9 @@ async def test_what_another_process_pulls_or_removes_is_noticed_when_it_is_asked
     assert library.cards() == {}
 
 
-async def test_the_store_is_watched(peers: Peers, source: Path, tmp_path: Path) -> None:
+async def test_the_store_is_watched(library: ModelLibrary, source: Path, tmp_path: Path) -> None:
     changed = asyncio.Event()
-    links = peers.start("a").links
-    sources = WeightSources(links.id, links, adverts=list, names=str, clock=SystemClock(), link_stats=dict)
-    library = ModelLibrary(
-        links=links,
-        store=Store(tmp_path),
-        adverts=list,
-        on_change=changed.set,
-        clock=QuickClock(),
-        headers=HeaderFetcher(links, sources),
-    )
+    library.on_change, library.clock = changed.set, QuickClock()
     watch = asyncio.create_task(library.run())
     stored = await Store(tmp_path).pull(f"file:{source}")
     await asyncio.wait_for(changed.wait(), 30)
