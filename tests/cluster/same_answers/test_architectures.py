@@ -1,5 +1,6 @@
 """For every architecture, three real daemons import a model from a folder and answer with the same tokens as transformers."""
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers
 
+from meshd.models.store.store import Store
 from real_daemons.cluster import Cluster, make_cluster
 from tiny.models import MODELS, TinyModel
 
@@ -63,4 +65,5 @@ def test_three_peers_answer_as_transformers_does(three: Cluster, tmp_path: Path,
     model = TinyModel.make(name, tmp_path)
     (tmp_path / "tokenizer.json").write_text(tokenizer_of(WORDS).to_str())
     ref = f"file:{tmp_path}"
+    asyncio.run(Store(three.root / "models").pull(ref))
     assert answer(three, ref) == expected(model)
