@@ -164,7 +164,7 @@ class _DisconnectingAnswer(Answer):
         self._answer, self._after = answer, after
 
     def take(self, number: int | None, event: dict[str, Any], at: float) -> None:
-        self._answer.session = self.session
+        self._answer.session, self._answer.id = self.session, self.id
         self._answer.take(number, event, at)
         if len(self._answer.times) == self._after:
             raise _Disconnected
