@@ -20,13 +20,16 @@ from meshd.models.store.catalogue import one_spelling, quantised
 from meshd.settings import SETTINGS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from meshd.daemon import DaemonInfo
 
 EXAMPLE = (
     "meshd up               (on the first device; it prints the next command)\n  meshd up --key CODE    (on each other device)"
 )
+
+_CLOSE_S = 1.0
+"""Longest time between the goodbye to the cluster and the end of the process."""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -49,8 +52,31 @@ def run(args: Namespace) -> int:
     from meshd.telemetry import configure_logging
 
     configure_logging(config.log_level, "json" if config.log_format == "json" else "text")
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_serve(config, stop_with_stdin=args.stop_with_stdin))
+    with _ending_within(_CLOSE_S) as leave, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        status = runner.run(_serve(config, stop_with_stdin=args.stop_with_stdin))
+        leave(status)
+    return status
+
+
+@contextlib.contextmanager
+def _ending_within(seconds: float) -> "Iterator[Callable[[int], None]]":
+    """Yield a function that is to be called when the daemon has left its cluster: `seconds` later the process ends in any case.
+
+    The loop waits for its threads when it is closed, and a thread may be in a read that nothing can interrupt.
+    """
+    timers: list[threading.Timer] = []
+
+    def leave(status: int) -> None:
+        timer = threading.Timer(seconds, os._exit, (status,))
+        timer.daemon = True
+        timer.start()
+        timers.append(timer)
+
+    try:
+        yield leave
+    finally:
+        for timer in timers:
+            timer.cancel()
 
 
 def _hide_secrets(config: Config) -> None:

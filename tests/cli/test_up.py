@@ -144,3 +144,14 @@ asyncio.run(main())
 def test_a_second_signal_exits_at_once() -> None:
     ended = subprocess.run([sys.executable, "-P", "-c", SECOND_SIGNAL], capture_output=True, timeout=60)
     assert ended.returncode == 128 + signal.SIGTERM
+
+
+def test_a_thread_that_does_not_end_does_not_keep_the_process() -> None:
+    script = (
+        "import asyncio, time; from meshd.cli.up import _ending_within\n"
+        "async def daemon(): asyncio.get_running_loop().run_in_executor(None, time.sleep, 60)\n"
+        "with _ending_within(0.2) as leave, asyncio.Runner() as runner:\n"
+        "    runner.run(daemon())\n"
+        "    leave(7)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], timeout=20, check=False).returncode == 7
