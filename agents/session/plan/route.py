@@ -30,6 +30,8 @@ from meshd.types import Advert, Holding, LayerRange, ModelCard, ModelId, Objecti
 
 log = getLogger(__name__)
 
+_USUAL_ANSWER = 512
+"""Longest answer for which the time per token is predicted."""
 _REQUEST_WAIT_S = 20.0
 """How long a request waits for a placement before it fails with NotReady."""
 _LOADING_WAIT_S = 600.0
@@ -207,10 +209,19 @@ class Router:
         raise failure
 
     def _new_plan(self, problem: PlanInput, solution: Solution) -> Plan:
-        """Make the plan of a new session: its first token takes the opening of the stages besides."""
+        """Make the plan of a new session.
+
+        Its first token takes the opening of the stages besides. Its time per token is predicted for an answer of at most
+        `_USUAL_ANSWER` tokens, since few answers fill the context that is reserved for them.
+        """
         plan = build_plan(self._next_id(), problem, solution)
         opening = opening_s(problem, solution.stages, self.me)
-        return msgspec.structs.replace(plan, predicted_ttft_s=plan.predicted_ttft_s + opening)
+        usual = msgspec.structs.replace(problem, context=min(problem.context, problem.prompt_tokens + _USUAL_ANSWER))
+        return msgspec.structs.replace(
+            plan,
+            predicted_ttft_s=plan.predicted_ttft_s + opening,
+            predicted_tpot_s=estimate(usual, solution.stages).tpot_s,
+        )
 
     async def _place(self, card: ModelCard, mesh: MeshOptions, context: int) -> None:
         """Place the model for this request. Raises: as `_place_once`."""
