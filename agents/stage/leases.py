@@ -127,7 +127,10 @@ class SessionLeases:
         return freed
 
     def _report_unknown(self, sender: PeerId, message: Renew) -> None:
-        """Answer a RENEW for an unknown session: this peer has restarted, or the lease ran out before the renewal came."""
+        """Answer a RENEW for an unknown session: this peer has restarted, or the lease ran out before the renewal came.
+
+        Nobody is blamed: the peer may take the stage again.
+        """
         failed = Failed(
             session=message.session,
             epoch=message.epoch,
@@ -135,6 +138,5 @@ class SessionLeases:
             stage=0,
             code=PeerLost.code,
             message="this peer has no KV of the session any more: it has restarted, or the lease ran out",
-            blame=self.me,
         )
         try_send(self.links.send, sender, failed)

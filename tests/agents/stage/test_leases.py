@@ -65,7 +65,7 @@ async def test_a_peer_without_the_session_answers_renew_with_peer_lost(mesh: Sta
     session.renew(b)
     await session.until(lambda: a.received(Failed))
     (failed,) = a.received(Failed)
-    assert (failed.epoch, failed.code, failed.blame) == (4, "peer_lost", b.id)
+    assert (failed.epoch, failed.code, failed.blame) == (4, "peer_lost", None)
 
 
 async def test_a_lease_that_runs_out_frees_everything(mesh: StageMesh) -> None:

@@ -69,14 +69,14 @@ class Checks:
         self._epochs[id(owner)] = owner, epoch
 
     def _check_blame(self, process: "SimProcess", answer: Any) -> None:
-        """Check that no peer is blamed in an answer unless a peer of the answer has a fault or had one: load is no fault."""
+        """Check that no peer is blamed in an answer unless a peer of it has a fault, or had one since it began; load is none."""
         for peer, until in answer.recovery._distrusted.items():
             if self._blamed.get((answer.session, peer)) == until:
                 continue
             self._blamed[answer.session, peer] = until
             plans = [plan for plan in (answer.machine.plan, answer.machine.kv_plan) if plan is not None]
             involved = {process.spec.id, peer}.union(*(plan.peers for plan in plans))
-            if not any(map(self._world.health.is_affected, involved)):
+            if not any(self._world.health.was_affected(each, answer.output.started) for each in involved):
                 names = self._world.names
                 raise InvariantBroken(
                     f"{process.spec.name}: {names[peer]} is blamed in session {answer.session}, though no peer of it has a fault: "

@@ -76,6 +76,10 @@ class PeerHealth:
         """Return whether the peer has a fault, or had one within the last 2 * `_AFTERMATH_S`."""
         return self._affected_until.get(peer, -math.inf) > self._loop.time() - _AFTERMATH_S
 
+    def was_affected(self, peer: PeerId, since: float) -> bool:
+        """Return whether the peer has a fault, or had one shortly before `since` or later."""
+        return self.is_affected(peer) or self._affected_until.get(peer, -math.inf) > since
+
     def excuses_error(self, process: SimProcess, since: float) -> bool:
         """Return whether an error of this peer is excused, in an answer that was requested at `since`.
 
