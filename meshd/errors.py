@@ -4,6 +4,7 @@ MeshdError                      code, message, hint; only its subclasses are rai
  +- UsageError                  the request itself is wrong
  |   +- InvalidRequest          a field is wrong (param names it)
  |   |   +- ToolsUnsupported    it asks for tools
+ |   |   +- NoChatTemplate      the model can only continue a text
  |   |   +- InvalidSampling     a sampling parameter can't be used with this model, on any peer
  |   +- ContextTooLong          prompt and answer exceed the model's context
  |   +- UnknownModel            no such model; nearest names in the hint
@@ -67,6 +68,12 @@ class ToolsUnsupported(InvalidRequest):
     """The request asks the model to call tools, which meshd does not support."""
 
     code = "tools_unsupported"
+
+
+class NoChatTemplate(InvalidRequest):
+    """The model can continue a text, but its file does not say how to write a chat."""
+
+    code = "no_chat_template"
 
 
 class InvalidSampling(InvalidRequest):

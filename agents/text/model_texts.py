@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from meshd.agents.service import ChatMessage
 from meshd.agents.text.workers import Source, TextModel, TextWorkers
-from meshd.errors import InvalidRequest, ModelFileError
+from meshd.errors import ModelFileError, NoChatTemplate
 from meshd.models.text.token_table import TokenTable
 from meshd.types import ModelCard, ModelId
 
@@ -71,7 +71,7 @@ class ModelText:
         if all(isinstance(part, int) for part in prompt):
             return tuple(part for part in prompt if isinstance(part, int))
         if not self.chats:
-            raise InvalidRequest(
+            raise NoChatTemplate(
                 f"{self.card.name} has no chat template", param="messages", hint="use /v1/completions with a text prompt"
             )
         messages = [part.for_template() for part in prompt if isinstance(part, ChatMessage)]

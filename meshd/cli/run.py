@@ -4,12 +4,24 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from meshd.cli.support.answering import MODEL_HELP, add_sampling, notice, request_of, sampling_of, stream_answer, write_out
+from meshd.cli.support.answering import (
+    CHAT,
+    COMPLETIONS,
+    MODEL_HELP,
+    AnswerSummary,
+    add_sampling,
+    notice,
+    request_of,
+    sampling_of,
+    stream_answer,
+    text_request_of,
+    write_out,
+)
 from meshd.cli.support.arguments import Parser, add_client
-from meshd.cli.support.client import STREAM_SILENCE_S, daemon_of
+from meshd.cli.support.client import STREAM_SILENCE_S, Daemon, daemon_of
 from meshd.cli.support.fetching import known_model, with_model
 from meshd.cli.support.output import print_json
-from meshd.errors import InvalidRequest
+from meshd.errors import InvalidRequest, NoChatTemplate, RemoteFailure
 
 EXAMPLE = (
     'meshd run smollm2:135m "Why is the sky blue?"\n  meshd run file:~/my-model.gguf "Hello"\n'
@@ -33,17 +45,31 @@ def run(args: Namespace) -> int:
     daemon = daemon_of(args)
     args.model = known_model(args, daemon)
 
-    def body() -> dict[str, Any]:
-        return request_of(args, [{"role": "user", "content": prompt}], sampling_of(daemon, args))
+    def ask() -> AnswerSummary | None:
+        chat = request_of(args, [{"role": "user", "content": prompt}], sampling_of(daemon, args))
+        try:
+            return _ask(daemon, CHAT, chat, as_json=args.json)
+        except RemoteFailure as error:
+            if error.remote_code != NoChatTemplate.code or args.system:
+                raise
+            notice(f"{args.model} has no chat template: it continues the text")
+            return _ask(daemon, COMPLETIONS, text_request_of(chat, prompt), as_json=args.json)
 
-    if args.json:
-        print_json(with_model(args, daemon, lambda: daemon.post("/v1/chat/completions", body(), timeout_s=STREAM_SILENCE_S)))
+    answer = with_model(args, daemon, ask)
+    if answer is None:
         return 0
-    answer = with_model(args, daemon, lambda: stream_answer(daemon, body(), write_out))
     write_out("\n")
     if not args.quiet:
         notice(f"[{answer.summary()}]")
     return 0
+
+
+def _ask(daemon: Daemon, route: str, body: dict[str, Any], *, as_json: bool) -> AnswerSummary | None:
+    """Print the answer. Returns: None if it was printed as one document."""
+    if not as_json:
+        return stream_answer(daemon, body, write_out, route=route)
+    print_json(daemon.post(route, body, timeout_s=STREAM_SILENCE_S))
+    return None
 
 
 def _piped() -> str:

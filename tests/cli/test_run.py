@@ -63,3 +63,18 @@ def test_the_whole_answer_is_one_document(meshd: Meshd, api: Api) -> None:
     api.answer("POST", CHAT, {"id": "chatcmpl-1", "choices": []})
     assert json.loads(meshd("run", "m", "Why?", "--json", "--api", api.url).stdout)["id"] == "chatcmpl-1"
     assert "stream" not in api.bodies[0]
+
+
+def test_a_model_without_a_chat_template_continues_the_text(meshd: Meshd, api: Api) -> None:
+    error = {"error": {"message": "base has no chat template", "code": "no_chat_template", "type": "invalid_request_error"}}
+    api.answer("POST", CHAT, error, status=400)
+    chunks = [{"choices": [{"index": 0, "text": text, "finish_reason": None}]} for text in (" blue", ".")]
+    api.stream("/v1/completions", [*(f"data: {json.dumps(chunk)}\n\n".encode() for chunk in chunks), b"data: [DONE]\n\n"])
+    outcome = meshd("run", "base", "The sky is", "--max-tokens", "5", "--api", api.url)
+    assert (outcome.returncode, outcome.stdout) == (0, " blue.\n")
+    assert "base has no chat template: it continues the text" in outcome.stderr
+    assert {name: api.bodies[-1].get(name) for name in ("prompt", "max_tokens", "messages")} == {
+        "prompt": "The sky is",
+        "max_tokens": 5,
+        "messages": None,
+    }

@@ -13,6 +13,7 @@ from meshd.cli.support.client import Daemon, Stream
 from meshd.cli.support.output import show
 from meshd.errors import NotReady, PeerFault, UsageError
 
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 READY_WITHIN_S = 600.0
 MODEL_HELP = "a model's name or reference (`meshd models`); a model that the cluster does not have is fetched first, if it can be"
 SAMPLING_DEFAULTS = {"temperature": 0.6, "top_p": 0.9}
@@ -120,8 +121,13 @@ def request_of(args: Namespace, messages: list[dict[str, str]], sampling: Mappin
     return body | ({"mesh": mesh} if mesh else {})
 
 
-def stream_answer(daemon: Daemon, body: Mapping[str, Any], write: Callable[[str], object]) -> AnswerSummary:
-    """Send a request and pass each chunk of text to `write` as it arrives.
+def text_request_of(chat: Mapping[str, Any], prompt: str) -> dict[str, Any]:
+    """Make the body of a text completion from that of a chat, for a model that can't chat."""
+    return {name: value for name, value in chat.items() if name != "messages"} | {"prompt": prompt}
+
+
+def stream_answer(daemon: Daemon, body: Mapping[str, Any], write: Callable[[str], object], *, route: str = CHAT) -> AnswerSummary:
+    """Send a request for a chat or a text completion, and pass each chunk of text to `write` as it arrives.
 
     While the model is being placed, the request is repeated for up to READY_WITHIN_S.
 
@@ -132,7 +138,7 @@ def stream_answer(daemon: Daemon, body: Mapping[str, Any], write: Callable[[str]
     while True:
         sent_at = time.monotonic()
         try:
-            with daemon.stream("/v1/chat/completions", streamed) as stream:
+            with daemon.stream(route, streamed) as stream:
                 return _read(stream, write, sent_at)
         except NotReady as wait:
             if time.monotonic() > deadline:
@@ -153,7 +159,7 @@ def _read(stream: Stream, write: Callable[[str], object], sent_at: float) -> Ans
             if thought := choice.get("delta", {}).get("reasoning_content"):
                 thinking = True
                 show(thought, file=sys.stderr, end="")  # standard output has only the answer
-            if text := choice.get("delta", {}).get("content"):
+            if text := choice.get("delta", {}).get("content") or choice.get("text"):
                 if thinking:
                     thinking = False
                     show("\n", file=sys.stderr)
