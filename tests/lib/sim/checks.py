@@ -24,8 +24,8 @@ class Checks:
         self._world = world
         self._epochs: dict[int, tuple[Any, int]] = {}
         """The last epoch of each answer and `SessionKv`, by `id()`. The object is kept, so that no other one gets its `id()`."""
-        self._blamed: dict[tuple[SessionId, PeerId], float] = {}
-        """Until when each peer is distrusted in each session, as it was at the last check."""
+        self._blamed: dict[tuple[PeerId, SessionId, PeerId], float] = {}
+        """Until when a coordinator distrusts a peer in a session, as it was at the last check."""
         self._pools: dict[int, tuple[int, int, int]] = {}
         """State of each pool at its last check, by the pool's `id()`. A pool that has not changed since is not checked again."""
 
@@ -71,9 +71,10 @@ class Checks:
     def _check_blame(self, process: "SimProcess", answer: Any) -> None:
         """Check that no peer is blamed in an answer unless a peer of it has a fault, or had one since it began; load is none."""
         for peer, until in answer.recovery._distrusted.items():
-            if self._blamed.get((answer.session, peer)) == until:
+            blame = process.spec.id, answer.session, peer
+            if self._blamed.get(blame) == until:
                 continue
-            self._blamed[answer.session, peer] = until
+            self._blamed[blame] = until
             plans = [plan for plan in (answer.machine.plan, answer.machine.kv_plan) if plan is not None]
             involved = {process.spec.id, peer}.union(*(plan.peers for plan in plans))
             if not any(self._world.health.was_affected(each, answer.output.started) for each in involved):
