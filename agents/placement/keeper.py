@@ -119,8 +119,11 @@ class Keeper:
             copies=self.copies,
         )
         decision = await asyncio.to_thread(decide, cluster)
+        # A model may have been unplaced during the decision, and would come back.
+        self._history.update([*self.adverts(), *self.suspects()])
+        requests = [request for request in decision.requests if request.model not in self._history.unplaced]
         self._log_missing(decision.missing)
-        self._wanted = {request: self._wanted.get(request, now) for request in decision.requests}
+        self._wanted = {request: self._wanted.get(request, now) for request in requests}
         rank = in_line.index(self.me)
         for request, since in self._wanted.items():
             if now - since >= rank * _STAND_IN_S:

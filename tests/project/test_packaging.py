@@ -51,7 +51,7 @@ def test_a_wheel_holds_its_data_licence_and_command(wheel: zipfile.Path) -> None
     assert "meshd/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
-    assert "meshd = meshd.cli:main" in wheel.root.read(entry_points).decode()
+    assert "meshd = meshd.__main__:run" in wheel.root.read(entry_points).decode()
 
 
 def test_top_level_names_of_other_distributions_are_not_used() -> None:

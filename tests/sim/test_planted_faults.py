@@ -124,7 +124,8 @@ def test_it_finds_a_peer_that_is_blamed_for_the_long_step_of_another_session(mon
 
 def test_it_finds_sessions_that_hold_memory_while_they_wait_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session.Session, "_undo_opening", lambda machine: [])
-    assert finds("is blamed", KV_FOR_ONE)
+    waits = [simulate(seed, KV_FOR_ONE).worst[0] for seed in range(20)]
+    assert max(waits) >= 10  # without the fault, `test_coordinators_that_want_the_same_kv_all_get_their_turn` allows less
 
 
 def test_it_finds_an_admission_ticket_that_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
