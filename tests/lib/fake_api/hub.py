@@ -2,13 +2,13 @@
 
 import asyncio
 import hashlib
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from aiohttp import web
+
+from fake_api.thread_server import served
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TINY = "org/tiny"
@@ -112,28 +112,12 @@ class Hub:
 @contextmanager
 def serving(hub: Hub) -> Iterator[Hub]:
     """Serve the hub on a thread of its own."""
-    started: Future[str] = Future()
-    stop: Future[Callable[[], None]] = Future()
 
-    async def run() -> None:
+    def make_runner() -> web.AppRunner:
         app = web.Application()
         app.router.add_get("/api/models/{org}/{name}/tree/{revision}", hub.tree)
         app.router.add_route("*", "/{org}/{name}/resolve/{revision}/{file:.+}", hub.file)
-        runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        ended = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        stop.set_result(lambda: loop.call_soon_threadsafe(ended.set))
-        started.set_result(f"http://127.0.0.1:{runner.addresses[0][1]}")
-        await ended.wait()
-        await runner.cleanup()
+        return web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
 
-    thread = threading.Thread(target=lambda: asyncio.run(run()))
-    thread.start()
-    try:
-        hub.url = started.result(5)
+    with served(make_runner) as hub.url:
         yield hub
-    finally:
-        stop.result(5)()
-        thread.join(5)

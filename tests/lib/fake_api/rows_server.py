@@ -1,14 +1,13 @@
 """A real HTTP server with fixed answers in place of a daemon, on its own thread."""
 
-import asyncio
-import threading
 from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
+
+from fake_api.thread_server import served
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -52,25 +51,5 @@ class Api:
 
 @contextmanager
 def serve(api: Api) -> Iterator[None]:
-    started: Future[str] = Future()
-    stop: Future[Callable[[], None]] = Future()
-
-    async def run() -> None:
-        runner = web.ServerRunner(web.Server(api.dispatch), shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        ended = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        stop.set_result(lambda: loop.call_soon_threadsafe(ended.set))
-        started.set_result(f"http://127.0.0.1:{runner.addresses[0][1]}")
-        await ended.wait()
-        await runner.cleanup()
-
-    thread = threading.Thread(target=lambda: asyncio.run(run()))
-    thread.start()
-    try:
-        api.url = started.result(5)
+    with served(lambda: web.ServerRunner(web.Server(api.dispatch), shutdown_timeout=0.1)) as api.url:
         yield
-    finally:
-        stop.result(5)()
-        thread.join(5)
