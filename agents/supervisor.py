@@ -7,7 +7,7 @@ from logging import getLogger
 from typing import Any
 
 from meshd.clock import Clock
-from meshd.errors import ConfigError
+from meshd.errors import ConfigError, first_error
 
 log = getLogger(__name__)
 
@@ -58,11 +58,7 @@ class Supervisor:
         times.append(now)
         log.error("%s failed and is started again in %g s", name, RESTART_S, exc_info=error)
         if len(times) == FAILURES and now - times[0] <= WITHIN_S and not self.gave_up.is_set():
-            self.reason = f"{name} failed {FAILURES} times within {now - times[0]:.0f} s, the last time with {_text(error)}"
+            first = first_error(error)
+            last = f"{type(first).__name__}: {first}"
+            self.reason = f"{name} failed {FAILURES} times within {now - times[0]:.0f} s, the last time with {last}"
             self.gave_up.set()
-
-
-def _text(error: BaseException) -> str:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return f"{type(error).__name__}: {error}"

@@ -1,11 +1,9 @@
 """The command `meshd`, also as `python -m meshd`."""
 
-import os
-import sys
-from contextlib import suppress
 from typing import NoReturn
 
 from meshd.cli import main
+from meshd.cli.support.interrupt import end_process
 
 
 def run() -> NoReturn:
@@ -14,11 +12,7 @@ def run() -> NoReturn:
     Taking the interpreter down costs a second once the tensor libraries are loaded, two to four on a busy machine, and does nothing
     that the system does not do: files are closed, locks are released.
     """
-    status = main()
-    with suppress(OSError, ValueError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(status)
+    end_process(main())
 
 
 if __name__ == "__main__":

@@ -220,3 +220,10 @@ class Cancelled(LocalFault):
     """The session was ended by its client or by shutdown."""
 
     code = "cancelled"
+
+
+def first_error(error: BaseException) -> BaseException:
+    """Return the first error of an exception group, since the others usually follow from it; any other error unchanged."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -12,7 +12,7 @@ from meshd import __version__
 from meshd.bounds import printable
 from meshd.cli.support.arguments import Parser
 from meshd.config import debug_wanted
-from meshd.errors import ConfigError, InvalidRequest, MeshdError
+from meshd.errors import ConfigError, InvalidRequest, MeshdError, first_error
 
 VERBS = {
     "up": "run this device's daemon and join its cluster",
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _forget_stdout()
         return 0
     except Exception as error:
-        return _explain(_cause(error))
+        return _explain(first_error(error))
     return status
 
 
@@ -121,14 +121,7 @@ def _nearest(word: str) -> str:
     return f"did you mean {near[0]}?" if near else f"the verbs are {', '.join(VERBS)}"
 
 
-def _cause(error: Exception) -> Exception:
-    """Return the first error of an exception group, since the others usually follow from it; any other error unchanged."""
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    return error
-
-
-def _explain(error: Exception) -> int:
+def _explain(error: BaseException) -> int:
     """Print an error on one line, after its traceback if MESHD_DEBUG is set. Returns: the exit status."""
     if debug_wanted():
         import traceback
@@ -139,7 +132,7 @@ def _explain(error: Exception) -> int:
     return 2 if isinstance(error, ConfigError | InvalidRequest) else 1
 
 
-def _unexpected(error: Exception) -> MeshdError:
+def _unexpected(error: BaseException) -> MeshdError:
     if isinstance(error, OSError) and error.errno in _SYSTEM_HINTS:
         where = f"{error.filename}: " if error.filename is not None else ""
         return MeshdError(f"{where}{error.strerror}", hint=_SYSTEM_HINTS[error.errno])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from meshd import __version__
 from meshd.cli.support.arguments import Parser, add_quant, add_settings, settings_of
+from meshd.cli.support.interrupt import end_process
 from meshd.cli.support.output import duration, flops, rate, short_id, size
 from meshd.cli.support.progress import Measuring
 from meshd.cli.support.secret_arguments import given, start_anew, without_secrets
@@ -67,7 +68,7 @@ def _ending_within(seconds: float) -> "Iterator[Callable[[int], None]]":
     timers: list[threading.Timer] = []
 
     def leave(status: int) -> None:
-        timer = threading.Timer(seconds, os._exit, (status,))
+        timer = threading.Timer(seconds, end_process, (status,))
         timer.daemon = True
         timer.start()
         timers.append(timer)
@@ -157,7 +158,7 @@ class _Stopping:
 
     def _stop(self, daemon: "asyncio.Future[None]", status: int) -> None:
         if self.asked.is_set():
-            os._exit(status)
+            end_process(status)
         self.asked.set()
         if not self.can_wait:
             daemon.cancel()

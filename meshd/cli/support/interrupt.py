@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Coroutine
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 _T = TypeVar("_T")
 _GRACE_S = 0.7
@@ -30,9 +30,9 @@ def run_interruptibly(work: Coroutine[Any, Any, _T]) -> _T:
 
         def interrupt(number: int) -> None:
             if interrupted:
-                _end_now(number)
+                end_process(128 + number)
             interrupted.append(number)
-            timer = threading.Timer(_GRACE_S, _end_now, (number,))
+            timer = threading.Timer(_GRACE_S, end_process, (128 + number,))
             timer.daemon = True
             timer.start()
             task.cancel()
@@ -54,9 +54,9 @@ def run_interruptibly(work: Coroutine[Any, Any, _T]) -> _T:
             signal.signal(number, handler)  # the loop has set the defaults
 
 
-def _end_now(number: int) -> None:
+def end_process(status: int) -> NoReturn:
     """End the process without waiting for its threads. Locks of files are the system's, and end with it."""
     with suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(128 + number)
+    os._exit(status)

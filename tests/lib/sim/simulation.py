@@ -9,7 +9,7 @@ from typing import Any
 
 from meshd.agents.service import MeshOptions
 from meshd.agents.session.plan.resume import KEPT, MIRROR, PREFILL, REPLAY
-from meshd.errors import MeshdError, Overloaded
+from meshd.errors import MeshdError, Overloaded, first_error
 from sim.clients.client import Client, WrongAnswer
 from sim.clients.requests import Workload, make_request, make_requests
 from sim.faults import inject, make_faults
@@ -203,10 +203,8 @@ class _Simulation:
 def _raise_first(task: "asyncio.Task[Any]") -> None:
     """Raise the task's error, if it has one; of an exception group, raise the first error."""
     error = task.exception()
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
     if error is not None:
-        raise error
+        raise first_error(error)
 
 
 async def _wait(tasks: Iterable["asyncio.Task[Any]"]) -> None:
