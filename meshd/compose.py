@@ -259,17 +259,6 @@ def compose(parts: Parts) -> Peer:
     )
     locator = Locator(parts.me, links, deputy, clock)
     coordinator = _coordinator(parts, router, preload, journal, deputy, locator, membership, drainer, story)
-    keeper = Keeper(
-        me=parts.me,
-        links=links,
-        adverts=adverts,
-        suspects=membership.suspects,
-        cards=library.cards,
-        names=names,
-        clock=clock,
-        copies=settings.copies,
-        placements=parts.placements,
-    )
     restorer = Restorer(me=parts.me, placements=parts.placements, loader=loader, placer=placer, adverts=adverts, clock=clock)
     peer = Peer(
         bus=bus,
@@ -294,12 +283,26 @@ def compose(parts: Parts) -> Peer:
         deputy=deputy,
         locator=locator,
         coordinator=coordinator,
-        keeper=keeper,
+        keeper=_keeper(parts, membership),
         story_collector=StoryCollector(parts.me, links, story, clock, names),
         supervisor=parts.supervisor,
     )
     _subscribe(parts, memory, peer)
     return peer
+
+
+def _keeper(parts: Parts, membership: Membership) -> Keeper:
+    return Keeper(
+        me=parts.me,
+        links=parts.links,
+        adverts=membership.adverts,
+        suspects=membership.suspects,
+        cards=parts.library.cards,
+        names=membership.name_of,
+        clock=parts.clock,
+        copies=parts.settings.copies,
+        placements=parts.placements,
+    )
 
 
 def _stages(parts: Parts, holdings: ResidentModels, story: Story) -> StageHost:

@@ -259,6 +259,18 @@ class Daemon:
         }
 
 
+def _peer_settings(config: Config) -> PeerSettings:
+    return PeerSettings(
+        models=config.models,
+        mirror=config.mirror,
+        copies=config.copies,
+        max_sessions=config.max_sessions,
+        queue_limit=config.queue_limit,
+        queue_wait_s=_QUEUE_WAIT_S,
+        outputs_limit_bytes=_OUTPUTS_BYTES,
+    )
+
+
 def _parts(
     config: Config,
     identity: Identity,
@@ -272,17 +284,18 @@ def _parts(
     capability = measured.capability
     signals, table = PeerSignals(), PeerTable()
     incarnation = int.from_bytes(clock.random_bytes(8), "big") >> 1
+    link_settings = links.LinkSettings(
+        host=config.link.host,
+        port=config.link.port,
+        sockets=tuple(sockets.link),
+        max_links=shares.links,
+        max_half_open=shares.half_open,
+    )
     peer_links = links.Links(
         identity,
         config.name,
         incarnation,
-        links.LinkSettings(
-            host=config.link.host,
-            port=config.link.port,
-            sockets=tuple(sockets.link),
-            max_links=shares.links,
-            max_half_open=shares.half_open,
-        ),
+        link_settings,
         clock,
         on_up=signals.link_up,
         on_down=signals.link_down,
@@ -310,15 +323,7 @@ def _parts(
         name=config.name,
         version=__version__,
         incarnation=incarnation,
-        settings=PeerSettings(
-            models=config.models,
-            mirror=config.mirror,
-            copies=config.copies,
-            max_sessions=config.max_sessions,
-            queue_limit=config.queue_limit,
-            queue_wait_s=_QUEUE_WAIT_S,
-            outputs_limit_bytes=_OUTPUTS_BYTES,
-        ),
+        settings=_peer_settings(config),
         signals=signals,
         clock=clock,
         telemetry=telemetry,
