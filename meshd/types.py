@@ -367,7 +367,7 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
     pinned: bool = False
     """A user placed these layers on this peer."""
     restored: bool = False
-    """The peer loaded these layers by itself, because they were placed on it before it restarted. A PLACE for them ends this."""
+    """The peer loaded these layers unasked, because they were placed on it before it restarted. A PLACE for them ends this."""
 
 
 class LearnedRates(msgspec.Struct, frozen=True, kw_only=True):

@@ -43,7 +43,7 @@ class ResidentLayers:
     pinned: bool = False
     """Whether the user asked for certain peers, stages or an objective, so that the keeper does not move these layers."""
     restored: bool = False
-    """Whether this peer loaded these layers by itself after a restart, and nobody has asked for them since."""
+    """Whether this peer loaded these layers unasked after a restart, and no PLACE has asked for them since."""
     layer_decode_s: float | None = None
     """Measured by the check step, like the four below. Real steps correct them for the whole peer (`stage/learning.py`)."""
     layer_prefill_s: float | None = None

@@ -20,7 +20,7 @@ _WALL, _LEAST_WALL_S = 5.0, 10.0
 """A job is also ended after this many times its processor time, but not before this many seconds: on an overloaded machine, or
 where the system does not count processor time."""
 _END_S = 0.5
-"""Time for a worker that has closed its pipe to end by itself, so that its status says why."""
+"""Time for a worker that has closed its pipe to end before it is killed, so that its exit status says why."""
 
 
 class WorkerEnded(Exception):

@@ -109,7 +109,7 @@ class StageClient:
     async def mirror(self, epoch: int, plan: Plan, stage: int, target: PeerId, *, eager: bool = False) -> None:
         """Have a stage's KV copied to another peer. `eager`: each token's at once, not in whole blocks.
 
-        The target is told first which peer will send the KV, because it takes KV from no other one.
+        The target first gets the id of the peer that will send the KV, because it takes KV from no other peer.
 
         Raises: MeshdError if the target has no room for the copy.
         Cancel: the target frees the memory when the session is closed there or its lease ends.

@@ -16,7 +16,7 @@ from meshd.models.store.progress import ProgressMeter, in_thread
 MAX_ATTEMPTS = 64
 MAX_ATTEMPTS_WITHOUT_PROGRESS = 4
 LONGEST_WAIT_S = 30.0
-"""Longest pause that a server may ask for with Retry-After. If it asks for more, the user is told instead."""
+"""Longest pause that a server may ask for with Retry-After. If it asks for more, the download fails with an error."""
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 8.0
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=60)
