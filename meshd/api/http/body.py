@@ -3,12 +3,13 @@
 import asyncio
 import functools
 import re
+from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 import msgspec
 from aiohttp import web
 
-from meshd.api.http.ignored import IGNORED, IgnoredFields, unknown_fields
+from meshd.api.http.ignored import IGNORED, IgnoredFields, strict_form, unknown_fields
 from meshd.api.http.services import SERVICES
 from meshd.api.openai.fields import UNSUPPORTED, AnswerFields, unsupported
 from meshd.errors import InvalidRequest
@@ -17,6 +18,10 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 IN_PLACE_BYTES = 64 * 1024
 """Largest body that is decoded on the event loop, in at most about a millisecond. A larger one is decoded in a thread."""
+
+_PIECE_BYTES = 1 << 20
+MAX_BRACKETS = 1_000_000
+"""Most opening brackets of a body, those in its texts included: a list of empty lists takes 16 times its size in memory."""
 
 MAX_STRINGS = 100_000
 """Most strings of a body, names included. To decode more takes so long that other requests notice: no thread runs meanwhile."""
@@ -73,14 +78,9 @@ def decode_body(data: bytes, shape: type[T]) -> tuple[T, IgnoredFields]:
     Returns: the body, and the fields that have no effect. A struct that forbids unknown fields has none.
     Raises: InvalidRequest, whose `param` names the first wrong field.
     """
-    # Counted without decoding. Of a name that ends with a backslash, only one mark may be counted: so up to twice as many pass.
-    if data.count(b'"') - data.count(b'\\"') > 2 * MAX_STRINGS:
-        raise InvalidRequest(
-            f"the body has more than {MAX_STRINGS} strings", hint="send fewer prompts, messages or fields in one request"
-        )
+    _check_counts(data)
     try:
-        body = cast("T", _decoder(shape).decode(data))
-        ignored = unknown_fields(data, shape)
+        body, ignored = _decode(data, shape)
     except msgspec.ValidationError as error:
         raise _field_error(str(error), shape) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -89,6 +89,32 @@ def decode_body(data: bytes, shape: type[T]) -> tuple[T, IgnoredFields]:
         for name in body.without_effect():
             ignored.add(name)
     return body, ignored
+
+
+def _decode(data: bytes, shape: type[T]) -> tuple[T, IgnoredFields]:
+    with suppress(msgspec.ValidationError):
+        return cast("T", _decoder(strict_form(shape)).decode(data)), IgnoredFields([])
+    body = cast("T", _decoder(shape).decode(data))
+    return body, unknown_fields(data, shape)
+
+
+def _check_counts(data: bytes) -> None:
+    """Refuse a body with very many values, without decoding it. Raises: InvalidRequest.
+
+    It is searched in pieces, because no other thread of Python runs during one search.
+    """
+    pieces = [data[begin : begin + _PIECE_BYTES] for begin in range(0, len(data), _PIECE_BYTES)]
+    # Of a name that ends with a backslash, only one mark may be counted: so up to twice as many pass.
+    marks = sum(piece.count(b'"') for piece in pieces)
+    if marks > 2 * MAX_STRINGS and marks - sum(piece.count(b'\\"') for piece in pieces) > 2 * MAX_STRINGS:
+        raise InvalidRequest(
+            f"the body has more than {MAX_STRINGS} strings", hint="send fewer prompts, messages or fields in one request"
+        )
+    if sum(piece.count(b"[") + piece.count(b"{") for piece in pieces) > MAX_BRACKETS:
+        raise InvalidRequest(
+            f"the body has more than {MAX_BRACKETS} brackets",
+            hint="send fewer lists and objects, or a shorter text, in one request",
+        )
 
 
 def read_query(request: web.Request, shape: type[T]) -> T:

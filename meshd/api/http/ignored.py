@@ -5,7 +5,10 @@ a misspelt option; so the answer names them. The names come from the client, so 
 """
 
 import functools
+import types
+import typing
 from dataclasses import dataclass
+from typing import Annotated, Any
 from urllib.parse import quote
 
 import msgspec
@@ -53,6 +56,41 @@ class _Layout:
     """Fields of the struct, if a JSON object of this type is one. None as a value: no such structs inside."""
     items: "_Layout | None" = None
     """Layout of the items, if a JSON array of this type has structs inside."""
+
+
+@functools.cache
+def strict_form(shape: type[msgspec.Struct]) -> type[msgspec.Struct]:
+    """Return a subclass of `shape` that refuses unknown fields, in itself and in the structs inside it.
+
+    If a body is valid for it, there is nothing to name, and the body need not be read once more to look for names.
+    """
+    hints = typing.get_type_hints(shape, include_extras=True)
+    fields: list[tuple[str, Any, Any]] = []
+    for known in msgspec.structs.fields(shape):
+        hint = _strict_hint(hints[known.name])
+        if hint is hints[known.name]:
+            continue
+        given = {"default": known.default, "default_factory": known.default_factory}
+        fields.append((known.name, hint, msgspec.field(**given)))
+    return msgspec.defstruct(
+        shape.__name__, fields, bases=(shape,), module=shape.__module__, forbid_unknown_fields=True, frozen=True, kw_only=True
+    )
+
+
+def _strict_hint(hint: Any) -> Any:
+    """Replace the structs in a type by their strict forms. Returns: the same object if there are none."""
+    if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
+        return hint if hint.__struct_config__.forbid_unknown_fields else strict_form(hint)
+    if typing.get_origin(hint) is Annotated:
+        inside = _strict_hint(hint.__origin__)
+        return hint if inside is hint.__origin__ else Annotated[(inside, *hint.__metadata__)]
+    parts = typing.get_args(hint)
+    strict = tuple(map(_strict_hint, parts))
+    if all(new is old for new, old in zip(strict, parts, strict=True)):
+        return hint
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return typing.Union[strict]  # noqa: UP007 - a tuple of types can't be joined with |
+    return typing.get_origin(hint)[strict]
 
 
 def unknown_fields(data: bytes, shape: type[msgspec.Struct]) -> IgnoredFields:

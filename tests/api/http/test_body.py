@@ -139,6 +139,12 @@ def test_a_body_of_very_many_strings_is_refused_before_it_is_decoded(many: dict[
         decode_body(msgspec.json.encode({"model": "m"} | many), CompletionRequest)
 
 
+def test_a_body_of_very_many_lists_is_refused_before_it_is_decoded() -> None:
+    message = {"role": "user", "content": "x", "annotations": [[]] * 2_000_000}
+    with pytest.raises(InvalidRequest, match="more than 1000000 brackets"):
+        decode_body(msgspec.json.encode({"model": "m", "messages": [message]}), ChatRequest)
+
+
 def test_quotes_in_a_text_are_no_strings() -> None:
     body, _ = decode_body(msgspec.json.encode({"model": "m", "prompt": '"' * 1_000_000}), CompletionRequest)
     assert body.prompt == '"' * 1_000_000

@@ -1,5 +1,6 @@
 """Fields without effect are named in a header, at every depth, on every route that generates, whole and streamed."""
 
+import json
 from typing import Any
 
 import aiohttp
@@ -9,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshd.api.http.body import decode_body
-from meshd.api.http.ignored import MAX_NAME_CHARACTERS, MAX_NAMES, IgnoredFields, unknown_fields
+from meshd.api.http.ignored import MAX_NAME_CHARACTERS, MAX_NAMES, IgnoredFields, strict_form, unknown_fields
 from meshd.api.openai.chat.schemas import ChatRequest
+from meshd.api.openai.completions.schemas import CompletionRequest
+from meshd.api.openai.responses.request import ResponseRequest
 
 ROUTES = {
     "/v1/chat/completions": {"model": "words", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2},
@@ -21,6 +24,13 @@ HINTS = {
     "prompt_cache_key": "x", "prompt_cache_retention": "24h", "verbosity": "low", "reasoning_effort": "low", "service_tier": "flex",
     "options": {"a": [1]}, "num_ctx": 4096, "keep_alive": -1, "cache_prompt": True, "id_slot": -1,
 }  # fmt: skip
+
+
+BODIES: dict[type[msgspec.Struct], dict[str, Any]] = {
+    ChatRequest: {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}], "seed": 3},
+    CompletionRequest: {"prompt": ["x", "y"], "logit_bias": {"5": 1.0}},
+    ResponseRequest: {"input": [{"role": "user", "content": [{"type": "input_text", "text": "x"}]}], "text": {"format": None}},
+}
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -94,6 +104,30 @@ def test_a_name_cannot_forge_another_name_or_a_header() -> None:
         msgspec.json.encode({"model": "m", "messages": [{"role": "user", "content": "x"}], "a, b\r\nset-cookie: x": 1}), ChatRequest
     )
     assert ignored.header() == "a%2C%20b%0D%0Aset-cookie:%20x"
+
+
+@pytest.mark.parametrize("shape", [ChatRequest, CompletionRequest, ResponseRequest])
+def test_the_strict_form_of_a_body_is_the_same_but_for_unknown_fields(shape: type[msgspec.Struct]) -> None:
+    strict = strict_form(shape)
+    assert issubclass(strict, shape)
+    assert {field.name: field.required for field in msgspec.structs.fields(strict)} == {
+        field.name: field.required for field in msgspec.structs.fields(shape)
+    }
+    body = msgspec.json.encode({"model": "m", "stream_options": {}} | BODIES[shape])
+    decoded = msgspec.json.decode(body, type=strict)
+    assert msgspec.to_builtins(decoded) == msgspec.to_builtins(msgspec.json.decode(body, type=shape))
+
+
+@pytest.mark.parametrize("where", ["", "messages[0]", "messages[0].content[0]", "stream_options", "response_format"])
+def test_the_strict_form_refuses_an_unknown_field_at_every_depth(where: str) -> None:
+    body: dict[str, Any] = {"model": "m", "stream_options": {}, "response_format": {"type": "text"}} | BODIES[ChatRequest]
+    body = json.loads(json.dumps(body))
+    at: Any = body
+    for key in filter(None, where.replace("]", "").replace("[", ".").split(".")):
+        at = at[int(key)] if key.isdigit() else at[key]
+    at["no_such_field"] = 1
+    with pytest.raises(msgspec.ValidationError, match="unknown field `no_such_field`"):
+        msgspec.json.decode(msgspec.json.encode(body), type=strict_form(ChatRequest))
 
 
 def test_blanks_before_a_body_are_no_part_of_it() -> None:
