@@ -6,11 +6,12 @@ one that has not sent any request.
 """
 
 import asyncio
+import enum
 import errno
 import logging
 import socket
 from dataclasses import dataclass
-from itertools import chain
+from typing import Any
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -26,9 +27,24 @@ _BACKLOG = 4096
 _AT_ONCE = 64
 """Most connections that are accepted in one turn of the event loop, which takes about 2 ms."""
 _SWEEP_S = 1.0
+_SLOW_S = 0.02
+"""Age from which a connection without a whole request may be closed. Before that, its request may be there but not read yet."""
 _NO_DESCRIPTORS_S = 0.05
 """Wait after the process ran out of file descriptors, before it accepts again."""
+_FULL_S = 0.005
+"""Wait while there is no room before more connections are accepted."""
+_UNREAD_BYTES = 64 * 1024
 _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
+class Room(enum.Enum):
+    """Whether a further connection may be accepted."""
+
+    FREE = enum.auto()
+    SOON = enum.auto()
+    """Not before some new connections have had the time to send their request."""
+    NONE = enum.auto()
+    """All connections have a running request."""
 
 
 class Connections:
@@ -38,30 +54,52 @@ class Connections:
         self._limits = limits
         self.unheard: dict[socket.socket, float] = {}
         """Connections on which nothing has come, and when each was opened, oldest first. They have no handler yet."""
+        self.opening = 0
+        """Connections on which something has come, and which are about to get their handler."""
         self._silent: dict[web.RequestHandler, float] = {}
         """Connections without a whole request so far, and when each got its handler, oldest first."""
-        self._idle: dict[web.RequestHandler, None] = {}
-        """Connections between two requests, the least recently used first."""
-        self._busy: set[web.RequestHandler] = set()
+        self._used_once: dict[web.RequestHandler, None] = {}
+        """Connections between their first request and the second, the least recently used first."""
+        self._reused: dict[web.RequestHandler, None] = {}
+        """Connections between two later requests, the least recently used first. A flood of new clients does not displace them.
+
+        At most half of all, so that the others last until their second request.
+        """
+        self._busy: dict[web.RequestHandler, bool] = {}
+        """Connections with a running request, and whether it is not their first."""
 
     def __len__(self) -> int:
-        return len(self.unheard) + len(self._silent) + len(self._idle) + len(self._busy)
+        idle = len(self._used_once) + len(self._reused)
+        return len(self.unheard) + self.opening + len(self._silent) + idle + len(self._busy)
 
-    def make_room(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Close the most dispensable connection if there are as many as allowed. Returns: False if all have a running request."""
+    def room(self, now: float) -> Room:
+        """Say whether a further connection may be accepted now. `make_room` must follow if it is."""
+        if len(self) < self._limits.connections or self._dispensable(now) is not None:
+            return Room.FREE
+        if len(self) < self._limits.connections:  # some of them were closed by their clients
+            return Room.FREE
+        return Room.SOON if self._silent or self.opening else Room.NONE
+
+    def make_room(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Close the most dispensable connection if there are as many as allowed."""
         if len(self) < self._limits.connections:
-            return True
+            return
+        match self._dispensable(loop.time()):
+            case socket.socket() as client:
+                self._close_unheard(client, loop)
+            case web.RequestHandler() as handler:
+                self._close(handler)
+
+    def _dispensable(self, now: float) -> socket.socket | web.RequestHandler | None:
+        """Return the connection without a running request that is closed first; None if there is none at present."""
         if self.unheard:
-            self._close_unheard(next(iter(self.unheard)), loop)
-            return True
-        self._forget_closed()
-        if len(self) < self._limits.connections:
-            return True
-        handler = next(chain(self._silent, self._idle), None)
-        if handler is None:
-            return False
-        self._close(handler)
-        return True
+            return next(iter(self.unheard))
+        oldest = _first_open(self._silent)
+        if oldest is not None and now - self._silent[oldest] > _SLOW_S:
+            return oldest
+        if self.opening + len(self._silent) > self._limits.connections // 4:
+            return None  # more new ones at once would displace all that are in use
+        return _first_open(self._used_once) or _first_open(self._reused)
 
     def opened(self, handler: web.RequestHandler, now: float) -> None:
         """Add a new connection."""
@@ -69,14 +107,19 @@ class Connections:
 
     def begin(self, handler: web.RequestHandler) -> None:
         """Mark a connection as busy with a request: it is not closed to make room."""
-        self._silent.pop(handler, None)
-        self._idle.pop(handler, None)
-        self._busy.add(handler)
+        self._busy[handler] = handler in self._used_once or handler in self._reused
+        self._forget(handler)
 
     def end(self, handler: web.RequestHandler) -> None:
         """Mark a connection as idle: its request has been answered."""
-        self._busy.discard(handler)
-        self._idle[handler] = None
+        if not self._busy.pop(handler, False):
+            self._used_once[handler] = None
+            return
+        self._reused[handler] = None
+        if len(self._reused) > self._limits.connections // 2:
+            oldest = next(iter(self._reused))
+            del self._reused[oldest]
+            self._used_once[oldest] = None
 
     def sweep(self, loop: asyncio.AbstractEventLoop) -> None:
         """Close the connections whose first request has not come in time, and forget those that clients have closed."""
@@ -102,14 +145,26 @@ class Connections:
         client.close()
 
     def _close(self, handler: web.RequestHandler) -> None:
-        self._silent.pop(handler, None)
-        self._idle.pop(handler, None)
+        self._forget(handler)
         if handler.transport is not None:
             handler.transport.abort()  # close() would wait until the client has read what it was sent
 
+    def _forget(self, handler: web.RequestHandler) -> None:
+        self._silent.pop(handler, None)
+        self._used_once.pop(handler, None)
+        self._reused.pop(handler, None)
+
     def _forget_closed(self) -> None:
-        self._silent = {handler: opened for handler, opened in self._silent.items() if _is_open(handler)}
-        self._idle = {handler: None for handler in self._idle if _is_open(handler)}
+        for handler in [*self._silent, *self._used_once, *self._reused]:
+            if not _is_open(handler):
+                self._forget(handler)
+
+
+def _first_open(table: dict[web.RequestHandler, Any]) -> web.RequestHandler | None:
+    """Return a table's first connection, and drop those before it that clients have closed."""
+    while (handler := next(iter(table), None)) is not None and not _is_open(handler):
+        del table[handler]
+    return handler
 
 
 def _is_open(handler: web.RequestHandler) -> bool:
@@ -229,7 +284,8 @@ class _Acceptor:
             while True:
                 await self._acceptable()
                 try:
-                    self._accept_waiting()
+                    if not self._accept_waiting():
+                        await asyncio.sleep(_FULL_S)
                 except OSError as error:
                     log.warning("API connections can't be accepted, trying again: %s", error.strerror or error)
                     await asyncio.sleep(_NO_DESCRIPTORS_S)
@@ -244,28 +300,45 @@ class _Acceptor:
         finally:
             self._loop.remove_reader(self._listener)
 
-    def _accept_waiting(self) -> None:
-        """Accept what the kernel has queued, at most `_AT_ONCE`, so that the other work of the loop gets its turn."""
+    def _accept_waiting(self) -> bool:
+        """Accept what the kernel has queued, at most `_AT_ONCE`, so that the other work of the loop gets its turn.
+
+        Returns: False if there is no room at present for a connection that waits.
+        """
         for _ in range(_AT_ONCE):
+            room = self._connections.room(self._loop.time())
+            if room is Room.SOON:
+                return False
             try:
                 client, _ = self._listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
-                return
+                break
             client.setblocking(False)
-            if not self._connections.make_room(self._loop):
+            if room is Room.NONE:
                 _refuse(client)
-            elif _has_data(client):
+                continue
+            first = _peek(client)
+            if first == b"":
+                client.close()
+                continue
+            self._connections.make_room(self._loop)
+            if first is not None:
                 self._hand_over(client)
             else:
                 self._connections.unheard[client] = self._loop.time()
                 self._loop.add_reader(client, self._heard, client)
+        return True
 
     def _heard(self, client: socket.socket) -> None:
         self._loop.remove_reader(client)
         self._connections.unheard.pop(client, None)
-        self._hand_over(client)
+        if _peek(client) == b"":
+            client.close()
+        else:
+            self._hand_over(client)
 
     def _hand_over(self, client: socket.socket) -> None:
+        self._connections.opening += 1
         task = self._loop.create_task(self._serve(client))
         self._handing_over.add(task)
         task.add_done_callback(self._handing_over.discard)
@@ -276,6 +349,8 @@ class _Acceptor:
         except OSError:
             client.close()
             return
+        finally:
+            self._connections.opening -= 1
         if not isinstance(self._loop, asyncio.BaseEventLoop):
             client.detach()  # uvloop's transport owns the descriptor; the socket's finaliser must not close it too
         self._connections.opened(handler, self._loop.time())
@@ -286,20 +361,20 @@ def _set_once(ready: "asyncio.Future[None]") -> None:
         ready.set_result(None)
 
 
-def _has_data(client: socket.socket) -> bool:
-    """Whether a read would not wait: there is data, or the client has gone."""
+def _peek(client: socket.socket) -> bytes | None:
+    """Return the first byte that has come, without taking it; empty if the client has gone, None if a read would wait."""
     try:
-        client.recv(1, socket.MSG_PEEK)
+        return client.recv(1, socket.MSG_PEEK)
     except BlockingIOError:
-        return False
+        return None
     except OSError:
-        return True
-    return True
+        return b""
 
 
 def _refuse(client: socket.socket) -> None:
     try:
         client.send(_BUSY)
+        client.recv(_UNREAD_BYTES)  # the client would not see the answer if its request were still unread at the close
     except OSError:
         pass  # it has gone already
     finally:

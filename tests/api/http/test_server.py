@@ -3,13 +3,14 @@
 import asyncio
 import logging
 import socket
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing
 
 import aiohttp
 import pytest
 
-from meshd.api.http.server import Server, bind
+from meshd.api.http.server import CONNECTIONS, Server, bind
 from meshd.api.http.services import ClientLimits
 from meshd.errors import ConfigError
 
@@ -71,13 +72,49 @@ async def is_open(stream: Streams) -> bool:
         return False
 
 
+def accept_silent(server: Server) -> None:
+    """Have the system accept connections on which nothing has come, as every system but Linux does."""
+    for listener in server.listeners:
+        if sys.platform == "linux":
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 0)
+
+
 async def test_a_flood_of_silent_connections_leaves_room_for_requests(server: Server) -> None:
+    accept_silent(server)
     async with connections(server, 10 * LIMIT) as flood, connections(server, 1) as (client,):
         assert await status(client) == 200
         assert sum([await is_open(stream) for stream in flood]) == LIMIT - 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps silent connections to itself")
+async def test_silent_connections_stay_with_the_system(server: Server) -> None:
+    async with connections(server, 10 * LIMIT) as flood, connections(server, 1) as (client,):
+        assert await status(client) == 200
+        assert all([await is_open(stream) for stream in flood])
+        assert len(server.runner.app[CONNECTIONS]) == 1
+        assert await status(flood[0]) == 200
+
+
+async def test_of_many_clients_at_once_each_gets_its_answer(server: Server) -> None:
+    clients = await asyncio.gather(*(asyncio.open_connection(*server.address) for _ in range(10 * LIMIT)))
+    try:
+        for _, writer in clients:
+            writer.write(HEALTH)
+        answers = asyncio.gather(*(status(client, b"") for client in clients))
+        most = 0
+        while not answers.done():
+            assert server.runner.server is not None
+            most = max(most, len(server.runner.server.connections))
+            await asyncio.sleep(0)
+        assert await answers == [200] * 10 * LIMIT
+        assert most <= 2 * LIMIT  # those that have just been closed are still among them
+    finally:
+        for _, writer in clients:
+            writer.close()
+
+
 async def test_a_connection_that_was_used_stays_while_silent_ones_are_closed(server: Server) -> None:
+    accept_silent(server)
     async with connections(server, 1, HEALTH) as (used,):
         assert await status(used, b"") == 200
         async with connections(server, 10 * LIMIT):
