@@ -1,4 +1,4 @@
-"""Measure how a daemon with 256 file descriptors answers while it is abused: many connections, malformed requests, huge prompts.
+"""Measure how a daemon with 256 descriptors answers while it is abused: by connections, malformed requests, prompts, models.
 
     python tests/benchmarks/bench_survival.py [--seconds 15] [--connections 5000]
 
@@ -10,6 +10,7 @@ often the link between the two daemons went down. The abuse runs in a process of
 import argparse
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import random
@@ -32,12 +33,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "lib"))
 
 from meshd.state import read_holder
+from tiny.bad_files import small_gguf
+from tiny.hostile_templates import ENDLESS, FREEZES, FREEZES_AT
 
 MODEL = "smollm2:135m"
 DESCRIPTORS = 256
 EVERY_S = 0.02
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-ABUSES = ("nothing", "connections", "malformed", "prompts")
+ABUSES = ("nothing", "connections", "malformed", "prompts", "models")
+TURN_S, OPENED, ASKED = 0.01, 10, 10
+"""Pace of the flood of connections: in each turn so many are opened and send a request, which makes 1,000 a second of each."""
+HOSTILE = {"freezes": FREEZES, "endless": ENDLESS}
 
 
 @dataclass
@@ -93,7 +99,8 @@ def quantile(values: list[float], share: float) -> float:
 def two_daemons(folder: Path) -> Iterator[tuple[str, Path]]:
     """Start two daemons of one cluster and place the model on the first. Yields: host and port of its API, and the second's log."""
     with contextlib.ExitStack() as stack:
-        first = stack.enter_context(daemon(folder, "first", limited=True))
+        models = [word for path in hostile_models(folder) for word in ("--model", f"file:{path}")]
+        first = stack.enter_context(daemon(folder, "first", *models, limited=True))
         key = [sys.executable, "-P", "-m", "meshd", "key", "show", "--state", str(folder / "first")]
         code = subprocess.run(key, capture_output=True, text=True, check=True).stdout.strip()
         link = json.load(urllib.request.urlopen(f"http://{first}/mesh/v1/self"))["link"]
@@ -101,6 +108,14 @@ def two_daemons(folder: Path) -> Iterator[tuple[str, Path]]:
         place = [sys.executable, "-P", "-m", "meshd", "place", MODEL, "--api", f"http://{first}", "--stages", "first:0-30"]
         subprocess.run(place, check=True, capture_output=True)
         yield first, folder / "second.log"
+
+
+def hostile_models(folder: Path) -> list[Path]:
+    """Write the files of models whose chat templates are hostile."""
+    paths = [folder / f"{name}.gguf" for name in HOSTILE]
+    for path in paths:
+        path.write_bytes(small_gguf(more={"general.name": path.stem, "tokenizer.chat_template": HOSTILE[path.stem]}))
+    return paths
 
 
 @contextmanager
@@ -198,66 +213,81 @@ def watch_stream(host: str, port: int, figures: Figures, stop: threading.Event) 
 
 
 def flood(port: int, options: argparse.Namespace) -> None:
-    """Keep thousands of connections open; half are silent, the others send a request now and then. A closed one is opened again."""
+    """Keep thousands of connections open; half are silent, the others send requests. A closed one is opened again."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     selector, rng = selectors.DefaultSelector(), random.Random(1)
-    clients: list[tuple[socket.socket, bool]] = []
-    while True:
-        while len(clients) < options.connections:
+    clients: dict[socket.socket, bool] = {}
+    for _ in turns(TURN_S):
+        for _ in range(min(OPENED, options.connections - len(clients))):
             client = socket.socket()
             client.setblocking(False)
             client.connect_ex(("127.0.0.1", port))
             selector.register(client, selectors.EVENT_READ)
-            clients.append((client, rng.random() < 0.5))
-            if len(clients) % 50 == 0:
-                break
-        for client, silent in rng.sample(clients, min(20, len(clients))):
-            if not silent:
-                with contextlib.suppress(OSError):
-                    client.send(HEALTH)
-        closed = set()
-        for key, _ in selector.select(0.01):
+            clients[client] = rng.random() < 0.5
+        talking = [client for client, silent in clients.items() if not silent]
+        for client in rng.sample(talking, min(ASKED, len(talking))):
+            with contextlib.suppress(OSError):
+                client.send(HEALTH)
+        for key, _ in selector.select(0):
+            client = key.fileobj  # type: ignore[assignment]
             try:
-                data = key.fileobj.recv(4096)  # type: ignore[union-attr]
-            except BlockingIOError:
-                continue
-            except OSError:
-                data = b""
-            if not data:
-                selector.unregister(key.fileobj)
-                closed.add(key.fileobj)
-        for client in closed:
-            client.close()  # type: ignore[union-attr]
-        clients = [pair for pair in clients if pair[0] not in closed]
+                gone = not client.recv(4096)
+            except OSError as error:
+                gone = not isinstance(error, BlockingIOError)
+            if gone:
+                selector.unregister(client)
+                client.close()
+                del clients[client]
+
+
+def turns(seconds: float) -> Iterator[None]:
+    """Yield once every so many seconds, forever; at once if the time has passed already."""
+    began = time.monotonic()
+    for count in itertools.count(1):
+        yield
+        time.sleep(max(0.0, began + count * seconds - time.monotonic()))
 
 
 def malformed(port: int, options: argparse.Namespace) -> None:
     """Send a thousand requests a second that are not HTTP."""
     sent = b"GET /health HTTP/1.1\r\nHost: h\r\n" + b"x" * 7500 + b"\r\n\r\n"
-    began, count = time.monotonic(), 0
-    while True:
+    for _ in turns(0.001):
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 10.0) as client:
             client.sendall(sent)
             client.recv(4096)
-        count += 1
-        time.sleep(max(0.0, began + count / 1000 - time.monotonic()))
 
 
 def prompts(port: int, options: argparse.Namespace) -> None:
     """Send prompts of nearly 8 MB, one after the other."""
     texts = [" " * 7_900_000, "a" * 7_900_000, "word " * 1_580_000]
-    while True:
-        for text in texts:
-            body: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": text}], "max_tokens": 4}
-            request = urllib.request.Request(
-                f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
-            )
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(request, timeout=60.0)
+    for text in itertools.cycle(texts):
+        chat(port, MODEL, text)
 
 
-_ABUSE: dict[str, Callable[[int, argparse.Namespace], None]] = {"connections": flood, "malformed": malformed, "prompts": prompts}
+def models(port: int, options: argparse.Namespace) -> None:
+    """Ask models whose chat template takes all time or memory, one after the other."""
+    rows = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models"))["data"]
+    hostile = [row["id"] for row in rows if row["id"].startswith("file:")]
+    for model in itertools.cycle(hostile):
+        chat(port, model, FREEZES_AT)
+
+
+def chat(port: int, model: str, content: str) -> None:
+    body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 4}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    with contextlib.suppress(OSError):
+        urllib.request.urlopen(request, timeout=60.0)
+
+
+_ABUSE: dict[str, Callable[[int, argparse.Namespace], None]] = {
+    "connections": flood,
+    "malformed": malformed,
+    "prompts": prompts,
+    "models": models,
+}
 
 if __name__ == "__main__":
     main()

@@ -10,18 +10,14 @@ import psutil
 
 from real_daemons.cluster import Cluster, Daemon, wait_for
 from tiny.bad_files import small_gguf
+from tiny.hostile_templates import ENDLESS, FREEZES, FREEZES_AT, HARMLESS
 
-TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
-FREEZE = (
-    "{% if messages[0].content == '!!' %}{% set a = 'a' * 20000000 %}{{ a.rfind('a' * 500000 ~ 'b' ~ 'a' * 500000) }}{% endif %}"
-    + TEMPLATE
-)
 FILES: dict[str, dict[str, Any]] = {
-    "good": {"tokenizer.chat_template": TEMPLATE},
-    "freezes": {"tokenizer.chat_template": FREEZE},
+    "good": {"tokenizer.chat_template": HARMLESS},
+    "freezes": {"tokenizer.chat_template": FREEZES},
     "broken": {"tokenizer.chat_template": "{% for m in %}"},
     "unknown": {"tokenizer.ggml.pre": "gemma4"},
-    "endless": {"tokenizer.chat_template": "{{ 'x' * 10 ** 11 }}"},
+    "endless": {"tokenizer.chat_template": ENDLESS},
 }
 
 
@@ -64,7 +60,7 @@ def test_hostile_text_reaches_neither_the_daemon_nor_other_requests(cluster: Clu
         assert refs[name] not in [row["id"] for row in daemon.get("/v1/models")["data"]]
 
     outcome: list[tuple[int, Any]] = []
-    freezing = threading.Thread(target=lambda: outcome.append(chat(daemon, refs["freezes"], "!!")))
+    freezing = threading.Thread(target=lambda: outcome.append(chat(daemon, refs["freezes"], FREEZES_AT)))
     freezing.start()
     answered = 0
     while freezing.is_alive():
