@@ -32,7 +32,6 @@ _CHUNK = 128 * KIB
 _TRANSPORT_BYTES = 256 * KIB
 """Encrypted bytes that asyncio may buffer before it pauses the writer."""
 _SHUTDOWN_S = 0.5
-_DEFER_S = 5
 _CLOSE_S = 0.5
 """How long a connection that is being closed may take to write its last frame and the farewell."""
 
@@ -257,8 +256,7 @@ def _reason(error: Exception | None) -> str:
 def bind(host: str, port: int) -> list[socket.socket]:
     """Bind one socket for each address of `host`, without listening yet. Port 0 chooses one free port for all of them.
 
-    The client must speak first: where the system can (Linux), it keeps a connection on which nothing comes to itself for
-    `_DEFER_S`, so thousands of silent ones take neither a file descriptor nor a place in the queue. Raises: OSError.
+    Raises: OSError.
     """
     infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: list[socket.socket] = []
@@ -269,9 +267,6 @@ def bind(host: str, port: int) -> list[socket.socket]:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            defer = getattr(socket, "TCP_DEFER_ACCEPT", None)
-            if defer is not None:
-                listener.setsockopt(socket.IPPROTO_TCP, defer, _DEFER_S)
             listener.bind((address[0], port, *address[2:]))
             listener.setblocking(False)
             port = port or listener.getsockname()[1]

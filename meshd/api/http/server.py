@@ -26,6 +26,9 @@ _BACKLOG = 4096
 """Connections that the kernel holds until they are accepted. They need no file descriptor of this process."""
 _AT_ONCE = 64
 """Most connections that are accepted in one turn of the event loop, which takes about 2 ms."""
+_DEFER_S = 5
+"""Where the system can (Linux), it keeps a connection on which nothing comes to itself for so long. Thousands of silent ones then
+take neither a file descriptor nor a place in the queue."""
 _SWEEP_S = 1.0
 _SLOW_S = 0.02
 """Age from which a connection without a whole request may be closed. Before that, its request may be there but not read yet."""
@@ -180,11 +183,16 @@ def bind(host: str, port: int) -> list[socket.socket]:
     Raises: ConfigError if the address can't be used.
     """
     try:
-        return transport.bind(host, port)
+        listeners = transport.bind(host, port)
     except OSError as error:
         raise ConfigError(
             f"can't listen on {host}:{port}: {_reason(error, port)}", hint="choose another address with --api HOST:PORT"
         ) from error
+    defer = getattr(socket, "TCP_DEFER_ACCEPT", None)
+    if defer is not None:
+        for listener in listeners:
+            listener.setsockopt(socket.IPPROTO_TCP, defer, _DEFER_S)
+    return listeners
 
 
 def _reason(error: OSError, port: int) -> str:
