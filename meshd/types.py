@@ -376,7 +376,7 @@ class LearnedRates(msgspec.Struct, frozen=True, kw_only=True):
     decode: Annotated[tuple[Factor, ...], at_most(MAX_CONTEXT_CLASSES)] = ()
     """Measured over predicted compute time of decode steps, for each class of context in `CONTEXT_CLASSES`. Empty: as predicted."""
     prefill: Annotated[tuple[Factor, ...], at_most(MAX_CONTEXT_CLASSES)] = ()
-    """The same for prefill chunks."""
+    """The same for prefill chunks: first for prompts of one chunk, then for each class of context."""
     step_overhead_s: Seconds | None = None
     """Time of a step on the peer beside its computation: hand-over between threads, coding and sending. None: not measured."""
 

@@ -40,7 +40,7 @@ def plan_input_of(
     Raises: InvalidRequest, NoPeer.
     """
     prompt_tokens = prompt_tokens or max(1, min(128, context // 2))
-    corrected = profiles_from_adverts(adverts, card.id, decode_at=(prompt_tokens + context) / 2, prefill_at=prompt_tokens / 2)
+    corrected = profiles_from_adverts(adverts, card.id, decode_at=(prompt_tokens + context) / 2, prompt_tokens=prompt_tokens)
     profiles = tuple(_restricted(profile, standby, leaving) for profile in corrected)
     return PlanInput(
         card=card,

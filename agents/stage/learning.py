@@ -11,7 +11,7 @@ from meshd.agents.stage.session import Step
 from meshd.clock import Clock
 from meshd.planner.model import cost
 from meshd.planner.model.learn import StepLearner
-from meshd.planner.profile import PeerProfile
+from meshd.planner.profile import PeerProfile, context_class, prefill_class
 from meshd.types import LayerRange, LearnedRates, PeerId, Rates
 
 
@@ -36,8 +36,11 @@ class StepLearning:
         """
         now = self.clock.monotonic()
         predicted_s = self._predicted_s(resident, layers, step)
-        self._learner.observe("prefill" if step.prefill else "decode", step.position, compute_s, predicted_s, now)
-        if not step.prefill:
+        if step.prefill:
+            place = prefill_class(step.position, is_whole=step.position == 0 and step.sample)
+            self._learner.observe("prefill", place, compute_s, predicted_s, now)
+        else:
+            self._learner.observe("decode", context_class(step.position), compute_s, predicted_s, now)
             self._learner.observe_overhead(whole_s - compute_s, now)
 
     def _predicted_s(self, resident: ResidentLayers, layers: LayerRange, step: Step) -> float:

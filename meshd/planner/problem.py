@@ -4,14 +4,8 @@ import msgspec
 
 from meshd.errors import NoPeer
 from meshd.planner.network import Network
-from meshd.planner.profile import PeerProfile
+from meshd.planner.profile import PREFILL_CHUNK_TOKENS, PeerProfile
 from meshd.types import LayerRange, ModelCard, Objective, PeerId, StagePlan
-
-PREFILL_CHUNK_TOKENS = 128
-"""Number of tokens in a prefill chunk. It is equal in all plans.
-
-The last bits of results may depend on the size of chunks, and they must not depend on the plan.
-"""
 
 
 class PlanInput(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,6 +10,11 @@ from meshd.types import Advert, Holding, ModelId, PeerId, Rates
 
 USABLE_STATE = "active"
 """State in which a holding can serve new sessions."""
+PREFILL_CHUNK_TOKENS = 128
+"""Number of tokens in a prefill chunk. It is equal in all plans.
+
+The last bits of results may depend on the size of chunks, and they must not depend on the plan.
+"""
 CONTEXT_CLASSES = (512, 4096)
 """Positions at which a class of contexts ends. A peer learns about each class separately: the share of attention grows with it."""
 LEAST_FACTOR, MOST_FACTOR = 0.25, 8.0
@@ -23,9 +28,17 @@ def context_class(position: float) -> int:
     return sum(position >= end for end in CONTEXT_CLASSES)
 
 
-def factor_at(factors: tuple[float, ...], position: float) -> float:
-    """Return the advertised factor for a position, within the bounds; 1 if there is none."""
-    place = context_class(position)
+def prefill_class(position: float, *, is_whole: bool) -> int:
+    """Return the index of the class of a prefill chunk at `position`. `is_whole`: whether the chunk is the whole prompt.
+
+    A prompt of one chunk has a class of its own: the stages compute the chunks of longer ones at the same time, and may share
+    processors and memory.
+    """
+    return 0 if is_whole else 1 + context_class(position)
+
+
+def factor_of(factors: tuple[float, ...], place: int) -> float:
+    """Return the advertised factor of a class, within the bounds; 1 if there is none."""
     return min(MOST_FACTOR, max(LEAST_FACTOR, factors[place])) if place < len(factors) else 1.0
 
 
@@ -108,20 +121,19 @@ def gives_way(holding: Holding) -> bool:
 
 
 def profiles_from_adverts(
-    adverts: Iterable[Advert], model: ModelId, *, decode_at: float = 0.0, prefill_at: float = 0.0
+    adverts: Iterable[Advert], model: ModelId, *, decode_at: float = 0.0, prompt_tokens: int = 0
 ) -> tuple[PeerProfile, ...]:
     """Make the profiles of the peers in `adverts` for planning `model`, ordered by name, then id.
 
-    `decode_at`, `prefill_at`: mean positions of the decode steps and of the prefill chunks to plan for. The peers' corrections for
-    such contexts are applied.
+    `decode_at`: mean position of the decode steps to plan for. The peers' corrections for such contexts and prompts are applied.
     """
     known = list(adverts)
     kv_bytes = {card.id: card.kv_bytes_per_token_layer() for advert in known for card in advert.models}
-    profiles = [_profile(advert, model, kv_bytes, decode_at, prefill_at) for advert in known]
+    profiles = [_profile(advert, model, kv_bytes, decode_at, prompt_tokens) for advert in known]
     return tuple(sorted(profiles, key=lambda profile: (profile.name, profile.id)))
 
 
-def _profile(advert: Advert, model: ModelId, kv_bytes: Mapping[ModelId, int], decode_at: float, prefill_at: float) -> PeerProfile:
+def _profile(advert: Advert, model: ModelId, kv_bytes: Mapping[ModelId, int], decode_at: float, prompt_tokens: int) -> PeerProfile:
     """Make the profile of one peer. `kv_bytes`: bytes of K and V of one token in one layer, by model."""
     capability, overhead_s = advert.capability, advert.learned.step_overhead_s
     idle_copies = [holding for holding in advert.holdings if holding.model != model and gives_way(holding)]
@@ -138,8 +150,10 @@ def _profile(advert: Advert, model: ModelId, kv_bytes: Mapping[ModelId, int], de
         roles=capability.roles,
         power_w=capability.power_w,
         holdings=tuple(holding for holding in advert.holdings if holding.model == model),
-        decode_factor=factor_at(advert.learned.decode, decode_at),
-        prefill_factor=factor_at(advert.learned.prefill, prefill_at),
+        decode_factor=factor_of(advert.learned.decode, context_class(decode_at)),
+        prefill_factor=factor_of(
+            advert.learned.prefill, prefill_class(prompt_tokens / 2, is_whole=prompt_tokens <= PREFILL_CHUNK_TOKENS)
+        ),
         step_overhead_s=DEFAULT_OVERHEAD_S if overhead_s is None else overhead_s,
         draining=advert.draining,
         stored=any(card.id == model for card in advert.models),

@@ -32,17 +32,17 @@ def test_measured_times_of_two_holdings_are_weighted_by_layers() -> None:
 
 
 def test_a_peers_corrections_apply_to_contexts_like_the_problems() -> None:
-    learned = LearnedRates(decode=(2.0, 3.0, 4.0), prefill=(0.5, 1.5, 1.0), step_overhead_s=0.002)
+    learned = LearnedRates(decode=(2.0, 3.0, 4.0), prefill=(0.5, 0.75, 1.5, 1.0), step_overhead_s=0.002)
     advert = msgspec.structs.replace(make_advert(make_peer("a")), learned=learned)
 
-    def factors(decode_at: float, prefill_at: float) -> tuple[float, float]:
-        (profile,) = profiles_from_adverts([advert], MODEL, decode_at=decode_at, prefill_at=prefill_at)
+    def factors(decode_at: float, prompt_tokens: int) -> tuple[float, float]:
+        (profile,) = profiles_from_adverts([advert], MODEL, decode_at=decode_at, prompt_tokens=prompt_tokens)
         assert profile.step_overhead_s == 0.002
         return profile.decode_factor, profile.prefill_factor
 
-    assert factors(140, 64) == (2.0, 0.5)
-    assert factors(1512, 750) == (3.0, 1.5)
-    assert factors(5000, 511) == (4.0, 0.5)
+    assert factors(140, 128) == (2.0, 0.5)
+    assert factors(1512, 1500) == (3.0, 1.5)
+    assert factors(5000, 129) == (4.0, 0.75)
 
 
 def test_a_peer_that_has_learned_nothing_is_not_corrected() -> None:

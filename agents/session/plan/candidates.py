@@ -230,9 +230,7 @@ def candidate_search(
     card: ModelCard, adverts: Sequence[Advert], mesh: MeshOptions, request: RecoveryRequest, me: PeerId, rules: PeerRules
 ) -> CandidateSearch:
     """Returns: the search over the peers' adverts. Raises: NoPeer if `mesh.peers` names peers, and none of them is alive."""
-    profiles = profiles_from_adverts(
-        adverts, card.id, decode_at=(request.known + request.context) / 2, prefill_at=request.known / 2
-    )
+    profiles = profiles_from_adverts(adverts, card.id, decode_at=(request.known + request.context) / 2, prompt_tokens=request.known)
     surviving = frozenset(_surviving(profiles, request))
     problem = PlanInput(
         card=card,

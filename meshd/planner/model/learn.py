@@ -19,7 +19,7 @@ from typing import Literal
 
 import msgspec
 
-from meshd.planner.profile import CONTEXT_CLASSES, DEFAULT_OVERHEAD_S, LEAST_FACTOR, MOST_FACTOR, context_class
+from meshd.planner.profile import CONTEXT_CLASSES, DEFAULT_OVERHEAD_S, LEAST_FACTOR, MOST_FACTOR
 from meshd.types import LearnedRates
 
 MEMORY_S = 1.0
@@ -61,17 +61,19 @@ class Factor(msgspec.Struct, frozen=True):
 
 
 class StepLearner:
-    """The factors of one peer, by phase and class of contexts, and the overhead of its steps."""
+    """The factors of one peer, by phase and class of contexts or prompts, and the overhead of its steps."""
 
     def __init__(self) -> None:
-        count = len(CONTEXT_CLASSES) + 1
-        self._factors: dict[Phase, list[Factor]] = {"decode": [Factor()] * count, "prefill": [Factor()] * count}
+        contexts = len(CONTEXT_CLASSES) + 1
+        self._factors: dict[Phase, list[Factor]] = {"decode": [Factor()] * contexts, "prefill": [Factor()] * (1 + contexts)}
         self._overhead = Factor()
 
-    def observe(self, phase: Phase, position: int, measured_s: float, predicted_s: float, now: float) -> None:
-        """Add the computation of one step. `position`: its first position. `predicted_s`: by `cost`, without any correction."""
+    def observe(self, phase: Phase, place: int, measured_s: float, predicted_s: float, now: float) -> None:
+        """Add the computation of one step.
+
+        `place`: index of its class, `context_class` or `prefill_class`. `predicted_s`: by `cost`, without any correction.
+        """
         factors = self._factors[phase]
-        place = context_class(position)
         factors[place] = factors[place].observed(measured_s, predicted_s, now)
 
     def observe_overhead(self, seconds: float, now: float) -> None:

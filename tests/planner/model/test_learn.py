@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshd.planner.model.learn import GRACE_S, HALF_LIFE_S, OUTLIER, Factor, StepLearner
-from meshd.planner.profile import DEFAULT_OVERHEAD_S, LEAST_FACTOR, MOST_FACTOR, factor_at
+from meshd.planner.profile import DEFAULT_OVERHEAD_S, LEAST_FACTOR, MOST_FACTOR, context_class, factor_of, prefill_class
 from meshd.types import LearnedRates
 
 TIMES = st.floats(min_value=1e-9, max_value=1e9)
@@ -62,28 +62,30 @@ def test_times_that_are_not_positive_are_ignored() -> None:
 def test_phases_and_contexts_are_learned_apart() -> None:
     learner = StepLearner()
     for step in range(100):
-        learner.observe("decode", 100, 0.2, 0.1, step)
-        learner.observe("decode", 2000, 0.3, 0.1, step)
-        learner.observe("prefill", 0, 0.05, 0.1, step)
+        learner.observe("decode", context_class(100), 0.2, 0.1, step)
+        learner.observe("decode", context_class(2000), 0.3, 0.1, step)
+        learner.observe("prefill", prefill_class(0, is_whole=True), 0.05, 0.1, step)
+        learner.observe("prefill", prefill_class(0, is_whole=False), 0.15, 0.1, step)
     learned = learner.learned(99.0)
-    assert factor_at(learned.decode, 128) == pytest.approx(2.0, rel=0.05)
-    assert factor_at(learned.decode, 1500) == pytest.approx(3.0, rel=0.05)
-    assert factor_at(learned.prefill, 0) == pytest.approx(0.5, rel=0.05)
+    assert factor_of(learned.decode, context_class(128)) == pytest.approx(2.0, rel=0.05)
+    assert factor_of(learned.decode, context_class(1500)) == pytest.approx(3.0, rel=0.05)
+    assert factor_of(learned.prefill, prefill_class(0, is_whole=True)) == pytest.approx(0.5, rel=0.05)
+    assert factor_of(learned.prefill, prefill_class(128, is_whole=False)) == pytest.approx(1.5, rel=0.05)
 
 
 def test_a_context_without_steps_of_its_own_takes_the_factor_of_the_latest_ones() -> None:
     learner = StepLearner()
     for step in range(100):
-        learner.observe("decode", 100, 0.2, 0.1, step)
-    assert factor_at(learner.learned(99.0).decode, 10_000) == pytest.approx(2.0, rel=0.05)
+        learner.observe("decode", context_class(100), 0.2, 0.1, step)
+    assert factor_of(learner.learned(99.0).decode, context_class(10_000)) == pytest.approx(2.0, rel=0.05)
     assert learner.learned(99.0).prefill == ()
 
 
 def test_a_peer_without_steps_has_learned_nothing() -> None:
     assert StepLearner().learned(5.0) == LearnedRates()
-    assert factor_at((), 700) == 1.0
-    assert factor_at((0.0, 1e18), 100) == LEAST_FACTOR
-    assert factor_at((0.0, 1e18), 700) == MOST_FACTOR
+    assert factor_of((), 1) == 1.0
+    assert factor_of((0.0, 1e18), 0) == LEAST_FACTOR
+    assert factor_of((0.0, 1e18), 1) == MOST_FACTOR
 
 
 def test_the_overhead_is_learned_and_returns_to_the_usual_one() -> None:

@@ -111,7 +111,7 @@ async def test_corrections_that_peers_have_learned_reach_the_plan() -> None:
 
     ttft_s, tpot_s = await predicted()
     ((peer, advert),) = cluster.adverts.items()
-    learned = LearnedRates(decode=(1.0, 3.0, 1.0), prefill=(1.0, 2.0, 1.0), step_overhead_s=0.0)
+    learned = LearnedRates(decode=(1.0, 3.0, 1.0), prefill=(1.0, 1.0, 2.0, 1.0), step_overhead_s=0.0)
     cluster.adverts[peer] = msgspec.structs.replace(advert, learned=learned)
     slower_ttft_s, slower_tpot_s = await predicted()
     assert slower_tpot_s == pytest.approx(3 * tpot_s, rel=0.1)
