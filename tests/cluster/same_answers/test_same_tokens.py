@@ -1,4 +1,7 @@
-"""One peer, two peers, and five peers with uneven stages give the same tokens and logprobs, to the last bit."""
+"""One peer, two peers, and five peers with uneven stages give the same tokens and logprobs, to the last bit.
+
+The torch backend, which is slower, does so on one and two: `tests/kernels` cuts its layers in more ways.
+"""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +17,8 @@ SPLITS = {
     "two": "b:0-13,a:13-30",
     "five": "c:0-3,a:3-14,e:14-15,b:15-24,d:24-30",
 }
+ENTRIES = {"one": "a", "two": "b", "five": "c"}
+"""The peer that gets the requests. It need not be that of the first stage."""
 PROMPTS = (
     "The capital of France is",
     "Once upon a time, in a small village by the sea,",
@@ -41,16 +46,21 @@ LONG = "The history of the lighthouse, told by those who kept it. " * 20
 
 
 @pytest.fixture(scope="module", params=["onnxruntime", "torch"])
-def five(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Iterator[Cluster]:
+def peers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Iterator[Cluster]:
+    names = "abcde" if request.param == "onnxruntime" else "ab"
     for cluster in make_cluster(tmp_path_factory.mktemp(request.param), shared_cache):
-        cluster.start("a", "b", "c", "d", "e", flags=("--backend", request.param))
+        cluster.start(*names, flags=("--backend", request.param))
         cluster.see_each_other()
-        for stages in SPLITS.values():
-            cluster.place("a", stages=stages, context=1024)
+        for split in splits_over(cluster):
+            cluster.place("a", stages=SPLITS[split], context=1024)
         yield cluster
 
 
-def answer(cluster: Cluster, at: str, split: str, prompt: str, tokens: int, **sampling: float) -> dict[str, Any]:
+def splits_over(cluster: Cluster) -> list[str]:
+    return [split for split, stages in SPLITS.items() if {stage[0] for stage in stages.split(",")} <= set(cluster.daemons)]
+
+
+def answer(cluster: Cluster, split: str, prompt: str, tokens: int, **sampling: float) -> dict[str, Any]:
     body = {
         "model": MODEL,
         "prompt": prompt,
@@ -60,7 +70,7 @@ def answer(cluster: Cluster, at: str, split: str, prompt: str, tokens: int, **sa
         "mesh": {"stages": SPLITS[split], "context": 1024},
         **sampling,
     }
-    status, document, headers = cluster[at].post_raw("/v1/completions", body)
+    status, document, headers = cluster[ENTRIES[split]].post_raw("/v1/completions", body)
     assert status == 200, document
     assert headers["x-meshd-plan"] == SPLITS[split]
     choice: dict[str, Any] = document["choices"][0]
@@ -74,26 +84,26 @@ def check_same(cluster: Cluster, prompts: tuple[str, ...], tokens: int) -> None:
     def one(number: int) -> None:
         prompt = prompts[number]
         for sampling in ({"temperature": 0.0}, {"temperature": 0.9, "top_p": 0.95, "seed": 1000 + number}):
-            alone = answer(cluster, "a", "one", prompt, tokens, **sampling)
-            assert answer(cluster, "b", "two", prompt, tokens, **sampling) == alone, (prompt, sampling)
-            assert answer(cluster, "c", "five", prompt, tokens, **sampling) == alone, (prompt, sampling)
+            alone, *others = (answer(cluster, split, prompt, tokens, **sampling) for split in splits_over(cluster))
+            assert others
+            assert all(other == alone for other in others), (prompt, sampling)
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(one, range(len(prompts))))
 
 
 @pytest.mark.timeout(300)  # for a hang only: on a busy machine, the torch backend once took over 120 s
-def test_short_answers_are_the_same_on_one_two_and_five_peers(five: Cluster) -> None:
-    check_same(five, (PROMPTS[1], LONG), tokens=16)
+def test_short_answers_are_the_same_however_many_peers_split_the_model(peers: Cluster) -> None:
+    check_same(peers, (PROMPTS[1], LONG), tokens=16)
 
 
-def test_penalties_are_the_same_on_one_two_and_five_peers(five: Cluster) -> None:
+def test_penalties_are_the_same_however_many_peers_split_the_model(peers: Cluster) -> None:
     sampling = {"temperature": 0.7, "seed": 5, "frequency_penalty": 0.8, "presence_penalty": 0.4, "repetition_penalty": 1.2}
-    alone = answer(five, "a", "one", PROMPTS[1], 24, **sampling)
-    assert answer(five, "d", "five", PROMPTS[1], 24, **sampling) == alone
+    alone, *_, last = (answer(peers, split, PROMPTS[1], 24, **sampling) for split in splits_over(peers))
+    assert last == alone
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(5400)
-def test_twenty_prompts_of_128_tokens_are_the_same_on_one_two_and_five_peers(five: Cluster) -> None:
-    check_same(five, PROMPTS, tokens=128)
+def test_twenty_prompts_of_128_tokens_are_the_same_however_many_peers_split_the_model(peers: Cluster) -> None:
+    check_same(peers, PROMPTS, tokens=128)
