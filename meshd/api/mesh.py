@@ -8,10 +8,10 @@ from aiohttp import web
 
 from meshd.agents.service import ClusterService, PlaceRequest, PlanRequest
 from meshd.api.http.body import read_body
-from meshd.api.http.merge import closing
 from meshd.api.http.reply import Rows, json_response
 from meshd.api.http.services import SERVICES
 from meshd.api.http.sse import EventStream, respond
+from meshd.api.merge import closing
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

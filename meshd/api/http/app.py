@@ -8,13 +8,13 @@ from aiohttp.typedefs import Handler
 
 from meshd.agents.service import ClusterService, Coordinator
 from meshd.api.http.body import drop_broken_body
+from meshd.api.http.connections import CONNECTIONS, Connections
 from meshd.api.http.errors import problem_for_client
 from meshd.api.http.guard import guard
 from meshd.api.http.ignored import HEADER as IGNORED_HEADER
 from meshd.api.http.ignored import IGNORED
 from meshd.api.http.openapi import openapi
 from meshd.api.http.routes import ROUTES
-from meshd.api.http.server import CONNECTIONS, Connections
 from meshd.api.http.services import SERVICES, ClientLimits, Services
 from meshd.api.http.sse import OUTCOME
 from meshd.api.openai.answers import GENERATION_HEADERS

@@ -13,8 +13,8 @@ import msgspec
 from aiohttp import web
 
 from meshd.api.http.errors import HttpProblem, problem_for_client
-from meshd.api.http.merge import beside
 from meshd.api.http.services import SERVICES
+from meshd.api.merge import beside
 from meshd.api.openai.renderers import StreamedEvent, error_event
 
 HEADERS_DUE = web.RequestKey("headers_due", asyncio.Event)

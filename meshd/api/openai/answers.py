@@ -12,9 +12,9 @@ from aiohttp import web
 from meshd.agents.service import Finished, Generation, GenerationRequest, TextDelta
 from meshd.api.http.errors import RESUMABLE, ResumableAnswer
 from meshd.api.http.ignored import IGNORED, IgnoredFields
-from meshd.api.http.merge import closing, merge_iterators
 from meshd.api.http.services import SERVICES
 from meshd.api.http.sse import HEADERS_DUE
+from meshd.api.merge import closing, merge_iterators
 from meshd.api.openai.stored_responses import AnyRenderer, encode_renderer
 from meshd.errors import InvalidRequest
 

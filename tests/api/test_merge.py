@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from meshd.api.http.merge import beside, closing, merge_iterators
+from meshd.api.merge import beside, closing, merge_iterators
 
 
 async def count(to: int, log: list[str], name: str) -> AsyncIterator[int]:
