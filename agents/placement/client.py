@@ -137,14 +137,24 @@ class PlacementClient:
         )
 
     async def unplace(self, model: ModelId) -> int:
-        """Unload a model on every live peer. Returns: bytes that are freed now, or when sessions end. Raises: PeerFault."""
-        holders = [advert.peer for advert in self.adverts() if any(holding.model == model for holding in advert.holdings)]
+        """Unload a model on every live peer. Peers without it are told too, so that none of them takes this for a loss.
+
+        Returns: bytes that are freed now, or when sessions end. Raises: PeerFault if a peer that has it does not unload it.
+        """
+        adverts = self.adverts()
+        replies = await asyncio.gather(*(self._unplace_on(advert.peer, model) for advert in adverts), return_exceptions=True)
         freed = 0
-        for peer in holders:
-            request = Unplace(request=self.links.next_request(), model=model)
-            reply, _ = await self.links.request(peer, request, timeout_s=_UNPLACE_S)
-            freed += reply.freed_bytes if isinstance(reply, Unplaced) else 0
+        for advert, reply in zip(adverts, replies, strict=True):
+            if isinstance(reply, int):
+                freed += reply
+            elif any(holding.model == model for holding in advert.holdings) or not isinstance(reply, MeshdError):
+                raise reply
         return freed
+
+    async def _unplace_on(self, peer: PeerId, model: ModelId) -> int:
+        request = Unplace(request=self.links.next_request(), model=model)
+        reply, _ = await self.links.request(peer, request, timeout_s=_UNPLACE_S)
+        return reply.freed_bytes if isinstance(reply, Unplaced) else 0
 
     def progress(self, model: ModelId) -> float:
         """Returns: the progress, 0 to 1, of the peer that is slowest to load its layers of this model; 1 if no peer has any."""

@@ -13,7 +13,7 @@ from meshd.agents.links.links import Links
 from meshd.agents.placement.client import request_place
 from meshd.agents.placement.history import HoldingHistory
 from meshd.agents.placement.replication import ClusterState, LoadRequest, decide, grow, orphaned_copies
-from meshd.agents.placement.restart.placements import InMemory, Placements, restored_though_unplaced
+from meshd.agents.placement.restart.placements import InMemory, Placements, placed_anew, restored_though_unplaced
 from meshd.clock import Clock
 from meshd.errors import MeshdError
 from meshd.protocol.messages import Unplace
@@ -30,6 +30,7 @@ _GROW_S = 10.0
 """Shortest time between two searches for a faster placement of one model."""
 _MAX_ASKED = 8
 _UNPLACE_S = 10.0
+"""Longest time that a peer takes to answer UNPLACE. A model that is being unplaced is not placed meanwhile."""
 _BACK_OFF_S = 5.0
 _LONGEST_BACK_OFF_S = 300.0
 
@@ -66,6 +67,8 @@ class Keeper:
     _compared_peers: dict[ModelId, frozenset[PeerId]] = field(default_factory=dict)
     """The peers that took part in the last search for a faster placement of the model."""
     _compared_at: dict[ModelId, float] = field(default_factory=dict)
+    _unplacing: dict[ModelId, tuple[int, float]] = field(default_factory=dict)
+    """Models that this peer was told to unplace: the number in `placements.unplaced`, and the time when it was first seen."""
     _logged: tuple[str, ...] = ()
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -112,7 +115,7 @@ class Keeper:
             adverts=[*alive, *suspects],
             cards=cards,
             lost={model: frozenset(lost) for model, lost in self._history.lost.items()},
-            unplaced=frozenset(self._history.unplaced),
+            unplaced=self._unplaced(now),
             suspects=frozenset(advert.peer for advert in suspects),
             refused=frozenset(key for key, refusal in self._refusals.items() if now < refusal.until),
             pending=tuple(self._asked),
@@ -121,7 +124,8 @@ class Keeper:
         decision = await asyncio.to_thread(decide, cluster)
         # A model may have been unplaced during the decision, and would come back.
         self._history.update([*self.adverts(), *self.suspects()])
-        requests = [request for request in decision.requests if request.model not in self._history.unplaced]
+        unplaced = self._unplaced(now)
+        requests = [request for request in decision.requests if request.model not in unplaced]
         self._log_missing(decision.missing)
         self._wanted = {request: self._wanted.get(request, now) for request in requests}
         rank = in_line.index(self.me)
@@ -130,9 +134,25 @@ class Keeper:
                 self._ask(request, cards[request.model])
         if rank == 0:
             await self._unplace_orphans(alive)
-        await self._unplace_restored(alive)
+        await self._unplace_restored(alive, now)
         if rank == 0:
             await self._grow(alive, cards, now)
+
+    def _unplaced(self, now: float) -> frozenset[ModelId]:
+        """Return the models of which nothing is to be placed.
+
+        While a model is being unplaced, some peers have unloaded it and others have not, which looks like a loss. So what this peer
+        was told counts too.
+        """
+        told = self.placements.unplaced
+        self._unplacing = {
+            model: self._unplacing[model] if self._unplacing.get(model, (None,))[0] == number else (number, now)
+            for model, number in told.items()
+        }
+        return frozenset(self._history.unplaced | {model for model in told if self._is_being_unplaced(model, now)})
+
+    def _is_being_unplaced(self, model: ModelId, now: float) -> bool:
+        return model in self._unplacing and now - self._unplacing[model][1] < _UNPLACE_S
 
     def _log_missing(self, missing: tuple[str, ...]) -> None:
         for text in missing:
@@ -167,8 +187,12 @@ class Keeper:
         for peer, model in orphaned_copies(alive, self._history.unplaced):
             await self._unplace(peer, model)
 
-    async def _unplace_restored(self, alive: list[Advert]) -> None:
+    async def _unplace_restored(self, alive: list[Advert], now: float) -> None:
         """Unplace what peers restored after a restart, though it was unplaced while they were off."""
+        placed = placed_anew(alive, self.placements)
+        for model in [model for model in placed if not self._is_being_unplaced(model, now)]:
+            self.placements.placed_elsewhere(model)
+            await asyncio.to_thread(self.placements.save)
         for peer, model in restored_though_unplaced(alive, self.placements):
             await self._unplace(peer, model)
 

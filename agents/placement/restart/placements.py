@@ -4,7 +4,7 @@ Each peer records the layers that it holds, not standby copies. An entry ends wh
 for others. Models that were unplaced are recorded too: a peer that was off when that happened would otherwise load them again.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from logging import getLogger
 from typing import Protocol
 
@@ -52,7 +52,8 @@ class Placements:
         """Read the record. One that can't be read is logged once, and an empty one begun."""
         self._folder = folder
         self._placed: dict[tuple[ModelId, LayerRange], PlacedLayers] = {}
-        self._unplaced: dict[ModelId, None] = {}
+        self._unplaced: dict[ModelId, int] = {}
+        self._ends = 0
         self._written = b""
         try:
             data = folder.read(NAME)
@@ -63,15 +64,16 @@ class Placements:
         self._written = data or b""
         for entry in document.placed[-MAX_PLACED:]:
             self._placed[entry.model, entry.layers] = entry
-        self._unplaced = dict.fromkeys(document.unplaced[-MAX_UNPLACED:])
+        self._unplaced = dict.fromkeys(document.unplaced[-MAX_UNPLACED:], 0)
 
     @property
     def placed(self) -> tuple[PlacedLayers, ...]:
         return tuple(self._placed.values())
 
-    def was_unplaced(self, model: ModelId) -> bool:
-        """Whether the model was unplaced here, and not placed here since."""
-        return model in self._unplaced
+    @property
+    def unplaced(self) -> Mapping[ModelId, int]:
+        """The models that were unplaced and not placed since, each with a number that is new each time it is unplaced."""
+        return self._unplaced
 
     def add(self, entry: PlacedLayers) -> None:
         """Record layers that were placed; they replace those that they contain."""
@@ -82,6 +84,10 @@ class Placements:
         while len(self._placed) > MAX_PLACED:
             del self._placed[next(iter(self._placed))]
 
+    def placed_elsewhere(self, model: ModelId) -> None:
+        """Record that a model that was unplaced has been placed again on another peer."""
+        self._unplaced.pop(model, None)
+
     def released(self, model: ModelId, layers: LayerRange) -> None:
         """Record that layers are no longer held here, though their model is not unplaced."""
         self._placed.pop((model, layers), None)
@@ -91,7 +97,8 @@ class Placements:
         for key in [key for key in self._placed if key[0] == model]:
             del self._placed[key]
         self._unplaced.pop(model, None)
-        self._unplaced[model] = None
+        self._ends += 1
+        self._unplaced[model] = self._ends
         while len(self._unplaced) > MAX_UNPLACED:
             del self._unplaced[next(iter(self._unplaced))]
 
@@ -127,5 +134,15 @@ def restored_though_unplaced(adverts: Iterable[Advert], placements: Placements) 
         (advert.peer, model)
         for advert in adverts
         for model in dict.fromkeys(holding.model for holding in advert.holdings if holding.restored and holding.state == "active")
-        if placements.was_unplaced(model)
+        if model in placements.unplaced
     ]
+
+
+def placed_anew(adverts: Iterable[Advert], placements: Placements) -> set[ModelId]:
+    """Find models that were unplaced, and that some peer serves though it has not restored them."""
+    return {
+        holding.model
+        for advert in adverts
+        for holding in advert.holdings
+        if holding.state == "active" and not holding.restored and not holding.standby and holding.model in placements.unplaced
+    }

@@ -14,7 +14,7 @@ from meshd.agents.placement.client import PlacementClient
 from meshd.agents.placement.plan_input import CONTEXTS_OF_KV
 from meshd.agents.service import MeshOptions, PlacementStep
 from meshd.clock import SystemClock
-from meshd.errors import DoesNotFit, ModelFileError, NoPeer, OutOfMemory, RemoteFailure
+from meshd.errors import DoesNotFit, ModelFileError, NoPeer, OutOfMemory, PeerFault, RemoteFailure, Unavailable
 from meshd.protocol.messages import Unplace, Unplaced
 from meshd.types import Advert, LayerRange, Objective, PeerId
 from texts.headers import text_header
@@ -123,28 +123,35 @@ def test_progress_is_that_of_the_slowest_load() -> None:
 
 @dataclass
 class Holder:
-    """A peer that records the UNPLACE requests that it receives, and answers that each freed 100 bytes."""
+    """A peer that records the UNPLACE requests that it receives, and answers that each freed 100 bytes, or refuses."""
 
     peer: Peer
     unplaced: list[str] = field(default_factory=list)
+    refuses: bool = False
 
     def __post_init__(self) -> None:
         self.peer.links.register(Unplace, self._on_unplace)
 
     def _on_unplace(self, sender: PeerId, message: Unplace, payload: memoryview) -> Unplaced:
         self.unplaced.append(message.model)
+        if self.refuses:
+            raise Unavailable("not now", hint="ask again")
         return Unplaced(request=message.request, freed_bytes=100)
 
 
-async def test_a_model_is_unloaded_on_every_peer_that_holds_it(peers: Peers) -> None:
+async def test_a_model_is_unloaded_on_every_peer_and_those_without_it_are_told_too(peers: Peers) -> None:
     own, other, idle = (Holder(peers.start(name)) for name in "abc")
     for holder in (other, idle):
         own.peer.dial(holder.peer)
         await own.peer.next_up()
     adverts: list[Advert] = [advert(own.peer.id, held(0, 10)), advert(other.peer.id, held(10, 30)), advert(idle.peer.id)]
     placer = PlacementClient(own.peer.links, cast("Any", None), lambda: adverts, str, SystemClock())
+    idle.refuses = True
     assert await placer.unplace(MODEL) == 200
-    assert (own.unplaced, other.unplaced, idle.unplaced) == ([MODEL], [MODEL], [])
+    assert (own.unplaced, other.unplaced, idle.unplaced) == ([MODEL], [MODEL], [MODEL])
+    other.refuses = True
+    with pytest.raises(PeerFault, match="not now"):
+        await placer.unplace(MODEL)
 
 
 async def test_a_peer_that_reserves_less_kv_than_asked_is_not_waited_for_and_is_replaced_in_a_repair() -> None:

@@ -148,6 +148,36 @@ async def test_a_copy_of_an_unplaced_model_is_unplaced(peers: Peers) -> None:
     assert not pair.second.places
 
 
+async def test_a_model_of_which_some_peers_have_unloaded_their_layers_and_others_not_yet_is_left_alone(peers: Peers) -> None:
+    pair = await start_pair(peers, leads=True)
+    await pair.check(of(pair.first, held(0, 17)), of(pair.second, held(17, 30), held(0, 17, standby=True)))
+    await pair.settled()
+    pair.first.places.clear()
+    pair.second.places.clear()
+    pair.keeper.placements.end(CARD.id)
+    half = of(pair.first), of(pair.second, held(17, 30), held(0, 17, standby=True))
+    for _ in range(5):
+        await pair.check(*half)
+        await pair.settled()
+        pair.clock.now += 1.9
+    assert not pair.first.places
+    assert not pair.second.places
+
+
+async def test_a_model_that_was_unplaced_and_is_placed_on_another_peer_is_kept_again(peers: Peers) -> None:
+    pair = await start_pair(peers, leads=True)
+    pair.keeper.placements.end(CARD.id)
+    await pair.check(of(pair.first), of(pair.second))
+    pair.clock.now += 11
+    adverts = of(pair.first), of(pair.second, held(0, 30))
+    await pair.check(*adverts)
+    await pair.check(*adverts)
+    await pair.settled()
+    assert CARD.id not in pair.keeper.placements.unplaced
+    assert pair.first.places
+    assert all(place.standby for place in pair.first.places)
+
+
 async def test_a_faster_peer_that_joins_gets_the_model_once_its_links_are_measured(peers: Peers) -> None:
     pair = await start_pair(peers, leads=True)
     serving = held(0, 30)

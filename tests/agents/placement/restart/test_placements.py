@@ -34,7 +34,7 @@ def test_the_record_survives_a_process_that_is_killed(tmp_path: Path) -> None:
     record.save()
     again = Placements(folder)
     assert again.placed == (entry(0, 12),)
-    assert again.was_unplaced(ModelId("b" * 32))
+    assert ModelId("b" * 32) in again.unplaced
     assert (tmp_path / NAME).stat().st_mode & 0o777 == 0o600
 
 
@@ -59,9 +59,9 @@ def test_unplacing_a_model_ends_all_its_entries_until_it_is_placed_again() -> No
     record.add(entry(0, 2))
     record.add(entry(4, 6))
     record.end(MODEL)
-    assert (record.placed, record.was_unplaced(MODEL)) == ((), True)
+    assert (record.placed, MODEL in record.unplaced) == ((), True)
     record.add(entry(0, 2))
-    assert (record.placed, record.was_unplaced(MODEL)) == ((entry(0, 2),), False)
+    assert (record.placed, MODEL in record.unplaced) == ((entry(0, 2),), False)
 
 
 def test_the_record_is_bounded() -> None:
