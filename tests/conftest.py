@@ -25,6 +25,7 @@ ONE_AFTER_ANOTHER = {"cluster": "daemons", "chaos": "hosts", "netlab": "hosts"}
 """Folder -> group of tests that must not run at the same time, since they start real daemons (`pytest -n 2 --dist loadgroup`)."""
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put tests that start real daemons first, since they take longest."""
     folder = Path(__file__).parent

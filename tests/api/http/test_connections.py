@@ -88,5 +88,6 @@ async def _asked_anew(server: Server) -> int | None:
 
 @pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost: local"])
 async def test_a_connection_whose_first_request_does_not_come_is_closed(server: Server, sent: bytes) -> None:
+    accept_silent(server)
     async with connections(server, 1, sent) as (silent,), asyncio.timeout(10.0):
         assert await silent[0].read() == b""
