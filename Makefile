@@ -30,7 +30,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed $(VENV)/group-test
 	for model in $(MODELS); do $(BIN)/meshd pull $$model || exit; done
-	$(BIN)/pytest -n 2 --dist loadgroup $(PYTEST)
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 check: $(VENV)/installed $(VENV)/group-test $(VENV)/group-check
 	$(BIN)/ruff check .

@@ -21,19 +21,19 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 hypothesis.settings.register_profile("untimed", deadline=None)  # on a busy machine any example may be slow
 hypothesis.settings.load_profile("untimed")
 
-ONE_AFTER_ANOTHER = {"cluster": "daemons", "chaos": "hosts", "netlab": "hosts"}
-"""Folder -> group of tests that must not run at the same time, since they start real daemons (`pytest -n 2 --dist loadgroup`)."""
+LONGEST_FIRST = ("netlab", "cluster", "chaos", "sim", "kernels")
+"""Folders whose tests take longest. Their files begin first, so that no process is left with a long one at the end."""
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put tests that start real daemons first, since they take longest."""
+    """Put the files that take longest first. `pytest --dist loadfile --no-loadscope-reorder` runs files in this order."""
     folder = Path(__file__).parent
-    for item in items:
-        group = ONE_AFTER_ANOTHER.get(item.path.relative_to(folder).parts[0])
-        if group is not None:
-            item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+    def place(item: pytest.Item) -> int:
+        first = item.path.relative_to(folder).parts[0]
+        return LONGEST_FIRST.index(first) if first in LONGEST_FIRST else len(LONGEST_FIRST)
+
+    items.sort(key=place)
 
 
 @pytest.fixture
