@@ -75,14 +75,18 @@ def when_all(hosts: list[Host], of: list[Host], text: str, since: float = 0.0) -
     return max(wait_for(lambda host=host, other=other: seen(host, other), f"{other.name} {text}", host) for host, other in pairs)
 
 
-@pytest.fixture
-def three(make_lab: Any, tmp_path: Path) -> tuple[Any, list[Host], float]:
-    """A lab of four hosts, daemons of one cluster on three of the hosts, and the time when the last daemon was up."""
-    lab = make_lab(hosts=4)
-    first = Host(lab, "h1", tmp_path)
-    wait_for(lambda: first.when("up: links on"), "start", first)
-    hosts = [first, *(Host(lab, host, tmp_path, "--key", first.key()) for host in ("h2", "h3"))]
-    return lab, hosts, max(wait_for(lambda host=host: host.when("up: links on"), "start", host) for host in hosts)
+@pytest.fixture(scope="module")
+def three(netlab: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, list[Host], float]]:
+    """A lab of four hosts, daemons of one cluster on three of the hosts, and the time when the last daemon was up.
+
+    The last test stops two of them.
+    """
+    folder = tmp_path_factory.mktemp("three")
+    with netlab.Lab(hosts=4) as lab:
+        first = Host(lab, "h1", folder)
+        wait_for(lambda: first.when("up: links on"), "start", first)
+        hosts = [first, *(Host(lab, host, folder, "--key", first.key()) for host in ("h2", "h3"))]
+        yield lab, hosts, max(wait_for(lambda host=host: host.when("up: links on"), "start", host) for host in hosts)
 
 
 def test_three_daemons_find_one_another_and_ignore_another_cluster(three: tuple[Any, list[Host], float], tmp_path: Path) -> None:
