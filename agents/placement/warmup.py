@@ -1,6 +1,5 @@
 """The check step of layers that were just loaded: checks that their output is finite, and measures times for the planner."""
 
-import statistics
 import time
 
 import numpy as np
@@ -23,6 +22,8 @@ _PAUSE_S = 0.005
 """Pause before each timed step. In an answer other work runs between two steps, so that caches are colder than in a tight loop."""
 _SLOW_PREFILL_S = 0.3
 """If the first prefill takes longer, larger ones are not timed, because running sessions wait for this check step."""
+_CHEAP_PREFILL_S, _CHUNKS = 0.05, 3
+"""If it takes less, the larger ones are timed so many times instead of once."""
 _COMPARED = 4
 """Number of tokens that are also computed alone, to compare their bits with the result in a batch."""
 
@@ -30,7 +31,8 @@ _COMPARED = 4
 def warm_up(resident: ResidentLayers) -> None:
     """Prefill and decode a few tokens, and set the times and `steady` of `resident`. Runs on the compute thread.
 
-    Each time is a median, since other work may disturb some runs.
+    Each time is a low quartile: other work only makes runs longer, such as other layers that load at the same time. Work that stays
+    is learned from real steps (`planner/model/learn.py`).
 
     Raises: ModelFileError if the output is not finite; OutOfMemory.
     """
@@ -44,9 +46,9 @@ def warm_up(resident: ResidentLayers) -> None:
         together, first_s = _run(stage, pool, hidden[:_PREFILL_TOKENS], table, 0)
         resident.steady = _is_steady(stage, pool, hidden[:_PREFILL_TOKENS], table, together)
         run = _Timer(stage, pool, hidden, table, room)
-        step_s, out = run.median_s(_PREFILL_TOKENS, 1, _DECODE_STEPS)
+        step_s, out = run.usual_s(_PREFILL_TOKENS, 1, _DECODE_STEPS)
         _check_finite(resident, out)
-        _set_times(resident, run, step_s, quick=first_s < _SLOW_PREFILL_S)
+        _set_times(resident, run, step_s, first_s)
         if resident.layers.end == resident.card.spec.layers:
             resident.head_s = _time_head(resident, stage, out)
     finally:
@@ -61,33 +63,38 @@ class _Timer:
         self.room = room
         """Number of positions that steps may use."""
 
-    def median_s(self, start: int, tokens: int, runs: int) -> tuple[float, npt.NDArray[np.float32]]:
-        """Run a step several times. Returns: its median time in seconds, and the output of the last run."""
+    def usual_s(self, start: int, tokens: int, runs: int) -> tuple[float, npt.NDArray[np.float32]]:
+        """Run a step several times. Returns: its undisturbed time in seconds, and the output of the last run."""
         times = []
         for _ in range(runs):
             time.sleep(_PAUSE_S)
             out, seconds = _run(self._stage, self._pool, self._hidden[:tokens], self._table, start)
             times.append(seconds)
-        return statistics.median(times), out
+        return _low_quartile(times), out
 
 
-def _set_times(resident: ResidentLayers, run: _Timer, step_s: float, *, quick: bool) -> None:
-    """Set the times of layers and of attention. `step_s`: a decode step at a short context. `quick`: also time large prefills."""
+def _low_quartile(times: list[float]) -> float:
+    return sorted(times)[(len(times) - 1) // 4]
+
+
+def _set_times(resident: ResidentLayers, run: _Timer, step_s: float, prefill_s: float) -> None:
+    """Set the times of layers and of attention. `step_s`: a decode step at a short context. `prefill_s`: the first prefill."""
+    chunks = _CHUNKS if prefill_s < _CHEAP_PREFILL_S else 1
     layers, long = len(resident.layers), min(_LONG_POSITION, run.room - _CHUNK_TOKENS)
-    chunk = _CHUNK_TOKENS if quick and run.room >= _CHUNK_TOKENS else _PREFILL_TOKENS
-    chunk_s, _ = run.median_s(0, chunk, 1 if chunk == _CHUNK_TOKENS else 3)
+    chunk = _CHUNK_TOKENS if prefill_s < _SLOW_PREFILL_S and run.room >= _CHUNK_TOKENS else _PREFILL_TOKENS
+    chunk_s, _ = run.usual_s(0, chunk, chunks if chunk == _CHUNK_TOKENS else 3)
     pairs = chunk * (chunk + 1) / 2
     resident.layer_decode_s = step_s / layers
     resident.layer_prefill_s = chunk_s / (chunk * layers)
     if long < _LEAST_LONG:
         return
-    long_s, _ = run.median_s(long, 1, _LONG_STEPS)
+    long_s, _ = run.usual_s(long, 1, _LONG_STEPS)
     if long_s > step_s:
         resident.attention_token_s = (long_s - step_s) / ((long - _PREFILL_TOKENS) * layers)
         resident.layer_decode_s -= resident.attention_token_s * _PREFILL_TOKENS
     if chunk < _CHUNK_TOKENS:
         return
-    far_s, _ = run.median_s(long, chunk, 1)
+    far_s, _ = run.usual_s(long, chunk, chunks)
     if far_s > chunk_s:
         resident.attention_pair_s = (far_s - chunk_s) / (chunk * long * layers)
         resident.layer_prefill_s -= min(resident.attention_pair_s * pairs / chunk, resident.layer_prefill_s / 2)
@@ -124,7 +131,7 @@ def _time_head(resident: ResidentLayers, stage: Stage, hidden: npt.NDArray[np.fl
         logits = stage.logits(hidden[-1:])
         times.append(time.perf_counter() - began)
     _check_finite(resident, logits)
-    return statistics.median(times)
+    return _low_quartile(times)
 
 
 def _check_finite(resident: ResidentLayers, values: npt.NDArray[np.float32]) -> None:
