@@ -271,6 +271,16 @@ def _peer_settings(config: Config) -> PeerSettings:
     )
 
 
+def _link_settings(config: Config, sockets: Sockets, shares: DescriptorShares) -> links.LinkSettings:
+    return links.LinkSettings(
+        host=config.link.host,
+        port=config.link.port,
+        sockets=tuple(sockets.link),
+        max_links=shares.links,
+        max_half_open=shares.half_open,
+    )
+
+
 def _parts(
     config: Config,
     identity: Identity,
@@ -284,18 +294,11 @@ def _parts(
     capability = measured.capability
     signals, table = PeerSignals(), PeerTable()
     incarnation = int.from_bytes(clock.random_bytes(8), "big") >> 1
-    link_settings = links.LinkSettings(
-        host=config.link.host,
-        port=config.link.port,
-        sockets=tuple(sockets.link),
-        max_links=shares.links,
-        max_half_open=shares.half_open,
-    )
     peer_links = links.Links(
         identity,
         config.name,
         incarnation,
-        link_settings,
+        _link_settings(config, sockets, shares),
         clock,
         on_up=signals.link_up,
         on_down=signals.link_down,

@@ -26,7 +26,8 @@ from meshd.types import Advert, Holding, LayerRange, ModelCard, ModelId, Objecti
 
 _DEADLINE_S = 3600.0
 """Deadline of a PLACE request. It is long because the peer may have to download the weights over a slow connection."""
-_UNPLACE_S = 10.0
+UNPLACE_S = 10.0
+"""Longest time that a peer may take to answer UNPLACE."""
 _PROGRESS_S = 0.2
 _ADVERTISED_S = 5.0
 _REPAIR_TRIES = 3
@@ -142,7 +143,9 @@ class PlacementClient:
         Returns: bytes that are freed now, or when sessions end. Raises: PeerFault if a peer that has it does not unload it.
         """
         adverts = self.adverts()
-        replies = await asyncio.gather(*(self._unplace_on(advert.peer, model) for advert in adverts), return_exceptions=True)
+        replies = await asyncio.gather(
+            *(request_unplace(self.links, advert.peer, model) for advert in adverts), return_exceptions=True
+        )
         freed = 0
         for advert, reply in zip(adverts, replies, strict=True):
             if isinstance(reply, int):
@@ -150,11 +153,6 @@ class PlacementClient:
             elif any(holding.model == model for holding in advert.holdings) or not isinstance(reply, MeshdError):
                 raise reply
         return freed
-
-    async def _unplace_on(self, peer: PeerId, model: ModelId) -> int:
-        request = Unplace(request=self.links.next_request(), model=model)
-        reply, _ = await self.links.request(peer, request, timeout_s=_UNPLACE_S)
-        return reply.freed_bytes if isinstance(reply, Unplaced) else 0
 
     def progress(self, model: ModelId) -> float:
         """Returns: the progress, 0 to 1, of the peer that is slowest to load its layers of this model; 1 if no peer has any."""
@@ -220,6 +218,12 @@ class PlacementClient:
             if holding.model == model and holding.layers == layers
         )
         return next(found, None)
+
+
+async def request_unplace(links: Links, peer: PeerId, model: ModelId) -> int:
+    """Ask a peer to unload a model. Returns: bytes that are freed now, or when sessions end. Raises: PeerFault."""
+    reply, _ = await links.request(peer, Unplace(request=links.next_request(), model=model), timeout_s=UNPLACE_S)
+    return reply.freed_bytes if isinstance(reply, Unplaced) else 0
 
 
 async def request_place(

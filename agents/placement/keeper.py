@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from logging import getLogger
 
 from meshd.agents.links.links import Links
-from meshd.agents.placement.client import request_place
+from meshd.agents.placement.client import UNPLACE_S, request_place, request_unplace
 from meshd.agents.placement.history import HoldingHistory
 from meshd.agents.placement.replication import ClusterState, LoadRequest, decide, grow, orphaned_copies
 from meshd.agents.placement.restart.placements import InMemory, Placements, placed_anew, restored_though_unplaced
 from meshd.clock import Clock
 from meshd.errors import MeshdError
-from meshd.protocol.messages import Unplace
 from meshd.types import Advert, ModelCard, ModelId, PeerId
 
 log = getLogger(__name__)
@@ -29,8 +28,6 @@ _STAND_IN_S = 6.0
 _GROW_S = 10.0
 """Shortest time between two searches for a faster placement of one model."""
 _MAX_ASKED = 8
-_UNPLACE_S = 10.0
-"""Longest time that a peer takes to answer UNPLACE. A model that is being unplaced is not placed meanwhile."""
 _BACK_OFF_S = 5.0
 _LONGEST_BACK_OFF_S = 300.0
 
@@ -67,8 +64,8 @@ class Keeper:
     _compared_peers: dict[ModelId, frozenset[PeerId]] = field(default_factory=dict)
     """The peers that took part in the last search for a faster placement of the model."""
     _compared_at: dict[ModelId, float] = field(default_factory=dict)
-    _unplacing: dict[ModelId, tuple[int, float]] = field(default_factory=dict)
-    """Models that this peer was told to unplace: the number in `placements.unplaced`, and the time when it was first seen."""
+    _told_at: dict[tuple[ModelId, int], float] = field(default_factory=dict)
+    """When each entry of `placements.unplaced` was first seen."""
     _logged: tuple[str, ...] = ()
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -115,7 +112,7 @@ class Keeper:
             adverts=[*alive, *suspects],
             cards=cards,
             lost={model: frozenset(lost) for model, lost in self._history.lost.items()},
-            unplaced=self._unplaced(now),
+            unplaced=frozenset(self._history.unplaced | self._being_unplaced(now)),
             suspects=frozenset(advert.peer for advert in suspects),
             refused=frozenset(key for key, refusal in self._refusals.items() if now < refusal.until),
             pending=tuple(self._asked),
@@ -124,7 +121,7 @@ class Keeper:
         decision = await asyncio.to_thread(decide, cluster)
         # A model may have been unplaced during the decision, and would come back.
         self._history.update([*self.adverts(), *self.suspects()])
-        unplaced = self._unplaced(now)
+        unplaced = self._history.unplaced | self._being_unplaced(now)
         requests = [request for request in decision.requests if request.model not in unplaced]
         self._log_missing(decision.missing)
         self._wanted = {request: self._wanted.get(request, now) for request in requests}
@@ -138,21 +135,13 @@ class Keeper:
         if rank == 0:
             await self._grow(alive, cards, now)
 
-    def _unplaced(self, now: float) -> frozenset[ModelId]:
-        """Return the models of which nothing is to be placed.
+    def _being_unplaced(self, now: float) -> set[ModelId]:
+        """Return the models that this peer was told to unplace so lately that others may not have done so yet.
 
-        While a model is being unplaced, some peers have unloaded it and others have not, which looks like a loss. So what this peer
-        was told counts too.
+        Some peers have unloaded such a model and others have not, which looks like a loss.
         """
-        told = self.placements.unplaced
-        self._unplacing = {
-            model: self._unplacing[model] if self._unplacing.get(model, (None,))[0] == number else (number, now)
-            for model, number in told.items()
-        }
-        return frozenset(self._history.unplaced | {model for model in told if self._is_being_unplaced(model, now)})
-
-    def _is_being_unplaced(self, model: ModelId, now: float) -> bool:
-        return model in self._unplacing and now - self._unplacing[model][1] < _UNPLACE_S
+        self._told_at = {entry: self._told_at.get(entry, now) for entry in self.placements.unplaced.items()}
+        return {model for (model, _), told_at in self._told_at.items() if now - told_at < UNPLACE_S}
 
     def _log_missing(self, missing: tuple[str, ...]) -> None:
         for text in missing:
@@ -189,16 +178,17 @@ class Keeper:
 
     async def _unplace_restored(self, alive: list[Advert], now: float) -> None:
         """Unplace what peers restored after a restart, though it was unplaced while they were off."""
-        placed = placed_anew(alive, self.placements)
-        for model in [model for model in placed if not self._is_being_unplaced(model, now)]:
+        placed = placed_anew(alive, self.placements) - self._being_unplaced(now)
+        for model in placed:
             self.placements.placed_elsewhere(model)
+        if placed:
             await asyncio.to_thread(self.placements.save)
         for peer, model in restored_though_unplaced(alive, self.placements):
             await self._unplace(peer, model)
 
     async def _unplace(self, peer: PeerId, model: ModelId) -> None:
         try:
-            await self.links.request(peer, Unplace(request=self.links.next_request(), model=model), timeout_s=_UNPLACE_S)
+            await request_unplace(self.links, peer, model)
         except MeshdError as error:
             log.info("%s did not unload a model that was unplaced, asking again: %s", self.names(peer), error.message)
 

@@ -46,7 +46,7 @@ def warm_up(resident: ResidentLayers) -> None:
         together, first_s = _run(stage, pool, hidden[:_PREFILL_TOKENS], table, 0)
         resident.steady = _is_steady(stage, pool, hidden[:_PREFILL_TOKENS], table, together)
         run = _Timer(stage, pool, hidden, table, room)
-        step_s, out = run.usual_s(_PREFILL_TOKENS, 1, _DECODE_STEPS)
+        step_s, out = run.undisturbed_s(_PREFILL_TOKENS, 1, _DECODE_STEPS)
         _check_finite(resident, out)
         _set_times(resident, run, step_s, first_s)
         if resident.layers.end == resident.card.spec.layers:
@@ -63,7 +63,7 @@ class _Timer:
         self.room = room
         """Number of positions that steps may use."""
 
-    def usual_s(self, start: int, tokens: int, runs: int) -> tuple[float, npt.NDArray[np.float32]]:
+    def undisturbed_s(self, start: int, tokens: int, runs: int) -> tuple[float, npt.NDArray[np.float32]]:
         """Run a step several times. Returns: its undisturbed time in seconds, and the output of the last run."""
         times = []
         for _ in range(runs):
@@ -82,19 +82,19 @@ def _set_times(resident: ResidentLayers, run: _Timer, step_s: float, prefill_s: 
     chunks = _CHUNKS if prefill_s < _CHEAP_PREFILL_S else 1
     layers, long = len(resident.layers), min(_LONG_POSITION, run.room - _CHUNK_TOKENS)
     chunk = _CHUNK_TOKENS if prefill_s < _SLOW_PREFILL_S and run.room >= _CHUNK_TOKENS else _PREFILL_TOKENS
-    chunk_s, _ = run.usual_s(0, chunk, chunks if chunk == _CHUNK_TOKENS else 3)
+    chunk_s, _ = run.undisturbed_s(0, chunk, chunks if chunk == _CHUNK_TOKENS else 3)
     pairs = chunk * (chunk + 1) / 2
     resident.layer_decode_s = step_s / layers
     resident.layer_prefill_s = chunk_s / (chunk * layers)
     if long < _LEAST_LONG:
         return
-    long_s, _ = run.usual_s(long, 1, _LONG_STEPS)
+    long_s, _ = run.undisturbed_s(long, 1, _LONG_STEPS)
     if long_s > step_s:
         resident.attention_token_s = (long_s - step_s) / ((long - _PREFILL_TOKENS) * layers)
         resident.layer_decode_s -= resident.attention_token_s * _PREFILL_TOKENS
     if chunk < _CHUNK_TOKENS:
         return
-    far_s, _ = run.usual_s(long, chunk, chunks)
+    far_s, _ = run.undisturbed_s(long, chunk, chunks)
     if far_s > chunk_s:
         resident.attention_pair_s = (far_s - chunk_s) / (chunk * long * layers)
         resident.layer_prefill_s -= min(resident.attention_pair_s * pairs / chunk, resident.layer_prefill_s / 2)
