@@ -194,7 +194,8 @@ class Keeper:
 
     async def _grow(self, alive: list[Advert], cards: Mapping[ModelId, ModelCard], now: float) -> None:
         """Search for a faster placement of each model for which new peers are `_measured`, and send the requests for it."""
-        busy = {request.model for request in (*self._asked, *self._wanted)} | self._history.lost.keys() | self._history.unplaced
+        requested = {request.model for request in (*self._asked, *self._wanted)}
+        busy = requested | self._history.lost.keys() | self._history.unplaced | self._being_unplaced(now)
         active = {holding.model for advert in alive for holding in advert.holdings if holding.state == "active"}
         self._compared_peers = {model: peers for model, peers in self._compared_peers.items() if model in active}
         self._compared_at = {model: at for model, at in self._compared_at.items() if model in active}

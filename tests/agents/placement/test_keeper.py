@@ -178,6 +178,17 @@ async def test_a_model_that_was_unplaced_and_is_placed_on_another_peer_is_kept_a
     assert all(place.standby for place in pair.first.places)
 
 
+async def test_a_model_that_is_being_unplaced_gets_no_faster_peer(peers: Peers) -> None:
+    pair = await start_pair(peers, leads=True)
+    pair.keeper.copies = 1
+    await pair.check(of(pair.first, held(0, 30)))
+    pair.keeper.placements.end(CARD.id)
+    pair.clock.now += 11
+    await pair.check(of(pair.first, held(0, 30), others=[pair.second]), of(pair.second, gb_s=40.0, others=[pair.first]))
+    await pair.settled()
+    assert not pair.second.places
+
+
 async def test_a_faster_peer_that_joins_gets_the_model_once_its_links_are_measured(peers: Peers) -> None:
     pair = await start_pair(peers, leads=True)
     serving = held(0, 30)
