@@ -77,8 +77,10 @@ async def generate(request: web.Request, renderer: AnyRenderer, generation_reque
     whole = msgspec.structs.replace(
         generation_request, store=renderer.store, background=renderer.background, renderer=encode_renderer(renderer)
     )
+    clock = request.app[SERVICES].clock
+    began = clock.monotonic()
     generation = await coordinator.generate(whole, on_wait=_on_wait(request))
-    set_generation_headers(request, generation, renderer)
+    set_generation_headers(request, generation, renderer, waited_s=clock.monotonic() - began)
     return generation
 
 
@@ -116,6 +118,7 @@ async def _several(
 ) -> AsyncIterator[RunningAnswers]:
     """Start several answers. The block begins when all answers are admitted, or when the first of them has text or ends."""
     services = request.app[SERVICES]
+    began = services.clock.monotonic()
     if len(generation_requests) > services.limits.answers:
         raise InvalidRequest(
             f"{len(generation_requests)} answers are too many for one request", param="prompt", hint="send fewer prompts"
@@ -131,7 +134,7 @@ async def _several(
             admitted[index] = event.generation
             if len(admitted) == len(generation_requests):
                 break
-        _set_headers(request, admitted)
+        _set_headers(request, admitted, services.clock.monotonic() - began)
         answer_id = f"{renderer.prefix}{services.clock.random_bytes(16).hex()}"
         yield RunningAnswers(renderer, answer_id, _deltas(early, events), admitted[min(admitted)])
 
@@ -167,26 +170,29 @@ def _on_wait(request: web.Request) -> Callable[[], None] | None:
     return None if due is None else due.set
 
 
-def set_generation_headers(request: web.Request, generation: Generation, renderer: AnyRenderer) -> None:
-    """Set the response headers for the session, its plan, its predicted times and, if it can be read again, the answer's id."""
-    _set_headers(request, {0: generation})
+def set_generation_headers(request: web.Request, generation: Generation, renderer: AnyRenderer, *, waited_s: float = 0.0) -> None:
+    """Set the response headers for the session, its plan, its predicted times and, if it can be read again, the answer's id.
+
+    `waited_s`: how long the request has waited so far, for its turn or for its model; a client's first token takes this besides.
+    """
+    _set_headers(request, {0: generation}, waited_s)
     if renderer.store:
         request[GENERATION_HEADERS]["x-meshd-answer"] = renderer.prefix + generation.secret
 
 
-def _set_headers(request: web.Request, admitted: Mapping[int, Generation]) -> None:
-    request[GENERATION_HEADERS] = _headers(admitted)
+def _set_headers(request: web.Request, admitted: Mapping[int, Generation], waited_s: float) -> None:
+    request[GENERATION_HEADERS] = _headers(admitted, waited_s)
     ignored = request.setdefault(IGNORED, IgnoredFields([]))
     for name in admitted[min(admitted)].ignored:
         ignored.add(name)
 
 
-def _headers(admitted: Mapping[int, Generation]) -> dict[str, str]:
+def _headers(admitted: Mapping[int, Generation], waited_s: float) -> dict[str, str]:
     """Make the response headers: sessions of all admitted answers in order, plan and predicted times of the first answer."""
     generations = [admitted[index] for index in sorted(admitted)]
     return {
         "x-meshd-session": ",".join(generation.session for generation in generations),
         "x-meshd-plan": quote(generations[0].plan_header, safe=" :,"),  # header values allow fewer characters than peer names
-        "x-meshd-predicted-ttft-ms": f"{generations[0].predicted_ttft_s * 1000:.3f}",
+        "x-meshd-predicted-ttft-ms": f"{(waited_s + generations[0].predicted_ttft_s) * 1000:.3f}",
         "x-meshd-predicted-tpot-ms": f"{generations[0].predicted_tpot_s * 1000:.3f}",
     }

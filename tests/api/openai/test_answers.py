@@ -9,6 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from fake_api.words import WordsGeneration
 from meshd.api.http.server import Server
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
@@ -85,6 +86,18 @@ async def test_nothing_is_sent_before_admission(http: aiohttp.ClientSession, coo
     assert not asking.done()
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+async def test_the_predicted_time_of_the_first_token_includes_the_wait(
+    http: aiohttp.ClientSession, coordinator: Any, count: int
+) -> None:
+    asking = asyncio.create_task(http.post("/v1/chat/completions", json=CHAT | {"model": "queued", "n": count, "max_tokens": 4}))
+    await coordinator.until(lambda c: c.waiting == count)
+    await asyncio.sleep(0.3)
+    coordinator.turn.set()
+    async with await asking as response:
+        assert float(response.headers["x-meshd-predicted-ttft-ms"]) >= 300 + 1000 * WordsGeneration.predicted_ttft_s
 
 
 async def test_headers_come_with_admission(http: aiohttp.ClientSession) -> None:
