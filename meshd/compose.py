@@ -9,6 +9,7 @@ from logging import getLogger
 
 from meshd.agents.admin.story_collector import StoryCollector
 from meshd.agents.device.compute import ComputeQueue
+from meshd.agents.links.link_table import STOPS
 from meshd.agents.links.links import Links
 from meshd.agents.links.open import DialOutcome
 from meshd.agents.links.probe import LinkProber
@@ -208,7 +209,7 @@ class Peer:
         self.coordinator.leave()
         await close_clients()
         await self.router.close()
-        await self.links.close("this peer stops")
+        await self.links.close(STOPS)
 
     async def drain(self, timeout_s: float, on_waiting: Callable[[str], None]) -> None:
         """Refuse new work, and wait at most `timeout_s` until all sessions of this peer have ended or moved to other peers.

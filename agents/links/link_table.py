@@ -19,6 +19,8 @@ from meshd.types import PeerId
 log = logging.getLogger("meshd.links")
 LEFT = "it left"
 """Prefix of the reason of a link that ended by GOODBYE. Such an end is not a fault."""
+STOPS = "this peer stops"
+"""Why a peer ends its own links when its daemon stops."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

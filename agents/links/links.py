@@ -17,7 +17,7 @@ import meshd
 from meshd.agents.links.dial import Dialler
 from meshd.agents.links.estimate import LinkEstimate
 from meshd.agents.links.link import Link
-from meshd.agents.links.link_table import LinkTable, OnDown, OnUp, Timing
+from meshd.agents.links.link_table import STOPS, LinkTable, OnDown, OnUp, Timing
 from meshd.agents.links.log import LinkLog, RefusalRow
 from meshd.agents.links.open import LinkOpener, OnOutcome
 from meshd.agents.links.rpc import Dispatcher, Handler, M, to_view
@@ -242,7 +242,7 @@ class Links:
         finally:
             self._dispatcher.group = None
             for link in self._table:
-                link.end("this peer stops", on_purpose=True)
+                link.end(STOPS, on_purpose=True)
             await self._opener.close()
             for listener in self._listeners:
                 listener.close()

@@ -11,7 +11,7 @@ import msgspec
 
 from meshd.agents.links.half_open import HalfOpen, origin_of
 from meshd.agents.links.link import Link
-from meshd.agents.links.link_table import LinkTable
+from meshd.agents.links.link_table import STOPS, LinkTable
 from meshd.agents.links.log import LinkLog
 from meshd.clock import Clock
 from meshd.errors import MeshdError, PeerLost, PeerRefused, ProtocolViolation
@@ -88,7 +88,7 @@ class LinkOpener:
     async def close(self) -> None:
         """Close all connections, and wait until their sockets are closed, for at most `_CLOSE_S`."""
         for connection in list(self._connections):
-            connection.abort("this peer stops")
+            connection.abort(STOPS)
         with suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_S):
                 for connection in list(self._connections):

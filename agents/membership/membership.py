@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from logging import DEBUG, INFO, getLogger
 from typing import Any
 
-from meshd.agents.links.link_table import LEFT
+from meshd.agents.links.link_table import LEFT, STOPS
 from meshd.agents.links.links import Links
 from meshd.agents.links.open import DialOutcome
 from meshd.agents.links.probe import LinkProber
@@ -209,8 +209,9 @@ class Membership:
 
     def on_down(self, peer: PeerId, reason: str) -> None:
         """Record that a link has ended, by a goodbye or by a fault."""
-        left = reason.startswith(LEFT)
-        self._apply(GoodbyeReceived(peer, reason) if left else LinkDown(peer, reason))
+        if reason != STOPS:  # otherwise the end says nothing about the other peer
+            left = reason.startswith(LEFT)
+            self._apply(GoodbyeReceived(peer, reason) if left else LinkDown(peer, reason))
         self.prober.link_down(peer)
         self._fetcher.forget(peer)
         self._gossip.forget(peer)

@@ -14,6 +14,7 @@ from in_process.clusters import make_card, make_holding
 from in_process.peer_events import CAPABILITY
 from in_process.peers import KEY, QUICK, until
 from meshd.agents.links import dial
+from meshd.agents.links.link_table import STOPS
 from meshd.agents.links.links import Links, LinkSettings
 from meshd.agents.links.probe import LinkProber
 from meshd.agents.membership.adverts.encoding import EncodedProfile, hash_of
@@ -141,11 +142,12 @@ async def test_a_peer_that_closes_its_links_has_left_and_is_reported_as_gone(mem
     ann, bob, _ = members
     ann.hears_of(bob)
     await until(lambda: ann.state_of(bob) is PeerState.ALIVE)
-    await bob.links.close("this peer stops")
+    await bob.links.close(STOPS)
     await until(lambda: ann.state_of(bob) is PeerState.LEFT)
     assert ann.gone == [bob.links.id]
     (row,) = ann.membership.rows()
-    assert (row["state"], row["why"]) == ("left", "it left: this peer stops")
+    assert (row["state"], row["why"]) == ("left", f"it left: {STOPS}")
+    assert bob.state_of(ann) is PeerState.ALIVE  # that bob stops says nothing about ann
 
 
 async def test_a_peer_can_only_speak_of_itself(members: list[Member]) -> None:
