@@ -9,12 +9,15 @@ Each error is corrected in one place only:
 The coordinator only adds these up. It measures whole tokens and reports the error, but corrects nothing by it.
 
 The method: a factor is the mean of measured over predicted time, weighted exponentially, over about `MEMORY_S` seconds of
-computing. A step that took over `OUTLIER` times as long as usual counts as this many times. After `GRACE_S` without steps the
-factor returns to 1, half of the way in each `HALF_LIFE_S`: the load that it was learned under may have ended. Constants were chosen
-with `bench_predictions.py`.
+computing. If the mean over the last `FRESH_S` differs from it by over `CHANGED`, the load has changed, and the factor takes that
+mean. A step that took over `OUTLIER` times as long as usual counts as this many times. The factor of prompts of one chunk is a
+median, because each of them gives one sample only. After `GRACE_S` without steps a factor returns to 1, half of the way in each
+`HALF_LIFE_S`: the load that it was learned under may have ended. Constants were chosen with the steps that `bench_predictions.py`
+makes.
 """
 
 import math
+import statistics
 from typing import Literal
 
 import msgspec
@@ -22,8 +25,11 @@ import msgspec
 from meshd.planner.profile import CONTEXT_CLASSES, DEFAULT_OVERHEAD_S, LEAST_FACTOR, MOST_FACTOR
 from meshd.types import LearnedRates
 
-MEMORY_S = 1.0
-"""Seconds of computing after which a factor has forgotten two thirds of what it was before."""
+MEMORY_S, FRESH_S = 3.0, 1.0
+"""Seconds of computing after which a mean has forgotten two thirds of what it was before."""
+CHANGED = 1.4
+TYPICAL_OF = 5
+"""Prompts of one chunk that their median is taken over."""
 GRACE_S, HALF_LIFE_S = 30.0, 60.0
 OUTLIER = 4.0
 """On a busy machine single steps take several times as long as most, and a client waits for these too."""
@@ -33,7 +39,7 @@ _OVERHEAD_WEIGHT = 0.1
 Phase = Literal["decode", "prefill"]
 
 
-class Factor(msgspec.Struct, frozen=True):
+class _Learned(msgspec.Struct, frozen=True):
     """Measured over predicted time of one kind of step, at the time of its last sample."""
 
     value: float = 1.0
@@ -50,14 +56,41 @@ class Factor(msgspec.Struct, frozen=True):
         """Return the factor after its decay towards 1."""
         return math.pow(self.value, self.trust(now))
 
+
+class Factor(_Learned, frozen=True):
+    """The mean of many samples."""
+
+    fresh: float = 1.0
+    """The mean over the last `FRESH_S`."""
+
     def observed(self, measured_s: float, predicted_s: float, now: float) -> "Factor":
         """Return the factor with one more sample; unchanged if a time is not positive. `predicted_s`: without any correction."""
-        if not (0 < measured_s < math.inf and 0 < predicted_s < math.inf):
+        if not _usable(measured_s, predicted_s):
             return self
-        before, samples = self.current(now), self.samples * self.trust(now)
-        sample = _capped(min(max(measured_s / predicted_s, before / OUTLIER), before * OUTLIER))
-        weight = max(1 - math.exp(-measured_s / MEMORY_S), 1 / (1 + samples))
-        return Factor(_capped(before + weight * (sample - before)), samples + 1, now)
+        trust, samples = self.trust(now), self.samples * self.trust(now)
+        fresh, value = math.pow(self.fresh, trust), math.pow(self.value, trust)
+        sample = _capped(min(max(measured_s / predicted_s, fresh / OUTLIER), fresh * OUTLIER))
+        fresh += _weight(measured_s, FRESH_S, samples) * (sample - fresh)
+        # By the measured time, slow steps would count twice. That is good enough to notice a change soon, but no mean.
+        value += _weight(predicted_s * value, MEMORY_S, samples) * (sample - value)
+        if not value / CHANGED < fresh < value * CHANGED:
+            value = fresh
+        return Factor(_capped(value), samples + 1, now, _capped(fresh))
+
+
+class Typical(_Learned, frozen=True):
+    """The median of a few samples. Before there are several, the lower of two counts: other work only makes steps longer."""
+
+    ratios: tuple[float, ...] = (1.0,)
+    """The latest samples, after the value without any."""
+
+    def observed(self, measured_s: float, predicted_s: float, now: float) -> "Typical":
+        """As `Factor.observed`."""
+        if not _usable(measured_s, predicted_s):
+            return self
+        known = self.ratios if self.trust(now) > 0.5 else (self.current(now),)
+        ratios = (*known, _capped(measured_s / predicted_s))[-TYPICAL_OF:]
+        return Typical(statistics.median_low(ratios), self.samples + 1, now, ratios)
 
 
 class StepLearner:
@@ -65,7 +98,10 @@ class StepLearner:
 
     def __init__(self) -> None:
         contexts = len(CONTEXT_CLASSES) + 1
-        self._factors: dict[Phase, list[Factor]] = {"decode": [Factor()] * contexts, "prefill": [Factor()] * (1 + contexts)}
+        self._factors: dict[Phase, list[Factor | Typical]] = {
+            "decode": [Factor()] * contexts,
+            "prefill": [Typical(), *[Factor()] * contexts],
+        }
         self._overhead = Factor()
 
     def observe(self, phase: Phase, place: int, measured_s: float, predicted_s: float, now: float) -> None:
@@ -100,6 +136,15 @@ class StepLearner:
         if not newest.samples:
             return ()
         return tuple(factor.current(now) * newest.current(now) ** (1 - factor.trust(now)) for factor in factors)
+
+
+def _usable(measured_s: float, predicted_s: float) -> bool:
+    return 0 < measured_s < math.inf and 0 < predicted_s < math.inf
+
+
+def _weight(step_s: float, memory_s: float, samples: float) -> float:
+    """Return the weight of a step of `step_s` beside `samples` earlier ones."""
+    return max(1 - math.exp(-step_s / memory_s), 1 / (1 + samples))
 
 
 def _capped(value: float) -> float:

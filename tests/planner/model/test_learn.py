@@ -1,10 +1,13 @@
 """A peer's factors: they follow real steps, stay in bounds, ignore lone outliers, and return to 1 without steps."""
 
+import math
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshd.planner.model.learn import GRACE_S, HALF_LIFE_S, OUTLIER, Factor, StepLearner
+from meshd.planner.model.learn import GRACE_S, HALF_LIFE_S, OUTLIER, Factor, StepLearner, Typical
 from meshd.planner.profile import DEFAULT_OVERHEAD_S, LEAST_FACTOR, MOST_FACTOR, context_class, factor_of, prefill_class
 from meshd.types import LearnedRates
 
@@ -41,6 +44,29 @@ def test_a_step_counts_at_most_four_times_as_much_as_the_usual_one(true: float, 
     assert factor.value / OUTLIER * 0.999 <= after <= factor.value * OUTLIER * 1.001
     if wild <= true * 0.02 * OUTLIER:
         assert after == pytest.approx(true, rel=0.3)
+
+
+def test_a_factor_is_steady_where_steps_are_not() -> None:
+    noise, factor, seen = random.Random(3), Factor(), []
+    for step in range(1000):
+        factor = factor.observed(0.02 * noise.lognormvariate(0.0, 0.4), 0.02, step * 0.02)
+        seen.append(factor.value)
+    mean = math.exp(0.4**2 / 2)
+    assert all(value == pytest.approx(mean, rel=0.12) for value in seen[400:])
+
+
+def test_one_prompt_that_took_long_does_not_spoil_the_next_predictions() -> None:
+    typical = Typical().observed(2.4, 1.0, 0.0)
+    assert typical.value == 1.0
+    for second in (1.0, 2.0):
+        typical = typical.observed(0.65, 1.0, second)
+    assert typical.value == 0.65
+    assert typical.observed(3.0, 1.0, 3.0).value == pytest.approx(1.0, rel=0.4)
+    for second in (3.0, 4.0, 5.0):
+        typical = typical.observed(2.0, 1.0, second)
+    assert typical.value == 2.0  # load that stays
+    assert typical.current(5.0 + GRACE_S + 20 * HALF_LIFE_S) == pytest.approx(1.0, abs=0.01)
+    assert typical.observed(0.0, 1.0, 6.0) == typical
 
 
 def test_a_factor_returns_to_1_without_steps() -> None:
