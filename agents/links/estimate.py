@@ -2,8 +2,9 @@
 
 A time that is measured while other bytes queue on the link is too long, and one that a busy program notices late is too long as
 well. So the round trip is a median over heartbeats that no large message accompanied. The bandwidth is a median over probes and
-large messages. A lone sample changes neither; a change of the link shows in the next samples too, and counts from the second one
-(bandwidth) or the third one (round trip) on.
+large messages, and of an even number of them the higher of the two in the middle: other traffic only makes a sample lower. A lone
+sample changes neither; a change of the link shows in the next samples too, and counts from the second one (bandwidth) or the third
+one (round trip) on.
 """
 
 import math
@@ -34,12 +35,17 @@ _QUIET_S = 0.15
 _BANDWIDTHS = 5
 
 
+def shortest_s(elapsed_s: float) -> float:
+    """Return the shortest difference from `elapsed_s` that says something about a link."""
+    return max(_RESOLUTION_S, 0.05 * elapsed_s)
+
+
 def bandwidth_of(size_bytes: int, elapsed_s: float, rtt_s: float) -> float:
     """Compute the bandwidth at which a message of this size, sent after a pause, is acknowledged after `elapsed_s`.
 
     Inverts `transfer_s`. Returns: bytes/s; if slow start takes nearly all of the time, the least bandwidth that fits the time.
     """
-    least = transfer_s(size_bytes, rtt_s, _FASTEST_BYTES_S) + max(_RESOLUTION_S, 0.05 * elapsed_s)
+    least = transfer_s(size_bytes, rtt_s, _FASTEST_BYTES_S) + shortest_s(elapsed_s)
     wanted = max(elapsed_s - rtt_s, least)
     low, high = math.log(_SLOWEST_BYTES_S), math.log(_FASTEST_BYTES_S)
     for _ in range(40):
@@ -121,7 +127,7 @@ class LinkEstimate:
         recent = [value for at, value in self._bandwidths if now - at <= RECENT_S]
         if not recent:
             recent = [value for _, value in self._bandwidths][-1:]
-        return statistics.median(recent) if recent else None
+        return statistics.median_high(recent) if recent else None
 
     def probe_bytes(self, now: float) -> int:
         """Return the size of a probe that occupies the link for `PROBE_SHARE_S`, within limits."""

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from meshd.agents.links.estimate import LinkEstimate, bandwidth_of, changed
+from meshd.agents.links.estimate import LinkEstimate, bandwidth_of, changed, shortest_s
 from meshd.agents.links.links import Links
 from meshd.clock import Clock
 from meshd.errors import MeshdError
@@ -169,7 +169,7 @@ class LinkProber:
         for size in RAMP_BYTES:
             elapsed_s = await self._round_trip(peer, self._filler[:size])
             rtt_s = estimate.rtt_s(self._clock.monotonic()) or 0.0
-            sent_s = max(elapsed_s - rtt_s, 1e-6)
+            sent_s = max(elapsed_s - rtt_s, shortest_s(elapsed_s))
             # Later probes find TCP's window open already: for them, this is a lower bound.
             best = max(best, size / sent_s if best else bandwidth_of(size, elapsed_s, rtt_s))
             if sent_s > _SLOW_S:

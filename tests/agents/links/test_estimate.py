@@ -102,6 +102,14 @@ def test_two_samples_in_one_direction_replace_the_old_ones_even_if_they_differ()
     assert 1.6e7 <= estimate.bandwidth_bytes_s(5.1) <= 6e7
 
 
+def test_of_two_samples_the_higher_one_counts() -> None:
+    """Probes of other peers that share the link make a sample lower, never higher."""
+    estimate = LinkEstimate()
+    estimate.bandwidth(2.5e6, 0.0)
+    estimate.bandwidth(1.9e6, 2.0)
+    assert estimate.bandwidth_bytes_s(2.0) == 2.5e6
+
+
 def test_one_wild_bandwidth_changes_little() -> None:
     estimate = LinkEstimate()
     for second in range(5):

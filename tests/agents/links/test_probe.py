@@ -64,6 +64,24 @@ async def test_the_probes_stop_growing_at_the_first_slow_size(peers: Peers, monk
     assert asked == list(linkprobe.RAMP_BYTES[:3])
 
 
+async def test_a_probe_that_is_as_quick_as_a_heartbeat_shows_no_endless_bandwidth(
+    peers: Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latest heartbeats took longer than usual, so it looks as if bytes took no time at all."""
+    a = peers.start("a")
+    prober, estimate = LinkProber(a.links, SystemClock(), lambda: None), LinkEstimate()
+    estimate.round_trip(0.020, SystemClock().monotonic())
+
+    async def round_trip(peer: PeerId, payload: memoryview) -> float:
+        return 0.019
+
+    monkeypatch.setattr(prober, "_round_trip", round_trip)
+    await prober._ramp(PeerId("b"), estimate)
+    found = estimate.bandwidth_bytes_s(SystemClock().monotonic())
+    assert found is not None
+    assert found <= linkprobe.RAMP_BYTES[-1] / (0.05 * 0.019)
+
+
 async def test_a_surprising_probe_is_confirmed_at_once(peers: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
     a = peers.start("a")
     clock = SystemClock()
