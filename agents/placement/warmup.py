@@ -22,8 +22,8 @@ _PAUSE_S = 0.005
 """Pause before each timed step. In an answer other work runs between two steps, so that caches are colder than in a tight loop."""
 _SLOW_PREFILL_S = 0.3
 """If the first prefill takes longer, larger ones are not timed, because running sessions wait for this check step."""
-_CHEAP_PREFILL_S, _CHUNKS = 0.05, 3
-"""If it takes less, the larger ones are timed so many times instead of once."""
+_CHEAP_PREFILL_S, _CHUNKS, _FEWER_CHUNKS = 0.05, 3, 2
+"""Number of times that the larger ones are timed, if it takes less and otherwise. The very first run is longer than later ones."""
 _COMPARED = 4
 """Number of tokens that are also computed alone, to compare their bits with the result in a batch."""
 
@@ -79,7 +79,7 @@ def _low_quartile(times: list[float]) -> float:
 
 def _set_times(resident: ResidentLayers, run: _Timer, step_s: float, prefill_s: float) -> None:
     """Set the times of layers and of attention. `step_s`: a decode step at a short context. `prefill_s`: the first prefill."""
-    chunks = _CHUNKS if prefill_s < _CHEAP_PREFILL_S else 1
+    chunks = _CHUNKS if prefill_s < _CHEAP_PREFILL_S else _FEWER_CHUNKS
     layers, long = len(resident.layers), min(_LONG_POSITION, run.room - _CHUNK_TOKENS)
     chunk = _CHUNK_TOKENS if prefill_s < _SLOW_PREFILL_S and run.room >= _CHUNK_TOKENS else _PREFILL_TOKENS
     chunk_s, _ = run.undisturbed_s(0, chunk, chunks if chunk == _CHUNK_TOKENS else 3)
