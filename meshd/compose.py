@@ -242,7 +242,7 @@ def compose(parts: Parts) -> Peer:
     story, bus = Story(clock), EventBus(clock)
     holdings = ResidentModels()
     memory = FreeMemory(parts.capability.memory_free_bytes, holdings, parts.measure_free_bytes, clock)
-    stages = _stages(parts, holdings, story)
+    stages = _stages(parts, holdings, story, coordinates=lambda session: session in coordinator.answers)
     drainer = Drainer(links=links, clock=clock, stages=lambda: stages.sessions, on_change=signals.changed)
     loader = _loader(parts, holdings, memory, drainer)
     membership = _membership(parts, holdings, memory, stages, drainer, bus)
@@ -306,7 +306,7 @@ def _keeper(parts: Parts, membership: Membership) -> Keeper:
     )
 
 
-def _stages(parts: Parts, holdings: ResidentModels, story: Story) -> StageHost:
+def _stages(parts: Parts, holdings: ResidentModels, story: Story, coordinates: Callable[[SessionId], bool]) -> StageHost:
     links = parts.links
     return StageHost(
         me=parts.me,
@@ -318,7 +318,7 @@ def _stages(parts: Parts, holdings: ResidentModels, story: Story) -> StageHost:
         telemetry=parts.telemetry,
         story=story,
         outputs_limit_bytes=parts.settings.outputs_limit_bytes,
-        peer_linked=lambda peer: peer in links.peers(),
+        may_coordinate=lambda peer, session: coordinates(session) if peer == parts.me else peer in links.peers(),
         on_change=parts.signals.sessions_changed,
     )
 

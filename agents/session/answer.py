@@ -20,11 +20,11 @@ from meshd.agents.session.output import AnswerOutput
 from meshd.agents.session.plan.resume import method_of
 from meshd.agents.session.recovery_history import Recovered, RecoveryHistory
 from meshd.agents.session.session import RUNNING, TERMINAL, Session, SessionState
-from meshd.agents.session.stages.client import StageClient, is_refusal
+from meshd.agents.session.stages.client import StageClient, at_fault, is_refusal
 from meshd.agents.session.tasks import AnswerTasks
 from meshd.agents.text.model_texts import ModelText
 from meshd.clock import Clock
-from meshd.errors import Cancelled, MeshdError, Unavailable, UsageError
+from meshd.errors import Cancelled, MeshdError, Unavailable
 from meshd.protocol.messages import Token
 from meshd.types import FinishReason, ModelCard, PeerId, Plan, SessionId, TokenLogprobs
 
@@ -314,15 +314,10 @@ class Answer:
         try:
             held = await self.stages.open(command, stage, self.machine.tokens)
         except MeshdError as error:
-            peer = command.plan.stages[stage].peer
-            if (
-                self.machine.begun
-                and command.epoch == self.machine.epoch
-                and not isinstance(error, UsageError)
-                and not is_refusal(error)
-            ):
-                self._distrust(peer)
-            self._apply(fsm.StageFailed(command.epoch, stage, error, None if isinstance(error, UsageError) else peer))
+            blame = at_fault(error, command.plan.stages[stage].peer)
+            if self.machine.begun and command.epoch == self.machine.epoch and not is_refusal(error):
+                self._distrust(blame)
+            self._apply(fsm.StageFailed(command.epoch, stage, error, blame))
         else:
             self._apply(fsm.StageOpened(command.epoch, stage, held))
 

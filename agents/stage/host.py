@@ -85,7 +85,8 @@ class StageHost:
     story: Story
     outputs_limit_bytes: int
     """Memory budget for kept outputs."""
-    peer_linked: Callable[[PeerId], bool]
+    may_coordinate: Callable[[PeerId, SessionId], bool]
+    """Whether a peer may still coordinate a session: it is linked, or it is this peer and does so."""
     on_change: Callable[[], None]
     """Called when something that the advert reports has changed."""
     _active: dict[tuple[SessionId, int], ActiveStage] = field(default_factory=dict)
@@ -115,7 +116,7 @@ class StageHost:
             active=self._active,
             ready=self._ready,
         )
-        self._leases = SessionLeases(me, links, self.clock, story, kv_manager, self._runner, self.peer_linked, on_change)
+        self._leases = SessionLeases(me, links, self.clock, story, kv_manager, self._runner, self.may_coordinate, on_change)
         self._opener = StageOpener(me, self.residents, story, kv_manager, self._leases, self._runner, on_change)
         self._mirrors_in = IncomingMirrors(me, links, self.residents, kv_manager, self._leases, story, on_change)
 

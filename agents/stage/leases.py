@@ -30,7 +30,8 @@ class SessionLeases:
     story: Story
     kv_manager: KvManager
     runner: StageRunner
-    peer_linked: Callable[[PeerId], bool]
+    may_coordinate: Callable[[PeerId, SessionId], bool]
+    """See `StageHost.may_coordinate`."""
     on_change: Callable[[], None]
 
     def expiry(self, lease_ms: int) -> float:
@@ -41,16 +42,16 @@ class SessionLeases:
         """Check that this coordinator may start this epoch. `coordinator`: the peer at the other end of the link.
 
         A session has one coordinator at a time. Another peer takes over with a higher epoch, after the link with the current
-        coordinator went down. (A coordinator that gives the session away says so itself: `on_hand_over`.)
+        coordinator went down. (A coordinator that gives the session away says so itself: `on_hand_over`. It may have given it to
+        this peer, which has not begun it, because its client has left.)
 
         Raises: Superseded if the epoch is past, or if another coordinator still controls the session.
         """
         if epoch < session_kv.epoch:
             raise Superseded(f"epoch {epoch} is past: session {session_kv.session} is in {session_kv.epoch}")
-        if coordinator != session_kv.coordinator:
-            gone = not (session_kv.coordinator == self.me or self.peer_linked(session_kv.coordinator))
-            if not gone or epoch == session_kv.epoch:
-                raise Superseded(f"session {session_kv.session} has a coordinator that is alive: {session_kv.coordinator}")
+        present = session_kv.coordinator
+        if coordinator != present and (epoch == session_kv.epoch or self.may_coordinate(present, session_kv.session)):
+            raise Superseded(f"session {session_kv.session} has a coordinator that is alive: {present}")
 
     def begin_epoch(
         self, session: SessionId, coordinator: PeerId, epoch: int, predecessors: Collection[PeerId]

@@ -13,7 +13,17 @@ from meshd.agents.links.rpc import try_send
 from meshd.agents.session.events import CloseStages, OpenStages, ResumeStages
 from meshd.agents.session.journal.record import SessionRecord
 from meshd.agents.session.plan.resume import StageHeld
-from meshd.errors import InvalidSampling, MeshdError, NoPeer, OutOfMemory, Overloaded, PeerFault, RemoteFailure
+from meshd.errors import (
+    InvalidSampling,
+    MeshdError,
+    NoPeer,
+    OutOfMemory,
+    Overloaded,
+    PeerFault,
+    RemoteFailure,
+    Superseded,
+    UsageError,
+)
 from meshd.kernels.sampler import needs_past_tokens
 from meshd.protocol.messages import Close, Credit, ExpectCopy, Message, Mirror, Open, Opened, Prompt, Renew, Resume
 from meshd.types import PeerId, Plan, SessionId
@@ -29,6 +39,16 @@ OPEN_TIMEOUT_S = 5.0
 REFUSALS = frozenset({OutOfMemory.code, NoPeer.code, Overloaded.code})
 """Errors with which a stage refuses to open when its peer has changed since the plan was made, for example because another session
 took the memory. That is load and no fault of the peer, and a new plan may succeed."""
+
+
+def at_fault(error: MeshdError, peer: PeerId) -> PeerId | None:
+    """Return the peer that is to be avoided because it did not open a stage.
+
+    Returns: None if it has no fault: the request is wrong, or the peer obeys another coordinator.
+    """
+    if isinstance(error, UsageError) or (isinstance(error, RemoteFailure) and error.remote_code == Superseded.code):
+        return None
+    return peer
 
 
 def is_refusal(error: MeshdError | None) -> bool:

@@ -110,15 +110,20 @@ async def test_an_answer_that_is_suspended_before_it_opens_can_be_requested_agai
         await site.answer.opened
 
 
-@pytest.mark.parametrize(("code", "distrusted"), [("out_of_memory", False), ("overloaded", False), ("internal_error", True)])
+@pytest.mark.parametrize(
+    ("code", "distrusted", "avoided"),
+    [("out_of_memory", False, True), ("overloaded", False, True), ("superseded", False, False), ("internal_error", True, True)],
+)
 async def test_a_peer_that_refuses_to_open_for_lack_of_room_is_not_distrusted(
-    site: AnswerSite, code: str, distrusted: bool
+    site: AnswerSite, code: str, distrusted: bool, avoided: bool
 ) -> None:
+    """Nor one that obeys another coordinator, which the next plan need not avoid either."""
     await site.open()
     site.reply = Error(request=0, code=code, message="no")
     site.answer.planned(site.plan(10))
     await site.answer.output.until(lambda: site.replans, 5.0)
     assert site.answer.recovery.distrusted(site.clock.now) == ({site.peer.id} if distrusted else set())
+    assert site.replans[-1].avoid == ({site.peer.id} if avoided else set())
 
 
 async def test_a_mistake_of_the_request_that_a_stage_finds_blames_nobody(site: AnswerSite) -> None:

@@ -37,6 +37,24 @@ async def test_another_coordinator_takes_over_only_if_the_first_is_unreachable_o
     assert not b.received(Failed)
 
 
+async def test_a_session_that_was_given_to_this_peer_but_never_begun_here_can_be_taken_over(mesh: StageMesh) -> None:
+    """The client that asked this peer to continue the answer has left before the record came."""
+    a, b, c = mesh.start("a"), mesh.start("b"), mesh.start("c")
+    first, second = driver(mesh, a), driver(mesh, b)
+    first.credit = 10
+    await first.begin((c, "0-4"))
+    await first.wait_tokens(10)
+    assert await first.hand_over(c, c) == [True]
+    second.tokens, second.epoch = list(first.tokens), 1
+    assert c.id in await refused(second, (c, "0-4"), resume=True)
+    mesh.idle.add(c.id)
+    second.epoch = 1
+    await second.next_epoch((c, "0-4"), predecessors=(a.id, c.id))
+    second.grant(ANSWER)
+    await second.wait_tokens(ANSWER)
+    assert second.tokens == await expected(mesh)
+
+
 async def test_kv_of_a_peer_that_never_was_the_coordinator_is_not_used(mesh: StageMesh) -> None:
     """A member that knows a session's id reserves it at a peer that the session does not use yet, fills KV there and leaves."""
     a, b, c, d = (mesh.start(name) for name in "abcd")

@@ -129,6 +129,8 @@ class StageMesh:
         self.peers: dict[PeerId, StagePeer] = {}
         self.down: set[frozenset[PeerId]] = set()
         """Pairs of peers whose link is down."""
+        self.idle: set[PeerId] = set()
+        """Peers that coordinate no session, though one was given to them."""
         self.full: set[tuple[PeerId, PeerId]] = set()
         """(sender, receiver) of each bulk lane that is full."""
         self._tasks = asyncio.TaskGroup()
@@ -171,7 +173,7 @@ class StageMesh:
             telemetry=Telemetry(),
             story=Story(self.clock),
             outputs_limit_bytes=outputs,
-            peer_linked=lambda peer: self.linked(links.id, peer),
+            may_coordinate=lambda peer, session: self.linked(links.id, peer) and not (peer == links.id and peer in self.idle),
             on_change=lambda: None,
         )
         peer = StagePeer(links, residents, compute, host)
