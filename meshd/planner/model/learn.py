@@ -9,11 +9,12 @@ Each error is corrected in one place only:
 The coordinator only adds these up. It measures whole tokens and reports the error, but corrects nothing by it.
 
 The method: a factor is the mean of measured over predicted time, weighted exponentially, over about `MEMORY_S` seconds of
-computing. If the mean over the last `FRESH_S` differs from it by over `CHANGED`, the load has changed, and the factor takes that
-mean. A step that took over `OUTLIER` times as long as usual counts as this many times. The factor of prompts of one chunk is a
-median, because each of them gives one sample only. After `GRACE_S` without steps a factor returns to 1, half of the way in each
-`HALF_LIFE_S`: the load that it was learned under may have ended. Constants were chosen with the steps that `bench_predictions.py`
-makes.
+computing. A step that took over `OUTLIER` times as long as usual counts as this many times. If the mean over the last `FRESH_S` is
+smaller by `FASTER`, other work has ended, and the factor takes that mean: a short disturbance makes steps longer, never shorter.
+
+The factor of prompts of one chunk is a median, because each of them gives one sample only. After `GRACE_S` without steps a factor
+returns to 1, half of the way in each `HALF_LIFE_S`: the load that it was learned under may have ended. Constants were chosen with
+the steps that `bench_predictions.py` makes.
 """
 
 import math
@@ -25,9 +26,9 @@ import msgspec
 from meshd.planner.profile import CONTEXT_CLASSES, DEFAULT_OVERHEAD_S, LEAST_FACTOR, MOST_FACTOR
 from meshd.types import LearnedRates
 
-MEMORY_S, FRESH_S = 3.0, 1.0
+MEMORY_S, FRESH_S = 4.0, 1.0
 """Seconds of computing after which a mean has forgotten two thirds of what it was before."""
-CHANGED = 1.4
+FASTER = 1.25
 TYPICAL_OF = 5
 """Prompts of one chunk that their median is taken over."""
 GRACE_S, HALF_LIFE_S = 30.0, 60.0
@@ -71,9 +72,8 @@ class Factor(_Learned, frozen=True):
         fresh, value = math.pow(self.fresh, trust), math.pow(self.value, trust)
         sample = _capped(min(max(measured_s / predicted_s, fresh / OUTLIER), fresh * OUTLIER))
         fresh += _weight(measured_s, FRESH_S, samples) * (sample - fresh)
-        # By the measured time, slow steps would count twice. That is good enough to notice a change soon, but no mean.
-        value += _weight(predicted_s * value, MEMORY_S, samples) * (sample - value)
-        if not value / CHANGED < fresh < value * CHANGED:
+        value += _weight(measured_s, MEMORY_S, samples) * (sample - value)
+        if fresh * FASTER < value:
             value = fresh
         return Factor(_capped(value), samples + 1, now, _capped(fresh))
 
