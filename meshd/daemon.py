@@ -41,6 +41,7 @@ from meshd.config import Config, require_guarded_api
 from meshd.errors import LocalFault
 from meshd.kernels.registry import make_backend
 from meshd.models.store.store import Store
+from meshd.protocol import transport
 from meshd.protocol.identity import Identity, choose_cluster_key, load_identity
 from meshd.protocol.messages import PROTOCOL_VERSION
 from meshd.state import StateFolder, StateLock, lock_state
@@ -278,6 +279,7 @@ def _link_settings(config: Config, sockets: Sockets, shares: DescriptorShares) -
         sockets=tuple(sockets.link),
         max_links=shares.links,
         max_half_open=shares.half_open,
+        slow_start=transport.has_slow_start(),
     )
 
 

@@ -338,6 +338,8 @@ class LinkStats(msgspec.Struct, frozen=True, kw_only=True):
     hop_s: Seconds = 0.0
     """Usual time of a small message from send to receive: half the median of recent round trips. 0: half of `rtt_s`."""
     measured_at: Timestamp = 0.0
+    slow_start: bool = True
+    """Whether the sender's TCP begins with a small window again after a pause."""
 
 
 class Holding(msgspec.Struct, frozen=True, kw_only=True):

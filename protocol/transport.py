@@ -8,6 +8,7 @@ import ssl
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 from meshd.errors import InvalidRequest, MeshdError, PeerLost, PeerRefused, ProtocolViolation
@@ -251,6 +252,20 @@ def _reason(error: Exception | None) -> str:
     if isinstance(error, ssl.SSLError):
         return f"TLS failed: {error.reason or error}"
     return f"the connection broke: {error}" if error else "the other side closed the connection"
+
+
+def has_slow_start() -> bool:
+    """Whether TCP on this system begins with a small window again after a pause of a connection (RFC 5681, section 4.1).
+
+    Linux does so unless it is set not to, or uses BBR, which goes on at the rate that it knows. It is assumed of systems that don't
+    say.
+    """
+    try:
+        after_idle = Path("/proc/sys/net/ipv4/tcp_slow_start_after_idle").read_text()
+        control = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text()
+    except OSError:
+        return True
+    return after_idle.strip() != "0" and not control.startswith("bbr")
 
 
 def bind(host: str, port: int) -> list[socket.socket]:

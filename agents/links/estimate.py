@@ -40,17 +40,18 @@ def shortest_s(elapsed_s: float) -> float:
     return max(_RESOLUTION_S, 0.05 * elapsed_s)
 
 
-def bandwidth_of(size_bytes: int, elapsed_s: float, rtt_s: float) -> float:
+def bandwidth_of(size_bytes: int, elapsed_s: float, rtt_s: float, *, slow_start: bool = True) -> float:
     """Compute the bandwidth at which a message of this size, sent after a pause, is acknowledged after `elapsed_s`.
 
     Inverts `transfer_s`. Returns: bytes/s; if slow start takes nearly all of the time, the least bandwidth that fits the time.
     """
-    least = transfer_s(size_bytes, rtt_s, _FASTEST_BYTES_S) + shortest_s(elapsed_s)
+    waits_s = rtt_s if slow_start else 0.0
+    least = transfer_s(size_bytes, waits_s, _FASTEST_BYTES_S) + shortest_s(elapsed_s)
     wanted = max(elapsed_s - rtt_s, least)
     low, high = math.log(_SLOWEST_BYTES_S), math.log(_FASTEST_BYTES_S)
     for _ in range(40):
         middle = (low + high) / 2
-        if transfer_s(size_bytes, rtt_s, math.exp(middle)) > wanted:
+        if transfer_s(size_bytes, waits_s, math.exp(middle)) > wanted:
             low = middle
         else:
             high = middle
@@ -61,6 +62,8 @@ def bandwidth_of(size_bytes: int, elapsed_s: float, rtt_s: float) -> float:
 class LinkEstimate:
     """What one peer knows of its link with another."""
 
+    slow_start: bool = True
+    """See `LinkStats.slow_start`."""
     disturbed_until: float = -math.inf
     """Monotonic time up to which heartbeats may have waited behind a large message."""
     latest_rtt_s: float = 0.0
@@ -93,10 +96,10 @@ class LinkEstimate:
         """
         rtt_s, present = self.rtt_s(now) or 0.0, self.bandwidth_bytes_s(now)
         if present is not None:
-            predicted_s = rtt_s + transfer_s(size_bytes, rtt_s, present)
+            predicted_s = rtt_s + transfer_s(size_bytes, rtt_s if self.slow_start else 0.0, present)
             if abs(predicted_s - elapsed_s) <= max(_RESOLUTION_S, _EXPECTED * elapsed_s):
                 return self.bandwidth(present, now)
-        return self.bandwidth(bandwidth_of(size_bytes, elapsed_s, rtt_s), now)
+        return self.bandwidth(bandwidth_of(size_bytes, elapsed_s, rtt_s, slow_start=self.slow_start), now)
 
     def bandwidth(self, bytes_s: float, now: float) -> bool:
         """Add a sample. Returns: whether it is surprising, so that it should be confirmed by another one."""
@@ -139,7 +142,13 @@ class LinkEstimate:
         rtt_s, hop_s, bandwidth = self.rtt_s(now), self.hop_s(now), self.bandwidth_bytes_s(now)
         if rtt_s is None or hop_s is None or bandwidth is None:
             return None
-        return LinkStats(rtt_s=rtt_s, bandwidth_bytes_s=bandwidth, hop_s=hop_s, measured_at=wall - (now - self.measured_at))
+        return LinkStats(
+            rtt_s=rtt_s,
+            bandwidth_bytes_s=bandwidth,
+            hop_s=hop_s,
+            measured_at=wall - (now - self.measured_at),
+            slow_start=self.slow_start,
+        )
 
     def _recent_trips(self, now: float) -> list[float]:
         """Return the undisturbed round trips of late; without any, the shortest of the disturbed ones; else the last known."""

@@ -48,6 +48,8 @@ class LinkTable:
     ) -> None:
         self.own = own
         self.timing = timing
+        self.slow_start = True
+        """For the estimates of new links; see `LinkStats.slow_start`."""
         self._dispatcher = dispatcher
         self._now = clock.monotonic
         self._linklog = linklog
@@ -104,6 +106,7 @@ class LinkTable:
 
     def _begin(self, peer: PeerId, number: int, *, dialled: bool) -> Link:
         link = Link(peer, number, dialled=dialled, now=self._now, on_end=self._ended)
+        link.estimate.slow_start = self.slow_start
         self._links[peer] = link
         return link
 

@@ -52,6 +52,8 @@ class LinkSettings:
     max_half_open: int = 64
     """Most accepted connections that have not sent HELLO yet. A further one takes the place of an older one."""
     timing: Timing = field(default_factory=Timing)
+    slow_start: bool = True
+    """See `LinkStats.slow_start`."""
 
 
 class LinkRow(TypedDict):
@@ -97,6 +99,7 @@ class Links:
         self._linklog = LinkLog(clock)
         self._dispatcher = Dispatcher(self.send, self._linklog)
         self._table = LinkTable(self.id, self._dispatcher, clock, self._linklog, settings.timing, on_up, on_down)
+        self._table.slow_start = settings.slow_start
         greeting = _greeting(self.id, name, incarnation)
         self._opener = LinkOpener(
             identity,

@@ -171,7 +171,7 @@ class LinkProber:
             rtt_s = estimate.rtt_s(self._clock.monotonic()) or 0.0
             sent_s = max(elapsed_s - rtt_s, shortest_s(elapsed_s))
             # Later probes find TCP's window open already: for them, this is a lower bound.
-            best = max(best, size / sent_s if best else bandwidth_of(size, elapsed_s, rtt_s))
+            best = max(best, size / sent_s if best else bandwidth_of(size, elapsed_s, rtt_s, slow_start=estimate.slow_start))
             if sent_s > _SLOW_S:
                 break
         estimate.bandwidth(best, self._clock.monotonic())

@@ -3,7 +3,7 @@
 The time of a message is latency + transfer. A large message also waits for TCP's slow start: after a pause, TCP sends
 `INITIAL_WINDOW_BYTES` and then waits a round trip for the acknowledgement, and with each round trip the window doubles, up to what
 the link carries in a round trip (RFC 6928, RFC 5681). Prefill chunks come after pauses, so on a distant link this counts more than
-its bandwidth.
+its bandwidth. Systems without slow start after a pause say so (`LinkStats.slow_start`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -40,7 +40,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     latency_s: float
     """One-way time of a small message, from the sender's program to the receiver's."""
     rtt_s: float = 0.0
-    """Round trip of the network alone, for which TCP waits."""
+    """Round trip of the network alone, for which TCP waits after a pause. 0: it goes on at the rate that it knows."""
     bandwidth_bytes_s: float
     source: Literal["local", "measured", "measured backwards", "not measured"]
     """Where latency and bandwidth come from.
@@ -92,5 +92,8 @@ class Network(msgspec.Struct, frozen=True):
 
 def _from_stats(stats: LinkStats, source: Literal["measured", "measured backwards"]) -> Link:
     return Link(
-        latency_s=stats.hop_s or stats.rtt_s / 2, rtt_s=stats.rtt_s, bandwidth_bytes_s=stats.bandwidth_bytes_s, source=source
+        latency_s=stats.hop_s or stats.rtt_s / 2,
+        rtt_s=stats.rtt_s if stats.slow_start else 0.0,
+        bandwidth_bytes_s=stats.bandwidth_bytes_s,
+        source=source,
     )

@@ -35,6 +35,13 @@ def test_an_unmeasured_link_is_assumed_slow_and_marked() -> None:
     assert broken.link("a", "b").source == "not measured"
 
 
+def test_a_sender_without_slow_start_fills_a_distant_link_at_once() -> None:
+    distant = LinkStats(rtt_s=0.02, bandwidth_bytes_s=1e8, hop_s=0.01)
+    network = Network({("a", "b"): distant, ("b", "a"): msgspec.structs.replace(distant, slow_start=False)})
+    assert network.hop_s("b", "a", 295_000) == pytest.approx(0.01 + 0.00295)
+    assert network.hop_s("a", "b", 295_000) > 0.01 + 4 * 0.02
+
+
 def test_a_large_message_waits_for_slow_start_on_a_distant_link() -> None:
     assert transfer_s(295_000, 0.0, 1e8) == pytest.approx(0.00295)
     assert transfer_s(14_000, 0.02, 1e8) == pytest.approx(0.00014)

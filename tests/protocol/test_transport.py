@@ -92,6 +92,22 @@ class Receiver:
             return await self.ends.get()
 
 
+@pytest.mark.parametrize(
+    ("after_idle", "control", "expected"),
+    [("1\n", "cubic\n", True), ("0\n", "cubic\n", False), ("1\n", "bbr\n", False), ("", "", True)],
+)
+def test_slow_start_after_a_pause_is_known_from_the_system(
+    monkeypatch: pytest.MonkeyPatch, after_idle: str, control: str, expected: bool
+) -> None:
+    def read(path: Path) -> str:
+        if not control:
+            raise FileNotFoundError(path)
+        return after_idle if path.name == "tcp_slow_start_after_idle" else control
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert transport.has_slow_start() is expected
+
+
 async def test_both_ends_know_each_other_by_certificate(identities: Callable[..., Identity]) -> None:
     alice, bob = identities("alice"), identities("bob")
     async with pair(alice, bob) as (here, there):

@@ -102,6 +102,20 @@ def test_two_samples_in_one_direction_replace_the_old_ones_even_if_they_differ()
     assert 1.6e7 <= estimate.bandwidth_bytes_s(5.1) <= 6e7
 
 
+def test_without_slow_start_a_probe_shows_the_bandwidth_of_a_distant_link() -> None:
+    rtt_s, rate = 0.02, 1.25e7
+    found = bandwidth_of(250_000, rtt_s + 250_000 / rate, rtt_s, slow_start=False)
+    assert found == pytest.approx(rate, rel=0.05)
+    estimate = LinkEstimate(slow_start=False)
+    estimate.round_trip(rtt_s, 0.0)
+    estimate.bandwidth(rate, 0.0)
+    assert not estimate.probed(250_000, rtt_s + 250_000 / rate, 0.1)
+    assert estimate.bandwidth_bytes_s(0.1) == rate
+    stats = estimate.stats(0.1, 50.0)
+    assert stats is not None
+    assert not stats.slow_start
+
+
 def test_of_two_samples_the_higher_one_counts() -> None:
     """Probes of other peers that share the link make a sample lower, never higher."""
     estimate = LinkEstimate()
