@@ -19,6 +19,7 @@ ALLOWED = {
     "numpy",
     "random",
     "re",
+    "statistics",
     "typing",
 }
 OURS = ("meshd.planner", "meshd.types", "meshd.errors")
