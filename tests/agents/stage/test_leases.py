@@ -3,17 +3,24 @@
 import asyncio
 
 from meshd.protocol.messages import Failed, Mirrored
-from stage_mesh.mesh import StageMesh
+from stage_mesh.driver import Driver
+from stage_mesh.mesh import StageMesh, StagePeer
 from stage_mesh.sessions import ANSWER, driver, expected, leftovers, refused, until_empty
 
 
-async def test_another_coordinator_takes_over_only_if_the_first_is_unreachable_or_hands_over(mesh: StageMesh) -> None:
+async def half_an_answer(mesh: StageMesh) -> tuple[StagePeer, StagePeer, StagePeer, Driver, Driver]:
+    """Begin an answer that `a` coordinates and `c` computes. Returns: the peers, its driver, and one at `b` with its tokens."""
     a, b, c = mesh.start("a"), mesh.start("b"), mesh.start("c")
     first, second = driver(mesh, a), driver(mesh, b)
     first.credit = 10
     await first.begin((c, "0-4"))
     await first.wait_tokens(10)
     second.tokens, second.epoch = list(first.tokens), 1
+    return a, b, c, first, second
+
+
+async def test_another_coordinator_takes_over_only_if_the_first_is_unreachable_or_hands_over(mesh: StageMesh) -> None:
+    a, b, c, _, second = await half_an_answer(mesh)
     assert a.id in await refused(second, (c, "0-4"), resume=True)
     mesh.cut(a, c)
     second.epoch = 0
@@ -39,13 +46,8 @@ async def test_another_coordinator_takes_over_only_if_the_first_is_unreachable_o
 
 async def test_a_session_that_was_given_to_this_peer_but_never_begun_here_can_be_taken_over(mesh: StageMesh) -> None:
     """The client that asked this peer to continue the answer has left before the record came."""
-    a, b, c = mesh.start("a"), mesh.start("b"), mesh.start("c")
-    first, second = driver(mesh, a), driver(mesh, b)
-    first.credit = 10
-    await first.begin((c, "0-4"))
-    await first.wait_tokens(10)
+    a, _, c, first, second = await half_an_answer(mesh)
     assert await first.hand_over(c, c) == [True]
-    second.tokens, second.epoch = list(first.tokens), 1
     assert c.id in await refused(second, (c, "0-4"), resume=True)
     mesh.idle.add(c.id)
     second.epoch = 1
