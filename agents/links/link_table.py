@@ -44,12 +44,21 @@ class LinkTable:
     """Owns every Link. Calls `on_up` before the first message of a link is handled, and `on_down` when the link has ended."""
 
     def __init__(
-        self, own: PeerId, dispatcher: Dispatcher, clock: Clock, linklog: LinkLog, timing: Timing, on_up: OnUp, on_down: OnDown
+        self,
+        own: PeerId,
+        dispatcher: Dispatcher,
+        clock: Clock,
+        linklog: LinkLog,
+        timing: Timing,
+        on_up: OnUp,
+        on_down: OnDown,
+        *,
+        slow_start: bool = True,
     ) -> None:
+        """`slow_start`: see `LinkStats.slow_start`."""
         self.own = own
         self.timing = timing
-        self.slow_start = True
-        """For the estimates of new links; see `LinkStats.slow_start`."""
+        self._slow_start = slow_start
         self._dispatcher = dispatcher
         self._now = clock.monotonic
         self._linklog = linklog
@@ -106,7 +115,7 @@ class LinkTable:
 
     def _begin(self, peer: PeerId, number: int, *, dialled: bool) -> Link:
         link = Link(peer, number, dialled=dialled, now=self._now, on_end=self._ended)
-        link.estimate.slow_start = self.slow_start
+        link.estimate.slow_start = self._slow_start
         self._links[peer] = link
         return link
 

@@ -98,8 +98,9 @@ class Links:
         self._clock = clock
         self._linklog = LinkLog(clock)
         self._dispatcher = Dispatcher(self.send, self._linklog)
-        self._table = LinkTable(self.id, self._dispatcher, clock, self._linklog, settings.timing, on_up, on_down)
-        self._table.slow_start = settings.slow_start
+        self._table = LinkTable(
+            self.id, self._dispatcher, clock, self._linklog, settings.timing, on_up, on_down, slow_start=settings.slow_start
+        )
         greeting = _greeting(self.id, name, incarnation)
         self._opener = LinkOpener(
             identity,

@@ -73,14 +73,13 @@ async def generate(request: web.Request, renderer: AnyRenderer, generation_reque
     Raises: what Coordinator.generate raises.
     Cancel: the answer is not started, and nothing stays reserved.
     """
-    coordinator = request.app[SERVICES].coordinator
+    services = request.app[SERVICES]
     whole = msgspec.structs.replace(
         generation_request, store=renderer.store, background=renderer.background, renderer=encode_renderer(renderer)
     )
-    clock = request.app[SERVICES].clock
-    began = clock.monotonic()
-    generation = await coordinator.generate(whole, on_wait=_on_wait(request))
-    set_generation_headers(request, generation, renderer, waited_s=clock.monotonic() - began)
+    began = services.clock.monotonic()
+    generation = await services.coordinator.generate(whole, on_wait=_on_wait(request))
+    set_generation_headers(request, generation, renderer, waited_s=services.clock.monotonic() - began)
     return generation
 
 
