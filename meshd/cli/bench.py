@@ -7,9 +7,10 @@ from meshd.cli.status import links_table
 from meshd.cli.support.arguments import Parser, add_client, add_json, add_settings, settings_of
 from meshd.cli.support.client import STREAM_SILENCE_S, daemon_of
 from meshd.cli.support.interrupt import run_interruptibly
-from meshd.cli.support.output import ABSENT, duration, flops, print_json, rate, show, size, table
+from meshd.cli.support.output import print_json, show, table
 from meshd.cli.support.progress import Measuring
 from meshd.config import Config
+from meshd.display import ABSENT, duration, flops, rate, size
 
 if TYPE_CHECKING:
     from meshd.agents.device.probe import ProbeResult

@@ -3,7 +3,8 @@
 from argparse import Namespace
 
 from meshd.cli.support.arguments import Parser, add_json, add_settings, settings_of
-from meshd.cli.support.output import ABSENT, print_json, table
+from meshd.cli.support.output import print_json, table
+from meshd.display import ABSENT
 from meshd.settings import SETTINGS
 
 EXAMPLE = "MESHD_THREADS=4 meshd config"

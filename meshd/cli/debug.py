@@ -7,7 +7,8 @@ from urllib.parse import quote
 
 from meshd.cli.support.arguments import Parser, add_client, add_commands, add_json
 from meshd.cli.support.client import daemon_of
-from meshd.cli.support.output import print_json, short_id, show, table
+from meshd.cli.support.output import print_json, show, table
+from meshd.display import short_id
 from meshd.types import is_peer_id
 
 EXAMPLE = "meshd debug story 10d4a1b2"

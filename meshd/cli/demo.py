@@ -22,8 +22,8 @@ from meshd.cli.support.arguments import Parser, add_settings, settings_of
 from meshd.cli.support.children import ChildDaemon, ChildDaemons, free_ports, wait_until
 from meshd.cli.support.client import Daemon
 from meshd.cli.support.fetching import fetch, store_of
-from meshd.cli.support.output import duration
 from meshd.config import Config
+from meshd.display import duration
 from meshd.errors import NotReady, RemoteFailure
 
 EXAMPLE = 'meshd demo --prompt "Name three rivers."\n  meshd demo --keep'

@@ -6,8 +6,9 @@ from typing import Any
 
 from meshd.cli.support.arguments import Parser, add_client
 from meshd.cli.support.client import ANSWER_S, Daemon, daemon_of
-from meshd.cli.support.output import plural, show
+from meshd.cli.support.output import show
 from meshd.cli.support.progress import progress
+from meshd.display import plural
 from meshd.errors import Unavailable
 
 EXAMPLE = "meshd drain attic\n  meshd drain attic --undo"

@@ -4,8 +4,9 @@ from argparse import Namespace
 
 from meshd.cli.support.arguments import Parser, add_client
 from meshd.cli.support.client import STREAM_SILENCE_S, daemon_of
-from meshd.cli.support.output import duration, short_id, show
+from meshd.cli.support.output import show
 from meshd.cli.support.progress import progress
+from meshd.display import duration, short_id
 
 EXAMPLE = "meshd migrate 10d4a1b2 attic --from desk"
 

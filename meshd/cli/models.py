@@ -7,7 +7,8 @@ from meshd.cli.support.answering import notice
 from meshd.cli.support.arguments import Parser, add_client, add_json, add_settings, settings_of
 from meshd.cli.support.client import daemon_of
 from meshd.cli.support.fetching import store_of
-from meshd.cli.support.output import ABSENT, print_json, show, size, table
+from meshd.cli.support.output import print_json, show, table
+from meshd.display import ABSENT, size
 from meshd.errors import MeshdError, Unavailable
 from meshd.models.cards import card_from_gguf
 from meshd.models.store.catalogue import CATALOGUE

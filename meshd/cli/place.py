@@ -6,8 +6,9 @@ from typing import Any
 from meshd.cli.support.arguments import Parser, add_client, add_quant
 from meshd.cli.support.client import Daemon, daemon_of
 from meshd.cli.support.fetching import known_model
-from meshd.cli.support.output import layers, show
+from meshd.cli.support.output import show
 from meshd.cli.support.progress import progress
+from meshd.display import layers
 from meshd.errors import RemoteFailure
 
 EXAMPLE = "meshd place smollm2:135m --stages attic:0-12,desk:12-30"

@@ -4,7 +4,8 @@ from argparse import Namespace
 
 from meshd.cli.support.arguments import Parser, add_quant, add_settings, model_of, settings_of
 from meshd.cli.support.fetching import fetch, store_of
-from meshd.cli.support.output import show, size
+from meshd.cli.support.output import show
+from meshd.display import size
 from meshd.models.store.catalogue import CATALOGUE
 
 EXAMPLE = "meshd pull smollm2:135m\n  meshd pull hf:ORG/NAME:Q4_K_M\n  meshd pull file:FOLDER --quant q4"

@@ -4,7 +4,8 @@ from argparse import Namespace
 
 from meshd.cli.support.arguments import Parser, add_settings, model_of, settings_of
 from meshd.cli.support.fetching import store_of
-from meshd.cli.support.output import show, size
+from meshd.cli.support.output import show
+from meshd.display import size
 
 EXAMPLE = "meshd rm smollm2:135m"
 

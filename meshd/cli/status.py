@@ -6,7 +6,8 @@ from typing import Any
 
 from meshd.cli.support.arguments import Parser, add_client, add_json
 from meshd.cli.support.client import Daemon, daemon_of
-from meshd.cli.support.output import ABSENT, duration, flops, plural, print_json, rate, short_id, show, size, table
+from meshd.cli.support.output import print_json, show, table
+from meshd.display import ABSENT, duration, flops, plural, rate, short_id, size
 
 EXAMPLE = "meshd status\n  meshd status --json"
 LISTS = ("peers", "links", "models", "sessions")

@@ -4,7 +4,8 @@ from argparse import Namespace
 
 from meshd.cli.support.arguments import Parser, add_client, model_of
 from meshd.cli.support.client import STREAM_SILENCE_S, daemon_of
-from meshd.cli.support.output import show, size
+from meshd.cli.support.output import show
+from meshd.display import size
 
 EXAMPLE = "meshd unplace smollm2:135m"
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from meshd import __version__
 from meshd.cli.support.arguments import Parser, add_quant, add_settings, settings_of
 from meshd.cli.support.interrupt import end_process
-from meshd.cli.support.output import duration, flops, rate, short_id, size
 from meshd.cli.support.progress import Measuring
 from meshd.cli.support.secret_arguments import given, start_anew, without_secrets
 from meshd.config import Config, require_guarded_api
+from meshd.display import duration, flops, rate, short_id, size
 from meshd.models.store.catalogue import one_spelling, quantised
 from meshd.settings import SETTINGS
 

@@ -10,7 +10,6 @@ from typing import Any, TextIO
 
 from meshd.bounds import UNPRINTABLE, printable
 
-ABSENT = "-"
 _UNPRINTABLE = re.compile(f"(?!\\n)[{UNPRINTABLE}]")
 
 
@@ -30,56 +29,3 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [list(headers), *([printable(cell) for cell in row] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
-def size(count: float | None) -> str:
-    """Format bytes in binary units: `1.5 GiB`."""
-    return ABSENT if count is None else _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
-
-
-def rate(bytes_s: float | None) -> str:
-    """Format bytes per second in decimal units, as makers of networks and memory do: `12.3 GB/s`."""
-    return ABSENT if not bytes_s else _scaled(bytes_s, 1000, ("B/s", "kB/s", "MB/s", "GB/s", "TB/s"))
-
-
-def flops(flops_s: float | None) -> str:
-    """Format floating-point operations per second: `85 GFLOP/s`."""
-    return ABSENT if not flops_s else _scaled(flops_s, 1000, ("FLOP/s", "kFLOP/s", "MFLOP/s", "GFLOP/s", "TFLOP/s"))
-
-
-def _scaled(number: float, base: int, units: Sequence[str]) -> str:
-    rank = 0
-    while abs(number) >= base and rank < len(units) - 1:
-        number /= base
-        rank += 1
-    digits = 0 if rank == 0 or number >= 100 else 1
-    return f"{number:.{digits}f} {units[rank]}"
-
-
-def duration(seconds: float | None) -> str:
-    """Format a duration: `85 us`, `12.3 ms`, `4.2 s`, `3 min`, `2 h`, `5 d`."""
-    if seconds is None:
-        return ABSENT
-    for limit, factor, unit in ((1e-3, 1e6, "us"), (1.0, 1e3, "ms"), (120.0, 1.0, "s")):
-        if seconds < limit:
-            scaled = seconds * factor
-            return f"{scaled:.{0 if scaled >= 100 or unit == 'us' else 1}f} {unit}"
-    minutes = seconds / 60
-    if minutes < 120:
-        return f"{minutes:.0f} min"
-    return f"{minutes / 60:.0f} h" if minutes < 48 * 60 else f"{minutes / 1440:.0f} d"
-
-
-def short_id(identifier: str) -> str:
-    """Shorten an id to 8 characters; `--json` prints the whole id."""
-    return identifier[:8]
-
-
-def plural(count: int, noun: str) -> str:
-    """Format a count with its noun: `1 peer`, `3 peers`."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def layers(value: Any) -> str:
-    """Format a half-open layer range, `[0, 12]` in JSON, as `0-12`."""
-    return value if isinstance(value, str) else f"{value[0]}-{value[1]}"

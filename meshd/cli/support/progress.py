@@ -6,7 +6,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from meshd.bounds import printable
-from meshd.cli.support.output import show, size
+from meshd.cli.support.output import show
+from meshd.display import size
 
 if TYPE_CHECKING:
     from rich.console import Console
