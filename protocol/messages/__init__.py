@@ -32,7 +32,7 @@ A copy of a stage's KV on another peer (as a mirror, or to prepare a move):
     stage's peer --MIRRORED(held, filled)--> coordinator
 """
 
-from meshd.protocol.messages.admin import EndSession, FetchStory, Move, Moved, SessionEnded, StoryData
+from meshd.protocol.messages.admin import EndSession, FetchStory, Move, Moved, PeerEvents, SessionEnded, StoryData, WatchEvents
 from meshd.protocol.messages.base import FEATURES, PROTOCOL_VERSION, REGISTRY, Lane, Message, Reply, Request, SessionMessage
 from meshd.protocol.messages.copies import CopyExpected, ExpectCopy, KvAccepted, KvBlocks, KvOffer, KvStored, Mirror, Mirrored
 from meshd.protocol.messages.journal import (
@@ -114,6 +114,7 @@ __all__ = [
     "Moved",
     "Open",
     "Opened",
+    "PeerEvents",
     "PeerStatus",
     "Place",
     "Placed",
@@ -137,5 +138,6 @@ __all__ = [
     "Token",
     "Unplace",
     "Unplaced",
+    "WatchEvents",
     "WeightData",
 ]

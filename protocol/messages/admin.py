@@ -1,9 +1,9 @@
-"""Messages that carry a user's commands to sessions on other peers."""
+"""Messages that carry a user's commands to sessions on other peers, and show what happens on them."""
 
 from typing import ClassVar
 
-from meshd.bounds import Seconds, Timestamp
-from meshd.protocol.messages.base import Lane, Reply, Request, message
+from meshd.bounds import Count, Millis, Seconds, Timestamp
+from meshd.protocol.messages.base import Lane, Message, Reply, Request, message
 from meshd.types import PeerId, Plan, SessionId
 
 
@@ -52,3 +52,22 @@ class Moved(Reply, frozen=True, kw_only=True):
     pause_s: Seconds
     """Time between the last token before the change of plan and the first one after it."""
     plan: Plan
+
+
+@message(94)
+class WatchEvents(Message, frozen=True, kw_only=True):
+    """Ask the receiver to send its events for `lease_ms`, starting with the rows of its sessions. Renews an earlier request.
+
+    Only for peers with the feature `events`.
+    """
+
+    lease_ms: Millis
+
+
+@message(95)
+class PeerEvents(Message, frozen=True, kw_only=True):
+    """Some of the sender's events, in order. Payload: JSON objects, one on each line, as in `GET /mesh/v1/events`."""
+
+    default_lane: ClassVar[Lane] = Lane.BULK
+    lost: Count = 0
+    """Number of events before these that the sender has left out, because there were too many."""

@@ -9,10 +9,10 @@ import msgspec
 from meshd.bounds import MAX_TEXT, Epoch, Serial, printable
 from meshd.types import SessionId
 
-PROTOCOL_VERSION = (3, 0)
+PROTOCOL_VERSION = (3, 1)
 """(major, minor). Peers of different major versions refuse each other. A higher minor version only adds to the protocol."""
 
-FEATURES: frozenset[str] = frozenset({"f32"})
+FEATURES: frozenset[str] = frozenset({"f32", "events"})
 """Optional features of this build. Two peers use the features that both have."""
 
 

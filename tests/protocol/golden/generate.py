@@ -58,6 +58,7 @@ from meshd.protocol.messages import (
     Moved,
     Open,
     Opened,
+    PeerEvents,
     PeerStatus,
     Place,
     Placed,
@@ -78,6 +79,7 @@ from meshd.protocol.messages import (
     Token,
     Unplace,
     Unplaced,
+    WatchEvents,
     WeightData,
 )
 from meshd.types import (
@@ -312,6 +314,8 @@ SAMPLES: tuple[tuple[Message, bytes], ...] = (
     (StoryData(request=15, now=12.5), b'[{"at": 11.5, "what": "opened"}]'),
     (Move(request=16, session=SESSION, target=BOB, source=ALICE), b""),
     (Moved(request=16, pause_s=0.03125, plan=PLAN), b""),
+    (WatchEvents(lease_ms=15_000), b""),
+    (PeerEvents(lost=2), b'{"at": 11.5, "type": "notice", "message": "hello", "hint": ""}'),
     (Drain(request=17, deadline_ms=60_000), b""),
     (Drained(request=17, sessions_left=0), b""),
     (FetchManifest(request=18, model=MODEL), b""),
