@@ -1,7 +1,7 @@
 """The interfaces of a peer that the HTTP API uses: `Coordinator` for answers, `ClusterService` for the cluster."""
 
 from collections.abc import AsyncIterator, Callable
-from typing import Annotated, Any, NewType, Protocol
+from typing import Annotated, Any, NamedTuple, NewType, Protocol
 
 import msgspec
 
@@ -251,6 +251,16 @@ class PlacementStep(msgspec.Struct, frozen=True, kw_only=True):
     message: str = ""
 
 
+class EventLine(NamedTuple):
+    """One event for a reader of `GET /mesh/v1/events`."""
+
+    number: int | None
+    """With which the reader can resume. None: a row that the reader is given besides, because it has none."""
+    kind: str
+    line: bytes
+    """The event as a JSON object. `agents/observe/events.py` has all kinds."""
+
+
 class ClusterService(Protocol):
     """The interface for the monitor and the command line. Rows are JSON-ready dicts with stable keys."""
 
@@ -268,8 +278,11 @@ class ClusterService(Protocol):
 
     def sessions(self) -> list[dict[str, Any]]: ...
 
-    def events(self) -> AsyncIterator[dict[str, Any]]:
-        """Yield `{"type": ..., "at": ..., ...}` for each event. A slow reader misses the oldest events and gets a count of them."""
+    def events(self, after: int | None) -> AsyncIterator[EventLine]:
+        """Yield the rows of all listings and then all events, or only the events after number `after`.
+
+        A reader that is too slow or resumes too late gets a `lost` event, then all rows again, and the oldest events that are kept.
+        """
         ...
 
     async def plan(self, request: PlanRequest) -> dict[str, Any]:
@@ -301,6 +314,10 @@ class ClusterService(Protocol):
         Returns: `{"session", "plan", "pause_ms"}`.
         Raises: UnknownSession, NoPeer, InvalidRequest, PeerFault.
         """
+        ...
+
+    async def cancel(self, session: str) -> str:
+        """Cancel a session wherever it runs. Returns: its whole id. Raises: UnknownSession, InvalidRequest."""
         ...
 
     async def story(self, session: str) -> list[dict[str, Any]]:

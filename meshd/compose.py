@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from logging import getLogger
 
+from meshd.agents.admin.event_relay import EventRelay
+from meshd.agents.admin.listings import Listings
 from meshd.agents.admin.story_collector import StoryCollector
 from meshd.agents.device.compute import ComputeQueue
 from meshd.agents.links.link_table import STOPS
@@ -17,8 +19,10 @@ from meshd.agents.membership.adverts.publisher import SelfDescription
 from meshd.agents.membership.membership import Membership
 from meshd.agents.membership.peer_table import PeerTable
 from meshd.agents.membership.sources import Source
-from meshd.agents.observe.events import EventBus
+from meshd.agents.observe.rows import RowFeed
 from meshd.agents.observe.story import Story
+from meshd.agents.observe.stream import EventStream
+from meshd.agents.placement.changes import HoldingChanges
 from meshd.agents.placement.client import PlacementClient
 from meshd.agents.placement.free_memory import FreeMemory
 from meshd.agents.placement.keeper import Keeper
@@ -125,7 +129,7 @@ class Parts:
 class Peer:
     """All agents of one peer."""
 
-    bus: EventBus
+    events: EventStream
     story: Story
     holdings: ResidentModels
     compute: ComputeQueue
@@ -147,6 +151,9 @@ class Peer:
     coordinator: Coordinator
     keeper: Keeper
     story_collector: StoryCollector
+    listings: Listings
+    rows: RowFeed
+    relay: EventRelay
     supervisor: Supervisor
 
     def register(self) -> None:
@@ -161,6 +168,7 @@ class Peer:
             self.deputy,
             self.drainer,
             self.story_collector,
+            self.relay,
         ):
             agent.register()
         self.locator.register(self.coordinator)
@@ -186,6 +194,8 @@ class Peer:
                     tasks.create_task(supervise("models to place", self.preload.run)),
                     tasks.create_task(supervise("layers of before", self.restorer.run)),
                     tasks.create_task(supervise("placement keeper", self.keeper.run)),
+                    tasks.create_task(supervise("rows for readers of events", self.rows.run)),
+                    tasks.create_task(supervise("events of other peers", self.relay.run)),
                 ]
                 try:
                     yield
@@ -239,13 +249,13 @@ class Peer:
 def compose(parts: Parts) -> Peer:
     """Construct a peer's agents and connect them. Must be called inside the event loop."""
     signals, settings, clock, links, library = parts.signals, parts.settings, parts.clock, parts.links, parts.library
-    story, bus = Story(clock), EventBus(clock)
+    story, events = Story(clock), EventStream(parts.me, parts.name, clock)
     holdings = ResidentModels()
     memory = FreeMemory(parts.capability.memory_free_bytes, holdings, parts.measure_free_bytes, clock)
     stages = _stages(parts, holdings, story, coordinates=lambda session: session in coordinator.answers)
     drainer = Drainer(links=links, clock=clock, stages=lambda: stages.sessions, on_change=signals.changed)
     loader = _loader(parts, holdings, memory, drainer)
-    membership = _membership(parts, holdings, memory, stages, drainer, bus)
+    membership = _membership(parts, holdings, memory, stages, drainer, events)
     names, adverts = membership.name_of, membership.adverts
     placer = PlacementClient(links=links, library=library, adverts=adverts, names=names, clock=clock)
     router = parts.router(me=parts.me, library=library, placer=placer, adverts=adverts, suspects=membership.suspects)
@@ -260,9 +270,11 @@ def compose(parts: Parts) -> Peer:
     )
     locator = Locator(parts.me, links, deputy, clock)
     coordinator = _coordinator(parts, router, preload, journal, deputy, locator, membership, drainer, story)
+    listings = Listings(membership, library, coordinator, stages)
+    rows = RowFeed(events, listings.by_key, clock)
     restorer = Restorer(me=parts.me, placements=parts.placements, loader=loader, placer=placer, adverts=adverts, clock=clock)
     peer = Peer(
-        bus=bus,
+        events=events,
         story=story,
         holdings=holdings,
         compute=parts.compute,
@@ -286,6 +298,9 @@ def compose(parts: Parts) -> Peer:
         coordinator=coordinator,
         keeper=_keeper(parts, membership),
         story_collector=StoryCollector(parts.me, links, story, clock, names),
+        listings=listings,
+        rows=rows,
+        relay=EventRelay(links, events, rows, names, clock),
         supervisor=parts.supervisor,
     )
     _subscribe(parts, memory, peer)
@@ -340,7 +355,7 @@ def _loader(parts: Parts, holdings: ResidentModels, memory: FreeMemory, drainer:
 
 
 def _membership(
-    parts: Parts, holdings: ResidentModels, memory: FreeMemory, stages: StageHost, drainer: Drainer, bus: EventBus
+    parts: Parts, holdings: ResidentModels, memory: FreeMemory, stages: StageHost, drainer: Drainer, events: EventStream
 ) -> Membership:
     return Membership(
         description=SelfDescription(
@@ -359,7 +374,7 @@ def _membership(
         links=parts.links,
         prober=parts.prober,
         clock=parts.clock,
-        bus=bus,
+        events=events,
         on_advert=parts.signals.advert_received,
         on_gone=parts.signals.peer_gone,
         table=parts.table,
@@ -403,6 +418,7 @@ def _coordinator(
         clock=clock,
         telemetry=parts.telemetry,
         story=story,
+        events=membership.events,
         names=membership.name_of,
         readiness_of=preload.readiness,
         leaving=lambda: drainer.leaving,
@@ -423,6 +439,7 @@ def _subscribe(parts: Parts, memory: FreeMemory, peer: Peer) -> None:
         peer.journal.on_peer_gone(gone)
         peer.deputy.on_peer_gone(gone)
         peer.keeper.changed()
+        peer.relay.on_peer_gone(gone)
 
     signals.link_up.subscribe(membership.on_up)
     signals.link_down.subscribe(membership.on_down)
@@ -431,5 +448,5 @@ def _subscribe(parts: Parts, memory: FreeMemory, peer: Peer) -> None:
     signals.advert_received.subscribe(peer.keeper.note)
     signals.changed.subscribe(membership.changed)
     signals.sessions_changed.subscribe(peer.loader.sweep, count_free_blocks, membership.changed)
-    signals.layers_changed.subscribe(memory.forget, membership.changed)
+    signals.layers_changed.subscribe(memory.forget, HoldingChanges(peer.holdings, peer.events).changed, membership.changed)
     signals.orphaned.subscribe(peer.coordinator.take_over)

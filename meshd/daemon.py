@@ -24,6 +24,7 @@ from meshd.agents.membership.mdns_records import Announcement
 from meshd.agents.membership.peer_table import PeerTable
 from meshd.agents.membership.sources import Source
 from meshd.agents.membership.static import StaticPeers
+from meshd.agents.observe import log_lines
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.restart.placements import Placements
 from meshd.agents.placement.weights.headers import HeaderFetcher
@@ -180,6 +181,7 @@ class Daemon:
         self._mdns: MdnsDiscovery | None = None
         self._telemetry = Telemetry()
         self.peer = compose(_parts(config, identity, measured, clock, self._telemetry, sockets, shares))
+        peer = self.peer
         self.view = ClusterView(
             drainer=self.peer.drainer,
             story_collector=self.peer.story_collector,
@@ -189,7 +191,9 @@ class Daemon:
             placer=self.peer.placer,
             coordinator=self.peer.coordinator,
             stages=self.peer.stages,
-            bus=self.peer.bus,
+            stream=self.peer.events,
+            listings=peer.listings,
+            rows=peer.rows,
             about=self._about,
         )
 
@@ -211,13 +215,14 @@ class Daemon:
         )
         api = await server.serve_at(app, self._sockets.api)
         membership.publisher.api_address = f"{self._config.api.host}:{api.port}"
-        async with peer.running(self._sources(port)):
-            lock.announce(membership.publisher.api_address, str(self._config.models_dir.absolute()))
-            log.info("up: links on %s, API on %s", membership.link_address, membership.publisher.api_address)
-            try:
-                yield api
-            finally:
-                await peer.leave(api.aclose)
+        with log_lines.published(peer.events, self._clock):
+            async with peer.running(self._sources(port)):
+                lock.announce(membership.publisher.api_address, str(self._config.models_dir.absolute()))
+                log.info("up: links on %s, API on %s", membership.link_address, membership.publisher.api_address)
+                try:
+                    yield api
+                finally:
+                    await peer.leave(api.aclose)
 
     def _sources(self, port: int) -> list[Source]:
         sources: list[Source] = []

@@ -2,19 +2,22 @@
 
 import re
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
+from meshd.agents.admin.listings import Listings
 from meshd.agents.admin.story_collector import StoryCollector
 from meshd.agents.membership.membership import Membership
-from meshd.agents.observe.events import EventBus
+from meshd.agents.observe.rows import RowFeed
+from meshd.agents.observe.stream import EventStream
 from meshd.agents.placement.client import PlacementClient
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.plan_input import plan_input_of
-from meshd.agents.service import AnswerSecret, MeshOptions, PlacementStep, PlaceRequest, PlanRequest
-from meshd.agents.session.answer import Answer, header_of
+from meshd.agents.service import AnswerSecret, EventLine, MeshOptions, PlacementStep, PlaceRequest, PlanRequest
+from meshd.agents.session.answer import header_of
 from meshd.agents.session.coordinator import Coordinator
 from meshd.agents.session.journal.keys import session_of
 from meshd.agents.session.plan.drain import Drainer
@@ -28,7 +31,7 @@ from meshd.planner.profile import profiles_from_adverts
 from meshd.planner.search.solve import solve
 from meshd.planner.stages import resolve_peer
 from meshd.planner.units import show_bytes
-from meshd.types import Advert, ModelCard, ModelId, PeerId, SessionId
+from meshd.types import ModelCard, ModelId, PeerId, SessionId
 
 _PROBE_CONTEXT = 4096
 """Context in tokens that `meshd plan` assumes without `--context`, unless the model's own context is shorter."""
@@ -50,7 +53,9 @@ class ClusterView:
     stages: StageHost
     drainer: Drainer
     story_collector: StoryCollector
-    bus: EventBus
+    stream: EventStream
+    listings: Listings
+    rows: RowFeed
     about: Callable[[], dict[str, Any]]
     """Returns this peer's row for `identity`."""
 
@@ -59,64 +64,38 @@ class ClusterView:
         return self.about()
 
     def peers(self) -> list[dict[str, Any]]:
-        """List this peer, then the others in the order of the peer table."""
-        return [_own_row(self.membership.own_advert(), self.membership.link_address), *map(_peer_row, self.membership.rows())]
+        """See `Listings.peers`."""
+        return self.listings.peers()
 
     def links(self) -> list[dict[str, Any]]:
-        """List the links that live peers have measured, one row for each direction."""
-        return [
-            {
-                "source": advert.peer,
-                "target": target,
-                "source_name": advert.name,
-                "target_name": self.membership.name_of(target),
-                **msgspec.to_builtins(stats),
-            }
-            for advert in self.membership.adverts()
-            for target, stats in advert.links.items()
-        ]
+        """See `Listings.links`."""
+        return self.listings.links()
 
     async def known_models(self) -> list[dict[str, Any]]:
-        """List the models that live peers have on disk or in memory."""
-        loaded = {model.card.id: model.loaded for model in await self.coordinator.models()}
-        adverts = self.membership.adverts()
-        return [_model_row(card, adverts, loaded.get(card.id)) for card in self.library.cards().values()]
+        """See `Listings.models`."""
+        return await self.listings.models()
 
     def plans(self) -> list[dict[str, Any]]:
-        """List the plans of the answers that this peer coordinates now."""
-        return [
-            {
-                "id": answer.plan.id,
-                "session": answer.session,
-                "model": answer.plan.model,
-                "epoch": answer.machine.epoch,
-                "plan": answer.plan_header,
-                "stages": [
-                    {"peer": stage.peer, "name": self.membership.name_of(stage.peer), "layers": str(stage.layers)}
-                    for stage in answer.plan.stages
-                ],
-                "context": answer.plan.context,
-                "predicted_ttft_s": answer.plan.predicted_ttft_s,
-                "predicted_tpot_s": answer.plan.predicted_tpot_s,
-                "measured_tpot_s": answer.measured_tpot_s,
-            }
-            for answer in self.coordinator.answers.values()
-            if answer.plan is not None
-        ]
+        """See `Listings.plans`."""
+        return self.listings.plans()
 
     def sessions(self) -> list[dict[str, Any]]:
-        """List the answers that this peer coordinates, and the stages that it runs for other coordinators."""
-        cards = self.library.cards()
+        """See `Listings.sessions`."""
+        return self.listings.sessions()
 
-        def name_of(model: ModelId) -> str:
-            return cards[model].name if model in cards else ""
-
-        own = [self._session_row(answer, name_of) for answer in self.coordinator.answers.values()]
-        return own + self.stages.rows(name_of)
-
-    def events(self) -> AsyncIterator[dict[str, Any]]:
+    async def events(self, after: int | None) -> AsyncIterator[EventLine]:
         """See `service.ClusterService.events`."""
-        return self.bus.subscribe()
+        if after is None:
+            await self.rows.refresh()
+            after = self.stream.last
+            for line in self.rows.whole():
+                yield EventLine(None, "row", line)
+        async with aclosing(self.stream.read(after)) as published:
+            async for event in published:
+                yield EventLine(event.number, event.kind, event.line)
+                if event.kind == "lost":
+                    for line in self.rows.whole():
+                        yield EventLine(None, "row", line)
 
     async def plan(self, request: PlanRequest) -> dict[str, Any]:
         """See `service.ClusterService.plan`."""
@@ -153,6 +132,12 @@ class ClusterView:
         known, to = self._session(session), self._peer(target, "target")
         moved = await self.coordinator.move(known, to, self._peer(source, "source") if source is not None else None)
         return {"session": known, "plan": header_of(moved.plan, self.membership.name_of), "pause_ms": 1000 * moved.pause_s}
+
+    async def cancel(self, session: str) -> str:
+        """See `service.ClusterService.cancel`."""
+        known = self._session(session)
+        await self.coordinator.end(known)
+        return known
 
     async def story(self, session: str) -> list[dict[str, Any]]:
         """See `service.ClusterService.story`."""
@@ -200,89 +185,3 @@ class ClusterView:
             first = ", ".join(matches[:_SHOWN_MATCHES]) + (", ..." if len(matches) > _SHOWN_MATCHES else "")
             raise InvalidRequest(f"{text!r} matches {len(matches)} sessions: {first}", param="session", hint="write more of the id")
         return SessionId(matches[0])
-
-    def _session_row(self, answer: Answer, name_of: Callable[[ModelId], str]) -> dict[str, Any]:
-        return {
-            "id": answer.session,
-            "role": "coordinator",
-            "model": name_of(answer.card.id),
-            "state": answer.machine.state.value,
-            "tokens": len(answer.machine.tokens),
-            "prompt_tokens": answer.prompt_tokens,
-            "epoch": answer.machine.epoch,
-            "plan": answer.plan_header,
-            "method": answer.recoveries[-1].method if answer.recoveries else "",
-            "recoveries": [
-                {"epoch": each.epoch, "method": each.method, "reason": each.reason, "pause_ms": 1000 * each.pause_s}
-                for each in answer.recoveries
-            ],
-            "mirrors": [
-                {"stage": stage, "peer": peer, "name": self.membership.name_of(peer), "held": held}
-                for stage, (peer, held) in answer.mirrors.items()
-            ],
-            "deputies": self.coordinator.journal.deputies_of(answer.session),
-        }
-
-
-def _model_row(card: ModelCard, adverts: list[Advert], loaded: bool | None) -> dict[str, Any]:
-    """Make a model's row. `loaded`: as in `AvailableModel`; None if no request would be answered with it."""
-    return {
-        "id": card.id,
-        "name": card.name,
-        "ref": card.ref,
-        "quantisation": card.quantisation,
-        "layers": card.spec.layers,
-        "context_length": card.spec.context_length,
-        "bytes": card.weight_bytes,
-        "answers": loaded is not None,
-        "loaded": bool(loaded),
-        "on_disk": [advert.name for advert in adverts if any(known.id == card.id for known in advert.models)],
-        "holdings": [
-            {"peer": advert.peer, "name": advert.name, **msgspec.to_builtins(holding), "layers": str(holding.layers)}
-            for advert in adverts
-            for holding in advert.holdings
-            if holding.model == card.id
-        ],
-    }
-
-
-def _own_row(advert: Advert, address: str) -> dict[str, Any]:
-    return {
-        "id": advert.peer,
-        "name": advert.name,
-        "state": "alive",
-        "reason": "",
-        "addresses": [address],
-        "sources": ["self"],
-        "version": advert.version,
-        "incarnation": advert.incarnation,
-        **_advertised(advert),
-    }
-
-
-def _peer_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Convert a row of the peer table to the public keys."""
-    hosts = row.pop("addresses")
-    public = {
-        "id": row.pop("peer"),
-        "name": row.pop("name"),
-        "state": row.pop("state"),
-        "reason": row.pop("why"),
-        "addresses": list(dict.fromkeys(f"{known['host']}:{known['port']}" for known in hosts)),
-        "sources": list(dict.fromkeys(known["source"] for known in hosts)),
-    }
-    for holding in row["holdings"]:
-        holding["layers"] = "-".join(map(str, holding["layers"]))
-    return public | row
-
-
-def _advertised(advert: Advert) -> dict[str, Any]:
-    holdings = [msgspec.to_builtins(holding) | {"layers": str(holding.layers)} for holding in advert.holdings]
-    return {
-        "capability": msgspec.to_builtins(advert.capability),
-        "holdings": holdings,
-        "models": [card.name for card in advert.models],
-        "sessions": advert.sessions,
-        "api": advert.api,
-        "draining": advert.draining,
-    }

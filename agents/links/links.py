@@ -304,6 +304,11 @@ class Links:
         self._local -= 1
         self._dispatcher.deliver(self.id, message, payload)
 
+    def features(self, peer: PeerId) -> frozenset[str]:
+        """Return the optional features that this peer and `peer` both have; none without a link."""
+        link = self._table.get(peer)
+        return link.agreement.features if link is not None and link.agreement is not None else frozenset()
+
     def _row(self, link: Link) -> LinkRow:
         assert link.agreement is not None
         hello = link.agreement.hello

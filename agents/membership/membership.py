@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from logging import DEBUG, INFO, getLogger
 from typing import Any
 
+from meshd.agents.budget import TokenBucket
 from meshd.agents.links.link_table import LEFT, STOPS
 from meshd.agents.links.links import Links
 from meshd.agents.links.open import DialOutcome
@@ -50,7 +51,8 @@ from meshd.agents.membership.sources import (
     Source,
     SourceNotice,
 )
-from meshd.agents.observe.events import EventBus
+from meshd.agents.observe.events import LinkRefused, PeerChanged
+from meshd.agents.observe.stream import EventStream
 from meshd.agents.supervisor import Supervise, unsupervised
 from meshd.clock import Clock
 from meshd.errors import MeshdError
@@ -63,6 +65,8 @@ log = getLogger(__name__)
 _SWEEP_S = 0.5
 _SUSPECT_S = 1.2
 """Silence after which a peer is SUSPECT: two missed heartbeats. After `Timing.silence_s` (2 s) its link ends."""
+_REFUSALS_PER_S, _REFUSALS_AT_ONCE = 1.0, 20
+"""Events about refused links. Strangers cause them as often as they like."""
 GOSSIP = "gossip"
 """Source of the addresses that other peers list in their statuses."""
 
@@ -75,7 +79,7 @@ class Membership:
     links: Links
     prober: LinkProber
     clock: Clock
-    bus: EventBus
+    events: EventStream
     on_advert: Callable[[Advert], None]
     on_gone: Callable[[PeerId, str], None]
     link_address: str = ""
@@ -85,10 +89,11 @@ class Membership:
     publisher: Publisher = field(init=False)
     _fetcher: ProfileFetcher = field(init=False)
     _gossip: GossipBudget = field(default_factory=GossipBudget)
+    _refusals: TokenBucket = field(default_factory=lambda: TokenBucket(_REFUSALS_PER_S, _REFUSALS_AT_ONCE))
     _dialled: dict[PeerId, set[tuple[Address, str]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.notices = Notices(self.clock.monotonic)
+        self.notices = Notices(self.clock.monotonic, self.events.publish)
         self.publisher = Publisher(self.description, self.links, self.prober, self.clock, self.notices.add, self.notices.withdraw)
         self._fetcher = ProfileFetcher(self.links, self.clock, self._on_profile, self._on_unusable_profile)
 
@@ -182,6 +187,8 @@ class Membership:
             self.table.answered(address, outcome.peer)
         if not outcome.reason:
             return
+        if outcome.refused and self._refusals.take(self.clock.monotonic()):
+            self.events.publish(LinkRefused(address=str(address), of=outcome.peer or "", reason=outcome.reason, hint=outcome.hint))
         if outcome.peer == self.description.peer:
             self.notices.add(outcome.reason, outcome.hint, about="identity")
         elif outcome.refused and outcome.peer is not None:
@@ -289,7 +296,7 @@ class Membership:
             known = self.table.get(peer)
             level = INFO if known is not None and known.incarnation else DEBUG
             log.log(level, "peer %s (%.8s) is %s%s", self.name_of(peer), peer, state, f": {why}" if why else "")
-        self.bus.publish("peer", peer=peer, name=self.name_of(peer), state=state, was=was, reason=why)
+        self.events.publish(PeerChanged(of=peer, of_name=self.name_of(peer), state=state, was=was, reason=why))
 
     def _report_silence(self) -> None:
         """Report to the table which linked peers are silent, and which SUSPECT peers were heard again."""

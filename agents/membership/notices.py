@@ -4,6 +4,7 @@ from collections.abc import Callable
 from logging import getLogger
 
 from meshd.agents.budget import TokenBucket
+from meshd.agents.observe.events import NoticeGiven
 
 log = getLogger(__name__)
 
@@ -18,8 +19,8 @@ class Notices:
     A message may be about a subject. It then replaces the earlier message about the same subject, and is withdrawn by it.
     """
 
-    def __init__(self, now: Callable[[], float]) -> None:
-        self._now = now
+    def __init__(self, now: Callable[[], float], publish: Callable[[NoticeGiven], None] = lambda event: None) -> None:
+        self._now, self._publish = now, publish
         self._hints: dict[str, str] = {}
         self._about: dict[str, str] = {}
         """Subject -> its message."""
@@ -29,6 +30,7 @@ class Notices:
         """Show a message, and log it unless it is shown already."""
         if message not in self._hints and self._budget.take(self._now()):
             log.warning("%s%s", message, f"; {hint}" if hint else "")
+            self._publish(NoticeGiven(message=message, hint=hint))
         if about and self._about.get(about, message) != message:
             self.withdraw(about)
         self._hints.pop(message, None)

@@ -1,58 +1,190 @@
-"""The event stream of this peer. Each reader has a bounded queue, so a slow reader does not delay the others."""
+"""Every kind of event that a peer publishes, on one page. `stream.py` carries them to readers.
 
-import asyncio
-from collections import deque
-from collections.abc import AsyncGenerator
-from typing import Any
+Two families:
 
-from meshd.clock import Clock
+- *Changes of rows* say what the listings of `/mesh/v1/` contain now: `row` and `gone`. A reader that applies them to an empty
+  listing has the listing, so it needs no other request.
+- *Happenings* say what occurred, and why: all others. A reader may miss some of them and still has true rows.
 
-_QUEUE_LIMIT = 256
-"""Maximum number of events that wait for one reader; beyond it the oldest are dropped and counted."""
+Texts may come from other peers, so each of them is cut to `MAX_TEXT` when the event is published.
+"""
 
+from typing import Any, Literal
 
-class _Reader:
-    def __init__(self) -> None:
-        self.waiting: deque[dict[str, Any]] = deque(maxlen=_QUEUE_LIMIT)
-        self.lost = 0
-        self.wake = asyncio.Event()
+import msgspec
 
-    def push(self, event: dict[str, Any]) -> None:
-        if len(self.waiting) == _QUEUE_LIMIT:
-            self.lost += 1
-        self.waiting.append(event)
-        self.wake.set()
+MAX_TEXT = 500
+"""Characters that a text of an event keeps."""
+Listing = Literal["peers", "links", "models", "plans", "sessions"]
+"""The listings of `/mesh/v1/` that events keep up to date."""
+LISTINGS: tuple[Listing, ...] = ("peers", "links", "models", "plans", "sessions")
 
 
-class EventBus:
-    """Passes each published event to every reader. Must be used on the event loop's thread."""
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
+    """The base of all events. A published one also has `at` (seconds since the Unix epoch), `peer` and `name` of its publisher."""
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._readers: set[_Reader] = set()
 
-    def publish(self, kind: str, **fields: object) -> None:
-        """Send `{"type": kind, "at": seconds since the Unix epoch, ...}` to every reader."""
-        if self._readers:
-            event = {"type": kind, "at": self._clock.wall(), **fields}
-            for reader in self._readers:
-                reader.push(event)
+class Row(Event, frozen=True, kw_only=True, tag="row"):
+    """A row of a listing is new or has changed."""
 
-    async def subscribe(self) -> AsyncGenerator[dict[str, Any], None]:
-        """Yield the events from now on. A reader that missed events gets a `lost` event with their number.
+    list: Listing
+    key: str
+    """Names the row in its listing, for the stream's whole life."""
+    row: dict[str, Any]
 
-        Cancel: unsubscribes.
-        """
-        reader = _Reader()
-        self._readers.add(reader)
-        try:
-            while True:
-                while not reader.waiting:
-                    reader.wake.clear()
-                    await reader.wake.wait()
-                if reader.lost:
-                    lost, reader.lost = reader.lost, 0
-                    yield {"type": "lost", "at": self._clock.wall(), "events": lost}
-                yield reader.waiting.popleft()
-        finally:
-            self._readers.discard(reader)
+
+class Gone(Event, frozen=True, kw_only=True, tag="gone"):
+    """A row of a listing is no more."""
+
+    list: Listing
+    key: str
+
+
+class PeerChanged(Event, frozen=True, kw_only=True, tag="peer"):
+    """Another peer's state has changed, as this peer sees it."""
+
+    of: str
+    """Id of the other peer."""
+    of_name: str
+    state: str
+    was: str
+    """The state before; empty for a peer that was not known."""
+    reason: str
+
+
+class LinkRefused(Event, frozen=True, kw_only=True, tag="refusal"):
+    """A link with another device could not be made, or was refused."""
+
+    address: str
+    of: str
+    """Id of the other peer; empty if it did not prove one."""
+    reason: str
+    hint: str
+
+
+class NoticeGiven(Event, frozen=True, kw_only=True, tag="notice"):
+    """A message for the user."""
+
+    message: str
+    hint: str
+
+
+class HoldingChanged(Event, frozen=True, kw_only=True, tag="holding"):
+    """Layers on this peer have changed their state."""
+
+    model: str
+    layers: str
+    state: str
+    """`loading`, `warm`, `active`, or `released`."""
+    was: str
+    """The state before; empty for layers that were not there."""
+
+
+class LoadProgress(Event, frozen=True, kw_only=True, tag="load"):
+    """Layers are being loaded on this peer."""
+
+    model: str
+    layers: str
+    progress: float
+    """From 0 to 1."""
+
+
+class SessionChanged(Event, frozen=True, kw_only=True, tag="session"):
+    """An answer that this peer coordinates has changed its state."""
+
+    session: str
+    model: str
+    state: str
+    was: str
+    """The state before; empty for a new answer."""
+    tokens: int
+    reason: str
+
+
+class PlanChosen(Event, frozen=True, kw_only=True, tag="plan"):
+    """An answer has a plan, or another plan than before."""
+
+    session: str
+    epoch: int
+    plan: str
+    """As `name:0-12,name:12-30`."""
+    predicted_ttft_s: float
+    predicted_tpot_s: float
+    reason: str
+    """Why the plan before was left; empty for the first plan."""
+
+
+class AnswerContinued(Event, frozen=True, kw_only=True, tag="recovery"):
+    """An answer goes on after a loss or a move: its first token with the new plan has come."""
+
+    session: str
+    epoch: int
+    plan: str
+    method: str
+    """`kept`, `mirror`, `replay` or `prefill`."""
+    cause: Literal["loss", "move", "resume"]
+    reason: str
+    pause_s: float
+    """From the last token before to the first token after the change."""
+
+
+class PredictionChecked(Event, frozen=True, kw_only=True, tag="prediction"):
+    """A predicted time of an answer, beside the measured one."""
+
+    session: str
+    what: Literal["ttft", "tpot"]
+    predicted_s: float
+    measured_s: float
+
+
+class Work(Event, frozen=True, kw_only=True, tag="work"):
+    """What this peer did in the last period. Published only while it computes."""
+
+    period_s: float
+    steps: int
+    tokens: int
+    """Tokens of the answers that this peer coordinates."""
+    busy_s: float
+    """Seconds in which the compute thread computed."""
+
+
+class LogLine(Event, frozen=True, kw_only=True, tag="log"):
+    """A line of this peer's log."""
+
+    level: Literal["debug", "info", "warning", "error"]
+    logger: str
+    text: str
+    session: str
+    """The session that the line is about; empty if it is about none."""
+
+
+class Lost(Event, frozen=True, kw_only=True, tag="lost"):
+    """The reader was too slow, or resumed too late: events before this one are missing. Rows follow from the beginning."""
+
+    events: int
+    """How many; 0 if that is not known."""
+
+
+class Missed(Event, frozen=True, kw_only=True, tag="missed"):
+    """Events of the named peer are missing, because there were too many. Its rows follow from the beginning."""
+
+    events: int
+
+
+KINDS: tuple[type[Event], ...] = (
+    Row,
+    Gone,
+    PeerChanged,
+    LinkRefused,
+    NoticeGiven,
+    HoldingChanged,
+    LoadProgress,
+    SessionChanged,
+    PlanChosen,
+    AnswerContinued,
+    PredictionChecked,
+    Work,
+    LogLine,
+    Lost,
+    Missed,
+)

@@ -206,6 +206,7 @@ class Loader:
             self._reading.add(key)
             await asyncio.to_thread(self._read, resident, progress)
             resident.state = LoadState.WARM
+            self.on_change()
             await self.compute.call(lambda: warm_up(resident))
             if key in self._withdrawn:
                 raise _unplaced(request.layers)

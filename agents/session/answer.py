@@ -12,7 +12,9 @@ from typing import Any
 import msgspec
 
 from meshd.agents.links.links import Links
+from meshd.agents.observe.events import AnswerContinued, PlanChosen, SessionChanged
 from meshd.agents.observe.story import Story
+from meshd.agents.observe.stream import EventStream
 from meshd.agents.service import NO_SECRET, AnswerSecret, Finished, TextDelta
 from meshd.agents.session import events as fsm
 from meshd.agents.session.journal.record import SessionRecord, followed_by
@@ -40,6 +42,7 @@ class AnswerContext:
     links: Links
     clock: Clock
     story: Story
+    events: EventStream
     names: Callable[[PeerId], str]
     on_replan: Callable[["Answer", fsm.Replan], None]
     """Called when the answer needs another plan. The callee must then call the answer's `planned` or `plan_failed`."""
@@ -186,7 +189,8 @@ class Answer:
 
     def planned(self, plan: Plan, reason: str = "") -> None:
         """Continue under this plan: open its stages. `reason`: why a running answer changes its plan."""
-        self.recovery.reason = reason or self.recovery.reason
+        if reason:
+            self.recovery.begins("move", reason)
         self._apply(fsm.Planned(plan))
 
     def plan_failed(self, error: MeshdError) -> None:
@@ -205,6 +209,7 @@ class Answer:
             now = self.context.clock.monotonic()
             self.progress_at = self.stages.renewed_at = self.unread_since = now
             self.output.restart(now)
+            self.recovery.begins("resume", "it was suspended")
             self._apply(fsm.ResumeRequested())
 
     def release(self, why: str = "another peer has taken this answer over") -> None:
@@ -272,8 +277,25 @@ class Answer:
             self.machine.holders.add(peer)
 
     def _apply(self, event: fsm.Event) -> None:
-        for command in self.machine.handle(event):
+        was = self.machine.state
+        commands = self.machine.handle(event)
+        if self.machine.state is not was:
+            self._publish_state(was.value)
+        for command in commands:
             self._do(command)
+
+    def _publish_state(self, was: str) -> None:
+        state, error = self.machine.state, self.machine.error
+        self.context.events.publish(
+            SessionChanged(
+                session=self.session,
+                model=self.card.name,
+                state=state.value,
+                was=was,
+                tokens=len(self.machine.tokens),
+                reason=str(error) if error is not None else "",
+            )
+        )
 
     def _do(self, command: fsm.Command) -> None:
         match command:
@@ -288,7 +310,7 @@ class Answer:
                 self.stages.send_prompt(epoch, plan, start, self.machine.tokens)
                 self._all_opened()
             case fsm.Replan():
-                self.recovery.reason = command.reason
+                self.recovery.begins("loss", command.reason)
                 self.output.touch()
                 self._note("lost", reason=command.reason, tokens=len(self.output.tokens))
                 self.context.on_replan(self, command)
@@ -307,6 +329,16 @@ class Answer:
         self.progress_at = self.context.clock.monotonic()
         self.output.touch()
         self._note("planned", epoch=command.epoch, plan=self.plan_header, tokens=command.answered)
+        self.context.events.publish(
+            PlanChosen(
+                session=self.session,
+                epoch=command.epoch,
+                plan=self.plan_header,
+                predicted_ttft_s=self.predicted_ttft_s,
+                predicted_tpot_s=self.predicted_tpot_s,
+                reason=self.recovery.reason,
+            )
+        )
         for stage in range(len(command.plan.stages)):
             self.tasks.spawn(self._open_stage(command, stage))
 
@@ -344,6 +376,17 @@ class Answer:
             self.context.on_recovered(self, recovered)
             pause_ms = round(1000 * recovered.pause_s, 1)
             self._note("goes on", epoch=recovered.epoch, method=recovered.method, pause_ms=pause_ms)
+            self.context.events.publish(
+                AnswerContinued(
+                    session=self.session,
+                    epoch=recovered.epoch,
+                    plan=self.plan_header,
+                    method=recovered.method,
+                    cause=recovered.cause,
+                    reason=recovered.reason,
+                    pause_s=recovered.pause_s,
+                )
+            )
         self.progress_at = now
         self.output.add(command.token, command.logprobs, now)
         self.context.on_token(self, command.index, command.token, command.logprobs)

@@ -14,6 +14,7 @@ import msgspec
 
 from meshd.agents.links.links import Links
 from meshd.agents.observe.story import Story
+from meshd.agents.observe.stream import EventStream
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.plan_input import with_peer_ids
 from meshd.agents.service import NO_SECRET, AnswerSecret, AvailableModel, GenerationRequest
@@ -73,6 +74,7 @@ class Coordinator:
     clock: Clock
     telemetry: Telemetry
     story: Story
+    events: EventStream
     names: Callable[[PeerId], str]
     readiness_of: Callable[[], tuple[bool, float, str]]
     leaving: Callable[[], bool]
@@ -104,6 +106,7 @@ class Coordinator:
             links=self.links,
             clock=self.clock,
             story=self.story,
+            events=self.events,
             names=self.names,
             on_replan=self.retrier.replan,
             on_opened=self._on_opened,
@@ -422,7 +425,7 @@ class Coordinator:
             self._retain(answer)
             self._journal(answer)
         self.telemetry.sessions_active(len(self.answers))
-        report_end(answer, self.telemetry)
+        report_end(answer, self.telemetry, self.events)
 
     def _journal(self, answer: Answer) -> None:
         """Queue a transfer of the answer's full record to its deputies."""

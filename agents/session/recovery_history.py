@@ -1,10 +1,13 @@
 """One answer's record of faults: copies of its KV, peers that it distrusts, and past changes of its plan."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from meshd.types import PeerId
 
 _DISTRUST_S = 30.0
+Cause = Literal["loss", "move", "resume"]
+"""Why an answer's plan changes: something failed, it runs better or must run elsewhere, or a suspended answer runs again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +17,7 @@ class Recovered:
     epoch: int
     method: str
     """`kept`, `mirror`, `replay` or `prefill`: the most expensive method that any stage needed."""
+    cause: Cause
     reason: str
     pause_s: float
     """Seconds from the last token before the change to the first one after it."""
@@ -26,12 +30,17 @@ class RecoveryHistory:
     mirrors: dict[int, tuple[PeerId, int]] = field(default_factory=dict)
     """Stage of the present plan -> the peer with a copy of its KV, and the number of positions in the copy."""
     recoveries: list[Recovered] = field(default_factory=list)
+    cause: Cause = "loss"
     reason: str = ""
     """Why the plan is changing now, or why it last changed."""
     _distrusted: dict[PeerId, float] = field(default_factory=dict)
     """Peer at fault in this session -> time until which the session's plans avoid it."""
-    _pending: tuple[int, str, str] | None = None
-    """(epoch, method, reason) of a change of plan after which no token has arrived yet."""
+    _pending: tuple[int, str, Cause, str] | None = None
+    """(epoch, method, cause, reason) of a change of plan after which no token has arrived yet."""
+
+    def begins(self, cause: Cause, reason: str) -> None:
+        """Record why the plan changes from now on."""
+        self.cause, self.reason = cause, reason
 
     def distrust(self, peer: PeerId | None, now: float) -> None:
         """Avoid this peer in the session's plans for `_DISTRUST_S`. None: the peer at fault is not known, and nothing changes."""
@@ -48,7 +57,7 @@ class RecoveryHistory:
     def changed(self, epoch: int, method: str) -> None:
         """Record that the stages of a new plan resume. The next token ends the pause."""
         self.mirrors.clear()  # all mirrors are copies of the old plan's stages
-        self._pending = (epoch, method, self.reason)
+        self._pending = (epoch, method, self.cause, self.reason)
 
     def first_token(self, pause_s: float) -> Recovered | None:
         """Complete the pending change of plan, if any, because a token arrived `pause_s` seconds after the token before it.
@@ -57,8 +66,8 @@ class RecoveryHistory:
         """
         if self._pending is None:
             return None
-        epoch, method, reason = self._pending
+        epoch, method, cause, reason = self._pending
         self._pending = None
-        recovered = Recovered(epoch, method, reason, pause_s)
+        recovered = Recovered(epoch, method, cause, reason, pause_s)
         self.recoveries.append(recovered)
         return recovered

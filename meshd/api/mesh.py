@@ -7,11 +7,12 @@ import msgspec
 from aiohttp import web
 
 from meshd.agents.service import ClusterService, PlaceRequest, PlanRequest
-from meshd.api.http.body import read_body
+from meshd.api.http.body import read_body, read_query
 from meshd.api.http.reply import Rows, json_response
 from meshd.api.http.services import SERVICES
-from meshd.api.http.sse import EventStream, respond
+from meshd.api.http.sse import EventStream, last_event_id, respond
 from meshd.api.merge import closing
+from meshd.api.openai.renderers import StreamedEvent
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -70,6 +71,21 @@ class Migrated(msgspec.Struct, frozen=True, kw_only=True):
     """Time from the last token before the move to the first token after it."""
 
 
+class EventsQuery(msgspec.Struct, frozen=True, kw_only=True):
+    """The query of GET /mesh/v1/events."""
+
+    after: Annotated[
+        Annotated[int, msgspec.Meta(ge=0)] | None,
+        msgspec.Meta(description="Number of the last event received, to resume; the header `Last-Event-ID` means the same."),
+    ] = None
+
+
+class CancelledSession(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer of DELETE /mesh/v1/sessions/{id}."""
+
+    session: str
+
+
 def rows(read: Callable[[ClusterService], list[dict[str, Any]]]) -> Handler:
     """Make a handler that sends the rows that `read` returns."""
 
@@ -92,11 +108,16 @@ async def identity(request: web.Request) -> web.Response:
 
 
 async def events(request: web.Request) -> web.StreamResponse:
-    """Stream events as they happen, until the client disconnects."""
+    """Stream the rows of all listings, then events as they happen, until the client disconnects."""
+    query = read_query(request, EventsQuery)
+    after = last_event_id(request)
+    after = query.after if after is None else after
 
     async def produce(stream: EventStream) -> None:
         await stream.open()
-        await _send_all(stream, request.app[SERVICES].mesh.events())
+        async with closing(request.app[SERVICES].mesh.events(after)) as lines:
+            async for line in lines:
+                await stream.put(StreamedEvent(msgspec.Raw(line.line), line.number))
 
     return await respond(request, produce)
 
@@ -149,6 +170,13 @@ async def migrate(request: web.Request) -> web.Response:
     async with services.work.interruptible():
         migrated = await services.mesh.migrate(body.session, body.target, body.source)
     return json_response(msgspec.convert(migrated, Migrated))
+
+
+async def cancel(request: web.Request) -> web.Response:
+    """Cancel a session wherever it runs. Its answer ends."""
+    services = request.app[SERVICES]
+    async with services.work.interruptible():
+        return json_response(CancelledSession(session=await services.mesh.cancel(request.match_info["id"])))
 
 
 async def story(request: web.Request) -> web.Response:

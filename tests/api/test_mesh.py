@@ -26,7 +26,7 @@ async def test_self(http: aiohttp.ClientSession) -> None:
 async def test_the_event_stream_opens_at_once_and_sends_events_as_they_happen(http: aiohttp.ClientSession) -> None:
     async with http.get("/mesh/v1/events") as response:
         lines = [await response.content.readline() for _ in range(3)]
-    assert lines == [b": open\n", b"\n", b'data: {"type":"peer_joined","at":1.0}\n']
+    assert lines == [b": open\n", b"\n", b'data: {"type":"row","list":"models","key":"words","row":{"name":"words"}}\n']
 
 
 async def test_plan(http: aiohttp.ClientSession) -> None:

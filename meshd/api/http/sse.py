@@ -16,6 +16,7 @@ from meshd.api.http.errors import HttpProblem, problem_for_client
 from meshd.api.http.services import SERVICES
 from meshd.api.merge import beside
 from meshd.api.openai.renderers import StreamedEvent, error_event
+from meshd.errors import InvalidRequest
 
 HEADERS_DUE = web.RequestKey("headers_due", asyncio.Event)
 """Key under which a stream stores the event to set when its request waits for another answer's end."""
@@ -111,6 +112,19 @@ class EventStream:
             if self._request.transport is not None:
                 self._request.transport.abort()
             raise ConnectionResetError("the client does not read its stream") from None
+
+
+def last_event_id(request: web.Request) -> int | None:
+    """Return the number of the last event that the client has, by the header `Last-Event-ID`, which browsers send to resume.
+
+    Returns: None without the header. Raises: InvalidRequest.
+    """
+    number = request.headers.get("Last-Event-ID")
+    if number is None:
+        return None
+    if not (number.isascii() and number.isdecimal() and len(number) < 19):
+        raise InvalidRequest("`Last-Event-ID` is not a number", param="Last-Event-ID", hint="send the `id` of the last event")
+    return int(number)
 
 
 async def respond(request: web.Request, produce: Callable[[EventStream], Awaitable[None]]) -> web.StreamResponse:

@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 
 from in_process.journals import advert
+from meshd.agents.admin.listings import Listings
 from meshd.agents.admin.view import ClusterView
 from meshd.agents.service import AnswerSecret
 from meshd.agents.session.journal.keys import session_of
@@ -54,7 +55,7 @@ def _answer(session: SessionId) -> SimpleNamespace:
         machine=SimpleNamespace(state=SimpleNamespace(value="decoding"), tokens=[1, 2], epoch=3),
         prompt_tokens=7,
         plan_header="attic:0-12,desk:12-30",
-        recoveries=[Recovered(2, "replay", "desk: silent", 0.31), Recovered(3, "kept", "moved to desk", 0.002)],
+        recoveries=[Recovered(2, "replay", "loss", "desk: silent", 0.31), Recovered(3, "kept", "move", "moved to desk", 0.002)],
         mirrors={1: (ATTIC, 96)},
     )
 
@@ -73,16 +74,26 @@ def view(agents: RecordedAgents) -> ClusterView:
         move=agents.move,
         journal=SimpleNamespace(deputies_of=lambda session: [DESK]),
     )
+    membership = SimpleNamespace(
+        adverts=lambda: [advert(peer, name=name) for peer, name in names.items()],
+        name_of=names.get,
+        description=SimpleNamespace(peer=ATTIC),
+    )
+    library = SimpleNamespace(cards=lambda: {ModelId("m"): SimpleNamespace(name="smollm2")})
+    stages = SimpleNamespace(rows=lambda name_of: [{"id": STAGED, "role": "stage 1"}])
+    listings = Listings(cast("Any", membership), cast("Any", library), cast("Any", coordinator), cast("Any", stages))
     parts = {
-        "membership": SimpleNamespace(adverts=lambda: [advert(peer, name=name) for peer, name in names.items()], name_of=names.get),
-        "library": SimpleNamespace(cards=lambda: {ModelId("m"): SimpleNamespace(name="smollm2")}),
+        "membership": membership,
+        "library": library,
         "router": None,
         "placer": None,
         "coordinator": coordinator,
-        "stages": SimpleNamespace(rows=lambda name_of: [{"id": STAGED, "role": "stage 1"}]),
+        "stages": stages,
         "drainer": SimpleNamespace(drain=agents.drain),
         "story_collector": SimpleNamespace(collect=agents.collect),
-        "bus": None,
+        "stream": None,
+        "listings": listings,
+        "rows": None,
         "about": dict,
     }
     return ClusterView(**cast("dict[str, Any]", parts))

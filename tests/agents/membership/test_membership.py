@@ -22,7 +22,7 @@ from meshd.agents.membership.adverts.publisher import SelfDescription
 from meshd.agents.membership.membership import Membership
 from meshd.agents.membership.peer_events import PeerState
 from meshd.agents.membership.sources import DuplicateIdentity, OtherClusters, PeerFound, SourceNotice
-from meshd.agents.observe.events import EventBus
+from meshd.agents.observe.stream import EventStream
 from meshd.clock import SystemClock
 from meshd.protocol.identity import ClusterKey, load_identity
 from meshd.protocol.messages import PROTOCOL_VERSION, FetchProfile, PeerStatus, ProfileData
@@ -72,7 +72,7 @@ class Member:
             links=self.links,
             prober=LinkProber(self.links, clock, lambda: None),
             clock=clock,
-            bus=EventBus(clock),
+            events=EventStream(self.links.id, name, clock),
             on_advert=self.adverts.append,
             on_gone=lambda peer, reason: self.gone.append(peer),
         )

@@ -9,6 +9,7 @@ from in_process.answers import CARD, AnswerSite
 from in_process.journals import Keeper, Keepers, S
 from in_process.peers import Peers
 from meshd.agents.observe.story import Story
+from meshd.agents.observe.stream import EventStream
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.weights.headers import HeaderFetcher
 from meshd.agents.service import GenerationRequest
@@ -42,6 +43,7 @@ def coordinator_of(keeper: Keeper) -> Coordinator:
         clock=clock,
         telemetry=Telemetry(),
         story=Story(clock),
+        events=EventStream(PeerId("me"), "here", clock),
         names=lambda peer: peer[:4],
         readiness_of=lambda: (True, 1.0, ""),
         leaving=lambda: False,

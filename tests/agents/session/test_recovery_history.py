@@ -34,7 +34,7 @@ def test_the_first_token_completes_a_change_of_plan_once() -> None:
     history.changed(2, "replay")
     assert history.mirrors == {}
     history.reason = "another one"
-    completed = Recovered(2, "replay", "b: killed", 0.5)
+    completed = Recovered(2, "replay", "loss", "b: killed", 0.5)
     assert history.first_token(0.5) == completed
     assert history.first_token(0.1) is None
     assert history.recoveries == [completed]
@@ -45,5 +45,5 @@ def test_of_two_changes_without_a_token_between_them_the_last_counts() -> None:
     history.changed(2, "replay")
     history.reason = "second"
     history.changed(3, "prefill")
-    assert history.first_token(1.0) == Recovered(3, "prefill", "second", 1.0)
+    assert history.first_token(1.0) == Recovered(3, "prefill", "loss", "second", 1.0)
     assert len(history.recoveries) == 1

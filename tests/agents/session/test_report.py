@@ -27,7 +27,7 @@ async def test_an_answer_without_recoveries_is_measured_and_compared_with_its_pr
 ) -> None:
     site, telemetry = await made(peers), Telemetry()
     with caplog.at_level(logging.INFO):
-        report_end(site.answer, telemetry)
+        report_end(site.answer, telemetry, site.published)
     value = telemetry.registry.get_sample_value
     assert value("meshd_tokens_total", {"kind": "prompt"}) == 3
     assert value("meshd_tokens_total", {"kind": "completion"}) == 2
@@ -39,8 +39,8 @@ async def test_an_answer_without_recoveries_is_measured_and_compared_with_its_pr
 
 async def test_an_answer_with_a_recovery_is_not_compared_with_its_prediction(peers: Peers) -> None:
     site, telemetry = await made(peers), Telemetry()
-    site.answer.recoveries.append(Recovered(2, "replay", "lost", 0.5))
-    report_end(site.answer, telemetry)
+    site.answer.recoveries.append(Recovered(2, "replay", "loss", "lost", 0.5))
+    report_end(site.answer, telemetry, site.published)
     value = telemetry.registry.get_sample_value
     assert value("meshd_ttft_seconds_count") == 0
     assert value("meshd_tpot_seconds_count") == 1

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from meshd.agents.service import PlacementStep, PlaceRequest, PlanRequest
+from meshd.agents.service import EventLine, PlacementStep, PlaceRequest, PlanRequest
 from meshd.errors import InvalidRequest, NoPeer, PeerLost, UnknownModel, UnknownSession
 from meshd.types import LayerRange, PeerId
 
@@ -33,8 +33,11 @@ class WordsMesh:
     def sessions(self) -> list[dict[str, Any]]:
         return []
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
-        yield {"type": "peer_joined", "at": 1.0}
+    async def events(self, after: int | None) -> AsyncIterator[EventLine]:
+        if after is None:
+            yield EventLine(None, "row", b'{"type":"row","list":"models","key":"words","row":{"name":"words"}}')
+        for number in range(0 if after is None else after + 1, 3):
+            yield EventLine(number, "peer", b'{"type":"peer","state":"alive"}')
         await asyncio.Event().wait()
 
     async def plan(self, request: PlanRequest) -> dict[str, Any]:
@@ -67,6 +70,11 @@ class WordsMesh:
         if source == target:
             raise InvalidRequest("it is there already", param="source")
         return {"session": session, "plan": f"{source or 'here'}:0-1,{target}:1-2", "pause_ms": 1.5}
+
+    async def cancel(self, session: str) -> str:
+        if session != "0" * 32:
+            raise UnknownSession(f"nobody knows session {session}")
+        return session
 
     async def story(self, session: str) -> list[dict[str, Any]]:
         if session != SESSION:

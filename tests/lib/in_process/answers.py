@@ -9,6 +9,7 @@ from in_process.clusters import make_card
 from in_process.journals import HandClock, record
 from in_process.peers import Peer
 from meshd.agents.observe.story import Story
+from meshd.agents.observe.stream import EventStream
 from meshd.agents.session.answer import Answer, AnswerContext
 from meshd.agents.session.events import Replan
 from meshd.protocol.messages import Close, Credit, Message, Mirror, Open, Opened, Prompt, Renew, Reply, Resume, Token
@@ -31,6 +32,7 @@ class AnswerSite:
         self.events: list[str] = []
         self.replans: list[Replan] = []
         self.story = Story(self.clock)
+        self.published = EventStream(peer.id, "here", self.clock)
         peer.links.register(Open, self._on_open)
         for kind in (Prompt, Resume, Credit, Renew, Close, Mirror):
             peer.links.register(kind, self._on_message)
@@ -43,6 +45,7 @@ class AnswerSite:
             links=self.peer.links,
             clock=self.clock,
             story=self.story,
+            events=self.published,
             names=lambda peer: peer[:4],
             on_replan=lambda answer, command: self.replans.append(command),
             on_opened=lambda answer: self.events.append("opened"),

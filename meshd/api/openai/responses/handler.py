@@ -15,6 +15,7 @@ from meshd.agents.service import Generation
 from meshd.api.http.body import read_body, read_query
 from meshd.api.http.reply import json_response
 from meshd.api.http.services import SERVICES
+from meshd.api.http.sse import last_event_id
 from meshd.api.openai.answers import RunningAnswers, generate, reading, set_generation_headers
 from meshd.api.openai.common_objects import ENDED
 from meshd.api.openai.renderers import model_fields, sampling_defaults
@@ -60,12 +61,10 @@ class RetrieveQuery(msgspec.Struct, frozen=True, kw_only=True):
 
         Raises: InvalidRequest.
         """
-        number = request.headers.get("Last-Event-ID")
+        number = last_event_id(request)
         if number is None:
             return -1 if self.starting_after is None else self.starting_after
-        if not (number.isascii() and number.isdecimal() and len(number) < 19):
-            raise InvalidRequest("`Last-Event-ID` is not a number", param="Last-Event-ID", hint="send the `id` of the last event")
-        return int(number)
+        return number
 
 
 async def create(request: web.Request) -> web.StreamResponse:
