@@ -15,6 +15,8 @@ from meshd.values import Address
 
 API_KEY_FILE = "api.key"
 """A file of the state folder. `meshd key api` creates it."""
+API_KEYS_FILE = "api-keys.json"
+"""A file of the state folder: the API keys that `meshd key api add` made, hashed."""
 
 EXACT_BACKEND = "onnxruntime-exact"
 
@@ -183,10 +185,10 @@ def load_config(flags: Mapping[str, RawValue | None] | None = None, environ: Map
 
 def require_guarded_api(config: Config) -> None:
     """Check that an API which other machines can reach has an API key. Raises: ConfigError."""
-    if not config.api.loopback and config.api_key is None:
+    if not config.api.loopback and config.api_key is None and not (config.state / API_KEYS_FILE).exists():
         raise ConfigError(
             f"the API would listen on {config.api} without an API key: everyone who can reach it could use this mesh",
-            hint="make a key with `meshd key api`, then start again",
+            hint="make a key with `meshd key api add NAME`, then start again",
         )
 
 

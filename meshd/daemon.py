@@ -33,6 +33,8 @@ from meshd.agents.placement.weights.sources import WeightSources
 from meshd.agents.supervisor import Supervisor
 from meshd.agents.text.model_texts import ModelTexts
 from meshd.agents.text.workers import TextWorkers, memory_limit
+from meshd.api.access.key_file import KeyFile
+from meshd.api.access.ring import KeyRing
 from meshd.api.http import server
 from meshd.api.http.app import create_app
 from meshd.api.http.services import ClientLimits
@@ -210,14 +212,21 @@ class Daemon:
         if self._identity.notice:
             membership.notice(self._identity.notice)
         await peer.library.refresh()
-        app = create_app(
-            peer.coordinator, self.view, self._telemetry, api_key=self._config.api_key, clock=self._clock, limits=self._limits
+        local_key = self._clock.random_bytes(24).hex()
+        keys = KeyRing(
+            self._clock,
+            self._telemetry,
+            default=self._config.api_key,
+            local=local_key,
+            file=KeyFile(StateFolder(self._config.state)),
+            always_closed=not self._config.api.loopback,
         )
+        app = create_app(peer.coordinator, self.view, self._telemetry, keys=keys, clock=self._clock, limits=self._limits)
         api = await server.serve_at(app, self._sockets.api)
         membership.publisher.api_address = f"{self._config.api.host}:{api.port}"
         with log_lines.published(peer.events, self._clock):
             async with peer.running(self._sources(port)):
-                lock.announce(membership.publisher.api_address, str(self._config.models_dir.absolute()))
+                lock.announce(membership.publisher.api_address, str(self._config.models_dir.absolute()), local_key)
                 log.info("up: links on %s, API on %s", membership.link_address, membership.publisher.api_address)
                 try:
                     yield api

@@ -10,8 +10,10 @@ MeshdError                      code, message, hint; only its subclasses are rai
  |   +- UnknownModel            no such model; nearest names in the hint
  |   +- UnknownSession          no such answer, or its record is gone
  |   +- ConfigError             a setting is wrong
+ |   +- NotPermitted            the API key may not do this
  +- Unavailable                 a valid request that can't be met now; retry_after_s estimates when it can
  |   +- Overloaded              a queue is full
+ |   |   +- RateLimited         the API key has sent too many requests
  |   +- NotReady                the model is still loading (progress in 0..1)
  |   +- DoesNotFit              no plan fits; missing_bytes says by how much
  |   +- NoPeer                  a peer that the request names is not in the cluster
@@ -106,6 +108,12 @@ class ConfigError(UsageError):
     code = "invalid_config"
 
 
+class NotPermitted(UsageError):
+    """The API key of the request is valid, but has no right to do this."""
+
+    code = "not_permitted"
+
+
 class Unavailable(MeshdError):
     """The request is valid but can't be met now; `retry_after_s` estimates when it can."""
 
@@ -120,6 +128,12 @@ class Overloaded(Unavailable):
     """A bounded queue is full."""
 
     code = "overloaded"
+
+
+class RateLimited(Overloaded):
+    """The API key has more requests per minute, or at once, than it may have."""
+
+    code = "rate_limit_exceeded"
 
 
 class NotReady(Unavailable):

@@ -4,7 +4,8 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -23,6 +24,7 @@ _LOCK = "lock"
 _TRIES, _RETRY_S = 5, 0.02
 """Number of times that a daemon tries to get the lock, and the pause between tries: another process may hold the lock for a moment
 in `read_holder`."""
+_EXCLUSIVE_S = 5.0
 _READ_TRIES = 3
 """Number of times that `read_holder` tries to get the lock: two simultaneous readers would each take the other for a daemon. With
 eight threads that read without a pause, 1017 of 5000 answers were wrong with one try, 5 with two tries, and none with three."""
@@ -84,6 +86,29 @@ class StateFolder:
             raise _unusable(path, error) from error
         return path
 
+    @contextmanager
+    def exclusive(self, name: str) -> Iterator[None]:
+        """Let one process at a time run the block that reads files and writes them again. The lock is the file `NAME.lock`.
+
+        Raises: StorageError if another process holds it for `_EXCLUSIVE_S`.
+        """
+        path = self.path / f"{name}.lock"
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                locked = _try_lock(descriptor, round(_EXCLUSIVE_S / _RETRY_S))
+            except BaseException:
+                os.close(descriptor)
+                raise
+        except OSError as error:
+            raise _unusable(path, error) from error
+        try:
+            if not locked:
+                raise StorageError(f"{path} is held by another command", hint="wait until it has ended, then try again")
+            yield
+        finally:
+            os.close(descriptor)
+
     def location_id(self) -> str:
         """Hash the machine's ids and the folder's inode number. A copy of the folder has another hash, even on this machine."""
         digest = hashlib.sha256(b"meshd place")
@@ -111,6 +136,11 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     """The HTTP address of its API, as `HOST:PORT`. Empty: the daemon does not listen yet."""
     models: str = ""
     """The folder of its models. The command line puts a model there that the daemon is to run."""
+    key: str = ""
+    """An API key for this user's commands, new at each start. Only the owner of the folder can read it."""
+
+    def __repr__(self) -> str:
+        return f"Holder(pid={self.pid}, api={self.api!r})"
 
 
 class StateLock:
@@ -120,12 +150,12 @@ class StateLock:
         self._path = path
         self._descriptor = descriptor
 
-    def announce(self, api: str, models: str = "") -> None:
-        """Write this daemon's process id, API address and folder of models into the lock file, for `read_holder`.
+    def announce(self, api: str, models: str = "", key: str = "") -> None:
+        """Write this daemon's process id, API address, folder of models and local key into the lock file, for `read_holder`.
 
         Raises: StorageError.
         """
-        content = msgspec.json.encode(Holder(pid=os.getpid(), api=api, models=models))
+        content = msgspec.json.encode(Holder(pid=os.getpid(), api=api, models=models, key=key))
         try:
             os.pwrite(self._descriptor, content, 0)
             os.ftruncate(self._descriptor, len(content))

@@ -4,6 +4,7 @@ Times are in seconds and sizes in bytes, as Prometheus recommends. Each label ha
 the lanes of a link, the outcomes of a request.
 """
 
+import contextlib
 import json
 import logging
 import sys
@@ -51,6 +52,9 @@ class Telemetry:
         self._queue_wait = Histogram("meshd_queue_wait_seconds", "Wait for admission", buckets=_TTFT_S, registry=registry)
         self._tokens = Counter("meshd_tokens", "Tokens of finished and running answers", ["kind"], registry=registry)
         self._requests = Counter("meshd_requests", "HTTP requests by route and outcome", ["route", "outcome"], registry=registry)
+        self._api_keys = Counter(
+            "meshd_api_key_requests", "HTTP requests by the API key that they carried", ["key", "outcome"], registry=registry
+        )
         self._sessions = Gauge("meshd_sessions_active", "Sessions that this peer coordinates", registry=registry)
         self._kv_free = Gauge("meshd_kv_blocks_free", "Free KV blocks of this peer", registry=registry)
         self._recovery = Histogram(
@@ -96,6 +100,16 @@ class Telemetry:
     def request(self, route: str, outcome: str) -> None:
         """Count an HTTP request. `outcome` is `ok`, `client_gone` or an error's code."""
         self._requests.labels(route, outcome).inc()
+
+    def api_key_request(self, key: str, outcome: Literal["ok", "limited", "client_gone", "error"]) -> None:
+        """Count an HTTP request of an API key. `key` is the key's prefix."""
+        self._api_keys.labels(key, outcome).inc()
+
+    def forget_api_key(self, key: str) -> None:
+        """Drop the counts of a key that was revoked, so that months of new keys do not fill the memory."""
+        for outcome in ("ok", "limited", "client_gone", "error"):
+            with contextlib.suppress(KeyError):
+                self._api_keys.remove(key, outcome)
 
     def sessions_active(self, count: int) -> None:
         """Set the number of sessions that this peer coordinates."""

@@ -5,6 +5,7 @@ import secrets
 from argparse import Namespace
 from pathlib import Path
 
+from meshd.cli.support import api_keys
 from meshd.cli.support.answering import notice
 from meshd.cli.support.arguments import Parser, add_commands, add_json, add_state, settings_of
 from meshd.cli.support.output import print_json
@@ -14,14 +15,14 @@ from meshd.errors import StorageError
 from meshd.protocol.identity import ClusterKey, load_cluster_key, store_cluster_key
 from meshd.state import StateFolder, read_holder
 
-EXAMPLE = "meshd key show\n  meshd key join mesh-7K2Q-...\n  meshd key api"
+EXAMPLE = "meshd key show\n  meshd key join mesh-7K2Q-...\n  meshd key api add phone --scope infer --rate 60/min"
 
 
 _COMMANDS = {
     "show": "show the join code, to type on the next device",
     "new": "start a new cluster with a new key",
     "join": "join the cluster that a join code belongs to",
-    "api": "show the key that clients of the HTTP API must send; makes one if there is none",
+    "api": "add, list and remove API keys; without a command: show the one key that has all rights, and make it if there is none",
 }
 
 
@@ -35,6 +36,7 @@ def add_arguments(parser: Parser) -> None:
     for name in ("new", "join"):
         parsers[name].add_argument("--replace", action="store_true", help="replace the present key, and leave its cluster")
     parsers["api"].add_argument("--new", action="store_true", help="make a new key; the old one becomes invalid")
+    api_keys.add_arguments(parsers["api"], EXAMPLE)
     for subparser in parsers.values():
         add_state(subparser)
         add_json(subparser)
@@ -49,6 +51,8 @@ def run(args: Namespace) -> int:
             _print_code(_store(state, ClusterKey.generate(os.urandom), replace=args.replace), args.json)
         case "join":
             _print_code(_store(state, ClusterKey.from_code(given(args.code, "join code")), replace=args.replace), args.json)
+        case _ if args.api_command is not None:
+            api_keys.run(args, state)
         case _:
             _print_api_key(_api_key(state, renew=args.new), args.json)
     return 0

@@ -3,7 +3,8 @@
 | error                                   | status | type                  |
 |-----------------------------------------|--------|-----------------------|
 | UnknownModel, UnknownSession            | 404    | invalid_request_error |
-| UsageError                              | 400    | invalid_request_error |
+| NotPermitted                            | 403    | invalid_request_error |
+| UsageError (all others)                 | 400    | invalid_request_error |
 | Overloaded                              | 429    | rate_limit_error      |
 | Unavailable, OutOfMemory, Cancelled     | 503    | server_error          |
 | PeerFault, DownloadError                | 502    | server_error          |
@@ -28,6 +29,7 @@ from meshd.errors import (
     DownloadError,
     InvalidRequest,
     MeshdError,
+    NotPermitted,
     OutOfMemory,
     Overloaded,
     PeerFault,
@@ -78,6 +80,7 @@ class HttpProblem(msgspec.Struct, frozen=True, kw_only=True):
 _STATUS: dict[type[BaseException], int] = {
     UnknownModel: 404,
     UnknownSession: 404,
+    NotPermitted: 403,
     UsageError: 400,
     Overloaded: 429,
     Unavailable: 503,

@@ -1,44 +1,92 @@
-"""Admit requests. With an API key: requests that carry the key. Without a key: requests of programs on this machine.
+"""Admit requests. With API keys: those that carry one which may do what they ask for. Without: those of programs on this machine.
 
-Without a key the daemon listens only on loopback. A web page in a local browser could still reach it: its scripts can send
+A key comes as `Authorization: Bearer KEY` or as `x-api-key: KEY`. Logs and metrics name it by its prefix, never by the key.
+
+Without keys the daemon listens only on loopback. A web page in a local browser could still reach it: its scripts can send
 requests to `http://127.0.0.1:6374`, and its domain name can resolve to 127.0.0.1 (DNS rebinding). So the `Host` header must name
 loopback, and an `Origin` header must name the same host and port. CORS headers are never sent.
 """
 
-import hashlib
-import hmac
 import ipaddress
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-OPEN_PATHS = frozenset({"/health"})
-"""Paths that need no key, so that supervisors can use them."""
+from meshd.api.access.limits import CURRENT, Admission
+from meshd.api.access.ring import Caller, KeyRing
+from meshd.api.access.scopes import Need, grants, need_of
+from meshd.errors import NotPermitted
+
+CALLER = web.RequestKey("caller", str)
+"""Key under which a request stores whose it is: a key's prefix, `default` or `local`. Absent: it came without a valid key."""
 
 
-def guard(api_key: str | None) -> Middleware:
-    """Make the middleware that admits requests, and raises HTTPUnauthorized or HTTPForbidden for those that it rejects."""
-    digest = hashlib.sha256(api_key.encode()).digest() if api_key is not None else None
+def guard(keys: KeyRing, now: Callable[[], float]) -> Middleware:
+    """Make the middleware that admits requests. `now` gives seconds of a monotonic clock.
+
+    It raises HTTPUnauthorized, HTTPForbidden, NotPermitted or RateLimited for requests that it rejects.
+    """
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if digest is None:
-            _check_origin(request)
-        elif request.path not in OPEN_PATHS:
-            _check_key(request, digest)
-        return await handler(request)
+        need = need_of(request.method, route_of(request))
+        keys.refresh()
+        caller = keys.find(_given_keys(request))
+        if caller is None:
+            _check_stranger(request, need, closed=keys.closed)
+            return await handler(request)
+        request[CALLER] = caller.label
+        if not grants(caller.scope, need):
+            raise NotPermitted(
+                f"the API key {caller.label} is for {caller.scope}: {request.method} {request.path} needs one for {_wanted(need)}",
+                hint=f"make one with `meshd key api add NAME --scope {_wanted(need)}`",
+            )
+        return await _answer_within_limits(caller, request, handler, now())
 
     return check
 
 
-def _check_key(request: web.Request, digest: bytes) -> None:
-    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    # Both sides are hashed, so that the comparison's time reveals neither the key's length nor a common prefix.
-    same = hmac.compare_digest(hashlib.sha256(given.strip().encode("utf-8", "surrogateescape")).digest(), digest)
-    if scheme.lower() != "bearer" or not same:
-        reason = "the API key is wrong" if given else "this daemon needs an API key"
-        raise web.HTTPUnauthorized(text=f"{reason}: send `Authorization: Bearer KEY`", headers={"WWW-Authenticate": "Bearer"})
+def route_of(request: web.Request) -> str:
+    """Return the path of the request's route, such as `/v1/models/{id}`; empty if it has none.
+
+    Rights follow from the route, not from the path as it was sent, which may be spelled in several ways.
+    """
+    resource = request.match_info.route.resource
+    return resource.canonical if resource is not None else ""
+
+
+async def _answer_within_limits(caller: Caller, request: web.Request, handler: Handler, now: float) -> web.StreamResponse:
+    admission: Admission = caller.admit(now)
+    token = CURRENT.set(admission)
+    try:
+        return await handler(request)
+    finally:
+        CURRENT.reset(token)
+        admission.close()
+
+
+def _given_keys(request: web.Request) -> list[str]:
+    scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
+    given = (bearer if scheme.lower() == "bearer" else "", request.headers.get("x-api-key", ""))
+    return [key.strip() for key in given if key.strip()]
+
+
+def _check_stranger(request: web.Request, need: Need, *, closed: bool) -> None:
+    """Check a request without a valid key."""
+    if need is Need.NOTHING and closed:
+        return
+    if not closed:
+        _check_origin(request)
+    if closed or need is Need.OWNER:
+        reason = "the API key is wrong" if _given_keys(request) else "this daemon needs an API key"
+        text = f"{reason}: send `Authorization: Bearer KEY`, or `x-api-key: KEY`"
+        raise web.HTTPUnauthorized(text=text, headers={"WWW-Authenticate": "Bearer"})
+
+
+def _wanted(need: Need) -> str:
+    return need.value if need in (Need.INFER, Need.READ) else "admin"
 
 
 def _check_origin(request: web.Request) -> None:

@@ -9,6 +9,7 @@ import msgspec
 from aiohttp import web
 
 from meshd import __version__
+from meshd.api.access.scopes import Need, need_of
 from meshd.api.http.body import properties_of
 from meshd.api.http.errors import ErrorBody
 from meshd.api.http.ignored import HEADER as IGNORED_HEADER
@@ -17,6 +18,19 @@ from meshd.api.http.routes import ROUTES, Route
 
 _PARAMETER = re.compile(r"{(\w+)(?::[^}]*)?}")
 _JSON = "application/json"
+_SECURITY = {
+    "bearer": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "A key of `meshd key api add`. The role is the scope that it needs.",
+    },
+    "header": {
+        "type": "apiKey",
+        "in": "header",
+        "name": "x-api-key",
+        "description": "The same key, as Anthropic's clients send it.",
+    },
+}
 
 
 async def openapi(request: web.Request) -> web.Response:
@@ -37,8 +51,7 @@ def document() -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "meshd", "version": __version__, "description": "One language model across many devices."},
         "paths": paths,
-        "components": {"schemas": components, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
-        "security": [{"key": []}, {}],
+        "components": {"schemas": components, "securitySchemes": _SECURITY},
     }
 
 
@@ -56,11 +69,20 @@ def _operation(route: Route, schema_of: dict[int, dict[str, Any]]) -> dict[str, 
             "default": {"description": "An error", "content": {_JSON: {"schema": schema_of[id(ErrorBody)]}}},
         },
     }
+    operation |= _security(need_of(route.method, route.path))
     if route.takes is not None:
         operation["requestBody"] = {"required": True, "content": {_JSON: {"schema": schema_of[id(route.takes)]}}}
     if parameters := _parameters(route):
         operation["parameters"] = parameters
     return operation
+
+
+def _security(need: Need) -> dict[str, Any]:
+    """Describe what a request needs: a key in one of two headers, with this scope; nothing while a daemon has no keys at all."""
+    if need is Need.NOTHING:
+        return {"security": []}
+    scopes = [] if need is Need.ANY_KEY else ["admin" if need is Need.OWNER else need.value]
+    return {"security": [*({name: scopes} for name in _SECURITY), *([] if need is Need.OWNER else [{}])]}
 
 
 def _headers(route: Route) -> dict[str, Any]:

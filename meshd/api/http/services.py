@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from aiohttp import web
 
 from meshd.agents.service import ClusterService, Coordinator
+from meshd.api.access.limits import CURRENT
 from meshd.clock import Clock
 from meshd.errors import Cancelled
 from meshd.telemetry import Telemetry
@@ -44,7 +45,7 @@ class ClientLimits:
 
 
 class InFlightRequests:
-    """The running requests. At a shutdown, each request ends with an error instead of a closed connection."""
+    """The running requests. At a shutdown, or when its API key is revoked, each ends with an error, not a closed connection."""
 
     def __init__(self) -> None:
         self._scopes: set[asyncio.Timeout] = set()
@@ -57,20 +58,30 @@ class InFlightRequests:
 
     @asynccontextmanager
     async def interruptible(self) -> AsyncIterator[None]:
-        """Run the block until it ends or `interrupt` is called. Raises: Cancelled if it was interrupted."""
+        """Run the block until it ends, `interrupt` is called, or the API key of the request is revoked.
+
+        Raises: Cancelled if it was interrupted; HTTPUnauthorized if the key was revoked or has expired.
+        """
+        admission = CURRENT.get()
         scope = asyncio.timeout(0 if self._closing else None)
         try:
             async with scope:
                 self._scopes.add(scope)
+                if admission is not None:
+                    admission.enter(scope)
                 yield
         except TimeoutError:
             if not scope.expired():
                 raise
+            if admission is not None and admission.revoked:
+                raise web.HTTPUnauthorized(text=admission.revoked, headers={"WWW-Authenticate": "Bearer"}) from None
             raise Cancelled(
                 "the answer was cut short: this peer is shutting down", hint="send the request to another peer"
             ) from None
         finally:
             self._scopes.discard(scope)
+            if admission is not None:
+                admission.leave(scope)
 
     def interrupt(self) -> None:
         """Interrupt all running blocks, and every later block at its first await. Idempotent."""

@@ -10,6 +10,7 @@ import msgspec
 from aiohttp import web
 
 from meshd.agents.service import Finished, Generation, GenerationRequest, TextDelta
+from meshd.api.access.limits import CURRENT
 from meshd.api.http.errors import RESUMABLE, ResumableAnswer
 from meshd.api.http.ignored import IGNORED, IgnoredFields
 from meshd.api.http.services import SERVICES
@@ -80,6 +81,8 @@ async def generate(request: web.Request, renderer: AnyRenderer, generation_reque
     began = services.clock.monotonic()
     generation = await services.coordinator.generate(whole, on_wait=_on_wait(request))
     set_generation_headers(request, generation, renderer, waited_s=services.clock.monotonic() - began)
+    if whole.background and (admission := CURRENT.get()) is not None:
+        admission.answers.append(generation)
     return generation
 
 

@@ -26,8 +26,10 @@ class Parser(ArgumentParser):
         self.exit(2, f"meshd: wrong usage of `{self.prog}`: {message}; see `{self.prog} --help`\n")
 
 
-def add_commands(parser: Parser, commands: Mapping[str, str], example: str) -> dict[str, Parser]:
-    """Add the commands of a verb, name -> summary. One of them is required. Returns: the parser of each command, by its name."""
+def add_commands(
+    parser: ArgumentParser, commands: Mapping[str, str], example: str, *, dest: str = "command", required: bool = True
+) -> dict[str, Parser]:
+    """Add the commands of a verb, name -> summary; `dest` gets the name. Returns: the parser of each command, by its name."""
 
     class CommandParser(Parser):
         """The parser that argparse creates for each command."""
@@ -35,7 +37,13 @@ def add_commands(parser: Parser, commands: Mapping[str, str], example: str) -> d
         def __init__(self, *, prog: str, description: str) -> None:
             super().__init__(prog.removeprefix("meshd "), description, example)
 
-    added = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", prog=parser.prog, parser_class=CommandParser)
+    added = parser.add_subparsers(
+        dest=dest,
+        required=required,
+        metavar="COMMAND",
+        prog=f"meshd {parser.prog.removeprefix('meshd ')}",
+        parser_class=CommandParser,
+    )
     return {name: added.add_parser(name, help=summary, description=summary) for name, summary in commands.items()}
 
 

@@ -155,7 +155,21 @@ class Daemon:
 def daemon_of(args: Namespace) -> Daemon:
     """Return a client of the daemon that this command names. Raises: ConfigError."""
     settings = settings_of(args)
-    return Daemon(api_url(settings), settings["api-key"].value)
+    return Daemon(api_url(settings), api_key(settings))
+
+
+def api_key(settings: Settings) -> str | None:
+    """Return the API key to send: that of a flag or the environment, else the local one of the daemon that uses the state folder.
+
+    The local key is sent only to that daemon, on this machine.
+    """
+    from meshd.state import read_holder
+
+    chosen = settings["api-key"]
+    if not chosen.chosen and settings.named("api") is None and (holder := read_holder(settings["state"].value)) and holder.key:
+        return holder.key
+    key: str | None = chosen.value
+    return key
 
 
 def api_url(settings: Settings) -> str:
