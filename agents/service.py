@@ -1,7 +1,7 @@
 """The interfaces of a peer that the HTTP API uses: `Coordinator` for answers, `ClusterService` for the cluster."""
 
 from collections.abc import AsyncIterator, Callable
-from typing import Annotated, Any, NamedTuple, NewType, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, NewType, Protocol
 
 import msgspec
 
@@ -251,6 +251,26 @@ class PlacementStep(msgspec.Struct, frozen=True, kw_only=True):
     message: str = ""
 
 
+InviteState = Literal["waiting", "joined", "sent", "expired", "tries", "closed", "failed"]
+"""`sent`: the device has the join code, but its connection broke before it said that it stored it. `tries`: three wrong tries."""
+
+
+class InviteStep(msgspec.Struct, frozen=True, kw_only=True):
+    """The state of an invite: one event in the stream of `POST /mesh/v1/invites`."""
+
+    state: InviteState
+    number: int
+    """The code's first part, which is not secret."""
+    code: str = ""
+    """Only in the first event."""
+    left_s: float
+    tries_left: int
+    joined: str = ""
+    """Name of the device that has joined."""
+    addresses: tuple[str, ...] = ()
+    """Where the invite listens, for a joiner that multicast does not reach."""
+
+
 class EventLine(NamedTuple):
     """One event for a reader of `GET /mesh/v1/events`."""
 
@@ -330,4 +350,19 @@ class ClusterService(Protocol):
 
     async def probe_links(self) -> list[dict[str, Any]]:
         """Measure every link of this peer again. Returns: the rows of `links()`."""
+        ...
+
+    def invite(self, minutes: float) -> AsyncIterator[InviteStep]:
+        """Open an invite, and yield its state until it has ended. Leaving the iterator closes it.
+
+        Raises: InvalidRequest if one is open already; StorageError.
+        """
+        ...
+
+    def invites(self) -> list[InviteStep]:
+        """Returns: the open invite without its code, if there is one."""
+        ...
+
+    def close_invite(self) -> bool:
+        """Close the open invite. Returns: False if there is none."""
         ...

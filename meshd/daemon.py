@@ -6,6 +6,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from logging import getLogger
 from typing import Any
 
@@ -18,7 +19,9 @@ from meshd.agents.device.descriptors import DescriptorShares, raise_limit, share
 from meshd.agents.device.memory import measure_memory
 from meshd.agents.device.probe import ProbeResult, Progress, probe
 from meshd.agents.links import links
+from meshd.agents.links.pairing.inviter import Inviter, InviterSettings
 from meshd.agents.links.probe import LinkProber
+from meshd.agents.membership.invites import mdns as mdns_invites
 from meshd.agents.membership.mdns import MdnsDiscovery
 from meshd.agents.membership.mdns_records import Announcement
 from meshd.agents.membership.peer_table import PeerTable
@@ -45,7 +48,7 @@ from meshd.errors import LocalFault
 from meshd.kernels.registry import make_backend
 from meshd.models.store.store import Store
 from meshd.protocol import transport
-from meshd.protocol.identity import Identity, choose_cluster_key, load_identity
+from meshd.protocol.identity import Identity, choose_cluster_key, load_identity, stored_code
 from meshd.protocol.messages import PROTOCOL_VERSION
 from meshd.state import StateFolder, StateLock, lock_state
 from meshd.telemetry import Telemetry
@@ -197,6 +200,25 @@ class Daemon:
             listings=peer.listings,
             rows=peer.rows,
             about=self._about,
+            inviter=Inviter(self._inviter_settings(), clock),
+        )
+
+    def _inviter_settings(self) -> InviterSettings:
+        config, folder = self._config, StateFolder(self._config.state)
+
+        async def advertise(number: int, port: int) -> None:
+            if "mdns" in config.discovery:
+                name = self._clock.random_bytes(16).hex()
+                await mdns_invites.advertise(number, port, name=name, interfaces=config.interfaces, host=config.link.host)
+
+        return InviterSettings(
+            name=config.name,
+            join_code=partial(stored_code, folder),
+            host=config.link.host,
+            link_port=self.peer.links.bind,
+            hosts=lambda: mdns_invites.own_addresses(config.interfaces, config.link.host),
+            folder=config.state,
+            advertise=advertise,
         )
 
     @asynccontextmanager

@@ -173,6 +173,14 @@ def load_cluster_key(folder: StateFolder) -> ClusterKey | None:
         ) from error
 
 
+def stored_code(folder: StateFolder) -> str:
+    """Return the join code of the key in the folder. Raises: StorageError if there is none."""
+    key = load_cluster_key(folder)
+    if key is None:
+        raise StorageError(f"there is no cluster key in {folder.path} any more", hint="restart the daemon: `meshd up`")
+    return key.code
+
+
 def store_cluster_key(folder: StateFolder, key: ClusterKey) -> None:
     """Store the cluster key as its join code. Raises: StorageError."""
     folder.write(CLUSTER_FILE, f"{key.code}\n".encode())

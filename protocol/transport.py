@@ -302,12 +302,12 @@ async def accept(
     connection = Connection(limits, now)
     raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
-        await _handshake(
-            connection,
+        await complete_handshake(
             raw,
             asyncio.get_running_loop().connect_accepted_socket(
                 lambda: connection, raw, ssl=context, ssl_handshake_timeout=handshake_s, ssl_shutdown_timeout=_SHUTDOWN_S
             ),
+            abandon=partial(connection.abort, "cancelled"),
         )
     except ConnectionResetError as error:
         # asyncio's TLS sends no alert when it rejects a certificate; it closes the connection.
@@ -330,11 +330,10 @@ async def dial(
 
     Raises: PeerRefused if TLS fails; PeerLost if no address answers in time. Cancel: nothing stays open.
     """
-    raw = await _connect(address, connect_s)
+    raw = await connect(address, connect_s)
     connection = Connection(limits, now)
     try:
-        await _handshake(
-            connection,
+        await complete_handshake(
             raw,
             asyncio.get_running_loop().create_connection(
                 lambda: connection,
@@ -344,14 +343,17 @@ async def dial(
                 ssl_handshake_timeout=handshake_s,
                 ssl_shutdown_timeout=_SHUTDOWN_S,
             ),
+            abandon=partial(connection.abort, "cancelled"),
         )
     except OSError as error:
         raise _handshake_failure(error) from error
     return connection
 
 
-async def _handshake(connection: Connection, raw: socket.socket, connecting: Coroutine[object, object, object]) -> None:
-    """Wait for the TLS handshake.
+async def complete_handshake(
+    raw: socket.socket, connecting: Coroutine[object, object, object], *, abandon: Callable[[], object]
+) -> None:
+    """Wait for the TLS handshake. `abandon` closes a connection whose handshake was cancelled too late.
 
     Cancel: shuts the socket down so that the handshake fails, because asyncio leaks the TLS transport of a cancelled handshake.
     """
@@ -359,7 +361,7 @@ async def _handshake(connection: Connection, raw: socket.socket, connecting: Cor
     try:
         await asyncio.shield(task)
     except asyncio.CancelledError:
-        task.add_done_callback(partial(_abandon, connection))
+        task.add_done_callback(partial(_abandon, abandon))
         with suppress(OSError):
             raw.shutdown(socket.SHUT_RDWR)
         await asyncio.wait([task])
@@ -371,12 +373,12 @@ async def _handshake(connection: Connection, raw: socket.socket, connecting: Cor
             raw.detach()
 
 
-def _abandon(connection: Connection, connecting: asyncio.Future[object]) -> None:
+def _abandon(abandon: Callable[[], object], connecting: asyncio.Future[object]) -> None:
     if connecting.exception() is None:
-        connection.abort("cancelled")
+        abandon()
 
 
-async def _connect(address: Address, connect_s: float) -> socket.socket:
+async def connect(address: Address, connect_s: float) -> socket.socket:
     """Open a TCP connection to the first address that answers within `connect_s`. Raises: PeerLost."""
     loop = asyncio.get_running_loop()
     host, port = address

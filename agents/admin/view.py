@@ -10,13 +10,14 @@ import msgspec
 
 from meshd.agents.admin.listings import Listings
 from meshd.agents.admin.story_collector import StoryCollector
+from meshd.agents.links.pairing.inviter import Inviter
 from meshd.agents.membership.membership import Membership
 from meshd.agents.observe.rows import RowFeed
 from meshd.agents.observe.stream import EventStream
 from meshd.agents.placement.client import PlacementClient
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.plan_input import plan_input_of
-from meshd.agents.service import AnswerSecret, EventLine, MeshOptions, PlacementStep, PlaceRequest, PlanRequest
+from meshd.agents.service import AnswerSecret, EventLine, InviteStep, MeshOptions, PlacementStep, PlaceRequest, PlanRequest
 from meshd.agents.session.answer import header_of
 from meshd.agents.session.coordinator import Coordinator
 from meshd.agents.session.journal.keys import session_of
@@ -56,6 +57,7 @@ class ClusterView:
     stream: EventStream
     listings: Listings
     rows: RowFeed
+    inviter: Inviter
     about: Callable[[], dict[str, Any]]
     """Returns this peer's row for `identity`."""
 
@@ -147,6 +149,21 @@ class ClusterView:
         """See `service.ClusterService.probe_links`."""
         await self.membership.probe_links()
         return self.links()
+
+    async def invite(self, minutes: float) -> AsyncIterator[InviteStep]:
+        """See `service.ClusterService.invite`."""
+        async with aclosing(self.inviter.invite(minutes)) as steps:
+            async for step in steps:
+                yield step
+
+    def invites(self) -> list[InviteStep]:
+        """See `service.ClusterService.invites`."""
+        row = self.inviter.row()
+        return [row] if row is not None else []
+
+    def close_invite(self) -> bool:
+        """See `service.ClusterService.close_invite`."""
+        return self.inviter.close()
 
     async def _card_or_preview(self, model: str) -> tuple[ModelCard, ModelPreview | None]:
         """Find the card of a model. That of a model that no live peer has is read from its source, without the weights."""

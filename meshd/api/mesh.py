@@ -80,6 +80,19 @@ class EventsQuery(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
 
 
+class InviteRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of POST /mesh/v1/invites."""
+
+    minutes: Annotated[float, msgspec.Meta(gt=0, le=60)] = 10.0
+
+
+class ClosedInvites(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer of DELETE /mesh/v1/invites."""
+
+    closed: int
+    """Number of invites that were open: 0 or 1."""
+
+
 class CancelledSession(msgspec.Struct, frozen=True, kw_only=True):
     """The answer of DELETE /mesh/v1/sessions/{id}."""
 
@@ -126,6 +139,26 @@ async def _send_all(stream: EventStream, items: AsyncIterator[object]) -> None:
     async with closing(items):
         async for item in items:
             await stream.send(item)
+
+
+async def invite(request: web.Request) -> web.StreamResponse:
+    """Open an invite, and stream its state until it has ended. It is closed when the client leaves."""
+    body = await read_body(request, InviteRequest)
+
+    async def produce(stream: EventStream) -> None:
+        await _send_all(stream, request.app[SERVICES].mesh.invite(body.minutes))
+
+    return await respond(request, produce)
+
+
+async def invites(request: web.Request) -> web.Response:
+    """Send the open invite, without its code."""
+    return json_response(Rows([msgspec.to_builtins(step) for step in request.app[SERVICES].mesh.invites()]))
+
+
+async def close_invites(request: web.Request) -> web.Response:
+    """Close the open invite."""
+    return json_response(ClosedInvites(closed=int(request.app[SERVICES].mesh.close_invite())))
 
 
 async def plan(request: web.Request) -> web.Response:

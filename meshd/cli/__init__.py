@@ -29,6 +29,7 @@ VERBS = {
     "drain": "move all sessions off a peer, before it is stopped",
     "migrate": "move a running session to another peer",
     "bench": "measure this device, or its link to every peer",
+    "invite": "let another device join, by a short code that works once",
     "key": "show, make or replace the cluster key and the API key",
     "debug": "show a session's events, collected from all peers",
     "config": "show every setting, its value and where the value comes from",

@@ -14,20 +14,23 @@ from typing import TYPE_CHECKING
 from meshd import __version__
 from meshd.cli.support.arguments import Parser, add_quant, add_settings, settings_of
 from meshd.cli.support.interrupt import end_process
+from meshd.cli.support.joining import join_cluster
 from meshd.cli.support.progress import Measuring
-from meshd.cli.support.secret_arguments import given, start_anew, without_secrets
+from meshd.cli.support.secret_arguments import JOIN, given, start_anew, without_secrets
 from meshd.config import Config, require_guarded_api
 from meshd.display import duration, flops, rate, short_id, size
 from meshd.models.store.catalogue import one_spelling, quantised
 from meshd.settings import SETTINGS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from meshd.daemon import DaemonInfo
 
 EXAMPLE = (
-    "meshd up               (on the first device; it prints the next command)\n  meshd up --key CODE    (on each other device)"
+    "meshd up                        (on the first device)\n"
+    "  meshd up --join 7-amber-lion    (on each other device, with the code that `meshd invite` prints on a first one)\n"
+    "  meshd up --key CODE             (the same, with the join code of `meshd key show`)"
 )
 
 _CLOSE_S = 1.0
@@ -37,6 +40,12 @@ _CLOSE_S = 1.0
 def add_arguments(parser: Parser) -> None:
     add_settings(parser, (setting.name for setting in SETTINGS))
     add_quant(parser)
+    parser.add_argument(
+        f"--{JOIN}",
+        metavar="CODE",
+        help="join the cluster of the device where `meshd invite` printed this code; CODE@HOST:PORT where multicast does not pass; "
+        "`-` reads it from standard input",
+    )
     parser.add_argument(
         "--stop-with-stdin",
         action="store_true",
@@ -50,7 +59,10 @@ def run(args: Namespace) -> int:
     if config.key:
         config = replace(config, key=given(config.key, "join code"))
     require_guarded_api(config)
-    _hide_secrets(config)
+    if args.join is not None:
+        inviter = join_cluster(given(args.join, "invite code"), config)
+        config = replace(config, peers=(*config.peers, inviter))
+    _hide_secrets(config, [f"--peer={peer}" for peer in dict.fromkeys(config.peers)] if args.join is not None else [])
     from meshd.telemetry import configure_logging
 
     configure_logging(config.log_level, "json" if config.log_format == "json" else "text")
@@ -81,8 +93,8 @@ def _ending_within(seconds: float) -> "Iterator[Callable[[int], None]]":
             timer.cancel()
 
 
-def _hide_secrets(config: Config) -> None:
-    """Start anew without the keys among the arguments, where `ps` would show them as long as the daemon runs.
+def _hide_secrets(config: Config, more: "Sequence[str]" = ()) -> None:
+    """Start anew without the keys among the arguments, where `ps` would show them as long as the daemon runs. Add arguments `more`.
 
     The join code is stored in the state folder, where a later start finds it. The API key moves into the environment, which only
     this user can read.
@@ -98,7 +110,7 @@ def _hide_secrets(config: Config) -> None:
         choose_cluster_key(folder, config.key, os.urandom)
     if config.api_key is not None:
         os.environ["MESHD_API_KEY"] = config.api_key
-    start_anew(words)
+    start_anew([*words, *more])
 
 
 def _loop_factory() -> "Callable[[], asyncio.AbstractEventLoop] | None":

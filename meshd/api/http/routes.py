@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from meshd.agents.service import PlacementStep, PlaceRequest, PlanRequest
+from meshd.agents.service import InviteStep, PlacementStep, PlaceRequest, PlanRequest
 from meshd.api import health, mesh
 from meshd.api.http.reply import Rows
 from meshd.api.mesh import Handler
@@ -84,5 +84,8 @@ ROUTES = (
     Route("GET", "/mesh/v1/sessions/{id}/story", mesh.story, "A session's events, collected from all peers", gives=Rows),
     Route("POST", "/mesh/v1/drain", mesh.drain, "Move running sessions away from a peer", mesh.DrainRequest, mesh.Drained),
     Route("POST", "/mesh/v1/migrate", mesh.migrate, "Move a session to another peer", mesh.MigrateRequest, mesh.Migrated),
+    Route("POST", "/mesh/v1/invites", mesh.invite, "Invite a device by a short code", mesh.InviteRequest, streams=InviteStep),
+    Route("GET", "/mesh/v1/invites", mesh.invites, "The open invite", gives=Rows),
+    Route("DELETE", "/mesh/v1/invites", mesh.close_invites, "Close the open invite", gives=mesh.ClosedInvites),
     Route("POST", "/mesh/v1/links/probe", mesh.probe_links, "Measure this peer's links", gives=Rows),
 )

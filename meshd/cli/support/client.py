@@ -107,6 +107,10 @@ class Daemon:
         """Post `body` and return the JSON document of the response. Raises: as `get`."""
         return self._document("POST", path, body, timeout_s)
 
+    def delete(self, path: str, *, timeout_s: float = ANSWER_S) -> Any:
+        """Delete what is at `path` and return the JSON document of the response. Raises: as `get`."""
+        return self._document("DELETE", path, None, timeout_s)
+
     @contextmanager
     def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[Stream]:
         """Post `body` and open the event stream of the response.

@@ -10,7 +10,9 @@ from meshd.settings import SETTINGS
 STDIN = "-"
 """The value of a key's argument that stands for a line of standard input."""
 _MOST = 4096
-_FLAGS = frozenset(f"--{setting.name}" for setting in SETTINGS if setting.secret)
+JOIN = "join"
+"""The flag of `meshd up` that takes an invite's code."""
+_FLAGS = frozenset({f"--{JOIN}", *(f"--{setting.name}" for setting in SETTINGS if setting.secret)})
 
 
 def given(value: str, what: str) -> str:

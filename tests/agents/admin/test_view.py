@@ -95,6 +95,7 @@ def view(agents: RecordedAgents) -> ClusterView:
         "listings": listings,
         "rows": None,
         "about": dict,
+        "inviter": None,
     }
     return ClusterView(**cast("dict[str, Any]", parts))
 

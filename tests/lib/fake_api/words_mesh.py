@@ -4,7 +4,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from meshd.agents.service import EventLine, PlacementStep, PlaceRequest, PlanRequest
+import msgspec
+
+from meshd.agents.service import EventLine, InviteStep, PlacementStep, PlaceRequest, PlanRequest
 from meshd.errors import InvalidRequest, NoPeer, PeerLost, UnknownModel, UnknownSession
 from meshd.types import LayerRange, PeerId
 
@@ -14,6 +16,8 @@ SESSION = "5e" * 16
 
 class WordsMesh:
     """A cluster of one peer whose answers are fixed."""
+
+    invite_open = False
 
     def identity(self) -> dict[str, Any]:
         return {"id": "p" * 52, "name": "here", "notices": []}
@@ -83,3 +87,21 @@ class WordsMesh:
 
     async def probe_links(self) -> list[dict[str, Any]]:
         return [{"peer": "q" * 52, "rtt_s": 0.001}]
+
+    async def invite(self, minutes: float) -> AsyncIterator[InviteStep]:
+        step = InviteStep(state="waiting", number=7, left_s=60 * minutes, tries_left=3)
+        self.invite_open = True
+        try:
+            yield msgspec.structs.replace(step, code="7-amber-lion")
+            if minutes == 5:
+                yield msgspec.structs.replace(step, state="joined", joined="there")
+                return
+            await asyncio.Event().wait()
+        finally:
+            self.invite_open = False
+
+    def invites(self) -> list[InviteStep]:
+        return [InviteStep(state="waiting", number=7, left_s=1.0, tries_left=3)] if self.invite_open else []
+
+    def close_invite(self) -> bool:
+        return self.invite_open

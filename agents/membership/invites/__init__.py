@@ -1,0 +1,1 @@
+"""Finds open invites on the LAN."""
