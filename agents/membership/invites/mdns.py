@@ -67,7 +67,8 @@ async def look(number: int, found: Callable[[Candidate], None], *, interfaces: S
             return
         if info.decoded_properties.get(_NUMBER) == str(number) and info.port:
             addresses = on_own_networks(tuple(info.parsed_addresses()), choices)[:_MAX_ADDRESSES]
-            found(Candidate(tuple((address, info.port) for address in addresses)))
+            if addresses:
+                found(Candidate(tuple((address, info.port) for address in addresses)))
 
     def changed(zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
         if state_change is not ServiceStateChange.Removed and len(resolving) < _MAX_RESOLVING:
