@@ -8,8 +8,10 @@ import msgspec
 import pytest
 from openai import AsyncOpenAI
 
+from fake_api.api_keys import LOCAL
 from fake_api.words import WordsCoordinator
 from fake_api.words_mesh import WordsMesh
+from meshd.api.access.ring import KeyRing
 from meshd.api.http.app import create_app
 from meshd.api.http.server import Server, serve
 from meshd.api.http.services import ClientLimits
@@ -43,7 +45,9 @@ def api_key() -> str | None:
 async def server(
     coordinator: WordsCoordinator, telemetry: Telemetry, limits: ClientLimits, api_key: str | None
 ) -> AsyncIterator[Server]:
-    app = create_app(coordinator, WordsMesh(), telemetry, api_key=api_key, clock=SystemClock(), limits=limits)
+    clock = SystemClock()
+    keys = KeyRing(clock, telemetry, default=api_key, local=LOCAL)
+    app = create_app(coordinator, WordsMesh(), telemetry, keys=keys, clock=clock, limits=limits)
     server = await serve(app, "127.0.0.1", 0)
     yield server
     await server.aclose()

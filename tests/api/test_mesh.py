@@ -6,13 +6,6 @@ import aiohttp
 import pytest
 
 from fake_api.api_keys import LOCAL
-from fake_api.words import WordsCoordinator
-from fake_api.words_mesh import WordsMesh
-from meshd.api.access.ring import KeyRing
-from meshd.api.http.app import create_app
-from meshd.api.http.server import serve
-from meshd.clock import SystemClock
-from meshd.telemetry import Telemetry
 
 SESSION = "5e" * 16
 """The session that the fixtures' `WordsMesh` runs."""
@@ -119,29 +112,22 @@ async def test_story(http: aiohttp.ClientSession) -> None:
         assert response.status == 404
 
 
-async def test_an_invite_is_streamed_listed_without_its_code_and_closed_when_its_client_leaves(
-    coordinator: WordsCoordinator, telemetry: Telemetry
-) -> None:
-    clock = SystemClock()
-    keys = KeyRing(clock, telemetry, local=LOCAL)
-    server = await serve(create_app(coordinator, WordsMesh(), telemetry, keys=keys, clock=clock), "127.0.0.1", 0)
+async def test_an_invite_is_streamed_listed_without_its_code_and_closed_when_its_client_leaves(http: aiohttp.ClientSession) -> None:
     owner = {"x-api-key": LOCAL}
-    async with aiohttp.ClientSession(server.url, timeout=aiohttp.ClientTimeout(10)) as http:
-        async with http.post("/mesh/v1/invites", json={}) as response:
-            assert response.status == 401  # although the API is open to this machine
-        async with http.post("/mesh/v1/invites", json={"minutes": 61}, headers=owner) as response:
-            assert response.status == 400
-        async with http.post("/mesh/v1/invites", json={}, headers=owner) as response:
-            assert b'"code":"7-amber-lion"' in await response.content.readline()
-            async with http.get("/mesh/v1/invites") as listed:
-                (row,) = (await listed.json())["data"]
-            assert (row["state"], row["code"]) == ("waiting", "")
-            async with http.delete("/mesh/v1/invites", headers=owner) as closed:
-                assert await closed.json() == {"closed": 1}
-        for _ in range(1000):
-            async with http.get("/mesh/v1/invites") as listed:
-                if not (await listed.json())["data"]:
-                    break
-        else:
-            pytest.fail("the invite stays open without its client")
-    await server.aclose()
+    async with http.post("/mesh/v1/invites", json={}) as response:
+        assert response.status == 401  # although the API is open to this machine
+    async with http.post("/mesh/v1/invites", json={"minutes": 61}, headers=owner) as response:
+        assert response.status == 400
+    async with http.post("/mesh/v1/invites", json={}, headers=owner) as response:
+        assert b'"code":"7-amber-lion"' in await response.content.readline()
+        async with http.get("/mesh/v1/invites") as listed:
+            (row,) = (await listed.json())["data"]
+        assert (row["state"], row["code"]) == ("waiting", "")
+        async with http.delete("/mesh/v1/invites", headers=owner) as closed:
+            assert await closed.json() == {"closed": 1}
+    for _ in range(1000):
+        async with http.get("/mesh/v1/invites") as listed:
+            if not (await listed.json())["data"]:
+                break
+    else:
+        pytest.fail("the invite stays open without its client")

@@ -1,6 +1,7 @@
 import aiohttp
 import pytest
 
+from fake_api.api_keys import LOCAL
 from meshd.api.http.routes import ROUTES, Route
 
 
@@ -13,6 +14,7 @@ def test_each_method_of_a_path_has_one_route() -> None:
     "route", [route for route in ROUTES if route.takes and route.path.startswith("/mesh/")], ids=lambda route: route.path
 )
 async def test_the_clusters_own_routes_refuse_unknown_fields(http: aiohttp.ClientSession, route: Route) -> None:
-    async with http.request(route.method, route.path, json={"no_such_field": 1}) as response:
+    owner = {"x-api-key": LOCAL}
+    async with http.request(route.method, route.path, json={"no_such_field": 1}, headers=owner) as response:
         error = (await response.json())["error"]
     assert (response.status, error["param"]) == (400, "no_such_field")
