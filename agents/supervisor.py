@@ -36,6 +36,8 @@ class Supervisor:
         """Set when an agent failed too often. The peer should drain and stop; until then its agents are still restarted."""
         self.reason = ""
         """Which agent failed too often, and its last error."""
+        self.failures = 0
+        """Number of failures of all agents since the start."""
         self._clock = clock
         self._failures: dict[str, deque[float]] = {}
 
@@ -54,6 +56,7 @@ class Supervisor:
 
     def _failed(self, name: str, error: Exception) -> None:
         now = self._clock.monotonic()
+        self.failures += 1
         times = self._failures.setdefault(name, deque(maxlen=FAILURES))
         times.append(now)
         log.error("%s failed and is started again in %g s", name, RESTART_S, exc_info=error)

@@ -9,6 +9,7 @@ from logging import getLogger
 
 from meshd.agents.admin.event_relay import EventRelay
 from meshd.agents.admin.listings import Listings
+from meshd.agents.admin.metrics import EventMetrics, PeerCollector
 from meshd.agents.admin.story_collector import StoryCollector
 from meshd.agents.device.compute import ComputeQueue
 from meshd.agents.links.link_table import STOPS
@@ -304,6 +305,7 @@ def compose(parts: Parts) -> Peer:
         supervisor=parts.supervisor,
     )
     _subscribe(parts, memory, peer)
+    _measure(parts, memory, peer)
     return peer
 
 
@@ -428,10 +430,6 @@ def _coordinator(
 def _subscribe(parts: Parts, memory: FreeMemory, peer: Peer) -> None:
     signals, membership = parts.signals, peer.membership
 
-    def count_free_blocks() -> None:
-        pools = [resident.pool for resident in peer.holdings if resident.pool is not None]
-        parts.telemetry.kv_blocks_free(sum(pool.blocks_free for pool in pools))
-
     def peer_gone(gone: PeerId, reason: str) -> None:
         # The coordinator comes first, since it starts the recovery, which the other agents must not delay.
         peer.coordinator.on_peer_gone(gone, reason)
@@ -447,6 +445,27 @@ def _subscribe(parts: Parts, memory: FreeMemory, peer: Peer) -> None:
     signals.peer_gone.subscribe(peer_gone)
     signals.advert_received.subscribe(peer.keeper.note)
     signals.changed.subscribe(membership.changed)
-    signals.sessions_changed.subscribe(peer.loader.sweep, count_free_blocks, membership.changed)
+    signals.sessions_changed.subscribe(peer.loader.sweep, membership.changed)
     signals.layers_changed.subscribe(memory.forget, HoldingChanges(peer.holdings, peer.events).changed, membership.changed)
     signals.orphaned.subscribe(peer.coordinator.take_over)
+
+
+def _measure(parts: Parts, memory: FreeMemory, peer: Peer) -> None:
+    """Add the metrics of the agents to the peer's telemetry."""
+    peer.events.on_publish = EventMetrics(parts.telemetry, parts.clock).count
+    parts.telemetry.collect_from(
+        PeerCollector(
+            table=parts.table,
+            links=parts.links,
+            prober=parts.prober,
+            holdings=peer.holdings,
+            memory=memory,
+            memory_total_bytes=parts.capability.memory_total_bytes,
+            stages=peer.stages,
+            coordinator=peer.coordinator,
+            journal=peer.journal,
+            deputy=peer.deputy,
+            stream=peer.events,
+            supervisor=parts.supervisor,
+        )
+    )

@@ -246,7 +246,7 @@ class Daemon:
         app = create_app(peer.coordinator, self.view, self._telemetry, keys=keys, clock=self._clock, limits=self._limits)
         api = await server.serve_at(app, self._sockets.api)
         membership.publisher.api_address = f"{self._config.api.host}:{api.port}"
-        with log_lines.published(peer.events, self._clock):
+        with log_lines.published(peer.events, self._clock, self._telemetry.log_line):
             async with peer.running(self._sources(port)):
                 lock.announce(membership.publisher.api_address, str(self._config.models_dir.absolute()), local_key)
                 log.info("up: links on %s, API on %s", membership.link_address, membership.publisher.api_address)

@@ -1,30 +1,60 @@
-"""A peer's metrics for `GET /metrics`, and the format of its log.
+"""A peer's metrics for `GET /metrics`.
 
-Times are in seconds and sizes in bytes, as Prometheus recommends. Each label has only a few values: the peers of the cluster,
-the lanes of a link, the outcomes of a request.
+Times are in seconds and sizes in bytes, as Prometheus recommends. Each label has only a few values: the peers of the cluster, the
+stages that this peer computes, the outcomes of a request. Where values come and go, the series of those used least recently end.
+
+This file has what is recorded when it happens. `agents/admin/metrics.py` adds what is read from the agents at each scrape.
 """
 
 import contextlib
-import json
-import logging
-import sys
-import traceback
 from collections import OrderedDict
-from collections.abc import Iterator
-from datetime import UTC, datetime
-from typing import Literal, TextIO
+from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, PlatformCollector, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
 
 from meshd import __version__
 
-LogFormat = Literal["text", "json"]
-
 _TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+_WAIT_S = (1e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 5.0)
 _HOP_S = (5e-5, 1e-4, 1.5e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1, 0.5)
+_LOAD_S = (0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _RATIOS = (0.5, 0.67, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0)
+
+MAX_SERIES = 128
+"""Series of one metric with labels whose values come and go. A histogram has about 15 lines for each."""
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second line for each series: when it began, which Prometheus does not read from this format
+
+Phase = Literal["prefill", "decode"]
+Predicted = Literal["ttft", "tpot", "prefill_step", "decode_step"]
+
+
+class _Recent:
+    """Labels of a metric, of which the least recently used ones are removed beyond `MAX_SERIES`."""
+
+    def __init__(self, metric: Histogram) -> None:
+        self._metric = metric
+        self._used: OrderedDict[tuple[str, ...], Histogram] = OrderedDict()
+
+    def labels(self, *values: str) -> Histogram:
+        child = self._used.pop(values, None)
+        if child is None:
+            child = self._metric.labels(*values)
+            if len(self._used) >= MAX_SERIES:
+                self._metric.remove(*self._used.popitem(last=False)[0])
+        self._used[values] = child
+        return child
 
 
 class Telemetry:
@@ -36,41 +66,69 @@ class Telemetry:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
-        Info("meshd_build", "The running version", registry=registry).info({"version": __version__})
-        self._ttft = Histogram("meshd_ttft_seconds", "Request to first token", buckets=_TTFT_S, registry=registry)
-        self._tpot = Histogram("meshd_tpot_seconds", "Time per output token after the first", buckets=_TPOT_S, registry=registry)
-        self._hop = Histogram(
-            "meshd_hop_seconds",
-            "A small message, send to receive: half the round trip of a heartbeat",
-            ["peer"],
-            buckets=_HOP_S,
-            registry=registry,
-        )
-        self._stage = Histogram(
-            "meshd_stage_seconds", "One step's compute in a stage", ["layers", "phase"], buckets=_TPOT_S, registry=registry
-        )
-        self._queue_wait = Histogram("meshd_queue_wait_seconds", "Wait for admission", buckets=_TTFT_S, registry=registry)
-        self._tokens = Counter("meshd_tokens", "Tokens of finished and running answers", ["kind"], registry=registry)
-        self._requests = Counter("meshd_requests", "HTTP requests by route and outcome", ["route", "outcome"], registry=registry)
-        self._api_keys = Counter(
-            "meshd_api_key_requests", "HTTP requests by the API key that they carried", ["key", "outcome"], registry=registry
-        )
-        self._sessions = Gauge("meshd_sessions_active", "Sessions that this peer coordinates", registry=registry)
-        self._kv_free = Gauge("meshd_kv_blocks_free", "Free KV blocks of this peer", registry=registry)
-        self._recovery = Histogram(
-            "meshd_recovery_pause_seconds",
-            "From the last token before a change of plan to the first after it",
-            ["method"],
-            buckets=_TTFT_S,
-            registry=registry,
-        )
-        self._prediction = Histogram(
-            "meshd_prediction_ratio", "Measured over predicted time", ["what"], buckets=_RATIOS, registry=registry
-        )
 
-    def recovery(self, method: str, pause_s: float) -> None:
-        """Record the pause of an answer that continued after a change of plan. `method` says how it continued, such as `replay`."""
-        self._recovery.labels(method).observe(pause_s)
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(name, text, labels, buckets=buckets, registry=registry)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=registry)
+
+        Gauge("meshd_build_info", "The running version", ["version"], registry=registry).labels(__version__).set(1)
+        self._ttft = histogram("meshd_ttft_seconds", "Request to first token", _TTFT_S)
+        self._tpot = histogram("meshd_tpot_seconds", "Time per output token after the first", _TPOT_S)
+        self._hop = _Recent(
+            histogram("meshd_hop_seconds", "A small message, send to receive: half the round trip of a heartbeat", _HOP_S, "peer")
+        )
+        self._stage = _Recent(
+            histogram("meshd_stage_seconds", "One step's compute in a stage", _TPOT_S, "model", "layers", "phase")
+        )
+        self._step_wait = histogram(
+            "meshd_step_wait_seconds", "From a step's input to the begin of its computation", _WAIT_S, "phase"
+        )
+        self._queue_wait = histogram("meshd_queue_wait_seconds", "Wait for admission", _TTFT_S)
+        self._tokens = counter("meshd_tokens", "Tokens of answers that have ended here", "kind")
+        self._requests = counter("meshd_requests", "HTTP requests by route and outcome", "route", "outcome")
+        self._api_keys = counter("meshd_api_key_requests", "HTTP requests by the API key that they carried", "key", "outcome")
+        self._recovery = histogram(
+            "meshd_recovery_pause_seconds",
+            "From the last token before a change of plan to the first after it, by how the answer went on and why it had to",
+            _TTFT_S,
+            "method",
+            "cause",
+        )
+        self._prediction = histogram("meshd_prediction_ratio", "Measured over predicted time", _RATIOS, "what")
+        self._sessions_ended = counter("meshd_sessions_ended", "Answers that this peer coordinated and that have ended", "state")
+        self._peer_changes = counter("meshd_peer_changes", "Changes of another peer's state, by the new state", "state")
+        self._loads = counter("meshd_loads", "Loads of layers that have ended", "outcome")
+        self._load = histogram("meshd_load_seconds", "From the begin of a load to layers that serve", _LOAD_S)
+        self._log_lines = counter("meshd_log_lines", "Lines of meshd in the log", "level")
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make the series whose labels are known from the beginning, so that a rate counts their first event too."""
+        for phase in ("prefill", "decode"):
+            self._step_wait.labels(phase)
+        for kind in ("prompt", "completion"):
+            self._tokens.labels(kind)
+        for state in ("finished", "failed", "cancelled", "suspended"):
+            self._sessions_ended.labels(state)
+        for outcome in ("active", "failed"):
+            self._loads.labels(outcome)
+        for level in ("info", "warning", "error"):
+            self._log_lines.labels(level)
+        for what in ("ttft", "tpot", "prefill_step", "decode_step"):
+            self._prediction.labels(what)
+
+    def collect_from(self, collector: Collector) -> None:
+        """Add the metrics of a collector, which is asked at each scrape."""
+        self.registry.register(collector)
+
+    def recovery(self, method: str, cause: str, pause_s: float) -> None:
+        """Record the pause of an answer that continued after a change of plan.
+
+        method: how it continued, such as `replay`. cause: `loss`, `move` or `resume`.
+        """
+        self._recovery.labels(method, cause).observe(pause_s)
 
     def ttft(self, seconds: float) -> None:
         """Record an answer's time to first token."""
@@ -84,9 +142,13 @@ class Telemetry:
         """Record the time from sending to receiving a small message on the link with `peer`."""
         self._hop.labels(peer).observe(seconds)
 
-    def stage_step(self, layers: str, phase: Literal["prefill", "decode"], seconds: float) -> None:
+    def stage_step(self, model: str, layers: str, phase: Phase, seconds: float) -> None:
         """Record the compute time of one step of a stage. `layers` is the stage's range, such as `0-12`."""
-        self._stage.labels(layers, phase).observe(seconds)
+        self._stage.labels(model, layers, phase).observe(seconds)
+
+    def step_wait(self, phase: Phase, seconds: float) -> None:
+        """Record how long a step waited between its arrival and the begin of its computation."""
+        self._step_wait.labels(phase).observe(seconds)
 
     def queue_wait(self, seconds: float) -> None:
         """Record how long a request waited for admission."""
@@ -111,112 +173,29 @@ class Telemetry:
             with contextlib.suppress(KeyError):
                 self._api_keys.remove(key, outcome)
 
-    def sessions_active(self, count: int) -> None:
-        """Set the number of sessions that this peer coordinates."""
-        self._sessions.set(count)
-
-    def kv_blocks_free(self, count: int) -> None:
-        """Set the number of this peer's free KV blocks."""
-        self._kv_free.set(count)
-
-    def prediction(self, what: Literal["ttft", "tpot"], predicted_s: float, measured_s: float) -> None:
+    def prediction(self, what: Predicted, predicted_s: float, measured_s: float) -> None:
         """Record the ratio of a measured to a predicted time. A prediction of 0 means that there is none."""
         if predicted_s > 0:
             self._prediction.labels(what).observe(measured_s / predicted_s)
 
+    def session_ended(self, state: str) -> None:
+        """Count an answer that has ended or is suspended."""
+        self._sessions_ended.labels(state).inc()
+
+    def peer_changed(self, state: str) -> None:
+        """Count a change of another peer's state."""
+        self._peer_changes.labels(state).inc()
+
+    def load_ended(self, outcome: Literal["active", "failed"], seconds: float) -> None:
+        """Count a load of layers, and record how long it took if the layers serve now."""
+        self._loads.labels(outcome).inc()
+        if outcome == "active":
+            self._load.observe(seconds)
+
+    def log_line(self, level: str) -> None:
+        """Count a line of the log. May be called on any thread."""
+        self._log_lines.labels(level).inc()
+
     def render(self) -> bytes:
         """Format all metrics in Prometheus' text format, whose content type is `content_type`."""
         return generate_latest(self.registry)
-
-
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-
-
-def _fields(record: logging.LogRecord) -> Iterator[tuple[str, object]]:
-    yield "time", datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-    yield "level", record.levelname.lower()
-    yield "logger", record.name
-    yield "event", record.getMessage()
-    for name, value in vars(record).items():
-        if name not in _STANDARD:
-            yield name, value
-    if record.exc_info and record.exc_info[1]:
-        yield "trace", "".join(traceback.format_exception(record.exc_info[1])).rstrip()
-
-
-def _quoted(value: object) -> str:
-    text = str(value)
-    if text and text.isprintable() and not any(mark in text for mark in ' "='):
-        return text
-    return json.dumps(text, ensure_ascii=not text.isprintable())
-
-
-class TextFormatter(logging.Formatter):
-    """Formats an event as one line of key=value. A value with spaces or quotes is a JSON string."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return " ".join(f"{name}={_quoted(value)}" for name, value in _fields(record))
-
-
-class JsonFormatter(logging.Formatter):
-    """Formats an event as one JSON object on one line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return json.dumps(dict(_fields(record)), default=str, ensure_ascii=False)
-
-
-_LINES = 20
-_PERIOD_S = 10.0
-_SOURCES = 1024
-
-
-class LineLimit(logging.Filter):
-    """Drops lines of a source that logs too much, so that nobody can fill the disk by causing errors.
-
-    A source is a logger and a message before its arguments are filled in. Each may log `_LINES` lines in `_PERIOD_S`; the first
-    line after that says in the field `dropped` how many there would have been. Debug lines are not limited: they are usually off.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._sources: OrderedDict[tuple[str, str], tuple[float, int]] = OrderedDict()
-        """When the period of each source began, and its lines since then; the least recently used source first."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno <= logging.DEBUG:
-            return True
-        source = (record.name, record.msg if isinstance(record.msg, str) else type(record.msg).__name__)
-        began, lines = self._sources.pop(source, (record.created, 0))
-        if not 0 <= record.created - began < _PERIOD_S:
-            if lines > _LINES:
-                record.dropped = lines - _LINES
-            began, lines = record.created, 0
-        self._sources[source] = (began, lines + 1)
-        if len(self._sources) > _SOURCES:
-            self._sources.popitem(last=False)
-        return lines < _LINES
-
-
-_HANDLER = "meshd"
-
-
-def configure_logging(level: str = "info", log_format: LogFormat = "text", *, stream: TextIO | None = None) -> None:
-    """Log to `stream` (default: standard error), one line per event, with the fields of `extra`. The last call is valid.
-
-    Events below `level` are dropped. If `level` is `info`, events of libraries below `warning` are dropped too.
-
-    Raises: ValueError for an unknown level.
-    """
-    number = logging.getLevelNamesMapping().get(level.upper())
-    if number is None:
-        raise ValueError(f"{level!r} is not a log level")
-    handler = logging.StreamHandler(stream or sys.stderr)
-    handler.set_name(_HANDLER)
-    handler.addFilter(LineLimit())
-    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
-    root = logging.getLogger()
-    for old in [old for old in root.handlers if old.get_name() == _HANDLER]:
-        root.removeHandler(old)
-    root.addHandler(handler)
-    root.setLevel(number if number <= logging.DEBUG else max(number, logging.WARNING))
-    logging.getLogger("meshd").setLevel(number)

@@ -1,14 +1,9 @@
-"""Metrics as Prometheus reads them, and log lines."""
-
-import io
-import json
-import logging
-from collections.abc import Iterator
+"""Metrics as Prometheus reads them."""
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from meshd.telemetry import LineLimit, LogFormat, Telemetry, TextFormatter, configure_logging
+from meshd.telemetry import MAX_SERIES, Telemetry
 
 
 def samples(telemetry: Telemetry) -> dict[str, float]:
@@ -24,117 +19,60 @@ def test_every_recorded_value_is_rendered() -> None:
     telemetry.ttft(0.2)
     telemetry.tpot(0.02)
     telemetry.hop("peer", 0.0001)
-    telemetry.stage_step("0-12", "decode", 0.01)
+    telemetry.stage_step("tiny", "0-12", "decode", 0.01)
+    telemetry.step_wait("decode", 0.002)
     telemetry.queue_wait(1.5)
     telemetry.tokens(prompt=10, completion=3)
     telemetry.request("/v1/models", "ok")
-    telemetry.sessions_active(2)
-    telemetry.kv_blocks_free(64)
+    telemetry.recovery("replay", "loss", 0.4)
+    telemetry.session_ended("finished")
+    telemetry.peer_changed("dead")
+    telemetry.load_ended("active", 2.0)
+    telemetry.load_ended("failed", 9.0)
+    telemetry.log_line("warning")
     telemetry.prediction("tpot", 0.02, 0.03)
     seen = samples(telemetry)
     assert seen["meshd_ttft_seconds_sum[]"] == pytest.approx(0.2)
     assert seen["meshd_tpot_seconds_count[]"] == 1
     assert seen["meshd_hop_seconds_count[('peer', 'peer')]"] == 1
-    assert seen["meshd_stage_seconds_count[('layers', '0-12'), ('phase', 'decode')]"] == 1
+    assert seen["meshd_stage_seconds_count[('layers', '0-12'), ('model', 'tiny'), ('phase', 'decode')]"] == 1
+    assert seen["meshd_step_wait_seconds_sum[('phase', 'decode')]"] == pytest.approx(0.002)
     assert seen["meshd_queue_wait_seconds_sum[]"] == pytest.approx(1.5)
     assert seen["meshd_tokens_total[('kind', 'prompt')]"] == 10
     assert seen["meshd_tokens_total[('kind', 'completion')]"] == 3
     assert seen["meshd_requests_total[('outcome', 'ok'), ('route', '/v1/models')]"] == 1
-    assert seen["meshd_sessions_active[]"] == 2
-    assert seen["meshd_kv_blocks_free[]"] == 64
+    assert seen["meshd_recovery_pause_seconds_sum[('cause', 'loss'), ('method', 'replay')]"] == pytest.approx(0.4)
+    assert seen["meshd_sessions_ended_total[('state', 'finished')]"] == 1
+    assert seen["meshd_peer_changes_total[('state', 'dead')]"] == 1
+    assert seen["meshd_loads_total[('outcome', 'failed')]"] == 1
+    assert seen["meshd_load_seconds_sum[]"] == pytest.approx(2.0)
+    assert seen["meshd_log_lines_total[('level', 'warning')]"] == 1
     assert seen["meshd_prediction_ratio_sum[('what', 'tpot')]"] == pytest.approx(1.5)
 
 
 def test_a_prediction_of_0_is_not_recorded() -> None:
     telemetry = Telemetry()
     telemetry.prediction("ttft", 0.0, 1.0)
-    assert not any(name.startswith("meshd_prediction_ratio") for name in samples(telemetry))
+    assert samples(telemetry)["meshd_prediction_ratio_count[('what', 'ttft')]"] == 0
 
 
 def test_peers_in_one_process_have_separate_metrics() -> None:
     one, other = Telemetry(), Telemetry()
     one.tokens(prompt=1)
-    assert "meshd_tokens_total[('kind', 'prompt')]" not in samples(other)
+    assert samples(other)["meshd_tokens_total[('kind', 'prompt')]"] == 0
 
 
-@pytest.fixture
-def restored_logging() -> Iterator[None]:
-    root, ours = logging.getLogger(), logging.getLogger("meshd")
-    before = (list(root.handlers), root.level, ours.level)
-    yield
-    root.handlers[:], root.level, ours.level = before
+def test_series_of_peers_that_come_and_go_are_bounded_and_the_latest_stay() -> None:
+    telemetry = Telemetry()
+    telemetry.hop("steady", 0.001)
+    for number in range(3 * MAX_SERIES):
+        telemetry.hop(f"guest {number}", 0.001)
+        telemetry.hop("steady", 0.001)
+    counts = {name: value for name, value in samples(telemetry).items() if name.startswith("meshd_hop_seconds_count")}
+    assert len(counts) == MAX_SERIES
+    assert counts["meshd_hop_seconds_count[('peer', 'steady')]"] == 3 * MAX_SERIES + 1
+    assert f"meshd_hop_seconds_count[('peer', 'guest {3 * MAX_SERIES - 1}')]" in counts
 
 
-def log_lines(log_format: LogFormat, level: str = "info") -> list[str]:
-    stream = io.StringIO()
-    configure_logging(level, log_format)
-    configure_logging(level, log_format, stream=stream)
-    logger = logging.getLogger("meshd.agents.links.links")
-    logger.debug("not at this level")
-    logger.info("link up", extra={"peer": "abc", "rtt_ms": 1.5, "name_of_peer": 'a "b"\nc'})
-    logging.getLogger("some.library").info("of no interest")
-    try:
-        raise ValueError("torn\nframe")
-    except ValueError:
-        logger.exception("link failed: %s", "torn")
-    return stream.getvalue().splitlines()
-
-
-@pytest.mark.usefixtures("restored_logging")
-def test_text_logs_are_one_line_of_key_and_value_per_event() -> None:
-    up, failed = log_lines("text")
-    assert up.endswith(r'level=info logger=meshd.agents.links.links event="link up" peer=abc rtt_ms=1.5 name_of_peer="a \"b\"\nc"')
-    assert up.startswith("time=20")
-    assert r'event="link failed: torn" trace="Traceback' in failed
-
-
-@pytest.mark.usefixtures("restored_logging")
-def test_json_logs_are_one_object_per_event() -> None:
-    up, failed = map(json.loads, log_lines("json"))
-    assert (up["event"], up["peer"], up["rtt_ms"], up["name_of_peer"]) == ("link up", "abc", 1.5, 'a "b"\nc')
-    assert failed["trace"].endswith("ValueError: torn\nframe")
-
-
-@pytest.mark.usefixtures("restored_logging")
-def test_debug_shows_libraries_too() -> None:
-    events = [json.loads(line)["event"] for line in log_lines("json", "debug")]
-    assert events == ["not at this level", "link up", "of no interest", "link failed: torn"]
-
-
-def test_an_unknown_level_is_an_error() -> None:
-    with pytest.raises(ValueError, match="loud"):
-        configure_logging("loud")
-
-
-def event(message: str, number: int, at: float, level: int = logging.ERROR) -> logging.LogRecord:
-    record = logging.LogRecord("meshd.agents", level, __file__, 1, message, (number,), None)
-    record.created = at
-    return record
-
-
-def test_a_source_that_logs_too_much_is_limited_and_the_next_line_counts_what_was_dropped() -> None:
-    limit = LineLimit()
-    passed = [number for number in range(1000) if limit.filter(event("the advert of %s is wrong", number, 100.0 + number * 0.001))]
-    assert passed == list(range(20))
-    later = event("the advert of %s is wrong", 1, 111.0)
-    assert limit.filter(later)
-    assert vars(later)["dropped"] == 980
-    assert "dropped=980" in TextFormatter().format(later)
-    quiet = event("the advert of %s is wrong", 1, 122.0)
-    assert limit.filter(quiet)
-    assert "dropped" not in vars(quiet)
-
-
-def test_one_source_does_not_silence_another() -> None:
-    limit = LineLimit()
-    for number in range(100):
-        limit.filter(event("the advert of %s is wrong", number, 100.0))
-    assert limit.filter(event("the link with %s is down", 1, 100.0))
-
-
-def test_debug_lines_are_not_limited_and_sources_are_bounded() -> None:
-    limit = LineLimit()
-    assert all(limit.filter(event("step %s", number, 100.0, logging.DEBUG)) for number in range(100))
-    for number in range(3000):
-        limit.filter(event(f"message {number} %s", number, 100.0))
-    assert len(limit._sources) <= 1024
+def test_there_is_one_line_for_each_series_and_bucket() -> None:
+    assert b"_created" not in Telemetry().render()

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 
 from meshd.agents.links.estimate import LinkEstimate
+from meshd.agents.links.meters.traffic import Traffic
 from meshd.errors import PeerLost
 from meshd.protocol.framing import KIB, Frame
 from meshd.protocol.handshake import ExistingLink, HelloAgreement
@@ -24,7 +25,14 @@ class Link:
     """A link with a peer, from its first HELLO to its end. It is up once both peers know that both lanes are connected."""
 
     def __init__(
-        self, peer: PeerId, number: int, *, dialled: bool, now: Callable[[], float], on_end: Callable[["Link", str, bool], None]
+        self,
+        peer: PeerId,
+        number: int,
+        *,
+        dialled: bool,
+        now: Callable[[], float],
+        traffic: Traffic,
+        on_end: Callable[["Link", str, bool], None],
     ) -> None:
         self.peer = peer
         self.number = number
@@ -42,6 +50,7 @@ class Link:
         """Where the peer was reached or says that it listens, oldest first."""
         self._on_end = on_end
         self._now = now
+        self._traffic = traffic
         self._sequence = 0
         self._arrival_bytes_s = 0.0
 
@@ -53,6 +62,15 @@ class Link:
     @property
     def queued_bytes(self) -> int:
         return sum(connection.queued_bytes for connection in self.lanes.values())
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes received on both lanes, with headers and without encryption."""
+        return sum(connection.bytes_in for connection in self.lanes.values())
+
+    @property
+    def bytes_out(self) -> int:
+        return sum(connection.bytes_out for connection in self.lanes.values())
 
     def lived_s(self, now: float) -> float:
         """Returns: seconds since the link came up; 0 if it never did."""
@@ -74,12 +92,19 @@ class Link:
         if connection is None:
             raise PeerLost(f"the link with {self.peer} is not up")
         connection.send(message, payload)
-        self._note_use(message, memoryview(payload).nbytes if payload is not None else 0)
+        if payload is None:
+            self._note_use(message, 0)
+        else:
+            size = memoryview(payload).nbytes
+            self._traffic.count_sent(message, size)
+            self._note_use(message, size)
 
     def received(self, message: Message, frame: Frame, now: float) -> None:
         """Record that a message has arrived."""
         self.heard = now
         size = len(frame.payload)
+        if size:
+            self._traffic.count_received(message, size)
         self._note_use(message, size)
         rtt_s = self.estimate.rtt_s(now) or 0.0
         if size >= _TELLING and not isinstance(message, Probe) and frame.receive_s > max(_TELLING_S, 4 * rtt_s):

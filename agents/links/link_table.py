@@ -7,6 +7,7 @@ from functools import partial
 
 from meshd.agents.links.link import Link
 from meshd.agents.links.log import LinkLog
+from meshd.agents.links.meters.traffic import Traffic
 from meshd.agents.links.rpc import Dispatcher
 from meshd.clock import Clock
 from meshd.errors import MeshdError, ProtocolViolation
@@ -65,6 +66,7 @@ class LinkTable:
         self._on_up = on_up
         self._on_down = on_down
         self._links: dict[PeerId, Link] = {}
+        self.traffic = Traffic()
         self._checked = clock.monotonic()
 
     def __len__(self) -> int:
@@ -114,7 +116,7 @@ class LinkTable:
         _notify(partial(self._on_up, link.peer, hello, address))
 
     def _begin(self, peer: PeerId, number: int, *, dialled: bool) -> Link:
-        link = Link(peer, number, dialled=dialled, now=self._now, on_end=self._ended)
+        link = Link(peer, number, dialled=dialled, now=self._now, traffic=self.traffic, on_end=self._ended)
         link.estimate.slow_start = self._slow_start
         self._links[peer] = link
         return link
@@ -122,6 +124,7 @@ class LinkTable:
     def _ended(self, link: Link, reason: str, on_purpose: bool) -> None:
         if self._links.get(link.peer) is link:
             del self._links[link.peer]
+        self.traffic.ended(link.peer, link.bytes_out, link.bytes_in)
         if not link.up:
             return
         link.up = False

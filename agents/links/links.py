@@ -19,6 +19,7 @@ from meshd.agents.links.estimate import LinkEstimate
 from meshd.agents.links.link import Link
 from meshd.agents.links.link_table import STOPS, LinkTable, OnDown, OnUp, Timing
 from meshd.agents.links.log import LinkLog, RefusalRow
+from meshd.agents.links.meters.traffic import Traffic
 from meshd.agents.links.open import LinkOpener, OnOutcome
 from meshd.agents.links.rpc import Dispatcher, Handler, M, to_view
 from meshd.agents.supervisor import Supervise, unsupervised
@@ -199,6 +200,16 @@ class Links:
         link = self._table.get(peer)
         return link.estimate if link is not None and link.up else None
 
+    @property
+    def refusals_total(self) -> int:
+        """Number of links that were refused since the start, by this peer or by another device."""
+        return self._linklog.total
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes by what they carry, and those of links that have ended."""
+        return self._table.traffic
+
     def idle_s(self, peer: PeerId, lane: Lane) -> float:
         """Returns: seconds since the last bytes from `peer` arrived on a lane, which may be a part of a message; infinity if its
         link is not up."""
@@ -325,8 +336,8 @@ class Links:
             rtt_ms=_ms(None if hop_s is None else 2 * hop_s),
             rtt_min_ms=_ms(link.estimate.rtt_s(now)),
             queued_bytes=link.queued_bytes,
-            bytes_in=sum(connection.bytes_in for connection in link.lanes.values()),
-            bytes_out=sum(connection.bytes_out for connection in link.lanes.values()),
+            bytes_in=link.bytes_in,
+            bytes_out=link.bytes_out,
             software=hello.software,
             features=sorted(link.agreement.features),
         )

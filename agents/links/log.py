@@ -31,6 +31,8 @@ class LinkLog:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        self.total = 0
+        """Number of refusals since the start, repeated ones included."""
         self._rows: deque[tuple[RefusalRow, list[float]]] = deque(maxlen=_ROWS)
         """Each refusal, and the monotonic time of its latest repetition."""
         self._logged: OrderedDict[str, float] = OrderedDict()
@@ -38,6 +40,7 @@ class LinkLog:
     def refused(self, address: str, peer: PeerId | None, reason: str) -> bool:
         """Record a refusal. Returns: True if no recorded one has the same address, peer and reason."""
         now, wall = self._clock.monotonic(), self._clock.wall()
+        self.total += 1
         for row, seen in self._recent():
             if (row["address"], row["peer"], row["reason"]) == (address, peer, reason):
                 row["at"], seen[0] = wall, now

@@ -71,6 +71,10 @@ class PeerTable:
         known = self._static.get(address)
         return known.why if known is not None and known.peer is None else None
 
+    def all(self) -> list[Peer]:
+        """Returns: the state machines of all peers, linked or not."""
+        return list(self._peers.values())
+
     def linked(self) -> list[Peer]:
         """Returns: the peers whose link is up, suspects included."""
         return [peer for peer in self._peers.values() if peer.linked]

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -21,13 +21,17 @@ Level = Literal["debug", "info", "warning", "error"]
 class LogLines(logging.Handler):
     """A log handler for the event loop's thread. Lines of other threads are handed to it."""
 
-    def __init__(self, stream: EventStream, clock: Clock, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, stream: EventStream, clock: Clock, loop: asyncio.AbstractEventLoop, on_line: Callable[[Level], None]
+    ) -> None:
         super().__init__(logging.INFO)
+        self._on_line = on_line
         self._stream, self._clock, self._loop = stream, clock, loop
         self._budget = TokenBucket(LINES_PER_S, LINES_AT_ONCE)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Publish a line."""
+        self._on_line(_level(record.levelno))
         text = record.getMessage()
         session = _SESSION.search(text)
         line = LogLine(level=_level(record.levelno), logger=record.name, text=text, session=session[1] if session else "")
@@ -46,9 +50,12 @@ class LogLines(logging.Handler):
 
 
 @contextmanager
-def published(stream: EventStream, clock: Clock) -> Iterator[None]:
-    """Publish the lines that meshd logs inside the block. Must be called inside the event loop."""
-    logger, handler = logging.getLogger("meshd"), LogLines(stream, clock, asyncio.get_running_loop())
+def published(stream: EventStream, clock: Clock, on_line: Callable[[Level], None] = lambda level: None) -> Iterator[None]:
+    """Publish the lines that meshd logs inside the block. Must be called inside the event loop.
+
+    on_line: called with the level of each line, on any thread, also of those that are too many to be published.
+    """
+    logger, handler = logging.getLogger("meshd"), LogLines(stream, clock, asyncio.get_running_loop(), on_line)
     logger.addHandler(handler)
     try:
         yield

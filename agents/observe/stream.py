@@ -6,7 +6,7 @@ costs nothing and delays nobody. A reader whose place is no longer kept gets a `
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from itertools import islice
 
@@ -45,6 +45,12 @@ class EventStream:
         self._born = self._last = int(clock.wall() * 1e6)
         self.watchers = 0
         """Number of other peers that get this peer's events. Set by `admin/event_relay.py`."""
+        self.on_publish: Callable[[Event], None] = lambda event: None
+        """Called with each event of this peer. Set by `compose`."""
+        self.published = 0
+        """Number of this peer's own events since the start."""
+        self.lost = 0
+        """Number of events that readers and other peers missed because they were too slow."""
         self._readers = 0
         self._changed = asyncio.Event()
 
@@ -60,7 +66,9 @@ class EventStream:
 
     def publish(self, event: Event) -> None:
         """Add an event of this peer."""
+        self.published += 1
         self._add(event, self.encode(event), own=True)
+        self.on_publish(event)
 
     def encode(self, event: Event) -> bytes:
         """Return the event as a line of the stream, without adding it."""
@@ -73,7 +81,9 @@ class EventStream:
     def since(self, after: int) -> tuple[int, list[Published]]:
         """Return the number of events after number `after` that are not kept any more, and those that are, at once."""
         first = self._last - len(self._kept) + 1
-        return max(0, first - 1 - after), list(islice(self._kept, max(0, after + 1 - first), None))
+        missed = max(0, first - 1 - after)
+        self.lost += missed
+        return missed, list(islice(self._kept, max(0, after + 1 - first), None))
 
     async def read(self, after: int | None = None) -> AsyncGenerator[Published, None]:
         """Yield the events from now on, or all that follow number `after`.
@@ -90,6 +100,7 @@ class EventStream:
                 first = self._last - len(self._kept) + 1
                 if place + 1 < first:
                     missed, place = first - 1 - place, first - 1
+                    self.lost += missed
                     yield self._lost(place, missed)
                     continue  # the reader may have taken its time again
                 if place == self._last:

@@ -215,7 +215,6 @@ class Coordinator:
         self.retained.pop(answer.session, None)
         self.answers[answer.session] = answer
         self._admitted[answer.session] = since
-        self.telemetry.sessions_active(len(self.answers))
 
     async def resume(self, secret: AnswerSecret) -> Answer:
         """See `service.Coordinator.resume`."""
@@ -405,7 +404,7 @@ class Coordinator:
         self.journal.token(answer.session, index, token, logprobs)
 
     def _on_recovered(self, answer: Answer, recovered: Recovered) -> None:
-        self.telemetry.recovery(recovered.method, recovered.pause_s)
+        self.telemetry.recovery(recovered.method, recovered.cause, recovered.pause_s)
         pause_ms = 1000 * recovered.pause_s
         log.info("session %s continues (%s) after %.0f ms: %s", answer.session, recovered.method, pause_ms, recovered.reason)
 
@@ -424,7 +423,6 @@ class Coordinator:
         else:
             self._retain(answer)
             self._journal(answer)
-        self.telemetry.sessions_active(len(self.answers))
         report_end(answer, self.telemetry, self.events)
 
     def _journal(self, answer: Answer) -> None:

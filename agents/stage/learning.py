@@ -10,7 +10,7 @@ from meshd.agents.placement.resident import ResidentLayers
 from meshd.agents.stage.session import Step
 from meshd.clock import Clock
 from meshd.planner.model import cost
-from meshd.planner.model.learn import StepLearner
+from meshd.planner.model.learn import Phase, StepLearner
 from meshd.planner.profile import PeerProfile, context_class, prefill_class
 from meshd.types import LayerRange, LearnedRates, PeerId, Rates
 
@@ -29,19 +29,24 @@ class StepLearning:
         """Returns: what this peer advertises at present."""
         return self._learner.learned(self.clock.monotonic())
 
-    def observe(self, resident: ResidentLayers, layers: LayerRange, step: Step, compute_s: float, whole_s: float) -> None:
+    def observe(self, resident: ResidentLayers, layers: LayerRange, step: Step, compute_s: float, whole_s: float) -> float:
         """Add one step of `layers`.
 
         `compute_s`: time of its computation. `whole_s`: time from its submission to the compute thread until its output was sent.
+
+        Returns: the predicted time of its computation, with the corrections learned before.
         """
         now = self.clock.monotonic()
         predicted_s = self._predicted_s(resident, layers, step)
+        phase: Phase = "prefill" if step.prefill else "decode"
         if step.prefill:
             place = prefill_class(step.position, is_whole=step.position == 0 and step.sample)
-            self._learner.observe("prefill", place, compute_s, predicted_s, now)
         else:
-            self._learner.observe("decode", context_class(step.position), compute_s, predicted_s, now)
+            place = context_class(step.position)
             self._learner.observe_overhead(whole_s - compute_s, now)
+        corrected_s = predicted_s * self._learner.factor(phase, place, now)
+        self._learner.observe(phase, place, compute_s, predicted_s, now)
+        return corrected_s
 
     def _predicted_s(self, resident: ResidentLayers, layers: LayerRange, step: Step) -> float:
         """Predict the compute time of a step by the formulas of the planner, without corrections."""

@@ -19,11 +19,11 @@ from meshd.agents.stage.learning import StepLearning
 from meshd.agents.stage.mirror.outgoing import OutgoingMirrors
 from meshd.agents.stage.scheduler import Scheduler
 from meshd.agents.stage.sender import StageSender
-from meshd.agents.stage.steps import ActiveStage, StepOutput, compute_step
+from meshd.agents.stage.steps import ActiveStage, StepOutput, arrival_of, compute_step, note_arrival
 from meshd.clock import Clock
 from meshd.errors import MeshdError, ProtocolViolation, UsageError
 from meshd.protocol.messages import Failed, RunningStep
-from meshd.telemetry import Telemetry
+from meshd.telemetry import Phase, Telemetry
 from meshd.types import PeerId, SessionId
 
 log = getLogger(__name__)
@@ -82,6 +82,8 @@ class StageRunner:
 
     def apply(self, active: ActiveStage, event: fsm.Event) -> None:
         """Pass an event to a stage's machine, execute its commands, and start the next step if the compute thread is free."""
+        if isinstance(event, fsm.StepArrived):
+            note_arrival(event.step, self.clock.monotonic())
         for command in active.machine.handle(event):
             match command:
                 case fsm.Compute(step):
@@ -193,14 +195,24 @@ class StageRunner:
             cache.filled = step.end
         # The output is sent before the bookkeeping below, because the next stage waits for it.
         self.apply(active, fsm.StepComputed(step.position, output))
+        predicted_s = 0.0
         if job is not None:
             whole_s = self.clock.monotonic() - job.submitted_at
-            self.learning.observe(active.resident, active.stage.layers, step, output.stage_s, whole_s)
+            predicted_s = self.learning.observe(active.resident, active.stage.layers, step, output.stage_s, whole_s)
         if active.machine.state is not fsm.StageState.ENDED:
             if cache.log is not None and output.hidden is not None:
                 self.kv_manager.outputs.append(cache.log, step.position, output.hidden)
             self.mirrors.on_kv_grown(active)
-        self.telemetry.stage_step(str(active.stage.layers), "prefill" if step.prefill else "decode", output.stage_s)
+        if job is not None:
+            self._measure(job, output, predicted_s)
+
+    def _measure(self, job: StepJob, output: StepOutput, predicted_s: float) -> None:
+        active, step = job.active, job.step
+        phase: Phase = "prefill" if step.prefill else "decode"
+        self.telemetry.stage_step(active.resident.card.name, str(active.stage.layers), phase, output.stage_s)
+        if job.started_at is not None:
+            self.telemetry.step_wait(phase, max(0.0, job.started_at - arrival_of(step)))
+        self.telemetry.prediction("prefill_step" if step.prefill else "decode_step", predicted_s, output.stage_s)
 
     def _compute_failed(self, active: ActiveStage, step: fsm.Step, error: Exception) -> None:
         self.job = None

@@ -18,13 +18,15 @@ from meshd.protocol.messages import Activation, Open, Opened, Prompt, Token
 from meshd.types import PeerId, SessionId, TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepInput:
     """The input of a step: token ids at the first stage, an activation and its payload at the others."""
 
     ids: npt.NDArray[np.int32] | None
     activation: Activation | None = None
     payload: memoryview | None = None
+    arrived_at: float = 0.0
+    """Monotonic time at which this peer received the input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,18 @@ class ActiveStage:
             kept_from=machine.kept_from,
             kept_to=machine.kept_to,
         )
+
+
+def note_arrival(step: fsm.Step, now: float) -> None:
+    """Record when the input of a step arrived."""
+    if isinstance(step.data, StepInput):
+        step.data.arrived_at = now
+
+
+def arrival_of(step: fsm.Step) -> float:
+    """Return when the input of a step arrived, in monotonic time."""
+    assert isinstance(step.data, StepInput)
+    return step.data.arrived_at
 
 
 def prompt_step(active: ActiveStage, message: Prompt, payload: memoryview) -> fsm.Step:

@@ -63,7 +63,7 @@ def run(args: Namespace) -> int:
         inviter = join_cluster(given(args.join, "invite code"), config)
         config = replace(config, peers=(*config.peers, inviter))
     _hide_secrets(config, [f"--peer={peer}" for peer in dict.fromkeys(config.peers)] if args.join is not None else [])
-    from meshd.telemetry import configure_logging
+    from meshd.logs import configure_logging
 
     configure_logging(config.log_level, "json" if config.log_format == "json" else "text")
     with _ending_within(_CLOSE_S) as leave, asyncio.Runner(loop_factory=_loop_factory()) as runner:

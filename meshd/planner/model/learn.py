@@ -122,6 +122,10 @@ class StepLearner:
         value = min(scale + weight * (sample - scale), MOST_OVERHEAD_S / DEFAULT_OVERHEAD_S)
         self._overhead = _Learned(max(value, 0.01), before.samples * before.trust(now) + 1, now)
 
+    def factor(self, phase: Phase, place: int, now: float) -> float:
+        """Return the present factor of a class of steps."""
+        return self._factors[phase][place].current(now)
+
     def learned(self, now: float) -> LearnedRates:
         """Return the present factors and overhead, for the advert."""
         return LearnedRates(

@@ -4,6 +4,7 @@ import msgspec
 import pytest
 
 from meshd.agents.links.link import Link
+from meshd.agents.links.meters.traffic import Traffic
 from meshd.errors import PeerLost
 from meshd.protocol.framing import Frame
 from meshd.protocol.messages import Activation, Goodbye, Heartbeat, HeartbeatAck, Lane, Message, Probe, Prompt
@@ -40,7 +41,12 @@ def ends() -> list[tuple[str, bool]]:
 @pytest.fixture
 def link(ends: list[tuple[str, bool]]) -> Link:
     return Link(
-        PeerId("b" * 52), 1, dialled=True, now=lambda: 100.0, on_end=lambda _, reason, on_purpose: ends.append((reason, on_purpose))
+        PeerId("b" * 52),
+        1,
+        dialled=True,
+        now=lambda: 100.0,
+        traffic=Traffic(),
+        on_end=lambda _, reason, on_purpose: ends.append((reason, on_purpose)),
     )
 
 

@@ -44,4 +44,4 @@ async def test_an_answer_with_a_recovery_is_not_compared_with_its_prediction(pee
     value = telemetry.registry.get_sample_value
     assert value("meshd_ttft_seconds_count") == 0
     assert value("meshd_tpot_seconds_count") == 1
-    assert value("meshd_prediction_ratio_count", {"what": "tpot"}) is None
+    assert value("meshd_prediction_ratio_count", {"what": "tpot"}) == 0
