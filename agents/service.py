@@ -348,6 +348,14 @@ class ClusterService(Protocol):
         """
         ...
 
+    async def trace(self, session: str) -> bytes:
+        """Collect from all peers when they computed the steps of a session.
+
+        Returns: a JSON document of Chrome's trace format, with all times in this peer's clock.
+        Raises: UnknownSession.
+        """
+        ...
+
     async def probe_links(self) -> list[dict[str, Any]]:
         """Measure every link of this peer again. Returns: the rows of `links()`."""
         ...

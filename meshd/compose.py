@@ -11,6 +11,7 @@ from meshd.agents.admin.event_relay import EventRelay
 from meshd.agents.admin.listings import Listings
 from meshd.agents.admin.metrics import EventMetrics, PeerCollector
 from meshd.agents.admin.story_collector import StoryCollector
+from meshd.agents.admin.trace_collector import TraceCollector
 from meshd.agents.device.compute import ComputeQueue
 from meshd.agents.links.link_table import STOPS
 from meshd.agents.links.links import Links
@@ -21,6 +22,7 @@ from meshd.agents.membership.membership import Membership
 from meshd.agents.membership.peer_table import PeerTable
 from meshd.agents.membership.sources import Source
 from meshd.agents.observe.rows import RowFeed
+from meshd.agents.observe.spans import Spans
 from meshd.agents.observe.story import Story
 from meshd.agents.observe.stream import EventStream
 from meshd.agents.placement.changes import HoldingChanges
@@ -152,6 +154,7 @@ class Peer:
     coordinator: Coordinator
     keeper: Keeper
     story_collector: StoryCollector
+    trace_collector: TraceCollector
     listings: Listings
     rows: RowFeed
     relay: EventRelay
@@ -169,6 +172,7 @@ class Peer:
             self.deputy,
             self.drainer,
             self.story_collector,
+            self.trace_collector,
             self.relay,
         ):
             agent.register()
@@ -250,10 +254,10 @@ class Peer:
 def compose(parts: Parts) -> Peer:
     """Construct a peer's agents and connect them. Must be called inside the event loop."""
     signals, settings, clock, links, library = parts.signals, parts.settings, parts.clock, parts.links, parts.library
-    story, events = Story(clock), EventStream(parts.me, parts.name, clock)
+    story, events, spans = Story(clock), EventStream(parts.me, parts.name, clock), Spans()
     holdings = ResidentModels()
     memory = FreeMemory(parts.capability.memory_free_bytes, holdings, parts.measure_free_bytes, clock)
-    stages = _stages(parts, holdings, story, coordinates=lambda session: session in coordinator.answers)
+    stages = _stages(parts, holdings, story, spans, coordinates=lambda session: session in coordinator.answers)
     drainer = Drainer(links=links, clock=clock, stages=lambda: stages.sessions, on_change=signals.changed)
     loader = _loader(parts, holdings, memory, drainer)
     membership = _membership(parts, holdings, memory, stages, drainer, events)
@@ -270,7 +274,7 @@ def compose(parts: Parts) -> Peer:
         coordinates=lambda session: session in coordinator.answers,
     )
     locator = Locator(parts.me, links, deputy, clock)
-    coordinator = _coordinator(parts, router, preload, journal, deputy, locator, membership, drainer, story)
+    coordinator = _coordinator(parts, router, preload, journal, deputy, locator, membership, drainer, story, spans)
     listings = Listings(membership, library, coordinator, stages)
     rows = RowFeed(events, listings.by_key, clock)
     restorer = Restorer(me=parts.me, placements=parts.placements, loader=loader, placer=placer, adverts=adverts, clock=clock)
@@ -299,6 +303,7 @@ def compose(parts: Parts) -> Peer:
         coordinator=coordinator,
         keeper=_keeper(parts, membership),
         story_collector=StoryCollector(parts.me, links, story, clock, names),
+        trace_collector=TraceCollector(parts.me, links, spans, story, names),
         listings=listings,
         rows=rows,
         relay=EventRelay(links, events, rows, names, clock),
@@ -323,7 +328,9 @@ def _keeper(parts: Parts, membership: Membership) -> Keeper:
     )
 
 
-def _stages(parts: Parts, holdings: ResidentModels, story: Story, coordinates: Callable[[SessionId], bool]) -> StageHost:
+def _stages(
+    parts: Parts, holdings: ResidentModels, story: Story, spans: Spans, coordinates: Callable[[SessionId], bool]
+) -> StageHost:
     links = parts.links
     return StageHost(
         me=parts.me,
@@ -334,6 +341,7 @@ def _stages(parts: Parts, holdings: ResidentModels, story: Story, coordinates: C
         clock=parts.clock,
         telemetry=parts.telemetry,
         story=story,
+        spans=spans,
         outputs_limit_bytes=parts.settings.outputs_limit_bytes,
         may_coordinate=lambda peer, session: coordinates(session) if peer == parts.me else peer in links.peers(),
         on_change=parts.signals.sessions_changed,
@@ -393,6 +401,7 @@ def _coordinator(
     membership: Membership,
     drainer: Drainer,
     story: Story,
+    spans: Spans,
 ) -> Coordinator:
     settings, clock, adverts = parts.settings, parts.clock, membership.adverts
     retrier = PlanRetrier(
@@ -420,6 +429,7 @@ def _coordinator(
         clock=clock,
         telemetry=parts.telemetry,
         story=story,
+        spans=spans,
         events=membership.events,
         names=membership.name_of,
         readiness_of=preload.readiness,

@@ -190,6 +190,7 @@ class Daemon:
         self.view = ClusterView(
             drainer=self.peer.drainer,
             story_collector=self.peer.story_collector,
+            trace_collector=self.peer.trace_collector,
             membership=self.peer.membership,
             library=self.peer.library,
             router=self.peer.router,

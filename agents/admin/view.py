@@ -11,6 +11,7 @@ import msgspec
 from meshd.agents.admin.listings import Listings
 from meshd.agents.admin.story_collector import StoryCollector
 from meshd.agents.links.pairing.inviter import Inviter
+from meshd.agents.admin.trace_collector import TraceCollector
 from meshd.agents.membership.membership import Membership
 from meshd.agents.observe.rows import RowFeed
 from meshd.agents.observe.stream import EventStream
@@ -54,6 +55,7 @@ class ClusterView:
     stages: StageHost
     drainer: Drainer
     story_collector: StoryCollector
+    trace_collector: TraceCollector
     stream: EventStream
     listings: Listings
     rows: RowFeed
@@ -144,6 +146,10 @@ class ClusterView:
     async def story(self, session: str) -> list[dict[str, Any]]:
         """See `service.ClusterService.story`."""
         return await self.story_collector.collect(self._session(session))
+
+    async def trace(self, session: str) -> bytes:
+        """See `service.ClusterService.trace`."""
+        return await self.trace_collector.collect(self._session(session))
 
     async def probe_links(self) -> list[dict[str, Any]]:
         """See `service.ClusterService.probe_links`."""

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 
 from meshd.agents.links.estimate import LinkEstimate
+from meshd.agents.links.meters.clock_offset import ClockOffset
 from meshd.agents.links.meters.traffic import Traffic
 from meshd.errors import PeerLost
 from meshd.protocol.framing import KIB, Frame
@@ -42,6 +43,8 @@ class Link:
         self.up_since = 0.0
         self.agreement: HelloAgreement | None = None
         self.estimate = LinkEstimate()
+        self.clock = ClockOffset()
+        """The other peer's clock."""
         self.used_at = now()
         """Time of the last message of a session."""
         self.gone = asyncio.Event()
@@ -131,7 +134,8 @@ class Link:
     def answer_beat(self, beat: Heartbeat) -> None:
         """Answer a heartbeat, and report how the last large message arrived. Raises: as `send`."""
         arrival_bytes_s, self._arrival_bytes_s = self._arrival_bytes_s, 0.0
-        self.send(HeartbeatAck(sequence=beat.sequence, sent_ns=beat.sent_ns, arrival_bytes_s=arrival_bytes_s))
+        clock_ns = int(self._now() * 1e9)
+        self.send(HeartbeatAck(sequence=beat.sequence, sent_ns=beat.sent_ns, arrival_bytes_s=arrival_bytes_s, clock_ns=clock_ns))
 
     def beat_answered(self, answer: HeartbeatAck, now: float) -> None:
         """Update the estimate from the answer to a heartbeat. Implausible answers are ignored."""
@@ -139,6 +143,8 @@ class Link:
         if rtt_s < 0 or not 0 < answer.sequence <= self._sequence:
             return
         self.estimate.round_trip(rtt_s, now)
+        if answer.clock_ns:
+            self.clock.add(answer.sent_ns / 1e9, now, answer.clock_ns / 1e9)
         if 0 < answer.arrival_bytes_s < math.inf:
             self.estimate.bandwidth(answer.arrival_bytes_s, now)
 

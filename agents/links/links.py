@@ -19,6 +19,7 @@ from meshd.agents.links.estimate import LinkEstimate
 from meshd.agents.links.link import Link
 from meshd.agents.links.link_table import STOPS, LinkTable, OnDown, OnUp, Timing
 from meshd.agents.links.log import LinkLog, RefusalRow
+from meshd.agents.links.meters.clock_offset import ClockOffset
 from meshd.agents.links.meters.traffic import Traffic
 from meshd.agents.links.open import LinkOpener, OnOutcome
 from meshd.agents.links.rpc import Dispatcher, Handler, M, to_view
@@ -199,6 +200,11 @@ class Links:
         """Returns: what is known of the link with a peer; None if its link is not up."""
         link = self._table.get(peer)
         return link.estimate if link is not None and link.up else None
+
+    def clock_of(self, peer: PeerId) -> ClockOffset:
+        """Returns: what is known of a linked peer's clock; without a link, nothing."""
+        link = self._table.get(peer)
+        return link.clock if link is not None else ClockOffset()
 
     @property
     def refusals_total(self) -> int:

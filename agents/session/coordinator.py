@@ -13,6 +13,7 @@ from logging import getLogger
 import msgspec
 
 from meshd.agents.links.links import Links
+from meshd.agents.observe.spans import Span, SpanKind, Spans
 from meshd.agents.observe.story import Story
 from meshd.agents.observe.stream import EventStream
 from meshd.agents.placement.model_library import ModelLibrary
@@ -74,6 +75,7 @@ class Coordinator:
     clock: Clock
     telemetry: Telemetry
     story: Story
+    spans: Spans
     events: EventStream
     names: Callable[[PeerId], str]
     readiness_of: Callable[[], tuple[bool, float, str]]
@@ -402,6 +404,8 @@ class Coordinator:
 
     def _on_new_token(self, answer: Answer, index: int, token: int, logprobs: TokenLogprobs | None) -> None:
         self.journal.token(answer.session, index, token, logprobs)
+        now = self.clock.monotonic()
+        self.spans.add(answer.session, Span(SpanKind.TOKEN, answer.machine.epoch, 0, index, 1, now, now, now, now))
 
     def _on_recovered(self, answer: Answer, recovered: Recovered) -> None:
         self.telemetry.recovery(recovered.method, recovered.cause, recovered.pause_s)

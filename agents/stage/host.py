@@ -20,6 +20,7 @@ from typing import Any
 from meshd.agents.device.compute import ComputeQueue
 from meshd.agents.links.links import Links
 from meshd.agents.links.rpc import try_send
+from meshd.agents.observe.spans import Spans
 from meshd.agents.observe.story import Story
 from meshd.agents.placement.resident import ResidentModels
 from meshd.agents.stage import session as fsm
@@ -83,6 +84,7 @@ class StageHost:
     clock: Clock
     telemetry: Telemetry
     story: Story
+    spans: Spans
     outputs_limit_bytes: int
     """Memory budget for kept outputs."""
     may_coordinate: Callable[[PeerId, SessionId], bool]
@@ -110,6 +112,7 @@ class StageHost:
             clock=self.clock,
             telemetry=self.telemetry,
             story=story,
+            spans=self.spans,
             kv_manager=kv_manager,
             mirrors=mirrors,
             on_change=on_change,

@@ -12,6 +12,7 @@ from meshd.agents.device.compute import ComputeQueue
 from meshd.agents.links.backlog import Backlog
 from meshd.agents.links.links import Links
 from meshd.agents.links.rpc import try_send
+from meshd.agents.observe.spans import Span, SpanKind, Spans
 from meshd.agents.observe.story import Story
 from meshd.agents.stage import session as fsm
 from meshd.agents.stage.kv import KvManager
@@ -38,6 +39,10 @@ class StepJob:
     submitted_at: float
     started_at: float | None = None
     """When the compute thread began it. None: the thread does other work, such as measuring layers that were just loaded."""
+    ended_at: float = 0.0
+    """When the compute thread had computed it."""
+    sent_at: float = 0.0
+    """When this peer began to send its output."""
 
     def progress(self, now: float) -> RunningStep:
         """Describe what the compute thread does: this step, or the other work that the step waits for."""
@@ -67,6 +72,7 @@ class StageRunner:
     clock: Clock
     telemetry: Telemetry
     story: Story
+    spans: Spans
     kv_manager: KvManager
     mirrors: OutgoingMirrors
     on_change: Callable[[], None]
@@ -186,10 +192,14 @@ class StageRunner:
     def _compute(self, active: ActiveStage, step: fsm.Step, job: StepJob) -> StepOutput:
         """Compute a step. Runs on the compute thread."""
         job.started_at = self.clock.monotonic()
-        return compute_step(active, step)
+        output = compute_step(active, step)
+        job.ended_at = self.clock.monotonic()
+        return output
 
     def _computed(self, active: ActiveStage, step: fsm.Step, output: StepOutput) -> None:
         job, self.job = self.job, None
+        if job is not None:
+            job.sent_at = self.clock.monotonic()
         cache = active.cache
         if active.machine.state is not fsm.StageState.ENDED:
             cache.filled = step.end
@@ -211,7 +221,11 @@ class StageRunner:
         phase: Phase = "prefill" if step.prefill else "decode"
         self.telemetry.stage_step(active.resident.card.name, str(active.stage.layers), phase, output.stage_s)
         if job.started_at is not None:
-            self.telemetry.step_wait(phase, max(0.0, job.started_at - arrival_of(step)))
+            arrived = arrival_of(step)
+            self.telemetry.step_wait(phase, job.started_at - arrived)
+            kind, opened = SpanKind.PREFILL if step.prefill else SpanKind.DECODE, active.open
+            times = arrived, job.started_at, job.ended_at, job.sent_at
+            self.spans.add(opened.session, Span(kind, opened.epoch, opened.stage, step.position, step.tokens, *times))
         self.telemetry.prediction("prefill_step" if step.prefill else "decode_step", predicted_s, output.stage_s)
 
     def _compute_failed(self, active: ActiveStage, step: fsm.Step, error: Exception) -> None:

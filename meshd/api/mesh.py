@@ -219,6 +219,14 @@ async def story(request: web.Request) -> web.Response:
         return json_response(Rows(await services.mesh.story(request.match_info["id"])))
 
 
+async def trace(request: web.Request) -> web.Response:
+    """Send when each peer computed a session's steps, as a document of Chrome's trace format."""
+    services = request.app[SERVICES]
+    async with services.work.interruptible():
+        body = await services.mesh.trace(request.match_info["id"])
+    return web.Response(body=body, content_type="application/json")
+
+
 async def probe_links(request: web.Request) -> web.Response:
     """Measure this peer's links again, and send the results."""
     services = request.app[SERVICES]

@@ -32,7 +32,18 @@ A copy of a stage's KV on another peer (as a mirror, or to prepare a move):
     stage's peer --MIRRORED(held, filled)--> coordinator
 """
 
-from meshd.protocol.messages.admin import EndSession, FetchStory, Move, Moved, PeerEvents, SessionEnded, StoryData, WatchEvents
+from meshd.protocol.messages.admin import (
+    EndSession,
+    FetchStory,
+    FetchTrace,
+    Move,
+    Moved,
+    PeerEvents,
+    SessionEnded,
+    StoryData,
+    TraceData,
+    WatchEvents,
+)
 from meshd.protocol.messages.base import FEATURES, PROTOCOL_VERSION, REGISTRY, Lane, Message, Reply, Request, SessionMessage
 from meshd.protocol.messages.copies import CopyExpected, ExpectCopy, KvAccepted, KvBlocks, KvOffer, KvStored, Mirror, Mirrored
 from meshd.protocol.messages.journal import (
@@ -88,6 +99,7 @@ __all__ = [
     "FetchProgress",
     "FetchSession",
     "FetchStory",
+    "FetchTrace",
     "FetchWeights",
     "FindSession",
     "Goodbye",
@@ -136,6 +148,7 @@ __all__ = [
     "StoryData",
     "Taken",
     "Token",
+    "TraceData",
     "Unplace",
     "Unplaced",
     "WatchEvents",

@@ -71,3 +71,20 @@ class PeerEvents(Message, frozen=True, kw_only=True):
     default_lane: ClassVar[Lane] = Lane.BULK
     lost: Count = 0
     """Number of events before these that the sender has left out, because there were too many."""
+
+
+@message(114)
+class FetchTrace(Request, frozen=True, kw_only=True):
+    """Request when the receiver computed the steps of a session, and what it noted about the session."""
+
+    session: SessionId
+
+
+@message(115)
+class TraceData(Reply, frozen=True, kw_only=True):
+    """Payload: `records` records of 48 bytes, then a JSON list as in STORY_DATA."""
+
+    default_lane: ClassVar[Lane] = Lane.BULK
+    records: Count
+    dropped: Count = 0
+    """Number of older records that the sender has not kept."""

@@ -59,6 +59,8 @@ class HeartbeatAck(Message, frozen=True, kw_only=True):
     sent_ns: Serial
     arrival_bytes_s: Rate = 0.0
     """Rate at which the last large payload since the previous answer arrived, in bytes/s. 0: none arrived."""
+    clock_ns: Serial = 0
+    """Reading of the sender's own monotonic clock. 0: it does not tell."""
 
 
 @message(5)

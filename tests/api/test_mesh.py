@@ -131,3 +131,12 @@ async def test_an_invite_is_streamed_listed_without_its_code_and_closed_when_its
                 break
     else:
         pytest.fail("the invite stays open without its client")
+
+
+async def test_trace(http: aiohttp.ClientSession) -> None:
+    async with http.get(f"/mesh/v1/sessions/{SESSION}/trace") as response:
+        assert response.status == 200
+        assert response.content_type == "application/json"
+        assert (await response.json())["traceEvents"] == []
+    async with http.get(f"/mesh/v1/sessions/{'0' * 32}/trace") as response:
+        assert response.status == 404

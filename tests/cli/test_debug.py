@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from pathlib import Path
 from subprocess import CompletedProcess
 
 from fake_api.rows_server import Api
@@ -30,6 +31,42 @@ def test_a_story_has_a_line_for_each_event(meshd: Meshd, api: Api) -> None:
         ["2.500", "s", "ash", "mirror: target birch, blame cccccccc"],
     ]
     assert json.loads(meshd("debug", "story", "10d4", "--json", "--api", api.url).stdout) == {"object": "list", "data": STORY}
+
+
+TRACE = {
+    "traceEvents": [{"ph": "M", "name": "process_name"}, {"ph": "X", "name": "decode 4"}],
+    "otherData": {
+        "session": "10d4" * 8,
+        "clock_of": "ash",
+        "clocks": [
+            {"name": "ash", "error_s": 0.0, "dropped": 0},
+            {"name": "birch", "error_s": 0.00125, "dropped": 7},
+        ],
+        "no_trace_of": {"cedar": "it runs an older version"},
+    },
+}
+
+
+def test_a_trace_is_written_to_a_file_and_its_exactness_is_shown(meshd: Meshd, api: Api, tmp_path: Path) -> None:
+    api.answer("GET", "/mesh/v1/sessions/10d4/trace", TRACE)
+    output = tmp_path / "answer.json"
+    outcome = meshd("debug", "trace", "10d4", "-o", str(output), "--api", api.url)
+    assert outcome.returncode == 0
+    assert json.loads(output.read_text()) == TRACE
+    assert outcome.stdout.splitlines() == [
+        f"{output}: 1 spans of 2 peers; open it at https://ui.perfetto.dev or chrome://tracing",
+        "  ash: times within 0.000 ms of ash's clock",
+        "  birch: times within 1.250 ms of ash's clock; 7 older steps were not kept",
+        "  cedar: no trace: it runs an older version",
+    ]
+    assert json.loads(meshd("debug", "trace", "10d4", "-o", "-", "--api", api.url).stdout) == TRACE
+
+
+def test_a_trace_that_cannot_be_written_is_one_clear_error(meshd: Meshd, api: Api, tmp_path: Path) -> None:
+    api.answer("GET", "/mesh/v1/sessions/10d4/trace", TRACE)
+    outcome = meshd("debug", "trace", "10d4", "-o", str(tmp_path), "--api", api.url)
+    assert outcome.returncode == 1
+    assert outcome.stderr == f"meshd: the trace can't be written to {tmp_path}: Is a directory; name another file with -o\n"
 
 
 def test_a_session_name_with_slashes_is_quoted_in_the_path(meshd: Meshd, api: Api) -> None:

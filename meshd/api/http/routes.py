@@ -82,6 +82,13 @@ ROUTES = (
     Route("POST", "/mesh/v1/unplace", mesh.unplace, "Free a model's layers on every peer", mesh.UnplaceRequest, mesh.Unplaced),
     Route("DELETE", "/mesh/v1/sessions/{id}", mesh.cancel, "Cancel a session", gives=mesh.CancelledSession),
     Route("GET", "/mesh/v1/sessions/{id}/story", mesh.story, "A session's events, collected from all peers", gives=Rows),
+    Route(
+        "GET",
+        "/mesh/v1/sessions/{id}/trace",
+        mesh.trace,
+        "When each peer computed a session's steps, in Chrome's trace format",
+        gives=dict[str, Any],
+    ),
     Route("POST", "/mesh/v1/drain", mesh.drain, "Move running sessions away from a peer", mesh.DrainRequest, mesh.Drained),
     Route("POST", "/mesh/v1/migrate", mesh.migrate, "Move a session to another peer", mesh.MigrateRequest, mesh.Migrated),
     Route("POST", "/mesh/v1/invites", mesh.invite, "Invite a device by a short code", mesh.InviteRequest, streams=InviteStep),

@@ -91,6 +91,7 @@ def view(agents: RecordedAgents) -> ClusterView:
         "stages": stages,
         "drainer": SimpleNamespace(drain=agents.drain),
         "story_collector": SimpleNamespace(collect=agents.collect),
+        "trace_collector": None,
         "stream": None,
         "listings": listings,
         "rows": None,

@@ -8,6 +8,7 @@ import pytest
 from in_process.answers import CARD, AnswerSite
 from in_process.journals import Keeper, Keepers, S
 from in_process.peers import Peers
+from meshd.agents.observe.spans import Spans
 from meshd.agents.observe.story import Story
 from meshd.agents.observe.stream import EventStream
 from meshd.agents.placement.model_library import ModelLibrary
@@ -43,6 +44,7 @@ def coordinator_of(keeper: Keeper) -> Coordinator:
         clock=clock,
         telemetry=Telemetry(),
         story=Story(clock),
+        spans=Spans(),
         events=EventStream(PeerId("me"), "here", clock),
         names=lambda peer: peer[:4],
         readiness_of=lambda: (True, 1.0, ""),

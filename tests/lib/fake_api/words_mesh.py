@@ -85,6 +85,11 @@ class WordsMesh:
             raise UnknownSession(f"no live peer knows session {session}")
         return [{"at_s": 0.0, "peer": "p" * 52, "name": "here", "what": "planned", "epoch": 1}]
 
+    async def trace(self, session: str) -> bytes:
+        if session != SESSION:
+            raise UnknownSession(f"no live peer has a trace of session {session}")
+        return b'{"traceEvents": [], "displayTimeUnit": "ms"}'
+
     async def probe_links(self) -> list[dict[str, Any]]:
         return [{"peer": "q" * 52, "rtt_s": 0.001}]
 

@@ -74,6 +74,8 @@ class Cluster:
     forked: bool = True
     """Whether daemons are forked (`real_daemons.forked`). False: each is a new Python process, for tests that measure memory."""
     daemons: dict[str, Daemon] = field(default_factory=dict)
+    prefix: tuple[str, ...] = ()
+    """Command that starts the next daemons, unless they are forked: it must run its arguments as a process of the same group."""
     _key: str = ""
 
     def __getitem__(self, name: str) -> Daemon:
@@ -101,7 +103,7 @@ class Cluster:
         if self.forked:
             return Daemon(name, state, fork(command, log), log)
         with log.open("a") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+            process = subprocess.Popen([*self.prefix, *command], stdout=output, stderr=output, stdin=subprocess.DEVNULL)
         return Daemon(name, state, process, log)
 
     def key(self, daemon: Daemon) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Self
 from meshd.agents.device.compute import ComputeThread
 from meshd.agents.links.log import LinkLog
 from meshd.agents.links.rpc import Dispatcher, to_view
+from meshd.agents.observe.spans import Spans
 from meshd.agents.observe.story import Story
 from meshd.agents.placement.resident import LoadState, ResidentLayers, ResidentModels
 from meshd.agents.stage.host import StageHost
@@ -172,6 +173,7 @@ class StageMesh:
             clock=self.clock,
             telemetry=Telemetry(),
             story=Story(self.clock),
+            spans=Spans(),
             outputs_limit_bytes=outputs,
             may_coordinate=lambda peer, session: self.linked(links.id, peer) and not (peer == links.id and peer in self.idle),
             on_change=lambda: None,

@@ -6,6 +6,7 @@ Run it after an intended change of a message, and check the difference before yo
 """
 
 import json
+import struct
 from pathlib import Path
 
 import msgspec
@@ -33,6 +34,7 @@ from meshd.protocol.messages import (
     FetchProgress,
     FetchSession,
     FetchStory,
+    FetchTrace,
     FetchWeights,
     FindSession,
     Goodbye,
@@ -77,6 +79,7 @@ from meshd.protocol.messages import (
     StoryData,
     Taken,
     Token,
+    TraceData,
     Unplace,
     Unplaced,
     WatchEvents,
@@ -196,7 +199,7 @@ SAMPLES: tuple[tuple[Message, bytes], ...] = (
     ),
     (Error(request=9, code="does_not_fit", message="no room", hint="free memory", session=SESSION), b""),
     (Heartbeat(sequence=1, sent_ns=123_456_789_012), b""),
-    (HeartbeatAck(sequence=1, sent_ns=123_456_789_012), b""),
+    (HeartbeatAck(sequence=1, sent_ns=123_456_789_012, clock_ns=987_654_321_098), b""),
     (Goodbye(reason="this peer stops"), b""),
     (Probe(request=3), bytes(range(16))),
     (ProbeAck(request=3), b""),
@@ -316,6 +319,8 @@ SAMPLES: tuple[tuple[Message, bytes], ...] = (
     (Moved(request=16, pause_s=0.03125, plan=PLAN), b""),
     (WatchEvents(lease_ms=15_000), b""),
     (PeerEvents(lost=2), b'{"at": 11.5, "type": "notice", "message": "hello", "hint": ""}'),
+    (FetchTrace(request=22, session=SESSION), b""),
+    (TraceData(request=22, records=1, dropped=3), struct.pack("<IIIHBx4d", 2, 5, 1, 1, 1, 10.25, 10.5, 10.75, 11.0) + b"[]"),
     (Drain(request=17, deadline_ms=60_000), b""),
     (Drained(request=17, sessions_left=0), b""),
     (FetchManifest(request=18, model=MODEL), b""),
