@@ -169,8 +169,8 @@ class Coordinator:
         return await self._available.models()
 
     def readiness(self) -> tuple[bool, float, str]:
-        """See `service.Coordinator.readiness`."""
-        return self.readiness_of()
+        """See `service.Coordinator.readiness`. A peer that stops is not ready, so that load balancers send it no requests."""
+        return (False, 1.0, "this peer is about to stop") if self.leaving() else self.readiness_of()
 
     async def generate(self, request: GenerationRequest, *, on_wait: Callable[[], None] | None = None) -> Answer:
         """See `service.Coordinator.generate`."""

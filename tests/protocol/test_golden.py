@@ -10,7 +10,7 @@ import pytest
 from in_process.frames import read_frames
 from meshd.protocol.codec import decode, encode
 from meshd.protocol.framing import FrameLimits, frame_head
-from meshd.protocol.messages import REGISTRY
+from meshd.protocol.messages import PROTOCOL_VERSION, REGISTRY
 
 GOLDEN = Path(__file__).parent / "golden"
 STEMS = sorted(path.stem for path in GOLDEN.glob("[0-9]*.json"))
@@ -55,3 +55,26 @@ def test_another_msgpack_reads_the_same_message(stem: str) -> None:
         (number, decode(header))
     )  # values, not bytes: msgspec gives maps with omitted fields a longer head
     assert msgspec.msgpack.decode(again) == msgspec.msgpack.decode(header)
+
+
+EARLIER = sorted((GOLDEN / "earlier").glob("*.json"))
+
+
+def test_the_frames_of_every_earlier_minor_version_are_kept() -> None:
+    major, minor = PROTOCOL_VERSION
+    assert [path.stem for path in EARLIER] == [f"{major}.{earlier}" for earlier in range(minor)]
+
+
+@pytest.mark.parametrize("path", EARLIER, ids=lambda path: str(path.stem))
+def test_every_frame_of_an_earlier_minor_version_is_read_with_defaults_for_newer_fields(path: Path) -> None:
+    for described in json.loads(path.read_text()):
+        (read,), violation = read_frames(bytes.fromhex(described["frame_hex"]), FrameLimits())
+        assert violation is None
+        message = decode(read.header)
+        assert type(message).__name__ == described["name"]
+        assert read.payload.hex() == described["payload_hex"]
+        body = json.loads(msgspec.json.encode(message))
+        assert {name: body[name] for name in described["body"]} == described["body"]
+        added = {name: getattr(message, name) for name in body.keys() - described["body"].keys()}
+        defaults = {field.name: field.default for field in msgspec.structs.fields(message)}
+        assert added == {name: defaults[name] for name in added}

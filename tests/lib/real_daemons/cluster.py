@@ -1,6 +1,7 @@
 """A cluster of real daemons on this machine for tests: each is a process of `meshd up` with its own state folder."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -76,6 +77,8 @@ class Cluster:
     daemons: dict[str, Daemon] = field(default_factory=dict)
     prefix: tuple[str, ...] = ()
     """Command that starts the next daemons, unless they are forked: it must run its arguments as a process of the same group."""
+    build: Path | None = None
+    """Source tree that the next daemons run from, unless they are forked (`real_daemons.builds`). None: this one."""
     _key: str = ""
 
     def __getitem__(self, name: str) -> Daemon:
@@ -103,7 +106,8 @@ class Cluster:
         if self.forked:
             return Daemon(name, state, fork(command, log), log)
         with log.open("a") as output:
-            process = subprocess.Popen([*self.prefix, *command], stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+            env = os.environ | {"PYTHONPATH": str(self.build)} if self.build is not None else None
+            process = subprocess.Popen([*self.prefix, *command], env=env, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
         return Daemon(name, state, process, log)
 
     def key(self, daemon: Daemon) -> str:

@@ -3,10 +3,13 @@
 Run it after an intended change of a message, and check the difference before you commit it:
 
     python tests/protocol/golden/generate.py
+
+With --keep it writes earlier/VERSION.json instead: the frames of this version, which later minor versions must read.
 """
 
 import json
 import struct
+import sys
 from pathlib import Path
 
 import msgspec
@@ -17,6 +20,7 @@ from meshd.protocol.codec import encode
 from meshd.protocol.framing import frame_head
 from meshd.protocol.identity import ClusterKey, peer_id
 from meshd.protocol.messages import (
+    PROTOCOL_VERSION,
     Activation,
     Close,
     Closed,
@@ -368,5 +372,26 @@ def main() -> None:
         (folder / f"{stem}.json").write_text(json.dumps(described, indent=1, ensure_ascii=False) + "\n")
 
 
+def keep() -> None:
+    """Write the present frames to `earlier/VERSION.json`, which later versions must read."""
+    folder = Path(__file__).parent
+    lines = []
+    for message, payload in sorted(SAMPLES, key=lambda sample: sample[0].number):
+        header = encode(message)
+        described = {
+            "number": message.number,
+            "name": type(message).__name__,
+            "frame_hex": (frame_head(header, len(payload)) + payload).hex(),
+            "body": msgspec.to_builtins(message, str_keys=True),
+            "payload_hex": payload.hex(),
+        }
+        lines.append(json.dumps(described, ensure_ascii=False))
+    version = ".".join(map(str, PROTOCOL_VERSION))
+    (folder / "earlier" / f"{version}.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
+
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["--keep"]:
+        keep()
+    else:
+        main()
