@@ -356,6 +356,14 @@ class ClusterService(Protocol):
         """
         ...
 
+    def reload(self) -> dict[str, Any]:
+        """Read the settings again, and apply those that can change while the daemon runs.
+
+        Returns: `{"applied", "needs_restart"}`, lists of the names of changed settings.
+        Raises: ConfigError; nothing has changed then.
+        """
+        ...
+
     async def probe_links(self) -> list[dict[str, Any]]:
         """Measure every link of this peer again. Returns: the rows of `links()`."""
         ...

@@ -57,6 +57,8 @@ class Config:
     pypi_index: str
     log_level: str
     log_format: str
+    log_file: Path | None
+    """None: standard error."""
 
     @property
     def wanted_backend(self) -> str:
@@ -190,6 +192,27 @@ def require_guarded_api(config: Config) -> None:
             f"the API would listen on {config.api} without an API key: everyone who can reach it could use this mesh",
             hint="make a key with `meshd key api add NAME`, then start again",
         )
+
+
+def given_variables(environ: Mapping[str, str] | None = None) -> list[str]:
+    """Return the names of the variables in this process's environment that give settings a value."""
+    known = {setting.variable for setting in SETTINGS}
+    return sorted(known.intersection(os.environ if environ is None else environ))
+
+
+def logs_to_journal(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether standard error goes to systemd's journal (systemd.exec(5), `$JOURNAL_STREAM`)."""
+    stream = (os.environ if environ is None else environ).get("JOURNAL_STREAM", "")
+    try:
+        known = os.fstat(2)
+    except OSError:
+        return False
+    return stream == f"{known.st_dev}:{known.st_ino}"
+
+
+def take_from_environment(*names: str) -> dict[str, str]:
+    """Remove variables from this process's environment, which child processes inherit. Returns: those that were set."""
+    return {name: os.environ.pop(name) for name in names if name in os.environ}
 
 
 def clean_environment() -> dict[str, str]:

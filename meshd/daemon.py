@@ -5,7 +5,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from logging import getLogger
 from typing import Any
@@ -50,6 +50,7 @@ from meshd.models.store.store import Store
 from meshd.protocol import transport
 from meshd.protocol.identity import Identity, choose_cluster_key, load_identity, stored_code
 from meshd.protocol.messages import PROTOCOL_VERSION
+from meshd.reloading import Reloaded, Reloader
 from meshd.state import StateFolder, StateLock, lock_state
 from meshd.telemetry import Telemetry
 from meshd.types import PeerId
@@ -78,6 +79,8 @@ class DaemonInfo:
     api: str
     link: str
     probe: ProbeResult
+    reload: Callable[[], Reloaded] | None = None
+    """Reads the settings again. None: they can't be."""
 
 
 async def run_daemon(
@@ -87,11 +90,14 @@ async def run_daemon(
     on_ready: Callable[[DaemonInfo], None] = lambda info: None,
     on_progress: Progress = lambda what, fraction: None,
     on_waiting: Callable[[str], None] = lambda text: None,
+    read_config: Callable[[], Config] | None = None,
 ) -> None:
     """Run a peer until `stop` is set, then leave the cluster.
 
     Leaving waits up to `--drain-timeout` for running sessions; `on_waiting` is called with a description of what is waited for.
     After that, within a second, the clients of answers that still run get an error, and the other peers a goodbye message.
+
+    `read_config` reads the settings again, for a reload.
 
     Raises: ConfigError, StorageError (the folder is in use), LocalFault (the device can't be measured, or an agent failed too
     often, in which case the peer has left the cluster in the same orderly way).
@@ -114,7 +120,7 @@ async def run_daemon(
             roles=config.roles,
             progress=on_progress,
         )
-        daemon = Daemon(config, identity, measured, clock, sockets, shares)
+        daemon = Daemon(config, identity, measured, clock, sockets, shares, read_config)
         async with daemon.serving(lock) as api:
             on_ready(
                 DaemonInfo(
@@ -126,12 +132,13 @@ async def run_daemon(
                     api=api.url,
                     link=daemon.peer.membership.link_address,
                     probe=measured,
+                    reload=daemon.reloader.reload,
                 )
             )
             failed = await _stopped(stop, daemon.peer.supervisor)
             if failed:
                 on_waiting(f"stopping: {failed}")
-            await daemon.peer.drain(config.drain_timeout, on_waiting)
+            await daemon.peer.drain(daemon.reloader.config.drain_timeout, on_waiting)
         if failed:
             raise LocalFault(f"the daemon stopped itself: {failed}", hint="start it again; the log has the errors")
 
@@ -175,6 +182,7 @@ class Daemon:
         clock: Clock,
         sockets: Sockets,
         shares: DescriptorShares,
+        read_config: Callable[[], Config] | None = None,
     ) -> None:
         """Construct the peer and its API view. Must be called inside the event loop."""
         self._config = config
@@ -187,6 +195,7 @@ class Daemon:
         self._telemetry = Telemetry()
         self.peer = compose(_parts(config, identity, measured, clock, self._telemetry, sockets, shares))
         peer = self.peer
+        self.reloader = Reloader(config, peer, read_config or (lambda: config))
         self.view = ClusterView(
             drainer=self.peer.drainer,
             story_collector=self.peer.story_collector,
@@ -200,6 +209,7 @@ class Daemon:
             stream=self.peer.events,
             listings=peer.listings,
             rows=peer.rows,
+            reload_settings=lambda: asdict(self.reloader.reload()),
             about=self._about,
             inviter=Inviter(self._inviter_settings(), clock),
         )

@@ -273,6 +273,12 @@ SETTINGS: tuple[Setting, ...] = (
         default="info",
         help="debug, info, warning or error",
     ),
+    Setting(
+        name="log-file",
+        metavar="FILE",
+        parse=parse_path,
+        help="file of the log, of at most 10 MB, beside its four predecessors; default: standard error",
+    ),
     Setting(name="log-format", metavar="FORMAT", parse=choice_of("text", "json"), default="text", help="text or json"),
 )
 SETTINGS_BY_NAME = {setting.name: setting for setting in SETTINGS}

@@ -4,10 +4,12 @@ import io
 import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from meshd.logs import LineLimit, LogFormat, TextFormatter, configure_logging
+from meshd.errors import StorageError
+from meshd.logs import OLD_FILES, LineLimit, LogFormat, TextFormatter, configure_logging, reopen_file
 
 
 @pytest.fixture
@@ -15,6 +17,8 @@ def restored_logging() -> Iterator[None]:
     root, ours = logging.getLogger(), logging.getLogger("meshd")
     before = (list(root.handlers), root.level, ours.level)
     yield
+    for handler in set(root.handlers) - set(before[0]):
+        handler.close()
     root.handlers[:], root.level, ours.level = before
 
 
@@ -52,6 +56,62 @@ def test_json_logs_are_one_object_per_event() -> None:
 def test_debug_shows_libraries_too() -> None:
     events = [json.loads(line)["event"] for line in log_lines("json", "debug")]
     assert events == ["not at this level", "link up", "of no interest", "link failed: torn"]
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_a_line_for_the_journal_has_its_priority_and_no_time() -> None:
+    stream = io.StringIO()
+    configure_logging(stream=stream, journal=True)
+    logging.getLogger("meshd").warning("a peer\nis %s", "gone", extra={"peer": "abc"})
+    logging.getLogger("meshd").info("fine")
+    assert stream.getvalue().splitlines() == [
+        r'<4>level=warning logger=meshd event="a peer\nis gone" peer=abc',
+        "<6>level=info logger=meshd event=fine",
+    ]
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_a_file_is_bounded_with_its_predecessors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meshd.logs.FILE_BYTES", 2000)
+    path = tmp_path / "logs" / "meshd.log"
+    configure_logging("debug", file=path)
+    for number in range(1000):
+        logging.getLogger("meshd").debug("line %d of many", number)
+    files = sorted(path.parent.iterdir())
+    assert [file.name for file in files] == ["meshd.log", *(f"meshd.log.{number}" for number in range(1, OLD_FILES + 1))]
+    assert all(file.stat().st_size <= 2000 for file in files)
+    assert "line 999 of many" in path.read_text()
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_a_file_that_another_program_has_renamed_is_opened_anew(tmp_path: Path) -> None:
+    path = tmp_path / "meshd.log"
+    configure_logging(file=path)
+    logging.getLogger("meshd").info("before")
+    path.rename(tmp_path / "old")
+    reopen_file()
+    logging.getLogger("meshd").info("after")
+    assert "before" in (tmp_path / "old").read_text()
+    assert "after" in path.read_text()
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_a_full_disk_loses_lines_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "meshd.log"
+    path.symlink_to("/dev/full")  # every write fails with ENOSPC
+    configure_logging(file=path)
+    for number in range(3):
+        logging.getLogger("meshd").info("lost %d", number)
+    path.unlink()  # there is room again
+    reopen_file()
+    logging.getLogger("meshd").info("kept")
+    assert capsys.readouterr().err == ""
+    assert path.read_text().rstrip().endswith("event=kept lost=3")
+
+
+def test_a_file_that_cannot_be_opened_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="--log-file"):
+        configure_logging(file=tmp_path)
 
 
 def test_an_unknown_level_is_an_error() -> None:

@@ -10,8 +10,8 @@ import msgspec
 
 from meshd.agents.admin.listings import Listings
 from meshd.agents.admin.story_collector import StoryCollector
-from meshd.agents.links.pairing.inviter import Inviter
 from meshd.agents.admin.trace_collector import TraceCollector
+from meshd.agents.links.pairing.inviter import Inviter
 from meshd.agents.membership.membership import Membership
 from meshd.agents.observe.rows import RowFeed
 from meshd.agents.observe.stream import EventStream
@@ -60,6 +60,7 @@ class ClusterView:
     listings: Listings
     rows: RowFeed
     inviter: Inviter
+    reload_settings: Callable[[], dict[str, Any]]
     about: Callable[[], dict[str, Any]]
     """Returns this peer's row for `identity`."""
 
@@ -150,6 +151,10 @@ class ClusterView:
     async def trace(self, session: str) -> bytes:
         """See `service.ClusterService.trace`."""
         return await self.trace_collector.collect(self._session(session))
+
+    def reload(self) -> dict[str, Any]:
+        """See `service.ClusterService.reload`."""
+        return self.reload_settings()
 
     async def probe_links(self) -> list[dict[str, Any]]:
         """See `service.ClusterService.probe_links`."""

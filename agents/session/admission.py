@@ -24,6 +24,12 @@ class Admission:
         self._mean_s = 5.0
         """Moving average of how long a session runs, in seconds."""
 
+    def limit(self, *, running: int, waiting: int) -> None:
+        """Change both limits. Sessions that run stay, and requests that wait keep their places."""
+        self._limit, self._waiting_limit = running, waiting
+        while self.running < self._limit and self._queue:
+            self._pass_on()
+
     @property
     def running(self) -> int:
         return len(self._began)
@@ -84,6 +90,10 @@ class Admission:
         self._began.remove(min(self._began, key=lambda other: abs(other - began)))
         if self.running >= self._limit:
             return  # sessions that entered ahead still fill the limit
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Give a slot to the first waiting request."""
         while self._queue:
             waiter = self._queue.popleft()
             if not waiter.done():

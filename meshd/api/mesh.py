@@ -93,6 +93,15 @@ class ClosedInvites(msgspec.Struct, frozen=True, kw_only=True):
     """Number of invites that were open: 0 or 1."""
 
 
+class ReloadedSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer of POST /mesh/v1/reload: the names of the settings that have a new value."""
+
+    applied: tuple[str, ...]
+    """They are valid now."""
+    needs_restart: tuple[str, ...]
+    """They are valid after a restart."""
+
+
 class CancelledSession(msgspec.Struct, frozen=True, kw_only=True):
     """The answer of DELETE /mesh/v1/sessions/{id}."""
 
@@ -225,6 +234,11 @@ async def trace(request: web.Request) -> web.Response:
     async with services.work.interruptible():
         body = await services.mesh.trace(request.match_info["id"])
     return web.Response(body=body, content_type="application/json")
+
+
+async def reload(request: web.Request) -> web.Response:
+    """Read the settings again, and apply those that can change while the daemon runs."""
+    return json_response(msgspec.convert(request.app[SERVICES].mesh.reload(), ReloadedSettings))
 
 
 async def probe_links(request: web.Request) -> web.Response:

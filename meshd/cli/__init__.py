@@ -32,6 +32,7 @@ VERBS = {
     "invite": "let another device join, by a short code that works once",
     "key": "show, make or replace the cluster key and the API key",
     "debug": "show a session's events, collected from all peers",
+    "service": "start the daemon at boot, under systemd or launchd",
     "config": "show every setting, its value and where the value comes from",
 }
 INTERRUPTED = 130

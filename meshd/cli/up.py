@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import faulthandler
 import gc
 import os
 import signal
@@ -9,7 +10,8 @@ import sys
 import threading
 from argparse import Namespace
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from logging import getLogger
+from typing import TYPE_CHECKING, Literal
 
 from meshd import __version__
 from meshd.cli.support.arguments import Parser, add_quant, add_settings, settings_of
@@ -17,8 +19,10 @@ from meshd.cli.support.interrupt import end_process
 from meshd.cli.support.joining import join_cluster
 from meshd.cli.support.progress import Measuring
 from meshd.cli.support.secret_arguments import JOIN, given, start_anew, without_secrets
-from meshd.config import Config, require_guarded_api
+from meshd.cli.support.service_manager import VARIABLES, ServiceManager
+from meshd.config import Config, logs_to_journal, require_guarded_api, take_from_environment
 from meshd.display import duration, flops, rate, short_id, size
+from meshd.errors import MeshdError
 from meshd.models.store.catalogue import one_spelling, quantised
 from meshd.settings import SETTINGS
 
@@ -32,6 +36,8 @@ EXAMPLE = (
     "  meshd up --join 7-amber-lion    (on each other device, with the code that `meshd invite` prints on a first one)\n"
     "  meshd up --key CODE             (the same, with the join code of `meshd key show`)"
 )
+
+log = getLogger(__name__)
 
 _CLOSE_S = 1.0
 """Longest time between the goodbye to the cluster and the end of the process."""
@@ -54,8 +60,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> int:
-    config = settings_of(args).config()
-    config = replace(config, models=tuple(quantised(one_spelling(model), args.quant) for model in config.models))
+    config = _read(args)
     if config.key:
         config = replace(config, key=given(config.key, "join code"))
     require_guarded_api(config)
@@ -65,11 +70,20 @@ def run(args: Namespace) -> int:
     _hide_secrets(config, [f"--peer={peer}" for peer in dict.fromkeys(config.peers)] if args.join is not None else [])
     from meshd.logs import configure_logging
 
-    configure_logging(config.log_level, "json" if config.log_format == "json" else "text")
+    faulthandler.enable()  # a watchdog that ends a stuck daemon with SIGABRT gets the stacks of its threads
+    log_format: Literal["text", "json"] = "json" if config.log_format == "json" else "text"
+    configure_logging(config.log_level, log_format, file=config.log_file, journal=logs_to_journal())
+    manager = ServiceManager.of(take_from_environment(*VARIABLES))
     with _ending_within(_CLOSE_S) as leave, asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        status = runner.run(_serve(config, stop_with_stdin=args.stop_with_stdin))
+        status = runner.run(_serve(config, manager, lambda: _read(args), stop_with_stdin=args.stop_with_stdin))
         leave(status)
     return status
+
+
+def _read(args: Namespace) -> Config:
+    """Read the settings. Raises: ConfigError."""
+    config = settings_of(args).config()
+    return replace(config, models=tuple(quantised(one_spelling(model), args.quant) for model in config.models))
 
 
 @contextlib.contextmanager
@@ -127,43 +141,85 @@ def _leave_out_of_collections() -> None:
     gc.freeze()
 
 
-async def _serve(config: Config, *, stop_with_stdin: bool) -> int:
+async def _serve(config: Config, manager: ServiceManager, read: "Callable[[], Config]", *, stop_with_stdin: bool) -> int:
     from meshd.daemon import run_daemon
 
-    stopping = _Stopping()
+    # A daemon of a service manager, or with a log of its own, has no terminal that could hang up.
+    stopping = _Stopping(reloads=bool(manager.address) or config.log_file is not None)
     measuring = Measuring()
 
     def ready(info: "DaemonInfo") -> None:
         _leave_out_of_collections()
         stopping.can_wait = True
+        manager.ready(f"up as {info.name}, API {info.api}, links {info.link}")
+        stopping.reload = lambda: _reload(info, manager)
         _print_ready(info)
 
+    def waiting(text: str) -> None:
+        manager.stopping(text)
+        _print_waiting(text)
+
+    def stopped() -> None:
+        manager.stopping("leaving the cluster")
+
+    stopping.on_stop = stopped
+    watched = asyncio.ensure_future(manager.watch())
     daemon = asyncio.ensure_future(
-        run_daemon(config, stop=stopping.asked, on_ready=ready, on_progress=measuring, on_waiting=_print_waiting)
+        run_daemon(
+            config, stop=stopping.asked, on_ready=ready, on_progress=measuring, on_waiting=waiting, read_config=lambda: read()
+        )
     )
     stopping.watch(daemon, stdin=stop_with_stdin)
+    manager.status("measuring this device")
     try:
         await daemon
     except asyncio.CancelledError:
         if not stopping.asked.is_set():
             raise
     finally:
+        watched.cancel()
         measuring.close()
     return 0
 
 
-class _Stopping:
-    """Stops the daemon: the first signal shuts it down in order, the second one ends the process at once."""
+def _reload(info: "DaemonInfo", manager: ServiceManager) -> None:
+    """Read the settings again, and open the log's file anew."""
+    from meshd.logs import reopen_file
 
-    def __init__(self) -> None:
+    manager.reloading()
+    reopen_file()
+    try:
+        if info.reload is not None:
+            info.reload()
+    except MeshdError as error:
+        log.error("the settings stay as they are: %s", error)
+    manager.ready(f"up as {info.name}, API {info.api}, links {info.link}")
+
+
+class _Stopping:
+    """Stops the daemon: the first signal shuts it down in order, the second one ends the process at once.
+
+    With `reloads`, SIGHUP reads the settings again; otherwise it stops too: the terminal has been closed.
+    """
+
+    def __init__(self, *, reloads: bool = False) -> None:
         self.asked = asyncio.Event()
+        self.reload: Callable[[], None] = lambda: None
+        """Called at SIGHUP. Set once the daemon has started."""
+        self.on_stop: Callable[[], None] = lambda: None
+        """Called when the daemon is asked to stop."""
+        self._reloads = reloads
         self.can_wait = False
         """Whether the daemon has started and waits for `asked`. During the start, a signal cancels the daemon's task instead."""
 
     def watch(self, daemon: "asyncio.Future[None]", *, stdin: bool) -> None:
         """Watch for signals and, with `stdin`, for the end of standard input, which comes if the parent process is killed."""
         loop = asyncio.get_running_loop()
+        if self._reloads:
+            loop.add_signal_handler(signal.SIGHUP, lambda: self.reload())
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and self._reloads:
+                continue
             if signal.getsignal(number) is not signal.SIG_IGN:  # SIG_IGN: set by nohup, or by a shell for a background job
                 loop.add_signal_handler(number, self._stop, daemon, 128 + number)
         if stdin:
@@ -179,6 +235,7 @@ class _Stopping:
         if self.asked.is_set():
             end_process(status)
         self.asked.set()
+        self.on_stop()
         if not self.can_wait:
             daemon.cancel()
 
@@ -200,4 +257,5 @@ def _print_ready(info: "DaemonInfo") -> None:
     ]
     # Without a terminal, the output is kept in a log, where the code must not be.
     joining = f"meshd up --key {info.join_code}" if info.new_cluster and sys.stdout.isatty() else "see `meshd key show`"
-    print("\n".join([*lines, f"  on the next device: {joining}"]), flush=True)
+    with contextlib.suppress(OSError):  # a full disk, or a reader that has gone
+        print("\n".join([*lines, f"  on the next device: {joining}"]), flush=True)

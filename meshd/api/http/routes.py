@@ -94,5 +94,6 @@ ROUTES = (
     Route("POST", "/mesh/v1/invites", mesh.invite, "Invite a device by a short code", mesh.InviteRequest, streams=InviteStep),
     Route("GET", "/mesh/v1/invites", mesh.invites, "The open invite", gives=Rows),
     Route("DELETE", "/mesh/v1/invites", mesh.close_invites, "Close the open invite", gives=mesh.ClosedInvites),
+    Route("POST", "/mesh/v1/reload", mesh.reload, "Read the settings again", gives=mesh.ReloadedSettings),
     Route("POST", "/mesh/v1/links/probe", mesh.probe_links, "Measure this peer's links", gives=Rows),
 )

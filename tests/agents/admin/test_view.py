@@ -95,6 +95,7 @@ def view(agents: RecordedAgents) -> ClusterView:
         "stream": None,
         "listings": listings,
         "rows": None,
+        "reload_settings": dict,
         "about": dict,
         "inviter": None,
     }

@@ -90,6 +90,9 @@ class WordsMesh:
             raise UnknownSession(f"no live peer has a trace of session {session}")
         return b'{"traceEvents": [], "displayTimeUnit": "ms"}'
 
+    def reload(self) -> dict[str, Any]:
+        return {"applied": ["log-level"], "needs_restart": ["threads"]}
+
     async def probe_links(self) -> list[dict[str, Any]]:
         return [{"peer": "q" * 52, "rtt_s": 0.001}]
 
