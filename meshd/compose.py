@@ -10,6 +10,7 @@ from logging import getLogger
 from meshd.agents.admin.event_relay import EventRelay
 from meshd.agents.admin.listings import Listings
 from meshd.agents.admin.metrics import EventMetrics, PeerCollector
+from meshd.agents.admin.reach import ReachChecker
 from meshd.agents.admin.story_collector import StoryCollector
 from meshd.agents.admin.trace_collector import TraceCollector
 from meshd.agents.device.compute import ComputeQueue
@@ -158,6 +159,7 @@ class Peer:
     listings: Listings
     rows: RowFeed
     relay: EventRelay
+    reach: ReachChecker
     supervisor: Supervisor
 
     def register(self) -> None:
@@ -174,6 +176,7 @@ class Peer:
             self.story_collector,
             self.trace_collector,
             self.relay,
+            self.reach,
         ):
             agent.register()
         self.locator.register(self.coordinator)
@@ -307,6 +310,7 @@ def compose(parts: Parts) -> Peer:
         listings=listings,
         rows=rows,
         relay=EventRelay(links, events, rows, names, clock),
+        reach=ReachChecker(links, membership, clock),
         supervisor=parts.supervisor,
     )
     _subscribe(parts, memory, peer)

@@ -410,6 +410,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     """Number of sessions that have a stage on this peer."""
     draining: bool = False
     """The peer is about to leave: it takes no new work, and its sessions move to other peers."""
+    wall: Timestamp = 0.0
+    """The sender's clock when it sent this, in seconds since the Unix epoch, so that a wrong clock is noticed. 0: unknown."""
 
 
 class Advert(msgspec.Struct, frozen=True, kw_only=True):

@@ -178,6 +178,10 @@ class Links:
         """Dial an address now, and with back-off until `source` forgets it. The source `static` never forgets an address."""
         self._dialler.connect((host, port), source)
 
+    async def reach(self, host: str, port: int) -> PeerId:
+        """Dial an address once, for a check. Returns: the id of the peer that answers. Raises: PeerLost, PeerRefused."""
+        return await self._opener.reach((host, port))
+
     def forget(self, host: str, port: int, source: str) -> None:
         """Remove a source of an address. An address without sources is no longer dialled."""
         self._dialler.forget((host, port), source)

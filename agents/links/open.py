@@ -125,6 +125,16 @@ class LinkOpener:
         self._on_outcome(DialOutcome(address=address, peer=control.peer))
         return control.peer
 
+    async def reach(self, address: Address) -> PeerId:
+        """Dial an address and end the connection at once, whether there is a link with that peer or not.
+
+        Returns: the id of the peer that answers at the address.
+        Raises: PeerLost, PeerRefused. Nothing is reported to `on_outcome`.
+        """
+        connection = await self._connect(address)
+        connection.close("the check is over", Goodbye(reason="a check of reachability"))
+        return connection.peer
+
     async def _connect(self, address: Address) -> Connection:
         timing = self._table.timing
         connection = await transport.dial(

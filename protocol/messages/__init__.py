@@ -33,12 +33,16 @@ A copy of a stage's KV on another peer (as a mirror, or to prepare a move):
 """
 
 from meshd.protocol.messages.admin import (
+    MAX_ATTEMPTS,
+    CheckReach,
+    DialAttempt,
     EndSession,
     FetchStory,
     FetchTrace,
     Move,
     Moved,
     PeerEvents,
+    ReachChecked,
     SessionEnded,
     StoryData,
     TraceData,
@@ -80,13 +84,16 @@ from meshd.protocol.messages.weights import FetchManifest, FetchWeights, Manifes
 
 __all__ = [
     "FEATURES",
+    "MAX_ATTEMPTS",
     "PROTOCOL_VERSION",
     "REGISTRY",
     "Activation",
+    "CheckReach",
     "Close",
     "Closed",
     "CopyExpected",
     "Credit",
+    "DialAttempt",
     "Drain",
     "Drained",
     "EndSession",
@@ -135,6 +142,7 @@ __all__ = [
     "ProfileData",
     "ProgressData",
     "Prompt",
+    "ReachChecked",
     "Renew",
     "Reply",
     "Request",

@@ -1,9 +1,11 @@
 """Messages that carry a user's commands to sessions on other peers, and show what happens on them."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from meshd.bounds import Count, Millis, Seconds, Timestamp
-from meshd.protocol.messages.base import Lane, Message, Reply, Request, message
+import msgspec
+
+from meshd.bounds import Address, Count, Digest, Millis, Seconds, Text, Timestamp, Word, at_most
+from meshd.protocol.messages.base import Lane, Message, Reply, Request, make_printable, message
 from meshd.types import PeerId, Plan, SessionId
 
 
@@ -71,6 +73,38 @@ class PeerEvents(Message, frozen=True, kw_only=True):
     default_lane: ClassVar[Lane] = Lane.BULK
     lost: Count = 0
     """Number of events before these that the sender has left out, because there were too many."""
+
+
+MAX_ATTEMPTS = 8
+"""Most addresses of a peer that a check of reachability dials."""
+
+
+class DialAttempt(msgspec.Struct, frozen=True, kw_only=True):
+    """What a dial of one address showed."""
+
+    address: Address
+    why: Text = ""
+    """Why the peer does not answer there. Empty: it does."""
+
+    def __post_init__(self) -> None:
+        make_printable(self, "why")
+
+
+@message(110)
+class CheckReach(Request, frozen=True, kw_only=True):
+    """Ask the receiver to dial the addresses at which it knows the sender, and to listen for the sender's multicast."""
+
+    nonce: Digest
+    """The sender multicasts an mDNS question with this name while it waits, the receiver one with its digits in reverse order."""
+
+
+@message(111)
+class ReachChecked(Reply, frozen=True, kw_only=True):
+    attempts: Annotated[tuple[DialAttempt, ...], at_most(MAX_ATTEMPTS)] = ()
+    multicast: Word = ""
+    """`heard`, `silent`, or empty if the sender does not look for peers by multicast."""
+    wall: Timestamp = 0.0
+    """The sender's clock when it replied, in seconds since the Unix epoch."""
 
 
 @message(114)

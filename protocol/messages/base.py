@@ -57,7 +57,7 @@ class SessionMessage(Message, frozen=True, kw_only=True):
     epoch: Epoch
 
 
-def make_printable(message: Message, *fields: str) -> None:
+def make_printable(message: msgspec.Struct, *fields: str) -> None:
     """Make new texts fit the bounds of `Text`: an error's message may quote a file, a library or another peer."""
     for field in fields:
         text = getattr(message, field)

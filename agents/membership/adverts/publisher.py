@@ -122,6 +122,7 @@ class Publisher:
             learned=me.learned(),
             sessions=me.sessions(),
             draining=me.draining(),
+            wall=self.clock.wall(),
         )
 
     def _neighbours(self) -> dict[PeerId, str]:
