@@ -1,6 +1,7 @@
 """One authenticated connection: messages over TLS 1.3 over TCP. The only module that does network I/O."""
 
 import asyncio
+import errno
 import logging
 import os
 import socket
@@ -32,6 +33,15 @@ _JOINED = 32 * KIB
 _CHUNK = 128 * KIB
 _TRANSPORT_BYTES = 256 * KIB
 """Encrypted bytes that asyncio may buffer before it pauses the writer."""
+_OTHER_CLUSTER = "join it with this cluster's code: `meshd up --key CODE`"
+_NO_ROUTE = "connect both devices to the same network; `meshd doctor` shows this device's interfaces"
+_CONNECT_HINTS = {
+    errno.ECONNREFUSED: "start `meshd up` there; if it runs, its --link must not be a loopback address",
+    errno.ETIMEDOUT: "a firewall drops it: type `meshd doctor` on that device, which shows the command that opens the port",
+    errno.EHOSTUNREACH: _NO_ROUTE,
+    errno.ENETUNREACH: _NO_ROUTE,
+}
+"""What a user can do when a device can't be reached, by the error of connect(2)."""
 _SHUTDOWN_S = 0.5
 _CLOSE_S = 0.5
 """How long a connection that is being closed may take to write its last frame and the farewell."""
@@ -382,11 +392,13 @@ async def connect(address: Address, connect_s: float) -> socket.socket:
     """Open a TCP connection to the first address that answers within `connect_s`. Raises: PeerLost."""
     loop = asyncio.get_running_loop()
     host, port = address
-    failure = "its name has no address"
+    failure, hint = "its name has no address", ""
     try:
         infos = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise PeerLost(f"{host} is not known: {getattr(error, 'strerror', None) or error}") from error
+        raise PeerLost(
+            f"{host} is not known: {getattr(error, 'strerror', None) or error}", hint="write its IP address: --peer IP:PORT"
+        ) from error
     for family, kind, protocol, _, resolved in infos:
         raw = socket.socket(family, kind, protocol)
         try:
@@ -398,19 +410,20 @@ async def connect(address: Address, connect_s: float) -> socket.socket:
             raw.close()
             # asyncio puts its own words in `strerror`, such as "Connect call failed".
             failure = os.strerror(error.errno) if error.errno else "no answer in time"
+            hint = _CONNECT_HINTS.get(error.errno or errno.ETIMEDOUT, "")
         except BaseException:
             raw.close()
             raise
         else:
             return raw
-    raise PeerLost(f"{host}:{port} can't be reached: {failure}")
+    raise PeerLost(f"{host}:{port} can't be reached: {failure}", hint=hint)
 
 
 def _handshake_failure(error: Exception) -> MeshdError:
     if isinstance(error, ssl.SSLCertVerificationError):
-        return PeerRefused("its certificate is not of this cluster", hint="join it with this cluster's code: `meshd up --key CODE`")
+        return PeerRefused("its certificate is not of this cluster", hint=_OTHER_CLUSTER)
     if isinstance(error, ssl.SSLError):
         if "ALERT" in (error.reason or ""):
-            return PeerRefused("it refuses this peer's certificate: it belongs to another cluster")
+            return PeerRefused("it refuses this peer's certificate: it belongs to another cluster", hint=_OTHER_CLUSTER)
         return PeerRefused(f"it does not speak TLS 1.3 as meshd does: {error.reason or error}")
     return PeerLost(f"the TLS handshake broke off: {error}")

@@ -32,7 +32,7 @@ class Listings:
         rows: dict[Key, dict[str, Any]] = {}
         for row in self.peers():
             known = {key: value for key, value in row.items() if key not in _AGES}
-            rows["peers", row["id"] or ",".join(row["addresses"])] = known
+            rows["peers", row["id"] or ",".join(row["addresses"])] = known | {"clock_ahead_s": _whole(known["clock_ahead_s"])}
         rows |= {("links", f"{row['source']} {row['target']}"): row for row in self.links()}
         rows |= {("models", row["id"]): row for row in await self.models()}
         rows |= {("plans", row["session"]): row for row in self.plans()}
@@ -141,12 +141,20 @@ def _model_row(card: ModelCard, adverts: list[Advert], loaded: bool | None) -> d
     }
 
 
+def _whole(seconds: float | None) -> float | None:
+    """Round to whole tens of seconds, so that the row does not change with every status."""
+    return None if seconds is None else 10.0 * round(seconds / 10)
+
+
 def _own_row(advert: Advert, address: str) -> dict[str, Any]:
     return {
         "id": advert.peer,
         "name": advert.name,
         "state": "alive",
         "reason": "",
+        "trouble": "",
+        "hint": "",
+        "clock_ahead_s": 0.0,
         "addresses": [address],
         "sources": ["self"],
         "version": advert.version,
@@ -163,6 +171,8 @@ def _peer_row(row: dict[str, Any]) -> dict[str, Any]:
         "name": row.pop("name"),
         "state": row.pop("state"),
         "reason": row.pop("why"),
+        "trouble": row.pop("trouble"),
+        "hint": row.pop("hint"),
         "addresses": list(dict.fromkeys(f"{known['host']}:{known['port']}" for known in hosts)),
         "sources": list(dict.fromkeys(known["source"] for known in hosts)),
     }

@@ -34,6 +34,7 @@ from meshd.agents.membership.mdns_records import Announcement, PointerListener, 
 from meshd.agents.membership.sources import DuplicateIdentity, OnSighting, OtherClusters, PeerFound, PeerWithdrawn, SourceNotice
 from meshd.clock import Clock
 from meshd.types import PeerId
+from meshd.values import Address
 
 RECHECK_S = 2.0
 """Interval between checks of the list of interfaces."""
@@ -82,7 +83,7 @@ class MdnsDiscovery:
         self._scan = scan
         self._choices: list[InterfaceChoice] = []
         self._own_addresses: set[str] = set()
-        self._others: dict[PeerId, str] = {}
+        self._others: dict[PeerId, PeerFound] = {}
         self._others_reported: dict[str, int] = {}
         self._present: dict[PeerId, tuple[PeerFound, float]] = {}
         """The newest records of each peer of this cluster, and when they were reported last."""
@@ -100,8 +101,8 @@ class MdnsDiscovery:
     def other_clusters(self) -> dict[str, int]:
         """Returns: how many peers of each other cluster were seen, by the cluster's fingerprint."""
         counts: dict[str, int] = {}
-        for cluster in self._others.values():
-            counts[cluster] = counts.get(cluster, 0) + 1
+        for found in self._others.values():
+            counts[found.cluster] = counts.get(found.cluster, 0) + 1
         return counts
 
     async def run(self) -> None:
@@ -204,7 +205,7 @@ class MdnsDiscovery:
             self._report_duplicate(found)
         elif found.cluster != self._announcement.cluster:
             self._gone(peer)
-            _remember(self._others, peer, found.cluster)
+            _remember(self._others, peer, found)
         else:
             self._others.pop(peer, None)
             now = self._clock.monotonic()
@@ -219,7 +220,8 @@ class MdnsDiscovery:
         most = {cluster: counts[cluster] for cluster in sorted(counts, key=lambda each: (-counts[each], each))[:_OTHER_CLUSTERS]}
         if most.keys() != self._others_reported.keys():
             self._others_reported = most
-            self._on_sighting(OtherClusters(source="mdns", peers=most))
+            where = {found.cluster: Address(found.addresses[0], found.port) for found in self._others.values()}
+            self._on_sighting(OtherClusters(source="mdns", peers=most, addresses={each: where[each] for each in most}))
 
     def _report_duplicate(self, found: PeerFound) -> None:
         """Report a daemon that uses a copy of this peer's identity.

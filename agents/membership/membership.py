@@ -40,7 +40,7 @@ from meshd.agents.membership.peer_events import (
     StatusReceived,
     StopDialling,
 )
-from meshd.agents.membership.peer_rows import unlinked_row
+from meshd.agents.membership.peer_rows import OTHER_CLUSTER, Trouble, cluster_rows, trouble_of, unlinked_row
 from meshd.agents.membership.peer_table import PeerTable
 from meshd.agents.membership.sources import (
     DuplicateIdentity,
@@ -56,7 +56,7 @@ from meshd.agents.observe.stream import EventStream
 from meshd.agents.supervisor import Supervise, unsupervised
 from meshd.clock import Clock
 from meshd.errors import MeshdError
-from meshd.protocol.messages import Hello, PeerStatus
+from meshd.protocol.messages import PROTOCOL_VERSION, Hello, PeerStatus
 from meshd.types import Advert, PeerId, Profile
 from meshd.values import Address
 
@@ -67,6 +67,7 @@ _SUSPECT_S = 1.2
 """Silence after which a peer is SUSPECT: two missed heartbeats. After `Timing.silence_s` (2 s) its link ends."""
 _REFUSALS_PER_S, _REFUSALS_AT_ONCE = 1.0, 20
 """Events about refused links. Strangers cause them as often as they like."""
+PROTOCOL = ".".join(map(str, PROTOCOL_VERSION))
 GOSSIP = "gossip"
 """Source of the addresses that other peers list in their statuses."""
 
@@ -91,6 +92,9 @@ class Membership:
     _gossip: GossipBudget = field(default_factory=GossipBudget)
     _refusals: TokenBucket = field(default_factory=lambda: TokenBucket(_REFUSALS_PER_S, _REFUSALS_AT_ONCE))
     _dialled: dict[PeerId, set[tuple[Address, str]]] = field(default_factory=dict)
+    _troubles: dict[PeerId, Trouble] = field(default_factory=dict)
+    """What is wrong with linked peers, as published last."""
+    _elsewhere: OtherClusters = field(default_factory=lambda: OtherClusters(source="", peers={}))
 
     def __post_init__(self) -> None:
         self.notices = Notices(self.clock.monotonic, self.events.publish)
@@ -134,11 +138,13 @@ class Membership:
         return self.table.name_of(peer)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Returns: the table's rows, and one for each device that was refused a link and is in no row of the table."""
-        rows = self.table.rows(self.clock.monotonic())
+        """Returns: the table's rows, one for each device that was refused a link and is in no row of the table, and one for each
+        other cluster on this network."""
+        rows = self.table.rows(self.clock.monotonic(), self.description.version, PROTOCOL)
         shown = {row["peer"] for row in rows} | {f"{known['host']}:{known['port']}" for row in rows for known in row["addresses"]}
         refused = [row for row in self.links.refusals() if row["address"] not in shown and (row["peer"] or "") not in shown]
-        return rows + [_refused_row(row["address"], row["peer"] or "", row["reason"]) for row in refused]
+        rows += [_refused_row(row["address"], row["peer"] or "", row["reason"]) for row in refused]
+        return rows + cluster_rows(self._elsewhere.peers, self._elsewhere.addresses)
 
     async def probe_links(self) -> None:
         """Measure the links to all peers again, one after another."""
@@ -169,6 +175,14 @@ class Membership:
                 self.notices.add(sighting.message, sighting.hint, sighting.about)
 
     def _show_other_clusters(self, others: OtherClusters) -> None:
+        before, self._elsewhere = self._elsewhere, others
+        for row in cluster_rows(others.peers, others.addresses):
+            if row["name"] not in before.peers:
+                self.events.publish(PeerChanged(of="", of_name=row["name"], state=row["state"], was="", reason=row["why"]))
+        for cluster in before.peers.keys() - others.peers.keys():
+            self.events.publish(
+                PeerChanged(of="", of_name=cluster, state="forgotten", was=OTHER_CLUSTER, reason="it is not seen any more")
+            )
         if not others.peers:
             self.notices.withdraw("clusters")
             return
@@ -192,25 +206,31 @@ class Membership:
         if outcome.peer == self.description.peer:
             self.notices.add(outcome.reason, outcome.hint, about="identity")
         elif outcome.refused and outcome.peer is not None:
-            self._apply(HandshakeRefused(outcome.peer, address, outcome.reason, outcome.name))
+            self._apply(HandshakeRefused(outcome.peer, address, outcome.reason, outcome.name, outcome.hint))
             self.notices.add(f"{address.host}: {outcome.reason}", outcome.hint, about=f"refused {outcome.peer}")
         else:
             self._note_static(address, outcome)
             # Without a proof of identity, a refusal says nothing about the peer that a source reported at the address.
             for peer in [peer for peer, dialled in self._dialled.items() if any(known == address for known, _ in dialled)]:
-                self._apply(DialFailed(peer, address, outcome.reason))
+                self._apply(DialFailed(peer, address, outcome.reason, outcome.hint))
 
     def _note_static(self, address: Address, outcome: DialOutcome) -> None:
-        before = self.table.static_why(address)
-        self._apply((HandshakeRefused if outcome.refused else DialFailed)(None, address, outcome.reason))
-        if before is not None and before != self.table.static_why(address):
+        before = self.table.unanswered(address)
+        if outcome.refused:
+            self._apply(HandshakeRefused(None, address, outcome.reason, hint=outcome.hint))
+        else:
+            self._apply(DialFailed(None, address, outcome.reason, outcome.hint))
+        after = self.table.unanswered(address)
+        if before is not None and after is not None and before != after:
             log.warning("no link with %s (--peer): %s", address, outcome.reason)
+            state, was = after.state.value, before.state.value
+            self.events.publish(PeerChanged(of="", of_name=str(address), state=state, was=was, reason=after.why))
 
     def on_up(self, peer: PeerId, hello: Hello, address: tuple[str, int]) -> None:
         """Record that a link is up, and send this peer's status over it."""
         dialled = Address(*address)
         version = hello.software.removeprefix("meshd/")
-        self._apply(LinkUp(peer, hello.incarnation, hello.name, version, dialled))
+        self._apply(LinkUp(peer, hello.incarnation, hello.name, version, dialled, ".".join(map(str, hello.version))))
         self.publisher.greet(peer)
         self.prober.link_up(peer)
 
@@ -220,16 +240,32 @@ class Membership:
             left = reason.startswith(LEFT)
             self._apply(GoodbyeReceived(peer, reason) if left else LinkDown(peer, reason))
         self.prober.link_down(peer)
+        self._troubles.pop(peer, None)
         self._fetcher.forget(peer)
         self._gossip.forget(peer)
         self.on_gone(peer, reason)
 
     def _on_status(self, sender: PeerId, message: PeerStatus, payload: memoryview) -> None:
-        self._apply(StatusReceived(sender, message.status))
+        wall = message.status.wall
+        self._apply(StatusReceived(sender, message.status, wall - self.clock.wall() if wall else None))
+        self._report_trouble(sender)
         self._report_advert(sender)
         unlinked = {peer: text for peer, text in message.status.neighbours.items() if self._may_be_dialled(peer)}
         for peer, address in self._gossip.choose(sender, unlinked, self.clock.monotonic()):
             self._apply(PeerFound(source=GOSSIP, peer=peer, addresses=(address.host,), port=address.port))
+
+    def _report_trouble(self, peer: PeerId) -> None:
+        """Publish what is wrong with a linked peer, if another thing is wrong than before."""
+        known = self.table.get(peer)
+        if known is None or not known.linked:
+            return
+        trouble, before = trouble_of(known, self.description.version, PROTOCOL), self._troubles.get(peer, Trouble())
+        if trouble.kind != before.kind:
+            self._troubles[peer] = trouble
+            if trouble.kind:
+                log.warning("peer %s (%.8s): %s; %s", known.name, peer, trouble.reason, trouble.hint)
+            state = known.state.value
+            self.events.publish(PeerChanged(of=peer, of_name=known.name, state=state, was=state, reason=trouble.reason))
 
     def _may_be_dialled(self, peer: PeerId) -> bool:
         """Whether another peer's hint about `peer` can be of use."""
@@ -296,7 +332,8 @@ class Membership:
             known = self.table.get(peer)
             level = INFO if known is not None and known.incarnation else DEBUG
             log.log(level, "peer %s (%.8s) is %s%s", self.name_of(peer), peer, state, f": {why}" if why else "")
-        self.events.publish(PeerChanged(of=peer, of_name=self.name_of(peer), state=state, was=was, reason=why))
+        trouble = self._troubles.get(peer, Trouble())
+        self.events.publish(PeerChanged(of=peer, of_name=self.name_of(peer), state=state, was=was, reason=why or trouble.reason))
 
     def _report_silence(self) -> None:
         """Report to the table which linked peers are silent, and which SUSPECT peers were heard again."""

@@ -80,6 +80,10 @@ class Peer(Machine[Event, Command]):
     """When the peer entered its state."""
     why: str = ""
     """Reason of the state; for a linked peer, a problem with the peer, or empty."""
+    hint: str = ""
+    """What the user can do about `why`; empty if that is not known."""
+    ahead_s: float | None = None
+    """By how much the peer's clock is ahead of this peer's. None: unknown."""
     name: str = ""
     version: str = ""
     protocol: str = ""
@@ -121,12 +125,12 @@ class Peer(Machine[Event, Command]):
         if self.why not in {PeerState.ALIVE: ("", _TWIN), PeerState.SUSPECT: (_SILENT,)}.get(self.state, (self.why,)):
             raise AssertionError(f"unexpected reason in state {self.state.value}: {self.why}")
 
-    def _enter(self, state: PeerState, why: str = "", *, news: bool = False) -> list[Command]:
+    def _enter(self, state: PeerState, why: str = "", *, hint: str = "", news: bool = False) -> list[Command]:
         """Set the state and its reason. Returns: a PublishChange if one of them has changed, or if the advert has (`news`)."""
         was, was_why = self.state, self.why
         if state is not was:
             self.since = self.now
-        self.state, self.why = state, why
+        self.state, self.why, self.hint = state, why, hint
         return [PublishChange(self.id, state, was, why)] if news or (state, why) != (was, was_why) else []
 
     def _merge(self) -> None:
@@ -163,8 +167,10 @@ def _found(peer: Peer, event: PeerFound) -> list[Command]:
 
 
 def _found_though_linked(peer: Peer, event: PeerFound) -> list[Command]:
-    """Record the addresses only: the name and version from the link are more reliable than those in a hint."""
+    """Record the addresses only: the name and versions from the link are more reliable than those in a hint."""
+    protocol = peer.protocol
     peer._note_addresses(event)
+    peer.protocol = protocol or peer.protocol
     return []
 
 
@@ -190,6 +196,7 @@ def _link_up(peer: Peer, event: LinkUp) -> list[Command]:
             peer.past = (*peer.past, peer.incarnation)[-_MAX_PAST_INCARNATIONS:]
         outdated, peer.advert, peer.status = peer.advert, None, None
     peer.name, peer.version, peer.incarnation = event.name, event.version, event.incarnation
+    peer.protocol = event.protocol or peer.protocol
     peer._note_link_address(event.dialled)
     peer.last_seen = peer.now
     return peer._enter(PeerState.ALIVE, why, news=outdated is not None)
@@ -205,6 +212,7 @@ def _status(peer: Peer, event: StatusReceived) -> list[Command]:
     newer = peer.status is None or event.status.revision > peer.status.revision
     if newer:
         peer.status = event.status
+        peer.ahead_s = event.ahead_s
         peer._merge()
     missing = peer.status is not None and peer.status.profile != peer.profile_hash
     fetch: list[Command] = [FetchPeerProfile(peer.id, peer.status.profile)] if missing and peer.status is not None else []
@@ -237,11 +245,11 @@ def _goodbye(peer: Peer, event: GoodbyeReceived) -> list[Command]:
 
 def _not_reached(peer: Peer, event: DialFailed | LinkDown) -> list[Command]:
     """Stay in the state, and record why the peer can't be reached."""
-    return peer._enter(peer.state, event.reason)
+    return peer._enter(peer.state, event.reason, hint=event.hint if isinstance(event, DialFailed) else "")
 
 
 def _unreached(peer: Peer, event: DialFailed) -> list[Command]:
-    return peer._enter(PeerState.UNREACHED, event.reason)
+    return peer._enter(PeerState.UNREACHED, event.reason, hint=event.hint)
 
 
 def _refused(peer: Peer, event: HandshakeRefused) -> list[Command]:
@@ -250,7 +258,7 @@ def _refused(peer: Peer, event: HandshakeRefused) -> list[Command]:
     if event.address.port:
         peer._note_link_address(event.address)
     dial = peer._dial() if peer.state is not PeerState.REFUSED else []
-    return [*dial, *peer._enter(PeerState.REFUSED, event.reason)]
+    return [*dial, *peer._enter(PeerState.REFUSED, event.reason, hint=event.hint)]
 
 
 def _expired(peer: Peer, event: RetentionExpired) -> list[Command]:

@@ -41,6 +41,8 @@ class LinkUp:
     name: str
     version: str
     dialled: Address | None = None
+    protocol: str = ""
+    """`major.minor`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class DialFailed:
     peer: PeerId | None
     address: Address
     reason: str
+    hint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +71,15 @@ class HandshakeRefused:
     address: Address
     reason: str
     name: str = ""
+    hint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class StatusReceived:
     peer: PeerId
     status: Status
+    ahead_s: float | None = None
+    """By how much the peer's clock is ahead of this peer's. None: the status does not say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ class StaticAddress:
     state: PeerState = PeerState.FOUND
     """FOUND, UNREACHED or REFUSED, while no peer has answered."""
     why: str = "being dialled"
+    hint: str = ""
 
 
 class PeerTable:
@@ -66,10 +67,10 @@ class PeerTable:
         if address in self._static:
             self._static[address] = StaticAddress(address=address, peer=peer)
 
-    def static_why(self, address: Address) -> str | None:
-        """Returns: why no peer answers at an address from `--peer`; None if it is not from there, or a peer has answered."""
+    def unanswered(self, address: Address) -> StaticAddress | None:
+        """Returns: an address from `--peer` at which no peer answers; None if it is not from there, or a peer has answered."""
         known = self._static.get(address)
-        return known.why if known is not None and known.peer is None else None
+        return known if known is not None and known.peer is None else None
 
     def all(self) -> list[Peer]:
         """Returns: the state machines of all peers, linked or not."""
@@ -113,14 +114,14 @@ class PeerTable:
                 commands += self.apply(RetentionExpired(peer.id), now)
         return commands
 
-    def rows(self, now: float) -> list[dict[str, Any]]:
+    def rows(self, now: float, version: str = "", protocol: str = "") -> list[dict[str, Any]]:
         """Build the rows for `meshd status` and the API: linked peers, other peers, then static addresses where no peer answers.
 
-        Peers are sorted by name.
+        Peers are sorted by name. `version` and `protocol` are this peer's own.
         """
         peers = sorted(self._peers.values(), key=lambda peer: (not peer.linked, peer.name, peer.id))
         unanswered = [known for known in self._static.values() if known.peer is None]
-        return [peer_row(peer, now) for peer in peers] + [_row_of_address(known) for known in unanswered]
+        return [peer_row(peer, now, version, protocol) for peer in peers] + [_row_of_address(known) for known in unanswered]
 
     def validate(self) -> None:
         """Check the invariants that hold between events; tests call this after each event. Raises: AssertionError."""
@@ -153,9 +154,9 @@ class PeerTable:
             case PeerFound():
                 return self._dial_static(Address(event.addresses[0], event.port))
             case DialFailed():
-                self._note(event.address, PeerState.UNREACHED, event.reason)
+                self._note(event, PeerState.UNREACHED)
             case HandshakeRefused():
-                self._note(event.address, PeerState.REFUSED, event.reason)
+                self._note(event, PeerState.REFUSED)
         return []
 
     def _dial_static(self, address: Address) -> list[Command]:
@@ -165,10 +166,10 @@ class PeerTable:
         peer = self._peers.get(known.peer) if known.peer is not None else None
         return [] if peer is not None and peer.linked else [Dial(known.peer, (address,))]
 
-    def _note(self, address: Address, state: PeerState, why: str) -> None:
-        if (known := self._static.get(address)) is not None:
-            self._static[address] = replace(known, state=state, why=why)
+    def _note(self, event: DialFailed | HandshakeRefused, state: PeerState) -> None:
+        if (known := self._static.get(event.address)) is not None:
+            self._static[event.address] = replace(known, state=state, why=event.reason, hint=event.hint)
 
 
 def _row_of_address(known: StaticAddress) -> dict[str, Any]:
-    return unlinked_row(known.address, "static", known.state, known.why)
+    return unlinked_row(known.address, "static", known.state, known.why, hint=known.hint)

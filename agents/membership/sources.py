@@ -1,10 +1,11 @@
 """The interface of a source of peers, such as mDNS or the static list, and the sightings that it reports."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from meshd.types import PeerId
+from meshd.values import Address
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +70,8 @@ class OtherClusters:
     source: str
     peers: Mapping[str, int]
     """Fingerprint -> number of its peers that were seen."""
+    addresses: Mapping[str, Address] = field(default_factory=dict)
+    """Fingerprint -> where one of these peers listens."""
 
 
 Sighting = PeerFound | PeerWithdrawn | DuplicateIdentity | SourceNotice | OtherClusters

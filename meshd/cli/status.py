@@ -66,8 +66,16 @@ def _headline(own: Row, peers: Sequence[Row]) -> str:
 def _peers(rows: Sequence[Row], me: str, models: Mapping[str, str]) -> str:
     headers = ("PEER", "ID", "STATE", "ADDRESS", "BACKEND", "DECODE", "PREFILL", "MEMORY FREE", "HOLDS")
     lines = [table(headers, (_peer(row, me, models) for row in rows))]
-    lines += [f"{row['name']} is left out: {row['reason']}" for row in rows if row["state"] != "alive" and row["reason"]]
+    lines += [_trouble(row) for row in rows if row["reason"]]
+    if any(row.get("trouble") for row in rows):
+        lines.append("`meshd doctor` checks this device and its connections, and says what to type")
     return "\n".join(lines)
+
+
+def _trouble(row: Row) -> str:
+    """Say what is wrong with a peer and, if that is known, what to do."""
+    said = row["reason"] if row["state"] in ("alive", "other cluster") else f"left out ({row['state']}): {row['reason']}"
+    return f"{row['name']}: " + "; ".join(filter(None, (said, row.get("hint", ""))))
 
 
 def _peer(row: Row, me: str, models: Mapping[str, str]) -> tuple[str, ...]:

@@ -26,7 +26,8 @@ def _holding(layers: str, state: str = "active", progress: float = 1.0) -> dict[
 def _peer(name: str, state: str = "alive", **other: object) -> dict[str, Any]:
     row = {
         "id": f"{name}aaaaaaaaaaaa", "name": name, "state": state, "reason": "", "sources": ["mdns"], "version": "0.1.0",
-        "addresses": ["10.0.0.1:6375"], "incarnation": 1, "capability": CAPABILITY, "holdings": [], "models": [],
+        "addresses": ["10.0.0.1:6375"], "trouble": "", "hint": "",
+        "incarnation": 1, "capability": CAPABILITY, "holdings": [], "models": [],
         "sessions": 0, "api": "",
     }  # fmt: skip
     return row | other
@@ -36,6 +37,8 @@ def _peer(name: str, state: str = "alive", **other: object) -> dict[str, Any]:
 def status() -> dict[str, Any]:
     """A status with three peers: one ready, one that loads layers, one that is refused."""
     stranger = _peer("10.0.0.9:6375", "refused", id="", capability=None, reason="it holds another cluster's key")
+    stranger |= {"trouble": "refused", "hint": "meshd up --key CODE"}
+    late = {"trouble": "clock", "reason": "its clock is 24 h behind this device's", "hint": "sudo timedatectl set-ntp true"}
     session = {
         "id": "10d4" * 8,
         "role": "coordinator",
@@ -52,7 +55,7 @@ def status() -> dict[str, Any]:
         },
         "peers": [
             _peer("ash", holdings=[_holding("0-12")]),
-            _peer("birch", holdings=[_holding("12-30", "loading", 0.4)]),
+            _peer("birch", holdings=[_holding("12-30", "loading", 0.4)], **late),
             stranger,
         ],
         "links": [
@@ -85,7 +88,9 @@ def test_status_shows_who_holds_what_and_why_a_peer_is_left_out(meshd: Meshd, ap
     for part in ("alive", "onnxruntime x2", "8.3 GB/s", "107 GFLOP/s", "1.5 GiB of 8.0 GiB", "smollm2:135m 0-12"):
         assert part in ash
     assert birch.endswith("smollm2:135m 12-30 (loading 40 %)")
-    assert "10.0.0.9:6375 is left out: it holds another cluster's key" in lines
+    assert "10.0.0.9:6375: left out (refused): it holds another cluster's key; meshd up --key CODE" in lines
+    assert "birch: its clock is 24 h behind this device's; sudo timedatectl set-ntp true" in lines
+    assert any(line.startswith("`meshd doctor` checks") for line in lines)
     assert any(line.split() == ["ash", "birch", "210", "us", "88", "us", "118", "MB/s"] for line in lines)
     assert any("decoding" in line and "coordinator" in line for line in lines)
 

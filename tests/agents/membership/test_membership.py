@@ -3,9 +3,11 @@
 import asyncio
 import logging
 import os
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -28,6 +30,7 @@ from meshd.protocol.identity import ClusterKey, load_identity
 from meshd.protocol.messages import PROTOCOL_VERSION, FetchProfile, PeerStatus, ProfileData
 from meshd.state import StateFolder
 from meshd.types import Advert, Holding, LearnedRates, ModelCard, ModelId, PeerId, Profile, Status
+from meshd.values import Address
 
 STRANGER = PeerId("c" * 52)
 CARD = make_card(30)
@@ -265,6 +268,52 @@ async def test_an_address_of_the_user_where_nobody_answers_is_not_reached_for_a_
     assert "nosuch.invalid is not known" in why["nosuch.invalid:6375"]
     assert "Connection refused" in why[f"127.0.0.1:{unused_tcp_port}"]
     assert all(name in caplog.text for name in why)
+
+
+def _published(member: Member) -> list[dict[str, Any]]:
+    """Return the events about peers so far."""
+    _, events = member.membership.events.since(0)
+    return [each for event in events if (each := msgspec.json.decode(event.line))["type"] == "peer"]
+
+
+async def test_every_failed_state_comes_as_an_event(members: list[Member], unused_tcp_port: int, tmp_path: Path) -> None:
+    ann, _, _ = members
+    for event in (
+        PeerFound(source="mdns", peer=STRANGER, addresses=("127.0.0.1",), port=unused_tcp_port, name="gone"),
+        PeerFound(source="static", peer=None, addresses=("127.0.0.2",), port=unused_tcp_port),
+        OtherClusters(source="mdns", peers={"b" * 16: 1}, addresses={"b" * 16: Address("10.0.0.9", 6375)}),
+    ):
+        ann.membership.on_sighting(event)
+    stranger = Member(tmp_path, "stranger", ClusterKey(b"x" * 32))
+    async with stranger.running():
+        ann.membership.on_sighting(PeerFound(source="static", peer=None, addresses=("127.0.0.1",), port=stranger.port))
+        await until(lambda: sum(bool(row["trouble"]) for row in ann.membership.rows()) == 4)
+    events = {each["of_name"]: each for each in _published(ann)}
+    assert (events["gone"]["state"], events["gone"]["was"]) == ("not reached", "found")
+    assert "Connection refused" in events["gone"]["reason"]
+    assert events[f"127.0.0.2:{unused_tcp_port}"]["state"] == "not reached"
+    assert events[f"127.0.0.1:{stranger.port}"]["state"] == "refused"
+    assert events["b" * 16]["state"] == "other cluster"
+    ann.membership.on_sighting(OtherClusters(source="mdns", peers={}))
+    assert [row["name"] for row in ann.membership.rows() if row["trouble"] == "other cluster"] == []
+    assert _published(ann)[-1]["state"] == "forgotten"
+
+
+async def test_a_peer_whose_clock_is_wrong_is_alive_with_a_trouble(members: list[Member], monkeypatch: pytest.MonkeyPatch) -> None:
+    ann, bob, _ = members
+    late = SystemClock()
+    monkeypatch.setattr(late, "wall", lambda: time.time() - 7200)
+    bob.membership.publisher.clock = late
+    ann.hears_of(bob)
+    await until(lambda: [row["trouble"] for row in ann.membership.rows()] == ["clock"])
+    (row,) = ann.membership.rows()
+    assert (row["state"], row["why"]) == ("alive", "its clock is 2 h behind this device's")
+    assert row["clock_ahead_s"] == pytest.approx(-7200, abs=5)
+    assert _published(ann)[-1]["reason"] == row["why"]
+    bob.membership.publisher.clock = SystemClock()
+    bob.membership.changed()
+    await until(lambda: [row["trouble"] for row in ann.membership.rows()] == [""])
+    assert _published(ann)[-1]["reason"] == ""
 
 
 async def test_a_peer_of_another_version_is_one_row_and_one_notice_until_it_has_gone(
