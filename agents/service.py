@@ -1,6 +1,7 @@
 """The interfaces of a peer that the HTTP API uses: `Coordinator` for answers, `ClusterService` for the cluster."""
 
 from collections.abc import AsyncIterator, Callable
+from enum import StrEnum
 from typing import Annotated, Any, Literal, NamedTuple, NewType, Protocol
 
 import msgspec
@@ -271,6 +272,49 @@ class InviteStep(msgspec.Struct, frozen=True, kw_only=True):
     """Where the invite listens, for a joiner that multicast does not reach."""
 
 
+class CheckStatus(StrEnum):
+    """The outcome of one check of `meshd doctor`."""
+
+    OK = "ok"
+    WARNING = "warning"
+    """Something that may become a fault, or costs speed."""
+    WRONG = "wrong"
+    """A fault: something does not work."""
+    UNCHECKED = "unchecked"
+    """It could not be found out. Counts as a warning."""
+
+
+class CheckResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What one check found about one subject."""
+
+    check: str
+    """Stable id of the check, such as `link-port`."""
+    status: CheckStatus
+    found: str
+    """What is so, or what is wrong and why."""
+    mend: str = ""
+    """What to type, or to do."""
+    subject: str = ""
+    """What was checked, where a check has several subjects: a peer, a folder, a backend."""
+
+
+class CheckStep(msgspec.Struct, frozen=True, kw_only=True):
+    """One check is done: one event in the stream of `POST /mesh/v1/doctor`."""
+
+    check: str
+    done: int
+    """Number of checks that are done."""
+    total: int
+    results: tuple[CheckResult, ...]
+
+
+class DoctorRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The request of `meshd doctor` and `POST /mesh/v1/doctor`."""
+
+    model: str | None = None
+    """A model to check the needs of."""
+
+
 class EventLine(NamedTuple):
     """One event for a reader of `GET /mesh/v1/events`."""
 
@@ -381,4 +425,11 @@ class ClusterService(Protocol):
 
     def close_invite(self) -> bool:
         """Close the open invite. Returns: False if there is none."""
+        ...
+
+    def doctor(self, request: DoctorRequest) -> AsyncIterator[CheckStep]:
+        """Look for faults of this device, its set-up and its connections with other peers.
+
+        Raises: Overloaded if such a search runs here already.
+        """
         ...

@@ -3,8 +3,8 @@
 import asyncio
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, aclosing, asynccontextmanager, closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from logging import getLogger
@@ -21,6 +21,7 @@ from meshd.agents.device.probe import ProbeResult, Progress, probe
 from meshd.agents.links import links
 from meshd.agents.links.pairing.inviter import Inviter, InviterSettings
 from meshd.agents.links.probe import LinkProber
+from meshd.agents.membership.interfaces import used_addresses
 from meshd.agents.membership.invites import mdns as mdns_invites
 from meshd.agents.membership.mdns import MdnsDiscovery
 from meshd.agents.membership.mdns_records import Announcement
@@ -33,6 +34,7 @@ from meshd.agents.placement.restart.placements import Placements
 from meshd.agents.placement.weights.headers import HeaderFetcher
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.agents.placement.weights.sources import WeightSources
+from meshd.agents.service import CheckStep, DoctorRequest
 from meshd.agents.supervisor import Supervisor
 from meshd.agents.text.model_texts import ModelTexts
 from meshd.agents.text.workers import TextWorkers, memory_limit
@@ -44,7 +46,9 @@ from meshd.api.http.services import ClientLimits
 from meshd.clock import Clock, SystemClock
 from meshd.compose import Parts, PeerSettings, PeerSignals, compose
 from meshd.config import Config, require_guarded_api
-from meshd.errors import LocalFault
+from meshd.doctor import CHECKS
+from meshd.doctor.check import Context, LivePeer, Runner
+from meshd.errors import LocalFault, Overloaded
 from meshd.kernels.registry import make_backend
 from meshd.models.store.store import Store
 from meshd.protocol import transport
@@ -196,6 +200,8 @@ class Daemon:
         self.peer = compose(_parts(config, identity, measured, clock, self._telemetry, sockets, shares))
         peer = self.peer
         self.reloader = Reloader(config, peer, read_config or (lambda: config))
+        peer.reach.multicast = self._multicast_addresses
+        self._doctor = Runner(CHECKS)
         self.view = ClusterView(
             drainer=self.peer.drainer,
             story_collector=self.peer.story_collector,
@@ -212,6 +218,7 @@ class Daemon:
             reload_settings=lambda: asdict(self.reloader.reload()),
             about=self._about,
             inviter=Inviter(self._inviter_settings(), clock),
+            checks=self._checks,
         )
 
     def _inviter_settings(self) -> InviterSettings:
@@ -243,7 +250,7 @@ class Daemon:
         port = peer.links.bind()
         membership.link_address = f"{self._config.link.host}:{port}"
         if self._identity.notice:
-            membership.notice(self._identity.notice)
+            membership.notice(self._identity.notice, "nothing needs to be done: the two devices are two peers now")
         await peer.library.refresh()
         local_key = self._clock.random_bytes(24).hex()
         keys = KeyRing(
@@ -289,6 +296,31 @@ class Daemon:
         if "static" in self._config.discovery and self._config.peers:
             sources.append(StaticPeers(self._config.peers, self.peer.membership.on_sighting, clock=self._clock))
         return sources
+
+    def _multicast_addresses(self) -> tuple[str, ...] | None:
+        return tuple(used_addresses(self._mdns.interfaces)) if self._mdns is not None else None
+
+    async def _checks(self, request: DoctorRequest) -> AsyncGenerator[CheckStep, None]:
+        """Run the checks of `meshd doctor` on this daemon. Raises: Overloaded if they run already."""
+        if self._doctor.running:
+            raise Overloaded("another `meshd doctor` runs on this daemon", hint="try again when it has ended", retry_after_s=10.0)
+        membership, links_ = self.peer.membership, self.peer.links
+        live = LivePeer(
+            id=self._identity.peer,
+            cluster=self._identity.fingerprint,
+            link=membership.link_address,
+            api=membership.publisher.api_address,
+            linked=links_.peers,
+            rows=self.view.peers,
+            notices=membership.notices.items,
+            reach=self.peer.reach.check,
+            dial=links_.reach,
+            plan=self.view.plan,
+        )
+        context = Context(config=self._config, clock=self._clock, model=request.model, peer=live)
+        async with aclosing(self._doctor.run(context)) as steps:
+            async for step in steps:
+                yield step
 
     def _about(self) -> dict[str, Any]:
         discovery = self._mdns

@@ -227,19 +227,29 @@ def load_identity(folder: StateFolder, cluster: ClusterKey, random_bytes: Callab
 
 
 def _load_private(folder: StateFolder) -> tuple[Ed25519PrivateKey | None, str]:
-    data = folder.read(IDENTITY_FILE)
-    if data is None:
+    if folder.read(IDENTITY_FILE) is None:
         return None, ""
-    first, _, pem = data.partition(b"\n")
-    if first.startswith(_PLACE.encode()) and first != f"{_PLACE}{folder.location_id()}".encode():
+    if is_copy(folder):
         return None, f"{folder.path} is a copy of another peer's folder, so this peer has made a new identity"
+    return load_private_key(folder), ""
+
+
+def is_copy(folder: StateFolder) -> bool:
+    """Whether the folder's identity was made in another folder or on another device. Raises: StorageError."""
+    first, _, _ = (folder.read(IDENTITY_FILE) or b"").partition(b"\n")
+    return first.startswith(_PLACE.encode()) and first != f"{_PLACE}{folder.location_id()}".encode()
+
+
+def load_private_key(folder: StateFolder) -> Ed25519PrivateKey:
+    """Load this peer's own key, also from a copied folder. Raises: StorageError if there is none or the file is broken."""
+    _, _, pem = (folder.read(IDENTITY_FILE) or b"").partition(b"\n")
     try:
         private = serialization.load_pem_private_key(pem, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise _broken(folder) from error
     if not isinstance(private, Ed25519PrivateKey):
         raise _broken(folder)
-    return private, ""
+    return private
 
 
 def _broken(folder: StateFolder) -> StorageError:

@@ -1,7 +1,7 @@
 """The cluster as this peer sees it, and the operations on it. Rows are JSON-ready dicts; their keys are part of the API."""
 
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,17 @@ from meshd.agents.observe.stream import EventStream
 from meshd.agents.placement.client import PlacementClient
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.plan_input import plan_input_of
-from meshd.agents.service import AnswerSecret, EventLine, InviteStep, MeshOptions, PlacementStep, PlaceRequest, PlanRequest
+from meshd.agents.service import (
+    AnswerSecret,
+    CheckStep,
+    DoctorRequest,
+    EventLine,
+    InviteStep,
+    MeshOptions,
+    PlacementStep,
+    PlaceRequest,
+    PlanRequest,
+)
 from meshd.agents.session.answer import header_of
 from meshd.agents.session.coordinator import Coordinator
 from meshd.agents.session.journal.keys import session_of
@@ -63,6 +73,8 @@ class ClusterView:
     reload_settings: Callable[[], dict[str, Any]]
     about: Callable[[], dict[str, Any]]
     """Returns this peer's row for `identity`."""
+    checks: Callable[[DoctorRequest], AsyncGenerator[CheckStep, None]]
+    """Runs the checks of `doctor`."""
 
     def identity(self) -> dict[str, Any]:
         """See `service.ClusterService.identity`."""
@@ -175,6 +187,12 @@ class ClusterView:
     def close_invite(self) -> bool:
         """See `service.ClusterService.close_invite`."""
         return self.inviter.close()
+
+    async def doctor(self, request: DoctorRequest) -> AsyncIterator[CheckStep]:
+        """See `service.ClusterService.doctor`."""
+        async with aclosing(self.checks(request)) as steps:
+            async for step in steps:
+                yield step
 
     async def _card_or_preview(self, model: str) -> tuple[ModelCard, ModelPreview | None]:
         """Find the card of a model. That of a model that no live peer has is read from its source, without the weights."""

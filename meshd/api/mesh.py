@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import msgspec
 from aiohttp import web
 
-from meshd.agents.service import ClusterService, PlaceRequest, PlanRequest
+from meshd.agents.service import ClusterService, DoctorRequest, PlaceRequest, PlanRequest
 from meshd.api.http.body import read_body, read_query
 from meshd.api.http.reply import Rows, json_response
 from meshd.api.http.services import SERVICES
@@ -184,6 +184,16 @@ async def place(request: web.Request) -> web.StreamResponse:
 
     async def produce(stream: EventStream) -> None:
         await _send_all(stream, request.app[SERVICES].mesh.place(body))
+
+    return await respond(request, produce)
+
+
+async def doctor(request: web.Request) -> web.StreamResponse:
+    """Look for faults, and stream what each check finds."""
+    body = await read_body(request, DoctorRequest)
+
+    async def produce(stream: EventStream) -> None:
+        await _send_all(stream, request.app[SERVICES].mesh.doctor(body))
 
     return await respond(request, produce)
 

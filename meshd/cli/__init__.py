@@ -33,6 +33,7 @@ VERBS = {
     "key": "show, make or replace the cluster key and the API key",
     "debug": "show a session's events, collected from all peers",
     "service": "start the daemon at boot, under systemd or launchd",
+    "doctor": "look for faults of this device and its connections, and say what to type",
     "config": "show every setting, its value and where the value comes from",
 }
 INTERRUPTED = 130

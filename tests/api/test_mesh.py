@@ -140,3 +140,17 @@ async def test_trace(http: aiohttp.ClientSession) -> None:
         assert (await response.json())["traceEvents"] == []
     async with http.get(f"/mesh/v1/sessions/{'0' * 32}/trace") as response:
         assert response.status == 404
+
+
+async def test_doctor_streams_what_each_check_finds(http: aiohttp.ClientSession, events_of: Any) -> None:
+    async with http.post("/mesh/v1/doctor", json={}) as response:
+        *steps, end = await events_of(response)
+    assert end == "[DONE]"
+    assert [(step["check"], step["done"], step["total"]) for step in steps] == [("firewall", 1, 2), ("swap", 2, 2)]
+    assert steps[0]["results"][0]["status"] == "wrong"
+    assert steps[0]["results"][0]["mend"] == "sudo ufw allow 6375/tcp"
+
+
+async def test_only_one_doctor_runs_at_a_time(http: aiohttp.ClientSession) -> None:
+    async with http.post("/mesh/v1/doctor", json={"model": "busy"}) as response:
+        assert response.status == 429

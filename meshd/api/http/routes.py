@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from meshd.agents.service import InviteStep, PlacementStep, PlaceRequest, PlanRequest
+from meshd.agents.service import CheckStep, DoctorRequest, InviteStep, PlacementStep, PlaceRequest, PlanRequest
 from meshd.api import health, mesh
 from meshd.api.http.reply import Rows
 from meshd.api.mesh import Handler
@@ -95,5 +95,6 @@ ROUTES = (
     Route("GET", "/mesh/v1/invites", mesh.invites, "The open invite", gives=Rows),
     Route("DELETE", "/mesh/v1/invites", mesh.close_invites, "Close the open invite", gives=mesh.ClosedInvites),
     Route("POST", "/mesh/v1/reload", mesh.reload, "Read the settings again", gives=mesh.ReloadedSettings),
+    Route("POST", "/mesh/v1/doctor", mesh.doctor, "Look for faults, and say how to mend them", DoctorRequest, streams=CheckStep),
     Route("POST", "/mesh/v1/links/probe", mesh.probe_links, "Measure this peer's links", gives=Rows),
 )

@@ -98,6 +98,7 @@ def view(agents: RecordedAgents) -> ClusterView:
         "reload_settings": dict,
         "about": dict,
         "inviter": None,
+        "checks": None,
     }
     return ClusterView(**cast("dict[str, Any]", parts))
 

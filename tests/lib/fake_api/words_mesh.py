@@ -6,8 +6,18 @@ from typing import Any
 
 import msgspec
 
-from meshd.agents.service import EventLine, InviteStep, PlacementStep, PlaceRequest, PlanRequest
-from meshd.errors import InvalidRequest, NoPeer, PeerLost, UnknownModel, UnknownSession
+from meshd.agents.service import (
+    CheckResult,
+    CheckStatus,
+    CheckStep,
+    DoctorRequest,
+    EventLine,
+    InviteStep,
+    PlacementStep,
+    PlaceRequest,
+    PlanRequest,
+)
+from meshd.errors import InvalidRequest, NoPeer, Overloaded, PeerLost, UnknownModel, UnknownSession
 from meshd.types import LayerRange, PeerId
 
 SESSION = "5e" * 16
@@ -113,3 +123,10 @@ class WordsMesh:
 
     def close_invite(self) -> bool:
         return self.invite_open
+
+    async def doctor(self, request: DoctorRequest) -> AsyncIterator[CheckStep]:
+        if request.model == "busy":
+            raise Overloaded("another `meshd doctor` runs on this daemon", retry_after_s=10.0)
+        fault = CheckResult(check="firewall", status=CheckStatus.WRONG, found="closed", mend="sudo ufw allow 6375/tcp")
+        yield CheckStep(check="firewall", done=1, total=2, results=(fault,))
+        yield CheckStep(check="swap", done=2, total=2, results=(CheckResult(check="swap", status=CheckStatus.OK, found="no swap"),))

@@ -1,0 +1,123 @@
+"""Checks of the backends: that each computes, computes right, and how fast the device was measured to be."""
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+import meshd
+from meshd.agents.device.memory import usable_cores
+from meshd.agents.device.probe import probe_key
+from meshd.agents.device.probe_record import CACHE_FILE, load_record
+from meshd.agents.service import CheckResult
+from meshd.display import flops, rate
+from meshd.doctor.check import Context, Found, ok, warning, wrong
+from meshd.kernels.registry import ACCELERATED, available_backends
+
+NUMERICS_S = 90.0
+"""Deadline of a backend's small network. Most of the time is for loading its library: 2 to 20 s."""
+_AUTO = "auto"
+MOST_ERROR = 0.02
+"""Largest relative error of the scores. Measured: onnxruntime, whose products round activations to 8 bits, 0.005; torch 2e-6."""
+
+
+class NumericsResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What a backend computed."""
+
+    backend: str
+    tokens: tuple[int, ...]
+    expected: tuple[int, ...]
+    error: Annotated[float, msgspec.Meta(ge=0)]
+    """Largest difference of a score from the reference, relative to the largest score."""
+    seconds: float
+    """For one prompt and the tokens, after the weights were loaded."""
+
+    @property
+    def right(self) -> bool:
+        return self.tokens == self.expected and self.error <= MOST_ERROR
+
+
+async def backends(context: Context) -> Found:
+    """Compute a small known network with each backend that this device would use."""
+    wanted = context.config.backend
+    installed = available_backends()
+    if not installed:
+        mend = f"{sys.executable} -m pip install --upgrade meshd-edge"
+        return [wrong("backend", "no backend is installed: torch and onnxruntime are missing", mend)]
+    if wanted not in (_AUTO, *installed, *ACCELERATED):
+        return [wrong("backend", f"backend {wanted} is not installed here", f"start `meshd up` with `--backend {installed[0]}`")]
+    names = installed if wanted == _AUTO else (context.config.wanted_backend,)
+    return [await _numerics(name, installed) for name in names]
+
+
+async def _numerics(name: str, installed: tuple[str, ...]) -> CheckResult:
+    others = [each for each in installed if not name.startswith(each)]
+    mend = f"start `meshd up` with `--backend {others[0]}`" if others else f"{sys.executable} -m pip install --upgrade meshd-edge"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "meshd.doctor.numerics", name, "1"),
+        cwd=Path(meshd.__file__).parent.parent,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(NUMERICS_S):
+            output, errors = await process.communicate()
+    except TimeoutError:
+        return wrong("backend", f"{name} did not compute a small network within {NUMERICS_S:.0f} s", mend, name)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    return judge(name, output, errors, process.returncode or 0, mend)
+
+
+def judge(name: str, output: bytes, errors: bytes, status: int, mend: str) -> CheckResult:
+    """Judge what the process of `meshd.doctor.numerics` printed."""
+    try:
+        result = msgspec.json.decode((output.splitlines() or [b""])[-1], type=NumericsResult)
+    except msgspec.DecodeError:
+        why = (errors.decode(errors="replace").strip().splitlines() or [f"its process ended with status {status}"])[-1]
+        return wrong("backend", f"{name} does not compute: {why}", mend, name)
+    if not result.right:
+        found = f"{name} computes wrong numbers: tokens {_list(result.tokens)} instead of {_list(result.expected)}"
+        return wrong("backend", f"{found}, relative error {result.error:.2g}", mend, name)
+    return ok(
+        "backend",
+        f"computes the reference's {len(result.tokens)} tokens (error {result.error:.1g}, in {result.seconds:.2f} s)",
+        name,
+    )
+
+
+def _list(tokens: tuple[int, ...]) -> str:
+    return ",".join(map(str, tokens))
+
+
+def speed(context: Context) -> Found:
+    """Show the stored measurement of this device."""
+    config = context.config
+    path = config.cache / CACHE_FILE
+    try:
+        if path.exists():
+            msgspec.json.decode(path.read_bytes())
+    except msgspec.DecodeError:
+        return [warning("speed", f"{path} is torn, so this device will be measured again", "meshd bench")]
+    cores = usable_cores()
+    names = available_backends() if config.backend == _AUTO else (config.wanted_backend,)
+    record = load_record(config.cache, probe_key(cores, config.threads or cores, names))
+    if record is None:
+        return [ok("speed", "not measured yet: the first `meshd up` or `meshd bench` does it")]
+    failed = [
+        warning("speed", f"{trial.backend} could not be measured: {trial.error}", "meshd bench", trial.backend)
+        for trial in record.trials
+        if trial.error
+    ]
+    measured = [
+        ok("speed", f"decode {rate(trial.rates.decode_bytes_s)}, prefill {flops(trial.rates.prefill_flops_s)}", trial.backend)
+        for trial in record.trials
+        if trial.rates is not None
+    ]
+    return [*failed, *measured]
