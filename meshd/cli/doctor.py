@@ -25,7 +25,7 @@ _TOPICS = (
     *("cluster-key", "identity", "copied-folder", "certificate", "state-folder", "state-lock"),
     *("state-disk", "cache-disk", "models-disk", "hf-cache-disk", "memory", "cgroup", "swap", "open-files", "locked-memory"),
     *("huge-pages", "cpu-quota", "cpu-governor", "temperature", "battery", "clock", "container", "python", "packages"),
-    *("backend", "speed", "model", "model-disk"),
+    *("backend", "speed", "models", "model", "model-disk"),
 )
 _ORDER = {check: place for place, check in enumerate(_TOPICS)}
 """Place of each result's id in the output. The ids are part of `--json`: they keep their meaning."""

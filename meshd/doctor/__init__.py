@@ -41,6 +41,7 @@ CHECKS: tuple[Check, ...] = (
     Check("packages", host.packages),
     Check("backend", compute.backends, 3 * compute.NUMERICS_S),
     Check("speed", compute.speed),
+    Check("models", model.stored),
     Check("model", model.model, model.LOOK_S),
 )
 """All checks. `meshd/cli/doctor.py` sorts their results."""

@@ -1,6 +1,7 @@
 """What a check of `meshd doctor` is: a function with a stable id, which finds results. All run at once, each with a deadline."""
 
 import asyncio
+import inspect
 import subprocess
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
@@ -136,7 +137,7 @@ class Runner:
     async def _results(self, check: Check, context: Context) -> tuple[str, tuple[CheckResult, ...]]:
         try:
             async with asyncio.timeout(check.deadline_s):
-                if asyncio.iscoroutinefunction(check.run):
+                if inspect.iscoroutinefunction(check.run):
                     return check.id, tuple(await check.run(context))
                 return check.id, tuple(await self._in_thread(check, context))
         except TimeoutError:

@@ -1,6 +1,8 @@
 """Checks of the cluster: each peer's state, ports and multicast both ways, clocks and versions. They need the running daemon."""
 
 import asyncio
+import os
+import socket
 
 from meshd.agents.admin.reach import PeerReach
 from meshd.agents.service import CheckResult
@@ -13,12 +15,14 @@ CLOCK_WARNING_S, CLOCK_WRONG_S = 10.0, 300.0
 MAX_CHECKED = 32
 """Most peers that one search asks to dial back, so that a large cluster is not asked by every user."""
 _AT_ONCE = 4
+CONNECT_S = 3.0
 
 
-def peers(context: Context) -> Found:
-    """Say which peers are linked, and why others are not."""
+async def peers(context: Context) -> Found:
+    """Say which peers are linked, and why others are not. Without a daemon, try the addresses of `--peer`."""
     if context.peer is None:
-        return [unchecked("peers", "the daemon does not run, so its peers are not known", "meshd up")]
+        tried = await asyncio.gather(*map(_try, context.config.peers[:MAX_CHECKED]))
+        return [*tried, unchecked("peers", "the daemon does not run, so its peers are not known", "meshd up")]
     rows = [row for row in context.peer.rows() if row["id"] != context.peer.id]
     results = [_of_row(row) for row in rows if row["trouble"]]
     alive = sum(row["state"] == "alive" for row in rows)
@@ -28,6 +32,21 @@ def peers(context: Context) -> Found:
         return results
     mend = "start `meshd up --key CODE` on another device (`meshd key show` prints CODE), or name one with `--peer HOST:PORT`"
     return [warning("peers", "no other peer was found", mend)]
+
+
+async def _try(address: Address) -> CheckResult:
+    """Connect to an address of `--peer`. Which peer answers there, only the daemon can tell."""
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            _, writer = await asyncio.open_connection(address.host, address.port)
+    except OSError as error:
+        why = "no answer in time" if isinstance(error, TimeoutError) else os.strerror(error.errno) if error.errno else str(error)
+        if isinstance(error, socket.gaierror):
+            why = f"its name is not known ({error.strerror})"
+        mend = f"start `meshd up` there, and open TCP port {address.port}: `meshd doctor` there shows the command"
+        return wrong("peer-unreachable", f"nobody answers: {why}", mend, str(address))
+    writer.close()
+    return ok("peer-reach", "something listens there", str(address))
 
 
 _CHECK_OF = {

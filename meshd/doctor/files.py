@@ -5,6 +5,7 @@ import json
 import os
 import stat
 import tempfile
+import time
 from pathlib import Path
 
 from meshd.agents.service import CheckResult
@@ -16,6 +17,8 @@ _TEST_BYTES = 4096
 _STATE_SPARE, _MODELS_SPARE = 16 << 20, 1 << 30
 """Free space below which a warning is due: room for records, and for a small model."""
 _OTHERS = 0o077
+_LONG_S = 60.0
+"""Age of a temporary file that a running daemon does not write any more."""
 
 
 def disks(context: Context) -> Found:
@@ -90,7 +93,7 @@ def _permissions(folder: Path) -> Found:
 def _torn(folder: Path) -> Found:
     """Find what a crash in the middle of a write leaves behind."""
     for path in sorted(folder.glob(".*.????????")):
-        if path.is_file() and read_holder(folder) is None:
+        if path.is_file() and (read_holder(folder) is None or time.time() - path.stat().st_mtime > _LONG_S):
             yield warning("state-folder", f"{path} was left by a write that did not end", f"rm {path}", path.name)
     for path in sorted(folder.glob("*.json")):
         try:

@@ -104,10 +104,12 @@ def _nftables(context: Context, port: int, mdns: bool) -> CheckResult | None:
     chains = [entry["chain"] for entry in entries if "chain" in entry and entry["chain"].get("hook") == "input"]
     rules = [entry["rule"] for entry in entries if "rule" in entry]
     closed: dict[str, str] = {}
+    followed = True
     for chain in chains:
         where = (chain["family"], chain["table"], chain["name"])
         own = [rule for rule in rules if (rule["family"], rule["table"], rule["chain"]) == where]
         for each in _wanted(port, mdns):
+            followed = followed and not any(_nft_leads_on(rule.get("expr", [])) for rule in own)
             verdict = next(
                 (found for rule in own if (found := _nft_verdict(rule.get("expr", []), each))), chain.get("policy", "accept")
             )
@@ -117,8 +119,21 @@ def _nftables(context: Context, port: int, mdns: bool) -> CheckResult | None:
         return None
     if not closed:
         return ok("firewall", "nftables is active and lets peers in", "nftables")
+    if not followed:
+        found = "nftables has chains, maps or sets of its own, which are not followed"
+        return unchecked("firewall", found, "sudo nft list ruleset", "nftables")
     mend = " && ".join(f"sudo nft insert rule {chain} {_nft_match(each)} accept" for each, chain in closed.items())
     return wrong("firewall", f"nftables keeps peers out: {' and '.join(closed)} {_are(closed)} closed", mend, "nftables")
+
+
+def _nft_leads_on(expressions: list[Any]) -> bool:
+    """Whether a rule goes on in another chain, or compares a port with a named set: what it decides is not in the rule."""
+    named = any(
+        isinstance(part["match"].get("right"), str) and "payload" in str(part["match"].get("left"))
+        for part in expressions
+        if "match" in part
+    )
+    return named or any(word in part for part in expressions for word in ("jump", "goto", "vmap"))
 
 
 def _nft_match(wanted: str) -> str:

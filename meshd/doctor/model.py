@@ -8,9 +8,11 @@ from meshd.agents.device.memory import measure_memory
 from meshd.agents.placement.plan_input import USUAL_CONTEXT
 from meshd.agents.service import CheckResult, PlanRequest
 from meshd.display import size
-from meshd.doctor.check import Context, Found, LivePeer, ok, unchecked, wrong
-from meshd.errors import DoesNotFit, MeshdError, UnknownModel
+from meshd.doctor.check import Context, Found, LivePeer, ok, unchecked, warning, wrong
+from meshd.errors import DoesNotFit, MeshdError, StorageError, UnknownModel
 from meshd.models.cards import card_from_gguf
+from meshd.models.files.disk import stamp_of
+from meshd.models.store.index import Index
 from meshd.models.store.store import Store
 from meshd.planner.network import Network
 from meshd.planner.problem import PlanInput
@@ -69,6 +71,24 @@ def _room(context: Context, name: str, fetch: dict[str, Any]) -> Found:
         mend = f"remove models with `meshd rm MODEL`, or use another folder: `--hf-cache DIR` (now {folder})"
         return [wrong("model-disk", found, mend, name)]
     return [ok("model-disk", f"{size(fetch['bytes'])} are to be fetched, {size(free)} are free", name)]
+
+
+def stored(context: Context) -> Found:
+    """Check that the files of the models on this device are there and whole."""
+    folder = context.config.models_dir
+    try:
+        models = Index(folder).read()
+    except StorageError as error:
+        return [wrong("models", error.message, f"rm {folder / 'index.json'}, then `meshd pull MODEL` for each")]
+    bad = []
+    for each in models:
+        if not each.is_here():
+            bad.append(wrong("models", f"its file {each.path} is gone or torn", f"meshd pull {each.name}", each.name))
+        elif stamp_of(each.path) != each.stamp:
+            found = f"{each.path} was changed after it was checked, so it is hashed again before use"
+            bad.append(warning("models", found, f"meshd pull {each.name}", each.name))
+    total = sum(each.size_bytes for each in models)
+    return bad or [ok("models", f"{len(models)} on this device, {size(total)}" if models else "none on this device yet")]
 
 
 async def _alone(context: Context, name: str) -> Found:

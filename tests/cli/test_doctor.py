@@ -35,8 +35,7 @@ def without_backends(monkeypatch: pytest.MonkeyPatch, unused_tcp_port_factory: C
 
     monkeypatch.setattr(meshd.doctor, "CHECKS", tuple(check for check in meshd.doctor.CHECKS if check.id != "backend"))
     monkeypatch.setenv("MESHD_LINK", f"0.0.0.0:{unused_tcp_port_factory()}")
-    monkeypatch.setenv("MESHD_DISCOVERY", "static")
-    monkeypatch.setenv("MESHD_PEER", "127.0.0.1:1")
+    monkeypatch.setenv("MESHD_DISCOVERY", "mdns,static")
     monkeypatch.setenv("MESHD_CONFIG", os.devnull)
 
 

@@ -2,7 +2,8 @@
 
 import asyncio
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,14 @@ Diagnose = Callable[[Context], list[CheckResult]]
 
 
 @pytest.fixture
-def context(tmp_path: Path, unused_tcp_port_factory: Callable[[], int]) -> Context:
+def neighbour() -> Iterator[str]:
+    """The address of something that listens, for `--peer`."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture
+def context(tmp_path: Path, neighbour: str, unused_tcp_port_factory: Callable[[], int]) -> Context:
     """A device with an identity, free ports, and folders of its own; its system's files are this machine's."""
     flags = {
         "state": str(tmp_path / "state"),
@@ -32,7 +40,7 @@ def context(tmp_path: Path, unused_tcp_port_factory: Callable[[], int]) -> Conte
         "api": f"127.0.0.1:{unused_tcp_port_factory()}",
         "link": f"0.0.0.0:{unused_tcp_port_factory()}",
         "discovery": "static",
-        "peer": "127.0.0.1:1",
+        "peer": neighbour,
     }
     for name in ("state", "cache", "hub"):
         (tmp_path / name).mkdir(mode=0o700)

@@ -24,12 +24,16 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from in_process.clusters import make_card
+from meshd.agents.membership.interfaces import Interface, InterfaceKind
 from meshd.agents.service import CheckResult, CheckStatus
 from meshd.clock import SystemClock
 from meshd.doctor.check import Context
 from meshd.errors import DoesNotFit
+from meshd.models.files.disk import stamp_of
+from meshd.models.store.index import Index, StoredModel
 from meshd.protocol.identity import CERTIFICATE_FILE, CLUSTER_FILE, IDENTITY_FILE, ClusterKey, load_cluster_key, load_private_key
 from meshd.state import StateFolder, lock_state
+from meshd.types import ModelId
 from meshd.values import Address
 
 
@@ -60,6 +64,44 @@ def no_interface(context: Context, shop: Workshop) -> Context:
 
 def no_way_to_find_peers(context: Context, shop: Workshop) -> Context:
     return change(context, peers=())
+
+
+def nobody_at_the_named_peer(context: Context, shop: Workshop) -> Context:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    return change(context, peers=(Address("127.0.0.1", port),))
+
+
+def named_peer_without_address(context: Context, shop: Workshop) -> Context:
+    return change(context, peers=(Address("nosuch.invalid", 6375),))
+
+
+def container_with_its_own_network(context: Context, shop: Workshop) -> Context:
+    root = _system(shop)
+    (root / ".dockerenv").touch()
+    inside = Interface(name="eth0", index=2, kind=InterfaceKind.VIRTUAL, up=True, multicast=True, networks=("172.17.0.2/16",))
+    return replace(context, root=root, interfaces=lambda: [inside])
+
+
+def lost_model_file(context: Context, shop: Workshop) -> Context:
+    folder, path = context.config.models_dir, shop.folder / "tiny.gguf"
+    folder.mkdir()
+    path.write_bytes(b"GGUF")
+    stamp = stamp_of(path)
+    assert stamp is not None
+    Index(folder).put(
+        StoredModel(
+            name="tiny", ref="file:/x", id=ModelId("5a" * 16), sha256="5a" * 32, path=path, in_place=True, stamp=stamp, created=1
+        )
+    )
+    path.unlink()
+    return context
+
+
+def torn_index_of_models(context: Context, shop: Workshop) -> Context:
+    context.config.models_dir.mkdir()
+    (context.config.models_dir / "index.json").write_text('{"models": [')
+    return context
 
 
 def mdns_port_taken(context: Context, shop: Workshop) -> Context:
@@ -309,6 +351,11 @@ SETUPS: tuple[tuple[Break, str, str, str], ...] = (
     (wrong_interface, "interfaces", "wlan9 (not here)", "--interface"),
     (no_interface, "interfaces", "no network interface is up", "--interface"),
     (no_way_to_find_peers, "discovery", "no way to find a peer", "--discovery mdns,static"),
+    (nobody_at_the_named_peer, "peer-unreachable", "Connection refused", "meshd up"),
+    (named_peer_without_address, "peer-unreachable", "its name is not known", "meshd up"),
+    (container_with_its_own_network, "container", "a docker container with a network of its own", "--network host"),
+    (lost_model_file, "models", "is gone or torn", "meshd pull tiny"),
+    (torn_index_of_models, "models", "can't be read", "index.json"),
     (mdns_port_taken, "mdns-port", "UDP port 5353 can't be used", "meshd up --peer HOST:PORT"),
     (link_port_taken, "link-port", f"is in use by process {os.getpid()}", "--link 0.0.0.0:"),
     (api_port_taken, "api-port", f"is in use by process {os.getpid()}", "--api 127.0.0.1:"),

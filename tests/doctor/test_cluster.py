@@ -68,9 +68,9 @@ def _with(context: Context, rows: list[dict[str, Any]], told: list[tuple[str, st
     return replace(context, peer=cast("Any", SimpleNamespace(id=OWN, rows=lambda: rows, notices=lambda: told)))
 
 
-def test_peers_that_are_left_out_are_told_with_the_reason_of_their_row(context: Context) -> None:
+async def test_peers_that_are_left_out_are_told_with_the_reason_of_their_row(context: Context) -> None:
     rows = [_row(OWN), _row("desk"), _row("attic", "refused", "refused"), _row("den", "version")]
-    results = list(peers(_with(context, rows, [])))
+    results = list(await peers(_with(context, rows, [])))
     assert [(each.check, each.status.value, each.subject) for each in results] == [
         ("peers", "ok", ""),
         ("peer-refused", "wrong", "attic"),
@@ -79,8 +79,8 @@ def test_peers_that_are_left_out_are_told_with_the_reason_of_their_row(context: 
     assert all(each.mend == "do this" for each in results[1:])
 
 
-def test_a_lone_peer_is_told_how_another_one_joins(context: Context) -> None:
-    [result] = peers(_with(context, [_row(OWN)], []))
+async def test_a_lone_peer_is_told_how_another_one_joins(context: Context) -> None:
+    [result] = await peers(_with(context, [_row(OWN)], []))
     assert result.status.value == "warning"
     assert "meshd up --key CODE" in result.mend
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from meshd.agents.service import CheckResult
-from meshd.doctor.check import Context, run_command
+from meshd.doctor.check import CommandOutput, Context, run_command
 from meshd.doctor.firewall import firewall
 
 Install = Callable[..., None]
@@ -150,6 +150,19 @@ def test_nftables_that_lets_peers_in(ask: Callable[[], CheckResult], install: In
     assert _said(ask()) == ("ok", "nftables", "")
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        [{"jump": {"target": "filter_INPUT"}}],
+        _port("tcp", "@open_ports", "accept"),
+        [{"vmap": {"key": {"payload": {"protocol": "tcp", "field": "dport"}}, "data": {"set": []}}}],
+    ],
+)
+def test_nftables_whose_rules_lead_elsewhere(rule: list[object], ask: Callable[[], CheckResult], install: Install) -> None:
+    install("nft", _nft("drop", rule))
+    assert _said(ask()) == ("unchecked", "nftables", "sudo nft list ruleset")
+
+
 def test_nftables_that_only_root_may_ask(ask: Callable[[], CheckResult], install: Install) -> None:
     install("nft", "Operation not permitted (you must be root)\n", 1)
     assert _said(ask()) == ("unchecked", "nftables", SUDO)
@@ -174,3 +187,27 @@ def test_iptables_that_drops_by_default(ask: Callable[[], CheckResult], install:
 def test_other_rules_of_iptables(rules: str, status: str, ask: Callable[[], CheckResult], install: Install) -> None:
     install("iptables", rules)
     assert ask().status.value == status
+
+
+MACOS_ON = "Firewall is enabled. (State = 1)\n"
+
+
+@pytest.mark.parametrize(
+    ("state", "apps", "status", "mend"),
+    [
+        ("Firewall is disabled. (State = 0)\n", "", "ok", ""),
+        (MACOS_ON, f"1 :  {sys.executable}\n\t ( Allow incoming connections )\n", "ok", ""),
+        (MACOS_ON, f"1 :  {sys.executable}\n\t ( Block incoming connections )\n", "wrong", "--unblockapp"),
+        (MACOS_ON, "ALF: total number of apps = 0\n", "unchecked", "--unblockapp"),
+        ("Firewall is enabled. (State = 2)\n", "", "wrong", "--setblockall off"),
+    ],
+)
+def test_the_firewall_of_macos(
+    state: str, apps: str, status: str, mend: str, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its program is at a fixed path, so the answers are given here."""
+    answers = {"--getglobalstate": state, "--getblockall": "Block all DISABLED!\n", "--listapps": apps}
+    monkeypatch.setattr(sys, "platform", "darwin")
+    [result] = firewall(replace(context, command=lambda words: CommandOutput(0, answers[words[-1]])))
+    assert result.status.value == status
+    assert mend in result.mend
