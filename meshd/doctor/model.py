@@ -74,21 +74,29 @@ def _room(context: Context, name: str, fetch: dict[str, Any]) -> Found:
 
 
 def stored(context: Context) -> Found:
-    """Check that the files of the models on this device are there and whole."""
+    """Check that the files of the models on this device are there and whole.
+
+    A file that was imported in place belongs to the user, who may remove it: the model is then not known any more.
+    """
     folder = context.config.models_dir
     try:
         models = Index(folder).read()
     except StorageError as error:
         return [wrong("models", error.message, f"rm {folder / 'index.json'}, then `meshd pull MODEL` for each")]
-    bad = []
+    bad, gone = [], []
     for each in models:
-        if not each.is_here():
+        if not each.is_here() and each.in_place:
+            gone.append(
+                ok("models", f"its file {each.path} was removed by its owner, so the model is not known any more", each.name)
+            )
+        elif not each.is_here():
             bad.append(wrong("models", f"its file {each.path} is gone or torn", f"meshd pull {each.name}", each.name))
         elif stamp_of(each.path) != each.stamp:
             found = f"{each.path} was changed after it was checked, so it is hashed again before use"
             bad.append(warning("models", found, f"meshd pull {each.name}", each.name))
-    total = sum(each.size_bytes for each in models)
-    return bad or [ok("models", f"{len(models)} on this device, {size(total)}" if models else "none on this device yet")]
+    here = [each for each in models if each.is_here()]
+    total = size(sum(each.size_bytes for each in here))
+    return [*bad, *gone, ok("models", f"{len(here)} on this device, {total}" if here else "none on this device yet")]
 
 
 async def _alone(context: Context, name: str) -> Found:

@@ -91,7 +91,7 @@ def lost_model_file(context: Context, shop: Workshop) -> Context:
     assert stamp is not None
     Index(folder).put(
         StoredModel(
-            name="tiny", ref="file:/x", id=ModelId("5a" * 16), sha256="5a" * 32, path=path, in_place=True, stamp=stamp, created=1
+            name="tiny", ref="file:/x", id=ModelId("5a" * 16), sha256="5a" * 32, path=path, in_place=False, stamp=stamp, created=1
         )
     )
     path.unlink()

@@ -72,7 +72,8 @@ def told(results: Results, check: str, status: str = "wrong") -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def mesh(netlab: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     site = Site(netlab, 2)
-    mesh = Mesh(site, tmp_path_factory.mktemp("mesh"))
+    root = tmp_path_factory.mktemp("mesh")
+    mesh = Mesh(site, root, ("--models-dir", str(root / "models")))
     try:
         mesh.start()
         yield mesh
