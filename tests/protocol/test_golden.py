@@ -73,8 +73,22 @@ def test_every_frame_of_an_earlier_minor_version_is_read_with_defaults_for_newer
         message = decode(read.header)
         assert type(message).__name__ == described["name"]
         assert read.payload.hex() == described["payload_hex"]
-        body = json.loads(msgspec.json.encode(message))
-        assert {name: body[name] for name in described["body"]} == described["body"]
-        added = {name: getattr(message, name) for name in body.keys() - described["body"].keys()}
-        defaults = {field.name: field.default for field in msgspec.structs.fields(message)}
-        assert added == {name: defaults[name] for name in added}
+        _assert_extends(message, json.loads(msgspec.json.encode(message)), described["body"])
+
+
+def _assert_extends(value: Any, present: Any, earlier: Any) -> None:
+    """Check that a value has all that it had earlier, and the defaults of the fields that were added, at any depth."""
+    if isinstance(value, msgspec.Struct) and isinstance(earlier, dict):
+        fields = {field.encode_name: field for field in msgspec.structs.fields(value)}
+        for name, content in present.items():
+            if name in earlier:
+                _assert_extends(getattr(value, fields[name].name), content, earlier[name])
+            else:
+                assert getattr(value, fields[name].name) == fields[name].default
+        assert earlier.keys() <= present.keys()
+    elif isinstance(value, tuple | list) and isinstance(earlier, list):
+        assert len(value) == len(earlier)
+        for each in zip(value, present, earlier, strict=True):
+            _assert_extends(*each)
+    else:
+        assert present == earlier
