@@ -3,6 +3,8 @@ from outside is true."""
 
 import json
 import re
+import subprocess
+import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -21,8 +23,9 @@ DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
 PROMPT = "Tell me a story."
 
 
-def scrape(daemon: Daemon) -> dict[str, Metric]:
-    with urllib.request.urlopen(daemon.api + "/metrics", timeout=10) as answer:
+def scrape(daemon: Daemon, key: str = "") -> dict[str, Metric]:
+    request = urllib.request.Request(daemon.api + "/metrics", headers={"x-api-key": key} if key else {})
+    with urllib.request.urlopen(request, timeout=10) as answer:
         text = answer.read().decode()
     return {family.name: family for family in text_string_to_metric_families(text) if family.name.startswith("meshd_")}
 
@@ -72,7 +75,28 @@ def used(cluster: Cluster) -> dict[str, Any]:
         stranger.start("x", flags=("--peer", a.link))
         wait_for(lambda: value(scrape(a), "meshd_link_refusals_total") > 0, "the stranger to be refused", a)
     rows = a.rows("peers")
-    return {"a": scrape(a), "c": scrape(cluster["c"]), "b before": before, "answers": answers, "rows": rows}
+    return {"a": scrape(a), "c": scrape_with_key(cluster["c"]), "b before": before, "answers": answers, "rows": rows}
+
+
+def scrape_with_key(daemon: Daemon) -> dict[str, Metric]:
+    """Scrape with an API key, which counts its requests. The first scrape is counted when it has ended."""
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "meshd",
+        "key",
+        "api",
+        "add",
+        "prometheus",
+        "--scope",
+        "read",
+        "--state",
+        str(daemon.state),
+    ]
+    key = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]
+    scrape(daemon, key)
+    return scrape(daemon, key)
 
 
 def test_every_declared_metric_has_a_sample(scraped: dict[str, Any]) -> None:
