@@ -433,3 +433,22 @@ class ClusterService(Protocol):
         Raises: Overloaded if such a search runs here already.
         """
         ...
+
+    def cluster_key(self) -> dict[str, Any]:
+        """Describe the cluster's key, without it, and the peers that are known."""
+        ...
+
+    async def rotate(self, chain: bytes, secret: bytes) -> dict[str, Any]:
+        """Take in a rotation that the owner has signed, with its cluster key. Returns: as `cluster_key`.
+
+        Raises: InvalidRequest if it is not signed by the owner, or does not follow the newest one.
+        """
+        ...
+
+    async def give_owner_key(self, peer: str, seed: bytes) -> dict[str, Any]:
+        """Give a peer a copy of the owner key, which the caller must have.
+
+        Returns: `{"peer", "name"}`.
+        Raises: InvalidRequest, NoPeer, PeerFault.
+        """
+        ...

@@ -51,6 +51,8 @@ from meshd.agents.signals import Signal
 from meshd.agents.stage.host import StageHost
 from meshd.agents.stage.learning import StepLearning
 from meshd.agents.supervisor import Supervisor
+from meshd.agents.trust.exchange import TrustExchange
+from meshd.agents.trust.trust import Trust
 from meshd.clock import Clock
 from meshd.kernels.backend import Backend
 from meshd.models.cards import shown_to_peers
@@ -124,6 +126,7 @@ class Parts:
     weights: WeightProvider
     placements: Placements
     """What was placed on this peer when it last ran."""
+    trust: Trust
     supervisor: Supervisor
     router: type[Router] = Router
     coordinator: type[Coordinator] = Coordinator
@@ -160,6 +163,7 @@ class Peer:
     rows: RowFeed
     relay: EventRelay
     reach: ReachChecker
+    exchange: TrustExchange
     supervisor: Supervisor
 
     def register(self) -> None:
@@ -177,6 +181,7 @@ class Peer:
             self.trace_collector,
             self.relay,
             self.reach,
+            self.exchange,
         ):
             agent.register()
         self.locator.register(self.coordinator)
@@ -204,6 +209,8 @@ class Peer:
                     tasks.create_task(supervise("placement keeper", self.keeper.run)),
                     tasks.create_task(supervise("rows for readers of events", self.rows.run)),
                     tasks.create_task(supervise("events of other peers", self.relay.run)),
+                    tasks.create_task(supervise("rotations", self.exchange.run)),
+                    tasks.create_task(supervise("known peers", self.exchange.trust.known.run)),
                 ]
                 try:
                     yield
@@ -311,6 +318,7 @@ def compose(parts: Parts) -> Peer:
         rows=rows,
         relay=EventRelay(links, events, rows, names, clock),
         reach=ReachChecker(links, membership, clock),
+        exchange=TrustExchange(parts.trust, links, clock, membership.notices.add, membership.notices.withdraw),
         supervisor=parts.supervisor,
     )
     _subscribe(parts, memory, peer)
@@ -453,8 +461,8 @@ def _subscribe(parts: Parts, memory: FreeMemory, peer: Peer) -> None:
         peer.keeper.changed()
         peer.relay.on_peer_gone(gone)
 
-    signals.link_up.subscribe(membership.on_up)
-    signals.link_down.subscribe(membership.on_down)
+    signals.link_up.subscribe(membership.on_up, peer.exchange.on_up)
+    signals.link_down.subscribe(membership.on_down, peer.exchange.on_down)
     signals.dialled.subscribe(membership.on_dialled)
     signals.peer_gone.subscribe(peer_gone)
     signals.advert_received.subscribe(peer.keeper.note)

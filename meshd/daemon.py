@@ -38,6 +38,9 @@ from meshd.agents.service import CheckStep, DoctorRequest
 from meshd.agents.supervisor import Supervisor
 from meshd.agents.text.model_texts import ModelTexts
 from meshd.agents.text.workers import TextWorkers, memory_limit
+from meshd.agents.trust.files import StateFiles, load_exclusion
+from meshd.agents.trust.known_peers import KnownPeers
+from meshd.agents.trust.trust import Trust
 from meshd.api.access.key_file import KeyFile
 from meshd.api.access.ring import KeyRing
 from meshd.api.http import server
@@ -52,7 +55,7 @@ from meshd.errors import LocalFault, Overloaded
 from meshd.kernels.registry import make_backend
 from meshd.models.store.store import Store
 from meshd.protocol import transport
-from meshd.protocol.identity import Identity, choose_cluster_key, load_identity, stored_code
+from meshd.protocol.identity import Identity, choose_cluster_key, load_identity, load_trust, stored_code
 from meshd.protocol.messages import PROTOCOL_VERSION
 from meshd.reloading import Reloaded, Reloader
 from meshd.state import StateFolder, StateLock, lock_state
@@ -216,6 +219,7 @@ class Daemon:
             listings=peer.listings,
             rows=peer.rows,
             reload_settings=lambda: asdict(self.reloader.reload()),
+            exchange=peer.exchange,
             about=self._about,
             inviter=Inviter(self._inviter_settings(), clock),
             checks=self._checks,
@@ -421,5 +425,15 @@ def _parts(
         library=library,
         weights=WeightProvider(peer_links, library, weight_sources, clock),
         placements=Placements(StateFolder.open(config.state)),
+        trust=_trust(StateFolder.open(config.state), identity, clock),
         supervisor=Supervisor(clock),
+    )
+
+
+def _trust(folder: StateFolder, identity: Identity, clock: Clock) -> Trust:
+    stored = load_trust(folder)
+    assert stored is not None, "the identity was made from the stored key"
+    key, chain = stored
+    return Trust(
+        identity.peer, key, chain, StateFiles(folder, clock), KnownPeers(folder, clock), exclusion=load_exclusion(folder, key)
     )

@@ -21,6 +21,7 @@ MeshdError                      code, message, hint; only its subclasses are rai
  |   +- ProtocolViolation       its bytes break the protocol: the link closes
  |   +- PeerLost                it is gone, or silent for too long
  |   +- PeerRefused             it may not link with this peer
+ |   |   +- AnotherKey          it has another cluster key
  |   +- RemoteFailure           it answered with an ERROR message
  |   +- Superseded              another coordinator has taken over the session
  +- LocalFault                  this device failed
@@ -184,6 +185,10 @@ class PeerRefused(PeerFault):
     """The peer may not link with this one: it has another cluster key, another version, or a copied identity."""
 
     code = "peer_refused"
+
+
+class AnotherKey(PeerRefused):
+    """The peer's certificate is of another cluster, or of another key of this one."""
 
 
 class RemoteFailure(PeerFault):

@@ -12,12 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-from meshd.errors import InvalidRequest, MeshdError, PeerLost, PeerRefused, ProtocolViolation
+from meshd.errors import AnotherKey, InvalidRequest, MeshdError, PeerLost, PeerRefused, ProtocolViolation
 from meshd.protocol import codec
 from meshd.protocol.flow import SendQueue
 from meshd.protocol.framing import EMPTY, KIB, MIB, Frame, FrameLimits, FrameReader, frame_head
 from meshd.protocol.identity import peer_of_certificate
 from meshd.protocol.messages import Error, Hello, Message
+from meshd.protocol.trust import MAX_CHAIN_BYTES
 from meshd.types import PeerId
 
 log = logging.getLogger("meshd.transport")
@@ -42,6 +43,10 @@ _CONNECT_HINTS = {
     errno.ENETUNREACH: _NO_ROUTE,
 }
 """What a user can do when a device can't be reached, by the error of connect(2)."""
+
+_FIRST_PAYLOAD = 32 + MAX_CHAIN_BYTES
+"""Largest payload of a connection's first message: a cluster key and the rotations that led to it. HELLO has none. Whoever was a
+member once can open connections, so it is small."""
 _SHUTDOWN_S = 0.5
 _CLOSE_S = 0.5
 """How long a connection that is being closed may take to write its last frame and the farewell."""
@@ -57,6 +62,8 @@ class Connection(asyncio.BufferedProtocol):
 
     peer: PeerId
     """Id of the other side, from its certificate."""
+    certificate: bytes
+    """The other side's certificate, DER."""
     remote: Address
 
     def __init__(self, limits: FrameLimits, now: Callable[[], float]) -> None:
@@ -66,12 +73,14 @@ class Connection(asyncio.BufferedProtocol):
         """Why the connection is closed; empty while it is open."""
         self.hello: Hello | None = None
         """The other side's first message, if it is HELLO."""
+        self.first_payload = b""
         self.bytes_in = 0
         self.bytes_out = 0
         self.received_at = now()
         """When the last bytes arrived, by the clock `now`. A long message that is still arriving is a sign of life."""
         self._now = now
-        self._reader = FrameReader(limits, now)
+        self._limits = limits
+        self._reader = FrameReader(FrameLimits(limits.max_header, min(limits.max_payload, _FIRST_PAYLOAD)), now)
         self._queue = SendQueue(QUEUE_BYTES, _CHUNK)
         self._waiting: list[Callable[[], None]] = []
         """Callbacks of senders that wait for room in the queue."""
@@ -83,11 +92,20 @@ class Connection(asyncio.BufferedProtocol):
         self._when_gone: Callable[[Connection], None] | None = None
 
     def attach(
-        self, on_message: Callable[["Connection", Message, Frame], None], on_closed: Callable[["Connection", str], None]
+        self,
+        on_message: Callable[["Connection", Message, Frame], None],
+        on_closed: Callable[["Connection", str], None],
+        *,
+        small: bool = False,
     ) -> None:
-        """Set the callbacks for messages and for the end. Raises: PeerLost if the connection has closed already."""
+        """Set the callbacks for messages and for the end. With `small`, payloads stay limited to those of a first message.
+
+        Raises: PeerLost if the connection has closed already.
+        """
         if self.reason:
             raise PeerLost(self.reason)
+        if not small:
+            self._reader.limits = self._limits
         self._on_message = on_message
         self._on_closed = on_closed
 
@@ -171,9 +189,9 @@ class Connection(asyncio.BufferedProtocol):
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=_TRANSPORT_BYTES)
         self.remote = tuple(self._transport.get_extra_info("peername")[:2])
-        certificate = self._transport.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        self.certificate = self._transport.get_extra_info("ssl_object").getpeercert(binary_form=True) or b""
         try:
-            self.peer = peer_of_certificate(certificate or b"")
+            self.peer = peer_of_certificate(self.certificate)
         except PeerRefused as error:
             self.peer = PeerId("")
             self._fail(error)
@@ -219,6 +237,7 @@ class Connection(asyncio.BufferedProtocol):
             self._on_message(self, message, frame)
         elif not self._first.done():
             self.hello = message if isinstance(message, Hello) else None
+            self.first_payload = bytes(frame.payload)
             self._first.set_result(message)
         else:
             raise ProtocolViolation(f"{type(message).__name__} before HELLO was answered")
@@ -335,10 +354,13 @@ async def dial(
     now: Callable[[], float],
     connect_s: float,
     handshake_s: float,
+    server_name: str = "",
 ) -> Connection:
     """Connect to the first of the host's addresses that answers, and complete TLS.
 
-    Raises: PeerRefused if TLS fails; PeerLost if no address answers in time. Cancel: nothing stays open.
+    Raises: AnotherKey if the other side's certificate is of another authority; PeerRefused if TLS fails otherwise; PeerLost if no
+    address answers in time.
+    Cancel: nothing stays open.
     """
     raw = await connect(address, connect_s)
     connection = Connection(limits, now)
@@ -349,7 +371,7 @@ async def dial(
                 lambda: connection,
                 sock=raw,
                 ssl=context,
-                server_hostname="",
+                server_hostname=server_name,
                 ssl_handshake_timeout=handshake_s,
                 ssl_shutdown_timeout=_SHUTDOWN_S,
             ),
@@ -421,7 +443,7 @@ async def connect(address: Address, connect_s: float) -> socket.socket:
 
 def _handshake_failure(error: Exception) -> MeshdError:
     if isinstance(error, ssl.SSLCertVerificationError):
-        return PeerRefused("its certificate is not of this cluster", hint=_OTHER_CLUSTER)
+        return AnotherKey("its certificate is not of this cluster", hint=_OTHER_CLUSTER)
     if isinstance(error, ssl.SSLError):
         if "ALERT" in (error.reason or ""):
             return PeerRefused("it refuses this peer's certificate: it belongs to another cluster", hint=_OTHER_CLUSTER)

@@ -14,7 +14,7 @@ from meshd.agents.stage.host import StageHost
 from meshd.clock import SystemClock
 from meshd.compose import Parts, compose
 from meshd.config import Config
-from meshd.protocol.identity import ClusterKey, load_identity
+from meshd.protocol.identity import choose_cluster_key, load_identity
 from meshd.protocol.messages import REGISTRY, Error, Goodbye, Heartbeat, HeartbeatAck, Hello, Probe, Reply
 from meshd.state import StateFolder
 from meshd.telemetry import Telemetry
@@ -29,8 +29,9 @@ LINK_LEVEL = {Hello, Heartbeat, HeartbeatAck, Goodbye, Probe}
 async def parts(local_config: Config) -> AsyncIterator[Parts]:
     """The parts of a real daemon that does not run."""
     clock = SystemClock()
-    cluster = ClusterKey.generate(clock.random_bytes)
-    identity = load_identity(StateFolder.open(local_config.state), cluster, clock.random_bytes)
+    folder = StateFolder.open(local_config.state)
+    cluster, _ = choose_cluster_key(folder, None, clock.random_bytes)
+    identity = load_identity(folder, cluster, clock.random_bytes)
     measured = await probe(local_config.cache, clock=clock, threads=1, backend="torch")
     made = daemon._parts(local_config, identity, measured, clock, Telemetry(), daemon.Sockets([], []), share_descriptors(1024))
     yield made

@@ -35,6 +35,7 @@ from meshd.agents.session.journal.keys import session_of
 from meshd.agents.session.plan.drain import Drainer
 from meshd.agents.session.plan.route import Router
 from meshd.agents.stage.host import StageHost
+from meshd.agents.trust.exchange import TrustExchange
 from meshd.errors import InvalidRequest, UnknownModel, UnknownSession
 from meshd.models.store.store import ModelPreview
 from meshd.planner.explain.explain import explain
@@ -71,6 +72,7 @@ class ClusterView:
     rows: RowFeed
     inviter: Inviter
     reload_settings: Callable[[], dict[str, Any]]
+    exchange: TrustExchange
     about: Callable[[], dict[str, Any]]
     """Returns this peer's row for `identity`."""
     checks: Callable[[DoctorRequest], AsyncGenerator[CheckStep, None]]
@@ -193,6 +195,21 @@ class ClusterView:
         async with aclosing(self.checks(request)) as steps:
             async for step in steps:
                 yield step
+
+    def cluster_key(self) -> dict[str, Any]:
+        """See `service.ClusterService.cluster_key`."""
+        return self.exchange.describe()
+
+    async def rotate(self, chain: bytes, secret: bytes) -> dict[str, Any]:
+        """See `service.ClusterService.rotate`."""
+        await self.exchange.trust.order(chain, secret)
+        return self.exchange.describe()
+
+    async def give_owner_key(self, peer: str, seed: bytes) -> dict[str, Any]:
+        """See `service.ClusterService.give_owner_key`."""
+        target = self._peer(peer, "peer")
+        await self.exchange.give_owner_key(target, seed)
+        return {"peer": target, "name": self.membership.name_of(target)}
 
     async def _card_or_preview(self, model: str) -> tuple[ModelCard, ModelPreview | None]:
         """Find the card of a model. That of a model that no live peer has is read from its source, without the weights."""

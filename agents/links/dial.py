@@ -35,6 +35,9 @@ _HINT_LONGEST_S = 60.0
 """Longest back-off of an address at which no authenticated peer has ever answered."""
 _REFUSED_S = 30.0
 """Wait after a refusal. The other device may have the right key or version by then."""
+_RARELY_S = 600.0
+"""Wait between dials of a device that was excluded from its cluster. Two owners may have decided at the same moment, so that it
+still belongs to it."""
 _RECENT_LONGEST_S = 0.25
 """Longest back-off in the `_RECENT_S` after a link has ended: that peer is likely to come back soon."""
 _RECENT_S = 120.0
@@ -80,6 +83,8 @@ class Dialler:
     def __init__(self, dial: Callable[[Address], Awaitable[PeerId]], own: PeerId, table: LinkTable, clock: Clock) -> None:
         self._dial = dial
         self._own = own
+        self.rarely = False
+        """Whether each address is dialled only every `_RARELY_S`."""
         self._table = table
         self._clock = clock
         self._targets: dict[Address, _Target] = {}
@@ -104,7 +109,7 @@ class Dialler:
             self._start(target)
             return
         target.sources.add(source)
-        if not target.is_hint and target.wakes.take(self._clock.monotonic()):
+        if not target.is_hint and not self.rarely and target.wakes.take(self._clock.monotonic()):
             target.wake.set()
 
     def _no_room(self, origin: str) -> str:
@@ -128,6 +133,11 @@ class Dialler:
             self._remember(target)
             if target.task is not None:
                 target.task.cancel()
+
+    def wake(self) -> None:
+        """End all back-offs: what was refused before may not be refused any more."""
+        for target in self._targets.values():
+            target.wake.set()
 
     def start(self, group: asyncio.TaskGroup) -> None:
         """Begin to dial all addresses, in tasks of this group."""
@@ -200,6 +210,8 @@ class Dialler:
         target.failures = 0
 
     def _wait_s(self, target: _Target) -> float:
+        if self.rarely:
+            return _RARELY_S
         if target.peer == self._own:
             return _OWN_S
         if target.refused:

@@ -21,7 +21,7 @@ from meshd.agents.links.link_table import STOPS, LinkTable, OnDown, OnUp, Timing
 from meshd.agents.links.log import LinkLog, RefusalRow
 from meshd.agents.links.meters.clock_offset import ClockOffset
 from meshd.agents.links.meters.traffic import Traffic
-from meshd.agents.links.open import LinkOpener, OnOutcome
+from meshd.agents.links.open import LinkOpener, OnOutcome, ReturnDesk
 from meshd.agents.links.rpc import Dispatcher, Handler, M, to_view
 from meshd.agents.supervisor import Supervise, unsupervised
 from meshd.clock import Clock
@@ -119,6 +119,32 @@ class Links:
         self._tasks: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
         self._local = 0
+
+    def answer_returning(self, desk: ReturnDesk) -> None:
+        """Set who talks with peers that have another key of this cluster. Without one they are refused."""
+        self._opener.desk = desk
+
+    def change_key(self, identity: Identity, stays: Callable[[PeerId], bool], reason: str) -> None:
+        """Use another cluster key for connections from now on, and end the links with peers that do not stay.
+
+        The links with those that stay go on: a link is authenticated by the peer's own key, which no other member can certify for
+        itself. Connections that are being opened are checked against the new key before they join a link.
+        """
+        self._opener.identity = identity
+        for link in self._table:
+            if not stays(link.peer):
+                link.end(reason, Goodbye(reason=reason))
+        self._dialler.wake()
+
+    def cut(self, peer: PeerId, reason: str) -> None:
+        """End the link with a peer, if there is one."""
+        link = self._table.get(peer)
+        if link is not None:
+            link.end(reason, Goodbye(reason=reason))
+
+    def dial_rarely(self, rarely: bool) -> None:
+        """Set whether addresses at which no link comes up are dialled only every 10 minutes."""
+        self._dialler.rarely = rarely
 
     def register(self, message_type: type[M], handler: Handler[M]) -> None:
         """Register `handler(peer, message, payload)` for messages of this type.

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 
@@ -14,11 +15,11 @@ from meshd.agents.links.link import Link
 from meshd.agents.links.link_table import STOPS, LinkTable
 from meshd.agents.links.log import LinkLog
 from meshd.clock import Clock
-from meshd.errors import MeshdError, PeerLost, PeerRefused, ProtocolViolation
+from meshd.errors import AnotherKey, MeshdError, PeerLost, PeerRefused, ProtocolViolation
 from meshd.protocol import transport
 from meshd.protocol.framing import FrameLimits
 from meshd.protocol.handshake import HelloAgreement, check_answer, check_hello
-from meshd.protocol.identity import Identity
+from meshd.protocol.identity import RETURN_SERVER, Identity
 from meshd.protocol.messages import Goodbye, Hello, Lane
 from meshd.protocol.transport import Address, Connection
 from meshd.types import PeerId
@@ -49,6 +50,21 @@ class DialOutcome:
 OnOutcome = Callable[[DialOutcome], None]
 
 
+class ReturnDesk(Protocol):
+    """Talks with peers that have another key of this cluster. Each has proved its id, and nothing else."""
+
+    async def ask(self, connection: Connection) -> None:
+        """Talk with a peer that this one has dialled. Raises: MeshdError, with the reason why there is no link."""
+        ...
+
+    async def answer(self, connection: Connection) -> None:
+        """Talk with a peer that has dialled this one. Raises: as `ask`."""
+        ...
+
+
+_KEY_CHANGED = "the cluster's key has just changed"
+
+
 class LinkOpener:
     """Dials and accepts connections, and records refusals in the link log."""
 
@@ -66,7 +82,9 @@ class LinkOpener:
     ) -> None:
         self.greeting = greeting
         """This peer's HELLO. Its `link` and `lane` are set for each connection."""
-        self._identity = identity
+        self.identity = identity
+        """Replaced when the cluster key is rotated. Each connection is checked against the present one before it joins a link."""
+        self.desk: ReturnDesk | None = None
         self._table = table
         self._clock = clock
         self._linklog = linklog
@@ -104,11 +122,15 @@ class LinkOpener:
         """
         try:
             control = await self._connect(address)
+        except AnotherKey as error:
+            await self._ask_desk(address, error)
+            raise
         except MeshdError as error:
             self._failed(address, None, error)
             raise
         try:
-            if control.peer == self._identity.peer:
+            self._check_key(control)
+            if control.peer == self.identity.peer:
                 await self._meet_own(control)
             elif self._table.get(control.peer) is None:
                 await self._dial_link(control)
@@ -135,15 +157,45 @@ class LinkOpener:
         connection.close("the check is over", Goodbye(reason="a check of reachability"))
         return connection.peer
 
-    async def _connect(self, address: Address) -> Connection:
+    async def _ask_desk(self, address: Address, why: AnotherKey) -> None:
+        """Exchange rotations with a peer that has another key of this cluster. Raises: why there is no link with it now."""
+        connection: Connection | None = None
+        try:
+            if self.desk is None:
+                raise why
+            try:
+                connection = await self._connect(address, returning=True)
+            except AnotherKey:
+                raise why from None  # it is of another cluster
+            async with asyncio.timeout(self._table.timing.handshake_s):
+                await self.desk.ask(connection)
+            raise PeerLost("it had another key of this cluster, and the newer one was given: it is dialled again")
+        except TimeoutError as error:
+            lost = PeerLost("it has another key of this cluster, and did not answer in time")
+            self._failed(address, connection, lost)
+            raise lost from error
+        except MeshdError as error:
+            self._failed(address, connection, error)
+            raise
+        finally:
+            if connection is not None:
+                connection.close("the rotations were exchanged")
+
+    def _check_key(self, connection: Connection) -> None:
+        """Check that a connection's certificate is of the present authority. Raises: PeerLost if the key has changed meanwhile."""
+        if not self.identity.key.issuer.has_signed(connection.certificate):
+            raise PeerLost(_KEY_CHANGED)
+
+    async def _connect(self, address: Address, *, returning: bool = False) -> Connection:
         timing = self._table.timing
         connection = await transport.dial(
             address,
-            self._identity.client,
+            self.identity.return_client if returning else self.identity.client,
             limits=self._limits,
             now=self._clock.monotonic,
             connect_s=timing.connect_s,
             handshake_s=timing.handshake_s,
+            server_name=RETURN_SERVER if returning else "",
         )
         self._note_open(connection)
         return connection
@@ -214,11 +266,15 @@ class LinkOpener:
         timing = self._table.timing
         async with asyncio.timeout(timing.handshake_s):
             connection = await transport.accept(
-                raw, self._identity.server, limits=self._limits, now=self._clock.monotonic, handshake_s=timing.handshake_s
+                raw, self.identity.server, limits=self._limits, now=self._clock.monotonic, handshake_s=timing.handshake_s
             )
             self._note_open(connection)
             try:
+                if self.desk is not None and self.identity.key.return_issuer.has_signed(connection.certificate):
+                    await self._answer_returning(connection, self.desk)
+                    return
                 hello = await connection.first()
+                self._check_key(connection)
                 self._half_open.leave(number)
                 self._admit(connection, check_hello(hello, connection.peer))
             except PeerRefused as error:
@@ -232,10 +288,19 @@ class LinkOpener:
                 connection.abort(str(error) or "it did not say HELLO in time")
                 raise
 
+    async def _answer_returning(self, connection: Connection, desk: ReturnDesk) -> None:
+        reason = "the rotations were exchanged"
+        try:
+            await desk.answer(connection)
+        except MeshdError as error:
+            reason = str(error)
+            self._failed((connection.remote[0], 0), connection, error)
+        connection.close(reason)
+
     def _admit(self, connection: Connection, agreement: HelloAgreement) -> None:
         hello = agreement.hello
         answer = self._hello(Lane(hello.lane), hello.link)
-        if hello.peer == self._identity.peer:
+        if hello.peer == self.identity.peer:
             connection.send(answer)
             connection.close("it is this very peer")
             self._check_own(hello, connection)

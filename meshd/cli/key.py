@@ -1,10 +1,14 @@
-"""`meshd key`: show, make or replace the cluster key, which devices share, and the API key, which clients send."""
+"""`meshd key`: show, make or replace the cluster key, which devices share, and the API key, which clients send.
+
+`key_rotation.py` has the commands that only the owner's device can run.
+"""
 
 import os
 import secrets
 from argparse import Namespace
 from pathlib import Path
 
+from meshd.cli import key_rotation
 from meshd.cli.support import api_keys
 from meshd.cli.support.answering import notice
 from meshd.cli.support.arguments import Parser, add_commands, add_json, add_state, settings_of
@@ -12,7 +16,8 @@ from meshd.cli.support.output import print_json
 from meshd.cli.support.secret_arguments import given
 from meshd.config import API_KEY_FILE
 from meshd.errors import StorageError
-from meshd.protocol.identity import ClusterKey, load_cluster_key, store_cluster_key
+from meshd.protocol.identity import ClusterKey, found_cluster, load_cluster_key, load_trust, store_cluster_key
+from meshd.protocol.owner import load_owner_key
 from meshd.state import StateFolder, read_holder
 
 EXAMPLE = "meshd key show\n  meshd key join mesh-7K2Q-...\n  meshd key api add phone --scope infer --rate 60/min"
@@ -23,6 +28,7 @@ _COMMANDS = {
     "new": "start a new cluster with a new key",
     "join": "join the cluster that a join code belongs to",
     "api": "add, list and remove API keys; without a command: show the one key that has all rights, and make it if there is none",
+    **key_rotation.COMMANDS,
 }
 
 
@@ -37,6 +43,7 @@ def add_arguments(parser: Parser) -> None:
         parsers[name].add_argument("--replace", action="store_true", help="replace the present key, and leave its cluster")
     parsers["api"].add_argument("--new", action="store_true", help="make a new key; the old one becomes invalid")
     api_keys.add_arguments(parsers["api"], EXAMPLE)
+    key_rotation.add_arguments(parsers)
     for subparser in parsers.values():
         add_state(subparser)
         add_json(subparser)
@@ -47,10 +54,13 @@ def run(args: Namespace) -> int:
     match args.command:
         case "show":
             _print_code(_present_key(state), args.json)
+            _print_standing(state)
         case "new":
-            _print_code(_store(state, ClusterKey.generate(os.urandom), replace=args.replace), args.json)
+            _print_code(_new(state, replace=args.replace), args.json)
         case "join":
             _print_code(_store(state, ClusterKey.from_code(given(args.code, "join code")), replace=args.replace), args.json)
+        case command if command in key_rotation.COMMANDS:
+            return key_rotation.run(args)
         case _ if args.api_command is not None:
             api_keys.run(args, state)
         case _:
@@ -66,18 +76,45 @@ def _present_key(state: Path) -> ClusterKey:
     return key
 
 
+def _print_standing(state: Path) -> None:
+    """Tell which key of the cluster this is, and whether this device can exclude others."""
+    folder = StateFolder(state)
+    trust = load_trust(folder)
+    if trust is None:
+        return
+    key, chain = trust
+    owner = load_owner_key(folder, key.owner, chain.owner) is not None
+    notice(f"key {key.generation} of the cluster; this device {'has' if owner else 'does not have'} the owner key")
+
+
+def _new(state: Path, *, replace: bool) -> ClusterKey:
+    folder = StateFolder.open(state)
+    _replaced(folder, replace)  # before the owner key of the new cluster is stored
+    return _store(state, found_cluster(folder, os.urandom), replace=True)
+
+
 def _store(state: Path, key: ClusterKey, *, replace: bool) -> ClusterKey:
     folder = StateFolder.open(state)
-    present = load_cluster_key(folder)
-    if present == key:
+    if _replaced(folder, replace, key) == key:
         return key
-    if present is not None and not replace:
-        hint = "add --replace to leave that cluster, or use another folder with --state DIR"
-        raise StorageError(f"{state} holds the key of cluster {present.fingerprint}: this would replace it", hint=hint)
     store_cluster_key(folder, key)
     if holder := read_holder(state):
         notice(f"the daemon that runs now (process {holder.pid}) uses the old key until it is restarted")
     return key
+
+
+def _replaced(folder: StateFolder, replace: bool, key: ClusterKey | None = None) -> ClusterKey | None:
+    """Return the key that is to be replaced, if it can be read. Raises: StorageError if there is one and it may not be replaced."""
+    try:
+        present = load_cluster_key(folder)
+    except StorageError:
+        if replace:
+            return None
+        raise
+    if present is not None and present != key and not replace:
+        hint = "add --replace to leave that cluster, or use another folder with --state DIR"
+        raise StorageError(f"{folder.path} holds the key of cluster {present.fingerprint}: this would replace it", hint=hint)
+    return present
 
 
 def _print_code(key: ClusterKey, as_json: bool) -> None:

@@ -30,6 +30,11 @@ A copy of a stage's KV on another peer (as a mirror, or to prepare a move):
     stage's peer --KV_OFFER--> target                   --KV_ACCEPTED(held)--> stage's peer
     stage's peer --KV_BLOCKS--> target                  --KV_STORED(held)--> stage's peer
     stage's peer --MIRRORED(held, filled)--> coordinator
+
+A rotation of the cluster key (SPEC.md, section 12):
+
+    peer with the new key --ROTATION(secret)--> every linked peer that stays    --ROTATION--> all its linked peers
+    owner's device --GIVE_OWNER_KEY--> another device   --OWNER_KEY_TAKEN--> owner's device
 """
 
 from meshd.protocol.messages.admin import (
@@ -80,6 +85,7 @@ from meshd.protocol.messages.session import (
     StageProgress,
 )
 from meshd.protocol.messages.steps import Activation, Prompt, Taken, Token
+from meshd.protocol.messages.trust import GiveOwnerKey, OwnerKeyTaken, Rotation
 from meshd.protocol.messages.weights import FetchManifest, FetchWeights, ManifestData, WeightData
 
 __all__ = [
@@ -109,6 +115,7 @@ __all__ = [
     "FetchTrace",
     "FetchWeights",
     "FindSession",
+    "GiveOwnerKey",
     "Goodbye",
     "HandOver",
     "HandedOver",
@@ -133,6 +140,7 @@ __all__ = [
     "Moved",
     "Open",
     "Opened",
+    "OwnerKeyTaken",
     "PeerEvents",
     "PeerStatus",
     "Place",
@@ -147,6 +155,7 @@ __all__ = [
     "Reply",
     "Request",
     "Resume",
+    "Rotation",
     "RunningStep",
     "SessionData",
     "SessionEnded",

@@ -1,4 +1,4 @@
-"""The exchange of keys of a pairing: SPAKE2 over the code, proofs of both sides, and sealed messages. SPEC.md, section 12.
+"""The exchange of keys of a pairing: SPAKE2 over the code, proofs of both sides, and sealed messages. SPEC.md, section 13.
 
 SPAKE2's key depends on the certificate of the inviter's TLS listener (channel binding `tls-server-end-point`, RFC 5929). Somebody
 in the middle has another certificate towards the joiner, so the two sides get different keys and neither proof fits.

@@ -1,4 +1,4 @@
-"""The messages of a pairing, and their frames: `u16 length | msgpack`. SPEC.md, section 12.
+"""The messages of a pairing, and their frames: `u16 length | msgpack`. SPEC.md, section 13.
 
 They are not messages of links: before the pairing nobody is a member.
 """

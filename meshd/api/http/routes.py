@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from meshd.agents.service import CheckStep, DoctorRequest, InviteStep, PlacementStep, PlaceRequest, PlanRequest
-from meshd.api import health, mesh
+from meshd.api import cluster_key, health, mesh
 from meshd.api.http.reply import Rows
 from meshd.api.mesh import Handler
 from meshd.api.openai import models
@@ -96,5 +96,22 @@ ROUTES = (
     Route("DELETE", "/mesh/v1/invites", mesh.close_invites, "Close the open invite", gives=mesh.ClosedInvites),
     Route("POST", "/mesh/v1/reload", mesh.reload, "Read the settings again", gives=mesh.ReloadedSettings),
     Route("POST", "/mesh/v1/doctor", mesh.doctor, "Look for faults, and say how to mend them", DoctorRequest, streams=CheckStep),
+    Route("GET", "/mesh/v1/key", cluster_key.show, "The cluster's key, without it, and the known peers", gives=dict[str, Any]),
+    Route(
+        "POST",
+        "/mesh/v1/key",
+        cluster_key.rotate,
+        "Replace the cluster's key, and exclude the peers that the owner's rotation does not list",
+        cluster_key.RotateRequest,
+        dict[str, Any],
+    ),
+    Route(
+        "POST",
+        "/mesh/v1/key/owner",
+        cluster_key.give_owner_key,
+        "Copy the owner key, which the request contains, to another peer",
+        cluster_key.OwnerRequest,
+        cluster_key.OwnerGiven,
+    ),
     Route("POST", "/mesh/v1/links/probe", mesh.probe_links, "Measure this peer's links", gives=Rows),
 )

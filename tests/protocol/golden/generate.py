@@ -16,9 +16,9 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from meshd.protocol.cluster_key import ClusterKey, peer_id
 from meshd.protocol.codec import encode
 from meshd.protocol.framing import frame_head
-from meshd.protocol.identity import ClusterKey, peer_id
 from meshd.protocol.messages import (
     PROTOCOL_VERSION,
     Activation,
@@ -43,6 +43,7 @@ from meshd.protocol.messages import (
     FetchTrace,
     FetchWeights,
     FindSession,
+    GiveOwnerKey,
     Goodbye,
     HandedOver,
     HandOver,
@@ -66,6 +67,7 @@ from meshd.protocol.messages import (
     Moved,
     Open,
     Opened,
+    OwnerKeyTaken,
     PeerEvents,
     PeerStatus,
     Place,
@@ -78,6 +80,7 @@ from meshd.protocol.messages import (
     ReachChecked,
     Renew,
     Resume,
+    Rotation,
     RunningStep,
     SessionData,
     SessionEnded,
@@ -92,6 +95,8 @@ from meshd.protocol.messages import (
     WatchEvents,
     WeightData,
 )
+from meshd.protocol.owner import OwnerKey
+from meshd.protocol.trust import RotationChain, sign_rotation
 from meshd.types import (
     AttentionShard,
     Capability,
@@ -324,6 +329,9 @@ SAMPLES: tuple[tuple[Message, bytes], ...] = (
     (StoryData(request=15, now=12.5), b'[{"at": 11.5, "what": "opened"}]'),
     (Move(request=16, session=SESSION, target=BOB, source=ALICE), b""),
     (Moved(request=16, pause_s=0.03125, plan=PLAN), b""),
+    (Rotation(secret=True), bytes(range(32))),
+    (GiveOwnerKey(request=20), bytes(range(64, 96))),
+    (OwnerKeyTaken(request=20), b""),
     (WatchEvents(lease_ms=15_000), b""),
     (PeerEvents(lost=2), b'{"at": 11.5, "type": "notice", "message": "hello", "hint": ""}'),
     (CheckReach(request=22, nonce="01" * 16), b""),
@@ -348,20 +356,29 @@ SAMPLES: tuple[tuple[Message, bytes], ...] = (
 
 
 def _identity_vector() -> dict[str, str]:
-    key = ClusterKey(bytes(range(32)))
+    owner = OwnerKey.from_seed(bytes(range(64, 96)))
+    key = ClusterKey(bytes(range(32)), owner.hash, 1)
     peer_seed = bytes(range(32, 64))
     public = Ed25519PrivateKey.from_private_bytes(peer_seed).public_key()
+    record = sign_rotation(owner, generation=1, authority=key.issuer.public, peers=[peer_id(public)], at=1_780_000_000)
     return {
         "cluster_key": key.secret.hex(),
+        "generation": "1",
+        "owner_seed": owner.seed.hex(),
+        "owner_public": owner.public.hex(),
+        "owner_hash": owner.hash.hex(),
         "join_code": key.code,
         "authority_seed": key.authority.private_bytes_raw().hex(),
         "authority_public": key.authority.public_key().public_bytes_raw().hex(),
+        "return_seed": key.return_issuer.private.private_bytes_raw().hex(),
         "fingerprint": key.fingerprint,
         "authority_certificate": key.certificate.public_bytes(Encoding.DER).hex(),
         "peer_seed": peer_seed.hex(),
         "peer_public": public.public_bytes_raw().hex(),
         "peer_id": peer_id(public),
         "peer_certificate": key.certify(public).public_bytes(Encoding.DER).hex(),
+        "rotation": RotationChain(owner.hash, (record,)).encode().hex(),
+        "rotation_hash": record.hash.hex(),
     }
 
 

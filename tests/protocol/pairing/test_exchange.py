@@ -67,7 +67,7 @@ def test_a_share_that_is_no_point_of_the_group_is_refused(share: bytes) -> None:
 
 
 def test_the_test_vector() -> None:
-    """SPEC.md, section 12. The sides draw fixed bytes for their secret scalars."""
+    """SPEC.md, section 13. The sides draw fixed bytes for their secret scalars."""
     code = InviteCode.parse(VECTOR["code"])
     fingerprint = bytes.fromhex(VECTOR["fingerprint"])
     joiner = JoinerSide(code, fingerprint, lambda count: b"\x01" * count)

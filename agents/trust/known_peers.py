@@ -1,0 +1,141 @@
+"""Every peer that was ever linked with this one, when and from where, on disk: the owner decides which of them stay."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from logging import getLogger
+from typing import Annotated, Protocol
+
+import msgspec
+
+from meshd.agents.links.half_open import origin_of
+from meshd.bounds import Label, PeerName, Sha256, Timestamp, at_most
+from meshd.clock import Clock
+from meshd.errors import MeshdError
+from meshd.protocol.trust import MAX_STAYING
+from meshd.types import PeerId
+
+log = getLogger(__name__)
+
+NAME = "known-peers.json"
+_SAVE_S = 2.0
+"""Shortest time between two writes, so that a member that links again and again does not wear the disk out."""
+
+
+class Folder(Protocol):
+    """Where the register is kept: the state folder, or memory in the simulator."""
+
+    def read(self, name: str) -> bytes | None: ...
+
+    def write(self, name: str, data: bytes) -> object: ...
+
+
+class KnownPeer(msgspec.Struct, frozen=True, kw_only=True):
+    """A peer that was linked with this one. Times are Unix times."""
+
+    peer: PeerId
+    name: PeerName
+    first_at: Timestamp
+    first_address: Label
+    last_at: Timestamp
+    last_address: Label
+    authority: Sha256
+    """SHA-256 of the public key of the authority that had certified it when it linked last: it had that cluster key."""
+
+
+class _Document(msgspec.Struct, frozen=True):
+    peers: Annotated[list[KnownPeer], at_most(MAX_STAYING)] = []
+
+
+class KnownPeers:
+    """The register. Changes are made in memory, and `run` writes them."""
+
+    def __init__(self, folder: Folder, clock: Clock) -> None:
+        """Read the register. One that can't be read is logged once, and an empty one begun."""
+        self._folder = folder
+        self._clock = clock
+        self.keep: Callable[[PeerId], bool] = lambda peer: False
+        """Whether a peer must not be dropped to make room."""
+        self._changed = asyncio.Event()
+        self._peers: dict[PeerId, KnownPeer] = {}
+        self._written = self._encoded()
+        try:
+            data = folder.read(NAME)
+            document = msgspec.json.decode(data, type=_Document) if data else _Document()
+        except (MeshdError, msgspec.DecodeError) as error:
+            log.warning("which peers were linked before is not known: %s can't be read: %s", NAME, error)
+            return
+        self._peers = {known.peer: known for known in document.peers}
+        self._written = self._encoded()
+
+    def all(self) -> list[KnownPeer]:
+        """Returns: all peers, those known longest first."""
+        return sorted(self._peers.values(), key=lambda known: (known.first_at, known.peer))
+
+    def get(self, peer: PeerId) -> KnownPeer | None:
+        return self._peers.get(peer)
+
+    def linked(self, peer: PeerId, name: str, address: str, authority: str) -> None:
+        """Record a link that came up. `authority`: as `KnownPeer.authority`."""
+        now = self._clock.wall()
+        known = self._peers.get(peer)
+        if known is None:
+            if len(self._peers) >= MAX_STAYING and not self._make_room(address):
+                log.warning("%s (%.8s) is not recorded: %d peers are known already", name, peer, MAX_STAYING)
+                return
+            known = KnownPeer(
+                peer=peer,
+                name=name,
+                first_at=now,
+                first_address=address,
+                last_at=now,
+                last_address=address,
+                authority=authority,
+            )
+        self._peers[peer] = msgspec.structs.replace(known, name=name, last_at=now, last_address=address, authority=authority)
+        self._changed.set()
+
+    def ended(self, peer: PeerId) -> None:
+        """Record that a link has ended."""
+        if (known := self._peers.get(peer)) is not None:
+            self._peers[peer] = msgspec.structs.replace(known, last_at=self._clock.wall())
+            self._changed.set()
+
+    async def run(self) -> None:
+        """Write the register whenever it has changed. Cancel: writes what is not written yet."""
+        try:
+            while True:
+                await self._changed.wait()
+                self._changed.clear()
+                data = self._encoded()
+                await asyncio.to_thread(self._write, data)
+                self._written = data
+                await self._clock.sleep(_SAVE_S)
+        finally:
+            if (data := self._encoded()) != self._written:
+                self._write(data)
+
+    def _encoded(self) -> bytes:
+        return msgspec.json.encode(_Document(self.all()))
+
+    def _write(self, data: bytes) -> None:
+        try:
+            self._folder.write(NAME, data)
+        except MeshdError as error:
+            log.warning("which peers were linked is not recorded: %s", error)
+
+    def _make_room(self, address: str) -> bool:
+        """Drop the newest peer of the host from which most were first seen: a member can make any number of identities.
+
+        Returns: False if that is the newcomer's own host, or no peer may be dropped.
+        """
+        spare = [known for known in self._peers.values() if not self.keep(known.peer)]
+        hosts = Counter(origin_of(known.first_address) for known in spare)
+        if not hosts:
+            return False
+        crowded, count = hosts.most_common(1)[0]
+        if hosts[origin_of(address)] >= count:
+            return False
+        newest = max((known for known in spare if origin_of(known.first_address) == crowded), key=lambda known: known.first_at)
+        del self._peers[newest.peer]
+        return True

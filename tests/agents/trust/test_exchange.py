@@ -1,0 +1,245 @@
+"""Rotations among peers with real sockets: who gets the new key, and who is kept out."""
+
+import asyncio
+import os
+import ssl
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from in_process.trusting import Club, linked, until
+from meshd.agents.trust.trust import EXCLUDED
+from meshd.errors import InvalidRequest
+from meshd.protocol.cluster_key import ClusterKey
+from meshd.protocol.messages import Rotation
+from meshd.protocol.owner import OwnerKey, load_owner_key
+from meshd.protocol.trust import RotationChain
+
+
+@pytest.fixture
+async def club(tmp_path: Path) -> AsyncIterator[Club]:
+    club = Club(tmp_path)
+    yield club
+    await club.stop()
+
+
+async def test_a_rotation_reaches_all_that_stay_and_no_link_breaks(club: Club) -> None:
+    a, b, c = (club.start(name) for name in "abc")
+    await club.together(a, b, c)
+    await club.rotate(a, b, c)
+    await until(lambda: all(member.generation == 1 for member in (a, b, c)))
+    await until(lambda: all(len(member.exchange.holders) == 2 for member in (a, b, c)))
+    assert all(linked(one, other) for one in (a, b, c) for other in (a, b, c) if one is not other)
+    assert not a.downs
+    assert not b.downs
+    assert not c.downs
+
+
+async def test_a_peer_that_is_not_linked_with_the_owner_gets_it_from_another(club: Club) -> None:
+    a, b, c = (club.start(name) for name in "abc")
+    b.dial(a, c)
+    await until(lambda: linked(b, a) and linked(b, c))
+    await club.rotate(a, b, c)
+    await until(lambda: c.generation == 1)
+
+
+async def test_an_excluded_peer_is_cut_and_told_and_can_not_link_again(club: Club) -> None:
+    a, b, x = (club.start(name) for name in "abx")
+    await club.together(a, b, x)
+    x.dial(a, b)
+    await club.rotate(a, b)
+    await until(lambda: not a.links.peers().count(x.id) and not linked(b, x) and b.generation == 1)
+    await until(lambda: x.trust.exclusion is not None)
+    assert any("this device was excluded" in notice for notice in x.notices)
+    assert x.generation == 0
+    again = club.start("x-again", club.first_key)
+    for one in (a, b):
+        one.dial(x, again)
+    again.dial(a, b)
+    await until(lambda: EXCLUDED in a.reasons() and EXCLUDED in b.reasons())
+    await asyncio.sleep(0.5)
+    assert not linked(a, again)
+    assert not linked(b, again)
+    assert not linked(a, x)
+    assert not linked(b, x)
+    assert again.generation == x.generation == 0
+    assert linked(a, b)
+
+
+async def test_identities_minted_before_are_kept_out_also_one_that_was_linked(club: Club) -> None:
+    a, b, x = (club.start(name) for name in "abx")
+    minted = [club.start(f"minted{number}") for number in range(3)]
+    await club.together(a, b, x, minted[0])
+    await club.rotate(a, b)
+    await until(lambda: b.generation == 1)
+    for identity in (x, *minted):
+        identity.dial(a, b)
+        a.dial(identity)
+        b.dial(identity)
+    await until(lambda: all(identity.trust.exclusion is not None for identity in (x, *minted)))
+    await asyncio.sleep(0.5)
+    assert a.links.peers() == [b.id]
+    assert b.links.peers() == [a.id]
+    assert all(identity.generation == 0 for identity in (x, *minted))
+
+
+async def test_a_peer_that_was_off_during_two_rotations_returns(club: Club) -> None:
+    a, b, c = (club.start(name) for name in "abc")
+    await club.together(a, b, c)
+    await c.stop()
+    club.members.remove(c)
+    for generation in (1, 2):
+        record, key = club.record(a, [a.id, b.id, c.id])
+        await a.trust.order(a.trust.chain.extended(record).encode(), key.secret)
+        await until(lambda generation=generation: b.generation == generation)
+    back = club.start("c")
+    assert back.generation == 0
+    back.dial(a)
+    await until(lambda: back.generation == 2 and linked(back, a))
+    back.dial(b)
+    await until(lambda: linked(back, b))
+
+
+async def test_a_peer_that_was_off_also_returns_if_only_the_others_can_dial(club: Club) -> None:
+    a, c = club.start("a"), club.start("c")
+    await club.together(a, c)
+    await c.stop()
+    club.members.remove(c)
+    await club.rotate(a, c)
+    back = club.start("c", port=c.port)
+    await until(lambda: back.generation == 1 and linked(back, a))
+
+
+async def test_a_returning_peer_finds_it_again_after_a_restart(club: Club) -> None:
+    a, b = club.start("a"), club.start("b")
+    await club.together(a, b)
+    await club.rotate(a, b)
+    await until(lambda: b.generation == 1)
+    await b.stop()
+    club.members.remove(b)
+    back = club.start("b")
+    assert back.generation == 1
+    assert back.trust.chain.hash == a.trust.chain.hash
+    back.dial(a)
+    await until(lambda: linked(back, a))
+
+
+async def test_a_device_with_the_new_code_joins_and_with_the_old_one_is_told(club: Club) -> None:
+    a, b = club.start("a"), club.start("b")
+    await club.together(a, b)
+    await club.rotate(a, b)
+    new = club.start("new", a.trust.key)
+    assert new.trust.unconfirmed
+    new.dial(a)
+    await until(lambda: linked(new, a) and not new.trust.unconfirmed)
+    assert new.trust.chain.hash == a.trust.chain.hash
+    await until(lambda: linked(a, new) and a.trust.belongs(new.id))
+    await club.rotate(a, b, new)
+    await until(lambda: new.generation == b.generation == 2)
+    late = club.start("late", ClusterKey.generate(os.urandom, club.first_key.owner, 1))  # as an outdated code has one
+    late.dial(a)
+    await until(lambda: late.trust.outdated)
+    assert any("earlier key" in notice for notice in late.notices)
+    assert late.generation == 1
+    assert late.trust.exclusion is None
+
+
+async def test_a_member_without_the_owner_key_can_not_rotate(club: Club) -> None:
+    a, b, x = (club.start(name) for name in "abx")
+    await club.together(a, b, x)
+    record, key = club.record(x, [x.id, b.id], owner=OwnerKey.from_seed(os.urandom(32)))
+    forged = RotationChain(club.first_key.owner, (record,)).encode()
+    with pytest.raises(InvalidRequest, match="not signed by the cluster's owner"):
+        await x.trust.order(forged, key.secret)
+    x.links.send(b.id, Rotation(secret=True), key.secret + forged)
+    x.links.send(a.id, Rotation(secret=True), key.secret + forged)
+    await club.rotate(a, b)
+    await until(lambda: b.generation == 1 and not linked(b, x))
+    assert b.trust.chain.hash == a.trust.chain.hash
+
+
+async def test_a_wrong_key_with_a_genuine_record_is_refused(club: Club) -> None:
+    a, b, x = (club.start(name) for name in "abx")
+    await club.together(b, x)
+    record, _ = club.record(a, [a.id, b.id])
+    genuine = RotationChain(club.first_key.owner, (record,)).encode()
+    x.links.send(b.id, Rotation(secret=True), os.urandom(32) + genuine)
+    await asyncio.sleep(0.3)
+    assert b.generation == 0
+
+
+async def test_two_owners_that_rotate_at_the_same_moment_converge(club: Club) -> None:
+    a, b, c, d = (club.start(name) for name in "abcd")
+    await club.together(a, b, c, d)
+    everyone = [member.id for member in (a, b, c, d)]
+    for at in (a, d):
+        record, key = club.record(at, everyone)
+        asyncio.get_running_loop().create_task(at.trust.order(at.trust.chain.extended(record).encode(), key.secret))
+    await until(lambda: all(member.generation == 1 for member in (a, b, c, d)))
+    await until(lambda: len({member.trust.chain.hash for member in (a, b, c, d)}) == 1)
+    assert len({member.trust.key for member in (a, b, c, d)}) == 1
+    assert not any(member.downs for member in (a, b, c, d))
+
+
+async def test_an_exclusion_that_lost_against_a_rotation_of_another_owner_is_undone(club: Club) -> None:
+    a, b, x = (club.start(name) for name in "abx")
+    await club.together(a, b, x)
+    loser, losing = club.record(a, [a.id, b.id])
+    winner, winning = club.record(a, [a.id, b.id, x.id])
+    while winner.hash > loser.hash:
+        winner, winning = club.record(a, [a.id, b.id, x.id])
+    first = club.first_key.owner
+    await a.trust.order(RotationChain(first, (loser,)).encode(), losing.secret)
+    await until(lambda: x.trust.exclusion is not None and b.generation == 1)
+    await b.trust.order(RotationChain(first, (winner,)).encode(), winning.secret)
+    await until(lambda: a.trust.chain.hash == winner.hash and x.trust.chain.hash == winner.hash and x.trust.exclusion is None)
+    await until(lambda: linked(a, x))
+
+
+async def test_the_owner_key_is_copied_only_if_it_is_the_clusters(club: Club) -> None:
+    a, b = club.start("a"), club.start("b")
+    await club.together(a, b)
+    with pytest.raises(InvalidRequest, match="not the owner key"):
+        await a.exchange.give_owner_key(b.id, os.urandom(32))
+    await a.exchange.give_owner_key(b.id, club.owner.seed)
+    stored = load_owner_key(b.folder, club.first_key.owner, club.owner.hash)
+    assert stored is not None
+    assert stored.seed == club.owner.seed
+    path = next(b.folder.path.glob("owner-*.key"))
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+async def test_a_thief_with_the_owner_key_is_powerless_once_it_was_changed(club: Club) -> None:
+    a, b, thief = (club.start(name) for name in ("a", "b", "thief"))
+    await club.together(a, b, thief)
+    stolen = club.owner
+    await club.rotate(a, b, new_owner=OwnerKey.from_seed(os.urandom(32)))
+    await until(lambda: b.generation == 1)
+    record, key = club.record(a, [a.id, b.id, thief.id], owner=stolen)
+    own = RotationChain(club.first_key.owner, (record,))
+    await thief.trust.order(own.encode(), key.secret)
+    assert thief.generation == 2
+    thief.dial(a, b)
+    a.dial(thief)
+    b.dial(thief)
+    await asyncio.sleep(1.0)
+    assert a.generation == b.generation == 1
+    assert not linked(a, thief)
+    assert not linked(b, thief)
+    assert linked(a, b)
+
+
+async def test_an_old_certificate_opens_nothing(club: Club) -> None:
+    """The excluded peer uses its certificate of the old authority on both kinds of connection."""
+    a, x = club.start("a"), club.start("x")
+    await club.together(a, x)
+    await club.rotate(a)
+    for certificate, name in (("identity.crt", ""), ("identity.crt", "return.meshd"), ("return.crt", "")):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.load_cert_chain(x.folder.path / certificate, x.folder.path / "identity.key")
+        reader, writer = await asyncio.open_connection("127.0.0.1", a.port, ssl=context, server_hostname=name)
+        assert await reader.read() == b""
+        writer.close()
+    assert a.links.peers() == []
