@@ -139,7 +139,7 @@ def _confirm(known: Row, excluded: list[Row], args: Namespace) -> None:
     if args.yes:
         return
     if not sys.stdin.isatty():
-        raise UsageError("nobody can be asked: standard input is no terminal", hint="check the list, then add --yes")
+        raise ConfigError("nobody can be asked: standard input is no terminal", hint="check the list, then add --yes")
     print("Any other device needs the new join code. Go on? [y/N] ", end="", file=sys.stderr, flush=True)
     if input().strip().lower() not in {"y", "yes"}:
         raise UsageError("nothing was changed: the answer was not yes")

@@ -12,7 +12,10 @@ from in_process.trusting import Club, linked, until
 from meshd.agents.trust.trust import EXCLUDED
 from meshd.errors import InvalidRequest
 from meshd.protocol.cluster_key import ClusterKey
-from meshd.protocol.messages import Rotation
+from meshd.protocol.codec import encode
+from meshd.protocol.framing import PREFIX, frame_head
+from meshd.protocol.identity import RETURN_SERVER, load_identity
+from meshd.protocol.messages import Heartbeat, Message, Rotation
 from meshd.protocol.owner import OwnerKey, load_owner_key
 from meshd.protocol.trust import RotationChain
 
@@ -243,3 +246,31 @@ async def test_an_old_certificate_opens_nothing(club: Club) -> None:
         assert await reader.read() == b""
         writer.close()
     assert a.links.peers() == []
+
+
+@pytest.mark.parametrize("hostile", ["hello", "garbage", "too large", "three messages", "silence"])
+async def test_a_past_member_can_not_do_more_than_ask_on_its_connection(club: Club, hostile: str) -> None:
+    a, b, x = (club.start(name) for name in "abx")
+    await club.together(a, b, x)
+    await club.rotate(a, b)
+    context = load_identity(x.folder, club.first_key, os.urandom).return_client
+    reader, writer = await asyncio.open_connection("127.0.0.1", a.port, ssl=context, server_hostname=RETURN_SERVER)
+    frames = {
+        "hello": framed(Heartbeat(sequence=1, sent_ns=1)),
+        "garbage": os.urandom(200),
+        "too large": PREFIX.pack(10, 16 << 20),
+        "three messages": 3 * framed(Rotation()),
+        "silence": b"",
+    }
+    writer.write(frames[hostile])
+    async with asyncio.timeout(5.0):
+        answer = await reader.read()
+    writer.close()
+    assert a.trust.key.secret not in answer
+    assert linked(a, b)
+    assert not linked(a, x)
+
+
+def framed(message: Message) -> bytes:
+    header = encode(message)
+    return frame_head(header, 0) + header
