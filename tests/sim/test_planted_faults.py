@@ -11,9 +11,12 @@ from meshd.agents.session import events, session
 from meshd.agents.session.admission import Admission
 from meshd.agents.stage import session as stage_session
 from meshd.agents.stage.kv import KvLease, KvManager
+from meshd.agents.trust.trust import Trust
 from meshd.kernels.kv import KVPool
 from meshd.kernels.sampler import Sampler
 from meshd.protocol.messages import Activation, Lane, Message
+from meshd.protocol.trust import RotationChain
+from sim.network.links import SimLinks
 from sim.options import Options
 from sim.simulation import simulate
 
@@ -23,6 +26,8 @@ LONG_STEPS = Options(faults=0, requests=10, within_s=5.0, slowness=5.0)
 SHORT_STEPS = Options(faults=0, requests=8, within_s=4.0, repeats=0.3, slowness=0.05)
 KV_FOR_ONE = Options(peers=3, faults=0, requests=3, within_s=0.002, prompt=340, answer=150, contexts=1)
 REPEATS = Options(faults=2, repeats=0.1)
+ROTATIONS = Options(faults=4, kinds=("rotate",), requests=2, within_s=4.0)
+EXCLUSIONS = Options(faults=3, kinds=("exclude",), requests=2, within_s=4.0)
 
 
 def finds(failure: str, options: Options, seeds: int = 25) -> bool:
@@ -154,3 +159,26 @@ def test_it_finds_an_epoch_that_falls(monkeypatch: pytest.MonkeyPatch) -> None:
 
     set_action(monkeypatch, session.TRANSITIONS, (session.SessionState.RECOVERING, events.Planned), wrong)
     assert finds("back to", USUAL)
+
+
+def test_it_finds_a_link_of_an_excluded_peer_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(links: SimLinks, identity: Any, stays: Any, reason: str) -> None:
+        links.authority = identity.issuer.public
+
+    monkeypatch.setattr(SimLinks, "change_key", wrong)
+    assert finds("which was excluded", EXCLUSIONS)
+
+
+def test_it_finds_peers_that_choose_different_ones_of_two_rotations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RotationChain, "_rank", lambda chain: (len(chain.owner_changes), chain.generation, b""))
+    assert finds("rotations count", ROTATIONS)
+
+
+def test_it_finds_an_excluded_peer_that_is_not_told_that_it_belongs_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Trust.hear
+
+    async def wrong(trust: Trust, *told: Any, **known: Any) -> Any:
+        return None if trust.exclusion is not None else await right(trust, *told, **known)
+
+    monkeypatch.setattr(Trust, "hear", wrong)
+    assert finds("rotations count", EXCLUSIONS)

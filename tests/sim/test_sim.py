@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 EACH = 10
 """Number of seeds that one test runs."""
 
-USUAL = Options(faults=6)
+USUAL = Options(faults=8)
 CROWDED = Options(peers=5, faults=20, requests=12, within_s=25.0)
 QUIET = Options(faults=0, requests=10, within_s=5.0)
 TIGHT = Options(peers=3, faults=4, requests=8, within_s=8.0, prompt=300, answer=200)

@@ -55,6 +55,7 @@ class Checks:
         for peer in self._world.peers.values():
             if peer.process is not None:
                 self._check_queues(peer.process)
+                self._check_links(peer.process)
                 present.update(map(id, peer.process.coordinator.answers.values()))
                 present.update(map(id, peer.process.stages._kv_manager))
         self._epochs = {key: known for key, known in self._epochs.items() if key in present}
@@ -99,6 +100,18 @@ class Checks:
             raise InvariantBroken(
                 f"{process.spec.name} {resident.layers}: tables {sorted(pool._live)} are taken, {sorted(used)} are in use"
             )
+
+    def _check_links(self, process: "SimProcess") -> None:
+        """Check that every link is with a peer that belongs to the cluster, by the newest rotation that this peer knows."""
+        for peer in process.links.peers():
+            if not process.trust.belongs(peer):
+                raise InvariantBroken(f"{process.spec.name} is linked with {self._world.names[peer]}, which was excluded")
+
+    def one_key(self) -> None:
+        """Check that all peers have the same cluster key, once all faults have ended."""
+        keys = {peer.process.trust.chain.hash for peer in self._world.peers.values() if peer.process is not None}
+        if len(keys) > 1 or self._world.excluded:
+            raise InvariantBroken(f"{len(keys)} rotations count, and {len(self._world.excluded)} peers are excluded")
 
     def _check_queues(self, process: "SimProcess") -> None:
         for name, size, limit in queues(process):

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from sim.network.wires import HarshNetwork
 
 if TYPE_CHECKING:
+    from meshd.types import PeerId
     from sim.peer.peer import SimPeer
+    from sim.peer.process import SimProcess
     from sim.world import World
 
 
@@ -296,3 +298,50 @@ async def _harsh(world: "World", fault: Fault) -> None:
     world.network.delivery.harsh = HarshNetwork()
     world.network.break_lossy()
     world.health.end_all(fault.kind)
+
+
+def _owners(world: "World") -> list["SimProcess"]:
+    """Return the processes at which the owner can rotate the key now."""
+    return [peer.process for peer in world.peers.values() if peer.process is not None and not peer.frozen]
+
+
+@_fault("rotate", 0.0, 0.5)
+async def _rotate(world: "World", fault: Fault) -> None:
+    """Rotate the cluster key, in a third of the cases on two devices at the same moment. This disturbs no peer."""
+    owners = [process for process in _owners(world) if process.spec.id not in world.excluded]
+    if not owners:
+        return
+    world.health.injected += 1
+    first = int(fault.chance * 1000) % len(owners)
+    chosen = [owners[first]] if fault.chance < 0.67 else [owners[first], owners[first - 1]]
+    await asyncio.gather(*(world.rotate(process) for process in chosen))
+
+
+@_fault("exclude", 1.0, 15.0)
+async def _exclude(world: "World", fault: Fault) -> None:
+    """Exclude a peer from the cluster, and later let it in again."""
+    peer = _pick(world, fault)
+    if peer is None or world.excluded:
+        return
+    world.health.begin(peer, fault.kind)
+    world.excluded.add(peer.id)
+    await _decide(world, peer.id)
+    await asyncio.sleep(fault.lasts_s)
+    world.excluded.discard(peer.id)
+    await _decide(world, peer.id)
+    world.health.end(peer, fault.kind)
+
+
+async def _decide(world: "World", subject: "PeerId") -> None:
+    """Rotate until the rotation that counts says of `subject` what the owner wants."""
+    wanted = subject not in world.excluded
+    for _ in range(100):
+        owners = [
+            process for process in _owners(world) if process.spec.id != subject and process.spec.id not in world.health.faulty
+        ]
+        for process in owners[:1]:
+            await world.rotate(process)
+        await asyncio.sleep(1.0)
+        newest = [process.trust.chain.last for process in owners]
+        if newest and all(record is not None and (subject in record.peers) is wanted for record in newest):
+            return

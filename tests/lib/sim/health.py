@@ -15,7 +15,7 @@ _AFTERMATH_S = 5.0
 """Seconds after its fault in which a peer counts as unable to hold layers. Its errors are excused for twice as long."""
 _CLOSE_S = 6.0
 """Seconds. Peers that are lost within this time may be the only ones that had a session's record."""
-_LOSSES = ("freeze", "isolate", "partition", "one-way cut", "harsh network", "stall")
+_LOSSES = ("freeze", "isolate", "partition", "one-way cut", "harsh network", "stall", "exclude")
 """Kinds of faults by which other peers lose a peer although its process still exists."""
 
 

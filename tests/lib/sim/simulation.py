@@ -119,6 +119,7 @@ class _Simulation:
         else:
             await self._run_fixed()
         await asyncio.sleep(_SETTLE_S)
+        world.checks.one_key()
         world.checks.no_orphaned_leases()
         if any(peer.process is not None and leftovers(peer.process) for peer in world.peers.values()):
             await asyncio.sleep(_UNREAD_S)

@@ -8,6 +8,9 @@ from collections.abc import Coroutine
 from typing import Any
 
 from meshd.errors import MeshdError
+from meshd.protocol.cluster_key import ClusterKey
+from meshd.protocol.owner import OwnerKey
+from meshd.protocol.trust import RotationChain, sign_rotation
 from meshd.types import PeerId
 from sim.checks import Checks
 from sim.clients.client import Client, WrongAnswer
@@ -19,6 +22,7 @@ from sim.network.wires import Path
 from sim.options import Options
 from sim.peer.peer import SimPeer
 from sim.peer.process import PeerSpec, SimProcess
+from sim.peer.trust import SimTrustFiles
 from sim.toy.backend import Meter, Speed
 from sim.toy.mathematics import MIB, toy_card
 from sim.trace import Trace
@@ -47,6 +51,10 @@ class World:
         self.worst = 0.0, ""
         """The longest time that a client waited for a delta, and its client, time and event."""
         self.checks = Checks(self)
+        self.owner = OwnerKey.from_seed(hashlib.sha256(f"{seed}-owner".encode()).digest())
+        self.first_key = ClusterKey.generate(random.Random(f"{seed}-key").randbytes, self.owner.hash)
+        self.excluded: set[PeerId] = set()
+        """Peers that the owner does not list in rotations."""
         for number in range(options.peers):
             self._add_peer(number)
 
@@ -60,6 +68,7 @@ class World:
             name=f"p{number}",
             memory_bytes=rng.choice([300, 400, 600]) * MIB,
             speed=Speed(token_layer_s=layer_s),
+            trust=SimTrustFiles(self.first_key, RotationChain(self.owner.hash)),
         )
         peer = SimPeer(self.loop, self.network, random.Random(rng.random()), self.meter, spec, self.cards, self.checks)
         for other in self.peers:
@@ -68,6 +77,18 @@ class World:
                 self.network.set_path(*pair, Path(delay, delay * rng.random(), 10 ** rng.uniform(6.5, 8.5)))
         self.peers[spec.id] = peer
         self.names[spec.id] = spec.name
+
+    async def rotate(self, process: SimProcess) -> None:
+        """Have the owner, at this peer's device, replace the cluster key. All peers stay but those in `excluded`."""
+        trust = process.trust
+        generation = trust.key.generation + 1
+        key = ClusterKey.generate(self.rng_faults.randbytes, self.owner.hash, generation)
+        staying = [peer for peer in self.peers if peer not in self.excluded]
+        record = sign_rotation(
+            self.owner, generation=generation, authority=key.issuer.public, peers=staying, previous=trust.chain.hash, at=0
+        )
+        self.trace.note("rotation", process.spec.name, generation, len(staying))
+        await self.do(process, trust.order(trust.chain.extended(record).encode(), key.secret), 5.0)
 
     async def some_process(self) -> SimProcess:
         """Return the process of a random peer that runs and is not leaving; wait until there is one."""

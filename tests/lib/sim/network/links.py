@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from meshd.agents.links.link_table import LEFT, OnDown, OnUp
 from meshd.agents.links.log import LinkLog
+from meshd.agents.links.open import ReturnDesk
 from meshd.agents.links.rpc import Dispatcher, Handler, M, to_view
 from meshd.agents.supervisor import Supervise
 from meshd.errors import Overloaded, PeerLost
@@ -42,6 +43,9 @@ class SimLinks:
         self.on_up, self.on_down = on_up, on_down
         self.links: dict[PeerId, Link] = {}
         self.detached = False
+        self.authority = b""
+        """Public key of the authority of this peer's cluster key. Peers with different ones can't link."""
+        self.desk: ReturnDesk | None = None
         self.context = owner.context()
         self._network = network
         self._local = 0
@@ -87,6 +91,22 @@ class SimLinks:
 
     def forget(self, host: str, port: int, source: str) -> None:
         """Do nothing, for the same reason as `connect`."""
+
+    def answer_returning(self, desk: ReturnDesk) -> None:
+        self.desk = desk
+
+    def change_key(self, identity: Any, stays: Callable[[PeerId], bool], reason: str) -> None:
+        self.authority = identity.issuer.public
+        for peer in list(self.links):
+            if not stays(peer):
+                self._network.end(self, peer, reason)
+        self._network.dial_all(self)
+
+    def cut(self, peer: PeerId, reason: str) -> None:
+        self._network.end(self, peer, reason)
+
+    def dial_rarely(self, rarely: bool) -> None:
+        """Do nothing: the network dials for all peers."""
 
     def peers(self) -> list[PeerId]:
         return [peer for peer, link in self.links.items() if self.id in link.up]

@@ -6,7 +6,9 @@ the cut heals, if the link still exists. When a link breaks, the messages that w
 """
 
 import asyncio
+import contextvars
 import random
+from functools import partial
 
 from meshd.protocol.framing import MAX_HEADER, MAX_PAYLOAD
 from meshd.protocol.messages import FEATURES, PROTOCOL_VERSION, Hello, Lane
@@ -14,12 +16,15 @@ from meshd.types import PeerId
 from sim.loop import SimLoop
 from sim.network.delivery import Delivery
 from sim.network.links import SimLinks
+from sim.network.returning import ReturnConnection, converse
 from sim.network.wires import Link, Path, Pipe
 from sim.trace import Trace
 
 _SILENCE_S = 2.0
 _BEAT_S = 0.5
 _LATEST_REDIAL_S = 0.25
+_KEY_REDIAL_S = 1.0
+"""Pause after a conversation of two peers with different cluster keys."""
 Pair = tuple[PeerId, PeerId]
 
 
@@ -34,6 +39,8 @@ class SimNetwork:
         self._ends: dict[PeerId, SimLinks] = {}
         """The `SimLinks` of each peer that is on the network."""
         self._redials: dict[Pair, asyncio.TimerHandle] = {}
+        self._talking: set[Pair] = set()
+        """Pairs of peers with different cluster keys that exchange rotations."""
         self._links = 0
         self.delivery = Delivery(loop, rng, trace, self._paths, self._ends)
 
@@ -137,11 +144,43 @@ class SimNetwork:
         if path.blocked_since == since and link is not None and listener.id in link.up:
             self._end(listener, source, link, f"silent for {self._loop.time() - since:.1f} s")
 
-    def _redial(self, one: PeerId, other: PeerId) -> None:
+    def end(self, end: SimLinks, other: PeerId, reason: str) -> None:
+        """End a peer's link with another one on purpose."""
+        link = end.links.get(other)
+        if link is not None:
+            self._end(end, other, link, reason)
+
+    def dial_all(self, end: SimLinks) -> None:
+        """Dial all peers with which a peer has no link."""
+        for other in self._ends:
+            if other != end.id:
+                self._redial(end.id, other)
+
+    def _exchange_rotations(self, one: SimLinks, other: SimLinks) -> None:
+        """Let two peers with different cluster keys talk, and dial again."""
+        pair = (one.id, other.id)
+        if pair in self._talking or one.desk is None or other.desk is None:
+            return
+        self._talking.add(pair)
+        asking = ReturnConnection(self._loop, one, other.id, partial(self._delay_s, one.id, other.id))
+        answering = ReturnConnection(self._loop, other, one.id, partial(self._delay_s, other.id, one.id))
+        asking.far, answering.far = answering, asking
+        self._loop.create_task(converse(answering, other.desk.answer), context=other.context)
+        talk = self._loop.create_task(converse(asking, one.desk.ask), context=one.context)
+        talk.add_done_callback(lambda _: self._talked(pair), context=contextvars.Context())
+
+    def _talked(self, pair: Pair) -> None:
+        self._talking.discard(pair)
+        self._redial(*pair, later_s=_KEY_REDIAL_S)
+
+    def _delay_s(self, source: PeerId, target: PeerId) -> float | None:
+        return None if self._blocked(source, target) else self.delivery.delay_s(self._paths[source, target])
+
+    def _redial(self, one: PeerId, other: PeerId, *, later_s: float = 0.0) -> None:
         pair = (one, other) if one < other else (other, one)
         if pair in self._redials:
             return
-        wait = self._rng.random() * _LATEST_REDIAL_S
+        wait = later_s + self._rng.random() * _LATEST_REDIAL_S
         self._redials[pair] = self._loop.call_later(wait, self._dial, *pair)
 
     def _dial(self, one: PeerId, other: PeerId) -> None:
@@ -152,6 +191,9 @@ class SimNetwork:
             return
         links = ends[0].links.get(other), ends[1].links.get(one)
         if links[0] is not None and links[0] is links[1]:
+            return
+        if ends[0].authority != ends[1].authority:
+            self._exchange_rotations(ends[0], ends[1])
             return
         self._links += 1
         link = Link(self._links)
@@ -166,7 +208,7 @@ class SimNetwork:
         self._loop.call_later(ready_s, self._bring_up, ends[0], ends[1], link, context=ends[0].context)
 
     def _bring_up(self, end: SimLinks, other: SimLinks, link: Link) -> None:
-        if end.detached or link.ended:
+        if end.detached or link.ended or end.authority != other.authority:
             return
         old = end.links.get(other.id)
         if old is not None and old.number > link.number:

@@ -18,6 +18,7 @@ from sim.network.network import SimNetwork
 from sim.peer.compute import SimCompute
 from sim.peer.counting import CountingCoordinator, CountingRouter
 from sim.peer.stand_ins import NoTelemetry, SimLibrary, SimStore, SimWeights
+from sim.peer.trust import SimTrustFiles
 from sim.toy.backend import Meter, Speed, ToyBackend
 from sim.toy.mathematics import MIB
 
@@ -35,6 +36,7 @@ class PeerSpec:
     speed: Speed = field(default_factory=Speed)
     outputs_bytes: int = 64 * 1024
     copies: int = 2
+    trust: SimTrustFiles = field(kw_only=True)
 
 
 class NoRestarts(Supervisor):
@@ -73,6 +75,8 @@ class SimProcess:
         self.links = SimLinks(
             network, owner, spec.id, spec.name, self.incarnation, clock, on_up=signals.link_up, on_down=signals.link_down
         )
+        self.trust = spec.trust.load(spec.id, clock)
+        self.links.authority = self.trust.key.issuer.public
         self.agents = compose(self._parts(network, rng, meter, cards, signals))
         self.stages = self.agents.stages
         self.holdings = self.agents.holdings
@@ -122,6 +126,7 @@ class SimProcess:
             ),
             weights=weights,
             placements=Placements(InMemory()),
+            trust=self.trust,
             supervisor=NoRestarts(self.clock),
             router=CountingRouter,
             coordinator=CountingCoordinator,
