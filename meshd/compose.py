@@ -318,7 +318,9 @@ def compose(parts: Parts) -> Peer:
         rows=rows,
         relay=EventRelay(links, events, rows, names, clock),
         reach=ReachChecker(links, membership, clock),
-        exchange=TrustExchange(parts.trust, links, clock, membership.notices.add, membership.notices.withdraw),
+        exchange=TrustExchange(
+            parts.trust, links, clock, membership.notices.add, membership.notices.withdraw, membership.events.publish
+        ),
         supervisor=parts.supervisor,
     )
     _subscribe(parts, memory, peer)

@@ -69,6 +69,16 @@ class NoticeGiven(Event, frozen=True, kw_only=True, tag="notice"):
     hint: str
 
 
+class KeyRotated(Event, frozen=True, kw_only=True, tag="key"):
+    """This peer has heard of a rotation of the cluster's key that counts."""
+
+    generation: int
+    staying: int
+    """Number of peers that stay."""
+    excluded: bool
+    """Whether this peer is not among them."""
+
+
 class HoldingChanged(Event, frozen=True, kw_only=True, tag="holding"):
     """Layers on this peer have changed their state."""
 
@@ -177,6 +187,7 @@ KINDS: tuple[type[Event], ...] = (
     PeerChanged,
     LinkRefused,
     NoticeGiven,
+    KeyRotated,
     HoldingChanged,
     LoadProgress,
     SessionChanged,

@@ -13,6 +13,7 @@ import msgspec
 
 from meshd.agents.links.links import Links
 from meshd.agents.links.rpc import try_send
+from meshd.agents.observe.events import KeyRotated
 from meshd.agents.trust.trust import JOIN_AGAIN, SELF_EXCLUDED, Answer, Trust, title
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest, NoPeer, PeerRefused, ProtocolViolation
@@ -22,6 +23,7 @@ from meshd.protocol.identity import Identity
 from meshd.protocol.messages import GiveOwnerKey, Hello, Message, OwnerKeyTaken, Rotation
 from meshd.protocol.owner import OwnerKey
 from meshd.protocol.transport import Connection
+from meshd.protocol.trust import RotationRecord
 from meshd.types import PeerId
 
 log = getLogger(__name__)
@@ -40,7 +42,15 @@ class Notify(Protocol):
 class TrustExchange:
     """Gives the newest rotation to all peers that stay, and takes it from any peer."""
 
-    def __init__(self, trust: Trust, links: Links, clock: Clock, notify: Notify, withdraw: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        trust: Trust,
+        links: Links,
+        clock: Clock,
+        notify: Notify,
+        withdraw: Callable[[str], None],
+        publish: Callable[[KeyRotated], None],
+    ) -> None:
         self.trust = trust
         self.holders: set[PeerId] = set()
         """Peers that have shown that they have the present cluster key."""
@@ -48,6 +58,7 @@ class TrustExchange:
         self._clock = clock
         self._notify = notify
         self._withdraw = withdraw
+        self._publish = publish
         trust.on_adopted = self._adopted
         trust.on_excluded = self._excluded
 
@@ -188,14 +199,20 @@ class TrustExchange:
         self._links.change_key(identity, trust.belongs, f"it was excluded from the cluster by {title(trust.chain.last)}")
         self._links.dial_rarely(False)
         self._withdraw("excluded")
+        self._publish_rotation(trust.chain.last, excluded=False)
 
     def _excluded(self) -> None:
         """Tell the user that this device was excluded, and hardly dial any more."""
         if self.trust.exclusion is not None:
             self._notify(f"{SELF_EXCLUDED} by {title(self.trust.exclusion.last)}", JOIN_AGAIN, "excluded")
+            self._publish_rotation(self.trust.exclusion.last, excluded=True)
         else:
             self._notify("the join code of this device is of an earlier key of the cluster", JOIN_AGAIN, "excluded")
         self._links.dial_rarely(True)
+
+    def _publish_rotation(self, record: RotationRecord | None, *, excluded: bool) -> None:
+        if record is not None:
+            self._publish(KeyRotated(generation=record.generation, staying=len(record.peers), excluded=excluded))
 
 
 def _rotation(message: Message) -> Rotation:

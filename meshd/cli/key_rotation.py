@@ -98,6 +98,11 @@ def _device(args: Namespace) -> _Device:
     if stored is None:
         raise StorageError(f"there is no cluster key in {state} yet", hint="`meshd up` makes one")
     key, chain = stored
+    if key.generation and chain.last is None:
+        raise ConfigError(
+            "this device does not know yet who the owner of the cluster is, because it was never linked since it joined",
+            hint="start `meshd up` here and on another device",
+        )
     owner = load_owner_key(folder, key.owner, chain.owner)
     if owner is None:
         raise ConfigError(

@@ -96,6 +96,7 @@ def view(agents: RecordedAgents) -> ClusterView:
         "listings": listings,
         "rows": None,
         "reload_settings": dict,
+        "exchange": None,
         "about": dict,
         "inviter": None,
         "checks": None,

@@ -133,3 +133,22 @@ async def test_the_number_of_addresses_is_bounded(table: LinkTable) -> None:
     for number in range(10):
         dialler.connect((f"10.9.9.{number}", 1), "static")
     assert len(dialler._targets) == MAX_HINTS + 10
+
+
+async def test_an_excluded_device_hardly_dials_until_its_key_changes(table: LinkTable) -> None:
+    telephone = Telephone()
+    dialler = Dialler(telephone.dial, OWN, table, SystemClock())
+    dialler.rarely = True
+    dialler.connect(("10.0.0.7", 1), "static")
+    async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+        dialler.start(group)
+        await telephone.calls.get()
+        await asyncio.sleep(0.5)
+        for _ in range(5):
+            dialler.connect(("10.0.0.7", 1), "static")
+        await asyncio.sleep(0.5)
+        assert telephone.calls.empty()
+        dialler.rarely = False
+        dialler.wake()
+        await telephone.calls.get()
+        dialler.stop()

@@ -8,16 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from in_process.trusting import Club, linked, until
+from in_process.trusting import CLOCK, Club, linked, until
 from meshd.agents.trust.trust import EXCLUDED
-from meshd.errors import InvalidRequest
+from meshd.errors import InvalidRequest, PeerLost
+from meshd.protocol import transport
 from meshd.protocol.cluster_key import ClusterKey
 from meshd.protocol.codec import encode
-from meshd.protocol.framing import PREFIX, frame_head
+from meshd.protocol.framing import PREFIX, FrameLimits, frame_head
 from meshd.protocol.identity import RETURN_SERVER, load_identity
-from meshd.protocol.messages import Heartbeat, Message, Rotation
+from meshd.protocol.messages import PROTOCOL_VERSION, Heartbeat, Hello, Lane, Message, Rotation
 from meshd.protocol.owner import OwnerKey, load_owner_key
 from meshd.protocol.trust import RotationChain
+from meshd.state import StateFolder
+from meshd.types import PeerId
 
 
 @pytest.fixture
@@ -55,6 +58,8 @@ async def test_an_excluded_peer_is_cut_and_told_and_can_not_link_again(club: Clu
     await until(lambda: not a.links.peers().count(x.id) and not linked(b, x) and b.generation == 1)
     await until(lambda: x.trust.exclusion is not None)
     assert any("this device was excluded" in notice for notice in x.notices)
+    assert [(event.generation, event.staying, event.excluded) for event in x.events] == [(1, 2, True)]
+    assert [(event.generation, event.staying, event.excluded) for event in b.events] == [(1, 2, False)]
     assert x.generation == 0
     again = club.start("x-again", club.first_key)
     for one in (a, b):
@@ -271,6 +276,60 @@ async def test_a_past_member_can_not_do_more_than_ask_on_its_connection(club: Cl
     assert not linked(a, x)
 
 
+@pytest.mark.parametrize("identity", ["excluded", "minted"])
+async def test_the_key_itself_is_not_sent_to_who_is_not_on_the_list(club: Club, identity: str) -> None:
+    """An honest peer would not use the key. This one looks at what it is sent, also on the link that is ended."""
+    a, b, x = (club.start(name) for name in "abx")
+    await club.together(a, b, x)
+    told: list[bytes] = []
+
+    async def listen(peer: PeerId, chain: bytes, secret: bytes, *, linked: bool) -> None:
+        told.append(secret)
+
+    x.trust.hear = listen  # type: ignore[method-assign, assignment]
+    await club.rotate(a, b)
+    await until(lambda: not linked(a, x) and not linked(b, x))
+    assert set(told) <= {b""}
+    folder = x.folder if identity == "excluded" else StateFolder.open(club.root / "minted")
+    context = load_identity(folder, club.first_key, os.urandom).return_client
+    reader, writer = await asyncio.open_connection("127.0.0.1", a.port, ssl=context, server_hostname=RETURN_SERVER)
+    writer.write(framed(Rotation()))
+    async with asyncio.timeout(5.0):
+        answer = await reader.read()
+    writer.close()
+    assert a.trust.chain.encode() in answer
+    assert a.trust.key.secret not in answer
+
+
 def framed(message: Message) -> bytes:
-    header = encode(message)
-    return frame_head(header, 0) + header
+    return frame_head(encode(message), 0)
+
+
+async def test_a_connection_that_is_being_opened_when_the_key_changes_becomes_no_link(club: Club) -> None:
+    a, b, x = (club.start(name) for name in "abx")
+    await club.together(a, b)
+    identity = load_identity(x.folder, club.first_key, os.urandom)
+    limits = FrameLimits()
+    connection = await transport.dial(
+        ("127.0.0.1", a.port), identity.client, limits=limits, now=CLOCK.monotonic, connect_s=1.0, handshake_s=1.0
+    )
+    await club.rotate(a, b)
+    hello = Hello(
+        version=PROTOCOL_VERSION,
+        features=(),
+        software="meshd/test",
+        peer=x.id,
+        name="x",
+        incarnation=7,
+        link=7,
+        lane=Lane.CONTROL,
+        max_header=limits.max_header,
+        max_payload=limits.max_payload,
+        port=1,
+    )
+    connection.send(hello)
+    with pytest.raises(PeerLost):
+        await connection.first()
+    await asyncio.sleep(0.2)
+    assert a.links.peers() == [b.id]
+    assert a.links._table.get(x.id) is None

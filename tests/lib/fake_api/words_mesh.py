@@ -130,3 +130,16 @@ class WordsMesh:
         fault = CheckResult(check="firewall", status=CheckStatus.WRONG, found="closed", mend="sudo ufw allow 6375/tcp")
         yield CheckStep(check="firewall", done=1, total=2, results=(fault,))
         yield CheckStep(check="swap", done=2, total=2, results=(CheckResult(check="swap", status=CheckStatus.OK, found="no swap"),))
+
+    def cluster_key(self) -> dict[str, Any]:
+        return {"generation": 1, "peers": []}
+
+    async def rotate(self, chain: bytes, secret: bytes) -> dict[str, Any]:
+        if chain != b"chain":
+            raise InvalidRequest("the rotation is refused", param="rotation")
+        return {"generation": 2, "peers": [], "key": secret.hex()}
+
+    async def give_owner_key(self, peer: str, seed: bytes) -> dict[str, Any]:
+        if peer != "b":
+            raise NoPeer(f"no peer is called {peer}")
+        return {"peer": "b" * 52, "name": "b"}

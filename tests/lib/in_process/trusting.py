@@ -11,6 +11,7 @@ from pathlib import Path
 from in_process.peers import QUICK, WAIT_S
 from meshd.agents.links.links import Links, LinkSettings
 from meshd.agents.links.open import DialOutcome
+from meshd.agents.observe.events import KeyRotated
 from meshd.agents.trust.exchange import TrustExchange
 from meshd.agents.trust.files import StateFiles, load_exclusion
 from meshd.agents.trust.known_peers import KnownPeers
@@ -36,6 +37,7 @@ class Member:
     trust: Trust
     links: Links
     exchange: TrustExchange
+    events: list[KeyRotated]
     port: int = 0
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
     outcomes: list[DialOutcome] = field(default_factory=list)
@@ -108,8 +110,9 @@ class Club:
         def notify(message: str, hint: str = "", about: str = "") -> None:
             member.notices.append(message)
 
-        exchange = TrustExchange(trust, links, CLOCK, notify, withdraw=lambda about: None)
-        member = Member(name, folder, trust, links, exchange)
+        events: list[KeyRotated] = []
+        exchange = TrustExchange(trust, links, CLOCK, notify, lambda about: None, events.append)
+        member = Member(name, folder, trust, links, exchange, events)
         exchange.register()
         member.port = links.bind()
         loop = asyncio.get_running_loop()
