@@ -10,6 +10,9 @@ PYTEST ?= -m 'not slow'
 CHAOS ?= --seed 1 --peers 5 --clients 4 --faults 200
 CHAOS_SHORT ?= --seed 20 --faults 12 --short --minutes 3
 SIM ?= --seeds 0..2000 --faults 6
+SIM_DAYS ?= --days 24
+SOAK ?= --minutes 60
+SOAK_SHORT ?= --minutes 2 --restart-every 40
 FUZZ ?= --seconds 60
 
 VENV := .venv
@@ -20,7 +23,7 @@ ENOUGH = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14 python; do \
 	"$$python" -c '$(ENOUGH)' 2>/dev/null && echo "$$python" && break; done)
 
-.PHONY: install demo test check diagrams formats bench bench-short chaos chaos-short sim fuzz wheel clean
+.PHONY: install demo test check diagrams formats bench bench-short chaos chaos-short sim sim-days soak soak-short fuzz wheel clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -67,6 +70,17 @@ bench-short: $(VENV)/installed $(VENV)/group-test
 
 sim: $(VENV)/installed $(VENV)/group-test
 	$(BIN)/python -P tests/sim/run.py $(SIM)
+
+# Weeks of virtual time in a quarter of an hour: what each peer keeps must not grow.
+sim-days: $(VENV)/installed $(VENV)/group-test
+	$(BIN)/python -P tests/sim/days.py $(SIM_DAYS)
+
+# Three real daemons for an hour, restarted one at a time: memory and descriptors must not grow.
+soak: $(VENV)/installed $(VENV)/group-test
+	$(BIN)/python -P tests/soak/run.py $(SOAK)
+
+soak-short: $(VENV)/installed $(VENV)/group-test
+	$(BIN)/python -P tests/soak/run.py $(SOAK_SHORT)
 
 chaos: $(VENV)/installed $(VENV)/group-test
 	$(BIN)/python -P tests/chaos/run.py $(CHAOS)

@@ -332,8 +332,9 @@ class Membership:
             known = self.table.get(peer)
             level = INFO if known is not None and known.incarnation else DEBUG
             log.log(level, "peer %s (%.8s) is %s%s", self.name_of(peer), peer, state, f": {why}" if why else "")
-        trouble = self._troubles.get(peer, Trouble())
-        self.events.publish(PeerChanged(of=peer, of_name=self.name_of(peer), state=state, was=was, reason=why or trouble.reason))
+        if state != was or why:  # otherwise it is a new status, every 5 s
+            reason = why or self._troubles.get(peer, Trouble()).reason
+            self.events.publish(PeerChanged(of=peer, of_name=self.name_of(peer), state=state, was=was, reason=reason))
 
     def _report_silence(self) -> None:
         """Report to the table which linked peers are silent, and which SUSPECT peers were heard again."""

@@ -44,3 +44,29 @@ def test_a_placed_model_is_placed_again_after_all_peers_were_killed_and_unplacin
     record = b.state / "placements.json"
     wait_for(lambda: '"placed": []' in record.read_text(), "b to be told that the model was unplaced", b)
     wait_for(lambda: held(a) == held(b) == {}, "the unplaced model to be unloaded", b)
+
+
+def whole(daemon: Daemon) -> bool:
+    """Whether every layer of the model is served by some peer, as this daemon knows."""
+    served: set[int] = set()
+    for layers in held(daemon).values():
+        first, end = map(int, layers.split("-"))
+        served |= set(range(first, end))
+    return served == set(range(30))
+
+
+def test_a_placed_model_stays_whole_while_its_peers_are_restarted_in_turn(cluster: Cluster) -> None:
+    cluster.start("a", "b", "c")
+    cluster.see_each_other()
+    cluster.place("a", stages=SPLIT, context=128)
+    for name in ("b", "c", "a"):
+        link, api = cluster[name].link, cluster[name].api
+        assert cluster[name].stop() == 0
+        first = next(iter(cluster.daemons))
+        del cluster.daemons[name]
+        cluster.start(name, flags=("--link", link, "--api", api.removeprefix("http://")))
+        if name == first:
+            cluster.daemons = {name: cluster.daemons.pop(name), **cluster.daemons}
+        cluster.see_each_other()
+        for each in cluster.daemons.values():
+            wait_for(lambda each=each: whole(each), f"{each.name} to know the whole model after {name}'s restart", each)

@@ -69,6 +69,8 @@ class SimLoop(asyncio.BaseEventLoop):
         """Number of callbacks run so far."""
         self.timers_run = 0
         """Number of timers that have fired, for example because a message arrived or a step finished."""
+        self.stretch, self.longest_s = 1.0, 0.0
+        """Factor of the peers' sleeps, and the longest sleep that it makes. Above 1 only while nothing happens for hours."""
         self.faults: list[str] = []
         """Errors that no code caught, and errors that meshd logged."""
         self._rng = rng
@@ -208,7 +210,7 @@ class SimClock:
         return 1.75e9 + self._loop.time() + self._skew
 
     async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(max(seconds, min(seconds * self._loop.stretch, self._loop.longest_s)))
 
     def random_bytes(self, count: int) -> bytes:
         return self._rng.randbytes(count)

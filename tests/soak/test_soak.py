@@ -1,0 +1,44 @@
+"""The verdict of a soak run, and its short form with real daemons."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from run import Life
+
+
+def life(memory_mb_h: float, descriptors_h: float, *, minutes: int = 60) -> Life:
+    made = Life("h1")
+    for second in range(0, 60 * minutes, 2):
+        hours = second / 3600
+        warm_up = 150e6 * min(1.0, second / 300)
+        wave = 3e6 * ((second // 2) % 7 - 3)
+        made.add(
+            1000.0 + second, int(400e6 + warm_up + wave + 1e6 * memory_mb_h * hours), int(40 + second % 3 + descriptors_h * hours)
+        )
+    return made
+
+
+def test_a_flat_life_passes_in_spite_of_warm_up_and_noise() -> None:
+    row, problems = life(0.0, 0.0).verdict()
+    assert problems == []
+    assert row.startswith("h1: 3598 s, 1800 samples: memory 550 MB")
+
+
+@pytest.mark.parametrize(("memory", "descriptors", "what"), [(60.0, 0.0, "memory"), (0.0, 12.0, "descriptors")])
+def test_a_life_that_grows_is_found(memory: float, descriptors: float, what: str) -> None:
+    _, problems = life(memory, descriptors).verdict()
+    assert [problem.split(" grows")[0] for problem in problems] == [f"h1: {what}"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_two_minutes_of_three_daemons_with_a_restart() -> None:
+    command = [sys.executable, "-P", str(Path(__file__).parent / "run.py"), "--minutes", "2", "--restart-every", "40"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=380)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 failed" in done.stdout
