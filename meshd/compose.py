@@ -271,19 +271,17 @@ def compose(parts: Parts) -> Peer:
     drainer = Drainer(links=links, clock=clock, stages=lambda: stages.sessions, on_change=signals.changed)
     loader = _loader(parts, holdings, memory, drainer)
     membership = _membership(parts, holdings, memory, stages, drainer, events)
-    names, adverts = membership.name_of, membership.adverts
+    names, adverts, me = membership.name_of, membership.adverts, parts.me
     placer = PlacementClient(links=links, library=library, adverts=adverts, names=names, clock=clock)
     router = parts.router(me=parts.me, library=library, placer=placer, adverts=adverts, suspects=membership.suspects)
     preload = Preload(settings.models, library, placer, router.covered, clock)
-    journal = JournalWriters(parts.me, links, clock, adverts)
-    deputy = Deputy(
-        links,
-        clock,
-        on_orphan=signals.orphaned,
-        on_dropped=journal.on_dropped,
-        coordinates=lambda session: session in coordinator.answers,
-    )
-    locator = Locator(parts.me, links, deputy, clock)
+    journal = JournalWriters(me, links, clock, adverts)
+
+    def coordinates(session: SessionId) -> bool:
+        return session in coordinator.answers
+
+    deputy = Deputy(links, clock, on_orphan=signals.orphaned, on_dropped=journal.on_dropped, coordinates=coordinates)
+    locator = Locator(me, links, deputy, clock)
     coordinator = _coordinator(parts, router, preload, journal, deputy, locator, membership, drainer, story, spans)
     listings = Listings(membership, library, coordinator, stages)
     rows = RowFeed(events, listings.by_key, clock)
