@@ -17,6 +17,17 @@ from meshd.agents.observe.rows import Key, RowFeed
 from meshd.agents.observe.stream import EventStream
 from meshd.clock import SystemClock
 from meshd.protocol.messages import PeerEvents, WatchEvents
+from meshd.types import PeerId
+
+
+class CountingRelay(EventRelay):
+    """A relay that counts the batches of events that have come."""
+
+    batches = 0
+
+    def _on_events(self, sender: PeerId, message: PeerEvents, payload: memoryview) -> None:
+        self.batches += 1
+        super()._on_events(sender, message, payload)
 
 
 class Site:
@@ -27,7 +38,7 @@ class Site:
         self.stream = EventStream(peer.id, "own", clock)
         self.listed: dict[Key, dict[str, Any]] = {("sessions", "s"): {"id": "s"}, ("peers", "p"): {"id": "p"}}
         self.rows = RowFeed(self.stream, self._listings, clock)
-        self.relay = EventRelay(peer.links, self.stream, self.rows, lambda other: f"name of {other:.4}", clock)
+        self.relay = CountingRelay(peer.links, self.stream, self.rows, lambda other: f"name of {other:.4}", clock)
         self.relay.register()
         self.running = [asyncio.create_task(self.relay.run()), asyncio.create_task(self.rows.run())]
 
@@ -108,6 +119,7 @@ async def test_a_peer_can_tell_only_of_itself_and_only_what_it_alone_knows(pair:
     a, b = pair
     notice = {"type": "notice", "at": 1.0, "message": "hi", "hint": ""}
     b.tell(a, notice)  # nobody has asked
+    await until(lambda: a.relay.batches == 1)  # else it may arrive after the relay has asked, and then it counts
     async with a.reading() as events:
         await until(lambda: a.relay._watched != {})
         b.listed.clear()
