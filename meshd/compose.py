@@ -26,14 +26,13 @@ from meshd.agents.observe.rows import RowFeed
 from meshd.agents.observe.spans import Spans
 from meshd.agents.observe.story import Story
 from meshd.agents.observe.stream import EventStream
-from meshd.agents.placement.changes import HoldingChanges
 from meshd.agents.placement.client import PlacementClient
 from meshd.agents.placement.free_memory import FreeMemory
 from meshd.agents.placement.keeper import Keeper
 from meshd.agents.placement.loader import Loader
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.preload import Preload
-from meshd.agents.placement.resident import ResidentModels
+from meshd.agents.placement.resident import HoldingChanges, ResidentModels
 from meshd.agents.placement.restart.placements import Placements
 from meshd.agents.placement.restart.restore import Restorer
 from meshd.agents.placement.weights.provider import WeightProvider

@@ -1,11 +1,16 @@
 """The layers in this peer's memory: which of them serve a request, and how much memory they reserve."""
 
+from typing import Any, cast
+
+import msgspec
 import numpy as np
 
 from in_process.adverts import CARD
-from meshd.agents.placement.resident import LoadState, ResidentLayers, ResidentModels
+from in_process.journals import HandClock
+from meshd.agents.observe.stream import EventStream
+from meshd.agents.placement.resident import HoldingChanges, LoadState, ResidentLayers, ResidentModels
 from meshd.kernels.kv import KVPool
-from meshd.types import LayerRange
+from meshd.types import LayerRange, PeerId
 
 
 def resident(start: int, end: int, kv_tokens: int = 64, state: LoadState = LoadState.ACTIVE) -> ResidentLayers:
@@ -54,3 +59,34 @@ def test_kv_that_a_session_has_freed_is_not_counted_as_memory_that_is_yet_to_be_
     pool.free(table)
     assert pool.blocks_free == 4
     assert held.untouched_bytes == whole // 2
+
+
+async def test_states_and_progress_of_layers_are_published_once_each() -> None:
+    stream = EventStream(PeerId("p"), "desk", HandClock(1.0))
+    holdings = ResidentModels()
+    changes = HoldingChanges(holdings, stream)
+    start = stream.last
+    layers = ResidentLayers(card=CARD, layers=LayerRange(0, 1), kv_tokens=64, weight_bytes=1)
+    holdings.entries.append(layers)
+    for progress in (0.0, 0.0, 0.01, 0.5, 0.51, 1.0):
+        layers.progress = progress
+        changes.changed()
+    for state in (LoadState.WARM, LoadState.ACTIVE, LoadState.ACTIVE, LoadState.DRAINING):
+        layers.state = state
+        changes.changed()
+    holdings.entries.clear()
+    changes.changed()
+    changes.changed()
+    reader = stream.read(start)
+    told = [cast("dict[str, Any]", msgspec.json.decode((await anext(reader)).line)) for _ in range(stream.last - start)]
+    await reader.aclose()
+    assert {line["layers"] for line in told} == {"0-1"}
+    assert [(line["type"], line.get("was"), line.get("state", line.get("progress"))) for line in told] == [
+        ("holding", "", "loading"),
+        ("load", None, 0.5),
+        ("load", None, 1.0),
+        ("holding", "loading", "warm"),
+        ("holding", "warm", "active"),
+        ("holding", "active", "draining"),
+        ("holding", "draining", "released"),
+    ]
