@@ -8,6 +8,7 @@ import msgspec
 
 from meshd.bounds import MAX_PEERS, MAX_TOKENS, Label, at_most
 from meshd.errors import MeshdError
+from meshd.models.store.progress import PullProgress
 from meshd.types import FinishReason, LayerRange, ModelCard, Objective, PeerId, SamplingParams, SessionId
 
 AnswerSecret = NewType("AnswerSecret", str)
@@ -362,6 +363,18 @@ class ClusterService(Protocol):
 
     async def unplace(self, model: str) -> int:
         """Unload a model on all peers. Returns: bytes freed."""
+        ...
+
+    def pull(self, model: str) -> AsyncIterator[PullProgress]:
+        """Fetch a model from its source to this peer's disk, and yield progress until it is there.
+
+        Raises: MeshdError, for example UnknownModel, DownloadError, or Overloaded if too many pulls run.
+        Cancel: the pull stops; the next one resumes it.
+        """
+        ...
+
+    async def remove_model(self, model: str) -> int:
+        """Remove a model from this peer's disk. Returns: bytes freed. Raises: UnknownModel, StorageError."""
         ...
 
     async def drain(self, peer: str, *, undo: bool = False, timeout_s: float = 60.0) -> dict[str, Any]:

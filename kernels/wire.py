@@ -50,6 +50,12 @@ def encode(hidden: F32, dtype: str) -> memoryview:
     return _find(dtype).encode(hidden)
 
 
+def wire_bytes(hidden: F32, dtype: str) -> int:
+    """Return the size of `[tokens, hidden]` in `dtype`. Raises: ProtocolViolation for an unknown dtype."""
+    tokens, width = hidden.shape
+    return _find(dtype).size(tokens, width)
+
+
 def decode(payload: bytes | bytearray | memoryview, dtype: str, tokens: int, hidden: int) -> F32:
     """Decode a payload.
 

@@ -77,6 +77,7 @@ Rate = Annotated[float, _float("Rate", 0.0, 1e18)]
 """Bytes or FLOP per second."""
 Fraction = Annotated[float, _float("Fraction", 0.0, 1.0)]
 Watts = Annotated[float, _float("Watts", 0.0, 1e6)]
+Celsius = Annotated[float, _float("Celsius", 0.0, 200.0)]
 Factor = Annotated[float, _float("Factor", 0.0, 1e18)]
 Temperature = Annotated[float, _float("Temperature", 0.0, 100.0)]
 Penalty = Annotated[float, _float("Penalty", -100.0, 100.0)]

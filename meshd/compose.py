@@ -10,10 +10,13 @@ from logging import getLogger
 from meshd.agents.admin.event_relay import EventRelay
 from meshd.agents.admin.listings import Listings
 from meshd.agents.admin.metrics import EventMetrics, PeerCollector
+from meshd.agents.admin.model_files import PullEvents
+from meshd.agents.admin.plan_rows import PlanRows
 from meshd.agents.admin.reach import ReachChecker
 from meshd.agents.admin.story_collector import StoryCollector
 from meshd.agents.admin.trace_collector import TraceCollector
 from meshd.agents.device.compute import ComputeQueue
+from meshd.agents.device.sensors import DeviceSensors
 from meshd.agents.links.link_table import STOPS
 from meshd.agents.links.links import Links
 from meshd.agents.links.open import DialOutcome
@@ -26,6 +29,7 @@ from meshd.agents.observe.rows import RowFeed
 from meshd.agents.observe.spans import Spans
 from meshd.agents.observe.story import Story
 from meshd.agents.observe.stream import EventStream
+from meshd.agents.observe.work import WorkMeter
 from meshd.agents.placement.client import PlacementClient
 from meshd.agents.placement.free_memory import FreeMemory
 from meshd.agents.placement.keeper import Keeper
@@ -55,9 +59,10 @@ from meshd.agents.trust.trust import Trust
 from meshd.clock import Clock
 from meshd.kernels.backend import Backend
 from meshd.models.cards import shown_to_peers
+from meshd.models.store.progress import PullProgress
 from meshd.protocol.messages import Error, HandedOver, HandOver, Hello, Token
 from meshd.telemetry import Telemetry
-from meshd.types import Advert, Capability, PeerId, SessionId
+from meshd.types import Advert, Capability, DeviceStatus, PeerId, SessionId
 
 log = getLogger(__name__)
 
@@ -79,6 +84,8 @@ class PeerSignals:
     """A stage session opened or closed on this peer."""
     layers_changed: Signal[()] = field(default_factory=Signal[()])
     """Layers were loaded or freed on this peer."""
+    pull_progress: Signal[PullProgress] = field(default_factory=Signal)
+    """A step of a pull of a model to this peer's disk."""
     orphaned: Signal[SessionId, PeerId] = field(default_factory=Signal)
     """The coordinator of a session is gone, and this peer has the session's record."""
 
@@ -127,6 +134,8 @@ class Parts:
     """What was placed on this peer when it last ran."""
     trust: Trust
     supervisor: Supervisor
+    sensors: DeviceSensors | None = None
+    """None: what the device shows of itself is not read."""
     router: type[Router] = Router
     coordinator: type[Coordinator] = Coordinator
 
@@ -163,6 +172,8 @@ class Peer:
     relay: EventRelay
     reach: ReachChecker
     exchange: TrustExchange
+    work: WorkMeter
+    sensors: DeviceSensors | None
     supervisor: Supervisor
 
     def register(self) -> None:
@@ -210,7 +221,10 @@ class Peer:
                     tasks.create_task(supervise("events of other peers", self.relay.run)),
                     tasks.create_task(supervise("rotations", self.exchange.run)),
                     tasks.create_task(supervise("known peers", self.exchange.trust.known.run)),
+                    tasks.create_task(supervise("work of the stages", self.work.run)),
                 ]
+                if self.sensors is not None:
+                    running.append(tasks.create_task(supervise("sensors of the device", self.sensors.run)))
                 try:
                     yield
                 finally:
@@ -264,9 +278,9 @@ def compose(parts: Parts) -> Peer:
     """Construct a peer's agents and connect them. Must be called inside the event loop."""
     signals, settings, clock, links, library = parts.signals, parts.settings, parts.clock, parts.links, parts.library
     story, events, spans = Story(clock), EventStream(parts.me, parts.name, clock), Spans()
-    holdings = ResidentModels()
+    holdings, work = ResidentModels(), WorkMeter(events, clock)
     memory = FreeMemory(parts.capability.memory_free_bytes, holdings, parts.measure_free_bytes, clock)
-    stages = _stages(parts, holdings, story, spans, coordinates=lambda session: session in coordinator.answers)
+    stages = _stages(parts, holdings, story, spans, work, coordinates=lambda session: session in coordinator.answers)
     drainer = Drainer(links=links, clock=clock, stages=lambda: stages.sessions, on_change=signals.changed)
     loader = _loader(parts, holdings, memory, drainer)
     membership = _membership(parts, holdings, memory, stages, drainer, events)
@@ -282,7 +296,7 @@ def compose(parts: Parts) -> Peer:
     deputy = Deputy(links, clock, on_orphan=signals.orphaned, on_dropped=journal.on_dropped, coordinates=coordinates)
     locator = Locator(me, links, deputy, clock)
     coordinator = _coordinator(parts, router, preload, journal, deputy, locator, membership, drainer, story, spans)
-    listings = Listings(membership, library, coordinator, stages)
+    listings = Listings(membership, library, coordinator, stages, PlanRows(adverts, names))
     rows = RowFeed(events, listings.by_key, clock)
     restorer = Restorer(me=parts.me, placements=parts.placements, loader=loader, placer=placer, adverts=adverts, clock=clock)
     peer = Peer(
@@ -318,6 +332,8 @@ def compose(parts: Parts) -> Peer:
         exchange=TrustExchange(
             parts.trust, links, clock, membership.notices.add, membership.notices.withdraw, membership.events.publish
         ),
+        work=work,
+        sensors=parts.sensors,
         supervisor=parts.supervisor,
     )
     _subscribe(parts, memory, peer)
@@ -340,7 +356,12 @@ def _keeper(parts: Parts, membership: Membership) -> Keeper:
 
 
 def _stages(
-    parts: Parts, holdings: ResidentModels, story: Story, spans: Spans, coordinates: Callable[[SessionId], bool]
+    parts: Parts,
+    holdings: ResidentModels,
+    story: Story,
+    spans: Spans,
+    work: WorkMeter,
+    coordinates: Callable[[SessionId], bool],
 ) -> StageHost:
     links = parts.links
     return StageHost(
@@ -353,6 +374,7 @@ def _stages(
         telemetry=parts.telemetry,
         story=story,
         spans=spans,
+        work=work,
         outputs_limit_bytes=parts.settings.outputs_limit_bytes,
         may_coordinate=lambda peer, session: coordinates(session) if peer == parts.me else peer in links.peers(),
         on_change=parts.signals.sessions_changed,
@@ -391,6 +413,7 @@ def _membership(
             learned=stages.learning.learned,
             sessions=lambda: stages.sessions,
             draining=lambda: drainer.draining,
+            device=parts.sensors.latest if parts.sensors is not None else DeviceStatus,
         ),
         links=parts.links,
         prober=parts.prober,
@@ -468,6 +491,7 @@ def _subscribe(parts: Parts, memory: FreeMemory, peer: Peer) -> None:
     signals.changed.subscribe(membership.changed)
     signals.sessions_changed.subscribe(peer.loader.sweep, membership.changed)
     signals.layers_changed.subscribe(memory.forget, HoldingChanges(peer.holdings, peer.events).changed, membership.changed)
+    signals.pull_progress.subscribe(PullEvents(peer.events, parts.clock).on_step)
     signals.orphaned.subscribe(peer.coordinator.take_over)
 
 

@@ -13,11 +13,13 @@ from typing import Any
 import msgspec
 
 from meshd import __version__
+from meshd.agents.admin.model_files import ModelFiles
 from meshd.agents.admin.view import ClusterView
 from meshd.agents.device.compute import ComputeThread
 from meshd.agents.device.descriptors import DescriptorShares, raise_limit, share_descriptors
 from meshd.agents.device.memory import measure_memory
 from meshd.agents.device.probe import ProbeResult, Progress, probe
+from meshd.agents.device.sensors import DeviceSensors
 from meshd.agents.links import links
 from meshd.agents.links.pairing.inviter import Inviter, InviterSettings
 from meshd.agents.links.probe import LinkProber
@@ -217,6 +219,7 @@ class Daemon:
             stages=self.peer.stages,
             stream=self.peer.events,
             listings=peer.listings,
+            files=ModelFiles(peer.library),
             rows=peer.rows,
             reload_settings=lambda: asdict(self.reloader.reload()),
             exchange=peer.exchange,
@@ -402,6 +405,7 @@ def _parts(
         store=store,
         adverts=table.adverts,
         on_change=signals.changed,
+        on_pull=signals.pull_progress,
         clock=clock,
         headers=HeaderFetcher(peer_links, weight_sources),
         texts=texts,
@@ -427,6 +431,7 @@ def _parts(
         placements=Placements(StateFolder.open(config.state)),
         trust=_trust(StateFolder.open(config.state), identity, clock),
         supervisor=Supervisor(clock),
+        sensors=DeviceSensors(clock),
     )
 
 

@@ -22,6 +22,7 @@ from meshd.bounds import (
     AskedPenalty,
     AskedRepetition,
     AskedTemperature,
+    Celsius,
     Count,
     Digest,
     Factor,
@@ -383,6 +384,18 @@ class LearnedRates(msgspec.Struct, frozen=True, kw_only=True):
     """Time of a step on the peer beside its computation: hand-over between threads, coding and sending. None: not measured."""
 
 
+class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """How a peer's device is doing, for people. None: the device does not show it."""
+
+    load: Fraction | None = None
+    """Share of all processors that is in use, by all programs."""
+    temperature_c: Celsius | None = None
+    """Of the processor."""
+    battery: Fraction | None = None
+    """Charge."""
+    on_mains: bool | None = None
+
+
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
     """What a peer is, can and has on disk. It changes seldom: other peers fetch it when its hash changes."""
 
@@ -412,6 +425,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     """The peer is about to leave: it takes no new work, and its sessions move to other peers."""
     wall: Timestamp = 0.0
     """The sender's clock when it sent this, in seconds since the Unix epoch, so that a wrong clock is noticed. 0: unknown."""
+    device: DeviceStatus = DeviceStatus()
 
 
 class Advert(msgspec.Struct, frozen=True, kw_only=True):
@@ -432,6 +446,7 @@ class Advert(msgspec.Struct, frozen=True, kw_only=True):
     sessions: int = 0
     api: str = ""
     draining: bool = False
+    device: DeviceStatus = DeviceStatus()
 
 
 class AttentionShard(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from meshd.agents.admin.plan_rows import PlanRows
 from meshd.agents.membership.membership import Membership
 from meshd.agents.observe.rows import Key
 from meshd.agents.placement.model_library import ModelLibrary
@@ -26,6 +27,7 @@ class Listings:
     library: ModelLibrary
     coordinator: Coordinator
     stages: StageHost
+    plan_rows: PlanRows
 
     async def by_key(self) -> dict[Key, dict[str, Any]]:
         """Return all rows of all listings, each by its listing and its key there, without `_AGES`."""
@@ -66,25 +68,7 @@ class Listings:
 
     def plans(self) -> list[dict[str, Any]]:
         """List the plans of the answers that this peer coordinates now."""
-        return [
-            {
-                "id": answer.plan.id,
-                "session": answer.session,
-                "model": answer.plan.model,
-                "epoch": answer.machine.epoch,
-                "plan": answer.plan_header,
-                "stages": [
-                    {"peer": stage.peer, "name": self.membership.name_of(stage.peer), "layers": str(stage.layers)}
-                    for stage in answer.plan.stages
-                ],
-                "context": answer.plan.context,
-                "predicted_ttft_s": answer.plan.predicted_ttft_s,
-                "predicted_tpot_s": answer.plan.predicted_tpot_s,
-                "measured_tpot_s": answer.measured_tpot_s,
-            }
-            for answer in self.coordinator.answers.values()
-            if answer.plan is not None
-        ]
+        return self.plan_rows.of(list(self.coordinator.answers.values()))
 
     def sessions(self) -> list[dict[str, Any]]:
         """List the answers that this peer coordinates, and the stages that it runs for other coordinators."""
@@ -104,6 +88,7 @@ class Listings:
             "state": answer.machine.state.value,
             "tokens": len(answer.machine.tokens),
             "prompt_tokens": answer.prompt_tokens,
+            "ttft_s": answer.ttft_s or None,
             "epoch": answer.machine.epoch,
             "plan": answer.plan_header,
             "method": answer.recoveries[-1].method if answer.recoveries else "",
@@ -190,4 +175,5 @@ def _advertised(advert: Advert) -> dict[str, Any]:
         "sessions": advert.sessions,
         "api": advert.api,
         "draining": advert.draining,
+        "device": msgspec.to_builtins(advert.device),
     }

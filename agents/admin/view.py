@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from meshd.agents.admin.listings import Listings
+from meshd.agents.admin.model_files import ModelFiles
 from meshd.agents.admin.story_collector import StoryCollector
 from meshd.agents.admin.trace_collector import TraceCollector
 from meshd.agents.links.pairing.inviter import Inviter
@@ -37,6 +38,7 @@ from meshd.agents.session.plan.route import Router
 from meshd.agents.stage.host import StageHost
 from meshd.agents.trust.exchange import TrustExchange
 from meshd.errors import InvalidRequest, UnknownModel, UnknownSession
+from meshd.models.store.progress import PullProgress
 from meshd.models.store.store import ModelPreview
 from meshd.planner.explain.explain import explain
 from meshd.planner.explain.whatif import with_what_if
@@ -73,6 +75,7 @@ class ClusterView:
     inviter: Inviter
     reload_settings: Callable[[], dict[str, Any]]
     exchange: TrustExchange
+    files: ModelFiles
     about: Callable[[], dict[str, Any]]
     """Returns this peer's row for `identity`."""
     checks: Callable[[DoctorRequest], AsyncGenerator[CheckStep, None]]
@@ -139,6 +142,14 @@ class ClusterView:
     async def unplace(self, model: str) -> int:
         """See `service.ClusterService.unplace`."""
         return await self.placer.unplace((await self.library.known(model)).id)
+
+    def pull(self, model: str) -> AsyncIterator[PullProgress]:
+        """See `service.ClusterService.pull`."""
+        return self.files.pull(model)
+
+    async def remove_model(self, model: str) -> int:
+        """See `service.ClusterService.remove_model`."""
+        return await self.files.remove(model)
 
     async def drain(self, peer: str, *, undo: bool = False, timeout_s: float = 60.0) -> dict[str, Any]:
         """See `service.ClusterService.drain`."""
@@ -224,7 +235,7 @@ class ClusterView:
         try:
             return await self.library.known(model)
         except UnknownModel:
-            return await self.library.pull(model, lambda share: None)
+            return await self.library.pull(model)
 
     def _peer(self, text: str, param: str) -> PeerId:
         """Find a peer by its name or the beginning of its id. `param`: the field that an error names.

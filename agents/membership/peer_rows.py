@@ -81,6 +81,7 @@ def peer_row(peer: Peer, now: float, version: str = "", protocol: str = "") -> d
         "sessions": advert.sessions if advert else peer.load,
         "api": advert.api if advert else "",
         "draining": advert.draining if advert else False,
+        "device": msgspec.to_builtins(advert.device) if advert else None,
     }
 
 
@@ -98,6 +99,13 @@ def unlinked_row(address: Address, source: str, state: PeerState, why: str, peer
         "first_seen_s": None,
         "last_seen_s": None,
         "since_s": None,
+        "capability": None,
+        "holdings": [],
+        "models": [],
+        "sessions": 0,
+        "api": "",
+        "draining": False,
+        "device": None,
     }
 
 

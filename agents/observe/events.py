@@ -9,12 +9,17 @@ Two families:
 Texts may come from other peers, so each of them is cut to `MAX_TEXT` when the event is published.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
+from meshd.bounds import Count, Seconds, Size, StageIndex, at_most
+
 MAX_TEXT = 500
 """Characters that a text of an event keeps."""
+MAX_STAGES = 32
+"""Stages that one `Work` event lists."""
+ShortText = Annotated[str, at_most(200)]
 Listing = Literal["peers", "links", "models", "plans", "sessions"]
 """The listings of `/mesh/v1/` that events keep up to date."""
 LISTINGS: tuple[Listing, ...] = ("peers", "links", "models", "plans", "sessions")
@@ -147,15 +152,46 @@ class PredictionChecked(Event, frozen=True, kw_only=True, tag="prediction"):
     measured_s: float
 
 
-class Work(Event, frozen=True, kw_only=True, tag="work"):
-    """What this peer did in the last period. Published only while it computes."""
+class StageWork(msgspec.Struct, frozen=True, kw_only=True):
+    """What one stage of a session computed in a period, in one phase."""
 
-    period_s: float
-    steps: int
-    tokens: int
-    """Tokens of the answers that this peer coordinates."""
-    busy_s: float
-    """Seconds in which the compute thread computed."""
+    session: ShortText
+    stage: StageIndex
+    phase: Literal["prefill", "decode"]
+    model: ShortText
+    layers: ShortText
+    steps: Count
+    tokens: Count
+    """Positions that were computed."""
+    busy_s: Seconds
+    """Time on the compute thread."""
+    sent_bytes: Size
+    """Activations for the next stage, as they are on the wire. 0 for the last stage, which sends only tokens."""
+
+
+class Work(Event, frozen=True, kw_only=True, tag="work"):
+    """What the stages on this peer computed in the last period. Published only after they computed something."""
+
+    period_s: Seconds
+    steps: Count
+    tokens: Count
+    """Positions of decode steps. Prefill is not counted: its tokens are much cheaper."""
+    busy_s: Seconds
+    """Time in which the compute thread computed steps."""
+    stages: Annotated[tuple[StageWork, ...], at_most(MAX_STAGES)]
+    """The busiest stages. The sums above are those of all stages."""
+
+
+class PullProgressed(Event, frozen=True, kw_only=True, tag="pull"):
+    """A model is being fetched to this peer's disk."""
+
+    model: str
+    source: str
+    phase: str
+    """As in `meshd/models/store/progress.py`; `ended` after an error or a cancel, with the reason in `message`."""
+    done_bytes: int
+    total_bytes: int | None
+    message: str
 
 
 class LogLine(Event, frozen=True, kw_only=True, tag="log"):
@@ -195,6 +231,7 @@ KINDS: tuple[type[Event], ...] = (
     AnswerContinued,
     PredictionChecked,
     Work,
+    PullProgressed,
     LogLine,
     Lost,
     Missed,

@@ -9,6 +9,8 @@ from functools import partial
 from logging import getLogger
 from pathlib import Path
 
+import msgspec
+
 from meshd.agents.links.links import Links
 from meshd.agents.placement.weights.headers import HeaderFetcher
 from meshd.agents.text.model_texts import ModelText, ModelTexts
@@ -52,6 +54,8 @@ class ModelLibrary:
     on_change: Callable[[], None]
     headers: HeaderFetcher
     clock: Clock = field(default_factory=SystemClock)
+    on_pull: Callable[[PullProgress], None] = lambda step: None
+    """Called with each step of a pull, on the event loop."""
     local: dict[ModelId, ModelCard] = field(default_factory=dict)
     """Models whose whole file is on this disk."""
     partial: dict[ModelId, ModelCard] = field(default_factory=dict)
@@ -213,7 +217,9 @@ class ModelLibrary:
         hint = f"nearest: {', '.join(near)}" if near else "fetch one with `meshd pull` or place one with `meshd place`"
         raise UnknownModel(f"the model {name!r} does not exist in this cluster", hint=hint)
 
-    async def pull(self, ref: str, progress: Callable[[float], None], *, by_owner: bool = False) -> ModelCard:
+    async def pull(
+        self, ref: str, progress: Callable[[PullProgress], None] = lambda step: None, *, by_owner: bool = False
+    ) -> ModelCard:
         """Fetch a model from its own source, unless it is on this disk already. Returns: the model's card.
 
         by_owner: the owner of this device named the model when the daemon was started. Anybody else (a client of the API, a peer)
@@ -229,12 +235,29 @@ class ModelLibrary:
                 param="model",
                 hint=f"run `meshd pull {ref}` on this device first",
             )
-        stored = stored or await self.store.pull(ref, lambda step: progress(_fraction(step)))
+        if stored is None:
+            stored = await self._pull(ref, progress)
         card = self.local.get(stored.id)
         if card is None:
             card = await asyncio.to_thread(self._card_of, stored)
             self.now_whole(card)
         return card
+
+    async def _pull(self, ref: str, progress: Callable[[PullProgress], None]) -> StoredModel:
+        latest = PullProgress(model=ref, source="", phase=PullPhase.FINDING)
+
+        def report(step: PullProgress) -> None:
+            nonlocal latest
+            latest = step
+            self.on_pull(step)
+            progress(step)
+
+        try:
+            return await self.store.pull(ref, report)
+        except BaseException as error:
+            why = str(error) if isinstance(error, MeshdError) else "it was stopped"
+            self.on_pull(msgspec.structs.replace(latest, phase=PullPhase.ENDED, message=why))
+            raise
 
     async def look(self, ref: str) -> ModelPreview:
         """Read a model's header from its source, without its weights.
@@ -344,11 +367,3 @@ def card_of_copy(copy: PartialCopy) -> ModelCard:
     """Read the card from a partial copy's header. Raises: ModelFileError, StorageError."""
     about = copy.about
     return card_from_gguf(copy.header(), name=about.name, ref=about.ref, model_id=about.id, created=about.created)
-
-
-def _fraction(step: PullProgress) -> float:
-    """Returns: the fraction of a pull that is done; 0 in phases without a known size."""
-    if step.phase is PullPhase.DONE:
-        return 1.0
-    counted = step.phase in (PullPhase.DOWNLOADING, PullPhase.IMPORTING)
-    return step.done_bytes / step.total_bytes if counted and step.total_bytes else 0.0

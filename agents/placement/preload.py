@@ -9,6 +9,7 @@ from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.service import MeshOptions
 from meshd.clock import Clock
 from meshd.errors import MeshdError, Unavailable, UnknownModel, UsageError
+from meshd.models.store.progress import PullProgress
 from meshd.types import ModelCard
 
 log = getLogger(__name__)
@@ -84,5 +85,5 @@ class Preload:
         except UnknownModel:
             return await self.library.pull(ref, self._progress, by_owner=True)
 
-    def _progress(self, share: float) -> None:
-        self.fetched = share
+    def _progress(self, step: PullProgress) -> None:
+        self.fetched = step.share

@@ -22,6 +22,7 @@ from meshd.agents.links.links import Links
 from meshd.agents.links.rpc import try_send
 from meshd.agents.observe.spans import Spans
 from meshd.agents.observe.story import Story
+from meshd.agents.observe.work import WorkMeter
 from meshd.agents.placement.resident import ResidentModels
 from meshd.agents.stage import session as fsm
 from meshd.agents.stage.kv import KvManager
@@ -85,6 +86,7 @@ class StageHost:
     telemetry: Telemetry
     story: Story
     spans: Spans
+    work: WorkMeter
     outputs_limit_bytes: int
     """Memory budget for kept outputs."""
     may_coordinate: Callable[[PeerId, SessionId], bool]
@@ -113,6 +115,7 @@ class StageHost:
             telemetry=self.telemetry,
             story=story,
             spans=self.spans,
+            work=self.work,
             kv_manager=kv_manager,
             mirrors=mirrors,
             on_change=on_change,

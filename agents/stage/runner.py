@@ -14,6 +14,7 @@ from meshd.agents.links.links import Links
 from meshd.agents.links.rpc import try_send
 from meshd.agents.observe.spans import Span, SpanKind, Spans
 from meshd.agents.observe.story import Story
+from meshd.agents.observe.work import WorkMeter
 from meshd.agents.stage import session as fsm
 from meshd.agents.stage.kv import KvManager
 from meshd.agents.stage.learning import StepLearning
@@ -23,6 +24,7 @@ from meshd.agents.stage.sender import StageSender
 from meshd.agents.stage.steps import ActiveStage, StepOutput, arrival_of, compute_step, note_arrival
 from meshd.clock import Clock
 from meshd.errors import MeshdError, ProtocolViolation, UsageError
+from meshd.kernels.wire import wire_bytes
 from meshd.protocol.messages import Failed, RunningStep
 from meshd.telemetry import Phase, Telemetry
 from meshd.types import PeerId, SessionId
@@ -73,6 +75,7 @@ class StageRunner:
     telemetry: Telemetry
     story: Story
     spans: Spans
+    work: WorkMeter
     kv_manager: KvManager
     mirrors: OutgoingMirrors
     on_change: Callable[[], None]
@@ -217,16 +220,30 @@ class StageRunner:
             self._measure(job, output, predicted_s)
 
     def _measure(self, job: StepJob, output: StepOutput, predicted_s: float) -> None:
+        """Count a computed step for metrics, traces and readers of events."""
         active, step = job.active, job.step
         phase: Phase = "prefill" if step.prefill else "decode"
-        self.telemetry.stage_step(active.resident.card.name, str(active.stage.layers), phase, output.stage_s)
+        model, layers = active.resident.card.name, str(active.stage.layers)
+        self.telemetry.stage_step(model, layers, phase, output.stage_s)
+        self.telemetry.prediction("prefill_step" if step.prefill else "decode_step", predicted_s, output.stage_s)
+        sent_bytes = 0 if output.hidden is None else wire_bytes(output.hidden, active.open.plan.wire_dtype)
+        opened = active.open
+        self.work.add(
+            opened.session,
+            opened.stage,
+            phase,
+            model=model,
+            layers=layers,
+            tokens=step.tokens,
+            busy_s=output.stage_s,
+            sent_bytes=sent_bytes,
+        )
         if job.started_at is not None:
             arrived = arrival_of(step)
             self.telemetry.step_wait(phase, job.started_at - arrived)
-            kind, opened = SpanKind.PREFILL if step.prefill else SpanKind.DECODE, active.open
+            kind = SpanKind.PREFILL if step.prefill else SpanKind.DECODE
             times = arrived, job.started_at, job.ended_at, job.sent_at
             self.spans.add(opened.session, Span(kind, opened.epoch, opened.stage, step.position, step.tokens, *times))
-        self.telemetry.prediction("prefill_step" if step.prefill else "decode_step", predicted_s, output.stage_s)
 
     def _compute_failed(self, active: ActiveStage, step: fsm.Step, error: Exception) -> None:
         self.job = None

@@ -13,6 +13,7 @@ from meshd.api.http.services import SERVICES
 from meshd.api.http.sse import EventStream, last_event_id, respond
 from meshd.api.merge import closing
 from meshd.api.openai.renderers import StreamedEvent
+from meshd.bounds import MAX_TEXT
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -29,6 +30,21 @@ class Unplaced(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     freed_bytes: int
     """Memory freed on all peers together."""
+
+
+class PullRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of POST /mesh/v1/pull."""
+
+    model: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_TEXT)]
+    """A short name, or a reference such as `hf:ORG/NAME:QUANT`. A file of this device can't be named."""
+
+
+class RemovedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer of DELETE /mesh/v1/models/{id}."""
+
+    model: str
+    freed_bytes: int
+    """Disk space freed. 0: another name uses the file, or meshd did not write it."""
 
 
 class DrainRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -204,6 +220,23 @@ async def unplace(request: web.Request) -> web.Response:
     services = request.app[SERVICES]
     async with services.work.interruptible():
         return json_response(Unplaced(model=body.model, freed_bytes=await services.mesh.unplace(body.model)))
+
+
+async def pull(request: web.Request) -> web.StreamResponse:
+    """Fetch a model to this peer's disk, and stream the progress. The pull stops when the client disconnects."""
+    body = await read_body(request, PullRequest)
+
+    async def produce(stream: EventStream) -> None:
+        await _send_all(stream, request.app[SERVICES].mesh.pull(body.model))
+
+    return await respond(request, produce)
+
+
+async def remove_model(request: web.Request) -> web.Response:
+    """Remove a model from this peer's disk."""
+    name, services = request.match_info["id"], request.app[SERVICES]
+    async with services.work.interruptible():
+        return json_response(RemovedModel(model=name, freed_bytes=await services.mesh.remove_model(name)))
 
 
 async def drain(request: web.Request) -> web.Response:

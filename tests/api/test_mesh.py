@@ -154,3 +154,37 @@ async def test_doctor_streams_what_each_check_finds(http: aiohttp.ClientSession,
 async def test_only_one_doctor_runs_at_a_time(http: aiohttp.ClientSession) -> None:
     async with http.post("/mesh/v1/doctor", json={"model": "busy"}) as response:
         assert response.status == 429
+
+
+async def test_pull_streams_its_progress(http: aiohttp.ClientSession, events_of: Any) -> None:
+    async with http.post("/mesh/v1/pull", json={"model": "words"}) as response:
+        *steps, done = await events_of(response)
+    assert done == "[DONE]"
+    assert [(step["phase"], step["done_bytes"], step["total_bytes"]) for step in steps] == [
+        ("downloading", 512, 1024),
+        ("done", 1024, 1024),
+    ]
+    async with http.post("/mesh/v1/pull", json={"model": "breaks"}) as response:
+        assert (await events_of(response))[-1]["error"]["code"] == "download_failed"
+
+
+@pytest.mark.parametrize(
+    ("body", "status"), [({"model": "missing"}, 404), ({"model": ""}, 400), ({"model": "x" * 5000}, 400), ({}, 400)]
+)
+async def test_a_wrong_pull_is_refused(http: aiohttp.ClientSession, body: dict[str, Any], status: int) -> None:
+    async with http.post("/mesh/v1/pull", json=body) as response:
+        assert response.status == status
+
+
+async def test_a_model_is_removed_by_a_name_with_slashes(http: aiohttp.ClientSession) -> None:
+    async with http.delete("/mesh/v1/models/hf:org/words") as response:
+        assert await response.json() == {"model": "hf:org/words", "freed_bytes": 1024}
+    async with http.delete("/mesh/v1/models/other") as response:
+        assert response.status == 404
+
+
+async def test_cancel(http: aiohttp.ClientSession) -> None:
+    async with http.delete(f"/mesh/v1/sessions/{'0' * 32}") as response:
+        assert await response.json() == {"session": "0" * 32}
+    async with http.delete(f"/mesh/v1/sessions/{'1' * 32}") as response:
+        assert response.status == 404

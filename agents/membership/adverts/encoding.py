@@ -74,6 +74,7 @@ def merge(peer: PeerId, name: str, version: str, incarnation: int, profile: Prof
         sessions=status.sessions,
         api=profile.api,
         draining=status.draining,
+        device=status.device,
     )
 
 

@@ -19,7 +19,7 @@ from meshd.bounds import MAX_LISTED
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest, MeshdError
 from meshd.protocol.messages import FetchProfile, PeerStatus, ProfileData
-from meshd.types import Advert, Capability, Holding, LearnedRates, ModelCard, PeerId, Profile, Status
+from meshd.types import Advert, Capability, DeviceStatus, Holding, LearnedRates, ModelCard, PeerId, Profile, Status
 from meshd.values import parse_address
 
 log = getLogger(__name__)
@@ -47,6 +47,7 @@ class SelfDescription:
     learned: Callable[[], LearnedRates]
     sessions: Callable[[], int]
     draining: Callable[[], bool]
+    device: Callable[[], DeviceStatus]
 
 
 class Notice(Protocol):
@@ -123,6 +124,7 @@ class Publisher:
             sessions=me.sessions(),
             draining=me.draining(),
             wall=self.clock.wall(),
+            device=me.device(),
         )
 
     def _neighbours(self) -> dict[PeerId, str]:

@@ -183,7 +183,7 @@ class WeightProvider:
             ) from because
         log.info("%s is fetched from its own source: %s", ref, because)
         try:
-            card = await self.library.pull(ref, progress)
+            card = await self.library.pull(ref, lambda step: progress(step.share))
         except (UsageError, DownloadError, ModelFileError) as error:
             raise DownloadError(f"{because.message}, and {error.message}", hint=error.hint) from error
         async with self.library.store.partials.filling(model):

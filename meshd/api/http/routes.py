@@ -17,6 +17,7 @@ from meshd.api.openai.completions.schemas import Completion, CompletionRequest
 from meshd.api.openai.responses import handler as responses
 from meshd.api.openai.responses.request import ResponseRequest
 from meshd.api.openai.responses.schemas import AnyStreamEvent, Deleted, Response
+from meshd.models.store.progress import PullProgress
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,8 @@ ROUTES = (
     Route("POST", "/mesh/v1/plan", mesh.plan, "Which peers would compute which layers, and why", PlanRequest, dict[str, Any]),
     Route("POST", "/mesh/v1/place", mesh.place, "Put a model's layers on peers", PlaceRequest, streams=PlacementStep),
     Route("POST", "/mesh/v1/unplace", mesh.unplace, "Free a model's layers on every peer", mesh.UnplaceRequest, mesh.Unplaced),
+    Route("POST", "/mesh/v1/pull", mesh.pull, "Fetch a model to this peer's disk", mesh.PullRequest, streams=PullProgress),
+    Route("DELETE", "/mesh/v1/models/{id:.+}", mesh.remove_model, "Remove a model from this peer's disk", gives=mesh.RemovedModel),
     Route("DELETE", "/mesh/v1/sessions/{id}", mesh.cancel, "Cancel a session", gives=mesh.CancelledSession),
     Route("GET", "/mesh/v1/sessions/{id}/story", mesh.story, "A session's events, collected from all peers", gives=Rows),
     Route(

@@ -34,6 +34,8 @@ class PullPhase(StrEnum):
     NOTED = "noted"
     """`message` is something about the model that the user should know; the pull continues."""
     DONE = "done"
+    ENDED = "ended"
+    """The pull has failed or was stopped, as `message` explains."""
 
 
 class PullProgress(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +49,14 @@ class PullProgress(msgspec.Struct, frozen=True, kw_only=True):
     total_bytes: int | None = None
     """None: unknown."""
     message: str = ""
+
+    @property
+    def share(self) -> float:
+        """The fraction of the pull that is done; 0 in phases without a known size."""
+        if self.phase is PullPhase.DONE:
+            return 1.0
+        counted = self.phase in (PullPhase.DOWNLOADING, PullPhase.IMPORTING)
+        return self.done_bytes / self.total_bytes if counted and self.total_bytes else 0.0
 
 
 ReportProgress = Callable[[PullProgress], None]

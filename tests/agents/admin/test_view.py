@@ -8,6 +8,7 @@ import pytest
 
 from in_process.journals import advert
 from meshd.agents.admin.listings import Listings
+from meshd.agents.admin.plan_rows import PlanRows
 from meshd.agents.admin.view import ClusterView
 from meshd.agents.service import AnswerSecret
 from meshd.agents.session.journal.keys import session_of
@@ -54,6 +55,7 @@ def _answer(session: SessionId) -> SimpleNamespace:
         card=SimpleNamespace(id=ModelId("m")),
         machine=SimpleNamespace(state=SimpleNamespace(value="decoding"), tokens=[1, 2], epoch=3),
         prompt_tokens=7,
+        ttft_s=0.25,
         plan_header="attic:0-12,desk:12-30",
         recoveries=[Recovered(2, "replay", "loss", "desk: silent", 0.31), Recovered(3, "kept", "move", "moved to desk", 0.002)],
         mirrors={1: (ATTIC, 96)},
@@ -81,7 +83,9 @@ def view(agents: RecordedAgents) -> ClusterView:
     )
     library = SimpleNamespace(cards=lambda: {ModelId("m"): SimpleNamespace(name="smollm2")})
     stages = SimpleNamespace(rows=lambda name_of: [{"id": STAGED, "role": "stage 1"}])
-    listings = Listings(cast("Any", membership), cast("Any", library), cast("Any", coordinator), cast("Any", stages))
+    plan_rows = PlanRows(membership.adverts, cast("Any", membership.name_of))
+    agents_of = cast("Any", (membership, library, coordinator, stages))
+    listings = Listings(*agents_of, plan_rows)
     parts = {
         "membership": membership,
         "library": library,
@@ -97,6 +101,7 @@ def view(agents: RecordedAgents) -> ClusterView:
         "rows": None,
         "reload_settings": dict,
         "exchange": None,
+        "files": None,
         "about": dict,
         "inviter": None,
         "checks": None,
@@ -162,6 +167,7 @@ def test_a_sessions_row_shows_its_recoveries(view: ClusterView) -> None:
         "state": "decoding",
         "tokens": 2,
         "prompt_tokens": 7,
+        "ttft_s": 0.25,
         "epoch": 3,
         "plan": "attic:0-12,desk:12-30",
         "method": "kept",

@@ -29,7 +29,7 @@ from meshd.clock import SystemClock
 from meshd.protocol.identity import ClusterKey, load_identity
 from meshd.protocol.messages import PROTOCOL_VERSION, FetchProfile, PeerStatus, ProfileData
 from meshd.state import StateFolder
-from meshd.types import Advert, Holding, LearnedRates, ModelCard, ModelId, PeerId, Profile, Status
+from meshd.types import Advert, DeviceStatus, Holding, LearnedRates, ModelCard, ModelId, PeerId, Profile, Status
 from meshd.values import Address
 
 STRANGER = PeerId("c" * 52)
@@ -71,6 +71,7 @@ class Member:
                 learned=LearnedRates,
                 sessions=lambda: self.sessions,
                 draining=bool,
+                device=DeviceStatus,
             ),
             links=self.links,
             prober=LinkProber(self.links, clock, lambda: None),

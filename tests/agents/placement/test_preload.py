@@ -11,6 +11,7 @@ from meshd.agents.placement.preload import Preload
 from meshd.agents.service import MeshOptions
 from meshd.clock import SystemClock
 from meshd.errors import DoesNotFit, NotReady, PeerLost, UnknownModel
+from meshd.models.store.progress import PullPhase, PullProgress
 from meshd.types import ModelCard
 
 
@@ -57,11 +58,11 @@ class Models:
             raise UnknownModel(f"no model {name}")
         return CARD
 
-    async def pull(self, ref: str, progress: Callable[[float], None], *, by_owner: bool) -> ModelCard:
+    async def pull(self, ref: str, progress: Callable[[PullProgress], None], *, by_owner: bool) -> ModelCard:
         assert by_owner
         if ref == "nonsense":
             raise UnknownModel(f"no source has {ref}")
-        progress(1.0)
+        progress(PullProgress(model=ref, source="", phase=PullPhase.DONE))
         self.pulled.append(ref)
         return CARD
 

@@ -17,7 +17,8 @@ from meshd.agents.service import (
     PlaceRequest,
     PlanRequest,
 )
-from meshd.errors import InvalidRequest, NoPeer, Overloaded, PeerLost, UnknownModel, UnknownSession
+from meshd.errors import DownloadError, InvalidRequest, NoPeer, Overloaded, PeerLost, UnknownModel, UnknownSession
+from meshd.models.store.progress import PullPhase, PullProgress
 from meshd.types import LayerRange, PeerId
 
 SESSION = "5e" * 16
@@ -71,6 +72,19 @@ class WordsMesh:
         yield PlacementStep(peer=PeerId("p" * 52), name="here", layers=layers, state="active", progress=1.0)
 
     async def unplace(self, model: str) -> int:
+        return 1024
+
+    async def pull(self, model: str) -> AsyncIterator[PullProgress]:
+        if model == "missing":
+            raise UnknownModel("no model 'missing'")
+        yield PullProgress(model=model, source="here", phase=PullPhase.DOWNLOADING, done_bytes=512, total_bytes=1024)
+        if model == "breaks":
+            raise DownloadError("the source is gone")
+        yield PullProgress(model=model, source="here", phase=PullPhase.DONE, done_bytes=1024, total_bytes=1024)
+
+    async def remove_model(self, model: str) -> int:
+        if model != "hf:org/words":
+            raise UnknownModel(f"no model {model!r}")
         return 1024
 
     async def drain(self, peer: str, *, undo: bool = False, timeout_s: float = 60.0) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from meshd.agents.links.log import LinkLog
 from meshd.agents.links.rpc import Dispatcher, to_view
 from meshd.agents.observe.spans import Spans
 from meshd.agents.observe.story import Story
+from meshd.agents.observe.stream import EventStream
+from meshd.agents.observe.work import WorkMeter
 from meshd.agents.placement.resident import LoadState, ResidentLayers, ResidentModels
 from meshd.agents.stage.host import StageHost
 from meshd.agents.stage.learning import StepLearning
@@ -174,6 +176,7 @@ class StageMesh:
             telemetry=Telemetry(),
             story=Story(self.clock),
             spans=Spans(),
+            work=WorkMeter(EventStream(links.id, name, self.clock), self.clock),
             outputs_limit_bytes=outputs,
             may_coordinate=lambda peer, session: self.linked(links.id, peer) and not (peer == links.id and peer in self.idle),
             on_change=lambda: None,

@@ -100,6 +100,7 @@ from meshd.protocol.trust import RotationChain, sign_rotation
 from meshd.types import (
     AttentionShard,
     Capability,
+    DeviceStatus,
     Holding,
     LayerRange,
     LinkStats,
@@ -191,6 +192,7 @@ STATUS = Status(
     links={BOB: LinkStats(rtt_s=0.0005, bandwidth_bytes_s=1.25e8, hop_s=0.00025)},
     neighbours={BOB: "192.168.1.7:6375"},
     sessions=2,
+    device=DeviceStatus(load=0.5, temperature_c=48.0, battery=0.75, on_mains=False),
 )
 SAMPLES: tuple[tuple[Message, bytes], ...] = (
     (
