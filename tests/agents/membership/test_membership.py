@@ -1,6 +1,7 @@
 """Membership over real links: sightings, adverts, gossip and notices."""
 
 import asyncio
+import json
 import logging
 import os
 import time
@@ -131,6 +132,23 @@ async def test_a_change_is_sent_to_all_at_once(members: list[Member]) -> None:
     ann.membership.changed()
     await until(lambda: bob.adverts[-1].sessions == 3)
     assert bob.adverts[-1].revision > bob.adverts[0].revision
+
+
+async def test_readers_of_events_hear_of_changes_of_state_and_not_of_each_status(members: list[Member]) -> None:
+    ann, bob, _ = members
+    events = ann.membership.events
+    start = events.last
+    ann.hears_of(bob)
+    await until(lambda: bool(ann.adverts))
+    for sessions in (1, 2):
+        bob.sessions = sessions
+        bob.membership.changed()
+        await until(lambda sessions=sessions: ann.adverts[-1].sessions == sessions)
+    told = [json.loads(event.line) for event in events.since(start)[1] if event.kind == "peer"]
+    states = ["", *(event["state"] for event in told)]
+    assert [event["was"] for event in told] == states[:-1]
+    assert states[-1] == "alive"
+    assert len(set(states)) == len(states)
 
 
 async def test_a_peer_learns_of_others_from_adverts_and_dials_them(members: list[Member]) -> None:
