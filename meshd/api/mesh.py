@@ -14,6 +14,7 @@ from meshd.api.http.sse import EventStream, last_event_id, respond
 from meshd.api.merge import closing
 from meshd.api.openai.renderers import StreamedEvent
 from meshd.bounds import MAX_TEXT
+from meshd.models.store.catalogue import CATALOGUE
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -138,6 +139,18 @@ async def models(request: web.Request) -> web.Response:
     services = request.app[SERVICES]
     async with services.work.interruptible():
         return json_response(Rows(await services.mesh.known_models()))
+
+
+async def catalogue(request: web.Request) -> web.Response:
+    """Send the models that can be pulled by a short name."""
+    return json_response(
+        Rows(
+            [
+                {"name": entry.name, "ref": str(entry.sources[0]), "bytes": entry.size_bytes, "licence": entry.licence}
+                for entry in CATALOGUE.values()
+            ]
+        )
+    )
 
 
 async def identity(request: web.Request) -> web.Response:

@@ -188,3 +188,10 @@ async def test_cancel(http: aiohttp.ClientSession) -> None:
         assert await response.json() == {"session": "0" * 32}
     async with http.delete(f"/mesh/v1/sessions/{'1' * 32}") as response:
         assert response.status == 404
+
+
+async def test_the_catalogue_lists_short_names(http: aiohttp.ClientSession) -> None:
+    async with http.get("/mesh/v1/catalogue") as response:
+        rows = (await response.json())["data"]
+    (row,) = (row for row in rows if row["name"] == "smollm2:135m")
+    assert set(row) == {"name", "ref", "bytes", "licence"}

@@ -68,6 +68,7 @@ ROUTES = (
         gives=Rows,
     ),
     Route("GET", "/mesh/v1/models", mesh.models, "The models that this mesh knows", gives=Rows),
+    Route("GET", "/mesh/v1/catalogue", mesh.catalogue, "The models that can be pulled by a short name", gives=Rows),
     Route("GET", "/mesh/v1/plans", mesh.rows(lambda m: m.plans()), "The plans in use", gives=Rows),
     Route("GET", "/mesh/v1/sessions", mesh.rows(lambda m: m.sessions()), "The running sessions", gives=Rows),
     Route(
