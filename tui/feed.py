@@ -4,9 +4,11 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-import aiohttp
+if TYPE_CHECKING:
+    import aiohttp
 
 _SILENT_S = 30.0
 """The daemon sends a comment at least every 15 s. A stream that is silent for longer is broken."""
@@ -44,6 +46,9 @@ class Feed:
 
     async def events(self) -> AsyncIterator[dict[str, Any] | Connected | Disconnected]:
         """Yield events, and each change of the connection. Cancel: closes the connection."""
+        await asyncio.to_thread(import_module, "aiohttp")  # 0.2 s, for which the first picture need not wait
+        import aiohttp
+
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=_SILENT_S)
         async with aiohttp.ClientSession(timeout=timeout, read_bufsize=_LINE_BYTES) as client:
             while True:
@@ -53,13 +58,13 @@ class Feed:
                     reason = "the daemon has ended the stream"
                 except TimeoutError:
                     reason = "the daemon does not answer"
-                except (aiohttp.ClientError, ConnectionError, ValueError) as error:
+                except (aiohttp.ClientError, OSError, ValueError) as error:
                     reason = str(error) or type(error).__name__
                 yield Disconnected(reason, self._retry_s)
                 await asyncio.sleep(self._retry_s)
                 self._retry_s = min(2 * self._retry_s, _LONGEST_RETRY_S)
 
-    async def _stream(self, client: aiohttp.ClientSession) -> AsyncIterator[dict[str, Any] | Connected]:
+    async def _stream(self, client: "aiohttp.ClientSession") -> AsyncIterator[dict[str, Any] | Connected]:
         headers = {"Accept": "text/event-stream"} | headers_of(self.api_key)
         if self._last:
             headers["Last-Event-ID"] = self._last
@@ -85,10 +90,10 @@ def headers_of(api_key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
-async def error_of(response: aiohttp.ClientResponse) -> str:
+async def error_of(response: "aiohttp.ClientResponse") -> str:
     """Return the message of an error response."""
     try:
-        document = await response.json(content_type=None)
+        document = json.loads(await response.text())
         return str(document["error"]["message"])
-    except (ValueError, KeyError, TypeError, aiohttp.ClientError):
+    except (ValueError, KeyError, TypeError, OSError):  # aiohttp's own errors of a connection are OSErrors
         return f"the daemon answers {response.status}"

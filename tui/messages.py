@@ -1,34 +1,27 @@
 """What the application tells its screens. Events come by the hundreds; screens hear of them ten times a second."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from textual.message import Message
 
-from meshd.tui.feed import Connected, Disconnected
-
-Happening = Mapping[str, Any]
+from meshd.tui.cluster import Event
 
 
-class RowsChanged(Message):
-    """Rows of some listings have changed."""
+class ClusterChanged(Message):
+    """Parts of the cluster's state have changed, as `ClusterState.apply` names them."""
 
-    def __init__(self, listings: frozenset[str]) -> None:
+    def __init__(self, parts: frozenset[str]) -> None:
         super().__init__()
-        self.listings = listings
+        self.parts = parts
 
 
 class Happened(Message):
     """Events other than changes of rows, oldest first."""
 
-    def __init__(self, events: Sequence[Happening]) -> None:
+    def __init__(self, events: Sequence[Event]) -> None:
         super().__init__()
         self.events = events
 
 
 class ConnectionChanged(Message):
-    """The daemon has gone, or is back."""
-
-    def __init__(self, state: Connected | Disconnected) -> None:
-        super().__init__()
-        self.state = state
+    """The daemon has gone, or is back: `Monitor.connection` says which."""

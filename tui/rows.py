@@ -5,6 +5,8 @@ from typing import Any
 
 Row = Mapping[str, Any]
 LISTINGS = ("peers", "links", "models", "plans", "sessions")
+MAX_ROWS = 20_000
+"""Rows that are kept of one listing. A daemon sends at most some thousands of each peer."""
 
 
 class ClusterRows:
@@ -25,7 +27,9 @@ class ClusterRows:
         """Apply an event. Returns: the listings that have changed. Listings that this version does not know are left out."""
         match event:
             case {"type": "row", "list": str(listing), "key": str(key), "row": dict(row)} if listing in self._rows:
-                self._rows[listing][key] = row
+                rows = self._rows[listing]
+                if key in rows or len(rows) < MAX_ROWS:
+                    rows[key] = row
                 return frozenset({listing})
             case {"type": "gone", "list": str(listing), "key": str(key)} if listing in self._rows:
                 self._rows[listing].pop(key, None)

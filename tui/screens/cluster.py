@@ -1,74 +1,138 @@
 """The cluster: peers with what they are, hold and do, and the links between them."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.text import Text
+from textual import work
 from textual.app import ComposeResult
-from textual.containers import Vertical
-from textual.widgets import Footer, Header, Label
+from textual.binding import Binding, BindingType
+from textual.widgets import DataTable, Static
 
+from meshd.bounds import printable
 from meshd.display import ABSENT, duration, flops, rate, size
+from meshd.tui.rows import Row
+from meshd.tui.screens.dialogs import Confirm
 from meshd.tui.screens.listing import ListingScreen
-from meshd.tui.widgets.rows_table import RowsTable
+from meshd.tui.widgets.rows_table import Cells, RowsTable
 
-_STATES = {"alive": "green", "suspect": "yellow", "found": "cyan", "dead": "red", "refused": "red", "left": "grey50"}
-_BAR = 10
+_BAR = 8
+_LIVE = frozenset({"alive", "suspect"})
+"""States in which the figures that a peer told of itself are recent."""
 
 
 class ClusterScreen(ListingScreen):
-    """Peers above, links below."""
+    """Peers above, then why some are left out, and the links."""
 
-    LISTINGS = frozenset({"peers", "links", "models"})
+    NAME = "cluster"
+    PARTS = frozenset({"peers", "links", "models", "history"})
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("d", "drain", "Drain or undo")]
 
-    def compose(self) -> ComposeResult:
-        yield Header()
-        with Vertical():
-            yield RowsTable("PEER", "STATE", "MEMORY", "DECODE", "PREFILL", "SESSIONS", "HOLDS", id="peers")
-            yield Label(id="left-out")
-            yield RowsTable("FROM", "TO", "ROUND TRIP", "BANDWIDTH", id="links")
-        yield Footer()
+    def body(self) -> ComposeResult:
+        yield RowsTable(
+            "PEER", "STATE", "MEMORY", "LOAD", "TOK/S", "SESSIONS", "HOLDS", "DECODE", "PREFILL", "TEMP", "BATTERY", id="peers"
+        )
+        yield Static(id="left-out")
+        yield RowsTable("FROM", "TO", "ROUND TRIP", "HOP", "BANDWIDTH", id="links")
 
     def draw(self) -> None:
-        models = {row["id"]: row["name"] for row in self.rows["models"]}
-        peers = self.rows["peers"]
-        self.query_one("#peers", RowsTable).follow((row["id"] or str(row["addresses"]), _peer(row, models)) for row in peers)
-        self.query_one("#links", RowsTable).follow((f"{row['source']} {row['target']}", _link(row)) for row in self.rows["links"])
-        left_out = [f"{row['name']} is left out: {row['reason']}" for row in peers if row["state"] != "alive" and row["reason"]]
-        self.query_one("#left-out", Label).update(Text("\n".join(left_out)))
+        peers = self.cluster.rows["peers"]
+        self.query_one("#peers", RowsTable).follow((_key(row), self._peer(row)) for row in peers)
+        links = self.cluster.rows["links"]
+        self.query_one("#links", RowsTable).follow((f"{row['source']} {row['target']}", _link(row)) for row in links)
+        left_out = [_left_out(row) for row in peers if row["state"] != "alive" and row["reason"]]
+        shown = self.query_one("#left-out", Static)
+        shown.display = bool(left_out)
+        shown.update(Text("\n".join(left_out), self.paint.warn))
+
+    def _peer(self, row: Row) -> Cells:
+        paint, capability = self.paint, row["capability"]
+        state = paint.state(row["state"], row["state"] + (", draining" if row.get("draining") else ""))
+        holds = ", ".join(self._holding(held) for held in row["holdings"]) or ABSENT
+        if not capability or row["state"] not in _LIVE:
+            return (row["name"], state, *[ABSENT] * 4, holds, *[ABSENT] * 4)
+        free, total = capability["memory_free_bytes"], capability["memory_total_bytes"]
+        tokens = self.cluster.histories.of(row["id"]).tokens_s
+        device = row.get("device") or {}
+        return (
+            row["name"],
+            state,
+            Text.assemble(paint.bar(1 - free / total if total else 0.0, _BAR), f" {size(free)} free"),
+            percent(device.get("load")),
+            f"{tokens[-1]:.1f}" if tokens else ABSENT,
+            str(row.get("sessions", 0)),
+            holds,
+            rate(capability["rates"]["decode_bytes_s"]),
+            flops(capability["rates"]["prefill_flops_s"]),
+            celsius(device.get("temperature_c")),
+            battery(device),
+        )
+
+    def _holding(self, held: Mapping[str, Any]) -> str:
+        return f"{self.cluster.model_name(held['model'])} {held['layers']}{holding_state(held)}"
+
+    async def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
+        if event.data_table.id == "peers" and event.row_key.value:
+            await self.monitor.show_peer(event.row_key.value)
+
+    @work
+    async def action_drain(self) -> None:
+        row = self.cluster.peer(self.query_one("#peers", RowsTable).selected)
+        if row is None:
+            return
+        peer, name, undo = row["id"], row["name"], bool(row.get("draining"))
+        question = f"Drain {name}? Its sessions move to other peers, and it takes no new work."
+        if not undo and not await self.app.push_screen_wait(Confirm(question)):
+            return
+
+        async def drain() -> str:
+            left = await self.monitor.commands.drain(peer, undo=undo)
+            return f"{name} takes work again" if undo else f"{name} drains, {left} sessions still run there"
+
+        self.act("", drain)
 
 
-def _peer(row: Mapping[str, Any], models: Mapping[str, str]) -> tuple[str | Text, ...]:
-    state = Text(row["state"] + (", draining" if row.get("draining") else ""), style=_STATES.get(row["state"], ""))
-    holds = ", ".join(_holding(held, models) for held in row["holdings"]) or ABSENT
-    capability = row["capability"]
-    if not capability:
-        return row["name"], state, ABSENT, ABSENT, ABSENT, ABSENT, holds
-    free, total = capability["memory_free_bytes"], capability["memory_total_bytes"]
+def percent(share: float | None) -> str:
+    """Format a share from 0 to 1."""
+    return ABSENT if share is None else f"{100 * share:.0f} %"
+
+
+def celsius(degrees: float | None) -> str:
+    """Format a temperature."""
+    return ABSENT if degrees is None else f"{degrees:.0f} C"
+
+
+def battery(device: Mapping[str, Any]) -> str:
+    """Format the charge of a battery, and whether it is being charged."""
+    charge = device.get("battery")
+    if charge is None:
+        return "mains" if device.get("on_mains") else ABSENT
+    return percent(charge) + (" mains" if device.get("on_mains") else "")
+
+
+def holding_state(held: Mapping[str, Any]) -> str:
+    """Say in brackets what is special about layers that a peer holds; empty if they simply serve."""
+    if held["state"] == "loading":
+        return f" (loading {100 * held['progress']:.0f} %)"
+    if held["state"] not in ("active", "warm"):
+        return f" ({held['state']})"
+    return " (standby)" if held.get("standby") else ""
+
+
+def _key(row: Row) -> str:
+    return row["id"] or ",".join(row["addresses"])
+
+
+def _left_out(row: Row) -> str:
+    hint = f"; {row['hint']}" if row.get("hint") else ""
+    return printable(f"{row['name']} is left out: {row['reason']}{hint}")
+
+
+def _link(row: Row) -> Cells:
     return (
-        row["name"],
-        state,
-        memory_bar(free, total),
-        rate(capability["rates"]["decode_bytes_s"]),
-        flops(capability["rates"]["prefill_flops_s"]),
-        str(row.get("sessions", 0)),
-        holds,
+        row["source_name"],
+        row["target_name"],
+        duration(row["rtt_s"]),
+        duration(row["hop_s"] or None),
+        rate(row["bandwidth_bytes_s"]),
     )
-
-
-def memory_bar(free: int, total: int) -> Text:
-    """Draw how much of the memory is in use, with what is free beside it."""
-    used = 0.0 if total <= 0 else min(1.0, max(0.0, 1 - free / total))
-    filled = round(used * _BAR)
-    style = "red" if used > 0.9 else "yellow" if used > 0.7 else "green"
-    return Text.assemble(("█" * filled, style), ("░" * (_BAR - filled), "grey37"), f" {size(free)} free")
-
-
-def _holding(held: Mapping[str, Any], models: Mapping[str, str]) -> str:
-    name = models.get(held["model"], held["model"][:8])
-    state = f" (loading {100 * held['progress']:.0f} %)" if held["state"] == "loading" else ""
-    return f"{name} {held['layers']}" + (" (standby)" if held.get("standby") else state)
-
-
-def _link(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return row["source_name"], row["target_name"], duration(row["rtt_s"]), rate(row["bandwidth_bytes_s"])

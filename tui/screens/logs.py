@@ -1,56 +1,96 @@
 """What happens, and the logs of all peers, with a filter."""
 
-from collections.abc import Mapping
-from datetime import datetime
-from typing import Any
+from typing import ClassVar
 
-from rich.text import Text
 from textual.app import ComposeResult
-from textual.widgets import Footer, Header, Input, RichLog
+from textual.binding import Binding, BindingType
+from textual.widgets import Input
 
-from meshd.bounds import printable
+from meshd.tui.cluster import KEPT
+from meshd.tui.log_filter import LEVELS, LogFilter
 from meshd.tui.messages import Happened
 from meshd.tui.screens.listing import ListingScreen
-
-_STYLES = {"error": "red", "warning": "yellow", "debug": "grey50"}
-_HIDDEN = frozenset({"type", "at", "peer", "name", "level", "logger"})
+from meshd.tui.widgets.event_log import EventLog
 
 
 class LogScreen(ListingScreen):
-    """Newest lines below. The filter keeps the lines that contain all of its words."""
+    """Newest lines below. The filter is text, so that it shows what it does; keys change its parts."""
 
-    def compose(self) -> ComposeResult:
-        yield Header()
-        yield Input(placeholder="show only lines with these words: a peer, a level, a session ...", id="filter")
-        yield RichLog(max_lines=2000, id="lines", wrap=True)
-        yield Footer()
+    NAME = "logs"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("slash", "edit", "Filter"),
+        Binding("v", "level", "Level"),
+        Binding("p", "peer", "Peer"),
+        Binding("s", "session", "Session"),
+        Binding("c", "clear", "No filter"),
+        Binding("end", "to_end", "Newest", show=False),
+        Binding("escape", "leave", show=False),
+    ]
+
+    def body(self) -> ComposeResult:
+        yield Input(placeholder="show only: peer:NAME level:warning session:ID words", id="filter", compact=True)
+        yield EventLog(KEPT, id="lines")
+
+    def on_mount(self) -> None:
+        super().on_mount()
+        self.query_one("#lines", EventLog).focus()
+
+    def show(self, text: str) -> None:
+        """Show only what matches this filter."""
+        self.query_one("#filter", Input).value = text
+
+    @property
+    def filter(self) -> LogFilter:
+        return LogFilter.parse(self.query_one("#filter", Input).value)
 
     def on_input_changed(self) -> None:
         self.draw()
 
+    def on_input_submitted(self) -> None:
+        self.action_leave()
+
     def on_happened(self, message: Happened) -> None:
         if self.is_current:
-            self._write(message.events)
+            self.query_one("#lines", EventLog).add(message.events, self.filter)
 
     def draw(self) -> None:
-        self.query_one("#lines", RichLog).clear()
-        self._write(self.monitor.happenings)
+        self.query_one("#lines", EventLog).show(self.cluster.happenings, self.filter)
 
-    def _write(self, events: Any) -> None:
-        words = self.query_one("#filter", Input).value.lower().split()
-        lines = self.query_one("#lines", RichLog)
-        for event in events:
-            line = line_of(event)
-            if all(word in line.plain.lower() for word in words):
-                lines.write(line)
+    def action_edit(self) -> None:
+        self.query_one("#filter", Input).focus()
+
+    def action_leave(self) -> None:
+        self.query_one("#lines", EventLog).focus()
+
+    def action_clear(self) -> None:
+        self.show("")
+
+    def action_to_end(self) -> None:
+        self.query_one("#lines", EventLog).scroll_end(animate=False, x_axis=False)
+
+    def action_level(self) -> None:
+        self._change(level=_next(self.filter.level, LEVELS[1:]))
+
+    def action_peer(self) -> None:
+        names = dict.fromkeys(str(row["name"]).lower() for row in self.cluster.rows["peers"] if row["id"])
+        self._change(peer=_next(self.filter.peer, tuple(names)))
+
+    def action_session(self) -> None:
+        seen = [event["session"][:8] for event in self.cluster.happenings if event.get("session")]
+        self._change(session=_next(self.filter.session, tuple(dict.fromkeys(reversed(seen)))))
+
+    def _change(self, *, peer: str | None = None, level: str | None = None, session: str | None = None) -> None:
+        now = self.filter
+        changed = LogFilter(
+            peer=now.peer if peer is None else peer,
+            level=now.level if level is None else level,
+            session=now.session if session is None else session,
+            words=now.words,
+        )
+        self.show(str(changed))
 
 
-def line_of(event: Mapping[str, Any]) -> Text:
-    """Format an event as one line."""
-    at = datetime.fromtimestamp(event["at"]).strftime("%H:%M:%S")
-    if event["type"] == "log":
-        kind, text = event["level"], event["text"]
-    else:
-        kind = event["type"]
-        text = ", ".join(f"{name} {value}" for name, value in event.items() if name not in _HIDDEN and value not in ("", None))
-    return Text.assemble((f"{at} ", "grey50"), f"{event['name']:12.12} ", (f"{kind:10} ", _STYLES.get(kind, "")), printable(text))
+def _next(present: str, choices: tuple[str, ...]) -> str:
+    """Return the choice after the present one; after the last one, none."""
+    place = choices.index(present) + 1 if present in choices else 0
+    return choices[place] if place < len(choices) else ""

@@ -19,6 +19,8 @@ class Api:
     routes: dict[tuple[str, str], Handler] = field(default_factory=dict)
     bodies: list[Any] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    """Method and path of each."""
     url: str = ""
 
     def answer(self, method: str, path: str, document: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
@@ -43,6 +45,7 @@ class Api:
 
     async def dispatch(self, request: web.Request) -> web.StreamResponse:
         self.headers.append(dict(request.headers))
+        self.requests.append((request.method, request.path))
         if request.can_read_body:
             self.bodies.append(await request.json())
         handler = self.routes.get((request.method, request.path))
