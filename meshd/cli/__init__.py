@@ -18,6 +18,7 @@ VERBS = {
     "up": "run this device's daemon and join its cluster",
     "demo": "start three daemons on this machine, which share a model, and ask it a question",
     "status": "show peers, the layers each holds, links and sessions",
+    "top": "watch the cluster on the terminal, and act on it",
     "run": "ask a model one question and print its answer",
     "chat": "talk with a model, turn by turn",
     "models": "list the known models and the peers that hold their layers",

@@ -1,5 +1,6 @@
 """`meshd status`: show peers, the layers each holds, links and sessions."""
 
+import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from meshd.cli.support.client import Daemon, daemon_of
 from meshd.cli.support.output import print_json, show, table
 from meshd.display import ABSENT, duration, flops, plural, rate, short_id, size
 
-EXAMPLE = "meshd status\n  meshd status --json"
+EXAMPLE = "meshd status\n  meshd status --watch\n  meshd status --json"
 LISTS = ("peers", "links", "models", "sessions")
 Row = Mapping[str, Any]
 _RECOVERIES = 3
@@ -18,16 +19,38 @@ _RECOVERIES = 3
 
 def add_arguments(parser: Parser) -> None:
     add_json(parser)
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="draw it again whenever something changes; off a terminal, print what happens, a line each (with --json: as JSON)",
+    )
     add_client(parser)
 
 
 def run(args: Namespace) -> int:
-    status = collect(daemon_of(args))
+    daemon = daemon_of(args)
+    if args.watch:
+        _watch(daemon, as_json=args.json)
+        return 0
+    status = collect(daemon)
     if args.json:
         print_json(status)
     else:
         show(render(status))
     return 0
+
+
+def _watch(daemon: Daemon, *, as_json: bool) -> None:
+    """Show the status until interrupted."""
+    from meshd.cli.support.watching import print_events, redraw
+
+    def status() -> str:
+        return render(collect(daemon))
+
+    if sys.stdout.isatty() and not as_json:
+        redraw(daemon, status)
+    else:
+        print_events(daemon, status, as_json=as_json)
 
 
 def collect(daemon: Daemon) -> dict[str, Any]:

@@ -75,6 +75,7 @@ class Daemon:
         if parts.scheme not in {"http", "https"} or not parts.hostname or port == -1:
             raise ConfigError(f"setting api is wrong: {url!r} is no URL like http://127.0.0.1:{API_PORT}")
         self.url = url.rstrip("/")
+        self.api_key = api_key or ""
         self._connection_type = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         self._host, self._port = parts.hostname, port
         self._prefix = parts.path.rstrip("/")
@@ -112,14 +113,16 @@ class Daemon:
         return self._document("DELETE", path, None, timeout_s)
 
     @contextmanager
-    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[Stream]:
-        """Post `body` and open the event stream of the response.
+    def stream(self, path: str, body: Mapping[str, Any] | None, *, silence_s: float = STREAM_SILENCE_S) -> Iterator[Stream]:
+        """Post `body`, or get `path` if it is None, and open the event stream of the response.
+
+        A stream that is silent for `silence_s` has ended.
 
         Leaving the block closes the stream, and the daemon stops its work.
 
         Raises: as `get`.
         """
-        with self._exchange("POST", path, body, STREAM_SILENCE_S) as response:
+        with self._exchange("GET" if body is None else "POST", path, body, silence_s) as response:
             yield Stream(response, self.url)
 
     def _document(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> Any:
