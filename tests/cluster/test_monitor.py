@@ -115,21 +115,21 @@ async def test_a_peer_is_drained_and_takes_work_again(trio: Cluster) -> None:
 
 
 async def test_a_killed_peer_and_a_killed_daemon(trio: Cluster) -> None:
-    async with watching(trio) as (app, pilot):
-        answer = Answering(trio["attic"], 150)  # another peer coordinates it
+    async with watching(trio, "attic") as (app, pilot):
+        answer = Answering(trio["desk"], 150)  # another peer coordinates it
         await soon(pilot, lambda: any(row["state"] == "decoding" for row in app.cluster.sessions()))
         trio["laptop"].kill()
         await soon(pilot, lambda: "laptop is left out" in text_of(app, "#left-out"))
         await soon(pilot, lambda: bool(app.cluster.recoveries))
         await beside(partial(answer.wait, 60))
         assert answer.error == ""
-        api = trio["desk"].api.removeprefix("http://")
-        trio["desk"].kill()
+        api = trio["attic"].api.removeprefix("http://")
+        trio["attic"].kill()  # the others find it again by the desk
         await soon(pilot, lambda: isinstance(app.connection, Disconnected))
         assert "not connected" in text_of(app, "#connection")
-        starting = threading.Thread(target=partial(trio.start, "desk", flags=("--api", api)))
+        starting = threading.Thread(target=partial(trio.start, "attic", flags=("--api", api)))
         starting.start()
         await soon(pilot, lambda: isinstance(app.connection, Connected))
-        await soon(pilot, lambda: {row[0]: row[1] for row in cells_of(app, "#peers")}.get("attic") == "alive")
+        await soon(pilot, lambda: {row[0]: row[1] for row in cells_of(app, "#peers")}.get("desk") == "alive")
         assert not app.screen.query_one("#connection").display
         await beside(starting.join)
