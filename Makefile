@@ -23,7 +23,7 @@ ENOUGH = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14 python; do \
 	"$$python" -c '$(ENOUGH)' 2>/dev/null && echo "$$python" && break; done)
 
-.PHONY: install demo test check diagrams formats bench bench-short chaos chaos-short sim sim-days soak soak-short fuzz wheel clean
+.PHONY: install demo test check diagrams formats screenshots bench bench-short chaos chaos-short sim sim-days soak soak-short fuzz wheel clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -49,6 +49,11 @@ diagrams: $(VENV)/installed
 formats: $(VENV)/installed $(VENV)/group-test
 	$(BIN)/python -P tests/project/formats_table.py
 
+# Writes docs/pictures from a real cluster of three peers that answers while a peer is killed.
+screenshots: $(VENV)/installed $(VENV)/group-test
+	$(BIN)/meshd pull smollm2:135m
+	$(BIN)/python -P tests/tui/pictures.py --pictures docs/pictures
+
 bench: $(VENV)/installed $(VENV)/group-test
 	$(BIN)/meshd bench
 	for figure in tests/benchmarks/bench_*.py; do echo "--- $$figure"; $(BIN)/python -P "$$figure" || exit; done
@@ -67,6 +72,7 @@ bench-short: $(VENV)/installed $(VENV)/group-test
 	$(FIGURE)_recovery.py --rounds 1 --context 256
 	$(FIGURE)_predictions.py --hosts 2 --rtt 5 --rate 100mbit 20mbit --context 128
 	$(FIGURE)_survival.py --seconds 4 --connections 1000
+	$(FIGURE)_events.py --rounds 1 --seconds 4 --sessions 2
 
 sim: $(VENV)/installed $(VENV)/group-test
 	$(BIN)/python -P tests/sim/run.py $(SIM)

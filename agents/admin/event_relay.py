@@ -16,7 +16,7 @@ import msgspec
 from meshd.agents.budget import TokenBucket
 from meshd.agents.links.links import Links
 from meshd.agents.links.rpc import try_send
-from meshd.agents.observe.events import KINDS, Event, Gone, Lost, Missed, Row
+from meshd.agents.observe.events import KINDS, TOLD, Event, Gone, Lost, Missed, Row
 from meshd.agents.observe.rows import Key, RowFeed
 from meshd.agents.observe.stream import EventStream
 from meshd.clock import Clock
@@ -36,8 +36,6 @@ EVENTS_PER_S, EVENTS_AT_ONCE = 500.0, 5000
 MAX_ROWS = 2048
 """Rows that one peer may have here."""
 MAX_KEY = 200
-TOLD = frozenset({"sessions", "plans"})
-"""Listings that a peer tells others about: those that only it knows."""
 
 
 class _Envelope(msgspec.Struct):

@@ -1,6 +1,6 @@
 """The listings of the cluster as this peer sees it. Rows are JSON-ready dicts; their keys are part of the API."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import msgspec
 
 from meshd.agents.admin.plan_rows import PlanRows
 from meshd.agents.membership.membership import Membership
+from meshd.agents.observe.events import Listing
 from meshd.agents.observe.rows import Key
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.session.answer import Answer
@@ -29,17 +30,22 @@ class Listings:
     stages: StageHost
     plan_rows: PlanRows
 
-    async def by_key(self) -> dict[Key, dict[str, Any]]:
-        """Return all rows of all listings, each by its listing and its key there, without `_AGES`."""
+    async def by_key(self, wanted: Collection[Listing]) -> dict[Key, dict[str, Any]]:
+        """Return all rows of some listings, each by its listing and its key there, without `_AGES`."""
         rows: dict[Key, dict[str, Any]] = {}
-        for row in self.peers():
-            known = {key: value for key, value in row.items() if key not in _AGES}
-            rows["peers", row["id"] or ",".join(row["addresses"])] = known | {"clock_ahead_s": _whole(known["clock_ahead_s"])}
-        rows |= {("links", f"{row['source']} {row['target']}"): row for row in self.links()}
-        rows |= {("models", row["id"]): row for row in await self.models()}
-        rows |= {("plans", row["session"]): row for row in self.plans()}
-        me = self.membership.description.peer
-        rows |= {("sessions", f"{row['id']} {me} {row['role']}"): row for row in self.sessions()}
+        if "peers" in wanted:
+            for row in self.peers():
+                known = {key: value for key, value in row.items() if key not in _AGES}
+                rows["peers", row["id"] or ",".join(row["addresses"])] = known | {"clock_ahead_s": _whole(known["clock_ahead_s"])}
+        if "links" in wanted:
+            rows |= {("links", f"{row['source']} {row['target']}"): row for row in self.links()}
+        if "models" in wanted:
+            rows |= {("models", row["id"]): row for row in await self.models()}
+        if "plans" in wanted:
+            rows |= {("plans", row["session"]): row for row in self.plans()}
+        if "sessions" in wanted:
+            me = self.membership.description.peer
+            rows |= {("sessions", f"{row['id']} {me} {row['role']}"): row for row in self.sessions()}
         return rows
 
     def peers(self) -> list[dict[str, Any]]:

@@ -23,6 +23,8 @@ ShortText = Annotated[str, at_most(200)]
 Listing = Literal["peers", "links", "models", "plans", "sessions"]
 """The listings of `/mesh/v1/` that events keep up to date."""
 LISTINGS: tuple[Listing, ...] = ("peers", "links", "models", "plans", "sessions")
+TOLD: frozenset[Listing] = frozenset({"plans", "sessions"})
+"""Listings that a peer tells others about: those that only it knows."""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):

@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from meshd.agents.observe.events import LISTINGS, Event, Gone, Listing, Lost, Row
+from meshd.agents.observe.events import LISTINGS, TOLD, Event, Gone, Listing, Lost, Row
 from meshd.agents.observe.stream import EventStream
 from meshd.clock import Clock
 
@@ -21,31 +21,37 @@ class RowFeed:
     """Compares the listings with what was published, and publishes the differences."""
 
     stream: EventStream
-    listings: Callable[[], Awaitable[Rows]]
-    """Returns all rows. A row's key never means another thing later."""
+    listings: Callable[[Collection[Listing]], Awaitable[Rows]]
+    """Returns all rows of some listings. A row's key never means another thing later."""
     clock: Clock
     _published: dict[Key, dict[str, Any]] = field(default_factory=dict)
     _read_at: float = float("-inf")
+    _watched_at: float = float("-inf")
 
     async def run(self) -> None:
         """Publish changes until cancelled. Without readers, nothing is computed."""
         while True:
             await self.clock.sleep(PERIOD_S)
             now = self.clock.monotonic()
-            if self.stream.readers or self.stream.watchers:
+            if self.stream.readers:
                 self._read_at = now
+            if self.stream.watchers:
+                self._watched_at = now
             if now - self._read_at < _AFTERGLOW_S:
                 await self.refresh()
+            elif now - self._watched_at < _AFTERGLOW_S:
+                await self.refresh(TOLD)  # other peers get nothing else; a reader that comes gets all that has changed meanwhile
             elif self._published:
                 self._published = {}
                 self.stream.publish(Lost(events=0))  # for readers that resume later: what was not published they can't know
 
-    async def refresh(self) -> None:
-        """Publish what has changed since the last time."""
-        rows = await self.listings()
-        for event in changes(self._published, rows):
+    async def refresh(self, listings: Collection[Listing] = LISTINGS) -> None:
+        """Publish what has changed in these listings since they were published last."""
+        rows = await self.listings(listings)
+        before = {key: row for key, row in self._published.items() if key[0] in listings}
+        for event in changes(before, rows):
             self.stream.publish(event)
-        self._published = dict(rows)
+        self._published = {key: row for key, row in self._published.items() if key[0] not in listings} | dict(rows)
 
     def whole(self, listings: Collection[str] = LISTINGS) -> list[bytes]:
         """Return the published rows of these listings as lines of the stream, for a reader that has none."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -42,8 +42,8 @@ class Site:
         self.relay.register()
         self.running = [asyncio.create_task(self.relay.run()), asyncio.create_task(self.rows.run())]
 
-    async def _listings(self) -> dict[Key, dict[str, Any]]:
-        return dict(self.listed)
+    async def _listings(self, wanted: Collection[str]) -> dict[Key, dict[str, Any]]:
+        return {key: row for key, row in self.listed.items() if key[0] in wanted}
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[list[dict[str, Any]]]:

@@ -1,6 +1,7 @@
 """The rows that events add up to."""
 
 import asyncio
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
@@ -44,9 +45,9 @@ class Feed:
         self.read = 0
         self.feed = RowFeed(self.stream, self.listings, self.clock)
 
-    async def listings(self) -> dict[Key, dict[str, Any]]:
+    async def listings(self, wanted: Collection[str]) -> dict[Key, dict[str, Any]]:
         self.read += 1
-        return dict(self.rows)
+        return {key: row for key, row in self.rows.items() if key[0] in wanted}
 
     async def lines(self, after: int) -> list[dict[str, Any]]:
         """Read the stream from number `after` to its present end."""
@@ -87,4 +88,22 @@ async def test_rows_are_computed_while_somebody_reads_and_a_minute_longer() -> N
     assert reads < feed.read < reads + 2 * 62
     feed.rows.clear()
     assert [line["type"] for line in await feed.lines(start)] == ["row", "lost"]  # nobody knows what changes from now on
+    running.cancel()
+
+
+async def test_for_other_peers_only_what_they_are_told_is_computed_and_a_reader_gets_the_rest() -> None:
+    feed = Feed()
+    await feed.feed.refresh()
+    start = feed.stream.last
+    running = asyncio.create_task(feed.feed.run())
+    feed.stream.watchers = 1
+    feed.rows = {("peers", "b"): {"n": 2}, ("sessions", "s"): {"n": 3}}
+    await feed.clock.move(2)
+    assert [(line["type"], line["list"], line["key"]) for line in await feed.lines(start)] == [("row", "sessions", "s")]
+    reader = feed.stream.read(start)
+    await anext(reader)
+    await feed.clock.move(1)
+    told = [(line["type"], line["list"], line["key"]) for line in await feed.lines(start)]
+    assert told == [("row", "sessions", "s"), ("gone", "peers", "a"), ("row", "peers", "b")]
+    await reader.aclose()
     running.cancel()
