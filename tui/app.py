@@ -24,8 +24,8 @@ from meshd.tui.screens.peer import PeerScreen
 from meshd.tui.screens.plan import PlanScreen
 from meshd.tui.screens.sessions import SessionScreen
 
-FRAME_S = 0.1
-"""Events are collected for so long before they are shown."""
+FRAME_S = 0.2
+"""Events are collected for so long before they are shown. Drawing a table costs far more than reading the events (bench_events)."""
 _SCREENS: tuple[type[ListingScreen], ...] = (ClusterScreen, PlanScreen, SessionScreen, ModelScreen, PeerScreen, LogScreen)
 _KEYS = {"question_mark": "?", "slash": "/"}
 

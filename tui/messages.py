@@ -1,4 +1,4 @@
-"""What the application tells its screens. Events come by the hundreds; screens hear of them ten times a second."""
+"""What the application tells its screens. Events come by the hundreds; screens hear of them five times a second."""
 
 from collections.abc import Sequence
 
