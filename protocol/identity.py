@@ -3,7 +3,7 @@
 import base64
 import ssl
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography import x509
@@ -41,6 +41,10 @@ class Identity:
     """For dialled connections."""
     return_client: ssl.SSLContext
     """For dialled connections with peers that have another cluster key, under the authority of returning peers."""
+    private: Ed25519PrivateKey = field(repr=False)
+    """This peer's own key. `statement.py` signs with it what no link carries."""
+    certificate: bytes
+    """Of this peer's key, in DER."""
     notice: str = ""
     """A message for the user if the folder was a copy, so that a new identity was made; otherwise empty."""
 
@@ -166,6 +170,8 @@ def load_identity(folder: StateFolder, cluster: ClusterKey, random_bytes: Callab
         server=server,
         client=_context(ssl.PROTOCOL_TLS_CLIENT, cluster.issuer, folder.path, CERTIFICATE_FILE),
         return_client=_context(ssl.PROTOCOL_TLS_CLIENT, cluster.return_issuer, folder.path, RETURN_FILE),
+        private=private,
+        certificate=cluster.issuer.certify(private.public_key()).public_bytes(serialization.Encoding.DER),
         notice=notice,
     )
 
