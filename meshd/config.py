@@ -11,7 +11,7 @@ from pathlib import Path
 
 from meshd.errors import ConfigError
 from meshd.settings import SETTINGS, SETTINGS_BY_NAME, RawValue, Setting, Value
-from meshd.values import Address
+from meshd.values import Address, BrokerUrl
 
 API_KEY_FILE = "api.key"
 """A file of the state folder. `meshd key api` creates it."""
@@ -32,6 +32,12 @@ class Config:
     link: Address
     peers: tuple[Address, ...]
     discovery: tuple[str, ...]
+    mqtt: BrokerUrl | None
+    mqtt_ca: Path | None
+    mqtt_telemetry: float
+    """Seconds between two publications of telemetry. 0: neither telemetry nor events are published."""
+    mqtt_home_assistant: str
+    """Home Assistant's discovery prefix. Empty: it is told nothing."""
     interfaces: tuple[str, ...]
     memory_bytes: int | None
     """The most memory that meshd may use, in bytes. None: all free memory."""

@@ -23,7 +23,8 @@ from meshd.agents.device.sensors import DeviceSensors
 from meshd.agents.links import links
 from meshd.agents.links.pairing.inviter import Inviter, InviterSettings
 from meshd.agents.links.probe import LinkProber
-from meshd.agents.membership.interfaces import used_addresses
+from meshd.agents.membership.fleet.fleet import Fleet, FleetSettings, FleetView
+from meshd.agents.membership.interfaces import link_addresses, used_addresses
 from meshd.agents.membership.invites import mdns as mdns_invites
 from meshd.agents.membership.mdns import MdnsDiscovery
 from meshd.agents.membership.mdns_records import Announcement
@@ -63,6 +64,7 @@ from meshd.reloading import Reloaded, Reloader
 from meshd.state import StateFolder, StateLock, lock_state
 from meshd.telemetry import Telemetry
 from meshd.types import PeerId
+from meshd.values import BrokerUrl
 
 log = getLogger(__name__)
 
@@ -201,6 +203,7 @@ class Daemon:
         self._limits = ClientLimits(connections=shares.clients)
         self._started = clock.monotonic()
         self._mdns: MdnsDiscovery | None = None
+        self._fleet: Fleet | None = None
         self._telemetry = Telemetry()
         self.peer = compose(_parts(config, identity, measured, clock, self._telemetry, sockets, shares))
         peer = self.peer
@@ -302,6 +305,9 @@ class Daemon:
             sources.append(self._mdns)
         if "static" in self._config.discovery and self._config.peers:
             sources.append(StaticPeers(self._config.peers, self.peer.membership.on_sighting, clock=self._clock))
+        if "mqtt" in self._config.discovery and self._config.mqtt is not None:
+            self._fleet = self._make_fleet(self._config.mqtt, port)
+            sources.append(self._fleet)
         return sources
 
     def _multicast_addresses(self) -> tuple[str, ...] | None:
@@ -329,6 +335,37 @@ class Daemon:
             async for step in steps:
                 yield step
 
+    def _tokens(self) -> int:
+        """Returns: the number of tokens of the answers that this peer has coordinated, running ones included."""
+        running = sum(answer.output.timed_tokens for answer in self.peer.coordinator.answers.values())
+        return self._telemetry.completion_tokens + running
+
+    def _make_fleet(self, url: BrokerUrl, port: int) -> Fleet:
+        config, peer = self._config, self.peer
+        return Fleet(
+            FleetSettings(
+                url=url,
+                ca_file=str(config.mqtt_ca or ""),
+                telemetry_s=config.mqtt_telemetry,
+                home_assistant=config.mqtt_home_assistant,
+            ),
+            self._identity,
+            FleetView(
+                name=config.name,
+                port=port,
+                protocol=".".join(map(str, PROTOCOL_VERSION)),
+                version=__version__,
+                addresses=partial(link_addresses, config.link.host, config.interfaces),
+                load=lambda: peer.stages.sessions,
+                linked=peer.links.peers,
+                unreached=peer.membership.table.unreached,
+                tokens=self._tokens,
+            ),
+            peer.events,
+            peer.membership.on_sighting,
+            self._clock,
+        )
+
     def _about(self) -> dict[str, Any]:
         discovery = self._mdns
         return {
@@ -343,6 +380,7 @@ class Daemon:
             "notices": [{"message": message, "hint": hint} for message, hint in self.peer.membership.notices.items()],
             "interfaces": [msgspec.to_builtins(choice) for choice in discovery.interfaces] if discovery else [],
             "other_clusters": discovery.other_clusters() if discovery else {},
+            "mqtt": self._fleet.about() if self._fleet else None,
         }
 
 

@@ -63,6 +63,8 @@ class Telemetry:
     content_type = CONTENT_TYPE_LATEST
 
     def __init__(self) -> None:
+        self.completion_tokens = 0
+        """Number of tokens of the answers that this peer has coordinated."""
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
@@ -156,6 +158,7 @@ class Telemetry:
 
     def tokens(self, *, prompt: int = 0, completion: int = 0) -> None:
         """Count prompt tokens that were read and answer tokens that were generated."""
+        self.completion_tokens += completion
         self._tokens.labels("prompt").inc(prompt)
         self._tokens.labels("completion").inc(completion)
 

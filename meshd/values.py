@@ -5,13 +5,14 @@ Each takes text, and raises a ValueError that says what is wrong with the text.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
 
-_NOT_BUILT_YET = frozenset({"mqtt"})
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)(B?)", re.IGNORECASE)
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+)(?::(\d{1,5}))?")
 _SWITCHES = {word: on for on, words in ((True, "on yes true 1"), (False, "off no false 0")) for word in words.split()}
+_MQTT_PORTS = {"mqtt": 1883, "mqtts": 8883}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -29,6 +30,52 @@ class Address:
     def loopback(self) -> bool:
         """Whether only this machine can reach the address."""
         return self.host in {"localhost", "::1"} or self.host.startswith("127.")
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerUrl:
+    """Where an MQTT broker is, and as whom to connect. As text it has no password."""
+
+    host: str
+    port: int
+    tls: bool
+    user: str = ""
+    password: str = field(default="", repr=False)
+
+    @property
+    def with_password(self) -> str:
+        """The URL with all that `parse_broker` reads."""
+        user = ":".join(quote(part, safe="") for part in (self.user, self.password) if part)
+        return f"{'mqtts' if self.tls else 'mqtt'}://{user}{'@' if user else ''}{Address(self.host, self.port)}"
+
+    def __str__(self) -> str:
+        user = f"{self.user}@" if self.user else ""
+        return f"{'mqtts' if self.tls else 'mqtt'}://{user}{Address(self.host, self.port)}"
+
+
+def parse_broker(text: str) -> BrokerUrl:
+    """Parse `mqtt://host`, or `mqtts://user:password@host:port` for TLS. No error repeats the text, which may have a password."""
+    if text.strip().partition("://")[0] not in _MQTT_PORTS:
+        raise ValueError("it does not begin with mqtt:// or mqtts://")
+    try:
+        parts = urlsplit(text.strip())
+        host, port = parts.hostname, parts.port or _MQTT_PORTS[parts.scheme]
+    except ValueError:
+        raise ValueError("it has no valid host and port") from None
+    if not host or parts.path.strip("/") or parts.query or parts.fragment:
+        raise ValueError(
+            "it is not like mqtts://user:password@host:port; in a password, write @ as %40, / as %2F, : as %3A, # as %23"
+        )
+    return BrokerUrl(host, port, parts.scheme == "mqtts", unquote(parts.username or ""), unquote(parts.password or ""))
+
+
+def parse_topic_level(text: str) -> str:
+    """Parse the first level of a topic, such as `homeassistant`; `off` becomes the empty text."""
+    if text.strip().lower() in _SWITCHES and not _SWITCHES[text.strip().lower()]:
+        return ""
+    if not _NAME.fullmatch(text):
+        raise ValueError(f"{text!r} is neither `off` nor letters, digits, '.', '_' and '-'")
+    return text
 
 
 def parse_text(text: str) -> str:
@@ -120,8 +167,6 @@ def choice_of(*choices: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text in choices:
             return text
-        if text in _NOT_BUILT_YET:
-            raise ValueError(f"{text!r} is not built yet; choose from {', '.join(choices)}")
         raise ValueError(f"{text!r} is none of {', '.join(choices)}")
 
     return parse

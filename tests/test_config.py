@@ -19,7 +19,9 @@ _SAMPLES = {
     "HOST:PORT": "127.0.0.1:1",
     "SIZE": "1GiB",
     "N": "3",
-    "mdns,static": "static",
+    "mdns,static,mqtt": "static",
+    "BROKER": "mqtts://me:word@broker:1",
+    "PREFIX|off": "home",
     "compute,attention,storage": "compute",
     "NAME": "torch",
     "LEVEL": "debug",
@@ -51,7 +53,8 @@ def test_defaults_are_as_documented(tmp_path: Path) -> None:
     config = _load(tmp_path)
     assert config.api == Address("127.0.0.1", 6374)
     assert config.link == Address("0.0.0.0", 6375)
-    assert config.discovery == ("mdns", "static")
+    assert config.discovery == ("mdns", "static", "mqtt")
+    assert config.mqtt is None
     assert config.memory_bytes is None
     assert config.key is None
     assert config.threads == 0
@@ -120,7 +123,7 @@ def test_a_missing_file_is_an_error_only_if_it_was_named(tmp_path: Path, monkeyp
             {"MESHD_THREADS": "-1"},
             "setting threads (from environment MESHD_THREADS) is wrong: '-1' is not a whole number of at least 0",
         ),
-        ({"discovery": ["mqtt"]}, {}, "'mqtt' is not built yet"),
+        ({"mqtt": "http://broker"}, {}, "it does not begin with mqtt://"),
         ({"copies": "0"}, {}, "setting copies (from flag --copies) is wrong: '0' is not a whole number of at least 1"),
         ({"mirror": "maybe"}, {}, "'maybe' is neither on nor off"),
         ({"drain-timeout": "-1"}, {}, "'-1' is not a number of seconds"),

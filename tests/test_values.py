@@ -4,14 +4,17 @@ from hypothesis import strategies as st
 
 from meshd.values import (
     Address,
+    BrokerUrl,
     choice_of,
     count,
     parse_address,
+    parse_broker,
     parse_name,
     parse_path,
     parse_seconds,
     parse_size,
     parse_switch,
+    parse_topic_level,
     parse_url,
 )
 
@@ -85,9 +88,35 @@ def test_the_error_for_an_unknown_choice_lists_the_choices() -> None:
         choice_of("mdns", "static")("dns")
 
 
-def test_a_choice_that_is_planned_but_not_built_has_its_own_error() -> None:
-    with pytest.raises(ValueError, match="not built yet"):
-        choice_of("mdns", "static")("mqtt")
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("mqtt://broker", BrokerUrl("broker", 1883, False)),
+        ("mqtts://broker/", BrokerUrl("broker", 8883, True)),
+        ("mqtts://me:p%40ss%2Fword@10.0.0.1:1", BrokerUrl("10.0.0.1", 1, True, "me", "p@ss/word")),
+        ("mqtt://me@[fd00::1]:7", BrokerUrl("fd00::1", 7, False, "me")),
+    ],
+)
+def test_the_url_of_a_broker_is_read_and_written(text: str, url: BrokerUrl) -> None:
+    assert parse_broker(text) == url
+    assert parse_broker(url.with_password) == url
+    assert "word" not in f"{url} {url!r}"
+
+
+@pytest.mark.parametrize(
+    "text", ["broker", "http://me:secret@broker", "mqtt://", "mqtts://me:secret/@broker", "mqtt://b:99999", "mqtt://[x"]
+)
+def test_a_wrong_url_of_a_broker_is_refused_without_its_password(text: str) -> None:
+    with pytest.raises(ValueError, match="it ") as refused:
+        parse_broker(text)
+    assert "secret" not in str(refused.value)
+
+
+def test_the_level_of_a_topic_can_be_off() -> None:
+    assert parse_topic_level("off") == ""
+    assert parse_topic_level("homeassistant") == "homeassistant"
+    with pytest.raises(ValueError, match="neither"):
+        parse_topic_level("a/#")
 
 
 def test_a_path_becomes_absolute_and_a_tilde_the_home() -> None:

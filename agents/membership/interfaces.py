@@ -6,9 +6,11 @@ On Linux, sysfs shows an interface's kind. Without it (on other systems, or if s
 import ipaddress
 import re
 import socket
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 
 import psutil
@@ -17,6 +19,9 @@ SYSFS_NET = Path("/sys/class/net")
 _ARPHRD_ETHERNET = frozenset({1, 6, 24, 32, 801, 802, 803})
 """From linux/if_arp.h: Ethernet, IEEE 802, FireWire, InfiniBand, 802.11. All other types but loopback are taken for tunnels."""
 _ARPHRD_LOOPBACK = 772
+_ANY_HOST = frozenset({"", "0.0.0.0", "::"})
+_READ_AGAIN_S = 5.0
+"""To list the interfaces takes 1 ms or more."""
 _LOWER_DEPTH = 4
 """How many levels to search below an interface for a network card, such as VLAN, bond and card below a bridge."""
 
@@ -131,6 +136,21 @@ def choice_warning(choices: Sequence[InterfaceChoice], named: Sequence[str] = ()
 def used_addresses(choices: Iterable[InterfaceChoice]) -> list[str]:
     """Returns: the IPv4 addresses of the interfaces in use, in the order of `choices`."""
     return [address for choice in choices if choice.used for address in choice.interface.addresses]
+
+
+def link_addresses(host: str, named: Sequence[str] = ()) -> list[str]:
+    """Returns: the IP addresses at which links to `host`, the address that links listen on, are accepted from other networks.
+
+    A wildcard stands for the addresses of the interfaces in use. They are read again at most every `_READ_AGAIN_S`.
+    """
+    if host not in _ANY_HOST:
+        return [host]
+    return list(_present_addresses(tuple(named), int(time.monotonic() / _READ_AGAIN_S)))
+
+
+@lru_cache(maxsize=4)
+def _present_addresses(named: tuple[str, ...], period: int) -> tuple[str, ...]:
+    return tuple(used_addresses(choose_interfaces(present_interfaces(), named)))
 
 
 def on_own_networks(addresses: Iterable[str], choices: Iterable[InterfaceChoice]) -> tuple[str, ...]:

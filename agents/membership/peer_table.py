@@ -80,6 +80,10 @@ class PeerTable:
         """Returns: the peers whose link is up, suspects included."""
         return [peer for peer in self._peers.values() if peer.linked]
 
+    def unreached(self) -> dict[PeerId, str]:
+        """Returns: the peers that were dialled in vain, each with the reason."""
+        return {peer.id: peer.why for peer in self._peers.values() if peer.state is PeerState.UNREACHED}
+
     def adverts(self) -> list[Advert]:
         """Returns: the newest advert of each ALIVE peer. Plans use only these peers and this one."""
         return [peer.advert for peer in self._peers.values() if peer.state is PeerState.ALIVE and peer.advert is not None]

@@ -110,8 +110,8 @@ def _ending_within(seconds: float) -> "Iterator[Callable[[int], None]]":
 def _hide_secrets(config: Config, more: "Sequence[str]" = ()) -> None:
     """Start anew without the keys among the arguments, where `ps` would show them as long as the daemon runs. Add arguments `more`.
 
-    The join code is stored in the state folder, where a later start finds it. The API key moves into the environment, which only
-    this user can read.
+    The join code is stored in the state folder, where a later start finds it. The API key and the URL of the MQTT broker, which may
+    have a password, move into the environment, which only this user can read.
     """
     words = without_secrets(sys.orig_argv)
     if words == sys.orig_argv:
@@ -124,6 +124,8 @@ def _hide_secrets(config: Config, more: "Sequence[str]" = ()) -> None:
         choose_cluster_key(folder, config.key, os.urandom)
     if config.api_key is not None:
         os.environ["MESHD_API_KEY"] = config.api_key
+    if config.mqtt is not None:
+        os.environ["MESHD_MQTT"] = config.mqtt.with_password
     start_anew([*words, *more])
 
 

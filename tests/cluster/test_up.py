@@ -1,5 +1,6 @@
 """`meshd up` as a process: how it starts, what it prints and how it ends."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -64,18 +65,20 @@ def test_keys_of_the_command_line_are_not_among_the_arguments_of_the_running_dae
         timeout=60,
         check=True,
     ).stdout.strip()
-    with up(tmp_path / "a", shared_cache, f"--key={code}", "--api-key", "a-secret", "--name", "desk") as process:
+    secrets = (f"--key={code}", "--api-key", "a-secret", "--mqtt", "mqtt://me:a-password@127.0.0.1:9", "--discovery", "mqtt")
+    with up(tmp_path / "a", shared_cache, *secrets, "--name", "desk") as process:
         startup_output(process)
         arguments = Path(f"/proc/{process.pid}/cmdline").read_text().split("\0")
         assert "desk" in arguments
-        assert not any(secret in argument for argument in arguments for secret in (code, "a-secret"))
+        assert not any(secret in argument for argument in arguments for secret in (code, "a-secret", "a-password"))
         holder = read_holder(tmp_path / "a")
         assert holder is not None
         assert holder.pid == process.pid
         with pytest.raises(HTTPError, match="401"):
             urlopen(f"http://{holder.api}/v1/models", timeout=10)
-        with urlopen(Request(f"http://{holder.api}/v1/models", headers={"Authorization": "Bearer a-secret"}), timeout=10):
-            pass
+        request = Request(f"http://{holder.api}/mesh/v1/self", headers={"Authorization": "Bearer a-secret"})
+        with urlopen(request, timeout=10) as answer:
+            assert json.load(answer)["mqtt"]["broker"] == "mqtt://me@127.0.0.1:9"
     assert join_code(tmp_path / "a") == code
 
 
