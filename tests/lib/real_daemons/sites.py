@@ -86,12 +86,19 @@ class LabSite:
 
     has_network = True
 
-    def __init__(self, netlab: Any, peers: int) -> None:
-        self._lab = netlab.Lab(hosts=peers + 1)
+    def __init__(self, netlab: Any, peers: int, subnets: int = 1) -> None:
+        """`subnets`: networks over which the peers are spread, the first with one more if they can't be spread evenly."""
+        each = [peers // subnets + (number < peers % subnets) for number in range(subnets)]
+        self._lab = netlab.Lab(hosts=(*each[:-1], each[-1] + 1))
         self._lab.up()
         *names, self._client = self._lab.hosts
         self.names = tuple(names)
         self._lock = threading.Lock()
+
+    @property
+    def lab(self) -> Any:
+        """The lab itself, for programs besides the daemons."""
+        return self._lab
 
     def flags(self, name: str) -> list[str]:
         return ["--api", f"0.0.0.0:{_API_PORT}", "--link", f"0.0.0.0:{_LINK_PORT}"]
