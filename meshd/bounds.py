@@ -22,6 +22,8 @@ MAX_BYTES = 1 << 53
 """8 PiB. Up to here, floats hold sizes exactly."""
 MAX_PEERS = 256
 """Most peers of a cluster that a message can list."""
+MAX_MQTT_DEVICES = 256
+"""Most devices with a key for jobs over MQTT, those with a revoked key included."""
 MAX_COORDINATORS = 16
 """Earlier coordinators that a session's record names. KV of one that is not named any more is computed again."""
 MAX_LISTED = 1024

@@ -23,7 +23,9 @@ from meshd.agents.device.sensors import DeviceSensors
 from meshd.agents.links import links
 from meshd.agents.links.pairing.inviter import Inviter, InviterSettings
 from meshd.agents.links.probe import LinkProber
+from meshd.agents.membership.fleet.devices import DeviceList
 from meshd.agents.membership.fleet.fleet import Fleet, FleetSettings, FleetView
+from meshd.agents.membership.fleet.jobs import JobServer
 from meshd.agents.membership.interfaces import link_addresses, used_addresses
 from meshd.agents.membership.invites import mdns as mdns_invites
 from meshd.agents.membership.mdns import MdnsDiscovery
@@ -205,7 +207,10 @@ class Daemon:
         self._mdns: MdnsDiscovery | None = None
         self._fleet: Fleet | None = None
         self._telemetry = Telemetry()
-        self.peer = compose(_parts(config, identity, measured, clock, self._telemetry, sockets, shares))
+        parts = _parts(config, identity, measured, clock, self._telemetry, sockets, shares)
+        self._devices = DeviceList(parts.links, StateFolder.open(config.state), clock)
+        parts.signals.link_up.subscribe(lambda other, hello, address: self._devices.greet(other))
+        self.peer = compose(parts)
         peer = self.peer
         self.reloader = Reloader(config, peer, read_config or (lambda: config))
         peer.reach.multicast = self._multicast_addresses
@@ -257,6 +262,7 @@ class Daemon:
         """
         peer, membership = self.peer, self.peer.membership
         peer.register()
+        self._devices.register()
         port = peer.links.bind()
         membership.link_address = f"{self._config.link.host}:{port}"
         if self._identity.notice:
@@ -284,7 +290,7 @@ class Daemon:
                     await peer.leave(api.aclose)
 
     def _sources(self, port: int) -> list[Source]:
-        sources: list[Source] = []
+        sources: list[Source] = [self._devices]
         if "mdns" in self._config.discovery:
             announcement = Announcement(
                 peer=self._identity.peer,
@@ -364,6 +370,7 @@ class Daemon:
             peer.events,
             peer.membership.on_sighting,
             self._clock,
+            lambda broker, topics: JobServer(self._identity, topics, broker, self._devices, peer.coordinator, self._clock),
         )
 
     def _about(self) -> dict[str, Any]:

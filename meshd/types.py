@@ -214,6 +214,20 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return not self.unrotated_every or (layer + 1) % self.unrotated_every != 0
 
 
+class MqttDevice(msgspec.Struct, frozen=True, kw_only=True):
+    """A device that may send jobs over MQTT. Its key is derived from the cluster key, its name and its serial, and kept nowhere."""
+
+    serial: Digest
+    """16 random bytes that name the key."""
+    name: Word
+    check: Word
+    """Derived from the key: after a change of the cluster key, it shows that the device has a key of before."""
+    added: Timestamp
+    """When the key was made, in seconds since the Unix epoch."""
+    revoked: Timestamp = 0.0
+    """When the key was revoked; 0: it is valid. An entry stays, so that no other peer brings the key back."""
+
+
 class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The sampling parameters that a model's authors recommend. None: they recommend no value."""
 

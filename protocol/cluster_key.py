@@ -43,6 +43,7 @@ _DECODE = str.maketrans(_CROCKFORD + "OIL", _RFC4648 + "ABB")
 _SALT = b"meshd"
 _AUTHORITY_INFO = b"meshd/2 certificate authority"
 _RETURN_INFO = b"meshd/2 authority of returning peers"
+_DEVICE_INFO = b"meshd/1 mqtt device\n"
 _AUTHORITY_NAME = "meshd cluster"
 _RETURN_NAME = "meshd return"
 _NOT_BEFORE = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
@@ -150,6 +151,11 @@ class ClusterKey:
                 f"the join code has form {form}, which this version of meshd does not know", hint="upgrade meshd here"
             )
         return cls(secret, owner, generation)
+
+    def device_key(self, name: str, serial: bytes) -> bytes:
+        """Derive the key of a device that sends jobs over MQTT: 32 bytes, from which the cluster key can't be computed."""
+        info = _DEVICE_INFO + name.encode() + b"\n" + serial
+        return HKDF(algorithm=hashes.SHA256(), length=32, salt=_SALT, info=info).derive(self.secret)
 
     @property
     def code(self) -> str:

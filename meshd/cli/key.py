@@ -8,7 +8,7 @@ import secrets
 from argparse import Namespace
 from pathlib import Path
 
-from meshd.cli import key_rotation
+from meshd.cli import key_mqtt, key_rotation
 from meshd.cli.support import api_keys
 from meshd.cli.support.answering import notice
 from meshd.cli.support.arguments import Parser, add_commands, add_json, add_state, settings_of
@@ -29,6 +29,7 @@ _COMMANDS = {
     "join": "join the cluster that a join code belongs to",
     "api": "add, list and remove API keys; without a command: show the one key that has all rights, and make it if there is none",
     **key_rotation.COMMANDS,
+    "mqtt": "make, list and revoke the keys of devices that send jobs over MQTT",
 }
 
 
@@ -44,6 +45,7 @@ def add_arguments(parser: Parser) -> None:
     parsers["api"].add_argument("--new", action="store_true", help="make a new key; the old one becomes invalid")
     api_keys.add_arguments(parsers["api"], EXAMPLE)
     key_rotation.add_arguments(parsers)
+    key_mqtt.add_arguments(parsers.pop("mqtt"))
     for subparser in parsers.values():
         add_state(subparser)
         add_json(subparser)
@@ -61,6 +63,8 @@ def run(args: Namespace) -> int:
             _print_code(_store(state, ClusterKey.from_code(given(args.code, "join code")), replace=args.replace), args.json)
         case command if command in key_rotation.COMMANDS:
             return key_rotation.run(args)
+        case "mqtt":
+            return key_mqtt.run(args)
         case _ if args.api_command is not None:
             api_keys.run(args, state)
         case _:

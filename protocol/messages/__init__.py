@@ -66,7 +66,7 @@ from meshd.protocol.messages.journal import (
     SessionFound,
 )
 from meshd.protocol.messages.link import Error, Goodbye, Heartbeat, HeartbeatAck, Hello, Probe, ProbeAck
-from meshd.protocol.messages.membership import FetchHeader, FetchProfile, HeaderData, PeerStatus, ProfileData
+from meshd.protocol.messages.membership import FetchHeader, FetchProfile, HeaderData, MqttDevices, PeerStatus, ProfileData
 from meshd.protocol.messages.placement import Drain, Drained, Place, Placed, Unplace, Unplaced
 from meshd.protocol.messages.session import (
     Close,
@@ -138,6 +138,7 @@ __all__ = [
     "Mirrored",
     "Move",
     "Moved",
+    "MqttDevices",
     "Open",
     "Opened",
     "OwnerKeyTaken",

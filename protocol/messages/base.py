@@ -12,7 +12,7 @@ from meshd.types import SessionId
 PROTOCOL_VERSION = (3, 1)
 """(major, minor). Peers of different major versions refuse each other. A higher minor version only adds to the protocol."""
 
-FEATURES: frozenset[str] = frozenset({"f32", "events"})
+FEATURES: frozenset[str] = frozenset({"f32", "events", "mqtt"})
 """Optional features of this build. Two peers use the features that both have."""
 
 

@@ -1,9 +1,10 @@
 """Messages by which peers describe themselves and the models that they have."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from meshd.bounds import MAX_MQTT_DEVICES, at_most
 from meshd.protocol.messages.base import Lane, Message, Reply, Request, message
-from meshd.types import ModelCard, ModelId, Status
+from meshd.types import ModelCard, ModelId, MqttDevice, Status
 
 
 @message(17)
@@ -38,3 +39,14 @@ class ProfileData(Reply, frozen=True, kw_only=True):
     """Payload: the sender's `Profile`, as a msgpack map."""
 
     default_lane: ClassVar[Lane] = Lane.BULK
+
+
+@message(98)
+class MqttDevices(Message, frozen=True, kw_only=True):
+    """All devices with a key for jobs over MQTT that the sender knows of. Sent when a link comes up, and when the list has changed.
+
+    Only for peers with the feature `mqtt`.
+    """
+
+    default_lane: ClassVar[Lane] = Lane.BULK
+    devices: Annotated[tuple[MqttDevice, ...], at_most(MAX_MQTT_DEVICES)] = ()

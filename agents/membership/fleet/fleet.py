@@ -16,9 +16,10 @@ from meshd.agents.budget import TokenBucket
 from meshd.agents.membership.fleet.believed import MAX_AGE_S, BelievedPresences, Refused
 from meshd.agents.membership.fleet.broker import Broker, BrokerSettings
 from meshd.agents.membership.fleet.home_assistant import discovery_payload, discovery_topic
+from meshd.agents.membership.fleet.jobs import JobServer
 from meshd.agents.membership.fleet.presence import MAX_ADDRESSES, MAX_UNREACHED, Presence, sign_presence
 from meshd.agents.membership.fleet.telemetry import Meter, event_line
-from meshd.agents.membership.fleet.topics import JobTopic, Topics
+from meshd.agents.membership.fleet.topics import Topics
 from meshd.agents.membership.interfaces import is_unicast
 from meshd.agents.membership.sources import DuplicateIdentity, OnSighting, PeerFound, PeerWithdrawn, SourceNotice
 from meshd.agents.observe.stream import EventStream
@@ -72,8 +73,7 @@ class FleetView:
     """Number of tokens of the answers that this peer has coordinated."""
 
 
-OnJob = Callable[[JobTopic, bytes, int], None]
-"""Called with a job's topic, its payload, and the `since` that this peer's presence has."""
+MakeJobs = Callable[[Broker, Topics], JobServer]
 
 
 class Fleet:
@@ -87,7 +87,7 @@ class Fleet:
         events: EventStream,
         on_sighting: OnSighting,
         clock: Clock,
-        on_job: OnJob | None = None,
+        make_jobs: MakeJobs | None = None,
     ) -> None:
         self._settings = settings
         self._identity = identity
@@ -96,12 +96,12 @@ class Fleet:
         self._events = events
         self._on_sighting = on_sighting
         self._clock = clock
-        self._on_job = on_job
         self.topics = Topics(identity.fingerprint)
         self.believed = BelievedPresences(identity.fingerprint, StatementChecker(lambda: identity))
-        subscriptions = (self.topics.presence("+"), *((self.topics.jobs(self._me),) if on_job else ()))
+        subscriptions = (self.topics.presence("+"), *((self.topics.jobs(self._me),) if make_jobs else ()))
         broker = BrokerSettings(settings.url, settings.ca_file, f"meshd-{self._me[:16]}", subscriptions)
         self.broker = Broker(broker, self, clock)
+        self.jobs = make_jobs(self.broker, self.topics) if make_jobs else None
         self._meter = Meter(view.tokens, lambda: len(view.linked()), view.load)
         self._started_ms = self._now_ms()
         self._since = 0
@@ -118,6 +118,8 @@ class Fleet:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.broker.run())
             tasks.create_task(self._watch())
+            if self.jobs is not None:
+                tasks.create_task(self.jobs.run())
 
     def about(self) -> dict[str, object]:
         """Describe the connection to the broker, and how many presences were believed and refused."""
@@ -127,6 +129,8 @@ class Fleet:
             "peers": len(self.believed),
             "refused": dict(self.believed.refused),
             "too_long": self.broker.skipped,
+            "jobs": len(self.jobs) if self.jobs is not None else 0,
+            "jobs_refused": dict(self.jobs.refused) if self.jobs is not None else {},
         }
 
     def will(self) -> tuple[str, bytes]:
@@ -175,8 +179,8 @@ class Fleet:
         if (peer := self.topics.peer_of_presence(topic)) is not None:
             if payload:
                 self._hear(peer, payload)
-        elif self._on_job is not None and (job := self.topics.job_of(topic, self._me)) is not None:
-            self._on_job(job, payload, self._since)
+        elif self.jobs is not None and (job := self.topics.job_of(topic, self._me)) is not None:
+            self.jobs.on_message(job, payload, self._since)
 
     def _hear(self, peer: PeerId, payload: bytes) -> None:
         heard = self.believed.hear(peer, payload, self._clock.wall(), self._clock.monotonic())

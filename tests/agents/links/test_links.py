@@ -47,7 +47,7 @@ async def test_when_one_peer_dials_both_have_the_link(peers: Peers) -> None:
     assert (await a.next_up(), await b.next_up()) == (b.id, a.id)
     assert (a.story, b.story) == (["up b"], ["up a"])
     (row,) = a.links.rows()
-    assert (row["peer"], row["name"], row["dialled"], row["features"]) == (b.id, "b", True, ["events", "f32"])
+    assert (row["peer"], row["name"], row["dialled"], row["features"]) == (b.id, "b", True, ["events", "f32", "mqtt"])
     assert a.links.addresses(b.id) == [f"127.0.0.1:{b.port}"]
     assert b.links.addresses(a.id) == [f"127.0.0.1:{a.port}"]
     await until(lambda: a.links.rows()[0]["rtt_min_ms"] is not None)

@@ -1,0 +1,147 @@
+"""The devices that may send jobs over MQTT: a list that every peer stores, and that peers bring one another up to date with.
+
+A key is valid if its serial is in the list and not revoked. A revocation is never taken back, so lists of any age can be merged in
+any order. The keys themselves are nowhere: each member derives them from the cluster key.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from logging import getLogger
+
+import msgspec
+from filelock import FileLock, Timeout
+
+from meshd.agents.links.links import Links
+from meshd.agents.links.rpc import try_send
+from meshd.bounds import MAX_MQTT_DEVICES
+from meshd.clock import Clock
+from meshd.errors import StorageError
+from meshd.protocol.messages import MqttDevices
+from meshd.state import StateFolder
+from meshd.types import MqttDevice, PeerId
+
+log = getLogger(__name__)
+
+FEATURE = "mqtt"
+DEVICES_FILE = "mqtt-devices.json"
+_LOCK_FILE = ".mqtt-devices.lock"
+_LOCK_S = 5.0
+_LOOK_S = 1.0
+"""How often a daemon looks whether the command line has changed the file."""
+_DECODER = msgspec.json.Decoder(tuple[MqttDevice, ...])
+Devices = dict[str, MqttDevice]
+"""By serial."""
+
+
+def merge(known: Devices, others: Iterable[MqttDevice]) -> Devices:
+    """Merge lists of devices. Entries beyond the most that a list can have are left out, those added last first."""
+    merged = dict(known)
+    for device in sorted(others, key=lambda each: (each.added, each.serial)):
+        before = merged.get(device.serial)
+        if before is not None:
+            times = [time for time in (before.revoked, device.revoked) if time]
+            merged[device.serial] = msgspec.structs.replace(before, revoked=min(times, default=0.0))
+        elif len(merged) < MAX_MQTT_DEVICES:
+            merged[device.serial] = device
+    return merged
+
+
+def load_devices(folder: StateFolder) -> Devices:
+    """Load the list. Raises: StorageError if the file is broken."""
+    data = folder.read(DEVICES_FILE)
+    if data is None:
+        return {}
+    try:
+        return {device.serial: device for device in _DECODER.decode(data)}
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        path = folder.path / DEVICES_FILE
+        raise StorageError(f"{path} is broken: {error}", hint="remove it: another peer has the list") from error
+
+
+def update_devices(folder: StateFolder, change: Callable[[Devices], Devices]) -> Devices:
+    """Change the stored list; a daemon and the command line may do so at the same time.
+
+    Returns: the new list.
+    Raises: StorageError.
+    """
+    try:
+        with FileLock(folder.path / _LOCK_FILE, timeout=_LOCK_S, mode=0o600):
+            devices = load_devices(folder)
+            changed = change(devices)
+            if changed != devices:
+                folder.write(DEVICES_FILE, msgspec.json.encode(tuple(changed.values())))
+            return changed
+    except Timeout as error:
+        raise StorageError(f"{folder.path / DEVICES_FILE} is being changed by another process", hint="try again") from error
+
+
+def _with(others: Devices, known: Devices) -> Devices:
+    return merge(known, others.values())
+
+
+class DeviceList:
+    """This peer's list: follows the stored one, and exchanges it with the other peers."""
+
+    def __init__(self, links: Links, folder: StateFolder, clock: Clock) -> None:
+        """Raises: StorageError."""
+        self._links = links
+        self._folder = folder
+        self._clock = clock
+        self._devices = load_devices(folder)
+        self._stamp = self._read_stamp()
+        self._received: Devices = {}
+        """Devices from other peers that are not stored yet."""
+        self._changed = asyncio.Event()
+
+    def register(self) -> None:
+        """Register the handler of MQTT_DEVICES."""
+        self._links.register(MqttDevices, self._on_devices)
+
+    def valid(self, serial: str) -> MqttDevice | None:
+        """Returns: the device with this serial, if its key is valid."""
+        device = self._devices.get(serial)
+        return device if device is not None and not device.revoked else None
+
+    def greet(self, peer: PeerId) -> None:
+        """Send the list to a peer whose link has come up."""
+        if self._devices and FEATURE in self._links.features(peer):
+            try_send(self._links.send, peer, MqttDevices(devices=tuple(self._devices.values())))
+
+    async def run(self) -> None:
+        """Store what other peers send, and send what has changed."""
+        while True:
+            try:
+                async with asyncio.timeout(_LOOK_S):
+                    await self._changed.wait()
+            except TimeoutError:
+                if self._read_stamp() == self._stamp:
+                    continue
+            self._changed.clear()
+            received, self._received = self._received, {}
+            stamp = self._read_stamp()
+            devices = await asyncio.to_thread(update_devices, self._folder, partial(_with, received))
+            # Read before the update, so that a change of the command line during it is seen. An own change causes one more look.
+            self._stamp = stamp
+            self._set(merge(devices, self._received.values()))
+
+    def _set(self, devices: Devices) -> None:
+        if devices != self._devices:
+            self._devices = devices
+            for peer in self._links.peers():
+                self.greet(peer)
+
+    def _on_devices(self, sender: PeerId, message: MqttDevices, payload: memoryview) -> None:
+        merged = merge(self._devices, message.devices)
+        if merged != self._devices:
+            self._received = merge(self._received, message.devices)
+            self._set(merged)  # a revocation counts at once, not only when it is stored
+            self._changed.set()
+
+    def _read_stamp(self) -> tuple[int, int] | None:
+        try:
+            status = os.stat(self._folder.path / DEVICES_FILE)
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_ino
