@@ -209,6 +209,7 @@ class _BoundedClient(aiomqtt.Client):
         self._abandoned = False
         self._client.connect_timeout = CONNECT_S
         self._client.max_inflight_messages_set(20)
+        self._client._ssl_wrap_socket = self._begin_tls  # type: ignore[method-assign, assignment]
         create = self._client._create_socket
         self._client._create_socket = lambda: BoundedSocket(create(), PACKET_BYTES)  # type: ignore[method-assign, assignment, return-value]
 
@@ -229,6 +230,20 @@ class _BoundedClient(aiomqtt.Client):
             bounded.close()
         if self._disconnected.done() and not self._disconnected.cancelled():
             self._disconnected.exception()  # it is known already: asyncio need not report it
+
+    def _begin_tls(self, raw: Any) -> Any:
+        """Do the handshake on a connected socket, which paho's own method does not close if that fails. Checks the host name."""
+        context = self._client._ssl_context
+        assert context is not None
+        context.check_hostname = True
+        secured = context.wrap_socket(raw, server_hostname=self._hostname, do_handshake_on_connect=False)
+        try:
+            secured.settimeout(CONNECT_S)
+            secured.do_handshake()
+        except BaseException:
+            secured.close()
+            raise
+        return secured
 
     def _on_socket_open(self, client: paho.Client, userdata: Any, sock: Any) -> None:
         # Called in a thread of the executor.

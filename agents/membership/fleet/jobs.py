@@ -37,6 +37,8 @@ MAX_SEEN, MAX_SEEN_PER_DEVICE = 1024, 128
 """Requests that are remembered while a repetition could still be within `MAX_AGE_S`. Further ones are dropped."""
 MAX_ANSWER_TOKENS, ANSWER_TOKENS = 4096, 512
 """Most tokens of an answer, and how many it has if the request does not say."""
+_MAX_ANSWERED = 4 * MAX_RUNNING
+"""Most jobs that run or are being answered with an error. Further ones are dropped."""
 CHUNK_CHARACTERS = 2048
 MAX_JOB_S = 900.0
 _GATHER_S = 0.03
@@ -85,6 +87,8 @@ class _Job:
     seal: JobSeal
     topic: str
     salt: bytes
+    taken: bool
+    """False: it is only answered with an error."""
     task: "asyncio.Task[None] | None" = None
     seq: int = 0
     cancelled: bool = False
@@ -168,7 +172,6 @@ class JobServer:
 
     def _begin(self, key: _Key, device: MqttDevice, seal: JobSeal, plain: bytes) -> None:
         self._note_seen(key)
-        job = _Job(device.name, device.serial, seal, self.topics.answer(device.name, seal.job), self.clock.random_bytes(16))
         try:
             request = _DECODER.decode(plain)
         except (msgspec.DecodeError, msgspec.ValidationError) as error:
@@ -178,8 +181,10 @@ class JobServer:
             if abs(self.clock.wall() - request.at / 1000) > MAX_AGE_S:
                 raise PeerRefused("old")
             failure = self._no_room(device.serial)
-        if self._group is None or (failure is not None and len(self._running) >= 4 * MAX_RUNNING):
+        if self._group is None or len(self._running) >= _MAX_ANSWERED:
             raise PeerRefused("too many")
+        answer = self.topics.answer(device.name, seal.job)
+        job = _Job(device.name, device.serial, seal, answer, self.clock.random_bytes(16), taken=failure is None)
         self._running[key] = job
         job.task = self._group.create_task(self._work(job, request, failure))
         job.task.add_done_callback(lambda _: self._running.pop(key, None))
@@ -196,9 +201,10 @@ class JobServer:
         self._seen[key] = now + 2 * MAX_AGE_S
 
     def _no_room(self, serial: str) -> MeshdError | None:
-        if sum(job.serial == serial for job in self._running.values()) >= MAX_PER_DEVICE:
+        taken = [job.serial for job in self._running.values() if job.taken]
+        if taken.count(serial) >= MAX_PER_DEVICE:
             return Overloaded(f"{MAX_PER_DEVICE} jobs of this device run already")
-        if len(self._running) >= MAX_RUNNING:
+        if len(taken) >= MAX_RUNNING:
             return Overloaded(f"{MAX_RUNNING} jobs run on this peer already")
         return None
 
@@ -232,12 +238,14 @@ class JobServer:
             generation = await self.coordinator.resume(AnswerSecret(request.resume))
         else:
             generation = await self.coordinator.generate(self._generation_request(request))
+        known = False
         try:
             await self._send(job, {"answer": generation.secret, "prompt_tokens": generation.prompt_tokens})
+            known = True
             await self._send_text(job, generation)
         finally:
-            # Otherwise an answer without a reader is suspended, and the device can go on with it here or at another peer.
-            if job.cancelled:
+            # Else the answer, when it has lost its reader, is suspended, and the device can go on with it here or at another peer.
+            if job.cancelled or not known:
                 await generation.cancel()
 
     async def _send_text(self, job: _Job, generation: Generation) -> None:
