@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -113,6 +114,29 @@ def test_forged_and_replayed_presences_are_not_believed_and_cost_little(mesh: Me
         assert sum(about["refused"].values()) + about["too_long"] > FORGED / 2
         assert grown < MEMORY_BYTES
     assert Streaming(mesh.site, "h1", of_length(64, 8), STAGES).end().ended
+
+
+@pytest.mark.parametrize("hidden", [("h1",), ("h2",), ("h1", "h2")], ids=",".join)
+def test_the_side_that_can_dials_the_other_and_else_both_say_so(netlab: Any, tmp_path: Path, hidden: tuple[str, ...]) -> None:
+    with ExitStack() as stack:
+        site = stack.enter_context(LabSite(netlab, 2, subnets=2))
+        stack.enter_context(Mosquitto(tmp_path, host="0.0.0.0", port=PORT, popen=partial(site.lab.popen, "router")))
+        mesh = Mesh(site, tmp_path, ("--mqtt", f"mqtt://{site.lab.ip('router', 0)}", "--discovery", "mqtt"))
+        stack.callback(mesh.close)
+        for name in hidden:  # accepts no links from outside, like a device behind NAT
+            mesh[name].command = [word.replace("0.0.0.0:6375", "127.0.0.1:6375") for word in mesh[name].command]
+        if len(hidden) == 1:
+            mesh.start()
+            return
+        for host in mesh:
+            host.start()
+        for host in mesh:
+            mesh.wait(partial(_says_apart, host), "the notice that neither can dial the other", host)
+
+
+def _says_apart(host: Host) -> bool:
+    notices = host.get("/mesh/v1/self")["notices"] if host.up() else []
+    return any("neither it nor this peer can dial the other" in notice["message"] for notice in notices)
 
 
 def _known(host: Host) -> dict[str, tuple[str, frozenset[str]]]:

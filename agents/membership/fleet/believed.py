@@ -60,6 +60,10 @@ class BelievedPresences:
         known = self._known.get(peer)
         return known.presence if known is not None else None
 
+    def present(self) -> list[Presence]:
+        """Returns: the newest believed presence of each peer that has not left."""
+        return [known.presence for known in self._known.values() if not known.presence.leaves]
+
     def hear(self, topic_peer: PeerId, data: bytes, wall_s: float, now: float) -> Presence | Refused:
         """Check a presence that the broker delivered. `wall_s` is the Unix time, `now` monotonic.
 

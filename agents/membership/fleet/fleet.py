@@ -37,6 +37,8 @@ REPEAT_S = 30.0
 _CHECK_S = 1.0
 _URGENT_S, _LOAD_S = 3.0, 10.0
 """Shortest time between two presences, if addresses or unreached peers have changed, and if only the load has."""
+_PATIENCE_S = 10.0
+"""A peer without a link for so long can't be reached, even if no dial has failed."""
 _EVENTS_PER_S, _EVENTS_AT_ONCE = 20.0, 100
 """Events that are published. Further ones are left out."""
 _TROUBLE_S = 3.0
@@ -110,6 +112,8 @@ class Fleet:
         self._last_at = 0
         self._published: Presence | None = None
         self._down_at: float | None = clock.monotonic()
+        self._unlinked_since: dict[PeerId, float] = {}
+        """Peers of the fleet without a link -> since when, in monotonic time."""
         self._noticed: set[PeerId] = set()
         """Peers of which this peer says that neither can reach the other."""
 
@@ -275,7 +279,8 @@ class Fleet:
         """Say of which peers nothing but their presence comes through: neither side can dial the other."""
         while True:
             await self._clock.sleep(_CHECK_S)
-            unreached = self._view.unreached()
+            self._note_unlinked()
+            unreached = self._unreached()
             apart = {peer for peer in unreached if self._cannot_reach_us(peer)}
             for peer in self._noticed - apart:
                 self._notice(f"mqtt {peer}", "")
@@ -290,6 +295,22 @@ class Fleet:
                 )
             self._noticed = apart
 
+    def _note_unlinked(self) -> None:
+        linked, now = self._view.linked(), self._clock.monotonic()
+        unlinked = [one.peer for one in self.believed.present() if one.peer != self._me and one.peer not in linked]
+        self._unlinked_since = {peer: self._unlinked_since.get(peer, now) for peer in unlinked}
+
+    def _unreached(self) -> dict[PeerId, str]:
+        """Returns: the peers of the fleet that this peer can't dial, and why. A dial can also end at another device, or nowhere."""
+        failed, now = self._view.unreached(), self._clock.monotonic()
+        reasons = {}
+        for peer, since in self._unlinked_since.items():
+            if peer in failed:
+                reasons[peer] = failed[peer]
+            elif now - since >= _PATIENCE_S:
+                reasons[peer] = "none of the addresses that it publishes leads to it"
+        return reasons
+
     def _cannot_reach_us(self, peer: PeerId) -> bool:
         known = self.believed.get(peer)
         return known is not None and not known.leaves and self._me in known.unreached
@@ -298,7 +319,6 @@ class Fleet:
         view = self._view
         if leaves:
             return Presence(cluster=self.topics.cluster, peer=self._me, name=view.name, at=at, since=self._since, leaves=True)
-        members = [peer for peer in view.unreached() if (known := self.believed.get(peer)) is not None and not known.leaves]
         return Presence(
             cluster=self.topics.cluster,
             peer=self._me,
@@ -310,7 +330,7 @@ class Fleet:
             protocol=view.protocol,
             version=view.version,
             load=view.load(),
-            unreached=tuple(sorted(members)[:MAX_UNREACHED]),
+            unreached=tuple(sorted(self._unreached())[:MAX_UNREACHED]),
         )
 
     def _sign(self, *, leaves: bool, at: int) -> bytes:
