@@ -22,6 +22,7 @@ from meshd.agents.links.links import Links
 from meshd.agents.links.open import DialOutcome
 from meshd.agents.links.probe import LinkProber
 from meshd.agents.membership.adverts.publisher import SelfDescription
+from meshd.agents.membership.fleet.devices import DeviceList
 from meshd.agents.membership.membership import Membership
 from meshd.agents.membership.peer_table import PeerTable
 from meshd.agents.membership.sources import Source
@@ -130,6 +131,8 @@ class Parts:
     table: PeerTable
     library: ModelLibrary
     weights: WeightProvider
+    devices: DeviceList
+    """The devices that may send jobs over MQTT."""
     placements: Placements
     """What was placed on this peer when it last ran."""
     trust: Trust
@@ -154,6 +157,7 @@ class Peer:
     stages: StageHost
     drainer: Drainer
     membership: Membership
+    devices: DeviceList
     loader: Loader
     weight_server: WeightServer
     placer: PlacementClient
@@ -184,6 +188,7 @@ class Peer:
             self.stages,
             self.loader,
             self.membership,
+            self.devices,
             self.coordinator,
             self.deputy,
             self.drainer,
@@ -209,6 +214,7 @@ class Peer:
                     tasks.create_task(self.links.run(supervise)),
                     tasks.create_task(supervise("models on disk", self.library.run)),
                     tasks.create_task(self.membership.run(sources, supervise)),
+                    tasks.create_task(supervise("keys of MQTT devices", self.devices.run)),
                     tasks.create_task(supervise("link measurements", self.prober.run)),
                     tasks.create_task(supervise("stages", self.stages.run)),
                     tasks.create_task(supervise("coordinator", self.coordinator.run)),
@@ -310,6 +316,7 @@ def compose(parts: Parts) -> Peer:
         stages=stages,
         drainer=drainer,
         membership=membership,
+        devices=parts.devices,
         loader=loader,
         weight_server=WeightServer(
             links, library, RateLimiter(clock, busy=lambda: stages.sessions > 0, link_stats=parts.prober.stats)
@@ -483,7 +490,7 @@ def _subscribe(parts: Parts, memory: FreeMemory, peer: Peer) -> None:
         peer.keeper.changed()
         peer.relay.on_peer_gone(gone)
 
-    signals.link_up.subscribe(membership.on_up, peer.exchange.on_up)
+    signals.link_up.subscribe(membership.on_up, peer.exchange.on_up, lambda other, hello, address: peer.devices.greet(other))
     signals.link_down.subscribe(membership.on_down, peer.exchange.on_down)
     signals.dialled.subscribe(membership.on_dialled)
     signals.peer_gone.subscribe(peer_gone)

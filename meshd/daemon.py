@@ -207,10 +207,7 @@ class Daemon:
         self._mdns: MdnsDiscovery | None = None
         self._fleet: Fleet | None = None
         self._telemetry = Telemetry()
-        parts = _parts(config, identity, measured, clock, self._telemetry, sockets, shares)
-        self._devices = DeviceList(parts.links, StateFolder.open(config.state), clock)
-        parts.signals.link_up.subscribe(lambda other, hello, address: self._devices.greet(other))
-        self.peer = compose(parts)
+        self.peer = compose(_parts(config, identity, measured, clock, self._telemetry, sockets, shares))
         peer = self.peer
         self.reloader = Reloader(config, peer, read_config or (lambda: config))
         peer.reach.multicast = self._multicast_addresses
@@ -262,7 +259,6 @@ class Daemon:
         """
         peer, membership = self.peer, self.peer.membership
         peer.register()
-        self._devices.register()
         port = peer.links.bind()
         membership.link_address = f"{self._config.link.host}:{port}"
         if self._identity.notice:
@@ -290,7 +286,7 @@ class Daemon:
                     await peer.leave(api.aclose)
 
     def _sources(self, port: int) -> list[Source]:
-        sources: list[Source] = [self._devices]
+        sources: list[Source] = []
         if "mdns" in self._config.discovery:
             announcement = Announcement(
                 peer=self._identity.peer,
@@ -370,7 +366,7 @@ class Daemon:
             peer.events,
             peer.membership.on_sighting,
             self._clock,
-            lambda broker, topics: JobServer(self._identity, topics, broker, self._devices, peer.coordinator, self._clock),
+            lambda broker, topics: JobServer(self._identity, topics, broker, peer.devices, peer.coordinator, self._clock),
         )
 
     def _about(self) -> dict[str, Any]:
@@ -473,6 +469,7 @@ def _parts(
         table=table,
         library=library,
         weights=WeightProvider(peer_links, library, weight_sources, clock),
+        devices=DeviceList(peer_links, StateFolder.open(config.state)),
         placements=Placements(StateFolder.open(config.state)),
         trust=_trust(StateFolder.open(config.state), identity, clock),
         supervisor=Supervisor(clock),

@@ -16,7 +16,6 @@ from filelock import FileLock, Timeout
 from meshd.agents.links.links import Links
 from meshd.agents.links.rpc import try_send
 from meshd.bounds import MAX_MQTT_DEVICES
-from meshd.clock import Clock
 from meshd.errors import StorageError
 from meshd.protocol.messages import MqttDevices
 from meshd.state import StateFolder
@@ -84,12 +83,11 @@ def _with(others: Devices, known: Devices) -> Devices:
 class DeviceList:
     """This peer's list: follows the stored one, and exchanges it with the other peers."""
 
-    def __init__(self, links: Links, folder: StateFolder, clock: Clock) -> None:
-        """Raises: StorageError."""
+    def __init__(self, links: Links, folder: StateFolder | None) -> None:
+        """Without a folder, as in the simulator, nothing is stored. Raises: StorageError."""
         self._links = links
         self._folder = folder
-        self._clock = clock
-        self._devices = load_devices(folder)
+        self._devices = load_devices(folder) if folder is not None else {}
         self._stamp = self._read_stamp()
         self._received: Devices = {}
         """Devices from other peers that are not stored yet."""
@@ -113,12 +111,14 @@ class DeviceList:
         """Store what other peers send, and send what has changed."""
         while True:
             try:
-                async with asyncio.timeout(_LOOK_S):
+                async with asyncio.timeout(_LOOK_S if self._folder is not None else None):
                     await self._changed.wait()
             except TimeoutError:
                 if self._read_stamp() == self._stamp:
                     continue
             self._changed.clear()
+            if self._folder is None:
+                continue
             received, self._received = self._received, {}
             stamp = self._read_stamp()
             devices = await asyncio.to_thread(update_devices, self._folder, partial(_with, received))
@@ -140,6 +140,8 @@ class DeviceList:
             self._changed.set()
 
     def _read_stamp(self) -> tuple[int, int] | None:
+        if self._folder is None:
+            return None
         try:
             status = os.stat(self._folder.path / DEVICES_FILE)
         except OSError:

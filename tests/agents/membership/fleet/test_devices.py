@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from in_process.peers import Peer, Peers, until
 from meshd.agents.membership.fleet.devices import DEVICES_FILE, DeviceList, Devices, load_devices, merge, update_devices
 from meshd.bounds import MAX_MQTT_DEVICES
-from meshd.clock import SystemClock
 from meshd.errors import StorageError
 from meshd.state import StateFolder
 from meshd.types import MqttDevice
@@ -57,7 +56,7 @@ class Site:
 
     def __init__(self, peer: Peer, folder: StateFolder) -> None:
         self.peer, self.folder = peer, folder
-        self.list = DeviceList(peer.links, folder, SystemClock())
+        self.list = DeviceList(peer.links, folder)
         self.list.register()
         self.task = asyncio.create_task(self.list.run())
 

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from meshd.agents.membership.fleet.devices import DeviceList
 from meshd.agents.membership.peer_table import PeerTable
 from meshd.agents.placement.restart.placements import InMemory, Placements
 from meshd.agents.supervisor import Supervisor
@@ -125,6 +126,7 @@ class SimProcess:
                 headers=cast("Any", None),  # `SimLibrary` has the text of every model
             ),
             weights=weights,
+            devices=DeviceList(links, None),
             placements=Placements(InMemory()),
             trust=self.trust,
             supervisor=NoRestarts(self.clock),
