@@ -344,6 +344,10 @@ class Daemon:
 
     def _make_fleet(self, url: BrokerUrl, port: int) -> Fleet:
         config, peer = self._config, self.peer
+
+        def identity() -> Identity:
+            return peer.links.identity
+
         return Fleet(
             FleetSettings(
                 url=url,
@@ -351,7 +355,7 @@ class Daemon:
                 telemetry_s=config.mqtt_telemetry,
                 home_assistant=config.mqtt_home_assistant,
             ),
-            self._identity,
+            identity,
             FleetView(
                 name=config.name,
                 port=port,
@@ -362,11 +366,14 @@ class Daemon:
                 linked=peer.links.peers,
                 unreached=peer.membership.table.unreached,
                 tokens=self._tokens,
+                belongs=peer.exchange.trust.belongs,
             ),
             peer.events,
             peer.membership.on_sighting,
             self._clock,
-            lambda broker, topics: JobServer(self._identity, topics, broker, peer.devices, peer.coordinator, self._clock),
+            lambda broker, topics: JobServer(
+                lambda: peer.links.identity, topics, broker, peer.devices, peer.coordinator, self._clock
+            ),
         )
 
     def _about(self) -> dict[str, Any]:

@@ -120,6 +120,11 @@ class Links:
         self._stop = asyncio.Event()
         self._local = 0
 
+    @property
+    def identity(self) -> Identity:
+        """This peer's id, and the cluster key that it has now: a rotation replaces it."""
+        return self._opener.identity
+
     def answer_returning(self, desk: ReturnDesk) -> None:
         """Set who talks with peers that have another key of this cluster. Without one they are refused."""
         self._opener.desk = desk

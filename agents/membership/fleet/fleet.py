@@ -73,6 +73,8 @@ class FleetView:
     """Peers that were dialled in vain, and why."""
     tokens: Callable[[], int]
     """Number of tokens of the answers that this peer has coordinated."""
+    belongs: Callable[[PeerId], bool]
+    """Whether a peer belongs to the cluster, though its certificate is under another cluster key than this peer's."""
 
 
 MakeJobs = Callable[[Broker, Topics], JobServer]
@@ -84,22 +86,23 @@ class Fleet:
     def __init__(
         self,
         settings: FleetSettings,
-        identity: Identity,
+        identity: Callable[[], Identity],
         view: FleetView,
         events: EventStream,
         on_sighting: OnSighting,
         clock: Clock,
         make_jobs: MakeJobs | None = None,
     ) -> None:
+        """`identity`: returns this peer's present one, whose cluster key a rotation replaces."""
         self._settings = settings
         self._identity = identity
-        self._me = identity.peer
+        self._me = identity().peer
         self._view = view
         self._events = events
         self._on_sighting = on_sighting
         self._clock = clock
-        self.topics = Topics(identity.fingerprint)
-        self.believed = BelievedPresences(identity.fingerprint, StatementChecker(lambda: identity))
+        self.topics = Topics(identity().fingerprint)
+        self.believed = BelievedPresences(self.topics.cluster, StatementChecker(identity, view.belongs))
         subscriptions = (self.topics.presence("+"), *((self.topics.jobs(self._me),) if make_jobs else ()))
         broker = BrokerSettings(settings.url, settings.ca_file, f"meshd-{self._me[:16]}", subscriptions)
         self.broker = Broker(broker, self, clock)
@@ -111,6 +114,8 @@ class Fleet:
         """`since` of this peer's latest connections."""
         self._last_at = 0
         self._published: Presence | None = None
+        self._certificate = b""
+        """The certificate with which `_published` was signed."""
         self._down_at: float | None = clock.monotonic()
         self._unlinked_since: dict[PeerId, float] = {}
         """Peers of the fleet without a link -> since when, in monotonic time."""
@@ -228,8 +233,9 @@ class Fleet:
 
     async def _publish_presence(self) -> None:
         presence = self._presence(leaves=False, at=self._next_at())
-        await self.broker.publish(self.topics.presence(self._me), sign_presence(self._identity, presence), retain=True)
-        self._published = presence
+        identity = self._identity()
+        await self.broker.publish(self.topics.presence(self._me), sign_presence(identity, presence), retain=True)
+        self._published, self._certificate = presence, identity.certificate
 
     async def _keep_presence(self) -> None:
         """Publish the presence when it has changed, and at least every `REPEAT_S`, less a part that spreads the peers' load."""
@@ -247,7 +253,8 @@ class Fleet:
         if before is None:
             return 0.0
         now = self._presence(leaves=False, at=before.at)
-        if (now.addresses, now.unreached) != (before.addresses, before.unreached):
+        rotated = self._identity().certificate != self._certificate
+        if rotated or (now.addresses, now.unreached) != (before.addresses, before.unreached):
             return _URGENT_S
         return _LOAD_S if now.load != before.load else REPEAT_S * (0.7 + 0.3 * self._clock.random_bytes(1)[0] / 256)
 
@@ -334,7 +341,7 @@ class Fleet:
         )
 
     def _sign(self, *, leaves: bool, at: int) -> bytes:
-        return sign_presence(self._identity, self._presence(leaves=leaves, at=at))
+        return sign_presence(self._identity(), self._presence(leaves=leaves, at=at))
 
     def _next_at(self) -> int:
         """Returns: the date of the next presence: the time, and later than any date before, also if the clock was set back."""

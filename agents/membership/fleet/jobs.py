@@ -24,6 +24,7 @@ from meshd.agents.service import AnswerSecret, ChatMessage, Coordinator, Finishe
 from meshd.bounds import MAX_LABEL, MAX_STOP_CHARACTERS, AskedTemperature, Fraction, Seed, at_most
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest, LocalFault, MeshdError, Overloaded, PeerLost, PeerRefused
+from meshd.protocol.cluster_key import ClusterKey
 from meshd.protocol.identity import Identity
 from meshd.types import MqttDevice, SamplingParams
 
@@ -98,7 +99,8 @@ class _Job:
 class JobServer:
     """Takes the jobs that are sent to this peer."""
 
-    identity: Identity
+    identity: Callable[[], Identity]
+    """Returns this peer's present one, whose cluster key a rotation replaces."""
     topics: Topics
     broker: Broker
     devices: DeviceList
@@ -110,10 +112,6 @@ class JobServer:
     """Requests that were taken -> when they can be forgotten, in monotonic time, the oldest first."""
     _running: dict[_Key, _Job] = field(default_factory=dict)
     _group: asyncio.TaskGroup | None = None
-    _key: Callable[[str, bytes], bytes] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._key = lru_cache(maxsize=64)(self.identity.key.device_key)
 
     def __len__(self) -> int:
         return len(self._running)
@@ -158,13 +156,14 @@ class JobServer:
             self._begin(key, device, seal, plain)
 
     def _seal(self, device: MqttDevice, topic: JobTopic, since: int) -> JobSeal:
-        secret = self._key(device.name, bytes.fromhex(device.serial))
+        identity = self.identity()
+        secret = _device_key(identity.key, device.name, device.serial)
         if key_check(secret) != device.check:
             raise PeerRefused("unknown device")  # its key is of an earlier cluster key
         return JobSeal(
             key=secret,
             cluster=self.topics.cluster,
-            peer=self.identity.peer,
+            peer=identity.peer,
             device=device.name,
             job=topic.job,
             since=since,
@@ -310,6 +309,11 @@ class JobServer:
             max_tokens=request.max_tokens,
             stop=request.stop,
         )
+
+
+@lru_cache(maxsize=64)
+def _device_key(cluster: ClusterKey, name: str, serial: str) -> bytes:
+    return cluster.device_key(name, bytes.fromhex(serial))
 
 
 def _error(error: MeshdError) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Ear:
     """Hears presences at a time that the test sets."""
 
     def __init__(self, identity: Identity) -> None:
-        self.table = BelievedPresences(identity.fingerprint, StatementChecker(identity.authority))
+        self.table = BelievedPresences(identity.fingerprint, StatementChecker(lambda: identity))
         self.now = 0.0
 
     def hear(self, identity: Identity, said: Presence, peer: PeerId | None = None) -> Presence | Refused:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -16,7 +17,8 @@ from meshd.agents.membership.sources import DuplicateIdentity, PeerFound, PeerWi
 from meshd.agents.observe.events import SessionChanged
 from meshd.agents.observe.stream import EventStream
 from meshd.clock import SystemClock
-from meshd.protocol.identity import Identity
+from meshd.protocol.identity import ClusterKey, Identity, load_identity
+from meshd.state import StateFolder
 from meshd.types import PeerId
 from meshd.values import parse_broker
 from mqtt.amqtt_broker import amqtt_broker
@@ -32,6 +34,8 @@ class Member:
     def __init__(self, identity: Identity, url: str, **settings: Any) -> None:
         self.identity = identity
         self.sightings: list[Sighting] = []
+        self.listed: set[PeerId] = set()
+        """Peers that the newest rotation lists."""
         self.unreached: dict[PeerId, str] = {}
         self.events = EventStream(identity.peer, identity.peer[:4], SystemClock())
         view = FleetView(
@@ -44,9 +48,10 @@ class Member:
             linked=list,
             unreached=lambda: self.unreached,
             tokens=lambda: 0,
+            belongs=lambda peer: peer in self.listed,
         )
         chosen = FleetSettings(url=parse_broker(url), **{"telemetry_s": 0.2, **settings})
-        self.fleet = Fleet(chosen, identity, view, self.events, self.sightings.append, SystemClock())
+        self.fleet = Fleet(chosen, lambda: self.identity, view, self.events, self.sightings.append, SystemClock())
 
     def of(self, kind: type[Sighting], peer: PeerId | None = None) -> list[Any]:
         return [each for each in self.sightings if isinstance(each, kind) and peer in (None, getattr(each, "peer", None))]
@@ -111,6 +116,27 @@ async def test_peers_find_one_another_whoever_comes_first_and_say_when_they_leav
         await until(lambda: one.of(PeerWithdrawn, two.identity.peer))
     assert await retained(url, "meshd/#") == {}
     assert not one.of(DuplicateIdentity)
+
+
+async def test_peers_with_different_cluster_keys_find_one_another_if_a_rotation_lists_them(
+    url: str, make_identity: MakeIdentity, tmp_path: Path, cluster: ClusterKey
+) -> None:
+    one, two, excluded = (Member(make_identity(name), url) for name in ("one", "two", "three"))
+    listed = {one.identity.peer, two.identity.peer}
+    one.listed = two.listed = listed
+    later = ClusterKey(b"\1" * 32, cluster.owner, generation=1)
+    async with one.running(), two.running(), excluded.running():
+        await until(lambda: one.of(PeerFound, two.identity.peer) and two.of(PeerFound, one.identity.peer))
+        await until(lambda: one.of(PeerFound, excluded.identity.peer))
+        one.identity = load_identity(StateFolder.open(tmp_path / "one"), later, os.urandom)
+        for member in (one, two):
+            member.sightings.clear()
+        await until(lambda: two.of(PeerFound, one.identity.peer))  # under the new key, at once
+        two.unreached = {one.identity.peer: "no route"}  # something to publish, under the old key
+        excluded.unreached = {one.identity.peer: "no route"}
+        await until(lambda: one.of(PeerFound, two.identity.peer))
+        await until(lambda: one.fleet.believed.refused["forged"])
+        assert not one.of(PeerFound, excluded.identity.peer)
 
 
 async def test_sensors_appear_with_a_peer_and_go_with_it(url: str, make_identity: MakeIdentity) -> None:

@@ -55,7 +55,7 @@ class Site:
         self.identity, self.outbox, self.keys, self.coordinator = identity, Outbox(), Keys(), WordsCoordinator()
         self.topics = Topics(identity.fingerprint)
         self.server = JobServer(
-            identity,
+            lambda: self.identity,
             self.topics,
             cast("Broker", self.outbox),
             cast("DeviceList", self.keys),
@@ -65,13 +65,13 @@ class Site:
 
     def device(self, name: str = "door") -> MqttDevice:
         serial = os.urandom(16)
-        check = key_check(self.identity.cluster.device_key(name, serial))
+        check = key_check(self.identity.key.device_key(name, serial))
         device = MqttDevice(serial=serial.hex(), name=name, check=check, added=1.0)
         self.keys.devices[device.serial] = device
         return device
 
     def seal(self, device: MqttDevice, job: str, *, since: int = SINCE) -> JobSeal:
-        key = self.identity.cluster.device_key(device.name, bytes.fromhex(device.serial))
+        key = self.identity.key.device_key(device.name, bytes.fromhex(device.serial))
         peer = self.identity.peer
         return JobSeal(key=key, cluster=self.identity.fingerprint, peer=peer, device=device.name, job=job, since=since)
 
