@@ -164,7 +164,7 @@ def _peer_row(row: dict[str, Any]) -> dict[str, Any]:
         "reason": row.pop("why"),
         "trouble": row.pop("trouble"),
         "hint": row.pop("hint"),
-        "addresses": list(dict.fromkeys(f"{known['host']}:{known['port']}" for known in hosts)),
+        "addresses": list(dict.fromkeys(f"{known['host']}:{known['port']}".removesuffix(":0") for known in hosts)),
         "sources": list(dict.fromkeys(known["source"] for known in hosts)),
     }
     for holding in row["holdings"]:

@@ -19,6 +19,7 @@ class RefusalRow(TypedDict):
     """A peer, or another device, that was refused a link."""
 
     address: str
+    """Port 0: it dialled this peer, and did not say where it listens."""
     peer: PeerId | None
     reason: str
     at: float
@@ -47,7 +48,7 @@ class LinkLog:
                 row["count"] += 1
                 return False
         self._rows.append((RefusalRow(address=address, peer=peer, reason=reason, at=wall, count=1), [now]))
-        self.warn(f"refused {address}", "no link with %s: %s", address, reason)
+        self.warn(f"refused {address}", "no link with %s: %s", address.removesuffix(":0"), reason)
         return True
 
     def warn(self, cause: str, text: str, *values: object) -> bool:

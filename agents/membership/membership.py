@@ -142,7 +142,13 @@ class Membership:
         other cluster on this network."""
         rows = self.table.rows(self.clock.monotonic(), self.description.version, PROTOCOL)
         shown = {row["peer"] for row in rows} | {f"{known['host']}:{known['port']}" for row in rows for known in row["addresses"]}
-        refused = [row for row in self.links.refusals() if row["address"] not in shown and (row["peer"] or "") not in shown]
+        # The address of a device that was refused before it said its port has none. A peer with trouble has a row already.
+        shown |= {known["host"] for row in rows if row["trouble"] for known in row["addresses"]}
+        refused = [
+            row
+            for row in self.links.refusals()
+            if row["address"].removesuffix(":0") not in shown and (row["peer"] or "") not in shown
+        ]
         rows += [_refused_row(row["address"], row["peer"] or "", row["reason"]) for row in refused]
         return rows + cluster_rows(self._elsewhere.peers, self._elsewhere.addresses)
 

@@ -90,7 +90,7 @@ def unlinked_row(address: Address, source: str, state: PeerState, why: str, peer
     kind = _KINDS.get(state, "") if why else ""
     known = Peer(id=PeerId(peer), now=0.0)
     return peer_row(known, 0.0) | {
-        "name": str(address),
+        "name": str(address) if address.port else address.host,
         "state": state.value,
         "why": why,
         "trouble": kind,

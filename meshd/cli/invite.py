@@ -1,6 +1,7 @@
 """`meshd invite`: let another device join by a short code that works once."""
 
 import json
+import sys
 from argparse import Namespace
 from typing import Any
 
@@ -68,7 +69,8 @@ def _show_waiting(shown: Progress, step: dict[str, Any], minutes: float) -> None
     if step["joined"]:
         text = f"{step['joined']} is joining"
     else:
-        text = f"{left // 60}:{left % 60:02} left"
+        # Off a terminal each new text is a line of its own: one a minute is enough.
+        text = f"{left // 60}:{left % 60:02} left" if sys.stderr.isatty() else f"{left // 60 + 1} min left"
         wrong = 3 - step["tries_left"]
         text += f", {plural(wrong, 'wrong try')}" if wrong == 1 else f", {wrong} wrong tries" if wrong else ""
     shown.update("waiting for a device", min(whole - left, whole * 0.999), whole, text)

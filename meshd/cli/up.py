@@ -258,6 +258,6 @@ def _print_ready(info: "DaemonInfo") -> None:
         f"prefill {flops(rates.prefill_flops_s)}, {size(capability.memory_free_bytes)} free ({how})",
     ]
     # Without a terminal, the output is kept in a log, where the code must not be.
-    joining = f"meshd up --key {info.join_code}" if info.new_cluster and sys.stdout.isatty() else "see `meshd key show`"
+    joining = f"meshd up --key {info.join_code}" if info.new_cluster and sys.stdout.isatty() else "see `meshd invite`"
     with contextlib.suppress(OSError):  # a full disk, or a reader that has gone
         print("\n".join([*lines, f"  on the next device: {joining}"]), flush=True)

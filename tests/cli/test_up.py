@@ -72,7 +72,7 @@ def test_the_join_code_of_a_known_cluster_is_not_printed(capsys: pytest.CaptureF
     out = capsys.readouterr().out
     assert "mesh-CODE" not in out
     assert "as measured before" in out
-    assert out.endswith("on the next device: see `meshd key show`\n")
+    assert out.endswith("on the next device: see `meshd invite`\n")
 
 
 def test_a_closed_output_does_not_stop_the_drain(monkeypatch: pytest.MonkeyPatch) -> None:

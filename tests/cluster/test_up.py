@@ -48,13 +48,13 @@ def join_code(state: Path) -> str:
 def test_the_first_start_says_how_the_next_device_joins(tmp_path: Path, shared_cache: Path) -> None:
     with up(tmp_path / "a", shared_cache) as first:
         text = startup_output(first)
-        assert "meshd key show" in text
+        assert "meshd invite" in text
         assert join_code(tmp_path / "a") not in text
         holder = read_holder(tmp_path / "a")
         assert holder is not None
         assert f"http://{holder.api}/v1" in text
     with up(tmp_path / "a", shared_cache) as again:
-        assert "meshd key show" in startup_output(again)
+        assert "meshd invite" in startup_output(again)
 
 
 def test_keys_of_the_command_line_are_not_among_the_arguments_of_the_running_daemon(tmp_path: Path, shared_cache: Path) -> None:

@@ -373,6 +373,16 @@ async def test_a_stranger_at_the_address_of_a_peer_does_not_make_it_refused(memb
         await until(lambda: ann.state_of(bob) is PeerState.ALIVE)
 
 
+async def test_a_stranger_that_dials_is_a_row_until_its_own_row_says_what_is_wrong(members: list[Member], tmp_path: Path) -> None:
+    ann, _, _ = members
+    stranger = Member(tmp_path, "stranger", ClusterKey(b"x" * 32))
+    async with stranger.running():
+        stranger.hears_of(ann)
+        await until(lambda: [(row["name"], row["trouble"]) for row in ann.membership.rows()] == [("127.0.0.1", "refused")])
+        ann.hears_of(stranger)
+        await until(lambda: [row["peer"] for row in ann.membership.rows() if row["trouble"]] == [stranger.links.id])
+
+
 async def test_another_cluster_on_the_network_is_shown_with_the_command_that_joins_it(members: list[Member]) -> None:
     membership = members[0].membership
     membership.on_sighting(OtherClusters(source="mdns", peers={"a" * 16: 2}))
