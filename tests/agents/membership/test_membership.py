@@ -163,7 +163,7 @@ async def test_a_peer_learns_of_others_from_adverts_and_dials_them(members: list
 async def test_a_peer_that_closes_its_links_has_left_and_is_reported_as_gone(members: list[Member]) -> None:
     ann, bob, _ = members
     ann.hears_of(bob)
-    await until(lambda: ann.state_of(bob) is PeerState.ALIVE)
+    await until(lambda: ann.state_of(bob) is bob.state_of(ann) is PeerState.ALIVE)  # they learn of it at different times
     await bob.links.close(STOPS)
     await until(lambda: ann.state_of(bob) is PeerState.LEFT)
     assert ann.gone == [bob.links.id]
