@@ -122,7 +122,7 @@ class Links:
 
     @property
     def identity(self) -> Identity:
-        """This peer's id, and the cluster key that it has now: a rotation replaces it."""
+        """This peer's present identity. Its certificate and cluster key change with a rotation."""
         return self._opener.identity
 
     def answer_returning(self, desk: ReturnDesk) -> None:

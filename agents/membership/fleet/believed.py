@@ -7,6 +7,7 @@ House rules of this file: no I/O and no clock.
 """
 
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from meshd.agents.budget import TokenBucket
@@ -91,6 +92,11 @@ class BelievedPresences:
             return self._refuse("future", clock=True)
         self._remember(presence, known)
         return presence
+
+    def forget(self, gone: Callable[[PeerId], bool]) -> list[PeerId]:
+        """Forget the presences of peers that do not belong to the cluster any more. Returns: those of them that had not left."""
+        dropped = [peer for peer in self._known if gone(peer)]
+        return [peer for peer in dropped if not self._known.pop(peer).presence.leaves]
 
     def _refuse(self, reason: str, *, clock: bool = False) -> Refused:
         self.refused[reason] += 1

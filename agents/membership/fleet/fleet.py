@@ -36,7 +36,7 @@ REPEAT_S = 30.0
 """A presence is published again at least so often, well within `MAX_AGE_S`."""
 _CHECK_S = 1.0
 _URGENT_S, _LOAD_S = 3.0, 10.0
-"""Shortest time between two presences, if addresses or unreached peers have changed, and if only the load has."""
+"""Shortest time between two presences, if addresses, unreached peers or the cluster key have changed, and if only the load has."""
 _PATIENCE_S = 10.0
 """A peer without a link for so long can't be reached, even if no dial has failed."""
 _EVENTS_PER_S, _EVENTS_AT_ONCE = 20.0, 100
@@ -71,10 +71,10 @@ class FleetView:
     linked: Callable[[], Collection[PeerId]]
     unreached: Callable[[], Mapping[PeerId, str]]
     """Peers that were dialled in vain, and why."""
+    belongs: Callable[[PeerId], bool]
+    """Whether a peer belongs to the cluster, also with a certificate of another key of it: see `StatementChecker.belongs`."""
     tokens: Callable[[], int]
     """Number of tokens of the answers that this peer has coordinated."""
-    belongs: Callable[[PeerId], bool]
-    """Whether a peer belongs to the cluster, though its certificate is under another cluster key than this peer's."""
 
 
 MakeJobs = Callable[[Broker, Topics], JobServer]
@@ -93,9 +93,11 @@ class Fleet:
         clock: Clock,
         make_jobs: MakeJobs | None = None,
     ) -> None:
-        """`identity`: returns this peer's present one, whose cluster key a rotation replaces."""
+        """`identity` returns this peer's present identity: its cluster key changes with a rotation."""
         self._settings = settings
         self._identity = identity
+        self._authority = identity().key.issuer.public
+        """The authority under which the known presences were believed."""
         self._me = identity().peer
         self._view = view
         self._events = events
@@ -114,8 +116,8 @@ class Fleet:
         """`since` of this peer's latest connections."""
         self._last_at = 0
         self._published: Presence | None = None
-        self._certificate = b""
-        """The certificate with which `_published` was signed."""
+        self._published_under = b""
+        """The authority of the certificate that was published with it."""
         self._down_at: float | None = clock.monotonic()
         self._unlinked_since: dict[PeerId, float] = {}
         """Peers of the fleet without a link -> since when, in monotonic time."""
@@ -235,7 +237,7 @@ class Fleet:
         presence = self._presence(leaves=False, at=self._next_at())
         identity = self._identity()
         await self.broker.publish(self.topics.presence(self._me), sign_presence(identity, presence), retain=True)
-        self._published, self._certificate = presence, identity.certificate
+        self._published, self._published_under = presence, identity.key.issuer.public
 
     async def _keep_presence(self) -> None:
         """Publish the presence when it has changed, and at least every `REPEAT_S`, less a part that spreads the peers' load."""
@@ -253,8 +255,8 @@ class Fleet:
         if before is None:
             return 0.0
         now = self._presence(leaves=False, at=before.at)
-        rotated = self._identity().certificate != self._certificate
-        if rotated or (now.addresses, now.unreached) != (before.addresses, before.unreached):
+        certified = self._identity().key.issuer.public == self._published_under
+        if not certified or (now.addresses, now.unreached) != (before.addresses, before.unreached):
             return _URGENT_S
         return _LOAD_S if now.load != before.load else REPEAT_S * (0.7 + 0.3 * self._clock.random_bytes(1)[0] / 256)
 
@@ -286,6 +288,7 @@ class Fleet:
         """Say of which peers nothing but their presence comes through: neither side can dial the other."""
         while True:
             await self._clock.sleep(_CHECK_S)
+            self._follow_rotation()
             self._note_unlinked()
             unreached = self._unreached()
             apart = {peer for peer in unreached if self._cannot_reach_us(peer)}
@@ -301,6 +304,14 @@ class Fleet:
                     f"on port {known.port} there or {self._view.port} here",
                 )
             self._noticed = apart
+
+    def _follow_rotation(self) -> None:
+        """After a rotation, forget the presences of peers that were excluded, which were believed under the old key."""
+        authority = self._identity().key.issuer.public
+        if authority != self._authority:
+            self._authority = authority
+            for peer in self.believed.forget(lambda peer: not self._view.belongs(peer)):
+                self._on_sighting(PeerWithdrawn(source=SOURCE, peer=peer))
 
     def _note_unlinked(self) -> None:
         linked, now = self._view.linked(), self._clock.monotonic()

@@ -24,8 +24,7 @@ from meshd.agents.service import AnswerSecret, ChatMessage, Coordinator, Finishe
 from meshd.bounds import MAX_LABEL, MAX_STOP_CHARACTERS, AskedTemperature, Fraction, Seed, at_most
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest, LocalFault, MeshdError, Overloaded, PeerLost, PeerRefused
-from meshd.protocol.cluster_key import ClusterKey
-from meshd.protocol.identity import Identity
+from meshd.protocol.identity import ClusterKey, Identity
 from meshd.types import MqttDevice, SamplingParams
 
 log = getLogger(__name__)
@@ -47,6 +46,8 @@ _GATHER_S = 0.03
 _PUBLISH_S = 60.0
 """A chunk that the broker does not take for so long ends the job."""
 _CANCEL_SEQ = 1
+_LOOK_S = 1.0
+"""How often running jobs are checked: whether their devices' keys are still valid."""
 
 
 class JobMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -100,7 +101,7 @@ class JobServer:
     """Takes the jobs that are sent to this peer."""
 
     identity: Callable[[], Identity]
-    """Returns this peer's present one, whose cluster key a rotation replaces."""
+    """Returns this peer's present identity: its cluster key changes with a rotation, which ends the keys of all devices."""
     topics: Topics
     broker: Broker
     devices: DeviceList
@@ -112,15 +113,22 @@ class JobServer:
     """Requests that were taken -> when they can be forgotten, in monotonic time, the oldest first."""
     _running: dict[_Key, _Job] = field(default_factory=dict)
     _group: asyncio.TaskGroup | None = None
+    _key: Callable[[ClusterKey, str, bytes], bytes] = field(default_factory=lambda: lru_cache(maxsize=64)(ClusterKey.device_key))
 
     def __len__(self) -> int:
         return len(self._running)
 
     async def run(self) -> None:
-        """Run the jobs. Cancel: they are cancelled."""
+        """Run the jobs, and end those whose device's key is not valid any more. Cancel: they are cancelled."""
         try:
             async with asyncio.TaskGroup() as self._group:
-                await asyncio.Event().wait()
+                while True:
+                    await self.clock.sleep(_LOOK_S)
+                    for job in list(self._running.values()):
+                        device = self.devices.valid(job.serial)
+                        if device is None or self._secret(device) != job.seal.key:
+                            log.info("a job of %s ends: its key was revoked", job.device)
+                            self._cancel(job)
         finally:
             self._group = None
 
@@ -156,18 +164,20 @@ class JobServer:
             self._begin(key, device, seal, plain)
 
     def _seal(self, device: MqttDevice, topic: JobTopic, since: int) -> JobSeal:
-        identity = self.identity()
-        secret = _device_key(identity.key, device.name, device.serial)
+        secret = self._secret(device)
         if key_check(secret) != device.check:
             raise PeerRefused("unknown device")  # its key is of an earlier cluster key
         return JobSeal(
             key=secret,
             cluster=self.topics.cluster,
-            peer=identity.peer,
+            peer=self.identity().peer,
             device=device.name,
             job=topic.job,
             since=since,
         )
+
+    def _secret(self, device: MqttDevice) -> bytes:
+        return self._key(self.identity().key, device.name, bytes.fromhex(device.serial))
 
     def _begin(self, key: _Key, device: MqttDevice, seal: JobSeal, plain: bytes) -> None:
         self._note_seen(key)
@@ -309,11 +319,6 @@ class JobServer:
             max_tokens=request.max_tokens,
             stop=request.stop,
         )
-
-
-@lru_cache(maxsize=64)
-def _device_key(cluster: ClusterKey, name: str, serial: str) -> bytes:
-    return cluster.device_key(name, bytes.fromhex(serial))
 
 
 def _error(error: MeshdError) -> dict[str, Any]:

@@ -29,6 +29,18 @@ def identity(make_identity: MakeIdentity) -> Identity:
 
 
 @pytest.fixture
+def next_key(cluster: ClusterKey) -> ClusterKey:
+    """The cluster's key after a rotation."""
+    return ClusterKey(bytes(range(1, 33)), cluster.owner, 1)
+
+
+@pytest.fixture
+def rotated(tmp_path: Path, identity: Identity, next_key: ClusterKey) -> Identity:
+    """`identity` after a rotation."""
+    return load_identity(StateFolder.open(tmp_path / "one"), next_key, os.urandom)
+
+
+@pytest.fixture
 def stranger(tmp_path: Path) -> Identity:
     """The identity of a peer of another cluster."""
     return load_identity(StateFolder.open(tmp_path / "stranger"), ClusterKey(bytes(32)), os.urandom)

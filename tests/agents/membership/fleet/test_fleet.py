@@ -33,9 +33,8 @@ class Member:
 
     def __init__(self, identity: Identity, url: str, **settings: Any) -> None:
         self.identity = identity
+        self.belongs: set[PeerId] = set()
         self.sightings: list[Sighting] = []
-        self.listed: set[PeerId] = set()
-        """Peers that the newest rotation lists."""
         self.unreached: dict[PeerId, str] = {}
         self.events = EventStream(identity.peer, identity.peer[:4], SystemClock())
         view = FleetView(
@@ -47,8 +46,8 @@ class Member:
             load=lambda: 1,
             linked=list,
             unreached=lambda: self.unreached,
+            belongs=lambda peer: peer in self.belongs,
             tokens=lambda: 0,
-            belongs=lambda peer: peer in self.listed,
         )
         chosen = FleetSettings(url=parse_broker(url), **{"telemetry_s": 0.2, **settings})
         self.fleet = Fleet(chosen, lambda: self.identity, view, self.events, self.sightings.append, SystemClock())
@@ -118,25 +117,28 @@ async def test_peers_find_one_another_whoever_comes_first_and_say_when_they_leav
     assert not one.of(DuplicateIdentity)
 
 
-async def test_peers_with_different_cluster_keys_find_one_another_if_a_rotation_lists_them(
-    url: str, make_identity: MakeIdentity, tmp_path: Path, cluster: ClusterKey
+async def test_a_fleet_follows_a_rotation(
+    url: str, make_identity: MakeIdentity, rotated: Identity, next_key: ClusterKey, tmp_path: Path
 ) -> None:
-    one, two, excluded = (Member(make_identity(name), url) for name in ("one", "two", "three"))
-    listed = {one.identity.peer, two.identity.peer}
-    one.listed = two.listed = listed
-    later = ClusterKey(b"\1" * 32, cluster.owner, generation=1)
-    async with one.running(), two.running(), excluded.running():
-        await until(lambda: one.of(PeerFound, two.identity.peer) and two.of(PeerFound, one.identity.peer))
-        await until(lambda: one.of(PeerFound, excluded.identity.peer))
-        one.identity = load_identity(StateFolder.open(tmp_path / "one"), later, os.urandom)
-        for member in (one, two):
-            member.sightings.clear()
-        await until(lambda: two.of(PeerFound, one.identity.peer))  # under the new key, at once
-        two.unreached = {one.identity.peer: "no route"}  # something to publish, under the old key
-        excluded.unreached = {one.identity.peer: "no route"}
-        await until(lambda: one.of(PeerFound, two.identity.peer))
-        await until(lambda: one.fleet.believed.refused["forged"])
-        assert not one.of(PeerFound, excluded.identity.peer)
+    """A peer that stays is believed with its old and its new certificate, a new one with its own; an excluded one no longer."""
+    one, stays, out = (Member(make_identity(name), url) for name in ("one", "stays", "out"))
+    new = Member(load_identity(StateFolder.open(tmp_path / "new"), next_key, os.urandom), url)
+    one.belongs = stays.belongs = new.belongs = {one.identity.peer, stays.identity.peer}
+    async with one.running(), stays.running(), out.running():
+        await until(lambda: one.of(PeerFound, stays.identity.peer) and one.of(PeerFound, out.identity.peer))
+        one.identity = rotated
+        await until(lambda: one.of(PeerWithdrawn, out.identity.peer))
+        assert not one.of(PeerWithdrawn, stays.identity.peer)
+        one.sightings.clear()
+        async with new.running():
+            await until(lambda: one.of(PeerFound, new.identity.peer) and new.of(PeerFound, one.identity.peer))
+            await until(lambda: stays.of(PeerFound, one.identity.peer))
+            out.unreached[new.identity.peer] = "excluded"  # has it publish its presence again
+            stays.unreached[new.identity.peer] = "another key"
+            await until(lambda: one.of(PeerFound, stays.identity.peer))
+            await until(lambda: one.fleet.believed.refused["forged"])
+            assert not one.of(PeerFound, out.identity.peer)
+            assert not new.of(PeerFound, out.identity.peer)
 
 
 async def test_sensors_appear_with_a_peer_and_go_with_it(url: str, make_identity: MakeIdentity) -> None:

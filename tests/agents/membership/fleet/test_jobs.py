@@ -240,3 +240,39 @@ async def test_a_job_whose_chunks_nobody_takes_ends(site: Site) -> None:
     site.ask(site.device(), model="endless", max_tokens=4000)
     await site.finished()
     await site.coordinator.until(lambda here: here.running == 0)
+
+
+async def started(site: Site, device: MqttDevice) -> str:
+    """Have the device ask for an endless answer, and wait until some of it has come."""
+    job = site.ask(device, model="endless", max_tokens=4000)
+    async with asyncio.timeout(10):
+        while len(site.chunks(device, job)) < 3:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    return job
+
+
+async def test_a_running_job_ends_when_its_key_is_revoked(site: Site) -> None:
+    device, other = site.device(), site.device("window")
+    await started(site, device)
+    await started(site, other)
+    del site.keys.devices[device.serial]
+    await site.coordinator.until(lambda here: here.running == 1)
+    async with asyncio.timeout(10):
+        while len(site.server) != 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def test_a_new_cluster_key_ends_the_keys_of_devices_and_their_jobs(site: Site, rotated: Identity) -> None:
+    """An excluded member could derive the key of every device from the old cluster key."""
+    device = site.device()
+    await started(site, device)
+    late = site.request(device, "ab" * 16, **ASK)
+    site.identity = rotated
+    site.send(device, "ab" * 16, late)
+    assert site.server.refused == {"unknown device": 1}
+    await site.coordinator.until(lambda here: here.running == 0)
+    await site.finished()
+    fresh = site.device("new")
+    job = site.ask(fresh)
+    await site.finished()
+    assert site.chunks(fresh, job)[-1]["end"] == "length"
