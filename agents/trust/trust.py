@@ -6,10 +6,11 @@ and its receiver checks it against the authority that the owner has signed.
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from logging import getLogger
+from typing import Any
 
 from meshd.agents.trust.files import TrustFiles
 from meshd.agents.trust.known_peers import KnownPeers
@@ -117,7 +118,7 @@ class Trust:
                 told = RotationChain.decode(self.key.owner, chain)
                 if self.chain.standing_of(told) is not Standing.NEWER or told.last is None or self.me not in told.last.peers:
                     raise InvalidRequest("the rotation does not follow this cluster's newest one", param="rotation")
-                await self._adopt(self._proved_key(told.last, secret), told)
+                await _completed(self._adopt(self._proved_key(told.last, secret), told))
             except ProtocolViolation as error:
                 raise InvalidRequest(f"the rotation is refused: {error}", param="rotation") from error
 
@@ -142,8 +143,7 @@ class Trust:
         assert last is not None, "a newer chain has a record"
         if last.authority == self.key.issuer.public:
             # This device was joined by the code of this very key, and learns the rotations that led to it.
-            await asyncio.to_thread(self._files.store, self.key, told)
-            self.chain = told
+            await _completed(self._confirm(told))
             return None
         if self.unconfirmed and not linked:
             # Whoever had the owner key once could have signed this: only the members' rotations tell who the owner is now.
@@ -151,11 +151,11 @@ class Trust:
             self.on_excluded()
             return None
         if self.me not in last.peers:
-            await self._be_excluded(told)
+            await _completed(self._be_excluded(told))
             return None
         if not secret:
             return Answer()
-        await self._adopt(self._proved_key(last, secret), told)
+        await _completed(self._adopt(self._proved_key(last, secret), told))
         return None
 
     def _proved_key(self, record: RotationRecord, secret: bytes) -> ClusterKey:
@@ -165,6 +165,10 @@ class Trust:
         if key.issuer.public != record.authority:
             raise ProtocolViolation("a cluster key is not the one that the owner has signed")
         return key
+
+    async def _confirm(self, chain: RotationChain) -> None:
+        await asyncio.to_thread(self._files.store, self.key, chain)
+        self.chain = chain
 
     async def _adopt(self, key: ClusterKey, chain: RotationChain) -> None:
         # The key is stored before it is used: after a crash this peer must not come back with the old one only.
@@ -180,6 +184,24 @@ class Trust:
         self.exclusion = chain
         log.warning("%s: %s", SELF_EXCLUDED, title(chain.last))
         self.on_excluded()
+
+
+async def _completed(change: Coroutine[Any, Any, None]) -> None:
+    """Make a change of what is stored and used, to its end. Cancel: only when the change is made.
+
+    A connection on which a rotation is heard has a time limit, and a disk may be slower. If the change were given up there, the
+    thread would write on, the key that is stored would not be the one that is used, and a later rotation could be written before.
+    """
+    task = asyncio.ensure_future(change)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    task.result()
+    if cancelled is not None:
+        raise cancelled
 
 
 def title(record: RotationRecord | None) -> str:

@@ -3,12 +3,16 @@
 import asyncio
 import os
 import ssl
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from in_process.peers import QUICK
 from in_process.trusting import CLOCK, Club, linked, until
+from meshd.agents.trust.files import StateFiles
 from meshd.agents.trust.trust import EXCLUDED
 from meshd.errors import InvalidRequest, PeerLost
 from meshd.protocol import transport
@@ -117,6 +121,31 @@ async def test_a_peer_that_was_off_also_returns_if_only_the_others_can_dial(club
     await club.rotate(a, c)
     back = club.start("c", port=c.port)
     await until(lambda: back.generation == 1 and linked(back, a))
+
+
+async def test_a_disk_that_is_slower_than_a_handshake_keeps_nobody_from_returning_or_from_being_told(
+    club: Club, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b, x = (club.start(name) for name in "abx")
+    minted = club.start("minted")
+    await club.together(a, b, x)
+    await b.stop()
+    club.members.remove(b)
+    await club.rotate(a, b)
+    for name in ("store", "store_exclusion"):
+        monkeypatch.setattr(StateFiles, name, slowly(getattr(StateFiles, name)))
+    back = club.start("b")
+    for member in (back, minted):
+        member.dial(a)
+    await until(lambda: back.generation == 1 and linked(back, a) and minted.trust.exclusion is not None)
+
+
+def slowly(write: Callable[..., Any]) -> Callable[..., Any]:
+    def write_slowly(*arguments: Any) -> Any:
+        time.sleep(2 * QUICK.handshake_s)
+        return write(*arguments)
+
+    return write_slowly
 
 
 async def test_a_returning_peer_finds_it_again_after_a_restart(club: Club) -> None:
