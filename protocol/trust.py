@@ -16,7 +16,7 @@ from itertools import pairwise
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from meshd.errors import ProtocolViolation
+from meshd.errors import ConfigError, ProtocolViolation
 from meshd.protocol.owner import OwnerKey, owner_hash
 from meshd.types import PeerId
 
@@ -25,6 +25,8 @@ MAX_STAYING = 512
 MAX_OWNER_CHANGES = 8
 """Each stays in the chain for ever, because a peer that was off since before it needs it. After that, found the cluster anew."""
 MAX_GENERATION = 0xFFFF
+_JUMPED = MAX_GENERATION // 2
+"""With a rotation each day, a cluster is 90 years old here: a thief of the owner key has jumped, to leave the owner no number."""
 _MAGIC = b"meshdrot"
 _FIXED = struct.Struct(">8sH32s32s32s32sQH")
 _SIGNATURE_BYTES = 64
@@ -143,13 +145,33 @@ class RotationChain:
         """Append the next record. Raises: ProtocolViolation if this chain's owner did not sign it, or it is no next one."""
         if owner_hash(record.signer) != self.owner:
             raise ProtocolViolation("a rotation is not signed by the cluster's owner")
-        if record.generation <= self.generation:
-            raise ProtocolViolation(f"a rotation has generation {record.generation}, after {self.generation}")
-        _check_signature(record)
         kept = tuple(known for known in self.records if known.changes_owner)
+        before = RotationChain(self.founder, kept) if record.changes_owner else self
+        if record.generation <= before.generation:
+            raise ProtocolViolation(f"a rotation has generation {record.generation}, after {before.generation}")
+        _check_signature(record)
         if len(kept) + record.changes_owner > MAX_OWNER_CHANGES:
             raise ProtocolViolation(f"the owner key was changed more than {MAX_OWNER_CHANGES} times")
         return RotationChain(self.founder, (*kept, record))
+
+    def next_generation(self, present: int, *, new_owner: bool) -> int:
+        """Choose the generation of the next record; `present` is that of the cluster key. A record that changes the owner replaces
+        all that the old owner has signed, whatever its generation, so that a thief who has used the highest one gains nothing.
+
+        Raises: ConfigError if there is no further one.
+        """
+        following = max(self.generation, present) + 1
+        if new_owner and following > _JUMPED:
+            changes = [record.generation for record in self.records if record.changes_owner]
+            following = max(changes, default=0) + 1
+        if following > MAX_GENERATION:
+            raise ConfigError(
+                "the cluster key has the highest number that there is: somebody with the owner key did that on purpose",
+                hint="found the cluster anew (`meshd key new --replace`)"
+                if new_owner
+                else "add --new-owner, and revoke that device",
+            )
+        return following
 
     def standing_of(self, other: "RotationChain") -> Standing:
         """Compare another chain of the same founder with this one. Every peer that knows both prefers the same one.

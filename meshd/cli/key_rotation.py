@@ -191,10 +191,10 @@ def _send(device: _Device, known: Row, excluded: set[str], *, new_owner: bool) -
     from meshd.protocol.owner import OwnerKey, store_owner_key
     from meshd.protocol.trust import sign_rotation
 
+    generation = device.chain.next_generation(device.key.generation, new_owner=new_owner)
     owner = OwnerKey.from_seed(os.urandom(32)) if new_owner else device.owner
     if new_owner:
         store_owner_key(device.folder, device.key.owner, owner, next_one=True)
-    generation = max(device.chain.generation, device.key.generation) + 1
     key = ClusterKey.generate(os.urandom, device.key.owner, generation)
     staying = [known["self"], *(row["peer"] for row in known["peers"] if row["belongs"] and row["peer"] not in excluded)]
     record = sign_rotation(

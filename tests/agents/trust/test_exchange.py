@@ -14,7 +14,7 @@ from in_process.peers import QUICK
 from in_process.trusting import CLOCK, Club, linked, until
 from meshd.agents.trust.files import StateFiles
 from meshd.agents.trust.trust import EXCLUDED
-from meshd.errors import InvalidRequest, PeerLost
+from meshd.errors import ConfigError, InvalidRequest, PeerLost
 from meshd.protocol import transport
 from meshd.protocol.cluster_key import ClusterKey
 from meshd.protocol.codec import encode
@@ -22,7 +22,7 @@ from meshd.protocol.framing import PREFIX, FrameLimits, frame_head
 from meshd.protocol.identity import RETURN_SERVER, load_identity
 from meshd.protocol.messages import PROTOCOL_VERSION, Heartbeat, Hello, Lane, Message, Rotation
 from meshd.protocol.owner import OwnerKey, load_owner_key
-from meshd.protocol.trust import RotationChain
+from meshd.protocol.trust import MAX_GENERATION, RotationChain, Standing
 from meshd.state import StateFolder
 from meshd.types import PeerId
 
@@ -265,6 +265,26 @@ async def test_a_thief_with_the_owner_key_is_powerless_once_it_was_changed(club:
     assert not linked(a, thief)
     assert not linked(b, thief)
     assert linked(a, b)
+
+
+async def test_a_thief_can_not_leave_the_owner_without_a_number_for_the_next_rotation(club: Club) -> None:
+    """The thief's rotation has the highest number and excludes nobody, so that all devices take it."""
+    a, b, thief = (club.start(name) for name in ("a", "b", "thief"))
+    await club.together(a, b, thief)
+    everyone, stolen = [a.id, b.id, thief.id], club.owner
+    record, key = club.record(thief, everyone, generation=MAX_GENERATION)
+    await thief.trust.order(thief.trust.chain.extended(record).encode(), key.secret)
+    await until(lambda: a.generation == b.generation == MAX_GENERATION)
+    with pytest.raises(ConfigError, match="highest number"):
+        a.trust.chain.next_generation(a.generation, new_owner=False)
+    following = a.trust.chain.next_generation(a.generation, new_owner=True)
+    await club.rotate(a, b, new_owner=OwnerKey.from_seed(os.urandom(32)), generation=following)
+    await until(lambda: b.trust.chain.hash == a.trust.chain.hash and not linked(a, thief) and not linked(b, thief))
+    assert thief.generation == MAX_GENERATION
+    again, _ = club.record(a, everyone, owner=stolen)
+    assert a.trust.chain.standing_of(RotationChain(club.first_key.owner, (again,))) is Standing.OLDER
+    await club.rotate(a, b)
+    await until(lambda: b.generation == a.generation == following + 1)
 
 
 async def test_an_old_certificate_opens_nothing(club: Club) -> None:

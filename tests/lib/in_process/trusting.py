@@ -127,10 +127,16 @@ class Club:
         await until(lambda: all(linked(one, other) for one in members for other in members if one is not other))
 
     def record(
-        self, at: Member, staying: Iterable[PeerId], *, owner: OwnerKey | None = None, new_owner: OwnerKey | None = None
+        self,
+        at: Member,
+        staying: Iterable[PeerId],
+        *,
+        owner: OwnerKey | None = None,
+        new_owner: OwnerKey | None = None,
+        generation: int | None = None,
     ) -> tuple[RotationRecord, ClusterKey]:
         """Sign a rotation that follows the newest one that `at` knows."""
-        generation = at.trust.key.generation + 1
+        generation = generation or at.trust.key.generation + 1
         key = ClusterKey.generate(os.urandom, self.first_key.owner, generation)
         record = sign_rotation(
             owner or self.owner,
@@ -143,9 +149,9 @@ class Club:
         )
         return record, key
 
-    async def rotate(self, at: Member, *staying: Member, new_owner: OwnerKey | None = None) -> None:
+    async def rotate(self, at: Member, *staying: Member, new_owner: OwnerKey | None = None, generation: int | None = None) -> None:
         """Have the owner's device `at` rotate the key."""
-        record, key = self.record(at, [at.id, *(member.id for member in staying)], new_owner=new_owner)
+        record, key = self.record(at, [at.id, *(member.id for member in staying)], new_owner=new_owner, generation=generation)
         await at.trust.order(at.trust.chain.extended(record).encode(), key.secret)
         self.owner = new_owner or self.owner
 
