@@ -25,6 +25,14 @@ async def unsupervised(name: str, run: Callable[[], Awaitable[None]]) -> None:
     await run()
 
 
+def raise_if_cancelled() -> None:
+    """Raises: CancelledError if this task was told to end. Whoever handles an error and goes on must call it: a group of tasks in
+    which one fails at the moment of a cancellation raises only the failure (Python 3.11 and 3.12), and the cancellation is lost.
+    """
+    if (task := asyncio.current_task()) is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
 class Supervisor:
     """Runs agents, and starts an agent that failed again.
 
@@ -49,6 +57,7 @@ class Supervisor:
             except ConfigError:
                 raise
             except Exception as error:
+                raise_if_cancelled()
                 self._failed(name, error)
                 await self._clock.sleep(RESTART_S)
             else:

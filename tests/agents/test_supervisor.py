@@ -78,3 +78,27 @@ async def test_a_wrong_setting_is_no_failure_of_an_agent() -> None:
     with pytest.raises(ConfigError):
         await task
     assert agent.starts == 1
+
+
+async def test_an_agent_that_fails_when_it_is_told_to_end_is_not_started_again() -> None:
+    """A group of tasks in which one fails at the moment of a cancellation raises only the failure."""
+    lost, starts = asyncio.Event(), 0
+
+    async def fail() -> None:
+        await lost.wait()
+        raise OSError("lost")
+
+    async def run() -> None:
+        nonlocal starts
+        starts += 1
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(fail())
+
+    task = asyncio.create_task(Supervisor(HandClock()).supervise("agent", run))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    lost.set()
+    task.cancel()
+    await asyncio.wait([task], timeout=1.0)
+    assert task.cancelled()
+    assert starts == 1

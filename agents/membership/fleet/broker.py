@@ -17,6 +17,7 @@ import paho.mqtt.client as paho
 from meshd.agents.budget import TokenBucket
 from meshd.agents.membership.fleet.packets import BoundedSocket
 from meshd.agents.membership.fleet.topics import PACKET_BYTES
+from meshd.agents.supervisor import raise_if_cancelled
 from meshd.clock import Clock
 from meshd.errors import PeerLost
 from meshd.values import BrokerUrl
@@ -133,6 +134,7 @@ class Broker:
                 await self._connect_and_serve()
             except* (aiomqtt.MqttError, PeerLost, OSError, ValueError) as group:
                 reason = _reason(group)
+            raise_if_cancelled()
             self._session.on_trouble(reason or "it closed the connection")
             failures = 1 if self._clock.monotonic() - began >= _STEADY_S else failures + 1
             await self._clock.sleep(self._back_off_s(failures))

@@ -25,6 +25,7 @@ class User:
     def __init__(self, url: str, ca_file: str = "") -> None:
         self.heard: list[tuple[str, int]] = []
         self.troubles: list[str] = []
+        self.lost = asyncio.Event()
         settings = BrokerSettings(parse_broker(url), ca_file, "user", ("t/#",))
         self.broker = Broker(settings, self, SystemClock())
 
@@ -35,7 +36,8 @@ class User:
         self.heard.append((topic, len(payload)))
 
     async def connected(self) -> None:
-        await asyncio.Event().wait()
+        await self.lost.wait()
+        raise PeerLost("the connection is lost")
 
     def farewell(self) -> Sequence[tuple[str, bytes, bool]]:
         return [("t/will", b"left", True)]
@@ -118,6 +120,20 @@ async def test_an_orderly_end_takes_the_place_of_the_last_will(tmp_path: Path) -
             async with asyncio.timeout(5):
                 message = await anext(aiter(client.messages))
             assert message.payload == b"left"
+
+
+async def test_an_end_at_the_moment_of_a_fault_is_an_end(tmp_path: Path) -> None:
+    with Mosquitto(tmp_path) as broker:
+        user = User(broker.url)
+        task = asyncio.create_task(user.broker.run())
+        await until(lambda: user.broker.up)
+        user.lost.set()
+        task.cancel()
+        ended, _ = await asyncio.wait([task], timeout=5.0)
+        if not ended:
+            task.cancel()
+        assert ended
+        assert task.cancelled()
 
 
 async def test_an_end_is_quick_though_the_broker_is_stuck() -> None:
