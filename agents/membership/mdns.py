@@ -32,6 +32,7 @@ from meshd.agents.membership.interfaces import (
 )
 from meshd.agents.membership.mdns_records import Announcement, PointerListener, Resolver, SayOnce, browse, probe, to_info
 from meshd.agents.membership.sources import DuplicateIdentity, OnSighting, OtherClusters, PeerFound, PeerWithdrawn, SourceNotice
+from meshd.agents.supervisor import raise_if_cancelled
 from meshd.clock import Clock
 from meshd.types import PeerId
 from meshd.values import Address
@@ -90,6 +91,8 @@ class MdnsDiscovery:
         self._budget = TokenBucket(_REPORTS_S, _REPORTS_AT_ONCE)
         self._load = load
         self._announced_load = 0
+        self._offset_s = 0.0
+        """By how much the wall clock was ahead of the monotonic one, which stands still while the device sleeps."""
         self._say_once = SayOnce()
         self._noticed: dict[str, tuple[str, str] | None] = {}
 
@@ -131,12 +134,14 @@ class MdnsDiscovery:
             async with asyncio.TaskGroup() as tasks:
                 await self._advertise_and_listen(zeroconf, tasks)
         except* (OSError, ZeroconfError) as group:
+            raise_if_cancelled()
             self._notice("mdns", _failure(group.exceptions[0]))
         finally:
             await zeroconf.async_close()
 
     async def _advertise_and_listen(self, zeroconf: AsyncZeroconf, tasks: asyncio.TaskGroup) -> None:
         zc = zeroconf.zeroconf
+        self._offset_s = self._clock.wall() - self._clock.monotonic()
         # Add the listener before the first await: a record that arrives before that is cached and never reported.
         zc.async_add_listener(PointerListener(Resolver(zc, tasks, self._report).heard, self._gone), None)
         browser = browse(zc)
@@ -159,12 +164,12 @@ class MdnsDiscovery:
         """Announce changes of load until the interfaces change or the device wakes up; then announce on the present interfaces."""
         since = self._clock.monotonic()
         while True:
-            before, offset = self._choices, self._clock.wall() - self._clock.monotonic()
+            before, offset_s = self._choices, self._offset_s
             await self._clock.sleep(RECHECK_S)
             self._read_interfaces()
             self._report_other_clusters()
-            slept_s = self._clock.wall() - self._clock.monotonic() - offset
-            if slept_s > _WOKEN_S or _bound(before) != _bound(self._choices):
+            self._offset_s = self._clock.wall() - self._clock.monotonic()
+            if self._offset_s - offset_s > _WOKEN_S or _bound(before) != _bound(self._choices):
                 return await self._move(zeroconf, before)
             if self._load() != self._announced_load and self._clock.monotonic() - since >= _LOAD_EVERY_S:
                 since = self._clock.monotonic()

@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from zeroconf.asyncio import AsyncZeroconf
@@ -231,9 +232,39 @@ class WakingClock(QuickClock):
     """Shows a wall time that is `slept_s` ahead, as after the device slept for that long."""
 
     slept_s = 0.0
+    _moment: float | None = None
 
     def wall(self) -> float:
-        return self.monotonic() + self.slept_s
+        """As the monotonic time that is asked for next, which is of the same moment: 0.1 s between both would be 5 s here."""
+        self._moment = super().monotonic()
+        return self._moment + self.slept_s
+
+    def monotonic(self) -> float:
+        moment, self._moment = self._moment, None
+        return super().monotonic() if moment is None else moment
+
+
+class LateClock(WakingClock):
+    """The device sleeps as soon as this peer waits for the first time after it has begun to register."""
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept_s = 3600.0
+        await super().sleep(seconds)
+
+
+async def test_a_sleep_while_a_peer_registers_is_noticed(cluster: str) -> None:
+    one, two = announce(cluster), announce(cluster)
+    async with running(one) as (_, seen), running(two, clock=LateClock()) as (mdns, _):
+        moved: list[bool] = []
+        move = mdns._move
+
+        async def moving(*arguments: Any) -> None:
+            moved.append(True)
+            await move(*arguments)
+
+        mdns._move = moving  # type: ignore[method-assign]
+        await seen.found(two.peer)
+        await eventually(lambda: moved)
 
 
 async def test_after_a_sleep_a_peer_announces_itself_again(cluster: str) -> None:
