@@ -26,6 +26,10 @@ class TokenBucket:
             self._at = now
         return self._tokens >= 1.0
 
+    def put_back(self) -> None:
+        """Give a token back that was not used after all."""
+        self._tokens = min(self._burst, self._tokens + 1.0)
+
     def wait_s(self, now: float) -> float:
         """Returns: seconds until there is a token; 0 if there is one."""
         return 0.0 if self.has(now) else (1.0 - self._tokens) / self._rate_s

@@ -24,6 +24,9 @@ ANSWER_S = 15.0
 """Longest time for a peer's answer: eight dials at once take at most a connection attempt and a TLS handshake."""
 MAX_RUNNING = 4
 _CHECKS_S, _CHECKS_AT_ONCE = 0.5, 8
+_FAILED_S, _FAILED_AT_ONCE = 0.1, 32
+"""Dials for others, per second and at once, at which the peer did not answer, of addresses that its link does not show. A member
+can publish any address as its own, by MQTT also of other networks, and must not have a network scanned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,7 @@ class ReachChecker:
     sets it, because it makes the sources of peers."""
     _running: set[PeerId] = field(default_factory=set)
     _budget: TokenBucket = field(default_factory=lambda: TokenBucket(_CHECKS_S, _CHECKS_AT_ONCE))
+    _failed: TokenBucket = field(default_factory=lambda: TokenBucket(_FAILED_S, _FAILED_AT_ONCE))
 
     def register(self) -> None:
         """Register the handler of CHECK_REACH."""
@@ -103,7 +107,7 @@ class ReachChecker:
             raise Overloaded("checks of reachability run here already", hint="try again in a few seconds", retry_after_s=5.0)
         self._running.add(sender)
         try:
-            attempts, heard = await asyncio.gather(self._dial_all(sender), self._multicast(message.nonce[::-1], message.nonce))
+            attempts, heard = await asyncio.gather(self._dial_for(sender), self._multicast(message.nonce[::-1], message.nonce))
         finally:
             self._running.discard(sender)
         word = "" if heard is None else "heard" if heard else "silent"
@@ -121,6 +125,18 @@ class ReachChecker:
 
     async def _dial_all(self, peer: PeerId) -> tuple[DialAttempt, ...]:
         return tuple(await asyncio.gather(*(self._dial(peer, address) for address in self._addresses(peer))))
+
+    async def _dial_for(self, sender: PeerId) -> tuple[DialAttempt, ...]:
+        """Dial the addresses of a peer that asked. Addresses beyond the budget of failed dials are left out."""
+        proved, now = set(self.links.addresses(sender)), self.clock.monotonic()
+        addresses = self._addresses(sender)
+        strange = [address for address in addresses if str(address) not in proved]
+        left_out = {address for address in strange if not self._failed.take(now)}
+        attempts = await asyncio.gather(*(self._dial(sender, address) for address in addresses if address not in left_out))
+        for attempt in attempts:
+            if not attempt.why and attempt.address not in proved:
+                self._failed.put_back()
+        return tuple(attempts)
 
     def _addresses(self, peer: PeerId) -> tuple[Address, ...]:
         """Returns: the addresses of a peer as its link and discovery show them; hints of other peers are left out."""

@@ -1,6 +1,7 @@
 """Checks of reachability between real peers: only the asking peer's own addresses are dialled, and only so often."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,6 +11,7 @@ import pytest
 from in_process.peers import Peer, Peers, until
 from meshd.agents.admin import reach
 from meshd.agents.admin.reach import ReachChecker
+from meshd.agents.budget import TokenBucket
 from meshd.agents.membership.membership import Membership
 from meshd.agents.membership.peer_table import PeerTable
 from meshd.agents.membership.sources import PeerFound
@@ -106,6 +108,21 @@ async def test_a_peer_is_not_made_to_dial_without_end(pair: tuple[Site, Site], m
     reached = await a.checker.check(b.peer.id)
     assert reached.back is None
     assert "run here already" in reached.error
+
+
+async def test_a_member_can_not_have_a_network_scanned(pair: tuple[Site, Site], unused_tcp_port_factory: Callable[[], int]) -> None:
+    """By MQTT a member can publish any address as its own. Addresses at which it answers cost nothing of the budget."""
+    a, b = pair
+    b.checker._failed = TokenBucket(0.0, reach._FAILED_AT_ONCE)
+    b.checker._budget = TokenBucket(1000.0, 1000)
+    for number in range(2 * reach._FAILED_AT_ONCE):
+        b.table = b.checker.membership.table = PeerTable()
+        b.knows(a, "localhost", a.peer.port, "mdns")
+        b.knows(a, "127.0.0.1", unused_tcp_port_factory(), "mqtt")
+        reply = await a.ask(b, f"{number:032x}")
+    assert {attempt.why for attempt in reply.attempts} == {""}
+    failed = [port for _, port in b.dialled if port != a.peer.port]
+    assert len(failed) == reach._FAILED_AT_ONCE
 
 
 async def test_two_checks_of_one_peer_do_not_run_at_once(pair: tuple[Site, Site]) -> None:
