@@ -28,7 +28,8 @@ DEVICES_FILE = "mqtt-devices.json"
 _LOCK_FILE = ".mqtt-devices.lock"
 _LOCK_S = 5.0
 _LOOK_S = 1.0
-"""How often a daemon looks whether the command line has changed the file."""
+"""How often a daemon looks whether the command line has changed the file. Also the shortest time between two changes that it stores
+and sends to all others: a member could change the list with each message."""
 _DECODER = msgspec.json.Decoder(tuple[MqttDevice, ...])
 Devices = dict[str, MqttDevice]
 """By serial."""
@@ -89,6 +90,8 @@ class DeviceList:
         self._folder = folder
         self._devices = load_devices(folder) if folder is not None else {}
         self._stamp = self._read_stamp()
+        self._told = self._devices
+        """The list that all linked peers were sent."""
         self._received: Devices = {}
         """Devices from other peers that are not stored yet."""
         self._changed = asyncio.Event()
@@ -117,18 +120,28 @@ class DeviceList:
                 if self._read_stamp() == self._stamp:
                     continue
             self._changed.clear()
-            if self._folder is None:
-                continue
-            received, self._received = self._received, {}
-            stamp = self._read_stamp()
-            devices = await asyncio.to_thread(update_devices, self._folder, partial(_with, received))
-            # Read before the update, so that a change of the command line during it is seen. An own change causes one more look.
-            self._stamp = stamp
-            self._set(merge(devices, self._received.values()))
+            self._tell()
+            if self._folder is not None:
+                await self._store(self._folder)
+                self._tell()
+            await asyncio.sleep(_LOOK_S)
 
-    def _set(self, devices: Devices) -> None:
-        if devices != self._devices:
-            self._devices = devices
+    async def _store(self, folder: StateFolder) -> None:
+        """Store what other peers have sent, and read what the command line has changed. Raises: StorageError."""
+        received, self._received = self._received, {}
+        stamp = self._read_stamp()
+        try:
+            devices = await asyncio.to_thread(update_devices, folder, partial(_with, received))
+        except StorageError:
+            self._received = merge(received, self._received.values())
+            raise
+        # Read before the update, so that a change of the command line during it is seen. An own change causes one more look.
+        self._stamp = stamp
+        self._devices = merge(devices, self._received.values())
+
+    def _tell(self) -> None:
+        if self._devices != self._told:
+            self._told = self._devices
             for peer in self._links.peers():
                 self.greet(peer)
 
@@ -136,7 +149,7 @@ class DeviceList:
         merged = merge(self._devices, message.devices)
         if merged != self._devices:
             self._received = merge(self._received, message.devices)
-            self._set(merged)  # a revocation counts at once, not only when it is stored
+            self._devices = merged  # a revocation counts at once, not only when it is stored
             self._changed.set()
 
     def _read_stamp(self) -> tuple[int, int] | None:

@@ -12,8 +12,10 @@ from in_process.peers import Peer, Peers, until
 from meshd.agents.membership.fleet.devices import DEVICES_FILE, DeviceList, Devices, load_devices, merge, update_devices
 from meshd.bounds import MAX_MQTT_DEVICES
 from meshd.errors import StorageError
+from meshd.protocol.messages import Message, MqttDevices
+from meshd.protocol.transport import Buffer
 from meshd.state import StateFolder
-from meshd.types import MqttDevice
+from meshd.types import MqttDevice, PeerId
 
 
 def device(number: int, revoked: float = 0.0) -> MqttDevice:
@@ -93,6 +95,41 @@ async def test_a_key_and_its_revocation_reach_all_peers_and_their_disks(peers: P
     finally:
         for site in sites:
             site.task.cancel()
+
+
+async def test_a_member_that_changes_the_list_again_and_again_costs_few_writes_and_messages(
+    peers: Peers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites = [Site(peers.start(name), StateFolder.open(tmp_path / f"devices-{name}")) for name in "abc"]
+    a, hostile, c = sites
+    hostile.task.cancel()
+    stored: list[str] = []
+    told: list[PeerId] = []
+    write, send = a.folder.write, a.peer.links.send
+
+    def writing(name: str, data: bytes) -> None:
+        stored.append(name)
+        write(name, data)
+
+    monkeypatch.setattr(a.folder, "write", writing)
+
+    def noted(peer: PeerId, message: Message, payload: Buffer | None = None) -> None:
+        told.append(peer)
+        send(peer, message, payload)
+
+    monkeypatch.setattr(a.peer.links, "send", noted)
+    try:
+        for site in (hostile, c):
+            site.peer.dial(a.peer)
+        await until(lambda: len(a.peer.links.peers()) == 2 and a.peer.id in hostile.peer.links.peers())
+        for at in range(300, 0, -1):
+            hostile.peer.links.send(a.peer.id, MqttDevices(devices=(device(1, float(at)),)))
+        await until(lambda: a.knows(device(1, 1.0)) and c.knows(device(1, 1.0)))
+    finally:
+        for site in sites:
+            site.task.cancel()
+    assert 0 < len(stored) <= 5
+    assert told.count(c.peer.id) <= 5
 
 
 def test_the_entries_fit_a_message() -> None:
