@@ -18,7 +18,11 @@ def run(args: Namespace) -> int:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise MeshdError("meshd top needs a terminal", hint="`meshd status --watch` prints lines anywhere")
     daemon = daemon_of(args)
+    from meshd.tui.feed import Feed
+
+    feed = Feed(daemon.url, daemon.api_key)
+    feed.begin()  # the rows come while Textual is loaded
     from meshd.tui.app import Monitor  # Textual takes a third of a second to load: too long for the help and for a wrong option
 
-    Monitor(daemon.url, daemon.api_key).run()
+    Monitor(daemon.url, daemon.api_key, feed=feed).run()
     return 0
