@@ -1,6 +1,5 @@
 """Run a command's work so that Ctrl-C and SIGTERM end it within a second, whatever its threads are doing."""
 
-import asyncio
 import os
 import signal
 import sys
@@ -22,6 +21,8 @@ def run_interruptibly(work: Coroutine[Any, Any, _T]) -> _T:
 
     Raises: KeyboardInterrupt if the work was cancelled by SIGINT; SystemExit if by SIGTERM.
     """
+    import asyncio  # most verbs have no event loop, and end sooner without it
+
     interrupted: list[int] = []
 
     async def watched() -> _T:
