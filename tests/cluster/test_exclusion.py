@@ -92,9 +92,9 @@ def test_a_device_is_excluded_in_mid_answer_and_no_identity_of_it_is_let_in_agai
     attack(cluster, old_code)
     assert cluster.alive(a) == cluster.alive(b) == {"a", "b"}
     assert generation(a) == generation(b) == 1
-    states = {row["name"]: (row["state"], row["reason"]) for row in a.rows("peers")}
-    assert states["x"][0] == "refused"
-    assert "it was excluded from the cluster" in states["x"][1]
+    # Not those of x, which has another port now: the last dial of the earlier port may fail after x was refused.
+    reasons = {row["name"]: row["reason"] for row in a.rows("peers")}
+    assert "it was excluded from the cluster" in reasons["minted1"]
     assert undisturbed.startswith(text(complete(a, 40, stages="a:0-30")))
 
 
