@@ -118,7 +118,7 @@ class Coordinator:
         )
 
     def register(self) -> None:
-        """Register the handlers of FAILED, CLOSED, MIRRORED and MOVE. `meshd.compose` calls `on_token` and `on_error`."""
+        """Register the handlers of FAILED, CLOSED, MIRRORED and MOVE. `meshd.peer.peer` calls `on_token` and `on_error`."""
         self._receiver.register(self.links)
         self.links.register(Move, self._on_move)
 

@@ -29,7 +29,7 @@ from meshd.settings import SETTINGS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from meshd.daemon import DaemonInfo
+    from meshd.daemon.daemon import DaemonInfo
 
 EXAMPLE = (
     "meshd up                        (on the first device)\n"
@@ -144,7 +144,7 @@ def _leave_out_of_collections() -> None:
 
 
 async def _serve(config: Config, manager: ServiceManager, read: "Callable[[], Config]", *, stop_with_stdin: bool) -> int:
-    from meshd.daemon import run_daemon
+    from meshd.daemon.daemon import run_daemon
 
     # A daemon of a service manager, or with a log of its own, has no terminal that could hang up.
     stopping = _Stopping(reloads=bool(manager.address) or config.log_file is not None)

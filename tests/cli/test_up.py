@@ -15,7 +15,7 @@ from in_process.peer_events import CAPABILITY
 from meshd.agents.device.memory import MemoryBudget
 from meshd.agents.device.probe import ProbeResult
 from meshd.cli.up import _print_ready, _print_waiting, _Stopping
-from meshd.daemon import DaemonInfo
+from meshd.daemon.daemon import DaemonInfo
 from meshd.types import PeerId
 
 Meshd = Callable[..., CompletedProcess[str]]

@@ -23,7 +23,9 @@ async def process() -> AsyncIterator[WorkerProcess]:
 
 
 def test_the_daemon_imports_neither_a_tokenizer_nor_a_template_library() -> None:
-    script = "import sys, meshd.daemon; print(*{'tokenizers', 'jinja2', 'meshd.models.text.worker.serve'} & set(sys.modules))"
+    script = (
+        "import sys, meshd.daemon.daemon; print(*{'tokenizers', 'jinja2', 'meshd.models.text.worker.serve'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == ""
 

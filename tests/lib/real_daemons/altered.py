@@ -6,9 +6,8 @@
 import sys
 import time
 
-import meshd.daemon
+import meshd.daemon.daemon
 from meshd.__main__ import run
-from meshd.agents.membership import membership
 from meshd.clock import SystemClock
 
 
@@ -27,7 +26,7 @@ if __name__ == "__main__":
             SystemClock.wall = lambda self, ahead_s=float(value): time.time() + ahead_s  # type: ignore[method-assign, misc]
         elif key == "protocol":
             everywhere("PROTOCOL_VERSION", tuple(map(int, value.split("."))))
-            membership.PROTOCOL = value
+            everywhere("PROTOCOL", value)
         else:
             everywhere("__version__", value)
             meshd.__version__ = value

@@ -20,7 +20,13 @@ from pathlib import Path
 from typing import Protocol
 from unittest.mock import patch
 
-_PRELOAD = ["meshd.daemon", "meshd.cli.up", "meshd.kernels.ort.backend", "meshd.kernels.torch.backend", "real_daemons.forked"]
+_PRELOAD = [
+    "meshd.daemon.daemon",
+    "meshd.cli.up",
+    "meshd.kernels.ort.backend",
+    "meshd.kernels.torch.backend",
+    "real_daemons.forked",
+]
 _NO_THREAD = "ORT_DISABLE_TELEMETRY"
 """Variable without which the import of onnxruntime starts a thread. A forked process would not have this thread."""
 _CLONE_NEWUTS, _CLONE_NEWNET = 0x04000000, 0x40000000

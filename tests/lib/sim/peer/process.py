@@ -11,7 +11,8 @@ from meshd.agents.membership.fleet.devices import DeviceList
 from meshd.agents.membership.peer_table import PeerTable
 from meshd.agents.placement.restart.placements import InMemory, Placements
 from meshd.agents.supervisor import Supervisor
-from meshd.compose import Parts, PeerSettings, PeerSignals, compose
+from meshd.peer.compose import compose
+from meshd.peer.parts import Parts, PeerSettings, PeerSignals
 from meshd.types import Capability, ModelCard, PeerId, Rates
 from sim.loop import Owner, SimClock, SimLoop
 from sim.network.links import SimLinks, SimProber

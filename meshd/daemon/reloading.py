@@ -5,9 +5,9 @@ from dataclasses import dataclass, fields, replace
 from logging import getLogger
 from typing import Literal
 
-from meshd.compose import Peer
 from meshd.config import Config, logs_to_journal
 from meshd.logs import configure_logging
+from meshd.peer.peer import Peer
 from meshd.settings import SETTINGS
 
 log = getLogger(__name__)

@@ -14,7 +14,7 @@ from meshd.agents import supervisor
 from meshd.agents.stage.host import StageHost
 from meshd.cli import main
 from meshd.config import Config
-from meshd.daemon import DaemonInfo, run_daemon
+from meshd.daemon.daemon import DaemonInfo, run_daemon
 from meshd.errors import ConfigError, LocalFault, StorageError
 from meshd.protocol.identity import ClusterKey
 from meshd.state import StateFolder, lock_state, read_holder
